@@ -1,0 +1,444 @@
+"""The values every layer shares: configurations, requests, events, commands.
+
+Plain frozen data; nothing here reads a clock, a file or a device.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+ROLES = ('prefill', 'decode', 'colocated', 'chunked')
+STAGES = ('prefill_queue', 'prefill', 'migrate', 'decode_queue', 'decode')
+
+
+class InputError(ValueError):
+  """Bad input from outside: names the field and what it may be."""
+
+
+def require(ok, field, value, allowed):
+  """Raises InputError naming the field, its value and the allowed values."""
+  if not ok:
+    raise InputError(f'{field}={value!r}: must be {allowed}')
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Shape of a llama-architecture decoder (notation: DESIGN, README).
+
+  Attributes:
+    num_layers: L. d_model: D. num_heads: N. num_kv_heads: K. head_dim: H.
+    d_ff: F. vocab_size: V. max_len: context length in tokens.
+    rope_base: base of the rotary frequencies.
+    norm_eps: epsilon of every RMSNorm.
+    tied: the output head is the embedding.
+    bos_id, eos_ids: token ids; a stream ends at any of eos_ids.
+  """
+
+  name: str
+  num_layers: int
+  d_model: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  d_ff: int
+  vocab_size: int
+  max_len: int
+  rope_base: float = 1e4
+  norm_eps: float = 1e-5
+  tied: bool = True
+  bos_id: int | None = None
+  eos_ids: tuple[int, ...] = ()
+
+  def __post_init__(self):
+    for field in ('num_layers', 'd_model', 'num_heads', 'num_kv_heads',
+                  'head_dim', 'd_ff', 'vocab_size', 'max_len'):
+      value = getattr(self, field)
+      require(isinstance(value, int) and value > 0, f'ModelConfig.{field}',
+              value, 'an integer above 0')
+    require(self.num_heads % self.num_kv_heads == 0, 'ModelConfig.num_heads',
+            self.num_heads, f'a multiple of num_kv_heads={self.num_kv_heads}')
+    require(self.head_dim % 2 == 0, 'ModelConfig.head_dim', self.head_dim,
+            'even (rotary pairs)')
+
+  def kv_bytes_per_token(self, itemsize=4):
+    """Bytes of keys and values one token keeps over all layers."""
+    return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Parallelism of one instance: tp tensor shards x pp pipeline stages."""
+
+  tp: int = 1
+  pp: int = 1
+
+  def __post_init__(self):
+    for field in ('tp', 'pp'):
+      value = getattr(self, field)
+      require(isinstance(value, int) and value > 0, f'Plan.{field}', value,
+              'an integer above 0')
+
+  @property
+  def num_devices(self):
+    return self.tp * self.pp
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """Which instances run, each with its Plan, in device order.
+
+  Either prefill and decode are both given (disaggregated), or colocated
+  (prefill-priority continuous batching), or chunked (chunked prefill with a
+  token budget). Instances are numbered prefill, decode, colocated, chunked.
+  """
+
+  prefill: tuple[Plan, ...] = ()
+  decode: tuple[Plan, ...] = ()
+  colocated: tuple[Plan, ...] = ()
+  chunked: tuple[Plan, ...] = ()
+
+  def __post_init__(self):
+    for role in ROLES:
+      plans = getattr(self, role)
+      require(isinstance(plans, (tuple, list))
+              and all(isinstance(p, Plan) for p in plans),
+              f'Placement.{role}', plans, 'a list of Plan')
+      object.__setattr__(self, role, tuple(plans))
+    kinds = [bool(self.prefill or self.decode), bool(self.colocated),
+             bool(self.chunked)]
+    require(sum(kinds) == 1 and bool(self.prefill) == bool(self.decode),
+            'Placement', self, 'prefill and decode together, or colocated, '
+            'or chunked')
+
+  @property
+  def instances(self):
+    """((role, Plan), ...) in device order."""
+    return tuple((role, p) for role in ROLES for p in getattr(self, role))
+
+  @property
+  def num_devices(self):
+    return sum(plan.num_devices for _, plan in self.instances)
+
+  @property
+  def mode(self):
+    return 'disaggregated' if self.prefill else self.instances[0][0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slo:
+  """Latency objectives; a request attains when it meets both (DistServe 1)."""
+
+  ttft_s: float
+  tpot_s: float
+
+  def __post_init__(self):
+    for field in ('ttft_s', 'tpot_s'):
+      value = getattr(self, field)
+      require(isinstance(value, (int, float)) and value > 0
+              and math.isfinite(value), f'Slo.{field}', value,
+              'seconds above 0')
+
+
+def _number(low, high, low_open=False):
+  def test(value):
+    return (isinstance(value, (int, float)) and not isinstance(value, bool)
+            and math.isfinite(value) and value <= high
+            and (value > low if low_open else value >= low))
+  return test
+
+
+def _integer(low, high):
+  def test(value):
+    return (isinstance(value, int) and not isinstance(value, bool)
+            and low <= value <= high)
+  return test
+
+
+MAX_LOGIT_BIAS = 300
+MAX_LOGPROBS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How one request's tokens are chosen and when it stops.
+
+  temperature 0 is greedy. The random draw at a position depends only on
+  (seed, position), never on batch, instance or mesh. Penalties follow their
+  usual definitions: repetition (over prompt and output, multiplicative),
+  presence and frequency (over output, subtractive). `logprobs` asks for the
+  log-probability of the chosen token and of that many most likely ones,
+  taken from the raw logits. `stop` strings end the text before their first
+  occurrence; `stop_token_ids` and the model's EOS end it at that token,
+  which is not part of the text.
+  """
+
+  max_tokens: int | None = None
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+  repetition_penalty: float = 1.0
+  presence_penalty: float = 0.0
+  frequency_penalty: float = 0.0
+  logit_bias: tuple[tuple[int, float], ...] = ()
+  seed: int = 0
+  logprobs: int | None = None
+  stop: tuple[str, ...] = ()
+  stop_token_ids: tuple[int, ...] = ()
+  ignore_eos: bool = False
+
+  def __post_init__(self):
+    bias = self.logit_bias
+    if isinstance(bias, dict):
+      bias = bias.items()
+    for field, value in (
+        ('logit_bias', tuple(tuple(b) for b in bias)),
+        ('stop', (self.stop,) if isinstance(self.stop, str) else
+         tuple(self.stop)),
+        ('stop_token_ids', tuple(self.stop_token_ids))):
+      object.__setattr__(self, field, value)
+    inf = float('inf')
+    tests = (
+        ('max_tokens', lambda v: v is None or _integer(1, inf)(v),
+         'an integer of 1 or more, or None for the rest of the context'),
+        ('temperature', _number(0, 100), 'a number from 0 to 100'),
+        ('top_k', _integer(0, 2**31 - 1), '0 (off) or more'),
+        ('top_p', _number(0, 1, low_open=True), 'a number in (0, 1]'),
+        ('min_p', _number(0, 1), 'a number in [0, 1]'),
+        ('repetition_penalty', _number(0, 100, low_open=True),
+         'a number in (0, 100]'),
+        ('presence_penalty', _number(-100, 100), 'a number in [-100, 100]'),
+        ('frequency_penalty', _number(-100, 100), 'a number in [-100, 100]'),
+        ('logit_bias', lambda v: len(v) <= MAX_LOGIT_BIAS and all(
+            len(b) == 2 and _integer(0, 2**31 - 1)(b[0])
+            and _number(-100, 100)(b[1]) for b in v)
+         and len({b[0] for b in v}) == len(v),
+         f'at most {MAX_LOGIT_BIAS} distinct (token id, number in '
+         '[-100, 100])'),
+        ('seed', _integer(0, 2**32 - 1), 'an integer in [0, 2**32)'),
+        ('logprobs', lambda v: v is None or _integer(0, MAX_LOGPROBS)(v),
+         f'None or 0 to {MAX_LOGPROBS}'),
+        ('stop', lambda v: len(v) <= 16 and all(
+            isinstance(s, str) and s for s in v),
+         'at most 16 non-empty strings'),
+        ('stop_token_ids', lambda v: all(_integer(0, 2**31 - 1)(t)
+                                         for t in v), 'token ids'),
+        ('ignore_eos', lambda v: isinstance(v, bool), 'True or False'),
+    )
+    for field, test, allowed in tests:
+      value = getattr(self, field)
+      require(test(value), f'Sampling.{field}', value, allowed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """One request of a workload: prompt token ids, when it arrives, how it ends.
+
+  A workload made from lengths alone has ids without meaning and ignore_eos.
+  """
+
+  id: int
+  arrival_s: float
+  prompt: tuple[int, ...]
+  sampling: Sampling = Sampling()
+
+
+# --- the scheduler's view of an instance ------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class InstanceConfig:
+  """Capacity of one instance, as the scheduler sees it.
+
+  Attributes:
+    role: prefill | decode | colocated | chunked.
+    num_pages: pages in its pool; page_size: tokens a page (C).
+    max_seqs: requests that may hold pages at a time (also the largest
+      decode batch).
+    prefill_tokens: tokens of a prefill batch; L_m of the paper for prefill
+      and colocated, the token budget (decode rows included) for chunked. A
+      longer prompt is run in chunks of this size.
+    prefill_seqs: most requests in one prefill batch.
+  """
+
+  role: str
+  num_pages: int
+  page_size: int
+  max_seqs: int
+  prefill_tokens: int
+  prefill_seqs: int
+
+  def __post_init__(self):
+    require(self.role in ROLES, 'InstanceConfig.role', self.role,
+            f'one of {ROLES}')
+    for field in ('num_pages', 'page_size', 'max_seqs', 'prefill_tokens',
+                  'prefill_seqs'):
+      value = getattr(self, field)
+      require(_integer(1, 2**31 - 1)(value), f'InstanceConfig.{field}', value,
+              'an integer of 1 or more')
+    require(self.role != 'chunked' or self.prefill_tokens > self.max_seqs,
+            'InstanceConfig.prefill_tokens', self.prefill_tokens,
+            f'above max_seqs={self.max_seqs} in the chunked role, where '
+            'decode rows share the budget')
+
+
+# --- what the scheduler is told ---------------------------------------------
+
+
+class Arrived(NamedTuple):
+  """A request: prompt tokens, most tokens to generate."""
+  time_s: float
+  id: int
+  prompt_len: int
+  max_tokens: int
+
+
+class Cancelled(NamedTuple):
+  time_s: float
+  id: int
+
+
+class PrefillDone(NamedTuple):
+  """RunPrefill `number` of `instance` completed; `ended` met EOS or a stop."""
+  time_s: float
+  instance: int
+  number: int
+  ended: tuple[int, ...] = ()
+
+
+class DecodeDone(NamedTuple):
+  """RunDecode `number` of `instance` completed.
+
+  steps_s: completion time of each of its steps. ended: (id, step) pairs: the
+  request met EOS or a stop with the token of that step (0-based).
+  """
+  time_s: float
+  instance: int
+  number: int
+  steps_s: tuple[float, ...] = ()
+  ended: tuple[tuple[int, int], ...] = ()
+
+
+class Migrated(NamedTuple):
+  """The target holds the whole KV of request `id` (hand-off `epoch`)."""
+  time_s: float
+  id: int
+  epoch: int
+
+
+# --- what the scheduler decides ---------------------------------------------
+
+
+class Chunk(NamedTuple):
+  """Prompt tokens [start, stop) of a request; `last`: sample its next token."""
+  id: int
+  start: int
+  stop: int
+  pages: tuple[int, ...]
+  last: bool
+
+
+class Row(NamedTuple):
+  """A request in a decode batch; at tick t its input token is at base + t.
+
+  The row's pages cover positions up to and including base + until - 1; the
+  row takes part in ticks below `until`.
+  """
+  id: int
+  base: int
+  until: int
+  pages: tuple[int, ...]
+
+
+class RunPrefill(NamedTuple):
+  """Run packed chunks, and, in the chunked role, one tick of decode rows."""
+  instance: int
+  number: int
+  chunks: tuple[Chunk, ...]
+  tick: int = 0
+  rows: tuple[Row, ...] = ()
+
+
+class RunDecode(NamedTuple):
+  """Run `steps` decode steps of these rows, the first at tick `tick`."""
+  instance: int
+  number: int
+  tick: int
+  steps: int
+  rows: tuple[Row, ...]
+
+
+class Migrate(NamedTuple):
+  """Copy the KV of `num_tokens` tokens from source pages to target pages."""
+  id: int
+  epoch: int
+  source: int
+  source_pages: tuple[int, ...]
+  target: int
+  target_pages: tuple[int, ...]
+  num_tokens: int
+
+
+class Preempt(NamedTuple):
+  """Request lost its pages on `instance`; it will be prefilled again."""
+  id: int
+  instance: int
+
+
+class Finish(NamedTuple):
+  """Request ended: stop (EOS or a stop condition), length or cancelled."""
+  id: int
+  reason: str
+
+
+class Reject(NamedTuple):
+  """Request can never be served; `reason` says why in plain words."""
+  id: int
+  reason: str
+
+
+# --- what a request experienced ---------------------------------------------
+
+
+@dataclasses.dataclass
+class Record:
+  """One request's life. Times in seconds on the run's clock.
+
+  token_s holds the completion time of each output token. stage_s sums the
+  seconds spent in each of STAGES over the whole life (a preempted request
+  visits some twice); they add up to finish_s - arrival_s.
+  """
+
+  id: int
+  arrival_s: float
+  prompt_len: int
+  max_tokens: int
+  token_s: list[float] = dataclasses.field(default_factory=list)
+  stage_s: dict[str, float] = dataclasses.field(
+      default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+  finish_s: float | None = None
+  status: str = 'running'  # running | stop | length | cancelled | rejected
+  reason: str = ''
+  preemptions: int = 0
+  migrated_tokens: int = 0
+  instances: tuple[int, ...] = ()
+
+  @property
+  def ttft_s(self):
+    """Arrival to first token."""
+    return self.token_s[0] - self.arrival_s if self.token_s else None
+
+  @property
+  def tpot_s(self):
+    """Mean time per output token after the first; 0 for a single token."""
+    if not self.token_s:
+      return None
+    if len(self.token_s) == 1:
+      return 0.0
+    return (self.token_s[-1] - self.token_s[0]) / (len(self.token_s) - 1)
+
+  @property
+  def itl_s(self):
+    """Gaps between successive output tokens."""
+    return [b - a for a, b in zip(self.token_s, self.token_s[1:],
+                                  strict=False)]

@@ -1,0 +1,1 @@
+"""Pallas kernels, one file an op. Lowest layer: imports jax only."""
