@@ -1,0 +1,380 @@
+"""What requests experienced: records from events, and their statistics.
+
+Definitions: Record (base.py) defines TTFT, TPOT and ITL. A request *attains*
+when it ended by itself (stop or length) and met both objectives. Shares are of
+all requests sent, rejected, failed and unfinished ones included; only those
+that their client cancelled are left out.
+"""
+
+import collections
+import dataclasses
+import math
+import sys
+
+import numpy as np
+
+from dsjax.base import (
+    STAGES,
+    Arrived,
+    Cancelled,
+    DecodeDone,
+    Finish,
+    Migrate,
+    Migrated,
+    Preempt,
+    PrefillDone,
+    Record,
+    Reject,
+    RunDecode,
+    RunPrefill,
+    require,
+)
+
+QUANTILES = (50, 90, 99)
+NUM_BATCHES = 10
+# 97.5 % points: of the normal, and of Student's t with NUM_BATCHES - 1 degrees.
+_Z, _T = 1.959964, 2.262157
+
+
+class _Life:
+  """A request between two preemptions; in-flight commands refer to lives, so
+  what completes after a preemption belongs to the old life and is dropped."""
+
+  __slots__ = ('record', 'tokens', 'stage', 'since_s', 'after_prefill',
+               'open', 'epoch')
+
+  def __init__(self, record, since_s):
+    self.record = record
+    self.tokens = record.token_s
+    self.stage = 'prefill_queue'
+    self.since_s = since_s
+    self.after_prefill = 'decode_queue'
+    self.open = True  # takes tokens
+    self.epoch = None
+
+
+class Recorder:
+  """Folds a run's events and commands into Records.
+
+  The same for real and simulated runs: pass every event with the commands
+  that the scheduler answered it with, in order. A stage begins when the
+  command that opens it is issued. The token at which a request ends counts;
+  what later steps of the same or of in-flight commands produce for it does
+  not. Cost: tens of us an event at 256 decode rows.
+
+  Args:
+    on_span: None, or a function (id, stage, start_s, stop_s) called as each
+      stage of a request ends.
+  """
+
+  def __init__(self, on_span=None):
+    self._on_span = on_span
+    self._records = {}
+    self._live = {}
+    self._pending = {}
+
+  @property
+  def records(self):
+    """Records in order of arrival, of running requests too."""
+    return list(self._records.values())
+
+  def observe(self, event, commands):
+    """Folds one event and the commands issued in answer to it.
+
+    Raises:
+      KeyError: a command or completion of something never seen.
+      InputError: an id that arrived before.
+    """
+    now_s = event.time_s
+    match event:
+      case Arrived():
+        self._arrived(event)
+      case PrefillDone():
+        self._prefill_done(event)
+      case DecodeDone():
+        self._decode_done(event)
+      case Migrated():
+        life = self._live.get(event.id)
+        if life and life.stage == 'migrate' and life.epoch == event.epoch:
+          self._enter(life, 'decode_queue', now_s)
+      case Cancelled():
+        if event.id in self._live:
+          self._live[event.id].open = False
+    for command in commands:
+      self._issued(command, now_s)
+
+  def _arrived(self, event):
+    require(event.id not in self._records, 'Arrived.id', event.id,
+            'an id not seen before')
+    record = Record(event.id, event.time_s, event.prompt_len,
+                    event.max_tokens)
+    self._records[event.id] = record
+    self._live[event.id] = _Life(record, event.time_s)
+
+  def _prefill_done(self, event):
+    chunks, rows, _ = self._pending.pop((event.instance, event.number))
+    for life in chunks:
+      if life.open:
+        life.tokens.append(event.time_s)
+        self._enter(life, life.after_prefill, event.time_s)
+    for life in rows:
+      if life.open:
+        life.tokens.append(event.time_s)
+    if event.ended:
+      for life in chunks + rows:
+        life.open = life.open and life.record.id not in event.ended
+
+  def _decode_done(self, event):
+    _, rows, steps = self._pending.pop((event.instance, event.number))
+    steps_s = event.steps_s or (event.time_s,) * steps
+    ended = dict(event.ended)
+    for life in rows:
+      if life.open:
+        if ended and life.record.id in ended:
+          life.tokens.extend(steps_s[:ended[life.record.id] + 1])
+          life.open = False
+        else:
+          life.tokens.extend(steps_s)
+
+  def _issued(self, command, now_s):
+    match command:
+      case RunDecode():
+        rows = self._rows(command, now_s)
+        self._pending[command.instance, command.number] = (
+            (), rows, command.steps)
+      case RunPrefill():
+        for chunk in command.chunks:
+          life = self._live[chunk.id]
+          self._use(life, command.instance)
+          if life.stage != 'prefill':
+            self._enter(life, 'prefill', now_s)
+        last = [self._live[c.id] for c in command.chunks if c.last]
+        rows = self._rows(command, now_s)
+        self._pending[command.instance, command.number] = (last, rows, 1)
+      case Migrate():
+        life = self._live[command.id]
+        life.epoch = command.epoch
+        life.record.migrated_tokens += command.num_tokens
+        self._use(life, command.target)
+        self._enter(life, 'migrate', now_s)
+      case Preempt():
+        old = self._live[command.id]
+        self._enter(old, 'prefill_queue', now_s)
+        old.record.preemptions += 1
+        self._live[command.id] = new = _Life(old.record, now_s)
+        new.open, old.open = old.open, False
+      case Finish():
+        self._end(command.id, command.reason, now_s)
+      case Reject():
+        self._end(command.id, 'rejected', now_s).reason = command.reason
+
+  def _rows(self, command, now_s):
+    live = self._live
+    lives = [live[row.id] for row in command.rows]
+    for life in lives:
+      if life.stage != 'decode':
+        self._use(life, command.instance)
+        if life.stage == 'prefill':
+          # Issued behind the prefill that is still in flight.
+          life.after_prefill = 'decode'
+        else:
+          self._enter(life, 'decode', now_s)
+    return lives
+
+  def _use(self, life, instance):
+    if instance not in life.record.instances:
+      life.record.instances += (instance,)
+
+  def _enter(self, life, stage, now_s):
+    life.record.stage_s[life.stage] += now_s - life.since_s
+    if self._on_span:
+      self._on_span(life.record.id, life.stage, life.since_s, now_s)
+    life.stage, life.since_s = stage, now_s
+
+  def _end(self, id, status, now_s):
+    life = self._live.pop(id)
+    life.open = False
+    self._enter(life, None, now_s)
+    life.record.status = status
+    life.record.finish_s = now_s
+    return life.record
+
+
+# --- statistics -------------------------------------------------------------
+
+
+def percentiles(values, quantiles=QUANTILES):
+  """Percentiles by linear interpolation; nan of no values.
+
+  Returns:
+    A tuple of floats, one for each of quantiles (0 to 100).
+  """
+  if len(values) == 0:
+    return (math.nan,) * len(quantiles)
+  return tuple(np.percentile(np.asarray(values, float), quantiles).tolist())
+
+
+def slo_scale(record, slo):
+  """The least factor on both objectives at which the record attains.
+
+  inf for a request that did not end by itself; 0 for one of no delay.
+  """
+  if record.status not in ('stop', 'length') or not record.token_s:
+    return math.inf
+  return max(record.ttft_s / slo.ttft_s, record.tpot_s / slo.tpot_s)
+
+
+def attains(record, slo):
+  """True where a request ended by itself and met both objectives."""
+  return (record.status in ('stop', 'length') and bool(record.token_s)
+          and record.ttft_s <= slo.ttft_s and record.tpot_s <= slo.tpot_s)
+
+
+def _sent(records):
+  """What counts, in order of arrival: all but the cancelled."""
+  return sorted((r for r in records if r.status != 'cancelled'),
+                key=lambda r: r.arrival_s)
+
+
+def interval(hits):
+  """95 % interval of the mean of 0s and 1s in order of time.
+
+  Wilson's interval, which supposes independent requests. Those of one run are
+  not: they share queues. From 20 * NUM_BATCHES = 200 requests on, the means of
+  NUM_BATCHES successive batches give a second interval (batch means, Student's
+  t), and the answer is the wider on either side: batch means alone would say
+  [1, 1] where all attain. Near saturation even this is too narrow.
+
+  Returns:
+    (share, low, high), low <= share <= high in [0, 1]; (nan, 0, 1) of none.
+  """
+  n = len(hits)
+  if not n:
+    return math.nan, 0.0, 1.0
+  share = sum(hits) / n
+  middle = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+  half = _Z / (1 + _Z**2 / n) * math.sqrt(
+      share * (1 - share) / n + _Z**2 / (4 * n * n))
+  low, high = middle - half, middle + half
+  if n >= 20 * NUM_BATCHES:
+    means = [b.mean() for b in np.array_split(np.asarray(hits, float),
+                                              NUM_BATCHES)]
+    half = _T * float(np.std(means, ddof=1)) / math.sqrt(NUM_BATCHES)
+    low, high = min(low, share - half), max(high, share + half)
+  # Rounding may put a bound past a share of 0 or 1.
+  return share, max(0.0, min(low, share)), min(1.0, max(high, share))
+
+
+def attainment(records, slo):
+  """Share of the requests sent that met both objectives, and its interval.
+
+  Rejected, failed and unfinished requests are misses; cancelled ones do not
+  count. See interval().
+
+  Returns:
+    (share, low, high).
+  """
+  return interval([attains(r, slo) for r in _sent(records)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+  """Statistics of one run. nan where there was nothing to measure.
+
+  Attributes:
+    counts: {status: requests}, of all records after the warm-up.
+    ttft_s, tpot_s, itl_s, second_s: p50, p90, p99. tpot_s is of requests of
+      two tokens or more; second_s is the gap from the first token to the
+      second, where disaggregation puts its stall.
+    attainment: joint (share, low, high). ttft_share, tpot_share: of each
+      objective alone. halves: joint shares of the earlier and of the later
+      half of the requests; a fall says the run was not steady.
+    span_s: first arrival to last finish. sent_per_s: requests sent over it.
+      goodput_per_s: those that attained; goodput_per_s_device: by device.
+    tokens_per_s: output tokens over span_s.
+    stage_s: mean seconds in each of STAGES of the requests that ended by
+      themselves.
+  """
+
+  num_devices: int
+  counts: dict[str, int]
+  ttft_s: tuple[float, ...]
+  tpot_s: tuple[float, ...]
+  itl_s: tuple[float, ...]
+  second_s: tuple[float, ...]
+  attainment: tuple[float, float, float]
+  ttft_share: float
+  tpot_share: float
+  halves: tuple[float, float]
+  span_s: float
+  sent_per_s: float
+  goodput_per_s: float
+  tokens_per_s: float
+  stage_s: dict[str, float]
+  preemptions: int
+
+  @property
+  def goodput_per_s_device(self):
+    return self.goodput_per_s / self.num_devices
+
+  @property
+  def goodput_interval_per_s_device(self):
+    """The interval of attainment, carried over to goodput."""
+    return tuple(self.sent_per_s * x / self.num_devices
+                 for x in self.attainment[1:])
+
+
+def _mean(values):
+  return sum(values) / len(values) if values else math.nan
+
+
+def summarize(records, slo, num_devices, warmup_s=0.0):
+  """Summary of a run.
+
+  Args:
+    records: of one run, in any order.
+    num_devices: devices that the run used, of all instances.
+    warmup_s: requests that arrived in this many seconds after the first are
+      left out.
+
+  Raises:
+    InputError.
+  """
+  require(isinstance(num_devices, int) and num_devices >= 1, 'num_devices',
+          num_devices, 'an integer of 1 or more')
+  require(isinstance(warmup_s, (int, float)) and warmup_s >= 0, 'warmup_s',
+          warmup_s, 'seconds, 0 or more')
+  start_s = min((r.arrival_s for r in records), default=0.0) + warmup_s
+  records = [r for r in records if r.arrival_s >= start_s]
+  sent = _sent(records)
+  seen = [r for r in sent if r.token_s]
+  done = [r for r in seen if r.status in ('stop', 'length')]
+  hits = [attains(r, slo) for r in sent]
+  span_s = (max((r.finish_s for r in sent if r.finish_s is not None),
+                default=math.nan) - sent[0].arrival_s) if sent else math.nan
+
+  only_ttft = dataclasses.replace(slo, tpot_s=sys.float_info.max)
+  only_tpot = dataclasses.replace(slo, ttft_s=sys.float_info.max)
+
+  def per_s(count):
+    return count / span_s if span_s > 0 else math.nan
+
+  return Summary(
+      num_devices=num_devices,
+      counts=dict(collections.Counter(r.status for r in records)),
+      ttft_s=percentiles([r.ttft_s for r in seen]),
+      tpot_s=percentiles([r.tpot_s for r in seen if len(r.token_s) > 1]),
+      itl_s=percentiles([gap for r in seen for gap in r.itl_s]),
+      second_s=percentiles([r.token_s[1] - r.token_s[0] for r in seen
+                            if len(r.token_s) > 1]),
+      attainment=interval(hits),
+      ttft_share=_mean([attains(r, only_ttft) for r in sent]),
+      tpot_share=_mean([attains(r, only_tpot) for r in sent]),
+      halves=(_mean(hits[:len(hits) // 2]), _mean(hits[len(hits) // 2:])),
+      span_s=span_s,
+      sent_per_s=per_s(len(sent)),
+      goodput_per_s=per_s(sum(hits)),
+      tokens_per_s=per_s(sum(len(r.token_s) for r in sent)),
+      stage_s={s: _mean([r.stage_s[s] for r in done]) for s in STAGES},
+      preemptions=sum(r.preemptions for r in sent),
+  )

@@ -1,0 +1,144 @@
+"""A run's event log as a Chrome trace, for ui.perfetto.dev.
+
+Pure rendering; an event log is a list of (event, commands) in order.
+"""
+
+import json
+import pathlib
+
+from dsjax.base import (
+    DecodeDone,
+    Migrate,
+    Migrated,
+    PrefillDone,
+    RunDecode,
+    RunPrefill,
+)
+from dsjax.metrics import Recorder
+
+_INSTANCES, _REQUESTS = 1, 2  # "processes" of the trace
+
+
+def _step_name(command):
+  tokens = sum(c.stop - c.start for c in getattr(command, 'chunks', ()))
+  parts = [f'prefill {tokens} tok'] if tokens else []
+  if command.rows:
+    parts.append(f'decode x{len(command.rows)}')
+  return ' + '.join(parts) or 'empty'
+
+
+def _step_args(command, step):
+  chunks = getattr(command, 'chunks', ())
+  return {
+      'number': command.number,
+      'tick': command.tick + step,
+      'rows': len(command.rows),
+      'tokens': sum(c.stop - c.start for c in chunks) + len(command.rows),
+      'pages': sum(len(x.pages) for x in (*chunks, *command.rows)),
+      'prefilled': [c.id for c in chunks],
+  }
+
+
+def _metadata(instances, names):
+  yield {'ph': 'M', 'pid': _INSTANCES, 'name': 'process_name',
+         'args': {'name': 'instances'}}
+  yield {'ph': 'M', 'pid': _REQUESTS, 'name': 'process_name',
+         'args': {'name': 'requests'}}
+  for i in sorted(instances):
+    name = names[i] if i < len(names) else f'instance {i}'
+    yield {'ph': 'M', 'pid': _INSTANCES, 'tid': i, 'name': 'thread_name',
+           'args': {'name': name}}
+    yield {'ph': 'M', 'pid': _INSTANCES, 'tid': i,
+           'name': 'thread_sort_index', 'args': {'sort_index': i}}
+
+
+def _request_slices(recorder, spans, us):
+  """One async row a request: an outer slice, and its stages inside."""
+  for record in recorder.records:
+    own = spans.get(record.id)
+    if not own:
+      continue
+    base = {'cat': 'request', 'id': record.id, 'pid': _REQUESTS, 'tid': 0}
+    name = f'request {record.id}'
+    yield base | {'ph': 'b', 'name': name, 'ts': us(own[0][1]), 'args': {
+        'status': record.status, 'prompt_len': record.prompt_len,
+        'tokens': len(record.token_s), 'preemptions': record.preemptions}}
+    for stage, start_s, stop_s in own:
+      if stop_s > start_s:
+        yield base | {'ph': 'b', 'name': stage, 'ts': us(start_s)}
+        yield base | {'ph': 'e', 'name': stage, 'ts': us(stop_s)}
+    yield base | {'ph': 'e', 'name': name, 'ts': us(own[-1][2])}
+
+
+def _step_slices(log, us):
+  """Slices of the steps, and flow arrows of the migrations."""
+  pending, free_s, made, moving = {}, {}, {}, {}
+  for event, commands in log:
+    if isinstance(event, (PrefillDone, DecodeDone)):
+      issued_s, command = pending.pop((event.instance, event.number))
+      start_s = max(issued_s, free_s.get(event.instance, issued_s))
+      # Two commands may be in flight; the device runs them one by one.
+      stops_s = getattr(event, 'steps_s', ()) or (event.time_s,)
+      for step, stop_s in enumerate(stops_s):
+        stop_s = max(stop_s, start_s)
+        yield {'ph': 'X', 'pid': _INSTANCES, 'tid': event.instance,
+               'cat': 'step', 'name': _step_name(command), 'ts': us(start_s),
+               'dur': us(stop_s) - us(start_s),
+               'args': _step_args(command, step)}
+        for chunk in getattr(command, 'chunks', ()):
+          # Just inside the slice: viewers attach an arrow to what is there.
+          made[chunk.id] = (event.instance,
+                            stop_s - 0.01 * (stop_s - start_s))
+        start_s = free_s[event.instance] = stop_s
+    elif isinstance(event, Migrated):
+      move = moving.pop((event.id, event.epoch), None)
+      if move:
+        flow = {'cat': 'migrate', 'pid': _INSTANCES,
+                'id': f'{event.id}.{event.epoch}', 'name': 'migrate'}
+        yield flow | {'ph': 's', 'tid': move[0], 'ts': us(move[1])}
+        # Without "bp": the arrow ends at the next slice of the target.
+        yield flow | {'ph': 'f', 'tid': move[2], 'ts': us(event.time_s)}
+    for command in commands:
+      if isinstance(command, (RunPrefill, RunDecode)):
+        pending[command.instance, command.number] = (event.time_s, command)
+      elif isinstance(command, Migrate):
+        source, made_s = made.get(command.id, (None, None))
+        if source == command.source:
+          moving[command.id, command.epoch] = (source, made_s, command.target)
+
+
+def timeline(log, names=()):
+  """Chrome trace of a run, for ui.perfetto.dev or chrome://tracing.
+
+  One row an instance with a slice a step, arrows for the KV that migrates,
+  and one row a request with its stages. With two commands in flight on an
+  instance, a slice begins where the one before ended.
+
+  Args:
+    log: [(event, commands), ...] in order.
+    names: the name of each instance, by number.
+
+  Returns:
+    A dict ready for json.dump; times in microseconds from the first event.
+  """
+  start_s = log[0][0].time_s if log else 0.0
+
+  def us(time_s):
+    return round((time_s - start_s) * 1e6, 3)
+
+  spans = {}
+  recorder = Recorder(lambda id, stage, start, stop: spans.setdefault(
+      id, []).append((stage, start, stop)))
+  for event, commands in log:
+    recorder.observe(event, commands)
+  steps = list(_step_slices(log, us))
+  events = steps + list(_request_slices(recorder, spans, us))
+  events.sort(key=lambda e: e['ts'])  # stable: nesting at one time is kept
+  instances = {e['tid'] for e in steps} | set(range(len(names)))
+  return {'traceEvents': [*_metadata(instances, names), *events],
+          'displayTimeUnit': 'ms'}
+
+
+def save_timeline(path, log, names=()):
+  """Writes timeline(log, names) as JSON."""
+  pathlib.Path(path).write_text(json.dumps(timeline(log, names)))

@@ -1,0 +1,24 @@
+"""Eight CPU devices; rank promotion raises; warnings are errors."""
+
+import os
+
+os.environ.setdefault('NPROC', '32')  # room for collectives of many devices
+os.environ['JAX_PLATFORMS'] = 'cpu'
+
+import warnings
+
+import jax
+import pytest
+
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_compilation_cache_dir', os.path.join(
+    os.path.dirname(__file__), '..', '.cache', 'jax'))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_errors():
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    yield
