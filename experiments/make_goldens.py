@@ -20,7 +20,9 @@ import importlib.metadata
 import json
 import pathlib
 import random
+import tempfile
 
+import gguf
 import llama_cpp
 import torch
 import transformers
@@ -83,6 +85,8 @@ _PROMPTS = (
     ('long_1000', _log_book(44, seed=2), 16),
 )
 
+# Values of tokenizer.ggml.pre that dsjax knows.
+_PRES = ('smollm', 'gpt-2', 'llama-bpe')
 # Texts where tokenizers go apart: blanks before digits, digits of other
 # scripts, contractions, joined emoji, marks, controls, bytes without a token.
 _TEXTS = (
@@ -91,7 +95,8 @@ _TEXTS = (
     '\u00a0\u00a05', '\u3000全角　スペース', 'e\u0301 vs \u00e9',
     '\ufeffbom', 'नमस्ते दुनिया', 'مرحبا بالعالم', '𝒳𝕐 𠀀',
     '👩‍👩‍👧🇫🇷👍🏽', '<|im_end|>', 'a<|im_start|>b <|endoftext|>', 'a\x04b',
-    '\r\n\r\n', 'https://example.com/?q=1&r=%20', '....!!??((', 'ﷺ',
+    "I'TX WE'LLx you'Re", 'PAD 1234567', '\r\n\r\n',
+    'https://example.com/?q=1&r=%20', '....!!??((', 'ﷺ',
 )
 
 
@@ -133,6 +138,38 @@ def _prompt(tokenizer, llama, name, prompt):
   return golden | {'text': text, 'ids': ids}
 
 
+def _vocabulary(path, pre, folder):
+  """llama.cpp with the vocabulary of the file at `path`, cut as `pre` says."""
+  fields = gguf.GGUFReader(path).fields
+  out = pathlib.Path(folder) / f'{pre}.gguf'
+  writer = gguf.GGUFWriter(out, 'llama')
+  writer.add_context_length(64)
+  writer.add_embedding_length(8)
+  writer.add_block_count(1)
+  writer.add_head_count(1)
+  writer.add_feed_forward_length(8)
+  writer.add_layer_norm_rms_eps(1e-5)
+  writer.add_tokenizer_model('gpt2')
+  writer.add_tokenizer_pre(pre)
+  for name in ('tokens', 'merges', 'token_type'):
+    key = f'tokenizer.ggml.{name}'
+    writer.add_array(key, fields[key].contents())
+  writer.add_add_bos_token(False)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.close()
+  return llama_cpp.Llama(str(out), vocab_only=True, verbose=False)
+
+
+def _awkward(path):
+  """[{text, and its ids by llama.cpp for each of _PRES}]."""
+  with tempfile.TemporaryDirectory() as folder:
+    llamas = {pre: _vocabulary(path, pre, folder) for pre in _PRES}
+    return [{'text': text} | {
+        pre: llama.tokenize(text.encode(), add_bos=False, special=False)
+        for pre, llama in llamas.items()} for text in _TEXTS]
+
+
 def _write(path, rows):
   lines = ',\n'.join(json.dumps(row, ensure_ascii=False) for row in rows)
   path.write_text(f'[\n{lines}\n]\n', encoding='utf-8')
@@ -165,10 +202,7 @@ def main(argv):
 
   out = pathlib.Path(_OUT.value)
   _write(out / 'smollm2.json', goldens)
-  _write(out / 'smollm2_ids.json', [
-      {'text': text, 'ids': llama.tokenize(text.encode(), add_bos=False,
-                                           special=False)}
-      for text in _TEXTS])
+  _write(out / 'smollm2_ids.json', _awkward(path))
   print(f'{len(goldens)} prompts, smallest margin '
         f"{min(g['min_margin'] for g in goldens):.4f}")
 

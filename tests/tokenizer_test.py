@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 
 from dsjax import checkpoint
 from dsjax.base import InputError
-from dsjax.tokenizer import _PRE, StopMatcher, Stream, Tokenizer
+from dsjax.tokenizer import (
+    _PRE,
+    StopMatcher,
+    Stream,
+    Tokenizer,
+    _borders,
+)
 
 GOLDENS = pathlib.Path(__file__).parent / 'goldens'
 PROMPTS = json.loads((GOLDENS / 'smollm2.json').read_text('utf-8'))
@@ -34,12 +40,13 @@ def smollm(meta):
 
 
 def tiny_meta(**changes):
-  """Metadata of a byte-level vocabulary with four control tokens."""
+  """Metadata of a byte-level vocabulary with five control tokens."""
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
   bytes_ = [chr(b) for b in printable] + [
       chr(256 + i) for i in range(256 - len(printable))]
-  tokens = ['<s>', '</s>', 'PAD', '\N{BULLET}', *bytes_, 'he', '<tool>']
-  types = [3] * 4 + [1] * 257 + [4]
+  tokens = ['<s>', '</s>', 'PAD', '\N{BULLET}', '<s>+', *bytes_, 'he',
+            '<tool>']
+  types = [3] * 5 + [1] * 257 + [4]
   meta = {'model': 'gpt2', 'pre': 'gpt-2', 'tokens': tokens,
           'token_type': types, 'merges': ['h e'], 'bos_token_id': 0,
           'eos_token_id': 1} | changes
@@ -67,9 +74,11 @@ def test_ids_are_those_of_transformers(smollm, golden):
   assert smollm.encode(golden['text'], special=special) == golden['ids']
 
 
-@pytest.mark.parametrize('golden', EDGES, ids=lambda g: ascii(g['text']))
-def test_ids_of_awkward_texts_are_those_of_llama_cpp(smollm, golden):
-  assert smollm.encode(golden['text']) == golden['ids']
+@pytest.mark.parametrize('pre', sorted(_PRE))
+def test_ids_of_awkward_texts_are_those_of_llama_cpp(meta, pre):
+  tokenizer = Tokenizer(meta | {'tokenizer.ggml.pre': pre})
+  for golden in EDGES:
+    assert tokenizer.encode(golden['text']) == golden[pre], golden['text']
 
 
 def test_chat_ids_are_those_of_transformers(smollm):
@@ -113,7 +122,7 @@ def test_bos_only_when_the_file_says_so(smollm):
 def test_user_defined_tokens_are_text():
   tokenizer = Tokenizer(tiny_meta())
   ids = tokenizer.encode('he<tool>he')
-  assert ids == [260, 261, 260]
+  assert ids == [261, 262, 261]
   assert tokenizer.decode(ids) == 'he<tool>he'
 
 
@@ -149,7 +158,7 @@ def test_content_cannot_end_its_turn(smollm):
 
 
 @given(content=st.lists(st.sampled_from(
-    ['<', '>', '|', '<s>', '</s>', '/s', 's', 'PA', 'PAD', 'D', '\u2022',
+    ['<', '>', '|', '<s>', '</s>', '/s', 's>', 'AD', 'PA', 'PAD', 'D', '\u2022',
      '\U000F0000', ' ']), max_size=6).map(''.join))
 @pytest.mark.parametrize('template', [
     '{{ messages[0].content }}>', '</{{ messages[0].content }}',
@@ -165,7 +174,24 @@ def test_template_text_is_control_and_content_is_kept():
   ids = Tokenizer(tiny_meta()).chat([{'role': 'user', 'content': '<s>he</s>'}])
   assert ids[0] == 0 and ids[-1] == 1
   assert Tokenizer(tiny_meta()).decode(ids) == 'user: <s>he</s>'
-  assert len([i for i in ids if i < 4]) == 2
+  assert len([i for i in ids if i < 5]) == 2
+
+
+def test_the_longest_control_token_wins():
+  tokenizer = tiny('gpt-2')
+  assert tokenizer.encode('<s>+<s>', special=True) == [4, 0]
+
+
+def test_template_blocks_leave_no_blank_lines():
+  template = 'a\n  {% if true %}\nb\n  {% endif %}\nc'
+  ids = chat_of(template).chat([{'role': 'user', 'content': 'x'}])
+  assert tiny('gpt-2').decode(ids) == 'a\nb\nc'
+
+
+def test_tojson_keeps_characters_and_control_like_text():
+  message = {'role': 'user', 'content': 'é<s>"'}
+  ids = chat_of('{{ messages[0].content | tojson }}').chat([message])
+  assert tiny('gpt-2').decode(ids) == '"é<s>\\""'
 
 
 # --- bad input ---------------------------------------------------------------
@@ -222,7 +248,7 @@ def test_bad_metadata_is_named(changes, words):
 
 def test_a_normal_token_must_be_byte_level():
   meta = tiny_meta()
-  meta['tokenizer.ggml.tokens'][4] = '好'
+  meta['tokenizer.ggml.tokens'][5] = '好'
   with pytest.raises(InputError, match='byte-level'):
     Tokenizer(meta)
 
@@ -293,6 +319,14 @@ def naive_stop(stops, text):
     if found:
       return text[:end - max(found)], True
   return text, False
+
+
+@given(text=st.text('ab', min_size=1))
+def test_borders_match_their_definition(text):
+  for end, got in enumerate(_borders(text), start=1):
+    part = text[:end]
+    assert got == max(n for n in range(end)
+                      if part[:n] == part[end - n:])
 
 
 def run_stop(stops, pieces):

@@ -1,0 +1,58 @@
+"""What both attention references share: page tiles and online softmax."""
+
+import jax
+import jax.numpy as jnp
+
+NEVER = -1e30  # finite, so that a fully masked tile gives no NaN
+TILE = 128  # tokens a tile
+
+
+def pick(impl, impls):
+  """The named implementation, or the platform's (here: always XLA)."""
+  if impl is None:
+    impl = 'xla'
+  if impl not in impls:
+    raise ValueError(f'impl={impl!r}: must be None or one of {sorted(impls)}')
+  return impls[impl]
+
+
+def gather(x_KPCH, table_Bm):
+  """Pages of each row, side by side: [K, B, m * C, H], float32.
+
+  Gathering whole pages as flat rows copies at memory speed on CPU; gathering
+  [C, H] blocks does not.
+  """
+  K, P, C, H = x_KPCH.shape
+  B, m = table_Bm.shape
+  flat = x_KPCH.reshape(K, P, C * H).at[:, table_Bm.reshape(B * m)].get(
+      mode='promise_in_bounds', wrap_negative_indices=False)
+  return flat.reshape(K, B, m * C, H).astype(jnp.float32)
+
+
+def attend(tile, weigh, shape, table_BM, page_size, length):
+  """Online softmax over tiles of `table_BM`'s pages up to `length` tokens.
+
+  tile(start, width, table_Bm) gives masked scores [..., T] and the values;
+  weigh(p, values) sums them. `shape` is the output's; its last axis is H.
+  """
+  M = table_BM.shape[1]
+  m = min(max(1, TILE // page_size), M)
+  width = m * page_size
+
+  def body(i, carry):
+    top, total, out = carry
+    first = jnp.minimum(i * m, M - m)  # the last tile may overlap
+    table_Bm = jax.lax.dynamic_slice_in_dim(table_BM, first, m, 1)
+    s, values = tile(first * page_size, width, table_Bm)
+    fresh = first * page_size + jnp.arange(width) >= i * width
+    s = jnp.where(fresh, s, NEVER)
+    new_top = jnp.maximum(top, jnp.max(s, -1))
+    p = jnp.exp(s - new_top[..., None])
+    scale = jnp.exp(top - new_top)
+    return (new_top, total * scale + jnp.sum(p, -1),
+            out * scale[..., None] + weigh(p, values))
+
+  start = (jnp.full(shape[:-1], NEVER), jnp.zeros(shape[:-1]),
+           jnp.zeros(shape))
+  _, total, out = jax.lax.fori_loop(0, -(-length // width), body, start)
+  return out / total[..., None]
