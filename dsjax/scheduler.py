@@ -36,13 +36,16 @@ class Config:
 
   Attributes:
     max_len: most tokens of prompt and output together.
-    depth: commands in flight on an instance.
+    depth: commands in flight on an instance that decodes.
+    prefill_depth: the same in the prefill role; 1, so that a finished prompt's
+      pages can be read out before the next batch occupies the device.
     run_ahead: most decode steps of one command while nothing waits.
   """
 
   instances: tuple[base.InstanceConfig, ...]
   max_len: int
   depth: int = 2
+  prefill_depth: int = 1
   run_ahead: int = 4
 
 
@@ -373,16 +376,19 @@ class _Draft:
     preempted = True
     while preempted:  # a preempted request may start at once elsewhere
       before = len(self.commands)
-      for index, c in enumerate(self.config.instances):
-        if c.role == 'decode':
+      roles = [c.role for c in self.config.instances]
+      for index, role in enumerate(roles):
+        if role == 'decode':
           self.pull(index)
-        self.issue(index)
+      for index, role in enumerate(roles):
+        self.issue(index, role)
       preempted = any(isinstance(c, base.Preempt)
                       for c in self.commands[before:])
 
-  def issue(self, index):
-    role = self.config.instances[index].role
-    while len(self.instances[index].inflight) < self.config.depth:
+  def issue(self, index, role):
+    depth = (self.config.prefill_depth if role == 'prefill'
+             else self.config.depth)
+    while len(self.instances[index].inflight) < depth:
       command = None
       if role != 'decode':
         command = self.prefill(index)
