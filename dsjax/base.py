@@ -5,6 +5,7 @@ Plain frozen data; nothing here reads a clock, a file or a device.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 ROLES = ('prefill', 'decode', 'colocated', 'chunked')
@@ -235,11 +236,12 @@ class Request:
   """One request of a workload: prompt token ids, when it arrives, how it ends.
 
   A workload made from lengths alone has ids without meaning and ignore_eos.
+  A simulation reads only len(prompt).
   """
 
   id: int
   arrival_s: float
-  prompt: tuple[int, ...]
+  prompt: Sequence[int]
   sampling: Sampling = Sampling()
 
 
@@ -282,6 +284,80 @@ class InstanceConfig:
             'decode rows share the budget')
 
 
+def _buckets(limit, first, factor):
+  sizes = [min(first, limit)]
+  while sizes[-1] < limit:
+    sizes.append(min(sizes[-1] * factor, limit))
+  return tuple(sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+  """Shapes and limits of the instances of a run. Every size is in tokens,
+  requests or pages; compiled shapes come from the buckets.
+
+  Attributes:
+    max_len: most tokens of prompt and output together.
+    page_size: tokens a page (C).
+    num_pages: pages an instance; None for max_seqs sequences of max_len.
+    max_seqs: requests resident on an instance; the largest decode batch.
+    prefill_tokens: L_m, tokens of a prefill batch (longer prompts run in
+      chunks of it). prefill_seqs: most prompts in a batch.
+    chunk_tokens: token budget of a step in the chunked role.
+    depth, run_ahead: see scheduler.Config.
+    transfer_pages: pages a migration copies at a time.
+    dtype: of weights and KV: float32 or bfloat16.
+    attention: implementation name, or None to choose by platform.
+  """
+
+  max_len: int = 1024
+  page_size: int = 16
+  num_pages: int | None = None
+  max_seqs: int = 16
+  prefill_tokens: int = 512
+  prefill_seqs: int = 8
+  chunk_tokens: int = 256
+  depth: int = 2
+  run_ahead: int = 4
+  transfer_pages: int = 16
+  dtype: str = 'float32'
+  attention: str | None = None
+
+  def __post_init__(self):
+    for field in ('max_len', 'page_size', 'max_seqs', 'prefill_tokens',
+                  'prefill_seqs', 'chunk_tokens', 'depth', 'run_ahead',
+                  'transfer_pages'):
+      value = getattr(self, field)
+      require(_integer(1, 2**31 - 1)(value), f'EngineConfig.{field}', value,
+              'an integer of 1 or more')
+    require(self.num_pages is None or _integer(1, 2**31 - 1)(self.num_pages),
+            'EngineConfig.num_pages', self.num_pages,
+            'None or an integer of 1 or more')
+    require(self.max_len >= 2, 'EngineConfig.max_len', self.max_len,
+            '2 or more')
+    require(self.dtype in ('float32', 'bfloat16'), 'EngineConfig.dtype',
+            self.dtype, "'float32' or 'bfloat16'")
+
+  @property
+  def row_buckets(self):
+    """Decode batch sizes that are compiled."""
+    return _buckets(self.max_seqs, 1, 2)
+
+  def token_buckets(self, limit):
+    """Packed prefill sizes that are compiled, up to `limit`."""
+    return _buckets(limit, 16, 4)
+
+  def instance(self, role):
+    """The InstanceConfig of an instance in this role."""
+    pages = self.num_pages
+    if pages is None:
+      pages = self.max_seqs * -(-self.max_len // self.page_size)
+    tokens = self.chunk_tokens if role == 'chunked' else self.prefill_tokens
+    return InstanceConfig(role, pages, self.page_size, self.max_seqs,
+                          min(tokens, self.max_len + self.max_seqs),
+                          self.prefill_seqs)
+
+
 # --- what the scheduler is told ---------------------------------------------
 
 
@@ -309,7 +385,7 @@ class PrefillDone(NamedTuple):
 class DecodeDone(NamedTuple):
   """RunDecode `number` of `instance` completed.
 
-  steps_s: completion time of each of its steps. ended: (id, step) pairs: the
+  steps_s: completion time of each of its steps, all of them. ended: (id, step) pairs: the
   request met EOS or a stop with the token of that step (0-based).
   """
   time_s: float
@@ -406,7 +482,8 @@ class Record:
 
   token_s holds the completion time of each output token. stage_s sums the
   seconds spent in each of STAGES over the whole life (a preempted request
-  visits some twice); they add up to finish_s - arrival_s.
+  visits some twice); they add up to finish_s - arrival_s. finish_s is the
+  time of the event that ended it; status is then its Finish's reason.
   """
 
   id: int
@@ -442,3 +519,34 @@ class Record:
     """Gaps between successive output tokens."""
     return [b - a for a, b in zip(self.token_s, self.token_s[1:],
                                   strict=False)]
+
+
+# --- the event log ----------------------------------------------------------
+
+_LOGGED = {t.__name__: t for t in (
+    Arrived, Cancelled, PrefillDone, DecodeDone, Migrated, Chunk, Row,
+    RunPrefill, RunDecode, Migrate, Preempt, Finish, Reject)}
+
+
+def encode(value):
+  """An event or command (or a tuple of them) as JSON-ready lists."""
+  if isinstance(value, tuple):
+    named = [type(value).__name__] if hasattr(value, '_fields') else []
+    return named + [encode(v) for v in value]
+  return value
+
+
+def decode(data):
+  """The inverse of encode.
+
+  Raises:
+    InputError: a name or a field count is unknown.
+  """
+  if not isinstance(data, list):
+    return data
+  if data and isinstance(data[0], str):
+    kind = _LOGGED.get(data[0])
+    require(kind is not None and len(data) - 1 <= len(kind._fields)
+            if kind else False, 'log entry', data[0], sorted(_LOGGED))
+    return kind(*(decode(v) for v in data[1:]))
+  return tuple(decode(v) for v in data)

@@ -6,6 +6,7 @@ parsed here with every read checked against the file's size; the `gguf`
 package supplies the types and the dequantisation.
 """
 
+import dataclasses
 import importlib.metadata
 import math
 import pathlib
@@ -18,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from dsjax.base import InputError, ModelConfig, require
+from dsjax.tokenizer import Tokenizer
 
 DTYPES = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16}
 
@@ -376,6 +378,25 @@ def load_gguf(path, dtype='float32'):
     return config, _tree(config, leaf_array)
   except InputError as error:
     raise InputError(f'{path}: {error}') from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """What is served: shape, parameters (a tree), tokenizer (may be None)."""
+
+  config: ModelConfig
+  params: dict
+  tokenizer: Tokenizer | None = None
+
+
+def load(name_or_path, dtype='float32'):
+  """A Model from a name in MODELS or the path of a .gguf file.
+
+  Raises:
+    InputError: as find, load_gguf and Tokenizer.load.
+  """
+  path = find(name_or_path)
+  return Model(*load_gguf(path, dtype), Tokenizer.load(path))
 
 
 def random_params(config, seed, dtype='float32'):

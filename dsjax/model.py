@@ -58,7 +58,7 @@ def abstract_params(config, dtype=jnp.float32):
       o_DNH=s(D, N, H), mlp_norm_D=s(D), gate_FD=s(F, D), up_FD=s(F, D),
       down_DF=s(D, F))
   params = dict(embed_VD=s(c.vocab_size, D), norm_D=s(D),
-                layers=[layer() for _ in range(c.num_layers)])
+                layers=tuple(layer() for _ in range(c.num_layers)))
   if not c.tied:
     params['head_VD'] = s(c.vocab_size, D)
   return params

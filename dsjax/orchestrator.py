@@ -1,0 +1,451 @@
+"""The shell around the scheduler: real clock, real meshes, no choices.
+
+One thread. Whoever wants something (generate, stream, run) drives the loop:
+`poll` turns completed device work into events, steps the scheduler and
+performs its commands. Nothing blocks while a mesh has work.
+"""
+
+import collections
+import dataclasses
+import json
+import time
+
+import jax
+import numpy as np
+
+from dsjax import (base, engine, metrics, migrate, sampling, scheduler,
+                   sharding, tokenizer)
+
+IDLE_S = 0.0005  # pause between polls that found nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+  """A finished request.
+
+  text ends before a stop string or an ending token; tokens has every sampled
+  id, the ending one included. reason: stop | length | cancelled. logprobs: a
+  token each (log-probability, ((id, log-probability), ...)) when asked for.
+  """
+
+  id: int
+  text: str
+  tokens: tuple[int, ...]
+  reason: str
+  record: base.Record
+  logprobs: tuple = ()
+
+
+class _Live:
+  """The host's view of a request: its tokens and its text so far."""
+
+  def __init__(self, request, ends, vocabulary):
+    self.request, self.ends = request, ends
+    self.tokens, self.logprobs = [], []
+    self.ended, self.reason, self.error = False, None, None
+    self.stream = tokenizer.Stream(vocabulary) if vocabulary else None
+    self.stops = tokenizer.StopMatcher(request.sampling.stop)
+    self.pieces = collections.deque()
+
+  @property
+  def finished(self):
+    return self.reason is not None or self.error is not None
+
+  def push(self, token):
+    """Takes the next token; True when the request ends with it."""
+    self.tokens.append(token)
+    self.ended = token in self.ends
+    if not self.ended and self.stream:
+      text, hit = self.stops.push(self.stream.push(token))
+      self.pieces.append(text)
+      self.ended = hit
+    if self.ended or len(self.tokens) == self.request.sampling.max_tokens:
+      self.flush()
+    return self.ended
+
+  def flush(self):
+    """Lets out what a stop string or half a character held back."""
+    if self.stream and not self.stops.hit:
+      text, hit = self.stops.push(self.stream.finish())
+      self.pieces.append(text if hit else text + self.stops.finish())
+    self.stream = None
+
+
+class _Running:
+  """A command in flight and the outputs of its steps."""
+
+  def __init__(self, command, outputs):
+    self.command, self.outputs = command, outputs
+    self.times, self.ended = [], []
+
+
+class Orchestrator:
+  """Serves a model over a placement. Use it as a context manager.
+
+  Attributes:
+    records: a Record a request, in order of arrival.
+    log: (event, commands) pairs of the whole run.
+    copied_bytes, copy_s: what migrations moved and the seconds they took,
+      from dispatch to completion, summed.
+    host_s, steps: host seconds spent outside waiting; device steps done.
+  """
+
+  def __init__(self, model, placement, config=None, devices=None,
+               report=None):
+    """Builds and warms up every instance.
+
+    Args:
+      model: a checkpoint.Model.
+      placement: a base.Placement.
+      config: a base.EngineConfig.
+      devices: where; jax.devices() by default.
+      report: called with (done, total, name) as each step is compiled.
+
+    Raises:
+      InputError: the placement or the config cannot be served.
+    """
+    config = config or base.EngineConfig()
+    base.require(config.max_len <= model.config.max_len,
+                 'EngineConfig.max_len', config.max_len,
+                 f'at most {model.config.max_len}, the context of '
+                 f'{model.config.name}')
+    roles = [role for role, _ in placement.instances]
+    meshes = sharding.make_meshes(model.config, placement,
+                                  jax.devices() if devices is None
+                                  else devices)
+    self.model, self.placement, self.config = model, placement, config
+    self.plan = scheduler.Config(tuple(config.instance(r) for r in roles),
+                                 config.max_len, config.depth,
+                                 run_ahead=config.run_ahead)
+    self.engines = [engine.Engine(model, mesh, role, config)
+                    for role, mesh in zip(roles, meshes, strict=True)]
+    self._warm(report or (lambda done, total, name: None))
+    self.state = scheduler.init(self.plan)
+    self.recorder, self.log = metrics.Recorder(), []
+    self.live, self.requests = {}, {}
+    self.running = [collections.deque() for _ in roles]
+    self.transfers = []
+    self.copied_bytes, self.copy_s = 0, 0.0
+    self.host_s, self.steps, self.next_id = 0.0, 0, 0
+    self.origin = time.perf_counter()
+    self.closed = False
+
+  def _warm(self, report):
+    total, done = sum(len(e.shapes_needed()) for e in self.engines), 0
+    for index, one in enumerate(self.engines):
+      for name in one.warm():
+        done += 1
+        report(done, total, f'{one.role} {index}: {name}')
+    for source in self.engines:
+      for target in self.engines:
+        if source.role == 'prefill' and target.role == 'decode':
+          migrate.warm(source, target)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+  def close(self):
+    """Cancels what is left and lets the devices finish."""
+    if not self.closed:
+      for id in list(self.live):
+        self.cancel(id)
+      while self.busy:
+        self.poll()
+      self.closed = True
+
+  @property
+  def now(self):
+    """Seconds since the clock's origin."""
+    return time.perf_counter() - self.origin
+
+  @property
+  def records(self):
+    return self.recorder.records
+
+  @property
+  def busy(self):
+    return not scheduler.idle(self.state)
+
+  # --- requests -------------------------------------------------------------
+
+  def encode(self, prompt):
+    """Token ids of a prompt: a question, a list of messages, or ids.
+
+    Text is one user turn of a chat. To complete a text as it stands, pass
+    its ids: model.tokenizer.encode(text).
+
+    Raises:
+      InputError: it is none of these, empty, or has ids out of range.
+    """
+    vocabulary = self.model.tokenizer
+    if isinstance(prompt, str) or (
+        isinstance(prompt, (list, tuple)) and prompt
+        and isinstance(prompt[0], dict)):
+      base.require(vocabulary is not None, 'prompt', prompt,
+                   'token ids: this model has no tokenizer')
+      if isinstance(prompt, str):
+        prompt = [{'role': 'user', 'content': prompt}]
+      ids = vocabulary.chat(list(prompt))
+    else:
+      ids = list(prompt) if isinstance(prompt, (list, tuple, range)) else []
+    size = self.model.config.vocab_size
+    base.require(len(ids) > 0 and all(
+        isinstance(i, (int, np.integer)) and 0 <= i < size for i in ids),
+        'prompt', prompt, f'text, messages or token ids in [0, {size}), not '
+        'empty')
+    return tuple(int(i) for i in ids)
+
+  def submit(self, prompt, arrival_s=None, **params):
+    """Queues a request; returns its id. See Sampling for the parameters.
+
+    Raises:
+      InputError: bad prompt or parameters, or a request that can never fit.
+    """
+    ids = self.encode(prompt)
+    try:
+      params = base.Sampling(**params)
+    except TypeError as error:
+      raise base.InputError(f'unknown sampling parameter: {error}') from None
+    if params.max_tokens is None:
+      room = max(1, self.config.max_len - len(ids))
+      params = dataclasses.replace(params, max_tokens=room)
+    at = self.now if arrival_s is None else arrival_s
+    self.next_id += 1
+    id = self.next_id - 1
+    self.enqueue(base.Request(id, at, ids, params))
+    if self.live[id].error:
+      raise base.InputError(self.live.pop(id).error)
+    return id
+
+  def enqueue(self, request):
+    """Queues a Request of a workload; a rejection is left in its record."""
+    size, params = self.model.config.vocab_size, request.sampling
+    base.require(not self.closed, 'server', 'closed', 'open')
+    base.require(request.id not in self.requests, 'Request.id', request.id,
+                 'new')
+    base.require(params.max_tokens is not None, 'Sampling.max_tokens', None,
+                 'set in a workload')
+    base.require(all(t < size for t, _ in params.logit_bias),
+                 'Sampling.logit_bias', params.logit_bias, f'ids below {size}')
+    base.require(not params.stop or self.model.tokenizer is not None,
+                 'Sampling.stop', params.stop, 'empty without a tokenizer')
+    ends = set(params.stop_token_ids)
+    if not params.ignore_eos:
+      ends.update(self.model.config.eos_ids)
+    self.requests[request.id] = self.live[request.id] = _Live(
+        request, ends, self.model.tokenizer)
+    self.next_id = max(self.next_id, request.id + 1)
+    self._event(base.Arrived(request.arrival_s, request.id,
+                             len(request.prompt), params.max_tokens))
+
+  def cancel(self, id):
+    """Ends a request now; one that has ended is left alone."""
+    self._event(base.Cancelled(self.now, id))
+
+  def output(self, id):
+    """The finished request's Output; drops it from the server's memory."""
+    live = self.requests.pop(id)
+    record = next(r for r in reversed(self.records) if r.id == id)
+    return Output(id, ''.join(live.pieces), tuple(live.tokens), live.reason,
+                  record, tuple(live.logprobs))
+
+  def generate(self, prompt, **params):
+    """Serves one request to its end: an Output."""
+    id = self.submit(prompt, **params)
+    while not self.requests[id].finished:
+      self.poll()
+    return self.output(id)
+
+  def stream(self, prompt, **params):
+    """Yields pieces of text as they come; leaving early cancels."""
+    id = self.submit(prompt, **params)
+    live = self.requests[id]
+    try:
+      while not live.finished or live.pieces:
+        while live.pieces:
+          piece = live.pieces.popleft()
+          if piece:
+            yield piece
+        if not live.finished:
+          self.poll()
+    finally:
+      if not live.finished:
+        self.cancel(id)
+      self.requests.pop(id)
+
+  def run(self, requests, on_poll=None):
+    """Replays a workload, each request at its arrival time from now on.
+
+    Open loop: arrivals never wait for answers. on_poll() is called between
+    polls. Returns the records of these requests.
+    """
+    todo = collections.deque(sorted(requests, key=lambda r: r.arrival_s))
+    start, ids = self.now, {r.id for r in todo}
+    while todo or self.busy:
+      while todo and start + todo[0].arrival_s <= self.now:
+        request = todo.popleft()
+        self.enqueue(dataclasses.replace(
+            request, arrival_s=start + request.arrival_s))
+      self.poll()
+      if on_poll:
+        on_poll()
+    return [r for r in self.records if r.id in ids]
+
+  # --- the loop -------------------------------------------------------------
+
+  def poll(self):
+    """Handles what has completed; pauses a moment if nothing has."""
+    began = time.perf_counter()
+    with jax.transfer_guard('disallow'):
+      progress = self._poll_transfers() | self._poll_steps()
+    self.host_s += time.perf_counter() - began
+    if not progress:
+      time.sleep(IDLE_S)
+    return progress
+
+  def _poll_transfers(self):
+    done = [t for t in self.transfers if t.is_ready()]
+    for transfer in done:
+      self.transfers.remove(transfer)
+      c = transfer.command
+      self.copied_bytes += transfer.bytes
+      self.copy_s += time.perf_counter() - transfer.start_s
+      self.engines[c.source].forget(c.id)
+      self._event(base.Migrated(self.now, c.id, c.epoch))
+    return bool(done)
+
+  def _poll_steps(self):
+    progress = False
+    for queue in self.running:
+      while queue and self._advance(queue[0]):
+        progress = True
+        done = queue.popleft()
+        c, kind = done.command, base.PrefillDone
+        if isinstance(c, base.RunDecode):
+          self._event(base.DecodeDone(
+              done.times[-1], c.instance, c.number, tuple(done.times),
+              tuple(done.ended)))
+        else:
+          self._event(kind(done.times[-1], c.instance, c.number,
+                           tuple(id for id, _ in done.ended)))
+    return progress
+
+  def _advance(self, running):
+    """Takes in the steps that are ready; True when the command is done."""
+    while running.outputs:
+      if not running.outputs[0].token_R.is_ready():
+        return False
+      out, step = running.outputs.popleft(), len(running.times)
+      running.times.append(self.now)
+      self.steps += 1
+      c = running.command
+      ids = [(r, row.id) for r, row in enumerate(c.rows)]
+      if isinstance(c, base.RunPrefill):
+        first = out.token_R.shape[0] - self.engines[c.instance].sequences(c)
+        ids += [(first + b, chunk.id) for b, chunk in enumerate(c.chunks)
+                if chunk.last]
+      tokens = jax.device_get(out.token_R)
+      full = None
+      for r, id in ids:
+        live = self.live.get(id)
+        if live is None or live.ended:
+          continue
+        if live.request.sampling.logprobs is not None:
+          full = full or jax.device_get(
+              (out.logprob_R, out.top_id_RA, out.top_logprob_RA))
+          live.logprobs.append(_logprobs(live, r, *full))
+        if live.push(int(tokens[r])):
+          running.ended.append((id, step))
+    return True
+
+  def _event(self, event):
+    self.state, commands = scheduler.step(self.plan, self.state, event)
+    self.log.append((event, commands))
+    self.recorder.observe(event, commands)
+    for command in commands:
+      _PERFORM[type(command)](self, command)
+    if not self.live and scheduler.idle(self.state):
+      scheduler.check(self.state)
+
+  def _step(self, command):
+    """RunPrefill and RunDecode: admit who is new here, dispatch."""
+    one = self.engines[command.instance]
+    for chunk in getattr(command, 'chunks', ()):
+      self._admit(command.instance, chunk.id)
+    dispatch = (one.prefill if isinstance(command, base.RunPrefill)
+                else one.decode)
+    self.running[command.instance].append(
+        _Running(command, collections.deque(dispatch(command))))
+
+  def _admit(self, index, id):
+    one, live = self.engines[index], self.live.get(id)
+    if live is not None and id not in one.slot_of:
+      prompt = live.request.prompt
+      one.admit(id, [*prompt, *live.tokens], len(prompt),
+                live.request.sampling)
+
+  def _migrate(self, command):
+    self._admit(command.target, command.id)
+    self.transfers.append(migrate.start(
+        self.engines[command.source], self.engines[command.target], command))
+
+  def _preempt(self, command):
+    self.engines[command.instance].forget(command.id)
+
+  def _finish(self, command):
+    live = self.live.pop(command.id)
+    live.flush()
+    live.reason = command.reason
+    for one in self.engines:
+      one.forget(command.id)
+
+  def _reject(self, command):
+    self.live[command.id].error = command.reason
+
+  def save_log(self, path):
+    """Writes the event log: a JSON line for each (event, commands)."""
+    with open(path, 'w') as file:
+      for pair in self.log:
+        file.write(json.dumps(base.encode(pair)) + '\n')
+
+
+_PERFORM = {
+    base.RunPrefill: Orchestrator._step,
+    base.RunDecode: Orchestrator._step,
+    base.Migrate: Orchestrator._migrate,
+    base.Preempt: Orchestrator._preempt,
+    base.Finish: Orchestrator._finish,
+    base.Reject: Orchestrator._reject,
+}
+
+
+def _logprobs(live, r, logprob_R, top_id_RA, top_logprob_RA):
+  count = live.request.sampling.logprobs
+  top = zip(top_id_RA[r, :count].tolist(), top_logprob_RA[r, :count].tolist(),
+            strict=True)
+  return float(logprob_R[r]), tuple(top)
+
+
+def serve(model, placement, config=None, **options):
+  """An Orchestrator for a model over a placement; options as its __init__.
+
+  `with dsjax.serve(model, placement) as server: server.generate('Hi')`.
+  """
+  return Orchestrator(model, placement, config, **options)
+
+
+def replay(plan, log):
+  """Steps the scheduler through a log's events.
+
+  Returns:
+    the index of the first entry whose commands differ, or None.
+  """
+  state = scheduler.init(plan)
+  for index, (event, commands) in enumerate(log):
+    state, again = scheduler.step(plan, state, event)
+    if again != commands:
+      return index
+  return None

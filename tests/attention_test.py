@@ -1,0 +1,261 @@
+"""Both attention operators against a loop over queries in float64.
+
+Tolerance: a score is a sum of H = 8 products of normal numbers, wrong by less
+than 1e-6 in float32; so is the log of every weight, and the output is a mean
+of values below 5. 1e-5 leaves room for all of it.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsjax.kernels.decode_attention import decode_attention
+from dsjax.kernels.prefill_attention import BLOCK, prefill_attention
+from dsjax.kernels.tiles import TILE
+
+H = 8
+REACH = 320  # tokens a table covers
+ATOL = 1e-5
+HUGE = float(np.finfo(np.float32).max)  # what unused places hold
+# (C, N, K). REACH is no multiple of most tiles: C = 16 gives M = 20, m = 8.
+LAYOUTS = [(1, 2, 1), (4, 4, 2), (16, 6, 2), (16, 8, 1), (48, 3, 3),
+           (64, 8, 1), (256, 4, 2)]
+layouts = pytest.mark.parametrize('layout', LAYOUTS, ids=str)
+
+decode = jax.jit(decode_attention, static_argnames='impl')
+prefill = jax.jit(prefill_attention, static_argnames='impl')
+
+
+def paged(rng, lens, K, C, dtype=np.float32):
+  """Keys and values [t, K, H] of each sequence, and the pools that hold them.
+
+  Tables are permuted; spare pages, page tails and table entries past the end
+  hold garbage.
+  """
+  M = -(-REACH // C)
+  used = [-(-n // C) for n in lens]
+  P = len(lens) * M + 3
+  ids = rng.permutation(P)
+  table_BM = rng.integers(0, P, (len(lens), M)).astype(np.int32)
+  pools = [np.where(rng.random((K, P, C, H)) < 0.5, HUGE, -HUGE)
+           for _ in 'kv']
+  sequences = []
+  for b, n in enumerate(lens):
+    table_BM[b, :used[b]], ids = ids[:used[b]], ids[used[b]:]
+    dense = [rng.standard_normal((n, K, H)).astype(dtype) for _ in 'kv']
+    for pool, x in zip(pools, dense, strict=True):
+      for t in range(n):
+        pool[:, table_BM[b, t // C], t % C] = x[t]
+    sequences.append([x.astype(np.float64) for x in dense])
+  if dtype != np.float32:
+    pools = [np.clip(pool, -3e38, 3e38) for pool in pools]
+  return sequences, [pool.astype(dtype) for pool in pools], table_BM
+
+
+def attend_one(q_NH, k_TKH, v_TKH):
+  """One query over all of these tokens, a head at a time."""
+  N = q_NH.shape[0]
+  out_NH = np.zeros((N, H))
+  for n in range(N):
+    head = n // (N // k_TKH.shape[1])
+    score_T = k_TKH[:, head] @ q_NH[n] / H**0.5
+    weight_T = np.exp(score_T - score_T.max())
+    out_NH[n] = weight_T @ v_TKH[:, head] / weight_T.sum()
+  return out_NH
+
+
+# --- decode ------------------------------------------------------------------
+
+
+def decode_oracle(q_BNH, sequences):
+  return np.stack([attend_one(q, k, v) for q, (k, v) in zip(
+      q_BNH.astype(np.float64), sequences, strict=True)])
+
+
+def decode_lens(C):
+  """Around a page's end and a tile's end, and up to the whole table."""
+  return [1, max(C - 1, 1), C, C + 1, TILE - 1, TILE, TILE + 1, 300, REACH]
+
+
+def decode_case(layout, lens, dtype=np.float32, seed=0):
+  C, N, K = layout
+  rng = np.random.default_rng(seed)
+  sequences, pools, table_BM = paged(rng, lens, K, C, dtype)
+  q_BNH = rng.standard_normal((len(lens), N, H)).astype(dtype)
+  return (q_BNH, *pools, table_BM, np.array(lens, np.int32)), sequences
+
+
+@layouts
+def test_decode_equals_the_loop(layout):
+  args, sequences = decode_case(layout, decode_lens(layout[0]))
+  np.testing.assert_allclose(decode(*args), decode_oracle(
+      args[0], sequences), rtol=0, atol=ATOL)
+
+
+@layouts
+@pytest.mark.parametrize('length', [1, TILE, TILE + 1, 300])
+def test_decode_when_every_row_is_as_long(layout, length):
+  args, sequences = decode_case(layout, [length] * 2)
+  np.testing.assert_allclose(decode(*args), decode_oracle(
+      args[0], sequences), rtol=0, atol=ATOL)
+
+
+def test_decode_with_a_table_of_one_page():
+  args, sequences = decode_case((16, 4, 2), [1, 15, 16])
+  args = (*args[:3], args[3][:, :1], args[4])
+  np.testing.assert_allclose(decode(*args), decode_oracle(
+      args[0], sequences), rtol=0, atol=ATOL)
+
+
+def test_decode_of_large_scores_does_not_overflow():
+  args, sequences = decode_case((16, 4, 2), [1, 20, 300])
+  args = (args[0] * np.float32(1e3), *args[1:])
+  got = decode(*args)
+  np.testing.assert_allclose(got, decode_oracle(args[0], sequences),
+                             rtol=0, atol=1e-2)  # scores of 1e3 +- 1e-3
+
+
+def test_decode_bfloat16_rounds_only_the_result():
+  args, sequences = decode_case((16, 4, 2), decode_lens(16), jnp.bfloat16)
+  got = decode(*args)
+  assert got.dtype == jnp.bfloat16
+  np.testing.assert_allclose(
+      np.asarray(got, np.float64), decode_oracle(args[0], sequences),
+      rtol=2**-8, atol=ATOL)
+
+
+# --- prefill -----------------------------------------------------------------
+
+S = 200
+# Tokens and first position of each packed chunk.
+PACKINGS = {
+    'whole prompts': [(5, 0), (0, 0), (1, 0), (130, 0), (1, 0), (63, 0)],
+    'around a block': [(63, 0), (64, 0), (65, 0), (0, 0), (1, 0), (0, 0)],
+    'earlier context': [(1, 0), (1, 127), (64, 3), (0, 9), (65, 64),
+                        (2, 128)],
+    'late chunks': [(130, 170), (65, 255), (1, 299), (1, 15), (1, 16),
+                    (1, 17)],
+    'page edges': [(0, 0), (3, 14), (64, 64), (63, 65), (0, 0), (1, 319)],
+    'empty at the ends': [(0, 0), (0, 7), (2, 0), (129, 1), (0, 0), (0, 0)],
+    'one long': [(S, 120), (0, 0), (0, 0), (0, 0), (0, 0), (0, 0)],
+}
+
+
+def prefill_oracle(q_SNH, sequences, packing):
+  out, at = [], 0
+  for (k, v), (count, pos) in zip(sequences, packing, strict=True):
+    out += [attend_one(q_SNH[at + i].astype(np.float64), k[:pos + i + 1],
+                       v[:pos + i + 1]) for i in range(count)]
+    at += count
+  return np.stack(out)
+
+
+def prefill_case(layout, packing, size=S, dtype=np.float32, seed=0):
+  C, N, K = layout
+  rng = np.random.default_rng(seed)
+  counts, starts = zip(*packing, strict=True)
+  sequences, pools, table_BM = paged(
+      rng, [p + n for n, p in packing], K, C, dtype)
+  q_SNH = rng.standard_normal((size, N, H)).astype(dtype)
+  start_A = np.cumsum((0, *counts)).astype(np.int32)
+  return (q_SNH, *pools, table_BM, start_A,
+          np.array(starts, np.int32)), sequences
+
+
+def check_prefill(args, sequences, packing, rtol=0):
+  got = np.asarray(prefill(*args), np.float64)
+  assert got.shape == args[0].shape
+  want = prefill_oracle(args[0], sequences, packing)
+  np.testing.assert_allclose(got[:len(want)], want, rtol=rtol, atol=ATOL)
+
+
+@pytest.mark.parametrize('packing', PACKINGS.values(), ids=PACKINGS)
+@pytest.mark.parametrize('layout', [(16, 6, 2), (48, 3, 3)], ids=str)
+def test_prefill_equals_the_loop(layout, packing):
+  check_prefill(*prefill_case(layout, packing), packing)
+
+
+@layouts
+def test_prefill_in_every_layout(layout):
+  packing = [(70, 62), (1, 300), (0, 0), (3, layout[0] - 1)]
+  check_prefill(*prefill_case(layout, packing, 80), packing)
+
+
+@pytest.mark.parametrize('size', [1, 7, BLOCK - 1, BLOCK, BLOCK + 1])
+def test_prefill_of_few_tokens(size):
+  packing = [(size // 2, 5), (0, 3), (size - size // 2, 130)]
+  check_prefill(*prefill_case((16, 4, 2), packing, size), packing)
+
+
+def test_prefill_of_nothing_gives_garbage_of_the_right_shape():
+  args, _ = prefill_case((16, 4, 2), [(0, 0), (0, 5)], 7)
+  assert prefill(*args).shape == (7, 4, H)
+
+
+def test_prefill_bfloat16_rounds_only_the_result():
+  packing = PACKINGS['earlier context']
+  args, sequences = prefill_case((16, 4, 2), packing, dtype=jnp.bfloat16)
+  assert prefill(*args).dtype == jnp.bfloat16
+  check_prefill(args, sequences, packing, rtol=2**-8)
+
+
+def test_prefill_of_one_token_is_decode():
+  lens = [1, 16, 17, 128, 129, 300]
+  args, _ = decode_case((16, 4, 2), lens)
+  start_A = np.arange(len(lens) + 1, dtype=np.int32)
+  got = prefill(*args[:4], start_A, args[4] - 1)
+  np.testing.assert_allclose(got, decode(*args), rtol=0, atol=ATOL)
+
+
+# --- arguments ---------------------------------------------------------------
+
+
+@functools.cache
+def small(op):
+  case = decode_case((16, 4, 2), [3, 5]) if op is decode else prefill_case(
+      (16, 4, 2), [(2, 0), (5, 0)], 7)
+  return case[0]
+
+
+both = pytest.mark.parametrize('op', [decode, prefill],
+                               ids=['decode', 'prefill'])
+
+
+@both
+def test_an_unknown_impl_is_an_error_that_names_the_allowed(op):
+  with pytest.raises(ValueError, match=r"impl='cuda'.*\['xla'"):
+    op(*small(op), impl='cuda')
+
+
+@both
+def test_the_default_impl_on_cpu_is_the_reference(op):
+  np.testing.assert_array_equal(op(*small(op)), op(*small(op), impl='xla'))
+
+
+@both
+def test_keys_and_values_must_agree(op):
+  q, k, v, *rest = small(op)
+  with pytest.raises(ValueError, match='v_KPCH: P is'):
+    op(q, k, v[:, :-1], *rest)
+
+
+@both
+def test_the_head_widths_must_agree(op):
+  q, *rest = small(op)
+  with pytest.raises(ValueError, match='k_KPCH: H is 8, but 4 in q_.NH'):
+    op(q[..., :4], *rest)
+
+
+def test_decode_rows_must_agree():
+  *args, len_B = small(decode)
+  with pytest.raises(ValueError, match='len_B: B is 1, but 2 in q_BNH'):
+    decode(*args, len_B[:1])
+
+
+def test_prefill_takes_a_start_more_than_sequences():
+  *args, start_A, pos_B = small(prefill)
+  with pytest.raises(ValueError, match='start_A: A must be B . 1 = 3'):
+    prefill(*args, start_A[:-1], pos_B)
