@@ -114,23 +114,28 @@ def forward(config, params, cache, token_S, pos_S, page_S, attend):
   x_SD = params['embed_VD'][token_S]
   turn = angles(config, pos_S)
   offset_S = pos_S % cache.k_KPCH[0].shape[2]
-  keys, values = [], []
-  for layer, k_KPCH, v_KPCH in zip(params['layers'], cache.k_KPCH,
-                                   cache.v_KPCH, strict=True):
+
+  @jax.jit  # traced and lowered once, not L times
+  def block(x_SD, layer, k_KPCH, v_KPCH):
     h_SD = rms_norm(x_SD, layer['attn_norm_D'], config.norm_eps)
     q_SNH = rotary(project(layer['q_NHD'], h_SD), *turn)
     k_SKH = rotary(project(layer['k_KHD'], h_SD), *turn)
     k_KPCH = kv.write(k_KPCH, k_SKH, page_S, offset_S)
     v_KPCH = kv.write(v_KPCH, project(layer['v_KHD'], h_SD), page_S, offset_S)
-    keys.append(k_KPCH)
-    values.append(v_KPCH)
     o_SNH = attend(q_SNH, k_KPCH, v_KPCH)
     o_DI = layer['o_DNH'].reshape(config.d_model, -1)
     x_SD += project(o_DI, o_SNH.reshape(o_SNH.shape[0], -1))
     h_SD = rms_norm(x_SD, layer['mlp_norm_D'], config.norm_eps)
     h_SF = jax.nn.silu(project(layer['gate_FD'], h_SD)) * project(
         layer['up_FD'], h_SD)
-    x_SD += project(layer['down_DF'], h_SF)
+    return x_SD + project(layer['down_DF'], h_SF), k_KPCH, v_KPCH
+
+  keys, values = [], []
+  for layer, k_KPCH, v_KPCH in zip(params['layers'], cache.k_KPCH,
+                                   cache.v_KPCH, strict=True):
+    x_SD, k_KPCH, v_KPCH = block(x_SD, layer, k_KPCH, v_KPCH)
+    keys.append(k_KPCH)
+    values.append(v_KPCH)
   return x_SD, kv.Cache(tuple(keys), tuple(values))
 
 

@@ -122,6 +122,7 @@ class World:
     self.config, self.left = config, requests
     self.random = random.Random(seed)
     self.rate = self.random.choice((0.2, 0.8))  # of arrivals
+    self.most = self.random.choice(((16, 4), (16, 10), (4, 18)))  # tokens
     self.engine = Engine(config)
     self.state = scheduler.init(config)
     self.pending = {}  # what runs one at a time -> commands in order
@@ -154,8 +155,8 @@ class World:
       return draw.choice(self.copied)
     if self.left and (not self.pending or draw.random() < self.rate):
       self.left -= 1
-      lengths = (draw.randint(1, draw.choice((4, 16))) for _ in range(2))
-      event = base.Arrived(time_s, self.left, *lengths)
+      event = base.Arrived(time_s, self.left, *(
+          draw.randint(1, most) for most in self.most))
       self.engine.known[event.id] = event.prompt_len
       self.arrived[event.id] = event.max_tokens
       return event

@@ -1,0 +1,578 @@
+"""Stories of (event, commands) by hand; random worlds; replay of a log."""
+
+import collections
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsjax import base, pages, scheduler
+from dsjax.base import (
+    Chunk,
+    Finish,
+    InstanceConfig,
+    Migrate,
+    Preempt,
+    Row,
+    RunDecode,
+    RunPrefill,
+)
+from tests import virtual
+
+
+def _instance(role, num_pages=8, page_size=4, max_seqs=4, prefill_tokens=16,
+              prefill_seqs=4):
+  return InstanceConfig(role, num_pages, page_size, max_seqs, prefill_tokens,
+                        prefill_seqs)
+
+
+def _config(*instances, max_len=32, **changes):
+  return scheduler.Config(instances, max_len, **changes)
+
+
+def _pair(prefill=None, decode=None, **changes):
+  return _config(_instance('prefill', **prefill or {}),
+                 _instance('decode', **decode or {}), **changes)
+
+
+def _arrive(id, prompt_len, max_tokens):
+  return base.Arrived(0, id, prompt_len, max_tokens)
+
+
+def _cancel(id):
+  return base.Cancelled(0, id)
+
+
+def _prefilled(instance, number, *ended):
+  return base.PrefillDone(0, instance, number, ended)
+
+
+def _decoded(instance, number, *ended):
+  return base.DecodeDone(0, instance, number, (), ended)
+
+
+def _copied(id, epoch=1):
+  return base.Migrated(0, id, epoch)
+
+
+def _play(config, story):
+  """The state after a story whose every event gave exactly its commands."""
+  state = scheduler.init(config)
+  for event, *commands in story:
+    state, issued = scheduler.step(config, state, event)
+    assert list(issued) == commands, event
+    scheduler.check(state)
+  return state
+
+
+def _after(config, *events):
+  """The state after events and the commands of the last."""
+  state, commands = scheduler.init(config), ()
+  for event in events:
+    state, commands = scheduler.step(config, state, event)
+    scheduler.check(state)
+  return state, list(commands)
+
+
+def _free(state):
+  return [pages.num_free(instance.pool) for instance in state.instances]
+
+
+def _at_rest(config, state):
+  return scheduler.idle(state) and _free(state) == [
+      c.num_pages for c in config.instances]
+
+
+# --- a life on a disaggregated pair -----------------------------------------
+
+PREFILL_0 = RunPrefill(0, 0, (Chunk(0, 0, 6, (0, 1), True),))
+
+
+def test_one_request_through_an_idle_pair():
+  config = _pair()
+  state = _play(config, [
+      (_arrive(0, 6, 3), PREFILL_0),
+      (_prefilled(0, 0), Migrate(0, 1, 0, (0, 1), 1, (0, 1), 6)),
+      (_copied(0), RunDecode(1, 0, 0, 2, (Row(0, 6, 2, (0, 1)),))),
+      (_decoded(1, 0), Finish(0, 'length'))])
+  assert _at_rest(config, state)
+
+
+def test_source_pages_are_held_until_the_copy_is_complete():
+  life = [_arrive(0, 6, 3), _prefilled(0, 0), _copied(0)]
+  assert _free(_after(_pair(), *life[:2])[0]) == [6, 6]
+  assert _free(_after(_pair(), *life)[0]) == [8, 6]
+
+
+@pytest.mark.parametrize('max_tokens, ended, reason', [
+    (1, (), 'length'), (3, (0,), 'stop'), (1, (0,), 'stop')])
+def test_an_end_at_the_first_token_never_migrates(max_tokens, ended, reason):
+  state = _play(_pair(), [
+      (_arrive(0, 6, max_tokens), PREFILL_0),
+      (_prefilled(0, 0, *ended), Finish(0, reason))])
+  assert _at_rest(_pair(), state)
+
+
+def test_a_row_takes_a_page_when_its_pages_are_full():
+  config = _pair(depth=1)
+  state = _play(config, [
+      (_arrive(0, 4, 10), RunPrefill(0, 0, (Chunk(0, 0, 4, (0,), True),))),
+      # The target takes a page more, for the first tick; it is not copied to.
+      (_prefilled(0, 0), Migrate(0, 1, 0, (0,), 1, (0,), 4)),
+      (_copied(0), RunDecode(1, 0, 0, 4, (Row(0, 4, 4, (0, 1)),))),
+      (_decoded(1, 0), RunDecode(1, 1, 4, 4, (Row(0, 4, 8, (0, 1, 2)),))),
+      (_decoded(1, 1), RunDecode(1, 2, 8, 1, (Row(0, 4, 9, (0, 1, 2, 3)),))),
+      (_decoded(1, 2), Finish(0, 'length'))])
+  assert _at_rest(config, state)
+
+
+def test_eos_in_a_run_keeps_pages_until_what_is_in_flight_is_done():
+  story = [
+      (_arrive(0, 4, 10), RunPrefill(0, 0, (Chunk(0, 0, 4, (0,), True),))),
+      (_prefilled(0, 0), Migrate(0, 1, 0, (0,), 1, (0,), 4)),
+      (_copied(0), RunDecode(1, 0, 0, 4, (Row(0, 4, 4, (0, 1)),)),
+       RunDecode(1, 1, 4, 4, (Row(0, 4, 8, (0, 1, 2)),))),
+      (_decoded(1, 0, (0, 1)), Finish(0, 'stop'))]
+  assert _free(_play(_pair(), story)) == [8, 5]
+  # The extra tokens of command 1 are ignored, a second EOS among them.
+  state = _play(_pair(), [*story, (_decoded(1, 1, (0, 0)),)])
+  assert _at_rest(_pair(), state)
+
+
+def test_an_ended_row_leaves_the_others_running():
+  config = _config(_instance('colocated', num_pages=16), depth=1)
+  _, commands = _after(
+      config, _arrive(0, 4, 9), _arrive(1, 4, 9), _prefilled(0, 0),
+      _prefilled(0, 1), _decoded(0, 2, (0, 3)))
+  assert commands == [Finish(0, 'stop'),
+                      RunDecode(0, 3, 4, 4, (Row(1, 4, 8, (2, 3, 0)),))]
+
+
+# --- prefill batches --------------------------------------------------------
+
+
+def test_batches_stay_within_l_m_and_longer_prompts_run_in_pieces():
+  long = (10, 11, 12, 13, 14)
+  _play(_pair({'num_pages': 32, 'max_seqs': 8},
+              {'num_pages': 16, 'max_seqs': 1}), [
+      (_arrive(0, 16, 2),
+       RunPrefill(0, 0, (Chunk(0, 0, 16, (0, 1, 2, 3), True),))),
+      (_arrive(1, 6, 2),), (_arrive(2, 6, 2),), (_arrive(3, 6, 2),),
+      (_arrive(4, 20, 2),),
+      (_prefilled(0, 0), Migrate(0, 1, 0, (0, 1, 2, 3), 1, (0, 1, 2, 3), 16),
+       RunPrefill(0, 1, (Chunk(1, 0, 6, (4, 5), True),
+                         Chunk(2, 0, 6, (6, 7), True)))),
+      (_prefilled(0, 1), RunPrefill(0, 2, (Chunk(3, 0, 6, (8, 9), True),))),
+      (_prefilled(0, 2), RunPrefill(0, 3, (Chunk(4, 0, 16, long, False),))),
+      (_arrive(5, 6, 2),), (_arrive(6, 7, 2),),
+      (_prefilled(0, 3),
+       RunPrefill(0, 4, (Chunk(4, 16, 20, long, True),
+                         Chunk(5, 0, 6, (15, 16), True))))])
+
+
+def test_a_batch_has_at_most_prefill_seqs_prompts():
+  _play(_pair({'prefill_seqs': 2}, {'max_seqs': 1}), [
+      (_arrive(0, 4, 2), RunPrefill(0, 0, (Chunk(0, 0, 4, (0,), True),))),
+      (_arrive(1, 4, 2),), (_arrive(2, 4, 2),), (_arrive(3, 4, 2),),
+      (_prefilled(0, 0), Migrate(0, 1, 0, (0,), 1, (0,), 4),
+       RunPrefill(0, 1, (Chunk(1, 0, 4, (1,), True),
+                         Chunk(2, 0, 4, (2,), True)))),
+      (_prefilled(0, 1), RunPrefill(0, 2, (Chunk(3, 0, 4, (3,), True),)))])
+
+
+def test_prefill_depth():
+  _play(_pair(prefill_depth=2), [
+      (_arrive(0, 6, 3), PREFILL_0),
+      (_arrive(1, 6, 3), RunPrefill(0, 1, (Chunk(1, 0, 6, (2, 3), True),))),
+      (_arrive(2, 6, 3),)])
+
+
+# --- dispatch and back-pressure ---------------------------------------------
+
+
+def test_arrivals_go_to_the_shortest_queue_in_tokens():
+  config = _config(_instance('prefill'), _instance('prefill'),
+                   _instance('decode'))
+  state = _play(config, [
+      (_arrive(0, 4, 2), RunPrefill(0, 0, (Chunk(0, 0, 4, (0,), True),))),
+      (_arrive(1, 4, 2), RunPrefill(1, 0, (Chunk(1, 0, 4, (0,), True),))),
+      (_arrive(2, 10, 2),), (_arrive(3, 3, 2),), (_arrive(4, 3, 2),),
+      (_arrive(5, 5, 2),), (_arrive(6, 1, 2),)])
+  assert [i.queue for i in state.instances] == [(2, 6), (3, 4, 5), ()]
+
+
+def test_finished_prefills_go_to_the_least_loaded_decode_instance():
+  config = _config(_instance('prefill'), _instance('decode'),
+                   _instance('decode'))
+  _play(config, [
+      (_arrive(0, 4, 9), RunPrefill(0, 0, (Chunk(0, 0, 4, (0,), True),))),
+      (_arrive(1, 4, 9),), (_arrive(2, 4, 9),),
+      (_prefilled(0, 0), Migrate(0, 1, 0, (0,), 1, (0,), 4),
+       RunPrefill(0, 1, (Chunk(1, 0, 4, (1,), True),
+                         Chunk(2, 0, 4, (2,), True)))),
+      (_prefilled(0, 1), Migrate(2, 1, 0, (2,), 1, (2,), 4),
+       Migrate(1, 1, 0, (1,), 2, (0,), 4))])
+
+
+PRESSED = [
+    (_arrive(0, 8, 2), RunPrefill(0, 0, (Chunk(0, 0, 8, (0, 1), True),))),
+    (_prefilled(0, 0), Migrate(0, 1, 0, (0, 1), 1, (0, 1), 8)),
+    (_copied(0), RunDecode(1, 0, 0, 1, (Row(0, 8, 1, (0, 1, 2)),))),
+    (_arrive(1, 8, 2), RunPrefill(0, 1, (Chunk(1, 0, 8, (0, 1), True),))),
+    (_prefilled(0, 1),),  # one page free at the target, three wanted
+    (_arrive(2, 8, 2), RunPrefill(0, 2, (Chunk(2, 0, 8, (2, 3), True),))),
+    (_prefilled(0, 2),),
+]
+
+
+def test_kv_not_pulled_holds_back_prefill_until_decode_frees_pages():
+  _play(_pair({'num_pages': 4}, {'num_pages': 4}), PRESSED + [
+      (_arrive(3, 8, 2),),  # no page left at the source
+      (_decoded(1, 0), Finish(0, 'length'),
+       Migrate(1, 1, 0, (0, 1), 1, (0, 1), 8)),
+      (_copied(1), RunPrefill(0, 3, (Chunk(3, 0, 8, (0, 1), True),)),
+       RunDecode(1, 1, 1, 1, (Row(1, 7, 2, (0, 1, 2)),)))])
+
+
+def test_a_pull_leaves_a_page_for_each_running_row():
+  config = _pair(decode={'num_pages': 4}, depth=1)
+  life = [_arrive(0, 4, 9), _arrive(1, 4, 5), _prefilled(0, 0), _copied(0)]
+  _, commands = _after(config, *life, _prefilled(0, 1))
+  assert commands == []  # two pages are wanted, two free, one row running
+
+
+# --- one instance for both phases -------------------------------------------
+
+
+def test_colocated_runs_prefill_before_decode():
+  _play(_config(_instance('colocated', num_pages=16), depth=1), [
+      (_arrive(0, 4, 9), RunPrefill(0, 0, (Chunk(0, 0, 4, (0, 1), True),))),
+      (_prefilled(0, 0), RunDecode(0, 1, 0, 4, (Row(0, 4, 4, (0, 1)),))),
+      (_arrive(1, 4, 9),),
+      (_decoded(0, 1), RunPrefill(0, 2, (Chunk(1, 0, 4, (2, 3), True),), 4)),
+      (_prefilled(0, 2),
+       RunDecode(0, 3, 4, 4, (Row(0, 4, 8, (0, 1, 4)),
+                              Row(1, 0, 8, (2, 3)))))])
+
+
+def test_chunked_rows_ride_in_prefill_within_one_budget():
+  config = _config(_instance('chunked', num_pages=16, prefill_tokens=8),
+                   depth=1)
+  row = Row(0, 4, 8, (0, 1, 2))
+  _play(config, [
+      (_arrive(0, 4, 9), RunPrefill(0, 0, (Chunk(0, 0, 4, (0, 1), True),))),
+      (_prefilled(0, 0), RunDecode(0, 1, 0, 4, (Row(0, 4, 4, (0, 1)),))),
+      (_arrive(1, 10, 9),),
+      (_decoded(0, 1),
+       RunPrefill(0, 2, (Chunk(1, 0, 7, (3, 4, 5), False),), 4, (row,))),
+      (_prefilled(0, 2),
+       RunPrefill(0, 3, (Chunk(1, 7, 10, (3, 4, 5), True),), 5, (row,))),
+      (_prefilled(0, 3),
+       RunDecode(0, 4, 6, 2, (row, Row(1, 4, 8, (3, 4, 5)))))])
+
+
+# --- preemption -------------------------------------------------------------
+
+TIGHT = _instance('colocated', num_pages=5, page_size=2)
+FULL = [  # two rows, each about to need a page of the one that is free
+    (_arrive(0, 2, 6), RunPrefill(0, 0, (Chunk(0, 0, 2, (0, 1), True),))),
+    (_arrive(1, 2, 6),),
+    (_prefilled(0, 0), RunPrefill(0, 1, (Chunk(1, 0, 2, (2, 3), True),))),
+    (_prefilled(0, 1), RunDecode(0, 2, 0, 2, (Row(0, 2, 2, (0, 1)),
+                                              Row(1, 2, 2, (2, 3))))),
+]
+
+
+def test_the_latest_arrival_is_preempted_and_recomputed():
+  config = _config(TIGHT, depth=1)
+  row = Row(0, 2, 4, (0, 1, 4))
+  state = _play(config, FULL + [
+      (_decoded(0, 2), Preempt(1, 0), RunDecode(0, 3, 2, 1, (row,))),
+      (_decoded(0, 3), RunDecode(0, 4, 3, 1, (row,))),
+      (_decoded(0, 4), RunDecode(0, 5, 4, 1, (Row(0, 2, 5, (0, 1, 4, 2)),))),
+      # Its prompt is now 2 tokens and the 3 that were emitted.
+      (_decoded(0, 5), Finish(0, 'length'),
+       RunPrefill(0, 6, (Chunk(1, 0, 5, (0, 1, 2), True),), 5)),
+      (_prefilled(0, 6), RunDecode(0, 7, 5, 1, (Row(1, 0, 6, (0, 1, 2)),))),
+      (_decoded(0, 7), RunDecode(0, 8, 6, 1, (Row(1, 0, 7, (0, 1, 2, 3)),))),
+      (_decoded(0, 8), Finish(1, 'length'))])
+  assert _at_rest(config, state)
+
+
+def test_a_preempted_request_keeps_its_place_in_the_queue():
+  state = _play(_config(TIGHT, depth=1), FULL + [
+      (_arrive(2, 2, 6),),
+      (_decoded(0, 2), Preempt(1, 0),
+       RunDecode(0, 3, 2, 1, (Row(0, 2, 4, (0, 1, 4)),)))])
+  assert state.instances[0].queue == (1, 2)
+
+
+IN_FLIGHT = [  # as FULL, one more command ahead
+    (_arrive(0, 2, 6), RunPrefill(0, 0, (Chunk(0, 0, 2, (0, 1), True),)),
+     RunDecode(0, 1, 0, 2, (Row(0, 2, 2, (0, 1)),))),
+    (_arrive(1, 2, 6),),
+    (_prefilled(0, 0), RunPrefill(0, 2, (Chunk(1, 0, 2, (2, 3), True),), 2)),
+    (_decoded(0, 1), RunDecode(0, 3, 2, 2, (Row(0, 2, 4, (0, 1, 4)),
+                                            Row(1, 0, 4, (2, 3))))),
+    (_prefilled(0, 2),),  # no page for either row; 3 is still in flight
+]
+
+
+def test_preemption_waits_for_commands_in_flight():
+  _play(_config(TIGHT, depth=2), IN_FLIGHT + [
+      (_decoded(0, 3), Preempt(1, 0),
+       RunDecode(0, 4, 4, 1, (Row(0, 2, 5, (0, 1, 4, 2)),)))])
+
+
+@pytest.mark.parametrize('event, reason', [
+    (_decoded(0, 3, (1, 0)), 'stop'), (_cancel(1), 'cancelled')])
+def test_an_end_overtakes_a_preemption(event, reason):
+  state, commands = _after(_config(TIGHT, depth=2),
+                           *(event for event, *_ in IN_FLIGHT), event)
+  assert commands[0] == Finish(1, reason)
+  assert not any(isinstance(c, Preempt) for c in commands)
+  if reason == 'cancelled':
+    state, commands = scheduler.step(_config(TIGHT, depth=2), state,
+                                     _decoded(0, 3))
+    assert not any(isinstance(c, Preempt) for c in commands)
+  assert set(state.seqs) == {0}
+
+
+AGAIN = [  # request 1 is preempted by its decode instance and copied anew
+    (_arrive(0, 2, 6), RunPrefill(0, 0, (Chunk(0, 0, 2, (0,), True),))),
+    (_arrive(1, 2, 6),),
+    (_prefilled(0, 0), Migrate(0, 1, 0, (0,), 1, (0,), 2),
+     RunPrefill(0, 1, (Chunk(1, 0, 2, (1,), True),))),
+    (_prefilled(0, 1), Migrate(1, 1, 0, (1,), 1, (2,), 2)),
+    (_copied(0), RunDecode(1, 0, 0, 1, (Row(0, 2, 2, (0, 1)),))),
+    (_copied(1),),
+    (_decoded(1, 0), RunDecode(1, 1, 1, 1, (Row(0, 2, 2, (0, 1)),
+                                            Row(1, 1, 3, (2, 3))))),
+    (_decoded(1, 1), RunDecode(1, 2, 2, 1, (Row(0, 2, 4, (0, 1, 4)),
+                                            Row(1, 1, 3, (2, 3))))),
+    (_decoded(1, 2), Preempt(1, 1),
+     RunDecode(1, 3, 3, 1, (Row(0, 2, 4, (0, 1, 4)),)),
+     RunPrefill(0, 2, (Chunk(1, 0, 5, (0, 1, 2), True),))),
+    (_prefilled(0, 2),),
+    (_decoded(1, 3), RunDecode(1, 4, 4, 1, (Row(0, 2, 5, (0, 1, 4, 2)),))),
+    (_decoded(1, 4), Finish(0, 'length'),
+     Migrate(1, 2, 0, (0, 1, 2), 1, (0, 1, 2), 5)),
+]
+
+
+def test_a_completion_of_an_earlier_hand_off_is_ignored():
+  small = {'num_pages': 5, 'page_size': 2}
+  config = _pair({'page_size': 2}, small, depth=1)
+  before = _play(config, AGAIN)
+  assert _play(config, [*AGAIN, (_copied(1, epoch=1),)]) == before
+  _play(config, AGAIN + [
+      (_copied(1, epoch=2), RunDecode(1, 5, 5, 1, (Row(1, 0, 6, (0, 1, 2)),))),
+      (_copied(1, epoch=2),)])
+
+
+# --- cancellation -----------------------------------------------------------
+
+GONE = Finish(0, 'cancelled')
+
+
+def test_cancelled_in_the_queue():
+  config = _pair()
+  state, commands = _after(config, _arrive(1, 6, 3), _arrive(0, 6, 3),
+                           _cancel(0))
+  assert commands == [GONE] and set(state.seqs) == {1}
+  assert state.instances[0].backlog == 0
+
+
+def test_cancelled_while_its_prefill_is_in_flight():
+  state = _play(_pair(), [(_arrive(0, 6, 3), PREFILL_0), (_cancel(0), GONE)])
+  assert _free(state) == [6, 8]
+  state = _play(_pair(), [(_arrive(0, 6, 3), PREFILL_0), (_cancel(0), GONE),
+                          (_prefilled(0, 0),)])
+  assert _at_rest(_pair(), state)
+
+
+def test_cancelled_between_the_pieces_of_a_long_prompt():
+  config = _pair()
+  pieces = (0, 1, 2, 3, 4)
+  state = _play(config, [
+      (_arrive(0, 20, 2), RunPrefill(0, 0, (Chunk(0, 0, 16, pieces, False),))),
+      (_cancel(0), GONE), (_prefilled(0, 0),)])
+  assert _at_rest(config, state)
+
+
+def test_cancelled_while_its_kv_waits_to_be_pulled():
+  config = _pair({'num_pages': 4}, {'num_pages': 4})
+  state = _play(config, PRESSED + [
+      (_arrive(3, 8, 2),),
+      (_cancel(1), Finish(1, 'cancelled'),
+       RunPrefill(0, 3, (Chunk(3, 0, 8, (0, 1), True),)))])
+  assert state.instances[1].pulls == (2,)
+
+
+def test_cancelled_while_it_migrates_keeps_both_sides_until_migrated():
+  story = [(_arrive(0, 6, 3), PREFILL_0),
+           (_prefilled(0, 0), Migrate(0, 1, 0, (0, 1), 1, (0, 1), 6)),
+           (_cancel(0), GONE)]
+  assert _free(_play(_pair(), story)) == [6, 6]
+  assert _at_rest(_pair(), _play(_pair(), [*story, (_copied(0),)]))
+
+
+def test_cancelled_while_it_decodes():
+  config = _pair()
+  story = [(_arrive(0, 6, 3), PREFILL_0),
+           (_prefilled(0, 0), Migrate(0, 1, 0, (0, 1), 1, (0, 1), 6)),
+           (_copied(0), RunDecode(1, 0, 0, 2, (Row(0, 6, 2, (0, 1)),))),
+           (_cancel(0), GONE), (_cancel(0),)]  # the second time is too late
+  assert _free(_play(config, story)) == [8, 6]
+  assert _at_rest(config, _play(config, [*story, (_decoded(1, 0),)]))
+
+
+def test_a_cancel_of_an_unknown_request_is_ignored():
+  assert _play(_pair(), [(_cancel(7),)]) == scheduler.init(_pair())
+
+
+# --- bad input and internal errors ------------------------------------------
+
+
+@pytest.mark.parametrize('prompt_len, max_tokens, reason', [
+    (30, 3, 'prompt of 30 tokens and max_tokens=3 exceed the context of 32 '
+     'tokens'),
+    (8, 2, 'prompt of 8 tokens and max_tokens=2 need 3 pages; instance 1 '
+     '(decode) has 2'),
+    (0, 2, 'prompt of 0 tokens and max_tokens=2: both must be 1 or more'),
+    (2, 0, 'prompt of 2 tokens and max_tokens=0: both must be 1 or more')])
+def test_what_never_fits_is_rejected_with_its_numbers(prompt_len, max_tokens,
+                                                      reason):
+  config = _pair(decode={'num_pages': 2})
+  state = _play(config, [
+      (_arrive(0, prompt_len, max_tokens), base.Reject(0, reason))])
+  assert state == scheduler.init(config)
+
+
+def test_what_just_fits_is_served():
+  state = _play(_pair(decode={'num_pages': 2}), [
+      (_arrive(0, 6, 3), PREFILL_0),
+      (_prefilled(0, 0), Migrate(0, 1, 0, (0, 1), 1, (0, 1), 6)),
+      (_copied(0), RunDecode(1, 0, 0, 2, (Row(0, 6, 2, (0, 1)),)))])
+  assert _free(state) == [8, 0]
+
+
+@pytest.mark.parametrize('event, message', [
+    (_arrive(0, 6, 3), 'request 0 arrived twice'),
+    (_prefilled(0, 1), 'PrefillDone 1 of instance 0, which awaits RunPrefill'),
+    (_decoded(0, 0), 'DecodeDone 0 of instance 0, which awaits RunPrefill'),
+    (_decoded(1, 0), 'DecodeDone 0 of instance 1, which awaits nothing')])
+def test_an_event_that_cannot_happen_raises(event, message):
+  with pytest.raises(ValueError, match=message):
+    _after(_pair(), _arrive(0, 6, 3), event)
+
+
+@pytest.mark.parametrize('done', [
+    (_prefilled(0, 1),), (_prefilled(0, 0), _prefilled(0, 0))])
+def test_completions_out_of_order_or_twice_raise(done):
+  with pytest.raises(ValueError, match='which awaits RunPrefill'):
+    _after(_pair(prefill_depth=2), _arrive(0, 6, 3), _arrive(1, 6, 3), *done)
+
+
+# --- depth and run-ahead ----------------------------------------------------
+
+LONG = [_arrive(0, 1, 15), _prefilled(0, 0), _copied(0)]  # 14 decode steps
+ROOMY = {'page_size': 16}
+
+
+@pytest.mark.parametrize('depth', [1, 2, 3])
+def test_depth_bounds_what_is_in_flight(depth):
+  config = _pair(ROOMY, ROOMY, depth=depth, run_ahead=2)
+  _, commands = _after(config, *LONG)
+  row = (Row(0, 1, 14, (0,)),)
+  assert commands == [RunDecode(1, n, 2 * n, 2, row) for n in range(depth)]
+
+
+@pytest.mark.parametrize('run_ahead, steps', [
+    (1, [1] * 14), (4, [4, 4, 4, 2]), (100, [14])])
+def test_run_ahead_while_quiet_and_never_past_until(run_ahead, steps):
+  config = _pair(ROOMY, ROOMY, depth=1, run_ahead=run_ahead)
+  state, commands = _after(config, *LONG)
+  seen = []
+  while isinstance(commands[0], RunDecode):
+    seen.append(commands[0].steps)
+    done = _decoded(1, commands[0].number)
+    state, commands = scheduler.step(config, state, done)
+  assert seen == steps and commands == (Finish(0, 'length'),)
+
+
+@pytest.mark.parametrize('decode, more', [
+    ({'max_seqs': 1}, (_arrive(1, 1, 4), _prefilled(0, 1))),  # not pulled yet
+    ({}, (_arrive(1, 1, 4), _prefilled(0, 1)))])  # on its way
+def test_one_step_at_a_time_while_something_waits(decode, more):
+  config = _pair(ROOMY, ROOMY | decode, depth=1)
+  _, commands = _after(config, *LONG, *more, _decoded(1, 0))
+  assert commands == [RunDecode(1, 1, 4, 1, (Row(0, 1, 14, (0,)),))]
+
+
+def test_one_step_at_a_time_while_a_prompt_waits_for_pages():
+  config = _config(_instance('colocated', num_pages=4), depth=1)
+  _, commands = _after(config, _arrive(0, 4, 9), _prefilled(0, 0),
+                       _arrive(1, 12, 2), _decoded(0, 1))
+  assert commands == [RunDecode(0, 2, 4, 1, (Row(0, 4, 8, (0, 1, 2)),))]
+
+
+# --- check ------------------------------------------------------------------
+
+
+def _break_instance(**changes):
+  def broken(state):
+    first = state.instances[0]._replace(**changes)
+    return state._replace(instances=(first, *state.instances[1:]))
+  return broken
+
+
+def _break_seq(**changes):
+  def broken(state):
+    return state._replace(seqs=state.seqs | {
+        0: state.seqs[0]._replace(**changes)})
+  return broken
+
+
+@pytest.mark.parametrize('broken, message', [
+    (_break_instance(pool=pages.init(8)), 'owned and free'),
+    (_break_instance(residents=2), 'residents'),
+    (_break_instance(backlog=1), 'backlog'),
+    (_break_instance(queue=(0, 1)), 'request 0'),
+    (_break_instance(queue=()), 'backlog|request 1'),
+    (_break_seq(pages=(0,)), 'leaked: 1 of 8'),
+    (_break_seq(pages=(0, 1, 1)), 'page 1 owned twice'),
+    (_break_seq(stage='decoding'), 'request 0 is decoding')])
+def test_check_finds(broken, message):
+  state, _ = _after(_pair(), _arrive(0, 6, 3), _arrive(1, 6, 3))
+  with pytest.raises(AssertionError, match=message):
+    scheduler.check(broken(state))
+
+
+# --- random worlds ----------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40))
+def test_random_worlds(seed, requests):
+  """All that tests/virtual.py checks, for any capacity and schedule."""
+  virtual.World(virtual.random_config(seed), seed, requests).run()
+
+
+def test_a_log_replays_to_the_same_commands():
+  seen = collections.Counter()
+  for seed in range(30):
+    config = virtual.random_config(seed)
+    world = virtual.World(config, seed, 20).run()
+    lines = [json.dumps(base.encode(entry)) for entry in world.log]
+    state = scheduler.init(config)
+    for line in lines:
+      event, commands = base.decode(json.loads(line))
+      state, again = scheduler.step(config, state, event)
+      assert again == commands
+    assert state == world.state
+    seen += world.counts
+  kinds = ('RunPrefill', 'RunDecode', 'Migrate', 'Preempt', 'Reject',
+           'length', 'stop', 'cancelled')
+  assert all(seen[kind] > 10 for kind in kinds), seen
