@@ -385,8 +385,9 @@ class PrefillDone(NamedTuple):
 class DecodeDone(NamedTuple):
   """RunDecode `number` of `instance` completed.
 
-  steps_s: completion time of each of its steps, all of them. ended: (id, step) pairs: the
-  request met EOS or a stop with the token of that step (0-based).
+  steps_s: completion time of each of its steps, all of them. ended: (id,
+  step) pairs: the request met EOS or a stop with the token of that step
+  (0-based).
   """
   time_s: float
   instance: int

@@ -23,9 +23,9 @@ class Cache:
 def init(config, num_pages, page_size, dtype=jnp.float32):
   """A zeroed cache of num_pages pages of page_size tokens."""
   shape = (config.num_kv_heads, num_pages, page_size, config.head_dim)
-  zeros = lambda: tuple(jnp.zeros(shape, dtype)
-                        for _ in range(config.num_layers))
-  return Cache(zeros(), zeros())
+  keys, values = ([jnp.zeros(shape, dtype) for _ in range(config.num_layers)]
+                  for _ in range(2))
+  return Cache(tuple(keys), tuple(values))
 
 
 def write(x_KPCH, new_SKH, page_S, offset_S):

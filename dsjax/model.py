@@ -51,14 +51,18 @@ class Rows:
 
 def abstract_params(config, dtype=jnp.float32):
   """The parameter tree as ShapeDtypeStructs: for sharding and checks."""
-  c, s = config, lambda *shape: jax.ShapeDtypeStruct(shape, dtype)
+  c = config
   D, F, N, K, H = c.d_model, c.d_ff, c.num_heads, c.num_kv_heads, c.head_dim
-  layer = lambda: dict(
+
+  def s(*shape):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+  layer = dict(
       attn_norm_D=s(D), q_NHD=s(N, H, D), k_KHD=s(K, H, D), v_KHD=s(K, H, D),
       o_DNH=s(D, N, H), mlp_norm_D=s(D), gate_FD=s(F, D), up_FD=s(F, D),
       down_DF=s(D, F))
   params = dict(embed_VD=s(c.vocab_size, D), norm_D=s(D),
-                layers=tuple(layer() for _ in range(c.num_layers)))
+                layers=tuple(dict(layer) for _ in range(c.num_layers)))
   if not c.tied:
     params['head_VD'] = s(c.vocab_size, D)
   return params

@@ -13,8 +13,15 @@ import time
 import jax
 import numpy as np
 
-from dsjax import (base, engine, metrics, migrate, sampling, scheduler,
-                   sharding, tokenizer)
+from dsjax import (
+  base,
+  engine,
+  metrics,
+  migrate,
+  scheduler,
+  sharding,
+  tokenizer,
+)
 
 IDLE_S = 0.0005  # pause between polls that found nothing
 

@@ -140,7 +140,10 @@ def penalize(logits_RV, slots, slot_R, pos_R):
   zero_RV = jnp.zeros((R, V), jnp.float32)
   count_RV = zero_RV.at[row_R1, tokens_RT].add(out_RT, mode='drop')
   seen_RV = zero_RV.at[row_R1, tokens_RT].add(past_RT, mode='drop') > 0
-  column = lambda x_E: x_E[slot_R][:, None]
+
+  def column(x_E):
+    return x_E[slot_R][:, None]
+
   factor_R1 = column(slots.repetition_E)
   logits_RV = jnp.where(
       seen_RV, jnp.where(logits_RV > 0, logits_RV / factor_R1,

@@ -1,7 +1,6 @@
 """Attention of one new token a row over its paged KV."""
 
 import jax.numpy as jnp
-
 from dsjax.kernels import shapes, tiles
 
 

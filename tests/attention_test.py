@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from dsjax.kernels.decode_attention import decode_attention
 from dsjax.kernels.prefill_attention import BLOCK, prefill_attention
 from dsjax.kernels.tiles import TILE

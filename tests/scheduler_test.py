@@ -553,7 +553,7 @@ def test_check_finds(broken, message):
 # --- random worlds ----------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40))
 def test_random_worlds(seed, requests):
   """All that tests/virtual.py checks, for any capacity and schedule."""
@@ -562,7 +562,7 @@ def test_random_worlds(seed, requests):
 
 def test_a_log_replays_to_the_same_commands():
   seen = collections.Counter()
-  for seed in range(30):
+  for seed in range(40):
     config = virtual.random_config(seed)
     world = virtual.World(config, seed, 20).run()
     lines = [json.dumps(base.encode(entry)) for entry in world.log]
@@ -575,4 +575,4 @@ def test_a_log_replays_to_the_same_commands():
     seen += world.counts
   kinds = ('RunPrefill', 'RunDecode', 'Migrate', 'Preempt', 'Reject',
            'length', 'stop', 'cancelled')
-  assert all(seen[kind] > 10 for kind in kinds), seen
+  assert all(seen[kind] >= 20 for kind in kinds), seen
