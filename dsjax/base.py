@@ -353,8 +353,7 @@ class EngineConfig:
     if pages is None:
       pages = self.max_seqs * -(-self.max_len // self.page_size)
     tokens = self.chunk_tokens if role == 'chunked' else self.prefill_tokens
-    return InstanceConfig(role, pages, self.page_size, self.max_seqs,
-                          min(tokens, self.max_len + self.max_seqs),
+    return InstanceConfig(role, pages, self.page_size, self.max_seqs, tokens,
                           self.prefill_seqs)
 
 

@@ -223,8 +223,8 @@ class Orchestrator:
     self.next_id += 1
     id = self.next_id - 1
     self.enqueue(base.Request(id, at, ids, params))
-    if self.live[id].error:
-      raise base.InputError(self.live.pop(id).error)
+    if self.requests[id].error:
+      raise base.InputError(self.requests.pop(id).error)
     return id
 
   def enqueue(self, request):
@@ -410,7 +410,7 @@ class Orchestrator:
       one.forget(command.id)
 
   def _reject(self, command):
-    self.live[command.id].error = command.reason
+    self.live.pop(command.id).error = command.reason
 
   def save_log(self, path):
     """Writes the event log: a JSON line for each (event, commands)."""

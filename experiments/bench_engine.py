@@ -338,11 +338,12 @@ def main(_):
   loaded, results = checkpoint.load('smollm2-135m-instruct'), []
   if 'c' in parts:
     bench_scheduler(results)
-  if 'a' in parts:
+  if 'a' in parts or 'f' in parts:
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ('model',))
     one = engine.Engine(loaded, mesh, 'colocated', CONFIG)
     for name in one.warm():
       print('    compiled', name, flush=True)
+  if 'a' in parts:
     bench_steps(loaded, one, results)
   if 'b' in parts:
     bench_server(loaded, results)
@@ -352,7 +353,8 @@ def main(_):
     bench_modes(loaded, results)
   if 'f' in parts:
     from experiments import peers
-    peers.bench(loaded, results, add)
+    peers.bench((1, BATCH), PROMPT, STEPS, lambda n: Ours(one, n), in_turn,
+                functools.partial(add, results))
   show(results)
   if _OUT.value:
     with open(_OUT.value, 'w') as file:

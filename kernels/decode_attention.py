@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from dsjax.kernels import shapes, tiles
 
+TILE = 64  # tokens a tile: a small overshoot of the longest row
+
 
 def decode_attention(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, impl=None):
   """Softmax(q k^T / sqrt(H)) v over the first len_B tokens of each row.
@@ -49,5 +51,5 @@ def reference(q_BNH, k_KPCH, v_KPCH, table_BM, len_B):
     return jnp.einsum('kbgt,kbth->kbgh', p_KBGT, v_KBTH)
 
   o_KBGH = tiles.attend(tile, weigh, q_KBGH.shape, table_BM,
-                        k_KPCH.shape[2], jnp.max(len_B))
+                        k_KPCH.shape[2], jnp.max(len_B), TILE)
   return o_KBGH.swapaxes(0, 1).reshape(B, N, H).astype(q_BNH.dtype)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from dsjax.kernels import shapes, tiles
 
 BLOCK = 64  # queries a block
+TILE = 128  # keys a tile
 
 
 def prefill_attention(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B,
@@ -67,7 +68,7 @@ def reference(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B):
       return jnp.einsum('kqgt,kth->kqgh', p_KQGT, v_KTH)
 
     o_KQGH = tiles.attend(tile, weigh, q_KQGH.shape, table_BM[b][None],
-                          C, jnp.minimum(pos + Q, last))
+                          C, jnp.minimum(pos + Q, last), TILE)
     return jax.lax.dynamic_update_slice_in_dim(
         o_SKGH, o_KQGH.swapaxes(0, 1), first, 0)
 

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 
 NEVER = -1e30  # finite, so that a fully masked tile gives no NaN
-TILE = 128  # tokens a tile
 
 
 def pick(impl, impls):
@@ -29,14 +28,14 @@ def gather(x_KPCH, table_Bm):
   return flat.reshape(K, B, m * C, H).astype(jnp.float32)
 
 
-def attend(tile, weigh, shape, table_BM, page_size, length):
-  """Online softmax over tiles of `table_BM`'s pages up to `length` tokens.
+def attend(tile, weigh, shape, table_BM, page_size, length, size):
+  """Online softmax over tiles of about `size` of `length` tokens.
 
   tile(start, width, table_Bm) gives masked scores [..., T] and the values;
   weigh(p, values) sums them. `shape` is the output's; its last axis is H.
   """
   M = table_BM.shape[1]
-  m = min(max(1, TILE // page_size), M)
+  m = min(max(1, size // page_size), M)
   width = m * page_size
 
   def body(i, carry):
