@@ -369,6 +369,7 @@ class Arrived(NamedTuple):
 
 
 class Cancelled(NamedTuple):
+  """The client is gone, or asked for the end."""
   time_s: float
   id: int
 

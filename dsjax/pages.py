@@ -26,6 +26,7 @@ def pages_for(num_tokens, page_size):
 
 
 def num_free(pool):
+  """How many pages are free."""
   return pool.free.bit_count()
 
 

@@ -103,6 +103,7 @@ class State(NamedTuple):
 
 
 def init(config):
+  """The state before the first event."""
   return State({}, tuple(Instance(pages.init(c.num_pages))
                          for c in config.instances))
 
@@ -315,12 +316,12 @@ class _Draft:
   def take(self, index, tokens, reserve):
     """Pages for a new resident holding `tokens` tokens, or None.
 
-    reserve: leave a page for each running row, so that an admission does not
+    reserve: leave a page for each resident, so that an admission does not
     at once preempt somebody (or itself, again and again).
     """
     inst, c = self.instances[index], self.config.instances[index]
     need = pages.pages_for(tokens, c.page_size)
-    spare = len(inst.rows) if reserve else 0
+    spare = inst.residents if reserve else 0
     if (inst.residents >= c.max_seqs
         or pages.num_free(inst.pool) < need + spare):
       return None
@@ -373,8 +374,8 @@ class _Draft:
 
   def plan(self):
     """Pulls and issues until nothing more can start."""
-    preempted = True
-    while preempted:  # a preempted request may start at once elsewhere
+    before = -1
+    while before < len(self.commands):  # one decision may allow another
       before = len(self.commands)
       roles = [c.role for c in self.config.instances]
       for index, role in enumerate(roles):
@@ -382,8 +383,6 @@ class _Draft:
           self.pull(index)
       for index, role in enumerate(roles):
         self.issue(index, role)
-      preempted = any(isinstance(c, base.Preempt)
-                      for c in self.commands[before:])
 
   def issue(self, index, role):
     depth = (self.config.prefill_depth if role == 'prefill'
@@ -526,31 +525,25 @@ class _Draft:
     due = [r for r in inst.rows if r.until <= inst.tick]
     if not due:
       return True
+    while due and pages.num_free(inst.pool) < len(due):
+      if inst.ending:
+        return False
+      self.preempt(index)
+      inst = self.instances[index]
+      due = [r for r in inst.rows if r.until <= inst.tick]
+    pool, ids = pages.alloc(inst.pool, len(due))
     fresh = {}
-    for row in sorted(due, key=lambda r: self.seqs[r.id].order):
-      while self.seqs[row.id].stage == 'decoding':
-        inst = self.instances[index]
-        if pages.num_free(inst.pool):
-          pool, ids = pages.alloc(inst.pool, 1)
-          self.put(index, pool=pool)
-          seq = self.seqs[row.id]
-          seq = seq._replace(pages=seq.pages + ids)
-          self.seqs[row.id] = seq
-          fresh[row.id] = row._replace(
-              pages=seq.pages, until=_until(seq, row.base, c.page_size))
-          break
-        if inst.ending or not self.preempt(index):
-          self.refresh(index, fresh)
-          return False
-    self.refresh(index, fresh)
+    for row, page in zip(due, ids, strict=True):
+      seq = self.seqs[row.id]
+      seq = self.seqs[row.id] = seq._replace(pages=seq.pages + (page,))
+      fresh[row.id] = row._replace(
+          pages=seq.pages, until=_until(seq, row.base, c.page_size))
+    self.put(index, pool=pool, rows=tuple(fresh.get(r.id, r)
+                                          for r in inst.rows))
     return True
 
-  def refresh(self, index, fresh):
-    rows = self.instances[index].rows
-    self.put(index, rows=tuple(fresh.get(r.id, r) for r in rows))
-
   def preempt(self, index):
-    """Sends the latest arrival back to be recomputed; True if pages came."""
+    """Sends the latest arrival back to be recomputed."""
     inst = self.instances[index]
     victims = ([r.id for r in inst.rows] + list(inst.prefilling))
     seq = self.seqs[max(victims, key=lambda i: self.seqs[i].order)]
@@ -558,7 +551,6 @@ class _Draft:
       row = next(r for r in inst.rows if r.id == seq.id)
       self.change(seq.id, prompt_len=row.base + inst.tick + 1)
     self.leave(self.seqs[seq.id], 'preempt')
-    return not self.instances[index].inflight
 
 
 _HANDLERS = {

@@ -4,8 +4,6 @@ import collections
 import json
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dsjax import base, pages, scheduler
 from dsjax.base import (
@@ -136,7 +134,7 @@ def test_eos_in_a_run_keeps_pages_until_what_is_in_flight_is_done():
       (_decoded(1, 0, (0, 1)), Finish(0, 'stop'))]
   assert _free(_play(_pair(), story)) == [8, 5]
   # The extra tokens of command 1 are ignored, a second EOS among them.
-  state = _play(_pair(), [*story, (_decoded(1, 1, (0, 0)),)])
+  state = _play(_pair(), [*story, (_cancel(0),), (_decoded(1, 1, (0, 0)),)])
   assert _at_rest(_pair(), state)
 
 
@@ -286,11 +284,11 @@ FULL = [  # two rows, each about to need a page of the one that is free
 
 def test_the_latest_arrival_is_preempted_and_recomputed():
   config = _config(TIGHT, depth=1)
-  row = Row(0, 2, 4, (0, 1, 4))
+  row = Row(0, 2, 4, (0, 1, 2))
   state = _play(config, FULL + [
       (_decoded(0, 2), Preempt(1, 0), RunDecode(0, 3, 2, 1, (row,))),
       (_decoded(0, 3), RunDecode(0, 4, 3, 1, (row,))),
-      (_decoded(0, 4), RunDecode(0, 5, 4, 1, (Row(0, 2, 5, (0, 1, 4, 2)),))),
+      (_decoded(0, 4), RunDecode(0, 5, 4, 1, (Row(0, 2, 5, (0, 1, 2, 3)),))),
       # Its prompt is now 2 tokens and the 3 that were emitted.
       (_decoded(0, 5), Finish(0, 'length'),
        RunPrefill(0, 6, (Chunk(1, 0, 5, (0, 1, 2), True),), 5)),
@@ -304,7 +302,7 @@ def test_a_preempted_request_keeps_its_place_in_the_queue():
   state = _play(_config(TIGHT, depth=1), FULL + [
       (_arrive(2, 2, 6),),
       (_decoded(0, 2), Preempt(1, 0),
-       RunDecode(0, 3, 2, 1, (Row(0, 2, 4, (0, 1, 4)),)))])
+       RunDecode(0, 3, 2, 1, (Row(0, 2, 4, (0, 1, 2)),)))])
   assert state.instances[0].queue == (1, 2)
 
 
@@ -450,7 +448,12 @@ def test_what_never_fits_is_rejected_with_its_numbers(prompt_len, max_tokens,
   assert state == scheduler.init(config)
 
 
-def test_what_just_fits_is_served():
+def test_what_just_fits_the_context_is_served():
+  _, commands = _after(_pair(), _arrive(0, 30, 2))
+  assert isinstance(commands[0], RunPrefill)
+
+
+def test_what_just_fits_the_pages_is_served():
   state = _play(_pair(decode={'num_pages': 2}), [
       (_arrive(0, 6, 3), PREFILL_0),
       (_prefilled(0, 0), Migrate(0, 1, 0, (0, 1), 1, (0, 1), 6)),
@@ -553,16 +556,20 @@ def test_check_finds(broken, message):
 # --- random worlds ----------------------------------------------------------
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 40))
-def test_random_worlds(seed, requests):
-  """All that tests/virtual.py checks, for any capacity and schedule."""
-  virtual.World(virtual.random_config(seed), seed, requests).run()
+def test_random_worlds():
+  """All that tests/virtual.py checks; the first to fail is a small one."""
+  for seed in range(400):
+    world = virtual.World(virtual.random_config(seed), seed, 1 + seed // 10)
+    try:
+      world.run()
+    except Exception as error:
+      error.add_note(f'seed {seed}, after {len(world.log)} events')
+      raise
 
 
 def test_a_log_replays_to_the_same_commands():
   seen = collections.Counter()
-  for seed in range(40):
+  for seed in range(60):
     config = virtual.random_config(seed)
     world = virtual.World(config, seed, 20).run()
     lines = [json.dumps(base.encode(entry)) for entry in world.log]

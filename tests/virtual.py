@@ -147,9 +147,12 @@ class World:
 
   def _next(self):
     draw, time_s = self.random, float(len(self.log))
-    if self.arrived and draw.random() < 0.04:
-      id = draw.choice(list(self.arrived))
-      self.cancelled.add(id)
+    if self.engine.known and draw.random() < 0.04:
+      id = draw.choice(list(self.arrived or self.engine.known))
+      if draw.random() < 0.2:  # too late perhaps
+        id = draw.choice(list(self.engine.known))
+      if id in self.arrived:
+        self.cancelled.add(id)
       return base.Cancelled(time_s, id)
     if self.copied and draw.random() < 0.04:  # said again, late
       return draw.choice(self.copied)
@@ -202,6 +205,9 @@ class World:
     before = copy.deepcopy(self.state)
     again = [scheduler.step(self.config, self.state, event) for _ in range(2)]
     assert again[0] == again[1] and self.state == before
+    settled, _ = again[0]
+    nothing = base.Migrated(event.time_s, -1, 0)  # nothing was left to start
+    assert scheduler.step(self.config, settled, nothing) == (settled, ())
 
   def _over(self, command):
     reason, id = command.reason, command.id
@@ -269,7 +275,7 @@ def random_config(seed):
     size = draw.choice((1, 2, 4))
     return base.InstanceConfig(
         role, -(-draw.choice((14, 20, 28)) // size), size,
-        draw.choice((1, 2, 4) if role == 'chunked' else (1, 3, 8)),
+        draw.choice((1, 2, 4) if role == 'chunked' else (1, 4, 8)),
         draw.choice((6, 16, 64)), draw.choice((1, 2, 4)))
 
   return scheduler.Config(tuple(map(instance, roles)), max_len=24,
