@@ -3,7 +3,7 @@
 Parameters are a plain tree, weights stored output-first:
   embed_VD, norm_D, head_VD (absent when tied), and for each of `layers`:
   attn_norm_D, q_NHD, k_KHD, v_KHD, o_DNH, mlp_norm_D, gate_FD, up_FD, down_DF.
-Layers are a list and the loop over them is unrolled: a scan over stacked
+Layers are a tuple and the loop over them is unrolled: a scan over stacked
 weights copies every layer's weights each step on CPU.
 """
 

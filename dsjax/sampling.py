@@ -18,6 +18,7 @@ from dsjax import base
 from dsjax.kernels import shapes
 
 GREEDY, RANDOM, FULL = 0, 1, 2  # what a batch needs; see `mode`
+COLD = 1e-5  # a temperature below is greedy: dividing by it overflows
 
 
 @flax.struct.dataclass
@@ -157,6 +158,7 @@ def penalize(logits_RV, slots, slot_R, pos_R):
 def draw(logits_RV, slots, slot_R, pos_R):
   """Temperature, top-k, top-p, min-p, then Gumbel-max; greedy at zero."""
   hot_R = slots.temperature_E[slot_R]
+  hot_R = jnp.where(hot_R < COLD, 0.0, hot_R)
   cool_R1 = jnp.where(hot_R > 0, hot_R, 1.0)[:, None]
   scaled_RV = logits_RV / cool_R1
   V = logits_RV.shape[1]
@@ -185,6 +187,7 @@ def _at_least(x_RV, weight_RV, target_R):
   Bisects the threshold over the 32 bits of an ordered integer image of the
   floats: exact, and far cheaper than sorting a vocabulary.
   """
+  x_RV = jnp.where(x_RV == 0, 0.0, x_RV)  # -0 and 0 tie
   bits_RV = jax.lax.bitcast_convert_type(x_RV, jnp.int32)
   bits_RV = jnp.where(bits_RV < 0, bits_RV ^ jnp.int32(0x7FFFFFFF), bits_RV)
   order_RV = jax.lax.bitcast_convert_type(bits_RV, jnp.uint32) ^ jnp.uint32(

@@ -25,8 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from rich.console import Console
-from rich.table import Table
 
 from dsjax import (
   base,
@@ -323,12 +321,13 @@ def add(results, name, unit, value, rival=None, against=''):
 
 
 def show(results):
-  table = Table('what', 'unit', 'dsjax', 'rival', 'ratio', title='bench_engine')
+  width = max(len(r['name']) for r in results)
+  print(f'\n{"":{width}}  {"dsjax":>8}  {"rival":>8}  ratio')
   for r in results:
-    table.add_row(r['name'], r['unit'], f'{r["value"]:.1f}',
-                  f'{r["rival"]:.1f} ({r["against"]})' if r['rival'] else '',
-                  f'{r["ratio"]:.2f}' if r['ratio'] else '')
-  Console().print(table)
+    rival, ratio = (f'{r[k]:8.{n}f}' if r[k] else ' ' * 8
+                    for k, n in (('rival', 1), ('ratio', 2)))
+    print(f'{r["name"]:{width}}  {r["value"]:8.1f}  {rival}  {ratio[3:]}  '
+          f'{r["unit"]}' + (f', {r["against"]}' if r['against'] else ''))
 
 
 def main(_):

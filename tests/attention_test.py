@@ -11,15 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dsjax.kernels.decode_attention import decode_attention
+from dsjax.kernels.decode_attention import TILE, decode_attention
 from dsjax.kernels.prefill_attention import BLOCK, prefill_attention
-from dsjax.kernels.tiles import TILE
 
 H = 8
-REACH = 320  # tokens a table covers
+REACH = 336  # tokens a table covers; no multiple of a tile of many pages
 ATOL = 1e-5
 HUGE = float(np.finfo(np.float32).max)  # what unused places hold
-# (C, N, K). REACH is no multiple of most tiles: C = 16 gives M = 20, m = 8.
+# (C, N, K)
 LAYOUTS = [(1, 2, 1), (4, 4, 2), (16, 6, 2), (16, 8, 1), (48, 3, 3),
            (64, 8, 1), (256, 4, 2)]
 layouts = pytest.mark.parametrize('layout', LAYOUTS, ids=str)
@@ -76,7 +75,8 @@ def decode_oracle(q_BNH, sequences):
 
 def decode_lens(C):
   """Around a page's end and a tile's end, and up to the whole table."""
-  return [1, max(C - 1, 1), C, C + 1, TILE - 1, TILE, TILE + 1, 300, REACH]
+  return [1, max(C - 1, 1), C, C + 1, TILE - 1, TILE, TILE + 1, 2 * TILE - 1,
+          2 * TILE, 2 * TILE + 1, 300, REACH]
 
 
 def decode_case(layout, lens, dtype=np.float32, seed=0):
@@ -95,7 +95,7 @@ def test_decode_equals_the_loop(layout):
 
 
 @layouts
-@pytest.mark.parametrize('length', [1, TILE, TILE + 1, 300])
+@pytest.mark.parametrize('length', [1, TILE, TILE + 1, REACH])
 def test_decode_when_every_row_is_as_long(layout, length):
   args, sequences = decode_case(layout, [length] * 2)
   np.testing.assert_allclose(decode(*args), decode_oracle(
@@ -137,7 +137,7 @@ PACKINGS = {
                         (2, 128)],
     'late chunks': [(130, 170), (65, 255), (1, 299), (1, 15), (1, 16),
                     (1, 17)],
-    'page edges': [(0, 0), (3, 14), (64, 64), (63, 65), (0, 0), (1, 319)],
+    'page edges': [(0, 0), (3, 14), (64, 64), (63, 65), (0, 0), (1, 335)],
     'empty at the ends': [(0, 0), (0, 7), (2, 0), (129, 1), (0, 0), (0, 0)],
     'one long': [(S, 120), (0, 0), (0, 0), (0, 0), (0, 0), (0, 0)],
 }
@@ -179,7 +179,7 @@ def test_prefill_equals_the_loop(layout, packing):
 
 @layouts
 def test_prefill_in_every_layout(layout):
-  packing = [(70, 62), (1, 300), (0, 0), (3, layout[0] - 1)]
+  packing = [(70, 62), (1, 330), (0, 0), (3, layout[0] - 1)]
   check_prefill(*prefill_case(layout, packing, 80), packing)
 
 

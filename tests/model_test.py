@@ -81,10 +81,13 @@ class Instance:
         np.array(last + [False] * spare), self.table_EM[slot])
 
   def rows(self, at):
-    """Rows of {slot: position of its input token}, padded at the end."""
+    """Rows of {slot: position of its input token}, padded at the end.
+
+    Padding points into the middle of a prompt, where a write would show.
+    """
     spare = B - len(at)
-    slot = i32([*at, *[0] * spare])
-    return model.Rows(i32([*at.values(), *[0] * spare]), slot,
+    slot = i32([*at, *[3] * spare])
+    return model.Rows(i32([*at.values(), *[2] * spare]), slot,
                       np.array([True] * len(at) + [False] * spare),
                       self.table_EM[slot])
 

@@ -142,6 +142,17 @@ def test_top_k_keeps_the_ties_of_the_last(k):
   assert drawn(logits, Sampling(temperature=4., top_k=k)) == want
 
 
+def test_top_k_tells_neighbouring_floats_apart():
+  logits = np.full(V, -1., np.float32)
+  logits[[3, 8]] = [1., np.nextafter(np.float32(1), np.float32(2))]
+  assert drawn(logits, Sampling(temperature=1., top_k=1)) == {8}
+  assert drawn(logits, Sampling(temperature=1., top_k=2)) == {3, 8}
+  logits[[3, 8]] *= -1
+  logits[logits == -1] = -2
+  logits[3] = -1
+  assert drawn(logits, Sampling(temperature=1., top_k=1)) == {3}
+
+
 @both_modes
 @pytest.mark.parametrize('p', [1e-9, 0.1, 0.3, 0.5, 0.9, 0.97, 1.0])
 def test_top_p_keeps_the_smallest_set_that_reaches_p(p, need):
