@@ -22,11 +22,16 @@ from dsjax.workload import json_lines
 # --- records ----------------------------------------------------------------
 
 
-def save_records(path, records):
-  """Writes one Record a line as JSON, with its ttft_s and tpot_s."""
+def save_records(path, records, modes=None):
+  """Writes one Record a line as JSON, with its ttft_s and tpot_s.
+
+  Args:
+    modes: None, or the mode of each record, written beside it.
+  """
   with open(path, 'w', encoding='utf-8') as file:
-    for r in records:
-      row = dataclasses.asdict(r) | {'ttft_s': r.ttft_s, 'tpot_s': r.tpot_s}
+    for i, r in enumerate(records):
+      row = {'mode': modes[i]} if modes else {}
+      row |= dataclasses.asdict(r) | {'ttft_s': r.ttft_s, 'tpot_s': r.tpot_s}
       file.write(json.dumps(row) + '\n')
 
 
@@ -78,7 +83,7 @@ def _table(title, results, rows):
 
 def _attained(s):
   share, low, high = s.attainment
-  return f'{_percent(share)} [{100 * low:.1f}, {100 * high:.1f}]'
+  return f'{_percent(share)} [{100 * low:.0f}, {100 * high:.0f}]'
 
 
 def _times_ms(field, at):
@@ -245,7 +250,7 @@ def verdict(results):
 _MODE_COLOURS = {'disaggregated': '#1f6fb4', 'colocated': '#d9662b',
                  'chunked': '#2f9464'}
 _MORE_COLOURS = ('#7d55b5', '#b0305c', '#6d6d6d', '#b08a00')
-_STAGE_COLOURS = dict(zip(STAGES, (
+STAGE_COLOURS = dict(zip(STAGES, (
     '#f5d2a0', '#e0912f', '#c2417c', '#a8cdea', '#3a86c8'), strict=True))
 _BELOW = {'loc': 'upper center', 'bbox_to_anchor': (0.5, -0.17), 'ncols': 5,
           'frameon': False, 'fontsize': 8, 'handlelength': 1.2,
@@ -281,7 +286,9 @@ def _cdf(axes, results, field, limit_s, colours):
   else:
     axes.set_xlim(0, max(top) * 1.2)  # room for the label of the SLO
   axes.axvline(limit_s, color='black', linestyle='--', linewidth=1)
-  axes.annotate(f' SLO {1e3 * limit_s:,.4g} ms', (limit_s, 3), fontsize=8)
+  axes.annotate(f'SLO {1e3 * limit_s:,.4g} ms', (limit_s, 4), fontsize=8,
+                xytext=(4, 0), textcoords='offset points',
+                bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 1})
   axes.xaxis.set_major_formatter(FuncFormatter(_ms))
   axes.set_ylim(0, 103)
   axes.set_xlabel(f'{field[:4].upper()} (ms)')
@@ -315,7 +322,7 @@ def _stage_bars(axes, results):
     for stage in STAGES:
       mean_s = sum(r.stage_s[stage] for r in done) / max(1, len(done))
       axes.barh(y, mean_s, left=left, height=0.55,
-                color=_STAGE_COLOURS[stage],
+                color=STAGE_COLOURS[stage],
                 label=stage.replace('_', ' ') if y == 0 else None)
       left += mean_s
       parts.append(f'{1e3 * mean_s:,.3g}' if mean_s < 1 else
@@ -352,5 +359,5 @@ def save_figure(path, results, slo, title=''):
     axes.spines[['top', 'right']].set_visible(False)
   if scale.get_legend_handles_labels()[0]:
     scale.legend(**_BELOW)
-  figure.suptitle(textwrap.fill(title, 120), x=0.01, ha='left', fontsize=11)
+  figure.suptitle(textwrap.fill(title, 110), x=0.01, ha='left', fontsize=11)
   figure.savefig(path, dpi=130)

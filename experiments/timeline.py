@@ -1,4 +1,4 @@
-"""A run's event log as a Chrome trace, for ui.perfetto.dev.
+"""A run's event log as a Chrome trace, for ui.perfetto.dev, and as a figure.
 
 Pure rendering; an event log is a list of (event, commands) in order.
 """
@@ -6,7 +6,11 @@ Pure rendering; an event log is a list of (event, commands) in order.
 import json
 import pathlib
 
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
 from dsjax.base import (
+    STAGES,
     DecodeDone,
     Migrate,
     Migrated,
@@ -15,6 +19,7 @@ from dsjax.base import (
     RunPrefill,
 )
 from dsjax.metrics import Recorder
+from experiments.report import STAGE_COLOURS
 
 _INSTANCES, _REQUESTS = 1, 2  # "processes" of the trace
 
@@ -139,6 +144,69 @@ def timeline(log, names=()):
           'displayTimeUnit': 'ms'}
 
 
+def merge(traces):
+  """One trace of several runs, one above the other, each from 0.
+
+  Args:
+    traces: [(name, what timeline returned), ...].
+  """
+  events = []
+  for k, (name, trace) in enumerate(traces):
+    for e in trace['traceEvents']:
+      e = e | {'pid': 2 * k + e['pid']}
+      if 'id' in e:  # of arrows and requests: one space for the whole trace
+        e['id'] = f'{name}.{e["id"]}'
+      if e['name'] == 'process_name':
+        e['args'] = {'name': f'{name}: {e["args"]["name"]}'}
+      events.append(e)
+  return {'traceEvents': events, 'displayTimeUnit': 'ms'}
+
+
 def save_timeline(path, log, names=()):
   """Writes timeline(log, names) as JSON."""
   pathlib.Path(path).write_text(json.dumps(timeline(log, names)))
+
+
+def save_lives(path, log, names=(), ids=None):
+  """Draws a short run to a PNG: instances above, requests below.
+
+  An instance's row has a box a step; a request's row has its stages.
+
+  Args:
+    log, names: as in timeline.
+    ids: the requests to draw; None for all.
+  """
+  trace = timeline(log, names)['traceEvents']
+  steps = [e for e in trace if e.get('cat') == 'step']
+  spans = []
+  recorder = Recorder(lambda *span: spans.append(span))
+  for event, commands in log:
+    recorder.observe(event, commands)
+  origin_s = log[0][0].time_s if log else 0.0
+  ids = [r.id for r in recorder.records] if ids is None else list(ids)
+  rows = sorted({e['tid'] for e in steps} | set(range(len(names))))
+  figure = Figure(figsize=(10, 1.4 + 0.36 * (len(rows) + len(ids))),
+                  layout='constrained')
+  axes = figure.subplots()
+  for e in steps:
+    stage = 'prefill' if e['args']['prefilled'] else 'decode'
+    axes.barh(rows.index(e['tid']), 1e-6 * e['dur'], left=1e-6 * e['ts'],
+              height=0.7, color=STAGE_COLOURS[stage], edgecolor='white',
+              linewidth=0.4)
+  for id, stage, start_s, stop_s in spans:
+    if id in ids:
+      axes.barh(len(rows) + ids.index(id), stop_s - start_s,
+                left=start_s - origin_s, height=0.5,
+                color=STAGE_COLOURS[stage])
+  labels = [names[i] if i < len(names) else f'instance {i}' for i in rows]
+  labels += [f'request {id}' for id in ids]
+  axes.set_yticks(range(len(labels)), labels)
+  axes.invert_yaxis()
+  axes.axhline(len(rows) - 0.5, color='black', linewidth=0.8)
+  axes.set_xlabel('seconds')
+  axes.spines[['top', 'right']].set_visible(False)
+  axes.legend(handles=[Patch(color=STAGE_COLOURS[s],
+                             label=s.replace('_', ' ')) for s in STAGES],
+              loc='upper center', bbox_to_anchor=(0.5, 1.12 + 0.2 / (
+                  len(labels))), ncols=5, frameon=False, fontsize=8)
+  figure.savefig(path, dpi=100)

