@@ -57,11 +57,9 @@ def override(config, settings):
     require(equals, '--set', setting, 'field=value')
     known = _leaves(config)
     if path not in known:
-      last = path.rsplit('.', 1)[-1]
-      same = [p for p in known if p.rsplit('.', 1)[-1] == last]
-      raise InputError(f'--set={setting}: no field {path!r}: '
-                       f'{_nearest(path, same or known)}one of '
-                       f'{", ".join(known)}')
+      near = max(known, key=lambda p: _likeness(path, p))
+      raise InputError(f'--set={setting}: no field {path!r}: did you mean '
+                       f'{near!r}? Must be one of {", ".join(known)}')
     config = _changed(config, path.split('.'), path, text)
   return config
 
@@ -69,6 +67,17 @@ def override(config, settings):
 def _nearest(name, known):
   found = difflib.get_close_matches(str(name), known, 1, 0.3)
   return f'did you mean {found[0]!r}? Must be ' if found else ''
+
+
+def _likeness(path, known):
+  """How likely `known` was meant: its last name counts most."""
+  (where, name), (known_where, known_name) = (
+      p.rpartition('.')[::2] for p in (path, known))
+
+  def ratio(a, b):
+    return difflib.SequenceMatcher(None, a, b).ratio()
+  return (2 * ratio(name, known_name) + known_name.startswith(name)
+          + ratio(where, known_where))
 
 
 def _is_node(value):

@@ -188,25 +188,25 @@ def save_lives(path, log, names=(), ids=None):
   figure = Figure(figsize=(10, 1.4 + 0.36 * (len(rows) + len(ids))),
                   layout='constrained')
   axes = figure.subplots()
-  for e in steps:
-    stage = 'prefill' if e['args']['prefilled'] else 'decode'
-    axes.barh(rows.index(e['tid']), 1e-6 * e['dur'], left=1e-6 * e['ts'],
-              height=0.7, color=STAGE_COLOURS[stage], edgecolor='white',
-              linewidth=0.4)
-  for id, stage, start_s, stop_s in spans:
-    if id in ids:
-      axes.barh(len(rows) + ids.index(id), stop_s - start_s,
-                left=start_s - origin_s, height=0.5,
-                color=STAGE_COLOURS[stage])
+  axes.barh([rows.index(e['tid']) for e in steps],
+            [1e-6 * e['dur'] for e in steps],
+            left=[1e-6 * e['ts'] for e in steps], height=0.7,
+            color=[STAGE_COLOURS['prefill' if e['args']['prefilled'] else
+                                 'decode'] for e in steps],
+            edgecolor='white', linewidth=0.15)
+  spans = [s for s in spans if s[0] in ids]
+  axes.barh([len(rows) + ids.index(id) for id, *_ in spans],
+            [stop_s - start_s for *_, start_s, stop_s in spans],
+            left=[start_s - origin_s for *_, start_s, _ in spans], height=0.5,
+            color=[STAGE_COLOURS[stage] for _, stage, *_ in spans])
   labels = [names[i] if i < len(names) else f'instance {i}' for i in rows]
   labels += [f'request {id}' for id in ids]
   axes.set_yticks(range(len(labels)), labels)
-  axes.invert_yaxis()
+  axes.set_ylim(len(labels) - 0.4, -0.6)
   axes.axhline(len(rows) - 0.5, color='black', linewidth=0.8)
   axes.set_xlabel('seconds')
   axes.spines[['top', 'right']].set_visible(False)
-  axes.legend(handles=[Patch(color=STAGE_COLOURS[s],
-                             label=s.replace('_', ' ')) for s in STAGES],
-              loc='upper center', bbox_to_anchor=(0.5, 1.12 + 0.2 / (
-                  len(labels))), ncols=5, frameon=False, fontsize=8)
+  figure.legend(handles=[Patch(color=STAGE_COLOURS[s],
+                               label=s.replace('_', ' ')) for s in STAGES],
+                loc='outside upper center', ncols=5, frameon=False, fontsize=8)
   figure.savefig(path, dpi=100)

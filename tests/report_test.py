@@ -167,7 +167,7 @@ def test_tables():
   assert rows['TTFT p50 ms'] == ['500', '1,250']
   assert rows['TTFT p90 ms'] == ['500', '2,000']
   assert rows['TPOT p99 ms'] == ['50.0', '50.0']
-  assert rows['attained [95 %]'][1].startswith('50.0 % [45.')
+  assert rows['attained [95 %]'][1].startswith('50.0 % [45,')
   assert rows['devices'] == ['1', '2']
   assert rows['per device'] == ['1.00', '0.249']
   assert rows['prefill_queue ms'] == ['250', '1,000']

@@ -1,0 +1,29 @@
+"""The notebook runs from top to bottom, with a tiny model."""
+
+import pathlib
+
+import nbclient
+import nbformat
+import pytest
+
+FOLDER = pathlib.Path(__file__).parent.parent / 'experiments' / 'colabs'
+NOTEBOOKS = sorted(FOLDER.glob('*.ipynb'))
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.filterwarnings('ignore')
+def test_runs(path, monkeypatch):
+  monkeypatch.setenv('DSJAX_TINY', '1')
+  monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
+  notebook = nbformat.read(path, as_version=4)
+  assert len(notebook.cells) <= 20
+  assert all(c.source.count('\n') < 25 for c in notebook.cells)
+  client = nbclient.NotebookClient(
+      notebook, timeout=300, kernel_name='python3',
+      resources={'metadata': {'path': str(FOLDER)}})
+  client.execute()
+  said = ''.join(o.get('text', '') for c in notebook.cells
+                 for o in c.get('outputs', []))
+  for mode in ('disaggregated', 'colocated', 'chunked'):
+    assert f'{mode}: 4 of 4 answered' in said
+  assert 'equal token for token' in said
