@@ -305,7 +305,7 @@ class EngineConfig:
       chunks of it). prefill_seqs: most prompts in a batch.
     chunk_tokens: token budget of a step in the chunked role.
     depth, run_ahead: see scheduler.Config.
-    transfer_pages: pages a migration copies at a time.
+    transfer_pages: most pages a migration copies at a time.
     dtype: of weights and KV: float32 or bfloat16.
     attention: implementation name, or None to choose by platform.
   """
@@ -319,7 +319,7 @@ class EngineConfig:
   chunk_tokens: int = 256
   depth: int = 2
   run_ahead: int = 4
-  transfer_pages: int = 16
+  transfer_pages: int = 64
   dtype: str = 'float32'
   attention: str | None = None
 
@@ -345,7 +345,12 @@ class EngineConfig:
 
   def token_buckets(self, limit):
     """Packed prefill sizes that are compiled, up to `limit`."""
-    return _buckets(limit, 16, 4)
+    return _buckets(limit, 32, 2)
+
+  @property
+  def page_buckets(self):
+    """Numbers of pages that a migration copies at a time."""
+    return _buckets(self.transfer_pages, 4, 4)
 
   def instance(self, role):
     """The InstanceConfig of an instance in this role."""

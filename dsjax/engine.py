@@ -138,7 +138,10 @@ class Engine:
 
   def _seqs_bucket(self, tokens):
     """Sequences a prefill of this many packed tokens has room for."""
-    return min(self.limits.prefill_seqs, max(1, tokens // 16))
+    most = self.limits.prefill_seqs
+    if tokens == self.limits.prefill_tokens:
+      return most  # the largest bucket takes any batch
+    return min(most, max(1, tokens // 16))
 
   def _mixed_rows(self):
     full = self.config.max_seqs
@@ -253,17 +256,18 @@ class Engine:
 
   # --- pages ----------------------------------------------------------------
 
+  def _pages_bucket(self, ids):
+    return next(n for n in self.config.page_buckets if n >= len(ids))
+
   def gather(self, ids):
     """Reads pages (at most transfer_pages): a tree of [K, m, C, H]."""
-    size = self.config.transfer_pages
-    page_m = np.zeros(size, np.int32)
+    page_m = np.zeros(self._pages_bucket(ids), np.int32)
     page_m[:len(ids)] = ids
     return make_step(self.shapes, 'gather')(self.cache, self._put(page_m))
 
   def scatter(self, ids, moved):
     """Writes pages; returns an array that is ready when they are in place."""
-    size = self.config.transfer_pages
-    page_m = np.full(size, self.shapes.num_pages, np.int32)
+    page_m = np.full(self._pages_bucket(ids), self.shapes.num_pages, np.int32)
     page_m[:len(ids)] = ids
     self.cache, done_m = make_step(self.shapes, 'scatter')(
         self.cache, self._put(page_m), moved)

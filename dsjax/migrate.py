@@ -86,20 +86,32 @@ class Transfer:
     return all(d.is_ready() for d in self.done)
 
 
+def batches(count, buckets):
+  """Copy sizes for `count` pages: few and large, the last one padded."""
+  sizes = []
+  while count > 0:
+    sizes.append(max((b for b in buckets if b <= count), default=buckets[0]))
+    count -= sizes[-1]
+  return sizes
+
+
 def start(source, target, command):
   """Dispatches the copies of a Migrate between two Engines."""
-  size, done, copied = source.config.transfer_pages, [], 0
+  done, copied, at = [], 0, 0
   began = time.perf_counter()
-  for i in range(0, len(command.source_pages), size):
-    read = source.gather(command.source_pages[i:i + size])
+  for size in batches(len(command.source_pages), source.config.page_buckets):
+    read = source.gather(command.source_pages[at:at + size])
     moved = move(read, source.shapes.mesh, target.shapes.mesh)
-    done.append(target.scatter(command.target_pages[i:i + size], moved))
+    done.append(target.scatter(command.target_pages[at:at + size], moved))
     copied += sum(x.nbytes for x in jax.tree.leaves(moved))
+    at += size
   return Transfer(command, done, copied, began)
 
 
 def warm(source, target):
-  """Runs one empty copy between two Engines, so that nothing compiles later."""
-  read = source.gather(())
-  moved = move(read, source.shapes.mesh, target.shapes.mesh)
-  jax.block_until_ready(target.scatter((), moved))
+  """Copies pages nowhere in each size, so that nothing compiles later."""
+  for size in source.config.page_buckets:
+    nowhere = (target.shapes.num_pages,) * size  # dropped by the target
+    read = source.gather((0,) * size)
+    moved = move(read, source.shapes.mesh, target.shapes.mesh)
+    jax.block_until_ready(target.scatter(nowhere, moved))

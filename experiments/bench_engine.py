@@ -289,7 +289,7 @@ def bench_scheduler(results):
 
 def bench_migrate(loaded, results):
   """KV of 2,048 tokens between two devices."""
-  config = base.EngineConfig(max_len=2048, max_seqs=2, transfer_pages=16)
+  config = base.EngineConfig(max_len=2048, max_seqs=2, transfer_pages=128)
   placement = base.Placement(prefill=[base.Plan()], decode=[base.Plan()])
   with orchestrator.serve(loaded, placement, config) as server:
     source, target = server.engines

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import random
+import signal
 import sys
 import time
 import types
@@ -74,6 +75,21 @@ def server_of(mode, config=PAGES_4, model=MODEL, **options):
   placement, devices = MODES[mode]
   return serve(model, placement, config,
                devices=[jax.devices()[i] for i in devices], **options)
+
+
+LIMIT_S = 180  # of one test, compilation included
+
+
+@pytest.fixture(autouse=True)
+def _a_hang_is_a_failure():
+  def stop(*_):
+    raise TimeoutError(f'no end after {LIMIT_S} s')
+
+  before = signal.signal(signal.SIGALRM, stop)
+  signal.alarm(LIMIT_S)
+  yield
+  signal.alarm(0)
+  signal.signal(signal.SIGALRM, before)
 
 
 # --- the oracle --------------------------------------------------------------
