@@ -6,12 +6,14 @@ performs its commands. Nothing blocks while a mesh has work.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import time
 
 import jax
 import numpy as np
+from rich import progress
 
 from dsjax import (
   base,
@@ -106,7 +108,8 @@ class Orchestrator:
       placement: a base.Placement.
       config: a base.EngineConfig.
       devices: where; jax.devices() by default.
-      report: called with (done, total, name) as each step is compiled.
+      report: called with (done, total, name) as each step is compiled; a
+        progress bar by default.
 
     Raises:
       InputError: the placement or the config cannot be served.
@@ -126,7 +129,13 @@ class Orchestrator:
                                  run_ahead=config.run_ahead)
     self.engines = [engine.Engine(model, mesh, role, config)
                     for role, mesh in zip(roles, meshes, strict=True)]
-    self._warm(report or (lambda done, total, name: None))
+    if report:
+      self._warm(report)
+    else:
+      with progress.Progress(transient=True) as bar:
+        task = bar.add_task('')
+        self._warm(lambda done, total, name: bar.update(
+            task, completed=done, total=total, description=name))
     self.state = scheduler.init(self.plan)
     self.recorder, self.log = metrics.Recorder(), []
     self.live, self.requests = {}, {}
@@ -307,11 +316,11 @@ class Orchestrator:
     """Handles what has completed; pauses a moment if nothing has."""
     began = time.perf_counter()
     with jax.transfer_guard('disallow'):
-      progress = self._poll_transfers() | self._poll_steps()
+      some = self._poll_transfers() | self._poll_steps()
     self.host_s += time.perf_counter() - began
-    if not progress:
+    if not some:
       time.sleep(IDLE_S)
-    return progress
+    return some
 
   def _poll_transfers(self):
     done = [t for t in self.transfers if t.is_ready()]
@@ -325,10 +334,10 @@ class Orchestrator:
     return bool(done)
 
   def _poll_steps(self):
-    progress = False
+    some = False
     for queue in self.running:
       while queue and self._advance(queue[0]):
-        progress = True
+        some = True
         done = queue.popleft()
         c, kind = done.command, base.PrefillDone
         if isinstance(c, base.RunDecode):
@@ -338,7 +347,7 @@ class Orchestrator:
         else:
           self._event(kind(done.times[-1], c.instance, c.number,
                            tuple(id for id, _ in done.ended)))
-    return progress
+    return some
 
   def _advance(self, running):
     """Takes in the steps that are ready; True when the command is done."""
@@ -439,8 +448,13 @@ def _logprobs(live, r, logprob_R, top_id_RA, top_logprob_RA):
 def serve(model, placement, config=None, **options):
   """An Orchestrator for a model over a placement; options as its __init__.
 
-  `with dsjax.serve(model, placement) as server: server.generate('Hi')`.
+  `with dsjax.serve(model, placement) as server: server.generate('Hi')`. If
+  JAX has not started, a machine without accelerators gets as many CPU devices
+  as the placement asks for.
   """
+  with contextlib.suppress(RuntimeError):  # it has started: use what is there
+    if jax.config.jax_num_cpu_devices < placement.num_devices:
+      jax.config.update('jax_num_cpu_devices', placement.num_devices)
   return Orchestrator(model, placement, config, **options)
 
 
