@@ -291,6 +291,8 @@ def save(config, results, title, closing, out):
                                'text': a.text, 'tokens': a.tokens},
                               ensure_ascii=False) + '\n')
   traces = []
+  for old in out.glob('events-*.jsonl'):
+    old.unlink()
   for r in results:
     with open(out / f'events-{r.mode}.jsonl', 'w') as file:
       file.writelines(json.dumps(base.encode(pair)) + '\n' for pair in r.log)

@@ -1,6 +1,7 @@
 """Attention of one new token a row over its paged KV."""
 
 import jax.numpy as jnp
+
 from dsjax.kernels import shapes, tiles
 
 TILE = 64  # tokens a tile: a small overshoot of the longest row

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+
 from dsjax.kernels import shapes, tiles
 
 BLOCK = 64  # queries a block

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from dsjax.kernels.decode_attention import TILE, decode_attention
 from dsjax.kernels.prefill_attention import BLOCK, prefill_attention
 

@@ -19,8 +19,8 @@ from tests import tiny
 CONFIG = tiny.UNTIED
 TINY = checkpoint.Model(CONFIG, tiny.params(CONFIG))
 LIMITS = base.EngineConfig(
-    max_len=64, page_size=4, num_pages=20, max_seqs=3, prefill_tokens=32,
-    prefill_seqs=2, chunk_tokens=32, transfer_pages=3)
+    max_len=64, page_size=4, num_pages=20, max_seqs=3, prefill_tokens=48,
+    prefill_seqs=2, chunk_tokens=32, transfer_pages=6)
 GREEDY = Sampling()
 
 
@@ -273,7 +273,7 @@ def test_padding_tokens_and_sequences_of_a_prefill_write_nothing():
   host = full_host()
   slot = host.slot_of[2]
   host.forget(2)
-  host.admit(2, tiny.prompt(17))  # bucket of 32 tokens and 2 sequences
+  host.admit(2, tiny.prompt(17))  # a bucket of 32 tokens, 2 sequences
   assert host.slot_of[2] == slot
   pages, cells = written(host, lambda: host.start(2))
   assert pages == set(host.pages[2][:5])
@@ -367,8 +367,8 @@ def test_every_possible_batch_has_a_warm_shape(limits, role):
 
 
 @pytest.mark.parametrize('role, want', (
-    ('prefill', {(32, 0)}), ('decode', {(0, 1), (0, 2), (0, 3)}),
-    ('colocated', {(32, 0), (0, 1), (0, 2), (0, 3)}),
+    ('prefill', {(32, 0), (48, 0)}), ('decode', {(0, 1), (0, 2), (0, 3)}),
+    ('colocated', {(32, 0), (48, 0), (0, 1), (0, 2), (0, 3)}),
     ('chunked', {(32, 0), (0, 1), (0, 2), (0, 3), (32, 1), (32, 3)})))
 def test_shapes_needed(role, want):
   found = engine(role).shapes_needed()

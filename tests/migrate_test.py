@@ -17,7 +17,7 @@ from tests import tiny
 CONFIG = dataclasses.replace(tiny.CONFIG, name='4 kv heads', num_kv_heads=4)
 TINY = checkpoint.Model(CONFIG, tiny.params(CONFIG))
 LIMITS = base.EngineConfig(max_len=32, page_size=4, num_pages=9, max_seqs=2,
-                           transfer_pages=3)
+                           transfer_pages=6)
 PAIRS = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2))
 
 
@@ -170,14 +170,26 @@ def test_the_named_pages_arrive_and_no_other_is_touched(tp, count):
   check_arrived(c, source, was, target, had)
 
 
-@pytest.mark.parametrize('count, batches', ((1, 1), (3, 1), (4, 2), (7, 3)))
-def test_bytes_count_what_was_copied(count, batches):
+@pytest.mark.parametrize('count, sizes', (
+    (1, (4,)), (3, (4,)), (4, (4,)), (5, (4, 4)), (6, (6,)), (7, (6, 4)),
+    (9, (6, 4))))
+def test_bytes_count_what_was_copied(count, sizes):
   source, _ = instance(1, 0, 1)
   target, _ = instance(1, 4, 2)
   transfer = migrate.start(source, target, command(range(count),
                                                    range(count)))
-  assert transfer.bytes == batches * 3 * 4 * CONFIG.kv_bytes_per_token()
-  assert len(transfer.done) == batches
+  assert transfer.bytes == sum(sizes) * 4 * CONFIG.kv_bytes_per_token()
+  assert len(transfer.done) == len(sizes)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 100))
+def test_copies_hold_every_page_with_little_padding(count, most):
+  buckets = base.EngineConfig(transfer_pages=most).page_buckets
+  sizes = migrate.batches(count, buckets)
+  assert set(sizes) <= set(buckets) and max(buckets) == most
+  assert 0 <= sum(sizes) - count < buckets[0]
+  assert sizes == sorted(sizes, reverse=True)
 
 
 def test_a_transfer_is_ready_only_when_every_batch_is():

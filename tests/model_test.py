@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dsjax.kernels.prefill_attention import prefill_attention
 
 from dsjax import base, checkpoint, model, sampling
 from dsjax import cache as kv
 from dsjax.base import Sampling
+from dsjax.kernels.prefill_attention import prefill_attention
 from tests import tiny
 
 CONFIG = tiny.CONFIG
