@@ -8,5 +8,5 @@ config = Serve(
                         prefill_seqs=4, chunk_tokens=64, run_ahead=1),
     workload=Workload(path=str(PROMPTS), rate_per_s=1.0),
     sampling=Sampling(max_tokens=32),
-    slo=Slo(ttft_s=1.5, tpot_s=0.12),
+    slo=Slo(ttft_s=1.5, tpot_s=0.15),
 )

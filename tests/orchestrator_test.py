@@ -94,9 +94,10 @@ def _a_hang_is_a_failure():
     raise TimeoutError(f'no end after {LIMIT_S} s')
 
   before = signal.signal(signal.SIGALRM, stop)
-  signal.alarm(LIMIT_S)
+  # Again and again, since leaving a `with serve(...)` may hang too.
+  signal.setitimer(signal.ITIMER_REAL, LIMIT_S, 5)
   yield
-  signal.alarm(0)
+  signal.setitimer(signal.ITIMER_REAL, 0)
   signal.signal(signal.SIGALRM, before)
 
 
@@ -509,7 +510,8 @@ def test_a_stop_string_that_only_begins_is_shown_in_the_end(server):
 def test_logprobs_are_those_of_the_raw_logits(mode):
   work = [job(9, 6, logprobs=4, **HOT, top_k=3, seed=2, ignore_eos=True),
           job(11, 6, ignore_eos=True),
-          job(5, 6, logprobs=0, repetition_penalty=2.0, ignore_eos=True)]
+          job(5, 6, logprobs=0, repetition_penalty=2.0, ignore_eos=True),
+          job(7, 6, logprobs=20, ignore_eos=True)]
   with server_of(mode) as server:
     outputs = play(server, work)
   for (prompt, params), output in zip(work, outputs, strict=True):
@@ -579,6 +581,19 @@ def test_leaving_a_stream_early_cancels_it(mode):
     drain(server)
     assert server.output(other).tokens == greedy(tiny.prompt(9), 20)
     assert not server.requests and len(server.records[1].token_s) < 50
+
+
+def test_text_held_back_is_shown_when_a_request_is_cancelled(server):
+  (prompt, params), _, text = greedy_text(count=40)
+  id = server.submit(prompt, **params, stop=text[:30] + '!')
+  while len(server.requests[id].tokens) < 3:
+    server.poll()
+  assert not ''.join(server.requests[id].pieces)
+  server.cancel(id)
+  drain(server)
+  output = server.output(id)
+  assert output.reason == 'cancelled'
+  assert output.text == Letters().decode(output.tokens) != ''
 
 
 def test_two_streams_at_once(server):
