@@ -19,7 +19,9 @@ class InputError(ValueError):
 def require(ok, field, value, allowed):
   """Raises InputError naming the field, its value and the allowed values."""
   if not ok:
-    raise InputError(f'{field}={value!r}: must be {allowed}')
+    text = repr(value)
+    text = text if len(text) <= 120 else f'{text[:100]} ... {text[-15:]}'
+    raise InputError(f'{field}={text}: must be {allowed}')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -138,7 +138,7 @@ class Orchestrator:
             task, completed=done, total=total, description=name))
     self.state = scheduler.init(self.plan)
     self.recorder, self.log = metrics.Recorder(), []
-    self.live, self.requests = {}, {}
+    self.live, self.requests, self.seen = {}, {}, set()
     self.running = [collections.deque() for _ in roles]
     self.transfers = []
     self.copied_bytes, self.copy_s = 0, 0.0
@@ -168,7 +168,7 @@ class Orchestrator:
     if not self.closed:
       for id in list(self.live):
         self.cancel(id)
-      while self.busy:
+      while any(self.running) or self.transfers:
         self.poll()
       self.closed = True
 
@@ -208,10 +208,8 @@ class Orchestrator:
     else:
       ids = list(prompt) if isinstance(prompt, (list, tuple, range)) else []
     size = self.model.config.vocab_size
-    base.require(len(ids) > 0 and all(
-        isinstance(i, (int, np.integer)) and 0 <= i < size for i in ids),
-        'prompt', prompt, f'text, messages or token ids in [0, {size}), not '
-        'empty')
+    base.require(_are_ids(ids, size), 'prompt', prompt,
+                 f'text, messages or token ids in [0, {size}), not empty')
     return tuple(int(i) for i in ids)
 
   def submit(self, prompt, arrival_s=None, **params):
@@ -240,8 +238,10 @@ class Orchestrator:
     """Queues a Request of a workload; a rejection is left in its record."""
     size, params = self.model.config.vocab_size, request.sampling
     base.require(not self.closed, 'server', 'closed', 'open')
-    base.require(request.id not in self.requests, 'Request.id', request.id,
-                 'new')
+    base.require(request.id not in self.seen, 'Request.id', request.id,
+                 'new to this server')
+    base.require(_are_ids(request.prompt, size), 'Request.prompt',
+                 request.prompt, f'token ids in [0, {size}), not empty')
     base.require(params.max_tokens is not None, 'Sampling.max_tokens', None,
                  'set in a workload')
     base.require(all(t < size for t, _ in params.logit_bias),
@@ -253,6 +253,7 @@ class Orchestrator:
       ends.update(self.model.config.eos_ids)
     self.requests[request.id] = self.live[request.id] = _Live(
         request, ends, self.model.tokenizer)
+    self.seen.add(request.id)
     self.next_id = max(self.next_id, request.id + 1)
     self._event(base.Arrived(request.arrival_s, request.id,
                              len(request.prompt), params.max_tokens))
@@ -335,18 +336,20 @@ class Orchestrator:
 
   def _poll_steps(self):
     some = False
-    for queue in self.running:
-      while queue and self._advance(queue[0]):
-        some = True
+    # What these completions start is left to the next poll, however fast the
+    # device: arrivals and cancels get their turn.
+    for queue, count in [(q, len(q)) for q in self.running]:
+      while count and self._advance(queue[0]):
+        some, count = True, count - 1
         done = queue.popleft()
-        c, kind = done.command, base.PrefillDone
+        c, at = done.command, done.times[-1]
         if isinstance(c, base.RunDecode):
-          self._event(base.DecodeDone(
-              done.times[-1], c.instance, c.number, tuple(done.times),
-              tuple(done.ended)))
+          event = base.DecodeDone(at, c.instance, c.number, tuple(done.times),
+                                  tuple(done.ended))
         else:
-          self._event(kind(done.times[-1], c.instance, c.number,
-                           tuple(id for id, _ in done.ended)))
+          event = base.PrefillDone(at, c.instance, c.number,
+                                   tuple(id for id, _ in done.ended))
+        self._event(event)
     return some
 
   def _advance(self, running):
@@ -381,8 +384,9 @@ class Orchestrator:
     self.state, commands = scheduler.step(self.plan, self.state, event)
     self.log.append((event, commands))
     self.recorder.observe(event, commands)
-    for command in commands:
-      _PERFORM[type(command)](self, command)
+    with jax.transfer_guard('disallow'):
+      for command in commands:
+        _PERFORM[type(command)](self, command)
     if not self.live and scheduler.idle(self.state):
       scheduler.check(self.state)
 
@@ -436,6 +440,12 @@ _PERFORM = {
     base.Finish: Orchestrator._finish,
     base.Reject: Orchestrator._reject,
 }
+
+
+def _are_ids(ids, vocab_size):
+  return len(ids) > 0 and all(type(i) is int or isinstance(i, np.integer)
+                              for i in ids) and (
+      min(ids) >= 0 and max(ids) < vocab_size)
 
 
 def _logprobs(live, r, logprob_R, top_id_RA, top_logprob_RA):
