@@ -35,10 +35,11 @@ import dsjax
 from configs.serve import Serve
 from dsjax import base, metrics, orchestrator, scheduler, workload
 from experiments import config as configs
-from experiments import live, report, timeline, tiny
+from experiments import live, machine, report, timeline, tiny
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SAMPLES = 3  # answers shown of the first mode
+BUSY_CORES = 0.2  # of other programs: more than this spoils a comparison
 
 _CONFIG = flags.DEFINE_string(
     'config', None, 'Name of a file in configs/, or path of a .py file.')
@@ -189,7 +190,7 @@ def serve_mode(config, mode, placement, model, requests, screen):
   with dsjax.serve(model, placement, config.engine,
                    report=screen.warming) as server:
     with _count_compilations() as compiled:
-      stopped = False
+      stopped, others = False, machine.Others()
       try:
         server.run(requests, on_poll=lambda: screen.serving(server))
       except KeyboardInterrupt:
@@ -197,6 +198,7 @@ def serve_mode(config, mode, placement, model, requests, screen):
         server.close()
       finally:
         screen.served()
+      cores = others.cores()
   scheduler.check(server.state)
   first = orchestrator.replay(server.plan, server.log)
   assert first is None, f'{mode}: log entry {first} replays otherwise'
@@ -204,7 +206,8 @@ def serve_mode(config, mode, placement, model, requests, screen):
   answers = {r.id: server.output(r.id) for r in records
              if r.status in ('stop', 'length')}
   extra = {'kv_bytes': server.copied_bytes, 'kv_s': server.copy_s,
-           'host_s_per_step': server.host_s / max(1, server.steps)}
+           'host_s_per_step': server.host_s / max(1, server.steps),
+           'others_cores': cores}
   return Result(mode, placement, records, server.log, answers, extra,
                 len(compiled), stopped)
 
@@ -262,6 +265,14 @@ def serve_modes(config, model, requests, console):
       if result.stopped:
         break
   return results
+
+
+def disturbed(results):
+  """A warning where other programs took cores from a mode, else ''."""
+  busy = [f'{r.extra["others_cores"]:.1f} in {r.mode}' for r in results
+          if (r.extra['others_cores'] or 0.0) > BUSY_CORES]
+  return ('Other programs took cores while this ran (' + ', '.join(busy)
+          + '): the comparison is not fair.') if busy else ''
 
 
 # --- results ----------------------------------------------------------------
@@ -349,7 +360,7 @@ def run(config, out, console):
   compared = compare(config, results)
   closing = ' '.join(filter(None, (
       f'Stopped early, in {results[-1].mode}.' if stopped else '',
-      report.verdict(compared), tokens_agree(results))))
+      report.verdict(compared), tokens_agree(results), disturbed(results))))
   console.print(report.tables(compared))
   console.print(closing, highlight=False)
   save(config, results, title, closing, out)

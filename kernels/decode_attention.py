@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from dsjax.kernels import shapes, tiles
 
-TILE = 64  # tokens a tile: a small overshoot of the longest row
+TILE = 48  # tokens a tile: few tiles, a small overshoot of the longest row
 
 
 def decode_attention(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, impl=None):

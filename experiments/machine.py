@@ -1,0 +1,34 @@
+"""How busy the machine was with other things while something was measured."""
+
+import os
+import pathlib
+import time
+
+_STAT = pathlib.Path('/proc/stat')
+_WORK = (0, 1, 2, 5, 6)  # user, nice, system, irq, softirq
+
+
+def _busy_s():
+  """(seconds all cores worked, seconds this process did), None if unknown."""
+  try:
+    ticks = [int(x) for x in _STAT.read_text().split('\n')[0].split()[1:]]
+  except (OSError, ValueError):
+    return None
+  own = os.times()
+  return (sum(ticks[i] for i in _WORK) / os.sysconf('SC_CLK_TCK'),
+          own.user + own.system)
+
+
+class Others:
+  """Cores that other processes use, from its making on; Linux only."""
+
+  def __init__(self):
+    self._busy, self._start_s = _busy_s(), time.perf_counter()
+
+  def cores(self):
+    """Mean cores taken by others so far; None where it cannot be known."""
+    now, span_s = _busy_s(), time.perf_counter() - self._start_s
+    if now is None or self._busy is None or span_s < 0.1:
+      return None
+    (all_s, own_s), (all_0_s, own_0_s) = now, self._busy
+    return max(0.0, (all_s - all_0_s - own_s + own_0_s) / span_s)
