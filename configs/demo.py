@@ -1,4 +1,19 @@
-"""x"""
+"""The demo: 24 chat prompts, disaggregated against both colocated modes.
+
+  python -m experiments.serve --config=demo --out=out/demo     (make demo)
+
+SmolLM2-135M-Instruct in float32 on two CPU devices: one prefill and one decode
+instance, then two colocated instances, then two that chunk. Requests arrive at
+random, one a second, and write 32 tokens at most. run_ahead is 1, since a step
+takes a tenth of a second here and whatever waits behind it waits that long.
+
+It should say that every mode answered 24 of 24, that nothing was compiled
+while serving and that all answers are equal token for token; then the tables,
+the verdict and where the files are. On a 2-core CPU machine that did nothing
+else: no clear winner; attained 100 %, 92 % and 88 %; TPOT p90 120, 144 and
+141 ms; TTFT p90 939, 792 and 816 ms. Three and a half minutes from nothing
+(measured with other work on the machine), two and a half later.
+"""
 
 from configs.serve import PROMPTS, Serve, Workload
 from dsjax import EngineConfig, Sampling, Slo

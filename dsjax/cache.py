@@ -38,11 +38,29 @@ def write(x_KPCH, new_SKH, page_S, offset_S):
 
 def gather_pages(cache, page_m):
   """Pages page_m of every layer: a tree of [K, m, C, H] (migration's read)."""
-  return jax.tree.map(lambda x: x.at[:, page_m].get(
-      mode='promise_in_bounds'), cache)
+  def one(x_KPCH):
+    K, P, C, H = x_KPCH.shape
+    flat = x_KPCH.reshape(K, P, C * H).at[:, page_m].get(
+        mode='promise_in_bounds', wrap_negative_indices=False)
+    return flat.reshape(K, page_m.shape[0], C, H)
+
+  return jax.tree.map(one, cache)
 
 
 def scatter_pages(cache, page_m, pages):
-  """Writes `pages` (as gathered) to page_m; id P drops a page."""
-  return jax.tree.map(lambda x, new: x.at[:, page_m].set(
-      new.astype(x.dtype), mode='drop'), cache, pages)
+  """Writes `pages` (as gathered) to page_m; ids of P, all last, are dropped.
+
+  A loop of whole-page updates in place: XLA's CPU scatter of blocks goes
+  element by element.
+  """
+  page_m = jnp.asarray(page_m)
+
+  def one(x_KPCH, new_KmCH):
+    def put(i, x_KPCH):
+      page_K1CH = jax.lax.dynamic_slice_in_dim(new_KmCH, i, 1, 1)
+      return jax.lax.dynamic_update_slice_in_dim(
+          x_KPCH, page_K1CH.astype(x_KPCH.dtype), page_m[i], 1)
+    live = jnp.sum(page_m < x_KPCH.shape[1])
+    return jax.lax.fori_loop(0, live, put, x_KPCH)
+
+  return jax.tree.map(one, cache, pages)

@@ -96,7 +96,7 @@ class Orchestrator:
     log: (event, commands) pairs of the whole run.
     copied_bytes, copy_s: what migrations moved and the seconds they took,
       from dispatch to completion, summed.
-    host_s, steps: host seconds spent outside waiting; device steps done.
+    host_s, steps: host seconds of polls that found work; device steps done.
   """
 
   def __init__(self, model, placement, config=None, devices=None,
@@ -318,8 +318,9 @@ class Orchestrator:
     began = time.perf_counter()
     with jax.transfer_guard('disallow'):
       some = self._poll_transfers() | self._poll_steps()
-    self.host_s += time.perf_counter() - began
-    if not some:
+    if some:
+      self.host_s += time.perf_counter() - began
+    else:
       time.sleep(IDLE_S)
     return some
 

@@ -1,10 +1,12 @@
-"""What a person sees while a run goes on: progress, counts, text.
+"""What a person sees while a run goes on, and how they stop it.
 
 On a terminal a table that renews itself; elsewhere a plain line now and then.
 It only reads the orchestrator.
 """
 
 import collections
+import signal
+import threading
 import time
 
 from rich.console import Group
@@ -45,6 +47,35 @@ def counts(server):
     if stage:
       rows[seq.instance][stage] += 1
   return rows
+
+
+class Interrupts:
+  """Ctrl-C as a flag, so that it stops a run between two polls.
+
+  The second one is Python's own KeyboardInterrupt.
+  """
+
+  def __init__(self):
+    self.seen = False
+
+  def __enter__(self):
+    self._usable = threading.current_thread() is threading.main_thread()
+    if self._usable:
+      self._old = signal.signal(signal.SIGINT, self._note)
+    return self
+
+  def __exit__(self, *_):
+    if self._usable:
+      signal.signal(signal.SIGINT, self._old)
+
+  def _note(self, *_):
+    self.seen = True
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+  def halt(self):
+    """Raises KeyboardInterrupt if Ctrl-C was pressed."""
+    if self.seen:
+      raise KeyboardInterrupt
 
 
 class Screen:

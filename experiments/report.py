@@ -359,5 +359,5 @@ def save_figure(path, results, slo, title=''):
     axes.spines[['top', 'right']].set_visible(False)
   if scale.get_legend_handles_labels()[0]:
     scale.legend(**_BELOW)
-  figure.suptitle(textwrap.fill(title, 110), x=0.01, ha='left', fontsize=11)
+  figure.suptitle(textwrap.fill(title, 125), x=0.01, ha='left', fontsize=10)
   figure.savefig(path, dpi=130)

@@ -20,9 +20,7 @@ import dataclasses
 import json
 import os
 import pathlib
-import signal
 import sys
-import threading
 
 os.environ.setdefault('NPROC', '32')  # room for collectives of many devices
 
@@ -135,35 +133,6 @@ def load_model(config):
 # --- serving ----------------------------------------------------------------
 
 
-class Interrupts:
-  """Ctrl-C as a flag, so that it stops a run between two polls.
-
-  The second one is Python's own KeyboardInterrupt.
-  """
-
-  def __init__(self):
-    self.seen = False
-
-  def __enter__(self):
-    self._usable = threading.current_thread() is threading.main_thread()
-    if self._usable:
-      self._old = signal.signal(signal.SIGINT, self._note)
-    return self
-
-  def __exit__(self, *_):
-    if self._usable:
-      signal.signal(signal.SIGINT, self._old)
-
-  def _note(self, *_):
-    self.seen = True
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-  def halt(self):
-    """Raises KeyboardInterrupt if Ctrl-C was pressed."""
-    if self.seen:
-      raise KeyboardInterrupt
-
-
 @contextlib.contextmanager
 def _count_compilations():
   """A list that grows with each program that is compiled."""
@@ -251,7 +220,7 @@ def serve_modes(config, model, requests, console):
     serve.
   """
   results = []
-  with Interrupts() as interrupts, live.Screen(
+  with live.Interrupts() as interrupts, live.Screen(
       console, interrupts.halt) as screen:
     for mode, placement in zip(config.modes, config.placements, strict=True):
       try:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from dsjax import base, orchestrator, scheduler
 from experiments import config as configs
-from experiments import live, report, serve
+from experiments import live, machine, report, serve
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = ('model=tiny', 'engine.max_len=128', 'engine.max_seqs=2',
@@ -87,6 +87,26 @@ def _check_logs(out, fields):
                             engine.max_len, engine.depth,
                             run_ahead=engine.run_ahead)
     assert orchestrator.replay(plan, log) is None
+
+
+def test_a_busy_machine_is_said(monkeypatch):
+  def result(mode, cores):
+    extra = {'others_cores': cores}
+    return serve.Result(mode, None, [], [], {}, extra, 0, False)
+
+  assert serve.disturbed([result('a', None), result('b', 0.1)]) == ''
+  said = serve.disturbed([result('a', 0.05), result('b', 1.04)])
+  assert '(1.0 in b)' in said and 'not fair' in said
+  monkeypatch.setattr(machine, '_busy_s', lambda: None)
+  assert machine.Others().cores() is None
+
+
+def test_cores_of_others(monkeypatch):
+  seen = iter([(100.0, 10.0), (107.0, 11.0)])
+  clock = iter([50.0, 54.0])
+  monkeypatch.setattr(machine, '_busy_s', lambda: next(seen))
+  monkeypatch.setattr(machine.time, 'perf_counter', lambda: next(clock))
+  assert machine.Others().cores() == 1.5
 
 
 def test_ctrl_c_keeps_what_there_is(tmp_path, capsys, monkeypatch):
