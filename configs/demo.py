@@ -10,9 +10,8 @@ takes a tenth of a second here and whatever waits behind it waits that long.
 It should say that every mode answered 24 of 24, that nothing was compiled
 while serving and that all answers are equal token for token; then the tables,
 the verdict and where the files are. On a 2-core CPU machine that did nothing
-else: no clear winner; attained 100 %, 92 % and 88 %; TPOT p90 120, 144 and
-141 ms; TTFT p90 939, 792 and 816 ms. Three and a half minutes from nothing
-(measured with other work on the machine), two and a half later.
+else: no clear winner; attained 100 %, 92 % and 88 %; TPOT p90 113, 143 and
+146 ms; TTFT p90 890, 789 and 844 ms; 3 min 42 s from nothing.
 """
 
 from configs.serve import PROMPTS, Serve, Workload
