@@ -106,8 +106,9 @@ class Transformers:
     self.token = out.logits[:, -1:].argmax(-1)
 
   def decode(self):
-    length = self.prompt.shape[1]
-    self.cache.crop(length)
+    extra = self.cache.get_seq_length() - self.prompt.shape[1]
+    if extra:
+      self.cache.crop(-extra)
     token = self.token
     with self.torch.inference_mode():
       for _ in range(self.steps):
