@@ -427,10 +427,8 @@ class Orchestrator:
     self.live.pop(command.id).error = command.reason
 
   def save_log(self, path):
-    """Writes the event log: a JSON line for each (event, commands)."""
-    with open(path, 'w') as file:
-      for pair in self.log:
-        file.write(json.dumps(base.encode(pair)) + '\n')
+    """Writes the event log of this run so far."""
+    write_log(path, self.log)
 
 
 _PERFORM = {
@@ -467,6 +465,12 @@ def serve(model, placement, config=None, **options):
     if jax.config.jax_num_cpu_devices < placement.num_devices:
       jax.config.update('jax_num_cpu_devices', placement.num_devices)
   return Orchestrator(model, placement, config, **options)
+
+
+def write_log(path, log):
+  """Writes an event log: a JSON line for each (event, commands)."""
+  with open(path, 'w') as file:
+    file.writelines(json.dumps(base.encode(pair)) + '\n' for pair in log)
 
 
 def replay(plan, log):

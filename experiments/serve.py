@@ -274,8 +274,7 @@ def save(config, results, title, closing, out):
   for old in out.glob('events-*.jsonl'):
     old.unlink()
   for r in results:
-    with open(out / f'events-{r.mode}.jsonl', 'w') as file:
-      file.writelines(json.dumps(base.encode(pair)) + '\n' for pair in r.log)
+    orchestrator.write_log(out / f'events-{r.mode}.jsonl', r.log)
     traces.append((r.mode, timeline.timeline(r.log, instance_names(r))))
   (out / 'timeline.json').write_text(json.dumps(timeline.merge(traces)))
   report.save_figure(out / 'report.png', [(r.mode, r.records)
