@@ -368,11 +368,16 @@ class EngineConfig:
 
 
 class Arrived(NamedTuple):
-  """A request: prompt tokens, most tokens to generate."""
+  """A request: prompt tokens, most tokens to generate.
+
+  more: another arrival of the same moment follows at once, so nothing starts
+  yet (or the first of a burst would be prefilled alone).
+  """
   time_s: float
   id: int
   prompt_len: int
   max_tokens: int
+  more: bool = False
 
 
 class Cancelled(NamedTuple):

@@ -25,7 +25,9 @@ from dsjax import (
   tokenizer,
 )
 
-IDLE_S = 0.0005  # pause between polls that found nothing
+# The pause between polls that found nothing: a share of the wait so far, so
+# that a long step is not interrupted and a short one not noticed late.
+PAUSE_SHARE, LEAST_PAUSE_S, MOST_PAUSE_S = 1 / 16, 5e-5, 2e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +145,7 @@ class Orchestrator:
     self.transfers = []
     self.copied_bytes, self.copy_s = 0, 0.0
     self.host_s, self.steps, self.next_id = 0.0, 0, 0
-    self.origin = time.perf_counter()
+    self.origin, self.found_s = time.perf_counter(), 0.0
     self.closed = False
 
   def _warm(self, report):
@@ -234,8 +236,25 @@ class Orchestrator:
       raise base.InputError(self.requests.pop(id).error)
     return id
 
-  def enqueue(self, request):
-    """Queues a Request of a workload; a rejection is left in its record."""
+  def enqueue(self, request, more=False):
+    """Queues a Request of a workload; a rejection is left in its record.
+
+    more: another one follows at once (see base.Arrived).
+    """
+    self._check(request)
+    ends = set(request.sampling.stop_token_ids)
+    if not request.sampling.ignore_eos:
+      ends.update(self.model.config.eos_ids)
+    self.requests[request.id] = self.live[request.id] = _Live(
+        request, ends, self.model.tokenizer)
+    self.seen.add(request.id)
+    self.next_id = max(self.next_id, request.id + 1)
+    self._event(base.Arrived(request.arrival_s, request.id,
+                             len(request.prompt), request.sampling.max_tokens,
+                             more))
+
+  def _check(self, request):
+    """Raises InputError unless the request can be queued here."""
     size, params = self.model.config.vocab_size, request.sampling
     base.require(not self.closed, 'server', 'closed', 'open')
     base.require(request.id not in self.seen, 'Request.id', request.id,
@@ -248,15 +267,6 @@ class Orchestrator:
                  'Sampling.logit_bias', params.logit_bias, f'ids below {size}')
     base.require(not params.stop or self.model.tokenizer is not None,
                  'Sampling.stop', params.stop, 'empty without a tokenizer')
-    ends = set(params.stop_token_ids)
-    if not params.ignore_eos:
-      ends.update(self.model.config.eos_ids)
-    self.requests[request.id] = self.live[request.id] = _Live(
-        request, ends, self.model.tokenizer)
-    self.seen.add(request.id)
-    self.next_id = max(self.next_id, request.id + 1)
-    self._event(base.Arrived(request.arrival_s, request.id,
-                             len(request.prompt), params.max_tokens))
 
   def cancel(self, id):
     """Ends a request now; one that has ended is left alone."""
@@ -298,18 +308,28 @@ class Orchestrator:
 
     Open loop: arrivals never wait for answers. on_poll() is called between
     polls. Returns the records of these requests.
+
+    Raises:
+      InputError: a request that cannot be queued here, before any is.
     """
     todo = collections.deque(sorted(requests, key=lambda r: r.arrival_s))
-    start, ids = self.now, {r.id for r in todo}
+    counts = collections.Counter(r.id for r in todo)
+    for request in todo:
+      self._check(request)
+      base.require(counts[request.id] == 1, 'Request.id', request.id,
+                   'different for each request')
+    start = self.now
     while todo or self.busy:
-      while todo and start + todo[0].arrival_s <= self.now:
+      due_s = self.now - start
+      while todo and todo[0].arrival_s <= due_s:
         request = todo.popleft()
         self.enqueue(dataclasses.replace(
-            request, arrival_s=start + request.arrival_s))
+            request, arrival_s=start + request.arrival_s),
+            more=bool(todo) and todo[0].arrival_s <= due_s)
       self.poll()
       if on_poll:
         on_poll()
-    return [r for r in self.records if r.id in ids]
+    return [r for r in self.records if r.id in counts]
 
   # --- the loop -------------------------------------------------------------
 
@@ -320,8 +340,10 @@ class Orchestrator:
       some = self._poll_transfers() | self._poll_steps()
     if some:
       self.host_s += time.perf_counter() - began
+      self.found_s = self.now
     else:
-      time.sleep(IDLE_S)
+      pause = (self.now - self.found_s) * PAUSE_SHARE
+      time.sleep(min(max(pause, LEAST_PAUSE_S), MOST_PAUSE_S))
     return some
 
   def _poll_transfers(self):

@@ -143,7 +143,8 @@ def step(config, state, event):
   """
   draft = _Draft(config, state)
   _HANDLERS[type(event)](draft, event)
-  draft.plan()
+  if not (isinstance(event, base.Arrived) and event.more):
+    draft.plan()
   return draft.freeze(), tuple(draft.commands)
 
 

@@ -828,6 +828,29 @@ def test_a_request_is_not_served_before_it_arrives(monkeypatch):
       assert record.token_s[0] > record.arrival_s
 
 
+def test_requests_of_one_moment_are_prefilled_together(monkeypatch):
+  clock = Clock()
+  monkeypatch.setattr(orchestrator, 'time', types.SimpleNamespace(
+      perf_counter=clock.perf_counter, sleep=clock.sleep))
+  with server_of('1p1d') as server:
+    server.run(requests((0.0, 0.0, 0.0, .5)))
+    chunks = [[chunk.id for chunk in c.chunks] for _, commands in server.log
+              for c in commands if isinstance(c, base.RunPrefill)]
+    assert chunks == [[100, 101], [102], [103]]  # prefill_seqs is 2
+
+
+@pytest.mark.parametrize('spoil, field', [
+    (lambda r: dataclasses.replace(r, id=100), 'Request.id=100'),
+    (lambda r: dataclasses.replace(r, prompt=(5, -1)), 'Request.prompt'),
+    (lambda r: dataclasses.replace(r, sampling=Sampling()), 'max_tokens')])
+def test_a_bad_workload_is_refused_before_any_of_it_runs(spoil, field):
+  with server_of('1p1d') as server:
+    work = requests((0.0, 0.0, 0.5))
+    with pytest.raises(InputError, match=field):
+      server.run(work[:-1] + [spoil(work[-1])])
+    assert not server.log and not server.live and not server.requests
+
+
 @EACH_MODE
 def test_a_rejected_request_is_recorded_and_forgotten(mode):
   work = requests((0.0, 0.0, 0.0))

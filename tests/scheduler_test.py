@@ -179,6 +179,16 @@ def test_a_batch_has_at_most_prefill_seqs_prompts():
       (_prefilled(0, 1), RunPrefill(0, 2, (Chunk(3, 0, 4, (3,), True),)))])
 
 
+def test_a_burst_is_one_batch_though_its_last_is_refused():
+  _play(_pair(), [
+      (base.Arrived(0, 0, 4, 2, more=True),),
+      (base.Arrived(0, 1, 4, 2, more=True),),
+      (_arrive(2, 40, 2), base.Reject(2, 'prompt of 40 tokens and max_tokens=2'
+                                      ' exceed the context of 32 tokens'),
+       RunPrefill(0, 0, (Chunk(0, 0, 4, (0,), True),
+                         Chunk(1, 0, 4, (1,), True))))])
+
+
 def test_prefill_depth():
   _play(_pair(prefill_depth=2), [
       (_arrive(0, 6, 3), PREFILL_0),

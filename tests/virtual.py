@@ -147,6 +147,8 @@ class World:
 
   def _next(self):
     draw, time_s = self.random, float(len(self.log))
+    if self.log and getattr(self.log[-1][0], 'more', False):
+      return self._arrival(time_s)
     if self.engine.known and draw.random() < 0.04:
       id = draw.choice(list(self.arrived or self.engine.known))
       if draw.random() < 0.2:  # too late perhaps
@@ -157,12 +159,7 @@ class World:
     if self.copied and draw.random() < 0.04:  # said again, late
       return draw.choice(self.copied)
     if self.left and (not self.pending or draw.random() < self.rate):
-      self.left -= 1
-      event = base.Arrived(time_s, self.left, *(
-          draw.randint(1, most) for most in self.most))
-      self.engine.known[event.id] = event.prompt_len
-      self.arrived[event.id] = event.max_tokens
-      return event
+      return self._arrival(time_s)
     key = draw.choice(list(self.pending))
     command = self.pending[key].pop(0)
     if not self.pending[key]:
@@ -170,6 +167,15 @@ class World:
     event = self.engine.perform(command, time_s, self._ends)
     if isinstance(command, Migrate):
       self.copied.append(event)
+    return event
+
+  def _arrival(self, time_s):
+    self.left -= 1
+    event = base.Arrived(
+        time_s, self.left, *(self.random.randint(1, m) for m in self.most),
+        more=self.left > 0 and self.random.random() < 0.2)
+    self.engine.known[event.id] = event.prompt_len
+    self.arrived[event.id] = event.max_tokens
     return event
 
   def _ends(self, id):
@@ -196,6 +202,8 @@ class World:
     for commands in self.pending.values():
       for command in commands:
         self._owns(command)
+    if getattr(event, 'more', False):
+      return  # nothing starts yet
     for inst in self.state.instances:
       assert inst.inflight or not (inst.rows or inst.prefilling), 'stalled'
       assert inst.residents or not (inst.queue or inst.pulls), 'stalled'
@@ -206,6 +214,8 @@ class World:
     again = [scheduler.step(self.config, self.state, event) for _ in range(2)]
     assert again[0] == again[1] and self.state == before
     settled, _ = again[0]
+    if getattr(event, 'more', False):
+      return
     nothing = base.Migrated(event.time_s, -1, 0)  # nothing was left to start
     assert scheduler.step(self.config, settled, nothing) == (settled, ())
 
