@@ -51,21 +51,12 @@ class Rows:
 
 def abstract_params(config, dtype=jnp.float32):
   """The parameter tree as ShapeDtypeStructs: for sharding and checks."""
-  c = config
-  D, F, N, K, H = c.d_model, c.d_ff, c.num_heads, c.num_kv_heads, c.head_dim
+  def tree(leaves):
+    return {leaf: jax.ShapeDtypeStruct(config.leaf_shape(leaf), dtype)
+            for leaf in leaves}
 
-  def s(*shape):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-  layer = dict(
-      attn_norm_D=s(D), q_NHD=s(N, H, D), k_KHD=s(K, H, D), v_KHD=s(K, H, D),
-      o_DNH=s(D, N, H), mlp_norm_D=s(D), gate_FD=s(F, D), up_FD=s(F, D),
-      down_DF=s(D, F))
-  params = dict(embed_VD=s(c.vocab_size, D), norm_D=s(D),
-                layers=tuple(dict(layer) for _ in range(c.num_layers)))
-  if not c.tied:
-    params['head_VD'] = s(c.vocab_size, D)
-  return params
+  return tree(config.top_leaves) | {'layers': tuple(
+      tree(config.layer_leaves) for _ in range(config.num_layers))}
 
 
 def project(w_O__I, x_SI):
