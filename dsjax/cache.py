@@ -3,29 +3,59 @@
 Pages are stored kv-head first, k_KPCH. An array a layer (not one stacked
 array) lets every step update in place what it was given, and lets a
 migration copy layer by layer.
+
+A cache of int8 keeps a float32 scale for every token and kv head beside it.
 """
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dsjax.kernels import shapes
 
 
 @flax.struct.dataclass
 class Cache:
-  """k_KPCH and v_KPCH of each layer: [K, P, C, H]."""
+  """k_KPCH and v_KPCH of each layer; with int8, also their scales.
+
+  Pages on the move have the same form, with m pages in place of P.
+  """
 
   k_KPCH: tuple[jax.Array, ...]
   v_KPCH: tuple[jax.Array, ...]
+  k_scale_KPC: tuple[jax.Array, ...] = ()
+  v_scale_KPC: tuple[jax.Array, ...] = ()
 
 
-def init(config, num_pages, page_size, dtype=jnp.float32):
+def init(config, num_pages, page_size, dtype=jnp.float32, num_layers=None):
   """A zeroed cache of num_pages pages of page_size tokens."""
   shape = (config.num_kv_heads, num_pages, page_size, config.head_dim)
-  keys, values = ([jnp.zeros(shape, dtype) for _ in range(config.num_layers)]
-                  for _ in range(2))
-  return Cache(tuple(keys), tuple(values))
+
+  def many(shape, dtype):
+    return tuple(jnp.zeros(shape, dtype) for _ in range(
+        config.num_layers if num_layers is None else num_layers))
+
+  scales = ()
+  if jnp.dtype(dtype) == jnp.int8:
+    scales = many(shape[:-1], jnp.float32), many(shape[:-1], jnp.float32)
+  return Cache(many(shape, dtype), many(shape, dtype), *scales)
+
+
+def bytes_per_token(config, dtype, num_layers):
+  """Bytes that one token keeps in num_layers layers of a cache."""
+  dtype = jnp.dtype(dtype)
+  scale = 4 if dtype == jnp.int8 else 0
+  return 2 * num_layers * config.num_kv_heads * (
+      config.head_dim * dtype.itemsize + scale)
+
+
+def quantize(x):
+  """x[..., H] as int8 and its scale[...]: x is about int8 * scale."""
+  x = x.astype(jnp.float32)
+  scale = jnp.max(jnp.abs(x), -1) / 127
+  safe = jnp.where(scale > 0, scale, 1.0)
+  return jnp.round(x / safe[..., None]).astype(jnp.int8), scale
 
 
 def write(x_KPCH, new_SKH, page_S, offset_S):
@@ -36,15 +66,51 @@ def write(x_KPCH, new_SKH, page_S, offset_S):
       new_SKH.swapaxes(0, 1).astype(x_KPCH.dtype), mode='drop')
 
 
-def gather_pages(cache, page_m):
-  """Pages page_m of every layer: a tree of [K, m, C, H] (migration's read)."""
-  def one(x_KPCH):
-    K, P, C, H = x_KPCH.shape
-    flat = x_KPCH.reshape(K, P, C * H).at[:, page_m].get(
-        mode='promise_in_bounds', wrap_negative_indices=False)
-    return flat.reshape(K, page_m.shape[0], C, H)
+def write_int8(x_KPCH, scale_KPC, new_SKH, page_S, offset_S):
+  """`write` into a cache of int8: (x_KPCH, scale_KPC)."""
+  new_SKH, scale_SK = quantize(new_SKH)
+  return (write(x_KPCH, new_SKH, page_S, offset_S),
+          scale_KPC.at[:, page_S, offset_S].set(scale_SK.T, mode='drop'))
 
-  return jax.tree.map(one, cache)
+
+def gather_pages(cache, page_m, page_size=None, dtype=None):
+  """Pages page_m of every layer, as another cache would hold them.
+
+  Args:
+    page_size, dtype: of the cache they go to; this one's by default. The
+      tokens of m pages must fill a whole number of its pages.
+
+  Returns:
+    a Cache of [K, m * C // page_size, page_size, H] and scales.
+  """
+  target = jnp.dtype(dtype or cache.k_KPCH[0].dtype)
+
+  def pages(x_KPC):  # flat rows: a gather of blocks is twice as slow on CPU
+    K, P, *rest = x_KPC.shape
+    flat = x_KPC.reshape(K, P, -1).at[:, page_m].get(
+        mode='promise_in_bounds', wrap_negative_indices=False)
+    return flat.reshape(K, page_m.shape[0], *rest)
+
+  def part(arrays, scales):
+    out, out_scales = [], []
+    for x, scale in zip(map(pages, arrays),
+                        map(pages, scales) if scales else [None] * len(arrays),
+                        strict=True):
+      if x.dtype != target:
+        if scale is not None:
+          x, scale = x.astype(jnp.float32) * scale[..., None], None
+        if target == jnp.int8:
+          x, scale = quantize(x)
+      K, m, C, H = x.shape
+      size = page_size or C
+      out.append(x.astype(target).reshape(K, m * C // size, size, H))
+      if scale is not None:
+        out_scales.append(scale.reshape(K, m * C // size, size))
+    return tuple(out), tuple(out_scales)
+
+  keys, k_scales = part(cache.k_KPCH, cache.k_scale_KPC)
+  values, v_scales = part(cache.v_KPCH, cache.v_scale_KPC)
+  return Cache(keys, values, k_scales, v_scales)
 
 
 def scatter_pages(cache, page_m, pages):
@@ -55,12 +121,58 @@ def scatter_pages(cache, page_m, pages):
   """
   page_m = jnp.asarray(page_m)
 
-  def one(x_KPCH, new_KmCH):
-    def put(i, x_KPCH):
-      page_K1CH = jax.lax.dynamic_slice_in_dim(new_KmCH, i, 1, 1)
+  def one(x_KPC, new_KmC):
+    def put(i, x_KPC):
+      page_K1C = jax.lax.dynamic_slice_in_dim(new_KmC, i, 1, 1)
       return jax.lax.dynamic_update_slice_in_dim(
-          x_KPCH, page_K1CH.astype(x_KPCH.dtype), page_m[i], 1)
-    live = jnp.sum(page_m < x_KPCH.shape[1])
-    return jax.lax.fori_loop(0, live, put, x_KPCH)
+          x_KPC, page_K1C.astype(x_KPC.dtype), page_m[i], 1)
+    live = jnp.sum(page_m < x_KPC.shape[1])
+    return jax.lax.fori_loop(0, live, put, x_KPC)
 
   return jax.tree.map(one, cache, pages)
+
+
+def checksum(pages, kv_head_K, first_layer, start, stop):
+  """A sum over the KV of tokens [start, stop) that no layout changes.
+
+  Every number's bits are hashed with its layer, part, kv head, token and
+  place in the head, and added modulo 2^32. So sums over any pieces add up,
+  and the same KV in other pages, shards, stages or page sizes has the same
+  sum.
+
+  Args:
+    pages: a Cache as gathered: m pages that hold tokens start, start + 1...
+    kv_head_K: the model's kv head at each place; -1: not counted (a replica
+      of one that is, or padding).
+    first_layer: the model's layer of the first one here.
+  """
+  total = jnp.uint32(0)
+  for part, arrays in enumerate((pages.k_KPCH, pages.v_KPCH,
+                                 pages.k_scale_KPC, pages.v_scale_KPC)):
+    for layer, x in enumerate(arrays):
+      x_KmCH = x if x.ndim == 4 else x[..., None]
+      K, m, C, H = x_KmCH.shape
+      bits = jax.lax.bitcast_convert_type(
+          x_KmCH, f'uint{8 * x.dtype.itemsize}').astype(jnp.uint32)
+      token_mC = start + jnp.arange(m * C).reshape(m, C)
+      head_K = jnp.asarray(kv_head_K)
+      where = (_mix(np.uint32(4 * (layer + first_layer) + part))
+               + head_K.astype(jnp.uint32)[:, None, None, None]
+               * np.uint32(0x85EBCA6B)
+               + token_mC.astype(jnp.uint32)[None, :, :, None]
+               * np.uint32(0xC2B2AE35)
+               + jnp.arange(H, dtype=jnp.uint32)[None, None, None, :]
+               * np.uint32(0x27D4EB2F))
+      counted = ((head_K >= 0)[:, None, None, None]
+                 & (token_mC < stop)[None, :, :, None])
+      total += jnp.sum(jnp.where(counted, _mix(bits ^ _mix(where)), 0),
+                       dtype=jnp.uint32)
+  return total
+
+
+def _mix(x):
+  """MurmurHash3's finalizer."""
+  x = jnp.asarray(x, jnp.uint32)
+  x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+  return x ^ (x >> 16)

@@ -1,93 +1,197 @@
-"""KV pages from one instance's mesh to another's: the only place they move.
+"""KV pages from one instance's meshes to another's: the only place they move.
 
-Copies are device to device and explicit, never through the host. A pure
-planner says which slice of which source shard each target device needs; the
-shell slices on the source device, copies, and joins on the target device.
+Any (tp, pp) to any (tp', pp'). A pure planner says which heads of which
+layers go from which device to which; the shell cuts them out on the source
+device, copies device to device, explicitly, never through the host, and joins
+them on the target device. Pages are re-cut and numbers converted on the
+source, before the copy, so that no more is copied than the target keeps.
 (`jax.device_put` between meshes of unequal shard shapes reads the whole
 array on the host, so it is never asked to reshard.)
 """
 
+import collections
 import dataclasses
 import functools
+import math
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dsjax import sharding
+from dsjax import cache as kv
+from dsjax import pages, sharding
 
 
-def plan_heads(num_kv_heads, source_tp, target_tp):
-  """For each target shard, the (source shard, low, high) heads it needs.
+class Piece(NamedTuple):
+  """KV that one device sends to another, for each page.
 
-  Low and high count within the source shard. The pieces of a target shard,
-  in order, are its heads, in order.
+  layers: [first, last) of the model. source, target: (stage, shard).
+  places: where the heads are in the source's shard, in the order in which
+  they lie in the target's; heads: which of the model's they are.
   """
-  from_size, to_size = num_kv_heads // source_tp, num_kv_heads // target_tp
-  pieces = []
-  for shard in range(target_tp):
-    first, last = shard * to_size, (shard + 1) * to_size
-    pieces.append([
-        (s, max(first, s * from_size) - s * from_size,
-         min(last, (s + 1) * from_size) - s * from_size)
-        for s in range(source_tp)
-        if s * from_size < last and (s + 1) * from_size > first])
-  return pieces
+
+  layers: tuple[int, int]
+  source: tuple[int, int]
+  target: tuple[int, int]
+  places: tuple[int, ...]
+  heads: tuple[int, ...]
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _slice(x_Kmch, low, high):
-  return x_Kmch[low:high]
+def plan_pieces(source, source_spans, target, target_spans):
+  """The pieces of a migration between two plans of one model.
+
+  Args:
+    source, target: sharding.Layout; spans: layers of each stage.
+
+  Returns:
+    Pieces by target stage, layer, target shard, head: every target shard
+    gets each head that it holds once, from one of its holders.
+  """
+  heads = [_plan_heads(source, target, shard) for shard in range(target.tp)]
+  return tuple(
+      Piece((max(a[0], b[0]), min(a[1], b[1])), (s, shard), (t, to), places,
+            held)
+      for t, b in enumerate(target_spans)
+      for s, a in enumerate(source_spans) if a[0] < b[1] and b[0] < a[1]
+      for to in range(target.tp) for shard, places, held in heads[to])
 
 
-@jax.jit
-def _join(parts):
-  return jnp.concatenate(parts)
+def _plan_heads(source, target, to):
+  """[(source shard, places, heads)] of the heads of target shard `to`."""
+  each = len(source.kv_heads) // source.tp
+  holders = collections.defaultdict(list)
+  for place, head in enumerate(source.kv_heads):
+    holders[head].append(divmod(place, each))
+  size = len(target.kv_heads) // target.tp
+  found = {}
+  for head in target.kv_heads[to * size:(to + 1) * size]:
+    if head >= 0:  # replicas take turns as senders
+      shard, place = holders[head][to % len(holders[head])]
+      places, heads = found.setdefault(shard, ([], []))
+      places.append(place)
+      heads.append(head)
+  return [(shard, tuple(p), tuple(h)) for shard, (p, h) in found.items()]
 
 
-def _devices(mesh):
-  return list(mesh.devices.flat)
+def ratio(pieces, source, target):
+  """Heads copied over heads that the model has: above 1, replicas."""
+  copied = sum(len(p.heads) * (p.layers[1] - p.layers[0]) for p in pieces)
+  config = source.model
+  return copied / (config.num_layers * config.num_kv_heads)
 
 
-def move(tree, source_mesh, target_mesh):
-  """A tree of pages [K, m, C, H], sharded by head, onto another mesh."""
-  target = sharding.kv(target_mesh)
-  leaves, treedef = jax.tree.flatten(tree)
-  if source_mesh.size == target_mesh.size == 1:
-    return jax.device_put(tree, target)
-  pieces = plan_heads(leaves[0].shape[0], source_mesh.size, target_mesh.size)
-  moved = []
-  for x in leaves:
-    shards = {s.device: s.data for s in x.addressable_shards}
-    sources = [shards[d] for d in _devices(source_mesh)]
-    placed = []
-    for device, needed in zip(_devices(target_mesh), pieces, strict=True):
-      parts = [jax.device_put(
-          sources[s] if high - low == sources[s].shape[0]
-          else _slice(sources[s], low, high), device)
-               for s, low, high in needed]
-      placed.append(parts[0] if len(parts) == 1 else _join(parts))
-    moved.append(jax.make_array_from_single_device_arrays(
-        x.shape, target, placed))
-  return jax.tree.unflatten(treedef, moved)
+@functools.partial(jax.jit, static_argnums=1)
+def _take(x_KmC, places):
+  low = places[0]
+  if places == tuple(range(low, low + len(places))):
+    return x_KmC[low:low + len(places)]
+  return jnp.stack([x_KmC[p] for p in places])
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _join(parts, empty):
+  """Heads side by side, and `empty` places of zeros after them."""
+  x = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+  return jnp.pad(x, [(0, empty)] + [(0, 0)] * (x.ndim - 1))
+
+
+@functools.cache
+def _zeros(shape, dtype, device):
+  return jax.device_put(jnp.zeros(shape, dtype), device)
+
+
+def _leaves(tree):
+  """A Cache's arrays by layer: [(k, v)] or [(k, v, k_scale, v_scale)]."""
+  parts = (tree.k_KPCH, tree.v_KPCH, tree.k_scale_KPC, tree.v_scale_KPC)
+  return list(zip(*(p for p in parts if p), strict=True))
+
+
+def move(trees, pieces, source, target):
+  """Pages on the move, a Cache a source stage, as a Cache a target stage.
+
+  Args:
+    source, target: (Layout, spans, meshes), as Engine.where.
+  """
+  layout, spans, meshes = target
+  devices = [list(m.devices.flat) for m in source[2]], [
+      list(m.devices.flat) for m in meshes]
+  shards = [[[{s.device: s.data for s in x.addressable_shards} for x in layer]
+             for layer in _leaves(tree)] for tree in trees]
+  parts, to = [], []
+  for piece in pieces:
+    stage, shard = piece.source
+    first = source[1][stage][0]
+    for layer in range(*piece.layers):
+      for x in shards[stage][layer - first]:
+        data = x[devices[0][stage][shard]]
+        whole = piece.places == tuple(range(data.shape[0]))
+        parts.append(data if whole else _take(data, piece.places))
+        to.append(devices[1][piece.target[0]][piece.target[1]])
+  landed = iter(jax.device_put(parts, to))
+  placed = collections.defaultdict(list)  # layer, part, shard -> arrays
+  for piece in pieces:
+    for layer in range(*piece.layers):
+      for part in range(len(shards[0][0])):
+        placed[layer, part, piece.target[1]].append(next(landed))
+  size = len(layout.kv_heads) // layout.tp
+
+  def whole(layer, part, mesh, stage):
+    ready = []
+    for shard in range(layout.tp):
+      found = placed.get((layer, part, shard))
+      if found is None:
+        like = next(v for k, v in placed.items() if k[:2] == (layer, part))[0]
+        ready.append(_zeros((size, *like.shape[1:]), like.dtype.name,
+                            devices[1][stage][shard]))
+      else:
+        held = sum(x.shape[0] for x in found)
+        ready.append(found[0] if len(found) == 1 and held == size
+                     else _join(found, size - held))
+    shape = (len(layout.kv_heads), *ready[0].shape[1:])
+    return jax.make_array_from_single_device_arrays(
+        shape, sharding.kv(mesh), ready)
+
+  return [kv.Cache(*(tuple(whole(layer, part, mesh, stage)
+                           for layer in range(*span))
+                     for part in range(len(shards[0][0]))))
+          for stage, (span, mesh) in enumerate(
+              zip(spans, meshes, strict=True))]
+
+
+class Damaged(RuntimeError):
+  """What arrived is not what was sent (an internal error)."""
 
 
 @dataclasses.dataclass
 class Transfer:
-  """A hand-off in flight. bytes: copied, the last batch's padding included."""
+  """A hand-off in flight.
+
+  bytes: copied between devices, the last batch's padding included. sums:
+  (sent, arrived) checksums of each stage and batch when asked for.
+  """
 
   command: object
   done: list
   bytes: int
   start_s: float
+  sums: tuple = ((), ())
 
   def is_ready(self):
     """The target holds every page."""
-    return all(d.is_ready() for d in self.done)
+    return all(x.is_ready() for x in jax.tree.leaves((self.done, self.sums)))
+
+  def check(self):
+    """Raises Damaged unless the checksums agree. Call when ready."""
+    sent, arrived = (sum(map(int, jax.device_get(s))) % 2**32
+                     for s in self.sums)
+    if sent != arrived:
+      raise Damaged(f'request {self.command.id}: KV checksum {arrived:#x} '
+                    f'arrived, {sent:#x} was sent')
 
 
 def batches(count, buckets):
-  """Copy sizes for `count` pages: few and large, the last one padded."""
+  """Copy sizes that make up `count`: few and large."""
   sizes = []
   while count > 0:
     sizes.append(max((b for b in buckets if b <= count), default=buckets[0]))
@@ -95,23 +199,56 @@ def batches(count, buckets):
   return sizes
 
 
-def start(source, target, command):
-  """Dispatches the copies of a Migrate between two Engines."""
-  done, copied, at = [], 0, 0
-  began = time.perf_counter()
-  for size in batches(len(command.source_pages), source.config.page_buckets):
-    read = source.gather(command.source_pages[at:at + size])
-    moved = move(read, source.shapes.mesh, target.shapes.mesh)
-    done.append(target.scatter(command.target_pages[at:at + size], moved))
-    copied += sum(x.nbytes for x in jax.tree.leaves(moved))
-    at += size
-  return Transfer(command, done, copied, began)
+class Route:
+  """How KV goes from one Engine to another: pieces and page sizes."""
 
+  def __init__(self, source, target):
+    self.source, self.target = source, target
+    self.pieces = plan_pieces(*source.where[:2], *target.where[:2])
+    sizes = source.limits.page_size, target.limits.page_size
+    self.tokens = math.lcm(*sizes)  # of the least that both sides can cut
+    self.each = tuple(self.tokens // size for size in sizes)
+    self.buckets = tuple(sorted({
+        max(1, n // self.each[0]) for n in source.config.page_buckets}))
 
-def warm(source, target):
-  """Copies pages nowhere in each size, so that nothing compiles later."""
-  for size in source.config.page_buckets:
-    nowhere = (target.shapes.num_pages,) * size  # dropped by the target
-    read = source.gather((0,) * size)
-    moved = move(read, source.shapes.mesh, target.shapes.mesh)
-    jax.block_until_ready(target.scatter(nowhere, moved))
+  def start(self, command, checksum=False):
+    """Dispatches the copies of a Migrate: a Transfer."""
+    source, target = self.source, self.target
+    began, stop = time.perf_counter(), command.num_tokens
+    done, sent, arrived, copied, at = [], [], [], 0, 0
+    for size in batches(pages.pages_for(stop, self.tokens), self.buckets):
+      ids = [list(p[at * n:(at + size) * n]) for p, n in zip(
+          (command.source_pages, command.target_pages), self.each,
+          strict=True)]
+      pads = (0, target.limits.num_pages)  # any page; no page
+      ids = [p + [pad] * (size * n - len(p)) for p, pad, n in zip(
+          ids, pads, self.each, strict=True)]
+      read = source.gather(ids[0], target.limits.page_size,
+                           target.config.kv_dtype_of(target.role))
+      moved = move(read, self.pieces, source.where, target.where)
+      done += target.scatter(ids[1], moved)
+      if checksum:
+        first = at * self.tokens
+        sent += source.checksum(read, first, stop)
+        arrived += target.checksum(target.gather(
+            [min(p, target.limits.num_pages - 1) for p in ids[1]]), first,
+                                   stop)
+      copied += sum(x.nbytes for x in jax.tree.leaves(moved))
+      at += size
+    return Transfer(command, done, copied, began, (sent, arrived))
+
+  def warm(self, checksum=False):
+    """Copies pages nowhere in each size, so that nothing compiles later."""
+    for size in self.buckets:
+      nowhere = (self.target.limits.num_pages,) * (size * self.each[1])
+      read = self.source.gather((0,) * (size * self.each[0]),
+                                self.target.limits.page_size,
+                                self.target.config.kv_dtype_of(
+                                    self.target.role))
+      moved = move(read, self.pieces, self.source.where, self.target.where)
+      if checksum:
+        jax.block_until_ready((
+            self.source.checksum(read, 0, 0),
+            self.target.checksum(self.target.gather(
+                (0,) * len(nowhere)), 0, 0)))
+      jax.block_until_ready(self.target.scatter(nowhere, moved))

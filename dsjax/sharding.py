@@ -1,44 +1,121 @@
-"""Meshes of a Plan, and the PartitionSpecs of parameters and cache.
+"""How a model is cut for a Plan: stages, shards, meshes and PartitionSpecs.
 
-Tensor parallelism is the mesh axis 'model': heads, feed-forward and
-vocabulary are split over it.
+Pipeline parallelism is a sub-mesh and a run of layers for each stage. Tensor
+parallelism is the mesh axis 'model': heads, feed-forward, vocabulary and
+experts are split over it. Sizes that tp does not divide are padded with
+zeros, and kv heads are replicated where there are fewer of them than shards
+(`cut`), so that every plan runs the same program on equal shards.
 """
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsjax import base
 
 AXIS = 'model'
-
-_SPECS = {
-    'embed_VD': PartitionSpec(AXIS),
-    'head_VD': PartitionSpec(AXIS),
-    'q_NHD': PartitionSpec(AXIS),
-    'k_KHD': PartitionSpec(AXIS),
-    'v_KHD': PartitionSpec(AXIS),
-    'o_DNH': PartitionSpec(None, AXIS),
-    'gate_FD': PartitionSpec(AXIS),
-    'up_FD': PartitionSpec(AXIS),
-    'down_DF': PartitionSpec(None, AXIS),
-}
+_SPLIT = 'VNKFE'  # letters of axes that are split
+_WHOLE = ('router_ED',)  # every shard chooses the experts of every token
 
 
-def check_plan(config, plan):
-  """Raises InputError when this model cannot run under this plan."""
-  base.require(plan.pp == 1, 'Plan.pp', plan.pp,
-               '1 (pipeline stages are not built yet)')
-  shared = np.gcd.reduce([config.num_heads, config.num_kv_heads, config.d_ff,
-                          config.vocab_size])
-  allowed = [n for n in range(1, shared + 1) if shared % n == 0]
-  base.require(plan.tp in allowed, 'Plan.tp', plan.tp,
-               f'one of {allowed} for {config.name} (a divisor of its heads, '
-               'kv heads, d_ff and vocabulary)')
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """A model cut for tp shards.
+
+  Attributes:
+    model: the model; padded: its shape with the arrays' head counts and d_ff
+      (the vocabulary's rows are padded too, but its size stays).
+    tp: shards.
+    heads, kv_heads: the model's head held at each place of the arrays; -1
+      where there is none (zeros).
+  """
+
+  model: base.ModelConfig
+  padded: base.ModelConfig
+  tp: int
+  heads: tuple[int, ...]
+  kv_heads: tuple[int, ...]
+
+  def shape(self, leaf):
+    """The shape of a parameter as it lies on the mesh."""
+    shape = list(self.padded.leaf_shape(leaf))
+    letters = leaf.rsplit('_', 1)[1]
+    if 'V' in letters:
+      at = letters.index('V')
+      shape[at] += -shape[at] % self.tp
+    return tuple(shape)
+
+  def pad(self, leaf, array):
+    """A parameter of the model as it lies on the mesh; numpy in and out."""
+    letters, want = leaf.rsplit('_', 1)[1], self.shape(leaf)
+    if array.shape == want and self.heads == tuple(range(len(self.heads))):
+      return array
+    for axis, letter in enumerate(letters):
+      held = {'N': self.heads, 'K': self.kv_heads}.get(letter)
+      if held is not None:
+        held = np.array(held)
+        array = np.take(array, np.maximum(held, 0), axis)
+        array[(slice(None),) * axis + (held < 0,)] = 0
+      elif array.shape[axis] < want[axis]:
+        extra = [(0, 0)] * array.ndim
+        extra[axis] = (0, want[axis] - array.shape[axis])
+        array = np.pad(array, extra)
+    return array
+
+
+def cut(config, tp):
+  """The Layout of a model over tp shards.
+
+  Every shard has `slots` places for a kv head, each with the same number of
+  query heads. With more places than kv heads, each kv head takes as many
+  places as there are for all, and its query heads are dealt out to them
+  (Megatron and vLLM replicate alike where tp is a multiple of K).
+
+  Raises:
+    InputError: more shards than query heads, or experts that tp does not
+      divide.
+  """
+  N, K = config.num_heads, config.num_kv_heads
+  base.require(tp <= N, 'Plan.tp', tp, f'at most the {N} heads of '
+               f'{config.name}')
+  base.require(config.num_experts % tp == 0, 'Plan.tp', tp,
+               f'a divisor of the {config.num_experts} experts of '
+               f'{config.name}')
+  slots = tp * -(-K // tp)
+  copies = slots // K
+  group = N // K
+  share = -(-group // copies)
+  heads, kv_heads = [], []
+  for slot in range(slots):
+    kv, copy = divmod(slot, copies)
+    kv_heads.append(kv if kv < K else -1)
+    for i in range(copy * share, (copy + 1) * share):
+      heads.append(kv * group + i if kv < K and i < group else -1)
+  d_ff = config.d_ff
+  if not config.num_experts:
+    d_ff += -d_ff % tp
+  padded = dataclasses.replace(
+      config, num_heads=len(heads), num_kv_heads=slots, d_ff=d_ff)
+  return Layout(config, padded, tp, tuple(heads), tuple(kv_heads))
+
+
+def spans(num_layers, pp):
+  """The layers [first, last) of each pipeline stage, as even as they go.
+
+  The last stages are the smaller ones: the last one has the head to run.
+  """
+  base.require(pp <= num_layers, 'Plan.pp', pp,
+               f'at most the {num_layers} layers')
+  size, more = divmod(num_layers, pp)
+  ends = [s * size + min(s, more) for s in range(pp + 1)]
+  return tuple(zip(ends[:-1], ends[1:], strict=True))
 
 
 def make_meshes(config, placement, devices):
-  """One mesh an instance, over disjoint devices taken in order.
+  """The meshes of each instance, one a stage, devices taken in order.
 
   Raises:
     InputError: more devices are asked for than exist, or a plan that the
@@ -47,20 +124,59 @@ def make_meshes(config, placement, devices):
   base.require(placement.num_devices <= len(devices), 'Placement',
                f'{placement.num_devices} devices',
                f'at most the {len(devices)} that exist')
-  meshes, taken = [], 0
+  instances, taken = [], 0
   for _, plan in placement.instances:
-    check_plan(config, plan)
-    chosen = devices[taken:taken + plan.num_devices]
-    meshes.append(Mesh(np.array(chosen), (AXIS,)))
-    taken += plan.num_devices
-  return meshes
+    cut(config, plan.tp)
+    spans(config.num_layers, plan.pp)
+    stages = []
+    for _ in range(plan.pp):
+      chosen = devices[taken:taken + plan.tp]
+      stages.append(Mesh(np.array(chosen), (AXIS,)))
+      taken += plan.tp
+    instances.append(tuple(stages))
+  return instances
 
 
-def params(mesh, tree):
-  """A NamedSharding for every parameter of `tree`; norms are replicated."""
-  def one(path, _):
-    return NamedSharding(mesh, _SPECS.get(path[-1].key, PartitionSpec()))
-  return jax.tree_util.tree_map_with_path(one, tree)
+def stage_leaves(config, span):
+  """Names of the parameters outside the layers that a stage needs."""
+  first, last = span[0] == 0, span[1] == config.num_layers
+  ends = {'embed_VD': first or (last and config.tied), 'pos_TD': first}
+  return tuple(leaf for leaf in config.top_leaves if ends.get(leaf, last))
+
+
+def stage_params(layout, span, params):
+  """The padded parameters of a stage, leaf by leaf: a tree of numpy."""
+  def tree(leaves, source):
+    return {leaf: layout.pad(leaf, np.asarray(source[leaf]))
+            for leaf in leaves}
+
+  config = layout.model
+  return tree(stage_leaves(config, span), params) | {'layers': tuple(
+      tree(config.layer_leaves, layer)
+      for layer in params['layers'][span[0]:span[1]])}
+
+
+def abstract_params(layout, span, mesh, dtype):
+  """The parameters of a stage as sharded ShapeDtypeStructs."""
+  def tree(leaves):
+    return {leaf: jax.ShapeDtypeStruct(
+        layout.shape(leaf), dtype, sharding=NamedSharding(mesh, spec(leaf)))
+            for leaf in leaves}
+
+  config = layout.model
+  return tree(stage_leaves(config, span)) | {'layers': tuple(
+      tree(config.layer_leaves) for _ in range(*span))}
+
+
+def spec(leaf):
+  """The PartitionSpec of a parameter: its first axis that can be split."""
+  letters = leaf.rsplit('_', 1)[1]
+  if leaf in _WHOLE:
+    return PartitionSpec()
+  axes = [AXIS if letter in _SPLIT else None for letter in letters]
+  if AXIS not in axes:
+    return PartitionSpec()
+  return PartitionSpec(*axes[:axes.index(AXIS) + 1])
 
 
 def kv(mesh):
@@ -71,3 +187,16 @@ def kv(mesh):
 def whole(mesh):
   """Replicated."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def params_bytes(layout, span, dtype):
+  """Bytes of a stage's parameters on each of its devices."""
+  def size(leaf):
+    count = int(np.prod(layout.shape(leaf)))
+    return count // (layout.tp if spec(leaf) != PartitionSpec() else 1)
+
+  config = layout.model
+  each = sum(size(leaf) for leaf in config.layer_leaves)
+  total = each * (span[1] - span[0]) + sum(
+      size(leaf) for leaf in stage_leaves(config, span))
+  return total * jnp.dtype(dtype).itemsize
