@@ -437,7 +437,11 @@ class EngineConfig:
     chunk_tokens: token budget of a step in the chunked role.
     depth, run_ahead: see scheduler.Config.
     transfer_pages: most pages a migration copies at a time.
-    dtype: of weights and KV: float32 or bfloat16.
+    dtype: of weights: float32 or bfloat16.
+    kv_dtype: of the KV cache: float32, bfloat16 or int8 (with a scale for
+      every token and kv head); None for dtype. decode_kv_dtype: the same for
+      the decode role; None for kv_dtype.
+    checksum: compare a checksum of the KV on both sides of every migration.
     attention: implementation name, or None to choose by platform.
   """
 
@@ -452,6 +456,9 @@ class EngineConfig:
   run_ahead: int = 4
   transfer_pages: int = 64
   dtype: str = 'float32'
+  kv_dtype: str | None = None
+  decode_kv_dtype: str | None = None
+  checksum: bool = False
   attention: str | None = None
 
   def __post_init__(self):
@@ -468,6 +475,16 @@ class EngineConfig:
             '2 or more')
     require(self.dtype in ('float32', 'bfloat16'), 'EngineConfig.dtype',
             self.dtype, "'float32' or 'bfloat16'")
+    for field in ('kv_dtype', 'decode_kv_dtype'):
+      value = getattr(self, field)
+      require(value in (None, 'float32', 'bfloat16', 'int8'),
+              f'EngineConfig.{field}', value,
+              "None, 'float32', 'bfloat16' or 'int8'")
+
+  def kv_dtype_of(self, role):
+    """The dtype of the KV cache of an instance in this role."""
+    kv_dtype = self.kv_dtype or self.dtype
+    return self.decode_kv_dtype or kv_dtype if role == 'decode' else kv_dtype
 
   @property
   def row_buckets(self):
@@ -481,9 +498,9 @@ class EngineConfig:
   @property
   def page_buckets(self):
     """Numbers of pages that a migration copies at a time."""
-    return _buckets(self.transfer_pages, 4, 4)
+    return _buckets(self.transfer_pages, 1, 4)
 
-  def instance(self, role):
+  def instance(self, role, pp=1):
     """The InstanceConfig of an instance in this role."""
     pages = self.num_pages
     if pages is None:

@@ -3,13 +3,18 @@
 The sole owner of donated buffers. Every operation on an instance consumes the
 cache of the one before, so operations run in the order they are given, and a
 page may be written by a later one as soon as it has been given.
+
+Under pipeline parallelism an instance is a row of stages, each a mesh with a
+run of layers and its own compiled steps. Activations and sampled tokens go
+from mesh to mesh by explicit copies, and nothing waits: consecutive commands
+overlap in the stages because every dispatch is asynchronous.
 """
 
+import collections
 import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -18,37 +23,51 @@ from dsjax import cache as kv
 
 
 class Shapes(NamedTuple):
-  """What the compiled steps of an instance depend on, buckets apart."""
+  """What the compiled steps of a stage depend on, buckets apart."""
 
-  model: base.ModelConfig
+  layout: sharding.Layout
+  span: tuple[int, int]
   mesh: Mesh
   num_pages: int
   page_size: int
   num_slots: int
   max_len: int
   dtype: str
+  kv_dtype: str
   attention: str | None
+
+  @property
+  def model(self):
+    return self.layout.padded
 
   @property
   def table_width(self):
     return pages.pages_for(self.max_len, self.page_size)
 
+  @property
+  def first(self):
+    return self.span[0] == 0
+
+  @property
+  def last(self):
+    return self.span[1] == self.model.num_layers
+
 
 def _abstract(shapes):
   """(params, cache, slots) as sharded ShapeDtypeStructs."""
-  s, dtype = shapes, jnp.dtype(shapes.dtype)
-  params = model.abstract_params(s.model, dtype)
-  cache = jax.eval_shape(lambda: kv.init(s.model, s.num_pages, s.page_size,
-                                         dtype))
-  slots = sampling.init(s.num_slots, s.max_len, s.model.vocab_size)
-  whole = sharding.whole(s.mesh)
+  s = shapes
+  cache = jax.eval_shape(lambda: kv.init(
+      s.model, s.num_pages, s.page_size, s.kv_dtype, s.span[1] - s.span[0]))
+  slots = jax.eval_shape(lambda: sampling.init(
+      s.num_slots, s.max_len, s.model.vocab_size))
 
-  def shard(x, to):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to)
+  def shard(tree, to):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=to), tree)
 
-  return (jax.tree.map(shard, params, sharding.params(s.mesh, params)),
-          jax.tree.map(lambda x: shard(x, sharding.kv(s.mesh)), cache),
-          jax.tree.map(lambda x: shard(x, whole), slots))
+  return (sharding.abstract_params(s.layout, s.span, s.mesh, s.dtype),
+          shard(cache, sharding.kv(s.mesh)),
+          shard(slots, sharding.whole(s.mesh)))
 
 
 def _rows(shapes, count):
@@ -70,71 +89,109 @@ def _packed(shapes, count):
 def make_step(shapes, kind, size=0):
   """A jitted step; made once a process for every equal key.
 
-  kind: decode, prefill (size: packed tokens; with rows for the chunked
-  role), admit, gather or scatter. `Engine.warm` runs it once for every
-  bucket, so that nothing compiles while serving.
+  kind: decode; prefill (size: packed tokens; with rows for the chunked
+  role); admit; feed; gather (size: the target's page size and dtype);
+  scatter; checksum. `Engine.warm` runs it once for every bucket, so that
+  nothing compiles while serving.
   """
   s = shapes
   _, cache, slots = _abstract(s)
   kept = jax.tree.map(lambda x: x.sharding, (cache, slots))
   whole, moved = sharding.whole(s.mesh), sharding.kv(s.mesh)
+  common = dict(impl=s.attention, mesh=s.mesh, span=s.span)
 
-  def decode(params, cache, slots, rows, need):
+  def decode(params, cache, slots, x_BD, rows, need):
     return model.decode_step(s.model, params, cache, slots, rows, need,
-                             s.attention)
+                             x_BD=x_BD, **common)
 
-  def prefill(params, cache, slots, packed, rows, need):
+  def prefill(params, cache, slots, x_SD, packed, rows, need):
     return model.prefill_step(s.model, params, cache, slots, packed, size,
-                              need, rows, s.attention)
+                              need, rows, x_SD=x_SD, **common)
+
+  def feed(slots, slot_R, pos_R, token_R):
+    return slots.replace(tokens_ET=slots.tokens_ET.at[slot_R, pos_R].set(
+        token_R, mode='drop'))
+
+  def gather(cache, page_m):
+    return kv.gather_pages(cache, page_m, *size)
 
   def scatter(cache, page_m, pages):
     return kv.scatter_pages(cache, page_m, pages), page_m + 1
 
+  def checksum(pages, start, stop):
+    heads = s.layout.kv_heads
+    once = [h if h not in heads[:i] else -1 for i, h in enumerate(heads)]
+    return kv.checksum(pages, np.array(once), s.span[0], start, stop)
+
+  stepped = (*kept, whole, whole) if s.last else (kept[0], whole)
+  donated = (1, 2) if s.last else (1,)  # the first stage keeps its slots
   fn, donate, out = {
-      'decode': (decode, (1, 2), (*kept, whole, whole)),
-      'prefill': (prefill, (1, 2), (*kept, whole, whole)),
+      'decode': (decode, donated, stepped),
+      'prefill': (prefill, donated, stepped),
       'admit': (sampling.admit, (0,), kept[1]),
-      'gather': (kv.gather_pages, (), moved),
+      'feed': (feed, (0,), kept[1]),
+      'gather': (gather, (), moved),
       'scatter': (scatter, (0,), (kept[0], whole)),
+      'checksum': (checksum, (), whole),
   }[kind]
   return jax.jit(fn, donate_argnums=donate, out_shardings=out)
+
+
+class _Stage:
+  """Parameters, cache and, at both ends, slots on one mesh."""
+
+  def __init__(self, shapes, params):
+    self.shapes, self.whole = shapes, sharding.whole(shapes.mesh)
+    abstract, cache, slots = _abstract(shapes)
+    # Leaf by leaf: what is padded for this plan is not kept on the host.
+    self.params = jax.tree.map(
+        lambda x, like: jax.device_put(x, like.sharding),
+        sharding.stage_params(shapes.layout, shapes.span, params), abstract)
+    self.cache, self.slots = (
+        jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, like))()
+        for make, like in (
+            (lambda: kv.init(shapes.model, shapes.num_pages, shapes.page_size,
+                             shapes.kv_dtype, len(range(*shapes.span))),
+             cache),
+            (lambda: sampling.init(shapes.num_slots, shapes.max_len,
+                                   shapes.model.vocab_size), slots)))
+    if not (shapes.first or shapes.last):
+      self.slots = None
+
+  def put(self, tree):
+    return jax.device_put(tree, self.whole)
+
+  def step(self, kind, *args):
+    return make_step(self.shapes, *kind)(*args)
 
 
 class Engine:
   """The effects of one instance. It makes no choice: commands say it all."""
 
-  def __init__(self, loaded, mesh, role, config):
-    """Places parameters and an empty cache on `mesh`.
+  def __init__(self, loaded, meshes, role, config):
+    """Places parameters and an empty cache on the meshes.
 
     Args:
       loaded: a checkpoint.Model.
+      meshes: one a pipeline stage.
       role: what the instance runs (decides which steps it needs).
       config: an EngineConfig.
     """
-    instance = config.instance(role)
     self.role, self.config = role, config
-    self.limits = instance
-    self.shapes = Shapes(loaded.config, mesh, instance.num_pages,
-                         config.page_size, config.max_seqs, config.max_len,
-                         config.dtype, config.attention)
-    self.whole = sharding.whole(mesh)
-    self.params = jax.device_put(
-        loaded.params, sharding.params(mesh, loaded.params))
-    cache, slots = _abstract(self.shapes)[1:]
-    self.cache = jax.jit(
-        lambda: kv.init(loaded.config, instance.num_pages, config.page_size,
-                        jnp.dtype(config.dtype)),
-        out_shardings=jax.tree.map(lambda x: x.sharding, cache))()
-    self.slots = jax.device_put(
-        sampling.init(config.max_seqs, config.max_len,
-                      loaded.config.vocab_size),
-        jax.tree.map(lambda x: x.sharding, slots))
-    self.need = [self._put(np.int32(n)) for n in range(3)]
+    self.limits = config.instance(role, len(meshes))
+    layout = sharding.cut(loaded.config, meshes[0].size)
+    spans = sharding.spans(loaded.config.num_layers, len(meshes))
+    self.where = layout, spans, tuple(meshes)
+    self.stages = [_Stage(Shapes(
+        layout, span, mesh, self.limits.num_pages, self.limits.page_size,
+        config.max_seqs, config.max_len, config.dtype,
+        config.kv_dtype_of(role), config.attention), loaded.params)
+        for span, mesh in zip(spans, meshes, strict=True)]
+    self.shapes, self.last = self.stages[0].shapes, self.stages[-1]
+    self.need = [self.last.put(np.int32(n)) for n in range(3)]
     self.slot_of, self.mode_of = {}, {}
     self.spare = list(range(config.max_seqs))
-
-  def _put(self, tree):
-    return jax.device_put(tree, self.whole)
+    self.fed = collections.deque()  # sampled tokens that stage 0 awaits
 
   def _seqs_bucket(self, tokens):
     """Sequences a prefill of this many packed tokens has room for."""
@@ -164,9 +221,11 @@ class Engine:
     for tokens, rows in self.shapes_needed():
       packed = _packed(self.shapes, self._seqs_bucket(tokens))
       batch = _rows(self.shapes, rows)
-      outs = (self._run_prefill(tokens, packed, batch if rows else None, ())
-              if tokens else self._run_decode(batch, 1, ()))
-      jax.block_until_ready(outs)
+      outs = (self._run('prefill', tokens, (packed, batch if rows else None),
+                        (), ())
+              if tokens else self._run('decode', 0, (batch,), (), ()))
+      self._feed(None)
+      jax.block_until_ready((outs, self.stages[0].slots))
       yield ' + '.join([f'prefill {tokens}'] * bool(tokens)
                        + [f'decode {rows}'] * bool(rows))
 
@@ -177,8 +236,9 @@ class Engine:
     slot = self.spare.pop()
     row = sampling.slot_row(tokens, prompt_len, params, self.shapes.max_len,
                             self.shapes.model.vocab_size)
-    self.slots = make_step(self.shapes, 'admit')(
-        self.slots, self._put(np.int32(slot)), self._put(row))
+    for stage in dict.fromkeys((self.stages[0], self.last)):
+      stage.slots = stage.step(('admit',), stage.slots,
+                               stage.put(np.int32(slot)), stage.put(row))
     self.slot_of[id], self.mode_of[id] = slot, sampling.mode(params)
 
   def forget(self, id):
@@ -205,32 +265,77 @@ class Engine:
     if rows:
       count = next(n for n in self._mixed_rows() if n >= len(rows))
       batch = self._batch(rows, command.tick, count)
-    ids = [c.id for c in chunks if c.last] + [r.id for r in rows]
-    return self._run_prefill(size, packed, batch, ids)
+    ids = [r.id for r in rows] + [c.id for c in chunks if c.last]
+    at = [(r, row.id, row.base + command.tick + 1)
+          for r, row in enumerate(rows)]
+    at += [(b + (batch.pos_B.size if rows else 0), c.id, c.stop)
+           for b, c in enumerate(chunks) if c.last]
+    self._feed([c.id for c in chunks] + ids)
+    return self._run('prefill', size, (packed, batch), ids, at)
 
   def decode(self, command):
     """Dispatches a RunDecode; returns a Sampled a step, unfinished."""
     rows = command.rows
     count = next(n for n in self.config.row_buckets if n >= len(rows))
     batch = self._batch(rows, command.tick, count)
-    return self._run_decode(batch, command.steps, [r.id for r in rows])
+    ids = [r.id for r in rows]
+    self._feed(ids)
+    at = [(r, row.id, row.base + command.tick + 1)
+          for r, row in enumerate(rows)]
+    return self._run('decode', 0, (batch,), ids, at, command.steps)
 
-  def _run_prefill(self, size, packed, batch, ids):
-    packed, batch = self._put((packed, batch))
-    self.cache, self.slots, _, out = make_step(self.shapes, 'prefill', size)(
-        self.params, self.cache, self.slots, packed, batch, self._need(ids))
-    out.token_R.copy_to_host_async()
-    return [out]
+  def _run(self, kind, size, batch, ids, at, steps=1):
+    """Dispatches steps through the stages.
 
-  def _run_decode(self, batch, steps, ids):
-    rows, need, outs = self._put(batch), self._need(ids), []
-    step = make_step(self.shapes, 'decode')
-    for _ in range(steps):
-      self.cache, self.slots, rows, out = step(
-          self.params, self.cache, self.slots, rows, need)
+    at: (entry of token_R, id, position) of each token that is sampled.
+    """
+    batches = [stage.put(batch) for stage in self.stages]
+    need, outs, marks = self._need(ids), [], []
+    key = (kind, size) if size else (kind,)
+    for step in range(steps):
+      x = None
+      for i, stage in enumerate(self.stages[:-1]):
+        stage.cache, x = stage.step(key, stage.params, stage.cache,
+                                    stage.slots, x, *batches[i], None)
+        x = self.stages[i + 1].put(x)
+        marks.append(x)
+      last, put = self.last, batches[-1]
+      last.cache, last.slots, rows, out = last.step(
+          key, last.params, last.cache, last.slots, x, *put, need)
+      batches[-1] = (*put[:-1], rows)
       out.token_R.copy_to_host_async()
       outs.append(out)
-    return outs
+      if len(self.stages) > 1:
+        self._await(out.token_R, [(r, id, pos + step) for r, id, pos in at])
+        if step + 1 < steps:
+          self._feed([id for _, id, _ in at])
+          batches = [(*put[:-1], stage.put(rows))
+                     for put, stage in zip(batches, self.stages, strict=True)]
+    return outs, marks
+
+  def _await(self, token_R, at):
+    """Sends sampled tokens to the first stage, which takes them in later.
+
+    Not at once: its next step must not wait for this one's last stage unless
+    it continues one of these sequences.
+    """
+    slot_R = np.full(token_R.shape[0], self.shapes.num_slots, np.int32)
+    pos_R = np.zeros_like(slot_R)
+    for r, id, position in at:
+      if id in self.slot_of:
+        slot_R[r], pos_R[r] = self.slot_of[id], position
+    self.fed.append(({id: self.slot_of.get(id) for _, id, _ in at},
+                     *self.stages[0].put((slot_R, pos_R, token_R))))
+
+  def _feed(self, ids):
+    """Writes the tokens that these requests await; None: of all."""
+    first, keep = self.stages[0], collections.deque()
+    for slots, *args in self.fed:
+      if ids is None or any(id in slots for id in ids):
+        first.slots = first.step(('feed',), first.slots, *args)
+      elif any(self.slot_of.get(id) == slot for id, slot in slots.items()):
+        keep.append((slots, *args))  # else all of its requests are gone
+    self.fed = keep
 
   def _size(self, chunks):
     total = sum(c.stop - c.start for c in chunks)
@@ -256,19 +361,31 @@ class Engine:
 
   # --- pages ----------------------------------------------------------------
 
-  def _pages_bucket(self, ids):
-    return next(n for n in self.config.page_buckets if n >= len(ids))
+  def gather(self, ids, page_size=None, dtype=None):
+    """Reads pages, as a cache of that page size and dtype would hold them.
 
-  def gather(self, ids):
-    """Reads pages (at most transfer_pages): a tree of [K, m, C, H]."""
-    page_m = np.zeros(self._pages_bucket(ids), np.int32)
-    page_m[:len(ids)] = ids
-    return make_step(self.shapes, 'gather')(self.cache, self._put(page_m))
+    ids: as many as one of the buckets. Returns a Cache a stage.
+    """
+    key = ('gather', (page_size, dtype))
+    ids = np.array(ids, np.int32)
+    return [stage.step(key, stage.cache, stage.put(ids))
+            for stage in self.stages]
 
   def scatter(self, ids, moved):
-    """Writes pages; returns an array that is ready when they are in place."""
-    page_m = np.full(self._pages_bucket(ids), self.shapes.num_pages, np.int32)
-    page_m[:len(ids)] = ids
-    self.cache, done_m = make_step(self.shapes, 'scatter')(
-        self.cache, self._put(page_m), moved)
-    return done_m
+    """Writes pages (a Cache a stage); ids of num_pages, all last, are dropped.
+
+    Returns an array a stage that is ready when they are in place.
+    """
+    done, ids = [], np.array(ids, np.int32)
+    for stage, new in zip(self.stages, moved, strict=True):
+      stage.cache, done_m = stage.step(('scatter',), stage.cache,
+                                       stage.put(ids), new)
+      done.append(done_m)
+    return done
+
+  def checksum(self, read, start, stop):
+    """cache.checksum of gathered pages that hold tokens from start: a stage's
+    share each."""
+    return [stage.step(('checksum',), tree, stage.put(np.int32(start)),
+                       stage.put(np.int32(stop)))
+            for stage, tree in zip(self.stages, read, strict=True)]

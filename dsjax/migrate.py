@@ -112,6 +112,9 @@ def move(trees, pieces, source, target):
 
   Args:
     source, target: (Layout, spans, meshes), as Engine.where.
+
+  Returns:
+    (the target's Caches, bytes copied).
   """
   layout, spans, meshes = target
   devices = [list(m.devices.flat) for m in source[2]], [
@@ -152,11 +155,12 @@ def move(trees, pieces, source, target):
     return jax.make_array_from_single_device_arrays(
         shape, sharding.kv(mesh), ready)
 
-  return [kv.Cache(*(tuple(whole(layer, part, mesh, stage)
-                           for layer in range(*span))
-                     for part in range(len(shards[0][0]))))
-          for stage, (span, mesh) in enumerate(
-              zip(spans, meshes, strict=True))]
+  caches = [kv.Cache(*(tuple(whole(layer, part, mesh, stage)
+                             for layer in range(*span))
+                       for part in range(len(shards[0][0]))))
+            for stage, (span, mesh) in enumerate(
+                zip(spans, meshes, strict=True))]
+  return caches, sum(x.nbytes for x in parts)
 
 
 class Damaged(RuntimeError):
@@ -225,7 +229,7 @@ class Route:
           ids, pads, self.each, strict=True)]
       read = source.gather(ids[0], target.limits.page_size,
                            target.config.kv_dtype_of(target.role))
-      moved = move(read, self.pieces, source.where, target.where)
+      moved, size_bytes = move(read, self.pieces, source.where, target.where)
       done += target.scatter(ids[1], moved)
       if checksum:
         first = at * self.tokens
@@ -233,7 +237,7 @@ class Route:
         arrived += target.checksum(target.gather(
             [min(p, target.limits.num_pages - 1) for p in ids[1]]), first,
                                    stop)
-      copied += sum(x.nbytes for x in jax.tree.leaves(moved))
+      copied += size_bytes
       at += size
     return Transfer(command, done, copied, began, (sent, arrived))
 
@@ -245,7 +249,7 @@ class Route:
                                 self.target.limits.page_size,
                                 self.target.config.kv_dtype_of(
                                     self.target.role))
-      moved = move(read, self.pieces, self.source.where, self.target.where)
+      moved, _ = move(read, self.pieces, self.source.where, self.target.where)
       if checksum:
         jax.block_until_ready((
             self.source.checksum(read, 0, 0),

@@ -158,10 +158,14 @@ def forward(config, params, cache, token_S, pos_S, page_S, attend, mesh=None):
 
 
 def head(config, params, x_RD):
-  """Logits of hidden states, float32."""
+  """Logits of hidden states, float32; -inf for rows that pad V."""
   x_RD = rms_norm(x_RD, params['norm_D'], config.norm_eps)
-  return project(params.get('head_VD', params['embed_VD']),
-                 x_RD).astype(jnp.float32)
+  head_VD = params['embed_VD'] if config.tied else params['head_VD']
+  logits_RV = project(head_VD, x_RD).astype(jnp.float32)
+  if head_VD.shape[0] == config.vocab_size:
+    return logits_RV
+  real_V = jnp.arange(head_VD.shape[0]) < config.vocab_size
+  return jnp.where(real_V[None, :], logits_RV, -jnp.inf)
 
 
 def page_of(table_BM, row_S, pos_S, live_S, page_size, num_pages):
@@ -171,21 +175,31 @@ def page_of(table_BM, row_S, pos_S, live_S, page_size, num_pages):
 
 
 def decode_step(config, params, cache, slots, rows, need, impl=None,
-                mesh=None):
+                mesh=None, span=None, x_BD=None):
   """One token for every row.
+
+  Args:
+    span: layers [first, last) of a pipeline stage that params and cache hold;
+      None for all. x_BD: what the stage before returned; None in the first.
 
   Returns:
     (cache, slots, rows one position on, Sampled): feed the rows back for the
-    next step without the host.
+    next step without the host. From a stage that is not the last: (cache,
+    x_BD); it needs no slots unless it is the first.
   """
   shapes.check(pos_B=rows.pos_B, slot_B=rows.slot_B, live_B=rows.live_B,
                table_BM=rows.table_BM)
   _, P, C, _ = cache.k_KPCH[0].shape
-  token_B, page_B = _row_inputs(slots, rows, P, C)
-  x_BD, cache = forward(
-      config, params, cache, token_B, rows.pos_B, page_B,
+  span = span or (0, config.num_layers)
+  if x_BD is None:
+    x_BD = embed(config, params, _row_tokens(slots, rows), rows.pos_B)
+  x_BD, cache = run_layers(
+      config, params['layers'], span[0], cache, x_BD, rows.pos_B,
+      _row_pages(rows, P, C),
       lambda _, q, k, v: decode_attention(q, k, v, rows.table_BM,
                                           rows.pos_B + 1, impl), mesh)
+  if span[1] < config.num_layers:
+    return cache, x_BD
   slots, out = sampling.sample(
       head(config, params, x_BD), slots, _slot(slots, rows), rows.pos_B + 1,
       need)
@@ -193,27 +207,28 @@ def decode_step(config, params, cache, slots, rows, need, impl=None,
 
 
 def prefill_step(config, params, cache, slots, packed, size, need, rows=None,
-                 impl=None, mesh=None):
+                 impl=None, mesh=None, span=None, x_SD=None):
   """Runs packed prompt chunks, and with `rows` one decode token each too.
 
   size: tokens of the packed axis (S, static). With rows (the chunked mode)
-  their tokens and the prompt's share every weight read.
+  their tokens and the prompt's share every weight read. span, x_SD: as for
+  decode_step.
 
   Returns:
     (cache, slots, rows one position on or None, Sampled): R = rows first,
-    then one entry a sequence, garbage where sample_B is False.
+    then one entry a sequence, garbage where sample_B is False. From a stage
+    that is not the last: (cache, x_SD).
   """
   shapes.check(pos_B=packed.pos_B, slot_B=packed.slot_B,
                sample_B=packed.sample_B, table_BM=packed.table_BM)
   _, P, C, _ = cache.k_KPCH[0].shape
-  num_slots = slots.tokens_ET.shape[0]
+  span = span or (0, config.num_layers)
   at_S = jnp.arange(size)
   seq_S = jnp.minimum(jnp.searchsorted(packed.start_A[1:], at_S, side='right'),
                       packed.pos_B.shape[0] - 1)
   live_S = at_S < packed.start_A[-1]
   pos_S = packed.pos_B[seq_S] + at_S - packed.start_A[seq_S]
   pos_S = jnp.where(live_S, pos_S, 0)
-  token_S = slots.tokens_ET[packed.slot_B[seq_S], pos_S]
   page_S = page_of(packed.table_BM, seq_S, pos_S, live_S, C, P)
 
   def attend(layer, q_SNH, k_KPCH, v_KPCH):
@@ -224,10 +239,7 @@ def prefill_step(config, params, cache, slots, packed, size, need, rows=None,
   B = 0
   if rows is not None:
     B = rows.pos_B.shape[0]
-    token_B, page_B = _row_inputs(slots, rows, P, C)
-    token_S = jnp.concatenate((token_B, token_S))
-    pos_S = jnp.concatenate((rows.pos_B, pos_S))
-    page_S = jnp.concatenate((page_B, page_S))
+    page_S = jnp.concatenate((_row_pages(rows, P, C), page_S))
     attend_packed = attend
 
     def attend(layer, q_SNH, k_KPCH, v_KPCH):
@@ -236,8 +248,19 @@ def prefill_step(config, params, cache, slots, packed, size, need, rows=None,
       o_SNH = attend_packed(layer, q_SNH[B:], k_KPCH, v_KPCH)
       return jnp.concatenate((o_BNH, o_SNH))
 
-  x_SD, cache = forward(config, params, cache, token_S, pos_S, page_S, attend,
-                        mesh)
+  if x_SD is None:
+    token_S = slots.tokens_ET[packed.slot_B[seq_S], pos_S]
+    if rows is not None:
+      token_S = jnp.concatenate((_row_tokens(slots, rows), token_S))
+  if rows is not None:
+    pos_S = jnp.concatenate((rows.pos_B, pos_S))
+  if x_SD is None:
+    x_SD = embed(config, params, token_S, pos_S)
+  x_SD, cache = run_layers(config, params['layers'], span[0], cache, x_SD,
+                           pos_S, page_S, attend, mesh)
+  if span[1] < config.num_layers:
+    return cache, x_SD
+  num_slots = slots.tokens_ET.shape[0]
   end_B = packed.start_A[1:]
   row_R = B + jnp.maximum(end_B - 1, 0)
   slot_R = jnp.where(packed.sample_B, packed.slot_B, num_slots)
@@ -252,11 +275,13 @@ def prefill_step(config, params, cache, slots, packed, size, need, rows=None,
   return cache, slots, rows, out
 
 
-def _row_inputs(slots, rows, num_pages, page_size):
-  token_B = slots.tokens_ET[rows.slot_B, rows.pos_B]
-  page_B = page_of(rows.table_BM, jnp.arange(rows.pos_B.shape[0]), rows.pos_B,
-                   rows.live_B, page_size, num_pages)
-  return token_B, page_B
+def _row_tokens(slots, rows):
+  return slots.tokens_ET[rows.slot_B, rows.pos_B]
+
+
+def _row_pages(rows, num_pages, page_size):
+  return page_of(rows.table_BM, jnp.arange(rows.pos_B.shape[0]), rows.pos_B,
+                 rows.live_B, page_size, num_pages)
 
 
 def _slot(slots, rows):

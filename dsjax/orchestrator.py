@@ -85,8 +85,9 @@ class _Live:
 class _Running:
   """A command in flight and the outputs of its steps."""
 
-  def __init__(self, command, outputs):
-    self.command, self.outputs = command, outputs
+  def __init__(self, command, outputs, marks):
+    self.command, self.outputs = command, collections.deque(outputs)
+    self.marks = collections.deque(marks)  # what each stage but the last sent
     self.times, self.ended = [], []
 
 
@@ -99,6 +100,8 @@ class Orchestrator:
     copied_bytes, copy_s: what migrations moved and the seconds they took,
       from dispatch to completion, summed.
     host_s, steps: host seconds of polls that found work; device steps done.
+    stage_log: (instance, command number, seconds) at which each pipeline
+      stage but the last had done its part, in order.
   """
 
   def __init__(self, model, placement, config=None, devices=None,
@@ -131,6 +134,7 @@ class Orchestrator:
                                  run_ahead=config.run_ahead)
     self.engines = [engine.Engine(model, mesh, role, config)
                     for role, mesh in zip(roles, meshes, strict=True)]
+    self.routes = {}
     if report:
       self._warm(report)
     else:
@@ -139,6 +143,7 @@ class Orchestrator:
         self._warm(lambda done, total, name: bar.update(
             task, completed=done, total=total, description=name))
     self.state = scheduler.init(self.plan)
+    self.stage_log = []
     self.recorder, self.log = metrics.Recorder(), []
     self.live, self.requests, self.seen = {}, {}, set()
     self.running = [collections.deque() for _ in roles]
@@ -157,7 +162,9 @@ class Orchestrator:
     for source in self.engines:
       for target in self.engines:
         if source.role == 'prefill' and target.role == 'decode':
-          migrate.warm(source, target)
+          route = migrate.Route(source, target)
+          route.warm(self.config.checksum)
+          self.routes[source, target] = route
 
   def __enter__(self):
     return self
@@ -350,6 +357,8 @@ class Orchestrator:
     done = [t for t in self.transfers if t.is_ready()]
     for transfer in done:
       self.transfers.remove(transfer)
+      if self.config.checksum:
+        transfer.check()
       c = transfer.command
       self.copied_bytes += transfer.bytes
       self.copy_s += time.perf_counter() - transfer.start_s
@@ -377,6 +386,10 @@ class Orchestrator:
 
   def _advance(self, running):
     """Takes in the steps that are ready; True when the command is done."""
+    number = running.command.instance, running.command.number
+    while running.marks and running.marks[0].is_ready():
+      running.marks.popleft()
+      self.stage_log.append((*number, self.now))
     while running.outputs:
       if not running.outputs[0].token_R.is_ready():
         return False
@@ -421,7 +434,7 @@ class Orchestrator:
     dispatch = (one.prefill if isinstance(command, base.RunPrefill)
                 else one.decode)
     self.running[command.instance].append(
-        _Running(command, collections.deque(dispatch(command))))
+        _Running(command, *dispatch(command)))
 
   def _admit(self, index, id):
     one, live = self.engines[index], self.live.get(id)
@@ -432,8 +445,9 @@ class Orchestrator:
 
   def _migrate(self, command):
     self._admit(command.target, command.id)
-    self.transfers.append(migrate.start(
-        self.engines[command.source], self.engines[command.target], command))
+    route = self.routes[self.engines[command.source],
+                        self.engines[command.target]]
+    self.transfers.append(route.start(command, self.config.checksum))
 
   def _preempt(self, command):
     self.engines[command.instance].forget(command.id)

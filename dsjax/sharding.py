@@ -49,10 +49,11 @@ class Layout:
     return tuple(shape)
 
   def pad(self, leaf, array):
-    """A parameter of the model as it lies on the mesh; numpy in and out."""
+    """A parameter of the model as it lies on the mesh: itself, or numpy."""
     letters, want = leaf.rsplit('_', 1)[1], self.shape(leaf)
     if array.shape == want and self.heads == tuple(range(len(self.heads))):
       return array
+    array = np.asarray(array)
     for axis, letter in enumerate(letters):
       held = {'N': self.heads, 'K': self.kv_heads}.get(letter)
       if held is not None:
@@ -145,10 +146,9 @@ def stage_leaves(config, span):
 
 
 def stage_params(layout, span, params):
-  """The padded parameters of a stage, leaf by leaf: a tree of numpy."""
+  """The parameters of a stage, padded."""
   def tree(leaves, source):
-    return {leaf: layout.pad(leaf, np.asarray(source[leaf]))
-            for leaf in leaves}
+    return {leaf: layout.pad(leaf, source[leaf]) for leaf in leaves}
 
   config = layout.model
   return tree(stage_leaves(config, span), params) | {'layers': tuple(
