@@ -386,12 +386,13 @@ class InstanceConfig:
   Attributes:
     role: prefill | decode | colocated | chunked.
     num_pages: pages in its pool; page_size: tokens a page (C).
-    max_seqs: requests that may hold pages at a time (also the largest
-      decode batch).
+    max_seqs: requests that may hold pages at a time, of all micro-batches
+      together (also the largest decode batch).
     prefill_tokens: tokens of a prefill batch; L_m of the paper for prefill
       and colocated, the token budget (decode rows included) for chunked. A
       longer prompt is run in chunks of this size.
     prefill_seqs: most requests in one prefill batch.
+    pp: pipeline stages; as many disjoint micro-batches decode in turn.
   """
 
   role: str
@@ -400,12 +401,13 @@ class InstanceConfig:
   max_seqs: int
   prefill_tokens: int
   prefill_seqs: int
+  pp: int = 1
 
   def __post_init__(self):
     require(self.role in ROLES, 'InstanceConfig.role', self.role,
             f'one of {ROLES}')
     for field in ('num_pages', 'page_size', 'max_seqs', 'prefill_tokens',
-                  'prefill_seqs'):
+                  'prefill_seqs', 'pp'):
       value = getattr(self, field)
       require(_integer(1, 2**31 - 1)(value), f'InstanceConfig.{field}', value,
               'an integer of 1 or more')
@@ -483,14 +485,14 @@ class EngineConfig:
     """Numbers of pages that a migration copies at a time."""
     return _buckets(self.transfer_pages, 4, 4)
 
-  def instance(self, role):
-    """The InstanceConfig of an instance in this role."""
+  def instance(self, role, pp=1):
+    """The InstanceConfig of an instance of `pp` stages in this role."""
     pages = self.num_pages
     if pages is None:
       pages = self.max_seqs * -(-self.max_len // self.page_size)
     tokens = self.chunk_tokens if role == 'chunked' else self.prefill_tokens
     return InstanceConfig(role, pages, self.page_size, self.max_seqs, tokens,
-                          self.prefill_seqs)
+                          self.prefill_seqs, pp)
 
 
 # --- what the scheduler is told ---------------------------------------------

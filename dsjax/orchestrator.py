@@ -126,9 +126,10 @@ class Orchestrator:
                                   jax.devices() if devices is None
                                   else devices)
     self.model, self.placement, self.config = model, placement, config
-    self.plan = scheduler.Config(tuple(config.instance(r) for r in roles),
-                                 config.max_len, config.depth,
-                                 run_ahead=config.run_ahead)
+    self.plan = scheduler.Config(
+        tuple(config.instance(role, plan.pp)
+              for role, plan in placement.instances),
+        config.max_len, config.depth, run_ahead=config.run_ahead)
     self.engines = [engine.Engine(model, mesh, role, config)
                     for role, mesh in zip(roles, meshes, strict=True)]
     if report:
