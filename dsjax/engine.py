@@ -115,14 +115,14 @@ class Engine:
     self.role, self.config = role, config
     self.limits = instance
     self.shapes = Shapes(loaded.config, mesh, instance.num_pages,
-                         config.page_size, config.max_seqs, config.max_len,
+                         instance.page_size, config.max_seqs, config.max_len,
                          config.dtype, config.attention)
     self.whole = sharding.whole(mesh)
     self.params = jax.device_put(
         loaded.params, sharding.params(mesh, loaded.params))
     cache, slots = _abstract(self.shapes)[1:]
     self.cache = jax.jit(
-        lambda: kv.init(loaded.config, instance.num_pages, config.page_size,
+        lambda: kv.init(loaded.config, instance.num_pages, instance.page_size,
                         jnp.dtype(config.dtype)),
         out_shardings=jax.tree.map(lambda x: x.sharding, cache))()
     self.slots = jax.device_put(

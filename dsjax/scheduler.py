@@ -539,8 +539,9 @@ class _Draft:
       batch = inst.batches[g]
       if batch.rows:  # covering it may have preempted all of it
         break
-    # Steps of one command run one after another through every stage, so that
-    # commands of several steps would leave all stages but one without work.
+    # A step waits for the one before to leave the last stage, and stages take
+    # work in order: micro-batches whose commands had several steps would run
+    # one after another, not side by side.
     steps = 1
     if (pp == 1 and not inst.queue and not inst.pulls
         and inst.residents == len(batch.rows) + len(inst.ending)):
@@ -601,7 +602,16 @@ class _Draft:
     return True
 
   def preempt(self, index):
-    """Sends the latest arrival back to be recomputed."""
+    """Sends the latest arrival back to be recomputed.
+
+    A request on its way in is no victim: a copy is landing on its pages. This
+    cannot deadlock. Whoever is short of a page is a row, so there is a victim,
+    if need be the row itself; a copy ends whatever the pool holds; and `take`
+    admits, for want of another resident, whatever never_fits let in. Nor does
+    it go on for ever: a row has emitted a token since its prefill began, so
+    each of its preemptions leaves it fewer to emit; a request preempted in its
+    prefill gave way to a row that then emits one.
+    """
     inst = self.instances[index]
     victims = ([r.id for r in inst.rows] + list(inst.prefilling))
     seq = self.seqs[max(victims, key=lambda i: self.seqs[i].order)]
