@@ -386,12 +386,13 @@ class InstanceConfig:
   Attributes:
     role: prefill | decode | colocated | chunked.
     num_pages: pages in its pool; page_size: tokens a page (C).
-    max_seqs: requests that may hold pages at a time (also the largest
-      decode batch).
+    max_seqs: requests that may hold pages at a time, of all micro-batches
+      together (also the largest decode batch).
     prefill_tokens: tokens of a prefill batch; L_m of the paper for prefill
       and colocated, the token budget (decode rows included) for chunked. A
       longer prompt is run in chunks of this size.
     prefill_seqs: most requests in one prefill batch.
+    pp: pipeline stages; as many disjoint micro-batches decode in turn.
   """
 
   role: str
@@ -400,12 +401,13 @@ class InstanceConfig:
   max_seqs: int
   prefill_tokens: int
   prefill_seqs: int
+  pp: int = 1
 
   def __post_init__(self):
     require(self.role in ROLES, 'InstanceConfig.role', self.role,
             f'one of {ROLES}')
     for field in ('num_pages', 'page_size', 'max_seqs', 'prefill_tokens',
-                  'prefill_seqs'):
+                  'prefill_seqs', 'pp'):
       value = getattr(self, field)
       require(_integer(1, 2**31 - 1)(value), f'InstanceConfig.{field}', value,
               'an integer of 1 or more')
@@ -429,7 +431,8 @@ class EngineConfig:
 
   Attributes:
     max_len: most tokens of prompt and output together.
-    page_size: tokens a page (C).
+    page_size: tokens a page (C). decode_page_size: of decode instances, if
+      not the same; None: page_size.
     num_pages: pages an instance; None for max_seqs sequences of max_len.
     max_seqs: requests resident on an instance; the largest decode batch.
     prefill_tokens: L_m, tokens of a prefill batch (longer prompts run in
@@ -460,6 +463,7 @@ class EngineConfig:
   decode_kv_dtype: str | None = None
   checksum: bool = False
   attention: str | None = None
+  decode_page_size: int | None = None
 
   def __post_init__(self):
     for field in ('max_len', 'page_size', 'max_seqs', 'prefill_tokens',
@@ -468,9 +472,11 @@ class EngineConfig:
       value = getattr(self, field)
       require(_integer(1, 2**31 - 1)(value), f'EngineConfig.{field}', value,
               'an integer of 1 or more')
-    require(self.num_pages is None or _integer(1, 2**31 - 1)(self.num_pages),
-            'EngineConfig.num_pages', self.num_pages,
-            'None or an integer of 1 or more')
+    for field in ('num_pages', 'decode_page_size'):
+      value = getattr(self, field)
+      require(value is None or _integer(1, 2**31 - 1)(value),
+              f'EngineConfig.{field}', value,
+              'None or an integer of 1 or more')
     require(self.max_len >= 2, 'EngineConfig.max_len', self.max_len,
             '2 or more')
     require(self.dtype in ('float32', 'bfloat16'), 'EngineConfig.dtype',
@@ -501,13 +507,16 @@ class EngineConfig:
     return _buckets(self.transfer_pages, 1, 4)
 
   def instance(self, role, pp=1):
-    """The InstanceConfig of an instance in this role."""
+    """The InstanceConfig of an instance of `pp` stages in this role."""
+    size = self.page_size
+    if role == 'decode' and self.decode_page_size is not None:
+      size = self.decode_page_size
     pages = self.num_pages
     if pages is None:
-      pages = self.max_seqs * -(-self.max_len // self.page_size)
+      pages = self.max_seqs * -(-self.max_len // size)
     tokens = self.chunk_tokens if role == 'chunked' else self.prefill_tokens
-    return InstanceConfig(role, pages, self.page_size, self.max_seqs, tokens,
-                          self.prefill_seqs)
+    return InstanceConfig(role, pages, size, self.max_seqs, tokens,
+                          self.prefill_seqs, pp)
 
 
 # --- what the scheduler is told ---------------------------------------------

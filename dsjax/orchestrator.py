@@ -124,14 +124,19 @@ class Orchestrator:
                  'EngineConfig.max_len', config.max_len,
                  f'at most {model.config.max_len}, the context of '
                  f'{model.config.name}')
+    base.require(config.decode_page_size in (None, config.page_size),
+                 'EngineConfig.decode_page_size', config.decode_page_size,
+                 f'None or page_size={config.page_size} (migrations between '
+                 'page sizes are not built yet)')
     roles = [role for role, _ in placement.instances]
     meshes = sharding.make_meshes(model.config, placement,
                                   jax.devices() if devices is None
                                   else devices)
     self.model, self.placement, self.config = model, placement, config
-    self.plan = scheduler.Config(tuple(config.instance(r) for r in roles),
-                                 config.max_len, config.depth,
-                                 run_ahead=config.run_ahead)
+    self.plan = scheduler.Config(
+        tuple(config.instance(role, plan.pp)
+              for role, plan in placement.instances),
+        config.max_len, config.depth, run_ahead=config.run_ahead)
     self.engines = [engine.Engine(model, mesh, role, config)
                     for role, mesh in zip(roles, meshes, strict=True)]
     self.routes = {}

@@ -21,6 +21,11 @@ Up to `depth` commands are in flight on an instance, so that the device never
 waits for Python. The scheduler plans ahead as if no stream ended early; a
 stream that meets EOS is dropped from the batch one command late, and the
 extra tokens are ignored.
+
+An instance of `pp` pipeline stages decodes as many disjoint micro-batches in
+turn, `depth` commands of each in flight, so that every stage has work. Each
+stage runs the commands in order, so they complete in order; a micro-batch's
+next step waits on the device for the tokens of its previous one.
 """
 
 import bisect
@@ -36,10 +41,13 @@ class Config:
 
   Attributes:
     max_len: most tokens of prompt and output together.
-    depth: commands in flight on an instance that decodes.
-    prefill_depth: the same in the prefill role; 1, so that a finished prompt's
-      pages can be read out before the next batch occupies the device.
-    run_ahead: most decode steps of one command while nothing waits.
+    depth: commands in flight of each micro-batch of an instance that decodes
+      (an instance has as many micro-batches as pipeline stages).
+    prefill_depth: commands in flight in the prefill role; 1, so that a
+      finished prompt's pages can be read out before the next batch occupies
+      the device. With more pipeline stages, as many as there are stages.
+    run_ahead: most decode steps of one command while nothing waits; always 1
+      under pipeline stages.
   """
 
   instances: tuple[base.InstanceConfig, ...]
@@ -71,27 +79,40 @@ class Seq(NamedTuple):
   fate: str = ''
 
 
+class Batch(NamedTuple):
+  """A decode micro-batch and the decode ticks issued for it."""
+
+  rows: tuple[base.Row, ...] = ()
+  tick: int = 0
+
+
 class Instance(NamedTuple):
   """Queues and pool of one instance.
 
   queue: ids in stage queued, by arrival. prefilling: ids. pulls: ids in
-  stage prefilled that this decode instance will pull. rows: the decode batch.
-  tick: decode ticks issued. number: commands issued. inflight: commands not
-  yet done. ending: (number, id): release when command `number` is done.
+  stage prefilled that this decode instance will pull. batches: a decode
+  micro-batch a pipeline stage. turn: which of them goes next. number:
+  commands issued. inflight: (command, its micro-batch or -1) not yet done.
+  ending: (number, id): release when command `number` is done.
   residents: requests owning pages here. backlog: prompt tokens waiting.
   """
 
   pool: pages.Pool
+  batches: tuple[Batch, ...]
   queue: tuple[int, ...] = ()
   prefilling: tuple[int, ...] = ()
   pulls: tuple[int, ...] = ()
-  rows: tuple[base.Row, ...] = ()
-  tick: int = 0
+  turn: int = 0
   number: int = 0
-  inflight: tuple = ()
+  inflight: tuple[tuple, ...] = ()
   ending: tuple[tuple[int, int], ...] = ()
   residents: int = 0
   backlog: int = 0
+
+  @property
+  def rows(self):
+    """The rows of every micro-batch."""
+    return tuple(r for b in self.batches for r in b.rows)
 
 
 class State(NamedTuple):
@@ -104,7 +125,7 @@ class State(NamedTuple):
 
 def init(config):
   """The state before the first event."""
-  return State({}, tuple(Instance(pages.init(c.num_pages))
+  return State({}, tuple(Instance(pages.init(c.num_pages), (Batch(),) * c.pp)
                          for c in config.instances))
 
 
@@ -163,6 +184,11 @@ class _Draft:
 
   def put(self, index, **changes):
     self.instances[index] = self.instances[index]._replace(**changes)
+
+  def put_batch(self, index, g, **changes):
+    batches = self.instances[index].batches
+    self.put(index, batches=(*batches[:g], batches[g]._replace(**changes),
+                             *batches[g + 1:]))
 
   def change(self, id, **changes):
     self.seqs[id] = self.seqs[id]._replace(**changes)
@@ -228,13 +254,12 @@ class _Draft:
   def complete(self, e, kind):
     """Takes the oldest command off the instance; it must be this one."""
     inflight = self.instances[e.instance].inflight
-    if (not inflight or inflight[0].number != e.number
-        or not isinstance(inflight[0], kind)):
+    command = inflight[0][0] if inflight else None
+    if not isinstance(command, kind) or command.number != e.number:
       raise ValueError(f'{type(e).__name__} {e.number} of instance '
-                       f'{e.instance}, which awaits '
-                       f'{inflight[0] if inflight else "nothing"}')
+                       f'{e.instance}, which awaits {command or "nothing"}')
     self.put(e.instance, inflight=inflight[1:])
-    return inflight[0]
+    return command
 
   def ended(self, id):
     """A token of a row met EOS or a stop condition."""
@@ -268,7 +293,9 @@ class _Draft:
     if not first_time:
       return  # in `ending` already; only the fate has changed
     if seq.stage == 'decoding':
-      self.put(index, rows=tuple(r for r in inst.rows if r.id != seq.id))
+      g, _ = _find(inst, seq.id)
+      self.put_batch(index, g, rows=tuple(
+          r for r in inst.batches[g].rows if r.id != seq.id))
     else:
       self.put(index, prefilling=_without(inst.prefilling, seq.id))
     self.change(seq.id, stage='ending')
@@ -386,36 +413,44 @@ class _Draft:
         self.issue(index, role)
 
   def issue(self, index, role):
-    depth = (self.config.prefill_depth if role == 'prefill'
-             else self.config.depth)
+    pp = self.config.instances[index].pp
+    depth = (max(self.config.prefill_depth, pp) if role == 'prefill'
+             else self.config.depth * pp)
     while len(self.instances[index].inflight) < depth:
-      command = None
-      if role != 'decode':
-        command = self.prefill(index)
-      if command is None and role != 'prefill':
-        command = self.decode(index)
-      if command is None:
+      if not (role != 'decode' and self.prefill(index)
+              or role != 'prefill' and self.decode(index)):
         return
-      inst = self.instances[index]
-      self.put(index, inflight=inst.inflight + (command,))
-      self.commands.append(command)
+
+  def send(self, index, command, g):
+    """Issues a command, of micro-batch g or of none (-1)."""
+    inst = self.instances[index]
+    self.put(index, number=inst.number + 1,
+             inflight=inst.inflight + ((command, g),))
+    self.commands.append(command)
+
+  def ready(self, index, g):
+    """Micro-batch g may have another command, and pages for its tick."""
+    inflight = self.instances[index].inflight
+    return (sum(of == g for _, of in inflight) < self.config.depth
+            and self.cover(index, g))
 
   def prefill(self, index):
-    """The next prefill batch, or None.
+    """Issues the next prefill batch; False when none can be.
 
     Prefill and colocated roles: whole prompts while the batch stays within
     prefill_tokens (L_m), a longer one alone and in pieces. Chunked role: one
-    tick of every row, the rest of the budget filled with prompt pieces.
+    tick of every row of the micro-batch whose turn it is (it may have none),
+    the rest of the budget filled with prompt pieces.
     """
-    c = self.config.instances[index]
+    c, g = self.config.instances[index], self.instances[index].turn
     chunked = c.role == 'chunked'
     if not (self.instances[index].queue or self.instances[index].prefilling):
-      return None
-    if chunked and not self.cover(index):
-      return None
-    budget = c.prefill_tokens
-    if chunked:
-      budget -= len(self.instances[index].rows)
+      return False
+    if chunked and not self.ready(index, g):
+      return False
+    batch = self.instances[index].batches[g]
+    rows = batch.rows if chunked else ()
+    budget = c.prefill_tokens - len(rows)
     chunks, last = [], []
     while len(chunks) < c.prefill_seqs and budget > 0:
       seq = self.candidate(index, budget, bool(chunks) and not chunked)
@@ -430,20 +465,18 @@ class _Draft:
       if stop == seq.prompt_len:
         last.append(seq.id)
     if not chunks:
-      return None
-    inst = self.instances[index]
-    rows = inst.rows if chunked else ()
-    command = base.RunPrefill(index, inst.number, tuple(chunks), inst.tick,
-                              rows)
-    self.put(index, number=inst.number + 1)
-    if rows:
-      self.advance(index, 1)
+      return False
+    number = self.instances[index].number
+    self.send(index, base.RunPrefill(index, number, tuple(chunks), batch.tick,
+                                     rows), g if chunked else -1)
+    if chunked:
+      self.advance(index, g, 1 if rows else 0)
     for id in last:
       self.put(index, prefilling=_without(self.instances[index].prefilling,
                                           id))
       if c.role != 'prefill':
-        self.join(self.seqs[id], command.number)
-    return command
+        self.join(self.seqs[id], number)
+    return True
 
   def candidate(self, index, budget, whole):
     """The next request of a prefill batch, admitted, or None."""
@@ -482,75 +515,109 @@ class _Draft:
       self.put(index, ending=inst.ending + ((number, seq.id),))
       return
     self.change(seq.id, stage='decoding')
-    start = seq.prompt_len - inst.tick
+    g = min(range(c.pp), key=lambda g: len(inst.batches[g].rows))
+    batch = inst.batches[g]
+    start = seq.prompt_len - batch.tick
     row = base.Row(seq.id, start, _until(seq, start, c.page_size), seq.pages)
-    self.put(index, rows=inst.rows + (row,))
+    self.put_batch(index, g, rows=batch.rows + (row,))
 
   def decode(self, index):
-    """The next decode command, or None."""
-    if not self.instances[index].rows or not self.cover(index):
-      return None
-    inst = self.instances[index]
-    if not inst.rows:
-      return None
-    quiet = (not inst.queue and not inst.pulls and
-             inst.residents == len(inst.rows) + len(inst.ending))
-    steps = min(min(r.until for r in inst.rows) - inst.tick,
-                self.config.run_ahead if quiet else 1)
-    command = base.RunDecode(index, inst.number, inst.tick, steps, inst.rows)
-    self.put(index, number=inst.number + 1)
-    self.advance(index, steps)
-    return command
+    """Issues the next decode command; False when none can be.
 
-  def advance(self, index, steps):
-    """Moves the batch's clock; rows that reached their limit leave."""
+    Micro-batches take strict turns, the empty ones left out. One that may not
+    go yet is waited for: were it passed by, two commands of another would
+    follow each other and the stages would idle between them, for ever.
+    """
+    pp = self.config.instances[index].pp
+    while True:
+      inst = self.instances[index]
+      g = next((g % pp for g in range(inst.turn, inst.turn + pp)
+                if inst.batches[g % pp].rows), None)
+      if g is None or not self.ready(index, g):
+        return False
+      inst = self.instances[index]
+      batch = inst.batches[g]
+      if batch.rows:  # covering it may have preempted all of it
+        break
+    # A step waits for the one before to leave the last stage, and stages take
+    # work in order: micro-batches whose commands had several steps would run
+    # one after another, not side by side.
+    steps = 1
+    if (pp == 1 and not inst.queue and not inst.pulls
+        and inst.residents == len(batch.rows) + len(inst.ending)):
+      steps = min(min(r.until for r in batch.rows) - batch.tick,
+                  self.config.run_ahead)
+    self.send(index, base.RunDecode(index, inst.number, batch.tick, steps,
+                                    batch.rows), g)
+    self.advance(index, g, steps)
+    return True
+
+  def advance(self, index, g, steps):
+    """Ends a turn: ticks pass; rows that reached their limit leave."""
     inst = self.instances[index]
-    tick = inst.tick + steps
-    due = [r for r in inst.rows if r.until <= tick]
+    rows, tick = inst.batches[g]
+    tick += steps
+    due = [r for r in rows if r.until <= tick]
     gone = [r.id for r in due if r.base + tick >= self.seqs[r.id].limit - 1]
-    rows, ending = inst.rows, inst.ending
+    ending = inst.ending
     if gone:
       rows = tuple(r for r in rows if r.id not in gone)
       ending += tuple((inst.number - 1, id) for id in gone)
       for id in gone:
         self.change(id, stage='ending', fate='length')
-    self.put(index, tick=tick, rows=rows, ending=ending)
+    self.put(index, ending=ending, turn=(g + 1) % len(inst.batches))
+    self.put_batch(index, g, rows=rows, tick=tick)
 
-  def cover(self, index):
-    """Gives every row a page for its next tick, preempting if it must.
+  def cover(self, index, g):
+    """Gives micro-batch g's rows a page for their next tick.
 
-    Returns False while pages of a preempted request are still in use by a
-    command in flight.
+    Preempts if it must, of any micro-batch. Returns False while pages of a
+    preempted request are still in use by a command in flight.
     """
-    inst, c = self.instances[index], self.config.instances[index]
-    due = [r for r in inst.rows if r.until <= inst.tick]
-    if not due:
+    c = self.config.instances[index]
+
+    def due():
+      batch = self.instances[index].batches[g]
+      return [r for r in batch.rows if r.until <= batch.tick]
+
+    short = due()
+    if not short:
       return True
-    while due and pages.num_free(inst.pool) < len(due):
-      if inst.ending:
+    while short and pages.num_free(self.instances[index].pool) < len(short):
+      if self.instances[index].ending:
         return False
       self.preempt(index)
-      inst = self.instances[index]
-      due = [r for r in inst.rows if r.until <= inst.tick]
-    pool, ids = pages.alloc(inst.pool, len(due))
+      short = due()
+    inst = self.instances[index]
+    pool, ids = pages.alloc(inst.pool, len(short))
     fresh = {}
-    for row, page in zip(due, ids, strict=True):
+    for row, page in zip(short, ids, strict=True):
       seq = self.seqs[row.id]
       seq = self.seqs[row.id] = seq._replace(pages=seq.pages + (page,))
       fresh[row.id] = row._replace(
           pages=seq.pages, until=_until(seq, row.base, c.page_size))
-    self.put(index, pool=pool, rows=tuple(fresh.get(r.id, r)
-                                          for r in inst.rows))
+    self.put(index, pool=pool)
+    self.put_batch(index, g, rows=tuple(fresh.get(r.id, r)
+                                        for r in inst.batches[g].rows))
     return True
 
   def preempt(self, index):
-    """Sends the latest arrival back to be recomputed."""
+    """Sends the latest arrival back to be recomputed.
+
+    A request on its way in is no victim: a copy is landing on its pages. This
+    cannot deadlock. Whoever is short of a page is a row, so there is a victim,
+    if need be the row itself; a copy ends whatever the pool holds; and `take`
+    admits, for want of another resident, whatever never_fits let in. Nor does
+    it go on for ever: a row has emitted a token since its prefill began, so
+    each of its preemptions leaves it fewer to emit; a request preempted in its
+    prefill gave way to a row that then emits one.
+    """
     inst = self.instances[index]
     victims = ([r.id for r in inst.rows] + list(inst.prefilling))
     seq = self.seqs[max(victims, key=lambda i: self.seqs[i].order)]
     if seq.stage == 'decoding':
-      row = next(r for r in inst.rows if r.id == seq.id)
-      self.change(seq.id, prompt_len=row.base + inst.tick + 1)
+      g, row = _find(inst, seq.id)
+      self.change(seq.id, prompt_len=row.base + inst.batches[g].tick + 1)
     self.leave(self.seqs[seq.id], 'preempt')
 
 
@@ -567,6 +634,12 @@ def _without(ids, id):
   return tuple(i for i in ids if i != id)
 
 
+def _find(inst, id):
+  """(micro-batch, Row) of a decoding request."""
+  return next((g, r) for g, b in enumerate(inst.batches) for r in b.rows
+              if r.id == id)
+
+
 def _until(seq, start, page_size):
   """First tick that the row's pages or its limit do not cover."""
   return min(len(seq.pages) * page_size, seq.limit - 1) - start
@@ -576,7 +649,7 @@ def check(state):
   """Raises AssertionError unless the state is sound.
 
   Every page is free or owned once; every request is in exactly one place,
-  the one its stage names; counts agree.
+  the one its stage names (so micro-batches are disjoint); counts agree.
   """
   places = {}
 

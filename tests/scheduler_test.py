@@ -20,9 +20,9 @@ from tests import virtual
 
 
 def _instance(role, num_pages=8, page_size=4, max_seqs=4, prefill_tokens=16,
-              prefill_seqs=4):
+              prefill_seqs=4, pp=1):
   return InstanceConfig(role, num_pages, page_size, max_seqs, prefill_tokens,
-                        prefill_seqs)
+                        prefill_seqs, pp)
 
 
 def _config(*instances, max_len=32, **changes):

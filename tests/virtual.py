@@ -12,6 +12,7 @@ checks what must hold after every event.
 
 import collections
 import copy
+import itertools
 import random
 
 from dsjax import base, pages, scheduler
@@ -130,6 +131,7 @@ class World:
     self.emitted = collections.Counter()
     self.stopped, self.cancelled, self.copied = set(), set(), []
     self.log, self.counts = [], collections.Counter()
+    self.passed = {}  # (id, other): commands of other since the last of id
 
   def run(self):
     """Runs until nothing is left to happen."""
@@ -190,9 +192,11 @@ class World:
   def _feed(self, event):
     if self.random.random() < 0.1:
       self._pure(event)
-    self.state, commands = scheduler.step(self.config, self.state, event)
+    before = self.state
+    self.state, commands = scheduler.step(self.config, before, event)
     self.log.append((event, commands))
     scheduler.check(self.state)
+    self._turns(before, commands)
     for command in commands:
       self.counts[type(command).__name__] += 1
       if isinstance(command, base.Finish | base.Reject):
@@ -208,6 +212,23 @@ class World:
       assert inst.inflight or not (inst.rows or inst.prefilling), 'stalled'
       assert inst.residents or not (inst.queue or inst.pulls), 'stalled'
     assert not self.stopped & set(self.arrived), 'EOS without a Finish'
+
+  def _turns(self, before, commands):
+    """No row has a second turn while another row waits for its first."""
+    for command in commands:
+      if isinstance(command, base.Preempt):
+        self.passed = {pair: n for pair, n in self.passed.items()
+                       if command.id not in pair}
+      elif getattr(command, 'rows', ()):
+        now = {row.id for row in command.rows}
+        decoding = [{r.id for r in s.instances[command.instance].rows}
+                    for s in (before, self.state)]
+        waiting = set.intersection(*decoding) - now
+        self.passed = {(id, other): n for (id, other), n in self.passed.items()
+                       if id not in now}
+        for pair in itertools.product(waiting, now):
+          self.passed[pair] = self.passed.get(pair, 0) + 1
+          assert self.passed[pair] < 2, f'{pair[0]} waits: {command}'
 
   def _pure(self, event):
     before = copy.deepcopy(self.state)
@@ -243,15 +264,23 @@ class World:
   def _within(self, command):
     """The instance's configuration and depth bound what it is asked for."""
     if isinstance(command, Migrate):
+      for index, ids in ((command.source, command.source_pages),
+                         (command.target, command.target_pages)):
+        size = self.config.instances[index].page_size
+        assert len(ids) == pages.pages_for(command.num_tokens, size), command
       return
     c = self.config.instances[command.instance]
     before = self.pending.get(('instance', command.instance), [])
-    depth = (self.config.prefill_depth if c.role == 'prefill'
-             else self.config.depth)
+    depth = (max(self.config.prefill_depth, c.pp) if c.role == 'prefill'
+             else self.config.depth * c.pp)
     assert len(before) < depth, 'too many in flight'
     assert len(command.rows) <= c.max_seqs
+    for row in command.rows:
+      assert sum(row.id in {r.id for r in b.rows}
+                 for b in before) < self.config.depth, 'too far ahead'
     if isinstance(command, RunDecode):
-      assert c.role != 'prefill' and command.steps <= self.config.run_ahead
+      most = self.config.run_ahead if c.pp == 1 else 1
+      assert c.role != 'prefill' and command.steps <= most
       return
     assert c.role != 'decode' and 0 < len(command.chunks) <= c.prefill_seqs
     tokens = sum(chunk.stop - chunk.start for chunk in command.chunks)
@@ -274,19 +303,20 @@ class World:
 
 
 def random_config(seed):
-  """One to four small instances of one mode."""
+  """One to six small instances of one mode, each of its own sizes."""
   draw = random.Random(seed)
   mode = draw.choice(('prefill', 'prefill', 'colocated', 'chunked'))
-  roles = [mode] * draw.choice((1, 2))
+  roles = [mode] * draw.choice((1, 2, 3))
   if mode == 'prefill':
-    roles += ['decode'] * draw.choice((1, 2))
+    roles += ['decode'] * draw.choice((1, 2, 3))
 
   def instance(role):
     size = draw.choice((1, 2, 4))
     return base.InstanceConfig(
         role, -(-draw.choice((14, 20, 28)) // size), size,
         draw.choice((1, 2, 4) if role == 'chunked' else (1, 4, 8)),
-        draw.choice((6, 16, 64)), draw.choice((1, 2, 4)))
+        draw.choice((6, 16, 64)), draw.choice((1, 2, 4)),
+        draw.choice((1, 2, 3)))
 
   return scheduler.Config(tuple(map(instance, roles)), max_len=24,
                           depth=draw.choice((1, 2, 3)),
