@@ -30,7 +30,6 @@ from dsjax import (
   base,
   checkpoint,
   engine,
-  migrate,
   model,
   orchestrator,
   scheduler,
@@ -160,22 +159,22 @@ class Ours:
       one.admit(id, [1] * PROMPT, PROMPT, base.Sampling())
 
   def prefill(self):
-    return [self.one.prefill(c)[0].token_R for c in self.prefills]
+    return [self.one.prefill(c)[0][0].token_R for c in self.prefills]
 
   def decode(self):
-    return self.one.decode(self.last)[-1].token_R
+    return self.one.decode(self.last)[0][-1].token_R
 
 
 def bench_steps(loaded, one, results):
   for batch in (1, BATCH):
-    dense, ours = Dense(loaded, one.params, batch), Ours(one, batch)
+    dense, ours = Dense(loaded, one.last.params, batch), Ours(one, batch)
     a, b = in_turn(ours.prefill, dense.prefill)
     add(results, f'(a) prefill, batch {batch}', 'tokens/s',
         batch * PROMPT / a, batch * PROMPT / b, 'plain jit loop')
     a, b = in_turn(ours.decode, dense.decode)
     add(results, f'(a) decode, batch {batch}', 'tokens/s',
         batch * STEPS / a, batch * STEPS / b, 'plain jit loop')
-    weights = sum(x.nbytes for x in jax.tree.leaves(one.params))
+    weights = sum(x.nbytes for x in jax.tree.leaves(one.last.params))
     print(f'    decode reads the weights at {weights * STEPS / a / 1e9:.1f} '
           f'GB/s; one sum over an array of their size: '
           f'{read_rate(weights):.1f} GB/s')
@@ -215,7 +214,7 @@ def bench_server(loaded, results):
   """A colocated server against the same steps without a server."""
   placement = base.Placement(colocated=[base.Plan()])
   with orchestrator.serve(loaded, placement, CONFIG) as server:
-    one = engine.Engine(loaded, server.engines[0].shapes.mesh, 'colocated',
+    one = engine.Engine(loaded, [server.engines[0].shapes.mesh], 'colocated',
                         CONFIG)
     for _ in one.warm():
       pass
@@ -292,7 +291,7 @@ def bench_migrate(loaded, results):
   config = base.EngineConfig(max_len=2048, max_seqs=2, transfer_pages=128)
   placement = base.Placement(prefill=[base.Plan()], decode=[base.Plan()])
   with orchestrator.serve(loaded, placement, config) as server:
-    source, target = server.engines
+    route, = server.routes.values()
     pages = 2048 // config.page_size
     command = base.Migrate(0, 1, 0, tuple(range(pages)), 1,
                            tuple(range(pages)), 2048)
@@ -303,7 +302,7 @@ def bench_migrate(loaded, results):
     stacked = jax.device_put(jnp.ones((layers, *shape)), jax.devices()[0])
     size = stacked.nbytes
     ours, put, stack = in_turn(
-        lambda: migrate.start(source, target, command).done,
+        lambda: route.start(command).done,
         lambda: jax.device_put(plain, jax.devices()[1]),
         lambda: jax.device_put(stacked, jax.devices()[1]))
     add(results, '(d) migration of 2,048 tokens', 'GB/s', size / ours / 1e9,
@@ -339,7 +338,7 @@ def main(_):
     bench_scheduler(results)
   if 'a' in parts or 'f' in parts:
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ('model',))
-    one = engine.Engine(loaded, mesh, 'colocated', CONFIG)
+    one = engine.Engine(loaded, [mesh], 'colocated', CONFIG)
     for name in one.warm():
       print('    compiled', name, flush=True)
   if 'a' in parts:

@@ -25,7 +25,7 @@ GREEDY = Sampling()
 
 
 def engine(role='colocated', limits=LIMITS):
-  return Engine(TINY, Mesh(np.array(jax.devices()[:1]), (sharding.AXIS,)),
+  return Engine(TINY, [Mesh(np.array(jax.devices()[:1]), (sharding.AXIS,))],
                 role, limits)
 
 
@@ -55,7 +55,7 @@ class Host:
     """The Sampled of one batch; requests sampled from grow by a token."""
     command = RunPrefill(0, next(self.number), chunks, 0,
                          tuple(map(self.row, rows)))
-    out, = self.engine.prefill(command)
+    (out,), _ = self.engine.prefill(command)
     for id in [c.id for c in chunks if c.last] + list(rows):
       self.length[id] += 1
     return out, out.token_R.shape[0] - self.engine.sequences(command)
@@ -72,8 +72,8 @@ class Host:
   def decode(self, *ids, steps=1, tick=7):
     """Dispatches; the Sampled of each step, row r being ids[r]."""
     rows = tuple(self.row(id, tick) for id in ids)
-    outs = self.engine.decode(RunDecode(0, next(self.number), tick, steps,
-                                        rows))
+    outs, _ = self.engine.decode(RunDecode(0, next(self.number), tick, steps,
+                                           rows))
     for id in ids:
       self.length[id] += steps
     return outs
@@ -228,7 +228,7 @@ def test_a_new_tenant_takes_none_of_the_parameters_of_the_last():
 
 
 def snapshot(host):
-  return jax.tree.map(np.array, (host.cache, host.slots.tokens_ET))
+  return jax.tree.map(np.array, (host.last.cache, host.last.slots.tokens_ET))
 
 
 def changed_pages(before, after):
@@ -315,14 +315,14 @@ def test_warming_up_writes_nothing_but_a_spare_slot():
 
 def test_scatter_writes_what_gather_read_and_its_padding_is_dropped():
   host = full_host()
-  moved = host.gather((6, 7))
+  moved = host.gather((6, 7, 0))
 
   def act():
-    jax.block_until_ready(host.scatter((18, 19), moved))
+    jax.block_until_ready(host.scatter((18, 19, 20), moved))
 
   pages, cells = written(host, act)
   assert pages == {18, 19} and not cells
-  for x in jax.tree.leaves(host.cache):
+  for x in jax.tree.leaves(host.last.cache):
     np.testing.assert_array_equal(x[:, 18:], x[:, 6:8])
 
 

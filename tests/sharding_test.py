@@ -1,102 +1,170 @@
-"""Plans, meshes and the PartitionSpecs of parameters and cache."""
+"""Layouts, stages, meshes and the PartitionSpecs of parameters and cache."""
 
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dsjax import base, cache, model, sharding
+from dsjax import base, cache, sharding
 from dsjax.base import InputError, Placement, Plan
 from tests import tiny
 
-ALL_SHARDED = {'embed_VD', 'head_VD', 'q_NHD', 'k_KHD', 'v_KHD', 'o_DNH',
-               'gate_FD', 'up_FD', 'down_DF'}
 SPLIT = set('VNKF')  # the axes that 'model' splits
 
 
-def meshes(*plans):
-  return sharding.make_meshes(tiny.CONFIG, Placement(colocated=plans),
-                              jax.devices())
+def mesh(tp):
+  return sharding.make_meshes(tiny.CONFIG, Placement(colocated=[Plan(tp)]),
+                              jax.devices())[0][0]
 
 
-def leaves(config, tp):
-  """(name, ShapeDtypeStruct, sharding) of every parameter."""
-  mesh, = meshes(Plan(tp))
-  tree = model.abstract_params(config)
-  specs = sharding.params(mesh, tree)
-  assert jax.tree.structure(tree) == jax.tree.structure(specs)
-  paths = jax.tree_util.tree_leaves_with_path(tree)
-  return [(path[-1].key, x, s) for (path, x), s in zip(
-      paths, jax.tree.leaves(specs), strict=True)]
+def heads(num_heads, num_kv_heads):
+  return dataclasses.replace(tiny.UNTIED, num_heads=num_heads,
+                             num_kv_heads=num_kv_heads)
+
+
+# --- layouts -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize('N, K, tp, kv_heads, query_heads', (
+    (4, 2, 1, (0, 1), (0, 1, 2, 3)),
+    (4, 2, 2, (0, 1), (0, 1, 2, 3)),
+    (4, 2, 4, (0, 0, 1, 1), (0, 1, 2, 3)),
+    (4, 4, 3, (0, 1, 2, 3, -1, -1), (0, 1, 2, 3, -1, -1)),
+    (9, 3, 2, (0, 1, 2, -1), (0, 1, 2, 3, 4, 5, 6, 7, 8, -1, -1, -1)),
+    (9, 3, 3, (0, 1, 2), tuple(range(9))),
+    (9, 3, 8, (0, 0, 1, 1, 2, 2, -1, -1),
+     (0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, -1, -1, -1, -1)),
+    (8, 1, 4, (0, 0, 0, 0), tuple(range(8)))))
+def test_cut(N, K, tp, kv_heads, query_heads):
+  layout = sharding.cut(heads(N, K), tp)
+  assert layout.kv_heads == kv_heads and layout.heads == query_heads
+  assert layout.padded.num_heads == len(query_heads)
+  assert layout.padded.num_kv_heads == len(kv_heads)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 16))
+def test_every_head_has_one_place_beside_its_kv_head(K, G, tp):
+  N = K * G
+  if tp > N:
+    with pytest.raises(InputError, match='Plan.tp'):
+      sharding.cut(heads(N, K), tp)
+    return
+  layout = sharding.cut(heads(N, K), tp)
+  placed, kv = layout.heads, layout.kv_heads
+  assert sorted(h for h in placed if h >= 0) == list(range(N))
+  assert set(range(K)) <= set(kv)
+  assert len(placed) % tp == len(kv) % tp == len(placed) % len(kv) == 0
+  group = len(placed) // len(kv)
+  for place, head in enumerate(placed):
+    assert head < 0 or kv[place // group] == head // G
+  each = len(kv) // tp
+  for shard in range(tp):  # no shard holds a head twice
+    held = [h for h in kv[shard * each:(shard + 1) * each] if h >= 0]
+    assert len(set(held)) == len(held)
+  if K % tp == 0 or tp % K == 0 and G % (tp // K) == 0:
+    assert -1 not in placed and -1 not in kv
+
+
+@pytest.mark.parametrize('tp', (1, 2, 3, 4))
+def test_padding_adds_zeros_and_copies_heads(tp):
+  layout = sharding.cut(tiny.UNTIED, tp)
+  rng = np.random.default_rng(0)
+  for leaf in (*tiny.UNTIED.layer_leaves, *tiny.UNTIED.top_leaves):
+    x = rng.standard_normal(tiny.UNTIED.leaf_shape(leaf)).astype(np.float32)
+    y = layout.pad(leaf, x)
+    assert y.shape == layout.shape(leaf), leaf
+    letters = leaf.rsplit('_', 1)[1]
+    if 'N' in letters:
+      at = letters.index('N')
+      for place, head in enumerate(layout.heads):
+        np.testing.assert_array_equal(
+            np.take(y, place, at), 0 if head < 0 else np.take(x, head, at))
+    elif 'K' in letters:
+      for place, head in enumerate(layout.kv_heads):
+        np.testing.assert_array_equal(y[place], 0 if head < 0 else x[head])
+    else:
+      np.testing.assert_array_equal(y[tuple(map(slice, x.shape))], x)
+      assert np.count_nonzero(y) == np.count_nonzero(x)
+
+
+def test_experts_must_divide():
+  config = dataclasses.replace(tiny.UNTIED, num_experts=6, experts_per_token=2)
+  assert sharding.cut(config, 3).shape('gate_EFD')[0] == 6
+  assert sharding.spec('gate_EFD') == jax.sharding.PartitionSpec('model')
+  assert sharding.spec('router_ED') == jax.sharding.PartitionSpec()
+  with pytest.raises(InputError, match='Plan.tp=4: must be a divisor of .* 6'):
+    sharding.cut(config, 4)
+
+
+def test_more_shards_than_heads_are_refused():
+  with pytest.raises(InputError, match='Plan.tp=5: must be at most the 4'):
+    sharding.cut(tiny.CONFIG, 5)
+
+
+# --- specs -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('tp', (1, 2, 3, 4))
+@pytest.mark.parametrize('config', (tiny.CONFIG, tiny.UNTIED),
+                         ids=lambda c: c.name)
+def test_heads_feed_forward_and_vocabulary_are_split_and_nothing_else(
+    config, tp):
+  layout, span = sharding.cut(config, tp), (0, config.num_layers)
+  tree = sharding.abstract_params(layout, span, mesh(tp), 'float32')
+  held = 0
+  for path, x in jax.tree_util.tree_leaves_with_path(tree):
+    leaf = path[-1].key
+    split = [c for c in leaf.rsplit('_', 1)[1] if c in SPLIT][:1]
+    want = list(x.shape)
+    if split:
+      want[leaf.rsplit('_', 1)[1].index(split[0])] //= tp
+    assert list(x.sharding.shard_shape(x.shape)) == want, leaf
+    held += int(np.prod(want)) * 4
+  assert sharding.params_bytes(layout, span, 'float32') == held
+
+
+def test_cache_and_moving_pages_are_split_by_kv_head():
+  made = jax.eval_shape(lambda: cache.init(tiny.CONFIG, 6, 4, 'int8'))
+  shapes = {sharding.kv(mesh(2)).shard_shape(x.shape)
+            for x in jax.tree.leaves(made)}
+  assert shapes == {(1, 6, 4, 8), (1, 6, 4)}
+
+
+def test_whole_is_replicated():
+  assert sharding.whole(mesh(2)).shard_shape((4, 6)) == (4, 6)
+
+
+# --- stages ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('layers, pp, want', (
+    (4, 1, ((0, 4),)), (4, 2, ((0, 2), (2, 4))),
+    (5, 3, ((0, 2), (2, 4), (4, 5))), (3, 3, ((0, 1), (1, 2), (2, 3)))))
+def test_spans(layers, pp, want):
+  assert sharding.spans(layers, pp) == want
+
+
+def test_more_stages_than_layers_are_refused():
+  with pytest.raises(InputError, match='Plan.pp=3: must be at most the 2'):
+    sharding.make_meshes(tiny.CONFIG, Placement(colocated=[Plan(1, 3)]),
+                         jax.devices())
 
 
 @pytest.mark.parametrize('config', (tiny.CONFIG, tiny.UNTIED),
                          ids=lambda c: c.name)
-def test_every_parameter_has_a_sharding(config):
-  found = leaves(config, 2)
-  assert {name for name, _, _ in found} - {'head_VD'} == (
-      ALL_SHARDED - {'head_VD'} | {'attn_norm_D', 'mlp_norm_D', 'norm_D'})
-  assert ('head_VD' in {name for name, _, _ in found}) == (not config.tied)
-  assert all(s.mesh.size == 2 for _, _, s in found)
-
-
-def test_heads_feed_forward_and_vocabulary_are_split_and_nothing_else():
-  for name, x, placed in leaves(tiny.UNTIED, 2):
-    axes = name.rsplit('_', 1)[1]
-    want = [size // (2 if axis in SPLIT else 1)
-            for axis, size in zip(axes, x.shape, strict=True)]
-    assert list(placed.shard_shape(x.shape)) == want, name
-    assert placed.is_fully_replicated == (name not in ALL_SHARDED), name
-
-
-def test_cache_and_moving_pages_are_split_by_kv_head():
-  mesh, = meshes(Plan(2))
-  made = jax.eval_shape(lambda: cache.init(tiny.CONFIG, 6, 4))
-  for x in jax.tree.leaves(made):
-    assert sharding.kv(mesh).shard_shape(x.shape) == (1, 6, 4, 8)
-
-
-def test_whole_is_replicated():
-  mesh, = meshes(Plan(2))
-  assert sharding.whole(mesh).shard_shape((4, 6)) == (4, 6)
-
-
-def test_sharded_parameters_keep_their_values():
-  mesh, = meshes(Plan(2))
-  tree = tiny.params()
-  placed = jax.device_put(tree, sharding.params(mesh, tree))
-  jax.tree.map(np.testing.assert_array_equal, placed, tree)
-
-
-# --- plans -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize('tp', (1, 2))
-def test_plans_that_divide_heads_are_allowed(tp):
-  sharding.check_plan(tiny.CONFIG, Plan(tp))
-
-
-@pytest.mark.parametrize('tp', (3, 4, 8))
-def test_other_tp_is_refused_and_the_allowed_are_named(tp):
-  with pytest.raises(InputError, match=rf'Plan.tp={tp}: .*\[1, 2\].*tiny'):
-    sharding.check_plan(tiny.CONFIG, Plan(tp))
-
-
-@pytest.mark.parametrize('field, value, allowed', (
-    ('num_kv_heads', 4, '[1, 2, 4]'), ('d_ff', 49, '[1]'),
-    ('vocab_size', 97, '[1]')))
-def test_allowed_tp_divides_heads_feed_forward_and_vocabulary(
-    field, value, allowed):
-  config = dataclasses.replace(tiny.CONFIG, **{field: value})
-  with pytest.raises(InputError) as error:
-    sharding.check_plan(config, Plan(5))
-  assert allowed in str(error.value)
-
-
-def test_pipeline_stages_are_refused():
-  with pytest.raises(InputError, match='Plan.pp=2: must be 1'):
-    sharding.check_plan(tiny.CONFIG, Plan(1, 2))
+def test_stages_hold_every_parameter_once_but_a_tied_embedding(config):
+  layout = sharding.cut(config, 1)
+  stages = [sharding.stage_params(layout, span, tiny.params(config))
+            for span in sharding.spans(config.num_layers, 2)]
+  assert sum(len(s['layers']) for s in stages) == config.num_layers
+  tops = [set(s) - {'layers'} for s in stages]
+  assert 'embed_VD' in tops[0] and 'norm_D' in tops[1]
+  assert tops[0] & tops[1] == ({'embed_VD'} if config.tied else set())
+  assert ('head_VD' in tops[1]) != config.tied
 
 
 @pytest.mark.parametrize('field', ('tp', 'pp'))
@@ -110,32 +178,35 @@ def test_a_plan_is_of_positive_integers(field, value):
 
 
 @pytest.mark.parametrize('placement', (
-    Placement(prefill=[Plan(2), Plan()], decode=[Plan(), Plan(2)]),
-    Placement(colocated=[Plan(2)] * 4), Placement(chunked=[Plan()] * 8)),
+    Placement(prefill=[Plan(2), Plan(1, 2)], decode=[Plan(), Plan(2)]),
+    Placement(colocated=[Plan(2, 2)] * 2), Placement(chunked=[Plan()] * 8)),
     ids=lambda p: p.mode)
 def test_meshes_are_disjoint_and_in_device_order(placement):
   made = sharding.make_meshes(tiny.CONFIG, placement, jax.devices())
-  used = [d for mesh in made for d in mesh.devices.flat]
+  used = [d for stages in made for m in stages for d in m.devices.flat]
   assert used == jax.devices()[:placement.num_devices]
-  assert [m.size for m in made] == [p.tp for _, p in placement.instances]
-  assert all(m.axis_names == (sharding.AXIS,) for m in made)
+  assert [[m.size for m in stages] for stages in made] == [
+      [p.tp] * p.pp for _, p in placement.instances]
+  assert all(m.axis_names == (sharding.AXIS,) for s in made for m in s)
 
 
 def test_meshes_take_the_devices_they_are_given():
   devices = jax.devices()[::-1][:2]
   made = sharding.make_meshes(
       tiny.CONFIG, Placement(prefill=[Plan()], decode=[Plan()]), devices)
-  assert [m.devices.item() for m in made] == devices
+  assert [m.devices.item() for m, in made] == devices
 
 
 def test_more_devices_than_exist_are_refused():
   with pytest.raises(InputError, match="'10 devices'.*at most the 8"):
-    meshes(*[Plan(2)] * 5)
+    sharding.make_meshes(tiny.CONFIG, Placement(colocated=[Plan(2)] * 5),
+                         jax.devices())
 
 
 def test_a_plan_of_any_instance_is_checked():
-  with pytest.raises(InputError, match='Plan.tp=3'):
-    meshes(Plan(2), Plan(3))
+  with pytest.raises(InputError, match='Plan.tp=5'):
+    sharding.make_meshes(tiny.CONFIG, Placement(colocated=[Plan(2), Plan(5)]),
+                         jax.devices())
 
 
 @pytest.mark.parametrize('roles', (
