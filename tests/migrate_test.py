@@ -1,4 +1,4 @@
-"""Pages from mesh to mesh: which heads go where, and that they arrive."""
+"""Pages from any plan to any plan: which heads go where, that they arrive."""
 
 import dataclasses
 
@@ -8,56 +8,89 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.array import ArrayImpl
-from jax.sharding import Mesh
 
 from dsjax import base, checkpoint, migrate, sharding
+from dsjax import cache as kv
+from dsjax.base import Placement, Plan
 from dsjax.engine import Engine
+from dsjax.migrate import Piece
 from tests import tiny
 
-CONFIG = dataclasses.replace(tiny.CONFIG, name='4 kv heads', num_kv_heads=4)
+CONFIG = dataclasses.replace(tiny.CONFIG, name='3 kv heads', num_layers=3,
+                             num_heads=6, num_kv_heads=3)
 TINY = checkpoint.Model(CONFIG, tiny.params(CONFIG))
 LIMITS = base.EngineConfig(max_len=32, page_size=4, num_pages=9, max_seqs=2,
                            transfer_pages=6)
-PAIRS = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2))
+# (tp, pp) on both sides, at most 4 devices each.
+PAIRS = (((1, 1), (1, 1)), ((2, 1), (3, 1)), ((3, 1), (1, 1)),
+         ((1, 1), (4, 1)), ((4, 1), (2, 2)), ((1, 3), (1, 2)),
+         ((2, 2), (1, 3)), ((1, 2), (2, 1)))
 
 
-def mesh(tp, first=0):
-  return Mesh(np.array(jax.devices()[first:first + tp]), (sharding.AXIS,))
+def layout(tp, config=CONFIG):
+  return sharding.cut(config, tp)
+
+
+def pieces(source, target, config=CONFIG):
+  (tp, pp), (to_tp, to_pp) = source, target
+  return migrate.plan_pieces(
+      layout(tp, config), sharding.spans(config.num_layers, pp),
+      layout(to_tp, config), sharding.spans(config.num_layers, to_pp))
 
 
 # --- the plan ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize('heads, source, target, want', (
-    (2, 1, 1, [[(0, 0, 2)]]),
-    (4, 2, 2, [[(0, 0, 2)], [(1, 0, 2)]]),
-    (4, 1, 2, [[(0, 0, 2)], [(0, 2, 4)]]),
-    (4, 2, 1, [[(0, 0, 2), (1, 0, 2)]]),
-    (4, 4, 2, [[(0, 0, 1), (1, 0, 1)], [(2, 0, 1), (3, 0, 1)]]),
-    (4, 2, 4, [[(0, 0, 1)], [(0, 1, 2)], [(1, 0, 1)], [(1, 1, 2)]]),
-    (6, 2, 3, [[(0, 0, 2)], [(0, 2, 3), (1, 0, 1)], [(1, 1, 3)]]),
-    (6, 3, 2, [[(0, 0, 2), (1, 0, 1)], [(1, 1, 2), (2, 0, 2)]])))
-def test_plan_heads(heads, source, target, want):
-  assert migrate.plan_heads(heads, source, target) == want
+@pytest.mark.parametrize('source, target, want', (
+    ((1, 1), (1, 1), [Piece((0, 3), (0, 0), (0, 0), (0, 1, 2), (0, 1, 2))]),
+    ((3, 1), (1, 1), [Piece((0, 3), (0, s), (0, 0), (0,), (s,))
+                      for s in range(3)]),
+    ((1, 1), (2, 1), [Piece((0, 3), (0, 0), (0, 0), (0, 1), (0, 1)),
+                      Piece((0, 3), (0, 0), (0, 1), (2,), (2,))]),
+    ((2, 1), (3, 1), [Piece((0, 3), (0, 0), (0, 0), (0,), (0,)),
+                      Piece((0, 3), (0, 0), (0, 1), (1,), (1,)),
+                      Piece((0, 3), (0, 1), (0, 2), (0,), (2,))]),
+    ((1, 2), (1, 3), [Piece((0, 1), (0, 0), (0, 0), (0, 1, 2), (0, 1, 2)),
+                      Piece((1, 2), (0, 0), (1, 0), (0, 1, 2), (0, 1, 2)),
+                      Piece((2, 3), (1, 0), (2, 0), (0, 1, 2), (0, 1, 2))])))
+def test_plan_pieces(source, target, want):
+  assert list(pieces(source, target)) == want
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_every_target_shard_gets_its_heads_once_in_order(data):
-  heads = data.draw(st.integers(1, 48))
-  sizes = st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0])
-  source, target = data.draw(sizes), data.draw(sizes)
-  pieces = migrate.plan_heads(heads, source, target)
-  each = heads // source
-  for shard, needed in enumerate(pieces):
-    assert all(0 <= low < high <= each for _, low, high in needed)
-    got = [s * each + h for s, low, high in needed for h in range(low, high)]
-    assert got == list(range(shard * heads // target,
-                             (shard + 1) * heads // target))
-  assert len(pieces) == target
+def test_every_target_shard_gets_its_heads_of_its_layers_once(data):
+  number = st.integers(1, 8)
+  K, G, layers = data.draw(number), data.draw(number), data.draw(number)
+  config = dataclasses.replace(CONFIG, num_heads=K * G, num_kv_heads=K,
+                               num_layers=layers)
+  tps, pps = st.integers(1, min(8, K * G)), st.integers(1, layers)
+  source, target = [(data.draw(tps), data.draw(pps)) for _ in range(2)]
+  a, b = layout(source[0], config), layout(target[0], config)
+  got = {}
+  for piece in pieces(source, target, config):
+    stage, shard = piece.source
+    size = len(a.kv_heads) // a.tp
+    assert piece.heads == tuple(a.kv_heads[shard * size + p]
+                                for p in piece.places)
+    first, last = sharding.spans(layers, source[1])[stage]
+    assert first <= piece.layers[0] < piece.layers[1] <= last
+    for layer in range(*piece.layers):
+      got.setdefault((piece.target, layer), []).extend(piece.heads)
+  size = len(b.kv_heads) // b.tp
+  want = {((stage, shard), layer): held
+          for stage, span in enumerate(sharding.spans(layers, target[1]))
+          for shard in range(b.tp) for layer in range(*span)
+          if (held := [h for h in b.kv_heads[shard * size:(shard + 1) * size]
+                       if h >= 0])}
+  assert got == want
+  copies = sum(map(len, got.values())) / (K * layers)
+  assert migrate.ratio(pieces(source, target, config), a, b) == copies
+  if target[0] <= K:
+    assert copies == 1
 
 
-# --- the copy ----------------------------------------------------------------
+# --- from instance to instance -----------------------------------------------
 
 
 @pytest.fixture
@@ -73,123 +106,163 @@ def host_reads(monkeypatch):
   return sizes
 
 
-def pages_tree(tp, seed=0):
-  """(numpy, sharded) pages [K, m, C, H] of two layers, keys and values."""
-  rng = np.random.default_rng(seed)
-  tree = tuple(rng.standard_normal((4, 3, 4, 8)).astype(np.float32)
-               for _ in range(4))
-  return tree, jax.device_put(tree, sharding.kv(mesh(tp)))
-
-
 def test_the_spy_sees_a_reshard_through_the_host(host_reads):
-  _, tree = pages_tree(2)
-  jax.block_until_ready(jax.device_put(tree[0], sharding.kv(mesh(1, 4))))
+  two, four = (jax.sharding.NamedSharding(
+      jax.sharding.Mesh(np.array(jax.devices()[:n]), ('model',)),
+      jax.sharding.PartitionSpec('model')) for n in (2, 4))
+  x = jax.device_put(np.ones((4, 3), np.float32), two)
+  jax.block_until_ready(jax.device_put(x, four))
   if jax.__version_info__ < (0, 11):
-    assert host_reads == [tree[0].size]
+    assert host_reads == [x.size]
 
 
-@pytest.mark.parametrize('source, target', PAIRS)
-def test_move_keeps_values_and_never_visits_the_host(
-    host_reads, source, target):
-  want, tree = pages_tree(source)
-  to = mesh(target, 4)
-  with jax.transfer_guard('disallow'):
-    moved = jax.block_until_ready(migrate.move(tree, mesh(source), to))
-  assert not host_reads
-  assert jax.tree.structure(moved) == jax.tree.structure(want)
-  for x, y in zip(moved, want, strict=True):
-    assert x.sharding == sharding.kv(to)
-    np.testing.assert_array_equal(x, y)
-
-
-@pytest.mark.parametrize('source, target', PAIRS)
-def test_every_shard_has_its_own_heads(source, target):
-  want, tree = pages_tree(source)
-  to = mesh(target, 4)
-  moved = migrate.move(tree, mesh(source), to)
-  each = 4 // target
-  for x, y in zip(moved, want, strict=True):
-    shards = {s.device: s.data for s in x.addressable_shards}
-    for i, device in enumerate(to.devices.flat):
-      np.testing.assert_array_equal(shards[device],
-                                    y[i * each:(i + 1) * each])
-
-
-def test_move_keeps_bfloat16():
-  _, tree = pages_tree(2)
-  tree = jax.tree.map(lambda x: x.astype('bfloat16'), tree)
-  moved = migrate.move(tree, mesh(2), mesh(1, 4))
-  for x, y in zip(moved, tree, strict=True):
-    assert x.dtype == 'bfloat16'
-    np.testing.assert_array_equal(x, y)
-
-
-# --- from instance to instance -----------------------------------------------
-
-
-def instance(tp, first, seed, limits=LIMITS):
-  """An Engine whose cache is full of random values, and those values."""
-  made = Engine(TINY, mesh(tp, first), 'decode', limits)
+def engine(plan, first, seed, limits=LIMITS, role='decode'):
+  """An Engine with a random cache, and what it holds: k, v as [L, K, P, C, H]
+  (int8 caches: dequantised)."""
+  placement = Placement(colocated=[Plan(*plan)])
+  meshes, = sharding.make_meshes(CONFIG, placement, jax.devices()[first:])
+  made = Engine(TINY, meshes, role, limits)
   rng = np.random.default_rng(seed)
-  values = jax.tree.map(
-      lambda x: rng.standard_normal(x.shape).astype(x.dtype), made.cache)
-  made.cache = jax.device_put(
-      values, jax.tree.map(lambda x: x.sharding, made.cache))
+  c, n = made.limits, made.where[0]
+  values = rng.standard_normal(
+      (2, 3, 3, c.num_pages, c.page_size, CONFIG.head_dim)).astype(np.float32)
+  for stage, span in zip(made.stages, made.where[1], strict=True):
+    parts = []
+    for part in values:
+      held = part[span[0]:span[1]][:, np.maximum(n.kv_heads, 0)]
+      held[:, np.array(n.kv_heads) < 0] = 0
+      parts.append(list(held))
+    if limits.kv_dtype_of(role) == 'int8':
+      both = [[kv.quantize(x) for x in part] for part in parts]
+      parts = [[x for x, _ in part] for part in both] + [
+          [s for _, s in part] for part in both]
+    stage.cache = jax.tree.map(
+        lambda like, x: jax.device_put(np.asarray(x, like.dtype),
+                                       like.sharding),
+        stage.cache, kv.Cache(*map(tuple, parts)))
   return made, values
 
 
-def command(source_pages, target_pages):
+def contents(one):
+  """(k, v) as [2, L, places, P, C, H], float32."""
+  parts = [[], []]
+  for stage in one.stages:
+    scales = (stage.cache.k_scale_KPC, stage.cache.v_scale_KPC)
+    for part, arrays, scale in zip(parts, (
+        stage.cache.k_KPCH, stage.cache.v_KPCH), scales, strict=True):
+      arrays = [np.asarray(x, np.float32) for x in arrays]
+      if scale:
+        arrays = [x * np.asarray(s)[..., None]
+                  for x, s in zip(arrays, scale, strict=True)]
+      part += arrays
+  return np.array(parts)
+
+
+def tokens(x, ids, count):
+  """Tokens of pages `ids` of [..., P, C, H]: [..., count, H]."""
+  picked = x[..., list(ids), :, :]
+  return picked.reshape(*picked.shape[:-3], -1, picked.shape[-1])[
+      ..., :count, :]
+
+
+def check_arrived(c, sent, target, had, tolerance=0.0):
+  """The tokens arrived in every replica; other pages are as before."""
+  got = contents(target)
+  want = tokens(sent, c.source_pages, c.num_tokens)
+  others = [p for p in range(target.limits.num_pages)
+            if p not in c.target_pages]
+  for place, head in enumerate(target.where[0].kv_heads):
+    if head >= 0:
+      np.testing.assert_allclose(
+          tokens(got[:, :, place], c.target_pages, c.num_tokens),
+          want[:, :, head], atol=tolerance, rtol=0)
+      np.testing.assert_array_equal(got[:, :, place][:, :, others],
+                                    had[:, :, place][:, :, others])
+    else:
+      assert not got[:, :, place].any()
+
+
+def command(source_pages, target_pages, num_tokens):
   return base.Migrate(5, 1, 0, tuple(source_pages), 1, tuple(target_pages),
-                      4 * len(source_pages))
+                      num_tokens)
 
 
-def check_arrived(c, source, source_values, target, target_values):
-  """Named pages arrived; every other page of both sides is as it was."""
-  jax.tree.map(np.testing.assert_array_equal, source.cache, source_values)
-  for x, had, sent in zip(
-      *map(jax.tree.leaves, (target.cache, target_values, source_values)),
-      strict=True):
-    want = had.copy()
-    want[:, list(c.target_pages)] = sent[:, list(c.source_pages)]
-    np.testing.assert_array_equal(x, want)
+def some_pages(route, num_tokens, seed=0):
+  """A Migrate between random pages of both sides."""
+  rng = np.random.default_rng(seed)
+  ids = [rng.permutation(e.limits.num_pages)[
+      :-(-num_tokens // e.limits.page_size)].tolist()
+      for e in (route.source, route.target)]
+  return command(*ids, num_tokens)
 
 
-@pytest.mark.parametrize('tp', ((1, 1), (2, 2), (2, 1), (1, 2), (4, 2)))
-@pytest.mark.parametrize('count', (1, 3, 4, 7))
-def test_the_named_pages_arrive_and_no_other_is_touched(tp, count):
-  source, was = instance(tp[0], 0, 1)
-  target, had = instance(tp[1], 4, 2)
-  rng = np.random.default_rng(count)
-  c = command(rng.permutation(9)[:count].tolist(),
-              rng.permutation(9)[:count].tolist())
-  migrate.warm(source, target)
-  with jax.transfer_guard('disallow'):
-    transfer = migrate.start(source, target, c)
-    jax.block_until_ready(transfer.done)
-  assert transfer.is_ready() and transfer.command == c
-  check_arrived(c, source, was, target, had)
+def check_route(source, target, sent, num_tokens=(3, 26), tolerance=0.0,
+                host_reads=()):
+  route = migrate.Route(source, target)
+  route.warm(checksum=True)
+  before = contents(source)
+  for count in num_tokens:
+    had, c = contents(target), some_pages(route, count, count)
+    read = len(host_reads)
+    with jax.transfer_guard('disallow'):
+      transfer = route.start(c, checksum=True)
+      jax.block_until_ready((transfer.done, transfer.sums))
+      assert transfer.is_ready() and transfer.command == c
+      transfer.check()
+    assert set(host_reads[read:]) <= {1}  # the checksums
+    check_arrived(c, sent, target, had, tolerance)
+  np.testing.assert_array_equal(contents(source), before)
+  return transfer
 
 
-@pytest.mark.parametrize('count, sizes', (
-    (1, (4,)), (3, (4,)), (4, (4,)), (5, (4, 4)), (6, (6,)), (7, (6, 4)),
-    (9, (6, 4))))
-def test_bytes_count_what_was_copied(count, sizes):
-  source, _ = instance(1, 0, 1)
-  target, _ = instance(1, 4, 2)
-  transfer = migrate.start(source, target, command(range(count),
-                                                   range(count)))
-  assert transfer.bytes == sum(sizes) * 4 * CONFIG.kv_bytes_per_token()
-  assert len(transfer.done) == len(sizes)
+@pytest.mark.parametrize('plans', PAIRS, ids=str)
+def test_the_tokens_arrive_and_no_other_page_is_touched(plans, host_reads):
+  source, sent = engine(plans[0], 0, 1)
+  target, _ = engine(plans[1], 4, 2)
+  check_route(source, target, sent, (3, 26), host_reads=host_reads)
+
+
+@pytest.mark.parametrize('sizes', ((4, 8), (8, 4), (4, 6), (3, 3)))
+@pytest.mark.parametrize('plans', (((1, 1), (1, 1)), ((2, 2), (3, 1))))
+def test_page_sizes_may_differ(sizes, plans):
+  limits = dataclasses.replace(LIMITS, page_size=sizes[0],
+                               decode_page_size=sizes[1])
+  source, sent = engine(plans[0], 0, 1, limits, 'prefill')
+  target, _ = engine(plans[1], 4, 2, limits)
+  check_route(source, target, sent, (1, 12, 25))
+
+
+@pytest.mark.parametrize('dtypes, tolerance', (
+    (('float32', 'bfloat16'), 2**-6), (('float32', 'int8'), 0.02),
+    (('bfloat16', 'int8'), 0.04), (('int8', 'int8'), 0.02),
+    (('int8', 'float32'), 0.02)))
+def test_dtypes_may_differ(dtypes, tolerance):
+  limits = dataclasses.replace(LIMITS, kv_dtype=dtypes[0],
+                               decode_kv_dtype=dtypes[1], decode_page_size=8)
+  source, sent = engine((2, 1), 0, 1, limits, 'prefill')
+  target, _ = engine((1, 2), 4, 2, limits)
+  transfer = check_route(source, target, sent, (26,), tolerance)
+  assert transfer.bytes == 32 * kv.bytes_per_token(CONFIG, dtypes[1], 3)
+
+
+@pytest.mark.parametrize('num_tokens', (1, 4, 9, 32))
+def test_bytes_are_those_of_the_pages(num_tokens):
+  for plans, ratio in ((((2, 2), (1, 3)), 1), (((1, 1), (4, 1)), 1),
+                       (((3, 1), (1, 1)), 1)):
+    route = migrate.Route(engine(plans[0], 0, 1)[0], engine(plans[1], 4, 2)[0])
+    transfer = route.start(some_pages(route, num_tokens))
+    pages = -(-num_tokens // 4)
+    assert transfer.bytes == (pages * 4 * ratio
+                              * CONFIG.kv_bytes_per_token())
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 100))
-def test_copies_hold_every_page_with_little_padding(count, most):
+def test_copies_hold_every_page_exactly(count, most):
   buckets = base.EngineConfig(transfer_pages=most).page_buckets
   sizes = migrate.batches(count, buckets)
   assert set(sizes) <= set(buckets) and max(buckets) == most
-  assert 0 <= sum(sizes) - count < buckets[0]
-  assert sizes == sorted(sizes, reverse=True)
+  assert sum(sizes) == count and sizes == sorted(sizes, reverse=True)
 
 
 def test_a_transfer_is_ready_only_when_every_batch_is():
@@ -198,41 +271,100 @@ def test_a_transfer_is_ready_only_when_every_batch_is():
       self.is_ready = lambda: ready
 
   for ready in ((True, False), (False, True), (False,)):
-    transfer = migrate.Transfer(None, [Done(r) for r in ready], 0, 0.0)
-    assert not transfer.is_ready()
+    done = [Done(r) for r in ready]
+    assert not migrate.Transfer(None, done, 0, 0.0).is_ready()
+    assert not migrate.Transfer(None, [], 0, 0.0, ([], done)).is_ready()
 
 
 def test_the_source_may_reuse_its_pages_once_the_copy_is_dispatched():
   """A later operation on the source does not change what arrives."""
-  source, was = instance(1, 0, 1)
-  target, had = instance(2, 4, 2)
-  c = command(range(8), range(1, 9))
-  transfer = migrate.start(source, target, c)
+  source, sent = engine((1, 2), 0, 1)
+  target, _ = engine((2, 1), 4, 2)
+  had, route = contents(target), migrate.Route(source, target)
+  c = command(range(8), range(1, 9), 32)
+  transfer = route.start(c)
   source.scatter((0, 1, 2), jax.tree.map(
-      lambda x: jax.device_put(np.zeros_like(x), source.whole),
+      lambda x: jax.device_put(np.zeros_like(x), x.sharding),
       source.gather((0, 1, 2))))
   jax.block_until_ready(transfer.done)
-  for x, y, z in zip(*map(jax.tree.leaves, (target.cache, was, had)),
-                     strict=True):
-    np.testing.assert_array_equal(np.asarray(x)[:, 1:], y[:, :8])
-    np.testing.assert_array_equal(np.asarray(x)[:, 0], z[:, 0])
+  check_arrived(c, sent, target, had)
 
 
 def test_two_hand_offs_in_flight_do_not_mix():
-  source, was = instance(2, 0, 1)
-  target, had = instance(1, 4, 2)
-  first, second = command((0, 1, 2, 3), (8, 7, 6, 5)), command((4, 5), (0, 1))
-  transfers = [migrate.start(source, target, c) for c in (first, second)]
+  source, sent = engine((2, 1), 0, 1)
+  target, _ = engine((1, 2), 4, 2)
+  had, route = contents(target), migrate.Route(source, target)
+  first = command((0, 1, 2, 3), (8, 7, 6, 5), 16)
+  second = command((4, 5), (0, 1), 8)
+  transfers = [route.start(c) for c in (first, second)]
   jax.block_until_ready([t.done for t in transfers])
-  both = command(first.source_pages + second.source_pages,
-                 first.target_pages + second.target_pages)
-  check_arrived(both, source, was, target, had)
+  check_arrived(command(first.source_pages + second.source_pages,
+                        first.target_pages + second.target_pages, 24),
+                sent, target, had)
 
 
-@pytest.mark.parametrize('tp', ((1, 1), (2, 1), (1, 4)))
-def test_warm_touches_no_page(tp):
-  source, was = instance(tp[0], 0, 1)
-  target, had = instance(tp[1], 4, 2)
-  migrate.warm(source, target)
-  jax.tree.map(np.testing.assert_array_equal, source.cache, was)
-  jax.tree.map(np.testing.assert_array_equal, target.cache, had)
+# --- checksums ---------------------------------------------------------------
+
+
+def checksum(one, ids, num_tokens):
+  sums = one.checksum(one.gather(ids), np.int32(0), np.int32(num_tokens))
+  return sum(int(s) for s in sums) % 2**32
+
+
+def test_a_checksum_knows_no_layout_and_sees_every_change():
+  sums, changed = set(), set()
+  for plan, size in (((1, 1), 4), ((3, 1), 4), ((4, 1), 8), ((2, 2), 4),
+                     ((1, 3), 2)):
+    limits = dataclasses.replace(LIMITS, page_size=size, num_pages=16)
+    one, _ = engine(plan, 0, 1, limits)
+    other, _ = engine((1, 1), 7, 1, limits)
+    values = np.random.default_rng(7).standard_normal(
+        (3, 2, 3, 14, 8)).astype(np.float32)
+    for e in (one, other):
+      for stage, span in zip(e.stages, e.where[1], strict=True):
+        held = np.maximum(e.where[0].kv_heads, 0)
+        def put(part, stage=stage, span=span, held=held):
+          arrays = []
+          for layer, like in zip(range(*span), (
+              stage.cache.k_KPCH, stage.cache.v_KPCH)[part], strict=True):
+            x = np.asarray(like).copy()
+            for t in range(14):
+              x[:, t // size, t % size] = values[layer, part][held, t]
+            arrays.append(jax.device_put(x, like.sharding))
+          return tuple(arrays)
+        stage.cache = kv.Cache(put(0), put(1))
+    ids = tuple(range(-(-14 // size)))
+    sums |= {checksum(one, ids, 14), checksum(other, ids, 14)}
+    changed.add(checksum(one, ids, 13))
+  assert len(sums) == len(changed) == 1 and sums != changed
+
+
+@pytest.mark.parametrize('axis', range(5))
+def test_swapped_or_changed_numbers_change_the_checksum(axis):
+  rng = np.random.default_rng(0)
+  k = rng.standard_normal((2, 3, 4, 4, 8)).astype(np.float32)
+  v = rng.standard_normal(k.shape).astype(np.float32)
+
+  def total(k, v):
+    return int(kv.checksum(kv.Cache(tuple(k), tuple(v)), np.arange(3), 0, 0,
+                           16))
+
+  was = total(k, v)
+  assert was == total(k.copy(), v) and was != total(v, k)
+  assert was != total(np.flip(k, axis), v)
+  bit = k.copy()
+  bit[1, 2, 3, 1, 5] = np.nextafter(bit[1, 2, 3, 1, 5], 9)
+  assert was != total(bit, v)
+
+
+def test_damage_is_seen():
+  source, _ = engine((1, 1), 0, 1)
+  target, _ = engine((2, 1), 4, 2)
+  route = migrate.Route(source, target)
+  transfer = route.start(command((0, 1), (3, 4), 8), checksum=True)
+  transfer.check()
+  wrong = dataclasses.replace(transfer, sums=(
+      transfer.sums[0], route.target.checksum(
+          route.target.gather((4, 3)), np.int32(0), np.int32(8))))
+  with pytest.raises(migrate.Damaged, match='request 5: KV checksum'):
+    wrong.check()
