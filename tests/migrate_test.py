@@ -311,28 +311,34 @@ def checksum(one, ids, num_tokens):
   return sum(int(s) for s in sums) % 2**32
 
 
+def fill(one, values, size):
+  """Puts tokens [L, 2, K, T, H] into pages 0, 1, ... of an Engine."""
+  held = np.maximum(one.where[0].kv_heads, 0)
+
+  def put(part, layer, like):
+    x = np.asarray(like).copy()
+    for t in range(values.shape[3]):
+      x[:, t // size, t % size] = values[layer, part][held, t]
+    return jax.device_put(x, like.sharding)
+
+  for stage, span in zip(one.stages, one.where[1], strict=True):
+    parts = stage.cache.k_KPCH, stage.cache.v_KPCH
+    stage.cache = kv.Cache(*(
+        tuple(map(put, [i] * len(part), range(*span), part))
+        for i, part in enumerate(parts)))
+
+
 def test_a_checksum_knows_no_layout_and_sees_every_change():
+  values = np.random.default_rng(7).standard_normal(
+      (3, 2, 3, 14, 8)).astype(np.float32)
   sums, changed = set(), set()
   for plan, size in (((1, 1), 4), ((3, 1), 4), ((4, 1), 8), ((2, 2), 4),
                      ((1, 3), 2)):
     limits = dataclasses.replace(LIMITS, page_size=size, num_pages=16)
     one, _ = engine(plan, 0, 1, limits)
     other, _ = engine((1, 1), 7, 1, limits)
-    values = np.random.default_rng(7).standard_normal(
-        (3, 2, 3, 14, 8)).astype(np.float32)
-    for e in (one, other):
-      for stage, span in zip(e.stages, e.where[1], strict=True):
-        held = np.maximum(e.where[0].kv_heads, 0)
-        def put(part, stage=stage, span=span, held=held):
-          arrays = []
-          for layer, like in zip(range(*span), (
-              stage.cache.k_KPCH, stage.cache.v_KPCH)[part], strict=True):
-            x = np.asarray(like).copy()
-            for t in range(14):
-              x[:, t // size, t % size] = values[layer, part][held, t]
-            arrays.append(jax.device_put(x, like.sharding))
-          return tuple(arrays)
-        stage.cache = kv.Cache(put(0), put(1))
+    fill(one, values, size)
+    fill(other, values, size)
     ids = tuple(range(-(-14 // size)))
     sums |= {checksum(one, ids, 14), checksum(other, ids, 14)}
     changed.add(checksum(one, ids, 13))
