@@ -734,6 +734,14 @@ def test_check_finds(broken, message):
     scheduler.check(broken(state))
 
 
+def test_check_finds_a_row_of_two_micro_batches():
+  state, _ = _after(_staged(), *TWO, _copied(0))
+  batch = state.instances[1].batches[0]
+  broken = state.instances[1]._replace(batches=(batch, batch))
+  with pytest.raises(AssertionError, match='request 0 in two places'):
+    scheduler.check(state._replace(instances=(state.instances[0], broken)))
+
+
 # --- random worlds ----------------------------------------------------------
 
 
