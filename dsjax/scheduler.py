@@ -649,7 +649,7 @@ def check(state):
   """Raises AssertionError unless the state is sound.
 
   Every page is free or owned once; every request is in exactly one place,
-  the one its stage names (so micro-batches are disjoint); counts agree.
+  the one its stage names; micro-batches are disjoint; counts agree.
   """
   places = {}
 

@@ -763,6 +763,11 @@ def test_a_context_longer_than_the_models_is_refused():
     server_of('colocated', dataclasses.replace(PAGES_4, max_len=129))
 
 
+def test_another_page_size_of_decode_is_refused():
+  with pytest.raises(InputError, match='decode_page_size=16: .*page_size=4'):
+    server_of('1p1d', dataclasses.replace(PAGES_4, decode_page_size=16))
+
+
 def test_more_devices_than_exist_are_refused():
   with pytest.raises(InputError, match="'9 devices'.* 8"):
     serve(MODEL, Placement(colocated=[Plan()] * 9), PAGES_4)

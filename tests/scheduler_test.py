@@ -54,9 +54,12 @@ def _copied(id, epoch=1):
   return base.Migrated(0, id, epoch)
 
 
-def _play(config, story):
-  """The state after a story whose every event gave exactly its commands."""
-  state = scheduler.init(config)
+def _play(config, story, before=()):
+  """The state after a story whose every event gave exactly its commands.
+
+  before: events that come first, whatever their commands.
+  """
+  state, _ = _after(config, *before)
   for event, *commands in story:
     state, issued = scheduler.step(config, state, event)
     assert list(issued) == commands, event
@@ -196,6 +199,16 @@ def test_prefill_depth():
       (_arrive(2, 6, 3),)])
 
 
+def test_prefill_batches_overlap_in_pipeline_stages():
+  pieces = (0, 1, 2, 3, 4)
+  _play(_pair({'pp': 2}), [
+      (_arrive(0, 20, 2), RunPrefill(0, 0, (Chunk(0, 0, 16, pieces, False),)),
+       RunPrefill(0, 1, (Chunk(0, 16, 20, pieces, True),))),
+      (_arrive(1, 4, 2),),
+      (_prefilled(0, 0), RunPrefill(0, 2, (Chunk(1, 0, 4, (5,), True),))),
+      (_prefilled(0, 1), Migrate(0, 1, 0, pieces, 1, pieces, 20))])
+
+
 # --- dispatch and back-pressure ---------------------------------------------
 
 
@@ -278,6 +291,144 @@ def test_chunked_rows_ride_in_prefill_within_one_budget():
        RunPrefill(0, 3, (Chunk(1, 7, 10, (3, 4, 5), True),), 5, (row,))),
       (_prefilled(0, 3),
        RunDecode(0, 4, 6, 2, (row, Row(1, 4, 8, (3, 4, 5)))))])
+
+
+# --- micro-batches of pipeline stages ---------------------------------------
+
+TWO = [_arrive(0, 4, 9), _arrive(1, 4, 9), _prefilled(0, 0), _prefilled(0, 1)]
+ROWS = [Row(0, 4, 8, (0,)), Row(1, 4, 8, (1,))]
+
+
+def _staged(**changes):
+  return _pair(ROOMY, ROOMY | {'pp': 2}, **changes)
+
+
+def test_micro_batches_take_turns_one_step_at_a_time():
+  zero, one = ROWS
+  state = _play(_staged(depth=1), [
+      (_copied(0), RunDecode(1, 0, 0, 1, (zero,))),
+      (_copied(1), RunDecode(1, 1, 0, 1, (one,))),
+      (_decoded(1, 0), RunDecode(1, 2, 1, 1, (zero,))),
+      (_decoded(1, 1), RunDecode(1, 3, 1, 1, (one,))),
+      # Its end is known as its last step starts; the other goes on.
+      *((_decoded(1, n), RunDecode(1, n + 2, n // 2 + 1, 1, (ROWS[n % 2],)))
+        for n in range(2, 14)),
+      (_decoded(1, 14), Finish(0, 'length')),
+      (_decoded(1, 15), Finish(1, 'length'))], before=TWO)
+  assert _at_rest(_staged(), state)
+
+
+def test_each_micro_batch_has_depth_commands_in_flight():
+  zero, one = ROWS
+  _play(_staged(depth=2), [
+      # The other is empty: nothing to take turns with.
+      (_copied(0), RunDecode(1, 0, 0, 1, (zero,)),
+       RunDecode(1, 1, 1, 1, (zero,))),
+      # Then the first is waited for, or 0, 0, 1, 1 would go on for ever.
+      (_copied(1), RunDecode(1, 2, 0, 1, (one,))),
+      (_decoded(1, 0), RunDecode(1, 3, 2, 1, (zero,)),
+       RunDecode(1, 4, 1, 1, (one,))),
+      (_decoded(1, 1), RunDecode(1, 5, 3, 1, (zero,))),
+      (_decoded(1, 2), RunDecode(1, 6, 2, 1, (one,)))], before=TWO)
+
+
+def test_a_request_joins_the_micro_batch_with_the_fewest_rows():
+  state, _ = _after(_staged(depth=1), *TWO, _copied(0), _copied(1),
+                    _arrive(2, 4, 9), _prefilled(0, 2), _copied(2),
+                    _arrive(3, 4, 9), _prefilled(0, 3), _copied(3))
+  zero, two = state.instances[1].batches
+  assert [r.id for r in zero.rows] == [0, 2]
+  assert [r.id for r in two.rows] == [1, 3]
+  _, (command,) = scheduler.step(_staged(depth=1), state, _decoded(1, 0))
+  # Its first tick is the micro-batch's second.
+  assert command == RunDecode(1, 2, 1, 1, (ROWS[0], Row(2, 3, 9, (2,))))
+  assert zero.tick == two.tick == 1
+
+
+def test_an_ended_row_keeps_its_pages_until_every_micro_batch_is_done():
+  config, one = _staged(depth=1), ROWS[1]
+  story = [(_copied(1), RunDecode(1, 1, 0, 1, (one,))),
+           (_cancel(0), Finish(0, 'cancelled')), (_decoded(1, 0),)]
+  before = [*TWO, _copied(0)]
+  assert _free(_play(config, story, before)) == [8, 6]
+  story.append((_decoded(1, 1), RunDecode(1, 2, 1, 1, (one,))))
+  assert _free(_play(config, story, before)) == [8, 7]
+
+
+def test_preemption_takes_the_latest_arrival_of_any_micro_batch():
+  config = _pair({'page_size': 2}, {'page_size': 2, 'num_pages': 5, 'pp': 2},
+                 depth=1)
+  zero, one = Row(0, 2, 2, (0, 1)), Row(1, 2, 2, (2, 3))
+  _play(config, [
+      (_copied(0), RunDecode(1, 1, 0, 1, (zero,))),
+      (_decoded(1, 0), RunDecode(1, 2, 1, 1, (one,))),
+      (_decoded(1, 1), RunDecode(1, 3, 1, 1, (zero,))),
+      (_decoded(1, 2), RunDecode(1, 4, 2, 1, (Row(1, 2, 4, (2, 3, 4)),))),
+      (_decoded(1, 3),),  # no page for request 0; 4 is still in flight
+      (_decoded(1, 4), Preempt(1, 1),
+       RunPrefill(0, 2, (Chunk(1, 0, 6, (0, 1, 2), True),)),
+       RunDecode(1, 5, 2, 1, (Row(0, 2, 4, (0, 1, 2)),)))],
+      before=[_arrive(0, 2, 6), _arrive(1, 2, 6), _prefilled(0, 0),
+              _prefilled(0, 1), _copied(1)])
+
+
+def test_prompt_pieces_ride_with_the_micro_batch_whose_turn_it_is():
+  config = _config(_instance('chunked', num_pages=16, prefill_tokens=8, pp=2),
+                   depth=1)
+  row, pieces = Row(0, 4, 4, (0, 1)), (2, 3, 4, 5, 6, 7)
+  _play(config, [
+      (_arrive(0, 4, 9), RunPrefill(0, 0, (Chunk(0, 0, 4, (0, 1), True),))),
+      (_prefilled(0, 0), RunDecode(0, 1, 0, 1, (row,))),
+      # The other micro-batch is empty; its turn has room for a piece.
+      (_arrive(1, 20, 9),
+       RunPrefill(0, 2, (Chunk(1, 0, 8, pieces, False),))),
+      (_decoded(0, 1),
+       RunPrefill(0, 3, (Chunk(1, 8, 15, pieces, False),), 1, (row,))),
+      (_prefilled(0, 2),
+       RunPrefill(0, 4, (Chunk(1, 15, 20, pieces, True),))),
+      (_prefilled(0, 3), RunDecode(0, 5, 2, 1, (row,))),
+      (_prefilled(0, 4), RunDecode(0, 6, 0, 1, (Row(1, 20, 4, pieces),)))])
+
+
+@pytest.mark.parametrize('pp', [0, 1.5, True])
+def test_stages_are_an_integer_above_0(pp):
+  with pytest.raises(base.InputError, match=f'InstanceConfig.pp={pp}: must'):
+    _instance('decode', pp=pp)
+
+
+# --- page sizes -------------------------------------------------------------
+
+
+@pytest.mark.parametrize('source, target, copy, row', [
+    (2, 8, Migrate(0, 1, 0, (0, 1, 2), 1, (0,), 5), Row(0, 5, 3, (0,))),
+    (8, 2, Migrate(0, 1, 0, (0,), 1, (0, 1, 2), 5), Row(0, 5, 1, (0, 1, 2))),
+    (4, 5, Migrate(0, 1, 0, (0, 1), 1, (0,), 5), Row(0, 5, 5, (0, 1)))])
+def test_a_copy_names_the_pages_of_either_size(source, target, copy, row):
+  config = _pair({'page_size': source}, {'page_size': target}, run_ahead=1,
+                 depth=1)
+  pages_0 = copy.source_pages
+  _play(config, [
+      (_arrive(0, 5, 9), RunPrefill(0, 0, (Chunk(0, 0, 5, pages_0, True),))),
+      (_prefilled(0, 0), copy),
+      (_copied(0), RunDecode(1, 0, 0, 1, (row,)))])
+
+
+def test_decode_instances_may_have_pages_of_their_own_size():
+  config = base.EngineConfig(max_len=64, page_size=4, max_seqs=2,
+                             decode_page_size=16)
+  sizes = {role: (c.page_size, c.num_pages) for role in base.ROLES
+           for c in [config.instance(role)]}
+  assert sizes == {'prefill': (4, 32), 'decode': (16, 8),
+                   'colocated': (4, 32), 'chunked': (4, 32)}
+  assert base.EngineConfig(page_size=4).instance('decode').page_size == 4
+  assert [config.instance('decode', pp).pp for pp in (1, 3)] == [1, 3]
+
+
+@pytest.mark.parametrize('size', [0, -1, 2.0, True])
+def test_a_page_size_of_decode_is_an_integer_above_0(size):
+  with pytest.raises(base.InputError,
+                     match=f'EngineConfig.decode_page_size={size}: must be'):
+    base.EngineConfig(decode_page_size=size)
 
 
 # --- preemption -------------------------------------------------------------
@@ -377,6 +528,26 @@ def test_a_completion_of_an_earlier_hand_off_is_ignored():
   _play(config, AGAIN + [
       (_copied(1, epoch=2), RunDecode(1, 5, 5, 1, (Row(1, 0, 6, (0, 1, 2)),))),
       (_copied(1, epoch=2),)])
+
+
+def test_a_row_gives_way_where_only_a_younger_copy_holds_pages():
+  """It is no victim while it lands; the older one is recomputed behind it."""
+  config = _pair({'page_size': 2}, {'page_size': 2, 'num_pages': 5}, depth=1)
+  row = Row(0, 2, 2, (0, 1))
+  _play(config, [
+      (_arrive(0, 2, 6), RunPrefill(0, 0, (Chunk(0, 0, 2, (0,), True),))),
+      (_arrive(1, 2, 6),),
+      (_prefilled(0, 0), Migrate(0, 1, 0, (0,), 1, (0,), 2),
+       RunPrefill(0, 1, (Chunk(1, 0, 2, (1,), True),))),
+      (_prefilled(0, 1), Migrate(1, 1, 0, (1,), 1, (2,), 2)),
+      (_copied(0), RunDecode(1, 0, 0, 1, (row,))),
+      (_decoded(1, 0), RunDecode(1, 1, 1, 1, (row,))),
+      (_decoded(1, 1), RunDecode(1, 2, 2, 1, (Row(0, 2, 4, (0, 1, 4)),))),
+      (_decoded(1, 2), RunDecode(1, 3, 3, 1, (Row(0, 2, 4, (0, 1, 4)),))),
+      (_decoded(1, 3), Preempt(0, 1),
+       RunPrefill(0, 2, (Chunk(0, 0, 7, (0, 2, 3, 4), True),))),
+      (_prefilled(0, 2), Finish(0, 'length')),
+      (_copied(1), RunDecode(1, 4, 4, 2, (Row(1, -2, 6, (2, 3)),)))])
 
 
 # --- cancellation -----------------------------------------------------------
@@ -563,6 +734,14 @@ def test_check_finds(broken, message):
     scheduler.check(broken(state))
 
 
+def test_check_finds_a_row_of_two_micro_batches():
+  state, _ = _after(_staged(), *TWO, _copied(0))
+  batch = state.instances[1].batches[0]
+  broken = state.instances[1]._replace(batches=(batch, batch))
+  with pytest.raises(AssertionError, match='request 0 in two places'):
+    scheduler.check(state._replace(instances=(state.instances[0], broken)))
+
+
 # --- random worlds ----------------------------------------------------------
 
 
@@ -575,6 +754,18 @@ def test_random_worlds():
     except Exception as error:
       error.add_note(f'seed {seed}, after {len(world.log)} events')
       raise
+
+
+def test_worlds_where_rows_give_way_to_copies_end():
+  """Short decode pools: residents that are on their way are no victims."""
+  seen = collections.Counter()
+  for seed in range(60):
+    config = _config(
+        _instance('prefill', 24, 2, 8), _instance('prefill', 12, 4, 8),
+        _instance('decode', 8 + seed % 4, 2, 5, pp=1 + seed % 3),
+        max_len=20)
+    seen += virtual.World(config, seed, 20, slow_copies=True).run().counts
+  assert seen['Preempt'] >= 50 and seen['before a younger copy'] >= 20, seen
 
 
 def test_a_log_replays_to_the_same_commands():

@@ -115,12 +115,14 @@ class Engine:
 class World:
   """A scheduler and an engine under a random schedule of `requests`.
 
+  slow_copies: most migrations end when nothing else runs.
+
   Attributes:
     log: every (event, commands). counts: of command types and fates.
   """
 
-  def __init__(self, config, seed, requests):
-    self.config, self.left = config, requests
+  def __init__(self, config, seed, requests, slow_copies=False):
+    self.config, self.left, self.slow_copies = config, requests, slow_copies
     self.random = random.Random(seed)
     self.rate = self.random.choice((0.2, 0.8))  # of arrivals
     self.most = self.random.choice(((16, 4), (16, 10), (4, 18)))  # tokens
@@ -162,7 +164,10 @@ class World:
       return draw.choice(self.copied)
     if self.left and (not self.pending or draw.random() < self.rate):
       return self._arrival(time_s)
-    key = draw.choice(list(self.pending))
+    keys = list(self.pending)
+    if self.slow_copies and draw.random() < 0.9:
+      keys = [k for k in keys if k[0] != 'migrate'] or keys
+    key = draw.choice(keys)
     command = self.pending[key].pop(0)
     if not self.pending[key]:
       del self.pending[key]
@@ -199,6 +204,11 @@ class World:
     self._turns(before, commands)
     for command in commands:
       self.counts[type(command).__name__] += 1
+      if isinstance(command, base.Preempt):
+        self.counts['before a younger copy'] += any(
+            seq.stage == 'migrating' and seq.target == command.instance
+            and seq.order > self.state.seqs[command.id].order
+            for seq in before.seqs.values())
       if isinstance(command, base.Finish | base.Reject):
         self._over(command)
       elif not isinstance(command, base.Preempt):
