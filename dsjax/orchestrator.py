@@ -124,10 +124,6 @@ class Orchestrator:
                  'EngineConfig.max_len', config.max_len,
                  f'at most {model.config.max_len}, the context of '
                  f'{model.config.name}')
-    base.require(config.decode_page_size in (None, config.page_size),
-                 'EngineConfig.decode_page_size', config.decode_page_size,
-                 f'None or page_size={config.page_size} (migrations between '
-                 'page sizes are not built yet)')
     roles = [role for role, _ in placement.instances]
     meshes = sharding.make_meshes(model.config, placement,
                                   jax.devices() if devices is None
