@@ -15,7 +15,7 @@ import jinja2.sandbox
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from dsjax import checkpoint
+from dsjax import gguf_file
 from dsjax.base import InputError, require
 
 ROLES = ('assistant', 'developer', 'system', 'tool', 'user')
@@ -122,7 +122,7 @@ class Tokenizer:
   """
 
   def __init__(self, meta):
-    """From GGUF metadata (`checkpoint.read_gguf`); see `load`."""
+    """From GGUF metadata (`gguf_file.read_gguf`); see `load`."""
     model = meta.get('tokenizer.ggml.model')
     require(model == 'gpt2', 'tokenizer.ggml.model', model,
             "'gpt2' (byte-level BPE)")
@@ -157,7 +157,7 @@ class Tokenizer:
   @classmethod
   def load(cls, path):
     """The tokenizer of a GGUF file. Raises InputError naming the file."""
-    meta, _ = checkpoint.read_gguf(path)
+    meta, _ = gguf_file.read_gguf(path)
     try:
       return cls(meta)
     except InputError as error:

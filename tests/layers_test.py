@@ -13,8 +13,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 HOST = {'base', 'pages', 'scheduler', 'latency', 'workload', 'metrics',
         'queueing', 'simulator', 'placement'}
 DEVICE = {'model', 'cache', 'sampling', 'sharding'}
-SHELL = {'engine', 'migrate', 'checkpoint', 'tokenizer', 'orchestrator',
-         'server', 'cluster'}
+SHELL = {'engine', 'migrate', 'checkpoint', 'gguf_file', 'hf', 'weights',
+         'tokenizer', 'orchestrator', 'server', 'cluster'}
 EFFECTS = {'asyncio', 'multiprocessing', 'os', 'random', 'secrets', 'socket',
            'subprocess', 'threading', 'time'}
 OURS = {'dsjax', 'kernels', 'experiments', 'configs', 'tests'}
