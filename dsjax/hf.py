@@ -527,11 +527,10 @@ def _files(path):
     with _open(file) as tensors:
       return dict.fromkeys(tensors.keys(), file)
   if not (path / _INDEX).is_file():
-    pickles = [f.name for f in sorted(path.iterdir())
-               if f.suffix in _PICKLES]
-    raise InputError(f'{path}: no {_WEIGHTS} or {_INDEX}' + bool(pickles) * (
-        f'; {pickles[0]} is a pickle, which is never opened: convert it to '
-        'safetensors'))
+    pickles = [f'; {file.name} is a pickle, which is never opened: convert it '
+               'to safetensors' for file in sorted(path.iterdir())
+               if file.suffix in _PICKLES]
+    raise InputError(f'{path}: no {_WEIGHTS} or {_INDEX}{"".join(pickles[:1])}')
   table = read_json(path / _INDEX).get('weight_map')
   with _naming(path / _INDEX):
     require(isinstance(table, dict) and table, 'weight_map', table,
