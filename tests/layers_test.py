@@ -11,7 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 HOST = {'base', 'pages', 'scheduler', 'latency', 'workload', 'metrics',
-        'queueing', 'simulator', 'placement'}
+        'queueing', 'simulator', 'placement', 'zoo'}
 DEVICE = {'model', 'cache', 'sampling', 'sharding'}
 SHELL = {'engine', 'migrate', 'checkpoint', 'gguf_file', 'hf', 'weights',
          'tokenizer', 'orchestrator', 'server', 'cluster'}
