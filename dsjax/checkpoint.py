@@ -8,14 +8,19 @@ import importlib.metadata
 import pathlib
 from typing import NamedTuple
 
+from dsjax import zoo
 from dsjax.base import InputError, ModelConfig, require
 from dsjax.gguf_file import load_gguf, read_gguf
-from dsjax.hf import load_hf
+from dsjax.hf import CONFIG, load_hf
+from dsjax.hf_tokenizer import load_tokenizer
 from dsjax.tokenizer import Tokenizer
 from dsjax.weights import DTYPES, random_params
 
 __all__ = ['DTYPES', 'MODELS', 'Model', 'find', 'load', 'load_gguf', 'load_hf',
            'random_params', 'read_gguf']
+
+
+DUMMY = 'dummy:'
 
 
 class Wheel(NamedTuple):
@@ -32,7 +37,7 @@ MODELS = {
 
 
 def find(name_or_path):
-  """Path of a model file: a name in MODELS, or the path of a .gguf file.
+  """Path of a model: a name in MODELS, a .gguf file or a folder.
 
   Raises:
     InputError: unknown name, wheel not installed (says how to), no such file.
@@ -40,8 +45,11 @@ def find(name_or_path):
   wheel = MODELS.get(str(name_or_path))
   if wheel is None:
     path = pathlib.Path(name_or_path)
+    if path.is_dir():
+      return path
     require(path.suffix == '.gguf', 'model', str(name_or_path),
-            f'one of {sorted(MODELS)} or the path of a .gguf file')
+            f"one of {sorted(MODELS)}, {DUMMY!r} and a name in dsjax.zoo, or "
+            'the path of a .gguf file or a folder')
     if not path.is_file():
       raise InputError(f'{path}: no such file')
     return path
@@ -66,10 +74,24 @@ class Model:
 
 
 def load(name_or_path, dtype='float32'):
-  """A Model from a name in MODELS or the path of a .gguf file.
+  """A Model from wherever it is kept.
 
+  Args:
+    name_or_path: a name in MODELS; 'dummy:' and a name in dsjax.zoo (that
+      shape with random weights, no tokenizer); the path of a .gguf file or of
+      a Hugging Face folder.
+    dtype: of the weights, 'float32' or 'bfloat16'.
   Raises:
-    InputError: as find, load_gguf and Tokenizer.load.
+    InputError: as find, load_gguf, load_hf and their tokenizers.
   """
-  path = find(name_or_path)
-  return Model(*load_gguf(path, dtype), Tokenizer.load(path))
+  name = str(name_or_path)
+  if name.startswith(DUMMY):
+    config = zoo.config(name.removeprefix(DUMMY))
+    return Model(config, random_params(config, 0, dtype))
+  path = find(name)
+  if not path.is_dir():
+    return Model(*load_gguf(path, dtype), Tokenizer.load(path))
+  if not (path / CONFIG).is_file():
+    raise InputError(f'{path}: no {CONFIG}: not a Hugging Face folder')
+  config, params = load_hf(path, dtype)
+  return Model(config, params, load_tokenizer(path, config.vocab_size))

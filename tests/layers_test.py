@@ -13,7 +13,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 HOST = {'base', 'pages', 'scheduler', 'latency', 'workload', 'metrics',
         'queueing', 'simulator', 'placement', 'zoo'}
 DEVICE = {'model', 'cache', 'sampling', 'sharding'}
-SHELL = {'engine', 'migrate', 'checkpoint', 'gguf_file', 'hf', 'weights',
+SHELL = {'engine', 'migrate', 'checkpoint', 'gguf_file', 'hf',
+         'hf_tokenizer', 'weights',
          'tokenizer', 'orchestrator', 'server', 'cluster'}
 EFFECTS = {'asyncio', 'multiprocessing', 'os', 'random', 'secrets', 'socket',
            'subprocess', 'threading', 'time'}
