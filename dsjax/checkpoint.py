@@ -1,6 +1,7 @@
 """Models by name or path: what is served, from wherever it is kept.
 
-The formats are read by gguf_file and hf; this finds out which one it is.
+The formats are read by gguf_file, hf and orbax_file; this finds out which one
+it is.
 """
 
 import dataclasses
@@ -8,16 +9,17 @@ import importlib.metadata
 import pathlib
 from typing import NamedTuple
 
-from dsjax import zoo
+from dsjax import orbax_file, zoo
 from dsjax.base import InputError, ModelConfig, require
 from dsjax.gguf_file import load_gguf, read_gguf
 from dsjax.hf import CONFIG, load_hf
 from dsjax.hf_tokenizer import load_tokenizer
+from dsjax.orbax_file import load_orbax, save_orbax
 from dsjax.tokenizer import Tokenizer
 from dsjax.weights import DTYPES, random_params
 
 __all__ = ['DTYPES', 'MODELS', 'Model', 'find', 'load', 'load_gguf', 'load_hf',
-           'random_params', 'read_gguf']
+           'load_orbax', 'random_params', 'read_gguf', 'save_orbax']
 
 
 DUMMY = 'dummy:'
@@ -79,10 +81,10 @@ def load(name_or_path, dtype='float32'):
   Args:
     name_or_path: a name in MODELS; 'dummy:' and a name in dsjax.zoo (that
       shape with random weights, no tokenizer); the path of a .gguf file or of
-      a Hugging Face folder.
+      a Hugging Face folder, or of one that save_orbax wrote.
     dtype: of the weights, 'float32' or 'bfloat16'.
   Raises:
-    InputError: as find, load_gguf, load_hf and their tokenizers.
+    InputError: as find, load_gguf, load_hf, load_orbax and their tokenizers.
   """
   name = str(name_or_path)
   if name.startswith(DUMMY):
@@ -91,7 +93,10 @@ def load(name_or_path, dtype='float32'):
   path = find(name)
   if not path.is_dir():
     return Model(*load_gguf(path, dtype), Tokenizer.load(path))
+  if (path / orbax_file.CONFIG).is_file():
+    return Model(*load_orbax(path, dtype=dtype))
   if not (path / CONFIG).is_file():
-    raise InputError(f'{path}: no {CONFIG}: not a Hugging Face folder')
+    raise InputError(f'{path}: neither {CONFIG} (Hugging Face) nor '
+                     f'{orbax_file.CONFIG} (save_orbax)')
   config, params = load_hf(path, dtype)
   return Model(config, params, load_tokenizer(path, config.vocab_size))

@@ -100,8 +100,9 @@ class _Keys:
     require(found is None or found == value, key, found,
             f'{value!r} (others are not supported)')
 
-  def count(self, key):
-    """Layers or experts: few enough to be listed."""
+  def count(self, key, other=None):
+    """Layers or experts: few enough to be listed; of either key."""
+    key = other if self._keys.get(key) is None and other else key
     value = self.read(key)
     require(1 <= value <= 9999, key, value, 'from 1 to 9999')
     return value
@@ -240,7 +241,7 @@ def _qwen3_moe(keys):
   keys.ignore('sliding_window', 'max_window_layers')
   return _llama_like(keys) | _biases(keys) | dict(
       d_ff=keys.read('moe_intermediate_size'), qk_norm=True,
-      num_experts=keys.count('num_experts'),
+      num_experts=keys.count('num_experts', 'num_local_experts'),
       experts_per_token=keys.read('num_experts_per_tok'),
       renormalize=keys.read('norm_topk_prob', bool, False))
 

@@ -72,7 +72,7 @@ def test_a_folder_with_a_tokenizer(tmp_path):
 
 
 def test_a_folder_of_something_else(tmp_path):
-  assert 'no config.json' in error_of(tmp_path)
+  assert 'neither config.json' in error_of(tmp_path)
 
 
 @pytest.mark.parametrize('name', ['model.bin', 'model.pt', 'model'])

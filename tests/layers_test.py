@@ -14,8 +14,8 @@ HOST = {'base', 'pages', 'scheduler', 'latency', 'workload', 'metrics',
         'queueing', 'simulator', 'placement', 'zoo'}
 DEVICE = {'model', 'cache', 'sampling', 'sharding'}
 SHELL = {'engine', 'migrate', 'checkpoint', 'gguf_file', 'hf',
-         'hf_tokenizer', 'weights',
-         'tokenizer', 'orchestrator', 'server', 'cluster'}
+         'hf_tokenizer', 'orbax_file', 'weights', 'tokenizer', 'orchestrator',
+         'server', 'cluster'}
 EFFECTS = {'asyncio', 'multiprocessing', 'os', 'random', 'secrets', 'socket',
            'subprocess', 'threading', 'time'}
 OURS = {'dsjax', 'kernels', 'experiments', 'configs', 'tests'}
