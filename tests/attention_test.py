@@ -235,7 +235,8 @@ def test_prefill_under_a_window(window, packing):
 @pytest.mark.parametrize('window', [5, 64, 129])
 @pytest.mark.parametrize('layout', [(4, 4, 2), (64, 8, 1)], ids=str)
 def test_prefill_around_the_end_of_a_window(layout, window):
-  packing = [(1, window - 2), (1, window - 1), (1, window), (40, max(window - 9, 0))]
+  packing = [(1, window - 2), (1, window - 1), (1, window),
+             (40, max(window - 9, 0))]
   check_prefill(*prefill_case(layout, packing), packing, window=window)
 
 
