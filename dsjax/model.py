@@ -7,6 +7,8 @@ Layers are a tuple and the loop over them is unrolled: a scan over stacked
 weights copies every layer's weights each step on CPU.
 """
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -97,27 +99,40 @@ def angles(config, pos_S):
   return jnp.cos(angle_S1H), jnp.sin(angle_S1H)
 
 
-def forward(config, params, cache, token_S, pos_S, page_S, attend):
-  """Hidden states of tokens, whose keys and values go into the cache.
+def embed(config, params, token_S, pos_S):
+  """Hidden states before the first layer."""
+  del config, pos_S
+  return params['embed_VD'][token_S]
 
-  attend(q_SNH, k_KPCH, v_KPCH) -> o_SNH is the only thing in which prefill
-  and decode differ. page_S: the page of each token, P to drop it.
+
+def run_layers(config, layers, first, cache, x_SD, pos_S, page_S, attend,
+               mesh=None):
+  """Hidden states after `layers`, the ones from layer `first` on.
+
+  attend(layer, q_SNH, k_KPCH, v_KPCH) -> o_SNH is the only thing in which
+  prefill and decode differ; it may ask for the window of `layer`, and layers
+  of equal windows may all come as one of them. cache holds just these layers.
+  page_S: the page of each token, P to drop it.
+
+  Args:
+    mesh: what parameters are sharded over; None where they are whole.
 
   Returns:
-    (x_SD before the head, cache).
+    (x_SD, cache).
   """
-  x_SD = params['embed_VD'][token_S]
+  del mesh
   turn = angles(config, pos_S)
   offset_S = pos_S % cache.k_KPCH[0].shape[2]
 
-  @jax.jit  # traced and lowered once, not L times
-  def block(x_SD, layer, k_KPCH, v_KPCH):
+  # Traced and lowered once for all layers alike.
+  @functools.partial(jax.jit, static_argnames='like')
+  def block(x_SD, layer, k_KPCH, v_KPCH, like):
     h_SD = rms_norm(x_SD, layer['attn_norm_D'], config.norm_eps)
     q_SNH = rotary(project(layer['q_NHD'], h_SD), *turn)
     k_SKH = rotary(project(layer['k_KHD'], h_SD), *turn)
     k_KPCH = kv.write(k_KPCH, k_SKH, page_S, offset_S)
     v_KPCH = kv.write(v_KPCH, project(layer['v_KHD'], h_SD), page_S, offset_S)
-    o_SNH = attend(q_SNH, k_KPCH, v_KPCH)
+    o_SNH = attend(like, q_SNH, k_KPCH, v_KPCH)
     o_DI = layer['o_DNH'].reshape(config.d_model, -1)
     x_SD += project(o_DI, o_SNH.reshape(o_SNH.shape[0], -1))
     h_SD = rms_norm(x_SD, layer['mlp_norm_D'], config.norm_eps)
@@ -125,13 +140,21 @@ def forward(config, params, cache, token_S, pos_S, page_S, attend):
         layer['up_FD'], h_SD)
     return x_SD + project(layer['down_DF'], h_SF), k_KPCH, v_KPCH
 
-  keys, values = [], []
-  for layer, k_KPCH, v_KPCH in zip(params['layers'], cache.k_KPCH,
-                                   cache.v_KPCH, strict=True):
-    x_SD, k_KPCH, v_KPCH = block(x_SD, layer, k_KPCH, v_KPCH)
+  alike, keys, values = {}, [], []
+  for i, (layer, k_KPCH, v_KPCH) in enumerate(
+      zip(layers, cache.k_KPCH, cache.v_KPCH, strict=True), first):
+    like = alike.setdefault(config.window(i), i)
+    x_SD, k_KPCH, v_KPCH = block(x_SD, layer, k_KPCH, v_KPCH, like)
     keys.append(k_KPCH)
     values.append(v_KPCH)
   return x_SD, kv.Cache(tuple(keys), tuple(values))
+
+
+def forward(config, params, cache, token_S, pos_S, page_S, attend, mesh=None):
+  """embed, then run_layers over all of them: (x_SD before the head, cache)."""
+  x_SD = embed(config, params, token_S, pos_S)
+  return run_layers(config, params['layers'], 0, cache, x_SD, pos_S, page_S,
+                    attend, mesh)
 
 
 def head(config, params, x_RD):
@@ -147,7 +170,8 @@ def page_of(table_BM, row_S, pos_S, live_S, page_size, num_pages):
   return jnp.where(live_S, page_S, num_pages)
 
 
-def decode_step(config, params, cache, slots, rows, need, impl=None):
+def decode_step(config, params, cache, slots, rows, need, impl=None,
+                mesh=None):
   """One token for every row.
 
   Returns:
@@ -160,8 +184,8 @@ def decode_step(config, params, cache, slots, rows, need, impl=None):
   token_B, page_B = _row_inputs(slots, rows, P, C)
   x_BD, cache = forward(
       config, params, cache, token_B, rows.pos_B, page_B,
-      lambda q, k, v: decode_attention(q, k, v, rows.table_BM,
-                                       rows.pos_B + 1, impl))
+      lambda _, q, k, v: decode_attention(q, k, v, rows.table_BM,
+                                          rows.pos_B + 1, impl), mesh)
   slots, out = sampling.sample(
       head(config, params, x_BD), slots, _slot(slots, rows), rows.pos_B + 1,
       need)
@@ -169,7 +193,7 @@ def decode_step(config, params, cache, slots, rows, need, impl=None):
 
 
 def prefill_step(config, params, cache, slots, packed, size, need, rows=None,
-                 impl=None):
+                 impl=None, mesh=None):
   """Runs packed prompt chunks, and with `rows` one decode token each too.
 
   size: tokens of the packed axis (S, static). With rows (the chunked mode)
@@ -192,7 +216,8 @@ def prefill_step(config, params, cache, slots, packed, size, need, rows=None,
   token_S = slots.tokens_ET[packed.slot_B[seq_S], pos_S]
   page_S = page_of(packed.table_BM, seq_S, pos_S, live_S, C, P)
 
-  def attend(q_SNH, k_KPCH, v_KPCH):
+  def attend(layer, q_SNH, k_KPCH, v_KPCH):
+    del layer
     return prefill_attention(q_SNH, k_KPCH, v_KPCH, packed.table_BM,
                              packed.start_A, packed.pos_B, impl)
 
@@ -205,13 +230,14 @@ def prefill_step(config, params, cache, slots, packed, size, need, rows=None,
     page_S = jnp.concatenate((page_B, page_S))
     attend_packed = attend
 
-    def attend(q_SNH, k_KPCH, v_KPCH):
+    def attend(layer, q_SNH, k_KPCH, v_KPCH):
       o_BNH = decode_attention(q_SNH[:B], k_KPCH, v_KPCH, rows.table_BM,
                                rows.pos_B + 1, impl)
-      o_SNH = attend_packed(q_SNH[B:], k_KPCH, v_KPCH)
+      o_SNH = attend_packed(layer, q_SNH[B:], k_KPCH, v_KPCH)
       return jnp.concatenate((o_BNH, o_SNH))
 
-  x_SD, cache = forward(config, params, cache, token_S, pos_S, page_S, attend)
+  x_SD, cache = forward(config, params, cache, token_S, pos_S, page_S, attend,
+                        mesh)
   end_B = packed.start_A[1:]
   row_R = B + jnp.maximum(end_B - 1, 0)
   slot_R = jnp.where(packed.sample_B, packed.slot_B, num_slots)

@@ -168,7 +168,7 @@ def test_forward_gives_the_logits_of_every_position():
   tokens, one = tiny.prompt(50), Instance()
   table_1M, pos_S = one.table_EM[:1], np.arange(50)
 
-  def attend(q, k, v):
+  def attend(_, q, k, v):
     return prefill_attention(q, k, v, jnp.asarray(table_1M),
                              jnp.array([0, 50]), jnp.array([0]))
 
