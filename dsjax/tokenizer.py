@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE and chat template of a GGUF.
+"""Text to token ids and back: BPE and chat template of a model file.
 
 Control tokens (<|im_end|> and the like) mark turns, so text from outside must
 never become one: `encode` reads them only when asked to, and `chat` only in
@@ -8,6 +8,8 @@ the template's own text.
 import codecs
 import json
 import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jinja2
 import jinja2.ext
@@ -15,7 +17,7 @@ import jinja2.sandbox
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from dsjax import checkpoint
+from dsjax import gguf_file
 from dsjax.base import InputError, require
 
 ROLES = ('assistant', 'developer', 'system', 'tool', 'user')
@@ -49,6 +51,14 @@ def _byte_alphabet():
   other = [byte for byte in range(256) if byte not in printable]
   return ({chr(byte): byte for byte in printable}
           | {chr(256 + i): byte for i, byte in enumerate(other)})
+
+
+_BYTES = _byte_alphabet()
+
+
+def byte_level_bytes(token):
+  """The bytes of a byte-level token. Raises KeyError: another character."""
+  return bytes([_BYTES[c] for c in token])
 
 
 def _splitter(tokens):
@@ -112,8 +122,101 @@ def _check_text(field, text):
                      'surrogate pair: must be valid Unicode') from None
 
 
+class Vocabulary(NamedTuple):
+  """What a file says about its tokens; Tokenizer makes it safe to use.
+
+  encode: (text, whether nothing was before it) -> ids, never a control one.
+  token_bytes: the bytes of each token. control: {text: id}. control_ids:
+  those that stand for no text. prefix: ids before a text. texts: of BOS and
+  EOS, for the template. template: Jinja source or None.
+  """
+  encode: Callable
+  token_bytes: tuple
+  control: dict
+  control_ids: frozenset
+  bos_id: int | None
+  eos_id: int | None
+  prefix: tuple
+  texts: dict
+  template: str | None
+
+
+def gguf_vocabulary(meta):
+  """The Vocabulary of GGUF metadata (`gguf_file.read_gguf`).
+
+  Raises:
+    InputError: names the key: not byte-level BPE, or inconsistent.
+  """
+  model = meta.get('tokenizer.ggml.model')
+  require(model == 'gpt2', 'tokenizer.ggml.model', model,
+          "'gpt2' (byte-level BPE)")
+  pre = meta.get('tokenizer.ggml.pre')
+  require(pre in _PRE, 'tokenizer.ggml.pre', pre, f'one of {sorted(_PRE)}')
+  tokens = _list(meta, 'tokens', str)
+  types = _list(meta, 'token_type', int) or [_NORMAL] * len(tokens)
+  require(tokens and len(types) == len(tokens), 'tokenizer.ggml.token_type',
+          len(types), f'one for each of {len(tokens)} tokens')
+  ids = {kind: {token: i for i, token in enumerate(tokens)
+                if types[i] == kind and token} for kind in set(types)}
+  # Only normal tokens: merging can never end in a control token.
+  bpe = _gguf_bpe(pre, ids.get(_NORMAL, {}), _list(meta, 'merges', str))
+  user_defined = ids.get(_USER_DEFINED, {})
+  pattern = _splitter(user_defined)
+
+  def encode(text, first):
+    del first
+    found = []
+    for piece, is_token in _split(pattern, text):
+      found += ([user_defined[piece]] if is_token else
+                bpe.encode(piece, add_special_tokens=False).ids)
+    return found
+
+  ends = {}
+  for name in ('bos', 'eos'):
+    key = f'tokenizer.ggml.{name}_token_id'
+    ends[name] = meta.get(key)
+    require(ends[name] is None or ends[name] in range(len(tokens)), key,
+            ends[name], f'below {len(tokens)}')
+  add_bos = bool(meta.get('tokenizer.ggml.add_bos_token', False))
+  require(not add_bos or ends['bos'] is not None,
+          'tokenizer.ggml.add_bos_token', add_bos,
+          'false without tokenizer.ggml.bos_token_id')
+  return Vocabulary(
+      encode, _gguf_bytes(tokens, types), ids.get(_CONTROL, {}),
+      frozenset(i for i, kind in enumerate(types)
+                if kind in (_UNKNOWN, _CONTROL)),
+      ends['bos'], ends['eos'], (ends['bos'],) * add_bos,
+      {f'{name}_token': '' if i is None else tokens[i]
+       for name, i in ends.items()}, meta.get('tokenizer.chat_template'))
+
+
+def _gguf_bpe(pre, vocab, merges):
+  pre_tokenizer, ignore_merges = _PRE[pre]()
+  pairs = [tuple(merge.split(' ')) for merge in merges]
+  for merge, pair in zip(merges, pairs, strict=True):
+    require(len(pair) == 2 and all(t in vocab for t in (*pair,
+                                                        ''.join(pair))),
+            'tokenizer.ggml.merges', merge, 'two tokens that make a third')
+  bpe = tokenizers.Tokenizer(
+      models.BPE(vocab=vocab, merges=pairs, ignore_merges=ignore_merges))
+  bpe.pre_tokenizer = pre_tokenizer
+  return bpe
+
+
+def _gguf_bytes(tokens, types):
+  """The bytes that each token stands for; none for control tokens."""
+  try:
+    return tuple(
+        byte_level_bytes(token) if kind == _NORMAL else
+        b'' if kind in (_UNKNOWN, _CONTROL) else token.encode()
+        for token, kind in zip(tokens, types, strict=True))
+  except KeyError as error:
+    raise InputError('tokenizer.ggml.tokens: a normal token has '
+                     f'{error}: must be byte-level') from None
+
+
 class Tokenizer:
-  """Byte-level BPE of a GGUF file. Immutable; safe to share.
+  """Text to ids and back. Immutable; safe to share.
 
   Attributes:
     vocab_size: number of tokens.
@@ -121,97 +224,41 @@ class Tokenizer:
     bos_id, eos_id: ids or None.
   """
 
-  def __init__(self, meta):
-    """From GGUF metadata (`checkpoint.read_gguf`); see `load`."""
-    model = meta.get('tokenizer.ggml.model')
-    require(model == 'gpt2', 'tokenizer.ggml.model', model,
-            "'gpt2' (byte-level BPE)")
-    pre = meta.get('tokenizer.ggml.pre')
-    require(pre in _PRE, 'tokenizer.ggml.pre', pre, f'one of {sorted(_PRE)}')
-    tokens = _list(meta, 'tokens', str)
-    types = _list(meta, 'token_type', int) or [_NORMAL] * len(tokens)
-    require(tokens and len(types) == len(tokens), 'tokenizer.ggml.token_type',
-            len(types), f'one for each of {len(tokens)} tokens')
-    ids = {kind: {token: i for i, token in enumerate(tokens)
-                  if types[i] == kind and token} for kind in set(types)}
-    self.vocab_size = len(tokens)
-    self._control = ids.get(_CONTROL, {})
-    self._user_defined = ids.get(_USER_DEFINED, {})
-    self.control_ids = frozenset(i for i, kind in enumerate(types)
-                                 if kind in (_UNKNOWN, _CONTROL))
-    # Only normal tokens: merging can never end in a control token.
-    self._bpe = self._make_bpe(
-        pre, ids.get(_NORMAL, {}), _list(meta, 'merges', str))
-    self._bytes = self._make_bytes(tokens, types)
-    self._control_pattern = _splitter(self._control)
-    self._user_pattern = _splitter(self._user_defined)
-    self._set_specials(meta, tokens)
+  def __init__(self, vocabulary):
+    """From a Vocabulary; see `load`, `of_gguf` and hf_tokenizer."""
+    self.vocab_size = len(vocabulary.token_bytes)
+    self.control_ids = vocabulary.control_ids
+    self.bos_id, self.eos_id = vocabulary.bos_id, vocabulary.eos_id
+    self._vocabulary = vocabulary
+    self._control_pattern = _splitter(vocabulary.control)
     self._set_guard()
     try:
-      self._chat = _template(meta['tokenizer.chat_template'])
-    except KeyError:
-      self._chat = None
+      self._chat = (None if vocabulary.template is None else
+                    _template(vocabulary.template))
     except jinja2.TemplateError as error:
       raise InputError(f'tokenizer.chat_template: {error}') from error
 
   @classmethod
+  def of_gguf(cls, meta):
+    """The tokenizer of GGUF metadata (`gguf_file.read_gguf`)."""
+    return cls(gguf_vocabulary(meta))
+
+  @classmethod
   def load(cls, path):
     """The tokenizer of a GGUF file. Raises InputError naming the file."""
-    meta, _ = checkpoint.read_gguf(path)
+    meta, _ = gguf_file.read_gguf(path)
     try:
-      return cls(meta)
+      return cls.of_gguf(meta)
     except InputError as error:
       raise InputError(f'{path}: {error}') from error
-
-  @staticmethod
-  def _make_bpe(pre, vocab, merges):
-    pre_tokenizer, ignore_merges = _PRE[pre]()
-    pairs = [tuple(merge.split(' ')) for merge in merges]
-    for merge, pair in zip(merges, pairs, strict=True):
-      require(len(pair) == 2 and all(t in vocab for t in (*pair,
-                                                          ''.join(pair))),
-              'tokenizer.ggml.merges', merge, 'two tokens that make a third')
-    bpe = tokenizers.Tokenizer(
-        models.BPE(vocab=vocab, merges=pairs, ignore_merges=ignore_merges))
-    bpe.pre_tokenizer = pre_tokenizer
-    return bpe
-
-  @staticmethod
-  def _make_bytes(tokens, types):
-    """The bytes that each token stands for; none for control tokens."""
-    alphabet = _byte_alphabet()
-    try:
-      return tuple(
-          bytes([alphabet[c] for c in token]) if kind == _NORMAL else
-          b'' if kind in (_UNKNOWN, _CONTROL) else token.encode()
-          for token, kind in zip(tokens, types, strict=True))
-    except KeyError as error:
-      raise InputError('tokenizer.ggml.tokens: a normal token has '
-                       f'{error}: must be byte-level') from None
-
-  def _set_specials(self, meta, tokens):
-    found = {}
-    for name in ('bos', 'eos'):
-      key = f'tokenizer.ggml.{name}_token_id'
-      found[name] = meta.get(key)
-      require(found[name] is None or found[name] in range(len(tokens)), key,
-              found[name], f'below {len(tokens)}')
-    self.bos_id, self.eos_id = found['bos'], found['eos']
-    self._special_text = {
-        f'{name}_token': '' if i is None else tokens[i]
-        for name, i in found.items()}
-    add_bos = bool(meta.get('tokenizer.ggml.add_bos_token', False))
-    require(not add_bos or self.bos_id is not None,
-            'tokenizer.ggml.add_bos_token', add_bos,
-            'false without tokenizer.ggml.bos_token_id')
-    self._prefix = [self.bos_id] if add_bos else []
 
   def _set_guard(self):
     """Stand-ins for characters that begin or end a control token.
 
     Lone surrogates: no valid text holds one, so none can be forged.
     """
-    edges = sorted({token[i] for token in self._control for i in (0, -1)})
+    edges = sorted({token[i] for token in self._vocabulary.control
+                    for i in (0, -1)})
     require(len(edges) <= 0x800, 'tokenizer.ggml.tokens', len(edges),
             'control tokens with 2048 first and last characters or fewer')
     self._guard = {ord(c): 0xD800 + i for i, c in enumerate(edges)}
@@ -231,17 +278,13 @@ class Tokenizer:
     _check_text('text', text)
     parts = (_split(self._control_pattern, text) if special else
              [(text, False)])
-    return self._prefix + self._encode_parts(parts)
+    return [*self._vocabulary.prefix, *self._encode_parts(parts)]
 
   def _encode_parts(self, parts):
     ids = []
-    for text, is_control in parts:
-      if is_control:
-        ids.append(self._control[text])
-        continue
-      for piece, is_token in _split(self._user_pattern, text):
-        ids += ([self._user_defined[piece]] if is_token else
-                self._bpe.encode(piece, add_special_tokens=False).ids)
+    for i, (text, is_control) in enumerate(parts):
+      ids += ([self._vocabulary.control[text]] if is_control else
+              self._vocabulary.encode(text, i == 0))
     return ids
 
   def chat(self, messages, add_generation_prompt=True):
@@ -270,7 +313,7 @@ class Tokenizer:
     try:
       text = self._chat.render(
           messages=guarded, add_generation_prompt=add_generation_prompt,
-          **self._special_text)
+          **self._vocabulary.texts)
     except Exception as error:  # the template is a foreign program
       raise InputError(f'messages: the chat template says: {error}') from error
     return self._encode_parts(
@@ -281,7 +324,7 @@ class Tokenizer:
     """The bytes a token stands for: none if control, maybe part of UTF-8."""
     require(0 <= token_id < self.vocab_size, 'token id', token_id,
             f'in [0, {self.vocab_size})')
-    return self._bytes[token_id]
+    return self._vocabulary.token_bytes[token_id]
 
   def decode(self, ids):
     """Text of token ids, without control tokens; bad UTF-8 becomes U+FFFD."""

@@ -23,7 +23,7 @@ CONFIG = base.ModelConfig(
 def load(dtype='float32', seed=0):
   """A checkpoint.Model: two layers, a vocabulary of bytes, seeded noise."""
   letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-  vocabulary = tokenizer.Tokenizer({
+  vocabulary = tokenizer.Tokenizer.of_gguf({
       'tokenizer.ggml.model': 'gpt2',
       'tokenizer.ggml.pre': 'gpt-2',
       'tokenizer.ggml.tokens': [*letters, *_CONTROL],

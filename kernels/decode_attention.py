@@ -7,16 +7,21 @@ from dsjax.kernels import shapes, tiles
 TILE = 48  # tokens a tile: few tiles, a small overshoot of the longest row
 
 
-def decode_attention(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, impl=None):
-  """Softmax(q k^T / sqrt(H)) v over the first len_B tokens of each row.
+def decode_attention(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, impl=None, *,
+                     scale=None, softcap=0.0, window=0):
+  """Softmax(scale q k^T) v over the first len_B tokens of each row.
 
   Query head n reads kv head n // G, G = N // K. Token t of row b lies in page
   table_BM[b, t // C] at offset t % C. len_B >= 1. Table entries past the
   length, and tokens past it inside the last page, may hold any valid page id
-  and any finite number. Cost: B * len * K * H * 2 values read.
+  and any finite number. Cost: B * len * K * H * 2 values read; with a window,
+  len is at most that and a page.
 
   Args:
     impl: 'xla', or None to choose by platform.
+    scale: of q k^T; None for 1 / sqrt(H).
+    softcap: scores s become softcap tanh(s / softcap); 0 for none.
+    window: the last tokens that a row sees, its newest included; 0 for all.
 
   Returns:
     o_BNH in q's dtype; float32 inside.
@@ -27,10 +32,11 @@ def decode_attention(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, impl=None):
   shapes.check(q_BNH=q_BNH, k_KPCH=k_KPCH, table_BM=table_BM, len_B=len_B)
   shapes.check(k_KPCH=k_KPCH, v_KPCH=v_KPCH)
   return tiles.pick(impl, {'xla': reference})(
-      q_BNH, k_KPCH, v_KPCH, table_BM, len_B)
+      q_BNH, k_KPCH, v_KPCH, table_BM, len_B,
+      q_BNH.shape[-1]**-0.5 if scale is None else scale, softcap, window)
 
 
-def reference(q_BNH, k_KPCH, v_KPCH, table_BM, len_B):
+def reference(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, scale, softcap, window):
   """The XLA reference: online softmax over tiles of pages.
 
   A loop whose trip count is the longest row's: one compiled program serves
@@ -39,13 +45,19 @@ def reference(q_BNH, k_KPCH, v_KPCH, table_BM, len_B):
   B, N, H = q_BNH.shape
   K = k_KPCH.shape[0]
   q_KBGH = q_BNH.reshape(B, K, N // K, H).swapaxes(0, 1)
-  q_KBGH = q_KBGH.astype(jnp.float32) * H**-0.5
+  q_KBGH = q_KBGH.astype(jnp.float32) * scale
+  if window:
+    table_BM, skip_B = tiles.clip(table_BM, jnp.maximum(len_B - window, 0),
+                                  window, k_KPCH.shape[2])
+    len_B = len_B - skip_B
 
   def tile(start, width, table_Bm):
     k_KBTH, v_KBTH = (tiles.gather(x, table_Bm) for x in (k_KPCH, v_KPCH))
-    s_KBGT = jnp.einsum('kbgh,kbth->kbgt', q_KBGH, k_KBTH)
+    s_KBGT = tiles.cap(jnp.einsum('kbgh,kbth->kbgt', q_KBGH, k_KBTH), softcap)
     t_T = start + jnp.arange(width)
     live_BT = t_T[None, :] < len_B[:, None]
+    if window:
+      live_BT &= t_T[None, :] >= len_B[:, None] - window
     return jnp.where(live_BT[None, :, None, :], s_KBGT, tiles.NEVER), v_KBTH
 
   def weigh(p_KBGT, v_KBTH):

@@ -28,11 +28,30 @@ def gather(x_KPCH, table_Bm):
   return flat.reshape(K, B, m * C, H).astype(jnp.float32)
 
 
+def cap(scores, softcap):
+  """softcap tanh(scores / softcap); 0 for none."""
+  return softcap * jnp.tanh(scores / softcap) if softcap else scores
+
+
+def clip(table_BM, first_B, span, page_size):
+  """The part of each table that holds `span` tokens from first_B on.
+
+  Returns:
+    (table_BM of as many pages as that may take, tokens left out before them).
+  """
+  M = min(table_BM.shape[1], (span + page_size - 2) // page_size + 1)
+  skip_B = first_B // page_size
+  page_BM = skip_B[:, None] + jnp.arange(M)[None, :]
+  return (jnp.take_along_axis(table_BM, page_BM, 1, mode='clip'),
+          skip_B * page_size)
+
+
 def attend(tile, weigh, shape, table_BM, page_size, length, size):
   """Online softmax over tiles of about `size` of `length` tokens.
 
   tile(start, width, table_Bm) gives masked scores [..., T] and the values;
   weigh(p, values) sums them. `shape` is the output's; its last axis is H.
+  A query whose scores are all masked gives 0.
   """
   M = table_BM.shape[1]
   m = min(max(1, size // page_size), M)
@@ -51,7 +70,8 @@ def attend(tile, weigh, shape, table_BM, page_size, length, size):
     return (new_top, total * scale + jnp.sum(p, -1),
             out * scale[..., None] + weigh(p, values))
 
-  start = (jnp.full(shape[:-1], NEVER), jnp.zeros(shape[:-1]),
+  # Half of NEVER, so that masked scores weigh 0 until a live one comes.
+  start = (jnp.full(shape[:-1], NEVER / 2), jnp.zeros(shape[:-1]),
            jnp.zeros(shape))
   _, total, out = jax.lax.fori_loop(0, -(-length // width), body, start)
-  return out / total[..., None]
+  return out / jnp.maximum(total, 1)[..., None]  # the top one weighs 1

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsjax.kernels import tiles
 from dsjax.kernels.decode_attention import TILE, decode_attention
 from dsjax.kernels.prefill_attention import BLOCK, prefill_attention
 
@@ -24,8 +25,9 @@ LAYOUTS = [(1, 2, 1), (4, 4, 2), (16, 6, 2), (16, 8, 1), (48, 3, 3),
            (64, 8, 1), (256, 4, 2)]
 layouts = pytest.mark.parametrize('layout', LAYOUTS, ids=str)
 
-decode = jax.jit(decode_attention, static_argnames='impl')
-prefill = jax.jit(prefill_attention, static_argnames='impl')
+OPTIONS = ('impl', 'scale', 'softcap', 'window')
+decode = jax.jit(decode_attention, static_argnames=OPTIONS)
+prefill = jax.jit(prefill_attention, static_argnames=OPTIONS)
 
 
 def paged(rng, lens, K, C, dtype=np.float32):
@@ -54,13 +56,16 @@ def paged(rng, lens, K, C, dtype=np.float32):
   return sequences, [pool.astype(dtype) for pool in pools], table_BM
 
 
-def attend_one(q_NH, k_TKH, v_TKH):
+def attend_one(q_NH, k_TKH, v_TKH, scale=H**-0.5, softcap=0.0, window=0):
   """One query over all of these tokens, a head at a time."""
   N = q_NH.shape[0]
+  k_TKH, v_TKH = k_TKH[-window:], v_TKH[-window:]  # -0: all
   out_NH = np.zeros((N, H))
   for n in range(N):
     head = n // (N // k_TKH.shape[1])
-    score_T = k_TKH[:, head] @ q_NH[n] / H**0.5
+    score_T = k_TKH[:, head] @ q_NH[n] * scale
+    if softcap:
+      score_T = softcap * np.tanh(score_T / softcap)
     weight_T = np.exp(score_T - score_T.max())
     out_NH[n] = weight_T @ v_TKH[:, head] / weight_T.sum()
   return out_NH
@@ -69,8 +74,8 @@ def attend_one(q_NH, k_TKH, v_TKH):
 # --- decode ------------------------------------------------------------------
 
 
-def decode_oracle(q_BNH, sequences):
-  return np.stack([attend_one(q, k, v) for q, (k, v) in zip(
+def decode_oracle(q_BNH, sequences, **options):
+  return np.stack([attend_one(q, k, v, **options) for q, (k, v) in zip(
       q_BNH.astype(np.float64), sequences, strict=True)])
 
 
@@ -103,6 +108,39 @@ def test_decode_when_every_row_is_as_long(layout, length):
       args[0], sequences), rtol=0, atol=ATOL)
 
 
+@pytest.mark.parametrize('layout', [(4, 4, 2), (16, 6, 2), (64, 8, 1)],
+                         ids=str)
+@pytest.mark.parametrize('window', [1, 7, 16, 17, TILE + 1, 400])
+def test_decode_under_a_window(layout, window):
+  lens = [1, window - 1, window, window + 1, window + layout[0], 300, REACH]
+  lens = [min(max(n, 1), REACH) for n in lens]
+  args, sequences = decode_case(layout, lens)
+  np.testing.assert_allclose(
+      decode(*args, window=window),
+      decode_oracle(args[0], sequences, window=window), rtol=0, atol=ATOL)
+
+
+def reads(op, args, window, monkeypatch):
+  """Tiles that an operator reads."""
+  count = []
+  gather = tiles.gather
+
+  def counted(x_KPCH, table_Bm):
+    jax.debug.callback(lambda: count.append(1))
+    return gather(x_KPCH, table_Bm)
+
+  monkeypatch.setattr(tiles, 'gather', counted)
+  jax.block_until_ready(jax.jit(functools.partial(op, window=window))(*args))
+  jax.effects_barrier()
+  return len(count) / 2
+
+
+def test_decode_reads_no_more_than_the_windows(monkeypatch):
+  args, _ = decode_case((16, 4, 2), [1, 20, 200, REACH])
+  assert reads(decode_attention, args, 33, monkeypatch) == 1
+  assert reads(decode_attention, args, 0, monkeypatch) == 7
+
+
 def test_decode_with_a_table_of_one_page():
   args, sequences = decode_case((16, 4, 2), [1, 15, 16])
   args = (*args[:3], args[3][:, :1], args[4])
@@ -127,6 +165,16 @@ def test_decode_bfloat16_rounds_only_the_result():
       rtol=2**-8, atol=ATOL)
 
 
+@pytest.mark.parametrize('softcap, scale', [(1.5, None), (0.0, 0.3),
+                                            (2.0, 1.0)])
+def test_decode_with_a_softcap_and_a_scale(softcap, scale):
+  args, sequences = decode_case((16, 4, 2), decode_lens(16))
+  got = decode(*args, softcap=softcap, scale=scale, window=37)
+  np.testing.assert_allclose(got, decode_oracle(
+      args[0], sequences, softcap=softcap, scale=scale or H**-0.5,
+      window=37), rtol=0, atol=ATOL)
+
+
 # --- prefill -----------------------------------------------------------------
 
 S = 200
@@ -144,11 +192,11 @@ PACKINGS = {
 }
 
 
-def prefill_oracle(q_SNH, sequences, packing):
+def prefill_oracle(q_SNH, sequences, packing, **options):
   out, at = [], 0
   for (k, v), (count, pos) in zip(sequences, packing, strict=True):
     out += [attend_one(q_SNH[at + i].astype(np.float64), k[:pos + i + 1],
-                       v[:pos + i + 1]) for i in range(count)]
+                       v[:pos + i + 1], **options) for i in range(count)]
     at += count
   return np.stack(out)
 
@@ -165,10 +213,10 @@ def prefill_case(layout, packing, size=S, dtype=np.float32, seed=0):
           np.array(starts, np.int32)), sequences
 
 
-def check_prefill(args, sequences, packing, rtol=0):
-  got = np.asarray(prefill(*args), np.float64)
+def check_prefill(args, sequences, packing, rtol=0, **options):
+  got = np.asarray(prefill(*args, **options), np.float64)
   assert got.shape == args[0].shape
-  want = prefill_oracle(args[0], sequences, packing)
+  want = prefill_oracle(args[0], sequences, packing, **options)
   np.testing.assert_allclose(got[:len(want)], want, rtol=rtol, atol=ATOL)
 
 
@@ -176,6 +224,33 @@ def check_prefill(args, sequences, packing, rtol=0):
 @pytest.mark.parametrize('layout', [(16, 6, 2), (48, 3, 3)], ids=str)
 def test_prefill_equals_the_loop(layout, packing):
   check_prefill(*prefill_case(layout, packing), packing)
+
+
+@pytest.mark.parametrize('packing', PACKINGS.values(), ids=PACKINGS)
+@pytest.mark.parametrize('window', [1, 7, 16, 65, 300])
+def test_prefill_under_a_window(window, packing):
+  check_prefill(*prefill_case((16, 6, 2), packing), packing, window=window)
+
+
+@pytest.mark.parametrize('window', [5, 64, 129])
+@pytest.mark.parametrize('layout', [(4, 4, 2), (64, 8, 1)], ids=str)
+def test_prefill_around_the_end_of_a_window(layout, window):
+  packing = [(1, window - 2), (1, window - 1), (1, window),
+             (40, max(window - 9, 0))]
+  check_prefill(*prefill_case(layout, packing), packing, window=window)
+
+
+@pytest.mark.parametrize('window', [0, 20])
+def test_prefill_with_a_softcap_and_a_scale(window):
+  packing = PACKINGS['earlier context']
+  check_prefill(*prefill_case((16, 4, 2), packing), packing, softcap=1.5,
+                scale=0.7, window=window)
+
+
+def test_prefill_reads_no_more_than_the_windows(monkeypatch):
+  args, _ = prefill_case((16, 4, 2), [(60, 270)], 64)
+  assert reads(prefill_attention, args, 30, monkeypatch) == 1
+  assert reads(prefill_attention, args, 0, monkeypatch) == 3
 
 
 @layouts

@@ -11,9 +11,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 HOST = {'base', 'pages', 'scheduler', 'latency', 'workload', 'metrics',
-        'queueing', 'simulator', 'placement'}
+        'queueing', 'simulator', 'placement', 'zoo'}
 DEVICE = {'model', 'cache', 'sampling', 'sharding'}
-SHELL = {'engine', 'migrate', 'checkpoint', 'tokenizer', 'orchestrator',
+SHELL = {'engine', 'migrate', 'checkpoint', 'gguf_file', 'hf',
+         'hf_tokenizer', 'orbax_file', 'weights', 'tokenizer', 'orchestrator',
          'server', 'cluster'}
 EFFECTS = {'asyncio', 'multiprocessing', 'os', 'random', 'secrets', 'socket',
            'subprocess', 'threading', 'time'}
