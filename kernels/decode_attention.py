@@ -8,7 +8,8 @@ TILE = 48  # tokens a tile: few tiles, a small overshoot of the longest row
 
 
 def decode_attention(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, impl=None, *,
-                     scale=None, softcap=0.0, window=0):
+                     scale=None, softcap=0.0, window=0,
+                     k_scale_KPC=None, v_scale_KPC=None):
   """Softmax(scale q k^T) v over the first len_B tokens of each row.
 
   Query head n reads kv head n // G, G = N // K. Token t of row b lies in page
@@ -21,6 +22,7 @@ def decode_attention(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, impl=None, *,
     impl: 'xla', or None to choose by platform.
     scale: of q k^T; None for 1 / sqrt(H).
     softcap: scores s become softcap tanh(s / softcap); 0 for none.
+    k_scale_KPC, v_scale_KPC: what int8 keys and values are multiplied by.
     window: the last tokens that a row sees, its newest included; 0 for all.
 
   Returns:
@@ -31,12 +33,17 @@ def decode_attention(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, impl=None, *,
   """
   shapes.check(q_BNH=q_BNH, k_KPCH=k_KPCH, table_BM=table_BM, len_B=len_B)
   shapes.check(k_KPCH=k_KPCH, v_KPCH=v_KPCH)
+  if k_scale_KPC is not None:
+    shapes.check(k_KPCH=k_KPCH, k_scale_KPC=k_scale_KPC,
+                 v_scale_KPC=v_scale_KPC)
   return tiles.pick(impl, {'xla': reference})(
       q_BNH, k_KPCH, v_KPCH, table_BM, len_B,
-      q_BNH.shape[-1]**-0.5 if scale is None else scale, softcap, window)
+      q_BNH.shape[-1]**-0.5 if scale is None else scale, softcap, window,
+      k_scale_KPC, v_scale_KPC)
 
 
-def reference(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, scale, softcap, window):
+def reference(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, scale, softcap, window,
+              k_scale_KPC, v_scale_KPC):
   """The XLA reference: online softmax over tiles of pages.
 
   A loop whose trip count is the longest row's: one compiled program serves
@@ -52,7 +59,8 @@ def reference(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, scale, softcap, window):
     len_B = len_B - skip_B
 
   def tile(start, width, table_Bm):
-    k_KBTH, v_KBTH = (tiles.gather(x, table_Bm) for x in (k_KPCH, v_KPCH))
+    k_KBTH = tiles.gather(k_KPCH, k_scale_KPC, table_Bm)
+    v_KBTH = tiles.gather(v_KPCH, v_scale_KPC, table_Bm)
     s_KBGT = tiles.cap(jnp.einsum('kbgh,kbth->kbgt', q_KBGH, k_KBTH), softcap)
     t_T = start + jnp.arange(width)
     live_BT = t_T[None, :] < len_B[:, None]

@@ -10,7 +10,8 @@ TILE = 128  # keys a tile
 
 
 def prefill_attention(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B,
-                      impl=None, *, scale=None, softcap=0.0, window=0):
+                      impl=None, *, scale=None, softcap=0.0, window=0,
+                      k_scale_KPC=None, v_scale_KPC=None):
   """Each query attends to its sequence's tokens up to its own position.
 
   o = softmax(scale q k^T) v. Sequence b's queries are
@@ -24,6 +25,7 @@ def prefill_attention(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B,
     impl: 'xla', or None to choose by platform.
     scale: of q k^T; None for 1 / sqrt(H).
     softcap: scores s become softcap tanh(s / softcap); 0 for none.
+    k_scale_KPC, v_scale_KPC: what int8 keys and values are multiplied by.
     window: a query at position p sees p - window + 1 to p; 0 for all. A
       block of queries reads nothing before its first one's window.
 
@@ -37,13 +39,17 @@ def prefill_attention(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B,
   shapes.check(k_KPCH=k_KPCH, v_KPCH=v_KPCH, start_A=start_A)
   if start_A.shape[0] != pos_B.shape[0] + 1:
     raise ValueError(f'start_A: A must be B + 1 = {pos_B.shape[0] + 1}')
+  if k_scale_KPC is not None:
+    shapes.check(k_KPCH=k_KPCH, k_scale_KPC=k_scale_KPC,
+                 v_scale_KPC=v_scale_KPC)
   return tiles.pick(impl, {'xla': reference})(
       q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B,
-      q_SNH.shape[-1]**-0.5 if scale is None else scale, softcap, window)
+      q_SNH.shape[-1]**-0.5 if scale is None else scale, softcap, window,
+      k_scale_KPC, v_scale_KPC)
 
 
 def reference(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B, scale, softcap,
-              window):
+              window, k_scale_KPC, v_scale_KPC):
   """The XLA reference: a loop over blocks of one sequence's queries.
 
   Blocks past a sequence's end spill into the next one's place and are
@@ -70,8 +76,8 @@ def reference(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B, scale, softcap,
       pos, last = pos - skip_1[0], last - skip_1[0]
 
     def tile(start, width, table_1m):
-      k_KTH, v_KTH = (tiles.gather(x, table_1m)[:, 0]
-                      for x in (k_KPCH, v_KPCH))
+      k_KTH = tiles.gather(k_KPCH, k_scale_KPC, table_1m)[:, 0]
+      v_KTH = tiles.gather(v_KPCH, v_scale_KPC, table_1m)[:, 0]
       s_KQGT = tiles.cap(jnp.einsum('kqgh,kth->kqgt', q_KQGH, k_KTH), softcap)
       back_QT = (pos + jnp.arange(Q)[:, None]
                  - (start + jnp.arange(width)[None, :]))

@@ -15,17 +15,24 @@ def pick(impl, impls):
   return impls[impl]
 
 
-def gather(x_KPCH, table_Bm):
+def gather(x_KPCH, scale_KPC, table_Bm):
   """Pages of each row, side by side: [K, B, m * C, H], float32.
 
-  Gathering whole pages as flat rows copies at memory speed on CPU; gathering
-  [C, H] blocks does not.
+  scale_KPC: of every token (int8 pages), or None. Gathering whole pages as
+  flat rows copies at memory speed on CPU; gathering [C, H] blocks does not.
   """
   K, P, C, H = x_KPCH.shape
   B, m = table_Bm.shape
-  flat = x_KPCH.reshape(K, P, C * H).at[:, table_Bm.reshape(B * m)].get(
-      mode='promise_in_bounds', wrap_negative_indices=False)
-  return flat.reshape(K, B, m * C, H).astype(jnp.float32)
+
+  def rows(x_KPI):
+    return x_KPI.at[:, table_Bm.reshape(B * m)].get(
+        mode='promise_in_bounds', wrap_negative_indices=False)
+
+  x = rows(x_KPCH.reshape(K, P, C * H)).reshape(K, B, m * C, H)
+  x = x.astype(jnp.float32)
+  if scale_KPC is None:
+    return x
+  return x * rows(scale_KPC).reshape(K, B, m * C)[..., None]
 
 
 def cap(scores, softcap):

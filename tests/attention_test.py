@@ -125,9 +125,9 @@ def reads(op, args, window, monkeypatch):
   count = []
   gather = tiles.gather
 
-  def counted(x_KPCH, table_Bm):
+  def counted(*args):
     jax.debug.callback(lambda: count.append(1))
-    return gather(x_KPCH, table_Bm)
+    return gather(*args)
 
   monkeypatch.setattr(tiles, 'gather', counted)
   jax.block_until_ready(jax.jit(functools.partial(op, window=window))(*args))
@@ -334,3 +334,25 @@ def test_prefill_takes_a_start_more_than_sequences():
   *args, start_A, pos_B = small(prefill)
   with pytest.raises(ValueError, match='start_A: A must be B . 1 = 3'):
     prefill(*args, start_A[:-1], pos_B)
+
+
+# --- int8 pages ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize('op, rest', (
+    (decode_attention, (np.array([9, 4, 1]),)),
+    (prefill_attention, (np.array([0, 3, 5, 6]), np.array([4, 0, 7])))),
+    ids=('decode', 'prefill'))
+def test_int8_pages_are_read_as_numbers_times_their_scales(op, rest):
+  rng = np.random.default_rng(0)
+  table_BM = rng.permutation(9).reshape(3, 3).astype(np.int32)
+  q = rng.standard_normal((3 if op is decode_attention else 6, 4, 8),
+                          np.float32)
+  k, v = rng.integers(-127, 128, (2, 2, 9, 4, 8)).astype(np.int8)
+  k_scale, v_scale = rng.uniform(0.001, 0.02, (2, 2, 9, 4)).astype(np.float32)
+  got = op(q, k, v, table_BM, *rest, k_scale_KPC=k_scale, v_scale_KPC=v_scale)
+  want = op(q, k * k_scale[..., None], v * v_scale[..., None], table_BM, *rest)
+  np.testing.assert_allclose(got, want, atol=1e-6)
+  other = op(q, k * v_scale[..., None], v * k_scale[..., None], table_BM,
+             *rest)
+  assert np.abs(got - other).max() > 1e-2
