@@ -66,11 +66,27 @@ def write(x_KPCH, new_SKH, page_S, offset_S):
       new_SKH.swapaxes(0, 1).astype(x_KPCH.dtype), mode='drop')
 
 
-def write_int8(x_KPCH, scale_KPC, new_SKH, page_S, offset_S):
-  """`write` into a cache of int8: (x_KPCH, scale_KPC)."""
-  new_SKH, scale_SK = quantize(new_SKH)
-  return (write(x_KPCH, new_SKH, page_S, offset_S),
-          scale_KPC.at[:, page_S, offset_S].set(scale_SK.T, mode='drop'))
+def by_layer(cache):
+  """[(k_KPCH, v_KPCH)] of a cache's layers, with their scales if int8."""
+  parts = (cache.k_KPCH, cache.v_KPCH, cache.k_scale_KPC, cache.v_scale_KPC)
+  return list(zip(*(p for p in parts if p), strict=True))
+
+
+def from_layers(layers):
+  """The inverse of by_layer."""
+  return Cache(*zip(*layers, strict=True))
+
+
+def write_layer(held, k_SKH, v_SKH, page_S, offset_S):
+  """`write` of keys and values into one layer as by_layer gives it."""
+  if len(held) == 2:
+    return tuple(write(x, new, page_S, offset_S)
+                 for x, new in zip(held, (k_SKH, v_SKH), strict=True))
+  parts = [quantize(k_SKH), quantize(v_SKH)]
+  return (*(write(x, new, page_S, offset_S)
+            for x, (new, _) in zip(held, parts, strict=False)),
+          *(x.at[:, page_S, offset_S].set(scale_SK.T, mode='drop')
+            for x, (_, scale_SK) in zip(held[2:], parts, strict=True)))
 
 
 def gather_pages(cache, page_m, page_size=None, dtype=None):

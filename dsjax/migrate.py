@@ -101,12 +101,6 @@ def _zeros(shape, dtype, device):
   return jax.device_put(jnp.zeros(shape, dtype), device)
 
 
-def _leaves(tree):
-  """A Cache's arrays by layer: [(k, v)] or [(k, v, k_scale, v_scale)]."""
-  parts = (tree.k_KPCH, tree.v_KPCH, tree.k_scale_KPC, tree.v_scale_KPC)
-  return list(zip(*(p for p in parts if p), strict=True))
-
-
 def move(trees, pieces, source, target):
   """Pages on the move, a Cache a source stage, as a Cache a target stage.
 
@@ -120,7 +114,7 @@ def move(trees, pieces, source, target):
   devices = [list(m.devices.flat) for m in source[2]], [
       list(m.devices.flat) for m in meshes]
   shards = [[[{s.device: s.data for s in x.addressable_shards} for x in layer]
-             for layer in _leaves(tree)] for tree in trees]
+             for layer in kv.by_layer(tree)] for tree in trees]
   parts, to = [], []
   for piece in pieces:
     stage, shard = piece.source
@@ -155,9 +149,9 @@ def move(trees, pieces, source, target):
     return jax.make_array_from_single_device_arrays(
         shape, sharding.kv(mesh), ready)
 
-  caches = [kv.Cache(*(tuple(whole(layer, part, mesh, stage)
-                             for layer in range(*span))
-                       for part in range(len(shards[0][0]))))
+  caches = [kv.from_layers([tuple(
+      whole(layer, part, mesh, stage) for part in range(len(shards[0][0])))
+      for layer in range(*span)])
             for stage, (span, mesh) in enumerate(
                 zip(spans, meshes, strict=True))]
   return caches, sum(x.nbytes for x in parts)

@@ -346,13 +346,14 @@ def test_prefill_takes_a_start_more_than_sequences():
 def test_int8_pages_are_read_as_numbers_times_their_scales(op, rest):
   rng = np.random.default_rng(0)
   table_BM = rng.permutation(9).reshape(3, 3).astype(np.int32)
+  rest = [jnp.asarray(x, jnp.int32) for x in (table_BM, *rest)]
   q = rng.standard_normal((3 if op is decode_attention else 6, 4, 8),
                           np.float32)
   k, v = rng.integers(-127, 128, (2, 2, 9, 4, 8)).astype(np.int8)
   k_scale, v_scale = rng.uniform(0.001, 0.02, (2, 2, 9, 4)).astype(np.float32)
-  got = op(q, k, v, table_BM, *rest, k_scale_KPC=k_scale, v_scale_KPC=v_scale)
-  want = op(q, k * k_scale[..., None], v * v_scale[..., None], table_BM, *rest)
+  q, k, v, k_scale, v_scale = map(jnp.asarray, (q, k, v, k_scale, v_scale))
+  got = op(q, k, v, *rest, k_scale_KPC=k_scale, v_scale_KPC=v_scale)
+  want = op(q, k * k_scale[..., None], v * v_scale[..., None], *rest)
   np.testing.assert_allclose(got, want, atol=1e-6)
-  other = op(q, k * v_scale[..., None], v * k_scale[..., None], table_BM,
-             *rest)
+  other = op(q, k * v_scale[..., None], v * k_scale[..., None], *rest)
   assert np.abs(got - other).max() > 1e-2
