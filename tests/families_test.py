@@ -48,16 +48,16 @@ def load(name, dtype='float32'):
 
 def with_logits(step, config, **static):
   """A jitted step that returns the logits of every token too."""
-  forward = model.forward
+  run_layers = model.run_layers
 
   def logged(params, *args):
     seen = []
 
     def spy(*args, **kwargs):
-      seen.append(forward(*args, **kwargs))
+      seen.append(run_layers(*args, **kwargs))
       return seen[0]
 
-    with mock.patch.object(model, 'forward', spy):
+    with mock.patch.object(model, 'run_layers', spy):
       out = step(config, params, *args, **static)
     return out, model.head(config, params, seen[0][0])
 
