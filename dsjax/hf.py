@@ -205,8 +205,8 @@ def _windows(keys, num_layers, slides, default=None):
 
 
 def _llama(keys):
-  return (_llama_like(keys) | _biases(keys)
-          | dict(mlp_bias=keys.read('mlp_bias', bool, False)))
+  keys.only('mlp_bias', False)  # transformers' would bias the gate too
+  return _llama_like(keys) | _biases(keys)
 
 
 def _mistral(keys):

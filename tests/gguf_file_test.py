@@ -1,3 +1,4 @@
+import dataclasses
 import struct
 
 import gguf
@@ -5,8 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsjax import checkpoint
-from dsjax.base import InputError, ModelConfig
+from dsjax import checkpoint, gguf_file
+from dsjax.base import InputError, ModelConfig, RopeScaling
+from dsjax.weights import random_params, stored_shape, tree
 
 L, D, N, K, H, F, V = 2, 32, 4, 2, 8, 64, 24
 NAME = 'smollm2-135m-instruct'
@@ -305,8 +307,8 @@ def save_raw(path, keys):
 
 
 @pytest.mark.parametrize('key, value', [
-    ('rope.scaling.type', 'linear'), ('rope.scaling.factor', 2.0),
-    ('rope.scale_linear', 4.0), ('expert_count', 8), ('logit_scale', 0.5),
+    ('rope.scaling.type', 'yarn'), ('rope.scaling.factor', 2.0),
+    ('rope.scale_linear', 4.0), ('logit_scale', 0.5),
     ('attention.sliding_window', 512)])
 def test_an_unsupported_hyperparameter(path, key, value):
   message = error_of(save(path, KEYS | {f'llama.{key}': value}))
@@ -360,3 +362,173 @@ def test_an_unsupported_tensor_type(path):
 def test_an_unknown_dtype(path):
   with pytest.raises(InputError, match='float16'):
     checkpoint.load_gguf(path, 'float16')
+
+
+# --- other families ----------------------------------------------------------
+
+T = gguf.MODEL_TENSOR
+# Our leaves -> the package's names.
+NAMES = {
+    'embed_VD': T.TOKEN_EMBD, 'pos_TD': T.POS_EMBD, 'norm_D': T.OUTPUT_NORM,
+    'head_VD': T.OUTPUT, 'attn_norm_D': T.ATTN_NORM, 'q_NHD': T.ATTN_Q,
+    'k_KHD': T.ATTN_K, 'v_KHD': T.ATTN_V, 'o_DNH': T.ATTN_OUT,
+    'q_norm_H': T.ATTN_Q_NORM, 'k_norm_H': T.ATTN_K_NORM,
+    'attn_post_norm_D': T.ATTN_POST_NORM, 'mlp_norm_D': T.FFN_NORM,
+    'mlp_post_norm_D': T.FFN_POST_NORM, 'gate_FD': T.FFN_GATE,
+    'up_FD': T.FFN_UP, 'down_DF': T.FFN_DOWN, 'router_ED': T.FFN_GATE_INP,
+    'gate_EFD': T.FFN_GATE_EXP, 'up_EFD': T.FFN_UP_EXP,
+    'down_EDF': T.FFN_DOWN_EXP, 'norm_bias_D': T.OUTPUT_NORM,
+    'attn_norm_bias_D': T.ATTN_NORM, 'mlp_norm_bias_D': T.FFN_NORM,
+    'q_bias_NH': T.ATTN_Q, 'k_bias_KH': T.ATTN_K, 'v_bias_KH': T.ATTN_V,
+    'o_bias_D': T.ATTN_OUT, 'up_bias_F': T.FFN_UP, 'down_bias_D': T.FFN_DOWN}
+GEMMA = dict(
+    norm_eps=2**-20, activation='gelu_tanh', post_norms=True,
+    embed_scale=D**0.5, attn_softcap=50.0, logit_softcap=30.0)
+# Architecture -> (what its config has beyond CONFIG, its keys).
+FAMILIES = {
+    'qwen2': (dict(qkv_bias=True), {}),
+    'qwen3': (dict(qk_norm=True, tied=False, head_dim=16), {
+        'attention.key_length': 16, 'attention.value_length': 16,
+        'rope.dimension_count': None}),
+    'qwen3moe': (dict(qk_norm=True, num_experts=3, experts_per_token=2,
+                      d_ff=16), {
+        'expert_count': 3, 'expert_used_count': 2,
+        'expert_feed_forward_length': 16}),
+    'llama': (dict(num_experts=3, experts_per_token=2), {
+        'expert_count': 3, 'expert_used_count': 2}),
+    'gemma2': (GEMMA | dict(attn_scale=H**-0.5, windows=(16, 0)), {
+        'attention.sliding_window': 16, 'attn_logit_softcapping': 50.0,
+        'final_logit_softcapping': 30.0}),
+    'gemma3': (GEMMA | dict(
+        attn_softcap=0.0, logit_softcap=0.0, attn_scale=H**-0.5, qk_norm=True,
+        windows=(16, 16), rope_base=1e6, rope_local_base=1e4,
+        rope_scaling=RopeScaling('linear', 8.0)), {
+            'attention.sliding_window': 16, 'rope.freq_base': 1e6,
+            'rope.scaling.type': 'linear', 'rope.scaling.factor': 8.0}),
+    'gpt2': (dict(
+        norm='layer', positions='learned', activation='gelu_tanh',
+        gated=False, qkv_bias=True, out_bias=True, mlp_bias=True,
+        num_kv_heads=N), {
+            'attention.layer_norm_epsilon': 2**-17,
+            'attention.layer_norm_rms_epsilon': None,
+            'attention.head_count_kv': None, 'rope.dimension_count': None}),
+}
+
+
+def family(arch):
+  """(config, params, keys, tensors) of a tiny model."""
+  fields, more = FAMILIES[arch]
+  config = dataclasses.replace(CONFIG, **fields)
+  keys = {name.replace('llama.', f'{arch}.'): value
+          for name, value in KEYS.items()}
+  keys |= {'general.architecture': arch,
+           f'{arch}.attention.layer_norm_rms_epsilon': config.norm_eps}
+  keys |= {f'{arch}.{name}': value for name, value in more.items()}
+  params = random_params(config, 0)
+  tensors = {}
+
+  def store(leaf, layer):
+    array = (params if layer is None else params['layers'][layer])[leaf]
+    array = array.reshape(stored_shape(config, leaf))
+    if arch == 'llama' and leaf in ('q_NHD', 'k_KHD'):  # to interleaved rows
+      array = array.reshape(-1, 2, H // 2, D).swapaxes(1, 2).reshape(-1, D)
+    name = gguf.TENSOR_NAMES[NAMES[leaf]].format(bid=layer)
+    tensors[name + ('.bias' if 'bias' in leaf else '.weight')] = array
+
+  tree(config, store)
+  if arch == 'gpt2':
+    for layer in range(L):
+      for kind in ('weight', 'bias'):
+        tensors[f'blk.{layer}.attn_qkv.{kind}'] = np.concatenate(
+            [tensors.pop(f'blk.{layer}.attn_{x}.{kind}') for x in 'qkv'])
+  return config, params, keys, tensors
+
+
+@pytest.mark.parametrize('arch', sorted(FAMILIES))
+def test_other_families_are_read(path, arch):
+  config, params, keys, tensors = family(arch)
+  found, loaded = checkpoint.load_gguf(save(path, keys, tensors))
+  assert found == config
+  for (name, want), (other, got) in zip(leaves(params), leaves(loaded),
+                                        strict=True):
+    assert name == other
+    np.testing.assert_array_equal(got, want, name)
+
+
+@pytest.mark.parametrize('arch, layers', [('gemma2', 46), ('gemma3', 62)])
+def test_the_largest_gemmas_scale_by_their_width(arch, layers):
+  base = dict(num_layers=layers, d_model=D, num_heads=N, head_dim=H + 1)
+  keys = {f'{arch}.attention.sliding_window': 8}
+  fields = gguf_file._ARCHS[arch].fields(gguf_file._Meta(keys, arch), base)
+  assert fields['attn_scale'] == (D / N)**-0.5
+  assert fields['windows'][:7] == ((8, 0) * 4)[:7] if arch == 'gemma2' else (
+      (8,) * 5 + (0, 8))
+
+
+@pytest.mark.parametrize('arch, name', [
+    ('qwen2', 'blk.1.attn_k.bias'), ('qwen3', 'blk.0.attn_q_norm.weight'),
+    ('gemma2', 'blk.0.post_ffw_norm.weight'), ('gpt2', 'blk.1.attn_qkv.bias'),
+    ('gpt2', 'position_embd.weight'), ('llama', 'blk.1.ffn_up_exps.weight')])
+def test_a_missing_tensor_of_another_family(path, arch, name):
+  _, _, keys, tensors = family(arch)
+  tensors.pop(name)
+  message = error_of(save(path, keys, tensors))
+  assert name in message and 'missing' in message
+
+
+def test_experts_need_to_know_how_many_are_used(path):
+  assert 'expert_used_count' in error_of(
+      save(path, KEYS | {'llama.expert_count': 8}))
+
+
+def divisors(factor, length, low=1.0, high=4.0, width=H, base=1e4):
+  """rope_freqs as llama.cpp's converter writes it for llama3."""
+  found = []
+  for i in range(width // 2):
+    wavelength = 2 * np.pi * base**(2 * i / width)
+    if wavelength < length / high:
+      found.append(1.0)
+    elif wavelength > length / low:
+      found.append(factor)
+    else:
+      smooth = (length / wavelength - low) / (high - low)
+      found.append(1 / ((1 - smooth) / factor + smooth))
+  return np.array(found, np.float32)
+
+
+@pytest.mark.parametrize('factor, length', [(8.0, 1000), (32.0, 900),
+                                            (8.0, 100)])
+def test_llama3_scaling_is_found_from_its_divisors(path, factor, length):
+  tensors = tiny_tensors() | {'rope_freqs.weight': divisors(factor, length)}
+  config, _ = checkpoint.load_gguf(save(path, tensors=tensors))
+  assert config.rope_scaling == RopeScaling('llama3', factor, length, 1.0, 4.0)
+
+
+@pytest.mark.parametrize('factor, width', [(8.0, 128), (32.0, 64)])
+def test_llama3_scaling_of_published_models(factor, width):
+  freqs = divisors(factor, 8192, width=width, base=5e5)
+  assert gguf_file._llama3_scaling(freqs, width, 5e5) == RopeScaling(
+      'llama3', factor, 8192, 1.0, 4.0)
+
+
+@pytest.mark.parametrize('freqs', [
+    np.ones(4), np.array([1, 2, 3, 4]), divisors(8.0, 1000, 1.0, 2.0)[::-1],
+    np.full(4, 2.0), np.full(4, np.nan), -np.ones(4), np.zeros(4)])
+def test_other_divisors_are_refused(path, freqs):
+  tensors = tiny_tensors() | {'rope_freqs.weight': freqs.astype(np.float32)}
+  message = error_of(save(path, tensors=tensors))
+  assert 'rope_freqs.weight' in message and 'RoPE scaling' in message
+
+
+def test_divisors_of_another_length_are_refused(path):
+  tensors = tiny_tensors() | {'rope_freqs.weight': np.ones(3, np.float32)}
+  assert 'rope_freqs.weight' in error_of(save(path, tensors=tensors))
+
+
+def test_linear_scaling(path):
+  keys = KEYS | {'llama.rope.scaling.type': 'linear',
+                 'llama.rope.scaling.factor': 2.0}
+  config, _ = checkpoint.load_gguf(save(path, keys))
+  assert config.rope_scaling == RopeScaling('linear', 2.0)
+  tensors = tiny_tensors() | {'rope_freqs.weight': divisors(8.0, 1000)}
+  assert 'rope.scaling.type' in error_of(save(path, keys, tensors))

@@ -128,10 +128,9 @@ def _shapes(kind, keys):
       shapes[f'{at}mlp.gate.weight'] = (E, D)
       mlps, inner = [f'{at}mlp.experts.{e}.' for e in range(E)], 8
     for mlp in mlps:
-      bias = keys.get('mlp_bias', False)
       shapes |= _linear(f'{mlp}gate_proj', inner, D, False)
-      shapes |= _linear(f'{mlp}up_proj', inner, D, bias)
-      shapes |= _linear(f'{mlp}down_proj', D, inner, bias)
+      shapes |= _linear(f'{mlp}up_proj', inner, D, False)
+      shapes |= _linear(f'{mlp}down_proj', D, inner, False)
   return shapes
 
 
@@ -446,6 +445,7 @@ def test_config_that_is_not_an_object(tmp_path, text):
                                'attention_factor': 2.0}),
     ('opt', 'do_layer_norm_before', False), ('opt', 'word_embed_proj_dim', 8),
     ('opt', '_remove_final_layer_norm', True),
+    ('llama', 'mlp_bias', True),
     ('gpt2', 'scale_attn_by_inverse_layer_idx', True),
     ('gemma2', 'layer_types', ['sliding_attention']),
     ('gemma2', 'layer_types', ['sliding_attention', 'chunked_attention']),
