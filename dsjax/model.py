@@ -1,10 +1,10 @@
-"""A llama-architecture decoder: one forward, two step functions.
+"""Decoders of every family that a ModelConfig describes: one forward, two
+step functions.
 
-Parameters are a plain tree, weights stored output-first:
-  embed_VD, norm_D, head_VD (absent when tied), and for each of `layers`:
-  attn_norm_D, q_NHD, k_KHD, v_KHD, o_DNH, mlp_norm_D, gate_FD, up_FD, down_DF.
-Layers are a tuple and the loop over them is unrolled: a scan over stacked
-weights copies every layer's weights each step on CPU.
+Parameters are a plain tree, weights stored output-first: the config's
+top_leaves, and its layer_leaves for each of `layers`. Layers are a tuple and
+the loop over them is unrolled: a scan over stacked weights copies every
+layer's weights each step on CPU.
 """
 
 import functools
@@ -12,14 +12,19 @@ import functools
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from dsjax import cache as kv
-from dsjax import sampling
-from dsjax.kernels import shapes
+from dsjax import sampling, sharding
+from dsjax.kernels import shapes, tiles
 from dsjax.kernels.decode_attention import decode_attention
 from dsjax.kernels.prefill_attention import prefill_attention
 
 SMALL = 16  # tokens up to which a product reads W first
+ACTIVATIONS = {
+    'silu': jax.nn.silu, 'relu': jax.nn.relu,
+    'gelu': functools.partial(jax.nn.gelu, approximate=False),
+    'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True)}
 
 
 @flax.struct.dataclass
@@ -77,10 +82,26 @@ def project(w_O__I, x_SI):
 
 
 def rms_norm(x_SD, gain_D, eps):
-  """RMSNorm in float32."""
+  """RMSNorm over the last axis, in float32."""
   x32_SD = x_SD.astype(jnp.float32)
   scale_S1 = jax.lax.rsqrt(jnp.mean(x32_SD**2, -1, keepdims=True) + eps)
-  return (x32_SD * scale_S1).astype(x_SD.dtype) * gain_D[None, :]
+  return (x32_SD * scale_S1).astype(x_SD.dtype) * jnp.expand_dims(
+      gain_D, range(x_SD.ndim - 1))
+
+
+def layer_norm(x_SD, gain_D, bias_D, eps):
+  """LayerNorm, in float32."""
+  x32_SD = x_SD.astype(jnp.float32)
+  x32_SD -= jnp.mean(x32_SD, -1, keepdims=True)
+  return rms_norm(x32_SD, gain_D, eps).astype(x_SD.dtype) + bias_D[None, :]
+
+
+def norm(config, leaves, name, x_SD):
+  """The config's norm with the parameters of this name."""
+  gain_D = leaves[f'{name}_D']
+  if config.norm == 'layer':
+    return layer_norm(x_SD, gain_D, leaves[f'{name}_bias_D'], config.norm_eps)
+  return rms_norm(x_SD, gain_D, config.norm_eps)
 
 
 def rotary(x_SNH, cos_S1H, sin_S1H):
@@ -90,19 +111,127 @@ def rotary(x_SNH, cos_S1H, sin_S1H):
   return (x_SNH * cos_S1H + turned * sin_S1H).astype(x_SNH.dtype)
 
 
-def angles(config, pos_S):
+def stretch(scaling, rate_h):
+  """Rotary frequencies scaled for a longer context (Llama 3.1 reference).
+
+  llama3: a frequency that turns r times in the original context keeps
+  s = clip((r - low) / (high - low), 0, 1) of itself and has 1 - s divided.
+  """
+  if scaling.kind == 'linear':
+    return rate_h / scaling.factor
+  turns_h = rate_h * scaling.original_len / (2 * jnp.pi)
+  kept_h = jnp.clip((turns_h - scaling.low_freq_factor) / (
+      scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
+  return rate_h * (kept_h + (1 - kept_h) / scaling.factor)
+
+
+def angles(config, pos_S, window=0):
   """cos and sin of the rotary angles: [S, 1, H] each, float32."""
+  local = window and config.rope_local_base
   half = config.head_dim // 2
-  rate_h = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  rate_h = (local or config.rope_base) ** (
+      -jnp.arange(half, dtype=jnp.float32) / half)
+  if config.rope_scaling and not local:
+    rate_h = stretch(config.rope_scaling, rate_h)
   angle_Sh = pos_S[:, None].astype(jnp.float32) * rate_h[None, :]
   angle_S1H = jnp.concatenate((angle_Sh, angle_Sh), -1)[:, None, :]
   return jnp.cos(angle_S1H), jnp.sin(angle_S1H)
 
 
+def attention_inputs(config, layer, x_SD, turn):
+  """Queries, keys and values of hidden states; turn: angles, or None."""
+  h_SD = norm(config, layer, 'attn_norm', x_SD)
+  q_SNH = project(layer['q_NHD'], h_SD)
+  k_SKH = project(layer['k_KHD'], h_SD)
+  v_SKH = project(layer['v_KHD'], h_SD)
+  if config.qkv_bias:
+    q_SNH += layer['q_bias_NH'][None]
+    k_SKH += layer['k_bias_KH'][None]
+    v_SKH += layer['v_bias_KH'][None]
+  if config.qk_norm:
+    q_SNH = rms_norm(q_SNH, layer['q_norm_H'], config.norm_eps)
+    k_SKH = rms_norm(k_SKH, layer['k_norm_H'], config.norm_eps)
+  if turn is not None:
+    q_SNH, k_SKH = rotary(q_SNH, *turn), rotary(k_SKH, *turn)
+  return q_SNH, k_SKH, v_SKH
+
+
+def feed_forward(config, layer, h_SD):
+  """down(act(gate h) * up h), or down(act(up h)) without a gate."""
+  act = ACTIVATIONS[config.activation]
+  up_SF = project(layer['up_FD'], h_SD)
+  if config.mlp_bias:
+    up_SF += layer['up_bias_F'][None, :]
+  h_SF = (act(project(layer['gate_FD'], h_SD)) * up_SF if config.gated
+          else act(up_SF))
+  y_SD = project(layer['down_DF'], h_SF)
+  return y_SD + layer['down_bias_D'][None, :] if config.mlp_bias else y_SD
+
+
+def route(config, router_ED, h_SD):
+  """Weights (float32) and numbers of each token's experts, A a token.
+
+  The A best of softmax(router h) over all experts, summing to one where
+  config.renormalize (Mixtral's softmax over the best is the same).
+  """
+  weight_SE = jax.nn.softmax(project(router_ED, h_SD).astype(jnp.float32))
+  weight_SA, expert_SA = jax.lax.top_k(weight_SE, config.experts_per_token)
+  if config.renormalize:
+    weight_SA /= jnp.sum(weight_SA, -1, keepdims=True)
+  return weight_SA, expert_SA
+
+
+def run_experts(act, first, gate_EFD, up_EFD, down_EDF, h_SD, weight_SA,
+                expert_SA):
+  """sum_a weight_a expert_a(h) over those of experts first .. first + E - 1.
+
+  Rows are sorted by expert, other experts' last, so that each weight is read
+  once. A token's terms are summed in its own order, whatever the batch.
+  """
+  E, A = gate_EFD.shape[0], expert_SA.shape[1]
+  expert_R = expert_SA.reshape(-1) - first
+  expert_R = jnp.where((expert_R >= 0) & (expert_R < E), expert_R, E)
+  order_R = jnp.argsort(expert_R)
+  size_E = jnp.sum(expert_R[:, None] == jnp.arange(E)[None, :], 0)
+
+  def product(x_RI, w_EOI):
+    return jax.lax.ragged_dot(x_RI, w_EOI.swapaxes(1, 2), size_E)
+
+  h_RD = h_SD[order_R // A]
+  y_RD = product(act(product(h_RD, gate_EFD)) * product(h_RD, up_EFD),
+                 down_EDF)
+  y_SAD = y_RD[jnp.argsort(order_R)].reshape(*expert_SA.shape, -1)
+  mine_SA1 = (expert_R < E).reshape(*expert_SA.shape, 1)
+  y_SAD = jnp.where(mine_SA1, y_SAD * weight_SA[:, :, None], 0)
+  return jnp.sum(y_SAD, 1)  # float32, as the weights
+
+
+def experts(config, layer, h_SD, mesh=None):
+  """The experts' weighted sum; over a mesh each shard runs its own ones."""
+  act = ACTIVATIONS[config.activation]
+  weights = layer['gate_EFD'], layer['up_EFD'], layer['down_EDF']
+  rows = h_SD, *route(config, layer['router_ED'], h_SD)
+  if mesh is None or mesh.shape[sharding.AXIS] == 1:
+    return run_experts(act, 0, *weights, *rows).astype(h_SD.dtype)
+
+  def shard(weights, rows):
+    first = jax.lax.axis_index(sharding.AXIS) * weights[0].shape[0]
+    return jax.lax.psum(run_experts(act, first, *weights, *rows),
+                        sharding.AXIS)
+
+  y_SD = jax.shard_map(
+      shard, mesh=mesh, in_specs=(PartitionSpec(sharding.AXIS),
+                                  PartitionSpec()),
+      out_specs=PartitionSpec())(weights, rows)
+  return y_SD.astype(h_SD.dtype)
+
+
 def embed(config, params, token_S, pos_S):
   """Hidden states before the first layer."""
-  del config, pos_S
-  return params['embed_VD'][token_S]
+  x_SD = params['embed_VD'][token_S] * config.embed_scale
+  if config.positions == 'learned':
+    x_SD += params['pos_TD'][pos_S]
+  return x_SD
 
 
 def run_layers(config, layers, first, cache, x_SD, pos_S, page_S, attend,
@@ -120,25 +249,32 @@ def run_layers(config, layers, first, cache, x_SD, pos_S, page_S, attend,
   Returns:
     (x_SD, cache).
   """
-  del mesh
-  turn = angles(config, pos_S)
+  windows = {config.window(first + i) for i in range(len(layers))}
+  turns = {window: angles(config, pos_S, window)
+           if config.positions == 'rope' else None for window in windows}
   offset_S = pos_S % cache.k_KPCH[0].shape[2]
 
   # Traced and lowered once for all layers alike.
   @functools.partial(jax.jit, static_argnames='like')
   def block(x_SD, layer, k_KPCH, v_KPCH, like):
-    h_SD = rms_norm(x_SD, layer['attn_norm_D'], config.norm_eps)
-    q_SNH = rotary(project(layer['q_NHD'], h_SD), *turn)
-    k_SKH = rotary(project(layer['k_KHD'], h_SD), *turn)
+    q_SNH, k_SKH, v_SKH = attention_inputs(config, layer, x_SD,
+                                           turns[config.window(like)])
     k_KPCH = kv.write(k_KPCH, k_SKH, page_S, offset_S)
-    v_KPCH = kv.write(v_KPCH, project(layer['v_KHD'], h_SD), page_S, offset_S)
+    v_KPCH = kv.write(v_KPCH, v_SKH, page_S, offset_S)
     o_SNH = attend(like, q_SNH, k_KPCH, v_KPCH)
     o_DI = layer['o_DNH'].reshape(config.d_model, -1)
-    x_SD += project(o_DI, o_SNH.reshape(o_SNH.shape[0], -1))
-    h_SD = rms_norm(x_SD, layer['mlp_norm_D'], config.norm_eps)
-    h_SF = jax.nn.silu(project(layer['gate_FD'], h_SD)) * project(
-        layer['up_FD'], h_SD)
-    return x_SD + project(layer['down_DF'], h_SF), k_KPCH, v_KPCH
+    y_SD = project(o_DI, o_SNH.reshape(o_SNH.shape[0], -1))
+    if config.out_bias:
+      y_SD += layer['o_bias_D'][None, :]
+    if config.post_norms:
+      y_SD = norm(config, layer, 'attn_post_norm', y_SD)
+    x_SD += y_SD
+    h_SD = norm(config, layer, 'mlp_norm', x_SD)
+    y_SD = (experts(config, layer, h_SD, mesh) if config.num_experts
+            else feed_forward(config, layer, h_SD))
+    if config.post_norms:
+      y_SD = norm(config, layer, 'mlp_post_norm', y_SD)
+    return x_SD + y_SD, k_KPCH, v_KPCH
 
   alike, keys, values = {}, [], []
   for i, (layer, k_KPCH, v_KPCH) in enumerate(
@@ -159,9 +295,15 @@ def forward(config, params, cache, token_S, pos_S, page_S, attend, mesh=None):
 
 def head(config, params, x_RD):
   """Logits of hidden states, float32."""
-  x_RD = rms_norm(x_RD, params['norm_D'], config.norm_eps)
-  return project(params.get('head_VD', params['embed_VD']),
-                 x_RD).astype(jnp.float32)
+  x_RD = norm(config, params, 'norm', x_RD)
+  logits_RV = project(params.get('head_VD', params['embed_VD']), x_RD)
+  return tiles.cap(logits_RV.astype(jnp.float32), config.logit_softcap)
+
+
+def options(config, layer):
+  """What both attention operators are told about a layer."""
+  return dict(scale=config.attn_scale, softcap=config.attn_softcap,
+              window=config.window(layer))
 
 
 def page_of(table_BM, row_S, pos_S, live_S, page_size, num_pages):
@@ -184,8 +326,9 @@ def decode_step(config, params, cache, slots, rows, need, impl=None,
   token_B, page_B = _row_inputs(slots, rows, P, C)
   x_BD, cache = forward(
       config, params, cache, token_B, rows.pos_B, page_B,
-      lambda _, q, k, v: decode_attention(q, k, v, rows.table_BM,
-                                          rows.pos_B + 1, impl), mesh)
+      lambda layer, q, k, v: decode_attention(
+          q, k, v, rows.table_BM, rows.pos_B + 1, impl,
+          **options(config, layer)), mesh)
   slots, out = sampling.sample(
       head(config, params, x_BD), slots, _slot(slots, rows), rows.pos_B + 1,
       need)
@@ -217,9 +360,9 @@ def prefill_step(config, params, cache, slots, packed, size, need, rows=None,
   page_S = page_of(packed.table_BM, seq_S, pos_S, live_S, C, P)
 
   def attend(layer, q_SNH, k_KPCH, v_KPCH):
-    del layer
     return prefill_attention(q_SNH, k_KPCH, v_KPCH, packed.table_BM,
-                             packed.start_A, packed.pos_B, impl)
+                             packed.start_A, packed.pos_B, impl,
+                             **options(config, layer))
 
   B = 0
   if rows is not None:
@@ -232,7 +375,8 @@ def prefill_step(config, params, cache, slots, packed, size, need, rows=None,
 
     def attend(layer, q_SNH, k_KPCH, v_KPCH):
       o_BNH = decode_attention(q_SNH[:B], k_KPCH, v_KPCH, rows.table_BM,
-                               rows.pos_B + 1, impl)
+                               rows.pos_B + 1, impl,
+                               **options(config, layer))
       o_SNH = attend_packed(layer, q_SNH[B:], k_KPCH, v_KPCH)
       return jnp.concatenate((o_BNH, o_SNH))
 

@@ -73,7 +73,8 @@ _FAMILIES = {
         'bfloat16', None),
     'qwen3_moe': ('qwen3_moe', _LLAMA | dict(
         moe_intermediate_size=16, num_experts=6, num_experts_per_tok=3,
-        norm_topk_prob=False, decoder_sparse_step=1), 'bfloat16', None),
+        norm_topk_prob=False, decoder_sparse_step=1), 'bfloat16', dict(
+            rope_theta=10000.0, num_experts=6)),
 }
 _SHARDED = ('qwen3',)  # saved as several files
 
@@ -108,7 +109,8 @@ def _save(name, folder, seed):
   (folder / 'generation_config.json').unlink(missing_ok=True)
   written = json.loads(path.read_text())
   if older is not None:
-    for key in ('rope_parameters', 'layer_types', '_sliding_window_pattern'):
+    for key in ('rope_parameters', 'layer_types', '_sliding_window_pattern',
+                'num_local_experts'):
       written.pop(key, None)
     written |= older
     written['torch_dtype'] = written.pop('dtype')

@@ -1,0 +1,156 @@
+"""Every family against `transformers`, on the folders of make_families.py.
+
+Logits of float32 models at every prompt position (two packed chunks beside
+another sequence) and at every decode step agree to 5e-5: up to four layers of
+sums of some 50 terms below 10, in another order; the largest seen is 5e-6.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from dsjax import base, checkpoint, model, sampling
+from dsjax import cache as kv
+
+FOLDERS = pathlib.Path(__file__).parent / 'goldens' / 'families'
+NAMES = sorted(path.name for path in FOLDERS.iterdir())
+B, C, T, SIZE = 2, 4, 40, 24  # sequences, page, tokens a slot, packed axis
+FIRST, OTHER = 11, 9  # tokens of the first chunk, of the other sequence
+ATOL = 5e-5
+i32 = functools.partial(np.asarray, dtype=np.int32)
+# What a wrong field would be, and a family whose logits must show it.
+WRONG = [
+    ('gpt2', dict(activation='gelu')),
+    ('llama3', dict(rope_scaling=base.RopeScaling(
+        'llama3', 8.0, 64, high_freq_factor=5.0))),
+    ('mistral', dict(windows=(7, 8))),
+    ('gemma2', dict(attn_softcap=1.6)),
+    ('gemma3', dict(rope_local_base=None)),
+    ('mixtral', dict(renormalize=False)),
+]
+
+
+@functools.cache
+def load(name, dtype='float32'):
+  """(config, params, tokens, logits, prompt length) of a folder."""
+  config, params = checkpoint.load_hf(FOLDERS / name, dtype)
+  with np.load(FOLDERS / name / 'logits.npz') as golden:
+    return (config, params, golden['tokens_T'].tolist(), golden['logits_TV'],
+            int(golden['prompt_len']))
+
+
+def with_logits(step, config, **static):
+  """A jitted step that returns the logits of every token too."""
+  forward = model.forward
+
+  def logged(params, *args):
+    seen = []
+
+    def spy(*args, **kwargs):
+      seen.append(forward(*args, **kwargs))
+      return seen[0]
+
+    with mock.patch.object(model, 'forward', spy):
+      out = step(config, params, *args, **static)
+    return out, model.head(config, params, seen[0][0])
+
+  return jax.jit(logged)
+
+
+class Run:
+  """The golden's prompt in slot 1 and another in slot 0, on permuted pages."""
+
+  def __init__(self, config, params, tokens, prompt_len, dtype='float32',
+               mesh=None):
+    self.config, self.params, self.mesh = config, params, mesh
+    self.prompt_len = prompt_len
+    M = T // C
+    self.table_BM = i32(np.random.default_rng(0).permutation(B * M)).reshape(
+        B, M)
+    self.cache = jax.tree.map(
+        lambda x: jnp.full_like(x, 1e4),
+        kv.init(config, B * M, C, jnp.dtype(dtype)))
+    self.slots = sampling.init(B, T, config.vocab_size)
+    for slot, prompt in enumerate((tokens[:OTHER][::-1], tokens[:prompt_len])):
+      self.slots = admit(self.slots, slot, sampling.slot_row(
+          prompt, len(prompt), base.Sampling(), T, config.vocab_size))
+
+  def prefill(self):
+    """Logits of the prompt: a chunk beside the other prompt, then the rest."""
+    step = with_logits(model.prefill_step, self.config, size=SIZE,
+                       need=sampling.GREEDY, mesh=self.mesh)
+    logits, end = [], self.prompt_len
+    for counts, pos, last in (((OTHER, FIRST), (0, 0), (True, False)),
+                              ((0, end - FIRST), (OTHER, FIRST),
+                               (False, True))):
+      packed = model.Packed(i32(np.cumsum((0, *counts))), i32(pos), i32([0, 1]),
+                            np.array(last), self.table_BM)
+      (self.cache, self.slots, _, _), logits_SV = step(
+          self.params, self.cache, self.slots, packed)
+      assert np.isfinite(logits_SV).all()  # padding too
+      logits.append(logits_SV[counts[0]:sum(counts)])
+    return np.concatenate(logits)
+
+  def decode(self, steps):
+    """Logits of the steps; the other row is padding."""
+    step = with_logits(model.decode_step, self.config, need=sampling.GREEDY,
+                       mesh=self.mesh)
+    rows = model.Rows(i32([0, self.prompt_len]), i32([0, 1]),
+                      np.array([False, True]), self.table_BM)
+    logits = []
+    for _ in range(steps):
+      (self.cache, self.slots, rows, _), logits_BV = step(
+          self.params, self.cache, self.slots, rows)
+      logits.append(logits_BV[1])
+    return np.stack(logits)
+
+
+admit = jax.jit(sampling.admit)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_family_gives_the_logits_of_transformers(name):
+  config, params, tokens, logits_TV, prompt_len = load(name)
+  run = Run(config, params, tokens, prompt_len)
+  got_TV = np.concatenate((run.prefill(), run.decode(
+      len(tokens) - prompt_len)))
+  print(name, np.abs(got_TV - logits_TV).max())
+  np.testing.assert_allclose(got_TV, logits_TV, rtol=0, atol=ATOL)
+  assert run.slots.tokens_ET[1, :len(tokens)].tolist() == tokens
+
+
+@pytest.mark.parametrize('name, fields', WRONG, ids=str)
+def test_a_wrong_field_shows(name, fields):
+  config, params, tokens, logits_TV, prompt_len = load(name)
+  wrong = dataclasses.replace(config, **fields)
+  got_SV = Run(wrong, params, tokens, prompt_len).prefill()
+  assert np.abs(got_SV - logits_TV[:prompt_len]).max() > 5 * ATOL
+
+
+@pytest.mark.parametrize('name', ['gemma3', 'mixtral', 'opt'])
+def test_bfloat16_weights_and_cache(name):
+  """Errors are of bfloat16's 2^-8 and grow through the layers."""
+  config, params, tokens, logits_TV, prompt_len = load(name, 'bfloat16')
+  run = Run(config, params, tokens, prompt_len, 'bfloat16')
+  got_SV = run.prefill()
+  print(name, np.abs(got_SV - logits_TV[:prompt_len]).max())
+  np.testing.assert_allclose(got_SV, logits_TV[:prompt_len], rtol=0, atol=0.2)
+  assert run.cache.k_KPCH[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize('name', ['mixtral', 'qwen3_moe'])
+def test_experts_over_two_devices_change_no_token(name):
+  config, params, tokens, logits_TV, prompt_len = load(name)
+  mesh = Mesh(np.array(jax.devices()[:2]), ('model',))
+  run = Run(config, params, tokens, prompt_len, mesh=mesh)
+  got_TV = np.concatenate((run.prefill(), run.decode(
+      len(tokens) - prompt_len)))
+  np.testing.assert_allclose(got_TV, logits_TV, rtol=0, atol=ATOL)
+  assert run.slots.tokens_ET[1, :len(tokens)].tolist() == tokens
