@@ -342,7 +342,7 @@ def _llama3_scaling(factors, head_dim, rope_base):
   wavelengths = 2 * np.pi * rope_base**pairs
   factor = factors.max()
   ramp = (factors > 1 + 1e-6) & (factors < factor - 1e-6)
-  if factor > 1 and ramp.any():
+  if np.isfinite(factors).all() and factor > 1 and ramp.any():
     s = (1 / factors - 1 / factor) / (1 - 1 / factor)
     length = round(float(np.median(((3 * s + 1) * wavelengths)[ramp])))
     s = np.clip((length / wavelengths - 1) / 3, 0, 1)
@@ -393,6 +393,9 @@ def _config(meta, tensors, name):
       tied='output.weight' not in tensors,
       bos_id=_token(meta, 'bos', vocab_size),
       eos_ids=tuple(sorted({end for end in ends if end is not None})))
+  require(base['rope_base'] > 0, f'{prefix}rope.freq_base', base['rope_base'],
+          'above 0')
+  ModelConfig(**base, d_ff=1)  # is checked before more is made of it
   fields = base | _ARCHS[arch].fields(get, base)
   if 'd_ff' not in fields:
     fields['d_ff'] = get('feed_forward_length')

@@ -117,6 +117,11 @@ class _Keys:
               'absent (it is not supported)')
 
 
+def _above_zero(key, value):
+  require(value > 0, key, value, 'above 0')
+  return value
+
+
 def _rope_fields(rope, key):
   """(base, RopeScaling or None) of one set of rotary parameters."""
   require(isinstance(rope, dict), key, rope, 'an object')
@@ -125,7 +130,7 @@ def _rope_fields(rope, key):
     kind = keys.read('rope_type', str, None)
     kind = keys.read('type', str, None) if kind is None else kind
     keys.ignore('type')
-    base = float(keys.read('rope_theta', float, 1e4))
+    base = _above_zero('rope_theta', float(keys.read('rope_theta', float, 1e4)))
     keys.only('partial_rotary_factor', 1.0)
     require(kind in (None, 'default', 'linear', 'llama3'), 'rope_type', kind,
             "'default', 'linear' or 'llama3'")
@@ -253,7 +258,8 @@ def _gemma2(keys, rope=_rope, slides=lambda layer: layer % 2 == 0):
   return fields | dict(
       activation=_activation(keys, 'hidden_activation', 'gelu_pytorch_tanh'),
       post_norms=True, embed_scale=fields['d_model']**0.5,
-      attn_scale=keys.read('query_pre_attn_scalar', float, 256)**-0.5,
+      attn_scale=_above_zero('query_pre_attn_scalar', keys.read(
+          'query_pre_attn_scalar', float, 256))**-0.5,
       attn_softcap=float(keys.read('attn_logit_softcapping', float, 0)),
       logit_softcap=float(keys.read('final_logit_softcapping', float, 0)),
   ) | _windows(keys, fields['num_layers'], slides, 4096)
@@ -261,7 +267,8 @@ def _gemma2(keys, rope=_rope, slides=lambda layer: layer % 2 == 0):
 
 def _gemma3_rope(keys):
   """Full layers' base and scaling, sliding layers' base."""
-  local = float(keys.read('rope_local_base_freq', float, 1e4))
+  local = _above_zero('rope_local_base_freq', float(
+      keys.read('rope_local_base_freq', float, 1e4)))
   both = keys.read('rope_parameters', dict, None)
   if both is None:
     return _rope(keys, 1e6) | dict(rope_local_base=local)
@@ -280,6 +287,7 @@ def _gemma3_rope(keys):
 def _gemma3(keys):
   pattern = keys.read('sliding_window_pattern', int, None)
   pattern = keys.read('_sliding_window_pattern', int, pattern or 6)
+  _above_zero('_sliding_window_pattern', pattern)
   return dict(qk_norm=True) | _gemma2(
       keys, _gemma3_rope, lambda layer: (layer + 1) % pattern)
 
@@ -447,7 +455,8 @@ _FAMILIES = {
     'qwen3_moe': _Family('Qwen3MoeForCausalLM', _qwen3_moe, _QWEN3_MOE),
 }
 # Stored by some versions, and not parameters.
-_NOT_PARAMETERS = re.compile(r'rotary_emb\.inv_freq$|attn\.(masked_)?bias$')
+_NOT_PARAMETERS = re.compile(
+    r'rotary_emb\.inv_freq$|^h\.\d+\.attn\.(masked_)?bias$')
 
 
 def _family(keys):
@@ -510,8 +519,9 @@ def _open(file):
   """An open safetensors file; its header is checked by the package."""
   try:
     with open(file, 'rb') as stream:
-      start = stream.read(4)
-    if start[:2] in (b'PK', b'\x80\x02', b'\x80\x03', b'\x80\x04'):
+      start = stream.read(8)
+    # A header's length comes first, below 2^32: its last four bytes are zero.
+    if start[:4] == b'PK\x03\x04' or start[:1] == b'\x80' and any(start[4:]):
       raise InputError(f'{file}: a pickle, which is never opened: must be '
                        'safetensors')
     return safetensors.safe_open(file, framework='np')

@@ -288,6 +288,8 @@ def test_a_missing_key(path, key):
     ('llama.attention.head_count', 0, 'num_heads'),
     ('llama.attention.head_count', 3, 'num_heads'),
     ('llama.attention.layer_norm_rms_epsilon', 'small', 'epsilon'),
+    ('llama.rope.freq_base', -1.0, 'llama.rope.freq_base'),
+    ('llama.attention.key_length', 0, 'head width 0'),
     ('llama.rope.dimension_count', 6, 'llama.rope.dimension_count'),
     ('llama.vocab_size', V - 1, 'llama.vocab_size'),
     ('tokenizer.ggml.eos_token_id', V, 'tokenizer.ggml.eos_token_id'),
@@ -513,7 +515,8 @@ def test_llama3_scaling_of_published_models(factor, width):
 
 @pytest.mark.parametrize('freqs', [
     np.ones(4), np.array([1, 2, 3, 4]), divisors(8.0, 1000, 1.0, 2.0)[::-1],
-    np.full(4, 2.0), np.full(4, np.nan), -np.ones(4), np.zeros(4)])
+    np.full(4, 2.0), np.full(4, np.nan),
+    np.array([1, 2, 8, np.inf]), -np.ones(4), np.zeros(4)])
 def test_other_divisors_are_refused(path, freqs):
   tensors = tiny_tensors() | {'rope_freqs.weight': freqs.astype(np.float32)}
   message = error_of(save(path, tensors=tensors))

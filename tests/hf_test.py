@@ -449,6 +449,9 @@ def test_config_that_is_not_an_object(tmp_path, text):
     ('gpt2', 'scale_attn_by_inverse_layer_idx', True),
     ('gemma2', 'layer_types', ['sliding_attention']),
     ('gemma2', 'layer_types', ['sliding_attention', 'chunked_attention']),
+    ('gemma2', 'query_pre_attn_scalar', 0),
+    ('gemma3_text', 'rope_local_base_freq', -1.0),
+    ('gemma3_text', '_sliding_window_pattern', 0), ('llama', 'rope_theta', 0),
     ('gemma3_text', 'use_bidirectional_attention', True),
     ('gemma3_text', 'rope_parameters', {'rope_theta': 1e4}),
     ('qwen3_moe', 'decoder_sparse_step', 2),
@@ -535,10 +538,20 @@ def test_a_corrupt_header(tmp_path, data):
   assert 'corrupt' in error_of(tmp_path)
 
 
-@pytest.mark.parametrize('start', [b'PK\x03\x04', b'\x80\x02'])
+def test_a_header_whose_length_starts_like_a_pickle(tmp_path):
+  path = save(tmp_path, *make('llama')) / 'model.safetensors'
+  data = path.read_bytes()
+  size, = struct.unpack('<Q', data[:8])
+  padded = 0x10280  # b'\x80\x02\x01\x00...'
+  path.write_bytes(struct.pack('<Q', padded) + data[8:8 + size].ljust(padded)
+                   + data[8 + size:])
+  load_hf(tmp_path)
+
+
+@pytest.mark.parametrize('start', [b'PK\x03\x04', b'\x80\x02}q\x00'])
 def test_a_pickle_is_never_opened(tmp_path, start):
   save(tmp_path, *make('llama'))
-  (tmp_path / 'model.safetensors').write_bytes(start + bytes(100))
+  (tmp_path / 'model.safetensors').write_bytes(start + b'model' * 20)
   assert 'pickle' in error_of(tmp_path)
   (tmp_path / 'model.safetensors').rename(tmp_path / 'pytorch_model.bin')
   message = error_of(tmp_path)
