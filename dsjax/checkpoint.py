@@ -1,7 +1,7 @@
 """Models by name or path: what is served, from wherever it is kept.
 
-The formats are read by gguf_file, hf and orbax_file; this finds out which one
-it is.
+The formats are read by gguf_model, hf and orbax_file; this finds out which
+one it is.
 """
 
 import dataclasses
@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 from dsjax import orbax_file, zoo
 from dsjax.base import InputError, ModelConfig, require
-from dsjax.gguf_file import load_gguf, read_gguf
-from dsjax.hf import CONFIG, load_hf
+from dsjax.gguf_file import read_gguf
+from dsjax.gguf_model import load_gguf
+from dsjax.hf import load_hf
+from dsjax.hf_config import CONFIG
 from dsjax.hf_tokenizer import load_tokenizer
 from dsjax.orbax_file import load_orbax, save_orbax
 from dsjax.tokenizer import Tokenizer

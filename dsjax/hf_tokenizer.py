@@ -13,7 +13,7 @@ import re
 import tokenizers
 
 from dsjax.base import InputError, require
-from dsjax.hf import read_json
+from dsjax.hf_config import read_json
 from dsjax.tokenizer import Tokenizer, Vocabulary, byte_level_bytes
 
 _FILE, _CONFIG = 'tokenizer.json', 'tokenizer_config.json'

@@ -25,6 +25,10 @@ ACTIVATIONS = {
     'silu': jax.nn.silu, 'relu': jax.nn.relu,
     'gelu': functools.partial(jax.nn.gelu, approximate=False),
     'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True)}
+# x_RI, w_EOI -> y_RO: rows in groups, one an expert.
+BY_EXPERT = jax.lax.RaggedDotDimensionNumbers(
+    (((1,), (2,)), ((), ())), lhs_ragged_dimensions=(0,),
+    rhs_group_dimensions=(0,))
 
 
 @flax.struct.dataclass
@@ -195,7 +199,7 @@ def run_experts(act, first, gate_EFD, up_EFD, down_EDF, h_SD, weight_SA,
   size_E = jnp.sum(expert_R[:, None] == jnp.arange(E)[None, :], 0)
 
   def product(x_RI, w_EOI):
-    return jax.lax.ragged_dot(x_RI, w_EOI.swapaxes(1, 2), size_E)
+    return jax.lax.ragged_dot_general(x_RI, w_EOI, size_E, BY_EXPERT)
 
   h_RD = h_SD[order_R // A]
   y_RD = product(act(product(h_RD, gate_EFD)) * product(h_RD, up_EFD),

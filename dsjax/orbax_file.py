@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 
 from dsjax import weights
 from dsjax.base import InputError, ModelConfig, RopeScaling
-from dsjax.hf import read_json
+from dsjax.hf_config import read_json
 
 CONFIG = 'dsjax.json'
 _PARAMS = 'params'

@@ -6,7 +6,7 @@ import pytest
 
 from dsjax import checkpoint, zoo
 from dsjax.base import InputError
-from tests import gguf_file_test, hf_test
+from tests import gguf_model_test, hf_test
 
 NAME = 'smollm2-135m-instruct'
 
@@ -32,7 +32,7 @@ def test_an_unknown_name_lists_the_known():
 
 
 def test_a_path_is_itself(path):
-  assert checkpoint.find(str(gguf_file_test.save(path))) == path
+  assert checkpoint.find(str(gguf_model_test.save(path))) == path
 
 
 def test_a_missing_path_is_named(path):

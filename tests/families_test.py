@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsjax import base, checkpoint, model, sampling
+from dsjax import base, checkpoint, model, sampling, sharding
 from dsjax import cache as kv
+from dsjax.kernels.prefill_attention import prefill_attention
 
 FOLDERS = pathlib.Path(__file__).parent / 'goldens' / 'families'
 NAMES = sorted(path.name for path in FOLDERS.iterdir())
@@ -145,12 +146,52 @@ def test_bfloat16_weights_and_cache(name):
   assert run.cache.k_KPCH[0].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize('name', ['mixtral', 'qwen3_moe'])
-def test_experts_over_two_devices_change_no_token(name):
+@pytest.mark.parametrize('name', ['gemma3', 'mixtral', 'qwen3_moe'])
+def test_two_devices_change_no_token(name):
   config, params, tokens, logits_TV, prompt_len = load(name)
   mesh = Mesh(np.array(jax.devices()[:2]), ('model',))
-  run = Run(config, params, tokens, prompt_len, mesh=mesh)
+  split = NamedSharding(mesh, PartitionSpec('model'))
+  placed = sharding.params(mesh, params)
+  for layer in placed['layers'] if config.num_experts else ():
+    layer.update(dict.fromkeys(('gate_EFD', 'up_EFD', 'down_EDF'), split))
+  run = Run(config, jax.device_put(params, placed), tokens, prompt_len,
+            mesh=mesh)
+  run.cache = jax.device_put(run.cache, sharding.kv(mesh))
+  run.slots = jax.device_put(run.slots, sharding.whole(mesh))
   got_TV = np.concatenate((run.prefill(), run.decode(
       len(tokens) - prompt_len)))
   np.testing.assert_allclose(got_TV, logits_TV, rtol=0, atol=ATOL)
   assert run.slots.tokens_ET[1, :len(tokens)].tolist() == tokens
+
+
+@pytest.mark.parametrize('name', ['gemma3', 'opt'])
+def test_stages_of_layers_are_all_of_them(name):
+  config, params, tokens, *_ = load(name)
+  pos_S = np.arange(len(tokens))
+  whole, split = (Run(config, params, tokens, 1) for _ in range(2))
+  traced = []
+
+  def attend(layer, q, k, v):
+    traced.append(config.window(layer))
+    return prefill_attention(q, k, v, jnp.asarray(whole.table_BM[:1]),
+                             jnp.array([0, len(tokens)]), jnp.array([0]),
+                             **model.options(config, layer))
+
+  def stages(params, cache, cuts):
+    x_SD = model.embed(config, params, i32(tokens), pos_S)
+    caches = []
+    for first, end in zip(cuts, cuts[1:], strict=False):
+      part = kv.Cache(cache.k_KPCH[first:end], cache.v_KPCH[first:end])
+      x_SD, part = model.run_layers(
+          config, params['layers'][first:end], first, part, x_SD, pos_S,
+          whole.table_BM[0, pos_S // C], attend)
+      caches.append(part)
+    return x_SD, sum((c.k_KPCH for c in caches), ())
+
+  run = jax.jit(stages, static_argnums=2)
+  L = config.num_layers
+  want = run(params, whole.cache, (0, L))
+  assert sorted(traced) == sorted(set(config.windows or (0,)))  # alike: once
+  got = run(params, split.cache, (0, 1, L))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=ATOL),
+               got, want)

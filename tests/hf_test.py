@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dsjax import hf
-from dsjax.base import InputError, RopeScaling
-from dsjax.hf import load_hf, read_config
+from dsjax.base import InputError
+from dsjax.hf import load_hf
 from dsjax.weights import tree
 
 L, D, N, K, H, F, V, T, E = 2, 16, 4, 2, 4, 24, 20, 32, 3
@@ -128,10 +127,9 @@ def _shapes(kind, keys):
       shapes[f'{at}mlp.gate.weight'] = (E, D)
       mlps, inner = [f'{at}mlp.experts.{e}.' for e in range(E)], 8
     for mlp in mlps:
-      bias = keys.get('mlp_bias', False)
       shapes |= _linear(f'{mlp}gate_proj', inner, D, False)
-      shapes |= _linear(f'{mlp}up_proj', inner, D, bias)
-      shapes |= _linear(f'{mlp}down_proj', D, inner, bias)
+      shapes |= _linear(f'{mlp}up_proj', inner, D, False)
+      shapes |= _linear(f'{mlp}down_proj', D, inner, False)
   return shapes
 
 
@@ -204,19 +202,6 @@ def test_llama_biases(tmp_path):
                                   tensors[f'{at}{name}.bias'])
 
 
-def test_mistral_and_qwen_windows():
-  def windows(kind, **changes):
-    return hf._mistral(hf._Keys(config_of(kind, **changes)))['windows'] if (
-        kind == 'mistral') else hf._qwen2(
-            hf._Keys(config_of(kind, **changes)))['windows']
-  assert windows('mistral') == (8, 8)
-  assert windows('mistral', sliding_window=None) == ()
-  assert windows('qwen2') == ()
-  assert windows('qwen2', use_sliding_window=True) == (0, 8)
-  assert windows('qwen2', use_sliding_window=True, layer_types=[
-      'sliding_attention', 'full_attention']) == (8, 0)
-
-
 def test_qwen3_has_head_norms(tmp_path):
   tensors, config, params = saved(tmp_path, 'qwen3')
   assert config.qk_norm and config.head_dim == 8
@@ -283,41 +268,11 @@ def test_gemma2(tmp_path):
                                 tensors['model.embed_tokens.weight'])
 
 
-def test_gemma3_old_and_new_rope_are_one(tmp_path):
-  tensors, config, params = saved(tmp_path, 'gemma3_text')
-  assert config.windows == (8, 0) and config.qk_norm
-  assert (config.rope_base, config.rope_local_base) == (1e6, 1e4)
-  assert config.rope_scaling == RopeScaling('linear', 8.0)
+def test_gemma3_head_norms(tmp_path):
+  tensors, _, params = saved(tmp_path, 'gemma3_text')
   np.testing.assert_array_equal(
       params['layers'][0]['q_norm_H'],
       1 + tensors['model.layers.0.self_attn.q_norm.weight'])
-  new = config_of(
-      'gemma3_text', sliding_window_pattern='absent', rope_theta='absent',
-      rope_local_base_freq='absent', rope_scaling='absent',
-      layer_types=['sliding_attention', 'full_attention'], rope_parameters={
-          'full_attention': dict(rope_type='linear', factor=8.0,
-                                 rope_theta=1e6),
-          'sliding_attention': dict(rope_type='default', rope_theta=1e4)})
-  (tmp_path / 'config.json').write_text(json.dumps(new))
-  assert read_config(tmp_path) == config
-
-
-_LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-               original_max_position_embeddings=16)
-
-
-@pytest.mark.parametrize('changes, want', [
-    (dict(rope_theta=5e5, rope_scaling=dict(rope_type='llama3', **_LLAMA3)),
-     RopeScaling('llama3', 8.0, 16, 1.0, 4.0)),
-    (dict(rope_parameters=dict(rope_type='llama3', rope_theta=5e5, **_LLAMA3)),
-     RopeScaling('llama3', 8.0, 16, 1.0, 4.0)),
-    (dict(rope_theta=5e5, rope_scaling=dict(type='linear', factor=2)),
-     RopeScaling('linear', 2.0)),
-    (dict(rope_parameters=dict(rope_type='default', rope_theta=500000)),
-     None)])
-def test_rope_of_old_and_new_versions(tmp_path, changes, want):
-  _, config, _ = saved(tmp_path, 'llama', **changes)
-  assert config.rope_base == 5e5 and config.rope_scaling == want
 
 
 @pytest.mark.parametrize('kind', ['mixtral', 'qwen3_moe'])
@@ -382,15 +337,6 @@ def test_sharded_is_the_same(tmp_path):
   np.testing.assert_array_equal(params['head_VD'], tensors['lm_head.weight'])
 
 
-def test_generation_config_has_the_last_word_on_ends(tmp_path):
-  keys, tensors = make('llama')
-  save(tmp_path, keys, tensors)
-  (tmp_path / 'generation_config.json').write_text(
-      json.dumps({'eos_token_id': [7, 3], 'temperature': 0.6}))
-  config = read_config(tmp_path)
-  assert config.eos_ids == (3, 7) and config.bos_id == 1
-
-
 def test_harmless_extra_tensors_are_ignored(tmp_path):
   keys, tensors = make('gemma2')
   tensors['lm_head.weight'] = tensors['model.embed_tokens.weight']
@@ -417,48 +363,6 @@ def test_models_that_transformers_wrote_are_read(path):
 
 
 # --- bad folders -------------------------------------------------------------
-
-
-def test_no_folder(tmp_path):
-  assert 'config.json: No such file' in error_of(tmp_path / 'none')
-
-
-@pytest.mark.parametrize('text', ['', '{', '[]', '"x"', '[' * 99999, '\xff'])
-def test_config_that_is_not_an_object(tmp_path, text):
-  (tmp_path / 'config.json').write_text(text, encoding='latin-1')
-  assert 'config.json' in error_of(tmp_path)
-
-
-@pytest.mark.parametrize('kind, key, value', [
-    ('llama', 'model_type', 'mamba'), ('llama', 'model_type', ['llama']),
-    ('llama', 'architectures', ['LlamaForTokenClassification']),
-    ('llama', 'hidden_size', 'absent'), ('llama', 'hidden_size', '16'),
-    ('llama', 'hidden_size', True), ('llama', 'hidden_size', 16.5),
-    ('llama', 'num_hidden_layers', 10**9), ('llama', 'num_hidden_layers', 0),
-    ('llama', 'rms_norm_eps', float('nan')), ('llama', 'hidden_act', 'tanh'),
-    ('llama', 'quantization_config', {'bits': 4}),
-    ('llama', 'surprise', 1), ('llama', 'partial_rotary_factor', 0.5),
-    ('llama', 'eos_token_id', 'x'), ('llama', 'rope_scaling', 'linear'),
-    ('llama', 'rope_scaling', {'type': 'dynamic', 'factor': 2.0}),
-    ('llama', 'rope_scaling', {'rope_type': 'yarn', 'factor': 4.0}),
-    ('llama', 'rope_scaling', {'rope_type': 'linear'}),
-    ('llama', 'rope_scaling', {'rope_type': 'linear', 'factor': 2.0,
-                               'attention_factor': 2.0}),
-    ('opt', 'do_layer_norm_before', False), ('opt', 'word_embed_proj_dim', 8),
-    ('opt', '_remove_final_layer_norm', True),
-    ('gpt2', 'scale_attn_by_inverse_layer_idx', True),
-    ('gemma2', 'layer_types', ['sliding_attention']),
-    ('gemma2', 'layer_types', ['sliding_attention', 'chunked_attention']),
-    ('gemma3_text', 'use_bidirectional_attention', True),
-    ('gemma3_text', 'rope_parameters', {'rope_theta': 1e4}),
-    ('qwen3_moe', 'decoder_sparse_step', 2),
-    ('qwen3_moe', 'mlp_only_layers', [0]),
-    ('mixtral', 'num_local_experts', 10**9)])
-def test_a_bad_hyperparameter_is_named(tmp_path, kind, key, value):
-  keys, tensors = make(kind)
-  keys = {k: v for k, v in (keys | {key: value}).items() if v != 'absent'}
-  message = error_of(save(tmp_path, keys, tensors))
-  assert key in message and 'config.json' in message
 
 
 def test_sizes_beyond_reason_are_refused_by_shape(tmp_path):
@@ -535,10 +439,20 @@ def test_a_corrupt_header(tmp_path, data):
   assert 'corrupt' in error_of(tmp_path)
 
 
-@pytest.mark.parametrize('start', [b'PK\x03\x04', b'\x80\x02'])
+def test_a_header_whose_length_starts_like_a_pickle(tmp_path):
+  path = save(tmp_path, *make('llama')) / 'model.safetensors'
+  data = path.read_bytes()
+  size, = struct.unpack('<Q', data[:8])
+  padded = 0x10280  # b'\x80\x02\x01\x00...'
+  path.write_bytes(struct.pack('<Q', padded) + data[8:8 + size].ljust(padded)
+                   + data[8 + size:])
+  load_hf(tmp_path)
+
+
+@pytest.mark.parametrize('start', [b'PK\x03\x04', b'\x80\x02}q\x00'])
 def test_a_pickle_is_never_opened(tmp_path, start):
   save(tmp_path, *make('llama'))
-  (tmp_path / 'model.safetensors').write_bytes(start + bytes(100))
+  (tmp_path / 'model.safetensors').write_bytes(start + b'model' * 20)
   assert 'pickle' in error_of(tmp_path)
   (tmp_path / 'model.safetensors').rename(tmp_path / 'pytorch_model.bin')
   message = error_of(tmp_path)

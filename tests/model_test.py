@@ -527,6 +527,98 @@ def test_rms_norm():
   assert not model.rms_norm(np.zeros((2, 32), np.float32), gain, 1e-5).any()
 
 
+def test_layer_norm():
+  x, gain, bias = 3 * normal(5, 32) + 2, normal(32, seed=1), normal(32, seed=2)
+  x64 = x.astype(np.float64)
+  want = (x64 - x64.mean(-1, keepdims=True)) / np.sqrt(
+      x64.var(-1, keepdims=True) + 1e-5) * gain + bias
+  np.testing.assert_allclose(model.layer_norm(x, gain, bias, 1e-5), want,
+                             rtol=0, atol=1e-5)
+
+
+def test_llama3_frequencies_are_kept_ramped_and_divided():
+  """With wavelengths 16 and 64 as the ends of the ramp."""
+  scaling = base.RopeScaling('llama3', 8.0, 64)
+  wave_h = np.array([1, 15.9, 16, 32, 64, 64.1, 1e4])
+  rate_h = jnp.asarray(2 * np.pi / wave_h, jnp.float32)
+  kept = 1 / 3  # of a wavelength of 32: (64 / 32 - 1) / (4 - 1)
+  want = [1, 1, 1, kept + (1 - kept) / 8, 1 / 8, 1 / 8, 1 / 8]
+  np.testing.assert_allclose(model.stretch(scaling, rate_h) / rate_h, want,
+                             rtol=1e-6)
+
+
+# --- experts -----------------------------------------------------------------
+
+MOE = dataclasses.replace(CONFIG, num_experts=6, experts_per_token=2, d_ff=24)
+
+
+@functools.cache
+def expert_layer():
+  return {leaf: normal(*MOE.leaf_shape(leaf), seed=n) / MOE.d_model**0.5
+          for n, leaf in enumerate(('router_ED', 'gate_EFD', 'up_EFD',
+                                    'down_EDF'))}
+
+
+def experts_oracle(h_SD, layer, config):
+  """A token and an expert at a time, in float64."""
+  layer = {leaf: x.astype(np.float64) for leaf, x in layer.items()}
+  out_SD = np.zeros(h_SD.shape)
+  for s, h_D in enumerate(h_SD.astype(np.float64)):
+    weight_E = np.exp(tiny.log_softmax(layer['router_ED'] @ h_D))
+    best = np.argsort(-weight_E)[:config.experts_per_token]
+    total = weight_E[best].sum() if config.renormalize else 1
+    for e in best:
+      gate_F = layer['gate_EFD'][e] @ h_D
+      h_F = gate_F / (1 + np.exp(-gate_F)) * (layer['up_EFD'][e] @ h_D)
+      out_SD[s] += weight_E[e] / total * (layer['down_EDF'][e] @ h_F)
+  return out_SD
+
+
+@pytest.mark.parametrize('tp', [1, 2, 3])
+@pytest.mark.parametrize('renormalize', [True, False])
+@pytest.mark.parametrize('count', [1, 5, 40])
+def test_experts_equal_the_loop(count, renormalize, tp):
+  config = dataclasses.replace(MOE, renormalize=renormalize)
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:tp]), ('model',))
+  h_SD = normal(count, MOE.d_model, seed=9)
+  got = jax.jit(functools.partial(model.experts, config, mesh=mesh))(
+      expert_layer(), h_SD)
+  np.testing.assert_allclose(got, experts_oracle(
+      h_SD, expert_layer(), config), rtol=0, atol=1e-5)
+
+
+def test_all_tokens_of_one_expert():
+  """Groups of no rows, and shards without work."""
+  layer = expert_layer() | {'router_ED': np.zeros((6, 32), np.float32)}
+  h_SD = normal(7, 32)
+  three = jax.sharding.Mesh(np.array(jax.devices()[:3]), ('model',))
+  for mesh in (None, three):  # ties go to experts 0 and 1
+    np.testing.assert_allclose(
+        jax.jit(functools.partial(model.experts, MOE, mesh=mesh))(layer, h_SD),
+        experts_oracle(h_SD, layer, MOE), rtol=0, atol=1e-5)
+
+
+def test_a_token_of_infinities_leaves_the_others_alone():
+  h_SD = normal(5, 32)
+  bad_SD = h_SD.copy()
+  bad_SD[3] = np.inf
+  step = jax.jit(functools.partial(model.experts, MOE))
+  good, got = (step(expert_layer(), x) for x in (h_SD, bad_SD))
+  kept = [0, 1, 2, 4]
+  np.testing.assert_allclose(got[kept, :], good[kept, :], rtol=0, atol=1e-6)
+
+
+def test_sharded_experts_move_no_weights():
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ('model',))
+  split, whole = (jax.sharding.NamedSharding(
+      mesh, jax.sharding.PartitionSpec(*axes)) for axes in (['model'], []))
+  layer = {leaf: jax.device_put(x, whole if leaf == 'router_ED' else split)
+           for leaf, x in expert_layer().items()}
+  text = jax.jit(functools.partial(model.experts, MOE, mesh=mesh)).lower(
+      layer, jax.device_put(normal(5, 32), whole)).compile().as_text()
+  assert 'all-gather' not in text and 'all-reduce' in text
+
+
 def test_page_of():
   table = i32([[4, 2, 9], [7, 0, 1]])
   got = model.page_of(table, i32([0, 1, 1, 0]), i32([0, 8, 3, 11]),

@@ -173,11 +173,8 @@ def test_no_params(tmp_path):
   assert 'params' in error_of(write(tmp_path))
 
 
-# orbax closes its event loop under the other reads in flight.
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 def test_damaged_params(tmp_path):
   path = tmp_path / 'model'
   save_orbax(path, CONFIG, PARAMS)
-  for file in (path / 'params').rglob('d/*'):
-    file.write_bytes(file.read_bytes()[:-100])
+  (path / 'params' / '_METADATA').write_text('{')
   assert 'params' in error_of(path)

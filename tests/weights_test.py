@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from dsjax.base import InputError
-from dsjax.gguf_file import load_gguf
+from dsjax.gguf_model import load_gguf
 from dsjax.hf import load_hf
 from dsjax.weights import random_params, stored_shape
-from tests import gguf_file_test, hf_test
-from tests.gguf_file_test import CONFIG, D, F, H, N, leaves
+from tests import gguf_model_test, hf_test
+from tests.gguf_model_test import CONFIG, D, F, H, N, leaves
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def path(tmp_path):
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_random_params_have_the_tree_of_a_loaded_model(path, dtype):
-  loaded = load_gguf(gguf_file_test.save(path), dtype)[1]
+  loaded = load_gguf(gguf_model_test.save(path), dtype)[1]
   made = random_params(CONFIG, 0, dtype)
   assert [(name, a.shape, a.dtype) for name, a in leaves(loaded)] == [
       (name, a.shape, a.dtype) for name, a in leaves(made)]
