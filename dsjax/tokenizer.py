@@ -27,6 +27,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
 _LLAMA_3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
             r'\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+')
+_QWEN_2 = _LLAMA_3.replace(r'\p{N}{1,3}', r'\p{N}')
 
 
 def _byte_level(use_regex=True):
@@ -40,6 +41,9 @@ _PRE = {
     'llama-bpe': lambda: (pre_tokenizers.Sequence([
         pre_tokenizers.Split(tokenizers.Regex(_LLAMA_3), 'isolated'),
         _byte_level(use_regex=False)]), True),
+    'qwen2': lambda: (pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(_QWEN_2), 'isolated'),
+        _byte_level(use_regex=False)]), False),
     'smollm': lambda: (pre_tokenizers.Sequence([
         pre_tokenizers.Digits(individual_digits=True), _byte_level()]), False),
 }
