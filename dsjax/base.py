@@ -433,7 +433,11 @@ class EngineConfig:
     max_len: most tokens of prompt and output together.
     page_size: tokens a page (C). decode_page_size: of decode instances, if
       not the same; None: page_size.
-    num_pages: pages an instance; None for max_seqs sequences of max_len.
+    num_pages: pages an instance; None for what fits beside the weights and
+      the steps' temporaries in memory_bytes, or, where that is unknown, for
+      max_seqs sequences of max_len.
+    memory_bytes: of each device; None for what an accelerator says is free
+      (a CPU does not say).
     max_seqs: requests resident on an instance; the largest decode batch.
     prefill_tokens: L_m, tokens of a prefill batch (longer prompts run in
       chunks of it). prefill_seqs: most prompts in a batch.
@@ -451,6 +455,7 @@ class EngineConfig:
   max_len: int = 1024
   page_size: int = 16
   num_pages: int | None = None
+  memory_bytes: int | None = None
   max_seqs: int = 16
   prefill_tokens: int = 512
   prefill_seqs: int = 8
@@ -472,7 +477,7 @@ class EngineConfig:
       value = getattr(self, field)
       require(_integer(1, 2**31 - 1)(value), f'EngineConfig.{field}', value,
               'an integer of 1 or more')
-    for field in ('num_pages', 'decode_page_size'):
+    for field in ('num_pages', 'memory_bytes', 'decode_page_size'):
       value = getattr(self, field)
       require(value is None or _integer(1, 2**31 - 1)(value),
               f'EngineConfig.{field}', value,

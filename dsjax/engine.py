@@ -11,6 +11,7 @@ overlap in the stages because every dispatch is asynchronous.
 """
 
 import collections
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -137,6 +138,113 @@ def make_step(shapes, kind, size=0):
   return jax.jit(fn, donate_argnums=donate, out_shardings=out)
 
 
+def _seqs_bucket(limits, tokens):
+  """Sequences a prefill of this many packed tokens has room for."""
+  if tokens == limits.prefill_tokens:
+    return limits.prefill_seqs  # the largest bucket takes any batch
+  return min(limits.prefill_seqs, max(1, tokens // 16))
+
+
+def stage_shapes(config, meshes, role, engine_config, limits):
+  """The Shapes of each stage of an instance."""
+  c = engine_config
+  layout = sharding.cut(config, meshes[0].size)
+  return [Shapes(layout, span, mesh, limits.num_pages, limits.page_size,
+                 c.max_seqs, c.max_len, c.dtype, c.kv_dtype_of(role),
+                 c.attention)
+          for span, mesh in zip(sharding.spans(config.num_layers, len(meshes)),
+                                meshes, strict=True)]
+
+
+def abstract_steps(shapes, limits):
+  """The largest steps of a stage: (jitted step, abstract arguments) each."""
+  params, cache, slots = _abstract(shapes)
+  whole, tokens = sharding.whole(shapes.mesh), limits.prefill_tokens
+
+  def put(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+        np.shape(x), x.dtype, sharding=whole), tree)
+
+  def args(count, *batch):
+    x = None if shapes.first else put(np.empty(
+        (count, shapes.model.d_model), shapes.dtype))
+    ends = shapes.first or shapes.last
+    return (params, cache, slots if ends else None, x, *put(batch),
+            put(np.int32(0)) if shapes.last else None)
+
+  rows = _rows(shapes, limits.max_seqs)
+  packed = _packed(shapes, limits.prefill_seqs)
+  steps = []
+  if limits.role != 'prefill':
+    steps.append((make_step(shapes, 'decode'), args(limits.max_seqs, rows)))
+  if limits.role != 'decode':
+    mixed = rows if limits.role == 'chunked' else None
+    count = tokens + (limits.max_seqs if mixed else 0)
+    steps.append((make_step(shapes, 'prefill', tokens),
+                  args(count, packed, mixed)))
+  return steps
+
+
+def _device_bytes(tree):
+  """Bytes of sharded ShapeDtypeStructs on each of their devices."""
+  return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+             for x in jax.tree.leaves(tree))
+
+
+def fit(config, meshes, role, engine_config):
+  """The InstanceConfig of an instance, with the pages that fit in memory.
+
+  Nothing is allocated; the largest steps are compiled for the temporaries
+  that they need, if memory bounds the pages.
+
+  Raises:
+    InputError: it does not fit; says by how many bytes.
+  """
+  c = engine_config
+  limits = c.instance(role, len(meshes))
+  budget = c.memory_bytes or _free_bytes(meshes)
+  if budget is None:
+    return limits
+  least = pages.pages_for(c.max_len, limits.page_size)
+  asked = c.num_pages or least
+
+  def check(need, what, stage):
+    base.require(need <= budget, 'EngineConfig.memory_bytes', budget,
+                 f'{need - budget} bytes more for the {what} of stage {stage} '
+                 f'of a {role} instance, tp={meshes[0].size}, '
+                 f'pp={len(meshes)}, of {config.name}')
+
+  fixed, each = [], []
+  for i, s in enumerate(stage_shapes(config, meshes, role, c, limits)):
+    params, cache, slots = map(_device_bytes, _abstract(s))
+    each.append(cache // s.num_pages)
+    fixed.append(params + (slots if s.first or s.last else 0))
+    check(fixed[-1], 'weights', i)
+  for i, (weights, page) in enumerate(zip(fixed, each, strict=True)):
+    check(weights + asked * page, f'weights and {asked} pages', i)
+
+  def fitted():  # more than every sequence can use would serve nobody
+    room = min((budget - f) // e for f, e in zip(fixed, each, strict=True))
+    return dataclasses.replace(limits, num_pages=min(room, limits.num_pages))
+
+  tried = fitted()
+  for i, s in enumerate(stage_shapes(config, meshes, role, c, tried)):
+    fixed[i] += max(step.lower(*args).compile().memory_analysis()
+                    .temp_size_in_bytes for step, args in
+                    abstract_steps(s, tried))
+    check(fixed[i] + asked * each[i],
+          f'weights, temporaries and {asked} pages', i)
+  return fitted()
+
+
+def _free_bytes(meshes):
+  """The least free memory of the devices; None where they do not say."""
+  stats = [d.memory_stats() for m in meshes for d in m.devices.flat]
+  if not all(s and 'bytes_limit' in s for s in stats):
+    return None
+  return min(s['bytes_limit'] - s['bytes_in_use'] for s in stats)
+
+
 class _Stage:
   """Parameters, cache and, at both ends, slots on one mesh."""
 
@@ -168,7 +276,7 @@ class _Stage:
 class Engine:
   """The effects of one instance. It makes no choice: commands say it all."""
 
-  def __init__(self, loaded, meshes, role, config):
+  def __init__(self, loaded, meshes, role, config, limits=None):
     """Places parameters and an empty cache on the meshes.
 
     Args:
@@ -176,17 +284,17 @@ class Engine:
       meshes: one a pipeline stage.
       role: what the instance runs (decides which steps it needs).
       config: an EngineConfig.
+      limits: what `fit` gave, if it was called.
+
+    Raises:
+      InputError: it does not fit in memory.
     """
     self.role, self.config = role, config
-    self.limits = config.instance(role, len(meshes))
-    layout = sharding.cut(loaded.config, meshes[0].size)
-    spans = sharding.spans(loaded.config.num_layers, len(meshes))
-    self.where = layout, spans, tuple(meshes)
-    self.stages = [_Stage(Shapes(
-        layout, span, mesh, self.limits.num_pages, self.limits.page_size,
-        config.max_seqs, config.max_len, config.dtype,
-        config.kv_dtype_of(role), config.attention), loaded.params)
-        for span, mesh in zip(spans, meshes, strict=True)]
+    self.limits = limits or fit(loaded.config, meshes, role, config)
+    self.stages = [_Stage(shapes, loaded.params) for shapes in stage_shapes(
+        loaded.config, meshes, role, config, self.limits)]
+    self.where = (self.stages[0].shapes.layout, tuple(
+        s.shapes.span for s in self.stages), tuple(meshes))
     self.shapes, self.last = self.stages[0].shapes, self.stages[-1]
     self.need = [self.last.put(np.int32(n)) for n in range(3)]
     self.slot_of, self.mode_of = {}, {}
@@ -194,11 +302,7 @@ class Engine:
     self.fed = collections.deque()  # sampled tokens that stage 0 awaits
 
   def _seqs_bucket(self, tokens):
-    """Sequences a prefill of this many packed tokens has room for."""
-    most = self.limits.prefill_seqs
-    if tokens == self.limits.prefill_tokens:
-      return most  # the largest bucket takes any batch
-    return min(most, max(1, tokens // 16))
+    return _seqs_bucket(self.limits, tokens)
 
   def _mixed_rows(self):
     full = self.config.max_seqs

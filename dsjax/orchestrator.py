@@ -129,12 +129,13 @@ class Orchestrator:
                                   jax.devices() if devices is None
                                   else devices)
     self.model, self.placement, self.config = model, placement, config
-    self.plan = scheduler.Config(
-        tuple(config.instance(role, plan.pp)
-              for role, plan in placement.instances),
-        config.max_len, config.depth, run_ahead=config.run_ahead)
-    self.engines = [engine.Engine(model, mesh, role, config)
-                    for role, mesh in zip(roles, meshes, strict=True)]
+    limits = tuple(engine.fit(model.config, stages, role, config)
+                   for role, stages in zip(roles, meshes, strict=True))
+    self.plan = scheduler.Config(limits, config.max_len, config.depth,
+                                 run_ahead=config.run_ahead)
+    self.engines = [engine.Engine(model, stages, role, config, one)
+                    for role, stages, one in zip(roles, meshes, limits,
+                                                 strict=True)]
     self.routes = {}
     if report:
       self._warm(report)

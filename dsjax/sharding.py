@@ -10,7 +10,6 @@ zeros, and kv heads are replicated where there are fewer of them than shards
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -187,16 +186,3 @@ def kv(mesh):
 def whole(mesh):
   """Replicated."""
   return NamedSharding(mesh, PartitionSpec())
-
-
-def params_bytes(layout, span, dtype):
-  """Bytes of a stage's parameters on each of its devices."""
-  def size(leaf):
-    count = int(np.prod(layout.shape(leaf)))
-    return count // (layout.tp if spec(leaf) != PartitionSpec() else 1)
-
-  config = layout.model
-  each = sum(size(leaf) for leaf in config.layer_leaves)
-  total = each * (span[1] - span[0]) + sum(
-      size(leaf) for leaf in stage_leaves(config, span))
-  return total * jnp.dtype(dtype).itemsize

@@ -3,6 +3,7 @@
 Tokens are compared with the dense float64 pass of tests/tiny.py.
 """
 
+import dataclasses
 import itertools
 
 import jax
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from dsjax import base, checkpoint, sharding
+from dsjax import base, checkpoint, sharding, zoo
+from dsjax import engine as engine_module
 from dsjax.base import Chunk, RunDecode, RunPrefill, Sampling
 from dsjax.engine import Engine
 from tests import tiny
@@ -373,3 +375,87 @@ def test_every_possible_batch_has_a_warm_shape(limits, role):
 def test_shapes_needed(role, want):
   found = engine(role).shapes_needed()
   assert set(found) == want and len(found) == len(want)
+
+
+# --- memory ------------------------------------------------------------------
+
+
+def meshes_of(tp, pp):
+  made, = sharding.make_meshes(CONFIG, base.Placement(
+      colocated=[base.Plan(tp, pp)]), jax.devices())
+  return made
+
+
+def held_bytes(one):
+  """Bytes of weights, slots and a page on the fullest device."""
+  def each(tree):
+    return sum(x.addressable_shards[0].data.nbytes
+               for x in jax.tree.leaves(tree))
+
+  return max((each((s.params, s.slots)), each(s.cache) // s.shapes.num_pages)
+             for s in one.stages)
+
+
+@pytest.mark.parametrize('plan', ((1, 1), (3, 1), (2, 2)), ids=str)
+@pytest.mark.parametrize('role', ('decode', 'chunked'))
+def test_pages_are_what_memory_leaves(plan, role):
+  limits = dataclasses.replace(LIMITS, num_pages=None, kv_dtype='int8')
+  meshes = meshes_of(*plan)
+  all_of_them = limits.max_seqs * limits.max_len // limits.page_size
+  one = Engine(TINY, meshes, role, limits)
+  assert one.limits.num_pages == all_of_them  # a CPU does not say
+  fixed, page = held_bytes(one)
+  rich, poor = (engine_module.fit(CONFIG, meshes, role, dataclasses.replace(
+      limits, memory_bytes=fixed + n)).num_pages
+      for n in (10**7, 200_000))
+  assert rich == all_of_them
+  assert 16 <= poor <= 200_000 // page  # less temporaries
+  fitted = Engine(TINY, meshes, role, dataclasses.replace(
+      limits, memory_bytes=fixed + 200_000))
+  assert fitted.stages[0].cache.k_KPCH[0].shape[1] == poor
+
+
+@pytest.mark.parametrize('plan', ((1, 1), (2, 2)), ids=str)
+def test_what_does_not_fit_says_by_how_much_before_it_loads(plan):
+  meshes = meshes_of(*plan)
+  one = Engine(TINY, meshes, 'decode', LIMITS)
+  weights = held_bytes(one)[0]
+  unread = checkpoint.Model(CONFIG, None)  # loading would fail
+  with pytest.raises(base.InputError, match=(
+      r'EngineConfig.memory_bytes=.* bytes more for the weights of stage')):
+    Engine(unread, meshes, 'decode', dataclasses.replace(
+        LIMITS, memory_bytes=weights - 100))
+  with pytest.raises(base.InputError, match=(
+      'bytes more for the weights and 20 pages')):
+    Engine(unread, meshes, 'decode', dataclasses.replace(
+        LIMITS, memory_bytes=weights + 100))
+
+
+@pytest.mark.parametrize('name, plans', (
+    ('opt-13b', ((2, 1), (1, 1))), ('opt-66b', ((4, 1), (2, 2))),
+    ('opt-175b', ((3, 3), (4, 3))), ('llama-3-70b', ((4, 1), (8, 1)))))
+def test_the_papers_placements_of_published_shapes(name, plans):
+  """DistServe table 3, in float16-sized numbers, without allocating."""
+  config = zoo.config(name)
+  limits = base.EngineConfig(
+      max_len=2048, num_pages=512, max_seqs=8, prefill_tokens=512,
+      prefill_seqs=4, dtype='bfloat16')
+  for plan, role in zip(plans, ('prefill', 'decode'), strict=True):
+    tp, pp = plan
+    mesh = Mesh(np.array(jax.devices()[:tp]), (sharding.AXIS,))
+    stages = [mesh] * pp  # of other devices, where they run
+    one = limits.instance(role, pp)
+    total = 0
+    for s in engine_module.stage_shapes(config, stages, role, limits, one):
+      (step, args), = engine_module.abstract_steps(s, one)
+      out = jax.eval_shape(step, *args)
+      assert jax.tree.map(lambda x: (x.shape, x.dtype), out[0]) == (
+          jax.tree.map(lambda x: (x.shape, x.dtype), args[1]))
+      total += engine_module._device_bytes(args[0]) * tp
+    weights = sum(
+        int(np.prod(config.leaf_shape(leaf))) * times * 2
+        for leaves, times in ((config.top_leaves, 1),
+                              (config.layer_leaves, config.num_layers))
+        for leaf in leaves)
+    assert weights <= total < 1.06 * weights  # replicas of what is not split
+    assert total / (tp * pp) < 80e9

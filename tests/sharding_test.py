@@ -115,7 +115,6 @@ def test_heads_feed_forward_and_vocabulary_are_split_and_nothing_else(
     config, tp):
   layout, span = sharding.cut(config, tp), (0, config.num_layers)
   tree = sharding.abstract_params(layout, span, mesh(tp), 'float32')
-  held = 0
   for path, x in jax.tree_util.tree_leaves_with_path(tree):
     leaf = path[-1].key
     split = [c for c in leaf.rsplit('_', 1)[1] if c in SPLIT][:1]
@@ -123,8 +122,6 @@ def test_heads_feed_forward_and_vocabulary_are_split_and_nothing_else(
     if split:
       want[leaf.rsplit('_', 1)[1].index(split[0])] //= tp
     assert list(x.sharding.shard_shape(x.shape)) == want, leaf
-    held += int(np.prod(want)) * 4
-  assert sharding.params_bytes(layout, span, 'float32') == held
 
 
 def test_cache_and_moving_pages_are_split_by_kv_head():
