@@ -146,13 +146,13 @@ def test_bfloat16_weights_and_cache(name):
   assert run.cache.k_KPCH[0].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize('name', ['mixtral', 'qwen3_moe'])
-def test_experts_over_two_devices_change_no_token(name):
+@pytest.mark.parametrize('name', ['gemma3', 'mixtral', 'qwen3_moe'])
+def test_two_devices_change_no_token(name):
   config, params, tokens, logits_TV, prompt_len = load(name)
   mesh = Mesh(np.array(jax.devices()[:2]), ('model',))
   split = NamedSharding(mesh, PartitionSpec('model'))
   placed = sharding.params(mesh, params)
-  for layer in placed['layers']:
+  for layer in placed['layers'] if config.num_experts else ():
     layer.update(dict.fromkeys(('gate_EFD', 'up_EFD', 'down_EDF'), split))
   run = Run(config, jax.device_put(params, placed), tokens, prompt_len,
             mesh=mesh)
@@ -169,8 +169,10 @@ def test_stages_of_layers_are_all_of_them(name):
   config, params, tokens, *_ = load(name)
   pos_S = np.arange(len(tokens))
   whole, split = (Run(config, params, tokens, 1) for _ in range(2))
+  traced = []
 
   def attend(layer, q, k, v):
+    traced.append(config.window(layer))
     return prefill_attention(q, k, v, jnp.asarray(whole.table_BM[:1]),
                              jnp.array([0, len(tokens)]), jnp.array([0]),
                              **model.options(config, layer))
@@ -188,7 +190,8 @@ def test_stages_of_layers_are_all_of_them(name):
 
   run = jax.jit(stages, static_argnums=2)
   L = config.num_layers
-  got = run(params, split.cache, (0, 1, L))
   want = run(params, whole.cache, (0, L))
+  assert sorted(traced) == sorted(set(config.windows or (0,)))  # alike: once
+  got = run(params, split.cache, (0, 1, L))
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=ATOL),
                got, want)
