@@ -41,20 +41,22 @@ _KINDS = {int: 'an integer', float: 'a finite number', bool: 'true or false',
           str: 'a string', list: 'a list', dict: 'an object'}
 # Keys that change nothing in a forward pass without dropout.
 _IGNORED = frozenset('''
-  _name_or_path activation_dropout add_cross_attention architectures
+  _name_or_path activation_dropout architectures
   attention_dropout attention_probs_dropout_prob attn_implementation
   attn_pdrop begin_suppress_tokens bos_token_id cache_implementation
-  chunk_size_feed_forward classifier_dropout do_sample dropout dtype embd_pdrop
-  eos_token_id finetuning_task gradient_checkpointing hidden_dropout id2label
-  init_std initializer_range is_decoder label2id layerdrop max_length
-  model_type n_ctx output_attentions output_hidden_states output_router_logits
-  output_scores pad_token_id prefix pretraining_tp problem_type
-  reorder_and_upcast_attn resid_pdrop return_dict return_dict_in_generate
-  router_aux_loss_coef sep_token_id summary_activation
-  summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
-  suppress_tokens task_specific_params temperature tokenizer_class top_k top_p
-  torch_dtype torchscript transformers_version unk_token_id
-  unsloth_fixed unsloth_version use_cache'''.split())
+  chunk_size_feed_forward classifier_dropout do_sample dropout dtype
+  embd_pdrop eos_token_id finetuning_task gradient_checkpointing
+  hidden_dropout id2label init_std initializer_range is_decoder
+  keys_to_ignore_at_inference label2id layerdrop length_penalty max_length
+  model_type n_ctx num_beam_groups num_beams num_return_sequences
+  output_attentions output_hidden_states output_past output_router_logits
+  output_scores pad_token_id predict_special_tokens prefix pretraining_tp
+  problem_type reorder_and_upcast_attn repetition_penalty resid_pdrop
+  return_dict return_dict_in_generate router_aux_loss_coef sep_token_id
+  summary_activation summary_first_dropout summary_proj_to_labels summary_type
+  summary_use_proj suppress_tokens task_specific_params temperature
+  tokenizer_class top_k top_p torch_dtype torchscript transformers_version
+  typical_p unk_token_id unsloth_fixed unsloth_version use_cache'''.split())
 _ACTIVATIONS = {'silu': 'silu', 'swish': 'silu', 'relu': 'relu',
                 'gelu': 'gelu', 'gelu_new': 'gelu_tanh',
                 'gelu_pytorch_tanh': 'gelu_tanh'}

@@ -55,8 +55,10 @@ def _token_bytes(vocab, added, byte_level, vocab_size):
   except KeyError as error:
     raise InputError(f'model.vocab: token {token!r} has {error}: must be '
                      'byte-level') from None
-  for token in added:
-    found[token['id']] = b'' if token['special'] else token['content'].encode()
+  for token in added:  # Gemma adds runs of spaces
+    text = token['content']
+    found[token['id']] = (b'' if token['special'] else text.encode()
+                          if byte_level else _sentence_bytes(text))
   return tuple(found)
 
 

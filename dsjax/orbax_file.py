@@ -61,6 +61,7 @@ def read_config(path):
 def _restore_args(shape, dtype, sharding):
   if sharding is None:
     return ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
+  sharding.shard_shape(shape)  # a ValueError of its own when it does not fit
   return ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=dtype,
                               sharding=sharding, global_shape=shape)
 

@@ -94,6 +94,13 @@ def test_chat_is_the_template_s_and_content_stays_content(both):
   assert [i for i in evil if i in ours.control_ids] == [1, 3, 2]
 
 
+def test_added_spaces_are_spaces(tmp_path):
+  whole = build('legacy')
+  whole.add_tokens([tokenizers.AddedToken('▁▁', special=False)])
+  ours = save(tmp_path, whole)
+  assert ours.token_bytes(whole.token_to_id('▁▁')) == b'  '
+
+
 def test_padding_of_the_embedding_stands_for_nothing(both):
   _, ours = both
   assert ours.vocab_size == V and ours.token_bytes(V - 1) == b''

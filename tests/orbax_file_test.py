@@ -126,6 +126,14 @@ def test_other_families(tmp_path, kind):
   jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
+def test_a_sharding_that_does_not_fit_is_not_the_file_s_fault(saved, mesh):
+  odd = NamedSharding(Mesh(mesh.devices[:3], ('model',)),
+                      PartitionSpec('model'))
+  with pytest.raises(ValueError, match='evenly divide') as error:
+    load_orbax(saved, lambda tree: jax.tree.map(lambda _: odd, tree))
+  assert not isinstance(error.value, InputError)
+
+
 # --- bad folders -------------------------------------------------------------
 
 

@@ -1,9 +1,12 @@
+import dataclasses
+import json
 import math
 
 import pytest
 
 from dsjax import zoo
 from dsjax.base import InputError
+from dsjax.hf_config import read_config
 
 # Parameters as published: the safetensors headers of the Hub, tied heads
 # counted once; OPT 66B and 175B by their papers' tables.
@@ -52,6 +55,70 @@ def test_gemma_alternates():
   two, three = zoo.config('gemma-2-2b'), zoo.config('gemma-3-1b')
   assert two.windows[:4] == (4096, 0, 4096, 0)
   assert three.windows[:7] == (512,) * 5 + (0, 512)
+
+
+_COMMON = dict(
+    attention_bias=False, attention_dropout=0.0, bos_token_id=2,
+    eos_token_id=[1, 106], initializer_range=0.02, use_cache=True,
+    torch_dtype='bfloat16', transformers_version='4.50.0.dev0')
+# What config.json of the published models says, but for special tokens.
+FILES = {
+    'opt-125m': dict(
+        model_type='opt', activation_function='relu', ffn_dim=3072,
+        do_layer_norm_before=True, dropout=0.1, hidden_size=768,
+        max_position_embeddings=2048, num_attention_heads=12, prefix='</s>',
+        num_hidden_layers=12, vocab_size=50272, word_embed_proj_dim=768),
+    'llama-3.1-8b': _COMMON | dict(
+        model_type='llama', hidden_act='silu', hidden_size=4096,
+        intermediate_size=14336, max_position_embeddings=131072,
+        mlp_bias=False, num_attention_heads=32, num_hidden_layers=32,
+        num_key_value_heads=8, pretraining_tp=1, rms_norm_eps=1e-5,
+        rope_theta=500000.0, tie_word_embeddings=False, vocab_size=128256,
+        rope_scaling=dict(
+            factor=8.0, high_freq_factor=4.0, low_freq_factor=1.0,
+            original_max_position_embeddings=8192, rope_type='llama3')),
+    'mistral-7b': dict(
+        model_type='mistral', hidden_act='silu', hidden_size=4096,
+        intermediate_size=14336, max_position_embeddings=32768,
+        num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=8,
+        rms_norm_eps=1e-5, rope_theta=10000.0, sliding_window=4096,
+        tie_word_embeddings=False, vocab_size=32000),
+    'qwen3-30b-a3b': _COMMON | dict(
+        model_type='qwen3_moe', decoder_sparse_step=1, head_dim=128,
+        hidden_act='silu', hidden_size=2048, intermediate_size=6144,
+        max_position_embeddings=40960, max_window_layers=48,
+        mlp_only_layers=[], moe_intermediate_size=768, norm_topk_prob=True,
+        num_attention_heads=32, num_experts=128, num_experts_per_tok=8,
+        num_hidden_layers=48, num_key_value_heads=4, rms_norm_eps=1e-6,
+        output_router_logits=False, rope_scaling=None, rope_theta=1000000.0,
+        router_aux_loss_coef=0.001, sliding_window=None, vocab_size=151936,
+        tie_word_embeddings=False, use_sliding_window=False),
+    'gemma-2-27b': _COMMON | dict(
+        model_type='gemma2', attn_logit_softcapping=50.0, head_dim=128,
+        cache_implementation='hybrid', final_logit_softcapping=30.0,
+        hidden_act='gelu_pytorch_tanh', hidden_activation='gelu_pytorch_tanh',
+        hidden_size=4608, intermediate_size=36864, pad_token_id=0,
+        max_position_embeddings=8192, num_attention_heads=32,
+        num_hidden_layers=46, num_key_value_heads=16, rms_norm_eps=1e-6,
+        query_pre_attn_scalar=144, rope_theta=10000.0, sliding_window=4096,
+        sliding_window_size=4096, vocab_size=256000),
+    'gemma-3-1b': _COMMON | dict(
+        model_type='gemma3_text', attn_logit_softcapping=None, head_dim=256,
+        cache_implementation='hybrid', final_logit_softcapping=None,
+        hidden_activation='gelu_pytorch_tanh', hidden_size=1152,
+        intermediate_size=6912, max_position_embeddings=32768,
+        num_attention_heads=4, num_hidden_layers=26, num_key_value_heads=1,
+        query_pre_attn_scalar=256, rms_norm_eps=1e-6, rope_scaling=None,
+        rope_local_base_freq=10000, rope_theta=1000000, sliding_window=512,
+        sliding_window_pattern=6, vocab_size=262144)}
+
+
+@pytest.mark.parametrize('name', sorted(FILES))
+def test_config_files_say_the_same(tmp_path, name):
+  (tmp_path / 'config.json').write_text(json.dumps(FILES[name]))
+  config, _ = read_config(tmp_path)
+  assert dataclasses.replace(config, name=name, bos_id=None,
+                             eos_ids=()) == zoo.config(name)
 
 
 def test_an_unknown_name_lists_the_known():
