@@ -189,8 +189,9 @@ def run_experts(act, first, gate_EFD, up_EFD, down_EDF, h_SD, weight_SA,
                 expert_SA):
   """sum_a weight_a expert_a(h) over those of experts first .. first + E - 1.
 
-  Rows are sorted by expert, other experts' last, so that each weight is read
-  once. A token's terms are summed in its own order, whatever the batch.
+  Rows are sorted by expert, other experts' last (no group has them, so what
+  the product gives for them is dropped). A token's terms are summed in its own
+  order, whatever the batch.
   """
   E, A = gate_EFD.shape[0], expert_SA.shape[1]
   expert_R = expert_SA.reshape(-1) - first

@@ -58,7 +58,8 @@ def attend(tile, weigh, shape, table_BM, page_size, length, size):
 
   tile(start, width, table_Bm) gives masked scores [..., T] and the values;
   weigh(p, values) sums them. `shape` is the output's; its last axis is H.
-  A query whose scores are all masked gives 0.
+  A tile that is masked whole before a query's first token counts for nothing
+  afterwards; its values have to be finite.
   """
   M = table_BM.shape[1]
   m = min(max(1, size // page_size), M)
@@ -77,8 +78,7 @@ def attend(tile, weigh, shape, table_BM, page_size, length, size):
     return (new_top, total * scale + jnp.sum(p, -1),
             out * scale[..., None] + weigh(p, values))
 
-  # Half of NEVER, so that masked scores weigh 0 until a live one comes.
-  start = (jnp.full(shape[:-1], NEVER / 2), jnp.zeros(shape[:-1]),
+  start = (jnp.full(shape[:-1], NEVER), jnp.zeros(shape[:-1]),
            jnp.zeros(shape))
   _, total, out = jax.lax.fori_loop(0, -(-length // width), body, start)
-  return out / jnp.maximum(total, 1)[..., None]  # the top one weighs 1
+  return out / total[..., None]

@@ -110,14 +110,28 @@ def test_decode_when_every_row_is_as_long(layout, length):
 
 @pytest.mark.parametrize('layout', [(4, 4, 2), (16, 6, 2), (64, 8, 1)],
                          ids=str)
-@pytest.mark.parametrize('window', [1, 7, 16, 17, TILE + 1, 400])
+@pytest.mark.parametrize('window', [1, 6, 16, 18, TILE + 1, 400])
 def test_decode_under_a_window(layout, window):
-  lens = [1, window - 1, window, window + 1, window + layout[0], 300, REACH]
+  lens = [1, window - 1, window, window + 1, window + layout[0], 300, REACH,
+          window + 2 * layout[0] - 1]  # starts at a page's end
   lens = [min(max(n, 1), REACH) for n in lens]
   args, sequences = decode_case(layout, lens)
   np.testing.assert_allclose(
       decode(*args, window=window),
       decode_oracle(args[0], sequences, window=window), rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize('C', [1, 2, 5])
+@pytest.mark.parametrize('span', [1, 2, 3, 4, 5, 6, 7, 12, 40])
+def test_clip_keeps_the_pages_of_a_span(C, span):
+  table_BM = np.arange(20, dtype=np.int32)[None].repeat(3 * C, 0)
+  first_B = 2 * C + np.arange(3 * C)
+  got_BM, skip_B = tiles.clip(table_BM, first_B, span, C)
+  for got_M, skip, first in zip(got_BM, skip_B, first_B, strict=True):
+    assert got_M[0] * C == skip and first - C < skip <= first
+    last = min((first + span - 1) // C, 19)
+    assert set(range(got_M[0], last + 1)) <= set(got_M.tolist())
+  assert got_BM.shape[1] == min(1 + -(-(span - 1) // C), 20)  # no more
 
 
 def reads(op, args, window, monkeypatch):
@@ -238,6 +252,11 @@ def test_prefill_around_the_end_of_a_window(layout, window):
   packing = [(1, window - 2), (1, window - 1), (1, window),
              (40, max(window - 9, 0))]
   check_prefill(*prefill_case(layout, packing), packing, window=window)
+
+
+def test_prefill_of_a_block_that_starts_at_the_end_of_a_page():
+  packing = [(BLOCK, 33), (BLOCK, 1)]
+  check_prefill(*prefill_case((16, 4, 2), packing), packing, window=3)
 
 
 @pytest.mark.parametrize('window', [0, 20])
