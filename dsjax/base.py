@@ -547,11 +547,15 @@ class Cancelled(NamedTuple):
 
 
 class PrefillDone(NamedTuple):
-  """RunPrefill `number` of `instance` completed; `ended` met EOS or a stop."""
+  """RunPrefill `number` of `instance` completed; `ended` met EOS or a stop.
+
+  stages_s: when each pipeline stage but the last had done its part.
+  """
   time_s: float
   instance: int
   number: int
   ended: tuple[int, ...] = ()
+  stages_s: tuple[float, ...] = ()
 
 
 class DecodeDone(NamedTuple):
@@ -559,13 +563,15 @@ class DecodeDone(NamedTuple):
 
   steps_s: completion time of each of its steps, all of them. ended: (id,
   step) pairs: the request met EOS or a stop with the token of that step
-  (0-based).
+  (0-based). stages_s: when each pipeline stage but the last had done its
+  part of each step.
   """
   time_s: float
   instance: int
   number: int
   steps_s: tuple[float, ...] = ()
   ended: tuple[tuple[int, int], ...] = ()
+  stages_s: tuple[float, ...] = ()
 
 
 class Migrated(NamedTuple):

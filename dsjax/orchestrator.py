@@ -88,7 +88,7 @@ class _Running:
   def __init__(self, command, outputs, marks):
     self.command, self.outputs = command, collections.deque(outputs)
     self.marks = collections.deque(marks)  # what each stage but the last sent
-    self.times, self.ended = [], []
+    self.times, self.ended, self.stages = [], [], []
 
 
 class Orchestrator:
@@ -100,8 +100,6 @@ class Orchestrator:
     copied_bytes, copy_s: what migrations moved and the seconds they took,
       from dispatch to completion, summed.
     host_s, steps: host seconds of polls that found work; device steps done.
-    stage_log: (instance, command number, seconds) at which each pipeline
-      stage but the last had done its part, in order.
   """
 
   def __init__(self, model, placement, config=None, devices=None,
@@ -145,7 +143,6 @@ class Orchestrator:
         self._warm(lambda done, total, name: bar.update(
             task, completed=done, total=total, description=name))
     self.state = scheduler.init(self.plan)
-    self.stage_log = []
     self.recorder, self.log = metrics.Recorder(), []
     self.live, self.requests, self.seen = {}, {}, set()
     self.running = [collections.deque() for _ in roles]
@@ -379,19 +376,19 @@ class Orchestrator:
         c, at = done.command, done.times[-1]
         if isinstance(c, base.RunDecode):
           event = base.DecodeDone(at, c.instance, c.number, tuple(done.times),
-                                  tuple(done.ended))
+                                  tuple(done.ended), tuple(done.stages))
         else:
           event = base.PrefillDone(at, c.instance, c.number,
-                                   tuple(id for id, _ in done.ended))
+                                   tuple(id for id, _ in done.ended),
+                                   tuple(done.stages))
         self._event(event)
     return some
 
   def _advance(self, running):
     """Takes in the steps that are ready; True when the command is done."""
-    number = running.command.instance, running.command.number
     while running.marks and running.marks[0].is_ready():
       running.marks.popleft()
-      self.stage_log.append((*number, self.now))
+      running.stages.append(self.now)
     while running.outputs:
       if not running.outputs[0].token_R.is_ready():
         return False

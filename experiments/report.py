@@ -109,7 +109,8 @@ def tables(results):
 
   Args:
     results: [(mode, Summary, extra), ...]; extra may hold kv_bytes (moved),
-      kv_s (seconds that moving them took), host_s_per_step.
+      kv_s (seconds that moving them took), host_s_per_step, bubbles (of
+      each instance of several pipeline stages, see timeline.bubbles).
 
   Returns:
     A rich renderable.
@@ -139,6 +140,9 @@ def tables(results):
       ('KV GB/s', lambda _, extra: _number(_gb_per_s(extra))),
       ('host us a step', _scaled('host_s_per_step', 1e6)),
   ]
+  if any(extra.get('bubbles') for _, _, extra in results):
+    spent.append(('pipeline bubble', lambda _, extra: ' '.join(
+        _percent(x) for x in extra.get('bubbles', {}).values()) or '-'))
   return Group(_table('Service', results, service),
                _table('Latency', results, latency),
                _table('Where a request spends its time (mean)', results,

@@ -176,6 +176,7 @@ def serve_mode(config, mode, placement, model, requests, screen):
              if r.status in ('stop', 'length')}
   extra = {'kv_bytes': server.copied_bytes, 'kv_s': server.copy_s,
            'host_s_per_step': server.host_s / max(1, server.steps),
+           'bubbles': timeline.bubbles(server.log),
            'others_cores': cores}
   return Result(mode, placement, records, server.log, answers, extra,
                 len(compiled), stopped)

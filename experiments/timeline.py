@@ -24,6 +24,13 @@ from experiments.report import STAGE_COLOURS
 _INSTANCES, _REQUESTS = 1, 2  # "processes" of the trace
 
 
+_STAGE = 1000  # rows of further pipeline stages: instance + 1000 * stage
+
+
+def _row(instance, stage):
+  return instance + _STAGE * stage
+
+
 def _step_name(command):
   tokens = sum(c.stop - c.start for c in getattr(command, 'chunks', ()))
   parts = [f'prefill {tokens} tok'] if tokens else []
@@ -49,12 +56,23 @@ def _metadata(instances, names):
          'args': {'name': 'instances'}}
   yield {'ph': 'M', 'pid': _REQUESTS, 'name': 'process_name',
          'args': {'name': 'requests'}}
-  for i in sorted(instances):
-    name = names[i] if i < len(names) else f'instance {i}'
-    yield {'ph': 'M', 'pid': _INSTANCES, 'tid': i, 'name': 'thread_name',
-           'args': {'name': name}}
-    yield {'ph': 'M', 'pid': _INSTANCES, 'tid': i,
-           'name': 'thread_sort_index', 'args': {'sort_index': i}}
+  for row in sorted(instances):
+    yield {'ph': 'M', 'pid': _INSTANCES, 'tid': row, 'name': 'thread_name',
+           'args': {'name': _name(row, names)}}
+    yield {'ph': 'M', 'pid': _INSTANCES, 'tid': row,
+           'name': 'thread_sort_index', 'args': {'sort_index': _order(row)}}
+
+
+def _name(row, names):
+  stage, i = divmod(row, _STAGE)
+  name = names[i] if i < len(names) else f'instance {i}'
+  return f'{name}, stage {stage}' if stage else name
+
+
+def _order(row):
+  """Stages of an instance below one another."""
+  stage, instance = divmod(row, _STAGE)
+  return instance * _STAGE + stage
 
 
 def _request_slices(recorder, spans, us):
@@ -75,18 +93,62 @@ def _request_slices(recorder, spans, us):
     yield base | {'ph': 'e', 'name': name, 'ts': us(own[-1][2])}
 
 
+def _spans(event, issued_s, free_s):
+  """(step, stage, start, stop) of a command, by when its stages were free.
+
+  Several commands may be in flight; a stage runs them one by one, and a step
+  goes through the stages in order. free_s: (instance, stage) -> seconds, kept
+  by the caller.
+  """
+  ends_s = getattr(event, 'steps_s', ()) or (event.time_s,)
+  inner = len(event.stages_s) // len(ends_s)
+  ready_s = issued_s
+  for step, end_s in enumerate(ends_s):
+    stops_s = (*event.stages_s[step * inner:(step + 1) * inner], end_s)
+    for stage, stop_s in enumerate(stops_s):
+      start_s = max(ready_s, free_s.get((event.instance, stage), ready_s))
+      ready_s = free_s[event.instance, stage] = max(stop_s, start_s)
+      yield step, stage, start_s, ready_s
+
+
+def bubbles(log):
+  """The idle share of pipeline stages while their instance had work.
+
+  Returns:
+    {instance: 1 - busy seconds of its stages / (stages * seconds with a
+    command in flight)}, for instances of several stages.
+  """
+  issued, free_s, flying = {}, {}, {}
+  busy_s, open_s, since_s, stages = {}, {}, {}, {}
+  for event, commands in log:
+    if isinstance(event, (PrefillDone, DecodeDone)):
+      i = event.instance
+      spans = list(_spans(event, issued.pop((i, event.number)), free_s))
+      busy_s[i] = busy_s.get(i, 0) + sum(b - a for *_, a, b in spans)
+      stages[i] = 1 + max(stage for _, stage, *_ in spans)
+      flying[i] -= 1
+      if not flying[i]:
+        open_s[i] = open_s.get(i, 0) + event.time_s - since_s[i]
+    for command in commands:
+      if isinstance(command, (RunPrefill, RunDecode)):
+        i = command.instance
+        issued[i, command.number] = event.time_s
+        if not flying.get(i):
+          since_s[i] = event.time_s
+        flying[i] = flying.get(i, 0) + 1
+  return {i: 1 - busy_s[i] / (stages[i] * open_s[i])
+          for i in sorted(open_s) if stages[i] > 1 and open_s[i] > 0}
+
+
 def _step_slices(log, us):
   """Slices of the steps, and flow arrows of the migrations."""
   pending, free_s, made, moving = {}, {}, {}, {}
   for event, commands in log:
     if isinstance(event, (PrefillDone, DecodeDone)):
       issued_s, command = pending.pop((event.instance, event.number))
-      start_s = max(issued_s, free_s.get(event.instance, issued_s))
-      # Two commands may be in flight; the device runs them one by one.
-      stops_s = getattr(event, 'steps_s', ()) or (event.time_s,)
-      for step, stop_s in enumerate(stops_s):
-        stop_s = max(stop_s, start_s)
-        yield {'ph': 'X', 'pid': _INSTANCES, 'tid': event.instance,
+      for step, stage, start_s, stop_s in _spans(event, issued_s, free_s):
+        yield {'ph': 'X', 'pid': _INSTANCES, 'tid': _row(event.instance,
+                                                         stage),
                'cat': 'step', 'name': _step_name(command), 'ts': us(start_s),
                'dur': us(stop_s) - us(start_s),
                'args': _step_args(command, step)}
@@ -94,7 +156,6 @@ def _step_slices(log, us):
           # Just inside the slice: viewers attach an arrow to what is there.
           made[chunk.id] = (event.instance,
                             stop_s - 0.01 * (stop_s - start_s))
-        start_s = free_s[event.instance] = stop_s
     elif isinstance(event, Migrated):
       move = moving.pop((event.id, event.epoch), None)
       if move:
@@ -115,9 +176,10 @@ def _step_slices(log, us):
 def timeline(log, names=()):
   """Chrome trace of a run, for ui.perfetto.dev or chrome://tracing.
 
-  One row an instance with a slice a step, arrows for the KV that migrates,
-  and one row a request with its stages. With two commands in flight on an
-  instance, a slice begins where the one before ended.
+  One row an instance, and one for each further pipeline stage, with a slice
+  a step, arrows for the KV that migrates, and one row a request with its
+  stages. With several commands in flight on an instance, a slice begins where
+  the one before ended.
 
   Args:
     log: [(event, commands), ...] in order.
@@ -184,7 +246,8 @@ def save_lives(path, log, names=(), ids=None):
     recorder.observe(event, commands)
   origin_s = log[0][0].time_s if log else 0.0
   ids = [r.id for r in recorder.records] if ids is None else list(ids)
-  rows = sorted({e['tid'] for e in steps} | set(range(len(names))))
+  rows = sorted({e['tid'] for e in steps} | set(range(len(names))),
+                key=_order)
   figure = Figure(figsize=(10, 1.4 + 0.36 * (len(rows) + len(ids))),
                   layout='constrained')
   axes = figure.subplots()
@@ -199,7 +262,7 @@ def save_lives(path, log, names=(), ids=None):
             [stop_s - start_s for *_, start_s, stop_s in spans],
             left=[start_s - origin_s for *_, start_s, _ in spans], height=0.5,
             color=[STAGE_COLOURS[stage] for _, stage, *_ in spans])
-  labels = [names[i] if i < len(names) else f'instance {i}' for i in rows]
+  labels = [_name(row, names) for row in rows]
   labels += [f'request {id}' for id in ids]
   axes.set_yticks(range(len(labels)), labels)
   axes.set_ylim(len(labels) - 0.4, -0.6)

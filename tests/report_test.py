@@ -105,6 +105,41 @@ def test_requests_nest_their_stages():
       ('decode', 3e6)]
 
 
+def _staged():
+  """Two prefills of one chunk each through two stages of instance 3."""
+  chunks = [(Chunk(id, 0, 4, (id,), True),) for id in range(2)]
+  return [
+      (Arrived(10.0, 0, 4, 1), (RunPrefill(3, 0, chunks[0]),)),
+      (Arrived(10.0, 1, 4, 1), (RunPrefill(3, 1, chunks[1]),)),
+      (PrefillDone(12.0, 3, 0, (0,), (11.0,)),
+       (Finish(0, 'length'),)),
+      (PrefillDone(13.5, 3, 1, (1,), (12.0,)),
+       (Finish(1, 'length'),))]
+
+
+def test_stages_have_rows_of_their_own_and_overlap():
+  steps = [(e['tid'], e['ts'], e['ts'] + e['dur'])
+           for e in timeline.timeline(_staged())['traceEvents']
+           if e.get('cat') == 'step']
+  assert sorted(steps) == [(3, 0, 1e6), (3, 1e6, 2e6), (1003, 1e6, 2e6),
+                           (1003, 2e6, 3.5e6)]
+  rows = {e['tid']: e['args'] for e in
+          timeline.timeline(_staged(), ('a', 'b', 'c', 'd'))['traceEvents']
+          if e['name'] == 'thread_name'}
+  assert rows[3] == {'name': 'd'} and rows[1003] == {'name': 'd, stage 1'}
+
+
+def test_bubbles_are_what_stages_idle_while_there_is_work():
+  assert timeline.bubbles(_staged()) == {3: pytest.approx(1 - 4.5 / 7)}
+  assert timeline.bubbles(LOG) == {}
+  late = [(Arrived(20.0, 2, 4, 1), (RunPrefill(
+      3, 2, (Chunk(2, 0, 4, (2,), True),)),)),
+          (PrefillDone(22.0, 3, 2, (), (21.0,)), ())]
+  # Idle between commands is no bubble; a lone command fills half the stages.
+  assert timeline.bubbles(_staged() + late) == {
+      3: pytest.approx(1 - 6.5 / 11)}
+
+
 def test_timeline_file_and_names(tmp_path):
   path = tmp_path / 'timeline.json'
   timeline.save_timeline(path, LOG, ('prefill 0',))
