@@ -122,7 +122,6 @@ def test_a_family_gives_the_logits_of_transformers(name):
   run = Run(config, params, tokens, prompt_len)
   got_TV = np.concatenate((run.prefill(), run.decode(
       len(tokens) - prompt_len)))
-  print(name, np.abs(got_TV - logits_TV).max())
   np.testing.assert_allclose(got_TV, logits_TV, rtol=0, atol=ATOL)
   assert run.slots.tokens_ET[1, :len(tokens)].tolist() == tokens
 
@@ -141,12 +140,11 @@ def test_bfloat16_weights_and_cache(name):
   config, params, tokens, logits_TV, prompt_len = load(name, 'bfloat16')
   run = Run(config, params, tokens, prompt_len, 'bfloat16')
   got_SV = run.prefill()
-  print(name, np.abs(got_SV - logits_TV[:prompt_len]).max())
   np.testing.assert_allclose(got_SV, logits_TV[:prompt_len], rtol=0, atol=0.2)
   assert run.cache.k_KPCH[0].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize('name', ['gemma3', 'mixtral', 'qwen3_moe'])
+@pytest.mark.parametrize('name', ['gemma3', 'mixtral'])
 def test_two_devices_change_no_token(name):
   config, params, tokens, logits_TV, prompt_len = load(name)
   mesh = Mesh(np.array(jax.devices()[:2]), ('model',))
