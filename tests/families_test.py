@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from dsjax import base, checkpoint, model, sampling, sharding
 from dsjax import cache as kv
@@ -122,7 +122,6 @@ def test_a_family_gives_the_logits_of_transformers(name):
   run = Run(config, params, tokens, prompt_len)
   got_TV = np.concatenate((run.prefill(), run.decode(
       len(tokens) - prompt_len)))
-  print(name, np.abs(got_TV - logits_TV).max())
   np.testing.assert_allclose(got_TV, logits_TV, rtol=0, atol=ATOL)
   assert run.slots.tokens_ET[1, :len(tokens)].tolist() == tokens
 
@@ -141,21 +140,22 @@ def test_bfloat16_weights_and_cache(name):
   config, params, tokens, logits_TV, prompt_len = load(name, 'bfloat16')
   run = Run(config, params, tokens, prompt_len, 'bfloat16')
   got_SV = run.prefill()
-  print(name, np.abs(got_SV - logits_TV[:prompt_len]).max())
   np.testing.assert_allclose(got_SV, logits_TV[:prompt_len], rtol=0, atol=0.2)
   assert run.cache.k_KPCH[0].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize('name', ['gemma3', 'mixtral', 'qwen3_moe'])
-def test_two_devices_change_no_token(name):
+@pytest.mark.parametrize('name, tp', [('gemma3', 4), ('mixtral', 2)])
+def test_devices_change_no_token(name, tp):
+  """Four share two kv heads; experts are split."""
   config, params, tokens, logits_TV, prompt_len = load(name)
-  mesh = Mesh(np.array(jax.devices()[:2]), ('model',))
-  split = NamedSharding(mesh, PartitionSpec('model'))
-  placed = sharding.params(mesh, params)
-  for layer in placed['layers'] if config.num_experts else ():
-    layer.update(dict.fromkeys(('gate_EFD', 'up_EFD', 'down_EDF'), split))
-  run = Run(config, jax.device_put(params, placed), tokens, prompt_len,
-            mesh=mesh)
+  mesh = Mesh(np.array(jax.devices()[:tp]), (sharding.AXIS,))
+  layout, span = sharding.cut(config, tp), (0, config.num_layers)
+  placed = jax.tree.map(
+      lambda x: x.sharding,
+      sharding.abstract_params(layout, span, mesh, jnp.float32))
+  run = Run(layout.padded, jax.device_put(
+      sharding.stage_params(layout, span, params), placed), tokens,
+            prompt_len, mesh=mesh)
   run.cache = jax.device_put(run.cache, sharding.kv(mesh))
   run.slots = jax.device_put(run.slots, sharding.whole(mesh))
   got_TV = np.concatenate((run.prefill(), run.decode(
