@@ -103,6 +103,30 @@ class Recorder:
     for command in commands:
       self._issued(command, now_s)
 
+  def leapt(self, instance, done, inflight):
+    """Folds decode commands of unchanging rows that completed unobserved.
+
+    done, inflight: (number, steps_s, ...) of those that completed and of
+    those in flight now, in order; the first of them were seen issued.
+    """
+    rows, merged, pending = (), [], self._pending
+    for number, steps_s, *_ in done:
+      entry = pending.pop((instance, number), None)
+      if entry is None:
+        merged.extend(steps_s)
+        continue
+      rows = entry[1]
+      for life in rows:
+        if life.open:
+          life.tokens.extend(steps_s)
+    if merged:
+      for life in rows:
+        if life.open:
+          life.tokens.extend(merged)
+    for number, steps_s, *_ in inflight:
+      entry = pending.setdefault((instance, number), ((), rows, len(steps_s)))
+      rows = entry[1]
+
   def _arrived(self, event):
     require(event.id not in self._records, 'Arrived.id', event.id,
             'an id not seen before')

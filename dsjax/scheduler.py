@@ -29,7 +29,9 @@ next step waits on the device for the tokens of its previous one.
 """
 
 import bisect
+import collections
 import dataclasses
+import heapq
 from typing import NamedTuple
 
 from dsjax import base, pages
@@ -167,6 +169,132 @@ def step(config, state, event):
   if not (isinstance(event, base.Arrived) and event.more):
     draft.plan()
   return draft.freeze(), tuple(draft.commands)
+
+
+class Quiet:
+  """A decode run of one instance in which nothing is decided.
+
+  Stands for a series of DecodeDone events each of which `step` would answer
+  with one RunDecode of the same rows, some of them with a page more. It is
+  not a rule of its own: the tests hold it against step, command by command.
+
+  Attributes:
+    rows: of every command. bases: their `base`, summed. queue: prompts that
+      wait. number, tick: of the next command. commands: issued so far.
+  """
+
+  def __init__(self, config, state, index):
+    inst, self._c = state.instances[index], config.instances[index]
+    batch = inst.batches[0]
+    self.rows, self.tick, self.number = batch.rows, batch.tick, inst.number
+    self.bases = sum([r[1] for r in self.rows])
+    self.queue, self.commands = inst.queue, 0
+    self._index, self._seqs = index, state.seqs
+    self._most = (config.run_ahead if not inst.queue and not inst.pulls
+                  and inst.residents == len(self.rows) else 1)
+    self._free = pages.num_free(inst.pool)
+    self._granted = []  # rows (by place) in the order they get a page
+    self._until = due = {}  # tick -> rows (by place) covered up to it
+    for place, row in enumerate(self.rows):
+      if row[2] in due:
+        due[row[2]].append(place)
+      else:
+        due[row[2]] = [place]
+    self._ticks = list(due)
+    heapq.heapify(self._ticks)
+    self._steps = collections.deque(
+        [c.steps for c, _ in inst.inflight], len(inst.inflight))
+
+  def issue(self):
+    """Issues the command that answers the next completion.
+
+    Returns its number of steps; 0, and nothing is issued, where `step` must
+    decide: a row would end or pages are short.
+    """
+    until, tick = self._until, self.tick
+    due = self._ticks[0]
+    if due <= tick:
+      if not self._cover(due):
+        return 0
+      due = self._ticks[0]
+    steps = due - tick
+    if steps > self._most:
+      steps = self._most
+    else:
+      for place in until[due]:
+        row = self.rows[place]
+        if row[1] + due >= self._seqs[row[0]].limit - 1:
+          return 0
+    self.tick = tick + steps
+    self.number += 1
+    self.commands += 1
+    self._steps.append(steps)
+    return steps
+
+  def _cover(self, due):
+    """Gives the rows that are short at this tick a page each, if all can."""
+    places = sorted(self._until[due])
+    if len(places) > self._free:
+      return False
+    self._free -= len(places)
+    self._granted += places
+    del self._until[due]
+    heapq.heappop(self._ticks)
+    for place in places:
+      row = self.rows[place]
+      until = min(due + self._c.page_size,
+                  self._seqs[row[0]].limit - 1 - row[1])
+      if until in self._until:
+        self._until[until].append(place)
+      else:
+        self._until[until] = [place]
+        heapq.heappush(self._ticks, until)
+    return True
+
+  def close(self, state):
+    """The state after the commands issued so far.
+
+    The commands in flight carry the rows as they are now (step reads their
+    kind and number). state: of any later moment, the instance's pool, rows
+    and commands in flight untouched since.
+    """
+    index, inst = self._index, state.instances[self._index]
+    rows, seqs, pool = list(self.rows), state.seqs, inst.pool
+    if self._granted:
+      pool, ids = pages.alloc(pool, len(self._granted))
+      gained, seqs = {}, dict(seqs)
+      for place, page in zip(self._granted, ids, strict=True):
+        gained.setdefault(place, []).append(page)
+      for place, more in gained.items():
+        row = rows[place]
+        seq = seqs[row.id] = seqs[row.id]._replace(
+            pages=row.pages + tuple(more))
+        rows[place] = base.Row(row.id, row.base,
+                               _until(seq, row.base, self._c.page_size),
+                               seq.pages)
+    rows = tuple(rows)
+    inflight, tick, number = [], self.tick, self.number
+    for steps in reversed(self._steps):
+      tick, number = tick - steps, number - 1
+      inflight.append((base.RunDecode(index, number, tick, steps, rows), 0))
+    inst = inst._replace(pool=pool, batches=(Batch(rows, self.tick),),
+                         number=self.number, inflight=tuple(inflight[::-1]))
+    return State(seqs, (*state.instances[:index], inst,
+                        *state.instances[index + 1:]), state.arrivals)
+
+
+def quiet(config, state, index):
+  """A Quiet run of an instance, or None where its next completion may decide.
+
+  What waits to be admitted here must have been refused since pages were last
+  released (always so for a decode instance); in a run, pages only get fewer.
+  """
+  inst = state.instances[index]
+  if (len(inst.batches) > 1 or inst.ending or inst.prefilling
+      or not inst.batches[0].rows or len(inst.inflight) != config.depth
+      or not all(type(c) is base.RunDecode for c, _ in inst.inflight)):
+    return None
+  return Quiet(config, state, index)
 
 
 class _Draft:
