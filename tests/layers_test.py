@@ -13,9 +13,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 HOST = {'base', 'pages', 'scheduler', 'latency', 'workload', 'metrics',
         'queueing', 'simulator', 'placement', 'zoo'}
 DEVICE = {'model', 'cache', 'sampling', 'sharding'}
-SHELL = {'engine', 'migrate', 'checkpoint', 'gguf_file', 'gguf_model', 'hf',
-         'hf_config', 'hf_tokenizer', 'orbax_file', 'weights', 'tokenizer',
-         'orchestrator', 'server', 'cluster'}
+SHELL = {'engine', 'fit', 'migrate', 'checkpoint', 'gguf_file', 'gguf_model',
+         'hf', 'hf_config', 'hf_tokenizer', 'orbax_file', 'weights',
+         'tokenizer', 'orchestrator', 'server', 'cluster'}
 EFFECTS = {'asyncio', 'multiprocessing', 'os', 'random', 'secrets', 'socket',
            'subprocess', 'threading', 'time'}
 OURS = {'dsjax', 'kernels', 'experiments', 'configs', 'tests'}
