@@ -438,7 +438,7 @@ class Goodput:
   runs: int
 
 
-def goodput(hits_at, target, start_per_s, tolerance=0.02, requests=400,
+def goodput(hits_at, target, start_per_s, ratio=1.02, requests=400,
             most_requests=6400, most_per_s=1e5, least_per_s=1e-4):
   """Bisects the rate, sampling each until its interval excludes the target.
 
@@ -447,7 +447,7 @@ def goodput(hits_at, target, start_per_s, tolerance=0.02, requests=400,
       equal seeds at every rate (common random numbers).
     target: share of requests that must attain.
     start_per_s: the first rate tried.
-    tolerance: the ratio of rates, above 1, at which bisection ends.
+    ratio: of rates, above 1, at which bisection ends.
     requests, most_requests: n at first, and at most.
 
   Returns:
@@ -484,7 +484,7 @@ def goodput(hits_at, target, start_per_s, tolerance=0.02, requests=400,
       rate = max(rate / 4, least_per_s)
     elif high is None:
       rate = min(rate * 4, most_per_s)
-  while low and high and high / low > 1 + tolerance:
+  while low and high and high / low > ratio:
     rate = math.sqrt(low * high)
     if judge(rate):
       low = rate

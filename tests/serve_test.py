@@ -177,7 +177,7 @@ def _gguf(path, architecture):
     ('placements=colocated=1x1/chunked=1x1,1x1', 'of equally many devices'),
     ('placements=prefill=8x1,decode=1x1',
      "placements='9 devices': must be of at most the 8 that exist"),
-    ('placements=colocated=3x1', 'Plan.tp=3: must be one of [1, 2]'),
+    ('placements=colocated=5x1', 'Plan.tp=5: must be at most the 4'),
     ('engine.max_len=20', 'exceed engine.max_len=20'),
     ('engine.max_len=4096', 'must be at most 2048, the context of tiny'),
     ('model=gpt5', "model='gpt5': must be one of"),
