@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from dsjax import base, checkpoint, model, sampling, sharding
 from dsjax import cache as kv
@@ -150,12 +150,9 @@ def test_bfloat16_weights_and_cache(name):
 def test_two_devices_change_no_token(name):
   config, params, tokens, logits_TV, prompt_len = load(name)
   mesh = Mesh(np.array(jax.devices()[:2]), ('model',))
-  split = NamedSharding(mesh, PartitionSpec('model'))
-  placed = sharding.params(mesh, params)
-  for layer in placed['layers'] if config.num_experts else ():
-    layer.update(dict.fromkeys(('gate_EFD', 'up_EFD', 'down_EDF'), split))
-  run = Run(config, jax.device_put(params, placed), tokens, prompt_len,
-            mesh=mesh)
+  layout = sharding.cut(config, 2)
+  placed = sharding.place_params(layout, (0, config.num_layers), mesh, params)
+  run = Run(layout.padded, placed, tokens, prompt_len, mesh=mesh)
   run.cache = jax.device_put(run.cache, sharding.kv(mesh))
   run.slots = jax.device_put(run.slots, sharding.whole(mesh))
   got_TV = np.concatenate((run.prefill(), run.decode(
