@@ -200,12 +200,13 @@ def test_stages_of_layers_are_all_of_them(name):
 def serve(name, prefill, decode, **limits):
   """(tokens, golden tokens) after the prompt, disaggregated.
 
-  Another request shares the batches; both prompts take two chunks.
+  Both prompts take two chunks; another request comes after in the same slot
+  (one a batch: fewer steps to compile).
   """
   config, params, tokens, _, end = load(name)
   limits = base.EngineConfig(
-      max_len=T, page_size=C, num_pages=2 * T // C, max_seqs=2,
-      prefill_tokens=16, prefill_seqs=2, transfer_pages=4, checksum=True,
+      max_len=T, page_size=C, num_pages=2 * T // C, max_seqs=1,
+      prefill_tokens=16, prefill_seqs=2, transfer_pages=1, checksum=True,
       **limits)
   placement = base.Placement(prefill=[base.Plan(*prefill)],
                              decode=[base.Plan(*decode)])
@@ -221,8 +222,7 @@ def serve(name, prefill, decode, **limits):
 
 @pytest.mark.parametrize('name, prefill, decode', [
     ('mixtral', (2, 1), (1, 2)), ('gemma3', (2, 1), (1, 2)),
-    ('opt', (2, 1), (1, 2)), ('gpt2', (2, 1), (1, 2)),
-    ('qwen3_moe', (2, 1), (1, 2)), ('qwen2', (3, 1), (1, 2)),
+    ('gpt2', (2, 1), (1, 2)), ('qwen3_moe', (2, 1), (1, 2)),
     ('opt', (1, 2), (3, 1))], ids=str)
 def test_served_over_plans_a_family_gives_the_same_tokens(
     name, prefill, decode):
@@ -231,10 +231,9 @@ def test_served_over_plans_a_family_gives_the_same_tokens(
 
 
 def test_served_through_bfloat16_and_int8_pages_most_tokens_are_the_same():
-  """Keys and values are rounded by 2^-9 and 2^-8 of their largest: logits
-  that are closer than that makes them may trade places (the least margin
-  here is 0.013), and what follows would be another text."""
+  """bfloat16 rounds by 2^-9 of a number, int8 by 2^-8 of a token's largest:
+  logits that are closer than that moves them may trade places (the least
+  margin here is 0.013), and what follows would be another text."""
   tokens, want = serve('mistral', (2, 1), (1, 2), kv_dtype='bfloat16',
                        decode_kv_dtype='int8')
-  print(sum(a == b for a, b in zip(tokens, want, strict=True)))
   assert sum(a == b for a, b in zip(tokens, want, strict=True)) >= 8
