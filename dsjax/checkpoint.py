@@ -16,7 +16,7 @@ from dsjax.gguf_model import load_gguf
 from dsjax.hf import load_hf
 from dsjax.hf_config import CONFIG
 from dsjax.hf_tokenizer import load_tokenizer
-from dsjax.orbax_file import load_orbax, save_orbax
+from dsjax.orbax_file import Stored, load_orbax, save_orbax
 from dsjax.tokenizer import Tokenizer
 from dsjax.weights import DTYPES, random_params
 
@@ -70,10 +70,11 @@ def find(name_or_path):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """What is served: shape, parameters (a tree), tokenizer (may be None)."""
+  """What is served: shape, parameters (a tree, or an orbax_file.Stored that
+  each stage reads its own of), tokenizer (may be None)."""
 
   config: ModelConfig
-  params: dict
+  params: dict | Stored
   tokenizer: Tokenizer | None = None
 
 
@@ -96,7 +97,7 @@ def load(name_or_path, dtype='float32'):
   if not path.is_dir():
     return Model(*load_gguf(path, dtype), Tokenizer.load(path))
   if (path / orbax_file.CONFIG).is_file():
-    return Model(*load_orbax(path, dtype=dtype))
+    return Model(*load_orbax(path, dtype))
   if not (path / CONFIG).is_file():
     raise InputError(f'{path}: neither {CONFIG} (Hugging Face) nor '
                      f'{orbax_file.CONFIG} (save_orbax)')

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from dsjax import base, model, pages, sampling, sharding
 from dsjax import cache as kv
+from dsjax.orbax_file import Stored
 
 
 class Shapes(NamedTuple):
@@ -250,11 +251,10 @@ class _Stage:
 
   def __init__(self, shapes, params):
     self.shapes, self.whole = shapes, sharding.whole(shapes.mesh)
-    abstract, cache, slots = _abstract(shapes)
-    # Leaf by leaf: what is padded for this plan is not kept on the host.
-    self.params = jax.tree.map(
-        lambda x, like: jax.device_put(x, like.sharding),
-        sharding.stage_params(shapes.layout, shapes.span, params), abstract)
+    _, cache, slots = _abstract(shapes)
+    place = (params.place if isinstance(params, Stored) else
+             functools.partial(sharding.place_params, params=params))
+    self.params = place(shapes.layout, shapes.span, shapes.mesh)
     self.cache, self.slots = (
         jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, like))()
         for make, like in (

@@ -1,9 +1,12 @@
 """Models as orbax checkpoints: read straight onto a mesh, shard by shard.
 
 A folder of two things: `params`, an orbax checkpoint of the tree, and
-`dsjax.json`, the ModelConfig, written last.
+`dsjax.json`, the ModelConfig, written last. Shards are read by tensorstore,
+which orbax writes with: orbax itself would read the same slice of every array
+for equal places only, and a plan's heads may be replicated or have gaps.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -11,8 +14,10 @@ import pathlib
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
+from jax.sharding import NamedSharding
 
-from dsjax import weights
+from dsjax import sharding, weights
 from dsjax.base import InputError, ModelConfig, RopeScaling
 from dsjax.hf_config import read_json
 
@@ -58,29 +63,63 @@ def read_config(path):
     raise InputError(f'{file}: {error}') from error
 
 
-def _restore_args(shape, dtype, sharding):
-  if sharding is None:
-    return ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
-  sharding.shard_shape(shape)  # a ValueError of its own when it does not fit
-  return ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=dtype,
-                              sharding=sharding, global_shape=shape)
+@dataclasses.dataclass(frozen=True)
+class Stored:
+  """The parameters of a folder that save_orbax wrote, not read yet."""
+
+  path: pathlib.Path
+  dtype: str
+
+  def place(self, layout, span, mesh):
+    """The parameters of a stage on its mesh, as sharding.place_params.
+
+    Every shard is read into an array of its own shape and cast there: no
+    array is whole on the host, beyond what is replicated.
+
+    Raises:
+      InputError: names the folder: unreadable.
+    """
+    context, dtype = ts.Context(), weights.DTYPES[self.dtype]
+
+    def put(leaf, layer):
+      name = leaf if layer is None else f'layers.{layer}.{leaf}'
+      stored = ts.open(
+          {'driver': 'zarr', 'kvstore': {
+              'driver': 'ocdbt', 'base': f'file://{self.path}/',
+              'path': name}}, open=True, read=True, context=context).result()
+      shape = layout.shape(leaf)
+
+      def read(index):
+        source = layout.source(leaf, index)
+        out = np.zeros([len(range(n)[at]) for n, at in zip(
+            shape, index, strict=True)], dtype)
+        ts.array(out)[tuple(slice(at.stop - at.start) for at in source)].write(
+            ts.cast(stored, dtype)[source][ts.d[:].translate_to[0]]).result()
+        return out
+
+      return jax.make_array_from_callback(
+          shape, NamedSharding(mesh, sharding.spec(leaf)), read)
+
+    with _naming(self.path):
+      return sharding.stage_tree(layout.model, span, put)
 
 
-def load_orbax(path, shardings=None, dtype='float32'):
-  """A model that save_orbax wrote.
+@contextlib.contextmanager
+def _naming(path):
+  """Errors of what is read there become InputError."""
+  try:
+    yield
+  except InputError as error:
+    raise InputError(f'{path}: {error}') from error
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise InputError(f'{path}: unreadable: {error}') from error
 
-  With shardings, every device's shard is read into an array of its own shape
-  and put on its devices: no array is whole on the host, beyond what is
-  replicated. Casting is done on the way, shard by shard.
 
-  Args:
-    path: the folder.
-    shardings: a function from the tree of jax.ShapeDtypeStruct to the tree of
-      shardings, as `lambda tree: sharding.params(mesh, tree)`; None for numpy
-      arrays.
-    dtype: of the loaded arrays.
+def load_orbax(path, dtype='float32'):
+  """A model that save_orbax wrote: its names and shapes are checked.
+
   Returns:
-    (ModelConfig, params).
+    (ModelConfig, Stored): its parameters as they will be read.
   Raises:
     InputError: names the folder: no such, of another tree or other shapes,
       or unreadable.
@@ -88,24 +127,12 @@ def load_orbax(path, shardings=None, dtype='float32'):
   weights.check_dtype(dtype)
   path = pathlib.Path(path).resolve()
   config = read_config(path)
-  dtype = weights.DTYPES[dtype]
   tree = weights.tree(config, lambda leaf, _: jax.ShapeDtypeStruct(
-      config.leaf_shape(leaf), dtype))
-  wanted = (jax.tree.map(lambda _: None, tree) if shardings is None else
-            shardings(tree))
-  leaves, structure = jax.tree.flatten(tree)
-  args = structure.unflatten([
-      _restore_args(leaf.shape, dtype, sharding) for leaf, sharding in
-      zip(leaves, structure.flatten_up_to(wanted), strict=True)])
-  try:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-      _check(reader.metadata(path / _PARAMS).item_metadata, tree)
-      return config, reader.restore(
-          path / _PARAMS, args=ocp.args.PyTreeRestore(tree, restore_args=args))
-  except InputError as error:
-    raise InputError(f'{path / _PARAMS}: {error}') from error
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise InputError(f'{path / _PARAMS}: unreadable: {error}') from error
+      config.leaf_shape(leaf), weights.DTYPES[dtype]))
+  path /= _PARAMS
+  with _naming(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    _check(reader.metadata(path).item_metadata, tree)
+  return config, Stored(path, dtype)
 
 
 def _check(stored, tree):

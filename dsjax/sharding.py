@@ -47,6 +47,23 @@ class Layout:
       shape[at] += -shape[at] % self.tp
     return tuple(shape)
 
+  def source(self, leaf, index):
+    """The part of a stored parameter that a shard begins with; zeros follow.
+
+    That is all of a shard, since its heads are a run (`cut`): of several
+    places for kv heads that a shard has, none is a copy.
+
+    Args:
+      index: a slice an axis of the parameter as it lies on the mesh.
+    """
+    held = {'N': self.heads, 'K': self.kv_heads}
+    part = []
+    for letter, at, size in zip(leaf.rsplit('_', 1)[1], index,
+                                self.model.leaf_shape(leaf), strict=True):
+      real = [i for i in held.get(letter, range(size))[at] if i >= 0]
+      part.append(slice(real[0], real[-1] + 1) if real else slice(0, 0))
+    return tuple(part)
+
   def pad(self, leaf, array):
     """A parameter of the model as it lies on the mesh: itself, or numpy."""
     letters, want = leaf.rsplit('_', 1)[1], self.shape(leaf)
@@ -144,27 +161,31 @@ def stage_leaves(config, span):
   return tuple(leaf for leaf in config.top_leaves if ends.get(leaf, last))
 
 
-def stage_params(layout, span, params):
-  """The parameters of a stage, padded."""
-  def tree(leaves, source):
-    return {leaf: layout.pad(leaf, source[leaf]) for leaf in leaves}
-
-  config = layout.model
-  return tree(stage_leaves(config, span), params) | {'layers': tuple(
-      tree(config.layer_leaves, layer)
-      for layer in params['layers'][span[0]:span[1]])}
+def stage_tree(config, span, make):
+  """The tree of a stage with make(leaf name, layer number or None)."""
+  top = {leaf: make(leaf, None) for leaf in stage_leaves(config, span)}
+  return top | {'layers': tuple(
+      {leaf: make(leaf, layer) for leaf in config.layer_leaves}
+      for layer in range(*span))}
 
 
 def abstract_params(layout, span, mesh, dtype):
   """The parameters of a stage as sharded ShapeDtypeStructs."""
-  def tree(leaves):
-    return {leaf: jax.ShapeDtypeStruct(
-        layout.shape(leaf), dtype, sharding=NamedSharding(mesh, spec(leaf)))
-            for leaf in leaves}
+  return stage_tree(layout.model, span, lambda leaf, _: jax.ShapeDtypeStruct(
+      layout.shape(leaf), dtype, sharding=NamedSharding(mesh, spec(leaf))))
 
-  config = layout.model
-  return tree(stage_leaves(config, span)) | {'layers': tuple(
-      tree(config.layer_leaves) for _ in range(*span))}
+
+def place_params(layout, span, mesh, params):
+  """The parameters of a stage on its mesh.
+
+  One at a time, so that what is padded is not kept on the host.
+  """
+  def put(leaf, layer):
+    source = params if layer is None else params['layers'][layer]
+    return jax.device_put(layout.pad(leaf, source[leaf]),
+                          NamedSharding(mesh, spec(leaf)))
+
+  return stage_tree(layout.model, span, put)
 
 
 def spec(leaf):

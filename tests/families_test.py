@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from dsjax import base, checkpoint, model, sampling, sharding
+from dsjax import base, checkpoint, model, orchestrator, sampling, sharding
 from dsjax import cache as kv
 from dsjax.kernels.prefill_attention import prefill_attention
 
@@ -149,13 +149,9 @@ def test_devices_change_no_token(name, tp):
   """Four share two kv heads; experts are split."""
   config, params, tokens, logits_TV, prompt_len = load(name)
   mesh = Mesh(np.array(jax.devices()[:tp]), (sharding.AXIS,))
-  layout, span = sharding.cut(config, tp), (0, config.num_layers)
-  placed = jax.tree.map(
-      lambda x: x.sharding,
-      sharding.abstract_params(layout, span, mesh, jnp.float32))
-  run = Run(layout.padded, jax.device_put(
-      sharding.stage_params(layout, span, params), placed), tokens,
-            prompt_len, mesh=mesh)
+  layout = sharding.cut(config, tp)
+  placed = sharding.place_params(layout, (0, config.num_layers), mesh, params)
+  run = Run(layout.padded, placed, tokens, prompt_len, mesh=mesh)
   run.cache = jax.device_put(run.cache, sharding.kv(mesh))
   run.slots = jax.device_put(run.slots, sharding.whole(mesh))
   got_TV = np.concatenate((run.prefill(), run.decode(
@@ -195,3 +191,48 @@ def test_stages_of_layers_are_all_of_them(name):
   got = run(params, split.cache, (0, 1, L))
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=ATOL),
                got, want)
+
+
+# --- served ------------------------------------------------------------------
+
+
+def serve(name, prefill, decode, **limits):
+  """(tokens, golden tokens) after the prompt, disaggregated.
+
+  Both prompts take two chunks; another request comes after in the same slot
+  (one a batch: fewer steps to compile).
+  """
+  config, params, tokens, _, end = load(name)
+  limits = base.EngineConfig(
+      max_len=T, page_size=C, num_pages=2 * T // C, max_seqs=1,
+      prefill_tokens=16, prefill_seqs=2, transfer_pages=1, checksum=True,
+      **limits)
+  placement = base.Placement(prefill=[base.Plan(*prefill)],
+                             decode=[base.Plan(*decode)])
+  with orchestrator.serve(checkpoint.Model(config, params), placement, limits,
+                          report=lambda *_: None) as server:
+    records = server.run([
+        base.Request(i, 0.0, tuple(prompt), base.Sampling(
+            max_tokens=len(tokens) - end, ignore_eos=True))
+        for i, prompt in enumerate((tokens[:end], tokens[:end][::-1]))])
+    assert [r.status for r in records] == ['length'] * 2
+    return list(server.output(0).tokens), tokens[end:]
+
+
+@pytest.mark.parametrize('name, prefill, decode', [
+    ('mixtral', (2, 1), (1, 2)), ('gemma3', (2, 1), (1, 2)),
+    ('gpt2', (2, 1), (1, 2)), ('qwen3_moe', (2, 1), (1, 2)),
+    ('opt', (1, 2), (3, 1))], ids=str)
+def test_served_over_plans_a_family_gives_the_same_tokens(
+    name, prefill, decode):
+  tokens, want = serve(name, prefill, decode)
+  assert tokens == want
+
+
+def test_served_through_bfloat16_and_int8_pages_most_tokens_are_the_same():
+  """bfloat16 rounds by 2^-9 of a number, int8 by 2^-8 of a token's largest:
+  logits that are closer than that moves them may trade places (the least
+  margin here is 0.013), and what follows would be another text."""
+  tokens, want = serve('mistral', (2, 1), (1, 2), kv_dtype='bfloat16',
+                       decode_kv_dtype='int8')
+  assert sum(a == b for a, b in zip(tokens, want, strict=True)) >= 8

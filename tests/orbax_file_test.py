@@ -5,14 +5,22 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsjax import checkpoint
-from dsjax.base import InputError, ModelConfig, RopeScaling
+from dsjax import checkpoint, orchestrator, sharding
+from dsjax.base import (
+    EngineConfig,
+    InputError,
+    ModelConfig,
+    Placement,
+    Plan,
+    Request,
+    RopeScaling,
+    Sampling,
+)
 from dsjax.hf import load_hf
 from dsjax.orbax_file import load_orbax, read_config, save_orbax
 from dsjax.weights import random_params
-from tests import hf_test
+from tests import hf_test, tiny
 
 CONFIG = ModelConfig(
     name='tiny', num_layers=2, d_model=32, num_heads=4, num_kv_heads=4,
@@ -21,20 +29,36 @@ CONFIG = ModelConfig(
 PARAMS = random_params(CONFIG, 0)
 
 
-def split(mesh):
-  """Matrices by their first axis, o and down by their second."""
-  def one(path, leaf):
-    name = path[-1].key
-    spec = (PartitionSpec() if len(leaf.shape) == 1 else
-            PartitionSpec(None, 'model') if name in ('o_DNH', 'down_DF') else
-            PartitionSpec('model'))
-    return NamedSharding(mesh, spec)
-  return lambda tree: jax.tree_util.tree_map_with_path(one, tree)
+PLANS = ((1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2))
+FEWER = dataclasses.replace(  # than shards of 3 or 4: replicated
+    CONFIG, name='fewer', num_kv_heads=2, tied=False, vocab_size=63)
+WIDE = dataclasses.replace(  # gaps: three heads a kv head, two places for it
+    CONFIG, name='wide', num_heads=6, num_kv_heads=2, qkv_bias=True,
+    mlp_bias=True, out_bias=True, d_ff=50)
+MOE = dataclasses.replace(CONFIG, name='moe', num_experts=12,
+                          experts_per_token=2)
 
 
-@pytest.fixture
-def mesh():
-  return Mesh(np.array(jax.devices()[:4]), ('model',))
+def stages(config, tp, pp):
+  """(layout, span, mesh) of each stage of a plan."""
+  meshes, = sharding.make_meshes(
+      config, Placement(colocated=[Plan(tp, pp)]), jax.devices())
+  return [(sharding.cut(config, tp), span, mesh) for span, mesh in zip(
+      sharding.spans(config.num_layers, pp), meshes, strict=True)]
+
+
+def read(config, params):
+  """All of it, on one device."""
+  stage, = stages(config, 1, 1)
+  return params.place(*stage)
+
+
+def same(got, want):
+  """Equal values, dtypes and shardings."""
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  for x, y in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+    assert x.dtype == y.dtype and x.sharding == y.sharding
+    np.testing.assert_array_equal(x, y)
 
 
 @pytest.fixture(scope='module')
@@ -51,69 +75,88 @@ def error_of(path, **arguments):
   return str(error.value)
 
 
-def test_numpy_round_trip(saved):
+def test_round_trip(saved):
   config, params = load_orbax(saved)
   assert config == CONFIG
-  assert jax.tree.structure(params) == jax.tree.structure(PARAMS)
-  jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
-  assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(params))
+  got = read(config, params)
+  assert jax.tree.structure(got) == jax.tree.structure(PARAMS)
+  jax.tree.map(np.testing.assert_array_equal, got, PARAMS)
 
 
-def test_every_leaf_has_the_asked_sharding(saved, mesh):
-  _, params = load_orbax(saved, split(mesh))
-  wanted = split(mesh)(PARAMS)
-  for leaf, sharding, want in zip(
-      *map(jax.tree.leaves, (params, wanted, PARAMS)), strict=True):
-    assert leaf.sharding == sharding
-    np.testing.assert_array_equal(leaf, want)
+@pytest.mark.parametrize('config', (CONFIG, FEWER, WIDE, MOE),
+                         ids=lambda c: c.name)
+def test_every_plan_reads_what_it_would_place(tmp_path, config):
+  params = random_params(config, 1)
+  save_orbax(tmp_path / 'model', config, params, chunk_bytes=1024)
+  _, stored = load_orbax(tmp_path / 'model')
+  for plan in PLANS:
+    for stage in stages(config, *plan):
+      same(stored.place(*stage), sharding.place_params(*stage, params))
 
 
-def test_no_array_is_whole_on_the_host(saved, mesh, monkeypatch):
-  """orbax reads each shard into np.zeros of the shard's shape; see them all.
+@pytest.mark.parametrize('config', (FEWER, WIDE, MOE), ids=lambda c: c.name)
+@pytest.mark.parametrize('plan', ((2, 1), (3, 1), (2, 2)), ids=str)
+def test_no_array_is_whole_on_the_host(tmp_path, config, plan, monkeypatch):
+  """A shard is read into np.zeros of its shape, of its stage's leaves only.
 
   And tensorstore decodes chunks, which are smaller than an array too.
   """
+  save_orbax(tmp_path / 'model', config, random_params(config, 1),
+             chunk_bytes=1024)
+  _, stored = load_orbax(tmp_path / 'model')
   made, zeros = [], np.zeros
 
   def spy(shape, *args, **kwargs):
-    made.append(tuple(np.atleast_1d(shape)))
+    made.append(tuple(np.atleast_1d(shape).tolist()))
     return zeros(shape, *args, **kwargs)
 
-  monkeypatch.setattr(np, 'zeros', spy)
-  load_orbax(saved, split(mesh))
-  monkeypatch.undo()
-  shards = [s.shard_shape(leaf.shape) for s, leaf in zip(
-      jax.tree.leaves(split(mesh)(PARAMS)), jax.tree.leaves(PARAMS),
-      strict=True)]
-  for shape in set(shards):  # read once for each place
-    assert made.count(shape) >= shards.count(shape), shape
-  whole = {leaf.shape for leaf in jax.tree.leaves(PARAMS) if leaf.ndim > 1}
-  assert whole.isdisjoint(made)
+  for stage in stages(config, *plan):
+    made.clear()
+    monkeypatch.setattr(np, 'zeros', spy)
+    placed = stored.place(*stage)
+    monkeypatch.undo()
+    assert sorted(made) == sorted(
+        piece for x in jax.tree.leaves(placed) for piece in
+        [x.sharding.shard_shape(x.shape)]
+        * (1 if x.sharding.is_fully_replicated else plan[0]))
+    assert all(x.ndim == 1 or path[-1].key == 'router_ED'
+               for path, x in jax.tree_util.tree_leaves_with_path(placed)
+               if x.sharding.is_fully_replicated)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-    stored = reader.metadata(saved / 'params').item_metadata.tree
-  for leaf in jax.tree.leaves(stored, is_leaf=lambda x: hasattr(x, 'storage')):
+    tree = reader.metadata(stored.path).item_metadata.tree
+  for leaf in jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, 'storage')):
     assert np.prod(leaf.storage.chunk_shape) * 4 <= 1024
 
 
-def test_a_sharded_model_is_saved(tmp_path, mesh):
-  params = jax.tree.map(jax.device_put, PARAMS, split(mesh)(PARAMS))
-  save_orbax(tmp_path / 'model', CONFIG, params)
+def test_a_sharded_model_is_saved(tmp_path):
+  stage, = stages(CONFIG, 4, 1)
+  save_orbax(tmp_path / 'model', CONFIG, sharding.place_params(*stage, PARAMS))
   jax.tree.map(np.testing.assert_array_equal,
-               load_orbax(tmp_path / 'model')[1], PARAMS)
+               read(*load_orbax(tmp_path / 'model')), PARAMS)
 
 
-@pytest.mark.parametrize('sharded', [False, True])
-def test_bfloat16(saved, mesh, sharded):
-  _, params = load_orbax(saved, split(mesh) if sharded else None, 'bfloat16')
-  for leaf, want in zip(*map(jax.tree.leaves, (params, PARAMS)), strict=True):
-    assert leaf.dtype == 'bfloat16'
-    np.testing.assert_array_equal(leaf, want.astype(leaf.dtype))
+def test_bfloat16(saved):
+  stage, = stages(CONFIG, 3, 1)
+  _, params = load_orbax(saved, 'bfloat16')
+  same(params.place(*stage), sharding.place_params(*stage, jax.tree.map(
+      lambda x: x.astype('bfloat16'), PARAMS)))
 
 
-def test_load_knows_such_a_folder(saved):
-  model = checkpoint.load(saved)
-  assert model.config == CONFIG and model.tokenizer is None
-  np.testing.assert_array_equal(model.params['norm_D'], PARAMS['norm_D'])
+@pytest.mark.parametrize('plan', ((1, 1), (3, 2)), ids=str)
+def test_it_is_served_from_the_folder(tmp_path, plan):
+  config, params = tiny.UNTIED, tiny.params(tiny.UNTIED)
+  save_orbax(tmp_path / 'model', config, params)
+  model = checkpoint.load(tmp_path / 'model')
+  assert model.config == config and model.tokenizer is None
+  limits = EngineConfig(max_len=32, page_size=4, num_pages=12, max_seqs=2,
+                        prefill_tokens=32, prefill_seqs=2)
+  with orchestrator.serve(
+      model, Placement(colocated=[Plan(*plan)]), limits,
+      report=lambda *_: None) as server:
+    server.run([Request(0, 0.0, tiny.prompt(9), Sampling(
+        max_tokens=8, ignore_eos=True))])
+    assert list(server.output(0).tokens) == tiny.greedy(
+        tiny.prompt(9), 8, config)
 
 
 @pytest.mark.parametrize('kind', ['opt', 'gemma3_text', 'qwen3_moe'])
@@ -121,17 +164,9 @@ def test_other_families(tmp_path, kind):
   (tmp_path / 'hf').mkdir()
   config, params = load_hf(hf_test.save(tmp_path / 'hf', *hf_test.make(kind)))
   save_orbax(tmp_path / 'orbax', config, params)
-  again, loaded = load_orbax(tmp_path / 'orbax')
+  again, stored = load_orbax(tmp_path / 'orbax')
   assert again == config
-  jax.tree.map(np.testing.assert_array_equal, loaded, params)
-
-
-def test_a_sharding_that_does_not_fit_is_not_the_file_s_fault(saved, mesh):
-  odd = NamedSharding(Mesh(mesh.devices[:3], ('model',)),
-                      PartitionSpec('model'))
-  with pytest.raises(ValueError, match='evenly divide') as error:
-    load_orbax(saved, lambda tree: jax.tree.map(lambda _: odd, tree))
-  assert not isinstance(error.value, InputError)
+  jax.tree.map(np.testing.assert_array_equal, read(config, stored), params)
 
 
 # --- bad folders -------------------------------------------------------------
@@ -186,3 +221,15 @@ def test_damaged_params(tmp_path):
   save_orbax(path, CONFIG, PARAMS)
   (path / 'params' / '_METADATA').write_text('{')
   assert 'params' in error_of(path)
+
+
+def test_damaged_arrays(tmp_path):
+  path = tmp_path / 'model'
+  save_orbax(path, CONFIG, PARAMS)
+  _, stored = load_orbax(path)
+  for file in (path / 'params' / 'd').iterdir():
+    file.write_bytes(file.read_bytes()[:-100])
+  stage, = stages(CONFIG, 2, 1)
+  with pytest.raises(InputError, match='unreadable') as error:
+    stored.place(*stage)
+  assert str(path) in str(error.value)

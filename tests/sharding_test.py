@@ -155,7 +155,7 @@ def test_more_stages_than_layers_are_refused():
                          ids=lambda c: c.name)
 def test_stages_hold_every_parameter_once_but_a_tied_embedding(config):
   layout = sharding.cut(config, 1)
-  stages = [sharding.stage_params(layout, span, tiny.params(config))
+  stages = [sharding.place_params(layout, span, mesh(1), tiny.params(config))
             for span in sharding.spans(config.num_layers, 2)]
   assert sum(len(s['layers']) for s in stages) == config.num_layers
   tops = [set(s) - {'layers'} for s in stages]
