@@ -103,6 +103,8 @@ class Affine:
         max(A_p + B_p n, A_d + C_d n) + C_p squares + B_d context,
         n = tokens + batch;
       never more than the two steps one after the other.
+    piece_s: seconds of each piece after the first, prefill or mixed (its own
+      blocks of attention, its row of the output head).
     buckets: tokens and rows round up to these.
   """
 
@@ -114,6 +116,7 @@ class Affine:
   host_s: float = 0.0
   pp: int = 1
   buckets: Buckets = Buckets()
+  piece_s: float = 0.0
 
   def __post_init__(self):
     for field, count in (('prefill', 3), ('decode', 3), ('decode_large', 3),
@@ -132,6 +135,8 @@ class Affine:
               and list(sizes) == sorted(set(sizes)),
               f'Affine.buckets.{field}', sizes, 'growing sizes')
     object.__setattr__(self, 'buckets', Buckets(*map(tuple, self.buckets)))
+    require(_finite(self.piece_s), 'Affine.piece_s', self.piece_s,
+            'seconds, 0 or more')
     _check_common(self)
 
   def prefill_s(self, pieces):
@@ -140,7 +145,8 @@ class Affine:
       return 0.0
     tokens, squares = sums(pieces)
     a, b, c = self.prefill
-    return a + b * round_up(tokens, self.buckets.tokens) + c * squares
+    return (a + b * round_up(tokens, self.buckets.tokens) + c * squares
+            + self.piece_s * (len(pieces) - 1))
 
   def decode_line(self, batch):
     """(a, b): a step of `batch` rows takes a + b context."""
@@ -163,11 +169,12 @@ class Affine:
     tokens, squares = sums(pieces)
     n = (round_up(tokens, self.buckets.tokens)
          + round_up(batch, self.buckets.mixed_rows))
+    more = self.piece_s * (len(pieces) - 1)
     if self.mixed is not None:
       a, b, c, d = self.mixed
-      return a + b * n + c * squares + d * context
+      return a + b * n + c * squares + d * context + more
     (a, b, c), (a_d, b_d, c_d) = self.prefill, self._decode(batch)
-    joint = max(a + b * n, a_d + c_d * n) + c * squares + b_d * context
+    joint = max(a + b * n, a_d + c_d * n) + c * squares + b_d * context + more
     return min(joint, self.prefill_s(pieces) + self.decode_s(batch, context))
 
 
@@ -234,7 +241,8 @@ def scale(latency, config, plan, speedup=None, itemsize=2,
     out[token_at] += each
     return tuple(out)
   return dataclasses.replace(
-      latency, prefill=scaled(latency.prefill, 1),
+      latency, piece_s=latency.piece_s / k,
+      prefill=scaled(latency.prefill, 1),
       decode=scaled(latency.decode, 2),
       decode_large=scaled(latency.decode_large, 2),
       mixed=scaled(latency.mixed, 1), pp=plan.pp)

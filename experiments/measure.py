@@ -32,6 +32,7 @@ import jax
 import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
@@ -90,11 +91,12 @@ def shapes(config, points):
   """The (pieces, batch, context of a row) of every cell of the grid."""
   limit, rows = config.prefill_tokens, config.max_seqs
   room = config.max_len - STEPS - 1  # context of a row
-  lengths = spread(min(16, limit), min(limit, config.max_len), points)
+  lengths = spread(min(16, -(-limit // 2)), min(limit, config.max_len),
+                   points)
   found = [(((0, n),) * b, 0, 0) for n in lengths
            for b in spread(1, min(rows, config.prefill_seqs), 3)
            if n * b <= limit]
-  starts = [s for s in spread(16, room, points)[1:]]
+  starts = spread(16, config.max_len - lengths[-2], points)[1:]
   found += [(((s, s + n),), 0, 0) for s in starts for n in lengths
             if s + n <= config.max_len]
   contexts = spread(min(16, room), room, points)
@@ -252,12 +254,12 @@ def build(loaded, plan, role, config, devices):
   return engine.Engine(loaded, meshes, role, config)
 
 
-def measure(loaded, plans, config, rounds=5, points=4, bar=None):
+def measure(loaded, plans, config, rounds=5, points=4, bar=None, name=None):
   """Profiles every plan.
 
   Args:
     config: an EngineConfig; chunk_tokens must be prefill_tokens.
-    bar: a rich Progress, or None.
+    bar: a rich Progress, or None. name: the model's, for the profile.
 
   Returns:
     (latency.Profile, {Plan: [fit.Cell]}).
@@ -283,18 +285,18 @@ def measure(loaded, plans, config, rounds=5, points=4, bar=None):
   kv_bytes = cache.bytes_per_token(loaded.config, config.kv_dtype_of('decode'),
                                    loaded.config.num_layers)
   for plan in plans:
-    name = configs.show_placement(base.Placement(chunked=[plan]))[8:]
+    label = f'{plan.tp}x{plan.pp}'
     one = build(loaded, plan, 'chunked', config, devices)
-    task = bar.add_task(f'{name}: compiling', total=len(one.shapes_needed()))
+    task = bar.add_task(f'{label}: compiling', total=len(one.shapes_needed()))
     for _ in one.warm():
       bar.advance(task)
     bare = Cells(one)
-    task = bar.add_task(f'{name}: steps', total=(rounds + 1) * len(grid))
+    task = bar.add_task(f'{label}: steps', total=(rounds + 1) * len(grid))
     medians = in_rounds([lambda s=s, bare=bare: bare.seconds(*s)
                          for s in grid], rounds, lambda t=task: bar.advance(t))
     cells[plan] = [fit.Cell(s[0], s[1], context_of(*s), seconds)
                    for s, seconds in zip(grid, medians, strict=True)]
-    task = bar.add_task(f'{name}: host', total=1)
+    task = bar.add_task(f'{label}: host', total=1)
     host = host_times(loaded, config, plan, bare, rounds)
     bar.advance(task)
     models[plan] = fit.fit_affine(
@@ -302,14 +304,14 @@ def measure(loaded, plans, config, rounds=5, points=4, bar=None):
         max(0.0, statistics.median(host)) if host else 0.0, plan.pp)
     for to in plans:
       target = build(loaded, to, 'decode', config, devices[most:])
-      task = bar.add_task(f'{name}: to {to.tp}x{to.pp}',
+      task = bar.add_task(f'{label}: to {to.tp}x{to.pp}',
                           total=(rounds + 1) * len(lengths))
       seconds = transfer_times(one, target, lengths, rounds,
                                lambda t=task: bar.advance(t))
       if seconds[-1] > seconds[0]:  # else noise hides the bandwidth
         links[plan, to] = fit.fit_link(lengths, seconds, kv_bytes)
   return latency.Profile(
-      loaded.config.name, devices[0].device_kind, models, links,
+      name or loaded.config.name, devices[0].device_kind, models, links,
       f'experiments.measure, {rounds} rounds, {config.dtype}, '
       f'jax {jax.__version__}'), cells
 
@@ -328,8 +330,9 @@ def _say(cell):
   return ' + '.join(parts)
 
 
-def show(console, profile, cells, tpot_s, max_len):
+def show(console, profile, cells, tpot_s, config, model_config):
   """Tables: every cell, and what follows from the fits."""
+  max_len = config.max_len
   for plan, model in profile.latencies.items():
     table = Table(title=f'plan {plan.tp}x{plan.pp}', title_justify='left')
     for column in ('kind', 'cell', 'measured ms', 'fitted ms', 'error'):
@@ -343,6 +346,13 @@ def show(console, profile, cells, tpot_s, max_len):
     for kind, r in fit.residuals(model, cells[plan]).items():
       console.print(f'  {kind}: mean error {r.mape:.1%} of {r.count} cells, '
                     f'worst {r.worst:.1%} at {_say(r.cell)}', highlight=False)
+    paper = latency.appendix_a(model_config, fit.fit_appendix_a(
+        cells[plan], model_config))
+    alone = [c for c in cells[plan] if c.kind != 'mixed']
+    console.print('  mean error of DistServe Appendix A, five constants: '
+                  + ', '.join(f'{kind} {r.mape:.1%}' for kind, r in
+                              fit.residuals(paper, alone).items()),
+                  highlight=False)
     limit, rows = model.buckets.tokens[-1], model.buckets.rows[-1]
     batch = latency.largest_batch(model, tpot_s, max_len // 2, rows)
     console.print(
@@ -383,8 +393,8 @@ def _draw_prefill(axis, model, cells):
     n = np.unique(np.geomspace(of[0][0], of[-1][0], 200).astype(int))
     axis.plot(n, [1e3 * model.prefill_s(((0, x // count),) * count)
                   for x in n.tolist()], color=colour, lw=1)
-  axis.set(title='prefill', xlabel='tokens of the batch', xscale='log',
-           yscale='log')
+  axis.set(title='prefill', xlabel='tokens of the batch')
+  axis.set_ylim(bottom=0)
   axis.legend(frameon=False, fontsize=8)
 
 
@@ -414,6 +424,9 @@ def _draw_errors(axis, model, cells):
   axis.axhline(0, color='0.6', lw=0.8)
   axis.set(title='error of the fit', xlabel='measured ms', ylabel='%',
            xscale='log')
+  axis.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+  axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f'{x:g}'))
+  axis.xaxis.set_minor_formatter(NullFormatter())
   axis.legend(frameon=False, fontsize=8)
 
 
@@ -462,8 +475,9 @@ def run(console):
                 MofNCompleteColumn(), console=console,
                 transient=True) as bar:
     profile, cells = measure(loaded, plans, config, _ROUNDS.value,
-                             _POINTS.value, bar)
-  show(console, profile, cells, _TPOT.value, config.max_len)
+                             _POINTS.value, bar,
+                             pathlib.Path(_MODEL.value).name)
+  show(console, profile, cells, _TPOT.value, config, loaded.config)
   busy = others.cores()
   if busy is not None and busy > 0.2:
     console.print(f'Other programs used {busy:.1f} cores meanwhile: these '

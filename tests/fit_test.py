@@ -40,9 +40,10 @@ def times(units, free):
 
 
 AFFINES = st.builds(
-    lambda p, d, m: Affine(times(UNITS, p), times((1e-2, 1e-6, 1e-4), d),
-                           mixed=times((1e-2, 1e-4, 1e-8, 1e-6), m)),
-    *(st.tuples(*[POSITIVE] * n) for n in (3, 3, 4)))
+    lambda p, d, m, each: Affine(
+        times(UNITS, p), times((1e-2, 1e-6, 1e-4), d),
+        mixed=times((1e-2, 1e-4, 1e-8, 1e-6), m), piece_s=1e-2 * each),
+    *(st.tuples(*[POSITIVE] * n) for n in (3, 3, 4)), POSITIVE)
 
 
 @settings(deadline=None, max_examples=40)
@@ -51,7 +52,7 @@ AFFINES = st.builds(
 def test_noiseless_data_give_the_constants_back(truth, buckets):
   truth = dataclasses.replace(truth, buckets=buckets)
   found = fit.fit_affine(grid(truth), buckets)
-  for field in ('prefill', 'decode', 'mixed'):
+  for field in ('prefill', 'decode', 'mixed', 'piece_s'):
     assert getattr(found, field) == pytest.approx(
         getattr(truth, field), rel=1e-3)
   assert all(r.worst < 1e-6 for r in fit.residuals(

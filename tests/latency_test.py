@@ -48,6 +48,15 @@ def test_chunks_add_up_to_the_prompt_but_for_their_overhead():
   assert chunks == pytest.approx(whole + 2 * SIMPLE.prefill[0])
 
 
+def test_further_pieces():
+  one = dataclasses.replace(SIMPLE, piece_s=0.25)
+  pieces = ((0, 10), (0, 5), (3, 4))
+  assert one.prefill_s(pieces) == SIMPLE.prefill_s(pieces) + 0.5
+  assert one.prefill_s(pieces[:1]) == SIMPLE.prefill_s(pieces[:1])
+  assert one.mixed_s(pieces, 2, 30) == pytest.approx(
+      SIMPLE.mixed_s(pieces, 2, 30) + 0.5)
+
+
 def test_two_pieces_of_batches():
   two = Affine((0, 0, 0), (1, 0, 0), (2, 0, 0.5), 3)
   assert [two.decode_s(b, 9) for b in (1, 3, 4)] == [1, 1, 4]
@@ -292,7 +301,8 @@ PROFILE = Profile(
     'tiny', 'cpu', {
         Plan(): dataclasses.replace(
             SIMPLE, decode_large=(1, 2, 3), split=7, mixed=(1, 2, 3, 4),
-            host_s=0.25, buckets=Buckets((32,), (1, 2), (2,))),
+            host_s=0.25, buckets=Buckets((32,), (1, 2), (2,)),
+            piece_s=0.125),
         Plan(1, 2): dataclasses.replace(SIMPLE, pp=2)},
     {(Plan(), Plan(1, 2)): Link(0.5, 1e9, 64)}, 'a test')
 
