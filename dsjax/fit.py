@@ -208,7 +208,7 @@ def fit_roofline(cells, model, steps=4000):
   as logistic values, step_s above 0 as a softplus of the shortest step.
 
   Args:
-    cells: [Cell]. model: a latency.Roofline; its compute, memory and step_s
+    cells: [Cell]. model: a roofline.Roofline; its compute, memory and step_s
       are replaced.
   """
   require(cells, 'cells', cells, 'at least one')
