@@ -110,7 +110,8 @@ def _up(cell, buckets):
 
 
 def _prefill_row(cell, buckets):
-  return 1.0, _up(cell, buckets)[0], latency.sums(cell.pieces)[1]
+  return (1.0, _up(cell, buckets)[0], latency.sums(cell.pieces)[1],
+          len(cell.pieces) - 1)
 
 
 def _decode_row(cell, buckets):
@@ -165,15 +166,20 @@ def fit_affine(cells, buckets=None, host_s=0.0, pp=1):
         for kind in ('prefill', 'decode', 'mixed')}
   for kind in ('prefill', 'decode'):
     require(of[kind], 'cells', len(cells), f'some of kind {kind}')
-  prefill, _ = _solve(of['prefill'], _prefill_row, buckets)
+  (*prefill, piece_s), _ = _solve(of['prefill'], _prefill_row, buckets)
   small, large, split = _fit_decode(of['decode'], buckets)
   mixed = None
   if of['mixed']:
-    mixed, _ = _solve(of['mixed'], _mixed_row, buckets)
+    # What a further piece costs is known from the prefills; a cell keeps at
+    # least half of its seconds, whatever that takes away.
+    rest = [c._replace(seconds=max(c.seconds / 2, c.seconds - piece_s * (
+        len(c.pieces) - 1))) for c in of['mixed']]
+    mixed, _ = _solve(rest, _mixed_row, buckets)
   return latency.Affine(
-      *(None if c is None else tuple(c.tolist())
+      *(None if c is None else tuple(map(float, c))
         for c in (prefill, small, large)), split,
-      mixed if mixed is None else tuple(mixed.tolist()), host_s, pp, buckets)
+      mixed if mixed is None else tuple(map(float, mixed)), host_s, pp,
+      buckets, float(piece_s))
 
 
 def fit_appendix_a(cells, config, block=16, tp=1):
@@ -183,7 +189,7 @@ def fit_appendix_a(cells, config, block=16, tp=1):
   """
   prefill, decode = latency.appendix_a_features(config, block, tp)
   one = latency.Buckets()
-  rows = {'prefill': lambda c: np.multiply(prefill, _prefill_row(c, one)),
+  rows = {'prefill': lambda c: np.multiply(prefill, _prefill_row(c, one)[:3]),
           'decode': lambda c: np.multiply(decode, (1.0, c.context))}
   found = {}
   for kind, row in rows.items():
@@ -202,7 +208,7 @@ def fit_roofline(cells, model, steps=4000):
   as logistic values, step_s above 0 as a softplus of the shortest step.
 
   Args:
-    cells: [Cell]. model: a latency.Roofline; its compute, memory and step_s
+    cells: [Cell]. model: a roofline.Roofline; its compute, memory and step_s
       are replaced.
   """
   require(cells, 'cells', cells, 'at least one')

@@ -1,13 +1,13 @@
 """Seconds of a step: prefill, decode, mixed (chunked), a KV transfer.
 
-Three forms, one interface (host core: predictions are arithmetic; `fit`
-makes them from measurements):
+Three forms, one interface (predictions are arithmetic; `fit` makes them from
+measurements):
 
 - `Affine`: prefill A + B sum(l) + C sum(l^2), decode A + B context + C batch
   with two pieces of batch sizes (the form that DistServe's code profiles).
   `appendix_a` gives the one of the paper's five constants.
-- `Roofline`: operations and bytes counted from the model's shape against a
-  device's peaks, for hardware that nobody has measured.
+- `roofline.Roofline`: operations and bytes counted from the model's shape
+  against a device's peaks, for hardware that nobody has measured.
 - `Link`: a KV transfer.
 
 A latency has `prefill_s(pieces)`, `decode_s(batch, context)`,
@@ -25,9 +25,7 @@ import pathlib
 from bisect import bisect_left
 from typing import NamedTuple
 
-from dsjax.base import InputError, ModelConfig, Plan, require
-
-GIGA, TERA, MS = 1e9, 1e12, 1e-3
+from dsjax.base import InputError, Plan, require
 
 
 class Buckets(NamedTuple):
@@ -60,30 +58,34 @@ def sums(pieces):
 
 def _constants(name, values, count):
   require(isinstance(values, (tuple, list)) and len(values) == count
-          and all(_finite(v) for v in values), name, values,
+          and all(finite(v) for v in values), name, values,
           f'{count} numbers, each 0 or more')
   return tuple(map(float, values))
 
 
-def _finite(value):
+def finite(value):
+  """Whether value is a number, 0 or more."""
   return (isinstance(value, (int, float)) and not isinstance(value, bool)
           and math.isfinite(value) and value >= 0)
 
 
-def _positive(value):
-  return _finite(value) and value > 0
+def positive(value):
+  """Whether value is a number above 0."""
+  return finite(value) and value > 0
 
 
-def _whole(value):
+def whole(value):
+  """Whether value is an integer of 1 or more."""
   return (isinstance(value, int) and not isinstance(value, bool)
           and value > 0)
 
 
-def _check_common(latency):
+def check_common(latency):
+  """Raises InputError unless host_s and pp are what a latency may have."""
   kind = type(latency).__name__
-  require(_finite(latency.host_s), f'{kind}.host_s', latency.host_s,
+  require(finite(latency.host_s), f'{kind}.host_s', latency.host_s,
           'seconds, 0 or more')
-  require(_whole(latency.pp), f'{kind}.pp', latency.pp, 'stages, 1 or more')
+  require(whole(latency.pp), f'{kind}.pp', latency.pp, 'stages, 1 or more')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,8 @@ class Affine:
         max(A_p + B_p n, A_d + C_d n) + C_p squares + B_d context,
         n = tokens + batch;
       never more than the two steps one after the other.
+    piece_s: seconds of each piece after the first, prefill or mixed (its own
+      blocks of attention, its row of the output head).
     buckets: tokens and rows round up to these.
   """
 
@@ -114,6 +118,7 @@ class Affine:
   host_s: float = 0.0
   pp: int = 1
   buckets: Buckets = Buckets()
+  piece_s: float = 0.0
 
   def __post_init__(self):
     for field, count in (('prefill', 3), ('decode', 3), ('decode_large', 3),
@@ -123,16 +128,18 @@ class Affine:
         object.__setattr__(self, field, _constants(
             f'Affine.{field}', value, count))
     require((self.split is None) == (self.decode_large is None)
-            and (self.split is None or _whole(self.split)), 'Affine.split',
+            and (self.split is None or whole(self.split)), 'Affine.split',
             self.split, 'a batch size, with decode_large and only with it')
     require(len(self.buckets) == 3, 'Affine.buckets', self.buckets,
             'tokens, rows, mixed_rows')
     for field, sizes in zip(Buckets._fields, self.buckets, strict=True):
-      require(all(map(_whole, sizes))
+      require(all(map(whole, sizes))
               and list(sizes) == sorted(set(sizes)),
               f'Affine.buckets.{field}', sizes, 'growing sizes')
     object.__setattr__(self, 'buckets', Buckets(*map(tuple, self.buckets)))
-    _check_common(self)
+    require(finite(self.piece_s), 'Affine.piece_s', self.piece_s,
+            'seconds, 0 or more')
+    check_common(self)
 
   def prefill_s(self, pieces):
     """Seconds of a prefill batch; 0 of an empty one."""
@@ -140,7 +147,8 @@ class Affine:
       return 0.0
     tokens, squares = sums(pieces)
     a, b, c = self.prefill
-    return a + b * round_up(tokens, self.buckets.tokens) + c * squares
+    return (a + b * round_up(tokens, self.buckets.tokens) + c * squares
+            + self.piece_s * (len(pieces) - 1))
 
   def decode_line(self, batch):
     """(a, b): a step of `batch` rows takes a + b context."""
@@ -163,11 +171,12 @@ class Affine:
     tokens, squares = sums(pieces)
     n = (round_up(tokens, self.buckets.tokens)
          + round_up(batch, self.buckets.mixed_rows))
+    more = self.piece_s * (len(pieces) - 1)
     if self.mixed is not None:
       a, b, c, d = self.mixed
-      return a + b * n + c * squares + d * context
+      return a + b * n + c * squares + d * context + more
     (a, b, c), (a_d, b_d, c_d) = self.prefill, self._decode(batch)
-    joint = max(a + b * n, a_d + c_d * n) + c * squares + b_d * context
+    joint = max(a + b * n, a_d + c_d * n) + c * squares + b_d * context + more
     return min(joint, self.prefill_s(pieces) + self.decode_s(batch, context))
 
 
@@ -234,7 +243,8 @@ def scale(latency, config, plan, speedup=None, itemsize=2,
     out[token_at] += each
     return tuple(out)
   return dataclasses.replace(
-      latency, prefill=scaled(latency.prefill, 1),
+      latency, piece_s=latency.piece_s / k,
+      prefill=scaled(latency.prefill, 1),
       decode=scaled(latency.decode, 2),
       decode_large=scaled(latency.decode_large, 2),
       mixed=scaled(latency.mixed, 1), pp=plan.pp)
@@ -243,207 +253,6 @@ def scale(latency, config, plan, speedup=None, itemsize=2,
 def speedup(one, many, pieces):
   """K of DistServe's Eq. 3: how much faster `many` prefills than `one`."""
   return one.prefill_s(pieces) / many.prefill_s(pieces)
-
-
-# --- hardware ---------------------------------------------------------------
-
-
-class Hardware(NamedTuple):
-  """Peaks of a device, dense 16-bit matrix products."""
-
-  name: str
-  flop_per_s: float
-  bytes_per_s: float
-  memory_bytes: float
-  link_bytes_per_s: float  # to devices of its node, one direction
-  source: str
-
-
-HARDWARE = {
-    'a100-80g': Hardware(
-        'NVIDIA A100-SXM4-80GB', 312 * TERA, 2039 * GIGA, 80 * GIGA,
-        300 * GIGA, 'NVIDIA A100 data sheet: 312 TFLOP/s BF16 dense, 2,039 '
-        'GB/s, NVLink 600 GB/s both directions together'),
-    'h100-80g': Hardware(
-        'NVIDIA H100-SXM5-80GB', 989 * TERA, 3350 * GIGA, 80 * GIGA,
-        450 * GIGA, 'NVIDIA H100 data sheet: 1,979 TFLOP/s BF16 with '
-        'sparsity (half of it dense), 3.35 TB/s, NVLink 900 GB/s both '
-        'directions together'),
-}
-# Between the nodes of the paper's cluster (DistServe 6.1): 25 Gbps.
-PAPER_NODE_BYTES_PER_S = 25e9 / 8
-
-
-# --- counts -----------------------------------------------------------------
-
-
-def _size(config, leaf):
-  return math.prod(config.leaf_shape(leaf))
-
-
-def _matrix(leaf):
-  return len(leaf.rsplit('_', 1)[1]) > 1
-
-
-def _expert(leaf):
-  return leaf.rsplit('_', 1)[1].startswith('E') and 'F' in leaf
-
-
-def experts_touched(config, tokens):
-  """Experts of a layer that some token chose: E (1 - (1 - k / E)^tokens), if
-  every choice is as likely as any other."""
-  E, k = config.num_experts, config.experts_per_token
-  return E * (1 - (1 - k / E)**tokens) if E else 0.0
-
-
-def layer_flops(config):
-  """Operations of a token in the matrix products of all layers: 2 a weight;
-  k of the E experts."""
-  share = config.experts_per_token / max(1, config.num_experts)
-  return 2 * config.num_layers * sum(
-      _size(config, leaf) * (share if _expert(leaf) else 1)
-      for leaf in config.layer_leaves if _matrix(leaf)
-      and leaf not in ('q_bias_NH', 'k_bias_KH', 'v_bias_KH'))
-
-
-def layer_weights(config, tokens):
-  """Weights that a step of so many tokens reads in all layers."""
-  share = experts_touched(config, tokens) / max(1, config.num_experts)
-  return config.num_layers * sum(
-      _size(config, leaf) * (share if _expert(leaf) else 1)
-      for leaf in config.layer_leaves)
-
-
-def num_params(config):
-  """Weights of the whole model."""
-  return (config.num_layers * sum(_size(config, x)
-                                  for x in config.layer_leaves)
-          + sum(_size(config, x) for x in config.top_leaves))
-
-
-def _pairs_below(n, window):
-  """(query, key) pairs of the first n queries of a causal layer."""
-  w = min(window, n) if window else n
-  return w * (w + 1) // 2 + (n - w) * w
-
-
-def attended(config, pieces):
-  """(pairs, keys): (query, key) pairs and cached tokens read, of all layers.
-
-  A piece reads each token that it can see once (as flash attention does),
-  at most the window's.
-  """
-  pairs = keys = 0
-  for window, count in _windows(config):
-    for start, stop in pieces:
-      pairs += count * (_pairs_below(stop, window)
-                        - _pairs_below(start, window))
-      keys += count * (stop - (max(0, start - window + 1) if window else 0))
-  return pairs, keys
-
-
-def _windows(config):
-  if not config.windows:
-    return ((0, config.num_layers),)
-  return tuple((w, config.windows.count(w)) for w in set(config.windows))
-
-
-@dataclasses.dataclass(frozen=True)
-class Roofline:
-  """Each part of a step takes the longer of its operations and its bytes.
-
-  Parts: the layers' matrix products (weights read once, experts as they are
-  touched), the output head of one row a sequence, attention of the prompts,
-  attention of the decode rows; then all-reduces and hops. Activations other
-  than KV are taken to stay on chip. In decode, windowed layers are charged
-  their whole context (a line has no other way), so an upper bound there.
-
-  tensor: operations and bytes are divided by tp, kv heads as they are dealt
-  (ceil(K / tp) a device); each layer has two all-reduces of 2 (tp - 1) / tp
-  of the activations, over the device's link. pipeline: pp - 1 hops of the
-  activations.
-
-  Attributes:
-    itemsize, kv_itemsize: bytes of a weight or activation; of a cached value.
-    compute, memory: the shares of the peaks that are reached; 1 is a floor
-      of the time, not an estimate.
-    step_s: fixed seconds of a step. message_s: of an all-reduce or hop.
-    pipe_bytes_per_s: between stages; None: the device's link.
-  """
-
-  config: ModelConfig
-  hardware: Hardware
-  tp: int = 1
-  pp: int = 1
-  itemsize: int = 2
-  kv_itemsize: float = 2
-  compute: float = 1.0
-  memory: float = 1.0
-  step_s: float = 0.0
-  host_s: float = 0.0
-  message_s: float = 0.0
-  pipe_bytes_per_s: float | None = None
-
-  def __post_init__(self):
-    _check_common(self)
-    require(_whole(self.tp), 'Roofline.tp', self.tp, '1 or more')
-    for field in ('itemsize', 'kv_itemsize', 'compute', 'memory'):
-      value = getattr(self, field)
-      require(_positive(value), f'Roofline.{field}', value, 'above 0')
-    for field in ('step_s', 'message_s'):
-      value = getattr(self, field)
-      require(_finite(value), f'Roofline.{field}', value, '0 or more')
-
-  def parts(self, pieces, batch, context):
-    """((operations, bytes), ...) of a device, and its seconds of messages.
-
-    Each pair takes the longer of the two; pieces, batch, context: of a step.
-    """
-    c, tp = self.config, self.tp
-    tokens = sum(stop - start for start, stop in pieces) + batch
-    rows = len(pieces) + batch
-    head = c.vocab_size * c.d_model / tp
-    flops = 4 * -(-c.num_heads // tp) * c.head_dim
-    size = 2 * -(-c.num_kv_heads // tp) * c.head_dim * self.kv_itemsize
-    pairs, keys = attended(c, pieces)
-    reads = c.num_layers * context
-    moved = tokens * c.d_model * self.itemsize
-    link = self.hardware.link_bytes_per_s
-    messages_s = (self.pp - 1) * (
-        moved / (self.pipe_bytes_per_s or link) + self.message_s)
-    if tp > 1:
-      messages_s += 2 * c.num_layers * (
-          2 * (tp - 1) / tp * moved / link + self.message_s)
-    return ((tokens * layer_flops(c) / tp,
-             layer_weights(c, tokens) * self.itemsize / tp),
-            (2 * rows * head, head * self.itemsize),
-            (flops * pairs, size * keys),
-            (flops * reads, size * reads)), messages_s
-
-  def prefill_s(self, pieces):
-    """Seconds of a prefill batch; 0 of an empty one."""
-    return self.mixed_s(pieces, 0, 0)
-
-  def decode_line(self, batch):
-    """(a, b): a step of `batch` rows takes a + b context."""
-    flops, size = self.parts((), 1, 1)[0][3]
-    return self.mixed_s((), batch, 0), max(
-        flops / (self.hardware.flop_per_s * self.compute),
-        size / (self.hardware.bytes_per_s * self.memory))
-
-  def decode_s(self, batch, context):
-    """Seconds of a decode step; 0 of an empty one."""
-    return self.mixed_s((), batch, context)
-
-  def mixed_s(self, pieces, batch, context):
-    """Seconds of a chunked step: the weights are read once for both."""
-    if not pieces and not batch:
-      return 0.0
-    parts, messages_s = self.parts(pieces, batch, context)
-    flop_per_s = self.hardware.flop_per_s * self.compute
-    bytes_per_s = self.hardware.bytes_per_s * self.memory
-    return self.step_s + messages_s + sum(
-        max(flops / flop_per_s, size / bytes_per_s) for flops, size in parts)
 
 
 # --- transfers --------------------------------------------------------------
@@ -458,10 +267,10 @@ class Link:
   kv_bytes: float  # of a token, all layers
 
   def __post_init__(self):
-    require(_finite(self.base_s), 'Link.base_s', self.base_s, '0 or more')
+    require(finite(self.base_s), 'Link.base_s', self.base_s, '0 or more')
     for field in ('bytes_per_s', 'kv_bytes'):
       value = getattr(self, field)
-      require(_positive(value), f'Link.{field}', value, 'above 0')
+      require(positive(value), f'Link.{field}', value, 'above 0')
 
   def migrate_s(self, num_tokens):
     """Seconds of a migration of so many tokens, alone on the link."""
@@ -484,7 +293,8 @@ def saturation_tokens(latency, share=0.95, limit=32768, prompt_len=None):
   def rate(n):
     each = prompt_len or n
     pieces = [(0, min(each, n - at)) for at in range(0, n, each)]
-    return n / latency.prefill_s(tuple(pieces))
+    seconds = latency.prefill_s(tuple(pieces))
+    return n / seconds if seconds else math.inf
 
   sizes = sorted({*(round(1.02**i) for i in range(
       int(math.log(limit, 1.02)) + 1)), limit, *(
@@ -509,73 +319,6 @@ def largest_batch(latency, tpot_s, context, limit=4096):
   return max((b for b in range(1, limit + 1)
               if latency.decode_s(b, b * context) + latency.host_s <= tpot_s),
              default=0)
-
-
-# --- published --------------------------------------------------------------
-
-# DistServe's released profile of its engine on A100-80GB, in ms, by (model,
-# tp): prefill (A, B, C), decode of at most 95 rows, decode of more. Source:
-# the repository's simdistserve data, main branch. Its prefill constants were
-# multiplied by 1.1 after the fit (commit 4c68ed9, "Realign the curve").
-PUBLISHED_SPLIT, PUBLISHED_REALIGNED = 95, 1.1
-PUBLISHED_MS = {
-    ('opt-13b', 1): ((18.1025, .101912, 7.12226e-6),
-                     (19.9347, 6.26936e-4, .0385070),
-                     (7.16619, 5.79800e-4, .158311)),
-    ('opt-13b', 2): ((14.7430, .0685772, 2.44957e-6),
-                     (13.2948, 3.41092e-4, .0629639),
-                     (10.6387, 3.11834e-4, .0856291)),
-    ('opt-13b', 4): ((12.0623, .0380814, 5.22625e-7),
-                     (10.2562, 1.87867e-4, .0326927),
-                     (10.4835, 1.71209e-4, .0456665)),
-    ('opt-66b', 2): ((43.0588, .274229, 2.24780e-5),
-                     (48.2880, 9.42434e-4, .127550),
-                     (28.7277, 4.74485e-4, .296178)),
-    ('opt-66b', 3): ((32.9982, .195683, 1.22052e-5),
-                     (35.8015, 5.84500e-4, .0952670),
-                     (22.6539, 5.35849e-4, .208514)),
-    ('opt-66b', 4): ((29.4416, .151352, 8.31745e-6),
-                     (30.7603, 4.51948e-4, .0632842),
-                     (27.4708, 4.04685e-4, .124807)),
-    ('opt-66b', 8): ((25.4907, .106592, 3.39105e-6),
-                     (23.1551, 2.26915e-4, .0480064),
-                     (21.7177, 3.75809e-4, .0897861)),
-}
-# KV capacity in tokens that the same repository lists, by (model, tp, pp).
-PUBLISHED_TOKENS = {
-    ('opt-13b', 1, 1): 66144, ('opt-13b', 2, 1): 163008,
-    ('opt-13b', 4, 1): 356736, ('opt-66b', 2, 1): 11600,
-    ('opt-66b', 4, 1): 78496, ('opt-66b', 2, 2): 78512,
-    ('opt-66b', 8, 1): 212304, ('opt-175b', 3, 3): 76192,
-    ('opt-175b', 4, 3): 126160, ('opt-175b', 8, 1): 59520,
-    ('opt-175b', 8, 8): 992400,
-}
-
-
-def published(model, plan, realigned=True, host_s=0.0, hop_s=1e-3):
-  """The latency of DistServe's engine on A100-80GB.
-
-  Args:
-    model: 'opt-13b' or 'opt-66b'. plan: a Plan; tp as it was profiled.
-    realigned: as released; False takes the prefill's factor 1.1 out again.
-    host_s: the released simulator adds 2 ms a step.
-    hop_s: added for every stage after the first (derived: the released
-      simulator's 1 ms a stage; its profile has no pipelines).
-
-  Raises:
-    InputError: nothing is published for them.
-  """
-  require((model, plan.tp) in PUBLISHED_MS, 'published', (model, plan.tp),
-          f'one of {sorted(PUBLISHED_MS)}')
-  hops = (plan.pp - 1) * hop_s
-  prefill, small, large = ([x * MS for x in c]
-                           for c in PUBLISHED_MS[model, plan.tp])
-  if not realigned:
-    prefill = [x / PUBLISHED_REALIGNED for x in prefill]
-  for constants in (prefill, small, large):
-    constants[0] += hops
-  return Affine(tuple(prefill), tuple(small), tuple(large), PUBLISHED_SPLIT,
-                host_s=host_s, pp=plan.pp)
 
 
 # --- files ------------------------------------------------------------------

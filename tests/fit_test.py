@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsjax import fit, latency, zoo
+from dsjax import fit, hardware, latency, zoo
 from dsjax.base import InputError, Plan
-from dsjax.latency import Affine, Buckets, Roofline
+from dsjax.latency import Affine, Buckets
+from dsjax.roofline import Roofline
 from tests import tiny
 
 POSITIVE = st.floats(0.01, 1.0)
@@ -40,9 +41,10 @@ def times(units, free):
 
 
 AFFINES = st.builds(
-    lambda p, d, m: Affine(times(UNITS, p), times((1e-2, 1e-6, 1e-4), d),
-                           mixed=times((1e-2, 1e-4, 1e-8, 1e-6), m)),
-    *(st.tuples(*[POSITIVE] * n) for n in (3, 3, 4)))
+    lambda p, d, m, each: Affine(
+        times(UNITS, p), times((1e-2, 1e-6, 1e-4), d),
+        mixed=times((1e-2, 1e-4, 1e-8, 1e-6), m), piece_s=1e-2 * each),
+    *(st.tuples(*[POSITIVE] * n) for n in (3, 3, 4)), POSITIVE)
 
 
 @settings(deadline=None, max_examples=40)
@@ -51,7 +53,7 @@ AFFINES = st.builds(
 def test_noiseless_data_give_the_constants_back(truth, buckets):
   truth = dataclasses.replace(truth, buckets=buckets)
   found = fit.fit_affine(grid(truth), buckets)
-  for field in ('prefill', 'decode', 'mixed'):
+  for field in ('prefill', 'decode', 'mixed', 'piece_s'):
     assert getattr(found, field) == pytest.approx(
         getattr(truth, field), rel=1e-3)
   assert all(r.worst < 1e-6 for r in fit.residuals(
@@ -70,7 +72,7 @@ def test_noise_of_five_percent_moves_predictions_less(truth, seed):
 
 
 def test_noise_of_five_percent_bounds_the_constants():
-  truth = latency.published('opt-13b', Plan())
+  truth = hardware.published('opt-13b', Plan())
   cells = grid(truth, (1, 2, 8, 16, 32, 64, 80, 96, 128, 160, 192), False)
   errors = []
   for seed in range(20):
@@ -141,7 +143,7 @@ def test_appendix_a_is_found_and_misses_what_it_cannot_say():
   cells = grid(latency.appendix_a(config, truth), mixed=False)
   assert fit.fit_appendix_a(cells, config) == pytest.approx(truth, rel=1e-3)
   # The paper's decode has no term of the batch.
-  cells = grid(latency.published('opt-13b', Plan()), (1, 32, 95, 192), False)
+  cells = grid(hardware.published('opt-13b', Plan()), (1, 32, 95, 192), False)
   affine = fit.residuals(fit.fit_affine(cells), cells)
   paper = fit.residuals(latency.appendix_a(
       config, fit.fit_appendix_a(cells, config)), cells)
@@ -150,7 +152,7 @@ def test_appendix_a_is_found_and_misses_what_it_cannot_say():
 
 
 def test_roofline_shares_are_found():
-  truth = Roofline(zoo.config('opt-13b'), latency.HARDWARE['a100-80g'],
+  truth = Roofline(zoo.config('opt-13b'), hardware.HARDWARE['a100-80g'],
                    compute=0.7, memory=0.8, step_s=2e-3)
   found = fit.fit_roofline(grid(truth), dataclasses.replace(
       truth, compute=1.0, memory=1.0, step_s=0.0))

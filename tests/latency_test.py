@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsjax import checkpoint, latency, zoo
+from dsjax import checkpoint, hardware, latency, roofline, zoo
 from dsjax.base import InputError, ModelConfig, Plan
-from dsjax.latency import Affine, Buckets, Link, Profile, Roofline
+from dsjax.latency import Affine, Buckets, Link, Profile
+from dsjax.roofline import Roofline
 from tests import tiny
 
 SIMPLE = Affine((1.0, 0.1, 0.01), (2.0, 0.001, 0.05))
-A100 = latency.HARDWARE['a100-80g']
+A100 = hardware.HARDWARE['a100-80g']
 PIECES = st.lists(st.tuples(st.integers(0, 300), st.integers(1, 300)).map(
     lambda x: (x[0], x[0] + x[1])), max_size=4).map(tuple)
 CONSTANT = st.floats(0, 1)
@@ -46,6 +47,15 @@ def test_chunks_add_up_to_the_prompt_but_for_their_overhead():
   whole = SIMPLE.prefill_s(((0, 300),))
   chunks = sum(SIMPLE.prefill_s(((s, s + 100),)) for s in (0, 100, 200))
   assert chunks == pytest.approx(whole + 2 * SIMPLE.prefill[0])
+
+
+def test_further_pieces():
+  one = dataclasses.replace(SIMPLE, piece_s=0.25)
+  pieces = ((0, 10), (0, 5), (3, 4))
+  assert one.prefill_s(pieces) == SIMPLE.prefill_s(pieces) + 0.5
+  assert one.prefill_s(pieces[:1]) == SIMPLE.prefill_s(pieces[:1])
+  assert one.mixed_s(pieces, 2, 30) == pytest.approx(
+      SIMPLE.mixed_s(pieces, 2, 30) + 0.5)
 
 
 def test_two_pieces_of_batches():
@@ -103,7 +113,7 @@ def test_pairs_and_keys_by_counting(start, length, window_a, window_b):
       pairs += q + 1 - low
       seen |= set(range(low, q + 1))
     keys += len(seen)
-  assert latency.attended(config, ((start, start + length),)) == (pairs, keys)
+  assert roofline.attended(config, ((start, start + length),)) == (pairs, keys)
 
 
 @pytest.mark.parametrize('config', [
@@ -116,32 +126,32 @@ def test_pairs_and_keys_by_counting(start, length, window_a, window_b):
 def test_weights_are_those_of_the_parameters(config):
   params = checkpoint.random_params(config, 0)
   sizes = sum(x.size for x in jax.tree.leaves(params))
-  assert latency.num_params(config) == sizes
+  assert roofline.num_params(config) == sizes
   layers = sum(x.size for x in jax.tree.leaves(params['layers']))
-  assert latency.layer_weights(config, 10**6) == pytest.approx(layers)
+  assert roofline.layer_weights(config, 10**6) == pytest.approx(layers)
   matrices = sum(
       x.size * (0.5 if name in ('gate_EFD', 'up_EFD', 'down_EDF') else 1)
       for layer in params['layers'] for name, x in layer.items()
       if x.ndim > 1 and 'bias' not in name and '_norm' not in name)
-  assert latency.layer_flops(config) == 2 * matrices
+  assert roofline.layer_flops(config) == 2 * matrices
 
 
 def test_flops_of_a_token_by_hand():
   c = zoo.config('llama-3-8b')
-  assert latency.layer_flops(c) == 2 * 32 * (
+  assert roofline.layer_flops(c) == 2 * 32 * (
       4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
-  assert latency.layer_flops(MOE) == 2 * 32 * (
+  assert roofline.layer_flops(MOE) == 2 * 32 * (
       4096 * 4096 * 2 + 2 * 4096 * 1024 + 2 * 3 * 4096 * 14336 + 8 * 4096)
 
 
 def test_experts_touched():
-  assert latency.experts_touched(MOE, 1) == pytest.approx(2)
-  assert latency.experts_touched(MOE, 2) == pytest.approx(3.5)
-  assert latency.experts_touched(MOE, 10**4) == pytest.approx(8)
+  assert roofline.experts_touched(MOE, 1) == pytest.approx(2)
+  assert roofline.experts_touched(MOE, 2) == pytest.approx(3.5)
+  assert roofline.experts_touched(MOE, 10**4) == pytest.approx(8)
   rng = np.random.default_rng(0)
   seen = [len({e for _ in range(5) for e in rng.choice(8, 2, False)})
           for _ in range(4000)]
-  assert latency.experts_touched(MOE, 5) == pytest.approx(
+  assert roofline.experts_touched(MOE, 5) == pytest.approx(
       np.mean(seen), abs=4 * np.std(seen) / 4000**0.5)
 
 
@@ -150,8 +160,8 @@ def test_a_lone_token_of_13b_reads_its_weights():
   floor_s = one.decode_s(1, 1)
   # All weights but the embedding of positions, at the memory's rate.
   assert floor_s == pytest.approx(2 * 12.85e9 / 2.039e12, rel=0.02)
-  assert floor_s < latency.published('opt-13b', Plan()).decode_s(1, 1)
-  assert one.prefill_s(((0, 512),)) < latency.published(
+  assert floor_s < hardware.published('opt-13b', Plan()).decode_s(1, 1)
+  assert one.prefill_s(((0, 512),)) < hardware.published(
       'opt-13b', Plan(), realigned=False).prefill_s(((0, 512),))
 
 
@@ -213,25 +223,25 @@ def test_scale_follows_its_rules():
 
 
 def test_published():
-  one = latency.published('opt-13b', Plan(), host_s=2e-3)
+  one = hardware.published('opt-13b', Plan(), host_s=2e-3)
   # No-load decode of DistServe's profile; see facts on its simulator.
   assert one.decode_s(1, 512) == pytest.approx(
       (19.9347 + 6.26936e-4 * 512 + .038507) * 1e-3)
   assert one.decode_s(96, 0) == pytest.approx(
       (7.16619 + .158311 * 96) * 1e-3)
-  raw = latency.published('opt-13b', Plan(), realigned=False)
+  raw = hardware.published('opt-13b', Plan(), realigned=False)
   assert one.prefill_s(((0, 9),)) == pytest.approx(
       1.1 * raw.prefill_s(((0, 9),)))
-  piped = latency.published('opt-66b', Plan(4, 2))
+  piped = hardware.published('opt-66b', Plan(4, 2))
   assert piped.pp == 2 and piped.decode_s(1, 1) == pytest.approx(
-      latency.published('opt-66b', Plan(4, 1)).decode_s(1, 1) + 1e-3)
+      hardware.published('opt-66b', Plan(4, 1)).decode_s(1, 1) + 1e-3)
   for bad in (('opt-13b', Plan(3, 1)), ('opt-175b', Plan())):
     with pytest.raises(InputError, match='one of'):
-      latency.published(*bad)
-  for model, tp in latency.PUBLISHED_MS:
+      hardware.published(*bad)
+  for model, tp in hardware.PUBLISHED_MS:
     # Faster than the peaks allow would be a typing error.
     floor = Roofline(zoo.config(model), A100, tp)
-    raw = latency.published(model, Plan(tp, 1), realigned=False)
+    raw = hardware.published(model, Plan(tp, 1), realigned=False)
     assert raw.prefill_s(((0, 1024),)) > floor.prefill_s(((0, 1024),))
     assert raw.decode_s(32, 32 * 500) > floor.decode_s(32, 32 * 500)
 
@@ -257,6 +267,10 @@ def test_saturation_in_closed_form():
   many = Affine((9.0, 1.0, 0.1), (1, 0, 0))
   assert (latency.saturation_tokens(many, prompt_len=8)
           > latency.saturation_tokens(many))
+
+
+def test_what_costs_nothing_is_saturated():
+  assert latency.saturation_tokens(Affine((0, 0, 0), (0, 0, 0))) == 1
 
 
 def test_largest_batch():
@@ -292,7 +306,8 @@ PROFILE = Profile(
     'tiny', 'cpu', {
         Plan(): dataclasses.replace(
             SIMPLE, decode_large=(1, 2, 3), split=7, mixed=(1, 2, 3, 4),
-            host_s=0.25, buckets=Buckets((32,), (1, 2), (2,))),
+            host_s=0.25, buckets=Buckets((32,), (1, 2), (2,)),
+            piece_s=0.125),
         Plan(1, 2): dataclasses.replace(SIMPLE, pp=2)},
     {(Plan(), Plan(1, 2)): Link(0.5, 1e9, 64)}, 'a test')
 
