@@ -297,6 +297,16 @@ def quiet(config, state, index):
   return Quiet(config, state, index)
 
 
+class _Work:
+  """An Instance that changes in place, private to one draft (a namedtuple's
+  _replace costs ten times as much)."""
+
+  def __init__(self, inst):
+    self.__dict__.update(zip(Instance._fields, inst, strict=True))
+
+  rows = Instance.rows
+
+
 class _Draft:
   """A working copy of the state, private to one call of step."""
 
@@ -308,15 +318,21 @@ class _Draft:
     self.commands = []
 
   def freeze(self):
-    return State(self.seqs, tuple(self.instances), self.arrivals)
+    return State(self.seqs, tuple([
+        Instance(**i.__dict__) if type(i) is _Work else i
+        for i in self.instances]), self.arrivals)
 
   def put(self, index, **changes):
-    self.instances[index] = self.instances[index]._replace(**changes)
+    inst = self.instances[index]
+    if type(inst) is not _Work:
+      inst = self.instances[index] = _Work(inst)
+    inst.__dict__.update(changes)
 
-  def put_batch(self, index, g, **changes):
+  def put_batch(self, index, g, rows=None, tick=None):
     batches = self.instances[index].batches
-    self.put(index, batches=(*batches[:g], batches[g]._replace(**changes),
-                             *batches[g + 1:]))
+    batch = Batch(batches[g].rows if rows is None else rows,
+                  batches[g].tick if tick is None else tick)
+    self.put(index, batches=(*batches[:g], batch, *batches[g + 1:]))
 
   def change(self, id, **changes):
     self.seqs[id] = self.seqs[id]._replace(**changes)
@@ -673,7 +689,7 @@ class _Draft:
     steps = 1
     if (pp == 1 and not inst.queue and not inst.pulls
         and inst.residents == len(batch.rows) + len(inst.ending)):
-      steps = min(min(r.until for r in batch.rows) - batch.tick,
+      steps = min(min([r.until for r in batch.rows]) - batch.tick,
                   self.config.run_ahead)
     self.send(index, base.RunDecode(index, inst.number, batch.tick, steps,
                                     batch.rows), g)
