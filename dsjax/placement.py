@@ -16,7 +16,7 @@ import itertools
 import math
 from collections.abc import Callable
 
-from dsjax import latency, metrics, pages, scheduler, simulator
+from dsjax import latency, metrics, pages, roofline, scheduler, simulator
 from dsjax.base import (
     InputError,
     InstanceConfig,
@@ -188,7 +188,7 @@ def kv_tokens(problem, plan):
   layers = -(-config.num_layers // plan.pp)
   share = layers / config.num_layers / plan.tp
   heads = -(-config.num_kv_heads // plan.tp)
-  weights = latency.num_params(config) * problem.itemsize * share
+  weights = roofline.num_params(config) * problem.itemsize * share
   each = 2 * layers * heads * config.head_dim * problem.itemsize
   return max(0, int((memory - weights) // each))
 

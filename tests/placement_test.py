@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from dsjax import base, latency, metrics, placement, workload, zoo
+from dsjax import base, hardware, latency, metrics, placement, workload, zoo
 from dsjax.base import InputError, Placement, Plan, Slo
 from dsjax.placement import Cluster, Problem
 from tests import tiny
@@ -44,7 +44,7 @@ def test_kv_capacity_is_near_what_the_paper_lists(plan):
   p = problem(model=zoo.config('opt-13b'), cluster=Cluster(1, 8))
   found = placement.kv_tokens(p, Plan(*plan))
   assert found == pytest.approx(
-      latency.PUBLISHED_TOKENS['opt-13b', *plan], rel=0.2)
+      hardware.PUBLISHED_TOKENS['opt-13b', *plan], rel=0.2)
 
 
 def test_kv_heads_are_not_split_further_than_there_are():
