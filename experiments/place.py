@@ -103,8 +103,10 @@ def _cells(row):
 
 def table(rows):
   """A rich table of Rows."""
-  out = Table('placement (TPxPP)', 'chunk', 'devices', 'req/s/device',
-              '95 %', 'attained', 'binds')
+  out = Table()
+  out.add_column('placement (TPxPP)', no_wrap=True, min_width=24)
+  for name in ('chunk', 'devices', 'req/s/dev', '95 %', 'met', 'binds'):
+    out.add_column(name, justify='right')
   for row in rows:
     out.add_row(*_cells(row))
   return out
