@@ -12,6 +12,8 @@ are part of the result: a batch costs what its compiled size costs.
 Files in --out: latency-DEVICE-MODEL.json (dsjax.latency.load reads it),
 cells-DEVICE-MODEL.jsonl (every cell, measured and fitted), latency-....png.
 
+Exit codes: 0; 2 for bad input; 130 when stopped by Ctrl-C.
+
 --model is `tiny` or what dsjax.load takes; --set changes a field of
 EngineConfig, such as --set=max_len=512.
 """
@@ -491,6 +493,9 @@ def main(_):
   except base.InputError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
+  except KeyboardInterrupt:
+    print('stopped: nothing was written', file=sys.stderr)
+    sys.exit(130)
 
 
 if __name__ == '__main__':

@@ -246,7 +246,7 @@ def test_published():
     assert raw.decode_s(32, 32 * 500) > floor.decode_s(32, 32 * 500)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=20)
 @given(st.floats(0.1, 10), st.floats(1e-3, 1), st.floats(1e-7, 1e-3))
 def test_saturation_is_the_first_length_of_enough_throughput(a, b, c):
   one = Affine((a, b, c), (1, 0, 0))

@@ -81,7 +81,11 @@ def test_plans():
 
 def test_a_live_engine_from_cells_to_files(tmp_path):
   loaded = tiny.load()
-  profile, cells = measure.measure(loaded, (Plan(),), CONFIG, 1, 2)
+  plans = (Plan(), Plan(1, 2))
+  profile, cells = measure.measure(loaded, plans, CONFIG, 1, 2)
+  assert tuple(profile.latencies) == tuple(cells) == plans
+  assert set(profile.links) <= {(a, b) for a in plans for b in plans}
+  assert profile.latencies[Plan(1, 2)].pp == 2
   model, found = profile.latencies[Plan()], cells[Plan()]
   assert (profile.model, model.pp) == ('tiny', 1)
   assert model.buckets == latency.Buckets((32,), (1, 2), (1, 2))
@@ -93,7 +97,7 @@ def test_a_live_engine_from_cells_to_files(tmp_path):
   rows = [json.loads(line) for line in
           next((tmp_path / 'out').glob('cells-*.jsonl')).read_text()
           .splitlines()]
-  assert len(rows) == len(found) and rows[0]['fitted_s'] > 0
+  assert len(rows) == 2 * len(found) and rows[0]['fitted_s'] > 0
   assert next((tmp_path / 'out').glob('*.png')).stat().st_size > 10_000
   text = io.StringIO()
   measure.show(Console(file=text, width=100), profile, cells, 0.1, CONFIG,

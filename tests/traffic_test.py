@@ -53,7 +53,7 @@ def test_resampling_keeps_pairs_rate_and_burstiness(seed):
   assert close([p for p, _ in shapes], np.mean([p for p, _ in pairs]))
   found = gaps([r.arrival_s for r in requests])
   assert close(found, 1 / history.rate_per_s)
-  assert found.std() / found.mean() == pytest.approx(history.cv, rel=0.2)
+  assert found.std() / found.mean() == pytest.approx(history.cv, rel=0.3)
   # Another rate: the same lengths, the same arrivals in another unit.
   fast, _ = traffic.resample(history, 3000, 2 * history.rate_per_s, seed)
   assert [len(r.prompt) for r in fast] == [p for p, _ in shapes]
