@@ -175,35 +175,31 @@ class Quiet:
   """A decode run of one instance in which nothing is decided.
 
   Stands for a series of DecodeDone events each of which `step` would answer
-  with one RunDecode of the same rows, some of them with a page more. It is
-  not a rule of its own: the tests hold it against step, command by command.
+  with one RunDecode of the same micro-batch, its rows the same, some of them
+  with a page more. It is not a rule of its own: the tests hold it against
+  step, command by command.
 
   Attributes:
-    rows: of every command. bases: their `base`, summed. queue: prompts that
-      wait. number, tick: of the next command. commands: issued so far.
+    queue: prompts that wait. number: of the next command. commands: how many
+      it has issued so far. batch: the micro-batch of the newest (rows, the
+      sum of their `base`, the tick after it).
   """
 
-  def __init__(self, config, state, index):
-    inst, self._c = state.instances[index], config.instances[index]
-    batch = inst.batches[0]
-    self.rows, self.tick, self.number = batch.rows, batch.tick, inst.number
-    self.bases = sum([r[1] for r in self.rows])
-    self.queue, self.commands = inst.queue, 0
+  def __init__(self, config, state, index, order):
+    inst = state.instances[index]
+    self.queue, self.number, self.commands = inst.queue, inst.number, 0
     self._index, self._seqs = index, state.seqs
-    self._most = (config.run_ahead if not inst.queue and not inst.pulls
-                  and inst.residents == len(self.rows) else 1)
+    self._size = config.instances[index].page_size
+    self._most = 1
+    if (len(inst.batches) == 1 and not inst.queue and not inst.pulls
+        and inst.residents == len(inst.batches[0].rows)):
+      self._most = config.run_ahead
     self._free = pages.num_free(inst.pool)
-    self._granted = []  # rows (by place) in the order they get a page
-    self._until = due = {}  # tick -> rows (by place) covered up to it
-    for place, row in enumerate(self.rows):
-      if row[2] in due:
-        due[row[2]].append(place)
-      else:
-        due[row[2]] = [place]
-    self._ticks = list(due)
-    heapq.heapify(self._ticks)
-    self._steps = collections.deque(
-        [c.steps for c, _ in inst.inflight], len(inst.inflight))
+    self._granted = []  # (batch, place) in the order they get a page
+    self._turns = collections.deque(_Ticks(g, *inst.batches[g])
+                                    for g in order)
+    self._inflight = collections.deque(
+        [(c.tick, c.steps, g) for c, g in inst.inflight], len(inst.inflight))
 
   def issue(self):
     """Issues the command that answers the next completion.
@@ -211,44 +207,44 @@ class Quiet:
     Returns its number of steps; 0, and nothing is issued, where `step` must
     decide: a row would end or pages are short.
     """
-    until, tick = self._until, self.tick
-    due = self._ticks[0]
+    batch = self.batch = self._turns[0]
+    tick, due = batch.tick, batch.ticks[0]
     if due <= tick:
-      if not self._cover(due):
+      if not self._cover(batch, due):
         return 0
-      due = self._ticks[0]
+      due = batch.ticks[0]
     steps = due - tick
     if steps > self._most:
       steps = self._most
     else:
-      for place in until[due]:
-        row = self.rows[place]
+      for place in batch.until[due]:
+        row = batch.rows[place]
         if row[1] + due >= self._seqs[row[0]].limit - 1:
           return 0
-    self.tick = tick + steps
+    self._inflight.append((tick, steps, batch.g))
+    batch.tick = tick + steps
     self.number += 1
     self.commands += 1
-    self._steps.append(steps)
+    self._turns.rotate(-1)
     return steps
 
-  def _cover(self, due):
+  def _cover(self, batch, due):
     """Gives the rows that are short at this tick a page each, if all can."""
-    places = sorted(self._until[due])
+    places = sorted(batch.until[due])
     if len(places) > self._free:
       return False
     self._free -= len(places)
-    self._granted += places
-    del self._until[due]
-    heapq.heappop(self._ticks)
+    del batch.until[due]
+    heapq.heappop(batch.ticks)
     for place in places:
-      row = self.rows[place]
-      until = min(due + self._c.page_size,
-                  self._seqs[row[0]].limit - 1 - row[1])
-      if until in self._until:
-        self._until[until].append(place)
+      self._granted.append((batch, place))
+      row = batch.rows[place]
+      until = min(due + self._size, self._seqs[row[0]].limit - 1 - row[1])
+      if until in batch.until:
+        batch.until[until].append(place)
       else:
-        self._until[until] = [place]
-        heapq.heappush(self._ticks, until)
+        batch.until[until] = [place]
+        heapq.heappush(batch.ticks, until)
     return True
 
   def close(self, state):
@@ -259,28 +255,48 @@ class Quiet:
     and commands in flight untouched since.
     """
     index, inst = self._index, state.instances[self._index]
-    rows, seqs, pool = list(self.rows), state.seqs, inst.pool
+    seqs, pool, batches = state.seqs, inst.pool, list(inst.batches)
+    rows = {batch.g: list(batch.rows) for batch in self._turns}
     if self._granted:
       pool, ids = pages.alloc(pool, len(self._granted))
       gained, seqs = {}, dict(seqs)
-      for place, page in zip(self._granted, ids, strict=True):
-        gained.setdefault(place, []).append(page)
-      for place, more in gained.items():
-        row = rows[place]
+      for key, page in zip(self._granted, ids, strict=True):
+        gained.setdefault(key, []).append(page)
+      for (batch, place), more in gained.items():
+        row = batch.rows[place]
         seq = seqs[row.id] = seqs[row.id]._replace(
             pages=row.pages + tuple(more))
-        rows[place] = base.Row(row.id, row.base,
-                               _until(seq, row.base, self._c.page_size),
-                               seq.pages)
-    rows = tuple(rows)
-    inflight, tick, number = [], self.tick, self.number
-    for steps in reversed(self._steps):
-      tick, number = tick - steps, number - 1
-      inflight.append((base.RunDecode(index, number, tick, steps, rows), 0))
-    inst = inst._replace(pool=pool, batches=(Batch(rows, self.tick),),
-                         number=self.number, inflight=tuple(inflight[::-1]))
+        rows[batch.g][place] = base.Row(
+            row.id, row.base, _until(seq, row.base, self._size), seq.pages)
+    for batch in self._turns:
+      batches[batch.g] = Batch(tuple(rows[batch.g]), batch.tick)
+    first = self.number - len(self._inflight)
+    inflight = tuple([
+        (base.RunDecode(index, first + n, tick, steps, batches[g].rows), g)
+        for n, (tick, steps, g) in enumerate(self._inflight)])
+    turn = (inflight[-1][1] + 1) % len(batches)
+    inst = inst._replace(pool=pool, batches=tuple(batches), turn=turn,
+                         number=self.number, inflight=inflight)
     return State(seqs, (*state.instances[:index], inst,
                         *state.instances[index + 1:]), state.arrivals)
+
+
+class _Ticks:
+  """A micro-batch of a Quiet: rows by place, `until` by tick, ticks' heap."""
+
+  __slots__ = ('g', 'rows', 'tick', 'bases', 'until', 'ticks')
+
+  def __init__(self, g, rows, tick):
+    self.g, self.rows, self.tick, self.until = g, rows, tick, {}
+    self.bases = sum([r[1] for r in rows])
+    due = self.until
+    for place, row in enumerate(rows):
+      if row[2] in due:
+        due[row[2]].append(place)
+      else:
+        due[row[2]] = [place]
+    self.ticks = list(due)
+    heapq.heapify(self.ticks)
 
 
 def quiet(config, state, index):
@@ -290,11 +306,16 @@ def quiet(config, state, index):
   released (always so for a decode instance); in a run, pages only get fewer.
   """
   inst = state.instances[index]
-  if (len(inst.batches) > 1 or inst.ending or inst.prefilling
-      or not inst.batches[0].rows or len(inst.inflight) != config.depth
+  count = len(inst.batches)
+  order = [g % count for g in range(inst.turn, inst.turn + count)
+           if inst.batches[g % count].rows]
+  if (inst.ending or inst.prefilling or not order
+      # With room for a command, a prompt might go at any event.
+      or len(order) < count and config.instances[index].role != 'decode'
+      or [g for _, g in inst.inflight] != order * config.depth
       or not all(type(c) is base.RunDecode for c, _ in inst.inflight)):
     return None
-  return Quiet(config, state, index)
+  return Quiet(config, state, index, order)
 
 
 class _Work:

@@ -327,28 +327,39 @@ class _Run:
     """Runs on from a completion; False where the scheduler must see it."""
     lane, heap, due = one.lane, self.heap, one.due
     now_s, _, index, number, _ = top
-    new = not lane.commands  # its rows may not have been seen together
-    done, batch, host_s = [], len(lane.rows), one.host_s
+    staged, done = len(one.free_s) > 1, []
+    # The first command of a run is shown: its rows may not have been seen
+    # together. So is every one of several micro-batches.
+    shown = not lane.commands or staged
     while steps := lane.issue():
-      context = lane.bases + batch * (lane.tick - steps + 1)
-      times = one.run(now_s + host_s, batch, context, steps)
+      batch = lane.batch
+      rows = batch.rows
+      tick, size = batch.tick - steps, len(rows)
+      context = batch.bases + size * (tick + 1)
+      if staged:
+        a, b = one.coefficients(size)
+        times = (one.stages(now_s + one.host_s, rows, a + b * context),)
+      else:
+        times = one.run(now_s + one.host_s, size, context, steps)
       due.append((lane.number - 1, times, True))
-      done.append(due.popleft())
-      if new:
-        new = False
+      finished = due.popleft()
+      if shown:
+        shown = staged
         self.recorder.observe(
-            base.DecodeDone(now_s, index, number, done[0][1]),
-            (base.RunDecode(index, lane.number - 1, lane.tick - steps, steps,
-                            lane.rows),))
-        self.leapt, done = self.leapt + 1, []
+            base.DecodeDone(now_s, index, number, finished[1]),
+            (base.RunDecode(index, lane.number - 1, tick, steps, rows),))
+        self.leapt += 1
+      else:
+        done.append(finished)
       number, times, _ = due[0]
       now_s = times[-1]
       if heap and heap[0] < (now_s, _STEP, index, number):
         break
     if number == top[3]:
       return False
-    self.leapt += len(done)
-    self.recorder.leapt(index, done, due)
+    if done:
+      self.leapt += len(done)
+      self.recorder.leapt(index, done, due)
     heapq.heappush(heap, (now_s, _STEP, index, number, True))
     return True
 

@@ -357,7 +357,7 @@ def test_quiet_runs_issue_the_commands_of_steps():
       tried += 1
       issued = commands[0]
       assert len(commands) == 1 and (issued.steps, issued.tick) == (
-          steps, run.tick - steps)
+          steps, run.batch.tick - steps)
       closed, inst = run.close(opened), state.instances[1]
       assert closed.instances[1].pool == inst.pool
       assert closed.instances[1].batches == inst.batches
