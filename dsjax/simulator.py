@@ -27,8 +27,8 @@ Every command is the one that step would have issued, with its boundaries, so
 leaping changes no time (an arrival in the middle of a command waits for its
 end here as there). With a log or on_event, every event is stepped instead.
 
-Cost: five to seven calls of scheduler.step a request, and a few us a leapt
-command; several stages or the first of a run cost as much again for each row.
+Cost: five to seven calls of scheduler.step a request, and 6 us a leapt
+command of one row, 17 of 24 rows, its pages and records included.
 """
 
 import collections
