@@ -21,14 +21,14 @@ What orchestrator.py does, and what this models of it:
 
 Leaping. Most completions of a decode command change nothing but counters:
 the next command has the same rows. scheduler.quiet says how such a run goes
-on, command by command and page by page, in closed form within a command and
-in about a microsecond each, until a row ends, pages run short or something
-else happens to the instance. Every command is the one that step would have
-issued, with its boundaries, so leaping changes no time (an arrival in the
-middle of a command waits for its end here as there). With a log, every event
-is stepped instead.
+on, command by command and page by page, in closed form within a command,
+until a row ends, pages run short or something else happens to the instance.
+Every command is the one that step would have issued, with its boundaries, so
+leaping changes no time (an arrival in the middle of a command waits for its
+end here as there). With a log or on_event, every event is stepped instead.
 
-Cost: five to six calls of scheduler.step a request.
+Cost: five to seven calls of scheduler.step a request, and 6 us a leapt
+command of one row, 17 of 24 rows, its pages and records included.
 """
 
 import collections

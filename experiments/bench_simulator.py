@@ -9,7 +9,7 @@ ways in turn, on the same workload:
   step      the same, every completion stepped through the scheduler;
   yardstick a tight loop, one event a generated token and nothing else: no
             batches, queues, pages or records. Once in simpy (extra `bench`)
-            and once on a bare heapq, without which simpy is left out.
+            and once on a bare heapq; simpy is left out if not installed.
 The yardstick does not know what placement it runs for: it is the price of
 tokens as events. CPU seconds (process_time), the median of --rounds.
 """
