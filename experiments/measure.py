@@ -27,6 +27,7 @@ import re
 import statistics
 import sys
 import time
+import types
 
 os.environ.setdefault('NPROC', '32')  # room for collectives of many devices
 
@@ -60,22 +61,28 @@ HOST_TOKENS = 24  # output tokens of the requests that find the host's time
 ENGINE = base.EngineConfig(max_len=1024, max_seqs=16, prefill_tokens=512,
                            chunk_tokens=512, prefill_seqs=8)
 
-_MODEL = flags.DEFINE_string('model', 'smollm2-135m-instruct',
-                             '`tiny`, or a name or file of a checkpoint.')
-_OUT = flags.DEFINE_string('out', None, 'Folder for the files.')
-_PLANS = flags.DEFINE_list('plans', ['1x1'], 'Plans TPxPP to measure.')
-_SET = flags.DEFINE_multi_string(
-    'set', [], 'A field of EngineConfig to change: name=value.')
-_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Timed rounds of every cell.',
-                               lower_bound=1)
-_POINTS = flags.DEFINE_integer('points', 4, 'Lengths of each part of the '
-                               'grid, the least and the most included.',
-                               lower_bound=2)
-_TPOT = flags.DEFINE_float('tpot_s', 0.1, 'Objective of the largest decode '
-                           'batch.', lower_bound=0)
-_CACHE = flags.DEFINE_string(
-    'compilation_cache', str(ROOT / '.cache' / 'jax'),
-    'Folder of compiled programs, kept between runs; empty for none.')
+
+def define_flags():
+  """Flags of a run of this file; other runners have some of these names."""
+  return types.SimpleNamespace(
+      model=flags.DEFINE_string(
+          'model', 'smollm2-135m-instruct',
+          '`tiny`, or a name or file of a checkpoint.'),
+      out=flags.DEFINE_string('out', None, 'Folder for the files.'),
+      plans=flags.DEFINE_list('plans', ['1x1'], 'Plans TPxPP to measure.'),
+      set=flags.DEFINE_multi_string(
+          'set', [], 'A field of EngineConfig to change: name=value.'),
+      rounds=flags.DEFINE_integer(
+          'rounds', 5, 'Timed rounds of every cell.', lower_bound=1),
+      points=flags.DEFINE_integer(
+          'points', 4, 'Lengths of each part of the grid, the least and the '
+          'most included.', lower_bound=2),
+      tpot_s=flags.DEFINE_float(
+          'tpot_s', 0.1, 'Objective of the largest decode batch.',
+          lower_bound=0),
+      cache=flags.DEFINE_string(
+          'compilation_cache', str(ROOT / '.cache' / 'jax'),
+          'Folder of compiled programs, kept between runs; empty for none.'))
 
 
 # --- the grid ---------------------------------------------------------------
@@ -459,32 +466,33 @@ def parse_plans(texts):
 
 def run(console):
   """Measures as the flags say."""
-  base.require(_OUT.value, '--out', _OUT.value, 'a folder')
-  base.require(math.isfinite(_TPOT.value) and _TPOT.value > 0, '--tpot_s',
-               _TPOT.value, 'seconds above 0')
-  config, plans = configs.override(ENGINE, _SET.value), parse_plans(
-      _PLANS.value)
+  base.require(FLAGS.out.value, '--out', FLAGS.out.value, 'a folder')
+  tpot_s = FLAGS.tpot_s.value
+  base.require(math.isfinite(tpot_s) and tpot_s > 0, '--tpot_s', tpot_s,
+               'seconds above 0')
+  config, plans = configs.override(ENGINE, FLAGS.set.value), parse_plans(
+      FLAGS.plans.value)
   most = max(p.num_devices for p in plans)
   if jax.config.jax_platforms in (None, '', 'cpu'):
     jax.config.update('jax_num_cpu_devices', 2 * most)
-  if _CACHE.value:
-    jax.config.update('jax_compilation_cache_dir', _CACHE.value)
+  if FLAGS.cache.value:
+    jax.config.update('jax_compilation_cache_dir', FLAGS.cache.value)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
-  loaded = (tiny.load(config.dtype) if _MODEL.value == 'tiny'
-            else dsjax.load(_MODEL.value, config.dtype))
+  loaded = (tiny.load(config.dtype) if FLAGS.model.value == 'tiny'
+            else dsjax.load(FLAGS.model.value, config.dtype))
   others = machine.Others()
   with Progress(TextColumn('{task.description}'), BarColumn(),
                 MofNCompleteColumn(), console=console,
                 transient=True) as bar:
-    profile, cells = measure(loaded, plans, config, _ROUNDS.value,
-                             _POINTS.value, bar,
-                             pathlib.Path(_MODEL.value).name)
-  show(console, profile, cells, _TPOT.value, config, loaded.config)
+    profile, cells = measure(loaded, plans, config, FLAGS.rounds.value,
+                             FLAGS.points.value, bar,
+                             pathlib.Path(FLAGS.model.value).name)
+  show(console, profile, cells, tpot_s, config, loaded.config)
   busy = others.cores()
   if busy is not None and busy > 0.2:
     console.print(f'Other programs used {busy:.1f} cores meanwhile: these '
                   'times are too long.', style='yellow')
-  console.print(f'wrote {write(_OUT.value, profile, cells)}')
+  console.print(f'wrote {write(FLAGS.out.value, profile, cells)}')
 
 
 def main(_):
@@ -499,4 +507,5 @@ def main(_):
 
 
 if __name__ == '__main__':
+  FLAGS = define_flags()
   app.run(main)
