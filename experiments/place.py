@@ -1,6 +1,6 @@
 """The best placement for a model, a cluster, a workload and two objectives.
 
-  python -m experiments.place --model=opt-13b --nodes=1 --devices=4 \
+  python -m experiments.place --model=opt-13b --nodes=1 --devices=3 \
     --ttft=0.25 --tpot=0.1 --lengths=sharegpt --out=out/place
 
 Seconds of a step come from --latency: 'published' (DistServe's A100 profiles
@@ -39,7 +39,7 @@ ALGORITHMS = {'low': placement.low_affinity, 'high': placement.high_affinity,
 
 _MODEL = flags.DEFINE_string('model', 'opt-13b', 'A name in dsjax.zoo.')
 _NODES = flags.DEFINE_integer('nodes', 1, 'Nodes.', lower_bound=1)
-_DEVICES = flags.DEFINE_integer('devices', 4, 'Devices a node.', lower_bound=1)
+_DEVICES = flags.DEFINE_integer('devices', 3, 'Devices a node.', lower_bound=1)
 _MEMORY = flags.DEFINE_float('memory_gb', 80.0, 'Of a device.')
 _INTRA = flags.DEFINE_float('intra_gb_per_s', 300.0, 'Inside a node.')
 _INTER = flags.DEFINE_float('inter_gb_per_s', 3.125, 'Between nodes.')
@@ -53,9 +53,9 @@ _HOST = flags.DEFINE_float('host_ms', 2.0, "Host's time between two steps, "
                            'where --latency does not say.')
 _ALGORITHMS = flags.DEFINE_list('algorithms', ['low', 'colocated'],
                                 f'Of {sorted(ALGORITHMS)}.')
-_REQUESTS = flags.DEFINE_integer('requests', 300, 'Simulated at a rate, at '
+_REQUESTS = flags.DEFINE_integer('requests', 150, 'Simulated at a rate, at '
                                  'first.', lower_bound=20)
-_TOLERANCE = flags.DEFINE_float('tolerance', 0.05, 'Of the rate.')
+_TOLERANCE = flags.DEFINE_float('tolerance', 0.1, 'Of the rate.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the workload.', lower_bound=0)
 _OUT = flags.DEFINE_string('out', None, 'Folder for the files.')
 _TOP = flags.DEFINE_integer('top', 10, 'Lines of the table.', lower_bound=1)
