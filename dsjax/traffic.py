@@ -14,6 +14,7 @@ import numpy as np
 
 from dsjax import workload
 from dsjax.base import InputError, require
+from dsjax.latency import positive
 from dsjax.workload import Entry
 
 _DRAWS = 3  # a stream of a seed; workload has those below
@@ -23,11 +24,6 @@ def _rng(seed):
   require(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0,
           'seed', seed, 'an integer, 0 or more')
   return np.random.default_rng((seed, _DRAWS))
-
-
-def _positive(value):
-  return (isinstance(value, (int, float)) and not isinstance(value, bool)
-          and math.isfinite(value) and value > 0)
 
 
 # --- fit and resample -------------------------------------------------------
@@ -140,10 +136,10 @@ def factor(lengths):
     InputError: shares do not add up to 1, or no factor gives the mean.
   """
   shares = sum(p[0] for p in lengths.pieces)
-  require(all(len(p) == 3 and all(map(_positive, p)) for p in lengths.pieces)
+  require(all(len(p) == 3 and all(map(positive, p)) for p in lengths.pieces)
           and math.isclose(shares, 1), 'Lengths.pieces', lengths.pieces,
           '(share, median, sigma), all above 0, shares adding up to 1')
-  require(_positive(lengths.mean) and 1 < lengths.mean < lengths.high,
+  require(positive(lengths.mean) and 1 < lengths.mean < lengths.high,
           'Lengths.mean', lengths.mean, f'between 1 and high={lengths.high}')
   low, high = -30.0, 30.0  # of the factor's logarithm
   for _ in range(100):
@@ -206,7 +202,7 @@ def vary(unit_times, segments):
   """
   segments = tuple(segments)
   require(segments and all(
-      len(s) == 2 and _positive(s[0]) and (s[1] == 0 or _positive(s[1]))
+      len(s) == 2 and positive(s[0]) and (s[1] == 0 or positive(s[1]))
       for s in segments) and any(s[1] for s in segments), 'vary.segments',
       segments, '(seconds, rate_per_s) pairs, not all rates 0')
   starts = [0.0, *itertools.accumulate(s for s, _ in segments)]
@@ -231,9 +227,9 @@ def diurnal(rate_per_s, swing, period_s=86400.0, steps=48):
   Args:
     swing: from 0 (constant) to 1 (the least rate is 0).
   """
-  require(_positive(rate_per_s), 'diurnal.rate_per_s', rate_per_s, 'above 0')
-  require(_positive(period_s), 'diurnal.period_s', period_s, 'above 0')
-  require(swing == 0 or _positive(swing) and swing <= 1, 'diurnal.swing',
+  require(positive(rate_per_s), 'diurnal.rate_per_s', rate_per_s, 'above 0')
+  require(positive(period_s), 'diurnal.period_s', period_s, 'above 0')
+  require(swing == 0 or positive(swing) and swing <= 1, 'diurnal.swing',
           swing, 'from 0 to 1')
   require(isinstance(steps, int) and steps >= 3, 'diurnal.steps', steps,
           '3 or more')

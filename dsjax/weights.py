@@ -10,6 +10,7 @@ import re
 import ml_dtypes
 import numpy as np
 
+from dsjax import sharding
 from dsjax.base import require
 
 DTYPES = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16}
@@ -22,10 +23,7 @@ def check_dtype(dtype):
 
 def tree(config, make):
   """The tree with make(leaf name, layer number or None) at each leaf."""
-  top = {leaf: make(leaf, None) for leaf in config.top_leaves}
-  return top | {'layers': tuple(
-      {leaf: make(leaf, layer) for leaf in config.layer_leaves}
-      for layer in range(config.num_layers))}
+  return sharding.stage_tree(config, (0, config.num_layers), make)
 
 
 def stored_shape(config, leaf):

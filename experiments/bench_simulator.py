@@ -26,7 +26,7 @@ import time
 import numpy as np
 from absl import app, flags
 
-from dsjax import base, metrics, scheduler, simulator, workload
+from dsjax import base, latency, metrics, scheduler, simulator, workload
 from experiments import machine
 
 try:
@@ -64,12 +64,7 @@ class Affine:
     return (self.prefill_s(pieces) + 8e-5 * batch + 5e-7 * context)
 
 
-@dataclasses.dataclass
-class Link:
-  """A PCIe-like link: 25 GB/s and 0.2 ms."""
-
-  def migrate_s(self, num_tokens):
-    return 2e-4 + num_tokens * 819_200 / 25e9
+LINK = latency.Link(2e-4, 25e9, 819_200)  # PCIe-like
 
 
 @dataclasses.dataclass
@@ -148,7 +143,7 @@ def clock(fn, *args, **options):
 def measure(case, n, rounds):
   """Requests a CPU second by way of running, and what the run was like."""
   sent, config = requests(case, n), case.config()
-  args = (config, sent, Affine(case.pp), Link())
+  args = (config, sent, Affine(case.pp), LINK)
   ways = {'leap': lambda: simulator.simulate(*args),
           'step': lambda: simulator.simulate(*args, leap=False),
           'heapq': lambda: heap_tokens(sent)}
@@ -188,7 +183,7 @@ def main(_):
       profile = cProfile.Profile()
       sent = requests(case, _REQUESTS.value)
       profile.runcall(simulator.simulate, case.config(), sent,
-                      Affine(case.pp), Link())
+                      Affine(case.pp), LINK)
       pstats.Stats(profile).sort_stats('tottime').print_stats(14)
   print(f'requests a CPU second; steps, leapt: a request. Others used '
         f'{others.cores()} cores.')
