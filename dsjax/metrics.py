@@ -254,7 +254,7 @@ def attains(record, slo):
           and record.ttft_s <= slo.ttft_s and record.tpot_s <= slo.tpot_s)
 
 
-def _sent(records):
+def by_arrival(records):
   """What counts, in order of arrival: all but the cancelled."""
   return sorted((r for r in records if r.status != 'cancelled'),
                 key=lambda r: r.arrival_s)
@@ -298,7 +298,7 @@ def attainment(records, slo):
   Returns:
     (share, low, high).
   """
-  return interval([attains(r, slo) for r in _sent(records)])
+  return interval([attains(r, slo) for r in by_arrival(records)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,7 +370,7 @@ def summarize(records, slo, num_devices, warmup_s=0.0):
           warmup_s, 'seconds, 0 or more')
   start_s = min((r.arrival_s for r in records), default=0.0) + warmup_s
   records = [r for r in records if r.arrival_s >= start_s]
-  sent = _sent(records)
+  sent = by_arrival(records)
   seen = [r for r in sent if r.token_s]
   done = [r for r in seen if r.status in ('stop', 'length')]
   hits = [attains(r, slo) for r in sent]
@@ -402,100 +402,3 @@ def summarize(records, slo, num_devices, warmup_s=0.0):
       stage_s={s: _mean([r.stage_s[s] for r in done]) for s in STAGES},
       preemptions=sum(r.preemptions for r in sent),
   )
-
-
-# --- goodput ------------------------------------------------------------------
-
-
-def steady_hits(records, slo, warmup=0.2):
-  """Whether each request attained, in order of arrival, after the warm-up.
-
-  The first share `warmup` of the requests saw an emptier system.
-  """
-  sent = _sent(records)
-  return [attains(r, slo) for r in sent[int(warmup * len(sent)):]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Goodput:
-  """The highest rate at which the target share of requests attains.
-
-  Attributes:
-    rate_per_s: the estimate; low_per_s, high_per_s: the highest rate that
-      surely attains and the lowest that surely does not (95 % each).
-    binds: what ended the search: 'target' (both neighbours are known),
-      'samples' (more requests at one rate would narrow the interval), 'cap'
-      (the highest rate asked for attains) or 'floor' (no rate does).
-    attained: share at rate_per_s.
-    runs: simulations.
-  """
-
-  rate_per_s: float
-  low_per_s: float
-  high_per_s: float
-  binds: str
-  attained: float
-  runs: int
-
-
-def goodput(hits_at, target, start_per_s, ratio=1.02, requests=400,
-            most_requests=6400, most_per_s=1e5, least_per_s=1e-4):
-  """Bisects the rate, sampling each until its interval excludes the target.
-
-  Args:
-    hits_at: (rate_per_s, n) -> hits of about n requests of a steady run, for
-      equal seeds at every rate (common random numbers).
-    target: share of requests that must attain.
-    start_per_s: the first rate tried.
-    ratio: of rates, above 1, at which bisection ends.
-    requests, most_requests: n at first, and at most.
-
-  Returns:
-    a Goodput.
-  """
-  require(0 < target < 1, 'target', target, 'a share in (0, 1)')
-  require(start_per_s > 0, 'start_per_s', start_per_s, 'above 0')
-  runs, tried = 0, {}
-
-  def judge(rate):
-    """+1: surely attains, -1: surely not, 0: cannot tell; and the share."""
-    nonlocal runs
-    n = requests
-    while True:
-      share, low, high = interval(hits_at(rate, n))
-      runs += 1
-      sure = (low >= target) - (high < target)
-      if sure or n >= most_requests:
-        tried[rate] = sure, share
-        return share >= target
-      n = min(2 * n, most_requests)
-
-  low, high, rate = None, None, start_per_s
-  while low is None or high is None:
-    if judge(rate):
-      low = rate
-    else:
-      high = rate
-    if rate >= most_per_s and high is None:
-      break
-    if rate <= least_per_s and low is None:
-      break
-    if low is None:
-      rate = max(rate / 4, least_per_s)
-    elif high is None:
-      rate = min(rate * 4, most_per_s)
-  while low and high and high / low > ratio:
-    rate = math.sqrt(low * high)
-    if judge(rate):
-      low = rate
-    else:
-      high = rate
-  sure = [r for r, (side, _) in tried.items() if side > 0]
-  never = [r for r, (side, _) in tried.items() if side < 0]
-  binds = ('floor' if low is None else 'cap' if high is None else
-           'target' if tried[low][0] and tried[high][0] else 'samples')
-  return Goodput(
-      low or 0.0, max(sure, default=0.0),
-      min((r for r in never if r > max(sure, default=0.0)),
-          default=math.inf if low else least_per_s),
-      binds, tried[low][1] if low else 0.0, runs)

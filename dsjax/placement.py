@@ -16,7 +16,14 @@ import itertools
 import math
 from collections.abc import Callable
 
-from dsjax import latency, metrics, pages, roofline, scheduler, simulator
+from dsjax import (
+    goodput,
+    latency,
+    pages,
+    roofline,
+    scheduler,
+    simulator,
+)
 from dsjax.base import (
     InputError,
     InstanceConfig,
@@ -139,12 +146,12 @@ class Problem:
 class Row:
   """A placement and what it serves.
 
-  goodput: metrics.Goodput of the whole placement. aligned: KV moves inside a
+  goodput: goodput.Goodput of the whole placement. aligned: KV moves inside a
   node. chunk_tokens: of a chunked placement.
   """
 
   placement: Placement
-  goodput: metrics.Goodput
+  goodput: goodput.Goodput
   aligned: bool = False
   chunk_tokens: int | None = None
 
@@ -214,6 +221,30 @@ def plans(problem, most):
           if config.num_layers % pp == 0 and tp * pp <= most]
 
 
+def build(problem, placement, chunk_tokens=None, aligned=False):
+  """What simulates a placement: (scheduler.Config, latencies, link).
+
+  Prefill batches stop at the plan's saturation length L_m; chunked ones at
+  chunk_tokens.
+
+  Raises:
+    InputError: a plan does not fit, or nobody has measured it.
+  """
+  instances, late = [], []
+  for role in ('prefill', 'decode', 'colocated', 'chunked'):
+    for plan in getattr(placement, role):
+      seconds = problem.latency_of(plan)
+      require(seconds is not None, 'Placement', plan, 'a plan with latencies')
+      size = chunk_tokens if role == 'chunked' else _saturation(seconds)
+      found = instance(problem, role, plan, size)
+      require(found is not None, 'Placement', plan,
+              'a plan whose weights and one sequence fit in the memory')
+      instances.append(found)
+      late.append(seconds)
+  return (scheduler.Config(tuple(instances), problem.max_len), late,
+          _link(problem, aligned))
+
+
 # --- goodput ------------------------------------------------------------------
 
 
@@ -261,9 +292,9 @@ class _Search:
         requests = [dataclasses.replace(r, sampling=dataclasses.replace(
             r.sampling, max_tokens=first)) for r in requests]
       result = simulator.simulate(config, requests, latencies, link)
-      return metrics.steady_hits(result.records, slo)
+      return goodput.steady_hits(result.records, slo)
 
-    found = metrics.goodput(
+    found = goodput.search(
         hits_at, p.target, bound / 4, 1 + p.tolerance, p.requests,
         p.most_requests, most_per_s=bound, least_per_s=bound / 4**6)
     return dataclasses.replace(found, high_per_s=min(found.high_per_s, bound))
@@ -323,14 +354,10 @@ def _joint(search, counts, decode, prefill, aligned):
   """The Row of n x prefill and m x decode, simulated as a whole."""
   problem, (n, m) = search.problem, counts
   placement = Placement(prefill=[prefill] * n, decode=[decode] * m)
-  late = [search.seconds(prefill)] * n + [search.seconds(decode)] * m
-  size = _saturation(late[0])
-  instances = [search.instance('prefill', prefill, size)] * n + [
-      search.instance('decode', decode, size)] * m
+  config, late, link = build(problem, placement, aligned=aligned)
   bound = min(n * search.bound(prefill, 'prefill'),
               m * search.bound(decode, 'decode'))
-  found = search.measure(instances, late, _link(problem, aligned),
-                         problem.slo, bound)
+  found = search.measure(config.instances, late, link, problem.slo, bound)
   return search.add(Row(placement, found, aligned))
 
 
@@ -427,10 +454,11 @@ def colocated(search):
     for role, size in modes:
       if search.worse(bound / plan.num_devices, role):
         continue
-      found = search.measure([search.instance(role, plan, size)], [seconds],
-                             Instant(), problem.slo, bound)
-      search.add(Row(Placement(**{role: [plan]}), found, False,
-                     size if role == 'chunked' else None))
+      placement = Placement(**{role: [plan]})
+      chunk = size if role == 'chunked' else None
+      config, late, link = build(problem, placement, chunk)
+      found = search.measure(config.instances, late, link, problem.slo, bound)
+      search.add(Row(placement, found, False, chunk))
 
 
 def search(problem, algorithms=(low_affinity, colocated), report=None):

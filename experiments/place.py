@@ -22,16 +22,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from dsjax import (
-  hardware,
-  latency,
-  placement,
-  roofline,
-  traffic,
-  workload,
-  zoo,
-)
+from dsjax import placement, traffic, zoo
 from dsjax.base import InputError, Slo, require
+from experiments import setting
 from experiments.config import show_placement
 
 ALGORITHMS = {'low': placement.low_affinity, 'high': placement.high_affinity,
@@ -59,38 +52,6 @@ _TOLERANCE = flags.DEFINE_float('tolerance', 0.1, 'Of the rate.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the workload.', lower_bound=0)
 _OUT = flags.DEFINE_string('out', None, 'Folder for the files.')
 _TOP = flags.DEFINE_integer('top', 10, 'Lines of the table.', lower_bound=1)
-
-
-def latencies(kind, config, model, host_s):
-  """Plan -> seconds of its steps, or None where nobody knows them."""
-  if kind == 'published':
-    def published(plan):
-      try:
-        return hardware.published(model, plan, host_s=host_s)
-      except InputError:
-        return None
-    return published
-  if kind.startswith('roofline:'):
-    name = kind.removeprefix('roofline:')
-    require(name in hardware.HARDWARE, '--latency', kind,
-            f"'roofline:' and one of {sorted(hardware.HARDWARE)}")
-    return lambda plan: roofline.Roofline(
-        config, hardware.HARDWARE[name], plan.tp, plan.pp, host_s=host_s)
-  return latency.load(kind).latencies.get
-
-
-def requests(lengths, seed):
-  """(rate_per_s, n) -> requests: the same lengths at every rate."""
-  if lengths in traffic.MIXTURES:
-    entries = traffic.draw(lengths, 4096, seed)
-  else:
-    entries = workload.read_lengths(lengths)
-
-  def make(rate_per_s, n):
-    at = workload.arrivals('poisson', rate_per_s, n, seed)
-    return workload.from_lengths(entries, n, at, seed=seed)[0]
-
-  return make, max(e.prompt_len + e.output_len for e in entries)
 
 
 def _cells(row):
@@ -146,13 +107,14 @@ def _main(console):
   for name in _ALGORITHMS.value:
     require(name in ALGORITHMS, '--algorithms', name,
             f'one of {sorted(ALGORITHMS)}')
-  make, longest = requests(_LENGTHS.value, _SEED.value)
+  make, longest = setting.requests(_LENGTHS.value, _SEED.value)
   problem = placement.Problem(
       config, placement.Cluster(
           _NODES.value, _DEVICES.value, _MEMORY.value * 1e9,
           _INTRA.value * 1e9, _INTER.value * 1e9),
       Slo(_TTFT.value, _TPOT.value), make,
-      latencies(_LATENCY.value, config, _MODEL.value, _HOST.value / 1e3),
+      setting.latencies(_LATENCY.value, config, _MODEL.value,
+                        _HOST.value / 1e3),
       _TARGET.value, max_len=longest, requests=_REQUESTS.value,
       most_requests=4 * _REQUESTS.value, tolerance=_TOLERANCE.value)
   start = time.perf_counter()

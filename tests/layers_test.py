@@ -11,7 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 HOST = {'base', 'pages', 'scheduler', 'latency', 'workload', 'metrics',
-        'queueing', 'simulator', 'placement', 'traffic', 'hardware',
+        'goodput', 'queueing', 'simulator', 'placement', 'traffic', 'hardware',
         'roofline', 'zoo'}
 DEVICE = {'model', 'cache', 'sampling', 'sharding'}
 SHELL = {'engine', 'fit', 'migrate', 'checkpoint', 'gguf_file', 'gguf_model',

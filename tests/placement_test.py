@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from dsjax import base, hardware, latency, metrics, placement, workload, zoo
+from dsjax import base, goodput, hardware, latency, placement, workload, zoo
 from dsjax.base import InputError, Placement, Plan, Slo
 from dsjax.placement import Cluster, Problem
 from tests import tiny
@@ -145,7 +145,7 @@ def test_algorithm_1_replicates_phases_to_balance_them():
 def row(mode, rate, spread=0.02, **plans):
   plans = plans or ({'prefill': [Plan()], 'decode': [Plan()]}
                     if mode == 'disaggregated' else {mode: [Plan()] * 2})
-  found = metrics.Goodput(rate, rate * (1 - spread), rate * (1 + spread),
+  found = goodput.Goodput(rate, rate * (1 - spread), rate * (1 + spread),
                           'target', 0.9, 1)
   return placement.Row(Placement(**plans), found,
                        chunk_tokens=64 if mode == 'chunked' else None)

@@ -1,0 +1,51 @@
+"""What simulated runners are asked about: seconds of steps, requests."""
+
+from dsjax import hardware, latency, roofline, traffic, workload
+from dsjax.base import InputError, require
+
+
+def latencies(kind, config, model, host_s):
+  """A function Plan -> seconds of its steps, or None where nobody knows them.
+
+  Args:
+    kind: 'published' (DistServe's A100 profiles of OPT-13B and OPT-66B),
+      'roofline:a100-80g' and the like (shapes against peaks), or a file that
+      experiments.measure wrote.
+    config: a ModelConfig; model: its name.
+    host_s: the host's time between steps, where kind does not say.
+  """
+  if kind == 'published':
+    def published(plan):
+      try:
+        return hardware.published(model, plan, host_s=host_s)
+      except InputError:
+        return None
+    return published
+  if kind.startswith('roofline:'):
+    name = kind.removeprefix('roofline:')
+    require(name in hardware.HARDWARE, '--latency', kind,
+            f"'roofline:' and one of {sorted(hardware.HARDWARE)}")
+    return lambda plan: roofline.Roofline(
+        config, hardware.HARDWARE[name], plan.tp, plan.pp, host_s=host_s)
+  return latency.load(kind).latencies.get
+
+
+def requests(lengths, seed):
+  """A workload: ((rate_per_s, n) -> n requests, its longest sequence).
+
+  Poisson arrivals; the same lengths, and the same gaps but for their scale,
+  at every rate (common random numbers).
+
+  Args:
+    lengths: a name in traffic.MIXTURES, or a file of lengths.
+  """
+  if lengths in traffic.MIXTURES:
+    entries = traffic.draw(lengths, 4096, seed)
+  else:
+    entries = workload.read_lengths(lengths)
+
+  def make(rate_per_s, n):
+    at = workload.arrivals('poisson', rate_per_s, n, seed)
+    return workload.from_lengths(entries, n, at, seed=seed)[0]
+
+  return make, max(e.prompt_len + e.output_len for e in entries)
