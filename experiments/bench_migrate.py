@@ -10,10 +10,12 @@ For each pair TPxPP:TPxPP it prints
   GB/s      copied bytes over the time from dispatch to the last page in
             place, against a plain `jax.device_put` of the same pieces to the
             same devices (no gather, no scatter);
-  decode    what one migration adds to 16 decode steps of 4 rows running on
-            the target, as a share of the migration's own time: 1 where
-            nothing overlaps.
-Pairs are timed in turn and medians reported. CPU devices of one process share
+  step, x   a decode step of 4 rows on the target, and how many times as long
+            it takes while one migration a step arrives there: the median of
+            pairs, and in brackets the least and the most;
+  hidden    the share of a migration's own time that decode does not feel: 0
+            where nothing overlaps.
+All are timed in turn and medians reported. CPU devices of one process share
 cores and memory, and meshes of several devices take turns there, so overlap
 shows on one-device instances only.
 """
@@ -108,12 +110,12 @@ class Bench:
     return jax.device_put(self.pieces, self.to)
 
   def decode(self, moving=False):
-    """STEPS decode steps, a migration dispatched after the first."""
+    """STEPS decode steps; moving: each followed by a migration."""
     outs, done = [], []
     for step in range(STEPS):
       outs += self.target.decode(base.RunDecode(1, step, step, 1, self.rows))[0]
-      if moving and not step:
-        done = self.move()
+      if moving:
+        done += self.move()
     return outs, done
 
   def run(self, rounds):
@@ -123,6 +125,7 @@ class Bench:
       clock(fn)
     taken = [[clock(fn) for fn in fns] for _ in range(rounds)]
     move, put, alone, both = map(statistics.median, zip(*taken, strict=True))
+    slower = sorted(b / a for *_, a, b in taken)
     config = self.target.where[0].model
     transfer = self.route.start(self.command)
     needed = len(self.command.target_pages) * self.target.limits.page_size * (
@@ -137,7 +140,9 @@ class Bench:
             self.route.buckets)),
         gb_per_s=transfer.bytes / move / 1e9,
         put_gb_per_s=sum(x.nbytes for x in self.pieces) / put / 1e9,
-        step_ms=alone / STEPS * 1e3, slowdown=(both - alone) / move)
+        step_ms=alone / STEPS * 1e3, slower=statistics.median(slower),
+        slower_range=(slower[0], slower[-1]),
+        hidden=1 - (both - alone) / (STEPS * move))
 
 
 def main(_):
@@ -154,7 +159,7 @@ def main(_):
         f'{len(jax.devices())} {jax.devices()[0].device_kind} devices')
   print(f'{"tp x pp":>14} {"needed":>8} {"copied":>8} {"ratio":>6} '
         f'{"copies":>7} {"GB/s":>6} {"put":>6} {"share":>6} {"step ms":>8} '
-        f'{"decode":>7}')
+        f'{"x":>5} {"":12} {"hidden":>7}')
   for name, placement in zip(_PAIRS.value, pairs, strict=True):
     row = Bench(loaded, placement, config, _TOKENS.value).run(_ROUNDS.value)
     results.append(dict(pair=name, **row))
@@ -162,7 +167,9 @@ def main(_):
           f'{row["copied_mb"]:7.1f}M {row["ratio"]:6.2f} {row["copies"]:7d} '
           f'{row["gb_per_s"]:6.2f} {row["put_gb_per_s"]:6.2f} '
           f'{row["gb_per_s"] / row["put_gb_per_s"]:6.2f} '
-          f'{row["step_ms"]:8.1f} {row["slowdown"]:7.2f}', flush=True)
+          f'{row["step_ms"]:8.1f} {row["slower"]:5.2f} '
+          f'[{row["slower_range"][0]:.2f}, {row["slower_range"][1]:.2f}] '
+          f'{row["hidden"]:7.2f}', flush=True)
     if _OUT.value:
       with open(_OUT.value, 'w') as file:
         json.dump(results, file, indent=1)

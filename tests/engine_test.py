@@ -5,6 +5,7 @@ Tokens are compared with the dense float64 pass of tests/tiny.py.
 
 import dataclasses
 import itertools
+import types
 
 import jax
 import numpy as np
@@ -413,6 +414,30 @@ def test_pages_are_what_memory_leaves(plan, role):
   fitted = Engine(TINY, meshes, role, dataclasses.replace(
       limits, memory_bytes=fixed + 200_000))
   assert fitted.stages[0].cache.k_KPCH[0].shape[1] == poor
+
+
+def says(*stats):
+  """A mesh of devices that report these memory_stats."""
+  return types.SimpleNamespace(devices=np.array([
+      types.SimpleNamespace(memory_stats=lambda s=s: s) for s in stats]))
+
+
+def test_an_accelerator_says_what_is_free(monkeypatch):
+  """None was at hand; this is what jax documents of one."""
+  roomy, tight = (dict(bytes_limit=80_000, bytes_in_use=n)
+                  for n in (5_000, 30_000))
+  free = engine_module._free_bytes
+  assert free([says(roomy), says(roomy, tight)]) == 50_000  # the least
+  assert free([says(roomy, None)]) is None  # a CPU
+  assert free([says({'bytes_in_use': 1})]) is None
+  limits, meshes = dataclasses.replace(LIMITS, num_pages=None), meshes_of(1, 1)
+  budget = sum(held_bytes(Engine(TINY, meshes, 'decode', limits))) + 70_000
+  stats = says(dict(bytes_limit=budget + 7, bytes_in_use=7))
+  monkeypatch.setattr(engine_module, '_free_bytes', lambda _: free([stats]))
+  want = dataclasses.replace(limits, memory_bytes=budget)
+  found = engine_module.fit(CONFIG, meshes, 'decode', limits)
+  assert found == engine_module.fit(CONFIG, meshes, 'decode', want)
+  assert found.num_pages < limits.instance('decode', 1).num_pages
 
 
 @pytest.mark.parametrize('plan', ((1, 1), (2, 2)), ids=str)
