@@ -19,8 +19,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dsjax import base, pages, sharding
 from dsjax import cache as kv
-from dsjax import pages, sharding
 
 
 class Piece(NamedTuple):
@@ -238,15 +238,8 @@ class Route:
   def warm(self, checksum=False):
     """Copies pages nowhere in each size, so that nothing compiles later."""
     for size in self.buckets:
-      nowhere = (self.target.limits.num_pages,) * (size * self.each[1])
-      read = self.source.gather((0,) * (size * self.each[0]),
-                                self.target.limits.page_size,
-                                self.target.config.kv_dtype_of(
-                                    self.target.role))
-      moved, _ = move(read, self.pieces, self.source.where, self.target.where)
-      if checksum:
-        jax.block_until_ready((
-            self.source.checksum(read, 0, 0),
-            self.target.checksum(self.target.gather(
-                (0,) * len(nowhere)), 0, 0)))
-      jax.block_until_ready(self.target.scatter(nowhere, moved))
+      here, there = (size * n for n in self.each)
+      transfer = self.start(base.Migrate(
+          0, 0, 0, (0,) * here, 0, (self.target.limits.num_pages,) * there,
+          size * self.tokens), checksum)
+      jax.block_until_ready((transfer.done, transfer.sums))

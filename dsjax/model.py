@@ -60,16 +60,6 @@ class Rows:
   table_BM: jax.Array
 
 
-def abstract_params(config, dtype=jnp.float32):
-  """The parameter tree as ShapeDtypeStructs: for sharding and checks."""
-  def tree(leaves):
-    return {leaf: jax.ShapeDtypeStruct(config.leaf_shape(leaf), dtype)
-            for leaf in leaves}
-
-  return tree(config.top_leaves) | {'layers': tuple(
-      tree(config.layer_leaves) for _ in range(config.num_layers))}
-
-
 def project(w_O__I, x_SI):
   """x W^T for a weight stored output-first, any number of output axes.
 
@@ -288,13 +278,6 @@ def run_layers(config, layers, first, cache, x_SD, pos_S, page_S, attend,
     x_SD, held = block(x_SD, layer, held, like)
     written.append(held)
   return x_SD, kv.from_layers(written)
-
-
-def forward(config, params, cache, token_S, pos_S, page_S, attend, mesh=None):
-  """embed, then run_layers over all of them: (x_SD before the head, cache)."""
-  x_SD = embed(config, params, token_S, pos_S)
-  return run_layers(config, params['layers'], 0, cache, x_SD, pos_S, page_S,
-                    attend, mesh)
 
 
 def head(config, params, x_RD):

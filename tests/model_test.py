@@ -174,8 +174,9 @@ def test_forward_gives_the_logits_of_every_position():
 
   @jax.jit
   def logits(params, cache, token_S, page_S):
-    x_SD, _ = model.forward(CONFIG, params, cache, token_S, pos_S, page_S,
-                            attend)
+    x_SD, _ = model.run_layers(
+        CONFIG, params['layers'], 0, cache,
+        model.embed(CONFIG, params, token_S, pos_S), pos_S, page_S, attend)
     return model.head(CONFIG, params, x_SD)
 
   got_SV = logits(one.params, one.cache, i32(tokens),
@@ -460,16 +461,6 @@ def test_bfloat16_weights_and_cache():
   one.decode({0: 40}, 2)
   assert {x.dtype for x in jax.tree.leaves(one.cache)} == {
       jnp.dtype(jnp.bfloat16)}
-
-
-@pytest.mark.parametrize('config', [CONFIG, tiny.UNTIED],
-                         ids=['tied', 'untied'])
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_abstract_params_are_the_tree_of_a_checkpoint(config, dtype):
-  made = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-                      checkpoint.random_params(config, 0, dtype))
-  assert ('head_VD' in made) == (not config.tied)
-  assert model.abstract_params(config, jnp.dtype(dtype)) == made
 
 
 @pytest.mark.parametrize('step', ['prefill', 'decode'])
