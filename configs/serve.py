@@ -5,11 +5,14 @@ import dataclasses
 import math
 import pathlib
 
+from dsjax import traffic
 from dsjax.base import EngineConfig, Placement, Plan, Sampling, Slo, require
+from dsjax.workload import KINDS
 
 PROMPTS = pathlib.Path(__file__).resolve().parent.parent.joinpath(
     'experiments', 'prompts.jsonl')
-SOURCES = ('prompts', 'trace', 'fixed')
+SOURCES = ('prompts', 'trace', 'fixed', *traffic.MIXTURES)
+ARRIVALS = (*KINDS, 'resample')
 
 _ONE = Plan()
 TWO_DEVICES = (Placement(prefill=[_ONE], decode=[_ONE]),
@@ -23,12 +26,16 @@ class Workload:
 
   Attributes:
     source: prompts (a file of them, workload.read_prompts), trace (lengths
-      from a file, workload.read_lengths; ids without meaning) or fixed
-      (every prompt of prompt_len, every answer of output_len tokens).
+      from a file, workload.read_lengths; ids without meaning), fixed
+      (every prompt of prompt_len, every answer of output_len tokens) or a
+      mixture of traffic.MIXTURES (sharegpt, humaneval, longbench).
     path: the file, for prompts and trace.
     num_requests: None for as many as the file has; a file of prompts is gone
       round again when there are more.
-    arrivals, rate_per_s, cv: see workload.arrivals.
+    arrivals, rate_per_s, cv: see workload.arrivals; 'resample' has the trace's
+      own burstiness, and without rate_per_s its rate (traffic.fit).
+    swing, period_s: the rate goes up and down by this share of itself, in
+      this time (traffic.diurnal).
     seed: of arrivals, lengths and ids.
     max_prompt, max_output: lengths of a trace are cut to these.
   """
@@ -39,6 +46,8 @@ class Workload:
   arrivals: str = 'poisson'
   rate_per_s: float | None = 1.0
   cv: float = 1.0
+  swing: float = 0.0
+  period_s: float = 86400.0
   seed: int = 0
   max_prompt: int | None = None
   max_output: int | None = None
@@ -48,6 +57,8 @@ class Workload:
   def __post_init__(self):
     require(self.source in SOURCES, 'workload.source', self.source,
             f'one of {SOURCES}')
+    require(self.arrivals in ARRIVALS, 'workload.arrivals', self.arrivals,
+            f'one of {ARRIVALS}')
     for field in ('num_requests', 'max_prompt', 'max_output', 'prompt_len',
                   'output_len'):
       value = getattr(self, field)

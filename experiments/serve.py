@@ -31,7 +31,14 @@ from rich.console import Console
 
 import dsjax
 from configs.serve import Serve
-from dsjax import base, metrics, orchestrator, scheduler, workload
+from dsjax import (
+    base,
+    metrics,
+    orchestrator,
+    scheduler,
+    traffic,
+    workload,
+)
 from experiments import config as configs
 from experiments import live, machine, report, timeline, tiny
 
@@ -76,15 +83,9 @@ def plan_requests(config):
     InputError.
   """
   w = config.workload
-  read = {'prompts': workload.read_prompts, 'trace': workload.read_lengths,
-          'fixed': None}[w.source]
-  base.require(read is None or w.path, 'workload.path', w.path,
-               f'the path of a file: --set=workload.path=... ({w.source})')
-  entries = (read(w.path) if read else
-             (workload.Entry(None, w.prompt_len, w.output_len),))
+  entries = _entries(w)
   n = w.num_requests or len(entries)
-  times = workload.arrivals(w.arrivals, w.rate_per_s, n, w.seed, w.cv,
-                            entries if w.source == 'trace' else None)
+  times = _arrivals(w, n, entries)
 
   def make(model):
     if w.source == 'prompts':
@@ -98,6 +99,35 @@ def plan_requests(config):
       _check_length(config, model, r)
     return requests, cut
   return make
+
+
+def _entries(w):
+  """Prompts, or lengths, of a Workload."""
+  if w.source == 'fixed':
+    return (workload.Entry(None, w.prompt_len, w.output_len),)
+  if w.source in traffic.MIXTURES:
+    return traffic.draw(w.source, w.num_requests or 100, w.seed)
+  base.require(w.path, 'workload.path', w.path, 'the path of a file: '
+               f'--set=workload.path=... ({w.source})')
+  return (workload.read_prompts if w.source == 'prompts' else
+          workload.read_lengths)(w.path)
+
+
+def _arrivals(w, n, entries):
+  """When the n requests of a Workload are sent."""
+  kind, rate, cv = w.arrivals, w.rate_per_s, w.cv
+  base.require(kind != 'resample' or w.source == 'trace', 'workload.source',
+               w.source, "'trace', to resample it")
+  base.require(not w.swing or kind not in ('burst', 'trace'),
+               'workload.swing', w.swing, f'0 with {kind} arrivals')
+  if kind == 'resample':
+    history = traffic.fit(entries)
+    kind, rate, cv = 'gamma', rate or history.rate_per_s, history.cv
+  if w.swing:
+    return traffic.vary(workload.arrivals(kind, 1.0, n, w.seed, cv),
+                        traffic.diurnal(rate, w.swing, w.period_s))
+  return workload.arrivals(kind, rate, n, w.seed, cv,
+                           entries if w.source == 'trace' else None)
 
 
 def _chats(config, model, prompts, times):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from configs.serve import Workload
 from dsjax import base, orchestrator, scheduler
 from experiments import config as configs
 from experiments import live, machine, report, serve
@@ -168,7 +169,7 @@ def _gguf(path, architecture):
     ('slo.ttft_s=-1', 'Slo.ttft_s=-1.0: must be seconds above 0'),
     ('workload.rate_per_s=-2', 'rate_per_s=-2.0: must be a number above 0'),
     ('workload.rate_per_s=nan', 'rate_per_s=nan: must be a number above 0'),
-    ('workload.arrivals=daily', "arrivals.kind='daily': must be one of"),
+    ('workload.arrivals=daily', "workload.arrivals='daily': must be one of"),
     ('workload.source=web', "workload.source='web': must be one of"),
     ('workload.path=none', 'workload.path=None: must be the path of a file'),
     ('workload.path=/nowhere.csv', '/nowhere.csv: cannot be read'),
@@ -178,6 +179,8 @@ def _gguf(path, architecture):
     ('placements=prefill=8x1,decode=1x1',
      "placements='9 devices': must be of at most the 8 that exist"),
     ('placements=colocated=5x1', 'Plan.tp=5: must be at most the 4'),
+    ('workload.swing=0.5', 'workload.swing=0.5: must be 0 with burst'),
+    ('workload.arrivals=resample', "workload.source='prompts': must be"),
     ('engine.max_len=20', 'exceed engine.max_len=20'),
     ('engine.max_len=4096', 'must be at most 2048, the context of tiny'),
     ('model=gpt5', "model='gpt5': must be one of"),
@@ -196,6 +199,31 @@ def test_bad_input_is_one_clear_error(tmp_path, capsys, setting, says):
   said = capsys.readouterr().err
   assert said.startswith('error: ') and said.count('\n') == 1
   assert says in said
+
+
+def test_sources_and_arrivals():
+  def made(**fields):
+    w = Workload(source='sharegpt', rate_per_s=2.0, **fields)
+    entries = serve._entries(w)
+    return entries, np.array(serve._arrivals(w, 400, entries))
+
+  (mixed, even), (_, daily) = made(), made(swing=1.0, period_s=200.0)
+  assert len(mixed) == 100 and max(e.prompt_len for e in mixed) <= 2030
+  upper = [(t % 200 < 100).mean() for t in (even, daily)]
+  assert 0.4 < upper[0] < 0.6 and 0.75 < upper[1] < 0.9  # 1/2 + 1/pi
+  assert daily[-1] == pytest.approx(even[-1], rel=0.2)
+
+
+def test_a_trace_is_resampled_with_its_burstiness(tmp_path):
+  at = np.cumsum(np.tile([0.1, 0.1, 0.1, 3.7], 50))
+  trace = tmp_path / 'trace.csv'
+  trace.write_text('arrival_s,prompt_len,output_len\n' + ''.join(
+      f'{t},5,3\n' for t in at))
+  w = Workload(source='trace', path=str(trace), arrivals='resample',
+               rate_per_s=None)
+  gaps = np.diff(serve._arrivals(w, 4000, serve._entries(w)))
+  assert gaps.mean() == pytest.approx(1.0, rel=0.15)
+  assert gaps.std() / gaps.mean() == pytest.approx(1.56, rel=0.15)
 
 
 def test_bad_row_of_a_trace_is_named(tmp_path, capsys):
