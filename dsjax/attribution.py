@@ -5,7 +5,9 @@ the first token lie `prefill_queue` and `prefill`, in every mode: the prefill
 samples the first token, so the KV transfer comes after it. After the first
 token lie `decode_queue` (no pages or no place in a batch), `transfer`,
 `decode` and, on an instance that does both phases, `interference`: the time
-in which it ran prompts, less what the same step takes without them. From a
+in which it ran prompts, less what the same step takes without them. Before the
+first token, what a prompt that was sent to its instance waits behind steps in
+flight is `interference` where they only decode, else `prefill_queue`. From a
 preemption until the request decodes again, all is `preemption`, wherever the
 first token lies. A prompt that waits at an idle prefill instance waits for
 pages that finished prompts still hold there: that part of its queue is
@@ -50,7 +52,7 @@ _CHANGE = {
     'decode_queue': ('more decode capacity (KV memory or batch places)',
                      'waited for a place to decode', 'that wait'),
     'interference': ('prefill apart from decode (or smaller chunks)',
-                     'decoded slowly beside prompts', 'that delay'),
+                     'were delayed by the other phase', 'that delay'),
     'preemption': ('more KV memory', 'lost their pages', 'that delay'),
     'decode': ('a faster decode (larger tp, smaller batches)',
                'were slow in decode', 'its excess over an empty system'),
@@ -161,7 +163,9 @@ class Fold:
     self._prefilled_at, self._decoded_at = {}, {}
     self._preempted = set()
     self._issued, self._free_s = {}, {}
+    self._starts = {}  # id -> when its instance got to its prompt
     self._mixed = collections.defaultdict(list)
+    self._decoding = collections.defaultdict(_Curve)
     self._pure_s = collections.defaultdict(list)
     self._sources = collections.defaultdict(_Source)
     self._moving = {}
@@ -205,11 +209,16 @@ class Fold:
           self._decoded_at)
       if stage == 'decode':
         self._preempted.discard(id)
+      own = self._spans.setdefault(id, [])
+      if stage == 'prefill':
+        at_s = min(stop_s, max(start_s, self._starts.pop(id, start_s)))
+        if id not in self._preempted and at_s > start_s:
+          own.append(('behind', start_s, at_s, self._prefilled_at[id]))
+          start_s = at_s
       if id in self._preempted:
         stage = 'preemption'
       if stop_s > start_s:
-        self._spans.setdefault(id, []).append(
-            (stage, start_s, stop_s, where.get(id)))
+        own.append((stage, start_s, stop_s, where.get(id)))
     self._new.clear()
 
   def _done(self, event):
@@ -221,7 +230,11 @@ class Fold:
     took_s = event.time_s - start_s
     if isinstance(command, RunDecode):
       self._pure_s[i].append(took_s / command.steps)
+      self._decoding[i].to(start_s, 0.0)
+      self._decoding[i].to(event.time_s, took_s)
       return
+    for chunk in command.chunks:
+      self._starts.setdefault(chunk.id, start_s)
     self._sources[i].note(event.time_s, steps=-1)
     base_s = 0.0
     if command.rows:
@@ -276,6 +289,10 @@ class Fold:
       taken = min(rest, curves[where].between(a, b))
       sums['interference'] += taken
       rest -= taken
+    elif stage == 'behind':
+      taken = min(rest, self._decoding[where].between(a, b))
+      sums['interference'] += taken
+      stage, rest = 'prefill_queue', rest - taken
     elif stage == 'prefill_queue' and where in apart:
       for cause, curve in self._sources[where].held.items():
         taken = min(rest, curve.between(a, b))

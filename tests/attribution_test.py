@@ -78,6 +78,27 @@ def test_execution_falls_only_to_what_an_empty_system_takes():
   assert miss.cause == 'prefill_queue'
 
 
+def explained(before, after, slo):
+  record = base.Record(0, 0.0, 8, 2, status='length')
+  record.token_s = [sum(before.values()),
+                    sum(before.values()) + sum(after.values())]
+  none = dict.fromkeys(attribution.CAUSES, 0.0)
+  return attribution.explain(
+      record, attribution.Parts(none | before, none | after), slo)
+
+
+def test_what_suffices_goes_before_what_is_larger():
+  miss = explained(dict(prefill=3, preemption=1),
+                   dict(decode_queue=9, preemption=1), Slo(3, 9))
+  assert miss == (0, 'preemption', ('preemption',))
+
+
+def test_only_a_missed_objective_counts():
+  miss = explained(dict(prefill=0.6, prefill_queue=0.5, preemption=0.5),
+                   dict(decode=9), Slo(0.9, 10))
+  assert miss == (0, 'prefill', ())
+
+
 def test_the_least_of_a_log_is_its_fastest_step_and_token():
   fold = attribution.of_log(APART)
   assert fold.least()(fold.records[1]) == (2.0, 6.0)
@@ -116,6 +137,18 @@ def test_interference_is_a_prompts_step_between_two_tokens():
   parts = attribution.of_log(colocated(())).parts()
   assert near(parts[0].after, interference=5, decode=2)
   assert near(parts[1].before, prefill_queue=0.5, prefill=5)
+
+
+def test_a_prompt_behind_a_decode_step_in_flight_is_interference():
+  log = [
+      (Arrived(0.0, 0, 8, 3), (prefill(0, 0, 0),)),
+      (PrefillDone(1.0, 0, 0), (decode(0, 1, 0),)),
+      (Arrived(2.0, 1, 8, 1), (prefill(0, 2, 1),)),
+      (DecodeDone(5.0, 0, 1, (5.0,)), ()),
+      (PrefillDone(9.0, 0, 2), (Finish(1, 'length'),)),
+  ]
+  parts = attribution.of_log(log).parts()[1]
+  assert near(parts.before, interference=3, prefill=4)
 
 
 def test_a_mixed_step_counts_but_for_what_decode_alone_takes():
@@ -180,8 +213,9 @@ def run(roles, late, link=WIRE, n=40, gap_s=0.05, prompt=64, out=16,
     assert before == pytest.approx(r.ttft_s)
     assert after == pytest.approx(r.tpot_s * (len(r.token_s) - 1))
     assert min(min(half.values()) for half in parts[r.id]) >= 0
-    return attribution.attribute(result.records, parts, slo or USUAL, lambda r: (
-      late[0].prefill_s(((0, r.prompt_len),)), late[-1].decode_s(1, 0)))
+  return attribution.attribute(
+      result.records, parts, slo or USUAL, lambda r: (
+          late[0].prefill_s(((0, r.prompt_len),)), late[-1].decode_s(1, 0)))
 
 
 SLOW_PREFILL = latency.Affine((0.08, 1e-6, 0), (1e-2, 0, 0))
