@@ -299,7 +299,7 @@ def simulate(options, asked, placements, points, kind, progress, halt, save):
                       total, slo, records, parts, alone)
 
 
-# --- what a person sees -----------------------------------------------------------
+# --- what a person sees ------------------------------------------------------
 
 
 def _ms(values):
@@ -356,6 +356,8 @@ def draw(path, points, kind, label, target, title):
   xs = sorted({p.x for p in points})
   width = 0.6 * min((b - a for a, b in zip(xs, xs[1:], strict=False)),
                     default=xs[0])
+  most = max(5.0, 115 * max(len(p.attribution.misses) / max(1, len(p.kept))
+                            for p in points))
   for k, name in enumerate(names):
     own = [p for p in points if p.placement == name]
     at = [p.x + (k - (len(names) - 1) / 2) * width / 12 for p in own]
@@ -369,10 +371,10 @@ def draw(path, points, kind, label, target, title):
       if p.unsteady:
         top.plot(x, 100 * s, marker='o', markersize=5, color='white',
                  markeredgecolor=line[0].get_color(), zorder=5)
-    _misses(below[k], own, width, name)
+    _misses(below[k], own, width, name, most)
   top.axhline(100 * target, color='black', linestyle='--', linewidth=1)
-  top.annotate(f'target {target:.0%}', (1, 100 * target), (-2, -10),
-               xycoords=('axes fraction', 'data'), fontsize=8, ha='right',
+  top.annotate(f'target {target:.0%}', (0, 100 * target), (4, -10),
+               xycoords=('axes fraction', 'data'), fontsize=8,
                textcoords='offset points')
   top.set_ylim(-2, 104)
   top.set_ylabel('requests that met\nboth objectives, %')
@@ -395,7 +397,7 @@ def draw(path, points, kind, label, target, title):
   figure.savefig(path, dpi=120)
 
 
-def _misses(axes, points, width, name):
+def _misses(axes, points, width, name, most):
   """Stacked bars: share of the requests that missed, by cause."""
   bottom = [0.0] * len(points)
   for cause, colour in COLOURS.items():
@@ -403,7 +405,7 @@ def _misses(axes, points, width, name):
              for p in points]
     axes.bar([p.x for p in points], share, width, bottom, color=colour)
     bottom = [a + b for a, b in zip(bottom, share, strict=True)]
-  axes.set_ylim(0, 104)
+  axes.set_ylim(0, most)
   axes.set_ylabel('missed, %')
   axes.set_title(name, loc='left', fontsize=9)
 
@@ -483,6 +485,9 @@ def _main(options, console):
       for p in simulate(options, asked, placements, points, kind, progress,
                         interrupts.halt, traces and traces.save):
         found.append(p)
+        if not console.is_terminal:
+          console.print(f'{p.placement} at {p.x:.4g}: '
+                        f'{p.summary.attainment[0]:.0%} met both')
     except KeyboardInterrupt:
       stopped = True
   for name in dict.fromkeys(p.placement for p in found):
