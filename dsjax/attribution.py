@@ -381,12 +381,14 @@ def attribute(records, parts, slo, no_load=None):
 def _advice(count, causes, fixes):
   if not count:
     return 'no misses'
-  best = max(CAUSES, key=fixes.get)
+  best, most = max(CAUSES, key=fixes.get), max(causes, key=causes.get)
   if fixes[best]:
     change, suffered, removed = _CHANGE[best]
-    return (f'{change}: {fixes[best]} of {count} misses {suffered} and would '
+    text = (f'{change}: {fixes[best]} of {count} misses {suffered} and would '
             f'attain were {removed} zero')
-  most = max(causes, key=causes.get)
+    if 2 * fixes[best] < count:
+      text += f'; {causes[most]} lost most to {most}'
+    return text
   if most in ENDED:
     return f'{causes[most]} of {count} misses {most}: see their reasons'
   return (f'no single change: none alone would save one of {count} misses; '

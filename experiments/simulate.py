@@ -74,6 +74,10 @@ def define_flags():
   number('inter_gb_per_s', 3.125, 'Of KV between nodes.')
   flags.DEFINE_bool('aligned', True, 'KV moves inside a node.')
   whole('chunk', 512, 'Token budget of chunked placements.', lower_bound=1)
+  whole('depth', None, 'Commands in flight; see scheduler.Config.',
+        lower_bound=1)
+  whole('run_ahead', None, 'Most decode steps of a command, while a prompt may '
+        'have to wait for them; see scheduler.Config.', lower_bound=1)
   whole('requests', 400, 'Simulated at each point.', lower_bound=20)
   whole('seed', 0, 'Of the workload.', lower_bound=0)
   flags.DEFINE_bool('timeline', False, 'Write timelines and event logs.')
@@ -264,13 +268,22 @@ def point(name, devices, at, rate, slo, records, parts, alone):
       unsteady(records, slo, goodput.steady_hits(records, slo, WARMUP)))
 
 
+def build(options, asked, placed):
+  """placement.build of a placement, with the command line's run-ahead."""
+  config, *rest = placement.build(
+      asked, placed, options.chunk if placed.chunked else None,
+      options.aligned)
+  changed = {k: v for k in ('depth', 'run_ahead')
+             if (v := getattr(options, k)) is not None}
+  return dataclasses.replace(config, **changed), *rest
+
+
 def simulate(options, asked, placements, points, kind, progress, halt, save):
   """Yields the Points of every placement, in order.
 
   save: called with (name, placement, config, log) of each run, or None.
   """
-  built = [placement.build(asked, p, options.chunk if p.chunked else None,
-                           options.aligned) for p in placements]
+  built = [build(options, asked, p) for p in placements]
   factors = [p.num_devices if options.per_device else 1 for p in placements]
   runs = list(dict.fromkeys(rate for rate, _ in points))
   sample = [metrics.Record(r.id, 0.0, len(r.prompt), 1) for r in
@@ -331,7 +344,7 @@ def told(points, kind, target):
   lines = []
   for p in points:
     where = f'scale {p.x:g}' if kind == 'scale' else f'{p.x:.4g} req/s'
-    if p.unsteady:
+    if p.unsteady and not any(p.unsteady in line for line in lines):
       lines.append(f'{where}: {p.unsteady}')
     if p.attribution.misses:
       lines.append(f'{where}: {p.attribution.advice}')
@@ -379,7 +392,7 @@ def draw(path, points, kind, label, target, title):
   top.set_ylim(-2, 104)
   top.set_ylabel('requests that met\nboth objectives, %')
   hollow = any(p.unsteady for p in points)
-  top.legend(fontsize=8, frameon=False, loc='lower left', title_fontsize=8,
+  top.legend(fontsize=8, frameon=False, loc='best', title_fontsize=8,
              title='hollow: queues grew or drifted' if hollow else None)
   below[-1].set_xlabel(label)
   below[-1].set_xticks(xs, [f'{x:.3g}' for x in xs])
@@ -506,7 +519,8 @@ def _main(options, console):
 def _save(options, out, found, kind, stopped, traces, console):
   told_by = ('model', 'placement', 'rates', 'scales', 'rate', 'per_device',
              'ttft', 'tpot', 'target', 'lengths', 'process', 'cv', 'latency',
-             'host_ms', 'aligned', 'chunk', 'requests', 'seed')
+             'host_ms', 'depth', 'run_ahead', 'aligned', 'chunk', 'requests',
+             'seed')
   write(out, found, {k: getattr(options, k) for k in told_by}, stopped)
   label = ('objectives, as a multiple of those in the title'
            if kind == 'scale' else 'requests a second'
@@ -528,7 +542,7 @@ def _save(options, out, found, kind, stopped, traces, console):
 def main(_):
   console = Console()
   if not console.is_terminal:
-    console = Console(width=130)
+    console = Console(width=150)
   try:
     sys.exit(_main(flags.FLAGS, console))
   except InputError as error:

@@ -93,6 +93,16 @@ def test_what_suffices_goes_before_what_is_larger():
   assert miss == (0, 'preemption', ('preemption',))
 
 
+def test_advice_that_saves_few_says_what_the_others_lost_to():
+  counts = dict.fromkeys((*attribution.CAUSES, *attribution.ENDED), 0)
+  causes = counts | dict(decode=1, decode_queue=9)
+  text = attribution._advice(10, causes, counts | dict(decode=1))
+  assert text.startswith('a faster decode') and text.endswith(
+      '9 lost most to decode_queue')
+  text = attribution._advice(10, causes, counts)
+  assert text.startswith('no single change') and '9 lost most' in text
+
+
 def test_only_a_missed_objective_counts():
   miss = explained(dict(prefill=0.6, prefill_queue=0.5, preemption=0.5),
                    dict(decode=9), Slo(0.9, 10))

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from dsjax.base import InputError, Record, Slo, decode
+from dsjax.base import InputError, Record, RunDecode, Slo, decode
 from experiments import report, simulate
 
 BASE = ('--requests=40', '--lengths=humaneval')
@@ -46,6 +46,17 @@ def test_rates_of_two_placements_with_timelines(tmp_path):
   assert len(logs) == 4
   event, _ = decode(json.loads(logs[0].read_text().splitlines()[0]))
   assert event.id == 0
+
+
+def test_run_ahead_is_asked_of_the_scheduler(tmp_path):
+  done = run('--placement=colocated=1x1', '--rate=1', '--timeline',
+             '--run_ahead=1', f'--out={tmp_path}')
+  assert done.returncode == 0, done.stderr
+  log, = tmp_path.glob('events-*.jsonl')
+  pairs = [decode(json.loads(line)) for line in log.read_text().splitlines()]
+  steps = {c.steps for _, commands in pairs for c in commands
+           if isinstance(c, RunDecode)}
+  assert steps == {1}
 
 
 def test_tighter_scales_attain_less(tmp_path):
