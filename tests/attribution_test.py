@@ -107,6 +107,9 @@ def test_only_a_missed_objective_counts():
   miss = explained(dict(prefill=0.6, prefill_queue=0.5, preemption=0.5),
                    dict(decode=9), Slo(0.9, 10))
   assert miss == (0, 'prefill', ())
+  miss = explained(dict(prefill=9), dict(
+      decode=0.6, decode_queue=0.5, preemption=0.5), Slo(10, 0.9))
+  assert miss == (0, 'decode', ())
 
 
 def test_the_least_of_a_log_is_its_fastest_step_and_token():
