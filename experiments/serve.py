@@ -32,6 +32,7 @@ from rich.console import Console
 import dsjax
 from configs.serve import Serve
 from dsjax import (
+    attribution,
     base,
     metrics,
     orchestrator,
@@ -281,8 +282,20 @@ def disturbed(results):
 def compare(config, results):
   """[(mode, Summary, extra), ...], as report.tables takes it."""
   return [(r.mode, metrics.summarize(r.records, config.slo, config.num_devices,
-                                     config.warmup_s), r.extra)
+                                     config.warmup_s),
+           r.extra | {'attribution': attributed(config, r)})
           for r in results]
+
+
+def attributed(config, result):
+  """Why requests of a mode missed, after the warm-up: a dict for JSON."""
+  fold = attribution.of_log(result.log)
+  start_s = min((r.arrival_s for r in result.records), default=0.0)
+  kept = [r for r in result.records
+          if r.arrival_s >= start_s + config.warmup_s]
+  found = attribution.attribute(kept, fold.parts(), config.slo, fold.least())
+  return {'causes': found.causes, 'fixes': found.fixes,
+          'advice': found.advice}
 
 
 def _write_json(path, value):
@@ -362,6 +375,8 @@ def run(config, out, console):
       report.verdict(compared), tokens_agree(results), disturbed(results))))
   console.print(report.tables(compared))
   console.print(closing, highlight=False)
+  for mode, _, extra in compared:
+    console.print(f'{mode}: {extra["attribution"]["advice"]}', highlight=False)
   save(config, results, title, closing, out)
   console.print(f'Written to {out}: records.jsonl answers.jsonl timeline.json '
                 'report.png summary.txt summary.json events-*.jsonl',

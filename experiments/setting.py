@@ -30,14 +30,17 @@ def latencies(kind, config, model, host_s):
   return latency.load(kind).latencies.get
 
 
-def requests(lengths, seed):
+def requests(lengths, seed, process='poisson', cv=1.0):
   """A workload: ((rate_per_s, n) -> n requests, its longest sequence).
 
-  Poisson arrivals; the same lengths, and the same gaps but for their scale,
-  at every rate (common random numbers).
+  The same lengths, and the same gaps but for their scale, at every rate
+  (common random numbers).
 
   Args:
     lengths: a name in traffic.MIXTURES, or a file of lengths.
+    process: of arrivals, one of workload.KINDS; cv: of 'gamma'. 'trace': the
+      file's requests in its order, no more than it has, at its own times
+      where rate_per_s is None.
   """
   if lengths in traffic.MIXTURES:
     entries = traffic.draw(lengths, 4096, seed)
@@ -45,7 +48,9 @@ def requests(lengths, seed):
     entries = workload.read_lengths(lengths)
 
   def make(rate_per_s, n):
-    at = workload.arrivals('poisson', rate_per_s, n, seed)
-    return workload.from_lengths(entries, n, at, seed=seed)[0]
+    trace = process == 'trace'
+    n = min(n, len(entries)) if trace else n
+    at = workload.arrivals(process, rate_per_s, n, seed, cv, entries)
+    return workload.from_lengths(entries, n, at, seed=seed, in_order=trace)[0]
 
   return make, max(e.prompt_len + e.output_len for e in entries)

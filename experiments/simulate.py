@@ -1,0 +1,555 @@
+"""One placement, or several, simulated over rates or over scales of the SLO.
+
+  python -m experiments.simulate --model=opt-13b \
+    --placement=prefill=2x1,decode=1x1/colocated=1x1,1x1,1x1 \
+    --rates=1,2,3,4,5,6 --ttft=0.25 --tpot=0.1 --lengths=sharegpt \
+    --out=out/simulate
+  python -m experiments.simulate --scales=0.5,0.75,1,1.5,2 --rate=4
+  python -m experiments.simulate --lengths=TRACE.csv --process=trace
+
+It prints, for each point, the share of requests that met both objectives (the
+first fifth left out as warm-up) with its 95 % interval, latencies, and why
+requests missed (dsjax.attribution). Placements with '/' between are drawn
+together; --per_device multiplies rates by their devices. --latency is as in
+experiments.place. --process=trace without a rate uses the trace's own times.
+Files in --out: records.jsonl, summary.json, simulate.png and, with --timeline,
+timeline.json (for ui.perfetto.dev) and events-NAME.jsonl, which replays.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+import sys
+
+from absl import app, flags
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from dsjax import (
+    attribution,
+    goodput,
+    metrics,
+    placement,
+    simulator,
+    traffic,
+    workload,
+    zoo,
+)
+from dsjax.base import Finish, InputError, Reject, Slo, require
+from experiments import live, report, setting, timeline
+from experiments.config import parse_placement, show_placement
+
+WARMUP = 0.2  # share of the requests, as in goodput.steady_hits
+COLOURS = dict(zip((*attribution.CAUSES, *attribution.ENDED), (
+    '#4e79a7', '#a0cbe8', '#59a14f', '#f28e2b', '#e15759', '#b07aa1',
+    '#ffbe7d', '#9c755f', '#bab0ac'), strict=True))
+
+
+def define_flags():
+  """Defines the command line; called when this module is run."""
+  text, number, whole = (flags.DEFINE_string, flags.DEFINE_float,
+                         flags.DEFINE_integer)
+  text('model', 'opt-13b', 'A name in dsjax.zoo.')
+  text('placement', 'prefill=2x1,decode=1x1', "role=TPxPP, ...; several with "
+       "'/' between.")
+  text('rates', None, 'Requests a second, with commas.')
+  text('scales', None, 'Factors on both objectives, with commas, at --rate.')
+  number('rate', None, 'Requests a second, with --scales or alone.')
+  flags.DEFINE_bool('per_device', False, 'Rates are for each device.')
+  number('ttft', 0.25, 'Objective, seconds.')
+  number('tpot', 0.1, 'Objective, seconds.')
+  number('target', 0.9, 'Share that must meet both.')
+  text('lengths', 'sharegpt', f'One of {sorted(traffic.MIXTURES)}, or a file.')
+  text('process', 'poisson', f'Of arrivals, one of {workload.KINDS}.')
+  number('cv', 1.0, 'Of --process=gamma.')
+  text('latency', 'published', 'See experiments.place.')
+  number('host_ms', 2.0, "Host's time between two steps, where --latency does "
+         'not say.')
+  number('memory_gb', 80.0, 'Of a device.')
+  number('intra_gb_per_s', 300.0, 'Of KV inside a node.')
+  number('inter_gb_per_s', 3.125, 'Of KV between nodes.')
+  flags.DEFINE_bool('aligned', True, 'KV moves inside a node.')
+  whole('chunk', 512, 'Token budget of chunked placements.', lower_bound=1)
+  whole('depth', None, 'Commands in flight; see scheduler.Config.',
+        lower_bound=1)
+  whole('run_ahead', None, 'Most decode steps of a command, while a prompt may '
+        'have to wait for them; see scheduler.Config.', lower_bound=1)
+  whole('requests', 400, 'Simulated at each point.', lower_bound=20)
+  whole('seed', 0, 'Of the workload.', lower_bound=0)
+  flags.DEFINE_bool('timeline', False, 'Write timelines and event logs.')
+  text('out', None, 'Folder for the files.')
+  return flags.FLAGS
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """One placement at one rate and one scale of the objectives.
+
+  Attributes:
+    x: where it is drawn: the rate (for each device with --per_device), or
+      the scale. rate_per_s: of the whole placement; None: the trace's own.
+    records: of the whole run; kept: those after the warm-up, of which
+      summary and attribution speak. unsteady: why the run was not steady,
+      or ''.
+  """
+
+  placement: str
+  x: float
+  rate_per_s: float | None
+  slo: Slo
+  records: list
+  kept: list
+  summary: metrics.Summary
+  attribution: attribution.Attribution
+  unsteady: str
+
+
+# --- what is asked ------------------------------------------------------------
+
+
+def numbers(field, text):
+  """Rising positive numbers of a text with commas.
+
+  Raises:
+    InputError.
+  """
+  try:
+    found = [float(part) for part in text.split(',')]
+  except ValueError:
+    found = []
+  require(found and all(0 < x < math.inf for x in found), field, text,
+          'numbers above 0 with commas between')
+  return sorted(set(found))
+
+
+def sweep(options):
+  """((rate, scale), ...), and what varies: 'rate' or 'scale'."""
+  require(not (options.rates and options.scales), '--scales', options.scales,
+          'given with --rate, not with --rates')
+  require(not (options.rates and options.rate is not None), '--rate',
+          options.rate, 'given without --rates')
+  rate = options.rate
+  require(rate is None or 0 < rate < math.inf, '--rate', rate,
+          'a number above 0')
+  if options.rates:
+    return [(r, 1.0) for r in numbers('--rates', options.rates)], 'rate'
+  require(rate is not None or options.process == 'trace', '--rate', rate,
+          'given, or --rates, unless --process=trace')
+  if options.scales:
+    return [(rate, s) for s in numbers('--scales', options.scales)], 'scale'
+  return [(rate, 1.0)], 'rate'
+
+
+def problem(options, placements):
+  """The placement.Problem of a command line.
+
+  Raises:
+    InputError.
+  """
+  config = zoo.config(options.model)
+  require(options.process in workload.KINDS, '--process', options.process,
+          f'one of {workload.KINDS}')
+  require(0 <= options.host_ms < math.inf, '--host_ms', options.host_ms,
+          '0 or more')
+  make, longest = setting.requests(options.lengths, options.seed,
+                                   options.process, options.cv)
+  most = max(p.num_devices for p in placements)
+  return placement.Problem(
+      config, placement.Cluster(1, most, options.memory_gb * 1e9,
+                                options.intra_gb_per_s * 1e9,
+                                options.inter_gb_per_s * 1e9),
+      Slo(options.ttft, options.tpot), make,
+      setting.latencies(options.latency, config, options.model,
+                        options.host_ms / 1e3),
+      options.target, max_len=longest)
+
+
+def no_load(config, latencies):
+  """record -> (seconds of its prefill, of a decode step) with nothing beside.
+
+  On the fastest instance of each phase; long prompts run in its chunks.
+  """
+  both = list(zip(config.instances, latencies, strict=True))
+
+  def seconds(record):
+    n, prefill_s, decode_s = record.prompt_len, math.inf, math.inf
+    for instance, late in both:
+      if instance.role != 'decode':
+        size = instance.prefill_tokens
+        prefill_s = min(prefill_s, late.host_s + sum(
+            late.prefill_s(((at, min(n, at + size)),))
+            for at in range(0, n, size)))
+      if instance.role != 'prefill':
+        decode_s = min(decode_s, late.decode_s(1, n + 1))
+    return prefill_s, decode_s
+  return seconds
+
+
+def check_floor(built, records, slo, target):
+  """Raises InputError where no placement can meet an objective when idle."""
+  floors = []
+  for config, latencies, _ in built:
+    each = no_load(config, latencies)
+    alone = [each(r) for r in records]
+    floors.append([sorted(x)[math.ceil(target * len(alone)) - 1]
+                   for x in zip(*alone, strict=True)])
+  for field, limit, all_s in zip(('--ttft', '--tpot'), (slo.ttft_s,
+                                 slo.tpot_s), zip(*floors, strict=True),
+                                 strict=True):
+    require(limit >= min(all_s), field, limit,
+            f'{min(all_s):.3g} s or more (after --scales): on an empty '
+            f'system {target:.0%} of the requests take up to that long')
+
+
+# --- runs ---------------------------------------------------------------------
+
+
+def unsteady(records, slo, hits):
+  """Why a run was not steady, or ''.
+
+  Either waits grew: those of the last quarter of the arrivals are half as
+  long again as those of the second, and longer by more than the TTFT
+  objective. Or the 95 % intervals of both halves' attainment are apart.
+  """
+  sent = metrics.by_arrival(records)
+  waits = [r.stage_s['prefill_queue'] + r.stage_s['decode_queue']
+           for r in sent]
+  quarter = len(waits) // 4
+  if quarter:
+    early = sum(waits[quarter:2 * quarter]) / quarter
+    late = sum(waits[-quarter:]) / quarter
+    if late > max(1.5 * early, early + slo.ttft_s):
+      return (f'rate beyond capacity: waits grew from {early:.2g} s to '
+              f'{late:.2g} s')
+  half = len(hits) // 2
+  first, last = metrics.interval(hits[:half]), metrics.interval(hits[half:])
+  if first[1] > last[2] or last[1] > first[2]:
+    return (f'not steady: {first[0]:.0%} attained in the first half, '
+            f'{last[0]:.0%} in the second')
+  return ''
+
+
+def run(built, requests, halt, tick, log=None):
+  """Simulates: (records, Parts of each).
+
+  Args:
+    built: what placement.build returned.
+    halt: called at each event; raises KeyboardInterrupt to stop.
+    tick: called with the requests that ended at an event.
+    log: None, or a list that takes the event log.
+  """
+  config, latencies, link = built
+  fold = attribution.Fold(latencies)
+
+  def on_event(_, event, commands):
+    halt()
+    fold.observe(event, commands)
+    tick(sum(isinstance(c, (Finish, Reject)) for c in commands))
+    if log is not None:
+      log.append((event, commands))
+
+  result = simulator.simulate(config, requests, latencies, link,
+                              on_event=on_event)
+  return result.records, fold.parts()
+
+
+def point(name, devices, at, rate, slo, records, parts, alone):
+  """The Point of a finished run."""
+  sent = metrics.by_arrival(records)
+  kept = sent[int(WARMUP * len(sent)):]
+  return Point(
+      name, at, rate, slo, records, kept,
+      metrics.summarize(kept, slo, devices),
+      attribution.attribute(kept, parts, slo, alone),
+      unsteady(records, slo, goodput.steady_hits(records, slo, WARMUP)))
+
+
+def build(options, asked, placed):
+  """placement.build of a placement, with the command line's run-ahead."""
+  config, *rest = placement.build(
+      asked, placed, options.chunk if placed.chunked else None,
+      options.aligned)
+  changed = {k: v for k in ('depth', 'run_ahead')
+             if (v := getattr(options, k)) is not None}
+  return dataclasses.replace(config, **changed), *rest
+
+
+def simulate(options, asked, placements, points, kind, progress, halt, save):
+  """Yields the Points of every placement, in order.
+
+  save: called with (name, placement, config, log) of each run, or None.
+  """
+  built = [build(options, asked, p) for p in placements]
+  factors = [p.num_devices if options.per_device else 1 for p in placements]
+  runs = list(dict.fromkeys(rate for rate, _ in points))
+  sample = [metrics.Record(r.id, 0.0, len(r.prompt), 1) for r in
+            asked.workload(runs[0] or None, options.requests)]
+  widest = max(scale for _, scale in points)
+  check_floor(built, sample, Slo(widest * options.ttft,
+                                 widest * options.tpot), options.target)
+  task = progress.add_task('', total=len(built) * len(runs) * len(sample))
+  for p, one, factor in zip(placements, built, factors, strict=True):
+    name, alone = show_placement(p), no_load(*one[:2])
+    for rate in runs:
+      total = rate and rate * factor
+      progress.update(task, description=f'{name} at '
+                      f'{f"{total:g} requests/s" if total else "its times"}')
+      log = [] if save else None
+      records, parts = run(one, asked.workload(total, options.requests), halt,
+                           lambda n: progress.advance(task, n), log)
+      if save:
+        save(f'{name} at {total:g}' if total else name, p, one[0], log)
+      last_s = max(r.arrival_s for r in records)
+      seen = rate or len(records) / max(last_s, 1e-9) / factor
+      for its, scale in points:
+        if its == rate:
+          slo = Slo(scale * options.ttft, scale * options.tpot)
+          yield point(name, p.num_devices, scale if kind == 'scale' else seen,
+                      total, slo, records, parts, alone)
+
+
+# --- what a person sees ------------------------------------------------------
+
+
+def _ms(values):
+  return '/'.join('-' if math.isnan(v) else f'{1e3 * v:,.0f}' for v in values)
+
+
+def table(points, kind):
+  """A rich table of the Points of one placement."""
+  out = Table(title=points[0].placement, title_justify='left')
+  for name in (kind if kind == 'scale' else 'req/s', 'met both', '95 %',
+               'TTFT ms', 'TPOT ms', 'ITL ms', '1st-2nd ms', 'preempt',
+               'misses: cause'):
+    out.add_column(name, justify='right', no_wrap=True)
+  for p in points:
+    share, low, high = p.summary.attainment
+    causes = sorted(((n, c) for c, n in p.attribution.causes.items() if n),
+                    reverse=True)
+    out.add_row(
+        f'{p.x:.4g}' + (' !' if p.unsteady else ''), f'{share:.0%}',
+        f'{100 * low:.0f}-{100 * high:.0f}', _ms(p.summary.ttft_s),
+        _ms(p.summary.tpot_s), _ms(p.summary.itl_s), _ms(p.summary.second_s),
+        str(p.summary.preemptions),
+        f'{len(p.attribution.misses)}: {causes[0][1]}' if causes else '-')
+  return out
+
+
+def told(points, kind, target):
+  """Lines under a placement's table: each point's advice, the best rate."""
+  lines = []
+  for p in points:
+    where = f'scale {p.x:g}' if kind == 'scale' else f'{p.x:.4g} req/s'
+    if p.unsteady and not any(p.unsteady in line for line in lines):
+      lines.append(f'{where}: {p.unsteady}')
+    if p.attribution.misses:
+      lines.append(f'{where}: {p.attribution.advice}')
+  good = [p.x for p in points if p.summary.attainment[0] >= target
+          and not p.unsteady]
+  end = min if kind == 'scale' else max
+  lines.append(
+      f'{target:.0%} met both objectives at '
+      + (f'{kind} {end(good):.4g}, the '
+         f'{"tightest" if kind == "scale" else "highest"} tried that did'
+         if good else f'no {kind} tried'))
+  return lines
+
+
+def draw(path, points, kind, label, target, title):
+  """Attainment of each placement, and under it why requests missed."""
+  names = list(dict.fromkeys(p.placement for p in points))
+  figure = Figure(figsize=(8.5, 3.6 + 1.9 * len(names)),
+                  layout='constrained')
+  top, *below = figure.subplots(
+      1 + len(names), 1, height_ratios=[3] + [1.6] * len(names), sharex=True)
+  xs = sorted({p.x for p in points})
+  width = 0.6 * min((b - a for a, b in zip(xs, xs[1:], strict=False)),
+                    default=xs[0])
+  most = max(5.0, 115 * max(len(p.attribution.misses) / max(1, len(p.kept))
+                            for p in points))
+  for k, name in enumerate(names):
+    own = [p for p in points if p.placement == name]
+    at = [p.x + (k - (len(names) - 1) / 2) * width / 12 for p in own]
+    share, low, high = zip(*(p.summary.attainment for p in own), strict=True)
+    line = top.errorbar(
+        at, [100 * s for s in share],
+        [[100 * (s - b) for s, b in zip(share, low, strict=True)],
+         [100 * (b - s) for s, b in zip(share, high, strict=True)]],
+        marker='o', markersize=5, capsize=3, linewidth=1.8, label=name)
+    for x, s, p in zip(at, share, own, strict=True):
+      if p.unsteady:
+        top.plot(x, 100 * s, marker='o', markersize=5, color='white',
+                 markeredgecolor=line[0].get_color(), zorder=5)
+    _misses(below[k], own, width, name, most)
+  top.axhline(100 * target, color='black', linestyle='--', linewidth=1)
+  top.annotate(f'target {target:.0%}', (0, 100 * target), (4, -10),
+               xycoords=('axes fraction', 'data'), fontsize=8,
+               textcoords='offset points')
+  top.set_ylim(-2, 104)
+  top.set_ylabel('requests that met\nboth objectives, %')
+  hollow = any(p.unsteady for p in points)
+  top.legend(fontsize=8, frameon=False, loc='best', title_fontsize=8,
+             title='hollow: queues grew or drifted' if hollow else None)
+  below[-1].set_xlabel(label)
+  below[-1].set_xticks(xs, [f'{x:.3g}' for x in xs])
+  for axes in (top, *below):
+    axes.grid(axis='y', alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.spines[['top', 'right']].set_visible(False)
+  seen = [c for c in COLOURS if any(p.attribution.causes[c] for p in points)]
+  if seen:
+    handles = [below[0].bar(xs[0], 0, color=COLOURS[c]) for c in seen]
+    figure.legend(handles, [c.replace('_', ' ') for c in seen],
+                  loc='outside lower center', ncols=5, frameon=False,
+                  fontsize=8, title='misses by cause', title_fontsize=8)
+  figure.suptitle(title, x=0.01, ha='left', fontsize=10)
+  figure.savefig(path, dpi=120)
+
+
+def _misses(axes, points, width, name, most):
+  """Stacked bars: share of the requests that missed, by cause."""
+  bottom = [0.0] * len(points)
+  for cause, colour in COLOURS.items():
+    share = [100 * p.attribution.causes[cause] / max(1, len(p.kept))
+             for p in points]
+    axes.bar([p.x for p in points], share, width, bottom, color=colour)
+    bottom = [a + b for a, b in zip(bottom, share, strict=True)]
+  axes.set_ylim(0, most)
+  axes.set_ylabel('missed, %')
+  axes.set_title(name, loc='left', fontsize=9)
+
+
+# --- files --------------------------------------------------------------------
+
+
+def _facts(p):
+  return {
+      'placement': p.placement, 'x': p.x, 'rate_per_s': p.rate_per_s,
+      'slo': dataclasses.asdict(p.slo), 'unsteady': p.unsteady,
+      'summary': dataclasses.asdict(p.summary),
+      'causes': p.attribution.causes, 'fixes': p.attribution.fixes,
+      'advice': p.attribution.advice}
+
+
+def _finite(value):
+  """nan and inf as null, which JSON knows."""
+  if isinstance(value, dict):
+    return {k: _finite(v) for k, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_finite(v) for v in value]
+  return None if isinstance(value, float) and not math.isfinite(
+      value) else value
+
+
+def write(out, points, asked, stopped):
+  """Writes records.jsonl (a run once) and summary.json."""
+  runs = {(p.placement, p.rate_per_s): p for p in points}
+  report.save_records(
+      out / 'records.jsonl', [r for p in runs.values() for r in p.records],
+      [p.placement + (f' at {p.rate_per_s:g}' if p.rate_per_s else '')
+       for p in runs.values() for _ in p.records])
+  (out / 'summary.json').write_text(json.dumps(_finite({
+      'options': asked, 'stopped': stopped,
+      'points': [_facts(p) for p in points]}), indent=1) + '\n')
+
+
+class Traces:
+  """Writes the event log of each run, and all of them as one timeline."""
+
+  def __init__(self, out):
+    self.out, self.traces = out, []
+    for old in out.glob('events-*.jsonl'):
+      old.unlink()
+
+  def save(self, name, placed, config, log):
+    from dsjax import orchestrator  # jax, which only this needs
+    assert orchestrator.replay(config, log) is None, f'{name}: no replay'
+    stem = re.sub('[^a-z0-9.]+', '-', name)
+    orchestrator.write_log(self.out / f'events-{stem}.jsonl', log)
+    names = [f'{i} {role} tp={plan.tp} pp={plan.pp}'
+             for i, (role, plan) in enumerate(placed.instances)]
+    self.traces.append((name, timeline.timeline(log, names)))
+
+  def close(self):
+    (self.out / 'timeline.json').write_text(
+        json.dumps(timeline.merge(self.traces)))
+
+
+def _main(options, console):
+  points, kind = sweep(options)
+  placements = [parse_placement(t) for t in options.placement.split('/')]
+  require(len({*map(show_placement, placements)}) == len(placements),
+          '--placement', options.placement, 'different placements')
+  asked = problem(options, placements)
+  require(options.out or not options.timeline, '--timeline', True,
+          'given with --out')
+  out = pathlib.Path(options.out) if options.out else None
+  if out:
+    out.mkdir(parents=True, exist_ok=True)
+  traces = Traces(out) if options.timeline else None
+  found, stopped = [], False
+  with live.Interrupts() as interrupts, Progress(
+      console=console, transient=True) as progress:
+    try:
+      for p in simulate(options, asked, placements, points, kind, progress,
+                        interrupts.halt, traces and traces.save):
+        found.append(p)
+        if not console.is_terminal:
+          console.print(f'{p.placement} at {p.x:.4g}: '
+                        f'{p.summary.attainment[0]:.0%} met both')
+    except KeyboardInterrupt:
+      stopped = True
+  for name in dict.fromkeys(p.placement for p in found):
+    own = [p for p in found if p.placement == name]
+    console.print(table(own, kind))
+    for line in told(own, kind, options.target):
+      console.print(f'  {line}', soft_wrap=True, highlight=False)
+  if stopped:
+    console.print(f'Stopped by Ctrl-C: {len(found)} of '
+                  f'{len(points) * len(placements)} points.')
+  if out and found:
+    _save(options, out, found, kind, stopped, traces, console)
+  return 130 if stopped else 0
+
+
+def _save(options, out, found, kind, stopped, traces, console):
+  told_by = ('model', 'placement', 'rates', 'scales', 'rate', 'per_device',
+             'ttft', 'tpot', 'target', 'lengths', 'process', 'cv', 'latency',
+             'host_ms', 'depth', 'run_ahead', 'aligned', 'chunk', 'requests',
+             'seed')
+  write(out, found, {k: getattr(options, k) for k in told_by}, stopped)
+  label = ('objectives, as a multiple of those in the title'
+           if kind == 'scale' else 'requests a second'
+           + (' and device' if options.per_device else ''))
+  fixed = (f', {options.rate:g} requests/s'
+           if kind == 'scale' and options.rate else '')
+  draw(out / 'simulate.png', found, kind, label, options.target,
+       f'{options.model}, {pathlib.Path(options.lengths).name}, '
+       f'{options.process} arrivals{fixed}; TTFT {options.ttft:g} s, TPOT '
+       f'{options.tpot:g} s\nsimulated, {options.latency} latencies, '
+       f'{options.requests} requests a point, 95 % intervals')
+  names = ['records.jsonl', 'summary.json', 'simulate.png']
+  if traces:
+    traces.close()
+    names += ['timeline.json', 'events-*.jsonl']
+  console.print(f'Written to {out}: {" ".join(names)}', soft_wrap=True)
+
+
+def main(_):
+  console = Console()
+  if not console.is_terminal:
+    console = Console(width=150)
+  try:
+    sys.exit(_main(flags.FLAGS, console))
+  except InputError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == '__main__':
+  define_flags()
+  app.run(main)
