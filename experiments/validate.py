@@ -515,7 +515,10 @@ def main(_):
     jax.config.update('jax_compilation_cache_dir', options.cache)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
   try:
-    sys.exit(run(Console(), options))
+    console = Console()
+    if not console.is_terminal:
+      console = Console(width=150)
+    sys.exit(run(console, options))
   except base.InputError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
