@@ -430,6 +430,10 @@ def run(console, options):
         orchestrator.write_log(out / f'events-{mode.name}-{rate:.2f}.jsonl',
                                found[0].log)
         _write(out, options, name, slo, modes, rows)
+        bar.console.print(f'{mode.name} {rate:.2f}/s: attained, %: '
+                          + ', '.join(
+                              f'{k} {100 * rows[-1][k]["attainment"][0]:.1f}'
+                              for k in ('real', *PROFILES)), highlight=False)
     except KeyboardInterrupt:
       stopped = True
   if not rows:

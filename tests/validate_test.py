@@ -3,9 +3,6 @@
 import dataclasses
 import io
 import json
-import signal
-import subprocess
-import sys
 import types
 
 import pytest
@@ -20,8 +17,8 @@ SLOW = latency.Affine((0.02, 3e-4, 1e-7), (0.01, 2e-5, 1e-3),
 FEW = ('max_seqs=2', 'prefill_tokens=16', 'chunk_tokens=16',
        'prefill_seqs=1', 'max_len=64')
 FLAGS = types.SimpleNamespace(
-    model='tiny', quick=True, modes=['disaggregated', 'chunked'],
-    rates=['40'], seconds=0.3, most=12, ttft_s=None, tpot_s=None,
+    model='tiny', quick=True, modes=['disaggregated'],
+    rates=['40', '30'], seconds=0.3, most=12, ttft_s=None, tpot_s=None,
     profile=None, rounds=1, seed=0, set=list(FEW), multi_thread=True)
 
 
@@ -133,24 +130,28 @@ def profile(tmp_path_factory):
   return str(path)
 
 
-def test_the_whole(tmp_path, profile):
+def test_rows_files_and_ctrl_c(tmp_path, profile, monkeypatch):
+  """Two rates are asked for, and Ctrl-C comes after the first."""
+  def halt(_):
+    if (tmp_path / 'summary.json').exists():
+      raise KeyboardInterrupt
+  monkeypatch.setattr(validate.live.Interrupts, 'halt', halt)
   text = io.StringIO()
   options = types.SimpleNamespace(**vars(FLAGS) | {
       'out': str(tmp_path), 'profile': profile})
-  assert validate.run(Console(file=text, width=160), options) == 0
-  found = json.loads((tmp_path / 'summary.json').read_text())
-  assert [(r['mode'], r['rate_per_s'], r['requests'])
-          for r in found['rows']] == [('disaggregated', 40.0, 12),
-                                      ('chunked', 40.0, 12)]
-  for row in found['rows']:
-    for kind in ('real', *validate.PROFILES):
-      share, low, high = row[kind]['attainment']
-      assert 0 <= low <= share <= high <= 1
-      assert set(row[kind]['ttft_s']) == set(validate.STATS)
-    kinds = [s['what'] for s in row['steps']['bench']]
-    assert ('migrate' in kinds) == (row['mode'] == 'disaggregated')
+  assert validate.run(Console(file=text, width=160), options) == 130
+  row, = json.loads((tmp_path / 'summary.json').read_text())['rows']
+  assert (row['mode'], row['rate_per_s'], row['requests']) == (
+      'disaggregated', 40.0, 12)
+  for kind in ('real', *validate.PROFILES):
+    share, low, high = row[kind]['attainment']
+    assert 0 <= low <= share <= high <= 1
+    assert set(row[kind]['ttft_s']) == set(validate.STATS)
+  assert [s['what'] for s in row['steps']['bench']] == [
+      'prefill', 'decode', 'migrate']
   assert (tmp_path / 'validate.png').stat().st_size > 10_000
-  for part in ('attained', 'calibrated', 'migrate', 'overlap', 'within'):
+  assert (tmp_path / 'events-disaggregated-40.00.jsonl').exists()
+  for part in ('Real against simulated', 'overlap', 'within', '40.00/s:'):
     assert part in text.getvalue()
 
 
@@ -164,28 +165,3 @@ def test_bad_flags(tmp_path, change, part):
                                   | change)
   with pytest.raises(base.InputError, match=part):
     validate.run(Console(file=io.StringIO()), options)
-
-
-def test_ctrl_c_keeps_rows(tmp_path, profile):
-  command = [sys.executable, '-m', 'experiments.validate', '--quick',
-             f'--out={tmp_path}', f'--profile={profile}', '--seconds=1',
-             '--most=8', '--modes=colocated', '--rates=30,0.02',
-             *(f'--set={x}' for x in FEW)]
-  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
-                        cwd=validate.ROOT, stderr=subprocess.STDOUT) as one:
-    try:
-      for _ in range(600):
-        if (tmp_path / 'summary.json').exists() or one.poll() is not None:
-          break
-        try:
-          one.wait(0.1)
-        except subprocess.TimeoutExpired:
-          continue
-      one.send_signal(signal.SIGINT)
-      said, _ = one.communicate(timeout=60)
-    finally:
-      one.kill()
-  assert one.returncode == 130, said
-  rows = json.loads((tmp_path / 'summary.json').read_text())['rows']
-  assert [r['rate_per_s'] for r in rows] == [30.0]
-  assert 'Real against simulated' in said
