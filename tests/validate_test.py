@@ -51,10 +51,11 @@ def test_host_time_is_seen_only_where_a_device_was_idle():
   model = dataclasses.replace(SLOW, host_s=0.004)
   steps, _ = fit.observe(simulated(('colocated',), model, None).log)
   assert {s.idle for s in steps} == {True, False}
-  for s in steps:
-    if s.idle:
-      assert fit.net_s(model, s) == pytest.approx(
-          fit.predict_s(model, s.cell))
+  exact = {s.idle for s in steps if fit.net_s(model, s) == pytest.approx(
+      fit.predict_s(model, s.cell))}
+  assert exact == {True, False}
+  assert all(s.cell.seconds >= fit.predict_s(model, s.cell) - 1e-9
+             for s in steps)
 
 
 def test_overlap():
