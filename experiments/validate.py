@@ -11,8 +11,11 @@ scheduler.Config. Two profiles are simulated:
               fit.calibrate) whose rate is not among the validated ones.
 Modes are of two 1x1 instances: disaggregated (1 + 1) and chunked (2).
 
-Devices are cores of one process: each step runs on one core unless
---multi_thread, and whatever else runs takes from them. Rates, if not given,
+CPU devices of one process share its threads (jax 0.10 splits a matrix product
+over them whatever --xla_cpu_multi_thread_eigen says), so instances slow each
+other: `bench` does not know that, `calibrated` does at one load. Threads are
+as many as cores here (NPROC=32 of other runners is for collectives, of which
+1x1 has none). Rates, if not given,
 are shares of what a burst really achieves; objectives, if not given, are
 multiples of medians of the calibration runs, the same for all modes.
 
@@ -30,7 +33,7 @@ import statistics
 import sys
 import types
 
-os.environ.setdefault('NPROC', '32')
+os.environ.setdefault('NPROC', str(os.cpu_count() or 2))
 
 import jax
 import numpy as np
@@ -81,8 +84,6 @@ def define_flags():
                                   lower_bound=1),
       seed=flags.DEFINE_integer('seed', 0, 'Of arrivals and lengths.'),
       set=flags.DEFINE_multi_string('set', [], 'A field of EngineConfig.'),
-      multi_thread=flags.DEFINE_bool(
-          'multi_thread', False, 'A step may use every core.'),
       cache=flags.DEFINE_string(
           'compilation_cache', str(ROOT / '.cache' / 'jax'),
           'Folder of compiled programs; empty for none.'))
@@ -477,7 +478,6 @@ def _check_profile(profile, options):
 def _write(out, options, name, slo, modes, rows):
   (out / 'summary.json').write_text(json.dumps({
       'model': name, 'seed': options.seed, 'slo': dataclasses.asdict(slo),
-      'multi_thread': options.multi_thread,
       'modes': {m.name: {
           'capacity_per_s': m.capacity_per_s,
           'profiles': {k: {
@@ -510,9 +510,6 @@ def _close(console, rows, others, out):
 def main(_):
   options = types.SimpleNamespace(**{
       k: f.value for k, f in vars(FLAGS).items()})
-  if not options.multi_thread:
-    os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '')
-                               + ' --xla_cpu_multi_thread_eigen=false')
   if jax.config.jax_platforms in (None, '', 'cpu'):
     jax.config.update('jax_num_cpu_devices', 2)
   if options.cache:

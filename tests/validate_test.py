@@ -19,7 +19,7 @@ FEW = ('max_seqs=2', 'prefill_tokens=16', 'chunk_tokens=16',
 FLAGS = types.SimpleNamespace(
     model='tiny', quick=True, modes=['disaggregated'],
     rates=['40', '30'], seconds=0.3, most=12, ttft_s=None, tpot_s=None,
-    profile=None, rounds=1, seed=0, set=list(FEW), multi_thread=True)
+    profile=None, rounds=1, seed=0, set=list(FEW))
 
 
 def plan(*roles):
