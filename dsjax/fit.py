@@ -5,6 +5,9 @@ least-squares solution that has none below 0 and the smallest error is the
 non-negative optimum (its support is one of the subsets; at most five
 constants, so 31). The roofline's shares enter through maxima and are found
 with optax.
+
+`observe` reads the steps of a served run out of its event log; `calibrate`
+and `calibrate_link` move a measured latency onto them.
 """
 
 import dataclasses
@@ -16,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dsjax import latency
+from dsjax import base, latency
 from dsjax.base import require
 
 
@@ -254,3 +257,153 @@ def fit_link(tokens, seconds, kv_bytes):
   (base_s, each), _ = nonnegative([(1.0, n) for n in tokens], seconds)
   require(each > 0, 'seconds', seconds, 'longer for more tokens')
   return latency.Link(float(base_s), float(kv_bytes / each), kv_bytes)
+
+
+# --- from a served run ------------------------------------------------------
+
+
+class Step(NamedTuple):
+  """One step of a served run.
+
+  cell: what it held and the seconds from its start to its end. start_s: when
+  its command was issued, or the step before it on the instance ended, the
+  later of the two. idle: the instance had nothing before it, so the seconds
+  hold the host's time to dispatch too. overlap: share of the seconds in
+  which other instances were at work.
+  """
+
+  instance: int
+  cell: Cell
+  start_s: float
+  idle: bool
+  overlap: float = 0.0
+
+
+class Copy(NamedTuple):
+  """One migration of a served run: seconds after the one before it on its
+  link. busy: the target had a command in flight when it was issued."""
+
+  num_tokens: int
+  seconds: float
+  busy: bool
+
+
+def observe(log):
+  """What a served run's event log says of its steps and copies.
+
+  For instances of one pipeline stage: their commands run one by one.
+
+  Returns:
+    ([Step], [Copy]), each in order of completion.
+  """
+  sent, copies, last, freed = {}, {}, {}, {}
+  steps, moved = [], []
+  for event, commands in log:
+    if isinstance(event, (base.PrefillDone, base.DecodeDone)):
+      command, at = sent.pop((event.instance, event.number))
+      begin = last.get(event.instance, -np.inf)
+      steps += _steps_of(command, at, begin, event)
+      last[event.instance] = event.time_s
+    elif isinstance(event, base.Migrated) and (
+        event.id, event.epoch) in copies:
+      c, at, busy = copies.pop((event.id, event.epoch))
+      start = max(at, freed.get((c.source, c.target), -np.inf))
+      freed[c.source, c.target] = event.time_s
+      moved.append(Copy(c.num_tokens, event.time_s - start, busy))
+    for c in commands:
+      if isinstance(c, (base.RunPrefill, base.RunDecode)):
+        sent[c.instance, c.number] = c, event.time_s
+      elif isinstance(c, base.Migrate):
+        copies[c.id, c.epoch] = c, event.time_s, any(
+            index == c.target for index, _ in sent)
+  return _overlaps(steps), moved
+
+
+def _steps_of(command, at, begin, event):
+  """The Steps of a command issued at `at`, behind one that ended at begin."""
+  pieces = tuple((c.start, c.stop) for c in getattr(command, 'chunks', ()))
+  batch = len(command.rows)
+  context = sum(r.base for r in command.rows) + batch * (command.tick + 1)
+  start, idle, found = max(at, begin), at >= begin, []
+  times = getattr(event, 'steps_s', ()) or (event.time_s,)
+  for i, end in enumerate(times):
+    cell = Cell(pieces, batch, context + i * batch, end - start)
+    found.append(Step(event.instance, cell, start, idle and not i))
+    start = end
+  return found
+
+
+def _overlaps(steps):
+  """Steps with their `overlap`."""
+  lines = {}
+  for index in {s.instance for s in steps}:
+    own = [(s.start_s, s.cell.seconds) for s in steps if s.instance == index]
+    at = np.array([t for start, d in own for t in (start, start + d)])
+    busy = np.cumsum([x for _, d in own for x in (0.0, d)])
+    lines[index] = at, busy
+  found = []
+  for s in steps:
+    ends = (s.start_s, s.start_s + s.cell.seconds)
+    seconds = sum(float(np.diff(np.interp(ends, *line))[0])
+                  for index, line in lines.items() if index != s.instance)
+    share = seconds / s.cell.seconds if s.cell.seconds else 0.0
+    found.append(s._replace(overlap=min(1.0, share)))
+  return found
+
+
+def net_s(model, step):
+  """Seconds of a Step less the host's time to dispatch it."""
+  return max(step.cell.seconds - model.host_s * step.idle,
+             step.cell.seconds / 2)
+
+
+def correction(predicted, seconds):
+  """(a, b), 0 or more: a + b predicted is nearest to seconds (squares), with
+  the same sum: what a simulation adds up is right on average."""
+  x, y = np.asarray(predicted, float), np.asarray(seconds, float)
+  require(len(y) and x.sum() > 0 and y.sum() > 0, 'seconds', seconds,
+          'above 0')
+  spread = x - x.mean()
+  b = float(spread @ y / (spread @ spread)) if np.ptp(x) > 1e-12 else -1.0
+  a = float(y.mean() - b * x.mean())
+  if b < 0:
+    return 0.0, float(y.sum() / x.sum())
+  return (a, b) if a >= 0 else (0.0, float(y.sum() / x.sum()))
+
+
+def calibrate(model, steps):
+  """An Affine moved onto the Steps of a served run.
+
+  Each kind's seconds become a + b times what they were (see correction), so
+  they hold what a device measured alone does not know: other instances on
+  the same cores and memory, time-weighted over that run. Kinds without at
+  least four steps stay.
+  """
+  changes = {}
+  for kind in ('prefill', 'decode', 'mixed'):
+    of = [s for s in steps if s.cell.kind == kind]
+    if len(of) >= 4:
+      changes[kind] = correction([predict_s(model, s.cell) for s in of],
+                                 [net_s(model, s) for s in of])
+
+  def moved(field, kind):
+    constants, (a, b) = getattr(model, field), changes.get(kind, (0.0, 1.0))
+    if constants is None:
+      return None
+    return (a + b * constants[0], *(b * x for x in constants[1:]))
+  piece = changes.get('prefill', changes.get('mixed', (0.0, 1.0)))[1]
+  return dataclasses.replace(
+      model, prefill=moved('prefill', 'prefill'),
+      decode=moved('decode', 'decode'),
+      decode_large=moved('decode_large', 'decode'),
+      mixed=moved('mixed', 'mixed'), piece_s=model.piece_s * piece)
+
+
+def calibrate_link(link, copies, host_s=0.0):
+  """A Link moved onto the Copies of a served run: all of it scaled."""
+  if not copies:
+    return link
+  ratio = (sum(max(c.seconds - host_s, c.seconds / 2) for c in copies)
+           / sum(link.migrate_s(c.num_tokens) for c in copies))
+  return dataclasses.replace(link, base_s=link.base_s * ratio,
+                             bytes_per_s=link.bytes_per_s / ratio)

@@ -1,0 +1,530 @@
+"""Real runs against their simulation, like Table 2 of the DistServe paper.
+
+  python -m experiments.validate --out=out/validate      # about 10 minutes
+  python -m experiments.validate --quick --out=out/quick # tiny model, seconds
+
+Steps are profiled (experiments.measure), then each mode serves the same
+seeded requests at several rates, really and simulated, with the server's own
+scheduler.Config. Two profiles are simulated:
+  bench       what experiments.measure measured, each device alone;
+  calibrated  the same, moved onto the steps of one served run (fit.observe,
+              fit.calibrate) whose rate is not among the validated ones.
+Modes are of two 1x1 instances: disaggregated (1 + 1) and chunked (2).
+
+CPU devices of one process share its threads (jax 0.10 splits a matrix product
+over them whatever --xla_cpu_multi_thread_eigen says), so instances slow each
+other: `bench` does not know that, `calibrated` does at one load. Threads are
+as many as cores here (NPROC=32 of other runners is for collectives, of which
+1x1 has none). Rates, if not given,
+are shares of what a burst really achieves; objectives, if not given, are
+multiples of medians of the calibration runs, the same for all modes.
+
+Files in --out: summary.json (a row for each mode and rate, kept by Ctrl-C),
+validate.png, latency.json (bench), events-MODE-RATE.jsonl.
+
+Exit codes: 0; 2 for bad input; 130 when stopped by Ctrl-C.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import sys
+import types
+
+os.environ.setdefault('NPROC', str(os.cpu_count() or 2))
+
+import jax
+import numpy as np
+from absl import app, flags
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+import dsjax
+from dsjax import base, fit, latency, metrics, orchestrator, simulator, workload
+from experiments import config as configs
+from experiments import live, machine, measure, tiny
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ENGINE = base.EngineConfig(max_len=192, max_seqs=8, prefill_tokens=128,
+                           chunk_tokens=128, prefill_seqs=4)
+QUICK = base.EngineConfig(max_len=96, max_seqs=4, prefill_tokens=32,
+                          chunk_tokens=32, prefill_seqs=2)
+PLACEMENTS = {'disaggregated': 'prefill=1x1,decode=1x1',
+              'colocated': 'colocated=1x1,1x1', 'chunked': 'chunked=1x1,1x1'}
+PROFILES = ('bench', 'calibrated')
+STATS = ('mean', 'p50', 'p90', 'p99')
+SHARES, CALIBRATION = (0.3, 0.6, 0.85, 1.2), 0.75  # of a burst's throughput
+TTFT_TIMES, TPOT_TIMES = 2.0, 1.25  # objectives over calibration's medians
+
+
+def define_flags():
+  """Flags of a run of this file."""
+  return types.SimpleNamespace(
+      model=flags.DEFINE_string('model', 'smollm2-135m-instruct',
+                                '`tiny`, or what dsjax.load takes.'),
+      out=flags.DEFINE_string('out', 'out/validate', 'Folder for the files.'),
+      quick=flags.DEFINE_bool('quick', False, 'The tiny model, few requests.'),
+      modes=flags.DEFINE_list('modes', ['disaggregated', 'chunked'],
+                              f'Of {", ".join(PLACEMENTS)}.'),
+      rates=flags.DEFINE_list('rates', [], 'Requests a second; none: shares '
+                              f'{SHARES} of what a burst achieves.'),
+      seconds=flags.DEFINE_float('seconds', 40.0, 'Arrivals of a run last '
+                                 'about this long.', lower_bound=1e-3),
+      most=flags.DEFINE_integer('most', 150, 'Most requests of a run.',
+                                lower_bound=8),
+      ttft_s=flags.DEFINE_float('ttft_s', None, 'Objective.'),
+      tpot_s=flags.DEFINE_float('tpot_s', None, 'Objective.'),
+      profile=flags.DEFINE_string('profile', None, 'A profile measured before '
+                                  'with this engine; none: measure now.'),
+      rounds=flags.DEFINE_integer('rounds', 3, 'Timed rounds of the profile.',
+                                  lower_bound=1),
+      seed=flags.DEFINE_integer('seed', 0, 'Of arrivals and lengths.'),
+      set=flags.DEFINE_multi_string('set', [], 'A field of EngineConfig.'),
+      cache=flags.DEFINE_string(
+          'compilation_cache', str(ROOT / '.cache' / 'jax'),
+          'Folder of compiled programs; empty for none.'))
+
+
+# --- one run, real and simulated --------------------------------------------
+
+
+def requests(config, vocab_size, rate_per_s, n, seed):
+  """n requests of seeded lengths; rate None: all at once."""
+  rng = np.random.default_rng([seed, 7])
+  top = config.max_len
+  prompts = np.clip(rng.lognormal(np.log(top / 5), 0.6, n), 4,
+                    top * 5 // 8).astype(int)
+  outputs = np.clip(rng.lognormal(np.log(top / 12), 0.5, n), 4,
+                    top // 4).astype(int)
+  at = workload.arrivals('poisson' if rate_per_s else 'burst', rate_per_s, n,
+                         seed)
+  ids = [tuple(rng.integers(3, vocab_size, p).tolist()) for p in prompts]
+  return [base.Request(i, t, p, base.Sampling(max_tokens=int(o),
+                                              ignore_eos=True))
+          for i, (t, p, o) in enumerate(zip(at, ids, outputs, strict=True))]
+
+
+class Served(types.SimpleNamespace):
+  """A real run: records, log, cores of other programs, host_s a step."""
+
+
+def serve(server, sent, tick=None):
+  """Runs requests on a server that may have run others: a Served."""
+  server.log.clear()
+  first, host, steps = server.next_id, server.host_s, server.steps
+  others = machine.Others()
+  records = server.run([dataclasses.replace(r, id=first + r.id)
+                        for r in sent], on_poll=tick)
+  return Served(records=records, log=list(server.log), cores=others.cores(),
+                host_s=(server.host_s - host) / max(1, server.steps - steps))
+
+
+class Profiles:
+  """A latency for each instance and a link: what simulate takes."""
+
+  def __init__(self, latencies, link):
+    self.latencies, self.link = latencies, link
+
+  def simulate(self, plan, sent):
+    return simulator.simulate(plan, sent, self.latencies, self.link).records
+
+  def calibrated(self, log):
+    """These on the steps of a served run; like roles share their steps."""
+    steps, copies = fit.observe(log)
+    apart = bool(copies)  # else instances are alike
+    models = tuple(fit.calibrate(m, [
+        s for s in steps if s.instance == i or not apart])
+        for i, m in enumerate(self.latencies))
+    link = self.link and fit.calibrate_link(self.link, copies,
+                                            self.latencies[0].host_s)
+    return Profiles(models, link)
+
+
+def stats(records, slo):
+  """{attainment: (share, low, high), ttft_s: {...}, tpot_s, stage_s}."""
+  summary = metrics.summarize(records, slo, 2)
+
+  def of(values, percentiles):
+    return dict(zip(STATS, (statistics.mean(values), *percentiles),
+                    strict=True))
+  return {'attainment': summary.attainment,
+          'ttft_s': of([r.ttft_s for r in records], summary.ttft_s),
+          'tpot_s': of([r.tpot_s for r in records], summary.tpot_s),
+          'stage_s': summary.stage_s}
+
+
+def errors(real, simulated):
+  """attainment in points and {ttft_s, tpot_s: {statistic: relative}}."""
+  return {'attainment': 100 * (simulated['attainment'][0]
+                               - real['attainment'][0])} | {
+      name: {k: simulated[name][k] / real[name][k] - 1 for k in STATS}
+      for name in ('ttft_s', 'tpot_s')}
+
+
+def step_times(profiles, log):
+  """Rows that compare a real run's own steps with what profiles predict.
+
+  Returns:
+    [{what, count, real_s, predicted_s: mean seconds; ratio: of the sums;
+    overlap: share of the time with another instance at work; alone, together:
+    the ratio of steps that overlap less or more than half; nan: none}].
+  """
+  steps, copies = fit.observe(log)
+  rows = []
+
+  def add(what, found):
+    def ratio(chosen):
+      expected = sum(p for _, p, _ in chosen)
+      return sum(s for s, _, _ in chosen) / expected if chosen else None
+    rows.append({
+        'what': what, 'count': len(found),
+        'real_s': statistics.mean(s for s, _, _ in found),
+        'predicted_s': statistics.mean(p for _, p, _ in found),
+        'ratio': ratio(found),
+        'overlap': statistics.mean(o for _, _, o in found),
+        'alone': ratio([f for f in found if f[2] < 0.5]),
+        'together': ratio([f for f in found if f[2] >= 0.5])})
+  for kind in ('prefill', 'mixed', 'decode'):
+    found = [(s.cell.seconds, fit.predict_s(profiles.latencies[s.instance],
+                                            s.cell) + s.idle
+              * profiles.latencies[s.instance].host_s, s.overlap)
+             for s in steps if s.cell.kind == kind]
+    if found:
+      add(kind, found)
+  if copies:
+    add('migrate', [(c.seconds, profiles.link.migrate_s(c.num_tokens)
+                     + profiles.latencies[0].host_s, float(c.busy))
+                    for c in copies])
+  return rows
+
+
+# --- one mode ---------------------------------------------------------------
+
+
+class Mode:
+  """A server of one mode, its runs, and its profiles."""
+
+  def __init__(self, name, loaded, config, profile, seed, bar):
+    self.name, self.loaded, self.config, self.seed = (name, loaded, config,
+                                                      seed)
+    self.bar = bar
+    placement = configs.parse_placement(PLACEMENTS[name])
+    task = bar.add_task(f'{name}: compiling')
+    self.server = orchestrator.serve(
+        loaded, placement, config, report=lambda done, total, _: bar.update(
+            task, completed=done, total=total))
+    one = profile.latencies[base.Plan()]
+    link = profile.links.get((base.Plan(), base.Plan()))
+    self.profiles = {'bench': Profiles((one,) * 2, link if placement.decode
+                                       else None)}
+
+  def sent(self, rate_per_s, n, seed):
+    return requests(self.config, self.loaded.config.vocab_size, rate_per_s, n,
+                    seed)
+
+  def serve(self, label, sent, halt):
+    """A Served with progress."""
+    task = self.bar.add_task(f'{self.name}: {label}', total=len(sent))
+    first = self.server.next_id
+
+    def tick():
+      halt()
+      done = sum(r.finish_s is not None
+                 for r in self.server.records[-len(sent):] if r.id >= first)
+      self.bar.update(task, completed=done)
+    found = serve(self.server, sent, tick)
+    self.bar.update(task, completed=len(sent))
+    return found
+
+  def prepare(self, n, size, halt):
+    """A burst for the throughput, then a calibration run."""
+    burst = self.serve('burst', self.sent(None, n, self.seed + 1), halt)
+    span = (max(r.finish_s for r in burst.records)
+            - burst.records[0].arrival_s)
+    self.capacity_per_s = n / span
+    rate = CALIBRATION * self.capacity_per_s
+    self.calibration = self.serve(f'calibration {rate:.2f}/s', self.sent(
+        rate, size(rate), self.seed + 2), halt)
+    self.profiles['calibrated'] = self.profiles['bench'].calibrated(
+        self.calibration.log)
+
+  def row(self, rate_per_s, n, halt):
+    """(sent, Served, {profile: simulated records}) at one rate."""
+    sent = self.sent(rate_per_s, n, self.seed)
+    real = self.serve(f'{rate_per_s:.2f}/s', sent, halt)
+    return real, {name: p.simulate(self.server.plan, sent)
+                  for name, p in self.profiles.items()}
+
+  def describe(self, rate_per_s, run, slo):
+    """A row of summary.json."""
+    real, simulated = run
+    truth = stats(real.records, slo)
+    out = {name: stats(records, slo) for name, records in simulated.items()}
+    return {'mode': self.name, 'rate_per_s': rate_per_s,
+            'requests': len(real.records), 'real': truth} | out | {
+        'errors': {k: errors(truth, v) for k, v in out.items()},
+        'steps': {k: step_times(p, real.log)
+                  for k, p in self.profiles.items()},
+        'others_cores': real.cores, 'host_s_per_step': real.host_s}
+
+
+def objectives(modes, ttft_s, tpot_s):
+  """A Slo; what is not given follows from the calibration runs."""
+  def most(name):
+    return max(statistics.median(getattr(r, name)
+                                 for r in m.calibration.records)
+               for m in modes)
+  return base.Slo(ttft_s or TTFT_TIMES * most('ttft_s'),
+                  tpot_s or TPOT_TIMES * most('tpot_s'))
+
+
+# --- what a person looks at -------------------------------------------------
+
+
+def show(console, rows, slo):
+  """Attainment and latencies; then where the seconds are."""
+  table = Table(title=f'Real against simulated; SLO TTFT {slo.ttft_s:.3g} s, '
+                f'TPOT {slo.tpot_s:.3g} s', title_justify='left')
+  for column in ('mode, rate', 'of', 'attained % [95 %]',
+                 *(f'{x} {s}' for x in ('TTFT', 'TPOT') for s in STATS)):
+    table.add_column(column, justify='right')
+  for row in rows:
+    for kind in ('real', *PROFILES):
+      found = row[kind]
+      share, low, high = (100 * x for x in found['attainment'])
+      cells = [f'{1e3 * found[x][s]:.0f}' if kind == 'real' else
+               f'{100 * row["errors"][kind][x][s]:+.0f}%'
+               for x in ('ttft_s', 'tpot_s') for s in STATS]
+      table.add_row(
+          f'{row["mode"]} {row["rate_per_s"]:.2f}/s' if kind == 'real'
+          else '', kind, f'{share:.1f} [{low:.0f}, {high:.0f}]'
+          if kind == 'real' else
+          f'{share:.1f} ({row["errors"][kind]["attainment"]:+.1f})', *cells,
+          end_section=kind == PROFILES[-1])
+  console.print(table)
+  console.print('real in ms; simulated as the error of its statistic')
+  _show_stages(console, rows)
+  _show_steps(console, rows)
+
+
+def _show_stages(console, rows):
+  table = Table(title='Mean ms a request in each stage', title_justify='left')
+  for column in ('mode, rate', 'of', *base.STAGES):
+    table.add_column(column, justify='right')
+  for row in rows:
+    for kind in ('real', *PROFILES):
+      table.add_row(f'{row["mode"]} {row["rate_per_s"]:.2f}/s'
+                    if kind == 'real' else '', kind,
+                    *(f'{1e3 * row[kind]["stage_s"][s]:.0f}'
+                      for s in base.STAGES),
+                    end_section=kind == PROFILES[-1])
+  console.print(table)
+
+
+def _show_steps(console, rows):
+  table = Table(title="The real run's own steps against what a profile says "
+                'of the same batches (ratio real / predicted)',
+                title_justify='left')
+  for column in ('mode, rate', 'profile', 'step', 'count', 'real ms',
+                 'predicted', 'ratio', 'overlap', 'alone', 'together'):
+    table.add_column(column, justify='right')
+
+  def number(x):
+    return '' if x is None else f'{x:.2f}'
+  for row in rows:
+    for kind in PROFILES:
+      for s in row['steps'][kind]:
+        table.add_row(f'{row["mode"]} {row["rate_per_s"]:.2f}/s', kind,
+                      s['what'], str(s['count']), f'{1e3 * s["real_s"]:.1f}',
+                      f'{1e3 * s["predicted_s"]:.1f}', number(s['ratio']),
+                      f'{100 * s["overlap"]:.0f}%', number(s['alone']),
+                      number(s['together']))
+  console.print(table)
+  console.print('alone, together: steps in which the other instance was at '
+                'work less or more than half of the time; of a migration, '
+                'whether its target had a step in flight', soft_wrap=True)
+
+
+def draw(path, rows):
+  """Attainment, TTFT and TPOT, and their errors; a column a mode."""
+  modes = list(dict.fromkeys(r['mode'] for r in rows))
+  figure = Figure(figsize=(6 * len(modes), 12), layout='constrained')
+  axes = figure.subplots(4, len(modes), squeeze=False)
+  for column, mode in zip(axes.T, modes, strict=True):
+    own = sorted((r for r in rows if r['mode'] == mode),
+                 key=lambda r: r['rate_per_s'])
+    rates = [r['rate_per_s'] for r in own]
+    share, low, high = 100 * np.array([r['real']['attainment']
+                                       for r in own]).T
+    column[0].errorbar(rates, share, (share - low, high - share), fmt='ko',
+                       capsize=3, label='real')
+    for kind, style in zip(PROFILES, ('--', '-'), strict=True):
+      column[0].plot(rates, [100 * r[kind]['attainment'][0] for r in own],
+                     style, color='C0', label=f'simulated, {kind}')
+      for axis, name in zip(column[1:3], ('ttft_s', 'tpot_s'), strict=True):
+        for i, s in enumerate(STATS[1:]):
+          axis.plot(rates, [1e3 * r[kind][name][s] for r in own], style,
+                    color=f'C{i}')
+      for i, name in enumerate(('ttft_s', 'tpot_s')):
+        column[3].plot(rates, [100 * r['errors'][kind][name]['mean']
+                               for r in own], style, marker='.',
+                       color=f'C{i}', label=f'{name[:4].upper()}, {kind}')
+    for axis, name in zip(column[1:3], ('ttft_s', 'tpot_s'), strict=True):
+      for i, s in enumerate(STATS[1:]):
+        axis.plot(rates, [1e3 * r['real'][name][s] for r in own], 'o',
+                  color=f'C{i}', label=s)
+      axis.set(ylabel=f'{name[:4].upper()}, ms', yscale='log')
+    column[0].set(title=mode, ylabel='attained both, %', ylim=(-3, 103))
+    column[3].axhspan(-10, 10, color='0.9')
+    column[3].set(xlabel='requests a second', ylabel='error of the mean, %')
+    for axis in column:
+      axis.legend(frameon=False, fontsize=8)
+  figure.suptitle('Real (dots) and simulated (lines; dashed: bench profile)')
+  figure.savefig(path, dpi=110)
+
+
+# --- the whole --------------------------------------------------------------
+
+
+def run(console, options):
+  """Profiles, serves, simulates and shows; returns the exit code.
+
+  Args:
+    options: values of define_flags().
+  """
+  quick = options.quick
+  name = 'tiny' if quick else options.model
+  config = configs.override(QUICK if quick else ENGINE, options.set)
+  rates = _checked(options)
+  out = pathlib.Path(options.out)
+  out.mkdir(parents=True, exist_ok=True)
+  loaded = (tiny.load(config.dtype) if name == 'tiny'
+            else dsjax.load(name, config.dtype))
+  others, rows, slo, stopped = machine.Others(), [], None, False
+
+  def size(rate):
+    return max(8, min(options.most, round(rate * options.seconds)))
+  with live.Interrupts() as interrupts, Progress(
+      TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
+      console=console) as bar:
+    try:
+      if options.profile:
+        profile = latency.load(options.profile)
+      else:
+        profile, _ = measure.measure(
+            loaded, (base.Plan(),), config, options.rounds, 3, bar, name)
+      _check_profile(profile, options)
+      latency.save(out / 'latency.json', profile)
+      modes = [Mode(m, loaded, config, profile, options.seed, bar)
+               for m in options.modes]
+      for mode in modes:
+        mode.prepare(min(size(1e9), 24), size, interrupts.halt)
+      slo = objectives(modes, options.ttft_s, options.tpot_s)
+      for mode, rate in ((m, r) for m in modes for r in (rates or [
+          share * m.capacity_per_s for share in SHARES])):
+        found = mode.row(rate, size(rate), interrupts.halt)
+        rows.append(mode.describe(rate, found, slo))
+        orchestrator.write_log(out / f'events-{mode.name}-{rate:.2f}.jsonl',
+                               found[0].log)
+        _write(out, options, name, slo, modes, rows)
+        bar.console.print(f'{mode.name} {rate:.2f}/s: attained, %: '
+                          + ', '.join(
+                              f'{k} {100 * rows[-1][k]["attainment"][0]:.1f}'
+                              for k in ('real', *PROFILES)), highlight=False)
+    except KeyboardInterrupt:
+      stopped = True
+  if not rows:
+    console.print('Stopped before any row was done: nothing to show.')
+    return 130
+  show(console, rows, slo)
+  draw(out / 'validate.png', rows)
+  _close(console, rows, others, out)
+  return 130 if stopped else 0
+
+
+def _checked(options):
+  """The rates. Raises InputError for flags that make no sense."""
+  base.require(options.modes and all(m in PLACEMENTS for m in options.modes)
+               and len(set(options.modes)) == len(options.modes), '--modes',
+               options.modes, f'different ones of {list(PLACEMENTS)}')
+  try:
+    rates = [float(r) for r in options.rates]
+  except ValueError:
+    rates = [0.0]
+  base.require(all(0 < r < float('inf') for r in rates), '--rates',
+               options.rates, 'numbers above 0')
+  for field in ('ttft_s', 'tpot_s'):
+    value = getattr(options, field)
+    base.require(value is None or latency.positive(value), f'--{field}',
+                 value, 'seconds above 0')
+  base.require(options.seed >= 0, '--seed', options.seed, '0 or more')
+  return rates
+
+
+def _check_profile(profile, options):
+  one = base.Plan()
+  base.require(one in profile.latencies, '--profile', options.profile,
+               'a profile of plan 1x1')
+  base.require((one, one) in profile.links
+               or 'disaggregated' not in options.modes, '--profile',
+               options.profile, 'one with a link 1x1>1x1 (where the machine '
+               'was too noisy to fit it, measure again)')
+
+
+def _write(out, options, name, slo, modes, rows):
+  (out / 'summary.json').write_text(json.dumps({
+      'model': name, 'seed': options.seed, 'slo': dataclasses.asdict(slo),
+      'modes': {m.name: {
+          'capacity_per_s': m.capacity_per_s,
+          'profiles': {k: {
+              'latencies': [dataclasses.asdict(x) for x in p.latencies],
+              'link': p.link and dataclasses.asdict(p.link)}
+                       for k, p in m.profiles.items()}} for m in modes},
+      'rows': rows}, indent=1) + '\n')
+
+
+def _close(console, rows, others, out):
+  """The verdict in words, and who else was there."""
+  for kind in PROFILES:
+    found = [r['errors'][kind] for r in rows]
+    console.print(
+        f'{kind}: attainment within '
+        f'{max(abs(e["attainment"]) for e in found):.1f} points; mean TTFT '
+        f'within {max(abs(e["ttft_s"]["mean"]) for e in found):.0%}, mean '
+        f'TPOT within {max(abs(e["tpot_s"]["mean"]) for e in found):.0%} '
+        'at every rate', highlight=False)
+  cores = others.cores()
+  if cores is not None:
+    most = max(r['others_cores'] or 0.0 for r in rows)
+    console.print(f'Other programs used {cores:.2f} cores, at most '
+                  f'{most:.2f} in a row.' + (
+                      ' These figures are disturbed.' if most > 0.2 else ''),
+                  highlight=False)
+  console.print(f'wrote {out}/summary.json, validate.png')
+
+
+def main(_):
+  options = types.SimpleNamespace(**{
+      k: f.value for k, f in vars(FLAGS).items()})
+  if jax.config.jax_platforms in (None, '', 'cpu'):
+    jax.config.update('jax_num_cpu_devices', 2)
+  if options.cache:
+    jax.config.update('jax_compilation_cache_dir', options.cache)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+  try:
+    console = Console()
+    if not console.is_terminal:
+      console = Console(width=150)
+    sys.exit(run(console, options))
+  except base.InputError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == '__main__':
+  FLAGS = define_flags()
+  app.run(main)
