@@ -461,7 +461,7 @@ class EngineConfig:
   prefill_seqs: int = 8
   chunk_tokens: int = 256
   depth: int = 2
-  run_ahead: int = 4
+  run_ahead: int | None = None
   transfer_pages: int = 64
   dtype: str = 'float32'
   kv_dtype: str | None = None
@@ -472,12 +472,12 @@ class EngineConfig:
 
   def __post_init__(self):
     for field in ('max_len', 'page_size', 'max_seqs', 'prefill_tokens',
-                  'prefill_seqs', 'chunk_tokens', 'depth', 'run_ahead',
-                  'transfer_pages'):
+                  'prefill_seqs', 'chunk_tokens', 'depth', 'transfer_pages'):
       value = getattr(self, field)
       require(_integer(1, 2**31 - 1)(value), f'EngineConfig.{field}', value,
               'an integer of 1 or more')
-    for field in ('num_pages', 'memory_bytes', 'decode_page_size'):
+    for field in ('num_pages', 'memory_bytes', 'run_ahead',
+                  'decode_page_size'):
       value = getattr(self, field)
       require(value is None or _integer(1, 2**31 - 1)(value),
               f'EngineConfig.{field}', value,

@@ -7,6 +7,8 @@ that integer, whatever the pool's history, and two equal pools compare equal.
 
 from typing import NamedTuple
 
+_WINDOW = (1 << 256) - 1
+
 
 class Pool(NamedTuple):
   """num_pages pages, of which the bits set in `free` are free."""
@@ -36,20 +38,25 @@ def alloc(pool, count):
   Raises:
     ValueError: fewer than `count` pages are free.
   """
-  if count > pool.free.bit_count():
-    raise ValueError(f'{count} pages asked for, {num_free(pool)} free')
   free, pages = pool.free, []
+  if count > free.bit_count():
+    raise ValueError(f'{count} pages asked for, {num_free(pool)} free')
   while count:
-    low = free & -free
-    first = low.bit_length() - 1
-    run = ((1 << count) - 1) << first
-    if free & run == run:  # the rest is one contiguous run
+    # In a window of few bits arithmetic costs less than in the whole.
+    first = (free & -free).bit_length() - 1
+    window = free >> first & _WINDOW
+    run, taken = (1 << count) - 1, 0
+    if window & run == run:  # the rest is one contiguous run
       pages.extend(range(first, first + count))
-      free ^= run
+      free ^= run << first
       break
-    pages.append(first)
-    free ^= low
-    count -= 1
+    while window and count:
+      low = window & -window
+      pages.append(first + low.bit_length() - 1)
+      window ^= low
+      taken |= low
+      count -= 1
+    free ^= taken << first
   return Pool(pool.num_pages, free), tuple(pages)
 
 
@@ -59,13 +66,20 @@ def release(pool, pages):
   Raises:
     ValueError: a page is out of range, free already or named twice.
   """
-  mask = 0
+  first, mask = min(pages, default=0), 0
   for page in pages:
-    bit = 1 << page
-    if page >= pool.num_pages or (pool.free | mask) & bit:
-      raise ValueError(f'page {page} released but not owned')
-    mask |= bit
+    mask |= 1 << page - first
+  mask <<= first
+  if (mask & pool.free or mask >> pool.num_pages
+      or mask.bit_count() < len(pages)):
+    raise ValueError(f'page {_wrong(pool, pages)} released but not owned')
   return Pool(pool.num_pages, pool.free | mask)
+
+
+def _wrong(pool, pages):
+  """The first page that is out of range, free or named before."""
+  return next(page for n, page in enumerate(pages) if page >= pool.num_pages
+              or pool.free >> page & 1 or page in pages[:n])
 
 
 def check(pool, owned):

@@ -32,9 +32,12 @@ import bisect
 import collections
 import dataclasses
 import heapq
+import operator
 from typing import NamedTuple
 
 from dsjax import base, pages
+
+RUN_AHEAD = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +52,15 @@ class Config:
       finished prompt's pages can be read out before the next batch occupies
       the device. With more pipeline stages, as many as there are stages.
     run_ahead: most decode steps of one command while nothing waits; always 1
-      under pipeline stages.
+      under pipeline stages. None: RUN_AHEAD for decode instances, and 1 where
+      prompts run too, as one that arrives would wait behind all of them.
   """
 
   instances: tuple[base.InstanceConfig, ...]
   max_len: int
   depth: int = 2
   prefill_depth: int = 1
-  run_ahead: int = 4
+  run_ahead: int | None = None
 
 
 class Seq(NamedTuple):
@@ -157,206 +161,211 @@ def step(config, state, event):
   """Applies one event.
 
   Returns (state, commands). Cost: well under 100 us at 256 running and 1,000
-  waiting requests; a decode step touches only the rows that end or need a
-  page.
+  waiting requests.
 
   Raises:
     ValueError: the event cannot happen in this state (an internal error).
       A stale Migrated or a Cancelled for a request that is gone is ignored.
   """
-  draft = _Draft(config, state)
-  _HANDLERS[type(event)](draft, event)
-  if not (isinstance(event, base.Arrived) and event.more):
-    draft.plan()
-  return draft.freeze(), tuple(draft.commands)
+  run = Run(config, state)
+  commands = run.apply(event)
+  return run.freeze(), tuple(commands)
 
 
-class Quiet:
-  """A decode run of one instance in which nothing is decided.
+class _Live:
+  """A Seq that changes in place."""
 
-  Stands for a series of DecodeDone events each of which `step` would answer
-  with one RunDecode of the same micro-batch, its rows the same, some of them
-  with a page more. It is not a rule of its own: the tests hold it against
-  step, command by command.
+  __slots__ = Seq._fields
 
-  Attributes:
-    queue: prompts that wait. number: of the next command. commands: how many
-      it has issued so far. batch: the micro-batch of the newest (rows, the
-      sum of their `base`, the tick after it).
+  def __init__(self, id, order, prompt_len, limit, stage, instance, pages=(),
+               done=0, target=-1, target_pages=(), epoch=0, fate=''):
+    self.id, self.order, self.prompt_len = id, order, prompt_len
+    self.limit, self.stage, self.instance = limit, stage, instance
+    self.pages, self.done, self.target = pages, done, target
+    self.target_pages, self.epoch, self.fate = target_pages, epoch, fate
+
+
+_fields_of = operator.attrgetter(*Seq._fields)
+
+
+class _Batch:
+  """A Batch that changes in place.
+
+  rows: by id, in the order in which they joined. due: ids by their row's
+  `until`, ticks: a heap of its keys, places: ids' in that order; made when
+  needed. flying: commands of it in flight. ends: the tick at which each
+  request is at its limit, of those that were asked for. value: the rows as a
+  value.
   """
 
-  def __init__(self, config, state, index, order):
-    inst = state.instances[index]
-    self.queue, self.number, self.commands = inst.queue, inst.number, 0
-    self._index, self._seqs = index, state.seqs
-    self._size = config.instances[index].page_size
-    self._most = 1
-    if (len(inst.batches) == 1 and not inst.queue and not inst.pulls
-        and inst.residents == len(inst.batches[0].rows)):
-      self._most = config.run_ahead
-    self._free = pages.num_free(inst.pool)
-    self._granted = []  # (batch, place) in the order they get a page
-    self._turns = collections.deque(_Ticks(g, *inst.batches[g])
-                                    for g in order)
-    self._inflight = collections.deque(
-        [(c.tick, c.steps, g) for c, g in inst.inflight], len(inst.inflight))
+  __slots__ = ('rows', 'tick', 'flying', 'due', 'ticks', 'places', 'ends',
+               'value')
 
-  def issue(self):
-    """Issues the command that answers the next completion.
-
-    Returns its number of steps; 0, and nothing is issued, where `step` must
-    decide: a row would end or pages are short.
-    """
-    batch = self.batch = self._turns[0]
-    tick, due = batch.tick, batch.ticks[0]
-    if due <= tick:
-      if not self._cover(batch, due):
-        return 0
-      due = batch.ticks[0]
-    steps = due - tick
-    if steps > self._most:
-      steps = self._most
-    else:
-      for place in batch.until[due]:
-        row = batch.rows[place]
-        if row[1] + due >= self._seqs[row[0]].limit - 1:
-          return 0
-    self._inflight.append((tick, steps, batch.g))
-    batch.tick = tick + steps
-    self.number += 1
-    self.commands += 1
-    self._turns.rotate(-1)
-    return steps
-
-  def _cover(self, batch, due):
-    """Gives the rows that are short at this tick a page each, if all can."""
-    places = sorted(batch.until[due])
-    if len(places) > self._free:
-      return False
-    self._free -= len(places)
-    del batch.until[due]
-    heapq.heappop(batch.ticks)
-    for place in places:
-      self._granted.append((batch, place))
-      row = batch.rows[place]
-      until = min(due + self._size, self._seqs[row[0]].limit - 1 - row[1])
-      if until in batch.until:
-        batch.until[until].append(place)
-      else:
-        batch.until[until] = [place]
-        heapq.heappush(batch.ticks, until)
-    return True
-
-  def close(self, state):
-    """The state after the commands issued so far.
-
-    The commands in flight carry the rows as they are now (step reads their
-    kind and number). state: of any later moment, the instance's pool, rows
-    and commands in flight untouched since.
-    """
-    index, inst = self._index, state.instances[self._index]
-    seqs, pool, batches = state.seqs, inst.pool, list(inst.batches)
-    rows = {batch.g: list(batch.rows) for batch in self._turns}
-    if self._granted:
-      pool, ids = pages.alloc(pool, len(self._granted))
-      gained, seqs = {}, dict(seqs)
-      for key, page in zip(self._granted, ids, strict=True):
-        gained.setdefault(key, []).append(page)
-      for (batch, place), more in gained.items():
-        row = batch.rows[place]
-        seq = seqs[row.id] = seqs[row.id]._replace(
-            pages=row.pages + tuple(more))
-        rows[batch.g][place] = base.Row(
-            row.id, row.base, _until(seq, row.base, self._size), seq.pages)
-    for batch in self._turns:
-      batches[batch.g] = Batch(tuple(rows[batch.g]), batch.tick)
-    first = self.number - len(self._inflight)
-    inflight = tuple([
-        (base.RunDecode(index, first + n, tick, steps, batches[g].rows), g)
-        for n, (tick, steps, g) in enumerate(self._inflight)])
-    turn = (inflight[-1][1] + 1) % len(batches)
-    inst = inst._replace(pool=pool, batches=tuple(batches), turn=turn,
-                         number=self.number, inflight=inflight)
-    return State(seqs, (*state.instances[:index], inst,
-                        *state.instances[index + 1:]), state.arrivals)
-
-
-class _Ticks:
-  """A micro-batch of a Quiet: rows by place, `until` by tick, ticks' heap."""
-
-  __slots__ = ('g', 'rows', 'tick', 'bases', 'until', 'ticks')
-
-  def __init__(self, g, rows, tick):
-    self.g, self.rows, self.tick, self.until = g, rows, tick, {}
-    self.bases = sum([r[1] for r in rows])
-    due = self.until
-    for place, row in enumerate(rows):
-      if row[2] in due:
-        due[row[2]].append(place)
-      else:
-        due[row[2]] = [place]
-    self.ticks = list(due)
-    heapq.heapify(self.ticks)
-
-
-def quiet(config, state, index):
-  """A Quiet run of an instance, or None where its next completion may decide.
-
-  What waits to be admitted here must have been refused since pages were last
-  released (always so for a decode instance); in a run, pages only get fewer.
-  """
-  inst = state.instances[index]
-  count = len(inst.batches)
-  order = [g % count for g in range(inst.turn, inst.turn + count)
-           if inst.batches[g % count].rows]
-  if (inst.ending or inst.prefilling or not order
-      # With room for a command, a prompt might go at any event.
-      or len(order) < count and config.instances[index].role != 'decode'
-      or [g for _, g in inst.inflight] != order * config.depth
-      or not all(type(c) is base.RunDecode for c, _ in inst.inflight)):
-    return None
-  return Quiet(config, state, index, order)
-
-
-class _Work:
-  """An Instance that changes in place, private to one draft (a namedtuple's
-  _replace costs ten times as much)."""
-
-  def __init__(self, inst):
-    self.__dict__.update(zip(Instance._fields, inst, strict=True))
-
-  rows = Instance.rows
-
-
-class _Draft:
-  """A working copy of the state, private to one call of step."""
-
-  def __init__(self, config, state):
-    self.config = config
-    self.seqs = dict(state.seqs)
-    self.instances = list(state.instances)
-    self.arrivals = state.arrivals
-    self.commands = []
+  def __init__(self, batch, flying):
+    self.rows, self.tick = {r[0]: r for r in batch.rows}, batch.tick
+    self.flying, self.due, self.value = flying, None, batch.rows
+    self.ends, self.places = {}, None
 
   def freeze(self):
-    return State(self.seqs, tuple([
-        Instance(**i.__dict__) if type(i) is _Work else i
-        for i in self.instances]), self.arrivals)
+    """The rows as a value."""
+    if self.value is None:
+      self.value = tuple(self.rows.values())
+    return self.value
 
-  def put(self, index, **changes):
+  def add(self, row):
+    """Adds a row."""
+    self.rows[row[0]], self.value, self.places = row, None, None
+    if self.due is not None:
+      self._note(row[0], row[2])
+
+  def _note(self, id, until):
+    if until in self.due:
+      self.due[until].append(id)
+    else:
+      self.due[until] = [id]
+      heapq.heappush(self.ticks, until)
+
+  def remove(self, id):
+    """Takes a row out."""
+    row, self.value = self.rows.pop(id), None
+    self.ends.pop(id, None)
+    if self.due is not None:
+      self.due[row[2]].remove(id)
+
+  def end(self, seqs):
+    """The first tick at which a request is at its limit."""
+    ends = self.ends
+    if len(ends) < len(self.rows):
+      for id, row in self.rows.items():
+        if id not in ends:
+          ends[id] = seqs[id].limit - 1 - row[1]
+    return min(ends.values())
+
+  def until(self):
+    """The first tick that some row is not covered for."""
+    if self.due is None:
+      due = self.due = {}
+      for row in self.rows.values():
+        if row[2] in due:
+          due[row[2]].append(row[0])
+        else:
+          due[row[2]] = [row[0]]
+      self.ticks = list(due)
+      heapq.heapify(self.ticks)
+    while not self.due[self.ticks[0]]:
+      del self.due[heapq.heappop(self.ticks)]
+    return self.ticks[0]
+
+  def short(self):
+    """Ids of the rows that are not covered for the next tick, in order."""
+    if not self.rows or self.until() > self.tick:
+      return ()
+    ids = self.due[self.tick]
+    if len(ids) == 1:
+      return ids
+    if self.places is None:
+      self.places = {id: place for place, id in enumerate(self.rows)}
+    return sorted(ids, key=self.places.__getitem__)
+
+  def renew(self, seqs, page_size):
+    """The short rows are to have a page more: their ids, in order."""
+    ids, tick = self.short(), self.tick
+    del self.due[heapq.heappop(self.ticks)]
+    for id in ids:
+      until, end = tick + page_size, seqs[id].limit - 1 - self.rows[id][1]
+      self._note(id, until if until < end else end)
+    return ids
+
+
+class _Instance:
+  """An Instance that changes in place.
+
+  fresh: changed since it was planned last. asleep: in a quiet run. value:
+  what it is as a value, or None where it has changed since.
+  """
+
+  __slots__ = (*Instance._fields, 'index', 'config', 'role', 'depth',
+               'run_ahead', 'fresh', 'asleep', 'value')
+
+  def __init__(self, config, index, value):
+    self.index, self.config, self.value = index, config.instances[index], value
+    self.role, self.fresh, self.asleep = self.config.role, False, False
+    pp = self.config.pp
+    self.depth = (max(config.prefill_depth, pp) if self.role == 'prefill'
+                  else config.depth * pp)
+    self.run_ahead = config.run_ahead or (
+        RUN_AHEAD if self.role == 'decode' else 1)
+    self.pool, self.turn, self.number = value.pool, value.turn, value.number
+    self.residents, self.backlog = value.residents, value.backlog
+    self.queue, self.prefilling = list(value.queue), list(value.prefilling)
+    self.pulls, self.ending = list(value.pulls), list(value.ending)
+    self.inflight = collections.deque(value.inflight)
+    turns = [g for _, g in value.inflight]
+    self.batches = [_Batch(b, turns.count(g))
+                    for g, b in enumerate(value.batches)]
+
+  def freeze(self):
+    """It as a value."""
+    if self.value is None:
+      self.value = Instance(
+          self.pool, tuple([Batch(b.freeze(), b.tick) for b in self.batches]),
+          tuple(self.queue), tuple(self.prefilling), tuple(self.pulls),
+          self.turn, self.number, tuple(self.inflight), tuple(self.ending),
+          self.residents, self.backlog)
+    return self.value
+
+
+class Run:
+  """The transition on a state that changes in place.
+
+  `step` is one apply on a copy. Whoever owns the state for long, a simulator,
+  copies it once: after the same events both have given the same commands and
+  are in the same state.
+
+  wake: called with the index of an instance that sleeps in a quiet run before
+  it changes; it calls follow.
+  """
+
+  def __init__(self, config, state, wake=None):
+    self.config, self.wake = config, wake
+    self.seqs, self.arrivals = dict(state.seqs), state.arrivals
+    self.owned = set()  # ids of those that may change in place
+    self.instances = [_Instance(config, index, value)
+                      for index, value in enumerate(state.instances)]
+    self.entries = [i for i in self.instances if i.role != 'decode']
+    self.decoders = [i for i in self.instances if i.role == 'decode']
+    self.commands = []
+
+  def apply(self, event):
+    """Applies one event; a list of commands. See step."""
+    self.commands = commands = []
+    _APPLY[type(event)](self, event)
+    self.plan()
+    return commands
+
+  def freeze(self):
+    """The State now."""
+    seqs = dict(self.seqs)
+    for id in self.owned:
+      seqs[id] = Seq._make(_fields_of(seqs[id]))
+    return State(seqs, tuple([i.freeze() for i in self.instances]),
+                 self.arrivals)
+
+  def own(self, id):
+    """A request, to be changed."""
+    seq = self.seqs[id]
+    if type(seq) is not _Live:
+      seq = self.seqs[id] = _Live(*seq)
+      self.owned.add(id)
+    return seq
+
+  def touch(self, index):
+    """An instance, to be changed, and planned for the change."""
     inst = self.instances[index]
-    if type(inst) is not _Work:
-      inst = self.instances[index] = _Work(inst)
-    inst.__dict__.update(changes)
-
-  def put_batch(self, index, g, rows=None, tick=None):
-    batches = self.instances[index].batches
-    batch = Batch(batches[g].rows if rows is None else rows,
-                  batches[g].tick if tick is None else tick)
-    self.put(index, batches=(*batches[:g], batch, *batches[g + 1:]))
-
-  def change(self, id, **changes):
-    self.seqs[id] = self.seqs[id]._replace(**changes)
+    if inst.asleep:
+      self.wake(index)
+    inst.fresh, inst.value = True, None
+    return inst
 
   # --- events ---------------------------------------------------------------
 
@@ -366,71 +375,77 @@ class _Draft:
     reason = never_fits(self.config, e.prompt_len, e.max_tokens)
     if reason:
       self.commands.append(base.Reject(e.id, reason))
-      return
-    self.seqs[e.id] = Seq(e.id, self.arrivals, e.prompt_len,
-                          e.prompt_len + e.max_tokens, 'queued', -1)
-    self.arrivals += 1
-    self.enqueue(e.id)
+    else:
+      seq = self.seqs[e.id] = _Live(e.id, self.arrivals, e.prompt_len,
+                                    e.prompt_len + e.max_tokens, 'queued', -1)
+      self.owned.add(e.id)
+      self.arrivals += 1
+      self.enqueue(seq)
+    for inst in self.entries:  # the first of a burst may be at another one
+      inst.fresh = not e.more
 
   def cancelled(self, e):
     seq = self.seqs.get(e.id)
     if seq is None or seq.fate in ('stop', 'cancelled'):
       return
     self.commands.append(base.Finish(e.id, 'cancelled'))
-    self.leave(seq, 'cancelled')
+    self.leave(self.own(e.id), 'cancelled')
 
   def prefill_done(self, e):
-    command = self.complete(e, base.RunPrefill)
-    role = self.config.instances[e.instance].role
-    for chunk in command.chunks:
-      seq = self.seqs[chunk.id]
-      if role == 'prefill' and chunk.last and not seq.fate:
-        if chunk.id in e.ended or seq.prompt_len + 1 >= seq.limit:
-          self.finish(seq, 'stop' if chunk.id in e.ended else 'length')
-        else:
-          self.offer(seq)
-    if role != 'prefill':
+    inst, command = self.complete(e, base.RunPrefill)
+    if inst.role == 'prefill':
+      for chunk in command.chunks:
+        seq = self.seqs[chunk.id]
+        if chunk.last and not seq.fate:
+          seq = self.own(chunk.id)
+          if chunk.id in e.ended or seq.prompt_len + 1 >= seq.limit:
+            self.finish(seq, 'stop' if chunk.id in e.ended else 'length')
+          else:
+            self.offer(seq)
+    else:
       for id in e.ended:
         self.ended(id)
-    self.settle(e.instance, e.number)
+    self.settle(inst, e.number)
 
   def decode_done(self, e):
-    self.complete(e, base.RunDecode)
+    inst, _ = self.complete(e, base.RunDecode)
     for id, _ in e.ended:
       self.ended(id)
-    self.settle(e.instance, e.number)
+    self.settle(inst, e.number)
 
   def migrated(self, e):
     seq = self.seqs.get(e.id)
     if seq is None or seq.epoch != e.epoch or not seq.target_pages:
       return  # a late completion of a hand-off that is over
-    source, target = seq.instance, seq.target
-    self.free(source, seq.pages)
-    seq = seq._replace(instance=target, pages=seq.target_pages, target=-1,
-                       target_pages=())
-    self.seqs[e.id] = seq
+    seq = self.own(e.id)
+    self.free(seq)
+    seq.instance, seq.pages = seq.target, seq.target_pages
+    seq.target, seq.target_pages = -1, ()
     if seq.fate:
       self.drop(seq)
     else:
-      self.join(seq)
+      self.join(self.touch(seq.instance), seq)
 
   # --- the ends of a life ---------------------------------------------------
 
   def complete(self, e, kind):
     """Takes the oldest command off the instance; it must be this one."""
-    inflight = self.instances[e.instance].inflight
-    command = inflight[0][0] if inflight else None
-    if not isinstance(command, kind) or command.number != e.number:
+    inst = self.instances[e.instance]
+    command, g = inst.inflight[0] if inst.inflight else (None, -1)
+    if type(command) is not kind or command.number != e.number:
       raise ValueError(f'{type(e).__name__} {e.number} of instance '
                        f'{e.instance}, which awaits {command or "nothing"}')
-    self.put(e.instance, inflight=inflight[1:])
-    return command
+    inst.fresh, inst.value = True, None
+    inst.inflight.popleft()
+    if g >= 0:
+      inst.batches[g].flying -= 1
+    return inst, command
 
   def ended(self, id):
     """A token of a row met EOS or a stop condition."""
     seq = self.seqs.get(id)
     if seq is not None and seq.fate in ('', 'length', 'preempt'):
-      self.finish(seq, 'stop')
+      self.finish(self.own(id), 'stop')
 
   def finish(self, seq, reason):
     self.commands.append(base.Finish(seq.id, reason))
@@ -438,168 +453,152 @@ class _Draft:
 
   def leave(self, seq, fate):
     """Takes a request out of whatever it is in, keeping unsafe pages."""
-    index, inst = seq.instance, self.instances[seq.instance]
-    first_time = not seq.fate
-    self.change(seq.id, fate=fate)
-    if seq.stage in ('queued', 'prefilling'):
-      self.backlog(index, seq.done - seq.prompt_len)
-      inst = self.instances[index]
+    first_time, seq.fate = not seq.fate, fate
     if seq.stage == 'migrating':
       return  # both sides' pages are released when the copy has ended
-    if seq.stage == 'queued':
-      self.put(index, queue=_without(inst.queue, seq.id))
-      del self.seqs[seq.id]
-      return
     if seq.stage == 'prefilled':
-      pulls = self.instances[seq.target].pulls
-      self.put(seq.target, pulls=_without(pulls, seq.id))
-      self.drop(self.seqs[seq.id])
+      self.touch(seq.target).pulls.remove(seq.id)
+      self.drop(seq)
+      return
+    inst = self.touch(seq.instance)
+    if seq.stage in ('queued', 'prefilling'):
+      inst.backlog += seq.done - seq.prompt_len
+    if seq.stage == 'queued':
+      inst.queue.remove(seq.id)
+      self.forget(seq.id)
       return
     if not first_time:
       return  # in `ending` already; only the fate has changed
     if seq.stage == 'decoding':
-      g, _ = _find(inst, seq.id)
-      self.put_batch(index, g, rows=tuple(
-          r for r in inst.batches[g].rows if r.id != seq.id))
-    else:
-      self.put(index, prefilling=_without(inst.prefilling, seq.id))
-    self.change(seq.id, stage='ending')
-    self.linger(seq.id, index)
-
-  def linger(self, id, index):
-    """Releases a request's pages once all that is in flight is done."""
-    inst = self.instances[index]
+      _home(inst, seq.id).remove(seq.id)
+    elif seq.id in inst.prefilling:  # else its last chunk is in flight
+      inst.prefilling.remove(seq.id)
+    seq.stage = 'ending'
+    # Its pages are safe once all that is in flight is done.
     if inst.inflight:
-      self.put(index, ending=inst.ending + ((inst.number - 1, id),))
+      inst.ending.append((inst.number - 1, seq.id))
     else:
-      self.conclude(id)
+      self.conclude(seq)
 
-  def settle(self, index, number):
+  def settle(self, inst, number):
     """Concludes what waited for command `number`."""
-    ending = self.instances[index].ending
+    ending = inst.ending
     if ending and ending[0][0] <= number:
-      self.put(index, ending=tuple(e for e in ending if e[0] > number))
+      inst.ending = [e for e in ending if e[0] > number]
       for after, id in ending:
         if after <= number:
-          self.conclude(id)
+          self.conclude(self.own(id))
 
-  def conclude(self, id):
-    seq = self.seqs[id]
+  def conclude(self, seq):
     if seq.fate == 'length':
-      self.commands.append(base.Finish(id, 'length'))
+      self.commands.append(base.Finish(seq.id, 'length'))
     if seq.fate != 'preempt':
       self.drop(seq)
       return
-    self.commands.append(base.Preempt(id, seq.instance))
-    self.free(seq.instance, seq.pages)
-    self.change(id, stage='queued', fate='', pages=(), done=0)
-    self.enqueue(id)
+    self.commands.append(base.Preempt(seq.id, seq.instance))
+    self.free(seq)
+    seq.stage, seq.fate, seq.pages, seq.done = 'queued', '', (), 0
+    self.enqueue(seq)
 
   def drop(self, seq):
-    self.free(seq.instance, seq.pages)
-    del self.seqs[seq.id]
+    self.free(seq)
+    self.forget(seq.id)
+
+  def forget(self, id):
+    del self.seqs[id]
+    self.owned.discard(id)
 
   # --- resources ------------------------------------------------------------
 
-  def free(self, index, ids):
-    inst = self.instances[index]
-    self.put(index, pool=pages.release(inst.pool, ids),
-             residents=inst.residents - 1)
+  def free(self, seq):
+    inst = self.touch(seq.instance)
+    inst.pool = pages.release(inst.pool, seq.pages)
+    inst.residents -= 1
 
-  def take(self, index, tokens, reserve):
+  def take(self, inst, tokens, reserve):
     """Pages for a new resident holding `tokens` tokens, or None.
 
     reserve: leave a page for each resident, so that an admission does not
     at once preempt somebody (or itself, again and again).
     """
-    inst, c = self.instances[index], self.config.instances[index]
-    need = pages.pages_for(tokens, c.page_size)
+    need = pages.pages_for(tokens, inst.config.page_size)
     spare = inst.residents if reserve else 0
-    if (inst.residents >= c.max_seqs
+    if (inst.residents >= inst.config.max_seqs
         or pages.num_free(inst.pool) < need + spare):
       return None
-    pool, ids = pages.alloc(inst.pool, need)
-    self.put(index, pool=pool, residents=inst.residents + 1)
+    inst.pool, ids = pages.alloc(inst.pool, need)
+    inst.residents += 1
     return ids
 
-  def backlog(self, index, tokens):
-    self.put(index, backlog=self.instances[index].backlog + tokens)
-
-  def enqueue(self, id):
+  def enqueue(self, seq):
     """Dispatch: the shortest prefill queue, in tokens (DistServe 4.3)."""
-    seqs = self.seqs
-    index = min((i for i, c in enumerate(self.config.instances)
-                 if c.role != 'decode'),
-                key=lambda i: (self.instances[i].backlog,
-                               self.instances[i].residents))
-    self.backlog(index, seqs[id].prompt_len)
-    queue = self.instances[index].queue
-    at = bisect.bisect(queue, seqs[id].order, key=lambda i: seqs[i].order)
-    self.put(index, queue=queue[:at] + (id,) + queue[at:])
-    self.change(id, instance=index)
+    best = min(self.entries, key=_backlog)
+    inst = self.touch(best.index)
+    inst.backlog += seq.prompt_len
+    # By arrival: a preempted request keeps its place.
+    queue, seqs = inst.queue, self.seqs
+    bisect.insort(queue, seq.id, key=lambda id: seqs[id].order)
+    seq.instance = inst.index
 
   def offer(self, seq):
     """Prefill is done: the least loaded decode instance will pull."""
-    able = [i for i, c in enumerate(self.config.instances)
-            if c.role == 'decode']
-    target = min(able, key=lambda i: self.instances[i].residents
-                 + len(self.instances[i].pulls))
-    self.change(seq.id, stage='prefilled', target=target)
-    self.put(target, pulls=self.instances[target].pulls + (seq.id,))
+    best = min(self.decoders, key=_load)
+    self.touch(best.index).pulls.append(seq.id)
+    seq.stage, seq.target = 'prefilled', best.index
 
-  def pull(self, index):
+  def pull(self, inst):
     """Admits finished prefills, first come first served, while they fit."""
-    while self.instances[index].pulls:
-      seq = self.seqs[self.instances[index].pulls[0]]
-      ids = self.take(index, min(seq.prompt_len + 1, seq.limit - 1), True)
+    while inst.pulls:
+      seq = self.seqs[inst.pulls[0]]
+      ids = self.take(inst, min(seq.prompt_len + 1, seq.limit - 1), True)
       if ids is None:
         return
-      self.put(index, pulls=self.instances[index].pulls[1:])
-      self.change(seq.id, stage='migrating', target_pages=ids,
-                  epoch=seq.epoch + 1)
-      count = pages.pages_for(seq.prompt_len,
-                              self.config.instances[index].page_size)
+      del inst.pulls[0]
+      seq = self.own(seq.id)
+      seq.stage, seq.target_pages = 'migrating', ids
+      seq.epoch += 1
+      count = pages.pages_for(seq.prompt_len, inst.config.page_size)
       self.commands.append(base.Migrate(
-          seq.id, seq.epoch + 1, seq.instance, seq.pages, index, ids[:count],
+          seq.id, seq.epoch, seq.instance, seq.pages, inst.index, ids[:count],
           seq.prompt_len))
 
   # --- batches --------------------------------------------------------------
 
   def plan(self):
-    """Pulls and issues until nothing more can start."""
-    before = -1
-    while before < len(self.commands):  # one decision may allow another
-      before = len(self.commands)
-      roles = [c.role for c in self.config.instances]
-      for index, role in enumerate(roles):
-        if role == 'decode':
-          self.pull(index)
-      for index, role in enumerate(roles):
-        self.issue(index, role)
+    """Pulls and issues until nothing more can start.
 
-  def issue(self, index, role):
-    pp = self.config.instances[index].pp
-    depth = (max(self.config.prefill_depth, pp) if role == 'prefill'
-             else self.config.depth * pp)
-    while len(self.instances[index].inflight) < depth:
-      if not (role != 'decode' and self.prefill(index)
-              or role != 'prefill' and self.decode(index)):
+    Only what has changed can start anything; one decision may change another
+    instance.
+    """
+    while any([inst.fresh for inst in self.instances]):
+      for inst in self.decoders:
+        if inst.fresh and inst.pulls:
+          self.pull(inst)
+      for inst in self.instances:
+        if inst.fresh:
+          inst.fresh = False
+          self.issue(inst)
+
+  def issue(self, inst):
+    while len(inst.inflight) < inst.depth:
+      if not (inst.role != 'decode' and self.prefill(inst)
+              or inst.role != 'prefill' and self.decode(inst)):
         return
 
-  def send(self, index, command, g):
+  def send(self, inst, command, g):
     """Issues a command, of micro-batch g or of none (-1)."""
-    inst = self.instances[index]
-    self.put(index, number=inst.number + 1,
-             inflight=inst.inflight + ((command, g),))
+    inst.value = None
+    inst.number += 1
+    inst.inflight.append((command, g))
+    if g >= 0:
+      inst.batches[g].flying += 1
     self.commands.append(command)
 
-  def ready(self, index, g):
-    """Micro-batch g may have another command, and pages for its tick."""
-    inflight = self.instances[index].inflight
-    return (sum(of == g for _, of in inflight) < self.config.depth
-            and self.cover(index, g))
+  def ready(self, inst, batch):
+    """The micro-batch may have another command, and pages for its tick."""
+    return batch.flying < self.config.depth and self.cover(inst, batch)
 
-  def prefill(self, index):
+  def prefill(self, inst):
     """Issues the next prefill batch; False when none can be.
 
     Prefill and colocated roles: whole prompts while the batch stays within
@@ -607,166 +606,235 @@ class _Draft:
     tick of every row of the micro-batch whose turn it is (it may have none),
     the rest of the budget filled with prompt pieces.
     """
-    c, g = self.config.instances[index], self.instances[index].turn
-    chunked = c.role == 'chunked'
-    if not (self.instances[index].queue or self.instances[index].prefilling):
+    if not (inst.queue or inst.prefilling):
       return False
-    if chunked and not self.ready(index, g):
+    batch, chunked = inst.batches[inst.turn], inst.role == 'chunked'
+    if chunked and not self.ready(inst, batch):
       return False
-    batch = self.instances[index].batches[g]
-    rows = batch.rows if chunked else ()
-    budget = c.prefill_tokens - len(rows)
+    rows = batch.freeze() if chunked else ()
+    budget = inst.config.prefill_tokens - len(rows)
     chunks, last = [], []
-    while len(chunks) < c.prefill_seqs and budget > 0:
-      seq = self.candidate(index, budget, bool(chunks) and not chunked)
+    while len(chunks) < inst.config.prefill_seqs and budget > 0:
+      seq = self.candidate(inst, budget, bool(chunks) and not chunked)
       if seq is None:
         break
-      stop = min(seq.prompt_len, seq.done + budget)
-      chunks.append(base.Chunk(seq.id, seq.done, stop, seq.pages,
+      start, stop = seq.done, min(seq.prompt_len, seq.done + budget)
+      chunks.append(base.Chunk(seq.id, start, stop, seq.pages,
                                stop == seq.prompt_len))
-      self.change(seq.id, done=stop)
-      self.backlog(index, seq.done - stop)
-      budget -= stop - seq.done
+      seq.done = stop
+      inst.backlog -= stop - start
+      budget -= stop - start
       if stop == seq.prompt_len:
-        last.append(seq.id)
+        inst.prefilling.remove(seq.id)
+        last.append(seq)
     if not chunks:
       return False
-    number = self.instances[index].number
-    self.send(index, base.RunPrefill(index, number, tuple(chunks), batch.tick,
-                                     rows), g if chunked else -1)
+    number = inst.number
+    self.send(inst, base.RunPrefill(inst.index, number, tuple(chunks),
+                                    batch.tick, rows),
+              inst.turn if chunked else -1)
     if chunked:
-      self.advance(index, g, 1 if rows else 0)
-    for id in last:
-      self.put(index, prefilling=_without(self.instances[index].prefilling,
-                                          id))
-      if c.role != 'prefill':
-        self.join(self.seqs[id], number)
+      self.advance(inst, inst.turn, 1 if rows else 0)
+    if inst.role != 'prefill':
+      for seq in last:
+        self.join(inst, seq, number)
     return True
 
-  def candidate(self, index, budget, whole):
+  def candidate(self, inst, budget, whole):
     """The next request of a prefill batch, admitted, or None."""
-    inst, c = self.instances[index], self.config.instances[index]
-    begun = [i for i in inst.prefilling
-             if self.seqs[i].done < self.seqs[i].prompt_len]
-    if begun:
-      seq = self.seqs[begun[0]]
-    elif inst.queue:
-      seq = self.seqs[inst.queue[0]]
-    else:
+    ids = inst.prefilling or inst.queue
+    if not ids:
       return None
+    seq = self.own(ids[0])
     if whole and seq.prompt_len - seq.done > budget:
       return None
     if seq.stage == 'queued':
-      room = seq.prompt_len + (c.role != 'prefill')  # for its first tick
-      ids = self.take(index, min(room, seq.limit - 1), c.role != 'prefill')
-      if ids is None:
+      decodes = inst.role != 'prefill'  # here: room for its first tick
+      pages = self.take(inst, min(seq.prompt_len + decodes, seq.limit - 1),
+                        decodes)
+      if pages is None:
         return None
-      inst = self.instances[index]
-      self.put(index, queue=inst.queue[1:],
-               prefilling=inst.prefilling + (seq.id,))
-      seq = seq._replace(stage='prefilling', pages=ids)
-      self.seqs[seq.id] = seq
+      del inst.queue[0]
+      inst.prefilling.append(seq.id)
+      seq.stage, seq.pages = 'prefilling', pages
     return seq
 
-  def join(self, seq, number=None):
+  def join(self, inst, seq, number=None):
     """Adds a prefilled request to its instance's decode batch.
 
     number: the prefill command in flight whose token it starts from.
     """
-    index = seq.instance
-    inst, c = self.instances[index], self.config.instances[index]
     if seq.prompt_len + 1 >= seq.limit:
-      self.change(seq.id, stage='ending', fate='length')
-      self.put(index, ending=inst.ending + ((number, seq.id),))
+      seq.stage, seq.fate = 'ending', 'length'
+      inst.ending.append((number, seq.id))
       return
-    self.change(seq.id, stage='decoding')
-    g = min(range(c.pp), key=lambda g: len(inst.batches[g].rows))
-    batch = inst.batches[g]
+    seq.stage = 'decoding'
+    batch = min(inst.batches, key=_size)
     start = seq.prompt_len - batch.tick
-    row = base.Row(seq.id, start, _until(seq, start, c.page_size), seq.pages)
-    self.put_batch(index, g, rows=batch.rows + (row,))
+    batch.add(_row(inst, seq, start))
 
-  def decode(self, index):
+  def decode(self, inst):
     """Issues the next decode command; False when none can be.
 
     Micro-batches take strict turns, the empty ones left out. One that may not
     go yet is waited for: were it passed by, two commands of another would
     follow each other and the stages would idle between them, for ever.
     """
-    pp = self.config.instances[index].pp
-    while True:
-      inst = self.instances[index]
-      g = next((g % pp for g in range(inst.turn, inst.turn + pp)
-                if inst.batches[g % pp].rows), None)
-      if g is None or not self.ready(index, g):
+    batch = None
+    while not batch or not batch.rows:  # covering may have preempted all of it
+      g = _following(inst)
+      if g is None or not self.ready(inst, inst.batches[g]):
         return False
-      inst = self.instances[index]
       batch = inst.batches[g]
-      if batch.rows:  # covering it may have preempted all of it
-        break
     # A step waits for the one before to leave the last stage, and stages take
     # work in order: micro-batches whose commands had several steps would run
     # one after another, not side by side.
     steps = 1
-    if (pp == 1 and not inst.queue and not inst.pulls
+    if (len(inst.batches) == 1 and not inst.queue and not inst.pulls
         and inst.residents == len(batch.rows) + len(inst.ending)):
-      steps = min(min([r.until for r in batch.rows]) - batch.tick,
-                  self.config.run_ahead)
-    self.send(index, base.RunDecode(index, inst.number, batch.tick, steps,
-                                    batch.rows), g)
-    self.advance(index, g, steps)
+      steps = min(batch.until() - batch.tick, inst.run_ahead)
+    self.send(inst, base.RunDecode(inst.index, inst.number, batch.tick, steps,
+                                   batch.freeze()), g)
+    self.advance(inst, g, steps)
     return True
 
-  def advance(self, index, g, steps):
+  def advance(self, inst, g, steps):
     """Ends a turn: ticks pass; rows that reached their limit leave."""
-    inst = self.instances[index]
-    rows, tick = inst.batches[g]
-    tick += steps
-    due = [r for r in rows if r.until <= tick]
-    gone = [r.id for r in due if r.base + tick >= self.seqs[r.id].limit - 1]
-    ending = inst.ending
-    if gone:
-      rows = tuple(r for r in rows if r.id not in gone)
-      ending += tuple((inst.number - 1, id) for id in gone)
-      for id in gone:
-        self.change(id, stage='ending', fate='length')
-    self.put(index, ending=ending, turn=(g + 1) % len(inst.batches))
-    self.put_batch(index, g, rows=rows, tick=tick)
+    batch = inst.batches[g]
+    batch.tick += steps
+    inst.turn = (g + 1) % len(inst.batches)
+    for id in list(batch.short()):
+      if batch.rows[id][1] + batch.tick >= self.seqs[id].limit - 1:
+        batch.remove(id)
+        inst.ending.append((inst.number - 1, id))
+        seq = self.own(id)
+        seq.stage, seq.fate = 'ending', 'length'
 
-  def cover(self, index, g):
-    """Gives micro-batch g's rows a page for their next tick.
+  def cover(self, inst, batch):
+    """Gives the micro-batch's rows a page for their next tick.
 
     Preempts if it must, of any micro-batch. Returns False while pages of a
     preempted request are still in use by a command in flight.
     """
-    c = self.config.instances[index]
-
-    def due():
-      batch = self.instances[index].batches[g]
-      return [r for r in batch.rows if r.until <= batch.tick]
-
-    short = due()
+    short = batch.short()
     if not short:
       return True
-    while short and pages.num_free(self.instances[index].pool) < len(short):
-      if self.instances[index].ending:
+    while short and pages.num_free(inst.pool) < len(short):
+      if inst.ending:
         return False
-      self.preempt(index)
-      short = due()
-    inst = self.instances[index]
-    pool, ids = pages.alloc(inst.pool, len(short))
-    fresh = {}
-    for row, page in zip(short, ids, strict=True):
-      seq = self.seqs[row.id]
-      seq = self.seqs[row.id] = seq._replace(pages=seq.pages + (page,))
-      fresh[row.id] = row._replace(
-          pages=seq.pages, until=_until(seq, row.base, c.page_size))
-    self.put(index, pool=pool)
-    self.put_batch(index, g, rows=tuple(fresh.get(r.id, r)
-                                        for r in inst.batches[g].rows))
+      self.preempt(inst)
+      short = batch.short()
+    if short:
+      self.extend(inst, [(batch, id) for id in batch.renew(
+          self.seqs, inst.config.page_size)])
     return True
 
-  def preempt(self, index):
+  def extend(self, inst, rows):
+    """Gives rows, (micro-batch, id), a page for each time they are named."""
+    inst.pool, ids = pages.alloc(inst.pool, len(rows))
+    inst.value = None
+    for (_, id), page in zip(rows, ids, strict=True):
+      seq = self.seqs[id]
+      if type(seq) is not _Live:
+        seq = self.own(id)
+      seq.pages += (page,)
+    for batch, id in dict.fromkeys(rows) if len(rows) > 1 else rows:
+      batch.rows[id] = _row(inst, self.seqs[id], batch.rows[id][1])
+      batch.value = None
+
+  # --- quiet runs -----------------------------------------------------------
+
+  def quiet(self, index, most):
+    """The decode commands that will follow those in flight, told in advance.
+
+    As long as nothing but completions happens to the instance, each of them
+    is answered by one of these commands, their rows the same. It sleeps from
+    now on: no apply for its completions, but one `follow` for all of them,
+    at the latest when the commands told here have been issued.
+
+    Args:
+      most: commands to tell.
+
+    Returns:
+      (micro-batches in turn, steps of each command), or None where something
+      is to be decided: a row ends or pages may be short soon, or work waits
+      that may find room at a completion.
+    """
+    inst, depth = self.instances[index], self.config.depth
+    if (inst.asleep or inst.ending or inst.queue or inst.prefilling
+        or len(inst.inflight) < inst.depth):
+      return None
+    pp = len(inst.batches)
+    order = [g % pp for g in range(inst.turn, inst.turn + pp)
+             if inst.batches[g % pp].rows]
+    if (not order or [g for _, g in inst.inflight] != order * depth
+        or any([type(c) is not base.RunDecode for c, _ in inst.inflight])):
+      return None
+    turns = [inst.batches[g] for g in order]
+    ticks = min([b.end(self.seqs) - b.tick for b in turns])
+    if ticks > 1:
+      ticks = min(ticks, self._covered(inst, turns))
+    if pp == 1 and not inst.pulls and inst.residents == len(turns[0].rows):
+      ticks = min(ticks, most * inst.run_ahead)
+      steps = self._boundaries(turns[0], ticks, inst)
+    else:
+      steps = [1] * (min(ticks - 1, most // len(turns)) * len(turns))
+    if len(steps) < 2:
+      return None
+    inst.asleep = True
+    return order, steps
+
+  def _covered(self, inst, turns):
+    """Ticks of these micro-batches for which the free pages suffice."""
+    # Each row wants a page when it is due and then every page_size ticks.
+    due = []
+    for batch in turns:
+      batch.until()
+      for tick, ids in batch.due.items():
+        due += [tick - batch.tick] * len(ids)
+    rounds, more = divmod(pages.num_free(inst.pool), len(due))
+    return sorted(due)[more] + rounds * inst.config.page_size
+
+  def _boundaries(self, batch, ticks, inst):
+    """Steps of the commands of the next `ticks` ticks, the last left out."""
+    batch.until()
+    tick, stop, steps = batch.tick, batch.tick + ticks, []
+    due = {t for start, ids in batch.due.items() if ids
+           for t in range(start, stop, inst.config.page_size)}
+    due.add(stop)
+    for until in sorted(due):
+      while tick < until:
+        steps.append(min(until - tick, inst.run_ahead))
+        tick += steps[-1]
+    return steps[:-1]
+
+  def follow(self, index, quiet, count):
+    """Ends a quiet run in which `count` of its commands have been issued.
+
+    The commands in flight then carry the rows as they are now.
+    """
+    inst, (order, steps) = self.instances[index], quiet
+    inst.asleep = False
+    sent, rows = [], []
+    for n in range(count):
+      g = order[n % len(order)]
+      batch = inst.batches[g]
+      if batch.until() <= batch.tick:
+        rows += [(batch, id) for id in batch.renew(
+            self.seqs, inst.config.page_size)]
+      sent.append((inst.number + n, batch.tick, steps[n], g))
+      batch.tick += steps[n]
+    if rows:
+      self.extend(inst, rows)
+    for number, tick, n, g in sent[-len(inst.inflight):]:
+      inst.inflight.popleft()
+      inst.inflight.append((base.RunDecode(
+          index, number, tick, n, inst.batches[g].freeze()), g))
+    if count:
+      inst.turn, inst.value = (g + 1) % len(inst.batches), None
+      inst.number += count
+
+  def preempt(self, inst):
     """Sends the latest arrival back to be recomputed.
 
     A request on its way in is no victim: a copy is landing on its pages. This
@@ -777,37 +845,56 @@ class _Draft:
     each of its preemptions leaves it fewer to emit; a request preempted in its
     prefill gave way to a row that then emits one.
     """
-    inst = self.instances[index]
-    victims = ([r.id for r in inst.rows] + list(inst.prefilling))
-    seq = self.seqs[max(victims, key=lambda i: self.seqs[i].order)]
+    victims = [id for b in inst.batches for id in b.rows] + inst.prefilling
+    seq = self.own(max(victims, key=lambda id: self.seqs[id].order))
     if seq.stage == 'decoding':
-      g, row = _find(inst, seq.id)
-      self.change(seq.id, prompt_len=row.base + inst.batches[g].tick + 1)
-    self.leave(self.seqs[seq.id], 'preempt')
+      batch = _home(inst, seq.id)
+      seq.prompt_len = batch.rows[seq.id][1] + batch.tick + 1
+    self.leave(seq, 'preempt')
 
 
-_HANDLERS = {
-    base.Arrived: _Draft.arrived,
-    base.Cancelled: _Draft.cancelled,
-    base.PrefillDone: _Draft.prefill_done,
-    base.DecodeDone: _Draft.decode_done,
-    base.Migrated: _Draft.migrated,
+_APPLY = {
+    base.Arrived: Run.arrived,
+    base.Cancelled: Run.cancelled,
+    base.PrefillDone: Run.prefill_done,
+    base.DecodeDone: Run.decode_done,
+    base.Migrated: Run.migrated,
 }
 
 
-def _without(ids, id):
-  return tuple(i for i in ids if i != id)
+def _backlog(inst):
+  return inst.backlog, inst.residents
 
 
-def _find(inst, id):
-  """(micro-batch, Row) of a decoding request."""
-  return next((g, r) for g, b in enumerate(inst.batches) for r in b.rows
-              if r.id == id)
+def _load(inst):
+  return inst.residents + len(inst.pulls)
 
 
-def _until(seq, start, page_size):
-  """First tick that the row's pages or its limit do not cover."""
-  return min(len(seq.pages) * page_size, seq.limit - 1) - start
+def _size(batch):
+  return len(batch.rows)
+
+
+def _home(inst, id):
+  """The micro-batch of a decoding request."""
+  return next(b for b in inst.batches if id in b.rows)
+
+
+def _following(inst):
+  """The next micro-batch in turn that has rows, or None."""
+  if inst.batches[inst.turn].rows:
+    return inst.turn
+  pp = len(inst.batches)
+  return next((g % pp for g in range(inst.turn, inst.turn + pp)
+               if inst.batches[g % pp].rows), None)
+
+
+def _row(inst, seq, start):
+  """A request's Row: `until` is the first tick that its pages or its limit
+  do not cover."""
+  until, last = len(seq.pages) * inst.config.page_size, seq.limit - 1
+  if until > last:
+    until = last
+  return base.Row(seq.id, start, until - start, seq.pages)
 
 
 def check(state):

@@ -1,4 +1,4 @@
-"""The serving run without the hardware: a heap of events over scheduler.step.
+"""The serving run without the hardware: a heap of events over scheduler.Run.
 
 The scheduler that serves decides everything; here its commands take virtual
 time on virtual instances, and their completions are its next events. Records
@@ -20,17 +20,17 @@ What orchestrator.py does, and what this models of it:
   thus its output length.
 
 Leaping. Most completions of a decode command change nothing but counters:
-the next command has the same rows. scheduler.quiet says how such a run goes
-on, command by command and page by page, in closed form within a command,
-until a row ends, pages run short or something else happens to the instance.
-Every command is the one that step would have issued, with its boundaries, so
-leaping changes no time (an arrival in the middle of a command waits for its
-end here as there). With a log or on_event, every event is stepped instead.
-
-Cost: five to seven calls of scheduler.step a request, and 6 us a leapt
-command of one row, 17 of 24 rows, its pages and records included.
+the next command has the same rows. scheduler.Run.quiet tells such commands in
+advance, until a row ends or pages run short; this module gives them their
+times, in closed form within a command, and when something else happens to the
+instance, or at the end, tells the scheduler and the recorder at once how many
+of them there were. Every command is the one that step would have issued, with
+its boundaries, so leaping changes no time (an arrival in the middle of a
+command waits for its end here as there). With a log or on_event, every event
+is applied one by one instead.
 """
 
+import bisect
 import collections
 import heapq
 from typing import NamedTuple
@@ -38,6 +38,8 @@ from typing import NamedTuple
 from dsjax import base, metrics, scheduler
 
 _ARRIVED, _MIGRATED, _STEP = range(3)  # order of events of one moment
+_NEVER = (float('inf'),)
+_REACH = 64  # most commands of a quiet run
 
 
 class Result(NamedTuple):
@@ -46,7 +48,7 @@ class Result(NamedTuple):
   Attributes:
     records: one a request, in order of arrival.
     log: (event, commands) pairs, or None.
-    steps: calls of scheduler.step; leapt: decode commands without one.
+    steps: events applied; leapt: decode completions that were leapt over.
     busy_s: seconds of each instance's stages at work, summed over stages.
     link_s: seconds that links were taken, summed.
     state: the scheduler's last.
@@ -74,8 +76,8 @@ def simulate(config, requests, latencies, link=None, log=False, leap=True,
       context), host_s, pp; optionally stage_share, the part of each of the
       pp stages in a step's seconds (equal parts without it).
     link: migrate_s(num_tokens); None where nothing migrates.
-    log: keep the event log (and step through every event).
-    leap: False steps through every event and adds up every decode step.
+    log: keep the event log (and apply every event).
+    leap: False applies every event and adds up every decode step.
     share: 'pair' for a link of its own for every (source, target); 'nic'
       where all copies from one source, and all to one target, queue.
     on_event: None, or called with (state, event, commands) after each step.
@@ -100,83 +102,124 @@ class _Instance:
     self.busy_s = 0.0
     self.line = (0, 0.0, 0.0)  # decode_line of the batch size seen last
     self.due = collections.deque()  # (number, times of its steps) in flight
-    self.lane = None  # a quiet run
+    self.lane, self.serial = None, 0  # a quiet run; newest entry in the heap
 
   def pieces(self, ready_s, command):
     """Times of the end of a prefill or mixed command."""
-    pieces = tuple((c.start, c.stop) for c in command.chunks)
+    pieces = tuple([(c.start, c.stop) for c in command.chunks])
     if command.rows:
       batch = len(command.rows)
-      context = (sum(r.base for r in command.rows)
+      context = (sum([r[1] for r in command.rows])
                  + batch * (command.tick + 1))
       total_s = self.latency.mixed_s(pieces, batch, context)
     else:
       total_s = self.latency.prefill_s(pieces)
-    done_s = self.stages(ready_s, command.rows, total_s)
+    done_s = self.stages(self.after(ready_s, command.rows), total_s)
     if len(self.free_s) > 1:
       self.token_s.update((c.id, done_s) for c in command.chunks if c.last)
+    self.told(command.rows, done_s)
     return (done_s,)
 
   def decode(self, ready_s, command, leap):
     """Completion time of each step of a decode command."""
-    batch = len(command.rows)
-    context = (sum([r[1] for r in command.rows])
-               + batch * (command.tick + 1))
-    if not leap:
+    rows = command.rows
+    batch = len(rows)
+    context = sum([r[1] for r in rows]) + batch * (command.tick + 1)
+    ready_s = self.after(ready_s, rows)
+    if leap:
+      times = self.run(ready_s, batch, context, command.steps)
+    else:
       times = []
       for step in range(command.steps):
-        ready_s = self.stages(
-            ready_s, command.rows,
-            self.latency.decode_s(batch, context + step * batch))
+        ready_s = self.stages(ready_s, self.latency.decode_s(
+            batch, context + step * batch))
         times.append(ready_s)
-      return tuple(times)
-    if len(self.free_s) == 1:
-      return self.run(ready_s, batch, context, command.steps)
-    a, b = self.coefficients(batch)
-    return (self.stages(ready_s, command.rows, a + b * context),)
-
-  def coefficients(self, batch):
-    if self.line[0] != batch:
-      self.line = (batch, *self.latency.decode_line(batch))
-    return self.line[1:]
+    self.told(rows, times[-1])
+    return times
 
   def run(self, ready_s, batch, context, steps):
-    """Decode steps of the only stage, in closed form."""
-    line = self.line
-    if line[0] != batch:
-      line = self.line = (batch, *self.latency.decode_line(batch))
-    _, a, b = line
+    """Times of decode steps of the same rows, in closed form."""
+    if self.line[0] != batch:
+      self.line = (batch, *self.latency.decode_line(batch))
+    _, a, b = self.line
+    first = a + b * context
+    if len(self.free_s) > 1:
+      return (self.stages(ready_s, first),)
     start_s = self.free_s[0]
     if ready_s > start_s:
       start_s = ready_s
     if steps == 1:
-      times = (start_s + a + b * context,)
+      times = (start_s + first,)
     else:
-      first, more = a + b * context, b * batch / 2
-      times = tuple([start_s + n * first + more * n * (n - 1)
-                     for n in range(1, steps + 1)])
+      more = b * batch / 2
+      times = [start_s + n * first + more * n * (n - 1)
+               for n in range(1, steps + 1)]
     self.free_s[0] = done_s = times[-1]
     self.busy_s += done_s - start_s
     return times
 
-  def stages(self, ready_s, rows, total_s):
+  def stages(self, ready_s, total_s):
     """Sends one step through the stages; when it leaves the last."""
     free_s = self.free_s
     self.busy_s += total_s
-    if len(free_s) == 1:
-      free_s[0] = max(ready_s, free_s[0]) + total_s
-      return free_s[0]
-    token_s = self.token_s
-    if rows:
-      ready_s = max(ready_s, max([token_s.get(r[0], 0.0) for r in rows]))
     for stage, part in enumerate(self.shares):
       if free_s[stage] > ready_s:
         ready_s = free_s[stage]
       ready_s += part * total_s
       free_s[stage] = ready_s
-    for row in rows:
-      token_s[row[0]] = ready_s
     return ready_s
+
+  def after(self, ready_s, rows):
+    """No sooner than the newest token of each row has left the last stage."""
+    if len(self.free_s) == 1 or not rows:
+      return ready_s
+    return max(ready_s, max([self.token_s.get(r[0], 0.0) for r in rows]))
+
+  def told(self, rows, token_s):
+    """Each row has a newer token."""
+    if len(self.free_s) > 1:
+      self.token_s.update(dict.fromkeys([r[0] for r in rows], token_s))
+
+
+class _Lane:
+  """A quiet run of an instance, as far as it was followed.
+
+  quiet: what scheduler.Run.quiet told. due: (number, times of its steps,
+  True) of the commands in flight when it began and of those issued since.
+  done: how many have completed; each was answered by one. marks: before each
+  of these answers and after the last, free_s and busy_s of the instance.
+  """
+
+  __slots__ = ('quiet', 'due', 'done', 'marks', 'turns', 'number')
+
+  def __init__(self, one, inst, quiet):
+    self.quiet, self.due, self.number = quiet, list(one.due), inst.number
+    self.done, self.marks = 0, [(tuple(one.free_s), one.busy_s)]
+    self.turns = []  # of a micro-batch: rows; context, token time of its next
+    for g in quiet[0]:
+      rows, tick = inst.batches[g].rows.values(), inst.batches[g].tick
+      self.turns.append([
+          len(rows), sum([r[1] for r in rows]) + len(rows) * (tick + 1),
+          one.after(0.0, rows)])
+
+  def advance(self, one, index, bound):
+    """Completes what is due before `bound`; whether that was all."""
+    due, turns, steps = self.due, self.turns, self.quiet[1]
+    host_s, count = one.host_s, len(turns)
+    for n in range(self.done, len(steps)):
+      now_s = due[n][1][-1]
+      if now_s >= bound[0] and bound < (now_s, _STEP, index):
+        return False
+      turn = turns[n % count]
+      rows, context, token_s = turn
+      ready_s = now_s + host_s
+      times = one.run(ready_s if ready_s > token_s else token_s, rows,
+                      context, steps[n])
+      turn[1], turn[2] = context + steps[n] * rows, times[-1]
+      due.append((self.number + n, times, True))
+      self.marks.append((tuple(one.free_s), one.busy_s))
+      self.done = n + 1
+    return True
 
 
 class _Run:
@@ -198,8 +241,10 @@ class _Run:
     self.instances = [_Instance(one, c.pp) for one, c in
                       zip(latencies, config.instances, strict=True)]
     self.may_leap = leap and not log and on_event is None
-    self.alone = [role == 'decode' for role in roles]  # no queue of prompts
-    self.state, self.recorder = scheduler.init(config), metrics.Recorder()
+    self.loose = []  # instances in a quiet run, off the heap
+    self.decoding = [n for n, role in enumerate(roles) if role != 'prefill']
+    self.scheduler = scheduler.Run(config, scheduler.init(config), self.wake)
+    self.recorder = metrics.Recorder()
     self.log = [] if log else None
     self.heap = _arrivals(requests)
     self.links, self.link_s = {}, 0.0
@@ -208,67 +253,76 @@ class _Run:
   def run(self):
     """To the end: a Result."""
     heap, pop = self.heap, heapq.heappop
-    while heap:
-      top = pop(heap)
+    while heap or self.loose:
+      if self.loose:
+        self.catch_up()
+      self.top = top = pop(heap)
       if top[1] != _STEP:
-        self.settle(top[4])
         self.step(top[4])
-      else:
-        one = self.instances[top[2]]
-        if one.lane is None or not self.leap(one, top):
-          self.completed(one, top)
+      elif top[4] == self.instances[top[2]].serial:  # else void by now
+        self.completed(top[0], top[2])
     return Result(self.recorder.records, self.log, self.steps, self.leapt,
                   tuple(i.busy_s for i in self.instances), self.link_s,
-                  self.state)
+                  self.scheduler.freeze())
 
-  def completed(self, one, top):
-    """An instance's oldest command is done, and the scheduler decides."""
-    now_s, _, index, number, decode = top
-    self.close(index)
-    _, times, _ = one.due.popleft()
+  def completed(self, now_s, index):
+    """An instance's oldest command is done."""
+    one = self.instances[index]
+    if one.lane is not None:
+      if one.lane.done < len(one.lane.quiet[1]):
+        self.loose.append(index)
+        return
+      self.close(index, one.lane.done)
+    number, times, decode = one.due.popleft()
     if decode:
-      event = base.DecodeDone(now_s, index, number, times)
+      event = base.DecodeDone(now_s, index, number, tuple(times))
     else:
       event = base.PrefillDone(now_s, index, number)
-    if one.due:  # only the oldest command is in the heap
-      number, times, decode = one.due[0]
-      heapq.heappush(self.heap, (times[-1], _STEP, index, number, decode))
-    self.settle(event)
+    if one.due:
+      self.expect(index, one.due[0])
     self.step(event)
+
+  def expect(self, index, due):
+    """Puts an instance's next completion to be seen on the heap."""
+    one = self.instances[index]
+    one.serial += 1
+    heapq.heappush(self.heap, (due[1][-1], _STEP, index, due[0], one.serial))
 
   def step(self, event):
     """One event, its commands and their completions."""
-    self.state, commands = scheduler.step(self.config, self.state, event)
+    commands = self.scheduler.apply(event)
     self.steps += 1
     self.recorder.observe(event, commands)
     if self.log is not None:
-      self.log.append((event, commands))
+      self.log.append((event, tuple(commands)))
     for command in commands:
-      if isinstance(command, (base.RunDecode, base.RunPrefill)):
+      kind = type(command)
+      if kind is base.RunDecode or kind is base.RunPrefill:
         self.issue(command, event.time_s)
-      elif isinstance(command, base.Migrate):
+      elif kind is base.Migrate:
         self.copy(command, event.time_s)
-      elif isinstance(command, base.Finish):
+      elif kind is base.Finish:
         for one in self.instances:
-          one.token_s.pop(command.id, None)
+          if one.token_s:
+            one.token_s.pop(command.id, None)
     if self.on_event:
-      self.on_event(self.state, event, commands)
+      self.on_event(self.scheduler.freeze(), event, tuple(commands))
     if self.may_leap:
-      self.open(event, commands)
+      for index in self.decoding:
+        self.open(index)
 
   def issue(self, command, now_s):
     """Puts a step behind what its instance has to do already."""
     index = command.instance
     one = self.instances[index]
-    decode = isinstance(command, base.RunDecode)
+    decode = type(command) is base.RunDecode
     if decode:
       times = one.decode(now_s + one.host_s, command, self.closed_form)
     else:
       times = one.pieces(now_s + one.host_s, command)
-    if not one.due:
-      heapq.heappush(self.heap, (times[-1], _STEP, index, command.number,
-                                 decode))
     one.due.append((command.number, times, decode))
+    if len(one.due) == 1:
+      self.expect(index, one.due[0])
 
   def copy(self, command, now_s):
     """A migration, behind those that share its link."""
@@ -285,83 +339,59 @@ class _Run:
 
   # --- quiet runs -----------------------------------------------------------
 
-  def settle(self, event):
-    """Ends the quiet runs whose pages an event is about to look at."""
-    target = None
-    if isinstance(event, base.Migrated):
-      target = self.state.seqs[event.id].target
-    offers = isinstance(event, base.PrefillDone)
-    for index, one in enumerate(self.instances):
-      if one.lane is not None and (
-          index == target or self.state.instances[index].pulls
-          or offers and self.alone[index]):
-        self.close(index)
+  def open(self, index):
+    """Begins an instance's quiet run, if nothing has to be decided soon."""
+    quiet = self.scheduler.quiet(index, _REACH)
+    if quiet is not None:
+      one = self.instances[index]
+      one.lane = _Lane(one, self.scheduler.instances[index], quiet)
 
-  def open(self, event, commands):
-    """Ends quiet runs that got a prompt to run; begins what may be one.
+  def catch_up(self):
+    """Takes every quiet run to the next event, or to its end."""
+    for index in tuple(self.loose):
+      one = self.instances[index]
+      if one.lane.advance(one, index, self.heap[0] if self.heap else _NEVER):
+        self.loose.remove(index)
+        self.expect(index, one.lane.due[one.lane.done])
 
-    A decode instance always may: what it could not admit it cannot admit
-    later, as nothing is released meanwhile. The others only after a
-    completion of their own that was answered by a decode command alone, for
-    then a waiting prompt has just been refused.
+  def wake(self, index):
+    """Something else happens now to an instance in a quiet run.
+
+    It may have gone beyond: the end of another's run came before the event
+    that it was taken to.
     """
-    own = (event.instance if isinstance(event, base.DecodeDone)
-           and len(commands) == 1 and isinstance(commands[0], base.RunDecode)
-           else -1)
-    for index, one in enumerate(self.instances):
-      if one.lane is None:
-        if self.alone[index] or index == own:
-          one.lane = scheduler.quiet(self.config, self.state, index)
-      elif self.state.instances[index].queue != one.lane.queue:
-        self.close(index)
+    lane, (now_s, kind, other, *_) = self.instances[index].lane, self.top
+    find = (bisect.bisect_right if kind == _STEP and index < other
+            else bisect.bisect_left)
+    if index in self.loose:
+      self.loose.remove(index)
+    self.close(index, find(lane.due, now_s, 0, lane.done, key=_end_s))
+    self.expect(index, self.instances[index].due[0])
 
-  def close(self, index):
-    """Ends an instance's quiet run, if it is in one."""
+  def close(self, index, count):
+    """Ends a quiet run at its completion `count`."""
     one = self.instances[index]
-    if one.lane is not None:
-      if one.lane.commands:
-        self.state = one.lane.close(self.state)
-      one.lane = None
+    lane, one.lane = one.lane, None
+    flight = len(one.due)
+    one.free_s, one.busy_s = list(lane.marks[count][0]), lane.marks[count][1]
+    one.due = collections.deque(lane.due[count:count + flight])
+    self.scheduler.follow(index, lane.quiet, count)
+    self.leapt += count
+    first, (order, steps) = [], lane.quiet
+    for n, g in enumerate(order[:count]):
+      rows = self.scheduler.instances[index].batches[g].freeze()
+      first.append((base.RunDecode(
+          index, 0, 0, sum(steps[n:count:len(order)]), rows),
+          _end_s(lane.due[n])))
+      newest = n + (count - 1 - n) // len(order) * len(order)
+      one.told(rows, _end_s(lane.due[flight + newest]))
+    if count:
+      self.recorder.leapt(index, [d[1] for d in lane.due[:count]], first)
 
-  def leap(self, one, top):
-    """Runs on from a completion; False where the scheduler must see it."""
-    lane, heap, due = one.lane, self.heap, one.due
-    now_s, _, index, number, _ = top
-    staged, done = len(one.free_s) > 1, []
-    # The first command of a run is shown: its rows may not have been seen
-    # together. So is every one of several micro-batches.
-    shown = not lane.commands or staged
-    while steps := lane.issue():
-      batch = lane.batch
-      rows = batch.rows
-      tick, size = batch.tick - steps, len(rows)
-      context = batch.bases + size * (tick + 1)
-      if staged:
-        a, b = one.coefficients(size)
-        times = (one.stages(now_s + one.host_s, rows, a + b * context),)
-      else:
-        times = one.run(now_s + one.host_s, size, context, steps)
-      due.append((lane.number - 1, times, True))
-      finished = due.popleft()
-      if shown:
-        shown = staged
-        self.recorder.observe(
-            base.DecodeDone(now_s, index, number, finished[1]),
-            (base.RunDecode(index, lane.number - 1, tick, steps, rows),))
-        self.leapt += 1
-      else:
-        done.append(finished)
-      number, times, _ = due[0]
-      now_s = times[-1]
-      if heap and heap[0] < (now_s, _STEP, index, number):
-        break
-    if number == top[3]:
-      return False
-    if done:
-      self.leapt += len(done)
-      self.recorder.leapt(index, done, due)
-    heapq.heappush(heap, (now_s, _STEP, index, number, True))
-    return True
+
+def _end_s(due):
+  """When a command is done."""
+  return due[1][-1]
 
 
 def _arrivals(requests):

@@ -25,8 +25,8 @@ def _instance(role, num_pages=8, page_size=4, max_seqs=4, prefill_tokens=16,
                         prefill_seqs, pp)
 
 
-def _config(*instances, max_len=32, **changes):
-  return scheduler.Config(instances, max_len, **changes)
+def _config(*instances, max_len=32, run_ahead=4, **changes):
+  return scheduler.Config(instances, max_len, run_ahead=run_ahead, **changes)
 
 
 def _pair(prefill=None, decode=None, **changes):
@@ -139,6 +139,17 @@ def test_eos_in_a_run_keeps_pages_until_what_is_in_flight_is_done():
   # The extra tokens of command 1 are ignored, a second EOS among them.
   state = _play(_pair(), [*story, (_cancel(0),), (_decoded(1, 1, (0, 0)),)])
   assert _at_rest(_pair(), state)
+
+
+def test_only_decode_instances_run_ahead_unless_asked():
+  for run_ahead, want in ((None, (1, 4)), (3, (3, 3))):
+    steps = []
+    for config, story in (
+        (_config(_instance('colocated'), run_ahead=run_ahead), ()),
+        (_pair(run_ahead=run_ahead), (_copied(0),))):
+      _, commands = _after(config, _arrive(0, 4, 9), _prefilled(0, 0), *story)
+      steps += [c.steps for c in commands if isinstance(c, RunDecode)][:1]
+    assert tuple(steps) == want
 
 
 def test_an_ended_row_leaves_the_others_running():
@@ -784,3 +795,18 @@ def test_a_log_replays_to_the_same_commands():
   kinds = ('RunPrefill', 'RunDecode', 'Migrate', 'Preempt', 'Reject',
            'length', 'stop', 'cancelled')
   assert all(seen[kind] >= 20 for kind in kinds), seen
+
+
+def test_a_run_that_lives_on_is_stepping():
+  """Run.apply after Run.apply: the commands and the states of step."""
+  for seed in range(60):
+    config = virtual.random_config(seed)
+    world = virtual.World(config, seed, 20).run()
+    state = scheduler.init(config)
+    run = scheduler.Run(config, state)
+    for n, (event, commands) in enumerate(world.log):
+      state, _ = scheduler.step(config, state, event)
+      assert tuple(run.apply(event)) == commands, f'seed {seed}, event {n}'
+      if n % 3 == 0:  # the state is not looked at in between
+        assert run.freeze() == state, f'seed {seed}, event {n}'
+    assert run.freeze() == state == world.state
