@@ -48,7 +48,6 @@ LIFETIMES = 10
 # answer does not depend on how many processes there are.
 WAVE = 4
 FINAL_EFFORT = 4.0  # requests of the best placements' runs: this many times
-L_M_FACTORS = (0.5, 2.0, 4.0)  # of L_m, tried for the best placements
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +171,7 @@ class Row:
   """A placement and what it serves.
 
   goodput: goodput.Goodput of the whole placement. aligned: KV moves inside a
-  node. prefill_tokens: L_m, or the token budget of a chunked placement.
+  node. prefill_tokens: of a batch; None: see batch_tokens.
   """
 
   placement: Placement
@@ -265,8 +264,8 @@ def plans(problem, most):
 def build(problem, placement, chunk_tokens=None, aligned=False):
   """What simulates a placement: (scheduler.Config, latencies, link).
 
-  Prefill batches stop at the plan's saturation length L_m, or at
-  chunk_tokens where that is given (it must be for a chunked placement).
+  Prefill batches stop at batch_tokens, or at chunk_tokens where that is
+  given (it must be for a chunked placement).
 
   Raises:
     InputError: a plan does not fit, or nobody has measured it.
@@ -278,7 +277,7 @@ def build(problem, placement, chunk_tokens=None, aligned=False):
     seconds = problem.latency_of(plan)
     require(seconds is not None, 'Placement', plan, 'a plan with latencies')
     found = instance(problem, role, plan,
-                     chunk_tokens or saturation(seconds))
+                     chunk_tokens or batch_tokens(problem, seconds))
     require(found is not None, 'Placement', plan,
             'a plan whose weights and one sequence fit in the memory')
     instances.append(found)
@@ -287,9 +286,24 @@ def build(problem, placement, chunk_tokens=None, aligned=False):
           _link(problem, aligned))
 
 
+def batch_tokens(problem, seconds):
+  """Tokens of a prefill batch: L_m, or the longest prompt if that is more.
+
+  The scheduler runs what is longer in pieces. The paper runs it whole, and
+  each piece costs a start of its own: with L_m below the mean prompt, most
+  prompts would pay twice.
+  """
+  return max(saturation(seconds), max(i for i, _ in _lengths(problem, 256)))
+
+
 def saturation(seconds):
-  """L_m of a plan, as its prefill batches use it."""
+  """The paper's L_m of a plan."""
   return latency.saturation_tokens(seconds, limit=8192)
+
+
+def _lengths(problem, n):
+  return [(len(r.prompt), r.sampling.max_tokens)
+          for r in problem.workload(1.0, n)]
 
 
 def _link(problem, aligned):
@@ -402,11 +416,6 @@ def measure(problem, task):
   return dataclasses.replace(found, high_per_s=min(found.high_per_s, bound))
 
 
-def _lengths(problem, n):
-  return [(len(r.prompt), r.sampling.max_tokens)
-          for r in problem.workload(1.0, n)]
-
-
 # --- the search ---------------------------------------------------------------
 
 
@@ -431,6 +440,13 @@ class _Search:
       self.unmeasured.add(plan)
     return found
 
+  def tokens(self, plan):
+    """batch_tokens of a plan, computed once."""
+    if ('tokens', plan) not in self.bounds:
+      self.bounds['tokens', plan] = batch_tokens(self.problem,
+                                                 self.seconds(plan))
+    return self.bounds['tokens', plan]
+
   def usable(self, most):
     """Plans that fit and have latencies."""
     found = []
@@ -448,7 +464,7 @@ class _Search:
     key = role, plan, tokens
     if key not in self.bounds:
       seconds = self.seconds(plan)
-      one = instance(self.problem, role, plan, tokens or saturation(seconds))
+      one = instance(self.problem, role, plan, tokens or self.tokens(plan))
       self.bounds[key] = bounds.capacity_per_s(seconds, one, self.lengths)
     return self.bounds[key]
 
@@ -459,7 +475,7 @@ class _Search:
     key = 'guess', role, plan
     if key not in self.bounds:
       seconds, p = self.seconds(plan), self.problem
-      one = instance(p, role, plan, tokens or saturation(seconds))
+      one = instance(p, role, plan, tokens or self.tokens(plan))
       self.bounds[key] = bounds.ttft_guess_per_s(
           seconds, one, self.lengths, p.slo.ttft_s, p.target)
     return self.bounds[key]
@@ -488,7 +504,7 @@ class _Search:
     for role, plan in (placement.instances[0], placement.instances[-1]):
       seconds = self.seconds(plan)
       ends.append((seconds, instance(self.problem, role, plan,
-                                     tokens or saturation(seconds))))
+                                     tokens or self.tokens(plan))))
     key = 'idle', *placement.instances[0], *placement.instances[-1], tokens
     if key not in self.bounds:
       self.bounds[key] = bounds.idle_share(self.problem.slo, *ends, link,
@@ -555,18 +571,20 @@ class _Search:
                           row.aligned)
 
   def finish(self):
-    """The best of each mode: more L_m, then tight, then at the second target.
+    """The best of each mode: other batches, tight, then the second target.
 
     A tight estimate may fall below a row that was second; then that one is
-    raced against it with as many requests, three times at most.
+    raced against it with as many requests, twice at most.
     """
     problem, tight = self.problem, {}
     for row in self.tops():
       if not row.placement.chunked:
-        base = saturation(self.seconds(row.placement.instances[0][1]))
-        self.race([self.again(row, int(f * base)) for f in L_M_FACTORS],
+        plan = row.placement.instances[0][1]
+        base = self.tokens(plan)
+        sizes = {saturation(self.seconds(plan)), 2 * base} - {base}
+        self.race([self.again(row, size) for size in sorted(sizes)],
                   row.per_device)
-    for _ in range(4):
+    for _ in range(3):
       rows = [r for r in self.tops() if _key(r) not in tight.values()]
       beat = {r.placement.mode: r.per_device for r in self.rows
               if _key(r) in tight.values()}
