@@ -15,178 +15,37 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
-from dsjax import (
-    bounds,
-    goodput,
-    latency,
-    pages,
-    roofline,
-    scheduler,
-    simulator,
+from dsjax import bounds
+from dsjax.base import InputError, Placement, Plan, require
+from dsjax.problem import (
+    Candidate,
+    Cluster,
+    Problem,
+    Row,
+    Task,
+    batch_tokens,
+    build,
+    instance,
+    kv_tokens,
+    lengths,
+    link_of,
+    measure,
+    plans,
+    saturation,
 )
-from dsjax.base import (
-    InputError,
-    InstanceConfig,
-    ModelConfig,
-    Placement,
-    Plan,
-    Slo,
-    require,
-)
+from dsjax.verdict import limit, verdict
 
-# Of a device's memory: the share that is used, and what of it neither weights
-# nor KV get (distserve.md 5: the released table's 0.95 and 0.8 GB).
-USABLE, RESERVE_BYTES = 0.95, 0.8 * 2**30
-A100_BYTES = 79.15 * 2**30  # what an "80 GB" A100 reports
-# A run lasts this many times what a request may take within its objectives,
-# so that queues of an overloaded system have time to grow past them.
-LIFETIMES = 10
+__all__ = ['Answer', 'Candidate', 'Cluster', 'Problem', 'Progress', 'Row',
+           'Task', 'batch_tokens', 'build', 'colocated', 'high_affinity',
+           'instance', 'kv_tokens', 'limit', 'low_affinity', 'measure',
+           'plans', 'saturation', 'search', 'verdict']
+
 # Candidates judged against one incumbent at a time. A constant, so that the
 # answer does not depend on how many processes there are.
 WAVE = 4
 FINAL_EFFORT = 4.0  # requests of the best placements' runs: this many times
-
-
-@dataclasses.dataclass(frozen=True)
-class Cluster:
-  """Nodes of equal devices.
-
-  Attributes:
-    nodes, devices_per_node: how many.
-    memory_bytes: of a device.
-    intra_bytes_per_s, inter_bytes_per_s: of a KV transfer inside a node and
-      between nodes; hand_off_s: its fixed part.
-  """
-
-  nodes: int = 1
-  devices_per_node: int = 8
-  memory_bytes: float = A100_BYTES
-  intra_bytes_per_s: float = 300e9
-  inter_bytes_per_s: float = 25e9 / 8
-  hand_off_s: float = 1e-3
-
-  def __post_init__(self):
-    for field in ('nodes', 'devices_per_node'):
-      value = getattr(self, field)
-      require(latency.whole(value), f'Cluster.{field}', value,
-              'an integer of 1 or more')
-    for field in ('memory_bytes', 'intra_bytes_per_s', 'inter_bytes_per_s'):
-      value = getattr(self, field)
-      require(latency.positive(value), f'Cluster.{field}', value,
-              'a number above 0')
-    require(latency.finite(self.hand_off_s), 'Cluster.hand_off_s',
-            self.hand_off_s, 'seconds, 0 or more')
-
-  @property
-  def num_devices(self):
-    return self.nodes * self.devices_per_node
-
-
-class Instant:
-  """A phase that takes no time, where the other one is judged alone."""
-
-  host_s, pp = 0.0, 1
-
-  def prefill_s(self, pieces):
-    del pieces
-    return 0.0
-
-  def decode_s(self, batch, context):
-    del batch, context
-    return 0.0
-
-  def decode_line(self, batch):
-    del batch
-    return 0.0, 0.0
-
-  def mixed_s(self, pieces, batch, context):
-    del pieces, batch, context
-    return 0.0
-
-  def migrate_s(self, num_tokens):
-    del num_tokens
-    return 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-  """What a search is asked.
-
-  Attributes:
-    model, cluster, slo: of what, on what, how fast.
-    workload: (rate_per_s, n) -> n Requests; the same seed at every rate, so
-      that candidates share their lengths and arrivals (common random
-      numbers).
-    latency_of: Plan -> seconds of its steps (see simulator.simulate), or None
-      where nobody has measured that plan.
-    target: share of requests that must meet both objectives.
-    chunks: token budgets tried for chunked placements.
-    max_len, page_size, max_seqs, prefill_seqs, itemsize: of the instances;
-      itemsize is of weights and KV.
-    requests, most_requests: simulated at first, and at most, at one rate;
-      more where a run would be shorter than LIFETIMES.
-    tolerance: rates differ by this share where bisection ends.
-    replicas: most instances of a phase in a disaggregated candidate.
-    strict: a second target, of the best placements alone; None: none.
-    rate_per_s: of the whole cluster; None: what counts is each device.
-  """
-
-  model: ModelConfig
-  cluster: Cluster
-  slo: Slo
-  workload: Callable
-  latency_of: Callable
-  target: float = 0.9
-  chunks: tuple[int, ...] = (256, 512, 1024, 2048)
-  max_len: int = 2048
-  page_size: int = 16
-  max_seqs: int = 256
-  prefill_seqs: int = 32
-  itemsize: int = 2
-  requests: int = 400
-  most_requests: int = 3200
-  tolerance: float = 0.05
-  replicas: int = 3
-  strict: float | None = 0.99
-  rate_per_s: float | None = None
-
-  def __post_init__(self):
-    require(0 < self.target < 1, 'Problem.target', self.target,
-            'a share in (0, 1)')
-    require(latency.positive(self.tolerance), 'Problem.tolerance',
-            self.tolerance, 'above 0')
-    require(latency.whole(self.replicas), 'Problem.replicas', self.replicas,
-            'an integer of 1 or more')
-    require(self.strict is None or 0 < self.strict < 1, 'Problem.strict',
-            self.strict, 'None or a share in (0, 1)')
-    require(self.rate_per_s is None or latency.positive(self.rate_per_s),
-            'Problem.rate_per_s', self.rate_per_s, 'None or above 0')
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """A placement and what it serves.
-
-  goodput: goodput.Goodput of the whole placement. aligned: KV moves inside a
-  node. prefill_tokens: of a batch; None: see batch_tokens.
-  """
-
-  placement: Placement
-  goodput: goodput.Goodput
-  aligned: bool = False
-  prefill_tokens: int | None = None
-
-  @property
-  def per_device(self):
-    return self.goodput.rate_per_s / self.placement.num_devices
-
-  @property
-  def interval_per_device(self):
-    n = self.placement.num_devices
-    return self.goodput.low_per_s / n, self.goodput.high_per_s / n
 
 
 class Progress(NamedTuple):
@@ -221,201 +80,6 @@ class Answer:
   stopped: bool = False
 
 
-# --- what fits ----------------------------------------------------------------
-
-
-def kv_tokens(problem, plan):
-  """Tokens of KV that an instance holds beside its weights; 0: none.
-
-  The fullest stage counts: it has ceil(L / pp) layers, and kv heads are
-  replicated where there are fewer than shards.
-  """
-  config = problem.model
-  memory = USABLE * problem.cluster.memory_bytes - RESERVE_BYTES
-  layers = -(-config.num_layers // plan.pp)
-  share = layers / config.num_layers / plan.tp
-  heads = -(-config.num_kv_heads // plan.tp)
-  weights = roofline.num_params(config) * problem.itemsize * share
-  each = 2 * layers * heads * config.head_dim * problem.itemsize
-  return max(0, int((memory - weights) // each))
-
-
-def instance(problem, role, plan, prefill_tokens):
-  """The InstanceConfig of a plan, or None where it does not fit."""
-  count = min(kv_tokens(problem, plan) // problem.page_size,
-              problem.max_seqs
-              * pages.pages_for(problem.max_len, problem.page_size))
-  if count < pages.pages_for(problem.max_len, problem.page_size):
-    return None
-  return InstanceConfig(role, count, problem.page_size, problem.max_seqs,
-                        prefill_tokens, problem.prefill_seqs, plan.pp)
-
-
-def plans(problem, most):
-  """Plans of at most `most` devices: tp inside a node, dividing the heads."""
-  config, cluster = problem.model, problem.cluster
-  return [Plan(tp, pp)
-          for tp in range(1, cluster.devices_per_node + 1)
-          if config.num_heads % tp == 0
-          for pp in range(1, config.num_layers + 1)
-          if config.num_layers % pp == 0 and tp * pp <= most]
-
-
-def build(problem, placement, chunk_tokens=None, aligned=False):
-  """What simulates a placement: (scheduler.Config, latencies, link).
-
-  Prefill batches stop at batch_tokens, or at chunk_tokens where that is
-  given (it must be for a chunked placement).
-
-  Raises:
-    InputError: a plan does not fit, or nobody has measured it.
-  """
-  require(chunk_tokens or not placement.chunked, 'chunk_tokens', chunk_tokens,
-          'given for a chunked placement')
-  instances, late = [], []
-  for role, plan in placement.instances:
-    seconds = problem.latency_of(plan)
-    require(seconds is not None, 'Placement', plan, 'a plan with latencies')
-    found = instance(problem, role, plan,
-                     chunk_tokens or batch_tokens(problem, seconds))
-    require(found is not None, 'Placement', plan,
-            'a plan whose weights and one sequence fit in the memory')
-    instances.append(found)
-    late.append(seconds)
-  return (scheduler.Config(tuple(instances), problem.max_len), late,
-          _link(problem, aligned))
-
-
-def batch_tokens(problem, seconds):
-  """Tokens of a prefill batch: L_m, or the longest prompt if that is more.
-
-  The scheduler runs what is longer in pieces. The paper runs it whole, and
-  each piece costs a start of its own: with L_m below the mean prompt, most
-  prompts would pay twice.
-  """
-  return max(saturation(seconds), max(i for i, _ in _lengths(problem, 256)))
-
-
-def saturation(seconds):
-  """The paper's L_m of a plan."""
-  return latency.saturation_tokens(seconds, limit=8192)
-
-
-def _lengths(problem, n):
-  return [(len(r.prompt), r.sampling.max_tokens)
-          for r in problem.workload(1.0, n)]
-
-
-def _link(problem, aligned):
-  config, cluster = problem.model, problem.cluster
-  return latency.Link(
-      cluster.hand_off_s, cluster.intra_bytes_per_s if aligned
-      else cluster.inter_bytes_per_s,
-      config.kv_bytes_per_token(problem.itemsize))
-
-
-# --- one candidate ------------------------------------------------------------
-
-
-class Candidate(NamedTuple):
-  """What is judged: a placement, or (phase) one instance of it alone.
-
-  phase: '' for the whole; 'prefill': the first token is all that is asked
-  for; 'decode': prefill takes no time. bound_per_s: no rate above it.
-  guess_per_s: about what to expect; says what is tried first.
-  """
-
-  placement: Placement
-  prefill_tokens: int | None
-  aligned: bool
-  bound_per_s: float
-  phase: str = ''
-  guess_per_s: float = 0.0
-
-  @property
-  def num_devices(self):
-    if self.phase:
-      return getattr(self.placement, self.phase)[0].num_devices
-    return self.placement.num_devices
-
-  @property
-  def bound_per_device(self):
-    return self.bound_per_s / self.num_devices
-
-
-def _setup(problem, candidate):
-  """(scheduler.Config, latencies, link, Slo, tokens) of a candidate's runs;
-  tokens: that each request gets, None for its own."""
-  config, late, link = build(problem, candidate.placement,
-                             candidate.prefill_tokens, candidate.aligned)
-  slo, instant = problem.slo, Instant()
-  if candidate.phase == 'prefill':
-    config = dataclasses.replace(config, instances=config.instances[:1])
-    slo = dataclasses.replace(slo, tpot_s=1e9)
-    return config, late[:1], instant, slo, 1
-  if candidate.phase == 'decode':
-    ample = InstanceConfig('prefill', 2**16, problem.page_size, 4096,
-                           problem.max_len, problem.prefill_seqs)
-    config = dataclasses.replace(
-        config, instances=(ample, config.instances[-1]))
-    slo = dataclasses.replace(slo, ttft_s=1e9)
-    return config, [instant, late[-1]], instant, slo, None
-  return config, late, link, slo, None
-
-
-def _run(problem, setup, rate_per_s, n, on_event=None):
-  """The records of a run."""
-  config, late, link, _, tokens = setup
-  requests = problem.workload(rate_per_s, n)
-  if tokens:
-    requests = [dataclasses.replace(r, sampling=dataclasses.replace(
-        r.sampling, max_tokens=tokens)) for r in requests]
-  return simulator.simulate(config, requests, late, link,
-                            on_event=on_event).records
-
-
-def full_length(problem, phase=''):
-  """rate -> requests of a run that lasts LIFETIMES of a request."""
-  mean = sum(o for _, o in _lengths(problem, 256)) / 256
-  life_s = problem.slo.ttft_s if phase == 'prefill' else max(
-      problem.slo.ttft_s, problem.slo.tpot_s * mean)
-  return lambda rate: max(problem.requests,
-                          math.ceil(rate * LIFETIMES * life_s))
-
-
-class Task(NamedTuple):
-  """A Candidate to measure, and how.
-
-  beat_per_s: see goodput.search. final: from near start_per_s, with eight
-  times the requests, half the tolerance and intervals as tight as they get.
-  """
-
-  candidate: Candidate
-  target: float
-  beat_per_s: float | None = None
-  effort: float = 1.0
-  start_per_s: float | None = None
-
-
-def measure(problem, task):
-  """The Goodput of a Task. A pure function: any process may run it."""
-  candidate, bound = task.candidate, task.candidate.bound_per_s
-  setup = _setup(problem, candidate)
-
-  def hits_at(rate_per_s, n):
-    return goodput.steady_hits(_run(problem, setup, rate_per_s, n), setup[3])
-
-  found = goodput.search(
-      hits_at, task.target,
-      task.start_per_s or max(candidate.guess_per_s, bound / 16),
-      1 + problem.tolerance * task.effort**-0.5, problem.requests,
-      math.ceil(problem.most_requests * task.effort), most_per_s=bound,
-      least_per_s=bound / 4**6, stride=1.1 if task.effort > 1 else 1.4,
-      full=full_length(problem, candidate.phase), beat_per_s=task.beat_per_s,
-      tight=task.effort > 1)
-  return dataclasses.replace(found, high_per_s=min(found.high_per_s, bound))
-
-
 # --- the search ---------------------------------------------------------------
 
 
@@ -428,7 +92,7 @@ class _Search:
     self.simulations = self.pruned = self.done = self.total = 0
     self.unfit, self.unmeasured, self.rows = set(), set(), []
     self.strict, self.limits, self.bounds = [], {}, {}
-    self.lengths = _lengths(problem, 1024)
+    self.lengths = lengths(problem, 1024)
     longest = max(i + o for i, o in self.lengths)
     require(longest <= problem.max_len, 'Problem.max_len', problem.max_len,
             f'the longest request ({longest}) or more')
@@ -490,7 +154,7 @@ class _Search:
         guesses[role] = guesses.get(role, 0.0) + self.guess(role, plan, tokens)
     bound = min(sums.values())
     if split and not phase:
-      link = _link(self.problem, aligned)
+      link = link_of(self.problem, aligned)
       bound = min(bound, bounds.link_per_s(
           link, len(placement.prefill) * len(placement.decode), self.lengths))
     if not phase and self.hopeless(placement, tokens, link):
@@ -756,124 +420,3 @@ def _check_floor(state):
     require(problem.rate_per_s <= most, 'Problem.rate_per_s',
             problem.rate_per_s, f'at most {most:.4g}, the capacity of the '
             'cluster by the work of a request')
-
-
-# --- what it means ------------------------------------------------------------
-
-
-def limit(problem, row):
-  """What binds a placement at 1.1 times its goodput, in words.
-
-  The objective that more requests miss, and what they would have met it
-  without: waiting for pages, the copy of KV, or neither.
-  """
-  candidate = Candidate(row.placement, row.prefill_tokens, row.aligned,
-                        math.inf)
-  setup, rate = _setup(problem, candidate), 1.1 * row.goodput.rate_per_s
-  if not rate:
-    return 'nothing is served'
-  config, since, short_s, all_s = setup[0], [0.0], 0.0, 0.0
-  short = False
-
-  def on_event(state, event, commands):
-    nonlocal short, short_s, all_s
-    del commands
-    short_s += (event.time_s - since[0]) * short
-    all_s = since[0] = event.time_s
-    short = any(_refused(state, one, c) for one, c in zip(
-        state.instances, config.instances, strict=True))
-
-  n = min(full_length(problem)(rate), 4 * problem.most_requests)
-  records = _run(problem, setup, rate, n, on_event)[n // 5:]
-  slo = problem.slo
-  late = [r for r in records if r.token_s and r.ttft_s > slo.ttft_s]
-  slow = [r for r in records if r.token_s and r.tpot_s > slo.tpot_s]
-  waits = short_s > 0.2 * all_s
-  if not late and not slow:
-    return 'nothing up to 1.1 times its goodput'
-  if len(late) >= len(slow):
-    return 'KV memory (prompts wait for pages)' if waits else 'prefill compute'
-
-  def without(stage):
-    return sum(r.tpot_s - r.stage_s[stage] / (len(r.token_s) - 1)
-               <= slo.tpot_s for r in slow) > len(slow) / 2
-  if row.placement.mode == 'disaggregated':
-    if without('migrate'):
-      return 'link'
-    if without('decode_queue'):
-      return ('KV memory (finished prefills wait for pages)' if waits
-              else 'decode batch')
-    return 'decode steps (TPOT)'
-  return ('KV memory (preemptions)' if sum(r.preemptions for r in slow)
-          > len(slow) / 2 else 'decode steps and the prefills between them '
-          '(TPOT)')
-
-
-def _refused(state, one, config):
-  """Whether something waits for pages or a place on an instance."""
-  waiting = one.pulls if config.role == 'decode' else one.queue
-  if not waiting:
-    return False
-  need = pages.pages_for(state.seqs[waiting[0]].prompt_len + 1,
-                         config.page_size)
-  spare = one.residents if config.role != 'prefill' else 0
-  return (one.residents >= config.max_seqs
-          or pages.num_free(one.pool) < need + spare)
-
-
-def name(row):
-  """A placement's mode, with its budget where it has one."""
-  return row.placement.mode + (f' ({row.prefill_tokens} tokens)'
-                               if row.placement.chunked else '')
-
-
-def verdict(rows, problem=None):
-  """Disaggregate or not, by how much, and how sure that is.
-
-  The ratio's interval is from one's low over the other's high, and the other
-  way round: at least as wide as 95 %.
-  """
-  def best(disaggregated):
-    return next((r for r in rows if (r.placement.mode == 'disaggregated')
-                 == disaggregated and r.goodput.rate_per_s > 0), None)
-
-  split, together = best(True), best(False)
-  if split is None and together is None:
-    return 'No placement meets the objectives at any rate.'
-  if split is None or together is None:
-    only = split or together
-    if only.placement.mode in {r.placement.mode for r in rows} and len(
-        {r.placement.mode == 'disaggregated' for r in rows}) == 1:
-      return (f'Only {name(only)} placements were judged: '
-              f'{only.per_device:.3g} requests/s per device.'
-              + _copies(only, problem))
-    return f'Only {name(only)} placements meet the objectives.' + _copies(
-        only, problem)
-  first, second = ((split, together) if split.per_device > together.per_device
-                   else (together, split))
-  ratio = first.per_device / second.per_device
-  (low, high), (other_low, other_high) = (first.interval_per_device,
-                                          second.interval_per_device)
-  between = (low / other_high if other_high else 0.0,
-             high / other_low if other_low else math.inf)
-  spread = f'[{between[0]:.2f}, {between[1]:.2f}]'
-  if between[0] <= 1:
-    text = (f'No clear winner: {name(first)} serves {ratio:.2f} {spread} '
-            f'times what {name(second)} does per device, within the '
-            'intervals.')
-  else:
-    what = 'Disaggregate' if first is split else 'Do not disaggregate'
-    text = (f'{what}: {name(first)} serves {ratio:.2f} {spread} times what '
-            f'{name(second)} does per device ({first.per_device:.3g} against '
-            f'{second.per_device:.3g} requests/s).')
-  return text + _copies(first, problem)
-
-
-def _copies(row, problem):
-  """How many copies serve the rate that is asked for, if one is."""
-  if problem is None or not problem.rate_per_s:
-    return ''
-  copies = math.ceil(problem.rate_per_s / row.goodput.rate_per_s)
-  need, have = copies * row.placement.num_devices, problem.cluster.num_devices
-  return (f' {problem.rate_per_s:.4g} requests/s take {copies} of it: {need} '
-          f'devices of {have}' + ('.' if need <= have else ', too many.'))

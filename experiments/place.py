@@ -7,8 +7,8 @@ Seconds of a step come from --latency: 'published' (DistServe's A100 profiles
 of OPT-13B and 66B), 'roofline:a100-80g' and the like (shapes against peaks:
 hardware that nobody has measured), or a file that experiments.measure wrote.
 Lengths are a mixture of dsjax.traffic (sharegpt, humaneval, longbench) or a
-file of dsjax.workload (CSV, JSONL). The cluster is --nodes
-and so on, or a JSON file with the fields of dsjax.placement.Cluster.
+file of dsjax.workload (CSV, JSONL). The cluster is --nodes and so on, or a
+JSON file with the fields of dsjax.placement.Cluster.
 
 It prints a table of the best placements with 95 % intervals, what binds them
 and a verdict, and writes placement.json and placement.png. A placement that
@@ -141,7 +141,8 @@ def _cells(row):
 
 def table(rows, target):
   """A rich table of Rows."""
-  out = Table(title=f'{target:.0%} of requests within both objectives; requests/s')
+  out = Table(title=f'requests/s per device, {target:.0%} of requests within '
+              'both objectives')
   out.add_column('placement (TPxPP)', min_width=22)
   for name in ('batch', 'dev.', 'per dev.', '95 %', 'met', 'ends'):
     out.add_column(name, justify='right', no_wrap=True)
