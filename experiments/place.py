@@ -143,7 +143,7 @@ def table(rows, target):
   """A rich table of Rows."""
   out = Table(title=f'requests/s per device, {target:.0%} of requests within '
               'both objectives')
-  out.add_column('placement (TPxPP)', min_width=22)
+  out.add_column('placement (TPxPP)', overflow='fold')
   for name in ('batch', 'dev.', 'per dev.', '95 %', 'met', 'ends'):
     out.add_column(name, justify='right', no_wrap=True)
   for row in rows:
