@@ -12,157 +12,50 @@ how much.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Callable
+from typing import NamedTuple
 
-from dsjax import (
-    goodput,
-    latency,
-    pages,
-    roofline,
-    scheduler,
-    simulator,
+from dsjax import bounds
+from dsjax.base import InputError, Placement, Plan, require
+from dsjax.problem import (
+    Candidate,
+    Cluster,
+    Problem,
+    Row,
+    Task,
+    batch_tokens,
+    build,
+    instance,
+    kv_tokens,
+    lengths,
+    link_of,
+    measure,
+    plans,
+    saturation,
 )
-from dsjax.base import (
-    InputError,
-    InstanceConfig,
-    ModelConfig,
-    Placement,
-    Plan,
-    Slo,
-    require,
-)
+from dsjax.verdict import limit, verdict
 
-USABLE = 0.9  # of a device's memory, for weights and KV
-# A run lasts this many times what a request may take within its objectives,
-# so that queues of an overloaded system have time to grow past them.
-LIFETIMES = 10
+__all__ = ['Answer', 'Candidate', 'Cluster', 'Problem', 'Progress', 'Row',
+           'Task', 'batch_tokens', 'build', 'colocated', 'high_affinity',
+           'instance', 'kv_tokens', 'limit', 'low_affinity', 'measure',
+           'plans', 'saturation', 'search', 'verdict']
+
+# Candidates judged against one incumbent at a time. A constant, so that the
+# answer does not depend on how many processes there are.
+WAVE = 4
+FINAL_EFFORT = 4.0  # requests of the best placements' runs: this many times
 
 
-@dataclasses.dataclass(frozen=True)
-class Cluster:
-  """Nodes of equal devices.
+class Progress(NamedTuple):
+  """Candidates known so far, judged or not; the newest Row."""
 
-  Attributes:
-    nodes, devices_per_node: how many.
-    memory_bytes: of a device.
-    intra_bytes_per_s, inter_bytes_per_s: of a KV transfer inside a node and
-      between nodes; hand_off_s: its fixed part.
-  """
-
-  nodes: int = 1
-  devices_per_node: int = 8
-  memory_bytes: float = 80e9
-  intra_bytes_per_s: float = 300e9
-  inter_bytes_per_s: float = 25e9 / 8
-  hand_off_s: float = 1e-3
-
-  def __post_init__(self):
-    for field in ('nodes', 'devices_per_node'):
-      value = getattr(self, field)
-      require(isinstance(value, int) and value >= 1, f'Cluster.{field}', value,
-              'an integer of 1 or more')
-    for field in ('memory_bytes', 'intra_bytes_per_s', 'inter_bytes_per_s'):
-      value = getattr(self, field)
-      require(isinstance(value, (int, float)) and 0 < value < math.inf,
-              f'Cluster.{field}', value, 'a number above 0')
-
-  @property
-  def num_devices(self):
-    return self.nodes * self.devices_per_node
-
-
-class Instant:
-  """A phase that takes no time, where the other one is judged alone."""
-
-  host_s, pp = 0.0, 1
-
-  def prefill_s(self, pieces):
-    del pieces
-    return 0.0
-
-  def decode_s(self, batch, context):
-    del batch, context
-    return 0.0
-
-  def decode_line(self, batch):
-    del batch
-    return 0.0, 0.0
-
-  def mixed_s(self, pieces, batch, context):
-    del pieces, batch, context
-    return 0.0
-
-  def migrate_s(self, num_tokens):
-    del num_tokens
-    return 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-  """What a search is asked.
-
-  Attributes:
-    model, cluster, slo: of what, on what, how fast.
-    workload: (rate_per_s, n) -> n Requests; the same seed at every rate, so
-      that candidates share their lengths and arrivals (common random
-      numbers).
-    latency_of: Plan -> seconds of its steps (see simulator.simulate), or None
-      where nobody has measured that plan.
-    target: share of requests that must meet both objectives.
-    chunks: token budgets tried for chunked placements.
-    max_len, page_size, max_seqs, prefill_seqs, itemsize: of the instances;
-      itemsize is of weights and KV.
-    requests, most_requests: simulated at first, and at most, at one rate;
-      more where a run would be shorter than LIFETIMES.
-    tolerance: ratio of rates at which bisection ends.
-  """
-
-  model: ModelConfig
-  cluster: Cluster
-  slo: Slo
-  workload: Callable
-  latency_of: Callable
-  target: float = 0.9
-  chunks: tuple[int, ...] = (256, 512, 1024, 2048)
-  max_len: int = 2048
-  page_size: int = 16
-  max_seqs: int = 256
-  prefill_seqs: int = 32
-  itemsize: int = 2
-  requests: int = 400
-  most_requests: int = 3200
-  tolerance: float = 0.05
-
-  def __post_init__(self):
-    require(0 < self.target < 1, 'Problem.target', self.target,
-            'a share in (0, 1)')
-    require(self.tolerance > 0, 'Problem.tolerance', self.tolerance,
-            'above 0')
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """A placement and what it serves.
-
-  goodput: goodput.Goodput of the whole placement. aligned: KV moves inside a
-  node. chunk_tokens: of a chunked placement.
-  """
-
-  placement: Placement
-  goodput: goodput.Goodput
-  aligned: bool = False
-  chunk_tokens: int | None = None
-
-  @property
-  def per_device(self):
-    return self.goodput.rate_per_s / self.placement.num_devices
-
-  @property
-  def interval_per_device(self):
-    n = self.placement.num_devices
-    return self.goodput.low_per_s / n, self.goodput.high_per_s / n
+  row: Row | None
+  done: int
+  pruned: int
+  total: int
+  simulations: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +64,9 @@ class Answer:
 
   simulations: runs of the simulator; pruned: candidates that a bound ruled
   out; unfit: plans whose weights and one sequence exceed the memory;
-  unmeasured: plans without latencies.
+  unmeasured: plans without latencies. strict: Rows of the best placements at
+  Problem.strict. limits: what binds the best placement of each kind, by its
+  mode. stopped: the search was interrupted.
   """
 
   rows: tuple[Row, ...]
@@ -180,86 +75,27 @@ class Answer:
   pruned: int
   unfit: tuple[Plan, ...]
   unmeasured: tuple[Plan, ...]
+  strict: tuple[Row, ...] = ()
+  limits: dict = dataclasses.field(default_factory=dict)
+  stopped: bool = False
 
 
-# --- what fits ----------------------------------------------------------------
-
-
-def kv_tokens(problem, plan):
-  """Tokens of KV that an instance holds beside its weights; 0: none.
-
-  The fullest stage counts: it has ceil(L / pp) layers, and kv heads are
-  replicated where there are fewer than shards.
-  """
-  config, memory = problem.model, USABLE * problem.cluster.memory_bytes
-  layers = -(-config.num_layers // plan.pp)
-  share = layers / config.num_layers / plan.tp
-  heads = -(-config.num_kv_heads // plan.tp)
-  weights = roofline.num_params(config) * problem.itemsize * share
-  each = 2 * layers * heads * config.head_dim * problem.itemsize
-  return max(0, int((memory - weights) // each))
-
-
-def instance(problem, role, plan, prefill_tokens):
-  """The InstanceConfig of a plan, or None where it does not fit."""
-  count = min(kv_tokens(problem, plan) // problem.page_size,
-              problem.max_seqs
-              * pages.pages_for(problem.max_len, problem.page_size))
-  if count < pages.pages_for(problem.max_len, problem.page_size):
-    return None
-  return InstanceConfig(role, count, problem.page_size, problem.max_seqs,
-                        prefill_tokens, problem.prefill_seqs, plan.pp)
-
-
-def plans(problem, most):
-  """Plans of at most `most` devices: tp inside a node, dividing the heads."""
-  config, cluster = problem.model, problem.cluster
-  return [Plan(tp, pp)
-          for tp in range(1, cluster.devices_per_node + 1)
-          if config.num_heads % tp == 0
-          for pp in range(1, config.num_layers + 1)
-          if config.num_layers % pp == 0 and tp * pp <= most]
-
-
-def build(problem, placement, chunk_tokens=None, aligned=False):
-  """What simulates a placement: (scheduler.Config, latencies, link).
-
-  Prefill batches stop at the plan's saturation length L_m; chunked ones at
-  chunk_tokens.
-
-  Raises:
-    InputError: a plan does not fit, or nobody has measured it.
-  """
-  instances, late = [], []
-  for role in ('prefill', 'decode', 'colocated', 'chunked'):
-    for plan in getattr(placement, role):
-      seconds = problem.latency_of(plan)
-      require(seconds is not None, 'Placement', plan, 'a plan with latencies')
-      size = chunk_tokens if role == 'chunked' else _saturation(seconds)
-      found = instance(problem, role, plan, size)
-      require(found is not None, 'Placement', plan,
-              'a plan whose weights and one sequence fit in the memory')
-      instances.append(found)
-      late.append(seconds)
-  return (scheduler.Config(tuple(instances), problem.max_len), late,
-          _link(problem, aligned))
-
-
-# --- goodput ------------------------------------------------------------------
+# --- the search ---------------------------------------------------------------
 
 
 class _Search:
   """The problem, and what was tried."""
 
-  def __init__(self, problem, report):
+  def __init__(self, problem, report, run):
     self.problem, self.report = problem, report or (lambda *_: None)
-    self.simulations, self.pruned = 0, 0
+    self.run = run
+    self.simulations = self.pruned = self.done = self.total = 0
     self.unfit, self.unmeasured, self.rows = set(), set(), []
-    sample = problem.workload(1.0, 256)
-    self.lengths = [(len(r.prompt), r.sampling.max_tokens) for r in sample]
-    require(all(i + o <= problem.max_len for i, o in self.lengths),
-            'Problem.max_len', problem.max_len, 'the longest request or more')
-    self.mean_output = sum(o for _, o in self.lengths) / len(self.lengths)
+    self.strict, self.limits, self.bounds = [], {}, {}
+    self.lengths = lengths(problem, 1024)
+    longest = max(i + o for i, o in self.lengths)
+    require(longest <= problem.max_len, 'Problem.max_len', problem.max_len,
+            f'the longest request ({longest}) or more')
 
   def seconds(self, plan):
     """The latencies of a plan, or None."""
@@ -268,116 +104,195 @@ class _Search:
       self.unmeasured.add(plan)
     return found
 
-  def instance(self, role, plan, prefill_tokens):
-    found = instance(self.problem, role, plan, prefill_tokens)
-    if found is None:
-      self.unfit.add(plan)
+  def tokens(self, plan):
+    """batch_tokens of a plan, computed once."""
+    if ('tokens', plan) not in self.bounds:
+      self.bounds['tokens', plan] = batch_tokens(self.problem,
+                                                 self.seconds(plan))
+    return self.bounds['tokens', plan]
+
+  def usable(self, most):
+    """Plans that fit and have latencies."""
+    found = []
+    for plan in plans(self.problem, most):
+      if self.seconds(plan) is None:
+        continue
+      if instance(self.problem, 'decode', plan, 64) is None:
+        self.unfit.add(plan)
+      else:
+        found.append(plan)
     return found
 
-  def measure(self, instances, latencies, link, slo, bound, first=None):
-    """Goodput of instances, below a bound that no rate can pass.
+  def capacity(self, role, plan, tokens):
+    """bounds.capacity_per_s of an instance, computed once."""
+    key = role, plan, tokens
+    if key not in self.bounds:
+      seconds = self.seconds(plan)
+      one = instance(self.problem, role, plan, tokens or self.tokens(plan))
+      self.bounds[key] = bounds.capacity_per_s(seconds, one, self.lengths)
+    return self.bounds[key]
 
-    first: tokens that a request gets, None for all of its own.
+  def guess(self, role, plan, tokens):
+    """bounds.ttft_guess_per_s of an instance, computed once."""
+    if role == 'decode':
+      return math.inf
+    key = 'guess', role, plan
+    if key not in self.bounds:
+      seconds, p = self.seconds(plan), self.problem
+      one = instance(p, role, plan, tokens or self.tokens(plan))
+      self.bounds[key] = bounds.ttft_guess_per_s(
+          seconds, one, self.lengths, p.slo.ttft_s, p.target)
+    return self.bounds[key]
+
+  def candidate(self, placement, tokens=None, aligned=False, phase=''):
+    """A Candidate with its bound; 0 where too few requests can attain."""
+    split, link = placement.mode == 'disaggregated', None
+    sums, guesses = {}, {}
+    for role, plan in placement.instances:
+      if phase in ('', role):
+        sums[role] = sums.get(role, 0.0) + self.capacity(role, plan, tokens)
+        guesses[role] = guesses.get(role, 0.0) + self.guess(role, plan, tokens)
+    bound = min(sums.values())
+    if split and not phase:
+      link = link_of(self.problem, aligned)
+      bound = min(bound, bounds.link_per_s(
+          link, len(placement.prefill) * len(placement.decode), self.lengths))
+    if not phase and self.hopeless(placement, tokens, link):
+      bound = 0.0
+    return Candidate(placement, tokens, aligned, bound, phase,
+                     min(0.9 * bound, *guesses.values()))
+
+  def hopeless(self, placement, tokens, link):
+    """Whether too many requests miss an objective on an idle machine."""
+    ends = []
+    for role, plan in (placement.instances[0], placement.instances[-1]):
+      seconds = self.seconds(plan)
+      ends.append((seconds, instance(self.problem, role, plan,
+                                     tokens or self.tokens(plan))))
+    key = 'idle', *placement.instances[0], *placement.instances[-1], tokens
+    if key not in self.bounds:
+      self.bounds[key] = bounds.idle_share(self.problem.slo, *ends, link,
+                                           self.lengths)
+    return bounds.out_of_reach(self.bounds[key], self.problem.target,
+                               len(self.lengths))
+
+  def tell(self, row=None):
+    self.report(Progress(row, self.done, self.pruned, self.total,
+                         self.simulations))
+
+  def measured(self, tasks):
+    """(candidate, Goodput) of each task, in order."""
+    work = functools.partial(measure, self.problem)
+    for task, found in zip(tasks, self.run(work, tasks), strict=True):
+      self.simulations += found.runs
+      yield task.candidate, found
+
+  def race(self, candidates, incumbent=0.0):
+    """The best of candidates per device, above `incumbent`, or None.
+
+    In waves against the best so far, the most promising first: who fails at
+    the rate that equals it is beaten by that run; who cannot reach it by its
+    bound is not run. Adds a Row for each that is (not of single phases).
     """
-    p = self.problem
-    life_s = min(slo.ttft_s, p.slo.ttft_s) if first else max(
-        p.slo.ttft_s, p.slo.tpot_s * self.mean_output)
-    config = scheduler.Config(tuple(instances), p.max_len)
+    best, wave = None, WAVE // 2
+    order = sorted(candidates, key=lambda c: (
+        -c.guess_per_s / c.num_devices, -c.bound_per_device, str(c)))
+    self.total += len(order)
+    while order:
+      hopeful = [c for c in order if c.bound_per_device > incumbent]
+      self.pruned += len(order) - len(hopeful)
+      self.done += len(order) - len(hopeful)
+      tasks = [Task(c, self.problem.target, incumbent * c.num_devices or None)
+               for c in hopeful[:wave]]
+      order, wave = hopeful[wave:], WAVE
+      for candidate, found in self.measured(tasks):
+        self.done += 1
+        row = None if candidate.phase else self.keep(candidate, found)
+        per_device = found.rate_per_s / candidate.num_devices
+        if per_device > incumbent:
+          incumbent, best = per_device, (candidate, found)
+        self.tell(row)
+    return best
 
-    def hits_at(rate_per_s, n):
-      self.simulations += 1
-      n = max(n, math.ceil(rate_per_s * LIFETIMES * life_s))
-      requests = p.workload(rate_per_s, n)
-      if first:
-        requests = [dataclasses.replace(r, sampling=dataclasses.replace(
-            r.sampling, max_tokens=first)) for r in requests]
-      result = simulator.simulate(config, requests, latencies, link)
-      return goodput.steady_hits(result.records, slo)
-
-    found = goodput.search(
-        hits_at, p.target, bound / 4, 1 + p.tolerance, p.requests,
-        p.most_requests, most_per_s=bound, least_per_s=bound / 4**6)
-    return dataclasses.replace(found, high_per_s=min(found.high_per_s, bound))
-
-  def work_s(self, seconds, phase):
-    """Least seconds of all stages that a mean request takes of an instance.
-
-    A batch shares what it costs whatever it holds, at best among as many
-    requests as it may have; no other order of work is cheaper where costs are
-    affine with non-negative constants.
-    """
-    if phase == 'prefill':
-      most = self.problem.prefill_seqs
-      each = [seconds.prefill_s(((0, i),) * most) / most
-              for i, _ in self.lengths]
-    else:
-      shares = []
-      for batch in (2**k for k in range(self.problem.max_seqs.bit_length())):
-        fixed, slope = seconds.decode_line(batch)
-        shares.append((fixed / batch, slope))
-      share, slope = (min(x) for x in zip(*shares, strict=True))
-      each = [(o - 1) * (share + slope * i) for i, o in self.lengths]
-    return sum(each) / len(each)
-
-  def bound(self, plan, *phases):
-    """Requests a second that an instance can serve at most."""
-    seconds = self.seconds(plan)
-    return plan.pp / max(sum(self.work_s(seconds, p) for p in phases), 1e-9)
-
-  def add(self, row):
-    self.rows.append(row)
-    self.report(row)
+  def keep(self, candidate, found):
+    """Adds a Row, in place of what was known of the same candidate."""
+    row = Row(candidate.placement, found, candidate.aligned,
+              candidate.prefill_tokens)
+    self.rows = [r for r in self.rows if _key(r) != _key(row)] + [row]
     return row
 
-  def worse(self, bound_per_device, mode):
-    """Counts and says whether a bound rules a candidate out."""
-    best = max((r.interval_per_device[0] for r in self.rows
-                if r.placement.mode == mode), default=0.0)
-    pruned = bound_per_device < best
-    self.pruned += pruned
-    return pruned
+  def tops(self):
+    """The best Row of each mode that serves anything."""
+    found = {}
+    for row in _sorted(self.rows):
+      if row.goodput.rate_per_s:
+        found.setdefault(row.placement.mode, row)
+    return list(found.values())
+
+  def again(self, row, tokens=None):
+    """The Candidate of a Row, of another L_m where that is given."""
+    return self.candidate(row.placement, tokens or row.prefill_tokens,
+                          row.aligned)
+
+  def finish(self):
+    """The best of each mode: other batches, tight, then the second target.
+
+    A tight estimate may fall below a row that was second; then that one is
+    raced against it with as many requests, twice at most.
+    """
+    problem, tight = self.problem, {}
+    for row in self.tops():
+      if not row.placement.chunked:
+        plan = row.placement.instances[0][1]
+        base = self.tokens(plan)
+        sizes = {saturation(self.seconds(plan)), 2 * base} - {base}
+        self.race([self.again(row, size) for size in sorted(sizes)],
+                  row.per_device)
+    for _ in range(3):
+      rows = [r for r in self.tops() if _key(r) not in tight.values()]
+      beat = {r.placement.mode: r.per_device for r in self.rows
+              if _key(r) in tight.values()}
+      tasks = [Task(self.again(r), problem.target, r.placement.num_devices
+                    * beat.get(r.placement.mode, 0.0) or None, FINAL_EFFORT,
+                    r.goodput.rate_per_s) for r in rows]
+      for candidate, found in self.measured(tasks):
+        row = self.keep(candidate, found)
+        if found.binds != 'beaten':
+          tight[row.placement.mode] = _key(row)
+        self.tell(row)
+    if problem.strict:
+      tasks = [Task(self.again(r), problem.strict, None, 0.5,
+                    0.7 * r.goodput.rate_per_s) for r in self.tops()]
+      for candidate, found in self.measured(tasks):
+        self.strict.append(Row(candidate.placement, found, candidate.aligned,
+                               candidate.prefill_tokens))
+        self.tell()
+    rows = self.tops()
+    work = functools.partial(limit, problem)
+    for row, words in zip(rows, self.run(work, rows), strict=True):
+      self.limits[row.placement.mode] = words
 
 
-def _link(problem, aligned):
-  config, cluster = problem.model, problem.cluster
-  return latency.Link(
-      cluster.hand_off_s, cluster.intra_bytes_per_s if aligned
-      else cluster.inter_bytes_per_s,
-      config.kv_bytes_per_token(problem.itemsize))
+def _key(row):
+  return row.placement, row.prefill_tokens, row.aligned
 
 
-def _saturation(seconds):
-  return latency.saturation_tokens(seconds, limit=8192)
-
-
-def _joint(search, counts, decode, prefill, aligned):
-  """The Row of n x prefill and m x decode, simulated as a whole."""
-  problem, (n, m) = search.problem, counts
-  placement = Placement(prefill=[prefill] * n, decode=[decode] * m)
-  config, late, link = build(problem, placement, aligned=aligned)
-  bound = min(n * search.bound(prefill, 'prefill'),
-              m * search.bound(decode, 'decode'))
-  found = search.measure(config.instances, late, link, problem.slo, bound)
-  return search.add(Row(placement, found, aligned))
-
-
-def _usable(search, most):
-  """Plans that fit and have latencies."""
-  return [p for p in plans(search.problem, most)
-          if search.seconds(p) is not None
-          and search.instance('decode', p, 64) is not None]
-
-
-def _counts(search, prefill_per_s, decode_per_s, sizes):
-  """(n, m) that balance the phases in the devices that there are.
-
-  The paper replicates for a given total rate (algorithm 1, line 15 on); per
-  device, the best small ratio is the same thing.
-  """
-  total = search.problem.cluster.num_devices
+def _balanced(search, prefill, decode, prefill_per_s, decode_per_s):
+  """(n, m) instances of each phase: for the rate that is asked for, or those
+  that balance best per device in the cluster (algorithm 1, line 15)."""
+  problem = search.problem
+  total = problem.cluster.num_devices
+  if problem.rate_per_s:
+    n = math.ceil(problem.rate_per_s / prefill_per_s)
+    m = math.ceil(problem.rate_per_s / decode_per_s)
+    need = n * prefill.num_devices + m * decode.num_devices
+    require(need <= total, 'Problem.rate_per_s', problem.rate_per_s,
+            f'less: {n} prefill and {m} decode instances need {need} devices, '
+            f'the cluster has {total}')
+    return n, m
   best = None
   for n, m in itertools.product(range(1, 9), repeat=2):
-    devices = n * sizes[0] + m * sizes[1]
+    devices = n * prefill.num_devices + m * decode.num_devices
     if devices <= total and math.gcd(n, m) == 1:
       rate = min(n * prefill_per_s, m * decode_per_s) / devices
       if best is None or rate > best[0] * (1 + 1e-9):
@@ -387,104 +302,99 @@ def _counts(search, prefill_per_s, decode_per_s, sizes):
 
 def high_affinity(search):
   """Algorithm 1: the best plan of each phase alone, then how many of each."""
-  problem = search.problem
-  ttft = dataclasses.replace(problem.slo, tpot_s=1e9)
-  tpot = dataclasses.replace(problem.slo, ttft_s=1e9)
-  best = {}
-  for plan in _usable(search, problem.cluster.num_devices - 1):
-    seconds = search.seconds(plan)
-    size, instant = _saturation(seconds), Instant()
-    for phase in ('prefill', 'decode'):
-      bound = search.bound(plan, phase)
-      if phase in best and bound / plan.num_devices < best[phase][0]:
-        search.pruned += 1
-        continue
-      if phase == 'prefill':
-        found = search.measure([search.instance('prefill', plan, size)],
-                               [seconds], instant, ttft, bound, first=1)
-      else:
-        ample = InstanceConfig('prefill', 2**16, problem.page_size, 4096,
-                               problem.max_len, problem.prefill_seqs)
-        found = search.measure([ample, search.instance('decode', plan, size)],
-                               [instant, seconds], instant, tpot, bound)
-      per_device = found.rate_per_s / plan.num_devices
-      if per_device > best.get(phase, (0.0,))[0]:
-        best[phase] = per_device, plan, found.rate_per_s
-  if len(best) == 2:
-    (_, prefill, p_rate), (_, decode, d_rate) = (best['prefill'],
-                                                 best['decode'])
-    counts = _counts(search, p_rate, d_rate,
-                     (prefill.num_devices, decode.num_devices))
-    if counts:
-      _joint(search, counts, decode, prefill, aligned=False)
+  usable = search.usable(search.problem.cluster.num_devices - 1)
+  best = [search.race([search.candidate(
+      Placement(prefill=[plan], decode=[plan]), phase=phase)
+                       for plan in usable])
+          for phase in ('prefill', 'decode')]
+  if None in best:
+    return
+  (p, p_found), (d, d_found) = best
+  prefill, decode = p.placement.prefill[0], d.placement.decode[0]
+  counts = _balanced(search, prefill, decode, p_found.rate_per_s,
+                     d_found.rate_per_s)
+  if counts:
+    placement = Placement(prefill=[prefill] * counts[0],
+                          decode=[decode] * counts[1])
+    search.race([search.candidate(placement)])
 
 
 def low_affinity(search):
   """Algorithm 2: stages of both phases side by side in a node.
 
   An instance of pp stages is cut into segments, a prefill and a decode
-  segment of the same layers in one node, so KV stays inside nodes.
+  segment of the same layers in one node, so KV stays inside nodes. Beyond
+  the paper, up to Problem.replicas instances of a phase share that node.
   """
-  cluster = search.problem.cluster
-  usable = set(_usable(search, cluster.num_devices - 1))
-  options = []
-  for prefill, decode in itertools.product(usable, repeat=2):
+  problem = search.problem
+  cluster = problem.cluster
+  usable = search.usable(cluster.num_devices - 1)
+  candidates = []
+  counts = [(n, m) for n, m in itertools.product(
+      range(1, problem.replicas + 1), repeat=2) if math.gcd(n, m) == 1]
+  for prefill, decode, (n, m) in itertools.product(usable, usable, counts):
     segments = math.gcd(prefill.pp, decode.pp)
-    in_node = (prefill.num_devices + decode.num_devices) // segments
-    if (in_node <= cluster.devices_per_node
+    devices = n * prefill.num_devices + m * decode.num_devices
+    if (devices // segments <= cluster.devices_per_node
         and segments <= cluster.nodes):
-      devices = prefill.num_devices + decode.num_devices
-      bound = min(search.bound(prefill, 'prefill'),
-                  search.bound(decode, 'decode'))
-      options.append((bound / devices, prefill, decode))
-  for bound, prefill, decode in sorted(
-      options, key=lambda o: (-o[0], o[1].num_devices, str(o[1:]))):
-    if not search.worse(bound, 'disaggregated'):
-      _joint(search, (1, 1), decode, prefill, aligned=True)
+      candidates.append(search.candidate(
+          Placement(prefill=[prefill] * n, decode=[decode] * m),
+          aligned=True))
+  search.race(candidates)
 
 
 def colocated(search):
   """Prefill-priority and chunked placements of one instance, any plan."""
   problem = search.problem
-  for plan in _usable(search, problem.cluster.num_devices):
-    seconds = search.seconds(plan)
-    bound = search.bound(plan, 'prefill', 'decode')
-    modes = [('colocated', _saturation(seconds))]
-    modes += [('chunked', c) for c in problem.chunks if c > problem.max_seqs]
-    for role, size in modes:
-      if search.worse(bound / plan.num_devices, role):
-        continue
-      placement = Placement(**{role: [plan]})
-      chunk = size if role == 'chunked' else None
-      config, late, link = build(problem, placement, chunk)
-      found = search.measure(config.instances, late, link, problem.slo, bound)
-      search.add(Row(placement, found, False, chunk))
+  usable = search.usable(problem.cluster.num_devices)
+  search.race([search.candidate(Placement(colocated=[plan]))
+               for plan in usable])
+  search.race([search.candidate(Placement(chunked=[plan]), size)
+               for plan in usable for size in problem.chunks
+               if size > problem.max_seqs])
 
 
-def search(problem, algorithms=(low_affinity, colocated), report=None):
+def search(problem, algorithms=(low_affinity, colocated), report=None,
+           map=map):
   """The best placements for a problem: an Answer.
+
+  A KeyboardInterrupt ends the search; the Answer has what is known.
 
   Args:
     algorithms: of high_affinity, low_affinity, colocated.
-    report: called with each Row as it is found.
+    report: called with a Progress as candidates are done.
+    map: (function, items) -> results in order; where problem can be pickled,
+      also a process pool's. The answer does not depend on it.
 
   Raises:
-    InputError: no plan fits, none is measured, or the objectives are below
-      the latency of an idle machine (says the floor).
+    InputError: no plan fits, none is measured, the objectives are below
+      the latency of an idle machine (says the floor), or no placement can
+      serve rate_per_s.
   """
-  state = _Search(problem, report)
+  state = _Search(problem, report, map)
   _check_floor(state)
-  for algorithm in algorithms:
-    algorithm(state)
-  rows = tuple(sorted(state.rows, key=lambda r: -r.per_device))
-  return Answer(rows, verdict(rows), state.simulations, state.pruned,
+  stopped = False
+  try:
+    for algorithm in algorithms:
+      algorithm(state)
+    state.finish()
+  except KeyboardInterrupt:
+    stopped = True
+  rows = _sorted(state.rows)
+  return Answer(rows, verdict(rows, problem), state.simulations, state.pruned,
                 tuple(sorted(state.unfit, key=str)),
-                tuple(sorted(state.unmeasured, key=str)))
+                tuple(sorted(state.unmeasured, key=str)),
+                _sorted(state.strict), state.limits, stopped)
+
+
+def _sorted(rows):
+  return tuple(sorted(rows, key=lambda r: (
+      -r.per_device, -r.interval_per_device[1], str(r.placement))))
 
 
 def _check_floor(state):
   problem = state.problem
-  usable = _usable(state, problem.cluster.num_devices)
+  usable = state.usable(problem.cluster.num_devices)
   if not usable:
     raise InputError(
         f'Cluster: no plan of {problem.model.name} is usable on '
@@ -503,32 +413,10 @@ def _check_floor(state):
     require(asked > floor, field, asked,
             f'above {floor:.4g} s, what a median request takes on an idle '
             'machine under the fastest plan')
-
-
-def verdict(rows):
-  """Disaggregate or not, by how much, and how sure that is."""
-  def best(disaggregated):
-    return next((r for r in rows if (r.placement.mode == 'disaggregated')
-                 == disaggregated and r.goodput.rate_per_s > 0), None)
-
-  def name(row):
-    return row.placement.mode + (f' ({row.chunk_tokens} tokens)'
-                                 if row.chunk_tokens else '')
-
-  split, together = best(True), best(False)
-  if split is None and together is None:
-    return 'No placement meets the objectives at any rate.'
-  if split is None or together is None:
-    only = split or together
-    return f'Only {name(only)} placements meet the objectives.'
-  first, second = ((split, together) if split.per_device > together.per_device
-                   else (together, split))
-  ratio = first.per_device / second.per_device
-  sure = first.interval_per_device[0] > second.interval_per_device[1]
-  what = ('Disaggregate' if first is split else 'Do not disaggregate')
-  if not sure:
-    return (f'No clear winner: {name(first)} serves {ratio:.2f} times what '
-            f'{name(second)} does per device, within the intervals.')
-  return (f'{what}: {name(first)} serves {ratio:.2f} times what {name(second)} '
-          f'does per device ({first.per_device:.3g} against '
-          f'{second.per_device:.3g} requests/s).')
+  if problem.rate_per_s:
+    most = problem.cluster.num_devices * max(
+        state.capacity(role, p, None) / p.num_devices
+        for p in usable for role in ('prefill', 'decode'))
+    require(problem.rate_per_s <= most, 'Problem.rate_per_s',
+            problem.rate_per_s, f'at most {most:.4g}, the capacity of the '
+            'cluster by the work of a request')

@@ -7,19 +7,36 @@ Seconds of a step come from --latency: 'published' (DistServe's A100 profiles
 of OPT-13B and 66B), 'roofline:a100-80g' and the like (shapes against peaks:
 hardware that nobody has measured), or a file that experiments.measure wrote.
 Lengths are a mixture of dsjax.traffic (sharegpt, humaneval, longbench) or a
-file of dsjax.workload (CSV, JSONL). It prints a table of the best placements
-with 95 % intervals and a verdict, and writes placement.json and placement.png.
-The first line of the table can be served: experiments.serve --set=placements=.
+file of dsjax.workload (CSV, JSONL). The cluster is --nodes and so on, or a
+JSON file with the fields of dsjax.placement.Cluster.
+
+It prints a table of the best placements with 95 % intervals, what binds them
+and a verdict, and writes placement.json and placement.png. A placement that
+only lost to the best has its highest possible rate ("<="). Ctrl-C ends the
+search and prints what is known. A line of the table can be served:
+experiments.serve --set=placements=.
 """
 
+import contextlib
+import dataclasses
 import json
+import math
+import multiprocessing
+import os
 import pathlib
+import signal
 import sys
 import time
 
 from absl import app, flags
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 from dsjax import placement, traffic, zoo
@@ -30,44 +47,105 @@ from experiments.config import show_placement
 ALGORITHMS = {'low': placement.low_affinity, 'high': placement.high_affinity,
               'colocated': placement.colocated}
 
-_MODEL = flags.DEFINE_string('model', 'opt-13b', 'A name in dsjax.zoo.')
-_NODES = flags.DEFINE_integer('nodes', 1, 'Nodes.', lower_bound=1)
-_DEVICES = flags.DEFINE_integer('devices', 3, 'Devices a node.', lower_bound=1)
-_MEMORY = flags.DEFINE_float('memory_gb', 80.0, 'Of a device.')
-_INTRA = flags.DEFINE_float('intra_gb_per_s', 300.0, 'Inside a node.')
-_INTER = flags.DEFINE_float('inter_gb_per_s', 3.125, 'Between nodes.')
-_TTFT = flags.DEFINE_float('ttft', 0.25, 'Objective, seconds.')
-_TPOT = flags.DEFINE_float('tpot', 0.1, 'Objective, seconds.')
-_TARGET = flags.DEFINE_float('target', 0.9, 'Share that must meet both.')
-_LENGTHS = flags.DEFINE_string(
-    'lengths', 'sharegpt', f'One of {sorted(traffic.MIXTURES)}, or a file.')
-_LATENCY = flags.DEFINE_string('latency', 'published', 'See above.')
-_HOST = flags.DEFINE_float('host_ms', 2.0, "Host's time between two steps, "
-                           'where --latency does not say.')
-_ALGORITHMS = flags.DEFINE_list('algorithms', ['low', 'colocated'],
-                                f'Of {sorted(ALGORITHMS)}.')
-_REQUESTS = flags.DEFINE_integer('requests', 150, 'Simulated at a rate, at '
-                                 'first.', lower_bound=20)
-_TOLERANCE = flags.DEFINE_float('tolerance', 0.1, 'Of the rate.')
-_SEED = flags.DEFINE_integer('seed', 0, 'Of the workload.', lower_bound=0)
-_OUT = flags.DEFINE_string('out', None, 'Folder for the files.')
-_TOP = flags.DEFINE_integer('top', 10, 'Lines of the table.', lower_bound=1)
+CLUSTER = dict(nodes=('nodes', 1), devices=('devices_per_node', 1),
+               memory_gb=('memory_bytes', 1e9),
+               intra_gb_per_s=('intra_bytes_per_s', 1e9),
+               inter_gb_per_s=('inter_bytes_per_s', 1e9),
+               hand_off_ms=('hand_off_s', 1e-3))
+
+
+def define_flags():
+  """The flags, when this is what runs (two runners share some names)."""
+  flags.DEFINE_string('model', 'opt-13b', 'A name in dsjax.zoo.')
+  flags.DEFINE_string('cluster', None, 'A JSON file; not with the next six.')
+  flags.DEFINE_integer('nodes', 1, 'Nodes.', lower_bound=1)
+  flags.DEFINE_integer('devices', 3, 'Devices a node.', lower_bound=1)
+  flags.DEFINE_float('memory_gb', 85.0, 'Of a device, 1e9 bytes.')
+  flags.DEFINE_float('intra_gb_per_s', 300.0, 'Inside a node.')
+  flags.DEFINE_float('inter_gb_per_s', 3.125, 'Between nodes.')
+  flags.DEFINE_float('hand_off_ms', 1.0, 'Fixed part of a KV transfer.')
+  flags.DEFINE_float('ttft', 0.25, 'Objective, seconds.')
+  flags.DEFINE_float('tpot', 0.1, 'Objective, seconds.')
+  flags.DEFINE_float('target', 0.9, 'Share that must meet both.')
+  flags.DEFINE_float('strict', 0.99, 'A second share, of the best placements; '
+                     '0: none.')
+  flags.DEFINE_float('rate', None, 'Requests/s of the whole cluster.')
+  flags.DEFINE_string('lengths', 'sharegpt', f'One of '
+                      f'{sorted(traffic.MIXTURES)}, or a file.')
+  flags.DEFINE_string('latency', 'published', 'See above.')
+  flags.DEFINE_float('host_ms', 2.0, "Host's time between two steps, where "
+                     '--latency does not say.')
+  flags.DEFINE_list('algorithms', ['low', 'colocated'],
+                    f'Of {sorted(ALGORITHMS)}.')
+  flags.DEFINE_list('chunks', ['512', '1024', '2048'], 'Token budgets tried.')
+  flags.DEFINE_integer('replicas', 3, 'Most instances of a phase.',
+                       lower_bound=1)
+  flags.DEFINE_integer('requests', 200, 'Simulated at a rate, at first.',
+                       lower_bound=20)
+  flags.DEFINE_float('tolerance', 0.1, 'Of the rate; less for the best.')
+  flags.DEFINE_integer('seed', 0, 'Of the workload.', lower_bound=0)
+  flags.DEFINE_integer('processes', os.cpu_count(), 'Of the search.',
+                       lower_bound=1)
+  flags.DEFINE_string('out', None, 'Folder for the files.')
+  flags.DEFINE_integer('top', 10, 'Lines of the table.', lower_bound=1)
+
+
+def read_cluster(path):
+  """A placement.Cluster from a JSON file.
+
+  Raises:
+    InputError naming the file and the field.
+  """
+  try:
+    data = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
+  except OSError as error:
+    raise InputError(f'{path}: cannot be read: {error.strerror}') from error
+  except (ValueError, RecursionError) as error:
+    raise InputError(f'{path}: is not JSON: {error}') from error
+  known = [f.name for f in dataclasses.fields(placement.Cluster)]
+  require(isinstance(data, dict), path, data, f'an object with {known}')
+  for field in data:
+    require(field in known, f'{path}: field', field, f'one of {known}')
+  try:
+    return placement.Cluster(**data)
+  except InputError as error:
+    raise InputError(f'{path}: {error}') from error
+
+
+def _cluster(options):
+  """The cluster of the flags, or of the file."""
+  given = [f for f in CLUSTER if options[f].present]
+  if options.cluster:
+    require(not given, '--cluster', options.cluster,
+            f'without --{", --".join(given)}')
+    return read_cluster(options.cluster)
+  return placement.Cluster(**{
+      field: getattr(options, name) * unit
+      for name, (field, unit) in CLUSTER.items()})
+
+
+def _rate(row):
+  """(estimate, interval) per device, in words."""
+  low, high = row.interval_per_device
+  if row.goodput.binds == 'beaten':
+    return f'<= {high:.3g}', '-'
+  return f'{row.per_device:.3g}', f'[{low:.3g}, {high:.3g}]'
 
 
 def _cells(row):
-  low, high = row.interval_per_device
   return (show_placement(row.placement),
-          str(row.chunk_tokens or '-'), str(row.placement.num_devices),
-          f'{row.per_device:.3g}', f'[{low:.3g}, {high:.3g}]',
-          f'{100 * row.goodput.attained:.0f} %', row.goodput.binds)
+          str(row.prefill_tokens or '-'), str(row.placement.num_devices),
+          *_rate(row), f'{100 * row.goodput.attained:.0f} %',
+          row.goodput.binds)
 
 
-def table(rows):
+def table(rows, target):
   """A rich table of Rows."""
-  out = Table()
-  out.add_column('placement (TPxPP)', no_wrap=True, min_width=24)
-  for name in ('chunk', 'devices', 'req/s/dev', '95 %', 'met', 'binds'):
-    out.add_column(name, justify='right')
+  out = Table(title=f'requests/s per device, {target:.0%} of requests within '
+              'both objectives')
+  out.add_column('placement (TPxPP)', overflow='fold')
+  for name in ('batch', 'dev.', 'per dev.', '95 %', 'met', 'ends'):
+    out.add_column(name, justify='right', no_wrap=True)
   for row in rows:
     out.add_row(*_cells(row))
   return out
@@ -75,87 +153,159 @@ def table(rows):
 
 def draw(path, rows, title):
   """Bars of goodput per device with their intervals, best on top."""
-  figure = Figure(figsize=(8, 1 + 0.35 * len(rows)), layout='constrained')
+  figure = Figure(figsize=(8, 1.2 + 0.35 * len(rows)), layout='constrained')
   axes = figure.subplots()
   colours = dict(disaggregated='tab:blue', colocated='tab:orange',
                  chunked='tab:green')
+  seen = set()
   for y, row in enumerate(rows):
     low, high = row.interval_per_device
-    axes.barh(y, row.per_device, color=colours[row.placement.mode], alpha=0.7)
-    axes.plot([low, high], [y, y], color='black', marker='|')
+    mode = row.placement.mode
+    beaten = row.goodput.binds == 'beaten'
+    axes.barh(y, high if beaten and math.isfinite(high) else row.per_device,
+              color='none' if beaten else colours[mode], alpha=0.7,
+              edgecolor=colours[mode], linestyle=':' if beaten else '-',
+              label=None if mode in seen or beaten else mode)
+    seen |= set() if beaten else {mode}
+    if not beaten:
+      axes.plot([low, min(high, 2 * row.per_device)], [y, y], color='black',
+                marker='|')
   axes.set_yticks(range(len(rows)), [
-      show_placement(r.placement) + (f' ({r.chunk_tokens})'
-                                     if r.chunk_tokens else '') for r in rows])
+      show_placement(r.placement) + (f' ({r.prefill_tokens})'
+                                     if r.prefill_tokens else '')
+      for r in rows])
   axes.invert_yaxis()
   axes.set_xlim(left=0)
-  axes.set_xlabel('goodput, requests/s per device (simulated)')
+  axes.set_xlabel('goodput, requests/s per device (simulated); dotted: at '
+                  'most')
   axes.set_title(title, fontsize=9)
   axes.spines[['top', 'right']].set_visible(False)
+  if seen:
+    axes.legend(fontsize=8, frameon=False, loc='lower right')
   figure.savefig(path, dpi=100)
+
+
+@contextlib.contextmanager
+def processes(count):
+  """A map of so many processes; of this one alone if it is one.
+
+  They leave Ctrl-C to the parent, and end with it.
+  """
+  if count == 1:
+    yield map
+    return
+  with multiprocessing.get_context('spawn').Pool(
+      count, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    yield pool.imap
 
 
 def main(_):
   try:
-    _main(Console())
+    _main(Console(), flags.FLAGS)
   except InputError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
 
 
-def _main(console):
-  config = zoo.config(_MODEL.value)
-  for name in _ALGORITHMS.value:
+def _problem(options):
+  """The placement.Problem of the flags."""
+  config = zoo.config(options.model)
+  for name in options.algorithms:
     require(name in ALGORITHMS, '--algorithms', name,
             f'one of {sorted(ALGORITHMS)}')
-  make, longest = setting.requests(_LENGTHS.value, _SEED.value)
-  problem = placement.Problem(
-      config, placement.Cluster(
-          _NODES.value, _DEVICES.value, _MEMORY.value * 1e9,
-          _INTRA.value * 1e9, _INTER.value * 1e9),
-      Slo(_TTFT.value, _TPOT.value), make,
-      setting.latencies(_LATENCY.value, config, _MODEL.value,
-                        _HOST.value / 1e3),
-      _TARGET.value, max_len=longest, requests=_REQUESTS.value,
-      most_requests=4 * _REQUESTS.value, tolerance=_TOLERANCE.value)
-  start = time.perf_counter()
-  with console.status('searching') as status:
-    found = []
+  for size in options.chunks:
+    require(size.isdecimal() and int(size) > 0, '--chunks', size,
+            'integers above 0')
+  make, longest = setting.requests(options.lengths, options.seed)
+  return placement.Problem(
+      config, _cluster(options), Slo(options.ttft, options.tpot), make,
+      setting.latencies(options.latency, config, options.model,
+                        options.host_ms / 1e3),
+      options.target, chunks=tuple(map(int, options.chunks)),
+      max_len=longest, requests=options.requests,
+      most_requests=4 * options.requests, tolerance=options.tolerance,
+      replicas=options.replicas, strict=options.strict or None,
+      rate_per_s=options.rate)
 
-    def report(row):
-      found.append(row)
-      best = max(found, key=lambda r: r.per_device)
-      status.update(f'{len(found)} placements, best so far '
-                    f'{show_placement(best.placement)} at '
-                    f'{best.per_device:.3g} requests/s per device')
 
-    answer = placement.search(
-        problem, [ALGORITHMS[n] for n in _ALGORITHMS.value], report)
-  took = time.perf_counter() - start
-  rows = answer.rows[:_TOP.value]
-  console.print(table(rows))
+def _search(console, problem, options):
+  """The Answer, with a bar."""
+  bar = Progress(TextColumn('{task.description}'), BarColumn(),
+                 TextColumn('{task.completed}/{task.total} candidates, '
+                            '{task.fields[more]}'),
+                 TimeElapsedColumn(), console=console, transient=True)
+  with processes(options.processes) as run, bar:
+    line, best = bar.add_task('searching', total=None, more=''), [None]
+
+    def report(now):
+      row = now.row
+      if row and row.goodput.rate_per_s and (
+          best[0] is None or row.per_device > best[0].per_device):
+        best[0] = row
+      text = f'{now.pruned} by bounds, {now.simulations} simulations'
+      if best[0]:
+        text += (f'; best {show_placement(best[0].placement)}: '
+                 f'{best[0].per_device:.3g}')
+      bar.update(line, completed=now.done, total=now.total, more=text)
+
+    return placement.search(
+        problem, [ALGORITHMS[n] for n in options.algorithms], report, run)
+
+
+def _json(rows):
+  """Rows for a file; None where a number is not finite."""
+  return [{
+      'placement': show_placement(r.placement),
+      'prefill_tokens': r.prefill_tokens, 'aligned': r.aligned,
+      'devices': r.placement.num_devices, 'per_device': r.per_device,
+      'low': r.interval_per_device[0],
+      'high': x if math.isfinite(x := r.interval_per_device[1]) else None,
+      'binds': r.goodput.binds, 'attained': r.goodput.attained}
+          for r in rows]
+
+
+def _show(console, answer, options, took):
+  """Prints an Answer."""
+  console.print(table(answer.rows[:options.top], options.target))
+  if answer.strict:
+    console.print(table(answer.strict, options.strict))
+  if answer.stopped:
+    console.print('Stopped: what follows is what was known.')
   console.print(answer.verdict, soft_wrap=True)
+  for mode, words in answer.limits.items():
+    console.print(f'What binds the best {mode} placement: {words}.')
   candidates = len(answer.rows) + answer.pruned
   console.print(
       f'{answer.simulations} simulations of {len(answer.rows)} placements; '
-      f'{answer.pruned} of {candidates} ruled out by bounds; '
+      f'{answer.pruned} of {candidates} ruled out by bounds, '
+      f'{sum(r.goodput.binds == "beaten" for r in answer.rows)} by one rate; '
       f'{len(answer.unfit)} plans do not fit, {len(answer.unmeasured)} are '
-      f'not measured; {took:.1f} s', soft_wrap=True)
-  if not _OUT.value:
+      f'not measured; {took:.1f} s, {options.processes} processes',
+      soft_wrap=True)
+
+
+def _main(console, options):
+  problem = _problem(options)
+  start = time.perf_counter()
+  answer = _search(console, problem, options)
+  took = time.perf_counter() - start
+  _show(console, answer, options, took)
+  if not options.out:
     return
-  out = pathlib.Path(_OUT.value)
+  out = pathlib.Path(options.out)
   out.mkdir(parents=True, exist_ok=True)
-  draw(out / 'placement.png', rows, f'{_MODEL.value}, {_LENGTHS.value}, TTFT '
-       f'{_TTFT.value} s, TPOT {_TPOT.value} s, {_TARGET.value:.0%}')
+  rows = answer.rows[:options.top]
+  draw(out / 'placement.png', rows, f'{options.model}, {options.lengths}, '
+       f'TTFT {options.ttft} s, TPOT {options.tpot} s, {options.target:.0%}')
   (out / 'placement.json').write_text(json.dumps({
-      'verdict': answer.verdict, 'simulations': answer.simulations,
-      'pruned': answer.pruned, 'seconds': took, 'rows': [{
-          'placement': show_placement(r.placement),
-          'chunk_tokens': r.chunk_tokens, 'aligned': r.aligned,
-          'per_device': r.per_device, 'low': r.interval_per_device[0],
-          'high': r.interval_per_device[1], 'binds': r.goodput.binds,
-          'attained': r.goodput.attained} for r in answer.rows]}, indent=1))
+      'verdict': answer.verdict, 'limits': answer.limits,
+      'simulations': answer.simulations, 'pruned': answer.pruned,
+      'seconds': took, 'stopped': answer.stopped, 'target': options.target,
+      'rows': _json(answer.rows), 'strict_target': options.strict,
+      'strict': _json(answer.strict)}, indent=1))
   console.print(f'Written to {out}: placement.json placement.png')
 
 
 if __name__ == '__main__':
+  define_flags()
   app.run(main)

@@ -1,4 +1,9 @@
-"""What simulated runners are asked about: seconds of steps, requests."""
+"""What simulated runners are asked about: seconds of steps, requests.
+
+What is returned can be pickled, so that processes may share it.
+"""
+
+import functools
 
 from dsjax import hardware, latency, roofline, traffic, workload
 from dsjax.base import InputError, require
@@ -15,19 +20,25 @@ def latencies(kind, config, model, host_s):
     host_s: the host's time between steps, where kind does not say.
   """
   if kind == 'published':
-    def published(plan):
-      try:
-        return hardware.published(model, plan, host_s=host_s)
-      except InputError:
-        return None
-    return published
+    return functools.partial(_published, model, host_s)
   if kind.startswith('roofline:'):
     name = kind.removeprefix('roofline:')
     require(name in hardware.HARDWARE, '--latency', kind,
             f"'roofline:' and one of {sorted(hardware.HARDWARE)}")
-    return lambda plan: roofline.Roofline(
-        config, hardware.HARDWARE[name], plan.tp, plan.pp, host_s=host_s)
+    return functools.partial(_roofline, config, name, host_s)
   return latency.load(kind).latencies.get
+
+
+def _published(model, host_s, plan):
+  try:
+    return hardware.published(model, plan, host_s=host_s)
+  except InputError:
+    return None
+
+
+def _roofline(config, name, host_s, plan):
+  return roofline.Roofline(config, hardware.HARDWARE[name], plan.tp, plan.pp,
+                           host_s=host_s)
 
 
 def requests(lengths, seed, process='poisson', cv=1.0):
@@ -47,10 +58,12 @@ def requests(lengths, seed, process='poisson', cv=1.0):
   else:
     entries = workload.read_lengths(lengths)
 
-  def make(rate_per_s, n):
-    trace = process == 'trace'
-    n = min(n, len(entries)) if trace else n
-    at = workload.arrivals(process, rate_per_s, n, seed, cv, entries)
-    return workload.from_lengths(entries, n, at, seed=seed, in_order=trace)[0]
-
+  make = functools.partial(_made, entries, seed, process, cv)
   return make, max(e.prompt_len + e.output_len for e in entries)
+
+
+def _made(entries, seed, process, cv, rate_per_s, n):
+  trace = process == 'trace'
+  n = min(n, len(entries)) if trace else n
+  at = workload.arrivals(process, rate_per_s, n, seed, cv, entries)
+  return workload.from_lengths(entries, n, at, seed=seed, in_order=trace)[0]

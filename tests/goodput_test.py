@@ -48,6 +48,51 @@ def test_goodput_says_when_nothing_or_everything_attains():
   assert always.high_per_s == math.inf
 
 
+def test_one_rate_is_enough_to_be_beaten():
+  calls = []
+
+  def hits_at(rate, n):
+    calls.append(rate)
+    return coin(10.0)(rate, n)
+
+  lost = goodput.search(hits_at, 0.9, 1.0, beat_per_s=14.0)
+  assert (lost.binds, lost.rate_per_s, lost.high_per_s) == ('beaten', 0, 14.0)
+  assert calls == [14.0] and lost.runs == 1
+  won = goodput.search(hits_at, 0.9, 1.0, beat_per_s=8.0)
+  assert won.rate_per_s == pytest.approx(
+      goodput.search(coin(10.0), 0.9, 1.0).rate_per_s, rel=0.03)
+  # A bound below the rate to beat needs no run.
+  assert goodput.search(hits_at, 0.9, 1.0, most_per_s=5.0,
+                        beat_per_s=8.0).runs == 0
+
+
+def test_tight_intervals_end_at_the_rates_that_cannot_be_told():
+  wide = goodput.search(coin(10.0, 0.3), 0.9, 1.0, 1.05, 200, 1600)
+  tight = goodput.search(coin(10.0, 0.3), 0.9, 1.0, 1.05, 200, 1600,
+                         tight=True)
+  assert wide.low_per_s < tight.low_per_s <= 10.0 <= tight.high_per_s
+  assert tight.high_per_s <= wide.high_per_s
+  assert tight.high_per_s < 1.6 * tight.low_per_s
+
+
+def test_a_rate_that_sinks_in_the_end_is_not_sustained():
+  """Above 5 requests/s a queue grows: after 1,000 requests all miss."""
+  def hits_at(rate, n):
+    return [rate <= 5.0 or i < 1000 for i in range(n)]
+
+  short = goodput.search(hits_at, 0.9, 1.0, 1.1, 400, 800, most_per_s=20.0)
+  assert short.binds == 'cap'  # runs too short to see it
+  found = goodput.search(hits_at, 0.9, 1.0, 1.1, 400, 800, most_per_s=20.0,
+                         full=lambda rate: 4000)
+  assert found.rate_per_s == pytest.approx(5.0, rel=0.1)
+  # Overall 92 % attain, but a sixth of the second half misses.
+  late = goodput.search(
+      lambda rate, n: [rate <= 5.0 or i < n / 2 or i % 6 > 0
+                       for i in range(n)], 0.9,
+      1.0, 1.1, 2000, 4000, most_per_s=20.0)
+  assert late.rate_per_s < 6.0
+
+
 def test_steady_hits_leave_the_warm_up_out():
   slo = Slo(1.0, 1.0)
   records = [Record(i, float(i), 1, 1, token_s=[i + (2.0 if i < 2 else 0.5)],

@@ -11,8 +11,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 HOST = {'attribution', 'base', 'pages', 'scheduler', 'latency', 'workload',
-        'metrics', 'goodput', 'queueing', 'simulator', 'placement', 'traffic',
-        'hardware', 'roofline', 'zoo'}
+        'metrics', 'goodput', 'bounds', 'queueing', 'simulator', 'problem',
+        'placement', 'verdict', 'traffic', 'hardware', 'roofline', 'zoo'}
 DEVICE = {'model', 'cache', 'sampling', 'sharding'}
 SHELL = {'engine', 'fit', 'migrate', 'checkpoint', 'gguf_file', 'gguf_model',
          'hf', 'hf_config', 'hf_tokenizer', 'orbax_file', 'weights',

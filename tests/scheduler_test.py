@@ -146,8 +146,8 @@ def test_only_decode_instances_run_ahead_unless_asked():
     steps = []
     for config, story in (
         (_config(_instance('colocated'), run_ahead=run_ahead), ()),
-        (_pair(run_ahead=run_ahead), (_copied(0),))):
-      _, commands = _after(config, _arrive(0, 4, 9), _prefilled(0, 0), *story)
+        (_pair(run_ahead=run_ahead), (_prefilled(0, 0), _copied(0)))):
+      _, commands = _after(config, _arrive(0, 4, 9), *story)
       steps += [c.steps for c in commands if isinstance(c, RunDecode)][:1]
     assert tuple(steps) == want
 
