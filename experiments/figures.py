@@ -2,8 +2,7 @@
 
 A figure is a pair (compute, draw). compute(options) returns a dict: `rows`
 (what, paper, paper rules, ours; or as `columns` says), `why` they differ, and
-what draw(data, figure) needs. options: seed, quick, lengths_dir, tell (called with a line of
-progress), validate (a path).
+what draw(data, figure) needs. options: reproduce.Options.
 """
 
 import math
@@ -288,10 +287,10 @@ def draw4(data, figure):
       axes.errorbar(r, means, halves, fmt='o', color=colour, capsize=3,
                     ms=4, label='simulated, 95 %')
     if name == 'paper':
-      axes.plot(*paper.FIG4['intra'], '^', color='black', label='read off the '
-                "paper: intra-op above,")
+      axes.plot(*paper.FIG4['intra'], '^', color='black',
+                label='paper: intra-op is above')
       axes.plot(*paper.FIG4['inter'], 'v', color='black',
-                label='inter-op below')
+                label='paper: inter-op is below')
     axes.axvline(curve['crossover'], color='grey', ls='--', lw=1)
     axes.set_ylim(0, 1.5)
     axes.legend(fontsize=8)
@@ -361,6 +360,12 @@ def draw5(data, figure):
 # --- Figure 10 ---------------------------------------------------------------
 
 
+def _side_by_side(link, plan, num_tokens):
+  """Seconds of a migration where each device of plan has its own link."""
+  return link.base_s + (link.migrate_s(num_tokens)
+                        - link.base_s) / plan.num_devices
+
+
 def figure10(options):
   case = paper.CASES['175b']
   make, longest = contest.requests(case, rules_of(options)[0],
@@ -374,11 +379,11 @@ def figure10(options):
       options.tell(f'{rules.name} rules, {rate}/s per device')
       n = contest.count(rules, one, rate, case.slo, case.per_gpu)
       found = contest.steady(rules, contest.records(one, make, rate, n))
-      total = sum(sum(r.stage_s.values()) for r in found)
-      shares[f'{rules.name} {rate}'] = {s: 100 * sum(
-          r.stage_s[s] for r in found) / total for s in STAGES}
+      shares[f'{rules.name} {rate}'] = {s: 100 * float(np.mean([
+          r.stage_s[s] / sum(r.stage_s.values()) for r in found]))
+          for s in STAGES}
   copies = sorted(r.stage_s['migrate'] for r in found)
-  kv = [one.link.migrate_s(r.prompt_len) for r in found]
+  kv = [_side_by_side(one.link, case.plans[0], r.prompt_len) for r in found]
   for rate in rates:
     a, b, c = paper.FIG10[rate]
     rows.append((f'{rate}/s per GPU: queue, prefill, move, queue, decode, %',
@@ -389,10 +394,12 @@ def figure10(options):
     rows.append((f'KV copied within {1e3 * limit:.0f} ms, %', value, None,
                  f'{100 * sum(x <= limit for x in kv) / len(kv):.0f}'))
   return {'rows': rows, 'shares': shares, 'rates': rates, 'copies': copies,
-          'kv': sorted(kv), 'why': 'OPT-175B has no public profile: scaled '
-          "from OPT-66B's (see contest.latency_of). Ours moves KV at NVLink's "
-          '300 GB/s plus 1 ms over one link; the original logged the time to '
-          'enqueue a copy, not its end, and the simulator charges nothing.'}
+          'kv': sorted(kv), 'why': 'OPT-175B has no public profile: its '
+          "constants are scaled from OPT-66B's (contest.latency_of). Shares "
+          'are means over requests. KV moves at 300 GB/s, 1 ms before that; '
+          'the 9 prefill devices each have a link in the rows, and share one '
+          'in the simulation. The original logged the time to enqueue a copy, '
+          'not its end; paper rules charge nothing.'}
 
 
 def draw10(data, figure):
@@ -420,12 +427,13 @@ def draw10(data, figure):
       left.text(i + 0.28 * (at - 1), 101, names.get(who, 'paper'), fontsize=6,
                 ha='center', rotation=45)
   left.set_xticks(x, data['rates'])
-  left.legend(fontsize=8, loc='lower right')
+  figure.legend(*left.get_legend_handles_labels(), fontsize=8, ncols=5,
+                loc='outside lower left')
   left.set_ylim(0, 112)
   tidy(left, 'Fig. 10a: where a request spends its time, OPT-175B',
        'requests/s per device', '% of time')
-  for name, values in (('copy alone', data['kv']),
-                       ('with waiting', data['copies'])):
+  for name, values in (('9 links', data['kv']),
+                       ('one link, with waiting', data['copies'])):
     right.plot([1e3 * v for v in values],
                np.linspace(0, 100, len(values)), label=f'ours, {name}')
   right.plot([1e3 * k for k in paper.FIG10_CDF], paper.FIG10_CDF.values(),
