@@ -369,14 +369,14 @@ def draw_table3(data, figure):
         (-.27, published, 'tab:grey', "published goodput", theirs),
         (0, same, 'tab:blue', "paper's placement, simulated", theirs),
         (.27, best, 'tab:green', 'best found, simulated, 95 %', ours)):
-      axes.barh(y + at, value or 0, 0.24, color=colour,
+      axes.barh(y + at, value or 0, 0.24, color=colour, alpha=.6,
                 label=None if y else label)
-      axes.text((value or 0) + .1, y + at, text if value else 'ruled out',
-                fontsize=7, va='center')
+      axes.text(.01, y + at, text if value else text + ': ruled out by a '
+                'bound', fontsize=7, va='center')
     axes.plot((low, high), (y + .27,) * 2, 'k-|', lw=1)
   axes.set_yticks(range(len(data['bars'])), [b[0] for b in data['bars']])
   axes.invert_yaxis()
-  axes.legend(fontsize=8)
+  axes.legend(fontsize=8, loc='lower right')
   tidy(axes, 'Table 3: placements', 'goodput, requests/s per device', '')
 
 

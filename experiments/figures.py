@@ -351,9 +351,9 @@ def draw5(data, figure):
     right.plot(list(x), x.values(), f'k{mark}', label=f'paper, {kind}-op')
   for axes, title, y in ((left, 'latency of a step', 'ms'),
                          (right, 'throughput', 'tokens/s')):
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
-    tidy(axes, f'Fig. 5: OPT-13B decode, batch 128, input 256: {title}',
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.25)
+    axes.legend(fontsize=8, ncols=2, loc='upper left')
+    tidy(axes, f'Fig. 5: {title}, OPT-13B decode, batch 128, input 256',
          'GPUs', y)
 
 
