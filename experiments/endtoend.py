@@ -5,10 +5,10 @@ import json
 
 from dsjax import base, metrics, placement
 from dsjax.base import Placement, Plan
-from experiments import contest, paper
+from experiments import contest, drawings, paper
 from experiments.config import show_placement
 from experiments.contest import Rules
-from experiments.figures import COLOURS, rules_of, span, tidy
+from experiments.figures import rules_of, span
 
 FACTORS_SCALE = (.3, .4, .5, .6, .7, .8, .9, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0,
                  10.0)
@@ -100,47 +100,6 @@ def figure9(options):
           'data sets are not here.'}
 
 
-def draw_end_to_end(data, figure):
-  parts = data['parts']
-  figure.set_size_inches(13, 3.1 * len(parts))
-  for line, part in zip(figure.subplots(len(parts), 4, squeeze=False), parts,
-                        strict=True):
-    case = paper.CASES[part['case']]
-    for at, who in enumerate(('paper', 'ours')):
-      for key, points in part['curves'].items():
-        rules, label = key.split('|')
-        if rules == who:
-          _draw_system(line[at], line[2 + at], label, points,
-                       part['scales'][key])
-      for label, (rates, values) in case.curves.items():
-        line[at].plot(rates, values, 'x', ms=5, color=COLOURS[
-            'vLLM' if label == 'vLLM' else 'chunked'],
-                      label=f'published, {label}')
-      line[at].axvline(case.goodput[0], color='tab:blue', ls=':', lw=1,
-                       label='published goodput, DistServe')
-      line[2 + at].axvline(case.scale[0], color='tab:blue', ls=':', lw=1)
-      rules = 'paper rules' if who == 'paper' else 'ours'
-      tidy(line[at], f'{case.title}: {rules}', 'requests/s per device',
-           '% met both')
-      tidy(line[2 + at], f'{rules}, {case.scale_rate}/s per device',
-           'scale of both objectives', '% met both')
-      line[2 + at].set_xscale('log')
-    for axes in line:
-      axes.axhline(90, color='grey', lw=0.8, ls='--')
-      axes.set_ylim(0, 103)
-    line[1].legend(fontsize=6, loc='lower left')
-
-
-def _draw_system(left, right, label, points, scales):
-  rates, shares, lows, highs = zip(*points, strict=True)
-  left.plot(rates, [100 * s for s in shares], '-o', ms=2.5, label=label,
-            color=COLOURS[label])
-  left.fill_between(rates, [100 * x for x in lows], [100 * x for x in highs],
-                    color=COLOURS[label], alpha=0.12, lw=0)
-  right.plot(*zip(*((f, 100 * s) for f, s in scales), strict=True),
-             color=COLOURS[label])
-
-
 # --- Figure 11 ---------------------------------------------------------------
 
 PAIRS = (((4, 1), (2, 2)), ((4, 1), (4, 1)), ((4, 1), (3, 2)),
@@ -212,28 +171,6 @@ def figure11(options):
           'disaggregation.'}
 
 
-def draw11(data, figure):
-  for axes, who in zip(figure.subplots(1, 2, sharey=True), ('paper', 'ours'),
-                       strict=True):
-    for key, points in data['curves'].items():
-      rules, label = key.split('|')
-      if rules == who:
-        axes.errorbar([p[0] for p in points], [100 * p[1] for p in points],
-                      [[100 * (p[1] - p[2]) for p in points],
-                       [100 * (p[3] - p[1]) for p in points]],
-                      fmt='-o', ms=3, capsize=2, label=label, alpha=0.8,
-                      color=COLOURS[label])
-    for name, values in paper.FIG11.items():
-      axes.plot(paper.FIG11_RATES, values, 'x', color=COLOURS[name],
-                label=f'published draft, {name}')
-    axes.axhline(90, color='grey', lw=0.8, ls='--')
-    axes.set_ylim(0, 103)
-    axes.legend(fontsize=7)
-    tidy(axes, 'Fig. 11: ablation, OPT-66B ShareGPT, 0.4 s and 0.1 s: '
-         + ('paper rules' if who == 'paper' else 'ours'),
-         'requests/s per device', '% met both')
-
-
 # --- tables ------------------------------------------------------------------
 
 
@@ -280,7 +217,7 @@ def table2(options):
                           paper.FACTORS[who])
     form = contest.distserve if who == 'DistServe' else contest.vllm
     # KV memory as it is: the traces are of real engines.
-    one = form(Rules('ours'), case, ask)
+    one = contest.with_ray(form(Rules('ours'), case, ask))
     met = 100 * metrics.attainment(contest.records(
         one, make, rate / one.devices, n), case.slo)[0]
     points.append((f'trace, {who}', rate, real, met))
@@ -291,25 +228,6 @@ def table2(options):
           'experiments.validate: beside the released traces instead, with the '
           "authors' factors, from an empty system. Their requests' order is "
           'not known, so 100 requests differ by chance.'}
-
-
-def draw_table2(data, figure):
-  axes = figure.subplots()
-  for at, name in ((0, 'vLLM'), (2, 'DistServe-Low')):
-    axes.plot([v[at] for v in paper.TABLE2.values()],
-              [v[at + 1] for v in paper.TABLE2.values()], '^', ms=5,
-              color='tab:red' if at == 0 else 'tab:blue',
-              label=f'paper, {name}')
-  for name in sorted({p[0] for p in data['points']}):
-    axes.plot(*zip(*((p[2], p[3]) for p in data['points'] if p[0] == name),
-                   strict=True), 'o', mfc='none',
-              color='tab:red' if 'vLLM' in name or 'colocated' in name else
-              'tab:green' if 'chunked' in name else 'tab:blue',
-              label=f'our simulator, {name}')
-  axes.plot((0, 100), (0, 100), color='grey', lw=0.8)
-  axes.legend(fontsize=8)
-  tidy(axes, 'Table 2: attainment, simulated against measured', 'measured, %',
-       'simulated, %')
 
 
 SEARCHED = {'13b': (1, 4, ((1, 1), (2, 1), (4, 1), (1, 2))),
@@ -361,25 +279,8 @@ def table3(options):
           'ends in minutes.'}
 
 
-def draw_table3(data, figure):
-  axes = figure.subplots()
-  for y, bar in enumerate(data['bars']):
-    title, published, same, best, low, high, theirs, ours = bar
-    for at, value, colour, label, text in (
-        (-.27, published, 'tab:grey', "published goodput", theirs),
-        (0, same, 'tab:blue', "paper's placement, simulated", theirs),
-        (.27, best, 'tab:green', 'best found, simulated, 95 %', ours)):
-      axes.barh(y + at, value or 0, 0.24, color=colour, alpha=.6,
-                label=None if y else label)
-      axes.text(.01, y + at, text if value else text + ': ruled out by a '
-                'bound', fontsize=7, va='center')
-    axes.plot((low, high), (y + .27,) * 2, 'k-|', lw=1)
-  axes.set_yticks(range(len(data['bars'])), [b[0] for b in data['bars']])
-  axes.invert_yaxis()
-  axes.legend(fontsize=8, loc='lower right')
-  tidy(axes, 'Table 3: placements', 'goodput, requests/s per device', '')
-
-
-FIGURES = {'8': (figure8, draw_end_to_end), '9': (figure9, draw_end_to_end),
-           '11': (figure11, draw11), 'table2': (table2, draw_table2),
-           'table3': (table3, draw_table3)}
+FIGURES = {'8': (figure8, drawings.draw_end_to_end),
+           '9': (figure9, drawings.draw_end_to_end),
+           '11': (figure11, drawings.draw11),
+           'table2': (table2, drawings.draw_table2),
+           'table3': (table3, drawings.draw_table3)}

@@ -1,8 +1,8 @@
-"""Figures 1, 3, 4, 5, 10 and 12 of the paper: data, then drawing.
+"""Figures 1, 3, 4, 5, 10 and 12 of the paper: the data.
 
 A figure is a pair (compute, draw). compute(options) returns a dict: `rows`
 (what, paper, paper rules, ours; or as `columns` says), `why` they differ, and
-what draw(data, figure) needs. options: reproduce.Options.
+what its function in experiments.drawings needs. options: reproduce.Options.
 """
 
 import math
@@ -21,14 +21,10 @@ from dsjax import (
     zoo,
 )
 from dsjax.base import STAGES, InstanceConfig, Placement, Plan, Slo
-from experiments import contest, paper
+from experiments import contest, drawings, paper
 from experiments.contest import Rules
 
 ONE = Plan(1, 1)
-COLOURS = {'DistServe': 'tab:blue', 'vLLM': 'tab:red', 'chunked': 'tab:olive',
-           'tuned colocated': 'tab:orange', 'tuned chunked': 'tab:green',
-           'vLLM++': 'tab:orange', 'DistServe-High': 'tab:purple',
-           'DistServe-Low': 'tab:blue'}
 
 
 def rules_of(options):
@@ -40,14 +36,6 @@ def span(found):
   """'rate [low, high]' of a best_rate; open ends are not bounded."""
   rate, low, high = found
   return f'{rate:.3g} [{low:.3g}, {high:.3g}]'
-
-
-def tidy(axes, title, x, y):
-  axes.set_title(title, fontsize=10)
-  axes.set_xlabel(x)
-  axes.set_ylabel(y)
-  axes.grid(alpha=0.3)
-  axes.spines[['top', 'right']].set_visible(False)
 
 
 # --- Figure 1 ----------------------------------------------------------------
@@ -105,24 +93,6 @@ def figure1(options):
           'alone can serve 13.5/s. The relation is what to compare.'}
 
 
-def draw1(data, figure):
-  axes = figure.subplots()
-  names = [*paper.FIG1, 'chunked']
-  x = np.arange(len(names))
-  for at, (label, values) in enumerate((
-      ('paper', data['paper']),
-      ('paper rules', {k: v[0] for k, v in data['rules'].items()}),
-      ('ours', {k: v[0] for k, v in data['ours'].items()}
-       | {'chunked': data['chunked'][0]}))):
-    bars = axes.bar(x + 0.27 * (at - 1),
-                    [values.get(n, np.nan) for n in names], 0.25, label=label)
-    axes.bar_label(bars, fmt='%.3g', fontsize=8)
-  axes.set_xticks(x, [n.replace(' + ', '\n+ ') for n in names])
-  axes.legend()
-  tidy(axes, 'Fig. 1: OPT-13B on A100s, 512 tokens in, 64 out, TTFT 0.4 s and '
-       'TPOT 0.04 s for 90 %', '', 'goodput, requests/s per device')
-
-
 # --- Figure 3 ----------------------------------------------------------------
 
 
@@ -158,25 +128,6 @@ def figure3(options):
           'released, the roofline every operation at the peak: a bound, not '
           'an estimate. The paper says that 512 tokens saturate an A100; its '
           '1024-token figure is below what its profile gives.'}
-
-
-def draw3(data, figure):
-  left, right = figure.subplots(1, 2)
-  for i, n in enumerate(data['prefill']):
-    for name, style in (('published', '-'), ('roofline', ':')):
-      left.plot(data['batches'], data['prefill'][n][name], style,
-                color=f'C{i}', label=f'{n} tokens' if style == '-' else None)
-      right.plot(data['wide'], data['decode'][n][name], style, color=f'C{i}',
-                 label=f'context {n}' if style == '-' else None)
-    batch, value = paper.FIG3[n]
-    left.plot(batch, value, 'o', color=f'C{i}')
-  for axes, title in ((left, 'Fig. 3a: prefill'), (right, 'Fig. 3b: decode')):
-    axes.set_xscale('log', base=2)
-    axes.set_ylim(bottom=0)
-    axes.legend(title='line: profile, dotted: roofline,\ndot: the paper'
-                if axes is left else 'line: profile\ndotted: roofline',
-                fontsize=8, title_fontsize=8)
-    tidy(axes, title + ' of OPT-13B on one A100', 'batch', 'tokens/s')
 
 
 # --- Figure 4 ----------------------------------------------------------------
@@ -248,10 +199,10 @@ def figure4(options):
   def both(what, form, **values):
     return (what, values['paper'], form(curves['paper']),
             form(curves['profile']))
-  worst = max(abs(s[0] - form) / form for c in curves.values()
-              for r, *pair in c['dots'] for s, form in zip(pair, (
-                  queueing.tensor_ttft_s(r, c['d'], c['k']),
-                  queueing.pipeline_ttft_s(r, c['d'])), strict=True))
+  dots = [abs(mean - form) <= half for c in curves.values()
+          for r, *pair in c['dots'] for (mean, half), form in zip(pair, (
+              queueing.tensor_ttft_s(r, c['d'], c['k']),
+              queueing.pipeline_ttft_s(r, c['d'])), strict=True)]
   rows = [
       both('D, s', lambda c: f'{c["d"]:.3f}', paper=None),
       both('K', lambda c: f'{c["k"]:.2f}', paper=None),
@@ -261,7 +212,8 @@ def figure4(options):
           c, 'intra', rates, 4.0), paper='above 1'),
       both('inter-op TTFT at 4.5/s, s', lambda c: _at(
           c, 'inter', rates, 4.5), paper='below 0.7'),
-      ('worst dot against its equation', None, None, f'{worst:.1%}')]
+      ('simulated dots whose 95 % holds their equation', None, None,
+       f'{sum(dots)} of {len(dots)}')]
   return {'rows': rows, 'columns': (
       'paper', "D, K of the paper's figure", 'D, K of the profile'),
           'rates': rates, 'curves': curves, 'why': 'Column 3: D '
@@ -273,31 +225,6 @@ def figure4(options):
 def _at(curve, name, rates, rate):
   value = curve[name][int(np.argmin([abs(r - rate) for r in rates]))]
   return '-' if math.isnan(value) else f'{value:.2f}'
-
-
-def draw4(data, figure):
-  for axes, (name, curve) in zip(figure.subplots(1, 2, sharey=True),
-                                 data['curves'].items(), strict=True):
-    for at, (which, colour) in enumerate((('intra', 'tab:orange'),
-                                          ('inter', 'tab:blue'))):
-      axes.plot(data['rates'], curve[which], color=colour,
-                label=f'{which}-op, Eq. {3 - at}')
-      r, means, halves = zip(*((r, *pair[at]) for r, *pair in curve['dots']),
-                             strict=True)
-      axes.errorbar(r, means, halves, fmt='o', color=colour, capsize=3,
-                    ms=4, label='simulated, 95 %')
-    if name == 'paper':
-      axes.plot(*paper.FIG4['intra'], '^', color='black',
-                label='paper: intra-op is above')
-      axes.plot(*paper.FIG4['inter'], 'v', color='black',
-                label='paper: inter-op is below')
-    axes.axvline(curve['crossover'], color='grey', ls='--', lw=1)
-    axes.set_ylim(0, 1.5)
-    axes.legend(fontsize=8)
-    tidy(axes, ("Fig. 4, D and K of the paper's figure" if name == 'paper'
-                else 'D and K of the released profile')
-         + f': {curve["d"]:.2f} s, {curve["k"]:.2f}', 'requests/s',
-         'mean TTFT, s')
 
 
 # --- Figure 5 ----------------------------------------------------------------
@@ -334,27 +261,6 @@ def figure5(options):
           'curves': data, 'why': 'Inter-op: a micro-batch of '
           '128 for every stage, so throughput is n x 128 / step. The profile '
           'stops at tp 4; the roofline leaves out all overhead.'}
-
-
-def draw5(data, figure):
-  left, right = figure.subplots(1, 2)
-  for name, found in data['curves'].items():
-    source, kind = name.split()
-    style = ('-o' if source == 'profile' else ':s')
-    colour = 'tab:orange' if kind == 'intra' else 'tab:blue'
-    for axes, at in ((left, 0), (right, 1)):
-      axes.plot(list(found), [v[at] for v in found.values()], style,
-                color=colour, ms=4, label=f'{kind}-op, {source}')
-  left.plot(list(paper.FIG5_INTRA_MS), paper.FIG5_INTRA_MS.values(), 'k^',
-            label='paper, intra-op')
-  for mark, (kind, x) in zip('v^', paper.FIG5_TOKENS.items(), strict=True):
-    right.plot(list(x), x.values(), f'k{mark}', label=f'paper, {kind}-op')
-  for axes, title, y in ((left, 'latency of a step', 'ms'),
-                         (right, 'throughput', 'tokens/s')):
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.25)
-    axes.legend(fontsize=8, ncols=2, loc='upper left')
-    tidy(axes, f'Fig. 5: {title}, OPT-13B decode, batch 128, input 256',
-         'GPUs', y)
 
 
 # --- Figure 10 ---------------------------------------------------------------
@@ -402,47 +308,6 @@ def figure10(options):
           'not its end; paper rules charge nothing.'}
 
 
-def draw10(data, figure):
-  left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-  names = {'paper': 'rules', 'ours': 'ours'}
-  colours = dict(zip(STAGES, ('#fdd0a2', 'tab:orange', 'tab:red', '#9ecae1',
-                              'tab:blue'), strict=True))
-  x = np.arange(len(data['rates']))
-  for at, who in enumerate(('published', 'paper', 'ours')):
-    below = np.zeros(len(x))
-    for stage in STAGES:
-      values = []
-      for rate in data['rates']:
-        if who == 'published':
-          a, b, c = paper.FIG10[rate]
-          values.append({'prefill_queue': a, 'prefill': b, 'decode_queue': c,
-                         'migrate': 0, 'decode': 100 - a - b - c}[stage])
-        else:
-          values.append(data['shares'][f'{who} {rate}'][stage])
-      left.bar(x + 0.28 * (at - 1), values, 0.26, below,
-               color=colours[stage],
-               label=stage.replace('_', ' ') if at == 0 else None)
-      below += values
-    for i in x:
-      left.text(i + 0.28 * (at - 1), 101, names.get(who, 'paper'), fontsize=6,
-                ha='center', rotation=45)
-  left.set_xticks(x, data['rates'])
-  figure.legend(*left.get_legend_handles_labels(), fontsize=8, ncols=5,
-                loc='outside lower left')
-  left.set_ylim(0, 112)
-  tidy(left, 'Fig. 10a: where a request spends its time, OPT-175B',
-       'requests/s per device', '% of time')
-  for name, values in (('9 links', data['kv']),
-                       ('one link, with waiting', data['copies'])):
-    right.plot([1e3 * v for v in values],
-               np.linspace(0, 100, len(values)), label=f'ours, {name}')
-  right.plot([1e3 * k for k in paper.FIG10_CDF], paper.FIG10_CDF.values(),
-             'k^', label='paper')
-  right.set_xscale('log')
-  right.legend(fontsize=8)
-  tidy(right, 'Fig. 10b: KV transfer time', 'ms', '% of requests')
-
-
 # --- Figure 12 ---------------------------------------------------------------
 
 
@@ -481,19 +346,7 @@ def figure12(options):
           f'draft. A search above {limit_s} s is the last of its kind.'}
 
 
-def draw12(data, figure):
-  axes = figure.subplots()
-  axes.plot(list(paper.FIG12), paper.FIG12.values(), 'k--^',
-            label="paper's draft, 96 cores, seconds")
-  for name, found in data['found'].items():
-    axes.plot(list(found), [v[0] for v in found.values()], '-o',
-              label=f'ours, {name}, CPU seconds')
-  axes.set_xscale('log', base=2)
-  axes.set_yscale('log')
-  axes.legend()
-  tidy(axes, 'Fig. 12: time of a placement search, OPT-13B', 'GPUs', 's')
-
-
-FIGURES = {'1': (figure1, draw1), '3': (figure3, draw3), '4':
-           (figure4, draw4), '5': (figure5, draw5), '10':
-           (figure10, draw10), '12': (figure12, draw12)}
+FIGURES = {'1': (figure1, drawings.draw1), '3': (figure3, drawings.draw3),
+           '4': (figure4, drawings.draw4), '5': (figure5, drawings.draw5),
+           '10': (figure10, drawings.draw10),
+           '12': (figure12, drawings.draw12)}
