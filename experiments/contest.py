@@ -160,13 +160,13 @@ def records(one, make, rate_per_device, n):
 
 
 def count(rules, one, rate_per_device, slo, per_gpu):
-  """Requests of a run: the paper's, or ten lifetimes and 600 or more."""
+  """Requests of a run: the paper's, or ten lifetimes, from 400 to 1,500."""
   if rules.name == 'paper':
     n = per_gpu * one.devices
   else:
     life_s = max(slo.ttft_s, 200 * slo.tpot_s)
-    n = max(600, math.ceil(10 * life_s * rate_per_device * one.devices))
-  return min(n, 120 if rules.quick else 3000)
+    n = max(400, math.ceil(10 * life_s * rate_per_device * one.devices))
+  return min(n, 120 if rules.quick else 1500)
 
 
 def steady(rules, found):
@@ -207,7 +207,7 @@ def apart(found, slo):
   return min(([metrics.attains(r, x) for r in found] for x in only), key=sum)
 
 
-def best_rate(rules, one, make, slo, per_gpu, start=0.5, ratio=1.05):
+def best_rate(rules, one, make, slo, per_gpu, start=0.5, ratio=1.08):
   """(goodput, low, high) per device; paper's rules have no interval."""
   def hits_at(rate, n):
     n = count(rules, one, rate, slo, per_gpu)

@@ -245,9 +245,9 @@ def _searched(options, name):
                                    options.lengths_dir)
   ask = contest.problem(
       case.model, case.slo, make, longest, (1.1, 1.0), nodes, devices,
-      requests=50 if options.quick else 150,
-      most_requests=50 if options.quick else 600,
-      tolerance=1.0 if options.quick else 0.15)
+      requests=50 if options.quick else 100,
+      most_requests=50 if options.quick else 300,
+      tolerance=1.0 if options.quick else 0.25)
   allowed, known = {Plan(*p) for p in plans}, ask.latency_of
   ask = dataclasses.replace(
       ask, latency_of=lambda p: known(p) if p in allowed else None)

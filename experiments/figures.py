@@ -181,7 +181,7 @@ def speedup4():
 def figure4(options):
   rates, curves = np.linspace(.1, 5, 50).tolist(), {}
   fitted = fit4(paper.FIG4['crossover_per_s'], *paper.FIG4['intra'])
-  n = 1000 if options.quick else 8000
+  n = 1000 if options.quick else 5000
   for name, (d, k) in (('paper', fitted), ('profile', speedup4())):
     options.tell(f"{name}'s constants")
     dots = []
@@ -326,7 +326,7 @@ def _seconds(options, algorithm, devices):
 
 
 def figure12(options):
-  limit_s = 5 if options.quick else 60
+  limit_s = 5 if options.quick else 20
   found = {}
   for name, algorithm in (('algorithm 1', placement.high_affinity),
                           ('algorithm 2', placement.low_affinity)):

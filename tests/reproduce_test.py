@@ -135,7 +135,7 @@ def test_run_sizes():
   assert contest.count(Rules('paper'), one, 2.0, CASE.slo, 100) == 300
   # 6 requests/s for ten times 200 tokens of 0.1 s.
   assert contest.count(Rules('ours'), one, 2.0, CASE.slo, 100) == 1200
-  assert contest.count(Rules('ours'), one, .01, CASE.slo, 100) == 600
+  assert contest.count(Rules('ours'), one, .01, CASE.slo, 100) == 400
   assert contest.count(Rules('ours', quick=True), one, 2.0, CASE.slo,
                        100) == 120
 
