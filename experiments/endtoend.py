@@ -167,8 +167,8 @@ def figure11(options):
   return {'rows': rows, 'curves': curves, 'why': 'Objectives of the script: '
           '0.4 s and 0.1 s. The published values are a draft of April 2024, '
           'from before the factors. With equal constants the searched '
-          'colocated plan stands for vLLM++: what remains is the gain of '
-          'disaggregation.'}
+          'colocated plan stands for vLLM++: what remains between it '
+          'and DistServe is the gain, or loss, of disaggregation.'}
 
 
 # --- tables ------------------------------------------------------------------

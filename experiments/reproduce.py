@@ -11,6 +11,7 @@ released for A100s; nothing here ran on a GPU. --quick takes seconds and its
 figures say little. Ctrl-C keeps what is finished.
 """
 
+import io
 import json
 import math
 import pathlib
@@ -21,6 +22,7 @@ from typing import NamedTuple
 
 from absl import app, flags
 from matplotlib.figure import Figure
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -88,7 +90,10 @@ def save(out, name, data, draw):
   """NAME.json and NAME.png."""
   figure = Figure(figsize=(11, 4), layout='constrained')
   draw(data, figure)
-  figure.savefig(out / f'{name}.png', dpi=80, pil_kwargs={'optimize': True})
+  picture = io.BytesIO()
+  figure.savefig(picture, dpi=80)
+  Image.open(picture).convert('RGB').quantize(48).save(
+      out / f'{name}.png', optimize=True)
   (out / f'{name}.json').write_text(json.dumps(_plain(data), indent=1) + '\n')
 
 
