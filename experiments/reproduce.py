@@ -1,0 +1,147 @@
+"""The paper's figures and tables beside ours.
+
+  python -m experiments.reproduce --figure=all --out=out/reproduce
+
+Prints for each a table (paper | paper rules | ours | why they differ) and
+writes FIGURE.png and FIGURE.json. The published values are in
+experiments.paper, the two sets of rules in experiments.contest, the figures
+in experiments.figures (1, 3, 4, 5, 10, 12) and experiments.endtoend (8, 9,
+11, tables 2 and 3). Everything is simulated on the constants that DistServe
+released for A100s; nothing here ran on a GPU. --quick takes seconds and its
+figures say little. Ctrl-C keeps what is finished.
+"""
+
+import io
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from absl import app, flags
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from dsjax.base import InputError, require
+from experiments import endtoend, figures
+
+FIGURES = {k: (figures.FIGURES | endtoend.FIGURES)[k] for k in (
+    '1', '3', '4', '5', '8', '9', '10', '11', '12', 'table2', 'table3')}
+
+
+class Options(NamedTuple):
+  """What a figure is asked: see the flags."""
+
+  seed: int
+  quick: bool
+  lengths_dir: pathlib.Path
+  validate: pathlib.Path | None
+  tell: Callable = print
+
+
+def define_flags():
+  flags.DEFINE_string('figure', 'all', f"'all', or of {', '.join(FIGURES)}; "
+                      'several with commas.')
+  flags.DEFINE_bool('quick', False, 'Seconds each; says little.')
+  flags.DEFINE_string('out', 'out/reproduce', 'Folder for the files.')
+  flags.DEFINE_integer('seed', 0, 'Of the workloads.', lower_bound=0)
+  flags.DEFINE_string('lengths', '../shared/traces/lengths', 'Folder with '
+                      'sharegpt_lengths_distserve.csv; a mixture is used '
+                      'where it is not there.')
+  flags.DEFINE_string('validate', 'out/validate/summary.json', 'What '
+                      'experiments.validate wrote, for table2.')
+
+
+def names_of(text):
+  """The figures that --figure names.
+
+  Raises:
+    InputError.
+  """
+  names = list(FIGURES) if text == 'all' else text.split(',')
+  for name in names:
+    require(name in FIGURES, '--figure', name,
+            f"'all', or of {', '.join(FIGURES)}")
+  return names
+
+
+def _cell(value):
+  return '-' if value is None else str(value)
+
+
+def show(console, name, data, took_s):
+  """The table of a figure and why it differs from the paper's."""
+  title = name if name.startswith('table') else f'figure {name}'
+  out = Table(title=f'{title}  ({took_s:.0f} s)', title_justify='left')
+  out.add_column('')
+  for column in data.get('columns', ('paper', 'paper rules', 'ours')):
+    out.add_column(column, justify='right')
+  for row in data['rows']:
+    out.add_row(*map(_cell, row))
+  console.print(out)
+  console.print(f'Why they differ: {data["why"]}\n', highlight=False)
+
+
+def save(out, name, data, draw):
+  """NAME.json and NAME.png."""
+  figure = Figure(figsize=(11, 4), layout='constrained')
+  draw(data, figure)
+  picture = io.BytesIO()
+  figure.savefig(picture, dpi=80)
+  Image.open(picture).convert('RGB').quantize(48).save(
+      out / f'{name}.png', optimize=True)
+  (out / f'{name}.json').write_text(json.dumps(_plain(data), indent=1) + '\n')
+
+
+def _plain(value):
+  """value with None for what JSON has no number for."""
+  if isinstance(value, dict):
+    return {str(k): _plain(v) for k, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_plain(v) for v in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
+def _main(console):
+  values = flags.FLAGS
+  names, out = names_of(values.figure), pathlib.Path(values.out)
+  require(not out.exists() or out.is_dir(), '--out', values.out, 'a folder')
+  out.mkdir(parents=True, exist_ok=True)
+  options = Options(values.seed, values.quick, pathlib.Path(values.lengths),
+                    pathlib.Path(values.validate))
+  done = []
+  try:
+    for name in names:
+      start = time.perf_counter()
+      with console.status(f'{name}') as status:
+        def tell(text, name=name, status=status, start=start):
+          status.update(f'{name}: {text} '
+                        f'({time.perf_counter() - start:.0f} s)')
+        compute, draw = FIGURES[name]
+        data = compute(options._replace(tell=tell))
+      save(out, name, data, draw)
+      show(console, name, data, time.perf_counter() - start)
+      done.append(name)
+  except KeyboardInterrupt:
+    console.print('Stopped; what is finished stays.')
+  console.print(f'Written to {out}: ' + ', '.join(
+      f'{n}.png {n}.json' for n in done), soft_wrap=True)
+
+
+def main(_):
+  try:
+    _main(Console())
+  except InputError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == '__main__':
+  define_flags()
+  app.run(main)
