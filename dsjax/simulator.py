@@ -13,7 +13,9 @@ What orchestrator.py does, and what this models of it:
 - An instance runs its commands in order, through `pp` stages, each with a
   queue without bound before it. A command enters stage 1 when that is free
   and the tokens it starts from have left the last stage.
-- A migration takes its link for itself and is dispatched like a command.
+- A migration takes its link for itself and is dispatched like a command. Its
+  pages are written behind what its target had in flight then, as the steps
+  there own the cache in turn (measured: experiments/LOG.md, 2026-11-24).
 - Arrivals of one moment are told together (Arrived.more). At one moment
   arrivals come first, then copies, then steps, as in a poll.
 - Nothing is known of EOS: every request runs to its max_tokens, which is
@@ -334,6 +336,7 @@ class _Run:
     done_s = start_s + self.link.migrate_s(c.num_tokens)
     self.links.update(dict.fromkeys(keys, done_s))
     self.link_s += done_s - start_s
+    done_s = max(done_s, *self.instances[c.target].free_s)
     heapq.heappush(self.heap, (done_s, _MIGRATED, c.id, c.epoch,
                                base.Migrated(done_s, c.id, c.epoch)))
 
