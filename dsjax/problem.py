@@ -218,7 +218,9 @@ def build(problem, placement, chunk_tokens=None, aligned=False):
   """What simulates a placement: (scheduler.Config, latencies, link).
 
   Prefill batches stop at batch_tokens, or at chunk_tokens where that is
-  given (it must be for a chunked placement).
+  given (it must be for a chunked placement). Where prompts and decode share
+  an instance one command is in flight, not two: a prompt waits for less, which
+  there is worth more than the host time that it shows.
 
   Raises:
     InputError: a plan does not fit, or nobody has measured it.
@@ -235,8 +237,9 @@ def build(problem, placement, chunk_tokens=None, aligned=False):
             'a plan whose weights and one sequence fit in the memory')
     instances.append(found)
     late.append(seconds)
-  return (scheduler.Config(tuple(instances), problem.max_len), late,
-          link_of(problem, aligned))
+  config = scheduler.Config(tuple(instances), problem.max_len,
+                            depth=2 if placement.prefill else 1)
+  return config, late, link_of(problem, aligned)
 
 
 def batch_tokens(problem, seconds):

@@ -29,6 +29,7 @@ from dsjax import (
     workload,
     zoo,
 )
+from dsjax import problem as problems
 from dsjax.base import InputError, Placement, Plan
 from experiments import setting
 
@@ -136,7 +137,7 @@ def system(rules, ask, label, where, chunk=None):
   config, late, link = placement.build(ask, where, chunk, aligned=True)
   released = rules.name == 'paper'
   if released:
-    link = placement.Instant()
+    link = problems.Instant()
   changes = dict(num_pages=AMPLE, max_seqs=1024, prefill_seqs=128,
                  prefill_tokens=8192) if released else dict(
                      prefill_tokens=ask.max_len)

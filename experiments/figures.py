@@ -20,6 +20,7 @@ from dsjax import (
     simulator,
     zoo,
 )
+from dsjax import problem as problems
 from dsjax.base import STAGES, InstanceConfig, Placement, Plan, Slo
 from experiments import contest, drawings, paper
 from experiments.contest import Rules
@@ -51,8 +52,8 @@ def _alone(rules, ask, phase):
     return one._replace(devices=1, config=config, latencies=one.latencies[:1])
   ample = InstanceConfig('prefill', contest.AMPLE, 16, 4096, ask.max_len, 32)
   config = scheduler.Config((ample, decode), ask.max_len)
-  return one._replace(devices=1, config=config, link=placement.Instant(),
-                      latencies=[placement.Instant(), one.latencies[1]])
+  return one._replace(devices=1, config=config, link=problems.Instant(),
+                      latencies=[problems.Instant(), one.latencies[1]])
 
 
 def figure1(options):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dsjax import base, placement
+from dsjax import base
 from dsjax.base import Plan, Record, Slo
 from experiments import contest, endtoend, figures, paper, reproduce
 from experiments.contest import Rules
@@ -120,7 +120,7 @@ def test_constants_of_the_two_rules():
 def test_paper_rules_lift_memory_and_transfers():
   one = contest.system(Rules('paper'), ask(), 'x', CASE.placement)
   assert {i.num_pages for i in one.config.instances} == {contest.AMPLE}
-  assert isinstance(one.link, placement.Instant) and one.devices == 3
+  assert isinstance(one.link, problems.Instant) and one.devices == 3
   ours = contest.system(Rules('ours'), ask(), 'x', CASE.placement)
   prefill, decode = ours.config.instances
   assert prefill.num_pages > decode.num_pages > 0
