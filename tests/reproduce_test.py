@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from dsjax import base
+from dsjax import problem as problems
 from dsjax.base import Plan, Record, Slo
 from experiments import contest, endtoend, figures, paper, reproduce
 from experiments.contest import Rules
