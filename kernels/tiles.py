@@ -6,13 +6,25 @@ import jax.numpy as jnp
 NEVER = -1e30  # finite, so that a fully masked tile gives no NaN
 
 
-def pick(impl, impls):
-  """The named implementation, or the platform's (here: always XLA)."""
+IMPLS = ('xla', 'pallas', 'pallas_interpret')
+
+
+def pick(impl, platform=None):
+  """The implementation to use: the named one, or the platform's.
+
+  Args:
+    impl: one of IMPLS, or None: 'pallas' on a GPU, 'xla' elsewhere.
+    platform: of the devices that run it; None: the default one's.
+
+  Raises:
+    ValueError: impl is unknown.
+  """
   if impl is None:
-    impl = 'xla'
-  if impl not in impls:
-    raise ValueError(f'impl={impl!r}: must be None or one of {sorted(impls)}')
-  return impls[impl]
+    gpu = (platform or jax.default_backend()) in ('gpu', 'cuda')
+    return 'pallas' if gpu else 'xla'
+  if impl not in IMPLS:
+    raise ValueError(f'impl={impl!r}: must be None or one of {IMPLS}')
+  return impl
 
 
 def gather(x_KPCH, scale_KPC, table_Bm):
