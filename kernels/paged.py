@@ -35,9 +35,11 @@ DEVICES = (Device('A100', 108, 166912), Device('H100', 132, 232448),
 def device(kind=None):
   """The Device of a device_kind; the smallest where it is not known.
 
-  kind: None for the default device's.
+  kind: None for that of the mesh in context, or of the default device.
   """
-  kind = jax.devices()[0].device_kind if kind is None else kind
+  if kind is None:
+    target = jax.sharding.get_abstract_mesh().abstract_device
+    kind = (target or jax.devices()[0]).device_kind
   return next((d for d in DEVICES if d.name in kind), DEVICES[0])
 
 
