@@ -41,7 +41,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / 'tests' / 'goldens' / 'aot.json'
 # model -> tensor parallelism of prefill and of decode.
 PLANS = {'llama-3-8b': (2, 4), 'llama-3-70b': (4, 4), 'opt-13b': (1, 2),
-         'opt-66b': (4, 2)}
+         'opt-66b': (4, 4)}
 GPUS = {'h100': 'sm_90a', 'a100': 'sm_80'}
 KERNELS = ('prefill_attention', 'decode_attention', 'kv_write', 'pack',
            'unpack')
