@@ -9,6 +9,7 @@ the largest value in all. 1e-5 as in attention_test.
 """
 
 import dataclasses
+import importlib.util
 import inspect
 import types
 
@@ -20,6 +21,7 @@ import pytest
 from dsjax.kernels import decode_attention as decode
 from dsjax.kernels import paged, tiles
 from dsjax.kernels import prefill_attention as prefill
+from tests import gpu
 
 REACH = 4  # pages of the longest table, at least
 NOWHERE = 2**30
@@ -299,6 +301,15 @@ def test_the_platform_picks():
   assert tiles.pick(None, 'gpu') == tiles.pick('pallas', 'cpu') == 'pallas'
 
 
+def test_without_triton_none_is_xla_and_a_name_is_an_error(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.warns(UserWarning, match='no Triton lowering'):
+    assert tiles.pick(None, 'gpu') == 'xla'
+  assert tiles.pick(None, 'cpu') == tiles.pick('xla') == 'xla'
+  with pytest.raises(ValueError, match="impl='pallas': this JAX has no"):
+    tiles.pick('pallas')
+
+
 # --- lowering for CUDA -------------------------------------------------------
 
 
@@ -321,8 +332,7 @@ def lower(args, impl='pallas', **options):
             prefill.prefill_attention(q, k, v, table, start_A, len_B, impl,
                                       **named))
 
-  return jax.jit(both).trace(*args).lower(
-      lowering_platforms=('cuda',)).as_text()
+  return gpu.lower(jax.jit(both), *args)
 
 
 @pytest.mark.parametrize('shape', [
