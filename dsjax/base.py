@@ -449,7 +449,9 @@ class EngineConfig:
       every token and kv head); None for dtype. decode_kv_dtype: the same for
       the decode role; None for kv_dtype.
     checksum: compare a checksum of the KV on both sides of every migration.
-    attention: implementation name, or None to choose by platform.
+    attention: implementation of attention and of what reads and writes
+      pages: 'xla', 'pallas' (GPU kernels) or 'pallas_interpret' (the same
+      kernels interpreted on CPU, slowly); None to choose by platform.
   """
 
   max_len: int = 1024
@@ -491,6 +493,9 @@ class EngineConfig:
       require(value in (None, 'float32', 'bfloat16', 'int8'),
               f'EngineConfig.{field}', value,
               "None, 'float32', 'bfloat16' or 'int8'")
+    require(self.attention in (None, 'xla', 'pallas', 'pallas_interpret'),
+            'EngineConfig.attention', self.attention,
+            "None, 'xla', 'pallas' or 'pallas_interpret'")
 
   def kv_dtype_of(self, role):
     """The dtype of the KV cache of an instance in this role."""

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsjax.kernels import shapes
+from dsjax.kernels.kv_write import quantize
+from dsjax.kernels.page_copy import pack, unpack
 
 
 @flax.struct.dataclass
@@ -50,22 +51,6 @@ def bytes_per_token(config, dtype, num_layers):
       config.head_dim * dtype.itemsize + scale)
 
 
-def quantize(x):
-  """x[..., H] as int8 and its scale[...]: x is about int8 * scale."""
-  x = x.astype(jnp.float32)
-  scale = jnp.max(jnp.abs(x), -1) / 127
-  safe = jnp.where(scale > 0, scale, 1.0)
-  return jnp.round(x / safe[..., None]).astype(jnp.int8), scale
-
-
-def write(x_KPCH, new_SKH, page_S, offset_S):
-  """Puts token s into page page_S[s] at offset_S[s]; page P drops it."""
-  shapes.check(x_KPCH=x_KPCH, new_SKH=new_SKH, page_S=page_S,
-               offset_S=offset_S)
-  return x_KPCH.at[:, page_S, offset_S].set(
-      new_SKH.swapaxes(0, 1).astype(x_KPCH.dtype), mode='drop')
-
-
 def by_layer(cache):
   """[(k_KPCH, v_KPCH)] of a cache's layers, with their scales if int8."""
   parts = (cache.k_KPCH, cache.v_KPCH, cache.k_scale_KPC, cache.v_scale_KPC)
@@ -77,35 +62,21 @@ def from_layers(layers):
   return Cache(*zip(*layers, strict=True))
 
 
-def write_layer(held, k_SKH, v_SKH, page_S, offset_S):
-  """`write` of keys and values into one layer as by_layer gives it."""
-  if len(held) == 2:
-    return tuple(write(x, new, page_S, offset_S)
-                 for x, new in zip(held, (k_SKH, v_SKH), strict=True))
-  parts = [quantize(k_SKH), quantize(v_SKH)]
-  return (*(write(x, new, page_S, offset_S)
-            for x, (new, _) in zip(held, parts, strict=False)),
-          *(x.at[:, page_S, offset_S].set(scale_SK.T, mode='drop')
-            for x, (_, scale_SK) in zip(held[2:], parts, strict=True)))
-
-
-def gather_pages(cache, page_m, page_size=None, dtype=None):
+def gather_pages(cache, page_m, page_size=None, dtype=None, impl=None):
   """Pages page_m of every layer, as another cache would hold them.
 
   Args:
     page_size, dtype: of the cache they go to; this one's by default. The
       tokens of m pages must fill a whole number of its pages.
+    impl: of page_copy.pack.
 
   Returns:
     a Cache of [K, m * C // page_size, page_size, H] and scales.
   """
   target = jnp.dtype(dtype or cache.k_KPCH[0].dtype)
 
-  def pages(x_KPC):  # flat rows: a gather of blocks is twice as slow on CPU
-    K, P, *rest = x_KPC.shape
-    flat = x_KPC.reshape(K, P, -1).at[:, page_m].get(
-        mode='promise_in_bounds', wrap_negative_indices=False)
-    return flat.reshape(K, page_m.shape[0], *rest)
+  def pages(x_KPC):
+    return pack(x_KPC, page_m, impl)
 
   def part(arrays, scales):
     out, out_scales = [], []
@@ -129,23 +100,14 @@ def gather_pages(cache, page_m, page_size=None, dtype=None):
   return Cache(keys, values, k_scales, v_scales)
 
 
-def scatter_pages(cache, page_m, pages):
+def scatter_pages(cache, page_m, pages, impl=None):
   """Writes `pages` (as gathered) to page_m; ids of P, all last, are dropped.
 
-  A loop of whole-page updates in place: XLA's CPU scatter of blocks goes
-  element by element.
+  impl: of page_copy.unpack.
   """
-  page_m = jnp.asarray(page_m)
-
-  def one(x_KPC, new_KmC):
-    def put(i, x_KPC):
-      page_K1C = jax.lax.dynamic_slice_in_dim(new_KmC, i, 1, 1)
-      return jax.lax.dynamic_update_slice_in_dim(
-          x_KPC, page_K1C.astype(x_KPC.dtype), page_m[i], 1)
-    live = jnp.sum(page_m < x_KPC.shape[1])
-    return jax.lax.fori_loop(0, live, put, x_KPC)
-
-  return jax.tree.map(one, cache, pages)
+  return jax.tree.map(
+      lambda x_KPC, new_KmC: unpack(x_KPC, page_m, new_KmC, impl), cache,
+      pages)
 
 
 def checksum(pages, kv_head_K, first_layer, start, stop):

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from dsjax import base, model, pages, sampling, sharding
 from dsjax import cache as kv
+from dsjax.kernels import tiles
 from dsjax.orbax_file import Stored
 
 
@@ -36,7 +37,7 @@ class Shapes(NamedTuple):
   max_len: int
   dtype: str
   kv_dtype: str
-  attention: str | None
+  attention: str
 
   @property
   def model(self):
@@ -114,11 +115,18 @@ def make_step(shapes, kind, size=0):
     return slots.replace(tokens_ET=slots.tokens_ET.at[slot_R, pos_R].set(
         token_R, mode='drop'))
 
+  heads, every = moved.spec, whole.spec
+
   def gather(cache, page_m):
-    return kv.gather_pages(cache, page_m, *size)
+    return sharding.shard_map(
+        s.mesh, lambda cache, page_m: kv.gather_pages(
+            cache, page_m, *size, impl=s.attention),
+        (heads, every), heads)(cache, page_m)
 
   def scatter(cache, page_m, pages):
-    return kv.scatter_pages(cache, page_m, pages), page_m + 1
+    return sharding.shard_map(
+        s.mesh, lambda *args: kv.scatter_pages(*args, impl=s.attention),
+        (heads, every, heads), heads)(cache, page_m, pages), page_m + 1
 
   def checksum(pages, start, stop):
     heads = s.layout.kv_heads
@@ -150,9 +158,14 @@ def stage_shapes(config, meshes, role, engine_config, limits):
   """The Shapes of each stage of an instance."""
   c = engine_config
   layout = sharding.cut(config, meshes[0].size)
+  platform = meshes[0].devices.flat[0].platform
+  attention = tiles.pick(c.attention, platform)
+  base.require(attention != 'pallas' or platform in ('gpu', 'cuda'),
+               'EngineConfig.attention', attention,
+               f"None, 'xla' or 'pallas_interpret' on a {platform}")
   return [Shapes(layout, span, mesh, limits.num_pages, limits.page_size,
                  c.max_seqs, c.max_len, c.dtype, c.kv_dtype_of(role),
-                 c.attention)
+                 attention)
           for span, mesh in zip(sharding.spans(config.num_layers, len(meshes)),
                                 meshes, strict=True)]
 

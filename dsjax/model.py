@@ -18,8 +18,12 @@ from dsjax import cache as kv
 from dsjax import sampling, sharding
 from dsjax.kernels import shapes, tiles
 from dsjax.kernels.decode_attention import decode_attention
+from dsjax.kernels.kv_write import kv_write, rotary
 from dsjax.kernels.prefill_attention import prefill_attention
 
+# How arrays are cut over heads: a layer's KV; [S, N, H] and [S, K, H]; not.
+HELD, HEADS, WHOLE = (PartitionSpec(sharding.AXIS),
+                      PartitionSpec(None, sharding.AXIS), PartitionSpec())
 SMALL = 16  # tokens up to which a product reads W first
 ACTIVATIONS = {
     'silu': jax.nn.silu, 'relu': jax.nn.relu,
@@ -98,13 +102,6 @@ def norm(config, leaves, name, x_SD):
   return rms_norm(x_SD, gain_D, config.norm_eps)
 
 
-def rotary(x_SNH, cos_S1H, sin_S1H):
-  """Rotates pairs (h, h + H/2) by the position's angles."""
-  left, right = jnp.split(x_SNH.astype(jnp.float32), 2, -1)
-  turned = jnp.concatenate((-right, left), -1)
-  return (x_SNH * cos_S1H + turned * sin_S1H).astype(x_SNH.dtype)
-
-
 def stretch(scaling, rate_h):
   """Rotary frequencies scaled for a longer context (Llama 3.1 reference).
 
@@ -133,7 +130,10 @@ def angles(config, pos_S, window=0):
 
 
 def attention_inputs(config, layer, x_SD, turn):
-  """Queries, keys and values of hidden states; turn: angles, or None."""
+  """Queries, keys and values of hidden states; turn: angles, or None.
+
+  Keys are not rotated yet: that is done as they are written.
+  """
   h_SD = norm(config, layer, 'attn_norm', x_SD)
   q_SNH = project(layer['q_NHD'], h_SD)
   k_SKH = project(layer['k_KHD'], h_SD)
@@ -146,7 +146,7 @@ def attention_inputs(config, layer, x_SD, turn):
     q_SNH = rms_norm(q_SNH, layer['q_norm_H'], config.norm_eps)
     k_SKH = rms_norm(k_SKH, layer['k_norm_H'], config.norm_eps)
   if turn is not None:
-    q_SNH, k_SKH = rotary(q_SNH, *turn), rotary(k_SKH, *turn)
+    q_SNH = rotary(q_SNH, *turn)
   return q_SNH, k_SKH, v_SKH
 
 
@@ -230,17 +230,18 @@ def embed(config, params, token_S, pos_S):
 
 
 def run_layers(config, layers, first, cache, x_SD, pos_S, page_S, attend,
-               mesh=None):
+               mesh=None, impl=None):
   """Hidden states after `layers`, the ones from layer `first` on.
 
-  attend(layer, q_SNH, k_KPCH, v_KPCH, *scales) -> o_SNH is the only thing in
-  which prefill and decode differ; it may ask for the window of `layer`, and
-  layers of equal windows may all come as one of them. cache holds just these
-  layers; an int8 one has scales.
+  attend(layer, q_SNH, *held) -> o_SNH, held being what by_layer gives of the
+  layer, is the only thing in which prefill and decode differ; it may ask for
+  the window of `layer`, and layers of equal windows may all come as one of
+  them. cache holds just these layers.
   page_S: the page of each token, P to drop it.
 
   Args:
     mesh: what parameters are sharded over; None where they are whole.
+    impl: of kv_write.
 
   Returns:
     (x_SD, cache).
@@ -249,13 +250,16 @@ def run_layers(config, layers, first, cache, x_SD, pos_S, page_S, attend,
   turns = {window: angles(config, pos_S, window)
            if config.positions == 'rope' else None for window in windows}
   offset_S = pos_S % cache.k_KPCH[0].shape[2]
+  write = sharding.shard_map(
+      mesh, functools.partial(kv_write, impl=impl),
+      (HELD, HEADS, HEADS, WHOLE, WHOLE, WHOLE), HELD)
 
   # Traced and lowered once for all layers alike.
   @functools.partial(jax.jit, static_argnames='like')
   def block(x_SD, layer, held, like):
-    q_SNH, k_SKH, v_SKH = attention_inputs(config, layer, x_SD,
-                                           turns[config.window(like)])
-    held = kv.write_layer(held, k_SKH, v_SKH, page_S, offset_S)
+    turn = turns[config.window(like)]
+    q_SNH, k_SKH, v_SKH = attention_inputs(config, layer, x_SD, turn)
+    held = write(held, k_SKH, v_SKH, page_S, offset_S, turn)
     o_SNH = attend(like, q_SNH, *held)
     o_DI = layer['o_DNH'].reshape(config.d_model, -1)
     y_SD = project(o_DI, o_SNH.reshape(o_SNH.shape[0], -1))
@@ -292,11 +296,24 @@ def head(config, params, x_RD):
   return jnp.where(real_V[None, :], logits_RV, -jnp.inf)
 
 
-def options(config, layer, k_scale_KPC=None, v_scale_KPC=None):
-  """What both attention operators are told about a layer."""
-  return dict(scale=config.attn_scale, softcap=config.attn_softcap,
-              window=config.window(layer), k_scale_KPC=k_scale_KPC,
-              v_scale_KPC=v_scale_KPC)
+def attention(op, config, impl, mesh, *where):
+  """run_layers' attend: op on every shard's heads.
+
+  where: what op takes after keys and values.
+  """
+  def attend(layer, q_SNH, *held):
+    def one(q_SNH, held, *where):
+      k_KPCH, v_KPCH, *scales = held
+      k_scale_KPC, v_scale_KPC = scales or (None, None)
+      return op(q_SNH, k_KPCH, v_KPCH, *where, impl, scale=config.attn_scale,
+                softcap=config.attn_softcap, window=config.window(layer),
+                k_scale_KPC=k_scale_KPC, v_scale_KPC=v_scale_KPC)
+
+    return sharding.shard_map(
+        mesh, one, (HEADS, HELD, *(WHOLE for _ in where)), HEADS)(
+            q_SNH, held, *where)
+
+  return attend
 
 
 def page_of(table_BM, row_S, pos_S, live_S, page_size, num_pages):
@@ -327,9 +344,8 @@ def decode_step(config, params, cache, slots, rows, need, impl=None,
   x_BD, cache = run_layers(
       config, params['layers'], span[0], cache, x_BD, rows.pos_B,
       _row_pages(rows, P, C),
-      lambda layer, q, k, v, *scales: decode_attention(
-          q, k, v, rows.table_BM, rows.pos_B + 1, impl,
-          **options(config, layer, *scales)), mesh)
+      attention(decode_attention, config, impl, mesh, rows.table_BM,
+                rows.pos_B + 1), mesh, impl)
   if span[1] < config.num_layers:
     return cache, x_BD
   slots, out = sampling.sample(
@@ -363,23 +379,18 @@ def prefill_step(config, params, cache, slots, packed, size, need, rows=None,
   pos_S = jnp.where(live_S, pos_S, 0)
   page_S = page_of(packed.table_BM, seq_S, pos_S, live_S, C, P)
 
-  def attend(layer, q_SNH, k_KPCH, v_KPCH, *scales):
-    return prefill_attention(q_SNH, k_KPCH, v_KPCH, packed.table_BM,
-                             packed.start_A, packed.pos_B, impl,
-                             **options(config, layer, *scales))
-
+  attend = attention(prefill_attention, config, impl, mesh, packed.table_BM,
+                     packed.start_A, packed.pos_B)
   B = 0
   if rows is not None:
     B = rows.pos_B.shape[0]
     page_S = jnp.concatenate((_row_pages(rows, P, C), page_S))
-    attend_packed = attend
+    parts = attention(decode_attention, config, impl, mesh, rows.table_BM,
+                      rows.pos_B + 1), attend
 
-    def attend(layer, q_SNH, k_KPCH, v_KPCH, *scales):
-      o_BNH = decode_attention(q_SNH[:B], k_KPCH, v_KPCH, rows.table_BM,
-                               rows.pos_B + 1, impl,
-                               **options(config, layer, *scales))
-      o_SNH = attend_packed(layer, q_SNH[B:], k_KPCH, v_KPCH, *scales)
-      return jnp.concatenate((o_BNH, o_SNH))
+    def attend(layer, q_SNH, *held):
+      return jnp.concatenate([part(layer, q, *held) for part, q in zip(
+          parts, (q_SNH[:B], q_SNH[B:]), strict=True)])
 
   if x_SD is None:
     token_S = slots.tokens_ET[packed.slot_B[seq_S], pos_S]
@@ -390,7 +401,7 @@ def prefill_step(config, params, cache, slots, packed, size, need, rows=None,
   if x_SD is None:
     x_SD = embed(config, params, token_S, pos_S)
   x_SD, cache = run_layers(config, params['layers'], span[0], cache, x_SD,
-                           pos_S, page_S, attend, mesh)
+                           pos_S, page_S, attend, mesh, impl)
   if span[1] < config.num_layers:
     return cache, x_SD
   num_slots = slots.tokens_ET.shape[0]

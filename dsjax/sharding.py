@@ -207,3 +207,14 @@ def kv(mesh):
 def whole(mesh):
   """Replicated."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def shard_map(mesh, op, in_specs, out_specs):
+  """op on each shard's part of its arguments; itself where nothing is cut.
+
+  For what XLA cannot cut by itself (Pallas kernels). It must not communicate.
+  """
+  if mesh is None or mesh.size == 1:
+    return op
+  return jax.shard_map(op, mesh=mesh, in_specs=in_specs, out_specs=out_specs,
+                       check_vma=False)

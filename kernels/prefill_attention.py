@@ -1,17 +1,62 @@
 """Causal attention of packed prompt chunks over their paged KV."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
-from dsjax.kernels import shapes, tiles
+from dsjax.kernels import paged, shapes, tiles
 
 BLOCK = 64  # queries a block
 TILE = 128  # keys a tile
 
 
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+  """How the kernel cuts its work.
+
+  block_rows: rows of a program's products: the query heads of one kv head
+  for as many consecutive tokens of one sequence as fit. block_tokens: keys
+  it reads at a time. num_warps of a program; num_stages: tiles in flight.
+  """
+
+  block_rows: int = 64
+  block_tokens: int = 64
+  num_warps: int = 4
+  num_stages: int = 2
+
+  def check(self, q_SNH, k_KPCH, limits):
+    """Raises ValueError unless it suits the arrays and a paged.Device."""
+    paged.check(self, 'block_rows', q_SNH.shape[2], k_KPCH.dtype.itemsize,
+                limits)
+    group = q_SNH.shape[1] // k_KPCH.shape[0]
+    if self.block_rows < group:
+      raise ValueError(f'TuningConfig.block_rows={self.block_rows}: must be '
+                       f'{group} or more, the query heads of a kv head')
+
+
+def heuristic(q_SNH, k_KPCH, limits):
+  """A TuningConfig from the floor of bytes.
+
+  Rows reuse each key and value that a program reads: 128 of them for heads
+  of up to 128, what the registers hold for wider ones and for float32, which
+  no tensor core multiplies exactly. Tiles leave room for two programs on a
+  core.
+  """
+  H, group = q_SNH.shape[2], q_SNH.shape[1] // k_KPCH.shape[0]
+  exact = paged.compute_dtype(q_SNH.dtype, k_KPCH.dtype) == jnp.float32
+  rows = max(32 if exact else 128 if H <= 128 else 64, paged.power(group))
+  most = max(1024 // rows, paged.LEAST) if exact else 64
+  size = paged.fit_tokens(H, k_KPCH.dtype.itemsize, 2,
+                          limits.shared_bytes // 2)
+  return TuningConfig(rows, min(size, most), 8 if rows * H >= 8192 else 4)
+
+
 def prefill_attention(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B,
                       impl=None, *, scale=None, softcap=0.0, window=0,
-                      k_scale_KPC=None, v_scale_KPC=None):
+                      k_scale_KPC=None, v_scale_KPC=None, config=None):
   """Each query attends to its sequence's tokens up to its own position.
 
   o = softmax(scale q k^T) v. Sequence b's queries are
@@ -22,18 +67,20 @@ def prefill_attention(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B,
   back as garbage.
 
   Args:
-    impl: 'xla', or None to choose by platform.
+    impl: 'xla', 'pallas', 'pallas_interpret', or None to choose by platform.
     scale: of q k^T; None for 1 / sqrt(H).
     softcap: scores s become softcap tanh(s / softcap); 0 for none.
     k_scale_KPC, v_scale_KPC: what int8 keys and values are multiplied by.
     window: a query at position p sees p - window + 1 to p; 0 for all. A
       block of queries reads nothing before its first one's window.
+    config: a TuningConfig of the kernel; None for the heuristic's.
 
   Returns:
     o_SNH in q's dtype; float32 inside.
 
   Raises:
-    ValueError: shapes disagree, or impl is unknown.
+    ValueError: shapes disagree, impl is unknown or not available, or config
+      does not suit shapes or device.
   """
   shapes.check(q_SNH=q_SNH, k_KPCH=k_KPCH, table_BM=table_BM, pos_B=pos_B)
   shapes.check(k_KPCH=k_KPCH, v_KPCH=v_KPCH, start_A=start_A)
@@ -42,10 +89,82 @@ def prefill_attention(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B,
   if k_scale_KPC is not None:
     shapes.check(k_KPCH=k_KPCH, k_scale_KPC=k_scale_KPC,
                  v_scale_KPC=v_scale_KPC)
-  return tiles.pick(impl, {'xla': reference})(
-      q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B,
-      q_SNH.shape[-1]**-0.5 if scale is None else scale, softcap, window,
-      k_scale_KPC, v_scale_KPC)
+  op, options = reference, {}
+  if (impl := tiles.pick(impl)) != 'xla':
+    op, options = kernel, dict(interpret=impl != 'pallas', config=config)
+  return op(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B,
+            q_SNH.shape[-1]**-0.5 if scale is None else scale, softcap,
+            window, k_scale_KPC, v_scale_KPC, **options)
+
+
+def kernel(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B, scale, softcap,
+           window, k_scale_KPC, v_scale_KPC, interpret=False, config=None):
+  """The Pallas kernel: a program has one block of one sequence's queries.
+
+  It reads the tokens that some query of the block sees and no others. There
+  are programs for the most blocks that S tokens of B sequences can make;
+  those past the last block do nothing.
+  """
+  S, N, H = q_SNH.shape
+  K, limits = k_KPCH.shape[0], paged.device()
+  config = config or heuristic(q_SNH, k_KPCH, limits)
+  config.check(q_SNH, k_KPCH, limits)
+  paged.check_heads(H, interpret)
+  each = config.block_rows // (N // K)
+  most = (S + pos_B.shape[0] * (each - 1)) // each
+  scales = () if k_scale_KPC is None else (k_scale_KPC, v_scale_KPC)
+  return paged.call(
+      functools.partial(_program, config, scale, softcap, window, N // K),
+      (most, K), jax.ShapeDtypeStruct(q_SNH.shape, q_SNH.dtype), config,
+      interpret, 'prefill_attention')(
+          q_SNH, table_BM, start_A, pos_B, *cut(start_A, each, most), k_KPCH,
+          v_KPCH, *scales)
+
+
+def cut(start_A, each, most):
+  """Packed sequences in blocks of `each` tokens, `most` (J) blocks.
+
+  Returns:
+    (seq_J, first_J): whose block it is, and its first token in it. For a
+    block past the last one that is no token of the sequence.
+  """
+  count_B = start_A[1:] - start_A[:-1]
+  blocks_B = (count_B + each - 1) // each
+  ends_B, at_J = jnp.cumsum(blocks_B), jnp.arange(most)
+  seq_J = jnp.searchsorted(ends_B, at_J, side='right', method='compare_all')
+  seq_J = jnp.minimum(seq_J, count_B.shape[0] - 1).astype(jnp.int32)
+  return seq_J, (at_J - (ends_B - blocks_B)[seq_J]) * each
+
+
+def _program(config, scale, softcap, window, group, q_ref, table_ref,
+             start_ref, pos_ref, seq_ref, first_ref, *refs):
+  *kv, o_ref = refs
+  j, head = pl.program_id(0), pl.program_id(1)
+  b, first = seq_ref[j], first_ref[j]
+  start, pos = start_ref[b], pos_ref[b]
+  count = start_ref[b + 1] - start
+  each = config.block_rows // group
+  dtype = paged.compute_dtype(q_ref.dtype, kv[0].dtype)
+
+  @pl.when(first < count)
+  def _():
+    row_R = jnp.minimum(jnp.arange(config.block_rows), each * group - 1)
+    token_R = jnp.minimum(first + jax.lax.div(row_R, group), count - 1)
+    row_R = head * group + jax.lax.rem(row_R, group)
+    pos_R = pos + token_R
+
+    def visible(t_T):
+      back_RT = pos_R[:, None] - t_T[None, :]
+      ok_RT = back_RT >= 0
+      return ok_RT & (back_RT < window) if window else ok_RT
+
+    _, total_R, out = paged.attend(
+        [q.astype(dtype) for q in paged.load(q_ref, start + token_R, row_R)],
+        jnp.maximum(pos + first + 1 - window, 0) if window else 0,
+        pos + jnp.minimum(first + each, count), visible, (kv, head),
+        (table_ref, b), config.block_tokens, scale, softcap)
+    paged.store(o_ref, [o / total_R[:, None] for o in out], start + token_R,
+                row_R)
 
 
 def reference(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B, scale, softcap,

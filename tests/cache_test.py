@@ -34,40 +34,6 @@ def test_init_is_zeros_a_layer_each(dtype):
     assert x.shape == (K, P, C, H) and x.dtype == dtype and not x.any()
 
 
-def test_write_puts_each_token_in_its_place_and_nothing_else():
-  old, new = normal(K, P, C, H), normal(3, K, H, seed=1)
-  page, offset = np.array([4, 0, 4]), np.array([3, 0, 1])
-  want = old.copy()
-  for s in range(3):
-    want[:, page[s], offset[s]] = new[s]
-  got = jax.jit(kv.write)(old, new, page, offset)
-  np.testing.assert_array_equal(got, want)
-
-
-def test_write_to_page_P_is_dropped():
-  old, new = normal(K, P, C, H), normal(3, K, H, seed=1)
-  page, offset = np.array([P, 2, P]), np.array([0, 1, C - 1])
-  got = jax.jit(kv.write)(old, new, page, offset)
-  want = old.copy()
-  want[:, 2, 1] = new[1]
-  np.testing.assert_array_equal(got, want)
-
-
-def test_write_converts_to_the_cache_dtype():
-  old = jnp.zeros((K, P, C, H), jnp.bfloat16)
-  new = normal(1, K, H)
-  got = kv.write(old, new, np.array([1]), np.array([2]))
-  assert got.dtype == jnp.bfloat16
-  np.testing.assert_array_equal(got[:, 1, 2],
-                                jnp.asarray(new[0], jnp.bfloat16))
-
-
-def test_write_checks_shapes():
-  with pytest.raises(ValueError, match='offset_S: S is 2, but 3 in new_SKH'):
-    kv.write(jnp.zeros((K, P, C, H)), jnp.zeros((3, K, H)),
-             jnp.zeros(3, jnp.int32), jnp.zeros(2, jnp.int32))
-
-
 def test_gather_reads_pages_in_the_asked_order():
   cache = filled()
   pages = kv.gather_pages(cache, np.array([3, 0, 3]))

@@ -167,11 +167,13 @@ def test_stages_of_layers_are_all_of_them(name):
   whole, split = (Run(config, params, tokens, 1) for _ in range(2))
   traced = []
 
-  def attend(layer, q, k, v):
+  op = model.attention(prefill_attention, config, None, None,
+                       jnp.asarray(whole.table_BM[:1]),
+                       jnp.array([0, len(tokens)]), jnp.array([0]))
+
+  def attend(layer, q, *held):
     traced.append(config.window(layer))
-    return prefill_attention(q, k, v, jnp.asarray(whole.table_BM[:1]),
-                             jnp.array([0, len(tokens)]), jnp.array([0]),
-                             **model.options(config, layer))
+    return op(layer, q, *held)
 
   def stages(params, cache, cuts):
     x_SD = model.embed(config, params, i32(tokens), pos_S)

@@ -1,0 +1,195 @@
+"""What both attention kernels share: a block of queries over paged tokens.
+
+Pallas kernels on whole arrays, which interpret on CPU and compile for sm_80
+and newer through Triton. No load or store is masked. An index past the end is
+moved back to the last one that counts instead, so that nothing unused is ever
+read (not a page, not a page's tail, not a table's end), and the rows that only
+fill a block repeat its last row and store the same numbers over it.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from dsjax.kernels import tiles
+
+LOG2E = math.log2(math.e)
+LEAST = 16  # rows, columns and depth of a tensor core's product
+
+
+class Device(NamedTuple):
+  """Limits that a TuningConfig is checked against."""
+
+  name: str
+  cores: int  # streaming multiprocessors
+  shared_bytes: int  # shared memory that one program may use
+
+
+DEVICES = (Device('A100', 108, 166912), Device('H100', 132, 232448),
+           Device('H200', 132, 232448))
+
+
+def device(kind=None):
+  """The Device of a device_kind; the smallest where it is not known.
+
+  kind: None for that of the mesh in context, or of the default device.
+  """
+  if kind is None:
+    target = jax.sharding.get_abstract_mesh().abstract_device
+    kind = (target or jax.devices()[0]).device_kind
+  return next((d for d in DEVICES if d.name in kind), DEVICES[0])
+
+
+def power(size):
+  """The least power of two that is no less than size."""
+  return 1 << max(size - 1, 0).bit_length()
+
+
+def parts(size):
+  """size as powers of two, the only sizes Triton has: [(start, width)]."""
+  found, start = [], 0
+  while start < size:
+    width = 1 << ((size - start).bit_length() - 1)
+    found.append((start, width))
+    start += width
+  return found
+
+
+def fit_tokens(head_dim, k_bytes, stages, limit):
+  """Tokens a tile: the most, up to 128, whose keys and values fit in limit."""
+  tokens = 128
+  while tokens > LEAST and tile_bytes(tokens, head_dim, k_bytes,
+                                      stages) > limit:
+    tokens //= 2
+  return tokens
+
+
+def tile_bytes(tokens, head_dim, k_bytes, stages):
+  """Shared memory of `stages` tiles of keys and values in flight."""
+  return 2 * stages * tokens * head_dim * k_bytes
+
+
+def check(config, rows, head_dim, k_bytes, limits):
+  """Raises ValueError unless a TuningConfig suits the shapes and a Device.
+
+  rows: the field that says how many query rows a program has.
+  """
+  def need(ok, field, rule):
+    if not ok:
+      raise ValueError(f'TuningConfig.{field}={getattr(config, field)}: must '
+                       f'be {rule}')
+
+  for field in (rows, 'block_tokens'):
+    size = getattr(config, field)
+    need(size >= LEAST and size == power(size), field,
+         f'a power of two of {LEAST} or more')
+  need(config.num_warps in (1, 2, 4, 8, 16), 'num_warps', '1, 2, 4, 8 or 16')
+  need(config.num_stages >= 1, 'num_stages', '1 or more')
+  used = (tile_bytes(config.block_tokens, head_dim, k_bytes,
+                     config.num_stages)
+          + 2 * getattr(config, rows) * head_dim)
+  need(used <= limits.shared_bytes, 'block_tokens',
+       f'smaller, or num_stages: {used} bytes of shared memory are more than '
+       f'the {limits.shared_bytes} of {limits.name}')
+
+
+def check_heads(head_dim, interpret):
+  """Raises ValueError if Triton cannot compile heads of this width."""
+  if interpret:
+    return
+  if head_dim > 256 or any(w < LEAST for _, w in parts(head_dim)):
+    raise ValueError(f"impl='pallas': heads of {head_dim}; must be a multiple "
+                     f"of {LEAST}, 256 at most, or impl 'xla'")
+
+
+def call(kernel, grid, out_shape, config, interpret, name, aliases=None):
+  """pl.pallas_call on whole arrays, lowered through Triton.
+
+  config: has num_warps and num_stages. aliases: see input_output_aliases.
+  """
+  from jax.experimental.pallas import triton  # deprecated from jax 0.11 on
+  return pl.pallas_call(
+      kernel, grid=grid, out_shape=out_shape, interpret=interpret, name=name,
+      input_output_aliases=aliases or {},
+      compiler_params=triton.CompilerParams(
+          num_warps=config.num_warps, num_stages=config.num_stages))
+
+
+def compute_dtype(q_dtype, k_dtype):
+  """What products take: q's dtype, or a wider one where the KV's is."""
+  if jnp.issubdtype(k_dtype, jnp.integer):
+    return q_dtype
+  return jnp.promote_types(q_dtype, k_dtype)
+
+
+def load(ref, *index):
+  """The last axis of ref at this index, in parts."""
+  return [ref[(*index, pl.ds(*part))] for part in parts(ref.shape[-1])]
+
+
+def store(ref, parts_of_x, *index):
+  """The inverse of load."""
+  for part, x in zip(parts(ref.shape[-1]), parts_of_x, strict=True):
+    ref[(*index, pl.ds(*part))] = x.astype(ref.dtype)
+
+
+def dot(a, b, axis):
+  """a b summed over b's axis, float32; float32 inputs stay exact (no TF32)."""
+  exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+  return jax.lax.dot_general(a, b, (((1,), (axis,)), ((), ())),
+                             precision=exact,
+                             preferred_element_type=jnp.float32)
+
+
+def attend(q, token, tokens, visible, kv, table, size, scale, softcap):
+  """Online softmax of queries [R, H] over tokens [lo, hi) of one sequence.
+
+  Args:
+    q: parts of [R, H], in the dtype that products take.
+    token: lo. tokens: hi; none at all if it is not above lo.
+    visible: t_T -> ok_RT, or None for all of lo to hi.
+    kv: head -> refs of keys and values (and their scales), see `call`.
+    table: (ref, row).
+    size: tokens a tile, T.
+
+  Returns:
+    (top_R, total_R, parts of out_RH): the largest score, in powers of two;
+    the sum of 2^(score - top); the values weighted by it.
+  """
+  (k_ref, v_ref, *scales), head = kv
+  table_ref, row = table
+  R, C = q[0].shape[0], k_ref.shape[2]
+
+  def body(i, carry):
+    top_R, total_R, out = carry
+    at_T = token + i * size + jnp.arange(size)
+    t_T = jnp.minimum(at_T, tokens - 1)
+    page_T, offset_T = table_ref[row, jax.lax.div(t_T, C)], jax.lax.rem(t_T, C)
+    s_RT = sum(dot(a, b.astype(a.dtype), 1) for a, b in zip(
+        q, load(k_ref, head, page_T, offset_T), strict=True))
+    if scales:
+      s_RT *= scales[0][head, page_T, offset_T][None, :]
+    s_RT = tiles.cap(s_RT * scale, softcap) * LOG2E
+    ok_RT = jnp.broadcast_to((at_T < tokens)[None, :], (R, size))
+    if visible is not None:
+      ok_RT &= visible(at_T)
+    s_RT = jnp.where(ok_RT, s_RT, tiles.NEVER)
+    new_R = jnp.maximum(top_R, jnp.max(s_RT, 1))
+    p_RT = jnp.exp2(s_RT - new_R[:, None])
+    fix_R = jnp.exp2(top_R - new_R)
+    total_R = total_R * fix_R + jnp.sum(p_RT, 1)
+    if scales:
+      p_RT *= scales[1][head, page_T, offset_T][None, :]
+    p_RT = p_RT.astype(q[0].dtype)
+    out = [o * fix_R[:, None] + dot(p_RT, v.astype(p_RT.dtype), 0)
+           for o, v in zip(out, load(v_ref, head, page_T, offset_T),
+                           strict=True)]
+    return new_R, total_R, out
+
+  start = (jnp.full((R,), tiles.NEVER), jnp.zeros((R,)),
+           [jnp.zeros((R, width)) for _, width in parts(k_ref.shape[3])])
+  return jax.lax.fori_loop(
+      0, pl.cdiv(jnp.maximum(tokens - token, 0), size), body, start)

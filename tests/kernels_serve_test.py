@@ -1,0 +1,90 @@
+"""The interpreted kernels serve: the tokens are those of the dense pass."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from dsjax import base, checkpoint, sharding, zoo
+from dsjax.base import InputError, Placement, Plan
+from dsjax.engine import abstract_steps, make_step, stage_shapes
+from dsjax.orchestrator import serve
+from experiments import config as configs
+from tests import gpu, tiny
+
+CONFIG = tiny.UNTIED
+MODEL = checkpoint.Model(CONFIG, tiny.params(CONFIG))
+LIMITS = base.EngineConfig(
+    max_len=48, page_size=8, num_pages=12, max_seqs=2, prefill_tokens=32,
+    prefill_seqs=2, chunk_tokens=32, transfer_pages=1,
+    attention='pallas_interpret')
+
+
+def answers(placement, devices, limits=LIMITS):
+  prompts = [tiny.prompt(n) for n in (5, 9, 37)]  # 37: in two chunks
+  with serve(MODEL, placement, limits, devices=[
+      jax.devices()[i] for i in devices]) as server:
+    ids = [server.submit(p, max_tokens=4, ignore_eos=True) for p in prompts]
+    while not all(server.requests[id].finished for id in ids):
+      server.poll()
+    return prompts, [list(server.output(id).tokens) for id in ids]
+
+
+@pytest.mark.parametrize('placement, devices', [
+    (Placement(prefill=[Plan(2)], decode=[Plan(1)]), (4, 5, 1)),
+    (Placement(chunked=[Plan()]), (0,))], ids=('tp2_tp1', 'chunked'))
+def test_the_tokens_are_those_of_the_dense_pass(placement, devices):
+  prompts, got = answers(placement, devices)
+  assert got == [tiny.greedy(p, 4, CONFIG) for p in prompts]
+
+
+def test_the_setting_reaches_the_steps():
+  config = configs.override(configs.load('demo'), (
+      'engine.attention=pallas_interpret',))
+  mesh = Mesh(np.array(jax.devices()[:1]), (sharding.AXIS,))
+  shapes = [stage_shapes(CONFIG, [mesh], 'decode', c, c.instance('decode'))[0]
+            for c in (config.engine, base.EngineConfig())]
+  assert [s.attention for s in shapes] == ['pallas_interpret', 'xla']
+
+
+def test_an_unknown_attention_is_an_error_that_names_the_allowed():
+  with pytest.raises(InputError, match="EngineConfig.attention='flash': must "
+                     "be None, 'xla', 'pallas' or 'pallas_interpret'"):
+    base.EngineConfig(attention='flash')
+
+
+def test_gpu_kernels_on_cpu_are_an_error_before_anything_is_placed():
+  with pytest.raises(InputError, match="attention='pallas': must be None, "
+                     "'xla' or 'pallas_interpret' on a cpu"):
+    answers(Placement(colocated=[Plan()]), (0,), dataclasses.replace(
+        LIMITS, attention='pallas'))
+
+
+@pytest.mark.parametrize('kv_dtype', ['bfloat16', 'int8'])
+def test_every_step_lowers_for_cuda(kv_dtype):
+  config = dataclasses.replace(zoo.config('llama-3-8b'), num_layers=2)
+  limits = base.EngineConfig(num_pages=64, dtype='bfloat16', max_seqs=4,
+                             kv_dtype=kv_dtype)
+  mesh = Mesh(np.array(jax.devices()[:2]), (sharding.AXIS,))
+  calls = {}
+  for role in ('prefill', 'decode', 'chunked'):
+    instance = limits.instance(role)
+    shapes = stage_shapes(config, [mesh], role, limits, instance)[0]._replace(
+        attention='pallas')
+    for step, args in abstract_steps(shapes, instance):
+      text = gpu.lower(step, *args)
+      calls[role, step.__name__] = text.count('@__gpu$xla.gpu.triton')
+  cache, ids = args[1], jax.ShapeDtypeStruct((4,), np.int32)
+  gather = make_step(shapes, 'gather', (None, None))
+  pages = jax.eval_shape(gather, cache, ids)
+  for step, args in ((gather, (cache, ids)),
+                     (make_step(shapes, 'scatter'), (cache, ids, pages))):
+    calls[step.__name__] = gpu.lower(step, *args).count('@__gpu$xla.gpu.trit')
+  copied = len(jax.tree.leaves(cache))
+  # Once for all layers alike: a write and the attention of it (or both).
+  assert calls == {
+      ('prefill', 'prefill'): 2, ('decode', 'decode'): 2,
+      ('chunked', 'decode'): 2, ('chunked', 'prefill'): 3,
+      'gather': copied, 'scatter': copied}
