@@ -78,6 +78,10 @@ class Recorder:
     """Records in order of arrival, of running requests too."""
     return list(self._records.values())
 
+  def forget(self, id):
+    """Drops the record of a request that has ended, and returns it."""
+    return self._records.pop(id)
+
   def observe(self, event, commands):
     """Folds one event and the commands issued in answer to it.
 
