@@ -26,6 +26,7 @@ os.environ.setdefault('NPROC', '32')  # room for collectives of many devices
 
 import jax
 from absl import app, flags
+from absl import logging as absl_logging
 
 import dsjax
 from configs.serve import Serve
@@ -130,9 +131,13 @@ def run(name, settings, served_name, host, port, log_text, cache):
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unexpected: {" ".join(argv[1:])}')
-  logging.basicConfig(
-      format='%(asctime)s %(name)s %(message)s', level=logging.WARNING)
-  logging.getLogger('dsjax').setLevel(logging.INFO)
+  ours, lines = logging.getLogger('dsjax'), logging.StreamHandler()
+  lines.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
+  ours.addHandler(lines)
+  ours.setLevel(logging.INFO)
+  ours.propagate = False  # absl's own handler
+  if flags.FLAGS.verbosity <= 0:
+    absl_logging.set_verbosity(absl_logging.WARNING)
   try:
     f = {name: flag.value for name, flag in FLAGS.items()}
     sys.exit(run(f['config'], f['set'], f['name'], f['host'], f['port'],
