@@ -12,8 +12,12 @@ attainment and goodput are over all requests sent. A server that says 429 has
 rejected a request, one that hangs up has failed it.
 
 Token times are those of the chunks; where usage says that there were more
-tokens than chunks, each chunk stands for its share of them. Prints the tables
-of experiments.serve and writes records.jsonl, report.png and summary.json.
+tokens than chunks, each chunk stands for its share of them (ITL is then not to
+be read; --extra='{"stream_options": {"include_usage": true,
+"continuous_usage_stats": true}}' counts exactly where a server can). Prints
+the tables of experiments.serve and writes records.jsonl, report.png and
+summary.json.
+
 Exit codes: 0; 2 for bad input; 130 when stopped by Ctrl-C, which keeps what
 there is.
 """
@@ -28,7 +32,7 @@ import sys
 import time
 
 import httpx
-from absl import app, flags
+from absl import app, flags, logging
 from rich.console import Console, Group
 
 from configs.serve import PROMPTS
@@ -152,7 +156,7 @@ class Load:
       record.finish_s = self.now
 
   async def _read(self, answer, record):
-    times, count, reason = [], 0, None
+    times, count, reason, exact = [], 0, None, []
     async for event in events(answer):
       if 'error' in event:
         record.status, record.reason = 'failed', 'error in the stream'
@@ -161,6 +165,8 @@ class Load:
       if usage:
         count = usage['completion_tokens']
         record.prompt_len = usage['prompt_tokens']
+        if event.get('choices'):  # continuous_usage_stats
+          exact += [self.now] * (count - len(exact))
       for choice in event.get('choices', ()):
         delta = choice.get('delta') or {}
         text = choice.get('text', delta.get('content'))
@@ -168,7 +174,7 @@ class Load:
         if text is not None and not (not text and 'role' in delta):
           times.append(self.now)
         reason = choice.get('finish_reason') or reason
-    record.token_s = spread(times, count)
+    record.token_s = exact or spread(times, count)
     record.status = reason if reason in ('stop', 'length') else 'failed'
     if record.status == 'failed':
       record.reason = f'ended by {reason or "hanging up"}'
@@ -297,6 +303,8 @@ def run(f, console):
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unexpected: {" ".join(argv[1:])}')
+  if flags.FLAGS.verbosity <= 0:
+    logging.set_verbosity(logging.WARNING)  # not every request
   try:
     sys.exit(run({name: flag.value for name, flag in FLAGS.items()},
                  Console()))

@@ -87,6 +87,14 @@ def test_a_record_of_a_stream():
   assert 0 < record.ttft_s <= record.finish_s
 
 
+def test_usage_with_every_chunk_counts_exactly():
+  def counted(n):
+    return chunk('a') | {'usage': {'prompt_tokens': 5, 'completion_tokens': n}}
+  (record,), _ = ask(lambda _: (200, sse(counted(1), counted(6), *END)))
+  assert len(record.token_s) == 6
+  assert record.token_s[0] < record.token_s[1] == record.token_s[5]
+
+
 def test_a_role_without_text_is_no_token():
   def delta(**fields):
     return {'choices': [{'index': 0, 'delta': fields, 'finish_reason': None}]}
