@@ -301,7 +301,8 @@ class Sampling:
   log-probability of the chosen token and of that many most likely ones,
   taken from the raw logits. `stop` strings end the text before their first
   occurrence; `stop_token_ids` and the model's EOS end it at that token,
-  which is not part of the text.
+  which is not part of the text. What would end it within the first
+  `min_tokens` tokens is passed over (an EOS may be among them).
   """
 
   max_tokens: int | None = None
@@ -318,6 +319,7 @@ class Sampling:
   stop: tuple[str, ...] = ()
   stop_token_ids: tuple[int, ...] = ()
   ignore_eos: bool = False
+  min_tokens: int = 0
 
   def __post_init__(self):
     bias = self.logit_bias
@@ -356,6 +358,8 @@ class Sampling:
         ('stop_token_ids', lambda v: all(_integer(0, 2**31 - 1)(t)
                                          for t in v), 'token ids'),
         ('ignore_eos', lambda v: isinstance(v, bool), 'True or False'),
+        ('min_tokens', lambda v: _integer(0, self.max_tokens or inf)(v),
+         'an integer from 0 to max_tokens'),
     )
     for field, test, allowed in tests:
       value = getattr(self, field)

@@ -109,6 +109,10 @@ class Recorder:
       life.tell()
     return list(self._records.values())
 
+  def forget(self, id):
+    """Drops the record of a request that has ended, and returns it."""
+    return self._records.pop(id)
+
   def observe(self, event, commands):
     """Folds one event and the commands issued in answer to it.
 

@@ -65,9 +65,12 @@ class _Live:
   def push(self, token):
     """Takes the next token; True when the request ends with it."""
     self.tokens.append(token)
-    self.ended = token in self.ends
+    may_end = len(self.tokens) >= self.request.sampling.min_tokens
+    self.ended = token in self.ends and may_end
     if not self.ended and self.stream:
-      text, hit = self.stops.push(self.stream.push(token))
+      text, hit = self.stream.push(token), False
+      if may_end:
+        text, hit = self.stops.push(text)
       self.pieces.append(text)
       self.ended = hit
     if self.ended or len(self.tokens) == self.request.sampling.max_tokens:
@@ -96,14 +99,15 @@ class Orchestrator:
 
   Attributes:
     records: a Record a request, in order of arrival.
-    log: (event, commands) pairs of the whole run.
+    log: (event, commands) pairs, of the whole run unless keep_events.
+    observers: functions called with each (event, commands).
     copied_bytes, copy_s: what migrations moved and the seconds they took,
       from dispatch to completion, summed.
     host_s, steps: host seconds of polls that found work; device steps done.
   """
 
   def __init__(self, model, placement, config=None, devices=None,
-               report=None):
+               report=None, keep_events=None):
     """Builds and warms up every instance.
 
     Args:
@@ -113,6 +117,7 @@ class Orchestrator:
       devices: where; jax.devices() by default.
       report: called with (done, total, name) as each step is compiled; a
         progress bar by default.
+      keep_events: how many of the newest events `log` keeps; None: all.
 
     Raises:
       InputError: the placement or the config cannot be served.
@@ -143,7 +148,10 @@ class Orchestrator:
         self._warm(lambda done, total, name: bar.update(
             task, completed=done, total=total, description=name))
     self.state = scheduler.init(self.plan)
-    self.recorder, self.log = metrics.Recorder(), []
+    self.recorder = metrics.Recorder()
+    self.log = [] if keep_events is None else collections.deque(
+        maxlen=keep_events)
+    self.observers = []
     self.live, self.requests, self.seen = {}, {}, set()
     self.running = [collections.deque() for _ in roles]
     self.transfers = []
@@ -247,7 +255,7 @@ class Orchestrator:
 
     more: another one follows at once (see base.Arrived).
     """
-    self._check(request)
+    self._check_new(request)
     ends = set(request.sampling.stop_token_ids)
     if not request.sampling.ignore_eos:
       ends.update(self.model.config.eos_ids)
@@ -259,14 +267,22 @@ class Orchestrator:
                              len(request.prompt), request.sampling.max_tokens,
                              more))
 
-  def _check(self, request):
+  def _check_new(self, request):
     """Raises InputError unless the request can be queued here."""
-    size, params = self.model.config.vocab_size, request.sampling
     base.require(not self.closed, 'server', 'closed', 'open')
     base.require(request.id not in self.seen, 'Request.id', request.id,
                  'new to this server')
-    base.require(_are_ids(request.prompt, size), 'Request.prompt',
-                 request.prompt, f'token ids in [0, {size}), not empty')
+    self.check(request.prompt, request.sampling)
+
+  def check(self, prompt, params):
+    """Raises InputError unless these ids and this Sampling suit the model.
+
+    Whether they fit is the scheduler's to say (scheduler.never_fits). Reads
+    nothing that changes: any thread may ask.
+    """
+    size = self.model.config.vocab_size
+    base.require(_are_ids(prompt, size), 'Request.prompt', prompt,
+                 f'token ids in [0, {size}), not empty')
     base.require(params.max_tokens is not None, 'Sampling.max_tokens', None,
                  'set in a workload')
     base.require(all(t < size for t, _ in params.logit_bias),
@@ -284,6 +300,12 @@ class Orchestrator:
     record = next(r for r in reversed(self.records) if r.id == id)
     return Output(id, ''.join(live.pieces), tuple(live.tokens), live.reason,
                   record, tuple(live.logprobs))
+
+  def forget(self, id):
+    """Drops all memory of a request that has ended; returns its Record."""
+    self.requests.pop(id)
+    self.seen.discard(id)
+    return self.recorder.forget(id)
 
   def generate(self, prompt, **params):
     """Serves one request to its end: an Output."""
@@ -321,7 +343,7 @@ class Orchestrator:
     todo = collections.deque(sorted(requests, key=lambda r: r.arrival_s))
     counts = collections.Counter(r.id for r in todo)
     for request in todo:
-      self._check(request)
+      self._check_new(request)
       base.require(counts[request.id] == 1, 'Request.id', request.id,
                    'different for each request')
     start = self.now
@@ -419,6 +441,8 @@ class Orchestrator:
     self.state, commands = scheduler.step(self.plan, self.state, event)
     self.log.append((event, commands))
     self.recorder.observe(event, commands)
+    for observe in self.observers:
+      observe(event, commands)
     with jax.transfer_guard('disallow'):
       for command in commands:
         _PERFORM[type(command)](self, command)

@@ -1,0 +1,318 @@
+"""Sends a workload to any OpenAI-compatible server and reports latencies.
+
+  python -m experiments.load --url=http://localhost:8000 --rate=2 --num=60 \
+    --ttft=1.5 --tpot=0.15 --out=out/load
+
+Open loop: requests leave at their arrival times whatever has been answered,
+and TTFT counts from that time, so a client that falls behind makes the server
+look worse, not better (how far it fell behind is printed). Prompts are those
+of --prompts (as chat turns, or with --kind=completion as texts), or, with
+--lengths, ids without meaning of a trace's lengths. Errors count as misses:
+attainment and goodput are over all requests sent. A server that says 429 has
+rejected a request, one that hangs up has failed it.
+
+Token times are those of the chunks; where usage says that there were more
+tokens than chunks, each chunk stands for its share of them (ITL is then not to
+be read; --extra='{"stream_options": {"include_usage": true,
+"continuous_usage_stats": true}}' counts exactly where a server can). Prints
+the tables of experiments.serve and writes records.jsonl, report.png and
+summary.json.
+
+Exit codes: 0; 2 for bad input; 130 when stopped by Ctrl-C, which keeps what
+there is.
+"""
+
+import asyncio
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import time
+
+import httpx
+from absl import app, flags, logging
+from rich.console import Console, Group
+
+from configs.serve import PROMPTS
+from dsjax import base, metrics, workload
+from experiments import report
+
+FLAGS = None  # once run as a program
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A request to send. body: its JSON. prompt_len: tokens, 0 if unknown."""
+
+  id: int
+  arrival_s: float
+  path: str
+  body: dict
+  prompt_len: int
+
+
+def jobs(kind, model, arrivals_s, prompts=(), entries=(), max_tokens=64,
+         seed=0, vocab=1000, extra=None):
+  """A Job for each arrival time.
+
+  Args:
+    kind: 'chat' or 'completion'.
+    prompts: workload.Prompts, gone round again when there are more arrivals.
+    entries: lengths instead, drawn by `seed`: ids below `vocab` (in a chat:
+      as many short words), answers of exactly the output length.
+    extra: fields added to every body.
+
+  Raises:
+    InputError.
+  """
+  base.require(kind in ('chat', 'completion'), '--kind', kind,
+               "'chat' or 'completion'")
+  found, lengths = [], None
+  if entries:
+    lengths, _ = workload.from_lengths(entries, len(arrivals_s), arrivals_s,
+                                       vocab, seed)
+  for i, arrival_s in enumerate(arrivals_s):
+    body = {'model': model, 'stream': True, 'stream_options': {
+        'include_usage': True}, 'max_tokens': max_tokens, 'seed': seed + i}
+    if lengths:
+      ids, size = lengths[i].prompt, len(lengths[i].prompt)
+      body |= {'max_tokens': lengths[i].sampling.max_tokens,
+               'ignore_eos': True}
+      text = ' '.join('a' if t % 2 else 'b' for t in ids)
+      messages = [{'role': 'user', 'content': text}]
+      prompt = list(ids)
+    else:
+      p, size = prompts[i % len(prompts)], 0
+      messages = list(p.messages or [{'role': 'user', 'content': p.text}])
+      prompt = p.text or '\n'.join(m['content'] for m in messages)
+      body['max_tokens'] = p.max_tokens or max_tokens
+    body |= {'messages': messages} if kind == 'chat' else {'prompt': prompt}
+    path = '/v1/chat/completions' if kind == 'chat' else '/v1/completions'
+    found.append(Job(i, arrival_s, path, body | (extra or {}), size))
+  return found
+
+
+# --- sending ----------------------------------------------------------------
+
+
+async def events(response):
+  """Yields the JSON of a stream's events, up to [DONE]."""
+  async for line in response.aiter_lines():
+    if line.startswith('data:'):
+      data = line[5:].strip()
+      if data == '[DONE]':
+        return
+      yield json.loads(data)
+
+
+def spread(times, count):
+  """Token times: `count` tokens over the chunks that came at these times."""
+  if not times or count <= len(times):
+    return list(times)
+  return [times[i * len(times) // count] for i in range(count)]
+
+
+class Load:
+  """One run. records: a base.Record a job that was due, in seconds since
+  `start_s`; lag_s: how late each left."""
+
+  def __init__(self, client):
+    self.client, self.records, self.lag_s = client, [], []
+    self.start_s = time.perf_counter()
+
+  @property
+  def now(self):
+    return time.perf_counter() - self.start_s
+
+  async def run(self, todo, on_sent=None):
+    """Sends every job at its time and awaits all answers."""
+    async with asyncio.TaskGroup() as group:
+      for job in sorted(todo, key=lambda j: j.arrival_s):
+        await asyncio.sleep(max(0.0, job.arrival_s - self.now))
+        self.lag_s.append(self.now - job.arrival_s)
+        record = base.Record(job.id, job.arrival_s, job.prompt_len,
+                             job.body['max_tokens'])
+        self.records.append(record)
+        group.create_task(self.send(job, record))
+        if on_sent:
+          on_sent(self)
+
+  async def send(self, job, record):
+    """Sends one job and fills its record; errors end in it too."""
+    try:
+      async with self.client.stream('POST', job.path, json=job.body) as answer:
+        if answer.status_code != 200:
+          await answer.aread()
+          record.status = 'rejected'
+          record.reason = f'HTTP {answer.status_code}'
+        else:
+          await self._read(answer, record)
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError,
+            TypeError, AttributeError) as error:
+      record.status, record.reason = 'failed', type(error).__name__
+    finally:
+      record.finish_s = self.now
+
+  async def _read(self, answer, record):
+    times, count, reason, exact = [], 0, None, []
+    async for event in events(answer):
+      if 'error' in event:
+        record.status, record.reason = 'failed', 'error in the stream'
+        return
+      usage = event.get('usage')
+      if usage:
+        count = usage['completion_tokens']
+        record.prompt_len = usage['prompt_tokens']
+        if event.get('choices'):  # continuous_usage_stats
+          exact += [self.now] * (count - len(exact))
+      for choice in event.get('choices', ()):
+        delta = choice.get('delta') or {}
+        text = choice.get('text', delta.get('content'))
+        # Many servers name the role, with an empty text, before any token.
+        if text is not None and not (not text and 'role' in delta):
+          times.append(self.now)
+        reason = choice.get('finish_reason') or reason
+    record.token_s = exact or spread(times, count)
+    record.status = reason if reason in ('stop', 'length') else 'failed'
+    if record.status == 'failed':
+      record.reason = f'ended by {reason or "hanging up"}'
+
+
+async def send_all(url, key, todo, timeout_s, on_sent=None, load=None):
+  """Sends jobs to a server: a Load. load: a list that gets it at once."""
+  headers = {'Authorization': f'Bearer {key}'} if key else {}
+  limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+  async with httpx.AsyncClient(base_url=url.removesuffix('/').removesuffix(
+      '/v1'), headers=headers, timeout=timeout_s, limits=limits) as client:
+    one = Load(client)
+    if load is not None:
+      load.append(one)
+    await one.run(todo, on_sent)
+  return one
+
+
+def find_model(url, key):
+  """The first model that a server lists.
+
+  Raises:
+    InputError: nobody answers there, or not in OpenAI's way.
+  """
+  headers = {'Authorization': f'Bearer {key}'} if key else {}
+  path = url.removesuffix('/').removesuffix('/v1') + '/v1/models'
+  try:
+    answer = httpx.get(path, headers=headers, timeout=10.0)
+    answer.raise_for_status()
+    return answer.json()['data'][0]['id']
+  except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError,
+          TypeError) as error:
+    raise base.InputError(f'--url={url}: {path} does not list a model: '
+                          f'{error}') from None
+
+
+# --- results ----------------------------------------------------------------
+
+
+def show(console, load, slo, num_devices, title, out=None):
+  """Prints the tables of a Load, and writes its files where out is given."""
+  summary = metrics.summarize(load.records, slo, num_devices)
+  compared = [('server', summary, {})]
+  tables = Group(*report.tables(compared).renderables[:2])
+  why = collections.Counter(r.reason for r in load.records if r.reason)
+  lag = metrics.percentiles(load.lag_s)
+  closing = ' '.join(filter(None, (
+      'Errors: ' + ', '.join(f'{n} {w}' for w, n in why.most_common()) + '.'
+      if why else '', f'Requests left {1e3 * lag[0]:.1f} ms late at p50, '
+      f'{1e3 * lag[2]:.1f} at p99.')))
+  console.print(title, tables, closing, sep='\n', soft_wrap=True)
+  if out:
+    out.mkdir(parents=True, exist_ok=True)
+    report.save_records(out / 'records.jsonl', load.records)
+    report.save_figure(out / 'report.png', [('server', load.records)], slo,
+                       title)
+    (out / 'summary.json').write_text(json.dumps(dataclasses.asdict(summary) | {
+        'errors': dict(why), 'lag_s': lag}, indent=1) + '\n')
+    console.print(f'Written to {out}: records.jsonl report.png summary.json')
+  return summary
+
+
+# --- command line -----------------------------------------------------------
+
+
+def define_flags():
+  """This program's flags."""
+  return {
+      'url': flags.DEFINE_string('url', 'http://127.0.0.1:8000', 'Server.'),
+      'model': flags.DEFINE_string('model', None, 'Default: its first.'),
+      'kind': flags.DEFINE_enum('kind', 'chat', ['chat', 'completion'], ''),
+      'prompts': flags.DEFINE_string('prompts', str(PROMPTS), 'A file.'),
+      'lengths': flags.DEFINE_string('lengths', None, 'A trace instead.'),
+      'vocab': flags.DEFINE_integer('vocab', 1000, 'Ids of --lengths are below '
+                                    'it.', lower_bound=1),
+      'arrivals': flags.DEFINE_enum('arrivals', 'poisson', workload.KINDS, ''),
+      'rate': flags.DEFINE_float('rate', 1.0, 'Requests a second.'),
+      'cv': flags.DEFINE_float('cv', 1.0, 'Of the gaps, gamma only.'),
+      'num': flags.DEFINE_integer('num', 24, 'Requests.', lower_bound=1),
+      'max_tokens': flags.DEFINE_integer('max_tokens', 64, 'Of an answer.',
+                                         lower_bound=1),
+      'seed': flags.DEFINE_integer('seed', 0, 'Of it all.', lower_bound=0),
+      'ttft': flags.DEFINE_float('ttft', 2.0, 'Objective, seconds.'),
+      'tpot': flags.DEFINE_float('tpot', 0.15, 'Objective, seconds.'),
+      'devices': flags.DEFINE_integer('devices', 1, 'That the server uses.',
+                                      lower_bound=1),
+      'timeout': flags.DEFINE_float('timeout', 600.0, 'Without a byte, s.',
+                                    lower_bound=0.1),
+      'extra': flags.DEFINE_string('extra', '{}', 'JSON added to each body.'),
+      'out': flags.DEFINE_string('out', None, 'Folder for the files.')}
+
+
+def run(f, console):
+  """Sends, shows and writes; returns the exit code. f: the flags' values."""
+  slo = base.Slo(f['ttft'], f['tpot'])
+  try:
+    extra = json.loads(f['extra'])
+  except ValueError:
+    extra = None
+  base.require(isinstance(extra, dict), '--extra', f['extra'], 'a JSON object')
+  entries = workload.read_lengths(f['lengths']) if f['lengths'] else ()
+  prompts = () if entries else workload.read_prompts(f['prompts'])
+  times = workload.arrivals(f['arrivals'], f['rate'], f['num'], f['seed'],
+                            f['cv'], entries or None)
+  key = os.environ.get('DSJAX_API_KEY') or os.environ.get('OPENAI_API_KEY')
+  model = f['model'] or find_model(f['url'], key)
+  todo = jobs(f['kind'], model, times, prompts, entries, f['max_tokens'],
+              f['seed'], f['vocab'], extra)
+  title = (f'{model} at {f["url"]}: {f["num"]} {f["kind"]} requests, '
+           f'{f["arrivals"]}, {f["rate"]:g} a second, seed {f["seed"]}')
+  found, stopped = [], False
+  with console.status('sending') as status:
+    try:
+      asyncio.run(send_all(f['url'], key, todo, f['timeout'], lambda load:
+                           status.update(f'{len(load.records)} sent'), found))
+    except KeyboardInterrupt:
+      stopped = True
+  if not found or not found[0].records:
+    console.print('Stopped before anything was sent: nothing to write.')
+    return 130
+  show(console, found[0], slo, f['devices'], title,
+       pathlib.Path(f['out']) if f['out'] else None)
+  return 130 if stopped else 0
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected: {" ".join(argv[1:])}')
+  if flags.FLAGS.verbosity <= 0:
+    logging.set_verbosity(logging.WARNING)  # not every request
+  try:
+    sys.exit(run({name: flag.value for name, flag in FLAGS.items()},
+                 Console()))
+  except (base.InputError, OSError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == '__main__':
+  FLAGS = define_flags()
+  app.run(main)
