@@ -102,7 +102,7 @@ def check_heads(head_dim, interpret):
     return
   if head_dim > 256 or any(w < LEAST for _, w in parts(head_dim)):
     raise ValueError(f"impl='pallas': heads of {head_dim}; must be a multiple "
-                     f'of {LEAST}, 256 at most')
+                     f"of {LEAST}, 256 at most, or impl 'xla'")
 
 
 def call(kernel, grid, out_shape, config, interpret, name, aliases=None):

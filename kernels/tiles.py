@@ -1,5 +1,8 @@
 """What both attention references share: page tiles and online softmax."""
 
+import importlib.util
+import warnings
+
 import jax
 import jax.numpy as jnp
 
@@ -13,18 +16,26 @@ def pick(impl, platform=None):
   """The implementation to use: the named one, or the platform's.
 
   Args:
-    impl: one of IMPLS, or None: 'pallas' on a GPU, 'xla' elsewhere.
+    impl: one of IMPLS, or None: 'pallas' on a GPU, 'xla' elsewhere, and where
+      JAX has no Triton lowering any more (a warning says so once).
     platform: of the devices that run it; None: the default one's.
 
   Raises:
-    ValueError: impl is unknown.
+    ValueError: impl is unknown, or this JAX does not have it.
   """
-  if impl is None:
-    gpu = (platform or jax.default_backend()) in ('gpu', 'cuda')
-    return 'pallas' if gpu else 'xla'
-  if impl not in IMPLS:
+  if impl not in (None, *IMPLS):
     raise ValueError(f'impl={impl!r}: must be None or one of {IMPLS}')
-  return impl
+  gpu = (platform or jax.default_backend()) in ('gpu', 'cuda')
+  if impl == 'xla' or impl is None and not gpu:
+    return 'xla'
+  if importlib.util.find_spec('jax.experimental.pallas.triton'):
+    return impl or 'pallas'
+  if impl is None:
+    warnings.warn('This JAX has no Triton lowering: attention runs in plain '
+                  'XLA.', stacklevel=2)
+    return 'xla'
+  raise ValueError(f'impl={impl!r}: this JAX has no jax.experimental.pallas.'
+                   "triton; must be None or 'xla'")
 
 
 def gather(x_KPCH, scale_KPC, table_Bm):

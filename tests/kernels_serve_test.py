@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from dsjax import base, checkpoint, sharding
+from dsjax import base, checkpoint, sharding, zoo
 from dsjax.base import InputError, Placement, Plan
-from dsjax.engine import stage_shapes
+from dsjax.engine import abstract_steps, make_step, stage_shapes
 from dsjax.orchestrator import serve
 from experiments import config as configs
-from tests import tiny
+from tests import gpu, tiny
 
 CONFIG = tiny.UNTIED
 MODEL = checkpoint.Model(CONFIG, tiny.params(CONFIG))
@@ -60,3 +60,31 @@ def test_gpu_kernels_on_cpu_are_an_error_before_anything_is_placed():
                      "'xla' or 'pallas_interpret' on a cpu"):
     answers(Placement(colocated=[Plan()]), (0,), dataclasses.replace(
         LIMITS, attention='pallas'))
+
+
+@pytest.mark.parametrize('kv_dtype', ['bfloat16', 'int8'])
+def test_every_step_lowers_for_cuda(kv_dtype):
+  config = dataclasses.replace(zoo.config('llama-3-8b'), num_layers=2)
+  limits = base.EngineConfig(num_pages=64, dtype='bfloat16', max_seqs=4,
+                             kv_dtype=kv_dtype)
+  mesh = Mesh(np.array(jax.devices()[:2]), (sharding.AXIS,))
+  calls = {}
+  for role in ('prefill', 'decode', 'chunked'):
+    instance = limits.instance(role)
+    shapes = stage_shapes(config, [mesh], role, limits, instance)[0]._replace(
+        attention='pallas')
+    for step, args in abstract_steps(shapes, instance):
+      text = gpu.lower(step, *args)
+      calls[role, step.__name__] = text.count('@__gpu$xla.gpu.triton')
+  cache, ids = args[1], jax.ShapeDtypeStruct((4,), np.int32)
+  gather = make_step(shapes, 'gather', (None, None))
+  pages = jax.eval_shape(gather, cache, ids)
+  for step, args in ((gather, (cache, ids)),
+                     (make_step(shapes, 'scatter'), (cache, ids, pages))):
+    calls[step.__name__] = gpu.lower(step, *args).count('@__gpu$xla.gpu.trit')
+  copied = len(jax.tree.leaves(cache))
+  # Once for all layers alike: a write and the attention of it (or both).
+  assert calls == {
+      ('prefill', 'prefill'): 2, ('decode', 'decode'): 2,
+      ('chunked', 'decode'): 2, ('chunked', 'prefill'): 3,
+      'gather': copied, 'scatter': copied}

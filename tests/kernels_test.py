@@ -9,6 +9,7 @@ the largest value in all. 1e-5 as in attention_test.
 """
 
 import dataclasses
+import importlib.util
 import inspect
 import types
 
@@ -20,6 +21,7 @@ import pytest
 from dsjax.kernels import decode_attention as decode
 from dsjax.kernels import paged, tiles
 from dsjax.kernels import prefill_attention as prefill
+from tests import gpu
 
 REACH = 4  # pages of the longest table, at least
 NOWHERE = 2**30
@@ -160,12 +162,13 @@ def draw(seed, last):
     return options[rng.integers(len(options))]
 
   dtype = one('float32', 'bfloat16', 'float16')
-  K = one(1, 2, 3)
+  K, H = one(1, 2, 3), one(64, 96, 128, 256)
+  tokens = min(one(16, 32, 64), 4096 // paged.power(H))  # that fit
   return Case(
       C=one(16, 32, 64, 128), K=K, N=K * one(1, 2, 3, 4, 7, 8, 16),
-      H=one(64, 96, 128, 256), dtype=dtype, kv=one(dtype, dtype, 'int8'),
+      H=H, dtype=dtype, kv=one(dtype, dtype, 'int8'),
       window=one(0, 0, 1, 15, 16, 17, 100), softcap=one(0.0, 0.0, 3.0),
-      cuts=one((), (one(16, 32), one(16, 32, 64), *last(one))), seed=seed)
+      cuts=one((), (one(16, 32), tokens, *last(one))), seed=seed)
 
 
 @pytest.mark.sweep
@@ -298,6 +301,15 @@ def test_the_platform_picks():
   assert tiles.pick(None, 'gpu') == tiles.pick('pallas', 'cpu') == 'pallas'
 
 
+def test_without_triton_none_is_xla_and_a_name_is_an_error(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.warns(UserWarning, match='no Triton lowering'):
+    assert tiles.pick(None, 'gpu') == 'xla'
+  assert tiles.pick(None, 'cpu') == tiles.pick('xla') == 'xla'
+  with pytest.raises(ValueError, match="impl='pallas': this JAX has no"):
+    tiles.pick('pallas')
+
+
 # --- lowering for CUDA -------------------------------------------------------
 
 
@@ -320,8 +332,7 @@ def lower(args, impl='pallas', **options):
             prefill.prefill_attention(q, k, v, table, start_A, len_B, impl,
                                       **named))
 
-  return jax.jit(both).trace(*args).lower(
-      lowering_platforms=('cuda',)).as_text()
+  return gpu.lower(jax.jit(both), *args)
 
 
 @pytest.mark.parametrize('shape', [

@@ -16,6 +16,7 @@ import pytest
 
 from dsjax.kernels import kv_write as module
 from dsjax.kernels.kv_write import TuningConfig, kv_write, quantize, rotary
+from tests import gpu
 
 P, C = 5, 4
 PAGE, OFFSET = np.array([4, 0, P, 4, 2]), np.array([3, 0, 2, 1, 2])
@@ -136,8 +137,7 @@ def test_a_mutant_is_caught(old, new, monkeypatch):
 def test_it_lowers_for_cuda_in_place(shape):
   *rest, turn = arguments(**shape)
   step = jax.jit(functools.partial(kv_write, impl='pallas'), donate_argnums=0)
-  text = step.trace(*rest, PAGE, OFFSET, turn).lower(
-      lowering_platforms=('cuda',)).as_text()
+  text = gpu.lower(step, *rest, PAGE, OFFSET, turn)
   assert text.count('custom_call @__gpu$xla.gpu.triton') == 1
   assert text.count('#stablehlo.output_operand_alias<') == len(rest[0])
 

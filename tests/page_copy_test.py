@@ -11,6 +11,7 @@ import pytest
 
 from dsjax.kernels import page_copy as module
 from dsjax.kernels.page_copy import TuningConfig, pack, unpack
+from tests import gpu
 
 K, P = 2, 6
 IMPLS = ('xla', 'pallas_interpret')
@@ -88,8 +89,7 @@ def test_both_lower_for_cuda(rest, dtype):
   for op, args in ((pack, ()), (unpack, (pool(*rest, pages=3),))):
     step = jax.jit(functools.partial(op, impl='pallas'),
                    donate_argnums=(0,) * len(args))
-    text = step.trace(x, ids, *args).lower(
-        lowering_platforms=('cuda',)).as_text()
+    text = gpu.lower(step, x, ids, *args)
     assert text.count('custom_call @__gpu$xla.gpu.triton') == 1
     assert text.count('#stablehlo.output_operand_alias<') == len(args)
 
