@@ -154,8 +154,8 @@ def run(console, pairs, jobs, update):
   for fault in wrong:
     console.print(fault, style='red', soft_wrap=True)
   if not same:
-    console.print(f'{GOLDEN.name} is of other versions than '
-                  f'{versions}: not compared', style='yellow')
+    console.print(f'no {GOLDEN.name} of {versions}: not compared',
+                  style='yellow')
   console.print(f'{len(rows)} steps in {time.perf_counter() - began:.0f} s; '
                 f'{len(wrong)} faults')
   return 1 if wrong else 0
