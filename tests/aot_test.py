@@ -1,5 +1,6 @@
 """What experiments.aot reads in compiled programs and calls a fault."""
 
+import json
 import sys
 
 import pytest
@@ -86,3 +87,14 @@ def test_a_child_that_crashes_is_a_row_and_the_next_goes_on():
   assert [r['error'] for r in rows[1::2]] == [
       'exit code 134: LLVM ERROR: no'] * (len(names) // 2)
   assert rows[1]['step'] == names[1] and len(rows) == len(names)
+
+
+@pytest.mark.skipif(not aot.GOLDEN.exists(),
+                    reason='experiments.aot --update writes the table')
+def test_the_golden_table_holds_and_has_every_step():
+  golden = json.loads(aot.GOLDEN.read_text())
+  assert not aot_report.faults(golden['rows'], golden['rows'])
+  assert {aot_report.key(r) for r in golden['rows']} == {
+      (gpu, model, name) for gpu in aot_steps.GPUS
+      for model in aot_steps.SETUPS for name in aot_steps.names(model)}
+  assert aot_report.table(golden['rows']).row_count > len(golden['rows'])
