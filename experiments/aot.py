@@ -180,7 +180,7 @@ def main(_):
         sys.exit(2)
   console = Console()
   if not console.is_terminal:
-    console.width = 150
+    console.width = 200
   try:
     sys.exit(run(console, [(m, g) for m in FLAGS.models for g in FLAGS.gpus],
                  FLAGS.jobs, FLAGS.update))
