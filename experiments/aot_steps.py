@@ -1,0 +1,218 @@
+"""The child of experiments.aot: the steps of a model, compiled for a GPU.
+
+  python -m experiments.aot_steps MODEL GPU START DUMP    (see experiments.aot)
+
+Prints a line of JSON a step, from number START on. XLA_FLAGS must make XLA
+dump PTX to the folder DUMP.
+"""
+
+import importlib.metadata
+import json
+import math
+import pathlib
+import subprocess
+import sys
+from typing import NamedTuple
+
+from dsjax.base import EngineConfig, Plan
+from experiments import aot_report
+
+FOLDER = pathlib.Path(__file__).resolve().parent / 'gpu'
+
+
+class Setup(NamedTuple):
+  """Plans of both sides on one machine of 8 GPUs, and pages an instance."""
+
+  prefill: Plan
+  decode: Plan
+  num_pages: int
+
+
+# OPT's are the paper's placements (section 6.2); tp differs in all of them.
+SETUPS = {'llama-3-8b': Setup(Plan(2), Plan(4), 4096),
+          'llama-3-70b': Setup(Plan(2, 2), Plan(4), 4096),
+          'opt-13b': Setup(Plan(2), Plan(1), 3072),
+          'opt-66b': Setup(Plan(4), Plan(2, 2), 4096)}
+GPUS = {'h100': 'sm_90a', 'a100': 'sm_80'}
+SIZES = {'prefill': (2048, 128), 'decode': (64, 8)}  # full depth, then SHORT
+SHORT = 2  # layers a stage
+PAGES = 64  # of a migration's largest copy
+
+
+class Step(NamedTuple):
+  """A program: a jitted function and abstract arguments.
+
+  cache: the KV that it updates in place, None if it does not. layers: of it.
+  """
+
+  name: str
+  mesh: object
+  fn: object
+  args: tuple
+  cache: object = None
+  layers: int = 0
+
+
+def names(model):
+  """The names of a model's steps, in order."""
+  found = []
+  for role in ('prefill', 'decode'):
+    pp = getattr(SETUPS[model], role).pp
+    for stage in range(pp):
+      of = f' stage {stage}' if pp > 1 else ''
+      found += [f'{role} {size}{of}' for size in SIZES[role]]
+      found += ([f'pack {PAGES}{of}', f'pack to int8{of}']
+                if role == 'prefill' else [f'unpack {PAGES}{of}'])
+  return [*found, 'pieces']
+
+
+def steps(model, gpu):
+  """The Steps of a model on a described GPU."""
+  import jax
+  import numpy as np
+  from jax.experimental import topologies
+
+  from dsjax import sharding, zoo
+  devices = list(topologies.get_topology_desc(
+      '', platform='cuda', target_config=(FOLDER / f'{gpu}.txtpb').read_text(),
+      topology='1x1x8').devices)
+  config, setup, sides = zoo.config(model), SETUPS[model], {}
+  for role in ('prefill', 'decode'):
+    plan = getattr(setup, role)
+    meshes = [jax.sharding.Mesh(np.array([
+        devices.pop(0) for _ in range(plan.tp)]), (sharding.AXIS,))
+        for _ in range(plan.pp)]
+    sides[role] = sharding.cut(config, plan.tp), sharding.spans(
+        config.num_layers, plan.pp), meshes
+    for stage in range(plan.pp):
+      yield from stage_steps(config, meshes, role, stage, setup.num_pages)
+  yield from pieces(sides['prefill'], sides['decode'])
+
+
+def stage_steps(config, meshes, role, stage, num_pages):
+  """The Steps of one stage of an instance, as `names` has them."""
+  import dataclasses
+
+  import jax
+
+  from dsjax import engine
+  of = f' stage {stage}' if len(meshes) > 1 else ''
+  short = dataclasses.replace(config, num_layers=SHORT * len(meshes))
+  for model, size in zip((config, short), SIZES[role], strict=True):
+    asked = EngineConfig(
+        max_len=2048, num_pages=num_pages, transfer_pages=PAGES,
+        dtype='bfloat16', max_seqs=size if role == 'decode' else 64,
+        prefill_tokens=size if role == 'prefill' else 2048)
+    limits = asked.instance(role, len(meshes))
+    s = engine.stage_shapes(model, meshes, role, asked, limits)[stage]
+    (fn, args), = engine.abstract_steps(s, limits)
+    yield Step(f'{role} {size}{of}', s.mesh, fn, args, args[1],
+               len(range(*s.span)))
+    if model is config:
+      largest, cache = s, args[1]
+  s, layers = largest, len(range(*largest.span))
+  ids = jax.ShapeDtypeStruct((PAGES,), 'int32')
+  if role == 'prefill':
+    for name, to in ((f'pack {PAGES}', (None, None)),
+                     ('pack to int8', (2 * s.page_size, 'int8'))):
+      yield Step(name + of, s.mesh, engine.make_step(s, 'gather', to),
+                 (cache, ids), layers=layers)
+    return
+  pages = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+      (x.shape[0], PAGES, *x.shape[2:]), x.dtype, sharding=x.sharding), cache)
+  yield Step(f'unpack {PAGES}{of}', s.mesh, engine.make_step(s, 'scatter'),
+             (cache, ids, pages), cache, layers)
+
+
+def pieces(source, target):
+  """One Step: all cuts and joins of heads that a migration does."""
+  import jax
+
+  from dsjax import migrate, sharding
+  each = [len(side[0].kv_heads) // side[0].tp for side in (source, target)]
+  mesh = jax.sharding.Mesh(source[2][0].devices.flat[:1], (sharding.AXIS,))
+  page = 16, source[0].model.head_dim
+
+  def heads(count):
+    return jax.ShapeDtypeStruct((count, PAGES, *page), 'bfloat16',
+                                sharding=sharding.whole(mesh))
+
+  found = migrate.plan_pieces(*source[:2], *target[:2])
+  cuts = sorted({p.places for p in found if len(p.places) < each[0]})
+  joins = set()
+  for stage, shard in {p.target for p in found}:
+    first = target[1][stage][0]
+    parts = tuple(len(p.places) for p in found
+                  if p.target == (stage, shard)
+                  and p.layers[0] <= first < p.layers[1])
+    if parts != (each[1],):
+      joins.add(parts)
+
+  def pieces(whole, parts):
+    return ([migrate._take(whole, places) for places in cuts],
+            [migrate._join(x, each[1] - sum(x_.shape[0] for x_ in x))
+             for x in parts])
+
+  yield Step('pieces', mesh, jax.jit(pieces), (
+      heads(each[0]), [[heads(n) for n in parts] for parts in sorted(joins)]))
+
+
+def compile_step(step, gpu, dump):
+  """What a compiled Step is made of; reads and empties `dump`."""
+  import jax
+  with jax.set_mesh(step.mesh):
+    lowered = step.fn.lower(*step.args)
+    compiled = lowered.compile()
+  text, memory = compiled.as_text(), compiled.memory_analysis()
+  cache = jax.tree.leaves(step.cache)
+  donated = [x for x, info in zip(jax.tree.leaves(step.args),
+                                  jax.tree.leaves(lowered.args_info),
+                                  strict=True) if info.donated]
+  least = min((_size(x) for x in cache if x.ndim == 4), default=0)
+  row = dict(
+      layers=step.layers, tp=step.mesh.size,
+      calls=text.count('custom_call_target="__gpu$xla.gpu.triton"'),
+      collectives=aot_report.collectives(text),
+      copies=aot_report.copies(text, least) if least else 0,
+      kv_bytes=sum(_size(x) * x.dtype.itemsize for x in cache),
+      donated_bytes=sum(_size(x) * x.dtype.itemsize for x in donated),
+      alias_bytes=memory.alias_size_in_bytes,
+      peak_bytes=memory.peak_memory_in_bytes,
+      **aot_report.kernels(*assemble(dump, GPUS[gpu])))
+  for path in pathlib.Path(dump).glob('module_*'):
+    path.unlink()
+  return row
+
+
+def _size(x):
+  return math.prod(x.sharding.shard_shape(x.shape))
+
+
+def assemble(dump, arch):
+  """(what ptxas -v says of every kernel dumped, XLA's list of launches)."""
+  said = [subprocess.run(
+      ['ptxas', '-v', f'-arch={arch}', str(path), '-o', '/dev/null'],
+      capture_output=True, text=True, check=True).stderr
+      for path in sorted(pathlib.Path(dump).glob('*.ptx'))
+      if path.stat().st_size]
+  launches, = pathlib.Path(dump).glob('*.thunk_sequence.txt')
+  return '\n'.join(said), launches.read_text()
+
+
+def versions():
+  """What a golden table holds for."""
+  return {name: importlib.metadata.version(name)
+          for name in ('jax', 'nvidia-cuda-nvcc')}
+
+
+def main(model, gpu, start, dump):
+  for step, name in list(zip(steps(model, gpu), names(model),
+                             strict=True))[int(start):]:
+    if step.name != name:
+      raise RuntimeError(f'step {step.name}, not {name}')
+    row = dict(gpu=gpu, model=model, step=name)
+    print(json.dumps(row | compile_step(step, gpu, dump)), flush=True)
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])
