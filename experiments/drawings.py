@@ -231,7 +231,8 @@ def draw_table2(data, figure):
               label=f'paper, {name}')
   for name in sorted({p[0] for p in data['points']}):
     axes.plot(*zip(*((p[2], p[3]) for p in data['points'] if p[0] == name),
-                   strict=True), 'o', mfc='none',
+                   strict=True), 'o' if 'trace' in name else 'x'
+              if 'bench' in name else 's', mfc='none',
               color='tab:red' if 'vLLM' in name or 'colocated' in name else
               'tab:green' if 'chunked' in name else 'tab:blue',
               label=f'our simulator, {name}')

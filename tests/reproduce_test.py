@@ -168,7 +168,8 @@ def test_table_2_reads_what_validate_writes(tmp_path):
       'measured': {'attainment': [.8, .7, .9]},
       'errors': {'measured': {}}}]}))
   data = endtoend.table2(QUICK._replace(validate=path))
-  assert data['rows'][-1] == ('real engine, disaggregated, 0.5/s, % met',
+  assert data['rows'][-1] == ('real engine, disaggregated, measured profile, '
+                              '0.5/s, % met',
                               '90.0', None, '80.0')
   path.write_text('{"rows": [{}]}')
   with pytest.raises(base.InputError, match='--validate'):
