@@ -1,6 +1,6 @@
 """Explores every interleaving of a small world with its faults.
 
-python -m experiments.explore [seconds a world]
+python -m experiments.explore [seconds a world] [more faults]
 """
 
 import collections
@@ -301,7 +301,7 @@ def key(w):
                w.faults, tuple([(c.id, lost) for c, lost in w.copies])))
 
 
-def worlds():
+def worlds(more=0):
   """{name: (Config, requests, faults)} of the small worlds."""
   def one(role, num_pages=4):
     return base.InstanceConfig(role, num_pages, 2, 2, 4, 2)
@@ -312,19 +312,20 @@ def worlds():
   two = ((2, 3, 0), (3, 4, 2))
   three = (*two, (1, 2, 0))
   return {
-      '1P1D, 2 requests': (config('prefill', 'decode'), two, 3),
-      '1P1D, 3 requests': (config('prefill', 'decode'), three, 2),
-      '1P2D, 2 requests': (config('prefill', 'decode', 'decode'), two, 2),
-      '2P1D, 2 requests': (config('prefill', 'prefill', 'decode'), two, 2),
-      '2 colocated, 3 requests': (config('colocated', 'colocated'), three, 2),
-      '2 chunked, 3 requests': (config('chunked', 'chunked'), three, 2),
+      '1P1D, 2 requests': (config('prefill', 'decode'), two, 3 + more),
+      '1P1D, 3 requests': (config('prefill', 'decode'), three, 2 + more),
+      '1P2D, 2 requests': (config('prefill', 'decode', 'decode'), two, 2 + more),
+      '2P1D, 2 requests': (config('prefill', 'prefill', 'decode'), two, 2 + more),
+      '2 colocated, 3 requests': (config('colocated', 'colocated'), three, 2 + more),
+      '2 chunked, 3 requests': (config('chunked', 'chunked'), three, 2 + more),
   }
 
 
 def main():
   seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
+  more = int(sys.argv[2]) if len(sys.argv) > 2 else 0
   total = collections.Counter()
-  for name, (config, requests, faults) in worlds().items():
+  for name, (config, requests, faults) in worlds(more).items():
     began, one = time.process_time(), Explorer(config, requests, faults)
     whole = one.run(seconds)
     total.update(moves=one.transitions, inert=one.inert)
