@@ -312,12 +312,18 @@ def worlds(more=0):
   two = ((2, 3, 0), (3, 4, 2))
   three = (*two, (1, 2, 0))
   return {
-      '1P1D, 2 requests': (config('prefill', 'decode'), two, 3 + more),
-      '1P1D, 3 requests': (config('prefill', 'decode'), three, 2 + more),
-      '1P2D, 2 requests': (config('prefill', 'decode', 'decode'), two, 2 + more),
-      '2P1D, 2 requests': (config('prefill', 'prefill', 'decode'), two, 2 + more),
-      '2 colocated, 3 requests': (config('colocated', 'colocated'), three, 2 + more),
-      '2 chunked, 3 requests': (config('chunked', 'chunked'), three, 2 + more),
+      '1P1D, 2 requests': (
+          config('prefill', 'decode'), two, 3 + more),
+      '1P1D, 3 requests': (
+          config('prefill', 'decode'), three, 2 + more),
+      '1P2D, 2 requests': (
+          config('prefill', 'decode', 'decode'), two, 2 + more),
+      '2P1D, 2 requests': (
+          config('prefill', 'prefill', 'decode'), two, 2 + more),
+      '2 colocated, 3 requests': (
+          config('colocated', 'colocated'), three, 2 + more),
+      '2 chunked, 3 requests': (
+          config('chunked', 'chunked'), three, 2 + more),
   }
 
 
