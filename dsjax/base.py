@@ -590,6 +590,46 @@ class Migrated(NamedTuple):
   epoch: int
 
 
+class MigrateFailed(NamedTuple):
+  """Hand-off `epoch` is over and no good; the target writes no more."""
+  time_s: float
+  id: int
+  epoch: int
+  reason: str = 'the copy failed'
+
+
+class Timer(NamedTuple):
+  """The lease of hand-off `epoch` ran out: it took too long."""
+  time_s: float
+  id: int
+  epoch: int
+
+
+class InstanceDown(NamedTuple):
+  """An instance is lost with all it held.
+
+  steps_s, ended: of the oldest command in flight, as in DecodeDone: the steps
+  whose tokens are out already, fewer than all. back: it may come up again.
+  """
+  time_s: float
+  instance: int
+  steps_s: tuple[float, ...] = ()
+  ended: tuple[tuple[int, int], ...] = ()
+  back: bool = True
+
+
+class InstanceUp(NamedTuple):
+  """An instance is there again, empty; or is to be drained no longer."""
+  time_s: float
+  instance: int
+
+
+class Drain(NamedTuple):
+  """An instance is to take no more work that another could do."""
+  time_s: float
+  instance: int
+
+
 # --- what the scheduler decides ---------------------------------------------
 
 
@@ -644,13 +684,33 @@ class Migrate(NamedTuple):
 
 
 class Preempt(NamedTuple):
-  """Request lost its pages on `instance`; it will be prefilled again."""
+  """Request lost its pages on `instance`; it will be prefilled again.
+
+  cause: pages (they ran short) or fault (the instance was lost).
+  """
   id: int
   instance: int
+  cause: str = 'pages'
+
+
+class Abort(NamedTuple):
+  """Hand-off `epoch` is over: `target` must not write its pages any more.
+
+  It must take effect before any later command to the target.
+  """
+  id: int
+  epoch: int
+  target: int
 
 
 class Finish(NamedTuple):
   """Request ended: stop (EOS or a stop condition), length or cancelled."""
+  id: int
+  reason: str
+
+
+class Fail(NamedTuple):
+  """Request ended by faults; `reason` says which in plain words."""
   id: int
   reason: str
 
@@ -682,7 +742,8 @@ class Record:
   stage_s: dict[str, float] = dataclasses.field(
       default_factory=lambda: dict.fromkeys(STAGES, 0.0))
   finish_s: float | None = None
-  status: str = 'running'  # running | stop | length | cancelled | rejected
+  # running | stop | length | cancelled | rejected | failed
+  status: str = 'running'
   reason: str = ''
   preemptions: int = 0
   migrated_tokens: int = 0
@@ -712,8 +773,9 @@ class Record:
 # --- the event log ----------------------------------------------------------
 
 _LOGGED = {t.__name__: t for t in (
-    Arrived, Cancelled, PrefillDone, DecodeDone, Migrated, Chunk, Row,
-    RunPrefill, RunDecode, Migrate, Preempt, Finish, Reject)}
+    Arrived, Cancelled, PrefillDone, DecodeDone, Migrated, MigrateFailed,
+    Timer, InstanceDown, InstanceUp, Drain, Chunk, Row, RunPrefill, RunDecode,
+    Migrate, Abort, Preempt, Finish, Fail, Reject)}
 
 
 def encode(value):

@@ -14,20 +14,27 @@ import sys
 import numpy as np
 
 from dsjax.base import (
-    STAGES,
-    Arrived,
-    Cancelled,
-    DecodeDone,
-    Finish,
-    Migrate,
-    Migrated,
-    Preempt,
-    PrefillDone,
-    Record,
-    Reject,
-    RunDecode,
-    RunPrefill,
-    require,
+  STAGES,
+  Abort,
+  Arrived,
+  Cancelled,
+  DecodeDone,
+  Drain,
+  Fail,
+  Finish,
+  InstanceDown,
+  InstanceUp,
+  Migrate,
+  Migrated,
+  MigrateFailed,
+  Preempt,
+  PrefillDone,
+  Record,
+  Reject,
+  RunDecode,
+  RunPrefill,
+  Timer,
+  require,
 )
 
 QUANTILES = (50, 90, 99)
@@ -101,6 +108,7 @@ class Recorder:
     self._records = {}
     self._live = {}
     self._pending = collections.defaultdict(collections.deque)
+    self._newest = {}  # instance -> number of its newest command
 
   @property
   def records(self):
@@ -136,6 +144,7 @@ class Recorder:
     for n, steps_s in enumerate(done):
       pending.popleft()[1].times.extend(steps_s)
       pending.append(((), chains[n % len(chains)], 0))
+    self._newest[instance] += len(done)
 
   # --- events ---------------------------------------------------------------
 
@@ -157,6 +166,8 @@ class Recorder:
       self._enter(life, 'decode_queue', event.time_s)
 
   def _prefill_done(self, event):
+    if self._over(event):
+      return
     lasts, chain, _ = self._pending[event.instance].popleft()
     for life in lasts:
       if life.open:
@@ -170,6 +181,8 @@ class Recorder:
         life.close()
 
   def _decode_done(self, event):
+    if self._over(event):
+      return
     _, chain, steps = self._pending[event.instance].popleft()
     before = len(chain.times)
     chain.times.extend(event.steps_s or (event.time_s,) * steps)
@@ -178,13 +191,37 @@ class Recorder:
       if life is not None and life.chain is chain:
         life.close(before + step + 1)
 
+  def _over(self, event):
+    """A completion told before, or of a command lost with its instance."""
+    pending = self._pending[event.instance]
+    newest = self._newest.get(event.instance)
+    return newest is not None and event.number <= newest - len(pending)
+
+  def _instance_down(self, event):
+    """What was in flight will not complete, but for the steps told."""
+    pending = self._pending[event.instance]
+    if pending and event.steps_s:
+      chain = pending[0][1]
+      before = len(chain.times)
+      chain.times.extend(event.steps_s)
+      for id, step in event.ended:
+        life = self._live.get(id)
+        if life is not None and life.chain is chain:
+          life.close(before + step + 1)
+    pending.clear()
+
+  def _nothing(self, *_):
+    """No request's life changes by it; a command that follows may tell."""
+
   # --- commands -------------------------------------------------------------
 
   def _decode(self, command, now_s):
+    self._newest[command.instance] = command.number
     self._pending[command.instance].append(
         ((), self._rows(command, now_s, command.steps), command.steps))
 
   def _prefill(self, command, now_s):
+    self._newest[command.instance] = command.number
     lasts = []
     for chunk in command.chunks:
       life = self._live[chunk.id]
@@ -216,6 +253,9 @@ class Recorder:
 
   def _reject(self, command, now_s):
     self._end(command.id, 'rejected', now_s).reason = command.reason
+
+  def _fail(self, command, now_s):
+    self._end(command.id, 'failed', now_s).reason = command.reason
 
   def _rows(self, command, now_s, steps):
     """The chain that a command continues, with those who join and leave it."""
@@ -273,7 +313,10 @@ _SEEN = {
     DecodeDone: Recorder._decode_done, RunDecode: Recorder._decode,
     RunPrefill: Recorder._prefill, Migrate: Recorder._migrate,
     Preempt: Recorder._preempt, Finish: Recorder._finish,
-    Reject: Recorder._reject,
+    Reject: Recorder._reject, Fail: Recorder._fail,
+    InstanceDown: Recorder._instance_down, InstanceUp: Recorder._nothing,
+    Drain: Recorder._nothing, MigrateFailed: Recorder._nothing,
+    Timer: Recorder._nothing, Abort: Recorder._nothing,
 }
 
 

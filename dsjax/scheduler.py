@@ -27,134 +27,29 @@ turn, `depth` commands of each in flight, so that every stage has work. Each
 stage runs the commands in order, so they complete in order; a micro-batch's
 next step waits on the device for the tokens of its previous one.
 """
-
 import bisect
-import collections
-import dataclasses
-import heapq
-import operator
-from typing import NamedTuple
 
-from dsjax import base, pages
+from dsjax import base, pages, recovery
+from dsjax.state import (
+    RUN_AHEAD,
+    Batch,
+    Config,
+    ImpossibleEvent,
+    Instance,
+    LiveInstance,
+    LiveSeq,
+    Seq,
+    State,
+    check,
+    fields_of,
+    idle,
+    init,
+    never_fits,
+)
 
-RUN_AHEAD = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """Instances, the longest sequence, commands in flight, decode run-ahead.
-
-  Attributes:
-    max_len: most tokens of prompt and output together.
-    depth: commands in flight of each micro-batch of an instance that decodes
-      (an instance has as many micro-batches as pipeline stages).
-    prefill_depth: commands in flight in the prefill role; 1, so that a
-      finished prompt's pages can be read out before the next batch occupies
-      the device. With more pipeline stages, as many as there are stages.
-    run_ahead: most decode steps of one command while nothing waits; always 1
-      under pipeline stages. None: RUN_AHEAD for decode instances, and 1 where
-      prompts run too, as one that arrives would wait behind all of them.
-  """
-
-  instances: tuple[base.InstanceConfig, ...]
-  max_len: int
-  depth: int = 2
-  prefill_depth: int = 1
-  run_ahead: int | None = None
-
-
-class Seq(NamedTuple):
-  """A live request.
-
-  prompt_len counts the tokens to prefill (after a preemption: the tokens
-  emitted so far too); limit is prompt plus max_tokens. fate says why an
-  'ending' request ends: stop, length, cancelled or preempt.
-  """
-
-  id: int
-  order: int
-  prompt_len: int
-  limit: int
-  stage: str
-  instance: int
-  pages: tuple[int, ...] = ()
-  done: int = 0
-  target: int = -1
-  target_pages: tuple[int, ...] = ()
-  epoch: int = 0
-  fate: str = ''
-
-
-class Batch(NamedTuple):
-  """A decode micro-batch and the decode ticks issued for it."""
-
-  rows: tuple[base.Row, ...] = ()
-  tick: int = 0
-
-
-class Instance(NamedTuple):
-  """Queues and pool of one instance.
-
-  queue: ids in stage queued, by arrival. prefilling: ids. pulls: ids in
-  stage prefilled that this decode instance will pull. batches: a decode
-  micro-batch a pipeline stage. turn: which of them goes next. number:
-  commands issued. inflight: (command, its micro-batch or -1) not yet done.
-  ending: (number, id): release when command `number` is done.
-  residents: requests owning pages here. backlog: prompt tokens waiting.
-  """
-
-  pool: pages.Pool
-  batches: tuple[Batch, ...]
-  queue: tuple[int, ...] = ()
-  prefilling: tuple[int, ...] = ()
-  pulls: tuple[int, ...] = ()
-  turn: int = 0
-  number: int = 0
-  inflight: tuple[tuple, ...] = ()
-  ending: tuple[tuple[int, int], ...] = ()
-  residents: int = 0
-  backlog: int = 0
-
-  @property
-  def rows(self):
-    """The rows of every micro-batch."""
-    return tuple(r for b in self.batches for r in b.rows)
-
-
-class State(NamedTuple):
-  """Everything the scheduler knows; a value (never change `seqs` in place)."""
-
-  seqs: dict[int, Seq]
-  instances: tuple[Instance, ...]
-  arrivals: int = 0
-
-
-def init(config):
-  """The state before the first event."""
-  return State({}, tuple(Instance(pages.init(c.num_pages), (Batch(),) * c.pp)
-                         for c in config.instances))
-
-
-def idle(state):
-  """No request lives and no command is in flight."""
-  return not state.seqs and not any(i.inflight for i in state.instances)
-
-
-def never_fits(config, prompt_len, max_tokens):
-  """Why a request can never be served, in plain words, or None."""
-  limit = prompt_len + max_tokens
-  if prompt_len < 1 or max_tokens < 1:
-    return (f'prompt of {prompt_len} tokens and max_tokens={max_tokens}: both '
-            'must be 1 or more')
-  if limit > config.max_len:
-    return (f'prompt of {prompt_len} tokens and max_tokens={max_tokens} exceed '
-            f'the context of {config.max_len} tokens')
-  for index, c in enumerate(config.instances):
-    need = pages.pages_for(limit - 1, c.page_size)
-    if need > c.num_pages:
-      return (f'prompt of {prompt_len} tokens and max_tokens={max_tokens} need '
-              f'{need} pages; instance {index} ({c.role}) has {c.num_pages}')
-  return None
+__all__ = ('RUN_AHEAD', 'Batch', 'Config', 'ImpossibleEvent', 'Instance',
+           'Run', 'Seq', 'State', 'check', 'idle', 'init', 'never_fits',
+           'step')
 
 
 def step(config, state, event):
@@ -164,155 +59,13 @@ def step(config, state, event):
   waiting requests.
 
   Raises:
-    ValueError: the event cannot happen in this state (an internal error).
-      A stale Migrated or a Cancelled for a request that is gone is ignored.
+    ImpossibleEvent: the event cannot happen in this state (an internal
+      error). One of a hand-off or a command that is over, or of a request
+      that is gone, changes nothing.
   """
   run = Run(config, state)
   commands = run.apply(event)
   return run.freeze(), tuple(commands)
-
-
-class _Live:
-  """A Seq that changes in place."""
-
-  __slots__ = Seq._fields
-
-  def __init__(self, id, order, prompt_len, limit, stage, instance, pages=(),
-               done=0, target=-1, target_pages=(), epoch=0, fate=''):
-    self.id, self.order, self.prompt_len = id, order, prompt_len
-    self.limit, self.stage, self.instance = limit, stage, instance
-    self.pages, self.done, self.target = pages, done, target
-    self.target_pages, self.epoch, self.fate = target_pages, epoch, fate
-
-
-_fields_of = operator.attrgetter(*Seq._fields)
-
-
-class _Batch:
-  """A Batch that changes in place.
-
-  rows: by id, in the order in which they joined. due: ids by their row's
-  `until`, ticks: a heap of its keys, places: ids' in that order; made when
-  needed. flying: commands of it in flight. ends: the tick at which each
-  request is at its limit, of those that were asked for. value: the rows as a
-  value.
-  """
-
-  __slots__ = ('rows', 'tick', 'flying', 'due', 'ticks', 'places', 'ends',
-               'value')
-
-  def __init__(self, batch, flying):
-    self.rows, self.tick = {r[0]: r for r in batch.rows}, batch.tick
-    self.flying, self.due, self.value = flying, None, batch.rows
-    self.ends, self.places = {}, None
-
-  def freeze(self):
-    """The rows as a value."""
-    if self.value is None:
-      self.value = tuple(self.rows.values())
-    return self.value
-
-  def add(self, row):
-    """Adds a row."""
-    self.rows[row[0]], self.value, self.places = row, None, None
-    if self.due is not None:
-      self._note(row[0], row[2])
-
-  def _note(self, id, until):
-    if until in self.due:
-      self.due[until].append(id)
-    else:
-      self.due[until] = [id]
-      heapq.heappush(self.ticks, until)
-
-  def remove(self, id):
-    """Takes a row out."""
-    row, self.value = self.rows.pop(id), None
-    self.ends.pop(id, None)
-    if self.due is not None:
-      self.due[row[2]].remove(id)
-
-  def end(self, seqs):
-    """The first tick at which a request is at its limit."""
-    ends = self.ends
-    if len(ends) < len(self.rows):
-      for id, row in self.rows.items():
-        if id not in ends:
-          ends[id] = seqs[id].limit - 1 - row[1]
-    return min(ends.values())
-
-  def until(self):
-    """The first tick that some row is not covered for."""
-    if self.due is None:
-      due = self.due = {}
-      for row in self.rows.values():
-        if row[2] in due:
-          due[row[2]].append(row[0])
-        else:
-          due[row[2]] = [row[0]]
-      self.ticks = list(due)
-      heapq.heapify(self.ticks)
-    while not self.due[self.ticks[0]]:
-      del self.due[heapq.heappop(self.ticks)]
-    return self.ticks[0]
-
-  def short(self):
-    """Ids of the rows that are not covered for the next tick, in order."""
-    if not self.rows or self.until() > self.tick:
-      return ()
-    ids = self.due[self.tick]
-    if len(ids) == 1:
-      return ids
-    if self.places is None:
-      self.places = {id: place for place, id in enumerate(self.rows)}
-    return sorted(ids, key=self.places.__getitem__)
-
-  def renew(self, seqs, page_size):
-    """The short rows are to have a page more: their ids, in order."""
-    ids, tick = self.short(), self.tick
-    del self.due[heapq.heappop(self.ticks)]
-    for id in ids:
-      until, end = tick + page_size, seqs[id].limit - 1 - self.rows[id][1]
-      self._note(id, until if until < end else end)
-    return ids
-
-
-class _Instance:
-  """An Instance that changes in place.
-
-  fresh: changed since it was planned last. asleep: in a quiet run. value:
-  what it is as a value, or None where it has changed since.
-  """
-
-  __slots__ = (*Instance._fields, 'index', 'config', 'role', 'depth',
-               'run_ahead', 'fresh', 'asleep', 'value')
-
-  def __init__(self, config, index, value):
-    self.index, self.config, self.value = index, config.instances[index], value
-    self.role, self.fresh, self.asleep = self.config.role, False, False
-    pp = self.config.pp
-    self.depth = (max(config.prefill_depth, pp) if self.role == 'prefill'
-                  else config.depth * pp)
-    self.run_ahead = config.run_ahead or (
-        RUN_AHEAD if self.role == 'decode' else 1)
-    self.pool, self.turn, self.number = value.pool, value.turn, value.number
-    self.residents, self.backlog = value.residents, value.backlog
-    self.queue, self.prefilling = list(value.queue), list(value.prefilling)
-    self.pulls, self.ending = list(value.pulls), list(value.ending)
-    self.inflight = collections.deque(value.inflight)
-    turns = [g for _, g in value.inflight]
-    self.batches = [_Batch(b, turns.count(g))
-                    for g, b in enumerate(value.batches)]
-
-  def freeze(self):
-    """It as a value."""
-    if self.value is None:
-      self.value = Instance(
-          self.pool, tuple([Batch(b.freeze(), b.tick) for b in self.batches]),
-          tuple(self.queue), tuple(self.prefilling), tuple(self.pulls),
-          self.turn, self.number, tuple(self.inflight), tuple(self.ending),
-          self.residents, self.backlog)
-    return self.value
 
 
 class Run:
@@ -329,12 +82,21 @@ class Run:
   def __init__(self, config, state, wake=None):
     self.config, self.wake = config, wake
     self.seqs, self.arrivals = dict(state.seqs), state.arrivals
+    self.waiting = list(state.waiting)
     self.owned = set()  # ids of those that may change in place
-    self.instances = [_Instance(config, index, value)
+    self.instances = [LiveInstance(config, index, value)
                       for index, value in enumerate(state.instances)]
     self.entries = [i for i in self.instances if i.role != 'decode']
     self.decoders = [i for i in self.instances if i.role == 'decode']
     self.commands = []
+    self.roster()
+
+  def roster(self):
+    """Who takes work: those that are up, else those that are drained."""
+    self.open_entries, self.open_decoders = (
+        [i for i in kind if i.status == 'up']
+        or [i for i in kind if i.status == 'draining']
+        for kind in (self.entries, self.decoders))
 
   def apply(self, event):
     """Applies one event; a list of commands. See step."""
@@ -347,15 +109,15 @@ class Run:
     """The State now."""
     seqs = dict(self.seqs)
     for id in self.owned:
-      seqs[id] = Seq._make(_fields_of(seqs[id]))
+      seqs[id] = Seq._make(fields_of(seqs[id]))
     return State(seqs, tuple([i.freeze() for i in self.instances]),
-                 self.arrivals)
+                 self.arrivals, tuple(self.waiting))
 
   def own(self, id):
     """A request, to be changed."""
     seq = self.seqs[id]
-    if type(seq) is not _Live:
-      seq = self.seqs[id] = _Live(*seq)
+    if type(seq) is not LiveSeq:
+      seq = self.seqs[id] = LiveSeq(*seq)
       self.owned.add(id)
     return seq
 
@@ -371,12 +133,12 @@ class Run:
 
   def arrived(self, e):
     if e.id in self.seqs:
-      raise ValueError(f'request {e.id} arrived twice')
+      raise ImpossibleEvent(f'request {e.id} arrived twice')
     reason = never_fits(self.config, e.prompt_len, e.max_tokens)
     if reason:
       self.commands.append(base.Reject(e.id, reason))
     else:
-      seq = self.seqs[e.id] = _Live(e.id, self.arrivals, e.prompt_len,
+      seq = self.seqs[e.id] = LiveSeq(e.id, self.arrivals, e.prompt_len,
                                     e.prompt_len + e.max_tokens, 'queued', -1)
       self.owned.add(e.id)
       self.arrivals += 1
@@ -393,6 +155,8 @@ class Run:
 
   def prefill_done(self, e):
     inst, command = self.complete(e, base.RunPrefill)
+    if inst is None:
+      return
     if inst.role == 'prefill':
       for chunk in command.chunks:
         seq = self.seqs[chunk.id]
@@ -409,15 +173,16 @@ class Run:
 
   def decode_done(self, e):
     inst, _ = self.complete(e, base.RunDecode)
+    if inst is None:
+      return
     for id, _ in e.ended:
       self.ended(id)
     self.settle(inst, e.number)
 
   def migrated(self, e):
-    seq = self.seqs.get(e.id)
-    if seq is None or seq.epoch != e.epoch or not seq.target_pages:
-      return  # a late completion of a hand-off that is over
-    seq = self.own(e.id)
+    seq = self.handed(e)
+    if seq is None:
+      return
     self.free(seq)
     seq.instance, seq.pages = seq.target, seq.target_pages
     seq.target, seq.target_pages = -1, ()
@@ -426,14 +191,30 @@ class Run:
     else:
       self.join(self.touch(seq.instance), seq)
 
+  def handed(self, e):
+    """The request whose hand-off this is about; None where it is over."""
+    seq = self.seqs.get(e.id)
+    if seq is None or seq.epoch > e.epoch or not seq.target_pages:
+      return None
+    if seq.epoch < e.epoch:
+      raise ImpossibleEvent(f'{e}: its last hand-off is {seq.epoch}')
+    return self.own(e.id)
+
   # --- the ends of a life ---------------------------------------------------
 
   def complete(self, e, kind):
-    """Takes the oldest command off the instance; it must be this one."""
+    """Takes the oldest command off the instance; it must be this one.
+
+    (None, None) for one that was told before, or lost with its instance.
+    """
+    if not 0 <= e.instance < len(self.instances):
+      raise ImpossibleEvent(f'{e}: no such instance')
     inst = self.instances[e.instance]
     command, g = inst.inflight[0] if inst.inflight else (None, -1)
+    if 0 <= e.number < (command.number if command else inst.number):
+      return None, None
     if type(command) is not kind or command.number != e.number:
-      raise ValueError(f'{type(e).__name__} {e.number} of instance '
+      raise ImpossibleEvent(f'{type(e).__name__} {e.number} of instance '
                        f'{e.instance}, which awaits {command or "nothing"}')
     inst.fresh, inst.value = True, None
     inst.inflight.popleft()
@@ -457,8 +238,12 @@ class Run:
     if seq.stage == 'migrating':
       return  # both sides' pages are released when the copy has ended
     if seq.stage == 'prefilled':
-      self.touch(seq.target).pulls.remove(seq.id)
+      self.unpull(seq)
       self.drop(seq)
+      return
+    if seq.instance < 0:
+      self.waiting.remove(seq.id)
+      self.forget(seq.id)
       return
     inst = self.touch(seq.instance)
     if seq.stage in ('queued', 'prefilling'):
@@ -479,6 +264,13 @@ class Run:
       inst.ending.append((inst.number - 1, seq.id))
     else:
       self.conclude(seq)
+
+  def unpull(self, seq):
+    """Takes a finished prefill from whoever was to pull it."""
+    if seq.target < 0:
+      self.waiting.remove(seq.id)
+    else:
+      self.touch(seq.target).pulls.remove(seq.id)
 
   def settle(self, inst, number):
     """Concludes what waited for command `number`."""
@@ -532,7 +324,11 @@ class Run:
 
   def enqueue(self, seq):
     """Dispatch: the shortest prefill queue, in tokens (DistServe 4.3)."""
-    best = min(self.entries, key=_backlog)
+    if not self.open_entries:
+      seq.instance = -1
+      self.wait(seq, self.entries)
+      return
+    best = min(self.open_entries, key=_backlog)
     inst = self.touch(best.index)
     inst.backlog += seq.prompt_len
     # By arrival: a preempted request keeps its place.
@@ -540,11 +336,26 @@ class Run:
     bisect.insort(queue, seq.id, key=lambda id: seqs[id].order)
     seq.instance = inst.index
 
-  def offer(self, seq):
-    """Prefill is done: the least loaded decode instance will pull."""
-    best = min(self.decoders, key=_load)
+  def offer(self, seq, but=-1):
+    """Prefill is done: the least loaded decode instance will pull.
+
+    but: not this one, if there is another.
+    """
+    seq.stage, seq.target = 'prefilled', -1
+    if not self.open_decoders:
+      self.wait(seq, self.decoders)
+      return
+    best = min([i for i in self.open_decoders if i.index != but]
+               or self.open_decoders, key=_load)
     self.touch(best.index).pulls.append(seq.id)
-    seq.stage, seq.target = 'prefilled', best.index
+    seq.target = best.index
+
+  def wait(self, seq, kind):
+    """No instance of the kind is up: waits for one, if one may come back."""
+    if all([i.status == 'gone' for i in kind]):
+      recovery.fail(self, seq, f'no {kind[0].role} instance is left')
+    else:
+      self.waiting.append(seq.id)
 
   def pull(self, inst):
     """Admits finished prefills, first come first served, while they fit."""
@@ -671,7 +482,7 @@ class Run:
     seq.stage = 'decoding'
     batch = min(inst.batches, key=_size)
     start = seq.prompt_len - batch.tick
-    batch.add(_row(inst, seq, start))
+    batch.add(row_of(inst, seq, start))
 
   def decode(self, inst):
     """Issues the next decode command; False when none can be.
@@ -735,11 +546,11 @@ class Run:
     inst.value = None
     for (_, id), page in zip(rows, ids, strict=True):
       seq = self.seqs[id]
-      if type(seq) is not _Live:
+      if type(seq) is not LiveSeq:
         seq = self.own(id)
       seq.pages += (page,)
     for batch, id in dict.fromkeys(rows) if len(rows) > 1 else rows:
-      batch.rows[id] = _row(inst, self.seqs[id], batch.rows[id][1])
+      batch.rows[id] = row_of(inst, self.seqs[id], batch.rows[id][1])
       batch.value = None
 
   # --- quiet runs -----------------------------------------------------------
@@ -859,6 +670,7 @@ _APPLY = {
     base.PrefillDone: Run.prefill_done,
     base.DecodeDone: Run.decode_done,
     base.Migrated: Run.migrated,
+    **recovery.APPLY,
 }
 
 
@@ -888,52 +700,10 @@ def _following(inst):
                if inst.batches[g % pp].rows), None)
 
 
-def _row(inst, seq, start):
+def row_of(inst, seq, start):
   """A request's Row: `until` is the first tick that its pages or its limit
   do not cover."""
   until, last = len(seq.pages) * inst.config.page_size, seq.limit - 1
   if until > last:
     until = last
   return base.Row(seq.id, start, until - start, seq.pages)
-
-
-def check(state):
-  """Raises AssertionError unless the state is sound.
-
-  Every page is free or owned once; every request is in exactly one place,
-  the one its stage names; micro-batches are disjoint; counts agree.
-  """
-  places = {}
-
-  def at(id, stage, index):
-    assert id not in places, f'request {id} in two places'
-    places[id] = (stage, index)
-
-  for index, inst in enumerate(state.instances):
-    for id in inst.queue:
-      at(id, 'queued', index)
-    for id in inst.prefilling:
-      at(id, 'prefilling', index)
-    for row in inst.rows:
-      at(row.id, 'decoding', index)
-      assert row.pages == state.seqs[row.id].pages, f'row {row.id}: pages'
-    for _, id in inst.ending:
-      at(id, 'ending', index)
-    for id in inst.pulls:
-      at(id, 'prefilled', state.seqs[id].instance)
-    owned = [s.pages for s in state.seqs.values() if s.instance == index]
-    owned += [s.target_pages for s in state.seqs.values()
-              if s.target == index]
-    pages.check(inst.pool, owned)
-    holders = sum(1 for p in owned if p)
-    assert inst.residents == holders, f'instance {index}: residents'
-    waiting = (state.seqs[i] for i in inst.queue + inst.prefilling)
-    assert inst.backlog == sum(s.prompt_len - s.done for s in waiting), (
-        f'instance {index}: backlog')
-  for seq in state.seqs.values():
-    if seq.stage == 'migrating':
-      at(seq.id, 'migrating', seq.instance)
-    elif seq.stage == 'prefilling' and seq.done == seq.prompt_len:
-      places.setdefault(seq.id, ('prefilling', seq.instance))
-    assert places.get(seq.id) == (seq.stage, seq.instance), (
-        f'request {seq.id} is {seq.stage} but at {places.get(seq.id)}')

@@ -663,11 +663,113 @@ def test_an_event_that_cannot_happen_raises(event, message):
     _after(_pair(), _arrive(0, 6, 3), event)
 
 
-@pytest.mark.parametrize('done', [
-    (_prefilled(0, 1),), (_prefilled(0, 0), _prefilled(0, 0))])
-def test_completions_out_of_order_or_twice_raise(done):
-  with pytest.raises(ValueError, match='which awaits RunPrefill'):
-    _after(_pair(prefill_depth=2), _arrive(0, 6, 3), _arrive(1, 6, 3), *done)
+def test_completions_out_of_order_raise_and_a_second_one_is_inert():
+  two = _arrive(0, 6, 3), _arrive(1, 6, 3)
+  config = _pair(prefill_depth=2)
+  with pytest.raises(scheduler.ImpossibleEvent, match='awaits RunPrefill'):
+    _after(config, *two, _prefilled(0, 1))
+  once, _ = _after(config, *two, _prefilled(0, 0))
+  assert scheduler.step(config, once, _prefilled(0, 0)) == (once, ())
+
+
+# --- faults -----------------------------------------------------------------
+
+MOVING = [_arrive(0, 6, 3), _prefilled(0, 0)]
+FAULTS = {'failed': base.MigrateFailed(0, 0, 1), 'lease': base.Timer(0, 0, 1)}
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_a_failed_hand_off_is_tried_again_from_the_held_source(fault):
+  abort = [base.Abort(0, 1, 1)] if fault == 'lease' else []
+  state, commands = _after(_pair(), *MOVING, FAULTS[fault])
+  assert commands == abort + [Migrate(0, 2, 0, (0, 1), 1, (0, 1), 6)]
+  for late in (_copied(0), *FAULTS.values()):
+    assert scheduler.step(_pair(), state, late) == (state, ())
+
+
+def test_a_retry_prefers_another_decode_instance():
+  config = _config(_instance('prefill'), _instance('decode'),
+                   _instance('decode'))
+  _, commands = _after(config, *MOVING, FAULTS['failed'])
+  assert commands == [Migrate(0, 2, 0, (0, 1), 2, (0, 1), 6)]
+
+
+def test_one_fault_more_than_tries_fails_the_request():
+  config = _pair(tries=1)
+  state, commands = _after(config, *MOVING, FAULTS['failed'],
+                           base.Timer(0, 0, 2))
+  assert [type(c) for c in commands] == [base.Abort, base.Fail]
+  assert 'given up after 2 faults' in commands[1].reason
+  assert _at_rest(config, state)
+
+
+def test_a_lost_decode_instance_recomputes_with_the_tokens_that_are_out():
+  down = base.InstanceDown(0, 1, (0.0,))  # one of two steps was told
+  state, commands = _after(_pair(), *MOVING, _copied(0), down)
+  assert commands == [Preempt(0, 1, 'fault'),
+                      RunPrefill(0, 1, (Chunk(0, 0, 8, (0, 1), True),))]
+  state, commands = scheduler.step(_pair(), state, _decoded(1, 0))
+  assert not commands  # it was lost with its instance
+  state, commands = scheduler.step(_pair(), state, _prefilled(0, 1))
+  assert commands == (Finish(0, 'length'),) and _at_rest(_pair(), state)
+
+
+def test_a_lost_source_takes_the_target_s_right_to_write():
+  state, commands = _after(_pair(), *MOVING, base.InstanceDown(0, 0))
+  assert commands == [base.Abort(0, 1, 1), Preempt(0, 0, 'fault')]
+  assert _free(state) == [8, 8] and state.waiting == (0,)
+  assert scheduler.step(_pair(), state, _copied(0)) == (state, ())
+  _, commands = scheduler.step(_pair(), state, base.InstanceUp(0, 0))
+  assert commands == (RunPrefill(0, 1, (Chunk(0, 0, 7, (0, 1), True),)),)
+
+
+def test_a_lost_target_leaves_the_source_its_pages():
+  state, commands = _after(_pair(), *MOVING, base.InstanceDown(0, 1))
+  assert commands == [] and _free(state) == [6, 8] and state.waiting == (0,)
+  _, commands = scheduler.step(_pair(), state, base.InstanceUp(0, 1))
+  assert commands == (Migrate(0, 2, 0, (0, 1), 1, (0, 1), 6),)
+
+
+def test_who_waits_for_an_instance_fails_when_all_are_gone():
+  gone = base.InstanceDown(0, 1, back=False)
+  for events in ((gone,), (base.InstanceDown(0, 1), gone)):
+    state, commands = _after(_pair(), *MOVING, *events)
+    assert commands == [base.Fail(0, 'no decode instance is left')]
+    assert _free(state) == [8, 8]
+
+
+@pytest.mark.parametrize('down', [0, 1])
+def test_cancelled_while_it_waits_for_an_instance(down):
+  state, commands = _after(_pair(), *MOVING, base.InstanceDown(0, down),
+                           _cancel(0))
+  assert commands == [GONE] and _at_rest(_pair(), state)
+
+
+def test_a_drained_instance_hands_its_queue_over():
+  config = _config(_instance('colocated', max_seqs=1),
+                   _instance('colocated'))
+  state, _ = _after(config, _arrive(0, 6, 3), _arrive(1, 6, 3),
+                    _arrive(2, 6, 3))
+  assert state.instances[0].queue == (2,)
+  state, commands = scheduler.step(config, state, base.Drain(0, 0))
+  scheduler.check(state)
+  assert state.instances[0].queue == () and 2 in (
+      *state.instances[1].queue, *state.instances[1].prefilling,
+      *[r.id for r in state.instances[1].rows])
+
+
+def test_the_last_instance_of_its_kind_goes_on_though_drained():
+  _play(_pair(), [(base.Drain(0, 0),), (base.Drain(0, 1),),
+                  (_arrive(0, 6, 3), PREFILL_0)])
+
+
+@pytest.mark.parametrize('event', [
+    base.Migrated(0, 0, 2), base.MigrateFailed(0, 0, 2), base.Timer(0, 0, 2),
+    base.InstanceDown(0, 2), base.InstanceUp(0, 2), base.Drain(0, -1),
+    base.InstanceDown(0, 1, (0.0,)), _prefilled(0, -1), _prefilled(2, 0)])
+def test_an_event_without_sense_is_a_named_error(event):
+  with pytest.raises(scheduler.ImpossibleEvent):
+    _after(_pair(), *MOVING, event)
 
 
 # --- depth and run-ahead ----------------------------------------------------
