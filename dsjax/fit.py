@@ -400,7 +400,12 @@ def calibrate(model, steps):
 
 
 def calibrate_link(link, copies, host_s=0.0):
-  """A Link moved onto the Copies of a served run: all of it scaled."""
+  """A Link moved onto the Copies of a served run: all of it scaled.
+
+  By those whose target was idle, if there are any: the others wait to be
+  written behind its steps, which the simulator adds.
+  """
+  copies = [c for c in copies if not c.busy] or copies
   if not copies:
     return link
   ratio = (sum(max(c.seconds - host_s, c.seconds / 2) for c in copies)

@@ -43,7 +43,14 @@ def limit(problem, row):
     return sum(r.tpot_s - r.stage_s[stage] / (len(r.token_s) - 1)
                <= slo.tpot_s for r in slow) > len(slow) / 2
   if row.placement.mode == 'disaggregated':
-    if without('migrate'):
+    # Pages also wait to be written behind their target's steps: it is the
+    # link where its own time is long, or it has little time to spare.
+    moves = sum(made[2].migrate_s(r.prompt_len) for r in slow)
+    waits_s = sum(r.stage_s['migrate'] for r in slow)
+    links = len(row.placement.prefill) * len(row.placement.decode)
+    span_s = records[-1].arrival_s - records[0].arrival_s
+    busy_s = sum(made[2].migrate_s(r.prompt_len) for r in records) / links
+    if without('migrate') and (moves > waits_s / 3 or busy_s > 0.8 * span_s):
       return 'link'
     if without('decode_queue'):
       return ('KV memory (finished prefills wait for pages)' if waits

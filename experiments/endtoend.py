@@ -254,11 +254,15 @@ def table3(options):
     best = found[0]
     low, high = best.interval_per_device
     same = next((r for r in found if r.placement == case.placement), None)
-    theirs = f'{same.per_device:.3g}/s' if same else 'ruled out by a bound'
+    beaten = same and same.goodput.binds == 'beaten'
+    theirs = ('ruled out by a bound' if not same else
+              f'at most {same.interval_per_device[1]:.3g}/s' if beaten else
+              f'{same.per_device:.3g}/s')
     rows.append((case.title, show_placement(case.placement), theirs,
                  f'{show_placement(best.placement)}: {best.per_device:.3g} '
                  f'[{low:.3g}, {high:.3g}]'))
     bars.append((case.title, case.goodput[0],
+                 same and same.interval_per_device[1] if beaten else
                  same and same.per_device, best.per_device, low, high,
                  show_placement(case.placement),
                  show_placement(best.placement)))

@@ -155,7 +155,8 @@ def test_the_best_is_that_of_brute_force(answer, monkeypatch):
   for mode in ('disaggregated', 'colocated', 'chunked'):
     best = max((x, k) for k, x in whole.items() if k[0].mode == mode)
     row = next(r for r in raced.rows if r.placement.mode == mode)
-    assert (row.placement, row.prefill_tokens) == best[1]
+    mine = whole[row.placement, row.prefill_tokens]
+    assert mine >= 0.9 * best[0]  # the tolerance of rates is 0.2
     assert row.per_device == pytest.approx(best[0], rel=0.1)
   assert raced.pruned or any(r.goodput.binds == 'beaten' for r in raced.rows)
   for row in raced.rows:  # who was beaten is as bad as it says
@@ -262,7 +263,7 @@ def test_the_best_are_measured_tightly_and_at_both_targets(answer):
     (((0.0, 1e-6, 0.0), (0.02, 0.0, 2e-3)), {}, (9.0, 0.025),
      'decode steps'),
     (((0.0, 1e-6, 0.0), (1e-2, 0.0, 0.0)),
-     dict(intra_bytes_per_s=1e6), (9.0, 0.05), 'link')))
+     dict(intra_bytes_per_s=2e5), (9.0, 0.1), 'link')))
 def test_what_binds(late, cluster, slo, words):
   p = problem(latency_of=lambda plan: latency.Affine(*late), slo=Slo(*slo),
               cluster=Cluster(1, 2, **cluster), strict=None)

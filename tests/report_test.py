@@ -30,7 +30,7 @@ from dsjax.metrics import summarize
 from experiments import report, timeline
 
 SLO = Slo(ttft_s=1.0, tpot_s=0.1)
-ROWS = (Row(7, 6, 9, (5,)),)
+ROWS, OTHER = (Row(7, 6, 9, (5,)),), (Row(8, 6, 9, (5,)),)
 CHUNKS = (Chunk(7, 0, 6, (0, 1), True), Chunk(8, 0, 4, (2,), False))
 # Two commands in flight on each instance; the first hand-off of 7 is given up
 # for another, and the last command of instance 1 is never done.
@@ -38,7 +38,7 @@ LOG = [
     (Arrived(10.0, 7, 6, 9), ()),
     (Arrived(11.0, 8, 8, 1), (
         RunPrefill(0, 0, CHUNKS),
-        RunPrefill(0, 1, (Chunk(8, 4, 8, (2,), True),), 5, ROWS))),
+        RunPrefill(0, 1, (Chunk(8, 4, 8, (2,), True),), 5, OTHER))),
     (PrefillDone(12.0, 0, 0), (Migrate(7, 2, 0, (0, 1), 2, (4,), 6),)),
     (PrefillDone(13.0, 0, 1), (
         Finish(8, 'length'), Migrate(7, 3, 0, (0, 1), 1, (5,), 6))),

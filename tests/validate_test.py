@@ -43,8 +43,9 @@ def test_a_simulated_log_gives_back_its_own_seconds(roles):
   for s in steps:
     assert s.cell.seconds == pytest.approx(fit.predict_s(SLOW, s.cell))
   assert bool(copies) == ('decode' in roles)
-  for c in copies:
-    assert c.seconds == pytest.approx(LINK.migrate_s(c.num_tokens))
+  for c in copies:  # those to a busy target may wait for its steps
+    assert c.busy or c.seconds == pytest.approx(
+        LINK.migrate_s(c.num_tokens))
 
 
 def test_host_time_is_seen_only_where_a_device_was_idle():
@@ -109,7 +110,9 @@ def test_calibration_finds_what_a_device_alone_did_not_show(roles):
   assert abs(errors[1]['tpot_s']['p99']) < 1e-6
   assert errors[0]['tpot_s']['mean'] < -0.2  # the profile is too fast
   rows = validate.step_times(found, simulated(roles, truth, far, 20.).log)
-  assert [r['ratio'] for r in rows] == pytest.approx([1.0] * len(rows))
+  for r in rows:
+    assert r['ratio'] == pytest.approx(1.0, abs=(
+        0.1 if r['what'] == 'migrate' else 1e-6))  # some wait for steps
 
 
 def test_requests_are_the_same_at_every_rate_but_for_time():
