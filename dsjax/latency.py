@@ -366,19 +366,27 @@ def save(path, profile):
   pathlib.Path(path).write_text(json.dumps(data, indent=1) + '\n')
 
 
+def read_json(path):
+  """What a JSON file holds.
+
+  Raises:
+    InputError naming the file.
+  """
+  try:
+    return json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
+  except OSError as error:
+    raise InputError(f'{path}: cannot be read: {error.strerror}') from error
+  except (ValueError, RecursionError) as error:
+    raise InputError(f'{path}: is not JSON: {error}') from error
+
+
 def load(path):
   """Reads a Profile.
 
   Raises:
     InputError naming the file and the field.
   """
-  try:
-    data = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
-  except OSError as error:
-    raise InputError(f'{path}: cannot be read: {error.strerror}') from error
-  except (ValueError, RecursionError) as error:
-    raise InputError(f'{path}: is not JSON: {error}') from error
-  data = _fields(path, '', data, ('model', 'device', 'latencies'),
+  data = _fields(path, '', read_json(path), ('model', 'device', 'latencies'),
                  ('links', 'source'))
   for field in ('model', 'device', 'source'):
     if not isinstance(data.get(field, ''), str):

@@ -184,9 +184,13 @@ class Recorder:
     if self._over(event):
       return
     _, chain, steps = self._pending[event.instance].popleft()
+    self._told(chain, event.steps_s or (event.time_s,) * steps, event.ended)
+
+  def _told(self, chain, steps_s, ended):
+    """Steps of a chain completed; some requests ended at one of them."""
     before = len(chain.times)
-    chain.times.extend(event.steps_s or (event.time_s,) * steps)
-    for id, step in event.ended:
+    chain.times.extend(steps_s)
+    for id, step in ended:
       life = self._live.get(id)
       if life is not None and life.chain is chain:
         life.close(before + step + 1)
@@ -201,13 +205,7 @@ class Recorder:
     """What was in flight will not complete, but for the steps told."""
     pending = self._pending[event.instance]
     if pending and event.steps_s:
-      chain = pending[0][1]
-      before = len(chain.times)
-      chain.times.extend(event.steps_s)
-      for id, step in event.ended:
-        life = self._live.get(id)
-        if life is not None and life.chain is chain:
-          life.close(before + step + 1)
+      self._told(pending[0][1], event.steps_s, event.ended)
     pending.clear()
 
   def _nothing(self, *_):

@@ -344,8 +344,9 @@ def full_length(problem, phase=''):
 class Task(NamedTuple):
   """A Candidate to measure, and how.
 
-  beat_per_s: see goodput.search. final: from near start_per_s, with eight
-  times the requests, half the tolerance and intervals as tight as they get.
+  beat_per_s: see goodput.search. effort: above 1, as many times the requests,
+  its root less tolerance, and intervals as tight as they get. start_per_s:
+  the first rate; None: near the candidate's guess.
   """
 
   candidate: Candidate

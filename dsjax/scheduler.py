@@ -45,6 +45,7 @@ from dsjax.state import (
     idle,
     init,
     never_fits,
+    room,
 )
 
 __all__ = ('RUN_AHEAD', 'Batch', 'Config', 'ImpossibleEvent', 'Instance',
@@ -308,15 +309,9 @@ class Run:
     inst.residents -= 1
 
   def take(self, inst, tokens, reserve):
-    """Pages for a new resident holding `tokens` tokens, or None.
-
-    reserve: leave a page for each resident, so that an admission does not
-    at once preempt somebody (or itself, again and again).
-    """
-    need = pages.pages_for(tokens, inst.config.page_size)
-    spare = inst.residents if reserve else 0
-    if (inst.residents >= inst.config.max_seqs
-        or pages.num_free(inst.pool) < need + spare):
+    """Pages for a new resident holding `tokens` tokens, or None; see room."""
+    need = room(inst, inst.config, tokens, reserve)
+    if not need:
       return None
     inst.pool, ids = pages.alloc(inst.pool, need)
     inst.residents += 1

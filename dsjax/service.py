@@ -11,13 +11,12 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import math
 import queue
 import threading
 import time
 from typing import NamedTuple
 
-from dsjax import base, scheduler
+from dsjax import base, latency, scheduler
 
 LOG = logging.getLogger(__name__)
 IDLE_S = 0.5  # between two beats of a thread that has nothing to do
@@ -54,9 +53,7 @@ class Limits:
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       whole = field.type in (int, 'int')
-      ok = (isinstance(value, int if whole else (int, float))
-            and not isinstance(value, bool)
-            and math.isfinite(value) and value > 0)
+      ok = latency.whole(value) if whole else latency.positive(value)
       base.require(ok or value is None and field.name == 'max_ttft_s',
                    f'limits.{field.name}', value,
                    'an integer of 1 or more' if whole else 'seconds above 0')

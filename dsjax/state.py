@@ -147,6 +147,23 @@ def never_fits(config, prompt_len, max_tokens):
   return None
 
 
+def room(inst, config, tokens, reserve):
+  """Pages for a new resident holding `tokens` tokens; 0 where it must wait.
+
+  Args:
+    inst: an Instance, or a live one. config: its InstanceConfig.
+    tokens: 1 or more.
+    reserve: leave a page for each resident, so that an admission does not
+      at once preempt somebody (or itself, again and again).
+  """
+  need = pages.pages_for(tokens, config.page_size)
+  spare = inst.residents if reserve else 0
+  if (inst.residents >= config.max_seqs
+      or pages.num_free(inst.pool) < need + spare):
+    return 0
+  return need
+
+
 class LiveSeq:
   """A Seq that changes in place."""
 

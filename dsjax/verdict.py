@@ -2,8 +2,8 @@
 
 import math
 
-from dsjax import pages
 from dsjax.problem import Candidate, full_length, run, setup
+from dsjax.state import room
 
 
 def limit(problem, row):
@@ -66,11 +66,8 @@ def _refused(state, one, config):
   waiting = one.pulls if config.role == 'decode' else one.queue
   if not waiting:
     return False
-  need = pages.pages_for(state.seqs[waiting[0]].prompt_len + 1,
-                         config.page_size)
-  spare = one.residents if config.role != 'prefill' else 0
-  return (one.residents >= config.max_seqs
-          or pages.num_free(one.pool) < need + spare)
+  return not room(one, config, state.seqs[waiting[0]].prompt_len + 1,
+                  config.role != 'prefill')
 
 
 def name(row):
@@ -94,8 +91,7 @@ def verdict(rows, problem=None):
     return 'No placement meets the objectives at any rate.'
   if split is None or together is None:
     only = split or together
-    if only.placement.mode in {r.placement.mode for r in rows} and len(
-        {r.placement.mode == 'disaggregated' for r in rows}) == 1:
+    if len({r.placement.mode == 'disaggregated' for r in rows}) == 1:
       return (f'Only {name(only)} placements were judged: '
               f'{only.per_device:.3g} requests/s per device.'
               + _copies(only, problem))

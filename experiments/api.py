@@ -33,7 +33,7 @@ from configs.serve import Serve
 from dsjax import base, gauges
 from dsjax.service import Limits, Service
 from experiments import config as configs
-from experiments import tiny
+from experiments import live, tiny
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLAGS = None  # once run as a program
@@ -138,13 +138,10 @@ def main(argv):
   ours.propagate = False  # absl's own handler
   if flags.FLAGS.verbosity <= 0:
     absl_logging.set_verbosity(absl_logging.WARNING)
-  try:
+  with live.one_error(OSError):
     f = {name: flag.value for name, flag in FLAGS.items()}
     sys.exit(run(f['config'], f['set'], f['name'], f['host'], f['port'],
                  f['log_text'], f['cache']))
-  except (base.InputError, OSError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == '__main__':

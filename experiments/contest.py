@@ -147,7 +147,7 @@ def system(rules, ask, label, where, chunk=None):
   # hides the host, is what colocated instances cannot afford.
   one = System(label, where.num_devices, dataclasses.replace(
       config, run_ahead=1,
-      depth=2 if where.decode and not released else 1,
+      depth=1 if released else config.depth,
       instances=tuple(dataclasses.replace(one, **changes)
                       for one in config.instances)), late, link)
   return with_ray(one) if released else one

@@ -5,21 +5,43 @@ It only reads the orchestrator.
 """
 
 import collections
+import contextlib
 import signal
+import sys
 import threading
 import time
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from dsjax import pages
+from dsjax.base import InputError
 
 TABLE_S, LINE_S, RATE_S = 0.25, 5.0, 2.0
 STAGES = ('queued', 'prefilling', 'migrating', 'decoding')
 _STAGE = {'prefilled': 'migrating', 'ending': None}  # others are themselves
+
+
+@contextlib.contextmanager
+def one_error(*also):
+  """Ends the program on bad input: one line on stderr, exit code 2.
+
+  also: exceptions that are bad input here too, such as OSError.
+  """
+  try:
+    yield
+  except (InputError, *also) as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+
+
+def wide_console():
+  """A Console; where nobody looks, wide enough for the widest tables."""
+  console = Console()
+  return console if console.is_terminal else Console(width=150)
 
 
 def short(text, limit=70):

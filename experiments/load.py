@@ -37,7 +37,7 @@ from rich.console import Console, Group
 
 from configs.serve import PROMPTS
 from dsjax import base, metrics, workload
-from experiments import report
+from experiments import live, report
 
 FLAGS = None  # once run as a program
 
@@ -305,12 +305,9 @@ def main(argv):
     raise app.UsageError(f'unexpected: {" ".join(argv[1:])}')
   if flags.FLAGS.verbosity <= 0:
     logging.set_verbosity(logging.WARNING)  # not every request
-  try:
+  with live.one_error(OSError):
     sys.exit(run({name: flag.value for name, flag in FLAGS.items()},
                  Console()))
-  except (base.InputError, OSError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == '__main__':

@@ -53,7 +53,7 @@ from dsjax import (
     workload,
 )
 from experiments import config as configs
-from experiments import machine, tiny
+from experiments import live, machine, tiny
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS = 4  # decode steps of a timed run: the device takes them in a row
@@ -497,10 +497,8 @@ def run(console):
 
 def main(_):
   try:
-    run(Console())
-  except base.InputError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+    with live.one_error():
+      run(Console())
   except KeyboardInterrupt:
     print('stopped: nothing was written', file=sys.stderr)
     sys.exit(130)

@@ -25,7 +25,6 @@ import multiprocessing
 import os
 import pathlib
 import signal
-import sys
 import time
 
 from absl import app, flags
@@ -39,9 +38,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from dsjax import placement, traffic, zoo
+from dsjax import latency, placement, traffic, zoo
 from dsjax.base import InputError, Slo, require
-from experiments import setting
+from experiments import live, setting
 from experiments.config import show_placement
 
 ALGORITHMS = {'low': placement.low_affinity, 'high': placement.high_affinity,
@@ -96,12 +95,7 @@ def read_cluster(path):
   Raises:
     InputError naming the file and the field.
   """
-  try:
-    data = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
-  except OSError as error:
-    raise InputError(f'{path}: cannot be read: {error.strerror}') from error
-  except (ValueError, RecursionError) as error:
-    raise InputError(f'{path}: is not JSON: {error}') from error
+  data = latency.read_json(path)
   known = [f.name for f in dataclasses.fields(placement.Cluster)]
   require(isinstance(data, dict), path, data, f'an object with {known}')
   for field in data:
@@ -200,11 +194,8 @@ def processes(count):
 
 
 def main(_):
-  try:
+  with live.one_error():
     _main(Console(), flags.FLAGS)
-  except InputError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
 
 
 def _problem(options):

@@ -15,7 +15,6 @@ import io
 import json
 import math
 import pathlib
-import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -26,8 +25,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from dsjax.base import InputError, require
-from experiments import endtoend, figures
+from dsjax.base import require
+from experiments import endtoend, figures, live
 
 FIGURES = {k: (figures.FIGURES | endtoend.FIGURES)[k] for k in (
     '1', '3', '4', '5', '8', '9', '10', '11', '12', 'table2', 'table3')}
@@ -135,11 +134,8 @@ def _main(console):
 
 
 def main(_):
-  try:
+  with live.one_error():
     _main(Console())
-  except InputError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == '__main__':

@@ -25,7 +25,6 @@ import sys
 
 from absl import app, flags
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -39,7 +38,7 @@ from dsjax import (
     workload,
     zoo,
 )
-from dsjax.base import Finish, InputError, Reject, Slo, require
+from dsjax.base import Finish, Reject, Slo, require
 from experiments import live, report, setting, timeline
 from experiments.config import parse_placement, show_placement
 
@@ -540,14 +539,8 @@ def _save(options, out, found, kind, stopped, traces, console):
 
 
 def main(_):
-  console = Console()
-  if not console.is_terminal:
-    console = Console(width=150)
-  try:
-    sys.exit(_main(flags.FLAGS, console))
-  except InputError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+  with live.one_error():
+    sys.exit(_main(flags.FLAGS, live.wide_console()))
 
 
 if __name__ == '__main__':

@@ -39,7 +39,6 @@ import jax
 import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -515,14 +514,8 @@ def main(_):
   if options.cache:
     jax.config.update('jax_compilation_cache_dir', options.cache)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
-  try:
-    console = Console()
-    if not console.is_terminal:
-      console = Console(width=150)
-    sys.exit(run(console, options))
-  except base.InputError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+  with live.one_error():
+    sys.exit(run(live.wide_console(), options))
 
 
 if __name__ == '__main__':

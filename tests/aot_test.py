@@ -89,8 +89,6 @@ def test_a_child_that_crashes_is_a_row_and_the_next_goes_on():
   assert rows[1]['step'] == names[1] and len(rows) == len(names)
 
 
-@pytest.mark.skipif(not aot.GOLDEN.exists(),
-                    reason='experiments.aot --update writes the table')
 def test_the_golden_table_holds_and_has_every_step():
   golden = json.loads(aot.GOLDEN.read_text())
   assert not aot_report.faults(golden['rows'], golden['rows'])
