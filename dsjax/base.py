@@ -454,8 +454,10 @@ class EngineConfig:
       the decode role; None for kv_dtype.
     checksum: compare a checksum of the KV on both sides of every migration.
     attention: implementation of attention and of what reads and writes
-      pages: 'xla', 'pallas' (GPU kernels) or 'pallas_interpret' (the same
-      kernels interpreted on CPU, slowly); None to choose by platform.
+      pages: 'xla', 'pallas' (GPU kernels), 'mosaic' (attention in kernels for
+      Hopper GPUs, the rest as 'pallas'), or 'pallas_interpret' and
+      'mosaic_interpret' (the same kernels interpreted on CPU, slowly); None
+      to choose by device and shapes.
   """
 
   max_len: int = 1024
@@ -497,9 +499,11 @@ class EngineConfig:
       require(value in (None, 'float32', 'bfloat16', 'int8'),
               f'EngineConfig.{field}', value,
               "None, 'float32', 'bfloat16' or 'int8'")
-    require(self.attention in (None, 'xla', 'pallas', 'pallas_interpret'),
+    require(self.attention in (None, 'xla', 'pallas', 'pallas_interpret',
+                               'mosaic', 'mosaic_interpret'),
             'EngineConfig.attention', self.attention,
-            "None, 'xla', 'pallas' or 'pallas_interpret'")
+            "None, 'xla', 'pallas', 'pallas_interpret', 'mosaic' or "
+            "'mosaic_interpret'")
 
   def kv_dtype_of(self, role):
     """The dtype of the KV cache of an instance in this role."""

@@ -127,7 +127,7 @@ def decode(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, scale, softcap, window,
   """
   B, N, H = q_BNH.shape
   K, P, C, _ = k_KPCH.shape
-  G, limits = N // K, paged.device()
+  G, limits = N // K, paged.device(tiles.HOPPER[0])
   if config is None:
     tokens = table_BM.shape[1] * C
     config = decode_heuristic(q_BNH, k_KPCH, min(window or tokens, tokens),
@@ -193,7 +193,7 @@ def prefill(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B, cut, scale,
   """
   S, N, H = q_SNH.shape
   K, P, C, _ = k_KPCH.shape
-  G, limits = N // K, paged.device()
+  G, limits = N // K, paged.device(tiles.HOPPER[0])
   config = config or prefill_heuristic(q_SNH, k_KPCH, limits)
   config.check(H, C, limits)
   T, size = config.block_tokens, config.num_warpgroups * ROWS
