@@ -172,8 +172,7 @@ def decode(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, scale, softcap, window,
              lambda r, size: to.at[b, pl.ds(head * G + at + r, size)])
 
     _share(config, wg, multiply, lambda: _feed(
-        shared, count, lambda i: head * P + table_ref[
-            b, jnp.minimum(page + i, last)], k_ref, v_ref))
+        shared, count, (table_ref, b, page, last), head * P, k_ref, v_ref))
 
   parts = _call(body, 'decode_attention', config, (Z, B, K), 'zbk', out,
                 k_KPCH, interpret)(q_IRH, table_BM, len_B, _flat(k_KPCH),
@@ -231,13 +230,12 @@ def prefill(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B, cut, scale,
 
     @pl.when(first < tokens)
     def _():
-      head = jax.lax.div(n, G)
       _share(config, wg, multiply, lambda: _feed(
-          shared, count, lambda i: head * P + table_ref[
-              b, jnp.minimum(page + i, last)], k_ref, v_ref))
+          shared, count, (table_ref, b, page, last), jax.lax.div(n, G) * P,
+          k_ref, v_ref))
 
-  if S < ROWS:
-    q_SNH = jnp.pad(q_SNH, ((0, ROWS - S), (0, 0), (0, 0)))
+  if interpret or S < ROWS:  # TMA gives zeros past the end, except by this much
+    q_SNH = jnp.pad(q_SNH, ((0, size), (0, 0), (0, 0)))
   out, = _call(body, 'prefill_attention', config, (most, N), 'jn', [out],
                k_KPCH, interpret)(
                    q_SNH, table_BM, start_A, pos_B, *cut(start_A, size, most),
@@ -279,7 +277,7 @@ def interpreter():
   if params is None:
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
     params = InterpretGPUParams
-  return params(out_of_bounds_reads='uninitialized')
+  return params()
 
 
 def _share(config, wg, multiply, copy):
@@ -297,12 +295,17 @@ def _share(config, wg, multiply, copy):
     copy()
 
 
-def _feed(shared, count, page_of, k_ref, v_ref):
-  """Copies `count` tiles; page_of(i) is the i-th page in the flat pool.
+def _feed(shared, count, table, base, k_ref, v_ref):
+  """Copies `count` tiles of pages of the flat pool.
 
-  The last tile may ask for pages past the end: the last one again.
+  Where the last tile has room for pages past the end, the last comes again.
+
+  Args:
+    table: (ref, row, the first page's entry, the last's).
+    base: of the kv head in the flat pool.
   """
   (Z, T, _), C = shared.k_ZTH.shape, k_ref.shape[1]
+  table_ref, row, entry, last = table
 
   @pl.loop(0, count + Z)
   def _(i):
@@ -314,11 +317,14 @@ def _feed(shared, count, page_of, k_ref, v_ref):
 
     @pl.when(i < count)
     def _():
-      pages = [page_of(i * (T // C) + p) for p in range(T // C)]
+      first = entry + i * (T // C)
+      pages = [table_ref[row, jnp.minimum(first + p, last)]
+               for p in range(T // C)]
       for ref, to in ((k_ref, shared.k_ZTH), (v_ref, shared.v_ZTH)):
         for p, page in enumerate(pages):
-          plgpu.copy_gmem_to_smem(ref.at[page], to.at[stage, pl.ds(p * C, C)],
-                                  shared.there_Z.at[stage])
+          plgpu.copy_gmem_to_smem(
+              ref.at[base + page], to.at[stage, pl.ds(p * C, C)],
+              shared.there_Z.at[stage])
 
 
 def _ask(shared, wg, rows_ref):
@@ -372,6 +378,8 @@ def _attend(shared, wg, count, whole, token, stop, visible, scale, softcap,
     total_R, p_RT, o_RH = jax.lax.optimization_barrier(
         (total_R, p_RT.astype(shared.v_ZTH.dtype), o_RH))  # frees registers
     o_RH = _weigh(p_RT, shared.v_ZTH.at[stage], o_RH, interpret)
+    if interpret:  # dots read as threads do, which TMA waits for by a fence
+      plgpu.commit_smem()
     plgpu.barrier_arrive(shared.used_Z.at[stage])
     return new_R, total_R, o_RH
 

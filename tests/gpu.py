@@ -43,8 +43,10 @@ class _Condition(threading.Condition):
 
 
 @contextlib.contextmanager
-def racing():
+def racing(module=mosaic):
   """Mosaic kernels, interpreted inside, must not race; and cannot hang.
+
+  module: kernels.mosaic, or a mutant of it.
 
   JAX 0.10 compiles a kernel anew for each program of its grid and thread;
   here once. (What is compiled is no different.)
@@ -59,14 +61,14 @@ def racing():
                 jaxpr, consts, *args)).lower(consts, *args).compile()
     compiled[id(jaxpr)][1](consts, *args)
 
-  params = mosaic.interpreter()
+  params = module.interpreter()
   impatient = types.SimpleNamespace(
       **vars(threading) | dict(Condition=_Condition))
   interpret_pallas_call.reset_gpu_interpret_mode_state()
   with contextlib.ExitStack() as patched:
     patched.enter_context(mock.patch.object(
-        mosaic, 'interpreter', lambda: dataclasses.replace(
-            params, detect_races=True)))
+        module, 'interpreter', lambda: dataclasses.replace(
+            params, detect_races=True, num_tma_threads_per_device=7)))
     patched.enter_context(mock.patch.object(
         shared_memory, 'threading', impatient))
     if jax.__version_info__ < (0, 11):
