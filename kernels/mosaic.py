@@ -24,6 +24,7 @@ from dsjax.kernels import paged, tiles
 
 ROWS = 64  # of a warpgroup's product
 REGISTERS = (40, 232)  # of a thread that copies, that multiplies
+RESERVED = 2304  # bytes of shared memory: Mosaic's own scratch, barriers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class TuningConfig:
   def shared_bytes(self, head_dim):
     """Shared memory of a program: queries, outputs, tiles, barriers."""
     return (ROWS * self.num_warpgroups * head_dim
-            * (2 + (4 if self.splits > 1 else 2)) + 1024
+            * (2 + (4 if self.splits > 1 else 2)) + RESERVED
             + paged.tile_bytes(self.block_tokens, head_dim, 2,
                                self.num_stages))
 
@@ -71,15 +72,15 @@ class TuningConfig:
 def decode_heuristic(q_BNH, k_KPCH, tokens, limits):
   """A TuningConfig of decode from the floor of bytes, for up to `tokens`.
 
-  Bytes in flight are all that counts: two tiles of 64 tokens, or of a page,
-  leave room for two programs on a core; few and long rows are split, no less
-  than 4 tiles each.
+  Bytes in flight are all that counts, and registers leave room for one
+  program on a core: up to 4 tiles of 64 tokens, or of a page. Where programs
+  are fewer than cores, rows are split, into no less than 4 tiles each.
   """
-  B, N, _ = q_BNH.shape
+  B, N, H = q_BNH.shape
   K, _, C, _ = k_KPCH.shape
   size, groups = max(ROWS, C), -(-(N // K) // ROWS)
-  splits = min(-(-2 * limits.cores // (B * K)), max(tokens // (4 * size), 1))
-  return TuningConfig(size, 2, groups, splits)
+  splits = min(-(-limits.cores // (B * K)), max(tokens // (4 * size), 1))
+  return _deepest(TuningConfig(size, 4, groups, splits), H, limits)
 
 
 def prefill_heuristic(q_SNH, k_KPCH, limits):
@@ -93,9 +94,21 @@ def prefill_heuristic(q_SNH, k_KPCH, limits):
   config = TuningConfig(128, 2, 2 if H <= 128 else 1)
   if config.shared_bytes(H) > limits.shared_bytes:
     config = dataclasses.replace(config, block_tokens=max(64, C))
-  if config.shared_bytes(H) > limits.shared_bytes:
-    config = dataclasses.replace(config, num_stages=1)
+  return _deepest(config, H, limits)
+
+
+def _deepest(config, head_dim, limits):
+  """config, or with the most stages that fit."""
+  while (config.shared_bytes(head_dim) > limits.shared_bytes
+         and config.num_stages > 1):
+    config = dataclasses.replace(config, num_stages=config.num_stages - 1)
   return config
+
+
+def _check(config, head_dim, page_size, limits):
+  if not isinstance(config, TuningConfig):
+    raise ValueError(f'config={config}: must be a mosaic.TuningConfig')
+  config.check(head_dim, page_size, limits)
 
 
 class Shared(NamedTuple):
@@ -132,7 +145,7 @@ def decode(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, scale, softcap, window,
     tokens = table_BM.shape[1] * C
     config = decode_heuristic(q_BNH, k_KPCH, min(window or tokens, tokens),
                               limits)
-  config.check(H, C, limits)
+  _check(config, H, C, limits)
   T, W, Z = config.block_tokens, config.num_warpgroups, config.splits
   if G > W * ROWS:
     raise ValueError(f'mosaic.TuningConfig.num_warpgroups={W}: must be more '
@@ -194,7 +207,7 @@ def prefill(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B, cut, scale,
   K, P, C, _ = k_KPCH.shape
   G, limits = N // K, paged.device(tiles.HOPPER[0])
   config = config or prefill_heuristic(q_SNH, k_KPCH, limits)
-  config.check(H, C, limits)
+  _check(config, H, C, limits)
   T, size = config.block_tokens, config.num_warpgroups * ROWS
   most = (S + pos_B.shape[0] * (size - 1)) // size
   out = jax.ShapeDtypeStruct(q_SNH.shape, q_SNH.dtype)

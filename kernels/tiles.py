@@ -63,8 +63,8 @@ def mosaic_lacks(call, kind):
 
   They take bfloat16 or float16 queries and KV of the same dtype (what wgmma
   multiplies, untouched), heads of 64, 128, 192 or 256, pages of 8 to 128
-  tokens, a power of two, up to 128 query heads a kv head, and a Hopper GPU:
-  later ones have no wgmma.
+  tokens, a power of two, up to 128 query heads a kv head (64 of heads wider
+  than 128), and a Hopper GPU: later ones have no wgmma.
 
   Args:
     call, kind: see `pick`.
@@ -84,8 +84,9 @@ def mosaic_lacks(call, kind):
     return f'heads of {H}; must be 64, 128, 192 or 256'
   if C not in (8, 16, 32, 64, 128):
     return f'pages of {C} tokens; must be 8, 16, 32, 64 or 128'
-  return '' if N // K <= 128 else (
-      f'{N // K} query heads a kv head; must be 128 at most')
+  most = 128 if H <= 128 else 64
+  return '' if N // K <= most else (
+      f'{N // K} query heads of {H} a kv head; must be {most} at most')
 
 
 def portable(impl):
