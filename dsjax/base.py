@@ -454,10 +454,10 @@ class EngineConfig:
       the decode role; None for kv_dtype.
     checksum: compare a checksum of the KV on both sides of every migration.
     attention: implementation of attention and of what reads and writes
-      pages: 'xla', 'pallas' (GPU kernels), 'mosaic' (attention in kernels for
-      Hopper GPUs, the rest as 'pallas'), or 'pallas_interpret' and
-      'mosaic_interpret' (the same kernels interpreted on CPU, slowly); None
-      to choose by device and shapes.
+      pages: 'xla', 'pallas' (GPU kernels), 'pallas_interpret' (the same
+      kernels interpreted on CPU, slowly) or 'mosaic' (attention in kernels
+      for Hopper GPUs, the rest as 'pallas'; its interpreter moves data
+      implicitly, which serving forbids); None to choose by device and shapes.
   """
 
   max_len: int = 1024
@@ -500,10 +500,9 @@ class EngineConfig:
               f'EngineConfig.{field}', value,
               "None, 'float32', 'bfloat16' or 'int8'")
     require(self.attention in (None, 'xla', 'pallas', 'pallas_interpret',
-                               'mosaic', 'mosaic_interpret'),
-            'EngineConfig.attention', self.attention,
-            "None, 'xla', 'pallas', 'pallas_interpret', 'mosaic' or "
-            "'mosaic_interpret'")
+                               'mosaic'), 'EngineConfig.attention',
+            self.attention, "None, 'xla', 'pallas', 'pallas_interpret' or "
+            "'mosaic'")
 
   def kv_dtype_of(self, role):
     """The dtype of the KV cache of an instance in this role."""
