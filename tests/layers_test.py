@@ -11,7 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 HOST = {'attribution', 'base', 'pages', 'scheduler', 'latency', 'workload',
-        'metrics', 'state', 'recovery', 'quiet', 'goodput', 'bounds',
+        'metrics', 'state', 'recovery', 'life', 'quiet', 'goodput', 'bounds',
         'queueing', 'simulator', 'problem', 'placement', 'verdict', 'traffic',
         'hardware', 'roofline', 'zoo'}
 DEVICE = {'model', 'cache', 'sampling', 'sharding'}
