@@ -116,3 +116,46 @@ STATUS = {
         'InstanceGone': 'gone gone gone gone'}.items()
     for status, after in zip(('up', 'draining', 'down', 'gone'), row.split(),
                              strict=True)}
+
+
+def drawing():
+  """The tables as Markdown: a diagram, then every stage and every cause."""
+  return '\n'.join(['```mermaid', *_diagram(), '```', '', *_matrix(), '',
+                    *_statuses()])
+
+
+def _diagram():
+  """A life without faults, as a Mermaid diagram."""
+  arrows = {}
+  for (stage, cause), following in HOPS.items():
+    for after in following:
+      if cause in _NO_FAULT and stage != after:
+        arrows.setdefault((stage, after), []).append(cause)
+  yield 'stateDiagram-v2'
+  for (stage, after), causes in arrows.items():
+    ends = ['[*]' if s == 'absent' else s for s in (stage, after)]
+    yield f'  {ends[0]} --> {ends[1]}: {", ".join(causes)}'
+
+
+def _matrix():
+  """Every stage and every cause."""
+  yield f'| | {" | ".join(CAUSES)} |'
+  yield '|---' * (len(CAUSES) + 1) + '|'
+  for stage in STAGES:
+    cells = [cell(stage, cause) for cause in CAUSES]
+    shown = ['!' if c is None else ', '.join(c) or '-' for c in cells]
+    yield f'| **{stage}** | {" | ".join(shown)} |'
+
+
+def _statuses():
+  """Every status of an instance and every event."""
+  events = list(dict.fromkeys(event for _, event in STATUS))
+  yield f'| | {" | ".join(events)} |'
+  yield '|---' * (len(events) + 1) + '|'
+  for status in dict.fromkeys(status for status, _ in STATUS):
+    yield (f'| **{status}** | '
+           f'{" | ".join(STATUS[status, event] for event in events)} |')
+
+
+_NO_FAULT = ('plan', 'Arrived', 'PrefillDone', 'Migrated', 'DecodeDone',
+             'Cancelled')

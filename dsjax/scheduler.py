@@ -85,10 +85,8 @@ class Run:
 
   def roster(self):
     """Who takes work: those that are up, else those that are drained."""
-    self.open_entries, self.open_decoders = (
-        [i for i in kind if i.status == 'up']
-        or [i for i in kind if i.status == 'draining']
-        for kind in (self.entries, self.decoders))
+    self.open_entries = _open(self.entries)
+    self.open_decoders = _open(self.decoders)
 
   def apply(self, event):
     """Applies one event; a list of commands. See step."""
@@ -195,11 +193,11 @@ class Run:
   def handed(self, e):
     """The request whose hand-off this is about; None where it is over."""
     seq = self.seqs.get(e.id)
-    if seq is None or seq.epoch > e.epoch or not seq.target_pages:
+    if seq is None or e.epoch < seq.epoch:
       return None
-    if seq.epoch < e.epoch:
+    if e.epoch > seq.epoch:
       raise ImpossibleEvent(f'{e}: its last hand-off is {seq.epoch}')
-    return self.own(e.id)
+    return self.own(e.id) if seq.target_pages else None
 
   # --- the ends of a life ---------------------------------------------------
 
@@ -602,6 +600,11 @@ _APPLY = {
     base.Migrated: Run.migrated,
     **recovery.APPLY,
 }
+
+
+def _open(kind):
+  return ([i for i in kind if i.status == 'up']
+          or [i for i in kind if i.status == 'draining'])
 
 
 def _backlog(inst):

@@ -286,15 +286,14 @@ class LiveInstance:
                   else config.depth * pp)
     self.run_ahead = config.run_ahead or (
         RUN_AHEAD if self.role == 'decode' else 1)
-    self.pool, self.turn, self.number = value.pool, value.turn, value.number
-    self.residents, self.backlog = value.residents, value.backlog
-    self.status = value.status
-    self.queue, self.prefilling = list(value.queue), list(value.prefilling)
-    self.pulls, self.ending = list(value.pulls), list(value.ending)
-    self.inflight = collections.deque(value.inflight)
-    turns = [g for _, g in value.inflight]
+    (self.pool, batches, queue, prefilling, pulls, self.turn, self.number,
+     inflight, ending, self.residents, self.backlog, self.status) = value
+    self.queue, self.prefilling = list(queue), list(prefilling)
+    self.pulls, self.ending = list(pulls), list(ending)
+    self.inflight = collections.deque(inflight)
+    turns = [g for _, g in inflight]
     self.batches = [LiveBatch(b, turns.count(g))
-                    for g, b in enumerate(value.batches)]
+                    for g, b in enumerate(batches)]
 
   def freeze(self):
     """It as a value."""
