@@ -123,24 +123,27 @@ def serve(server, sent, tick=None):
 
 
 class Profiles:
-  """A latency for each instance and a link: what simulate takes."""
+  """A latency for each instance, a link, and how instances slow each other:
+  what simulate takes."""
 
-  def __init__(self, latencies, link):
-    self.latencies, self.link = latencies, link
+  def __init__(self, latencies, link, slow=None):
+    self.latencies, self.link, self.slow = latencies, link, slow
 
   def simulate(self, plan, sent):
-    return simulator.simulate(plan, sent, self.latencies, self.link).records
+    return simulator.simulate(plan, sent, self.latencies, self.link,
+                              slow=self.slow).records
 
   def calibrated(self, log):
     """These on the steps of a served run; like roles share their steps."""
     steps, copies = fit.observe(log)
     apart = bool(copies)  # else instances are alike
+    slow = fit.fit_contention(self.latencies, steps)
     models = tuple(fit.calibrate(m, [
-        s for s in steps if s.instance == i or not apart])
+        s for s in steps if s.instance == i or not apart], slow)
         for i, m in enumerate(self.latencies))
     link = self.link and fit.calibrate_link(self.link, copies,
                                             self.latencies[0].host_s)
-    return Profiles(models, link)
+    return Profiles(models, link, slow)
 
 
 def stats(records, slo):
@@ -196,7 +199,7 @@ def step_times(profiles, log):
       add(kind, found)
   if copies:
     add('migrate', [(c.seconds, profiles.link.migrate_s(c.num_tokens)
-                     + profiles.latencies[0].host_s, float(c.busy))
+                     + profiles.latencies[0].host_s, 0.0)
                     for c in copies])
   return rows
 
@@ -344,8 +347,7 @@ def _show_steps(console, rows):
                       number(s['together']))
   console.print(table)
   console.print('alone, together: steps in which the other instance was at '
-                'work less or more than half of the time; of a migration, '
-                'whether its target had a step in flight', soft_wrap=True)
+                'work less or more than half of the time', soft_wrap=True)
 
 
 def draw(path, rows):
