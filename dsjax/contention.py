@@ -21,25 +21,25 @@ class Contention:
   """How much kinds of steps slow each other.
 
   Attributes:
-    slow: {(kind, other): factor}: seconds of a step of `kind` beside steps of
-      `other` on another instance, over its seconds alone; 1 where it is not
-      named, less than 1 nowhere. What several others take adds up.
+    factors: {(kind, other): factor}, each 1 or more: seconds of a step of
+      `kind` beside steps of `other` on another instance, over its seconds
+      alone; 1 where it is not named. What several others take adds up.
   """
 
-  slow: dict[tuple[str, str], float]
+  factors: dict[tuple[str, str], float]
 
   def __post_init__(self):
-    for pair, factor in self.slow.items():
+    for pair, factor in self.factors.items():
       require(isinstance(pair, tuple) and len(pair) == 2
-              and all(kind in KINDS for kind in pair), 'Contention.slow', pair,
-              f'pairs of {KINDS}')
+              and all(kind in KINDS for kind in pair), 'Contention.factors',
+              pair, f'pairs of {KINDS}')
       require(isinstance(factor, (int, float)) and math.isfinite(factor)
-              and factor >= 1, f'Contention.slow.{">".join(pair)}', factor,
+              and factor >= 1, f'Contention.factors.{">".join(pair)}', factor,
               '1 or more')
 
   def factor(self, kind, others):
     """Seconds of a step beside these, over its seconds alone."""
-    return 1 + sum(self.slow.get((kind, other), 1.0) - 1 for other in others)
+    return 1 + sum(self.factors.get((kind, other), 1.0) - 1 for other in others)
 
 
 class _Work:

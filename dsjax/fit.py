@@ -365,10 +365,10 @@ def net_s(model, step):
              step.cell.seconds / 2)
 
 
-def alone_s(model, step, slow):
+def alone_s(model, step, contention):
   """Seconds that a Step would have taken on a device left alone."""
   kind, seconds = step.cell.kind, net_s(model, step)
-  spent = sum(s * (1 - 1 / slow.factor(kind, [other]))
+  spent = sum(s * (1 - 1 / contention.factor(kind, [other]))
               for other, s in step.beside_s.items())
   return max(seconds - spent, seconds / 8)
 
@@ -388,7 +388,7 @@ def fit_contention(models, steps):
   Args:
     models: of each instance. steps: [Step], of observe.
   """
-  slow = {}
+  factors = {}
   for kind in KINDS:
     of = [s for s in steps if s.cell.kind == kind]
     beside = {other: sum(s.beside_s.get(other, 0.0) for s in of)
@@ -414,8 +414,8 @@ def fit_contention(models, steps):
     alone, rates = (rates[0], rates[1:]) if known else (1.0, rates)
     for other in KINDS:
       rate = rates[own.index(other if other in own else most)]
-      slow[kind, other] = float(min(max(1.0, alone / max(rate, 1e-9)), 8.0))
-  return Contention(slow)
+      factors[kind, other] = float(min(max(1.0, alone / max(rate, 1e-9)), 8.0))
+  return Contention(factors)
 
 
 def correction(predicted, seconds):
@@ -432,7 +432,7 @@ def correction(predicted, seconds):
   return (a, b) if a >= 0 else (0.0, float(y.sum() / x.sum()))
 
 
-def calibrate(model, steps, slow=None):
+def calibrate(model, steps, contention=None):
   """An Affine moved onto the Steps of a served run.
 
   Each kind's seconds become a + b times what they were (see correction), so
@@ -440,16 +440,16 @@ def calibrate(model, steps, slow=None):
   steps stay.
 
   Args:
-    slow: the Contention to be simulated with it; None: what other instances
+    contention: what is to be simulated with it; None: what other instances
       took is part of the seconds then, time-weighted over that run.
   """
-  slow = slow or Contention({})
+  contention = contention or Contention({})
   changes = {}
   for kind in ('prefill', 'decode', 'mixed'):
     of = [s for s in steps if s.cell.kind == kind]
     if len(of) >= 4:
       changes[kind] = correction([predict_s(model, s.cell) for s in of],
-                                 [alone_s(model, s, slow) for s in of])
+                                 [alone_s(model, s, contention) for s in of])
 
   def moved(field, kind):
     constants, (a, b) = getattr(model, field), changes.get(kind, (0.0, 1.0))

@@ -39,7 +39,8 @@ import collections
 import heapq
 from typing import NamedTuple
 
-from dsjax import base, contention, metrics, scheduler
+from dsjax import base, metrics, scheduler
+from dsjax.contention import Devices
 
 _ARRIVED, _MIGRATED, _STEP = range(3)  # order of events of one moment
 _NEVER = (float('inf'),)
@@ -68,7 +69,7 @@ class Result(NamedTuple):
 
 
 def simulate(config, requests, latencies, link=None, log=False, leap=True,
-             share='pair', on_event=None, slow=None):
+             share='pair', on_event=None, contention=None):
   """Serves a workload in virtual time.
 
   Args:
@@ -85,14 +86,14 @@ def simulate(config, requests, latencies, link=None, log=False, leap=True,
     share: 'pair' for a link of its own for every (source, target); 'nic'
       where all copies from one source, and all to one target, queue.
     on_event: None, or called with (state, event, commands) after each step.
-    slow: a contention.Contention of the instances, each of one stage; None:
+    contention: a Contention of the instances, each of one stage; None:
       each has a device of its own.
 
   Raises:
     InputError: bad requests or latencies that do not fit the instances.
   """
   return _Run(config, requests, latencies, link, log, leap, share, on_event,
-              slow).run()
+              contention).run()
 
 
 class _Instance:
@@ -236,7 +237,7 @@ class _Run:
   """The state of a simulation."""
 
   def __init__(self, config, requests, latencies, link, log, leap, share,
-               on_event, slow):
+               on_event, contention):
     count = len(config.instances)
     if not isinstance(latencies, (tuple, list)):
       latencies = (latencies,) * count
@@ -250,10 +251,11 @@ class _Run:
     self.on_event, self.closed_form = on_event, leap
     self.instances = [_Instance(one, c.pp) for one, c in
                       zip(latencies, config.instances, strict=True)]
-    base.require(slow is None or all(c.pp == 1 for c in config.instances),
-                 'slow', slow, 'None where an instance has several stages')
-    self.devices = slow and contention.Devices(slow, count)
-    self.may_leap = not (slow or log or on_event) and leap
+    base.require(not contention or all(c.pp == 1 for c in config.instances),
+                 'contention', contention, 'None where an instance has '
+                 'several stages')
+    self.devices = contention and Devices(contention, count)
+    self.may_leap = not (contention or log or on_event) and leap
     self.loose = []  # instances in a quiet run, off the heap
     self.decoding = [n for n, role in enumerate(roles) if role != 'prefill']
     self.scheduler = scheduler.Run(config, scheduler.init(config), self.wake)

@@ -8,12 +8,12 @@ import pytest
 
 from dsjax import base, fit, latency, scheduler, simulator
 from dsjax.contention import KINDS, Contention, Devices
-from experiments import validate
+from experiments import setting, validate
 
 LINK = latency.Link(0.01, 1e6, 1e3)
 ALONE = latency.Affine((0.02, 3e-4, 1e-7), (0.01, 2e-5, 1e-3),
                        mixed=(0.03, 4e-4, 1e-7, 2e-5))
-SLOW = Contention({('prefill', 'decode'): 1.5, ('decode', 'prefill'): 3.0})
+SHARED = Contention({('prefill', 'decode'): 1.5, ('decode', 'prefill'): 3.0})
 ROLES = {'disaggregated': ('prefill', 'decode'), 'chunked': ('chunked',) * 2}
 
 
@@ -26,13 +26,13 @@ def sent(rate, n=60):
   return validate.requests(validate.QUICK, 100, rate, n, 3)
 
 
-def run(mode, rate, slow=None, model=ALONE, **options):
-  return simulator.simulate(plan(mode), sent(rate), model, LINK, slow=slow,
-                            **options)
+def run(mode, rate, contention=None, model=ALONE, **options):
+  return simulator.simulate(plan(mode), sent(rate), model, LINK,
+                            contention=contention, **options)
 
 
 def test_a_step_is_as_slow_as_what_runs_beside_it():
-  devices = Devices(SLOW, 2)
+  devices = Devices(SHARED, 2)
   devices.add(0, 'prompt', 'prefill', [3.0], 1.0)
   devices.add(1, 'rows', 'decode', [2.0, 1.0], 0.0)
   # From 0 to 1 the decode step is alone; of its other second a third is done
@@ -57,8 +57,8 @@ def test_work_waits_for_its_turn_and_its_time():
 
 
 def test_what_several_others_take_adds_up():
-  assert SLOW.factor('decode', ['prefill', 'prefill', 'mixed']) == 5.0
-  assert SLOW.factor('mixed', ['decode']) == 1.0
+  assert SHARED.factor('decode', ['prefill', 'prefill', 'mixed']) == 5.0
+  assert SHARED.factor('mixed', ['decode']) == 1.0
 
 
 @pytest.mark.parametrize('mode', ROLES)
@@ -97,7 +97,8 @@ def test_contention_is_found_in_a_served_run(mode):
   assert len(seen) > 1
   if mode == 'disaggregated':
     for pair in seen:
-      assert found.slow.slow[pair] == pytest.approx(truth.slow[pair], rel=0.02)
+      assert found.contention.factors[pair] == pytest.approx(
+          truth.factors[pair], rel=0.02)
   slo = base.Slo(0.2, 0.03)
   there = validate.stats(run(mode, 24.0, truth, real).records, slo)
   errors = [validate.errors(there, validate.stats(
@@ -114,27 +115,38 @@ def test_nothing_beside_shows_nothing():
   assert fit.fit_contention((ALONE,) * 2, few) == Contention({})
 
 
-@pytest.mark.parametrize('slow, part', [
+@pytest.mark.parametrize('factors, part', [
     ({('prefill', 'swap'): 2.0}, 'swap'), ({('decode', 'decode'): 0.5}, '0.5'),
     ({('decode', 'decode'): float('nan')}, 'nan'), ({'decode': 2.0}, 'decode')])
-def test_bad_input(slow, part):
+def test_bad_input(factors, part):
   with pytest.raises(base.InputError, match=part):
-    Contention(slow)
+    Contention(factors)
 
 
 def test_stages_do_not_share():
   config = plan('disaggregated')
   config = dataclasses.replace(config, instances=tuple(
       dataclasses.replace(c, pp=2) for c in config.instances))
-  with pytest.raises(base.InputError, match='slow'):
+  with pytest.raises(base.InputError, match='contention'):
     simulator.simulate(config, sent(5.0), dataclasses.replace(ALONE, pp=2),
-                       LINK, slow=SLOW)
+                       LINK, contention=SHARED)
 
 
 def test_every_step_of_a_run_is_told_once():
-  result = run('disaggregated', 30.0, SLOW, log=True)
+  result = run('disaggregated', 30.0, SHARED, log=True)
   told = [e for e, _ in result.log if isinstance(e, base.DecodeDone)]
   steps = [c.steps for _, cs in result.log for c in cs
            if isinstance(c, base.RunDecode)]
   assert [len(e.steps_s) for e in told] == steps
   assert all(np.diff(e.steps_s).min(initial=1) > 0 for e in told)
+
+
+def test_a_search_says_that_it_leaves_contention_out(tmp_path):
+  plans = {base.Plan(): ALONE}
+  for name, shared in (('a', SHARED), ('b', None), ('c', Contention({}))):
+    latency.save(tmp_path / name, latency.Profile('m', 'cpu', plans,
+                                                  contention=shared))
+  assert '3.00 times' in setting.caveat(str(tmp_path / 'a'))
+  for kind in (str(tmp_path / 'b'), str(tmp_path / 'c'), 'published',
+               'roofline:h100-80g'):
+    assert setting.caveat(kind) == ''

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 HOST = {'attribution', 'base', 'pages', 'scheduler', 'latency', 'workload',
-        'metrics', 'state', 'recovery', 'goodput', 'bounds', 'queueing',
+        'metrics', 'state', 'recovery', 'goodput', 'bounds', 'contention',
+        'queueing',
         'simulator', 'problem', 'placement', 'verdict', 'traffic', 'hardware',
         'roofline', 'zoo'}
 DEVICE = {'model', 'cache', 'sampling', 'sharding'}
