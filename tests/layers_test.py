@@ -11,10 +11,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 HOST = {'attribution', 'base', 'pages', 'scheduler', 'latency', 'workload',
-        'metrics', 'state', 'recovery', 'goodput', 'bounds', 'contention',
-        'queueing',
-        'simulator', 'problem', 'placement', 'verdict', 'traffic', 'hardware',
-        'roofline', 'zoo'}
+        'metrics', 'state', 'recovery', 'life', 'quiet', 'goodput', 'bounds',
+        'contention', 'queueing', 'simulator', 'problem', 'placement',
+        'verdict', 'traffic', 'hardware', 'roofline', 'zoo'}
 DEVICE = {'model', 'cache', 'sampling', 'sharding'}
 SHELL = {'engine', 'fit', 'migrate', 'checkpoint', 'gguf_file', 'gguf_model',
          'hf', 'hf_config', 'hf_tokenizer', 'orbax_file', 'weights',
