@@ -19,6 +19,7 @@ import pytest
 from jax._src.array import ArrayImpl
 
 from dsjax import (
+  answer,
   base,
   checkpoint,
   engine,
@@ -160,7 +161,8 @@ def test_smollm2_gives_the_goldens_over_two_meshes():
 
 # --- no implicit transfer, nothing compiled ----------------------------------
 
-EVERY = pytest.mark.parametrize('mode', MODES)
+EVERY = pytest.mark.parametrize('mode', [
+    m for m in MODES if m not in ('2colocated', '2chunked')])
 KV_SIZE = 2 * 4 * 4 * 8 // 2  # elements of the smallest shard that moves
 
 
@@ -399,7 +401,7 @@ def test_a_stream_with_a_stop_string(server):
 def test_half_a_character_is_never_shown():
   """Tokens 90, 91, 92 are the bytes of one euro."""
   texts = Letters()
-  live = orchestrator._Live(Request(0, 0.0, (3,), Sampling(
+  live = answer.Live(Request(0, 0.0, (3,), Sampling(
       max_tokens=5, ignore_eos=True)), set(), texts)
   shown = []
   for token in (90, 91, 92, 94, 95):

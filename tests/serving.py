@@ -54,6 +54,8 @@ MODES = {
     '1p1d': (Placement(prefill=[Plan()], decode=[Plan()]), (0, 1)),
     '2p2d': (Placement(prefill=[Plan()] * 2, decode=[Plan()] * 2),
              (0, 2, 1, 3)),
+    '2colocated': (Placement(colocated=[Plan()] * 2), (0, 2)),
+    '2chunked': (Placement(chunked=[Plan()] * 2), (0, 2)),
     'colocated': (Placement(colocated=[Plan()]), (0,)),
     'chunked': (Placement(chunked=[Plan()]), (0,)),
     'tp2_tp2': (Placement(prefill=[Plan(2)], decode=[Plan(2)]),
@@ -139,35 +141,40 @@ def want(work):
   return expected(prompt, Sampling(**params))
 
 
-def drain(server):
-  """Polls to the end, then checks that everything has come back."""
+def drain(server, faulty=False):
+  """Polls to the end, then checks that everything has come back.
+
+  faulty: faults were asked for; else there must be none.
+  """
   give_up = time.monotonic() + 60
   while server.busy:
     server.poll()
     assert time.monotonic() < give_up, 'the server hangs'
-  check_tidy(server)
+  check_tidy(server, faulty)
 
 
-def check_tidy(server):
+def check_tidy(server, faulty=False):
+  assert faulty or not server.faults
   scheduler.check(server.state)
   assert scheduler.idle(server.state) and not server.state.seqs
-  for one, instance in zip(server.engines, server.state.instances,
-                           strict=True):
-    assert len(one.spare) == len(set(one.spare)) == one.config.max_seqs
+  for i, (one, instance) in enumerate(zip(
+      server.engines, server.state.instances, strict=True)):
+    slots = 0 if i in server.fleet.down else one.config.max_seqs
+    assert len(one.spare) == len(set(one.spare)) == slots
     assert not one.slot_of and not one.mode_of
     assert instance.pool.free == (1 << instance.pool.num_pages) - 1
     assert instance.residents == instance.backlog == 0
   assert not server.fleet.busy and not server.live
 
 
-def play(server, work, order=None, between=0):
+def play(server, work, order=None, between=0, faulty=False):
   """Outputs of `work`, submitted in `order`, `between` polls apart."""
   ids = {}
   for i in order or range(len(work)):
     ids[i] = server.submit(work[i][0], **work[i][1])
     for _ in range(between):
       server.poll()
-  drain(server)
+  drain(server, faulty)
   return [server.output(ids[i]) for i in range(len(work))]
 
 
