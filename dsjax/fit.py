@@ -317,6 +317,8 @@ def observe(log):
       start = max(at, freed.get((c.source, c.target), -np.inf))
       freed[c.source, c.target] = event.time_s
       moved.append(Copy(c.num_tokens, event.time_s - start))
+    elif isinstance(event, base.InstanceDown):
+      sent = {k: v for k, v in sent.items() if k[0] != event.instance}
     for c in commands:
       if isinstance(c, (base.RunPrefill, base.RunDecode)):
         sent[c.instance, c.number] = c, event.time_s

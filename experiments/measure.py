@@ -243,7 +243,7 @@ def transfer_times(source, target, lengths, rounds, tick):
              for e in (source, target)]
       start = time.perf_counter()
       moved = route.start(base.Migrate(0, 1, 0, ids[0], 1, ids[1], n))
-      jax.block_until_ready(moved.done)
+      jax.block_until_ready(moved.land())
       return time.perf_counter() - start
     return run
   return in_rounds([timed(n) for n in lengths], rounds, tick)
