@@ -202,6 +202,19 @@ class Detokenize(_Body):
 # --- errors -----------------------------------------------------------------
 
 
+class Problem(pydantic.BaseModel):
+  """What went wrong. param: the field. code: of OpenAI's, or ours."""
+  message: str
+  type: str
+  param: str | None
+  code: str | int | None
+
+
+class Error(pydantic.BaseModel):
+  """The body of every answer that says no."""
+  error: Problem
+
+
 def error(message, kind, param=None, code=None):
   """An error in OpenAI's shape."""
   return {'error': {'message': message, 'type': kind, 'param': param,
