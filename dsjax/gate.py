@@ -17,7 +17,7 @@ import traceback
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from dsjax import protocol
 from dsjax.base import InputError
@@ -33,9 +33,8 @@ _REASONS = {404: 'not_found', 413: 'too_long', 408: 'slow', 500: 'internal',
 _CODES = {'too_long': 'context_length_exceeded'}
 
 
-class Json(Response):
+class Json(JSONResponse):
   """JSON in ASCII, so that any string can be answered, and no NaN."""
-  media_type = 'application/json'
 
   def render(self, content):
     return dumps(content).encode()
@@ -161,29 +160,30 @@ def refusal(status, message, param=None, code=None, retry_s=None):
 
 def add_errors(app, turn_away):
   """Answers what the application raises. turn_away: see Gate."""
-  def refused(request, e):
+  # Coroutines, since starlette gives a function a thread.
+  async def refused(request, e):
     return turn_away(request.scope, _STATUS.get(e.reason, 503), e.reason,
                      str(e), code=_CODES.get(e.reason, e.reason),
                      retry_s=e.retry_s)
 
-  def bad(request, e):
+  async def bad(request, e):
     message, param = (protocol.invalid(e.errors()) if isinstance(
         e, RequestValidationError) else protocol.named(str(e)))
     return turn_away(request.scope, 400, 'bad_request', message, param=param,
                      code='invalid_value')
 
-  def http(request, e):
+  async def http(request, e):
     known = {'param': 'model', 'code': 'model_not_found'}
     return turn_away(
         request.scope, e.status_code,
         _REASONS.get(e.status_code, 'bad_request'), e.detail,
         **(known if e.detail.startswith('model: ') else {}))
 
-  def broken(request, _):  # raised again after this, to the Gate's log
+  async def broken(request, _):  # raised again after this, to the Gate's log
     return turn_away(request.scope, 500, 'internal',
                      'the server made a mistake; its log says which')
 
-  def gone(request, _):
+  async def gone(request, _):
     turn_away(request.scope, 499, 'gone', '')
     return Response(status_code=499)
 

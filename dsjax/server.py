@@ -9,7 +9,7 @@ import pathlib
 import time
 
 import fastapi
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from dsjax import gauges, protocol
 from dsjax.base import InputError
@@ -38,7 +38,7 @@ def make_app(service, metrics, name, key=None, slo=None, log_text=False):
 
   app = fastapi.FastAPI(title='dsjax', lifespan=lifespan, docs_url=None,
                         redoc_url=None, default_response_class=Json,
-                        responses=ERRORS)
+                        responses=ERRORS, redirect_slashes=False)
 
   gate = Gate(app, service.limits, key, metrics.reject)
   add_errors(app, gate.turn_away)
@@ -118,7 +118,7 @@ def _add_watching(app, service, metrics, name, slo):
         {'progress': service.progress} if status == 'starting' else {})
     return Json(about, 200 if service.alive else 503)
 
-  @app.get('/metrics')
+  @app.get('/metrics', response_class=PlainTextResponse)
   async def scrape():
     return Response(metrics.text(),
                     media_type='text/plain; version=0.0.4; charset=utf-8')
@@ -139,7 +139,7 @@ def _add_watching(app, service, metrics, name, slo):
         'recent': list(metrics.recent), 'time_s': time.time(),
         'rejected': metrics.num_rejected})
 
-  @app.get('/')
+  @app.get('/', response_class=HTMLResponse)
   async def page():
     return HTMLResponse(PAGE.read_text(encoding='utf-8'))
 

