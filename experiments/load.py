@@ -116,10 +116,12 @@ def spread(times, count):
 
 class Load:
   """One run. records: a base.Record a job that was due, in seconds since
-  `start_s`; lag_s: how late each left."""
+  `start_s`; lag_s: how late each left; retry_after: {id: that header of a
+  refusal}."""
 
   def __init__(self, client):
     self.client, self.records, self.lag_s = client, [], []
+    self.retry_after = {}
     self.start_s = time.perf_counter()
 
   @property
@@ -147,6 +149,7 @@ class Load:
           await answer.aread()
           record.status = 'rejected'
           record.reason = f'HTTP {answer.status_code}'
+          self.retry_after[job.id] = answer.headers.get('Retry-After')
         else:
           await self._read(answer, record)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError,

@@ -340,23 +340,26 @@ def _stage_bars(axes, results):
     axes.legend(**_BELOW)
 
 
-def over_time(axes, results, slo, colours=None):
-  """TTFT by arrival time; at the top, those that got no token."""
+def over_time(axes, results, field, limit_s, colours=None):
+  """A latency by arrival time; at the top, those that got no token.
+
+  results: [(mode, records), ...]. field: ttft_s or tpot_s.
+  """
   colours = colours or _colours([mode for mode, _ in results])
   for mode, records in results:
     seen = [r for r in records if r.token_s]
-    lost = [r for r in records if not r.token_s]
-    axes.plot([r.arrival_s for r in seen], [r.ttft_s for r in seen], 'o',
-              color=colours[mode], markersize=3, label=mode)
+    lost = [r.arrival_s for r in records if not r.token_s]
+    axes.plot([r.arrival_s for r in seen], [getattr(r, field) for r in seen],
+              'o', color=colours[mode], markersize=3, label=mode)
     if lost:
-      axes.plot([r.arrival_s for r in lost], [0.97] * len(lost), 'x',
-                color='#b02a1c', markersize=4, label=f'{mode}: no token',
+      axes.plot(lost, [0.97] * len(lost), 'x', color='#b02a1c', markersize=4,
+                label=f'{mode}: no token',
                 transform=axes.get_xaxis_transform())
-  axes.axhline(slo.ttft_s, color='black', linestyle='--', linewidth=1)
+  axes.axhline(limit_s, color='black', linestyle='--', linewidth=1)
   axes.set_ylim(bottom=0)
   axes.yaxis.set_major_formatter(FuncFormatter(_ms))
   axes.set_xlabel('arrival (s)')
-  axes.set_ylabel('TTFT (ms)')
+  axes.set_ylabel(f'{field[:4].upper()} (ms)')
   axes.legend(**_BELOW)
 
 
@@ -379,7 +382,7 @@ def save_figure(path, results, slo, title=''):
   if staged or not any(records for _, records in results):
     _stage_bars(stages, results)
   else:
-    over_time(stages, results, slo, colours)
+    over_time(stages, results, 'ttft_s', slo.ttft_s, colours)
   for axes, name in ((ttft, 'Time to first token'),
                      (tpot, 'Time per output token'),
                      (stages, 'Where the time goes' if staged else 'Over time'),
