@@ -31,7 +31,7 @@ import time
 os.environ.setdefault('NPROC', '32')  # room for collectives of many devices
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from rich.progress import Progress
 from rich.table import Table
 
@@ -174,14 +174,14 @@ def rounds(bench, count, client):
 
 def _spread(values, scale, unit):
   mid = statistics.median(values)
-  return (f'{scale * mid:+.2f} {unit} [{scale * min(values):+.2f}, '
-          f'{scale * max(values):+.2f}]')
+  return (f'{scale * mid:+.2f} {unit} ({scale * min(values):+.2f}, '
+          f'{scale * max(values):+.2f})')
 
 
 def table(found, streams, tokens):
   """(a rich Table, {'tpot_share', 'ttft_s'} that HTTP adds) of the rounds."""
   made = Table(title=f'{streams} streams of {tokens} tokens, {len(found)} '
-               'rounds: median [least, most]', title_justify='left')
+               'rounds: median (least, most)', title_justify='left')
   for name in ('', *WAYS):
     made.add_column(name, justify='right' if name else 'left')
   columns = {way: [r[way] for r in found] for way in WAYS}
@@ -260,6 +260,8 @@ def run(f, console):
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unexpected: {" ".join(argv[1:])}')
+  if flags.FLAGS.verbosity <= 0:
+    logging.set_verbosity(logging.WARNING)  # not every request
   with live.one_error(OSError):
     sys.exit(run({name: flag.value for name, flag in FLAGS.items()},
                  live.wide_console()))

@@ -134,15 +134,15 @@ class Load:
       for job in sorted(todo, key=lambda j: j.arrival_s):
         await asyncio.sleep(max(0.0, job.arrival_s - self.now))
         self.lag_s.append(self.now - job.arrival_s)
-        record = base.Record(job.id, job.arrival_s, job.prompt_len,
-                             job.body['max_tokens'])
-        self.records.append(record)
-        group.create_task(self.send(job, record))
+        group.create_task(self.send(job))
         if on_sent:
           on_sent(self)
 
-  async def send(self, job, record):
-    """Sends one job and fills its record; errors end in it too."""
+  async def send(self, job):
+    """Sends one job now; its record, in which errors end too."""
+    record = base.Record(job.id, job.arrival_s, job.prompt_len,
+                         job.body['max_tokens'])
+    self.records.append(record)
     try:
       async with self.client.stream('POST', job.path, json=job.body) as answer:
         if answer.status_code != 200:
@@ -157,6 +157,7 @@ class Load:
       record.status, record.reason = 'failed', type(error).__name__
     finally:
       record.finish_s = self.now
+    return record
 
   async def _read(self, answer, record):
     times, count, reason, exact = [], 0, None, []

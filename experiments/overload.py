@@ -43,7 +43,7 @@ from experiments import api, live, load, report
 
 FLAGS = None  # once run as a program
 RECOVERED = 1.25  # latencies below this many times the unloaded worst
-PROBE_S = 0.5  # between two single requests after the flood
+PAUSE_S = 0.1  # of a client that was refused
 PHASES = ('unloaded', 'full', 'flood', 'after')
 
 
@@ -54,7 +54,7 @@ class Found:
   Attributes:
     capacity_per_s: requests served a second while the server is full.
     records: {phase: [Record, ...]}; arrivals count from the phase's begin.
-    refused_s: how long each 429 of the flood took.
+    refused_s: how long each 429 of the flood took, from when it left.
     with_retry: how many of them had a Retry-After of a second or more.
     other: of the flood, {why: how many} that failed otherwise.
     recovered_s: from the flood's last arrival to the first single request from
@@ -86,25 +86,25 @@ class Overload:
   def _jobs(self, times):
     return self._make(times, next(self._seed))
 
+  async def _loop(self, one, more):
+    """Requests one after another into a Load, while more()."""
+    while more():
+      job = dataclasses.replace(self._jobs((0.0,))[0], arrival_s=one.now)
+      record = await one.send(job)
+      if record.status == 'rejected':
+        await asyncio.sleep(PAUSE_S)
+
   async def single(self, count):
     """`count` requests, one after another."""
     one = load.Load(self.client)
-    for _ in range(count):
-      await one.run([dataclasses.replace(
-          self._jobs((0.0,))[0], arrival_s=one.now)])
+    await self._loop(one, lambda: len(one.records) < count)
     return one
 
   async def full(self, seconds, clients):
     """A closed loop of `clients`; (Load, requests served a second)."""
-    one, end_s = load.Load(self.client), seconds
-
-    async def client():
-      while one.now < end_s:
-        await one.run([dataclasses.replace(
-            self._jobs((0.0,))[0], arrival_s=one.now)])
-        if one.records[-1].status == 'rejected':
-          await asyncio.sleep(0.05)
-    await asyncio.gather(*(client() for _ in range(clients)))
+    one = load.Load(self.client)
+    await asyncio.gather(*(self._loop(one, lambda: one.now < seconds)
+                           for _ in range(clients)))
     ends = sorted(r.finish_s for r in one.records
                   if r.status in ('stop', 'length'))
     base.require(len(ends) >= 3, 'answers while full', len(ends),
@@ -116,15 +116,14 @@ class Overload:
     times = workload.arrivals('poisson', rate_per_s,
                               max(1, round(rate_per_s * seconds)), 0, 1.0, None)
     todo = self._jobs(times)
-    one, after = load.Load(self.client), None
+    one = load.Load(self.client)
 
     async def probe():
-      nonlocal after
-      await asyncio.sleep(times[-1])
+      await asyncio.sleep(times[-1] - one.now)
       after = load.Load(self.client)
-      await after.run(self._jobs(tuple(
-          i * PROBE_S for i in range(max(1, round(recover_s / PROBE_S))))))
-    await asyncio.gather(one.run(todo), probe())
+      await self._loop(after, lambda: after.now < recover_s)
+      return after
+    _, after = await asyncio.gather(one.run(todo), probe())
     return one, after
 
 
@@ -165,6 +164,7 @@ async def measure(url, key, make, clients, singles, full_s, factor, flood_s,
     rate_per_s = factor * capacity_per_s
     say(f'{rate_per_s:.3g} requests/s for {flood_s:g} s')
     flood, after = await run.flood(rate_per_s, flood_s, recover_s)
+  late_s = dict(zip((r.id for r in flood.records), flood.lag_s, strict=True))
   refused = [r for r in flood.records if r.reason == 'HTTP 429']
   other = {}
   for r in flood.records:
@@ -173,7 +173,7 @@ async def measure(url, key, make, clients, singles, full_s, factor, flood_s,
   loads = dict(zip(PHASES, (unloaded, full, flood, after), strict=True))
   return Found(
       capacity_per_s, {name: one.records for name, one in loads.items()},
-      [r.finish_s - r.arrival_s for r in refused],
+      [r.finish_s - r.arrival_s - late_s[r.id] for r in refused],
       sum((flood.retry_after.get(r.id) or '0').isdigit()
           and int(flood.retry_after.get(r.id) or 0) >= 1 for r in refused),
       other, recovery_s(unloaded.records, after.records),

@@ -31,7 +31,7 @@ def find():
 class Browser:
   """One page. errors: what its scripts threw."""
 
-  def __init__(self, path, folder, width=1180, height=860):
+  def __init__(self, path, folder, width=1180, height=680):
     """folder: for its profile, a new one."""
     ours_in, theirs_out = os.pipe()
     theirs_in, ours_out = os.pipe()
