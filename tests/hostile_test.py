@@ -81,6 +81,13 @@ def malformed(rng):
   return http(path, bytes(raw)), 'answer'
 
 
+def not_an_object(rng):
+  body = rng.choice((b'', b'{', b'nul', b'\xff\xfe', b'[' * 10**5, b'1e999',
+                     b'{"a":' * 10**4, b'9' * 10**4, b'{"model": NaN}', b'[]',
+                     b'"\\ud800"', b'{"model": "tiny"} {}'))
+  return http(rng.choice(PATHS), body), 'answer'
+
+
 def wrong_type(rng):
   path, body = valid(rng)
   name = rng.choice([*body, 'surprise', '\ud800', ''])
@@ -179,9 +186,10 @@ def two_at_once(rng):
   return data * 3, rng.choice(('read', 'drop'))
 
 
-KINDS = {malformed: 350, wrong_type: 500, two_wrong: 160, surrogates: 100,
-         a_mebibyte: 40, many_stops: 60, not_http: 200, odd_calls: 230,
-         dropped: 200, half_open: 80, slow: 40, two_at_once: 40}
+KINDS = {malformed: 290, not_an_object: 60, wrong_type: 500, two_wrong: 160,
+         surrogates: 100, a_mebibyte: 40, many_stops: 60, not_http: 200,
+         odd_calls: 230, dropped: 200, half_open: 80, slow: 40,
+         two_at_once: 40}
 MAY_SAY = {200, 400, 404, 405, 408, 413}
 
 

@@ -32,11 +32,12 @@ def make(report):
 class Running:
   """A server in a thread: url, service, metrics, and the last to leave."""
 
-  def __init__(self, make=make, limits=LIMITS, key=None):
+  def __init__(self, make=make, limits=LIMITS, key=None,
+               log_text=False):
     self.metrics = gauges.Gauges()
     self.service = Service(make, limits, self.metrics)
     self.app = server.make_app(self.service, self.metrics, 'tiny', key,
-                               base.Slo(1.0, 0.1))
+                               base.Slo(1.0, 0.1), log_text)
     self.http = listener.Server(self.app, self.service)
     self.listener = socket.create_server(('127.0.0.1', 0))
     self.address = self.listener.getsockname()
