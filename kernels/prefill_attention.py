@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from dsjax.kernels import paged, shapes, tiles
+from dsjax.kernels import paged, shapes, tiles, tuned
 
 BLOCK = 64  # queries a block
 TILE = 128  # keys a tile
@@ -54,6 +54,22 @@ def heuristic(q_SNH, k_KPCH, limits):
   return TuningConfig(rows, min(size, most), 8 if rows * H >= 8192 else 4)
 
 
+def shape_class(q_SNH, k_KPCH):
+  """What a tuned config is for: sizes up to the next power of two."""
+  S, N, H = q_SNH.shape
+  K = k_KPCH.shape[0]
+  return (f'{q_SNH.dtype} over {k_KPCH.dtype}, H {H}, G {N // K}, '
+          f'S K {paged.power(S * K)}')
+
+
+def default(q_SNH, k_KPCH, limits):
+  """The tuned config, or the heuristic's."""
+  return tuned.find(
+      'prefill_attention', shape_class(q_SNH, k_KPCH), TuningConfig,
+      lambda config: config.check(q_SNH, k_KPCH, limits)) or heuristic(
+          q_SNH, k_KPCH, limits)
+
+
 def prefill_attention(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B,
                       impl=None, *, scale=None, softcap=0.0, window=0,
                       k_scale_KPC=None, v_scale_KPC=None, config=None):
@@ -70,10 +86,11 @@ def prefill_attention(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B,
     impl: 'xla', 'pallas', 'pallas_interpret', or None to choose by platform.
     scale: of q k^T; None for 1 / sqrt(H).
     softcap: scores s become softcap tanh(s / softcap); 0 for none.
-    k_scale_KPC, v_scale_KPC: what int8 keys and values are multiplied by.
+    k_scale_KPC, v_scale_KPC: what int8 or float8 keys and values are
+      multiplied by.
     window: a query at position p sees p - window + 1 to p; 0 for all. A
       block of queries reads nothing before its first one's window.
-    config: a TuningConfig of the kernel; None for the heuristic's.
+    config: a TuningConfig of the kernel; None for the default.
 
   Returns:
     o_SNH in q's dtype; float32 inside.
@@ -107,7 +124,7 @@ def kernel(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B, scale, softcap,
   """
   S, N, H = q_SNH.shape
   K, limits = k_KPCH.shape[0], paged.device()
-  config = config or heuristic(q_SNH, k_KPCH, limits)
+  config = config or default(q_SNH, k_KPCH, limits)
   config.check(q_SNH, k_KPCH, limits)
   paged.check_heads(H, interpret)
   each = config.block_rows // (N // K)
