@@ -127,9 +127,9 @@ def compute_dtype(q_dtype, k_dtype):
   return jnp.promote_types(q_dtype, k_dtype)
 
 
-def _by_bits(dtype):
+def by_bits(dtype, limits):
   """Triton converts float8_e4m3fn only where the GPU does: from sm_89 on."""
-  return dtype == jnp.float8_e4m3fn and device().capability < 89
+  return dtype == jnp.float8_e4m3fn and limits.capability < 89
 
 
 def widen(x, dtype):
@@ -138,7 +138,7 @@ def widen(x, dtype):
   Float8_e4m3fn by its bits is a float16 whose exponent has the bias 15 in
   place of 7: 2^-8 of the number, subnormal ones too.
   """
-  if not _by_bits(x.dtype):
+  if not by_bits(x.dtype, device()):
     return x.astype(dtype)
   bits = jax.lax.bitcast_convert_type(x, jnp.uint8).astype(jnp.uint16)
   bits = ((bits & 0x80) << 8) | ((bits & 0x7f) << 7)
@@ -151,7 +151,7 @@ def narrow(x, dtype):
   Float8_e4m3fn by its bits, the inverse of `widen`: adding 1.5 * 2^20 of x's
   power of two (2^-6 at least), and taking it away, leaves 3 bits after it.
   """
-  if not _by_bits(dtype):
+  if not by_bits(dtype, device()):
     return x.astype(dtype)
   power = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7f800000
   large = jax.lax.bitcast_convert_type(

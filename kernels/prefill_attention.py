@@ -43,12 +43,14 @@ def heuristic(q_SNH, k_KPCH, limits):
   Rows reuse each key and value that a program reads: 128 of them for heads
   of up to 128, what the registers hold for wider ones and for float32, which
   no tensor core multiplies exactly. Tiles leave room for two programs on a
-  core.
+  core, and registers for float8 by its bits.
   """
   H, group = q_SNH.shape[2], q_SNH.shape[1] // k_KPCH.shape[0]
   exact = paged.compute_dtype(q_SNH.dtype, k_KPCH.dtype) == jnp.float32
   rows = max(32 if exact else 128 if H <= 128 else 64, paged.power(group))
   most = max(1024 // rows, paged.LEAST) if exact else 64
+  if paged.by_bits(k_KPCH.dtype, limits) and rows > 64:
+    most = 32
   size = paged.fit_tokens(H, k_KPCH.dtype.itemsize, 2,
                           limits.shared_bytes // 2)
   return TuningConfig(rows, min(size, most), 8 if rows * H >= 8192 else 4)

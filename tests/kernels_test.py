@@ -364,7 +364,7 @@ def test_float8_is_exact_by_its_bits_and_by_conversion(kind):
   between = jnp.concatenate([  # ties, and what lies beside them
       (halves[1:] + halves[:-1]) / 2 * x for x in (1, 1 - 2**-20, 1 + 2**-20)])
   with gpu.described(kind):
-    assert paged._by_bits(every.dtype) == KINDS[kind]
+    assert paged.by_bits(every.dtype, paged.device()) == KINDS[kind]
     got = jax.jit(paged.widen, static_argnums=1)(every, jnp.bfloat16)
     back = jax.jit(paged.narrow, static_argnums=1)(between, every.dtype)
   np.testing.assert_array_equal(got[jnp.isfinite(numbers)],
