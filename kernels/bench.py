@@ -213,8 +213,11 @@ def code(case, args, config, done, name, dump):
   kernel = case.op + '_attention' * (case.op in ('decode', 'prefill'))
   if compiled.available(name):
     fn = call(case, config)
-    return compiled.compile(name, dump, lambda named: fn(**named),
-                            (args,))[kernel]
+    found = compiled.compile(name, dump, lambda named: fn(**named), (args,))
+    if kernel not in found:
+      raise RuntimeError(f'{case.op}, {case.text}: no {kernel} among the '
+                         f'kernels that XLA wrote to {dump}: {list(found)}')
+    return found[kernel]
   if case.kv == DTYPE and GOLDEN.exists():
     # Programs of a prefill's first axis follow its number of sequences.
     grid = [str(n) for n in (*done.grid, 1)[:3]][case.op == 'prefill':]
@@ -463,6 +466,7 @@ def driver():
 
 
 def define_flags():
+  """Defines this program's flags; absl's FLAGS."""
   flags.DEFINE_string('gpu', None, 'Described, not run: A100 or H100; None for '
                       'the GPU that is here, H100 where there is none.')
   flags.DEFINE_list('models', list(MODELS), 'Of these.')
@@ -474,7 +478,7 @@ def define_flags():
 def check_flags(given):
   """Raises ValueError naming a flag and what is allowed."""
   for field, allowed in (('models', MODELS), ('ops', OPS)):
-    for value in given[field].value:
+    for value in getattr(given, field):
       if value not in allowed:
         raise ValueError(f'--{field}={value}: must be of {list(allowed)}')
   if given.gpu not in (None, *compiled.GPUS):
@@ -487,6 +491,7 @@ def check_flags(given):
 
 
 def main(_):
+  """What `python -m kernels.bench` does."""
   logging.set_verbosity(logging.WARNING)
   if FLAGS.gpu or not driver():
     jax.config.update('jax_platforms', 'cpu')
