@@ -11,14 +11,14 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 HOST = {'attribution', 'base', 'pages', 'scheduler', 'latency', 'workload',
-        'metrics', 'state', 'recovery', 'goodput', 'bounds', 'queueing',
-        'simulator', 'problem', 'placement', 'verdict', 'traffic', 'hardware',
-        'roofline', 'zoo'}
+        'metrics', 'state', 'recovery', 'life', 'quiet', 'goodput', 'bounds',
+        'contention', 'queueing', 'simulator', 'problem', 'placement',
+        'verdict', 'traffic', 'hardware', 'roofline', 'zoo'}
 DEVICE = {'model', 'cache', 'sampling', 'sharding'}
 SHELL = {'engine', 'fit', 'migrate', 'checkpoint', 'gguf_file', 'gguf_model',
          'hf', 'hf_config', 'hf_tokenizer', 'orbax_file', 'weights',
-         'tokenizer', 'orchestrator', 'service', 'protocol', 'gauges',
-         'server', 'cluster'}
+         'tokenizer', 'answer', 'fleet', 'orchestrator', 'service',
+         'protocol', 'gauges', 'server', 'cluster'}
 TOOLS = {'bench', 'compiled'}  # of kernels/: run by people, not by an op
 EFFECTS = {'asyncio', 'multiprocessing', 'os', 'random', 'secrets', 'socket',
            'subprocess', 'threading', 'time'}
