@@ -28,10 +28,12 @@ class Limits:
   """What the service takes before it says no. Times in seconds.
 
   Attributes:
-    max_waiting: requests that may wait for their first token.
+    max_waiting: requests that may wait for their first token. max_open: that
+      may wait or run; None: as many as the queue lets in.
     max_ttft_s: turn away what would wait longer, by a guess; None: take it.
     max_body_bytes, max_header_bytes: of an HTTP request.
-    max_connections: open at a time.
+    max_connections: open at a time; as many again are told so, and those
+      beyond are dropped.
     body_s: to send a body; send_s: that a client may leave a full buffer
       unread; request_s: from arrival to the last token.
     stall_s: without progress while work waits, the service is not alive.
@@ -39,6 +41,7 @@ class Limits:
   """
 
   max_waiting: int = 256
+  max_open: int | None = None
   max_ttft_s: float | None = None
   max_body_bytes: int = 4 * 2**20
   max_header_bytes: int = 32 * 2**10
@@ -52,9 +55,9 @@ class Limits:
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      whole = field.type in (int, 'int')
+      whole = field.type in (int, int | None)
       ok = latency.whole(value) if whole else latency.positive(value)
-      base.require(ok or value is None and field.name == 'max_ttft_s',
+      base.require(ok or value is None and field.default is None,
                    f'limits.{field.name}', value,
                    'an integer of 1 or more' if whole else 'seconds above 0')
 
@@ -62,7 +65,7 @@ class Limits:
 class Refused(Exception):
   """The service does not take this request now, or ever.
 
-  reason: too_long | queue_full | ttft | starting | draining | failed |
+  reason: too_long | queue_full | busy | ttft | starting | draining | failed |
   stopped. retry_s: when to ask again, or None.
   """
 
@@ -168,7 +171,7 @@ class Service:
     self._inbox, self._open = queue.SimpleQueue(), {}
     self._stopping, self._moved_s = False, clock()
     self._share_s = 0.0  # seconds of TTFT for each request in the queue
-    self._thread = threading.Thread(target=self._work, name='orchestrator',
+    self.thread = threading.Thread(target=self._work, name='orchestrator',
                                     daemon=True)
 
   # --- the event loop's side ------------------------------------------------
@@ -176,12 +179,12 @@ class Service:
   def start(self):
     """Starts the thread; call it on the event loop."""
     self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
-    self._thread.start()
+    self.thread.start()
 
   @property
   def alive(self):
     """False before it has started, after it failed, and when it hangs: work
-    waits, and for stall_s nothing has come of it."""
+    waits, and for stall_s no device has finished a step of it."""
     if self.status not in ('ready', 'draining'):
       return False
     return (not self.streams
@@ -230,17 +233,22 @@ class Service:
     return Call(streams, wake, self._inbox.put)
 
   def _check_room(self, count):
-    most = self.limits.max_waiting
+    limits = self.limits
+    most = min(limits.max_waiting, limits.max_open or limits.max_waiting)
     if count > most:
       raise base.InputError(f'n={count}: must be at most {most} answers of one '
                             'call')
-    if self.waiting + count > most:
+    if self.waiting + count > limits.max_waiting:
       raise Refused('queue_full', f'{self.waiting} requests wait for their '
-                    f'first token; the most is {most}', self._retry_s())
-    wait_s, limit_s = self.expected_ttft_s, self.limits.max_ttft_s
-    if limit_s and self.waiting and wait_s > limit_s:
+                    f'first token; the most is {limits.max_waiting}',
+                    self._retry_s())
+    if limits.max_open and len(self.streams) + count > limits.max_open:
+      raise Refused('busy', f'{len(self.streams)} requests wait or run; the '
+                    f'most is {limits.max_open}', self._retry_s())
+    wait_s = self.expected_ttft_s
+    if limits.max_ttft_s and self.waiting and wait_s > limits.max_ttft_s:
       raise Refused('ttft', f'the first token would take about {wait_s:.2g} s, '
-                    f'the limit is {limit_s:g} s', self._retry_s())
+                    f'the limit is {limits.max_ttft_s:g} s', self._retry_s())
 
   def _retry_s(self):
     return min(60.0, max(1.0, self._share_s * self.waiting))
@@ -268,11 +276,10 @@ class Service:
     """Cancels everything and waits for the thread to end."""
     self._stopping = True
     self._inbox.put(None)
-    await asyncio.to_thread(self._thread.join, 60.0)
+    await asyncio.to_thread(self.thread.join, 60.0)
 
   def _deliver(self, updates):
     """Hands updates to their streams; called by the thread."""
-    self._moved_s = self._clock()
     for stream, update in updates:
       if not stream.started:
         stream.started = True
@@ -333,8 +340,8 @@ class Service:
         self._enqueue(server, item)
       elif item.id in self._open:
         server.cancel(item.id)
-    if server.busy:
-      some |= server.poll()
+    if server.busy and server.poll():
+      some, self._moved_s = True, self._clock()
     if some:
       self._publish(server)
     return True
