@@ -25,6 +25,7 @@ from dsjax.service import Gone, Refused
 
 LOG = logging.getLogger(__name__)
 OPEN_PATHS = ('/', '/health')  # without a key
+_ENCODER = json.JSONEncoder(separators=(',', ':'), allow_nan=False)
 _KINDS = {401: 'authentication_error', 404: 'not_found_error',
           429: 'rate_limit_error'}
 _STATUS = {'too_long': 413, 'queue_full': 429, 'busy': 429, 'ttft': 429}
@@ -42,7 +43,7 @@ class Json(JSONResponse):
 
 def dumps(value):
   """A JSON text in ASCII; ValueError for what is not finite."""
-  return json.dumps(value, separators=(',', ':'), allow_nan=False)
+  return _ENCODER.encode(value)
 
 
 class Gate:
