@@ -28,7 +28,8 @@ OPEN_PATHS = ('/', '/health')  # without a key
 _ENCODER = json.JSONEncoder(separators=(',', ':'), allow_nan=False)
 _KINDS = {401: 'authentication_error', 404: 'not_found_error',
           429: 'rate_limit_error'}
-_STATUS = {'too_long': 413, 'queue_full': 429, 'busy': 429, 'ttft': 429}
+_STATUS = {'too_long': 413, 'queue_full': 429, 'busy': 429, 'ttft': 429,
+           'tpot': 429}
 _REASONS = {404: 'not_found', 413: 'too_long', 408: 'slow', 500: 'internal',
             503: 'stopped', 504: 'slow'}
 _CODES = {'too_long': 'context_length_exceeded'}

@@ -418,6 +418,25 @@ def test_a_first_token_that_would_come_too_late_is_refused(running):
   assert answer.status_code == 429 and answer.headers['Retry-After'] == '60'
 
 
+def test_tokens_that_would_come_too_slowly_are_refused(running, client):
+  service = running.service
+  old = service.limits
+  complete(client)
+  assert 0 < service._gap_s <= service.expected_tpot_s < 10  # was measured
+  try:
+    service.limits = dataclasses.replace(old, max_tpot_s=1e-9)
+    assert post(running, '/v1/completions', TEXT).status_code == 200  # empty
+    stream = complete(client, stream=True, max_tokens=250,
+                      logit_bias=only('€'))
+    next(stream)
+    answer = post(running, '/v1/completions', TEXT)
+    stream.close()
+  finally:
+    service.limits = old
+  assert answer.status_code == 429 and 'Retry-After' in answer.headers
+  assert answer.json()['error']['code'] == 'tpot'
+
+
 # --- beside the answers ------------------------------------------------------
 
 
