@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 ROLES = ('prefill', 'decode', 'colocated', 'chunked')
+KV_DTYPES = ('float32', 'bfloat16', 'int8', 'float8_e4m3fn', 'float8_e5m2')
 STAGES = ('prefill_queue', 'prefill', 'migrate', 'decode_queue', 'decode')
 
 
@@ -449,13 +450,19 @@ class EngineConfig:
     depth, run_ahead: see scheduler.Config.
     transfer_pages: most pages a migration copies at a time.
     dtype: of weights: float32 or bfloat16.
-    kv_dtype: of the KV cache: float32, bfloat16 or int8 (with a scale for
+    kv_dtype: of the KV cache, one of KV_DTYPES (of a byte: with a scale for
       every token and kv head); None for dtype. decode_kv_dtype: the same for
       the decode role; None for kv_dtype.
     checksum: compare a checksum of the KV on both sides of every migration.
     attention: implementation of attention and of what reads and writes
       pages: 'xla', 'pallas' (GPU kernels) or 'pallas_interpret' (the same
       kernels interpreted on CPU, slowly); None to choose by platform.
+    tries: faults that a request survives; the next one fails it.
+    lease_s: that a hand-off may take before its target must stop.
+    stall_s: without a step of its oldest command an instance counts as lost.
+    restarts: how often in a row, without a command completed between, a
+      lost instance is started again, empty; then it is given up.
+    restart_s: how long after its loss.
   """
 
   max_len: int = 1024
@@ -475,6 +482,11 @@ class EngineConfig:
   checksum: bool = False
   attention: str | None = None
   decode_page_size: int | None = None
+  tries: int = 3
+  lease_s: float = 30.0
+  stall_s: float = 300.0
+  restarts: int = 8
+  restart_s: float = 0.5
 
   def __post_init__(self):
     for field in ('max_len', 'page_size', 'max_seqs', 'prefill_tokens',
@@ -494,12 +506,23 @@ class EngineConfig:
             self.dtype, "'float32' or 'bfloat16'")
     for field in ('kv_dtype', 'decode_kv_dtype'):
       value = getattr(self, field)
-      require(value in (None, 'float32', 'bfloat16', 'int8'),
-              f'EngineConfig.{field}', value,
-              "None, 'float32', 'bfloat16' or 'int8'")
+      require(value in (None, *KV_DTYPES), f'EngineConfig.{field}', value,
+              f'None or one of {KV_DTYPES}')
     require(self.attention in (None, 'xla', 'pallas', 'pallas_interpret'),
             'EngineConfig.attention', self.attention,
             "None, 'xla', 'pallas' or 'pallas_interpret'")
+    self._check_faults()
+
+  def _check_faults(self):
+    for field in ('tries', 'restarts'):
+      value = getattr(self, field)
+      require(_integer(0, 2**31 - 1)(value), f'EngineConfig.{field}', value,
+              'an integer of 0 or more')
+    for field in ('lease_s', 'stall_s', 'restart_s'):
+      value, zero = getattr(self, field), field == 'restart_s'
+      require(_number(0, math.inf, low_open=not zero)(value),
+              f'EngineConfig.{field}', value,
+              'seconds, 0 or more' if zero else 'seconds above 0')
 
   def kv_dtype_of(self, role):
     """The dtype of the KV cache of an instance in this role."""
@@ -732,6 +755,8 @@ class Record:
   seconds spent in each of STAGES over the whole life (a preempted request
   visits some twice); they add up to finish_s - arrival_s. finish_s is the
   time of the event that ended it; status is then its Finish's reason.
+  preemptions: times its pages were taken for want of pages. retries: times it
+  was taken up again after a fault (a lost instance, a failed hand-off).
   """
 
   id: int
@@ -748,6 +773,7 @@ class Record:
   preemptions: int = 0
   migrated_tokens: int = 0
   instances: tuple[int, ...] = ()
+  retries: int = 0
 
   @property
   def ttft_s(self):

@@ -11,12 +11,14 @@ import time
 import prometheus_client as prom
 from prometheus_client.core import GaugeMetricFamily
 
-from dsjax import base, pages
+from dsjax import base, life, pages
 
 SECONDS = (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 30, 60)
 SIZES = tuple(2**i for i in range(13))
 STAGES = ('queued', 'prefilling', 'prefilled', 'migrating', 'decoding',
           'ending')
+_SHOWN = {stage: 'ending' for stage in life.ENDING} | {
+    'abandoned': 'migrating'}  # other stages are themselves
 RECENT = 500  # finished requests that the live page shows
 
 
@@ -170,11 +172,12 @@ def snapshot(server):
                   'pages': {'free': pages.num_free(inst.pool)}
                   | dict.fromkeys(STAGES[1:], 0)})
   for seq in state.seqs.values():
-    found[seq.instance]['requests'][seq.stage] += 1
+    stage = _SHOWN.get(seq.stage, seq.stage)
+    found[seq.instance]['requests'][stage] += 1
     if seq.pages:
-      found[seq.instance]['pages'][seq.stage] += len(seq.pages)
+      found[seq.instance]['pages'][stage] += len(seq.pages)
     if seq.target_pages:
-      found[seq.target]['pages'][seq.stage] += len(seq.target_pages)
+      found[seq.target]['pages'][stage] += len(seq.target_pages)
   return found
 
 
@@ -182,5 +185,5 @@ def flow(server):
   """[(id, stage, instance, target or -1), ...] of the requests now."""
   if server is None:
     return []
-  return [(s.id, s.stage, s.instance, s.target)
+  return [(s.id, _SHOWN.get(s.stage, s.stage), s.instance, s.target)
           for s in server.state.seqs.values()]

@@ -140,6 +140,8 @@ def tables(results):
       ('KV GB/s', lambda _, extra: _number(_gb_per_s(extra))),
       ('host us a step', _scaled('host_s_per_step', 1e6)),
   ]
+  if any(s.retries for _, s, _ in results):
+    spent.append(('retries after faults', lambda s, _: str(s.retries)))
   if any(extra.get('bubbles') for _, _, extra in results):
     spent.append(('pipeline bubble', lambda _, extra: ' '.join(
         _percent(x) for x in extra.get('bubbles', {}).values()) or '-'))

@@ -24,7 +24,7 @@ import pytest
 import schemathesis
 
 from dsjax import service
-from tests.serving import LIMITS, WAIT_S, Running, all_back, post, until
+from tests.web import LIMITS, WAIT_S, Running, all_back, post, until
 
 AT_ONCE = 60
 JUNK = (None, True, -1, 0, 1.5, 2**63, -2**63 - 1, 10**400, float('nan'),

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from tests import browser
-from tests.serving import WAIT_S, Running, post, until
+from tests.web import WAIT_S, Running, post, until
 
 # What the page shows now.
 LOOK = '''JSON.stringify({

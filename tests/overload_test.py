@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dsjax import base, workload
 from experiments import load, overload
-from tests.serving import LIMITS, Running, all_back, metric
+from tests.web import LIMITS, Running, all_back, metric
 
 SLO = base.Slo(30.0, 30.0)
 MOST = 3

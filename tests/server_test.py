@@ -25,7 +25,7 @@ import pytest
 from dsjax import completions, gauges, scheduler
 from dsjax import service as service_module
 from tests import tiny, virtual
-from tests.serving import (
+from tests.web import (
   CONFIG,
   LIMITS,
   MODEL,
