@@ -10,7 +10,7 @@ from rich.console import Console
 
 from dsjax import base
 from experiments import bench_http, sse_client
-from tests.serving import LIMITS, MODEL, make
+from tests.web import LIMITS, MODEL, make
 
 STREAMS, TOKENS = 3, 8
 
