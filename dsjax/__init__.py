@@ -1,5 +1,6 @@
 """DistServe in JAX: disaggregated serving, and the placement that pays."""
 
+from dsjax.answer import Output, RequestFailed
 from dsjax.base import (
     EngineConfig,
     InputError,
@@ -11,10 +12,10 @@ from dsjax.base import (
     Slo,
 )
 from dsjax.checkpoint import Model, load
-from dsjax.orchestrator import Orchestrator, Output, serve
+from dsjax.orchestrator import Orchestrator, serve
 
 __all__ = [
     'EngineConfig', 'InputError', 'Model', 'ModelConfig', 'Orchestrator',
-    'Output', 'Placement', 'Plan', 'Request', 'Sampling', 'Slo', 'load',
-    'serve',
+    'Output', 'Placement', 'Plan', 'Request', 'RequestFailed', 'Sampling',
+    'Slo', 'load', 'serve',
 ]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 ROLES = ('prefill', 'decode', 'colocated', 'chunked')
+KV_DTYPES = ('float32', 'bfloat16', 'int8', 'float8_e4m3fn', 'float8_e5m2')
 STAGES = ('prefill_queue', 'prefill', 'migrate', 'decode_queue', 'decode')
 
 
@@ -449,7 +450,7 @@ class EngineConfig:
     depth, run_ahead: see scheduler.Config.
     transfer_pages: most pages a migration copies at a time.
     dtype: of weights: float32 or bfloat16.
-    kv_dtype: of the KV cache: float32, bfloat16 or int8 (with a scale for
+    kv_dtype: of the KV cache, one of KV_DTYPES (of a byte: with a scale for
       every token and kv head); None for dtype. decode_kv_dtype: the same for
       the decode role; None for kv_dtype.
     checksum: compare a checksum of the KV on both sides of every migration.
@@ -458,6 +459,12 @@ class EngineConfig:
       kernels interpreted on CPU, slowly) or 'mosaic' (attention in kernels
       for Hopper GPUs, the rest as 'pallas'; its interpreter moves data
       implicitly, which serving forbids); None to choose by device and shapes.
+    tries: faults that a request survives; the next one fails it.
+    lease_s: that a hand-off may take before its target must stop.
+    stall_s: without a step of its oldest command an instance counts as lost.
+    restarts: how often in a row, without a command completed between, a
+      lost instance is started again, empty; then it is given up.
+    restart_s: how long after its loss.
   """
 
   max_len: int = 1024
@@ -477,6 +484,11 @@ class EngineConfig:
   checksum: bool = False
   attention: str | None = None
   decode_page_size: int | None = None
+  tries: int = 3
+  lease_s: float = 30.0
+  stall_s: float = 300.0
+  restarts: int = 8
+  restart_s: float = 0.5
 
   def __post_init__(self):
     for field in ('max_len', 'page_size', 'max_seqs', 'prefill_tokens',
@@ -496,13 +508,24 @@ class EngineConfig:
             self.dtype, "'float32' or 'bfloat16'")
     for field in ('kv_dtype', 'decode_kv_dtype'):
       value = getattr(self, field)
-      require(value in (None, 'float32', 'bfloat16', 'int8'),
-              f'EngineConfig.{field}', value,
-              "None, 'float32', 'bfloat16' or 'int8'")
+      require(value in (None, *KV_DTYPES), f'EngineConfig.{field}', value,
+              f'None or one of {KV_DTYPES}')
     require(self.attention in (None, 'xla', 'pallas', 'pallas_interpret',
                                'mosaic'), 'EngineConfig.attention',
             self.attention, "None, 'xla', 'pallas', 'pallas_interpret' or "
             "'mosaic'")
+    self._check_faults()
+
+  def _check_faults(self):
+    for field in ('tries', 'restarts'):
+      value = getattr(self, field)
+      require(_integer(0, 2**31 - 1)(value), f'EngineConfig.{field}', value,
+              'an integer of 0 or more')
+    for field in ('lease_s', 'stall_s', 'restart_s'):
+      value, zero = getattr(self, field), field == 'restart_s'
+      require(_number(0, math.inf, low_open=not zero)(value),
+              f'EngineConfig.{field}', value,
+              'seconds, 0 or more' if zero else 'seconds above 0')
 
   def kv_dtype_of(self, role):
     """The dtype of the KV cache of an instance in this role."""
@@ -735,6 +758,8 @@ class Record:
   seconds spent in each of STAGES over the whole life (a preempted request
   visits some twice); they add up to finish_s - arrival_s. finish_s is the
   time of the event that ended it; status is then its Finish's reason.
+  preemptions: times its pages were taken for want of pages. retries: times it
+  was taken up again after a fault (a lost instance, a failed hand-off).
   """
 
   id: int
@@ -751,6 +776,7 @@ class Record:
   preemptions: int = 0
   migrated_tokens: int = 0
   instances: tuple[int, ...] = ()
+  retries: int = 0
 
   @property
   def ttft_s(self):

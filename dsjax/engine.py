@@ -92,7 +92,7 @@ def _packed(shapes, count):
 def make_step(shapes, kind, size=0):
   """A jitted step; made once a process for every equal key.
 
-  kind: decode; prefill (size: packed tokens; with rows for the chunked
+  kind: init; decode; prefill (size: packed tokens; with rows for the chunked
   role); admit; feed; gather (size: the target's page size and dtype);
   scatter; checksum. `Engine.warm` runs it once for every bucket, so that
   nothing compiles while serving.
@@ -103,6 +103,11 @@ def make_step(shapes, kind, size=0):
   whole, moved = sharding.whole(s.mesh), sharding.kv(s.mesh)
   common = dict(impl=s.attention, mesh=s.mesh, span=s.span)
   portable = tiles.portable(s.attention)
+
+  def init():
+    return (kv.init(s.model, s.num_pages, s.page_size, s.kv_dtype,
+                    len(range(*s.span))),
+            sampling.init(s.num_slots, s.max_len, s.model.vocab_size))
 
   def decode(params, cache, slots, x_BD, rows, need):
     return model.decode_step(s.model, params, cache, slots, rows, need,
@@ -137,6 +142,7 @@ def make_step(shapes, kind, size=0):
   stepped = (*kept, whole, whole) if s.last else (kept[0], whole)
   donated = (1, 2) if s.last else (1,)  # the first stage keeps its slots
   fn, donate, out = {
+      'init': (init, (), kept),
       'decode': (decode, donated, stepped),
       'prefill': (prefill, donated, stepped),
       'admit': (sampling.admit, (0,), kept[1]),
@@ -272,24 +278,49 @@ def _free_bytes(meshes):
   return min(s['bytes_limit'] - s['bytes_in_use'] for s in stats)
 
 
+def is_ready(array):
+  """The array's value is there.
+
+  Raises:
+    RuntimeError: its buffer was deleted (jax 0.10's own is_ready would end
+      the process).
+  """
+  if array.is_deleted():
+    raise RuntimeError(f'a buffer of {array.size} numbers was deleted')
+  return array.is_ready()
+
+
+def _is_sound(tree):
+  """No array of a tree was deleted, or is the result of what failed."""
+  arrays = jax.tree.leaves(tree)
+  if any(x.is_deleted() for x in arrays):
+    return False
+  try:  # returns at once: those that are ready
+    jax.block_until_ready([x for x in arrays if x.is_ready()])
+  except RuntimeError:
+    return False
+  return True
+
+
 class _Stage:
   """Parameters, cache and, at both ends, slots on one mesh."""
 
   def __init__(self, shapes, params):
     self.shapes, self.whole = shapes, sharding.whole(shapes.mesh)
-    _, cache, slots = _abstract(shapes)
     place = (params.place if isinstance(params, Stored) else
              functools.partial(sharding.place_params, params=params))
-    self.params = place(shapes.layout, shapes.span, shapes.mesh)
-    self.cache, self.slots = (
-        jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, like))()
-        for make, like in (
-            (lambda: kv.init(shapes.model, shapes.num_pages, shapes.page_size,
-                             shapes.kv_dtype, len(range(*shapes.span))),
-             cache),
-            (lambda: sampling.init(shapes.num_slots, shapes.max_len,
-                                   shapes.model.vocab_size), slots)))
-    if not (shapes.first or shapes.last):
+    self._place = functools.partial(place, shapes.layout, shapes.span,
+                                    shapes.mesh)
+    self.params = self._place()
+    self.empty()
+
+  def empty(self):
+    """Makes cache and slots anew, and puts weights again that were lost."""
+    if not _is_sound(self.params):
+      self.params = None  # makes room
+      self.params = self._place()
+    self.cache, self.slots = self.step(('init',))
+    if not (self.shapes.first or self.shapes.last):
       self.slots = None
 
   def put(self, tree):
@@ -322,9 +353,12 @@ class Engine:
     self.where = (self.stages[0].shapes.layout, tuple(
         s.shapes.span for s in self.stages), tuple(meshes))
     self.shapes, self.last = self.stages[0].shapes, self.stages[-1]
+    self._vacate()
+
+  def _vacate(self):
     self.need = [self.last.put(np.int32(n)) for n in range(3)]
     self.slot_of, self.mode_of = {}, {}
-    self.spare = list(range(config.max_seqs))
+    self.spare = list(range(self.config.max_seqs))
     self.fed = collections.deque()  # sampled tokens that stage 0 awaits
 
   def _seqs_bucket(self, tokens):
@@ -359,16 +393,45 @@ class Engine:
       yield ' + '.join([f'prefill {tokens}'] * bool(tokens)
                        + [f'decode {rows}'] * bool(rows))
 
+  # --- faults ---------------------------------------------------------------
+
+  def is_sound(self):
+    """Its buffers are there. False: it can do nothing but start again."""
+    return all(_is_sound((s.params, s.cache, s.slots)) for s in self.stages)
+
+  def stop(self):
+    """Lets go of all it held but weights and compiled steps.
+
+    What is still in flight writes buffers that nobody reads any more.
+    """
+    for stage in self.stages:
+      stage.cache = stage.slots = None
+    self.slot_of, self.mode_of, self.spare = {}, {}, []
+    self.fed.clear()
+
+  def start(self):
+    """Begins anew, empty. Nothing is compiled.
+
+    Weights are put again only where their buffers were lost.
+
+    Raises:
+      RuntimeError and the like: the devices refuse.
+    """
+    for stage in self.stages:
+      stage.empty()
+    self._vacate()
+
   # --- requests -------------------------------------------------------------
 
   def admit(self, id, tokens, prompt_len, params):
     """Gives a request a slot holding its tokens so far."""
-    slot = self.spare.pop()
+    slot = self.spare[-1]
     row = sampling.slot_row(tokens, prompt_len, params, self.shapes.max_len,
                             self.shapes.model.vocab_size)
     for stage in dict.fromkeys((self.stages[0], self.last)):
       stage.slots = stage.step(('admit',), stage.slots,
                                stage.put(np.int32(slot)), stage.put(row))
+    self.spare.pop()
     self.slot_of[id], self.mode_of[id] = slot, sampling.mode(params)
 
   def forget(self, id):

@@ -233,6 +233,7 @@ class Recorder:
 
   def _migrate(self, command, now_s):
     life = self._live[command.id]
+    life.record.retries += life.epoch is not None
     life.epoch = command.epoch
     life.record.migrated_tokens += command.num_tokens
     self._use(life, command.target)
@@ -241,7 +242,10 @@ class Recorder:
   def _preempt(self, command, now_s):
     old = self._live[command.id]
     self._enter(old, 'prefill_queue', now_s)
-    old.record.preemptions += 1
+    if command.cause == 'fault':
+      old.record.retries += 1
+    else:
+      old.record.preemptions += 1
     self._live[command.id] = new = _Life(old.record, now_s)
     new.open = old.open
     old.close()
@@ -430,6 +434,7 @@ class Summary:
   tokens_per_s: float
   stage_s: dict[str, float]
   preemptions: int
+  retries: int = 0
 
   @property
   def goodput_per_s_device(self):
@@ -495,4 +500,5 @@ def summarize(records, slo, num_devices, warmup_s=0.0):
       tokens_per_s=per_s(sum(len(r.token_s) for r in sent)),
       stage_s={s: _mean([r.stage_s[s] for r in done]) for s in STAGES},
       preemptions=sum(r.preemptions for r in sent),
+      retries=sum(r.retries for r in sent),
   )

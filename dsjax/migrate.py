@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from dsjax import base, pages, sharding
+from dsjax import base, engine, pages, sharding
 from dsjax import cache as kv
 
 
@@ -98,7 +99,7 @@ def _join(parts, empty):
 
 @functools.cache
 def _zeros(shape, dtype, device):
-  return jax.device_put(jnp.zeros(shape, dtype), device)
+  return jax.device_put(np.zeros(shape, dtype), device)
 
 
 def move(trees, pieces, source, target):
@@ -158,34 +159,81 @@ def move(trees, pieces, source, target):
 
 
 class Damaged(RuntimeError):
-  """What arrived is not what was sent (an internal error)."""
+  """What arrived is not what was sent."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Transfer:
   """A hand-off in flight.
 
-  bytes: copied between devices, the last batch's padding included. sums:
-  (sent, arrived) checksums of each stage and batch when asked for.
+  Its KV first comes into buffers of its own on the target's meshes, and only
+  `land` writes the target's pages. So a copy that is late, lost or given up
+  before that delays nobody and has written nothing; after it, the target's
+  operations come in order, so whatever uses these pages anew comes later.
+
+  Attributes:
+    route, command: what goes where.
+    moved: (target pages, first token, Caches) of each batch, until it lands.
+    bytes: copied between devices, the last batch's padding included.
+    start_s: when it was dispatched, on time.perf_counter.
+    sent, arrived: checksums of each stage and batch, when asked for.
   """
 
-  command: object
-  done: list
+  route: object
+  command: base.Migrate
+  moved: list
   bytes: int
   start_s: float
-  sums: tuple = ((), ())
+  checksum: bool = False
+  sent: list = dataclasses.field(default_factory=list)
+  arrived: list = dataclasses.field(default_factory=list)
+  landed: bool = False
+
+  def __post_init__(self):
+    self._arrays = jax.tree.leaves([tree for *_, tree in self.moved])
+    self._left = list(self._arrays)
+
+  def has_arrived(self):
+    """The target's meshes hold every byte.
+
+    Raises:
+      RuntimeError: a copy failed.
+    """
+    while self._left and engine.is_ready(self._left[-1]):
+      self._left.pop()
+    if self._left:
+      return False
+    jax.block_until_ready(self._arrays)  # at once; raises what went wrong
+    return True
+
+  def land(self):
+    """Dispatches the writing of the target's pages.
+
+    Returns:
+      arrays that are ready when the pages are in place.
+    """
+    target, done, self.landed = self.route.target, [], True
+    for ids, first, caches in self.moved:
+      done += target.scatter(ids, caches)
+      if self.checksum:
+        most = target.limits.num_pages - 1
+        self.arrived += target.checksum(
+            target.gather([min(p, most) for p in ids]), first,
+            self.command.num_tokens)
+    self.moved, self._arrays = [], []
+    return done
 
   def is_ready(self):
-    """The target holds every page."""
-    return all(x.is_ready() for x in jax.tree.leaves((self.done, self.sums)))
+    """It has landed, and its checksums, if asked for, are there."""
+    return self.landed and all(map(engine.is_ready,
+                                   self.sent + self.arrived))
 
   def check(self):
     """Raises Damaged unless the checksums agree. Call when ready."""
     sent, arrived = (sum(map(int, jax.device_get(s))) % 2**32
-                     for s in self.sums)
+                     for s in (self.sent, self.arrived))
     if sent != arrived:
-      raise Damaged(f'request {self.command.id}: KV checksum {arrived:#x} '
-                    f'arrived, {sent:#x} was sent')
+      raise Damaged(f'KV checksum {arrived:#x} arrived, {sent:#x} was sent')
 
 
 def batches(count, buckets):
@@ -210,10 +258,10 @@ class Route:
         max(1, n // self.each[0]) for n in source.config.page_buckets}))
 
   def start(self, command, checksum=False):
-    """Dispatches the copies of a Migrate: a Transfer."""
+    """Dispatches the copies of a Migrate: a Transfer, which is to land."""
     source, target = self.source, self.target
     began, stop = time.perf_counter(), command.num_tokens
-    done, sent, arrived, copied, at = [], [], [], 0, 0
+    batch, sent, copied, at = [], [], 0, 0
     for size in batches(pages.pages_for(stop, self.tokens), self.buckets):
       ids = [list(p[at * n:(at + size) * n]) for p, n in zip(
           (command.source_pages, command.target_pages), self.each,
@@ -224,16 +272,13 @@ class Route:
       read = source.gather(ids[0], target.limits.page_size,
                            target.config.kv_dtype_of(target.role))
       moved, size_bytes = move(read, self.pieces, source.where, target.where)
-      done += target.scatter(ids[1], moved)
+      first = at * self.tokens
+      batch.append((ids[1], first, moved))
       if checksum:
-        first = at * self.tokens
         sent += source.checksum(read, first, stop)
-        arrived += target.checksum(target.gather(
-            [min(p, target.limits.num_pages - 1) for p in ids[1]]), first,
-                                   stop)
       copied += size_bytes
       at += size
-    return Transfer(command, done, copied, began, (sent, arrived))
+    return Transfer(self, command, batch, copied, began, checksum, sent)
 
   def warm(self, checksum=False):
     """Copies pages nowhere in each size, so that nothing compiles later."""
@@ -242,4 +287,5 @@ class Route:
       transfer = self.start(base.Migrate(
           0, 0, 0, (0,) * here, 0, (self.target.limits.num_pages,) * there,
           size * self.tokens), checksum)
-      jax.block_until_ready((transfer.done, transfer.sums))
+      done = transfer.land()
+      jax.block_until_ready((done, transfer.sent, transfer.arrived))

@@ -1,97 +1,28 @@
 """The shell around the scheduler: real clock, real meshes, no choices.
 
 One thread. Whoever wants something (generate, stream, run) drives the loop:
-`poll` turns completed device work into events, steps the scheduler and
-performs its commands. Nothing blocks while a mesh has work.
+`poll` takes the events of the fleet (what completed, what failed), steps the
+scheduler and has its commands performed. Nothing blocks while a mesh has work.
 """
 
 import collections
 import contextlib
 import dataclasses
 import json
+import math
 import time
 
 import jax
 import numpy as np
 from rich import progress
 
-from dsjax import (
-  base,
-  engine,
-  metrics,
-  migrate,
-  scheduler,
-  sharding,
-  tokenizer,
-)
+from dsjax import base, metrics, scheduler
+from dsjax.answer import Live, Output, RequestFailed
+from dsjax.fleet import Fleet
 
 # The pause between polls that found nothing: a share of the wait so far, so
 # that a long step is not interrupted and a short one not noticed late.
 PAUSE_SHARE, LEAST_PAUSE_S, MOST_PAUSE_S = 1 / 16, 5e-5, 2e-3
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-  """A finished request.
-
-  text ends before a stop string or an ending token; tokens has every sampled
-  id, the ending one included. reason: stop | length | cancelled. logprobs: a
-  token each (log-probability, ((id, log-probability), ...)) when asked for.
-  """
-
-  id: int
-  text: str
-  tokens: tuple[int, ...]
-  reason: str
-  record: base.Record
-  logprobs: tuple = ()
-
-
-class _Live:
-  """The host's view of a request: its tokens and its text so far."""
-
-  def __init__(self, request, ends, vocabulary):
-    self.request, self.ends = request, ends
-    self.tokens, self.logprobs = [], []
-    self.ended, self.reason, self.error = False, None, None
-    self.stream = tokenizer.Stream(vocabulary) if vocabulary else None
-    self.stops = tokenizer.StopMatcher(request.sampling.stop)
-    self.pieces = collections.deque()
-
-  @property
-  def finished(self):
-    return self.reason is not None or self.error is not None
-
-  def push(self, token):
-    """Takes the next token; True when the request ends with it."""
-    self.tokens.append(token)
-    may_end = len(self.tokens) >= self.request.sampling.min_tokens
-    self.ended = token in self.ends and may_end
-    if not self.ended and self.stream:
-      text, hit = self.stream.push(token), False
-      if may_end:
-        text, hit = self.stops.push(text)
-      self.pieces.append(text)
-      self.ended = hit
-    if self.ended or len(self.tokens) == self.request.sampling.max_tokens:
-      self.flush()
-    return self.ended
-
-  def flush(self):
-    """Lets out what a stop string or half a character held back."""
-    if self.stream and not self.stops.hit:
-      text, hit = self.stops.push(self.stream.finish())
-      self.pieces.append(text if hit else text + self.stops.finish())
-    self.stream = None
-
-
-class _Running:
-  """A command in flight and the outputs of its steps."""
-
-  def __init__(self, command, outputs, marks):
-    self.command, self.outputs = command, collections.deque(outputs)
-    self.marks = collections.deque(marks)  # what each stage but the last sent
-    self.times, self.ended, self.stages = [], [], []
 
 
 class Orchestrator:
@@ -101,9 +32,8 @@ class Orchestrator:
     records: a Record a request, in order of arrival.
     log: (event, commands) pairs, of the whole run unless keep_events.
     observers: functions called with each (event, commands).
-    copied_bytes, copy_s: what migrations moved and the seconds they took,
-      from dispatch to completion, summed.
-    host_s, steps: host seconds of polls that found work; device steps done.
+    fleet: the instances; engines, routes: its own.
+    host_s: host seconds of polls that found work.
   """
 
   def __init__(self, model, placement, config=None, devices=None,
@@ -127,51 +57,31 @@ class Orchestrator:
                  'EngineConfig.max_len', config.max_len,
                  f'at most {model.config.max_len}, the context of '
                  f'{model.config.name}')
-    roles = [role for role, _ in placement.instances]
-    meshes = sharding.make_meshes(model.config, placement,
-                                  jax.devices() if devices is None
-                                  else devices)
     self.model, self.placement, self.config = model, placement, config
-    limits = tuple(engine.fit(model.config, stages, role, config)
-                   for role, stages in zip(roles, meshes, strict=True))
-    self.plan = scheduler.Config(limits, config.max_len, config.depth,
-                                 run_ahead=config.run_ahead)
-    self.engines = [engine.Engine(model, stages, role, config, one)
-                    for role, stages, one in zip(roles, meshes, limits,
-                                                 strict=True)]
-    self.routes = {}
+    self.live, self.requests, self.seen = {}, {}, set()
+    self.fleet = Fleet(
+        model, placement, config,
+        jax.devices() if devices is None else devices, self.live,
+        lambda: self.now)
+    self.engines, self.routes = self.fleet.engines, self.fleet.routes
+    self.plan = scheduler.Config(
+        self.fleet.limits, config.max_len, config.depth,
+        run_ahead=config.run_ahead, tries=config.tries)
     if report:
-      self._warm(report)
+      self.fleet.warm(report)
     else:
       with progress.Progress(transient=True) as bar:
         task = bar.add_task('')
-        self._warm(lambda done, total, name: bar.update(
+        self.fleet.warm(lambda done, total, name: bar.update(
             task, completed=done, total=total, description=name))
     self.state = scheduler.init(self.plan)
     self.recorder = metrics.Recorder()
     self.log = [] if keep_events is None else collections.deque(
         maxlen=keep_events)
     self.observers = []
-    self.live, self.requests, self.seen = {}, {}, set()
-    self.running = [collections.deque() for _ in roles]
-    self.transfers = []
-    self.copied_bytes, self.copy_s = 0, 0.0
-    self.host_s, self.steps, self.next_id = 0.0, 0, 0
+    self.host_s, self.next_id = 0.0, 0
     self.origin, self.found_s = time.perf_counter(), 0.0
     self.closed = False
-
-  def _warm(self, report):
-    total, done = sum(len(e.shapes_needed()) for e in self.engines), 0
-    for index, one in enumerate(self.engines):
-      for name in one.warm():
-        done += 1
-        report(done, total, f'{one.role} {index}: {name}')
-    for source in self.engines:
-      for target in self.engines:
-        if source.role == 'prefill' and target.role == 'decode':
-          route = migrate.Route(source, target)
-          route.warm(self.config.checksum)
-          self.routes[source, target] = route
 
   def __enter__(self):
     return self
@@ -184,7 +94,7 @@ class Orchestrator:
     if not self.closed:
       for id in list(self.live):
         self.cancel(id)
-      while any(self.running) or self.transfers:
+      while self.fleet.busy:
         self.poll()
       self.closed = True
 
@@ -196,6 +106,26 @@ class Orchestrator:
   @property
   def records(self):
     return self.recorder.records
+
+  @property
+  def copied_bytes(self):
+    """Bytes that migrations moved."""
+    return self.fleet.copied_bytes
+
+  @property
+  def copy_s(self):
+    """Seconds of migrations, each from dispatch to arrival, summed."""
+    return self.fleet.copy_s
+
+  @property
+  def steps(self):
+    """Device steps done."""
+    return self.fleet.steps
+
+  @property
+  def faults(self):
+    """(time, what happened) of the newest faults."""
+    return list(self.fleet.faults)
 
   @property
   def busy(self):
@@ -233,6 +163,7 @@ class Orchestrator:
 
     Raises:
       InputError: bad prompt or parameters, or a request that can never fit.
+      RequestFailed: nobody is left who could serve it.
     """
     ids = self.encode(prompt)
     try:
@@ -247,7 +178,8 @@ class Orchestrator:
     id = self.next_id - 1
     self.enqueue(base.Request(id, at, ids, params))
     if self.requests[id].error:
-      raise base.InputError(self.requests.pop(id).error)
+      live = self.requests.pop(id)
+      raise (RequestFailed if live.failed else base.InputError)(live.error)
     return id
 
   def enqueue(self, request, more=False):
@@ -259,7 +191,7 @@ class Orchestrator:
     ends = set(request.sampling.stop_token_ids)
     if not request.sampling.ignore_eos:
       ends.update(self.model.config.eos_ids)
-    self.requests[request.id] = self.live[request.id] = _Live(
+    self.requests[request.id] = self.live[request.id] = Live(
         request, ends, self.model.tokenizer)
     self.seen.add(request.id)
     self.next_id = max(self.next_id, request.id + 1)
@@ -298,7 +230,7 @@ class Orchestrator:
     """The finished request's Output; drops it from the server's memory."""
     live = self.requests.pop(id)
     record = next(r for r in reversed(self.records) if r.id == id)
-    return Output(id, ''.join(live.pieces), tuple(live.tokens), live.reason,
+    return Output(id, ''.join(live.pieces), tuple(live.tokens), record.status,
                   record, tuple(live.logprobs))
 
   def forget(self, id):
@@ -308,14 +240,26 @@ class Orchestrator:
     return self.recorder.forget(id)
 
   def generate(self, prompt, **params):
-    """Serves one request to its end: an Output."""
+    """Serves one request to its end: an Output.
+
+    Raises:
+      RequestFailed: faults ended it.
+    """
     id = self.submit(prompt, **params)
-    while not self.requests[id].finished:
+    live = self.requests[id]
+    while not live.finished:
       self.poll()
-    return self.output(id)
+    output = self.output(id)
+    if live.failed:
+      raise RequestFailed(live.error)
+    return output
 
   def stream(self, prompt, **params):
-    """Yields pieces of text as they come; leaving early cancels."""
+    """Yields pieces of text as they come; leaving early cancels.
+
+    Raises:
+      RequestFailed: faults ended it, after the pieces that came before.
+    """
     id = self.submit(prompt, **params)
     live = self.requests[id]
     try:
@@ -326,6 +270,8 @@ class Orchestrator:
             yield piece
         if not live.finished:
           self.poll()
+      if live.failed:
+        raise RequestFailed(live.error)
     finally:
       if not live.finished:
         self.cancel(id)
@@ -359,13 +305,63 @@ class Orchestrator:
         on_poll()
     return [r for r in self.records if r.id in counts]
 
+  # --- faults ---------------------------------------------------------------
+
+  def kill(self, instance, back_s=None):
+    """Loses an instance with all it holds, as a fault would.
+
+    Its requests go on elsewhere. back_s: seconds after which it is started
+    again, empty; None: it is given up, until `restore`. Meanwhile requests
+    that nobody else can serve wait, or, where it is given up, fail.
+
+    Raises:
+      InputError: no such instance, or not seconds of 0 or more.
+    """
+    self._check_instance(instance)
+    base.require(back_s is None or 0 <= back_s < math.inf, 'back_s', back_s,
+                 'None or seconds of 0 or more')
+    self._event(self.fleet.stop(instance, 'it was killed',
+                                None if back_s is None else self.now + back_s))
+
+  def drain(self, instance):
+    """Gives an instance no more work that another could do, until `restore`.
+
+    Raises:
+      InputError: no such instance.
+    """
+    self._check_instance(instance)
+    self._event(base.Drain(self.now, instance))
+
+  def restore(self, instance):
+    """Ends a drain, or starts an instance that is lost again, empty.
+
+    Raises:
+      InputError: no such instance.
+      RuntimeError: its devices refuse; it stays lost.
+    """
+    self._check_instance(instance)
+    event = base.InstanceUp(self.now, instance)
+    if instance in self.fleet.down:
+      with jax.transfer_guard('disallow'):
+        event = self.fleet.start(instance)
+    self._event(event)
+    if isinstance(event, base.InstanceDown):
+      raise RuntimeError(self.faults[-1][1])
+
+  def _check_instance(self, instance):
+    most = len(self.engines) - 1
+    base.require(isinstance(instance, int) and 0 <= instance <= most,
+                 'instance', instance, f'0 to {most}')
+
   # --- the loop -------------------------------------------------------------
 
   def poll(self):
     """Handles what has completed; pauses a moment if nothing has."""
-    began = time.perf_counter()
+    began, some = time.perf_counter(), False
     with jax.transfer_guard('disallow'):
-      some = self._poll_transfers() | self._poll_steps()
+      for event in self.fleet.poll():
+        self._event(event)
+        some = True
     if some:
       self.host_s += time.perf_counter() - began
       self.found_s = self.now
@@ -374,113 +370,39 @@ class Orchestrator:
       time.sleep(min(max(pause, LEAST_PAUSE_S), MOST_PAUSE_S))
     return some
 
-  def _poll_transfers(self):
-    done = [t for t in self.transfers if t.is_ready()]
-    for transfer in done:
-      self.transfers.remove(transfer)
-      if self.config.checksum:
-        transfer.check()
-      c = transfer.command
-      self.copied_bytes += transfer.bytes
-      self.copy_s += time.perf_counter() - transfer.start_s
-      self.engines[c.source].forget(c.id)
-      self._event(base.Migrated(self.now, c.id, c.epoch))
-    return bool(done)
-
-  def _poll_steps(self):
-    some = False
-    # What these completions start is left to the next poll, however fast the
-    # device: arrivals and cancels get their turn.
-    for queue, count in [(q, len(q)) for q in self.running]:
-      while count and self._advance(queue[0]):
-        some, count = True, count - 1
-        done = queue.popleft()
-        c, at = done.command, done.times[-1]
-        if isinstance(c, base.RunDecode):
-          event = base.DecodeDone(at, c.instance, c.number, tuple(done.times),
-                                  tuple(done.ended), tuple(done.stages))
-        else:
-          event = base.PrefillDone(at, c.instance, c.number,
-                                   tuple(id for id, _ in done.ended),
-                                   tuple(done.stages))
-        self._event(event)
-    return some
-
-  def _advance(self, running):
-    """Takes in the steps that are ready; True when the command is done."""
-    while running.marks and running.marks[0].is_ready():
-      running.marks.popleft()
-      running.stages.append(self.now)
-    while running.outputs:
-      if not running.outputs[0].token_R.is_ready():
-        return False
-      out, step = running.outputs.popleft(), len(running.times)
-      running.times.append(self.now)
-      self.steps += 1
-      c = running.command
-      ids = [(r, row.id) for r, row in enumerate(c.rows)]
-      if isinstance(c, base.RunPrefill):
-        first = out.token_R.shape[0] - self.engines[c.instance].sequences(c)
-        ids += [(first + b, chunk.id) for b, chunk in enumerate(c.chunks)
-                if chunk.last]
-      tokens = jax.device_get(out.token_R)
-      full = None
-      for r, id in ids:
-        live = self.live.get(id)
-        if live is None or live.ended:
-          continue
-        if live.request.sampling.logprobs is not None:
-          full = full or jax.device_get(
-              (out.logprob_R, out.top_id_RA, out.top_logprob_RA))
-          live.logprobs.append(_logprobs(live, r, *full))
-        if live.push(int(tokens[r])):
-          running.ended.append((id, step))
-    return True
-
   def _event(self, event):
-    self.state, commands = scheduler.step(self.plan, self.state, event)
-    self.log.append((event, commands))
-    self.recorder.observe(event, commands)
-    for observe in self.observers:
-      observe(event, commands)
-    with jax.transfer_guard('disallow'):
-      for command in commands:
-        _PERFORM[type(command)](self, command)
+    """Tells the scheduler an event, and those of what fails in answer to it.
+
+    Commands of one event are all performed first: what one of them loses may
+    be in the others.
+    """
+    todo = collections.deque([event])
+    while todo:
+      event = todo.popleft()
+      self.state, commands = scheduler.step(self.plan, self.state, event)
+      self.log.append((event, commands))
+      self.recorder.observe(event, commands)
+      for observe in self.observers:
+        observe(event, commands)
+      with jax.transfer_guard('disallow'):
+        for command in commands:
+          end = _ENDS.get(type(command))
+          if end:
+            end(self, command)
+          else:
+            todo += self.fleet.perform(command)
     if not self.live and scheduler.idle(self.state):
       scheduler.check(self.state)
-
-  def _step(self, command):
-    """RunPrefill and RunDecode: admit who is new here, dispatch."""
-    one = self.engines[command.instance]
-    for chunk in getattr(command, 'chunks', ()):
-      self._admit(command.instance, chunk.id)
-    dispatch = (one.prefill if isinstance(command, base.RunPrefill)
-                else one.decode)
-    self.running[command.instance].append(
-        _Running(command, *dispatch(command)))
-
-  def _admit(self, index, id):
-    one, live = self.engines[index], self.live.get(id)
-    if live is not None and id not in one.slot_of:
-      prompt = live.request.prompt
-      one.admit(id, [*prompt, *live.tokens], len(prompt),
-                live.request.sampling)
-
-  def _migrate(self, command):
-    self._admit(command.target, command.id)
-    route = self.routes[self.engines[command.source],
-                        self.engines[command.target]]
-    self.transfers.append(route.start(command, self.config.checksum))
-
-  def _preempt(self, command):
-    self.engines[command.instance].forget(command.id)
 
   def _finish(self, command):
     live = self.live.pop(command.id)
     live.flush()
     live.reason = command.reason
-    for one in self.engines:
-      one.forget(command.id)
+    self.fleet.forget(command.id)
+
+  def _fail(self, command):
+    self.live.pop(command.id).fail(command.reason)
+    self.fleet.forget(command.id)
 
   def _reject(self, command):
     self.live.pop(command.id).error = command.reason
@@ -490,12 +412,9 @@ class Orchestrator:
     write_log(path, self.log)
 
 
-_PERFORM = {
-    base.RunPrefill: Orchestrator._step,
-    base.RunDecode: Orchestrator._step,
-    base.Migrate: Orchestrator._migrate,
-    base.Preempt: Orchestrator._preempt,
+_ENDS = {
     base.Finish: Orchestrator._finish,
+    base.Fail: Orchestrator._fail,
     base.Reject: Orchestrator._reject,
 }
 
@@ -504,13 +423,6 @@ def _are_ids(ids, vocab_size):
   return len(ids) > 0 and all(type(i) is int or isinstance(i, np.integer)
                               for i in ids) and (
       min(ids) >= 0 and max(ids) < vocab_size)
-
-
-def _logprobs(live, r, logprob_R, top_id_RA, top_logprob_RA):
-  count = live.request.sampling.logprobs
-  top = zip(top_id_RA[r, :count].tolist(), top_logprob_RA[r, :count].tolist(),
-            strict=True)
-  return float(logprob_R[r]), tuple(top)
 
 
 def serve(model, placement, config=None, **options):

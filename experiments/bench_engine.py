@@ -302,7 +302,7 @@ def bench_migrate(loaded, results):
     stacked = jax.device_put(jnp.ones((layers, *shape)), jax.devices()[0])
     size = stacked.nbytes
     ours, put, stack = in_turn(
-        lambda: route.start(command).done,
+        lambda: route.start(command).land(),
         lambda: jax.device_put(plain, jax.devices()[1]),
         lambda: jax.device_put(stacked, jax.devices()[1]))
     add(results, '(d) migration of 2,048 tokens', 'GB/s', size / ours / 1e9,

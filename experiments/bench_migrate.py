@@ -104,7 +104,7 @@ class Bench:
     return arrays, to
 
   def move(self):
-    return self.route.start(self.command).done
+    return self.route.start(self.command).land()
 
   def put(self):
     return jax.device_put(self.pieces, self.to)

@@ -11,9 +11,14 @@ from matplotlib.patches import Patch
 
 from dsjax.base import (
     STAGES,
+    Abort,
     DecodeDone,
+    Drain,
+    InstanceDown,
+    InstanceUp,
     Migrate,
     Migrated,
+    MigrateFailed,
     PrefillDone,
     RunDecode,
     RunPrefill,
@@ -22,6 +27,8 @@ from dsjax.metrics import Recorder
 from experiments.report import STAGE_COLOURS
 
 _INSTANCES, _REQUESTS = 1, 2  # "processes" of the trace
+_FAULTS = {InstanceDown: 'lost', InstanceUp: 'there again', Drain: 'drained',
+           MigrateFailed: 'hand-off failed', Abort: 'hand-off given up'}
 
 
 _STAGE = 1000  # rows of further pipeline stages: instance + 1000 * stage
@@ -129,6 +136,9 @@ def bubbles(log):
       flying[i] -= 1
       if not flying[i]:
         open_s[i] = open_s.get(i, 0) + event.time_s - since_s[i]
+    elif isinstance(event, InstanceDown) and flying.pop(event.instance, 0):
+      i = event.instance
+      open_s[i] = open_s.get(i, 0) + event.time_s - since_s[i]
     for command in commands:
       if isinstance(command, (RunPrefill, RunDecode)):
         i = command.instance
@@ -137,7 +147,7 @@ def bubbles(log):
           since_s[i] = event.time_s
         flying[i] = flying.get(i, 0) + 1
   return {i: 1 - busy_s[i] / (stages[i] * open_s[i])
-          for i in sorted(open_s) if stages[i] > 1 and open_s[i] > 0}
+          for i in sorted(open_s) if stages.get(i, 1) > 1 and open_s[i] > 0}
 
 
 def _step_slices(log, us):
@@ -173,13 +183,29 @@ def _step_slices(log, us):
           moving[command.id, command.epoch] = (source, made_s, command.target)
 
 
+def _fault_marks(log, us):
+  """A mark on an instance's row for each fault, and for its end."""
+  targets = {}
+  for event, commands in log:
+    for e in (event, *commands):
+      if isinstance(e, Migrate):
+        targets[e.id, e.epoch] = e.target
+      elif type(e) in _FAULTS:
+        row = getattr(e, 'instance', None)
+        if row is None:
+          row = targets.get((e.id, e.epoch), 0)
+        yield {'ph': 'i', 's': 't', 'pid': _INSTANCES, 'tid': row,
+               'cat': 'fault', 'name': _FAULTS[type(e)],
+               'ts': us(event.time_s)}
+
+
 def timeline(log, names=()):
   """Chrome trace of a run, for ui.perfetto.dev or chrome://tracing.
 
   One row an instance, and one for each further pipeline stage, with a slice
-  a step, arrows for the KV that migrates, and one row a request with its
-  stages. With several commands in flight on an instance, a slice begins where
-  the one before ended.
+  a step, marks for its faults and arrows for the KV that migrates, and one
+  row a request with its stages. With several commands in flight on an
+  instance, a slice begins where the one before ended.
 
   Args:
     log: [(event, commands), ...] in order.
@@ -199,6 +225,7 @@ def timeline(log, names=()):
   for event, commands in log:
     recorder.observe(event, commands)
   steps = list(_step_slices(log, us))
+  steps += _fault_marks(log, us)
   events = steps + list(_request_slices(recorder, spans, us))
   events.sort(key=lambda e: e['ts'])  # stable: nesting at one time is kept
   instances = {e['tid'] for e in steps} | set(range(len(names)))
@@ -232,7 +259,8 @@ def save_timeline(path, log, names=()):
 def save_lives(path, log, names=(), ids=None):
   """Draws a short run to a PNG: instances above, requests below.
 
-  An instance's row has a box a step; a request's row has its stages.
+  An instance's row has a box a step and a cross a fault; a request's row has
+  its stages.
 
   Args:
     log, names: as in timeline.
@@ -240,13 +268,14 @@ def save_lives(path, log, names=(), ids=None):
   """
   trace = timeline(log, names)['traceEvents']
   steps = [e for e in trace if e.get('cat') == 'step']
+  faults = [e for e in trace if e.get('cat') == 'fault']
   spans = []
   recorder = Recorder(lambda *span: spans.append(span))
   for event, commands in log:
     recorder.observe(event, commands)
   origin_s = log[0][0].time_s if log else 0.0
   ids = [r.id for r in recorder.records] if ids is None else list(ids)
-  rows = sorted({e['tid'] for e in steps} | set(range(len(names))),
+  rows = sorted({e['tid'] for e in steps + faults} | set(range(len(names))),
                 key=_order)
   figure = Figure(figsize=(10, 1.4 + 0.36 * (len(rows) + len(ids))),
                   layout='constrained')
@@ -257,6 +286,8 @@ def save_lives(path, log, names=(), ids=None):
             color=[STAGE_COLOURS['prefill' if e['args']['prefilled'] else
                                  'decode'] for e in steps],
             edgecolor='white', linewidth=0.15)
+  axes.plot([1e-6 * e['ts'] for e in faults],
+            [rows.index(e['tid']) for e in faults], 'kx', markersize=7)
   spans = [s for s in spans if s[0] in ids]
   axes.barh([len(rows) + ids.index(id) for id, *_ in spans],
             [stop_s - start_s for *_, start_s, stop_s in spans],

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault('NPROC', '32')  # room for collectives of many devices
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
+import signal
 import warnings
 
 import jax
@@ -22,3 +23,20 @@ def _warnings_are_errors():
   with warnings.catch_warnings():
     warnings.simplefilter('error')
     yield
+
+
+LIMIT_S = 180  # of one test, compilation included
+
+
+@pytest.fixture
+def no_hang():
+  """A hang is a failure."""
+  def stop(*_):
+    raise TimeoutError(f'no end after {LIMIT_S} s')
+
+  before = signal.signal(signal.SIGALRM, stop)
+  # Again and again, since leaving a `with serve(...)` may hang too.
+  signal.setitimer(signal.ITIMER_REAL, LIMIT_S, 5)
+  yield
+  signal.setitimer(signal.ITIMER_REAL, 0)
+  signal.signal(signal.SIGALRM, before)

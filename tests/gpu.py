@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import inspect
 import threading
 import types
 import warnings
@@ -14,9 +13,9 @@ from jax._src.pallas.mosaic_gpu.interpret import (
   interpret_pallas_call,
   shared_memory,
 )
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from dsjax.kernels import mosaic
+from dsjax.kernels.compiled import described
 
 PATIENCE_S = 20  # that a thread of an interpreted kernel waits for a barrier
 
@@ -24,14 +23,10 @@ PATIENCE_S = 20  # that a thread of an interpreted kernel waits for a barrier
 def lower(step, *args):
   """The StableHLO of a jitted function, lowered for an H100.
 
-  Newer JAX wants to know the device, and says that Pallas's Triton backend
-  is deprecated: known, and no error here.
+  Newer JAX says that Pallas's Triton backend is deprecated: known, and no
+  error here.
   """
-  named = dict(device_kind='NVIDIA H100 80GB HBM3', num_cores=132)
-  if 'platform' in inspect.signature(AbstractDevice).parameters:
-    named['platform'] = 'gpu'
-  mesh = AbstractMesh((), (), abstract_device=AbstractDevice(**named))
-  with use_abstract_mesh(mesh), warnings.catch_warnings():
+  with described(), warnings.catch_warnings():
     warnings.filterwarnings('ignore', 'The Pallas Triton backend is dep')
     return step.trace(*args).lower(lowering_platforms=('cuda',)).as_text()
 

@@ -118,7 +118,7 @@ def test_the_spy_sees_a_reshard_through_the_host(host_reads):
 
 def engine(plan, first, seed, limits=LIMITS, role='decode'):
   """An Engine with a random cache, and what it holds: k, v as [L, K, P, C, H]
-  (int8 caches: dequantised)."""
+  (caches with scales: dequantised)."""
   placement = Placement(colocated=[Plan(*plan)])
   meshes, = sharding.make_meshes(CONFIG, placement, jax.devices()[first:])
   made = Engine(TINY, meshes, role, limits)
@@ -132,8 +132,8 @@ def engine(plan, first, seed, limits=LIMITS, role='decode'):
       held = part[span[0]:span[1]][:, np.maximum(n.kv_heads, 0)]
       held[:, np.array(n.kv_heads) < 0] = 0
       parts.append(list(held))
-    if limits.kv_dtype_of(role) == 'int8':
-      both = [[kv.quantize(x) for x in part] for part in parts]
+    if kv.largest(kind := limits.kv_dtype_of(role)):
+      both = [[kv.quantize(x, kind) for x in part] for part in parts]
       parts = [[x for x, _ in part] for part in both] + [
           [s for _, s in part] for part in both]
     stage.cache = jax.tree.map(
@@ -206,7 +206,10 @@ def check_route(source, target, sent, num_tokens=(3, 26), tolerance=0.0,
     read = len(host_reads)
     with jax.transfer_guard('disallow'):
       transfer = route.start(c, checksum=True)
-      jax.block_until_ready((transfer.done, transfer.sums))
+      jax.block_until_ready([tree for *_, tree in transfer.moved])
+      assert transfer.has_arrived() and not transfer.is_ready()
+      done = transfer.land()
+      jax.block_until_ready((done, transfer.sent, transfer.arrived))
       assert transfer.is_ready() and transfer.command == c
       transfer.check()
     assert set(host_reads[read:]) <= {1}  # the checksums
@@ -235,7 +238,10 @@ def test_page_sizes_may_differ(sizes, plans):
 @pytest.mark.parametrize('dtypes, tolerance', (
     (('float32', 'bfloat16'), 2**-6), (('float32', 'int8'), 0.02),
     (('bfloat16', 'int8'), 0.04), (('int8', 'int8'), 0.02),
-    (('int8', 'float32'), 0.02)))
+    (('int8', 'float32'), 0.02), (('float32', 'float8_e4m3fn'), 0.2),
+    (('float8_e4m3fn', 'int8'), 0.2),
+    (('float8_e5m2', 'float8_e4m3fn'), 0.55),
+    (('bfloat16', 'float8_e5m2'), 0.35)))  # of 4.3: half a step at the top
 def test_dtypes_may_differ(dtypes, tolerance):
   limits = dataclasses.replace(LIMITS, kv_dtype=dtypes[0],
                                decode_kv_dtype=dtypes[1], decode_page_size=8)
@@ -265,15 +271,48 @@ def test_copies_hold_every_page_exactly(count, most):
   assert sum(sizes) == count and sizes == sorted(sizes, reverse=True)
 
 
-def test_a_transfer_is_ready_only_when_every_batch_is():
-  class Done:
-    def __init__(self, ready):
-      self.is_ready = lambda: ready
+class Array:
+  """One that is there, is not yet, or is gone."""
 
-  for ready in ((True, False), (False, True), (False,)):
-    done = [Done(r) for r in ready]
-    assert not migrate.Transfer(None, done, 0, 0.0).is_ready()
-    assert not migrate.Transfer(None, [], 0, 0.0, ([], done)).is_ready()
+  def __init__(self, state):
+    self.size = 1
+    self.is_ready = lambda: state == 'ready'
+    self.is_deleted = lambda: state == 'deleted'
+
+  def block_until_ready(self):
+    pass
+
+
+def transfer_of(*states, **fields):
+  moved = [((), 0, Array(state)) for state in states]
+  return migrate.Transfer(None, None, moved, 0, 0.0, **fields)
+
+
+def test_a_transfer_has_arrived_only_when_every_batch_has():
+  for states in (('ready', 'late'), ('late', 'ready'), ('late',)):
+    assert not transfer_of(*states).has_arrived()
+  assert transfer_of('ready', 'ready').has_arrived()
+  with pytest.raises(RuntimeError, match='deleted'):
+    transfer_of('ready', 'deleted').has_arrived()
+
+
+def test_a_transfer_is_ready_once_it_landed_and_its_checksums_are_there():
+  for late in ('sent', 'arrived'):
+    assert not transfer_of(landed=True, **{late: [Array('late')]}).is_ready()
+  assert not transfer_of().is_ready()
+  assert transfer_of(landed=True, sent=[Array('ready')]).is_ready()
+
+
+def test_until_it_lands_a_hand_off_has_written_nothing():
+  source, sent = engine((1, 1), 0, 1)
+  target, _ = engine((2, 1), 4, 2)
+  had, route = contents(target), migrate.Route(source, target)
+  c = command((0, 1, 2), (3, 4, 5), 12)
+  transfer = route.start(c)
+  jax.block_until_ready([tree for *_, tree in transfer.moved])
+  np.testing.assert_array_equal(contents(target), had)
+  transfer.land()
+  check_arrived(c, sent, target, had)
 
 
 def test_the_source_may_reuse_its_pages_once_the_copy_is_dispatched():
@@ -286,7 +325,7 @@ def test_the_source_may_reuse_its_pages_once_the_copy_is_dispatched():
   source.scatter((0, 1, 2), jax.tree.map(
       lambda x: jax.device_put(np.zeros_like(x), x.sharding),
       source.gather((0, 1, 2))))
-  jax.block_until_ready(transfer.done)
+  transfer.land()
   check_arrived(c, sent, target, had)
 
 
@@ -297,7 +336,8 @@ def test_two_hand_offs_in_flight_do_not_mix():
   first = command((0, 1, 2, 3), (8, 7, 6, 5), 16)
   second = command((4, 5), (0, 1), 8)
   transfers = [route.start(c) for c in (first, second)]
-  jax.block_until_ready([t.done for t in transfers])
+  for transfer in transfers[::-1]:
+    transfer.land()
   check_arrived(command(first.source_pages + second.source_pages,
                         first.target_pages + second.target_pages, 24),
                 sent, target, had)
@@ -368,9 +408,8 @@ def test_damage_is_seen():
   target, _ = engine((2, 1), 4, 2)
   route = migrate.Route(source, target)
   transfer = route.start(command((0, 1), (3, 4), 8), checksum=True)
+  transfer.land()
   transfer.check()
-  wrong = dataclasses.replace(transfer, sums=(
-      transfer.sums[0], route.target.checksum(
-          route.target.gather((4, 3)), np.int32(0), np.int32(8))))
-  with pytest.raises(migrate.Damaged, match='request 5: KV checksum'):
-    wrong.check()
+  transfer.arrived = target.checksum(target.gather((4, 3)), 0, 8)
+  with pytest.raises(migrate.Damaged, match='KV checksum .* was sent'):
+    transfer.check()
