@@ -147,7 +147,8 @@ def snapshot(server):
   Returns:
     [{'role', 'plan', 'requests': {stage: how many}, 'pages': {owner: how
     many}}, ...]; owner is a stage or 'free'. A migrating request owns pages
-    on both sides and counts as one of its source. [] of no server.
+    on both sides and counts as one of its source; one that waits for a lost
+    instance counts nowhere. [] of no server.
   """
   if server is None:
     return []
@@ -159,6 +160,8 @@ def snapshot(server):
                   'pages': {'free': pages.num_free(inst.pool)}
                   | dict.fromkeys(STAGES[1:], 0)})
   for seq in state.seqs.values():
+    if seq.instance < 0:
+      continue  # it waits for an instance that is to come back
     found[seq.instance]['requests'][seq.stage] += 1
     if seq.pages:
       found[seq.instance]['pages'][seq.stage] += len(seq.pages)

@@ -366,6 +366,17 @@ def test_an_instance_that_keeps_failing_is_given_up():
     check_tokens(WORK, play(server, WORK))
 
 
+def test_an_instance_that_works_in_between_is_never_given_up():
+  config = dataclasses.replace(CONFIG, restarts=1)
+  with server_of('1p1d', config) as server, Injector(server) as injector:
+    for _ in range(4):
+      injector.arm(1, 'decode', 'unreadable', 6)
+      check_tokens(WORK, play(server, WORK))
+    assert len(injector.fired) == 4
+    while server.fleet.down:
+      server.poll()
+
+
 @pytest.mark.parametrize('mode', ('1p1d',))
 def test_who_needs_a_lost_instance_waits_for_it(server):
   server.kill(1, back_s=0.2)
