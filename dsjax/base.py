@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 ROLES = ('prefill', 'decode', 'colocated', 'chunked')
+KV_DTYPES = ('float32', 'bfloat16', 'int8', 'float8_e4m3fn', 'float8_e5m2')
 STAGES = ('prefill_queue', 'prefill', 'migrate', 'decode_queue', 'decode')
 
 
@@ -449,7 +450,7 @@ class EngineConfig:
     depth, run_ahead: see scheduler.Config.
     transfer_pages: most pages a migration copies at a time.
     dtype: of weights: float32 or bfloat16.
-    kv_dtype: of the KV cache: float32, bfloat16 or int8 (with a scale for
+    kv_dtype: of the KV cache, one of KV_DTYPES (of a byte: with a scale for
       every token and kv head); None for dtype. decode_kv_dtype: the same for
       the decode role; None for kv_dtype.
     checksum: compare a checksum of the KV on both sides of every migration.
@@ -505,9 +506,8 @@ class EngineConfig:
             self.dtype, "'float32' or 'bfloat16'")
     for field in ('kv_dtype', 'decode_kv_dtype'):
       value = getattr(self, field)
-      require(value in (None, 'float32', 'bfloat16', 'int8'),
-              f'EngineConfig.{field}', value,
-              "None, 'float32', 'bfloat16' or 'int8'")
+      require(value in (None, *KV_DTYPES), f'EngineConfig.{field}', value,
+              f'None or one of {KV_DTYPES}')
     require(self.attention in (None, 'xla', 'pallas', 'pallas_interpret'),
             'EngineConfig.attention', self.attention,
             "None, 'xla', 'pallas' or 'pallas_interpret'")

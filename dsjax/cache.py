@@ -4,7 +4,8 @@ Pages are stored kv-head first, k_KPCH. An array a layer (not one stacked
 array) lets every step update in place what it was given, and lets a
 migration copy layer by layer.
 
-A cache of int8 keeps a float32 scale for every token and kv head beside it.
+A cache of int8 or float8 keeps a float32 scale for every token and kv head
+beside it.
 """
 
 import flax.struct
@@ -12,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsjax.kernels.kv_write import quantize
+from dsjax.kernels.kv_write import largest, quantize
 from dsjax.kernels.page_copy import pack, unpack
 
 
 @flax.struct.dataclass
 class Cache:
-  """k_KPCH and v_KPCH of each layer; with int8, also their scales.
+  """k_KPCH and v_KPCH of each layer; of int8 or float8, also their scales.
 
   Pages on the move have the same form, with m pages in place of P.
   """
@@ -38,7 +39,7 @@ def init(config, num_pages, page_size, dtype=jnp.float32, num_layers=None):
         config.num_layers if num_layers is None else num_layers))
 
   scales = ()
-  if jnp.dtype(dtype) == jnp.int8:
+  if largest(dtype):
     scales = many(shape[:-1], jnp.float32), many(shape[:-1], jnp.float32)
   return Cache(many(shape, dtype), many(shape, dtype), *scales)
 
@@ -46,13 +47,13 @@ def init(config, num_pages, page_size, dtype=jnp.float32, num_layers=None):
 def bytes_per_token(config, dtype, num_layers):
   """Bytes that one token keeps in num_layers layers of a cache."""
   dtype = jnp.dtype(dtype)
-  scale = 4 if dtype == jnp.int8 else 0
+  scale = 4 if largest(dtype) else 0
   return 2 * num_layers * config.num_kv_heads * (
       config.head_dim * dtype.itemsize + scale)
 
 
 def by_layer(cache):
-  """[(k_KPCH, v_KPCH)] of a cache's layers, with their scales if int8."""
+  """[(k_KPCH, v_KPCH)] of a cache's layers, with their scales if any."""
   parts = (cache.k_KPCH, cache.v_KPCH, cache.k_scale_KPC, cache.v_scale_KPC)
   return list(zip(*(p for p in parts if p), strict=True))
 
@@ -86,8 +87,8 @@ def gather_pages(cache, page_m, page_size=None, dtype=None, impl=None):
       if x.dtype != target:
         if scale is not None:
           x, scale = x.astype(jnp.float32) * scale[..., None], None
-        if target == jnp.int8:
-          x, scale = quantize(x)
+        if largest(target):
+          x, scale = quantize(x, target)
       K, m, C, H = x.shape
       size = page_size or C
       out.append(x.astype(target).reshape(K, m * C // size, size, H))

@@ -6,8 +6,9 @@ non-negative optimum (its support is one of the subsets; at most five
 constants, so 31). The roofline's shares enter through maxima and are found
 with optax.
 
-`observe` reads the steps of a served run out of its event log; `calibrate`
-and `calibrate_link` move a measured latency onto them.
+`observe` reads the steps of a served run out of its event log;
+`fit_contention` says how its instances slowed each other; `calibrate` and
+`calibrate_link` move a measured latency onto them.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ import optax
 
 from dsjax import base, latency
 from dsjax.base import require
+from dsjax.contention import KINDS, Contention
 
 
 class Cell(NamedTuple):
@@ -268,24 +270,29 @@ class Step(NamedTuple):
   cell: what it held and the seconds from its start to its end. start_s: when
   its command was issued, or the step before it on the instance ended, the
   later of the two. idle: the instance had nothing before it, so the seconds
-  hold the host's time to dispatch too. overlap: share of the seconds in
-  which other instances were at work.
+  hold the host's time to dispatch too. beside_s: {kind: seconds of other
+  instances' steps of that kind meanwhile}.
   """
 
   instance: int
   cell: Cell
   start_s: float
   idle: bool
-  overlap: float = 0.0
+  beside_s: dict
+
+  @property
+  def overlap(self):
+    """Share of the seconds in which other instances were at work."""
+    beside_s, seconds = sum(self.beside_s.values()), self.cell.seconds
+    return min(1.0, beside_s / seconds) if seconds else 0.0
 
 
 class Copy(NamedTuple):
   """One migration of a served run: seconds after the one before it on its
-  link. busy: the target had a command in flight when it was issued."""
+  link."""
 
   num_tokens: int
   seconds: float
-  busy: bool
 
 
 def observe(log):
@@ -306,18 +313,17 @@ def observe(log):
       last[event.instance] = event.time_s
     elif isinstance(event, base.Migrated) and (
         event.id, event.epoch) in copies:
-      c, at, busy = copies.pop((event.id, event.epoch))
+      c, at = copies.pop((event.id, event.epoch))
       start = max(at, freed.get((c.source, c.target), -np.inf))
       freed[c.source, c.target] = event.time_s
-      moved.append(Copy(c.num_tokens, event.time_s - start, busy))
+      moved.append(Copy(c.num_tokens, event.time_s - start))
     elif isinstance(event, base.InstanceDown):
       sent = {k: v for k, v in sent.items() if k[0] != event.instance}
     for c in commands:
       if isinstance(c, (base.RunPrefill, base.RunDecode)):
         sent[c.instance, c.number] = c, event.time_s
       elif isinstance(c, base.Migrate):
-        copies[c.id, c.epoch] = c, event.time_s, any(
-            index == c.target for index, _ in sent)
+        copies[c.id, c.epoch] = c, event.time_s
   return _overlaps(steps), moved
 
 
@@ -330,26 +336,28 @@ def _steps_of(command, at, begin, event):
   times = getattr(event, 'steps_s', ()) or (event.time_s,)
   for i, end in enumerate(times):
     cell = Cell(pieces, batch, context + i * batch, end - start)
-    found.append(Step(event.instance, cell, start, idle and not i))
+    found.append(Step(event.instance, cell, start, idle and not i, {}))
     start = end
   return found
 
 
 def _overlaps(steps):
-  """Steps with their `overlap`."""
+  """Steps with their beside_s."""
   lines = {}
-  for index in {s.instance for s in steps}:
-    own = [(s.start_s, s.cell.seconds) for s in steps if s.instance == index]
+  for key in {(s.instance, s.cell.kind) for s in steps}:
+    own = [(s.start_s, s.cell.seconds) for s in steps
+           if (s.instance, s.cell.kind) == key]
     at = np.array([t for start, d in own for t in (start, start + d)])
     busy = np.cumsum([x for _, d in own for x in (0.0, d)])
-    lines[index] = at, busy
+    lines[key] = at, busy
   found = []
   for s in steps:
-    ends = (s.start_s, s.start_s + s.cell.seconds)
-    seconds = sum(float(np.diff(np.interp(ends, *line))[0])
-                  for index, line in lines.items() if index != s.instance)
-    share = seconds / s.cell.seconds if s.cell.seconds else 0.0
-    found.append(s._replace(overlap=min(1.0, share)))
+    ends, beside_s = (s.start_s, s.start_s + s.cell.seconds), {}
+    for (index, kind), line in lines.items():
+      seconds = float(np.diff(np.interp(ends, *line))[0])
+      if index != s.instance and seconds > 0:
+        beside_s[kind] = beside_s.get(kind, 0.0) + seconds
+    found.append(s._replace(beside_s=beside_s))
   return found
 
 
@@ -357,6 +365,59 @@ def net_s(model, step):
   """Seconds of a Step less the host's time to dispatch it."""
   return max(step.cell.seconds - model.host_s * step.idle,
              step.cell.seconds / 2)
+
+
+def alone_s(model, step, contention):
+  """Seconds that a Step would have taken on a device left alone."""
+  kind, seconds = step.cell.kind, net_s(model, step)
+  spent = sum(s * (1 - 1 / contention.factor(kind, [other]))
+              for other, s in step.beside_s.items())
+  return max(seconds - spent, seconds / 8)
+
+
+LEAST_SHARE = 0.1  # of a kind's seconds, for a rate of its own
+
+
+def fit_contention(models, steps):
+  """The Contention that a served run shows.
+
+  Of each kind of step: the work of its steps, in predicted seconds, is the
+  seconds alone at one rate plus those beside each other kind at another. A
+  kind that was beside less than LEAST_SHARE of the seconds has the rate of
+  the kind that was there most; where so few were alone, a device alone is
+  taken to do what was predicted.
+
+  Args:
+    models: of each instance. steps: [Step], of observe.
+  """
+  factors = {}
+  for kind in KINDS:
+    of = [s for s in steps if s.cell.kind == kind]
+    beside = {other: sum(s.beside_s.get(other, 0.0) for s in of)
+              for other in KINDS}
+    total_s = sum(s.cell.seconds for s in of)
+    most = max(beside, key=beside.get)
+    if len(of) < 4 or beside[most] < LEAST_SHARE * total_s:
+      continue
+    own = [k for k in KINDS if beside[k] >= LEAST_SHARE * total_s]
+    rows, work = [], []
+    for s in of:
+      column = {k: s.beside_s.get(k, 0.0) for k in own}
+      column[most] += sum(v for k, v in s.beside_s.items() if k not in own)
+      alone = max(0.0, net_s(models[s.instance], s) - sum(column.values()))
+      rows.append((alone, *column.values()))
+      work.append(predict_s(models[s.instance], s.cell))
+    known = sum(row[0] for row in rows) >= LEAST_SHARE * total_s
+    if not known:
+      work = [max(w - row[0], w / 8) for w, row in zip(work, rows,
+                                                      strict=True)]
+      rows = [row[1:] for row in rows]
+    rates, _ = nonnegative(rows, work)
+    alone, rates = (rates[0], rates[1:]) if known else (1.0, rates)
+    for other in KINDS:
+      rate = rates[own.index(other if other in own else most)]
+      factors[kind, other] = float(min(max(1.0, alone / max(rate, 1e-9)), 8.0))
+  return Contention(factors)
 
 
 def correction(predicted, seconds):
@@ -373,20 +434,24 @@ def correction(predicted, seconds):
   return (a, b) if a >= 0 else (0.0, float(y.sum() / x.sum()))
 
 
-def calibrate(model, steps):
+def calibrate(model, steps, contention=None):
   """An Affine moved onto the Steps of a served run.
 
   Each kind's seconds become a + b times what they were (see correction), so
-  they hold what a device measured alone does not know: other instances on
-  the same cores and memory, time-weighted over that run. Kinds without at
-  least four steps stay.
+  they hold what the measurement does not know. Kinds without at least four
+  steps stay.
+
+  Args:
+    contention: what is to be simulated with it; None: what other instances
+      took is part of the seconds then, time-weighted over that run.
   """
+  contention = contention or Contention({})
   changes = {}
   for kind in ('prefill', 'decode', 'mixed'):
     of = [s for s in steps if s.cell.kind == kind]
     if len(of) >= 4:
       changes[kind] = correction([predict_s(model, s.cell) for s in of],
-                                 [net_s(model, s) for s in of])
+                                 [alone_s(model, s, contention) for s in of])
 
   def moved(field, kind):
     constants, (a, b) = getattr(model, field), changes.get(kind, (0.0, 1.0))
@@ -402,12 +467,7 @@ def calibrate(model, steps):
 
 
 def calibrate_link(link, copies, host_s=0.0):
-  """A Link moved onto the Copies of a served run: all of it scaled.
-
-  By those whose target was idle, if there are any: the others wait to be
-  written behind its steps, which the simulator adds.
-  """
-  copies = [c for c in copies if not c.busy] or copies
+  """A Link moved onto the Copies of a served run: all of it scaled."""
   if not copies:
     return link
   ratio = (sum(max(c.seconds - host_s, c.seconds / 2) for c in copies)

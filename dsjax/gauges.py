@@ -11,25 +11,29 @@ import time
 import prometheus_client as prom
 from prometheus_client.core import GaugeMetricFamily
 
-from dsjax import base, pages
+from dsjax import base, life, pages
 
 SECONDS = (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 30, 60)
 SIZES = tuple(2**i for i in range(13))
 STAGES = ('queued', 'prefilling', 'prefilled', 'migrating', 'decoding',
           'ending')
-RECENT = 200  # finished requests that the live page shows
+_SHOWN = {stage: 'ending' for stage in life.ENDING} | {
+    'abandoned': 'migrating'}  # other stages are themselves
+RECENT = 500  # finished requests that the live page shows
 
 
 class Gauges:
   """The observer of a Service, see there. One registry each.
 
   Attributes:
-    recent: (when it ended, status, ttft_s, tpot_s) of the newest requests.
+    recent: (when it ended, status, ttft_s, tpot_s, tokens) of the newest
+      requests. num_rejected: how many were turned away.
   """
 
   def __init__(self):
     self.registry = prom.CollectorRegistry()
     self.recent = collections.deque(maxlen=RECENT)
+    self.num_rejected = 0
     self._server, self._seen = None, (0, 0, 0.0, 0.0)
     self._make_metrics()
     self.registry.register(self)
@@ -106,7 +110,14 @@ class Gauges:
       for gap_s in record.itl_s:
         self.itl.observe(gap_s)
     self.recent.append((time.time(), record.status, record.ttft_s,
-                        record.tpot_s))
+                        record.tpot_s, len(record.token_s)))
+
+  # --- the event loop -------------------------------------------------------
+
+  def reject(self, reason):
+    """Counts a request that is turned away."""
+    self.rejected.labels(reason).inc()
+    self.num_rejected += 1
 
   # --- whoever asks ---------------------------------------------------------
 
@@ -145,10 +156,11 @@ def snapshot(server):
   """What every instance holds now, from the scheduler's state.
 
   Returns:
-    [{'role', 'plan', 'requests': {stage: how many}, 'pages': {owner: how
-    many}}, ...]; owner is a stage or 'free'. A migrating request owns pages
-    on both sides and counts as one of its source; one that waits for a lost
-    instance counts nowhere. [] of no server.
+    [{'role', 'plan', 'status', 'requests': {stage: how many}, 'pages': {owner:
+    how many}}, ...]; status as of scheduler.Instance; owner is a stage or
+    'free'. A migrating request owns pages on both sides and counts as one of
+    its source; one that waits for a lost instance counts nowhere. [] of no
+    server.
   """
   if server is None:
     return []
@@ -156,17 +168,19 @@ def snapshot(server):
   for (role, plan), inst in zip(server.placement.instances, state.instances,
                                 strict=True):
     found.append({'role': role, 'plan': f'{plan.tp}x{plan.pp}',
+                  'status': inst.status,
                   'requests': dict.fromkeys(STAGES, 0),
                   'pages': {'free': pages.num_free(inst.pool)}
                   | dict.fromkeys(STAGES[1:], 0)})
   for seq in state.seqs.values():
     if seq.instance < 0:
       continue  # it waits for an instance that is to come back
-    found[seq.instance]['requests'][seq.stage] += 1
+    stage = _SHOWN.get(seq.stage, seq.stage)
+    found[seq.instance]['requests'][stage] += 1
     if seq.pages:
-      found[seq.instance]['pages'][seq.stage] += len(seq.pages)
+      found[seq.instance]['pages'][stage] += len(seq.pages)
     if seq.target_pages:
-      found[seq.target]['pages'][seq.stage] += len(seq.target_pages)
+      found[seq.target]['pages'][stage] += len(seq.target_pages)
   return found
 
 
@@ -174,5 +188,5 @@ def flow(server):
   """[(id, stage, instance, target or -1), ...] of the requests now."""
   if server is None:
     return []
-  return [(s.id, s.stage, s.instance, s.target)
+  return [(s.id, _SHOWN.get(s.stage, s.stage), s.instance, s.target)
           for s in server.state.seqs.values()]

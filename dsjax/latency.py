@@ -26,6 +26,7 @@ from bisect import bisect_left
 from typing import NamedTuple
 
 from dsjax.base import InputError, Plan, require
+from dsjax.contention import Contention
 
 
 class Buckets(NamedTuple):
@@ -329,7 +330,8 @@ class Profile:
   """What was measured of a model on a device.
 
   latencies: {Plan: Affine}. links: {(Plan, Plan): Link}, prefill's plan to
-  decode's. source: what measured it, in words.
+  decode's. source: what measured it, in words. contention: of instances of
+  one device each, side by side; None: not measured.
   """
 
   model: str
@@ -338,6 +340,7 @@ class Profile:
   links: dict[tuple[Plan, Plan], Link] = dataclasses.field(
       default_factory=dict)
   source: str = ''
+  contention: Contention | None = None
 
 
 def _name(plan):
@@ -363,6 +366,9 @@ def save(path, profile):
       'links': {f'{_name(a)}>{_name(b)}': dataclasses.asdict(link)
                 for (a, b), link in profile.links.items()},
   }
+  if profile.contention:
+    data['contention'] = {'>'.join(pair): factor for pair, factor in
+                          profile.contention.factors.items()}
   pathlib.Path(path).write_text(json.dumps(data, indent=1) + '\n')
 
 
@@ -387,7 +393,7 @@ def load(path):
     InputError naming the file and the field.
   """
   data = _fields(path, '', read_json(path), ('model', 'device', 'latencies'),
-                 ('links', 'source'))
+                 ('links', 'source', 'contention'))
   for field in ('model', 'device', 'source'):
     if not isinstance(data.get(field, ''), str):
       raise InputError(f'{path}: {field}={data[field]!r}: must be text')
@@ -406,8 +412,13 @@ def load(path):
                        '2x1>1x1')
     links[tuple(_plan(path, 'links', e) for e in ends)] = _made(
         path, f'links.{name}', Link, value)
+  found = data.get('contention')
+  if found is not None:
+    found = _made(path, 'contention', Contention, {'factors': {
+        tuple(name.split('>')): factor for name, factor in _fields(
+            path, 'contention', found).items()}})
   return Profile(data['model'], data['device'], latencies, links,
-                 data.get('source', ''))
+                 data.get('source', ''), found)
 
 
 def _fields(path, where, value, needed=(), more=None):

@@ -18,59 +18,53 @@ Rules:
 
 import collections
 
-from dsjax import base, pages
+from dsjax import base, life, pages
 from dsjax.state import ImpossibleEvent, LiveInstance, init
 
 
 def instance_down(run, e):
   """An instance and all it held are lost."""
   inst = _instance(run, e)
-  if inst.status in ('down', 'gone'):
-    if inst.status == 'down' and not e.back:
-      inst.status, inst.value = 'gone', None
-      run.roster()
-      place(run)
+  if inst.status in ('up', 'draining'):
+    _partly(e, inst.inflight[0][0] if inst.inflight else None)
+  before = _turn(run, inst, 'InstanceDown' if e.back else 'InstanceGone')
+  if not before:
     return
-  inst = run.touch(e.instance)
-  first = inst.inflight[0][0] if inst.inflight else None
-  if len(e.steps_s) >= max(1, getattr(first, 'steps', 1)):
-    raise ImpossibleEvent(f'{e}: of {first} fewer steps can be out')
+  if before == 'down':  # nothing is left to lose
+    place(run)
+    return
   for id, _ in e.ended:
     run.ended(id)
   known = _known(run, inst, len(e.steps_s))
   hit = sorted([s.id for s in run.seqs.values()
                 if e.instance in (s.instance, s.target)],
                key=lambda id: run.seqs[id].order)
-  _empty(run, inst, 'down' if e.back else 'gone')
+  _empty(run, inst)
   reason = f'instance {e.instance} ({inst.role}) was lost'
   for id in hit:
     seq = run.own(id)
     if seq.target == e.instance:
+      run.cause = 'TargetDown'
       _target_lost(run, seq, reason)
     else:
+      run.cause = 'InstanceDown'
       _source_lost(run, seq, known[id], reason)
+  run.cause = 'InstanceDown'
   place(run)
 
 
 def instance_up(run, e):
   """An instance is there, empty, or is to be drained no longer."""
-  inst = _instance(run, e)
-  if inst.status != 'up':
-    run.touch(e.instance).status = 'up'
-    run.roster()
+  if _turn(run, _instance(run, e), 'InstanceUp'):
     place(run)
 
 
 def drain(run, e):
   """An instance takes no more work that another could do."""
   inst = _instance(run, e)
-  if inst.status != 'up':
-    return
-  inst = run.touch(e.instance)
-  inst.status = 'draining'
-  run.roster()
-  if inst in run.open_entries or inst in run.open_decoders:
-    return  # nobody else can
+  if (not _turn(run, inst, 'Drain') or inst in run.open_entries
+      or inst in run.open_decoders):
+    return  # it is drained or down already, or nobody else can
   queue, pulls = inst.queue, inst.pulls
   inst.queue, inst.pulls = [], []
   for id in queue:
@@ -113,13 +107,42 @@ def fail(run, seq, reason):
   if seq.pages:
     run.drop(seq)
   else:
-    run.forget(seq.id)
+    run.forget(seq)
+
+
+def samples(e, command, ended):
+  """Raises ImpossibleEvent unless the command samples a token of each id."""
+  chunks = getattr(command, 'chunks', ())
+  sampled = {c.id for c in chunks if c.last}
+  sampled.update([r.id for r in getattr(command, 'rows', ())])
+  if not sampled.issuperset(ended):
+    raise ImpossibleEvent(f'{e}: it samples tokens of {sorted(sampled)}')
+
+
+def _partly(e, command):
+  """Raises ImpossibleEvent unless a part of this command can be out."""
+  steps = getattr(command, 'steps', 1)
+  if len(e.steps_s) >= max(1, steps):
+    raise ImpossibleEvent(f'{e}: of {command} fewer steps can be out')
+  if any([step >= len(e.steps_s) for _, step in e.ended]):
+    raise ImpossibleEvent(f'{e}: an end after the last step that is out')
+  samples(e, command, [id for id, _ in e.ended])
 
 
 def _instance(run, e):
   if not 0 <= e.instance < len(run.instances):
     raise ImpossibleEvent(f'{e}: there are {len(run.instances)} instances')
   return run.instances[e.instance]
+
+
+def _turn(run, inst, event):
+  """Changes an instance's status; what it was, '' where it stays."""
+  before, after = inst.status, life.STATUS[inst.status, event]
+  if before == after:
+    return ''
+  run.touch(inst.index).status = after
+  run.roster()
+  return before
 
 
 def _known(run, inst, told):
@@ -141,20 +164,19 @@ def _known(run, inst, told):
       known[id] = row.base + batch.tick + 1
   for id in known:
     seq = run.seqs[id]
-    if seq.fate == 'length':
+    if seq.stage == 'finishing':
       known[id] = seq.limit
     known[id] += (seq.stage in ('prefilled', 'migrating')) - lost[id]
   return known
 
 
-def _empty(run, inst, status):
+def _empty(run, inst):
   """Forgets what an instance held; its commands count on."""
   fresh = init(run.config).instances[inst.index]
-  fresh = fresh._replace(number=inst.number, status=status)
+  fresh = fresh._replace(number=inst.number, status=inst.status)
   again = LiveInstance(run.config, inst.index, fresh)
   for field in (*fresh._fields, 'value'):
     setattr(inst, field, getattr(again, field))
-  run.roster()
 
 
 def _target_lost(run, seq, reason):
@@ -166,18 +188,17 @@ def _target_lost(run, seq, reason):
 
 
 def _source_lost(run, seq, known, reason):
-  if seq.stage == 'migrating':
+  if seq.target_pages:
     run.commands.append(base.Abort(seq.id, seq.epoch, seq.target))
     _release_target(run, seq)
   elif seq.stage == 'prefilled':
     run.unpull(seq)
   seq.target, seq.pages = -1, ()
-  if seq.fate in ('stop', 'cancelled'):
-    run.forget(seq.id)
+  if seq.stage in ('over', 'abandoned'):
+    run.forget(seq)
     return
-  hit = seq.stage != 'queued'
-  seq.stage, seq.fate, seq.done, seq.prompt_len = 'queued', '', 0, known
-  if hit:
+  seq.done, seq.prompt_len = 0, known
+  if seq.stage != 'queued':
     run.commands.append(base.Preempt(seq.id, seq.instance, 'fault'))
     if not _spared(run, seq, reason):
       return
@@ -199,7 +220,7 @@ def _again(run, seq, reason):
 
 
 def _retry(run, seq, reason, but=-1):
-  if seq.fate:
+  if seq.stage == 'abandoned':
     run.drop(seq)
   elif _spared(run, seq, reason):
     run.offer(seq, but)

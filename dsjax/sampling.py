@@ -118,7 +118,7 @@ def sample(logits_RV, slots, slot_R, pos_R, need):
     token_R = draw(penalize(logits_RV, slots, slot_R, pos_R), slots, slot_R,
                    pos_R)
     logprob_RV = jax.nn.log_softmax(logits_RV, -1)
-    top_RA, id_RA = jax.lax.top_k(logprob_RV, min(A, V))
+    top_RA, id_RA = _top(logprob_RV, min(A, V))
     pad = ((0, 0), (0, A - min(A, V)))
     return Sampled(
         token_R, jnp.take_along_axis(logprob_RV, token_R[:, None], 1)[:, 0],
@@ -128,6 +128,27 @@ def sample(logits_RV, slots, slot_R, pos_R, need):
   out = jax.lax.switch(need, (greedy, random, full))
   tokens_ET = slots.tokens_ET.at[slot_R, pos_R].set(out.token_R, mode='drop')
   return slots.replace(tokens_ET=tokens_ET), out
+
+
+def _top(x_RV, count):
+  """jax.lax.top_k; elsewhere than on a CPU by `_top_by_16`."""
+  return jax.lax.platform_dependent(
+      x_RV, cpu=lambda x_RV: tuple(jax.lax.top_k(x_RV, count)),
+      default=lambda x_RV: _top_by_16(x_RV, count))
+
+
+def _top_by_16(x_RV, count):
+  """jax.lax.top_k of finite numbers, 16 at a time.
+
+  Of so few XLA has a kernel for GPUs; for more it sorts the whole vocabulary,
+  in kernels that spill registers.
+  """
+  found, row_R1 = [], jnp.arange(x_RV.shape[0])[:, None]
+  for at in range(0, count, 16):
+    top_RA, id_RA = jax.lax.top_k(x_RV, min(16, count - at))
+    x_RV = x_RV.at[row_R1, id_RA].set(-jnp.inf)
+    found.append((top_RA, id_RA))
+  return tuple(jnp.concatenate(x, -1) for x in zip(*found, strict=True))
 
 
 def penalize(logits_RV, slots, slot_R, pos_R):

@@ -5,17 +5,8 @@ feeds it virtual ones and performs nothing. It reads no clock, holds no
 global, and its commands carry every page id, so a run replays from its
 event log.
 
-A request's life, by stage:
-
-  queued      in an instance's prefill queue; owns no pages
-  prefilling  owns pages for its whole prompt; some chunks may have run
-  prefilled   its first token is out, its KV waits at the prefill instance
-              until a decode instance pulls it (the prefill pool is the
-              queue's buffer: DistServe section 4.3, burstiness)
-  migrating   owns pages on both sides until the target has every byte
-  decoding    a Row of an instance's batch
-  ending      its outcome is known; its pages wait until the commands that
-              were in flight when it ended are done
+A request's life is a table in life.py: every change of its stage goes through
+Run.move, which knows no other.
 
 Up to `depth` commands are in flight on an instance, so that the device never
 waits for Python. The scheduler plans ahead as if no stream ended early; a
@@ -29,7 +20,7 @@ next step waits on the device for the tokens of its previous one.
 """
 import bisect
 
-from dsjax import base, pages, recovery
+from dsjax import base, life, pages, quiet, recovery
 from dsjax.state import (
     RUN_AHEAD,
     Batch,
@@ -89,20 +80,20 @@ class Run:
                       for index, value in enumerate(state.instances)]
     self.entries = [i for i in self.instances if i.role != 'decode']
     self.decoders = [i for i in self.instances if i.role == 'decode']
-    self.commands = []
+    self.commands, self.cause = [], ''
     self.roster()
 
   def roster(self):
     """Who takes work: those that are up, else those that are drained."""
-    self.open_entries, self.open_decoders = (
-        [i for i in kind if i.status == 'up']
-        or [i for i in kind if i.status == 'draining']
-        for kind in (self.entries, self.decoders))
+    self.open_entries = _open(self.entries)
+    self.open_decoders = _open(self.decoders)
 
   def apply(self, event):
     """Applies one event; a list of commands. See step."""
     self.commands = commands = []
+    self.cause = type(event).__name__
     _APPLY[type(event)](self, event)
+    self.cause = 'plan'
     self.plan()
     return commands
 
@@ -122,6 +113,13 @@ class Run:
       self.owned.add(id)
     return seq
 
+  def move(self, seq, stage):
+    """Takes a request to another stage of its life, if it has that hop."""
+    if stage not in life.HOPS.get((seq.stage, self.cause), ()):
+      raise ImpossibleEvent(f'request {seq.id}: no hop from {seq.stage} to '
+                            f'{stage} by {self.cause}')
+    seq.stage = stage
+
   def touch(self, index):
     """An instance, to be changed, and planned for the change."""
     inst = self.instances[index]
@@ -140,7 +138,7 @@ class Run:
       self.commands.append(base.Reject(e.id, reason))
     else:
       seq = self.seqs[e.id] = LiveSeq(e.id, self.arrivals, e.prompt_len,
-                                    e.prompt_len + e.max_tokens, 'queued', -1)
+                                    e.prompt_len + e.max_tokens, 'absent', -1)
       self.owned.add(e.id)
       self.arrivals += 1
       self.enqueue(seq)
@@ -149,19 +147,19 @@ class Run:
 
   def cancelled(self, e):
     seq = self.seqs.get(e.id)
-    if seq is None or seq.fate in ('stop', 'cancelled'):
+    if seq is None or seq.stage in ('over', 'abandoned'):
       return
     self.commands.append(base.Finish(e.id, 'cancelled'))
-    self.leave(self.own(e.id), 'cancelled')
+    self.leave(self.own(e.id), 'over')
 
   def prefill_done(self, e):
-    inst, command = self.complete(e, base.RunPrefill)
+    inst, command = self.complete(e, base.RunPrefill, e.ended)
     if inst is None:
       return
     if inst.role == 'prefill':
       for chunk in command.chunks:
         seq = self.seqs[chunk.id]
-        if chunk.last and not seq.fate:
+        if chunk.last and seq.stage == 'prefilling':
           seq = self.own(chunk.id)
           if chunk.id in e.ended or seq.prompt_len + 1 >= seq.limit:
             self.finish(seq, 'stop' if chunk.id in e.ended else 'length')
@@ -173,7 +171,7 @@ class Run:
     self.settle(inst, e.number)
 
   def decode_done(self, e):
-    inst, _ = self.complete(e, base.RunDecode)
+    inst, _ = self.complete(e, base.RunDecode, [id for id, _ in e.ended])
     if inst is None:
       return
     for id, _ in e.ended:
@@ -187,7 +185,7 @@ class Run:
     self.free(seq)
     seq.instance, seq.pages = seq.target, seq.target_pages
     seq.target, seq.target_pages = -1, ()
-    if seq.fate:
+    if seq.stage == 'abandoned':
       self.drop(seq)
     else:
       self.join(self.touch(seq.instance), seq)
@@ -195,16 +193,18 @@ class Run:
   def handed(self, e):
     """The request whose hand-off this is about; None where it is over."""
     seq = self.seqs.get(e.id)
-    if seq is None or seq.epoch > e.epoch or not seq.target_pages:
+    if seq is None or e.epoch < seq.epoch:
       return None
-    if seq.epoch < e.epoch:
+    if e.epoch > seq.epoch:
       raise ImpossibleEvent(f'{e}: its last hand-off is {seq.epoch}')
-    return self.own(e.id)
+    return self.own(e.id) if seq.target_pages else None
 
   # --- the ends of a life ---------------------------------------------------
 
-  def complete(self, e, kind):
+  def complete(self, e, kind, ended):
     """Takes the oldest command off the instance; it must be this one.
+
+    ended: ids of those whose tokens, by this command, met their end.
 
     (None, None) for one that was told before, or lost with its instance.
     """
@@ -217,6 +217,8 @@ class Run:
     if type(command) is not kind or command.number != e.number:
       raise ImpossibleEvent(f'{type(e).__name__} {e.number} of instance '
                        f'{e.instance}, which awaits {command or "nothing"}')
+    if ended:
+      recovery.samples(e, command, ended)
     inst.fresh, inst.value = True, None
     inst.inflight.popleft()
     if g >= 0:
@@ -224,42 +226,45 @@ class Run:
     return inst, command
 
   def ended(self, id):
-    """A token of a row met EOS or a stop condition."""
-    seq = self.seqs.get(id)
-    if seq is not None and seq.fate in ('', 'length', 'preempt'):
+    """A token of a command that is done met EOS or a stop condition."""
+    if self.seqs[id].stage != 'over':
       self.finish(self.own(id), 'stop')
 
   def finish(self, seq, reason):
     self.commands.append(base.Finish(seq.id, reason))
-    self.leave(seq, 'stop')
+    self.leave(seq, 'over')
 
-  def leave(self, seq, fate):
-    """Takes a request out of whatever it is in, keeping unsafe pages."""
-    first_time, seq.fate = not seq.fate, fate
-    if seq.stage == 'migrating':
+  def leave(self, seq, stage):
+    """Takes a request out of whatever it is in, keeping unsafe pages.
+
+    stage: over, or yielding.
+    """
+    was = seq.stage
+    if was == 'migrating':
+      self.move(seq, 'abandoned')
       return  # both sides' pages are released when the copy has ended
-    if seq.stage == 'prefilled':
+    if was == 'prefilled':
       self.unpull(seq)
       self.drop(seq)
       return
     if seq.instance < 0:
       self.waiting.remove(seq.id)
-      self.forget(seq.id)
+      self.forget(seq)
       return
     inst = self.touch(seq.instance)
-    if seq.stage in ('queued', 'prefilling'):
+    if was in ('queued', 'prefilling'):
       inst.backlog += seq.done - seq.prompt_len
-    if seq.stage == 'queued':
+    if was == 'queued':
       inst.queue.remove(seq.id)
-      self.forget(seq.id)
+      self.forget(seq)
       return
-    if not first_time:
-      return  # in `ending` already; only the fate has changed
-    if seq.stage == 'decoding':
+    self.move(seq, stage)
+    if was in life.ENDING:
+      return  # in inst.ending already
+    if was == 'decoding':
       _home(inst, seq.id).remove(seq.id)
     elif seq.id in inst.prefilling:  # else its last chunk is in flight
       inst.prefilling.remove(seq.id)
-    seq.stage = 'ending'
     # Its pages are safe once all that is in flight is done.
     if inst.inflight:
       inst.ending.append((inst.number - 1, seq.id))
@@ -283,23 +288,24 @@ class Run:
           self.conclude(self.own(id))
 
   def conclude(self, seq):
-    if seq.fate == 'length':
-      self.commands.append(base.Finish(seq.id, 'length'))
-    if seq.fate != 'preempt':
-      self.drop(seq)
+    if seq.stage == 'yielding':
+      self.commands.append(base.Preempt(seq.id, seq.instance))
+      self.free(seq)
+      seq.pages, seq.done = (), 0
+      self.enqueue(seq)
       return
-    self.commands.append(base.Preempt(seq.id, seq.instance))
-    self.free(seq)
-    seq.stage, seq.fate, seq.pages, seq.done = 'queued', '', (), 0
-    self.enqueue(seq)
+    if seq.stage == 'finishing':
+      self.commands.append(base.Finish(seq.id, 'length'))
+    self.drop(seq)
 
   def drop(self, seq):
     self.free(seq)
-    self.forget(seq.id)
+    self.forget(seq)
 
-  def forget(self, id):
-    del self.seqs[id]
-    self.owned.discard(id)
+  def forget(self, seq):
+    self.move(seq, 'absent')
+    del self.seqs[seq.id]
+    self.owned.discard(seq.id)
 
   # --- resources ------------------------------------------------------------
 
@@ -319,9 +325,13 @@ class Run:
 
   def enqueue(self, seq):
     """Dispatch: the shortest prefill queue, in tokens (DistServe 4.3)."""
+    if not self.placeable(seq, self.open_entries, self.entries):
+      return
+    if seq.stage != 'queued':
+      self.move(seq, 'queued')
     if not self.open_entries:
       seq.instance = -1
-      self.wait(seq, self.entries)
+      self.waiting.append(seq.id)
       return
     best = min(self.open_entries, key=_backlog)
     inst = self.touch(best.index)
@@ -336,21 +346,25 @@ class Run:
 
     but: not this one, if there is another.
     """
-    seq.stage, seq.target = 'prefilled', -1
+    if not self.placeable(seq, self.open_decoders, self.decoders):
+      return
+    if seq.stage != 'prefilled':
+      self.move(seq, 'prefilled')
     if not self.open_decoders:
-      self.wait(seq, self.decoders)
+      seq.target = -1
+      self.waiting.append(seq.id)
       return
     best = min([i for i in self.open_decoders if i.index != but]
                or self.open_decoders, key=_load)
     self.touch(best.index).pulls.append(seq.id)
     seq.target = best.index
 
-  def wait(self, seq, kind):
-    """No instance of the kind is up: waits for one, if one may come back."""
-    if all([i.status == 'gone' for i in kind]):
-      recovery.fail(self, seq, f'no {kind[0].role} instance is left')
-    else:
-      self.waiting.append(seq.id)
+  def placeable(self, seq, up, kind):
+    """An instance of the kind is up or may be again; fails it otherwise."""
+    if up or any([i.status != 'gone' for i in kind]):
+      return True
+    recovery.fail(self, seq, f'no {kind[0].role} instance is left')
+    return False
 
   def pull(self, inst):
     """Admits finished prefills, first come first served, while they fit."""
@@ -361,7 +375,8 @@ class Run:
         return
       del inst.pulls[0]
       seq = self.own(seq.id)
-      seq.stage, seq.target_pages = 'migrating', ids
+      self.move(seq, 'migrating')
+      seq.target_pages = ids
       seq.epoch += 1
       count = pages.pages_for(seq.prompt_len, inst.config.page_size)
       self.commands.append(base.Migrate(
@@ -462,7 +477,8 @@ class Run:
         return None
       del inst.queue[0]
       inst.prefilling.append(seq.id)
-      seq.stage, seq.pages = 'prefilling', pages
+      self.move(seq, 'prefilling')
+      seq.pages = pages
     return seq
 
   def join(self, inst, seq, number=None):
@@ -471,10 +487,10 @@ class Run:
     number: the prefill command in flight whose token it starts from.
     """
     if seq.prompt_len + 1 >= seq.limit:
-      seq.stage, seq.fate = 'ending', 'length'
+      self.move(seq, 'finishing')
       inst.ending.append((number, seq.id))
       return
-    seq.stage = 'decoding'
+    self.move(seq, 'decoding')
     batch = min(inst.batches, key=_size)
     start = seq.prompt_len - batch.tick
     batch.add(row_of(inst, seq, start))
@@ -513,8 +529,7 @@ class Run:
       if batch.rows[id][1] + batch.tick >= self.seqs[id].limit - 1:
         batch.remove(id)
         inst.ending.append((inst.number - 1, id))
-        seq = self.own(id)
-        seq.stage, seq.fate = 'ending', 'length'
+        self.move(self.own(id), 'finishing')
 
   def cover(self, inst, batch):
     """Gives the micro-batch's rows a page for their next tick.
@@ -548,98 +563,6 @@ class Run:
       batch.rows[id] = row_of(inst, self.seqs[id], batch.rows[id][1])
       batch.value = None
 
-  # --- quiet runs -----------------------------------------------------------
-
-  def quiet(self, index, most):
-    """The decode commands that will follow those in flight, told in advance.
-
-    As long as nothing but completions happens to the instance, each of them
-    is answered by one of these commands, their rows the same. It sleeps from
-    now on: no apply for its completions, but one `follow` for all of them,
-    at the latest when the commands told here have been issued.
-
-    Args:
-      most: commands to tell.
-
-    Returns:
-      (micro-batches in turn, steps of each command), or None where something
-      is to be decided: a row ends or pages may be short soon, or work waits
-      that may find room at a completion.
-    """
-    inst, depth = self.instances[index], self.config.depth
-    if (inst.asleep or inst.ending or inst.queue or inst.prefilling
-        or len(inst.inflight) < inst.depth):
-      return None
-    pp = len(inst.batches)
-    order = [g % pp for g in range(inst.turn, inst.turn + pp)
-             if inst.batches[g % pp].rows]
-    if (not order or [g for _, g in inst.inflight] != order * depth
-        or any([type(c) is not base.RunDecode for c, _ in inst.inflight])):
-      return None
-    turns = [inst.batches[g] for g in order]
-    ticks = min([b.end(self.seqs) - b.tick for b in turns])
-    if ticks > 1:
-      ticks = min(ticks, self._covered(inst, turns))
-    if pp == 1 and not inst.pulls and inst.residents == len(turns[0].rows):
-      ticks = min(ticks, most * inst.run_ahead)
-      steps = self._boundaries(turns[0], ticks, inst)
-    else:
-      steps = [1] * (min(ticks - 1, most // len(turns)) * len(turns))
-    if len(steps) < 2:
-      return None
-    inst.asleep = True
-    return order, steps
-
-  def _covered(self, inst, turns):
-    """Ticks of these micro-batches for which the free pages suffice."""
-    # Each row wants a page when it is due and then every page_size ticks.
-    due = []
-    for batch in turns:
-      batch.until()
-      for tick, ids in batch.due.items():
-        due += [tick - batch.tick] * len(ids)
-    rounds, more = divmod(pages.num_free(inst.pool), len(due))
-    return sorted(due)[more] + rounds * inst.config.page_size
-
-  def _boundaries(self, batch, ticks, inst):
-    """Steps of the commands of the next `ticks` ticks, the last left out."""
-    batch.until()
-    tick, stop, steps = batch.tick, batch.tick + ticks, []
-    due = {t for start, ids in batch.due.items() if ids
-           for t in range(start, stop, inst.config.page_size)}
-    due.add(stop)
-    for until in sorted(due):
-      while tick < until:
-        steps.append(min(until - tick, inst.run_ahead))
-        tick += steps[-1]
-    return steps[:-1]
-
-  def follow(self, index, quiet, count):
-    """Ends a quiet run in which `count` of its commands have been issued.
-
-    The commands in flight then carry the rows as they are now.
-    """
-    inst, (order, steps) = self.instances[index], quiet
-    inst.asleep = False
-    sent, rows = [], []
-    for n in range(count):
-      g = order[n % len(order)]
-      batch = inst.batches[g]
-      if batch.until() <= batch.tick:
-        rows += [(batch, id) for id in batch.renew(
-            self.seqs, inst.config.page_size)]
-      sent.append((inst.number + n, batch.tick, steps[n], g))
-      batch.tick += steps[n]
-    if rows:
-      self.extend(inst, rows)
-    for number, tick, n, g in sent[-len(inst.inflight):]:
-      inst.inflight.popleft()
-      inst.inflight.append((base.RunDecode(
-          index, number, tick, n, inst.batches[g].freeze()), g))
-    if count:
-      inst.turn, inst.value = (g + 1) % len(inst.batches), None
-      inst.number += count
-
   def preempt(self, inst):
     """Sends the latest arrival back to be recomputed.
 
@@ -656,7 +579,17 @@ class Run:
     if seq.stage == 'decoding':
       batch = _home(inst, seq.id)
       seq.prompt_len = batch.rows[seq.id][1] + batch.tick + 1
-    self.leave(seq, 'preempt')
+    self.leave(seq, 'yielding')
+
+  # --- quiet runs: see dsjax/quiet.py ---------------------------------------
+
+  def quiet(self, index, most):
+    """The decode commands that will follow those in flight, or None."""
+    return quiet.tell(self, index, most)
+
+  def follow(self, index, told, count):
+    """Ends a quiet run in which `count` of its commands were issued."""
+    quiet.follow(self, index, told, count)
 
 
 _APPLY = {
@@ -667,6 +600,11 @@ _APPLY = {
     base.Migrated: Run.migrated,
     **recovery.APPLY,
 }
+
+
+def _open(kind):
+  return ([i for i in kind if i.status == 'up']
+          or [i for i in kind if i.status == 'draining'])
 
 
 def _backlog(inst):

@@ -13,9 +13,11 @@ What orchestrator.py does, and what this models of it:
 - An instance runs its commands in order, through `pp` stages, each with a
   queue without bound before it. A command enters stage 1 when that is free
   and the tokens it starts from have left the last stage.
-- A migration takes its link for itself and is dispatched like a command. Its
-  pages are written behind what its target had in flight then, as the steps
-  there own the cache in turn (measured: experiments/LOG.md, 2026-11-24).
+- A migration takes its link for itself and is dispatched like a command. It
+  lands in buffers of its own and delays no step of its target; that its pages
+  are written there, before the next step, is part of its own time.
+- Instances that share cores slow each other (contention.py): then a step's
+  end is known only as the others' steps are, and nothing is leapt over.
 - Arrivals of one moment are told together (Arrived.more). At one moment
   arrivals come first, then copies, then steps, as in a poll.
 - Nothing is known of EOS: every request runs to its max_tokens, which is
@@ -38,6 +40,7 @@ import heapq
 from typing import NamedTuple
 
 from dsjax import base, metrics, scheduler
+from dsjax.contention import Devices
 
 _ARRIVED, _MIGRATED, _STEP = range(3)  # order of events of one moment
 _NEVER = (float('inf'),)
@@ -66,7 +69,7 @@ class Result(NamedTuple):
 
 
 def simulate(config, requests, latencies, link=None, log=False, leap=True,
-             share='pair', on_event=None):
+             share='pair', on_event=None, contention=None):
   """Serves a workload in virtual time.
 
   Args:
@@ -83,12 +86,14 @@ def simulate(config, requests, latencies, link=None, log=False, leap=True,
     share: 'pair' for a link of its own for every (source, target); 'nic'
       where all copies from one source, and all to one target, queue.
     on_event: None, or called with (state, event, commands) after each step.
+    contention: a Contention of the instances, each of one stage; None:
+      each has a device of its own.
 
   Raises:
     InputError: bad requests or latencies that do not fit the instances.
   """
-  return _Run(config, requests, latencies, link, log, leap, share,
-              on_event).run()
+  return _Run(config, requests, latencies, link, log, leap, share, on_event,
+              contention).run()
 
 
 class _Instance:
@@ -106,16 +111,21 @@ class _Instance:
     self.due = collections.deque()  # (number, times of its steps) in flight
     self.lane, self.serial = None, 0  # a quiet run; newest entry in the heap
 
+  def work(self, command):
+    """(kind, seconds of each step) of a command on a device left alone."""
+    rows, batch = command.rows, len(command.rows)
+    context = sum([r[1] for r in rows]) + batch * (command.tick + 1)
+    if type(command) is base.RunDecode:
+      return 'decode', [self.latency.decode_s(batch, context + n * batch)
+                        for n in range(command.steps)]
+    pieces = tuple([(c.start, c.stop) for c in command.chunks])
+    if rows:
+      return 'mixed', [self.latency.mixed_s(pieces, batch, context)]
+    return 'prefill', [self.latency.prefill_s(pieces)]
+
   def pieces(self, ready_s, command):
     """Times of the end of a prefill or mixed command."""
-    pieces = tuple([(c.start, c.stop) for c in command.chunks])
-    if command.rows:
-      batch = len(command.rows)
-      context = (sum([r[1] for r in command.rows])
-                 + batch * (command.tick + 1))
-      total_s = self.latency.mixed_s(pieces, batch, context)
-    else:
-      total_s = self.latency.prefill_s(pieces)
+    _, (total_s,) = self.work(command)
     done_s = self.stages(self.after(ready_s, command.rows), total_s)
     if len(self.free_s) > 1:
       self.token_s.update((c.id, done_s) for c in command.chunks if c.last)
@@ -125,16 +135,15 @@ class _Instance:
   def decode(self, ready_s, command, leap):
     """Completion time of each step of a decode command."""
     rows = command.rows
-    batch = len(rows)
-    context = sum([r[1] for r in rows]) + batch * (command.tick + 1)
     ready_s = self.after(ready_s, rows)
     if leap:
+      batch = len(rows)
+      context = sum([r[1] for r in rows]) + batch * (command.tick + 1)
       times = self.run(ready_s, batch, context, command.steps)
     else:
       times = []
-      for step in range(command.steps):
-        ready_s = self.stages(ready_s, self.latency.decode_s(
-            batch, context + step * batch))
+      for step_s in self.work(command)[1]:
+        ready_s = self.stages(ready_s, step_s)
         times.append(ready_s)
     self.told(rows, times[-1])
     return times
@@ -228,7 +237,7 @@ class _Run:
   """The state of a simulation."""
 
   def __init__(self, config, requests, latencies, link, log, leap, share,
-               on_event):
+               on_event, contention):
     count = len(config.instances)
     if not isinstance(latencies, (tuple, list)):
       latencies = (latencies,) * count
@@ -242,7 +251,11 @@ class _Run:
     self.on_event, self.closed_form = on_event, leap
     self.instances = [_Instance(one, c.pp) for one, c in
                       zip(latencies, config.instances, strict=True)]
-    self.may_leap = leap and not log and on_event is None
+    base.require(not contention or all(c.pp == 1 for c in config.instances),
+                 'contention', contention, 'None where an instance has '
+                 'several stages')
+    self.devices = contention and Devices(contention, count)
+    self.may_leap = not (contention or log or on_event) and leap
     self.loose = []  # instances in a quiet run, off the heap
     self.decoding = [n for n, role in enumerate(roles) if role != 'prefill']
     self.scheduler = scheduler.Run(config, scheduler.init(config), self.wake)
@@ -255,7 +268,16 @@ class _Run:
   def run(self):
     """To the end: a Result."""
     heap, pop = self.heap, heapq.heappop
-    while heap or self.loose:
+    while True:
+      if self.devices:
+        done = self.devices.until(heap[0][0] if heap else float('inf'))
+        if done:
+          index, command, times = done
+          self.told(index, command.number, times,
+                    type(command) is base.RunDecode)
+          continue
+      if not heap and not self.loose:
+        break
       if self.loose:
         self.catch_up()
       self.top = top = pop(heap)
@@ -264,7 +286,8 @@ class _Run:
       elif top[4] == self.instances[top[2]].serial:  # else void by now
         self.completed(top[0], top[2])
     return Result(self.recorder.records, self.log, self.steps, self.leapt,
-                  tuple(i.busy_s for i in self.instances), self.link_s,
+                  tuple(self.devices.busy_s if self.devices else
+                        [i.busy_s for i in self.instances]), self.link_s,
                   self.scheduler.freeze())
 
   def completed(self, now_s, index):
@@ -276,13 +299,16 @@ class _Run:
         return
       self.close(index, one.lane.done)
     number, times, decode = one.due.popleft()
-    if decode:
-      event = base.DecodeDone(now_s, index, number, tuple(times))
-    else:
-      event = base.PrefillDone(now_s, index, number)
     if one.due:
       self.expect(index, one.due[0])
-    self.step(event)
+    self.told(index, number, times, decode)
+
+  def told(self, index, number, times, decode):
+    """The event of a command that is done."""
+    if decode:
+      self.step(base.DecodeDone(times[-1], index, number, tuple(times)))
+    else:
+      self.step(base.PrefillDone(times[-1], index, number))
 
   def expect(self, index, due):
     """Puts an instance's next completion to be seen on the heap."""
@@ -318,6 +344,10 @@ class _Run:
     index = command.instance
     one = self.instances[index]
     decode = type(command) is base.RunDecode
+    if self.devices:
+      self.devices.add(index, command, *one.work(command),
+                       now_s + one.host_s)
+      return
     if decode:
       times = one.decode(now_s + one.host_s, command, self.closed_form)
     else:
@@ -336,7 +366,6 @@ class _Run:
     done_s = start_s + self.link.migrate_s(c.num_tokens)
     self.links.update(dict.fromkeys(keys, done_s))
     self.link_s += done_s - start_s
-    done_s = max(done_s, *self.instances[c.target].free_s)
     heapq.heappush(self.heap, (done_s, _MIGRATED, c.id, c.epoch,
                                base.Migrated(done_s, c.id, c.epoch)))
 

@@ -1,6 +1,6 @@
 """The scheduler's state: as a value, as it changes in place, and its check.
 
-The stages of a request are told in scheduler.py.
+The stages of a request are told in life.py.
 """
 
 import collections
@@ -9,7 +9,7 @@ import heapq
 import operator
 from typing import NamedTuple
 
-from dsjax import base, pages
+from dsjax import base, life, pages
 
 RUN_AHEAD = 4
 
@@ -48,9 +48,9 @@ class Seq(NamedTuple):
   """A live request.
 
   prompt_len counts the tokens to prefill (after a preemption: the tokens
-  emitted so far too); limit is prompt plus max_tokens. fate says why an
-  'ending' request ends: stop, length, cancelled or preempt. tries: faults
-  that it has been recovered from.
+  emitted so far too); limit is prompt plus max_tokens. stage: one of
+  life.STAGES. instance, target: -1 while it waits for one. tries: faults that
+  it has been recovered from.
   """
 
   id: int
@@ -64,7 +64,6 @@ class Seq(NamedTuple):
   target: int = -1
   target_pages: tuple[int, ...] = ()
   epoch: int = 0
-  fate: str = ''
   tries: int = 0
 
 
@@ -170,13 +169,11 @@ class LiveSeq:
   __slots__ = Seq._fields
 
   def __init__(self, id, order, prompt_len, limit, stage, instance, pages=(),
-               done=0, target=-1, target_pages=(), epoch=0, fate='',
-               tries=0):
+               done=0, target=-1, target_pages=(), epoch=0, tries=0):
     self.id, self.order, self.prompt_len = id, order, prompt_len
     self.limit, self.stage, self.instance = limit, stage, instance
     self.pages, self.done, self.target = pages, done, target
-    self.target_pages, self.epoch, self.fate = target_pages, epoch, fate
-    self.tries = tries
+    self.target_pages, self.epoch, self.tries = target_pages, epoch, tries
 
 
 fields_of = operator.attrgetter(*Seq._fields)
@@ -289,15 +286,14 @@ class LiveInstance:
                   else config.depth * pp)
     self.run_ahead = config.run_ahead or (
         RUN_AHEAD if self.role == 'decode' else 1)
-    self.pool, self.turn, self.number = value.pool, value.turn, value.number
-    self.residents, self.backlog = value.residents, value.backlog
-    self.status = value.status
-    self.queue, self.prefilling = list(value.queue), list(value.prefilling)
-    self.pulls, self.ending = list(value.pulls), list(value.ending)
-    self.inflight = collections.deque(value.inflight)
-    turns = [g for _, g in value.inflight]
+    (self.pool, batches, queue, prefilling, pulls, self.turn, self.number,
+     inflight, ending, self.residents, self.backlog, self.status) = value
+    self.queue, self.prefilling = list(queue), list(prefilling)
+    self.pulls, self.ending = list(pulls), list(ending)
+    self.inflight = collections.deque(inflight)
+    turns = [g for _, g in inflight]
     self.batches = [LiveBatch(b, turns.count(g))
-                    for g, b in enumerate(value.batches)]
+                    for g, b in enumerate(batches)]
 
   def freeze(self):
     """It as a value."""
@@ -325,13 +321,16 @@ def check(state):
   for index, inst in enumerate(state.instances):
     for id in inst.queue:
       at(id, 'queued', index)
+    orders = [state.seqs[id].order for id in inst.queue]
+    assert orders == sorted(orders), f'instance {index}: queue by arrival'
     for id in inst.prefilling:
       at(id, 'prefilling', index)
     for row in inst.rows:
       at(row.id, 'decoding', index)
       assert row.pages == state.seqs[row.id].pages, f'row {row.id}: pages'
     for _, id in inst.ending:
-      at(id, 'ending', index)
+      assert state.seqs[id].stage in life.ENDING, f'request {id} is not ending'
+      at(id, state.seqs[id].stage, index)
     for id in inst.pulls:
       at(id, 'prefilled', state.seqs[id].instance)
     owned = [s.pages for s in state.seqs.values() if s.instance == index]
@@ -346,8 +345,8 @@ def check(state):
   for id in state.waiting:
     at(id, state.seqs[id].stage, state.seqs[id].instance)
   for seq in state.seqs.values():
-    if seq.stage == 'migrating':
-      at(seq.id, 'migrating', seq.instance)
+    if seq.stage in ('migrating', 'abandoned'):
+      at(seq.id, seq.stage, seq.instance)
     elif seq.stage == 'prefilling' and seq.done == seq.prompt_len:
       places.setdefault(seq.id, ('prefilling', seq.instance))
     assert places.get(seq.id) == (seq.stage, seq.instance), (

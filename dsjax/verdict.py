@@ -43,8 +43,8 @@ def limit(problem, row):
     return sum(r.tpot_s - r.stage_s[stage] / (len(r.token_s) - 1)
                <= slo.tpot_s for r in slow) > len(slow) / 2
   if row.placement.mode == 'disaggregated':
-    # Pages also wait to be written behind their target's steps: it is the
-    # link where its own time is long, or it has little time to spare.
+    # Copies queue at their link: it is to blame where its own time is long, or
+    # it has little time to spare.
     moves = sum(made[2].migrate_s(r.prompt_len) for r in slow)
     waits_s = sum(r.stage_s['migrate'] for r in slow)
     links = len(row.placement.prefill) * len(row.placement.decode)

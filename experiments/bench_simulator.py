@@ -7,6 +7,9 @@ Poisson arrivals of lognormal lengths, ShareGPT-like. Each case runs three
 ways in turn, on the same workload:
   leap      simulator.simulate as it is used;
   step      the same, every completion stepped through the scheduler;
+  floor     as many events on a bare heapq as the simulator decides, and a
+            Record with its token times a request: nothing is decided. What
+            any simulator in plain Python that keeps records costs at least;
   yardstick a tight loop, one event a generated token and nothing else: no
             batches, queues, pages or records. Once in simpy (extra `bench`)
             and once on a bare heapq; simpy is left out if not installed.
@@ -133,6 +136,26 @@ def heap_tokens(sent):
       pop(heap)
 
 
+def floor(sent, events):
+  """`events` heap events a request, and its Record; nothing is decided."""
+  heap = [(r.arrival_s, r.id, 0) for r in sent]
+  heapq.heapify(heap)
+  pop, replace, records = heapq.heappop, heapq.heapreplace, []
+  times = [0.02 * i for i in range(max(r.sampling.max_tokens for r in sent))]
+  while heap:
+    now_s, id, n = heap[0]
+    if n < events:
+      replace(heap, (now_s + 0.02, id, n + 1))
+      continue
+    pop(heap)
+    request = sent[id]
+    record = base.Record(id, request.arrival_s, len(request.prompt),
+                         request.sampling.max_tokens)
+    record.token_s += times[:request.sampling.max_tokens]
+    records.append(record)
+  return records
+
+
 def clock(fn, *args, **options):
   """(CPU seconds of a call, its answer)."""
   start = time.process_time()
@@ -149,12 +172,12 @@ def measure(case, n, rounds):
           'heapq': lambda: heap_tokens(sent)}
   if simpy:
     ways['simpy'] = lambda: simpy_tokens(sent)
-  times, result = {way: [] for way in ways}, None
+  result = ways['leap']()
+  ways['floor'] = lambda: floor(sent, round(result.steps / n))
+  times = {way: [] for way in ways}
   for _ in range(rounds):
     for way, fn in ways.items():
-      used_s, answer = clock(fn)
-      times[way].append(used_s)
-      result = answer if way == 'leap' else result
+      times[way].append(clock(fn)[0])
   rates = {way: n / statistics.median(t) for way, t in times.items()}
   summary = metrics.summarize(result.records, base.Slo(0.25, 0.1), 1)
   return dict(
@@ -167,16 +190,18 @@ def measure(case, n, rounds):
 
 def main(_):
   found, others = {}, machine.Others()
-  print('case | leap | step | heapq | simpy | leap/simpy | leap/heapq | '
-        'steps | leapt | tokens | decoding | attainment')
+  print('case | leap | step | floor | heapq | simpy | leap/simpy | '
+        'floor/simpy | leap/floor | steps | leapt | tokens | decoding | '
+        'attainment')
   for name, case in CASES.items():
     if _ONLY.value and name not in _ONLY.value:
       continue
     r = found[name] = measure(case, _REQUESTS.value, _ROUNDS.value)
     yardstick = r.get('simpy', float('nan'))
-    print(f'{name} | {r["leap"]:.0f} | {r["step"]:.0f} | {r["heapq"]:.0f} | '
-          f'{yardstick:.0f} | {r["leap"] / yardstick:.1f} | '
-          f'{r["leap"] / r["heapq"]:.1f} | {r["steps"]:.1f} | '
+    print(f'{name} | {r["leap"]:.0f} | {r["step"]:.0f} | {r["floor"]:.0f} | '
+          f'{r["heapq"]:.0f} | {yardstick:.0f} | '
+          f'{r["leap"] / yardstick:.1f} | {r["floor"] / yardstick:.1f} | '
+          f'{r["leap"] / r["floor"]:.2f} | {r["steps"]:.1f} | '
           f'{r["leapt"]:.1f} | {r["tokens"]:.0f} | {r["batch"]:.1f} | '
           f'{r["attainment"]:.2f}', flush=True)
     if _PROFILE.value:

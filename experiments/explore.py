@@ -1,345 +1,307 @@
-"""Explores every interleaving of a small world with its faults.
+"""Every interleaving of small worlds with their faults, and random large ones.
 
-python -m experiments.explore [seconds a world] [more faults]
+  python -m experiments.explore                   as in the tests, two minutes
+  python -m experiments.explore --deep            about 15 minutes of 2 cores
+  python -m experiments.explore --only=1P2D --more=2 --seconds=600 --seeds=0
+  python -m experiments.explore --only= --seeds=2000
+  python -m experiments.explore --replay=FILE     what it wrote of a violation
+  python -m experiments.explore --table           the life cycle, as in README
+
+Small worlds are explored to their ends: each move that is possible in each
+world that can be reached, with at most so many faults on a path; a world that
+was seen before is not entered again. Large ones follow one random schedule
+each. What may happen and what must hold after every move is in
+experiments.worlds. A schedule that breaks it is shrunk, printed and written
+to --out, one JSON line a move; the exit status is then 1.
 """
 
-import collections
+import functools
+import json
+import multiprocessing
+import pathlib
+import random
+import signal
 import sys
 import time
 from typing import NamedTuple
 
-from dsjax import base, pages, scheduler
+from absl import app, flags
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from dsjax import base, life, scheduler
+from dsjax.base import require
+from experiments import live, schedules
+from experiments.worlds import Rules, Violation
+
+# Prompt tokens, most tokens, tokens until EOS (0: none).
+STOPS, LONG, TINY, PIECES = (2, 4, 2), (3, 4, 0), (1, 2, 0), (5, 3, 0)
 
 
-class Violation(AssertionError):
-  """What must hold does not."""
+def _world(roles, requests, faults, num_pages=4, max_seqs=2, prefill_tokens=4,
+           pp=1, page_size=2, **changes):
+  instances = tuple(base.InstanceConfig(
+      role, num_pages if role != 'prefill' else 4,
+      page_size if role != 'prefill' else 2, max_seqs, prefill_tokens, 2, pp)
+                    for role in roles.split())
+  options = {'max_len': 9, 'run_ahead': 2, 'tries': 1} | changes
+  return Rules(scheduler.Config(instances, **options), requests), faults
 
 
-def need(ok, text):
-  """Raises Violation unless ok."""
-  if not ok:
-    raise Violation(text)
+def small_worlds():
+  """{name: (Rules, faults)}: what is explored to the end.
 
-
-class World(NamedTuple):
-  """kv: of each page (id, block, tokens filled) or None. copies: (Migrate,
-  answer lost). out: tokens told of each request. fates: '' until it ends.
-  past: events that must change nothing from now on. faults: left to inject.
+  Instances of a few pages; where rows outgrow them the world is called
+  preemption. Prompts of more than prefill_tokens run in pieces.
   """
-
-  state: object
-  kv: tuple
-  fates: tuple
-  out: tuple
-  copies: tuple = ()
-  faults: int = 0
-  past: tuple = ()
-
-
-class Explorer:
-  """Depth-first over the worlds of one configuration, with state hashing.
-
-  requests: (prompt_len, max_tokens, tokens until EOS or 0) of each.
-  """
-
-  def __init__(self, config, requests, faults, step=scheduler.step):
-    self.config, self.requests, self.step = config, requests, step
-    self.first = World(
-        scheduler.init(config),
-        tuple((None,) * c.num_pages for c in config.instances),
-        (None,) * len(requests), (0,) * len(requests), (), faults)
-    self.transitions = self.inert = 0
-
-  def moves(self, w):
-    """(move, whether it is a fault) pairs that may happen next."""
-    found = []
-    if None in w.fates:
-      found.append((('arrive', w.fates.index(None)), 0))
-    for i, inst in enumerate(w.state.instances):
-      if inst.inflight:
-        found.append((('run', i), 0))
-      if inst.status == 'up':
-        if w.faults:
-          steps = getattr(inst.inflight[0][0], 'steps', 1) if (
-              inst.inflight) else 1
-          found += [(('crash', i, n), 1) for n in range(steps)]
-          found += [(('gone', i, 0), 1), (('drain', i), 1)]
-      elif inst.status == 'down':
-        found.append((('up', i), 0))
-    for n, (_, lost) in enumerate(w.copies):
-      if lost:
-        found.append((('lease', n), 0))
-      else:
-        found.append((('copied', n), 0))
-        if w.faults:
-          found += [((kind, n), 1) for kind in ('failed', 'lease', 'lose')]
-    if w.faults:
-      found += [(('cancel', id), 1) for id, f in enumerate(w.fates) if f == '']
-    return found
-
-  def apply(self, w, move, fault):
-    """The world after a move. Raises Violation."""
-    kind, n, *rest = move
-    world = _Move(self, w._replace(faults=w.faults - fault))
-    getattr(world, kind)(n, *rest)
-    return world.done()
-
-  def run(self, seconds=1e9, most=10**12):
-    """Explores; {moves: count}. Raises Violation with the schedule."""
-    began, seen, path = time.monotonic(), {key(self.first)}, []
-    grey = [key(self.first)]
-    stack = [(self.first, iter(self.moves(self.first)))]
-    on = set(grey)
-    while stack:
-      w, todo = stack[-1]
-      move, fault = next(todo, (None, 0))
-      if move is None:
-        stack.pop()
-        on.discard(grey.pop())
-        del path[-1:]
-        continue
-      self.transitions += 1
-      if self.transitions >= most or time.monotonic() - began > seconds:
-        return False
-      try:
-        after = self.apply(w, move, fault)
-        mark = key(after)
-        need(mark not in on or move[0] == 'up', 'no progress: a cycle')
-        moves = () if mark in seen else self.moves(after)
-        if mark not in seen and not any(not f for _, f in moves):
-          self.over(after)
-      except Exception as error:
-        raise Violation(f'{error}; after {[*path, move]}') from error
-      if mark in seen:
-        continue
-      seen.add(mark)
-      stack.append((after, iter(moves)))
-      path.append(move)
-      grey.append(mark)
-      on.add(mark)
-    return True
-
-  def over(self, w):
-    """Nothing more will happen: everyone has ended, every page is back."""
-    need('' not in w.fates, f'never ended: {w.fates}')
-    need(scheduler.idle(w.state), 'not idle')
-    for c, inst in zip(self.config.instances, w.state.instances, strict=True):
-      need(inst.pool == pages.init(c.num_pages), 'pages leaked')
-
-
-class _Move:
-  """One move of a world, in place."""
-
-  def __init__(self, explorer, w):
-    self.x, self.w, self.event = explorer, w, None
-    self.kv, self.out = [list(k) for k in w.kv], list(w.out)
-    self.fates, self.copies = list(w.fates), list(w.copies)
-    self.past = list(w.past)
-
-  def done(self):
-    """Steps the scheduler, performs Abort and ends, checks."""
-    w, config, step = self.w, self.x.config, self.x.step
-    state, commands = w.state, ()
-    if self.event is not None:
-      state, commands = step(config, state, self.event)
-      scheduler.check(state)
-    for c in commands:
-      if isinstance(c, base.Migrate):
-        self.copies.append((c, False))
-      elif isinstance(c, base.Abort):
-        self.copies = [p for p in self.copies
-                       if (p[0].id, p[0].epoch) != (c.id, c.epoch)]
-      elif isinstance(c, base.Finish | base.Fail | base.Reject):
-        self.end(c)
-    for kv, inst in zip(self.kv, state.instances, strict=True):
-      for p in range(len(kv)):
-        if inst.pool.free >> p & 1:
-          kv[p] = None
-    for c, _ in self.copies:
-      for i, ids in ((c.source, c.source_pages), (c.target, c.target_pages)):
-        need(not any(state.instances[i].pool.free >> p & 1 for p in ids),
-             f'pages of {c} are free while it runs')
-    for seq in state.seqs.values():
-      need(seq.tries <= config.tries, f'{seq}: tried too often')
-    for event in self.past[-3:]:
-      self.x.inert += 1
-      need(step(config, state, event) == (state, ()), f'not inert: {event}')
-    return World(state, tuple(map(tuple, self.kv)), tuple(self.fates),
-                 tuple(self.out), tuple(self.copies), w.faults,
-                 tuple(self.past[-3:]))
-
-  def end(self, c):
-    need(self.fates[c.id] == '', f'{c}: ended {self.fates[c.id]} before')
-    _, most, eos = self.x.requests[c.id]
-    reason = getattr(c, 'reason', '') if isinstance(c, base.Finish) else 'fail'
-    self.fates[c.id] = reason
-    if reason in ('stop', 'length'):
-      want = eos or most
-      need(self.out[c.id] == want, f'{c} after {self.out[c.id]} of {want}')
-
-  def use(self, i, ids):
-    free = self.w.state.instances[i].pool.free
-    need(not any(free >> p & 1 for p in ids), f'pages {ids} are not owned')
-    for c, _ in self.w.copies:
-      need(c.target != i or not set(ids) & set(c.target_pages),
-           f'pages {ids} are copied into')
-
-  def read(self, i, id, ids, stop):
-    size = self.x.config.instances[i].page_size
-    for k in range(pages.pages_for(stop, size)):
-      got, want = self.kv[i][ids[k]], min(size, stop - k * size)
-      need(got and got[:2] == (id, k) and got[2] >= want,
-           f'instance {i}: read {got} for {want} tokens of {(id, k)}')
-
-  def write(self, i, id, ids, start, stop):
-    size = self.x.config.instances[i].page_size
-    for at in range(start, stop):
-      self.kv[i][ids[at // size]] = (id, at // size, at % size + 1)
-
-  def tell(self, id, position):
-    """A token is told; True where the stream ends with it."""
-    prompt, _, eos = self.x.requests[id]
-    if self.fates[id] != '' or eos and self.out[id] >= eos:
-      return False
-    need(position == prompt + self.out[id],
-         f'request {id}: token {position - prompt} after {self.out[id]}')
-    self.out[id] += 1
-    return self.out[id] == eos
-
-  def rows(self, i, c, steps):
-    ended = []
-    for t in range(c.tick, c.tick + steps):
-      for row in c.rows:
-        self.use(i, row.pages)
-        at = row.base + t
-        self.write(i, row.id, row.pages, at, at + 1)
-        self.read(i, row.id, row.pages, at + 1)
-        if self.tell(row.id, at + 1):
-          ended.append((row.id, t - c.tick))
-    return tuple(ended)
-
-  # --- moves ----------------------------------------------------------------
-
-  def arrive(self, id):
-    self.fates[id] = ''
-    self.event = base.Arrived(0.0, id, *self.x.requests[id][:2])
-
-  def run(self, i):
-    c = self.w.state.instances[i].inflight[0][0]
-    ended = []
-    for chunk in getattr(c, 'chunks', ()):
-      self.use(i, chunk.pages)
-      self.read(i, chunk.id, chunk.pages, chunk.start)
-      self.write(i, chunk.id, chunk.pages, chunk.start, chunk.stop)
-      if chunk.last and self.tell(chunk.id, chunk.stop):
-        ended.append(chunk.id)
-    if isinstance(c, base.RunDecode):
-      self.event = base.DecodeDone(0.0, i, c.number, (0.0,) * c.steps,
-                                   self.rows(i, c, c.steps))
-    else:
-      ended += [id for id, _ in self.rows(i, c, 1)]
-      self.event = base.PrefillDone(0.0, i, c.number, tuple(ended))
-    self.past.append(self.event)
-
-  def crash(self, i, steps, back=True):
-    flying = [c for c, _ in self.w.state.instances[i].inflight]
-    ended = self.rows(i, flying[0], steps) if steps else ()
-    self.event = base.InstanceDown(0.0, i, (0.0,) * steps, ended, back)
-    self.kv[i] = [None] * len(self.kv[i])
-    self.copies = [p for p in self.copies if p[0].target != i]
-    self.past += [(base.DecodeDone if isinstance(c, base.RunDecode)
-                   else base.PrefillDone)(0.0, i, c.number) for c in flying]
-
-  def gone(self, i, steps):
-    self.crash(i, steps, False)
-
-  def up(self, i):
-    self.event = base.InstanceUp(0.0, i)
-
-  def drain(self, i):
-    self.event = base.Drain(0.0, i)
-
-  def cancel(self, id):
-    self.event = base.Cancelled(0.0, id)
-
-  def copied(self, n):
-    c, _ = self.copies.pop(n)
-    self.read(c.source, c.id, c.source_pages, c.num_tokens)
-    self.write(c.target, c.id, c.target_pages, 0, c.num_tokens)
-    self.event = base.Migrated(0.0, c.id, c.epoch)
-    self.past.append(self.event)
-
-  def failed(self, n):
-    c, _ = self.copies.pop(n)
-    self.event = base.MigrateFailed(0.0, c.id, c.epoch)
-    self.past += [self.event, base.Migrated(0.0, c.id, c.epoch)]
-
-  def lease(self, n):
-    c, _ = self.copies[n]
-    self.event = base.Timer(0.0, c.id, c.epoch)
-    self.past += [self.event, base.Migrated(0.0, c.id, c.epoch)]
-
-  def lose(self, n):
-    self.copies[n] = (self.copies[n][0], True)
-
-
-def key(w):
-  """A hash of a world, less what only counts up (numbers, ticks, epochs)."""
-  instances = []
-  for i in w.state.instances:
-    ticks = [b.tick for b in i.batches]
-    instances.append((
-        i.pool.free, i.queue, i.prefilling, i.pulls, i.turn, i.status,
-        tuple([(n - i.number, id) for n, id in i.ending]),
-        tuple([(r[0], r[1] + b.tick, r[2] - b.tick, r[3])
-               for b in i.batches for r in b.rows]),
-        tuple([(g, getattr(c, 'steps', 0), getattr(c, 'chunks', 0),
-                tuple([(r[0], r[1] + c.tick, r[3]) for r in c.rows]),
-                c.tick - ticks[g]) for c, g in i.inflight])))
-  seqs = tuple([(*s[:10], *s[11:]) for s in sorted(w.state.seqs.values())])
-  return hash((tuple(instances), seqs, w.state.waiting, w.out, w.fates,
-               w.faults, tuple([(c.id, lost) for c, lost in w.copies])))
-
-
-def worlds(more=0):
-  """{name: (Config, requests, faults)} of the small worlds."""
-  def one(role, num_pages=4):
-    return base.InstanceConfig(role, num_pages, 2, 2, 4, 2)
-
-  def config(*roles):
-    return scheduler.Config(tuple(map(one, roles)), 8, run_ahead=2, tries=1)
-
-  two = ((2, 3, 0), (3, 4, 2))
-  three = (*two, (1, 2, 0))
+  two, three = (STOPS, LONG), (STOPS, LONG, TINY)
+  grow, tight = ((1, 4, 0), (1, 4, 2)), {'num_pages': 5, 'page_size': 1}
+  wide = {'num_pages': 10, 'page_size': 1, 'prefill_tokens': 3}
   return {
-      '1P1D, 2 requests': (
-          config('prefill', 'decode'), two, 3 + more),
-      '1P1D, 3 requests': (
-          config('prefill', 'decode'), three, 2 + more),
-      '1P2D, 2 requests': (
-          config('prefill', 'decode', 'decode'), two, 2 + more),
-      '2P1D, 2 requests': (
-          config('prefill', 'prefill', 'decode'), two, 2 + more),
-      '2 colocated, 3 requests': (
-          config('colocated', 'colocated'), three, 2 + more),
-      '2 chunked, 3 requests': (
-          config('chunked', 'chunked'), three, 2 + more),
+      '1P1D': _world('prefill decode', two, 4),
+      '1P1D, 3 requests': _world('prefill decode', three, 3),
+      '1P1D, pieces': _world('prefill decode', (PIECES, STOPS), 3,
+                             num_pages=8, page_size=1, prefill_tokens=3),
+      '1P1D, preemption': _world('prefill decode', grow, 3, **tight),
+      '1P1D, preemption, depth 1': _world('prefill decode', grow, 3, depth=1,
+                                          **tight),
+      '1P1D, preemption of rows ahead': _world(
+          'prefill decode', ((2, 7, 0), (2, 5, 2)), 3, num_pages=5),
+      '1P1D, pp = 2': _world('prefill decode', three, 2, pp=2),
+      '1P2D': _world('prefill decode decode', two, 3),
+      '2P1D': _world('prefill prefill decode', two, 3),
+      '2P2D': _world('prefill prefill decode decode', two, 2),
+      '1 colocated, preemption, depth 3': _world(
+          'colocated', ((1, 4, 0), (1, 4, 1), TINY), 3, depth=3, **tight),
+      '2 colocated': _world('colocated colocated', three, 3),
+      '1 chunked, preemption': _world('chunked', (*grow, TINY), 3, **tight),
+      '1 chunked, preemption of pieces': _world(
+          'chunked', ((1, 6, 5), PIECES, TINY), 3, **wide),
+      '2 chunked': _world('chunked chunked', three, 3),
+      '2 chunked, pp = 2': _world('chunked chunked', two, 3, pp=2,
+                                  prefill_tokens=3),
   }
 
 
-def main():
-  seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
-  more = int(sys.argv[2]) if len(sys.argv) > 2 else 0
-  total = collections.Counter()
-  for name, (config, requests, faults) in worlds(more).items():
-    began, one = time.process_time(), Explorer(config, requests, faults)
-    whole = one.run(seconds)
-    total.update(moves=one.transitions, inert=one.inert)
-    print(f'{name}: {one.transitions:,} transitions, {one.inert:,} stale '
-          f'events inert, {"all" if whole else "cut short"}, '
-          f'{time.process_time() - began:.1f} s of CPU', flush=True)
-  print(dict(total))
+def large_world(seed):
+  """(Rules, faults) of a seed: 6 to 8 instances of one mode, 60 requests."""
+  draw = random.Random(seed)
+  mode = draw.choice(('prefill', 'prefill', 'colocated', 'chunked'))
+  roles = [mode] * draw.choice((2, 3, 4)) + ['decode'] * 4
+  if mode != 'prefill':
+    roles = [mode] * draw.choice((6, 8))
+
+  def instance(role):
+    size = draw.choice((1, 2, 4))
+    seqs = draw.choice((2, 4, 8))
+    return base.InstanceConfig(
+        role, -(-draw.choice((24, 40)) // size), size, seqs,
+        draw.choice((9, 16)), draw.choice((1, 2, 4)), draw.choice((1, 1, 2)))
+
+  config = scheduler.Config(
+      tuple(map(instance, roles)), max_len=24, depth=draw.choice((1, 2, 3)),
+      prefill_depth=draw.choice((1, 1, 2)), run_ahead=draw.choice((1, 2, 4)),
+      tries=draw.choice((1, 3)))
+  requests = []
+  for _ in range(60):
+    prompt, most = draw.randint(1, 14), draw.randint(1, 12)
+    requests.append((prompt, most, draw.choice((0, 0, draw.randint(1, most)))))
+  return Rules(config, requests), draw.choice((10, 30, 100))
+
+
+# --- the command line ---------------------------------------------------------
+
+
+class Result(NamedTuple):
+  """What one search of a small world, or one walk of a large one, came to.
+
+  whole: nothing was left. violation, moves: what broke, and the schedule.
+  """
+
+  kind: str
+  name: str
+  faults: int
+  transitions: int
+  worlds: int
+  probes: int
+  whole: bool
+  seconds: float
+  violation: str = ''
+  moves: tuple = ()
+
+
+def rules_of(kind, name):
+  """(Rules, faults) of a job."""
+  return small_worlds()[name] if kind == 'small' else large_world(int(name))
+
+
+def explore(job, halt=None):
+  """The Result of a job: (small | large, name or seed, more faults)."""
+  kind, name, more = job
+  rules, faults = rules_of(kind, name)
+  began, faults, broken, moves = time.process_time(), faults + more, '', ()
+  transitions, worlds, whole = 0, 0, False
+  try:
+    if kind == 'small':
+      transitions, worlds, whole = schedules.search(rules, faults, halt)
+    else:
+      transitions = worlds = schedules.walk(rules, faults, int(name))
+      whole = True
+  except Violation as error:
+    broken, moves = str(error), error.moves
+  return Result(kind, name, faults, transitions, worlds, rules.probes, whole,
+                time.process_time() - began, broken, moves)
+
+
+def define_flags():
+  """Defines the command line; called when this module is run."""
+  flags.DEFINE_bool('deep', False, 'Two faults more on every path, 500 seeds.')
+  flags.DEFINE_integer('more', 0, 'More faults on a path.', lower_bound=0)
+  flags.DEFINE_float('seconds', 100, 'CPU seconds of one small world.',
+                     lower_bound=0.1)
+  flags.DEFINE_integer('seeds', None, 'Random large worlds.', lower_bound=0)
+  flags.DEFINE_integer('first_seed', 0, 'The first of them.', lower_bound=0)
+  flags.DEFINE_string('only', None, 'Small worlds whose names begin so.')
+  flags.DEFINE_integer('processes', 2, 'At a time.', lower_bound=1)
+  flags.DEFINE_string('out', 'out/explore', 'Folder of results.')
+  flags.DEFINE_string('replay', None, 'A log to run again.')
+  flags.DEFINE_bool('table', False, 'The life cycle as Markdown.')
+
+
+def main(_):
+  with live.one_error(OSError):
+    sys.exit(_main(live.wide_console(), flags.FLAGS))
+
+
+def _main(console, options):
+  if options.table:
+    print(life.drawing())
+    return 0
+  if options.replay:
+    rules, moves = schedules.read_log(pathlib.Path(options.replay))
+    lines = schedules.story(rules, moves)
+    print('\n'.join(lines))
+    return int(lines[-1] != schedules.NOTHING)
+  results, stopped = _explore(console, _jobs(options), options)
+  out = pathlib.Path(options.out)
+  out.mkdir(parents=True, exist_ok=True)
+  (out / 'results.json').write_text(json.dumps(
+      [r._asdict() for r in results], indent=1))
+  console.print(_table(results))
+  if stopped:
+    console.print('Stopped: what follows is what was known.')
+  console.print(
+      f'{sum(r.transitions for r in results):,} transitions, '
+      f'{sum(r.probes for r in results):,} worlds probed with stale and '
+      f'impossible events, {sum(bool(r.violation) for r in results)} '
+      f'violations. Written to {out}.', soft_wrap=True)
+  return report(console, results, out)
+
+
+def _jobs(options):
+  """[(kind, name, more faults)] of what was asked for."""
+  names = [n for n in small_worlds()
+           if options.only is None or options.only and n.startswith(
+               options.only)]
+  require(names or not options.only, '--only', options.only,
+          f'how one of these begins: {list(small_worlds())}')
+  more = options.more + 2 * options.deep
+  seeds = options.seeds
+  if seeds is None:
+    seeds = 500 if options.deep else 50
+  return ([('small', name, more) for name in names]
+          + [('large', str(options.first_seed + n), 0) for n in range(seeds)])
+
+
+def _begin(counts, stop):
+  """In each process: what the parent reads and says."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  _shared[:] = [counts, stop]
+
+
+_shared = []
+
+
+def _work(seconds, job):
+  counts, stop = _shared
+  end, before = time.process_time() + seconds, 0
+
+  def halt(transitions):
+    nonlocal before
+    with counts.get_lock():
+      counts.value += transitions - before
+    before = transitions
+    return stop.is_set() or time.process_time() > end
+
+  if stop.is_set():
+    return None
+  result = explore(job, halt)
+  with counts.get_lock():
+    counts.value += max(0, result.transitions - before)
+  return result
+
+
+def _explore(console, jobs, options):
+  """([Result], whether Ctrl-C came), with a line of progress."""
+  spawn, results = multiprocessing.get_context('spawn'), []
+  counts, stop = spawn.Value('q', 0), spawn.Event()
+  bar = Progress(TextColumn('{task.description}'), TimeElapsedColumn(),
+                 console=console, transient=True)
+  with live.Interrupts() as interrupts, bar, spawn.Pool(
+      options.processes, _begin, (counts, stop)) as pool:
+    line = bar.add_task('starting', total=None)
+    found = pool.imap_unordered(functools.partial(_work, options.seconds),
+                                jobs)
+    while True:
+      try:
+        result = found.next(timeout=0.5)
+      except multiprocessing.TimeoutError:
+        result = None
+      except StopIteration:
+        return results, interrupts.seen
+      if result:
+        results.append(result)
+        if result.kind == 'small' and not console.is_terminal:
+          console.print(f'{result.name}: {result.transitions:,} transitions')
+      if interrupts.seen:
+        stop.set()
+      bar.update(line, description=f'{len(results)} of {len(jobs)} worlds, '
+                 f'{counts.value:,} transitions')
+
+
+def _table(results):
+  table = Table('world', 'faults', 'transitions', 'worlds', 'CPU s', 'a CPU s',
+                'to the end', title='Explored')
+  large = [r for r in results if r.kind == 'large']
+  for r in sorted(r for r in results if r.kind == 'small'):
+    table.add_row(r.name, str(r.faults), f'{r.transitions:,}', f'{r.worlds:,}',
+                  f'{r.seconds:.1f}', f'{r.transitions / r.seconds:,.0f}',
+                  'violation' if r.violation else 'yes' if r.whole else 'no')
+  if large:
+    many, took = sum(r.transitions for r in large), sum(
+        r.seconds for r in large)
+    table.add_row(f'{len(large)} random large', '10 to 100', f'{many:,}', '',
+                  f'{took:.1f}', f'{many / took:,.0f}',
+                  'violation' if any(r.violation for r in large) else 'yes')
+  return table
+
+
+def report(console, results, out):
+  """Shrinks and writes the first violation; the exit status."""
+  broken = next((r for r in results if r.violation), None)
+  if broken is None:
+    return 0
+  console.print(f'{broken.name}: {broken.violation}; shrinking a schedule of '
+                f'{len(broken.moves)} moves', soft_wrap=True)
+  rules, _ = rules_of(broken.kind, broken.name)
+  moves = schedules.shrink(rules, broken.moves)
+  schedules.write_log(out / 'violation.jsonl', rules, moves)
+  print('\n'.join(schedules.story(rules, moves)))
+  console.print(f'Again: python -m experiments.explore '
+                f'--replay={out / "violation.jsonl"}', soft_wrap=True)
+  return 1
 
 
 if __name__ == '__main__':
-  main()
+  define_flags()
+  app.run(main)

@@ -17,12 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from dsjax import pages
+from dsjax import life, pages
 from dsjax.base import InputError
 
 TABLE_S, LINE_S, RATE_S = 0.25, 5.0, 2.0
 STAGES = ('queued', 'prefilling', 'migrating', 'decoding')
-_STAGE = {'prefilled': 'migrating', 'ending': None}  # others are themselves
+_STAGE = dict.fromkeys(life.ENDING) | {
+    'prefilled': 'migrating', 'abandoned': 'migrating'}  # others: themselves
 
 
 @contextlib.contextmanager

@@ -4,10 +4,12 @@
 
 Every plan of --plans is built on the devices at hand and timed over a grid of
 batch x length: prefills, later chunks, decode steps, mixed (chunked) steps,
-migrations between each pair of plans, and what the serving loop adds to a
-decode step (host). All cells are timed in turn, round after round, and the
-median of each counts, so that a busy moment spoils no single cell. Buckets
-are part of the result: a batch costs what its compiled size costs.
+migrations between each pair of plans, what the serving loop adds to a decode
+step (host), and how two instances of plan 1x1 slow each other: nothing on
+devices of their own, much on the CPU devices of one process. All cells are
+timed in turn, round after round, and the median of each counts, so that a
+busy moment spoils no single cell. Buckets are part of the result: a batch
+costs what its compiled size costs.
 
 Files in --out: latency-DEVICE-MODEL.json (dsjax.latency.load reads it),
 cells-DEVICE-MODEL.jsonl (every cell, measured and fitted), latency-....png.
@@ -19,6 +21,7 @@ EngineConfig, such as --set=max_len=512.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -44,6 +47,7 @@ import dsjax
 from dsjax import (
     base,
     cache,
+    contention,
     engine,
     fit,
     latency,
@@ -245,6 +249,54 @@ def transfer_times(source, target, lengths, rounds, tick):
   return in_rounds([timed(n) for n in lengths], rounds, tick)
 
 
+# --- side by side -----------------------------------------------------------
+
+BESIDE_S = 0.2  # least seconds of a step timed beside others
+
+
+def typical(config):
+  """{kind: a cell of the middle of the grid}."""
+  tokens = min(config.prefill_tokens, config.max_len) // 2
+  rows, each = max(1, config.max_seqs // 2), config.max_len // 2
+  return {'prefill': (((0, tokens),), 0, 0), 'decode': ((), rows, each),
+          'mixed': (((0, tokens),), max(1, rows // 2), each)}
+
+
+def beside(mine, theirs, config, rounds, tick):
+  """The Contention of two instances of one stage, driven as Cells.
+
+  A typical step of each kind is timed again and again, alone and while the
+  other instance has steps of each kind to do; the median of the ratios of
+  each round counts. A first round, which compiles, is not counted.
+  """
+  cells = typical(config)
+
+  def alone(bare, cell):
+    return bare.seconds(*cell) * (1 if cell[0] else STEPS)
+
+  def ratio(kind, kind_beside):
+    cell, cell_beside = cells[kind], cells[kind_beside]
+    alone_s = alone(mine, cell)
+    each_s = alone(theirs, cell_beside)
+    repeats = max(1, math.ceil(BESIDE_S / alone_s))
+    # Twice as slow, and some more, so that the other one never runs dry.
+    for _ in range(math.ceil(3 * repeats * alone_s / each_s) + 1):
+      busy = theirs.run(*cell_beside)[0]
+    start = time.perf_counter()
+    for _ in range(repeats):
+      jax.block_until_ready(mine.run(*cell)[0])
+    seconds = (time.perf_counter() - start) / repeats
+    jax.block_until_ready(busy)
+    tick()
+    return seconds / alone_s
+
+  pairs = list(itertools.product(contention.KINDS, repeat=2))
+  found = [[ratio(*pair) for pair in pairs] for _ in range(rounds + 1)]
+  return contention.Contention({
+      pair: max(1.0, statistics.median(x)) for pair, x in zip(
+          pairs, zip(*found[1:], strict=True), strict=True)})
+
+
 # --- the whole --------------------------------------------------------------
 
 
@@ -290,6 +342,7 @@ def measure(loaded, plans, config, rounds=5, points=4, bar=None, name=None):
                'source and a target')
   bar = bar or Progress(disable=True)
   grid, cells, models, links = shapes(config, points), {}, {}, {}
+  shared = None
   lengths = spread(config.page_size, config.max_len, points)
   kv_bytes = cache.bytes_per_token(loaded.config, config.kv_dtype_of('decode'),
                                    loaded.config.num_layers)
@@ -319,10 +372,15 @@ def measure(loaded, plans, config, rounds=5, points=4, bar=None, name=None):
                                lambda t=task: bar.advance(t))
       if seconds[-1] > seconds[0]:  # else noise hides the bandwidth
         links[plan, to] = fit.fit_link(lengths, seconds, kv_bytes)
+    if plan == base.Plan():
+      other = build(loaded, plan, 'chunked', config, devices[most:])
+      task = bar.add_task(f'{label}: side by side', total=9 * (rounds + 1))
+      shared = beside(bare, Cells(other), config, rounds,
+                      lambda t=task: bar.advance(t))
   return latency.Profile(
       name or loaded.config.name, devices[0].device_kind, models, links,
       f'experiments.measure, {rounds} rounds, {config.dtype}, '
-      f'jax {jax.__version__}'), cells
+      f'jax {jax.__version__}', shared), cells
 
 
 # --- what a person looks at -------------------------------------------------
@@ -373,6 +431,12 @@ def show(console, profile, cells, tpot_s, config, model_config):
     console.print(f'KV {a.tp}x{a.pp} to {b.tp}x{b.pp}: '
                   f'{1e3 * link.base_s:.3f} ms + '
                   f'{link.bytes_per_s / 1e9:.2f} GB/s', highlight=False)
+  if profile.contention:
+    console.print('A step of two 1x1 instances side by side, over one alone: '
+                  + ', '.join(f'{kind} beside {other} {x:.2f}' for
+                              (kind, other), x in
+                              profile.contention.factors.items()),
+                  highlight=False, soft_wrap=True)
 
 
 def draw(path, profile, cells):

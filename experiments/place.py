@@ -281,6 +281,8 @@ def _main(console, options):
   answer = _search(console, problem, options)
   took = time.perf_counter() - start
   _show(console, answer, options, took)
+  if words := setting.caveat(options.latency):
+    console.print(words, soft_wrap=True)
   if not options.out:
     return
   out = pathlib.Path(options.out)

@@ -29,6 +29,19 @@ def latencies(kind, config, model, host_s):
   return latency.load(kind).latencies.get
 
 
+def caveat(kind):
+  """What a search over the latencies of a file leaves out; '' if nothing."""
+  if kind == 'published' or kind.startswith('roofline:'):
+    return ''
+  shared = latency.load(kind).contention
+  most = max(shared.factors.values()) if shared and shared.factors else 1.0
+  if most < 1.1:
+    return ''
+  return (f'{kind}: its instances share cores: side by side a step takes up to '
+          f'{most:.2f} times as long, which is left out here (see '
+          'dsjax.contention).')
+
+
 def _published(model, host_s, plan):
   try:
     return hardware.published(model, plan, host_s=host_s)

@@ -507,6 +507,8 @@ def _main(options, console):
     console.print(table(own, kind))
     for line in told(own, kind, options.target):
       console.print(f'  {line}', soft_wrap=True, highlight=False)
+  if words := setting.caveat(options.latency):
+    console.print(words, soft_wrap=True)
   if stopped:
     console.print(f'Stopped by Ctrl-C: {len(found)} of '
                   f'{len(points) * len(placements)} points.')

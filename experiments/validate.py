@@ -6,15 +6,16 @@
 Steps are profiled (experiments.measure), then each mode serves the same
 seeded requests at several rates, really and simulated, with the server's own
 scheduler.Config. Two profiles are simulated:
-  bench       what experiments.measure measured, each device alone;
+  bench       what experiments.measure measured: each device alone, and two
+              side by side;
   calibrated  the same, moved onto the steps of one served run (fit.observe,
               fit.calibrate) whose rate is not among the validated ones.
 Modes are of two 1x1 instances: disaggregated (1 + 1) and chunked (2).
 
 CPU devices of one process share its threads (jax 0.10 splits a matrix product
 over them whatever --xla_cpu_multi_thread_eigen says), so instances slow each
-other: `bench` does not know that, `calibrated` does at one load. Threads are
-as many as cores here (NPROC=32 of other runners is for collectives, of which
+other, which both simulate as contention.Contention. Threads are as many as
+cores here (NPROC=32 of other runners is for collectives, of which
 1x1 has none). Rates, if not given,
 are shares of what a burst really achieves; objectives, if not given, are
 multiples of medians of the calibration runs, the same for all modes.
@@ -123,24 +124,28 @@ def serve(server, sent, tick=None):
 
 
 class Profiles:
-  """A latency for each instance and a link: what simulate takes."""
+  """A latency for each instance, a link, and how instances slow each other:
+  what simulate takes."""
 
-  def __init__(self, latencies, link):
+  def __init__(self, latencies, link, contention=None):
     self.latencies, self.link = latencies, link
+    self.contention = contention
 
   def simulate(self, plan, sent):
-    return simulator.simulate(plan, sent, self.latencies, self.link).records
+    return simulator.simulate(plan, sent, self.latencies, self.link,
+                              contention=self.contention).records
 
   def calibrated(self, log):
     """These on the steps of a served run; like roles share their steps."""
     steps, copies = fit.observe(log)
     apart = bool(copies)  # else instances are alike
+    contention = fit.fit_contention(self.latencies, steps)
     models = tuple(fit.calibrate(m, [
-        s for s in steps if s.instance == i or not apart])
+        s for s in steps if s.instance == i or not apart], contention)
         for i, m in enumerate(self.latencies))
     link = self.link and fit.calibrate_link(self.link, copies,
                                             self.latencies[0].host_s)
-    return Profiles(models, link)
+    return Profiles(models, link, contention)
 
 
 def stats(records, slo):
@@ -196,7 +201,7 @@ def step_times(profiles, log):
       add(kind, found)
   if copies:
     add('migrate', [(c.seconds, profiles.link.migrate_s(c.num_tokens)
-                     + profiles.latencies[0].host_s, float(c.busy))
+                     + profiles.latencies[0].host_s, 0.0)
                     for c in copies])
   return rows
 
@@ -218,8 +223,8 @@ class Mode:
             task, completed=done, total=total))
     one = profile.latencies[base.Plan()]
     link = profile.links.get((base.Plan(), base.Plan()))
-    self.profiles = {'bench': Profiles((one,) * 2, link if placement.decode
-                                       else None)}
+    self.profiles = {'bench': Profiles(
+        (one,) * 2, link if placement.decode else None, profile.contention)}
 
   def sent(self, rate_per_s, n, seed):
     return requests(self.config, self.loaded.config.vocab_size, rate_per_s, n,
@@ -344,8 +349,7 @@ def _show_steps(console, rows):
                       number(s['together']))
   console.print(table)
   console.print('alone, together: steps in which the other instance was at '
-                'work less or more than half of the time; of a migration, '
-                'whether its target had a step in flight', soft_wrap=True)
+                'work less or more than half of the time', soft_wrap=True)
 
 
 def draw(path, rows):

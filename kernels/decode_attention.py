@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from dsjax.kernels import paged, shapes, tiles
+from dsjax.kernels import paged, shapes, tiles, tuned
 
 TILE = 48  # tokens a tile: few tiles, a small overshoot of the longest row
 
@@ -55,6 +55,22 @@ def heuristic(q_BNH, k_KPCH, tokens, limits):
   return TuningConfig(heads, size, splits, 8 if heads * H >= 8192 else 4)
 
 
+def shape_class(q_BNH, k_KPCH, tokens):
+  """What a tuned config is for: sizes up to the next power of two."""
+  B, N, H = q_BNH.shape
+  K = k_KPCH.shape[0]
+  return (f'{q_BNH.dtype} over {k_KPCH.dtype}, H {H}, G {N // K}, '
+          f'B K {paged.power(B * K)}, T {paged.power(tokens)}')
+
+
+def default(q_BNH, k_KPCH, tokens, limits):
+  """The tuned config, or the heuristic's."""
+  return tuned.find(
+      'decode_attention', shape_class(q_BNH, k_KPCH, tokens), TuningConfig,
+      lambda config: config.check(q_BNH, k_KPCH, limits)) or heuristic(
+          q_BNH, k_KPCH, tokens, limits)
+
+
 def decode_attention(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, impl=None, *,
                      scale=None, softcap=0.0, window=0,
                      k_scale_KPC=None, v_scale_KPC=None, config=None):
@@ -70,9 +86,10 @@ def decode_attention(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, impl=None, *,
     impl: 'xla', 'pallas', 'pallas_interpret', or None to choose by platform.
     scale: of q k^T; None for 1 / sqrt(H).
     softcap: scores s become softcap tanh(s / softcap); 0 for none.
-    k_scale_KPC, v_scale_KPC: what int8 keys and values are multiplied by.
+    k_scale_KPC, v_scale_KPC: what int8 or float8 keys and values are
+      multiplied by.
     window: the last tokens that a row sees, its newest included; 0 for all.
-    config: a TuningConfig of the kernel; None for the heuristic's.
+    config: a TuningConfig of the kernel; None for the default.
 
   Returns:
     o_BNH in q's dtype; float32 inside.
@@ -107,7 +124,7 @@ def kernel(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, scale, softcap, window,
   limits = paged.device()
   if config is None:
     tokens = table_BM.shape[1] * C
-    config = heuristic(q_BNH, k_KPCH, min(window or tokens, tokens), limits)
+    config = default(q_BNH, k_KPCH, min(window or tokens, tokens), limits)
   config.check(q_BNH, k_KPCH, limits)
   paged.check_heads(H, interpret)
   scales = () if k_scale_KPC is None else (k_scale_KPC, v_scale_KPC)

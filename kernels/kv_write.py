@@ -7,7 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from dsjax.kernels import paged, shapes, tiles
+from dsjax.kernels import paged, shapes, tiles, tuned
+
+# What the largest number of a token's head becomes in pages that keep scales.
+# Float8_e5m2 could hold more, but the weights of values are multiplied by the
+# scales, and in float16 those products vanish where scales are that small.
+LARGEST = {'int8': 127, 'float8_e4m3fn': 448, 'float8_e5m2': 448}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +37,19 @@ def heuristic(k_SKH):
   return TuningConfig(min(K & -K, 8))
 
 
+def shape_class(k_SKH, dtype):
+  """What a tuned config is for: tokens up to the next power of two."""
+  S, K, H = k_SKH.shape
+  return f'{k_SKH.dtype} into {dtype}, H {H}, K {K}, S {paged.power(S)}'
+
+
+def default(k_SKH, dtype):
+  """The tuned config, or the heuristic's."""
+  return tuned.find(
+      'kv_write', shape_class(k_SKH, dtype), TuningConfig,
+      lambda config: config.check(k_SKH)) or heuristic(k_SKH)
+
+
 def kv_write(held, k_SKH, v_SKH, page_S, offset_S, turn=None, impl=None, *,
              config=None):
   """Puts token s into page page_S[s] at offset_S[s]; page P drops it.
@@ -39,11 +57,11 @@ def kv_write(held, k_SKH, v_SKH, page_S, offset_S, turn=None, impl=None, *,
   No two tokens that are kept may have the same place.
 
   Args:
-    held: (k_KPCH, v_KPCH); of int8, with (k_scale_KPC, v_scale_KPC) too,
-      and then keys and values are quantized.
+    held: (k_KPCH, v_KPCH); of a dtype in LARGEST, with (k_scale_KPC,
+      v_scale_KPC) too, and then keys and values are quantized.
     turn: (cos_S1H, sin_S1H), by which keys are rotated first; None: not.
     impl: 'xla', 'pallas', 'pallas_interpret', or None to choose by platform.
-    config: a TuningConfig of the kernel; None for the heuristic's.
+    config: a TuningConfig of the kernel; None for the default.
 
   Returns:
     held, updated: in place where the caller donates it.
@@ -68,12 +86,24 @@ def rotary(x_SNH, cos_S1H, sin_S1H):
   return (x_SNH * cos_S1H + turned * sin_S1H).astype(x_SNH.dtype)
 
 
-def quantize(x):
-  """x[..., H] as int8 and its scale[...]: x is about int8 * scale."""
+def largest(dtype):
+  """The largest number in pages of this dtype; None if they have no scales."""
+  return LARGEST.get(jnp.dtype(dtype).name)
+
+
+def quantize(x, dtype):
+  """x[..., H] as a dtype in LARGEST and its scale[...]: x is about x8 * scale.
+
+  Rounded to the nearest, ties to even. The most that x is wrong by: in int8
+  scale / 2; in float8_e4m3fn 2^-4 of |x| or of 2^-6 scale, whichever is more;
+  in float8_e5m2 2^-3 of |x| or of 2^-14 scale.
+  """
   x = x.astype(jnp.float32)
-  scale = jnp.max(jnp.abs(x), -1) / 127
-  safe = jnp.where(scale > 0, scale, 1.0)
-  return jnp.round(x / safe[..., None]).astype(jnp.int8), scale
+  scale = jnp.max(jnp.abs(x), -1) / largest(dtype)
+  x /= jnp.where(scale > 0, scale, 1.0)[..., None]
+  if jnp.issubdtype(dtype, jnp.integer):
+    x = jnp.round(x)
+  return x.astype(dtype), scale
 
 
 def reference(held, k_SKH, v_SKH, page_S, offset_S, turn):
@@ -82,7 +112,7 @@ def reference(held, k_SKH, v_SKH, page_S, offset_S, turn):
     k_SKH = rotary(k_SKH, *turn)
   new = [k_SKH, v_SKH]
   if len(held) > 2:
-    new, scales = zip(*map(quantize, new), strict=True)
+    new, scales = zip(*(quantize(x, held[0].dtype) for x in new), strict=True)
     new += scales
   return tuple(
       x_KPC.at[:, page_S, offset_S].set(
@@ -94,10 +124,11 @@ def kernel(held, k_SKH, v_SKH, page_S, offset_S, turn, interpret=False,
            config=None):
   """The Pallas kernel: a program has some heads of one token.
 
-  Halves are rounded up and not to even: Triton has no rounding but floor.
+  Halves of int8 are rounded up and not to even: Triton has no rounding but
+  floor.
   """
   S, K, H = k_SKH.shape
-  config = config or heuristic(k_SKH)
+  config = config or default(k_SKH, held[0].dtype)
   config.check(k_SKH)
   turn = [x_S1H[:, 0] for x_S1H in turn] if turn is not None else []
   inputs = (page_S, offset_S, *turn, k_SKH, v_SKH)
@@ -111,7 +142,7 @@ def kernel(held, k_SKH, v_SKH, page_S, offset_S, turn, interpret=False,
 
 def _program(heads, count, page_ref, offset_ref, *refs):
   *turn, k_ref, v_ref = refs[:-2 * count]
-  out = refs[-count:]
+  out, dtype = refs[-count:], refs[-count].dtype
   s, head = pl.program_id(0), pl.ds(pl.program_id(1) * heads, heads)
   page, offset = page_ref[s], offset_ref[s]
 
@@ -124,12 +155,14 @@ def _program(heads, count, page_ref, offset_ref, *refs):
       if count > 2:
         top_K = functools.reduce(jnp.maximum, (
             jnp.max(jnp.abs(p), 1) for p in x))
-        scale_K = top_K / 127
+        scale_K = top_K / largest(dtype)
         out[2 + part][head, page, offset] = scale_K
         safe_K = jnp.where(scale_K > 0, scale_K, 1.0)
-        x = [jnp.floor(p / safe_K[:, None] + 0.5) for p in x]
+        x = [p / safe_K[:, None] for p in x]
+        if jnp.issubdtype(dtype, jnp.integer):
+          x = [jnp.floor(p + 0.5) for p in x]
       for piece, place in zip(x, at, strict=True):
-        out[part][head, page, offset, place] = piece.astype(out[part].dtype)
+        out[part][head, page, offset, place] = paged.narrow(piece, dtype)
 
 
 def _rotated(ref, s, head, half, turn):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from dsjax.kernels import paged, tiles
+from dsjax.kernels import paged, tiles, tuned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +32,26 @@ def heuristic(size):
   return TuningConfig(block, 4 if block >= 1024 else 1)
 
 
+def shape_class(pages, dtype):
+  """What a tuned config is for: [K, m, I] numbers, up to a power of two."""
+  K, m, size = pages
+  return f'{dtype}, I {size}, K m {paged.power(K * m)}'
+
+
+def default(pages, dtype):
+  """The tuned config, or the heuristic's."""
+  return tuned.find(
+      'page_copy', shape_class(pages, dtype), TuningConfig,
+      lambda config: config.check(pages[2])) or heuristic(pages[2])
+
+
 def pack(x_KPC, page_m, impl=None, *, config=None):
   """Pages page_m of a pool, [K, m, C, ...].
 
   Args:
     x_KPC: [K, P, C] or [K, P, C, H]. page_m: valid ids, any number of times.
     impl: 'xla', 'pallas', 'pallas_interpret', or None to choose by platform.
-    config: a TuningConfig of the kernel; None for the heuristic's.
+    config: a TuningConfig of the kernel; None for the default.
 
   Raises:
     ValueError: impl is unknown or not available, or config does not suit.
@@ -86,7 +99,7 @@ def _unpack_reference(x_KPC, page_m, new_KmC):
 def _copy(program, pages, out, dtype, impl, config, aliases=None):
   """The pallas_call of a program a block of each page of [K, m, I]."""
   K, m, size = pages
-  config = config or heuristic(size)
+  config = config or default(pages, dtype)
   config.check(size)
   return paged.call(functools.partial(program, config.block),
                     (m, K, size // config.block),

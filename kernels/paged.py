@@ -26,21 +26,23 @@ class Device(NamedTuple):
   name: str
   cores: int  # streaming multiprocessors
   shared_bytes: int  # shared memory that one program may use
+  capability: int  # compute capability, 80 for 8.0
 
 
-DEVICES = (Device('A100', 108, 166912), Device('H100', 132, 232448),
-           Device('H200', 132, 232448))
+DEVICES = (Device('A100', 108, 166912, 80), Device('H100', 132, 232448, 90),
+           Device('H200', 132, 232448, 90))
 
 
-def device(kind=None):
-  """The Device of a device_kind; the smallest where it is not known.
+def kind():
+  """The device_kind of the mesh in context, or of the default device."""
+  target = jax.sharding.get_abstract_mesh().abstract_device
+  return (target or jax.devices()[0]).device_kind
 
-  kind: None for that of the mesh in context, or of the default device.
-  """
-  if kind is None:
-    target = jax.sharding.get_abstract_mesh().abstract_device
-    kind = (target or jax.devices()[0]).device_kind
-  return next((d for d in DEVICES if d.name in kind), DEVICES[0])
+
+def device(name=None):
+  """The Device of a device_kind, None: `kind`; the smallest if not known."""
+  name = name or kind()
+  return next((d for d in DEVICES if d.name in name), DEVICES[0])
 
 
 def power(size):
@@ -120,9 +122,44 @@ def call(kernel, grid, out_shape, config, interpret, name, aliases=None):
 
 def compute_dtype(q_dtype, k_dtype):
   """What products take: q's dtype, or a wider one where the KV's is."""
-  if jnp.issubdtype(k_dtype, jnp.integer):
+  if jnp.dtype(k_dtype).itemsize == 1:  # exact in every q_dtype
     return q_dtype
   return jnp.promote_types(q_dtype, k_dtype)
+
+
+def by_bits(dtype, limits):
+  """Triton converts float8_e4m3fn only where the GPU does: from sm_89 on."""
+  return dtype == jnp.float8_e4m3fn and limits.capability < 89
+
+
+def widen(x, dtype):
+  """x, as pages keep it, in a dtype that holds it exactly.
+
+  Float8_e4m3fn by its bits is a float16 whose exponent has the bias 15 in
+  place of 7: 2^-8 of the number, subnormal ones too.
+  """
+  if not by_bits(x.dtype, device()):
+    return x.astype(dtype)
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint8).astype(jnp.uint16)
+  bits = ((bits & 0x80) << 8) | ((bits & 0x7f) << 7)
+  return (jax.lax.bitcast_convert_type(bits, jnp.float16) * 256).astype(dtype)
+
+
+def narrow(x, dtype):
+  """x, float32, as pages keep it, rounded to the nearest, ties to even.
+
+  Float8_e4m3fn by its bits, the inverse of `widen`: adding 1.5 * 2^20 of x's
+  power of two (2^-6 at least), and taking it away, leaves 3 bits after it.
+  """
+  if not by_bits(dtype, device()):
+    return x.astype(dtype)
+  power = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7f800000
+  large = jax.lax.bitcast_convert_type(
+      jnp.maximum(power, 121 << 23) + (20 << 23) | 0x400000, jnp.float32)
+  x = (x + large - large) * 2**-8
+  bits = jax.lax.bitcast_convert_type(x.astype(jnp.float16), jnp.uint16)
+  bits = ((bits >> 8) & 0x80) | ((bits & 0x7fff) >> 7)
+  return jax.lax.bitcast_convert_type(bits.astype(jnp.uint8), dtype)
 
 
 def load(ref, *index):
@@ -168,7 +205,7 @@ def attend(q, token, tokens, visible, kv, table, size, scale, softcap):
     at_T = token + i * size + jnp.arange(size)
     t_T = jnp.minimum(at_T, tokens - 1)
     page_T, offset_T = table_ref[row, jax.lax.div(t_T, C)], jax.lax.rem(t_T, C)
-    s_RT = sum(dot(a, b.astype(a.dtype), 1) for a, b in zip(
+    s_RT = sum(dot(a, widen(b, a.dtype), 1) for a, b in zip(
         q, load(k_ref, head, page_T, offset_T), strict=True))
     if scales:
       s_RT *= scales[0][head, page_T, offset_T][None, :]
@@ -184,7 +221,7 @@ def attend(q, token, tokens, visible, kv, table, size, scale, softcap):
     if scales:
       p_RT *= scales[1][head, page_T, offset_T][None, :]
     p_RT = p_RT.astype(q[0].dtype)
-    out = [o * fix_R[:, None] + dot(p_RT, v.astype(p_RT.dtype), 0)
+    out = [o * fix_R[:, None] + dot(p_RT, widen(v, p_RT.dtype), 0)
            for o, v in zip(out, load(v_ref, head, page_T, offset_T),
                            strict=True)]
     return new_R, total_R, out

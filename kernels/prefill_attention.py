@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from dsjax.kernels import paged, shapes, tiles
+from dsjax.kernels import paged, shapes, tiles, tuned
 
 BLOCK = 64  # queries a block
 TILE = 128  # keys a tile
@@ -43,15 +43,33 @@ def heuristic(q_SNH, k_KPCH, limits):
   Rows reuse each key and value that a program reads: 128 of them for heads
   of up to 128, what the registers hold for wider ones and for float32, which
   no tensor core multiplies exactly. Tiles leave room for two programs on a
-  core.
+  core, and registers for float8 by its bits.
   """
   H, group = q_SNH.shape[2], q_SNH.shape[1] // k_KPCH.shape[0]
   exact = paged.compute_dtype(q_SNH.dtype, k_KPCH.dtype) == jnp.float32
   rows = max(32 if exact else 128 if H <= 128 else 64, paged.power(group))
   most = max(1024 // rows, paged.LEAST) if exact else 64
+  if paged.by_bits(k_KPCH.dtype, limits) and rows > 64:
+    most = 32
   size = paged.fit_tokens(H, k_KPCH.dtype.itemsize, 2,
                           limits.shared_bytes // 2)
   return TuningConfig(rows, min(size, most), 8 if rows * H >= 8192 else 4)
+
+
+def shape_class(q_SNH, k_KPCH):
+  """What a tuned config is for: sizes up to the next power of two."""
+  S, N, H = q_SNH.shape
+  K = k_KPCH.shape[0]
+  return (f'{q_SNH.dtype} over {k_KPCH.dtype}, H {H}, G {N // K}, '
+          f'S K {paged.power(S * K)}')
+
+
+def default(q_SNH, k_KPCH, limits):
+  """The tuned config, or the heuristic's."""
+  return tuned.find(
+      'prefill_attention', shape_class(q_SNH, k_KPCH), TuningConfig,
+      lambda config: config.check(q_SNH, k_KPCH, limits)) or heuristic(
+          q_SNH, k_KPCH, limits)
 
 
 def prefill_attention(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B,
@@ -70,10 +88,11 @@ def prefill_attention(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B,
     impl: 'xla', 'pallas', 'pallas_interpret', or None to choose by platform.
     scale: of q k^T; None for 1 / sqrt(H).
     softcap: scores s become softcap tanh(s / softcap); 0 for none.
-    k_scale_KPC, v_scale_KPC: what int8 keys and values are multiplied by.
+    k_scale_KPC, v_scale_KPC: what int8 or float8 keys and values are
+      multiplied by.
     window: a query at position p sees p - window + 1 to p; 0 for all. A
       block of queries reads nothing before its first one's window.
-    config: a TuningConfig of the kernel; None for the heuristic's.
+    config: a TuningConfig of the kernel; None for the default.
 
   Returns:
     o_SNH in q's dtype; float32 inside.
@@ -107,7 +126,7 @@ def kernel(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B, scale, softcap,
   """
   S, N, H = q_SNH.shape
   K, limits = k_KPCH.shape[0], paged.device()
-  config = config or heuristic(q_SNH, k_KPCH, limits)
+  config = config or default(q_SNH, k_KPCH, limits)
   config.check(q_SNH, k_KPCH, limits)
   paged.check_heads(H, interpret)
   each = config.block_rows // (N // K)

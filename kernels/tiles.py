@@ -41,8 +41,8 @@ def pick(impl, platform=None):
 def gather(x_KPCH, scale_KPC, table_Bm):
   """Pages of each row, side by side: [K, B, m * C, H], float32.
 
-  scale_KPC: of every token (int8 pages), or None. Gathering whole pages as
-  flat rows copies at memory speed on CPU; gathering [C, H] blocks does not.
+  scale_KPC: of every token, or None. Gathering whole pages as flat rows
+  copies at memory speed on CPU; gathering [C, H] blocks does not.
   """
   K, P, C, H = x_KPCH.shape
   B, m = table_Bm.shape

@@ -14,6 +14,7 @@ import pytest
 
 from dsjax.kernels import tiles
 from dsjax.kernels.decode_attention import TILE, decode_attention
+from dsjax.kernels.kv_write import LARGEST
 from dsjax.kernels.prefill_attention import BLOCK, prefill_attention
 
 H = 8
@@ -355,24 +356,26 @@ def test_prefill_takes_a_start_more_than_sequences():
     prefill(*args, start_A[:-1], pos_B)
 
 
-# --- int8 pages ---------------------------------------------------------------
+# --- pages of a byte ---------------------------------------------------------
 
 
+@pytest.mark.parametrize('dtype', LARGEST)
 @pytest.mark.parametrize('op, rest', (
     (decode_attention, (np.array([9, 4, 1]),)),
     (prefill_attention, (np.array([0, 3, 5, 6]), np.array([4, 0, 7])))),
     ids=('decode', 'prefill'))
-def test_int8_pages_are_read_as_numbers_times_their_scales(op, rest):
+def test_pages_of_a_byte_are_numbers_times_their_scales(op, rest, dtype):
   rng = np.random.default_rng(0)
   table_BM = rng.permutation(9).reshape(3, 3).astype(np.int32)
   rest = [jnp.asarray(x, jnp.int32) for x in (table_BM, *rest)]
   q = rng.standard_normal((3 if op is decode_attention else 6, 4, 8),
                           np.float32)
-  k, v = rng.integers(-127, 128, (2, 2, 9, 4, 8)).astype(np.int8)
+  k, v = rng.integers(-127, 128, (2, 2, 9, 4, 8)).astype(dtype)
   k_scale, v_scale = rng.uniform(0.001, 0.02, (2, 2, 9, 4)).astype(np.float32)
   q, k, v, k_scale, v_scale = map(jnp.asarray, (q, k, v, k_scale, v_scale))
   got = op(q, k, v, *rest, k_scale_KPC=k_scale, v_scale_KPC=v_scale)
-  want = op(q, k * k_scale[..., None], v * v_scale[..., None], *rest)
+  k32, v32 = k.astype(jnp.float32), v.astype(jnp.float32)
+  want = op(q, k32 * k_scale[..., None], v32 * v_scale[..., None], *rest)
   np.testing.assert_allclose(got, want, atol=1e-6)
-  other = op(q, k * v_scale[..., None], v * k_scale[..., None], *rest)
+  other = op(q, k32 * v_scale[..., None], v32 * k_scale[..., None], *rest)
   assert np.abs(got - other).max() > 1e-2

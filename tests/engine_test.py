@@ -400,7 +400,8 @@ def held_bytes(one):
 @pytest.mark.parametrize('plan', ((1, 1), (3, 1), (2, 2)), ids=str)
 @pytest.mark.parametrize('role', ('decode', 'chunked'))
 def test_pages_are_what_memory_leaves(plan, role):
-  limits = dataclasses.replace(LIMITS, num_pages=None, kv_dtype='int8')
+  limits = dataclasses.replace(LIMITS, num_pages=None,
+                               kv_dtype='float8_e4m3fn')
   meshes = meshes_of(*plan)
   all_of_them = limits.max_seqs * limits.max_len // limits.page_size
   one = Engine(TINY, meshes, role, limits)

@@ -62,7 +62,21 @@ def test_gpu_kernels_on_cpu_are_an_error_before_anything_is_placed():
         LIMITS, attention='pallas'))
 
 
-@pytest.mark.parametrize('kv_dtype', ['bfloat16', 'int8'])
+@pytest.mark.parametrize('kv_dtype', ['float8_e4m3fn', 'float8_e5m2'])
+def test_float8_pages_serve(kv_dtype):
+  """Kernels and references agree; most tokens are those of the dense pass."""
+  limits = dataclasses.replace(LIMITS, kv_dtype='bfloat16', checksum=True,
+                               decode_kv_dtype=kv_dtype)
+  placement = Placement(prefill=[Plan()], decode=[Plan(2)])
+  prompts, got = answers(placement, (4, 0, 1), limits)
+  assert got == answers(placement, (4, 0, 1), dataclasses.replace(
+      limits, attention='xla'))[1]
+  dense = [tiny.greedy(p, 4, CONFIG) for p in prompts]
+  assert sum(a == b for x, y in zip(got, dense, strict=True)
+             for a, b in zip(x, y, strict=True)) >= 8
+
+
+@pytest.mark.parametrize('kv_dtype', ['bfloat16', 'int8', 'float8_e4m3fn'])
 def test_every_step_lowers_for_cuda(kv_dtype):
   config = dataclasses.replace(zoo.config('llama-3-8b'), num_layers=2)
   limits = base.EngineConfig(num_pages=64, dtype='bfloat16', max_seqs=4,

@@ -21,6 +21,7 @@ import pytest
 from dsjax.kernels import decode_attention as decode
 from dsjax.kernels import paged, tiles
 from dsjax.kernels import prefill_attention as prefill
+from dsjax.kernels.kv_write import LARGEST, largest
 from tests import gpu
 
 REACH = 4  # pages of the longest table, at least
@@ -59,12 +60,13 @@ def pools(case, lens):
       used[table_BM[b, page], :n - page * C] = True
   dense, poisoned, scales = [], [], []
   for spread in (1.0, 3.0):
-    if case.kv == 'int8':
-      x = jnp.asarray(rng.integers(-127, 128, (K, P, C, H)), jnp.int8)
-      scale = rng.uniform(0.2, 1, (K, P, C)).astype(np.float32) * spread / 64
+    if most := largest(case.kv):
+      x = jnp.asarray(rng.integers(-most, most + 1, (K, P, C, H)), case.kv)
+      scale = rng.uniform(0.4, 2, (K, P, C)).astype(np.float32) * spread / most
       scales.append(jnp.where(used, scale, jnp.nan))
-      dense.append(x * np.where(used, scale, 0)[..., None])
-      poisoned.append(jnp.where(used[:, :, None], x, jnp.int8(127)))
+      dense.append(x.astype(jnp.float32) * np.where(used, scale, 0)[..., None])
+      poison = jnp.asarray(127 if case.kv == 'int8' else np.nan, case.kv)
+      poisoned.append(jnp.where(used[:, :, None], x, poison))
     else:
       x = jnp.asarray(rng.standard_normal((K, P, C, H)) * spread, case.kv)
       dense.append(jnp.where(used[:, :, None], x, 0).astype(jnp.float32))
@@ -128,6 +130,8 @@ DECODE = [
     Case(dtype='float16', kv='float16', window=17),
     Case(kv='int8', cuts=(16, 16, 2), window=20),
     Case(dtype='bfloat16', kv='int8'),
+    Case(dtype='bfloat16', kv='float8_e4m3fn', window=20, H=96),
+    Case(kv='float8_e5m2', cuts=(16, 16, 2)),
     Case(dtype='bfloat16', kv='float32', C=5, H=8),
 ]
 PREFILL = [
@@ -140,6 +144,8 @@ PREFILL = [
     Case(dtype='float16', kv='float16', cuts=(16, 16), window=17),
     Case(kv='int8', cuts=(16, 16), window=20),
     Case(dtype='bfloat16', kv='int8', softcap=2.0),
+    Case(dtype='float16', kv='float8_e4m3fn', cuts=(16, 16), window=20),
+    Case(dtype='bfloat16', kv='float8_e5m2', softcap=2.0),
     Case(dtype='bfloat16', kv='float32', C=5, H=8),
 ]
 
@@ -166,7 +172,7 @@ def draw(seed, last):
   tokens = min(one(16, 32, 64), 4096 // paged.power(H))  # that fit
   return Case(
       C=one(16, 32, 64, 128), K=K, N=K * one(1, 2, 3, 4, 7, 8, 16),
-      H=H, dtype=dtype, kv=one(dtype, dtype, 'int8'),
+      H=H, dtype=dtype, kv=one(dtype, dtype, *LARGEST),
       window=one(0, 0, 1, 15, 16, 17, 100), softcap=one(0.0, 0.0, 3.0),
       cuts=one((), (one(16, 32), tokens, *last(one))), seed=seed)
 
@@ -262,7 +268,7 @@ def test_a_config_that_does_not_suit_is_an_error(config, message):
     config.check(Q, KV, A100)
 
 
-@pytest.mark.parametrize('kv', ['float32', 'bfloat16', 'int8'])
+@pytest.mark.parametrize('kv', ['float32', 'bfloat16', *LARGEST])
 @pytest.mark.parametrize('H', [64, 96, 128, 256])
 @pytest.mark.parametrize('group', [1, 7, 8, 64, 128])
 @pytest.mark.parametrize('limits', paged.DEVICES, ids=lambda d: d.name)
@@ -319,7 +325,7 @@ def arguments(C=16, group=4, H=128, dtype='bfloat16', kv='bfloat16'):
     return jax.ShapeDtypeStruct(shape, dtype)
 
   pool = array(2, 64, C, H, dtype=kv)
-  scale = array(2, 64, C, dtype='float32') if kv == 'int8' else None
+  scale = array(2, 64, C, dtype='float32') if largest(kv) else None
   return (array(8, 2 * group, H, dtype=dtype), pool, pool, array(8, 16),
           array(8), array(9), scale)
 
@@ -338,11 +344,33 @@ def lower(args, impl='pallas', **options):
 @pytest.mark.parametrize('shape', [
     {}, dict(group=1), dict(group=7), dict(group=64), dict(H=64), dict(H=96),
     dict(H=256), dict(C=32), dict(C=64), dict(C=128), dict(C=48),
-    dict(kv='int8'), dict(dtype='float16', kv='float16'),
+    dict(kv='int8'), dict(kv='float8_e4m3fn'), dict(kv='float8_e5m2'),
+    dict(dtype='float16', kv='float16'),
     dict(dtype='float32', kv='float32')], ids=str)
 def test_both_kernels_lower_for_cuda(shape):
   text = lower(arguments(**shape), window=40, softcap=3.0)
   assert text.count('custom_call @__gpu$xla.gpu.triton') == 2
+
+
+KINDS = {'NVIDIA A100-SXM4-80GB': True, 'NVIDIA H100 80GB HBM3': False}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_float8_is_exact_by_its_bits_and_by_conversion(kind):
+  every = jax.lax.bitcast_convert_type(jnp.arange(256, dtype=jnp.uint8),
+                                       jnp.float8_e4m3fn)
+  numbers = every.astype(jnp.float32)
+  halves = jnp.sort(numbers[jnp.isfinite(numbers)])
+  between = jnp.concatenate([  # ties, and what lies beside them
+      (halves[1:] + halves[:-1]) / 2 * x for x in (1, 1 - 2**-20, 1 + 2**-20)])
+  with gpu.described(kind):
+    assert paged.by_bits(every.dtype, paged.device()) == KINDS[kind]
+    got = jax.jit(paged.widen, static_argnums=1)(every, jnp.bfloat16)
+    back = jax.jit(paged.narrow, static_argnums=1)(between, every.dtype)
+  np.testing.assert_array_equal(got[jnp.isfinite(numbers)],
+                                numbers[jnp.isfinite(numbers)])
+  np.testing.assert_array_equal(back.astype(jnp.float32), between.astype(
+      every.dtype).astype(jnp.float32))
 
 
 def test_heads_that_triton_cannot_have_are_an_error():

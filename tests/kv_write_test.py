@@ -15,7 +15,13 @@ import numpy as np
 import pytest
 
 from dsjax.kernels import kv_write as module
-from dsjax.kernels.kv_write import TuningConfig, kv_write, quantize, rotary
+from dsjax.kernels.kv_write import (
+    TuningConfig,
+    kv_write,
+    largest,
+    quantize,
+    rotary,
+)
 from tests import gpu
 
 P, C = 5, 4
@@ -29,8 +35,8 @@ def normal(*shape, seed=0):
 def arguments(K=2, H=8, dtype='float32', kv='float32', turn=True, S=5):
   """(held, k_SKH, v_SKH, turn) of a call."""
   held = [normal(K, P, C, H, seed=i) for i in (1, 2)]
-  if kv == 'int8':
-    held = [jnp.asarray(30 * x, jnp.int8) for x in held]
+  if largest(kv):
+    held = [jnp.asarray(30 * x, kv) for x in held]
     held += [jnp.asarray(normal(K, P, C, seed=i)) for i in (3, 4)]
   held = [jnp.asarray(x, kv) if x.ndim == 4 else x for x in held]
   new = [jnp.asarray(normal(S, K, H, seed=i), dtype) for i in (5, 6)]
@@ -51,9 +57,8 @@ def check(args, config=None, **where):
   for x, y in zip(got, want, strict=True):
     assert x.dtype == y.dtype
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    eps = (1.0 if args[0][0].dtype == jnp.int8 and x.ndim == 4
-           else float(jnp.finfo(args[0][0].dtype).eps)
-           if args[0][0].dtype != jnp.int8 else 2e-7)
+    eps = (2e-7 if x.ndim == 3 else 1.0 if args[0][0].dtype == jnp.int8
+           else float(jnp.finfo(args[0][0].dtype).eps))
     np.testing.assert_allclose(x, y, rtol=eps, atol=max(1e-6, eps == 1))
     assert np.mean(x == y) > 0.99
 
@@ -74,20 +79,33 @@ def test_the_reference_rotates_keys_only():
     np.testing.assert_allclose(got, x, rtol=0, atol=1e-6)
 
 
-def test_int8_pages_keep_numbers_and_scales():
-  held, k, v, _ = args = arguments(kv='int8', turn=False)
+# What a number may be wrong by: a part of it, and a part of its scale.
+ROUNDING = {'int8': (0, 0.5), 'float8_e4m3fn': (2**-4, 2**-10),
+            'float8_e5m2': (2**-3, 2**-17)}
+
+
+@pytest.mark.parametrize('kv', ROUNDING)
+def test_pages_of_a_byte_keep_numbers_and_scales(kv):
+  held, k, v, _ = args = arguments(kv=kv, turn=False)
   k8, v8, k_scale, v_scale = run(args, 'xla')
   for x, scale, new in ((k8, k_scale, k), (v8, v_scale, v)):
-    np.testing.assert_allclose(x[:, 4, 3] * scale[:, 4, 3, None], new[0],
-                               atol=3 / 127)
-    np.testing.assert_array_equal(quantize(new)[0][0], x[:, 4, 3])
+    x, scale = x[:, 4, 3].astype(jnp.float32), scale[:, 4, 3, None]
+    assert np.abs(x).max() == largest(kv)
+    rtol, part = ROUNDING[kv]
+    np.testing.assert_array_less(
+        np.abs(x * scale - new[0]),
+        (rtol * np.abs(new[0]) + part * scale) * (1 + 1e-6) + 1e-7)
+    np.testing.assert_array_equal(quantize(new, kv)[0][0].astype(jnp.float32),
+                                  x)
   assert (k_scale[:, 1] == held[2][:, 1]).all()
 
 
 KERNEL = [{}, dict(turn=False), dict(K=3, H=96), dict(K=4, H=64, turn=False),
           dict(dtype='bfloat16', kv='bfloat16'), dict(kv='int8', K=4),
           dict(dtype='bfloat16', kv='int8', H=96), dict(dtype='float16',
-                                                        kv='float32')]
+                                                        kv='float32'),
+          dict(kv='float8_e4m3fn', K=4), dict(dtype='bfloat16', H=96,
+                                              kv='float8_e5m2')]
 
 
 @pytest.mark.parametrize('shape', KERNEL, ids=str)
@@ -114,7 +132,7 @@ def test_a_head_of_zeros_has_a_scale_of_zero():
 MUTANTS = [('page < out', 'page <= out'), ('y * sin', '-y * sin'),
            ('enumerate((k_ref, v_ref))', 'enumerate((k_ref, k_ref))'),
            ('out[2 + part][head, page', 'out[2][head, page'),
-           ('top_K / 127', 'top_K / 128'), ('start + half', 'start'),
+           ('top_K / largest(dtype)', 'top_K / 128'), ('start + half', 'start'),
            ('if part == 0 else ()', '')]
 
 
@@ -126,13 +144,14 @@ def test_a_mutant_is_caught(old, new, monkeypatch):
   exec(compile(source.replace(old, new), old, 'exec'), mutant.__dict__)
   monkeypatch.setattr(module, '_program', mutant._program)
   with pytest.raises(AssertionError):
-    check(arguments(kv='int8' if 'part' in old or '127' in old
+    check(arguments(kv='int8' if 'part' in old or 'top' in old
                     else 'float32'))
 
 
 @pytest.mark.parametrize('shape', [
     dict(H=128, K=8), dict(H=128, K=8, turn=False), dict(H=96, K=10),
-    dict(H=64, kv='int8'), dict(H=256, dtype='bfloat16', kv='bfloat16')],
+    dict(H=64, kv='int8'), dict(kv='float8_e4m3fn'), dict(kv='float8_e5m2'),
+    dict(H=256, dtype='bfloat16', kv='bfloat16')],
     ids=str)
 def test_it_lowers_for_cuda_in_place(shape):
   *rest, turn = arguments(**shape)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dsjax import checkpoint, hardware, latency, roofline, zoo
 from dsjax.base import InputError, ModelConfig, Plan
+from dsjax.contention import Contention
 from dsjax.latency import Affine, Buckets, Link, Profile
 from dsjax.roofline import Roofline
 from tests import tiny
@@ -309,7 +310,8 @@ PROFILE = Profile(
             host_s=0.25, buckets=Buckets((32,), (1, 2), (2,)),
             piece_s=0.125),
         Plan(1, 2): dataclasses.replace(SIMPLE, pp=2)},
-    {(Plan(), Plan(1, 2)): Link(0.5, 1e9, 64)}, 'a test')
+    {(Plan(), Plan(1, 2)): Link(0.5, 1e9, 64)}, 'a test',
+    Contention({('prefill', 'decode'): 1.5}))
 
 
 def test_files_keep_everything(tmp_path):
@@ -336,7 +338,10 @@ def test_files_keep_everything(tmp_path):
     (lambda d: d['latencies']['1x2'].update(pp=1), ['latencies.1x2.pp']),
     (lambda d: d['links'].update({'1x1': {}}), ['PLAN>PLAN']),
     (lambda d: d['links']['1x1>1x2'].update(bytes_per_s='fast'),
-     ['links.1x1>1x2', 'Link.bytes_per_s'])])
+     ['links.1x1>1x2', 'Link.bytes_per_s']),
+    (lambda d: d.update(contention=[1.5]), ['contention', 'object']),
+    (lambda d: d['contention'].update({'prefill>swap': 2.0}),
+     ['contention', 'swap'])])
 def test_files_name_what_is_wrong(tmp_path, change, parts):
   path = tmp_path / 'b.json'
   latency.save(path, PROFILE)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from dsjax import base, fit, latency
 from dsjax.base import Plan
+from dsjax.contention import KINDS
 from experiments import measure, tiny
 
 CONFIG = base.EngineConfig(max_len=64, max_seqs=2, prefill_tokens=32,
@@ -92,6 +94,8 @@ def test_a_live_engine_from_cells_to_files(tmp_path):
   assert model.mixed is not None and model.host_s >= 0
   assert all(c.seconds > 0 for c in found)
   assert set(fit.residuals(model, found)) == {'prefill', 'decode', 'mixed'}
+  assert set(profile.contention.factors) == set(itertools.product(
+      KINDS, repeat=2))
   path = measure.write(tmp_path / 'out', profile, cells)
   assert latency.load(path) == profile
   rows = [json.loads(line) for line in
@@ -103,7 +107,7 @@ def test_a_live_engine_from_cells_to_files(tmp_path):
   measure.show(Console(file=text, width=100), profile, cells, 0.1, CONFIG,
                loaded.config)
   for part in ('L_m', 'largest decode batch', 'worst', 'Appendix A',
-               'measured ms'):
+               'measured ms', 'decode beside prefill'):
     assert part in text.getvalue()
 
 

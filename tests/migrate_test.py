@@ -118,7 +118,7 @@ def test_the_spy_sees_a_reshard_through_the_host(host_reads):
 
 def engine(plan, first, seed, limits=LIMITS, role='decode'):
   """An Engine with a random cache, and what it holds: k, v as [L, K, P, C, H]
-  (int8 caches: dequantised)."""
+  (caches with scales: dequantised)."""
   placement = Placement(colocated=[Plan(*plan)])
   meshes, = sharding.make_meshes(CONFIG, placement, jax.devices()[first:])
   made = Engine(TINY, meshes, role, limits)
@@ -132,8 +132,8 @@ def engine(plan, first, seed, limits=LIMITS, role='decode'):
       held = part[span[0]:span[1]][:, np.maximum(n.kv_heads, 0)]
       held[:, np.array(n.kv_heads) < 0] = 0
       parts.append(list(held))
-    if limits.kv_dtype_of(role) == 'int8':
-      both = [[kv.quantize(x) for x in part] for part in parts]
+    if kv.largest(kind := limits.kv_dtype_of(role)):
+      both = [[kv.quantize(x, kind) for x in part] for part in parts]
       parts = [[x for x, _ in part] for part in both] + [
           [s for _, s in part] for part in both]
     stage.cache = jax.tree.map(
@@ -238,7 +238,10 @@ def test_page_sizes_may_differ(sizes, plans):
 @pytest.mark.parametrize('dtypes, tolerance', (
     (('float32', 'bfloat16'), 2**-6), (('float32', 'int8'), 0.02),
     (('bfloat16', 'int8'), 0.04), (('int8', 'int8'), 0.02),
-    (('int8', 'float32'), 0.02)))
+    (('int8', 'float32'), 0.02), (('float32', 'float8_e4m3fn'), 0.2),
+    (('float8_e4m3fn', 'int8'), 0.2),
+    (('float8_e5m2', 'float8_e4m3fn'), 0.55),
+    (('bfloat16', 'float8_e5m2'), 0.35)))  # of 4.3: half a step at the top
 def test_dtypes_may_differ(dtypes, tolerance):
   limits = dataclasses.replace(LIMITS, kv_dtype=dtypes[0],
                                decode_kv_dtype=dtypes[1], decode_page_size=8)

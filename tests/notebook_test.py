@@ -14,6 +14,8 @@ SAYS = {
         for mode in ('disaggregated', 'colocated', 'chunked'))),
     '2_placement': ('met both objectives, 95 % interval',
                     'prefill=1x1,decode=1x1', 'Only disaggregated placements'),
+    '3_kernels': ('masked: 8', 'splits against dense: ', 'of the floor; ',
+                  'pallas_interpret on cpu: error '),
 }
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from dsjax import base, pages, scheduler
+from dsjax import base, life, pages, scheduler
 from dsjax.base import (
     Chunk,
     Finish,
@@ -772,6 +772,45 @@ def test_an_event_without_sense_is_a_named_error(event):
     _after(_pair(), *MOVING, event)
 
 
+@pytest.mark.parametrize('kind', [
+    base.Migrated, base.MigrateFailed, base.Timer])
+def test_a_hand_off_that_was_never_begun_is_a_named_error(kind):
+  for story in ([_arrive(0, 6, 3)], [*MOVING, _copied(0)]):
+    with pytest.raises(scheduler.ImpossibleEvent, match='last hand-off'):
+      _after(_pair(), *story, kind(0, 0, 2))
+
+
+@pytest.mark.parametrize('story, event', [
+    ([_arrive(0, 6, 3)], base.PrefillDone(0, 0, 0, (1,))),
+    ([_arrive(0, 20, 2)], base.PrefillDone(0, 0, 0, (0,))),  # not its last
+    ([*MOVING, _copied(0)], base.DecodeDone(0, 1, 0, (0, 0), ((1, 0),))),
+    ([*MOVING, _copied(0)], base.InstanceDown(0, 1, (0,), ((1, 0),)))])
+def test_an_end_of_what_was_not_sampled_is_a_named_error(story, event):
+  with pytest.raises(scheduler.ImpossibleEvent, match='it samples tokens of'):
+    _after(_pair(), *story, event)
+
+
+def test_an_end_after_the_steps_that_are_out_is_a_named_error():
+  down = base.InstanceDown(0, 1, (0.0,), ((0, 1),))
+  with pytest.raises(scheduler.ImpossibleEvent, match='after the last step'):
+    _after(_pair(), *MOVING, _copied(0), down)
+
+
+def test_a_status_follows_its_table():
+  events = {'InstanceUp': base.InstanceUp(0, 1), 'Drain': base.Drain(0, 1),
+            'InstanceDown': base.InstanceDown(0, 1),
+            'InstanceGone': base.InstanceDown(0, 1, back=False)}
+  start, _ = _after(_pair(), *MOVING)
+  for (status, event), after in life.STATUS.items():
+    to = {'up': [], 'draining': ['Drain'], 'down': ['InstanceDown'],
+          'gone': ['InstanceGone']}[status]
+    state = start
+    for name in (*to, event):
+      state, _ = scheduler.step(_pair(), state, events[name])
+      scheduler.check(state)
+    assert state.instances[1].status == after, (status, event)
+
+
 # --- depth and run-ahead ----------------------------------------------------
 
 LONG = [_arrive(0, 1, 15), _prefilled(0, 0), _copied(0)]  # 14 decode steps
@@ -832,11 +871,18 @@ def _break_seq(**changes):
   return broken
 
 
+def _break_queue(state):
+  """Two wait, the later one first."""
+  state, _ = scheduler.step(_pair(), state, _arrive(2, 6, 3))
+  return _break_instance(queue=(2, 1))(state)
+
+
 @pytest.mark.parametrize('broken, message', [
     (_break_instance(pool=pages.init(8)), 'owned and free'),
     (_break_instance(residents=2), 'residents'),
     (_break_instance(backlog=1), 'backlog'),
     (_break_instance(queue=(0, 1)), 'request 0'),
+    (_break_queue, 'queue by arrival'),
     (_break_instance(queue=()), 'backlog|request 1'),
     (_break_seq(pages=(0,)), 'leaked: 1 of 8'),
     (_break_seq(pages=(0, 1, 1)), 'page 1 owned twice'),

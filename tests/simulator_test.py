@@ -115,15 +115,17 @@ def test_copies_queue_at_their_link(roles, share, second):
   assert copied == pytest.approx([2.5, second])
 
 
-def test_pages_are_written_behind_what_is_in_flight():
-  # A decodes two commands of a step, in flight from 1.5 to 1.5 + 1.61 + 1.62.
-  # B's copy, sent at 2 and half a second long, waits for both.
+def test_a_copy_delays_no_step_of_its_target():
+  # A decodes commands of a step, in flight when B's copy lands at 2.5.
   result = simulator.simulate(
       plan(PD, prefill_seqs=1, run_ahead=1, depth=2),
       requests((0, 10, 9), (0, 10, 2)), Affine(), Link(0.5), log=True)
-  first, second = [e.time_s for e, _ in result.log
-                   if isinstance(e, base.Migrated)]
-  assert (first, second) == pytest.approx((1.5, 1.5 + 1.61 + 1.62))
+  assert [e.time_s for e, _ in result.log
+          if isinstance(e, base.Migrated)] == pytest.approx([1.5, 2.5])
+  steps = np.diff([1.5, *result.records[0].token_s[1:]])
+  # B is in the third, the first that was issued after it came.
+  assert steps == pytest.approx([1.61, 1.62, 2.24, 1.64, 1.65, 1.66, 1.67,
+                                 1.68])
 
 
 def test_colocated_by_hand():
@@ -147,12 +149,12 @@ def test_chunked_by_hand():
 
 def test_two_stages_by_hand():
   # Prefill overlaps by half. When B comes to decode at 1.5, two steps of A are
-  # in flight, the second until 4.0: B's pages are written behind it.
+  # in flight; the second is in the first stage until 3.25.
   result = simulator.simulate(
       plan(PD, prefill_seqs=1, pp=2), requests((0, 10, 3), (0, 10, 3)),
       Affine(context_s=0.0, pp=2), Link(0.0))
   assert tokens(result) == [pytest.approx([1.0, 2.5, 4.0]),
-                            pytest.approx([1.5, 5.5, 7.0])]
+                            pytest.approx([1.5, 4.75, 6.25])]
   shares = Affine(context_s=0.0, pp=2, stage_share=(0.2, 0.8))
   result = simulator.simulate(plan(PD, prefill_seqs=1, pp=2),
                               requests((0, 10, 1), (0, 10, 1)), shares, Link())

@@ -1,0 +1,161 @@
+"""The life of a request, of its hand-off and of an instance, as tables.
+
+scheduler.Run moves a request from stage to stage through HOPS alone, and an
+instance from status to status through STATUS alone: what they do not hold is
+an ImpossibleEvent. `python -m experiments.explore --table` draws them.
+"""
+
+STAGES = {
+    'absent': 'not arrived yet, or ended',
+    'queued': 'in the prefill queue of an instance, or waiting for one; owns '
+              'no pages',
+    'prefilling': 'owns pages for its whole prompt; some chunks may have run',
+    'prefilled': 'its first token is out, its KV waits at the prefill '
+                 'instance until a decode instance pulls it',
+    'migrating': 'owns pages on both sides until the target has every byte',
+    'decoding': "a row of an instance's batch",
+    'finishing': 'its last token is in flight',
+    'yielding': 'preempted; its pages wait for the commands in flight',
+    'over': 'its client has been told; its pages wait for the commands in '
+            'flight',
+    'abandoned': "cancelled while it migrates; both sides' pages wait for the "
+                 'copy',
+}
+ENDING = ('finishing', 'yielding', 'over')
+
+CAUSES = {
+    'plan': 'a decision, after any event: admit, pull, decode, preempt',
+    'Arrived': 'of this id',
+    'Cancelled': 'of this id',
+    'PrefillDone': 'the oldest command of its instance',
+    'DecodeDone': 'the oldest command of its instance',
+    'Migrated': 'of its hand-off',
+    'MigrateFailed': 'of its hand-off: broken or damaged',
+    'Timer': 'the lease of its hand-off ran out',
+    'InstanceDown': 'the one that holds it, or the last it could wait for',
+    'TargetDown': 'InstanceDown of the one that pulls it',
+    'InstanceUp': 'any',
+    'Drain': 'any',
+}
+
+
+def _hops(*rows):
+  """{(stage, cause): the stages that may follow at once}."""
+  table = {}
+  for cause, stages, following in rows:
+    for stage in stages.split():
+      table[stage, cause] = tuple(following.split())
+  return table
+
+
+# A cause may make several hops in turn (a preempted row of an idle instance
+# is yielding, then queued). A pair that is not here makes none: see cell.
+HOPS = _hops(
+    # A life without faults.
+    ('Arrived', 'absent', 'queued absent'),
+    ('plan', 'queued', 'prefilling'),
+    ('plan', 'prefilling', 'decoding finishing yielding'),
+    ('PrefillDone', 'prefilling', 'prefilled over absent'),
+    ('plan', 'prefilled', 'migrating'),
+    ('Migrated', 'migrating', 'decoding'),
+    ('plan', 'decoding', 'finishing yielding'),
+    ('plan', 'yielding', 'queued absent'),
+    ('PrefillDone', 'decoding', 'over'),
+    ('PrefillDone', 'finishing', 'absent over'),
+    ('PrefillDone', 'yielding', 'queued over'),
+    ('PrefillDone', 'over', 'absent'),
+    ('DecodeDone', 'decoding', 'over'),
+    ('DecodeDone', 'finishing', 'absent over'),
+    ('DecodeDone', 'yielding', 'queued absent over'),
+    ('DecodeDone', 'over', 'absent'),
+    # Its client goes.
+    ('Cancelled', 'queued prefilled', 'absent'),
+    ('Cancelled', 'prefilling decoding finishing yielding', 'over'),
+    ('Cancelled', 'migrating', 'abandoned'),
+    # Its hand-off ends otherwise.
+    ('MigrateFailed', 'migrating', 'prefilled absent'),
+    ('Timer', 'migrating', 'prefilled absent'),
+    ('TargetDown', 'migrating', 'prefilled absent'),
+    ('Migrated', 'abandoned', 'absent'),
+    ('MigrateFailed', 'abandoned', 'absent'),
+    ('Timer', 'abandoned', 'absent'),
+    ('TargetDown', 'abandoned', 'absent'),
+    # Where it is is lost: it is prefilled elsewhere, with the tokens that are
+    # out. Those of a half-done command may have been its last.
+    ('InstanceDown', 'queued', 'absent'),
+    ('InstanceDown', 'prefilling prefilled migrating', 'queued absent'),
+    ('InstanceDown', 'decoding finishing yielding', 'queued over absent'),
+    ('InstanceDown', 'over abandoned', 'absent'),
+    ('TargetDown', 'prefilled', 'absent'),
+)
+
+# Causes that are of one request and tell nothing new in any other stage: a
+# cancel that comes too late, news of a hand-off that is over. Those of an
+# instance leave the requests alone that they do not concern.
+_IMPOSSIBLE = {(stage, 'Arrived') for stage in STAGES if stage != 'absent'}
+
+
+def cell(stage, cause):
+  """What a cause does to a request in this stage.
+
+  Returns:
+    The stages that may follow at once; () where it changes nothing, None
+    where it is an ImpossibleEvent.
+  """
+  if (stage, cause) in _IMPOSSIBLE:
+    return None
+  return HOPS.get((stage, cause), ())
+
+
+STATUS = {
+    (status, event): after
+    for event, row in {
+        'InstanceUp': 'up up up up',
+        'Drain': 'draining draining down gone',
+        'InstanceDown': 'down down down gone',
+        'InstanceGone': 'gone gone gone gone'}.items()
+    for status, after in zip(('up', 'draining', 'down', 'gone'), row.split(),
+                             strict=True)}
+
+
+def drawing():
+  """The tables as Markdown: a diagram, then every stage and every cause."""
+  return '\n'.join(['```mermaid', *_diagram(), '```', '', *_matrix(), '',
+                    *_statuses()])
+
+
+def _diagram():
+  """A life without faults, as a Mermaid diagram."""
+  arrows = {}
+  for (stage, cause), following in HOPS.items():
+    for after in following:
+      if cause in _NO_FAULT and stage != after:
+        arrows.setdefault((stage, after), []).append(cause)
+  yield 'stateDiagram-v2'
+  for (stage, after), causes in arrows.items():
+    ends = ['[*]' if s == 'absent' else s for s in (stage, after)]
+    yield f'  {ends[0]} --> {ends[1]}: {", ".join(causes)}'
+
+
+def _matrix():
+  """Every stage and every cause."""
+  yield f'| | {" | ".join(CAUSES)} |'
+  yield '|---' * (len(CAUSES) + 1) + '|'
+  for stage in STAGES:
+    cells = [cell(stage, cause) for cause in CAUSES]
+    shown = ['!' if c is None else ', '.join(c) or '-' for c in cells]
+    yield f'| **{stage}** | {" | ".join(shown)} |'
+
+
+def _statuses():
+  """Every status of an instance and every event."""
+  events = list(dict.fromkeys(event for _, event in STATUS))
+  yield f'| | {" | ".join(events)} |'
+  yield '|---' * (len(events) + 1) + '|'
+  for status in dict.fromkeys(status for status, _ in STATUS):
+    yield (f'| **{status}** | '
+           f'{" | ".join(STATUS[status, event] for event in events)} |')
+
+
+_NO_FAULT = ('plan', 'Arrived', 'PrefillDone', 'Migrated', 'DecodeDone',
+             'Cancelled')

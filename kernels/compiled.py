@@ -1,0 +1,109 @@
+"""Kernels in machine code for a GPU that is not here: registers and the like.
+
+Needs XLA's CUDA plugin and NVIDIA's assembler (`make .venv-aot/installed`) and
+a description of the GPU. Nothing is run.
+"""
+
+import importlib.util
+import inspect
+import pathlib
+import re
+import subprocess
+import sysconfig
+import tempfile
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from dsjax.kernels import paged
+
+# paged.Device: description, architecture, device_kind.
+GPUS = {'A100': ('a100', 'sm_80', 'NVIDIA A100-SXM4-80GB'),
+        'H100': ('h100', 'sm_90a', 'NVIDIA H100 80GB HBM3')}
+FOLDER = pathlib.Path(__file__).resolve().parent.parent / 'experiments' / 'gpu'
+CUDA = pathlib.Path(sysconfig.get_path('purelib')) / 'nvidia' / 'cu13'
+
+
+class Kernel(NamedTuple):
+  """What a launch of a compiled kernel takes. shared: bytes a program."""
+
+  registers: int
+  spilled: int
+  grid: tuple[int, ...]
+  threads: int
+  shared: int
+
+
+def described(kind=GPUS['H100'][2]):
+  """A context in which this is the device; newer JAX wants to know it."""
+  named = dict(device_kind=kind, num_cores=paged.device(kind).cores)
+  if 'platform' in inspect.signature(AbstractDevice).parameters:
+    named['platform'] = 'gpu'
+  return use_abstract_mesh(AbstractMesh(
+      (), (), abstract_device=AbstractDevice(**named)))
+
+
+def available(name):
+  """Whether kernels can be compiled for this paged.Device here."""
+  return (name in GPUS and importlib.util.find_spec('jax_plugins') is not None
+          and (CUDA / 'bin' / 'ptxas').exists() and FOLDER.is_dir())
+
+
+def flags(dump):
+  """XLA_FLAGS, to be set before jax is first used; `dump`: an empty folder."""
+  return (f'--xla_gpu_cuda_data_dir={CUDA} --xla_dump_to={dump} '
+          '--xla_dump_emitter_re=ptx')
+
+
+def mesh(name):
+  """A mesh of one GPU of this name."""
+  from jax.experimental import topologies
+  gpu = topologies.get_topology_desc(
+      '', platform='cuda', topology='1x1x1',
+      target_config=(FOLDER / f'{GPUS[name][0]}.txtpb').read_text())
+  return jax.sharding.Mesh(np.array(gpu.devices), ('gpu',))
+
+
+def compile(name, dump, fn, args, donate=()):
+  """{kernel name: Kernel} of a jitted fn of abstract args on a Device.
+
+  dump: that of `flags`; emptied first.
+  """
+  one = mesh(name)
+  where = jax.sharding.NamedSharding(one, jax.sharding.PartitionSpec())
+  for path in pathlib.Path(dump).glob('module_*'):
+    path.unlink()
+  args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=where), args)
+  with jax.set_mesh(one):
+    jax.jit(fn, donate_argnums=donate).lower(*args).compile()
+  files = sorted(pathlib.Path(dump).glob('module_*'))
+  said = ''.join(assemble(p, GPUS[name][1]) for p in files
+                 if p.suffix == '.ptx' and p.stat().st_size)
+  launches = ''.join(p.read_text() for p in files
+                     if p.name.endswith('thunk_sequence.txt'))
+  return read(said, launches)
+
+
+def assemble(path, arch):
+  """What `ptxas -v` says of a PTX file."""
+  with tempfile.NamedTemporaryFile() as out:
+    return subprocess.run(
+        [CUDA / 'bin' / 'ptxas', '-v', f'-arch={arch}', path, '-o', out.name],
+        capture_output=True, text=True, check=True).stderr
+
+
+def read(said, launches):
+  """{name: Kernel} from what ptxas says and XLA's list of launches."""
+  used = {}
+  for part in said.split('Compiling entry function')[1:]:
+    used[part.split("'")[1]] = (
+        int(re.search(r'Used (\d+) registers', part)[1]),
+        sum(map(int, re.findall(r'(\d+) bytes spill', part))))
+  found = re.findall(r'(\w+) grid: \[([\d, ]+)\] threads: \[(\d+).*?'
+                     r'shared_memory: (\d+)', launches)
+  return {name: Kernel(*used[name], tuple(map(int, grid.split(','))),
+                       int(threads), int(shared))
+          for name, grid, threads, shared in found if name in used}
