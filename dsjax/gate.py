@@ -25,9 +25,11 @@ from dsjax.service import Gone, Refused
 
 LOG = logging.getLogger(__name__)
 OPEN_PATHS = ('/', '/health')  # without a key
+_ENCODER = json.JSONEncoder(separators=(',', ':'), allow_nan=False)
 _KINDS = {401: 'authentication_error', 404: 'not_found_error',
           429: 'rate_limit_error'}
-_STATUS = {'too_long': 413, 'queue_full': 429, 'busy': 429, 'ttft': 429}
+_STATUS = {'too_long': 413, 'queue_full': 429, 'busy': 429, 'ttft': 429,
+           'tpot': 429}
 _REASONS = {404: 'not_found', 413: 'too_long', 408: 'slow', 500: 'internal',
             503: 'stopped', 504: 'slow'}
 _CODES = {'too_long': 'context_length_exceeded'}
@@ -42,7 +44,7 @@ class Json(JSONResponse):
 
 def dumps(value):
   """A JSON text in ASCII; ValueError for what is not finite."""
-  return json.dumps(value, separators=(',', ':'), allow_nan=False)
+  return _ENCODER.encode(value)
 
 
 class Gate:

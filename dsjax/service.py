@@ -30,7 +30,8 @@ class Limits:
   Attributes:
     max_waiting: requests that may wait for their first token. max_open: that
       may wait or run; None: as many as the queue lets in.
-    max_ttft_s: turn away what would wait longer, by a guess; None: take it.
+    max_ttft_s, max_tpot_s: turn away what would be slower, by a guess from
+      what the last ones took; None: take it.
     max_body_bytes, max_header_bytes: of an HTTP request.
     max_connections: open at a time; as many again are told so, and those
       beyond are dropped.
@@ -43,6 +44,7 @@ class Limits:
   max_waiting: int = 256
   max_open: int | None = None
   max_ttft_s: float | None = None
+  max_tpot_s: float | None = None
   max_body_bytes: int = 4 * 2**20
   max_header_bytes: int = 32 * 2**10
   max_connections: int = 1024
@@ -65,8 +67,8 @@ class Limits:
 class Refused(Exception):
   """The service does not take this request now, or ever.
 
-  reason: too_long | queue_full | busy | ttft | starting | draining | failed |
-  stopped. retry_s: when to ask again, or None.
+  reason: too_long | queue_full | busy | ttft | tpot | starting | draining |
+  failed | stopped. retry_s: when to ask again, or None.
   """
 
   def __init__(self, reason, message, retry_s=None):
@@ -97,7 +99,7 @@ class Stream:
     self.prompt, self.sampling, self.arrival_s = prompt, sampling, arrival_s
     self.id, self.live, self.sent = None, None, 0
     self.wake, self.new, self.ahead = wake, [], 0
-    self.started = self.reason = None
+    self.last_s = self.reason = None
 
   def take(self):
     """All that came since the last call, as one Update."""
@@ -171,6 +173,7 @@ class Service:
     self._inbox, self._open = queue.SimpleQueue(), {}
     self._stopping, self._moved_s = False, clock()
     self._share_s = 0.0  # seconds of TTFT for each request in the queue
+    self._gap_s = 0.0  # between two tokens of a request, lately
     self.thread = threading.Thread(target=self._work, name='orchestrator',
                                     daemon=True)
 
@@ -195,6 +198,12 @@ class Service:
     """A guess at the TTFT of the next request: what a place in the queue cost
     lately, times the places."""
     return self._share_s * (self.waiting + 1)
+
+  @property
+  def expected_tpot_s(self):
+    """A guess at the TPOT of the next request: the gaps of late, as much longer
+    as more requests are open."""
+    return self._gap_s * (len(self.streams) + 1) / max(1, len(self.streams))
 
   def check_open(self):
     """Raises Refused unless new requests are taken."""
@@ -249,6 +258,10 @@ class Service:
     if limits.max_ttft_s and self.waiting and wait_s > limits.max_ttft_s:
       raise Refused('ttft', f'the first token would take about {wait_s:.2g} s, '
                     f'the limit is {limits.max_ttft_s:g} s', self._retry_s())
+    gap_s = self.expected_tpot_s
+    if limits.max_tpot_s and self.streams and gap_s > limits.max_tpot_s:
+      raise Refused('tpot', f'a token would take about {gap_s:.2g} s, the '
+                    f'limit is {limits.max_tpot_s:g} s', self._retry_s())
 
   def _retry_s(self):
     return min(60.0, max(1.0, self._share_s * self.waiting))
@@ -280,13 +293,17 @@ class Service:
 
   def _deliver(self, updates):
     """Hands updates to their streams; called by the thread."""
+    now_s = time.perf_counter()
     for stream, update in updates:
-      if not stream.started:
-        stream.started = True
+      if stream.last_s is None:
         self.waiting -= 1
         if update.tokens:
-          share_s = (time.perf_counter() - stream.arrival_s) / stream.ahead
+          share_s = (now_s - stream.arrival_s) / stream.ahead
           self._share_s += 0.2 * (share_s - self._share_s)
+      elif update.tokens:
+        gap_s = (now_s - stream.last_s) / len(update.tokens)
+        self._gap_s += 0.02 * (gap_s - self._gap_s)
+      stream.last_s = now_s
       stream.new.append(update)
       if update.reason:
         stream.reason = update.reason

@@ -18,6 +18,7 @@ rounds there are.
 """
 
 import asyncio
+import itertools
 import json
 import os
 import pathlib
@@ -47,21 +48,14 @@ LEAD_S = 0.5  # from saying when a round begins to its beginning
 
 
 class Bench:
-  """An orchestrator and its three ways; each gives (token times, CPU)."""
+  """An orchestrator and its three ways; each gives (token times, CPU).
 
-  def __init__(self, config, streams, tokens, gap_s, report=None):
-    """report: of the orchestrator's warming up."""
-    model = (tiny.load(config.engine.dtype) if config.model == 'tiny' else
-             dsjax.load(config.model, config.engine.dtype))
-    self.config = config
-    self.server = dsjax.serve(model, config.placements[0], config.engine,
-                              report=report, keep_events=1)
-    prompts = workload.read_prompts(config.workload.path)
-    self.prompts = [model.tokenizer.encode(prompts[i % len(prompts)].text or
-                                           prompts[i % len(prompts)]
-                                           .messages[-1]['content'])
-                    for i in range(streams)]
-    self.tokens, self.due_s = tokens, [i * gap_s for i in range(streams)]
+  prompts: ids of each stream, which start gap_s apart and write `tokens`.
+  """
+
+  def __init__(self, server, prompts, tokens, gap_s, limits):
+    self.server, self.prompts, self.limits = server, prompts, limits
+    self.tokens, self.due_s = tokens, [i * gap_s for i in range(len(prompts))]
 
   def _sampling(self, i):
     return base.Sampling(max_tokens=self.tokens, seed=i, ignore_eos=True)
@@ -114,7 +108,7 @@ class Bench:
     from dsjax import listener, server
     self.server.observers.clear()
     metrics = Gauges()
-    service = Service(lambda _: self.server, self.config.limits, metrics)
+    service = Service(lambda _: self.server, self.limits, metrics)
     http = listener.Server(server.make_app(service, metrics, 'm'), service)
     bound = socket.create_server(('127.0.0.1', 0))
     thread = threading.Thread(target=lambda: asyncio.run(http.serve([bound])))
@@ -216,8 +210,8 @@ def define_flags():
       'set': flags.DEFINE_multi_string('set', [], 'As experiments.api.'),
       'streams': flags.DEFINE_integer('streams', 16, 'At a time.',
                                       lower_bound=1),
-      'tokens': flags.DEFINE_integer('tokens', 64, 'Of each.', lower_bound=2),
-      'gap': flags.DEFINE_float('gap', 0.25, 'Seconds between their starts.',
+      'tokens': flags.DEFINE_integer('tokens', 96, 'Of each.', lower_bound=2),
+      'gap': flags.DEFINE_float('gap', 0.5, 'Seconds between their starts.',
                                 lower_bound=0.0),
       'rounds': flags.DEFINE_integer('rounds', 5, 'Of all three ways.',
                                      lower_bound=1)}
@@ -230,8 +224,16 @@ def run(f, console):
     jax.config.update('jax_num_cpu_devices', config.num_devices)
   jax.config.update('jax_compilation_cache_dir', str(api.ROOT / '.cache/jax'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
-  bench, found, stopped = Bench(config, f['streams'], f['tokens'],
-                                f['gap']), [], False
+  model = (tiny.load(config.engine.dtype) if config.model == 'tiny' else
+           dsjax.load(config.model, config.engine.dtype))
+  server = dsjax.serve(model, config.placements[0], config.engine,
+                       keep_events=1)
+  texts = itertools.cycle(p.text or p.messages[-1]['content'] for p in
+                          workload.read_prompts(config.workload.path))
+  bench = Bench(server, [model.tokenizer.encode(t) for t in
+                         itertools.islice(texts, f['streams'])],
+                f['tokens'], f['gap'], config.limits)
+  found, stopped = [], False
   client = subprocess.Popen(
       [sys.executable, pathlib.Path(__file__).with_name('sse_client.py')],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -6,10 +6,11 @@ Starts experiments.api in a process of its own (or asks the server at --url)
 and goes through four phases: single requests, for the unloaded latency; a
 closed loop that keeps it full, for its capacity in requests/s; an open loop at
 --factor times that for --seconds; and single requests again from the moment
-the last one of the flood was sent, for the time to recover. The server bounds
-how many requests are open (limits.max_open, here a request for each place in a
-decode batch unless --set says otherwise), which keeps the accepted ones within
-their objectives and sends the others away at once with 429 and Retry-After.
+the last one of the flood was sent, for the time to recover. What keeps the
+accepted requests within their objectives, and sends the others away at once
+with 429 and Retry-After, is the server's admission. Unless --set says
+otherwise, limits.max_open is a request for each place in a decode batch, and
+limits.max_ttft_s and max_tpot_s are 0.8 of the objectives.
 
 Aims: 90 % or more of the accepted requests attain both objectives; a 429 comes
 within a tenth of a second and says when to come back; nothing else is refused
@@ -44,6 +45,7 @@ from experiments import api, live, load, report
 FLAGS = None  # once run as a program
 RECOVERED = 1.25  # latencies below this many times the unloaded worst
 PAUSE_S = 0.1  # of a client that was refused
+MARGIN = 0.8  # of an objective, that admission aims at
 PHASES = ('unloaded', 'full', 'flood', 'after')
 
 
@@ -337,7 +339,9 @@ def run(f, console):
   places = config.engine.max_seqs * sum(
       role != 'prefill' for role, _ in config.placements[0].instances)
   most = config.limits.max_open or places
-  settings = [*f['set'], f'limits.max_open={most}']
+  settings = [f'limits.max_open={most}',
+              f'limits.max_ttft_s={MARGIN * config.slo.ttft_s}',
+              f'limits.max_tpot_s={MARGIN * config.slo.tpot_s}', *f['set']]
   prompts = workload.read_prompts(config.workload.path)
   key = os.environ.get('DSJAX_API_KEY')
   with console.status('starting') as status, (

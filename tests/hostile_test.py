@@ -8,6 +8,7 @@ before, and the same tokens for a normal request.
 
 import asyncio
 import ctypes
+import dataclasses
 import gc
 import json
 import os
@@ -27,6 +28,7 @@ from dsjax import service
 from tests.web import LIMITS, WAIT_S, Running, all_back, post, until
 
 AT_ONCE = 60
+BODY_S = 2.0  # that the server waits for a body
 JUNK = (None, True, -1, 0, 1.5, 2**63, -2**63 - 1, 10**400, float('nan'),
         float('inf'), '', 'x' * 10**4, '\ud800', '\x00', 'a\udfffb', [], {},
         [None], [[]], [[1], 'a'], [-1], [10**9], {'a': 1}, {'': None},
@@ -203,7 +205,7 @@ async def send(address, data, how):
       writer.write(data[:head])
       for at in range(head, len(data)):
         writer.write(data[at:at + 1])
-        if (await asyncio.wait({answer}, timeout=LIMITS.body_s / 20))[0]:
+        if (await asyncio.wait({answer}, timeout=BODY_S / 20))[0]:
           break
     else:
       writer.write(data)
@@ -282,7 +284,7 @@ def left(running):
 
 @pytest.fixture(scope='module')
 def running():
-  one = Running()
+  one = Running(limits=dataclasses.replace(LIMITS, body_s=BODY_S))
   try:
     one.await_status('ready', 'failed')
     assert one.service.status == 'ready', one.service.error

@@ -25,6 +25,10 @@ LOOK = '''JSON.stringify({
       e => e.textContent)})'''
 
 
+# Before the page is there, it has no such element.
+STATUS = 'document.getElementById("status")?.textContent ?? ""'
+
+
 @pytest.fixture(scope='module')
 def chromium():
   path = browser.find()
@@ -99,16 +103,13 @@ def test_it_says_what_is_wrong(chromium, tmp_path):
   try:
     with browser.Browser(chromium, tmp_path) as page:
       page.open(one.url)
-      until(lambda: 'needs the key' in page.value(
-          'document.getElementById("status").textContent'))
+      until(lambda: 'needs the key' in page.value(STATUS))
       one.await_status('ready')
       page.open('about:blank')
       page.open(one.url + '/#key=secret')
-      until(lambda: 'ready' in page.value(
-          'document.getElementById("status").textContent'))
+      until(lambda: 'ready' in page.value(STATUS))
       assert httpx.get(one.url + '/live').status_code == 401
       one.stop()
-      until(lambda: 'no answer' in page.value(
-          'document.getElementById("status").textContent'))
+      until(lambda: 'no answer' in page.value(STATUS))
   finally:
     one.stop()

@@ -24,6 +24,7 @@ import pytest
 
 from dsjax import completions, gauges, scheduler
 from dsjax import service as service_module
+from experiments import faults
 from tests import tiny, virtual
 from tests.web import (
   CONFIG,
@@ -328,6 +329,7 @@ TEXT = {'model': 'tiny', 'prompt': 'Hi'}
     (TEXT | {'seed': True}, 'seed'),
     (TEXT | {'stop': ['x'] * 17}, 'stop'),
     (TEXT | {'stop': ['']}, 'stop'),
+    (TEXT | {'stop': ['ab', 'x' * 1025]}, 'stop'),
     (TEXT | {'logit_bias': {'260': 1}}, 'logit_bias'),
     (TEXT | {'logit_bias': {'x': 1}}, 'logit_bias'),
     (TEXT | {'logprobs': 21}, 'logprobs'),
@@ -418,6 +420,25 @@ def test_a_first_token_that_would_come_too_late_is_refused(running):
   assert answer.status_code == 429 and answer.headers['Retry-After'] == '60'
 
 
+def test_tokens_that_would_come_too_slowly_are_refused(running, client):
+  service = running.service
+  old = service.limits
+  complete(client)
+  assert 0 < service._gap_s <= service.expected_tpot_s < 10  # was measured
+  try:
+    service.limits = dataclasses.replace(old, max_tpot_s=1e-9)
+    assert post(running, '/v1/completions', TEXT).status_code == 200  # empty
+    stream = complete(client, stream=True, max_tokens=250,
+                      logit_bias=only('€'))
+    next(stream)
+    answer = post(running, '/v1/completions', TEXT)
+    stream.close()
+  finally:
+    service.limits = old
+  assert answer.status_code == 429 and 'Retry-After' in answer.headers
+  assert answer.json()['error']['code'] == 'tpot'
+
+
 # --- beside the answers ------------------------------------------------------
 
 
@@ -435,7 +456,7 @@ def test_tokenize_and_back(running):
   assert post(running, '/detokenize', {'tokens': [260]}).status_code == 400
 
 
-def test_metrics_move(running, client):
+def test_metrics_move(running, client, monkeypatch):
   names = (
       'ttft_seconds_count', 'tpot_seconds_count', 'itl_seconds_count',
       'request_seconds_sum', 'stage_seconds_total', 'requests_ended_total',
@@ -444,13 +465,19 @@ def test_metrics_move(running, client):
       'host_seconds_total', 'prefill_batch_tokens_sum',
       'decode_batch_rows_sum')
   before = [metric(running, name) for name in names]
+  server, go = running.service.orchestrator, threading.Event()
+  poll = server.poll
+  monkeypatch.setattr(server, 'poll', lambda: go.wait(WAIT_S) and poll())
   stream = complete(client, stream=True, max_tokens=200,
                     extra_body={'ignore_eos': True})
-  next(stream)
-  assert metric(running, 'requests') == 1  # now
-  live = httpx.get(running.url + '/live').json()
-  assert len(live['flow']) == 1
-  assert [i['role'] for i in live['instances']] == ['prefill', 'decode']
+  try:
+    until(lambda: server.live)  # and no step of it is seen yet
+    assert metric(running, 'requests') == 1  # now
+    live = httpx.get(running.url + '/live').json()
+    assert len(live['flow']) == 1
+    assert [i['role'] for i in live['instances']] == ['prefill', 'decode']
+  finally:
+    go.set()
   list(stream)
   until(lambda: not running.service.streams)
   after = [metric(running, name) for name in names]
@@ -523,6 +550,19 @@ def test_a_mistake_of_ours_costs_one_request(running, client, monkeypatch,
   monkeypatch.undo()
   assert error.value.request_id in caplog.text
   assert 'ZeroDivisionError' in caplog.text and secret not in caplog.text
+  assert complete(client).choices[0].text
+  all_back(running)
+
+
+def test_faults_that_end_a_request_are_told(running, client):
+  with faults.Injector(running.service.orchestrator) as injector:
+    injector.arm(1, faults.COPY, 'raise', when=lambda *_: True)
+    with pytest.raises(openai.InternalServerError,
+                       match='given up after 4 faults') as error:
+      complete(client)
+    assert error.value.type == 'server_error'
+    with pytest.raises(openai.APIError, match='given up after 4 faults'):
+      list(complete(client, stream=True))
   assert complete(client).choices[0].text
   all_back(running)
 

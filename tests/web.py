@@ -19,8 +19,8 @@ CONFIG = base.EngineConfig(
     max_len=256, page_size=16, max_seqs=4, prefill_tokens=32, prefill_seqs=2,
     chunk_tokens=32, transfer_pages=1)
 PLACEMENT = base.Placement(prefill=[base.Plan()], decode=[base.Plan()])
-LIMITS = Limits(body_s=1.0, max_body_bytes=2**20, request_s=60.0, drain_s=20.0)
-WAIT_S = 60
+LIMITS = Limits(body_s=20.0, max_body_bytes=2**20, request_s=60.0, drain_s=20.0)
+WAIT_S, START_S = 60, 300
 
 
 def make(report):
@@ -47,7 +47,8 @@ class Running:
     self.thread.start()
 
   def await_status(self, *statuses):
-    until(lambda: self.service.status in statuses)
+    """Waits for one of them, for as long as compiling may take."""
+    until(lambda: self.service.status in statuses, START_S)
 
   def stop(self):
     self.http.should_exit = True
@@ -55,9 +56,9 @@ class Running:
     assert not self.thread.is_alive() and not self.service.thread.is_alive()
 
 
-def until(true):
-  """Waits until true() is; fails after WAIT_S."""
-  end = time.monotonic() + WAIT_S
+def until(true, wait_s=WAIT_S):
+  """Waits until true() is; fails after wait_s."""
+  end = time.monotonic() + wait_s
   while not true():
     assert time.monotonic() < end, 'waited in vain'
     time.sleep(0.005)
