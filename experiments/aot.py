@@ -52,10 +52,11 @@ LIMIT_S = 300  # of one step
 
 
 def environment(dump):
-  """What a child runs in. XLA writes the PTX of each kernel to `dump`."""
+  """What a child runs in. XLA and Mosaic write each kernel's PTX to `dump`."""
   cuda = pathlib.Path(sysconfig.get_path('purelib')) / 'nvidia' / 'cu13'
   return dict(
       os.environ, JAX_PLATFORMS='cpu', TF_CPP_MIN_LOG_LEVEL='3',
+      MOSAIC_GPU_DUMP_TO=dump,
       PATH=f'{cuda / "bin"}{os.pathsep}{os.environ["PATH"]}',
       XLA_FLAGS=f'--xla_gpu_cuda_data_dir={cuda} --xla_dump_to={dump} '
                 '--xla_dump_emitter_re=ptx')

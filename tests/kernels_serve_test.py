@@ -51,13 +51,15 @@ def test_the_setting_reaches_the_steps():
 
 def test_an_unknown_attention_is_an_error_that_names_the_allowed():
   with pytest.raises(InputError, match="EngineConfig.attention='flash': must "
-                     "be None, 'xla', 'pallas' or 'pallas_interpret'"):
+                     "be None, 'xla', 'pallas', 'pallas_interpret', 'mosaic' "
+                     "or 'mosaic_interpret'"):
     base.EngineConfig(attention='flash')
 
 
 def test_gpu_kernels_on_cpu_are_an_error_before_anything_is_placed():
   with pytest.raises(InputError, match="attention='pallas': must be None, "
-                     "'xla' or 'pallas_interpret' on a cpu"):
+                     "'xla', 'pallas_interpret' or 'mosaic_interpret' on a "
+                     'cpu'):
     answers(Placement(colocated=[Plan()]), (0,), dataclasses.replace(
         LIMITS, attention='pallas'))
 
