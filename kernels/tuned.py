@@ -14,7 +14,8 @@ import pathlib
 from dsjax.kernels import tiles
 
 PATH = pathlib.Path(__file__).with_name('tuned.json')
-OPS = ('decode_attention', 'prefill_attention', 'kv_write', 'page_copy')
+OPS = ('decode_attention', 'prefill_attention', 'kv_write', 'page_copy',
+       'mosaic_decode', 'mosaic_prefill')
 
 
 def find(op, shape, config_class, check):
