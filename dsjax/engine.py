@@ -179,8 +179,7 @@ def _attention(config, model, device, page_size, kv_dtype):
   asked, platform = config.attention, device.platform
   base.require(asked not in ('pallas', 'mosaic')
                or platform in ('gpu', 'cuda'), 'EngineConfig.attention', asked,
-               "None, 'xla', 'pallas_interpret' or 'mosaic_interpret' on a "
-               f'{platform}')
+               f"None, 'xla' or 'pallas_interpret' on a {platform}")
   q = jax.ShapeDtypeStruct((1, model.num_heads, model.head_dim), config.dtype)
   k = jax.ShapeDtypeStruct((model.num_kv_heads, 1, page_size, model.head_dim),
                            kv_dtype)

@@ -177,7 +177,7 @@ def decode(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, scale, softcap, window,
           lambda _, t_RT: (t_RT >= start) & (t_RT < stop), scale, softcap,
           interpret)
       for ref, x_R in zip(sums, (top_R, total_R), strict=False):
-        ref.at[z, b, head, pl.ds(at, ROWS)][...] = x_R
+        _put(ref.at[z, b, head, pl.ds(at, ROWS)], x_R)
       if not sums:
         o_RH /= _across(total_R, o_RH.shape)
       to = o_ref.at[z] if sums else o_ref
@@ -465,6 +465,14 @@ def _blank(shared, wg, stage, live, layout):
     plgpu.barrier_wait(shared.clean.at[0])
 
 
+def _put(ref, x):
+  """Stores to an array without swizzle, and so not without bank conflicts."""
+  if store := getattr(plgpu, 'store', None):  # newer JAX must be told
+    store(ref, x, optimized=False)
+  else:
+    ref[...] = x
+
+
 def _store(shared, wg, o_RH, count, place):
   """Stores the first `count` of a warpgroup's rows.
 
@@ -472,7 +480,7 @@ def _store(shared, wg, o_RH, count, place):
   all rows, and of fewer each.
   """
   at = wg * ROWS
-  shared.o_WRH.at[pl.ds(at, ROWS)][...] = o_RH.astype(shared.o_WRH.dtype)
+  _put(shared.o_WRH.at[pl.ds(at, ROWS)], o_RH.astype(shared.o_WRH.dtype))
   plgpu.commit_smem()
 
   def copy(row, size):

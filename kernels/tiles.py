@@ -36,8 +36,10 @@ def pick(impl, platform=None, call=None, kind=None):
   if impl == 'xla' or impl is None and not gpu:
     return 'xla'
   if impl in (None, 'mosaic', 'mosaic_interpret'):
-    lacks = mosaic_lacks(
-        call, 'H100' if impl == 'mosaic_interpret' else kind or device_kind())
+    kind = kind or device_kind()
+    if impl == 'mosaic_interpret' or impl and 'NVIDIA' not in kind:
+      kind = HOPPER[0]  # lowered here, if not interpreted, to run elsewhere
+    lacks = mosaic_lacks(call, kind)
     if not lacks:
       return impl or 'mosaic'
     if impl:
