@@ -137,7 +137,7 @@ def arguments(case):
   now, before = np.array(case.pieces or [(1, 0)], np.int32).T
   total = now + before
   M = -(-int(total.max()) // PAGE)
-  P = max(len(total) * M, 2 * case.pages)
+  P = max(len(total) * M * (1 + (case.op == 'kv_write')), 2 * case.pages)
   ids = rng.permutation(P).astype(np.int32)
   pool = Shape((K, P, PAGE, H), case.kv)
   scale = (Shape((K, P, PAGE), 'float32') if kv_write.largest(case.kv)
@@ -152,9 +152,10 @@ def arguments(case):
     return dict(common, start=start, pos=before, k_scale=scale, v_scale=scale)
   if case.op == 'kv_write':
     new, turn = Shape((S, K, H), DTYPE), Shape((S, 1, H), 'float32')
+    packed = np.arange(S) if S > 256 else np.arange(S) * (PAGE + 1)
     return dict(held=(pool, pool) + (scale, scale) * (scale is not None),
-                k=new, v=new, page=ids[:S] if S <= P else ids,
-                offset=rng.integers(0, PAGE, S).astype(np.int32),
+                k=new, v=new, page=ids[packed // PAGE % P],
+                offset=(packed % PAGE).astype(np.int32),
                 turn=None if case.model.startswith('opt') else (turn, turn))
   pages = dict(x=pool, page=ids[:case.pages])
   if case.op == 'unpack':
@@ -510,8 +511,14 @@ def check_flags(given):
   here = given.gpu is None and jax.default_backend() in ('gpu', 'cuda')
   if given.tune and not here:
     raise ValueError('--tune: there is no GPU here')
-  name = paged.device().name if here else given.gpu or 'H100'
-  return name, None if here else compiled.GPUS[name][2]
+  if not here:
+    name = given.gpu or 'H100'
+    return name, compiled.GPUS[name][2]
+  kind = tiles.device_kind()
+  if paged.device().name not in kind:
+    raise ValueError(f'the GPU here, {kind}: must be one of '
+                     f'{[d.name for d in paged.DEVICES]}')
+  return paged.device().name, None
 
 
 def main(_):

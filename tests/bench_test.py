@@ -258,9 +258,9 @@ def test_mosaic_decode_moves_what_it_copies(splits, group, window,
 @pytest.mark.parametrize('window, groups', [(0, 1), (30, 2)])
 def test_mosaic_prefill_moves_what_it_copies(window, groups, monkeypatch):
   config = mosaic.TuningConfig(64, 2, groups)
-  k, q = pool(2, 40, 16, 64, 'bfloat16'), jnp.ones((330, 4, 64), 'bfloat16')
-  table = np.arange(36, dtype=np.int32).reshape(3, 12)
-  start, pos = np.array([0, 70, 70, 201]), np.array([40, 3, 0])
+  k, q = pool(2, 48, 16, 64, 'bfloat16'), jnp.ones((300, 4, 64), 'bfloat16')
+  table = np.arange(48, dtype=np.int32).reshape(4, 12)
+  start, pos = np.array([0, 70, 70, 201, 231]), np.array([40, 3, 0, 40])
   moved = mosaic_executed(monkeypatch, mosaic.prefill, (
       q, k, k, table, start.astype(np.int32), pos.astype(np.int32),
       prefill_attention.cut, 0.3, 0.0, window, True, config))
@@ -404,6 +404,27 @@ def test_bad_input_is_one_clear_error(given, says):
             else value or True)
   with pytest.raises(ValueError, match=says):
     bench.check_flags(flags)
+
+
+def test_a_gpu_that_is_not_known_is_one_clear_error(monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  given = types.SimpleNamespace(gpu=None, tune=True, models=[], ops=[])
+  with compiled.described('NVIDIA L4'), pytest.raises(
+      ValueError, match="the GPU here, NVIDIA L4: must be one of .*'A100'"):
+    bench.check_flags(given)
+  with compiled.described():
+    assert bench.check_flags(given) == ('H100', None)
+
+
+@pytest.mark.parametrize('model', bench.MODELS)
+def test_no_two_tokens_are_written_to_one_place(model):
+  for case in bench.cases(model):
+    if case.op == 'kv_write':
+      args = bench.arguments(case)
+      places = {*zip(args['page'].tolist(), args['offset'].tolist(),
+                     strict=True)}
+      assert len(places) == len(case.pieces)
+      assert args['page'].max() < args['held'][0].shape[1]
 
 
 # --- machine code ------------------------------------------------------------
