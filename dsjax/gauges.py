@@ -19,19 +19,21 @@ STAGES = ('queued', 'prefilling', 'prefilled', 'migrating', 'decoding',
           'ending')
 _SHOWN = {stage: 'ending' for stage in life.ENDING} | {
     'abandoned': 'migrating'}  # other stages are themselves
-RECENT = 200  # finished requests that the live page shows
+RECENT = 500  # finished requests that the live page shows
 
 
 class Gauges:
   """The observer of a Service, see there. One registry each.
 
   Attributes:
-    recent: (when it ended, status, ttft_s, tpot_s) of the newest requests.
+    recent: (when it ended, status, ttft_s, tpot_s, tokens) of the newest
+      requests. num_rejected: how many were turned away.
   """
 
   def __init__(self):
     self.registry = prom.CollectorRegistry()
     self.recent = collections.deque(maxlen=RECENT)
+    self.num_rejected = 0
     self._server, self._seen = None, (0, 0, 0.0, 0.0)
     self._make_metrics()
     self.registry.register(self)
@@ -108,7 +110,14 @@ class Gauges:
       for gap_s in record.itl_s:
         self.itl.observe(gap_s)
     self.recent.append((time.time(), record.status, record.ttft_s,
-                        record.tpot_s))
+                        record.tpot_s, len(record.token_s)))
+
+  # --- the event loop -------------------------------------------------------
+
+  def reject(self, reason):
+    """Counts a request that is turned away."""
+    self.rejected.labels(reason).inc()
+    self.num_rejected += 1
 
   # --- whoever asks ---------------------------------------------------------
 
@@ -147,9 +156,10 @@ def snapshot(server):
   """What every instance holds now, from the scheduler's state.
 
   Returns:
-    [{'role', 'plan', 'requests': {stage: how many}, 'pages': {owner: how
-    many}}, ...]; owner is a stage or 'free'. A migrating request owns pages
-    on both sides and counts as one of its source. [] of no server.
+    [{'role', 'plan', 'status', 'requests': {stage: how many}, 'pages': {owner:
+    how many}}, ...]; status as of scheduler.Instance; owner is a stage or
+    'free'. A migrating request owns pages on both sides and counts as one of
+    its source. [] of no server.
   """
   if server is None:
     return []
@@ -157,6 +167,7 @@ def snapshot(server):
   for (role, plan), inst in zip(server.placement.instances, state.instances,
                                 strict=True):
     found.append({'role': role, 'plan': f'{plan.tp}x{plan.pp}',
+                  'status': inst.status,
                   'requests': dict.fromkeys(STAGES, 0),
                   'pages': {'free': pages.num_free(inst.pool)}
                   | dict.fromkeys(STAGES[1:], 0)})

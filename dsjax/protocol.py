@@ -17,6 +17,8 @@ MAX_N = 128
 LOWEST = -9999.0  # JSON has no minus infinity
 _Token = Annotated[int, pydantic.Field(ge=0, lt=2**31)]
 _Ids = Annotated[list[_Token], pydantic.Field(min_length=1)]
+# Its characters are indexed in the orchestrator's thread, while all wait.
+_Stop = Annotated[str, pydantic.Field(max_length=1024)]
 _Penalty = Annotated[float, pydantic.Field(ge=-2, le=2)]
 
 
@@ -47,7 +49,7 @@ class _Common(_Body):
                    ] | None = pydantic.Field(None, max_length=MAX_LOGIT_BIAS)
   seed: int | None = pydantic.Field(None, ge=-2**63, lt=2**63)
   n: int | None = pydantic.Field(None, ge=1, le=MAX_N)
-  stop: str | list[str] | None = None
+  stop: _Stop | list[_Stop] | None = None
   stop_token_ids: list[_Token] | None = pydantic.Field(None, max_length=64)
   ignore_eos: bool | None = None
   min_tokens: int | None = pydantic.Field(None, ge=0)
@@ -200,6 +202,19 @@ class Detokenize(_Body):
 
 
 # --- errors -----------------------------------------------------------------
+
+
+class Problem(pydantic.BaseModel):
+  """What went wrong. param: the field. code: of OpenAI's, or ours."""
+  message: str
+  type: str
+  param: str | None
+  code: str | int | None
+
+
+class Error(pydantic.BaseModel):
+  """The body of every answer that says no."""
+  error: Problem
 
 
 def error(message, kind, param=None, code=None):

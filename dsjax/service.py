@@ -28,10 +28,13 @@ class Limits:
   """What the service takes before it says no. Times in seconds.
 
   Attributes:
-    max_waiting: requests that may wait for their first token.
-    max_ttft_s: turn away what would wait longer, by a guess; None: take it.
+    max_waiting: requests that may wait for their first token. max_open: that
+      may wait or run; None: as many as the queue lets in.
+    max_ttft_s, max_tpot_s: turn away what would be slower, by a guess from
+      what the last ones took; None: take it.
     max_body_bytes, max_header_bytes: of an HTTP request.
-    max_connections: open at a time.
+    max_connections: open at a time; as many again are told so, and those
+      beyond are dropped.
     body_s: to send a body; send_s: that a client may leave a full buffer
       unread; request_s: from arrival to the last token.
     stall_s: without progress while work waits, the service is not alive.
@@ -39,7 +42,9 @@ class Limits:
   """
 
   max_waiting: int = 256
+  max_open: int | None = None
   max_ttft_s: float | None = None
+  max_tpot_s: float | None = None
   max_body_bytes: int = 4 * 2**20
   max_header_bytes: int = 32 * 2**10
   max_connections: int = 1024
@@ -52,9 +57,9 @@ class Limits:
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      whole = field.type in (int, 'int')
+      whole = field.type in (int, int | None)
       ok = latency.whole(value) if whole else latency.positive(value)
-      base.require(ok or value is None and field.name == 'max_ttft_s',
+      base.require(ok or value is None and field.default is None,
                    f'limits.{field.name}', value,
                    'an integer of 1 or more' if whole else 'seconds above 0')
 
@@ -62,8 +67,8 @@ class Limits:
 class Refused(Exception):
   """The service does not take this request now, or ever.
 
-  reason: too_long | queue_full | ttft | starting | draining | failed |
-  stopped. retry_s: when to ask again, or None.
+  reason: too_long | queue_full | busy | ttft | tpot | starting | draining |
+  failed | stopped. retry_s: when to ask again, or None.
   """
 
   def __init__(self, reason, message, retry_s=None):
@@ -94,7 +99,7 @@ class Stream:
     self.prompt, self.sampling, self.arrival_s = prompt, sampling, arrival_s
     self.id, self.live, self.sent = None, None, 0
     self.wake, self.new, self.ahead = wake, [], 0
-    self.started = self.reason = None
+    self.last_s = self.reason = None
 
   def take(self):
     """All that came since the last call, as one Update."""
@@ -168,7 +173,8 @@ class Service:
     self._inbox, self._open = queue.SimpleQueue(), {}
     self._stopping, self._moved_s = False, clock()
     self._share_s = 0.0  # seconds of TTFT for each request in the queue
-    self._thread = threading.Thread(target=self._work, name='orchestrator',
+    self._gap_s = 0.0  # between two tokens of a request, lately
+    self.thread = threading.Thread(target=self._work, name='orchestrator',
                                     daemon=True)
 
   # --- the event loop's side ------------------------------------------------
@@ -176,12 +182,12 @@ class Service:
   def start(self):
     """Starts the thread; call it on the event loop."""
     self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
-    self._thread.start()
+    self.thread.start()
 
   @property
   def alive(self):
     """False before it has started, after it failed, and when it hangs: work
-    waits, and for stall_s nothing has come of it."""
+    waits, and for stall_s no device has finished a step of it."""
     if self.status not in ('ready', 'draining'):
       return False
     return (not self.streams
@@ -192,6 +198,12 @@ class Service:
     """A guess at the TTFT of the next request: what a place in the queue cost
     lately, times the places."""
     return self._share_s * (self.waiting + 1)
+
+  @property
+  def expected_tpot_s(self):
+    """A guess at the TPOT of the next request: the gaps of late, as much longer
+    as more requests are open."""
+    return self._gap_s * (len(self.streams) + 1) / max(1, len(self.streams))
 
   def check_open(self):
     """Raises Refused unless new requests are taken."""
@@ -230,17 +242,26 @@ class Service:
     return Call(streams, wake, self._inbox.put)
 
   def _check_room(self, count):
-    most = self.limits.max_waiting
+    limits = self.limits
+    most = min(limits.max_waiting, limits.max_open or limits.max_waiting)
     if count > most:
       raise base.InputError(f'n={count}: must be at most {most} answers of one '
                             'call')
-    if self.waiting + count > most:
+    if self.waiting + count > limits.max_waiting:
       raise Refused('queue_full', f'{self.waiting} requests wait for their '
-                    f'first token; the most is {most}', self._retry_s())
-    wait_s, limit_s = self.expected_ttft_s, self.limits.max_ttft_s
-    if limit_s and self.waiting and wait_s > limit_s:
+                    f'first token; the most is {limits.max_waiting}',
+                    self._retry_s())
+    if limits.max_open and len(self.streams) + count > limits.max_open:
+      raise Refused('busy', f'{len(self.streams)} requests wait or run; the '
+                    f'most is {limits.max_open}', self._retry_s())
+    wait_s = self.expected_ttft_s
+    if limits.max_ttft_s and self.waiting and wait_s > limits.max_ttft_s:
       raise Refused('ttft', f'the first token would take about {wait_s:.2g} s, '
-                    f'the limit is {limit_s:g} s', self._retry_s())
+                    f'the limit is {limits.max_ttft_s:g} s', self._retry_s())
+    gap_s = self.expected_tpot_s
+    if limits.max_tpot_s and self.streams and gap_s > limits.max_tpot_s:
+      raise Refused('tpot', f'a token would take about {gap_s:.2g} s, the '
+                    f'limit is {limits.max_tpot_s:g} s', self._retry_s())
 
   def _retry_s(self):
     return min(60.0, max(1.0, self._share_s * self.waiting))
@@ -268,18 +289,21 @@ class Service:
     """Cancels everything and waits for the thread to end."""
     self._stopping = True
     self._inbox.put(None)
-    await asyncio.to_thread(self._thread.join, 60.0)
+    await asyncio.to_thread(self.thread.join, 60.0)
 
   def _deliver(self, updates):
     """Hands updates to their streams; called by the thread."""
-    self._moved_s = self._clock()
+    now_s = time.perf_counter()
     for stream, update in updates:
-      if not stream.started:
-        stream.started = True
+      if stream.last_s is None:
         self.waiting -= 1
         if update.tokens:
-          share_s = (time.perf_counter() - stream.arrival_s) / stream.ahead
+          share_s = (now_s - stream.arrival_s) / stream.ahead
           self._share_s += 0.2 * (share_s - self._share_s)
+      elif update.tokens:
+        gap_s = (now_s - stream.last_s) / len(update.tokens)
+        self._gap_s += 0.02 * (gap_s - self._gap_s)
+      stream.last_s = now_s
       stream.new.append(update)
       if update.reason:
         stream.reason = update.reason
@@ -333,8 +357,8 @@ class Service:
         self._enqueue(server, item)
       elif item.id in self._open:
         server.cancel(item.id)
-    if server.busy:
-      some |= server.poll()
+    if server.busy and server.poll():
+      some, self._moved_s = True, self._clock()
     if some:
       self._publish(server)
     return True

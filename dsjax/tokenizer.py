@@ -163,7 +163,7 @@ def gguf_vocabulary(meta):
   ids = {kind: {token: i for i, token in enumerate(tokens)
                 if types[i] == kind and token} for kind in set(types)}
   # Only normal tokens: merging can never end in a control token.
-  bpe = _gguf_bpe(pre, ids.get(_NORMAL, {}), _list(meta, 'merges', str))
+  bpe = gguf_bpe(pre, ids.get(_NORMAL, {}), _list(meta, 'merges', str))
   user_defined = ids.get(_USER_DEFINED, {})
   pattern = _splitter(user_defined)
 
@@ -194,7 +194,9 @@ def gguf_vocabulary(meta):
        for name, i in ends.items()}, meta.get('tokenizer.chat_template'))
 
 
-def _gguf_bpe(pre, vocab, merges):
+def gguf_bpe(pre, vocab, merges):
+  """A tokenizers.Tokenizer of {token: id} and "a b" merges. pre: the name of
+  how text is cut first."""
   pre_tokenizer, ignore_merges = _PRE[pre]()
   pairs = [tuple(merge.split(' ')) for merge in merges]
   for merge, pair in zip(merges, pairs, strict=True):

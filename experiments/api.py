@@ -113,15 +113,15 @@ def run(name, settings, served_name, host, port, log_text, cache):
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
   key = os.environ.get('DSJAX_API_KEY') or None
   served, service = make_service(config, served_name, key, log_text)
-  from dsjax import server
-  with socket.create_server((host, port)) as listener:
-    host, port = listener.getsockname()[:2]
+  from dsjax import listener
+  with socket.create_server((host, port)) as bound:
+    host, port = bound.getsockname()[:2]
     print(f'http://{host}:{port}/ answers once {config.model} is ready',
           flush=True)
     if not key and not host.startswith('127.'):
       print('warning: whoever reaches this address may use it: set '
             'DSJAX_API_KEY', file=sys.stderr)
-    error = server.run(served, service, listener)
+    error = listener.run(served, service, bound)
   if error:
     print(f'error: {error}', file=sys.stderr)
     return 2

@@ -116,10 +116,12 @@ def spread(times, count):
 
 class Load:
   """One run. records: a base.Record a job that was due, in seconds since
-  `start_s`; lag_s: how late each left."""
+  `start_s`; lag_s: how late each left; retry_after: {id: that header of a
+  refusal}."""
 
   def __init__(self, client):
     self.client, self.records, self.lag_s = client, [], []
+    self.retry_after = {}
     self.start_s = time.perf_counter()
 
   @property
@@ -132,21 +134,22 @@ class Load:
       for job in sorted(todo, key=lambda j: j.arrival_s):
         await asyncio.sleep(max(0.0, job.arrival_s - self.now))
         self.lag_s.append(self.now - job.arrival_s)
-        record = base.Record(job.id, job.arrival_s, job.prompt_len,
-                             job.body['max_tokens'])
-        self.records.append(record)
-        group.create_task(self.send(job, record))
+        group.create_task(self.send(job))
         if on_sent:
           on_sent(self)
 
-  async def send(self, job, record):
-    """Sends one job and fills its record; errors end in it too."""
+  async def send(self, job):
+    """Sends one job now; its record, in which errors end too."""
+    record = base.Record(job.id, job.arrival_s, job.prompt_len,
+                         job.body['max_tokens'])
+    self.records.append(record)
     try:
       async with self.client.stream('POST', job.path, json=job.body) as answer:
         if answer.status_code != 200:
           await answer.aread()
           record.status = 'rejected'
           record.reason = f'HTTP {answer.status_code}'
+          self.retry_after[job.id] = answer.headers.get('Retry-After')
         else:
           await self._read(answer, record)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError,
@@ -154,6 +157,7 @@ class Load:
       record.status, record.reason = 'failed', type(error).__name__
     finally:
       record.finish_s = self.now
+    return record
 
   async def _read(self, answer, record):
     times, count, reason, exact = [], 0, None, []

@@ -342,8 +342,33 @@ def _stage_bars(axes, results):
     axes.legend(**_BELOW)
 
 
+def over_time(axes, results, field, limit_s, colours=None):
+  """A latency by arrival time; at the top, those that got no token.
+
+  results: [(mode, records), ...]. field: ttft_s or tpot_s.
+  """
+  colours = colours or _colours([mode for mode, _ in results])
+  for mode, records in results:
+    seen = [r for r in records if r.token_s]
+    lost = [r.arrival_s for r in records if not r.token_s]
+    axes.plot([r.arrival_s for r in seen], [getattr(r, field) for r in seen],
+              'o', color=colours[mode], markersize=3, label=mode)
+    if lost:
+      axes.plot(lost, [0.97] * len(lost), 'x', color='#b02a1c', markersize=4,
+                label=f'{mode}: no token',
+                transform=axes.get_xaxis_transform())
+  axes.axhline(limit_s, color='black', linestyle='--', linewidth=1)
+  axes.set_ylim(bottom=0)
+  axes.yaxis.set_major_formatter(FuncFormatter(_ms))
+  axes.set_xlabel('arrival (s)')
+  axes.set_ylabel(f'{field[:4].upper()} (ms)')
+  axes.legend(**_BELOW)
+
+
 def save_figure(path, results, slo, title=''):
   """Draws the latencies, attainment and stages of each mode to a PNG.
+
+  Records of a client have no stages: TTFT over time is drawn instead.
 
   Args:
     results: [(mode, records), ...]. slo: Slo. title: what was run.
@@ -354,10 +379,15 @@ def save_figure(path, results, slo, title=''):
   _cdf(ttft, results, 'ttft_s', slo.ttft_s, colours)
   _cdf(tpot, results, 'tpot_s', slo.tpot_s, colours)
   _scale_curve(scale, results, slo, colours)
-  _stage_bars(stages, results)
+  staged = any(s for _, records in results for r in records
+               for s in r.stage_s.values())
+  if staged or not any(records for _, records in results):
+    _stage_bars(stages, results)
+  else:
+    over_time(stages, results, 'ttft_s', slo.ttft_s, colours)
   for axes, name in ((ttft, 'Time to first token'),
                      (tpot, 'Time per output token'),
-                     (stages, 'Where the time goes'),
+                     (stages, 'Where the time goes' if staged else 'Over time'),
                      (scale, 'Attainment as the SLOs change')):
     axes.set_title(name, loc='left', fontsize=10, fontweight='bold')
     axes.grid(alpha=0.25)

@@ -111,7 +111,7 @@ AT = {
     'source': lambda state: _where(state, 'migrating', 'instance'),
     'target': lambda state: _where(state, 'migrating', 'target'),
     'decoding': lambda state: _where(state, 'decoding', 'instance'),
-    'ending': lambda state: _where(state, 'ending', 'instance'),
+    'finishing': lambda state: _where(state, 'finishing', 'instance'),
 }
 
 
@@ -123,7 +123,7 @@ def _where(state, stage, side):
 @pytest.mark.parametrize('mode, stage', [
     *(('2p2d', stage) for stage in AT),
     *((mode, stage) for mode in ('2colocated', '2chunked')
-      for stage in ('idle', 'queued', 'prefilling', 'decoding', 'ending'))])
+      for stage in ('idle', 'queued', 'prefilling', 'decoding', 'finishing'))])
 def test_nobody_loses_by_the_loss_of_an_instance(server, stage):
   if stage == 'idle':
     lost = AT[stage](server.state)

@@ -18,7 +18,8 @@ DEVICE = {'model', 'cache', 'sampling', 'sharding'}
 SHELL = {'engine', 'fit', 'migrate', 'checkpoint', 'gguf_file', 'gguf_model',
          'hf', 'hf_config', 'hf_tokenizer', 'orbax_file', 'weights',
          'tokenizer', 'answer', 'fleet', 'orchestrator', 'service',
-         'protocol', 'gauges', 'server', 'cluster'}
+         'protocol', 'gauges', 'server', 'gate', 'completions', 'listener',
+         'cluster'}
 TOOLS = {'bench', 'compiled'}  # of kernels/: run by people, not by an op
 EFFECTS = {'asyncio', 'multiprocessing', 'os', 'random', 'secrets', 'socket',
            'subprocess', 'threading', 'time'}

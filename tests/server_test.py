@@ -10,90 +10,42 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import logging
 import re
 import socket
 import threading
 import time
 
 import httpx
-import jax
 import jax.monitoring
 import numpy as np
 import openai
 import pytest
 
-from dsjax import base, gauges, scheduler, server
-from dsjax.orchestrator import serve
-from dsjax.service import Limits, Service
-from experiments import tiny as model_of
-from tests import tiny
-
-MODEL = model_of.load()
-CONFIG = base.EngineConfig(
-    max_len=256, page_size=16, max_seqs=4, prefill_tokens=32, prefill_seqs=2,
-    chunk_tokens=32, transfer_pages=1)
-PLACEMENT = base.Placement(prefill=[base.Plan()], decode=[base.Plan()])
-LIMITS = Limits(body_s=1.0, max_body_bytes=2**20, request_s=60.0, drain_s=20.0)
-WAIT_S = 60
+from dsjax import completions, gauges, scheduler
+from dsjax import service as service_module
+from tests import tiny, virtual
+from tests.web import (
+  CONFIG,
+  LIMITS,
+  MODEL,
+  PLACEMENT,
+  WAIT_S,
+  Running,
+  all_back,
+  metric,
+  post,
+  until,
+)
 
 
 def ids(text):
   return MODEL.tokenizer.encode(text)
 
 
-EURO = {str(i): 100 for i in ids('€')}
-
-
-def make(report):
-  return serve(MODEL, PLACEMENT, CONFIG, devices=jax.devices()[:2],
-               report=report, keep_events=1)
-
-
-class Running:
-  """A server in a thread: url, service, metrics, and the last to leave."""
-
-  def __init__(self, make=make, limits=LIMITS, key=None):
-    self.metrics = gauges.Gauges()
-    self.service = Service(make, limits, self.metrics)
-    self.app = server.make_app(self.service, self.metrics, 'tiny', key,
-                               base.Slo(1.0, 0.1))
-    self.http = server.Server(self.app, self.service)
-    self.listener = socket.create_server(('127.0.0.1', 0))
-    self.address = self.listener.getsockname()
-    self.url = f'http://127.0.0.1:{self.address[1]}'
-    self.thread = threading.Thread(
-        target=lambda: asyncio.run(self.http.serve([self.listener])))
-    self.thread.start()
-
-  def await_status(self, *statuses):
-    until(lambda: self.service.status in statuses)
-
-  def stop(self):
-    self.http.should_exit = True
-    self.thread.join(WAIT_S)
-    assert not self.thread.is_alive() and not self.service._thread.is_alive()
-
-
-def until(true):
-  end = time.monotonic() + WAIT_S
-  while not true():
-    assert time.monotonic() < end, 'waited in vain'
-    time.sleep(0.005)
-
-
-def all_back(running):
-  """Every request and page has come back."""
-  until(lambda: not running.service.streams and scheduler.idle(
-      running.service.orchestrator.state))
-  state = running.service.orchestrator.state
-  scheduler.check(state)
-  assert running.service.waiting == 0
-  assert all(i.pool.free.bit_count() == i.pool.num_pages
-             for i in state.instances)
-  orchestrator = running.service.orchestrator
-  until(lambda: not orchestrator.requests)
-  assert not orchestrator.records and not orchestrator.seen
-  assert all(len(e.spare) == CONFIG.max_seqs for e in orchestrator.engines)
+def only(text):
+  """The logit_bias that lets a model say these bytes alone, in any order."""
+  return {str(i): 100 for i in ids(text)}
 
 
 @pytest.fixture(scope='module')
@@ -102,7 +54,7 @@ def running():
 
   def note(name, *_, **__):
     if (name == '/jax/core/compile/backend_compile_duration'
-        and threading.current_thread() is one.service._thread):
+        and threading.current_thread() is one.service.thread):
       compiled.append(name)
   one = Running()
   try:
@@ -122,18 +74,6 @@ def client(running):
   with openai.OpenAI(base_url=running.url + '/v1', api_key='-',
                      max_retries=0, timeout=WAIT_S) as one:
     yield one
-
-
-def post(running, path, body, **options):
-  return httpx.post(running.url + path, timeout=WAIT_S, **options, **(
-      {'content': body} if isinstance(body, bytes) else {'json': body}))
-
-
-def metric(running, name):
-  """The sum of a metric's samples of this exact name."""
-  text = httpx.get(running.url + '/metrics').text
-  return sum(float(x) for x in re.findall(
-      rf'^dsjax_{name}(?:\{{.*\}})? (\S+)$', text, re.M))
 
 
 def greedy(prompt, count):
@@ -226,11 +166,28 @@ def test_chat(client):
   assert again.choices[0].message.content == choice.message.content
 
 
-def test_a_stream_joins_to_the_whole_text_whatever_the_script(client):
-  options = {'logit_bias': EURO, 'max_tokens': 90}
-  whole = complete(client, **options).choices[0].text
-  assert '€' in whole and '\ufffd' in whole  # whole characters, and pieces
-  assert joined(complete(client, stream=True, **options)) == {0: whole}
+@pytest.mark.parametrize('text', ['€', 'ж', 'ไ', '語', '\U0001f41d'])
+def test_a_stream_joins_to_the_whole_text_whatever_the_script(client, text):
+  options = {'logit_bias': only(text), 'max_tokens': 240}
+  for seed in range(40):  # until there are whole characters, and pieces
+    whole = complete(client, seed=seed, **options).choices[0].text
+    if text in whole and '\ufffd' in whole:
+      break
+  assert text in whole and '\ufffd' in whole
+  assert joined(complete(client, seed=seed, stream=True, **options)) == {
+      0: whole}
+  messages = [{'role': 'user', 'content': text}]
+
+  def chat(**more):
+    return client.chat.completions.create(
+        model='tiny', messages=messages, seed=seed, logprobs=True,
+        **options | {'max_tokens': 60} | more)
+  whole = chat().choices[0]
+  assert ''.join(c.choices[0].delta.content or '' for c in chat(
+      stream=True)) == whole.message.content
+  # Whoever wants the bytes of the pieces has them in the logprobs.
+  assert b''.join(bytes(c.bytes) for c in whole.logprobs.content).decode(
+      errors='replace') == whole.message.content
 
 
 def test_usage_may_come_with_every_chunk(client):
@@ -298,7 +255,7 @@ def test_fifty_streams_at_once_say_what_each_says_alone(running, client):
 
 def test_closing_a_stream_cancels_it(running, client):
   before = metric(running, 'output_tokens_total')
-  stream = complete(client, stream=True, max_tokens=250, logit_bias=EURO)
+  stream = complete(client, stream=True, max_tokens=250, logit_bias=only('€'))
   for _ in range(3):
     next(stream)
   stream.close()
@@ -306,6 +263,37 @@ def test_closing_a_stream_cancels_it(running, client):
   written = metric(running, 'output_tokens_total') - before
   assert 3 <= written < 250
   assert metric(running, 'requests_ended_total') > 0
+
+
+def test_a_client_that_leaves_is_cancelled_within_one_step(
+    running, client, monkeypatch):
+  service, happened = running.service, []
+
+  def note(owner, name, word):
+    real = getattr(owner, name)
+
+    def noted(*args):
+      happened.append(word)
+      return real(*args)
+    monkeypatch.setattr(owner, name, noted)
+  stream = complete(client, stream=True, max_tokens=250,
+                    logit_bias=only('€'))
+  next(stream)
+  server = service.orchestrator
+  note(server, 'poll', 'poll')
+  note(server, 'cancel', 'cancel')
+  leave = service_module.Call.leave
+  monkeypatch.setattr(service_module.Call, 'leave', lambda call: (
+      happened.append('left'), leave(call)))
+  monkeypatch.setattr(service_module.Call, 'close', lambda call, close=(
+      service_module.Call.close): (happened.append('closed'), close(call)))
+  stream.close()
+  until(lambda: 'cancel' in happened)
+  all_back(running)
+  closed = happened.index('closed')
+  assert happened.index('left') < closed
+  # The poll that runs then may end; another does not begin.
+  assert happened[closed:happened.index('cancel')].count('poll') <= 1
 
 
 def test_a_dropped_connection_cancels_what_it_waited_for(running):
@@ -340,6 +328,7 @@ TEXT = {'model': 'tiny', 'prompt': 'Hi'}
     (TEXT | {'seed': True}, 'seed'),
     (TEXT | {'stop': ['x'] * 17}, 'stop'),
     (TEXT | {'stop': ['']}, 'stop'),
+    (TEXT | {'stop': ['ab', 'x' * 1025]}, 'stop'),
     (TEXT | {'logit_bias': {'260': 1}}, 'logit_bias'),
     (TEXT | {'logit_bias': {'x': 1}}, 'logit_bias'),
     (TEXT | {'logprobs': 21}, 'logprobs'),
@@ -392,6 +381,9 @@ def test_errors_by_type(running, client):
       'not_found_error')
   assert httpx.get(running.url + '/v1/completions').status_code == 405
   assert metric(running, 'requests_rejected_total') >= 6
+  reasons = set(re.findall(r'rejected_total{reason="(\w+)"}', httpx.get(
+      running.url + '/metrics').text))
+  assert reasons >= {'bad_request', 'not_found', 'too_long'}
 
 
 def test_a_full_queue_says_when_to_come_back(running, client):
@@ -427,36 +419,23 @@ def test_a_first_token_that_would_come_too_late_is_refused(running):
   assert answer.status_code == 429 and answer.headers['Retry-After'] == '60'
 
 
-def test_requests_that_nobody_should_send(running, client):
-  normal = complete(client).choices[0].text
-  head = b'POST /v1/completions HTTP/1.1\r\nHost: a\r\n'
-  kind = b'Content-Type: application/json\r\n'
-  for raw in (
-      b'\x00\xff' * 50, b'GET / HTTP/9.9\r\n\r\n', b'GET /' + b'a' * 10**5,
-      head + b'X: ' + b'y' * 10**5 + b'\r\n\r\n',
-      head + kind + b'Content-Length: -1\r\n\r\n{}',
-      head + kind + b'Content-Length: 99999999999999999999999\r\n\r\n{}',
-      head + kind + b'Content-Length: 5\r\n\r\n{',
-      head + kind + b'Transfer-Encoding: chunked\r\n\r\nzz\r\n',
-      head + kind + b'Transfer-Encoding: chunked\r\n\r\n5\r\n{"a":', head):
-    with contextlib.suppress(ConnectionError), socket.create_connection(
-        running.address, WAIT_S) as one:
-      one.sendall(raw)
-      one.recv(1)  # it answers or hangs up, in time
-  for body in (b'', b'{', b'nul', b'\xff\xfe', b'[' * 10**5, b'{"a":' * 10**4,
-               b'1e999', b'9' * 10**4, b'{"model": NaN}', b'"\\ud800"',
-               json.dumps(TEXT | {'stop': ['s'] * 5000}).encode(),
-               json.dumps(TEXT | {'prompt': 'x ' * 2**18}).encode(),
-               json.dumps(TEXT | {'prompt': [1] * 10**5}).encode(),
-               json.dumps(TEXT | {'logit_bias': {
-                   str(i): 1 for i in range(10**4)}}).encode()):
-    for path in ('/v1/completions', '/v1/chat/completions', '/tokenize'):
-      answer = post(running, path, body,
-                    headers={'Content-Type': 'application/json'})
-      assert answer.status_code in (400, 413), (path, body[:50])
-      assert answer.json()['error']['message']
-  assert complete(client).choices[0].text == normal
-  all_back(running)
+def test_tokens_that_would_come_too_slowly_are_refused(running, client):
+  service = running.service
+  old = service.limits
+  complete(client)
+  assert 0 < service._gap_s <= service.expected_tpot_s < 10  # was measured
+  try:
+    service.limits = dataclasses.replace(old, max_tpot_s=1e-9)
+    assert post(running, '/v1/completions', TEXT).status_code == 200  # empty
+    stream = complete(client, stream=True, max_tokens=250,
+                      logit_bias=only('€'))
+    next(stream)
+    answer = post(running, '/v1/completions', TEXT)
+    stream.close()
+  finally:
+    service.limits = old
+  assert answer.status_code == 429 and 'Retry-After' in answer.headers
+  assert answer.json()['error']['code'] == 'tpot'
 
 
 # --- beside the answers ------------------------------------------------------
@@ -476,7 +455,7 @@ def test_tokenize_and_back(running):
   assert post(running, '/detokenize', {'tokens': [260]}).status_code == 400
 
 
-def test_metrics_move(running, client):
+def test_metrics_move(running, client, monkeypatch):
   names = (
       'ttft_seconds_count', 'tpot_seconds_count', 'itl_seconds_count',
       'request_seconds_sum', 'stage_seconds_total', 'requests_ended_total',
@@ -485,13 +464,19 @@ def test_metrics_move(running, client):
       'host_seconds_total', 'prefill_batch_tokens_sum',
       'decode_batch_rows_sum')
   before = [metric(running, name) for name in names]
+  server, go = running.service.orchestrator, threading.Event()
+  poll = server.poll
+  monkeypatch.setattr(server, 'poll', lambda: go.wait(WAIT_S) and poll())
   stream = complete(client, stream=True, max_tokens=200,
                     extra_body={'ignore_eos': True})
-  next(stream)
-  assert metric(running, 'requests') == 1  # now
-  live = httpx.get(running.url + '/live').json()
-  assert len(live['flow']) == 1
-  assert [i['role'] for i in live['instances']] == ['prefill', 'decode']
+  try:
+    until(lambda: server.live)  # and no step of it is seen yet
+    assert metric(running, 'requests') == 1  # now
+    live = httpx.get(running.url + '/live').json()
+    assert len(live['flow']) == 1
+    assert [i['role'] for i in live['instances']] == ['prefill', 'decode']
+  finally:
+    go.set()
   list(stream)
   until(lambda: not running.service.streams)
   after = [metric(running, name) for name in names]
@@ -501,6 +486,93 @@ def test_metrics_move(running, client):
               running.service.orchestrator.state.instances)
   until(lambda: scheduler.idle(running.service.orchestrator.state))
   assert metric(running, 'pages') == pages  # all of them free or owned
+
+
+def test_preemptions_and_owners_of_pages_show(running, client):
+  metrics = gauges.Gauges()
+  preempted = 0
+  for seed in range(20):
+    world = virtual.World(virtual.random_config(seed), seed, 20).run()
+    for event, commands in world.log:
+      metrics.observe(event, commands)
+    preempted += world.counts['Preempt']
+  assert preempted > 0
+  assert f'dsjax_preemptions_total {preempted}.0' in metrics.text().decode()
+  owned = {}
+  for _ in complete(client, stream=True, n=8, max_tokens=200,
+                    extra_body={'ignore_eos': True}):
+    for i, one in enumerate(gauges.snapshot(running.service.orchestrator)):
+      assert sum(one['pages'].values()) == 64 and one['status'] == 'up'
+      for owner, count in one['pages'].items():
+        owned[i, owner] = max(count, owned.get((i, owner), 0))
+  assert owned[1, 'decoding'] and owned[0, 'prefilled']
+
+
+def test_the_log_has_ids_and_no_text(running, client, caplog):
+  secret = 'Xyzzy'
+  with caplog.at_level(logging.INFO):
+    said = client.completions.with_raw_response.create(
+        model='tiny', prompt=secret, max_tokens=4)
+    with pytest.raises(openai.BadRequestError) as error:
+      complete(client, prompt=secret, temperature=9, user=secret)
+    with pytest.raises(openai.NotFoundError):
+      client.completions.create(model=secret, prompt=secret)
+  until(lambda: said.headers['x-request-id'] in caplog.text)
+  assert f'{error.value.request_id} POST /v1/completions: 400 bad_request' in (
+      caplog.text)
+  assert '404 not_found' in caplog.text
+  assert secret not in caplog.text
+  wordy = Running(log_text=True)
+  try:
+    wordy.await_status('ready')
+    with caplog.at_level(logging.INFO):
+      post(wordy, '/v1/completions', TEXT | {'prompt': secret})
+      until(lambda: secret in caplog.text)
+  finally:
+    wordy.stop()
+
+
+def test_a_mistake_of_ours_costs_one_request(running, client, monkeypatch,
+                                             caplog):
+  secret = 'xyzzy'.title()  # not so in the lines of a traceback
+
+  def fail(*_):
+    raise ZeroDivisionError(secret)
+  monkeypatch.setattr(running.service, 'submit', fail)
+  with pytest.raises(openai.InternalServerError) as error:
+    complete(client)
+  assert error.value.type == 'server_error'
+  monkeypatch.undo()
+  monkeypatch.setattr(completions.protocol.Answer, 'chunk', fail)
+  with pytest.raises((openai.APIError, httpx.TransportError)):
+    list(complete(client, stream=True))
+  monkeypatch.undo()
+  assert error.value.request_id in caplog.text
+  assert 'ZeroDivisionError' in caplog.text and secret not in caplog.text
+  assert complete(client).choices[0].text
+  all_back(running)
+
+
+def test_too_many_connections_are_told_so(running):
+  config = running.http.config
+  old, config.max_connections = config.max_connections, 20
+  try:
+    with contextlib.ExitStack() as stack:
+      def ask():
+        one = stack.enter_context(
+            socket.create_connection(running.address, WAIT_S))
+        with contextlib.suppress(ConnectionError):
+          one.sendall(b'GET /health HTTP/1.1\r\nHost: a\r\n\r\n')
+          return one.recv(2000).lower()
+        return b''
+      answers = [ask() for _ in range(42)]
+  finally:
+    config.max_connections = old
+  assert answers[0].startswith(b'http/1.1 200')
+  assert answers[25].startswith(b'http/1.1 503')
+  assert b'retry-after: 1' in answers[25]
+  assert b'application/json' in answers[25]
+  assert answers[41] == b''  # not even told
 
 
 def test_health_page_and_placement(running):
@@ -553,7 +625,7 @@ def test_draining_lets_running_requests_finish(patience_s):
                           extra_body={'ignore_eos': True, 'n': 8})
                  for _ in range(2)]
       first = [next(s) for s in streams]
-      one.http._loop.call_soon_threadsafe(one.http.leave)
+      one.http.loop.call_soon_threadsafe(one.http.leave)
       until(lambda: one.service.status != 'ready')
       if patience_s > 1:
         refused = post(one, '/v1/completions', TEXT)

@@ -1,0 +1,98 @@
+"""The socket: connections that must send in time, and a server that drains."""
+
+import asyncio
+import logging
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+LOG = logging.getLogger(__name__)
+
+
+class _Connection(H11Protocol):
+  """A connection that must send its headers in time, and can be aborted."""
+
+  def connection_made(self, transport):
+    super().connection_made(transport)
+    most = self.config.max_connections
+    self.app_state = {**self.app_state, 'abort': transport.abort,
+                      'crowded': len(self.connections) > most}
+    if len(self.connections) > 2 * most:
+      transport.abort()  # too many even to be told
+    self._late = None
+    self._arm()
+
+  def _arm(self):
+    if self._late is None:
+      self._late = self.loop.call_later(self.config.timeout_headers,
+                                        self.transport.abort)
+
+  def _disarm(self):
+    if self._late is not None:
+      self._late.cancel()
+      self._late = None
+
+  def data_received(self, data):
+    super().data_received(data)
+    if self.cycle is None or self.cycle.response_complete:
+      self._arm()
+    else:
+      self._disarm()
+
+  def connection_lost(self, exc):
+    self._disarm()
+    super().connection_lost(exc)
+
+
+class Server(uvicorn.Server):
+  """Uvicorn that drains at the first SIGTERM or Ctrl-C, and goes at the
+  second."""
+
+  def __init__(self, app, service):
+    limits = service.limits
+    config = uvicorn.Config(
+        app, http=_Connection, ws='none', lifespan='on',
+        log_config=None, access_log=False, server_header=False,
+        h11_max_incomplete_event_size=limits.max_header_bytes,
+        timeout_graceful_shutdown=5)
+    config.timeout_headers = limits.body_s
+    config.max_connections = limits.max_connections
+    super().__init__(config)
+    self.service, self._leaving = service, None
+
+  async def startup(self, sockets=None):
+    self.loop = asyncio.get_running_loop()
+    await super().startup(sockets)
+
+  def handle_exit(self, sig, frame):
+    del sig, frame
+    if self._leaving is None and self.started:
+      self._leaving = True
+      self.loop.call_soon_threadsafe(self.leave)
+    else:
+      self.should_exit = self.force_exit = True
+
+  def leave(self):
+    """Drains, then ends the server; call it on the event loop."""
+    self._leaving = self.loop.create_task(self._drain())
+
+  async def _drain(self):
+    LOG.info('draining: %d requests, up to %g s', len(self.service.streams),
+             self.service.limits.drain_s)
+    await self.service.drain()
+    self.should_exit = True
+
+  async def on_tick(self, counter):
+    if self.service.status == 'failed' and self.service.orchestrator is None:
+      return True  # it never started
+    return await super().on_tick(counter)
+
+
+def run(app, service, bound):
+  """Serves on a bound socket until a signal.
+
+  Returns:
+    why the service failed, or None.
+  """
+  asyncio.run(Server(app, service).serve([bound]))
+  return service.error

@@ -1,0 +1,388 @@
+"""What a server does with three times what it can serve, and after.
+
+  python -m experiments.overload --config=demo --out=out/overload
+
+Starts experiments.api in a process of its own (or asks the server at --url)
+and goes through four phases: single requests, for the unloaded latency; a
+closed loop that keeps it full, for its capacity in requests/s; an open loop at
+--factor times that for --seconds; and single requests again from the moment
+the last one of the flood was sent, for the time to recover. What keeps the
+accepted requests within their objectives, and sends the others away at once
+with 429 and Retry-After, is the server's admission. Unless --set says
+otherwise, limits.max_open is a request for each place in a decode batch, and
+limits.max_ttft_s and max_tpot_s are 0.8 of the objectives.
+
+Aims: 90 % or more of the accepted requests attain both objectives; a 429 comes
+within a tenth of a second and says when to come back; nothing else is refused
+or fails; within 5 s the latency is as before. Writes records.jsonl,
+summary.json and report.png to --out.
+
+Exit codes: 0; 2 for bad input; 130 when stopped by Ctrl-C.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import httpx
+from absl import app, flags, logging
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from dsjax import base, metrics, workload
+from experiments import api, live, load, report
+
+FLAGS = None  # once run as a program
+RECOVERED = 1.25  # latencies below this many times the unloaded worst
+PAUSE_S = 0.1  # of a client that was refused
+MARGIN = 0.8  # of an objective, that admission aims at
+PHASES = ('unloaded', 'full', 'flood', 'after')
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """What a run measured. Times in seconds.
+
+  Attributes:
+    capacity_per_s: requests served a second while the server is full.
+    records: {phase: [Record, ...]}; arrivals count from the phase's begin.
+    refused_s: how long each 429 of the flood took, from when it left.
+    with_retry: how many of them had a Retry-After of a second or more.
+    other: of the flood, {why: how many} that failed otherwise.
+    recovered_s: from the flood's last arrival to the first single request from
+      which on all are as fast as unloaded; None: not in this run.
+    lag_s: (p50, p90, p99) of how late the client was.
+  """
+
+  capacity_per_s: float
+  records: dict
+  refused_s: list
+  with_retry: int
+  other: dict
+  recovered_s: float | None
+  lag_s: tuple
+
+  @property
+  def accepted(self):
+    """Records of the flood that were not sent away with a 429."""
+    return [r for r in self.records['flood'] if r.reason != 'HTTP 429']
+
+
+class Overload:
+  """The phases against one server. make: arrival times -> load.Jobs."""
+
+  def __init__(self, client, make):
+    self.client, self._make = client, make
+    self._seed = itertools.count()
+
+  def _jobs(self, times):
+    return self._make(times, next(self._seed))
+
+  async def _loop(self, one, more):
+    """Requests one after another into a Load, while more()."""
+    while more():
+      job = dataclasses.replace(self._jobs((0.0,))[0], arrival_s=one.now)
+      record = await one.send(job)
+      if record.status == 'rejected':
+        await asyncio.sleep(PAUSE_S)
+
+  async def single(self, count):
+    """`count` requests, one after another."""
+    one = load.Load(self.client)
+    await self._loop(one, lambda: len(one.records) < count)
+    return one
+
+  async def full(self, seconds, clients):
+    """A closed loop of `clients`; (Load, requests served a second)."""
+    one = load.Load(self.client)
+    await asyncio.gather(*(self._loop(one, lambda: one.now < seconds)
+                           for _ in range(clients)))
+    ends = sorted(r.finish_s for r in one.records
+                  if r.status in ('stop', 'length'))
+    base.require(len(ends) >= 3, 'answers while full', len(ends),
+                 '3 or more; let --full last longer')
+    return one, (len(ends) - 1) / (ends[-1] - ends[0])
+
+  async def flood(self, rate_per_s, seconds, recover_s):
+    """Poisson arrivals for `seconds`, then single requests for `recover_s`."""
+    times = workload.arrivals('poisson', rate_per_s,
+                              max(1, round(rate_per_s * seconds)), 0, 1.0, None)
+    todo = self._jobs(times)
+    one = load.Load(self.client)
+
+    async def probe():
+      await asyncio.sleep(times[-1] - one.now)
+      after = load.Load(self.client)
+      await self._loop(after, lambda: after.now < recover_s)
+      return after
+    _, after = await asyncio.gather(one.run(todo), probe())
+    return one, after
+
+
+def recovery_s(unloaded, after):
+  """When the latency was as before; see Found.recovered_s."""
+  served = [r for r in unloaded if r.token_s]
+  worst = [RECOVERED * max(getattr(r, field) for r in served)
+           for field in ('ttft_s', 'tpot_s')]
+  found = None
+  for r in sorted(after, key=lambda r: r.arrival_s):
+    good = r.token_s and r.ttft_s <= worst[0] and r.tpot_s <= worst[1]
+    if not good:
+      found = None
+    elif found is None:
+      found = r.arrival_s
+  return found
+
+
+async def measure(url, key, make, clients, singles, full_s, factor, flood_s,
+                  recover_s, say=lambda text: None):
+  """All phases against a server: a Found. say: told what goes on.
+
+  Raises:
+    InputError: it does not answer single requests.
+  """
+  headers = {'Authorization': f'Bearer {key}'} if key else {}
+  limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+  async with httpx.AsyncClient(base_url=url, headers=headers, timeout=600.0,
+                               limits=limits) as client:
+    run = Overload(client, make)
+    say(f'{singles} single requests')
+    unloaded = await run.single(singles + 1)
+    unloaded.records.pop(0)  # it opened the connection
+    wrong = [r.reason for r in unloaded.records if not r.token_s]
+    base.require(not wrong, 'single requests', wrong, 'answered')
+    say(f'{clients} clients for {full_s:g} s')
+    full, capacity_per_s = await run.full(full_s, clients)
+    rate_per_s = factor * capacity_per_s
+    say(f'{rate_per_s:.3g} requests/s for {flood_s:g} s')
+    flood, after = await run.flood(rate_per_s, flood_s, recover_s)
+  late_s = dict(zip((r.id for r in flood.records), flood.lag_s, strict=True))
+  refused = [r for r in flood.records if r.reason == 'HTTP 429']
+  other = {}
+  for r in flood.records:
+    if r.reason and r.reason != 'HTTP 429':
+      other[r.reason] = other.get(r.reason, 0) + 1
+  loads = dict(zip(PHASES, (unloaded, full, flood, after), strict=True))
+  return Found(
+      capacity_per_s, {name: one.records for name, one in loads.items()},
+      [r.finish_s - r.arrival_s - late_s[r.id] for r in refused],
+      sum((flood.retry_after.get(r.id) or '0').isdigit()
+          and int(flood.retry_after.get(r.id) or 0) >= 1 for r in refused),
+      other, recovery_s(unloaded.records, after.records),
+      metrics.percentiles(flood.lag_s))
+
+
+# --- results ----------------------------------------------------------------
+
+
+def _ms(values):
+  p50, _, p99 = metrics.percentiles(values)
+  return f'{1e3 * p50:.0f} / {1e3 * p99:.0f}' if values else '-'
+
+
+def table(found, slo):
+  """A rich Table of the phases."""
+  made = Table(title=f'capacity {found.capacity_per_s:.3g} requests/s; TTFT '
+               f'{slo.ttft_s:g} s, TPOT {slo.tpot_s:g} s',
+               title_justify='left')
+  made.add_column('')
+  for name in PHASES:
+    made.add_column(name, justify='right')
+  phases = {name: [r for r in records if r.reason != 'HTTP 429']
+            for name, records in found.records.items()}
+
+  def row(name, cell):
+    made.add_row(name, *(cell(phase) for phase in PHASES))
+
+  def attained(phase):
+    share, low, high = metrics.interval(
+        [metrics.attains(r, slo) for r in phases[phase]])
+    return f'{100 * share:.0f} % [{100 * low:.0f}, {100 * high:.0f}]'
+  row('sent', lambda p: str(len(found.records[p])))
+  row('429', lambda p: str(len(found.records[p]) - len(phases[p])))
+  row('attained, of the accepted', attained)
+  row('TTFT p50 / p99 ms', lambda p: _ms(
+      [r.ttft_s for r in phases[p] if r.token_s]))
+  row('TPOT p50 / p99 ms', lambda p: _ms(
+      [r.tpot_s for r in phases[p] if len(r.token_s) > 1]))
+  return made
+
+
+def verdict(found, slo):
+  """Sentences: what was aimed at and what came."""
+  hits = [metrics.attains(r, slo) for r in found.accepted]
+  share = 100 * sum(hits) / max(1, len(hits))
+  p50, _, p99 = metrics.percentiles(found.refused_s)
+  count = len(found.refused_s)
+  told = (f'{count} were sent away with 429 after {1e3 * p50:.1f} ms (p50) and '
+          f'{1e3 * p99:.1f} ms (p99; aim: below 100), {found.with_retry} of '
+          'them with Retry-After.' if count else 'None was sent away.')
+  other = ', '.join(f'{n} {why}' for why, n in found.other.items()) or 'none'
+  came = ('the latency did not come back in this run' if
+          found.recovered_s is None else 'the latency was as before '
+          f'{found.recovered_s:.1f} s after the flood')
+  return (f'{len(hits)} of {len(found.records["flood"])} requests of the flood '
+          f'were accepted and {share:.0f} % of them attained both objectives '
+          f'(aim: 90 or more). {told} Other failures: {other}. Then {came} '
+          '(aim: within 5). The client was '
+          f'{1e3 * found.lag_s[2]:.1f} ms late at p99.')
+
+
+def save(found, slo, out, title):
+  """Writes records.jsonl, summary.json and report.png to a folder."""
+  out.mkdir(parents=True, exist_ok=True)
+  with open(out / 'records.jsonl', 'w') as file:
+    for phase, records in found.records.items():
+      file.writelines(json.dumps({'phase': phase} | dataclasses.asdict(r)) +
+                      '\n' for r in records)
+  (out / 'summary.json').write_text(json.dumps({
+      'capacity_per_s': found.capacity_per_s, 'slo': dataclasses.asdict(slo),
+      'accepted': len(found.accepted),
+      'attained': sum(metrics.attains(r, slo) for r in found.accepted),
+      'refused': len(found.refused_s), 'with_retry_after': found.with_retry,
+      'refused_s': metrics.percentiles(found.refused_s), 'other': found.other,
+      'recovered_s': found.recovered_s, 'lag_s': found.lag_s}, indent=1) + '\n')
+  figure = Figure(figsize=(11, 6.4), layout='constrained')
+  ttft, tpot = figure.subplots(2, 1, sharex=True)
+  end_s = max(r.arrival_s for r in found.records['flood'])
+  shown = [('flood', found.records['flood']), ('after', [
+      dataclasses.replace(r, arrival_s=r.arrival_s + end_s,
+                          token_s=[t + end_s for t in r.token_s])
+      for r in found.records['after']])]
+  for axes, field, name in ((ttft, 'ttft_s', 'TTFT'), (tpot, 'tpot_s', 'TPOT')):
+    report.over_time(axes, shown, field, getattr(slo, field))
+    worst_s = max(getattr(r, field) for r in found.records['unloaded'])
+    axes.axhline(worst_s, color='#2f9464', linewidth=1)
+    axes.annotate(f'{name} unloaded, at worst', (0, worst_s), fontsize=8,
+                  color='#2f9464', xytext=(2, 3), textcoords='offset points')
+    axes.axvspan(0, end_s, color='#f2f2ee', zorder=0)
+    axes.spines[['top', 'right']].set_visible(False)
+  figure.suptitle(title, x=0.01, ha='left', fontsize=10)
+  figure.savefig(out / 'report.png', dpi=130)
+
+
+# --- command line -----------------------------------------------------------
+
+
+@contextlib.contextmanager
+def serving(config, settings, say):
+  """Starts experiments.api in another process: its URL, once it is ready.
+
+  Raises:
+    InputError: it does not start.
+  """
+  command = [sys.executable, '-m', 'experiments.api', f'--config={config}',
+             '--port=0', *(f'--set={s}' for s in settings)]
+  with tempfile.TemporaryFile('w+') as log, subprocess.Popen(
+      command, cwd=api.ROOT, stdout=subprocess.PIPE, stderr=log,
+      text=True) as process:
+    try:
+      line = process.stdout.readline()
+      found = re.match(r'(http://\S+)/ ', line)
+      if not found:
+        process.wait()
+        log.seek(0)
+        base.require(False, 'experiments.api', log.read().strip()[-500:],
+                     'able to start')
+      url, status = found[1], {'status': 'starting'}
+      while status['status'] == 'starting':
+        say(status.get('progress') or 'starting')
+        time.sleep(0.5)
+        base.require(process.poll() is None, 'experiments.api', 'ended',
+                     'able to start')
+        with contextlib.suppress(httpx.TransportError):
+          status = httpx.get(url + '/health', timeout=10.0).json()
+      base.require(status['status'] == 'ready', 'experiments.api',
+                   status['status'], 'ready')
+      yield url
+    finally:
+      if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        try:
+          process.wait(60)
+        except subprocess.TimeoutExpired:
+          process.kill()
+
+
+def define_flags():
+  """This program's flags."""
+  return {
+      'config': flags.DEFINE_string('config', 'demo', 'As experiments.api.'),
+      'set': flags.DEFINE_multi_string('set', [], 'As experiments.api.'),
+      'url': flags.DEFINE_string('url', None, 'A server that runs already.'),
+      'factor': flags.DEFINE_float('factor', 3.0, 'Times its capacity.',
+                                   lower_bound=0.0),
+      'seconds': flags.DEFINE_float('seconds', 60.0, 'Of the flood.',
+                                    lower_bound=0.1),
+      'full': flags.DEFINE_float('full', 30.0, 'Seconds that capacity is '
+                                 'measured for.', lower_bound=0.1),
+      'singles': flags.DEFINE_integer('singles', 8, 'Unloaded requests.',
+                                      lower_bound=1),
+      'recover': flags.DEFINE_float('recover', 10.0, 'Seconds watched after.',
+                                    lower_bound=0.5),
+      'out': flags.DEFINE_string('out', None, 'Folder for the files.')}
+
+
+def run(f, console):
+  """Measures, shows and writes; returns the exit code. f: the flags' values."""
+  config = api.load(f['config'], f['set'])
+  places = config.engine.max_seqs * sum(
+      role != 'prefill' for role, _ in config.placements[0].instances)
+  most = config.limits.max_open or places
+  settings = [f'limits.max_open={most}',
+              f'limits.max_ttft_s={MARGIN * config.slo.ttft_s}',
+              f'limits.max_tpot_s={MARGIN * config.slo.tpot_s}', *f['set']]
+  prompts = workload.read_prompts(config.workload.path)
+  key = os.environ.get('DSJAX_API_KEY')
+  with console.status('starting') as status, (
+      contextlib.nullcontext(f['url']) if f['url'] else
+      serving(f['config'], settings, status.update)) as url:
+    model = load.find_model(url, key)
+
+    def make(times, seed):
+      # A request a prompt in turn, so that every phase has all of them.
+      turn = prompts[seed % len(prompts):] + prompts[:seed % len(prompts)]
+      return load.jobs('chat', model, times, turn, (),
+                       config.sampling.max_tokens, seed)
+    try:
+      found = asyncio.run(measure(
+          url.removesuffix('/v1'), key, make, 2 * most, f['singles'], f['full'],
+          f['factor'], f['seconds'], f['recover'], status.update))
+    except KeyboardInterrupt:
+      console.print('Stopped: a run that is not whole says nothing.')
+      return 130
+  title = (f'{model}: {f["factor"]:g} times the capacity of '
+           f'{found.capacity_per_s:.3g} requests/s for {f["seconds"]:g} s, at '
+           f'most {most} open')
+  console.print(title, table(found, config.slo), verdict(found, config.slo),
+                sep='\n', soft_wrap=True)
+  if f['out']:
+    save(found, config.slo, pathlib.Path(f['out']), title)
+    console.print(f'Written to {f["out"]}: records.jsonl report.png '
+                  'summary.json')
+  return 0
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected: {" ".join(argv[1:])}')
+  if flags.FLAGS.verbosity <= 0:
+    logging.set_verbosity(logging.WARNING)  # not every request
+  with live.one_error(OSError):
+    sys.exit(run({name: flag.value for name, flag in FLAGS.items()},
+                 live.wide_console()))
+
+
+if __name__ == '__main__':
+  FLAGS = define_flags()
+  app.run(main)
