@@ -143,12 +143,26 @@ def kernel(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, scale, softcap, window,
   return parts[0] if splits == 1 else join(*parts).astype(q_BNH.dtype)
 
 
+def mosaic_default(q_BNH, k_KPCH, tokens):
+  """The tuned config of the Mosaic kernel, or its heuristic's."""
+  from dsjax.kernels import mosaic
+  limits = paged.device(tiles.HOPPER[0])
+  return tuned.find(
+      'mosaic_decode', shape_class(q_BNH, k_KPCH, tokens),
+      mosaic.TuningConfig, lambda config: config.check(
+          q_BNH.shape[2], k_KPCH.shape[2], limits)
+  ) or mosaic.decode_heuristic(q_BNH, k_KPCH, tokens, limits)
+
+
 def mosaic_kernel(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, scale, softcap,
-                  window, *_, **options):
-  """The Mosaic kernel, and what joins the splits; it takes no int8."""
+                  window, *_, interpret=False, config=None):
+  """The Mosaic kernel, and what joins the splits; none of int8 or float8."""
   from dsjax.kernels import mosaic  # not every JAX has it
+  if config is None:
+    tokens = table_BM.shape[1] * k_KPCH.shape[2]
+    config = mosaic_default(q_BNH, k_KPCH, min(window or tokens, tokens))
   parts = mosaic.decode(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, scale, softcap,
-                        window, **options)
+                        window, interpret, config)
   return join(*parts).astype(q_BNH.dtype) if len(parts) > 1 else parts[0]
 
 

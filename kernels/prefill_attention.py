@@ -143,12 +143,23 @@ def kernel(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B, scale, softcap,
           v_KPCH, *scales)
 
 
+def mosaic_default(q_SNH, k_KPCH):
+  """The tuned config of the Mosaic kernel, or its heuristic's."""
+  from dsjax.kernels import mosaic
+  limits = paged.device(tiles.HOPPER[0])
+  return tuned.find(
+      'mosaic_prefill', shape_class(q_SNH, k_KPCH), mosaic.TuningConfig,
+      lambda config: config.check(q_SNH.shape[2], k_KPCH.shape[2], limits)
+  ) or mosaic.prefill_heuristic(q_SNH, k_KPCH, limits)
+
+
 def mosaic_kernel(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B, scale,
-                  softcap, window, *_, **options):
-  """The Mosaic kernel; it takes no int8."""
+                  softcap, window, *_, interpret=False, config=None):
+  """The Mosaic kernel; it takes no int8, no float8."""
   from dsjax.kernels import mosaic  # not every JAX has it
   return mosaic.prefill(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B, cut,
-                        scale, softcap, window, **options)
+                        scale, softcap, window, interpret,
+                        config or mosaic_default(q_SNH, k_KPCH))
 
 
 def cut(start_A, each, most):

@@ -55,7 +55,7 @@ def pick(impl, platform=None, call=None, kind=None):
 
 
 def device_kind():
-  """Of the mesh in context, or of the default device."""
+  """The device_kind of the mesh in context, or of the default device."""
   target = jax.sharding.get_abstract_mesh().abstract_device
   return (target or jax.devices()[0]).device_kind
 
