@@ -58,7 +58,8 @@ SPLIT = (Case(**HALF, N=1, K=1, cuts=(64, 1, 1, 2)), [150])
 PAIR = (Case(**HALF, N=1, K=1, C=64, cuts=(64, 1, 2)), [(70, 0)])
 BLOCKS = (Case(**HALF, N=1, K=1, C=64, window=9, cuts=(64, 1, 1)), [(60, 70)])
 WRONG = 'Not equal to tolerance'
-SYNC = 'a race|RACE|observed|waited|completed|Out-of-bounds|out-of-bounds'
+SYNC = (f'{WRONG}|a race|RACE|observed|waited|completed|'  # whichever is first
+        'Out-of-bounds|out-of-bounds')
 MUTANTS = [
     ('t_RT < stop', 't_RT <= stop', TILES, WRONG),
     ('t_RT >= start', 't_RT > start', NARROW, WRONG),
