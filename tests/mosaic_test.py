@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsjax import kernels
 from dsjax.kernels import decode_attention, mosaic, paged, tiles
@@ -102,6 +103,28 @@ def test_what_mutants_are_made_of_is_right(case):
   check = check_prefill if case in (PAIR, BLOCKS) else check_decode
   with gpu.racing():
     check(*case, **INTERPRET)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 12),
+                    reason='no transposed operand of wgmma is interpreted')
+def test_the_scores_of_wgmma_are_those_of_dots():
+  swizzled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+  shared = plgpu.SMEM((64, 64), jnp.bfloat16, transforms=swizzled)
+
+  def body(q_ref, k_ref, o_ref, q_smem, k_smem, there):
+    for ref, to in ((q_ref, q_smem), (k_ref, k_smem)):
+      plgpu.copy_gmem_to_smem(ref, to, there)
+    plgpu.barrier_wait(there)
+    o_ref[...] = mosaic._scores(q_smem, k_smem, interpret=False)
+
+  rng = np.random.default_rng(0)
+  q, k = (jnp.asarray(rng.standard_normal((64, 64)), jnp.bfloat16)
+          for _ in range(2))
+  got = plgpu.kernel(
+      body, out_type=jax.ShapeDtypeStruct((64, 64), jnp.float32),
+      scratch_types=(shared, shared, plgpu.Barrier(num_arrivals=2)),
+      interpret=mosaic.interpreter())(q, k)
+  np.testing.assert_allclose(got, np.float32(q) @ np.float32(k).T, atol=1e-4)
 
 
 # --- many shapes -------------------------------------------------------------

@@ -24,6 +24,7 @@ import pytest
 
 from dsjax import completions, gauges, scheduler
 from dsjax import service as service_module
+from experiments import faults
 from tests import tiny, virtual
 from tests.web import (
   CONFIG,
@@ -549,6 +550,19 @@ def test_a_mistake_of_ours_costs_one_request(running, client, monkeypatch,
   monkeypatch.undo()
   assert error.value.request_id in caplog.text
   assert 'ZeroDivisionError' in caplog.text and secret not in caplog.text
+  assert complete(client).choices[0].text
+  all_back(running)
+
+
+def test_faults_that_end_a_request_are_told(running, client):
+  with faults.Injector(running.service.orchestrator) as injector:
+    injector.arm(1, faults.COPY, 'raise', when=lambda *_: True)
+    with pytest.raises(openai.InternalServerError,
+                       match='given up after 4 faults') as error:
+      complete(client)
+    assert error.value.type == 'server_error'
+    with pytest.raises(openai.APIError, match='given up after 4 faults'):
+      list(complete(client, stream=True))
   assert complete(client).choices[0].text
   all_back(running)
 
