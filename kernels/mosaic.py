@@ -56,9 +56,9 @@ class TuningConfig:
         raise ValueError(f'mosaic.TuningConfig.{field}={getattr(self, field)}'
                          f': must be {rule}')
 
-    need(self.block_tokens in (64, 128, 192, 256)
-         and self.block_tokens % page_size == 0, 'block_tokens',
-         f'64, 128, 192 or 256, and whole pages of {page_size}')
+    sizes = (64, 128) if head_dim <= 128 else (64,)  # others spill registers
+    need(self.block_tokens in sizes and self.block_tokens % page_size == 0,
+         'block_tokens', f'of {sizes} and whole pages of {page_size}')
     need(self.num_stages >= 1, 'num_stages', '1 or more')
     need(self.num_warpgroups in (1, 2), 'num_warpgroups',
          '1 or 2')
@@ -86,14 +86,11 @@ def decode_heuristic(q_BNH, k_KPCH, tokens, limits):
 def prefill_heuristic(q_SNH, k_KPCH, limits):
   """A TuningConfig of prefill from the floor of bytes.
 
-  Each tile serves all rows of a program: 128, or 64 where the sums of heads
-  wider than 128 fill the registers. Tiles are the largest, up to 128 tokens,
-  of which two fit.
+  Each tile serves all rows of a program: 128 rows and tiles of 128 tokens, or
+  64 of both where the sums of heads wider than 128 fill the registers.
   """
-  H, C = q_SNH.shape[2], k_KPCH.shape[2]
-  config = TuningConfig(128, 2, 2 if H <= 128 else 1)
-  if config.shared_bytes(H) > limits.shared_bytes:
-    config = dataclasses.replace(config, block_tokens=max(64, C))
+  H = q_SNH.shape[2]
+  config = TuningConfig(128, 2, 2) if H <= 128 else TuningConfig(64, 2, 1)
   return _deepest(config, H, limits)
 
 

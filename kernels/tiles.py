@@ -65,8 +65,9 @@ def mosaic_lacks(call, kind):
 
   They take bfloat16 or float16 queries and KV of the same dtype (what wgmma
   multiplies, untouched), heads of 64, 128, 192 or 256, pages of 8 to 128
-  tokens, a power of two, up to 128 query heads a kv head (64 of heads wider
-  than 128), and a Hopper GPU: later ones have no wgmma.
+  tokens, a power of two, up to 128 query heads a kv head (of heads wider than
+  128, up to 64 of both: the registers), and a Hopper GPU: later ones have no
+  wgmma.
 
   Args:
     call, kind: see `pick`.
@@ -84,9 +85,10 @@ def mosaic_lacks(call, kind):
             'bfloat16 or both float16')
   if H not in (64, 128, 192, 256):
     return f'heads of {H}; must be 64, 128, 192 or 256'
-  if C not in (8, 16, 32, 64, 128):
-    return f'pages of {C} tokens; must be 8, 16, 32, 64 or 128'
   most = 128 if H <= 128 else 64
+  if C not in (8, 16, 32, 64, most):
+    return (f'pages of {C} tokens of {H}; must be a power of two from 8 to '
+            f'{most}')
   return '' if N // K <= most else (
       f'{N // K} query heads of {H} a kv head; must be {most} at most')
 
