@@ -31,12 +31,15 @@ from typing import NamedTuple
 from dsjax import metrics
 from dsjax.base import (
     DecodeDone,
+    InstanceDown,
     Migrate,
     Migrated,
+    MigrateFailed,
     Preempt,
     PrefillDone,
     RunDecode,
     RunPrefill,
+    Timer,
 )
 
 CAUSES = ('prefill_queue', 'prefill', 'transfer', 'decode_queue',
@@ -179,10 +182,12 @@ class Fold:
     now_s = event.time_s
     if isinstance(event, (PrefillDone, DecodeDone)):
       self._done(event)
-    elif isinstance(event, Migrated):
-      source = self._moving.pop((event.id, event.epoch), None)
-      if source is not None:
-        self._sources[source].note(now_s, copies=-1)
+    elif isinstance(event, (Migrated, MigrateFailed, Timer)):
+      self._moved(now_s, [(event.id, event.epoch)])
+    elif isinstance(event, InstanceDown):
+      i, lost = event.instance, self._sources[event.instance]
+      lost.note(now_s, steps=-lost.steps)
+      self._moved(now_s, [k for k, at in self._moving.items() if i in at])
     self._recorder.observe(event, commands)
     for command in commands:
       if isinstance(command, (RunPrefill, RunDecode)):
@@ -193,7 +198,8 @@ class Fold:
         if isinstance(command, RunPrefill):
           self._sources[command.instance].note(now_s, steps=1)
       elif isinstance(command, Migrate):
-        self._moving[command.id, command.epoch] = command.source
+        self._moving[command.id, command.epoch] = (command.source,
+                                                   command.target)
         self._sources[command.source].note(now_s, copies=1)
     self._label()
     for command in commands:
@@ -201,6 +207,12 @@ class Fold:
         self._preempted.add(command.id)
       for row in getattr(command, 'rows', ()):
         self._decoded_at[row.id] = command.instance
+
+  def _moved(self, now_s, hand_offs):
+    for key in hand_offs:
+      source, _ = self._moving.pop(key, (None, None))
+      if source is not None:
+        self._sources[source].note(now_s, copies=-1)
 
   def _label(self):
     """Keeps the spans that ended, with their instance."""

@@ -121,7 +121,8 @@ def _broken(call):
   """(status, message) if a request did not end by itself, or None."""
   reasons = {s.reason for s in call.streams}
   if 'error' in reasons:
-    return 500, 'the server failed while it answered'
+    found = (s.live.error for s in call.streams if s.live and s.live.error)
+    return 500, next(found, 'the server failed while it answered')
   if 'cancelled' in reasons:
     return 503, 'the server stopped before the answer was complete'
   return None

@@ -17,6 +17,7 @@ arrays are values, so a late step writes buffers that nobody reads any more.
 import collections
 import logging
 import time
+import traceback
 
 import jax
 
@@ -331,8 +332,10 @@ class Fleet:
 
   def _note(self, what, why):
     self.faults.append((self.clock(), f'{what}: {_text(why)}'))
-    LOG.warning('%s: %s', what, _text(why),
-                exc_info=why if isinstance(why, Exception) else None)
+    # As text: a traceback would hold on to buffers.
+    trace = (traceback.format_exception(why) if isinstance(why, Exception)
+             else ())
+    LOG.warning('%s: %s%s', what, _text(why), ''.join(['\n', *trace]).rstrip())
 
 
 def _text(why):

@@ -159,7 +159,8 @@ def snapshot(server):
     [{'role', 'plan', 'status', 'requests': {stage: how many}, 'pages': {owner:
     how many}}, ...]; status as of scheduler.Instance; owner is a stage or
     'free'. A migrating request owns pages on both sides and counts as one of
-    its source. [] of no server.
+    its source; one that waits for a lost instance counts nowhere. [] of no
+    server.
   """
   if server is None:
     return []
@@ -172,6 +173,8 @@ def snapshot(server):
                   'pages': {'free': pages.num_free(inst.pool)}
                   | dict.fromkeys(STAGES[1:], 0)})
   for seq in state.seqs.values():
+    if seq.instance < 0:
+      continue  # it waits for an instance that is to come back
     stage = _SHOWN.get(seq.stage, seq.stage)
     found[seq.instance]['requests'][stage] += 1
     if seq.pages:

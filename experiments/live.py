@@ -67,7 +67,7 @@ def counts(server):
         'pages': inst.pool.num_pages - free, 'of': inst.pool.num_pages})
   for seq in server.state.seqs.values():
     stage = _STAGE.get(seq.stage, seq.stage)
-    if stage:
+    if stage and seq.instance >= 0:  # else it waits for a lost instance
       rows[seq.instance][stage] += 1
   return rows
 

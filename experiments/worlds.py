@@ -25,10 +25,10 @@ class Violation(AssertionError):
   moves = ()
 
 
-def need(ok, text):
-  """Raises Violation unless ok."""
+def need(ok, text, *told):
+  """Raises Violation unless ok; `told` goes into the braces of `text`."""
   if not ok:
-    raise Violation(text)
+    raise Violation(text.format(*told))
 
 
 class _NoClock:
@@ -103,7 +103,10 @@ class Rules:
     """(move, faults that it costs) of everything that may happen next."""
     found, faults = [], w.faults
     if None in w.fates:
-      found.append((('arrive', w.fates.index(None)), 0))
+      id = w.fates.index(None)
+      found.append((('arrive', id), 0))
+      if id + 1 < len(w.fates):
+        found.append((('burst', id, id + 1), 0))
     for i, inst in enumerate(w.state.instances):
       if inst.inflight:
         found.append((('run', i), 0))
@@ -111,7 +114,9 @@ class Rules:
         found.append((('up', i), 0))
         if faults:
           found.append((('gone', i), 1))
-      elif faults and inst.status != 'gone':
+      elif faults and inst.status == 'gone':
+        found.append((('up', i), 1))
+      elif faults:
         steps = (getattr(inst.inflight[0][0], 'steps', 1)
                  if inst.inflight else 1)
         found += [(('crash', i, n), 1) for n in range(steps)]
@@ -130,17 +135,17 @@ class Rules:
     return found
 
   def apply(self, w, move, cost):
-    """(the world after a move, its event, its commands). Raises Violation.
+    """(the world after a move, its events, its commands). Raises Violation.
 
-    Whatever it raises has the event and the commands as its `told`.
+    Whatever it raises has the events and the commands as its `told`.
     """
     kind, *rest = move
     one = _Move(self, w)
     try:
       getattr(one, kind)(*rest)
-      return one.done(w.faults - cost), one.event, one.commands
+      return one.done(w.faults - cost), one.events, one.commands
     except Exception as error:
-      error.told = one.event, one.commands
+      error.told = one.events, one.commands
       raise
 
   def key(self, w):
@@ -158,15 +163,15 @@ class Rules:
     now = w.state
     scheduler.check(now)
     for seq in now.seqs.values():
-      need(seq.tries <= self.config.tries, f'{seq}: tried too often')
+      need(seq.tries <= self.config.tries, '{}: tried too often', seq)
       need(w.fates[seq.id] == '' or seq.stage in ('over', 'abandoned'),
-           f'{seq} lives on: {w.fates[seq.id]}')
+           '{} lives on: {}', seq, w.fates[seq.id])
     for c, _ in w.copies:
       seq = now.seqs.get(c.id)
       need(seq and (seq.epoch, seq.instance, seq.pages, seq.target) == (
           c.epoch, c.source, c.source_pages, c.target)
            and seq.target_pages[:len(c.target_pages)] == c.target_pages,
-           f'pages of {c} are not of {seq} while it runs')
+           'pages of {} are not of {} while it runs', c, seq)
     self._moving(now)
     self._probe(w)
 
@@ -180,17 +185,17 @@ class Rules:
       busy = inst.rows or inst.prefilling or inst.queue or inst.pulls
       need(inst.status in ('up', 'draining')
            or not (busy or inst.residents or inst.inflight),
-           f'instance {i} is {inst.status} and has work')
+           'instance {} is {} and has work', i, inst.status)
       if not inst.inflight:
-        need(not (inst.rows or inst.prefilling), f'instance {i} stalled')
-        need(inst.residents or not busy, f'instance {i} admits nobody')
+        need(not (inst.rows or inst.prefilling), 'instance {} stalled', i)
+        need(inst.residents or not busy, 'instance {} admits nobody', i)
     for id in now.waiting:
       kind = 'prefill' if now.seqs[id].stage == 'queued' else 'decode'
-      need(not up[kind], f'request {id} waits though one may serve it')
+      need(not up[kind], 'request {} waits though one may serve it', id)
 
   def over(self, w):
     """Nothing more will happen: everyone has ended, every page is back."""
-    need('' not in w.fates, f'never ended: {w.fates}')
+    need('' not in w.fates, 'never ended: {}', w.fates)
     need(scheduler.idle(w.state), 'not idle')
     for c, inst in zip(self.config.instances, w.state.instances, strict=True):
       need(inst.pool == pages.init(c.num_pages), 'pages leaked')
@@ -205,7 +210,7 @@ class Rules:
       run = scheduler.Run(self.config, now)
       for event, stage in self._stale(w, turn):
         self.probed.add((stage, type(event).__name__, 'stale'))
-        need(not run.apply(event), f'not inert: {event}')
+        need(not run.apply(event), 'not inert: {}', event)
       need(run.freeze() == now, 'a stale event changed the state')
       return
     event, stage = self._wrong(w, turn)
@@ -272,7 +277,7 @@ class _Move:
   """One move of a world, in place."""
 
   def __init__(self, rules, w):
-    self.rules, self.w, self.event, self.commands = rules, w, None, ()
+    self.rules, self.w, self.events, self.commands = rules, w, [], []
     self.kv, self.changed = list(w.kv), set()
     self.out, self.fates = list(w.out), list(w.fates)
     self.copies = list(w.copies)
@@ -282,10 +287,12 @@ class _Move:
     w, config = self.w, self.rules.config
     before = after = w.state
     marks = w.marks
-    if self.event is not None:
+    if self.events:
       run = _Traced(config, before)
       run.hops = self.rules.hops
-      self.commands, after = run.apply(self.event), run.freeze()
+      for event in self.events:
+        self.commands += run.apply(event)
+      after = run.freeze()
       marks = tuple([m if a is b else _mark(a) for a, b, m in zip(
           after.instances, before.instances, marks, strict=True)])
     for c in self.commands:
@@ -306,16 +313,17 @@ class _Move:
 
   def end(self, c, after):
     """A request ends: once, with all its tokens, for a reason that is so."""
-    need(self.fates[c.id] == '', f'{c}: ended {self.fates[c.id]} before')
+    need(self.fates[c.id] == '', '{}: ended {} before', c, self.fates[c.id])
     _, most, eos = self.rules.requests[c.id]
     self.fates[c.id] = reason = (
         c.reason if isinstance(c, base.Finish) else type(c).__name__)
     if reason in ('stop', 'length'):
       want = eos or most
-      need(self.out[c.id] == want, f'{c} after {self.out[c.id]} of {want}')
+      need(self.out[c.id] == want, '{} after {} of {}', c, self.out[c.id], want)
     elif reason == 'cancelled':
-      need(isinstance(self.event, base.Cancelled) and self.event.id == c.id,
-           f'{c} by {self.event}')
+      event, = self.events
+      need(isinstance(event, base.Cancelled) and event.id == c.id,
+           '{} by {}', c, event)
     elif reason == 'Fail':
       seq = self.w.state.seqs.get(c.id)
       left = {one.role for inst, one in zip(
@@ -323,14 +331,14 @@ class _Move:
               if inst.status != 'gone'}
       need(seq and seq.tries == self.rules.config.tries
            or left != {i.role for i in self.rules.config.instances},
-           f'{c}: it could go on')
+           '{}: it could go on', c)
     else:
       need(scheduler.never_fits(self.rules.config, *self.rules.requests[
-          c.id][:2]), f'{c}: it fits')
+          c.id][:2]), '{}: it fits', c)
 
   def started(self, c, after):
     need(all([p.id != c.id for p, _ in self.copies]),
-         f'{c}: two copies of one request')
+         '{}: two copies of one request', c)
     self.pulled(c, after)
     self.copies.append((c, False))
 
@@ -345,7 +353,7 @@ class _Move:
       first = after.seqs[queue[0]].order
       for chunk in c.chunks:
         need(chunk.start or after.seqs[chunk.id].order < first,
-             f'{c}: passes request {queue[0]} by')
+             '{}: passes request {} by', c, queue[0])
 
   def pulled(self, c, after):
     """Nobody is passed by among the finished prefills of an instance."""
@@ -354,7 +362,7 @@ class _Move:
     for id in before:
       if id == c.id:
         break
-      need(id not in stay, f'{c}: passes request {id} by')
+      need(id not in stay, '{}: passes request {} by', c, id)
 
   # --- what commands do to pages and clients --------------------------------
 
@@ -367,14 +375,14 @@ class _Move:
   def use(self, i, id, ids):
     seq = self.w.state.seqs.get(id)
     need(seq and seq.instance == i and seq.pages[:len(ids)] == ids,
-         f'instance {i}: pages {ids} are not of request {id}: {seq}')
+         'instance {}: pages {} are not of request {}: {}', i, ids, id, seq)
 
   def read(self, i, id, ids, stop):
     kv, size = self.kv[i], self.rules.config.instances[i].page_size
     for k in range(pages.pages_for(stop, size)):
       got, want = kv[ids[k]], min(size, stop - k * size)
       need(got and got[:2] == (id, k) and got[2] >= want,
-           f'instance {i}: read {got} for {want} tokens of {(id, k)}')
+           'instance {}: read {} for {} tokens of {}', i, got, want, (id, k))
 
   def write(self, i, id, ids, start, stop):
     kv, size = self.pages_of(i), self.rules.config.instances[i].page_size
@@ -388,7 +396,7 @@ class _Move:
     if self.fates[id] != '' or eos and out >= eos:
       return False
     need(position == prompt + out,
-         f'request {id}: token {position - prompt} after {out}')
+         'request {}: token {} after {}', id, position - prompt, out)
     self.out[id] = out + 1
     return out + 1 == eos
 
@@ -396,7 +404,7 @@ class _Move:
     ended = []
     for t in range(c.tick, c.tick + steps):
       for row in c.rows:
-        need(t < row.until, f'tick {t} of {row}')
+        need(t < row.until, 'tick {} of {}', t, row)
         self.use(i, row.id, row.pages)
         at = row.base + t
         self.read(i, row.id, row.pages, at)
@@ -407,16 +415,22 @@ class _Move:
 
   # --- moves ----------------------------------------------------------------
 
-  def arrive(self, id):
+  def arrive(self, id, more=False):
     self.fates[id] = ''
-    self.event = base.Arrived(NO_CLOCK, id, *self.rules.requests[id][:2])
+    self.events.append(base.Arrived(NO_CLOCK, id,
+                                    *self.rules.requests[id][:2], more))
+
+  def burst(self, first, second):
+    """Two arrive at once."""
+    self.arrive(first, more=True)
+    self.arrive(second)
 
   def run(self, i):
     c = self.w.state.instances[i].inflight[0][0]
     if isinstance(c, base.RunDecode):
-      self.event = base.DecodeDone(NO_CLOCK, i, c.number,
-                                   (NO_CLOCK,) * c.steps,
-                                   self.rows(i, c, c.steps))
+      self.events.append(base.DecodeDone(
+          NO_CLOCK, i, c.number, (NO_CLOCK,) * c.steps,
+          self.rows(i, c, c.steps)))
       return
     ended = []
     for chunk in c.chunks:
@@ -426,13 +440,13 @@ class _Move:
       if chunk.last and self.tell(chunk.id, chunk.stop):
         ended.append(chunk.id)
     ended += [id for id, _ in self.rows(i, c, 1)]
-    self.event = base.PrefillDone(NO_CLOCK, i, c.number, tuple(ended))
+    self.events.append(base.PrefillDone(NO_CLOCK, i, c.number, tuple(ended)))
 
   def crash(self, i, steps, back=True):
     flying = self.w.state.instances[i].inflight
     ended = self.rows(i, flying[0][0], steps) if steps else ()
-    self.event = base.InstanceDown(NO_CLOCK, i, (NO_CLOCK,) * steps, ended,
-                                   back)
+    self.events.append(base.InstanceDown(
+        NO_CLOCK, i, (NO_CLOCK,) * steps, ended, back))
     self.changed.add(i)
     self.kv[i] = [None] * len(self.kv[i])
     self.copies = [p for p in self.copies if p[0].target != i]
@@ -441,13 +455,13 @@ class _Move:
     self.crash(i, 0, False)
 
   def up(self, i):
-    self.event = base.InstanceUp(NO_CLOCK, i)
+    self.events.append(base.InstanceUp(NO_CLOCK, i))
 
   def drain(self, i):
-    self.event = base.Drain(NO_CLOCK, i)
+    self.events.append(base.Drain(NO_CLOCK, i))
 
   def cancel(self, id):
-    self.event = base.Cancelled(NO_CLOCK, id)
+    self.events.append(base.Cancelled(NO_CLOCK, id))
 
   def copy(self, id):
     return next(n for n, (c, _) in enumerate(self.copies) if c.id == id)
@@ -456,11 +470,11 @@ class _Move:
     c, _ = self.copies.pop(self.copy(id))
     self.read(c.source, id, c.source_pages, c.num_tokens)
     self.write(c.target, id, c.target_pages, 0, c.num_tokens)
-    self.event = base.Migrated(NO_CLOCK, id, c.epoch)
+    self.events.append(base.Migrated(NO_CLOCK, id, c.epoch))
 
   def failed(self, id):
     c, _ = self.copies.pop(self.copy(id))
-    self.event = base.MigrateFailed(NO_CLOCK, id, c.epoch)
+    self.events.append(base.MigrateFailed(NO_CLOCK, id, c.epoch))
 
   def damaged(self, id):
     """It arrived, and its checksum does not fit."""
@@ -468,11 +482,11 @@ class _Move:
     kv = self.pages_of(c.target)
     for page in c.target_pages:
       kv[page] = DAMAGED
-    self.event = base.MigrateFailed(NO_CLOCK, id, c.epoch, 'checksum')
+    self.events.append(base.MigrateFailed(NO_CLOCK, id, c.epoch, 'checksum'))
 
   def lease(self, id):
     c, _ = self.copies[self.copy(id)]
-    self.event = base.Timer(NO_CLOCK, id, c.epoch)
+    self.events.append(base.Timer(NO_CLOCK, id, c.epoch))
 
   def lose(self, id):
     """It may write for ever, and will never answer."""

@@ -111,7 +111,7 @@ AT = {
     'source': lambda state: _where(state, 'migrating', 'instance'),
     'target': lambda state: _where(state, 'migrating', 'target'),
     'decoding': lambda state: _where(state, 'decoding', 'instance'),
-    'ending': lambda state: _where(state, 'ending', 'instance'),
+    'finishing': lambda state: _where(state, 'finishing', 'instance'),
 }
 
 
@@ -123,7 +123,7 @@ def _where(state, stage, side):
 @pytest.mark.parametrize('mode, stage', [
     *(('2p2d', stage) for stage in AT),
     *((mode, stage) for mode in ('2colocated', '2chunked')
-      for stage in ('idle', 'queued', 'prefilling', 'decoding', 'ending'))])
+      for stage in ('idle', 'queued', 'prefilling', 'decoding', 'finishing'))])
 def test_nobody_loses_by_the_loss_of_an_instance(server, stage):
   if stage == 'idle':
     lost = AT[stage](server.state)
@@ -171,6 +171,33 @@ def test_any_instance_may_be_lost_at_any_moment(server, mode):
       assert o.tokens == expected(one.prompt, one.sampling), one
     settle(server)
   assert LOST in kinds(server)
+
+
+@pytest.mark.parametrize('stop', (False, True))
+@pytest.mark.parametrize('mode', ('2p2d',))
+def test_what_was_told_of_a_command_is_not_told_again(server, stop):
+  """The instance is lost between two steps of one command."""
+  prompt, params = job(8, 12, ignore_eos=True)
+  tokens = want((prompt, params))
+  if stop:
+    assert tokens.index(tokens[1]) == 1
+    params = params | {'stop_token_ids': (tokens[1],)}
+  with Injector(server) as injector:
+    for side in (2, 3):
+      injector.arm(side, 'decode', 'stall')
+    id = server.submit(prompt, **params)
+    while not any(queue and queue[0].times for queue in server.fleet.running):
+      server.poll()
+    lost = server.state.seqs[id].instance
+    running = server.fleet.running[lost][0]
+    assert len(running.times) >= 2 and bool(running.ended) == stop
+    server.kill(lost)
+  drain(server)
+  found = server.output(id)
+  assert found.tokens == (tokens[:2] if stop else tokens)
+  assert found.reason == ('stop' if stop else 'length')
+  assert found.record.retries == (not stop)
+  assert len(found.record.token_s) == len(found.tokens)
 
 
 @pytest.mark.parametrize('mode', ('2p2d',))
@@ -260,6 +287,22 @@ def test_a_stalled_copy_gives_its_pages_back(server, monkeypatch):
     check_tokens(WORK, play(server, WORK))
   moves = [c for _, commands in server.log for c in commands]
   assert sum(isinstance(c, base.Abort) for c in moves) >= 2
+
+
+@pytest.mark.parametrize('mode', ('2p2d',))
+def test_a_copy_to_an_instance_that_was_lost_never_lands(server):
+  """Its pages are somebody else's by then."""
+  with Injector(server) as injector:
+    injector.arm(2, COPY, 'stall')
+    ids = submit(server, WORK)
+    while not injector.fired:
+      server.poll()
+    late, = [t for t in server.fleet.transfers if t.command.target == 2]
+    server.kill(2, back_s=0.0)
+    injector.released = True
+    drain(server)
+  check_tokens(WORK, outputs(server, ids))
+  assert not late.landed
 
 
 @pytest.mark.parametrize('mode', ('2p2d', '2colocated'))
@@ -364,6 +407,17 @@ def test_an_instance_that_keeps_failing_is_given_up():
     for i in (0, 1):
       server.restore(i)
     check_tokens(WORK, play(server, WORK))
+
+
+def test_an_instance_that_works_in_between_is_never_given_up():
+  config = dataclasses.replace(CONFIG, restarts=1)
+  with server_of('1p1d', config) as server, Injector(server) as injector:
+    for _ in range(4):
+      injector.arm(1, 'decode', 'unreadable', 6)
+      check_tokens(WORK, play(server, WORK))
+    assert len(injector.fired) == 4
+    while server.fleet.down:
+      server.poll()
 
 
 @pytest.mark.parametrize('mode', ('1p1d',))

@@ -24,6 +24,7 @@ import pytest
 
 from dsjax import completions, gauges, scheduler
 from dsjax import service as service_module
+from experiments import faults
 from tests import tiny, virtual
 from tests.web import (
   CONFIG,
@@ -553,6 +554,19 @@ def test_a_mistake_of_ours_costs_one_request(running, client, monkeypatch,
   all_back(running)
 
 
+def test_faults_that_end_a_request_are_told(running, client):
+  with faults.Injector(running.service.orchestrator) as injector:
+    injector.arm(1, faults.COPY, 'raise', when=lambda *_: True)
+    with pytest.raises(openai.InternalServerError,
+                       match='given up after 4 faults') as error:
+      complete(client)
+    assert error.value.type == 'server_error'
+    with pytest.raises(openai.APIError, match='given up after 4 faults'):
+      list(complete(client, stream=True))
+  assert complete(client).choices[0].text
+  all_back(running)
+
+
 def test_too_many_connections_are_told_so(running):
   config = running.http.config
   old, config.max_connections = config.max_connections, 20
@@ -652,6 +666,7 @@ class Stuck:
   def __init__(self, broken=False):
     self.requests, self.next_id, self.origin = {}, 0, 0.0
     self.observers, self.busy, self.broken = [], False, broken
+    self.steps_end = False
     self.model, self.config, self.placement = MODEL, CONFIG, PLACEMENT
     self.plan = scheduler.Config((), 256)
     self.state = scheduler.init(self.plan)
@@ -672,7 +687,7 @@ class Stuck:
     if self.broken:
       raise RuntimeError('the device fell off')
     time.sleep(0.001)
-    return False
+    return self.steps_end
 
   def close(self):
     pass
@@ -692,6 +707,9 @@ def test_health_tells_a_hang_from_patience():
     now[0] += LIMITS.stall_s
     health = httpx.get(one.url + '/health')
     assert (health.status_code, health.json()) == (503, {'status': 'stalled'})
+    # Steps that end are progress, though no token has come of them.
+    one.service.orchestrator.steps_end = True
+    until(lambda: httpx.get(one.url + '/health').status_code == 200)
   finally:
     one.stop()
 

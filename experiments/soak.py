@@ -1,0 +1,348 @@
+"""Serves for minutes while instances die and calls go wrong; checks it all.
+
+  python -m experiments.soak --out=out/soak       (SmolLM2, ten minutes)
+  python -m experiments.soak --quick --minutes=1 --out=out/soak
+
+First every job of a small set is served without a fault: its tokens are what
+it must give from then on. Then requests for these jobs arrive at random, some
+are cancelled, and faults come at random: an instance is killed and started
+again, or drained for a while, or a call of its engine goes wrong in one of the
+ways of experiments.faults. Half the jobs are greedy, half drawn by a seed.
+
+Checked: the tokens of every request (of a cancelled one as far as they came),
+that nobody was lost, that every page and slot came back, that nothing was
+compiled, and that the event log replays. Prints a table. Files in --out:
+soak.json, soak.png, requests.jsonl, faults.jsonl, events.jsonl.gz.
+
+Added latency of a request that a fault hit: over the median of requests for
+the same job that none hit, in the same run. Its bound: for each retry the
+longest of lease, stall limit and time until a killed instance is back, plus
+once more the worst latency without a hit.
+
+Exit codes: 0; 1 if a check failed; 2 for bad input; 130 when stopped by
+Ctrl-C, which keeps what there is.
+"""
+
+import contextlib
+import dataclasses
+import gzip
+import json
+import os
+import pathlib
+import random
+import sys
+import time
+
+os.environ.setdefault('NPROC', '32')  # room for collectives of many devices
+
+import jax
+from absl import app, flags, logging
+
+import dsjax
+from configs.serve import PROMPTS
+from dsjax import base, pages, scheduler, workload
+from experiments import config as configs
+from experiments import live, soak_report, tiny
+from experiments.faults import COPY, KINDS, Injector
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+JOBS = 16
+SAMPLE_S = 2.0  # between two looks at the memory
+MOST_WAITING = 64  # requests: more arrivals than that are not sent
+CONFIG = base.EngineConfig(
+    max_len=256, max_seqs=8, prefill_tokens=128, prefill_seqs=4,
+    chunk_tokens=64, checksum=True, tries=10, lease_s=5.0, stall_s=20.0,
+    restarts=1000)
+QUICK = dataclasses.replace(CONFIG, lease_s=1.0, stall_s=2.0, restart_s=0.2)
+
+
+def define_flags():
+  flags.DEFINE_float('minutes', 10.0, 'How long.', lower_bound=0.01)
+  flags.DEFINE_bool('quick', False, 'Random weights instead of SmolLM2.')
+  flags.DEFINE_string('model', 'smollm2-135m-instruct', 'See dsjax.load.')
+  flags.DEFINE_string('placement', 'prefill=1x1,1x1,decode=1x1,1x1',
+                      'role=TPxPP, ...')
+  flags.DEFINE_float('rate', None, 'Requests/s; 1, with --quick 20.')
+  flags.DEFINE_float('faults', 12.0, 'A minute.', lower_bound=0.0)
+  flags.DEFINE_float('cancel', 0.1, 'Share of requests that are cancelled.',
+                     lower_bound=0.0, upper_bound=1.0)
+  flags.DEFINE_float('back_s', 2.0, 'Most seconds that a killed or drained '
+                     'instance is away.', lower_bound=0.0)
+  flags.DEFINE_integer('seed', 0, 'Of arrivals, faults and cancellations.')
+  flags.DEFINE_multi_string('set', [], 'A field of EngineConfig to change: '
+                            'a=value. May be repeated.')
+  flags.DEFINE_string('out', None, 'Folder for the files.')
+
+
+@dataclasses.dataclass
+class Sent:
+  """A request: its job, and when its client leaves, if it does."""
+
+  job: int
+  leaves_s: float | None
+
+
+def make_jobs(model, config, seed):
+  """[(prompt ids, parameters)]: the demo's chats, greedy and drawn in turn."""
+  rng, jobs = random.Random(seed), []
+  for i, p in enumerate(workload.read_prompts(str(PROMPTS))):
+    ids = model.tokenizer.chat(list(p.messages) if p.messages else
+                               [{'role': 'user', 'content': p.text}])
+    tokens = rng.randint(4, 48)
+    if len(ids) + tokens <= config.max_len:
+      drawn = {'temperature': 0.9, 'seed': i} if i % 2 else {}
+      jobs.append((ids, {'max_tokens': tokens, **drawn}))
+  return jobs[:JOBS]
+
+
+def rss_mb():
+  """Resident memory of this process."""
+  with open('/proc/self/statm') as file:
+    return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 1e6
+
+
+def arrays_mb():
+  """What jax arrays hold on devices."""
+  return sum(x.nbytes for x in jax.live_arrays()) / 1e6
+
+
+class Soak:
+  """One run.
+
+  Attributes:
+    done: a dict a request that has ended. faults: one a fault.
+    memory: (seconds, MB) of the process. arrays_mb: on devices, before and,
+      once it is settled, after.
+  """
+
+  def __init__(self, server, jobs, options, rate, events):
+    self.server, self.jobs, self.options = server, jobs, options
+    self.rate, self.rng = rate, random.Random(options.seed)
+    self.injector, self.sent = Injector(server), {}
+    self.done, self.faults, self.memory, self.away = [], [], [], {}
+    self.unsent, self.wrong, self.seen = 0, [], 0
+    self.methods = [m for m in KINDS if server.routes or m in (
+        'prefill', 'decode', 'admit')]
+    self.replayed, self.differs, self.events = server.state, 0, events
+    server.observers.append(self._observe)
+
+  def _observe(self, event, commands):
+    """Replays and writes each event as it comes: a log of hours is long."""
+    self.replayed, again = scheduler.step(self.server.plan, self.replayed,
+                                          event)
+    self.differs += again != commands
+    self.events.write(json.dumps(base.encode((event, commands))) + '\n')
+
+  def reference(self):
+    """Serves every job once without a fault, and keeps its tokens."""
+    ids = [self.server.submit(p, **params) for p, params in self.jobs]
+    while self.server.busy:
+      self.server.poll()
+    self.want = [tuple(self.server.requests[id].tokens) for id in ids]
+    self.leaves_s = max(r.finish_s - r.arrival_s for r in map(
+        self.server.forget, ids))
+    self.arrays_mb = arrays_mb()
+
+  def run(self, seconds, show):
+    """Serves under faults; show() is called between polls."""
+    self.origin = self.server.now
+    per_s = self.options.faults / 60
+    arrive_s, sample_s = 0.0, 0.0
+    fault_s = self.rng.expovariate(per_s) if per_s else float('inf')
+    while (now := self.now) < seconds:
+      if now >= arrive_s:
+        arrive_s += self.rng.expovariate(self.rate)
+        self.arrive()
+      if now >= fault_s:
+        fault_s += self.rng.expovariate(per_s)
+        self.break_something()
+      if now >= sample_s:
+        sample_s = now + SAMPLE_S
+        self.memory.append((now, rss_mb()))
+      self.turn()
+      show()
+
+  @property
+  def now(self):
+    return self.server.now - self.origin
+
+  def turn(self):
+    """One poll, and what clients do meanwhile."""
+    self.server.poll()
+    for id, sent in list(self.sent.items()):
+      if self.server.requests[id].finished:
+        self.end(id)
+      elif sent.leaves_s is not None and self.now >= sent.leaves_s:
+        sent.leaves_s = None
+        self.server.cancel(id)
+    for index, back_s in list(self.away.items()):
+      if self.now >= back_s:
+        del self.away[index]
+        self.server.restore(index)
+    for fault in self.injector.fired[self.seen:]:
+      self.note(fault[0], f'{fault[1]}: {fault[2]}')
+    self.seen = len(self.injector.fired)
+
+  def arrive(self):
+    """A request, unless too many wait."""
+    if len(self.sent) >= MOST_WAITING:
+      self.unsent += 1
+      return
+    job = self.rng.randrange(len(self.jobs))
+    leaves_s = (self.now + self.rng.uniform(0, self.leaves_s) / 4 if
+                self.rng.random() < self.options.cancel else None)
+    prompt, params = self.jobs[job]
+    self.sent[self.server.submit(prompt, **params)] = Sent(job, leaves_s)
+
+  def break_something(self):
+    """One fault, at random."""
+    rng, index = self.rng, self.rng.randrange(len(self.server.engines))
+    away_s = rng.uniform(0, self.options.back_s)
+    self.injector.released = rng.random() < 0.5  # what is stuck: late, or never
+    what = rng.choice(('kill', 'kill', 'drain', rng.choice(self.methods),
+                       rng.choice(self.methods), rng.choice(self.methods)))
+    if what == 'kill':
+      self.note(index, 'killed')
+      self.server.kill(index, back_s=away_s)
+    elif what == 'drain':
+      self.note(index, 'drained')
+      self.server.drain(index)
+      self.away[index] = self.now + away_s
+    else:
+      role = self.server.engines[index].role
+      sides = {'prefill': ('prefill', 'chunked', 'colocated'),
+               'decode': ('decode', 'chunked', 'colocated'),
+               'gather': ('prefill',), 'scatter': ('decode',),
+               COPY: ('decode',)}
+      if role in sides.get(what, (role,)):
+        self.injector.arm(index, what, rng.choice(KINDS[what]),
+                          rng.randint(1, 3))
+
+  def note(self, index, what):
+    """A fault has happened."""
+    self.faults.append({'s': self.now, 'instance': index, 'what': what})
+
+  def end(self, id):
+    """A request has ended: checks its tokens and forgets it."""
+    job, got = self.sent.pop(id).job, tuple(self.server.requests[id].tokens)
+    record, want = self.server.forget(id), self.want[job]
+    whole = record.status in ('stop', 'length')
+    if got != (want if whole else want[:len(got)]):
+      self.wrong.append(id)
+    self.done.append({
+        'id': id, 'job': job, 'status': record.status,
+        'reason': record.reason, 's': record.arrival_s - self.origin,
+        'latency_s': record.finish_s - record.arrival_s,
+        'retries': record.retries, 'tokens': len(got)})
+
+  def settle(self):
+    """The end: no more faults, everything starts again, everybody ends."""
+    self.injector.disarm()
+    self.injector.released = True
+    self.away.clear()
+    for index in range(len(self.server.engines)):
+      self.server.restore(index)
+    while self.sent or self.server.busy:
+      self.turn()
+    self.memory.append((self.now, rss_mb()))
+    self.arrays_mb = self.arrays_mb, arrays_mb()
+
+  def leaked(self):
+    """Pages and slots that have not come back."""
+    scheduler.check(self.server.state)
+    return sum(inst.pool.num_pages - pages.num_free(inst.pool)
+               for inst in self.server.state.instances) + sum(
+                   one.config.max_seqs - len(one.spare)
+                   for one in self.server.engines)
+
+
+@contextlib.contextmanager
+def compilations():
+  """A list that grows with each program that is compiled."""
+  seen = []
+
+  def note(name, seconds, **_):
+    if name == '/jax/core/compile/backend_compile_duration':
+      seen.append(seconds)
+  jax.monitoring.register_event_duration_secs_listener(note)
+  try:
+    yield seen
+  finally:
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+class _Lines:
+  """A line now and then of how far it is."""
+
+  def __init__(self, console, soak, seconds, halt):
+    self.console, self.soak, self.seconds = console, soak, seconds
+    self.halt, self.next_s = halt, 0.0
+
+  def __call__(self):
+    self.halt()
+    if self.soak.now >= self.next_s:
+      self.next_s = self.soak.now + 10.0
+      s = self.soak
+      self.console.print(
+          f'{s.now:4.0f} of {self.seconds:.0f} s: {len(s.done)} requests '
+          f'ended, {len(s.sent)} live, {len(s.faults)} faults, '
+          f'{len(s.wrong)} wrong, {s.memory[-1][1]:.0f} MB', highlight=False)
+
+
+def run(options, console):
+  """Everything; the exit code."""
+  base.require(options.out, '--out', options.out, 'given: a folder')
+  config = configs.override(QUICK if options.quick else CONFIG, options.set)
+  placement = configs.parse_placement(options.placement)
+  rate = options.rate or (20.0 if options.quick else 1.0)
+  base.require(rate > 0, '--rate', rate, 'requests/s above 0')
+  out, seconds = pathlib.Path(options.out), options.minutes * 60
+  out.mkdir(parents=True, exist_ok=True)
+  with contextlib.suppress(RuntimeError):  # it has started: use what is there
+    jax.config.update('jax_num_cpu_devices', placement.num_devices)
+  jax.config.update('jax_compilation_cache_dir', str(ROOT / '.cache/jax'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+  model = tiny.load() if options.quick else dsjax.load(options.model)
+  jobs = make_jobs(model, config, options.seed)
+  console.print(f'{model.config.name}, {options.placement}, {rate:g} requests/'
+                f's and {options.faults:g} faults a minute for '
+                f'{options.minutes:g} minutes, seed {options.seed}',
+                highlight=False)
+  with live.Interrupts() as interrupts, live.Screen(
+      console, interrupts.halt) as screen, gzip.open(
+          out / 'events.jsonl.gz', 'wt') as events:
+    screen.begin('soak', placement, len(jobs))
+    with dsjax.serve(model, placement, config, report=screen.warming,
+                     keep_events=1) as server, compilations() as compiled:
+      soak, stopped = Soak(server, jobs, options, rate, events), False
+      soak.reference()
+      began = time.perf_counter()
+      try:
+        soak.run(seconds, _Lines(console, soak, seconds, interrupts.halt))
+      except KeyboardInterrupt:
+        stopped = True
+      soak.settle()
+      result = soak_report.summarize(
+          soak, time.perf_counter() - began, compiled)
+  console.print(soak_report.table(result))
+  soak_report.save(out, soak, result)
+  bad = result['failed checks']
+  console.print(f'Failed: {", ".join(bad)}.' if bad else
+                'Nothing was lost, repeated, leaked or wrong.',
+                highlight=False)
+  console.print(f'Written to {out}: soak.json soak.png requests.jsonl '
+                'faults.jsonl events.jsonl.gz', soft_wrap=True)
+  return 1 if bad else 130 if stopped else 0
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected: {" ".join(argv[1:])}')
+  logging.set_verbosity(logging.ERROR)  # each fault warns: they were asked for
+  with live.one_error(OSError):
+    sys.exit(run(flags.FLAGS, live.wide_console()))
+
+
+if __name__ == '__main__':
+  define_flags()
+  app.run(main)
