@@ -424,7 +424,7 @@ def test_tokens_that_would_come_too_slowly_are_refused(running, client):
   service = running.service
   old = service.limits
   complete(client)
-  assert 0 < service._gap_s <= service.expected_tpot_s < 10  # was measured
+  assert 0 < service._gap_s < 10  # it was measured
   try:
     service.limits = dataclasses.replace(old, max_tpot_s=1e-9)
     assert post(running, '/v1/completions', TEXT).status_code == 200  # empty
