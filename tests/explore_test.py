@@ -184,11 +184,12 @@ def test_a_mutation_is_caught(name, monkeypatch):
 
 
 def test_a_schedule_is_shrunk_and_replays(monkeypatch, tmp_path, capsys):
-  rules, _ = explore.large_world(2)
   path = tmp_path / 'violation.jsonl'
   with monkeypatch.context() as patched:
     mutate('a lease without Abort', patched)
-    result = explore.explore(('large', '2', 0))
+    walks = (explore.explore(('large', str(n), 0)) for n in range(20))
+    result = next(r for r in walks if r.violation)
+    rules, _ = explore.large_world(int(result.name))
     assert explore.report(live.wide_console(), [result], tmp_path) == 1
     told = capsys.readouterr().out
     assert 'Timer(' in told and 'two copies of one request' in told
