@@ -90,12 +90,20 @@ class Orchestrator:
     self.close()
 
   def close(self):
-    """Cancels what is left and lets the devices finish."""
+    """Cancels what is left and lets the devices finish, for lease_s at most.
+
+    What is not done by then is left behind with its instance.
+    """
     if not self.closed:
       for id in list(self.live):
         self.cancel(id)
+      until_s = self.now + self.config.lease_s
       while self.fleet.busy:
         self.poll()
+        if self.now > until_s:
+          for index, queue in enumerate(self.fleet.running):
+            if queue:
+              self.kill(index)
       self.closed = True
 
   @property

@@ -520,16 +520,19 @@ def disturb(server, injector, rng, methods, ids):
     injector.arm(one, method, kind, rng.randint(1, 3))
 
 
-def test_closing_does_not_wait_for_what_is_lost():
+def test_closing_does_not_wait_for_what_is_lost_or_stuck():
   config = dataclasses.replace(CONFIG, lease_s=0.2)
   with server_of('2p2d', config) as server, Injector(server) as injector:
     for side in (2, 3):
       injector.arm(side, COPY, 'stall')
+      injector.arm(side, 'decode', 'stall')
     submit(server, WORK)
-    while not injector.fired:
+    while len(injector.fired) < 4:
       server.poll()
     server.kill(0)
+    began = server.now
   check_tidy(server)
+  assert server.now - began < 10 < server.config.stall_s
   assert {r.status for r in server.records} <= {'cancelled', 'stop', 'length'}
 
 
