@@ -455,8 +455,10 @@ class EngineConfig:
       the decode role; None for kv_dtype.
     checksum: compare a checksum of the KV on both sides of every migration.
     attention: implementation of attention and of what reads and writes
-      pages: 'xla', 'pallas' (GPU kernels) or 'pallas_interpret' (the same
-      kernels interpreted on CPU, slowly); None to choose by platform.
+      pages: 'xla', 'pallas' (GPU kernels), 'pallas_interpret' (the same
+      kernels interpreted on CPU, slowly) or 'mosaic' (attention in kernels
+      for Hopper GPUs, the rest as 'pallas'; its interpreter moves data
+      implicitly, which serving forbids); None to choose by device and shapes.
     tries: faults that a request survives; the next one fails it.
     lease_s: that a hand-off may take before its target must stop.
     stall_s: without a step of its oldest command an instance counts as lost.
@@ -508,9 +510,10 @@ class EngineConfig:
       value = getattr(self, field)
       require(value in (None, *KV_DTYPES), f'EngineConfig.{field}', value,
               f'None or one of {KV_DTYPES}')
-    require(self.attention in (None, 'xla', 'pallas', 'pallas_interpret'),
-            'EngineConfig.attention', self.attention,
-            "None, 'xla', 'pallas' or 'pallas_interpret'")
+    require(self.attention in (None, 'xla', 'pallas', 'pallas_interpret',
+                               'mosaic'), 'EngineConfig.attention',
+            self.attention, "None, 'xla', 'pallas', 'pallas_interpret' or "
+            "'mosaic'")
     self._check_faults()
 
   def _check_faults(self):

@@ -102,6 +102,7 @@ def make_step(shapes, kind, size=0):
   kept = jax.tree.map(lambda x: x.sharding, (cache, slots))
   whole, moved = sharding.whole(s.mesh), sharding.kv(s.mesh)
   common = dict(impl=s.attention, mesh=s.mesh, span=s.span)
+  portable = tiles.portable(s.attention)
 
   def init():
     return (kv.init(s.model, s.num_pages, s.page_size, s.kv_dtype,
@@ -125,12 +126,12 @@ def make_step(shapes, kind, size=0):
   def gather(cache, page_m):
     return sharding.shard_map(
         s.mesh, lambda cache, page_m: kv.gather_pages(
-            cache, page_m, *size, impl=s.attention),
+            cache, page_m, *size, impl=portable),
         (heads, every), heads)(cache, page_m)
 
   def scatter(cache, page_m, pages):
     return sharding.shard_map(
-        s.mesh, lambda *args: kv.scatter_pages(*args, impl=s.attention),
+        s.mesh, lambda *args: kv.scatter_pages(*args, impl=portable),
         (heads, every, heads), heads)(cache, page_m, pages), page_m + 1
 
   def checksum(pages, start, stop):
@@ -164,16 +165,28 @@ def stage_shapes(config, meshes, role, engine_config, limits):
   """The Shapes of each stage of an instance."""
   c = engine_config
   layout = sharding.cut(config, meshes[0].size)
-  platform = meshes[0].devices.flat[0].platform
-  attention = tiles.pick(c.attention, platform)
-  base.require(attention != 'pallas' or platform in ('gpu', 'cuda'),
-               'EngineConfig.attention', attention,
-               f"None, 'xla' or 'pallas_interpret' on a {platform}")
+  kv_dtype = c.kv_dtype_of(role)
+  attention = _attention(c, layout.padded, meshes[0].devices.flat[0],
+                         limits.page_size, kv_dtype)
   return [Shapes(layout, span, mesh, limits.num_pages, limits.page_size,
-                 c.max_seqs, c.max_len, c.dtype, c.kv_dtype_of(role),
-                 attention)
+                 c.max_seqs, c.max_len, c.dtype, kv_dtype, attention)
           for span, mesh in zip(sharding.spans(config.num_layers, len(meshes)),
                                 meshes, strict=True)]
+
+
+def _attention(config, model, device, page_size, kv_dtype):
+  """The implementation of attention on these devices: see tiles.pick."""
+  asked, platform = config.attention, device.platform
+  base.require(asked not in ('pallas', 'mosaic')
+               or platform in ('gpu', 'cuda'), 'EngineConfig.attention', asked,
+               f"None, 'xla' or 'pallas_interpret' on a {platform}")
+  q = jax.ShapeDtypeStruct((1, model.num_heads, model.head_dim), config.dtype)
+  k = jax.ShapeDtypeStruct((model.num_kv_heads, 1, page_size, model.head_dim),
+                           kv_dtype)
+  try:
+    return tiles.pick(asked, platform, (q, k), device.device_kind)
+  except ValueError as error:
+    raise base.InputError(f'EngineConfig.attention: {error}') from None
 
 
 def abstract_steps(shapes, limits):

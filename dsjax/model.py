@@ -241,7 +241,7 @@ def run_layers(config, layers, first, cache, x_SD, pos_S, page_S, attend,
 
   Args:
     mesh: what parameters are sharded over; None where they are whole.
-    impl: of kv_write.
+    impl: of attention; kv_write's is what `tiles.portable` makes of it.
 
   Returns:
     (x_SD, cache).
@@ -251,7 +251,7 @@ def run_layers(config, layers, first, cache, x_SD, pos_S, page_S, attend,
            if config.positions == 'rope' else None for window in windows}
   offset_S = pos_S % cache.k_KPCH[0].shape[2]
   write = sharding.shard_map(
-      mesh, functools.partial(kv_write, impl=impl),
+      mesh, functools.partial(kv_write, impl=tiles.portable(impl)),
       (HELD, HEADS, HEADS, WHOLE, WHOLE, WHOLE), HELD)
 
   # Traced and lowered once for all layers alike.

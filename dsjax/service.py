@@ -173,7 +173,7 @@ class Service:
     self._inbox, self._open = queue.SimpleQueue(), {}
     self._stopping, self._moved_s = False, clock()
     self._share_s = 0.0  # seconds of TTFT for each request in the queue
-    self._gap_s = 0.0  # between two tokens of a request, lately
+    self._gap_s = 0.0  # TPOT of late, which the next one is guessed to have
     self.thread = threading.Thread(target=self._work, name='orchestrator',
                                     daemon=True)
 
@@ -198,12 +198,6 @@ class Service:
     """A guess at the TTFT of the next request: what a place in the queue cost
     lately, times the places."""
     return self._share_s * (self.waiting + 1)
-
-  @property
-  def expected_tpot_s(self):
-    """A guess at the TPOT of the next request: the gaps of late, as much longer
-    as more requests are open."""
-    return self._gap_s * (len(self.streams) + 1) / max(1, len(self.streams))
 
   def check_open(self):
     """Raises Refused unless new requests are taken."""
@@ -258,10 +252,10 @@ class Service:
     if limits.max_ttft_s and self.waiting and wait_s > limits.max_ttft_s:
       raise Refused('ttft', f'the first token would take about {wait_s:.2g} s, '
                     f'the limit is {limits.max_ttft_s:g} s', self._retry_s())
-    gap_s = self.expected_tpot_s
-    if limits.max_tpot_s and self.streams and gap_s > limits.max_tpot_s:
-      raise Refused('tpot', f'a token would take about {gap_s:.2g} s, the '
-                    f'limit is {limits.max_tpot_s:g} s', self._retry_s())
+    limit_s = limits.max_tpot_s
+    if limit_s and self.streams and self._gap_s > limit_s:
+      raise Refused('tpot', f'a token takes about {self._gap_s:.2g} s, the '
+                    f'limit is {limit_s:g} s', self._retry_s())
 
   def _retry_s(self):
     return min(60.0, max(1.0, self._share_s * self.waiting))

@@ -3,12 +3,13 @@
   make aot        (an environment with XLA's CUDA plugin and NVIDIA's ptxas)
 
 Both sides of a disaggregated server of four published models, on sub-meshes
-of a described machine of 8 GPUs, with the Pallas kernels, down to machine
-code, for every pipeline stage: the largest prefill and decode step at full
-depth, a small bucket of each with 2 layers a stage, and the migration's pack
-(also into int8 pages of another size), pieces and unpack. KV write is a
-kernel of both steps. Children do the work, one a model and GPU: what crashes
-is a row that says so, and another child goes on after it.
+of a described machine of 8 GPUs, with the kernels that each GPU gets
+(attention: Mosaic's on H100, Triton's on A100), down to machine code, for
+every pipeline stage: the largest prefill and decode step at full depth, a
+small bucket of each with 2 layers a stage, and the migration's pack (also
+into int8 pages of another size), pieces and unpack. KV write is a kernel of
+both steps. Children do the work, one a model and GPU: what crashes is a row
+that says so, and another child goes on after it.
 
 The table says, for each step: its layers; calls of our kernels; collectives
 (as written: a loop's count once); peak memory and its share of the device;
@@ -52,10 +53,11 @@ LIMIT_S = 300  # of one step
 
 
 def environment(dump):
-  """What a child runs in. XLA writes the PTX of each kernel to `dump`."""
+  """What a child runs in. XLA and Mosaic write each kernel's PTX to `dump`."""
   cuda = pathlib.Path(sysconfig.get_path('purelib')) / 'nvidia' / 'cu13'
   return dict(
       os.environ, JAX_PLATFORMS='cpu', TF_CPP_MIN_LOG_LEVEL='3',
+      MOSAIC_GPU_DUMP_TO=dump,
       PATH=f'{cuda / "bin"}{os.pathsep}{os.environ["PATH"]}',
       XLA_FLAGS=f'--xla_gpu_cuda_data_dir={cuda} --xla_dump_to={dump} '
                 '--xla_dump_emitter_re=ptx')

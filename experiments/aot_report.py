@@ -55,6 +55,16 @@ def kernels(said, launches):
               spills=dict(sorted(spills.items())))
 
 
+def launch(log):
+  """A line as in XLA's list of thunks, of what Mosaic logs of its passes."""
+  name, *grid, threads, shared = re.search(
+      r'gpu.launch_func .*?@(\w+)_mosaic_gpu_kernel::.*?blocks in '
+      r'\(%c(\d+)\w*, %c(\d+)\w*, %c(\d+)\w*\) threads in \(%c(\d+)'
+      r'.*?dynamic_shared_memory_size %c(\d+)_i32', log).groups()
+  return (f'{name} grid: [{", ".join(grid)}] threads: [{threads}, 1, 1] '
+          f'shared_memory: {shared}\n')
+
+
 def device_bytes(gpu):
   """Memory of a described GPU."""
   path = pathlib.Path(__file__).parent / 'gpu' / f'{gpu}.txtpb'

@@ -2,14 +2,15 @@
 
   python -m experiments.aot_steps MODEL GPU START DUMP    (see experiments.aot)
 
-Prints a line of JSON a step, from number START on. XLA_FLAGS must make XLA
-dump PTX to the folder DUMP.
+Prints a line of JSON a step, from number START on. XLA must dump PTX to the
+folder DUMP, and so must Mosaic: see aot.environment.
 """
 
 import importlib.metadata
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
 from typing import NamedTuple
@@ -157,8 +158,11 @@ def pieces(source, target):
       heads(each[0]), [[heads(n) for n in parts] for parts in sorted(joins)]))
 
 
-def compile_step(step, gpu, dump):
-  """What a compiled Step is made of; reads and empties `dump`."""
+def compile_step(step, gpu, dump, made):
+  """What a compiled Step is made of; reads and empties `dump`.
+
+  made: {hash: what `mosaic` returns} of this process, which is added to.
+  """
   import jax
   with jax.set_mesh(step.mesh):
     lowered = step.fn.lower(*step.args)
@@ -171,15 +175,18 @@ def compile_step(step, gpu, dump):
   least = min((_size(x) for x in cache if x.ndim == 4), default=0)
   row = dict(
       layers=step.layers, tp=step.mesh.size,
-      calls=text.count('custom_call_target="__gpu$xla.gpu.triton"'),
+      calls=len(re.findall('custom_call_target="(?:__gpu[$]xla.gpu.triton|'
+                           'mosaic_gpu_v2)"', text)),
       collectives=aot_report.collectives(text),
       copies=aot_report.copies(text, least) if least else 0,
       kv_bytes=sum(_size(x) * x.dtype.itemsize for x in cache),
       donated_bytes=sum(_size(x) * x.dtype.itemsize for x in donated),
       alias_bytes=memory.alias_size_in_bytes,
       peak_bytes=memory.peak_memory_in_bytes,
-      **aot_report.kernels(*assemble(dump, GPUS[gpu])))
-  for path in pathlib.Path(dump).glob('module_*'):
+      **aot_report.kernels(*map(''.join, zip(
+          assemble(dump, GPUS[gpu]), *mosaic(dump, text, made),
+          strict=True))))
+  for path in pathlib.Path(dump).glob('*_*'):
     path.unlink()
   return row
 
@@ -193,10 +200,31 @@ def assemble(dump, arch):
   said = [subprocess.run(
       ['ptxas', '-v', f'-arch={arch}', str(path), '-o', '/dev/null'],
       capture_output=True, text=True, check=True).stderr
-      for path in sorted(pathlib.Path(dump).glob('*.ptx'))
+      for path in sorted(pathlib.Path(dump).glob('module_*.ptx'))
       if path.stat().st_size]
   launches, = pathlib.Path(dump).glob('*.thunk_sequence.txt')
   return '\n'.join(said), launches.read_text()
+
+
+def mosaic(dump, text, made):
+  """(what ptxas said, a line as in XLA's list) of each Mosaic kernel.
+
+  Mosaic compiles its kernels itself, each once a process, and writes what
+  ptxas says and the launch, among much else, to `dump`.
+
+  Args:
+    text: the optimised module.
+  """
+  hashes = dict.fromkeys(re.findall(r'kernel_hash = "(.*?)", module', text))
+  new = [key for key in hashes if key not in made]
+  dumped = sorted(pathlib.Path(dump).glob('*.ptxas'))
+  if len(new) != len(dumped) or len(new) > 1:
+    raise RuntimeError(f'{len(new)} new Mosaic kernels, {len(dumped)} dumped')
+  for key, path in zip(new, dumped, strict=True):
+    log = path.with_suffix('.mlir-passes.log').read_text()
+    made[key] = (path.read_text().replace('_mosaic_gpu_kernel', ''),
+                 aot_report.launch(log))
+  return [made[key] for key in hashes]
 
 
 def versions():
@@ -206,12 +234,13 @@ def versions():
 
 
 def main(model, gpu, start, dump):
+  made = {}
   for step, name in list(zip(steps(model, gpu), names(model),
                              strict=True))[int(start):]:
     if step.name != name:
       raise RuntimeError(f'step {step.name}, not {name}')
     row = dict(gpu=gpu, model=model, step=name)
-    print(json.dumps(row | compile_step(step, gpu, dump)), flush=True)
+    print(json.dumps(row | compile_step(step, gpu, dump, made)), flush=True)
 
 
 if __name__ == '__main__':

@@ -94,7 +94,7 @@ def problem(model, slo, make, longest, factors, nodes=1, devices=8, **kwargs):
   return placement.Problem(
       zoo.config(model), placement.Cluster(nodes, devices), slo, make,
       latency_of(model, factors), TARGET, max_len=max(longest, 2048),
-      **kwargs)
+      strict=None, **kwargs)
 
 
 def lengths_of(name, lengths_dir):

@@ -77,7 +77,7 @@ def small_worlds():
       '1 chunked, preemption': _world('chunked', (*grow, TINY), 3, **tight),
       '1 chunked, preemption of pieces': _world(
           'chunked', ((1, 6, 5), PIECES, TINY), 3, **wide),
-      '2 chunked': _world('chunked chunked', three, 3),
+      '2 chunked': _world('chunked chunked', three, 2),
       '2 chunked, pp = 2': _world('chunked chunked', two, 3, pp=2,
                                   prefill_tokens=3),
   }

@@ -89,7 +89,7 @@ def walk(rules, faults, seed, most=100_000):
       if kind == 'gone' and draw.random() < 0.8:
         kind = draw.choice(kinds)  # else soon nobody is left
       if 'arrive' in kinds and draw.random() < press:
-        kind = 'arrive'
+        kind = draw.choice([k for k in kinds if k in ('arrive', 'burst')])
       move, cost = draw.choice([m for m in may or free if m[0][0] == kind])
       path.append(move)
       w = rules.apply(w, move, cost)[0]
@@ -117,14 +117,14 @@ def replay(rules, moves):
   arrive in any order.
 
   Returns:
-    ([(move, event, commands), ...], what broke or '').
+    ([(move, events, commands), ...], what broke or '').
   """
   w, log, end = rules.first(len(moves)), [], 0
   left = iter(moves)
   try:
     while True:
       may = {move: cost for move, cost in rules.moves(w)
-             if move[0] != 'arrive'}
+             if move[0] not in ('arrive', 'burst')}
       move = next((m for m in left if m in may or _arrives(m, w)), None)
       if move is None:
         move = next((m for m, cost in may.items() if not cost), None)
@@ -133,9 +133,9 @@ def replay(rules, moves):
       if move is None:
         rules.over(w)
         return log, ''
-      log.append((move, None, ()))
-      w, event, commands = rules.apply(w, move, may.get(move, 0))
-      log[-1] = (move, event, commands)
+      log.append((move, (), ()))
+      w, events, commands = rules.apply(w, move, may.get(move, 0))
+      log[-1] = (move, events, commands)
       rules.check(w)
   except Exception as error:
     if hasattr(error, 'told'):
@@ -144,7 +144,8 @@ def replay(rules, moves):
 
 
 def _arrives(move, w):
-  return move[0] == 'arrive' and w.fates[move[1]] is None
+  return move[0] in ('arrive', 'burst') and all(
+      w.fates[id] is None for id in move[1:])
 
 
 def shrink(rules, moves, most=1000):
@@ -166,7 +167,7 @@ def shrink(rules, moves, most=1000):
     return bool(broken)
 
   for id in range(len(rules.requests)):
-    breaks(tuple(m for m in moves if m[0] not in _OF_ONE or m[1] != id))
+    breaks(tuple(less for m in moves if (less := _without(m, id))))
   size = max(1, len(moves) // 2)
   while left > 0:
     start, before = 0, moves
@@ -179,6 +180,13 @@ def shrink(rules, moves, most=1000):
   return moves
 
 
+def _without(move, id):
+  """A move that does not concern this request; None where it is only that."""
+  if move[0] == 'burst' and id in move:
+    return 'arrive', sum(move[1:]) - id
+  return None if move[0] in _OF_ONE and move[1] == id else move
+
+
 _OF_ONE = ('arrive', 'cancel', 'copied', 'failed', 'damaged', 'lease', 'lose')
 
 
@@ -187,8 +195,8 @@ def write_log(path, rules, moves):
   log, broken = replay(rules, moves)
   lines = [{'config': dataclasses.asdict(rules.config),
             'requests': rules.requests}]
-  lines += [{'move': m, 'event': str(e), 'commands': list(map(str, c))}
-            for m, e, c in log[:len(moves)]]
+  lines += [{'move': m, 'events': list(map(str, e)),
+             'commands': list(map(str, c))} for m, e, c in log[:len(moves)]]
   lines.append({'violation': broken})
   path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
 
@@ -216,10 +224,10 @@ def story(rules, moves):
   """A schedule in words: lines of moves, events, commands."""
   log, broken = replay(rules, moves)
   shown, lines = len(moves), []
-  for n, (move, event, commands) in enumerate(log):
+  for n, (move, events, commands) in enumerate(log):
     if n == shown:
       lines.append('and without faults to the end:')
-    lines.append(f'{" ".join(map(str, move)):12}'
-                 f'{event if event is not None else "nobody is told"}')
+    told = ', '.join(map(str, events)) or 'nobody is told'
+    lines.append(f'{" ".join(map(str, move)):12}{told}')
     lines += [f'{"":12}  -> {c}' for c in commands]
   return [*lines, f'violation: {broken}' if broken else NOTHING]

@@ -103,7 +103,10 @@ class Rules:
     """(move, faults that it costs) of everything that may happen next."""
     found, faults = [], w.faults
     if None in w.fates:
-      found.append((('arrive', w.fates.index(None)), 0))
+      id = w.fates.index(None)
+      found.append((('arrive', id), 0))
+      if id + 1 < len(w.fates):
+        found.append((('burst', id, id + 1), 0))
     for i, inst in enumerate(w.state.instances):
       if inst.inflight:
         found.append((('run', i), 0))
@@ -132,17 +135,17 @@ class Rules:
     return found
 
   def apply(self, w, move, cost):
-    """(the world after a move, its event, its commands). Raises Violation.
+    """(the world after a move, its events, its commands). Raises Violation.
 
-    Whatever it raises has the event and the commands as its `told`.
+    Whatever it raises has the events and the commands as its `told`.
     """
     kind, *rest = move
     one = _Move(self, w)
     try:
       getattr(one, kind)(*rest)
-      return one.done(w.faults - cost), one.event, one.commands
+      return one.done(w.faults - cost), one.events, one.commands
     except Exception as error:
-      error.told = one.event, one.commands
+      error.told = one.events, one.commands
       raise
 
   def key(self, w):
@@ -274,7 +277,7 @@ class _Move:
   """One move of a world, in place."""
 
   def __init__(self, rules, w):
-    self.rules, self.w, self.event, self.commands = rules, w, None, ()
+    self.rules, self.w, self.events, self.commands = rules, w, [], []
     self.kv, self.changed = list(w.kv), set()
     self.out, self.fates = list(w.out), list(w.fates)
     self.copies = list(w.copies)
@@ -284,10 +287,12 @@ class _Move:
     w, config = self.w, self.rules.config
     before = after = w.state
     marks = w.marks
-    if self.event is not None:
+    if self.events:
       run = _Traced(config, before)
       run.hops = self.rules.hops
-      self.commands, after = run.apply(self.event), run.freeze()
+      for event in self.events:
+        self.commands += run.apply(event)
+      after = run.freeze()
       marks = tuple([m if a is b else _mark(a) for a, b, m in zip(
           after.instances, before.instances, marks, strict=True)])
     for c in self.commands:
@@ -316,8 +321,9 @@ class _Move:
       want = eos or most
       need(self.out[c.id] == want, '{} after {} of {}', c, self.out[c.id], want)
     elif reason == 'cancelled':
-      need(isinstance(self.event, base.Cancelled) and self.event.id == c.id,
-           '{} by {}', c, self.event)
+      event, = self.events
+      need(isinstance(event, base.Cancelled) and event.id == c.id,
+           '{} by {}', c, event)
     elif reason == 'Fail':
       seq = self.w.state.seqs.get(c.id)
       left = {one.role for inst, one in zip(
@@ -409,16 +415,22 @@ class _Move:
 
   # --- moves ----------------------------------------------------------------
 
-  def arrive(self, id):
+  def arrive(self, id, more=False):
     self.fates[id] = ''
-    self.event = base.Arrived(NO_CLOCK, id, *self.rules.requests[id][:2])
+    self.events.append(base.Arrived(NO_CLOCK, id,
+                                    *self.rules.requests[id][:2], more))
+
+  def burst(self, first, second):
+    """Two arrive at once."""
+    self.arrive(first, more=True)
+    self.arrive(second)
 
   def run(self, i):
     c = self.w.state.instances[i].inflight[0][0]
     if isinstance(c, base.RunDecode):
-      self.event = base.DecodeDone(NO_CLOCK, i, c.number,
-                                   (NO_CLOCK,) * c.steps,
-                                   self.rows(i, c, c.steps))
+      self.events.append(base.DecodeDone(
+          NO_CLOCK, i, c.number, (NO_CLOCK,) * c.steps,
+          self.rows(i, c, c.steps)))
       return
     ended = []
     for chunk in c.chunks:
@@ -428,13 +440,13 @@ class _Move:
       if chunk.last and self.tell(chunk.id, chunk.stop):
         ended.append(chunk.id)
     ended += [id for id, _ in self.rows(i, c, 1)]
-    self.event = base.PrefillDone(NO_CLOCK, i, c.number, tuple(ended))
+    self.events.append(base.PrefillDone(NO_CLOCK, i, c.number, tuple(ended)))
 
   def crash(self, i, steps, back=True):
     flying = self.w.state.instances[i].inflight
     ended = self.rows(i, flying[0][0], steps) if steps else ()
-    self.event = base.InstanceDown(NO_CLOCK, i, (NO_CLOCK,) * steps, ended,
-                                   back)
+    self.events.append(base.InstanceDown(
+        NO_CLOCK, i, (NO_CLOCK,) * steps, ended, back))
     self.changed.add(i)
     self.kv[i] = [None] * len(self.kv[i])
     self.copies = [p for p in self.copies if p[0].target != i]
@@ -443,13 +455,13 @@ class _Move:
     self.crash(i, 0, False)
 
   def up(self, i):
-    self.event = base.InstanceUp(NO_CLOCK, i)
+    self.events.append(base.InstanceUp(NO_CLOCK, i))
 
   def drain(self, i):
-    self.event = base.Drain(NO_CLOCK, i)
+    self.events.append(base.Drain(NO_CLOCK, i))
 
   def cancel(self, id):
-    self.event = base.Cancelled(NO_CLOCK, id)
+    self.events.append(base.Cancelled(NO_CLOCK, id))
 
   def copy(self, id):
     return next(n for n, (c, _) in enumerate(self.copies) if c.id == id)
@@ -458,11 +470,11 @@ class _Move:
     c, _ = self.copies.pop(self.copy(id))
     self.read(c.source, id, c.source_pages, c.num_tokens)
     self.write(c.target, id, c.target_pages, 0, c.num_tokens)
-    self.event = base.Migrated(NO_CLOCK, id, c.epoch)
+    self.events.append(base.Migrated(NO_CLOCK, id, c.epoch))
 
   def failed(self, id):
     c, _ = self.copies.pop(self.copy(id))
-    self.event = base.MigrateFailed(NO_CLOCK, id, c.epoch)
+    self.events.append(base.MigrateFailed(NO_CLOCK, id, c.epoch))
 
   def damaged(self, id):
     """It arrived, and its checksum does not fit."""
@@ -470,11 +482,11 @@ class _Move:
     kv = self.pages_of(c.target)
     for page in c.target_pages:
       kv[page] = DAMAGED
-    self.event = base.MigrateFailed(NO_CLOCK, id, c.epoch, 'checksum')
+    self.events.append(base.MigrateFailed(NO_CLOCK, id, c.epoch, 'checksum'))
 
   def lease(self, id):
     c, _ = self.copies[self.copy(id)]
-    self.event = base.Timer(NO_CLOCK, id, c.epoch)
+    self.events.append(base.Timer(NO_CLOCK, id, c.epoch))
 
   def lose(self, id):
     """It may write for ever, and will never answer."""

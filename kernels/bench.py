@@ -49,6 +49,7 @@ from dsjax.kernels import (
     page_copy,
     paged,
     prefill_attention,
+    tiles,
     tuned,
     work,
 )
@@ -66,9 +67,9 @@ GOLDEN = (pathlib.Path(__file__).resolve().parent.parent / 'tests' / 'goldens'
           / 'aot.json')
 # What --tune tries for each field of a config.
 TRIES = dict(block_heads=(1, 2, 4, 8, 16, 32, 64), num_warps=(1, 2, 4, 8),
-             block_rows=(16, 32, 64, 128), block_tokens=(16, 32, 64, 128),
+             block_rows=(16, 32, 64, 128), block_tokens=(16, 32, 64, 128, 256),
              num_stages=(1, 2, 3, 4), splits=(1, 2, 3, 4, 6, 8, 12, 16, 32),
-             block=(256, 512, 1024, 2048, 4096))
+             block=(256, 512, 1024, 2048, 4096), num_warpgroups=(1, 2))
 
 
 class Case(NamedTuple):
@@ -80,6 +81,7 @@ class Case(NamedTuple):
   pieces: tuple
   kv: str = DTYPE
   pages: int = 0
+  impl: str = 'pallas'
 
   @property
   def text(self):
@@ -116,6 +118,18 @@ def cases(model):
   return found
 
 
+def wanted(models, ops, kind):
+  """The Cases of models and ops on a device; attention also in Mosaic."""
+  found = []
+  for case in (c for model in models for c in cases(model) if c.op in ops):
+    if case.op in ('decode', 'prefill'):
+      args = arguments(case)
+      if not tiles.mosaic_lacks((args['q'], args['k']), kind):
+        found.append(case._replace(impl='mosaic'))
+    found.append(case)
+  return found
+
+
 def arguments(case):
   """Abstract floats and concrete integers of a call, by name."""
   N, K, H = case.heads
@@ -123,7 +137,7 @@ def arguments(case):
   now, before = np.array(case.pieces or [(1, 0)], np.int32).T
   total = now + before
   M = -(-int(total.max()) // PAGE)
-  P = max(len(total) * M, 2 * case.pages)
+  P = max(len(total) * M * (1 + (case.op == 'kv_write')), 2 * case.pages)
   ids = rng.permutation(P).astype(np.int32)
   pool = Shape((K, P, PAGE, H), case.kv)
   scale = (Shape((K, P, PAGE), 'float32') if kv_write.largest(case.kv)
@@ -138,9 +152,10 @@ def arguments(case):
     return dict(common, start=start, pos=before, k_scale=scale, v_scale=scale)
   if case.op == 'kv_write':
     new, turn = Shape((S, K, H), DTYPE), Shape((S, 1, H), 'float32')
+    packed = np.arange(S) if S > 256 else np.arange(S) * (PAGE + 1)
     return dict(held=(pool, pool) + (scale, scale) * (scale is not None),
-                k=new, v=new, page=ids[:S] if S <= P else ids,
-                offset=rng.integers(0, PAGE, S).astype(np.int32),
+                k=new, v=new, page=ids[packed // PAGE % P],
+                offset=(packed % PAGE).astype(np.int32),
                 turn=None if case.model.startswith('opt') else (turn, turn))
   pages = dict(x=pool, page=ids[:case.pages])
   if case.op == 'unpack':
@@ -154,7 +169,7 @@ ORDER = {'decode': ('q', 'k', 'v', 'table', 'len'),
          'pack': ('x', 'page'), 'unpack': ('x', 'page', 'new')}
 
 
-def call(case, config=None, impl='pallas'):
+def call(case, config=None, impl=None):
   """The op of a case as a function of its `arguments`."""
   attention = case.op in ('decode', 'prefill')
   op = getattr(OPS[case.op], case.op + '_attention' * attention)
@@ -162,8 +177,8 @@ def call(case, config=None, impl='pallas'):
   def fn(**named):
     scales = {f'{n}_KPC': named[n] for n in ('k_scale', 'v_scale')
               if attention}
-    return op(*(named[n] for n in ORDER[case.op]), impl, config=config,
-              **scales)
+    return op(*(named[n] for n in ORDER[case.op]), impl or case.impl,
+              config=config, **scales)
 
   return fn
 
@@ -171,6 +186,11 @@ def call(case, config=None, impl='pallas'):
 def plan(case, args, limits):
   """(default config, its shape class, config -> what may be wrong)."""
   module = OPS[case.op]
+  if case.impl == 'mosaic':
+    what = (args['q'], args['k'], args['table'].shape[1] * PAGE)[
+        :3 if case.op == 'decode' else 2]
+    return (module.mosaic_default(*what), module.shape_class(*what),
+            lambda config: config.check(case.heads[2], PAGE, limits))
   if case.op == 'decode':
     what = args['q'], args['k'], args['table'].shape[1] * PAGE
     return (module.default(*what, limits), module.shape_class(*what),
@@ -194,11 +214,13 @@ def _pages(case):
 
 def count(case, args, config):
   """The Work of a case."""
+  mosaic = case.impl == 'mosaic'
   if case.op == 'decode':
-    return work.decode(config, args['q'], args['k'], args['len'])
+    return (work.mosaic_decode if mosaic else work.decode)(
+        config, args['q'], args['k'], args['len'])
   if case.op == 'prefill':
-    return work.prefill(config, args['q'], args['k'], args['start'],
-                        args['pos'])
+    return (work.mosaic_prefill if mosaic else work.prefill)(
+        config, args['q'], args['k'], args['start'], args['pos'])
   if case.op == 'kv_write':
     return work.kv_write(config, args['k'], args['held'][0],
                          args['turn'] is not None)
@@ -365,7 +387,9 @@ def row(case, limits, dump, present, tuning=False):
 
     if tuning:
       config = tune(config, check, time_of)
-      tuned.save(OPS[case.op].__name__.rsplit('.', 1)[1], shape, config)
+      op = OPS[case.op].__name__.rsplit('.', 1)[1]
+      tuned.save(f'mosaic_{case.op}' if case.impl == 'mosaic' else op, shape,
+                 config)
     out = dict(seconds=time_of(config), rivals=rivals(case, arrays))
   done = count(case, args, config)
   peak, bandwidth = PEAKS[limits.name]
@@ -378,7 +402,7 @@ def row(case, limits, dump, present, tuning=False):
   return out
 
 
-COUNTED = ('op', 'model', 'shape', 'KV', 'GFLOP', 'floor MB', 'moves MB',
+COUNTED = ('op', 'as', 'model', 'shape', 'KV', 'GFLOP', 'floor MB', 'moves MB',
            'ratio', 'at least us', 'by', 'config', 'programs', 'regs', 'smem',
            'spills', 'a core', 'warps', 'bound by')
 TIMED = ('us', 'GB/s', 'TFLOP/s', 'roofline', 'cuDNN us', 'XLA us',
@@ -390,14 +414,16 @@ def table(rows, name, present):
   out = Table(title=f'Kernels on {"one" if present else "a described"} {name}')
   for column in COUNTED + TIMED * present:
     out.add_column(column, no_wrap=True, justify='left' if column in (
-        'op', 'model', 'shape', 'KV', 'by', 'bound by') else 'right')
+        'op', 'as', 'model', 'shape', 'KV', 'by', 'bound by') else 'right')
   last = None
   for r in rows:
     case, done = r['case'], r['work']
     if last not in (None, case.model):
       out.add_section()
     last = case.model
-    cells = [case.op, case.model, case.text, case.kv.replace('float', 'f'),
+    lowering = 'Mosaic' if case.impl == 'mosaic' else 'Triton'
+    cells = [case.op, lowering, case.model, case.text,
+             case.kv.replace('float', 'f'),
              f'{done.flops / 1e9:.2f}', f'{done.floor_bytes / 1e6:.2f}',
              f'{done.moved_bytes / 1e6:.2f}',
              f'{done.moved_bytes / done.floor_bytes:.2f}',
@@ -433,15 +459,14 @@ def unmeasured(rows, present):
   return found
 
 
-def run(console, name, kind, wanted, tuning=False):
+def run(console, name, kind, asked, tuning=False):
   """Prints the table of Cases; the exit code. kind: None for a GPU here."""
   rows, stopped, limits = [], False, paged.device(kind)
   with tempfile.TemporaryDirectory() as dump:
-    os.environ['XLA_FLAGS'] = ' '.join(
-        [os.environ.get('XLA_FLAGS', '')]
-        + [compiled.flags(dump)] * compiled.available(name))
+    if compiled.available(name):
+      os.environ.update(compiled.environment(dump))
     try:
-      for case in track(wanted, console=console, transient=True,
+      for case in track(asked, console=console, transient=True,
                         description='counting' if kind else 'timing'):
         if kind:
           with compiled.described(kind):
@@ -486,8 +511,14 @@ def check_flags(given):
   here = given.gpu is None and jax.default_backend() in ('gpu', 'cuda')
   if given.tune and not here:
     raise ValueError('--tune: there is no GPU here')
-  name = paged.device().name if here else given.gpu or 'H100'
-  return name, None if here else compiled.GPUS[name][2]
+  if not here:
+    name = given.gpu or 'H100'
+    return name, compiled.GPUS[name][2]
+  kind = tiles.device_kind()
+  if paged.device().name not in kind:
+    raise ValueError(f'the GPU here, {kind}: must be one of '
+                     f'{[d.name for d in paged.DEVICES]}')
+  return paged.device().name, None
 
 
 def main(_):
@@ -503,9 +534,8 @@ def main(_):
   console = Console()
   if not console.is_terminal:
     console.width = 250
-  sys.exit(run(console, name, kind, [
-      case for model in FLAGS.models for case in cases(model)
-      if case.op in FLAGS.ops], FLAGS.tune))
+  sys.exit(run(console, name, kind, wanted(
+      FLAGS.models, FLAGS.ops, kind or tiles.device_kind()), FLAGS.tune))
 
 
 if __name__ == '__main__':

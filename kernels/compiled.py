@@ -51,10 +51,11 @@ def available(name):
           and (CUDA / 'bin' / 'ptxas').exists() and FOLDER.is_dir())
 
 
-def flags(dump):
-  """XLA_FLAGS, to be set before jax is first used; `dump`: an empty folder."""
-  return (f'--xla_gpu_cuda_data_dir={CUDA} --xla_dump_to={dump} '
-          '--xla_dump_emitter_re=ptx')
+def environment(dump):
+  """To be set before jax is first used; `dump`: an empty folder."""
+  return {'MOSAIC_GPU_DUMP_TO': str(dump), 'XLA_FLAGS':
+          f'--xla_gpu_cuda_data_dir={CUDA} --xla_dump_to={dump} '
+          '--xla_dump_emitter_re=ptx'}
 
 
 def mesh(name):
@@ -69,22 +70,49 @@ def mesh(name):
 def compile(name, dump, fn, args, donate=()):
   """{kernel name: Kernel} of a jitted fn of abstract args on a Device.
 
-  dump: that of `flags`; emptied first.
+  dump: that of `environment`; emptied first.
   """
   one = mesh(name)
   where = jax.sharding.NamedSharding(one, jax.sharding.PartitionSpec())
-  for path in pathlib.Path(dump).glob('module_*'):
+  for path in pathlib.Path(dump).iterdir():
     path.unlink()
   args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=where), args)
   with jax.set_mesh(one):
-    jax.jit(fn, donate_argnums=donate).lower(*args).compile()
+    made = jax.jit(fn, donate_argnums=donate).lower(*args).compile()
   files = sorted(pathlib.Path(dump).glob('module_*'))
   said = ''.join(assemble(p, GPUS[name][1]) for p in files
                  if p.suffix == '.ptx' and p.stat().st_size)
   launches = ''.join(p.read_text() for p in files
                      if p.name.endswith('thunk_sequence.txt'))
-  return read(said, launches)
+  ours, calls = mosaic(pathlib.Path(dump), made.as_text())
+  return read(said + ours, launches + calls)
+
+
+_MADE = {}  # what `mosaic` found: it compiles a kernel once a process
+
+
+def mosaic(dump, text):
+  """(what ptxas said, lines as in XLA's list) of the Mosaic kernels of `text`.
+
+  Mosaic compiles its kernels itself, and writes what ptxas says and the
+  launch, among much else, to `dump`.
+  """
+  hashes = dict.fromkeys(re.findall(r'kernel_hash = "(.*?)", module', text))
+  new = [key for key in hashes if key not in _MADE]
+  dumped = sorted(dump.glob('*.ptxas'))
+  if len(new) != len(dumped) or len(new) > 1:
+    raise RuntimeError(f'{len(new)} new Mosaic kernels, {len(dumped)} dumped')
+  for key, path in zip(new, dumped, strict=True):
+    name, *grid, threads, shared = re.search(
+        r'gpu.launch_func .*?@(\w+)_mosaic_gpu_kernel::.*?blocks in '
+        r'\(%c(\d+)\w*, %c(\d+)\w*, %c(\d+)\w*\) threads in \(%c(\d+)'
+        r'.*?dynamic_shared_memory_size %c(\d+)_i32',
+        path.with_suffix('.mlir-passes.log').read_text()).groups()
+    _MADE[key] = (path.read_text().replace('_mosaic_gpu_kernel', ''),
+                  f'{name} grid: [{", ".join(grid)}] threads: [{threads}, 1, '
+                  f'1] shared_memory: {shared}\n')
+  return (''.join(_MADE[key][i] for key in hashes) for i in (0, 1))
 
 
 def assemble(path, arch):

@@ -83,13 +83,14 @@ def decode_attention(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, impl=None, *,
   * 2 values read; with a window, len is at most that and a page.
 
   Args:
-    impl: 'xla', 'pallas', 'pallas_interpret', or None to choose by platform.
+    impl: one of tiles.IMPLS, or None to choose by platform: see tiles.pick.
     scale: of q k^T; None for 1 / sqrt(H).
     softcap: scores s become softcap tanh(s / softcap); 0 for none.
     k_scale_KPC, v_scale_KPC: what int8 or float8 keys and values are
       multiplied by.
     window: the last tokens that a row sees, its newest included; 0 for all.
-    config: a TuningConfig of the kernel; None for the default.
+    config: a TuningConfig of the kernel (mosaic.TuningConfig for Mosaic's);
+      None for the default.
 
   Returns:
     o_BNH in q's dtype; float32 inside.
@@ -103,9 +104,11 @@ def decode_attention(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, impl=None, *,
   if k_scale_KPC is not None:
     shapes.check(k_KPCH=k_KPCH, k_scale_KPC=k_scale_KPC,
                  v_scale_KPC=v_scale_KPC)
+  impl = tiles.pick(impl, call=(q_BNH, k_KPCH))
   op, options = reference, {}
-  if (impl := tiles.pick(impl)) != 'xla':
-    op, options = kernel, dict(interpret=impl != 'pallas', config=config)
+  if impl != 'xla':
+    op = mosaic_kernel if impl.startswith('mosaic') else kernel
+    options = dict(interpret=impl.endswith('interpret'), config=config)
   return op(q_BNH, k_KPCH, v_KPCH, table_BM, len_B,
             q_BNH.shape[-1]**-0.5 if scale is None else scale, softcap,
             window, k_scale_KPC, v_scale_KPC, **options)
@@ -138,6 +141,29 @@ def kernel(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, scale, softcap, window,
       (B, K * blocks, splits), out, config, interpret, 'decode_attention')(
           q_BNH, table_BM, len_B, k_KPCH, v_KPCH, *scales)
   return parts[0] if splits == 1 else join(*parts).astype(q_BNH.dtype)
+
+
+def mosaic_default(q_BNH, k_KPCH, tokens):
+  """The tuned config of the Mosaic kernel, or its heuristic's."""
+  from dsjax.kernels import mosaic
+  limits = paged.device(tiles.HOPPER[0])
+  return tuned.find(
+      'mosaic_decode', shape_class(q_BNH, k_KPCH, tokens),
+      mosaic.TuningConfig, lambda config: config.check(
+          q_BNH.shape[2], k_KPCH.shape[2], limits)
+  ) or mosaic.decode_heuristic(q_BNH, k_KPCH, tokens, limits)
+
+
+def mosaic_kernel(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, scale, softcap,
+                  window, *_, interpret=False, config=None):
+  """The Mosaic kernel, and what joins the splits; none of int8 or float8."""
+  from dsjax.kernels import mosaic  # not every JAX has it
+  if config is None:
+    tokens = table_BM.shape[1] * k_KPCH.shape[2]
+    config = mosaic_default(q_BNH, k_KPCH, min(window or tokens, tokens))
+  parts = mosaic.decode(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, scale, softcap,
+                        window, interpret, config)
+  return join(*parts).astype(q_BNH.dtype) if len(parts) > 1 else parts[0]
 
 
 def join(o_ZBNH, top_ZBN, total_ZBN):

@@ -33,15 +33,9 @@ DEVICES = (Device('A100', 108, 166912, 80), Device('H100', 132, 232448, 90),
            Device('H200', 132, 232448, 90))
 
 
-def kind():
-  """The device_kind of the mesh in context, or of the default device."""
-  target = jax.sharding.get_abstract_mesh().abstract_device
-  return (target or jax.devices()[0]).device_kind
-
-
 def device(name=None):
-  """The Device of a device_kind, None: `kind`; the smallest if not known."""
-  name = name or kind()
+  """The Device of a device_kind (None: of the one in use), or the smallest."""
+  name = name or tiles.device_kind()
   return next((d for d in DEVICES if d.name in name), DEVICES[0])
 
 

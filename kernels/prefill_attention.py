@@ -85,14 +85,15 @@ def prefill_attention(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B,
   back as garbage.
 
   Args:
-    impl: 'xla', 'pallas', 'pallas_interpret', or None to choose by platform.
+    impl: one of tiles.IMPLS, or None to choose by platform: see tiles.pick.
     scale: of q k^T; None for 1 / sqrt(H).
     softcap: scores s become softcap tanh(s / softcap); 0 for none.
     k_scale_KPC, v_scale_KPC: what int8 or float8 keys and values are
       multiplied by.
     window: a query at position p sees p - window + 1 to p; 0 for all. A
       block of queries reads nothing before its first one's window.
-    config: a TuningConfig of the kernel; None for the default.
+    config: a TuningConfig of the kernel (mosaic.TuningConfig for Mosaic's);
+      None for the default.
 
   Returns:
     o_SNH in q's dtype; float32 inside.
@@ -108,9 +109,11 @@ def prefill_attention(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B,
   if k_scale_KPC is not None:
     shapes.check(k_KPCH=k_KPCH, k_scale_KPC=k_scale_KPC,
                  v_scale_KPC=v_scale_KPC)
+  impl = tiles.pick(impl, call=(q_SNH, k_KPCH))
   op, options = reference, {}
-  if (impl := tiles.pick(impl)) != 'xla':
-    op, options = kernel, dict(interpret=impl != 'pallas', config=config)
+  if impl != 'xla':
+    op = mosaic_kernel if impl.startswith('mosaic') else kernel
+    options = dict(interpret=impl.endswith('interpret'), config=config)
   return op(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B,
             q_SNH.shape[-1]**-0.5 if scale is None else scale, softcap,
             window, k_scale_KPC, v_scale_KPC, **options)
@@ -138,6 +141,25 @@ def kernel(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B, scale, softcap,
       interpret, 'prefill_attention')(
           q_SNH, table_BM, start_A, pos_B, *cut(start_A, each, most), k_KPCH,
           v_KPCH, *scales)
+
+
+def mosaic_default(q_SNH, k_KPCH):
+  """The tuned config of the Mosaic kernel, or its heuristic's."""
+  from dsjax.kernels import mosaic
+  limits = paged.device(tiles.HOPPER[0])
+  return tuned.find(
+      'mosaic_prefill', shape_class(q_SNH, k_KPCH), mosaic.TuningConfig,
+      lambda config: config.check(q_SNH.shape[2], k_KPCH.shape[2], limits)
+  ) or mosaic.prefill_heuristic(q_SNH, k_KPCH, limits)
+
+
+def mosaic_kernel(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B, scale,
+                  softcap, window, *_, interpret=False, config=None):
+  """The Mosaic kernel; it takes no int8, no float8."""
+  from dsjax.kernels import mosaic  # not every JAX has it
+  return mosaic.prefill(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B, cut,
+                        scale, softcap, window, interpret,
+                        config or mosaic_default(q_SNH, k_KPCH))
 
 
 def cut(start_A, each, most):

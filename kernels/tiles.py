@@ -9,25 +9,41 @@ import jax.numpy as jnp
 NEVER = -1e30  # finite, so that a fully masked tile gives no NaN
 
 
-IMPLS = ('xla', 'pallas', 'pallas_interpret')
+IMPLS = ('xla', 'pallas', 'pallas_interpret', 'mosaic', 'mosaic_interpret')
+HOPPER = ('H100', 'H20', 'H800')  # parts of device kinds; H200, GH200 too
 
 
-def pick(impl, platform=None):
+def pick(impl, platform=None, call=None, kind=None):
   """The implementation to use: the named one, or the platform's.
 
   Args:
-    impl: one of IMPLS, or None: 'pallas' on a GPU, 'xla' elsewhere, and where
-      JAX has no Triton lowering any more (a warning says so once).
+    impl: one of IMPLS, or None: on a GPU 'mosaic' for what `mosaic_lacks`
+      nothing for, or else 'pallas'; 'xla' elsewhere, and where JAX has no
+      Triton lowering any more (a warning says so once).
     platform: of the devices that run it; None: the default one's.
+    call: (queries, keys) of an attention, arrays or their shapes; None for
+      another op, which Mosaic has none of.
+    kind: the devices' device_kind; None: of the mesh in context, or of the
+      default device.
 
   Raises:
-    ValueError: impl is unknown, or this JAX does not have it.
+    ValueError: impl is unknown, this JAX does not have it, or it cannot do
+      this call.
   """
   if impl not in (None, *IMPLS):
     raise ValueError(f'impl={impl!r}: must be None or one of {IMPLS}')
   gpu = (platform or jax.default_backend()) in ('gpu', 'cuda')
   if impl == 'xla' or impl is None and not gpu:
     return 'xla'
+  if impl in (None, 'mosaic', 'mosaic_interpret'):
+    kind = kind or device_kind()
+    if impl == 'mosaic_interpret' or impl and 'NVIDIA' not in kind:
+      kind = HOPPER[0]  # lowered here, if not interpreted, to run elsewhere
+    lacks = mosaic_lacks(call, kind)
+    if not lacks:
+      return impl or 'mosaic'
+    if impl:
+      raise ValueError(f'impl={impl!r}: {lacks}')
   if importlib.util.find_spec('jax.experimental.pallas.triton'):
     return impl or 'pallas'
   if impl is None:
@@ -36,6 +52,52 @@ def pick(impl, platform=None):
     return 'xla'
   raise ValueError(f'impl={impl!r}: this JAX has no jax.experimental.pallas.'
                    "triton; must be None or 'xla'")
+
+
+def device_kind():
+  """The device_kind of the mesh in context, or of the default device."""
+  target = jax.sharding.get_abstract_mesh().abstract_device
+  return (target or jax.devices()[0]).device_kind
+
+
+def mosaic_lacks(call, kind):
+  """What the Mosaic kernels need and do not have, a sentence; or ''.
+
+  They take bfloat16 or float16 queries and KV of the same dtype (what wgmma
+  multiplies, untouched), heads of 64, 128, 192 or 256, pages of 8 to 128
+  tokens, a power of two, up to 128 query heads a kv head (of heads wider than
+  128, up to 64 of both: the registers), and a Hopper GPU: later ones have no
+  wgmma.
+
+  Args:
+    call, kind: see `pick`.
+  """
+  if not importlib.util.find_spec('jax.experimental.pallas.mosaic_gpu'):
+    return 'this JAX has no jax.experimental.pallas.mosaic_gpu'
+  if call is None:
+    return 'it has attention only'
+  if not any(name in kind for name in HOPPER):
+    return f'a {kind}; must be a Hopper GPU (H100, H200)'
+  q, k_KPCH = call
+  (_, N, H), (K, _, C, _) = q.shape, k_KPCH.shape
+  if q.dtype != k_KPCH.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
+    return (f'queries of {q.dtype} and KV of {k_KPCH.dtype}; must be both '
+            'bfloat16 or both float16')
+  if H not in (64, 128, 192, 256):
+    return f'heads of {H}; must be 64, 128, 192 or 256'
+  most = 128 if H <= 128 else 64
+  if C not in (8, 16, 32, 64, most):
+    return (f'pages of {C} tokens of {H}; must be a power of two from 8 to '
+            f'{most}')
+  return '' if N // K <= most else (
+      f'{N // K} query heads of {H} a kv head; must be {most} at most')
+
+
+def portable(impl):
+  """The implementation of what reads and writes pages beside attention's."""
+  if impl == 'mosaic_interpret':
+    return 'xla'
+  return pick(None, 'gpu') if impl == 'mosaic' else impl
 
 
 def gather(x_KPCH, scale_KPC, table_Bm):

@@ -11,10 +11,11 @@ import functools
 import json
 import pathlib
 
-from dsjax.kernels import paged
+from dsjax.kernels import tiles
 
 PATH = pathlib.Path(__file__).with_name('tuned.json')
-OPS = ('decode_attention', 'prefill_attention', 'kv_write', 'page_copy')
+OPS = ('decode_attention', 'prefill_attention', 'kv_write', 'page_copy',
+       'mosaic_decode', 'mosaic_prefill')
 
 
 def find(op, shape, config_class, check):
@@ -28,7 +29,7 @@ def find(op, shape, config_class, check):
   Raises:
     ValueError: the file is malformed, or its config does not suit.
   """
-  kind = paged.kind()
+  kind = tiles.device_kind()
   fields = _load(PATH).get(kind, {}).get(op, {}).get(shape)
   if fields is None:
     return None
@@ -46,7 +47,7 @@ def find(op, shape, config_class, check):
 def save(op, shape, config):
   """Puts a config into the file, as this device's."""
   held = dict(_load(PATH))
-  ops = held[paged.kind()] = dict(held.get(paged.kind(), {}))
+  ops = held[tiles.device_kind()] = dict(held.get(tiles.device_kind(), {}))
   ops[op] = ops.get(op, {}) | {shape: dataclasses.asdict(config)}
   written = PATH.with_suffix('.new')
   written.write_text(json.dumps(held, indent=1, sort_keys=True) + '\n')

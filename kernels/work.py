@@ -5,12 +5,14 @@ reads and writes each number once. What a kernel moves is every byte that the
 loads and stores of all its programs ask for, so numbers that another program
 reads again, rows that only fill a block, and the last token, which fills the
 last tile, count each time, whether a cache of the device serves them or not.
+Mosaic's copies are of whole pages; each of its warpgroups loads the integers.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
+from dsjax.kernels import decode_attention, prefill_attention
 from dsjax.kernels.kv_write import largest
 
 INT = 4  # bytes of a table's entry, a length, a position
@@ -103,6 +105,58 @@ def prefill(config, q_SNH, k_KPCH, start_A, pos_B, window=0):
   moved = (grid[0] * K * 5 * INT + blocks * K * 2 * rows * H * item
            + tiles * K * size * (token + INT))
   return Work(4 * N * H * pairs, floor, moved, grid, 32 * config.num_warps)
+
+
+def mosaic_decode(config, q_BNH, k_KPCH, len_B, window=0):
+  """Work of decode_attention in Mosaic, what XLA does around it included."""
+  B, N, H = q_BNH.shape
+  K, _, C, _ = k_KPCH.shape
+  G, T, W = N // K, config.block_tokens, config.num_warpgroups
+  splits, item = config.splits, np.dtype(q_BNH.dtype).itemsize
+  like = decode_attention.TuningConfig()
+  flops, floor, *_ = decode(like, q_BNH, k_KPCH, len_B, window)
+  len_B = np.asarray(len_B, np.int64)
+  from_B = (np.maximum(len_B - window, 0) if window else 0 * len_B) // C * C
+  each_B = _up(_up(len_B - from_B, T), splits) * T
+  tiles = 0
+  for split in range(splits):
+    first_B = from_B + split * each_B
+    last_B = np.minimum(len_B, first_B + each_B)
+    tiles += int(np.sum(_up(np.maximum(last_B - first_B, 0), T)))
+  asked = W * (_up(G, 8) * 8 if W == 1 else 64)
+  programs = splits * B * K
+  moved = K * tiles * (2 * T * H * item + T // C * INT) + programs * (
+      asked * H * item + (W + 1) * INT)
+  if asked > G:
+    moved += B * N * H * item + B * K * asked * H * item
+  if splits == 1:
+    moved += programs * G * H * item
+  else:
+    moved += programs * (G * H + 2 * W * 64) * 4
+    moved += splits * B * N * (H + 2) * 4 + B * N * H * item
+  return Work(flops, floor, moved, (splits, B, K), 128 * (W + 1))
+
+
+def mosaic_prefill(config, q_SNH, k_KPCH, start_A, pos_B, window=0):
+  """Work of prefill_attention in Mosaic, but for the cutting into blocks."""
+  S, N, H = q_SNH.shape
+  C, T, W = k_KPCH.shape[2], config.block_tokens, config.num_warpgroups
+  item, size = np.dtype(q_SNH.dtype).itemsize, 64 * W
+  like = prefill_attention.TuningConfig(64 * N)
+  flops, floor, *_ = prefill(like, q_SNH, k_KPCH, start_A, pos_B, window)
+  blocks, tiles, counts = 0, 0, np.diff(start_A)
+  for count, pos in zip(counts.tolist(), np.asarray(pos_B).tolist(),
+                        strict=True):
+    first = np.arange(0, count, size)
+    low = np.maximum(pos + first + 1 - window, 0) if window else 0 * first
+    blocks += len(first)
+    tiles += int(np.sum(_up(pos + np.minimum(first + size, count)
+                            - low // C * C, T)))
+  grid = (S + len(counts) * (size - 1)) // size, N
+  moved = grid[0] * N * (W + 1) * 5 * INT + N * (
+      tiles * (2 * T * H * item + T // C * INT)
+      + (blocks * size + int(counts.sum())) * H * item)
+  return Work(flops, floor, moved, grid, 128 * (W + 1))
 
 
 def kv_write(config, k_SKH, held, turned=True):

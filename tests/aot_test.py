@@ -31,6 +31,12 @@ LAUNCHES = ('002: kKernel\tkv_write grid: [2048, 1, 1] threads: [32, 1, 1] '
             'shared_memory: 128\n')
 
 
+MOSAIC = ('%107 = gpu.launch_func async [%9] @decode_attention_mosaic_gpu_'
+          'kernel::@decode_attention_mosaic_gpu_kernel blocks in (%c2, %c8_0, '
+          '%c64) threads in (%c256, %c1, %c1)  dynamic_shared_memory_size '
+          '%c116784_i32 args(%24 : !llvm.ptr)')
+
+
 def row(**fields):
   return dict(
       gpu='h100', model='opt-13b', step='unpack 64', layers=2, tp=1, calls=1,
@@ -55,6 +61,21 @@ def test_kernels_are_ours_and_all_that_spill():
       kernels=dict(kv_write=dict(registers=52, spilled=0, grid='2048, 1, 1',
                                  threads=32, shared=128)),
       spills=dict(sort_2_1=8))
+
+
+def test_mosaic_kernels_are_read_once_and_known_by_their_hash(tmp_path):
+  (tmp_path / 'a_0.ptxas').write_text(PTXAS.replace(
+      'kv_write', 'decode_attention_mosaic_gpu_kernel'))
+  (tmp_path / 'a_0.mlir-passes.log').write_text(MOSAIC)
+  text, made = 'x kernel_hash = "\\9A", module = "y" ' * 2, {}
+  parts, = aot_steps.mosaic(tmp_path, text, made)
+  found = aot_report.kernels(*parts)['kernels']
+  assert found == dict(decode_attention=dict(
+      registers=52, spilled=0, grid='2, 8, 64', threads=256, shared=116784))
+  (tmp_path / 'a_0.ptxas').unlink()
+  assert aot_steps.mosaic(tmp_path, text, made) == [parts]
+  with pytest.raises(RuntimeError, match='1 new Mosaic kernels, 0 dumped'):
+    aot_steps.mosaic(tmp_path, text.replace('9A', '9B'), made)
 
 
 @pytest.mark.parametrize('fields, says', [

@@ -1,6 +1,7 @@
 """kernels.bench: what it counts, against the kernels executed and counted."""
 
 import contextlib
+import gc
 import inspect
 import io
 import json
@@ -19,6 +20,7 @@ from dsjax.kernels import (
     compiled,
     decode_attention,
     kv_write,
+    mosaic,
     page_copy,
     paged,
     prefill_attention,
@@ -162,6 +164,113 @@ def test_pages_move_what_the_programs_ask_for(monkeypatch):
   assert count.moved_bytes == moved and count.grid == (3, 2, 4)
 
 
+class Slice:
+  """A place in a whole array, of which Mosaic's copies count the bytes."""
+
+  def __init__(self, array, total):
+    self.array, self.total = array, total
+    self.shape, self.dtype, self.nbytes = (array.shape, array.dtype,
+                                           array.nbytes)
+    self.at = self
+
+  def __getitem__(self, index):
+    if index is Ellipsis:
+      return jnp.asarray(self.array)
+    index = index if isinstance(index, tuple) else (index,)
+    if self.dtype == np.int32:  # integers are loaded, not copied
+      self.total[0] += 4
+      return jnp.asarray(self.array[tuple(map(int, index))])
+    return Slice(self.array[tuple(
+        slice(int(i.start), int(i.start) + int(i.size))
+        if isinstance(i, jax.experimental.pallas.Slice) else int(i)
+        for i in index)], self.total)
+
+  def __setitem__(self, index, value):
+    assert index is Ellipsis
+    if self.total[1]:  # shared memory is not counted
+      self.total[0] += self.nbytes
+
+
+def mosaic_executed(monkeypatch, op, args):
+  """Bytes that a Mosaic kernel's copies and stores ask for, each executed.
+
+  All but the products; its integers are counted where they are loaded.
+  """
+  total, off = [0, True], [0, False]
+
+  def copied(source, target, *_):
+    total[0] += min(source.nbytes, target.nbytes)
+
+  names = {name: getattr(mosaic.plgpu, name) for name in (
+      'TilingTransform', 'SwizzleTransform')}
+  monkeypatch.setattr(mosaic, 'plgpu', types.SimpleNamespace(
+      **names, copy_gmem_to_smem=copied, copy_smem_to_gmem=copied,
+      **{name: lambda *_, **__: None for name in (
+          'set_max_registers', 'barrier_wait', 'barrier_arrive',
+          'commit_smem', 'wait_smem_to_gmem')}))
+  monkeypatch.setattr(mosaic, '_attend', lambda shared, *_: (
+      jnp.zeros(64), jnp.ones(64), jnp.zeros((64, shared.k_ZTH.shape[2]))))
+
+  def call(body, name, config, grid, names, out, k_KPCH, interpret):
+    H, W, Z = k_KPCH.shape[3], config.num_warpgroups, config.num_stages
+    tile = np.zeros((Z, config.block_tokens, H), k_KPCH.dtype)
+    rows = np.zeros((W * 64, H), k_KPCH.dtype)
+    to = np.zeros((W * 64, H), out[0].dtype)
+    shared = [Slice(x, off) for x in (
+        rows, to, tile, tile, *[np.zeros((8, 1))] * 4)]
+
+    def run(*inputs):
+      refs = [Slice(np.asarray(x), total) for x in inputs]
+      outs = [Slice(np.zeros(x.shape, x.dtype), total) for x in out]
+      for at in np.ndindex(*grid, W + 1):
+        where = dict(zip((*names, 'w'), at, strict=True))
+        monkeypatch.setattr(jax.lax, 'axis_index',
+                            lambda name, where=where: jnp.int32(where[name]))
+        body(*refs, *outs, *shared)
+      return [jnp.asarray(x.array) for x in outs]
+    return run
+
+  monkeypatch.setattr(mosaic, '_call', call)
+  with jax.disable_jit():
+    op(*args)
+  return total[0]
+
+
+@pytest.mark.parametrize('splits, group, window', [(1, 8, 0), (3, 3, 20)])
+def test_mosaic_decode_moves_what_it_copies(splits, group, window,
+                                            monkeypatch):
+  config = mosaic.TuningConfig(64, 2, 1, splits)
+  k, lens = pool(2, 40, 16, 64, 'bfloat16'), np.array([1, 70, 150], np.int32)
+  q = jnp.ones((3, 2 * group, 64), 'bfloat16')
+  table = np.arange(36, dtype=np.int32).reshape(3, 12)
+  moved = mosaic_executed(monkeypatch, mosaic.decode, (
+      q, k, k, table, lens, 0.3, 0.0, window, True, config))
+  asked = -(-group // 8) * 8
+  if asked > group:  # rows are filled up by XLA
+    moved += q.nbytes + 3 * 2 * asked * 64 * 2
+  if splits > 1:  # and joined
+    moved += splits * 3 * 2 * group * 66 * 4 + q.nbytes
+  count = work.mosaic_decode(config, q, k, lens, window)
+  assert count.moved_bytes == moved
+  assert count[:2] == work.decode(decode_attention.TuningConfig(), q, k, lens,
+                                  window)[:2]
+
+
+@pytest.mark.parametrize('window, groups', [(0, 1), (30, 2)])
+def test_mosaic_prefill_moves_what_it_copies(window, groups, monkeypatch):
+  config = mosaic.TuningConfig(64, 2, groups)
+  k, q = pool(2, 48, 16, 64, 'bfloat16'), jnp.ones((300, 4, 64), 'bfloat16')
+  table = np.arange(48, dtype=np.int32).reshape(4, 12)
+  start, pos = np.array([0, 70, 70, 201, 231]), np.array([40, 3, 0, 40])
+  moved = mosaic_executed(monkeypatch, mosaic.prefill, (
+      q, k, k, table, start.astype(np.int32), pos.astype(np.int32),
+      prefill_attention.cut, 0.3, 0.0, window, True, config))
+  count = work.mosaic_prefill(config, q, k, start, pos, window)
+  assert count.moved_bytes == moved
+  assert count.floor_bytes == work.prefill(
+      prefill_attention.TuningConfig(), q, k, start, pos, window).floor_bytes
+
+
 def test_the_count_sees_a_kernel_that_reads_more(monkeypatch):
   source = inspect.getsource(paged)
   mutant = types.ModuleType(paged.__name__)
@@ -277,7 +386,11 @@ def test_with_a_gpu_it_times_and_tunes_and_keeps_the_table_when_stopped(
   monkeypatch.setattr(bench, 'tune', lambda config, check, time_of: config)
   monkeypatch.setattr(tuned, 'PATH', tmp_path / 'tuned.json')
   monkeypatch.setattr(compiled, 'available', lambda name: False)
-  code, text = printed('A100', None, [TINY, TINY], True)
+  gc.disable()  # JAX's callback would report the exception on its way
+  try:
+    code, text = printed('A100', None, [TINY, TINY], True)
+  finally:
+    gc.enable()
   assert code == 130 and text.count('2 rows of 21') == 1
   assert '1000.0' in text and 'roofline' in text
   assert list(json.loads(tuned.PATH.read_text())) == ['cpu']
@@ -296,6 +409,27 @@ def test_bad_input_is_one_clear_error(given, says):
             else value or True)
   with pytest.raises(ValueError, match=says):
     bench.check_flags(flags)
+
+
+def test_a_gpu_that_is_not_known_is_one_clear_error(monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  given = types.SimpleNamespace(gpu=None, tune=True, models=[], ops=[])
+  with compiled.described('NVIDIA L4'), pytest.raises(
+      ValueError, match="the GPU here, NVIDIA L4: must be one of .*'A100'"):
+    bench.check_flags(given)
+  with compiled.described():
+    assert bench.check_flags(given) == ('H100', None)
+
+
+@pytest.mark.parametrize('model', bench.MODELS)
+def test_no_two_tokens_are_written_to_one_place(model):
+  for case in bench.cases(model):
+    if case.op == 'kv_write':
+      args = bench.arguments(case)
+      places = {*zip(args['page'].tolist(), args['offset'].tolist(),
+                     strict=True)}
+      assert len(places) == len(case.pieces)
+      assert args['page'].max() < args['held'][0].shape[1]
 
 
 # --- machine code ------------------------------------------------------------

@@ -7,10 +7,13 @@ Messages are JSON, ended by a zero byte, on the browser's descriptors 3 and 4
 import base64
 import json
 import os
+import pathlib
 import select
 import shutil
 import signal
 import subprocess
+import sys
+import tempfile
 import time
 
 NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')
@@ -105,3 +108,16 @@ class Browser:
     """Writes what is seen to a PNG."""
     data = self.call('Page.captureScreenshot')['data']
     path.write_bytes(base64.b64decode(data))
+
+
+def main(url, path, wait_s='5'):
+  """Looks at a page for some seconds, then writes what is seen."""
+  with tempfile.TemporaryDirectory() as folder, Browser(
+      find(), pathlib.Path(folder)) as page:
+    page.open(url)
+    time.sleep(float(wait_s))
+    page.screenshot(pathlib.Path(path))
+
+
+if __name__ == '__main__':  # python -m tests.browser URL PNG [SECONDS]
+  main(*sys.argv[1:])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dsjax import cache as kv
+from dsjax.kernels.kv_write import LARGEST, quantize
 from tests import tiny
 
 K, P, C, H = tiny.CONFIG.num_kv_heads, 5, 4, tiny.CONFIG.head_dim
@@ -77,3 +78,21 @@ def test_scatter_converts_to_the_cache_dtype():
   for x, page in zip(*map(jax.tree.leaves, (got, pages)), strict=True):
     assert x.dtype == jnp.bfloat16
     np.testing.assert_array_equal(x[:, 1:2], page.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize('dtype', LARGEST)
+def test_pages_of_a_byte_are_quantized_on_the_way(dtype):
+  cache, ids = filled(), np.array([3, 0])
+  pages = kv.gather_pages(cache, ids, 2 * C, dtype)
+  assert pages.k_KPCH[0].dtype == dtype
+  for x, got, scale in zip(cache.v_KPCH, pages.v_KPCH, pages.v_scale_KPC,
+                           strict=True):
+    want, want_scale = quantize(x[:, ids].reshape(K, 1, 2 * C, H), dtype)
+    np.testing.assert_array_equal(got.astype(jnp.float32),
+                                  want.astype(jnp.float32))
+    np.testing.assert_array_equal(scale, want_scale)
+  back = kv.gather_pages(pages, np.array([0]), dtype=jnp.float32)
+  rtol = {'int8': 2**-8, 'float8_e4m3fn': 2**-4, 'float8_e5m2': 2**-3}[dtype]
+  for x, got in zip(cache.k_KPCH, back.k_KPCH, strict=True):
+    np.testing.assert_allclose(got, x[:, ids].reshape(K, 1, 2 * C, H),
+                               rtol=rtol, atol=0.02)

@@ -1,6 +1,7 @@
 """The interpreted kernels serve: the tokens are those of the dense pass."""
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -51,7 +52,7 @@ def test_the_setting_reaches_the_steps():
 
 def test_an_unknown_attention_is_an_error_that_names_the_allowed():
   with pytest.raises(InputError, match="EngineConfig.attention='flash': must "
-                     "be None, 'xla', 'pallas' or 'pallas_interpret'"):
+                     "be None, 'xla', 'pallas', 'pallas_interpret' or 'mosai"):
     base.EngineConfig(attention='flash')
 
 
@@ -62,11 +63,10 @@ def test_gpu_kernels_on_cpu_are_an_error_before_anything_is_placed():
         LIMITS, attention='pallas'))
 
 
-@pytest.mark.parametrize('kv_dtype', ['float8_e4m3fn', 'float8_e5m2'])
-def test_float8_pages_serve(kv_dtype):
+def test_float8_pages_serve():
   """Kernels and references agree; most tokens are those of the dense pass."""
   limits = dataclasses.replace(LIMITS, kv_dtype='bfloat16', checksum=True,
-                               decode_kv_dtype=kv_dtype)
+                               decode_kv_dtype='float8_e4m3fn')
   placement = Placement(prefill=[Plan()], decode=[Plan(2)])
   prompts, got = answers(placement, (4, 0, 1), limits)
   assert got == answers(placement, (4, 0, 1), dataclasses.replace(
@@ -102,3 +102,38 @@ def test_every_step_lowers_for_cuda(kv_dtype):
       ('prefill', 'prefill'): 2, ('decode', 'decode'): 2,
       ('chunked', 'decode'): 2, ('chunked', 'prefill'): 3,
       'gather': copied, 'scatter': copied}
+
+
+@pytest.mark.parametrize('kind, dtype, picked', [
+    ('H100', 'bfloat16', 'mosaic'), ('H100', 'float32', 'pallas'),
+    ('A100', 'bfloat16', 'pallas')])
+def test_the_device_and_dtype_pick(kind, dtype, picked):
+  device = types.SimpleNamespace(platform='cuda', device_kind=f'NVIDIA {kind}')
+  mesh = types.SimpleNamespace(size=1, devices=np.array([device]))
+  asked = base.EngineConfig(dtype=dtype, num_pages=9)
+
+  def attention(asked):
+    shape, = stage_shapes(zoo.config('llama-3-8b'), [mesh], 'decode', asked,
+                          asked.instance('decode'))
+    return shape.attention
+
+  assert attention(asked) == picked
+  named = dataclasses.replace(asked, attention='mosaic')
+  if picked == 'mosaic':
+    assert attention(named) == 'mosaic'
+  else:
+    with pytest.raises(InputError, match="EngineConfig.attention: impl='mosa"):
+      attention(named)
+
+
+def test_the_steps_lower_for_cuda_with_mosaic():
+  config = dataclasses.replace(zoo.config('llama-3-8b'), num_layers=2)
+  limits = base.EngineConfig(num_pages=64, dtype='bfloat16', max_seqs=4)
+  mesh = Mesh(np.array(jax.devices()[:2]), (sharding.AXIS,))
+  instance = limits.instance('chunked')
+  shapes = stage_shapes(config, [mesh], 'chunked', limits, instance)[0]
+  step, args = abstract_steps(shapes._replace(attention='mosaic'),
+                              instance)[-1]
+  text = gpu.lower(step, *args)
+  assert text.count('custom_call @mosaic_gpu_v2') == 2  # prefill and decode
+  assert text.count('@__gpu$xla.gpu.triton') == 1  # the write

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from dsjax.kernels import decode_attention as decode
-from dsjax.kernels import paged, tiles
+from dsjax.kernels import mosaic, paged, tiles
 from dsjax.kernels import prefill_attention as prefill
 from dsjax.kernels.kv_write import LARGEST, largest
 from tests import gpu
@@ -74,7 +74,7 @@ def pools(case, lens):
   return dense, poisoned, clean_BM, table_BM, scales
 
 
-def compare(op, case, q, lens, rest, rows=None):
+def compare(op, case, q, lens, rest, rows=None, impl='pallas_interpret'):
   """op, interpreted on poison, equals its reference in float32."""
   dense, poisoned, clean_BM, table_BM, scales = pools(case, lens)
   options = dict(window=case.window, softcap=case.softcap,
@@ -84,10 +84,11 @@ def compare(op, case, q, lens, rest, rows=None):
   named = dict(zip(('k_scale_KPC', 'v_scale_KPC'), scales, strict=False))
   config = None
   if case.cuts:
-    config = inspect.getmodule(op).TuningConfig(*case.cuts)
+    module = mosaic if impl.startswith('mosaic') else inspect.getmodule(op)
+    config = module.TuningConfig(*case.cuts)
 
   def interpreted(args, named):
-    return op(*args, 'pallas_interpret', config=config, **options, **named)
+    return op(*args, impl, config=config, **options, **named)
 
   got = jax.jit(interpreted)((q, *poisoned, table_BM, *rest), named)
   assert got.dtype == q.dtype
@@ -97,16 +98,17 @@ def compare(op, case, q, lens, rest, rows=None):
                              np.asarray(want)[:rows], rtol=0, atol=atol)
 
 
-def check_decode(case, lens=None):
+def check_decode(case, lens=None, **options):
   """Rows of 1, C - 1, C, C + 1 tokens, and a long one."""
   C = case.C
   lens = lens or [1, max(C - 1, 1), C, C + 1, 3 * C + 5]
   rng = np.random.default_rng((case.seed, 1))
   q = jnp.asarray(rng.standard_normal((len(lens), case.N, case.H)), case.dtype)
-  compare(decode.decode_attention, case, q, lens, (np.array(lens, np.int32),))
+  compare(decode.decode_attention, case, q, lens, (np.array(lens, np.int32),),
+          **options)
 
 
-def check_prefill(case, packing=None):
+def check_prefill(case, packing=None, **options):
   """Whole prompts, chunks after earlier context, none; and padding."""
   C = case.C
   packing = packing or [(C + 1, 0), (0, 3), (1, C), (C - 1, 2), (3, 2 * C - 1)]
@@ -116,7 +118,7 @@ def check_prefill(case, packing=None):
   q = jnp.asarray(rng.standard_normal((rows + 3, case.N, case.H)), case.dtype)
   compare(prefill.prefill_attention, case, q, [sum(p) for p in packing],
           (np.cumsum((0, *counts)).astype(np.int32),
-           np.array(starts, np.int32)), rows)
+           np.array(starts, np.int32)), rows, **options)
 
 
 DECODE = [

@@ -474,7 +474,7 @@ def test_a_row_of_slot_E_changes_nothing(need):
 
 @pytest.mark.parametrize('count, size', [(20, 300), (5, 5), (16, 40), (33, 90)])
 def test_the_best_by_16_are_the_best_with_ties_in_order(count, size):
-  x = np.random.default_rng(0).integers(-9, 9, (4, size)).astype(np.float32)
+  x = np.random.default_rng(0).integers(-9, 0, (4, size)).astype(np.float32)
   for got, want in zip(sampling._top_by_16(jnp.asarray(x), count),
                        jax.lax.top_k(x, count), strict=True):
     np.testing.assert_array_equal(got, want)

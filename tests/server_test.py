@@ -424,7 +424,7 @@ def test_tokens_that_would_come_too_slowly_are_refused(running, client):
   service = running.service
   old = service.limits
   complete(client)
-  assert 0 < service._gap_s <= service.expected_tpot_s < 10  # was measured
+  assert 0 < service._gap_s < 10  # it was measured
   try:
     service.limits = dataclasses.replace(old, max_tpot_s=1e-9)
     assert post(running, '/v1/completions', TEXT).status_code == 200  # empty
@@ -666,6 +666,7 @@ class Stuck:
   def __init__(self, broken=False):
     self.requests, self.next_id, self.origin = {}, 0, 0.0
     self.observers, self.busy, self.broken = [], False, broken
+    self.steps_end = False
     self.model, self.config, self.placement = MODEL, CONFIG, PLACEMENT
     self.plan = scheduler.Config((), 256)
     self.state = scheduler.init(self.plan)
@@ -686,7 +687,7 @@ class Stuck:
     if self.broken:
       raise RuntimeError('the device fell off')
     time.sleep(0.001)
-    return False
+    return self.steps_end
 
   def close(self):
     pass
@@ -706,6 +707,9 @@ def test_health_tells_a_hang_from_patience():
     now[0] += LIMITS.stall_s
     health = httpx.get(one.url + '/health')
     assert (health.status_code, health.json()) == (503, {'status': 'stalled'})
+    # Steps that end are progress, though no token has come of them.
+    one.service.orchestrator.steps_end = True
+    until(lambda: httpx.get(one.url + '/health').status_code == 200)
   finally:
     one.stop()
 
