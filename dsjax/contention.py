@@ -13,7 +13,15 @@ import math
 
 from dsjax.base import require
 
-KINDS = ('prefill', 'decode', 'mixed')
+KINDS = ('prefill', 'decode', 'mixed', 'single')
+
+
+def kind_of(pieces, batch):
+  """The kind of a step of prompt pieces and decode rows. A decode step of one
+  row is 'single': it has no work for several cores."""
+  if pieces:
+    return 'mixed' if batch else 'prefill'
+  return 'decode' if batch > 1 else 'single'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +77,8 @@ class Devices:
     """Puts work behind what the instance has to do.
 
     Args:
-      tag: what `until` gives back. kind: of KINDS. steps: seconds alone of
-        each. ready_s: it starts no sooner.
+      tag: what `until` gives back. kind: of KINDS, or None for what slows
+        nothing. steps: seconds alone of each. ready_s: it starts no sooner.
     """
     self.queues[index].append(_Work(tag, kind, ready_s, steps))
     self.look(index)

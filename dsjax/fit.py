@@ -22,7 +22,7 @@ import optax
 
 from dsjax import base, latency
 from dsjax.base import require
-from dsjax.contention import KINDS, Contention
+from dsjax.contention import KINDS, Contention, kind_of
 
 
 class Cell(NamedTuple):
@@ -72,11 +72,12 @@ def residuals(model, cells):
   return out
 
 
-def nonnegative(features, seconds):
-  """argmin over c >= 0 of sum_i ((features_i . c) / seconds_i - 1)^2.
+def nonnegative(features, seconds, weights=None):
+  """argmin over c >= 0 of sum_i (w_i ((features_i . c) / seconds_i - 1))^2.
 
   Args:
     features: [cells, constants], at most 10 constants. seconds: above 0.
+    weights: of the relative errors; None: 1 each. seconds: absolute errors.
 
   Returns:
     (constants, sum of squared relative errors), float64.
@@ -90,17 +91,18 @@ def nonnegative(features, seconds):
   require(x.ndim == 2 and x.shape[0] == len(y) and 1 <= x.shape[1] <= 10
           and np.isfinite(x).all(), 'features', x.shape,
           f'[{len(y)}, 1 to 10] of finite numbers')
-  x = x / y[:, None]
+  w = np.ones(len(y)) if weights is None else np.asarray(weights, float)
+  x = x * (w / y)[:, None]
   size = np.linalg.norm(x, axis=0)
   size[size == 0] = 1.0
   x = x / size
-  best, least = np.zeros(x.shape[1]), float(len(y))  # c = 0 misses all by 1
+  best, least = np.zeros(x.shape[1]), float(w @ w)  # c = 0 misses all by 1
   for count in range(1, x.shape[1] + 1):
     for chosen in itertools.combinations(range(x.shape[1]), count):
-      c = np.linalg.lstsq(x[:, chosen], np.ones(len(y)), rcond=None)[0]
+      c = np.linalg.lstsq(x[:, chosen], w, rcond=None)[0]
       if (c < 0).any():
         continue
-      error = float(np.sum((x[:, chosen] @ c - 1)**2))
+      error = float(np.sum((x[:, chosen] @ c - w)**2))
       if error < least:
         best, least = np.zeros(x.shape[1]), error
         best[list(chosen)] = c
@@ -271,7 +273,7 @@ class Step(NamedTuple):
   its command was issued, or the step before it on the instance ended, the
   later of the two. idle: the instance had nothing before it, so the seconds
   hold the host's time to dispatch too. beside_s: {kind: seconds of other
-  instances' steps of that kind meanwhile}.
+  instances' steps of that kind meanwhile}, of contention.KINDS.
   """
 
   instance: int
@@ -279,6 +281,11 @@ class Step(NamedTuple):
   start_s: float
   idle: bool
   beside_s: dict
+
+  @property
+  def kind(self):
+    """Of contention.KINDS."""
+    return kind_of(self.cell.pieces, self.cell.batch)
 
   @property
   def overlap(self):
@@ -289,10 +296,11 @@ class Step(NamedTuple):
 
 class Copy(NamedTuple):
   """One migration of a served run: seconds after the one before it on its
-  link."""
+  link. behind: its source had something to do before its pages were read."""
 
   num_tokens: int
   seconds: float
+  behind: bool
 
 
 def observe(log):
@@ -313,17 +321,18 @@ def observe(log):
       last[event.instance] = event.time_s
     elif isinstance(event, base.Migrated) and (
         event.id, event.epoch) in copies:
-      c, at = copies.pop((event.id, event.epoch))
+      c, at, behind = copies.pop((event.id, event.epoch))
       start = max(at, freed.get((c.source, c.target), -np.inf))
       freed[c.source, c.target] = event.time_s
-      moved.append(Copy(c.num_tokens, event.time_s - start))
+      moved.append(Copy(c.num_tokens, event.time_s - start, behind))
     elif isinstance(event, base.InstanceDown):
       sent = {k: v for k, v in sent.items() if k[0] != event.instance}
     for c in commands:
       if isinstance(c, (base.RunPrefill, base.RunDecode)):
         sent[c.instance, c.number] = c, event.time_s
       elif isinstance(c, base.Migrate):
-        copies[c.id, c.epoch] = c, event.time_s
+        copies[c.id, c.epoch] = c, event.time_s, any(
+            index == c.source for index, _ in sent)
   return _overlaps(steps), moved
 
 
@@ -344,9 +353,9 @@ def _steps_of(command, at, begin, event):
 def _overlaps(steps):
   """Steps with their beside_s."""
   lines = {}
-  for key in {(s.instance, s.cell.kind) for s in steps}:
+  for key in {(s.instance, s.kind) for s in steps}:
     own = [(s.start_s, s.cell.seconds) for s in steps
-           if (s.instance, s.cell.kind) == key]
+           if (s.instance, s.kind) == key]
     at = np.array([t for start, d in own for t in (start, start + d)])
     busy = np.cumsum([x for _, d in own for x in (0.0, d)])
     lines[key] = at, busy
@@ -369,8 +378,8 @@ def net_s(model, step):
 
 def alone_s(model, step, contention):
   """Seconds that a Step would have taken on a device left alone."""
-  kind, seconds = step.cell.kind, net_s(model, step)
-  spent = sum(s * (1 - 1 / contention.factor(kind, [other]))
+  seconds = net_s(model, step)
+  spent = sum(s * (1 - 1 / contention.factor(step.kind, [other]))
               for other, s in step.beside_s.items())
   return max(seconds - spent, seconds / 8)
 
@@ -392,7 +401,7 @@ def fit_contention(models, steps):
   """
   factors = {}
   for kind in KINDS:
-    of = [s for s in steps if s.cell.kind == kind]
+    of = [s for s in steps if s.kind == kind]
     beside = {other: sum(s.beside_s.get(other, 0.0) for s in of)
               for other in KINDS}
     total_s = sum(s.cell.seconds for s in of)
@@ -412,7 +421,7 @@ def fit_contention(models, steps):
       work = [max(w - row[0], w / 8) for w, row in zip(work, rows,
                                                       strict=True)]
       rows = [row[1:] for row in rows]
-    rates, _ = nonnegative(rows, work)
+    rates, _ = nonnegative(rows, work, work)  # long steps are what counts
     alone, rates = (rates[0], rates[1:]) if known else (1.0, rates)
     for other in KINDS:
       rate = rates[own.index(other if other in own else most)]
@@ -467,7 +476,11 @@ def calibrate(model, steps, contention=None):
 
 
 def calibrate_link(link, copies, host_s=0.0):
-  """A Link moved onto the Copies of a served run: all of it scaled."""
+  """A Link moved onto the Copies of a served run: all of it scaled.
+
+  By those that were behind nothing, if there are any.
+  """
+  copies = [c for c in copies if not c.behind] or copies
   if not copies:
     return link
   ratio = (sum(max(c.seconds - host_s, c.seconds / 2) for c in copies)

@@ -13,9 +13,11 @@ What orchestrator.py does, and what this models of it:
 - An instance runs its commands in order, through `pp` stages, each with a
   queue without bound before it. A command enters stage 1 when that is free
   and the tokens it starts from have left the last stage.
-- A migration takes its link for itself and is dispatched like a command. It
-  lands in buffers of its own and delays no step of its target; that its pages
-  are written there, before the next step, is part of its own time.
+- A migration is dispatched like a command. Its pages are read behind what its
+  source has in flight, as the steps there own the cache in turn; then it takes
+  its link for itself. It lands in buffers of its own and delays no step of its
+  target; that its pages are written there, before the next step, is part of
+  its own time.
 - Instances that share cores slow each other (contention.py): then a step's
   end is known only as the others' steps are, and nothing is leapt over.
 - Arrivals of one moment are told together (Arrived.more). At one moment
@@ -40,7 +42,7 @@ import heapq
 from typing import NamedTuple
 
 from dsjax import base, metrics, scheduler
-from dsjax.contention import Devices
+from dsjax.contention import Devices, kind_of
 
 _ARRIVED, _MIGRATED, _STEP = range(3)  # order of events of one moment
 _NEVER = (float('inf'),)
@@ -116,12 +118,13 @@ class _Instance:
     rows, batch = command.rows, len(command.rows)
     context = sum([r[1] for r in rows]) + batch * (command.tick + 1)
     if type(command) is base.RunDecode:
-      return 'decode', [self.latency.decode_s(batch, context + n * batch)
-                        for n in range(command.steps)]
+      return kind_of((), batch), [
+          self.latency.decode_s(batch, context + n * batch)
+          for n in range(command.steps)]
     pieces = tuple([(c.start, c.stop) for c in command.chunks])
-    if rows:
-      return 'mixed', [self.latency.mixed_s(pieces, batch, context)]
-    return 'prefill', [self.latency.prefill_s(pieces)]
+    return kind_of(pieces, batch), [
+        self.latency.mixed_s(pieces, batch, context) if rows
+        else self.latency.prefill_s(pieces)]
 
   def pieces(self, ready_s, command):
     """Times of the end of a prefill or mixed command."""
@@ -272,9 +275,7 @@ class _Run:
       if self.devices:
         done = self.devices.until(heap[0][0] if heap else float('inf'))
         if done:
-          index, command, times = done
-          self.told(index, command.number, times,
-                    type(command) is base.RunDecode)
+          self.ended(*done)
           continue
       if not heap and not self.loose:
         break
@@ -302,6 +303,14 @@ class _Run:
     if one.due:
       self.expect(index, one.due[0])
     self.told(index, number, times, decode)
+
+  def ended(self, index, command, times):
+    """What an instance on shared cores had to do is done."""
+    if type(command) is base.Migrate:
+      self.send(command, times[-1])
+    else:
+      self.told(index, command.number, times,
+                type(command) is base.RunDecode)
 
   def told(self, index, number, times, decode):
     """The event of a command that is done."""
@@ -357,12 +366,21 @@ class _Run:
       self.expect(index, one.due[0])
 
   def copy(self, command, now_s):
-    """A migration, behind those that share its link."""
-    c = command
+    """A migration: its pages are read once the source has done what it has to
+    do."""
+    one = self.instances[command.source]
+    ready_s = now_s + one.host_s
+    if self.devices:
+      self.devices.add(command.source, command, None, [0.0], ready_s)
+    else:
+      self.send(command, max(ready_s, *one.free_s))
+
+  def send(self, c, now_s):
+    """What a migration has read, behind what shares its link."""
     keys = (((c.source, c.target),) if self.share == 'pair'
             else (('from', c.source), ('to', c.target)))
     free_s = max(self.links.get(key, 0.0) for key in keys)
-    start_s = max(free_s, now_s + self.instances[c.source].host_s)
+    start_s = max(free_s, now_s)
     done_s = start_s + self.link.migrate_s(c.num_tokens)
     self.links.update(dict.fromkeys(keys, done_s))
     self.link_s += done_s - start_s

@@ -259,7 +259,8 @@ def typical(config):
   tokens = min(config.prefill_tokens, config.max_len) // 2
   rows, each = max(1, config.max_seqs // 2), config.max_len // 2
   return {'prefill': (((0, tokens),), 0, 0), 'decode': ((), rows, each),
-          'mixed': (((0, tokens),), max(1, rows // 2), each)}
+          'mixed': (((0, tokens),), max(1, rows // 2), each),
+          'single': ((), 1, each)}
 
 
 def beside(mine, theirs, config, rounds, tick):
@@ -374,7 +375,8 @@ def measure(loaded, plans, config, rounds=5, points=4, bar=None, name=None):
         links[plan, to] = fit.fit_link(lengths, seconds, kv_bytes)
     if plan == base.Plan():
       other = build(loaded, plan, 'chunked', config, devices[most:])
-      task = bar.add_task(f'{label}: side by side', total=9 * (rounds + 1))
+      task = bar.add_task(f'{label}: side by side', total=(
+          rounds + 1) * len(contention.KINDS)**2)
       shared = beside(bare, Cells(other), config, rounds,
                       lambda t=task: bar.advance(t))
   return latency.Profile(

@@ -201,7 +201,7 @@ def step_times(profiles, log):
       add(kind, found)
   if copies:
     add('migrate', [(c.seconds, profiles.link.migrate_s(c.num_tokens)
-                     + profiles.latencies[0].host_s, 0.0)
+                     + profiles.latencies[0].host_s, float(c.behind))
                     for c in copies])
   return rows
 
@@ -349,7 +349,8 @@ def _show_steps(console, rows):
                       number(s['together']))
   console.print(table)
   console.print('alone, together: steps in which the other instance was at '
-                'work less or more than half of the time', soft_wrap=True)
+                'work less or more than half of the time; of a migration, '
+                'whether its pages were read behind a step', soft_wrap=True)
 
 
 def draw(path, rows):

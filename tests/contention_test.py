@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dsjax import base, fit, latency, scheduler, simulator
-from dsjax.contention import KINDS, Contention, Devices
+from dsjax.contention import KINDS, Contention, Devices, kind_of
 from experiments import setting, validate
 
 LINK = latency.Link(0.01, 1e6, 1e3)
@@ -92,7 +92,7 @@ def test_contention_is_found_in_a_served_run(mode):
   bench = validate.Profiles((ALONE,) * 2, LINK)
   log = run(mode, 8.0, truth, real, log=True).log
   found = bench.calibrated(log)
-  seen = {(s.cell.kind, other) for s in fit.observe(log)[0]
+  seen = {(s.kind, other) for s in fit.observe(log)[0]
           for other in s.beside_s}
   assert len(seen) > 1
   if mode == 'disaggregated':
@@ -113,6 +113,18 @@ def test_nothing_beside_shows_nothing():
   steps, _ = fit.observe(run('disaggregated', 0.5, log=True).log)
   few = [s._replace(beside_s={}) for s in steps]
   assert fit.fit_contention((ALONE,) * 2, few) == Contention({})
+
+
+def test_a_step_of_one_row_is_a_kind_of_its_own():
+  assert [kind_of(*x) for x in (((), 1), ((), 2), (((0, 4),), 0),
+                                (((0, 4),), 1))] == [
+      'single', 'decode', 'prefill', 'mixed']
+  log = run('disaggregated', 8.0, SHARED, log=True).log
+  steps, _ = fit.observe(log)
+  assert {s.kind for s in steps} == {'single', 'decode', 'prefill'}
+  lone = [s for s in steps if s.kind == 'single' and s.overlap > 0]
+  assert lone and all(s.cell.seconds == pytest.approx(fit.predict_s(
+      ALONE, s.cell)) for s in lone)  # SHARED names 'decode' only
 
 
 @pytest.mark.parametrize('factors, part', [

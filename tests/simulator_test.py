@@ -21,6 +21,7 @@ from dsjax import (
   simulator,
   workload,
 )
+from dsjax.contention import Contention
 from experiments import timeline
 
 
@@ -128,6 +129,21 @@ def test_a_copy_delays_no_step_of_its_target():
                                  1.68])
 
 
+@pytest.mark.parametrize('contention', [None, Contention({})])
+def test_pages_are_read_behind_what_their_source_does(contention):
+  # Decode has a place for one: A until 4.73. B, prefilled at 2, is pulled then,
+  # while C is prefilled from 4 to 6: its pages are read at 6.
+  config = plan(PD, prefill_seqs=1)
+  config = dataclasses.replace(config, instances=(
+      config.instances[0],
+      dataclasses.replace(config.instances[1], max_seqs=1)))
+  result = simulator.simulate(
+      config, requests((0, 10, 3), (0, 10, 2), (4, 20, 1)), Affine(), Link(),
+      log=True, contention=contention)
+  assert [e.time_s for e, _ in result.log
+          if isinstance(e, base.Migrated)] == pytest.approx([1.5, 6.5])
+
+
 def test_colocated_by_hand():
   # B waits for A's decode step, which was sent behind A's prefill.
   result = simulator.simulate(
@@ -148,13 +164,14 @@ def test_chunked_by_hand():
 
 
 def test_two_stages_by_hand():
-  # Prefill overlaps by half. When B comes to decode at 1.5, two steps of A are
-  # in flight; the second is in the first stage until 3.25.
+  # Prefill overlaps by half. A's pages are read behind B's prefill, at 1.5, when
+  # two steps of A go; the second, which waits for the first's token, is in the
+  # first stage until 3.75, and B's first is behind it.
   result = simulator.simulate(
       plan(PD, prefill_seqs=1, pp=2), requests((0, 10, 3), (0, 10, 3)),
       Affine(context_s=0.0, pp=2), Link(0.0))
-  assert tokens(result) == [pytest.approx([1.0, 2.5, 4.0]),
-                            pytest.approx([1.5, 4.75, 6.25])]
+  assert tokens(result) == [pytest.approx([1.0, 3.0, 4.5]),
+                            pytest.approx([1.5, 5.25, 6.75])]
   shares = Affine(context_s=0.0, pp=2, stage_share=(0.2, 0.8))
   result = simulator.simulate(plan(PD, prefill_seqs=1, pp=2),
                               requests((0, 10, 1), (0, 10, 1)), shares, Link())

@@ -112,7 +112,8 @@ def test_calibration_finds_what_a_device_alone_did_not_show(
   assert errors[0]['tpot_s']['mean'] < -0.2  # the profile is too fast
   rows = validate.step_times(found, simulated(roles, truth, far, 20.).log)
   for r in rows:
-    assert r['ratio'] == pytest.approx(1.0)
+    assert r['ratio'] == pytest.approx(1.0, abs=(
+        0.1 if r['what'] == 'migrate' else 1e-6))  # some wait for a prefill
 
 
 def test_requests_are_the_same_at_every_rate_but_for_time():
