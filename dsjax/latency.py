@@ -261,14 +261,22 @@ def speedup(one, many, pieces):
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-  """KV from one instance to another: base_s + bytes / bytes_per_s."""
+  """KV from one instance to another: base_s + bytes / bytes_per_s.
+
+  kv_bytes: of a token, all layers. beside: pages are read while the source's
+  steps go on; else behind those in flight, which own the cache in turn, as on
+  our engine.
+  """
 
   base_s: float
   bytes_per_s: float
-  kv_bytes: float  # of a token, all layers
+  kv_bytes: float
+  beside: bool = False
 
   def __post_init__(self):
     require(finite(self.base_s), 'Link.base_s', self.base_s, '0 or more')
+    require(isinstance(self.beside, bool), 'Link.beside', self.beside,
+            'true or false')
     for field in ('bytes_per_s', 'kv_bytes'):
       value = getattr(self, field)
       require(positive(value), f'Link.{field}', value, 'above 0')

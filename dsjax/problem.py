@@ -43,7 +43,8 @@ class Cluster:
     nodes, devices_per_node: how many.
     memory_bytes: of a device.
     intra_bytes_per_s, inter_bytes_per_s: of a KV transfer inside a node and
-      between nodes; hand_off_s: its fixed part.
+      between nodes; hand_off_s: its fixed part. reads_beside: pages are
+      read while their source computes, see latency.Link.
   """
 
   nodes: int = 1
@@ -52,6 +53,7 @@ class Cluster:
   intra_bytes_per_s: float = 300e9
   inter_bytes_per_s: float = 25e9 / 8
   hand_off_s: float = 1e-3
+  reads_beside: bool = False
 
   def __post_init__(self):
     for field in ('nodes', 'devices_per_node'):
@@ -64,6 +66,8 @@ class Cluster:
               'a number above 0')
     require(latency.finite(self.hand_off_s), 'Cluster.hand_off_s',
             self.hand_off_s, 'seconds, 0 or more')
+    require(isinstance(self.reads_beside, bool), 'Cluster.reads_beside',
+            self.reads_beside, 'true or false')
 
   @property
   def num_devices(self):
@@ -269,7 +273,7 @@ def link_of(problem, aligned):
   return latency.Link(
       cluster.hand_off_s, cluster.intra_bytes_per_s if aligned
       else cluster.inter_bytes_per_s,
-      config.kv_bytes_per_token(problem.itemsize))
+      config.kv_bytes_per_token(problem.itemsize), cluster.reads_beside)
 
 
 # --- one candidate ------------------------------------------------------------

@@ -14,10 +14,10 @@ What orchestrator.py does, and what this models of it:
   queue without bound before it. A command enters stage 1 when that is free
   and the tokens it starts from have left the last stage.
 - A migration is dispatched like a command. Its pages are read behind what its
-  source has in flight, as the steps there own the cache in turn; then it takes
-  its link for itself. It lands in buffers of its own and delays no step of its
-  target; that its pages are written there, before the next step, is part of
-  its own time.
+  source has in flight, as the steps there own the cache in turn (not where
+  link.beside says otherwise); then it takes its link for itself. It lands in
+  buffers of its own and delays no step of its target; that its pages are
+  written there, before the next step, is part of its own time.
 - Instances that share cores slow each other (contention.py): then a step's
   end is known only as the others' steps are, and nothing is leapt over.
 - Arrivals of one moment are told together (Arrived.more). At one moment
@@ -82,7 +82,8 @@ def simulate(config, requests, latencies, link=None, log=False, leap=True,
       decode_s(batch, context), decode_line(batch), mixed_s(pieces, batch,
       context), host_s, pp; optionally stage_share, the part of each of the
       pp stages in a step's seconds (equal parts without it).
-    link: migrate_s(num_tokens); None where nothing migrates.
+    link: migrate_s(num_tokens), and beside (see latency.Link); None where
+      nothing migrates.
     log: keep the event log (and apply every event).
     leap: False applies every event and adds up every decode step.
     share: 'pair' for a link of its own for every (source, target); 'nic'
@@ -366,11 +367,12 @@ class _Run:
       self.expect(index, one.due[0])
 
   def copy(self, command, now_s):
-    """A migration: its pages are read once the source has done what it has to
-    do."""
+    """A migration: its pages are read, behind what its source has to do."""
     one = self.instances[command.source]
     ready_s = now_s + one.host_s
-    if self.devices:
+    if getattr(self.link, 'beside', False):
+      self.send(command, ready_s)
+    elif self.devices:
       self.devices.add(command.source, command, None, [0.0], ready_s)
     else:
       self.send(command, max(ready_s, *one.free_s))

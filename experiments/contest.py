@@ -92,7 +92,8 @@ def latency_of(model, factors=(1.1, 1.0)):
 def problem(model, slo, make, longest, factors, nodes=1, devices=8, **kwargs):
   """A placement.Problem on A100-80GB nodes."""
   return placement.Problem(
-      zoo.config(model), placement.Cluster(nodes, devices), slo, make,
+      zoo.config(model), placement.Cluster(nodes, devices,
+                                           reads_beside=True), slo, make,
       latency_of(model, factors), TARGET, max_len=max(longest, 2048),
       strict=None, **kwargs)
 

@@ -20,9 +20,6 @@ from tokenizers import decoders
 from dsjax import base, checkpoint, gguf_file, tokenizer
 from experiments import live
 
-_MODEL = flags.DEFINE_string('model', 'smollm2-135m-instruct',
-                             'Name or .gguf file.')
-_OUT = flags.DEFINE_string('out', 'out/tokenizer', 'Folder to write to.')
 _CONTROL = 3  # GGUF's type of a control token
 _TEXT = 'Why is the sky blue? Ολα καλά \U0001f41d 12345'
 
@@ -71,8 +68,10 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unexpected: {" ".join(argv[1:])}')
   with live.one_error(OSError):
-    sys.exit(run(_MODEL.value, pathlib.Path(_OUT.value)))
+    sys.exit(run(flags.FLAGS.model, pathlib.Path(flags.FLAGS.out)))
 
 
 if __name__ == '__main__':
+  flags.DEFINE_string('model', 'smollm2-135m-instruct', 'Name or .gguf file.')
+  flags.DEFINE_string('out', 'out/tokenizer', 'Folder to write to.')
   app.run(main)

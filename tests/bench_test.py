@@ -308,16 +308,22 @@ def test_grids_are_those_of_the_compiled_steps(name):
   for model in bench.MODELS:
     golden = {r['step']: r['kernels'] for r in rows
               if (r['gpu'], r['model']) == (name.lower(), model)}
-    for case in bench.cases(model):
+    told = set()  # the first of an op is what it picks on that device
+    for case in bench.wanted((model,), ('decode', 'kv_write'), name):
       if (case.op, case.text) not in (('decode', '64 rows of 2048'),
                                       ('kv_write', '2048 tokens')):
         continue
-      if case.kv == bench.DTYPE:
+      if case.kv == bench.DTYPE and case.op not in told:
+        told.add(case.op)
         args, limits = bench.arguments(case), paged.device(name)
         done = bench.count(case, args, bench.plan(case, args, limits)[0])
         found = [k['grid'] for step in golden.values() for n, k in step.items()
                  if n.startswith(case.op) and k['threads'] == done.threads]
-        assert ', '.join(map(str, (*done.grid, 1)[:3])) in found
+        grid = (*done.grid, 1)[:3]
+        if case.impl == 'mosaic':  # whose last axis is CUDA's first
+          grid = grid[::-1]
+        assert ', '.join(map(str, grid)) in found
+    assert told == {'decode', 'kv_write'}
 
 
 # --- the runner --------------------------------------------------------------

@@ -57,6 +57,7 @@ class Link:
 
   fixed_s: float = 0.5
   token_s: float = 0.0
+  beside: bool = False
 
   def migrate_s(self, num_tokens):
     return self.fixed_s + self.token_s * num_tokens
@@ -130,7 +131,9 @@ def test_a_copy_delays_no_step_of_its_target():
 
 
 @pytest.mark.parametrize('contention', [None, Contention({})])
-def test_pages_are_read_behind_what_their_source_does(contention):
+@pytest.mark.parametrize('beside, landed', [(False, 6.5), (True, 5.23)])
+def test_pages_are_read_behind_what_their_source_does(contention, beside,
+                                                      landed):
   # Decode has a place for one: A until 4.73. B, prefilled at 2, is pulled then,
   # while C is prefilled from 4 to 6: its pages are read at 6.
   config = plan(PD, prefill_seqs=1)
@@ -138,10 +141,10 @@ def test_pages_are_read_behind_what_their_source_does(contention):
       config.instances[0],
       dataclasses.replace(config.instances[1], max_seqs=1)))
   result = simulator.simulate(
-      config, requests((0, 10, 3), (0, 10, 2), (4, 20, 1)), Affine(), Link(),
-      log=True, contention=contention)
+      config, requests((0, 10, 3), (0, 10, 2), (4, 20, 1)), Affine(),
+      Link(beside=beside), log=True, contention=contention)
   assert [e.time_s for e, _ in result.log
-          if isinstance(e, base.Migrated)] == pytest.approx([1.5, 6.5])
+          if isinstance(e, base.Migrated)] == pytest.approx([1.5, landed])
 
 
 def test_colocated_by_hand():
@@ -164,9 +167,9 @@ def test_chunked_by_hand():
 
 
 def test_two_stages_by_hand():
-  # Prefill overlaps by half. A's pages are read behind B's prefill, at 1.5, when
-  # two steps of A go; the second, which waits for the first's token, is in the
-  # first stage until 3.75, and B's first is behind it.
+  # Prefill overlaps by half. A's pages are read behind B's prefill, at 1.5;
+  # then two steps of A go. The second, which waits for the first's token, is in
+  # the first stage until 3.75, and B's first is behind it.
   result = simulator.simulate(
       plan(PD, prefill_seqs=1, pp=2), requests((0, 10, 3), (0, 10, 3)),
       Affine(context_s=0.0, pp=2), Link(0.0))
