@@ -46,7 +46,6 @@ __all__ = ['Answer', 'Candidate', 'Cluster', 'Problem', 'Progress', 'Row',
 # answer does not depend on how many processes there are.
 WAVE = 4
 FINAL_EFFORT = 4.0  # requests of the best placements' runs: this many times
-STRICT_EFFORT = 2.0
 
 
 class Progress(NamedTuple):
@@ -262,7 +261,8 @@ class _Search:
           tight[row.placement.mode] = _key(row)
         self.tell(row)
     if problem.strict:
-      tasks = [Task(self.again(r), problem.strict, None, STRICT_EFFORT,
+      tasks = [Task(self.again(r), problem.strict, None,
+                    problem.strict_effort,
                     0.7 * r.goodput.rate_per_s) for r in self.tops()]
       for candidate, found in self.measured(tasks):
         self.strict.append(Row(candidate.placement, found, candidate.aligned,

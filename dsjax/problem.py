@@ -120,6 +120,8 @@ class Problem:
     tolerance: rates differ by this share where bisection ends.
     replicas: most instances of a phase in a disaggregated candidate.
     strict: a second target, of the best placements alone; None: none.
+    strict_effort: of its runs, see Task; above 1, intervals near a share of 1
+      that say something, at several times the price of the search.
     rate_per_s: of the whole cluster; None: what counts is each device.
   """
 
@@ -140,6 +142,7 @@ class Problem:
   tolerance: float = 0.05
   replicas: int = 3
   strict: float | None = 0.99
+  strict_effort: float = 0.5
   rate_per_s: float | None = None
 
   def __post_init__(self):
@@ -151,6 +154,8 @@ class Problem:
             'an integer of 1 or more')
     require(self.strict is None or 0 < self.strict < 1, 'Problem.strict',
             self.strict, 'None or a share in (0, 1)')
+    require(latency.positive(self.strict_effort), 'Problem.strict_effort',
+            self.strict_effort, 'above 0')
     require(self.rate_per_s is None or latency.positive(self.rate_per_s),
             'Problem.rate_per_s', self.rate_per_s, 'None or above 0')
 

@@ -68,6 +68,8 @@ def define_flags():
   flags.DEFINE_float('target', 0.9, 'Share that must meet both.')
   flags.DEFINE_float('strict', 0.99, 'A second share, of the best placements; '
                      '0: none.')
+  flags.DEFINE_float('strict_effort', 0.5, 'Of its runs; 2: intervals that '
+                     'say something, at eight times the price of the search.')
   flags.DEFINE_float('rate', None, 'Requests/s of the whole cluster.')
   flags.DEFINE_string('lengths', 'sharegpt', f'One of '
                       f'{sorted(traffic.MIXTURES)}, or a file.')
@@ -216,6 +218,7 @@ def _problem(options):
       max_len=longest, requests=options.requests,
       most_requests=4 * options.requests, tolerance=options.tolerance,
       replicas=options.replicas, strict=options.strict or None,
+      strict_effort=options.strict_effort,
       rate_per_s=options.rate)
 
 
