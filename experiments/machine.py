@@ -1,8 +1,11 @@
-"""How busy the machine was with other things while something was measured."""
+"""What else went on while something was measured: programs, compilations."""
 
+import contextlib
 import os
 import pathlib
 import time
+
+import jax.monitoring
 
 _STAT = pathlib.Path('/proc/stat')
 _WORK = (0, 1, 2, 5, 6)  # user, nice, system, irq, softirq
@@ -32,3 +35,18 @@ class Others:
       return None
     (all_s, own_s), (all_0_s, own_0_s) = now, self._busy
     return max(0.0, (all_s - all_0_s - own_s + own_0_s) / span_s)
+
+
+@contextlib.contextmanager
+def compilations():
+  """A list that grows with each program that is compiled."""
+  seen = []
+
+  def note(name, seconds, **_):
+    if name == '/jax/core/compile/backend_compile_duration':
+      seen.append(seconds)
+  jax.monitoring.register_event_duration_secs_listener(note)
+  try:
+    yield seen
+  finally:
+    jax.monitoring.unregister_event_duration_listener(note)

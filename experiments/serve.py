@@ -164,21 +164,6 @@ def load_model(config):
 # --- serving ----------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _count_compilations():
-  """A list that grows with each program that is compiled."""
-  seen = []
-
-  def note(name, seconds, **_):
-    if name == '/jax/core/compile/backend_compile_duration':
-      seen.append(seconds)
-  jax.monitoring.register_event_duration_secs_listener(note)
-  try:
-    yield seen
-  finally:
-    jax.monitoring.unregister_event_duration_listener(note)
-
-
 def serve_mode(config, mode, placement, model, requests, screen):
   """Runs the requests in one mode: a Result, checked.
 
@@ -189,7 +174,7 @@ def serve_mode(config, mode, placement, model, requests, screen):
   screen.begin(mode, placement, len(requests))
   with dsjax.serve(model, placement, config.engine,
                    report=screen.warming) as server:
-    with _count_compilations() as compiled:
+    with machine.compilations() as compiled:
       stopped, others = False, machine.Others()
       try:
         server.run(requests, on_poll=lambda: screen.serving(server))

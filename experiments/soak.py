@@ -42,7 +42,7 @@ import dsjax
 from configs.serve import PROMPTS
 from dsjax import base, pages, scheduler, workload
 from experiments import config as configs
-from experiments import live, soak_report, tiny
+from experiments import live, machine, soak_report, tiny
 from experiments.faults import COPY, KINDS, Injector
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -256,21 +256,6 @@ class Soak:
                    for one in self.server.engines)
 
 
-@contextlib.contextmanager
-def compilations():
-  """A list that grows with each program that is compiled."""
-  seen = []
-
-  def note(name, seconds, **_):
-    if name == '/jax/core/compile/backend_compile_duration':
-      seen.append(seconds)
-  jax.monitoring.register_event_duration_secs_listener(note)
-  try:
-    yield seen
-  finally:
-    jax.monitoring.unregister_event_duration_listener(note)
-
-
 class _Lines:
   """A line now and then of how far it is."""
 
@@ -313,7 +298,8 @@ def run(options, console):
           out / 'events.jsonl.gz', 'wt') as events:
     screen.begin('soak', placement, len(jobs))
     with dsjax.serve(model, placement, config, report=screen.warming,
-                     keep_events=1) as server, compilations() as compiled:
+                     keep_events=1) as server, (
+                         machine.compilations()) as compiled:
       soak, stopped = Soak(server, jobs, options, rate, events), False
       soak.reference()
       began = time.perf_counter()

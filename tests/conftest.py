@@ -16,6 +16,7 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_compilation_cache_dir', os.path.join(
     os.path.dirname(__file__), '..', '.cache', 'jax'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+jax.devices()  # starts them, before a runner asks for another number
 
 
 @pytest.fixture(autouse=True)
