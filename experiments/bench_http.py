@@ -32,7 +32,7 @@ import time
 os.environ.setdefault('NPROC', '32')  # room for collectives of many devices
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from rich.progress import Progress
 from rich.table import Table
 
@@ -260,13 +260,7 @@ def run(f, console):
 
 
 def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected: {" ".join(argv[1:])}')
-  if flags.FLAGS.verbosity <= 0:
-    logging.set_verbosity(logging.WARNING)  # not every request
-  with live.one_error(OSError):
-    sys.exit(run({name: flag.value for name, flag in FLAGS.items()},
-                 live.wide_console()))
+  live.client(argv, FLAGS, run, live.wide_console())
 
 
 if __name__ == '__main__':

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+from absl import app, flags, logging
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -227,3 +228,18 @@ class Screen:
       text = short(text, 10_000)
       yield Text(f'request {id:3d}: ' + text[-width:], style='dim',
                  no_wrap=True)
+
+
+def client(argv, defined, run, console):
+  """A client's main: exits with what run({flag: value}, console) gives.
+
+  Args:
+    defined: {name: absl flag holder}.
+  """
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected: {" ".join(argv[1:])}')
+  if flags.FLAGS.verbosity <= 0:
+    logging.set_verbosity(logging.WARNING)  # not every request
+  with one_error(OSError):
+    sys.exit(run({name: flag.value for name, flag in defined.items()},
+                 console))

@@ -28,11 +28,10 @@ import dataclasses
 import json
 import os
 import pathlib
-import sys
 import time
 
 import httpx
-from absl import app, flags, logging
+from absl import app, flags
 from rich.console import Console, Group
 
 from configs.serve import PROMPTS
@@ -305,13 +304,7 @@ def run(f, console):
 
 
 def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected: {" ".join(argv[1:])}')
-  if flags.FLAGS.verbosity <= 0:
-    logging.set_verbosity(logging.WARNING)  # not every request
-  with live.one_error(OSError):
-    sys.exit(run({name: flag.value for name, flag in FLAGS.items()},
-                 Console()))
+  live.client(argv, FLAGS, run, Console())
 
 
 if __name__ == '__main__':

@@ -35,7 +35,7 @@ import tempfile
 import time
 
 import httpx
-from absl import app, flags, logging
+from absl import app, flags
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -374,13 +374,7 @@ def run(f, console):
 
 
 def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected: {" ".join(argv[1:])}')
-  if flags.FLAGS.verbosity <= 0:
-    logging.set_verbosity(logging.WARNING)  # not every request
-  with live.one_error(OSError):
-    sys.exit(run({name: flag.value for name, flag in FLAGS.items()},
-                 live.wide_console()))
+  live.client(argv, FLAGS, run, live.wide_console())
 
 
 if __name__ == '__main__':
