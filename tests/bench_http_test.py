@@ -12,7 +12,7 @@ from dsjax import base
 from experiments import bench_http, sse_client
 from tests.web import LIMITS, MODEL, make
 
-STREAMS, TOKENS = 3, 8
+STREAMS, TOKENS = 3, 24
 
 
 @pytest.fixture(scope='module')

@@ -186,11 +186,12 @@ def test_what_was_told_of_a_command_is_not_told_again(server, stop):
     for side in (2, 3):
       injector.arm(side, 'decode', 'stall')
     id = server.submit(prompt, **params)
-    while not any(queue and queue[0].times for queue in server.fleet.running):
+    while not any(queue and len(queue[0].times) >= 2
+                  for queue in server.fleet.running):
       server.poll()
     lost = server.state.seqs[id].instance
     running = server.fleet.running[lost][0]
-    assert len(running.times) >= 2 and bool(running.ended) == stop
+    assert running.outputs and bool(running.ended) == stop
     server.kill(lost)
   drain(server)
   found = server.output(id)
