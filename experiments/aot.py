@@ -36,7 +36,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
@@ -45,6 +44,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.progress import Progress
 
+from dsjax.kernels import compiled
 from experiments import aot_report, aot_steps
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -54,13 +54,8 @@ LIMIT_S = 300  # of one step
 
 def environment(dump):
   """What a child runs in. XLA and Mosaic write each kernel's PTX to `dump`."""
-  cuda = pathlib.Path(sysconfig.get_path('purelib')) / 'nvidia' / 'cu13'
-  return dict(
-      os.environ, JAX_PLATFORMS='cpu', TF_CPP_MIN_LOG_LEVEL='3',
-      MOSAIC_GPU_DUMP_TO=dump,
-      PATH=f'{cuda / "bin"}{os.pathsep}{os.environ["PATH"]}',
-      XLA_FLAGS=f'--xla_gpu_cuda_data_dir={cuda} --xla_dump_to={dump} '
-                '--xla_dump_emitter_re=ptx')
+  return os.environ | compiled.environment(dump) | {
+      'JAX_PLATFORMS': 'cpu', 'TF_CPP_MIN_LOG_LEVEL': '3'}
 
 
 def child(model, gpu, start, running, command=None):

@@ -30,39 +30,19 @@ def copies(text, least):
              for shape in shapes)
 
 
-def kernels(said, launches):
-  """Of `ptxas -v` and XLA's list of thunks: our kernels, and who spills.
+def kernels(found):
+  """Of {name: compiled.Kernel}: our kernels, and who else spills.
 
   Returns:
     {'kernels': {name: its registers, spilled bytes, grid, threads, shared
     bytes}, 'spills': {name of XLA's own: bytes}}.
   """
-  ours, spills = {}, {}
-  for part in said.split('Compiling entry function')[1:]:
-    name = part.split("'")[1]
-    spilled = sum(map(int, re.findall(r'(\d+) bytes spill', part)))
-    if name in set().union(*OURS.values()):
-      ours[name] = dict(registers=int(re.search(
-          r'Used (\d+) registers', part)[1]), spilled=spilled)
-    elif spilled:
-      spills[name] = spilled
-  for name, grid, threads, shared in re.findall(
-      r'(\w+) grid: \[([\d, ]+)\] threads: \[(\d+).*?shared_memory: (\d+)',
-      launches):
-    if name in ours:
-      ours[name] |= dict(grid=grid, threads=int(threads), shared=int(shared))
-  return dict(kernels=dict(sorted(ours.items())),
-              spills=dict(sorted(spills.items())))
-
-
-def launch(log):
-  """A line as in XLA's list of thunks, of what Mosaic logs of its passes."""
-  name, *grid, threads, shared = re.search(
-      r'gpu.launch_func .*?@(\w+)_mosaic_gpu_kernel::.*?blocks in '
-      r'\(%c(\d+)\w*, %c(\d+)\w*, %c(\d+)\w*\) threads in \(%c(\d+)'
-      r'.*?dynamic_shared_memory_size %c(\d+)_i32', log).groups()
-  return (f'{name} grid: [{", ".join(grid)}] threads: [{threads}, 1, 1] '
-          f'shared_memory: {shared}\n')
+  ours = set().union(*OURS.values())
+  return dict(
+      kernels={name: k._asdict() | {'grid': ', '.join(map(str, k.grid))}
+               for name, k in sorted(found.items()) if name in ours},
+      spills={name: k.spilled for name, k in sorted(found.items())
+              if k.spilled and name not in ours})
 
 
 def device_bytes(gpu):

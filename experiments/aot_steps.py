@@ -3,22 +3,19 @@
   python -m experiments.aot_steps MODEL GPU START DUMP    (see experiments.aot)
 
 Prints a line of JSON a step, from number START on. XLA must dump PTX to the
-folder DUMP, and so must Mosaic: see aot.environment.
+folder DUMP, and so must Mosaic: see compiled.environment.
 """
 
 import importlib.metadata
 import json
 import math
-import pathlib
 import re
-import subprocess
 import sys
 from typing import NamedTuple
 
 from dsjax.base import EngineConfig, Plan
+from dsjax.kernels import compiled
 from experiments import aot_report
-
-FOLDER = pathlib.Path(__file__).resolve().parent / 'gpu'
 
 
 class Setup(NamedTuple):
@@ -34,7 +31,7 @@ SETUPS = {'llama-3-8b': Setup(Plan(2), Plan(4), 4096),
           'llama-3-70b': Setup(Plan(2, 2), Plan(4), 4096),
           'opt-13b': Setup(Plan(2), Plan(1), 3072),
           'opt-66b': Setup(Plan(4), Plan(2, 2), 4096)}
-GPUS = {'h100': 'sm_90a', 'a100': 'sm_80'}
+GPUS = {'h100': 'H100', 'a100': 'A100'}  # as compiled.GPUS has them
 SIZES = {'prefill': (2048, 128), 'decode': (64, 8)}  # full depth, then SHORT
 SHORT = 2  # layers a stage
 PAGES = 64  # of a migration's largest copy
@@ -71,12 +68,9 @@ def steps(model, gpu):
   """The Steps of a model on a described GPU."""
   import jax
   import numpy as np
-  from jax.experimental import topologies
 
   from dsjax import sharding, zoo
-  devices = list(topologies.get_topology_desc(
-      '', platform='cuda', target_config=(FOLDER / f'{gpu}.txtpb').read_text(),
-      topology='1x1x8').devices)
+  devices = compiled.devices(GPUS[gpu], 8)
   config, setup, sides = zoo.config(model), SETUPS[model], {}
   for role in ('prefill', 'decode'):
     plan = getattr(setup, role)
@@ -158,22 +152,18 @@ def pieces(source, target):
       heads(each[0]), [[heads(n) for n in parts] for parts in sorted(joins)]))
 
 
-def compile_step(step, gpu, dump, made):
-  """What a compiled Step is made of; reads and empties `dump`.
-
-  made: {hash: what `mosaic` returns} of this process, which is added to.
-  """
+def compile_step(step, gpu, dump):
+  """What a Step is made of."""
   import jax
-  with jax.set_mesh(step.mesh):
-    lowered = step.fn.lower(*step.args)
-    compiled = lowered.compile()
-  text, memory = compiled.as_text(), compiled.memory_analysis()
+  lowered, made, kernels = compiled.compile_step(
+      GPUS[gpu], dump, step.fn, step.args, step.mesh)
+  text, memory = made.as_text(), made.memory_analysis()
   cache = jax.tree.leaves(step.cache)
   donated = [x for x, info in zip(jax.tree.leaves(step.args),
                                   jax.tree.leaves(lowered.args_info),
                                   strict=True) if info.donated]
   least = min((_size(x) for x in cache if x.ndim == 4), default=0)
-  row = dict(
+  return dict(
       layers=step.layers, tp=step.mesh.size,
       calls=len(re.findall('custom_call_target="(?:__gpu[$]xla.gpu.triton|'
                            'mosaic_gpu_v2)"', text)),
@@ -182,49 +172,11 @@ def compile_step(step, gpu, dump, made):
       kv_bytes=sum(_size(x) * x.dtype.itemsize for x in cache),
       donated_bytes=sum(_size(x) * x.dtype.itemsize for x in donated),
       alias_bytes=memory.alias_size_in_bytes,
-      peak_bytes=memory.peak_memory_in_bytes,
-      **aot_report.kernels(*map(''.join, zip(
-          assemble(dump, GPUS[gpu]), *mosaic(dump, text, made),
-          strict=True))))
-  for path in pathlib.Path(dump).glob('*_*'):
-    path.unlink()
-  return row
+      peak_bytes=memory.peak_memory_in_bytes, **aot_report.kernels(kernels))
 
 
 def _size(x):
   return math.prod(x.sharding.shard_shape(x.shape))
-
-
-def assemble(dump, arch):
-  """(what ptxas -v says of every kernel dumped, XLA's list of launches)."""
-  said = [subprocess.run(
-      ['ptxas', '-v', f'-arch={arch}', str(path), '-o', '/dev/null'],
-      capture_output=True, text=True, check=True).stderr
-      for path in sorted(pathlib.Path(dump).glob('module_*.ptx'))
-      if path.stat().st_size]
-  launches, = pathlib.Path(dump).glob('*.thunk_sequence.txt')
-  return '\n'.join(said), launches.read_text()
-
-
-def mosaic(dump, text, made):
-  """(what ptxas said, a line as in XLA's list) of each Mosaic kernel.
-
-  Mosaic compiles its kernels itself, each once a process, and writes what
-  ptxas says and the launch, among much else, to `dump`.
-
-  Args:
-    text: the optimised module.
-  """
-  hashes = dict.fromkeys(re.findall(r'kernel_hash = "(.*?)", module', text))
-  new = [key for key in hashes if key not in made]
-  dumped = sorted(pathlib.Path(dump).glob('*.ptxas'))
-  if len(new) != len(dumped) or len(new) > 1:
-    raise RuntimeError(f'{len(new)} new Mosaic kernels, {len(dumped)} dumped')
-  for key, path in zip(new, dumped, strict=True):
-    log = path.with_suffix('.mlir-passes.log').read_text()
-    made[key] = (path.read_text().replace('_mosaic_gpu_kernel', ''),
-                 aot_report.launch(log))
-  return [made[key] for key in hashes]
 
 
 def versions():
@@ -234,13 +186,12 @@ def versions():
 
 
 def main(model, gpu, start, dump):
-  made = {}
   for step, name in list(zip(steps(model, gpu), names(model),
                              strict=True))[int(start):]:
     if step.name != name:
       raise RuntimeError(f'step {step.name}, not {name}')
     row = dict(gpu=gpu, model=model, step=name)
-    print(json.dumps(row | compile_step(step, gpu, dump, made)), flush=True)
+    print(json.dumps(row | compile_step(step, gpu, dump)), flush=True)
 
 
 if __name__ == '__main__':

@@ -58,35 +58,45 @@ def environment(dump):
           '--xla_dump_emitter_re=ptx'}
 
 
-def mesh(name):
-  """A mesh of one GPU of this name."""
+def devices(name, count=1):
+  """Described GPUs of this name, on one machine."""
   from jax.experimental import topologies
-  gpu = topologies.get_topology_desc(
-      '', platform='cuda', topology='1x1x1',
-      target_config=(FOLDER / f'{GPUS[name][0]}.txtpb').read_text())
-  return jax.sharding.Mesh(np.array(gpu.devices), ('gpu',))
+  return list(topologies.get_topology_desc(
+      '', platform='cuda', topology=f'1x1x{count}',
+      target_config=(FOLDER / f'{GPUS[name][0]}.txtpb').read_text()).devices)
 
 
 def compile(name, dump, fn, args, donate=()):
-  """{kernel name: Kernel} of a jitted fn of abstract args on a Device.
-
-  dump: that of `environment`; emptied first.
-  """
-  one = mesh(name)
-  where = jax.sharding.NamedSharding(one, jax.sharding.PartitionSpec())
-  for path in pathlib.Path(dump).iterdir():
-    path.unlink()
+  """{kernel name: Kernel} of a function of abstract args on a paged.Device."""
+  mesh = jax.sharding.Mesh(np.array(devices(name)), ('gpu',))
+  where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=where), args)
-  with jax.set_mesh(one):
-    made = jax.jit(fn, donate_argnums=donate).lower(*args).compile()
-  files = sorted(pathlib.Path(dump).glob('module_*'))
+  return compile_step(name, dump, jax.jit(fn, donate_argnums=donate), args,
+                      mesh)[2]
+
+
+def compile_step(name, dump, step, args, mesh):
+  """A jitted step of abstract arguments on a mesh of `devices`.
+
+  dump: that of `environment`; emptied first.
+
+  Returns:
+    (jax.stages.Lowered, jax.stages.Compiled, {kernel name: Kernel}).
+  """
+  dump = pathlib.Path(dump)
+  for path in dump.glob('*_*'):
+    path.unlink()
+  with jax.set_mesh(mesh):
+    lowered = step.lower(*args)
+    made = lowered.compile()
+  files = sorted(dump.glob('module_*'))
   said = ''.join(assemble(p, GPUS[name][1]) for p in files
                  if p.suffix == '.ptx' and p.stat().st_size)
   launches = ''.join(p.read_text() for p in files
                      if p.name.endswith('thunk_sequence.txt'))
-  ours, calls = mosaic(pathlib.Path(dump), made.as_text())
-  return read(said + ours, launches + calls)
+  ours, calls = mosaic(dump, made.as_text())
+  return lowered, made, read(said + ours, launches + calls)
 
 
 _MADE = {}  # what `mosaic` found: it compiles a kernel once a process

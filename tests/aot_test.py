@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from dsjax.kernels import compiled
 from experiments import aot, aot_report, aot_steps
 
 HLO = """
@@ -28,7 +29,9 @@ ptxas info    : Function properties for sort_2_1
 ptxas info    : Used 255 registers, used 1 barriers
 """
 LAUNCHES = ('002: kKernel\tkv_write grid: [2048, 1, 1] threads: [32, 1, 1] '
-            'shared_memory: 128\n')
+            'shared_memory: 128\n'
+            '003: kKernel\tsort_2_1 grid: [8, 1, 1] threads: [64, 1, 1] '
+            'shared_memory: 0\n')
 
 
 MOSAIC = ('%107 = gpu.launch_func async [%9] @decode_attention_mosaic_gpu_'
@@ -57,25 +60,26 @@ def test_copies_of_large_arrays_are_counted(least, count):
 
 
 def test_kernels_are_ours_and_all_that_spill():
-  assert aot_report.kernels(PTXAS, LAUNCHES) == dict(
+  assert aot_report.kernels(compiled.read(PTXAS, LAUNCHES)) == dict(
       kernels=dict(kv_write=dict(registers=52, spilled=0, grid='2048, 1, 1',
                                  threads=32, shared=128)),
       spills=dict(sort_2_1=8))
 
 
-def test_mosaic_kernels_are_read_once_and_known_by_their_hash(tmp_path):
+def test_mosaic_kernels_are_read_once_and_known_by_their_hash(
+    tmp_path, monkeypatch):
   (tmp_path / 'a_0.ptxas').write_text(PTXAS.replace(
       'kv_write', 'decode_attention_mosaic_gpu_kernel'))
   (tmp_path / 'a_0.mlir-passes.log').write_text(MOSAIC)
-  text, made = 'x kernel_hash = "\\9A", module = "y" ' * 2, {}
-  parts, = aot_steps.mosaic(tmp_path, text, made)
-  found = aot_report.kernels(*parts)['kernels']
-  assert found == dict(decode_attention=dict(
-      registers=52, spilled=0, grid='2, 8, 64', threads=256, shared=116784))
+  text = 'x kernel_hash = "\\9A", module = "y" ' * 2
+  monkeypatch.setattr(compiled, '_MADE', {})
+  parts = tuple(compiled.mosaic(tmp_path, text))
+  assert compiled.read(*parts) == {
+      'decode_attention': compiled.Kernel(52, 0, (2, 8, 64), 256, 116784)}
   (tmp_path / 'a_0.ptxas').unlink()
-  assert aot_steps.mosaic(tmp_path, text, made) == [parts]
+  assert tuple(compiled.mosaic(tmp_path, text)) == parts
   with pytest.raises(RuntimeError, match='1 new Mosaic kernels, 0 dumped'):
-    aot_steps.mosaic(tmp_path, text.replace('9A', '9B'), made)
+    compiled.mosaic(tmp_path, text.replace('9A', '9B'))
 
 
 @pytest.mark.parametrize('fields, says', [
