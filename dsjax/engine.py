@@ -344,10 +344,13 @@ class Engine:
       limits: what `fit` gave, if it was called.
 
     Raises:
-      InputError: it does not fit in memory.
+      InputError: it does not fit in memory, or is of another dtype.
     """
     self.role, self.config = role, config
     self.limits = limits or fit(loaded.config, meshes, role, config)
+    dtypes = {str(x.dtype) for x in jax.tree.leaves(loaded.params)}
+    base.require(dtypes == {config.dtype}, 'EngineConfig.dtype', config.dtype,
+                 f"that of the model's weights, {' and '.join(dtypes)}")
     self.stages = [_Stage(shapes, loaded.params) for shapes in stage_shapes(
         loaded.config, meshes, role, config, self.limits)]
     self.where = (self.stages[0].shapes.layout, tuple(

@@ -485,3 +485,8 @@ def test_the_papers_placements_of_published_shapes(name, plans):
         for leaf in leaves)
     assert weights <= total < 1.06 * weights  # replicas of what is not split
     assert total / (tp * pp) < 80e9
+
+
+def test_weights_of_another_dtype_are_an_error():
+  with pytest.raises(base.InputError, match='EngineConfig.dtype.*float32'):
+    engine(limits=dataclasses.replace(LIMITS, dtype='bfloat16'))
