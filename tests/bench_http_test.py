@@ -53,11 +53,13 @@ def test_the_table_tells_what_http_adds(rounds):
   assert 'CPU us a token, client' in out.getvalue()
   twice = [{'in process': (0.1, 0.01, {'orchestrator': 1.0}),
             'service': (0.1, 0.01, {'orchestrator': 1.0}),
+            'socket': (0.1, 0.01, {'orchestrator': 1.0}),
             'HTTP': (0.103 + 0.001 * i, 0.0102, {'client': 0.1})}
            for i in range(3)]
   _, added = bench_http.table(twice, STREAMS, TOKENS)
   assert added == {'ttft_s': pytest.approx(0.004),
-                   'tpot_share': pytest.approx(0.02)}
+                   'tpot_share': pytest.approx(0.02),
+                   'socket_share': pytest.approx(0.0)}
 
 
 def test_measures_are_means_and_a_missing_answer_is_an_error():
