@@ -6,12 +6,12 @@ One orchestrator serves the same requests four ways, in turn: driven by
 Orchestrator.run in this process; through dsjax.service, the thread and the
 queues behind the server; written to a bare socket, which any server must; and
 over HTTP. The last two are streamed to a client in a process of its own, which
-counts from when a request is due to when the bytes of a token came. Requests start a little apart, so that none waits for another's prompt,
-and write so much that all of them overlap. Of every round the difference to
-the run in process is taken; the table has the median over the rounds, and the
-least and the most. Server, client and device share the cores of a CPU machine:
-CPU time a token of each is printed too. Aims: below 3 % of TPOT and 5 ms of
-TTFT.
+counts from when a request is due to when the bytes of a token came. Requests
+start a little apart, so that none waits for another's prompt, and write so
+much that all of them overlap. Of every round the difference to the run in
+process is taken; the table has the median over the rounds, and the least and
+the most. Server, client and device share the cores of a CPU machine: CPU time
+a token of each is printed too. Aims: below 3 % of TPOT and 5 ms of TTFT.
 
 Exit codes: 0; 2 for bad input; 130 when stopped by Ctrl-C, which keeps the
 rounds there are.
