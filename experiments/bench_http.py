@@ -110,7 +110,7 @@ class Bench:
     start_s = time.perf_counter() + LEAD_S
     jobs = [{'path': '/v1/completions', 'at_s': start_s + due_s, 'body': {
         'model': 'm', 'prompt': list(map(int, ids)), 'seed': i, 'stream': True,
-        'max_tokens': self.tokens, 'ignore_eos': True}}
+        'max_tokens': self.tokens, 'ignore_eos': True, 'temperature': 0}}
             for i, (ids, due_s) in enumerate(zip(
                 self.prompts, self.due_s, strict=True))]
     print(json.dumps({'host': address[0], 'port': address[1], 'jobs': jobs}),
@@ -119,8 +119,8 @@ class Bench:
     return [[job['at_s'], *times] for job, times in zip(
         jobs, answer['times'], strict=True)], answer['cpu_s']
 
-  def served(self, client):
-    """The ways with a thread of their own: {way: (times, CPU)}."""
+  def served(self, client, ways):
+    """These ways, with a thread of their own: {way: (times, CPU)}."""
     from dsjax import listener, server
     self.server.observers.clear()
     metrics = Gauges()
@@ -136,7 +136,7 @@ class Bench:
       bare = asyncio.run_coroutine_threadsafe(self._bare(service),
                                               http.loop).result()
       addresses['socket'] = bare.sockets[0].getsockname()
-      for way in WAYS[1:]:
+      for way in ways:
         before = _cpu_s(thread), _cpu_s(service.thread)
         client_s = None
         if way == 'service':
@@ -181,7 +181,7 @@ def rounds(bench, count, client):
       if first:
         found['in process'] = bench.in_process()
       else:
-        found |= bench.served(client)
+        found |= bench.served(client, WAYS[:0:-1] if i % 2 else WAYS[1:])
     yield {way: (*measures(times, bench.tokens), cpu_s)
            for way, (times, cpu_s) in found.items()}
 

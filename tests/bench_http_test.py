@@ -17,8 +17,14 @@ STREAMS, TOKENS = 3, 24
 
 @pytest.fixture(scope='module')
 def rounds():
-  """Two rounds of a bench of little steps; the bench too."""
-  server = make(lambda *_: None)
+  """(a bench of little steps, two rounds of it, [what was asked for, ...])."""
+  server, asked = make(lambda *_: None), []
+  enqueue = server.enqueue
+
+  def noted(request, *args, **kwargs):
+    asked.append((request.prompt, request.sampling))
+    return enqueue(request, *args, **kwargs)
+  server.enqueue = noted
   bench = bench_http.Bench(server, [MODEL.tokenizer.encode(f'Why {i}?')
                                     for i in range(STREAMS)], TOKENS, 0.01,
                            LIMITS)
@@ -30,13 +36,17 @@ def rounds():
   finally:
     client.stdin.close()
     client.wait()
-  yield bench, found
+  yield bench, found, asked
   assert not bench.server.records and not bench.server.busy
   bench.server.close()
 
 
 def test_every_way_serves_the_same_streams(rounds):
-  _, found = rounds
+  bench, found, asked = rounds
+  want = {(tuple(ids), bench._sampling(i))
+          for i, ids in enumerate(bench.prompts)}
+  assert {(tuple(ids), sampling) for ids, sampling in asked} == want
+  assert len(asked) == 2 * len(bench_http.WAYS) * STREAMS
   for one in found:
     assert set(one) == set(bench_http.WAYS)
     for ttft_s, tpot_s, cpu_s in one.values():
@@ -46,7 +56,7 @@ def test_every_way_serves_the_same_streams(rounds):
 
 
 def test_the_table_tells_what_http_adds(rounds):
-  _, found = rounds
+  _, found, _ = rounds
   made, added = bench_http.table(found, STREAMS, TOKENS)
   out = io.StringIO()
   Console(file=out, width=150).print(made)
