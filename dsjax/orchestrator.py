@@ -364,19 +364,20 @@ class Orchestrator:
   # --- the loop -------------------------------------------------------------
 
   def poll(self):
-    """Handles what has completed; pauses a moment if nothing has."""
-    began, some = time.perf_counter(), False
+    """Handles what has completed; False after a pause, if nothing has."""
+    began, steps, some = time.perf_counter(), self.fleet.steps, False
     with jax.transfer_guard('disallow'):
       for event in self.fleet.poll():
         self._event(event)
         some = True
-    if some:
+    if some or self.fleet.steps > steps:  # of a command of several
       self.host_s += time.perf_counter() - began
       self.found_s = self.now
     else:
       pause = (self.now - self.found_s) * PAUSE_SHARE
       time.sleep(min(max(pause, LEAST_PAUSE_S), MOST_PAUSE_S))
-    return some
+      return False
+    return True
 
   def _event(self, event):
     """Tells the scheduler an event, and those of what fails in answer to it.

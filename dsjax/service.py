@@ -1,10 +1,10 @@
 """An orchestrator in a thread of its own, behind two queues.
 
 The event loop asks (submit, cancel) through one queue; the thread takes what
-was asked between two polls and hands new tokens back in one call a poll. It
-never waits for a client: a slow one finds its tokens piled up, at most its
-max_tokens of them. Whatever else is here belongs to the event loop, so nothing
-is locked.
+was asked between two polls and hands the new tokens of a step back in one
+call, before it starts what follows from them. It never waits for a client: a
+slow one finds its tokens piled up, at most its max_tokens of them. Whatever
+else is here belongs to the event loop, so nothing is locked.
 """
 
 import asyncio
@@ -328,6 +328,7 @@ class Service:
       if self._observer:
         self._observer.started(server)
         server.observers.append(self._observer.observe)
+      server.observers.append(self._hear)
       self._say(self._become, 'ready')
       while self._turn(server):
         pass
@@ -373,6 +374,11 @@ class Service:
           stream.sampling), more=i + 1 < len(streams))
       stream.live = server.requests[stream.id]
       self._open[stream.id] = stream
+
+  def _hear(self, event, _):
+    """Tokens leave before what follows from them is done."""
+    if isinstance(event, base.PrefillDone | base.DecodeDone):
+      self._publish(self.orchestrator)
 
   def _publish(self, server):
     """Sends what every request got since the last time, in one call."""

@@ -423,6 +423,15 @@ def test_leaving_a_stream_early_cancels_it(mode):
     assert not server.requests and len(server.records[1].token_s) < 50
 
 
+def test_a_poll_tells_of_a_step_whose_command_goes_on(server, monkeypatch):
+  def poll(steps):
+    server.fleet.steps += steps
+    return ()
+  for steps in (0, 1):
+    monkeypatch.setattr(server.fleet, 'poll', lambda steps=steps: poll(steps))
+    assert server.poll() == bool(steps)
+
+
 def test_text_held_back_is_shown_when_a_request_is_cancelled(server):
   (prompt, params), _, text = greedy_text(count=40)
   id = server.submit(prompt, **params, stop=text[:30] + '!')

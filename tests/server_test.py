@@ -387,6 +387,25 @@ def test_errors_by_type(running, client):
   assert reasons >= {'bad_request', 'not_found', 'too_long'}
 
 
+def test_tokens_leave_before_what_follows_from_them(running, client,
+                                                    monkeypatch):
+  service, seen = running.service, []
+  fleet, say = service.orchestrator.fleet, service._say
+  perform = fleet.perform
+
+  def performed(command):
+    seen.append(type(command).__name__)
+    return perform(command)
+
+  def said(function, updates):
+    seen.append(sum(len(u.tokens) for _, u in updates))
+    say(function, updates)
+  monkeypatch.setattr(fleet, 'perform', performed)
+  monkeypatch.setattr(service, '_say', said)
+  complete(client, prompt='Why?', max_tokens=6)
+  assert seen[:3] == ['RunPrefill', 1, 'Migrate']
+
+
 def test_a_full_queue_says_when_to_come_back(running, client):
   old = running.service.limits
   running.service.limits = dataclasses.replace(old, max_waiting=2)
