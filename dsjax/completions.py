@@ -171,11 +171,12 @@ class EventStream(Response):
 
   async def __call__(self, scope, receive, send):
     try:
-      async with _watched(self.call, receive):
+      async with (_watched(self.call, receive),
+                  asyncio.timeout(self.limits.request_s)):
         await self._send_all(send)
     except Gone:
       pass
-    except TimeoutError:  # it does not read, or this took too long
+    except TimeoutError:
       scope['state'].get('abort', lambda: None)()
     finally:
       self.call.close()
@@ -184,13 +185,7 @@ class EventStream(Response):
   async def _send_all(self, send):
     await send({'type': 'http.response.start', 'status': 200,
                 'headers': self.raw_headers})
-    loop = asyncio.get_running_loop()
-    until = loop.time() + self.limits.request_s
-    while True:
-      async with asyncio.timeout_at(until):
-        found = await self.call.take()
-      if not found:
-        break
+    while found := await self.call.take():
       events = [self.answer.chunk(i, u) for i, u in found
                 if u.reason not in ('error', 'cancelled')]
       await self._send(send, events)
@@ -202,6 +197,5 @@ class EventStream(Response):
   async def _send(self, send, events, done=False):
     text = ''.join(f'data: {dumps(e)}\n\n' for e in events)
     text += 'data: [DONE]\n\n' * done
-    async with asyncio.timeout(self.limits.send_s):
-      await send({'type': 'http.response.body', 'body': text.encode(),
-                  'more_body': not done})
+    await send({'type': 'http.response.body', 'body': text.encode(),
+                'more_body': not done})

@@ -10,7 +10,8 @@ LOG = logging.getLogger(__name__)
 
 
 class _Connection(H11Protocol):
-  """A connection that must send its headers in time, and can be aborted."""
+  """A connection that must send its headers and read its answer in time, and
+  can be aborted."""
 
   def connection_made(self, transport):
     super().connection_made(transport)
@@ -19,7 +20,7 @@ class _Connection(H11Protocol):
                       'crowded': len(self.connections) > most}
     if len(self.connections) > 2 * most:
       transport.abort()  # too many even to be told
-    self._late = None
+    self._late = self._unread = None
     self._arm()
 
   def _arm(self):
@@ -39,8 +40,21 @@ class _Connection(H11Protocol):
     else:
       self._disarm()
 
+  def pause_writing(self):
+    super().pause_writing()
+    self._unread = self.loop.call_later(self.config.timeout_send,
+                                        self.transport.abort)
+
+  def resume_writing(self):
+    super().resume_writing()
+    if self._unread is not None:
+      self._unread.cancel()
+      self._unread = None
+
   def connection_lost(self, exc):
     self._disarm()
+    if self._unread is not None:
+      self._unread.cancel()
     super().connection_lost(exc)
 
 
@@ -55,7 +69,7 @@ class Server(uvicorn.Server):
         log_config=None, access_log=False, server_header=False,
         h11_max_incomplete_event_size=limits.max_header_bytes,
         timeout_graceful_shutdown=5)
-    config.timeout_headers = limits.body_s
+    config.timeout_headers, config.timeout_send = limits.body_s, limits.send_s
     config.max_connections = limits.max_connections
     super().__init__(config)
     self.service, self._leaving = service, None

@@ -22,7 +22,7 @@ import numpy as np
 import openai
 import pytest
 
-from dsjax import completions, gauges, scheduler
+from dsjax import completions, gauges, listener, scheduler
 from dsjax import service as service_module
 from experiments import faults
 from tests import tiny, virtual
@@ -606,6 +606,46 @@ def test_too_many_connections_are_told_so(running):
   assert b'retry-after: 1' in answers[25]
   assert b'application/json' in answers[25]
   assert answers[41] == b''  # not even told
+
+
+@pytest.mark.parametrize('reads', (True, False))
+def test_a_client_that_does_not_read_is_dropped(reads):
+  size, left = 40 * 2**20, threading.Event()  # more than a socket holds
+
+  async def app(scope, receive, send):
+    kind = (await receive())['type']
+    if scope['type'] == 'lifespan':
+      await send({'type': f'{kind}.complete'})
+      await receive()
+      return await send({'type': 'lifespan.shutdown.complete'})
+    await send({'type': 'http.response.start', 'status': 200, 'headers': []})
+    await send({'type': 'http.response.body', 'body': bytes(size),
+                'more_body': True})
+    while (await receive())['type'] != 'http.disconnect':
+      pass
+    left.set()
+
+  service = service_module.Service(None, dataclasses.replace(
+      LIMITS, send_s=60.0 if reads else 0.2))
+  service.status = 'ready'
+  http = listener.Server(app, service)
+  bound = socket.create_server(('127.0.0.1', 0))
+  thread = threading.Thread(target=lambda: asyncio.run(http.serve([bound])))
+  thread.start()
+  try:
+    with socket.create_connection(bound.getsockname(), WAIT_S) as one:
+      one.sendall(b'GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n')
+      if not reads:
+        assert left.wait(WAIT_S)
+      got = 0
+      with contextlib.suppress(ConnectionError):
+        while got <= size and (data := one.recv(2**20)):
+          got += len(data)
+      assert (got > size) == reads
+    assert left.wait(WAIT_S)
+  finally:
+    http.should_exit = True
+    thread.join(WAIT_S)
 
 
 def test_health_page_and_placement(running):
