@@ -14,8 +14,9 @@ import sys
 import time
 
 PLANS = tuple(itertools.product((1, 2, 3, 4, 8), (1, 2, 3)))
-# Every tp and every pp; with and without fewer kv heads.
-SAMPLE = (((1, 3), (4, 1), 2), ((3, 2), (2, 2), 8), ((4, 1), (8, 1), 2))
+# Every tp and every pp on each side; with and without fewer kv heads.
+SAMPLE = (((1, 3), (4, 1), 2), ((2, 1), (3, 2), 8), ((3, 2), (8, 1), 2),
+          ((4, 1), (1, 3), 8), ((8, 1), (2, 2), 2))
 
 
 def test_a_sample_of_plans():
