@@ -47,9 +47,7 @@ class _Connection(H11Protocol):
 
   def resume_writing(self):
     super().resume_writing()
-    if self._unread is not None:
-      self._unread.cancel()
-      self._unread = None
+    self._unread.cancel()  # asyncio pauses first
 
   def connection_lost(self, exc):
     self._disarm()

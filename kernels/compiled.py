@@ -79,13 +79,13 @@ def compile(name, dump, fn, args, donate=()):
 def compile_step(name, dump, step, args, mesh):
   """A jitted step of abstract arguments on a mesh of `devices`.
 
-  dump: that of `environment`; emptied first.
+  dump: that of `environment`; what was dumped before is removed.
 
   Returns:
     (jax.stages.Lowered, jax.stages.Compiled, {kernel name: Kernel}).
   """
   dump = pathlib.Path(dump)
-  for path in dump.glob('*_*'):
+  for path in dump.glob('*_*'):  # all but a log that somebody keeps there
     path.unlink()
   with jax.set_mesh(mesh):
     lowered = step.lower(*args)
