@@ -29,8 +29,8 @@ NEWEST = $(shell for minor in 20 19 18 17 16 15 14 13 12; do \
       "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.$$minor.*/bin/python3; do \
     if "$$python" -c 'import venv' 2>/dev/null; then \
       command -v "$$python"; exit; fi; done; done)
-KERNEL_TESTS = tests/kernels_test.py tests/kv_write_test.py \
-  tests/page_copy_test.py tests/attention_test.py $(wildcard tests/mosaic*_test.py)
+KERNEL_TESTS = $(filter-out %/bench_test.py %/shapes_test.py, \
+  $(wildcard tests/kernels/*_test.py))
 
 test-newest:
 	$(if $(NEWEST),$(MAKE) .venv-newest/installed,@echo 'No Python 3.12 or newer: the kernels were not run on the newest jax.')

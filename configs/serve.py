@@ -5,9 +5,11 @@ import dataclasses
 import math
 import pathlib
 
-from dsjax import traffic
-from dsjax.base import EngineConfig, Placement, Plan, Sampling, Slo, require
-from dsjax.workload import KINDS
+from dsjax.config.checks import require
+from dsjax.config.engine import EngineConfig
+from dsjax.config.placement import Placement, Plan, Slo
+from dsjax.config.request import Sampling
+from dsjax.workload import KINDS, traffic
 
 PROMPTS = pathlib.Path(__file__).resolve().parent.parent.joinpath(
     'experiments', 'prompts.jsonl')

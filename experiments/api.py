@@ -7,10 +7,10 @@
 
 Model, engine and the first of the placements come from the config, which --set
 changes as in experiments.serve; --set=limits.max_waiting=64 and the like bound
-the service (dsjax.service.Limits). A key, if any, is read from the environment
-variable DSJAX_API_KEY. A live page is at http://localhost:8000/. SIGTERM and
-Ctrl-C let running requests finish, for limits.drain_s at most; a second one
-does not.
+the service (dsjax.http.service.Limits). A key, if any, is read from the
+environment variable DSJAX_API_KEY. A live page is at http://localhost:8000/.
+SIGTERM and Ctrl-C let running requests finish, for limits.drain_s at most; a
+second one does not.
 
 Exit codes: 0; 2 for bad input.
 """
@@ -30,10 +30,11 @@ from absl import logging as absl_logging
 
 import dsjax
 from configs.serve import Serve
-from dsjax import base, gauges
-from dsjax.service import Limits, Service
-from experiments import config as configs
-from experiments import live, tiny
+from dsjax.config.checks import InputError, require
+from dsjax.http import telemetry
+from dsjax.http.service import Limits, Service
+from experiments.common import overrides as configs
+from experiments.common import terminal, tiny
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLAGS = None  # once run as a program
@@ -72,8 +73,8 @@ def load(name, settings):
     InputError.
   """
   found = configs.load(name)
-  base.require(isinstance(found, Serve), '--config', name,
-               'a file whose `config` is a configs.serve.Serve')
+  require(isinstance(found, Serve), '--config', name,
+          'a file whose `config` is a configs.serve.Serve')
   return configs.override(Api(**{f.name: getattr(found, f.name) for f in
                                  dataclasses.fields(found)}), settings)
 
@@ -85,10 +86,10 @@ def make_service(config, name=None, key=None, log_text=False):
     InputError: the extra `serve` is not installed.
   """
   try:
-    from dsjax import server
+    from dsjax.http import routes
   except ImportError as error:
-    raise base.InputError(f'{error}: the server needs the extra `serve`: pip '
-                          "install 'dsjax[serve]'") from error
+    raise InputError(f'{error}: the server needs the extra `serve`: pip '
+                     "install 'dsjax[serve]'") from error
 
   def make(report):
     model = (tiny.load(config.engine.dtype) if config.model == 'tiny' else
@@ -96,10 +97,10 @@ def make_service(config, name=None, key=None, log_text=False):
     return dsjax.serve(model, config.placements[0], config.engine,
                        report=report, keep_events=1)
 
-  metrics = gauges.Gauges()
+  metrics = telemetry.Gauges()
   service = Service(make, config.limits, metrics)
   name = name or pathlib.Path(config.model).name
-  return server.make_app(service, metrics, name, key, config.slo,
+  return routes.make_app(service, metrics, name, key, config.slo,
                          log_text), service
 
 
@@ -113,7 +114,7 @@ def run(name, settings, served_name, host, port, log_text, cache):
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
   key = os.environ.get('DSJAX_API_KEY') or None
   served, service = make_service(config, served_name, key, log_text)
-  from dsjax import listener
+  from dsjax.http import socket_server
   with socket.create_server((host, port)) as bound:
     host, port = bound.getsockname()[:2]
     print(f'http://{host}:{port}/ answers once {config.model} is ready',
@@ -121,7 +122,7 @@ def run(name, settings, served_name, host, port, log_text, cache):
     if not key and not host.startswith('127.'):
       print('warning: whoever reaches this address may use it: set '
             'DSJAX_API_KEY', file=sys.stderr)
-    error = listener.run(served, service, bound)
+    error = socket_server.run(served, service, bound)
   if error:
     print(f'error: {error}', file=sys.stderr)
     return 2
@@ -138,7 +139,7 @@ def main(argv):
   ours.propagate = False  # absl's own handler
   if flags.FLAGS.verbosity <= 0:
     absl_logging.set_verbosity(absl_logging.WARNING)
-  with live.one_error(OSError):
+  with terminal.one_error(OSError):
     f = {name: flag.value for name, flag in FLAGS.items()}
     sys.exit(run(f['config'], f['set'], f['name'], f['host'], f['port'],
                  f['log_text'], f['cache']))

@@ -11,8 +11,8 @@ Small worlds are explored to their ends: each move that is possible in each
 world that can be reached, with at most so many faults on a path; a world that
 was seen before is not entered again. Large ones follow one random schedule
 each. What may happen and what must hold after every move is in
-experiments.worlds. A schedule that breaks it is shrunk, printed and written
-to --out, one JSON line a move; the exit status is then 1.
+experiments.verify.worlds. A schedule that breaks it is shrunk, printed and
+written to --out, one JSON line a move; the exit status is then 1.
 """
 
 import functools
@@ -29,10 +29,12 @@ from absl import app, flags
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from dsjax import base, life, scheduler
-from dsjax.base import require
-from experiments import live, schedules
-from experiments.worlds import Rules, Violation
+from dsjax.config.checks import require
+from dsjax.config.engine import InstanceConfig
+from dsjax.scheduling import lifecycle, scheduler
+from experiments.common import terminal
+from experiments.verify import schedules
+from experiments.verify.worlds import Rules, Violation
 
 # Prompt tokens, most tokens, tokens until EOS (0: none).
 STOPS, LONG, TINY, PIECES = (2, 4, 2), (3, 4, 0), (1, 2, 0), (5, 3, 0)
@@ -40,7 +42,7 @@ STOPS, LONG, TINY, PIECES = (2, 4, 2), (3, 4, 0), (1, 2, 0), (5, 3, 0)
 
 def _world(roles, requests, faults, num_pages=4, max_seqs=2, prefill_tokens=4,
            pp=1, page_size=2, **changes):
-  instances = tuple(base.InstanceConfig(
+  instances = tuple(InstanceConfig(
       role, num_pages if role != 'prefill' else 4,
       page_size if role != 'prefill' else 2, max_seqs, prefill_tokens, 2, pp)
                     for role in roles.split())
@@ -94,7 +96,7 @@ def large_world(seed):
   def instance(role):
     size = draw.choice((1, 2, 4))
     seqs = draw.choice((2, 4, 8))
-    return base.InstanceConfig(
+    return InstanceConfig(
         role, -(-draw.choice((24, 40)) // size), size, seqs,
         draw.choice((9, 16)), draw.choice((1, 2, 4)), draw.choice((1, 1, 2)))
 
@@ -169,13 +171,13 @@ def define_flags():
 
 
 def main(_):
-  with live.one_error(OSError):
-    sys.exit(_main(live.wide_console(), flags.FLAGS))
+  with terminal.one_error(OSError):
+    sys.exit(_main(terminal.wide_console(), flags.FLAGS))
 
 
 def _main(console, options):
   if options.table:
-    print(life.drawing())
+    print(lifecycle.drawing())
     return 0
   if options.replay:
     rules, moves = schedules.read_log(pathlib.Path(options.replay))
@@ -247,7 +249,7 @@ def _explore(console, jobs, options):
   counts, stop = spawn.Value('q', 0), spawn.Event()
   bar = Progress(TextColumn('{task.description}'), TimeElapsedColumn(),
                  console=console, transient=True)
-  with live.Interrupts() as interrupts, bar, spawn.Pool(
+  with terminal.Interrupts() as interrupts, bar, spawn.Pool(
       options.processes, _begin, (counts, stop)) as pool:
     line = bar.add_task('starting', total=None)
     found = pool.imap_unordered(functools.partial(_work, options.seconds),

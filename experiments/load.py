@@ -35,8 +35,12 @@ from absl import app, flags
 from rich.console import Console, Group
 
 from configs.serve import PROMPTS
-from dsjax import base, metrics, workload
-from experiments import live, report
+from dsjax import workload
+from dsjax.analysis import metrics
+from dsjax.analysis.record import Record
+from dsjax.config.checks import InputError, require
+from dsjax.config.placement import Slo
+from experiments.common import report, terminal
 
 FLAGS = None  # once run as a program
 
@@ -66,8 +70,8 @@ def jobs(kind, model, arrivals_s, prompts=(), entries=(), max_tokens=64,
   Raises:
     InputError.
   """
-  base.require(kind in ('chat', 'completion'), '--kind', kind,
-               "'chat' or 'completion'")
+  require(kind in ('chat', 'completion'), '--kind', kind,
+          "'chat' or 'completion'")
   found, lengths = [], None
   if entries:
     lengths, _ = workload.from_lengths(entries, len(arrivals_s), arrivals_s,
@@ -139,8 +143,8 @@ class Load:
 
   async def send(self, job):
     """Sends one job now; its record, in which errors end too."""
-    record = base.Record(job.id, job.arrival_s, job.prompt_len,
-                         job.body['max_tokens'])
+    record = Record(job.id, job.arrival_s, job.prompt_len,
+                    job.body['max_tokens'])
     self.records.append(record)
     try:
       async with self.client.stream('POST', job.path, json=job.body) as answer:
@@ -210,8 +214,8 @@ def find_model(url, key):
     return answer.json()['data'][0]['id']
   except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError,
           TypeError) as error:
-    raise base.InputError(f'--url={url}: {path} does not list a model: '
-                          f'{error}') from None
+    raise InputError(f'--url={url}: {path} does not list a model: '
+                     f'{error}') from None
 
 
 # --- results ----------------------------------------------------------------
@@ -272,12 +276,12 @@ def define_flags():
 
 def run(f, console):
   """Sends, shows and writes; returns the exit code. f: the flags' values."""
-  slo = base.Slo(f['ttft'], f['tpot'])
+  slo = Slo(f['ttft'], f['tpot'])
   try:
     extra = json.loads(f['extra'])
   except ValueError:
     extra = None
-  base.require(isinstance(extra, dict), '--extra', f['extra'], 'a JSON object')
+  require(isinstance(extra, dict), '--extra', f['extra'], 'a JSON object')
   entries = workload.read_lengths(f['lengths']) if f['lengths'] else ()
   prompts = () if entries else workload.read_prompts(f['prompts'])
   times = workload.arrivals(f['arrivals'], f['rate'], f['num'], f['seed'],
@@ -304,7 +308,7 @@ def run(f, console):
 
 
 def main(argv):
-  live.client(argv, FLAGS, run, Console())
+  terminal.client(argv, FLAGS, run, Console())
 
 
 if __name__ == '__main__':

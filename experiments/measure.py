@@ -11,8 +11,9 @@ timed in turn, round after round, and the median of each counts, so that a
 busy moment spoils no single cell. Buckets are part of the result: a batch
 costs what its compiled size costs.
 
-Files in --out: latency-DEVICE-MODEL.json (dsjax.latency.load reads it),
-cells-DEVICE-MODEL.jsonl (every cell, measured and fitted), latency-....png.
+Files in --out: latency-DEVICE-MODEL.json (dsjax.simulation.profiles.load reads
+it), cells-DEVICE-MODEL.jsonl (every cell, measured and fitted),
+latency-....png.
 
 Exit codes: 0; 2 for bad input; 130 when stopped by Ctrl-C.
 
@@ -44,26 +45,30 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 import dsjax
-from dsjax import (
-    base,
-    cache,
-    contention,
-    engine,
-    fit,
-    latency,
-    migrate,
-    orchestrator,
-    sharding,
-    workload,
+from dsjax import workload
+from dsjax.config.checks import require
+from dsjax.config.engine import EngineConfig
+from dsjax.config.placement import Placement, Plan
+from dsjax.config.request import Sampling
+from dsjax.model import kv_cache, sharding
+from dsjax.runtime import engine, migration, orchestrator
+from dsjax.scheduling.events import (
+  Chunk,
+  DecodeDone,
+  Migrate,
+  Row,
+  RunDecode,
+  RunPrefill,
 )
-from experiments import config as configs
-from experiments import live, machine, tiny
+from dsjax.simulation import contention, fitting, latency, profiles
+from experiments.common import machine, terminal, tiny
+from experiments.common import overrides as configs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS = 4  # decode steps of a timed run: the device takes them in a row
 HOST_TOKENS = 24  # output tokens of the requests that find the host's time
-ENGINE = base.EngineConfig(max_len=1024, max_seqs=16, prefill_tokens=512,
-                           chunk_tokens=512, prefill_seqs=8)
+ENGINE = EngineConfig(max_len=1024, max_seqs=16, prefill_tokens=512,
+                      chunk_tokens=512, prefill_seqs=8)
 
 
 def define_flags():
@@ -137,21 +142,21 @@ class Cells:
     self.pages = [tuple(range((r % most) * each, (r % most + 1) * each))
                   for r in range(count)]
     for id in range(count):
-      one.admit(id, [1] * (one.config.max_len // 2), 1, base.Sampling())
+      one.admit(id, [1] * (one.config.max_len // 2), 1, Sampling())
 
   def run(self, pieces, batch, each):
     """Dispatches a cell; returns (arrays to wait for, steps)."""
-    rows = tuple(base.Row(r, each - 1, STEPS, self.pages[r])
+    rows = tuple(Row(r, each - 1, STEPS, self.pages[r])
                  for r in range(batch))
     if not pieces:
-      outs, _ = self.one.decode(base.RunDecode(0, 0, 0, STEPS, rows))
+      outs, _ = self.one.decode(RunDecode(0, 0, 0, STEPS, rows))
       return outs[-1].token_R, STEPS
     size = self.one.limits.page_size
     chunks = tuple(
-        base.Chunk(batch + i, start, stop,
-                   self.pages[batch + i][:-(-stop // size)], True)
+        Chunk(batch + i, start, stop,
+              self.pages[batch + i][:-(-stop // size)], True)
         for i, (start, stop) in enumerate(pieces))
-    outs, _ = self.one.prefill(base.RunPrefill(0, 0, chunks, 0, rows))
+    outs, _ = self.one.prefill(RunPrefill(0, 0, chunks, 0, rows))
     return outs[-1].token_R, 1
 
   def seconds(self, pieces, batch, each):
@@ -188,9 +193,9 @@ def decode_span(server, batch):
   sent, times, first = {}, [], None
   for event, commands in server.log:
     for c in commands:
-      if isinstance(c, base.RunDecode):
+      if isinstance(c, RunDecode):
         sent[c.number] = c
-    if isinstance(event, base.DecodeDone):
+    if isinstance(event, DecodeDone):
       command = sent.get(event.number)
       if command and len(command.rows) == batch:
         first = first or command.rows[0].base + command.tick + 1
@@ -209,13 +214,13 @@ def host_times(loaded, config, plan, bare, rounds):
   tokens = min(HOST_TOKENS, config.max_len - prompt)
   rng = np.random.default_rng(0)
   found = []
-  with orchestrator.serve(loaded, base.Placement(colocated=[plan]), config,
+  with orchestrator.serve(loaded, Placement(colocated=[plan]), config,
                           report=lambda *_: None) as server:
     for i in range(rounds + 1):
       ids = rng.integers(3, loaded.config.vocab_size, (batch, prompt))
       requests = workload.from_prompts(
           ids.tolist(), (0.0,) * batch,
-          base.Sampling(max_tokens=tokens, ignore_eos=True))
+          Sampling(max_tokens=tokens, ignore_eos=True))
       server.log.clear()
       server.run([dataclasses.replace(r, id=i * batch + r.id)
                   for r in requests])
@@ -234,7 +239,7 @@ def host_times(loaded, config, plan, bare, rounds):
 
 def transfer_times(source, target, lengths, rounds, tick):
   """Median seconds of a migration of each length."""
-  route = migrate.Route(source, target)
+  route = migration.Route(source, target)
   route.warm()
 
   def timed(n):
@@ -242,7 +247,7 @@ def transfer_times(source, target, lengths, rounds, tick):
       ids = [tuple(range(-(-n // e.limits.page_size)))
              for e in (source, target)]
       start = time.perf_counter()
-      moved = route.start(base.Migrate(0, 1, 0, ids[0], 1, ids[1], n))
+      moved = route.start(Migrate(0, 1, 0, ids[0], 1, ids[1], n))
       jax.block_until_ready(moved.land())
       return time.perf_counter() - start
     return run
@@ -311,7 +316,7 @@ def buckets_of(config):
 
 def build(loaded, plan, role, config, devices):
   """An Engine of one plan on the first of these devices."""
-  placement = base.Placement(colocated=[plan])
+  placement = Placement(colocated=[plan])
   meshes, = sharding.make_meshes(loaded.config, placement, devices)
   return engine.Engine(loaded, meshes, role, config)
 
@@ -330,23 +335,23 @@ def measure(loaded, plans, config, rounds=5, points=4, bar=None, name=None):
     InputError: a plan does not fit on the devices, or the config is not as
       described.
   """
-  base.require(config.chunk_tokens == config.prefill_tokens,
-               'EngineConfig.chunk_tokens', config.chunk_tokens,
-               f'prefill_tokens={config.prefill_tokens}: one engine measures '
-               'both kinds of step')
-  base.require(config.max_len >= 64, 'EngineConfig.max_len', config.max_len,
-               '64 or more to measure')
+  require(config.chunk_tokens == config.prefill_tokens,
+          'EngineConfig.chunk_tokens', config.chunk_tokens,
+          f'prefill_tokens={config.prefill_tokens}: one engine measures '
+          'both kinds of step')
+  require(config.max_len >= 64, 'EngineConfig.max_len', config.max_len,
+          '64 or more to measure')
   most = max(p.num_devices for p in plans)
   devices = jax.devices()
-  base.require(2 * most <= len(devices), 'plans', plans,
-               f'of at most {len(devices) // 2} devices: migrations need a '
-               'source and a target')
+  require(2 * most <= len(devices), 'plans', plans,
+          f'of at most {len(devices) // 2} devices: migrations need a '
+          'source and a target')
   bar = bar or Progress(disable=True)
   grid, cells, models, links = shapes(config, points), {}, {}, {}
   shared = None
   lengths = spread(config.page_size, config.max_len, points)
-  kv_bytes = cache.bytes_per_token(loaded.config, config.kv_dtype_of('decode'),
-                                   loaded.config.num_layers)
+  kv_bytes = kv_cache.bytes_per_token(
+      loaded.config, config.kv_dtype_of('decode'), loaded.config.num_layers)
   for plan in plans:
     label = f'{plan.tp}x{plan.pp}'
     one = build(loaded, plan, 'chunked', config, devices)
@@ -357,12 +362,12 @@ def measure(loaded, plans, config, rounds=5, points=4, bar=None, name=None):
     task = bar.add_task(f'{label}: steps', total=(rounds + 1) * len(grid))
     medians = in_rounds([lambda s=s, bare=bare: bare.seconds(*s)
                          for s in grid], rounds, lambda t=task: bar.advance(t))
-    cells[plan] = [fit.Cell(s[0], s[1], context_of(*s), seconds)
+    cells[plan] = [fitting.Cell(s[0], s[1], context_of(*s), seconds)
                    for s, seconds in zip(grid, medians, strict=True)]
     task = bar.add_task(f'{label}: host', total=1)
     host = host_times(loaded, config, plan, bare, rounds)
     bar.advance(task)
-    models[plan] = fit.fit_affine(
+    models[plan] = fitting.fit_affine(
         cells[plan], buckets_of(config),
         max(0.0, statistics.median(host)) if host else 0.0, plan.pp)
     for to in plans:
@@ -372,14 +377,14 @@ def measure(loaded, plans, config, rounds=5, points=4, bar=None, name=None):
       seconds = transfer_times(one, target, lengths, rounds,
                                lambda t=task: bar.advance(t))
       if seconds[-1] > seconds[0]:  # else noise hides the bandwidth
-        links[plan, to] = fit.fit_link(lengths, seconds, kv_bytes)
-    if plan == base.Plan():
+        links[plan, to] = fitting.fit_link(lengths, seconds, kv_bytes)
+    if plan == Plan():
       other = build(loaded, plan, 'chunked', config, devices[most:])
       task = bar.add_task(f'{label}: side by side', total=(
           rounds + 1) * len(contention.KINDS)**2)
       shared = beside(bare, Cells(other), config, rounds,
                       lambda t=task: bar.advance(t))
-  return latency.Profile(
+  return profiles.Profile(
       name or loaded.config.name, devices[0].device_kind, models, links,
       f'experiments.measure, {rounds} rounds, {config.dtype}, '
       f'jax {jax.__version__}', shared), cells
@@ -408,19 +413,19 @@ def show(console, profile, cells, tpot_s, config, model_config):
       table.add_column(column, justify='left' if column in ('kind', 'cell')
                        else 'right')
     for c in cells[plan]:
-      fitted = fit.predict_s(model, c)
+      fitted = fitting.predict_s(model, c)
       table.add_row(c.kind, _say(c), f'{1e3 * c.seconds:.3f}',
                     f'{1e3 * fitted:.3f}', f'{fitted / c.seconds - 1:+.1%}')
     console.print(table)
-    for kind, r in fit.residuals(model, cells[plan]).items():
+    for kind, r in fitting.residuals(model, cells[plan]).items():
       console.print(f'  {kind}: mean error {r.mape:.1%} of {r.count} cells, '
                     f'worst {r.worst:.1%} at {_say(r.cell)}', highlight=False)
-    paper = latency.appendix_a(model_config, fit.fit_appendix_a(
+    paper = latency.appendix_a(model_config, fitting.fit_appendix_a(
         cells[plan], model_config))
     alone = [c for c in cells[plan] if c.kind != 'mixed']
     console.print('  mean error of DistServe Appendix A, five constants: '
                   + ', '.join(f'{kind} {r.mape:.1%}' for kind, r in
-                              fit.residuals(paper, alone).items()),
+                              fitting.residuals(paper, alone).items()),
                   highlight=False)
     limit, rows = model.buckets.tokens[-1], model.buckets.rows[-1]
     batch = latency.largest_batch(model, tpot_s, max_len // 2, rows)
@@ -490,10 +495,10 @@ def _draw_decode(axis, model, cells):
 
 
 def _draw_errors(axis, model, cells):
-  for i, (kind, r) in enumerate(fit.residuals(model, cells).items()):
+  for i, (kind, r) in enumerate(fitting.residuals(model, cells).items()):
     of = [c for c in cells if c.kind == kind]
     axis.plot([1e3 * c.seconds for c in of],
-              [100 * (fit.predict_s(model, c) / c.seconds - 1) for c in of],
+              [100 * (fitting.predict_s(model, c) / c.seconds - 1) for c in of],
               'o', color=f'C{i}', ms=4,
               label=f'{kind}: mean {r.mape:.1%}, worst {r.worst:.1%}')
   axis.axhline(0, color='0.6', lw=0.8)
@@ -511,12 +516,12 @@ def write(out, profile, cells):
   out.mkdir(parents=True, exist_ok=True)
   slug = '-'.join(re.sub('[^a-z0-9.]+', '-', x.lower()).strip('-')
                   for x in (profile.device, profile.model))
-  latency.save(out / f'latency-{slug}.json', profile)
+  profiles.save(out / f'latency-{slug}.json', profile)
   with open(out / f'cells-{slug}.jsonl', 'w', encoding='utf-8') as file:
     for plan, found in cells.items():
       for c in found:
         file.write(json.dumps({'plan': f'{plan.tp}x{plan.pp}', 'kind': c.kind}
-                              | c._asdict() | {'fitted_s': fit.predict_s(
+                              | c._asdict() | {'fitted_s': fitting.predict_s(
                                   profile.latencies[plan], c)}) + '\n')
   draw(out / f'latency-{slug}.png', profile, cells)
   return out / f'latency-{slug}.json'
@@ -525,17 +530,17 @@ def write(out, profile, cells):
 def parse_plans(texts):
   """Plans of 'TPxPP' texts. Raises InputError."""
   plans = configs.parse_placement('chunked=' + ','.join(texts)).chunked
-  base.require(len(set(plans)) == len(plans), '--plans', texts,
-               'different ones')
+  require(len(set(plans)) == len(plans), '--plans', texts,
+          'different ones')
   return plans
 
 
 def run(console):
   """Measures as the flags say."""
-  base.require(FLAGS.out.value, '--out', FLAGS.out.value, 'a folder')
+  require(FLAGS.out.value, '--out', FLAGS.out.value, 'a folder')
   tpot_s = FLAGS.tpot_s.value
-  base.require(math.isfinite(tpot_s) and tpot_s > 0, '--tpot_s', tpot_s,
-               'seconds above 0')
+  require(math.isfinite(tpot_s) and tpot_s > 0, '--tpot_s', tpot_s,
+          'seconds above 0')
   config, plans = configs.override(ENGINE, FLAGS.set.value), parse_plans(
       FLAGS.plans.value)
   most = max(p.num_devices for p in plans)
@@ -563,7 +568,7 @@ def run(console):
 
 def main(_):
   try:
-    with live.one_error():
+    with terminal.one_error():
       run(Console())
   except KeyboardInterrupt:
     print('stopped: nothing was written', file=sys.stderr)

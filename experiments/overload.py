@@ -39,8 +39,11 @@ from absl import app, flags
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from dsjax import base, metrics, workload
-from experiments import api, live, load, report
+from dsjax import workload
+from dsjax.analysis import metrics
+from dsjax.config.checks import require
+from experiments import api, load
+from experiments.common import report, terminal
 
 FLAGS = None  # once run as a program
 RECOVERED = 1.25  # latencies below this many times the unloaded worst
@@ -109,8 +112,8 @@ class Overload:
                            for _ in range(clients)))
     ends = sorted(r.finish_s for r in one.records
                   if r.status in ('stop', 'length'))
-    base.require(len(ends) >= 3, 'answers while full', len(ends),
-                 '3 or more; let --full last longer')
+    require(len(ends) >= 3, 'answers while full', len(ends),
+            '3 or more; let --full last longer')
     return one, (len(ends) - 1) / (ends[-1] - ends[0])
 
   async def flood(self, rate_per_s, seconds, recover_s):
@@ -160,7 +163,7 @@ async def measure(url, key, make, clients, singles, full_s, factor, flood_s,
     unloaded = await run.single(singles + 1)
     unloaded.records.pop(0)  # it opened the connection
     wrong = [r.reason for r in unloaded.records if not r.token_s]
-    base.require(not wrong, 'single requests', wrong, 'answered')
+    require(not wrong, 'single requests', wrong, 'answered')
     say(f'{clients} clients for {full_s:g} s')
     full, capacity_per_s = await run.full(full_s, clients)
     rate_per_s = factor * capacity_per_s
@@ -292,18 +295,18 @@ def serving(config, settings, say):
       if not found:
         process.wait()
         log.seek(0)
-        base.require(False, 'experiments.api', log.read().strip()[-500:],
-                     'able to start')
+        require(False, 'experiments.api', log.read().strip()[-500:],
+                'able to start')
       url, status = found[1], {'status': 'starting'}
       while status['status'] == 'starting':
         say(status.get('progress') or 'starting')
         time.sleep(0.5)
-        base.require(process.poll() is None, 'experiments.api', 'ended',
-                     'able to start')
+        require(process.poll() is None, 'experiments.api', 'ended',
+                'able to start')
         with contextlib.suppress(httpx.TransportError):
           status = httpx.get(url + '/health', timeout=10.0).json()
-      base.require(status['status'] == 'ready', 'experiments.api',
-                   status['status'], 'ready')
+      require(status['status'] == 'ready', 'experiments.api',
+              status['status'], 'ready')
       yield url
     finally:
       if process.poll() is None:
@@ -374,7 +377,7 @@ def run(f, console):
 
 
 def main(argv):
-  live.client(argv, FLAGS, run, live.wide_console())
+  terminal.client(argv, FLAGS, run, terminal.wide_console())
 
 
 if __name__ == '__main__':

@@ -6,9 +6,9 @@
 Seconds of a step come from --latency: 'published' (DistServe's A100 profiles
 of OPT-13B and 66B), 'roofline:a100-80g' and the like (shapes against peaks:
 hardware that nobody has measured), or a file that experiments.measure wrote.
-Lengths are a mixture of dsjax.traffic (sharegpt, humaneval, longbench) or a
-file of dsjax.workload (CSV, JSONL). The cluster is --nodes and so on, or a
-JSON file with the fields of dsjax.placement.Cluster.
+Lengths are a mixture of dsjax.workload.traffic (sharegpt, humaneval,
+longbench) or a file of dsjax.workload (CSV, JSONL). The cluster is --nodes and
+so on, or a JSON file with the fields of dsjax.placement.candidates.Cluster.
 
 It prints a table of the best placements with 95 % intervals, what binds them
 and a verdict, and writes placement.json and placement.png. A placement that
@@ -31,20 +31,25 @@ from absl import app, flags
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import (
-    BarColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
+  BarColumn,
+  Progress,
+  TextColumn,
+  TimeElapsedColumn,
 )
 from rich.table import Table
 
-from dsjax import latency, placement, traffic, zoo
-from dsjax.base import InputError, Slo, require
-from experiments import live, setting
-from experiments.config import show_placement
+from dsjax.config import zoo
+from dsjax.config.checks import InputError, require
+from dsjax.config.placement import Slo
+from dsjax.placement import search
+from dsjax.placement.candidates import Cluster, Problem
+from dsjax.simulation import profiles
+from dsjax.workload import traffic
+from experiments.common import setting, terminal
+from experiments.common.overrides import show_placement
 
-ALGORITHMS = {'low': placement.low_affinity, 'high': placement.high_affinity,
-              'colocated': placement.colocated}
+ALGORITHMS = {'low': search.low_affinity, 'high': search.high_affinity,
+              'colocated': search.colocated}
 
 CLUSTER = dict(nodes=('nodes', 1), devices=('devices_per_node', 1),
                memory_gb=('memory_bytes', 1e9),
@@ -55,7 +60,7 @@ CLUSTER = dict(nodes=('nodes', 1), devices=('devices_per_node', 1),
 
 def define_flags():
   """The flags, when this is what runs (two runners share some names)."""
-  flags.DEFINE_string('model', 'opt-13b', 'A name in dsjax.zoo.')
+  flags.DEFINE_string('model', 'opt-13b', 'A name in dsjax.config.zoo.')
   flags.DEFINE_string('cluster', None, 'A JSON file; not with the next six.')
   flags.DEFINE_integer('nodes', 1, 'Nodes.', lower_bound=1)
   flags.DEFINE_integer('devices', 3, 'Devices a node.', lower_bound=1)
@@ -97,13 +102,13 @@ def read_cluster(path):
   Raises:
     InputError naming the file and the field.
   """
-  data = latency.read_json(path)
-  known = [f.name for f in dataclasses.fields(placement.Cluster)]
+  data = profiles.read_json(path)
+  known = [f.name for f in dataclasses.fields(Cluster)]
   require(isinstance(data, dict), path, data, f'an object with {known}')
   for field in data:
     require(field in known, f'{path}: field', field, f'one of {known}')
   try:
-    return placement.Cluster(**data)
+    return Cluster(**data)
   except InputError as error:
     raise InputError(f'{path}: {error}') from error
 
@@ -115,7 +120,7 @@ def _cluster(options):
     require(not given, '--cluster', options.cluster,
             f'without --{", --".join(given)}')
     return read_cluster(options.cluster)
-  return placement.Cluster(**{
+  return Cluster(**{
       field: getattr(options, name) * unit
       for name, (field, unit) in CLUSTER.items()})
 
@@ -196,7 +201,7 @@ def processes(count):
 
 
 def main(_):
-  with live.one_error():
+  with terminal.one_error():
     _main(Console(), flags.FLAGS)
 
 
@@ -210,7 +215,7 @@ def _problem(options):
     require(size.isdecimal() and int(size) > 0, '--chunks', size,
             'integers above 0')
   make, longest = setting.requests(options.lengths, options.seed)
-  return placement.Problem(
+  return Problem(
       config, _cluster(options), Slo(options.ttft, options.tpot), make,
       setting.latencies(options.latency, config, options.model,
                         options.host_ms / 1e3),
@@ -242,7 +247,7 @@ def _search(console, problem, options):
                  f'{best[0].per_device:.3g}')
       bar.update(line, completed=now.done, total=now.total, more=text)
 
-    return placement.search(
+    return search.search(
         problem, [ALGORITHMS[n] for n in options.algorithms], report, run)
 
 

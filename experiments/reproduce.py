@@ -4,9 +4,9 @@
 
 Prints for each a table (paper | paper rules | ours | why they differ) and
 writes FIGURE.png and FIGURE.json. The published values are in
-experiments.paper, the two sets of rules in experiments.contest, the figures
-in experiments.figures (1, 3, 4, 5, 10, 12) and experiments.endtoend (8, 9,
-11, tables 2 and 3). Everything is simulated on the constants that DistServe
+experiments/paper/reported.py, the two sets of rules in comparison.py, the
+figures in figures.py (1, 3, 4, 5, 10, 12) and end_to_end.py (8, 9, 11, tables
+2 and 3). Everything is simulated on the constants that DistServe
 released for A100s; nothing here ran on a GPU. --quick takes seconds and its
 figures say little. Ctrl-C keeps what is finished.
 """
@@ -25,10 +25,11 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from dsjax.base import require
-from experiments import endtoend, figures, live
+from dsjax.config.checks import require
+from experiments.common import terminal
+from experiments.paper import end_to_end, figures
 
-FIGURES = {k: (figures.FIGURES | endtoend.FIGURES)[k] for k in (
+FIGURES = {k: (figures.FIGURES | end_to_end.FIGURES)[k] for k in (
     '1', '3', '4', '5', '8', '9', '10', '11', '12', 'table2', 'table3')}
 
 
@@ -134,7 +135,7 @@ def _main(console):
 
 
 def main(_):
-  with live.one_error():
+  with terminal.one_error():
     _main(Console())
 
 

@@ -31,17 +31,15 @@ from rich.console import Console
 
 import dsjax
 from configs.serve import Serve
-from dsjax import (
-    attribution,
-    base,
-    metrics,
-    orchestrator,
-    scheduler,
-    traffic,
-    workload,
-)
-from experiments import config as configs
-from experiments import live, machine, report, timeline, tiny
+from dsjax import workload
+from dsjax.analysis import attribution, metrics
+from dsjax.config.checks import InputError, require
+from dsjax.config.placement import Placement
+from dsjax.runtime import orchestrator
+from dsjax.scheduling import scheduler
+from dsjax.workload import traffic
+from experiments.common import machine, report, terminal, timeline, tiny
+from experiments.common import overrides as configs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SAMPLES = 3  # answers shown of the first mode
@@ -62,7 +60,7 @@ class Result:
   """One mode's run. answers: {request id: Output} of those that ended."""
 
   mode: str
-  placement: base.Placement
+  placement: Placement
   records: list
   log: list
   answers: dict
@@ -108,8 +106,8 @@ def _entries(w):
     return (workload.Entry(None, w.prompt_len, w.output_len),)
   if w.source in traffic.MIXTURES:
     return traffic.draw(w.source, w.num_requests or 100, w.seed)
-  base.require(w.path, 'workload.path', w.path, 'the path of a file: '
-               f'--set=workload.path=... ({w.source})')
+  require(w.path, 'workload.path', w.path, 'the path of a file: '
+          f'--set=workload.path=... ({w.source})')
   return (workload.read_prompts if w.source == 'prompts' else
           workload.read_lengths)(w.path)
 
@@ -117,10 +115,10 @@ def _entries(w):
 def _arrivals(w, n, entries):
   """When the n requests of a Workload are sent."""
   kind, rate, cv = w.arrivals, w.rate_per_s, w.cv
-  base.require(kind != 'resample' or w.source == 'trace', 'workload.source',
-               w.source, "'trace', to resample it")
-  base.require(not w.swing or kind not in ('burst', 'trace'),
-               'workload.swing', w.swing, f'0 with {kind} arrivals')
+  require(kind != 'resample' or w.source == 'trace', 'workload.source',
+          w.source, "'trace', to resample it")
+  require(not w.swing or kind not in ('burst', 'trace'),
+          'workload.swing', w.swing, f'0 with {kind} arrivals')
   if kind == 'resample':
     history = traffic.fit(entries)
     kind, rate, cv = 'gamma', rate or history.rate_per_s, history.cv
@@ -147,7 +145,7 @@ def _chats(config, model, prompts, times):
 def _check_length(config, model, request):
   most, need = config.engine.max_len, request.sampling.max_tokens
   if len(request.prompt) + need > most:
-    raise base.InputError(
+    raise InputError(
         f'request {request.id}: a prompt of {len(request.prompt)} tokens and '
         f'max_tokens={need} exceed engine.max_len={most} (the context of '
         f'{model.config.name} is {model.config.max_len}); for a trace, '
@@ -210,7 +208,7 @@ def _show_samples(console, result):
   ended = sorted((r for r in result.records if r.id in result.answers),
                  key=lambda r: r.finish_s)
   for record in ended[:SAMPLES]:
-    text = live.short(result.answers[record.id].text, console.width - 14)
+    text = terminal.short(result.answers[record.id].text, console.width - 14)
     console.print(f'  answer {record.id:3d}: {text}', markup=False,
                   highlight=False)
 
@@ -237,7 +235,7 @@ def serve_modes(config, model, requests, console):
     serve.
   """
   results = []
-  with live.Interrupts() as interrupts, live.Screen(
+  with terminal.Interrupts() as interrupts, terminal.Screen(
       console, interrupts.halt) as screen:
     for mode, placement in zip(config.modes, config.placements, strict=True):
       try:
@@ -337,13 +335,13 @@ def _title(config, requests, cut):
 
 def run(config, out, console):
   """Serves, shows, checks and writes; returns the exit code."""
-  base.require(isinstance(config, Serve), '--config', type(config).__name__,
-               'a file whose `config` is a configs.serve.Serve')
+  require(isinstance(config, Serve), '--config', type(config).__name__,
+          'a file whose `config` is a configs.serve.Serve')
   make = plan_requests(config)
   found = len(jax.devices())
-  base.require(config.num_devices <= found, 'placements',
-               f'{config.num_devices} devices',
-               f'of at most the {found} that exist')
+  require(config.num_devices <= found, 'placements',
+          f'{config.num_devices} devices',
+          f'of at most the {found} that exist')
   out.mkdir(parents=True, exist_ok=True)
   model = load_model(config)
   requests, cut = make(model)
@@ -384,13 +382,13 @@ def _prepare(num_devices, cache):
 def start(name, settings, out, cache=None, console=None):
   """main without flags: returns the exit code."""
   try:
-    base.require(name, '--config', name, f'given: one of {configs.names()}')
-    base.require(out, '--out', out, 'given: a folder for the files')
+    require(name, '--config', name, f'given: one of {configs.names()}')
+    require(out, '--out', out, 'given: a folder for the files')
     config = configs.override(configs.load(name), settings)
     if isinstance(config, Serve):
       _prepare(config.num_devices, cache)
     return run(config, pathlib.Path(out), console or Console())
-  except (base.InputError, OSError) as error:
+  except (InputError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:

@@ -9,9 +9,9 @@
 
 It prints, for each point, the share of requests that met both objectives (the
 first fifth left out as warm-up) with its 95 % interval, latencies, and why
-requests missed (dsjax.attribution). Placements with '/' between are drawn
-together; --per_device multiplies rates by their devices. --latency is as in
-experiments.place. --process=trace without a rate uses the trace's own times.
+requests missed (dsjax.analysis.attribution). Placements with '/' between are
+drawn together; --per_device multiplies rates by their devices. --latency is as
+in experiments.place. --process=trace without a rate uses the trace's own times.
 Files in --out: records.jsonl, summary.json, simulate.png and, with --timeline,
 timeline.json (for ui.perfetto.dev) and events-NAME.jsonl, which replays.
 """
@@ -28,19 +28,19 @@ from matplotlib.figure import Figure
 from rich.progress import Progress
 from rich.table import Table
 
-from dsjax import (
-    attribution,
-    goodput,
-    metrics,
-    placement,
-    simulator,
-    traffic,
-    workload,
-    zoo,
-)
-from dsjax.base import Finish, Reject, Slo, require
-from experiments import live, report, setting, timeline
-from experiments.config import parse_placement, show_placement
+from dsjax import workload
+from dsjax.analysis import attribution, metrics
+from dsjax.analysis.record import Record
+from dsjax.config import zoo
+from dsjax.config.checks import require
+from dsjax.config.placement import Slo
+from dsjax.placement import candidates, goodput
+from dsjax.placement.candidates import Cluster, Problem
+from dsjax.scheduling.events import Finish, Reject
+from dsjax.simulation import simulator
+from dsjax.workload import traffic
+from experiments.common import report, setting, terminal, timeline
+from experiments.common.overrides import parse_placement, show_placement
 
 WARMUP = 0.2  # share of the requests, as in goodput.steady_hits
 COLOURS = dict(zip((*attribution.CAUSES, *attribution.ENDED), (
@@ -52,7 +52,7 @@ def define_flags():
   """Defines the command line; called when this module is run."""
   text, number, whole = (flags.DEFINE_string, flags.DEFINE_float,
                          flags.DEFINE_integer)
-  text('model', 'opt-13b', 'A name in dsjax.zoo.')
+  text('model', 'opt-13b', 'A name in dsjax.config.zoo.')
   text('placement', 'prefill=2x1,decode=1x1', "role=TPxPP, ...; several with "
        "'/' between.")
   text('rates', None, 'Requests a second, with commas.')
@@ -157,10 +157,10 @@ def problem(options, placements):
   make, longest = setting.requests(options.lengths, options.seed,
                                    options.process, options.cv)
   most = max(p.num_devices for p in placements)
-  return placement.Problem(
-      config, placement.Cluster(1, most, options.memory_gb * 1e9,
-                                options.intra_gb_per_s * 1e9,
-                                options.inter_gb_per_s * 1e9),
+  return Problem(
+      config, Cluster(1, most, options.memory_gb * 1e9,
+                      options.intra_gb_per_s * 1e9,
+                      options.inter_gb_per_s * 1e9),
       Slo(options.ttft, options.tpot), make,
       setting.latencies(options.latency, config, options.model,
                         options.host_ms / 1e3),
@@ -269,7 +269,7 @@ def point(name, devices, at, rate, slo, records, parts, alone):
 
 def build(options, asked, placed):
   """placement.build of a placement, with the command line's run-ahead."""
-  config, *rest = placement.build(
+  config, *rest = candidates.build(
       asked, placed, options.chunk if placed.chunked else None,
       options.aligned)
   changed = {k: v for k in ('depth', 'run_ahead')
@@ -285,7 +285,7 @@ def simulate(options, asked, placements, points, kind, progress, halt, save):
   built = [build(options, asked, p) for p in placements]
   factors = [p.num_devices if options.per_device else 1 for p in placements]
   runs = list(dict.fromkeys(rate for rate, _ in points))
-  sample = [metrics.Record(r.id, 0.0, len(r.prompt), 1) for r in
+  sample = [Record(r.id, 0.0, len(r.prompt), 1) for r in
             asked.workload(runs[0] or None, options.requests)]
   widest = max(scale for _, scale in points)
   check_floor(built, sample, Slo(widest * options.ttft,
@@ -465,7 +465,7 @@ class Traces:
       old.unlink()
 
   def save(self, name, placed, config, log):
-    from dsjax import orchestrator  # jax, which only this needs
+    from dsjax.runtime import orchestrator  # jax, which only this needs
     assert orchestrator.replay(config, log) is None, f'{name}: no replay'
     stem = re.sub('[^a-z0-9.]+', '-', name)
     orchestrator.write_log(self.out / f'events-{stem}.jsonl', log)
@@ -491,7 +491,7 @@ def _main(options, console):
     out.mkdir(parents=True, exist_ok=True)
   traces = Traces(out) if options.timeline else None
   found, stopped = [], False
-  with live.Interrupts() as interrupts, Progress(
+  with terminal.Interrupts() as interrupts, Progress(
       console=console, transient=True) as progress:
     try:
       for p in simulate(options, asked, placements, points, kind, progress,
@@ -541,8 +541,8 @@ def _save(options, out, found, kind, stopped, traces, console):
 
 
 def main(_):
-  with live.one_error():
-    sys.exit(_main(flags.FLAGS, live.wide_console()))
+  with terminal.one_error():
+    sys.exit(_main(flags.FLAGS, terminal.wide_console()))
 
 
 if __name__ == '__main__':

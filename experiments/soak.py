@@ -7,7 +7,8 @@ First every job of a small set is served without a fault: its tokens are what
 it must give from then on. Then requests for these jobs arrive at random, some
 are cancelled, and faults come at random: an instance is killed and started
 again, or drained for a while, or a call of its engine goes wrong in one of the
-ways of experiments.faults. Half the jobs are greedy, half drawn by a seed.
+ways of experiments.verify.faults. Half the jobs are greedy, half drawn by a
+seed.
 
 Checked: the tokens of every request (of a cancelled one as far as they came),
 that nobody was lost, that every page and slot came back, that nothing was
@@ -40,16 +41,20 @@ from absl import app, flags, logging
 
 import dsjax
 from configs.serve import PROMPTS
-from dsjax import base, pages, scheduler, workload
-from experiments import config as configs
-from experiments import live, machine, soak_report, tiny
-from experiments.faults import COPY, KINDS, Injector
+from dsjax import workload
+from dsjax.config.checks import require
+from dsjax.config.engine import EngineConfig
+from dsjax.scheduling import event_log, page_pool, scheduler
+from experiments.common import machine, terminal, tiny
+from experiments.common import overrides as configs
+from experiments.verify import soak_report
+from experiments.verify.faults import COPY, KINDS, Injector
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 JOBS = 16
 SAMPLE_S = 2.0  # between two looks at the memory
 MOST_WAITING = 64  # requests: more arrivals than that are not sent
-CONFIG = base.EngineConfig(
+CONFIG = EngineConfig(
     max_len=256, max_seqs=8, prefill_tokens=128, prefill_seqs=4,
     chunk_tokens=64, checksum=True, tries=10, lease_s=5.0, stall_s=20.0,
     restarts=1000)
@@ -131,7 +136,7 @@ class Soak:
     self.replayed, again = scheduler.step(self.server.plan, self.replayed,
                                           event)
     self.differs += again != commands
-    self.events.write(json.dumps(base.encode((event, commands))) + '\n')
+    self.events.write(json.dumps(event_log.encode((event, commands))) + '\n')
 
   def reference(self):
     """Serves every job once without a fault, and keeps its tokens."""
@@ -250,7 +255,7 @@ class Soak:
   def leaked(self):
     """Pages and slots that have not come back."""
     scheduler.check(self.server.state)
-    return sum(inst.pool.num_pages - pages.num_free(inst.pool)
+    return sum(inst.pool.num_pages - page_pool.num_free(inst.pool)
                for inst in self.server.state.instances) + sum(
                    one.config.max_seqs - len(one.spare)
                    for one in self.server.engines)
@@ -276,11 +281,11 @@ class _Lines:
 
 def run(options, console):
   """Everything; the exit code."""
-  base.require(options.out, '--out', options.out, 'given: a folder')
+  require(options.out, '--out', options.out, 'given: a folder')
   config = configs.override(QUICK if options.quick else CONFIG, options.set)
   placement = configs.parse_placement(options.placement)
   rate = options.rate or (20.0 if options.quick else 1.0)
-  base.require(rate > 0, '--rate', rate, 'requests/s above 0')
+  require(rate > 0, '--rate', rate, 'requests/s above 0')
   out, seconds = pathlib.Path(options.out), options.minutes * 60
   out.mkdir(parents=True, exist_ok=True)
   with contextlib.suppress(RuntimeError):  # it has started: use what is there
@@ -293,7 +298,7 @@ def run(options, console):
                 f's and {options.faults:g} faults a minute for '
                 f'{options.minutes:g} minutes, seed {options.seed}',
                 highlight=False)
-  with live.Interrupts() as interrupts, live.Screen(
+  with terminal.Interrupts() as interrupts, terminal.Screen(
       console, interrupts.halt) as screen, gzip.open(
           out / 'events.jsonl.gz', 'wt') as events:
     screen.begin('soak', placement, len(jobs))
@@ -325,8 +330,8 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unexpected: {" ".join(argv[1:])}')
   logging.set_verbosity(logging.ERROR)  # each fault warns: they were asked for
-  with live.one_error(OSError):
-    sys.exit(run(flags.FLAGS, live.wide_console()))
+  with terminal.one_error(OSError):
+    sys.exit(run(flags.FLAGS, terminal.wide_console()))
 
 
 if __name__ == '__main__':

@@ -17,8 +17,9 @@ import tokenizers
 from absl import app, flags
 from tokenizers import decoders
 
-from dsjax import base, checkpoint, gguf_file, tokenizer
-from experiments import live
+from dsjax.checkpoints import checkpoint, gguf_file, tokenizer
+from dsjax.config.checks import require
+from experiments.common import terminal
 
 _CONTROL = 3  # GGUF's type of a control token
 _TEXT = 'Why is the sky blue? Ολα καλά \U0001f41d 12345'
@@ -30,8 +31,8 @@ def write(meta, out):
   Returns:
     the tokenizers.Tokenizer.
   """
-  base.require(meta.get('tokenizer.ggml.model') == 'gpt2', '--model',
-               meta.get('tokenizer.ggml.model'), "byte-level BPE ('gpt2')")
+  require(meta.get('tokenizer.ggml.model') == 'gpt2', '--model',
+          meta.get('tokenizer.ggml.model'), "byte-level BPE ('gpt2')")
   tokens = meta['tokenizer.ggml.tokens']
   types = meta.get('tokenizer.ggml.token_type') or [1] * len(tokens)
   bpe = tokenizer.gguf_bpe(
@@ -55,19 +56,19 @@ def write(meta, out):
 def run(model, out):
   """Writes the folder and checks it."""
   path = checkpoint.find(model)
-  base.require(path.suffix == '.gguf', '--model', str(path), 'a .gguf file')
+  require(path.suffix == '.gguf', '--model', str(path), 'a .gguf file')
   meta, _ = gguf_file.read_gguf(path)
   bpe = write(meta, out)
   ours = tokenizer.Tokenizer.load(path).encode(_TEXT)
   theirs = bpe.encode(_TEXT, add_special_tokens=False).ids
-  base.require(list(ours) == theirs, 'ids', theirs, f'{ours}')
+  require(list(ours) == theirs, 'ids', theirs, f'{ours}')
   print(f'{out}: {bpe.get_vocab_size()} tokens, the same ids on a text')
 
 
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unexpected: {" ".join(argv[1:])}')
-  with live.one_error(OSError):
+  with terminal.one_error(OSError):
     sys.exit(run(flags.FLAGS.model, pathlib.Path(flags.FLAGS.out)))
 
 

@@ -44,15 +44,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 import dsjax
-from dsjax import base, fit, latency, metrics, orchestrator, simulator, workload
-from experiments import config as configs
-from experiments import live, machine, measure, tiny
+from dsjax import workload
+from dsjax.analysis import metrics
+from dsjax.analysis.record import STAGES
+from dsjax.config import checks
+from dsjax.config.checks import require
+from dsjax.config.engine import EngineConfig
+from dsjax.config.placement import Plan, Slo
+from dsjax.config.request import Request, Sampling
+from dsjax.runtime import orchestrator
+from dsjax.simulation import calibration, fitting, profiles, simulator
+from experiments import measure
+from experiments.common import machine, terminal, tiny
+from experiments.common import overrides as configs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-ENGINE = base.EngineConfig(max_len=192, max_seqs=8, prefill_tokens=128,
-                           chunk_tokens=128, prefill_seqs=4)
-QUICK = base.EngineConfig(max_len=96, max_seqs=4, prefill_tokens=32,
-                          chunk_tokens=32, prefill_seqs=2)
+ENGINE = EngineConfig(max_len=192, max_seqs=8, prefill_tokens=128,
+                      chunk_tokens=128, prefill_seqs=4)
+QUICK = EngineConfig(max_len=96, max_seqs=4, prefill_tokens=32,
+                     chunk_tokens=32, prefill_seqs=2)
 PLACEMENTS = {'disaggregated': 'prefill=1x1,decode=1x1',
               'colocated': 'colocated=1x1,1x1', 'chunked': 'chunked=1x1,1x1'}
 PROFILES = ('bench', 'calibrated')
@@ -103,8 +113,8 @@ def requests(config, vocab_size, rate_per_s, n, seed):
   at = workload.arrivals('poisson' if rate_per_s else 'burst', rate_per_s, n,
                          seed)
   ids = [tuple(rng.integers(3, vocab_size, p).tolist()) for p in prompts]
-  return [base.Request(i, t, p, base.Sampling(max_tokens=int(o),
-                                              ignore_eos=True))
+  return [Request(i, t, p, Sampling(max_tokens=int(o),
+                                    ignore_eos=True))
           for i, (t, p, o) in enumerate(zip(at, ids, outputs, strict=True))]
 
 
@@ -137,14 +147,14 @@ class Profiles:
 
   def calibrated(self, log):
     """These on the steps of a served run; like roles share their steps."""
-    steps, copies = fit.observe(log)
+    steps, copies = calibration.observe(log)
     apart = bool(copies)  # else instances are alike
-    contention = fit.fit_contention(self.latencies, steps)
-    models = tuple(fit.calibrate(m, [
+    contention = calibration.fit_contention(self.latencies, steps)
+    models = tuple(calibration.calibrate(m, [
         s for s in steps if s.instance == i or not apart], contention)
         for i, m in enumerate(self.latencies))
-    link = self.link and fit.calibrate_link(self.link, copies,
-                                            self.latencies[0].host_s)
+    link = self.link and calibration.calibrate_link(self.link, copies,
+                                                    self.latencies[0].host_s)
     return Profiles(models, link, contention)
 
 
@@ -177,7 +187,7 @@ def step_times(profiles, log):
     overlap: share of the time with another instance at work; alone, together:
     the ratio of steps that overlap less or more than half; nan: none}].
   """
-  steps, copies = fit.observe(log)
+  steps, copies = calibration.observe(log)
   rows = []
 
   def add(what, found):
@@ -193,8 +203,8 @@ def step_times(profiles, log):
         'alone': ratio([f for f in found if f[2] < 0.5]),
         'together': ratio([f for f in found if f[2] >= 0.5])})
   for kind in ('prefill', 'mixed', 'decode'):
-    found = [(s.cell.seconds, fit.predict_s(profiles.latencies[s.instance],
-                                            s.cell) + s.idle
+    found = [(s.cell.seconds, fitting.predict_s(profiles.latencies[s.instance],
+                                                s.cell) + s.idle
               * profiles.latencies[s.instance].host_s, s.overlap)
              for s in steps if s.cell.kind == kind]
     if found:
@@ -221,8 +231,8 @@ class Mode:
     self.server = orchestrator.serve(
         loaded, placement, config, report=lambda done, total, _: bar.update(
             task, completed=done, total=total))
-    one = profile.latencies[base.Plan()]
-    link = profile.links.get((base.Plan(), base.Plan()))
+    one = profile.latencies[Plan()]
+    link = profile.links.get((Plan(), Plan()))
     self.profiles = {'bench': Profiles(
         (one,) * 2, link if placement.decode else None, profile.contention)}
 
@@ -282,8 +292,8 @@ def objectives(modes, ttft_s, tpot_s):
     return max(statistics.median(getattr(r, name)
                                  for r in m.calibration.records)
                for m in modes)
-  return base.Slo(ttft_s or TTFT_TIMES * most('ttft_s'),
-                  tpot_s or TPOT_TIMES * most('tpot_s'))
+  return Slo(ttft_s or TTFT_TIMES * most('ttft_s'),
+             tpot_s or TPOT_TIMES * most('tpot_s'))
 
 
 # --- what a person looks at -------------------------------------------------
@@ -317,14 +327,14 @@ def show(console, rows, slo):
 
 def _show_stages(console, rows):
   table = Table(title='Mean ms a request in each stage', title_justify='left')
-  for column in ('mode, rate', 'of', *base.STAGES):
+  for column in ('mode, rate', 'of', *STAGES):
     table.add_column(column, justify='right')
   for row in rows:
     for kind in ('real', *PROFILES):
       table.add_row(f'{row["mode"]} {row["rate_per_s"]:.2f}/s'
                     if kind == 'real' else '', kind,
                     *(f'{1e3 * row[kind]["stage_s"][s]:.0f}'
-                      for s in base.STAGES),
+                      for s in STAGES),
                     end_section=kind == PROFILES[-1])
   console.print(table)
 
@@ -412,17 +422,17 @@ def run(console, options):
 
   def size(rate):
     return max(8, min(options.most, round(rate * options.seconds)))
-  with live.Interrupts() as interrupts, Progress(
+  with terminal.Interrupts() as interrupts, Progress(
       TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
       console=console) as bar:
     try:
       if options.profile:
-        profile = latency.load(options.profile)
+        profile = profiles.load(options.profile)
       else:
         profile, _ = measure.measure(
-            loaded, (base.Plan(),), config, options.rounds, 3, bar, name)
+            loaded, (Plan(),), config, options.rounds, 3, bar, name)
       _check_profile(profile, options)
-      latency.save(out / 'latency.json', profile)
+      profiles.save(out / 'latency.json', profile)
       modes = [Mode(m, loaded, config, profile, options.seed, bar)
                for m in options.modes]
       for mode in modes:
@@ -452,31 +462,31 @@ def run(console, options):
 
 def _checked(options):
   """The rates. Raises InputError for flags that make no sense."""
-  base.require(options.modes and all(m in PLACEMENTS for m in options.modes)
-               and len(set(options.modes)) == len(options.modes), '--modes',
-               options.modes, f'different ones of {list(PLACEMENTS)}')
+  require(options.modes and all(m in PLACEMENTS for m in options.modes)
+          and len(set(options.modes)) == len(options.modes), '--modes',
+          options.modes, f'different ones of {list(PLACEMENTS)}')
   try:
     rates = [float(r) for r in options.rates]
   except ValueError:
     rates = [0.0]
-  base.require(all(0 < r < float('inf') for r in rates), '--rates',
-               options.rates, 'numbers above 0')
+  require(all(0 < r < float('inf') for r in rates), '--rates',
+          options.rates, 'numbers above 0')
   for field in ('ttft_s', 'tpot_s'):
     value = getattr(options, field)
-    base.require(value is None or latency.positive(value), f'--{field}',
-                 value, 'seconds above 0')
-  base.require(options.seed >= 0, '--seed', options.seed, '0 or more')
+    require(value is None or checks.positive(value), f'--{field}',
+            value, 'seconds above 0')
+  require(options.seed >= 0, '--seed', options.seed, '0 or more')
   return rates
 
 
 def _check_profile(profile, options):
-  one = base.Plan()
-  base.require(one in profile.latencies, '--profile', options.profile,
-               'a profile of plan 1x1')
-  base.require((one, one) in profile.links
-               or 'disaggregated' not in options.modes, '--profile',
-               options.profile, 'one with a link 1x1>1x1 (where the machine '
-               'was too noisy to fit it, measure again)')
+  one = Plan()
+  require(one in profile.latencies, '--profile', options.profile,
+          'a profile of plan 1x1')
+  require((one, one) in profile.links
+          or 'disaggregated' not in options.modes, '--profile',
+          options.profile, 'one with a link 1x1>1x1 (where the machine '
+          'was too noisy to fit it, measure again)')
 
 
 def _write(out, options, name, slo, modes, rows):
@@ -519,8 +529,8 @@ def main(_):
   if options.cache:
     jax.config.update('jax_compilation_cache_dir', options.cache)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
-  with live.one_error():
-    sys.exit(run(live.wide_console(), options))
+  with terminal.one_error():
+    sys.exit(run(terminal.wide_console(), options))
 
 
 if __name__ == '__main__':

@@ -22,7 +22,8 @@ from dsjax.kernels import paged
 # paged.Device: description, architecture, device_kind.
 GPUS = {'A100': ('a100', 'sm_80', 'NVIDIA A100-SXM4-80GB'),
         'H100': ('h100', 'sm_90a', 'NVIDIA H100 80GB HBM3')}
-FOLDER = pathlib.Path(__file__).resolve().parent.parent / 'experiments' / 'gpu'
+FOLDER = pathlib.Path(__file__).resolve().parent.parent.joinpath(
+    'experiments', 'aot', 'gpus')
 CUDA = pathlib.Path(sysconfig.get_path('purelib')) / 'nvidia' / 'cu13'
 
 

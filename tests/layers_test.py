@@ -1,6 +1,8 @@
-"""Imports run downwards only (DESIGN section 2), read from the sources.
+"""Imports run downwards only, read from the sources.
 
-An import inside a function counts too. A new module must be put in a layer.
+Each folder of dsjax has a rank, and imports from folders of a lower one; what
+kind it is says which packages it may use, and whether it may touch files. An
+import inside a function counts too. A new folder must be given a rank.
 """
 
 import ast
@@ -10,39 +12,48 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-HOST = {'attribution', 'base', 'pages', 'scheduler', 'latency', 'workload',
-        'metrics', 'state', 'recovery', 'life', 'quiet', 'goodput', 'bounds',
-        'contention', 'queueing', 'simulator', 'problem', 'placement',
-        'verdict', 'traffic', 'hardware', 'roofline', 'zoo'}
-DEVICE = {'model', 'cache', 'sampling', 'sharding'}
-SHELL = {'engine', 'fit', 'migrate', 'checkpoint', 'gguf_file', 'gguf_model',
-         'hf', 'hf_config', 'hf_tokenizer', 'orbax_file', 'weights',
-         'tokenizer', 'answer', 'fleet', 'orchestrator', 'service',
-         'protocol', 'gauges', 'server', 'gate', 'completions', 'listener',
-         'cluster'}
-TOOLS = {'bench', 'compiled'}  # of kernels/: run by people, not by an op
-EFFECTS = {'asyncio', 'multiprocessing', 'os', 'random', 'secrets', 'socket',
-           'subprocess', 'threading', 'time'}
-OURS = {'dsjax', 'kernels', 'experiments', 'configs', 'tests'}
-# Layer -> modules of dsjax that it may import; packages from outside, beside
-# the standard library less EFFECTS (None: anything).
-MAY = {
-    'kernels': ({'kernels'}, {'jax', 'numpy'}),
-    'tools': ({'kernels'}, {'jax', 'numpy', 'absl', 'rich', *EFFECTS}),
-    'host': (HOST, {'numpy'}),
-    'device': (DEVICE | {'base', 'kernels'}, {'jax', 'flax', 'numpy'}),
-    'shell': (HOST | DEVICE | SHELL | {'kernels'}, None),
+# folder -> (rank, kind)
+FOLDERS = {
+    'kernels': (0, 'device'),
+    'config': (1, 'pure'),
+    'scheduling': (2, 'pure'),
+    'workload': (2, 'pure'),
+    'model': (2, 'device'),
+    'analysis': (3, 'pure'),
+    'checkpoints': (3, 'shell'),
+    'simulation': (4, 'pure'),
+    'placement': (5, 'pure'),
+    'runtime': (6, 'shell'),
+    'http': (7, 'shell'),
 }
-FILES = sorted([*ROOT.glob('dsjax/**/*.py'), *ROOT.glob('kernels/**/*.py')])
+TOOLS = {'kernels/bench.py', 'kernels/compiled.py'}  # run by people
+EFFECTS = {'asyncio', 'glob', 'io', 'multiprocessing', 'os', 'pathlib',
+           'random', 'secrets', 'shutil', 'socket', 'subprocess', 'tempfile',
+           'threading', 'time'}
+FILE_METHODS = {'read_text', 'read_bytes', 'write_text', 'write_bytes'}
+# Packages from outside beside the standard library; None: any, and effects.
+PACKAGES = {'pure': {'numpy'}, 'device': {'jax', 'flax', 'numpy'},
+            'shell': None, 'tool': None}
+# What else single files may do, and why.
+EXCEPTIONS = {
+    'dsjax/workload/files.py': {'io', 'pathlib'},  # reads traces, prompts
+    'dsjax/simulation/profiles.py': {'pathlib'},  # files of latencies
+    'dsjax/simulation/roofline_fit.py': {'jax', 'optax'},  # a descent
+    'kernels/tuned.py': {'pathlib'},  # what kernels.bench --tune wrote
+}
+MAY_OPEN = {name for name, what in EXCEPTIONS.items() if 'pathlib' in what}
+FILES = sorted([*ROOT.glob('dsjax/*/*.py'), *ROOT.glob('kernels/*.py')])
+OURS = {'dsjax', 'kernels', 'experiments', 'configs', 'examples', 'tests'}
 
 
-def _layer(path):
-  if path.is_relative_to(ROOT / 'kernels'):
-    return 'tools' if path.stem in TOOLS else 'kernels'
-  layers = {'host': HOST, 'device': DEVICE, 'shell': SHELL}
-  found = [name for name, layer in layers.items() if path.stem in layer]
-  assert len(found) == 1, f'{path}: put it in one layer of {__file__}'
-  return found[0]
+def _id(path):
+  return path.relative_to(ROOT).as_posix()
+
+
+def _kind(name):
+  folder = name.split('/')[-2]
+  assert folder in FOLDERS, f'{name}: give its folder a rank in {__file__}'
+  return 'tool' if name in TOOLS else FOLDERS[folder][1]
 
 
 def _imports(tree):
@@ -55,32 +66,49 @@ def _imports(tree):
       yield from ((node.lineno, f'{prefix}.{a.name}') for a in node.names)
 
 
-def _forbidden(layer, name):
-  """Why this layer may not import this name, or None."""
-  ours, packages = MAY[layer]
-  top, _, rest = name.partition('.')
+def _forbidden(name, imported):
+  """Why the file `name` may not import this, or None."""
+  kind, (rank, _) = _kind(name), FOLDERS[name.split('/')[-2]]
+  top, *rest = imported.split('.')
   if top in OURS:
-    ok = top == 'dsjax' and rest.split('.')[0] in ours and (
-        layer == 'tools' or not TOOLS & set(rest.split('.')))
+    other = rest[0] if rest else ''
+    ok = top == 'dsjax' and other in FOLDERS and (
+        other == name.split('/')[-2] or FOLDERS[other][0] < rank
+        and (kind != 'pure' or FOLDERS[other][1] == 'pure'))
+    if ok and kind != 'tool':
+      ok = '/'.join(rest[:2]) + '.py' not in TOOLS
   else:
+    packages = PACKAGES[kind]
     pure = top in sys.stdlib_module_names and top not in EFFECTS
-    ok = bool(top) and (packages is None or pure or top in packages)
-  return None if ok else f'{layer} may not import {name}'
+    ok = bool(top) and (packages is None or pure or top in packages
+                        or top in EXCEPTIONS.get(name, ()))
+  return None if ok else f'{kind} {name} may not import {imported}'
 
 
-def _id(path):
-  return str(path.relative_to(ROOT))
+def _file_calls(tree):
+  """(line, name) of each call that looks like file access."""
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Call):
+      function = getattr(node.func, 'id', '')
+      method = getattr(node.func, 'attr', '')
+      if function == 'open' or method in FILE_METHODS:
+        yield node.lineno, function or method
 
 
 @pytest.mark.parametrize('path', FILES, ids=_id)
 def test_imports_run_downwards(path):
-  if path == ROOT / 'dsjax' / '__init__.py':
-    return  # the public names, of any layer
-  layer = _layer(path)
-  wrong = [f'{_id(path)}:{line}: {why}'
-           for line, name in _imports(ast.parse(path.read_text()))
-           if (why := _forbidden(layer, name))]
+  name = _id(path)
+  wrong = [f'{name}:{line}: {why}'
+           for line, imported in _imports(ast.parse(path.read_text()))
+           if (why := _forbidden(name, imported))]
   assert not wrong, '\n'.join(wrong)
+
+
+@pytest.mark.parametrize('path', FILES, ids=_id)
+def test_a_pure_layer_touches_no_file(path):
+  name = _id(path)
+  if _kind(name) in ('pure', 'device') and name not in MAY_OPEN:
+    assert not list(_file_calls(ast.parse(path.read_text())))
 
 
 @pytest.mark.parametrize('path', FILES, ids=_id)
@@ -94,34 +122,58 @@ def test_what_is_public_says_what_it_is(path):
   assert not bare, '\n'.join(bare)
 
 
-@pytest.mark.parametrize('layer, source, wrong', [
-    ('host', 'import math, bisect\nimport numpy as np', []),
-    ('host', 'from dsjax import base, pages', []),
-    ('host', 'import time', ['time']),
-    ('host', 'def f():\n  from jax import numpy', ['jax.numpy']),
-    ('host', 'from dsjax import base, model', ['dsjax.model']),
-    ('host', 'from dsjax.engine import init', ['dsjax.engine.init']),
-    ('host', 'import dsjax', ['dsjax']),
-    ('host', 'from . import pages', ['..pages']),
-    ('device', 'import jax\nfrom dsjax.kernels import shapes', []),
-    ('device', 'from dsjax import scheduler', ['dsjax.scheduler']),
-    ('device', 'from dsjax import migrate', ['dsjax.migrate']),
-    ('kernels', 'import functools\nimport jax.numpy as jnp', []),
-    ('kernels', 'from dsjax import base', ['dsjax.base']),
-    ('kernels', 'import time, rich', ['time', 'rich']),
-    ('kernels', 'from dsjax.kernels import bench', ['dsjax.kernels.bench']),
-    ('tools', 'import time, rich\nfrom dsjax.kernels import compiled', []),
-    ('tools', 'from dsjax import zoo', ['dsjax.zoo']),
-    ('shell', 'import os, time, gguf\nfrom dsjax import scheduler', []),
-    ('shell', 'from .base import require', ['.base.require']),
-    ('shell', 'import configs.smollm', ['configs.smollm']),
-    ('shell', 'from experiments import report', ['experiments.report'])])
-def test_the_rules_themselves(layer, source, wrong):
-  found = [name for _, name in _imports(ast.parse(source))
-           if _forbidden(layer, name)]
-  assert found == wrong
+HOST, DEVICE = 'dsjax/scheduling/state.py', 'dsjax/model/sampling.py'
+SHELL, KERNEL = 'dsjax/runtime/engine.py', 'kernels/tiles.py'
 
 
-def test_a_module_without_a_layer_is_named():
-  with pytest.raises(AssertionError, match='surprise.py: put it in one layer'):
-    _layer(ROOT / 'dsjax' / 'surprise.py')
+@pytest.mark.parametrize('name, source, wrong', [
+    (HOST, 'import math, bisect\nimport numpy as np', []),
+    (HOST, 'from dsjax.config import model\nfrom dsjax.scheduling import live',
+     []),
+    (HOST, 'import time', ['time']),
+    (HOST, 'def f():\n  from jax import numpy', ['jax.numpy']),
+    (HOST, 'from dsjax.model import sampling', ['dsjax.model.sampling']),
+    (HOST, 'from dsjax.workload import files', ['dsjax.workload.files']),
+    (HOST, 'from dsjax.analysis import metrics', ['dsjax.analysis.metrics']),
+    (HOST, 'import pathlib', ['pathlib']),
+    (HOST, 'import dsjax', ['dsjax']),
+    (HOST, 'from . import live', ['..live']),
+    ('dsjax/workload/files.py', 'import pathlib, io', []),
+    ('dsjax/simulation/latency.py', 'import optax', ['optax']),
+    ('dsjax/simulation/roofline_fit.py', 'import jax, optax', []),
+    (DEVICE, 'import jax\nfrom dsjax.kernels import shapes', []),
+    (DEVICE, 'from dsjax.scheduling import state', ['dsjax.scheduling.state']),
+    (DEVICE, 'from dsjax.runtime import steps', ['dsjax.runtime.steps']),
+    (KERNEL, 'import functools\nimport jax.numpy as jnp', []),
+    (KERNEL, 'from dsjax.config import model', ['dsjax.config.model']),
+    (KERNEL, 'import time, rich', ['time', 'rich']),
+    (KERNEL, 'from dsjax.kernels import bench', ['dsjax.kernels.bench']),
+    ('kernels/bench.py', 'import time, rich\n'
+     'from dsjax.kernels import compiled', []),
+    ('kernels/bench.py', 'from dsjax.config import zoo', ['dsjax.config.zoo']),
+    (SHELL, 'import os, time, gguf\nfrom dsjax.scheduling import scheduler',
+     []),
+    (SHELL, 'from dsjax.http import service', ['dsjax.http.service']),
+    (SHELL, 'from .steps import Shapes', ['.steps.Shapes']),
+    (SHELL, 'import configs.smollm', ['configs.smollm']),
+    (SHELL, 'from experiments import serve', ['experiments.serve'])])
+def test_the_rules_themselves(name, source, wrong):
+  assert [imported for _, imported in _imports(ast.parse(source))
+          if _forbidden(name, imported)] == wrong
+
+
+@pytest.mark.parametrize('source', [
+    "open('x')", 'def f(path):\n  return path.read_text()',
+    "pathlib.Path('x').write_bytes(b'')"])
+def test_file_access_is_seen(source):
+  assert len(list(_file_calls(ast.parse(source)))) == 1
+
+
+def test_a_folder_without_a_rank_is_named():
+  with pytest.raises(AssertionError, match='surprise.py: give its folder'):
+    _kind('dsjax/cellar/surprise.py')
+
+
+def test_no_module_lies_outside_a_folder():
+  assert {path.name for path in ROOT.glob('dsjax/*.py')} == {
+      '__init__.py', '_kernels_beside.py'}

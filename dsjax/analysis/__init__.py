@@ -1,0 +1,1 @@
+"""What requests experienced: records, statistics, causes of misses."""

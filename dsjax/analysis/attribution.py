@@ -1,0 +1,408 @@
+"""Why requests missed their objectives, and which one change helps most.
+
+A request's time from arrival to its last token is cut into CAUSES. Before
+the first token lie `prefill_queue` and `prefill`, in every mode: the prefill
+samples the first token, so the KV transfer comes after it. After the first
+token lie `decode_queue` (no pages or no place in a batch), `transfer`,
+`decode` and, on an instance that does both phases, `interference`: the time
+in which it ran prompts, less what the same step takes without them. Before the
+first token, what a prompt that was sent to its instance waits behind steps in
+flight is `interference` where they only decode, else `prefill_queue`. From a
+preemption until the request decodes again, all is `preemption`, wherever the
+first token lies. A prompt that waits at an idle prefill instance waits for
+pages that finished prompts still hold there: that part of its queue is
+`transfer` while KV leaves the instance, else `decode_queue`. On colocated
+instances a wait for pages stays `prefill_queue`.
+
+Attribution is counterfactual, request by request: were the seconds of one
+cause not there, would it attain? The others are held as they are; in truth
+less of one cause also shortens queues elsewhere, so counts are of the run
+seen and not a forecast. Waits fall to zero, execution (`prefill`, `decode`)
+to what it takes on an empty system (Fold.least estimates it from a log).
+"""
+
+import bisect
+import collections
+import dataclasses
+import math
+import statistics
+from typing import NamedTuple
+
+from dsjax.analysis import metrics
+from dsjax.analysis.recorder import Recorder
+from dsjax.scheduling.events import (
+  DecodeDone,
+  InstanceDown,
+  Migrate,
+  Migrated,
+  MigrateFailed,
+  Preempt,
+  PrefillDone,
+  RunDecode,
+  RunPrefill,
+  Timer,
+)
+
+CAUSES = ('prefill_queue', 'prefill', 'transfer', 'decode_queue',
+          'interference', 'preemption', 'decode')
+ENDED = ('rejected', 'failed')  # causes of what did not end by itself
+# Of each cause: the change that removes it, and what a miss then suffered.
+_CHANGE = {
+    'prefill_queue': ('more prefill capacity', 'waited for prefill',
+                      'that wait'),
+    'prefill': ('a faster prefill (larger tp, shorter batches)',
+                'were slow in prefill', 'its excess over an empty system'),
+    'transfer': ('a faster link', 'waited for their KV to move', 'that wait'),
+    'decode_queue': ('more decode capacity (KV memory or batch places)',
+                     'waited for a place to decode', 'that wait'),
+    'interference': ('prefill apart from decode (or smaller chunks)',
+                     'were delayed by the other phase', 'that delay'),
+    'preemption': ('more KV memory', 'lost their pages', 'that delay'),
+    'decode': ('a faster decode (larger tp, smaller batches)',
+               'were slow in decode', 'its excess over an empty system'),
+}
+
+
+class Parts(NamedTuple):
+  """Seconds of each of CAUSES up to the first token, and from it to the last.
+
+  before adds up to ttft_s, after to tpot_s * (tokens - 1).
+  """
+
+  before: dict[str, float]
+  after: dict[str, float]
+
+
+class Miss(NamedTuple):
+  """cause: one of CAUSES + ENDED. fixes: causes whose removal suffices."""
+
+  id: int
+  cause: str
+  fixes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Attribution:
+  """Of the misses of a run.
+
+  Attributes:
+    misses: a Miss each. causes: {cause: misses of that cause}; they add up
+      to the misses. fixes: {cause: misses that would attain without it}; a
+      miss may count in several or in none.
+    advice: the removal that would turn most misses into hits, in words.
+  """
+
+  misses: tuple[Miss, ...]
+  causes: dict[str, int]
+  fixes: dict[str, int]
+  advice: str
+
+
+class _Curve:
+  """A quantity that grows with time, linear between its points."""
+
+  def __init__(self):
+    self.times, self.sums = [0.0], [0.0]
+
+  def to(self, time_s, more):
+    self.times.append(time_s)
+    self.sums.append(self.sums[-1] + more)
+
+  def between(self, start_s, stop_s):
+    return self._at(stop_s) - self._at(start_s)
+
+  def _at(self, time_s):
+    n = bisect.bisect_right(self.times, time_s)
+    if n == len(self.times):
+      return self.sums[-1]
+    a, b = self.times[n - 1], self.times[n]
+    low, high = self.sums[n - 1], self.sums[n]
+    return low + (high - low) * (time_s - a) / (b - a)
+
+
+class _Source:
+  """A prefill instance: what it is at, and its idle time by what held it."""
+
+  def __init__(self):
+    self.steps = self.copies = 0
+    self.since_s = 0.0
+    self.held = {'transfer': _Curve(), 'decode_queue': _Curve()}
+
+  def note(self, now_s, steps=0, copies=0):
+    """Closes the time up to now; then steps and copies begin or end."""
+    idle = (now_s - self.since_s) * (not self.steps)
+    self.held['transfer'].to(now_s, idle * bool(self.copies))
+    self.held['decode_queue'].to(now_s, idle * (not self.copies))
+    self.since_s = now_s
+    self.steps += steps
+    self.copies += copies
+
+
+class _Step(NamedTuple):
+  """A completed command that ran prompts: its seconds, less pure decode's."""
+
+  start_s: float
+  stop_s: float
+  base_s: float | None  # None: the median of the instance's pure steps
+
+
+class Fold:
+  """Folds a run's events and commands, as metrics.Recorder does, into Parts.
+
+  The same for simulated runs (simulate(..., on_event=lambda state, event,
+  commands: fold.observe(event, commands))) and for the log of a real one. A
+  pipelined instance is seen at its last stage.
+
+  Args:
+    latencies: of each instance, which say what a mixed step would take
+      without its prompts; None where only the log is known: then the median
+      of the instance's steps without prompts, and no interference where all
+      steps were mixed.
+  """
+
+  def __init__(self, latencies=None):
+    self._latencies = latencies
+    self._spans, self._new = {}, []
+    self._recorder = Recorder(lambda *span: self._new.append(span))
+    self._prefilled_at, self._decoded_at = {}, {}
+    self._preempted = set()
+    self._issued, self._free_s = {}, {}
+    self._starts = {}  # id -> when its instance got to its prompt
+    self._mixed = collections.defaultdict(list)
+    self._decoding = collections.defaultdict(_Curve)
+    self._pure_s = collections.defaultdict(list)
+    self._sources = collections.defaultdict(_Source)
+    self._moving = {}
+
+  @property
+  def records(self):
+    return self._recorder.records
+
+  def observe(self, event, commands):
+    """Folds one event and the commands issued in answer to it."""
+    now_s = event.time_s
+    if isinstance(event, (PrefillDone, DecodeDone)):
+      self._done(event)
+    elif isinstance(event, (Migrated, MigrateFailed, Timer)):
+      self._moved(now_s, [(event.id, event.epoch)])
+    elif isinstance(event, InstanceDown):
+      i, lost = event.instance, self._sources[event.instance]
+      lost.note(now_s, steps=-lost.steps)
+      self._moved(now_s, [k for k, at in self._moving.items() if i in at])
+    self._recorder.observe(event, commands)
+    for command in commands:
+      if isinstance(command, (RunPrefill, RunDecode)):
+        key = command.instance, command.number
+        self._issued[key] = now_s, command
+        for chunk in getattr(command, 'chunks', ()):
+          self._prefilled_at[chunk.id] = command.instance
+        if isinstance(command, RunPrefill):
+          self._sources[command.instance].note(now_s, steps=1)
+      elif isinstance(command, Migrate):
+        self._moving[command.id, command.epoch] = (command.source,
+                                                   command.target)
+        self._sources[command.source].note(now_s, copies=1)
+    self._label()
+    for command in commands:
+      if isinstance(command, Preempt):
+        self._preempted.add(command.id)
+      for row in getattr(command, 'rows', ()):
+        self._decoded_at[row.id] = command.instance
+
+  def _moved(self, now_s, hand_offs):
+    for key in hand_offs:
+      source, _ = self._moving.pop(key, (None, None))
+      if source is not None:
+        self._sources[source].note(now_s, copies=-1)
+
+  def _label(self):
+    """Keeps the spans that ended, with their instance."""
+    for id, stage, start_s, stop_s in self._new:
+      where = self._prefilled_at if stage == 'prefill_queue' else (
+          self._decoded_at)
+      if stage == 'decode':
+        self._preempted.discard(id)
+      own = self._spans.setdefault(id, [])
+      if stage == 'prefill':
+        at_s = min(stop_s, max(start_s, self._starts.pop(id, start_s)))
+        if id not in self._preempted and at_s > start_s:
+          own.append(('behind', start_s, at_s, self._prefilled_at[id]))
+          start_s = at_s
+      if id in self._preempted:
+        stage = 'preemption'
+      if stop_s > start_s:
+        own.append((stage, start_s, stop_s, where.get(id)))
+    self._new.clear()
+
+  def _done(self, event):
+    """A command of an instance completed: what it added to decode steps."""
+    i = event.instance
+    issued_s, command = self._issued.pop((i, event.number))
+    start_s = max(issued_s, self._free_s.get(i, 0.0))
+    self._free_s[i] = event.time_s
+    took_s = event.time_s - start_s
+    if isinstance(command, RunDecode):
+      self._pure_s[i].append(took_s / command.steps)
+      self._decoding[i].to(start_s, 0.0)
+      self._decoding[i].to(event.time_s, took_s)
+      return
+    for chunk in command.chunks:
+      self._starts.setdefault(chunk.id, start_s)
+    self._sources[i].note(event.time_s, steps=-1)
+    base_s = 0.0
+    if command.rows:
+      base_s = None
+      if self._latencies:
+        batch = len(command.rows)
+        base_s = self._latencies[i].decode_s(
+            batch, sum(r.base for r in command.rows)
+            + batch * (command.tick + 1))
+    self._mixed[i].append(_Step(start_s, event.time_s, base_s))
+
+  def parts(self):
+    """{id: Parts} of requests that ended and have a token."""
+    # Instances that only prefill, as far as was seen.
+    apart = (set(self._sources) - set(self._pure_s)
+             - set(self._decoded_at.values()))
+    curves = {i: self._curve(i) for i in self._mixed}
+    found = {}
+    for r in self.records:
+      if r.finish_s is None or not r.token_s:
+        continue
+      cuts = (r.arrival_s, r.token_s[0], r.token_s[-1])
+      halves = []
+      for low, high in zip(cuts, cuts[1:], strict=False):
+        sums = dict.fromkeys(CAUSES, 0.0)
+        for stage, start_s, stop_s, where in self._spans.get(r.id, ()):
+          a, b = max(start_s, low), min(stop_s, high)
+          if b > a:
+            self._share(sums, stage, a, b, where, curves, apart)
+        halves.append(sums)
+      found[r.id] = Parts(*halves)
+    return found
+
+  def least(self):
+    """A no_load of the run itself, for explain: the least that it saw.
+
+    Its fastest prefill a prompt token and its fastest decode step: too low
+    for prompts of which a fixed cost is a large part, so that what it calls
+    excess may be a little less.
+    """
+    found = self.parts()
+    each = [parts.before['prefill'] / r.prompt_len
+            for r in self.records if (parts := found.get(r.id))]
+    steps = [s for own in self._pure_s.values() for s in own]
+    prefill_s, decode_s = min(each, default=0.0), min(steps, default=0.0)
+    return lambda record: (prefill_s * record.prompt_len, decode_s)
+
+  def _share(self, sums, stage, a, b, where, curves, apart):
+    """Adds the seconds [a, b] of a stage to their causes."""
+    rest = b - a
+    if stage == 'decode' and where in curves:
+      taken = min(rest, curves[where].between(a, b))
+      sums['interference'] += taken
+      rest -= taken
+    elif stage == 'behind':
+      taken = min(rest, self._decoding[where].between(a, b))
+      sums['interference'] += taken
+      stage, rest = 'prefill_queue', rest - taken
+    elif stage == 'prefill_queue' and where in apart:
+      for cause, curve in self._sources[where].held.items():
+        taken = min(rest, curve.between(a, b))
+        sums[cause] += taken
+        rest -= taken
+    sums['transfer' if stage == 'migrate' else stage] += rest
+
+  def _curve(self, instance):
+    """Seconds that prompts added to an instance's steps, over time."""
+    usual_s = statistics.median(self._pure_s.get(instance, (math.inf,)))
+    curve = _Curve()
+    for start_s, stop_s, base_s in self._mixed[instance]:
+      base_s = usual_s if base_s is None else base_s
+      curve.to(start_s, 0.0)
+      curve.to(stop_s, max(0.0, stop_s - start_s - base_s))
+    return curve
+
+
+def of_log(log, latencies=None):
+  """The Fold of a log: [(event, commands), ...] in order."""
+  fold = Fold(latencies)
+  for event, commands in log:
+    fold.observe(event, commands)
+  return fold
+
+
+def _removed_s(parts, record, cause, no_load):
+  """Seconds that a cause's removal takes off (before, after) token one."""
+  prefill_s, decode_s = no_load(record) if no_load else (0.0, 0.0)
+  before, after = parts.before[cause], parts.after[cause]
+  if cause == 'prefill':
+    before = max(0.0, before - prefill_s)
+  elif cause == 'decode':
+    after = max(0.0, after - decode_s * (len(record.token_s) - 1))
+  return before, after
+
+
+def explain(record, parts, slo, no_load=None):
+  """The Miss of a record that did not attain.
+
+  Its cause is the removal that takes most off the objectives missed, in
+  shares of them: of those that suffice alone, or, where none does, of all.
+
+  Args:
+    parts: its Parts; None where it has none.
+    no_load: None, or record -> (seconds of its prefill, of a decode step) on
+      an empty system.
+  """
+  if record.status not in ('stop', 'length') or parts is None:
+    cause = 'rejected' if record.status == 'rejected' else 'failed'
+    return Miss(record.id, cause, ())
+  gaps = max(1, len(record.token_s) - 1)
+  late = record.ttft_s > slo.ttft_s, record.tpot_s > slo.tpot_s
+  gain, fixes = {}, []
+  for cause in CAUSES:
+    before, after = _removed_s(parts, record, cause, no_load)
+    gain[cause] = (late[0] * before / slo.ttft_s
+                   + late[1] * after / gaps / slo.tpot_s)
+    if (record.ttft_s - before <= slo.ttft_s
+        and record.tpot_s - after / gaps <= slo.tpot_s):
+      fixes.append(cause)
+  cause = max(fixes or CAUSES, key=gain.get)
+  if not gain[cause]:  # as fast as on an empty system: the objective is less
+    cause = 'prefill' if late[0] else 'decode'
+  return Miss(record.id, cause, tuple(fixes))
+
+
+def attribute(records, parts, slo, no_load=None):
+  """The Attribution of the misses among records.
+
+  Args:
+    records: any of a run (those that their client cancelled do not count).
+    parts: Fold.parts() of the run. no_load: see explain.
+  """
+  misses = tuple(explain(r, parts.get(r.id), slo, no_load)
+                 for r in metrics.by_arrival(records)
+                 if not metrics.attains(r, slo))
+  causes = collections.Counter(m.cause for m in misses)
+  fixes = collections.Counter(c for m in misses for c in m.fixes)
+  causes = {c: causes[c] for c in (*CAUSES, *ENDED)}
+  fixes = {c: fixes[c] for c in CAUSES}
+  return Attribution(misses, causes, fixes, _advice(len(misses), causes,
+                                                    fixes))
+
+
+def _advice(count, causes, fixes):
+  if not count:
+    return 'no misses'
+  best, most = max(CAUSES, key=fixes.get), max(causes, key=causes.get)
+  if fixes[best]:
+    change, suffered, removed = _CHANGE[best]
+    text = (f'{change}: {fixes[best]} of {count} misses {suffered} and would '
+            f'attain were {removed} zero')
+    if 2 * fixes[best] < count:
+      text += f'; {causes[most]} lost most to {most}'
+    return text
+  if most in ENDED:
+    return f'{causes[most]} of {count} misses {most}: see their reasons'
+  return (f'no single change: none alone would save one of {count} misses; '
+          f'{causes[most]} lost most to {most}')

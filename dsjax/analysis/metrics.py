@@ -1,0 +1,201 @@
+"""What requests experienced: statistics of records.
+
+Definitions: Record (record.py) defines TTFT, TPOT and ITL. A request *attains*
+when it ended by itself (stop or length) and met both objectives. Shares are of
+all requests sent, rejected, failed and unfinished ones included; only those
+that their client cancelled are left out.
+"""
+
+import collections
+import dataclasses
+import math
+import sys
+
+import numpy as np
+
+from dsjax.analysis.record import STAGES
+from dsjax.config.checks import require
+
+QUANTILES = (50, 90, 99)
+NUM_BATCHES = 10
+# 97.5 % points: of the normal, and of Student's t with NUM_BATCHES - 1 degrees.
+_Z, _T = 1.959964, 2.262157
+
+
+def percentiles(values, quantiles=QUANTILES):
+  """Percentiles by linear interpolation; nan of no values.
+
+  Returns:
+    A tuple of floats, one for each of quantiles (0 to 100).
+  """
+  if len(values) == 0:
+    return (math.nan,) * len(quantiles)
+  return tuple(np.percentile(np.asarray(values, float), quantiles).tolist())
+
+
+def slo_scale(record, slo):
+  """The least factor on both objectives at which the record attains.
+
+  inf for a request that did not end by itself; 0 for one of no delay.
+  """
+  if record.status not in ('stop', 'length') or not record.token_s:
+    return math.inf
+  return max(record.ttft_s / slo.ttft_s, record.tpot_s / slo.tpot_s)
+
+
+def attains(record, slo):
+  """True where a request ended by itself and met both objectives."""
+  return (record.status in ('stop', 'length') and bool(record.token_s)
+          and record.ttft_s <= slo.ttft_s and record.tpot_s <= slo.tpot_s)
+
+
+def by_arrival(records):
+  """What counts, in order of arrival: all but the cancelled."""
+  return sorted((r for r in records if r.status != 'cancelled'),
+                key=lambda r: r.arrival_s)
+
+
+def interval(hits):
+  """95 % interval of the mean of 0s and 1s in order of time.
+
+  Wilson's interval, which supposes independent requests. Those of one run are
+  not: they share queues. From 20 * NUM_BATCHES = 200 requests on, the means of
+  NUM_BATCHES successive batches give a second interval (batch means, Student's
+  t), and the answer is the wider on either side: batch means alone would say
+  [1, 1] where all attain. Near saturation even this is too narrow.
+
+  Returns:
+    (share, low, high), low <= share <= high in [0, 1]; (nan, 0, 1) of none.
+  """
+  n = len(hits)
+  if not n:
+    return math.nan, 0.0, 1.0
+  share = sum(hits) / n
+  middle = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+  half = _Z / (1 + _Z**2 / n) * math.sqrt(
+      share * (1 - share) / n + _Z**2 / (4 * n * n))
+  low, high = middle - half, middle + half
+  if n >= 20 * NUM_BATCHES:
+    means = [b.mean() for b in np.array_split(np.asarray(hits, float),
+                                              NUM_BATCHES)]
+    half = _T * float(np.std(means, ddof=1)) / math.sqrt(NUM_BATCHES)
+    low, high = min(low, share - half), max(high, share + half)
+  # Rounding may put a bound past a share of 0 or 1.
+  return share, max(0.0, min(low, share)), min(1.0, max(high, share))
+
+
+def attainment(records, slo):
+  """Share of the requests sent that met both objectives, and its interval.
+
+  Rejected, failed and unfinished requests are misses; cancelled ones do not
+  count. See interval().
+
+  Returns:
+    (share, low, high).
+  """
+  return interval([attains(r, slo) for r in by_arrival(records)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+  """Statistics of one run. nan where there was nothing to measure.
+
+  Attributes:
+    counts: {status: requests}, of all records after the warm-up.
+    ttft_s, tpot_s, itl_s, second_s: p50, p90, p99. tpot_s is of requests of
+      two tokens or more; second_s is the gap from the first token to the
+      second, where disaggregation puts its stall.
+    attainment: joint (share, low, high). ttft_share, tpot_share: of each
+      objective alone. halves: joint shares of the earlier and of the later
+      half of the requests; a fall says the run was not steady.
+    span_s: first arrival to last finish. sent_per_s: requests sent over it.
+      goodput_per_s: those that attained; goodput_per_s_device: by device.
+    tokens_per_s: output tokens over span_s.
+    stage_s: mean seconds in each of STAGES of the requests that ended by
+      themselves.
+  """
+
+  num_devices: int
+  counts: dict[str, int]
+  ttft_s: tuple[float, ...]
+  tpot_s: tuple[float, ...]
+  itl_s: tuple[float, ...]
+  second_s: tuple[float, ...]
+  attainment: tuple[float, float, float]
+  ttft_share: float
+  tpot_share: float
+  halves: tuple[float, float]
+  span_s: float
+  sent_per_s: float
+  goodput_per_s: float
+  tokens_per_s: float
+  stage_s: dict[str, float]
+  preemptions: int
+  retries: int = 0
+
+  @property
+  def goodput_per_s_device(self):
+    return self.goodput_per_s / self.num_devices
+
+  @property
+  def goodput_interval_per_s_device(self):
+    """The interval of attainment, carried over to goodput."""
+    return tuple(self.sent_per_s * x / self.num_devices
+                 for x in self.attainment[1:])
+
+
+def _mean(values):
+  return sum(values) / len(values) if values else math.nan
+
+
+def summarize(records, slo, num_devices, warmup_s=0.0):
+  """Summary of a run.
+
+  Args:
+    records: of one run, in any order.
+    num_devices: devices that the run used, of all instances.
+    warmup_s: requests that arrived in this many seconds after the first are
+      left out.
+
+  Raises:
+    InputError.
+  """
+  require(isinstance(num_devices, int) and num_devices >= 1, 'num_devices',
+          num_devices, 'an integer of 1 or more')
+  require(isinstance(warmup_s, (int, float)) and warmup_s >= 0, 'warmup_s',
+          warmup_s, 'seconds, 0 or more')
+  start_s = min((r.arrival_s for r in records), default=0.0) + warmup_s
+  records = [r for r in records if r.arrival_s >= start_s]
+  sent = by_arrival(records)
+  seen = [r for r in sent if r.token_s]
+  done = [r for r in seen if r.status in ('stop', 'length')]
+  hits = [attains(r, slo) for r in sent]
+  span_s = (max((r.finish_s for r in sent if r.finish_s is not None),
+                default=math.nan) - sent[0].arrival_s) if sent else math.nan
+
+  only_ttft = dataclasses.replace(slo, tpot_s=sys.float_info.max)
+  only_tpot = dataclasses.replace(slo, ttft_s=sys.float_info.max)
+
+  def per_s(count):
+    return count / span_s if span_s > 0 else math.nan
+
+  return Summary(
+      num_devices=num_devices,
+      counts=dict(collections.Counter(r.status for r in records)),
+      ttft_s=percentiles([r.ttft_s for r in seen]),
+      tpot_s=percentiles([r.tpot_s for r in seen if len(r.token_s) > 1]),
+      itl_s=percentiles([gap for r in seen for gap in r.itl_s]),
+      second_s=percentiles([r.token_s[1] - r.token_s[0] for r in seen
+                            if len(r.token_s) > 1]),
+      attainment=interval(hits),
+      ttft_share=_mean([attains(r, only_ttft) for r in sent]),
+      tpot_share=_mean([attains(r, only_tpot) for r in sent]),
+      halves=(_mean(hits[:len(hits) // 2]), _mean(hits[len(hits) // 2:])),
+      span_s=span_s,
+      sent_per_s=per_s(len(sent)),
+      goodput_per_s=per_s(sum(hits)),
+      tokens_per_s=per_s(sum(len(r.token_s) for r in sent)),
+      stage_s={s: _mean([r.stage_s[s] for r in done]) for s in STAGES},
+      preemptions=sum(r.preemptions for r in sent),
+      retries=sum(r.retries for r in sent),
+  )

@@ -1,0 +1,305 @@
+"""Records of requests from the events and commands of a run."""
+
+import collections
+
+from dsjax.analysis.record import Record
+from dsjax.config.checks import require
+from dsjax.scheduling.events import (
+  Abort,
+  Arrived,
+  Cancelled,
+  DecodeDone,
+  Drain,
+  Fail,
+  Finish,
+  InstanceDown,
+  InstanceUp,
+  Migrate,
+  Migrated,
+  MigrateFailed,
+  Preempt,
+  PrefillDone,
+  Reject,
+  RunDecode,
+  RunPrefill,
+  Timer,
+)
+
+
+class _Chain:
+  """The steps of a decode micro-batch: its rows share their token times.
+
+  times: of the steps that completed. issued: steps issued so far. lives: of
+  the newest command's rows. Requests join at the end and leave anywhere.
+  """
+
+  __slots__ = ('times', 'issued', 'lives')
+
+  def __init__(self):
+    self.times, self.issued, self.lives = [], 0, []
+
+
+class _Life:
+  """A request between two preemptions; in-flight commands refer to lives, so
+  what completes after a preemption belongs to the old life and is dropped.
+
+  Its decode tokens are the steps [first, last) of its chain; last is None
+  while it is a row. They reach the record when the life closes.
+  """
+
+  __slots__ = ('record', 'stage', 'since_s', 'after_prefill', 'open', 'epoch',
+               'chain', 'first', 'last')
+
+  def __init__(self, record, since_s):
+    self.record = record
+    self.stage = 'prefill_queue'
+    self.since_s = since_s
+    self.after_prefill = 'decode_queue'
+    self.open = True  # takes tokens
+    self.epoch = self.chain = self.last = None
+
+  def tell(self, stop=None):
+    """Moves the tokens of completed steps, those before `stop`, over."""
+    if self.chain is not None and self.open:
+      last = self.last if stop is None else stop
+      more = self.chain.times[self.first:last]
+      self.record.token_s += more
+      self.first += len(more)
+
+  def close(self, stop=None):
+    """Takes no more tokens."""
+    self.tell(stop)
+    self.open = False
+
+
+class Recorder:
+  """Folds a run's events and commands into Records.
+
+  The same for real and simulated runs: pass every event with the commands
+  that the scheduler answered it with, in order. A stage begins when the
+  command that opens it is issued. The token at which a request ends counts;
+  what later steps of the same or of in-flight commands produce for it does
+  not. Cost: of a decode step none a row; of a row that leaves, one a row.
+
+  Args:
+    on_span: None, or a function (id, stage, start_s, stop_s) called as each
+      stage of a request ends.
+  """
+
+  def __init__(self, on_span=None):
+    self._on_span = on_span
+    self._records = {}
+    self._live = {}
+    self._pending = collections.defaultdict(collections.deque)
+    self._newest = {}  # instance -> number of its newest command
+
+  @property
+  def records(self):
+    """Records in order of arrival, of running requests too."""
+    for life in self._live.values():
+      life.tell()
+    return list(self._records.values())
+
+  def forget(self, id):
+    """Drops the record of a request that has ended, and returns it."""
+    return self._records.pop(id)
+
+  def observe(self, event, commands):
+    """Folds one event and the commands issued in answer to it.
+
+    Raises:
+      KeyError, IndexError: a command or completion of something never seen.
+      InputError: an id that arrived before.
+    """
+    _SEEN[type(event)](self, event)
+    for command in commands:
+      _SEEN[type(command)](self, command, event.time_s)
+
+  def leapt(self, instance, done, first):
+    """Folds decode completions that were each answered by a decode command.
+
+    done: seconds of the steps of each. first: (command, seconds) of the first
+    command of each micro-batch in turn; its steps are all that were issued
+    for the micro-batch, and its rows are those of all of its commands.
+    """
+    pending = self._pending[instance]
+    chains = [self._rows(c, now_s, c.steps) for c, now_s in first]
+    for n, steps_s in enumerate(done):
+      pending.popleft()[1].times.extend(steps_s)
+      pending.append(((), chains[n % len(chains)], 0))
+    self._newest[instance] += len(done)
+
+  # --- events ---------------------------------------------------------------
+
+  def _arrived(self, event):
+    require(event.id not in self._records, 'Arrived.id', event.id,
+            'an id not seen before')
+    record = Record(event.id, event.time_s, event.prompt_len,
+                    event.max_tokens)
+    self._records[event.id] = record
+    self._live[event.id] = _Life(record, event.time_s)
+
+  def _cancelled(self, event):
+    if event.id in self._live:
+      self._live[event.id].close()
+
+  def _migrated(self, event):
+    life = self._live.get(event.id)
+    if life and life.stage == 'migrate' and life.epoch == event.epoch:
+      self._enter(life, 'decode_queue', event.time_s)
+
+  def _prefill_done(self, event):
+    if self._over(event):
+      return
+    lasts, chain, _ = self._pending[event.instance].popleft()
+    for life in lasts:
+      if life.open:
+        life.record.token_s.append(event.time_s)
+        self._enter(life, life.after_prefill, event.time_s)
+    if chain is not None:
+      chain.times.append(event.time_s)
+    for id in event.ended:
+      life = self._live.get(id)
+      if life in lasts or life and chain is not None and life.chain is chain:
+        life.close()
+
+  def _decode_done(self, event):
+    if self._over(event):
+      return
+    _, chain, steps = self._pending[event.instance].popleft()
+    self._told(chain, event.steps_s or (event.time_s,) * steps, event.ended)
+
+  def _told(self, chain, steps_s, ended):
+    """Steps of a chain completed; some requests ended at one of them."""
+    before = len(chain.times)
+    chain.times.extend(steps_s)
+    for id, step in ended:
+      life = self._live.get(id)
+      if life is not None and life.chain is chain:
+        life.close(before + step + 1)
+
+  def _over(self, event):
+    """A completion told before, or of a command lost with its instance."""
+    pending = self._pending[event.instance]
+    newest = self._newest.get(event.instance)
+    return newest is not None and event.number <= newest - len(pending)
+
+  def _instance_down(self, event):
+    """What was in flight will not complete, but for the steps told."""
+    pending = self._pending[event.instance]
+    if pending and event.steps_s:
+      self._told(pending[0][1], event.steps_s, event.ended)
+    pending.clear()
+
+  def _nothing(self, *_):
+    """No request's life changes by it; a command that follows may tell."""
+
+  # --- commands -------------------------------------------------------------
+
+  def _decode(self, command, now_s):
+    self._newest[command.instance] = command.number
+    self._pending[command.instance].append(
+        ((), self._rows(command, now_s, command.steps), command.steps))
+
+  def _prefill(self, command, now_s):
+    self._newest[command.instance] = command.number
+    lasts = []
+    for chunk in command.chunks:
+      life = self._live[chunk.id]
+      self._use(life, command.instance)
+      if life.stage != 'prefill':
+        self._enter(life, 'prefill', now_s)
+      if chunk.last:
+        lasts.append(life)
+    chain = self._rows(command, now_s, 1) if command.rows else None
+    self._pending[command.instance].append((lasts, chain, 1))
+
+  def _migrate(self, command, now_s):
+    life = self._live[command.id]
+    life.record.retries += life.epoch is not None
+    life.epoch = command.epoch
+    life.record.migrated_tokens += command.num_tokens
+    self._use(life, command.target)
+    self._enter(life, 'migrate', now_s)
+
+  def _preempt(self, command, now_s):
+    old = self._live[command.id]
+    self._enter(old, 'prefill_queue', now_s)
+    if command.cause == 'fault':
+      old.record.retries += 1
+    else:
+      old.record.preemptions += 1
+    self._live[command.id] = new = _Life(old.record, now_s)
+    new.open = old.open
+    old.close()
+
+  def _finish(self, command, now_s):
+    self._end(command.id, command.reason, now_s)
+
+  def _reject(self, command, now_s):
+    self._end(command.id, 'rejected', now_s).reason = command.reason
+
+  def _fail(self, command, now_s):
+    self._end(command.id, 'failed', now_s).reason = command.reason
+
+  def _rows(self, command, now_s, steps):
+    """The chain that a command continues, with those who join and leave it."""
+    live, rows = self._live, command.rows
+    chain = live[rows[0].id].chain or _Chain()
+    lives, known = chain.lives, len(rows)
+    while known and live[rows[known - 1].id].chain is not chain:
+      known -= 1
+    if known < len(lives):
+      ids = {row.id for row in rows}
+      for life in lives:
+        if life.record.id not in ids or live[life.record.id] is not life:
+          life.last = chain.issued
+      lives = [life for life in lives if life.last is None]
+    if known < len(rows):
+      fresh = [live[row.id] for row in rows[known:]]
+      for life in fresh:
+        self._join(life, command.instance, chain, now_s)
+      lives = lives + fresh
+    chain.lives = lives
+    chain.issued += steps
+    return chain
+
+  def _join(self, life, instance, chain, now_s):
+    life.chain, life.first = chain, chain.issued
+    self._use(life, instance)
+    if life.stage == 'prefill':
+      # Issued behind the prefill that is still in flight.
+      life.after_prefill = 'decode'
+    else:
+      self._enter(life, 'decode', now_s)
+
+  def _use(self, life, instance):
+    if instance not in life.record.instances:
+      life.record.instances += (instance,)
+
+  def _enter(self, life, stage, now_s):
+    life.record.stage_s[life.stage] += now_s - life.since_s
+    if self._on_span:
+      self._on_span(life.record.id, life.stage, life.since_s, now_s)
+    life.stage, life.since_s = stage, now_s
+
+  def _end(self, id, status, now_s):
+    life = self._live.pop(id)
+    life.close()
+    self._enter(life, None, now_s)
+    life.record.status = status
+    life.record.finish_s = now_s
+    return life.record
+
+
+_SEEN = {
+    Arrived: Recorder._arrived, Cancelled: Recorder._cancelled,
+    Migrated: Recorder._migrated, PrefillDone: Recorder._prefill_done,
+    DecodeDone: Recorder._decode_done, RunDecode: Recorder._decode,
+    RunPrefill: Recorder._prefill, Migrate: Recorder._migrate,
+    Preempt: Recorder._preempt, Finish: Recorder._finish,
+    Reject: Recorder._reject, Fail: Recorder._fail,
+    InstanceDown: Recorder._instance_down, InstanceUp: Recorder._nothing,
+    Drain: Recorder._nothing, MigrateFailed: Recorder._nothing,
+    Timer: Recorder._nothing, Abort: Recorder._nothing,
+}

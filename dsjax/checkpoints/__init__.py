@@ -1,0 +1,1 @@
+"""Weights and tokenizers: GGUF, Hugging Face folders, orbax."""

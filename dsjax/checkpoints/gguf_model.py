@@ -1,0 +1,356 @@
+"""Models from GGUF files: each architecture's keys and tensors as ours.
+
+Names are those of the `gguf` package, rules those of llama.cpp
+(src/llama-model.cpp).
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import gguf
+import numpy as np
+
+from dsjax.checkpoints import weights
+from dsjax.checkpoints.gguf_file import read_gguf
+from dsjax.config.checks import InputError, require
+from dsjax.config.model import ModelConfig, RopeScaling
+
+# Our leaf -> tensor of the file ('blk.{layer}.' before those of a layer); the
+# suffix of the leaf is its shape.
+_TENSORS = {
+    'embed_VD': 'token_embd.weight', 'pos_TD': 'position_embd.weight',
+    'norm_D': 'output_norm.weight', 'norm_bias_D': 'output_norm.bias',
+    'head_VD': 'output.weight',
+    'attn_norm_D': 'attn_norm.weight', 'attn_norm_bias_D': 'attn_norm.bias',
+    'q_NHD': 'attn_q.weight', 'q_bias_NH': 'attn_q.bias',
+    'k_KHD': 'attn_k.weight', 'k_bias_KH': 'attn_k.bias',
+    'v_KHD': 'attn_v.weight', 'v_bias_KH': 'attn_v.bias',
+    'o_DNH': 'attn_output.weight', 'o_bias_D': 'attn_output.bias',
+    'q_norm_H': 'attn_q_norm.weight', 'k_norm_H': 'attn_k_norm.weight',
+    'attn_post_norm_D': 'post_attention_norm.weight',
+    'mlp_norm_D': 'ffn_norm.weight', 'mlp_norm_bias_D': 'ffn_norm.bias',
+    'gate_FD': 'ffn_gate.weight', 'up_FD': 'ffn_up.weight',
+    'up_bias_F': 'ffn_up.bias', 'down_DF': 'ffn_down.weight',
+    'down_bias_D': 'ffn_down.bias', 'router_ED': 'ffn_gate_inp.weight',
+    'gate_EFD': 'ffn_gate_exps.weight', 'up_EFD': 'ffn_up_exps.weight',
+    'down_EDF': 'ffn_down_exps.weight',
+    'mlp_post_norm_D': 'post_ffw_norm.weight',
+}
+# GPT-2 packs queries, keys and values: leaf -> (tensor, third).
+_PACKED = {'q_NHD': ('attn_qkv.weight', 0), 'k_KHD': ('attn_qkv.weight', 1),
+           'v_KHD': ('attn_qkv.weight', 2), 'q_bias_NH': ('attn_qkv.bias', 0),
+           'k_bias_KH': ('attn_qkv.bias', 1), 'v_bias_KH': ('attn_qkv.bias', 2)}
+# Hyperparameters that are read, and values of others that change nothing.
+# Any other one would be ignored in silence, so it is refused.
+_READ = ('block_count', 'context_length', 'embedding_length',
+         'feed_forward_length', 'attention.head_count',
+         'attention.head_count_kv', 'attention.key_length',
+         'attention.value_length', 'rope.dimension_count', 'rope.freq_base',
+         'rope.scaling.type', 'rope.scaling.factor', 'vocab_size')
+_NEUTRAL = {'rope.scale_linear': 1.0, 'expert_count': 0,
+            'expert_used_count': 0, 'attention.causal': True}
+_HINTS = (('.bias', 'biases'), ('rope_freqs', 'RoPE scaling'),
+          ('exp', 'mixture of experts'), ('gate_inp', 'mixture of experts'))
+_ROPE_FREQS = 'rope_freqs.weight'
+
+
+class _Arch(NamedTuple):
+  """An architecture of llama.cpp (src/llama-model.cpp).
+
+  read: hyperparameters besides _READ. fields: (get, base fields) -> further
+  fields of the ModelConfig. interleaved: rows of q and k are.
+  """
+  read: tuple
+  fields: Callable
+  interleaved: bool = False
+
+
+class _Meta:
+  """An architecture's hyperparameters: get('block_count', int)."""
+
+  def __init__(self, meta, arch):
+    self._meta, self._prefix = meta, f'{arch}.'
+
+  def __call__(self, key, kind=int, default=None):
+    return _number(self._meta, self._prefix + key, kind, default)
+
+  def has(self, key):
+    return self._prefix + key in self._meta
+
+  def raw(self, key):
+    return self._meta.get(self._prefix + key)
+
+
+def _experts(get):
+  count = get('expert_count', default=0)
+  return dict(num_experts=count, experts_per_token=get(
+      'expert_used_count', default=0 if count == 0 else None))
+
+
+def _llama(get, base):
+  return _experts(get)
+
+
+def _qwen2(get, base):
+  return dict(qkv_bias=True)
+
+
+def _qwen3(get, base):
+  return dict(qk_norm=True)
+
+
+def _qwen3moe(get, base):
+  return dict(qk_norm=True, d_ff=get('expert_feed_forward_length'),
+              **_experts(get))
+
+
+def _gemma(get, base, largest, period):
+  """largest: layers of the size whose scale is of D / N, not H."""
+  layers, d_model = base['num_layers'], base['d_model']
+  window = get('attention.sliding_window')
+  scale_of = (d_model / base['num_heads'] if layers == largest else
+              base['head_dim'])
+  return dict(
+      activation='gelu_tanh', post_norms=True, embed_scale=d_model**0.5,
+      attn_scale=scale_of**-0.5,
+      windows=tuple(window * bool((i + 1) % period) for i in range(layers)),
+      attn_softcap=get('attn_logit_softcapping', float, 0.0),
+      logit_softcap=get('final_logit_softcapping', float, 0.0))
+
+
+def _gemma2(get, base):
+  return _gemma(get, base, largest=46, period=2)
+
+
+def _gemma3(get, base):
+  return _gemma(get, base, largest=62, period=6) | dict(
+      qk_norm=True, rope_local_base=get('rope.freq_base_swa', float, 1e4))
+
+
+def _gpt2(get, base):
+  return dict(norm='layer', positions='learned', activation='gelu_tanh',
+              gated=False, qkv_bias=True, out_bias=True, mlp_bias=True)
+
+
+_RMS, _LAYER_NORM = (f'attention.layer_norm_{kind}epsilon'
+                     for kind in ('rms_', ''))
+_SOFTCAPS = ('attn_logit_softcapping', 'final_logit_softcapping',
+             'attention.sliding_window')
+_EXPERTS = ('expert_count', 'expert_used_count')
+_ARCHS = {
+    'llama': _Arch((_RMS, *_EXPERTS), _llama, interleaved=True),
+    'qwen2': _Arch((_RMS,), _qwen2),
+    'qwen3': _Arch((_RMS,), _qwen3),
+    'qwen3moe': _Arch((_RMS, *_EXPERTS, 'expert_feed_forward_length'),
+                      _qwen3moe),
+    'gemma2': _Arch((_RMS, *_SOFTCAPS), _gemma2),
+    'gemma3': _Arch((_RMS, *_SOFTCAPS, 'rope.freq_base_swa'), _gemma3),
+    'gpt2': _Arch((_LAYER_NORM,), _gpt2),
+}
+ARCHITECTURES = tuple(_ARCHS)
+
+
+def _number(meta, key, kind=int, default=None):
+  value = meta.get(key, default)
+  if value is None:
+    raise InputError(f'metadata key {key!r} is missing')
+  require(isinstance(value, kind) and not isinstance(value, bool), key, value,
+          f'one {kind.__name__} (a value per layer is not supported)')
+  return value
+
+
+def _token(meta, name, vocab_size):
+  """A special token's id, or None when the file names none."""
+  key = f'tokenizer.ggml.{name}_token_id'
+  value = meta.get(key)
+  require(value is None or value in range(vocab_size), key, value,
+          f'an integer below V={vocab_size}')
+  return value
+
+
+def _linear_scaling(get):
+  """RopeScaling of the keys, or None."""
+  kind, factor = get.raw('rope.scaling.type'), get.raw('rope.scaling.factor')
+  if kind == 'linear':
+    return RopeScaling('linear', get('rope.scaling.factor', float))
+  for key, value, neutral in (('rope.scaling.type', kind, 'none'),
+                              ('rope.scaling.factor', factor, 1.0)):
+    if value not in (None, neutral):
+      raise InputError(f'{key}={value!r} is not supported')
+  return None
+
+
+def _llama3_scaling(factors, head_dim, rope_base):
+  """The RopeScaling whose divisors of the rotary pairs are these.
+
+  A file keeps only the divisors; low_freq_factor 1 and high_freq_factor 4
+  are those of every published model. original_len follows from any pair on
+  the ramp: 1 / f = (1 - s) / factor + s, s = (original_len / wavelength - 1)
+  / 3.
+
+  Raises:
+    InputError: they are of no such scaling.
+  """
+  factors = factors.astype(np.float64)
+  pairs = np.arange(head_dim // 2) / (head_dim // 2)
+  wavelengths = 2 * np.pi * rope_base**pairs
+  factor = factors.max()
+  ramp = (factors > 1 + 1e-6) & (factors < factor - 1e-6)
+  if np.isfinite(factors).all() and factor > 1 and ramp.any():
+    s = (1 / factors - 1 / factor) / (1 - 1 / factor)
+    length = round(float(np.median(((3 * s + 1) * wavelengths)[ramp])))
+    s = np.clip((length / wavelengths - 1) / 3, 0, 1)
+    want = 1 / ((1 - s) / factor + s)
+    if length > 0 and np.allclose(factors, want, rtol=1e-3):
+      return RopeScaling('llama3', float(factor), length, 1.0, 4.0)
+  raise InputError(f'tensor {_ROPE_FREQS!r} is not supported (RoPE scaling '
+                   'other than llama3)')
+
+
+def _config(meta, tensors, name):
+  """The ModelConfig that metadata and the names of tensors describe."""
+  arch = meta.get('general.architecture')
+  require(arch in ARCHITECTURES, 'general.architecture', arch,
+          f'one of {ARCHITECTURES}')
+  prefix, known = f'{arch}.', (*_READ, *_ARCHS[arch].read)
+  for key in meta:
+    short = key.removeprefix(prefix)
+    if key.startswith(prefix) and short not in known and (
+        short not in _NEUTRAL or meta[key] != _NEUTRAL[short]):
+      raise InputError(f'{key}={meta[key]!r} is not supported')
+  get = _Meta(meta, arch)
+  d_model, num_heads = get('embedding_length'), get('attention.head_count')
+  rope_dim = get.raw('rope.dimension_count')
+  head_dim = get('attention.key_length',
+                 default=rope_dim or d_model // max(num_heads, 1))
+  for key in ('attention.value_length', 'rope.dimension_count'):
+    value = get(key, default=head_dim)
+    require(value == head_dim, prefix + key, value, f'the head width '
+            f'{head_dim} (others are not supported)')
+  tokens = meta.get('tokenizer.ggml.tokens', ())
+  vocab_size = get('vocab_size', default=len(tokens) or None)
+  require(len(tokens) <= vocab_size, f'{prefix}vocab_size', vocab_size,
+          f'at least the {len(tokens)} tokens of the tokenizer')
+  num_layers = get('block_count')
+  require(num_layers <= len(tensors), f'{prefix}block_count', num_layers,
+          f'below the {len(tensors)} tensors of the file')
+  ends = [_token(meta, end, vocab_size) for end in ('eos', 'eot', 'eom')]
+  base = dict(
+      name=meta.get('general.name') or name,
+      num_layers=num_layers, d_model=d_model, num_heads=num_heads,
+      num_kv_heads=get('attention.head_count_kv', default=num_heads),
+      head_dim=head_dim, vocab_size=vocab_size,
+      max_len=get('context_length'),
+      rope_base=get('rope.freq_base', float, 1e4),
+      rope_scaling=_linear_scaling(get),
+      norm_eps=get(_LAYER_NORM if arch == 'gpt2' else _RMS, float),
+      tied='output.weight' not in tensors,
+      bos_id=_token(meta, 'bos', vocab_size),
+      eos_ids=tuple(sorted({end for end in ends if end is not None})))
+  require(base['rope_base'] > 0, f'{prefix}rope.freq_base', base['rope_base'],
+          'above 0')
+  ModelConfig(**base, d_ff=1)  # is checked before more is made of it
+  fields = base | _ARCHS[arch].fields(get, base)
+  if 'd_ff' not in fields:
+    fields['d_ff'] = get('feed_forward_length')
+  return ModelConfig(**fields)
+
+
+def _half_split(matrix, num_heads, head_dim):
+  """Rows of q or k from interleaved to half-split rotary order.
+
+  GGUF stores the pair that rotates together in neighbouring rows (2i, 2i + 1)
+  of a head; half-split rotary pairs rows (i, i + H/2).
+  """
+  pairs = matrix.reshape(num_heads, head_dim // 2, 2, -1)
+  return pairs.swapaxes(1, 2)
+
+
+class _Reader:
+  """A file's tensors as leaves of a config."""
+
+  def __init__(self, config, arch, tensors):
+    self.config, self.tensors = config, tensors
+    self.packed = _PACKED if arch == 'gpt2' else {}
+    self.interleaved = ('q_NHD', 'k_KHD') * _ARCHS[arch].interleaved
+
+  def name(self, leaf, layer):
+    name = self.packed.get(leaf, (_TENSORS[leaf],))[0]
+    return name if layer is None else f'blk.{layer}.{name}'
+
+  def check(self):
+    """Raises InputError unless the file holds exactly these tensors."""
+    expected = {}
+
+    def expect(leaf, layer):
+      rows, *others = weights.stored_shape(self.config, leaf)
+      rows *= 3 if leaf in self.packed else 1
+      expected[self.name(leaf, layer)] = (rows, *others)
+
+    weights.tree(self.config, expect)
+    if self.config.rope_scaling and self.config.rope_scaling.kind == 'llama3':
+      expected[_ROPE_FREQS] = (self.config.head_dim // 2,)
+    for name in sorted(self.tensors.keys() - expected.keys()):
+      hint = next((why for part, why in _HINTS if part in name), 'unexpected')
+      raise InputError(f'tensor {name!r} is not supported ({hint})')
+    for name, want in expected.items():
+      if name not in self.tensors:
+        raise InputError(f'tensor {name!r} is missing')
+      shape = self.tensors[name].shape
+      require(shape == want, f'shape of tensor {name!r}', shape, want)
+
+  def read(self, leaf, layer, dtype):
+    name, shape = self.name(leaf, layer), self.config.leaf_shape(leaf)
+    matrix = _dequantize(name, self.tensors[name])
+    if leaf in self.packed:
+      matrix = np.split(matrix, 3)[self.packed[leaf][1]]
+    if leaf in self.interleaved:
+      matrix = _half_split(matrix, *shape[:2])
+    return np.array(matrix, weights.DTYPES[dtype], order='C').reshape(shape)
+
+
+def _dequantize(name, tensor):
+  try:
+    return gguf.quants.dequantize(tensor.data, tensor.kind)
+  except NotImplementedError:
+    raise InputError(f'tensor {name!r} is of unsupported type '
+                     f'{tensor.kind.name}') from None
+
+
+def load_gguf(path, dtype='float32'):
+  """A model from a GGUF file, dequantised; see ARCHITECTURES.
+
+  The tree is that of dsjax.checkpoints.weights, all of `dtype` and
+  C-contiguous. Rows of q and k are returned in half-split rotary order: a file
+  of the llama architecture has them interleaved (see _half_split). Gemma's
+  norm gains are stored as 1 + w.
+
+  Cost: about 1.5 s for 135M parameters; 4 or 2 bytes a parameter.
+
+  Returns:
+    (ModelConfig, params as numpy arrays).
+  Raises:
+    InputError: names the file, and the key or tensor: unreadable, of another
+      architecture, or using what this model does not compute (an unknown
+      hyperparameter or tensor).
+  """
+  weights.check_dtype(dtype)
+  path = pathlib.Path(path)
+  meta, tensors = read_gguf(path)
+  try:
+    config = _config(meta, tensors, path.stem)
+    if _ROPE_FREQS in tensors and config.positions == 'rope':
+      require(config.rope_scaling is None, 'rope.scaling.type', 'linear',
+              f'absent where {_ROPE_FREQS!r} is')
+      if tensors[_ROPE_FREQS].shape == (config.head_dim // 2,):
+        config = dataclasses.replace(config, rope_scaling=_llama3_scaling(
+            _dequantize(_ROPE_FREQS, tensors[_ROPE_FREQS]), config.head_dim,
+            config.rope_base))
+    reader = _Reader(config, meta['general.architecture'], tensors)
+    reader.check()
+    return config, weights.tree(config, lambda leaf, layer: reader.read(
+        leaf, layer, dtype))
+  except InputError as error:
+    raise InputError(f'{path}: {error}') from error

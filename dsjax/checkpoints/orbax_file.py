@@ -1,0 +1,156 @@
+"""Models as orbax checkpoints: read straight onto a mesh, shard by shard.
+
+A folder of two things: `params`, an orbax checkpoint of the tree, and
+`dsjax.json`, the ModelConfig, written last. Shards are read by tensorstore,
+which orbax writes with: orbax itself would read the same slice of every array
+for equal places only, and a plan's heads may be replicated or have gaps.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from jax.sharding import NamedSharding
+
+from dsjax.checkpoints import weights
+from dsjax.checkpoints.hf_config import read_json
+from dsjax.config.checks import InputError
+from dsjax.config.model import ModelConfig, RopeScaling
+from dsjax.model import sharding
+
+CONFIG = 'dsjax.json'
+_PARAMS = 'params'
+CHUNK_BYTES = 16 * 2**20  # the least that is read of an array
+
+
+def save_orbax(path, config, params, chunk_bytes=CHUNK_BYTES):
+  """Writes a model to a new folder.
+
+  Arrays larger than chunk_bytes are cut into chunks, so that a shard is read
+  without the rest of its array.
+
+  Args:
+    path: a folder that does not exist, or is empty.
+    config: the ModelConfig.
+    params: its tree, of numpy or jax arrays, sharded or not.
+    chunk_bytes: the largest chunk.
+  Raises:
+    InputError: the folder holds something.
+  """
+  path = pathlib.Path(path).resolve()
+  if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    raise InputError(f'{path}: must not exist, or be an empty folder')
+  args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunk_bytes),
+                      params)
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+    writer.save(path / _PARAMS, args=ocp.args.PyTreeSave(params, args))
+  (path / CONFIG).write_text(json.dumps(dataclasses.asdict(config), indent=2))
+
+
+def read_config(path):
+  """The ModelConfig of a folder. Raises InputError naming the file."""
+  file = pathlib.Path(path) / CONFIG
+  fields = read_json(file)
+  try:
+    if fields.get('rope_scaling') is not None:
+      fields['rope_scaling'] = RopeScaling(**fields['rope_scaling'])
+    fields['eos_ids'] = tuple(fields.get('eos_ids', ()))
+    return ModelConfig(**fields)
+  except (TypeError, InputError) as error:  # a field too many, or too few
+    raise InputError(f'{file}: {error}') from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+  """The parameters of a folder that save_orbax wrote, not read yet."""
+
+  path: pathlib.Path
+  dtype: str
+
+  def place(self, layout, span, mesh):
+    """The parameters of a stage on its mesh, as sharding.place_params.
+
+    Every shard is read into an array of its own shape and cast there: no
+    array is whole on the host, beyond what is replicated.
+
+    Raises:
+      InputError: names the folder: unreadable.
+    """
+    context, dtype = ts.Context(), weights.DTYPES[self.dtype]
+
+    def put(leaf, layer):
+      name = leaf if layer is None else f'layers.{layer}.{leaf}'
+      stored = ts.open(
+          {'driver': 'zarr', 'kvstore': {
+              'driver': 'ocdbt', 'base': f'file://{self.path}/',
+              'path': name}}, open=True, read=True, context=context).result()
+      shape = layout.shape(leaf)
+
+      def read(index):
+        source = layout.source(leaf, index)
+        out = np.zeros([len(range(n)[at]) for n, at in zip(
+            shape, index, strict=True)], dtype)
+        ts.array(out)[tuple(slice(at.stop - at.start) for at in source)].write(
+            ts.cast(stored, dtype)[source][ts.d[:].translate_to[0]]).result()
+        return out
+
+      return jax.make_array_from_callback(
+          shape, NamedSharding(mesh, sharding.spec(leaf)), read)
+
+    with _naming(self.path):
+      return sharding.stage_tree(layout.model, span, put)
+
+
+@contextlib.contextmanager
+def _naming(path):
+  """Errors of what is read there become InputError."""
+  try:
+    yield
+  except InputError as error:
+    raise InputError(f'{path}: {error}') from error
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise InputError(f'{path}: unreadable: {error}') from error
+
+
+def load_orbax(path, dtype='float32'):
+  """A model that save_orbax wrote: its names and shapes are checked.
+
+  Returns:
+    (ModelConfig, Stored): its parameters as they will be read.
+  Raises:
+    InputError: names the folder: no such, of another tree or other shapes,
+      or unreadable.
+  """
+  weights.check_dtype(dtype)
+  path = pathlib.Path(path).resolve()
+  config = read_config(path)
+  tree = weights.tree(config, lambda leaf, _: jax.ShapeDtypeStruct(
+      config.leaf_shape(leaf), weights.DTYPES[dtype]))
+  path /= _PARAMS
+  with _naming(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    _check(reader.metadata(path).item_metadata, tree)
+  return config, Stored(path, dtype)
+
+
+def _check(stored, tree):
+  """Raises InputError unless the stored tree has these names and shapes."""
+  if stored is None:
+    raise InputError('not an orbax checkpoint')
+
+  def shapes(nodes):
+    return {jax.tree_util.keystr(at): tuple(leaf.shape)
+            for at, leaf in jax.tree_util.tree_leaves_with_path(
+                nodes, is_leaf=lambda node: hasattr(node, 'shape'))}
+
+  found, want = shapes(stored.tree), shapes(tree)
+  for name in sorted(found.keys() ^ want.keys()):
+    raise InputError(f'{name} is ' + ('missing' if name in want else
+                                      'not a parameter'))
+  for name, shape in want.items():
+    if found[name] != shape:
+      raise InputError(f'shape of {name}={found[name]}: must be {shape}')

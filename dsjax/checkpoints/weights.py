@@ -1,0 +1,59 @@
+"""The parameter tree of any ModelConfig: built leaf by leaf, or random.
+
+The tree is {top leaves of the config, 'layers': a tuple of L dicts of its
+layer leaves}; every leaf's name says its shape (README, notation).
+"""
+
+import math
+import re
+
+import ml_dtypes
+import numpy as np
+
+from dsjax.config.checks import require
+from dsjax.model import sharding
+
+DTYPES = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16}
+
+
+def check_dtype(dtype):
+  """Raises InputError unless it names a dtype in DTYPES."""
+  require(dtype in DTYPES, 'dtype', dtype, f'one of {sorted(DTYPES)}')
+
+
+def tree(config, make):
+  """The tree with make(leaf name, layer number or None) at each leaf."""
+  return sharding.stage_tree(config, (0, config.num_layers), make)
+
+
+def stored_shape(config, leaf):
+  """A leaf's shape with the heads of a projection in one axis, as in files.
+
+  o_DNH is stored [D, N H], k_bias_KH [K H].
+  """
+  sizes = iter(config.leaf_shape(leaf))
+  return tuple(math.prod(next(sizes) for _ in group)
+               for group in re.findall('[NK]H|.', leaf.rsplit('_', 1)[1]))
+
+
+def random_params(config, seed, dtype='float32'):
+  """Seeded random weights with the tree, shapes and layout of a loaded model.
+
+  Matrices are normal with deviation 1/sqrt(inputs), gains normal around 1
+  and biases around 0 with deviation 0.1, so activations keep their scale
+  through the layers.
+  """
+  check_dtype(dtype)
+  rng = np.random.default_rng(seed)
+
+  def make(leaf, _):
+    noise = rng.standard_normal(config.leaf_shape(leaf), np.float32)
+    _, *inputs = stored_shape(config, leaf)
+    if inputs:
+      noise *= np.float32(1 / math.sqrt(inputs[-1]))
+    else:
+      noise *= np.float32(0.1)
+      noise += np.float32('bias' not in leaf)
+    return noise.astype(DTYPES[dtype])
+
+  return tree(config, make)

@@ -1,0 +1,1 @@
+"""What a user writes: models, placements, requests, limits; their checks."""

@@ -1,0 +1,184 @@
+"""Shapes and limits of instances."""
+
+import dataclasses
+import math
+
+from dsjax.config.checks import integer, number, require
+from dsjax.config.placement import ROLES
+
+KV_DTYPES = ('float32', 'bfloat16', 'int8', 'float8_e4m3fn', 'float8_e5m2')
+
+
+@dataclasses.dataclass(frozen=True)
+class InstanceConfig:
+  """Capacity of one instance, as the scheduler sees it.
+
+  Attributes:
+    role: prefill | decode | colocated | chunked.
+    num_pages: pages in its pool; page_size: tokens a page (C).
+    max_seqs: requests that may hold pages at a time, of all micro-batches
+      together (also the largest decode batch).
+    prefill_tokens: tokens of a prefill batch; L_m of the paper for prefill
+      and colocated, the token budget (decode rows included) for chunked. A
+      longer prompt is run in chunks of this size.
+    prefill_seqs: most requests in one prefill batch.
+    pp: pipeline stages; as many disjoint micro-batches decode in turn.
+  """
+
+  role: str
+  num_pages: int
+  page_size: int
+  max_seqs: int
+  prefill_tokens: int
+  prefill_seqs: int
+  pp: int = 1
+
+  def __post_init__(self):
+    require(self.role in ROLES, 'InstanceConfig.role', self.role,
+            f'one of {ROLES}')
+    for field in ('num_pages', 'page_size', 'max_seqs', 'prefill_tokens',
+                  'prefill_seqs', 'pp'):
+      value = getattr(self, field)
+      require(integer(1, 2**31 - 1)(value), f'InstanceConfig.{field}', value,
+              'an integer of 1 or more')
+    require(self.role != 'chunked' or self.prefill_tokens > self.max_seqs,
+            'InstanceConfig.prefill_tokens', self.prefill_tokens,
+            f'above max_seqs={self.max_seqs} in the chunked role, where '
+            'decode rows share the budget')
+
+
+def _buckets(limit, first, factor):
+  sizes = [min(first, limit)]
+  while sizes[-1] < limit:
+    sizes.append(min(sizes[-1] * factor, limit))
+  return tuple(sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+  """Shapes and limits of the instances of a run. Every size is in tokens,
+  requests or pages; compiled shapes come from the buckets.
+
+  Attributes:
+    max_len: most tokens of prompt and output together.
+    page_size: tokens a page (C). decode_page_size: of decode instances, if
+      not the same; None: page_size.
+    num_pages: pages an instance; None for what fits beside the weights and
+      the steps' temporaries in memory_bytes, or, where that is unknown, for
+      max_seqs sequences of max_len.
+    memory_bytes: of each device; None for what an accelerator says is free
+      (a CPU does not say).
+    max_seqs: requests resident on an instance; the largest decode batch.
+    prefill_tokens: L_m, tokens of a prefill batch (longer prompts run in
+      chunks of it). prefill_seqs: most prompts in a batch.
+    chunk_tokens: token budget of a step in the chunked role.
+    depth, run_ahead: see scheduler.Config.
+    transfer_pages: most pages a migration copies at a time.
+    dtype: of weights: float32 or bfloat16.
+    kv_dtype: of the KV cache, one of KV_DTYPES (of a byte: with a scale for
+      every token and kv head); None for dtype. decode_kv_dtype: the same for
+      the decode role; None for kv_dtype.
+    checksum: compare a checksum of the KV on both sides of every migration.
+    attention: implementation of attention and of what reads and writes
+      pages: 'xla', 'pallas' (GPU kernels), 'pallas_interpret' (the same
+      kernels interpreted on CPU, slowly) or 'mosaic' (attention in kernels
+      for Hopper GPUs, the rest as 'pallas'; its interpreter moves data
+      implicitly, which serving forbids); None to choose by device and shapes.
+    tries: faults that a request survives; the next one fails it.
+    lease_s: that a hand-off may take before its target must stop.
+    stall_s: without a step of its oldest command an instance counts as lost.
+    restarts: how often in a row, without a command completed between, a
+      lost instance is started again, empty; then it is given up.
+    restart_s: how long after its loss.
+  """
+
+  max_len: int = 1024
+  page_size: int = 16
+  num_pages: int | None = None
+  memory_bytes: int | None = None
+  max_seqs: int = 16
+  prefill_tokens: int = 512
+  prefill_seqs: int = 8
+  chunk_tokens: int = 256
+  depth: int = 2
+  run_ahead: int | None = None
+  transfer_pages: int = 64
+  dtype: str = 'float32'
+  kv_dtype: str | None = None
+  decode_kv_dtype: str | None = None
+  checksum: bool = False
+  attention: str | None = None
+  decode_page_size: int | None = None
+  tries: int = 3
+  lease_s: float = 30.0
+  stall_s: float = 300.0
+  restarts: int = 8
+  restart_s: float = 0.5
+
+  def __post_init__(self):
+    for field in ('max_len', 'page_size', 'max_seqs', 'prefill_tokens',
+                  'prefill_seqs', 'chunk_tokens', 'depth', 'transfer_pages'):
+      value = getattr(self, field)
+      require(integer(1, 2**31 - 1)(value), f'EngineConfig.{field}', value,
+              'an integer of 1 or more')
+    for field in ('num_pages', 'memory_bytes', 'run_ahead',
+                  'decode_page_size'):
+      value = getattr(self, field)
+      require(value is None or integer(1, 2**31 - 1)(value),
+              f'EngineConfig.{field}', value,
+              'None or an integer of 1 or more')
+    require(self.max_len >= 2, 'EngineConfig.max_len', self.max_len,
+            '2 or more')
+    require(self.dtype in ('float32', 'bfloat16'), 'EngineConfig.dtype',
+            self.dtype, "'float32' or 'bfloat16'")
+    for field in ('kv_dtype', 'decode_kv_dtype'):
+      value = getattr(self, field)
+      require(value in (None, *KV_DTYPES), f'EngineConfig.{field}', value,
+              f'None or one of {KV_DTYPES}')
+    require(self.attention in (None, 'xla', 'pallas', 'pallas_interpret',
+                               'mosaic'), 'EngineConfig.attention',
+            self.attention, "None, 'xla', 'pallas', 'pallas_interpret' or "
+            "'mosaic'")
+    self._check_faults()
+
+  def _check_faults(self):
+    for field in ('tries', 'restarts'):
+      value = getattr(self, field)
+      require(integer(0, 2**31 - 1)(value), f'EngineConfig.{field}', value,
+              'an integer of 0 or more')
+    for field in ('lease_s', 'stall_s', 'restart_s'):
+      value, zero = getattr(self, field), field == 'restart_s'
+      require(number(0, math.inf, low_open=not zero)(value),
+              f'EngineConfig.{field}', value,
+              'seconds, 0 or more' if zero else 'seconds above 0')
+
+  def kv_dtype_of(self, role):
+    """The dtype of the KV cache of an instance in this role."""
+    kv_dtype = self.kv_dtype or self.dtype
+    return self.decode_kv_dtype or kv_dtype if role == 'decode' else kv_dtype
+
+  @property
+  def row_buckets(self):
+    """Decode batch sizes that are compiled."""
+    return _buckets(self.max_seqs, 1, 2)
+
+  def token_buckets(self, limit):
+    """Packed prefill sizes that are compiled, up to `limit`."""
+    return _buckets(limit, 32, 2)
+
+  @property
+  def page_buckets(self):
+    """Numbers of pages that a migration copies at a time."""
+    return _buckets(self.transfer_pages, 1, 4)
+
+  def instance(self, role, pp=1):
+    """The InstanceConfig of an instance of `pp` stages in this role."""
+    size = self.page_size
+    if role == 'decode' and self.decode_page_size is not None:
+      size = self.decode_page_size
+    pages = self.num_pages
+    if pages is None:
+      pages = self.max_seqs * -(-self.max_len // size)
+    tokens = self.chunk_tokens if role == 'chunked' else self.prefill_tokens
+    return InstanceConfig(role, pages, size, self.max_seqs, tokens,
+                          self.prefill_seqs, pp)

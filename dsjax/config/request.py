@@ -1,0 +1,99 @@
+"""A request, and how its tokens are chosen."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from dsjax.config.checks import integer, number, require
+
+MAX_LOGIT_BIAS = 300
+MAX_LOGPROBS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How one request's tokens are chosen and when it stops.
+
+  temperature 0 is greedy. The random draw at a position depends only on
+  (seed, position), never on batch, instance or mesh. Penalties follow their
+  usual definitions: repetition (over prompt and output, multiplicative),
+  presence and frequency (over output, subtractive). `logprobs` asks for the
+  log-probability of the chosen token and of that many most likely ones,
+  taken from the raw logits. `stop` strings end the text before their first
+  occurrence; `stop_token_ids` and the model's EOS end it at that token,
+  which is not part of the text. What would end it within the first
+  `min_tokens` tokens is passed over (an EOS may be among them).
+  """
+
+  max_tokens: int | None = None
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+  repetition_penalty: float = 1.0
+  presence_penalty: float = 0.0
+  frequency_penalty: float = 0.0
+  logit_bias: tuple[tuple[int, float], ...] = ()
+  seed: int = 0
+  logprobs: int | None = None
+  stop: tuple[str, ...] = ()
+  stop_token_ids: tuple[int, ...] = ()
+  ignore_eos: bool = False
+  min_tokens: int = 0
+
+  def __post_init__(self):
+    bias = self.logit_bias
+    if isinstance(bias, dict):
+      bias = bias.items()
+    for field, value in (
+        ('logit_bias', tuple(tuple(b) for b in bias)),
+        ('stop', (self.stop,) if isinstance(self.stop, str) else
+         tuple(self.stop)),
+        ('stop_token_ids', tuple(self.stop_token_ids))):
+      object.__setattr__(self, field, value)
+    inf = float('inf')
+    tests = (
+        ('max_tokens', lambda v: v is None or integer(1, inf)(v),
+         'an integer of 1 or more, or None for the rest of the context'),
+        ('temperature', number(0, 100), 'a number from 0 to 100'),
+        ('top_k', integer(0, 2**31 - 1), '0 (off) or more'),
+        ('top_p', number(0, 1, low_open=True), 'a number in (0, 1]'),
+        ('min_p', number(0, 1), 'a number in [0, 1]'),
+        ('repetition_penalty', number(0, 100, low_open=True),
+         'a number in (0, 100]'),
+        ('presence_penalty', number(-100, 100), 'a number in [-100, 100]'),
+        ('frequency_penalty', number(-100, 100), 'a number in [-100, 100]'),
+        ('logit_bias', lambda v: len(v) <= MAX_LOGIT_BIAS and all(
+            len(b) == 2 and integer(0, 2**31 - 1)(b[0])
+            and number(-100, 100)(b[1]) for b in v)
+         and len({b[0] for b in v}) == len(v),
+         f'at most {MAX_LOGIT_BIAS} distinct (token id, number in '
+         '[-100, 100])'),
+        ('seed', integer(0, 2**32 - 1), 'an integer in [0, 2**32)'),
+        ('logprobs', lambda v: v is None or integer(0, MAX_LOGPROBS)(v),
+         f'None or 0 to {MAX_LOGPROBS}'),
+        ('stop', lambda v: len(v) <= 16 and all(
+            isinstance(s, str) and s for s in v),
+         'at most 16 non-empty strings'),
+        ('stop_token_ids', lambda v: all(integer(0, 2**31 - 1)(t)
+                                         for t in v), 'token ids'),
+        ('ignore_eos', lambda v: isinstance(v, bool), 'True or False'),
+        ('min_tokens', lambda v: integer(0, self.max_tokens or inf)(v),
+         'an integer from 0 to max_tokens'),
+    )
+    for field, test, allowed in tests:
+      value = getattr(self, field)
+      require(test(value), f'Sampling.{field}', value, allowed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """One request of a workload: prompt token ids, when it arrives, how it ends.
+
+  A workload made from lengths alone has ids without meaning and ignore_eos.
+  A simulation reads only len(prompt).
+  """
+
+  id: int
+  arrival_s: float
+  prompt: Sequence[int]
+  sampling: Sampling = Sampling()

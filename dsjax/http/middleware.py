@@ -1,0 +1,195 @@
+"""What stands before the application: limits of a request, the key, errors.
+
+Every error has OpenAI's shape; every request that is turned away says why, is
+counted and leaves a line in the log, with its id and without its text.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import math
+import secrets
+import time
+import traceback
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+
+from dsjax.config.checks import InputError
+from dsjax.http import openai_schema
+from dsjax.http.service import Gone, Refused
+
+LOG = logging.getLogger(__name__)
+OPEN_PATHS = ('/', '/health')  # without a key
+_ENCODER = json.JSONEncoder(separators=(',', ':'), allow_nan=False)
+_KINDS = {401: 'authentication_error', 404: 'not_found_error',
+          429: 'rate_limit_error'}
+_STATUS = {'too_long': 413, 'queue_full': 429, 'busy': 429, 'ttft': 429,
+           'tpot': 429}
+_REASONS = {404: 'not_found', 413: 'too_long', 408: 'slow', 500: 'internal',
+            503: 'stopped', 504: 'slow'}
+_CODES = {'too_long': 'context_length_exceeded'}
+
+
+class Json(JSONResponse):
+  """JSON in ASCII, so that any string can be answered, and no NaN."""
+
+  def render(self, content):
+    return dumps(content).encode()
+
+
+def dumps(value):
+  """A JSON text in ASCII; ValueError for what is not finite."""
+  return _ENCODER.encode(value)
+
+
+class Gate:
+  """An application around another: request ids, the key, bodies that are too
+  big or slow, and the last resort when that one fails.
+
+  reject: counts a reason.
+  """
+
+  def __init__(self, app, limits, key, reject):
+    self.app, self.limits, self.reject = app, limits, reject
+    self.key = None if key is None else f'Bearer {key}'.encode()
+
+  async def __call__(self, scope, receive, send):
+    if scope['type'] != 'http':
+      await self.app(scope, receive, send)
+      return
+    id, ended = secrets.token_hex(12).encode(), False
+    state = scope['state']
+    state |= {'id': id.decode(), 'arrival_s': time.perf_counter()}
+
+    async def named_send(message):
+      nonlocal ended
+      ended = (message['type'] == 'http.response.body'
+               and not message.get('more_body'))
+      if message['type'] == 'http.response.start':
+        message['headers'] = [*message.get('headers', ()),
+                              (b'x-request-id', id)]
+      await send(message)
+
+    body = _Body(receive, self.limits)
+    answer = self._refusal(scope, dict(scope['headers']))
+    if answer:
+      with contextlib.suppress(HTTPException):
+        await body.discard()  # or it would not read the answer
+      await answer(scope, receive, named_send)
+      return
+    try:
+      await self.app(scope, body.receive, named_send)
+    except Exception as error:  # ours to mend: one client's loss, no more
+      LOG.error('%s %s: %s\n%s', state['id'], scope['path'],
+                type(error).__name__,
+                ''.join(traceback.format_tb(error.__traceback__)))
+      if not ended:
+        state['abort']()
+
+  def _refusal(self, scope, headers):
+    given = headers.get(b'authorization', b'')
+    if (self.key and scope['path'] not in OPEN_PATHS
+        and not hmac.compare_digest(given, self.key)):
+      return self.turn_away(scope, 401, 'unauthorized', 'authorization: must '
+                            'be "Bearer " and the key')
+    size = headers.get(b'content-length', b'0')
+    if size.isdigit() and int(size[:20]) > self.limits.max_body_bytes:
+      return self.turn_away(
+          scope, 413, 'too_long', f'the body has {int(size[:20])} bytes: must '
+          f'be at most {self.limits.max_body_bytes}')
+    if scope['state'].get('crowded'):
+      return self.turn_away(
+          scope, 503, 'connections', 'too many connections: at most '
+          f'{self.limits.max_connections}', code='connections', retry_s=1.0)
+    return None
+
+  def turn_away(self, scope, status, reason, message, **options):
+    """The answer to a request that is refused: logged and counted."""
+    self.reject(reason)
+    LOG.info('%s %s %s: %d %s', scope['state']['id'], scope['method'],
+             ascii(scope['path'])[1:-1][:80], status, reason)
+    return refusal(status, message, **options)
+
+
+class _Body:
+  """Reads a request's body within its limits."""
+
+  def __init__(self, receive, limits):
+    self._receive, self.limits = receive, limits
+    self._size, self._whole = 0, False
+    self._until = asyncio.get_running_loop().time() + limits.body_s
+
+  async def receive(self):
+    if self._whole:  # what follows is the client's leaving
+      return await self._receive()
+    try:
+      async with asyncio.timeout_at(self._until):
+        message = await self._receive()
+    except TimeoutError:
+      raise HTTPException(408, 'the body took longer than '
+                          f'{self.limits.body_s:g} s') from None
+    self._size += len(message.get('body', b''))
+    self._whole = not message.get('more_body', False)
+    if self._size > self.limits.max_body_bytes:
+      raise HTTPException(413, f'the body has more than '
+                          f'{self.limits.max_body_bytes} bytes')
+    return message
+
+  async def discard(self):
+    """Reads a body nobody wants, up to the limit once more."""
+    while not self._whole:
+      await self.receive()
+
+
+# --- errors -----------------------------------------------------------------
+
+
+def refusal(status, message, param=None, code=None, retry_s=None):
+  """The Response that says no, in OpenAI's shape."""
+  kind = _KINDS.get(status, 'invalid_request_error' if status < 500 else
+                    'server_error')
+  headers = {} if retry_s is None else {
+      'Retry-After': str(math.ceil(retry_s))}
+  if status == 401:
+    headers['WWW-Authenticate'] = 'Bearer'
+  return Json(openai_schema.error(message, kind, param, code), status, headers)
+
+
+def add_errors(app, turn_away):
+  """Answers what the application raises. turn_away: see Gate."""
+  # Coroutines, since starlette gives a function a thread.
+  async def refused(request, e):
+    return turn_away(request.scope, _STATUS.get(e.reason, 503), e.reason,
+                     str(e), code=_CODES.get(e.reason, e.reason),
+                     retry_s=e.retry_s)
+
+  async def bad(request, e):
+    message, param = (openai_schema.invalid(e.errors()) if isinstance(
+        e, RequestValidationError) else openai_schema.named(str(e)))
+    return turn_away(request.scope, 400, 'bad_request', message, param=param,
+                     code='invalid_value')
+
+  async def http(request, e):
+    known = {'param': 'model', 'code': 'model_not_found'}
+    return turn_away(
+        request.scope, e.status_code,
+        _REASONS.get(e.status_code, 'bad_request'), e.detail,
+        **(known if e.detail.startswith('model: ') else {}))
+
+  async def broken(request, _):  # raised again after this, to the Gate's log
+    return turn_away(request.scope, 500, 'internal',
+                     'the server made a mistake; its log says which')
+
+  async def gone(request, _):
+    turn_away(request.scope, 499, 'gone', '')
+    return Response(status_code=499)
+
+  for kind, answer in ((Refused, refused), (RequestValidationError, bad),
+                       (InputError, bad), (HTTPException, http), (Gone, gone),
+                       (ClientDisconnect, gone), (Exception, broken)):
+    app.add_exception_handler(kind, answer)

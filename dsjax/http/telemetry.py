@@ -1,0 +1,193 @@
+"""What Prometheus reads of a service, and what the live page draws.
+
+Counters and histograms follow the events of the scheduler, in the
+orchestrator's thread; what is now is read from the scheduler's state, a value,
+when somebody asks. So a scrape costs serving nothing.
+"""
+
+import collections
+import time
+
+import prometheus_client as prom
+from prometheus_client.core import GaugeMetricFamily
+
+from dsjax.scheduling import lifecycle, page_pool
+from dsjax.scheduling.events import Migrated, Preempt, RunDecode, RunPrefill
+
+SECONDS = (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 30, 60)
+SIZES = tuple(2**i for i in range(13))
+STAGES = ('queued', 'prefilling', 'prefilled', 'migrating', 'decoding',
+          'ending')
+_SHOWN = {stage: 'ending' for stage in lifecycle.ENDING} | {
+    'abandoned': 'migrating'}  # other stages are themselves
+RECENT = 500  # finished requests that the live page shows
+
+
+class Gauges:
+  """The observer of a Service, see there. One registry each.
+
+  Attributes:
+    recent: (when it ended, status, ttft_s, tpot_s, tokens) of the newest
+      requests. num_rejected: how many were turned away.
+  """
+
+  def __init__(self):
+    self.registry = prom.CollectorRegistry()
+    self.recent = collections.deque(maxlen=RECENT)
+    self.num_rejected = 0
+    self._server, self._seen = None, (0, 0, 0.0, 0.0)
+    self._make_metrics()
+    self.registry.register(self)
+
+  def _make_metrics(self):
+    def make(kind, name, text, labels=(), **options):
+      return kind(f'dsjax_{name}', text, labels, registry=self.registry,
+                  **options)
+
+    def seconds(name, text, labels=()):
+      return make(prom.Histogram, f'{name}_seconds', text, labels,
+                  buckets=SECONDS)
+    count, sizes = prom.Counter, {'buckets': SIZES}
+    self.ttft = seconds('ttft', 'Arrival to first token.')
+    self.tpot = seconds('tpot', 'Mean time per output token after the first.')
+    self.itl = seconds('itl', 'Gaps between successive output tokens.')
+    self.request = seconds('request', 'Arrival to end.')
+    self.stage = make(count, 'stage_seconds', 'Spent in each stage.',
+                      ['stage'])
+    self.ended = make(count, 'requests_ended', 'By reason.', ['reason'])
+    self.rejected = make(count, 'requests_rejected', 'Turned away, by reason.',
+                         ['reason'])
+    self.prompt_tokens = make(count, 'prompt_tokens', 'Of ended requests.')
+    self.output_tokens = make(count, 'output_tokens', 'Of ended requests.')
+    self.preemptions = make(count, 'preemptions', 'Requests prefilled again.')
+    self.migrations = make(count, 'migrations', 'KV caches moved.')
+    self.kv_bytes = make(count, 'kv_moved_bytes', 'KV moved, bytes.')
+    self.kv_seconds = make(count, 'kv_moved_seconds', 'Seconds of moving KV.')
+    self.steps = make(count, 'device_steps', 'Steps that devices completed.')
+    self.host = make(count, 'host_seconds', 'Host seconds of those steps.')
+    self.prefill_tokens = make(prom.Histogram, 'prefill_batch_tokens',
+                               'Prompt tokens of a prefill batch.',
+                               ['instance'], **sizes)
+    self.decode_rows = make(prom.Histogram, 'decode_batch_rows',
+                            'Requests of a decode step.', ['instance'],
+                            **sizes)
+
+  # --- the orchestrator's thread --------------------------------------------
+
+  def started(self, server):
+    """The orchestrator is ready; every instance has its series from now."""
+    for i in map(str, range(len(server.placement.instances))):
+      self.prefill_tokens.labels(i)
+      self.decode_rows.labels(i)
+    self._server = server
+
+  def observe(self, event, commands):
+    """Folds one event and the commands that answered it."""
+    if isinstance(event, Migrated):
+      self.migrations.inc()
+    for c in commands:
+      if isinstance(c, RunPrefill):
+        self.prefill_tokens.labels(str(c.instance)).observe(
+            sum(x.stop - x.start for x in c.chunks))
+      elif isinstance(c, Preempt):
+        self.preemptions.inc()
+      if isinstance(c, RunDecode) or getattr(c, 'rows', ()):
+        rows = self.decode_rows.labels(str(c.instance))
+        for _ in range(getattr(c, 'steps', 1)):
+          rows.observe(len(c.rows))
+
+  def finished(self, record):
+    """Folds a request that has ended."""
+    self.ended.labels(record.status).inc()
+    self.request.observe(record.finish_s - record.arrival_s)
+    self.prompt_tokens.inc(record.prompt_len)
+    self.output_tokens.inc(len(record.token_s))
+    for stage, seconds in record.stage_s.items():
+      self.stage.labels(stage).inc(max(0.0, seconds))
+    if record.token_s:
+      self.ttft.observe(record.ttft_s)
+    if len(record.token_s) > 1:
+      self.tpot.observe(record.tpot_s)
+      for gap_s in record.itl_s:
+        self.itl.observe(gap_s)
+    self.recent.append((time.time(), record.status, record.ttft_s,
+                        record.tpot_s, len(record.token_s)))
+
+  # --- the event loop -------------------------------------------------------
+
+  def reject(self, reason):
+    """Counts a request that is turned away."""
+    self.rejected.labels(reason).inc()
+    self.num_rejected += 1
+
+  # --- whoever asks ---------------------------------------------------------
+
+  def _pull(self, server):
+    """Counts what the orchestrator sums up itself."""
+    now = (server.copied_bytes, server.steps, server.copy_s, server.host_s)
+    old, self._seen = self._seen, now
+    for metric, new, before in zip(
+        (self.kv_bytes, self.steps, self.kv_seconds, self.host), now, old,
+        strict=True):
+      metric.inc(max(0, new - before))
+
+  def text(self):
+    """The Prometheus exposition, bytes."""
+    if self._server:
+      self._pull(self._server)
+    return prom.generate_latest(self.registry)
+
+  def collect(self):
+    """Queue lengths and pages now (prometheus_client's collector protocol)."""
+    requests = GaugeMetricFamily(
+        'dsjax_requests', 'Requests now, by instance and stage.',
+        labels=['instance', 'role', 'stage'])
+    owners = GaugeMetricFamily(
+        'dsjax_pages', 'KV pages now, by instance and owner.',
+        labels=['instance', 'role', 'owner'])
+    for i, inst in enumerate(snapshot(self._server)):
+      for stage, count in inst['requests'].items():
+        requests.add_metric([str(i), inst['role'], stage], count)
+      for owner, count in inst['pages'].items():
+        owners.add_metric([str(i), inst['role'], owner], count)
+    return [requests, owners]
+
+
+def snapshot(server):
+  """What every instance holds now, from the scheduler's state.
+
+  Returns:
+    [{'role', 'plan', 'status', 'requests': {stage: how many}, 'pages': {owner:
+    how many}}, ...]; status as of scheduler.Instance; owner is a stage or
+    'free'. A migrating request owns pages on both sides and counts as one of
+    its source; one that waits for a lost instance counts nowhere. [] of no
+    server.
+  """
+  if server is None:
+    return []
+  state, found = server.state, []
+  for (role, plan), inst in zip(server.placement.instances, state.instances,
+                                strict=True):
+    found.append({'role': role, 'plan': f'{plan.tp}x{plan.pp}',
+                  'status': inst.status,
+                  'requests': dict.fromkeys(STAGES, 0),
+                  'pages': {'free': page_pool.num_free(inst.pool)}
+                  | dict.fromkeys(STAGES[1:], 0)})
+  for seq in state.seqs.values():
+    if seq.instance < 0:
+      continue  # it waits for an instance that is to come back
+    stage = _SHOWN.get(seq.stage, seq.stage)
+    found[seq.instance]['requests'][stage] += 1
+    if seq.pages:
+      found[seq.instance]['pages'][stage] += len(seq.pages)
+    if seq.target_pages:
+      found[seq.target]['pages'][stage] += len(seq.target_pages)
+  return found
+
+
+def flow(server):
+  """[(id, stage, instance, target or -1), ...] of the requests now."""
+  if server is None:
+    return []
+  return [(s.id, _SHOWN.get(s.stage, s.stage), s.instance, s.target)
+          for s in server.state.seqs.values()]

@@ -1,0 +1,1 @@
+"""The transformer as pure jax functions over paged KV."""

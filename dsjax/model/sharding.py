@@ -1,0 +1,221 @@
+"""How a model is cut for a Plan: stages, shards, meshes and PartitionSpecs.
+
+Pipeline parallelism is a sub-mesh and a run of layers for each stage. Tensor
+parallelism is the mesh axis 'model': heads, feed-forward, vocabulary and
+experts are split over it. Sizes that tp does not divide are padded with
+zeros, and kv heads are replicated where there are fewer of them than shards
+(`cut`), so that every plan runs the same program on equal shards.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dsjax.config.checks import require
+from dsjax.config.model import ModelConfig
+
+AXIS = 'model'
+_SPLIT = 'VNKFE'  # letters of axes that are split
+_WHOLE = ('router_ED',)  # every shard chooses the experts of every token
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """A model cut for tp shards.
+
+  Attributes:
+    model: the model; padded: its shape with the arrays' head counts and d_ff
+      (the vocabulary's rows are padded too, but its size stays).
+    tp: shards.
+    heads, kv_heads: the model's head held at each place of the arrays; -1
+      where there is none (zeros).
+  """
+
+  model: ModelConfig
+  padded: ModelConfig
+  tp: int
+  heads: tuple[int, ...]
+  kv_heads: tuple[int, ...]
+
+  def shape(self, leaf):
+    """The shape of a parameter as it lies on the mesh."""
+    shape = list(self.padded.leaf_shape(leaf))
+    letters = leaf.rsplit('_', 1)[1]
+    if 'V' in letters:
+      at = letters.index('V')
+      shape[at] += -shape[at] % self.tp
+    return tuple(shape)
+
+  def source(self, leaf, index):
+    """The part of a stored parameter that a shard begins with; zeros follow.
+
+    That is all of a shard, since its heads are a run (`cut`): of several
+    places for kv heads that a shard has, none is a copy.
+
+    Args:
+      index: a slice an axis of the parameter as it lies on the mesh.
+    """
+    held = {'N': self.heads, 'K': self.kv_heads}
+    part = []
+    for letter, at, size in zip(leaf.rsplit('_', 1)[1], index,
+                                self.model.leaf_shape(leaf), strict=True):
+      real = [i for i in held.get(letter, range(size))[at] if i >= 0]
+      part.append(slice(real[0], real[-1] + 1) if real else slice(0, 0))
+    return tuple(part)
+
+  def pad(self, leaf, array):
+    """A parameter of the model as it lies on the mesh: itself, or numpy."""
+    letters, want = leaf.rsplit('_', 1)[1], self.shape(leaf)
+    if array.shape == want and self.heads == tuple(range(len(self.heads))):
+      return array
+    array = np.asarray(array)
+    for axis, letter in enumerate(letters):
+      held = {'N': self.heads, 'K': self.kv_heads}.get(letter)
+      if held is not None:
+        held = np.array(held)
+        array = np.take(array, np.maximum(held, 0), axis)
+        array[(slice(None),) * axis + (held < 0,)] = 0
+      elif array.shape[axis] < want[axis]:
+        extra = [(0, 0)] * array.ndim
+        extra[axis] = (0, want[axis] - array.shape[axis])
+        array = np.pad(array, extra)
+    return array
+
+
+def cut(config, tp):
+  """The Layout of a model over tp shards.
+
+  Every shard has `slots` places for a kv head, each with the same number of
+  query heads. With more places than kv heads, each kv head takes as many
+  places as there are for all, and its query heads are dealt out to them
+  (Megatron and vLLM replicate alike where tp is a multiple of K).
+
+  Raises:
+    InputError: more shards than query heads, or experts that tp does not
+      divide.
+  """
+  N, K = config.num_heads, config.num_kv_heads
+  require(tp <= N, 'Plan.tp', tp, f'at most the {N} heads of '
+          f'{config.name}')
+  require(config.num_experts % tp == 0, 'Plan.tp', tp,
+          f'a divisor of the {config.num_experts} experts of '
+          f'{config.name}')
+  slots = tp * -(-K // tp)
+  copies = slots // K
+  group = N // K
+  share = -(-group // copies)
+  heads, kv_heads = [], []
+  for slot in range(slots):
+    kv, copy = divmod(slot, copies)
+    kv_heads.append(kv if kv < K else -1)
+    for i in range(copy * share, (copy + 1) * share):
+      heads.append(kv * group + i if kv < K and i < group else -1)
+  d_ff = config.d_ff
+  if not config.num_experts:
+    d_ff += -d_ff % tp
+  padded = dataclasses.replace(
+      config, num_heads=len(heads), num_kv_heads=slots, d_ff=d_ff)
+  return Layout(config, padded, tp, tuple(heads), tuple(kv_heads))
+
+
+def spans(num_layers, pp):
+  """The layers [first, last) of each pipeline stage, as even as they go.
+
+  The last stages are the smaller ones: the last one has the head to run.
+  """
+  require(pp <= num_layers, 'Plan.pp', pp,
+          f'at most the {num_layers} layers')
+  size, more = divmod(num_layers, pp)
+  ends = [s * size + min(s, more) for s in range(pp + 1)]
+  return tuple(zip(ends[:-1], ends[1:], strict=True))
+
+
+def make_meshes(config, placement, devices):
+  """The meshes of each instance, one a stage, devices taken in order.
+
+  Raises:
+    InputError: more devices are asked for than exist, or a plan that the
+      model cannot run.
+  """
+  require(placement.num_devices <= len(devices), 'Placement',
+          f'{placement.num_devices} devices',
+          f'at most the {len(devices)} that exist')
+  instances, taken = [], 0
+  for _, plan in placement.instances:
+    cut(config, plan.tp)
+    spans(config.num_layers, plan.pp)
+    stages = []
+    for _ in range(plan.pp):
+      chosen = devices[taken:taken + plan.tp]
+      stages.append(Mesh(np.array(chosen), (AXIS,)))
+      taken += plan.tp
+    instances.append(tuple(stages))
+  return instances
+
+
+def stage_leaves(config, span):
+  """Names of the parameters outside the layers that a stage needs."""
+  first, last = span[0] == 0, span[1] == config.num_layers
+  ends = {'embed_VD': first or (last and config.tied), 'pos_TD': first}
+  return tuple(leaf for leaf in config.top_leaves if ends.get(leaf, last))
+
+
+def stage_tree(config, span, make):
+  """The tree of a stage with make(leaf name, layer number or None)."""
+  top = {leaf: make(leaf, None) for leaf in stage_leaves(config, span)}
+  return top | {'layers': tuple(
+      {leaf: make(leaf, layer) for leaf in config.layer_leaves}
+      for layer in range(*span))}
+
+
+def abstract_params(layout, span, mesh, dtype):
+  """The parameters of a stage as sharded ShapeDtypeStructs."""
+  return stage_tree(layout.model, span, lambda leaf, _: jax.ShapeDtypeStruct(
+      layout.shape(leaf), dtype, sharding=NamedSharding(mesh, spec(leaf))))
+
+
+def place_params(layout, span, mesh, params):
+  """The parameters of a stage on its mesh.
+
+  One at a time, so that what is padded is not kept on the host.
+  """
+  def put(leaf, layer):
+    source = params if layer is None else params['layers'][layer]
+    return jax.device_put(layout.pad(leaf, source[leaf]),
+                          NamedSharding(mesh, spec(leaf)))
+
+  return stage_tree(layout.model, span, put)
+
+
+def spec(leaf):
+  """The PartitionSpec of a parameter: its first axis that can be split."""
+  letters = leaf.rsplit('_', 1)[1]
+  if leaf in _WHOLE:
+    return PartitionSpec()
+  axes = [AXIS if letter in _SPLIT else None for letter in letters]
+  if AXIS not in axes:
+    return PartitionSpec()
+  return PartitionSpec(*axes[:axes.index(AXIS) + 1])
+
+
+def kv(mesh):
+  """Cache arrays and migrating pages: split by kv head."""
+  return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def whole(mesh):
+  """Replicated."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def shard_map(mesh, op, in_specs, out_specs):
+  """op on each shard's part of its arguments; itself where nothing is cut.
+
+  For what XLA cannot cut by itself (Pallas kernels). It must not communicate.
+  """
+  if mesh is None or mesh.size == 1:
+    return op
+  return jax.shard_map(op, mesh=mesh, in_specs=in_specs, out_specs=out_specs,
+                       check_vma=False)

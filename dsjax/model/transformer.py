@@ -1,0 +1,433 @@
+"""Decoders of every family that a ModelConfig describes: one forward, two
+step functions.
+
+Parameters are a plain tree, weights stored output-first: the config's
+top_leaves, and its layer_leaves for each of `layers`. Layers are a tuple and
+the loop over them is unrolled: a scan over stacked weights copies every
+layer's weights each step on CPU.
+"""
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from dsjax.kernels import shapes, tiles
+from dsjax.kernels.decode_attention import decode_attention
+from dsjax.kernels.kv_write import kv_write, rotary
+from dsjax.kernels.prefill_attention import prefill_attention
+from dsjax.model import kv_cache as kv
+from dsjax.model import sampling, sharding
+
+# How arrays are cut over heads: a layer's KV; [S, N, H] and [S, K, H]; not.
+HELD, HEADS, WHOLE = (PartitionSpec(sharding.AXIS),
+                      PartitionSpec(None, sharding.AXIS), PartitionSpec())
+SMALL = 16  # tokens up to which a product reads W first
+ACTIVATIONS = {
+    'silu': jax.nn.silu, 'relu': jax.nn.relu,
+    'gelu': functools.partial(jax.nn.gelu, approximate=False),
+    'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True)}
+# x_RI, w_EOI -> y_RO: rows in groups, one an expert.
+BY_EXPERT = jax.lax.RaggedDotDimensionNumbers(
+    (((1,), (2,)), ((), ())), lhs_ragged_dimensions=(0,),
+    rhs_group_dimensions=(0,))
+
+
+@flax.struct.dataclass
+class Packed:
+  """Prompt chunks packed in one token axis (S), B sequences, A = B + 1.
+
+  Sequence b's tokens are packed [start_A[b], start_A[b + 1]), positions from
+  pos_B[b], read from slot slot_B[b]. sample_B: write the token after the
+  chunk (its last chunk). Tokens past start_A[B] are padding.
+  """
+
+  start_A: jax.Array
+  pos_B: jax.Array
+  slot_B: jax.Array
+  sample_B: jax.Array
+  table_BM: jax.Array
+
+
+@flax.struct.dataclass
+class Rows:
+  """A decode batch: row b's input token is at pos_B[b] of slot slot_B[b].
+
+  Padding rows have live_B False.
+  """
+
+  pos_B: jax.Array
+  slot_B: jax.Array
+  live_B: jax.Array
+  table_BM: jax.Array
+
+
+def project(w_O__I, x_SI):
+  """x W^T for a weight stored output-first, any number of output axes.
+
+  Up to SMALL tokens the weight is the left operand: 1.7 times faster on CPU,
+  which then streams W instead of repacking it.
+  """
+  *out, inner = w_O__I.shape
+  w_OI = w_O__I.reshape(-1, inner)
+  if x_SI.shape[0] <= SMALL:
+    y_SO = jax.lax.dot_general(w_OI, x_SI, (((1,), (1,)), ((), ()))).T
+  else:
+    y_SO = jax.lax.dot_general(x_SI, w_OI, (((1,), (1,)), ((), ())))
+  return y_SO.reshape(x_SI.shape[0], *out)
+
+
+def rms_norm(x_SD, gain_D, eps):
+  """RMSNorm over the last axis, in float32."""
+  x32_SD = x_SD.astype(jnp.float32)
+  scale_S1 = jax.lax.rsqrt(jnp.mean(x32_SD**2, -1, keepdims=True) + eps)
+  return (x32_SD * scale_S1).astype(x_SD.dtype) * jnp.expand_dims(
+      gain_D, range(x_SD.ndim - 1))
+
+
+def layer_norm(x_SD, gain_D, bias_D, eps):
+  """LayerNorm, in float32."""
+  x32_SD = x_SD.astype(jnp.float32)
+  x32_SD -= jnp.mean(x32_SD, -1, keepdims=True)
+  return rms_norm(x32_SD, gain_D, eps).astype(x_SD.dtype) + bias_D[None, :]
+
+
+def norm(config, leaves, name, x_SD):
+  """The config's norm with the parameters of this name."""
+  gain_D = leaves[f'{name}_D']
+  if config.norm == 'layer':
+    return layer_norm(x_SD, gain_D, leaves[f'{name}_bias_D'], config.norm_eps)
+  return rms_norm(x_SD, gain_D, config.norm_eps)
+
+
+def stretch(scaling, rate_h):
+  """Rotary frequencies scaled for a longer context (Llama 3.1 reference).
+
+  llama3: a frequency that turns r times in the original context keeps
+  s = clip((r - low) / (high - low), 0, 1) of itself and has 1 - s divided.
+  """
+  if scaling.kind == 'linear':
+    return rate_h / scaling.factor
+  turns_h = rate_h * scaling.original_len / (2 * jnp.pi)
+  kept_h = jnp.clip((turns_h - scaling.low_freq_factor) / (
+      scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
+  return rate_h * (kept_h + (1 - kept_h) / scaling.factor)
+
+
+def angles(config, pos_S, window=0):
+  """cos and sin of the rotary angles: [S, 1, H] each, float32."""
+  local = window and config.rope_local_base
+  half = config.head_dim // 2
+  rate_h = (local or config.rope_base) ** (
+      -jnp.arange(half, dtype=jnp.float32) / half)
+  if config.rope_scaling and not local:
+    rate_h = stretch(config.rope_scaling, rate_h)
+  angle_Sh = pos_S[:, None].astype(jnp.float32) * rate_h[None, :]
+  angle_S1H = jnp.concatenate((angle_Sh, angle_Sh), -1)[:, None, :]
+  return jnp.cos(angle_S1H), jnp.sin(angle_S1H)
+
+
+def attention_inputs(config, layer, x_SD, turn):
+  """Queries, keys and values of hidden states; turn: angles, or None.
+
+  Keys are not rotated yet: that is done as they are written.
+  """
+  h_SD = norm(config, layer, 'attn_norm', x_SD)
+  q_SNH = project(layer['q_NHD'], h_SD)
+  k_SKH = project(layer['k_KHD'], h_SD)
+  v_SKH = project(layer['v_KHD'], h_SD)
+  if config.qkv_bias:
+    q_SNH += layer['q_bias_NH'][None]
+    k_SKH += layer['k_bias_KH'][None]
+    v_SKH += layer['v_bias_KH'][None]
+  if config.qk_norm:
+    q_SNH = rms_norm(q_SNH, layer['q_norm_H'], config.norm_eps)
+    k_SKH = rms_norm(k_SKH, layer['k_norm_H'], config.norm_eps)
+  if turn is not None:
+    q_SNH = rotary(q_SNH, *turn)
+  return q_SNH, k_SKH, v_SKH
+
+
+def feed_forward(config, layer, h_SD):
+  """down(act(gate h) * up h), or down(act(up h)) without a gate."""
+  act = ACTIVATIONS[config.activation]
+  up_SF = project(layer['up_FD'], h_SD)
+  if config.mlp_bias:
+    up_SF += layer['up_bias_F'][None, :]
+  h_SF = (act(project(layer['gate_FD'], h_SD)) * up_SF if config.gated
+          else act(up_SF))
+  y_SD = project(layer['down_DF'], h_SF)
+  return y_SD + layer['down_bias_D'][None, :] if config.mlp_bias else y_SD
+
+
+def route(config, router_ED, h_SD):
+  """Weights (float32) and numbers of each token's experts, A a token.
+
+  The A best of softmax(router h) over all experts, summing to one where
+  config.renormalize (Mixtral's softmax over the best is the same).
+  """
+  weight_SE = jax.nn.softmax(project(router_ED, h_SD).astype(jnp.float32))
+  weight_SA, expert_SA = jax.lax.top_k(weight_SE, config.experts_per_token)
+  if config.renormalize:
+    weight_SA /= jnp.sum(weight_SA, -1, keepdims=True)
+  return weight_SA, expert_SA
+
+
+def run_experts(act, first, gate_EFD, up_EFD, down_EDF, h_SD, weight_SA,
+                expert_SA):
+  """sum_a weight_a expert_a(h) over those of experts first .. first + E - 1.
+
+  Rows are sorted by expert, other experts' last (no group has them, so what
+  the product gives for them is dropped). A token's terms are summed in its own
+  order, whatever the batch.
+  """
+  E, A = gate_EFD.shape[0], expert_SA.shape[1]
+  expert_R = expert_SA.reshape(-1) - first
+  expert_R = jnp.where((expert_R >= 0) & (expert_R < E), expert_R, E)
+  order_R = jnp.argsort(expert_R)
+  size_E = jnp.sum(expert_R[:, None] == jnp.arange(E)[None, :], 0)
+
+  def product(x_RI, w_EOI):
+    return jax.lax.ragged_dot_general(x_RI, w_EOI, size_E, BY_EXPERT)
+
+  h_RD = h_SD[order_R // A]
+  y_RD = product(act(product(h_RD, gate_EFD)) * product(h_RD, up_EFD),
+                 down_EDF)
+  y_SAD = y_RD[jnp.argsort(order_R)].reshape(*expert_SA.shape, -1)
+  mine_SA1 = (expert_R < E).reshape(*expert_SA.shape, 1)
+  y_SAD = jnp.where(mine_SA1, y_SAD * weight_SA[:, :, None], 0)
+  return jnp.sum(y_SAD, 1)  # float32, as the weights
+
+
+def experts(config, layer, h_SD, mesh=None):
+  """The experts' weighted sum; over a mesh each shard runs its own ones."""
+  act = ACTIVATIONS[config.activation]
+  weights = layer['gate_EFD'], layer['up_EFD'], layer['down_EDF']
+  rows = h_SD, *route(config, layer['router_ED'], h_SD)
+  if mesh is None or mesh.shape[sharding.AXIS] == 1:
+    return run_experts(act, 0, *weights, *rows).astype(h_SD.dtype)
+
+  def shard(weights, rows):
+    first = jax.lax.axis_index(sharding.AXIS) * weights[0].shape[0]
+    return jax.lax.psum(run_experts(act, first, *weights, *rows),
+                        sharding.AXIS)
+
+  y_SD = jax.shard_map(
+      shard, mesh=mesh, in_specs=(PartitionSpec(sharding.AXIS),
+                                  PartitionSpec()),
+      out_specs=PartitionSpec())(weights, rows)
+  return y_SD.astype(h_SD.dtype)
+
+
+def embed(config, params, token_S, pos_S):
+  """Hidden states before the first layer."""
+  x_SD = params['embed_VD'][token_S] * config.embed_scale
+  if config.positions == 'learned':
+    x_SD += params['pos_TD'][pos_S]
+  return x_SD
+
+
+def run_layers(config, layers, first, cache, x_SD, pos_S, page_S, attend,
+               mesh=None, impl=None):
+  """Hidden states after `layers`, the ones from layer `first` on.
+
+  attend(layer, q_SNH, *held) -> o_SNH, held being what by_layer gives of the
+  layer, is the only thing in which prefill and decode differ; it may ask for
+  the window of `layer`, and layers of equal windows may all come as one of
+  them. cache holds just these layers.
+  page_S: the page of each token, P to drop it.
+
+  Args:
+    mesh: what parameters are sharded over; None where they are whole.
+    impl: of attention; kv_write's is what `tiles.portable` makes of it.
+
+  Returns:
+    (x_SD, cache).
+  """
+  windows = {config.window(first + i) for i in range(len(layers))}
+  turns = {window: angles(config, pos_S, window)
+           if config.positions == 'rope' else None for window in windows}
+  offset_S = pos_S % cache.k_KPCH[0].shape[2]
+  write = sharding.shard_map(
+      mesh, functools.partial(kv_write, impl=tiles.portable(impl)),
+      (HELD, HEADS, HEADS, WHOLE, WHOLE, WHOLE), HELD)
+
+  # Traced and lowered once for all layers alike.
+  @functools.partial(jax.jit, static_argnames='like')
+  def block(x_SD, layer, held, like):
+    turn = turns[config.window(like)]
+    q_SNH, k_SKH, v_SKH = attention_inputs(config, layer, x_SD, turn)
+    held = write(held, k_SKH, v_SKH, page_S, offset_S, turn)
+    o_SNH = attend(like, q_SNH, *held)
+    o_DI = layer['o_DNH'].reshape(config.d_model, -1)
+    y_SD = project(o_DI, o_SNH.reshape(o_SNH.shape[0], -1))
+    if config.out_bias:
+      y_SD += layer['o_bias_D'][None, :]
+    if config.post_norms:
+      y_SD = norm(config, layer, 'attn_post_norm', y_SD)
+    x_SD += y_SD
+    h_SD = norm(config, layer, 'mlp_norm', x_SD)
+    y_SD = (experts(config, layer, h_SD, mesh) if config.num_experts
+            else feed_forward(config, layer, h_SD))
+    if config.post_norms:
+      y_SD = norm(config, layer, 'mlp_post_norm', y_SD)
+    return x_SD + y_SD, held
+
+  alike, written = {}, []
+  for i, (layer, held) in enumerate(
+      zip(layers, kv.by_layer(cache), strict=True), first):
+    like = alike.setdefault(config.window(i), i)
+    x_SD, held = block(x_SD, layer, held, like)
+    written.append(held)
+  return x_SD, kv.from_layers(written)
+
+
+def head(config, params, x_RD):
+  """Logits of hidden states, float32; -inf for rows that pad V."""
+  x_RD = norm(config, params, 'norm', x_RD)
+  head_VD = params['embed_VD'] if config.tied else params['head_VD']
+  logits_RV = tiles.cap(project(head_VD, x_RD).astype(jnp.float32),
+                        config.logit_softcap)
+  if head_VD.shape[0] == config.vocab_size:
+    return logits_RV
+  real_V = jnp.arange(head_VD.shape[0]) < config.vocab_size
+  return jnp.where(real_V[None, :], logits_RV, -jnp.inf)
+
+
+def attention(op, config, impl, mesh, *where):
+  """run_layers' attend: op on every shard's heads.
+
+  where: what op takes after keys and values.
+  """
+  def attend(layer, q_SNH, *held):
+    def one(q_SNH, held, *where):
+      k_KPCH, v_KPCH, *scales = held
+      k_scale_KPC, v_scale_KPC = scales or (None, None)
+      return op(q_SNH, k_KPCH, v_KPCH, *where, impl, scale=config.attn_scale,
+                softcap=config.attn_softcap, window=config.window(layer),
+                k_scale_KPC=k_scale_KPC, v_scale_KPC=v_scale_KPC)
+
+    return sharding.shard_map(
+        mesh, one, (HEADS, HELD, *(WHOLE for _ in where)), HEADS)(
+            q_SNH, held, *where)
+
+  return attend
+
+
+def page_of(table_BM, row_S, pos_S, live_S, page_size, num_pages):
+  """The page of position pos_S of row row_S; num_pages where not live."""
+  page_S = table_BM[row_S, pos_S // page_size]
+  return jnp.where(live_S, page_S, num_pages)
+
+
+def decode_step(config, params, cache, slots, rows, need, impl=None,
+                mesh=None, span=None, x_BD=None):
+  """One token for every row.
+
+  Args:
+    span: layers [first, last) of a pipeline stage that params and cache hold;
+      None for all. x_BD: what the stage before returned; None in the first.
+
+  Returns:
+    (cache, slots, rows one position on, Sampled): feed the rows back for the
+    next step without the host. From a stage that is not the last: (cache,
+    x_BD); it needs no slots unless it is the first.
+  """
+  shapes.check(pos_B=rows.pos_B, slot_B=rows.slot_B, live_B=rows.live_B,
+               table_BM=rows.table_BM)
+  _, P, C, _ = cache.k_KPCH[0].shape
+  span = span or (0, config.num_layers)
+  if x_BD is None:
+    x_BD = embed(config, params, _row_tokens(slots, rows), rows.pos_B)
+  x_BD, cache = run_layers(
+      config, params['layers'], span[0], cache, x_BD, rows.pos_B,
+      _row_pages(rows, P, C),
+      attention(decode_attention, config, impl, mesh, rows.table_BM,
+                rows.pos_B + 1), mesh, impl)
+  if span[1] < config.num_layers:
+    return cache, x_BD
+  slots, out = sampling.sample(
+      head(config, params, x_BD), slots, _slot(slots, rows), rows.pos_B + 1,
+      need)
+  return cache, slots, rows.replace(pos_B=rows.pos_B + 1), out
+
+
+def prefill_step(config, params, cache, slots, packed, size, need, rows=None,
+                 impl=None, mesh=None, span=None, x_SD=None):
+  """Runs packed prompt chunks, and with `rows` one decode token each too.
+
+  size: tokens of the packed axis (S, static). With rows (the chunked mode)
+  their tokens and the prompt's share every weight read. span, x_SD: as for
+  decode_step.
+
+  Returns:
+    (cache, slots, rows one position on or None, Sampled): R = rows first,
+    then one entry a sequence, garbage where sample_B is False. From a stage
+    that is not the last: (cache, x_SD).
+  """
+  shapes.check(pos_B=packed.pos_B, slot_B=packed.slot_B,
+               sample_B=packed.sample_B, table_BM=packed.table_BM)
+  _, P, C, _ = cache.k_KPCH[0].shape
+  span = span or (0, config.num_layers)
+  at_S = jnp.arange(size)
+  seq_S = jnp.minimum(jnp.searchsorted(packed.start_A[1:], at_S, side='right'),
+                      packed.pos_B.shape[0] - 1)
+  live_S = at_S < packed.start_A[-1]
+  pos_S = packed.pos_B[seq_S] + at_S - packed.start_A[seq_S]
+  pos_S = jnp.where(live_S, pos_S, 0)
+  page_S = page_of(packed.table_BM, seq_S, pos_S, live_S, C, P)
+
+  attend = attention(prefill_attention, config, impl, mesh, packed.table_BM,
+                     packed.start_A, packed.pos_B)
+  B = 0
+  if rows is not None:
+    B = rows.pos_B.shape[0]
+    page_S = jnp.concatenate((_row_pages(rows, P, C), page_S))
+    parts = attention(decode_attention, config, impl, mesh, rows.table_BM,
+                      rows.pos_B + 1), attend
+
+    def attend(layer, q_SNH, *held):
+      return jnp.concatenate([part(layer, q, *held) for part, q in zip(
+          parts, (q_SNH[:B], q_SNH[B:]), strict=True)])
+
+  if x_SD is None:
+    token_S = slots.tokens_ET[packed.slot_B[seq_S], pos_S]
+    if rows is not None:
+      token_S = jnp.concatenate((_row_tokens(slots, rows), token_S))
+  if rows is not None:
+    pos_S = jnp.concatenate((rows.pos_B, pos_S))
+  if x_SD is None:
+    x_SD = embed(config, params, token_S, pos_S)
+  x_SD, cache = run_layers(config, params['layers'], span[0], cache, x_SD,
+                           pos_S, page_S, attend, mesh, impl)
+  if span[1] < config.num_layers:
+    return cache, x_SD
+  num_slots = slots.tokens_ET.shape[0]
+  end_B = packed.start_A[1:]
+  row_R = B + jnp.maximum(end_B - 1, 0)
+  slot_R = jnp.where(packed.sample_B, packed.slot_B, num_slots)
+  pos_R = packed.pos_B + end_B - packed.start_A[:-1]
+  if rows is not None:
+    row_R = jnp.concatenate((jnp.arange(B), row_R))
+    slot_R = jnp.concatenate((_slot(slots, rows), slot_R))
+    pos_R = jnp.concatenate((rows.pos_B + 1, pos_R))
+    rows = rows.replace(pos_B=rows.pos_B + 1)
+  slots, out = sampling.sample(head(config, params, x_SD[row_R]), slots,
+                               slot_R, pos_R, need)
+  return cache, slots, rows, out
+
+
+def _row_tokens(slots, rows):
+  return slots.tokens_ET[rows.slot_B, rows.pos_B]
+
+
+def _row_pages(rows, num_pages, page_size):
+  return page_of(rows.table_BM, jnp.arange(rows.pos_B.shape[0]), rows.pos_B,
+                 rows.live_B, page_size, num_pages)
+
+
+def _slot(slots, rows):
+  """The slot a row writes to: no one's for padding."""
+  return jnp.where(rows.live_B, rows.slot_B, slots.tokens_ET.shape[0])

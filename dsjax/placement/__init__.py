@@ -1,0 +1,1 @@
+"""The placement that serves the most within both objectives."""

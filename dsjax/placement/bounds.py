@@ -1,0 +1,171 @@
+"""What no placement can pass: rates and shares that need no simulation.
+
+A rate above an instance's capacity cannot last: its work per request, at the
+largest batches that its memory allows, takes more than the time there is. A
+request whose bare prefill or decode steps exceed an objective misses it at
+any rate. The search discards by these bounds only what is surely worse.
+
+Lengths are (prompt, output) pairs of the workload.
+"""
+
+import functools
+import math
+
+import numpy as np
+
+from dsjax.simulation import latency
+
+
+def mean_context(lengths):
+  """Tokens attended to by a mean decode step of a row."""
+  steps = sum(o - 1 for _, o in lengths)
+  return sum((o - 1) * (i + o / 2) for i, o in lengths) / max(steps, 1)
+
+
+@functools.lru_cache(1024)
+def _decode_share(seconds, most_rows, rows):
+  """(fixed seconds of a row's step, least slope of its context).
+
+  The batches of an instance hold `rows` rows on average at most, so its steps
+  cost no less than the lower convex envelope of their cost over the batch
+  size. most_rows: of one batch.
+  """
+  sizes = np.arange(1, most_rows + 1)
+  fixed, slope = np.array([seconds.decode_line(int(b)) for b in sizes]).T
+  rows = min(max(rows, 1.0), most_rows)
+  below, above = sizes <= rows, sizes >= rows
+  left, right = sizes[below][:, None], sizes[above][None]
+  gap = np.where(right > left, right - left, 1)
+  chords = (fixed[below][:, None] * (right - rows)
+            + fixed[above][None] * (rows - left)) / gap
+  chords = np.where(right > left, chords, fixed[below][:, None])
+  return (min(chords.min() / rows, (fixed / sizes)[below].min()),
+          slope.min())
+
+
+def decode_share(seconds, instance, lengths):
+  """_decode_share of an instance: Little's law over the tokens it holds."""
+  held = instance.num_pages * instance.page_size / mean_context(lengths)
+  return _decode_share(seconds, instance.max_seqs,
+                       min(held, instance.max_seqs) / instance.pp)
+
+
+def decode_work_s(seconds, instance, lengths):
+  """Least seconds of decode steps of a mean request."""
+  share, slope = decode_share(seconds, instance, lengths)
+  return sum((o - 1) * (share + slope * (i + o / 2))
+             for i, o in lengths) / len(lengths)
+
+
+def _start_s(seconds):
+  """What a prefill batch costs before its first token, 0 if not known."""
+  return seconds.prefill[0] if isinstance(seconds, latency.Affine) else 0.0
+
+
+def prefill_work_s(seconds, instance, lengths):
+  """Least seconds of prefill batches of a mean request.
+
+  A batch shares what it costs whatever it holds among prefill_seqs prompts at
+  most, and of an affine cost among prefill_tokens tokens at most.
+  """
+  most, start_s = instance.prefill_seqs, _start_s(seconds)
+  total = 0.0
+  for i, _ in lengths:
+    total += seconds.prefill_s(((0, i),) * most) / most
+    total += start_s * max(0.0, i / instance.prefill_tokens - 1 / most)
+  return total / len(lengths)
+
+
+def chunked_work_s(seconds, instance, lengths):
+  """Least seconds of a mean request where prompts and rows share steps.
+
+  A row in a mixed step costs a token of prefill, in a decode step its share;
+  its context costs the same in both.
+  """
+  if not isinstance(seconds, latency.Affine) or seconds.mixed:
+    return min(prefill_work_s(seconds, instance, lengths),
+               decode_work_s(seconds, instance, lengths))
+  share, slope = decode_share(seconds, instance, lengths)
+  row_s = min(share, seconds.prefill[1])
+  return prefill_work_s(seconds, instance, lengths) + sum(
+      (o - 1) * (row_s + slope * (i + o / 2)) for i, o in lengths
+  ) / len(lengths)
+
+
+def capacity_per_s(seconds, instance, lengths):
+  """Requests a second that an instance can serve at most."""
+  work_s = 0.0
+  if instance.role == 'chunked':
+    work_s = chunked_work_s(seconds, instance, lengths)
+  else:
+    if instance.role != 'decode':
+      work_s += prefill_work_s(seconds, instance, lengths)
+    if instance.role != 'prefill':
+      work_s += decode_work_s(seconds, instance, lengths)
+  return float(instance.pp / max(work_s, 1e-9))
+
+
+def ttft_guess_per_s(seconds, instance, lengths, ttft_s, target):
+  """A rate at which about the target share starts within ttft_s: no bound.
+
+  A queue of prompts one by one (Lindley's recursion), behind one decode step
+  where both phases share the instance. It says what to simulate first.
+  """
+  service_s = np.array([seconds.prefill_s(((0, i),)) for i, _ in lengths])
+  idle_s = service_s + seconds.host_s
+  if instance.role in ('colocated', 'chunked'):
+    fixed, slope = seconds.decode_line(min(32, instance.max_seqs))
+    idle_s = idle_s + fixed + slope * instance.num_pages * (
+        instance.page_size / 3)
+  service_s = (service_s + seconds.host_s) / instance.pp
+  gaps = np.random.default_rng(0).standard_exponential(len(lengths))
+  low, high = 0.0, 1 / service_s.mean()
+  for _ in range(12):
+    rate = (low + high) / 2
+    path = np.cumsum(np.append(0.0, service_s[:-1] - gaps[1:] / rate))
+    wait_s = path - np.minimum.accumulate(path)
+    met = np.mean(wait_s + idle_s <= ttft_s) >= target
+    low, high = (rate, high) if met else (low, rate)
+  return float(low)
+
+
+def link_per_s(link, pairs, lengths):
+  """Requests a second that `pairs` links can move at most."""
+  mean_s = sum(link.migrate_s(i) for i, _ in lengths) / len(lengths)
+  return pairs / max(mean_s, 1e-9)
+
+
+def _prefill_floor_s(seconds, instance, tokens):
+  """Least seconds of a prompt's prefill on an idle instance."""
+  whole_s = seconds.prefill_s(((0, tokens),))
+  if tokens <= instance.prefill_tokens and instance.role != 'chunked':
+    return whole_s
+  if not isinstance(seconds, latency.Affine) or seconds.buckets.tokens:
+    return seconds.prefill_s(((0, 1),))
+  return whole_s / instance.pp  # pieces may be in several stages at a time
+
+
+def idle_share(slo, prefill, decode, link, lengths):
+  """Share of requests that can meet both objectives at any rate.
+
+  Args:
+    prefill, decode: (seconds, instance) of each phase.
+    link: between them, None where they are one.
+  """
+  seconds, instance = decode
+  lines = [seconds.decode_line(b) for b in range(1, instance.max_seqs + 1)]
+  fixed, slope = (min(x) for x in zip(*lines, strict=True))
+  met = 0
+  for i, o in lengths:
+    tpot_s = fixed + slope * (i + o / 2) if o > 1 else 0.0
+    if link and o > 1:
+      tpot_s += link.migrate_s(i) / (o - 1)
+    met += (tpot_s <= slo.tpot_s
+            and _prefill_floor_s(*prefill, i) <= slo.ttft_s)
+  return met / len(lengths)
+
+
+def out_of_reach(share, target, count):
+  """Whether a share seen in `count` requests is surely below the target."""
+  spread = 3 * math.sqrt(target * (1 - target) / count)
+  return share < target - spread

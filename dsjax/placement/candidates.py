@@ -1,0 +1,376 @@
+"""What a placement search is asked, and how one candidate is judged.
+
+Every candidate is judged by the scheduler that serves, under simulated time:
+nothing here decides how requests are served.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from dsjax.config import checks
+from dsjax.config.checks import require
+from dsjax.config.engine import InstanceConfig
+from dsjax.config.model import ModelConfig
+from dsjax.config.placement import Placement, Plan, Slo
+from dsjax.placement import goodput
+from dsjax.scheduling import page_pool, scheduler
+from dsjax.simulation import latency, roofline, simulator
+
+# Of a device's memory: the share that is used, and what of it neither weights
+# nor KV get (distserve.md 5: the released table's 0.95 and 0.8 GB).
+USABLE, RESERVE_BYTES = 0.95, 0.8 * 2**30
+A100_BYTES = 79.15 * 2**30  # what an "80 GB" A100 reports
+# A run lasts this many times what a request may take within its objectives,
+# so that queues of an overloaded system have time to grow past them.
+LIFETIMES = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+  """Nodes of equal devices.
+
+  Attributes:
+    nodes, devices_per_node: how many.
+    memory_bytes: of a device.
+    intra_bytes_per_s, inter_bytes_per_s: of a KV transfer inside a node and
+      between nodes; hand_off_s: its fixed part. reads_beside: pages are
+      read while their source computes, see latency.Link.
+  """
+
+  nodes: int = 1
+  devices_per_node: int = 8
+  memory_bytes: float = A100_BYTES
+  intra_bytes_per_s: float = 300e9
+  inter_bytes_per_s: float = 25e9 / 8
+  hand_off_s: float = 1e-3
+  reads_beside: bool = False
+
+  def __post_init__(self):
+    for field in ('nodes', 'devices_per_node'):
+      value = getattr(self, field)
+      require(checks.whole(value), f'Cluster.{field}', value,
+              'an integer of 1 or more')
+    for field in ('memory_bytes', 'intra_bytes_per_s', 'inter_bytes_per_s'):
+      value = getattr(self, field)
+      require(checks.positive(value), f'Cluster.{field}', value,
+              'a number above 0')
+    require(checks.finite(self.hand_off_s), 'Cluster.hand_off_s',
+            self.hand_off_s, 'seconds, 0 or more')
+    require(isinstance(self.reads_beside, bool), 'Cluster.reads_beside',
+            self.reads_beside, 'true or false')
+
+  @property
+  def num_devices(self):
+    return self.nodes * self.devices_per_node
+
+
+class Instant:
+  """A phase that takes no time, where the other one is judged alone."""
+
+  host_s, pp = 0.0, 1
+
+  def prefill_s(self, pieces):
+    del pieces
+    return 0.0
+
+  def decode_s(self, batch, context):
+    del batch, context
+    return 0.0
+
+  def decode_line(self, batch):
+    del batch
+    return 0.0, 0.0
+
+  def mixed_s(self, pieces, batch, context):
+    del pieces, batch, context
+    return 0.0
+
+  def migrate_s(self, num_tokens):
+    del num_tokens
+    return 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """What a search is asked.
+
+  Attributes:
+    model, cluster, slo: of what, on what, how fast.
+    workload: (rate_per_s, n) -> n Requests; the same seed at every rate, so
+      that candidates share their lengths and arrivals (common random
+      numbers).
+    latency_of: Plan -> seconds of its steps (see simulator.simulate), or None
+      where nobody has measured that plan.
+    target: share of requests that must meet both objectives.
+    chunks: token budgets tried for chunked placements.
+    max_len, page_size, max_seqs, prefill_seqs, itemsize: of the instances;
+      itemsize is of weights and KV.
+    requests, most_requests: simulated at first, and at most, at one rate;
+      more where a run would be shorter than LIFETIMES.
+    tolerance: rates differ by this share where bisection ends.
+    replicas: most instances of a phase in a disaggregated candidate.
+    strict: a second target, of the best placements alone; None: none.
+    strict_effort: of its runs, see Task; above 1, intervals near a share of 1
+      that say something, at several times the price of the search.
+    rate_per_s: of the whole cluster; None: what counts is each device.
+  """
+
+  model: ModelConfig
+  cluster: Cluster
+  slo: Slo
+  workload: Callable
+  latency_of: Callable
+  target: float = 0.9
+  chunks: tuple[int, ...] = (256, 512, 1024, 2048)
+  max_len: int = 2048
+  page_size: int = 16
+  max_seqs: int = 256
+  prefill_seqs: int = 32
+  itemsize: int = 2
+  requests: int = 400
+  most_requests: int = 3200
+  tolerance: float = 0.05
+  replicas: int = 3
+  strict: float | None = 0.99
+  strict_effort: float = 0.5
+  rate_per_s: float | None = None
+
+  def __post_init__(self):
+    require(0 < self.target < 1, 'Problem.target', self.target,
+            'a share in (0, 1)')
+    require(checks.positive(self.tolerance), 'Problem.tolerance',
+            self.tolerance, 'above 0')
+    require(checks.whole(self.replicas), 'Problem.replicas', self.replicas,
+            'an integer of 1 or more')
+    require(self.strict is None or 0 < self.strict < 1, 'Problem.strict',
+            self.strict, 'None or a share in (0, 1)')
+    require(checks.positive(self.strict_effort), 'Problem.strict_effort',
+            self.strict_effort, 'above 0')
+    require(self.rate_per_s is None or checks.positive(self.rate_per_s),
+            'Problem.rate_per_s', self.rate_per_s, 'None or above 0')
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A placement and what it serves.
+
+  goodput: goodput.Goodput of the whole placement. aligned: KV moves inside a
+  node. prefill_tokens: of a batch; None: see batch_tokens.
+  """
+
+  placement: Placement
+  goodput: goodput.Goodput
+  aligned: bool = False
+  prefill_tokens: int | None = None
+
+  @property
+  def per_device(self):
+    return self.goodput.rate_per_s / self.placement.num_devices
+
+  @property
+  def interval_per_device(self):
+    n = self.placement.num_devices
+    return self.goodput.low_per_s / n, self.goodput.high_per_s / n
+
+
+# --- what fits ----------------------------------------------------------------
+
+
+def kv_tokens(problem, plan):
+  """Tokens of KV that an instance holds beside its weights; 0: none.
+
+  The fullest stage counts: it has ceil(L / pp) layers, and kv heads are
+  replicated where there are fewer than shards.
+  """
+  config = problem.model
+  memory = USABLE * problem.cluster.memory_bytes - RESERVE_BYTES
+  layers = -(-config.num_layers // plan.pp)
+  share = layers / config.num_layers / plan.tp
+  heads = -(-config.num_kv_heads // plan.tp)
+  weights = roofline.num_params(config) * problem.itemsize * share
+  each = 2 * layers * heads * config.head_dim * problem.itemsize
+  return max(0, int((memory - weights) // each))
+
+
+def instance(problem, role, plan, prefill_tokens):
+  """The InstanceConfig of a plan, or None where it does not fit."""
+  count = min(kv_tokens(problem, plan) // problem.page_size,
+              problem.max_seqs
+              * page_pool.pages_for(problem.max_len, problem.page_size))
+  if count < page_pool.pages_for(problem.max_len, problem.page_size):
+    return None
+  return InstanceConfig(role, count, problem.page_size, problem.max_seqs,
+                        prefill_tokens, problem.prefill_seqs, plan.pp)
+
+
+def plans(problem, most):
+  """Plans of at most `most` devices: tp inside a node, dividing the heads."""
+  config, cluster = problem.model, problem.cluster
+  return [Plan(tp, pp)
+          for tp in range(1, cluster.devices_per_node + 1)
+          if config.num_heads % tp == 0
+          for pp in range(1, config.num_layers + 1)
+          if config.num_layers % pp == 0 and tp * pp <= most]
+
+
+def build(problem, placement, chunk_tokens=None, aligned=False):
+  """What simulates a placement: (scheduler.Config, latencies, link).
+
+  Prefill batches stop at batch_tokens, or at chunk_tokens where that is
+  given (it must be for a chunked placement). Where prompts and decode share
+  an instance one command is in flight, not two: a prompt waits for less, which
+  there is worth more than the host time that it shows.
+
+  Raises:
+    InputError: a plan does not fit, or nobody has measured it.
+  """
+  require(chunk_tokens or not placement.chunked, 'chunk_tokens', chunk_tokens,
+          'given for a chunked placement')
+  instances, late = [], []
+  for role, plan in placement.instances:
+    seconds = problem.latency_of(plan)
+    require(seconds is not None, 'Placement', plan, 'a plan with latencies')
+    found = instance(problem, role, plan,
+                     chunk_tokens or batch_tokens(problem, seconds))
+    require(found is not None, 'Placement', plan,
+            'a plan whose weights and one sequence fit in the memory')
+    instances.append(found)
+    late.append(seconds)
+  config = scheduler.Config(tuple(instances), problem.max_len,
+                            depth=2 if placement.prefill else 1)
+  return config, late, link_of(problem, aligned)
+
+
+def batch_tokens(problem, seconds):
+  """Tokens of a prefill batch: L_m, or the longest prompt if that is more.
+
+  The scheduler runs what is longer in pieces. The paper runs it whole, and
+  each piece costs a start of its own: with L_m below the mean prompt, most
+  prompts would pay twice.
+  """
+  return max(saturation(seconds), max(i for i, _ in lengths(problem, 256)))
+
+
+def saturation(seconds):
+  """The paper's L_m of a plan."""
+  return latency.saturation_tokens(seconds, limit=8192)
+
+
+def lengths(problem, n):
+  """(prompt, output) tokens of the workload's first n requests."""
+  return [(len(r.prompt), r.sampling.max_tokens)
+          for r in problem.workload(1.0, n)]
+
+
+def link_of(problem, aligned):
+  """The latency.Link of a KV transfer: inside a node if aligned."""
+  config, cluster = problem.model, problem.cluster
+  return latency.Link(
+      cluster.hand_off_s, cluster.intra_bytes_per_s if aligned
+      else cluster.inter_bytes_per_s,
+      config.kv_bytes_per_token(problem.itemsize), cluster.reads_beside)
+
+
+# --- one candidate ------------------------------------------------------------
+
+
+class Candidate(NamedTuple):
+  """What is judged: a placement, or (phase) one instance of it alone.
+
+  phase: '' for the whole; 'prefill': the first token is all that is asked
+  for; 'decode': prefill takes no time. bound_per_s: no rate above it.
+  guess_per_s: about what to expect; says what is tried first.
+  """
+
+  placement: Placement
+  prefill_tokens: int | None
+  aligned: bool
+  bound_per_s: float
+  phase: str = ''
+  guess_per_s: float = 0.0
+
+  @property
+  def num_devices(self):
+    if self.phase:
+      return getattr(self.placement, self.phase)[0].num_devices
+    return self.placement.num_devices
+
+  @property
+  def bound_per_device(self):
+    return self.bound_per_s / self.num_devices
+
+
+def setup(problem, candidate):
+  """(scheduler.Config, latencies, link, Slo, tokens) of a candidate's runs;
+  tokens: that each request gets, None for its own."""
+  config, late, link = build(problem, candidate.placement,
+                             candidate.prefill_tokens, candidate.aligned)
+  slo, instant = problem.slo, Instant()
+  if candidate.phase == 'prefill':
+    config = dataclasses.replace(config, instances=config.instances[:1])
+    slo = dataclasses.replace(slo, tpot_s=1e9)
+    return config, late[:1], instant, slo, 1
+  if candidate.phase == 'decode':
+    ample = InstanceConfig('prefill', 2**16, problem.page_size, 4096,
+                           problem.max_len, problem.prefill_seqs)
+    config = dataclasses.replace(
+        config, instances=(ample, config.instances[-1]))
+    slo = dataclasses.replace(slo, ttft_s=1e9)
+    return config, [instant, late[-1]], instant, slo, None
+  return config, late, link, slo, None
+
+
+def run(problem, made, rate_per_s, n, on_event=None):
+  """The records of a run; made: what `setup` gave."""
+  config, late, link, _, tokens = made
+  requests = problem.workload(rate_per_s, n)
+  if tokens:
+    requests = [dataclasses.replace(r, sampling=dataclasses.replace(
+        r.sampling, max_tokens=tokens)) for r in requests]
+  return simulator.simulate(config, requests, late, link,
+                            on_event=on_event).records
+
+
+def full_length(problem, phase=''):
+  """rate -> requests of a run that lasts LIFETIMES of a request."""
+  mean = sum(o for _, o in lengths(problem, 256)) / 256
+  life_s = problem.slo.ttft_s if phase == 'prefill' else max(
+      problem.slo.ttft_s, problem.slo.tpot_s * mean)
+  return lambda rate: max(problem.requests,
+                          math.ceil(rate * LIFETIMES * life_s))
+
+
+class Task(NamedTuple):
+  """A Candidate to measure, and how.
+
+  beat_per_s: see goodput.search. effort: above 1, as many times the requests,
+  its root less tolerance, and intervals as tight as they get. start_per_s:
+  the first rate; None: near the candidate's guess.
+  """
+
+  candidate: Candidate
+  target: float
+  beat_per_s: float | None = None
+  effort: float = 1.0
+  start_per_s: float | None = None
+
+
+def measure(problem, task):
+  """The Goodput of a Task. A pure function: any process may run it."""
+  candidate, bound = task.candidate, task.candidate.bound_per_s
+  made = setup(problem, candidate)
+
+  def hits_at(rate_per_s, n):
+    return goodput.steady_hits(run(problem, made, rate_per_s, n), made[3])
+
+  found = goodput.search(
+      hits_at, task.target,
+      task.start_per_s or max(candidate.guess_per_s, bound / 16),
+      1 + problem.tolerance * task.effort**-0.5, problem.requests,
+      math.ceil(problem.most_requests * task.effort), most_per_s=bound,
+      least_per_s=bound / 4**6, stride=1.1 if task.effort > 1 else 1.4,
+      full=full_length(problem, candidate.phase), beat_per_s=task.beat_per_s,
+      tight=task.effort > 1)
+  return dataclasses.replace(found, high_per_s=min(found.high_per_s, bound))

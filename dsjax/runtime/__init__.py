@@ -1,0 +1,1 @@
+"""The effects: compiled steps, instances, migration, the orchestrator."""

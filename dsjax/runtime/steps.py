@@ -1,0 +1,207 @@
+"""The compiled steps of a stage of an instance."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dsjax.config.checks import InputError, require
+from dsjax.kernels import tiles
+from dsjax.model import kv_cache as kv
+from dsjax.model import sampling, sharding, transformer
+from dsjax.scheduling import page_pool
+
+
+class Shapes(NamedTuple):
+  """What the compiled steps of a stage depend on, buckets apart."""
+
+  layout: sharding.Layout
+  span: tuple[int, int]
+  mesh: Mesh
+  num_pages: int
+  page_size: int
+  num_slots: int
+  max_len: int
+  dtype: str
+  kv_dtype: str
+  attention: str
+
+  @property
+  def model(self):
+    return self.layout.padded
+
+  @property
+  def table_width(self):
+    return page_pool.pages_for(self.max_len, self.page_size)
+
+  @property
+  def first(self):
+    return self.span[0] == 0
+
+  @property
+  def last(self):
+    return self.span[1] == self.model.num_layers
+
+
+def abstract(shapes):
+  """(params, cache, slots) as sharded ShapeDtypeStructs."""
+  s = shapes
+  cache = jax.eval_shape(lambda: kv.init(
+      s.model, s.num_pages, s.page_size, s.kv_dtype, s.span[1] - s.span[0]))
+  slots = jax.eval_shape(lambda: sampling.init(
+      s.num_slots, s.max_len, s.model.vocab_size))
+
+  def shard(tree, to):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=to), tree)
+
+  return (sharding.abstract_params(s.layout, s.span, s.mesh, s.dtype),
+          shard(cache, sharding.kv(s.mesh)),
+          shard(slots, sharding.whole(s.mesh)))
+
+
+def empty_rows(shapes, count):
+  """An empty decode batch, in numpy."""
+  return transformer.Rows(np.zeros(count, np.int32), np.zeros(count, np.int32),
+                          np.zeros(count, bool),
+                          np.zeros((count, shapes.table_width), np.int32))
+
+
+def empty_packed(shapes, count):
+  """An empty prefill batch, in numpy."""
+  return transformer.Packed(
+      np.zeros(count + 1, np.int32), np.zeros(count, np.int32),
+      np.zeros(count, np.int32), np.zeros(count, bool),
+      np.zeros((count, shapes.table_width), np.int32))
+
+
+@functools.cache
+def make_step(shapes, kind, size=0):
+  """A jitted step; made once a process for every equal key.
+
+  kind: init; decode; prefill (size: packed tokens; with rows for the chunked
+  role); admit; feed; gather (size: the target's page size and dtype);
+  scatter; checksum. `Engine.warm` runs it once for every bucket, so that
+  nothing compiles while serving.
+  """
+  s = shapes
+  _, cache, slots = abstract(s)
+  kept = jax.tree.map(lambda x: x.sharding, (cache, slots))
+  whole, moved = sharding.whole(s.mesh), sharding.kv(s.mesh)
+  common = dict(impl=s.attention, mesh=s.mesh, span=s.span)
+  portable = tiles.portable(s.attention)
+
+  def init():
+    return (kv.init(s.model, s.num_pages, s.page_size, s.kv_dtype,
+                    len(range(*s.span))),
+            sampling.init(s.num_slots, s.max_len, s.model.vocab_size))
+
+  def decode(params, cache, slots, x_BD, rows, need):
+    return transformer.decode_step(s.model, params, cache, slots, rows, need,
+                                   x_BD=x_BD, **common)
+
+  def prefill(params, cache, slots, x_SD, packed, rows, need):
+    return transformer.prefill_step(s.model, params, cache, slots, packed, size,
+                                    need, rows, x_SD=x_SD, **common)
+
+  def feed(slots, slot_R, pos_R, token_R):
+    return slots.replace(tokens_ET=slots.tokens_ET.at[slot_R, pos_R].set(
+        token_R, mode='drop'))
+
+  heads, every = moved.spec, whole.spec
+
+  def gather(cache, page_m):
+    return sharding.shard_map(
+        s.mesh, lambda cache, page_m: kv.gather_pages(
+            cache, page_m, *size, impl=portable),
+        (heads, every), heads)(cache, page_m)
+
+  def scatter(cache, page_m, pages):
+    return sharding.shard_map(
+        s.mesh, lambda *args: kv.scatter_pages(*args, impl=portable),
+        (heads, every, heads), heads)(cache, page_m, pages), page_m + 1
+
+  def checksum(pages, start, stop):
+    heads = s.layout.kv_heads
+    once = [h if h not in heads[:i] else -1 for i, h in enumerate(heads)]
+    return kv.checksum(pages, np.array(once), s.span[0], start, stop)
+
+  stepped = (*kept, whole, whole) if s.last else (kept[0], whole)
+  donated = (1, 2) if s.last else (1,)  # the first stage keeps its slots
+  fn, donate, out = {
+      'init': (init, (), kept),
+      'decode': (decode, donated, stepped),
+      'prefill': (prefill, donated, stepped),
+      'admit': (sampling.admit, (0,), kept[1]),
+      'feed': (feed, (0,), kept[1]),
+      'gather': (gather, (), moved),
+      'scatter': (scatter, (0,), (kept[0], whole)),
+      'checksum': (checksum, (), whole),
+  }[kind]
+  return jax.jit(fn, donate_argnums=donate, out_shardings=out)
+
+
+def seqs_bucket(limits, tokens):
+  """Sequences a prefill of this many packed tokens has room for."""
+  if tokens == limits.prefill_tokens:
+    return limits.prefill_seqs  # the largest bucket takes any batch
+  return min(limits.prefill_seqs, max(1, tokens // 16))
+
+
+def stage_shapes(config, meshes, role, engine_config, limits):
+  """The Shapes of each stage of an instance."""
+  c = engine_config
+  layout = sharding.cut(config, meshes[0].size)
+  kv_dtype = c.kv_dtype_of(role)
+  attention = _attention(c, layout.padded, meshes[0].devices.flat[0],
+                         limits.page_size, kv_dtype)
+  return [Shapes(layout, span, mesh, limits.num_pages, limits.page_size,
+                 c.max_seqs, c.max_len, c.dtype, kv_dtype, attention)
+          for span, mesh in zip(sharding.spans(config.num_layers, len(meshes)),
+                                meshes, strict=True)]
+
+
+def _attention(config, model, device, page_size, kv_dtype):
+  """The implementation of attention on these devices: see tiles.pick."""
+  asked, platform = config.attention, device.platform
+  require(asked not in ('pallas', 'mosaic')
+          or platform in ('gpu', 'cuda'), 'EngineConfig.attention', asked,
+          f"None, 'xla' or 'pallas_interpret' on a {platform}")
+  q = jax.ShapeDtypeStruct((1, model.num_heads, model.head_dim), config.dtype)
+  k = jax.ShapeDtypeStruct((model.num_kv_heads, 1, page_size, model.head_dim),
+                           kv_dtype)
+  try:
+    return tiles.pick(asked, platform, (q, k), device.device_kind)
+  except ValueError as error:
+    raise InputError(f'EngineConfig.attention: {error}') from None
+
+
+def abstract_steps(shapes, limits):
+  """The largest steps of a stage: (jitted step, abstract arguments) each."""
+  params, cache, slots = abstract(shapes)
+  whole, tokens = sharding.whole(shapes.mesh), limits.prefill_tokens
+
+  def put(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+        np.shape(x), x.dtype, sharding=whole), tree)
+
+  def args(count, *batch):
+    x = None if shapes.first else put(np.empty(
+        (count, shapes.model.d_model), shapes.dtype))
+    ends = shapes.first or shapes.last
+    return (params, cache, slots if ends else None, x, *put(batch),
+            put(np.int32(0)) if shapes.last else None)
+
+  rows = empty_rows(shapes, limits.max_seqs)
+  packed = empty_packed(shapes, limits.prefill_seqs)
+  steps = []
+  if limits.role != 'prefill':
+    steps.append((make_step(shapes, 'decode'), args(limits.max_seqs, rows)))
+  if limits.role != 'decode':
+    mixed = rows if limits.role == 'chunked' else None
+    count = tokens + (limits.max_seqs if mixed else 0)
+    steps.append((make_step(shapes, 'prefill', tokens),
+                  args(count, packed, mixed)))
+  return steps

@@ -1,0 +1,1 @@
+"""The scheduler: a pure transition from events to commands."""

@@ -1,0 +1,188 @@
+"""What the scheduler is told (events) and what it decides (commands).
+
+Plain data. Commands are complete: they carry every page id.
+"""
+
+from typing import NamedTuple
+
+
+class Arrived(NamedTuple):
+  """A request: prompt tokens, most tokens to generate.
+
+  more: another arrival of the same moment follows at once, so nothing starts
+  yet (or the first of a burst would be prefilled alone).
+  """
+  time_s: float
+  id: int
+  prompt_len: int
+  max_tokens: int
+  more: bool = False
+
+
+class Cancelled(NamedTuple):
+  """The client is gone, or asked for the end."""
+  time_s: float
+  id: int
+
+
+class PrefillDone(NamedTuple):
+  """RunPrefill `number` of `instance` completed; `ended` met EOS or a stop.
+
+  stages_s: when each pipeline stage but the last had done its part.
+  """
+  time_s: float
+  instance: int
+  number: int
+  ended: tuple[int, ...] = ()
+  stages_s: tuple[float, ...] = ()
+
+
+class DecodeDone(NamedTuple):
+  """RunDecode `number` of `instance` completed.
+
+  steps_s: completion time of each of its steps, all of them. ended: (id,
+  step) pairs: the request met EOS or a stop with the token of that step
+  (0-based). stages_s: when each pipeline stage but the last had done its
+  part of each step.
+  """
+  time_s: float
+  instance: int
+  number: int
+  steps_s: tuple[float, ...] = ()
+  ended: tuple[tuple[int, int], ...] = ()
+  stages_s: tuple[float, ...] = ()
+
+
+class Migrated(NamedTuple):
+  """The target holds the whole KV of request `id` (hand-off `epoch`)."""
+  time_s: float
+  id: int
+  epoch: int
+
+
+class MigrateFailed(NamedTuple):
+  """Hand-off `epoch` is over and no good; the target writes no more."""
+  time_s: float
+  id: int
+  epoch: int
+  reason: str = 'the copy failed'
+
+
+class Timer(NamedTuple):
+  """The lease of hand-off `epoch` ran out: it took too long."""
+  time_s: float
+  id: int
+  epoch: int
+
+
+class InstanceDown(NamedTuple):
+  """An instance is lost with all it held.
+
+  steps_s, ended: of the oldest command in flight, as in DecodeDone: the steps
+  whose tokens are out already, fewer than all. back: it may come up again.
+  """
+  time_s: float
+  instance: int
+  steps_s: tuple[float, ...] = ()
+  ended: tuple[tuple[int, int], ...] = ()
+  back: bool = True
+
+
+class InstanceUp(NamedTuple):
+  """An instance is there again, empty; or is to be drained no longer."""
+  time_s: float
+  instance: int
+
+
+class Drain(NamedTuple):
+  """An instance is to take no more work that another could do."""
+  time_s: float
+  instance: int
+
+
+class Chunk(NamedTuple):
+  """Prompt tokens [start, stop) of a request; `last`: sample its next token."""
+  id: int
+  start: int
+  stop: int
+  pages: tuple[int, ...]
+  last: bool
+
+
+class Row(NamedTuple):
+  """A request in a decode batch; at tick t its input token is at base + t.
+
+  The row's pages cover positions up to and including base + until - 1; the
+  row takes part in ticks below `until`.
+  """
+  id: int
+  base: int
+  until: int
+  pages: tuple[int, ...]
+
+
+class RunPrefill(NamedTuple):
+  """Run packed chunks, and, in the chunked role, one tick of decode rows."""
+  instance: int
+  number: int
+  chunks: tuple[Chunk, ...]
+  tick: int = 0
+  rows: tuple[Row, ...] = ()
+
+
+class RunDecode(NamedTuple):
+  """Run `steps` decode steps of these rows, the first at tick `tick`."""
+  instance: int
+  number: int
+  tick: int
+  steps: int
+  rows: tuple[Row, ...]
+
+
+class Migrate(NamedTuple):
+  """Copy the KV of `num_tokens` tokens from source pages to target pages."""
+  id: int
+  epoch: int
+  source: int
+  source_pages: tuple[int, ...]
+  target: int
+  target_pages: tuple[int, ...]
+  num_tokens: int
+
+
+class Preempt(NamedTuple):
+  """Request lost its pages on `instance`; it will be prefilled again.
+
+  cause: pages (they ran short) or fault (the instance was lost).
+  """
+  id: int
+  instance: int
+  cause: str = 'pages'
+
+
+class Abort(NamedTuple):
+  """Hand-off `epoch` is over: `target` must not write its pages any more.
+
+  It must take effect before any later command to the target.
+  """
+  id: int
+  epoch: int
+  target: int
+
+
+class Finish(NamedTuple):
+  """Request ended: stop (EOS or a stop condition), length or cancelled."""
+  id: int
+  reason: str
+
+
+class Fail(NamedTuple):
+  """Request ended by faults; `reason` says which in plain words."""
+  id: int
+  reason: str
+
+
+class Reject(NamedTuple):
+  """Request can never be served; `reason` says why in plain words."""
+  id: int
+  reason: str

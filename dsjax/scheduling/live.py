@@ -1,0 +1,150 @@
+"""The scheduler's state as it changes in place; state.py has it as a value."""
+
+import collections
+import heapq
+import operator
+
+from dsjax.scheduling.state import RUN_AHEAD, Batch, Instance, Seq
+
+
+class LiveSeq:
+  """A Seq that changes in place."""
+
+  __slots__ = Seq._fields
+
+  def __init__(self, id, order, prompt_len, limit, stage, instance, pages=(),
+               done=0, target=-1, target_pages=(), epoch=0, tries=0):
+    self.id, self.order, self.prompt_len = id, order, prompt_len
+    self.limit, self.stage, self.instance = limit, stage, instance
+    self.pages, self.done, self.target = pages, done, target
+    self.target_pages, self.epoch, self.tries = target_pages, epoch, tries
+
+
+fields_of = operator.attrgetter(*Seq._fields)
+
+
+class LiveBatch:
+  """A Batch that changes in place.
+
+  rows: by id, in the order in which they joined. due: ids by their row's
+  `until`, ticks: a heap of its keys, places: ids' in that order; made when
+  needed. flying: commands of it in flight. ends: the tick at which each
+  request is at its limit, of those that were asked for. value: the rows as a
+  value.
+  """
+
+  __slots__ = ('rows', 'tick', 'flying', 'due', 'ticks', 'places', 'ends',
+               'value')
+
+  def __init__(self, batch, flying):
+    self.rows, self.tick = {r[0]: r for r in batch.rows}, batch.tick
+    self.flying, self.due, self.value = flying, None, batch.rows
+    self.ends, self.places = {}, None
+
+  def freeze(self):
+    """The rows as a value."""
+    if self.value is None:
+      self.value = tuple(self.rows.values())
+    return self.value
+
+  def add(self, row):
+    """Adds a row."""
+    self.rows[row[0]], self.value, self.places = row, None, None
+    if self.due is not None:
+      self._note(row[0], row[2])
+
+  def _note(self, id, until):
+    if until in self.due:
+      self.due[until].append(id)
+    else:
+      self.due[until] = [id]
+      heapq.heappush(self.ticks, until)
+
+  def remove(self, id):
+    """Takes a row out."""
+    row, self.value = self.rows.pop(id), None
+    self.ends.pop(id, None)
+    if self.due is not None:
+      self.due[row[2]].remove(id)
+
+  def end(self, seqs):
+    """The first tick at which a request is at its limit."""
+    ends = self.ends
+    if len(ends) < len(self.rows):
+      for id, row in self.rows.items():
+        if id not in ends:
+          ends[id] = seqs[id].limit - 1 - row[1]
+    return min(ends.values())
+
+  def until(self):
+    """The first tick that some row is not covered for."""
+    if self.due is None:
+      due = self.due = {}
+      for row in self.rows.values():
+        if row[2] in due:
+          due[row[2]].append(row[0])
+        else:
+          due[row[2]] = [row[0]]
+      self.ticks = list(due)
+      heapq.heapify(self.ticks)
+    while not self.due[self.ticks[0]]:
+      del self.due[heapq.heappop(self.ticks)]
+    return self.ticks[0]
+
+  def short(self):
+    """Ids of the rows that are not covered for the next tick, in order."""
+    if not self.rows or self.until() > self.tick:
+      return ()
+    ids = self.due[self.tick]
+    if len(ids) == 1:
+      return ids
+    if self.places is None:
+      self.places = {id: place for place, id in enumerate(self.rows)}
+    return sorted(ids, key=self.places.__getitem__)
+
+  def renew(self, seqs, page_size):
+    """The short rows are to have a page more: their ids, in order."""
+    ids, tick = self.short(), self.tick
+    del self.due[heapq.heappop(self.ticks)]
+    for id in ids:
+      until, end = tick + page_size, seqs[id].limit - 1 - self.rows[id][1]
+      self._note(id, until if until < end else end)
+    return ids
+
+
+class LiveInstance:
+  """An Instance that changes in place.
+
+  fresh: changed since it was planned last. asleep: in a quiet run. value:
+  what it is as a value, or None where it has changed since.
+  """
+
+  __slots__ = (*Instance._fields, 'index', 'config', 'role', 'depth',
+               'run_ahead', 'fresh', 'asleep', 'value')
+
+  def __init__(self, config, index, value):
+    self.index, self.config, self.value = index, config.instances[index], value
+    self.role, self.fresh, self.asleep = self.config.role, False, False
+    pp = self.config.pp
+    self.depth = (max(config.prefill_depth, pp) if self.role == 'prefill'
+                  else config.depth * pp)
+    self.run_ahead = config.run_ahead or (
+        RUN_AHEAD if self.role == 'decode' else 1)
+    (self.pool, batches, queue, prefilling, pulls, self.turn, self.number,
+     inflight, ending, self.residents, self.backlog, self.status) = value
+    self.queue, self.prefilling = list(queue), list(prefilling)
+    self.pulls, self.ending = list(pulls), list(ending)
+    self.inflight = collections.deque(inflight)
+    turns = [g for _, g in inflight]
+    self.batches = [LiveBatch(b, turns.count(g))
+                    for g, b in enumerate(batches)]
+
+  def freeze(self):
+    """It as a value."""
+    if self.value is None:
+      self.value = Instance(
+          self.pool, tuple([Batch(b.freeze(), b.tick) for b in self.batches]),
+          tuple(self.queue), tuple(self.prefilling), tuple(self.pulls),
+          self.turn, self.number, tuple(self.inflight), tuple(self.ending),
+          self.residents, self.backlog, self.status)
+    return self.value

@@ -1,0 +1,255 @@
+"""Faults and what follows from them, as transitions of scheduler.Run.
+
+Rules:
+
+- What an instance held is gone when it goes down. What its clients were told
+  is not: the prompt of a request then has the tokens that are out, and the
+  next one it samples is the next one its client sees.
+- A hand-off that fails is tried again from the source, which still holds the
+  pages, by another decode instance if there is one.
+- The lease of a hand-off bounds how long it may take. When it runs out, Abort
+  takes the target's right to write; it reaches the target before any command
+  that uses these pages anew, as an instance's commands come in order.
+- Each of these counts as a try of each request that it hits. One more than
+  Config.tries and the request fails, with the reason.
+- Who needs an instance where none of the kind is up waits for one that comes
+  back, and fails when all of them are gone for good.
+"""
+
+import collections
+
+from dsjax.scheduling import lifecycle, page_pool
+from dsjax.scheduling.events import (
+  Abort,
+  Drain,
+  Fail,
+  InstanceDown,
+  InstanceUp,
+  MigrateFailed,
+  Preempt,
+  Timer,
+)
+from dsjax.scheduling.live import LiveInstance
+from dsjax.scheduling.state import ImpossibleEvent, init
+
+
+def instance_down(run, e):
+  """An instance and all it held are lost."""
+  inst = _instance(run, e)
+  if inst.status in ('up', 'draining'):
+    _partly(e, inst.inflight[0][0] if inst.inflight else None)
+  before = _turn(run, inst, 'InstanceDown' if e.back else 'InstanceGone')
+  if not before:
+    return
+  if before == 'down':  # nothing is left to lose
+    place(run)
+    return
+  for id, _ in e.ended:
+    run.ended(id)
+  known = _known(run, inst, len(e.steps_s))
+  hit = sorted([s.id for s in run.seqs.values()
+                if e.instance in (s.instance, s.target)],
+               key=lambda id: run.seqs[id].order)
+  _empty(run, inst)
+  reason = f'instance {e.instance} ({inst.role}) was lost'
+  for id in hit:
+    seq = run.own(id)
+    if seq.target == e.instance:
+      run.cause = 'TargetDown'
+      _target_lost(run, seq, reason)
+    else:
+      run.cause = 'InstanceDown'
+      _source_lost(run, seq, known[id], reason)
+  run.cause = 'InstanceDown'
+  place(run)
+
+
+def instance_up(run, e):
+  """An instance is there, empty, or is to be drained no longer."""
+  if _turn(run, _instance(run, e), 'InstanceUp'):
+    place(run)
+
+
+def drain(run, e):
+  """An instance takes no more work that another could do."""
+  inst = _instance(run, e)
+  if (not _turn(run, inst, 'Drain') or inst in run.open_entries
+      or inst in run.open_decoders):
+    return  # it is drained or down already, or nobody else can
+  queue, pulls = inst.queue, inst.pulls
+  inst.queue, inst.pulls = [], []
+  for id in queue:
+    seq = run.own(id)
+    inst.backlog -= seq.prompt_len
+    run.enqueue(seq)
+  for id in pulls:
+    run.offer(run.own(id))
+
+
+def migrate_failed(run, e):
+  """The target gave a hand-off up and writes no more."""
+  seq = run.handed(e)
+  if seq is not None:
+    _again(run, seq, f'its hand-off failed: {e.reason}')
+
+
+def timer(run, e):
+  """The lease of a hand-off ran out: the target is told to stop."""
+  seq = run.handed(e)
+  if seq is not None:
+    run.commands.append(Abort(seq.id, seq.epoch, seq.target))
+    _again(run, seq, 'the lease of its hand-off ran out')
+
+
+def place(run):
+  """Finds an instance for those who waited for one."""
+  ids, run.waiting = run.waiting, []
+  for id in ids:
+    seq = run.own(id)
+    if seq.stage == 'queued':
+      run.enqueue(seq)
+    else:
+      run.offer(seq)
+
+
+def fail(run, seq, reason):
+  """Ends a request that holds nothing but perhaps its source's pages."""
+  run.commands.append(Fail(seq.id, reason))
+  if seq.pages:
+    run.drop(seq)
+  else:
+    run.forget(seq)
+
+
+def samples(e, command, ended):
+  """Raises ImpossibleEvent unless the command samples a token of each id."""
+  chunks = getattr(command, 'chunks', ())
+  sampled = {c.id for c in chunks if c.last}
+  sampled.update([r.id for r in getattr(command, 'rows', ())])
+  if not sampled.issuperset(ended):
+    raise ImpossibleEvent(f'{e}: it samples tokens of {sorted(sampled)}')
+
+
+def _partly(e, command):
+  """Raises ImpossibleEvent unless a part of this command can be out."""
+  steps = getattr(command, 'steps', 1)
+  if len(e.steps_s) >= max(1, steps):
+    raise ImpossibleEvent(f'{e}: of {command} fewer steps can be out')
+  if any([step >= len(e.steps_s) for _, step in e.ended]):
+    raise ImpossibleEvent(f'{e}: an end after the last step that is out')
+  samples(e, command, [id for id, _ in e.ended])
+
+
+def _instance(run, e):
+  if not 0 <= e.instance < len(run.instances):
+    raise ImpossibleEvent(f'{e}: there are {len(run.instances)} instances')
+  return run.instances[e.instance]
+
+
+def _turn(run, inst, event):
+  """Changes an instance's status; what it was, '' where it stays."""
+  before, after = inst.status, lifecycle.STATUS[inst.status, event]
+  if before == after:
+    return ''
+  run.touch(inst.index).status = after
+  run.roster()
+  return before
+
+
+def _known(run, inst, told):
+  """Tokens that are known of each request: prompt, and those that are out.
+
+  told: steps of the oldest command in flight whose tokens are out.
+  """
+  lost = collections.Counter()
+  for n, (command, _) in enumerate(inst.inflight):
+    steps = getattr(command, 'steps', 1) - (0 if n else told)
+    for row in command.rows:
+      lost[row.id] += steps
+    if inst.role != 'prefill':
+      lost.update([c.id for c in getattr(command, 'chunks', ()) if c.last])
+  known = {s.id: s.prompt_len for s in run.seqs.values()
+           if s.instance == inst.index}
+  for batch in inst.batches:
+    for id, row in batch.rows.items():
+      known[id] = row.base + batch.tick + 1
+  for id in known:
+    seq = run.seqs[id]
+    if seq.stage == 'finishing':
+      known[id] = seq.limit
+    known[id] += (seq.stage in ('prefilled', 'migrating')) - lost[id]
+  return known
+
+
+def _empty(run, inst):
+  """Forgets what an instance held; its commands count on."""
+  fresh = init(run.config).instances[inst.index]
+  fresh = fresh._replace(number=inst.number, status=inst.status)
+  again = LiveInstance(run.config, inst.index, fresh)
+  for field in (*fresh._fields, 'value'):
+    setattr(inst, field, getattr(again, field))
+
+
+def _target_lost(run, seq, reason):
+  if seq.stage == 'prefilled':
+    run.offer(seq)
+    return
+  seq.target, seq.target_pages = -1, ()
+  _retry(run, seq, reason)
+
+
+def _source_lost(run, seq, known, reason):
+  if seq.target_pages:
+    run.commands.append(Abort(seq.id, seq.epoch, seq.target))
+    _release_target(run, seq)
+  elif seq.stage == 'prefilled':
+    run.unpull(seq)
+  seq.target, seq.pages = -1, ()
+  if seq.stage in ('over', 'abandoned'):
+    run.forget(seq)
+    return
+  seq.done, seq.prompt_len = 0, known
+  if seq.stage != 'queued':
+    run.commands.append(Preempt(seq.id, seq.instance, 'fault'))
+    if not _spared(run, seq, reason):
+      return
+  run.enqueue(seq)
+
+
+def _release_target(run, seq):
+  inst = run.touch(seq.target)
+  inst.pool = page_pool.release(inst.pool, seq.target_pages)
+  inst.residents -= 1
+  seq.target, seq.target_pages = -1, ()
+
+
+def _again(run, seq, reason):
+  """The hand-off is over and its target may be used anew."""
+  target = seq.target
+  _release_target(run, seq)
+  _retry(run, seq, reason, target)
+
+
+def _retry(run, seq, reason, but=-1):
+  if seq.stage == 'abandoned':
+    run.drop(seq)
+  elif _spared(run, seq, reason):
+    run.offer(seq, but)
+
+
+def _spared(run, seq, reason):
+  """Counts a fault of a request; False where it was one too many."""
+  seq.tries += 1
+  if seq.tries <= run.config.tries:
+    return True
+  fail(run, seq, f'given up after {seq.tries} faults; the last: {reason}')
+  return False
+
+
+APPLY = {
+    InstanceDown: instance_down,
+    InstanceUp: instance_up,
+    Drain: drain,
+    MigrateFailed: migrate_failed,
+    Timer: timer,
+}

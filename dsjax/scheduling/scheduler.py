@@ -1,0 +1,656 @@
+"""One scheduler, a pure transition: step(config, state, event).
+
+The orchestrator feeds it real events and performs its commands; a simulator
+feeds it virtual ones and performs nothing. It reads no clock, holds no
+global, and its commands carry every page id, so a run replays from its
+event log.
+
+A request's life is a table in life.py: every change of its stage goes through
+Run.move, which knows no other.
+
+Up to `depth` commands are in flight on an instance, so that the device never
+waits for Python. The scheduler plans ahead as if no stream ended early; a
+stream that meets EOS is dropped from the batch one command late, and the
+extra tokens are ignored.
+
+An instance of `pp` pipeline stages decodes as many disjoint micro-batches in
+turn, `depth` commands of each in flight, so that every stage has work. Each
+stage runs the commands in order, so they complete in order; a micro-batch's
+next step waits on the device for the tokens of its previous one.
+"""
+import bisect
+
+from dsjax.scheduling import lifecycle, lookahead, page_pool, recovery
+from dsjax.scheduling.events import (
+  Arrived,
+  Cancelled,
+  Chunk,
+  DecodeDone,
+  Finish,
+  Migrate,
+  Migrated,
+  Preempt,
+  PrefillDone,
+  Reject,
+  Row,
+  RunDecode,
+  RunPrefill,
+)
+from dsjax.scheduling.live import LiveInstance, LiveSeq, fields_of
+from dsjax.scheduling.state import (
+  RUN_AHEAD,
+  Batch,
+  Config,
+  ImpossibleEvent,
+  Instance,
+  Seq,
+  State,
+  check,
+  idle,
+  init,
+  never_fits,
+  room,
+)
+
+__all__ = ('RUN_AHEAD', 'Batch', 'Config', 'ImpossibleEvent', 'Instance',
+           'Run', 'Seq', 'State', 'check', 'idle', 'init', 'never_fits',
+           'step')
+
+
+def step(config, state, event):
+  """Applies one event.
+
+  Returns (state, commands). Cost: well under 100 us at 256 running and 1,000
+  waiting requests.
+
+  Raises:
+    ImpossibleEvent: the event cannot happen in this state (an internal
+      error). One of a hand-off or a command that is over, or of a request
+      that is gone, changes nothing.
+  """
+  run = Run(config, state)
+  commands = run.apply(event)
+  return run.freeze(), tuple(commands)
+
+
+class Run:
+  """The transition on a state that changes in place.
+
+  `step` is one apply on a copy. Whoever owns the state for long, a simulator,
+  copies it once: after the same events both have given the same commands and
+  are in the same state.
+
+  wake: called with the index of an instance that sleeps in a quiet run before
+  it changes; it calls follow.
+  """
+
+  def __init__(self, config, state, wake=None):
+    self.config, self.wake = config, wake
+    self.seqs, self.arrivals = dict(state.seqs), state.arrivals
+    self.waiting = list(state.waiting)
+    self.owned = set()  # ids of those that may change in place
+    self.instances = [LiveInstance(config, index, value)
+                      for index, value in enumerate(state.instances)]
+    self.entries = [i for i in self.instances if i.role != 'decode']
+    self.decoders = [i for i in self.instances if i.role == 'decode']
+    self.commands, self.cause = [], ''
+    self.roster()
+
+  def roster(self):
+    """Who takes work: those that are up, else those that are drained."""
+    self.open_entries = _open(self.entries)
+    self.open_decoders = _open(self.decoders)
+
+  def apply(self, event):
+    """Applies one event; a list of commands. See step."""
+    self.commands = commands = []
+    self.cause = type(event).__name__
+    _APPLY[type(event)](self, event)
+    self.cause = 'plan'
+    self.plan()
+    return commands
+
+  def freeze(self):
+    """The State now."""
+    seqs = dict(self.seqs)
+    for id in self.owned:
+      seqs[id] = Seq._make(fields_of(seqs[id]))
+    return State(seqs, tuple([i.freeze() for i in self.instances]),
+                 self.arrivals, tuple(self.waiting))
+
+  def own(self, id):
+    """A request, to be changed."""
+    seq = self.seqs[id]
+    if type(seq) is not LiveSeq:
+      seq = self.seqs[id] = LiveSeq(*seq)
+      self.owned.add(id)
+    return seq
+
+  def move(self, seq, stage):
+    """Takes a request to another stage of its life, if it has that hop."""
+    if stage not in lifecycle.HOPS.get((seq.stage, self.cause), ()):
+      raise ImpossibleEvent(f'request {seq.id}: no hop from {seq.stage} to '
+                            f'{stage} by {self.cause}')
+    seq.stage = stage
+
+  def touch(self, index):
+    """An instance, to be changed, and planned for the change."""
+    inst = self.instances[index]
+    if inst.asleep:
+      self.wake(index)
+    inst.fresh, inst.value = True, None
+    return inst
+
+  # --- events ---------------------------------------------------------------
+
+  def arrived(self, e):
+    if e.id in self.seqs:
+      raise ImpossibleEvent(f'request {e.id} arrived twice')
+    reason = never_fits(self.config, e.prompt_len, e.max_tokens)
+    if reason:
+      self.commands.append(Reject(e.id, reason))
+    else:
+      seq = self.seqs[e.id] = LiveSeq(e.id, self.arrivals, e.prompt_len,
+                                      e.prompt_len + e.max_tokens, 'absent', -1)
+      self.owned.add(e.id)
+      self.arrivals += 1
+      self.enqueue(seq)
+    for inst in self.entries:  # the first of a burst may be at another one
+      inst.fresh = not e.more
+
+  def cancelled(self, e):
+    seq = self.seqs.get(e.id)
+    if seq is None or seq.stage in ('over', 'abandoned'):
+      return
+    self.commands.append(Finish(e.id, 'cancelled'))
+    self.leave(self.own(e.id), 'over')
+
+  def prefill_done(self, e):
+    inst, command = self.complete(e, RunPrefill, e.ended)
+    if inst is None:
+      return
+    if inst.role == 'prefill':
+      for chunk in command.chunks:
+        seq = self.seqs[chunk.id]
+        if chunk.last and seq.stage == 'prefilling':
+          seq = self.own(chunk.id)
+          if chunk.id in e.ended or seq.prompt_len + 1 >= seq.limit:
+            self.finish(seq, 'stop' if chunk.id in e.ended else 'length')
+          else:
+            self.offer(seq)
+    else:
+      for id in e.ended:
+        self.ended(id)
+    self.settle(inst, e.number)
+
+  def decode_done(self, e):
+    inst, _ = self.complete(e, RunDecode, [id for id, _ in e.ended])
+    if inst is None:
+      return
+    for id, _ in e.ended:
+      self.ended(id)
+    self.settle(inst, e.number)
+
+  def migrated(self, e):
+    seq = self.handed(e)
+    if seq is None:
+      return
+    self.free(seq)
+    seq.instance, seq.pages = seq.target, seq.target_pages
+    seq.target, seq.target_pages = -1, ()
+    if seq.stage == 'abandoned':
+      self.drop(seq)
+    else:
+      self.join(self.touch(seq.instance), seq)
+
+  def handed(self, e):
+    """The request whose hand-off this is about; None where it is over."""
+    seq = self.seqs.get(e.id)
+    if seq is None or e.epoch < seq.epoch:
+      return None
+    if e.epoch > seq.epoch:
+      raise ImpossibleEvent(f'{e}: its last hand-off is {seq.epoch}')
+    return self.own(e.id) if seq.target_pages else None
+
+  # --- the ends of a life ---------------------------------------------------
+
+  def complete(self, e, kind, ended):
+    """Takes the oldest command off the instance; it must be this one.
+
+    ended: ids of those whose tokens, by this command, met their end.
+
+    (None, None) for one that was told before, or lost with its instance.
+    """
+    if not 0 <= e.instance < len(self.instances):
+      raise ImpossibleEvent(f'{e}: no such instance')
+    inst = self.instances[e.instance]
+    command, g = inst.inflight[0] if inst.inflight else (None, -1)
+    if 0 <= e.number < (command.number if command else inst.number):
+      return None, None
+    if type(command) is not kind or command.number != e.number:
+      raise ImpossibleEvent(f'{type(e).__name__} {e.number} of instance '
+                            f'{e.instance}, which awaits '
+                            f'{command or "nothing"}')
+    if ended:
+      recovery.samples(e, command, ended)
+    inst.fresh, inst.value = True, None
+    inst.inflight.popleft()
+    if g >= 0:
+      inst.batches[g].flying -= 1
+    return inst, command
+
+  def ended(self, id):
+    """A token of a command that is done met EOS or a stop condition."""
+    if self.seqs[id].stage != 'over':
+      self.finish(self.own(id), 'stop')
+
+  def finish(self, seq, reason):
+    self.commands.append(Finish(seq.id, reason))
+    self.leave(seq, 'over')
+
+  def leave(self, seq, stage):
+    """Takes a request out of whatever it is in, keeping unsafe pages.
+
+    stage: over, or yielding.
+    """
+    was = seq.stage
+    if was == 'migrating':
+      self.move(seq, 'abandoned')
+      return  # both sides' pages are released when the copy has ended
+    if was == 'prefilled':
+      self.unpull(seq)
+      self.drop(seq)
+      return
+    if seq.instance < 0:
+      self.waiting.remove(seq.id)
+      self.forget(seq)
+      return
+    inst = self.touch(seq.instance)
+    if was in ('queued', 'prefilling'):
+      inst.backlog += seq.done - seq.prompt_len
+    if was == 'queued':
+      inst.queue.remove(seq.id)
+      self.forget(seq)
+      return
+    self.move(seq, stage)
+    if was in lifecycle.ENDING:
+      return  # in inst.ending already
+    if was == 'decoding':
+      _home(inst, seq.id).remove(seq.id)
+    elif seq.id in inst.prefilling:  # else its last chunk is in flight
+      inst.prefilling.remove(seq.id)
+    # Its pages are safe once all that is in flight is done.
+    if inst.inflight:
+      inst.ending.append((inst.number - 1, seq.id))
+    else:
+      self.conclude(seq)
+
+  def unpull(self, seq):
+    """Takes a finished prefill from whoever was to pull it."""
+    if seq.target < 0:
+      self.waiting.remove(seq.id)
+    else:
+      self.touch(seq.target).pulls.remove(seq.id)
+
+  def settle(self, inst, number):
+    """Concludes what waited for command `number`."""
+    ending = inst.ending
+    if ending and ending[0][0] <= number:
+      inst.ending = [e for e in ending if e[0] > number]
+      for after, id in ending:
+        if after <= number:
+          self.conclude(self.own(id))
+
+  def conclude(self, seq):
+    if seq.stage == 'yielding':
+      self.commands.append(Preempt(seq.id, seq.instance))
+      self.free(seq)
+      seq.pages, seq.done = (), 0
+      self.enqueue(seq)
+      return
+    if seq.stage == 'finishing':
+      self.commands.append(Finish(seq.id, 'length'))
+    self.drop(seq)
+
+  def drop(self, seq):
+    self.free(seq)
+    self.forget(seq)
+
+  def forget(self, seq):
+    self.move(seq, 'absent')
+    del self.seqs[seq.id]
+    self.owned.discard(seq.id)
+
+  # --- resources ------------------------------------------------------------
+
+  def free(self, seq):
+    inst = self.touch(seq.instance)
+    inst.pool = page_pool.release(inst.pool, seq.pages)
+    inst.residents -= 1
+
+  def take(self, inst, tokens, reserve):
+    """Pages for a new resident holding `tokens` tokens, or None; see room."""
+    need = room(inst, inst.config, tokens, reserve)
+    if not need:
+      return None
+    inst.pool, ids = page_pool.alloc(inst.pool, need)
+    inst.residents += 1
+    return ids
+
+  def enqueue(self, seq):
+    """Dispatch: the shortest prefill queue, in tokens (DistServe 4.3)."""
+    if not self.placeable(seq, self.open_entries, self.entries):
+      return
+    if seq.stage != 'queued':
+      self.move(seq, 'queued')
+    if not self.open_entries:
+      seq.instance = -1
+      self.waiting.append(seq.id)
+      return
+    best = min(self.open_entries, key=_backlog)
+    inst = self.touch(best.index)
+    inst.backlog += seq.prompt_len
+    # By arrival: a preempted request keeps its place.
+    queue, seqs = inst.queue, self.seqs
+    bisect.insort(queue, seq.id, key=lambda id: seqs[id].order)
+    seq.instance = inst.index
+
+  def offer(self, seq, but=-1):
+    """Prefill is done: the least loaded decode instance will pull.
+
+    but: not this one, if there is another.
+    """
+    if not self.placeable(seq, self.open_decoders, self.decoders):
+      return
+    if seq.stage != 'prefilled':
+      self.move(seq, 'prefilled')
+    if not self.open_decoders:
+      seq.target = -1
+      self.waiting.append(seq.id)
+      return
+    best = min([i for i in self.open_decoders if i.index != but]
+               or self.open_decoders, key=_load)
+    self.touch(best.index).pulls.append(seq.id)
+    seq.target = best.index
+
+  def placeable(self, seq, up, kind):
+    """An instance of the kind is up or may be again; fails it otherwise."""
+    if up or any([i.status != 'gone' for i in kind]):
+      return True
+    recovery.fail(self, seq, f'no {kind[0].role} instance is left')
+    return False
+
+  def pull(self, inst):
+    """Admits finished prefills, first come first served, while they fit."""
+    while inst.pulls:
+      seq = self.seqs[inst.pulls[0]]
+      ids = self.take(inst, min(seq.prompt_len + 1, seq.limit - 1), True)
+      if ids is None:
+        return
+      del inst.pulls[0]
+      seq = self.own(seq.id)
+      self.move(seq, 'migrating')
+      seq.target_pages = ids
+      seq.epoch += 1
+      count = page_pool.pages_for(seq.prompt_len, inst.config.page_size)
+      self.commands.append(Migrate(
+          seq.id, seq.epoch, seq.instance, seq.pages, inst.index, ids[:count],
+          seq.prompt_len))
+
+  # --- batches --------------------------------------------------------------
+
+  def plan(self):
+    """Pulls and issues until nothing more can start.
+
+    Only what has changed can start anything; one decision may change another
+    instance.
+    """
+    while any([inst.fresh for inst in self.instances]):
+      for inst in self.decoders:
+        if inst.fresh and inst.pulls:
+          self.pull(inst)
+      for inst in self.instances:
+        if inst.fresh:
+          inst.fresh = False
+          self.issue(inst)
+
+  def issue(self, inst):
+    while len(inst.inflight) < inst.depth:
+      if not (inst.role != 'decode' and self.prefill(inst)
+              or inst.role != 'prefill' and self.decode(inst)):
+        return
+
+  def send(self, inst, command, g):
+    """Issues a command, of micro-batch g or of none (-1)."""
+    inst.value = None
+    inst.number += 1
+    inst.inflight.append((command, g))
+    if g >= 0:
+      inst.batches[g].flying += 1
+    self.commands.append(command)
+
+  def ready(self, inst, batch):
+    """The micro-batch may have another command, and pages for its tick."""
+    return batch.flying < self.config.depth and self.cover(inst, batch)
+
+  def prefill(self, inst):
+    """Issues the next prefill batch; False when none can be.
+
+    Prefill and colocated roles: whole prompts while the batch stays within
+    prefill_tokens (L_m), a longer one alone and in pieces. Chunked role: one
+    tick of every row of the micro-batch whose turn it is (it may have none),
+    the rest of the budget filled with prompt pieces.
+    """
+    if not (inst.queue or inst.prefilling):
+      return False
+    batch, chunked = inst.batches[inst.turn], inst.role == 'chunked'
+    if chunked and not self.ready(inst, batch):
+      return False
+    rows = batch.freeze() if chunked else ()
+    budget = inst.config.prefill_tokens - len(rows)
+    chunks, last = [], []
+    while len(chunks) < inst.config.prefill_seqs and budget > 0:
+      seq = self.candidate(inst, budget, bool(chunks) and not chunked)
+      if seq is None:
+        break
+      start, stop = seq.done, min(seq.prompt_len, seq.done + budget)
+      chunks.append(Chunk(seq.id, start, stop, seq.pages,
+                          stop == seq.prompt_len))
+      seq.done = stop
+      inst.backlog -= stop - start
+      budget -= stop - start
+      if stop == seq.prompt_len:
+        inst.prefilling.remove(seq.id)
+        last.append(seq)
+    if not chunks:
+      return False
+    number = inst.number
+    self.send(inst, RunPrefill(inst.index, number, tuple(chunks),
+                               batch.tick, rows),
+              inst.turn if chunked else -1)
+    if chunked:
+      self.advance(inst, inst.turn, 1 if rows else 0)
+    if inst.role != 'prefill':
+      for seq in last:
+        self.join(inst, seq, number)
+    return True
+
+  def candidate(self, inst, budget, whole):
+    """The next request of a prefill batch, admitted, or None."""
+    ids = inst.prefilling or inst.queue
+    if not ids:
+      return None
+    seq = self.own(ids[0])
+    if whole and seq.prompt_len - seq.done > budget:
+      return None
+    if seq.stage == 'queued':
+      decodes = inst.role != 'prefill'  # here: room for its first tick
+      pages = self.take(inst, min(seq.prompt_len + decodes, seq.limit - 1),
+                        decodes)
+      if pages is None:
+        return None
+      del inst.queue[0]
+      inst.prefilling.append(seq.id)
+      self.move(seq, 'prefilling')
+      seq.pages = pages
+    return seq
+
+  def join(self, inst, seq, number=None):
+    """Adds a prefilled request to its instance's decode batch.
+
+    number: the prefill command in flight whose token it starts from.
+    """
+    if seq.prompt_len + 1 >= seq.limit:
+      self.move(seq, 'finishing')
+      inst.ending.append((number, seq.id))
+      return
+    self.move(seq, 'decoding')
+    batch = min(inst.batches, key=_size)
+    start = seq.prompt_len - batch.tick
+    batch.add(row_of(inst, seq, start))
+
+  def decode(self, inst):
+    """Issues the next decode command; False when none can be.
+
+    Micro-batches take strict turns, the empty ones left out. One that may not
+    go yet is waited for: were it passed by, two commands of another would
+    follow each other and the stages would idle between them, for ever.
+    """
+    batch = None
+    while not batch or not batch.rows:  # covering may have preempted all of it
+      g = _following(inst)
+      if g is None or not self.ready(inst, inst.batches[g]):
+        return False
+      batch = inst.batches[g]
+    # A step waits for the one before to leave the last stage, and stages take
+    # work in order: micro-batches whose commands had several steps would run
+    # one after another, not side by side.
+    steps = 1
+    if (len(inst.batches) == 1 and not inst.queue and not inst.pulls
+        and inst.residents == len(batch.rows) + len(inst.ending)):
+      steps = min(batch.until() - batch.tick, inst.run_ahead)
+    self.send(inst, RunDecode(inst.index, inst.number, batch.tick, steps,
+                              batch.freeze()), g)
+    self.advance(inst, g, steps)
+    return True
+
+  def advance(self, inst, g, steps):
+    """Ends a turn: ticks pass; rows that reached their limit leave."""
+    batch = inst.batches[g]
+    batch.tick += steps
+    inst.turn = (g + 1) % len(inst.batches)
+    for id in list(batch.short()):
+      if batch.rows[id][1] + batch.tick >= self.seqs[id].limit - 1:
+        batch.remove(id)
+        inst.ending.append((inst.number - 1, id))
+        self.move(self.own(id), 'finishing')
+
+  def cover(self, inst, batch):
+    """Gives the micro-batch's rows a page for their next tick.
+
+    Preempts if it must, of any micro-batch. Returns False while pages of a
+    preempted request are still in use by a command in flight.
+    """
+    short = batch.short()
+    if not short:
+      return True
+    while short and page_pool.num_free(inst.pool) < len(short):
+      if inst.ending:
+        return False
+      self.preempt(inst)
+      short = batch.short()
+    if short:
+      self.extend(inst, [(batch, id) for id in batch.renew(
+          self.seqs, inst.config.page_size)])
+    return True
+
+  def extend(self, inst, rows):
+    """Gives rows, (micro-batch, id), a page for each time they are named."""
+    inst.pool, ids = page_pool.alloc(inst.pool, len(rows))
+    inst.value = None
+    for (_, id), page in zip(rows, ids, strict=True):
+      seq = self.seqs[id]
+      if type(seq) is not LiveSeq:
+        seq = self.own(id)
+      seq.pages += (page,)
+    for batch, id in dict.fromkeys(rows) if len(rows) > 1 else rows:
+      batch.rows[id] = row_of(inst, self.seqs[id], batch.rows[id][1])
+      batch.value = None
+
+  def preempt(self, inst):
+    """Sends the latest arrival back to be recomputed.
+
+    A request on its way in is no victim: a copy is landing on its pages. This
+    cannot deadlock. Whoever is short of a page is a row, so there is a victim,
+    if need be the row itself; a copy ends whatever the pool holds; and `take`
+    admits, for want of another resident, whatever never_fits let in. Nor does
+    it go on for ever: a row has emitted a token since its prefill began, so
+    each of its preemptions leaves it fewer to emit; a request preempted in its
+    prefill gave way to a row that then emits one.
+    """
+    victims = [id for b in inst.batches for id in b.rows] + inst.prefilling
+    seq = self.own(max(victims, key=lambda id: self.seqs[id].order))
+    if seq.stage == 'decoding':
+      batch = _home(inst, seq.id)
+      seq.prompt_len = batch.rows[seq.id][1] + batch.tick + 1
+    self.leave(seq, 'yielding')
+
+  # --- quiet runs: see lookahead.py -----------------------------------------
+
+  def quiet(self, index, most):
+    """The decode commands that will follow those in flight, or None."""
+    return lookahead.tell(self, index, most)
+
+  def follow(self, index, told, count):
+    """Ends a quiet run in which `count` of its commands were issued."""
+    lookahead.follow(self, index, told, count)
+
+
+_APPLY = {
+    Arrived: Run.arrived,
+    Cancelled: Run.cancelled,
+    PrefillDone: Run.prefill_done,
+    DecodeDone: Run.decode_done,
+    Migrated: Run.migrated,
+    **recovery.APPLY,
+}
+
+
+def _open(kind):
+  return ([i for i in kind if i.status == 'up']
+          or [i for i in kind if i.status == 'draining'])
+
+
+def _backlog(inst):
+  return inst.backlog, inst.residents
+
+
+def _load(inst):
+  return inst.residents + len(inst.pulls)
+
+
+def _size(batch):
+  return len(batch.rows)
+
+
+def _home(inst, id):
+  """The micro-batch of a decoding request."""
+  return next(b for b in inst.batches if id in b.rows)
+
+
+def _following(inst):
+  """The next micro-batch in turn that has rows, or None."""
+  if inst.batches[inst.turn].rows:
+    return inst.turn
+  pp = len(inst.batches)
+  return next((g % pp for g in range(inst.turn, inst.turn + pp)
+               if inst.batches[g % pp].rows), None)
+
+
+def row_of(inst, seq, start):
+  """A request's Row: `until` is the first tick that its pages or its limit
+  do not cover."""
+  until, last = len(seq.pages) * inst.config.page_size, seq.limit - 1
+  if until > last:
+    until = last
+  return Row(seq.id, start, until - start, seq.pages)

@@ -1,0 +1,211 @@
+"""The scheduler's state as a value, and its check.
+
+The stages of a request are told in lifecycle.py.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+from dsjax.config.engine import InstanceConfig
+from dsjax.scheduling import lifecycle, page_pool
+from dsjax.scheduling.events import Row
+
+RUN_AHEAD = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Instances, the longest sequence, commands in flight, decode run-ahead.
+
+  Attributes:
+    max_len: most tokens of prompt and output together.
+    depth: commands in flight of each micro-batch of an instance that decodes
+      (an instance has as many micro-batches as pipeline stages).
+    prefill_depth: commands in flight in the prefill role; 1, so that a
+      finished prompt's pages can be read out before the next batch occupies
+      the device. With more pipeline stages, as many as there are stages.
+    run_ahead: most decode steps of one command while nothing waits; always 1
+      under pipeline stages. None: RUN_AHEAD for decode instances, and 1 where
+      prompts run too, as one that arrives would wait behind all of them.
+    tries: faults (a hand-off that failed, an instance that died) that a
+      request survives; the next one fails it.
+  """
+
+  instances: tuple[InstanceConfig, ...]
+  max_len: int
+  depth: int = 2
+  prefill_depth: int = 1
+  run_ahead: int | None = None
+  tries: int = 3
+
+
+class ImpossibleEvent(ValueError):
+  """An event that no run of this state can see: an internal error."""
+
+
+class Seq(NamedTuple):
+  """A live request.
+
+  prompt_len counts the tokens to prefill (after a preemption: the tokens
+  emitted so far too); limit is prompt plus max_tokens. stage: one of
+  life.STAGES. instance, target: -1 while it waits for one. tries: faults that
+  it has been recovered from.
+  """
+
+  id: int
+  order: int
+  prompt_len: int
+  limit: int
+  stage: str
+  instance: int
+  pages: tuple[int, ...] = ()
+  done: int = 0
+  target: int = -1
+  target_pages: tuple[int, ...] = ()
+  epoch: int = 0
+  tries: int = 0
+
+
+class Batch(NamedTuple):
+  """A decode micro-batch and the decode ticks issued for it."""
+
+  rows: tuple[Row, ...] = ()
+  tick: int = 0
+
+
+class Instance(NamedTuple):
+  """Queues and pool of one instance.
+
+  queue: ids in stage queued, by arrival. prefilling: ids. pulls: ids in
+  stage prefilled that this decode instance will pull. batches: a decode
+  micro-batch a pipeline stage. turn: which of them goes next. number:
+  commands issued. inflight: (command, its micro-batch or -1) not yet done.
+  ending: (number, id): release when command `number` is done.
+  residents: requests owning pages here. backlog: prompt tokens waiting.
+  status: up, draining (takes no work that another could), down, or gone (down
+  for good).
+  """
+
+  pool: page_pool.Pool
+  batches: tuple[Batch, ...]
+  queue: tuple[int, ...] = ()
+  prefilling: tuple[int, ...] = ()
+  pulls: tuple[int, ...] = ()
+  turn: int = 0
+  number: int = 0
+  inflight: tuple[tuple, ...] = ()
+  ending: tuple[tuple[int, int], ...] = ()
+  residents: int = 0
+  backlog: int = 0
+  status: str = 'up'
+
+  @property
+  def rows(self):
+    """The rows of every micro-batch."""
+    return tuple(r for b in self.batches for r in b.rows)
+
+
+class State(NamedTuple):
+  """Everything the scheduler knows; a value (never change `seqs` in place).
+
+  waiting: ids of those that need an instance while none of its kind is up.
+  """
+
+  seqs: dict[int, Seq]
+  instances: tuple[Instance, ...]
+  arrivals: int = 0
+  waiting: tuple[int, ...] = ()
+
+
+def init(config):
+  """The state before the first event."""
+  return State({}, tuple(
+      Instance(page_pool.init(c.num_pages), (Batch(),) * c.pp)
+      for c in config.instances))
+
+
+def idle(state):
+  """No request lives and no command is in flight."""
+  return not state.seqs and not any(i.inflight for i in state.instances)
+
+
+def never_fits(config, prompt_len, max_tokens):
+  """Why a request can never be served, in plain words, or None."""
+  limit = prompt_len + max_tokens
+  if prompt_len < 1 or max_tokens < 1:
+    return (f'prompt of {prompt_len} tokens and max_tokens={max_tokens}: both '
+            'must be 1 or more')
+  if limit > config.max_len:
+    return (f'prompt of {prompt_len} tokens and max_tokens={max_tokens} exceed '
+            f'the context of {config.max_len} tokens')
+  for index, c in enumerate(config.instances):
+    need = page_pool.pages_for(limit - 1, c.page_size)
+    if need > c.num_pages:
+      return (f'prompt of {prompt_len} tokens and max_tokens={max_tokens} need '
+              f'{need} pages; instance {index} ({c.role}) has {c.num_pages}')
+  return None
+
+
+def room(inst, config, tokens, reserve):
+  """Pages for a new resident holding `tokens` tokens; 0 where it must wait.
+
+  Args:
+    inst: an Instance, or a live one. config: its InstanceConfig.
+    tokens: 1 or more.
+    reserve: leave a page for each resident, so that an admission does not
+      at once preempt somebody (or itself, again and again).
+  """
+  need = page_pool.pages_for(tokens, config.page_size)
+  spare = inst.residents if reserve else 0
+  if (inst.residents >= config.max_seqs
+      or page_pool.num_free(inst.pool) < need + spare):
+    return 0
+  return need
+
+
+def check(state):
+  """Raises AssertionError unless the state is sound.
+
+  Every page is free or owned once; every request is in exactly one place,
+  the one its stage names; micro-batches are disjoint; counts agree.
+  """
+  places = {}
+
+  def at(id, stage, index):
+    assert id not in places, f'request {id} in two places'
+    places[id] = (stage, index)
+
+  for index, inst in enumerate(state.instances):
+    for id in inst.queue:
+      at(id, 'queued', index)
+    orders = [state.seqs[id].order for id in inst.queue]
+    assert orders == sorted(orders), f'instance {index}: queue by arrival'
+    for id in inst.prefilling:
+      at(id, 'prefilling', index)
+    for row in inst.rows:
+      at(row.id, 'decoding', index)
+      assert row.pages == state.seqs[row.id].pages, f'row {row.id}: pages'
+    for _, id in inst.ending:
+      assert state.seqs[id].stage in lifecycle.ENDING, (
+          f'request {id} is not ending')
+      at(id, state.seqs[id].stage, index)
+    for id in inst.pulls:
+      at(id, 'prefilled', state.seqs[id].instance)
+    owned = [s.pages for s in state.seqs.values() if s.instance == index]
+    owned += [s.target_pages for s in state.seqs.values()
+              if s.target == index]
+    page_pool.check(inst.pool, owned)
+    holders = sum(1 for p in owned if p)
+    assert inst.residents == holders, f'instance {index}: residents'
+    waiting = (state.seqs[i] for i in inst.queue + inst.prefilling)
+    assert inst.backlog == sum(s.prompt_len - s.done for s in waiting), (
+        f'instance {index}: backlog')
+  for id in state.waiting:
+    at(id, state.seqs[id].stage, state.seqs[id].instance)
+  for seq in state.seqs.values():
+    if seq.stage in ('migrating', 'abandoned'):
+      at(seq.id, seq.stage, seq.instance)
+    elif seq.stage == 'prefilling' and seq.done == seq.prompt_len:
+      places.setdefault(seq.id, ('prefilling', seq.instance))
+    assert places.get(seq.id) == (seq.stage, seq.instance), (
+        f'request {seq.id} is {seq.stage} but at {places.get(seq.id)}')

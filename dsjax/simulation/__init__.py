@@ -1,0 +1,1 @@
+"""The scheduler under virtual time: latencies, links, contention."""

@@ -1,0 +1,135 @@
+"""Instances that share cores or memory: each slows the steps of the others.
+
+Devices of their own need none of this. Where they share (the CPU devices of
+one process, parts of one accelerator), what a step takes depends on what the
+others do meanwhile. This is processor sharing: a step is work, in seconds of
+a device left alone, and progresses at a rate that changes whenever another
+instance starts, ends or changes the kind of its step.
+"""
+
+import collections
+import dataclasses
+import math
+
+from dsjax.config.checks import require
+
+KINDS = ('prefill', 'decode', 'mixed', 'single')
+
+
+def kind_of(pieces, batch):
+  """The kind of a step of prompt pieces and decode rows. A decode step of one
+  row is 'single': it has no work for several cores."""
+  if pieces:
+    return 'mixed' if batch else 'prefill'
+  return 'decode' if batch > 1 else 'single'
+
+
+@dataclasses.dataclass(frozen=True)
+class Contention:
+  """How much kinds of steps slow each other.
+
+  Attributes:
+    factors: {(kind, other): factor}, each 1 or more: seconds of a step of
+      `kind` beside steps of `other` on another instance, over its seconds
+      alone; 1 where it is not named. What several others take adds up.
+  """
+
+  factors: dict[tuple[str, str], float]
+
+  def __post_init__(self):
+    for pair, factor in self.factors.items():
+      require(isinstance(pair, tuple) and len(pair) == 2
+              and all(kind in KINDS for kind in pair), 'Contention.factors',
+              pair, f'pairs of {KINDS}')
+      require(isinstance(factor, (int, float)) and math.isfinite(factor)
+              and factor >= 1, f'Contention.factors.{">".join(pair)}', factor,
+              '1 or more')
+
+  def factor(self, kind, others):
+    """Seconds of a step beside these, over its seconds alone."""
+    return 1 + sum(self.factors.get((kind, other), 1.0) - 1 for other in others)
+
+
+class _Work:
+  """A command in an instance's queue: seconds alone of each of its steps, the
+  one under way with what is left of it, and the times of those that ended."""
+
+  __slots__ = ('tag', 'kind', 'ready_s', 'steps', 'at', 'left_s', 'times')
+
+  def __init__(self, tag, kind, ready_s, steps):
+    self.tag, self.kind, self.ready_s, self.steps = tag, kind, ready_s, steps
+    self.at, self.left_s, self.times = 0, steps[0], []
+
+
+class Devices:
+  """The queues of instances under a Contention, in virtual time.
+
+  busy_s: seconds that each instance was at work.
+  """
+
+  def __init__(self, contention, count):
+    self.contention, self.now_s = contention, 0.0
+    self.queues = [collections.deque() for _ in range(count)]
+    self.busy_s = [0.0] * count
+    self.started = [None] * count  # the work under way
+
+  def add(self, index, tag, kind, steps, ready_s):
+    """Puts work behind what the instance has to do.
+
+    Args:
+      tag: what `until` gives back. kind: of KINDS, or None for what slows
+        nothing. steps: seconds alone of each. ready_s: it starts no sooner.
+    """
+    self.queues[index].append(_Work(tag, kind, ready_s, steps))
+    self.look(index)
+
+  def look(self, index):
+    """Starts the first of a queue if it is ready."""
+    queue = self.queues[index]
+    if (self.started[index] is None and queue
+        and queue[0].ready_s <= self.now_s):
+      self.started[index] = queue[0]
+
+  def factors(self):
+    """{instance: what slows it now}, of those at work."""
+    kinds = {i: w.kind for i, w in enumerate(self.started) if w}
+    return {i: self.contention.factor(kind, [
+        other for j, other in kinds.items() if j != i])
+        for i, kind in kinds.items()}
+
+  def until(self, bound_s):
+    """Goes on until some work is done, at most until bound_s.
+
+    Returns:
+      (instance, tag, times of its steps), or None at bound_s, before what is
+      done at that moment.
+    """
+    while True:
+      factors = self.factors()
+      ends = [(self.now_s + self.started[i].left_s * factor, i)
+              for i, factor in factors.items()]
+      ends += [(q[0].ready_s, i) for i, q in enumerate(self.queues)
+               if q and self.started[i] is None]
+      end_s, index = min(ends, default=(math.inf, -1))
+      stop_s = min(end_s, bound_s)
+      if stop_s == math.inf:
+        return None
+      for i, factor in factors.items():
+        self.started[i].left_s -= (stop_s - self.now_s) / factor
+        self.busy_s[i] += stop_s - self.now_s
+      self.now_s = stop_s
+      if end_s >= bound_s:
+        return None
+      work = self.started[index]
+      if work is None:
+        self.look(index)
+        continue
+      work.times.append(end_s)
+      work.at += 1
+      if work.at < len(work.steps):
+        work.left_s = work.steps[work.at]
+        continue
+      self.queues[index].popleft()
+      self.started[index] = None
+      self.look(index)
+      return index, work.tag, work.times

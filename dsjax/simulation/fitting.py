@@ -1,0 +1,209 @@
+"""Latencies from measurements: relative error, constants never below 0.
+
+The linear forms are solved exactly: of every subset of the constants, the
+least-squares solution that has none below 0 and the smallest error is the
+non-negative optimum (its support is one of the subsets; at most five
+constants, so 31).
+"""
+
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+
+from dsjax.config.checks import require
+from dsjax.simulation import latency
+
+
+class Cell(NamedTuple):
+  """One measured step. pieces, batch and context as latency has them."""
+
+  pieces: tuple[tuple[int, int], ...]
+  batch: int
+  context: int
+  seconds: float
+
+  @property
+  def kind(self):
+    """prefill | decode | mixed."""
+    if self.pieces:
+      return 'mixed' if self.batch else 'prefill'
+    return 'decode'
+
+
+class Residual(NamedTuple):
+  """How far a latency is from what was measured of one kind of step.
+
+  mape: mean of |predicted / measured - 1|; worst: the largest of them, at
+  `cell`.
+  """
+
+  count: int
+  mape: float
+  worst: float
+  cell: Cell
+
+
+def predict_s(model, cell):
+  """The seconds of a Cell, as a latency has them."""
+  return model.mixed_s(cell.pieces, cell.batch, cell.context)
+
+
+def residuals(model, cells):
+  """{kind: Residual} of a latency against measured cells."""
+  out = {}
+  for kind in ('prefill', 'decode', 'mixed'):
+    errors = [(abs(predict_s(model, c) / c.seconds - 1), c) for c in cells
+              if c.kind == kind]
+    if errors:
+      worst, cell = max(errors, key=lambda e: e[0])
+      out[kind] = Residual(len(errors), float(np.mean(
+          [e for e, _ in errors])), worst, cell)
+  return out
+
+
+def nonnegative(features, seconds, weights=None):
+  """argmin over c >= 0 of sum_i (w_i ((features_i . c) / seconds_i - 1))^2.
+
+  Args:
+    features: [cells, constants], at most 10 constants. seconds: above 0.
+    weights: of the relative errors; None: 1 each. seconds: absolute errors.
+
+  Returns:
+    (constants, sum of squared relative errors), float64.
+
+  Raises:
+    InputError: no cells, or seconds that are not above 0.
+  """
+  x, y = np.asarray(features, float), np.asarray(seconds, float)
+  require(len(y) and np.isfinite(y).all() and (y > 0).all(), 'seconds',
+          seconds, 'at least one, each above 0')
+  require(x.ndim == 2 and x.shape[0] == len(y) and 1 <= x.shape[1] <= 10
+          and np.isfinite(x).all(), 'features', x.shape,
+          f'[{len(y)}, 1 to 10] of finite numbers')
+  w = np.ones(len(y)) if weights is None else np.asarray(weights, float)
+  x = x * (w / y)[:, None]
+  size = np.linalg.norm(x, axis=0)
+  size[size == 0] = 1.0
+  x = x / size
+  best, least = np.zeros(x.shape[1]), float(w @ w)  # c = 0 misses all by 1
+  for count in range(1, x.shape[1] + 1):
+    for chosen in itertools.combinations(range(x.shape[1]), count):
+      c = np.linalg.lstsq(x[:, chosen], w, rcond=None)[0]
+      if (c < 0).any():
+        continue
+      error = float(np.sum((x[:, chosen] @ c - w)**2))
+      if error < least:
+        best, least = np.zeros(x.shape[1]), error
+        best[list(chosen)] = c
+  return best / size, least
+
+
+def _up(cell, buckets):
+  rows = buckets.mixed_rows if cell.pieces else buckets.rows
+  tokens = latency.sums(cell.pieces)[0]
+  return (latency.round_up(tokens, buckets.tokens),
+          latency.round_up(cell.batch, rows))
+
+
+def _prefill_row(cell, buckets):
+  return (1.0, _up(cell, buckets)[0], latency.sums(cell.pieces)[1],
+          len(cell.pieces) - 1)
+
+
+def _decode_row(cell, buckets):
+  return 1.0, cell.context, _up(cell, buckets)[1]
+
+
+def _mixed_row(cell, buckets):
+  return (1.0, sum(_up(cell, buckets)), latency.sums(cell.pieces)[1],
+          cell.context)
+
+
+def _solve(cells, row, buckets):
+  return nonnegative([row(c, buckets) for c in cells],
+                     [c.seconds for c in cells])
+
+
+LEAST_BATCHES, LEAST_GAIN = 2, 0.5
+
+
+def _fit_decode(cells, buckets):
+  """(decode, decode_large, split): two pieces only where they halve the
+  squared error and each has cells of two batch sizes and more cells than
+  constants."""
+  whole, error = _solve(cells, _decode_row, buckets)
+  best, least = (whole, None, None), error * LEAST_GAIN
+  sizes = sorted({c.batch for c in cells})
+  for at in range(LEAST_BATCHES, len(sizes) - LEAST_BATCHES + 1):
+    split = sizes[at - 1]
+    sides = ([c for c in cells if c.batch <= split],
+             [c for c in cells if c.batch > split])
+    if min(map(len, sides)) <= 3:
+      continue
+    (small, a), (large, b) = (_solve(s, _decode_row, buckets) for s in sides)
+    if a + b < least:
+      best, least = (small, large, split), a + b
+  return best
+
+
+def fit_affine(cells, buckets=None, host_s=0.0, pp=1):
+  """The Affine nearest to measured steps, by relative error.
+
+  Args:
+    cells: [Cell], prefills and decodes; mixed ones too, or the latency says
+      them from the other two.
+    buckets: latency.Buckets of the engine that was measured.
+
+  Raises:
+    InputError: no cell of prefill or of decode, or seconds not above 0.
+  """
+  buckets = buckets or latency.Buckets()
+  of = {kind: [c for c in cells if c.kind == kind]
+        for kind in ('prefill', 'decode', 'mixed')}
+  for kind in ('prefill', 'decode'):
+    require(of[kind], 'cells', len(cells), f'some of kind {kind}')
+  (*prefill, piece_s), _ = _solve(of['prefill'], _prefill_row, buckets)
+  small, large, split = _fit_decode(of['decode'], buckets)
+  mixed = None
+  if of['mixed']:
+    # What a further piece costs is known from the prefills; a cell keeps at
+    # least half of its seconds, whatever that takes away.
+    rest = [c._replace(seconds=max(c.seconds / 2, c.seconds - piece_s * (
+        len(c.pieces) - 1))) for c in of['mixed']]
+    mixed, _ = _solve(rest, _mixed_row, buckets)
+  return latency.Affine(
+      *(None if c is None else tuple(map(float, c))
+        for c in (prefill, small, large)), split,
+      mixed if mixed is None else tuple(map(float, mixed)), host_s, pp,
+      buckets, float(piece_s))
+
+
+def fit_appendix_a(cells, config, block=16, tp=1):
+  """(C1, ..., C5) of DistServe's Appendix A, seconds; see latency.appendix_a.
+
+  Mixed cells are left out: the paper has none.
+  """
+  prefill, decode = latency.appendix_a_features(config, block, tp)
+  one = latency.Buckets()
+  rows = {'prefill': lambda c: np.multiply(prefill, _prefill_row(c, one)[:3]),
+          'decode': lambda c: np.multiply(decode, (1.0, c.context))}
+  found = {}
+  for kind, row in rows.items():
+    of = [c for c in cells if c.kind == kind]
+    require(of, 'cells', len(cells), f'some of kind {kind}')
+    found[kind], _ = nonnegative([row(c) for c in of],
+                                 [c.seconds for c in of])
+  (c3, c1, c2), (c4, c5) = found['prefill'], found['decode']
+  return tuple(map(float, (c1, c2, c3, c4, c5)))
+
+
+def fit_link(tokens, seconds, kv_bytes):
+  """A latency.Link from migrations of so many tokens.
+
+  Raises:
+    InputError: no measurements, or they do not grow with the tokens.
+  """
+  (base_s, each), _ = nonnegative([(1.0, n) for n in tokens], seconds)
+  require(each > 0, 'seconds', seconds, 'longer for more tokens')
+  return latency.Link(float(base_s), float(kv_bytes / each), kv_bytes)

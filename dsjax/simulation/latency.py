@@ -1,0 +1,304 @@
+"""Seconds of a step: prefill, decode, mixed (chunked), a KV transfer.
+
+Three forms, one interface (predictions are arithmetic; `fitting` makes them
+from measurements):
+
+- `Affine`: prefill A + B sum(l) + C sum(l^2), decode A + B context + C batch
+  with two pieces of batch sizes (the form that DistServe's code profiles).
+  `appendix_a` gives the one of the paper's five constants.
+- `roofline.Roofline`: operations and bytes counted from the model's shape
+  against a device's peaks, for hardware that nobody has measured.
+- `Link`: a KV transfer.
+
+A latency has `prefill_s(pieces)`, `decode_s(batch, context)`,
+`decode_line(batch)`, `mixed_s(pieces, batch, context)`, `host_s` and `pp`.
+pieces: (start, stop) token ranges of prompts, start > 0 for a later chunk;
+context: tokens attended to, over all rows. Seconds are those of one batch on
+its whole way through the `pp` stages of the instance; a stage takes 1 / pp of
+them. host_s is the host's time between two steps, not part of a step.
+"""
+
+import dataclasses
+import math
+from bisect import bisect_left
+from typing import NamedTuple
+
+from dsjax.config.checks import finite, positive, require, whole
+
+
+class Buckets(NamedTuple):
+  """Sizes that are compiled: a batch costs what the next one costs.
+
+  tokens of a prefill, rows of a decode, rows that join a prefill. Empty: a
+  batch costs its own size.
+  """
+
+  tokens: tuple[int, ...] = ()
+  rows: tuple[int, ...] = ()
+  mixed_rows: tuple[int, ...] = ()
+
+
+def round_up(size, buckets):
+  """The bucket that a size costs; itself above the largest."""
+  at = bisect_left(buckets, size)
+  return buckets[at] if at < len(buckets) else size
+
+
+def sums(pieces):
+  """(tokens, stop^2 - start^2) of pieces, summed: a chunk attends to what
+  lies before it too, so chunks of a prompt add up to the whole prompt."""
+  tokens = squares = 0
+  for start, stop in pieces:
+    tokens += stop - start
+    squares += stop * stop - start * start
+  return tokens, squares
+
+
+def _constants(name, values, count):
+  require(isinstance(values, (tuple, list)) and len(values) == count
+          and all(finite(v) for v in values), name, values,
+          f'{count} numbers, each 0 or more')
+  return tuple(map(float, values))
+
+
+def check_common(latency):
+  """Raises InputError unless host_s and pp are what a latency may have."""
+  kind = type(latency).__name__
+  require(finite(latency.host_s), f'{kind}.host_s', latency.host_s,
+          'seconds, 0 or more')
+  require(whole(latency.pp), f'{kind}.pp', latency.pp, 'stages, 1 or more')
+
+
+@dataclasses.dataclass(frozen=True)
+class Affine:
+  """Linear in what a batch holds; every constant is 0 or more.
+
+  Attributes:
+    prefill: (A, B, C): A + B tokens + C sum(stop^2 - start^2).
+    decode: (A, B, C): A + B context + C batch.
+    decode_large: the same, of batches above `split`; None: `decode` is.
+    split: largest batch of `decode`; None without decode_large.
+    mixed: (A, B, C, D): A + B (tokens + batch) + C sum(stop^2 - start^2)
+      + D context, where it was measured. None: the weights are read once and
+      the tokens of both kinds share the matrix products, so these take the
+      longer of the prefill's line and the decode's line over all tokens, and
+      each kind adds its own attention:
+        max(A_p + B_p n, A_d + C_d n) + C_p squares + B_d context,
+        n = tokens + batch;
+      never more than the two steps one after the other.
+    piece_s: seconds of each piece after the first, prefill or mixed (its own
+      blocks of attention, its row of the output head).
+    buckets: tokens and rows round up to these.
+  """
+
+  prefill: tuple[float, float, float]
+  decode: tuple[float, float, float]
+  decode_large: tuple[float, float, float] | None = None
+  split: int | None = None
+  mixed: tuple[float, float, float, float] | None = None
+  host_s: float = 0.0
+  pp: int = 1
+  buckets: Buckets = Buckets()
+  piece_s: float = 0.0
+
+  def __post_init__(self):
+    for field, count in (('prefill', 3), ('decode', 3), ('decode_large', 3),
+                         ('mixed', 4)):
+      value = getattr(self, field)
+      if value is not None or field in ('prefill', 'decode'):
+        object.__setattr__(self, field, _constants(
+            f'Affine.{field}', value, count))
+    require((self.split is None) == (self.decode_large is None)
+            and (self.split is None or whole(self.split)), 'Affine.split',
+            self.split, 'a batch size, with decode_large and only with it')
+    require(len(self.buckets) == 3, 'Affine.buckets', self.buckets,
+            'tokens, rows, mixed_rows')
+    for field, sizes in zip(Buckets._fields, self.buckets, strict=True):
+      require(all(map(whole, sizes))
+              and list(sizes) == sorted(set(sizes)),
+              f'Affine.buckets.{field}', sizes, 'growing sizes')
+    object.__setattr__(self, 'buckets', Buckets(*map(tuple, self.buckets)))
+    require(finite(self.piece_s), 'Affine.piece_s', self.piece_s,
+            'seconds, 0 or more')
+    check_common(self)
+
+  def prefill_s(self, pieces):
+    """Seconds of a prefill batch; 0 of an empty one."""
+    if not pieces:
+      return 0.0
+    tokens, squares = sums(pieces)
+    a, b, c = self.prefill
+    return (a + b * round_up(tokens, self.buckets.tokens) + c * squares
+            + self.piece_s * (len(pieces) - 1))
+
+  def decode_line(self, batch):
+    """(a, b): a step of `batch` rows takes a + b context."""
+    a, b, c = self._decode(batch)
+    return a + c * round_up(batch, self.buckets.rows), b
+
+  def _decode(self, batch):
+    large = self.split is not None and batch > self.split
+    return self.decode_large if large else self.decode
+
+  def decode_s(self, batch, context):
+    """Seconds of a decode step; 0 of an empty one."""
+    a, b = self.decode_line(batch)
+    return a + b * context if batch else 0.0
+
+  def mixed_s(self, pieces, batch, context):
+    """Seconds of a chunked step: prompt pieces and decode rows together."""
+    if not pieces or not batch:
+      return self.prefill_s(pieces) + self.decode_s(batch, context)
+    tokens, squares = sums(pieces)
+    n = (round_up(tokens, self.buckets.tokens)
+         + round_up(batch, self.buckets.mixed_rows))
+    more = self.piece_s * (len(pieces) - 1)
+    if self.mixed is not None:
+      a, b, c, d = self.mixed
+      return a + b * n + c * squares + d * context + more
+    (a, b, c), (a_d, b_d, c_d) = self.prefill, self._decode(batch)
+    joint = max(a + b * n, a_d + c_d * n) + c * squares + b_d * context + more
+    return min(joint, self.prefill_s(pieces) + self.decode_s(batch, context))
+
+
+def appendix_a(config, c, block=16, tp=1, host_s=0.0):
+  """The latency of DistServe's Appendix A.
+
+    T_prefill = C1 (4 t h^2 + 2 t h m) + C2 3 h t2 / b + C3
+    T_decode  = C4 (4 h^2 + 2 h m) + C5 3 h t
+
+  h: D; m: F; b: the attention kernel's block; t: tokens (decode: context);
+  t2: sum of squares. The paper's model has as many kv heads as heads and no
+  gate. tp divides the work of every product (the paper divides h and m;
+  of each product one side only is split). The layers are in the constants.
+
+  Args:
+    config: a ModelConfig. c: (C1, ..., C5), seconds.
+  """
+  c1, c2, c3, c4, c5 = _constants('appendix_a.c', c, 5)
+  (_, b, s), (w, t) = appendix_a_features(config, block, tp)
+  return Affine((c3, c1 * b, c2 * s), (c4 * w, c5 * t, 0.0), host_s=host_s)
+
+
+def appendix_a_features(config, block=16, tp=1):
+  """((1, per token, per square), (weights, per context token)): what C3, C1,
+  C2 and C4, C5 multiply."""
+  h, m = config.d_model, config.d_ff
+  matrix, reads = (4 * h * h + 2 * h * m) / tp, 3 * h / tp
+  return (1.0, matrix, reads / block), (matrix, reads)
+
+
+def scale(latency, config, plan, speedup=None, itemsize=2,
+          tensor_bytes_per_s=math.inf, pipe_bytes_per_s=math.inf, hop_s=0.0):
+  """An Affine measured on one device, for another plan.
+
+  Rules:
+    - tensor: every constant is divided by the speed-up K of DistServe's Eq. 3
+      (1 <= K <= tp; measure it: `speedup`); then each layer adds two
+      all-reduces, 2 (tp - 1) / tp of the activations over the link each, and
+      2 hop_s.
+    - pipeline: the pass over all layers stays, and each of the pp - 1 hops
+      adds the activations over the link and hop_s.
+
+  Args:
+    latency: of Plan(1, 1). speedup: K; None for tp, the ideal.
+    tensor_bytes_per_s, pipe_bytes_per_s: of the links, one direction.
+    hop_s: fixed seconds of a message.
+  """
+  k = plan.tp if speedup is None else speedup
+  require(1 <= k <= plan.tp, 'speedup', k, f'from 1 to tp={plan.tp}')
+  require(latency.pp == 1, 'latency.pp', latency.pp,
+          '1: a latency of one device is scaled')
+  token = config.d_model * itemsize
+  tensor = 4 * config.num_layers * (plan.tp - 1) / plan.tp
+  each = (tensor * token / tensor_bytes_per_s
+          + (plan.pp - 1) * token / pipe_bytes_per_s)
+  fixed = hop_s * ((plan.pp - 1)
+                   + 2 * config.num_layers * (plan.tp > 1))
+
+  def scaled(constants, token_at):
+    if constants is None:
+      return None
+    out = [x / k for x in constants]
+    out[0] += fixed
+    out[token_at] += each
+    return tuple(out)
+  return dataclasses.replace(
+      latency, piece_s=latency.piece_s / k,
+      prefill=scaled(latency.prefill, 1),
+      decode=scaled(latency.decode, 2),
+      decode_large=scaled(latency.decode_large, 2),
+      mixed=scaled(latency.mixed, 1), pp=plan.pp)
+
+
+def speedup(one, many, pieces):
+  """K of DistServe's Eq. 3: how much faster `many` prefills than `one`."""
+  return one.prefill_s(pieces) / many.prefill_s(pieces)
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+  """KV from one instance to another: base_s + bytes / bytes_per_s.
+
+  kv_bytes: of a token, all layers. beside: pages are read while the source's
+  steps go on; else behind those in flight, which own the cache in turn, as on
+  our engine.
+  """
+
+  base_s: float
+  bytes_per_s: float
+  kv_bytes: float
+  beside: bool = False
+
+  def __post_init__(self):
+    require(finite(self.base_s), 'Link.base_s', self.base_s, '0 or more')
+    require(isinstance(self.beside, bool), 'Link.beside', self.beside,
+            'true or false')
+    for field in ('bytes_per_s', 'kv_bytes'):
+      value = getattr(self, field)
+      require(positive(value), f'Link.{field}', value, 'above 0')
+
+  def migrate_s(self, num_tokens):
+    """Seconds of a migration of so many tokens, alone on the link."""
+    return self.base_s + num_tokens * self.kv_bytes / self.bytes_per_s
+
+
+def saturation_tokens(latency, share=0.95, limit=32768, prompt_len=None):
+  """L_m: the fewest tokens of a prefill batch that reach this share of the
+  best prefill throughput (tokens/s) of any batch up to `limit`.
+
+  Args:
+    prompt_len: the batch is made of prompts this long; None: of one prompt,
+      whose attention grows with its length.
+  """
+  require(0 < share <= 1, 'share', share, 'in (0, 1]')
+
+  def rate(n):
+    each = prompt_len or n
+    pieces = [(0, min(each, n - at)) for at in range(0, n, each)]
+    seconds = latency.prefill_s(tuple(pieces))
+    return n / seconds if seconds else math.inf
+
+  sizes = sorted({*(round(1.02**i) for i in range(
+      int(math.log(limit, 1.02)) + 1)), limit, *(
+          b for b in getattr(latency, 'buckets', Buckets()).tokens
+          if b <= limit)})
+  rates = [rate(n) for n in sizes]
+  enough = share * max(rates)
+  at = next(i for i, r in enumerate(rates) if r >= enough)
+  low, high = (sizes[at - 1] if at else 0), sizes[at]
+  while high - low > 1:
+    middle = (low + high) // 2
+    low, high = (low, middle) if rate(middle) >= enough else (middle, high)
+  return high
+
+
+def largest_batch(latency, tpot_s, context, limit=4096):
+  """The largest decode batch within tpot_s; 0: not even one row is.
+
+  Args:
+    context: tokens of each row. limit: the largest that is tried.
+  """
+  return max((b for b in range(1, limit + 1)
+              if latency.decode_s(b, b * context) + latency.host_s <= tpot_s),
+             default=0)

@@ -1,0 +1,140 @@
+"""Files of measured latencies."""
+
+import dataclasses
+import json
+import pathlib
+
+from dsjax.config.checks import InputError
+from dsjax.config.placement import Plan
+from dsjax.simulation.contention import Contention
+from dsjax.simulation.latency import Affine, Buckets, Link
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+  """What was measured of a model on a device.
+
+  latencies: {Plan: Affine}. links: {(Plan, Plan): Link}, prefill's plan to
+  decode's. source: what measured it, in words. contention: of instances of
+  one device each, side by side; None: not measured.
+  """
+
+  model: str
+  device: str
+  latencies: dict[Plan, Affine]
+  links: dict[tuple[Plan, Plan], Link] = dataclasses.field(
+      default_factory=dict)
+  source: str = ''
+  contention: Contention | None = None
+
+
+def _name(plan):
+  return f'{plan.tp}x{plan.pp}'
+
+
+def _plan(path, field, text):
+  parts = text.split('x')
+  if len(parts) != 2 or not all(p.isdecimal() and int(p) for p in parts):
+    raise InputError(f'{path}: {field}={text!r}: must be a plan TPxPP, such '
+                     'as 2x1')
+  return Plan(*map(int, parts))
+
+
+def save(path, profile):
+  """Writes a Profile as JSON that `load` reads."""
+  data = {
+      'model': profile.model, 'device': profile.device,
+      'source': profile.source,
+      'latencies': {_name(plan): dataclasses.asdict(x) | {
+          'buckets': x.buckets._asdict()}
+                    for plan, x in profile.latencies.items()},
+      'links': {f'{_name(a)}>{_name(b)}': dataclasses.asdict(link)
+                for (a, b), link in profile.links.items()},
+  }
+  if profile.contention:
+    data['contention'] = {'>'.join(pair): factor for pair, factor in
+                          profile.contention.factors.items()}
+  pathlib.Path(path).write_text(json.dumps(data, indent=1) + '\n')
+
+
+def read_json(path):
+  """What a JSON file holds.
+
+  Raises:
+    InputError naming the file.
+  """
+  try:
+    return json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
+  except OSError as error:
+    raise InputError(f'{path}: cannot be read: {error.strerror}') from error
+  except (ValueError, RecursionError) as error:
+    raise InputError(f'{path}: is not JSON: {error}') from error
+
+
+def load(path):
+  """Reads a Profile.
+
+  Raises:
+    InputError naming the file and the field.
+  """
+  data = _fields(path, '', read_json(path), ('model', 'device', 'latencies'),
+                 ('links', 'source', 'contention'))
+  for field in ('model', 'device', 'source'):
+    if not isinstance(data.get(field, ''), str):
+      raise InputError(f'{path}: {field}={data[field]!r}: must be text')
+  latencies, links = {}, {}
+  for name, value in _fields(path, 'latencies', data['latencies']).items():
+    where = f'latencies.{name}'
+    plan = _plan(path, 'latencies', name)
+    latencies[plan] = _made(path, where, Affine, value)
+    if latencies[plan].pp != plan.pp:
+      raise InputError(f'{path}: {where}.pp={latencies[plan].pp}: must be '
+                       f'{plan.pp}')
+  for name, value in _fields(path, 'links', data.get('links', {})).items():
+    ends = name.split('>')
+    if len(ends) != 2:
+      raise InputError(f'{path}: links={name!r}: must be PLAN>PLAN, such as '
+                       '2x1>1x1')
+    links[tuple(_plan(path, 'links', e) for e in ends)] = _made(
+        path, f'links.{name}', Link, value)
+  found = data.get('contention')
+  if found is not None:
+    found = _made(path, 'contention', Contention, {'factors': {
+        tuple(name.split('>')): factor for name, factor in _fields(
+            path, 'contention', found).items()}})
+  return Profile(data['model'], data['device'], latencies, links,
+                 data.get('source', ''), found)
+
+
+def _fields(path, where, value, needed=(), more=None):
+  name = where or 'the file'
+  if not isinstance(value, dict):
+    raise InputError(f'{path}: {name}={str(value)[:60]}: must be an object')
+  dot = f'{where}.' if where else ''
+  for field in needed:
+    if field not in value:
+      raise InputError(f'{path}: {dot}{field}: must be present')
+  for field in value if more is not None else ():
+    if field not in (*needed, *more):
+      raise InputError(f'{path}: {dot}{field}: is not known: must be one of '
+                       f'{(*needed, *more)}')
+  return value
+
+
+def _made(path, where, kind, value):
+  fields = dataclasses.fields(kind)
+  needed = [f.name for f in fields if f.default is dataclasses.MISSING]
+  value = dict(_fields(path, where, value, needed, [
+      f.name for f in fields if f.name not in needed]))
+  if 'buckets' in value:
+    found = _fields(path, f'{where}.buckets', value['buckets'],
+                    Buckets._fields, ())
+    for name, sizes in found.items():
+      if not isinstance(sizes, list):
+        raise InputError(f'{path}: {where}.buckets.{name}={sizes!r}: must be '
+                         'a list')
+    value['buckets'] = Buckets(**{k: tuple(v) for k, v in found.items()})
+  try:
+    return kind(**value)
+  except InputError as error:
+    raise InputError(f'{path}: {where}: {error}') from error

@@ -1,0 +1,163 @@
+"""Requests: arrival times x lengths.
+
+Everything is seeded and reads no clock. Arrivals, lengths and token ids come
+from separate random streams of one seed, so that runs at several rates share
+their lengths, and their arrivals up to a factor (common random numbers: the
+difference between two rates is then not noise of the sample).
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from dsjax.config.checks import require
+from dsjax.config.request import Request, Sampling
+
+KINDS = ('poisson', 'gamma', 'uniform', 'burst', 'trace')
+_ARRIVALS, _LENGTHS, _TOKENS = range(3)  # streams of one seed
+
+
+def _whole(value, low):
+  return (isinstance(value, int) and not isinstance(value, bool)
+          and value >= low)
+
+
+def _rng(seed, stream):
+  require(_whole(seed, 0), 'seed', seed, 'an integer, 0 or more')
+  return np.random.default_rng((seed, stream))
+
+
+def _trace_arrivals(entries, n, rate_per_s):
+  times = [e.arrival_s for e in entries or ()]
+  require(times and None not in times, 'arrivals.kind', 'trace',
+          'another one: the entries have no arrival times')
+  require(n <= len(times), 'arrivals.n', n,
+          f'at most {len(times)}, the length of the trace')
+  times = np.array(times[:n])
+  if rate_per_s is not None:
+    require(times[-1] > times[0], 'arrivals.rate_per_s', rate_per_s,
+            f'None: the first {n} arrivals are at one time, nothing to scale')
+    times *= (n - 1) / (times[-1] - times[0]) / rate_per_s
+  return times
+
+
+def arrivals(kind, rate_per_s, n, seed=0, cv=1.0, entries=None):
+  """Arrival times of n requests.
+
+  Kinds: 'poisson'; 'gamma' (gaps whose standard deviation is cv times their
+  mean: 1 is Poisson, above 1 bursty); 'uniform' (equal gaps); 'burst' (all at
+  0); 'trace' (the first n of `entries`, at their own times, or scaled so that
+  their mean gap is 1 / rate_per_s). With one seed, the times at two rates are
+  the same up to a factor, and a shorter list is a prefix of a longer one.
+
+  Args:
+    rate_per_s: unused by 'burst'; None for the trace's own times.
+    cv: from 0.01 to 100, 'gamma' only.
+
+  Returns:
+    A tuple of n seconds, not decreasing, after a first gap from 0.
+
+  Raises:
+    InputError.
+  """
+  require(kind in KINDS, 'arrivals.kind', kind, f'one of {KINDS}')
+  require(_whole(n, 1), 'arrivals.n', n, 'an integer of 1 or more')
+  if rate_per_s is not None or kind not in ('burst', 'trace'):
+    require(isinstance(rate_per_s, (int, float))
+            and math.isfinite(rate_per_s) and rate_per_s > 0,
+            'arrivals.rate_per_s', rate_per_s, 'a number above 0')
+  require(isinstance(cv, (int, float)) and 0.01 <= cv <= 100, 'arrivals.cv',
+          cv, 'a number from 0.01 to 100')
+  rng = _rng(seed, _ARRIVALS)
+  if kind == 'trace':
+    return tuple(_trace_arrivals(entries, n, rate_per_s).tolist())
+  if kind == 'burst':
+    return (0.0,) * n
+  if kind == 'uniform':
+    gaps = np.ones(n)
+  elif kind == 'poisson':
+    gaps = rng.standard_exponential(n)
+  else:
+    gaps = rng.standard_gamma(cv**-2, n) * cv**2
+  return tuple((np.cumsum(gaps) / rate_per_s).tolist())
+
+
+def from_lengths(entries, n, arrivals_s, vocab_size=None, seed=0,
+                 max_prompt=None, max_output=None, in_order=False):
+  """Requests with the lengths of a trace and prompts without meaning.
+
+  Args:
+    n: requests; each takes the lengths of an entry drawn with replacement,
+      or, in_order (with 'trace' arrivals), of the next entry.
+    arrivals_s: n seconds.
+    vocab_size: ids are drawn below it. None: each prompt is a `range`, for
+      simulation, where the ids of a long trace would fill the memory.
+    max_prompt, max_output: longer ones are cut to this many tokens.
+
+  Returns:
+    (requests, clipped): a list of n Request, ids 0 to n - 1, that generate
+    exactly their output length (ignore_eos); and how many of them were cut.
+
+  Raises:
+    InputError.
+  """
+  require(entries, 'from_lengths.entries', entries, 'at least one entry')
+  require(_whole(n, 1), 'from_lengths.n', n, 'an integer of 1 or more')
+  require(not in_order or n <= len(entries), 'from_lengths.n', n,
+          f'at most {len(entries)} in order, the length of the trace')
+  require(len(arrivals_s) == n, 'from_lengths.arrivals_s', len(arrivals_s),
+          f'{n} times')
+  for field, value in (('vocab_size', vocab_size),
+                       ('max_prompt', max_prompt), ('max_output', max_output)):
+    require(value is None or _whole(value, 1), f'from_lengths.{field}', value,
+            'None or an integer of 1 or more')
+  picks = range(n)
+  if not in_order:
+    picks = _rng(seed, _LENGTHS).integers(len(entries), size=n)
+  rng = _rng(seed, _TOKENS)
+  requests, clipped = [], 0
+  for i, (pick, arrival_s) in enumerate(zip(picks, arrivals_s, strict=True)):
+    _, prompt_len, output_len = entries[pick]
+    p = min(prompt_len, max_prompt or prompt_len)
+    o = min(output_len, max_output or output_len)
+    clipped += (p, o) != (prompt_len, output_len)
+    prompt = range(p)
+    if vocab_size is not None:
+      prompt = tuple(rng.integers(vocab_size, size=p).tolist())
+    requests.append(Request(i, arrival_s, prompt,
+                            Sampling(max_tokens=o, ignore_eos=True)))
+  return requests, clipped
+
+
+def from_prompts(prompts, arrivals_s, sampling=None, max_tokens=None):
+  """Requests of given token ids.
+
+  Args:
+    prompts: token ids of each prompt. arrivals_s: seconds of each.
+    sampling: one Sampling for all, or one for each.
+    max_tokens: of each prompt, None or a limit in place of its sampling's.
+
+  Returns:
+    A list of Request, ids 0, 1, ...
+
+  Raises:
+    InputError: lists of different lengths, or an empty prompt.
+  """
+  n = len(prompts)
+  sampling = sampling or Sampling()
+  each = [sampling] * n if isinstance(sampling, Sampling) else sampling
+  limits = max_tokens or (None,) * n
+  for field, values in (('arrivals_s', arrivals_s), ('sampling', each),
+                        ('max_tokens', limits)):
+    require(len(values) == n, f'from_prompts.{field}', len(values),
+            f'as many as the {n} prompts')
+  requests = []
+  for i, prompt in enumerate(prompts):
+    require(len(prompt) > 0, f'from_prompts.prompts[{i}]', prompt,
+            'at least one token id')
+    choice = each[i]
+    if limits[i] is not None:
+      choice = dataclasses.replace(choice, max_tokens=limits[i])
+    requests.append(Request(i, arrivals_s[i], tuple(prompt), choice))
+  return requests

@@ -1,0 +1,309 @@
+"""Workloads made from others: fits, mixtures, changing rates, shared prefixes.
+
+`workload` reads traces and makes requests; this module says what the traffic
+is like. Everything is seeded, with random streams of its own, and reads no
+clock.
+"""
+
+import itertools
+import math
+from bisect import bisect_right
+from typing import NamedTuple
+
+import numpy as np
+
+from dsjax import workload
+from dsjax.config.checks import InputError, positive, require
+from dsjax.workload import Entry
+
+_DRAWS = 3  # a stream of a seed; workload has those below
+
+
+def _rng(seed):
+  require(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0,
+          'seed', seed, 'an integer, 0 or more')
+  return np.random.default_rng((seed, _DRAWS))
+
+
+# --- fit and resample -------------------------------------------------------
+
+
+class Fit(NamedTuple):
+  """What a history of requests was like.
+
+  entries: its (prompt, output) pairs, drawn together so that what goes with
+  what is kept. rate_per_s: requests a second. cv: standard deviation of the
+  gaps over their mean: 1 for Poisson, above it bursty; a rate that drifts
+  over the history counts as burstiness.
+  """
+
+  entries: tuple[Entry, ...]
+  rate_per_s: float
+  cv: float
+
+
+def fit(entries):
+  """The Fit of a trace with arrivals.
+
+  Raises:
+    InputError: fewer than 3 entries, or none of them has a gap before it.
+  """
+  entries = tuple(entries)
+  times = [e.arrival_s for e in entries]
+  require(len(entries) >= 3 and None not in times, 'fit.entries',
+          len(entries), '3 or more with arrival times')
+  gaps = np.diff(np.sort(times))
+  require(gaps.mean() > 0, 'fit.entries', 'at one time',
+          'at different times')
+  cv = float(gaps.std() / gaps.mean())
+  return Fit(entries, float(1 / gaps.mean()), min(100.0, max(0.01, cv)))
+
+
+def resample(history, n, rate_per_s=None, seed=0, vocab_size=None,
+             max_prompt=None, max_output=None):
+  """n requests like those of a Fit (DistServe 4.1: fit, then resample).
+
+  Gaps are gamma with the history's cv; pairs of lengths are drawn with
+  replacement.
+
+  Args:
+    rate_per_s: None for the history's.
+
+  Returns:
+    (requests, clipped), as workload.from_lengths.
+  """
+  times = workload.arrivals('gamma', rate_per_s or history.rate_per_s, n,
+                            seed, history.cv)
+  return workload.from_lengths(history.entries, n, times, vocab_size, seed,
+                               max_prompt, max_output)
+
+
+# --- mixtures ---------------------------------------------------------------
+
+
+class Lengths(NamedTuple):
+  """Lognormal pieces, cut at `high` tokens and scaled to a mean.
+
+  pieces: (share, median, sigma) each; shares add up to 1. mean: of the
+  lengths as cut; the medians are multiplied by one factor that gives it.
+  """
+
+  pieces: tuple[tuple[float, float, float], ...]
+  high: int
+  mean: float
+
+
+class Mixture(NamedTuple):
+  """Prompt and output lengths, independent of each other."""
+
+  prompt: Lengths
+  output: Lengths
+
+
+# The means are the paper's (DistServe Fig. 7). sharegpt: shares and sigmas
+# were searched so that the 1st, 10th, ..., 99th percentiles are near those of
+# the 1,600 requests as its benchmark sampled them (prompt: 10, 89, 311, 680,
+# 1147, 1543, 1922; output: 2, 9, 18, 76, 304, 507, 968). For the other two
+# only means are published: sigma and high are assumptions, high such that an
+# OPT model's context of 2,048 tokens holds them.
+MIXTURES = {
+    'sharegpt': Mixture(
+        Lengths(((0.425, 257.7, 1.635), (0.575, 834.6, 0.456)), 2030, 755.5),
+        Lengths(((0.596, 23.8, 1.153), (0.404, 362.2, 0.506)), 1800, 200.3)),
+    'humaneval': Mixture(Lengths(((1.0, 150.0, 0.5),), 1024, 171.3),
+                         Lengths(((1.0, 80.0, 0.6),), 512, 98.2)),
+    'longbench': Mixture(Lengths(((1.0, 2000.0, 0.6),), 1948, 1738.3),
+                         Lengths(((1.0, 75.0, 0.6),), 512, 90.7)),
+}
+
+
+def _normal(x):
+  return 0.5 * math.erfc(-x / math.sqrt(2))
+
+
+def _cut_mean(median, sigma, high):
+  """E[min(X, high)] of a lognormal X."""
+  z = math.log(high / median) / sigma
+  return (median * math.exp(sigma**2 / 2) * _normal(z - sigma)
+          + high * (1 - _normal(z)))
+
+
+def factor(lengths):
+  """What the medians of Lengths are multiplied by for their mean.
+
+  Raises:
+    InputError: shares do not add up to 1, or no factor gives the mean.
+  """
+  shares = sum(p[0] for p in lengths.pieces)
+  require(all(len(p) == 3 and all(map(positive, p)) for p in lengths.pieces)
+          and math.isclose(shares, 1), 'Lengths.pieces', lengths.pieces,
+          '(share, median, sigma), all above 0, shares adding up to 1')
+  require(positive(lengths.mean) and 1 < lengths.mean < lengths.high,
+          'Lengths.mean', lengths.mean, f'between 1 and high={lengths.high}')
+  low, high = -30.0, 30.0  # of the factor's logarithm
+  for _ in range(100):
+    middle = (low + high) / 2
+    mean = sum(share * _cut_mean(median * math.exp(middle), sigma,
+                                 lengths.high)
+               for share, median, sigma in lengths.pieces)
+    low, high = (middle, high) if mean < lengths.mean else (low, middle)
+  return math.exp(low)
+
+
+def _draw(lengths, n, rng):
+  shares, medians, sigmas = np.array(lengths.pieces).T
+  piece = np.searchsorted(np.cumsum(shares)[:-1], rng.random(n), 'right')
+  x = (medians[piece] * factor(lengths)
+       * np.exp(sigmas[piece] * rng.standard_normal(n)))
+  return np.clip(np.rint(x), 1, lengths.high).astype(int).tolist()
+
+
+def draw(mixture, n, seed=0):
+  """n entries without arrivals, for workload.from_lengths(in_order=True).
+
+  Args:
+    mixture: a Mixture, or a name of MIXTURES.
+
+  Raises:
+    InputError.
+  """
+  if not isinstance(mixture, Mixture):
+    require(mixture in MIXTURES, 'mixture', mixture,
+            f'a Mixture or one of {sorted(MIXTURES)}')
+    mixture = MIXTURES[mixture]
+  require(isinstance(n, int) and n > 0, 'draw.n', n, 'an integer of 1 or more')
+  rng = _rng(seed)
+  return tuple(Entry(None, *pair) for pair in zip(
+      _draw(mixture.prompt, n, rng), _draw(mixture.output, n, rng),
+      strict=True))
+
+
+# --- rates that change ------------------------------------------------------
+
+
+def vary(unit_times, segments):
+  """Arrival times at a rate that changes, from arrivals at rate 1.
+
+  Time is stretched so that the arrivals' number grows as the integral of the
+  rate: Poisson arrivals stay Poisson, and two profiles share their
+  randomness.
+
+  Args:
+    unit_times: not decreasing, such as workload.arrivals(kind, 1.0, n, seed).
+    segments: ((seconds, rate_per_s), ...), repeated for ever; a rate may
+      be 0, but not all.
+
+  Returns:
+    A tuple of seconds.
+
+  Raises:
+    InputError.
+  """
+  segments = tuple(segments)
+  require(segments and all(
+      len(s) == 2 and positive(s[0]) and (s[1] == 0 or positive(s[1]))
+      for s in segments) and any(s[1] for s in segments), 'vary.segments',
+      segments, '(seconds, rate_per_s) pairs, not all rates 0')
+  starts = [0.0, *itertools.accumulate(s for s, _ in segments)]
+  counts = [0.0, *itertools.accumulate(s * r for s, r in segments)]
+  times = []
+  for u in unit_times:
+    cycle, rest = divmod(u, counts[-1])
+    # Of segments that end at one count (rate 0), the last: its start is
+    # where the count grows again.
+    at = min(bisect_right(counts, rest), len(segments)) - 1
+    rate = segments[at][1]
+    late = (rest - counts[at]) / rate if rate else segments[at][0]
+    times.append(cycle * starts[-1] + starts[at] + late)
+  return tuple(times)
+
+
+def diurnal(rate_per_s, swing, period_s=86400.0, steps=48):
+  """Segments of a day: rate (1 + swing sin(2 pi t / period)), in steps.
+
+  Each step has the mean rate of its span, so the whole has rate_per_s.
+
+  Args:
+    swing: from 0 (constant) to 1 (the least rate is 0).
+  """
+  require(positive(rate_per_s), 'diurnal.rate_per_s', rate_per_s, 'above 0')
+  require(positive(period_s), 'diurnal.period_s', period_s, 'above 0')
+  require(swing == 0 or positive(swing) and swing <= 1, 'diurnal.swing',
+          swing, 'from 0 to 1')
+  require(isinstance(steps, int) and steps >= 3, 'diurnal.steps', steps,
+          '3 or more')
+  # Mean of sin over a step, from the differences of its cosine.
+  edges = [math.cos(2 * math.pi * i / steps) for i in range(steps + 1)]
+  return tuple(
+      (period_s / steps, max(0.0, rate_per_s * (
+          1 + swing * (a - b) * steps / (2 * math.pi))))
+      for a, b in itertools.pairwise(edges))
+
+
+# --- shared prefixes --------------------------------------------------------
+
+BLOCK = 512  # tokens of a Mooncake block
+
+
+class Turn(NamedTuple):
+  """What a request of a trace shares with those before it.
+
+  entry: its lengths and arrival. shared_len: tokens at its prompt's start
+  that an earlier request had too, whole blocks. parent: index of the latest
+  request that had them, None without. group: index of the first request of
+  the conversation: one that shares no more than what all requests share (a
+  system prompt) begins one.
+  """
+
+  entry: Entry
+  shared_len: int
+  parent: int | None
+  group: int
+
+
+def read_turns(path):
+  """The Turns of a trace in Mooncake's format, sorted by arrival.
+
+  JSON lines as workload.read_lengths takes them, with hash_ids: a number for
+  each 512-token block of the prompt, equal where the whole prompt up to the
+  end of the block is equal. Arrivals of one moment stay in the file's order.
+
+  Raises:
+    InputError naming the file, the line and the field.
+  """
+  entries = workload.read_lengths(path)
+  rows = list(workload.json_lines(path))
+  for line, row in rows:
+    ids = row.get('hash_ids')
+    ok = (isinstance(ids, list) and all(
+        isinstance(i, int) and not isinstance(i, bool) for i in ids))
+    if not ok:
+      raise InputError(f'{path}, line {line}: hash_ids={str(ids)[:60]}: must '
+                       'be a list of integers')
+    most = -(-int(row['input_length']) // BLOCK)
+    if len(ids) > most:
+      raise InputError(f'{path}, line {line}: hash_ids of length {len(ids)}: '
+                       f'must be at most {most}, a block for every {BLOCK} '
+                       'tokens')
+  rows = sorted((row for _, row in rows), key=lambda r: float(r['timestamp']))
+  return turns(entries, [row['hash_ids'] for row in rows])
+
+
+def turns(entries, blocks):
+  """The Turns of entries with these hash_ids; see read_turns."""
+  require(len(entries) == len(blocks), 'turns.blocks', len(blocks),
+          f'as many as the {len(entries)} entries')
+  common = 0
+  if len(blocks) > 1:
+    common = next((i for i, ids in enumerate(zip(*blocks, strict=False))
+                   if len(set(ids)) > 1), min(map(len, blocks)))
+  holder, found = {}, []
+  for i, (entry, ids) in enumerate(zip(entries, blocks, strict=True)):
+    count = next((k for k, id in enumerate(ids) if id not in holder),
+                 len(ids))
+    parent = holder[ids[count - 1]] if count else None
+    group = found[parent].group if count > common else i
+    found.append(Turn(entry, min(count * BLOCK, entry.prompt_len), parent,
+                      group))
+    holder.update(dict.fromkeys(ids, i))
+  return tuple(found)

@@ -1,0 +1,1 @@
+"""Runners, one a claim; what they share and what they draw lies in folders."""

@@ -1,0 +1,1 @@
+"""Every step compiled for described GPUs, without one."""

@@ -1,0 +1,373 @@
+"""The engine against the floor: what each layer of the system costs.
+
+  python -m experiments.bench.engine [--peers] [--out=bench.json]
+
+Side by side in one run, on the same cores, SmolLM2-135M in float32:
+  (a) an instance's compiled steps against a hand-written plain `jax.jit` loop
+      with a dense cache, batch 1 and 8, 256-token prompts;
+  (b) the whole server against its bare compiled steps;
+  (c) scheduler.step in microseconds, 256 running and 1,000 waiting;
+  (d) KV migration against a plain `jax.device_put` of equal bytes;
+  (e) eight requests end to end, by mode;
+  (f) with --peers (extra `peers`), llama.cpp and transformers on the same
+      weights and threads.
+Pairs are timed in turn (A B A B ...) and the median of each is reported: on a
+noisy machine only the ratios mean something.
+"""
+
+import contextlib
+import functools
+import json
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from dsjax.checkpoints import checkpoint
+from dsjax.config.engine import EngineConfig, InstanceConfig
+from dsjax.config.placement import Placement, Plan
+from dsjax.config.request import Request, Sampling
+from dsjax.model import transformer
+from dsjax.runtime import engine, orchestrator
+from dsjax.scheduling import scheduler
+from dsjax.scheduling.events import (
+  Arrived,
+  Chunk,
+  DecodeDone,
+  Migrate,
+  PrefillDone,
+  Row,
+  RunDecode,
+  RunPrefill,
+)
+
+_OUT = flags.DEFINE_string('out', None, 'JSON file for the numbers.')
+_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Timed rounds of each pair.',
+                               lower_bound=1)
+_PEERS = flags.DEFINE_bool('peers', False, 'Also run llama.cpp, transformers.')
+_ONLY = flags.DEFINE_list('only', [], 'Parts to run, of a,b,c,d,e,f.')
+
+PROMPT, STEPS, BATCH = 256, 24, 8
+CONFIG = EngineConfig(max_len=512, max_seqs=BATCH, prefill_tokens=1024,
+                      prefill_seqs=BATCH, chunk_tokens=256)
+
+
+def clock(fn):
+  """Seconds of one call, its arrays ready."""
+  start = time.perf_counter()
+  jax.block_until_ready(fn())
+  return time.perf_counter() - start
+
+
+def in_turn(*fns):
+  """Median seconds of each function, timed A B A B after one warm-up."""
+  for fn in fns:
+    clock(fn)
+  rounds = [[clock(fn) for fn in fns] for _ in range(_ROUNDS.value)]
+  return [statistics.median(r[i] for r in rounds) for i in range(len(fns))]
+
+
+# --- the hand-written rival -------------------------------------------------
+
+
+def dense_forward(config, params, k_LBKTH, v_LBKTH, token_BS, pos_B):
+  """A plain decoder over a dense cache: no pages, no packing, no buckets."""
+  B, S = token_BS.shape
+  N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+  x_AD = params['embed_VD'][token_BS.reshape(-1)]
+  pos_A = (pos_B[:, None] + jnp.arange(S)[None, :]).reshape(-1)
+  turn = transformer.angles(config, pos_A)
+  put = jax.vmap(lambda c_KTH, new_KSH, at: jax.lax.dynamic_update_slice(
+      c_KTH, new_KSH, (0, at, 0)))
+  ks, vs = [], []
+  for layer, k_BKTH, v_BKTH in zip(params['layers'], k_LBKTH, v_LBKTH,
+                                   strict=True):
+    def heads(name, h_AD=None, layer=layer):
+      return transformer.project(layer[name], h_AD)
+    h_AD = transformer.rms_norm(x_AD, layer['attn_norm_D'], config.norm_eps)
+    q_ANH = transformer.rotary(heads('q_NHD', h_AD), *turn)
+    k_AKH = transformer.rotary(heads('k_KHD', h_AD), *turn)
+    v_AKH = heads('v_KHD', h_AD)
+    k_BKTH = put(k_BKTH, k_AKH.reshape(B, S, K, H).swapaxes(1, 2), pos_B)
+    v_BKTH = put(v_BKTH, v_AKH.reshape(B, S, K, H).swapaxes(1, 2), pos_B)
+    ks.append(k_BKTH)
+    vs.append(v_BKTH)
+    q_BKXH = q_ANH.reshape(B, S, K, N // K, H).swapaxes(1, 2).reshape(
+        B, K, -1, H) * H**-0.5
+    s_BKXT = jnp.einsum('bkxh,bkth->bkxt', q_BKXH, k_BKTH)
+    last_BX = jnp.repeat(pos_B[:, None] + jnp.arange(S)[None, :], N // K, 1)
+    live = (jnp.arange(k_BKTH.shape[2])[None, None, None, :]
+            <= last_BX[:, None, :, None])
+    a_BKXT = jax.nn.softmax(jnp.where(live, s_BKXT, -1e30), -1)
+    o_BKXH = jnp.einsum('bkxt,bkth->bkxh', a_BKXT, v_BKTH)
+    o_AI = o_BKXH.reshape(B, K, S, -1).swapaxes(1, 2).reshape(B * S, N * H)
+    x_AD += transformer.project(
+        layer['o_DNH'].reshape(config.d_model, -1), o_AI)
+    h_AD = transformer.rms_norm(x_AD, layer['mlp_norm_D'], config.norm_eps)
+    x_AD += heads('down_DF', jax.nn.silu(heads('gate_FD', h_AD))
+                  * heads('up_FD', h_AD))
+  x_BD = x_AD.reshape(B, S, -1)[:, -1]
+  token_B = jnp.argmax(transformer.head(config, params, x_BD), -1)
+  return tuple(ks), tuple(vs), token_B.astype(jnp.int32)
+
+
+class Dense:
+  """The rival's loop; the cache is exactly as long as it needs to be."""
+
+  def __init__(self, loaded, params, batch):
+    c = loaded.config
+    self.step = jax.jit(functools.partial(dense_forward, c),
+                        donate_argnums=(1, 2))
+    shape = (batch, c.num_kv_heads, PROMPT + STEPS + 1, c.head_dim)
+    self.params = params
+    self.kv = [tuple(jnp.zeros(shape) for _ in range(c.num_layers))
+               for _ in range(2)]
+    self.prompt = jnp.ones((batch, PROMPT), jnp.int32)
+    self.zero = jnp.zeros(batch, jnp.int32)
+
+  def prefill(self):
+    *self.kv, self.token = self.step(self.params, *self.kv, self.prompt,
+                                     self.zero)
+    return self.token
+
+  def decode(self):
+    pos = self.zero + PROMPT
+    for _ in range(STEPS):
+      *self.kv, self.token = self.step(self.params, *self.kv,
+                                       self.token[:, None], pos)
+      pos = pos + 1
+    return self.token
+
+
+# --- ours -------------------------------------------------------------------
+
+
+def commands(batch):
+  """The RunPrefill and RunDecode of `batch` prompts, as a scheduler would."""
+  pages = -(-(PROMPT + STEPS + 1) // CONFIG.page_size)
+  rows = [tuple(range(b * pages, (b + 1) * pages)) for b in range(batch)]
+  each = max(1, CONFIG.prefill_tokens // PROMPT)
+  chunks = [Chunk(b, 0, PROMPT, rows[b], True) for b in range(batch)]
+  prefills = [RunPrefill(0, 0, tuple(chunks[i:i + each]))
+              for i in range(0, batch, each)]
+  decode = RunDecode(0, 0, 0, STEPS, tuple(
+      Row(b, PROMPT, STEPS, rows[b]) for b in range(batch)))
+  return prefills, decode
+
+
+class Ours:
+  """An instance driven by hand-made commands: no scheduler, no server."""
+
+  def __init__(self, one, batch):
+    self.one, (self.prefills, self.last) = one, commands(batch)
+    for id in range(batch):
+      one.forget(id)
+    for id in range(batch):
+      one.admit(id, [1] * PROMPT, PROMPT, Sampling())
+
+  def prefill(self):
+    return [self.one.prefill(c)[0][0].token_R for c in self.prefills]
+
+  def decode(self):
+    return self.one.decode(self.last)[0][-1].token_R
+
+
+def bench_steps(loaded, one, results):
+  for batch in (1, BATCH):
+    dense, ours = Dense(loaded, one.last.params, batch), Ours(one, batch)
+    a, b = in_turn(ours.prefill, dense.prefill)
+    add(results, f'(a) prefill, batch {batch}', 'tokens/s',
+        batch * PROMPT / a, batch * PROMPT / b, 'plain jit loop')
+    a, b = in_turn(ours.decode, dense.decode)
+    add(results, f'(a) decode, batch {batch}', 'tokens/s',
+        batch * STEPS / a, batch * STEPS / b, 'plain jit loop')
+    weights = sum(x.nbytes for x in jax.tree.leaves(one.last.params))
+    print(f'    decode reads the weights at {weights * STEPS / a / 1e9:.1f} '
+          f'GB/s; one sum over an array of their size: '
+          f'{read_rate(weights):.1f} GB/s')
+
+
+@functools.cache
+def read_rate(size):
+  """GB/s of reading `size` bytes once with every core: the floor."""
+  x = jnp.ones(size // 4)
+  total = jax.jit(jnp.max)
+  clock(lambda: total(x))
+  return size / min(clock(lambda: total(x)) for _ in range(5)) / 1e9
+
+
+# --- the whole server -------------------------------------------------------
+
+
+def workload(server, count, tokens):
+  rng = np.random.default_rng(0)
+  first = server.next_id
+  return [Request(first + i, 0.0,
+                  tuple(rng.integers(100, 40000, PROMPT).tolist()),
+                  Sampling(max_tokens=tokens, ignore_eos=True))
+          for i in range(count)]
+
+
+def serve_all(server, count, tokens):
+  """Seconds until `count` requests, all there at once, are served."""
+  start = time.perf_counter()
+  server.run(workload(server, count, tokens))
+  took = time.perf_counter() - start
+  server.requests.clear()
+  return took
+
+
+def bench_server(loaded, results):
+  """A colocated server against the same steps without a server."""
+  placement = Placement(colocated=[Plan()])
+  with orchestrator.serve(loaded, placement, CONFIG) as server:
+    one = engine.Engine(loaded, [server.engines[0].shapes.mesh], 'colocated',
+                        CONFIG)
+    for _ in one.warm():
+      pass
+    bare = Ours(one, BATCH)
+
+    def steps():
+      bare.prefill()
+      return bare.decode()
+
+    ours, floor = [], []
+    for timed in [False] + [True] * _ROUNDS.value:
+      a, b = serve_all(server, BATCH, STEPS + 1), clock(steps)
+      if timed:
+        ours.append(a)
+        floor.append(b)
+    count = BATCH * (STEPS + 1)
+    add(results, '(b) server, colocated, batch 8', 'tokens/s',
+        count / statistics.median(ours), count / statistics.median(floor),
+        'bare steps')
+
+
+def bench_modes(loaded, results):
+  """Eight requests at once, 256-token prompts, 64 output tokens."""
+  modes = [Placement(prefill=[Plan()], decode=[Plan()]),
+           Placement(colocated=[Plan()]),
+           Placement(chunked=[Plan()])]
+  with contextlib.ExitStack() as stack:
+    servers = [stack.enter_context(orchestrator.serve(loaded, p, CONFIG))
+               for p in modes]
+    times = [[] for _ in servers]
+    for timed in [False] + [True] * _ROUNDS.value:
+      for server, taken in zip(servers, times, strict=True):
+        took = serve_all(server, BATCH, 64)
+        if timed:
+          taken.append(took)
+    for server, taken in zip(servers, times, strict=True):
+      rate = BATCH * 64 / statistics.median(taken)
+      ttft = statistics.median(r.ttft_s for r in server.records[-BATCH:])
+      add(results, f'(e) 8 x (256 + 64), {server.placement.mode}, '
+          f'median TTFT {ttft:.2f} s', 'generated tokens/s', rate)
+
+
+# --- the rest ---------------------------------------------------------------
+
+
+def bench_scheduler(results):
+  """One DecodeDone at 256 running and 1,000 waiting."""
+  one = InstanceConfig('colocated', 20_000, 16, 256, 8192, 64)
+  config = scheduler.Config((one,), 4096)
+  state, pending = scheduler.init(config), []
+  for id in range(1256):
+    state, out = scheduler.step(config, state, Arrived(0., id, 300, 900))
+    pending += [c for c in out if hasattr(c, 'number')]
+  taken = []
+  while len(taken) < 600:
+    c = pending.pop(0)
+    if isinstance(c, RunPrefill):
+      event = PrefillDone(0., 0, c.number)
+    else:
+      event = DecodeDone(0., 0, c.number, (0.,) * c.steps)
+    start = time.perf_counter()
+    state, out = scheduler.step(config, state, event)
+    if len(state.instances[0].rows) == 256:
+      taken.append(time.perf_counter() - start)
+    pending += [c for c in out if hasattr(c, 'number')]
+  assert len(state.instances[0].queue) == 1000
+  print(f'    p99 {np.percentile(taken, 99) * 1e6:.0f} us')
+  add(results, '(c) scheduler.step, 256 running, 1,000 waiting', 'us',
+      statistics.median(taken) * 1e6)
+
+
+def bench_migrate(loaded, results):
+  """KV of 2,048 tokens between two devices."""
+  config = EngineConfig(max_len=2048, max_seqs=2, transfer_pages=128)
+  placement = Placement(prefill=[Plan()], decode=[Plan()])
+  with orchestrator.serve(loaded, placement, config) as server:
+    route, = server.routes.values()
+    pages = 2048 // config.page_size
+    command = Migrate(0, 1, 0, tuple(range(pages)), 1,
+                      tuple(range(pages)), 2048)
+    shape = (loaded.config.num_kv_heads, pages, config.page_size,
+             loaded.config.head_dim)
+    layers = 2 * loaded.config.num_layers
+    plain = jax.device_put([jnp.ones(shape)] * layers, jax.devices()[0])
+    stacked = jax.device_put(jnp.ones((layers, *shape)), jax.devices()[0])
+    size = stacked.nbytes
+    ours, put, stack = in_turn(
+        lambda: route.start(command).land(),
+        lambda: jax.device_put(plain, jax.devices()[1]),
+        lambda: jax.device_put(stacked, jax.devices()[1]))
+    add(results, '(d) migration of 2,048 tokens', 'GB/s', size / ours / 1e9,
+        size / put / 1e9, 'device_put, an array a layer')
+    print(f'    one stacked device_put: {size / stack / 1e9:.1f} GB/s')
+
+
+def add(results, name, unit, value, rival=None, against=''):
+  ratio = value / rival if rival else None
+  results.append(dict(name=name, unit=unit, value=value, rival=rival,
+                      against=against, ratio=ratio))
+  print(f'{name}: {value:.1f} {unit}' + (
+      f'; {against} {rival:.1f}; ratio {ratio:.2f}' if rival else ''),
+      flush=True)
+
+
+def show(results):
+  width = max(len(r['name']) for r in results)
+  print(f'\n{"":{width}}  {"dsjax":>8}  {"rival":>8}  ratio')
+  for r in results:
+    rival, ratio = (f'{r[k]:8.{n}f}' if r[k] else ' ' * 8
+                    for k, n in (('rival', 1), ('ratio', 2)))
+    print(f'{r["name"]:{width}}  {r["value"]:8.1f}  {rival}  {ratio[3:]}  '
+          f'{r["unit"]}' + (f', {r["against"]}' if r['against'] else ''))
+
+
+def main(_):
+  jax.config.update('jax_num_cpu_devices', 2)
+  jax.config.update('jax_compilation_cache_dir', '.cache/jax')
+  parts = _ONLY.value or list('abcde') + ['f'] * _PEERS.value
+  loaded, results = checkpoint.load('smollm2-135m-instruct'), []
+  if 'c' in parts:
+    bench_scheduler(results)
+  if 'a' in parts or 'f' in parts:
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ('model',))
+    one = engine.Engine(loaded, [mesh], 'colocated', CONFIG)
+    for name in one.warm():
+      print('    compiled', name, flush=True)
+  if 'a' in parts:
+    bench_steps(loaded, one, results)
+  if 'b' in parts:
+    bench_server(loaded, results)
+  if 'd' in parts:
+    bench_migrate(loaded, results)
+  if 'e' in parts:
+    bench_modes(loaded, results)
+  if 'f' in parts:
+    from experiments.bench import peers
+    peers.bench((1, BATCH), PROMPT, STEPS, lambda n: Ours(one, n), in_turn,
+                functools.partial(add, results))
+  show(results)
+  if _OUT.value:
+    with open(_OUT.value, 'w') as file:
+      json.dump(results, file, indent=1)
+
+
+if __name__ == '__main__':
+  app.run(main)

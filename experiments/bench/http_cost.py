@@ -1,0 +1,293 @@
+"""What HTTP costs: the same streams in process and through the server.
+
+  python -m experiments.bench.http_cost --config=demo --streams=16 --rounds=5
+
+One orchestrator serves the same requests four ways, in turn: driven by
+Orchestrator.run in this process; through dsjax.http.service, the thread and the
+queues behind the server; written to a bare socket, which any server must; and
+over HTTP. The last two are streamed to a client in a process of its own, which
+counts from when a request is due to when the bytes of a token came. Requests
+start a little apart, so that none waits for another's prompt, and write so
+much that all of them overlap. Of every round the difference to the run in
+process is taken; the table has the median over the rounds, and the least and
+the most. Server, client and device share the cores of a CPU machine: CPU time
+a token of each is printed too. Aims: below 3 % of TPOT and 5 ms of TTFT.
+
+Exit codes: 0; 2 for bad input; 130 when stopped by Ctrl-C, which keeps the
+rounds there are.
+"""
+
+import asyncio
+import itertools
+import json
+import os
+import pathlib
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+os.environ.setdefault('NPROC', '32')  # room for collectives of many devices
+
+import jax
+from absl import app, flags
+from rich.progress import Progress
+from rich.table import Table
+
+import dsjax
+from dsjax import workload
+from dsjax.config.checks import require
+from dsjax.config.request import Request, Sampling
+from dsjax.http.service import Service
+from dsjax.http.telemetry import Gauges
+from experiments import api
+from experiments.common import terminal, tiny
+
+FLAGS = None  # once run as a program
+WAYS = ('in process', 'service', 'socket', 'HTTP')
+LEAD_S = 0.5  # from saying when a round begins to its beginning
+
+
+class Bench:
+  """An orchestrator and its three ways; each gives (token times, CPU).
+
+  prompts: ids of each stream, which start gap_s apart and write `tokens`.
+  """
+
+  def __init__(self, server, prompts, tokens, gap_s, limits):
+    self.server, self.prompts, self.limits = server, prompts, limits
+    self.tokens, self.due_s = tokens, [i * gap_s for i in range(len(prompts))]
+
+  def _sampling(self, i):
+    return Sampling(max_tokens=self.tokens, seed=i, ignore_eos=True)
+
+  def in_process(self):
+    """[[arrival_s, token times ...], ...] of Orchestrator.run."""
+    server = self.server
+    server.observers.clear()
+    requests = [Request(server.next_id + i, due_s, ids, self._sampling(i))
+                for i, (ids, due_s) in enumerate(zip(
+                    self.prompts, self.due_s, strict=True))]
+    before_s = time.thread_time()
+    records = server.run(requests)
+    cpu_s = {'orchestrator': time.thread_time() - before_s}
+    for record in records:
+      server.forget(record.id)
+    return [[r.arrival_s, *r.token_s] for r in records], cpu_s
+
+  async def _submit(self, service):
+    """The same through a Service, on its event loop."""
+    start_s = time.perf_counter() + LEAD_S
+
+    async def one(i):
+      at_s = start_s + self.due_s[i]
+      await asyncio.sleep(at_s - time.perf_counter())
+      call = service.submit([(self.prompts[i], self._sampling(i))], at_s)
+      times = []
+      while found := await call.take():
+        now_s = time.perf_counter()
+        times += [now_s for _, update in found for _ in update.tokens]
+      return [at_s, *times]
+    return await asyncio.gather(*map(one, range(len(self.prompts))))
+
+  async def _bare(self, service):
+    """An asyncio server that writes a call's updates, and nothing about it."""
+    async def answer(reader, writer):
+      at_s = time.perf_counter()
+      head = await reader.readuntil(b'\r\n\r\n')
+      body = json.loads(await reader.readexactly(
+          int(head.split(b'Content-Length: ')[1])))
+      writer.write(b'HTTP/1.1 200 OK\r\n\r\n')
+      call = service.submit([(body['prompt'], self._sampling(body['seed']))],
+                            at_s)
+      while found := await call.take():
+        for _, update in found:
+          writer.write(b'data: {%a}\n\n' % update.text)
+      writer.close()
+    return await asyncio.start_server(answer, '127.0.0.1')
+
+  def _ask(self, client, address):
+    """The same through a socket, from another process."""
+    start_s = time.perf_counter() + LEAD_S
+    jobs = [{'path': '/v1/completions', 'at_s': start_s + due_s, 'body': {
+        'model': 'm', 'prompt': list(map(int, ids)), 'seed': i, 'stream': True,
+        'max_tokens': self.tokens, 'ignore_eos': True, 'temperature': 0}}
+            for i, (ids, due_s) in enumerate(zip(
+                self.prompts, self.due_s, strict=True))]
+    print(json.dumps({'host': address[0], 'port': address[1], 'jobs': jobs}),
+          file=client.stdin, flush=True)
+    answer = json.loads(client.stdout.readline())
+    return [[job['at_s'], *times] for job, times in zip(
+        jobs, answer['times'], strict=True)], answer['cpu_s']
+
+  def served(self, client, ways):
+    """These ways, with a thread of their own: {way: (times, CPU)}."""
+    from dsjax.http import routes, socket_server
+    self.server.observers.clear()
+    metrics = Gauges()
+    service = Service(lambda _: self.server, self.limits, metrics)
+    http = socket_server.Server(routes.make_app(service, metrics, 'm'), service)
+    bound = socket.create_server(('127.0.0.1', 0))
+    thread = threading.Thread(target=lambda: asyncio.run(http.serve([bound])))
+    thread.start()
+    try:
+      while service.status == 'starting' or not http.started:
+        time.sleep(0.01)
+      found, addresses = {}, {'HTTP': bound.getsockname()}
+      bare = asyncio.run_coroutine_threadsafe(self._bare(service),
+                                              http.loop).result()
+      addresses['socket'] = bare.sockets[0].getsockname()
+      for way in ways:
+        before = _cpu_s(thread), _cpu_s(service.thread)
+        client_s = None
+        if way == 'service':
+          times = asyncio.run_coroutine_threadsafe(
+              self._submit(service), http.loop).result()
+        else:
+          times, client_s = self._ask(client, addresses[way])
+        cpu_s = {'event loop': _cpu_s(thread) - before[0],
+                 'orchestrator': _cpu_s(service.thread) - before[1]}
+        found[way] = times, cpu_s | ({'client': client_s} if client_s else {})
+      http.loop.call_soon_threadsafe(bare.close)
+      return found
+    finally:
+      http.should_exit = True
+      thread.join()
+      self.server.closed = False  # the service is gone, this one stays
+
+
+def _cpu_s(thread):
+  return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+
+
+def measures(times, tokens):
+  """(mean TTFT, mean TPOT) of [[arrival_s, token times ...], ...], seconds.
+
+  TPOT is from the first to the last token, however many came together.
+
+  Raises:
+    InputError: an answer is missing.
+  """
+  require(all(len(row) > 2 for row in times), 'answers',
+          [len(row) - 1 for row in times], f'{tokens} tokens each')
+  return (statistics.fmean(row[1] - row[0] for row in times),
+          statistics.fmean((row[-1] - row[1]) / (tokens - 1) for row in times))
+
+
+def rounds(bench, count, client):
+  """Yields {way: (mean TTFT, mean TPOT, CPU)} a round, in changing order."""
+  for i in range(count):
+    found = {}
+    for first in ((True, False) if i % 2 else (False, True)):
+      if first:
+        found['in process'] = bench.in_process()
+      else:
+        found |= bench.served(client, WAYS[:0:-1] if i % 2 else WAYS[1:])
+    yield {way: (*measures(times, bench.tokens), cpu_s)
+           for way, (times, cpu_s) in found.items()}
+
+
+def _spread(values, scale, unit):
+  mid = statistics.median(values)
+  return (f'{scale * mid:+.2f} {unit} ({scale * min(values):+.2f}, '
+          f'{scale * max(values):+.2f})')
+
+
+def table(found, streams, tokens):
+  """(a rich Table, {'tpot_share', 'ttft_s'} that HTTP adds) of the rounds."""
+  made = Table(title=f'{streams} streams of {tokens} tokens, {len(found)} '
+               'rounds: median (least, most)', title_justify='left')
+  for name in ('', *WAYS):
+    made.add_column(name, justify='right' if name else 'left')
+  columns = {way: [r[way] for r in found] for way in WAYS}
+
+  def row(name, cell):
+    made.add_row(name, *map(cell, WAYS))
+
+  def mean_ms(at):
+    return lambda way: format(1e3 * statistics.median(
+        r[at] for r in columns[way]), '.2f')
+  added = {way: ([r[way][0] - r[WAYS[0]][0] for r in found],
+                 [r[way][1] / r[WAYS[0]][1] - 1 for r in found])
+           for way in WAYS}
+  row('TTFT ms', mean_ms(0))
+  row('  added', lambda way: '' if way == WAYS[0] else _spread(
+      added[way][0], 1e3, 'ms'))
+  row('TPOT ms', mean_ms(1))
+  row('  added', lambda way: '' if way == WAYS[0] else _spread(
+      added[way][1], 1e2, '%'))
+  for who in ('orchestrator', 'event loop', 'client'):
+    row(f'CPU us a token, {who}', lambda way, who=who: '-' if who not in (
+        columns[way][0][2]) else format(1e6 * statistics.median(
+            r[2][who] for r in columns[way]) / (streams * tokens), '.0f'))
+  return made, {'ttft_s': statistics.median(added['HTTP'][0]),
+                'tpot_share': statistics.median(added['HTTP'][1]),
+                'socket_share': statistics.median(added['socket'][1])}
+
+
+def define_flags():
+  """This program's flags."""
+  return {
+      'config': flags.DEFINE_string('config', 'demo', 'As experiments.api.'),
+      'set': flags.DEFINE_multi_string('set', [], 'As experiments.api.'),
+      'streams': flags.DEFINE_integer('streams', 16, 'At a time.',
+                                      lower_bound=1),
+      'tokens': flags.DEFINE_integer('tokens', 96, 'Of each.', lower_bound=2),
+      'gap': flags.DEFINE_float('gap', 0.5, 'Seconds between their starts.',
+                                lower_bound=0.0),
+      'rounds': flags.DEFINE_integer('rounds', 5, 'Of all four ways.',
+                                     lower_bound=1)}
+
+
+def run(f, console):
+  """Measures and prints; returns the exit code. f: the flags' values."""
+  config = api.load(f['config'], [f'engine.max_seqs={f["streams"]}', *f['set']])
+  if jax.config.jax_platforms in (None, '', 'cpu'):
+    jax.config.update('jax_num_cpu_devices', config.num_devices)
+  jax.config.update('jax_compilation_cache_dir', str(api.ROOT / '.cache/jax'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+  model = (tiny.load(config.engine.dtype) if config.model == 'tiny' else
+           dsjax.load(config.model, config.engine.dtype))
+  server = dsjax.serve(model, config.placements[0], config.engine,
+                       keep_events=1)
+  texts = itertools.cycle(p.text or p.messages[-1]['content'] for p in
+                          workload.read_prompts(config.workload.path))
+  bench = Bench(server, [model.tokenizer.encode(t) for t in
+                         itertools.islice(texts, f['streams'])],
+                f['tokens'], f['gap'], config.limits)
+  found, stopped = [], False
+  client = subprocess.Popen(
+      [sys.executable, pathlib.Path(__file__).with_name('sse_client.py')],
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+  try:
+    with Progress(console=console, transient=True) as bar:
+      task = bar.add_task('rounds', total=f['rounds'])
+      for one in rounds(bench, f['rounds'], client):
+        found.append(one)
+        bar.advance(task)
+  except KeyboardInterrupt:
+    stopped = True
+  finally:
+    client.stdin.close()
+    client.wait()
+  if not found:
+    console.print('Stopped before the first round ended.')
+    return 130
+  made, added = table(found, f['streams'], f['tokens'])
+  console.print(made)
+  console.print(f'HTTP adds {1e2 * added["tpot_share"]:.2f} % to TPOT (aim: '
+                f'below 3) and {1e3 * added["ttft_s"]:.2f} ms to TTFT (aim: '
+                'below 5). A bare socket adds '
+                f'{1e2 * added["socket_share"]:.2f} %.', soft_wrap=True)
+  return 130 if stopped else 0
+
+
+def main(argv):
+  terminal.client(argv, FLAGS, run, terminal.wide_console())
+
+
+if __name__ == '__main__':
+  FLAGS = define_flags()
+  app.run(main)

@@ -1,0 +1,184 @@
+"""KV from any plan to any plan: what is copied, how fast, what decode feels.
+
+  python -m experiments.bench.migration --pairs=1x1:1x1,2x1:1x2 --tokens=1024
+
+For each pair TPxPP:TPxPP it prints
+  needed    bytes of the request's pages, once;
+  copied    bytes sent from device to device, and the ratio: 1.00 unless kv
+            heads are replicated on the target;
+  copies    arrays sent;
+  GB/s      copied bytes over the time from dispatch to the last page in
+            place, against a plain `jax.device_put` of the same pieces to the
+            same devices (no gather, no scatter);
+  step, x   a decode step of 4 rows on the target, and how many times as long
+            it takes while one migration a step arrives there: the median of
+            pairs, and in brackets the least and the most;
+  hidden    the share of a migration's own time that decode does not feel: 0
+            where nothing overlaps.
+All are timed in turn and medians reported. CPU devices of one process share
+cores and memory, and meshes of several devices take turns there, so overlap
+shows on one-device instances only.
+"""
+
+import json
+import statistics
+import time
+
+import jax
+import numpy as np
+from absl import app, flags
+
+import dsjax
+from dsjax.checkpoints.weights import random_params
+from dsjax.config.engine import EngineConfig
+from dsjax.config.model import ModelConfig
+from dsjax.config.request import Sampling
+from dsjax.model import kv_cache, sharding
+from dsjax.runtime import engine, migration
+from dsjax.scheduling.events import Migrate, Row, RunDecode
+from experiments.common import overrides as configs
+
+_MODEL = flags.DEFINE_string(
+    'model', 'smollm2-135m-instruct', "As dsjax.load takes it, or 'tiny'.")
+_PAIRS = flags.DEFINE_list(
+    'pairs', ['1x1:1x1', '2x1:2x1', '2x1:1x1', '1x1:2x1', '3x1:2x1',
+              '1x2:1x1', '2x2:1x3', '4x1:1x4', '1x1:8x1'],
+    'Plans TPxPP of source and target.')
+_TOKENS = flags.DEFINE_integer('tokens', 1024, 'Tokens of the request.',
+                               lower_bound=1)
+_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Timed rounds.', lower_bound=1)
+_SET = flags.DEFINE_multi_string(
+    'set', [], 'A field of EngineConfig: kv_dtype=bfloat16, page_size=32 ...')
+_DEVICES = flags.DEFINE_integer('devices', 16, 'CPU devices to make.')
+_OUT = flags.DEFINE_string('out', None, 'JSON file for the numbers.')
+
+STEPS, ROWS = 16, 4
+
+
+def load(name):
+  """The Model; 'tiny' is random weights of a small shape."""
+  if name != 'tiny':
+    return dsjax.load(name)
+  shape = ModelConfig('tiny', 4, 64, 9, 3, 16, 96, 128, 4096)
+  return dsjax.Model(shape, random_params(shape, 0))
+
+
+def clock(fn):
+  start = time.perf_counter()
+  jax.block_until_ready(fn())
+  return time.perf_counter() - start
+
+
+class Bench:
+  """Two instances and a request of `tokens` tokens on its way."""
+
+  def __init__(self, loaded, placement, config, tokens):
+    meshes = sharding.make_meshes(loaded.config, placement, jax.devices())
+    source, self.target = (
+        engine.Engine(loaded, stages, role, config)
+        for stages, role in zip(meshes, ('prefill', 'decode'), strict=True))
+    self.route = route = migration.Route(source, self.target)
+    route.warm()
+    first = ROWS * self.target.limits.num_pages // (ROWS + 1)
+    counts = [-(-tokens // e.limits.page_size) for e in (source, self.target)]
+    self.command = Migrate(0, 1, 0, tuple(range(counts[0])), 1,
+                           tuple(range(first, first + counts[1])), tokens)
+    for _ in self.target.warm():
+      pass
+    each = first // ROWS
+    for id in range(ROWS):
+      self.target.admit(id, [1] * 64, 64, Sampling())
+    self.rows = tuple(Row(id, 64, STEPS, tuple(
+        range(id * each, (id + 1) * each))) for id in range(ROWS))
+    self.pieces, self.to = self._pieces(counts[1])
+
+  def _pieces(self, pages):
+    """Arrays shaped as what is sent, on their source devices; targets."""
+    source, target = self.route.source, self.target
+    arrays, to = [], []
+    shapes = [(x.shape[2:], x.dtype)
+              for x in kv_cache.by_layer(target.stages[0].cache)[0]]
+    for piece in self.route.pieces:
+      (stage, shard), (to_stage, to_shard) = piece.source, piece.target
+      device = source.where[2][stage].devices.flat[shard]
+      for _ in range(*piece.layers):
+        for shape, dtype in shapes:
+          arrays.append(jax.device_put(np.zeros(
+              (len(piece.heads), pages, *shape), dtype), device))
+          to.append(target.where[2][to_stage].devices.flat[to_shard])
+    return arrays, to
+
+  def move(self):
+    return self.route.start(self.command).land()
+
+  def put(self):
+    return jax.device_put(self.pieces, self.to)
+
+  def decode(self, moving=False):
+    """STEPS decode steps; moving: each followed by a migration."""
+    outs, done = [], []
+    for step in range(STEPS):
+      outs += self.target.decode(RunDecode(1, step, step, 1, self.rows))[0]
+      if moving:
+        done += self.move()
+    return outs, done
+
+  def run(self, rounds):
+    """A row of the table."""
+    fns = (self.move, self.put, self.decode, lambda: self.decode(True))
+    for fn in fns:
+      clock(fn)
+    taken = [[clock(fn) for fn in fns] for _ in range(rounds)]
+    move, put, alone, both = map(statistics.median, zip(*taken, strict=True))
+    slower = sorted(b / a for *_, a, b in taken)
+    config = self.target.where[0].model
+    transfer = self.route.start(self.command)
+    needed = len(self.command.target_pages) * self.target.limits.page_size * (
+        kv_cache.bytes_per_token(
+            config, self.target.config.kv_dtype_of('decode'),
+            config.num_layers))
+    return dict(
+        needed_mb=needed / 1e6, copied_mb=transfer.bytes / 1e6,
+        ratio=transfer.bytes / needed,
+        copies=len(self.pieces) * len(migration.batches(
+            -(-self.command.num_tokens // self.route.tokens),
+            self.route.buckets)),
+        gb_per_s=transfer.bytes / move / 1e9,
+        put_gb_per_s=sum(x.nbytes for x in self.pieces) / put / 1e9,
+        step_ms=alone / STEPS * 1e3, slower=statistics.median(slower),
+        slower_range=(slower[0], slower[-1]),
+        hidden=1 - (both - alone) / (STEPS * move))
+
+
+def main(_):
+  jax.config.update('jax_num_cpu_devices', _DEVICES.value)
+  jax.config.update('jax_compilation_cache_dir', '.cache/jax')
+  pairs = [configs.parse_placement('prefill={},decode={}'.format(
+      *pair.split(':', 1), '')) for pair in _PAIRS.value]
+  config = EngineConfig(
+      max_len=max(512, _TOKENS.value), max_seqs=ROWS + 1, prefill_tokens=64,
+      prefill_seqs=1, transfer_pages=64)
+  config = configs.override(config, _SET.value)
+  loaded, results = load(_MODEL.value), []
+  print(f'{loaded.config.name}, {_TOKENS.value} tokens, '
+        f'{len(jax.devices())} {jax.devices()[0].device_kind} devices')
+  print(f'{"tp x pp":>14} {"needed":>8} {"copied":>8} {"ratio":>6} '
+        f'{"copies":>7} {"GB/s":>6} {"put":>6} {"share":>6} {"step ms":>8} '
+        f'{"x":>5} {"":12} {"hidden":>7}')
+  for name, placement in zip(_PAIRS.value, pairs, strict=True):
+    row = Bench(loaded, placement, config, _TOKENS.value).run(_ROUNDS.value)
+    results.append(dict(pair=name, **row))
+    print(f'{name.replace(":", " > "):>14} {row["needed_mb"]:7.1f}M '
+          f'{row["copied_mb"]:7.1f}M {row["ratio"]:6.2f} {row["copies"]:7d} '
+          f'{row["gb_per_s"]:6.2f} {row["put_gb_per_s"]:6.2f} '
+          f'{row["gb_per_s"] / row["put_gb_per_s"]:6.2f} '
+          f'{row["step_ms"]:8.1f} {row["slower"]:5.2f} '
+          f'[{row["slower_range"][0]:.2f}, {row["slower_range"][1]:.2f}] '
+          f'{row["hidden"]:7.2f}', flush=True)
+    if _OUT.value:
+      with open(_OUT.value, 'w') as file:
+        json.dump(results, file, indent=1)
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,1 @@
+"""What runners share: configs, the terminal, reports, a tiny model."""

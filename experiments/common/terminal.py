@@ -1,0 +1,245 @@
+"""What a person sees while a run goes on, and how they stop it.
+
+On a terminal a table that renews itself; elsewhere a plain line now and then.
+It only reads the orchestrator.
+"""
+
+import collections
+import contextlib
+import signal
+import sys
+import threading
+import time
+
+from absl import app, flags, logging
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from dsjax.config.checks import InputError
+from dsjax.scheduling import lifecycle, page_pool
+
+TABLE_S, LINE_S, RATE_S = 0.25, 5.0, 2.0
+STAGES = ('queued', 'prefilling', 'migrating', 'decoding')
+_STAGE = dict.fromkeys(lifecycle.ENDING) | {
+    'prefilled': 'migrating', 'abandoned': 'migrating'}  # others: themselves
+
+
+@contextlib.contextmanager
+def one_error(*also):
+  """Ends the program on bad input: one line on stderr, exit code 2.
+
+  also: exceptions that are bad input here too, such as OSError.
+  """
+  try:
+    yield
+  except (InputError, *also) as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+
+
+def wide_console():
+  """A Console; where nobody looks, wide enough for the widest tables."""
+  console = Console()
+  return console if console.is_terminal else Console(width=150)
+
+
+def short(text, limit=70):
+  """One line of at most `limit` characters, printable ones only."""
+  text = ' '.join(''.join(c if c.isprintable() else ' ' for c in text).split())
+  return text if len(text) <= limit else text[:limit - 1] + '…'
+
+
+def counts(server):
+  """Requests per instance and stage, and pages in use.
+
+  A request that waits for its KV to be pulled counts as migrating, at the
+  instance that holds it.
+
+  Returns:
+    [{stage: requests, 'pages': used, 'of': all}, ...] by instance.
+  """
+  rows = []
+  for inst in server.state.instances:
+    free = page_pool.num_free(inst.pool)
+    rows.append(dict.fromkeys(STAGES, 0) | {
+        'pages': inst.pool.num_pages - free, 'of': inst.pool.num_pages})
+  for seq in server.state.seqs.values():
+    stage = _STAGE.get(seq.stage, seq.stage)
+    if stage and seq.instance >= 0:  # else it waits for a lost instance
+      rows[seq.instance][stage] += 1
+  return rows
+
+
+class Interrupts:
+  """Ctrl-C as a flag, so that it stops a run between two polls.
+
+  The second one is Python's own KeyboardInterrupt.
+  """
+
+  def __init__(self):
+    self.seen = False
+
+  def __enter__(self):
+    self._usable = threading.current_thread() is threading.main_thread()
+    if self._usable:
+      self._old = signal.signal(signal.SIGINT, self._note)
+    return self
+
+  def __exit__(self, *_):
+    if self._usable:
+      signal.signal(signal.SIGINT, self._old)
+
+  def _note(self, *_):
+    self.seen = True
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+  def halt(self):
+    """Raises KeyboardInterrupt if Ctrl-C was pressed."""
+    if self.seen:
+      raise KeyboardInterrupt
+
+
+class Screen:
+  """Shows one mode after another on a rich console.
+
+  Args:
+    console: a rich Console.
+    halt: called often; raises KeyboardInterrupt when the run is to stop.
+  """
+
+  def __init__(self, console, halt):
+    self.console, self.halt = console, halt
+    self._shown, self._every = None, LINE_S
+    self._next_s = 0.0
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self._stop()
+
+  def _start(self, shown):
+    self._stop()
+    self._shown = shown
+    shown.start()
+
+  def _stop(self):
+    if self._shown:
+      self._shown.stop()
+      self._shown = None
+
+  # --- warming up -----------------------------------------------------------
+
+  def begin(self, mode, placement, total):
+    """A mode begins; `total` requests will be sent."""
+    self.mode, self.placement, self.total = mode, placement, total
+    self.began_s, self._next_s = time.perf_counter(), 0.0
+    self._bar = None
+
+  def warming(self, done, total, name):
+    """The orchestrator's report while it compiles."""
+    self.halt()
+    if not self.console.is_terminal:
+      if done == total:
+        took_s = time.perf_counter() - self.began_s
+        self.console.print(f'{self.mode}: {total} steps compiled and warmed '
+                           f'up in {took_s:.1f} s')
+      return
+    if self._bar is None:
+      self._bar = Progress(
+          TextColumn(f'{self.mode}: warming up'), BarColumn(),
+          MofNCompleteColumn(), TextColumn('{task.description}'),
+          console=self.console, transient=True)
+      self._task = self._bar.add_task('', total=total)
+      self._start(self._bar)
+    self._bar.update(self._task, completed=done, description=name)
+    if done == total:
+      self._stop()
+
+  # --- serving --------------------------------------------------------------
+
+  def serving(self, server):
+    """Called between polls: shows the state a few times a second."""
+    self.halt()
+    now_s = time.perf_counter()
+    if now_s < self._next_s:
+      return
+    if self._next_s == 0.0:
+      self._began_s = now_s
+      self._past = collections.deque([(now_s, 0)])
+      if self.console.is_terminal:
+        self._start(Live(console=self.console, auto_refresh=False,
+                         transient=True))
+    live = self._shown
+    self._next_s = now_s + (TABLE_S if live else LINE_S)
+    rate = self._rate(now_s, sum(len(r.token_s) for r in server.records))
+    if live:
+      live.update(Group(self._table(server, now_s, rate),
+                        *self._texts(server)), refresh=True)
+    elif now_s > self._began_s:
+      self.console.print(self._line(server, now_s, rate), soft_wrap=True)
+
+  def served(self):
+    """The mode is over: the table goes."""
+    self._stop()
+
+  def _rate(self, now_s, tokens):
+    past = self._past
+    while len(past) > 1 and now_s - past[0][0] > max(RATE_S, TABLE_S):
+      past.popleft()
+    span_s, before = now_s - past[0][0], past[0][1]
+    past.append((now_s, tokens))
+    return (tokens - before) / span_s if span_s > 0 else 0.0
+
+  def _title(self, server, now_s, rate):
+    done = sum(r.finish_s is not None for r in server.records)
+    return (f'{self.mode}: {now_s - self._began_s:5.1f} s, '
+            f'{len(server.records)} of {self.total} sent, {done} done, '
+            f'{rate:.0f} output tokens/s')
+
+  def _line(self, server, now_s, rate):
+    rows = counts(server)
+    parts = [f'{sum(r[s] for r in rows)} {s}' for s in STAGES]
+    used = '+'.join(f'{r["pages"]}/{r["of"]}' for r in rows)
+    return (f'{self._title(server, now_s, rate)}; {", ".join(parts)}; '
+            f'pages {used}')
+
+  def _table(self, server, now_s, rate):
+    table = Table(title=self._title(server, now_s, rate),
+                  title_justify='left')
+    table.add_column('instance')
+    for stage in (*STAGES, 'pages'):
+      table.add_column(stage, justify='right')
+    instances = zip(self.placement.instances, counts(server), strict=True)
+    for i, ((role, plan), row) in enumerate(instances):
+      table.add_row(f'{i} {role} tp={plan.tp} pp={plan.pp}',
+                    *(str(row[s]) if row[s] else '·' for s in STAGES),
+                    f'{row["pages"]}/{row["of"]}')
+    return table
+
+  def _texts(self, server):
+    """The end of what the two oldest running answers say so far."""
+    width = max(20, self.console.width - 14)
+    shown = [(id, ''.join(live.pieces)) for id, live in server.live.items()]
+    for id, text in [x for x in shown if x[1]][:2]:
+      text = short(text, 10_000)
+      yield Text(f'request {id:3d}: ' + text[-width:], style='dim',
+                 no_wrap=True)
+
+
+def client(argv, defined, run, console):
+  """A client's main: exits with what run({flag: value}, console) gives.
+
+  Args:
+    defined: {name: absl flag holder}.
+  """
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected: {" ".join(argv[1:])}')
+  if flags.FLAGS.verbosity <= 0:
+    logging.set_verbosity(logging.WARNING)  # not every request
+  with one_error(OSError):
+    sys.exit(run({name: flag.value for name, flag in defined.items()},
+                 console))

@@ -1,0 +1,261 @@
+"""How the figures of figures.py and end_to_end.py look.
+
+draw(data, figure): data as computed, figure a matplotlib Figure.
+"""
+
+import numpy as np
+
+from dsjax.analysis.record import STAGES
+from experiments.paper import reported
+
+COLOURS = {'DistServe': 'tab:blue', 'vLLM': 'tab:red', 'chunked': 'tab:olive',
+           'tuned colocated': 'tab:orange', 'tuned chunked': 'tab:green',
+           'vLLM++': 'tab:orange', 'DistServe-High': 'tab:purple',
+           'DistServe-Low': 'tab:blue'}
+
+
+def tidy(axes, title, x, y):
+  axes.set_title(title, fontsize=10)
+  axes.set_xlabel(x)
+  axes.set_ylabel(y)
+  axes.grid(alpha=0.3)
+  axes.spines[['top', 'right']].set_visible(False)
+
+
+def draw1(data, figure):
+  axes = figure.subplots()
+  names = [*reported.FIG1, 'chunked']
+  x = np.arange(len(names))
+  for at, (label, values) in enumerate((
+      ('paper', data['paper']),
+      ('paper rules', {k: v[0] for k, v in data['rules'].items()}),
+      ('ours', {k: v[0] for k, v in data['ours'].items()}
+       | {'chunked': data['chunked'][0]}))):
+    bars = axes.bar(x + 0.27 * (at - 1),
+                    [values.get(n, np.nan) for n in names], 0.25, label=label)
+    axes.bar_label(bars, fmt='%.3g', fontsize=8)
+  axes.set_xticks(x, [n.replace(' + ', '\n+ ') for n in names])
+  axes.legend()
+  tidy(axes, 'Fig. 1: OPT-13B on A100s, 512 tokens in, 64 out, TTFT 0.4 s and '
+       'TPOT 0.04 s for 90 %', '', 'goodput, requests/s per device')
+
+
+def draw3(data, figure):
+  left, right = figure.subplots(1, 2)
+  for i, n in enumerate(data['prefill']):
+    for name, style in (('published', '-'), ('roofline', ':')):
+      left.plot(data['batches'], data['prefill'][n][name], style,
+                color=f'C{i}', label=f'{n} tokens' if style == '-' else None)
+      right.plot(data['wide'], data['decode'][n][name], style, color=f'C{i}',
+                 label=f'context {n}' if style == '-' else None)
+    batch, value = reported.FIG3[n]
+    left.plot(batch, value, 'o', color=f'C{i}')
+  for axes, title in ((left, 'Fig. 3a: prefill'), (right, 'Fig. 3b: decode')):
+    axes.set_xscale('log', base=2)
+    axes.set_ylim(bottom=0)
+    axes.legend(title='line: profile, dotted: roofline,\ndot: the paper'
+                if axes is left else 'line: profile\ndotted: roofline',
+                fontsize=8, title_fontsize=8)
+    tidy(axes, title + ' of OPT-13B on one A100', 'batch', 'tokens/s')
+
+
+def draw4(data, figure):
+  for axes, (name, curve) in zip(figure.subplots(1, 2, sharey=True),
+                                 data['curves'].items(), strict=True):
+    for at, (which, colour) in enumerate((('intra', 'tab:orange'),
+                                          ('inter', 'tab:blue'))):
+      axes.plot(data['rates'], curve[which], color=colour,
+                label=f'{which}-op, Eq. {3 - at}')
+      r, means, halves = zip(*((r, *pair[at]) for r, *pair in curve['dots']),
+                             strict=True)
+      axes.errorbar(r, means, halves, fmt='o', color=colour, capsize=3,
+                    ms=4, label='simulated, 95 %')
+    if name == 'paper':
+      axes.plot(*reported.FIG4['intra'], '^', color='black',
+                label='paper: intra-op is above')
+      axes.plot(*reported.FIG4['inter'], 'v', color='black',
+                label='paper: inter-op is below')
+    axes.axvline(curve['crossover'], color='grey', ls='--', lw=1)
+    axes.set_ylim(0, 1.5)
+    axes.legend(fontsize=8)
+    tidy(axes, ("Fig. 4, D and K of the paper's figure" if name == 'paper'
+                else 'D and K of the released profile')
+         + f': {curve["d"]:.2f} s, {curve["k"]:.2f}', 'requests/s',
+         'mean TTFT, s')
+
+
+def draw5(data, figure):
+  left, right = figure.subplots(1, 2)
+  for name, found in data['curves'].items():
+    source, kind = name.split()
+    style = ('-o' if source == 'profile' else ':s')
+    colour = 'tab:orange' if kind == 'intra' else 'tab:blue'
+    for axes, at in ((left, 0), (right, 1)):
+      axes.plot(list(found), [v[at] for v in found.values()], style,
+                color=colour, ms=4, label=f'{kind}-op, {source}')
+  left.plot(list(reported.FIG5_INTRA_MS), reported.FIG5_INTRA_MS.values(), 'k^',
+            label='paper, intra-op')
+  for mark, (kind, x) in zip('v^', reported.FIG5_TOKENS.items(), strict=True):
+    right.plot(list(x), x.values(), f'k{mark}', label=f'paper, {kind}-op')
+  for axes, title, y in ((left, 'latency of a step', 'ms'),
+                         (right, 'throughput', 'tokens/s')):
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.25)
+    axes.legend(fontsize=8, ncols=2, loc='upper left')
+    tidy(axes, f'Fig. 5: {title}, OPT-13B decode, batch 128, input 256',
+         'GPUs', y)
+
+
+def draw10(data, figure):
+  left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+  names = {'paper': 'rules', 'ours': 'ours'}
+  colours = dict(zip(STAGES, ('#fdd0a2', 'tab:orange', 'tab:red', '#9ecae1',
+                              'tab:blue'), strict=True))
+  x = np.arange(len(data['rates']))
+  for at, who in enumerate(('published', 'paper', 'ours')):
+    below = np.zeros(len(x))
+    for stage in STAGES:
+      values = []
+      for rate in data['rates']:
+        if who == 'published':
+          a, b, c = reported.FIG10[rate]
+          values.append({'prefill_queue': a, 'prefill': b, 'decode_queue': c,
+                         'migrate': 0, 'decode': 100 - a - b - c}[stage])
+        else:
+          values.append(data['shares'][f'{who} {rate}'][stage])
+      left.bar(x + 0.28 * (at - 1), values, 0.26, below,
+               color=colours[stage],
+               label=stage.replace('_', ' ') if at == 0 else None)
+      below += values
+    for i in x:
+      left.text(i + 0.28 * (at - 1), 101, names.get(who, 'paper'), fontsize=6,
+                ha='center', rotation=45)
+  left.set_xticks(x, data['rates'])
+  figure.legend(*left.get_legend_handles_labels(), fontsize=8, ncols=5,
+                loc='outside lower left')
+  left.set_ylim(0, 112)
+  tidy(left, 'Fig. 10a: where a request spends its time, OPT-175B',
+       'requests/s per device', '% of time')
+  for name, values in (('9 links', data['kv']),
+                       ('one link, with waiting', data['copies'])):
+    right.plot([1e3 * v for v in values],
+               np.linspace(0, 100, len(values)), label=f'ours, {name}')
+  right.plot([1e3 * k for k in reported.FIG10_CDF], reported.FIG10_CDF.values(),
+             'k^', label='paper')
+  right.set_xscale('log')
+  right.legend(fontsize=8)
+  tidy(right, 'Fig. 10b: KV transfer time', 'ms', '% of requests')
+
+
+def draw12(data, figure):
+  axes = figure.subplots()
+  axes.plot(list(reported.FIG12), reported.FIG12.values(), 'k--^',
+            label="paper's draft, 96 cores, seconds")
+  for name, found in data['found'].items():
+    axes.plot(list(found), [v[0] for v in found.values()], '-o',
+              label=f'ours, {name}, CPU seconds')
+  axes.set_xscale('log', base=2)
+  axes.set_yscale('log')
+  axes.legend()
+  tidy(axes, 'Fig. 12: time of a placement search, OPT-13B', 'GPUs', 's')
+
+
+def draw_end_to_end(data, figure):
+  parts = data['parts']
+  figure.set_size_inches(13, 3.1 * len(parts))
+  for line, part in zip(figure.subplots(len(parts), 4, squeeze=False), parts,
+                        strict=True):
+    case = reported.CASES[part['case']]
+    for at, who in enumerate(('paper', 'ours')):
+      for key, points in part['curves'].items():
+        rules, label = key.split('|')
+        if rules == who:
+          _draw_system(line[at], line[2 + at], label, points,
+                       part['scales'][key])
+      for label, (rates, values) in case.curves.items():
+        line[at].plot(rates, values, 'x', ms=5, color=COLOURS[
+            'vLLM' if label == 'vLLM' else 'chunked'],
+                      label=f'published, {label}')
+      line[at].axvline(case.goodput[0], color='tab:blue', ls=':', lw=1,
+                       label='published goodput, DistServe')
+      line[2 + at].axvline(case.scale[0], color='tab:blue', ls=':', lw=1)
+      rules = 'paper rules' if who == 'paper' else 'ours'
+      tidy(line[at], f'{case.title}: {rules}', 'requests/s per device',
+           '% met both')
+      tidy(line[2 + at], f'{rules}, {case.scale_rate}/s per device',
+           'scale of both objectives', '% met both')
+      line[2 + at].set_xscale('log')
+    for axes in line:
+      axes.axhline(90, color='grey', lw=0.8, ls='--')
+      axes.set_ylim(0, 103)
+    line[1].legend(fontsize=6, loc='lower left')
+
+
+def _draw_system(left, right, label, points, scales):
+  rates, shares, lows, highs = zip(*points, strict=True)
+  left.plot(rates, [100 * s for s in shares], '-o', ms=2.5, label=label,
+            color=COLOURS[label])
+  left.fill_between(rates, [100 * x for x in lows], [100 * x for x in highs],
+                    color=COLOURS[label], alpha=0.12, lw=0)
+  right.plot(*zip(*((f, 100 * s) for f, s in scales), strict=True),
+             color=COLOURS[label])
+
+
+def draw11(data, figure):
+  for axes, who in zip(figure.subplots(1, 2, sharey=True), ('paper', 'ours'),
+                       strict=True):
+    for key, points in data['curves'].items():
+      rules, label = key.split('|')
+      if rules == who:
+        axes.errorbar([p[0] for p in points], [100 * p[1] for p in points],
+                      [[100 * (p[1] - p[2]) for p in points],
+                       [100 * (p[3] - p[1]) for p in points]],
+                      fmt='-o', ms=3, capsize=2, label=label, alpha=0.8,
+                      color=COLOURS[label])
+    for name, values in reported.FIG11.items():
+      axes.plot(reported.FIG11_RATES, values, 'x', color=COLOURS[name],
+                label=f'published draft, {name}')
+    axes.axhline(90, color='grey', lw=0.8, ls='--')
+    axes.set_ylim(0, 103)
+    axes.legend(fontsize=7)
+    tidy(axes, 'Fig. 11: ablation, OPT-66B ShareGPT, 0.4 s and 0.1 s: '
+         + ('paper rules' if who == 'paper' else 'ours'),
+         'requests/s per device', '% met both')
+
+
+def draw_table2(data, figure):
+  axes = figure.subplots()
+  for at, name in ((0, 'vLLM'), (2, 'DistServe-Low')):
+    axes.plot([v[at] for v in reported.TABLE2.values()],
+              [v[at + 1] for v in reported.TABLE2.values()], '^', ms=5,
+              color='tab:red' if at == 0 else 'tab:blue',
+              label=f'paper, {name}')
+  for name in sorted({p[0] for p in data['points']}):
+    axes.plot(*zip(*((p[2], p[3]) for p in data['points'] if p[0] == name),
+                   strict=True), 'o' if 'trace' in name else 'x'
+              if 'bench' in name else 's', mfc='none',
+              color='tab:red' if 'vLLM' in name or 'colocated' in name else
+              'tab:green' if 'chunked' in name else 'tab:blue',
+              label=f'our simulator, {name}')
+  axes.plot((0, 100), (0, 100), color='grey', lw=0.8)
+  axes.legend(fontsize=8)
+  tidy(axes, 'Table 2: attainment, simulated against measured', 'measured, %',
+       'simulated, %')
+
+
+def draw_table3(data, figure):
+  axes = figure.subplots()
+  for y, bar in enumerate(data['bars']):
+    title, published, same, best, low, high, theirs, ours = bar
+    for at, value, colour, label, text in (
+        (-.27, published, 'tab:grey', "published goodput", theirs),
+        (0, same, 'tab:blue', "paper's placement, simulated", theirs),
+        (.27, best, 'tab:green', 'best found, simulated, 95 %', ours)):
+      axes.barh(y + at, value or 0, 0.24, color=colour, alpha=.6,
+                label=None if y else label)
+      axes.text(.01, y + at, text if value else text + ': ruled out by a '
+                'bound', fontsize=7, va='center')
+    axes.plot((low, high), (y + .27,) * 2, 'k-|', lw=1)
+  axes.set_yticks(range(len(data['bars'])), [b[0] for b in data['bars']])
+  axes.invert_yaxis()
+  axes.legend(fontsize=8, loc='lower right')
+  tidy(axes, 'Table 3: placements', 'goodput, requests/s per device', '')

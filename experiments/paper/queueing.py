@@ -1,0 +1,310 @@
+"""Closed forms of queues: the paper's analysis and the simulator's oracle.
+
+Seconds and requests a second throughout. R (`rate_per_s`) is the rate of
+Poisson arrivals, D (`service_s`) the seconds of one request's service, rho =
+R D the load. Each form says where it holds; outside, InputError. Unless said
+otherwise a server takes one request at a time, first come first served, with
+room for all, in steady state.
+
+Sources: [P] DistServe (OSDI 2024), 3.1; [K] Kleinrock, Queueing Systems 1;
+[F] Friedman 1965, tandem queues of deterministic servers; [I] Inoue 2021,
+arXiv 1912.06322; the rest are identities derived where they stand.
+"""
+
+import fractions
+import math
+
+from dsjax.config.checks import require
+
+
+def _positive(**values):
+  for field, value in values.items():
+    require(isinstance(value, (int, float)) and math.isfinite(value)
+            and value > 0, field, value, 'a number above 0')
+
+
+def _nonnegative(**values):
+  for field, value in values.items():
+    require(isinstance(value, (int, float)) and math.isfinite(value)
+            and value >= 0, field, value, 'a number of 0 or more')
+
+
+def _stable(load):
+  require(load < 1, 'load', load, 'below 1, or the queue grows for ever')
+
+
+def load(rate_per_s, service_s, servers=1):
+  """rho = R D / c: the share of time each of c servers works (any law).
+
+  Above 1 there is no steady state. Units: none.
+  """
+  _nonnegative(rate_per_s=rate_per_s)
+  _positive(service_s=service_s)
+  require(isinstance(servers, int) and servers >= 1, 'servers', servers,
+          'an integer of 1 or more')
+  return rate_per_s * service_s / servers
+
+
+def mg1_wait_s(rate_per_s, service_s, second_moment):
+  """Mean wait W = R E[S^2] / (2 (1 - rho)) of M/G/1 [K 5.6].
+
+  Pollaczek and Khinchine; Poisson arrivals, any service law with E[S] =
+  service_s and E[S^2] = second_moment (s^2); rho < 1.
+  """
+  _positive(second_moment=second_moment)
+  rho = load(rate_per_s, service_s)
+  _stable(rho)
+  require(second_moment >= service_s**2 * (1 - 1e-12), 'second_moment',
+          second_moment, f'at least service_s^2={service_s**2}')
+  return rate_per_s * second_moment / (2 * (1 - rho))
+
+
+def md1_wait_s(rate_per_s, service_s):
+  """Mean wait W = R D^2 / (2 (1 - R D)) of M/D/1; R D < 1 [P eq. 1]."""
+  return mg1_wait_s(rate_per_s, service_s, service_s**2)
+
+
+def md1_ttft_s(rate_per_s, service_s):
+  """TTFT = D + R D^2 / (2 (1 - R D)): prefill of equal prompts [P eq. 1].
+
+  Poisson arrivals, no batching, R D < 1. Seconds.
+  """
+  return service_s + md1_wait_s(rate_per_s, service_s)
+
+
+def md1_wait_cdf(rate_per_s, service_s, wait_s):
+  """P(W <= t) of M/D/1 (Erlang 1909; Crommelin 1932).
+
+  (1 - rho) sum_{k <= t / D} e^{-x} x^k / k! with x = R (k D - t) <= 0. The
+  terms alternate and grow: summed in exact fractions, e^{-x} too as a Taylor
+  series, so it is good to 1e-12 for t up to some hundred services. rho < 1.
+  """
+  _nonnegative(wait_s=wait_s)
+  rho = load(rate_per_s, service_s)
+  _stable(rho)
+  if not rate_per_s:
+    return 1.0
+  rate, service = fractions.Fraction(rate_per_s), fractions.Fraction(service_s)
+  wait, total = fractions.Fraction(wait_s), fractions.Fraction(0)
+  # Rounded to a grid far below the size of the cancellation.
+  most = int(wait / service)
+  bits = 128 + int(8 * float(rate * wait)) + 4 * most
+  grid, step = 1 << bits, int(rate * service * (1 << bits))
+  x0 = int(rate * wait * grid)
+  for k in range(most + 1):
+    x = max(0, x0 - k * step)  # -x of the formula
+    power = exp = grid
+    n = 0
+    while exp:  # e^x = sum x^n / n!
+      n += 1
+      exp = exp * x // grid // n
+      power += exp
+    for n in range(1, k + 1):
+      power = power * x // grid // n
+    total += -power if k % 2 else power
+  return min(1.0, max(0.0, (1 - rho) * float(total / grid)))
+
+
+def mm1_wait_s(rate_per_s, service_s):
+  """Mean wait W = rho D / (1 - rho) of M/M/1, exponential service of mean D;
+  rho < 1 [K 3.2]. Twice that of M/D/1."""
+  return mg1_wait_s(rate_per_s, service_s, 2 * service_s**2)
+
+
+def erlang_c(load_per_server, servers):
+  """Probability that an arrival of M/M/c waits [K 3.5].
+
+  C = B / (1 - rho (1 - B)), B by Erlang's recursion B_n = a B_{n-1} / (n + a
+  B_{n-1}), a = rho c. Needs rho < 1; exponential service.
+  """
+  require(isinstance(servers, int) and servers >= 1, 'servers', servers,
+          'an integer of 1 or more')
+  _nonnegative(load_per_server=load_per_server)
+  _stable(load_per_server)
+  blocked, offered = 1.0, load_per_server * servers
+  for n in range(1, servers + 1):
+    blocked = offered * blocked / (n + offered * blocked)
+  return blocked / (1 - load_per_server * (1 - blocked))
+
+
+def mmc_wait_s(rate_per_s, service_s, servers):
+  """Mean wait W = C(rho, c) D / (c (1 - rho)) of M/M/c, one queue [K 3.5]."""
+  rho = load(rate_per_s, service_s, servers)
+  return erlang_c(rho, servers) * service_s / (servers * (1 - rho))
+
+
+def mdc_wait_s(rate_per_s, service_s, servers):
+  """About half of M/M/c's: mean wait of M/D/c, one queue.
+
+  Lee and Longton 1959, with no variance of service: exact for c = 1 and as
+  rho -> 1, an approximation elsewhere. rho < 1.
+  """
+  return mmc_wait_s(rate_per_s, service_s, servers) / 2
+
+
+def mdc_ttft_bounds_s(rate_per_s, service_s, servers):
+  """(low, high) of mean TTFT of c servers that share Poisson arrivals.
+
+  low: D + max(0, W - (c - 1) D / (2 c)), W the wait at one server of service
+  D / c (Brumelle 1971). high: a random split, M/D/1 at R / c each. One
+  queue, shortest-backlog and round-robin dispatch lie between. rho < 1.
+  """
+  load(rate_per_s, service_s, servers)
+  fast = md1_wait_s(rate_per_s, service_s / servers)
+  idle = (servers - 1) * service_s / (2 * servers)
+  return (service_s + max(0.0, fast - idle),
+          md1_ttft_s(rate_per_s / servers, service_s))
+
+
+def pipeline_ttft_s(rate_per_s, service_s, stages=2):
+  """TTFT = D + R (D/p)^2 / (2 (1 - R D/p)): p equal stages [P eq. 2].
+
+  At p = 2, D + R D^2 / (4 (2 - R D)). Requests queue at stage 1 only [F], if
+  prompts are equal. D: seconds through all stages. R D / p < 1.
+  """
+  require(isinstance(stages, int) and stages >= 1, 'stages', stages,
+          'an integer of 1 or more')
+  return service_s + md1_wait_s(rate_per_s, service_s / stages)
+
+
+def tensor_ttft_s(rate_per_s, service_s, speedup):
+  """TTFT = D/K + R D^2 / (2 K (K - R D)): tensor parallel [P eq. 3].
+
+  K: how much faster the shards run together (1 < K < 2 of two). R D < K.
+  """
+  _positive(speedup=speedup)
+  return md1_ttft_s(rate_per_s, service_s / speedup)
+
+
+def crossover_rate_per_s(service_s, speedup, stages=2):
+  """The rate at which pipeline and tensor TTFT are equal [P 3.1, Fig. 4].
+
+  Below it tensor parallelism is faster, above it the pipeline. By bisection
+  up to the lesser capacity K/D; 1 < K < stages.
+  """
+  _positive(service_s=service_s)
+  require(1 < speedup < stages, 'speedup', speedup, f'in (1, {stages})')
+  low, high = 0.0, speedup / service_s * (1 - 1e-12)
+  for _ in range(200):
+    middle = (low + high) / 2
+    if (tensor_ttft_s(middle, service_s, speedup)
+        < pipeline_ttft_s(middle, service_s, stages)):
+      low = middle
+    else:
+      high = middle
+  return low
+
+
+def tandem_time_s(rate_per_s, stages_s):
+  """Mean sojourn W(max stage) + sum of stages: deterministic tandem [F].
+
+  Poisson arrivals, every request alike; the wait is that of the slowest
+  stage wherever it stands. R max < 1. A FIFO link is one more stage.
+  """
+  require(len(stages_s) > 0, 'stages_s', stages_s, 'not empty')
+  _positive(**{f'stages_s[{n}]': s for n, s in enumerate(stages_s)})
+  return sum(stages_s) + md1_wait_s(rate_per_s, max(stages_s))
+
+
+def dd1_time_s(interval_s, service_s, n):
+  """Sojourn of the n-th request (from 0) of D/D/1: D + n max(0, D - 1/R).
+
+  Arrivals every interval_s; exact at any load.
+  """
+  _positive(interval_s=interval_s, service_s=service_s)
+  require(isinstance(n, int) and n >= 0, 'n', n, 'an integer of 0 or more')
+  return service_s + n * max(0.0, service_s - interval_s)
+
+
+def kingman_wait_s(rate_per_s, service_s, ca2, cs2):
+  """W <= about rho / (1 - rho) (ca2 + cs2) / 2 D of G/G/1 (Kingman 1961).
+
+  ca2, cs2: squared coefficients of variation of gaps and services. Exact as
+  rho -> 1; exact for M/G/1 (ca2 = 1) at any rho < 1. Round robin over m
+  instances has ca2 = 1/m.
+  """
+  _nonnegative(ca2=ca2, cs2=cs2)
+  rho = load(rate_per_s, service_s)
+  _stable(rho)
+  return rho / (1 - rho) * (ca2 + cs2) / 2 * service_s
+
+
+def batch_ttft_bound_s(rate_per_s, fixed_s, each_s):
+  """Upper bound of mean TTFT where a batch takes all that waits [I].
+
+  Poisson, equal prompts, a batch of b takes tau + alpha b: min(phi0, phi1),
+  phi0 = (alpha + tau) / (2 (1 - R alpha)) (1 + 2 R tau + (1 - R tau) / (1 +
+  R alpha)), phi1 = 3/2 tau / (1 - R alpha) + alpha/2 (R alpha + 2) / (1 -
+  R^2 alpha^2). R alpha < 1. Within 2 % of simulation.
+  """
+  _nonnegative(rate_per_s=rate_per_s, fixed_s=fixed_s)
+  _positive(each_s=each_s)
+  rho, fixed = rate_per_s * each_s, rate_per_s * fixed_s
+  _stable(rho)
+  return min((each_s + fixed_s) / (2 * (1 - rho))
+             * (1 + 2 * fixed + (1 - fixed) / (1 + rho)),
+             1.5 * fixed_s / (1 - rho)
+             + each_s / 2 * (rho + 2) / (1 - rho**2))
+
+
+def mean_context(prompt_lens, output_lens):
+  """Mean tokens c attended by a decoding row: E[p o]/E[o] + E[o^2]/(2 E[o]).
+
+  Weighted by how long each request decodes; lengths pair up.
+  """
+  require(len(prompt_lens) == len(output_lens) > 0, 'output_lens',
+          len(output_lens), 'as many as prompt_lens, 1 or more')
+  total = sum(output_lens)
+  return (sum(p * o for p, o in zip(prompt_lens, output_lens, strict=True))
+          / total + sum(o * o for o in output_lens) / (2 * total))
+
+
+def decode_tpot_s(rate_per_s, output_len, fixed_s, row_s, token_s=0.0,
+                  context=0.0):
+  """Fluid TPOT = A / (1 - R o (g + beta c)) of continuous batching.
+
+  A step of B rows takes A + (g + beta c) B: A = fixed_s, g = row_s, beta =
+  token_s, c = context (mean_context). By Little's law B = R o TPOT. Stable
+  while R o (g + beta c) < 1; memory and batch unbounded; 3 to 5 % below
+  simulation, which waits for step boundaries and fluctuates.
+  """
+  _positive(output_len=output_len, fixed_s=fixed_s)
+  _nonnegative(rate_per_s=rate_per_s, row_s=row_s, token_s=token_s,
+               context=context)
+  rho = rate_per_s * output_len * (row_s + token_s * context)
+  _stable(rho)
+  return fixed_s / (1 - rho)
+
+
+def decode_tokens_per_s(capacity_tokens, context, fixed_s, row_s, token_s):
+  """Tokens a second B / (A + (g + beta c) B) where memory bounds the batch.
+
+  B = capacity_tokens // context rows (deterministic); see decode_tpot_s.
+  """
+  _positive(context=context, fixed_s=fixed_s)
+  _nonnegative(row_s=row_s, token_s=token_s)
+  rows = capacity_tokens // context
+  require(rows >= 1, 'capacity_tokens', capacity_tokens,
+          f'at least one context of {context}')
+  return rows / (fixed_s + (row_s + token_s * context) * rows)
+
+
+def in_flight(rate_per_s, sojourn_s):
+  """Little's law: L = R T, mean requests inside; any system in steady state,
+  any part of it."""
+  _nonnegative(rate_per_s=rate_per_s, sojourn_s=sojourn_s)
+  return rate_per_s * sojourn_s
+
+
+def attainment_bound(ttft_share, tpot_share):
+  """(low, high) of joint attainment from those of each objective (Frechet):
+  max(0, a + b - 1) to min(a, b)."""
+  for field, share in (('ttft_share', ttft_share), ('tpot_share', tpot_share)):
+    require(0 <= share <= 1, field, share, 'in [0, 1]')
+  return max(0.0, ttft_share + tpot_share - 1), min(ttft_share, tpot_share)
+
+
+def kv_bytes(num_layers, hidden, prompt_len, itemsize=2):
+  """Bytes of a prompt's keys and values: 2 L D itemsize a token, without
+  grouped heads (OPT) [P 3.3]."""
+  return 2 * num_layers * hidden * itemsize * prompt_len

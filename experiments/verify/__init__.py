@@ -1,0 +1,1 @@
+"""Every order of events over small worlds, and faults in real ones."""

@@ -1,0 +1,234 @@
+"""Schedules of a world: all of them, a random one, one again, a shorter one.
+
+What may happen and what must hold is in experiments.verify.worlds.
+"""
+
+import dataclasses
+import gc
+import json
+import random
+
+from dsjax.config.checks import InputError
+from dsjax.config.engine import InstanceConfig
+from dsjax.scheduling import scheduler
+from experiments.verify.worlds import Rules, Violation, need
+
+NOTHING = 'nothing broke'
+_EVERY = 4096  # transitions between two calls of halt
+
+
+def search(rules, faults, halt=None):
+  """Depth-first over every world that can be reached.
+
+  A path of moves that comes back to where it was is a violation: so every
+  schedule ends, and whoever waits does so for a bounded number of moves.
+
+  Args:
+    halt: called every few thousand transitions with their number; a true
+      answer stops.
+
+  Returns:
+    (transitions, worlds, whether that is all). Raises Violation.
+  """
+  gc.disable()  # much is kept, and nothing of it is cyclic
+  try:
+    return _search(rules, faults, halt)
+  finally:
+    gc.enable()
+
+
+def _search(rules, faults, halt):
+  w = rules.first(faults)
+  mark, transitions = rules.key(w), 0
+  seen, on, path = {mark}, {mark}, []
+  stack = [(w, rules.moves(w), mark)]
+  while stack:
+    w, todo, mark = stack[-1]
+    if not todo:
+      stack.pop()
+      on.discard(mark)
+      del path[-1:]
+      continue
+    move, cost = todo.pop()
+    transitions += 1
+    if halt and not transitions % _EVERY and halt(transitions):
+      return transitions, len(seen), False
+    try:
+      after = rules.apply(w, move, cost)[0]
+      mark = rules.key(after)
+      if mark in seen:
+        need(mark not in on, 'no progress: a cycle')
+        continue
+      rules.check(after)
+      moves = rules.moves(after)
+      if all([cost for _, cost in moves]):
+        rules.over(after)
+    except Exception as error:
+      raise _violation(error, [*path, move]) from error
+    seen.add(mark)
+    on.add(mark)
+    stack.append((after, moves, mark))
+    path.append(move)
+  return transitions, len(seen), True
+
+
+def walk(rules, faults, seed, most=100_000):
+  """One random schedule to its end: transitions. Raises Violation."""
+  draw, w, path = random.Random(seed), rules.first(faults), []
+  rate, press = draw.choice((0.02, 0.1, 0.3)), draw.choice((0.0, 0.5))
+  try:
+    while True:
+      moves = rules.moves(w)
+      free = [m for m in moves if not m[1]]
+      if not free:
+        rules.over(w)
+        return len(path)
+      need(len(path) < most, 'no progress')
+      may = [m for m in moves if m[1]] if draw.random() < rate else free
+      kinds = sorted({m[0][0] for m in may or free})
+      kind = draw.choice(kinds)
+      if kind == 'gone' and draw.random() < 0.8:
+        kind = draw.choice(kinds)  # else soon nobody is left
+      if 'arrive' in kinds and draw.random() < press:
+        kind = draw.choice([k for k in kinds if k in ('arrive', 'burst')])
+      move, cost = draw.choice([m for m in may or free if m[0][0] == kind])
+      path.append(move)
+      w = rules.apply(w, move, cost)[0]
+      rules.check(w)
+  except Exception as error:
+    raise _violation(error, path) from error
+
+
+def _violation(error, moves):
+  text = str(error) or repr(error)
+  if not isinstance(error, Violation | AssertionError):
+    text = f'{type(error).__name__}: {text}'
+  found = Violation(text)
+  found.moves = tuple(moves)
+  return found
+
+
+# --- replay and shrinking ----------------------------------------------------
+
+
+def replay(rules, moves):
+  """Runs a schedule, then those who have arrived without faults to the end.
+
+  Moves that are not possible when it is their turn are left out; requests may
+  arrive in any order.
+
+  Returns:
+    ([(move, events, commands), ...], what broke or '').
+  """
+  w, log, end = rules.first(len(moves)), [], 0
+  left = iter(moves)
+  try:
+    while True:
+      may = {move: cost for move, cost in rules.moves(w)
+             if move[0] not in ('arrive', 'burst')}
+      move = next((m for m in left if m in may or _arrives(m, w)), None)
+      if move is None:
+        move = next((m for m, cost in may.items() if not cost), None)
+        end += 1
+        need(end < 10_000, 'no progress')
+      if move is None:
+        rules.over(w)
+        return log, ''
+      log.append((move, (), ()))
+      w, events, commands = rules.apply(w, move, may.get(move, 0))
+      log[-1] = (move, events, commands)
+      rules.check(w)
+  except Exception as error:
+    if hasattr(error, 'told'):
+      log[-1] = (log[-1][0], *error.told)
+    return log, str(_violation(error, ()))
+
+
+def _arrives(move, w):
+  return move[0] in ('arrive', 'burst') and all(
+      w.fates[id] is None for id in move[1:])
+
+
+def shrink(rules, moves, most=1000):
+  """A shorter schedule that still breaks something, by delta debugging.
+
+  First whole requests are left out, then halves of the schedule, quarters,
+  and so on to single moves, until none can be. At most `most` replays.
+  """
+  moves, left = tuple(moves), most
+
+  def breaks(less):
+    nonlocal moves, left
+    if left <= 0 or len(less) == len(moves):
+      return False
+    left -= 1
+    log, broken = replay(rules, less)
+    if broken:
+      moves = tuple(m for m, _, _ in log[:len(less)])
+    return bool(broken)
+
+  for id in range(len(rules.requests)):
+    breaks(tuple(less for m in moves if (less := _without(m, id))))
+  size = max(1, len(moves) // 2)
+  while left > 0:
+    start, before = 0, moves
+    while start < len(moves) and left > 0:
+      if not breaks(moves[:start] + moves[start + size:]):
+        start += size
+    if size == 1 and moves == before:
+      break
+    size = max(1, size // 2)
+  return moves
+
+
+def _without(move, id):
+  """A move that does not concern this request; None where it is only that."""
+  if move[0] == 'burst' and id in move:
+    return 'arrive', sum(move[1:]) - id
+  return None if move[0] in _OF_ONE and move[1] == id else move
+
+
+_OF_ONE = ('arrive', 'cancel', 'copied', 'failed', 'damaged', 'lease', 'lose')
+
+
+def write_log(path, rules, moves):
+  """Writes a schedule so that --replay runs it: JSON lines."""
+  log, broken = replay(rules, moves)
+  lines = [{'config': dataclasses.asdict(rules.config),
+            'requests': rules.requests}]
+  lines += [{'move': m, 'events': list(map(str, e)),
+             'commands': list(map(str, c))} for m, e, c in log[:len(moves)]]
+  lines.append({'violation': broken})
+  path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+
+
+def read_log(path):
+  """(Rules, moves) of a file that write_log wrote.
+
+  Raises:
+    InputError: it is not one.
+  """
+  try:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    config = lines[0]['config']
+    instances = tuple(InstanceConfig(**c)
+                      for c in config.pop('instances'))
+    return (Rules(scheduler.Config(instances, **config),
+                  lines[0]['requests']),
+            tuple(tuple(line['move']) for line in lines if 'move' in line))
+  except (KeyError, TypeError, IndexError, ValueError) as error:
+    raise InputError(f'--replay={path}: must be a log that this command '
+                     f'wrote ({error!r})') from error
+
+
+def story(rules, moves):
+  """A schedule in words: lines of moves, events, commands."""
+  log, broken = replay(rules, moves)
+  shown, lines = len(moves), []
+  for n, (move, events, commands) in enumerate(log):
+    if n == shown:
+      lines.append('and without faults to the end:')
+    told = ', '.join(map(str, events)) or 'nobody is told'
+    lines.append(f'{" ".join(map(str, move)):12}{told}')
+    lines += [f'{"":12}  -> {c}' for c in commands]
+  return [*lines, f'violation: {broken}' if broken else NOTHING]

@@ -1,0 +1,533 @@
+"""Worlds in which everything may go wrong: one scheduler, virtual instances.
+
+A World is a value: the scheduler's state, what lies on every page, what each
+client was told. Rules says what may happen next in it (a command is done, a
+copy arrives, an instance dies), and Rules.apply lets it happen and doubts
+every answer of the scheduler. Nothing here chooses: experiments.explore does.
+
+The clock: events carry a time that may not be looked at (NO_CLOCK), so that
+no jump of a clock changes a decision. What a clock does decide, when a lease
+runs out, is a move that may come at any time.
+"""
+
+from typing import NamedTuple
+
+from dsjax.scheduling import page_pool, scheduler
+from dsjax.scheduling.events import (
+  Abort,
+  Arrived,
+  Cancelled,
+  DecodeDone,
+  Drain,
+  Fail,
+  Finish,
+  InstanceDown,
+  InstanceUp,
+  Migrate,
+  Migrated,
+  MigrateFailed,
+  PrefillDone,
+  Reject,
+  RunDecode,
+  RunPrefill,
+  Timer,
+)
+
+
+class Violation(AssertionError):
+  """What must hold does not.
+
+  Attributes:
+    moves: the schedule that led to it, where it is known.
+  """
+
+  moves = ()
+
+
+def need(ok, text, *told):
+  """Raises Violation unless ok; `told` goes into the braces of `text`."""
+  if not ok:
+    raise Violation(text.format(*told))
+
+
+class _NoClock:
+  """A time that nobody may look at."""
+
+  def _looked(self, *_):
+    raise Violation('the scheduler looked at the time of an event')
+
+  def __repr__(self):
+    return 'any'
+
+  __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _looked
+  __add__ = __radd__ = __sub__ = __rsub__ = __float__ = __bool__ = _looked
+
+
+NO_CLOCK = _NoClock()
+HAND_OFF = (Migrated, MigrateFailed, Timer)
+DAMAGED = ('damaged', 0, 0)
+
+
+class World(NamedTuple):
+  """kv: of each page (id, block, tokens filled) or None. fates: of each
+  request None until it arrives, '' until it ends. out: tokens told of it.
+  copies: (Migrate, its answer is lost). faults: left to inject. marks: a hash
+  of each instance, see Rules.key.
+  """
+
+  state: object
+  kv: tuple
+  fates: tuple
+  out: tuple
+  copies: tuple
+  faults: int
+  marks: tuple
+
+
+class _Traced(scheduler.Run):
+  """Notes every hop."""
+
+  def move(self, seq, stage):
+    hop = seq.stage, self.cause, stage
+    super().move(seq, stage)
+    self.hops.add(hop)
+
+
+class Rules:
+  """What may happen to some requests on some instances, and what must hold.
+
+  Args:
+    config: a scheduler.Config.
+    requests: (prompt_len, max_tokens, tokens until EOS or 0) of each.
+
+  Attributes:
+    hops: every (stage, cause, stage) that was taken. probed: every (stage,
+      kind of event) that was tried where it is stale or impossible. probes:
+      how many.
+  """
+
+  def __init__(self, config, requests):
+    self.config, self.requests = config, tuple(map(tuple, requests))
+    self.hops, self.probed, self.probes = set(), set(), 0
+
+  def first(self, faults):
+    """The world before anything happens."""
+    start = scheduler.init(self.config)
+    return World(start, tuple((None,) * c.num_pages
+                              for c in self.config.instances),
+                 (None,) * len(self.requests), (0,) * len(self.requests), (),
+                 faults, tuple(map(_mark, start.instances)))
+
+  def moves(self, w):
+    """(move, faults that it costs) of everything that may happen next."""
+    found, faults = [], w.faults
+    if None in w.fates:
+      id = w.fates.index(None)
+      found.append((('arrive', id), 0))
+      if id + 1 < len(w.fates):
+        found.append((('burst', id, id + 1), 0))
+    for i, inst in enumerate(w.state.instances):
+      if inst.inflight:
+        found.append((('run', i), 0))
+      if inst.status == 'down':
+        found.append((('up', i), 0))
+        if faults:
+          found.append((('gone', i), 1))
+      elif faults and inst.status == 'gone':
+        found.append((('up', i), 1))
+      elif faults:
+        steps = (getattr(inst.inflight[0][0], 'steps', 1)
+                 if inst.inflight else 1)
+        found += [(('crash', i, n), 1) for n in range(steps)]
+        found.append((('gone', i), 1))
+        found.append((('drain' if inst.status == 'up' else 'up', i), 1))
+    for c, lost in w.copies:
+      if lost:
+        found.append((('lease', c.id), 0))
+        continue
+      found.append((('copied', c.id), 0))
+      if faults:
+        found += [((kind, c.id), 1)
+                  for kind in ('failed', 'damaged', 'lease', 'lose')]
+    if faults:
+      found += [(('cancel', id), 1) for id, f in enumerate(w.fates) if f == '']
+    return found
+
+  def apply(self, w, move, cost):
+    """(the world after a move, its events, its commands). Raises Violation.
+
+    Whatever it raises has the events and the commands as its `told`.
+    """
+    kind, *rest = move
+    one = _Move(self, w)
+    try:
+      getattr(one, kind)(*rest)
+      return one.done(w.faults - cost), one.events, one.commands
+    except Exception as error:
+      error.told = one.events, one.commands
+      raise
+
+  def key(self, w):
+    """A hash of a world, less what only counts up (numbers, ticks, epochs).
+
+    Python's -1 and -2 hash alike: two numbers below 0 must not meet here.
+    """
+    seqs = w.state.seqs
+    return hash((w.marks, tuple([(*s[:10], *s[11:]) for s in (
+        seqs[id] for id in sorted(seqs))]), w.state.waiting, w.out, w.fates,
+        w.faults, tuple([(c.id, lost) for c, lost in w.copies])))
+
+  def check(self, w):
+    """Raises Violation unless all holds that the world alone can show."""
+    now = w.state
+    scheduler.check(now)
+    for seq in now.seqs.values():
+      need(seq.tries <= self.config.tries, '{}: tried too often', seq)
+      need(w.fates[seq.id] == '' or seq.stage in ('over', 'abandoned'),
+           '{} lives on: {}', seq, w.fates[seq.id])
+    for c, _ in w.copies:
+      seq = now.seqs.get(c.id)
+      need(seq and (seq.epoch, seq.instance, seq.pages, seq.target) == (
+          c.epoch, c.source, c.source_pages, c.target)
+           and seq.target_pages[:len(c.target_pages)] == c.target_pages,
+           'pages of {} are not of {} while it runs', c, seq)
+    self._moving(now)
+    self._probe(w)
+
+  def _moving(self, now):
+    """Whoever can go on does: progress, with what is there."""
+    up = {'prefill': False, 'decode': False}
+    for i, inst in enumerate(now.instances):
+      role = self.config.instances[i].role
+      up['decode' if role == 'decode' else 'prefill'] |= (
+          inst.status in ('up', 'draining'))
+      busy = inst.rows or inst.prefilling or inst.queue or inst.pulls
+      need(inst.status in ('up', 'draining')
+           or not (busy or inst.residents or inst.inflight),
+           'instance {} is {} and has work', i, inst.status)
+      if not inst.inflight:
+        need(not (inst.rows or inst.prefilling), 'instance {} stalled', i)
+        need(inst.residents or not busy, 'instance {} admits nobody', i)
+    for id in now.waiting:
+      kind = 'prefill' if now.seqs[id].stage == 'queued' else 'decode'
+      need(not up[kind], 'request {} waits though one may serve it', id)
+
+  def over(self, w):
+    """Nothing more will happen: everyone has ended, every page is back."""
+    need('' not in w.fates, 'never ended: {}', w.fates)
+    need(scheduler.idle(w.state), 'not idle')
+    for c, inst in zip(self.config.instances, w.state.instances, strict=True):
+      need(inst.pool == page_pool.init(c.num_pages), 'pages leaked')
+
+  # --- events without sense -------------------------------------------------
+
+  def _probe(self, w):
+    """In turn: stale events change nothing; an impossible event is named."""
+    self.probes += 1
+    turn, now = self.probes // 2, w.state
+    if self.probes % 2:
+      run = scheduler.Run(self.config, now)
+      for event, stage in self._stale(w, turn):
+        self.probed.add((stage, type(event).__name__, 'stale'))
+        need(not run.apply(event), 'not inert: {}', event)
+      need(run.freeze() == now, 'a stale event changed the state')
+      return
+    event, stage = self._wrong(w, turn)
+    try:
+      scheduler.step(self.config, now, event)
+    except scheduler.ImpossibleEvent:
+      self.probed.add((stage, type(event).__name__, 'impossible'))
+    else:
+      raise Violation(f'not an error: {event}')
+
+  def _stale(self, w, turn):
+    """(event, stage of its request or status of its instance)s: late ones,
+    those that are told twice."""
+    now, found = w.state, []
+    for id, fate in enumerate(w.fates):
+      seq = now.seqs.get(id)
+      if seq is None:
+        stage, epoch = 'absent', 1
+      else:
+        stage, epoch = seq.stage, seq.epoch - bool(seq.target_pages)
+      found.append((HAND_OFF[(turn + id) % 3](NO_CLOCK, id, epoch), stage))
+      if fate != '' and stage in ('absent', 'over', 'abandoned'):
+        found.append((Cancelled(NO_CLOCK, id), stage))
+    for i, inst in enumerate(now.instances):
+      number = inst.inflight[0][0].number if inst.inflight else inst.number
+      if number:
+        kind = (PrefillDone, DecodeDone)[(turn + i) % 2]
+        found.append((kind(NO_CLOCK, i, number - 1), inst.status))
+      again = {'up': InstanceUp, 'draining': Drain,
+               'down': InstanceDown, 'gone': Drain}[inst.status]
+      found.append((again(NO_CLOCK, i), inst.status))
+    return found
+
+  def _wrong(self, w, turn):
+    """(event, stage or status): what cannot have happened."""
+    now, kind = w.state, turn % 8
+    if now.seqs and kind < 4:
+      seq = now.seqs[list(now.seqs)[turn // 8 % len(now.seqs)]]
+      if kind == 3:
+        return Arrived(NO_CLOCK, seq.id, 1, 1), seq.stage
+      return HAND_OFF[kind](NO_CLOCK, seq.id, seq.epoch + 1), seq.stage
+    i = turn // 8 % len(now.instances)
+    inst, nobody = now.instances[i], len(self.requests)
+    command = inst.inflight[0][0] if inst.inflight else None
+    steps = (NO_CLOCK,) * getattr(command, 'steps', 1)
+    prefill = (isinstance(command, RunPrefill) if command
+               else turn // 24 % 2)
+    if command and kind == 5:  # the other kind
+      other = DecodeDone if prefill else PrefillDone
+      event = other(NO_CLOCK, i, command.number)
+    elif command and kind == 6:  # all of it is out: so it is done
+      event = InstanceDown(NO_CLOCK, i, steps)
+    elif command and kind == 7:  # it samples nothing of this request
+      event = (PrefillDone(NO_CLOCK, i, command.number, (nobody,))
+               if prefill else DecodeDone(
+                   NO_CLOCK, i, command.number, steps, ((nobody, 0),)))
+    else:  # not issued yet
+      done = PrefillDone if prefill else DecodeDone
+      event = done(NO_CLOCK, i, inst.number)
+    return event, inst.status
+
+
+class _Move:
+  """One move of a world, in place."""
+
+  def __init__(self, rules, w):
+    self.rules, self.w, self.events, self.commands = rules, w, [], []
+    self.kv, self.changed = list(w.kv), set()
+    self.out, self.fates = list(w.out), list(w.fates)
+    self.copies = list(w.copies)
+
+  def done(self, faults):
+    """Steps the scheduler, performs Abort and ends, doubts."""
+    w, config = self.w, self.rules.config
+    before = after = w.state
+    marks = w.marks
+    if self.events:
+      run = _Traced(config, before)
+      run.hops = self.rules.hops
+      for event in self.events:
+        self.commands += run.apply(event)
+      after = run.freeze()
+      marks = tuple([m if a is b else _mark(a) for a, b, m in zip(
+          after.instances, before.instances, marks, strict=True)])
+    for c in self.commands:
+      doubt = _DOUBTS.get(type(c))
+      if doubt:
+        doubt(self, c, after)
+    for i, inst in enumerate(after.instances):
+      freed = inst.pool.free & ~before.instances[i].pool.free
+      if freed:
+        kv = self.pages_of(i)
+        for p in range(len(kv)):
+          if freed >> p & 1:
+            kv[p] = None
+    for i in self.changed:
+      self.kv[i] = tuple(self.kv[i])
+    return World(after, tuple(self.kv), tuple(self.fates), tuple(self.out),
+                 tuple(self.copies), faults, marks)
+
+  def end(self, c, after):
+    """A request ends: once, with all its tokens, for a reason that is so."""
+    need(self.fates[c.id] == '', '{}: ended {} before', c, self.fates[c.id])
+    _, most, eos = self.rules.requests[c.id]
+    self.fates[c.id] = reason = (
+        c.reason if isinstance(c, Finish) else type(c).__name__)
+    if reason in ('stop', 'length'):
+      want = eos or most
+      need(self.out[c.id] == want, '{} after {} of {}', c, self.out[c.id], want)
+    elif reason == 'cancelled':
+      event, = self.events
+      need(isinstance(event, Cancelled) and event.id == c.id,
+           '{} by {}', c, event)
+    elif reason == 'Fail':
+      seq = self.w.state.seqs.get(c.id)
+      left = {one.role for inst, one in zip(
+          after.instances, self.rules.config.instances, strict=True)
+              if inst.status != 'gone'}
+      need(seq and seq.tries == self.rules.config.tries
+           or left != {i.role for i in self.rules.config.instances},
+           '{}: it could go on', c)
+    else:
+      need(scheduler.never_fits(self.rules.config, *self.rules.requests[
+          c.id][:2]), '{}: it fits', c)
+
+  def started(self, c, after):
+    need(all([p.id != c.id for p, _ in self.copies]),
+         '{}: two copies of one request', c)
+    self.pulled(c, after)
+    self.copies.append((c, False))
+
+  def aborted(self, c, after):
+    self.copies = [p for p in self.copies
+                   if (p[0].id, p[0].epoch) != (c.id, c.epoch)]
+
+  def admitted(self, c, after):
+    """First come, first served: nobody is passed by in a prefill queue."""
+    queue = after.instances[c.instance].queue
+    if queue:
+      first = after.seqs[queue[0]].order
+      for chunk in c.chunks:
+        need(chunk.start or after.seqs[chunk.id].order < first,
+             '{}: passes request {} by', c, queue[0])
+
+  def pulled(self, c, after):
+    """Nobody is passed by among the finished prefills of an instance."""
+    before = self.w.state.instances[c.target].pulls
+    stay = after.instances[c.target].pulls
+    for id in before:
+      if id == c.id:
+        break
+      need(id not in stay, '{}: passes request {} by', c, id)
+
+  # --- what commands do to pages and clients --------------------------------
+
+  def pages_of(self, i):
+    if i not in self.changed:
+      self.changed.add(i)
+      self.kv[i] = list(self.kv[i])
+    return self.kv[i]
+
+  def use(self, i, id, ids):
+    seq = self.w.state.seqs.get(id)
+    need(seq and seq.instance == i and seq.pages[:len(ids)] == ids,
+         'instance {}: pages {} are not of request {}: {}', i, ids, id, seq)
+
+  def read(self, i, id, ids, stop):
+    kv, size = self.kv[i], self.rules.config.instances[i].page_size
+    for k in range(page_pool.pages_for(stop, size)):
+      got, want = kv[ids[k]], min(size, stop - k * size)
+      need(got and got[:2] == (id, k) and got[2] >= want,
+           'instance {}: read {} for {} tokens of {}', i, got, want, (id, k))
+
+  def write(self, i, id, ids, start, stop):
+    kv, size = self.pages_of(i), self.rules.config.instances[i].page_size
+    for k in range(start // size, page_pool.pages_for(stop, size)):
+      kv[ids[k]] = (id, k, min(size, stop - k * size))
+
+  def tell(self, id, position):
+    """A token is told; True where the stream ends with it."""
+    prompt, _, eos = self.rules.requests[id]
+    out = self.out[id]
+    if self.fates[id] != '' or eos and out >= eos:
+      return False
+    need(position == prompt + out,
+         'request {}: token {} after {}', id, position - prompt, out)
+    self.out[id] = out + 1
+    return out + 1 == eos
+
+  def rows(self, i, c, steps):
+    ended = []
+    for t in range(c.tick, c.tick + steps):
+      for row in c.rows:
+        need(t < row.until, 'tick {} of {}', t, row)
+        self.use(i, row.id, row.pages)
+        at = row.base + t
+        self.read(i, row.id, row.pages, at)
+        self.write(i, row.id, row.pages, at, at + 1)
+        if self.tell(row.id, at + 1):
+          ended.append((row.id, t - c.tick))
+    return tuple(ended)
+
+  # --- moves ----------------------------------------------------------------
+
+  def arrive(self, id, more=False):
+    self.fates[id] = ''
+    self.events.append(Arrived(NO_CLOCK, id,
+                               *self.rules.requests[id][:2], more))
+
+  def burst(self, first, second):
+    """Two arrive at once."""
+    self.arrive(first, more=True)
+    self.arrive(second)
+
+  def run(self, i):
+    c = self.w.state.instances[i].inflight[0][0]
+    if isinstance(c, RunDecode):
+      self.events.append(DecodeDone(
+          NO_CLOCK, i, c.number, (NO_CLOCK,) * c.steps,
+          self.rows(i, c, c.steps)))
+      return
+    ended = []
+    for chunk in c.chunks:
+      self.use(i, chunk.id, chunk.pages)
+      self.read(i, chunk.id, chunk.pages, chunk.start)
+      self.write(i, chunk.id, chunk.pages, chunk.start, chunk.stop)
+      if chunk.last and self.tell(chunk.id, chunk.stop):
+        ended.append(chunk.id)
+    ended += [id for id, _ in self.rows(i, c, 1)]
+    self.events.append(PrefillDone(NO_CLOCK, i, c.number, tuple(ended)))
+
+  def crash(self, i, steps, back=True):
+    flying = self.w.state.instances[i].inflight
+    ended = self.rows(i, flying[0][0], steps) if steps else ()
+    self.events.append(InstanceDown(
+        NO_CLOCK, i, (NO_CLOCK,) * steps, ended, back))
+    self.changed.add(i)
+    self.kv[i] = [None] * len(self.kv[i])
+    self.copies = [p for p in self.copies if p[0].target != i]
+
+  def gone(self, i):
+    self.crash(i, 0, False)
+
+  def up(self, i):
+    self.events.append(InstanceUp(NO_CLOCK, i))
+
+  def drain(self, i):
+    self.events.append(Drain(NO_CLOCK, i))
+
+  def cancel(self, id):
+    self.events.append(Cancelled(NO_CLOCK, id))
+
+  def copy(self, id):
+    return next(n for n, (c, _) in enumerate(self.copies) if c.id == id)
+
+  def copied(self, id):
+    c, _ = self.copies.pop(self.copy(id))
+    self.read(c.source, id, c.source_pages, c.num_tokens)
+    self.write(c.target, id, c.target_pages, 0, c.num_tokens)
+    self.events.append(Migrated(NO_CLOCK, id, c.epoch))
+
+  def failed(self, id):
+    c, _ = self.copies.pop(self.copy(id))
+    self.events.append(MigrateFailed(NO_CLOCK, id, c.epoch))
+
+  def damaged(self, id):
+    """It arrived, and its checksum does not fit."""
+    c, _ = self.copies.pop(self.copy(id))
+    kv = self.pages_of(c.target)
+    for page in c.target_pages:
+      kv[page] = DAMAGED
+    self.events.append(MigrateFailed(NO_CLOCK, id, c.epoch, 'checksum'))
+
+  def lease(self, id):
+    c, _ = self.copies[self.copy(id)]
+    self.events.append(Timer(NO_CLOCK, id, c.epoch))
+
+  def lose(self, id):
+    """It may write for ever, and will never answer."""
+    n = self.copy(id)
+    self.copies[n] = (self.copies[n][0], True)
+
+
+_DOUBTS = {Migrate: _Move.started, Abort: _Move.aborted,
+           RunPrefill: _Move.admitted, Finish: _Move.end,
+           Fail: _Move.end, Reject: _Move.end}
+
+
+def _mark(inst):
+  """A hash of an instance, see Rules.key."""
+  ticks = [b.tick for b in inst.batches]
+  number = inst.number
+  return hash((
+      inst.pool.free, inst.queue, inst.prefilling, inst.pulls, inst.turn,
+      inst.status, tuple([(number - n, id) for n, id in inst.ending]),
+      tuple([tuple([(r[0], r[1] + b.tick, r[2] - b.tick, r[3])
+                    for r in b.rows]) for b in inst.batches]),
+      tuple([(g, getattr(c, 'steps', 0), getattr(c, 'chunks', 0),
+              tuple([(r[0], r[1] + c.tick, r[3]) for r in c.rows]),
+              ticks[g] - c.tick if g >= 0 else 0)
+             for c, g in inst.inflight])))

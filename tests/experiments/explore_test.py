@@ -1,0 +1,212 @@
+"""Every interleaving of small worlds, random large ones; what they can see."""
+
+import inspect
+import pathlib
+import textwrap
+
+import pytest
+
+from dsjax.scheduling import lifecycle, recovery, scheduler
+from dsjax.scheduling.events import Arrived
+from experiments import explore
+from experiments.common import terminal
+from experiments.verify import schedules, worlds
+
+# Thousands of transitions of each small world; fewer would be another world.
+LEAST = {
+    '1P1D, 3 requests': 150, '1P1D, preemption': 49, '1P1D, pieces': 22,
+    '1P1D, pp = 2': 35, '1P2D': 124, '2P1D': 142, '2P2D': 75,
+    '1 chunked, preemption': 13, '2 colocated': 244, '2 chunked': 38,
+    '2 chunked, pp = 2': 37}
+TOGETHER = {  # these take every hop of the table
+    '1P1D': 45, '1P1D, preemption, depth 1': 43,
+    '1P1D, preemption of rows ahead': 104,
+    '1 colocated, preemption, depth 3': 11,
+    '1 chunked, preemption of pieces': 42}
+RUN = scheduler.Run
+MUTATIONS = {
+    'the source is freed early': (
+        RUN, 'pull', 'seq.epoch += 1', 'seq.epoch += 1; self.free(seq)'),
+    'no epoch check': (RUN, 'handed', 'e.epoch < seq.epoch', 'False'),
+    'a later epoch is passed over': (
+        RUN, 'handed', 'e.epoch < seq.epoch', 'e.epoch != seq.epoch'),
+    'a cancel frees what is copied': (
+        RUN, 'leave', "self.move(seq, 'abandoned')", 'self.drop(seq)'),
+    'a cancel keeps the pages': (
+        RUN, 'leave', 'self.drop(seq)', 'self.forget(seq)'),
+    'pages of a preempted row are free at once': (
+        RUN, 'leave', 'if inst.inflight:', 'if False:'),
+    'a preempted row loses a token': (
+        RUN, 'preempt', 'batch.tick + 1', 'batch.tick'),
+    'a request ends before its last token': (
+        RUN, 'advance', "self.move(self.own(id), 'finishing')",
+        "self.move(self.own(id), 'finishing'); "
+        "self.commands.append(base.Finish(id, 'length'))"),
+    'the latest is first': (
+        RUN, 'enqueue',
+        'bisect.insort(queue, seq.id, key=lambda id: seqs[id].order)',
+        'queue.insert(0, seq.id)'),
+    'a pull passes the first by': (
+        RUN, 'pull', 'inst.pulls[0]', 'inst.pulls[-1]'),
+    'room is not noticed': (RUN, 'touch', 'inst.fresh, ', ''),
+    'a late completion is taken for the next': (
+        RUN, 'complete', '0 <= e.number <', 'e.number != e.number <'),
+    'a lease without Abort': (
+        recovery, 'timer', 'run.commands.append', 'str'),
+    'a lease by the clock': (
+        recovery, 'timer', 'seq is not None', 'seq and e.time_s > 0'),
+    'a damaged copy is taken for whole': (
+        recovery, 'migrate_failed',
+        "_again(run, seq, f'its hand-off failed: {e.reason}')",
+        'run.migrated(e)'),
+    'a lost source without Abort': (
+        recovery, '_source_lost', 'run.commands.append(Abort',
+        'str(Abort'),
+    'tries without bound': (
+        recovery, '_spared', 'seq.tries <= run.config.tries', 'True'),
+    'given up too early': (
+        recovery, '_spared', 'seq.tries <= run.config.tries',
+        'seq.tries < run.config.tries'),
+    'tokens in flight count as out': (
+        recovery, '_known', ' - lost[id]', ''),
+    'tokens that are out are forgotten': (
+        recovery, '_known', '(0 if n else told)', '0'),
+    'a lost target loses the request': (
+        recovery, '_target_lost', '_retry(run, seq, reason)',
+        'run.forget(seq)'),
+    'who waits is not placed': (
+        recovery, 'instance_up', 'place(run)', 'pass'),
+    'a drain forgets its queue': (
+        recovery, 'drain', 'run.enqueue(seq)', 'run.forget(seq)'),
+    'a failure keeps the pages': (
+        recovery, 'fail', 'run.drop(seq)', 'run.forget(seq)'),
+}
+
+
+def mutate(name, monkeypatch):
+  """Changes a line of the scheduler."""
+  owner, function, old, new = MUTATIONS[name]
+  before = getattr(owner, function)
+  source = textwrap.dedent(inspect.getsource(before))
+  assert old in source, source
+  module = recovery if owner is recovery else scheduler
+  made = {}
+  exec(source.replace(old, new), module.__dict__, made)
+  monkeypatch.setattr(owner, function, made[function])
+  for kind, apply in scheduler._APPLY.items():
+    if apply is before:
+      monkeypatch.setitem(scheduler._APPLY, kind, made[function])
+
+
+def explored(name, least):
+  """The Rules of a small world that was explored to its end."""
+  rules, faults = explore.small_worlds()[name]
+  transitions, _, whole = schedules.search(rules, faults)
+  assert whole and transitions >= 1000 * least, f'{name}: {transitions}'
+  return rules
+
+
+@pytest.mark.parametrize('name', LEAST)
+def test_small_worlds(name):
+  explored(name, LEAST[name])
+
+
+def test_a_million_transitions():
+  assert {**LEAST, **TOGETHER}.keys() == explore.small_worlds().keys()
+  assert sum((*LEAST.values(), *TOGETHER.values())) >= 1000
+
+
+def test_every_hop_is_taken_and_every_stage_doubted():
+  hops, probed = set(), set()
+  for name, least in TOGETHER.items():
+    rules = explored(name, least)
+    hops |= rules.hops
+    probed |= rules.probed
+  assert hops == {(stage, cause, after) for (stage, cause), following
+                  in lifecycle.HOPS.items() for after in following}
+  hand_off = [kind.__name__ for kind in worlds.HAND_OFF]
+  stages = [stage for stage in lifecycle.STAGES if stage != 'absent']
+  for kind in (*hand_off, 'Arrived'):
+    assert {(s, kind, 'impossible') for s in stages} <= probed
+  for kind in hand_off:
+    assert {(s, kind, 'stale') for s in lifecycle.STAGES} <= probed
+  for stage in ('absent', 'over', 'abandoned'):
+    assert (stage, 'Cancelled', 'stale') in probed
+  for kind in ('PrefillDone', 'DecodeDone'):
+    assert {(s, kind, 'stale') for s in ('up', 'draining', 'down', 'gone')} | {
+        (s, kind, 'impossible') for s in ('up', 'draining', 'down', 'gone')
+    } <= probed
+  assert ('up', 'InstanceDown', 'impossible') in probed
+
+
+def test_the_tables_are_total():
+  for stage in lifecycle.STAGES:
+    for cause in lifecycle.CAUSES:
+      following = lifecycle.cell(stage, cause)
+      assert following is None or set(following) <= set(lifecycle.STAGES)
+  assert {s for s, _ in lifecycle.HOPS} == set(lifecycle.STAGES)
+  assert {c for _, c in lifecycle.HOPS} <= set(lifecycle.CAUSES)
+  kinds = {kind.__name__ for kind in scheduler._APPLY}
+  assert kinds == set(lifecycle.CAUSES) - {'plan', 'TargetDown'}
+  statuses, events = ({pair[n] for pair in lifecycle.STATUS} for n in (0, 1))
+  assert len(lifecycle.STATUS) == len(statuses) * len(events)
+  assert set(lifecycle.STATUS.values()) == statuses
+
+
+def test_the_readme_shows_the_tables_of_the_code():
+  readme = pathlib.Path(__file__).parents[2] / 'README.md'
+  text = readme.read_text()
+  for part in lifecycle.drawing().split('\n\n'):
+    assert part in text
+
+
+def test_a_hop_that_the_table_does_not_have_is_named():
+  rules, _ = explore.small_worlds()['1P1D']
+  run = scheduler.Run(rules.config, scheduler.init(rules.config))
+  run.apply(Arrived(0.0, 0, 2, 2))
+  with pytest.raises(scheduler.ImpossibleEvent,
+                     match='no hop from prefilling to migrating by plan'):
+    run.move(run.own(0), 'migrating')
+
+
+@pytest.mark.parametrize('seed', range(0, 40, 10))
+def test_random_large_worlds(seed):
+  for n in range(seed, seed + 10):
+    result = explore.explore(('large', str(n), 0))
+    assert not result.violation, (n, result)
+    assert result.transitions > 100
+
+
+@pytest.mark.parametrize('name', MUTATIONS)
+def test_a_mutation_is_caught(name, monkeypatch):
+  mutate(name, monkeypatch)
+  with pytest.raises(worlds.Violation):
+    for faults in range(4):
+      for rules, _ in explore.small_worlds().values():
+        schedules.search(rules, faults)
+
+
+def test_a_schedule_is_shrunk_and_replays(monkeypatch, tmp_path, capsys):
+  path = tmp_path / 'violation.jsonl'
+  with monkeypatch.context() as patched:
+    mutate('a lease without Abort', patched)
+    walks = (explore.explore(('large', str(n), 0)) for n in range(20))
+    result = next(r for r in walks if r.violation)
+    rules, _ = explore.large_world(int(result.name))
+    assert explore.report(terminal.wide_console(), [result], tmp_path) == 1
+    told = capsys.readouterr().out
+    assert 'Timer(' in told and 'two copies of one request' in told
+    again, moves = schedules.read_log(path)
+    assert len(moves) <= 8 < 50 < len(result.moves), moves
+    assert again.config == rules.config and again.requests == rules.requests
+    assert 'two copies' in schedules.replay(again, moves)[1]
+    for n in range(len(moves)):  # each of them is needed
+      assert not schedules.replay(again, moves[:n] + moves[n + 1:])[1]
+  assert schedules.story(again, moves)[-1] == schedules.NOTHING
+
+
+@pytest.mark.parametrize('text', ['', '{}', '[1]', '{"config": {}}\nx'])
+def test_a_log_that_is_none_is_one_clear_error(text, tmp_path):
+  (tmp_path / 'log').write_text(text)
+  with pytest.raises(schedules.InputError, match='--replay'):
+    schedules.read_log(tmp_path / 'log')

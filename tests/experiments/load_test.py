@@ -1,0 +1,152 @@
+"""The load client against a server of a few lines that answers as it is told.
+
+The real server answers it too, in server_test.
+"""
+
+import asyncio
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from dsjax import workload
+from dsjax.config.checks import InputError
+from dsjax.config.placement import Slo
+from experiments import load
+
+PROMPT = workload.Prompt('Hi', None, None)
+
+
+def chunk(text, **more):
+  return {'choices': [{'index': 0, 'text': text, 'finish_reason': None} | more]}
+
+
+def sse(*parts, done=True):
+  lines = [f'data: {json.dumps(p)}\n\n' for p in parts]
+  return ''.join(lines) + 'data: [DONE]\n\n' * done
+
+
+END = [chunk('', finish_reason='length'),
+       {'choices': [], 'usage': {'prompt_tokens': 5, 'completion_tokens': 6}}]
+
+
+async def run(todo, answer, pause_s=0.0):
+  """Sends jobs to a server that answers with (status, body) of a body."""
+  seen = []
+
+  async def serve(reader, writer):
+    try:
+      head = await reader.readuntil(b'\r\n\r\n')
+      size = int(head.lower().split(b'content-length: ')[1].split(b'\r')[0])
+      body = json.loads(await reader.readexactly(size))
+      seen.append((head.split()[1].decode(), body))
+      await asyncio.sleep(pause_s)
+      status, text = answer(body)
+      writer.write(b'HTTP/1.1 %d x\r\nConnection: close\r\n\r\n' % status
+                   + text.encode())
+      await writer.drain()
+    finally:
+      writer.close()
+  server = await asyncio.start_server(serve, '127.0.0.1', 0)
+  async with server:
+    port = server.sockets[0].getsockname()[1]
+    return await load.send_all(f'http://127.0.0.1:{port}/v1', 'key', todo,
+                               30.0), seen
+
+
+def ask(answer, n=1, kind='completion', pause_s=0.0, **options):
+  todo = load.jobs(kind, 'm', (0.0,) * n, **{'prompts': [PROMPT]} | options)
+  one, seen = asyncio.run(run(todo, answer, pause_s))
+  return one.records, seen
+
+
+def test_what_is_sent():
+  ok = sse(*END)
+  _, seen = ask(lambda _: (200, ok), max_tokens=9, seed=3, extra={'top_k': 1})
+  path, body = seen[0]
+  assert path == '/v1/completions'
+  assert body == {'model': 'm', 'prompt': 'Hi', 'stream': True, 'seed': 3,
+                  'max_tokens': 9, 'top_k': 1,
+                  'stream_options': {'include_usage': True}}
+  _, seen = ask(lambda _: (200, ok), kind='chat')
+  assert seen[0][0] == '/v1/chat/completions'
+  assert seen[0][1]['messages'] == [{'role': 'user', 'content': 'Hi'}]
+  entry = workload.Entry(None, 7, 4)
+  _, seen = ask(lambda _: (200, ok), entries=[entry], vocab=50)
+  body = seen[0][1]
+  assert len(body['prompt']) == 7 and max(body['prompt']) < 50
+  assert body['max_tokens'] == 4 and body['ignore_eos'] is True
+
+
+def test_a_record_of_a_stream():
+  (record,), _ = ask(lambda _: (200, sse(chunk('a'), chunk('b'), *END)))
+  assert record.status == 'length' and record.prompt_len == 5
+  # Three chunks, six tokens by usage: two tokens each.
+  assert len(record.token_s) == 6
+  assert record.token_s == sorted(record.token_s)
+  assert record.token_s[0] == record.token_s[1]
+  assert 0 < record.ttft_s <= record.finish_s
+
+
+def test_usage_with_every_chunk_counts_exactly():
+  def counted(n):
+    return chunk('a') | {'usage': {'prompt_tokens': 5, 'completion_tokens': n}}
+  (record,), _ = ask(lambda _: (200, sse(counted(1), counted(6), *END)))
+  assert len(record.token_s) == 6
+  assert record.token_s[0] < record.token_s[1] == record.token_s[5]
+
+
+def test_a_role_without_text_is_no_token():
+  def delta(**fields):
+    return {'choices': [{'index': 0, 'delta': fields, 'finish_reason': None}]}
+  end = {'choices': [{'index': 0, 'delta': {}, 'finish_reason': 'stop'}]}
+  (record,), _ = ask(lambda _: (200, sse(
+      delta(role='assistant', content=''), delta(content='a'), end)),
+      kind='chat')
+  assert len(record.token_s) == 1 and record.status == 'stop'
+
+
+@pytest.mark.parametrize('status, text, ends, why', [
+    (429, '{}', 'rejected', 'HTTP 429'), (500, 'oh', 'rejected', 'HTTP 500'),
+    (200, sse(chunk('a'), done=False), 'failed', 'ended by hanging up'),
+    (200, sse(chunk('a'), {'error': {}}), 'failed', 'error in the stream'),
+    (200, 'data: {\n\n', 'failed', 'JSONDecodeError'),
+    (200, sse([]), 'failed', 'AttributeError'),
+    (200, sse({'choices': None}), 'failed', 'TypeError')])
+def test_every_error_ends_in_the_record(status, text, ends, why):
+  (record,), _ = ask(lambda _: (status, text))
+  assert (record.status, record.reason) == (ends, why)
+  assert record.finish_s is not None
+
+
+def test_errors_count_and_arrivals_do_not_wait(tmp_path):
+  records, seen = ask(
+      lambda body: (200, sse(chunk('a'), *END)) if body['seed'] % 4
+      else (429, '{}'), n=8, pause_s=0.2)
+  # One after another they would take 1.6 s: all were sent before any answer.
+  assert len(seen) == 8 and max(r.arrival_s for r in records) == 0
+  out = io.StringIO()
+  one = load.Load(None)
+  one.records, one.lag_s = records, [0.0] * 8
+  summary = load.show(Console(file=out, width=100), one, Slo(30.0, 30.0),
+                      2, 'title', tmp_path)
+  assert summary.attainment[0] == 6 / 8 and summary.num_devices == 2
+  assert 'Errors: 2 HTTP 429' in out.getvalue()
+  assert json.loads((tmp_path / 'summary.json').read_text())['errors'] == {
+      'HTTP 429': 2}
+  assert (tmp_path / 'report.png').stat().st_size > 10_000
+
+
+def test_tokens_are_spread_over_chunks():
+  assert load.spread([], 3) == []
+  assert load.spread([1, 2, 3], 2) == [1, 2, 3]
+  assert load.spread([1, 2], 5) == [1, 1, 1, 2, 2]
+
+
+def test_nobody_there_is_an_input_error():
+  for url in ('http://127.0.0.1:1', 'no url', 'http://[::1'):
+    with pytest.raises(InputError, match='--url='):
+      load.find_model(url, None)
+  with pytest.raises(InputError, match='--kind'):
+    load.jobs('song', 'm', (0.0,), prompts=[PROMPT])

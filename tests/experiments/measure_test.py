@@ -1,0 +1,125 @@
+"""The profiler: its grid, its clock, and one pass over a live tiny engine."""
+
+import dataclasses
+import io
+import itertools
+import json
+
+import pytest
+from rich.console import Console
+
+from dsjax.config.checks import InputError
+from dsjax.config.engine import EngineConfig
+from dsjax.config.placement import Plan
+from dsjax.scheduling.events import DecodeDone, PrefillDone, Row, RunDecode
+from dsjax.simulation import fitting, latency, profiles
+from dsjax.simulation.contention import KINDS
+from experiments import measure
+from experiments.common import tiny
+
+CONFIG = EngineConfig(max_len=64, max_seqs=2, prefill_tokens=32,
+                      chunk_tokens=32, prefill_seqs=2)
+
+
+@pytest.mark.parametrize('config, points', [
+    (CONFIG, 2), (measure.ENGINE, 4), (measure.ENGINE, 7),
+    (EngineConfig(max_len=100, max_seqs=3, prefill_tokens=512,
+                  chunk_tokens=512, prefill_seqs=9), 3),
+    (EngineConfig(max_len=64, max_seqs=1, prefill_tokens=8,
+                  chunk_tokens=8), 2)])
+def test_every_cell_of_the_grid_can_run(config, points):
+  cells = measure.shapes(config, points)
+  assert len(cells) == len(set(cells))
+  kinds = {fitting.Cell(p, b, c, 1.0).kind for p, b, c in cells}
+  assert {'prefill', 'decode'} <= kinds
+  assert config.max_seqs == 1 or 'mixed' in kinds
+  for pieces, batch, each in cells:
+    tokens = sum(stop - start for start, stop in pieces)
+    assert tokens + batch * bool(pieces) <= config.prefill_tokens
+    assert batch + len(pieces) <= config.max_seqs
+    assert all(0 <= start < stop <= config.max_len for start, stop in pieces)
+    assert each + measure.STEPS <= config.max_len and (each > 0) == (batch > 0)
+  for kind in kinds:
+    assert sum(fitting.Cell(p, b, c, 1.0).kind == kind
+               for p, b, c in cells) >= 2
+
+
+def test_spread():
+  assert measure.spread(16, 1024, 4) == [16, 64, 256, 1024]
+  assert measure.spread(16, 16, 4) == [16]
+  assert measure.spread(20, 5, 3) == [5]
+
+
+def test_rounds_are_in_turn_and_the_first_is_not_counted():
+  seen, ticks = [], []
+  a, b = iter([99, 3, 1, 2]), iter([99, 7, 9, 8])
+
+  def timed(name, values):
+    def run():
+      seen.append(name)
+      return next(values)
+    return run
+  medians = measure.in_rounds([timed('a', a), timed('b', b)], 3,
+                              lambda: ticks.append(1))
+  assert medians == [2, 8]
+  assert seen == ['a', 'b'] * 4 and len(ticks) == 8
+
+
+def test_a_span_of_decodes_in_a_log():
+  rows = tuple(Row(i, 10, 9, ()) for i in range(2))
+  log = [(PrefillDone(0., 0, 1), (RunDecode(0, 2, 3, 2, rows),)),
+         (DecodeDone(2., 0, 2, (1., 2.)),
+          (RunDecode(0, 3, 5, 2, rows),)),
+         (DecodeDone(4., 0, 3, (3., 4.)),
+          (RunDecode(0, 4, 7, 1, rows[:1]),)),
+         (DecodeDone(9., 0, 4, (9.,)), ())]
+  server = type('Server', (), {'log': log})
+  assert measure.decode_span(server, 2) == (1.0, 14, 4)
+  assert measure.decode_span(server, 3) is None
+
+
+def test_plans():
+  assert measure.parse_plans(['1x1', '2x3']) == (Plan(1, 1), Plan(2, 3))
+  for bad in (['1by1'], ['1x1', '1x1'], ['0x1']):
+    with pytest.raises(InputError):
+      measure.parse_plans(bad)
+
+
+def test_a_live_engine_from_cells_to_files(tmp_path):
+  loaded = tiny.load()
+  plans = (Plan(), Plan(1, 2))
+  profile, cells = measure.measure(loaded, plans, CONFIG, 1, 2)
+  assert tuple(profile.latencies) == tuple(cells) == plans
+  assert set(profile.links) <= {(a, b) for a in plans for b in plans}
+  assert profile.latencies[Plan(1, 2)].pp == 2
+  model, found = profile.latencies[Plan()], cells[Plan()]
+  assert (profile.model, model.pp) == ('tiny', 1)
+  assert model.buckets == latency.Buckets((32,), (1, 2), (1, 2))
+  assert model.mixed is not None and model.host_s >= 0
+  assert all(c.seconds > 0 for c in found)
+  assert set(fitting.residuals(model, found)) == {'prefill', 'decode', 'mixed'}
+  assert set(profile.contention.factors) == set(itertools.product(
+      KINDS, repeat=2))
+  path = measure.write(tmp_path / 'out', profile, cells)
+  assert profiles.load(path) == profile
+  rows = [json.loads(line) for line in
+          next((tmp_path / 'out').glob('cells-*.jsonl')).read_text()
+          .splitlines()]
+  assert len(rows) == 2 * len(found) and rows[0]['fitted_s'] > 0
+  assert next((tmp_path / 'out').glob('*.png')).stat().st_size > 10_000
+  text = io.StringIO()
+  measure.show(Console(file=text, width=100), profile, cells, 0.1, CONFIG,
+               loaded.config)
+  for part in ('L_m', 'largest decode batch', 'worst', 'Appendix A',
+               'measured ms', 'decode beside prefill'):
+    assert part in text.getvalue()
+
+
+@pytest.mark.parametrize('change, part', [
+    ({'chunk_tokens': 16}, 'chunk_tokens'), ({'max_len': 32}, 'max_len')])
+def test_what_cannot_be_measured(change, part):
+  config = dataclasses.replace(CONFIG, **change)
+  with pytest.raises(InputError, match=part):
+    measure.measure(tiny.load(), (Plan(),), config)
+  with pytest.raises(InputError, match='source and a target'):
+    measure.measure(tiny.load(), (Plan(8, 1),), CONFIG)

@@ -1,0 +1,77 @@
+"""The placement runner, as a user starts it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dsjax.config.checks import InputError
+from dsjax.placement.candidates import Cluster
+from experiments import place
+from experiments.common.overrides import parse_placement
+
+SMALL = ('--model=opt-13b', '--lengths=longbench', '--ttft=1', '--requests=20',
+         '--tolerance=0.5', '--chunks=512', '--processes=1')
+
+
+def run(*args):
+  return subprocess.run(
+      [sys.executable, '-m', 'experiments.place', *args],
+      capture_output=True, text=True, timeout=300)
+
+
+def test_it_writes_a_table_a_figure_and_a_verdict(tmp_path):
+  cluster = tmp_path / 'cluster.json'
+  cluster.write_text(json.dumps({'nodes': 1, 'devices_per_node': 2}))
+  done = run(*SMALL, '--algorithms=low', f'--cluster={cluster}',
+             f'--out={tmp_path}')
+  assert done.returncode == 0, done.stderr
+  found = json.loads((tmp_path / 'placement.json').read_text())
+  row = found['rows'][0]
+  assert row['placement'] == 'prefill=1x1,decode=1x1'
+  assert row['placement'].split(',')[0] in done.stdout
+  assert 0 < row['low'] <= row['per_device'] <= row['high']
+  assert found['verdict'] in done.stdout.replace('\n', ' ')
+  assert found['strict'][0]['per_device'] <= row['per_device']
+  assert 'What binds the best disaggregated placement' in done.stdout
+  assert (tmp_path / 'placement.png').read_bytes()[:4] == b'\x89PNG'
+  # What serves takes the printed text.
+  best = parse_placement(row['placement'])
+  assert place.show_placement(best) == row['placement']
+  assert best.mode == 'disaggregated'
+
+
+@pytest.mark.parametrize('flag, message', (
+    ('--algorithms=best', '--algorithms'), ('--ttft=0.001', 'Slo.ttft_s'),
+    ('--latency=roofline:tpu', 'a100-80g'),
+    ('--cluster=nowhere.json', 'without --devices')))
+def test_bad_input_is_one_clear_error(flag, message):
+  done = run('--devices=2', flag)
+  assert done.returncode == 2
+  assert done.stderr.strip().splitlines()[-1].startswith('error: ')
+  assert message in done.stderr
+  assert 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize('text, message', (
+    ('{"nodes": 0}', 'Cluster.nodes=0'), ('{"nodes": "2"}', 'Cluster.nodes='),
+    ('{"nodes": true}', 'Cluster.nodes='), ('{"gpus": 2}', "one of .'nodes'"),
+    ('[1]', 'an object'), ('{', 'is not JSON'),
+    ('{"memory_bytes": -1}', 'Cluster.memory_bytes=-1'),
+    ('{"hand_off_s": null}', 'Cluster.hand_off_s=None')))
+def test_bad_cluster_files(tmp_path, text, message):
+  path = tmp_path / 'cluster.json'
+  path.write_text(text)
+  with pytest.raises(InputError, match=message) as error:
+    place.read_cluster(path)
+  assert str(path) in str(error.value)
+
+
+def test_a_cluster_file(tmp_path):
+  path = tmp_path / 'cluster.json'
+  path.write_text('{"nodes": 4, "inter_bytes_per_s": 1e10}')
+  assert place.read_cluster(path) == Cluster(
+      4, inter_bytes_per_s=1e10)
+  with pytest.raises(InputError, match='cannot be read'):
+    place.read_cluster(tmp_path / 'none.json')

@@ -1,0 +1,158 @@
+"""The runner that simulates placements, as a user starts it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from dsjax.analysis.record import Record
+from dsjax.config.checks import InputError
+from dsjax.config.placement import Slo
+from dsjax.scheduling.event_log import decode
+from dsjax.scheduling.events import RunDecode
+from experiments import simulate
+from experiments.common import report
+
+BASE = ('--requests=40', '--lengths=humaneval')
+
+
+def start(*args):
+  return [sys.executable, '-m', 'experiments.simulate', *BASE, *args]
+
+
+def run(*args):
+  return subprocess.run(start(*args), capture_output=True, text=True,
+                        timeout=300)
+
+
+def test_rates_of_two_placements_with_timelines(tmp_path):
+  done = run('--placement=prefill=1x1,decode=1x1/colocated=1x1', '--rates=2,1',
+             '--timeline', f'--out={tmp_path}')
+  assert done.returncode == 0, done.stderr
+  found = json.loads((tmp_path / 'summary.json').read_text())
+  assert [(p['placement'], p['x']) for p in found['points']] == [
+      ('prefill=1x1,decode=1x1', 1), ('prefill=1x1,decode=1x1', 2),
+      ('colocated=1x1', 1), ('colocated=1x1', 2)]
+  for p in found['points']:
+    assert p['advice'] == 'no misses' or p['advice'] in done.stdout
+    share, low, high = p['summary']['attainment']
+    assert low <= share <= high
+    misses = round((1 - share) * 32)  # 40, less a fifth
+    assert sum(p['causes'].values()) == misses
+  records = report.load_records(tmp_path / 'records.jsonl')
+  assert len(records) == 160
+  assert (tmp_path / 'simulate.png').read_bytes()[:4] == b'\x89PNG'
+  trace = json.loads((tmp_path / 'timeline.json').read_text())
+  assert any(e.get('cat') == 'migrate' for e in trace['traceEvents'])
+  logs = sorted(tmp_path.glob('events-*.jsonl'))
+  assert len(logs) == 4
+  event, _ = decode(json.loads(logs[0].read_text().splitlines()[0]))
+  assert event.id == 0
+
+
+def test_run_ahead_is_asked_of_the_scheduler(tmp_path):
+  done = run('--placement=colocated=1x1', '--rate=1', '--timeline',
+             '--run_ahead=1', f'--out={tmp_path}')
+  assert done.returncode == 0, done.stderr
+  log, = tmp_path.glob('events-*.jsonl')
+  pairs = [decode(json.loads(line)) for line in log.read_text().splitlines()]
+  steps = {c.steps for _, commands in pairs for c in commands
+           if isinstance(c, RunDecode)}
+  assert steps == {1}
+
+
+def test_tighter_scales_attain_less(tmp_path):
+  done = run('--scales=2,0.2,1', '--rate=6', f'--out={tmp_path}')
+  assert done.returncode == 0, done.stderr
+  points = json.loads((tmp_path / 'summary.json').read_text())['points']
+  assert [p['x'] for p in points] == [0.2, 1, 2]
+  shares = [p['summary']['attainment'][0] for p in points]
+  assert shares == sorted(shares) and shares[0] < shares[-1]
+  assert 'tightest' in done.stdout
+
+
+def test_a_trace_at_its_own_times(tmp_path):
+  path = tmp_path / 'trace.csv'
+  path.write_text('arrival_s,prompt_len,output_len\n' + ''.join(
+      f'{i / 4},{50 + i},8\n' for i in range(30)))
+  done = run(f'--lengths={path}', '--process=trace', f'--out={tmp_path}')
+  assert done.returncode == 0, done.stderr
+  records = report.load_records(tmp_path / 'records.jsonl')
+  assert [(r.arrival_s, r.prompt_len) for r in records] == [
+      (i / 4, 50 + i) for i in range(30)]
+
+
+@pytest.mark.parametrize('flag, message', (
+    ('--rates=0,1', '--rates'), ('--rates=1,nan', '--rates'),
+    ('--rates=1,x', '--rates'), ('--rate=-1', '--rate'),
+    ('--rate=inf', '--rate'), ('--seed=1', '--rate'),
+    ('--scales=1', '--rate'), ('--process=weekly --rate=1', '--process'),
+    ('--process=trace', 'arrival times'),
+    ('--ttft=0.001 --rate=1', 's or more'),
+    ('--tpot=0.001 --rate=1', '--tpot'),
+    ('--memory_gb=20 --rate=1', 'fit in the memory'),
+    ('--placement=best --rate=1', 'placement'),
+    ('--placement=prefill=8x1,decode=1x1 --rate=1', 'latencies'),
+    ('--lengths=/dev/null --rate=1', 'at least one row'),
+    ('--model=opt-14b --rate=1', 'model'), ('--cv=0 --process=gamma --rate=1',
+                                            'cv')))
+def test_bad_input_is_one_clear_error(flag, message, monkeypatch, capsys):
+  flags = simulate.flags
+  values = flags.FlagValues()
+  for kind in ('string', 'float', 'integer', 'bool'):
+    define = getattr(flags, f'DEFINE_{kind}')
+    monkeypatch.setattr(flags, f'DEFINE_{kind}', lambda *a, _define=define,
+                        **k: _define(*a, flag_values=values, **k))
+  monkeypatch.setattr(flags, 'FLAGS', values)
+  simulate.define_flags()
+  values(['simulate', *BASE, *flag.split()])
+  with pytest.raises(SystemExit) as stopped:
+    simulate.main(None)
+  assert stopped.value.code == 2
+  error, = capsys.readouterr().err.strip().splitlines()
+  assert error.startswith('error: ') and message in error
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path):
+  rates = ','.join(str(1 + i / 100) for i in range(300))
+  process = subprocess.Popen(
+      start('--requests=400', '--placement=prefill=1x1,decode=1x1',
+            f'--rates=1,{rates}', f'--out={tmp_path}'),
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  first = process.stdout.readline()
+  assert 'met both' in first
+  os.kill(process.pid, signal.SIGINT)
+  text, _ = process.communicate(timeout=60)
+  assert process.returncode == 130, text
+  assert 'Stopped by Ctrl-C' in text
+  found = json.loads((tmp_path / 'summary.json').read_text())
+  assert found['stopped'] and 1 <= len(found['points']) < 300
+
+
+def waiting(waits):
+  records = []
+  for i, wait_s in enumerate(waits):
+    record = Record(i, float(i), 8, 1, finish_s=i + 1.0)
+    record.stage_s['prefill_queue'] = wait_s
+    records.append(record)
+  return records
+
+
+def test_growing_waits_are_beyond_capacity():
+  slo, hits = Slo(0.5, 0.1), [True] * 40
+  assert simulate.unsteady(waiting([0.1] * 40), slo, hits) == ''
+  assert simulate.unsteady(waiting([0.01 * i for i in range(40)]), slo,
+                           hits) == ''
+  assert 'beyond capacity' in simulate.unsteady(
+      waiting([0.1 * i for i in range(40)]), slo, hits)
+  assert 'not steady' in simulate.unsteady(
+      waiting([0.1] * 40), slo, [True] * 20 + [False] * 20)
+
+
+def test_rates_are_rising_numbers():
+  assert simulate.numbers('--rates', '3,1,2,1') == [1, 2, 3]
+  with pytest.raises(InputError, match='--rates'):
+    simulate.numbers('--rates', '')

@@ -1,0 +1,79 @@
+"""The soak, for seconds: what it checks, it sees."""
+
+import json
+import types
+
+import pytest
+from rich.console import Console
+
+from dsjax.config.checks import InputError
+from dsjax.config.engine import EngineConfig
+from dsjax.runtime import instances
+from experiments import soak
+from experiments.verify import soak_report
+
+pytestmark = pytest.mark.usefixtures('no_hang')
+
+
+def options(out, **changes):
+  known = dict(minutes=0.05, quick=True, model='', rate=30.0, faults=600.0,
+               placement='prefill=1x1,decode=1x1', cancel=0.2, back_s=0.1,
+               seed=0, out=str(out),
+               set=['max_seqs=2', 'prefill_tokens=32', 'transfer_pages=4'])
+  return types.SimpleNamespace(**known | changes)
+
+
+def test_nothing_is_lost_in_three_seconds_of_faults(tmp_path):
+  console = Console(record=True, width=120)
+  assert soak.run(options(tmp_path), console) == 0
+  shown = console.export_text()
+  assert 'Nothing was lost, repeated, leaked or wrong.' in shown
+  result = json.loads((tmp_path / 'soak.json').read_text())
+  assert sum(result['faults'].values()) > 5 and result['retries'] > 0
+  assert result['requests']['length'] > 5
+  for name in ('soak.png', 'requests.jsonl', 'faults.jsonl',
+               'events.jsonl.gz'):
+    assert (tmp_path / name).stat().st_size > 0
+
+
+def test_wrong_tokens_are_seen(tmp_path, monkeypatch):
+  """A request that goes on elsewhere forgets what it had said."""
+  def admit(self, index, id):
+    one, live = self.engines[index], self.live.get(id)
+    if live is not None and id not in one.slot_of:
+      one.admit(id, live.request.prompt, len(live.request.prompt),
+                live.request.sampling)
+  monkeypatch.setattr(instances.Fleet, '_admit', admit)
+  assert soak.run(options(tmp_path, cancel=0.0), Console(quiet=True)) == 1
+  failed = json.loads((tmp_path / 'soak.json').read_text())['failed checks']
+  assert 'tokens' in failed
+
+
+def row(job, latency_s, retries=0, status='stop'):
+  return {'id': 0, 'job': job, 'latency_s': latency_s, 'retries': retries,
+          'status': status}
+
+
+def test_added_latency_is_over_the_median_of_the_same_job():
+  config = EngineConfig(lease_s=1.0, stall_s=2.0, restart_s=0.5)
+  done = [row(0, 1.0), row(0, 3.0), row(0, 2.0), row(1, 9.0),
+          row(0, 5.0, 1), row(1, 8.0, 2), row(2, 7.0, 1),
+          row(0, 99.0, status='cancelled')]
+  added, over = soak_report.added_latency(done, config, 1.0)
+  assert added == [3.0, -1.0] and not over
+  _, over = soak_report.added_latency([*done, row(0, 21.6, 1)], config, 1.0)
+  assert len(over) == 1  # above 9 + 1 * (2 + 1 + 0.5 + 9)
+
+
+def test_growth_is_that_of_the_later_part():
+  memory = [(0.0, 0.0), (30.0, 100.0)] + [
+      (60.0 + s, 200.0 + s / 6) for s in range(0, 240, 30)]
+  assert soak_report.growth_mb_per_min(memory) == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize('changes, message', (
+    ({'out': ''}, '--out'), ({'set': ['lease=3']}, 'lease_s'),
+    ({'rate': -1.0}, '--rate'), ({'placement': 'x'}, 'placement')))
+def test_bad_input_is_refused(tmp_path, changes, message):
+  with pytest.raises(InputError, match=message):
+    soak.run(options(**{'out': tmp_path} | changes), Console(quiet=True))

@@ -1,0 +1,177 @@
+"""Real against simulated: the log read back, calibration, the runner."""
+
+import dataclasses
+import io
+import json
+import types
+
+import pytest
+from rich.console import Console
+
+from dsjax.config.checks import InputError
+from dsjax.config.placement import Plan, Slo
+from dsjax.scheduling import scheduler
+from dsjax.scheduling.events import Arrived, DecodeDone, Row, RunDecode
+from dsjax.simulation import calibration, fitting, latency, profiles, simulator
+from experiments import validate
+
+LINK = latency.Link(0.01, 1e6, 1e3)
+SLOW = latency.Affine((0.02, 3e-4, 1e-7), (0.01, 2e-5, 1e-3),
+                      mixed=(0.03, 4e-4, 1e-7, 2e-5))
+FEW = ('max_seqs=2', 'prefill_tokens=16', 'chunk_tokens=16',
+       'prefill_seqs=1', 'max_len=64')
+FLAGS = types.SimpleNamespace(
+    model='tiny', quick=True, modes=['disaggregated'],
+    rates=['40', '30'], seconds=0.3, most=12, ttft_s=None, tpot_s=None,
+    profile=None, rounds=1, seed=0, set=list(FEW))
+
+
+def plan(*roles):
+  return scheduler.Config(tuple(validate.QUICK.instance(r) for r in roles),
+                          validate.QUICK.max_len)
+
+
+def sent(rate, n=40):
+  return validate.requests(validate.QUICK, 100, rate, n, 3)
+
+
+def simulated(roles, models, link=LINK, rate=12.0):
+  return simulator.simulate(plan(*roles), sent(rate), models, link, log=True)
+
+
+@pytest.mark.parametrize('roles', [
+    ('prefill', 'decode'), ('colocated',), ('chunked', 'chunked')])
+def test_a_simulated_log_gives_back_its_own_seconds(roles):
+  steps, copies = calibration.observe(simulated(roles, SLOW).log)
+  assert {s.cell.kind for s in steps} >= {'prefill', 'decode'}
+  for s in steps:
+    assert s.cell.seconds == pytest.approx(fitting.predict_s(SLOW, s.cell))
+  assert bool(copies) == ('decode' in roles)
+  for c in copies:
+    assert c.seconds == pytest.approx(LINK.migrate_s(c.num_tokens))
+
+
+def test_host_time_is_seen_only_where_a_device_was_idle():
+  model = dataclasses.replace(SLOW, host_s=0.004)
+  steps, _ = calibration.observe(simulated(('colocated',), model, None).log)
+  assert {s.idle for s in steps} == {True, False}
+  exact = {s.idle for s in steps
+           if calibration.net_s(model, s) == pytest.approx(
+               fitting.predict_s(model, s.cell))}
+  assert exact == {True, False}
+  assert all(s.cell.seconds >= fitting.predict_s(model, s.cell) - 1e-9
+             for s in steps)
+
+
+def test_overlap():
+  rows = (Row(0, 4, 9, ()),)
+  log = [(Arrived(0., 0, 4, 4), (RunDecode(0, 1, 0, 2, rows),)),
+         (Arrived(1., 1, 4, 4), (RunDecode(1, 1, 0, 1, rows),)),
+         (DecodeDone(3., 1, 1, (3.,)), ()),
+         (DecodeDone(6., 0, 1, (2., 6.)), ())]
+  steps, _ = calibration.observe(log)
+  assert [(s.instance, s.start_s, s.cell.seconds, s.idle) for s in steps] == [
+      (1, 1., 2., True), (0, 0., 2., True), (0, 2., 4., False)]
+  assert [s.overlap for s in steps] == pytest.approx([1.0, 0.5, 0.25])
+  assert [s.cell.context for s in steps[1:]] == [5, 6]
+
+
+def test_correction_keeps_the_sum():
+  a, b = calibration.correction([1, 2, 3, 4], [3.5, 5.5, 7.5, 9.5])
+  assert (a, b) == pytest.approx((1.5, 2.0))
+  for x, y in (([1, 2, 3], [9, 5, 1]), ([2, 2], [3, 5]), ([1, 2], [1, 9])):
+    a, b = calibration.correction(x, y)
+    assert min(a, b) >= 0
+    assert sum(a + b * v for v in x) == pytest.approx(sum(y))
+
+
+@pytest.mark.parametrize('roles', [('prefill', 'decode'), ('chunked',) * 2])
+def test_calibration_finds_what_a_device_alone_did_not_show(
+    roles, monkeypatch):
+  """A 'real' run that is 1.6 times as slow as the profile, and fixed times
+  longer; validated at another rate. Nothing is shared."""
+  monkeypatch.setattr(calibration, 'fit_contention', lambda *_: None)
+  truth = latency.Affine(
+      *(tuple(1.6 * x + (0.005 if i == 0 else 0) for i, x in enumerate(c))
+        for c in (SLOW.prefill, SLOW.decode)),
+      mixed=tuple(1.6 * x for x in SLOW.mixed))
+  far = dataclasses.replace(LINK, base_s=0.02, bytes_per_s=5e5)
+  bench = validate.Profiles((SLOW,) * 2, LINK)
+  found = bench.calibrated(simulated(roles, truth, far).log)
+  if roles[0] == 'prefill':
+    assert found.latencies[0].prefill == pytest.approx(truth.prefill)
+    assert found.latencies[0].decode == SLOW.decode  # it ran none
+    assert found.latencies[1].decode == pytest.approx(truth.decode)
+    assert found.link.base_s == pytest.approx(far.base_s)
+    assert found.link.bytes_per_s == pytest.approx(far.bytes_per_s)
+  else:
+    assert found.latencies[0] == found.latencies[1]
+    assert found.latencies[0].mixed == pytest.approx(truth.mixed)
+  config, slo = plan(*roles), Slo(0.5, 0.1)
+  real = validate.stats(simulator.simulate(
+      config, sent(20.), truth, far).records, slo)
+  errors = [validate.errors(real, validate.stats(
+      p.simulate(config, sent(20.)), slo)) for p in (bench, found)]
+  assert abs(errors[1]['ttft_s']['mean']) < 1e-6
+  assert abs(errors[1]['tpot_s']['p99']) < 1e-6
+  assert errors[0]['tpot_s']['mean'] < -0.2  # the profile is too fast
+  rows = validate.step_times(found, simulated(roles, truth, far, 20.).log)
+  for r in rows:
+    assert r['ratio'] == pytest.approx(1.0, abs=(
+        0.1 if r['what'] == 'migrate' else 1e-6))  # some wait for a prefill
+
+
+def test_requests_are_the_same_at_every_rate_but_for_time():
+  slow, fast = sent(2.0), sent(4.0)
+  for a, b in zip(slow, fast, strict=True):
+    assert (a.prompt, a.sampling) == (b.prompt, b.sampling)
+    assert a.arrival_s == pytest.approx(2 * b.arrival_s)
+    assert (len(a.prompt) + a.sampling.max_tokens
+            <= validate.QUICK.max_len)
+
+
+@pytest.fixture(scope='module')
+def profile(tmp_path_factory):
+  path = tmp_path_factory.mktemp('profile') / 'latency.json'
+  small = dataclasses.replace(SLOW, prefill=(1e-3, 1e-5, 0.0), decode=(
+      5e-4, 0.0, 1e-5), mixed=(1e-3, 1e-5, 0.0, 0.0))
+  profiles.save(path, profiles.Profile(
+      'tiny', 'cpu', {Plan(): small}, {(Plan(),) * 2: LINK}))
+  return str(path)
+
+
+def test_rows_files_and_ctrl_c(tmp_path, profile, monkeypatch):
+  """Two rates are asked for, and Ctrl-C comes after the first."""
+  def halt(_):
+    if (tmp_path / 'summary.json').exists():
+      raise KeyboardInterrupt
+  monkeypatch.setattr(validate.terminal.Interrupts, 'halt', halt)
+  text = io.StringIO()
+  options = types.SimpleNamespace(**vars(FLAGS) | {
+      'out': str(tmp_path), 'profile': profile})
+  assert validate.run(Console(file=text, width=160), options) == 130
+  row, = json.loads((tmp_path / 'summary.json').read_text())['rows']
+  assert (row['mode'], row['rate_per_s'], row['requests']) == (
+      'disaggregated', 40.0, 12)
+  for kind in ('real', *validate.PROFILES):
+    share, low, high = row[kind]['attainment']
+    assert 0 <= low <= share <= high <= 1
+    assert set(row[kind]['ttft_s']) == set(validate.STATS)
+  assert [s['what'] for s in row['steps']['bench']] == [
+      'prefill', 'decode', 'migrate']
+  assert (tmp_path / 'validate.png').stat().st_size > 10_000
+  assert (tmp_path / 'events-disaggregated-40.00.jsonl').exists()
+  for part in ('Real against simulated', 'overlap', 'within', '40.00/s:'):
+    assert part in text.getvalue()
+
+
+@pytest.mark.parametrize('change, part', [
+    ({'modes': ['both']}, '--modes'), ({'modes': []}, '--modes'),
+    ({'rates': ['fast']}, '--rates'), ({'rates': ['-1']}, '--rates'),
+    ({'ttft_s': 0.0}, '--ttft_s'), ({'seed': -1}, '--seed'),
+    ({'profile': '/no/such'}, 'cannot be read')])
+def test_bad_flags(tmp_path, change, part):
+  options = types.SimpleNamespace(**vars(FLAGS) | {'out': str(tmp_path)}
+                                  | change)
+  with pytest.raises(InputError, match=part):
+    validate.run(Console(file=io.StringIO()), options)

@@ -1,0 +1,710 @@
+"""The two step functions against one plain dense forward pass in float64.
+
+Log-probabilities of the 20 best tokens, which a FULL step returns, stand for
+the logits. They agree with float64 to 1e-4: two layers of sums of some 50
+terms near 1. Tokens have to be equal.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsjax.checkpoints import checkpoint
+from dsjax.config.model import RopeScaling
+from dsjax.config.request import Sampling
+from dsjax.kernels.prefill_attention import prefill_attention
+from dsjax.model import kv_cache as kv
+from dsjax.model import sampling, transformer
+from tests.common import tiny
+
+CONFIG = tiny.CONFIG
+B = 4  # sequences of a prefill batch, rows of a decode batch
+E = 6  # slots
+T = CONFIG.max_len
+SIZE = 128  # tokens of a packed axis
+ATOL = 1e-4
+LOGPROBS = Sampling(logprobs=20)
+DRAW = Sampling(temperature=1.5, top_k=40, top_p=0.95, seed=11)
+i32 = functools.partial(np.asarray, dtype=np.int32)
+
+
+@functools.cache
+def compiled(config):
+  """The two steps, jitted; every test of a config shares them."""
+  return (jax.jit(functools.partial(transformer.prefill_step, config),
+                  static_argnames=('size', 'impl')),
+          jax.jit(functools.partial(transformer.decode_step, config),
+                  static_argnames='impl'))
+
+
+admit = jax.jit(sampling.admit)
+
+
+class Instance:
+  """A cache, slots and a permuted page table for each slot.
+
+  Pages start out full of garbage, which no step may read.
+  """
+
+  def __init__(self, config=CONFIG, params=None, page_size=8, seed=0,
+               dtype=jnp.float32):
+    self.config = config
+    self.params = tiny.params(config) if params is None else params
+    self.page_size = page_size
+    M = T // page_size
+    pages = np.random.default_rng(seed).permutation(E * M + 1)
+    self.table_EM = i32(pages[:E * M].reshape(E, M))
+    self.cache = jax.tree.map(
+        lambda x: jnp.full_like(x, 1e6),
+        kv.init(config, E * M + 1, page_size, dtype))
+    self.slots = sampling.init(E, T, config.vocab_size)
+    self.prefill_fn, self.decode_fn = compiled(config)
+
+  def admit(self, slot, tokens, params=LOGPROBS, prompt_len=None):
+    row = sampling.slot_row(
+        tokens, len(tokens) if prompt_len is None else prompt_len, params, T,
+        self.config.vocab_size)
+    self.slots = admit(self.slots, slot, row)
+
+  def packed(self, chunks):
+    """Packed of (slot, first, end, sample) chunks, empty ones after them."""
+    slot, first, end, last = map(list, zip(*chunks, strict=True))
+    spare = B - len(chunks)
+    count = [b - a for a, b in zip(first, end, strict=True)] + [0] * spare
+    slot = i32(slot + [0] * spare)
+    return transformer.Packed(
+        i32(np.cumsum([0, *count])), i32(first + [0] * spare), slot,
+        np.array(last + [False] * spare), self.table_EM[slot])
+
+  def rows(self, at):
+    """Rows of {slot: position of its input token}, padded at the end.
+
+    Padding points into the middle of a prompt, where a write would show.
+    """
+    spare = B - len(at)
+    slot = i32([*at, *[3] * spare])
+    return transformer.Rows(i32([*at.values(), *[2] * spare]), slot,
+                            np.array([True] * len(at) + [False] * spare),
+                            self.table_EM[slot])
+
+  def prefill(self, *chunks, size=SIZE, at=None, need=sampling.FULL):
+    """Sampled of rows and chunks."""
+    rows = None if at is None else self.rows(at)
+    self.cache, self.slots, rows, out = self.prefill_fn(
+        self.params, self.cache, self.slots, self.packed(chunks), size=size,
+        need=need, rows=rows)
+    return jax.tree.map(np.asarray, out)
+
+  def decode(self, at, steps=1, need=sampling.FULL):
+    """Sampled of every step, [steps, B, ...]."""
+    rows, outs = self.rows(at), []
+    for _ in range(steps):
+      self.cache, self.slots, rows, out = self.decode_fn(
+          self.params, self.cache, self.slots, rows, need)
+      outs.append(out)
+    return jax.tree.map(lambda *x: np.stack(x), *outs)
+
+  def tokens(self, slot, start, stop):
+    return self.slots.tokens_ET[slot, start:stop].tolist()
+
+  def kv_of(self, slot, stop):
+    """Keys and values of a slot's first tokens, in token order."""
+    pages = kv.gather_pages(self.cache, self.table_EM[slot])
+    return [np.asarray(x).reshape(x.shape[0], -1, x.shape[-1])[:, :stop]
+            for x in jax.tree.leaves(pages)]
+
+
+def check_logprobs(ids_RA, logprobs_RA, logits_RV, atol=ATOL):
+  """The 20 best log-probabilities equal those of the oracle's logits."""
+  want_RV = tiny.log_softmax(logits_RV)
+  np.testing.assert_allclose(
+      logprobs_RA, np.sort(want_RV)[:, ::-1][:, :logprobs_RA.shape[1]],
+      rtol=0, atol=atol)
+  np.testing.assert_allclose(
+      logprobs_RA, np.take_along_axis(want_RV, ids_RA, 1), rtol=0, atol=atol)
+
+
+def check_sampled(out, row, tokens, config=CONFIG):
+  """Row's token and log-probabilities are the oracle's after `tokens`."""
+  logits = tiny.dense_logits(tokens, config)[-1]
+  assert out.token_R[row] == logits.argmax()
+  check_logprobs(out.top_id_RA[[row]], out.top_logprob_RA[[row]],
+                 logits[None])
+
+
+@functools.cache
+def continuation(tokens, params, count):
+  """Tokens that the dense pass and the sampler append: no batch, no cache."""
+  slots = admit(sampling.init(1, T, CONFIG.vocab_size), 0, sampling.slot_row(
+      tokens, len(tokens), params, T, CONFIG.vocab_size))
+  sample = jax.jit(sampling.sample)
+  tokens = list(tokens)
+  start = len(tokens)
+  for _ in range(count):
+    logits = tiny.dense_logits(tokens)[-1:].astype(np.float32)
+    slots, out = sample(logits, slots, i32([0]), i32([len(tokens)]),
+                        sampling.mode(params))
+    tokens.append(int(out.token_R[0]))
+  return tokens[start:]
+
+
+# --- prefill -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize('length', [1, 7, 8, 9, 63, 64, 65, 127, 128])
+def test_prefill_of_a_whole_prompt(length):
+  tokens, one = tiny.prompt(length), Instance()
+  one.admit(0, tokens)
+  out = one.prefill((0, 0, length, True))
+  check_sampled(out, 0, tokens)
+  assert one.tokens(0, 0, length + 1) == [*tokens, out.token_R[0]]
+
+
+def test_forward_gives_the_logits_of_every_position():
+  tokens, one = tiny.prompt(50), Instance()
+  table_1M, pos_S = one.table_EM[:1], np.arange(50)
+
+  def attend(_, q, k, v):
+    return prefill_attention(q, k, v, jnp.asarray(table_1M),
+                             jnp.array([0, 50]), jnp.array([0]))
+
+  @jax.jit
+  def logits(params, cache, token_S, page_S):
+    x_SD, _ = transformer.run_layers(
+        CONFIG, params['layers'], 0, cache,
+        transformer.embed(CONFIG, params, token_S, pos_S), pos_S, page_S,
+        attend)
+    return transformer.head(CONFIG, params, x_SD)
+
+  got_SV = logits(one.params, one.cache, i32(tokens),
+                  table_1M[0, pos_S // one.page_size])
+  assert got_SV.dtype == jnp.float32
+  np.testing.assert_allclose(got_SV, tiny.dense_logits(tokens), rtol=0,
+                             atol=ATOL)
+
+
+@functools.cache
+def whole(length):
+  """An instance whose slot 0 was prefilled in one go, and its Sampled."""
+  one = Instance()
+  one.admit(0, tiny.prompt(length))
+  return one, one.prefill((0, 0, length, True))
+
+
+@pytest.mark.parametrize('chunk', [1, 3, 8, 15, 16, 40, 64, 69])
+def test_prefill_in_chunks_is_prefill_of_the_whole(chunk):
+  tokens, one = tiny.prompt(70), Instance(seed=chunk)
+  one.admit(2, tokens)
+  for first in range(0, 70, chunk):
+    end = min(first + chunk, 70)
+    out = one.prefill((2, first, end, end == 70),
+                      size=SIZE if chunk > 16 else 16)
+    assert one.tokens(2, 70, 71) == [out.token_R[0] if end == 70 else 0]
+  check_sampled(out, 0, tokens)
+  for got, want in zip(one.kv_of(2, 70), whole(70)[0].kv_of(0, 70),
+                       strict=True):
+    np.testing.assert_allclose(got, want, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize('lengths', [
+    (30, 1, 64, 33), (1, 1, 1, 1), (64, 63, 1), (5,), (65, 2, 61)], ids=str)
+def test_a_packed_batch_is_each_alone(lengths):
+  one = Instance()
+  slots = [3, 0, 5, 1][:len(lengths)]
+  for slot, length in zip(slots, lengths, strict=True):
+    one.admit(slot, tiny.prompt(length, slot))
+  out = one.prefill(*((slot, 0, length, True) for slot, length in zip(
+      slots, lengths, strict=True)))
+  for row, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
+    check_sampled(out, row, tiny.prompt(length, slot))
+    assert one.tokens(slot, length, length + 1) == [out.token_R[row]]
+
+
+def test_chunks_at_different_places_share_a_batch():
+  one, a, b, c = Instance(), *(tiny.prompt(n) for n in (60, 20, 33))
+  for slot, tokens in enumerate((a, b, c)):
+    one.admit(slot, tokens)
+  one.prefill((0, 0, 37, False), (2, 0, 9, False))
+  out = one.prefill((2, 9, 33, True), (1, 0, 20, True), (0, 37, 60, True))
+  for row, tokens in enumerate((c, b, a)):
+    check_sampled(out, row, tokens)
+
+
+def test_a_chunk_that_is_not_last_samples_nothing():
+  one = Instance()
+  one.admit(0, tiny.prompt(20))
+  before = one.slots
+  one.prefill((0, 0, 20, False))
+  jax.tree.map(np.testing.assert_array_equal, one.slots, before)
+
+
+def changed(before, after):
+  """The (page, offset) pairs that differ in any layer, head or width."""
+  old, new = (jnp.stack(jax.tree.leaves(x)) for x in (before, after))
+  at = np.nonzero(np.asarray((old != new).any((0, 1, 4))))
+  return set(zip(*at, strict=True))
+
+
+def test_prefill_writes_its_positions_only():
+  one = Instance()
+  one.admit(4, tiny.prompt(30))
+  before = one.cache
+  one.prefill((4, 0, 13, False))
+  table = one.table_EM[4]
+  assert changed(before, one.cache) == {(table[t // 8], t % 8)
+                                        for t in range(13)}
+  before = one.cache
+  one.prefill((4, 13, 30, True))
+  assert changed(before, one.cache) == {(table[t // 8], t % 8)
+                                        for t in range(13, 30)}
+
+
+# --- decode ------------------------------------------------------------------
+
+
+def started(prompts, params=LOGPROBS, **kwargs):
+  """An instance with these prompts prefilled in slots 0, 1, ..."""
+  one = Instance(**kwargs)
+  for slot, tokens in enumerate(prompts):
+    one.admit(slot, tokens, params)
+  one.prefill(*((slot, 0, len(tokens), True)
+                for slot, tokens in enumerate(prompts)))
+  return one
+
+
+PROMPTS = tuple(tiny.prompt(n, seed=1) for n in (1, 8, 31, 62))
+STEPS = 24
+PENALIZED = Sampling(repetition_penalty=1.4, frequency_penalty=0.5,
+                     presence_penalty=0.2, logit_bias={7: 1.5})
+
+
+def ends(prompts=PROMPTS):
+  return {slot: len(tokens) for slot, tokens in enumerate(prompts)}
+
+
+def streams(one, prompts=PROMPTS, count=STEPS + 1):
+  return [one.tokens(slot, len(tokens), len(tokens) + count)
+          for slot, tokens in enumerate(prompts)]
+
+
+@pytest.mark.parametrize('params', [Sampling(), DRAW, PENALIZED], ids=[
+    'greedy', 'seeded', 'penalized'])
+def test_decode_continues_as_the_dense_pass(params):
+  one = started(PROMPTS, params)
+  one.decode(ends(), STEPS, need=sampling.mode(params))
+  assert streams(one) == [continuation(tokens, params, STEPS + 1)
+                          for tokens in PROMPTS]
+
+
+def test_decode_gives_the_log_probabilities_of_the_dense_pass():
+  one = started(PROMPTS)
+  out = one.decode(ends(), STEPS)
+  for slot, tokens in enumerate(PROMPTS):
+    tokens = (*tokens, *streams(one)[slot])
+    logits = tiny.dense_logits(tokens[:-1])[-STEPS:]
+    check_logprobs(out.top_id_RA[:, slot], out.top_logprob_RA[:, slot],
+                   logits)
+
+
+def test_the_tiny_model_does_not_repeat_one_token():
+  """Else equal streams would say little."""
+  for params, most in ((Sampling(), 3), (DRAW, 12), (PENALIZED, 12)):
+    for tokens in PROMPTS:
+      assert len(set(continuation(tokens, params, STEPS + 1))) > most
+
+
+@pytest.mark.parametrize('page_size', [4, 32, 128])
+def test_the_page_size_changes_no_token(page_size):
+  one = started(PROMPTS, DRAW, page_size=page_size)
+  one.decode(ends(), STEPS, need=sampling.RANDOM)
+  assert streams(one) == [continuation(tokens, DRAW, STEPS + 1)
+                          for tokens in PROMPTS]
+
+
+def test_other_pages_change_no_bit():
+  one, other = (started(PROMPTS, seed=seed) for seed in (1, 2))
+  assert (one.table_EM != other.table_EM).any()
+  jax.tree.map(np.testing.assert_array_equal, one.decode(ends(), STEPS),
+               other.decode(ends(), STEPS))
+
+
+def test_the_order_of_rows_changes_no_token():
+  one, other = started(PROMPTS, DRAW), started(PROMPTS, DRAW)
+  one.decode(ends(), STEPS)
+  for step in range(STEPS):
+    at = {slot: pos + step for slot, pos in ends().items()}
+    other.decode(dict(sorted(at.items(), key=lambda x: (x[0] * step) % 5)))
+  assert streams(one) == streams(other)
+
+
+def test_decode_returns_the_rows_one_position_on():
+  one = started(PROMPTS)
+  rows = one.rows(ends())
+  _, _, after, out = one.decode_fn(one.params, one.cache, one.slots, rows,
+                                   sampling.GREEDY)
+  want = dataclasses.replace(rows, pos_B=rows.pos_B + 1)
+  jax.tree.map(np.testing.assert_array_equal, after, want)
+  assert out.token_R.shape == (B,)
+
+
+def test_decode_writes_its_positions_only():
+  one = started(PROMPTS)
+  before = one.cache
+  one.decode({1: 8, 3: 62})
+  assert changed(before, one.cache) == {
+      (one.table_EM[slot, pos // 8], pos % 8) for slot, pos in (
+          (1, 8), (3, 62))}
+
+
+def test_padding_rows_write_nothing():
+  one = started(PROMPTS)
+  before = one.cache, one.slots
+  for need in (sampling.GREEDY, sampling.RANDOM, sampling.FULL):
+    one.decode({}, need=need)
+  jax.tree.map(np.testing.assert_array_equal, (one.cache, one.slots), before)
+
+
+def test_padding_rows_beside_live_ones_write_nothing():
+  one = started(PROMPTS)
+  before = one.slots
+  one.decode({2: 31})
+  kept = np.array([0, 1, 3, 4, 5])
+  jax.tree.map(lambda x, old: np.testing.assert_array_equal(
+      x[kept], old[kept]), one.slots, before)
+  assert one.tokens(2, 0, 33) == [*PROMPTS[2],
+                                  *continuation(PROMPTS[2], Sampling(), 2)]
+
+
+def test_a_request_prefilled_again_goes_on_as_before():
+  """Preemption: prompt and output so far come back as one prompt."""
+  for params in (DRAW, PENALIZED):
+    want = continuation(PROMPTS[2], params, STEPS + 1)
+    one, so_far = Instance(), (*PROMPTS[2], *want[:10])
+    one.admit(5, so_far, params, prompt_len=len(PROMPTS[2]))
+    one.prefill((5, 0, len(so_far), True))
+    one.decode({5: len(so_far)}, STEPS - 10)
+    assert one.tokens(5, 31, 31 + STEPS + 1) == want
+
+
+# --- chunked mode ------------------------------------------------------------
+
+
+@pytest.mark.parametrize('params', [LOGPROBS, DRAW], ids=['greedy', 'seeded'])
+def test_rows_beside_chunks_are_decode_and_prefill_apart(params):
+  together, apart = (started(PROMPTS[:2], params) for _ in range(2))
+  tokens = tiny.prompt(70)
+  for one in (together, apart):
+    one.admit(4, tokens, params)
+  at = {0: 1, 1: 8}
+  for first, end in ((0, 33), (33, 70)):
+    out = together.prefill((4, first, end, end == 70), at=at)
+    rows = apart.decode(at)
+    chunk = apart.prefill((4, first, end, end == 70))
+    at = {slot: pos + 1 for slot, pos in at.items()}
+    assert out.token_R.shape == (2 * B,)
+    np.testing.assert_array_equal(out.token_R[:2], rows.token_R[0, :2])
+    np.testing.assert_allclose(out.top_logprob_RA[:2],
+                               rows.top_logprob_RA[0, :2], atol=ATOL)
+  assert out.token_R[B] == chunk.token_R[0]
+  np.testing.assert_array_equal(together.slots.tokens_ET,
+                                apart.slots.tokens_ET)
+  for got, want in zip(together.kv_of(4, 70), apart.kv_of(4, 70),
+                       strict=True):
+    np.testing.assert_allclose(got, want, rtol=0, atol=ATOL)
+
+
+def test_padding_rows_beside_chunks_write_nothing():
+  one = started(PROMPTS)
+  one.admit(5, tiny.prompt(9))
+  before = one.cache, one.slots
+  one.prefill((5, 0, 9, False), at={})
+  assert changed(before[0], one.cache) == {
+      (one.table_EM[5, t // 8], t % 8) for t in range(9)}
+  jax.tree.map(np.testing.assert_array_equal, one.slots, before[1])
+
+
+def test_rows_beside_chunks_go_one_position_on():
+  one = started(PROMPTS)
+  rows = one.rows(ends())
+  _, _, after, _ = one.prefill_fn(
+      one.params, one.cache, one.slots, one.packed([(5, 0, 3, False)]),
+      size=SIZE, need=sampling.FULL, rows=rows)
+  want = dataclasses.replace(rows, pos_B=rows.pos_B + 1)
+  jax.tree.map(np.testing.assert_array_equal, after, want)
+
+
+# --- configurations ----------------------------------------------------------
+
+
+def test_an_untied_head():
+  one, tokens = Instance(tiny.UNTIED), tiny.prompt(21)
+  one.admit(0, tokens)
+  check_sampled(one.prefill((0, 0, 21, True)), 0, tokens, tiny.UNTIED)
+  one.decode({0: 21}, 3)
+  assert one.tokens(0, 21, 25) == tiny.greedy(tokens, 4, tiny.UNTIED)
+  assert tiny.greedy(tokens, 4, tiny.UNTIED) != tiny.greedy(tokens, 4)
+
+
+def test_bfloat16_weights_and_cache():
+  """Errors are of bfloat16's 2^-8 and grow through the layers."""
+  rounded = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16),
+                         tiny.params())
+  one = Instance(params=rounded, dtype=jnp.bfloat16)
+  tokens = tiny.prompt(40)
+  one.admit(0, tokens)
+  out = one.prefill((0, 0, 40, True))
+  logits = tiny.dense_logits(tokens, tree=rounded)[-1:]
+  check_logprobs(out.top_id_RA[:1], out.top_logprob_RA[:1], logits, atol=0.15)
+  one.decode({0: 40}, 2)
+  assert {x.dtype for x in jax.tree.leaves(one.cache)} == {
+      jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize('step', ['prefill', 'decode'])
+def test_an_unknown_impl_is_an_error(step):
+  one = Instance()
+  with pytest.raises(ValueError, match="impl='cuda'.*'pallas_interpret'"):
+    if step == 'prefill':
+      one.prefill_fn(one.params, one.cache, one.slots,
+                     one.packed([(0, 0, 3, True)]), size=16, need=0,
+                     impl='cuda')
+    else:
+      one.decode_fn(one.params, one.cache, one.slots, one.rows({0: 3}), 0,
+                    impl='cuda')
+
+
+# --- parts -------------------------------------------------------------------
+
+
+def normal(*shape, seed=0):
+  return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+@pytest.mark.parametrize('shape', [(12, 32), (4, 8, 32)], ids=str)
+@pytest.mark.parametrize(
+    'count', [1, transformer.SMALL, transformer.SMALL + 1, 40])
+def test_project_is_a_product_with_the_transpose(shape, count):
+  w, x = normal(*shape), normal(count, 32, seed=1)
+  want = np.tensordot(x.astype(np.float64), w.astype(np.float64), (1, -1))
+  got = jax.jit(transformer.project)(w, x)
+  assert got.shape == (count, *shape[:-1])
+  np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize('rope_base', [1e4, 1e5])
+def test_rotary_is_a_complex_turn(rope_base):
+  config = dataclasses.replace(CONFIG, rope_base=rope_base)
+  x_SNH = normal(128, 3, config.head_dim)
+  got = transformer.rotary(x_SNH, *transformer.angles(config, np.arange(128)))
+  np.testing.assert_allclose(got, tiny.rotate(x_SNH, rope_base), rtol=0,
+                             atol=1e-4)  # angles of 127 hold 1e-5
+
+
+def test_rotary_depends_on_the_distance_only():
+  q, k = normal(1, 1, 8), normal(1, 1, 8, seed=1)
+
+  def rotated(x, pos):
+    return transformer.rotary(x, *transformer.angles(CONFIG, i32([pos])))
+
+  dots = [(rotated(q, pos + 5) * rotated(k, pos)).sum()
+          for pos in (0, 7, 100)]
+  np.testing.assert_allclose(dots, dots[0], rtol=0, atol=1e-4)
+
+
+def test_rms_norm():
+  x, gain = 3 * normal(5, 32), normal(32, seed=1)
+  np.testing.assert_allclose(
+      transformer.rms_norm(x, gain, 1e-5),
+      tiny.norm(x.astype(np.float64), gain, 1e-5), rtol=0, atol=1e-5)
+  zeros = np.zeros((2, 32), np.float32)
+  assert not transformer.rms_norm(zeros, gain, 1e-5).any()
+
+
+def test_layer_norm():
+  x, gain, bias = 3 * normal(5, 32) + 2, normal(32, seed=1), normal(32, seed=2)
+  x64 = x.astype(np.float64)
+  want = (x64 - x64.mean(-1, keepdims=True)) / np.sqrt(
+      x64.var(-1, keepdims=True) + 1e-5) * gain + bias
+  np.testing.assert_allclose(transformer.layer_norm(x, gain, bias, 1e-5), want,
+                             rtol=0, atol=1e-5)
+
+
+def test_llama3_frequencies_are_kept_ramped_and_divided():
+  """With wavelengths 16 and 64 as the ends of the ramp."""
+  scaling = RopeScaling('llama3', 8.0, 64)
+  wave_h = np.array([1, 15.9, 16, 32, 64, 64.1, 1e4])
+  rate_h = jnp.asarray(2 * np.pi / wave_h, jnp.float32)
+  kept = 1 / 3  # of a wavelength of 32: (64 / 32 - 1) / (4 - 1)
+  want = [1, 1, 1, kept + (1 - kept) / 8, 1 / 8, 1 / 8, 1 / 8]
+  np.testing.assert_allclose(
+      transformer.stretch(scaling, rate_h) / rate_h, want, rtol=1e-6)
+
+
+# --- experts -----------------------------------------------------------------
+
+MOE = dataclasses.replace(CONFIG, num_experts=6, experts_per_token=2, d_ff=24)
+
+
+@functools.cache
+def expert_layer():
+  return {leaf: normal(*MOE.leaf_shape(leaf), seed=n) / MOE.d_model**0.5
+          for n, leaf in enumerate(('router_ED', 'gate_EFD', 'up_EFD',
+                                    'down_EDF'))}
+
+
+def experts_oracle(h_SD, layer, config):
+  """A token and an expert at a time, in float64."""
+  layer = {leaf: x.astype(np.float64) for leaf, x in layer.items()}
+  out_SD = np.zeros(h_SD.shape)
+  for s, h_D in enumerate(h_SD.astype(np.float64)):
+    weight_E = np.exp(tiny.log_softmax(layer['router_ED'] @ h_D))
+    best = np.argsort(-weight_E)[:config.experts_per_token]
+    total = weight_E[best].sum() if config.renormalize else 1
+    for e in best:
+      gate_F = layer['gate_EFD'][e] @ h_D
+      h_F = gate_F / (1 + np.exp(-gate_F)) * (layer['up_EFD'][e] @ h_D)
+      out_SD[s] += weight_E[e] / total * (layer['down_EDF'][e] @ h_F)
+  return out_SD
+
+
+@pytest.mark.parametrize('tp', [1, 2, 3])
+@pytest.mark.parametrize('renormalize', [True, False])
+@pytest.mark.parametrize('count', [1, 5, 40])
+def test_experts_equal_the_loop(count, renormalize, tp):
+  config = dataclasses.replace(MOE, renormalize=renormalize)
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:tp]), ('model',))
+  h_SD = normal(count, MOE.d_model, seed=9)
+  got = jax.jit(functools.partial(transformer.experts, config, mesh=mesh))(
+      expert_layer(), h_SD)
+  np.testing.assert_allclose(got, experts_oracle(
+      h_SD, expert_layer(), config), rtol=0, atol=1e-5)
+
+
+def test_all_tokens_of_one_expert():
+  """Groups of no rows, and shards without work."""
+  layer = expert_layer() | {'router_ED': np.zeros((6, 32), np.float32)}
+  h_SD = normal(7, 32)
+  three = jax.sharding.Mesh(np.array(jax.devices()[:3]), ('model',))
+  for mesh in (None, three):  # ties go to experts 0 and 1
+    experts = jax.jit(functools.partial(transformer.experts, MOE, mesh=mesh))
+    np.testing.assert_allclose(experts(layer, h_SD),
+                               experts_oracle(h_SD, layer, MOE),
+                               rtol=0, atol=1e-5)
+
+
+def test_a_token_of_infinities_leaves_the_others_alone():
+  h_SD = normal(5, 32)
+  bad_SD = h_SD.copy()
+  bad_SD[3] = np.inf
+  step = jax.jit(functools.partial(transformer.experts, MOE))
+  good, got = (step(expert_layer(), x) for x in (h_SD, bad_SD))
+  kept = [0, 1, 2, 4]
+  np.testing.assert_allclose(got[kept, :], good[kept, :], rtol=0, atol=1e-6)
+
+
+def test_sharded_experts_move_no_weights():
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ('model',))
+  split, whole = (jax.sharding.NamedSharding(
+      mesh, jax.sharding.PartitionSpec(*axes)) for axes in (['model'], []))
+  layer = {leaf: jax.device_put(x, whole if leaf == 'router_ED' else split)
+           for leaf, x in expert_layer().items()}
+  text = jax.jit(functools.partial(transformer.experts, MOE, mesh=mesh)).lower(
+      layer, jax.device_put(normal(5, 32), whole)).compile().as_text()
+  assert 'all-gather' not in text and 'all-reduce' in text
+
+
+def test_page_of():
+  table = i32([[4, 2, 9], [7, 0, 1]])
+  got = transformer.page_of(table, i32([0, 1, 1, 0]), i32([0, 8, 3, 11]),
+                            np.array([True, True, True, False]), 4, 10)
+  assert got.tolist() == [4, 1, 7, 10]
+
+
+# --- a real model ------------------------------------------------------------
+
+NAME = 'smollm2-135m-instruct'
+GOLDENS = json.loads(
+    (pathlib.Path(__file__).parents[1] / 'goldens/smollm2.json').read_text())
+COUNT = max(len(golden['tokens']) for golden in GOLDENS)
+PACK = 512  # tokens a prefill: the goldens pack into four, some in two chunks
+PAGE = 16
+
+
+def packs(lengths, budget, most):
+  """Chunks (row, first, end) filled up to `budget` tokens, `most` a batch."""
+  batch, room = [], budget
+  for row, length in enumerate(lengths):
+    first = 0
+    while first < length:
+      end = min(length, first + room)
+      batch.append((row, first, end))
+      room, first = room - (end - first), end
+      if not room or len(batch) == most:
+        yield batch
+        batch, room = [], budget
+  if batch:
+    yield batch
+
+
+@functools.cache
+def smollm():
+  """Config and weights of SmolLM2-135M-Instruct, float32."""
+  config, params = checkpoint.load_gguf(checkpoint.find(NAME))
+  return config, jax.tree.map(jnp.asarray, params)
+
+
+def smollm_prefill(config, params, cache, slots, table_EM, lengths):
+  """Prefills every golden, packed and chunked: one compiled shape."""
+  step = jax.jit(functools.partial(transformer.prefill_step, config),
+                 static_argnames='size', donate_argnums=(1, 2))
+  most = len(lengths)
+  for batch in packs(lengths, PACK, most):
+    rows, first, end = (i32([*x, *[0] * (most - len(batch))])
+                        for x in zip(*batch, strict=True))
+    last = (end == i32(lengths)[rows]) & (end > 0)
+    packed = transformer.Packed(
+        i32(np.cumsum([0, *(end - first)])), first, rows, last, table_EM[rows])
+    cache, slots, _, _ = step(params, cache, slots, packed, size=PACK,
+                              need=sampling.GREEDY)
+  return cache, slots
+
+
+@pytest.fixture(scope='module')
+def smollm_tokens():
+  """What SmolLM2 appends to each golden's prompt: one batch of them all."""
+  config, params = smollm()
+  lengths = [len(golden['ids']) for golden in GOLDENS]
+  num, max_len = len(GOLDENS), max(lengths) + COUNT
+  width = -(-max_len // PAGE)
+  pages = np.random.default_rng(0).permutation(num * width)
+  table_EM = i32(pages.reshape(num, width))
+  cache = kv.init(config, num * width, PAGE)
+  slots = sampling.init(num, max_len, config.vocab_size)
+  for slot, golden in enumerate(GOLDENS):
+    slots = admit(slots, slot, sampling.slot_row(
+        golden['ids'], len(golden['ids']), Sampling(), max_len,
+        config.vocab_size))
+  cache, slots = smollm_prefill(config, params, cache, slots, table_EM,
+                                lengths)
+  step = jax.jit(functools.partial(transformer.decode_step, config),
+                 donate_argnums=(1, 2))
+  rows = transformer.Rows(i32(lengths), np.arange(num, dtype=np.int32),
+                          np.ones(num, bool), table_EM)
+  for _ in range(COUNT - 1):
+    cache, slots, rows, _ = step(params, cache, slots, rows, sampling.GREEDY)
+  tokens_ET = np.asarray(slots.tokens_ET)
+  return [tokens_ET[slot, n:n + COUNT].tolist()
+          for slot, n in enumerate(lengths)]
+
+
+@pytest.mark.parametrize('index', range(len(GOLDENS)),
+                         ids=[golden['name'] for golden in GOLDENS])
+def test_smollm_continues_every_golden(smollm_tokens, index):
+  want = GOLDENS[index]['tokens']
+  assert smollm_tokens[index][:len(want)] == want

@@ -1,0 +1,330 @@
+"""The search for a placement: what fits, bounds, floors, verdicts."""
+
+import dataclasses
+import itertools
+import math
+import multiprocessing
+import re
+
+import pytest
+
+from dsjax import workload
+from dsjax.config import zoo
+from dsjax.config.checks import InputError
+from dsjax.config.engine import InstanceConfig
+from dsjax.config.placement import Placement, Plan, Slo
+from dsjax.placement import bounds, goodput, search, verdict
+from dsjax.placement import candidates as problems
+from dsjax.placement.candidates import Cluster, Problem, Row, Task
+from dsjax.simulation import hardware, latency
+from tests.common import tiny
+
+MODEL = dataclasses.replace(tiny.CONFIG, num_heads=8, num_kv_heads=8)
+ONE = latency.Affine((0.01, 1e-4, 0.0), (0.01, 1e-6, 1e-4), host_s=0.001)
+
+
+def measured(plan, most_tp=4):
+  """Twice as fast on two devices, less on more."""
+  if plan.tp > most_tp:
+    return None
+  return latency.scale(ONE, MODEL, plan, speedup=plan.tp**0.9)
+
+
+def work(rate_per_s, n):
+  at = workload.arrivals('poisson', rate_per_s, n, seed=3)
+  entries = [workload.Entry(None, 60 + 17 * (i % 5), 4 + 3 * (i % 7))
+             for i in range(n)]
+  return workload.from_lengths(entries, n, at)[0]
+
+
+def problem(**changes):
+  return Problem(**dict(
+      model=MODEL, cluster=Cluster(1, 3), slo=Slo(0.2, 0.03), workload=work,
+      latency_of=measured, max_len=256, max_seqs=16, prefill_seqs=4,
+      chunks=(64,), requests=60, most_requests=120, tolerance=0.2,
+      replicas=1) | changes)
+
+
+# --- what fits ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize('model, tp, pp', [
+    k for k in hardware.PUBLISHED_TOKENS if k[0] != 'opt-175b'])
+def test_kv_capacity_is_near_what_the_paper_lists(model, tp, pp):
+  p = problem(model=zoo.config(model), cluster=Cluster(1, 8))
+  found = problems.kv_tokens(p, Plan(tp, pp))
+  assert found == pytest.approx(
+      hardware.PUBLISHED_TOKENS[model, tp, pp], rel=0.04)
+
+
+def test_a_batch_holds_the_longest_prompt():
+  p, seconds = problem(), latency.Affine((0.0, 1e-4, 0.0), (0.01, 0.0, 0.0))
+  longest = max(len(r.prompt) for r in work(1.0, 100))
+  assert problems.saturation(seconds) < longest
+  config, *_ = problems.build(
+      problem(latency_of=lambda plan: seconds), Placement(
+          prefill=[Plan()], decode=[Plan()]))
+  assert config.instances[0].prefill_tokens == longest
+  config, *_ = problems.build(p, Placement(colocated=[Plan()]), 40)
+  assert config.instances[0].prefill_tokens == 40
+
+
+def test_kv_heads_are_not_split_further_than_there_are():
+  p = problem(model=zoo.config('llama-3-8b'))
+  eight, sixteen = (problems.kv_tokens(p, Plan(tp)) for tp in (8, 16))
+  assert sixteen < 1.1 * eight
+
+
+def test_plans_divide_heads_and_layers_and_stay_in_a_node():
+  p = problem(model=zoo.config('opt-66b'), cluster=Cluster(2, 4))
+  found = problems.plans(p, 8)
+  assert Plan(3, 2) in found and Plan(4, 2) in found
+  assert all(72 % x.tp == 0 and 64 % x.pp == 0 and x.tp <= 4
+             and x.num_devices <= 8 for x in found)
+
+
+def test_what_cannot_be_used_is_named():
+  small = Cluster(1, 2, memory_bytes=1e5)
+  with pytest.raises(InputError, match='2 do not fit in memory|3 do not fit'):
+    search.search(problem(cluster=small))
+  with pytest.raises(InputError, match='have no latencies'):
+    search.search(problem(latency_of=lambda plan: None))
+  answer = search.search(problem(
+      latency_of=lambda plan: measured(plan, 1), cluster=Cluster(1, 2)))
+  assert answer.unmeasured == (Plan(2, 1),)
+
+
+@pytest.mark.parametrize('slo, field', (
+    (Slo(0.005, 1.0), 'Slo.ttft_s=0.005: must be above 0.01'),
+    (Slo(1.0, 0.001), 'Slo.tpot_s=0.001: must be above 0.00')))
+def test_an_impossible_objective_names_the_floor(slo, field):
+  with pytest.raises(InputError, match=field):
+    search.search(problem(slo=slo))
+
+
+@pytest.mark.parametrize('changes, field', (
+    (dict(target=1.0), 'Problem.target'), (dict(tolerance=0), 'tolerance'),
+    (dict(strict=1.5), 'Problem.strict'), (dict(replicas=0), 'replicas'),
+    (dict(rate_per_s=0), 'Problem.rate_per_s'),
+    (dict(rate_per_s=1e6), 'Problem.rate_per_s=.*at most'),
+    (dict(max_len=64), 'Problem.max_len=64')))
+def test_bad_problems(changes, field):
+  with pytest.raises(InputError, match=field):
+    search.search(problem(**changes))
+
+
+@pytest.mark.parametrize('field, value', (
+    ('nodes', 0), ('devices_per_node', 1.5), ('memory_bytes', 0),
+    ('nodes', True), ('hand_off_s', -1), ('intra_bytes_per_s', '1'),
+    ('inter_bytes_per_s', math.inf)))
+def test_bad_clusters(field, value):
+  with pytest.raises(InputError, match=f'Cluster.{field}='):
+    Cluster(**{field: value})
+
+
+# --- the search ---------------------------------------------------------------
+
+
+def candidates(p, algorithms=(search.low_affinity, search.colocated)):
+  """All candidates of a problem, with their bounds."""
+  state, found = search._Search(p, None, map), []
+  state.race = lambda some, *_: found.extend(some)
+  for algorithm in algorithms:
+    algorithm(state)
+  return found
+
+
+def brute(p):
+  """Goodput per device of every candidate: no bound, no race."""
+  return {(c.placement, c.prefill_tokens): problems.measure(
+      p, Task(c, p.target)).rate_per_s / c.num_devices
+          for c in candidates(p)}
+
+
+@pytest.fixture(scope='module')
+def answer():
+  return search.search(problem())
+
+
+def test_the_best_is_that_of_brute_force(answer, monkeypatch):
+  monkeypatch.setattr(search._Search, 'finish', lambda _: None)
+  raced, whole = search.search(problem()), brute(problem())
+  for mode in ('disaggregated', 'colocated', 'chunked'):
+    best = max((x, k) for k, x in whole.items() if k[0].mode == mode)
+    row = next(r for r in raced.rows if r.placement.mode == mode)
+    mine = whole[row.placement, row.prefill_tokens]
+    assert mine >= 0.9 * best[0]  # the tolerance of rates is 0.2
+    assert row.per_device == pytest.approx(best[0], rel=0.1)
+  assert raced.pruned or any(r.goodput.binds == 'beaten' for r in raced.rows)
+  for row in raced.rows:  # who was beaten is as bad as it says
+    full = whole[row.placement, row.prefill_tokens]
+    assert full <= row.interval_per_device[1] * 1.001
+  best = [r.per_device for r in answer.rows]
+  assert best == sorted(best, reverse=True)
+
+
+def planted(plan):
+  """Only two devices side by side are fast."""
+  return latency.scale(ONE, MODEL, plan, speedup=plan.tp) if (
+      plan.tp <= 2) else latency.scale(ONE, MODEL, plan, speedup=1)
+
+
+def test_a_planted_optimum_is_found(monkeypatch):
+  monkeypatch.setattr(search._Search, 'finish', lambda _: None)
+  p = problem(latency_of=planted, cluster=Cluster(1, 2), slo=Slo(0.045, 0.02),
+              strict=None)
+  whole = brute(p)
+  row = search.search(p).rows[0]
+  assert row.placement.instances[0][1].tp == 2
+  assert (row.placement == max(whole, key=whole.get)[0])
+
+
+def test_no_placement_beats_its_bound():
+  p = problem(tolerance=0.1)
+  for candidate in candidates(p):
+    free = candidate._replace(bound_per_s=4 * candidate.bound_per_s)
+    found = problems.measure(p, Task(free, p.target))
+    assert 0 < found.rate_per_s <= candidate.bound_per_s * 1.1
+
+
+def test_memory_bounds_decode():
+  """Little: 1,000 tokens hold ten requests of 100, a step of which takes
+  0.01 s and 50 of which a request needs."""
+  seconds = latency.Affine((0.0, 0.0, 0.0), (0.01, 0.0, 0.0))
+  one = InstanceConfig('decode', 1000, 1, 256, 64, 4)
+  found = bounds.capacity_per_s(seconds, one, [(74, 51)] * 9)
+  assert found == pytest.approx(1000 / (74 + 25.5) / 0.01 / 50)
+  large = dataclasses.replace(one, num_pages=10**6)
+  assert bounds.capacity_per_s(
+      seconds, large, [(74, 51)]) == pytest.approx(256 / 0.01 / 50)
+
+
+def test_share_that_an_idle_machine_meets():
+  seconds = latency.Affine((0.0, 1e-3, 0.0), (0.01, 0.0, 0.0))
+  one = InstanceConfig('colocated', 1000, 16, 16, 512, 4)
+  lengths = [(100, 9)] * 3 + [(300, 9)]
+  share = bounds.idle_share(Slo(0.2, 0.02), (seconds, one), (seconds, one),
+                            None, lengths)
+  assert share == 0.75
+  link = latency.Link(0.1, 1e9, 1.0)
+  assert bounds.idle_share(Slo(0.2, 0.02), (seconds, one), (seconds, one),
+                           link, lengths) == 0.0
+  assert bounds.out_of_reach(0.75, 0.9, 1000)
+  assert not bounds.out_of_reach(0.89, 0.9, 1000)
+
+
+def test_what_an_idle_machine_misses_is_not_simulated():
+  p = problem(slo=Slo(0.019, 0.03))  # prompts of 94 tokens or more miss it
+  state = search._Search(p, None, map)
+  assert state.candidate(Placement(colocated=[Plan()])).bound_per_s == 0
+  assert state.race([state.candidate(Placement(
+      colocated=[Plan()]))]) is None
+  assert (state.pruned, state.simulations) == (1, 0)
+
+
+def test_processes_do_not_change_the_answer(answer):
+  with multiprocessing.get_context('spawn').Pool(2) as pool:
+    assert search.search(problem(), map=pool.imap) == answer
+
+
+def test_an_interrupt_keeps_what_is_known():
+  calls = itertools.count()
+
+  def run(function, items):
+    for item in items:
+      if next(calls) == 3:
+        raise KeyboardInterrupt
+      yield function(item)
+
+  found = search.search(problem(), map=run)
+  assert found.stopped and len(found.rows) == 3
+  assert not any(r.placement.mode == 'colocated' for r in found.rows)
+
+
+def test_the_best_are_measured_tightly_and_at_both_targets(answer):
+  modes = {r.placement.mode for r in answer.rows}
+  assert modes == {'disaggregated', 'colocated', 'chunked'}
+  assert set(answer.limits) == modes
+  assert {r.placement.mode for r in answer.strict} == modes
+  for strict in answer.strict:
+    row = next(r for r in answer.rows if r.placement == strict.placement
+               and r.prefill_tokens == strict.prefill_tokens)
+    assert strict.per_device <= row.per_device * 1.02
+    low, high = row.interval_per_device
+    assert 0 < low <= row.per_device <= high < 2 * low
+
+
+@pytest.mark.parametrize('late, cluster, slo, words', (
+    (((0.0, 2e-3, 0.0), (1e-3, 0.0, 0.0)), {}, (0.5, 0.5),
+     'prefill compute'),
+    (((0.0, 1e-6, 0.0), (0.02, 0.0, 2e-3)), {}, (9.0, 0.025),
+     'decode steps'),
+    (((0.0, 1e-6, 0.0), (1e-2, 0.0, 0.0)),
+     dict(intra_bytes_per_s=2e5), (9.0, 0.1), 'link')))
+def test_what_binds(late, cluster, slo, words):
+  p = problem(latency_of=lambda plan: latency.Affine(*late), slo=Slo(*slo),
+              cluster=Cluster(1, 2, **cluster), strict=None)
+  best = Placement(prefill=[Plan()], decode=[Plan()])
+  found, = (c for c in candidates(p, (search.low_affinity,))
+            if c.placement == best)
+  row = Row(best, problems.measure(
+      p, Task(found, p.target)), True)
+  assert verdict.limit(p, row).startswith(words)
+
+
+def test_algorithm_1_replicates_phases_to_balance_them():
+  slow = latency.Affine((0.0, 4e-3, 0.0), (0.01, 0.0, 1e-3))
+  answer = search.search(
+      problem(latency_of=lambda plan: slow if plan == Plan() else None,
+              cluster=Cluster(1, 4), slo=Slo(1.0, 0.05), strict=None),
+      (search.high_affinity,))
+  row = answer.rows[0]
+  assert len(row.placement.prefill) > len(row.placement.decode) == 1
+  assert set(row.placement.instances) == {('prefill', Plan()),
+                                          ('decode', Plan())}
+
+
+# --- the verdict --------------------------------------------------------------
+
+
+def row(mode, rate, spread=0.02, **plans):
+  plans = plans or ({'prefill': [Plan()], 'decode': [Plan()]}
+                    if mode == 'disaggregated' else {mode: [Plan()] * 2})
+  found = goodput.Goodput(rate, rate * (1 - spread), rate * (1 + spread),
+                          'target', 0.9, 1)
+  return Row(Placement(**plans), found,
+             prefill_tokens=64 if mode == 'chunked' else None)
+
+
+@pytest.mark.parametrize('rows, begins', (
+    ((), 'No placement meets'),
+    ((row('disaggregated', 0.0), row('colocated', 0.0)), 'No placement meets'),
+    ((row('disaggregated', 3.0), row('colocated', 0.0)),
+     'Only disaggregated'),
+    ((row('disaggregated', 3.0), row('colocated', 2.0)),
+     r'Disaggregate: disaggregated serves 1.50 \[1.44, 1.56\] times what'),
+    ((row('chunked', 3.0), row('disaggregated', 2.0), row('colocated', 1.0)),
+     r'Do not disaggregate: chunked \(64 tokens\) serves 1.50 \['),
+    ((row('disaggregated', 2.01), row('colocated', 2.0)),
+     'No clear winner: disaggregated serves 1.0')))
+def test_verdict(rows, begins):
+  assert re.match(begins, verdict.verdict(rows))
+
+
+def test_the_verdict_counts_copies():
+  rows = (row('disaggregated', 3.0),)
+  p = problem(rate_per_s=5.0, cluster=Cluster(1, 3))
+  assert '2 of it: 4 devices of 3, too many' in verdict.verdict(rows, p)
+
+
+def test_algorithm_1_serves_a_rate():
+  slow = latency.Affine((0.0, 4e-3, 0.0), (0.01, 0.0, 1e-3))
+  p = problem(latency_of=lambda plan: slow if plan == Plan() else None,
+              cluster=Cluster(1, 5), slo=Slo(1.0, 0.05), rate_per_s=5.0,
+              strict=None)
+  row, *_ = search.search(p, (search.high_affinity,)).rows
+  assert len(row.placement.prefill) == 3
+  assert len(row.placement.decode) == 1
+  with pytest.raises(InputError, match='need 6 devices'):
+    search.search(dataclasses.replace(p, rate_per_s=9.0),
+                  (search.high_affinity,))

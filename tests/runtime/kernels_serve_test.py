@@ -1,0 +1,143 @@
+"""The interpreted kernels serve: the tokens are those of the dense pass."""
+
+import dataclasses
+import types
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from dsjax.checkpoints import checkpoint
+from dsjax.config import zoo
+from dsjax.config.checks import InputError
+from dsjax.config.engine import EngineConfig
+from dsjax.config.placement import Placement, Plan
+from dsjax.model import sharding
+from dsjax.runtime.orchestrator import serve
+from dsjax.runtime.steps import abstract_steps, make_step, stage_shapes
+from experiments.common import overrides as configs
+from tests.common import gpu, tiny
+
+CONFIG = tiny.UNTIED
+MODEL = checkpoint.Model(CONFIG, tiny.params(CONFIG))
+LIMITS = EngineConfig(
+    max_len=48, page_size=8, num_pages=12, max_seqs=2, prefill_tokens=32,
+    prefill_seqs=2, chunk_tokens=32, transfer_pages=1,
+    attention='pallas_interpret')
+
+
+def answers(placement, devices, limits=LIMITS):
+  prompts = [tiny.prompt(n) for n in (5, 9, 37)]  # 37: in two chunks
+  with serve(MODEL, placement, limits, devices=[
+      jax.devices()[i] for i in devices]) as server:
+    ids = [server.submit(p, max_tokens=4, ignore_eos=True) for p in prompts]
+    while not all(server.requests[id].finished for id in ids):
+      server.poll()
+    return prompts, [list(server.output(id).tokens) for id in ids]
+
+
+@pytest.mark.parametrize('placement, devices', [
+    (Placement(prefill=[Plan(2)], decode=[Plan(1)]), (4, 5, 1)),
+    (Placement(chunked=[Plan()]), (0,))], ids=('tp2_tp1', 'chunked'))
+def test_the_tokens_are_those_of_the_dense_pass(placement, devices):
+  prompts, got = answers(placement, devices)
+  assert got == [tiny.greedy(p, 4, CONFIG) for p in prompts]
+
+
+def test_the_setting_reaches_the_steps():
+  config = configs.override(configs.load('demo'), (
+      'engine.attention=pallas_interpret',))
+  mesh = Mesh(np.array(jax.devices()[:1]), (sharding.AXIS,))
+  shapes = [stage_shapes(CONFIG, [mesh], 'decode', c, c.instance('decode'))[0]
+            for c in (config.engine, EngineConfig())]
+  assert [s.attention for s in shapes] == ['pallas_interpret', 'xla']
+
+
+def test_an_unknown_attention_is_an_error_that_names_the_allowed():
+  with pytest.raises(InputError, match="EngineConfig.attention='flash': must "
+                     "be None, 'xla', 'pallas', 'pallas_interpret' or 'mosai"):
+    EngineConfig(attention='flash')
+
+
+def test_gpu_kernels_on_cpu_are_an_error_before_anything_is_placed():
+  with pytest.raises(InputError, match="attention='pallas': must be None, "
+                     "'xla' or 'pallas_interpret' on a cpu"):
+    answers(Placement(colocated=[Plan()]), (0,), dataclasses.replace(
+        LIMITS, attention='pallas'))
+
+
+def test_float8_pages_serve():
+  """Kernels and references agree; most tokens are those of the dense pass."""
+  limits = dataclasses.replace(LIMITS, kv_dtype='bfloat16', checksum=True,
+                               decode_kv_dtype='float8_e4m3fn')
+  placement = Placement(prefill=[Plan()], decode=[Plan(2)])
+  prompts, got = answers(placement, (4, 0, 1), limits)
+  assert got == answers(placement, (4, 0, 1), dataclasses.replace(
+      limits, attention='xla'))[1]
+  dense = [tiny.greedy(p, 4, CONFIG) for p in prompts]
+  assert sum(a == b for x, y in zip(got, dense, strict=True)
+             for a, b in zip(x, y, strict=True)) >= 8
+
+
+@pytest.mark.parametrize('kv_dtype', ['bfloat16', 'int8', 'float8_e4m3fn'])
+def test_every_step_lowers_for_cuda(kv_dtype):
+  config = dataclasses.replace(zoo.config('llama-3-8b'), num_layers=2)
+  limits = EngineConfig(num_pages=64, dtype='bfloat16', max_seqs=4,
+                        kv_dtype=kv_dtype)
+  mesh = Mesh(np.array(jax.devices()[:2]), (sharding.AXIS,))
+  calls = {}
+  for role in ('prefill', 'decode', 'chunked'):
+    instance = limits.instance(role)
+    shapes = stage_shapes(config, [mesh], role, limits, instance)[0]._replace(
+        attention='pallas')
+    for step, args in abstract_steps(shapes, instance):
+      text = gpu.lower(step, *args)
+      calls[role, step.__name__] = text.count('@__gpu$xla.gpu.triton')
+  cache, ids = args[1], jax.ShapeDtypeStruct((4,), np.int32)
+  gather = make_step(shapes, 'gather', (None, None))
+  pages = jax.eval_shape(gather, cache, ids)
+  for step, args in ((gather, (cache, ids)),
+                     (make_step(shapes, 'scatter'), (cache, ids, pages))):
+    calls[step.__name__] = gpu.lower(step, *args).count('@__gpu$xla.gpu.trit')
+  copied = len(jax.tree.leaves(cache))
+  # Once for all layers alike: a write and the attention of it (or both).
+  assert calls == {
+      ('prefill', 'prefill'): 2, ('decode', 'decode'): 2,
+      ('chunked', 'decode'): 2, ('chunked', 'prefill'): 3,
+      'gather': copied, 'scatter': copied}
+
+
+@pytest.mark.parametrize('kind, dtype, picked', [
+    ('H100', 'bfloat16', 'mosaic'), ('H100', 'float32', 'pallas'),
+    ('A100', 'bfloat16', 'pallas')])
+def test_the_device_and_dtype_pick(kind, dtype, picked):
+  device = types.SimpleNamespace(platform='cuda', device_kind=f'NVIDIA {kind}')
+  mesh = types.SimpleNamespace(size=1, devices=np.array([device]))
+  asked = EngineConfig(dtype=dtype, num_pages=9)
+
+  def attention(asked):
+    shape, = stage_shapes(zoo.config('llama-3-8b'), [mesh], 'decode', asked,
+                          asked.instance('decode'))
+    return shape.attention
+
+  assert attention(asked) == picked
+  named = dataclasses.replace(asked, attention='mosaic')
+  if picked == 'mosaic':
+    assert attention(named) == 'mosaic'
+  else:
+    with pytest.raises(InputError, match="EngineConfig.attention: impl='mosa"):
+      attention(named)
+
+
+def test_the_steps_lower_for_cuda_with_mosaic():
+  config = dataclasses.replace(zoo.config('llama-3-8b'), num_layers=2)
+  limits = EngineConfig(num_pages=64, dtype='bfloat16', max_seqs=4)
+  mesh = Mesh(np.array(jax.devices()[:2]), (sharding.AXIS,))
+  instance = limits.instance('chunked')
+  shapes = stage_shapes(config, [mesh], 'chunked', limits, instance)[0]
+  step, args = abstract_steps(shapes._replace(attention='mosaic'),
+                              instance)[-1]
+  text = gpu.lower(step, *args)
+  assert text.count('custom_call @mosaic_gpu_v2') == 2  # prefill and decode
+  assert text.count('@__gpu$xla.gpu.triton') == 1  # the write

@@ -1,0 +1,169 @@
+"""Instances that slow each other: by hand, by conservation, and found again."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from dsjax.config.checks import InputError
+from dsjax.config.placement import Plan, Slo
+from dsjax.scheduling import scheduler
+from dsjax.scheduling.events import DecodeDone, RunDecode
+from dsjax.simulation import calibration, fitting, latency, profiles, simulator
+from dsjax.simulation.contention import KINDS, Contention, Devices, kind_of
+from experiments import validate
+from experiments.common import setting
+
+LINK = latency.Link(0.01, 1e6, 1e3)
+ALONE = latency.Affine((0.02, 3e-4, 1e-7), (0.01, 2e-5, 1e-3),
+                       mixed=(0.03, 4e-4, 1e-7, 2e-5))
+SHARED = Contention({('prefill', 'decode'): 1.5, ('decode', 'prefill'): 3.0})
+ROLES = {'disaggregated': ('prefill', 'decode'), 'chunked': ('chunked',) * 2}
+
+
+def plan(mode):
+  return scheduler.Config(tuple(validate.QUICK.instance(r)
+                                for r in ROLES[mode]), validate.QUICK.max_len)
+
+
+def sent(rate, n=60):
+  return validate.requests(validate.QUICK, 100, rate, n, 3)
+
+
+def run(mode, rate, contention=None, model=ALONE, **options):
+  return simulator.simulate(plan(mode), sent(rate), model, LINK,
+                            contention=contention, **options)
+
+
+def test_a_step_is_as_slow_as_what_runs_beside_it():
+  devices = Devices(SHARED, 2)
+  devices.add(0, 'prompt', 'prefill', [3.0], 1.0)
+  devices.add(1, 'rows', 'decode', [2.0, 1.0], 0.0)
+  # From 0 to 1 the decode step is alone; of its other second a third is done
+  # at 2, and so on: it ends at 4, the next one would at 7.
+  assert devices.until(2.5) is None
+  assert devices.now_s == 2.5
+  # The prompt has 3 s at 1 / 1.5 from second 1 on.
+  assert devices.until(9.0) == (0, 'prompt', [pytest.approx(5.5)])
+  # Half of the second step is done: 1.5 s at a third. Alone, the rest is 0.5.
+  assert devices.until(9.0) == (1, 'rows', [pytest.approx(4.0),
+                                            pytest.approx(6.0)])
+  assert devices.until(9.0) is None and devices.now_s == 9.0
+  assert devices.busy_s == pytest.approx([4.5, 6.0])
+
+
+def test_work_waits_for_its_turn_and_its_time():
+  devices = Devices(Contention({}), 1)
+  devices.add(0, 'a', 'decode', [1.0], 2.0)
+  devices.add(0, 'b', 'decode', [1.0], 0.0)
+  assert [devices.until(float('inf'))[2] for _ in 'ab'] == [[3.0], [4.0]]
+  assert devices.until(float('inf')) is None
+
+
+def test_what_several_others_take_adds_up():
+  assert SHARED.factor('decode', ['prefill', 'prefill', 'mixed']) == 5.0
+  assert SHARED.factor('mixed', ['decode']) == 1.0
+
+
+@pytest.mark.parametrize('mode', ROLES)
+def test_without_slowing_it_is_the_run_without_contention(mode):
+  for one, other in zip(run(mode, 20.0).records,
+                        run(mode, 20.0, Contention({})).records, strict=True):
+    assert one.token_s == pytest.approx(other.token_s, abs=1e-9)
+    assert one.stage_s == pytest.approx(other.stage_s, abs=1e-9)
+
+
+@pytest.mark.parametrize('mode', ROLES)
+def test_equal_slowing_of_all_keeps_the_work(mode):
+  """Two of everything: seconds beside another count half."""
+  both = Contention({pair: 2.0 for pair in itertools.product(KINDS, KINDS)})
+  result = run(mode, 30.0, both, log=True)
+  steps, _ = calibration.observe(result.log)
+  for s in steps:
+    seconds = calibration.alone_s(ALONE, s, both)
+    assert seconds == pytest.approx(fitting.predict_s(ALONE, s.cell))
+  assert sum(result.busy_s) == pytest.approx(sum(
+      calibration.net_s(ALONE, s) for s in steps))
+
+
+@pytest.mark.parametrize('mode', ROLES)
+def test_contention_is_found_in_a_served_run(mode):
+  """Found at one rate, it predicts another; without it, it does not."""
+  truth = Contention({(a, b): 1.4 + 0.3 * (a == 'decode') + 0.4 * (
+      b == 'prefill') for a, b in itertools.product(KINDS, KINDS)})
+  real = dataclasses.replace(
+      ALONE, decode=tuple(1.2 * x for x in ALONE.decode))
+  bench = validate.Profiles((ALONE,) * 2, LINK)
+  log = run(mode, 8.0, truth, real, log=True).log
+  found = bench.calibrated(log)
+  seen = {(s.kind, other) for s in calibration.observe(log)[0]
+          for other in s.beside_s}
+  assert len(seen) > 1
+  if mode == 'disaggregated':
+    for pair in seen:
+      assert found.contention.factors[pair] == pytest.approx(
+          truth.factors[pair], rel=0.02)
+  slo = Slo(0.2, 0.03)
+  there = validate.stats(run(mode, 24.0, truth, real).records, slo)
+  errors = [validate.errors(there, validate.stats(
+      p.simulate(plan(mode), sent(24.0)), slo)) for p in (bench, found)]
+  for name in ('ttft_s', 'tpot_s'):
+    assert abs(errors[1][name]['mean']) < 0.03
+    assert errors[0][name]['mean'] < -0.15
+  assert abs(errors[1]['attainment']) < 3 < abs(errors[0]['attainment'])
+
+
+def test_nothing_beside_shows_nothing():
+  steps, _ = calibration.observe(run('disaggregated', 0.5, log=True).log)
+  few = [s._replace(beside_s={}) for s in steps]
+  assert calibration.fit_contention((ALONE,) * 2, few) == Contention({})
+
+
+def test_a_step_of_one_row_is_a_kind_of_its_own():
+  assert [kind_of(*x) for x in (((), 1), ((), 2), (((0, 4),), 0),
+                                (((0, 4),), 1))] == [
+      'single', 'decode', 'prefill', 'mixed']
+  log = run('disaggregated', 8.0, SHARED, log=True).log
+  steps, _ = calibration.observe(log)
+  assert {s.kind for s in steps} == {'single', 'decode', 'prefill'}
+  lone = [s for s in steps if s.kind == 'single' and s.overlap > 0]
+  assert lone and all(s.cell.seconds == pytest.approx(fitting.predict_s(
+      ALONE, s.cell)) for s in lone)  # SHARED names 'decode' only
+
+
+@pytest.mark.parametrize('factors, part', [
+    ({('prefill', 'swap'): 2.0}, 'swap'), ({('decode', 'decode'): 0.5}, '0.5'),
+    ({('decode', 'decode'): float('nan')}, 'nan'), ({'decode': 2.0}, 'decode')])
+def test_bad_input(factors, part):
+  with pytest.raises(InputError, match=part):
+    Contention(factors)
+
+
+def test_stages_do_not_share():
+  config = plan('disaggregated')
+  config = dataclasses.replace(config, instances=tuple(
+      dataclasses.replace(c, pp=2) for c in config.instances))
+  with pytest.raises(InputError, match='contention'):
+    simulator.simulate(config, sent(5.0), dataclasses.replace(ALONE, pp=2),
+                       LINK, contention=SHARED)
+
+
+def test_every_step_of_a_run_is_told_once():
+  result = run('disaggregated', 30.0, SHARED, log=True)
+  told = [e for e, _ in result.log if isinstance(e, DecodeDone)]
+  steps = [c.steps for _, cs in result.log for c in cs
+           if isinstance(c, RunDecode)]
+  assert [len(e.steps_s) for e in told] == steps
+  assert all(np.diff(e.steps_s).min(initial=1) > 0 for e in told)
+
+
+def test_a_search_says_that_it_leaves_contention_out(tmp_path):
+  plans = {Plan(): ALONE}
+  for name, shared in (('a', SHARED), ('b', None), ('c', Contention({}))):
+    profiles.save(tmp_path / name, profiles.Profile('m', 'cpu', plans,
+                                                    contention=shared))
+  assert '3.00 times' in setting.caveat(str(tmp_path / 'a'))
+  for kind in (str(tmp_path / 'b'), str(tmp_path / 'c'), 'published',
+               'roofline:h100-80g'):
+    assert setting.caveat(kind) == ''

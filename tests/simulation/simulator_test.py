@@ -1,0 +1,457 @@
+"""The simulator against closed forms, hand-made timelines and itself."""
+
+import collections
+import dataclasses
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsjax import workload
+from dsjax.analysis import metrics
+from dsjax.config.checks import InputError
+from dsjax.config.engine import InstanceConfig
+from dsjax.config.placement import Slo
+from dsjax.config.request import Request, Sampling
+from dsjax.runtime import orchestrator
+from dsjax.scheduling import page_pool, scheduler
+from dsjax.scheduling.events import (
+  DecodeDone,
+  Finish,
+  Migrated,
+  Reject,
+  RunDecode,
+)
+from dsjax.simulation import simulator
+from dsjax.simulation.contention import Contention
+from experiments.common import timeline
+from experiments.paper import queueing
+
+
+@dataclasses.dataclass
+class Affine:
+  """A latency model: seconds are linear in tokens, rows and context."""
+
+  token_s: float = 0.1
+  fixed_s: float = 1.0
+  row_s: float = 0.5
+  context_s: float = 0.01
+  host_s: float = 0.0
+  pp: int = 1
+  stage_share: tuple = ()
+
+  def prefill_s(self, pieces):
+    return sum(self.token_s * (stop - start) for start, stop in pieces)
+
+  def decode_line(self, batch):
+    return self.fixed_s + self.row_s * batch, self.context_s
+
+  def decode_s(self, batch, context):
+    a, b = self.decode_line(batch)
+    return a + b * context
+
+  def mixed_s(self, pieces, batch, context):
+    return self.prefill_s(pieces) + self.decode_s(batch, context)
+
+
+@dataclasses.dataclass
+class Link:
+  """A link of so many seconds a copy and a token."""
+
+  fixed_s: float = 0.5
+  token_s: float = 0.0
+  beside: bool = False
+
+  def migrate_s(self, num_tokens):
+    return self.fixed_s + self.token_s * num_tokens
+
+
+def plan(roles, num_pages=64, page_size=4, max_seqs=8, prefill_tokens=32,
+         prefill_seqs=4, pp=1, max_len=100, **options):
+  return scheduler.Config(tuple(
+      InstanceConfig(role, num_pages, page_size, max_seqs,
+                          prefill_tokens, prefill_seqs, pp)
+      for role in roles), max_len, **options)
+
+
+def requests(*rows):
+  """Requests of (arrival_s, prompt_len, output_len)."""
+  return [Request(n, at, range(prompt), Sampling(max_tokens=output))
+          for n, (at, prompt, output) in enumerate(rows)]
+
+
+def tokens(result):
+  return [r.token_s for r in result.records]
+
+
+PD = ('prefill', 'decode')
+
+
+# --- timelines by hand ------------------------------------------------------
+
+
+@pytest.mark.parametrize('leap', [True, False])
+def test_disaggregated_by_hand(leap):
+  # A prefills in [0, 1], B in [1, 2]. A is copied until 1.5 and runs its two
+  # steps as one command; B, there from 2.5, comes after it.
+  result = simulator.simulate(
+      plan(PD, prefill_seqs=1), requests((0, 10, 3), (0, 10, 2)), Affine(),
+      Link(), leap=leap)
+  assert tokens(result) == [pytest.approx([1, 3.11, 4.73]),
+                            pytest.approx([2, 4.73 + 1.61])]
+  a, b = result.records
+  assert a.stage_s == pytest.approx(dict(
+      prefill_queue=0, prefill=1, migrate=0.5, decode_queue=0, decode=3.23))
+  assert b.stage_s['prefill_queue'] == pytest.approx(1)
+  assert (a.finish_s, a.status, a.instances) == (a.token_s[-1], 'length',
+                                                 (0, 1))
+  assert result.busy_s == pytest.approx((2, 3.23 + 1.61))
+  assert result.link_s == pytest.approx(1)
+
+
+@pytest.mark.parametrize('roles, share, second', [
+    (PD, 'pair', 3.0), (PD, 'nic', 3.0), ((*PD, 'decode'), 'pair', 2.5),
+    ((*PD, 'decode'), 'nic', 3.0)])
+def test_copies_queue_at_their_link(roles, share, second):
+  # Both prompts are one batch of 2 s; each copy takes 0.5 s.
+  result = simulator.simulate(plan(roles), requests((0, 10, 2), (0, 10, 2)),
+                              Affine(), Link(), log=True, share=share)
+  copied = [e.time_s for e, _ in result.log if isinstance(e, Migrated)]
+  assert copied == pytest.approx([2.5, second])
+
+
+def test_a_copy_delays_no_step_of_its_target():
+  # A decodes commands of a step, in flight when B's copy lands at 2.5.
+  result = simulator.simulate(
+      plan(PD, prefill_seqs=1, run_ahead=1, depth=2),
+      requests((0, 10, 9), (0, 10, 2)), Affine(), Link(0.5), log=True)
+  assert [e.time_s for e, _ in result.log
+          if isinstance(e, Migrated)] == pytest.approx([1.5, 2.5])
+  steps = np.diff([1.5, *result.records[0].token_s[1:]])
+  # B is in the third, the first that was issued after it came.
+  assert steps == pytest.approx([1.61, 1.62, 2.24, 1.64, 1.65, 1.66, 1.67,
+                                 1.68])
+
+
+@pytest.mark.parametrize('contention', [None, Contention({})])
+@pytest.mark.parametrize('beside, landed', [(False, 6.5), (True, 5.23)])
+def test_pages_are_read_behind_what_their_source_does(contention, beside,
+                                                      landed):
+  # Decode has a place for one: A until 4.73. B, prefilled at 2, is pulled then,
+  # while C is prefilled from 4 to 6: its pages are read at 6.
+  config = plan(PD, prefill_seqs=1)
+  config = dataclasses.replace(config, instances=(
+      config.instances[0],
+      dataclasses.replace(config.instances[1], max_seqs=1)))
+  result = simulator.simulate(
+      config, requests((0, 10, 3), (0, 10, 2), (4, 20, 1)), Affine(),
+      Link(beside=beside), log=True, contention=contention)
+  assert [e.time_s for e, _ in result.log
+          if isinstance(e, Migrated)] == pytest.approx([1.5, landed])
+
+
+def test_colocated_by_hand():
+  # B waits for A's decode step, which was sent behind A's prefill.
+  result = simulator.simulate(
+      plan(['colocated'], run_ahead=1), requests((0, 10, 3), (0.5, 10, 1)),
+      Affine())
+  assert tokens(result) == [pytest.approx([1, 2.61, 3.61 + 1.62]),
+                            pytest.approx([3.61])]
+
+
+def test_chunked_by_hand():
+  # [A 0:8], [A 8:10, B 0:4], then A's tick with C's prompt.
+  result = simulator.simulate(
+      plan(['chunked'], prefill_tokens=8, max_seqs=4),
+      requests((0, 10, 2), (0, 4, 1), (0.5, 2, 1)), Affine())
+  assert tokens(result) == [pytest.approx([1.4, 1.4 + 0.2 + 1.61]),
+                            pytest.approx([1.4]),
+                            pytest.approx([1.4 + 0.2 + 1.61])]
+
+
+def test_two_stages_by_hand():
+  # Prefill overlaps by half. A's pages are read behind B's prefill, at 1.5;
+  # then two steps of A go. The second, which waits for the first's token, is in
+  # the first stage until 3.75, and B's first is behind it.
+  result = simulator.simulate(
+      plan(PD, prefill_seqs=1, pp=2), requests((0, 10, 3), (0, 10, 3)),
+      Affine(context_s=0.0, pp=2), Link(0.0))
+  assert tokens(result) == [pytest.approx([1.0, 3.0, 4.5]),
+                            pytest.approx([1.5, 5.25, 6.75])]
+  shares = Affine(context_s=0.0, pp=2, stage_share=(0.2, 0.8))
+  result = simulator.simulate(plan(PD, prefill_seqs=1, pp=2),
+                              requests((0, 10, 1), (0, 10, 1)), shares, Link())
+  assert tokens(result) == [pytest.approx([1.0]), pytest.approx([1.8])]
+
+
+def test_two_stages_colocated_wait_for_the_prompts_token():
+  # The first decode step starts from a token that leaves stage 2 at 1.0.
+  result = simulator.simulate(plan(['colocated'], pp=2), requests((0, 10, 2)),
+                              Affine(context_s=0.0, pp=2))
+  assert tokens(result) == [pytest.approx([1.0, 2.5])]
+
+
+@pytest.mark.parametrize('depth, gap', [(1, 0.3), (2, 0.0)])
+def test_host_time_hides_behind_a_command_in_flight(depth, gap):
+  result = simulator.simulate(
+      plan(PD, depth=depth, run_ahead=1), requests((0, 10, 4)),
+      Affine(context_s=0.0, host_s=0.3), Link())
+  first = 0.3 + 1 + 0.3 + 0.5 + 0.3 + 1.5
+  assert tokens(result)[0] == pytest.approx(
+      [1.3, first, first + 1.5 + gap, first + 3 + 2 * gap])
+
+
+def test_bad_input():
+  run = simulator.simulate
+  one = requests((0, 10, 2))
+  for call in (lambda: run(plan(PD), one, Affine()),
+               lambda: run(plan(PD), one, [Affine()], Link()),
+               lambda: run(plan(PD, pp=2), one, Affine(), Link()),
+               lambda: run(plan(PD), one, Affine(), Link(), share='x'),
+               lambda: run(plan(PD), one * 2, Affine(), Link()),
+               lambda: run(plan(PD), [dataclasses.replace(
+                   one[0], arrival_s=math.nan)], Affine(), Link())):
+    with pytest.raises(InputError):
+      call()
+  assert run(plan(PD), [], Affine(), Link()).records == []
+  rejected = run(plan(PD), requests((0, 99, 9)), Affine(), Link()).records
+  assert [r.status for r in rejected] == ['rejected']
+
+
+# --- closed forms -----------------------------------------------------------
+
+
+def interval(values, batches=30):
+  """Mean and half of its 99 % interval, by batch means after a warm-up."""
+  means = [part.mean() for part in np.array_split(
+      np.asarray(values)[len(values) // 10:], batches)]
+  return np.mean(means), 2.756 * np.std(means, ddof=1) / math.sqrt(batches)
+
+
+def prefill_only(config, rate, service, n, pp=1, seed=0):
+  at = workload.arrivals('poisson', rate, n, seed)
+  latency = Affine(token_s=service / 10, pp=pp)
+  return simulator.simulate(config, requests(*((t, 10, 1) for t in at)),
+                            latency, Link()).records
+
+
+@pytest.mark.parametrize('rho', [0.3, 0.6, 0.8])
+def test_m_d_1(rho):
+  records = prefill_only(plan(PD, prefill_seqs=1), rho, 1.0, 15_000)
+  mean, half = interval([r.ttft_s for r in records])
+  assert abs(mean - queueing.md1_ttft_s(rho, 1.0)) < half < 0.2 * mean
+  waits = np.array([r.stage_s['prefill_queue'] for r in records])
+  for wait in (0.0, 0.7, 2.5):
+    share, half = interval(waits <= wait + 1e-9)
+    assert abs(share - queueing.md1_wait_cdf(rho, 1.0, wait)) < half
+
+
+@pytest.mark.parametrize('rate', [0.6, 1.4])
+def test_m_d_1_of_two_stages(rate):
+  records = prefill_only(plan(PD, prefill_seqs=1, pp=2), rate, 1.0, 15_000,
+                         pp=2)
+  mean, half = interval([r.ttft_s for r in records])
+  assert abs(mean - queueing.pipeline_ttft_s(rate, 1.0)) < half < 0.1 * mean
+
+
+def test_two_instances_are_between_their_bounds():
+  records = prefill_only(plan(('prefill', *PD), prefill_seqs=1), 1.4, 1.0,
+                         15_000)
+  mean, half = interval([r.ttft_s for r in records])
+  low, high = queueing.mdc_ttft_bounds_s(1.4, 1.0, 2)
+  assert low - half < mean < high + half
+  assert high - low > 4 * half
+
+
+def test_overloaded_d_d_1():
+  records = simulator.simulate(
+      plan(PD, prefill_seqs=1), requests(*((n * 0.75, 10, 1) for n in
+                                           range(50))), Affine(), Link())
+  assert [r.ttft_s for r in records.records] == pytest.approx(
+      [queueing.dd1_time_s(0.75, 1.0, n) for n in range(50)])
+
+
+def test_batches_of_all_that_waits():
+  class Fixed(Affine):
+    def prefill_s(self, pieces):
+      return 1.0 + 0.2 * len(pieces)
+  at = workload.arrivals('poisson', 2.0, 15_000, 0)
+  records = simulator.simulate(
+      plan(PD, num_pages=4096, max_seqs=512, prefill_seqs=512,
+           prefill_tokens=10_000), requests(*((t, 10, 1) for t in at)),
+      Fixed(), Link()).records
+  mean, half = interval([r.ttft_s for r in records])
+  bound = queueing.batch_ttft_bound_s(2.0, 1.0, 0.2)
+  assert 0.95 * bound - half < mean < bound + half
+
+
+def test_fluid_decode():
+  rate, n = 4.0, 4000
+  at = workload.arrivals('poisson', rate, n, 0)
+  latency = Affine(1e-4, 0.02, 2e-4, 1e-6)
+  records = simulator.simulate(
+      plan(PD, num_pages=20_000, max_seqs=500, run_ahead=1, max_len=500),
+      requests(*((t, 100, 200) for t in at)), latency, Link(1e-6)).records
+  mean, half = interval([r.tpot_s for r in records])
+  fluid = queueing.decode_tpot_s(
+      rate, 199, 0.02, 2e-4, 1e-6, queueing.mean_context([100], [200]))
+  assert fluid - half < mean < 1.06 * fluid + half
+
+
+# --- identities -------------------------------------------------------------
+
+
+def random_run(seed):
+  """A small cluster of any mode and a workload that is hard on its pages."""
+  draw = random.Random(seed)
+  mode = draw.choice(('disaggregated', 'colocated', 'chunked'))
+  if mode == 'disaggregated':
+    roles = (['prefill'] * draw.choice((1, 2))
+             + ['decode'] * draw.choice((1, 2)))
+  else:
+    roles = [mode] * draw.choice((1, 2))
+  config = plan(roles, num_pages=draw.choice((20, 30, 100)),
+                pp=draw.choice((1, 1, 2)), depth=draw.choice((1, 2, 3)),
+                run_ahead=draw.choice((1, 4, 32)))
+  latency = Affine(draw.uniform(1e-4, 1e-3), draw.uniform(0.003, 0.02), 1e-4,
+                   1e-6, draw.choice((0.0, 0.002, 0.03)),
+                   config.instances[0].pp)
+  rate, now, rows = draw.choice((3, 10, 40)), 0.0, []
+  for _ in range(30):
+    if draw.random() < 0.8:  # else of the same moment
+      now += draw.expovariate(rate)
+    rows.append((now, draw.randint(1, 40), draw.randint(1, 40)))
+  return config, requests(*rows), latency, Link(0.001, 1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_leaping_is_stepping(seed):
+  run = random_run(seed)
+  leapt = simulator.simulate(*run)
+  stepped = simulator.simulate(*run, leap=False, log=True)
+  assert leapt.steps + leapt.leapt == stepped.steps
+  for one, other in zip(leapt.records, stepped.records, strict=True):
+    assert one.token_s == pytest.approx(other.token_s, rel=0, abs=1e-9)
+    assert one.stage_s == pytest.approx(other.stage_s, rel=0, abs=1e-9)
+    assert one.finish_s == pytest.approx(other.finish_s, rel=0, abs=1e-9)
+    assert ((one.instances, one.preemptions, one.migrated_tokens, one.status)
+            == (other.instances, other.preemptions, other.migrated_tokens,
+                other.status))
+  assert leapt.busy_s == pytest.approx(stepped.busy_s)
+  again = [orchestrator.replay(run[0], stepped.log),
+           timeline.timeline(stepped.log)['traceEvents'] == []]
+  assert again == [None, False]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_nothing_is_lost(seed):
+  config, sent, latency, link = random_run(seed)
+  counts, last = collections.Counter(), [0.0]
+
+  def watch(state, event, commands):
+    scheduler.check(state)
+    assert event.time_s >= last[0]
+    last[0] = event.time_s
+    counts.update(c.id for c in commands
+                  if isinstance(c, (Finish, Reject)))
+
+  result = simulator.simulate(config, sent, latency, link, on_event=watch)
+  assert counts == {r.id: 1 for r in sent}
+  assert scheduler.idle(result.state)
+  for c, inst in zip(config.instances, result.state.instances, strict=True):
+    assert inst.pool == page_pool.init(c.num_pages)
+  for r in result.records:
+    assert r.status == 'length' and len(r.token_s) == r.max_tokens
+    assert all(a <= b for a, b in itertools.pairwise(r.token_s))
+    assert sum(r.stage_s.values()) == pytest.approx(r.finish_s - r.arrival_s)
+
+
+def test_preemption_and_leaps_are_in_the_sample():
+  kinds = collections.Counter()
+  for seed in range(40):
+    result = simulator.simulate(*random_run(seed))
+    kinds['preempted'] += sum(r.preemptions for r in result.records)
+    kinds['leapt'] += result.leapt
+  assert kinds['preempted'] > 50 and kinds['leapt'] > 1000
+
+
+def test_quiet_runs_issue_the_commands_of_steps():
+  """Every command and the state after each; pages by name too."""
+  tried = collections.Counter()
+  for seed in range(48):
+    config, sent, latency, link = random_run(seed)
+    log = simulator.simulate(config, sent[:10], latency, link, log=True).log
+    state = scheduler.init(config)
+    for at, (event, _) in enumerate(log):
+      state, _ = scheduler.step(config, state, event)
+      for index, one in enumerate(config.instances[:3]):
+        if at % 3 == 0 and one.role != 'prefill':
+          tried[one.role, one.pp] += follow_quietly(config, state, log, at + 1,
+                                                    index)
+  assert len(tried) == 6 and min(tried.values()) > 10, tried
+
+
+def follow_quietly(config, state, log, at, index):
+  """How many commands of one instance the log and a quiet run shared.
+
+  The events that follow are stepped as long as only this instance is told of
+  completions; after them the quiet run must have come to the same state.
+  """
+  told = scheduler.Run(config, state).quiet(index, 8)
+  if told is None:
+    return 0
+  before, count = state, 0
+  for event, commands in log[at:at + len(told[1])]:
+    if not isinstance(event, DecodeDone) or event.instance != index:
+      break
+    assert [(type(c), c.steps) for c in commands] == [
+        (RunDecode, told[1][count])]
+    state, count = scheduler.step(config, state, event)[0], count + 1
+  run = scheduler.Run(config, before)
+  run.follow(index, run.quiet(index, 8), count)
+  assert bare(run.freeze()) == bare(state)
+  return count
+
+
+def bare(state):
+  """A state whose commands in flight show no pages (see Run.follow)."""
+  return state._replace(instances=tuple(
+      inst._replace(inflight=tuple(
+          (c._replace(rows=tuple(r.id for r in c.rows)), g)
+          for c, g in inst.inflight))
+      for inst in state.instances))
+
+
+def test_littles_law():
+  config, sent, latency, link = random_run(1)
+  area, last = [0.0, 0], [0.0]
+
+  def watch(state, event, commands):
+    area[0] += area[1] * (event.time_s - last[0])
+    area[1], last[0] = len(state.seqs), event.time_s
+
+  config = plan(PD, num_pages=40)
+  result = simulator.simulate(config, sent, dataclasses.replace(
+      latency, pp=1), link, on_event=watch)
+  assert area[0] == pytest.approx(
+      sum(r.finish_s - r.arrival_s for r in result.records))
+
+
+def test_time_scales():
+  config, sent, latency, link = random_run(2)
+  twice = [dataclasses.replace(r, arrival_s=2 * r.arrival_s) for r in sent]
+  slow = dataclasses.replace(latency, **{
+      f: 2 * getattr(latency, f) for f in
+      ('token_s', 'fixed_s', 'row_s', 'context_s', 'host_s')})
+  one = simulator.simulate(config, sent, latency, link).records
+  two = simulator.simulate(config, twice, slow,
+                           Link(2 * link.fixed_s, 2 * link.token_s)).records
+  assert [2 * r.ttft_s for r in one] == pytest.approx([r.ttft_s for r in two])
+  summary = metrics.summarize(one, Slo(1, 1), 2)
+  assert summary.counts == {'length': len(sent)}
