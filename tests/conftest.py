@@ -8,6 +8,7 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 import signal
 import warnings
 
+import hypothesis
 import jax
 import pytest
 
@@ -17,6 +18,10 @@ jax.config.update('jax_compilation_cache_dir', os.path.join(
     os.path.dirname(__file__), '..', '.cache', 'jax'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 jax.devices()  # starts them, before a runner asks for another number
+
+# No example is too slow: a loaded machine is no failure.
+hypothesis.settings.register_profile('dsjax', deadline=None)
+hypothesis.settings.load_profile('dsjax')
 
 
 @pytest.fixture(autouse=True)

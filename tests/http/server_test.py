@@ -564,7 +564,7 @@ def test_a_mistake_of_ours_costs_one_request(running, client, monkeypatch,
     complete(client)
   assert error.value.type == 'server_error'
   monkeypatch.undo()
-  monkeypatch.setattr(completions.protocol.Answer, 'chunk', fail)
+  monkeypatch.setattr(completions.openai_schema.Answer, 'chunk', fail)
   with pytest.raises((openai.APIError, httpx.TransportError)):
     list(complete(client, stream=True))
   monkeypatch.undo()

@@ -221,7 +221,7 @@ def test_nothing_moves_implicitly_or_through_the_host(mode, host_reads, puts):
     small = {n for n in host_reads if n % MAX_LOGPROBS}
     assert max(small) <= 5
     stages = max(len(e.stages) for e in server.engines)
-    assert set(puts) == ({'migrate.py'} if server.copied_bytes else set()) | (
+    assert set(puts) == ({'migration.py'} if server.copied_bytes else set()) | (
         {'engine.py'} if stages > 1 else set())  # activations, tokens
     assert bool(server.copied_bytes) == (server.placement.mode
                                          == 'disaggregated')
