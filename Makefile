@@ -39,7 +39,7 @@ test-newest:
 .venv-newest/installed: pyproject.toml
 	$(NEWEST) -m venv --without-pip --clear .venv-newest
 	$(PYTHON) -m pip --disable-pip-version-check --python .venv-newest/bin/python \
-	  install --quiet -e . pytest pytest-xdist
+	  install --quiet -e . pytest pytest-xdist hypothesis
 	.venv-newest/bin/python -c 'import sys, jax; print(f"Python {sys.version}, jax {jax.__version__}")'
 	touch $@
 
