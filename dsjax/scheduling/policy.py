@@ -136,11 +136,11 @@ class InstanceView:
     return self._views(self._instance.prefilling)
 
   def waiting(self) -> tuple[RequestView, ...]:
-    """Requests in its prefill queue, in the order of the queue."""
+    """Requests in its prefill queue, by arrival."""
     return self._views(self._instance.queue)
 
   def pulls(self) -> tuple[RequestView, ...]:
-    """Finished prefills whose KV it will pull, in the order of the queue."""
+    """Finished prefills whose KV it will pull, by their end."""
     return self._views(self._instance.pulls)
 
   def _views(self, ids: Sequence[int]) -> tuple[RequestView, ...]:
@@ -250,9 +250,10 @@ class Policy:
     name: in tables and errors.
     route: (view, request) -> index of the instance, of view.prefills, whose
       queue it joins: at its arrival, and when it is prefilled again.
-    order: (view, instance, waiting) -> the same requests, first to go first;
-      asked before each prefill batch of its queue and before each pull of
-      finished prefills. None: first come, first served.
+    order: (view, instance, waiting) -> the same requests, first to go first.
+      waiting: its prefill queue, by arrival, before each of its prefill
+      batches; or the finished prefills that it will pull, by their end,
+      before each pull. None: first come, first served.
     batch: (view, instance) -> PrefillBudget of its next step.
     hand_off: (view, request, avoid) -> index of the instance, of
       view.decodes, that pulls its KV. avoid: one that has just failed at it,

@@ -139,10 +139,11 @@ class Run:
     raise self.policy.refuse(hook, answer, 'the index of one of instances '
                              f'{[i.index for i in instances]}')
 
-  def sort(self, inst, queue):
-    """Puts those that wait on an instance in the policy's order."""
+  def in_order(self, inst, queue):
+    """The ids of a queue in the policy's order; itself where that is its own:
+    by arrival, or, of finished prefills, by their end."""
     if self.policy.order is None or len(queue) < 2:
-      return
+      return queue
     waiting = [RequestView(self.seqs[id]) for id in queue]
     answer = self.policy.ask('order', self.view, self.view.instances[
         inst.index], tuple(waiting))
@@ -153,9 +154,7 @@ class Run:
     if ids is None or sorted(ids) != sorted(queue):
       raise self.policy.refuse('order', answer, 'the requests that wait, each '
                                f'once: {sorted(queue)}')
-    if ids != queue:
-      queue[:] = ids
-      inst.value = None
+    return ids
 
   def own(self, id):
     """A request, to be changed."""
@@ -391,11 +390,9 @@ class Run:
       return
     inst = self.touch(self.choose('route', self.open_entries, seq).index)
     inst.backlog += seq.prompt_len
+    # By arrival: a preempted request keeps its place.
     queue, seqs = inst.queue, self.seqs
-    if self.policy.order is None:  # a preempted request keeps its place
-      bisect.insort(queue, seq.id, key=lambda id: seqs[id].order)
-    else:
-      queue.append(seq.id)
+    bisect.insort(queue, seq.id, key=lambda id: seqs[id].order)
     seq.instance = inst.index
 
   def offer(self, seq, but=-1):
@@ -425,12 +422,11 @@ class Run:
   def pull(self, inst):
     """Admits finished prefills, in order, while they fit."""
     while inst.pulls:
-      self.sort(inst, inst.pulls)
-      seq = self.seqs[inst.pulls[0]]
+      seq = self.seqs[self.in_order(inst, inst.pulls)[0]]
       ids = self.take(inst, seq, min(seq.prompt_len + 1, seq.limit - 1))
       if ids is None:
         return
-      del inst.pulls[0]
+      inst.pulls.remove(seq.id)
       seq = self.own(seq.id)
       self.move(seq, 'migrating')
       seq.target_pages = ids
@@ -494,10 +490,10 @@ class Run:
     if not budget:
       return False
     rows = batch.freeze() if mixed else ()
-    self.sort(inst, inst.queue)
+    waiting = self.in_order(inst, inst.queue)
     chunks, last = [], []
     while len(chunks) < inst.config.prefill_seqs and budget > 0:
-      seq = self.candidate(inst, budget, bool(chunks) and whole)
+      seq = self.candidate(inst, waiting, budget, bool(chunks) and whole)
       if seq is None:
         break
       start, stop = seq.done, min(seq.prompt_len, seq.done + budget)
@@ -536,9 +532,12 @@ class Run:
                              f'{most} tokens' + ('' if inst.mixes else
                                                  ', without rows'))
 
-  def candidate(self, inst, budget, whole):
-    """The next request of a prefill batch, admitted, or None."""
-    ids = inst.prefilling or inst.queue
+  def candidate(self, inst, waiting, budget, whole):
+    """The next request of a prefill batch, admitted, or None.
+
+    waiting: the ids of its queue, in order.
+    """
+    ids = inst.prefilling or waiting
     if not ids:
       return None
     seq = self.own(ids[0])
@@ -550,7 +549,9 @@ class Run:
                                        seq.limit - 1))
       if pages is None:
         return None
-      del inst.queue[0]
+      del waiting[0]
+      if waiting is not inst.queue:
+        inst.queue.remove(seq.id)
       inst.prefilling.append(seq.id)
       self.move(seq, 'prefilling')
       seq.pages = pages

@@ -179,6 +179,8 @@ def check(state):
   for index, inst in enumerate(state.instances):
     for id in inst.queue:
       at(id, 'queued', index)
+    orders = [state.seqs[id].order for id in inst.queue]
+    assert orders == sorted(orders), f'instance {index}: queue by arrival'
     for id in inst.prefilling:
       at(id, 'prefilling', index)
     for row in inst.rows:

@@ -186,9 +186,6 @@ class Rules:
       need(seq.tries <= self.config.tries, '{}: tried too often', seq)
       need(w.fates[seq.id] == '' or seq.stage in ('over', 'abandoned'),
            '{} lives on: {}', seq, w.fates[seq.id])
-    for inst in now.instances if self.config.policy.order is None else ():
-      orders = [now.seqs[id].order for id in inst.queue]
-      need(orders == sorted(orders), 'a queue not by arrival: {}', inst.queue)
     for c, _ in w.copies:
       seq = now.seqs.get(c.id)
       need(seq and (seq.epoch, seq.instance, seq.pages, seq.target) == (

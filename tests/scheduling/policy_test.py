@@ -183,6 +183,21 @@ def test_an_answer_that_cannot_be_carried_out(hook, answer, roles, events,
   assert e.match(text)
 
 
+def test_a_victim_must_be_there():
+  def outsider(view, instance, residents):
+    return view.instances[0].waiting()[0]
+
+  config = _config(('colocated',), num_pages=4, max_seqs=2, victim=outsider)
+  state, commands = _after(config, *(
+      _arrive(id, 3, 9)._replace(more=id < 2) for id in range(3)))
+  with pytest.raises(PolicyError, match='hook victim.* one of'):
+    for _ in range(9):
+      for c in commands[:1]:
+        state, commands = scheduler.step(config, state, (
+            DecodeDone if isinstance(c, RunDecode) else PrefillDone)(
+                9., 0, state.instances[0].inflight[0][0].number))
+
+
 def test_a_hook_that_raises_is_named():
   def fails(view, request):
     raise KeyError('cost')

@@ -886,11 +886,18 @@ def _break_seq(**changes):
   return broken
 
 
+def _break_queue(state):
+  """Two wait, the later one first."""
+  state, _ = scheduler.step(_pair(), state, _arrive(2, 6, 3))
+  return _break_instance(queue=(2, 1))(state)
+
+
 @pytest.mark.parametrize('broken, message', [
     (_break_instance(pool=page_pool.init(8)), 'owned and free'),
     (_break_instance(residents=2), 'residents'),
     (_break_instance(backlog=1), 'backlog'),
     (_break_instance(queue=(0, 1)), 'request 0'),
+    (_break_queue, 'queue by arrival'),
     (_break_instance(queue=()), 'backlog|request 1'),
     (_break_seq(pages=(0,)), 'leaked: 1 of 8'),
     (_break_seq(pages=(0, 1, 1)), 'page 1 owned twice'),
