@@ -177,12 +177,12 @@ def no_load(config, latencies):
   def seconds(record):
     n, prefill_s, decode_s = record.prompt_len, math.inf, math.inf
     for instance, late in both:
-      if instance.role != 'decode':
+      if instance.prefills:
         size = instance.prefill_tokens
         prefill_s = min(prefill_s, late.host_s + sum(
             late.prefill_s(((at, min(n, at + size)),))
             for at in range(0, n, size)))
-      if instance.role != 'prefill':
+      if instance.decodes:
         decode_s = min(decode_s, late.decode_s(1, n + 1))
     return prefill_s, decode_s
   return seconds

@@ -35,16 +35,31 @@ class InstanceConfig:
 
   def __post_init__(self):
     require(self.role in ROLES, 'InstanceConfig.role', self.role,
-            f'one of {ROLES}')
+            f'one of {tuple(ROLES)}')
     for field in ('num_pages', 'page_size', 'max_seqs', 'prefill_tokens',
                   'prefill_seqs', 'pp'):
       value = getattr(self, field)
       require(integer(1, 2**31 - 1)(value), f'InstanceConfig.{field}', value,
               'an integer of 1 or more')
-    require(self.role != 'chunked' or self.prefill_tokens > self.max_seqs,
+    require(not self.mixes or self.prefill_tokens > self.max_seqs,
             'InstanceConfig.prefill_tokens', self.prefill_tokens,
-            f'above max_seqs={self.max_seqs} in the chunked role, where '
+            f'above max_seqs={self.max_seqs} in the {self.role} role, where '
             'decode rows share the budget')
+
+  @property
+  def prefills(self) -> bool:
+    """It takes prompts."""
+    return ROLES[self.role].prefills
+
+  @property
+  def decodes(self) -> bool:
+    """It holds rows and continues them."""
+    return ROLES[self.role].decodes
+
+  @property
+  def mixes(self) -> bool:
+    """Prompts and rows share a step."""
+    return ROLES[self.role].mixes
 
 
 def _buckets(limit, first, factor):
@@ -155,7 +170,9 @@ class EngineConfig:
   def kv_dtype_of(self, role):
     """The dtype of the KV cache of an instance in this role."""
     kv_dtype = self.kv_dtype or self.dtype
-    return self.decode_kv_dtype or kv_dtype if role == 'decode' else kv_dtype
+    if ROLES[role].prefills:
+      return kv_dtype
+    return self.decode_kv_dtype or kv_dtype
 
   @property
   def row_buckets(self):
@@ -174,11 +191,12 @@ class EngineConfig:
   def instance(self, role, pp=1):
     """The InstanceConfig of an instance of `pp` stages in this role."""
     size = self.page_size
-    if role == 'decode' and self.decode_page_size is not None:
+    if not ROLES[role].prefills and self.decode_page_size is not None:
       size = self.decode_page_size
     pages = self.num_pages
     if pages is None:
       pages = self.max_seqs * -(-self.max_len // size)
-    tokens = self.chunk_tokens if role == 'chunked' else self.prefill_tokens
+    mixes = ROLES[role].mixes
+    tokens = self.chunk_tokens if mixes else self.prefill_tokens
     return InstanceConfig(role, pages, size, self.max_seqs, tokens,
                           self.prefill_seqs, pp)

@@ -5,7 +5,27 @@ import math
 
 from dsjax.config.checks import require
 
-ROLES = ('prefill', 'decode', 'colocated', 'chunked')
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+  """What an instance may do.
+
+  Attributes:
+    prefills: it takes prompts. decodes: it holds rows and continues them.
+    mixes: prompts and rows share a step, within one budget of tokens.
+  """
+
+  prefills: bool
+  decodes: bool
+  mixes: bool = False
+
+
+ROLES = {
+    'prefill': Role(prefills=True, decodes=False),
+    'decode': Role(prefills=False, decodes=True),
+    'colocated': Role(prefills=True, decodes=True),
+    'chunked': Role(prefills=True, decodes=True, mixes=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +50,10 @@ class Plan:
 class Placement:
   """Which instances run, each with its Plan, in device order.
 
-  Either prefill and decode are both given (disaggregated), or colocated
-  (prefill-priority continuous batching), or chunked (chunked prefill with a
-  token budget). Instances are numbered prefill, decode, colocated, chunked.
+  Prefill and decode together are disaggregated; colocated is prefill-priority
+  continuous batching, chunked is chunked prefill with a token budget. Roles
+  may be mixed: prompts that a prefill instance has done go to any that
+  decodes. Instances are numbered in the order of ROLES.
   """
 
   prefill: tuple[Plan, ...] = ()
@@ -47,11 +68,12 @@ class Placement:
               and all(isinstance(p, Plan) for p in plans),
               f'Placement.{role}', plans, 'a list of Plan')
       object.__setattr__(self, role, tuple(plans))
-    kinds = [bool(self.prefill or self.decode), bool(self.colocated),
-             bool(self.chunked)]
-    require(sum(kinds) == 1 and bool(self.prefill) == bool(self.decode),
-            'Placement', self, 'prefill and decode together, or colocated, '
-            'or chunked')
+    roles = [ROLES[role] for role, _ in self.instances]
+    require(any(r.prefills for r in roles) and any(r.decodes for r in roles)
+            and (any(not r.decodes for r in roles)
+                 or all(r.prefills for r in roles)),
+            'Placement', self, 'instances that prefill and instances that '
+            'decode, those that only decode beside some that only prefill')
 
   @property
   def instances(self):
@@ -64,7 +86,11 @@ class Placement:
 
   @property
   def mode(self):
-    return 'disaggregated' if self.prefill else self.instances[0][0]
+    """disaggregated, colocated or chunked; mixed for other combinations."""
+    roles = {role for role, _ in self.instances}
+    if roles == {'prefill', 'decode'}:
+      return 'disaggregated'
+    return roles.pop() if len(roles) == 1 else 'mixed'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,12 +95,12 @@ def chunked_work_s(seconds, instance, lengths):
 def capacity_per_s(seconds, instance, lengths):
   """Requests a second that an instance can serve at most."""
   work_s = 0.0
-  if instance.role == 'chunked':
+  if instance.mixes:
     work_s = chunked_work_s(seconds, instance, lengths)
   else:
-    if instance.role != 'decode':
+    if instance.prefills:
       work_s += prefill_work_s(seconds, instance, lengths)
-    if instance.role != 'prefill':
+    if instance.decodes:
       work_s += decode_work_s(seconds, instance, lengths)
   return float(instance.pp / max(work_s, 1e-9))
 
@@ -113,7 +113,7 @@ def ttft_guess_per_s(seconds, instance, lengths, ttft_s, target):
   """
   service_s = np.array([seconds.prefill_s(((0, i),)) for i, _ in lengths])
   idle_s = service_s + seconds.host_s
-  if instance.role in ('colocated', 'chunked'):
+  if instance.prefills and instance.decodes:
     fixed, slope = seconds.decode_line(min(32, instance.max_seqs))
     idle_s = idle_s + fixed + slope * instance.num_pages * (
         instance.page_size / 3)
@@ -138,7 +138,7 @@ def link_per_s(link, pairs, lengths):
 def _prefill_floor_s(seconds, instance, tokens):
   """Least seconds of a prompt's prefill on an idle instance."""
   whole_s = seconds.prefill_s(((0, tokens),))
-  if tokens <= instance.prefill_tokens and instance.role != 'chunked':
+  if tokens <= instance.prefill_tokens and not instance.mixes:
     return whole_s
   if not isinstance(seconds, latency.Affine) or seconds.buckets.tokens:
     return seconds.prefill_s(((0, 1),))

@@ -16,6 +16,7 @@ from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.placement import goodput
 from dsjax.scheduling import page_pool, scheduler
+from dsjax.scheduling.policy import DISTSERVE, Policy
 from dsjax.simulation import latency, roofline, simulator
 
 # Of a device's memory: the share that is used, and what of it neither weights
@@ -115,6 +116,7 @@ class Problem:
     strict_effort: of its runs, see Task; above 1, intervals near a share of 1
       that say something, at several times the price of the search.
     rate_per_s: of the whole cluster; None: what counts is each device.
+    policy: that every candidate is judged under.
   """
 
   model: ModelConfig
@@ -136,6 +138,7 @@ class Problem:
   strict: float | None = 0.99
   strict_effort: float = 0.5
   rate_per_s: float | None = None
+  policy: Policy = DISTSERVE
 
   def __post_init__(self):
     require(0 < self.target < 1, 'Problem.target', self.target,
@@ -239,7 +242,8 @@ def build(problem, placement, chunk_tokens=None, aligned=False):
     instances.append(found)
     late.append(seconds)
   config = scheduler.Config(tuple(instances), problem.max_len,
-                            depth=2 if placement.prefill else 1)
+                            depth=2 if placement.prefill else 1,
+                            policy=problem.policy)
   return config, late, link_of(problem, aligned)
 
 

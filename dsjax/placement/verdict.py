@@ -3,6 +3,7 @@
 import math
 
 from dsjax.placement.candidates import Candidate, full_length, run, setup
+from dsjax.scheduling.page_pool import num_free
 from dsjax.scheduling.state import room
 
 
@@ -63,11 +64,13 @@ def limit(problem, row):
 
 def _refused(state, one, config):
   """Whether something waits for pages or a place on an instance."""
-  waiting = one.pulls if config.role == 'decode' else one.queue
+  waiting = one.queue if config.prefills else one.pulls
   if not waiting:
     return False
-  return not room(one, config, state.seqs[waiting[0]].prompt_len + 1,
-                  config.role != 'prefill')
+  # As policy.leave_room_to_grow.
+  need = room(one, config, state.seqs[waiting[0]].prompt_len + 1)
+  spare = one.residents if config.decodes else 0
+  return not need or num_free(one.pool) < need + spare
 
 
 def name(row):

@@ -122,12 +122,15 @@ class Row(NamedTuple):
 
 
 class RunPrefill(NamedTuple):
-  """Run packed chunks, and, in the chunked role, one tick of decode rows."""
+  """Run packed chunks, and, where the instance mixes, a tick of decode
+  rows."""
   instance: int
   number: int
   chunks: tuple[Chunk, ...]
   tick: int = 0
   rows: tuple[Row, ...] = ()
+
+  steps = 1  # not a field: as of every RunPrefill
 
 
 class RunDecode(NamedTuple):
@@ -137,6 +140,8 @@ class RunDecode(NamedTuple):
   tick: int
   steps: int
   rows: tuple[Row, ...]
+
+  chunks = ()  # not a field: as of every RunDecode
 
 
 class Migrate(NamedTuple):

@@ -4,6 +4,7 @@ import collections
 import heapq
 import operator
 
+from dsjax.config.placement import ROLES
 from dsjax.scheduling.state import RUN_AHEAD, Batch, Instance, Seq
 
 
@@ -13,11 +14,13 @@ class LiveSeq:
   __slots__ = Seq._fields
 
   def __init__(self, id, order, prompt_len, limit, stage, instance, pages=(),
-               done=0, target=-1, target_pages=(), epoch=0, tries=0):
+               done=0, target=-1, target_pages=(), epoch=0, tries=0,
+               arrival_s=0.0):
     self.id, self.order, self.prompt_len = id, order, prompt_len
     self.limit, self.stage, self.instance = limit, stage, instance
     self.pages, self.done, self.target = pages, done, target
     self.target_pages, self.epoch, self.tries = target_pages, epoch, tries
+    self.arrival_s = arrival_s
 
 
 fields_of = operator.attrgetter(*Seq._fields)
@@ -28,18 +31,19 @@ class LiveBatch:
 
   rows: by id, in the order in which they joined. due: ids by their row's
   `until`, ticks: a heap of its keys, places: ids' in that order; made when
-  needed. flying: commands of it in flight. ends: the tick at which each
-  request is at its limit, of those that were asked for. value: the rows as a
-  value.
+  needed. least: the least `until`, where it was asked for and there is no due
+  yet: a transition on a copy asks once. flying: commands of it in flight.
+  ends: the tick at which each request is at its limit, of those that were
+  asked for. value: the rows as a value.
   """
 
-  __slots__ = ('rows', 'tick', 'flying', 'due', 'ticks', 'places', 'ends',
-               'value')
+  __slots__ = ('rows', 'tick', 'flying', 'due', 'ticks', 'places', 'least',
+               'ends', 'value')
 
   def __init__(self, batch, flying):
     self.rows, self.tick = {r[0]: r for r in batch.rows}, batch.tick
     self.flying, self.due, self.value = flying, None, batch.rows
-    self.ends, self.places = {}, None
+    self.ends, self.places, self.least = {}, None, None
 
   def freeze(self):
     """The rows as a value."""
@@ -52,6 +56,8 @@ class LiveBatch:
     self.rows[row[0]], self.value, self.places = row, None, None
     if self.due is not None:
       self._note(row[0], row[2])
+    elif self.least is not None:
+      self.sort()
 
   def _note(self, id, until):
     if until in self.due:
@@ -66,6 +72,8 @@ class LiveBatch:
     self.ends.pop(id, None)
     if self.due is not None:
       self.due[row[2]].remove(id)
+    elif self.least is not None:
+      self.sort()
 
   def end(self, seqs):
     """The first tick at which a request is at its limit."""
@@ -79,22 +87,31 @@ class LiveBatch:
   def until(self):
     """The first tick that some row is not covered for."""
     if self.due is None:
-      due = self.due = {}
-      for row in self.rows.values():
-        if row[2] in due:
-          due[row[2]].append(row[0])
-        else:
-          due[row[2]] = [row[0]]
-      self.ticks = list(due)
-      heapq.heapify(self.ticks)
+      if self.least is None:
+        self.least = min([row[2] for row in self.rows.values()])
+      return self.least
     while not self.due[self.ticks[0]]:
       del self.due[heapq.heappop(self.ticks)]
     return self.ticks[0]
+
+  def sort(self):
+    """Makes due and ticks, if they are not there."""
+    if self.due is not None:
+      return
+    due = self.due = {}
+    for row in self.rows.values():
+      if row[2] in due:
+        due[row[2]].append(row[0])
+      else:
+        due[row[2]] = [row[0]]
+    self.ticks = list(due)
+    heapq.heapify(self.ticks)
 
   def short(self):
     """Ids of the rows that are not covered for the next tick, in order."""
     if not self.rows or self.until() > self.tick:
       return ()
+    self.sort()
     ids = self.due[self.tick]
     if len(ids) == 1:
       return ids
@@ -119,17 +136,19 @@ class LiveInstance:
   what it is as a value, or None where it has changed since.
   """
 
-  __slots__ = (*Instance._fields, 'index', 'config', 'role', 'depth',
-               'run_ahead', 'fresh', 'asleep', 'value')
+  __slots__ = (*Instance._fields, 'index', 'config', 'prefills', 'decodes',
+               'mixes', 'depth', 'run_ahead', 'fresh', 'asleep', 'value')
 
   def __init__(self, config, index, value):
     self.index, self.config, self.value = index, config.instances[index], value
-    self.role, self.fresh, self.asleep = self.config.role, False, False
+    role = ROLES[self.config.role]
+    self.prefills, self.decodes = role.prefills, role.decodes
+    self.mixes, self.fresh, self.asleep = role.mixes, False, False
     pp = self.config.pp
-    self.depth = (max(config.prefill_depth, pp) if self.role == 'prefill'
-                  else config.depth * pp)
+    self.depth = (config.depth * pp if self.decodes
+                  else max(config.prefill_depth, pp))
     self.run_ahead = config.run_ahead or (
-        RUN_AHEAD if self.role == 'decode' else 1)
+        1 if self.prefills else RUN_AHEAD)
     (self.pool, batches, queue, prefilling, pulls, self.turn, self.number,
      inflight, ending, self.residents, self.backlog, self.status) = value
     self.queue, self.prefilling = list(queue), list(prefilling)

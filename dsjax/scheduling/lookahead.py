@@ -5,6 +5,7 @@ A simulator leaps over them; see scheduler.Run.quiet and Run.follow.
 
 from dsjax.scheduling import page_pool
 from dsjax.scheduling.events import RunDecode
+from dsjax.scheduling.policy import leave_room_to_grow
 
 
 def tell(run, index, most):
@@ -25,7 +26,8 @@ def tell(run, index, most):
   """
   inst, depth = run.instances[index], run.config.depth
   if (inst.asleep or inst.ending or inst.queue or inst.prefilling
-      or len(inst.inflight) < inst.depth):
+      or len(inst.inflight) < inst.depth
+      or inst.pulls and run.policy.admit is not leave_room_to_grow):
     return None
   pp = len(inst.batches)
   order = [g % pp for g in range(inst.turn, inst.turn + pp)
@@ -80,7 +82,7 @@ def _covered(inst, turns):
   # Each row wants a page when it is due and then every page_size ticks.
   due = []
   for batch in turns:
-    batch.until()
+    batch.sort()
     for tick, ids in batch.due.items():
       due += [tick - batch.tick] * len(ids)
   rounds, more = divmod(page_pool.num_free(inst.pool), len(due))
@@ -89,7 +91,7 @@ def _covered(inst, turns):
 
 def _boundaries(batch, ticks, inst):
   """Steps of the commands of the next `ticks` ticks, the last left out."""
-  batch.until()
+  batch.sort()
   tick, stop, steps = batch.tick, batch.tick + ticks, []
   due = {t for start, ids in batch.due.items() if ids
          for t in range(start, stop, inst.config.page_size)}

@@ -51,7 +51,7 @@ def instance_down(run, e):
                 if e.instance in (s.instance, s.target)],
                key=lambda id: run.seqs[id].order)
   _empty(run, inst)
-  reason = f'instance {e.instance} ({inst.role}) was lost'
+  reason = f'instance {e.instance} ({inst.config.role}) was lost'
   for id in hit:
     seq = run.own(id)
     if seq.target == e.instance:
@@ -123,21 +123,21 @@ def fail(run, seq, reason):
 
 def samples(e, command, ended):
   """Raises ImpossibleEvent unless the command samples a token of each id."""
-  chunks = getattr(command, 'chunks', ())
-  sampled = {c.id for c in chunks if c.last}
-  sampled.update([r.id for r in getattr(command, 'rows', ())])
+  sampled = {c.id for c in command.chunks if c.last}
+  sampled.update([r.id for r in command.rows])
   if not sampled.issuperset(ended):
     raise ImpossibleEvent(f'{e}: it samples tokens of {sorted(sampled)}')
 
 
 def _partly(e, command):
   """Raises ImpossibleEvent unless a part of this command can be out."""
-  steps = getattr(command, 'steps', 1)
-  if len(e.steps_s) >= max(1, steps):
+  steps = command.steps if command else 1
+  if len(e.steps_s) >= steps:
     raise ImpossibleEvent(f'{e}: of {command} fewer steps can be out')
   if any([step >= len(e.steps_s) for _, step in e.ended]):
     raise ImpossibleEvent(f'{e}: an end after the last step that is out')
-  samples(e, command, [id for id, _ in e.ended])
+  if command:
+    samples(e, command, [id for id, _ in e.ended])
 
 
 def _instance(run, e):
@@ -163,11 +163,11 @@ def _known(run, inst, told):
   """
   lost = collections.Counter()
   for n, (command, _) in enumerate(inst.inflight):
-    steps = getattr(command, 'steps', 1) - (0 if n else told)
+    steps = command.steps - (0 if n else told)
     for row in command.rows:
       lost[row.id] += steps
-    if inst.role != 'prefill':
-      lost.update([c.id for c in getattr(command, 'chunks', ()) if c.last])
+    if inst.decodes:
+      lost.update([c.id for c in command.chunks if c.last])
   known = {s.id: s.prompt_len for s in run.seqs.values()
            if s.instance == inst.index}
   for batch in inst.batches:

@@ -3,7 +3,8 @@
 The orchestrator feeds it real events and performs its commands; a simulator
 feeds it virtual ones and performs nothing. It reads no clock, holds no
 global, and its commands carry every page id, so a run replays from its
-event log.
+event log. What could be decided otherwise it asks of Config.policy (policy.py);
+what it does itself is the mechanism: pages, epochs, stages, what is in flight.
 
 A request's life is a table in life.py: every change of its stage goes through
 Run.move, which knows no other.
@@ -37,6 +38,7 @@ from dsjax.scheduling.events import (
   RunPrefill,
 )
 from dsjax.scheduling.live import LiveInstance, LiveSeq, fields_of
+from dsjax.scheduling.policy import PrefillBudget, RequestView, View
 from dsjax.scheduling.state import (
   RUN_AHEAD,
   Batch,
@@ -91,8 +93,9 @@ class Run:
     self.owned = set()  # ids of those that may change in place
     self.instances = [LiveInstance(config, index, value)
                       for index, value in enumerate(state.instances)]
-    self.entries = [i for i in self.instances if i.role != 'decode']
-    self.decoders = [i for i in self.instances if i.role == 'decode']
+    self.entries = [i for i in self.instances if i.prefills]
+    self.decoders = [i for i in self.instances if i.decodes]
+    self.policy, self.now_s, self._view = config.policy, 0.0, None
     self.commands, self.cause = [], ''
     self.roster()
 
@@ -104,7 +107,7 @@ class Run:
   def apply(self, event):
     """Applies one event; a list of commands. See step."""
     self.commands = commands = []
-    self.cause = type(event).__name__
+    self.cause, self.now_s = type(event).__name__, event.time_s
     _APPLY[type(event)](self, event)
     self.cause = 'plan'
     self.plan()
@@ -117,6 +120,41 @@ class Run:
       seqs[id] = Seq._make(fields_of(seqs[id]))
     return State(seqs, tuple([i.freeze() for i in self.instances]),
                  self.arrivals, tuple(self.waiting))
+
+  # --- choices --------------------------------------------------------------
+
+  @property
+  def view(self):
+    """What the policy sees."""
+    if self._view is None:
+      self._view = View(self.instances, self.seqs)
+    return self._view.at(self.now_s, self.open_entries, self.open_decoders)
+
+  def choose(self, hook, instances, seq, *args):
+    """One of these instances, for a request, by the policy's answer."""
+    answer = self.policy.ask(hook, self.view, RequestView(seq), *args)
+    for inst in instances:
+      if inst.index == answer:
+        return inst
+    raise self.policy.refuse(hook, answer, 'the index of one of instances '
+                             f'{[i.index for i in instances]}')
+
+  def in_order(self, inst, queue):
+    """The ids of a queue in the policy's order; itself where that is its own:
+    by arrival, or, of finished prefills, by their end."""
+    if self.policy.order is None or len(queue) < 2:
+      return queue
+    waiting = [RequestView(self.seqs[id]) for id in queue]
+    answer = self.policy.ask('order', self.view, self.view.instances[
+        inst.index], tuple(waiting))
+    try:
+      ids = [request.id for request in answer]
+    except (TypeError, AttributeError):
+      ids = None
+    if ids is None or sorted(ids) != sorted(queue):
+      raise self.policy.refuse('order', answer, 'the requests that wait, each '
+                               f'once: {sorted(queue)}')
+    return ids
 
   def own(self, id):
     """A request, to be changed."""
@@ -151,7 +189,8 @@ class Run:
       self.commands.append(Reject(e.id, reason))
     else:
       seq = self.seqs[e.id] = LiveSeq(e.id, self.arrivals, e.prompt_len,
-                                      e.prompt_len + e.max_tokens, 'absent', -1)
+                                      e.prompt_len + e.max_tokens, 'absent', -1,
+                                      arrival_s=e.time_s)
       self.owned.add(e.id)
       self.arrivals += 1
       self.enqueue(seq)
@@ -169,7 +208,7 @@ class Run:
     inst, command = self.complete(e, RunPrefill, e.ended)
     if inst is None:
       return
-    if inst.role == 'prefill':
+    if not inst.decodes:
       for chunk in command.chunks:
         seq = self.seqs[chunk.id]
         if chunk.last and seq.stage == 'prefilling':
@@ -328,17 +367,19 @@ class Run:
     inst.pool = page_pool.release(inst.pool, seq.pages)
     inst.residents -= 1
 
-  def take(self, inst, tokens, reserve):
-    """Pages for a new resident holding `tokens` tokens, or None; see room."""
-    need = room(inst, inst.config, tokens, reserve)
-    if not need:
+  def take(self, inst, seq, tokens):
+    """Pages for a new resident holding `tokens` tokens; None: it must wait."""
+    need = room(inst, inst.config, tokens)
+    if not need or not self.policy.ask(
+        'admit', self.view, self.view.instances[inst.index], RequestView(seq),
+        need):
       return None
     inst.pool, ids = page_pool.alloc(inst.pool, need)
     inst.residents += 1
     return ids
 
   def enqueue(self, seq):
-    """Dispatch: the shortest prefill queue, in tokens (DistServe 4.3)."""
+    """Puts a request into the queue of an instance that prefills."""
     if not self.placeable(seq, self.open_entries, self.entries):
       return
     if seq.stage != 'queued':
@@ -347,8 +388,7 @@ class Run:
       seq.instance = -1
       self.waiting.append(seq.id)
       return
-    best = min(self.open_entries, key=_backlog)
-    inst = self.touch(best.index)
+    inst = self.touch(self.choose('route', self.open_entries, seq).index)
     inst.backlog += seq.prompt_len
     # By arrival: a preempted request keeps its place.
     queue, seqs = inst.queue, self.seqs
@@ -356,9 +396,9 @@ class Run:
     seq.instance = inst.index
 
   def offer(self, seq, but=-1):
-    """Prefill is done: the least loaded decode instance will pull.
+    """Prefill is done: an instance that decodes will pull.
 
-    but: not this one, if there is another.
+    but: one that has just failed at it, or -1.
     """
     if not self.placeable(seq, self.open_decoders, self.decoders):
       return
@@ -368,26 +408,25 @@ class Run:
       seq.target = -1
       self.waiting.append(seq.id)
       return
-    best = min([i for i in self.open_decoders if i.index != but]
-               or self.open_decoders, key=_load)
-    self.touch(best.index).pulls.append(seq.id)
-    seq.target = best.index
+    target = self.choose('hand_off', self.open_decoders, seq, but).index
+    self.touch(target).pulls.append(seq.id)
+    seq.target = target
 
   def placeable(self, seq, up, kind):
     """An instance of the kind is up or may be again; fails it otherwise."""
     if up or any([i.status != 'gone' for i in kind]):
       return True
-    recovery.fail(self, seq, f'no {kind[0].role} instance is left')
+    recovery.fail(self, seq, f'no {kind[0].config.role} instance is left')
     return False
 
   def pull(self, inst):
-    """Admits finished prefills, first come first served, while they fit."""
+    """Admits finished prefills, in order, while they fit."""
     while inst.pulls:
-      seq = self.seqs[inst.pulls[0]]
-      ids = self.take(inst, min(seq.prompt_len + 1, seq.limit - 1), True)
+      seq = self.seqs[self.in_order(inst, inst.pulls)[0]]
+      ids = self.take(inst, seq, min(seq.prompt_len + 1, seq.limit - 1))
       if ids is None:
         return
-      del inst.pulls[0]
+      inst.pulls.remove(seq.id)
       seq = self.own(seq.id)
       self.move(seq, 'migrating')
       seq.target_pages = ids
@@ -416,8 +455,8 @@ class Run:
 
   def issue(self, inst):
     while len(inst.inflight) < inst.depth:
-      if not (inst.role != 'decode' and self.prefill(inst)
-              or inst.role != 'prefill' and self.decode(inst)):
+      if not (inst.prefills and self.prefill(inst)
+              or inst.decodes and self.decode(inst)):
         return
 
   def send(self, inst, command, g):
@@ -436,21 +475,25 @@ class Run:
   def prefill(self, inst):
     """Issues the next prefill batch; False when none can be.
 
-    Prefill and colocated roles: whole prompts while the batch stays within
-    prefill_tokens (L_m), a longer one alone and in pieces. Chunked role: one
-    tick of every row of the micro-batch whose turn it is (it may have none),
-    the rest of the budget filled with prompt pieces.
+    It holds the prompts, or pieces of them, that the policy's budget admits;
+    a prompt longer than a whole budget goes alone and in pieces. Where the
+    budget says so, and the instance mixes, one tick of every row of the
+    micro-batch whose turn it is (it may have none) goes with them.
     """
     if not (inst.queue or inst.prefilling):
       return False
-    batch, chunked = inst.batches[inst.turn], inst.role == 'chunked'
-    if chunked and not self.ready(inst, batch):
+    batch = inst.batches[inst.turn]
+    # Before the policy is asked, as rows may be preempted for want of pages.
+    if inst.mixes and not self.ready(inst, batch):
       return False
-    rows = batch.freeze() if chunked else ()
-    budget = inst.config.prefill_tokens - len(rows)
+    budget, whole, mixed = self.budget(inst, batch)
+    if not budget:
+      return False
+    rows = batch.freeze() if mixed else ()
+    waiting = self.in_order(inst, inst.queue)
     chunks, last = [], []
     while len(chunks) < inst.config.prefill_seqs and budget > 0:
-      seq = self.candidate(inst, budget, bool(chunks) and not chunked)
+      seq = self.candidate(inst, waiting, budget, bool(chunks) and whole)
       if seq is None:
         break
       start, stop = seq.done, min(seq.prompt_len, seq.done + budget)
@@ -467,29 +510,48 @@ class Run:
     number = inst.number
     self.send(inst, RunPrefill(inst.index, number, tuple(chunks),
                                batch.tick, rows),
-              inst.turn if chunked else -1)
-    if chunked:
+              inst.turn if mixed else -1)
+    if mixed:
       self.advance(inst, inst.turn, 1 if rows else 0)
-    if inst.role != 'prefill':
+    if inst.decodes:
       for seq in last:
         self.join(inst, seq, number)
     return True
 
-  def candidate(self, inst, budget, whole):
-    """The next request of a prefill batch, admitted, or None."""
-    ids = inst.prefilling or inst.queue
+  def budget(self, inst, batch):
+    """The policy's PrefillBudget of the next step."""
+    answer = self.policy.ask('batch', self.view, self.view.instances[
+        inst.index])
+    most = inst.config.prefill_tokens
+    if (isinstance(answer, PrefillBudget) and isinstance(answer.tokens, int)
+        and (inst.mixes or not answer.rows)):
+      most -= len(batch.rows) if answer.rows else 0
+      if 0 <= answer.tokens <= most:
+        return answer
+    raise self.policy.refuse('batch', answer, 'a PrefillBudget of 0 to '
+                             f'{most} tokens' + ('' if inst.mixes else
+                                                 ', without rows'))
+
+  def candidate(self, inst, waiting, budget, whole):
+    """The next request of a prefill batch, admitted, or None.
+
+    waiting: the ids of its queue, in order.
+    """
+    ids = inst.prefilling or waiting
     if not ids:
       return None
     seq = self.own(ids[0])
     if whole and seq.prompt_len - seq.done > budget:
       return None
     if seq.stage == 'queued':
-      decodes = inst.role != 'prefill'  # here: room for its first tick
-      pages = self.take(inst, min(seq.prompt_len + decodes, seq.limit - 1),
-                        decodes)
+      # Where it will decode too: room for its first tick.
+      pages = self.take(inst, seq, min(seq.prompt_len + inst.decodes,
+                                       seq.limit - 1))
       if pages is None:
         return None
-      del inst.queue[0]
+      del waiting[0]
+      if waiting is not inst.queue:
+        inst.queue.remove(seq.id)
       inst.prefilling.append(seq.id)
       self.move(seq, 'prefilling')
       seq.pages = pages
@@ -578,7 +640,7 @@ class Run:
       batch.value = None
 
   def preempt(self, inst):
-    """Sends the latest arrival back to be recomputed.
+    """Sends a request, the policy's choice, back to be recomputed.
 
     A request on its way in is no victim: a copy is landing on its pages. This
     cannot deadlock. Whoever is short of a page is a row, so there is a victim,
@@ -588,8 +650,13 @@ class Run:
     each of its preemptions leaves it fewer to emit; a request preempted in its
     prefill gave way to a row that then emits one.
     """
-    victims = [id for b in inst.batches for id in b.rows] + inst.prefilling
-    seq = self.own(max(victims, key=lambda id: self.seqs[id].order))
+    residents = [id for b in inst.batches for id in b.rows] + inst.prefilling
+    victim = self.policy.ask(
+        'victim', self.view, self.view.instances[inst.index],
+        tuple([RequestView(self.seqs[id]) for id in residents]))
+    if getattr(victim, 'id', None) not in residents:
+      raise self.policy.refuse('victim', victim, f'one of {residents}')
+    seq = self.own(victim.id)
     if seq.stage == 'decoding':
       batch = _home(inst, seq.id)
       seq.prompt_len = batch.rows[seq.id][1] + batch.tick + 1
@@ -619,14 +686,6 @@ _APPLY = {
 def _open(kind):
   return ([i for i in kind if i.status == 'up']
           or [i for i in kind if i.status == 'draining'])
-
-
-def _backlog(inst):
-  return inst.backlog, inst.residents
-
-
-def _load(inst):
-  return inst.residents + len(inst.pulls)
 
 
 def _size(batch):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from dsjax.config.engine import InstanceConfig
 from dsjax.scheduling import lifecycle, page_pool
 from dsjax.scheduling.events import Row
+from dsjax.scheduling.policy import DISTSERVE, Policy
 
 RUN_AHEAD = 4
 
@@ -29,6 +30,7 @@ class Config:
       prompts run too, as one that arrives would wait behind all of them.
     tries: faults (a hand-off that failed, an instance that died) that a
       request survives; the next one fails it.
+    policy: every choice, see policy.py.
   """
 
   instances: tuple[InstanceConfig, ...]
@@ -37,6 +39,7 @@ class Config:
   prefill_depth: int = 1
   run_ahead: int | None = None
   tries: int = 3
+  policy: Policy = DISTSERVE
 
 
 class ImpossibleEvent(ValueError):
@@ -64,6 +67,7 @@ class Seq(NamedTuple):
   target_pages: tuple[int, ...] = ()
   epoch: int = 0
   tries: int = 0
+  arrival_s: float = 0.0
 
 
 class Batch(NamedTuple):
@@ -146,19 +150,16 @@ def never_fits(config, prompt_len, max_tokens):
   return None
 
 
-def room(inst, config, tokens, reserve):
-  """Pages for a new resident holding `tokens` tokens; 0 where it must wait.
+def room(inst, config, tokens):
+  """Pages for a new resident holding `tokens` tokens; 0: there is no room.
 
   Args:
     inst: an Instance, or a live one. config: its InstanceConfig.
     tokens: 1 or more.
-    reserve: leave a page for each resident, so that an admission does not
-      at once preempt somebody (or itself, again and again).
   """
   need = page_pool.pages_for(tokens, config.page_size)
-  spare = inst.residents if reserve else 0
   if (inst.residents >= config.max_seqs
-      or page_pool.num_free(inst.pool) < need + spare):
+      or page_pool.num_free(inst.pool) < need):
     return 0
   return need
 

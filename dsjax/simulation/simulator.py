@@ -260,8 +260,8 @@ class _Run:
     require(len(latencies) == count, 'latencies', len(latencies),
             f'one for each of {count} instances')
     require(share in ('pair', 'nic'), 'share', share, "'pair' or 'nic'")
-    roles = [c.role for c in config.instances]
-    require(link is not None or 'decode' not in roles, 'link', link,
+    decodes = [c.decodes for c in config.instances]
+    require(link is not None or all(decodes), 'link', link,
             'given where prefill and decode are apart')
     self.config, self.link, self.share = config, link, share
     self.on_event, self.closed_form = on_event, leap
@@ -273,7 +273,7 @@ class _Run:
     self.devices = contention and Devices(contention, count)
     self.may_leap = not (contention or log or on_event) and leap
     self.loose = []  # instances in a quiet run, off the heap
-    self.decoding = [n for n, role in enumerate(roles) if role != 'prefill']
+    self.decoding = [n for n, able in enumerate(decodes) if able]
     self.scheduler = scheduler.Run(config, scheduler.init(config), self.wake)
     self.recorder = Recorder()
     self.log = [] if log else None

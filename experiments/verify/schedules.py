@@ -194,8 +194,9 @@ _OF_ONE = ('arrive', 'cancel', 'copied', 'failed', 'damaged', 'lease', 'lose')
 def write_log(path, rules, moves):
   """Writes a schedule so that --replay runs it: JSON lines."""
   log, broken = replay(rules, moves)
-  lines = [{'config': dataclasses.asdict(rules.config),
-            'requests': rules.requests}]
+  config = dataclasses.asdict(rules.config)
+  del config['policy']  # code, not data: --replay runs the default
+  lines = [{'config': config, 'requests': rules.requests}]
   lines += [{'move': m, 'events': list(map(str, e)),
              'commands': list(map(str, c))} for m, e, c in log[:len(moves)]]
   lines.append({'violation': broken})

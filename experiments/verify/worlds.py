@@ -168,12 +168,13 @@ class Rules:
       raise
 
   def key(self, w):
-    """A hash of a world, less what only counts up (numbers, ticks, epochs).
+    """A hash of a world, less what only counts up (numbers, ticks, epochs)
+    and the times of arrivals.
 
     Python's -1 and -2 hash alike: two numbers below 0 must not meet here.
     """
     seqs = w.state.seqs
-    return hash((w.marks, tuple([(*s[:10], *s[11:]) for s in (
+    return hash((w.marks, tuple([(*s[:10], s.tries) for s in (
         seqs[id] for id in sorted(seqs))]), w.state.waiting, w.out, w.fates,
         w.faults, tuple([(c.id, lost) for c, lost in w.copies])))
 
@@ -198,9 +199,10 @@ class Rules:
     """Whoever can go on does: progress, with what is there."""
     up = {'prefill': False, 'decode': False}
     for i, inst in enumerate(now.instances):
-      role = self.config.instances[i].role
-      up['decode' if role == 'decode' else 'prefill'] |= (
-          inst.status in ('up', 'draining'))
+      config = self.config.instances[i]
+      takes_work = inst.status in ('up', 'draining')
+      up['prefill'] |= config.prefills and takes_work
+      up['decode'] |= config.decodes and takes_work
       busy = inst.rows or inst.prefilling or inst.queue or inst.pulls
       need(inst.status in ('up', 'draining')
            or not (busy or inst.residents or inst.inflight),
@@ -274,7 +276,7 @@ class Rules:
     i = turn // 8 % len(now.instances)
     inst, nobody = now.instances[i], len(self.requests)
     command = inst.inflight[0][0] if inst.inflight else None
-    steps = (NO_CLOCK,) * getattr(command, 'steps', 1)
+    steps = (NO_CLOCK,) * (command.steps if command else 1)
     prefill = (isinstance(command, RunPrefill) if command
                else turn // 24 % 2)
     if command and kind == 5:  # the other kind
@@ -345,11 +347,12 @@ class _Move:
            '{} by {}', c, event)
     elif reason == 'Fail':
       seq = self.w.state.seqs.get(c.id)
-      left = {one.role for inst, one in zip(
+      left = [config for inst, config in zip(
           after.instances, self.rules.config.instances, strict=True)
-              if inst.status != 'gone'}
+              if inst.status != 'gone']
       need(seq and seq.tries == self.rules.config.tries
-           or left != {i.role for i in self.rules.config.instances},
+           or not any([config.prefills for config in left])
+           or not any([config.decodes for config in left]),
            '{}: it could go on', c)
     else:
       need(scheduler.never_fits(self.rules.config, *self.rules.requests[
@@ -366,7 +369,9 @@ class _Move:
                    if (p[0].id, p[0].epoch) != (c.id, c.epoch)]
 
   def admitted(self, c, after):
-    """First come, first served: nobody is passed by in a prefill queue."""
+    """First come, first served: no request is passed by in a queue."""
+    if self.rules.config.policy.order:
+      return
     queue = after.instances[c.instance].queue
     if queue:
       first = after.seqs[queue[0]].order
@@ -375,7 +380,9 @@ class _Move:
              '{}: passes request {} by', c, queue[0])
 
   def pulled(self, c, after):
-    """Nobody is passed by among the finished prefills of an instance."""
+    """No request is passed by among the finished prefills of an instance."""
+    if self.rules.config.policy.order:
+      return
     before = self.w.state.instances[c.target].pulls
     stay = after.instances[c.target].pulls
     for id in before:

@@ -1,0 +1,296 @@
+"""A scheduling policy: one frozen value of plain functions.
+
+The scheduler keeps the mechanism (pages, epochs, stages, commands in flight);
+what could be decided otherwise, it asks of a `Policy`. Each hook sees a view
+that it cannot change and answers with data, so no answer can lose a request
+or corrupt a page: one that the mechanism cannot carry out is a `PolicyError`
+that names the hook. Time reaches a policy only as the time of the event.
+
+A policy of one's own replaces what it changes:
+
+    def shortest_first(view, instance, waiting):
+      return sorted(waiting, key=lambda request: request.prompt_len)
+
+    mine = dataclasses.replace(DISTSERVE, name='shortest', order=shortest_first)
+
+The same value serves, simulates, is searched with and is explored for faults.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from dsjax.config.engine import InstanceConfig
+
+
+class PolicyError(ValueError):
+  """A hook of a policy answered what the scheduler cannot do."""
+
+
+class PrefillBudget(NamedTuple):
+  """What the next step of an instance may hold of prompts.
+
+  Attributes:
+    tokens: most prompt tokens; 0: none now, the rows decode.
+    whole: a prompt joins others only where all of it fits.
+    rows: the rows whose turn it is take a decode step in it too, where the
+      instance mixes.
+  """
+
+  tokens: int
+  whole: bool = True
+  rows: bool = False
+
+
+class RequestView:
+  """A request, to be read.
+
+  Attributes:
+    id, order: order counts arrivals.
+    arrival_s: when it arrived.
+    prompt_len: tokens to prefill; after a preemption those emitted too.
+    done: of these, tokens prefilled or being prefilled.
+    limit: tokens of prompt and output together, at most.
+    stage: see lifecycle.STAGES. instance, target: indices, -1 for none.
+    tries: faults that it survived.
+  """
+
+  __slots__ = ('_request',)
+
+  def __init__(self, request: Any):
+    self._request = request
+
+  id: int = property(attrgetter('_request.id'))
+  order: int = property(attrgetter('_request.order'))
+  arrival_s: float = property(attrgetter('_request.arrival_s'))
+  prompt_len: int = property(attrgetter('_request.prompt_len'))
+  done: int = property(attrgetter('_request.done'))
+  limit: int = property(attrgetter('_request.limit'))
+  stage: str = property(attrgetter('_request.stage'))
+  instance: int = property(attrgetter('_request.instance'))
+  target: int = property(attrgetter('_request.target'))
+  tries: int = property(attrgetter('_request.tries'))
+
+
+class InstanceView:
+  """An instance, to be read.
+
+  Attributes:
+    index, config: which, and its InstanceConfig.
+    prefills, decodes, mixes: what it may do, see config.placement.Role.
+    status: up | draining | down | gone.
+    backlog: prompt tokens that wait here or are being prefilled.
+    residents: requests that own pages here. free_pages: of its pool.
+    num_waiting: requests in its prefill queue. num_pulls: finished prefills
+      whose KV it will pull. num_in_flight: commands.
+  """
+
+  __slots__ = ('_instance', '_requests')
+
+  def __init__(self, instance: Any, requests: dict[int, Any]):
+    self._instance, self._requests = instance, requests
+
+  index: int = property(attrgetter('_instance.index'))
+  config: InstanceConfig = property(attrgetter('_instance.config'))
+  prefills: bool = property(attrgetter('_instance.prefills'))
+  decodes: bool = property(attrgetter('_instance.decodes'))
+  mixes: bool = property(attrgetter('_instance.mixes'))
+  status: str = property(attrgetter('_instance.status'))
+  backlog: int = property(attrgetter('_instance.backlog'))
+  residents: int = property(attrgetter('_instance.residents'))
+
+  @property
+  def free_pages(self) -> int:
+    return self._instance.pool.free.bit_count()
+
+  @property
+  def num_waiting(self) -> int:
+    return len(self._instance.queue)
+
+  @property
+  def num_pulls(self) -> int:
+    return len(self._instance.pulls)
+
+  @property
+  def num_in_flight(self) -> int:
+    return len(self._instance.inflight)
+
+  @property
+  def num_rows(self) -> int:
+    """Rows of every micro-batch."""
+    return sum([len(batch.rows) for batch in self._instance.batches])
+
+  @property
+  def turn_rows(self) -> int:
+    """Rows of the micro-batch whose turn it is."""
+    return len(self._instance.batches[self._instance.turn].rows)
+
+  def rows(self) -> tuple[RequestView, ...]:
+    """The requests that decode here."""
+    return self._views([id for batch in self._instance.batches
+                        for id in batch.rows])
+
+  def prefilling(self) -> tuple[RequestView, ...]:
+    """Requests that own pages here and have prompt tokens left to prefill."""
+    return self._views(self._instance.prefilling)
+
+  def waiting(self) -> tuple[RequestView, ...]:
+    """Requests in its prefill queue, by arrival."""
+    return self._views(self._instance.queue)
+
+  def pulls(self) -> tuple[RequestView, ...]:
+    """Finished prefills whose KV it will pull, by their end."""
+    return self._views(self._instance.pulls)
+
+  def _views(self, ids: Sequence[int]) -> tuple[RequestView, ...]:
+    return tuple([RequestView(self._requests[id]) for id in ids])
+
+
+class View:
+  """All that a policy may see.
+
+  Attributes:
+    time_s: of the event that is answered.
+    instances: all of them.
+    prefills: those that take prompts now: that are up, else being drained.
+    decodes: the same, of those that take rows.
+  """
+
+  __slots__ = ('_instances', '_now')
+
+  def __init__(self, instances: Sequence[Any], requests: dict[int, Any]):
+    # Not the Run itself: a cycle would keep every state of a log alive.
+    self._instances = tuple([InstanceView(i, requests) for i in instances])
+
+  def at(self, time_s: float, prefills: Sequence[Any], decodes: Sequence[Any]
+         ) -> 'View':
+    """Itself at this time, with the instances that take work then."""
+    self._now = time_s, prefills, decodes
+    return self
+
+  instances: tuple[InstanceView, ...] = property(attrgetter('_instances'))
+
+  @property
+  def time_s(self) -> float:
+    return self._now[0]
+
+  @property
+  def prefills(self) -> tuple[InstanceView, ...]:
+    views = self._instances
+    return tuple([views[i.index] for i in self._now[1]])
+
+  @property
+  def decodes(self) -> tuple[InstanceView, ...]:
+    views = self._instances
+    return tuple([views[i.index] for i in self._now[2]])
+
+
+Route = Callable[[View, RequestView], int]
+Order = Callable[[View, InstanceView, Sequence[RequestView]],
+                 Sequence[RequestView]]
+Batch = Callable[[View, InstanceView], PrefillBudget]
+HandOff = Callable[[View, RequestView, int], int]
+Admit = Callable[[View, InstanceView, RequestView, int], bool]
+Victim = Callable[[View, InstanceView, Sequence[RequestView]], RequestView]
+
+_BACKLOG = attrgetter('backlog', 'residents')
+
+
+def shortest_queue(view: View, request: RequestView) -> int:
+  """The instance with the fewest prompt tokens to go (DistServe 4.3)."""
+  del request
+  return min(view.prefills, key=_BACKLOG).index
+
+
+def _load(instance: InstanceView) -> int:
+  return instance.residents + instance.num_pulls
+
+
+def least_loaded(view: View, request: RequestView, avoid: int) -> int:
+  """The decode instance with the fewest requests, there or on their way."""
+  del request
+  choices = view.decodes
+  if avoid >= 0:
+    choices = [i for i in choices if i.index != avoid] or choices
+  return min(choices, key=_load).index
+
+
+def fill_budget(view: View, instance: InstanceView) -> PrefillBudget:
+  """Prompts before rows: as many whole ones as L_m takes, or, on an instance
+  that mixes, what the rows of the step leave of its token budget."""
+  del view
+  tokens = instance.config.prefill_tokens
+  if instance.mixes:
+    return PrefillBudget(tokens - instance.turn_rows, False, True)
+  return PrefillBudget(tokens)
+
+
+def leave_room_to_grow(view: View, instance: InstanceView,
+                       request: RequestView, pages: int) -> bool:
+  """Where rows grow, each resident keeps a page to grow into: an admission
+  would else preempt one at once, or itself again and again."""
+  del view, request
+  spare = instance.residents if instance.decodes else 0
+  return instance.free_pages >= pages + spare
+
+
+def latest_arrival(view: View, instance: InstanceView,
+                   residents: Sequence[RequestView]) -> RequestView:
+  """The one that came last has the least to lose."""
+  del view, instance
+  return max(residents, key=attrgetter('order'))
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+  """Every choice of the scheduler; the defaults are DistServe's.
+
+  Attributes:
+    name: in tables and errors.
+    route: (view, request) -> index of the instance, of view.prefills, whose
+      queue it joins: at its arrival, and when it is prefilled again.
+    order: (view, instance, waiting) -> the same requests, first to go first.
+      waiting: its prefill queue, by arrival, before each of its prefill
+      batches; or the finished prefills that it will pull, by their end,
+      before each pull. None: first come, first served.
+    batch: (view, instance) -> PrefillBudget of its next step.
+    hand_off: (view, request, avoid) -> index of the instance, of
+      view.decodes, that pulls its KV. avoid: one that has just failed at it,
+      or -1.
+    admit: (view, instance, request, pages) -> whether it may take so many
+      pages now; asked only where they are free and a place is. False: the
+      queue waits.
+    victim: (view, instance, residents) -> of these, the one whose pages are
+      taken where rows run short of them; it is prefilled again.
+  """
+
+  name: str = 'distserve'
+  route: Route = shortest_queue
+  order: Order | None = None
+  batch: Batch = fill_budget
+  hand_off: HandOff = least_loaded
+  admit: Admit = leave_room_to_grow
+  victim: Victim = latest_arrival
+
+  def ask(self, hook: str, *args: Any) -> Any:
+    """The answer of a hook.
+
+    Raises:
+      PolicyError: the hook raised; it names the hook.
+    """
+    try:
+      return getattr(self, hook)(*args)
+    except Exception as error:
+      raise PolicyError(f'policy {self.name!r}, hook {hook}: raised '
+                        f'{type(error).__name__}: {error}') from error
+
+  def refuse(self, hook: str, answer: Any, allowed: str) -> PolicyError:
+    """The error that says what a hook answered and what it may answer."""
+    text = repr(answer)
+    text = text if len(text) <= 80 else f'{text[:80]} ...'
+    return PolicyError(f'policy {self.name!r}, hook {hook}: answered {text}: '
+                       f'must be {allowed}')
+
+
+DISTSERVE = Policy()

@@ -1,0 +1,365 @@
+"""Policies: what each hook decides, what it may not answer, and safety."""
+
+import dataclasses
+import hashlib
+import json
+import random
+
+import pytest
+
+from dsjax.config.engine import InstanceConfig
+from dsjax.config.placement import ROLES, Placement, Plan
+from dsjax.config.request import Request, Sampling
+from dsjax.scheduling import event_log, scheduler
+from dsjax.scheduling.events import (
+  Arrived,
+  DecodeDone,
+  Migrate,
+  Migrated,
+  Preempt,
+  PrefillDone,
+  RunDecode,
+  RunPrefill,
+)
+from dsjax.scheduling.policy import (
+  DISTSERVE,
+  Policy,
+  PolicyError,
+  PrefillBudget,
+)
+from dsjax.simulation import latency, simulator
+from experiments import explore
+from experiments.verify import schedules
+from experiments.verify.worlds import Rules
+
+
+def _config(roles, num_pages=16, max_seqs=4, prefill_tokens=16, **hooks):
+  instances = tuple(InstanceConfig(role, num_pages, 4, max_seqs,
+                                   prefill_tokens, 4) for role in roles)
+  return scheduler.Config(instances, 32, run_ahead=1, tries=3,
+                          policy=Policy('mine', **hooks))
+
+
+def _after(config, *events):
+  """(state, commands of the last event) after events."""
+  state, commands = scheduler.init(config), ()
+  for event in events:
+    state, commands = scheduler.step(config, state, event)
+    scheduler.check(state)
+  return state, commands
+
+
+def _arrive(id, prompt_len=6, max_tokens=4):
+  return Arrived(float(id), id, prompt_len, max_tokens)
+
+
+# --- what each hook decides --------------------------------------------------
+
+
+def test_route_chooses_the_queue():
+  config = _config(('colocated',) * 3, route=lambda view, request: 2)
+  _, (command, *_) = _after(config, _arrive(0))
+  assert command.instance == 2
+
+
+def shortest_first(view, instance, waiting):
+  del view, instance
+  return sorted(waiting, key=lambda request: request.prompt_len)
+
+
+def test_order_of_a_prefill_queue():
+  config = _config(('prefill', 'decode'), order=shortest_first)
+  events = [_arrive(0), *(_arrive(id, n) for id, n in ((1, 9), (2, 3), (3, 5)))]
+  _, commands = _after(config, *events, PrefillDone(9.0, 0, 0))
+  prefill, = (c for c in commands if isinstance(c, RunPrefill))
+  assert [chunk.id for chunk in prefill.chunks] == [2, 3]  # 9 more do not fit
+
+
+def test_order_of_finished_prefills():
+  config = _config(('prefill', 'decode'), max_seqs=1, order=shortest_first)
+  config = dataclasses.replace(config, instances=(
+      dataclasses.replace(config.instances[0], max_seqs=4),
+      config.instances[1]))
+  arrivals = [_arrive(0, 3)._replace(more=True),
+              _arrive(1, 9)._replace(more=True), _arrive(2, 2)]
+  state, (prefill,) = _after(config, *arrivals)
+  assert [chunk.id for chunk in prefill.chunks] == [2, 0, 1]
+  state, (pull,) = scheduler.step(config, state, PrefillDone(3.0, 0, 0))
+  assert isinstance(pull, Migrate) and pull.id == 2
+  assert state.instances[1].pulls == (0, 1)
+
+
+def decode_first(view, instance):
+  if instance.turn_rows:
+    return PrefillBudget(0)
+  return DISTSERVE.batch(view, instance)
+
+
+def test_batch_lets_rows_go_before_prompts():
+  config = _config(('colocated',), batch=decode_first)
+  events = _arrive(0), _arrive(1)
+  _, (command,) = _after(dataclasses.replace(config, depth=1), *events,
+                         PrefillDone(2.0, 0, 0))
+  assert isinstance(command, RunDecode)
+  _, (command,) = _after(dataclasses.replace(config, depth=1,
+                                             policy=DISTSERVE), *events,
+                         PrefillDone(2.0, 0, 0))
+  assert isinstance(command, RunPrefill)
+
+
+def test_batch_bounds_the_prompt_tokens_beside_rows():
+  config = _config(('chunked',), batch=lambda view, instance: PrefillBudget(
+      3, whole=False, rows=True))
+  _, (first,) = _after(dataclasses.replace(config, depth=1), _arrive(0, 7))
+  assert [(c.start, c.stop) for c in first.chunks] == [(0, 3)]
+
+
+def test_hand_off_chooses_who_pulls_and_knows_who_failed():
+  asked = []
+
+  def last(view, request, avoid):
+    asked.append((request.id, avoid))
+    return view.decodes[-1].index
+
+  config = _config(('prefill', 'decode', 'decode'), hand_off=last)
+  _, commands = _after(config, _arrive(0), PrefillDone(1.0, 0, 0))
+  assert commands[0].target == 2 and asked == [(0, -1)]
+
+
+def test_admit_can_make_a_queue_wait():
+  config = _config(('prefill', 'decode'), admit=lambda view, instance, request,
+                   pages: instance.prefills or not instance.residents)
+  state, commands = _after(
+      config, _arrive(0)._replace(more=True), _arrive(1), PrefillDone(1., 0, 0))
+  assert [c.id for c in commands] == [0]
+  assert state.instances[1].pulls == (1,)
+
+
+def test_victim_is_the_policys():
+  def first(view, instance, residents):
+    return min(residents, key=lambda request: request.arrival_s)
+
+  lost = {}
+  for name, victim in (('first', first), ('last', DISTSERVE.victim)):
+    config = _config(('colocated',), num_pages=4, victim=victim)
+    state, events = scheduler.init(config), [
+        _arrive(0, 3, 9)._replace(more=True), _arrive(1, 3, 9)]
+    for _ in range(9):
+      event = events.pop(0)
+      state, commands = scheduler.step(config, state, event)
+      gone = [c.id for c in commands if isinstance(c, Preempt)]
+      if gone:
+        lost[name], = gone
+        break
+      events += [DecodeDone(9., 0, c.number) if isinstance(c, RunDecode)
+                 else PrefillDone(9., 0, c.number) for c in commands]
+  assert lost == {'first': 0, 'last': 1}
+
+
+# --- what a policy may not do ------------------------------------------------
+
+PAIR, BOTH = ('prefill', 'decode'), ('colocated',)
+DONE = (_arrive(0), PrefillDone(1.0, 0, 0))
+
+
+@pytest.mark.parametrize('hook, answer, roles, events, text', [
+    ('route', 1, PAIR, DONE[:1], r'answered 1: must be .*\[0\]'),
+    ('route', None, PAIR, DONE[:1], 'answered None'),
+    ('hand_off', 0, PAIR, DONE, r'answered 0: must be .*\[1\]'),
+    ('batch', 16, BOTH, DONE[:1], 'a PrefillBudget of 0 to 16 tokens'),
+    ('batch', PrefillBudget(17), BOTH, DONE[:1], '0 to 16 tokens'),
+    ('batch', PrefillBudget(-1), BOTH, DONE[:1], '0 to 16 tokens'),
+    ('batch', PrefillBudget(1.5), BOTH, DONE[:1], '0 to 16 tokens'),
+    ('batch', PrefillBudget(4, rows=True), BOTH, DONE[:1], 'without rows'),
+    ('order', (), PAIR, (_arrive(0), _arrive(1), _arrive(2), DONE[1]),
+     r'the requests that wait, each once: \[1, 2\]'),
+    ('order', 7, PAIR, (_arrive(0), _arrive(1), _arrive(2), DONE[1]),
+     'answered 7')])
+def test_an_answer_that_cannot_be_carried_out(hook, answer, roles, events,
+                                              text):
+  config = _config(roles, **{hook: lambda *_: answer})
+  with pytest.raises(PolicyError, match=f"policy 'mine', hook {hook}: ") as e:
+    _after(config, *events)
+  assert e.match(text)
+
+
+def test_a_victim_must_be_there():
+  def outsider(view, instance, residents):
+    return view.instances[0].waiting()[0]
+
+  config = _config(('colocated',), num_pages=4, max_seqs=2, victim=outsider)
+  state, commands = _after(config, *(
+      _arrive(id, 3, 9)._replace(more=id < 2) for id in range(3)))
+  with pytest.raises(PolicyError, match='hook victim.* one of'):
+    for _ in range(9):
+      for c in commands[:1]:
+        state, commands = scheduler.step(config, state, (
+            DecodeDone if isinstance(c, RunDecode) else PrefillDone)(
+                9., 0, state.instances[0].inflight[0][0].number))
+
+
+def test_a_hook_that_raises_is_named():
+  def fails(view, request):
+    raise KeyError('cost')
+
+  with pytest.raises(PolicyError, match="hook route: raised KeyError: 'cost'"):
+    _after(_config(PAIR, route=fails), _arrive(0))
+
+
+def test_the_state_is_as_before_after_an_error():
+  config = _config(PAIR, hand_off=lambda *_: 7)
+  state, _ = _after(config, _arrive(0))
+  for _ in range(2):
+    with pytest.raises(PolicyError):
+      scheduler.step(config, state, PrefillDone(1.0, 0, 0))
+  good = dataclasses.replace(config, policy=DISTSERVE)
+  assert scheduler.step(good, state, PrefillDone(1.0, 0, 0))[1]
+
+
+def test_a_view_cannot_be_changed():
+  seen = []
+
+  def route(view, request):
+    for value in (view, view.instances[0], request):
+      names = {name for name in dir(value) if not name.startswith('_')}
+      for name in names - {'at'}:
+        with pytest.raises(AttributeError):
+          setattr(value, name, 0)
+        seen.append(name)
+    assert view.time_s == request.arrival_s == 3.0
+    assert view.instances[0].waiting() == () == view.instances[0].pulls()
+    return 0
+
+  _after(_config(PAIR, route=route), _arrive(3))
+  assert {'time_s', 'backlog', 'prompt_len', 'free_pages'} <= set(seen)
+
+
+# --- the mechanism is safe under any policy ----------------------------------
+
+
+def anything(seed):
+  """A policy whose answers are allowed and otherwise arbitrary.
+
+  Equal views get equal answers, so that every log replays.
+  """
+  def draw(*key):
+    return random.Random(repr((seed, *key)))
+
+  def route(view, request):
+    return draw('route', request.id, request.tries).choice(view.prefills).index
+
+  def order(view, instance, waiting):
+    return sorted(waiting, key=lambda r: draw('order', r.id).random())
+
+  def batch(view, instance):
+    key = draw('batch', instance.residents, instance.backlog)
+    rows = instance.mixes and key.random() < 0.7
+    most = instance.config.prefill_tokens - rows * instance.turn_rows
+    least = 0 if instance.num_rows else 1
+    return PrefillBudget(key.randint(least, most), key.random() < 0.5, rows)
+
+  def hand_off(view, request, avoid):
+    return draw('to', request.id, avoid).choice(view.decodes).index
+
+  def victim(view, instance, residents):
+    return max(residents, key=lambda r: draw('victim', r.id).random())
+
+  return Policy('anything', route, order, batch, hand_off, victim=victim)
+
+
+@pytest.mark.parametrize('seed', range(12))
+def test_any_policy_keeps_pages_and_requests(seed):
+  """Large worlds with every fault, in random order."""
+  rules, faults = explore.large_world(seed)
+  config = dataclasses.replace(rules.config, policy=anything(seed))
+  assert schedules.walk(Rules(config, rules.requests), faults, seed) > 100
+
+
+@pytest.mark.parametrize('policy', [
+    anything(1), Policy('short', order=shortest_first)],
+    ids=lambda policy: policy.name)
+@pytest.mark.parametrize('name', ['1P1D', '1 chunked, preemption'])
+def test_small_worlds_to_their_ends(name, policy):
+  rules, faults = explore.small_worlds()[name]
+  config = dataclasses.replace(rules.config, policy=policy)
+  transitions, _, whole = schedules.search(Rules(config, rules.requests),
+                                           min(faults, 1))
+  assert whole and transitions > 500
+
+
+# --- what an instance may do -------------------------------------------------
+
+
+def short_prompts_stay(view, request):
+  """Short prompts are prefilled where they decode."""
+  mixers = [i for i in view.prefills if i.decodes]
+  if request.prompt_len <= 4 and mixers:
+    return mixers[0].index
+  return view.prefills[0].index
+
+
+MIXED = ('prefill', 'chunked')
+
+
+def test_a_mixed_placement_hands_long_prompts_to_what_prefills_short_ones():
+  config = _config(MIXED, route=short_prompts_stay)
+  state, (short, *_) = _after(config, _arrive(0, 3))
+  assert short.instance == 1
+  state, (long,) = scheduler.step(config, state, _arrive(1, 9))
+  assert long.instance == 0
+  state, (pull,) = scheduler.step(config, state, PrefillDone(2.0, 0, 0))
+  assert (pull.source, pull.target) == (0, 1)
+  state, _ = scheduler.step(config, state, PrefillDone(3.0, 1, 0))
+  state, _ = scheduler.step(config, state, Migrated(4.0, 1, 1))
+  assert {row.id for row in state.instances[1].rows} == {0, 1}
+  assert Placement(prefill=[Plan()], chunked=[Plan()]).mode == 'mixed'
+
+
+def test_a_mixed_world_with_faults():
+  config = _config(MIXED, num_pages=4, max_seqs=2, prefill_tokens=4,
+                   route=short_prompts_stay)
+  config = dataclasses.replace(config, max_len=9, tries=1)
+  transitions, _, whole = schedules.search(
+      Rules(config, ((2, 4, 2), (5, 3, 0))), 1)
+  assert whole and transitions > 500
+
+
+@pytest.mark.parametrize('placement, ok', [
+    (dict(prefill=1), False), (dict(decode=1), False), ({}, False),
+    (dict(colocated=1, decode=1), False), (dict(prefill=1, decode=2), True),
+    (dict(prefill=1, chunked=1), True), (dict(colocated=1, chunked=1), True)])
+def test_placements_that_can_serve(placement, ok):
+  plans = {role: [Plan()] * n for role, n in placement.items()}
+  if ok:
+    Placement(**plans)
+    return
+  with pytest.raises(ValueError, match='instances that prefill and'):
+    Placement(**plans)
+
+
+# --- the default -------------------------------------------------------------
+
+
+def _digest(roles, num_pages):
+  step = latency.Affine((0.01, 1e-4, 0.0), (0.01, 1e-6, 1e-4), host_s=0.001,
+                        mixed=(0.01, 1e-4, 0.0, 1e-6))
+  instances = tuple(InstanceConfig(role, num_pages, 4, 8, 64, 4)
+                    for role in roles)
+  draw = random.Random(1)
+  requests = [Request(id, 0.02 * id, range(draw.randint(1, 90)), Sampling(
+      max_tokens=draw.randint(1, 40))) for id in range(150)]
+  log = simulator.simulate(scheduler.Config(instances, 160), requests, step,
+                           latency.Link(1e-3, 1e6, 100), log=True).log
+  text = json.dumps([event_log.encode(entry) for entry in log])
+  return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@pytest.mark.parametrize('roles, want', [
+    (('prefill', 'decode'), '7af3cf933630'),
+    (('prefill',) * 2 + ('decode',) * 2, 'db915341d86c'),
+    (('colocated',) * 2, '885171d2039b'),
+    (('chunked',), 'f990dcc096cd')], ids=str)
+def test_the_default_decides_as_before_there_were_policies(roles, want):
+  """Digests of the logs of the scheduler that had its choices built in."""
+  assert _digest(roles, 48) == want
+  assert set(roles) <= set(ROLES)
