@@ -167,7 +167,7 @@ class EngineConfig:
               f'EngineConfig.{field}', value,
               'seconds, 0 or more' if zero else 'seconds above 0')
 
-  def kv_dtype_of(self, role):
+  def kv_dtype_of(self, role: str) -> str:
     """The dtype of the KV cache of an instance in this role."""
     kv_dtype = self.kv_dtype or self.dtype
     if ROLES[role].prefills:
@@ -175,20 +175,20 @@ class EngineConfig:
     return self.decode_kv_dtype or kv_dtype
 
   @property
-  def row_buckets(self):
+  def row_buckets(self) -> tuple[int, ...]:
     """Decode batch sizes that are compiled."""
     return _buckets(self.max_seqs, 1, 2)
 
-  def token_buckets(self, limit):
+  def token_buckets(self, limit: int) -> tuple[int, ...]:
     """Packed prefill sizes that are compiled, up to `limit`."""
     return _buckets(limit, 32, 2)
 
   @property
-  def page_buckets(self):
+  def page_buckets(self) -> tuple[int, ...]:
     """Numbers of pages that a migration copies at a time."""
     return _buckets(self.transfer_pages, 1, 4)
 
-  def instance(self, role, pp=1):
+  def instance(self, role: str, pp: int = 1) -> InstanceConfig:
     """The InstanceConfig of an instance of `pp` stages in this role."""
     size = self.page_size
     if not ROLES[role].prefills and self.decode_page_size is not None:

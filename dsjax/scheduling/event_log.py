@@ -1,36 +1,15 @@
 """Events and commands as JSON-ready lists, and back."""
 
+from typing import Any, get_args
+
 from dsjax.config.checks import require
-from dsjax.scheduling.events import (
-  Abort,
-  Arrived,
-  Cancelled,
-  Chunk,
-  DecodeDone,
-  Drain,
-  Fail,
-  Finish,
-  InstanceDown,
-  InstanceUp,
-  Migrate,
-  Migrated,
-  MigrateFailed,
-  Preempt,
-  PrefillDone,
-  Reject,
-  Row,
-  RunDecode,
-  RunPrefill,
-  Timer,
-)
+from dsjax.scheduling.events import Chunk, Command, Event, Row
 
-_LOGGED = {t.__name__: t for t in (
-    Arrived, Cancelled, PrefillDone, DecodeDone, Migrated, MigrateFailed,
-    Timer, InstanceDown, InstanceUp, Drain, Chunk, Row, RunPrefill, RunDecode,
-    Migrate, Abort, Preempt, Finish, Fail, Reject)}
+_LOGGED = {kind.__name__: kind for kind in (
+    *get_args(Event), *get_args(Command), Chunk, Row)}
 
 
-def encode(value):
+def encode(value: Any) -> Any:
   """An event or command (or a tuple of them) as JSON-ready lists."""
   if isinstance(value, tuple):
     named = [type(value).__name__] if hasattr(value, '_fields') else []
@@ -38,7 +17,7 @@ def encode(value):
   return value
 
 
-def decode(data):
+def decode(data: Any) -> Any:
   """The inverse of encode.
 
   Raises:

@@ -191,3 +191,9 @@ class Reject(NamedTuple):
   """Request can never be served; `reason` says why in plain words."""
   id: int
   reason: str
+
+
+Event = (Arrived | Cancelled | PrefillDone | DecodeDone | Migrated
+         | MigrateFailed | Timer | InstanceDown | InstanceUp | Drain)
+Command = (RunPrefill | RunDecode | Migrate | Preempt | Abort | Finish | Fail
+           | Reject)

@@ -95,7 +95,7 @@ HOPS = _hops(
 _IMPOSSIBLE = {(stage, 'Arrived') for stage in STAGES if stage != 'absent'}
 
 
-def cell(stage, cause):
+def cell(stage: str, cause: str) -> tuple[str, ...] | None:
   """What a cause does to a request in this stage.
 
   Returns:
@@ -118,7 +118,7 @@ STATUS = {
                              strict=True)}
 
 
-def drawing():
+def drawing() -> str:
   """The tables as Markdown: a diagram, then every stage and every cause."""
   return '\n'.join(['```mermaid', *_diagram(), '```', '', *_matrix(), '',
                     *_statuses()])

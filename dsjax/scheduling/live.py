@@ -3,9 +3,12 @@
 import collections
 import heapq
 import operator
+from collections.abc import Sequence
+from typing import Any
 
 from dsjax.config.placement import ROLES
-from dsjax.scheduling.state import RUN_AHEAD, Batch, Instance, Seq
+from dsjax.scheduling.events import Row
+from dsjax.scheduling.state import RUN_AHEAD, Batch, Config, Instance, Seq
 
 
 class LiveSeq:
@@ -40,18 +43,18 @@ class LiveBatch:
   __slots__ = ('rows', 'tick', 'flying', 'due', 'ticks', 'places', 'least',
                'ends', 'value')
 
-  def __init__(self, batch, flying):
+  def __init__(self, batch: Batch, flying: int):
     self.rows, self.tick = {r[0]: r for r in batch.rows}, batch.tick
     self.flying, self.due, self.value = flying, None, batch.rows
     self.ends, self.places, self.least = {}, None, None
 
-  def freeze(self):
+  def freeze(self) -> tuple[Row, ...]:
     """The rows as a value."""
     if self.value is None:
       self.value = tuple(self.rows.values())
     return self.value
 
-  def add(self, row):
+  def add(self, row: Row) -> None:
     """Adds a row."""
     self.rows[row[0]], self.value, self.places = row, None, None
     if self.due is not None:
@@ -66,7 +69,7 @@ class LiveBatch:
       self.due[until] = [id]
       heapq.heappush(self.ticks, until)
 
-  def remove(self, id):
+  def remove(self, id: int) -> None:
     """Takes a row out."""
     row, self.value = self.rows.pop(id), None
     self.ends.pop(id, None)
@@ -75,7 +78,7 @@ class LiveBatch:
     elif self.least is not None:
       self.sort()
 
-  def end(self, seqs):
+  def end(self, seqs: dict[int, Any]) -> int:
     """The first tick at which a request is at its limit."""
     ends = self.ends
     if len(ends) < len(self.rows):
@@ -84,7 +87,7 @@ class LiveBatch:
           ends[id] = seqs[id].limit - 1 - row[1]
     return min(ends.values())
 
-  def until(self):
+  def until(self) -> int:
     """The first tick that some row is not covered for."""
     if self.due is None:
       if self.least is None:
@@ -94,7 +97,7 @@ class LiveBatch:
       del self.due[heapq.heappop(self.ticks)]
     return self.ticks[0]
 
-  def sort(self):
+  def sort(self) -> None:
     """Makes due and ticks, if they are not there."""
     if self.due is not None:
       return
@@ -107,7 +110,7 @@ class LiveBatch:
     self.ticks = list(due)
     heapq.heapify(self.ticks)
 
-  def short(self):
+  def short(self) -> Sequence[int]:
     """Ids of the rows that are not covered for the next tick, in order."""
     if not self.rows or self.until() > self.tick:
       return ()
@@ -119,7 +122,7 @@ class LiveBatch:
       self.places = {id: place for place, id in enumerate(self.rows)}
     return sorted(ids, key=self.places.__getitem__)
 
-  def renew(self, seqs, page_size):
+  def renew(self, seqs: dict[int, Any], page_size: int) -> Sequence[int]:
     """The short rows are to have a page more: their ids, in order."""
     ids, tick = self.short(), self.tick
     del self.due[heapq.heappop(self.ticks)]
@@ -139,7 +142,7 @@ class LiveInstance:
   __slots__ = (*Instance._fields, 'index', 'config', 'prefills', 'decodes',
                'mixes', 'depth', 'run_ahead', 'fresh', 'asleep', 'value')
 
-  def __init__(self, config, index, value):
+  def __init__(self, config: Config, index: int, value: Instance):
     self.index, self.config, self.value = index, config.instances[index], value
     role = ROLES[self.config.role]
     self.prefills, self.decodes = role.prefills, role.decodes
@@ -158,7 +161,7 @@ class LiveInstance:
     self.batches = [LiveBatch(b, turns.count(g))
                     for g, b in enumerate(batches)]
 
-  def freeze(self):
+  def freeze(self) -> Instance:
     """It as a value."""
     if self.value is None:
       self.value = Instance(

@@ -3,12 +3,21 @@
 A simulator leaps over them; see scheduler.Run.quiet and Run.follow.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from dsjax.scheduling import page_pool
 from dsjax.scheduling.events import RunDecode
 from dsjax.scheduling.policy import leave_room_to_grow
 
+if TYPE_CHECKING:
+  from dsjax.scheduling.scheduler import Run
 
-def tell(run, index, most):
+Told = tuple[list[int], list[int]]  # micro-batches in turn, steps of each
+
+
+def tell(run: Run, index: int, most: int) -> Told | None:
   """The decode commands that will follow those in flight, told in advance.
 
   As long as nothing but completions happens to the instance, each of them is
@@ -50,7 +59,7 @@ def tell(run, index, most):
   return order, steps
 
 
-def follow(run, index, told, count):
+def follow(run: Run, index: int, told: Told, count: int) -> None:
   """Ends a quiet run in which `count` of its commands have been issued.
 
   The commands in flight then carry the rows as they are now.

@@ -5,6 +5,7 @@ free. Allocation, release and the disjointness check are a few operations on
 that integer, whatever the pool's history, and two equal pools compare equal.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 _WINDOW = (1 << 256) - 1
@@ -17,22 +18,22 @@ class Pool(NamedTuple):
   free: int
 
 
-def init(num_pages):
+def init(num_pages: int) -> Pool:
   """A pool with every page free."""
   return Pool(num_pages, (1 << num_pages) - 1)
 
 
-def pages_for(num_tokens, page_size):
+def pages_for(num_tokens: int, page_size: int) -> int:
   """Pages that hold num_tokens tokens."""
   return -(-num_tokens // page_size)
 
 
-def num_free(pool):
+def num_free(pool: Pool) -> int:
   """How many pages are free."""
   return pool.free.bit_count()
 
 
-def alloc(pool, count):
+def alloc(pool: Pool, count: int) -> tuple[Pool, tuple[int, ...]]:
   """Takes the `count` lowest free pages: (pool, pages).
 
   Raises:
@@ -60,7 +61,7 @@ def alloc(pool, count):
   return Pool(pool.num_pages, free), tuple(pages)
 
 
-def release(pool, pages):
+def release(pool: Pool, pages: Sequence[int]) -> Pool:
   """Gives pages back.
 
   Raises:
@@ -82,7 +83,7 @@ def _wrong(pool, pages):
               or pool.free >> page & 1 or page in pages[:n])
 
 
-def check(pool, owned):
+def check(pool: Pool, owned: Iterable[Sequence[int]]) -> None:
   """Raises unless every page is free or in exactly one tuple of `owned`."""
   seen = pool.free
   for pages in owned:

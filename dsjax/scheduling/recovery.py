@@ -16,24 +16,34 @@ Rules:
   back, and fails when all of them are gone for good.
 """
 
+from __future__ import annotations
+
 import collections
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dsjax.scheduling import lifecycle, page_pool
 from dsjax.scheduling.events import (
   Abort,
   Drain,
+  Event,
   Fail,
   InstanceDown,
   InstanceUp,
   MigrateFailed,
   Preempt,
+  RunDecode,
+  RunPrefill,
   Timer,
 )
-from dsjax.scheduling.live import LiveInstance
+from dsjax.scheduling.live import LiveInstance, LiveSeq
 from dsjax.scheduling.state import ImpossibleEvent, init
 
+if TYPE_CHECKING:
+  from dsjax.scheduling.scheduler import Run
 
-def instance_down(run, e):
+
+def instance_down(run: Run, e: InstanceDown) -> None:
   """An instance and all it held are lost."""
   inst = _instance(run, e)
   if inst.status in ('up', 'draining'):
@@ -64,13 +74,13 @@ def instance_down(run, e):
   place(run)
 
 
-def instance_up(run, e):
+def instance_up(run: Run, e: InstanceUp) -> None:
   """An instance is there, empty, or is to be drained no longer."""
   if _turn(run, _instance(run, e), 'InstanceUp'):
     place(run)
 
 
-def drain(run, e):
+def drain(run: Run, e: Drain) -> None:
   """An instance takes no more work that another could do."""
   inst = _instance(run, e)
   if (not _turn(run, inst, 'Drain') or inst in run.open_entries
@@ -86,14 +96,14 @@ def drain(run, e):
     run.offer(run.own(id))
 
 
-def migrate_failed(run, e):
+def migrate_failed(run: Run, e: MigrateFailed) -> None:
   """The target gave a hand-off up and writes no more."""
   seq = run.handed(e)
   if seq is not None:
     _again(run, seq, f'its hand-off failed: {e.reason}')
 
 
-def timer(run, e):
+def timer(run: Run, e: Timer) -> None:
   """The lease of a hand-off ran out: the target is told to stop."""
   seq = run.handed(e)
   if seq is not None:
@@ -101,7 +111,7 @@ def timer(run, e):
     _again(run, seq, 'the lease of its hand-off ran out')
 
 
-def place(run):
+def place(run: Run) -> None:
   """Finds an instance for those who waited for one."""
   ids, run.waiting = run.waiting, []
   for id in ids:
@@ -112,7 +122,7 @@ def place(run):
       run.offer(seq)
 
 
-def fail(run, seq, reason):
+def fail(run: Run, seq: LiveSeq, reason: str) -> None:
   """Ends a request that holds nothing but perhaps its source's pages."""
   run.commands.append(Fail(seq.id, reason))
   if seq.pages:
@@ -121,7 +131,8 @@ def fail(run, seq, reason):
     run.forget(seq)
 
 
-def samples(e, command, ended):
+def samples(e: Event, command: RunPrefill | RunDecode,
+            ended: Sequence[int]) -> None:
   """Raises ImpossibleEvent unless the command samples a token of each id."""
   sampled = {c.id for c in command.chunks if c.last}
   sampled.update([r.id for r in command.rows])

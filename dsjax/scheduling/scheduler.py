@@ -20,24 +20,30 @@ stage runs the commands in order, so they complete in order; a micro-batch's
 next step waits on the device for the tokens of its previous one.
 """
 import bisect
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from dsjax.scheduling import lifecycle, lookahead, page_pool, recovery
 from dsjax.scheduling.events import (
   Arrived,
   Cancelled,
   Chunk,
+  Command,
   DecodeDone,
+  Event,
   Finish,
   Migrate,
   Migrated,
+  MigrateFailed,
   Preempt,
   PrefillDone,
   Reject,
   Row,
   RunDecode,
   RunPrefill,
+  Timer,
 )
-from dsjax.scheduling.live import LiveInstance, LiveSeq, fields_of
+from dsjax.scheduling.live import LiveBatch, LiveInstance, LiveSeq, fields_of
 from dsjax.scheduling.policy import PrefillBudget, RequestView, View
 from dsjax.scheduling.state import (
   RUN_AHEAD,
@@ -59,7 +65,8 @@ __all__ = ('RUN_AHEAD', 'Batch', 'Config', 'ImpossibleEvent', 'Instance',
            'step')
 
 
-def step(config, state, event):
+def step(config: Config, state: State, event: Event
+         ) -> tuple[State, tuple[Command, ...]]:
   """Applies one event.
 
   Returns (state, commands). Cost: well under 100 us at 256 running and 1,000
@@ -86,7 +93,8 @@ class Run:
   it changes; it calls follow.
   """
 
-  def __init__(self, config, state, wake=None):
+  def __init__(self, config: Config, state: State,
+               wake: Callable[[int], None] | None = None):
     self.config, self.wake = config, wake
     self.seqs, self.arrivals = dict(state.seqs), state.arrivals
     self.waiting = list(state.waiting)
@@ -99,12 +107,12 @@ class Run:
     self.commands, self.cause = [], ''
     self.roster()
 
-  def roster(self):
+  def roster(self) -> None:
     """Who takes work: those that are up, else those that are drained."""
     self.open_entries = _open(self.entries)
     self.open_decoders = _open(self.decoders)
 
-  def apply(self, event):
+  def apply(self, event: Event) -> list[Command]:
     """Applies one event; a list of commands. See step."""
     self.commands = commands = []
     self.cause, self.now_s = type(event).__name__, event.time_s
@@ -113,7 +121,7 @@ class Run:
     self.plan()
     return commands
 
-  def freeze(self):
+  def freeze(self) -> State:
     """The State now."""
     seqs = dict(self.seqs)
     for id in self.owned:
@@ -124,13 +132,14 @@ class Run:
   # --- choices --------------------------------------------------------------
 
   @property
-  def view(self):
+  def view(self) -> View:
     """What the policy sees."""
     if self._view is None:
       self._view = View(self.instances, self.seqs)
     return self._view.at(self.now_s, self.open_entries, self.open_decoders)
 
-  def choose(self, hook, instances, seq, *args):
+  def choose(self, hook: str, instances: Sequence[LiveInstance], seq: LiveSeq,
+             *args: int) -> LiveInstance:
     """One of these instances, for a request, by the policy's answer."""
     answer = self.policy.ask(hook, self.view, RequestView(seq), *args)
     for inst in instances:
@@ -139,7 +148,7 @@ class Run:
     raise self.policy.refuse(hook, answer, 'the index of one of instances '
                              f'{[i.index for i in instances]}')
 
-  def in_order(self, inst, queue):
+  def in_order(self, inst: LiveInstance, queue: list[int]) -> list[int]:
     """The ids of a queue in the policy's order; itself where that is its own:
     by arrival, or, of finished prefills, by their end."""
     if self.policy.order is None or len(queue) < 2:
@@ -156,7 +165,7 @@ class Run:
                                f'once: {sorted(queue)}')
     return ids
 
-  def own(self, id):
+  def own(self, id: int) -> LiveSeq:
     """A request, to be changed."""
     seq = self.seqs[id]
     if type(seq) is not LiveSeq:
@@ -164,14 +173,14 @@ class Run:
       self.owned.add(id)
     return seq
 
-  def move(self, seq, stage):
+  def move(self, seq: LiveSeq, stage: str) -> None:
     """Takes a request to another stage of its life, if it has that hop."""
     if stage not in lifecycle.HOPS.get((seq.stage, self.cause), ()):
       raise ImpossibleEvent(f'request {seq.id}: no hop from {seq.stage} to '
                             f'{stage} by {self.cause}')
     seq.stage = stage
 
-  def touch(self, index):
+  def touch(self, index: int) -> LiveInstance:
     """An instance, to be changed, and planned for the change."""
     inst = self.instances[index]
     if inst.asleep:
@@ -181,7 +190,7 @@ class Run:
 
   # --- events ---------------------------------------------------------------
 
-  def arrived(self, e):
+  def arrived(self, e: Arrived) -> None:
     if e.id in self.seqs:
       raise ImpossibleEvent(f'request {e.id} arrived twice')
     reason = never_fits(self.config, e.prompt_len, e.max_tokens)
@@ -197,14 +206,14 @@ class Run:
     for inst in self.entries:  # the first of a burst may be at another one
       inst.fresh = not e.more
 
-  def cancelled(self, e):
+  def cancelled(self, e: Cancelled) -> None:
     seq = self.seqs.get(e.id)
     if seq is None or seq.stage in ('over', 'abandoned'):
       return
     self.commands.append(Finish(e.id, 'cancelled'))
     self.leave(self.own(e.id), 'over')
 
-  def prefill_done(self, e):
+  def prefill_done(self, e: PrefillDone) -> None:
     inst, command = self.complete(e, RunPrefill, e.ended)
     if inst is None:
       return
@@ -222,7 +231,7 @@ class Run:
         self.ended(id)
     self.settle(inst, e.number)
 
-  def decode_done(self, e):
+  def decode_done(self, e: DecodeDone) -> None:
     inst, _ = self.complete(e, RunDecode, [id for id, _ in e.ended])
     if inst is None:
       return
@@ -230,7 +239,7 @@ class Run:
       self.ended(id)
     self.settle(inst, e.number)
 
-  def migrated(self, e):
+  def migrated(self, e: Migrated) -> None:
     seq = self.handed(e)
     if seq is None:
       return
@@ -242,7 +251,7 @@ class Run:
     else:
       self.join(self.touch(seq.instance), seq)
 
-  def handed(self, e):
+  def handed(self, e: Migrated | MigrateFailed | Timer) -> LiveSeq | None:
     """The request whose hand-off this is about; None where it is over."""
     seq = self.seqs.get(e.id)
     if seq is None or e.epoch < seq.epoch:
@@ -253,7 +262,8 @@ class Run:
 
   # --- the ends of a life ---------------------------------------------------
 
-  def complete(self, e, kind, ended):
+  def complete(self, e: PrefillDone | DecodeDone, kind: type,
+               ended: Sequence[int]) -> tuple[Any, Any]:
     """Takes the oldest command off the instance; it must be this one.
 
     ended: ids of those whose tokens, by this command, met their end.
@@ -278,16 +288,16 @@ class Run:
       inst.batches[g].flying -= 1
     return inst, command
 
-  def ended(self, id):
+  def ended(self, id: int) -> None:
     """A token of a command that is done met EOS or a stop condition."""
     if self.seqs[id].stage != 'over':
       self.finish(self.own(id), 'stop')
 
-  def finish(self, seq, reason):
+  def finish(self, seq: LiveSeq, reason: str) -> None:
     self.commands.append(Finish(seq.id, reason))
     self.leave(seq, 'over')
 
-  def leave(self, seq, stage):
+  def leave(self, seq: LiveSeq, stage: str) -> None:
     """Takes a request out of whatever it is in, keeping unsafe pages.
 
     stage: over, or yielding.
@@ -324,14 +334,14 @@ class Run:
     else:
       self.conclude(seq)
 
-  def unpull(self, seq):
+  def unpull(self, seq: LiveSeq) -> None:
     """Takes a finished prefill from whoever was to pull it."""
     if seq.target < 0:
       self.waiting.remove(seq.id)
     else:
       self.touch(seq.target).pulls.remove(seq.id)
 
-  def settle(self, inst, number):
+  def settle(self, inst: LiveInstance, number: int) -> None:
     """Concludes what waited for command `number`."""
     ending = inst.ending
     if ending and ending[0][0] <= number:
@@ -340,7 +350,7 @@ class Run:
         if after <= number:
           self.conclude(self.own(id))
 
-  def conclude(self, seq):
+  def conclude(self, seq: LiveSeq) -> None:
     if seq.stage == 'yielding':
       self.commands.append(Preempt(seq.id, seq.instance))
       self.free(seq)
@@ -351,23 +361,24 @@ class Run:
       self.commands.append(Finish(seq.id, 'length'))
     self.drop(seq)
 
-  def drop(self, seq):
+  def drop(self, seq: LiveSeq) -> None:
     self.free(seq)
     self.forget(seq)
 
-  def forget(self, seq):
+  def forget(self, seq: LiveSeq) -> None:
     self.move(seq, 'absent')
     del self.seqs[seq.id]
     self.owned.discard(seq.id)
 
   # --- resources ------------------------------------------------------------
 
-  def free(self, seq):
+  def free(self, seq: LiveSeq) -> None:
     inst = self.touch(seq.instance)
     inst.pool = page_pool.release(inst.pool, seq.pages)
     inst.residents -= 1
 
-  def take(self, inst, seq, tokens):
+  def take(self, inst: LiveInstance, seq: LiveSeq, tokens: int
+           ) -> tuple[int, ...] | None:
     """Pages for a new resident holding `tokens` tokens; None: it must wait."""
     need = room(inst, inst.config, tokens)
     if not need or not self.policy.ask(
@@ -378,7 +389,7 @@ class Run:
     inst.residents += 1
     return ids
 
-  def enqueue(self, seq):
+  def enqueue(self, seq: LiveSeq) -> None:
     """Puts a request into the queue of an instance that prefills."""
     if not self.placeable(seq, self.open_entries, self.entries):
       return
@@ -395,7 +406,7 @@ class Run:
     bisect.insort(queue, seq.id, key=lambda id: seqs[id].order)
     seq.instance = inst.index
 
-  def offer(self, seq, but=-1):
+  def offer(self, seq: LiveSeq, but: int = -1) -> None:
     """Prefill is done: an instance that decodes will pull.
 
     but: one that has just failed at it, or -1.
@@ -412,14 +423,15 @@ class Run:
     self.touch(target).pulls.append(seq.id)
     seq.target = target
 
-  def placeable(self, seq, up, kind):
+  def placeable(self, seq: LiveSeq, up: Sequence[LiveInstance],
+                kind: Sequence[LiveInstance]) -> bool:
     """An instance of the kind is up or may be again; fails it otherwise."""
     if up or any([i.status != 'gone' for i in kind]):
       return True
     recovery.fail(self, seq, f'no {kind[0].config.role} instance is left')
     return False
 
-  def pull(self, inst):
+  def pull(self, inst: LiveInstance) -> None:
     """Admits finished prefills, in order, while they fit."""
     while inst.pulls:
       seq = self.seqs[self.in_order(inst, inst.pulls)[0]]
@@ -438,7 +450,7 @@ class Run:
 
   # --- batches --------------------------------------------------------------
 
-  def plan(self):
+  def plan(self) -> None:
     """Pulls and issues until nothing more can start.
 
     Only what has changed can start anything; one decision may change another
@@ -453,13 +465,14 @@ class Run:
           inst.fresh = False
           self.issue(inst)
 
-  def issue(self, inst):
+  def issue(self, inst: LiveInstance) -> None:
     while len(inst.inflight) < inst.depth:
       if not (inst.prefills and self.prefill(inst)
               or inst.decodes and self.decode(inst)):
         return
 
-  def send(self, inst, command, g):
+  def send(self, inst: LiveInstance, command: RunPrefill | RunDecode, g: int
+           ) -> None:
     """Issues a command, of micro-batch g or of none (-1)."""
     inst.value = None
     inst.number += 1
@@ -468,11 +481,11 @@ class Run:
       inst.batches[g].flying += 1
     self.commands.append(command)
 
-  def ready(self, inst, batch):
+  def ready(self, inst: LiveInstance, batch: LiveBatch) -> bool:
     """The micro-batch may have another command, and pages for its tick."""
     return batch.flying < self.config.depth and self.cover(inst, batch)
 
-  def prefill(self, inst):
+  def prefill(self, inst: LiveInstance) -> bool:
     """Issues the next prefill batch; False when none can be.
 
     It holds the prompts, or pieces of them, that the policy's budget admits;
@@ -518,7 +531,7 @@ class Run:
         self.join(inst, seq, number)
     return True
 
-  def budget(self, inst, batch):
+  def budget(self, inst: LiveInstance, batch: LiveBatch) -> PrefillBudget:
     """The policy's PrefillBudget of the next step."""
     answer = self.policy.ask('batch', self.view, self.view.instances[
         inst.index])
@@ -532,7 +545,8 @@ class Run:
                              f'{most} tokens' + ('' if inst.mixes else
                                                  ', without rows'))
 
-  def candidate(self, inst, waiting, budget, whole):
+  def candidate(self, inst: LiveInstance, waiting: list[int], budget: int,
+                whole: bool) -> LiveSeq | None:
     """The next request of a prefill batch, admitted, or None.
 
     waiting: the ids of its queue, in order.
@@ -557,7 +571,7 @@ class Run:
       seq.pages = pages
     return seq
 
-  def join(self, inst, seq, number=None):
+  def join(self, inst: LiveInstance, seq: LiveSeq, number: int = -1) -> None:
     """Adds a prefilled request to its instance's decode batch.
 
     number: the prefill command in flight whose token it starts from.
@@ -571,7 +585,7 @@ class Run:
     start = seq.prompt_len - batch.tick
     batch.add(row_of(inst, seq, start))
 
-  def decode(self, inst):
+  def decode(self, inst: LiveInstance) -> bool:
     """Issues the next decode command; False when none can be.
 
     Micro-batches take strict turns, the empty ones left out. One that may not
@@ -596,7 +610,7 @@ class Run:
     self.advance(inst, g, steps)
     return True
 
-  def advance(self, inst, g, steps):
+  def advance(self, inst: LiveInstance, g: int, steps: int) -> None:
     """Ends a turn: ticks pass; rows that reached their limit leave."""
     batch = inst.batches[g]
     batch.tick += steps
@@ -607,7 +621,7 @@ class Run:
         inst.ending.append((inst.number - 1, id))
         self.move(self.own(id), 'finishing')
 
-  def cover(self, inst, batch):
+  def cover(self, inst: LiveInstance, batch: LiveBatch) -> bool:
     """Gives the micro-batch's rows a page for their next tick.
 
     Preempts if it must, of any micro-batch. Returns False while pages of a
@@ -626,7 +640,8 @@ class Run:
           self.seqs, inst.config.page_size)])
     return True
 
-  def extend(self, inst, rows):
+  def extend(self, inst: LiveInstance,
+             rows: Sequence[tuple[LiveBatch, int]]) -> None:
     """Gives rows, (micro-batch, id), a page for each time they are named."""
     inst.pool, ids = page_pool.alloc(inst.pool, len(rows))
     inst.value = None
@@ -639,7 +654,7 @@ class Run:
       batch.rows[id] = row_of(inst, self.seqs[id], batch.rows[id][1])
       batch.value = None
 
-  def preempt(self, inst):
+  def preempt(self, inst: LiveInstance) -> None:
     """Sends a request, the policy's choice, back to be recomputed.
 
     A request on its way in is no victim: a copy is landing on its pages. This
@@ -664,11 +679,11 @@ class Run:
 
   # --- quiet runs: see lookahead.py -----------------------------------------
 
-  def quiet(self, index, most):
+  def quiet(self, index: int, most: int) -> lookahead.Told | None:
     """The decode commands that will follow those in flight, or None."""
     return lookahead.tell(self, index, most)
 
-  def follow(self, index, told, count):
+  def follow(self, index: int, told: lookahead.Told, count: int) -> None:
     """Ends a quiet run in which `count` of its commands were issued."""
     lookahead.follow(self, index, told, count)
 
@@ -706,7 +721,7 @@ def _following(inst):
                if inst.batches[g % pp].rows), None)
 
 
-def row_of(inst, seq, start):
+def row_of(inst: LiveInstance, seq: Any, start: int) -> Row:
   """A request's Row: `until` is the first tick that its pages or its limit
   do not cover."""
   until, last = len(seq.pages) * inst.config.page_size, seq.limit - 1

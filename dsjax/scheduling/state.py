@@ -4,7 +4,7 @@ The stages of a request are told in lifecycle.py.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dsjax.config.engine import InstanceConfig
 from dsjax.scheduling import lifecycle, page_pool
@@ -104,7 +104,7 @@ class Instance(NamedTuple):
   status: str = 'up'
 
   @property
-  def rows(self):
+  def rows(self) -> tuple[Row, ...]:
     """The rows of every micro-batch."""
     return tuple(r for b in self.batches for r in b.rows)
 
@@ -121,19 +121,20 @@ class State(NamedTuple):
   waiting: tuple[int, ...] = ()
 
 
-def init(config):
+def init(config: Config) -> State:
   """The state before the first event."""
   return State({}, tuple(
       Instance(page_pool.init(c.num_pages), (Batch(),) * c.pp)
       for c in config.instances))
 
 
-def idle(state):
+def idle(state: State) -> bool:
   """No request lives and no command is in flight."""
   return not state.seqs and not any(i.inflight for i in state.instances)
 
 
-def never_fits(config, prompt_len, max_tokens):
+def never_fits(config: Config, prompt_len: int, max_tokens: int
+               ) -> str | None:
   """Why a request can never be served, in plain words, or None."""
   limit = prompt_len + max_tokens
   if prompt_len < 1 or max_tokens < 1:
@@ -150,7 +151,7 @@ def never_fits(config, prompt_len, max_tokens):
   return None
 
 
-def room(inst, config, tokens):
+def room(inst: Any, config: InstanceConfig, tokens: int) -> int:
   """Pages for a new resident holding `tokens` tokens; 0: there is no room.
 
   Args:
@@ -164,7 +165,7 @@ def room(inst, config, tokens):
   return need
 
 
-def check(state):
+def check(state: State) -> None:
   """Raises AssertionError unless the state is sound.
 
   Every page is free or owned once; every request is in exactly one place,
