@@ -6,11 +6,10 @@ follow transformers (src/transformers/models/*/configuration_*.py).
 
 import contextlib
 import dataclasses
-import json
 import math
 import pathlib
 
-from dsjax.config.checks import InputError, require
+from dsjax.config.checks import InputError, parse_json, require
 from dsjax.config.model import ModelConfig, RopeScaling
 
 CONFIG = 'config.json'
@@ -28,11 +27,10 @@ def naming(path):
 def read_json(path):
   """The JSON object in a file. Raises InputError naming the file."""
   try:
-    value = json.loads(pathlib.Path(path).read_text('utf-8'))
+    text = pathlib.Path(path).read_bytes()
   except OSError as error:
     raise InputError(f'{path}: {error.strerror}') from error
-  except (ValueError, RecursionError) as error:
-    raise InputError(f'{path}: not JSON: {error}') from error
+  value = parse_json(path, text)
   if not isinstance(value, dict):
     raise InputError(f'{path}: must hold a JSON object')
   return value

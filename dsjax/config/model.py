@@ -1,9 +1,13 @@
 """The shape of a decoder-only transformer."""
 
 import dataclasses
-import math
 
-from dsjax.config.checks import integer, number, require
+from dsjax.config.checks import (
+    is_integer,
+    is_nonnegative,
+    is_positive,
+    require,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +28,10 @@ class RopeScaling:
   def __post_init__(self):
     require(self.kind in ('linear', 'llama3'), 'RopeScaling.kind', self.kind,
             "'linear' or 'llama3'")
-    require(number(0, math.inf, low_open=True)(self.factor),
+    require(is_positive(self.factor),
             'RopeScaling.factor', self.factor, 'a number above 0')
     if self.kind == 'llama3':
-      require(integer(1, 2**31 - 1)(self.original_len),
+      require(is_integer(1, 2**31 - 1)(self.original_len),
               'RopeScaling.original_len', self.original_len, 'tokens')
       require(0 < self.low_freq_factor < self.high_freq_factor,
               'RopeScaling.high_freq_factor', self.high_freq_factor,
@@ -121,14 +125,14 @@ class ModelConfig:
               f'one of {allowed}')
     object.__setattr__(self, 'windows', tuple(self.windows))
     require(len(self.windows) in (0, self.num_layers)
-            and all(integer(0, 2**31 - 1)(w) for w in self.windows),
+            and all(is_integer(0, 2**31 - 1)(w) for w in self.windows),
             'ModelConfig.windows', self.windows,
             f'empty or {self.num_layers} integers of 0 or more')
     for field in ('attn_softcap', 'logit_softcap'):
       value = getattr(self, field)
-      require(number(0, math.inf)(value), f'ModelConfig.{field}', value,
+      require(is_nonnegative(value), f'ModelConfig.{field}', value,
               '0 (none) or above')
-    require(integer(0, 2**31 - 1)(self.num_experts),
+    require(is_integer(0, 2**31 - 1)(self.num_experts),
             'ModelConfig.num_experts', self.num_experts, '0 or more')
     require(0 <= self.experts_per_token <= self.num_experts
             and bool(self.num_experts) == bool(self.experts_per_token),
