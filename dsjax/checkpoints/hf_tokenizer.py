@@ -12,7 +12,7 @@ import re
 
 import tokenizers
 
-from dsjax.checkpoints.hf_config import read_json
+from dsjax.checkpoints.files import read_json
 from dsjax.checkpoints.tokenizer import Tokenizer, Vocabulary, byte_level_bytes
 from dsjax.config.checks import InputError, require
 

@@ -18,7 +18,7 @@ import tensorstore as ts
 from jax.sharding import NamedSharding
 
 from dsjax.checkpoints import weights
-from dsjax.checkpoints.hf_config import read_json
+from dsjax.checkpoints.files import read_json
 from dsjax.config.checks import InputError
 from dsjax.config.model import ModelConfig, RopeScaling
 from dsjax.model import sharding

@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from dsjax.checkpoints import gguf_file
+from dsjax.checkpoints.files import naming
 from dsjax.config.checks import InputError, require
 
 ROLES = ('assistant', 'developer', 'system', 'tool', 'user')
@@ -253,10 +254,8 @@ class Tokenizer:
   def load(cls, path):
     """The tokenizer of a GGUF file. Raises InputError naming the file."""
     meta, _ = gguf_file.read_gguf(path)
-    try:
+    with naming(path):
       return cls.of_gguf(meta)
-    except InputError as error:
-      raise InputError(f'{path}: {error}') from error
 
   def _set_guard(self):
     """Stand-ins for characters that begin or end a control token.
