@@ -10,14 +10,13 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import gguf
 import numpy as np
 
 from dsjax.checkpoints import weights
 from dsjax.checkpoints.families import FAMILIES
 from dsjax.checkpoints.family import Family, Gguf, GgufKeys
 from dsjax.checkpoints.files import naming
-from dsjax.checkpoints.gguf_file import Tensor, read_gguf
+from dsjax.checkpoints.gguf_file import Tensor, package, read_gguf
 from dsjax.config.checks import InputError, require
 from dsjax.config.model import ModelConfig, RopeScaling
 
@@ -222,7 +221,7 @@ class _Reader:
 
 def _dequantize(name: str, tensor: Tensor) -> np.ndarray:
   try:
-    return gguf.quants.dequantize(tensor.data, tensor.kind)
+    return package().quants.dequantize(tensor.data, tensor.kind)
   except NotImplementedError:
     raise InputError(f'tensor {name!r} is of unsupported type '
                      f'{tensor.kind.name}') from None

@@ -10,8 +10,6 @@ import json
 import pathlib
 import re
 
-import tokenizers
-
 from dsjax.checkpoints.files import read_json
 from dsjax.checkpoints.tokenizer import Tokenizer, Vocabulary, byte_level_bytes
 from dsjax.config.checks import InputError, require
@@ -22,6 +20,8 @@ _BYTE = re.compile('<0x([0-9A-F]{2})>$')
 
 def _run(keys):
   """A tokenizers.Tokenizer of tokenizer.json's keys."""
+  import tokenizers
+
   try:
     return tokenizers.Tokenizer.from_str(json.dumps(keys))
   except Exception as error:  # whatever the Rust side says

@@ -12,7 +12,6 @@ from collections.abc import Set
 from typing import Any
 
 import numpy as np
-import safetensors
 
 from dsjax.checkpoints import weights
 from dsjax.checkpoints.families import FAMILIES
@@ -31,6 +30,8 @@ _FLOATS = ('F64', 'F32', 'F16', 'BF16')
 
 def _open(file: pathlib.Path) -> Any:
   """An open safetensors file; its header is checked by the package."""
+  import safetensors
+
   try:
     with open(file, 'rb') as stream:
       start = stream.read(8)

@@ -4,6 +4,7 @@ A folder of two things: `params`, an orbax checkpoint of the tree, and
 `dsjax.json`, the ModelConfig, written last. Shards are read by tensorstore,
 which orbax writes with: orbax itself would read the same slice of every array
 for equal places only, and a plan's heads may be replicated or have gaps.
+Both are imported only when a checkpoint is written or read: half a second.
 """
 
 import contextlib
@@ -13,8 +14,6 @@ import pathlib
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-import tensorstore as ts
 from jax.sharding import NamedSharding
 
 from dsjax.checkpoints import weights
@@ -42,6 +41,8 @@ def save_orbax(path, config, params, chunk_bytes=CHUNK_BYTES):
   Raises:
     InputError: the folder holds something.
   """
+  import orbax.checkpoint as ocp
+
   path = pathlib.Path(path).resolve()
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise InputError(f'{path}: must not exist, or be an empty folder')
@@ -81,6 +82,8 @@ class Stored:
     Raises:
       InputError: names the folder: unreadable.
     """
+    import tensorstore as ts
+
     context, dtype = ts.Context(), weights.DTYPES[self.dtype]
 
     def put(leaf, layer):
@@ -126,6 +129,8 @@ def load_orbax(path, dtype='float32'):
     InputError: names the folder: no such, of another tree or other shapes,
       or unreadable.
   """
+  import orbax.checkpoint as ocp
+
   weights.check_dtype(dtype)
   path = pathlib.Path(path).resolve()
   config = read_config(path)

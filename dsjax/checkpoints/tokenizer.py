@@ -11,12 +11,6 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
-import tokenizers
-from tokenizers import models, pre_tokenizers
-
 from dsjax.checkpoints import gguf_file
 from dsjax.checkpoints.files import naming
 from dsjax.config.checks import InputError, require
@@ -32,21 +26,33 @@ _QWEN_2 = _LLAMA_3.replace(r'\p{N}{1,3}', r'\p{N}')
 
 
 def _byte_level(use_regex=True):
+  from tokenizers import pre_tokenizers
+
   return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+
+
+def _pieces(pattern):
+  from tokenizers import Regex, pre_tokenizers
+
+  return pre_tokenizers.Sequence([
+      pre_tokenizers.Split(Regex(pattern), 'isolated'),
+      _byte_level(use_regex=False)])
+
+
+def _digits():
+  from tokenizers import pre_tokenizers
+
+  return pre_tokenizers.Sequence([
+      pre_tokenizers.Digits(individual_digits=True), _byte_level()])
 
 
 # tokenizer.ggml.pre -> (how text is cut before merging, whether a piece that
 # is a token as it stands skips the merges).
 _PRE = {
     'gpt-2': lambda: (_byte_level(), False),
-    'llama-bpe': lambda: (pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(_LLAMA_3), 'isolated'),
-        _byte_level(use_regex=False)]), True),
-    'qwen2': lambda: (pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(_QWEN_2), 'isolated'),
-        _byte_level(use_regex=False)]), False),
-    'smollm': lambda: (pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True), _byte_level()]), False),
+    'llama-bpe': lambda: (_pieces(_LLAMA_3), True),
+    'qwen2': lambda: (_pieces(_QWEN_2), False),
+    'smollm': lambda: (_digits(), False),
 }
 
 
@@ -81,6 +87,8 @@ def _split(pattern, text):
 
 def _template(source):
   """Compiles a chat template as its authors expect, in a sandbox."""
+  import jinja2.ext
+  import jinja2.sandbox
 
   def raise_exception(message):
     raise jinja2.TemplateError(message)
@@ -93,7 +101,10 @@ def _template(source):
       extensions=[jinja2.ext.loopcontrols])
   env.filters['tojson'] = tojson
   env.globals['raise_exception'] = raise_exception
-  return env.from_string(source)
+  try:
+    return env.from_string(source)
+  except jinja2.TemplateError as error:
+    raise InputError(f'tokenizer.chat_template: {error}') from error
 
 
 def _list(meta, name, kind):
@@ -198,14 +209,16 @@ def gguf_vocabulary(meta):
 def gguf_bpe(pre, vocab, merges):
   """A tokenizers.Tokenizer of {token: id} and "a b" merges. pre: the name of
   how text is cut first."""
+  import tokenizers
+
   pre_tokenizer, ignore_merges = _PRE[pre]()
   pairs = [tuple(merge.split(' ')) for merge in merges]
   for merge, pair in zip(merges, pairs, strict=True):
     require(len(pair) == 2 and all(t in vocab for t in (*pair,
                                                         ''.join(pair))),
             'tokenizer.ggml.merges', merge, 'two tokens that make a third')
-  bpe = tokenizers.Tokenizer(
-      models.BPE(vocab=vocab, merges=pairs, ignore_merges=ignore_merges))
+  bpe = tokenizers.Tokenizer(tokenizers.models.BPE(
+      vocab=vocab, merges=pairs, ignore_merges=ignore_merges))
   bpe.pre_tokenizer = pre_tokenizer
   return bpe
 
@@ -239,11 +252,8 @@ class Tokenizer:
     self._vocabulary = vocabulary
     self._control_pattern = _splitter(vocabulary.control)
     self._set_guard()
-    try:
-      self._chat = (None if vocabulary.template is None else
-                    _template(vocabulary.template))
-    except jinja2.TemplateError as error:
-      raise InputError(f'tokenizer.chat_template: {error}') from error
+    self._chat = (None if vocabulary.template is None else
+                  _template(vocabulary.template))
 
   @classmethod
   def of_gguf(cls, meta):
