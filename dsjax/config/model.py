@@ -25,7 +25,7 @@ class RopeScaling:
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     require(self.kind in ('linear', 'llama3'), 'RopeScaling.kind', self.kind,
             "'linear' or 'llama3'")
     require(is_positive(self.factor),
@@ -107,7 +107,7 @@ class ModelConfig:
   experts_per_token: int = 0
   renormalize: bool = True
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for field in ('num_layers', 'd_model', 'num_heads', 'num_kv_heads',
                   'head_dim', 'd_ff', 'vocab_size', 'max_len'):
       value = getattr(self, field)
@@ -143,7 +143,7 @@ class ModelConfig:
             '0 unless the feed-forward is gated and has no bias')
 
   @property
-  def top_leaves(self):
+  def top_leaves(self) -> tuple[str, ...]:
     """Names of the parameters outside the layers."""
     names = ['embed_VD', 'norm_D']
     names += ['pos_TD'] * (self.positions == 'learned')
@@ -151,7 +151,7 @@ class ModelConfig:
     return tuple(names + ['head_VD'] * (not self.tied))
 
   @property
-  def layer_leaves(self):
+  def layer_leaves(self) -> tuple[str, ...]:
     """Names of the parameters of a layer: weights are output-first."""
     names = ['attn_norm_D', 'q_NHD', 'k_KHD', 'v_KHD', 'o_DNH', 'mlp_norm_D']
     if self.norm == 'layer':
@@ -167,17 +167,17 @@ class ModelConfig:
     names += ['gate_FD'] * self.gated + ['up_FD', 'down_DF']
     return tuple(names + ['up_bias_F', 'down_bias_D'] * self.mlp_bias)
 
-  def leaf_shape(self, leaf):
+  def leaf_shape(self, leaf: str) -> tuple[int, ...]:
     """The shape that a parameter's name says."""
     sizes = dict(V=self.vocab_size, D=self.d_model, F=self.d_ff,
                  N=self.num_heads, K=self.num_kv_heads, H=self.head_dim,
                  E=self.num_experts, T=self.max_len)
     return tuple(sizes[letter] for letter in leaf.rsplit('_', 1)[1])
 
-  def window(self, layer):
+  def window(self, layer: int) -> int:
     """The sliding window of a layer; 0 for none."""
     return self.windows[layer] if self.windows else 0
 
-  def kv_bytes_per_token(self, itemsize=4):
+  def kv_bytes_per_token(self, itemsize: int = 4) -> int:
     """Bytes of keys and values one token keeps over all layers."""
     return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
