@@ -3,14 +3,14 @@
 import contextlib
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from dsjax.config.checks import InputError, parse_json
 
 
 @contextlib.contextmanager
-def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+def naming(path: str | os.PathLike[str]) -> Generator[None, None, None]:
   """Puts the file's name before an InputError's message."""
   try:
     yield

@@ -56,7 +56,7 @@ class _Header:
 
   def __init__(self, path: pathlib.Path, data: np.ndarray) -> None:
     self.path = path
-    self.data = memoryview(data)
+    self.data = data.data
     self.at = 0
     self.gguf = package()
 

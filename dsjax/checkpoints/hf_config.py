@@ -18,7 +18,8 @@ CONFIG = 'config.json'
 
 def _family(keys: Mapping[str, Any], families: Sequence[Family]) -> Family:
   """The family that model_type, or else architectures, names."""
-  kind, listed = keys.get('model_type'), keys.get('architectures')
+  kind: Any = keys.get('model_type')
+  listed = keys.get('architectures')
   by_type = {family.model_type: family for family in families}
   if kind is None:
     kind = next((family.model_type for family in families

@@ -57,7 +57,7 @@ def _files(path: pathlib.Path) -> dict[str, pathlib.Path]:
                'to safetensors' for file in sorted(path.iterdir())
                if file.suffix in _PICKLES]
     raise InputError(f'{path}: no {_WEIGHTS} or {_INDEX}{"".join(pickles[:1])}')
-  table = read_json(path / _INDEX).get('weight_map')
+  table: Any = read_json(path / _INDEX).get('weight_map')
   with naming(path / _INDEX):
     require(isinstance(table, dict) and table, 'weight_map', table,
             'an object of file names')
@@ -131,7 +131,7 @@ def _check_tensors(config: ModelConfig, names: Names, not_parameters: str,
   """Raises InputError unless the folder holds exactly the model's tensors."""
   used = {_take(names, 'head_VD', None).name} if config.tied else set()
 
-  def check(leaf, layer):
+  def check(leaf: str, layer: int | None) -> None:
     take, shape = _take(names, leaf, layer), weights.stored_shape(config, leaf)
     for expert in range(config.num_experts if '{e}' in take.name else 1):
       name = take.name.format(e=expert)
@@ -172,11 +172,11 @@ def load_hf(
   config, family = read_config(path, (family,) if family else FAMILIES)
   folder = _Folder(path)
   fused = any('experts.gate_up_proj' in name for name in folder.names())
-  names = {'head_VD': 'lm_head.weight'} | family.tensors | (
-      family.fused if fused else {})
+  names = {'head_VD': 'lm_head.weight', **family.tensors,
+           **(family.fused if fused else {})}
   _check_tensors(config, names, family.not_parameters, folder)
 
-  def make(leaf, layer):
+  def make(leaf: str, layer: int | None) -> np.ndarray:
     take, shape = _take(names, leaf, layer), weights.stored_shape(config, leaf)
     out = np.empty(shape, weights.DTYPES[dtype])
     if '{e}' in take.name:

@@ -11,6 +11,7 @@ slot, instance and mesh never change a token.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -56,7 +57,7 @@ class Sampled:
 
 
 def init(num_slots: int, max_len: int, vocab_size: int) -> Slots:
-  """Unused slots, each with room for max_len + 1 tokens (an overshoot)."""
+  """Unused slots of max_len + 1 tokens: the last step may overshoot by one."""
   row = slot_row((), 0, Sampling(), max_len, vocab_size)
   return jax.tree.map(
       lambda x: jnp.tile(x, (num_slots,) + (1,) * (x.ndim - 1)), row)
@@ -72,11 +73,12 @@ def slot_row(tokens: Sequence[int], prompt_len: int, params: Sampling,
   for i, (token, value) in enumerate(params.logit_bias):
     bias_id_A[i], bias_A[i] = token, value
   f32, i32 = np.float32, np.int32
-  return Slots(*(np.asarray(x)[None] for x in (
+  columns: list[Any] = [np.asarray(x)[None] for x in (
       row_T, i32(prompt_len), np.uint32(params.seed), i32(params.top_k),
       f32(params.temperature), f32(params.top_p), f32(params.min_p),
       f32(params.repetition_penalty), f32(params.presence_penalty),
-      f32(params.frequency_penalty), bias_id_A, bias_A)))
+      f32(params.frequency_penalty), bias_id_A, bias_A)]
+  return Slots(*columns)
 
 
 def admit(slots: Slots, slot: jax.Array | int, row: Slots) -> Slots:
