@@ -473,7 +473,7 @@ def _checked(options):
           options.rates, 'numbers above 0')
   for field in ('ttft_s', 'tpot_s'):
     value = getattr(options, field)
-    require(value is None or checks.positive(value), f'--{field}',
+    require(value is None or checks.is_positive(value), f'--{field}',
             value, 'seconds above 0')
   require(options.seed >= 0, '--seed', options.seed, '0 or more')
   return rates

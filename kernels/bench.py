@@ -31,7 +31,8 @@ import pathlib
 import sys
 import tempfile
 import time
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +58,9 @@ from dsjax.kernels import (
 # Query heads, kv heads, head width; tensor parallelism of prefill, of decode.
 MODELS = {'llama-3-8b': (32, 8, 128, 2, 4), 'llama-3-70b': (64, 8, 128, 2, 4),
           'opt-13b': (40, 40, 128, 2, 1), 'opt-66b': (72, 72, 128, 4, 2)}
-OPS = {'decode': decode_attention, 'prefill': prefill_attention,
-       'kv_write': kv_write, 'pack': page_copy, 'unpack': page_copy}
+OPS: dict[str, Any] = {
+    'decode': decode_attention, 'prefill': prefill_attention,
+    'kv_write': kv_write, 'pack': page_copy, 'unpack': page_copy}
 # Operations (dense, 16 bits) and bytes a second: NVIDIA's data sheets.
 PEAKS = {'A100': (312e12, 2039e9), 'H100': (989e12, 3350e9),
          'H200': (989e12, 4800e9)}
@@ -84,7 +86,8 @@ class Case(NamedTuple):
   impl: str = 'pallas'
 
   @property
-  def text(self):
+  def text(self) -> str:
+    """How much is asked, in words."""
     if self.pages:
       return f'{self.pages} pages'
     now, before = self.pieces[0]
@@ -95,7 +98,7 @@ class Case(NamedTuple):
     return f'{len(self.pieces)} x {now}' + f' after {before}' * bool(before)
 
 
-def cases(model):
+def cases(model: str) -> list[Case]:
   """The Cases of a model."""
   N, K, H, prefill_tp, decode_tp = MODELS[model]
 
@@ -118,7 +121,7 @@ def cases(model):
   return found
 
 
-def wanted(models, ops, kind):
+def wanted(models: Sequence[str], ops: Sequence[str], kind: str) -> list[Case]:
   """The Cases of models and ops on a device; attention also in Mosaic."""
   found = []
   for case in (c for model in models for c in cases(model) if c.op in ops):
@@ -130,7 +133,7 @@ def wanted(models, ops, kind):
   return found
 
 
-def arguments(case):
+def arguments(case: Case) -> dict[str, Any]:
   """Abstract floats and concrete integers of a call, by name."""
   N, K, H = case.heads
   rng = np.random.default_rng(0)
@@ -169,7 +172,8 @@ ORDER = {'decode': ('q', 'k', 'v', 'table', 'len'),
          'pack': ('x', 'page'), 'unpack': ('x', 'page', 'new')}
 
 
-def call(case, config=None, impl=None):
+def call(case: Case, config: Any = None,
+         impl: str | None = None) -> Callable[..., Any]:
   """The op of a case as a function of its `arguments`."""
   attention = case.op in ('decode', 'prefill')
   op = getattr(OPS[case.op], case.op + '_attention' * attention)
@@ -183,7 +187,8 @@ def call(case, config=None, impl=None):
   return fn
 
 
-def plan(case, args, limits):
+def plan(case: Case, args: dict[str, Any],
+         limits: paged.Device) -> tuple[Any, str, Callable[[Any], None]]:
   """(default config, its shape class, config -> what may be wrong)."""
   module = OPS[case.op]
   if case.impl == 'mosaic':
@@ -212,7 +217,7 @@ def _pages(case):
   return case.heads[1], case.pages, PAGE * case.heads[2]
 
 
-def count(case, args, config):
+def count(case: Case, args: dict[str, Any], config: Any) -> work.Work:
   """The Work of a case."""
   mosaic = case.impl == 'mosaic'
   if case.op == 'decode':
@@ -230,7 +235,8 @@ def count(case, args, config):
 # --- machine code -------------------------------------------------------------
 
 
-def code(case, args, config, done, name, dump):
+def code(case: Case, args: dict[str, Any], config: Any, done: work.Work,
+         name: str, dump: str) -> compiled.Kernel | None:
   """The compiled.Kernel of a case, from a compilation or the golden table."""
   kernel = case.op + '_attention' * (case.op in ('decode', 'prefill'))
   if compiled.available(name):
@@ -256,7 +262,7 @@ def code(case, args, config, done, name, dump):
 # --- on a GPU -----------------------------------------------------------------
 
 
-def fill(args, seed=0):
+def fill(args: dict[str, Any], seed: int = 0) -> dict[str, Any]:
   """Arrays on the device in place of abstract ones."""
   keys = iter(jax.random.split(jax.random.key(seed), 16))
 
@@ -270,7 +276,9 @@ def fill(args, seed=0):
   return jax.tree.map(make, args)
 
 
-def seconds(fn, args, name=None, repeats=5, least_s=0.02):
+def seconds(fn: Callable[..., Any], args: dict[str, Any],
+            name: str | None = None, repeats: int = 5,
+            least_s: float = 0.02) -> float:
   """Seconds of a call: the least of `repeats` means over least_s or more.
 
   name: of the argument that the call gives back updated, which is donated.
@@ -280,7 +288,7 @@ def seconds(fn, args, name=None, repeats=5, least_s=0.02):
     held[name] = jax.tree.map(jnp.copy, held[name])
 
   def run(times):
-    began = time.perf_counter()
+    began, out = time.perf_counter(), None
     for _ in range(times):
       out = step(**held)
       if name:
@@ -296,7 +304,9 @@ def seconds(fn, args, name=None, repeats=5, least_s=0.02):
 UPDATED = {'kv_write': 'held', 'unpack': 'x'}
 
 
-def dense(case, args):
+def dense(
+    case: Case, args: dict[str, Any]
+) -> tuple[Callable[..., jax.Array], dict[str, Any]] | None:
   """jax.nn.dot_product_attention of a case's sequences, or None.
 
   Returns:
@@ -319,7 +329,7 @@ def dense(case, args):
   return fn, named
 
 
-def rivals(case, args):
+def rivals(case: Case, args: dict[str, Any]) -> dict[str, float | None]:
   """{name: seconds} of what else computes a case, None where it cannot."""
   found = {}
   if other := dense(case, args):
@@ -348,7 +358,8 @@ def _try(fn, named):
     return None
 
 
-def tune(config, check, time_of):
+def tune(config: Any, check: Callable[[Any], None],
+         time_of: Callable[[Any], float]) -> Any:
   """The fastest config found from `config` on, a field at a time.
 
   time_of: config -> seconds; what does not suit or run is left out.
@@ -374,7 +385,8 @@ def tune(config, check, time_of):
 # --- a run --------------------------------------------------------------------
 
 
-def row(case, limits, dump, present, tuning=False):
+def row(case: Case, limits: paged.Device, dump: str, present: bool,
+        tuning: bool = False) -> dict[str, Any]:
   """What is known of a case: a dict of columns."""
   args = arguments(case)
   config, shape, check = plan(case, args, limits)
@@ -409,7 +421,7 @@ TIMED = ('us', 'GB/s', 'TFLOP/s', 'roofline', 'cuDNN us', 'XLA us',
          'JAX paged us')
 
 
-def table(rows, name, present):
+def table(rows: Sequence[dict[str, Any]], name: str, present: bool) -> Table:
   """A rich table of rows."""
   out = Table(title=f'Kernels on {"one" if present else "a described"} {name}')
   for column in COUNTED + TIMED * present:
@@ -446,7 +458,7 @@ def table(rows, name, present):
   return out
 
 
-def unmeasured(rows, present):
+def unmeasured(rows: Sequence[dict[str, Any]], present: bool) -> list[str]:
   """Sentences about the columns that are not there."""
   found = []
   if not present:
@@ -459,7 +471,8 @@ def unmeasured(rows, present):
   return found
 
 
-def run(console, name, kind, asked, tuning=False):
+def run(console: Console, name: str, kind: str | None, asked: Sequence[Case],
+        tuning: bool = False) -> int:
   """Prints the table of Cases; the exit code. kind: None for a GPU here."""
   rows, stopped, limits = [], False, paged.device(kind)
   with tempfile.TemporaryDirectory() as dump:
@@ -481,7 +494,7 @@ def run(console, name, kind, asked, tuning=False):
   return 130 if stopped else 0
 
 
-def driver():
+def driver() -> bool:
   """Whether NVIDIA's driver is here; JAX's plugin is noisy where it is not."""
   try:
     ctypes.CDLL('libcuda.so.1')
@@ -490,7 +503,7 @@ def driver():
   return True
 
 
-def define_flags():
+def define_flags() -> flags.FlagValues:
   """Defines this program's flags; absl's FLAGS."""
   flags.DEFINE_string('gpu', None, 'Described, not run: A100 or H100; None for '
                       'the GPU that is here, H100 where there is none.')
@@ -500,7 +513,7 @@ def define_flags():
   return flags.FLAGS
 
 
-def check_flags(given):
+def check_flags(given: flags.FlagValues) -> tuple[str, str | None]:
   """Raises ValueError naming a flag and what is allowed."""
   for field, allowed in (('models', MODELS), ('ops', OPS)):
     for value in getattr(given, field):
@@ -521,7 +534,7 @@ def check_flags(given):
   return paged.device().name, None
 
 
-def main(_):
+def main(_: Sequence[str]) -> None:
   """What `python -m kernels.bench` does."""
   logging.set_verbosity(logging.WARNING)
   if FLAGS.gpu or not driver():

@@ -4,6 +4,7 @@ Needs XLA's CUDA plugin and NVIDIA's assembler (`make .venv-aot/installed`) and
 a description of the GPU. Nothing is run.
 """
 
+import contextlib
 import importlib.util
 import inspect
 import pathlib
@@ -11,7 +12,8 @@ import re
 import subprocess
 import sysconfig
 import tempfile
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -37,29 +39,32 @@ class Kernel(NamedTuple):
   shared: int
 
 
-def described(kind=GPUS['H100'][2]):
+def described(
+    kind: str = GPUS['H100'][2]
+) -> contextlib.AbstractContextManager[Any]:
   """A context in which this is the device; newer JAX wants to know it."""
-  named = dict(device_kind=kind, num_cores=paged.device(kind).cores)
+  named: dict[str, Any] = dict(device_kind=kind,
+                               num_cores=paged.device(kind).cores)
   if 'platform' in inspect.signature(AbstractDevice).parameters:
     named['platform'] = 'gpu'
   return use_abstract_mesh(AbstractMesh(
       (), (), abstract_device=AbstractDevice(**named)))
 
 
-def available(name):
+def available(name: str) -> bool:
   """Whether kernels can be compiled for this paged.Device here."""
   return (name in GPUS and importlib.util.find_spec('jax_plugins') is not None
           and (CUDA / 'bin' / 'ptxas').exists() and FOLDER.is_dir())
 
 
-def environment(dump):
+def environment(dump: str | pathlib.Path) -> dict[str, str]:
   """To be set before jax is first used; `dump`: an empty folder."""
   return {'MOSAIC_GPU_DUMP_TO': str(dump), 'XLA_FLAGS':
           f'--xla_gpu_cuda_data_dir={CUDA} --xla_dump_to={dump} '
           '--xla_dump_emitter_re=ptx'}
 
 
-def devices(name, count=1):
+def devices(name: str, count: int = 1) -> list[Any]:
   """Described GPUs of this name, on one machine."""
   from jax.experimental import topologies
   return list(topologies.get_topology_desc(
@@ -67,7 +72,8 @@ def devices(name, count=1):
       target_config=(FOLDER / f'{GPUS[name][0]}.txtpb').read_text()).devices)
 
 
-def compile(name, dump, fn, args, donate=()):
+def compile(name: str, dump: str | pathlib.Path, fn: Callable[..., Any],
+            args: Any, donate: tuple[int, ...] = ()) -> dict[str, Kernel]:
   """{kernel name: Kernel} of a function of abstract args on a paged.Device."""
   mesh = jax.sharding.Mesh(np.array(devices(name)), ('gpu',))
   where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -77,7 +83,8 @@ def compile(name, dump, fn, args, donate=()):
                       mesh)[2]
 
 
-def compile_step(name, dump, step, args, mesh):
+def compile_step(name: str, dump: str | pathlib.Path, step: Any, args: Any,
+                 mesh: jax.sharding.Mesh) -> tuple[Any, Any, dict[str, Kernel]]:
   """A jitted step of abstract arguments on a mesh of `devices`.
 
   dump: that of `environment`; what was dumped before is removed.
@@ -86,7 +93,7 @@ def compile_step(name, dump, step, args, mesh):
     (jax.stages.Lowered, jax.stages.Compiled, {kernel name: Kernel}).
   """
   dump = pathlib.Path(dump)
-  for path in dump.glob('*_*'):  # all but a log that somebody keeps there
+  for path in dump.glob('*_*'):  # all but a log that may lie there
     path.unlink()
   with jax.set_mesh(mesh):
     lowered = step.lower(*args)
@@ -103,7 +110,7 @@ def compile_step(name, dump, step, args, mesh):
 _MADE = {}  # what `mosaic` found: it compiles a kernel once a process
 
 
-def mosaic(dump, text):
+def mosaic(dump: pathlib.Path, text: str) -> tuple[str, str]:
   """(what ptxas said, lines as in XLA's list) of the Mosaic kernels of `text`.
 
   Mosaic compiles its kernels itself, and writes what ptxas says and the
@@ -115,18 +122,19 @@ def mosaic(dump, text):
   if len(new) != len(dumped) or len(new) > 1:
     raise RuntimeError(f'{len(new)} new Mosaic kernels, {len(dumped)} dumped')
   for key, path in zip(new, dumped, strict=True):
-    name, *grid, threads, shared = re.search(
+    name, *grid, threads, shared = re.findall(
         r'gpu.launch_func .*?@(\w+)_mosaic_gpu_kernel::.*?blocks in '
         r'\(%c(\d+)\w*, %c(\d+)\w*, %c(\d+)\w*\) threads in \(%c(\d+)'
         r'.*?dynamic_shared_memory_size %c(\d+)_i32',
-        path.with_suffix('.mlir-passes.log').read_text()).groups()
+        path.with_suffix('.mlir-passes.log').read_text())[0]
     _MADE[key] = (path.read_text().replace('_mosaic_gpu_kernel', ''),
                   f'{name} grid: [{", ".join(grid)}] threads: [{threads}, 1, '
                   f'1] shared_memory: {shared}\n')
-  return (''.join(_MADE[key][i] for key in hashes) for i in (0, 1))
+  return (''.join(_MADE[key][0] for key in hashes),
+          ''.join(_MADE[key][1] for key in hashes))
 
 
-def assemble(path, arch):
+def assemble(path: pathlib.Path, arch: str) -> str:
   """What `ptxas -v` says of a PTX file."""
   with tempfile.NamedTemporaryFile() as out:
     return subprocess.run(
@@ -134,12 +142,12 @@ def assemble(path, arch):
         capture_output=True, text=True, check=True).stderr
 
 
-def read(said, launches):
+def read(said: str, launches: str) -> dict[str, Kernel]:
   """{name: Kernel} from what ptxas says and XLA's list of launches."""
   used = {}
   for part in said.split('Compiling entry function')[1:]:
     used[part.split("'")[1]] = (
-        int(re.search(r'Used (\d+) registers', part)[1]),
+        int(re.findall(r'Used (\d+) registers', part)[0]),
         sum(map(int, re.findall(r'(\d+) bytes spill', part))))
   found = re.findall(r'(\w+) grid: \[([\d, ]+)\] threads: \[(\d+).*?'
                      r'shared_memory: (\d+)', launches)

@@ -2,12 +2,17 @@
 
 import dataclasses
 import functools
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dsjax.kernels import paged, shapes, tiles, tuned
+from dsjax.kernels.shapes import Shaped
+
+if TYPE_CHECKING:
+  from dsjax.kernels import mosaic  # not every JAX has it
 
 TILE = 48  # tokens a tile: few tiles, a small overshoot of the longest row
 
@@ -28,7 +33,7 @@ class TuningConfig:
   num_warps: int = 4
   num_stages: int = 2
 
-  def check(self, q_BNH, k_KPCH, limits):
+  def check(self, q_BNH: Shaped, k_KPCH: Shaped, limits: paged.Device) -> None:
     """Raises ValueError unless it suits the arrays and a paged.Device."""
     paged.check(self, 'block_heads', q_BNH.shape[2], k_KPCH.dtype.itemsize,
                 limits)
@@ -36,7 +41,8 @@ class TuningConfig:
       raise ValueError(f'TuningConfig.splits={self.splits}: must be 1 or more')
 
 
-def heuristic(q_BNH, k_KPCH, tokens, limits):
+def heuristic(q_BNH: Shaped, k_KPCH: Shaped, tokens: int,
+              limits: paged.Device) -> TuningConfig:
   """A TuningConfig from the floor of bytes, for rows of up to `tokens`.
 
   Decode reads each key and value once, so all that counts is bytes in
@@ -55,7 +61,7 @@ def heuristic(q_BNH, k_KPCH, tokens, limits):
   return TuningConfig(heads, size, splits, 8 if heads * H >= 8192 else 4)
 
 
-def shape_class(q_BNH, k_KPCH, tokens):
+def shape_class(q_BNH: Shaped, k_KPCH: Shaped, tokens: int) -> str:
   """What a tuned config is for: sizes up to the next power of two."""
   B, N, H = q_BNH.shape
   K = k_KPCH.shape[0]
@@ -63,7 +69,8 @@ def shape_class(q_BNH, k_KPCH, tokens):
           f'B K {paged.power(B * K)}, T {paged.power(tokens)}')
 
 
-def default(q_BNH, k_KPCH, tokens, limits):
+def default(q_BNH: Shaped, k_KPCH: Shaped, tokens: int,
+            limits: paged.Device) -> TuningConfig:
   """The tuned config, or the heuristic's."""
   return tuned.find(
       'decode_attention', shape_class(q_BNH, k_KPCH, tokens), TuningConfig,
@@ -71,9 +78,13 @@ def default(q_BNH, k_KPCH, tokens, limits):
           q_BNH, k_KPCH, tokens, limits)
 
 
-def decode_attention(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, impl=None, *,
-                     scale=None, softcap=0.0, window=0,
-                     k_scale_KPC=None, v_scale_KPC=None, config=None):
+def decode_attention(
+    q_BNH: jax.Array, k_KPCH: jax.Array, v_KPCH: jax.Array, table_BM: jax.Array,
+    len_B: jax.Array, impl: str | None = None, *, scale: float | None = None,
+    softcap: float = 0.0, window: int = 0, k_scale_KPC: jax.Array | None = None,
+    v_scale_KPC: jax.Array | None = None,
+    config: 'TuningConfig | mosaic.TuningConfig | None' = None
+) -> jax.Array:
   """Softmax(scale q k^T) v over the first len_B tokens of each row.
 
   Query head n reads kv head n // G, G = N // K. Token t of row b lies in page
@@ -105,7 +116,8 @@ def decode_attention(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, impl=None, *,
     shapes.check(k_KPCH=k_KPCH, k_scale_KPC=k_scale_KPC,
                  v_scale_KPC=v_scale_KPC)
   impl = tiles.pick(impl, call=(q_BNH, k_KPCH))
-  op, options = reference, {}
+  op: Any = reference
+  options: dict[str, Any] = {}
   if impl != 'xla':
     op = mosaic_kernel if impl.startswith('mosaic') else kernel
     options = dict(interpret=impl.endswith('interpret'), config=config)
@@ -114,8 +126,12 @@ def decode_attention(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, impl=None, *,
             window, k_scale_KPC, v_scale_KPC, **options)
 
 
-def kernel(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, scale, softcap, window,
-           k_scale_KPC, v_scale_KPC, interpret=False, config=None):
+def kernel(
+    q_BNH: jax.Array, k_KPCH: jax.Array, v_KPCH: jax.Array, table_BM: jax.Array,
+    len_B: jax.Array, scale: float, softcap: float, window: int,
+    k_scale_KPC: jax.Array | None, v_scale_KPC: jax.Array | None,
+    interpret: bool = False, config: TuningConfig | None = None
+) -> jax.Array:
   """The Pallas kernel, and what joins the splits (flash-decoding).
 
   A program has some query heads of one kv head, one row, and one split of
@@ -143,7 +159,8 @@ def kernel(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, scale, softcap, window,
   return parts[0] if splits == 1 else join(*parts).astype(q_BNH.dtype)
 
 
-def mosaic_default(q_BNH, k_KPCH, tokens):
+def mosaic_default(q_BNH: Shaped, k_KPCH: Shaped,
+                   tokens: int) -> 'mosaic.TuningConfig':
   """The tuned config of the Mosaic kernel, or its heuristic's."""
   from dsjax.kernels import mosaic
   limits = paged.device(tiles.HOPPER[0])
@@ -154,8 +171,11 @@ def mosaic_default(q_BNH, k_KPCH, tokens):
   ) or mosaic.decode_heuristic(q_BNH, k_KPCH, tokens, limits)
 
 
-def mosaic_kernel(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, scale, softcap,
-                  window, *_, interpret=False, config=None):
+def mosaic_kernel(
+    q_BNH: jax.Array, k_KPCH: jax.Array, v_KPCH: jax.Array, table_BM: jax.Array,
+    len_B: jax.Array, scale: float, softcap: float, window: int, *_: object,
+    interpret: bool = False, config: 'mosaic.TuningConfig | None' = None
+) -> jax.Array:
   """The Mosaic kernel, and what joins the splits; none of int8 or float8."""
   from dsjax.kernels import mosaic  # not every JAX has it
   if config is None:
@@ -166,7 +186,8 @@ def mosaic_kernel(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, scale, softcap,
   return join(*parts).astype(q_BNH.dtype) if len(parts) > 1 else parts[0]
 
 
-def join(o_ZBNH, top_ZBN, total_ZBN):
+def join(o_ZBNH: jax.Array, top_ZBN: jax.Array,
+         total_ZBN: jax.Array) -> jax.Array:
   """One softmax of Z splits' sums, each relative to its own largest score."""
   weight_ZBN = jnp.exp2(top_ZBN - jnp.max(top_ZBN, 0, keepdims=True))
   return (jnp.sum(o_ZBNH * weight_ZBN[..., None], 0)
@@ -200,8 +221,10 @@ def _program(config, scale, softcap, window, group, q_ref, table_ref, len_ref,
       ref[split, b, row_R] = x_R
 
 
-def reference(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, scale, softcap, window,
-              k_scale_KPC, v_scale_KPC):
+def reference(q_BNH: jax.Array, k_KPCH: jax.Array, v_KPCH: jax.Array,
+              table_BM: jax.Array, len_B: jax.Array, scale: float,
+              softcap: float, window: int, k_scale_KPC: jax.Array | None,
+              v_scale_KPC: jax.Array | None) -> jax.Array:
   """The XLA reference: online softmax over tiles of pages.
 
   A loop whose trip count is the longest row's: one compiled program serves

@@ -6,8 +6,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 
 from dsjax.kernels import paged, shapes, tiles, tuned
+from dsjax.kernels.shapes import Shaped
 
 # What the largest number of a token's head becomes in pages that keep scales.
 # Float8_e5m2 could hold more, but the weights of values are multiplied by the
@@ -23,7 +25,7 @@ class TuningConfig:
   num_warps: int = 1
   num_stages: int = 1
 
-  def check(self, k_SKH):
+  def check(self, k_SKH: Shaped) -> None:
     """Raises ValueError unless it suits the new keys."""
     K, size = k_SKH.shape[1], self.block_heads
     if size < 1 or K % size or size != paged.power(size):
@@ -31,27 +33,31 @@ class TuningConfig:
                        f'two that divides the {K} kv heads')
 
 
-def heuristic(k_SKH):
+def heuristic(k_SKH: Shaped) -> TuningConfig:
   """A TuningConfig: as many of a token's heads as can be, up to 8."""
   K = k_SKH.shape[1]
   return TuningConfig(min(K & -K, 8))
 
 
-def shape_class(k_SKH, dtype):
+def shape_class(k_SKH: Shaped, dtype: DTypeLike) -> str:
   """What a tuned config is for: tokens up to the next power of two."""
   S, K, H = k_SKH.shape
   return f'{k_SKH.dtype} into {dtype}, H {H}, K {K}, S {paged.power(S)}'
 
 
-def default(k_SKH, dtype):
+def default(k_SKH: Shaped, dtype: DTypeLike) -> TuningConfig:
   """The tuned config, or the heuristic's."""
   return tuned.find(
       'kv_write', shape_class(k_SKH, dtype), TuningConfig,
       lambda config: config.check(k_SKH)) or heuristic(k_SKH)
 
 
-def kv_write(held, k_SKH, v_SKH, page_S, offset_S, turn=None, impl=None, *,
-             config=None):
+def kv_write(
+    held: tuple[jax.Array, ...], k_SKH: jax.Array, v_SKH: jax.Array,
+    page_S: jax.Array, offset_S: jax.Array,
+    turn: tuple[jax.Array, jax.Array] | None = None, impl: str | None = None, *,
+    config: TuningConfig | None = None
+) -> tuple[jax.Array, ...]:
   """Puts token s into page page_S[s] at offset_S[s]; page P drops it.
 
   No two tokens that are kept may have the same place.
@@ -79,19 +85,20 @@ def kv_write(held, k_SKH, v_SKH, page_S, offset_S, turn=None, impl=None, *,
                 config)
 
 
-def rotary(x_SNH, cos_S1H, sin_S1H):
+def rotary(x_SNH: jax.Array, cos_S1H: jax.Array,
+           sin_S1H: jax.Array) -> jax.Array:
   """Rotates pairs (h, h + H/2) by the position's angles."""
   left, right = jnp.split(x_SNH.astype(jnp.float32), 2, -1)
   turned = jnp.concatenate((-right, left), -1)
   return (x_SNH * cos_S1H + turned * sin_S1H).astype(x_SNH.dtype)
 
 
-def largest(dtype):
+def largest(dtype: DTypeLike) -> int | None:
   """The largest number in pages of this dtype; None if they have no scales."""
   return LARGEST.get(jnp.dtype(dtype).name)
 
 
-def quantize(x, dtype):
+def quantize(x: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
   """x[..., H] as a dtype in LARGEST and its scale[...]: x is about x8 * scale.
 
   Rounded to the nearest, ties to even. The most that x is wrong by: in int8
@@ -99,14 +106,18 @@ def quantize(x, dtype):
   in float8_e5m2 2^-3 of |x| or of 2^-14 scale.
   """
   x = x.astype(jnp.float32)
-  scale = jnp.max(jnp.abs(x), -1) / largest(dtype)
+  scale = jnp.max(jnp.abs(x), -1) / LARGEST[jnp.dtype(dtype).name]
   x /= jnp.where(scale > 0, scale, 1.0)[..., None]
   if jnp.issubdtype(dtype, jnp.integer):
     x = jnp.round(x)
   return x.astype(dtype), scale
 
 
-def reference(held, k_SKH, v_SKH, page_S, offset_S, turn):
+def reference(
+    held: tuple[jax.Array, ...], k_SKH: jax.Array, v_SKH: jax.Array,
+    page_S: jax.Array, offset_S: jax.Array,
+    turn: tuple[jax.Array, jax.Array] | None
+) -> tuple[jax.Array, ...]:
   """The XLA reference: a scatter for each array."""
   if turn is not None:
     k_SKH = rotary(k_SKH, *turn)
@@ -120,8 +131,10 @@ def reference(held, k_SKH, v_SKH, page_S, offset_S, turn):
       for x_KPC, new_SK in zip(held, new, strict=True))
 
 
-def kernel(held, k_SKH, v_SKH, page_S, offset_S, turn, interpret=False,
-           config=None):
+def kernel(held: tuple[jax.Array, ...], k_SKH: jax.Array, v_SKH: jax.Array,
+           page_S: jax.Array, offset_S: jax.Array,
+           turn: tuple[jax.Array, jax.Array] | None, interpret: bool = False,
+           config: TuningConfig | None = None) -> tuple[jax.Array, ...]:
   """The Pallas kernel: a program has some heads of one token.
 
   Halves of int8 are rounded up and not to even: Triton has no rounding but
@@ -130,8 +143,8 @@ def kernel(held, k_SKH, v_SKH, page_S, offset_S, turn, interpret=False,
   S, K, H = k_SKH.shape
   config = config or default(k_SKH, held[0].dtype)
   config.check(k_SKH)
-  turn = [x_S1H[:, 0] for x_S1H in turn] if turn is not None else []
-  inputs = (page_S, offset_S, *turn, k_SKH, v_SKH)
+  turn_SH = [] if turn is None else [x_S1H[:, 0] for x_S1H in turn]
+  inputs = (page_S, offset_S, *turn_SH, k_SKH, v_SKH)
   return tuple(paged.call(
       functools.partial(_program, config.block_heads, len(held)),
       (S, K // config.block_heads),
@@ -155,7 +168,7 @@ def _program(heads, count, page_ref, offset_ref, *refs):
       if count > 2:
         top_K = functools.reduce(jnp.maximum, (
             jnp.max(jnp.abs(p), 1) for p in x))
-        scale_K = top_K / largest(dtype)
+        scale_K = top_K / LARGEST[jnp.dtype(dtype).name]
         out[2 + part][head, page, offset] = scale_K
         safe_K = jnp.where(scale_K > 0, scale_K, 1.0)
         x = [p / safe_K[:, None] for p in x]

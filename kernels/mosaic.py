@@ -13,7 +13,8 @@ operand in registers, so they are plain dots of the same shared memory there.
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsjax.kernels import paged, tiles
+from dsjax.kernels.shapes import Shaped
 
 ROWS = 64  # of a warpgroup's product
 REGISTERS = (40, 232)  # of a thread that copies, that multiplies
@@ -42,14 +44,14 @@ class TuningConfig:
   num_warpgroups: int = 1
   splits: int = 1
 
-  def shared_bytes(self, head_dim):
+  def shared_bytes(self, head_dim: int) -> int:
     """Shared memory of a program: queries, outputs, tiles, barriers."""
     return (ROWS * self.num_warpgroups * head_dim
             * (2 + (4 if self.splits > 1 else 2)) + RESERVED
             + paged.tile_bytes(self.block_tokens, head_dim, 2,
                                self.num_stages))
 
-  def check(self, head_dim, page_size, limits):
+  def check(self, head_dim: int, page_size: int, limits: paged.Device) -> None:
     """Raises ValueError unless it suits the shapes and a paged.Device."""
     def need(ok, field, rule):
       if not ok:
@@ -69,7 +71,8 @@ class TuningConfig:
          f'than the {limits.shared_bytes} of {limits.name}')
 
 
-def decode_heuristic(q_BNH, k_KPCH, tokens, limits):
+def decode_heuristic(q_BNH: Shaped, k_KPCH: Shaped, tokens: int,
+                     limits: paged.Device) -> TuningConfig:
   """A TuningConfig of decode from the floor of bytes, for up to `tokens`.
 
   Bytes in flight are all that counts, and registers leave room for one
@@ -83,7 +86,8 @@ def decode_heuristic(q_BNH, k_KPCH, tokens, limits):
   return _deepest(TuningConfig(size, 4, groups, splits), H, limits)
 
 
-def prefill_heuristic(q_SNH, k_KPCH, limits):
+def prefill_heuristic(q_SNH: Shaped, k_KPCH: Shaped,
+                      limits: paged.Device) -> TuningConfig:
   """A TuningConfig of prefill from the floor of bytes.
 
   Each tile serves all rows of a program: 128 rows and tiles of 128 tokens, or
@@ -114,18 +118,20 @@ class Shared(NamedTuple):
   W rows of 64 for each warpgroup that multiplies, Z stages.
   """
 
-  q_WRH: object  # rows past the queries hold anything
+  q_WRH: Any  # rows past the queries hold anything
   o_WRH: object
   k_ZTH: object
   v_ZTH: object
-  asked_W: object  # queries have come
-  there_Z: object  # keys and values of a stage have
-  used_Z: object  # a stage is free again
-  clean: object  # values past the end are blank
+  asked_W: Any  # queries have come
+  there_Z: Any  # keys and values of a stage have
+  used_Z: Any  # a stage is free again
+  clean: Any  # values past the end are blank
 
 
-def decode(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, scale, softcap, window,
-           interpret=False, config=None):
+def decode(q_BNH: jax.Array, k_KPCH: jax.Array, v_KPCH: jax.Array,
+           table_BM: jax.Array, len_B: jax.Array, scale: float, softcap: float,
+           window: int, interpret: bool = False,
+           config: TuningConfig | None = None) -> list[jax.Array]:
   """The kernel of decode_attention; see there for the arguments.
 
   A program has the query heads of one kv head, one row, and one split of the
@@ -190,8 +196,13 @@ def decode(q_BNH, k_KPCH, v_KPCH, table_BM, len_B, scale, softcap, window,
   return [parts[0]] + [x[..., :G].reshape(Z, B, N) for x in parts[1:]]
 
 
-def prefill(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B, cut, scale,
-            softcap, window, interpret=False, config=None):
+def prefill(
+    q_SNH: jax.Array, k_KPCH: jax.Array, v_KPCH: jax.Array, table_BM: jax.Array,
+    start_A: jax.Array, pos_B: jax.Array,
+    cut: Callable[[jax.Array, int, int], tuple[jax.Array, jax.Array]],
+    scale: float, softcap: float, window: int, interpret: bool = False,
+    config: TuningConfig | None = None
+) -> jax.Array:
   """The kernel of prefill_attention; see there for the arguments.
 
   A program has one head of a block of one sequence's tokens. A block may be
@@ -263,6 +274,15 @@ def _call(body, name, config, grid, names, out, k_KPCH, interpret):
   C, H, dtype = *k_KPCH.shape[2:], k_KPCH.dtype
   T, W, Z = config.block_tokens, config.num_warpgroups, config.num_stages
   swizzled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+  scratch: Any = Shared(
+      plgpu.SMEM((W * ROWS, H), dtype, transforms=swizzled),
+      plgpu.SMEM((W * ROWS, H), out[0].dtype),
+      plgpu.SMEM((Z, T, H), dtype, transforms=swizzled),
+      plgpu.SMEM((Z, T, H), dtype, transforms=swizzled),
+      plgpu.Barrier(num_barriers=W),
+      plgpu.Barrier(num_arrivals=2 * (T // C), num_barriers=Z),
+      plgpu.Barrier(num_arrivals=W, num_barriers=Z),
+      plgpu.Barrier(num_barriers=1))
   return plgpu.kernel(
       body, out_type=out, grid=grid, grid_names=tuple(names),
       num_threads=W + 1, thread_name='w', kernel_name=name,
@@ -270,18 +290,10 @@ def _call(body, name, config, grid, names, out, k_KPCH, interpret):
       compiler_params=plgpu.CompilerParams(
           approx_math=True,
           lowering_semantics=plgpu.LoweringSemantics.Lane),
-      scratch_types=Shared(
-          plgpu.SMEM((W * ROWS, H), dtype, transforms=swizzled),
-          plgpu.SMEM((W * ROWS, H), out[0].dtype),
-          plgpu.SMEM((Z, T, H), dtype, transforms=swizzled),
-          plgpu.SMEM((Z, T, H), dtype, transforms=swizzled),
-          plgpu.Barrier(num_barriers=W),
-          plgpu.Barrier(num_arrivals=2 * (T // C), num_barriers=Z),
-          plgpu.Barrier(num_arrivals=W, num_barriers=Z),
-          plgpu.Barrier(num_barriers=1)))
+      scratch_types=scratch)
 
 
-def interpreter():
+def interpreter() -> Any:
   """What interprets a kernel on CPU; private in JAX 0.10."""
   params = getattr(plgpu, 'InterpretGPUParams', None)
   if params is None:

@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 
 from dsjax.kernels import paged, tiles, tuned
 
@@ -19,33 +20,34 @@ class TuningConfig:
   num_warps: int = 4
   num_stages: int = 1
 
-  def check(self, size):
+  def check(self, size: int) -> None:
     """Raises ValueError unless it suits pages of `size` numbers a head."""
     if size % self.block or self.block != paged.power(self.block):
       raise ValueError(f'TuningConfig.block={self.block}: must be a power of '
                        f'two that divides the {size} numbers of a page')
 
 
-def heuristic(size):
+def heuristic(size: int) -> TuningConfig:
   """A TuningConfig: a page's largest power of two, up to 4096 numbers."""
   block = math.gcd(size, 4096)
   return TuningConfig(block, 4 if block >= 1024 else 1)
 
 
-def shape_class(pages, dtype):
+def shape_class(pages: tuple[int, int, int], dtype: DTypeLike) -> str:
   """What a tuned config is for: [K, m, I] numbers, up to a power of two."""
   K, m, size = pages
   return f'{dtype}, I {size}, K m {paged.power(K * m)}'
 
 
-def default(pages, dtype):
+def default(pages: tuple[int, int, int], dtype: DTypeLike) -> TuningConfig:
   """The tuned config, or the heuristic's."""
   return tuned.find(
       'page_copy', shape_class(pages, dtype), TuningConfig,
       lambda config: config.check(pages[2])) or heuristic(pages[2])
 
 
-def pack(x_KPC, page_m, impl=None, *, config=None):
+def pack(x_KPC: jax.Array, page_m: jax.Array, impl: str | None = None, *,
+         config: TuningConfig | None = None) -> jax.Array:
   """Pages page_m of a pool, [K, m, C, ...].
 
   Args:
@@ -68,7 +70,9 @@ def pack(x_KPC, page_m, impl=None, *, config=None):
   return out_KmI.reshape(K, page_m.shape[0], *rest)
 
 
-def unpack(x_KPC, page_m, new_KmC, impl=None, *, config=None):
+def unpack(x_KPC: jax.Array, page_m: jax.Array, new_KmC: jax.Array,
+           impl: str | None = None, *,
+           config: TuningConfig | None = None) -> jax.Array:
   """The inverse of pack: the pool with pages page_m replaced.
 
   Ids of P, all last, are dropped; the others differ. See pack.

@@ -8,11 +8,13 @@ fill a block repeat its last row and store the same numbers over it.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 
 from dsjax.kernels import tiles
 
@@ -33,18 +35,18 @@ DEVICES = (Device('A100', 108, 166912, 80), Device('H100', 132, 232448, 90),
            Device('H200', 132, 232448, 90))
 
 
-def device(name=None):
+def device(name: str | None = None) -> Device:
   """The Device of a device_kind (None: of the one in use), or the smallest."""
   name = name or tiles.device_kind()
   return next((d for d in DEVICES if d.name in name), DEVICES[0])
 
 
-def power(size):
+def power(size: int) -> int:
   """The least power of two that is no less than size."""
   return 1 << max(size - 1, 0).bit_length()
 
 
-def parts(size):
+def parts(size: int) -> list[tuple[int, int]]:
   """size as powers of two, the only sizes Triton has: [(start, width)]."""
   found, start = [], 0
   while start < size:
@@ -54,7 +56,7 @@ def parts(size):
   return found
 
 
-def fit_tokens(head_dim, k_bytes, stages, limit):
+def fit_tokens(head_dim: int, k_bytes: int, stages: int, limit: int) -> int:
   """Tokens a tile: the most, up to 128, whose keys and values fit in limit."""
   tokens = 128
   while tokens > LEAST and tile_bytes(tokens, head_dim, k_bytes,
@@ -63,12 +65,13 @@ def fit_tokens(head_dim, k_bytes, stages, limit):
   return tokens
 
 
-def tile_bytes(tokens, head_dim, k_bytes, stages):
+def tile_bytes(tokens: int, head_dim: int, k_bytes: int, stages: int) -> int:
   """Shared memory of `stages` tiles of keys and values in flight."""
   return 2 * stages * tokens * head_dim * k_bytes
 
 
-def check(config, rows, head_dim, k_bytes, limits):
+def check(config: Any, rows: str, head_dim: int, k_bytes: int,
+          limits: Device) -> None:
   """Raises ValueError unless a TuningConfig suits the shapes and a Device.
 
   rows: the field that says how many query rows a program has.
@@ -92,7 +95,7 @@ def check(config, rows, head_dim, k_bytes, limits):
        f'the {limits.shared_bytes} of {limits.name}')
 
 
-def check_heads(head_dim, interpret):
+def check_heads(head_dim: int, interpret: bool) -> None:
   """Raises ValueError if Triton cannot compile heads of this width."""
   if interpret:
     return
@@ -101,7 +104,9 @@ def check_heads(head_dim, interpret):
                      f"of {LEAST}, 256 at most, or impl 'xla'")
 
 
-def call(kernel, grid, out_shape, config, interpret, name, aliases=None):
+def call(kernel: Callable[..., None], grid: tuple[int, ...], out_shape: Any,
+         config: Any, interpret: bool, name: str,
+         aliases: dict[int, int] | None = None) -> Callable[..., Any]:
   """pl.pallas_call on whole arrays, lowered through Triton.
 
   config: has num_warps and num_stages. aliases: see input_output_aliases.
@@ -114,19 +119,19 @@ def call(kernel, grid, out_shape, config, interpret, name, aliases=None):
           num_warps=config.num_warps, num_stages=config.num_stages))
 
 
-def compute_dtype(q_dtype, k_dtype):
+def compute_dtype(q_dtype: DTypeLike, k_dtype: DTypeLike) -> DTypeLike:
   """What products take: q's dtype, or a wider one where the KV's is."""
   if jnp.dtype(k_dtype).itemsize == 1:  # exact in every q_dtype
     return q_dtype
   return jnp.promote_types(q_dtype, k_dtype)
 
 
-def by_bits(dtype, limits):
+def by_bits(dtype: DTypeLike, limits: Device) -> bool:
   """Triton converts float8_e4m3fn only where the GPU does: from sm_89 on."""
   return dtype == jnp.float8_e4m3fn and limits.capability < 89
 
 
-def widen(x, dtype):
+def widen(x: jax.Array, dtype: DTypeLike) -> jax.Array:
   """x, as pages keep it, in a dtype that holds it exactly.
 
   Float8_e4m3fn by its bits is a float16 whose exponent has the bias 15 in
@@ -139,7 +144,7 @@ def widen(x, dtype):
   return (jax.lax.bitcast_convert_type(bits, jnp.float16) * 256).astype(dtype)
 
 
-def narrow(x, dtype):
+def narrow(x: jax.Array, dtype: DTypeLike) -> jax.Array:
   """x, float32, as pages keep it, rounded to the nearest, ties to even.
 
   Float8_e4m3fn by its bits, the inverse of `widen`: adding 1.5 * 2^20 of x's
@@ -156,18 +161,18 @@ def narrow(x, dtype):
   return jax.lax.bitcast_convert_type(bits.astype(jnp.uint8), dtype)
 
 
-def load(ref, *index):
+def load(ref: Any, *index: Any) -> list[jax.Array]:
   """The last axis of ref at this index, in parts."""
   return [ref[(*index, pl.ds(*part))] for part in parts(ref.shape[-1])]
 
 
-def store(ref, parts_of_x, *index):
+def store(ref: Any, parts_of_x: Sequence[jax.Array], *index: Any) -> None:
   """The inverse of load."""
   for part, x in zip(parts(ref.shape[-1]), parts_of_x, strict=True):
     ref[(*index, pl.ds(*part))] = x.astype(ref.dtype)
 
 
-def dot(a, b, axis):
+def dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
   """a b summed over b's axis, float32; float32 inputs stay exact (no TF32)."""
   exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
   return jax.lax.dot_general(a, b, (((1,), (axis,)), ((), ())),
@@ -175,7 +180,10 @@ def dot(a, b, axis):
                              preferred_element_type=jnp.float32)
 
 
-def attend(q, token, tokens, visible, kv, table, size, scale, softcap):
+def attend(q: Sequence[jax.Array], token: jax.Array | int, tokens: jax.Array,
+           visible: Callable[[jax.Array], jax.Array] | None,
+           kv: tuple[Any, Any], table: tuple[Any, Any], size: int, scale: float,
+           softcap: float) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
   """Online softmax of queries [R, H] over tokens [lo, hi) of one sequence.
 
   Args:

@@ -2,12 +2,17 @@
 
 import dataclasses
 import functools
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dsjax.kernels import paged, shapes, tiles, tuned
+from dsjax.kernels.shapes import Shaped
+
+if TYPE_CHECKING:
+  from dsjax.kernels import mosaic  # not every JAX has it
 
 BLOCK = 64  # queries a block
 TILE = 128  # keys a tile
@@ -27,7 +32,7 @@ class TuningConfig:
   num_warps: int = 4
   num_stages: int = 2
 
-  def check(self, q_SNH, k_KPCH, limits):
+  def check(self, q_SNH: Shaped, k_KPCH: Shaped, limits: paged.Device) -> None:
     """Raises ValueError unless it suits the arrays and a paged.Device."""
     paged.check(self, 'block_rows', q_SNH.shape[2], k_KPCH.dtype.itemsize,
                 limits)
@@ -37,7 +42,8 @@ class TuningConfig:
                        f'{group} or more, the query heads of a kv head')
 
 
-def heuristic(q_SNH, k_KPCH, limits):
+def heuristic(q_SNH: Shaped, k_KPCH: Shaped,
+              limits: paged.Device) -> TuningConfig:
   """A TuningConfig from the floor of bytes.
 
   Rows reuse each key and value that a program reads: 128 of them for heads
@@ -56,7 +62,7 @@ def heuristic(q_SNH, k_KPCH, limits):
   return TuningConfig(rows, min(size, most), 8 if rows * H >= 8192 else 4)
 
 
-def shape_class(q_SNH, k_KPCH):
+def shape_class(q_SNH: Shaped, k_KPCH: Shaped) -> str:
   """What a tuned config is for: sizes up to the next power of two."""
   S, N, H = q_SNH.shape
   K = k_KPCH.shape[0]
@@ -64,7 +70,8 @@ def shape_class(q_SNH, k_KPCH):
           f'S K {paged.power(S * K)}')
 
 
-def default(q_SNH, k_KPCH, limits):
+def default(q_SNH: Shaped, k_KPCH: Shaped,
+            limits: paged.Device) -> TuningConfig:
   """The tuned config, or the heuristic's."""
   return tuned.find(
       'prefill_attention', shape_class(q_SNH, k_KPCH), TuningConfig,
@@ -72,9 +79,13 @@ def default(q_SNH, k_KPCH, limits):
           q_SNH, k_KPCH, limits)
 
 
-def prefill_attention(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B,
-                      impl=None, *, scale=None, softcap=0.0, window=0,
-                      k_scale_KPC=None, v_scale_KPC=None, config=None):
+def prefill_attention(
+    q_SNH: jax.Array, k_KPCH: jax.Array, v_KPCH: jax.Array, table_BM: jax.Array,
+    start_A: jax.Array, pos_B: jax.Array, impl: str | None = None, *,
+    scale: float | None = None, softcap: float = 0.0, window: int = 0,
+    k_scale_KPC: jax.Array | None = None, v_scale_KPC: jax.Array | None = None,
+    config: 'TuningConfig | mosaic.TuningConfig | None' = None
+) -> jax.Array:
   """Each query attends to its sequence's tokens up to its own position.
 
   o = softmax(scale q k^T) v. Sequence b's queries are
@@ -110,7 +121,8 @@ def prefill_attention(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B,
     shapes.check(k_KPCH=k_KPCH, k_scale_KPC=k_scale_KPC,
                  v_scale_KPC=v_scale_KPC)
   impl = tiles.pick(impl, call=(q_SNH, k_KPCH))
-  op, options = reference, {}
+  op: Any = reference
+  options: dict[str, Any] = {}
   if impl != 'xla':
     op = mosaic_kernel if impl.startswith('mosaic') else kernel
     options = dict(interpret=impl.endswith('interpret'), config=config)
@@ -119,8 +131,12 @@ def prefill_attention(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B,
             window, k_scale_KPC, v_scale_KPC, **options)
 
 
-def kernel(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B, scale, softcap,
-           window, k_scale_KPC, v_scale_KPC, interpret=False, config=None):
+def kernel(
+    q_SNH: jax.Array, k_KPCH: jax.Array, v_KPCH: jax.Array, table_BM: jax.Array,
+    start_A: jax.Array, pos_B: jax.Array, scale: float, softcap: float,
+    window: int, k_scale_KPC: jax.Array | None, v_scale_KPC: jax.Array | None,
+    interpret: bool = False, config: TuningConfig | None = None
+) -> jax.Array:
   """The Pallas kernel: a program has one block of one sequence's queries.
 
   It reads the tokens that some query of the block sees and no others. There
@@ -143,7 +159,7 @@ def kernel(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B, scale, softcap,
           v_KPCH, *scales)
 
 
-def mosaic_default(q_SNH, k_KPCH):
+def mosaic_default(q_SNH: Shaped, k_KPCH: Shaped) -> 'mosaic.TuningConfig':
   """The tuned config of the Mosaic kernel, or its heuristic's."""
   from dsjax.kernels import mosaic
   limits = paged.device(tiles.HOPPER[0])
@@ -153,8 +169,12 @@ def mosaic_default(q_SNH, k_KPCH):
   ) or mosaic.prefill_heuristic(q_SNH, k_KPCH, limits)
 
 
-def mosaic_kernel(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B, scale,
-                  softcap, window, *_, interpret=False, config=None):
+def mosaic_kernel(
+    q_SNH: jax.Array, k_KPCH: jax.Array, v_KPCH: jax.Array, table_BM: jax.Array,
+    start_A: jax.Array, pos_B: jax.Array, scale: float, softcap: float,
+    window: int, *_: object, interpret: bool = False,
+    config: 'mosaic.TuningConfig | None' = None
+) -> jax.Array:
   """The Mosaic kernel; it takes no int8, no float8."""
   from dsjax.kernels import mosaic  # not every JAX has it
   return mosaic.prefill(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B, cut,
@@ -162,7 +182,8 @@ def mosaic_kernel(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B, scale,
                         config or mosaic_default(q_SNH, k_KPCH))
 
 
-def cut(start_A, each, most):
+def cut(start_A: jax.Array, each: int,
+        most: int) -> tuple[jax.Array, jax.Array]:
   """Packed sequences in blocks of `each` tokens, `most` (J) blocks.
 
   Returns:
@@ -208,8 +229,11 @@ def _program(config, scale, softcap, window, group, q_ref, table_ref,
                 row_R)
 
 
-def reference(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B, scale, softcap,
-              window, k_scale_KPC, v_scale_KPC):
+def reference(
+    q_SNH: jax.Array, k_KPCH: jax.Array, v_KPCH: jax.Array, table_BM: jax.Array,
+    start_A: jax.Array, pos_B: jax.Array, scale: float, softcap: float,
+    window: int, k_scale_KPC: jax.Array | None, v_scale_KPC: jax.Array | None
+) -> jax.Array:
   """The XLA reference: a loop over blocks of one sequence's queries.
 
   Blocks past a sequence's end spill into the next one's place and are

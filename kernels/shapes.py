@@ -4,8 +4,16 @@ A name ends in an underscore and one capital letter an axis: `table_BM` has
 rank 2, and every array of one call that has a B agrees on its size.
 """
 
+from typing import Any
 
-def check(**arrays):
+import jax
+import numpy as np
+
+# Arrays, and what stands for one by its shape and dtype.
+Shaped = jax.Array | jax.ShapeDtypeStruct | np.ndarray
+
+
+def check(**arrays: Any) -> dict[str, int]:
   """Raises ValueError unless ranks and equal letters agree; works on tracers.
 
   Returns the sizes by letter.

@@ -2,9 +2,13 @@
 
 import importlib.util
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from dsjax.kernels.shapes import Shaped
 
 NEVER = -1e30  # finite, so that a fully masked tile gives no NaN
 
@@ -13,7 +17,9 @@ IMPLS = ('xla', 'pallas', 'pallas_interpret', 'mosaic', 'mosaic_interpret')
 HOPPER = ('H100', 'H20', 'H800')  # parts of device kinds; H200, GH200 too
 
 
-def pick(impl, platform=None, call=None, kind=None):
+def pick(impl: str | None, platform: str | None = None,
+         call: tuple[Shaped, Shaped] | None = None,
+         kind: str | None = None) -> str:
   """The implementation to use: the named one, or the platform's.
 
   Args:
@@ -54,13 +60,13 @@ def pick(impl, platform=None, call=None, kind=None):
                    "triton; must be None or 'xla'")
 
 
-def device_kind():
+def device_kind() -> str:
   """The device_kind of the mesh in context, or of the default device."""
   target = jax.sharding.get_abstract_mesh().abstract_device
   return (target or jax.devices()[0]).device_kind
 
 
-def mosaic_lacks(call, kind):
+def mosaic_lacks(call: tuple[Shaped, Shaped] | None, kind: str) -> str:
   """What the Mosaic kernels need and do not have, a sentence; or ''.
 
   They take bfloat16 or float16 queries and KV of the same dtype (what wgmma
@@ -93,14 +99,15 @@ def mosaic_lacks(call, kind):
       f'{N // K} query heads of {H} a kv head; must be {most} at most')
 
 
-def portable(impl):
+def portable(impl: str | None) -> str | None:
   """The implementation of what reads and writes pages beside attention's."""
   if impl == 'mosaic_interpret':
     return 'xla'
   return pick(None, 'gpu') if impl == 'mosaic' else impl
 
 
-def gather(x_KPCH, scale_KPC, table_Bm):
+def gather(x_KPCH: jax.Array, scale_KPC: jax.Array | None,
+           table_Bm: jax.Array) -> jax.Array:
   """Pages of each row, side by side: [K, B, m * C, H], float32.
 
   scale_KPC: of every token, or None. Gathering whole pages as flat rows
@@ -120,12 +127,13 @@ def gather(x_KPCH, scale_KPC, table_Bm):
   return x * rows(scale_KPC).reshape(K, B, m * C)[..., None]
 
 
-def cap(scores, softcap):
+def cap(scores: Any, softcap: float) -> jax.Array:
   """softcap tanh(scores / softcap); 0 for none."""
   return softcap * jnp.tanh(scores / softcap) if softcap else scores
 
 
-def clip(table_BM, first_B, span, page_size):
+def clip(table_BM: jax.Array, first_B: jax.Array, span: int,
+         page_size: int) -> tuple[jax.Array, jax.Array]:
   """The part of each table that holds `span` tokens from first_B on.
 
   Returns:
@@ -138,7 +146,10 @@ def clip(table_BM, first_B, span, page_size):
           skip_B * page_size)
 
 
-def attend(tile, weigh, shape, table_BM, page_size, length, size):
+def attend(tile: Callable[..., tuple[jax.Array, Any]],
+           weigh: Callable[[jax.Array, Any], jax.Array], shape: tuple[int, ...],
+           table_BM: jax.Array, page_size: int, length: jax.Array,
+           size: int) -> jax.Array:
   """Online softmax over tiles of about `size` of `length` tokens.
 
   tile(start, width, table_Bm) gives masked scores [..., T] and the values;

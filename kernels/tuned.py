@@ -10,6 +10,8 @@ import dataclasses
 import functools
 import json
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 from dsjax.kernels import tiles
 
@@ -18,7 +20,8 @@ OPS = ('decode_attention', 'prefill_attention', 'kv_write', 'page_copy',
        'mosaic_decode', 'mosaic_prefill')
 
 
-def find(op, shape, config_class, check):
+def find(op: str, shape: str, config_class: type[Any],
+         check: Callable[[Any], None]) -> Any:
   """The config tuned for this device and shape class, or None.
 
   Args:
@@ -44,7 +47,7 @@ def find(op, shape, config_class, check):
   return config
 
 
-def save(op, shape, config):
+def save(op: str, shape: str, config: Any) -> None:
   """Puts a config into the file, as this device's."""
   held = dict(_load(PATH))
   ops = held[tiles.device_kind()] = dict(held.get(tiles.device_kind(), {}))

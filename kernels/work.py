@@ -8,12 +8,19 @@ last tile, count each time, whether a cache of the device serves them or not.
 Mosaic's copies are of whole pages; each of its warpgroups loads the integers.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from jax.typing import DTypeLike
 
-from dsjax.kernels import decode_attention, prefill_attention
+from dsjax.kernels import decode_attention, paged, prefill_attention
+from dsjax.kernels.kv_write import TuningConfig as WriteConfig
 from dsjax.kernels.kv_write import largest
+from dsjax.kernels.page_copy import TuningConfig as CopyConfig
+from dsjax.kernels.shapes import Shaped
+
+if TYPE_CHECKING:
+  from dsjax.kernels import mosaic  # not every JAX has it
 
 INT = 4  # bytes of a table's entry, a length, a position
 
@@ -46,7 +53,8 @@ def _up(x, size):
   return -(-x // size)
 
 
-def decode(config, q_BNH, k_KPCH, len_B, window=0):
+def decode(config: decode_attention.TuningConfig, q_BNH: Shaped, k_KPCH: Shaped,
+           len_B: np.ndarray, window: int = 0) -> Work:
   """Work of decode_attention, the joining of splits included."""
   B, N, H = q_BNH.shape
   K, _, C, _ = k_KPCH.shape
@@ -76,7 +84,9 @@ def decode(config, q_BNH, k_KPCH, len_B, window=0):
               32 * config.num_warps)
 
 
-def prefill(config, q_SNH, k_KPCH, start_A, pos_B, window=0):
+def prefill(config: prefill_attention.TuningConfig, q_SNH: Shaped,
+            k_KPCH: Shaped, start_A: np.ndarray, pos_B: np.ndarray,
+            window: int = 0) -> Work:
   """Work of prefill_attention, the cutting into blocks not included."""
   S, N, H = q_SNH.shape
   K, _, C, _ = k_KPCH.shape
@@ -107,7 +117,8 @@ def prefill(config, q_SNH, k_KPCH, start_A, pos_B, window=0):
   return Work(4 * N * H * pairs, floor, moved, grid, 32 * config.num_warps)
 
 
-def mosaic_decode(config, q_BNH, k_KPCH, len_B, window=0):
+def mosaic_decode(config: 'mosaic.TuningConfig', q_BNH: Shaped, k_KPCH: Shaped,
+                  len_B: np.ndarray, window: int = 0) -> Work:
   """Work of decode_attention in Mosaic, what XLA does around it included."""
   B, N, H = q_BNH.shape
   K, _, C, _ = k_KPCH.shape
@@ -137,7 +148,9 @@ def mosaic_decode(config, q_BNH, k_KPCH, len_B, window=0):
   return Work(flops, floor, moved, (splits, B, K), 128 * (W + 1))
 
 
-def mosaic_prefill(config, q_SNH, k_KPCH, start_A, pos_B, window=0):
+def mosaic_prefill(config: 'mosaic.TuningConfig', q_SNH: Shaped, k_KPCH: Shaped,
+                   start_A: np.ndarray, pos_B: np.ndarray,
+                   window: int = 0) -> Work:
   """Work of prefill_attention in Mosaic, but for the cutting into blocks."""
   S, N, H = q_SNH.shape
   C, T, W = k_KPCH.shape[2], config.block_tokens, config.num_warpgroups
@@ -159,7 +172,8 @@ def mosaic_prefill(config, q_SNH, k_KPCH, start_A, pos_B, window=0):
   return Work(flops, floor, moved, grid, 128 * (W + 1))
 
 
-def kv_write(config, k_SKH, held, turned=True):
+def kv_write(config: WriteConfig, k_SKH: Shaped, held: Shaped,
+             turned: bool = True) -> Work:
   """Work of kv_write of tokens that are all kept."""
   S, K, H = k_SKH.shape
   new = 2 * K * H * np.dtype(k_SKH.dtype).itemsize
@@ -172,7 +186,8 @@ def kv_write(config, k_SKH, held, turned=True):
               32 * config.num_warps)
 
 
-def page_copy(config, pages, dtype):
+def page_copy(config: CopyConfig, pages: tuple[int, int, int],
+              dtype: DTypeLike) -> Work:
   """Work of pack or unpack of `pages`: K heads, m pages, numbers a page."""
   K, m, size = pages
   both = 2 * K * m * size * np.dtype(dtype).itemsize
@@ -181,7 +196,8 @@ def page_copy(config, pages, dtype):
               32 * config.num_warps)
 
 
-def occupancy(limits, registers, threads, shared):
+def occupancy(limits: paged.Device, registers: int, threads: int,
+              shared: int) -> Occupancy:
   """The Occupancy of a paged.Device (sm_80, sm_90).
 
   Each quarter of a core has 16,384 registers, which warps get in lots of 256;
@@ -194,5 +210,5 @@ def occupancy(limits, registers, threads, shared):
   most = {'registers': 4 * (16384 // lot) // warps,
           'shared memory': (limits.shared_bytes + 1024) // (shared + 1024),
           'warps': 64 // warps, 'programs': 32}
-  bound = min(most, key=most.get)
+  bound = min(most, key=lambda what: most[what])
   return Occupancy(most[bound], most[bound] * warps / 64, bound)

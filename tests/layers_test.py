@@ -42,7 +42,7 @@ EXCEPTIONS = {
     'kernels/tuned.py': {'pathlib'},  # what kernels.bench --tune wrote
 }
 MAY_OPEN = {name for name, what in EXCEPTIONS.items() if 'pathlib' in what}
-FILES = sorted([*ROOT.glob('dsjax/*/*.py'), *ROOT.glob('kernels/*.py')])
+FILES = sorted([*ROOT.glob('dsjax/*/**/*.py'), *ROOT.glob('kernels/*.py')])
 OURS = {'dsjax', 'kernels', 'experiments', 'configs', 'examples', 'tests'}
 
 
@@ -50,8 +50,12 @@ def _id(path):
   return path.relative_to(ROOT).as_posix()
 
 
+def _folder(name):
+  return name.removeprefix('dsjax/').split('/')[0]
+
+
 def _kind(name):
-  folder = name.split('/')[-2]
+  folder = _folder(name)
   assert folder in FOLDERS, f'{name}: give its folder a rank in {__file__}'
   return 'tool' if name in TOOLS else FOLDERS[folder][1]
 
@@ -68,12 +72,12 @@ def _imports(tree):
 
 def _forbidden(name, imported):
   """Why the file `name` may not import this, or None."""
-  kind, (rank, _) = _kind(name), FOLDERS[name.split('/')[-2]]
+  kind, (rank, _) = _kind(name), FOLDERS[_folder(name)]
   top, *rest = imported.split('.')
   if top in OURS:
     other = rest[0] if rest else ''
     ok = top == 'dsjax' and other in FOLDERS and (
-        other == name.split('/')[-2] or FOLDERS[other][0] < rank
+        other == _folder(name) or FOLDERS[other][0] < rank
         and (kind != 'pure' or FOLDERS[other][1] == 'pure'))
     if ok and kind != 'tool':
       ok = '/'.join(rest[:2]) + '.py' not in TOOLS

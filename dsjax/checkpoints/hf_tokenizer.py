@@ -7,12 +7,11 @@ never become one (see tokenizer).
 """
 
 import json
+import os
 import pathlib
 import re
 
-import tokenizers
-
-from dsjax.checkpoints.hf_config import read_json
+from dsjax.checkpoints.files import naming, read_json
 from dsjax.checkpoints.tokenizer import Tokenizer, Vocabulary, byte_level_bytes
 from dsjax.config.checks import InputError, require
 
@@ -22,14 +21,16 @@ _BYTE = re.compile('<0x([0-9A-F]{2})>$')
 
 def _run(keys):
   """A tokenizers.Tokenizer of tokenizer.json's keys."""
+  import tokenizers
+
   try:
     return tokenizers.Tokenizer.from_str(json.dumps(keys))
-  except Exception as error:  # whatever the Rust side says
+  except Exception as error:  # of any class, from Rust
     raise InputError(f'not a tokenizer: {error}') from error
 
 
 def _later(keys):
-  """The same keys for a text that something was before.
+  """The same keys for a text that does not come first.
 
   A space is put before the first word of a text, not of every piece of it.
   """
@@ -47,19 +48,19 @@ def _sentence_bytes(token):
 
 def _token_bytes(vocab, added, byte_level, vocab_size):
   """The bytes of each id; none for special tokens and unused ids."""
-  found = [b''] * vocab_size
-  try:
-    for token, i in vocab.items():
-      found[i] = (byte_level_bytes(token) if byte_level else
+  by_id = [b''] * vocab_size
+  for token, i in vocab.items():
+    try:
+      by_id[i] = (byte_level_bytes(token) if byte_level else
                   _sentence_bytes(token))
-  except KeyError as error:
-    raise InputError(f'model.vocab: token {token!r} has {error}: must be '
-                     'byte-level') from None
+    except KeyError as error:
+      raise InputError(f'model.vocab: token {token!r} has {error}: must be '
+                       'byte-level') from None
   for token in added:  # Gemma adds runs of spaces
     text = token['content']
-    found[token['id']] = (b'' if token['special'] else text.encode()
+    by_id[token['id']] = (b'' if token['special'] else text.encode()
                           if byte_level else _sentence_bytes(text))
-  return tuple(found)
+  return tuple(by_id)
 
 
 def _vocab(keys, vocab_size):
@@ -129,13 +130,13 @@ def _prefix(keys, config, bos_id):
     require(not add_bos or bos_id is not None, 'add_bos_token', add_bos,
             'false without a bos_token')
     return (bos_id,) * add_bos
-  whole = _run(keys)
-  with_ids = whole.encode('a').ids
-  count = len(with_ids) - len(whole.encode('a', add_special_tokens=False).ids)
-  require(with_ids[count:] == whole.encode(
-      'a', add_special_tokens=False).ids, 'post_processor', with_ids,
-      'one that adds nothing after a text')
-  return tuple(with_ids[:count])
+  bpe = _run(keys)
+  plain_ids = bpe.encode('a', add_special_tokens=False).ids
+  ids = bpe.encode('a').ids
+  count = len(ids) - len(plain_ids)
+  require(ids[count:] == plain_ids, 'post_processor', ids,
+          'one that adds nothing after a text')
+  return tuple(ids[:count])
 
 
 def _vocabulary(path, keys, config, vocab_size):
@@ -170,7 +171,8 @@ def _vocabulary(path, keys, config, vocab_size):
       _template(path, config))
 
 
-def load_tokenizer(path, vocab_size):
+def load_tokenizer(path: str | os.PathLike[str],
+                   vocab_size: int) -> Tokenizer | None:
   """The Tokenizer of a folder, or None without tokenizer.json.
 
   Ids that the model has and the tokenizer lacks (padding of the embedding)
@@ -185,7 +187,5 @@ def load_tokenizer(path, vocab_size):
     return None
   keys = read_json(path / _FILE)
   config = read_json(path / _CONFIG) if (path / _CONFIG).is_file() else {}
-  try:
+  with naming(path / _FILE):
     return Tokenizer(_vocabulary(path, keys, config, vocab_size))
-  except InputError as error:
-    raise InputError(f'{path / _FILE}: {error}') from error

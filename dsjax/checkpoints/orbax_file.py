@@ -4,21 +4,23 @@ A folder of two things: `params`, an orbax checkpoint of the tree, and
 `dsjax.json`, the ModelConfig, written last. Shards are read by tensorstore,
 which orbax writes with: orbax itself would read the same slice of every array
 for equal places only, and a plan's heads may be replicated or have gaps.
+Both are imported only when a checkpoint is written or read: half a second.
 """
 
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
+from collections.abc import Generator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-import tensorstore as ts
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from dsjax.checkpoints import weights
-from dsjax.checkpoints.hf_config import read_json
+from dsjax.checkpoints.files import read_json
 from dsjax.config.checks import InputError
 from dsjax.config.model import ModelConfig, RopeScaling
 from dsjax.model import sharding
@@ -28,7 +30,9 @@ _PARAMS = 'params'
 CHUNK_BYTES = 16 * 2**20  # the least that is read of an array
 
 
-def save_orbax(path, config, params, chunk_bytes=CHUNK_BYTES):
+def save_orbax(path: str | os.PathLike[str], config: ModelConfig,
+               params: Mapping[str, Any],
+               chunk_bytes: int = CHUNK_BYTES) -> None:
   """Writes a model to a new folder.
 
   Arrays larger than chunk_bytes are cut into chunks, so that a shard is read
@@ -42,6 +46,8 @@ def save_orbax(path, config, params, chunk_bytes=CHUNK_BYTES):
   Raises:
     InputError: the folder holds something.
   """
+  import orbax.checkpoint as ocp
+
   path = pathlib.Path(path).resolve()
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise InputError(f'{path}: must not exist, or be an empty folder')
@@ -52,7 +58,7 @@ def save_orbax(path, config, params, chunk_bytes=CHUNK_BYTES):
   (path / CONFIG).write_text(json.dumps(dataclasses.asdict(config), indent=2))
 
 
-def read_config(path):
+def read_config(path: str | os.PathLike[str]) -> ModelConfig:
   """The ModelConfig of a folder. Raises InputError naming the file."""
   file = pathlib.Path(path) / CONFIG
   fields = read_json(file)
@@ -72,7 +78,8 @@ class Stored:
   path: pathlib.Path
   dtype: str
 
-  def place(self, layout, span, mesh):
+  def place(self, layout: sharding.Layout, span: sharding.Span,
+            mesh: Mesh) -> dict[str, Any]:
     """The parameters of a stage on its mesh, as sharding.place_params.
 
     Every shard is read into an array of its own shape and cast there: no
@@ -81,9 +88,11 @@ class Stored:
     Raises:
       InputError: names the folder: unreadable.
     """
+    import tensorstore as ts
+
     context, dtype = ts.Context(), weights.DTYPES[self.dtype]
 
-    def put(leaf, layer):
+    def put(leaf: str, layer: int | None) -> jax.Array:
       name = leaf if layer is None else f'layers.{layer}.{leaf}'
       stored = ts.open(
           {'driver': 'zarr', 'kvstore': {
@@ -91,11 +100,12 @@ class Stored:
               'path': name}}, open=True, read=True, context=context).result()
       shape = layout.shape(leaf)
 
-      def read(index):
+      def read(index: Any) -> np.ndarray:
         source = layout.source(leaf, index)
-        out = np.zeros([len(range(n)[at]) for n, at in zip(
+        out = np.zeros([len(range(n)[part]) for n, part in zip(
             shape, index, strict=True)], dtype)
-        ts.array(out)[tuple(slice(at.stop - at.start) for at in source)].write(
+        filled = tuple(slice(part.stop - part.start) for part in source)
+        ts.array(out)[filled].write(
             ts.cast(stored, dtype)[source][ts.d[:].translate_to[0]]).result()
         return out
 
@@ -107,7 +117,7 @@ class Stored:
 
 
 @contextlib.contextmanager
-def _naming(path):
+def _naming(path: pathlib.Path) -> Generator[None, None, None]:
   """Errors of what is read there become InputError."""
   try:
     yield
@@ -117,7 +127,8 @@ def _naming(path):
     raise InputError(f'{path}: unreadable: {error}') from error
 
 
-def load_orbax(path, dtype='float32'):
+def load_orbax(path: str | os.PathLike[str],
+               dtype: str = 'float32') -> tuple[ModelConfig, Stored]:
   """A model that save_orbax wrote: its names and shapes are checked.
 
   Returns:
@@ -126,6 +137,8 @@ def load_orbax(path, dtype='float32'):
     InputError: names the folder: no such, of another tree or other shapes,
       or unreadable.
   """
+  import orbax.checkpoint as ocp
+
   weights.check_dtype(dtype)
   path = pathlib.Path(path).resolve()
   config = read_config(path)
@@ -137,20 +150,20 @@ def load_orbax(path, dtype='float32'):
   return config, Stored(path, dtype)
 
 
-def _check(stored, tree):
+def _check(stored: Any, tree: Any) -> None:
   """Raises InputError unless the stored tree has these names and shapes."""
   if stored is None:
     raise InputError('not an orbax checkpoint')
 
-  def shapes(nodes):
-    return {jax.tree_util.keystr(at): tuple(leaf.shape)
-            for at, leaf in jax.tree_util.tree_leaves_with_path(
+  def shapes(nodes: Any) -> dict[str, tuple[int, ...]]:
+    return {jax.tree_util.keystr(place): tuple(leaf.shape)
+            for place, leaf in jax.tree_util.tree_leaves_with_path(
                 nodes, is_leaf=lambda node: hasattr(node, 'shape'))}
 
-  found, want = shapes(stored.tree), shapes(tree)
-  for name in sorted(found.keys() ^ want.keys()):
+  given, want = shapes(stored.tree), shapes(tree)
+  for name in sorted(given.keys() ^ want.keys()):
     raise InputError(f'{name} is ' + ('missing' if name in want else
                                       'not a parameter'))
   for name, shape in want.items():
-    if found[name] != shape:
-      raise InputError(f'shape of {name}={found[name]}: must be {shape}')
+    if given[name] != shape:
+      raise InputError(f'shape of {name}={given[name]}: must be {shape}')

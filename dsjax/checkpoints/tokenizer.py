@@ -7,17 +7,13 @@ the template's own text.
 
 import codecs
 import json
+import os
 import re
-from collections.abc import Callable
-from typing import NamedTuple
-
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
-import tokenizers
-from tokenizers import models, pre_tokenizers
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 from dsjax.checkpoints import gguf_file
+from dsjax.checkpoints.files import naming
 from dsjax.config.checks import InputError, require
 
 ROLES = ('assistant', 'developer', 'system', 'tool', 'user')
@@ -31,21 +27,33 @@ _QWEN_2 = _LLAMA_3.replace(r'\p{N}{1,3}', r'\p{N}')
 
 
 def _byte_level(use_regex=True):
+  from tokenizers import pre_tokenizers
+
   return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+
+
+def _pieces(pattern):
+  from tokenizers import Regex, pre_tokenizers
+
+  return pre_tokenizers.Sequence([
+      pre_tokenizers.Split(Regex(pattern), 'isolated'),
+      _byte_level(use_regex=False)])
+
+
+def _digits():
+  from tokenizers import pre_tokenizers
+
+  return pre_tokenizers.Sequence([
+      pre_tokenizers.Digits(individual_digits=True), _byte_level()])
 
 
 # tokenizer.ggml.pre -> (how text is cut before merging, whether a piece that
 # is a token as it stands skips the merges).
 _PRE = {
     'gpt-2': lambda: (_byte_level(), False),
-    'llama-bpe': lambda: (pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(_LLAMA_3), 'isolated'),
-        _byte_level(use_regex=False)]), True),
-    'qwen2': lambda: (pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(_QWEN_2), 'isolated'),
-        _byte_level(use_regex=False)]), False),
-    'smollm': lambda: (pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True), _byte_level()]), False),
+    'llama-bpe': lambda: (_pieces(_LLAMA_3), True),
+    'qwen2': lambda: (_pieces(_QWEN_2), False),
+    'smollm': lambda: (_digits(), False),
 }
 
 
@@ -60,39 +68,46 @@ def _byte_alphabet():
 _BYTES = _byte_alphabet()
 
 
-def byte_level_bytes(token):
+def byte_level_bytes(token: str) -> bytes:
   """The bytes of a byte-level token. Raises KeyError: another character."""
   return bytes([_BYTES[c] for c in token])
 
 
-def _splitter(tokens):
+def _splitter(tokens: Iterable[str]) -> re.Pattern[str] | None:
   """A pattern whose split() keeps the tokens, longest first; None if none."""
   longest_first = sorted(tokens, key=len, reverse=True)
   return (re.compile(f'({"|".join(map(re.escape, longest_first))})')
           if longest_first else None)
 
 
-def _split(pattern, text):
+def _split(pattern: re.Pattern[str] | None,
+           text: str) -> list[tuple[str, bool]]:
   """(part, is token) pairs of the text, without empty parts."""
   parts = pattern.split(text) if pattern else [text]
   return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]
 
 
-def _template(source):
+def _template(source: str) -> Any:
   """Compiles a chat template as its authors expect, in a sandbox."""
+  import jinja2.ext
+  import jinja2.sandbox
 
-  def raise_exception(message):
+  def raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
-  def tojson(value, **options):
-    return json.dumps(value, **{'ensure_ascii': False, **options})
+  def tojson(value: object, **options: Any) -> str:
+    defaults: dict[str, Any] = {'ensure_ascii': False}
+    return json.dumps(value, **(defaults | options))
 
-  env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+  env: Any = jinja2.sandbox.ImmutableSandboxedEnvironment(
       trim_blocks=True, lstrip_blocks=True,
       extensions=[jinja2.ext.loopcontrols])
   env.filters['tojson'] = tojson
   env.globals['raise_exception'] = raise_exception
-  return env.from_string(source)
+  try:
+    return env.from_string(source)
+  except jinja2.TemplateError as error:
+    raise InputError(f'tokenizer.chat_template: {error}') from error
 
 
 def _list(meta, name, kind):
@@ -134,18 +149,18 @@ class Vocabulary(NamedTuple):
   those that stand for no text. prefix: ids before a text. texts: of BOS and
   EOS, for the template. template: Jinja source or None.
   """
-  encode: Callable
-  token_bytes: tuple
-  control: dict
-  control_ids: frozenset
+  encode: Callable[[str, bool], list[int]]
+  token_bytes: tuple[bytes, ...]
+  control: dict[str, int]
+  control_ids: frozenset[int]
   bos_id: int | None
   eos_id: int | None
-  prefix: tuple
-  texts: dict
+  prefix: tuple[int, ...]
+  texts: dict[str, str]
   template: str | None
 
 
-def gguf_vocabulary(meta):
+def gguf_vocabulary(meta: Mapping[str, Any]) -> Vocabulary:
   """The Vocabulary of GGUF metadata (`gguf_file.read_gguf`).
 
   Raises:
@@ -160,22 +175,23 @@ def gguf_vocabulary(meta):
   types = _list(meta, 'token_type', int) or [_NORMAL] * len(tokens)
   require(tokens and len(types) == len(tokens), 'tokenizer.ggml.token_type',
           len(types), f'one for each of {len(tokens)} tokens')
-  ids = {kind: {token: i for i, token in enumerate(tokens)
-                if types[i] == kind and token} for kind in set(types)}
+  by_kind = {kind: {token: i for i, token in enumerate(tokens)
+                    if types[i] == kind and token} for kind in set(types)}
   # Only normal tokens: merging can never end in a control token.
-  bpe = gguf_bpe(pre, ids.get(_NORMAL, {}), _list(meta, 'merges', str))
-  user_defined = ids.get(_USER_DEFINED, {})
+  bpe = gguf_bpe(str(pre), by_kind.get(_NORMAL, {}),
+                 _list(meta, 'merges', str))
+  user_defined = by_kind.get(_USER_DEFINED, {})
   pattern = _splitter(user_defined)
 
-  def encode(text, first):
+  def encode(text: str, first: bool) -> list[int]:
     del first
-    found = []
+    ids = []
     for piece, is_token in _split(pattern, text):
-      found += ([user_defined[piece]] if is_token else
-                bpe.encode(piece, add_special_tokens=False).ids)
-    return found
+      ids += ([user_defined[piece]] if is_token else
+              bpe.encode(piece, add_special_tokens=False).ids)
+    return ids
 
-  ends = {}
+  ends: dict[str, Any] = {}
   for name in ('bos', 'eos'):
     key = f'tokenizer.ggml.{name}_token_id'
     ends[name] = meta.get(key)
@@ -186,7 +202,7 @@ def gguf_vocabulary(meta):
           'tokenizer.ggml.add_bos_token', add_bos,
           'false without tokenizer.ggml.bos_token_id')
   return Vocabulary(
-      encode, _gguf_bytes(tokens, types), ids.get(_CONTROL, {}),
+      encode, _gguf_bytes(tokens, types), by_kind.get(_CONTROL, {}),
       frozenset(i for i, kind in enumerate(types)
                 if kind in (_UNKNOWN, _CONTROL)),
       ends['bos'], ends['eos'], (ends['bos'],) * add_bos,
@@ -194,17 +210,19 @@ def gguf_vocabulary(meta):
        for name, i in ends.items()}, meta.get('tokenizer.chat_template'))
 
 
-def gguf_bpe(pre, vocab, merges):
+def gguf_bpe(pre: str, vocab: dict[str, int], merges: Sequence[str]) -> Any:
   """A tokenizers.Tokenizer of {token: id} and "a b" merges. pre: the name of
   how text is cut first."""
+  import tokenizers
+
   pre_tokenizer, ignore_merges = _PRE[pre]()
-  pairs = [tuple(merge.split(' ')) for merge in merges]
+  pairs: list[Any] = [tuple(merge.split(' ')) for merge in merges]
   for merge, pair in zip(merges, pairs, strict=True):
     require(len(pair) == 2 and all(t in vocab for t in (*pair,
                                                         ''.join(pair))),
             'tokenizer.ggml.merges', merge, 'two tokens that make a third')
-  bpe = tokenizers.Tokenizer(
-      models.BPE(vocab=vocab, merges=pairs, ignore_merges=ignore_merges))
+  bpe = tokenizers.Tokenizer(tokenizers.models.BPE(
+      vocab=vocab, merges=pairs, ignore_merges=ignore_merges))
   bpe.pre_tokenizer = pre_tokenizer
   return bpe
 
@@ -230,7 +248,7 @@ class Tokenizer:
     bos_id, eos_id: ids or None.
   """
 
-  def __init__(self, vocabulary):
+  def __init__(self, vocabulary: Vocabulary) -> None:
     """From a Vocabulary; see `load`, `of_gguf` and hf_tokenizer."""
     self.vocab_size = len(vocabulary.token_bytes)
     self.control_ids = vocabulary.control_ids
@@ -238,25 +256,20 @@ class Tokenizer:
     self._vocabulary = vocabulary
     self._control_pattern = _splitter(vocabulary.control)
     self._set_guard()
-    try:
-      self._chat = (None if vocabulary.template is None else
-                    _template(vocabulary.template))
-    except jinja2.TemplateError as error:
-      raise InputError(f'tokenizer.chat_template: {error}') from error
+    self._chat = (None if vocabulary.template is None else
+                  _template(vocabulary.template))
 
   @classmethod
-  def of_gguf(cls, meta):
+  def of_gguf(cls, meta: Mapping[str, Any]) -> 'Tokenizer':
     """The tokenizer of GGUF metadata (`gguf_file.read_gguf`)."""
     return cls(gguf_vocabulary(meta))
 
   @classmethod
-  def load(cls, path):
+  def load(cls, path: str | os.PathLike[str]) -> 'Tokenizer':
     """The tokenizer of a GGUF file. Raises InputError naming the file."""
     meta, _ = gguf_file.read_gguf(path)
-    try:
+    with naming(path):
       return cls.of_gguf(meta)
-    except InputError as error:
-      raise InputError(f'{path}: {error}') from error
 
   def _set_guard(self):
     """Stand-ins for characters that begin or end a control token.
@@ -270,7 +283,7 @@ class Tokenizer:
     self._guard = {ord(c): 0xD800 + i for i, c in enumerate(edges)}
     self._unguard = {code: c for c, code in self._guard.items()}
 
-  def encode(self, text, special=False):
+  def encode(self, text: str, special: bool = False) -> list[int]:
     """Token ids of a text, after BOS if the file says so.
 
     With special=False, '<|im_end|>' in the text is ten characters like any
@@ -293,7 +306,8 @@ class Tokenizer:
               self._vocabulary.encode(text, i == 0))
     return ids
 
-  def chat(self, messages, add_generation_prompt=True):
+  def chat(self, messages: Sequence[Mapping[str, str]],
+           add_generation_prompt: bool = True) -> list[int]:
     """Token ids of a conversation, by the file's chat template.
 
     Control tokens come from the template alone. In the contents, characters
@@ -326,13 +340,13 @@ class Tokenizer:
         [(part.translate(self._unguard), is_control)
          for part, is_control in _split(self._control_pattern, text)])
 
-  def token_bytes(self, token_id):
+  def token_bytes(self, token_id: int) -> bytes:
     """The bytes a token stands for: none if control, maybe part of UTF-8."""
     require(0 <= token_id < self.vocab_size, 'token id', token_id,
             f'in [0, {self.vocab_size})')
     return self._vocabulary.token_bytes[token_id]
 
-  def decode(self, ids):
+  def decode(self, ids: Iterable[int]) -> str:
     """Text of token ids, without control tokens; bad UTF-8 becomes U+FFFD."""
     return b''.join(map(self.token_bytes, ids)).decode(errors='replace')
 
@@ -344,15 +358,15 @@ class Stream:
   push costs the token's bytes, whatever came before.
   """
 
-  def __init__(self, tokenizer):
+  def __init__(self, tokenizer: Tokenizer) -> None:
     self._tokenizer = tokenizer
     self._utf8 = codecs.getincrementaldecoder('utf-8')(errors='replace')
 
-  def push(self, token_id):
+  def push(self, token_id: int) -> str:
     """The text that this token completes; '' inside a character."""
     return self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
-  def finish(self):
+  def finish(self) -> str:
     """What an unfinished character leaves: '' or U+FFFD."""
     return self._utf8.decode(b'', final=True)
 
@@ -369,7 +383,7 @@ class StopMatcher:
     hit: whether a stop string was found.
   """
 
-  def __init__(self, stops):
+  def __init__(self, stops: str | Sequence[str]) -> None:
     stops = (stops,) if isinstance(stops, str) else tuple(stops)
     require(all(isinstance(s, str) and s for s in stops), 'stop', stops,
             'non-empty strings')
@@ -379,17 +393,17 @@ class StopMatcher:
     self._matched = [0] * len(stops)  # characters of each stop matched
     self._held = ''
 
-  def push(self, text):
+  def push(self, text: str) -> tuple[str, bool]:
     """(text that may be shown, whether a stop string is complete)."""
     if self.hit:
       return '', True
     for i, char in enumerate(text):
-      found = self._advance(char)
-      if found:
+      matched = self._advance(char)
+      if matched:
         self.hit = True
         seen = self._held + text[:i + 1]
         self._held = ''
-        return seen[:len(seen) - found], True
+        return seen[:len(seen) - matched], True
     text = self._held + text
     cut = len(text) - max(self._matched, default=0)
     self._held = text[cut:]
@@ -397,7 +411,7 @@ class StopMatcher:
 
   def _advance(self, char):
     """Matches one character; the length of the longest stop it completes."""
-    found = 0
+    longest = 0
     for k, (stop, borders) in enumerate(
         zip(self._stops, self._borders, strict=True)):
       count = self._matched[k]
@@ -405,10 +419,10 @@ class StopMatcher:
         count = borders[count - 1]
       self._matched[k] = count = count + (stop[count] == char)
       if count == len(stop):
-        found = max(found, count)
-    return found
+        longest = max(longest, count)
+    return longest
 
-  def finish(self):
+  def finish(self) -> str:
     """The text still held back; '' after a hit."""
     held, self._held = self._held, ''
     return held

@@ -6,27 +6,29 @@ layer leaves}; every leaf's name says its shape (README, notation).
 
 import math
 import re
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from dsjax.config.checks import require
+from dsjax.config.model import ModelConfig
 from dsjax.model import sharding
 
 DTYPES = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16}
 
 
-def check_dtype(dtype):
+def check_dtype(dtype: str) -> None:
   """Raises InputError unless it names a dtype in DTYPES."""
   require(dtype in DTYPES, 'dtype', dtype, f'one of {sorted(DTYPES)}')
 
 
-def tree(config, make):
+def tree(config: ModelConfig, make: sharding.Make) -> dict[str, Any]:
   """The tree with make(leaf name, layer number or None) at each leaf."""
   return sharding.stage_tree(config, (0, config.num_layers), make)
 
 
-def stored_shape(config, leaf):
+def stored_shape(config: ModelConfig, leaf: str) -> tuple[int, ...]:
   """A leaf's shape with the heads of a projection in one axis, as in files.
 
   o_DNH is stored [D, N H], k_bias_KH [K H].
@@ -36,7 +38,8 @@ def stored_shape(config, leaf):
                for group in re.findall('[NK]H|.', leaf.rsplit('_', 1)[1]))
 
 
-def random_params(config, seed, dtype='float32'):
+def random_params(config: ModelConfig, seed: int,
+                  dtype: str = 'float32') -> dict[str, Any]:
   """Seeded random weights with the tree, shapes and layout of a loaded model.
 
   Matrices are normal with deviation 1/sqrt(inputs), gains normal around 1
@@ -46,7 +49,7 @@ def random_params(config, seed, dtype='float32'):
   check_dtype(dtype)
   rng = np.random.default_rng(seed)
 
-  def make(leaf, _):
+  def make(leaf: str, _: int | None) -> np.ndarray:
     noise = rng.standard_normal(config.leaf_shape(leaf), np.float32)
     _, *inputs = stored_shape(config, leaf)
     if inputs:

@@ -1,13 +1,16 @@
 """Bad input is one clear error: the checks that every layer shares."""
 
+import json
 import math
+import sys
+from collections.abc import Callable
 
 
 class InputError(ValueError):
   """Bad input from outside: names the field and what it may be."""
 
 
-def require(ok, field, value, allowed):
+def require(ok: object, field: str, value: object, allowed: object) -> None:
   """Raises InputError naming the field, its value and the allowed values."""
   if not ok:
     text = repr(value)
@@ -15,35 +18,32 @@ def require(ok, field, value, allowed):
     raise InputError(f'{field}={text}: must be {allowed}')
 
 
-def number(low, high, low_open=False):
+def parse_json(source: object, text: str | bytes) -> object:
+  """The value of a JSON text. Raises InputError that names its source."""
+  try:
+    return json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise InputError(f'{source}: is not JSON: {error}') from error
+
+
+def is_number(low: float, high: float,
+              low_open: bool = False) -> Callable[[object], bool]:
   """A test for finite numbers from low (or above it: low_open) to high."""
-  def test(value):
-    return (isinstance(value, (int, float)) and not isinstance(value, bool)
-            and math.isfinite(value) and value <= high
+  def test(value: object) -> bool:
+    return (isinstance(value, int | float) and not isinstance(value, bool)
+            and abs(value) <= sys.float_info.max and value <= high
             and (value > low if low_open else value >= low))
   return test
 
 
-def integer(low, high):
+def is_integer(low: float, high: float) -> Callable[[object], bool]:
   """A test for integers from low to high."""
-  def test(value):
+  def test(value: object) -> bool:
     return (isinstance(value, int) and not isinstance(value, bool)
             and low <= value <= high)
   return test
 
 
-def finite(value):
-  """Whether value is a number, 0 or more."""
-  return (isinstance(value, (int, float)) and not isinstance(value, bool)
-          and math.isfinite(value) and value >= 0)
-
-
-def positive(value):
-  """Whether value is a number above 0."""
-  return finite(value) and value > 0
-
-
-def whole(value):
-  """Whether value is an integer of 1 or more."""
-  return (isinstance(value, int) and not isinstance(value, bool)
-          and value > 0)
+is_nonnegative = is_number(0, math.inf)
+is_positive = is_number(0, math.inf, low_open=True)
+is_positive_int = is_integer(1, math.inf)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from dsjax.config.checks import integer, number, require
+from dsjax.config.checks import is_integer, is_number, require
 from dsjax.config.placement import ROLES
 
 KV_DTYPES = ('float32', 'bfloat16', 'int8', 'float8_e4m3fn', 'float8_e5m2')
@@ -39,7 +39,7 @@ class InstanceConfig:
     for field in ('num_pages', 'page_size', 'max_seqs', 'prefill_tokens',
                   'prefill_seqs', 'pp'):
       value = getattr(self, field)
-      require(integer(1, 2**31 - 1)(value), f'InstanceConfig.{field}', value,
+      require(is_integer(1, 2**31 - 1)(value), f'InstanceConfig.{field}', value,
               'an integer of 1 or more')
     require(not self.mixes or self.prefill_tokens > self.max_seqs,
             'InstanceConfig.prefill_tokens', self.prefill_tokens,
@@ -134,12 +134,12 @@ class EngineConfig:
     for field in ('max_len', 'page_size', 'max_seqs', 'prefill_tokens',
                   'prefill_seqs', 'chunk_tokens', 'depth', 'transfer_pages'):
       value = getattr(self, field)
-      require(integer(1, 2**31 - 1)(value), f'EngineConfig.{field}', value,
+      require(is_integer(1, 2**31 - 1)(value), f'EngineConfig.{field}', value,
               'an integer of 1 or more')
     for field in ('num_pages', 'memory_bytes', 'run_ahead',
                   'decode_page_size'):
       value = getattr(self, field)
-      require(value is None or integer(1, 2**31 - 1)(value),
+      require(value is None or is_integer(1, 2**31 - 1)(value),
               f'EngineConfig.{field}', value,
               'None or an integer of 1 or more')
     require(self.max_len >= 2, 'EngineConfig.max_len', self.max_len,
@@ -159,11 +159,11 @@ class EngineConfig:
   def _check_faults(self):
     for field in ('tries', 'restarts'):
       value = getattr(self, field)
-      require(integer(0, 2**31 - 1)(value), f'EngineConfig.{field}', value,
+      require(is_integer(0, 2**31 - 1)(value), f'EngineConfig.{field}', value,
               'an integer of 0 or more')
     for field in ('lease_s', 'stall_s', 'restart_s'):
       value, zero = getattr(self, field), field == 'restart_s'
-      require(number(0, math.inf, low_open=not zero)(value),
+      require(is_number(0, math.inf, low_open=not zero)(value),
               f'EngineConfig.{field}', value,
               'seconds, 0 or more' if zero else 'seconds above 0')
 

@@ -1,9 +1,13 @@
 """The shape of a decoder-only transformer."""
 
 import dataclasses
-import math
 
-from dsjax.config.checks import integer, number, require
+from dsjax.config.checks import (
+    is_integer,
+    is_nonnegative,
+    is_positive,
+    require,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +25,13 @@ class RopeScaling:
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     require(self.kind in ('linear', 'llama3'), 'RopeScaling.kind', self.kind,
             "'linear' or 'llama3'")
-    require(number(0, math.inf, low_open=True)(self.factor),
+    require(is_positive(self.factor),
             'RopeScaling.factor', self.factor, 'a number above 0')
     if self.kind == 'llama3':
-      require(integer(1, 2**31 - 1)(self.original_len),
+      require(is_integer(1, 2**31 - 1)(self.original_len),
               'RopeScaling.original_len', self.original_len, 'tokens')
       require(0 < self.low_freq_factor < self.high_freq_factor,
               'RopeScaling.high_freq_factor', self.high_freq_factor,
@@ -103,7 +107,7 @@ class ModelConfig:
   experts_per_token: int = 0
   renormalize: bool = True
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for field in ('num_layers', 'd_model', 'num_heads', 'num_kv_heads',
                   'head_dim', 'd_ff', 'vocab_size', 'max_len'):
       value = getattr(self, field)
@@ -121,14 +125,14 @@ class ModelConfig:
               f'one of {allowed}')
     object.__setattr__(self, 'windows', tuple(self.windows))
     require(len(self.windows) in (0, self.num_layers)
-            and all(integer(0, 2**31 - 1)(w) for w in self.windows),
+            and all(is_integer(0, 2**31 - 1)(w) for w in self.windows),
             'ModelConfig.windows', self.windows,
             f'empty or {self.num_layers} integers of 0 or more')
     for field in ('attn_softcap', 'logit_softcap'):
       value = getattr(self, field)
-      require(number(0, math.inf)(value), f'ModelConfig.{field}', value,
+      require(is_nonnegative(value), f'ModelConfig.{field}', value,
               '0 (none) or above')
-    require(integer(0, 2**31 - 1)(self.num_experts),
+    require(is_integer(0, 2**31 - 1)(self.num_experts),
             'ModelConfig.num_experts', self.num_experts, '0 or more')
     require(0 <= self.experts_per_token <= self.num_experts
             and bool(self.num_experts) == bool(self.experts_per_token),
@@ -139,7 +143,7 @@ class ModelConfig:
             '0 unless the feed-forward is gated and has no bias')
 
   @property
-  def top_leaves(self):
+  def top_leaves(self) -> tuple[str, ...]:
     """Names of the parameters outside the layers."""
     names = ['embed_VD', 'norm_D']
     names += ['pos_TD'] * (self.positions == 'learned')
@@ -147,7 +151,7 @@ class ModelConfig:
     return tuple(names + ['head_VD'] * (not self.tied))
 
   @property
-  def layer_leaves(self):
+  def layer_leaves(self) -> tuple[str, ...]:
     """Names of the parameters of a layer: weights are output-first."""
     names = ['attn_norm_D', 'q_NHD', 'k_KHD', 'v_KHD', 'o_DNH', 'mlp_norm_D']
     if self.norm == 'layer':
@@ -163,17 +167,17 @@ class ModelConfig:
     names += ['gate_FD'] * self.gated + ['up_FD', 'down_DF']
     return tuple(names + ['up_bias_F', 'down_bias_D'] * self.mlp_bias)
 
-  def leaf_shape(self, leaf):
+  def leaf_shape(self, leaf: str) -> tuple[int, ...]:
     """The shape that a parameter's name says."""
     sizes = dict(V=self.vocab_size, D=self.d_model, F=self.d_ff,
                  N=self.num_heads, K=self.num_kv_heads, H=self.head_dim,
                  E=self.num_experts, T=self.max_len)
     return tuple(sizes[letter] for letter in leaf.rsplit('_', 1)[1])
 
-  def window(self, layer):
+  def window(self, layer: int) -> int:
     """The sliding window of a layer; 0 for none."""
     return self.windows[layer] if self.windows else 0
 
-  def kv_bytes_per_token(self, itemsize=4):
+  def kv_bytes_per_token(self, itemsize: int = 4) -> int:
     """Bytes of keys and values one token keeps over all layers."""
     return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize

@@ -1,9 +1,8 @@
 """Which instances run, with which parallelism, and the latency objectives."""
 
 import dataclasses
-import math
 
-from dsjax.config.checks import require
+from dsjax.config.checks import is_positive, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +102,4 @@ class Slo:
   def __post_init__(self):
     for field in ('ttft_s', 'tpot_s'):
       value = getattr(self, field)
-      require(isinstance(value, (int, float)) and value > 0
-              and math.isfinite(value), f'Slo.{field}', value,
-              'seconds above 0')
+      require(is_positive(value), f'Slo.{field}', value, 'seconds above 0')

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from dsjax.config.checks import integer, number, require
+from dsjax.config.checks import is_integer, is_number, require
 
 MAX_LOGIT_BIAS = 300
 MAX_LOGPROBS = 20
@@ -52,32 +52,32 @@ class Sampling:
       object.__setattr__(self, field, value)
     inf = float('inf')
     tests = (
-        ('max_tokens', lambda v: v is None or integer(1, inf)(v),
+        ('max_tokens', lambda v: v is None or is_integer(1, inf)(v),
          'an integer of 1 or more, or None for the rest of the context'),
-        ('temperature', number(0, 100), 'a number from 0 to 100'),
-        ('top_k', integer(0, 2**31 - 1), '0 (off) or more'),
-        ('top_p', number(0, 1, low_open=True), 'a number in (0, 1]'),
-        ('min_p', number(0, 1), 'a number in [0, 1]'),
-        ('repetition_penalty', number(0, 100, low_open=True),
+        ('temperature', is_number(0, 100), 'a number from 0 to 100'),
+        ('top_k', is_integer(0, 2**31 - 1), '0 (off) or more'),
+        ('top_p', is_number(0, 1, low_open=True), 'a number in (0, 1]'),
+        ('min_p', is_number(0, 1), 'a number in [0, 1]'),
+        ('repetition_penalty', is_number(0, 100, low_open=True),
          'a number in (0, 100]'),
-        ('presence_penalty', number(-100, 100), 'a number in [-100, 100]'),
-        ('frequency_penalty', number(-100, 100), 'a number in [-100, 100]'),
+        ('presence_penalty', is_number(-100, 100), 'a number in [-100, 100]'),
+        ('frequency_penalty', is_number(-100, 100), 'a number in [-100, 100]'),
         ('logit_bias', lambda v: len(v) <= MAX_LOGIT_BIAS and all(
-            len(b) == 2 and integer(0, 2**31 - 1)(b[0])
-            and number(-100, 100)(b[1]) for b in v)
+            len(b) == 2 and is_integer(0, 2**31 - 1)(b[0])
+            and is_number(-100, 100)(b[1]) for b in v)
          and len({b[0] for b in v}) == len(v),
          f'at most {MAX_LOGIT_BIAS} distinct (token id, number in '
          '[-100, 100])'),
-        ('seed', integer(0, 2**32 - 1), 'an integer in [0, 2**32)'),
-        ('logprobs', lambda v: v is None or integer(0, MAX_LOGPROBS)(v),
+        ('seed', is_integer(0, 2**32 - 1), 'an integer in [0, 2**32)'),
+        ('logprobs', lambda v: v is None or is_integer(0, MAX_LOGPROBS)(v),
          f'None or 0 to {MAX_LOGPROBS}'),
         ('stop', lambda v: len(v) <= 16 and all(
             isinstance(s, str) and s for s in v),
          'at most 16 non-empty strings'),
-        ('stop_token_ids', lambda v: all(integer(0, 2**31 - 1)(t)
+        ('stop_token_ids', lambda v: all(is_integer(0, 2**31 - 1)(t)
                                          for t in v), 'token ids'),
         ('ignore_eos', lambda v: isinstance(v, bool), 'True or False'),
-        ('min_tokens', lambda v: integer(0, self.max_tokens or inf)(v),
+        ('min_tokens', lambda v: is_integer(0, self.max_tokens or inf)(v),
          'an integer from 0 to max_tokens'),
     )
     for field, test, allowed in tests:

@@ -6,45 +6,51 @@ its text part. OPT 350M is left out: it norms after the residual and projects
 its embeddings.
 """
 
+from typing import Any
+
 from dsjax.config.checks import require
 from dsjax.config.model import ModelConfig, RopeScaling
 
-_LEARNED = dict(norm='layer', positions='learned', gated=False, qkv_bias=True,
-                out_bias=True, mlp_bias=True)
+Fields = dict[str, Any]  # of a ModelConfig, by name
+_LEARNED: Fields = dict(norm='layer', positions='learned', gated=False,
+                        qkv_bias=True, out_bias=True, mlp_bias=True)
 
 
-def _opt(num_layers, d_model, num_heads):
+def _opt(num_layers: int, d_model: int, num_heads: int) -> Fields:
   return dict(num_layers=num_layers, d_model=d_model, num_heads=num_heads,
               vocab_size=50272, max_len=2048, activation='relu',
               **_LEARNED)
 
 
-def _gpt2(num_layers, d_model, num_heads):
+def _gpt2(num_layers: int, d_model: int, num_heads: int) -> Fields:
   return dict(num_layers=num_layers, d_model=d_model, num_heads=num_heads,
               vocab_size=50257, max_len=1024, activation='gelu_tanh',
               **_LEARNED)
 
 
-def _rotary(num_layers, d_model, num_heads, num_kv_heads, d_ff, vocab_size,
-            max_len, head_dim=None, tied=False, **fields):
+def _rotary(num_layers: int, d_model: int, num_heads: int, num_kv_heads: int,
+            d_ff: int, vocab_size: int, max_len: int, *,
+            head_dim: int | None = None, tied: bool = False,
+            **fields: Any) -> Fields:
   return dict(num_layers=num_layers, d_model=d_model, num_heads=num_heads,
               num_kv_heads=num_kv_heads, d_ff=d_ff, vocab_size=vocab_size,
               max_len=max_len, tied=tied, **fields) | (
                   {} if head_dim is None else {'head_dim': head_dim})
 
 
-def _qwen2(*shape, **fields):
-  return _rotary(*shape, **{'max_len': 32768, 'rope_base': 1e6,
-                            'norm_eps': 1e-6, 'qkv_bias': True} | fields)
+def _qwen2(*shape: int, **fields: Any) -> Fields:
+  release: Fields = dict(max_len=32768, rope_base=1e6, norm_eps=1e-6,
+                         qkv_bias=True)
+  return _rotary(*shape, **(release | fields))
 
 
-def _qwen3(*shape, **fields):
-  return _rotary(*shape, 151936, 40960, head_dim=128, rope_base=1e6,
-                 norm_eps=1e-6, qk_norm=True, **fields)
+def _qwen3(*shape: int, **fields: Any) -> Fields:
+  return _rotary(*shape, vocab_size=151936, max_len=40960, head_dim=128,
+                 rope_base=1e6, norm_eps=1e-6, qk_norm=True, **fields)
 
 
-def _gemma(num_layers, d_model, *shape, window, full_every, scale=256,
-           **fields):
+def _gemma(num_layers: int, d_model: int, *shape: int, window: int,
+           full_every: int, scale: float = 256, **fields: Any) -> Fields:
   windows = tuple(window * bool((layer + 1) % full_every)
                   for layer in range(num_layers))
   return _rotary(num_layers, d_model, *shape, tied=True, norm_eps=1e-6,
@@ -52,21 +58,21 @@ def _gemma(num_layers, d_model, *shape, window, full_every, scale=256,
                  embed_scale=d_model**0.5, attn_scale=scale**-0.5, **fields)
 
 
-def _gemma2(*shape, **fields):
+def _gemma2(*shape: int, **fields: Any) -> Fields:
   return _gemma(*shape, 256000, 8192, window=4096, full_every=2,
                 attn_softcap=50.0, logit_softcap=30.0, **fields)
 
 
-def _gemma3(*shape, **fields):
+def _gemma3(*shape: int, **fields: Any) -> Fields:
   return _gemma(*shape, head_dim=256, full_every=6, rope_base=1e6,
                 rope_local_base=1e4, qk_norm=True, **fields)
 
 
-_LLAMA_31 = dict(rope_base=5e5, rope_scaling=RopeScaling(
+_LLAMA_31: Fields = dict(rope_base=5e5, rope_scaling=RopeScaling(
     'llama3', factor=8.0, original_len=8192, low_freq_factor=1.0,
     high_freq_factor=4.0))
 
-_SHAPES = {
+_SHAPES: dict[str, Fields] = {
     # facebook/opt-*: L, D, N
     'opt-125m': _opt(12, 768, 12),
     'opt-1.3b': _opt(24, 2048, 32),
@@ -120,7 +126,7 @@ _SHAPES = {
 NAMES = tuple(_SHAPES)
 
 
-def config(name):
+def config(name: str) -> ModelConfig:
   """The ModelConfig of a published model. Raises InputError: another name."""
   require(name in NAMES, 'model', name, f'one of {sorted(NAMES)}')
   fields = _SHAPES[name]

@@ -62,7 +62,7 @@ class Limits:
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       whole = field.type in (int, int | None)
-      ok = checks.whole(value) if whole else checks.positive(value)
+      ok = checks.is_positive_int(value) if whole else checks.is_positive(value)
       require(ok or value is None and field.default is None,
               f'limits.{field.name}', value,
               'an integer of 1 or more' if whole else 'seconds above 0')

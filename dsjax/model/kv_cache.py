@@ -8,11 +8,15 @@ A cache of int8 or float8 keeps a float32 scale for every token and kv head
 beside it.
 """
 
+from collections.abc import Sequence
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
+from dsjax.config.model import ModelConfig
 from dsjax.kernels.kv_write import largest, quantize
 from dsjax.kernels.page_copy import pack, unpack
 
@@ -30,11 +34,13 @@ class Cache:
   v_scale_KPC: tuple[jax.Array, ...] = ()
 
 
-def init(config, num_pages, page_size, dtype=jnp.float32, num_layers=None):
+def init(config: ModelConfig, num_pages: int, page_size: int,
+         dtype: DTypeLike = jnp.float32,
+         num_layers: int | None = None) -> Cache:
   """A zeroed cache of num_pages pages of page_size tokens."""
   shape = (config.num_kv_heads, num_pages, page_size, config.head_dim)
 
-  def many(shape, dtype):
+  def many(shape: tuple[int, ...], dtype: DTypeLike) -> tuple[jax.Array, ...]:
     return tuple(jnp.zeros(shape, dtype) for _ in range(
         config.num_layers if num_layers is None else num_layers))
 
@@ -44,7 +50,8 @@ def init(config, num_pages, page_size, dtype=jnp.float32, num_layers=None):
   return Cache(many(shape, dtype), many(shape, dtype), *scales)
 
 
-def bytes_per_token(config, dtype, num_layers):
+def bytes_per_token(config: ModelConfig, dtype: DTypeLike,
+                    num_layers: int) -> int:
   """Bytes that one token keeps in num_layers layers of a cache."""
   dtype = jnp.dtype(dtype)
   scale = 4 if largest(dtype) else 0
@@ -52,18 +59,20 @@ def bytes_per_token(config, dtype, num_layers):
       config.head_dim * dtype.itemsize + scale)
 
 
-def by_layer(cache):
+def by_layer(cache: Cache) -> list[tuple[jax.Array, ...]]:
   """[(k_KPCH, v_KPCH)] of a cache's layers, with their scales if any."""
   parts = (cache.k_KPCH, cache.v_KPCH, cache.k_scale_KPC, cache.v_scale_KPC)
   return list(zip(*(p for p in parts if p), strict=True))
 
 
-def from_layers(layers):
+def from_layers(layers: Sequence[tuple[jax.Array, ...]]) -> Cache:
   """The inverse of by_layer."""
   return Cache(*zip(*layers, strict=True))
 
 
-def gather_pages(cache, page_m, page_size=None, dtype=None, impl=None):
+def gather_pages(cache: Cache, page_m: jax.Array, page_size: int | None = None,
+                 dtype: DTypeLike | None = None,
+                 impl: str | None = None) -> Cache:
   """Pages page_m of every layer, as another cache would hold them.
 
   Args:
@@ -76,10 +85,11 @@ def gather_pages(cache, page_m, page_size=None, dtype=None, impl=None):
   """
   target = jnp.dtype(dtype or cache.k_KPCH[0].dtype)
 
-  def pages(x_KPC):
+  def pages(x_KPC: jax.Array) -> jax.Array:
     return pack(x_KPC, page_m, impl)
 
-  def part(arrays, scales):
+  def part(arrays: tuple[jax.Array, ...], scales: tuple[jax.Array, ...]
+           ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     out, out_scales = [], []
     for x, scale in zip(map(pages, arrays),
                         map(pages, scales) if scales else [None] * len(arrays),
@@ -101,7 +111,8 @@ def gather_pages(cache, page_m, page_size=None, dtype=None, impl=None):
   return Cache(keys, values, k_scales, v_scales)
 
 
-def scatter_pages(cache, page_m, pages, impl=None):
+def scatter_pages(cache: Cache, page_m: jax.Array, pages: Cache,
+                  impl: str | None = None) -> Cache:
   """Writes `pages` (as gathered) to page_m; ids of P, all last, are dropped.
 
   impl: of page_copy.unpack.
@@ -111,7 +122,8 @@ def scatter_pages(cache, page_m, pages, impl=None):
       pages)
 
 
-def checksum(pages, kv_head_K, first_layer, start, stop):
+def checksum(pages: Cache, kv_head_K: np.ndarray, first_layer: int,
+             start: jax.Array | int, stop: jax.Array | int) -> jax.Array:
   """A sum over the KV of tokens [start, stop) that no layout changes.
 
   Every number's bits are hashed with its layer, part, kv head, token and
@@ -149,7 +161,7 @@ def checksum(pages, kv_head_K, first_layer, start, stop):
   return total
 
 
-def _mix(x):
+def _mix(x: jax.Array | np.uint32) -> jax.Array:
   """MurmurHash3's finalizer."""
   x = jnp.asarray(x, jnp.uint32)
   x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)

@@ -9,6 +9,10 @@ The random draw at a position folds (seed, position) and nothing else: batch,
 slot, instance and mesh never change a token.
 """
 
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -52,14 +56,15 @@ class Sampled:
   top_logprob_RA: jax.Array
 
 
-def init(num_slots, max_len, vocab_size):
-  """Slots of no one. Each token row holds max_len + 1 (the last overshoot)."""
+def init(num_slots: int, max_len: int, vocab_size: int) -> Slots:
+  """Unused slots of max_len + 1 tokens: the last step may overshoot by one."""
   row = slot_row((), 0, Sampling(), max_len, vocab_size)
   return jax.tree.map(
       lambda x: jnp.tile(x, (num_slots,) + (1,) * (x.ndim - 1)), row)
 
 
-def slot_row(tokens, prompt_len, params, max_len, vocab_size):
+def slot_row(tokens: Sequence[int], prompt_len: int, params: Sampling,
+             max_len: int, vocab_size: int) -> Slots:
   """A Slots of one row, in numpy, for a request with these tokens so far."""
   row_T = np.zeros(max_len + 1, np.int32)
   row_T[:len(tokens)] = tokens
@@ -68,21 +73,22 @@ def slot_row(tokens, prompt_len, params, max_len, vocab_size):
   for i, (token, value) in enumerate(params.logit_bias):
     bias_id_A[i], bias_A[i] = token, value
   f32, i32 = np.float32, np.int32
-  return Slots(*(np.asarray(x)[None] for x in (
+  columns: list[Any] = [np.asarray(x)[None] for x in (
       row_T, i32(prompt_len), np.uint32(params.seed), i32(params.top_k),
       f32(params.temperature), f32(params.top_p), f32(params.min_p),
       f32(params.repetition_penalty), f32(params.presence_penalty),
-      f32(params.frequency_penalty), bias_id_A, bias_A)))
+      f32(params.frequency_penalty), bias_id_A, bias_A)]
+  return Slots(*columns)
 
 
-def admit(slots, slot, row):
+def admit(slots: Slots, slot: jax.Array | int, row: Slots) -> Slots:
   """Puts a request's row into a slot."""
   return jax.tree.map(
       lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, slot, 0),
       slots, row)
 
 
-def mode(params):
+def mode(params: Sampling) -> int:
   """What this request needs of a step: GREEDY, RANDOM or FULL."""
   if (params.logit_bias or params.logprobs is not None
       or params.repetition_penalty != 1 or params.presence_penalty != 0
@@ -91,7 +97,8 @@ def mode(params):
   return RANDOM if params.temperature > 0 else GREEDY
 
 
-def sample(logits_RV, slots, slot_R, pos_R, need):
+def sample(logits_RV: jax.Array, slots: Slots, slot_R: jax.Array,
+           pos_R: jax.Array, need: jax.Array | int) -> tuple[Slots, Sampled]:
   """The token at position pos_R[r] of the request in slot slot_R[r].
 
   need: the highest `mode` of the batch, a traced scalar; one compiled step
@@ -99,22 +106,23 @@ def sample(logits_RV, slots, slot_R, pos_R, need):
   get the same token: every parameter has an identity value.
 
   Returns:
-    (slots with the tokens written, Sampled). A slot of E is no one's.
+    (slots with the tokens written, Sampled). Nothing is written to slot E.
   """
   shapes.check(logits_RV=logits_RV, slot_R=slot_R, pos_R=pos_R)
   logits_RV = logits_RV.astype(jnp.float32)
   R, V = logits_RV.shape
   A = MAX_LOGPROBS
 
-  def greedy():
+  def greedy() -> Sampled:
     none = jnp.zeros((R, A), jnp.float32)
     return Sampled(jnp.argmax(logits_RV, -1).astype(jnp.int32),
                    jnp.zeros(R, jnp.float32), none.astype(jnp.int32), none)
 
-  def random():
-    return greedy().replace(token_R=draw(logits_RV, slots, slot_R, pos_R))
+  def random() -> Sampled:
+    return dataclasses.replace(
+        greedy(), token_R=draw(logits_RV, slots, slot_R, pos_R))
 
-  def full():
+  def full() -> Sampled:
     token_R = draw(penalize(logits_RV, slots, slot_R, pos_R), slots, slot_R,
                    pos_R)
     logprob_RV = jax.nn.log_softmax(logits_RV, -1)
@@ -127,31 +135,33 @@ def sample(logits_RV, slots, slot_R, pos_R, need):
 
   out = jax.lax.switch(need, (greedy, random, full))
   tokens_ET = slots.tokens_ET.at[slot_R, pos_R].set(out.token_R, mode='drop')
-  return slots.replace(tokens_ET=tokens_ET), out
+  return dataclasses.replace(slots, tokens_ET=tokens_ET), out
 
 
-def _top(x_RV, count):
+def _top(x_RV: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
   """jax.lax.top_k; elsewhere than on a CPU by `_top_by_16`."""
   return jax.lax.platform_dependent(
       x_RV, cpu=lambda x_RV: tuple(jax.lax.top_k(x_RV, count)),
       default=lambda x_RV: _top_by_16(x_RV, count))
 
 
-def _top_by_16(x_RV, count):
+def _top_by_16(x_RV: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
   """jax.lax.top_k of finite numbers, 16 at a time.
 
-  Of so few XLA has a kernel for GPUs; for more it sorts the whole vocabulary,
-  in kernels that spill registers.
+  XLA has a kernel for GPUs of up to 16; for more it sorts the whole
+  vocabulary, in kernels that spill registers.
   """
-  found, row_R1 = [], jnp.arange(x_RV.shape[0])[:, None]
-  for at in range(0, count, 16):
-    top_RA, id_RA = jax.lax.top_k(x_RV, min(16, count - at))
+  values, ids, row_R1 = [], [], jnp.arange(x_RV.shape[0])[:, None]
+  for start in range(0, count, 16):
+    top_RA, id_RA = jax.lax.top_k(x_RV, min(16, count - start))
     x_RV = x_RV.at[row_R1, id_RA].set(-jnp.inf)
-    found.append((top_RA, id_RA))
-  return tuple(jnp.concatenate(x, -1) for x in zip(*found, strict=True))
+    values.append(top_RA)
+    ids.append(id_RA)
+  return jnp.concatenate(values, -1), jnp.concatenate(ids, -1)
 
 
-def penalize(logits_RV, slots, slot_R, pos_R):
+def penalize(logits_RV: jax.Array, slots: Slots, slot_R: jax.Array,
+             pos_R: jax.Array) -> jax.Array:
   """Applies logit bias and the three penalties over the tokens so far."""
   R, V = logits_RV.shape
   tokens_RT = slots.tokens_ET[slot_R]
@@ -176,7 +186,8 @@ def penalize(logits_RV, slots, slot_R, pos_R):
       slots.bias_EA[slot_R], mode='drop')
 
 
-def draw(logits_RV, slots, slot_R, pos_R):
+def draw(logits_RV: jax.Array, slots: Slots, slot_R: jax.Array,
+         pos_R: jax.Array) -> jax.Array:
   """Temperature, top-k, top-p, min-p, then Gumbel-max; greedy at zero."""
   hot_R = slots.temperature_E[slot_R]
   hot_R = jnp.where(hot_R < COLD, 0.0, hot_R)
@@ -202,7 +213,8 @@ def draw(logits_RV, slots, slot_R, pos_R):
                     -1).astype(jnp.int32)
 
 
-def _at_least(x_RV, weight_RV, target_R):
+def _at_least(x_RV: jax.Array, weight_RV: jax.Array,
+              target_R: jax.Array) -> jax.Array:
   """The smallest top set of x whose weight reaches target, ties included.
 
   Bisects the threshold over the 32 bits of an ordered integer image of the

@@ -8,6 +8,8 @@ zeros, and kv heads are replicated where there are fewer of them than shards
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,10 +17,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsjax.config.checks import require
 from dsjax.config.model import ModelConfig
+from dsjax.config.placement import Placement
 
 AXIS = 'model'
+Span = tuple[int, int]  # layers [first, last)
+Make = Callable[[str, int | None], Any]  # of a leaf's name and layer
 _SPLIT = 'VNKFE'  # letters of axes that are split
-_WHOLE = ('router_ED',)  # every shard chooses the experts of every token
+_REPLICATED = ('router_ED',)  # every shard chooses the experts of every token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +44,16 @@ class Layout:
   heads: tuple[int, ...]
   kv_heads: tuple[int, ...]
 
-  def shape(self, leaf):
+  def shape(self, leaf: str) -> tuple[int, ...]:
     """The shape of a parameter as it lies on the mesh."""
     shape = list(self.padded.leaf_shape(leaf))
     letters = leaf.rsplit('_', 1)[1]
     if 'V' in letters:
-      at = letters.index('V')
-      shape[at] += -shape[at] % self.tp
+      axis = letters.index('V')
+      shape[axis] += -shape[axis] % self.tp
     return tuple(shape)
 
-  def source(self, leaf, index):
+  def source(self, leaf: str, index: Sequence[slice]) -> tuple[slice, ...]:
     """The part of a stored parameter that a shard begins with; zeros follow.
 
     That is all of a shard, since its heads are a run (`cut`): of several
@@ -59,32 +64,33 @@ class Layout:
     """
     held = {'N': self.heads, 'K': self.kv_heads}
     part = []
-    for letter, at, size in zip(leaf.rsplit('_', 1)[1], index,
-                                self.model.leaf_shape(leaf), strict=True):
-      real = [i for i in held.get(letter, range(size))[at] if i >= 0]
+    for letter, places, size in zip(
+        leaf.rsplit('_', 1)[1], index, self.model.leaf_shape(leaf),
+        strict=True):
+      real = [i for i in held.get(letter, range(size))[places] if i >= 0]
       part.append(slice(real[0], real[-1] + 1) if real else slice(0, 0))
     return tuple(part)
 
-  def pad(self, leaf, array):
+  def pad(self, leaf: str,
+          array: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
     """A parameter of the model as it lies on the mesh: itself, or numpy."""
     letters, want = leaf.rsplit('_', 1)[1], self.shape(leaf)
     if array.shape == want and self.heads == tuple(range(len(self.heads))):
       return array
-    array = np.asarray(array)
+    padded = np.asarray(array)
     for axis, letter in enumerate(letters):
-      held = {'N': self.heads, 'K': self.kv_heads}.get(letter)
-      if held is not None:
-        held = np.array(held)
-        array = np.take(array, np.maximum(held, 0), axis)
-        array[(slice(None),) * axis + (held < 0,)] = 0
-      elif array.shape[axis] < want[axis]:
-        extra = [(0, 0)] * array.ndim
-        extra[axis] = (0, want[axis] - array.shape[axis])
-        array = np.pad(array, extra)
-    return array
+      if letter in 'NK':
+        held = np.array(self.heads if letter == 'N' else self.kv_heads)
+        padded = np.take(padded, np.maximum(held, 0), axis)
+        padded[(slice(None),) * axis + (held < 0,)] = 0
+      elif padded.shape[axis] < want[axis]:
+        extra = [(0, 0)] * padded.ndim
+        extra[axis] = (0, want[axis] - padded.shape[axis])
+        padded = np.pad(padded, extra)
+    return padded
 
 
-def cut(config, tp):
+def cut(config: ModelConfig, tp: int) -> Layout:
   """The Layout of a model over tp shards.
 
   Every shard has `slots` places for a kv head, each with the same number of
@@ -120,7 +126,7 @@ def cut(config, tp):
   return Layout(config, padded, tp, tuple(heads), tuple(kv_heads))
 
 
-def spans(num_layers, pp):
+def spans(num_layers: int, pp: int) -> tuple[Span, ...]:
   """The layers [first, last) of each pipeline stage, as even as they go.
 
   The last stages are the smaller ones: the last one has the head to run.
@@ -132,7 +138,8 @@ def spans(num_layers, pp):
   return tuple(zip(ends[:-1], ends[1:], strict=True))
 
 
-def make_meshes(config, placement, devices):
+def make_meshes(config: ModelConfig, placement: Placement,
+                devices: Sequence[jax.Device]) -> list[tuple[Mesh, ...]]:
   """The meshes of each instance, one a stage, devices taken in order.
 
   Raises:
@@ -155,14 +162,15 @@ def make_meshes(config, placement, devices):
   return instances
 
 
-def stage_leaves(config, span):
+def stage_leaves(config: ModelConfig, span: Span) -> tuple[str, ...]:
   """Names of the parameters outside the layers that a stage needs."""
   first, last = span[0] == 0, span[1] == config.num_layers
   ends = {'embed_VD': first or (last and config.tied), 'pos_TD': first}
   return tuple(leaf for leaf in config.top_leaves if ends.get(leaf, last))
 
 
-def stage_tree(config, span, make):
+def stage_tree(config: ModelConfig, span: Span,
+               make: Make) -> dict[str, Any]:
   """The tree of a stage with make(leaf name, layer number or None)."""
   top = {leaf: make(leaf, None) for leaf in stage_leaves(config, span)}
   return top | {'layers': tuple(
@@ -170,13 +178,15 @@ def stage_tree(config, span, make):
       for layer in range(*span))}
 
 
-def abstract_params(layout, span, mesh, dtype):
+def abstract_params(layout: Layout, span: Span, mesh: Mesh,
+                    dtype: str) -> dict[str, Any]:
   """The parameters of a stage as sharded ShapeDtypeStructs."""
   return stage_tree(layout.model, span, lambda leaf, _: jax.ShapeDtypeStruct(
       layout.shape(leaf), dtype, sharding=NamedSharding(mesh, spec(leaf))))
 
 
-def place_params(layout, span, mesh, params):
+def place_params(layout: Layout, span: Span, mesh: Mesh,
+                 params: Mapping[str, Any]) -> dict[str, Any]:
   """The parameters of a stage on its mesh.
 
   One at a time, so that what is padded is not kept on the host.
@@ -189,10 +199,10 @@ def place_params(layout, span, mesh, params):
   return stage_tree(layout.model, span, put)
 
 
-def spec(leaf):
+def spec(leaf: str) -> PartitionSpec:
   """The PartitionSpec of a parameter: its first axis that can be split."""
   letters = leaf.rsplit('_', 1)[1]
-  if leaf in _WHOLE:
+  if leaf in _REPLICATED:
     return PartitionSpec()
   axes = [AXIS if letter in _SPLIT else None for letter in letters]
   if AXIS not in axes:
@@ -200,17 +210,18 @@ def spec(leaf):
   return PartitionSpec(*axes[:axes.index(AXIS) + 1])
 
 
-def kv(mesh):
+def kv(mesh: Mesh) -> NamedSharding:
   """Cache arrays and migrating pages: split by kv head."""
   return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
-def whole(mesh):
-  """Replicated."""
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The same on every shard."""
   return NamedSharding(mesh, PartitionSpec())
 
 
-def shard_map(mesh, op, in_specs, out_specs):
+def shard_map(mesh: Mesh | None, op: Callable[..., Any], in_specs: Any,
+              out_specs: Any) -> Callable[..., Any]:
   """op on each shard's part of its arguments; itself where nothing is cut.
 
   For what XLA cannot cut by itself (Pallas kernels). It must not communicate.

@@ -1,5 +1,6 @@
-"""Decoders of every family that a ModelConfig describes: one forward, two
-step functions.
+"""Decoders of every family that a ModelConfig describes.
+
+One forward pass, and two steps that run it: decode and prefill.
 
 Parameters are a plain tree, weights stored output-first: the config's
 top_leaves, and its layer_leaves for each of `layers`. Layers are a tuple and
@@ -7,13 +8,17 @@ the loop over them is unrolled: a scan over stacked weights copies every
 layer's weights each step on CPU.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
+from dsjax.config.model import ModelConfig, RopeScaling
 from dsjax.kernels import shapes, tiles
 from dsjax.kernels.decode_attention import decode_attention
 from dsjax.kernels.kv_write import kv_write, rotary
@@ -21,9 +26,11 @@ from dsjax.kernels.prefill_attention import prefill_attention
 from dsjax.model import kv_cache as kv
 from dsjax.model import sampling, sharding
 
+Params = Mapping[str, Any]  # a tree, or one layer's leaves, by name
+Attend = Callable[..., jax.Array]
 # How arrays are cut over heads: a layer's KV; [S, N, H] and [S, K, H]; not.
-HELD, HEADS, WHOLE = (PartitionSpec(sharding.AXIS),
-                      PartitionSpec(None, sharding.AXIS), PartitionSpec())
+HELD, HEADS, REPLICATED = (PartitionSpec(sharding.AXIS),
+                           PartitionSpec(None, sharding.AXIS), PartitionSpec())
 SMALL = 16  # tokens up to which a product reads W first
 ACTIVATIONS = {
     'silu': jax.nn.silu, 'relu': jax.nn.relu,
@@ -64,7 +71,7 @@ class Rows:
   table_BM: jax.Array
 
 
-def project(w_O__I, x_SI):
+def project(w_O__I: jax.Array, x_SI: jax.Array) -> jax.Array:
   """x W^T for a weight stored output-first, any number of output axes.
 
   Up to SMALL tokens the weight is the left operand: 1.7 times faster on CPU,
@@ -79,7 +86,7 @@ def project(w_O__I, x_SI):
   return y_SO.reshape(x_SI.shape[0], *out)
 
 
-def rms_norm(x_SD, gain_D, eps):
+def rms_norm(x_SD: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
   """RMSNorm over the last axis, in float32."""
   x32_SD = x_SD.astype(jnp.float32)
   scale_S1 = jax.lax.rsqrt(jnp.mean(x32_SD**2, -1, keepdims=True) + eps)
@@ -87,14 +94,16 @@ def rms_norm(x_SD, gain_D, eps):
       gain_D, range(x_SD.ndim - 1))
 
 
-def layer_norm(x_SD, gain_D, bias_D, eps):
+def layer_norm(x_SD: jax.Array, gain_D: jax.Array, bias_D: jax.Array,
+               eps: float) -> jax.Array:
   """LayerNorm, in float32."""
   x32_SD = x_SD.astype(jnp.float32)
   x32_SD -= jnp.mean(x32_SD, -1, keepdims=True)
   return rms_norm(x32_SD, gain_D, eps).astype(x_SD.dtype) + bias_D[None, :]
 
 
-def norm(config, leaves, name, x_SD):
+def norm(config: ModelConfig, leaves: Params, name: str,
+         x_SD: jax.Array) -> jax.Array:
   """The config's norm with the parameters of this name."""
   gain_D = leaves[f'{name}_D']
   if config.norm == 'layer':
@@ -102,7 +111,7 @@ def norm(config, leaves, name, x_SD):
   return rms_norm(x_SD, gain_D, config.norm_eps)
 
 
-def stretch(scaling, rate_h):
+def stretch(scaling: RopeScaling, rate_h: jax.Array) -> jax.Array:
   """Rotary frequencies scaled for a longer context (Llama 3.1 reference).
 
   llama3: a frequency that turns r times in the original context keeps
@@ -116,7 +125,8 @@ def stretch(scaling, rate_h):
   return rate_h * (kept_h + (1 - kept_h) / scaling.factor)
 
 
-def angles(config, pos_S, window=0):
+def angles(config: ModelConfig, pos_S: jax.Array,
+           window: int = 0) -> tuple[jax.Array, jax.Array]:
   """cos and sin of the rotary angles: [S, 1, H] each, float32."""
   local = window and config.rope_local_base
   half = config.head_dim // 2
@@ -129,7 +139,10 @@ def angles(config, pos_S, window=0):
   return jnp.cos(angle_S1H), jnp.sin(angle_S1H)
 
 
-def attention_inputs(config, layer, x_SD, turn):
+def attention_inputs(
+    config: ModelConfig, layer: Params, x_SD: jax.Array,
+    turn: tuple[jax.Array, jax.Array] | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Queries, keys and values of hidden states; turn: angles, or None.
 
   Keys are not rotated yet: that is done as they are written.
@@ -150,7 +163,8 @@ def attention_inputs(config, layer, x_SD, turn):
   return q_SNH, k_SKH, v_SKH
 
 
-def feed_forward(config, layer, h_SD):
+def feed_forward(config: ModelConfig, layer: Params,
+                 h_SD: jax.Array) -> jax.Array:
   """down(act(gate h) * up h), or down(act(up h)) without a gate."""
   act = ACTIVATIONS[config.activation]
   up_SF = project(layer['up_FD'], h_SD)
@@ -162,7 +176,8 @@ def feed_forward(config, layer, h_SD):
   return y_SD + layer['down_bias_D'][None, :] if config.mlp_bias else y_SD
 
 
-def route(config, router_ED, h_SD):
+def route(config: ModelConfig, router_ED: jax.Array,
+          h_SD: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Weights (float32) and numbers of each token's experts, A a token.
 
   The A best of softmax(router h) over all experts, summing to one where
@@ -175,8 +190,11 @@ def route(config, router_ED, h_SD):
   return weight_SA, expert_SA
 
 
-def run_experts(act, first, gate_EFD, up_EFD, down_EDF, h_SD, weight_SA,
-                expert_SA):
+def run_experts(
+    act: Callable[[jax.Array], jax.Array], first: jax.Array | int,
+    gate_EFD: jax.Array, up_EFD: jax.Array, down_EDF: jax.Array,
+    h_SD: jax.Array, weight_SA: jax.Array, expert_SA: jax.Array
+) -> jax.Array:
   """sum_a weight_a expert_a(h) over those of experts first .. first + E - 1.
 
   Rows are sorted by expert, other experts' last (no group has them, so what
@@ -201,7 +219,8 @@ def run_experts(act, first, gate_EFD, up_EFD, down_EDF, h_SD, weight_SA,
   return jnp.sum(y_SAD, 1)  # float32, as the weights
 
 
-def experts(config, layer, h_SD, mesh=None):
+def experts(config: ModelConfig, layer: Params, h_SD: jax.Array,
+            mesh: Mesh | None = None) -> jax.Array:
   """The experts' weighted sum; over a mesh each shard runs its own ones."""
   act = ACTIVATIONS[config.activation]
   weights = layer['gate_EFD'], layer['up_EFD'], layer['down_EDF']
@@ -221,7 +240,8 @@ def experts(config, layer, h_SD, mesh=None):
   return y_SD.astype(h_SD.dtype)
 
 
-def embed(config, params, token_S, pos_S):
+def embed(config: ModelConfig, params: Params, token_S: jax.Array,
+          pos_S: jax.Array) -> jax.Array:
   """Hidden states before the first layer."""
   x_SD = params['embed_VD'][token_S] * config.embed_scale
   if config.positions == 'learned':
@@ -229,8 +249,11 @@ def embed(config, params, token_S, pos_S):
   return x_SD
 
 
-def run_layers(config, layers, first, cache, x_SD, pos_S, page_S, attend,
-               mesh=None, impl=None):
+def run_layers(
+    config: ModelConfig, layers: Sequence[Params], first: int,
+    cache: kv.Cache, x_SD: jax.Array, pos_S: jax.Array, page_S: jax.Array,
+    attend: Attend, mesh: Mesh | None = None, impl: str | None = None
+) -> tuple[jax.Array, kv.Cache]:
   """Hidden states after `layers`, the ones from layer `first` on.
 
   attend(layer, q_SNH, *held) -> o_SNH, held being what by_layer gives of the
@@ -240,7 +263,7 @@ def run_layers(config, layers, first, cache, x_SD, pos_S, page_S, attend,
   page_S: the page of each token, P to drop it.
 
   Args:
-    mesh: what parameters are sharded over; None where they are whole.
+    mesh: what parameters are sharded over; None for no mesh.
     impl: of attention; kv_write's is what `tiles.portable` makes of it.
 
   Returns:
@@ -252,7 +275,7 @@ def run_layers(config, layers, first, cache, x_SD, pos_S, page_S, attend,
   offset_S = pos_S % cache.k_KPCH[0].shape[2]
   write = sharding.shard_map(
       mesh, functools.partial(kv_write, impl=tiles.portable(impl)),
-      (HELD, HEADS, HEADS, WHOLE, WHOLE, WHOLE), HELD)
+      (HELD, HEADS, HEADS, REPLICATED, REPLICATED, REPLICATED), HELD)
 
   # Traced and lowered once for all layers alike.
   @functools.partial(jax.jit, static_argnames='like')
@@ -284,7 +307,7 @@ def run_layers(config, layers, first, cache, x_SD, pos_S, page_S, attend,
   return x_SD, kv.from_layers(written)
 
 
-def head(config, params, x_RD):
+def head(config: ModelConfig, params: Params, x_RD: jax.Array) -> jax.Array:
   """Logits of hidden states, float32; -inf for rows that pad V."""
   x_RD = norm(config, params, 'norm', x_RD)
   head_VD = params['embed_VD'] if config.tied else params['head_VD']
@@ -296,13 +319,15 @@ def head(config, params, x_RD):
   return jnp.where(real_V[None, :], logits_RV, -jnp.inf)
 
 
-def attention(op, config, impl, mesh, *where):
+def attention(op: Callable[..., jax.Array], config: ModelConfig,
+              impl: str | None, mesh: Mesh | None,
+              *where: jax.Array) -> Attend:
   """run_layers' attend: op on every shard's heads.
 
   where: what op takes after keys and values.
   """
-  def attend(layer, q_SNH, *held):
-    def one(q_SNH, held, *where):
+  def attend(layer: int, q_SNH: jax.Array, *held: jax.Array) -> jax.Array:
+    def on_shard(q_SNH, held, *where):
       k_KPCH, v_KPCH, *scales = held
       k_scale_KPC, v_scale_KPC = scales or (None, None)
       return op(q_SNH, k_KPCH, v_KPCH, *where, impl, scale=config.attn_scale,
@@ -310,67 +335,64 @@ def attention(op, config, impl, mesh, *where):
                 k_scale_KPC=k_scale_KPC, v_scale_KPC=v_scale_KPC)
 
     return sharding.shard_map(
-        mesh, one, (HEADS, HELD, *(WHOLE for _ in where)), HEADS)(
+        mesh, on_shard, (HEADS, HELD, *(REPLICATED for _ in where)), HEADS)(
             q_SNH, held, *where)
 
   return attend
 
 
-def page_of(table_BM, row_S, pos_S, live_S, page_size, num_pages):
+def page_of(table_BM: jax.Array, row_S: jax.Array, pos_S: jax.Array,
+            live_S: jax.Array, page_size: int, num_pages: int) -> jax.Array:
   """The page of position pos_S of row row_S; num_pages where not live."""
   page_S = table_BM[row_S, pos_S // page_size]
   return jnp.where(live_S, page_S, num_pages)
 
 
-def decode_step(config, params, cache, slots, rows, need, impl=None,
-                mesh=None, span=None, x_BD=None):
-  """One token for every row.
+class _Tokens(NamedTuple):
+  """The S tokens of a step: decode rows, prompt chunks, or both.
 
-  Args:
-    span: layers [first, last) of a pipeline stage that params and cache hold;
-      None for all. x_BD: what the stage before returned; None in the first.
-
-  Returns:
-    (cache, slots, rows one position on, Sampled): feed the rows back for the
-    next step without the host. From a stage that is not the last: (cache,
-    x_BD); it needs no slots unless it is the first.
+  page_S: where the key and value of each go, P for nowhere. attend: as
+  run_layers takes it. read(slots) gives the tokens themselves. rows: the
+  decode rows among them, which come first, or None. samples(slots) gives
+  row_R, slot_R and pos_R: after which of the S to sample (None: after each),
+  and the slots and positions that the samples are written to.
   """
+
+  pos_S: jax.Array
+  page_S: jax.Array
+  attend: Attend
+  read: Callable[[sampling.Slots], jax.Array]
+  rows: Rows | None
+  samples: Callable[[sampling.Slots], tuple[Any, jax.Array, jax.Array]]
+
+
+def _of_rows(config: ModelConfig, cache: kv.Cache, rows: Rows,
+             impl: str | None, mesh: Mesh | None) -> _Tokens:
+  """One token of each decode row."""
   shapes.check(pos_B=rows.pos_B, slot_B=rows.slot_B, live_B=rows.live_B,
                table_BM=rows.table_BM)
   _, P, C, _ = cache.k_KPCH[0].shape
-  span = span or (0, config.num_layers)
-  if x_BD is None:
-    x_BD = embed(config, params, _row_tokens(slots, rows), rows.pos_B)
-  x_BD, cache = run_layers(
-      config, params['layers'], span[0], cache, x_BD, rows.pos_B,
-      _row_pages(rows, P, C),
-      attention(decode_attention, config, impl, mesh, rows.table_BM,
-                rows.pos_B + 1), mesh, impl)
-  if span[1] < config.num_layers:
-    return cache, x_BD
-  slots, out = sampling.sample(
-      head(config, params, x_BD), slots, _slot(slots, rows), rows.pos_B + 1,
-      need)
-  return cache, slots, rows.replace(pos_B=rows.pos_B + 1), out
+  page_B = page_of(rows.table_BM, jnp.arange(rows.pos_B.shape[0]), rows.pos_B,
+                   rows.live_B, C, P)
+
+  def read(slots: sampling.Slots) -> jax.Array:
+    return slots.tokens_ET[rows.slot_B, rows.pos_B]
+
+  def samples(slots: sampling.Slots) -> tuple[None, jax.Array, jax.Array]:
+    unused = slots.tokens_ET.shape[0]
+    return (None, jnp.where(rows.live_B, rows.slot_B, unused), rows.pos_B + 1)
+
+  attend = attention(decode_attention, config, impl, mesh, rows.table_BM,
+                     rows.pos_B + 1)
+  return _Tokens(rows.pos_B, page_B, attend, read, rows, samples)
 
 
-def prefill_step(config, params, cache, slots, packed, size, need, rows=None,
-                 impl=None, mesh=None, span=None, x_SD=None):
-  """Runs packed prompt chunks, and with `rows` one decode token each too.
-
-  size: tokens of the packed axis (S, static). With rows (the chunked mode)
-  their tokens and the prompt's share every weight read. span, x_SD: as for
-  decode_step.
-
-  Returns:
-    (cache, slots, rows one position on or None, Sampled): R = rows first,
-    then one entry a sequence, garbage where sample_B is False. From a stage
-    that is not the last: (cache, x_SD).
-  """
+def _of_prompts(config: ModelConfig, cache: kv.Cache, packed: Packed,
+                size: int, impl: str | None, mesh: Mesh | None) -> _Tokens:
+  """The packed tokens of prompt chunks, and padding up to `size`."""
   shapes.check(pos_B=packed.pos_B, slot_B=packed.slot_B,
                sample_B=packed.sample_B, table_BM=packed.table_BM)
   _, P, C, _ = cache.k_KPCH[0].shape
-  span = span or (0, config.num_layers)
   at_S = jnp.arange(size)
   seq_S = jnp.minimum(jnp.searchsorted(packed.start_A[1:], at_S, side='right'),
                       packed.pos_B.shape[0] - 1)
@@ -379,55 +401,112 @@ def prefill_step(config, params, cache, slots, packed, size, need, rows=None,
   pos_S = jnp.where(live_S, pos_S, 0)
   page_S = page_of(packed.table_BM, seq_S, pos_S, live_S, C, P)
 
+  def read(slots: sampling.Slots) -> jax.Array:
+    return slots.tokens_ET[packed.slot_B[seq_S], pos_S]
+
+  def samples(slots: sampling.Slots) -> tuple[jax.Array, jax.Array, jax.Array]:
+    end_B, unused = packed.start_A[1:], slots.tokens_ET.shape[0]
+    return (jnp.maximum(end_B - 1, 0),
+            jnp.where(packed.sample_B, packed.slot_B, unused),
+            packed.pos_B + end_B - packed.start_A[:-1])
+
   attend = attention(prefill_attention, config, impl, mesh, packed.table_BM,
                      packed.start_A, packed.pos_B)
-  B = 0
-  if rows is not None:
-    B = rows.pos_B.shape[0]
-    page_S = jnp.concatenate((_row_pages(rows, P, C), page_S))
-    parts = attention(decode_attention, config, impl, mesh, rows.table_BM,
-                      rows.pos_B + 1), attend
+  return _Tokens(pos_S, page_S, attend, read, None, samples)
 
-    def attend(layer, q_SNH, *held):
-      return jnp.concatenate([part(layer, q, *held) for part, q in zip(
-          parts, (q_SNH[:B], q_SNH[B:]), strict=True)])
 
+def _beside(decoded: _Tokens, prompts: _Tokens) -> _Tokens:
+  """Decode rows and then prompt chunks, in one token axis."""
+  B = decoded.pos_S.shape[0]
+
+  def join(rows: jax.Array, chunks: jax.Array) -> jax.Array:
+    return jnp.concatenate((rows, chunks))
+
+  def attend(layer: int, q_SNH: jax.Array, *held: jax.Array) -> jax.Array:
+    return join(decoded.attend(layer, q_SNH[:B], *held),
+                prompts.attend(layer, q_SNH[B:], *held))
+
+  def read(slots: sampling.Slots) -> jax.Array:
+    return join(decoded.read(slots), prompts.read(slots))
+
+  def samples(slots: sampling.Slots) -> tuple[jax.Array, jax.Array, jax.Array]:
+    _, *written = decoded.samples(slots)
+    row_R, *others = prompts.samples(slots)
+    slot_R, pos_R = map(join, written, others)
+    return join(jnp.arange(B), B + row_R), slot_R, pos_R
+
+  return _Tokens(join(decoded.pos_S, prompts.pos_S),
+                 join(decoded.page_S, prompts.page_S), attend, read,
+                 decoded.rows, samples)
+
+
+def _step(config: ModelConfig, params: Params, cache: kv.Cache,
+          slots: sampling.Slots, tokens: _Tokens, need: jax.Array | int,
+          impl: str | None, mesh: Mesh | None, span: tuple[int, int] | None,
+          x_SD: jax.Array | None) -> tuple[Any, ...]:
+  """Runs the tokens through a stage, and samples behind the last one."""
+  first, last = span or (0, config.num_layers)
   if x_SD is None:
-    token_S = slots.tokens_ET[packed.slot_B[seq_S], pos_S]
-    if rows is not None:
-      token_S = jnp.concatenate((_row_tokens(slots, rows), token_S))
-  if rows is not None:
-    pos_S = jnp.concatenate((rows.pos_B, pos_S))
-  if x_SD is None:
-    x_SD = embed(config, params, token_S, pos_S)
-  x_SD, cache = run_layers(config, params['layers'], span[0], cache, x_SD,
-                           pos_S, page_S, attend, mesh, impl)
-  if span[1] < config.num_layers:
+    x_SD = embed(config, params, tokens.read(slots), tokens.pos_S)
+  x_SD, cache = run_layers(config, params['layers'], first, cache, x_SD,
+                           tokens.pos_S, tokens.page_S, tokens.attend, mesh,
+                           impl)
+  if last < config.num_layers:
     return cache, x_SD
-  num_slots = slots.tokens_ET.shape[0]
-  end_B = packed.start_A[1:]
-  row_R = B + jnp.maximum(end_B - 1, 0)
-  slot_R = jnp.where(packed.sample_B, packed.slot_B, num_slots)
-  pos_R = packed.pos_B + end_B - packed.start_A[:-1]
+  row_R, slot_R, pos_R = tokens.samples(slots)
+  x_RD = x_SD if row_R is None else x_SD[row_R]
+  slots, out = sampling.sample(head(config, params, x_RD), slots, slot_R,
+                               pos_R, need)
+  rows = tokens.rows
   if rows is not None:
-    row_R = jnp.concatenate((jnp.arange(B), row_R))
-    slot_R = jnp.concatenate((_slot(slots, rows), slot_R))
-    pos_R = jnp.concatenate((rows.pos_B + 1, pos_R))
-    rows = rows.replace(pos_B=rows.pos_B + 1)
-  slots, out = sampling.sample(head(config, params, x_SD[row_R]), slots,
-                               slot_R, pos_R, need)
+    rows = dataclasses.replace(rows, pos_B=rows.pos_B + 1)
   return cache, slots, rows, out
 
 
-def _row_tokens(slots, rows):
-  return slots.tokens_ET[rows.slot_B, rows.pos_B]
+def decode_step(
+    config: ModelConfig, params: Params, cache: kv.Cache,
+    slots: sampling.Slots, rows: Rows, need: jax.Array | int,
+    impl: str | None = None, mesh: Mesh | None = None,
+    span: tuple[int, int] | None = None, x_BD: jax.Array | None = None
+) -> tuple[Any, ...]:
+  """One token for every row.
+
+  Args:
+    need: the highest sampling.mode of the rows.
+    impl: of attention. mesh: what params are sharded over.
+    span: layers [first, last) of a pipeline stage that params and cache hold;
+      None for all. x_BD: what the stage before returned; None in the first.
+
+  Returns:
+    (cache, slots, rows one position on, Sampled): feed the rows back for the
+    next step without the host. From a stage that is not the last: (cache,
+    x_BD); it needs no slots unless it is the first.
+  """
+  tokens = _of_rows(config, cache, rows, impl, mesh)
+  return _step(config, params, cache, slots, tokens, need, impl, mesh, span,
+               x_BD)
 
 
-def _row_pages(rows, num_pages, page_size):
-  return page_of(rows.table_BM, jnp.arange(rows.pos_B.shape[0]), rows.pos_B,
-                 rows.live_B, page_size, num_pages)
+def prefill_step(
+    config: ModelConfig, params: Params, cache: kv.Cache,
+    slots: sampling.Slots, packed: Packed, size: int, need: jax.Array | int,
+    rows: Rows | None = None, impl: str | None = None,
+    mesh: Mesh | None = None, span: tuple[int, int] | None = None,
+    x_SD: jax.Array | None = None
+) -> tuple[Any, ...]:
+  """Runs packed prompt chunks, and with `rows` one decode token each too.
 
+  size: tokens of the packed axis (S, static). With rows (the chunked mode)
+  their tokens and the prompt's share every weight read. The other arguments
+  are those of decode_step.
 
-def _slot(slots, rows):
-  """The slot a row writes to: no one's for padding."""
-  return jnp.where(rows.live_B, rows.slot_B, slots.tokens_ET.shape[0])
+  Returns:
+    (cache, slots, rows one position on or None, Sampled): R = rows first,
+    then one entry a sequence, garbage where sample_B is False. From a stage
+    that is not the last: (cache, x_SD).
+  """
+  tokens = _of_prompts(config, cache, packed, size, impl, mesh)
+  if rows is not None:
+    tokens = _beside(_of_rows(config, cache, rows, impl, mesh), tokens)
+  return _step(config, params, cache, slots, tokens, need, impl, mesh, span,
+               x_SD)

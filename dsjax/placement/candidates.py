@@ -51,13 +51,13 @@ class Cluster:
   def __post_init__(self):
     for field in ('nodes', 'devices_per_node'):
       value = getattr(self, field)
-      require(checks.whole(value), f'Cluster.{field}', value,
+      require(checks.is_positive_int(value), f'Cluster.{field}', value,
               'an integer of 1 or more')
     for field in ('memory_bytes', 'intra_bytes_per_s', 'inter_bytes_per_s'):
       value = getattr(self, field)
-      require(checks.positive(value), f'Cluster.{field}', value,
+      require(checks.is_positive(value), f'Cluster.{field}', value,
               'a number above 0')
-    require(checks.finite(self.hand_off_s), 'Cluster.hand_off_s',
+    require(checks.is_nonnegative(self.hand_off_s), 'Cluster.hand_off_s',
             self.hand_off_s, 'seconds, 0 or more')
     require(isinstance(self.reads_beside, bool), 'Cluster.reads_beside',
             self.reads_beside, 'true or false')
@@ -143,15 +143,15 @@ class Problem:
   def __post_init__(self):
     require(0 < self.target < 1, 'Problem.target', self.target,
             'a share in (0, 1)')
-    require(checks.positive(self.tolerance), 'Problem.tolerance',
+    require(checks.is_positive(self.tolerance), 'Problem.tolerance',
             self.tolerance, 'above 0')
-    require(checks.whole(self.replicas), 'Problem.replicas', self.replicas,
-            'an integer of 1 or more')
+    require(checks.is_positive_int(self.replicas), 'Problem.replicas',
+            self.replicas, 'an integer of 1 or more')
     require(self.strict is None or 0 < self.strict < 1, 'Problem.strict',
             self.strict, 'None or a share in (0, 1)')
-    require(checks.positive(self.strict_effort), 'Problem.strict_effort',
+    require(checks.is_positive(self.strict_effort), 'Problem.strict_effort',
             self.strict_effort, 'above 0')
-    require(self.rate_per_s is None or checks.positive(self.rate_per_s),
+    require(self.rate_per_s is None or checks.is_positive(self.rate_per_s),
             'Problem.rate_per_s', self.rate_per_s, 'None or above 0')
 
 

@@ -58,7 +58,7 @@ class _Stage:
   """Parameters, cache and, at both ends, slots on one mesh."""
 
   def __init__(self, shapes, params):
-    self.shapes, self.whole = shapes, sharding.whole(shapes.mesh)
+    self.shapes, self.whole = shapes, sharding.replicated(shapes.mesh)
     place = (params.place if isinstance(params, Stored) else
              functools.partial(sharding.place_params, params=params))
     self._place = functools.partial(place, shapes.layout, shapes.span,

@@ -59,7 +59,7 @@ def abstract(shapes):
 
   return (sharding.abstract_params(s.layout, s.span, s.mesh, s.dtype),
           shard(cache, sharding.kv(s.mesh)),
-          shard(slots, sharding.whole(s.mesh)))
+          shard(slots, sharding.replicated(s.mesh)))
 
 
 def empty_rows(shapes, count):
@@ -89,7 +89,7 @@ def make_step(shapes, kind, size=0):
   s = shapes
   _, cache, slots = abstract(s)
   kept = jax.tree.map(lambda x: x.sharding, (cache, slots))
-  whole, moved = sharding.whole(s.mesh), sharding.kv(s.mesh)
+  whole, moved = sharding.replicated(s.mesh), sharding.kv(s.mesh)
   common = dict(impl=s.attention, mesh=s.mesh, span=s.span)
   portable = tiles.portable(s.attention)
 
@@ -181,7 +181,7 @@ def _attention(config, model, device, page_size, kv_dtype):
 def abstract_steps(shapes, limits):
   """The largest steps of a stage: (jitted step, abstract arguments) each."""
   params, cache, slots = abstract(shapes)
-  whole, tokens = sharding.whole(shapes.mesh), limits.prefill_tokens
+  whole, tokens = sharding.replicated(shapes.mesh), limits.prefill_tokens
 
   def put(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(

@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import math
 
-from dsjax.config.checks import require
+from dsjax.config.checks import is_number, require
 
 KINDS = ('prefill', 'decode', 'mixed', 'single')
 
@@ -41,9 +41,8 @@ class Contention:
       require(isinstance(pair, tuple) and len(pair) == 2
               and all(kind in KINDS for kind in pair), 'Contention.factors',
               pair, f'pairs of {KINDS}')
-      require(isinstance(factor, (int, float)) and math.isfinite(factor)
-              and factor >= 1, f'Contention.factors.{">".join(pair)}', factor,
-              '1 or more')
+      require(is_number(1, math.inf)(factor),
+              f'Contention.factors.{">".join(pair)}', factor, '1 or more')
 
   def factor(self, kind, others):
     """Seconds of a step beside these, over its seconds alone."""

@@ -23,7 +23,12 @@ import math
 from bisect import bisect_left
 from typing import NamedTuple
 
-from dsjax.config.checks import finite, positive, require, whole
+from dsjax.config.checks import (
+    is_nonnegative,
+    is_positive,
+    is_positive_int,
+    require,
+)
 
 
 class Buckets(NamedTuple):
@@ -56,7 +61,7 @@ def sums(pieces):
 
 def _constants(name, values, count):
   require(isinstance(values, (tuple, list)) and len(values) == count
-          and all(finite(v) for v in values), name, values,
+          and all(is_nonnegative(v) for v in values), name, values,
           f'{count} numbers, each 0 or more')
   return tuple(map(float, values))
 
@@ -64,9 +69,10 @@ def _constants(name, values, count):
 def check_common(latency):
   """Raises InputError unless host_s and pp are what a latency may have."""
   kind = type(latency).__name__
-  require(finite(latency.host_s), f'{kind}.host_s', latency.host_s,
+  require(is_nonnegative(latency.host_s), f'{kind}.host_s', latency.host_s,
           'seconds, 0 or more')
-  require(whole(latency.pp), f'{kind}.pp', latency.pp, 'stages, 1 or more')
+  require(is_positive_int(latency.pp), f'{kind}.pp', latency.pp,
+          'stages, 1 or more')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,16 +115,17 @@ class Affine:
         object.__setattr__(self, field, _constants(
             f'Affine.{field}', value, count))
     require((self.split is None) == (self.decode_large is None)
-            and (self.split is None or whole(self.split)), 'Affine.split',
-            self.split, 'a batch size, with decode_large and only with it')
+            and (self.split is None or is_positive_int(self.split)),
+            'Affine.split', self.split,
+            'a batch size, with decode_large and only with it')
     require(len(self.buckets) == 3, 'Affine.buckets', self.buckets,
             'tokens, rows, mixed_rows')
     for field, sizes in zip(Buckets._fields, self.buckets, strict=True):
-      require(all(map(whole, sizes))
+      require(all(map(is_positive_int, sizes))
               and list(sizes) == sorted(set(sizes)),
               f'Affine.buckets.{field}', sizes, 'growing sizes')
     object.__setattr__(self, 'buckets', Buckets(*map(tuple, self.buckets)))
-    require(finite(self.piece_s), 'Affine.piece_s', self.piece_s,
+    require(is_nonnegative(self.piece_s), 'Affine.piece_s', self.piece_s,
             'seconds, 0 or more')
     check_common(self)
 
@@ -251,12 +258,13 @@ class Link:
   beside: bool = False
 
   def __post_init__(self):
-    require(finite(self.base_s), 'Link.base_s', self.base_s, '0 or more')
+    require(is_nonnegative(self.base_s), 'Link.base_s', self.base_s,
+            '0 or more')
     require(isinstance(self.beside, bool), 'Link.beside', self.beside,
             'true or false')
     for field in ('bytes_per_s', 'kv_bytes'):
       value = getattr(self, field)
-      require(positive(value), f'Link.{field}', value, 'above 0')
+      require(is_positive(value), f'Link.{field}', value, 'above 0')
 
   def migrate_s(self, num_tokens):
     """Seconds of a migration of so many tokens, alone on the link."""

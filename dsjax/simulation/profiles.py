@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 
-from dsjax.config.checks import InputError
+from dsjax.config.checks import InputError, parse_json
 from dsjax.config.placement import Plan
 from dsjax.simulation.contention import Contention
 from dsjax.simulation.latency import Affine, Buckets, Link
@@ -64,11 +64,10 @@ def read_json(path):
     InputError naming the file.
   """
   try:
-    return json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
+    text = pathlib.Path(path).read_bytes()
   except OSError as error:
     raise InputError(f'{path}: cannot be read: {error.strerror}') from error
-  except (ValueError, RecursionError) as error:
-    raise InputError(f'{path}: is not JSON: {error}') from error
+  return parse_json(path, text)
 
 
 def load(path):

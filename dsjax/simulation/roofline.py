@@ -6,7 +6,12 @@ For hardware that nobody has measured. A Roofline is a latency: see latency.
 import dataclasses
 import math
 
-from dsjax.config.checks import finite, positive, require, whole
+from dsjax.config.checks import (
+    is_nonnegative,
+    is_positive,
+    is_positive_int,
+    require,
+)
 from dsjax.config.model import ModelConfig
 from dsjax.simulation.hardware import Hardware
 from dsjax.simulation.latency import check_common
@@ -121,13 +126,13 @@ class Roofline:
 
   def __post_init__(self):
     check_common(self)
-    require(whole(self.tp), 'Roofline.tp', self.tp, '1 or more')
+    require(is_positive_int(self.tp), 'Roofline.tp', self.tp, '1 or more')
     for field in ('itemsize', 'kv_itemsize', 'compute', 'memory'):
       value = getattr(self, field)
-      require(positive(value), f'Roofline.{field}', value, 'above 0')
+      require(is_positive(value), f'Roofline.{field}', value, 'above 0')
     for field in ('step_s', 'message_s'):
       value = getattr(self, field)
-      require(finite(value), f'Roofline.{field}', value, '0 or more')
+      require(is_nonnegative(value), f'Roofline.{field}', value, '0 or more')
 
   def parts(self, pieces, batch, context):
     """((operations, bytes), ...) of a device, and its seconds of messages.

@@ -3,13 +3,12 @@
 import csv
 import datetime
 import io
-import json
 import math
 import pathlib
 import re
 from typing import NamedTuple
 
-from dsjax.config.checks import InputError, integer
+from dsjax.config.checks import InputError, is_integer, parse_json
 
 MAX_LEN = 2**31 - 1
 
@@ -61,11 +60,7 @@ def _is_jsonl(path, text):
 
 def _json_lines(path, text):
   for number, line in _lines(text):
-    try:
-      value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-      raise InputError(f'{path}, line {number}: is not JSON: {error}'
-                       ) from error
+    value = parse_json(f'{path}, line {number}', line)
     if not isinstance(value, dict):
       raise InputError(f'{path}, line {number}: must be a JSON object '
                        f'{{...}}, is {line[:40]!r}')
@@ -84,7 +79,7 @@ def _length(path, line, column, value):
   length = value
   if isinstance(value, str) and re.fullmatch(' *[0-9]{1,10} *', value):
     length = int(value)
-  if not integer(1, MAX_LEN)(length):
+  if not is_integer(1, MAX_LEN)(length):
     raise _bad(path, line, column, value,
                f'an integer from 1 to {MAX_LEN} (tokens)')
   return length

@@ -11,20 +11,21 @@ import math
 
 import numpy as np
 
-from dsjax.config.checks import require
+from dsjax.config.checks import (
+    is_integer,
+    is_number,
+    is_positive,
+    is_positive_int,
+    require,
+)
 from dsjax.config.request import Request, Sampling
 
 KINDS = ('poisson', 'gamma', 'uniform', 'burst', 'trace')
 _ARRIVALS, _LENGTHS, _TOKENS = range(3)  # streams of one seed
 
 
-def _whole(value, low):
-  return (isinstance(value, int) and not isinstance(value, bool)
-          and value >= low)
-
-
 def _rng(seed, stream):
-  require(_whole(seed, 0), 'seed', seed, 'an integer, 0 or more')
+  require(is_integer(0, math.inf)(seed), 'seed', seed, 'an integer, 0 or more')
   return np.random.default_rng((seed, stream))
 
 
@@ -62,13 +63,12 @@ def arrivals(kind, rate_per_s, n, seed=0, cv=1.0, entries=None):
     InputError.
   """
   require(kind in KINDS, 'arrivals.kind', kind, f'one of {KINDS}')
-  require(_whole(n, 1), 'arrivals.n', n, 'an integer of 1 or more')
+  require(is_positive_int(n), 'arrivals.n', n, 'an integer of 1 or more')
   if rate_per_s is not None or kind not in ('burst', 'trace'):
-    require(isinstance(rate_per_s, (int, float))
-            and math.isfinite(rate_per_s) and rate_per_s > 0,
-            'arrivals.rate_per_s', rate_per_s, 'a number above 0')
-  require(isinstance(cv, (int, float)) and 0.01 <= cv <= 100, 'arrivals.cv',
-          cv, 'a number from 0.01 to 100')
+    require(is_positive(rate_per_s), 'arrivals.rate_per_s', rate_per_s,
+            'a number above 0')
+  require(is_number(0.01, 100)(cv), 'arrivals.cv', cv,
+          'a number from 0.01 to 100')
   rng = _rng(seed, _ARRIVALS)
   if kind == 'trace':
     return tuple(_trace_arrivals(entries, n, rate_per_s).tolist())
@@ -103,15 +103,15 @@ def from_lengths(entries, n, arrivals_s, vocab_size=None, seed=0,
     InputError.
   """
   require(entries, 'from_lengths.entries', entries, 'at least one entry')
-  require(_whole(n, 1), 'from_lengths.n', n, 'an integer of 1 or more')
+  require(is_positive_int(n), 'from_lengths.n', n, 'an integer of 1 or more')
   require(not in_order or n <= len(entries), 'from_lengths.n', n,
           f'at most {len(entries)} in order, the length of the trace')
   require(len(arrivals_s) == n, 'from_lengths.arrivals_s', len(arrivals_s),
           f'{n} times')
   for field, value in (('vocab_size', vocab_size),
                        ('max_prompt', max_prompt), ('max_output', max_output)):
-    require(value is None or _whole(value, 1), f'from_lengths.{field}', value,
-            'None or an integer of 1 or more')
+    require(value is None or is_positive_int(value), f'from_lengths.{field}',
+            value, 'None or an integer of 1 or more')
   picks = range(n)
   if not in_order:
     picks = _rng(seed, _LENGTHS).integers(len(entries), size=n)

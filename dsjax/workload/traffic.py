@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dsjax import workload
-from dsjax.config.checks import InputError, positive, require
+from dsjax.config.checks import InputError, is_positive, require
 from dsjax.workload import Entry
 
 _DRAWS = 3  # a stream of a seed; workload has those below
@@ -135,10 +135,10 @@ def factor(lengths):
     InputError: shares do not add up to 1, or no factor gives the mean.
   """
   shares = sum(p[0] for p in lengths.pieces)
-  require(all(len(p) == 3 and all(map(positive, p)) for p in lengths.pieces)
+  require(all(len(p) == 3 and all(map(is_positive, p)) for p in lengths.pieces)
           and math.isclose(shares, 1), 'Lengths.pieces', lengths.pieces,
           '(share, median, sigma), all above 0, shares adding up to 1')
-  require(positive(lengths.mean) and 1 < lengths.mean < lengths.high,
+  require(is_positive(lengths.mean) and 1 < lengths.mean < lengths.high,
           'Lengths.mean', lengths.mean, f'between 1 and high={lengths.high}')
   low, high = -30.0, 30.0  # of the factor's logarithm
   for _ in range(100):
@@ -201,7 +201,7 @@ def vary(unit_times, segments):
   """
   segments = tuple(segments)
   require(segments and all(
-      len(s) == 2 and positive(s[0]) and (s[1] == 0 or positive(s[1]))
+      len(s) == 2 and is_positive(s[0]) and (s[1] == 0 or is_positive(s[1]))
       for s in segments) and any(s[1] for s in segments), 'vary.segments',
       segments, '(seconds, rate_per_s) pairs, not all rates 0')
   starts = [0.0, *itertools.accumulate(s for s, _ in segments)]
@@ -226,9 +226,9 @@ def diurnal(rate_per_s, swing, period_s=86400.0, steps=48):
   Args:
     swing: from 0 (constant) to 1 (the least rate is 0).
   """
-  require(positive(rate_per_s), 'diurnal.rate_per_s', rate_per_s, 'above 0')
-  require(positive(period_s), 'diurnal.period_s', period_s, 'above 0')
-  require(swing == 0 or positive(swing) and swing <= 1, 'diurnal.swing',
+  require(is_positive(rate_per_s), 'diurnal.rate_per_s', rate_per_s, 'above 0')
+  require(is_positive(period_s), 'diurnal.period_s', period_s, 'above 0')
+  require(swing == 0 or is_positive(swing) and swing <= 1, 'diurnal.swing',
           swing, 'from 0 to 1')
   require(isinstance(steps, int) and steps >= 3, 'diurnal.steps', steps,
           '3 or more')

@@ -133,7 +133,7 @@ def pieces(source, target):
 
   def heads(count):
     return jax.ShapeDtypeStruct((count, PAGES, *page), 'bfloat16',
-                                sharding=sharding.whole(mesh))
+                                sharding=sharding.replicated(mesh))
 
   found = migration.plan_pieces(*source[:2], *target[:2])
   cuts = sorted({p.places for p in found if len(p.places) < each[0]})

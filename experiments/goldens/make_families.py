@@ -133,7 +133,7 @@ def _logits(folder, seed):
 
 
 @torch.inference_mode()
-def main(argv):
+def main(argv: list[str]) -> None:
   del argv
   smallest, total = np.inf, 0
   for name in _FAMILIES:

@@ -176,7 +176,7 @@ def _write(path, rows):
 
 
 @torch.inference_mode()
-def main(argv):
+def main(argv: list[str]) -> None:
   del argv
   path = pathlib.Path(
       importlib.metadata.distribution(_WHEEL).locate_file(_FILE))

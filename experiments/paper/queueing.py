@@ -12,21 +12,18 @@ arXiv 1912.06322; the rest are identities derived where they stand.
 """
 
 import fractions
-import math
 
-from dsjax.config.checks import require
+from dsjax.config.checks import is_nonnegative, is_positive, require
 
 
 def _positive(**values):
   for field, value in values.items():
-    require(isinstance(value, (int, float)) and math.isfinite(value)
-            and value > 0, field, value, 'a number above 0')
+    require(is_positive(value), field, value, 'a number above 0')
 
 
 def _nonnegative(**values):
   for field, value in values.items():
-    require(isinstance(value, (int, float)) and math.isfinite(value)
-            and value >= 0, field, value, 'a number of 0 or more')
+    require(is_nonnegative(value), field, value, 'a number of 0 or more')
 
 
 def _stable(load):

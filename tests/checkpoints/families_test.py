@@ -160,7 +160,7 @@ def test_devices_change_no_token(name, tp):
   placed = sharding.place_params(layout, (0, config.num_layers), mesh, params)
   run = Run(layout.padded, placed, tokens, prompt_len, mesh=mesh)
   run.cache = jax.device_put(run.cache, sharding.kv(mesh))
-  run.slots = jax.device_put(run.slots, sharding.whole(mesh))
+  run.slots = jax.device_put(run.slots, sharding.replicated(mesh))
   got_TV = np.concatenate((run.prefill(), run.decode(
       len(tokens) - prompt_len)))
   np.testing.assert_allclose(got_TV, logits_TV, rtol=0, atol=ATOL)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from dsjax.checkpoints import checkpoint, gguf_model
+from dsjax.checkpoints.families import gemma2, gemma3
+from dsjax.checkpoints.family import GgufKeys
 from dsjax.checkpoints.weights import random_params, stored_shape, tree
 from dsjax.config.checks import InputError
 from dsjax.config.model import ModelConfig, RopeScaling
@@ -420,11 +422,12 @@ def test_other_families_are_read(path, arch):
     np.testing.assert_array_equal(got, want, name)
 
 
-@pytest.mark.parametrize('arch, layers', [('gemma2', 46), ('gemma3', 62)])
-def test_the_largest_gemmas_scale_by_their_width(arch, layers):
+@pytest.mark.parametrize('arch, known, layers', [
+    ('gemma2', gemma2, 46), ('gemma3', gemma3, 62)])
+def test_the_largest_gemmas_scale_by_their_width(arch, known, layers):
   base = dict(num_layers=layers, d_model=D, num_heads=N, head_dim=H + 1)
   keys = {f'{arch}.attention.sliding_window': 8}
-  fields = gguf_model._ARCHS[arch].fields(gguf_model._Meta(keys, arch), base)
+  fields = known.FAMILY.gguf.fields(GgufKeys(keys, arch), base)
   assert fields['attn_scale'] == (D / N)**-0.5
   assert fields['windows'][:7] == ((8, 0) * 4)[:7] if arch == 'gemma2' else (
       (8,) * 5 + (0, 8))

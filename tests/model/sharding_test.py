@@ -133,7 +133,7 @@ def test_cache_and_moving_pages_are_split_by_kv_head():
 
 
 def test_whole_is_replicated():
-  assert sharding.whole(mesh(2)).shard_shape((4, 6)) == (4, 6)
+  assert sharding.replicated(mesh(2)).shard_shape((4, 6)) == (4, 6)
 
 
 # --- stages ------------------------------------------------------------------

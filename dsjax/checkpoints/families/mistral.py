@@ -1,0 +1,16 @@
+"""Mistral 7B: a Llama whose layers see a window. Its GGUF says llama."""
+
+from dsjax.checkpoints import hf_keys
+from dsjax.checkpoints.families import llama
+from dsjax.checkpoints.family import Family
+from dsjax.checkpoints.hf_keys import Fields, Keys
+
+
+def fields(keys: Keys) -> Fields:
+  """The fields of a ModelConfig, every layer with the window if any."""
+  shared = llama.shared_fields(keys)
+  return shared | hf_keys.windows(keys, shared['num_layers'],
+                                  lambda layer: True)
+
+
+FAMILY = Family('mistral', 'MistralForCausalLM', fields, llama.TENSORS)
