@@ -46,6 +46,7 @@ from rich.table import Table
 
 import dsjax
 from dsjax import workload
+from dsjax.analysis import pairing
 from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan
@@ -54,7 +55,6 @@ from dsjax.model import kv_cache, sharding
 from dsjax.runtime import engine, migration, orchestrator
 from dsjax.scheduling.events import (
   Chunk,
-  DecodeDone,
   Migrate,
   Row,
   RunDecode,
@@ -190,16 +190,12 @@ def in_rounds(timed, rounds, tick):
 def decode_span(server, batch):
   """(seconds a step, first step's context of a row, steps) of the decodes of
   all `batch` requests together in a server's log; None: there are none."""
-  sent, times, first = {}, [], None
-  for event, commands in server.log:
-    for c in commands:
-      if isinstance(c, RunDecode):
-        sent[c.number] = c
-    if isinstance(event, DecodeDone):
-      command = sent.get(event.number)
-      if command and len(command.rows) == batch:
-        first = first or command.rows[0].base + command.tick + 1
-        times += event.steps_s
+  times, first = [], None
+  for ended in pairing.ended(server.log):
+    command = ended.command
+    if isinstance(command, RunDecode) and len(command.rows) == batch:
+      first = first or command.rows[0].base + command.tick + 1
+      times += ended.steps_s
   if len(times) < 3:
     return None
   return (times[-1] - times[0]) / (len(times) - 1), first, len(times)

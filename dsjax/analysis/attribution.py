@@ -28,20 +28,9 @@ import math
 import statistics
 from typing import NamedTuple
 
-from dsjax.analysis import metrics
+from dsjax.analysis import metrics, pairing
 from dsjax.analysis.recorder import Recorder
-from dsjax.scheduling.events import (
-  DecodeDone,
-  InstanceDown,
-  Migrate,
-  Migrated,
-  MigrateFailed,
-  Preempt,
-  PrefillDone,
-  RunDecode,
-  RunPrefill,
-  Timer,
-)
+from dsjax.scheduling.events import Migrate, Preempt, RunDecode, RunPrefill
 
 CAUSES = ('prefill_queue', 'prefill', 'transfer', 'decode_queue',
           'interference', 'preemption', 'decode')
@@ -166,13 +155,12 @@ class Fold:
     self._recorder = Recorder(lambda *span: self._new.append(span))
     self._prefilled_at, self._decoded_at = {}, {}
     self._preempted = set()
-    self._issued, self._free_s = {}, {}
+    self._pairing = pairing.Pairing()
     self._starts = {}  # id -> when its instance got to its prompt
     self._mixed = collections.defaultdict(list)
     self._decoding = collections.defaultdict(_Curve)
     self._pure_s = collections.defaultdict(list)
     self._sources = collections.defaultdict(_Source)
-    self._moving = {}
 
   @property
   def records(self):
@@ -181,39 +169,29 @@ class Fold:
   def observe(self, event, commands):
     """Folds one event and the commands issued in answer to it."""
     now_s = event.time_s
-    if isinstance(event, (PrefillDone, DecodeDone)):
-      self._done(event)
-    elif isinstance(event, (Migrated, MigrateFailed, Timer)):
-      self._moved(now_s, [(event.id, event.epoch)])
-    elif isinstance(event, InstanceDown):
-      i, lost = event.instance, self._sources[event.instance]
-      lost.note(now_s, steps=-lost.steps)
-      self._moved(now_s, [k for k, at in self._moving.items() if i in at])
+    for ended in self._pairing.observe(event, commands):
+      if isinstance(ended, pairing.HandOff):
+        self._sources[ended.command.source].note(now_s, copies=-1)
+        continue
+      if isinstance(ended.command, RunPrefill):
+        self._sources[ended.command.instance].note(now_s, steps=-1)
+      if ended.done:
+        self._done(ended)
     self._recorder.observe(event, commands)
     for command in commands:
-      if isinstance(command, (RunPrefill, RunDecode)):
-        key = command.instance, command.number
-        self._issued[key] = now_s, command
-        for chunk in getattr(command, 'chunks', ()):
+      if isinstance(command, RunPrefill):
+        for chunk in command.chunks:
           self._prefilled_at[chunk.id] = command.instance
-        if isinstance(command, RunPrefill):
-          self._sources[command.instance].note(now_s, steps=1)
+        self._sources[command.instance].note(now_s, steps=1)
       elif isinstance(command, Migrate):
-        self._moving[command.id, command.epoch] = (command.source,
-                                                   command.target)
         self._sources[command.source].note(now_s, copies=1)
     self._label()
     for command in commands:
       if isinstance(command, Preempt):
         self._preempted.add(command.id)
-      for row in getattr(command, 'rows', ()):
-        self._decoded_at[row.id] = command.instance
-
-  def _moved(self, now_s, hand_offs):
-    for key in hand_offs:
-      source, _ = self._moving.pop(key, (None, None))
-      if source is not None:
-        self._sources[source].note(now_s, copies=-1)
+      elif isinstance(command, (RunPrefill, RunDecode)):
+        for row in command.rows:
+          self._decoded_at[row.id] = command.instance
 
   def _label(self):
     """Keeps the spans that ended, with their instance."""
@@ -234,21 +212,17 @@ class Fold:
         own.append((stage, start_s, stop_s, where.get(id)))
     self._new.clear()
 
-  def _done(self, event):
+  def _done(self, execution):
     """A command of an instance completed: what it added to decode steps."""
-    i = event.instance
-    issued_s, command = self._issued.pop((i, event.number))
-    start_s = max(issued_s, self._free_s.get(i, 0.0))
-    self._free_s[i] = event.time_s
-    took_s = event.time_s - start_s
+    command, start_s = execution.command, execution.started_s
+    i, stop_s = command.instance, execution.ended_s
     if isinstance(command, RunDecode):
-      self._pure_s[i].append(took_s / command.steps)
+      self._pure_s[i].append((stop_s - start_s) / command.steps)
       self._decoding[i].to(start_s, 0.0)
-      self._decoding[i].to(event.time_s, took_s)
+      self._decoding[i].to(stop_s, stop_s - start_s)
       return
     for chunk in command.chunks:
       self._starts.setdefault(chunk.id, start_s)
-    self._sources[i].note(event.time_s, steps=-1)
     base_s = 0.0
     if command.rows:
       base_s = None
@@ -257,7 +231,7 @@ class Fold:
         base_s = self._latencies[i].decode_s(
             batch, sum(r.base for r in command.rows)
             + batch * (command.tick + 1))
-    self._mixed[i].append(_Step(start_s, event.time_s, base_s))
+    self._mixed[i].append(_Step(start_s, stop_s, base_s))
 
   def parts(self):
     """{id: Parts} of requests that ended and have a token."""

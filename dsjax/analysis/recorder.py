@@ -80,6 +80,8 @@ class Recorder:
   command that opens it is issued. The token at which a request ends counts;
   what later steps of the same or of in-flight commands produce for it does
   not. Cost: of a decode step none a row; of a row that leaves, one a row.
+  It keeps commands in flight itself (pairing.Pairing does it for others),
+  since `leapt` folds completions and commands that were never made.
 
   Args:
     on_span: None, or a function (id, stage, start_s, stop_s) called as each

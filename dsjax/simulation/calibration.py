@@ -10,16 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dsjax.analysis import pairing
 from dsjax.config.checks import require
-from dsjax.scheduling.events import (
-  DecodeDone,
-  InstanceDown,
-  Migrate,
-  Migrated,
-  PrefillDone,
-  RunDecode,
-  RunPrefill,
-)
 from dsjax.simulation.contention import KINDS, Contention, kind_of
 from dsjax.simulation.fitting import Cell, nonnegative, predict_s
 
@@ -69,49 +61,40 @@ def observe(log):
   Returns:
     ([Step], [Copy]), each in order of completion.
   """
-  sent, copies, last, freed = {}, {}, {}, {}
-  steps, moved = [], []
-  for event, commands in log:
-    if isinstance(event, (PrefillDone, DecodeDone)):
-      command, at = sent.pop((event.instance, event.number))
-      begin = last.get(event.instance, -np.inf)
-      steps += _steps_of(command, at, begin, event)
-      last[event.instance] = event.time_s
-    elif isinstance(event, Migrated) and (
-        event.id, event.epoch) in copies:
-      c, at, behind = copies.pop((event.id, event.epoch))
-      start = max(at, freed.get((c.source, c.target), -np.inf))
-      freed[c.source, c.target] = event.time_s
-      moved.append(Copy(c.num_tokens, event.time_s - start, behind))
-    elif isinstance(event, InstanceDown):
-      sent = {k: v for k, v in sent.items() if k[0] != event.instance}
-    for c in commands:
-      if isinstance(c, (RunPrefill, RunDecode)):
-        sent[c.instance, c.number] = c, event.time_s
-      elif isinstance(c, Migrate):
-        copies[c.id, c.epoch] = c, event.time_s, any(
-            index == c.source for index, _ in sent)
-  return _overlaps(steps), moved
+  steps, copies, free_s = [], [], {}
+  for ended in pairing.ended(log):
+    if not ended.done:
+      continue
+    if isinstance(ended, pairing.Execution):
+      steps += _steps_of(ended)
+      continue
+    command = ended.command
+    link = command.source, command.target
+    start_s = max(ended.issued_s, free_s.get(link, -np.inf))
+    free_s[link] = ended.ended_s
+    copies.append(Copy(command.num_tokens, ended.ended_s - start_s,
+                       ended.behind))
+  return _overlaps(steps), copies
 
 
-def _steps_of(command, at, begin, event):
-  """The Steps of a command issued at `at`, behind one that ended at begin."""
-  pieces = tuple((c.start, c.stop) for c in getattr(command, 'chunks', ()))
+def _steps_of(execution):
+  """The Steps of a command that completed."""
+  command, start_s = execution.command, execution.started_s
+  pieces = tuple((chunk.start, chunk.stop) for chunk in execution.chunks)
   batch = len(command.rows)
-  context = sum(r.base for r in command.rows) + batch * (command.tick + 1)
-  start, idle, found = max(at, begin), at >= begin, []
-  times = getattr(event, 'steps_s', ()) or (event.time_s,)
-  for i, end in enumerate(times):
-    cell = Cell(pieces, batch, context + i * batch, end - start)
-    found.append(Step(event.instance, cell, start, idle and not i, {}))
-    start = end
-  return found
+  context = sum(row.base for row in command.rows) + batch * (command.tick + 1)
+  idle, steps = start_s == execution.issued_s, []
+  for n, end_s in enumerate(execution.steps_s):
+    cell = Cell(pieces, batch, context + n * batch, end_s - start_s)
+    steps.append(Step(command.instance, cell, start_s, idle and not n, {}))
+    start_s = end_s
+  return steps
 
 
 def _overlaps(steps):
   """Steps with their beside_s."""
   lines = {}
-  for key in {(s.instance, s.kind) for s in steps}:
+  for key in sorted({(s.instance, s.kind) for s in steps}):
     own = [(s.start_s, s.cell.seconds) for s in steps
            if (s.instance, s.kind) == key]
     at = np.array([t for start, d in own for t in (start, start + d)])
