@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from dsjax.scheduling.events import (
-  Chunk,
   Command,
   DecodeDone,
   Event,
@@ -50,11 +49,6 @@ class Execution(NamedTuple):
   steps_s: tuple[float, ...]
   stages_s: tuple[float, ...]
   done: bool
-
-  @property
-  def chunks(self) -> tuple[Chunk, ...]:
-    """Its pieces of prompts."""
-    return self.command.chunks if isinstance(self.command, RunPrefill) else ()
 
 
 class HandOff(NamedTuple):

@@ -31,16 +31,16 @@ def _row(instance, stage):
   return instance + _STAGE * stage
 
 
-def _step_name(execution):
-  tokens = sum(c.stop - c.start for c in execution.chunks)
+def _step_name(command):
+  tokens = sum(c.stop - c.start for c in command.chunks)
   parts = [f'prefill {tokens} tok'] if tokens else []
-  if execution.command.rows:
-    parts.append(f'decode x{len(execution.command.rows)}')
+  if command.rows:
+    parts.append(f'decode x{len(command.rows)}')
   return ' + '.join(parts) or 'empty'
 
 
-def _step_args(execution, step):
-  command, chunks = execution.command, execution.chunks
+def _step_args(command, step):
+  chunks = command.chunks
   return {
       'number': command.number,
       'tick': command.tick + step,
@@ -152,10 +152,10 @@ def _step_slices(log, us):
     instance = command.instance
     for step, stage, start_s, stop_s in _spans(ended, free_s):
       yield {'ph': 'X', 'pid': _INSTANCES, 'tid': _row(instance, stage),
-             'cat': 'step', 'name': _step_name(ended), 'ts': us(start_s),
+             'cat': 'step', 'name': _step_name(command), 'ts': us(start_s),
              'dur': us(stop_s) - us(start_s),
-             'args': _step_args(ended, step)}
-      for chunk in ended.chunks:
+             'args': _step_args(command, step)}
+      for chunk in command.chunks:
         # Just inside the slice: viewers attach an arrow to what is there.
         prefilled[chunk.id] = instance, stop_s - 0.01 * (stop_s - start_s)
 

@@ -102,18 +102,15 @@ class Gauges:
     for command in commands:
       if isinstance(command, Preempt):
         self.preemptions.inc()
-      elif isinstance(command, RunPrefill):
-        self.prefill_tokens.labels(str(command.instance)).observe(
-            sum(chunk.stop - chunk.start for chunk in command.chunks))
+      elif isinstance(command, RunPrefill | RunDecode):
+        instance = str(command.instance)
+        if command.chunks:
+          self.prefill_tokens.labels(instance).observe(
+              sum(chunk.stop - chunk.start for chunk in command.chunks))
         if command.rows:
-          self._decoded(command, 1)
-      elif isinstance(command, RunDecode):
-        self._decoded(command, command.steps)
-
-  def _decoded(self, command, steps):
-    rows = self.decode_rows.labels(str(command.instance))
-    for _ in range(steps):
-      rows.observe(len(command.rows))
+          rows = self.decode_rows.labels(instance)
+          for _ in range(command.steps):
+            rows.observe(len(command.rows))
 
   def finished(self, record: Record) -> None:
     """Folds a request that has ended."""

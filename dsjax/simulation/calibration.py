@@ -79,7 +79,7 @@ def observe(log: pairing.Log) -> tuple[list[Step], list[Copy]]:
 def _steps_of(execution):
   """The Steps of a command that completed."""
   command, start_s = execution.command, execution.started_s
-  pieces = tuple((chunk.start, chunk.stop) for chunk in execution.chunks)
+  pieces = tuple((chunk.start, chunk.stop) for chunk in command.chunks)
   batch = len(command.rows)
   context = sum(row.base for row in command.rows) + batch * (command.tick + 1)
   idle, steps = start_s == execution.issued_s, []

@@ -145,8 +145,7 @@ class Rules:
       elif faults and inst.status == 'gone':
         found.append((('up', i), 1))
       elif faults:
-        steps = (getattr(inst.inflight[0][0], 'steps', 1)
-                 if inst.inflight else 1)
+        steps = inst.inflight[0][0].steps if inst.inflight else 1
         found += [(('crash', i, n), 1) for n in range(steps)]
         found.append((('gone', i), 1))
         found.append((('drain' if inst.status == 'up' else 'up', i), 1))
@@ -596,7 +595,7 @@ def _mark(inst):
       inst.status, tuple([(number - n, id) for n, id in inst.ending]),
       tuple([tuple([(r[0], r[1] + b.tick, r[2] - b.tick, r[3])
                     for r in b.rows]) for b in inst.batches]),
-      tuple([(g, getattr(c, 'steps', 0), getattr(c, 'chunks', 0),
+      tuple([(g, c.steps, c.chunks,
               tuple([(r[0], r[1] + c.tick, r[3]) for r in c.rows]),
               ticks[g] - c.tick if g >= 0 else 0)
              for c, g in inst.inflight])))

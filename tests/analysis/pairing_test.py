@@ -48,12 +48,6 @@ def test_a_command_starts_when_the_one_before_it_ends():
       Execution(prefill(2), 6.0, 6.0, 9.5, (9.5,), (), True)]
 
 
-def test_the_pieces_of_an_execution():
-  log = [(Arrived(1.0, 0, 8, 4), (prefill(0), decode(0))),
-         (PrefillDone(2.0, 0, 0), ()), (DecodeDone(2.0, 1, 0), ())]
-  assert [e.chunks for e in pairing.ended(log)] == [CHUNKS, ()]
-
-
 def test_a_lost_instance_loses_what_was_in_flight_on_it():
   followed = pairing.Pairing()
   followed.observe(Arrived(1.0, 0, 8, 9), (decode(0, 3), decode(1)))
