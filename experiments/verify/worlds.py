@@ -71,6 +71,7 @@ class _NoClock:
 NO_CLOCK = _NoClock()
 HAND_OFF = (Migrated, MigrateFailed, Timer)
 DAMAGED = ('damaged', 0, 0)
+PROBED = 6  # requests that are told stale events at a time
 
 
 class World(NamedTuple):
@@ -293,9 +294,10 @@ class Rules:
   def _stale(self, w, turn):
     """(event, stage of its request or status of its instance)s: late ones,
     those that are told twice."""
-    now, found = w.state, []
-    for id, fate in enumerate(w.fates):
-      seq = now.seqs.get(id)
+    now, found, count = w.state, [], len(w.fates)
+    for n in range(min(count, PROBED)):  # of many requests some, in turn
+      id = (turn * PROBED + n) % count if count > PROBED else n
+      fate, seq = w.fates[id], now.seqs.get(id)
       if seq is None:
         stage, epoch = 'absent', 1
       else:

@@ -2,6 +2,7 @@
 
 import inspect
 import pathlib
+import sys
 import textwrap
 
 import pytest
@@ -47,7 +48,7 @@ MUTATIONS = {
         'bisect.insort(queue, seq.id, key=lambda id: seqs[id].order)',
         'queue.insert(0, seq.id)'),
     'a pull passes the first by': (
-        RUN, 'pull', 'inst.pulls[0]', 'inst.pulls[-1]'),
+        RUN, 'pull', 'inst.pulls)[0]', 'inst.pulls)[-1]'),
     'room is not noticed': (RUN, 'touch', 'inst.fresh, ', ''),
     'a late completion is taken for the next': (
         RUN, 'complete', '0 <= e.number <', 'e.number != e.number <'),
@@ -123,9 +124,10 @@ def mutate(name, monkeypatch):
   before = getattr(owner, function)
   source = textwrap.dedent(inspect.getsource(before))
   assert old in source, source
-  module = recovery if owner is recovery else scheduler
-  made = {}
-  exec(source.replace(old, new), module.__dict__, made)
+  made, module = {}, sys.modules[before.__module__]
+  # Annotations are not read: some name what only a type checker imports.
+  exec('from __future__ import annotations\n' + source.replace(old, new),
+       module.__dict__, made)
   monkeypatch.setattr(owner, function, made[function])
   for kind, apply in scheduler._APPLY.items():
     if apply is before:
