@@ -11,6 +11,10 @@ timed in turn, round after round, and the median of each counts, so that a
 busy moment spoils no single cell. Buckets are part of the result: a batch
 costs what its compiled size costs.
 
+--hardware=h100-80g also fits the shares of a device's peaks that all plans
+together reach (a Roofline), and --predict=4x1,8x1 adds to the file what other
+plans would take at these shares, so that a search may consider them.
+
 Files in --out: latency-DEVICE-MODEL.json (dsjax.simulation.profiles.load reads
 it), cells-DEVICE-MODEL.jsonl (every cell, measured and fitted),
 latency-....png.
@@ -46,6 +50,7 @@ from rich.table import Table
 
 import dsjax
 from dsjax import workload
+from dsjax.analysis import pairing
 from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan
@@ -54,13 +59,20 @@ from dsjax.model import kv_cache, sharding
 from dsjax.runtime import engine, migration, orchestrator
 from dsjax.scheduling.events import (
   Chunk,
-  DecodeDone,
   Migrate,
   Row,
   RunDecode,
   RunPrefill,
 )
-from dsjax.simulation import contention, fitting, latency, profiles
+from dsjax.simulation import (
+  contention,
+  fitting,
+  hardware,
+  latency,
+  profiles,
+  roofline,
+  roofline_fit,
+)
 from experiments.common import machine, terminal, tiny
 from experiments.common import overrides as configs
 
@@ -81,6 +93,11 @@ def define_flags():
       plans=flags.DEFINE_list('plans', ['1x1'], 'Plans TPxPP to measure.'),
       set=flags.DEFINE_multi_string(
           'set', [], 'A field of EngineConfig to change: name=value.'),
+      hardware=flags.DEFINE_enum(
+          'hardware', None, sorted(hardware.HARDWARE),
+          'The device, for a Roofline of all plans.'),
+      predict=flags.DEFINE_list(
+          'predict', [], 'Plans TPxPP not measured, for the file; --hardware.'),
       rounds=flags.DEFINE_integer(
           'rounds', 5, 'Timed rounds of every cell.', lower_bound=1),
       points=flags.DEFINE_integer(
@@ -190,16 +207,12 @@ def in_rounds(timed, rounds, tick):
 def decode_span(server, batch):
   """(seconds a step, first step's context of a row, steps) of the decodes of
   all `batch` requests together in a server's log; None: there are none."""
-  sent, times, first = {}, [], None
-  for event, commands in server.log:
-    for c in commands:
-      if isinstance(c, RunDecode):
-        sent[c.number] = c
-    if isinstance(event, DecodeDone):
-      command = sent.get(event.number)
-      if command and len(command.rows) == batch:
-        first = first or command.rows[0].base + command.tick + 1
-        times += event.steps_s
+  times, first = [], None
+  for ended in pairing.ended(server.log):
+    command = ended.command
+    if isinstance(command, RunDecode) and len(command.rows) == batch:
+      first = first or command.rows[0].base + command.tick + 1
+      times += ended.steps_s
   if len(times) < 3:
     return None
   return (times[-1] - times[0]) / (len(times) - 1), first, len(times)
@@ -390,6 +403,27 @@ def measure(loaded, plans, config, rounds=5, points=4, bar=None, name=None):
       f'jax {jax.__version__}', shared), cells
 
 
+def fit_shares(cells, config, model_config, name):
+  """The Roofline of the device `name` that the cells of all plans reach."""
+  return roofline_fit.fit_roofline(cells, roofline.Roofline(
+      model_config, hardware.HARDWARE[name],
+      itemsize=np.dtype(config.dtype).itemsize,
+      kv_itemsize=np.dtype(config.kv_dtype_of('decode')).itemsize))
+
+
+def predict(profile, cells, shares, plans):
+  """The Profile with Affines of further plans, from a Roofline."""
+  measured = list(profile.latencies.values())
+  host_s = statistics.median(model.host_s for model in measured)
+  found = {plan: roofline_fit.affine_of(
+      shares, plan, next(iter(cells.values())), measured[0].buckets, host_s)
+           for plan in plans}
+  names = ', '.join(f'{plan.tp}x{plan.pp}' for plan in plans)
+  return dataclasses.replace(
+      profile, latencies=found | profile.latencies,
+      source=f'{profile.source}; predicted, not measured: {names}')
+
+
 # --- what a person looks at -------------------------------------------------
 
 
@@ -444,6 +478,20 @@ def show(console, profile, cells, tpot_s, config, model_config):
                               (kind, other), x in
                               profile.contention.factors.items()),
                   highlight=False, soft_wrap=True)
+
+
+def show_shares(console, shares, cells):
+  """A Roofline in words, and its error for each measured plan."""
+  console.print(
+      f'Shares of the peaks of {shares.hardware.name}: '
+      f'{100 * shares.compute:.3g} % of the operations, '
+      f'{100 * shares.memory:.3g} % of the bytes, '
+      f'{1e3 * shares.step_s:.3f} ms a step', highlight=False)
+  for plan, own in cells.items():
+    model = dataclasses.replace(shares, tp=plan.tp, pp=plan.pp)
+    console.print(f'  plan {plan.tp}x{plan.pp}: mean error ' + ', '.join(
+        f'{kind} {r.mape:.1%}' for kind, r in
+        fitting.residuals(model, own).items()), highlight=False)
 
 
 def draw(path, profile, cells):
@@ -543,6 +591,9 @@ def run(console):
           'seconds above 0')
   config, plans = configs.override(ENGINE, FLAGS.set.value), parse_plans(
       FLAGS.plans.value)
+  further = parse_plans(FLAGS.predict.value) if FLAGS.predict.value else ()
+  require(FLAGS.hardware.value or not further, '--predict',
+          FLAGS.predict.value, 'given with --hardware')
   most = max(p.num_devices for p in plans)
   if jax.config.jax_platforms in (None, '', 'cpu'):
     jax.config.update('jax_num_cpu_devices', 2 * most)
@@ -559,6 +610,11 @@ def run(console):
                              FLAGS.points.value, bar,
                              pathlib.Path(FLAGS.model.value).name)
   show(console, profile, cells, tpot_s, config, loaded.config)
+  if name := FLAGS.hardware.value:
+    shares = fit_shares(cells, config, loaded.config, name)
+    show_shares(console, shares, cells)
+    if further:
+      profile = predict(profile, cells, shares, further)
   busy = others.cores()
   if busy is not None and busy > 0.2:
     console.print(f'Other programs used {busy:.1f} cores meanwhile: these '

@@ -32,13 +32,13 @@ from rich.console import Console
 import dsjax
 from configs.serve import Serve
 from dsjax import workload
-from dsjax.analysis import attribution, metrics
+from dsjax.analysis import attribution, metrics, timeline
 from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Placement
 from dsjax.runtime import orchestrator
 from dsjax.scheduling import scheduler
 from dsjax.workload import traffic
-from experiments.common import machine, report, terminal, timeline, tiny
+from experiments.common import machine, report, terminal, tiny
 from experiments.common import overrides as configs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -29,7 +29,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from dsjax import workload
-from dsjax.analysis import attribution, metrics
+from dsjax.analysis import attribution, metrics, timeline
 from dsjax.analysis.record import Record
 from dsjax.config import zoo
 from dsjax.config.checks import require
@@ -39,7 +39,7 @@ from dsjax.placement.candidates import Cluster, Problem
 from dsjax.scheduling.events import Finish, Reject
 from dsjax.simulation import simulator
 from dsjax.workload import traffic
-from experiments.common import report, setting, terminal, timeline
+from experiments.common import report, setting, terminal
 from experiments.common.overrides import parse_placement, show_placement
 
 WARMUP = 0.2  # share of the requests, as in goodput.steady_hits

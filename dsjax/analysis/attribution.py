@@ -26,21 +26,20 @@ import collections
 import dataclasses
 import math
 import statistics
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
-from dsjax.analysis import metrics
+from dsjax.analysis import metrics, pairing
+from dsjax.analysis.record import Record
 from dsjax.analysis.recorder import Recorder
+from dsjax.config.placement import Slo
 from dsjax.scheduling.events import (
-  DecodeDone,
-  InstanceDown,
+  Command,
+  Event,
   Migrate,
-  Migrated,
-  MigrateFailed,
   Preempt,
-  PrefillDone,
   RunDecode,
   RunPrefill,
-  Timer,
 )
 
 CAUSES = ('prefill_queue', 'prefill', 'transfer', 'decode_queue',
@@ -61,6 +60,18 @@ _CHANGE = {
     'decode': ('a faster decode (larger tp, smaller batches)',
                'were slow in decode', 'its excess over an empty system'),
 }
+
+
+class StepSeconds(Protocol):
+  """The part of a latency that attribution asks for."""
+
+  def decode_s(self, batch: int, context: int) -> float:
+    """Seconds of a decode step of so many rows and tokens attended to."""
+    ...
+
+
+# record -> (seconds of its prefill, of a decode step) on an empty system.
+NoLoad = Callable[[Record], tuple[float, float]]
 
 
 class Parts(NamedTuple):
@@ -160,60 +171,49 @@ class Fold:
       steps were mixed.
   """
 
-  def __init__(self, latencies=None):
+  def __init__(self, latencies: Sequence[StepSeconds] | None = None) -> None:
     self._latencies = latencies
     self._spans, self._new = {}, []
     self._recorder = Recorder(lambda *span: self._new.append(span))
     self._prefilled_at, self._decoded_at = {}, {}
     self._preempted = set()
-    self._issued, self._free_s = {}, {}
+    self._pairing = pairing.Pairing()
     self._starts = {}  # id -> when its instance got to its prompt
     self._mixed = collections.defaultdict(list)
     self._decoding = collections.defaultdict(_Curve)
     self._pure_s = collections.defaultdict(list)
     self._sources = collections.defaultdict(_Source)
-    self._moving = {}
 
   @property
-  def records(self):
+  def records(self) -> list[Record]:
     return self._recorder.records
 
-  def observe(self, event, commands):
+  def observe(self, event: Event, commands: Iterable[Command]) -> None:
     """Folds one event and the commands issued in answer to it."""
     now_s = event.time_s
-    if isinstance(event, (PrefillDone, DecodeDone)):
-      self._done(event)
-    elif isinstance(event, (Migrated, MigrateFailed, Timer)):
-      self._moved(now_s, [(event.id, event.epoch)])
-    elif isinstance(event, InstanceDown):
-      i, lost = event.instance, self._sources[event.instance]
-      lost.note(now_s, steps=-lost.steps)
-      self._moved(now_s, [k for k, at in self._moving.items() if i in at])
+    for ended in self._pairing.observe(event, commands):
+      if isinstance(ended, pairing.HandOff):
+        self._sources[ended.command.source].note(now_s, copies=-1)
+        continue
+      if isinstance(ended.command, RunPrefill):
+        self._sources[ended.command.instance].note(now_s, steps=-1)
+      if ended.done:
+        self._done(ended)
     self._recorder.observe(event, commands)
     for command in commands:
-      if isinstance(command, (RunPrefill, RunDecode)):
-        key = command.instance, command.number
-        self._issued[key] = now_s, command
-        for chunk in getattr(command, 'chunks', ()):
+      if isinstance(command, RunPrefill):
+        for chunk in command.chunks:
           self._prefilled_at[chunk.id] = command.instance
-        if isinstance(command, RunPrefill):
-          self._sources[command.instance].note(now_s, steps=1)
+        self._sources[command.instance].note(now_s, steps=1)
       elif isinstance(command, Migrate):
-        self._moving[command.id, command.epoch] = (command.source,
-                                                   command.target)
         self._sources[command.source].note(now_s, copies=1)
     self._label()
     for command in commands:
       if isinstance(command, Preempt):
         self._preempted.add(command.id)
-      for row in getattr(command, 'rows', ()):
-        self._decoded_at[row.id] = command.instance
-
-  def _moved(self, now_s, hand_offs):
-    for key in hand_offs:
-      source, _ = self._moving.pop(key, (None, None))
-      if source is not None:
-        self._sources[source].note(now_s, copies=-1)
+      elif isinstance(command, (RunPrefill, RunDecode)):
+        for row in command.rows:
+          self._decoded_at[row.id] = command.instance
 
   def _label(self):
     """Keeps the spans that ended, with their instance."""
@@ -234,21 +234,17 @@ class Fold:
         own.append((stage, start_s, stop_s, where.get(id)))
     self._new.clear()
 
-  def _done(self, event):
+  def _done(self, execution):
     """A command of an instance completed: what it added to decode steps."""
-    i = event.instance
-    issued_s, command = self._issued.pop((i, event.number))
-    start_s = max(issued_s, self._free_s.get(i, 0.0))
-    self._free_s[i] = event.time_s
-    took_s = event.time_s - start_s
+    command, start_s = execution.command, execution.started_s
+    i, stop_s = command.instance, execution.ended_s
     if isinstance(command, RunDecode):
-      self._pure_s[i].append(took_s / command.steps)
+      self._pure_s[i].append((stop_s - start_s) / command.steps)
       self._decoding[i].to(start_s, 0.0)
-      self._decoding[i].to(event.time_s, took_s)
+      self._decoding[i].to(stop_s, stop_s - start_s)
       return
     for chunk in command.chunks:
       self._starts.setdefault(chunk.id, start_s)
-    self._sources[i].note(event.time_s, steps=-1)
     base_s = 0.0
     if command.rows:
       base_s = None
@@ -257,15 +253,15 @@ class Fold:
         base_s = self._latencies[i].decode_s(
             batch, sum(r.base for r in command.rows)
             + batch * (command.tick + 1))
-    self._mixed[i].append(_Step(start_s, event.time_s, base_s))
+    self._mixed[i].append(_Step(start_s, stop_s, base_s))
 
-  def parts(self):
+  def parts(self) -> dict[int, Parts]:
     """{id: Parts} of requests that ended and have a token."""
     # Instances that only prefill, as far as was seen.
     apart = (set(self._sources) - set(self._pure_s)
              - set(self._decoded_at.values()))
     curves = {i: self._curve(i) for i in self._mixed}
-    found = {}
+    parts = {}
     for r in self.records:
       if r.finish_s is None or not r.token_s:
         continue
@@ -278,19 +274,19 @@ class Fold:
           if b > a:
             self._share(sums, stage, a, b, where, curves, apart)
         halves.append(sums)
-      found[r.id] = Parts(*halves)
-    return found
+      parts[r.id] = Parts(*halves)
+    return parts
 
-  def least(self):
-    """A no_load of the run itself, for explain: the least that it saw.
+  def least(self) -> NoLoad:
+    """A no_load for explain, from the run itself: the least that it saw.
 
-    Its fastest prefill a prompt token and its fastest decode step: too low
-    for prompts of which a fixed cost is a large part, so that what it calls
-    excess may be a little less.
+    Its fastest prefill a prompt token and its fastest decode step. That is too
+    little for prompts whose prefill is mostly a fixed cost: their excess
+    counts as a little more than it was.
     """
-    found = self.parts()
+    by_id = self.parts()
     each = [parts.before['prefill'] / r.prompt_len
-            for r in self.records if (parts := found.get(r.id))]
+            for r in self.records if (parts := by_id.get(r.id))]
     steps = [s for own in self._pure_s.values() for s in own]
     prefill_s, decode_s = min(each, default=0.0), min(steps, default=0.0)
     return lambda record: (prefill_s * record.prompt_len, decode_s)
@@ -324,8 +320,9 @@ class Fold:
     return curve
 
 
-def of_log(log, latencies=None):
-  """The Fold of a log: [(event, commands), ...] in order."""
+def of_log(log: pairing.Log,
+           latencies: Sequence[StepSeconds] | None = None) -> Fold:
+  """The Fold of a log, in order."""
   fold = Fold(latencies)
   for event, commands in log:
     fold.observe(event, commands)
@@ -343,7 +340,8 @@ def _removed_s(parts, record, cause, no_load):
   return before, after
 
 
-def explain(record, parts, slo, no_load=None):
+def explain(record: Record, parts: Parts | None, slo: Slo,
+            no_load: NoLoad | None = None) -> Miss:
   """The Miss of a record that did not attain.
 
   Its cause is the removal that takes most off the objectives missed, in
@@ -351,8 +349,7 @@ def explain(record, parts, slo, no_load=None):
 
   Args:
     parts: its Parts; None where it has none.
-    no_load: None, or record -> (seconds of its prefill, of a decode step) on
-      an empty system.
+    no_load: None: what an empty system takes counts as excess too.
   """
   if record.status not in ('stop', 'length') or parts is None:
     cause = 'rejected' if record.status == 'rejected' else 'failed'
@@ -373,12 +370,13 @@ def explain(record, parts, slo, no_load=None):
   return Miss(record.id, cause, tuple(fixes))
 
 
-def attribute(records, parts, slo, no_load=None):
+def attribute(records: Iterable[Record], parts: Mapping[int, Parts], slo: Slo,
+              no_load: NoLoad | None = None) -> Attribution:
   """The Attribution of the misses among records.
 
   Args:
     records: any of a run (those that their client cancelled do not count).
-    parts: Fold.parts() of the run. no_load: see explain.
+    parts: Fold.parts() of the run. no_load: as in explain.
   """
   misses = tuple(explain(r, parts.get(r.id), slo, no_load)
                  for r in metrics.by_arrival(records)

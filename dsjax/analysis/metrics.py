@@ -10,11 +10,13 @@ import collections
 import dataclasses
 import math
 import sys
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from dsjax.analysis.record import STAGES
+from dsjax.analysis.record import STAGES, Record
 from dsjax.config.checks import require
+from dsjax.config.placement import Slo
 
 QUANTILES = (50, 90, 99)
 NUM_BATCHES = 10
@@ -22,18 +24,19 @@ NUM_BATCHES = 10
 _Z, _T = 1.959964, 2.262157
 
 
-def percentiles(values, quantiles=QUANTILES):
+def percentiles(values: Sequence[float],
+                quantiles: Sequence[float] = QUANTILES) -> tuple[float, ...]:
   """Percentiles by linear interpolation; nan of no values.
 
-  Returns:
-    A tuple of floats, one for each of quantiles (0 to 100).
+  Args:
+    quantiles: 0 to 100.
   """
   if len(values) == 0:
     return (math.nan,) * len(quantiles)
   return tuple(np.percentile(np.asarray(values, float), quantiles).tolist())
 
 
-def slo_scale(record, slo):
+def slo_scale(record: Record, slo: Slo) -> float:
   """The least factor on both objectives at which the record attains.
 
   inf for a request that did not end by itself; 0 for one of no delay.
@@ -43,19 +46,19 @@ def slo_scale(record, slo):
   return max(record.ttft_s / slo.ttft_s, record.tpot_s / slo.tpot_s)
 
 
-def attains(record, slo):
+def attains(record: Record, slo: Slo) -> bool:
   """True where a request ended by itself and met both objectives."""
   return (record.status in ('stop', 'length') and bool(record.token_s)
           and record.ttft_s <= slo.ttft_s and record.tpot_s <= slo.tpot_s)
 
 
-def by_arrival(records):
+def by_arrival(records: Iterable[Record]) -> list[Record]:
   """What counts, in order of arrival: all but the cancelled."""
   return sorted((r for r in records if r.status != 'cancelled'),
                 key=lambda r: r.arrival_s)
 
 
-def interval(hits):
+def interval(hits: Sequence[bool]) -> tuple[float, float, float]:
   """95 % interval of the mean of 0s and 1s in order of time.
 
   Wilson's interval, which supposes independent requests. Those of one run are
@@ -84,7 +87,8 @@ def interval(hits):
   return share, max(0.0, min(low, share)), min(1.0, max(high, share))
 
 
-def attainment(records, slo):
+def attainment(records: Iterable[Record],
+               slo: Slo) -> tuple[float, float, float]:
   """Share of the requests sent that met both objectives, and its interval.
 
   Rejected, failed and unfinished requests are misses; cancelled ones do not
@@ -134,21 +138,23 @@ class Summary:
   retries: int = 0
 
   @property
-  def goodput_per_s_device(self):
+  def goodput_per_s_device(self) -> float:
     return self.goodput_per_s / self.num_devices
 
   @property
-  def goodput_interval_per_s_device(self):
+  def goodput_interval_per_s_device(self) -> tuple[float, float]:
     """The interval of attainment, carried over to goodput."""
-    return tuple(self.sent_per_s * x / self.num_devices
-                 for x in self.attainment[1:])
+    _, low, high = self.attainment
+    return (self.sent_per_s * low / self.num_devices,
+            self.sent_per_s * high / self.num_devices)
 
 
 def _mean(values):
   return sum(values) / len(values) if values else math.nan
 
 
-def summarize(records, slo, num_devices, warmup_s=0.0):
+def summarize(records: Sequence[Record], slo: Slo, num_devices: int,
+              warmup_s: float = 0.0) -> Summary:
   """Summary of a run.
 
   Args:

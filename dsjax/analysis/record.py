@@ -34,12 +34,12 @@ class Record:
   retries: int = 0
 
   @property
-  def ttft_s(self):
+  def ttft_s(self) -> float | None:
     """Arrival to first token."""
     return self.token_s[0] - self.arrival_s if self.token_s else None
 
   @property
-  def tpot_s(self):
+  def tpot_s(self) -> float | None:
     """Mean time per output token after the first; 0 for a single token."""
     if not self.token_s:
       return None
@@ -48,7 +48,7 @@ class Record:
     return (self.token_s[-1] - self.token_s[0]) / (len(self.token_s) - 1)
 
   @property
-  def itl_s(self):
+  def itl_s(self) -> list[float]:
     """Gaps between successive output tokens."""
     return [b - a for a, b in zip(self.token_s, self.token_s[1:],
                                   strict=False)]

@@ -1,6 +1,7 @@
 """Records of requests from the events and commands of a run."""
 
 import collections
+from collections.abc import Callable, Iterable, Sequence
 
 from dsjax.analysis.record import Record
 from dsjax.config.checks import require
@@ -8,8 +9,10 @@ from dsjax.scheduling.events import (
   Abort,
   Arrived,
   Cancelled,
+  Command,
   DecodeDone,
   Drain,
+  Event,
   Fail,
   Finish,
   InstanceDown,
@@ -72,6 +75,10 @@ class _Life:
     self.open = False
 
 
+# (id, stage, start_s, stop_s), called as each stage of a request ends.
+OnSpan = Callable[[int, str, float, float], object]
+
+
 class Recorder:
   """Folds a run's events and commands into Records.
 
@@ -80,13 +87,11 @@ class Recorder:
   command that opens it is issued. The token at which a request ends counts;
   what later steps of the same or of in-flight commands produce for it does
   not. Cost: of a decode step none a row; of a row that leaves, one a row.
-
-  Args:
-    on_span: None, or a function (id, stage, start_s, stop_s) called as each
-      stage of a request ends.
+  It keeps commands in flight itself (pairing.Pairing does it for others),
+  since `leapt` folds completions and commands that were never made.
   """
 
-  def __init__(self, on_span=None):
+  def __init__(self, on_span: OnSpan | None = None) -> None:
     self._on_span = on_span
     self._records = {}
     self._live = {}
@@ -94,17 +99,17 @@ class Recorder:
     self._newest = {}  # instance -> number of its newest command
 
   @property
-  def records(self):
+  def records(self) -> list[Record]:
     """Records in order of arrival, of running requests too."""
     for life in self._live.values():
       life.tell()
     return list(self._records.values())
 
-  def forget(self, id):
+  def forget(self, id: int) -> Record:
     """Drops the record of a request that has ended, and returns it."""
     return self._records.pop(id)
 
-  def observe(self, event, commands):
+  def observe(self, event: Event, commands: Iterable[Command]) -> None:
     """Folds one event and the commands issued in answer to it.
 
     Raises:
@@ -115,7 +120,8 @@ class Recorder:
     for command in commands:
       _SEEN[type(command)](self, command, event.time_s)
 
-  def leapt(self, instance, done, first):
+  def leapt(self, instance: int, done: Sequence[Sequence[float]],
+            first: Sequence[tuple[RunDecode, float]]) -> None:
     """Folds decode completions that were each answered by a decode command.
 
     done: seconds of the steps of each. first: (command, seconds) of the first

@@ -1,18 +1,29 @@
 """What Prometheus reads of a service, and what the live page draws.
 
 Counters and histograms follow the events of the scheduler, in the
-orchestrator's thread; what is now is read from the scheduler's state, a value,
-when somebody asks. So a scrape costs serving nothing.
+orchestrator's thread. Queues and pages are read at a scrape, from the
+scheduler's state, which is a value: so a scrape costs serving nothing.
 """
 
 import collections
 import time
+from collections.abc import Iterable
+from typing import Any
 
 import prometheus_client as prom
 from prometheus_client.core import GaugeMetricFamily
 
+from dsjax.analysis.record import Record
+from dsjax.runtime.orchestrator import Orchestrator
 from dsjax.scheduling import lifecycle, page_pool
-from dsjax.scheduling.events import Migrated, Preempt, RunDecode, RunPrefill
+from dsjax.scheduling.events import (
+  Command,
+  Event,
+  Migrated,
+  Preempt,
+  RunDecode,
+  RunPrefill,
+)
 
 SECONDS = (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 30, 60)
 SIZES = tuple(2**i for i in range(13))
@@ -31,7 +42,7 @@ class Gauges:
       requests. num_rejected: how many were turned away.
   """
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.registry = prom.CollectorRegistry()
     self.recent = collections.deque(maxlen=RECENT)
     self.num_rejected = 0
@@ -74,29 +85,34 @@ class Gauges:
 
   # --- the orchestrator's thread --------------------------------------------
 
-  def started(self, server):
+  def started(self, server: Orchestrator) -> None:
     """The orchestrator is ready; every instance has its series from now."""
     for i in map(str, range(len(server.placement.instances))):
       self.prefill_tokens.labels(i)
       self.decode_rows.labels(i)
     self._server = server
 
-  def observe(self, event, commands):
-    """Folds one event and the commands that answered it."""
+  def observe(self, event: Event, commands: Iterable[Command]) -> None:
+    """Folds one event and the commands that answered it.
+
+    Batches count when they are issued, so nothing in flight is kept here.
+    """
     if isinstance(event, Migrated):
       self.migrations.inc()
-    for c in commands:
-      if isinstance(c, RunPrefill):
-        self.prefill_tokens.labels(str(c.instance)).observe(
-            sum(x.stop - x.start for x in c.chunks))
-      elif isinstance(c, Preempt):
+    for command in commands:
+      if isinstance(command, Preempt):
         self.preemptions.inc()
-      if isinstance(c, RunDecode) or getattr(c, 'rows', ()):
-        rows = self.decode_rows.labels(str(c.instance))
-        for _ in range(getattr(c, 'steps', 1)):
-          rows.observe(len(c.rows))
+      elif isinstance(command, RunPrefill | RunDecode):
+        instance = str(command.instance)
+        if command.chunks:
+          self.prefill_tokens.labels(instance).observe(
+              sum(chunk.stop - chunk.start for chunk in command.chunks))
+        if command.rows:
+          rows = self.decode_rows.labels(instance)
+          for _ in range(command.steps):
+            rows.observe(len(command.rows))
 
-  def finished(self, record):
+  def finished(self, record: Record) -> None:
     """Folds a request that has ended."""
     self.ended.labels(record.status).inc()
     self.request.observe(record.finish_s - record.arrival_s)
@@ -115,12 +131,12 @@ class Gauges:
 
   # --- the event loop -------------------------------------------------------
 
-  def reject(self, reason):
+  def reject(self, reason: str) -> None:
     """Counts a request that is turned away."""
     self.rejected.labels(reason).inc()
     self.num_rejected += 1
 
-  # --- whoever asks ---------------------------------------------------------
+  # --- a scrape or the live page --------------------------------------------
 
   def _pull(self, server):
     """Counts what the orchestrator sums up itself."""
@@ -131,13 +147,13 @@ class Gauges:
         strict=True):
       metric.inc(max(0, new - before))
 
-  def text(self):
-    """The Prometheus exposition, bytes."""
+  def text(self) -> bytes:
+    """The Prometheus exposition."""
     if self._server:
       self._pull(self._server)
     return prom.generate_latest(self.registry)
 
-  def collect(self):
+  def collect(self) -> list[GaugeMetricFamily]:
     """Queue lengths and pages now (prometheus_client's collector protocol)."""
     requests = GaugeMetricFamily(
         'dsjax_requests', 'Requests now, by instance and stage.',
@@ -153,40 +169,40 @@ class Gauges:
     return [requests, owners]
 
 
-def snapshot(server):
+def snapshot(server: Orchestrator | None) -> list[dict[str, Any]]:
   """What every instance holds now, from the scheduler's state.
 
   Returns:
     [{'role', 'plan', 'status', 'requests': {stage: how many}, 'pages': {owner:
-    how many}}, ...]; status as of scheduler.Instance; owner is a stage or
-    'free'. A migrating request owns pages on both sides and counts as one of
-    its source; one that waits for a lost instance counts nowhere. [] of no
+    how many}}, ...]; status as in scheduler.Instance; owner is a stage or
+    'free'. A migrating request owns pages on both sides and counts at its
+    source; one that waits for a lost instance counts nowhere. [] without a
     server.
   """
   if server is None:
     return []
-  state, found = server.state, []
+  state, instances = server.state, []
   for (role, plan), inst in zip(server.placement.instances, state.instances,
                                 strict=True):
-    found.append({'role': role, 'plan': f'{plan.tp}x{plan.pp}',
-                  'status': inst.status,
-                  'requests': dict.fromkeys(STAGES, 0),
-                  'pages': {'free': page_pool.num_free(inst.pool)}
-                  | dict.fromkeys(STAGES[1:], 0)})
+    instances.append({'role': role, 'plan': f'{plan.tp}x{plan.pp}',
+                      'status': inst.status,
+                      'requests': dict.fromkeys(STAGES, 0),
+                      'pages': {'free': page_pool.num_free(inst.pool)}
+                      | dict.fromkeys(STAGES[1:], 0)})
   for seq in state.seqs.values():
     if seq.instance < 0:
       continue  # it waits for an instance that is to come back
     stage = _SHOWN.get(seq.stage, seq.stage)
-    found[seq.instance]['requests'][stage] += 1
+    instances[seq.instance]['requests'][stage] += 1
     if seq.pages:
-      found[seq.instance]['pages'][stage] += len(seq.pages)
+      instances[seq.instance]['pages'][stage] += len(seq.pages)
     if seq.target_pages:
-      found[seq.target]['pages'][stage] += len(seq.target_pages)
-  return found
+      instances[seq.target]['pages'][stage] += len(seq.target_pages)
+  return instances
 
 
-def flow(server):
-  """[(id, stage, instance, target or -1), ...] of the requests now."""
+def flow(server: Orchestrator | None) -> list[tuple[int, str, int, int]]:
+  """(id, stage, instance, target or -1) of each request now."""
   if server is None:
     return []
   return [(s.id, _SHOWN.get(s.stage, s.stage), s.instance, s.target)

@@ -6,22 +6,16 @@ latency onto them.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from dsjax.analysis import pairing
 from dsjax.config.checks import require
-from dsjax.scheduling.events import (
-  DecodeDone,
-  InstanceDown,
-  Migrate,
-  Migrated,
-  PrefillDone,
-  RunDecode,
-  RunPrefill,
-)
 from dsjax.simulation.contention import KINDS, Contention, kind_of
 from dsjax.simulation.fitting import Cell, nonnegative, predict_s
+from dsjax.simulation.latency import Affine, Latency, Link
 
 
 class Step(NamedTuple):
@@ -38,15 +32,15 @@ class Step(NamedTuple):
   cell: Cell
   start_s: float
   idle: bool
-  beside_s: dict
+  beside_s: dict[str, float]
 
   @property
-  def kind(self):
+  def kind(self) -> str:
     """Of contention.KINDS."""
     return kind_of(self.cell.pieces, self.cell.batch)
 
   @property
-  def overlap(self):
+  def overlap(self) -> float:
     """Share of the seconds in which other instances were at work."""
     beside_s, seconds = sum(self.beside_s.values()), self.cell.seconds
     return min(1.0, beside_s / seconds) if seconds else 0.0
@@ -61,80 +55,68 @@ class Copy(NamedTuple):
   behind: bool
 
 
-def observe(log):
-  """What a served run's event log says of its steps and copies.
+def observe(log: pairing.Log) -> tuple[list[Step], list[Copy]]:
+  """The steps and copies of a served run's event log, as they completed.
 
   For instances of one pipeline stage: their commands run one by one.
-
-  Returns:
-    ([Step], [Copy]), each in order of completion.
   """
-  sent, copies, last, freed = {}, {}, {}, {}
-  steps, moved = [], []
-  for event, commands in log:
-    if isinstance(event, (PrefillDone, DecodeDone)):
-      command, at = sent.pop((event.instance, event.number))
-      begin = last.get(event.instance, -np.inf)
-      steps += _steps_of(command, at, begin, event)
-      last[event.instance] = event.time_s
-    elif isinstance(event, Migrated) and (
-        event.id, event.epoch) in copies:
-      c, at, behind = copies.pop((event.id, event.epoch))
-      start = max(at, freed.get((c.source, c.target), -np.inf))
-      freed[c.source, c.target] = event.time_s
-      moved.append(Copy(c.num_tokens, event.time_s - start, behind))
-    elif isinstance(event, InstanceDown):
-      sent = {k: v for k, v in sent.items() if k[0] != event.instance}
-    for c in commands:
-      if isinstance(c, (RunPrefill, RunDecode)):
-        sent[c.instance, c.number] = c, event.time_s
-      elif isinstance(c, Migrate):
-        copies[c.id, c.epoch] = c, event.time_s, any(
-            index == c.source for index, _ in sent)
-  return _overlaps(steps), moved
+  steps, copies, free_s = [], [], {}
+  for ended in pairing.ended(log):
+    if not ended.done:
+      continue
+    if isinstance(ended, pairing.Execution):
+      steps += _steps_of(ended)
+      continue
+    command = ended.command
+    link = command.source, command.target
+    start_s = max(ended.issued_s, free_s.get(link, -np.inf))
+    free_s[link] = ended.ended_s
+    copies.append(Copy(command.num_tokens, ended.ended_s - start_s,
+                       ended.behind))
+  return _overlaps(steps), copies
 
 
-def _steps_of(command, at, begin, event):
-  """The Steps of a command issued at `at`, behind one that ended at begin."""
-  pieces = tuple((c.start, c.stop) for c in getattr(command, 'chunks', ()))
+def _steps_of(execution):
+  """The Steps of a command that completed."""
+  command, start_s = execution.command, execution.started_s
+  pieces = tuple((chunk.start, chunk.stop) for chunk in command.chunks)
   batch = len(command.rows)
-  context = sum(r.base for r in command.rows) + batch * (command.tick + 1)
-  start, idle, found = max(at, begin), at >= begin, []
-  times = getattr(event, 'steps_s', ()) or (event.time_s,)
-  for i, end in enumerate(times):
-    cell = Cell(pieces, batch, context + i * batch, end - start)
-    found.append(Step(event.instance, cell, start, idle and not i, {}))
-    start = end
-  return found
+  context = sum(row.base for row in command.rows) + batch * (command.tick + 1)
+  idle, steps = start_s == execution.issued_s, []
+  for n, end_s in enumerate(execution.steps_s):
+    cell = Cell(pieces, batch, context + n * batch, end_s - start_s)
+    steps.append(Step(command.instance, cell, start_s, idle and not n, {}))
+    start_s = end_s
+  return steps
 
 
 def _overlaps(steps):
   """Steps with their beside_s."""
   lines = {}
-  for key in {(s.instance, s.kind) for s in steps}:
+  for key in sorted({(s.instance, s.kind) for s in steps}):
     own = [(s.start_s, s.cell.seconds) for s in steps
            if (s.instance, s.kind) == key]
-    at = np.array([t for start, d in own for t in (start, start + d)])
-    busy = np.cumsum([x for _, d in own for x in (0.0, d)])
-    lines[key] = at, busy
-  found = []
+    times_s = np.array([t for start, d in own for t in (start, start + d)])
+    busy_s = np.cumsum([x for _, d in own for x in (0.0, d)])
+    lines[key] = times_s, busy_s
+  overlapped = []
   for s in steps:
     ends, beside_s = (s.start_s, s.start_s + s.cell.seconds), {}
     for (index, kind), line in lines.items():
       seconds = float(np.diff(np.interp(ends, *line))[0])
       if index != s.instance and seconds > 0:
         beside_s[kind] = beside_s.get(kind, 0.0) + seconds
-    found.append(s._replace(beside_s=beside_s))
-  return found
+    overlapped.append(s._replace(beside_s=beside_s))
+  return overlapped
 
 
-def net_s(model, step):
+def net_s(model: Latency, step: Step) -> float:
   """Seconds of a Step less the host's time to dispatch it."""
   return max(step.cell.seconds - model.host_s * step.idle,
              step.cell.seconds / 2)
 
 
-def alone_s(model, step, contention):
+def alone_s(model: Latency, step: Step, contention: Contention) -> float:
   """Seconds that a Step would have taken on a device left alone."""
   seconds = net_s(model, step)
   spent = sum(s * (1 - 1 / contention.factor(step.kind, [other]))
@@ -145,32 +127,33 @@ def alone_s(model, step, contention):
 LEAST_SHARE = 0.1  # of a kind's seconds, for a rate of its own
 
 
-def fit_contention(models, steps):
+def fit_contention(models: Sequence[Latency],
+                   steps: Sequence[Step]) -> Contention:
   """The Contention that a served run shows.
 
-  Of each kind of step: the work of its steps, in predicted seconds, is the
-  seconds alone at one rate plus those beside each other kind at another. A
-  kind that was beside less than LEAST_SHARE of the seconds has the rate of
-  the kind that was there most; where so few were alone, a device alone is
+  For each kind of step: its work, in predicted seconds, is its seconds alone
+  at one rate plus its seconds beside each other kind at another. A kind that
+  was beside it for less than LEAST_SHARE of the seconds has the rate of the
+  kind that was there most; where less than this was alone, a device alone is
   taken to do what was predicted.
 
   Args:
-    models: of each instance. steps: [Step], of observe.
+    models: of each instance. steps: of observe.
   """
   factors = {}
   for kind in KINDS:
-    of = [s for s in steps if s.kind == kind]
-    beside = {other: sum(s.beside_s.get(other, 0.0) for s in of)
+    own = [s for s in steps if s.kind == kind]
+    beside = {other: sum(s.beside_s.get(other, 0.0) for s in own)
               for other in KINDS}
-    total_s = sum(s.cell.seconds for s in of)
+    total_s = sum(s.cell.seconds for s in own)
     most = max(beside, key=beside.get)
-    if len(of) < 4 or beside[most] < LEAST_SHARE * total_s:
+    if len(own) < 4 or beside[most] < LEAST_SHARE * total_s:
       continue
-    own = [k for k in KINDS if beside[k] >= LEAST_SHARE * total_s]
+    rated = [k for k in KINDS if beside[k] >= LEAST_SHARE * total_s]
     rows, work = [], []
-    for s in of:
-      column = {k: s.beside_s.get(k, 0.0) for k in own}
-      column[most] += sum(v for k, v in s.beside_s.items() if k not in own)
+    for s in own:
+      column = {k: s.beside_s.get(k, 0.0) for k in rated}
+      column[most] += sum(v for k, v in s.beside_s.items() if k not in rated)
       alone = max(0.0, net_s(models[s.instance], s) - sum(column.values()))
       rows.append((alone, *column.values()))
       work.append(predict_s(models[s.instance], s.cell))
@@ -182,12 +165,13 @@ def fit_contention(models, steps):
     rates, _ = nonnegative(rows, work, work)  # long steps are what counts
     alone, rates = (rates[0], rates[1:]) if known else (1.0, rates)
     for other in KINDS:
-      rate = rates[own.index(other if other in own else most)]
+      rate = rates[rated.index(other if other in rated else most)]
       factors[kind, other] = float(min(max(1.0, alone / max(rate, 1e-9)), 8.0))
   return Contention(factors)
 
 
-def correction(predicted, seconds):
+def correction(predicted: Sequence[float],
+               seconds: Sequence[float]) -> tuple[float, float]:
   """(a, b), 0 or more: a + b predicted is nearest to seconds (squares), with
   the same sum: what a simulation adds up is right on average."""
   x, y = np.asarray(predicted, float), np.asarray(seconds, float)
@@ -201,24 +185,25 @@ def correction(predicted, seconds):
   return (a, b) if a >= 0 else (0.0, float(y.sum() / x.sum()))
 
 
-def calibrate(model, steps, contention=None):
+def calibrate(model: Affine, steps: Sequence[Step],
+              contention: Contention | None = None) -> Affine:
   """An Affine moved onto the Steps of a served run.
 
   Each kind's seconds become a + b times what they were (see correction), so
-  they hold what the measurement does not know. Kinds without at least four
+  they include what the measurement does not know. Kinds of fewer than four
   steps stay.
 
   Args:
-    contention: what is to be simulated with it; None: what other instances
-      took is part of the seconds then, time-weighted over that run.
+    contention: what will be simulated with it; None: the seconds include what
+      other instances took, time-weighted over that run.
   """
   contention = contention or Contention({})
   changes = {}
   for kind in ('prefill', 'decode', 'mixed'):
-    of = [s for s in steps if s.cell.kind == kind]
-    if len(of) >= 4:
-      changes[kind] = correction([predict_s(model, s.cell) for s in of],
-                                 [alone_s(model, s, contention) for s in of])
+    own = [s for s in steps if s.cell.kind == kind]
+    if len(own) >= 4:
+      changes[kind] = correction([predict_s(model, s.cell) for s in own],
+                                 [alone_s(model, s, contention) for s in own])
 
   def moved(field, kind):
     constants, (a, b) = getattr(model, field), changes.get(kind, (0.0, 1.0))
@@ -233,10 +218,11 @@ def calibrate(model, steps, contention=None):
       mixed=moved('mixed', 'mixed'), piece_s=model.piece_s * piece)
 
 
-def calibrate_link(link, copies, host_s=0.0):
-  """A Link moved onto the Copies of a served run: all of it scaled.
+def calibrate_link(link: Link, copies: Sequence[Copy],
+                   host_s: float = 0.0) -> Link:
+  """A Link scaled to the seconds of the Copies of a served run.
 
-  By those that were behind nothing, if there are any.
+  If some copies were behind nothing, only these count.
   """
   copies = [c for c in copies if not c.behind] or copies
   if not copies:

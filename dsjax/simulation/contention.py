@@ -10,13 +10,16 @@ instance starts, ends or changes the kind of its step.
 import collections
 import dataclasses
 import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from dsjax.config.checks import is_number, require
+from dsjax.simulation.latency import Pieces
 
 KINDS = ('prefill', 'decode', 'mixed', 'single')
 
 
-def kind_of(pieces, batch):
+def kind_of(pieces: Pieces, batch: int) -> str:
   """The kind of a step of prompt pieces and decode rows. A decode step of one
   row is 'single': it has no work for several cores."""
   if pieces:
@@ -44,7 +47,7 @@ class Contention:
       require(is_number(1, math.inf)(factor),
               f'Contention.factors.{">".join(pair)}', factor, '1 or more')
 
-  def factor(self, kind, others):
+  def factor(self, kind: str, others: Iterable[str]) -> float:
     """Seconds of a step beside these, over its seconds alone."""
     return 1 + sum(self.factors.get((kind, other), 1.0) - 1 for other in others)
 
@@ -66,13 +69,14 @@ class Devices:
   busy_s: seconds that each instance was at work.
   """
 
-  def __init__(self, contention, count):
+  def __init__(self, contention: Contention, count: int) -> None:
     self.contention, self.now_s = contention, 0.0
     self.queues = [collections.deque() for _ in range(count)]
     self.busy_s = [0.0] * count
     self.started = [None] * count  # the work under way
 
-  def add(self, index, tag, kind, steps, ready_s):
+  def add(self, index: int, tag: Any, kind: str | None,
+          steps: Sequence[float], ready_s: float) -> None:
     """Puts work behind what the instance has to do.
 
     Args:
@@ -82,21 +86,21 @@ class Devices:
     self.queues[index].append(_Work(tag, kind, ready_s, steps))
     self.look(index)
 
-  def look(self, index):
+  def look(self, index: int) -> None:
     """Starts the first of a queue if it is ready."""
     queue = self.queues[index]
     if (self.started[index] is None and queue
         and queue[0].ready_s <= self.now_s):
       self.started[index] = queue[0]
 
-  def factors(self):
+  def factors(self) -> dict[int, float]:
     """{instance: what slows it now}, of those at work."""
     kinds = {i: w.kind for i, w in enumerate(self.started) if w}
     return {i: self.contention.factor(kind, [
         other for j, other in kinds.items() if j != i])
         for i, kind in kinds.items()}
 
-  def until(self, bound_s):
+  def until(self, bound_s: float) -> tuple[int, Any, list[float]] | None:
     """Goes on until some work is done, at most until bound_s.
 
     Returns:

@@ -7,11 +7,13 @@ constants, so 31).
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from dsjax.config.checks import require
+from dsjax.config.model import ModelConfig
 from dsjax.simulation import latency
 
 
@@ -20,11 +22,11 @@ class Cell(NamedTuple):
 
   pieces: tuple[tuple[int, int], ...]
   batch: int
-  context: int
+  context: float
   seconds: float
 
   @property
-  def kind(self):
+  def kind(self) -> str:
     """prefill | decode | mixed."""
     if self.pieces:
       return 'mixed' if self.batch else 'prefill'
@@ -44,12 +46,13 @@ class Residual(NamedTuple):
   cell: Cell
 
 
-def predict_s(model, cell):
+def predict_s(model: latency.Latency, cell: Cell) -> float:
   """The seconds of a Cell, as a latency has them."""
   return model.mixed_s(cell.pieces, cell.batch, cell.context)
 
 
-def residuals(model, cells):
+def residuals(model: latency.Latency,
+              cells: Sequence[Cell]) -> dict[str, Residual]:
   """{kind: Residual} of a latency against measured cells."""
   out = {}
   for kind in ('prefill', 'decode', 'mixed'):
@@ -62,7 +65,9 @@ def residuals(model, cells):
   return out
 
 
-def nonnegative(features, seconds, weights=None):
+def nonnegative(
+    features: Sequence[Sequence[float]], seconds: Sequence[float],
+    weights: Sequence[float] | None = None) -> tuple[np.ndarray, float]:
   """argmin over c >= 0 of sum_i (w_i ((features_i . c) / seconds_i - 1))^2.
 
   Args:
@@ -135,8 +140,7 @@ def _fit_decode(cells, buckets):
   whole, error = _solve(cells, _decode_row, buckets)
   best, least = (whole, None, None), error * LEAST_GAIN
   sizes = sorted({c.batch for c in cells})
-  for at in range(LEAST_BATCHES, len(sizes) - LEAST_BATCHES + 1):
-    split = sizes[at - 1]
+  for split in sizes[LEAST_BATCHES - 1:len(sizes) - LEAST_BATCHES]:
     sides = ([c for c in cells if c.batch <= split],
              [c for c in cells if c.batch > split])
     if min(map(len, sides)) <= 3:
@@ -147,30 +151,31 @@ def _fit_decode(cells, buckets):
   return best
 
 
-def fit_affine(cells, buckets=None, host_s=0.0, pp=1):
+def fit_affine(cells: Sequence[Cell], buckets: latency.Buckets | None = None,
+               host_s: float = 0.0, pp: int = 1) -> latency.Affine:
   """The Affine nearest to measured steps, by relative error.
 
   Args:
-    cells: [Cell], prefills and decodes; mixed ones too, or the latency says
-      them from the other two.
-    buckets: latency.Buckets of the engine that was measured.
+    cells: prefills and decodes; without mixed ones, mixed steps follow from
+      the other two.
+    buckets: of the engine that was measured.
 
   Raises:
     InputError: no cell of prefill or of decode, or seconds not above 0.
   """
   buckets = buckets or latency.Buckets()
-  of = {kind: [c for c in cells if c.kind == kind]
-        for kind in ('prefill', 'decode', 'mixed')}
+  by_kind = {kind: [c for c in cells if c.kind == kind]
+             for kind in ('prefill', 'decode', 'mixed')}
   for kind in ('prefill', 'decode'):
-    require(of[kind], 'cells', len(cells), f'some of kind {kind}')
-  (*prefill, piece_s), _ = _solve(of['prefill'], _prefill_row, buckets)
-  small, large, split = _fit_decode(of['decode'], buckets)
+    require(by_kind[kind], 'cells', len(cells), f'some of kind {kind}')
+  (*prefill, piece_s), _ = _solve(by_kind['prefill'], _prefill_row, buckets)
+  small, large, split = _fit_decode(by_kind['decode'], buckets)
   mixed = None
-  if of['mixed']:
+  if by_kind['mixed']:
     # What a further piece costs is known from the prefills; a cell keeps at
     # least half of its seconds, whatever that takes away.
     rest = [c._replace(seconds=max(c.seconds / 2, c.seconds - piece_s * (
-        len(c.pieces) - 1))) for c in of['mixed']]
+        len(c.pieces) - 1))) for c in by_kind['mixed']]
     mixed, _ = _solve(rest, _mixed_row, buckets)
   return latency.Affine(
       *(None if c is None else tuple(map(float, c))
@@ -179,26 +184,28 @@ def fit_affine(cells, buckets=None, host_s=0.0, pp=1):
       buckets, float(piece_s))
 
 
-def fit_appendix_a(cells, config, block=16, tp=1):
+def fit_appendix_a(cells: Sequence[Cell], config: ModelConfig,
+                   block: int = 16, tp: int = 1) -> tuple[float, ...]:
   """(C1, ..., C5) of DistServe's Appendix A, seconds; see latency.appendix_a.
 
   Mixed cells are left out: the paper has none.
   """
   prefill, decode = latency.appendix_a_features(config, block, tp)
-  one = latency.Buckets()
-  rows = {'prefill': lambda c: np.multiply(prefill, _prefill_row(c, one)[:3]),
+  none = latency.Buckets()
+  rows = {'prefill': lambda c: np.multiply(prefill, _prefill_row(c, none)[:3]),
           'decode': lambda c: np.multiply(decode, (1.0, c.context))}
-  found = {}
+  constants = {}
   for kind, row in rows.items():
-    of = [c for c in cells if c.kind == kind]
-    require(of, 'cells', len(cells), f'some of kind {kind}')
-    found[kind], _ = nonnegative([row(c) for c in of],
-                                 [c.seconds for c in of])
-  (c3, c1, c2), (c4, c5) = found['prefill'], found['decode']
+    own = [c for c in cells if c.kind == kind]
+    require(own, 'cells', len(cells), f'some of kind {kind}')
+    constants[kind], _ = nonnegative([row(c) for c in own],
+                                     [c.seconds for c in own])
+  (c3, c1, c2), (c4, c5) = constants['prefill'], constants['decode']
   return tuple(map(float, (c1, c2, c3, c4, c5)))
 
 
-def fit_link(tokens, seconds, kv_bytes):
+def fit_link(tokens: Sequence[int], seconds: Sequence[float],
+             kv_bytes: float) -> latency.Link:
   """A latency.Link from migrations of so many tokens.
 
   Raises:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from dsjax.config.checks import require
+from dsjax.config.placement import Plan
 from dsjax.simulation.latency import Affine
 
 GIGA, TERA, MS = 1e9, 1e12, 1e-3
@@ -72,11 +73,12 @@ PUBLISHED_TOKENS = {
 }
 
 
-def published(model, plan, realigned=True, host_s=0.0, hop_s=1e-3):
+def published(model: str, plan: Plan, realigned: bool = True,
+              host_s: float = 0.0, hop_s: float = 1e-3) -> Affine:
   """The latency of DistServe's engine on A100-80GB.
 
   Args:
-    model: 'opt-13b' or 'opt-66b'. plan: a Plan; tp as it was profiled.
+    model: 'opt-13b' or 'opt-66b'. plan: its tp as it was profiled.
     realigned: as released; False takes the prefill's factor 1.1 out again.
     host_s: the released simulator adds 2 ms a step.
     hop_s: added for every stage after the first (derived: the released

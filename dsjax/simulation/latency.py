@@ -1,6 +1,6 @@
 """Seconds of a step: prefill, decode, mixed (chunked), a KV transfer.
 
-Three forms, one interface (predictions are arithmetic; `fitting` makes them
+Three forms (predictions are arithmetic; `fitting` makes them
 from measurements):
 
 - `Affine`: prefill A + B sum(l) + C sum(l^2), decode A + B context + C batch
@@ -10,18 +10,15 @@ from measurements):
   against a device's peaks, for hardware that nobody has measured.
 - `Link`: a KV transfer.
 
-A latency has `prefill_s(pieces)`, `decode_s(batch, context)`,
-`decode_line(batch)`, `mixed_s(pieces, batch, context)`, `host_s` and `pp`.
-pieces: (start, stop) token ranges of prompts, start > 0 for a later chunk;
-context: tokens attended to, over all rows. Seconds are those of one batch on
-its whole way through the `pp` stages of the instance; a stage takes 1 / pp of
-them. host_s is the host's time between two steps, not part of a step.
+The protocols `Latency` and `LinkLike` say what simulations and searches ask
+of them; anything that has these methods will do.
 """
 
 import dataclasses
 import math
 from bisect import bisect_left
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 from dsjax.config.checks import (
     is_nonnegative,
@@ -29,6 +26,63 @@ from dsjax.config.checks import (
     is_positive_int,
     require,
 )
+from dsjax.config.model import ModelConfig
+from dsjax.config.placement import Plan
+
+# (start, stop) token ranges of prompts; start > 0 for a later chunk.
+Pieces = Sequence[tuple[int, int]]
+
+
+class Latency(Protocol):
+  """Seconds of one batch on its whole way through an instance.
+
+  pp: stages of the instance; a stage takes 1 / pp of the seconds. host_s: the
+  host's time between two steps, not part of a step. context: tokens that the
+  rows of a batch attend to, all rows together.
+  """
+
+  @property
+  def pp(self) -> int:
+    """Pipeline stages."""
+    ...
+
+  @property
+  def host_s(self) -> float:
+    """Seconds of the host between two steps."""
+    ...
+
+  def prefill_s(self, pieces: Pieces) -> float:
+    """Seconds of a prefill batch; 0 of an empty one."""
+    ...
+
+  def decode_s(self, batch: int, context: float) -> float:
+    """Seconds of a decode step of `batch` rows; 0 of an empty one."""
+    ...
+
+  def decode_line(self, batch: int) -> tuple[float, float]:
+    """(a, b): a decode step of `batch` rows takes a + b context."""
+    ...
+
+  def mixed_s(self, pieces: Pieces, batch: int, context: float) -> float:
+    """Seconds of a step of prompt pieces and decode rows together."""
+    ...
+
+
+class LinkLike(Protocol):
+  """Moves KV from one instance to another.
+
+  beside: pages are read while the source's steps go on; else behind those in
+  flight.
+  """
+
+  @property
+  def beside(self) -> bool:
+    """Whether pages are read while the source's steps go on."""
+    ...
+
+  def migrate_s(self, num_tokens: int) -> float:
+    """Seconds of a migration of so many tokens, alone on the link."""
+    ...
 
 
 class Buckets(NamedTuple):
@@ -43,13 +97,13 @@ class Buckets(NamedTuple):
   mixed_rows: tuple[int, ...] = ()
 
 
-def round_up(size, buckets):
+def round_up(size: int, buckets: Sequence[int]) -> int:
   """The bucket that a size costs; itself above the largest."""
-  at = bisect_left(buckets, size)
-  return buckets[at] if at < len(buckets) else size
+  index = bisect_left(buckets, size)
+  return buckets[index] if index < len(buckets) else size
 
 
-def sums(pieces):
+def sums(pieces: Pieces) -> tuple[int, int]:
   """(tokens, stop^2 - start^2) of pieces, summed: a chunk attends to what
   lies before it too, so chunks of a prompt add up to the whole prompt."""
   tokens = squares = 0
@@ -66,7 +120,7 @@ def _constants(name, values, count):
   return tuple(map(float, values))
 
 
-def check_common(latency):
+def check_common(latency: Latency) -> None:
   """Raises InputError unless host_s and pp are what a latency may have."""
   kind = type(latency).__name__
   require(is_nonnegative(latency.host_s), f'{kind}.host_s', latency.host_s,
@@ -129,7 +183,7 @@ class Affine:
             'seconds, 0 or more')
     check_common(self)
 
-  def prefill_s(self, pieces):
+  def prefill_s(self, pieces: Pieces) -> float:
     """Seconds of a prefill batch; 0 of an empty one."""
     if not pieces:
       return 0.0
@@ -138,7 +192,7 @@ class Affine:
     return (a + b * round_up(tokens, self.buckets.tokens) + c * squares
             + self.piece_s * (len(pieces) - 1))
 
-  def decode_line(self, batch):
+  def decode_line(self, batch: int) -> tuple[float, float]:
     """(a, b): a step of `batch` rows takes a + b context."""
     a, b, c = self._decode(batch)
     return a + c * round_up(batch, self.buckets.rows), b
@@ -147,12 +201,12 @@ class Affine:
     large = self.split is not None and batch > self.split
     return self.decode_large if large else self.decode
 
-  def decode_s(self, batch, context):
+  def decode_s(self, batch: int, context: float) -> float:
     """Seconds of a decode step; 0 of an empty one."""
     a, b = self.decode_line(batch)
     return a + b * context if batch else 0.0
 
-  def mixed_s(self, pieces, batch, context):
+  def mixed_s(self, pieces: Pieces, batch: int, context: float) -> float:
     """Seconds of a chunked step: prompt pieces and decode rows together."""
     if not pieces or not batch:
       return self.prefill_s(pieces) + self.decode_s(batch, context)
@@ -168,7 +222,8 @@ class Affine:
     return min(joint, self.prefill_s(pieces) + self.decode_s(batch, context))
 
 
-def appendix_a(config, c, block=16, tp=1, host_s=0.0):
+def appendix_a(config: ModelConfig, constants: Sequence[float],
+               block: int = 16, tp: int = 1, host_s: float = 0.0) -> Affine:
   """The latency of DistServe's Appendix A.
 
     T_prefill = C1 (4 t h^2 + 2 t h m) + C2 3 h t2 / b + C3
@@ -180,14 +235,16 @@ def appendix_a(config, c, block=16, tp=1, host_s=0.0):
   of each product one side only is split). The layers are in the constants.
 
   Args:
-    config: a ModelConfig. c: (C1, ..., C5), seconds.
+    constants: (C1, ..., C5), seconds.
   """
-  c1, c2, c3, c4, c5 = _constants('appendix_a.c', c, 5)
+  c1, c2, c3, c4, c5 = _constants('appendix_a.constants', constants, 5)
   (_, b, s), (w, t) = appendix_a_features(config, block, tp)
   return Affine((c3, c1 * b, c2 * s), (c4 * w, c5 * t, 0.0), host_s=host_s)
 
 
-def appendix_a_features(config, block=16, tp=1):
+def appendix_a_features(
+    config: ModelConfig, block: int = 16,
+    tp: int = 1) -> tuple[tuple[float, float, float], tuple[float, float]]:
   """((1, per token, per square), (weights, per context token)): what C3, C1,
   C2 and C4, C5 multiply."""
   h, m = config.d_model, config.d_ff
@@ -195,8 +252,10 @@ def appendix_a_features(config, block=16, tp=1):
   return (1.0, matrix, reads / block), (matrix, reads)
 
 
-def scale(latency, config, plan, speedup=None, itemsize=2,
-          tensor_bytes_per_s=math.inf, pipe_bytes_per_s=math.inf, hop_s=0.0):
+def scale(latency: Affine, config: ModelConfig, plan: Plan,
+          speedup: float | None = None, itemsize: float = 2,
+          tensor_bytes_per_s: float = math.inf,
+          pipe_bytes_per_s: float = math.inf, hop_s: float = 0.0) -> Affine:
   """An Affine measured on one device, for another plan.
 
   Rules:
@@ -212,8 +271,8 @@ def scale(latency, config, plan, speedup=None, itemsize=2,
     tensor_bytes_per_s, pipe_bytes_per_s: of the links, one direction.
     hop_s: fixed seconds of a message.
   """
-  k = plan.tp if speedup is None else speedup
-  require(1 <= k <= plan.tp, 'speedup', k, f'from 1 to tp={plan.tp}')
+  faster = plan.tp if speedup is None else speedup
+  require(1 <= faster <= plan.tp, 'speedup', faster, f'from 1 to tp={plan.tp}')
   require(latency.pp == 1, 'latency.pp', latency.pp,
           '1: a latency of one device is scaled')
   token = config.d_model * itemsize
@@ -226,21 +285,21 @@ def scale(latency, config, plan, speedup=None, itemsize=2,
   def scaled(constants, token_at):
     if constants is None:
       return None
-    out = [x / k for x in constants]
+    out = [x / faster for x in constants]
     out[0] += fixed
     out[token_at] += each
     return tuple(out)
   return dataclasses.replace(
-      latency, piece_s=latency.piece_s / k,
+      latency, piece_s=latency.piece_s / faster,
       prefill=scaled(latency.prefill, 1),
       decode=scaled(latency.decode, 2),
       decode_large=scaled(latency.decode_large, 2),
       mixed=scaled(latency.mixed, 1), pp=plan.pp)
 
 
-def speedup(one, many, pieces):
-  """K of DistServe's Eq. 3: how much faster `many` prefills than `one`."""
-  return one.prefill_s(pieces) / many.prefill_s(pieces)
+def speedup(single: Latency, sharded: Latency, pieces: Pieces) -> float:
+  """K of DistServe's Eq. 3: how much faster `sharded` prefills."""
+  return single.prefill_s(pieces) / sharded.prefill_s(pieces)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,12 +325,14 @@ class Link:
       value = getattr(self, field)
       require(is_positive(value), f'Link.{field}', value, 'above 0')
 
-  def migrate_s(self, num_tokens):
+  def migrate_s(self, num_tokens: int) -> float:
     """Seconds of a migration of so many tokens, alone on the link."""
     return self.base_s + num_tokens * self.kv_bytes / self.bytes_per_s
 
 
-def saturation_tokens(latency, share=0.95, limit=32768, prompt_len=None):
+def saturation_tokens(latency: Latency, share: float = 0.95,
+                      limit: int = 32768,
+                      prompt_len: int | None = None) -> int:
   """L_m: the fewest tokens of a prefill batch that reach this share of the
   best prefill throughput (tokens/s) of any batch up to `limit`.
 
@@ -283,7 +344,7 @@ def saturation_tokens(latency, share=0.95, limit=32768, prompt_len=None):
 
   def rate(n):
     each = prompt_len or n
-    pieces = [(0, min(each, n - at)) for at in range(0, n, each)]
+    pieces = [(0, min(each, n - start)) for start in range(0, n, each)]
     seconds = latency.prefill_s(tuple(pieces))
     return n / seconds if seconds else math.inf
 
@@ -293,15 +354,16 @@ def saturation_tokens(latency, share=0.95, limit=32768, prompt_len=None):
           if b <= limit)})
   rates = [rate(n) for n in sizes]
   enough = share * max(rates)
-  at = next(i for i, r in enumerate(rates) if r >= enough)
-  low, high = (sizes[at - 1] if at else 0), sizes[at]
+  first = next(i for i, r in enumerate(rates) if r >= enough)
+  low, high = (sizes[first - 1] if first else 0), sizes[first]
   while high - low > 1:
     middle = (low + high) // 2
     low, high = (low, middle) if rate(middle) >= enough else (middle, high)
   return high
 
 
-def largest_batch(latency, tpot_s, context, limit=4096):
+def largest_batch(latency: Latency, tpot_s: float, context: int,
+                  limit: int = 4096) -> int:
   """The largest decode batch within tpot_s; 0: not even one row is.
 
   Args:

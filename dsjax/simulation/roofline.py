@@ -14,7 +14,7 @@ from dsjax.config.checks import (
 )
 from dsjax.config.model import ModelConfig
 from dsjax.simulation.hardware import Hardware
-from dsjax.simulation.latency import check_common
+from dsjax.simulation.latency import Pieces, check_common
 
 
 def _size(config, leaf):
@@ -29,14 +29,14 @@ def _expert(leaf):
   return leaf.rsplit('_', 1)[1].startswith('E') and 'F' in leaf
 
 
-def experts_touched(config, tokens):
+def experts_touched(config: ModelConfig, tokens: int) -> float:
   """Experts of a layer that some token chose: E (1 - (1 - k / E)^tokens), if
   every choice is as likely as any other."""
   E, k = config.num_experts, config.experts_per_token
   return E * (1 - (1 - k / E)**tokens) if E else 0.0
 
 
-def layer_flops(config):
+def layer_flops(config: ModelConfig) -> float:
   """Operations of a token in the matrix products of all layers: 2 a weight;
   k of the E experts."""
   share = config.experts_per_token / max(1, config.num_experts)
@@ -46,7 +46,7 @@ def layer_flops(config):
       and leaf not in ('q_bias_NH', 'k_bias_KH', 'v_bias_KH'))
 
 
-def layer_weights(config, tokens):
+def layer_weights(config: ModelConfig, tokens: int) -> float:
   """Weights that a step of so many tokens reads in all layers."""
   share = experts_touched(config, tokens) / max(1, config.num_experts)
   return config.num_layers * sum(
@@ -54,7 +54,7 @@ def layer_weights(config, tokens):
       for leaf in config.layer_leaves)
 
 
-def num_params(config):
+def num_params(config: ModelConfig) -> int:
   """Weights of the whole model."""
   return (config.num_layers * sum(_size(config, x)
                                   for x in config.layer_leaves)
@@ -67,7 +67,7 @@ def _pairs_below(n, window):
   return w * (w + 1) // 2 + (n - w) * w
 
 
-def attended(config, pieces):
+def attended(config: ModelConfig, pieces: Pieces) -> tuple[int, int]:
   """(pairs, keys): (query, key) pairs and cached tokens read, of all layers.
 
   A piece reads each token that it can see once (as flash attention does),
@@ -134,7 +134,9 @@ class Roofline:
       value = getattr(self, field)
       require(is_nonnegative(value), f'Roofline.{field}', value, '0 or more')
 
-  def parts(self, pieces, batch, context):
+  def parts(
+      self, pieces: Pieces, batch: int, context: float
+  ) -> tuple[tuple[tuple[float, float], ...], float]:
     """((operations, bytes), ...) of a device, and its seconds of messages.
 
     Each pair takes the longer of the two; pieces, batch, context: of a step.
@@ -160,22 +162,22 @@ class Roofline:
             (flops * pairs, size * keys),
             (flops * reads, size * reads)), messages_s
 
-  def prefill_s(self, pieces):
+  def prefill_s(self, pieces: Pieces) -> float:
     """Seconds of a prefill batch; 0 of an empty one."""
     return self.mixed_s(pieces, 0, 0)
 
-  def decode_line(self, batch):
+  def decode_line(self, batch: int) -> tuple[float, float]:
     """(a, b): a step of `batch` rows takes a + b context."""
     flops, size = self.parts((), 1, 1)[0][3]
     return self.mixed_s((), batch, 0), max(
         flops / (self.hardware.flop_per_s * self.compute),
         size / (self.hardware.bytes_per_s * self.memory))
 
-  def decode_s(self, batch, context):
+  def decode_s(self, batch: int, context: float) -> float:
     """Seconds of a decode step; 0 of an empty one."""
     return self.mixed_s((), batch, context)
 
-  def mixed_s(self, pieces, batch, context):
+  def mixed_s(self, pieces: Pieces, batch: int, context: float) -> float:
     """Seconds of a chunked step: the weights are read once for both."""
     if not pieces and not batch:
       return 0.0

@@ -1,7 +1,7 @@
 """What a person looks at after a run: records, tables, verdict, figure.
 
 Pure rendering of Records and Summaries; the only effects are the files that
-save_* write. The timeline of a run is in timeline.py.
+save_* write. The timeline of a run is in dsjax.analysis.
 """
 
 import bisect

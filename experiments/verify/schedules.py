@@ -5,13 +5,16 @@ What may happen and what must hold is in experiments.verify.worlds.
 
 import dataclasses
 import gc
+import itertools
 import json
 import random
+from typing import NamedTuple
 
 from dsjax.config.checks import InputError
 from dsjax.config.engine import InstanceConfig
 from dsjax.scheduling import scheduler
-from experiments.verify.worlds import Rules, Violation, need
+from dsjax.scheduling.events import Preempt, RunDecode, RunPrefill
+from experiments.verify.worlds import Rules, Violation, World, need
 
 NOTHING = 'nothing broke'
 _EVERY = 4096  # transitions between two calls of halt
@@ -21,7 +24,7 @@ def search(rules, faults, halt=None):
   """Depth-first over every world that can be reached.
 
   A path of moves that comes back to where it was is a violation: so every
-  schedule ends, and whoever waits does so for a bounded number of moves.
+  schedule ends, and what waits does so for a bounded number of moves.
 
   Args:
     halt: called every few thousand transitions with their number; a true
@@ -72,9 +75,32 @@ def _search(rules, faults, halt):
   return transitions, len(seen), True
 
 
-def walk(rules, faults, seed, most=100_000):
-  """One random schedule to its end: transitions. Raises Violation."""
+class Moved(NamedTuple):
+  """A move of a schedule, its log, and the worlds before and after it."""
+
+  before: World
+  move: tuple
+  log: list
+  after: World
+
+
+def wander(rules, faults, seed, slow_copies=False, timed=False, most=100_000):
+  """One random schedule to its end, a Moved at a time.
+
+  In addition to what Rules doubts: no row has a second turn while another
+  waits for its first, and some moves are made twice, to the same effect.
+
+  Args:
+    faults: how many there may be.
+    slow_copies: most hand-offs end when nothing else runs.
+    timed: events carry the number of the move as their time, for a log that
+      is kept.
+
+  Raises:
+    Violation.
+  """
   draw, w, path = random.Random(seed), rules.first(faults), []
+  turns = _Turns()
   rate, press = draw.choice((0.02, 0.1, 0.3)), draw.choice((0.0, 0.5))
   try:
     while True:
@@ -82,21 +108,98 @@ def walk(rules, faults, seed, most=100_000):
       free = [m for m in moves if not m[1]]
       if not free:
         rules.over(w)
-        return len(path)
+        return
       need(len(path) < most, 'no progress')
+      if slow_copies and draw.random() < 0.9:
+        free = [m for m in free if m[0][0] != 'copied'] or free
       may = [m for m in moves if m[1]] if draw.random() < rate else free
       kinds = sorted({m[0][0] for m in may or free})
       kind = draw.choice(kinds)
       if kind == 'gone' and draw.random() < 0.8:
-        kind = draw.choice(kinds)  # else soon nobody is left
+        kind = draw.choice(kinds)  # else soon no instance is left
       if 'arrive' in kinds and draw.random() < press:
         kind = draw.choice([k for k in kinds if k in ('arrive', 'burst')])
       move, cost = draw.choice([m for m in may or free if m[0][0] == kind])
       path.append(move)
-      w = rules.apply(w, move, cost)[0]
-      rules.check(w)
+      if timed:
+        rules.time_s = float(len(path))
+      again = draw.random() < 0.1 and repr(w)
+      after, log = rules.apply(w, move, cost)
+      rules.check(after)
+      turns.take(w, log, after)
+      if again:
+        need((after, log) == rules.apply(w, move, cost),
+             'the same event, another answer')
+        need(repr(w) == again, 'the state that was given has changed')
+      yield Moved(w, move, log, after)
+      w = after
   except Exception as error:
     raise _violation(error, path) from error
+
+
+def walk(rules, faults, seed):
+  """The number of moves of a random schedule. Raises Violation."""
+  return sum(1 for _ in wander(rules, faults, seed))
+
+
+class _Turns:
+  """No row has a second turn while another waits for its first."""
+
+  def __init__(self):
+    self.passed = {}  # (id, other): commands of other since the last of id
+
+  def take(self, before, log, after):
+    for command in (c for _, commands in log for c in commands):
+      if isinstance(command, Preempt):
+        self.passed = {pair: n for pair, n in self.passed.items()
+                       if command.id not in pair}
+      elif isinstance(command, RunPrefill | RunDecode) and command.rows:
+        turn = {row.id for row in command.rows}
+        decoding = [{r.id for r in w.state.instances[command.instance].rows}
+                    for w in (before, after)]
+        waiting = set.intersection(*decoding) - turn
+        self.passed = {pair: n for pair, n in self.passed.items()
+                       if pair[0] not in turn}
+        for pair in itertools.product(waiting, turn):
+          self.passed[pair] = self.passed.get(pair, 0) + 1
+          need(self.passed[pair] < 2, 'request {} waits: {}', pair[0], command)
+
+
+def random_rules(seed, count, config=None):
+  """Rules of `count` random requests on one to six small instances.
+
+  The instances are of one mode, each of its own sizes; some requests never
+  fit. config: a scheduler.Config instead.
+  """
+  draw = random.Random(seed)
+  config = config or _random_config(draw)
+  prompt, most = draw.choice(((16, 4), (16, 10), (4, 18)))
+  requests = []
+  for _ in range(count):
+    limit = draw.randint(1, most)
+    end = next((n for n in range(1, limit + 1) if draw.random() < 0.05), 0)
+    requests.append((draw.randint(1, prompt), limit, end))
+  return Rules(config, requests)
+
+
+def _random_config(draw):
+  mode = draw.choice(('prefill', 'prefill', 'colocated', 'chunked'))
+  roles = [mode] * draw.choice((1, 2, 3))
+  if mode == 'prefill':
+    roles += ['decode'] * draw.choice((1, 2, 3))
+
+  def instance(role):
+    size = draw.choice((1, 2, 4))
+    return InstanceConfig(
+        role, -(-draw.choice((14, 20, 28)) // size), size,
+        draw.choice((1, 2, 4) if role == 'chunked' else (1, 4, 8)),
+        draw.choice((6, 16, 64)), draw.choice((1, 2, 4)),
+        draw.choice((1, 2, 3)))
+
+  return scheduler.Config(tuple(map(instance, roles)), max_len=24,
+                          depth=draw.choice((1, 2, 3)),
+                          prefill_depth=draw.choice((1, 1, 2)),
+                          run_ahead=draw.choice((1, 2, 4)))
 
 
 def _violation(error, moves):
@@ -112,13 +215,13 @@ def _violation(error, moves):
 
 
 def replay(rules, moves):
-  """Runs a schedule, then those who have arrived without faults to the end.
+  """Runs a schedule, then what has arrived without faults to the end.
 
   Moves that are not possible when it is their turn are left out; requests may
   arrive in any order.
 
   Returns:
-    ([(move, events, commands), ...], what broke or '').
+    ([(move, its log), ...], what broke or '').
   """
   w, log, end = rules.first(len(moves)), [], 0
   left = iter(moves)
@@ -134,13 +237,13 @@ def replay(rules, moves):
       if move is None:
         rules.over(w)
         return log, ''
-      log.append((move, (), ()))
-      w, events, commands = rules.apply(w, move, may.get(move, 0))
-      log[-1] = (move, events, commands)
+      log.append((move, []))
+      w, answered = rules.apply(w, move, may.get(move, 0))
+      log[-1] = (move, answered)
       rules.check(w)
   except Exception as error:
-    if hasattr(error, 'told'):
-      log[-1] = (log[-1][0], *error.told)
+    if hasattr(error, 'log'):
+      log[-1] = (log[-1][0], error.log)
     return log, str(_violation(error, ()))
 
 
@@ -164,7 +267,7 @@ def shrink(rules, moves, most=1000):
     left -= 1
     log, broken = replay(rules, less)
     if broken:
-      moves = tuple(m for m, _, _ in log[:len(less)])
+      moves = tuple(m for m, _ in log[:len(less)])
     return bool(broken)
 
   for id in range(len(rules.requests)):
@@ -197,8 +300,10 @@ def write_log(path, rules, moves):
   config = dataclasses.asdict(rules.config)
   del config['policy']  # code, not data: --replay runs the default
   lines = [{'config': config, 'requests': rules.requests}]
-  lines += [{'move': m, 'events': list(map(str, e)),
-             'commands': list(map(str, c))} for m, e, c in log[:len(moves)]]
+  lines += [{'move': move, 'events': [str(e) for e, _ in answered],
+             'commands': [str(c) for _, commands in answered
+                          for c in commands]}
+            for move, answered in log[:len(moves)]]
   lines.append({'violation': broken})
   path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
 
@@ -226,10 +331,10 @@ def story(rules, moves):
   """A schedule in words: lines of moves, events, commands."""
   log, broken = replay(rules, moves)
   shown, lines = len(moves), []
-  for n, (move, events, commands) in enumerate(log):
+  for n, (move, answered) in enumerate(log):
     if n == shown:
       lines.append('and without faults to the end:')
-    told = ', '.join(map(str, events)) or 'nobody is told'
+    told = ', '.join(str(e) for e, _ in answered) or 'no event'
     lines.append(f'{" ".join(map(str, move)):12}{told}')
-    lines += [f'{"":12}  -> {c}' for c in commands]
+    lines += [f'{"":12}  -> {c}' for _, commands in answered for c in commands]
   return [*lines, f'violation: {broken}' if broken else NOTHING]

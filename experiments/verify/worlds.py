@@ -3,11 +3,16 @@
 A World is a value: the scheduler's state, what lies on every page, what each
 client was told. Rules says what may happen next in it (a command is done, a
 copy arrives, an instance dies), and Rules.apply lets it happen and doubts
-every answer of the scheduler. Nothing here chooses: experiments.explore does.
+every answer of the scheduler. Nothing here chooses a move: schedules.py does.
+
+A page holds (request, block, tokens): the first `tokens` slots of its block
+of positions. That is what every slot holds, as nothing is written behind a
+slot that was not read first.
 
 The clock: events carry a time that may not be looked at (NO_CLOCK), so that
 no jump of a clock changes a decision. What a clock does decide, when a lease
-runs out, is a move that may come at any time.
+runs out, is a move that may come at any time. A log that is to be kept has
+numbers instead, see Rules.time_s.
 """
 
 from typing import NamedTuple
@@ -51,7 +56,7 @@ def need(ok, text, *told):
 
 
 class _NoClock:
-  """A time that nobody may look at."""
+  """A time that must not be looked at."""
 
   def _looked(self, *_):
     raise Violation('the scheduler looked at the time of an event')
@@ -66,13 +71,16 @@ class _NoClock:
 NO_CLOCK = _NoClock()
 HAND_OFF = (Migrated, MigrateFailed, Timer)
 DAMAGED = ('damaged', 0, 0)
+PROBED = 6  # requests that are told stale events at a time
 
 
 class World(NamedTuple):
-  """kv: of each page (id, block, tokens filled) or None. fates: of each
-  request None until it arrives, '' until it ends. out: tokens told of it.
-  copies: (Migrate, its answer is lost). faults: left to inject. marks: a hash
-  of each instance, see Rules.key.
+  """Everything at one moment.
+
+  kv: (id, block, tokens filled) or None for each page. fates: None until a
+  request arrives, '' until it ends. out: tokens told to each client. copies:
+  (Migrate, its answer is lost). faults: left to inject. marks: a hash of each
+  instance, see Rules.key.
   """
 
   state: object
@@ -101,6 +109,7 @@ class Rules:
     requests: (prompt_len, max_tokens, tokens until EOS or 0) of each.
 
   Attributes:
+    time_s: of the next events.
     hops: every (stage, cause, stage) that was taken. probed: every (stage,
       kind of event) that was tried where it is stale or impossible. probes:
       how many.
@@ -109,6 +118,7 @@ class Rules:
   def __init__(self, config, requests):
     self.config, self.requests = config, tuple(map(tuple, requests))
     self.hops, self.probed, self.probes = set(), set(), 0
+    self.time_s = NO_CLOCK
 
   def first(self, faults):
     """The world before anything happens."""
@@ -136,8 +146,7 @@ class Rules:
       elif faults and inst.status == 'gone':
         found.append((('up', i), 1))
       elif faults:
-        steps = (getattr(inst.inflight[0][0], 'steps', 1)
-                 if inst.inflight else 1)
+        steps = inst.inflight[0][0].steps if inst.inflight else 1
         found += [(('crash', i, n), 1) for n in range(steps)]
         found.append((('gone', i), 1))
         found.append((('drain' if inst.status == 'up' else 'up', i), 1))
@@ -154,17 +163,17 @@ class Rules:
     return found
 
   def apply(self, w, move, cost):
-    """(the world after a move, its events, its commands). Raises Violation.
+    """(the world after a move, [(event, commands)] of it). Raises Violation.
 
-    Whatever it raises has the events and the commands as its `told`.
+    Any exception has this log, as far as it got, as its `log`.
     """
     kind, *rest = move
-    one = _Move(self, w)
+    made = _Move(self, w)
     try:
-      getattr(one, kind)(*rest)
-      return one.done(w.faults - cost), one.events, one.commands
+      getattr(made, kind)(*rest)
+      return made.done(w.faults - cost), made.log
     except Exception as error:
-      error.told = one.events, one.commands
+      error.log = made.log
       raise
 
   def key(self, w):
@@ -192,11 +201,49 @@ class Rules:
           c.epoch, c.source, c.source_pages, c.target)
            and seq.target_pages[:len(c.target_pages)] == c.target_pages,
            'pages of {} are not of {} while it runs', c, seq)
+    for i, inst in enumerate(now.instances):
+      self._in_flight(now, i, inst)
     self._moving(now)
     self._probe(w)
 
+  def _in_flight(self, now, i, inst):
+    """Commands in flight touch pages of their requests only, and ask for no
+    more than the instance and the depth allow."""
+    config, c = self.config, self.config.instances[i]
+    depth = (config.depth * c.pp if c.decodes
+             else max(config.prefill_depth, c.pp))
+    need(len(inst.inflight) <= depth, 'instance {}: {} commands in flight', i,
+         len(inst.inflight))
+    ahead = []
+    for command, _ in inst.inflight:
+      rows, parts = command.rows, command.rows
+      if isinstance(command, RunDecode):
+        most = config.run_ahead if c.pp == 1 else 1
+        need(rows and c.decodes and 0 < command.steps <= most,
+             '{}: of {} to {} steps', command, 1, most)
+      else:
+        parts = command.chunks + rows
+        tokens = sum([p.stop - p.start for p in command.chunks]) + len(rows)
+        need(command.chunks and c.prefills
+             and len(command.chunks) <= c.prefill_seqs
+             and tokens <= c.prefill_tokens
+             and (c.mixes or not rows),
+             '{}: more than {} takes', command, c)
+      ids = [p.id for p in parts]
+      need(len(rows) <= c.max_seqs and len(set(ids)) == len(ids),
+           '{}: too many rows, or one twice', command)
+      ahead += [row.id for row in rows]
+      for part in parts:
+        seq = now.seqs.get(part.id)
+        need(seq and seq.instance == i
+             and seq.pages[:len(part.pages)] == part.pages,
+             'instance {}: pages of {} are not of {}', i, part, seq)
+    need(len(ahead) <= config.depth
+         or all([ahead.count(id) <= config.depth for id in set(ahead)]),
+         'instance {}: a row is too far ahead: {}', i, inst.inflight)
+
   def _moving(self, now):
-    """Whoever can go on does: progress, with what is there."""
+    """Progress: everything that can go on does, with what is there."""
     up = {'prefill': False, 'decode': False}
     for i, inst in enumerate(now.instances):
       config = self.config.instances[i]
@@ -209,17 +256,19 @@ class Rules:
            'instance {} is {} and has work', i, inst.status)
       if not inst.inflight:
         need(not (inst.rows or inst.prefilling), 'instance {} stalled', i)
-        need(inst.residents or not busy, 'instance {} admits nobody', i)
+        need(inst.residents or not busy, 'instance {} admits nothing', i)
     for id in now.waiting:
       kind = 'prefill' if now.seqs[id].stage == 'queued' else 'decode'
       need(not up[kind], 'request {} waits though one may serve it', id)
 
   def over(self, w):
-    """Nothing more will happen: everyone has ended, every page is back."""
+    """Nothing more will happen: all have ended, every page is back."""
     need('' not in w.fates, 'never ended: {}', w.fates)
     need(scheduler.idle(w.state), 'not idle')
     for c, inst in zip(self.config.instances, w.state.instances, strict=True):
       need(inst.pool == page_pool.init(c.num_pages), 'pages leaked')
+      need(not (inst.ending or inst.residents or inst.backlog),
+           'not empty: {}', inst)
 
   # --- events without sense -------------------------------------------------
 
@@ -245,9 +294,10 @@ class Rules:
   def _stale(self, w, turn):
     """(event, stage of its request or status of its instance)s: late ones,
     those that are told twice."""
-    now, found = w.state, []
-    for id, fate in enumerate(w.fates):
-      seq = now.seqs.get(id)
+    now, found, count = w.state, [], len(w.fates)
+    for n in range(min(count, PROBED)):  # of many requests some, in turn
+      id = (turn * PROBED + n) % count if count > PROBED else n
+      fate, seq = w.fates[id], now.seqs.get(id)
       if seq is None:
         stage, epoch = 'absent', 1
       else:
@@ -298,7 +348,8 @@ class _Move:
   """One move of a world, in place."""
 
   def __init__(self, rules, w):
-    self.rules, self.w, self.events, self.commands = rules, w, [], []
+    self.rules, self.w, self.time_s = rules, w, rules.time_s
+    self.events, self.log, self.stopped = [], [], []
     self.kv, self.changed = list(w.kv), set()
     self.out, self.fates = list(w.out), list(w.fates)
     self.copies = list(w.copies)
@@ -312,14 +363,17 @@ class _Move:
       run = _Traced(config, before)
       run.hops = self.rules.hops
       for event in self.events:
-        self.commands += run.apply(event)
+        self.log.append((event, tuple(run.apply(event))))
       after = run.freeze()
       marks = tuple([m if a is b else _mark(a) for a, b, m in zip(
           after.instances, before.instances, marks, strict=True)])
-    for c in self.commands:
-      doubt = _DOUBTS.get(type(c))
-      if doubt:
-        doubt(self, c, after)
+    for _, commands in self.log:
+      for c in commands:
+        doubt = _DOUBTS.get(type(c))
+        if doubt:
+          doubt(self, c, after)
+    for id in self.stopped:
+      need(self.fates[id], 'request {} goes on after its end', id)
     for i, inst in enumerate(after.instances):
       freed = inst.pool.free & ~before.instances[i].pool.free
       if freed:
@@ -340,7 +394,8 @@ class _Move:
         c.reason if isinstance(c, Finish) else type(c).__name__)
     if reason in ('stop', 'length'):
       want = eos or most
-      need(self.out[c.id] == want, '{} after {} of {}', c, self.out[c.id], want)
+      need(self.out[c.id] == want and (reason == 'stop') == bool(eos),
+           '{} after {} of {}', c, self.out[c.id], want)
     elif reason == 'cancelled':
       event, = self.events
       need(isinstance(event, Cancelled) and event.id == c.id,
@@ -362,6 +417,11 @@ class _Move:
     need(all([p.id != c.id for p, _ in self.copies]),
          '{}: two copies of one request', c)
     self.pulled(c, after)
+    for i, pages in ((c.source, c.source_pages), (c.target, c.target_pages)):
+      size = self.rules.config.instances[i].page_size
+      need(len(pages) == page_pool.pages_for(c.num_tokens, size),
+           '{}: {} pages', c, len(pages))
+    self.read(c.source, c.id, c.source_pages, c.num_tokens)
     self.copies.append((c, False))
 
   def aborted(self, c, after):
@@ -369,7 +429,7 @@ class _Move:
                    if (p[0].id, p[0].epoch) != (c.id, c.epoch)]
 
   def admitted(self, c, after):
-    """First come, first served: no request is passed by in a queue."""
+    """First come, first served: no request of a prefill queue is passed."""
     if self.rules.config.policy.order:
       return
     queue = after.instances[c.instance].queue
@@ -380,7 +440,7 @@ class _Move:
              '{}: passes request {} by', c, queue[0])
 
   def pulled(self, c, after):
-    """No request is passed by among the finished prefills of an instance."""
+    """No finished prefill that waits for this instance is passed."""
     if self.rules.config.policy.order:
       return
     before = self.w.state.instances[c.target].pulls
@@ -398,21 +458,20 @@ class _Move:
       self.kv[i] = list(self.kv[i])
     return self.kv[i]
 
-  def use(self, i, id, ids):
-    seq = self.w.state.seqs.get(id)
-    need(seq and seq.instance == i and seq.pages[:len(ids)] == ids,
-         'instance {}: pages {} are not of request {}: {}', i, ids, id, seq)
-
   def read(self, i, id, ids, stop):
     kv, size = self.kv[i], self.rules.config.instances[i].page_size
-    for k in range(page_pool.pages_for(stop, size)):
+    count = page_pool.pages_for(stop, size)
+    need(count <= len(ids), 'request {}: no page for {} in {}', id, stop, ids)
+    for k in range(count):
       got, want = kv[ids[k]], min(size, stop - k * size)
       need(got and got[:2] == (id, k) and got[2] >= want,
            'instance {}: read {} for {} tokens of {}', i, got, want, (id, k))
 
   def write(self, i, id, ids, start, stop):
     kv, size = self.pages_of(i), self.rules.config.instances[i].page_size
-    for k in range(start // size, page_pool.pages_for(stop, size)):
+    count = page_pool.pages_for(stop, size)
+    need(count <= len(ids), 'request {}: no page for {} in {}', id, stop, ids)
+    for k in range(start // size, count):
       kv[ids[k]] = (id, k, min(size, stop - k * size))
 
   def tell(self, id, position):
@@ -424,6 +483,8 @@ class _Move:
     need(position == prompt + out,
          'request {}: token {} after {}', id, position - prompt, out)
     self.out[id] = out + 1
+    if out + 1 == eos:
+      self.stopped.append(id)
     return out + 1 == eos
 
   def rows(self, i, c, steps):
@@ -431,11 +492,10 @@ class _Move:
     for t in range(c.tick, c.tick + steps):
       for row in c.rows:
         need(t < row.until, 'tick {} of {}', t, row)
-        self.use(i, row.id, row.pages)
-        at = row.base + t
-        self.read(i, row.id, row.pages, at)
-        self.write(i, row.id, row.pages, at, at + 1)
-        if self.tell(row.id, at + 1):
+        position = row.base + t
+        self.read(i, row.id, row.pages, position)
+        self.write(i, row.id, row.pages, position, position + 1)
+        if self.tell(row.id, position + 1):
           ended.append((row.id, t - c.tick))
     return tuple(ended)
 
@@ -443,7 +503,7 @@ class _Move:
 
   def arrive(self, id, more=False):
     self.fates[id] = ''
-    self.events.append(Arrived(NO_CLOCK, id,
+    self.events.append(Arrived(self.time_s, id,
                                *self.rules.requests[id][:2], more))
 
   def burst(self, first, second):
@@ -455,24 +515,26 @@ class _Move:
     c = self.w.state.instances[i].inflight[0][0]
     if isinstance(c, RunDecode):
       self.events.append(DecodeDone(
-          NO_CLOCK, i, c.number, (NO_CLOCK,) * c.steps,
+          self.time_s, i, c.number, (self.time_s,) * c.steps,
           self.rows(i, c, c.steps)))
       return
     ended = []
     for chunk in c.chunks:
-      self.use(i, chunk.id, chunk.pages)
+      known = self.rules.requests[chunk.id][0] + self.out[chunk.id]
+      need(self.fates[chunk.id] or chunk.last == (chunk.stop == known),
+           '{}: {} tokens are known', chunk, known)
       self.read(i, chunk.id, chunk.pages, chunk.start)
       self.write(i, chunk.id, chunk.pages, chunk.start, chunk.stop)
       if chunk.last and self.tell(chunk.id, chunk.stop):
         ended.append(chunk.id)
     ended += [id for id, _ in self.rows(i, c, 1)]
-    self.events.append(PrefillDone(NO_CLOCK, i, c.number, tuple(ended)))
+    self.events.append(PrefillDone(self.time_s, i, c.number, tuple(ended)))
 
   def crash(self, i, steps, back=True):
     flying = self.w.state.instances[i].inflight
     ended = self.rows(i, flying[0][0], steps) if steps else ()
     self.events.append(InstanceDown(
-        NO_CLOCK, i, (NO_CLOCK,) * steps, ended, back))
+        self.time_s, i, (self.time_s,) * steps, ended, back))
     self.changed.add(i)
     self.kv[i] = [None] * len(self.kv[i])
     self.copies = [p for p in self.copies if p[0].target != i]
@@ -481,13 +543,14 @@ class _Move:
     self.crash(i, 0, False)
 
   def up(self, i):
-    self.events.append(InstanceUp(NO_CLOCK, i))
+    self.events.append(InstanceUp(self.time_s, i))
 
   def drain(self, i):
-    self.events.append(Drain(NO_CLOCK, i))
+    self.events.append(Drain(self.time_s, i))
 
   def cancel(self, id):
-    self.events.append(Cancelled(NO_CLOCK, id))
+    self.stopped.append(id)
+    self.events.append(Cancelled(self.time_s, id))
 
   def copy(self, id):
     return next(n for n, (c, _) in enumerate(self.copies) if c.id == id)
@@ -496,11 +559,11 @@ class _Move:
     c, _ = self.copies.pop(self.copy(id))
     self.read(c.source, id, c.source_pages, c.num_tokens)
     self.write(c.target, id, c.target_pages, 0, c.num_tokens)
-    self.events.append(Migrated(NO_CLOCK, id, c.epoch))
+    self.events.append(Migrated(self.time_s, id, c.epoch))
 
   def failed(self, id):
     c, _ = self.copies.pop(self.copy(id))
-    self.events.append(MigrateFailed(NO_CLOCK, id, c.epoch))
+    self.events.append(MigrateFailed(self.time_s, id, c.epoch))
 
   def damaged(self, id):
     """It arrived, and its checksum does not fit."""
@@ -508,11 +571,11 @@ class _Move:
     kv = self.pages_of(c.target)
     for page in c.target_pages:
       kv[page] = DAMAGED
-    self.events.append(MigrateFailed(NO_CLOCK, id, c.epoch, 'checksum'))
+    self.events.append(MigrateFailed(self.time_s, id, c.epoch, 'checksum'))
 
   def lease(self, id):
     c, _ = self.copies[self.copy(id)]
-    self.events.append(Timer(NO_CLOCK, id, c.epoch))
+    self.events.append(Timer(self.time_s, id, c.epoch))
 
   def lose(self, id):
     """It may write for ever, and will never answer."""
@@ -534,7 +597,7 @@ def _mark(inst):
       inst.status, tuple([(number - n, id) for n, id in inst.ending]),
       tuple([tuple([(r[0], r[1] + b.tick, r[2] - b.tick, r[3])
                     for r in b.rows]) for b in inst.batches]),
-      tuple([(g, getattr(c, 'steps', 0), getattr(c, 'chunks', 0),
+      tuple([(g, c.steps, c.chunks,
               tuple([(r[0], r[1] + c.tick, r[3]) for r in c.rows]),
               ticks[g] - c.tick if g >= 0 else 0)
              for c, g in inst.inflight])))

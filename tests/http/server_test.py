@@ -25,8 +25,9 @@ import pytest
 from dsjax.http import completions, socket_server, telemetry
 from dsjax.http import service as service_module
 from dsjax.scheduling import scheduler
-from experiments.verify import faults
-from tests.common import tiny, virtual
+from dsjax.scheduling.events import Preempt
+from experiments.verify import faults, schedules
+from tests.common import tiny
 from tests.common.web import (
   CONFIG,
   LIMITS,
@@ -513,10 +514,11 @@ def test_preemptions_and_owners_of_pages_show(running, client):
   metrics = telemetry.Gauges()
   preempted = 0
   for seed in range(20):
-    world = virtual.World(virtual.random_config(seed), seed, 20).run()
-    for event, commands in world.log:
-      metrics.observe(event, commands)
-    preempted += world.counts['Preempt']
+    rules = schedules.random_rules(seed, 20)
+    for moved in schedules.wander(rules, 0, seed):
+      for event, commands in moved.log:
+        metrics.observe(event, commands)
+        preempted += sum(isinstance(c, Preempt) for c in commands)
   assert preempted > 0
   assert f'dsjax_preemptions_total {preempted}.0' in metrics.text().decode()
   owned = {}

@@ -12,6 +12,7 @@ import jax
 import pytest
 
 import dsjax
+from dsjax.analysis import timeline
 from dsjax.config.checks import InputError
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import (
@@ -23,7 +24,6 @@ from dsjax.scheduling.events import (
   RunPrefill,
   Timer,
 )
-from experiments.common import timeline
 from experiments.verify.faults import COPY, KINDS, Injected, Injector
 from tests.common import serving
 from tests.common.serving import (

@@ -31,7 +31,7 @@ from dsjax.scheduling.events import (
   RunPrefill,
   Timer,
 )
-from tests.common import virtual
+from experiments.verify import schedules, worlds
 
 
 def _instance(role, num_pages=8, page_size=4, max_seqs=4, prefill_tokens=16,
@@ -920,41 +920,58 @@ def test_check_finds_a_row_of_two_micro_batches():
 
 
 def test_random_worlds():
-  """All that tests/virtual.py checks; the first to fail is a small one."""
-  for seed in range(400):
-    world = virtual.World(virtual.random_config(seed), seed, 1 + seed // 10)
+  """All that experiments.verify doubts; the first to fail is a small one."""
+  for seed in range(240):
+    rules = schedules.random_rules(seed, 1 + seed // 6)
     try:
-      world.run()
-    except Exception as error:
-      error.add_note(f'seed {seed}, after {len(world.log)} events')
+      schedules.walk(rules, seed % 4, seed)
+    except worlds.Violation as error:
+      error.add_note(f'seed {seed}, after {len(error.moves)} moves')
       raise
+
+
+def _walked(seed, config=None, **options):
+  """A scheduler.Config, and every Moved of 20 requests of a random world."""
+  rules = schedules.random_rules(seed, 20, config)
+  return rules.config, list(schedules.wander(rules, 3, seed, **options))
+
+
+def _log(moved):
+  return [entry for m in moved for entry in m.log]
 
 
 def test_worlds_where_rows_give_way_to_copies_end():
   """Short decode pools: residents that are on their way are no victims."""
-  seen = collections.Counter()
+  preempted = younger = 0
   for seed in range(60):
     config = _config(
         _instance('prefill', 24, 2, 8), _instance('prefill', 12, 4, 8),
         _instance('decode', 8 + seed % 4, 2, 5, pp=1 + seed % 3),
         max_len=20)
-    seen += virtual.World(config, seed, 20, slow_copies=True).run().counts
-  assert seen['Preempt'] >= 50 and seen['before a younger copy'] >= 20, seen
+    for m in _walked(seed, config, slow_copies=True)[1]:
+      for command in (c for _, commands in m.log for c in commands):
+        if isinstance(command, Preempt) and command.cause == 'pages':
+          preempted += 1
+          younger += any(
+              seq.stage == 'migrating' and seq.target == command.instance
+              and seq.order > m.after.state.seqs[command.id].order
+              for seq in m.before.state.seqs.values())
+  assert preempted >= 50 and younger >= 20, (preempted, younger)
 
 
 def test_a_log_replays_to_the_same_commands():
   seen = collections.Counter()
   for seed in range(60):
-    config = virtual.random_config(seed)
-    world = virtual.World(config, seed, 20).run()
-    lines = [json.dumps(event_log.encode(entry)) for entry in world.log]
+    config, moved = _walked(seed, timed=True)
+    lines = [json.dumps(event_log.encode(entry)) for entry in _log(moved)]
     state = scheduler.init(config)
     for line in lines:
       event, commands = event_log.decode(json.loads(line))
       state, again = scheduler.step(config, state, event)
       assert again == commands
-    assert state == world.state
-    seen += world.counts
+      seen.update(c.reason if isinstance(c, Finish) else type(c).__name__
+                  for c in commands)
+    assert state == moved[-1].after.state
   kinds = ('RunPrefill', 'RunDecode', 'Migrate', 'Preempt', 'Reject',
            'length', 'stop', 'cancelled')
   assert all(seen[kind] >= 20 for kind in kinds), seen
@@ -963,13 +980,12 @@ def test_a_log_replays_to_the_same_commands():
 def test_a_run_that_lives_on_is_stepping():
   """Run.apply after Run.apply: the commands and the states of step."""
   for seed in range(60):
-    config = virtual.random_config(seed)
-    world = virtual.World(config, seed, 20).run()
+    config, moved = _walked(seed, timed=True)
     state = scheduler.init(config)
     run = scheduler.Run(config, state)
-    for n, (event, commands) in enumerate(world.log):
+    for n, (event, commands) in enumerate(_log(moved)):
       state, _ = scheduler.step(config, state, event)
       assert tuple(run.apply(event)) == commands, f'seed {seed}, event {n}'
       if n % 3 == 0:  # the state is not looked at in between
         assert run.freeze() == state, f'seed {seed}, event {n}'
-    assert run.freeze() == state == world.state
+    assert run.freeze() == state == moved[-1].after.state

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsjax import workload
-from dsjax.analysis import metrics
+from dsjax.analysis import metrics, timeline
 from dsjax.config.checks import InputError
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.placement import Slo
@@ -28,7 +28,6 @@ from dsjax.scheduling.events import (
 )
 from dsjax.simulation import simulator
 from dsjax.simulation.contention import Contention
-from experiments.common import timeline
 from experiments.paper import queueing
 
 
