@@ -20,7 +20,7 @@ from dsjax.analysis.recorder import Recorder
 from dsjax.config.checks import InputError, require
 from dsjax.config.engine import EngineConfig
 from dsjax.config.request import Request, Sampling
-from dsjax.runtime.instances import Fleet
+from dsjax.runtime.fleet import Fleet
 from dsjax.runtime.output import Live, Output, RequestFailed
 from dsjax.scheduling import event_log, scheduler
 from dsjax.scheduling.events import (

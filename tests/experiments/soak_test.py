@@ -8,7 +8,7 @@ from rich.console import Console
 
 from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
-from dsjax.runtime import instances
+from dsjax.runtime import fleet
 from experiments import soak
 from experiments.verify import soak_report
 
@@ -43,7 +43,7 @@ def test_wrong_tokens_are_seen(tmp_path, monkeypatch):
     if live is not None and id not in one.slot_of:
       one.admit(id, live.request.prompt, len(live.request.prompt),
                 live.request.sampling)
-  monkeypatch.setattr(instances.Fleet, '_admit', admit)
+  monkeypatch.setattr(fleet.Fleet, '_admit', admit)
   assert soak.run(options(tmp_path, cancel=0.0), Console(quiet=True)) == 1
   failed = json.loads((tmp_path / 'soak.json').read_text())['failed checks']
   assert 'tokens' in failed
