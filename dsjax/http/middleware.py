@@ -21,7 +21,8 @@ from starlette.responses import JSONResponse, Response
 
 from dsjax.config.checks import InputError
 from dsjax.http import openai_schema
-from dsjax.http.service import Gone, Refused
+from dsjax.http.service import Refused
+from dsjax.runtime.orchestrator_thread import Gone
 
 LOG = logging.getLogger(__name__)
 OPEN_PATHS = ('/', '/health')  # without a key

@@ -57,18 +57,16 @@ def _add_openai(app, completions):
 
   @app.post('/v1/completions', responses=both)
   async def complete(request: fastapi.Request, body: openai_schema.Completion):
-    return await completions.answer(request, body)
+    return await completions.respond(request, body)
 
   @app.post('/v1/chat/completions', responses=both)
   async def chat(request: fastapi.Request, body: openai_schema.Chat):
-    return await completions.answer(request, body)
+    return await completions.respond(request, body)
 
   def model():
-    if service.orchestrator is None:
-      service.check_open()
     return {'id': completions.name, 'object': 'model', 'owned_by': 'dsjax',
             'created': completions.created,
-            'max_model_len': service.orchestrator.config.max_len}
+            'max_model_len': service.started().config.max_len}
 
   @app.get('/v1/models')
   async def models():
@@ -85,9 +83,7 @@ def _add_tokens(app, completions):
 
   def vocabulary(body):
     completions.check_model(body.model)
-    if service.orchestrator is None:
-      service.check_open()
-    found = service.orchestrator.model.tokenizer
+    found = service.started().model.tokenizer
     if found is None:
       raise InputError('model: has no tokenizer')
     return found
@@ -115,7 +111,7 @@ def _add_watching(app, service, metrics, name, slo):
     if status in ('ready', 'draining') and not service.alive:
       status = 'stalled'
     about = {'status': status} | (
-        {'progress': service.progress} if status == 'starting' else {})
+        {'progress': service.runner.progress} if status == 'starting' else {})
     return Json(about, 200 if service.alive else 503)
 
   @app.get('/metrics', response_class=PlainTextResponse)
@@ -125,9 +121,7 @@ def _add_watching(app, service, metrics, name, slo):
 
   @app.get('/placement')
   async def placement():
-    if service.orchestrator is None:
-      service.check_open()
-    return Json(explain(service.orchestrator))
+    return Json(explain(service.started()))
 
   @app.get('/live')
   async def live():
@@ -149,8 +143,7 @@ def explain(server):
   placement, config = server.placement, server.config
   instances = [{
       'role': role, 'tp': plan.tp, 'pp': plan.pp,
-      'devices': [str(d) for stage in one.stages
-                  for d in stage.shapes.mesh.devices.flat],
+      'devices': list(map(str, one.devices)),
       'pages': one.limits.num_pages, 'page_size': one.limits.page_size,
       'max_seqs': one.limits.max_seqs,
       'prefill_tokens': one.limits.prefill_tokens,

@@ -20,6 +20,8 @@ from dsjax.checkpoints.orbax_file import Stored
 from dsjax.config.checks import require
 from dsjax.config.request import Sampling
 from dsjax.model import sampling, sharding
+from dsjax.runtime import migration
+from dsjax.runtime.arrays import is_sound
 from dsjax.runtime.memory import fit
 from dsjax.runtime.steps import (
   empty_packed,
@@ -28,30 +30,6 @@ from dsjax.runtime.steps import (
   seqs_bucket,
   stage_shapes,
 )
-
-
-def is_ready(array):
-  """The array's value is there.
-
-  Raises:
-    RuntimeError: its buffer was deleted (jax 0.10's own is_ready would end
-      the process).
-  """
-  if array.is_deleted():
-    raise RuntimeError(f'a buffer of {array.size} numbers was deleted')
-  return array.is_ready()
-
-
-def _is_sound(tree):
-  """No array of a tree was deleted, or is the result of what failed."""
-  arrays = jax.tree.leaves(tree)
-  if any(x.is_deleted() for x in arrays):
-    return False
-  try:  # returns at once: those that are ready
-    jax.block_until_ready([x for x in arrays if x.is_ready()])
-  except RuntimeError:
-    return False
-  return True
 
 
 class _Stage:
@@ -68,7 +46,7 @@ class _Stage:
 
   def empty(self):
     """Makes cache and slots anew, and puts weights again that were lost."""
-    if not _is_sound(self.params):
+    if not is_sound(self.params):
       self.params = None  # makes room
       self.params = self._place()
     self.cache, self.slots = self.step(('init',))
@@ -148,11 +126,20 @@ class Engine:
       yield ' + '.join([f'prefill {tokens}'] * bool(tokens)
                        + [f'decode {rows}'] * bool(rows))
 
+  @property
+  def devices(self):
+    """Its devices, stage by stage."""
+    return tuple(d for mesh in self.where[2] for d in mesh.devices.flat)
+
+  def route_to(self, target):
+    """How KV goes from this engine to another."""
+    return migration.Route(self, target)
+
   # --- faults ---------------------------------------------------------------
 
   def is_sound(self):
     """Its buffers are there. False: it can do nothing but start again."""
-    return all(_is_sound((s.params, s.cache, s.slots)) for s in self.stages)
+    return all(is_sound((s.params, s.cache, s.slots)) for s in self.stages)
 
   def stop(self):
     """Lets go of all it held but weights and compiled steps.

@@ -22,7 +22,7 @@ import numpy as np
 
 from dsjax.model import kv_cache as kv
 from dsjax.model import sharding
-from dsjax.runtime import engine
+from dsjax.runtime.arrays import is_ready
 from dsjax.scheduling import page_pool
 from dsjax.scheduling.events import Migrate
 
@@ -202,7 +202,7 @@ class Transfer:
     Raises:
       RuntimeError: a copy failed.
     """
-    while self._left and engine.is_ready(self._left[-1]):
+    while self._left and is_ready(self._left[-1]):
       self._left.pop()
     if self._left:
       return False
@@ -228,7 +228,7 @@ class Transfer:
 
   def is_ready(self):
     """It has landed, and its checksums, if asked for, are there."""
-    return self.landed and all(map(engine.is_ready,
+    return self.landed and all(map(is_ready,
                                    self.sent + self.arrived))
 
   def check(self):
