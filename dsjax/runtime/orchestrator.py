@@ -50,10 +50,10 @@ from dsjax.config.checks import InputError, require
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement
 from dsjax.config.request import Request, Sampling
+from dsjax.runtime import batch
 from dsjax.runtime.engine import Engine
 from dsjax.runtime.fleet import Fleet, Prefix, StepDone
 from dsjax.runtime.output import (
-  Interrupted,
   Output,
   RequestFailed,
   RequestOutputState,
@@ -367,50 +367,7 @@ class Orchestrator:
       RequestFailed: faults ended a request; its `outputs` has all of them.
       Interrupted: Ctrl-C, which cancels what is left; likewise.
     """
-    require(errors in ('raise', 'return'), 'errors', errors,
-            "'raise' or 'return'")
-    prompts = list(prompts)
-    each = [{}] * len(prompts) if sampling is None else list(sampling)
-    require(len(each) == len(prompts), 'sampling', sampling,
-            f'as many as the prompts, {len(prompts)}')
-    ready = [self.prepare(prompt, **{**params, **own})
-             for prompt, own in zip(prompts, each, strict=True)]
-    ids: list[int] = []
-    try:
-      self._enqueue_all(ready, ids, errors)
-      for id in ids:
-        while not self.requests[id].finished:
-          self.poll()
-    except KeyboardInterrupt:
-      raise Interrupted(self._end_all(ids)) from None
-    except BaseException:
-      self._end_all(ids)
-      raise
-    failed = [self.requests[id].error for id in ids
-              if self.requests[id].failed]
-    outputs = [self.output(id) for id in ids]
-    if failed and errors == 'raise':
-      raise RequestFailed(failed[0], outputs)
-    return outputs
-
-  def _enqueue_all(self, ready: list[tuple[tuple[int, ...], Sampling]],
-                   ids: list[int], errors: str) -> None:
-    """Queues requests that arrive now, together; adds to ids as it does."""
-    now = self.now
-    for prompt, sampling in ready:
-      request = Request(self.next_id, now, prompt, sampling)
-      ids.append(request.id)
-      self.enqueue(request, more=len(ids) < len(ready))
-      state = self.requests[request.id]
-      if state.error and not state.failed and errors == 'raise':
-        raise InputError(f'prompts[{len(ids) - 1}]: {state.error}')
-
-  def _end_all(self, ids: Iterable[int]) -> list[Output]:
-    """Cancels requests that have not ended; the outputs of all."""
-    for id in ids:
-      if id in self.unfinished:
-        self.cancel(id)
-    return [self.output(id) for id in ids if id in self.requests]
+    return batch.generate_all(self, prompts, sampling, errors, params)
 
   def run(self, requests: Iterable[Request],
           on_poll: Callable[[], object] | None = None) -> list[Record]:
