@@ -76,6 +76,10 @@ class _Common(_Body):
   metadata: dict[str, Any] | None = None
 
   @property
+  def limit(self) -> int | None:
+    return self.max_tokens
+
+  @property
   def usage_wanted(self) -> StreamOptions:
     return self.stream_options or StreamOptions()
 
@@ -98,8 +102,10 @@ class _Common(_Body):
     seed = given.pop('seed')
     first = Sampling(
         max_tokens=self.limit or max(1, room), top_k=max(0, self.top_k or 0),
-        logprobs=logprobs, stop=self.stop or (),
-        logit_bias={int(t): b for t, b in (self.logit_bias or {}).items()},
+        logprobs=logprobs, stop=((self.stop,) if isinstance(self.stop, str)
+                                 else tuple(self.stop or ())),
+        logit_bias=tuple((int(token), bias) for token, bias in
+                         (self.logit_bias or {}).items()),
         **given)
     return [dataclasses.replace(first, seed=(seed + i) % 2**32)
             for i in range(self.n or 1)]
@@ -118,10 +124,6 @@ class Completion(_Common):
 
   kind: ClassVar = 'text_completion'
   chat: ClassVar = False
-
-  @property
-  def limit(self) -> int | None:
-    return self.max_tokens
 
   @property
   def num_logprobs(self) -> int | None:

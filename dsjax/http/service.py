@@ -112,7 +112,8 @@ class Service:
   @property
   def error(self) -> str | None:
     failure = self.runner.failure
-    return failure and f'{type(failure).__name__}: {failure}'
+    return None if failure is None else (
+        f'{type(failure).__name__}: {failure}')
 
   @property
   def orchestrator(self) -> Orchestrator | None:

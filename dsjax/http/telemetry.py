@@ -1,16 +1,20 @@
 """What Prometheus reads of a service, and what the live page draws.
 
 Counters and histograms follow the events of the scheduler, in the
-orchestrator's thread; what is now is read from the scheduler's state, a value,
-when somebody asks. So a scrape costs serving nothing.
+orchestrator's thread; what there is now is read from the scheduler's state, a
+value, when a client asks. So a scrape costs serving nothing.
 """
 
 import collections
 import time
+from typing import Any
 
 import prometheus_client as prom
 from prometheus_client.core import GaugeMetricFamily
 
+from dsjax.analysis.record import Record
+from dsjax.runtime.orchestrator import Orchestrator
+from dsjax.runtime.protocols import Command, Event
 from dsjax.scheduling import lifecycle, page_pool
 from dsjax.scheduling.events import Migrated, Preempt, RunDecode, RunPrefill
 
@@ -31,15 +35,16 @@ class Gauges:
       requests. num_rejected: how many were turned away.
   """
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.registry = prom.CollectorRegistry()
     self.recent = collections.deque(maxlen=RECENT)
     self.num_rejected = 0
-    self._server, self._seen = None, (0, 0, 0.0, 0.0)
+    self._server: Orchestrator | None = None
+    self._counted = (0, 0, 0.0, 0.0)  # as of the last look
     self._make_metrics()
     self.registry.register(self)
 
-  def _make_metrics(self):
+  def _make_metrics(self) -> None:
     def make(kind, name, text, labels=(), **options):
       return kind(f'dsjax_{name}', text, labels, registry=self.registry,
                   **options)
@@ -74,14 +79,14 @@ class Gauges:
 
   # --- the orchestrator's thread --------------------------------------------
 
-  def started(self, server):
+  def started(self, server: Orchestrator) -> None:
     """The orchestrator is ready; every instance has its series from now."""
     for i in map(str, range(len(server.placement.instances))):
       self.prefill_tokens.labels(i)
       self.decode_rows.labels(i)
     self._server = server
 
-  def observe(self, event, commands):
+  def observe(self, event: Event, commands: tuple[Command, ...]) -> None:
     """Folds one event and the commands that answered it."""
     if isinstance(event, Migrated):
       self.migrations.inc()
@@ -96,7 +101,7 @@ class Gauges:
         for _ in range(getattr(c, 'steps', 1)):
           rows.observe(len(c.rows))
 
-  def finished(self, record):
+  def finished(self, record: Record) -> None:
     """Folds a request that has ended."""
     self.ended.labels(record.status).inc()
     self.request.observe(record.finish_s - record.arrival_s)
@@ -115,29 +120,29 @@ class Gauges:
 
   # --- the event loop -------------------------------------------------------
 
-  def reject(self, reason):
+  def reject(self, reason: str) -> None:
     """Counts a request that is turned away."""
     self.rejected.labels(reason).inc()
     self.num_rejected += 1
 
-  # --- whoever asks ---------------------------------------------------------
+  # --- any thread -----------------------------------------------------------
 
-  def _pull(self, server):
+  def _pull(self, server: Orchestrator) -> None:
     """Counts what the orchestrator sums up itself."""
     now = (server.copied_bytes, server.steps, server.copy_s, server.host_s)
-    old, self._seen = self._seen, now
+    old, self._counted = self._counted, now
     for metric, new, before in zip(
         (self.kv_bytes, self.steps, self.kv_seconds, self.host), now, old,
         strict=True):
       metric.inc(max(0, new - before))
 
-  def text(self):
+  def text(self) -> bytes:
     """The Prometheus exposition, bytes."""
     if self._server:
       self._pull(self._server)
     return prom.generate_latest(self.registry)
 
-  def collect(self):
+  def collect(self) -> list[GaugeMetricFamily]:
     """Queue lengths and pages now (prometheus_client's collector protocol)."""
     requests = GaugeMetricFamily(
         'dsjax_requests', 'Requests now, by instance and stage.',
@@ -153,7 +158,7 @@ class Gauges:
     return [requests, owners]
 
 
-def snapshot(server):
+def snapshot(server: Orchestrator | None) -> list[dict[str, Any]]:
   """What every instance holds now, from the scheduler's state.
 
   Returns:
@@ -185,7 +190,7 @@ def snapshot(server):
   return found
 
 
-def flow(server):
+def flow(server: Orchestrator | None) -> list[tuple[int, str, int, int]]:
   """[(id, stage, instance, target or -1), ...] of the requests now."""
   if server is None:
     return []

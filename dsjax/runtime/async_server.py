@@ -4,6 +4,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from dsjax.analysis.record import Record
 from dsjax.checkpoints.checkpoint import Model
 from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
@@ -63,7 +64,7 @@ class AsyncServer:
     finally:
       call.close()
     whole = joined(updates)
-    record = self._check(whole).record
+    record = self._record(whole)
     return Output(record.id, whole.text, whole.tokens, record.status, record,
                   whole.logprobs)
 
@@ -76,7 +77,7 @@ class AsyncServer:
           if update.text:
             yield update.text
           if update.reason:
-            self._check(update)
+            self._record(update)
     finally:
       call.close()
 
@@ -84,15 +85,15 @@ class AsyncServer:
     return self._thread.submit(
         [self.orchestrator.prepare(prompt, **params)], time.perf_counter())
 
-  def _check(self, last: Update) -> Update:
-    """Raises what ended a request before its time."""
+  def _record(self, last: Update) -> Record:
+    """The record of a request; raises what ended it before its time."""
     if last.record is None:
       raise RuntimeError('the server has failed') from self._thread.failure
     if last.record.status == 'rejected':
       raise InputError(last.error)
     if last.record.status == 'failed':
-      raise RequestFailed(last.error)
-    return last
+      raise RequestFailed(last.error or '')
+    return last.record
 
 
 def serve_async(model: Model, placement: Placement,

@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsjax.config.checks import InputError, require
@@ -40,11 +40,10 @@ def generate_all(server: 'Orchestrator', prompts: Iterable[Prompt],
   except BaseException:
     _end_all(server, ids)
     raise
-  failures = [server.requests[id].error for id in ids
-              if server.requests[id].failed]
+  failures = [server.requests[id].failure for id in ids]
   outputs = [server.output(id) for id in ids]
-  if failures and errors == 'raise':
-    raise RequestFailed(failures[0], outputs)
+  if errors == 'raise' and any(failures):
+    raise RequestFailed(str(next(filter(None, failures))), outputs)
   return outputs
 
 
@@ -71,7 +70,7 @@ def _end_all(server: 'Orchestrator', ids: Sequence[int]) -> list[Output]:
 
 
 @contextlib.contextmanager
-def _interrupt_held() -> Iterator[Callable[[], None]]:
+def _interrupt_held() -> Generator[Callable[[], None], None, None]:
   """Ctrl-C waits for a call of the function that this gives.
 
   So that none comes between a decision of the scheduler and what performs it.

@@ -143,8 +143,9 @@ class Fleet:
     self.config, self.prefix_of, self.clock = config, prefix_of, clock
     roles = [role for role, _ in placement.instances]
     meshes = sharding.make_meshes(model.config, placement, devices)
-    self.limits = tuple(memory.fit(model.config, stages, role, config)
-                        for role, stages in zip(roles, meshes, strict=True))
+    self.limits = tuple(
+        memory.size_pages(model.config, stages, role, config)
+        for role, stages in zip(roles, meshes, strict=True))
     self.engines: list[Engine] = [
         make_engine(model, stages, role, config, capacity)
         for role, stages, capacity in zip(roles, meshes, self.limits,

@@ -55,7 +55,6 @@ from dsjax.runtime.engine import Engine
 from dsjax.runtime.fleet import Fleet, Prefix, StepDone
 from dsjax.runtime.output import (
   Output,
-  RequestFailed,
   RequestOutputState,
   Update,
 )
@@ -262,7 +261,7 @@ class Orchestrator:
     state = self.requests[request.id]
     if state.error:
       del self.requests[request.id]
-      raise (RequestFailed if state.failed else InputError)(state.error)
+      raise state.failure or InputError(state.error)
     return request.id
 
   def enqueue(self, request: Request, more: bool = False) -> None:
@@ -324,8 +323,8 @@ class Orchestrator:
     while not state.finished:
       self.poll()
     output = self.output(id)
-    if state.failed:
-      raise RequestFailed(state.error)
+    if state.failure:
+      raise state.failure
     return output
 
   def stream(self, prompt: Prompt, **params: Any) -> Iterator[str]:
@@ -344,8 +343,8 @@ class Orchestrator:
         yield from filter(None, state.take_pieces())
         if not state.finished:
           self.poll()
-      if state.failed:
-        raise RequestFailed(state.error)
+      if state.failure:
+        raise state.failure
     finally:
       if not state.finished:
         self.cancel(id)

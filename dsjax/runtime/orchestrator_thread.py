@@ -296,9 +296,10 @@ class OrchestratorThread:
       stream = self._open[id]
       if update.reason:
         del self._open[id]
-        update = update._replace(record=server.forget(id))
+        record = server.forget(id)
+        update = update._replace(record=record)
         if self._observer:
-          self._observer.finished(update.record)
+          self._observer.finished(record)
       updates.append((stream, update))
     if updates:
       self._say(self._deliver, updates)

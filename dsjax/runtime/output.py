@@ -103,6 +103,11 @@ class RequestOutputState:
     return self.reason is not None or self.error is not None
 
   @property
+  def failure(self) -> RequestFailed | None:
+    """What to raise if faults ended it."""
+    return RequestFailed(self.error or '') if self.failed else None
+
+  @property
   def has_news(self) -> bool:
     """Whether `take` would give tokens or an end."""
     return len(self.tokens) > self._tokens_taken or self.finished

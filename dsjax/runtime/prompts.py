@@ -1,7 +1,7 @@
 """From what a client asks to token ids: the one place that reads prompts."""
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -57,7 +57,7 @@ def prompt_ids(model: Model, prompt: Prompt) -> tuple[int, ...]:
   """
   if isinstance(prompt, str):
     prompt = [{'role': 'user', 'content': prompt}]
-  ids = prompt
+  ids: Any = prompt
   if isinstance(prompt, list | tuple) and prompt and isinstance(
       prompt[0], dict):
     ids = chat_ids(model, prompt)

@@ -1,13 +1,16 @@
 """The compiled steps of a stage of an instance."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from dsjax.config.checks import InputError, require
+from dsjax.config.engine import EngineConfig, InstanceConfig
+from dsjax.config.model import ModelConfig
 from dsjax.kernels import tiles
 from dsjax.model import kv_cache as kv
 from dsjax.model import sampling, sharding, transformer
@@ -29,23 +32,23 @@ class Shapes(NamedTuple):
   attention: str
 
   @property
-  def model(self):
+  def model(self) -> ModelConfig:
     return self.layout.padded
 
   @property
-  def table_width(self):
+  def table_width(self) -> int:
     return page_pool.pages_for(self.max_len, self.page_size)
 
   @property
-  def first(self):
+  def first(self) -> bool:
     return self.span[0] == 0
 
   @property
-  def last(self):
+  def last(self) -> bool:
     return self.span[1] == self.model.num_layers
 
 
-def abstract(shapes):
+def abstract(shapes: Shapes) -> tuple[Any, Any, Any]:
   """(params, cache, slots) as sharded ShapeDtypeStructs."""
   s = shapes
   cache = jax.eval_shape(lambda: kv.init(
@@ -62,14 +65,14 @@ def abstract(shapes):
           shard(slots, sharding.whole(s.mesh)))
 
 
-def empty_rows(shapes, count):
+def empty_rows(shapes: Shapes, count: int) -> transformer.Rows:
   """An empty decode batch, in numpy."""
   return transformer.Rows(np.zeros(count, np.int32), np.zeros(count, np.int32),
                           np.zeros(count, bool),
                           np.zeros((count, shapes.table_width), np.int32))
 
 
-def empty_packed(shapes, count):
+def empty_packed(shapes: Shapes, count: int) -> transformer.Packed:
   """An empty prefill batch, in numpy."""
   return transformer.Packed(
       np.zeros(count + 1, np.int32), np.zeros(count, np.int32),
@@ -78,7 +81,7 @@ def empty_packed(shapes, count):
 
 
 @functools.cache
-def make_step(shapes, kind, size=0):
+def make_step(shapes: Shapes, kind: str, size: Any = 0) -> Callable[..., Any]:
   """A jitted step; made once a process for every equal key.
 
   kind: init; decode; prefill (size: packed tokens; with rows for the chunked
@@ -143,27 +146,30 @@ def make_step(shapes, kind, size=0):
   return jax.jit(fn, donate_argnums=donate, out_shardings=out)
 
 
-def seqs_bucket(limits, tokens):
+def seqs_bucket(limits: InstanceConfig, tokens: int) -> int:
   """Sequences a prefill of this many packed tokens has room for."""
   if tokens == limits.prefill_tokens:
     return limits.prefill_seqs  # the largest bucket takes any batch
   return min(limits.prefill_seqs, max(1, tokens // 16))
 
 
-def stage_shapes(config, meshes, role, engine_config, limits):
+def stage_shapes(config: ModelConfig, meshes: Sequence[Mesh], role: str,
+                 engine_config: EngineConfig, limits: InstanceConfig
+                 ) -> list[Shapes]:
   """The Shapes of each stage of an instance."""
-  c = engine_config
   layout = sharding.cut(config, meshes[0].size)
-  kv_dtype = c.kv_dtype_of(role)
-  attention = _attention(c, layout.padded, meshes[0].devices.flat[0],
-                         limits.page_size, kv_dtype)
+  kv_dtype = engine_config.kv_dtype_of(role)
+  attention = _attention(engine_config, layout.padded,
+                         meshes[0].devices.flat[0], limits.page_size, kv_dtype)
   return [Shapes(layout, span, mesh, limits.num_pages, limits.page_size,
-                 c.max_seqs, c.max_len, c.dtype, kv_dtype, attention)
+                 engine_config.max_seqs, engine_config.max_len,
+                 engine_config.dtype, kv_dtype, attention)
           for span, mesh in zip(sharding.spans(config.num_layers, len(meshes)),
                                 meshes, strict=True)]
 
 
-def _attention(config, model, device, page_size, kv_dtype):
+def _attention(config: EngineConfig, model: ModelConfig, device: jax.Device,
+               page_size: int, kv_dtype: str) -> str:
   """The implementation of attention on these devices: see tiles.pick."""
   asked, platform = config.attention, device.platform
   require(asked not in ('pallas', 'mosaic')
@@ -178,7 +184,8 @@ def _attention(config, model, device, page_size, kv_dtype):
     raise InputError(f'EngineConfig.attention: {error}') from None
 
 
-def abstract_steps(shapes, limits):
+def abstract_steps(shapes: Shapes, limits: InstanceConfig
+                   ) -> list[tuple[Any, tuple]]:
   """The largest steps of a stage: (jitted step, abstract arguments) each."""
   params, cache, slots = abstract(shapes)
   whole, tokens = sharding.whole(shapes.mesh), limits.prefill_tokens

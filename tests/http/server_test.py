@@ -175,11 +175,13 @@ def test_a_stream_joins_to_the_whole_text_whatever_the_script(client, text):
       errors='replace') == whole.message.content
 
 
-def test_usage_may_come_with_every_chunk(client):
-  chunks = list(complete(client, stream=True, stream_options={
-      'include_usage': True}, extra_body={'stream_options': {
-          'include_usage': True, 'continuous_usage_stats': True}}))
-  counts = [c.usage.completion_tokens for c in chunks]
+def test_usage_may_come_with_every_chunk(running, client):
+  counts = []
+  with paced(running, 2) as pace:  # no more until there was a chunk
+    for chunk in complete(client, stream=True, extra_body={'stream_options': {
+        'include_usage': True, 'continuous_usage_stats': True}}):
+      pace.left = None
+      counts.append(chunk.usage.completion_tokens)
   assert counts == sorted(counts) and counts[-1] == 24 and counts[0] < 24
 
 
@@ -243,13 +245,12 @@ def test_closing_a_stream_cancels_it(running, client):
   with paced(running, 4):
     stream = complete(client, stream=True, max_tokens=250,
                       logit_bias=only('€'))
-    for _ in range(3):
-      next(stream)
+    next(stream)
     stream.close()
     until(lambda: not running.service.orchestrator.unfinished)
   all_back(running)
   written = metric(running, 'output_tokens_total') - before
-  assert 3 <= written < 250
+  assert 1 <= written < 250
   assert metric(running, 'requests_ended_total') > 0
 
 
@@ -512,13 +513,20 @@ def test_preemptions_and_owners_of_pages_show(running, client):
   assert preempted > 0
   assert f'dsjax_preemptions_total {preempted}.0' in metrics.text().decode()
   owned = {}
-  for _ in complete(client, stream=True, n=8, max_tokens=200,
-                    extra_body={'ignore_eos': True}):
+
+  def look():
     for i, one in enumerate(telemetry.snapshot(running.service.orchestrator)):
       assert sum(one['pages'].values()) == 64 and one['status'] == 'up'
       for owner, count in one['pages'].items():
         owned[i, owner] = max(count, owned.get((i, owner), 0))
-  assert owned[1, 'decoding'] and owned[0, 'prefilled']
+    return owned[1, 'decoding'] and owned[0, 'prefilled']
+  with paced(running, 2) as pace:
+    stream = complete(client, stream=True, n=8, max_tokens=200,
+                      extra_body={'ignore_eos': True})
+    until(look)
+    pace.left = None
+    for _ in stream:
+      look()
 
 
 def test_the_log_has_ids_and_no_text(running, client, caplog):
