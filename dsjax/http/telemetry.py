@@ -170,10 +170,10 @@ def snapshot(server: Orchestrator | None) -> list[dict[str, Any]]:
   """
   if server is None:
     return []
-  state, found = server.state, []
+  state, shown = server.state, []
   for (role, plan), inst in zip(server.placement.instances, state.instances,
                                 strict=True):
-    found.append({'role': role, 'plan': f'{plan.tp}x{plan.pp}',
+    shown.append({'role': role, 'plan': f'{plan.tp}x{plan.pp}',
                   'status': inst.status,
                   'requests': dict.fromkeys(STAGES, 0),
                   'pages': {'free': page_pool.num_free(inst.pool)}
@@ -182,12 +182,12 @@ def snapshot(server: Orchestrator | None) -> list[dict[str, Any]]:
     if seq.instance < 0:
       continue  # it waits for an instance that is to come back
     stage = _SHOWN.get(seq.stage, seq.stage)
-    found[seq.instance]['requests'][stage] += 1
+    shown[seq.instance]['requests'][stage] += 1
     if seq.pages:
-      found[seq.instance]['pages'][stage] += len(seq.pages)
+      shown[seq.instance]['pages'][stage] += len(seq.pages)
     if seq.target_pages:
-      found[seq.target]['pages'][stage] += len(seq.target_pages)
-  return found
+      shown[seq.target]['pages'][stage] += len(seq.target_pages)
+  return shown
 
 
 def flow(server: Orchestrator | None) -> list[tuple[int, str, int, int]]:

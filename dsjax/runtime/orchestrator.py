@@ -15,8 +15,8 @@ The life of a request:
    tokens; `_fold` adds them to the output states, which know text, stop
    strings and EOS, and remembers which requests ended.
 5. With the last step of a command comes its event, PrefillDone, to which
-   `_event` adds those that ended. Observers hear it before anything that it
-   leads to is performed, so the first token leaves at once.
+   `_with_ended` adds those that ended. Observers hear it before anything that
+   it leads to is performed, so the first token leaves at once.
 6. Where another instance decodes, Migrate: the pages go from device to device
    (migration.py), and Migrated lets the source's pages go.
 7. RunDecode: the request is a row of the instance's batch, for several steps at
@@ -53,19 +53,9 @@ from dsjax.config.request import Request, Sampling
 from dsjax.runtime import batch
 from dsjax.runtime.engine import Engine
 from dsjax.runtime.fleet import Fleet, Prefix, StepDone
-from dsjax.runtime.output import (
-  Output,
-  RequestOutputState,
-  Update,
-)
+from dsjax.runtime.output import Output, RequestOutputState, Update
 from dsjax.runtime.prompts import Prompt, check_ids, prompt_ids
-from dsjax.runtime.protocols import (
-  Command,
-  Event,
-  MakeEngine,
-  Observer,
-  Report,
-)
+from dsjax.runtime.protocols import Command, Event, MakeEngine, Observer, Report
 from dsjax.scheduling import event_log, scheduler
 from dsjax.scheduling.events import (
   Arrived,
@@ -147,7 +137,7 @@ class Orchestrator:
         maxlen=keep_events)
     self.observers: list[Observer] = []
     self.host_s, self.next_id = 0.0, 0
-    self.origin, self.found_s = time.perf_counter(), 0.0
+    self.origin, self.moved_s = time.perf_counter(), 0.0
     self.closed = False
 
   def __enter__(self) -> 'Orchestrator':
@@ -461,9 +451,9 @@ class Orchestrator:
           self._event(self._with_ended(done))
     if some:
       self.host_s += time.perf_counter() - began
-      self.found_s = self.now
+      self.moved_s = self.now
     else:
-      pause = (self.now - self.found_s) * PAUSE_SHARE
+      pause = (self.now - self.moved_s) * PAUSE_SHARE
       time.sleep(min(max(pause, LEAST_PAUSE_S), MOST_PAUSE_S))
     return some
 
@@ -475,7 +465,7 @@ class Orchestrator:
         self._ended.setdefault(done.instance, []).append((id, done.step))
 
   def _with_ended(self, event: Event) -> Event:
-    """A new event of the fleet, told who ended in the command it is of."""
+    """An event of the fleet, with the requests that ended in its command."""
     if not isinstance(event, PrefillDone | DecodeDone | InstanceDown):
       return event
     ended = tuple(self._ended.pop(event.instance, ()))
@@ -527,10 +517,6 @@ class Orchestrator:
 
   def _reject(self, command: Reject) -> None:
     self.unfinished.pop(command.id).error = command.reason
-
-  def save_log(self, path: str | os.PathLike) -> None:
-    """Writes the event log of this run so far."""
-    write_log(path, self.log)
 
 
 _ENDS: dict[type, Callable[..., None]] = {

@@ -50,19 +50,20 @@ class Shapes(NamedTuple):
 
 def abstract(shapes: Shapes) -> tuple[Any, Any, Any]:
   """(params, cache, slots) as sharded ShapeDtypeStructs."""
-  s = shapes
   cache = jax.eval_shape(lambda: kv.init(
-      s.model, s.num_pages, s.page_size, s.kv_dtype, s.span[1] - s.span[0]))
+      shapes.model, shapes.num_pages, shapes.page_size, shapes.kv_dtype,
+      shapes.span[1] - shapes.span[0]))
   slots = jax.eval_shape(lambda: sampling.init(
-      s.num_slots, s.max_len, s.model.vocab_size))
+      shapes.num_slots, shapes.max_len, shapes.model.vocab_size))
 
   def shard(tree, to):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=to), tree)
 
-  return (sharding.abstract_params(s.layout, s.span, s.mesh, s.dtype),
-          shard(cache, sharding.kv(s.mesh)),
-          shard(slots, sharding.whole(s.mesh)))
+  return (sharding.abstract_params(shapes.layout, shapes.span, shapes.mesh,
+                                   shapes.dtype),
+          shard(cache, sharding.kv(shapes.mesh)),
+          shard(slots, sharding.whole(shapes.mesh)))
 
 
 def empty_rows(shapes: Shapes, count: int) -> transformer.Rows:
@@ -89,25 +90,25 @@ def make_step(shapes: Shapes, kind: str, size: Any = 0) -> Callable[..., Any]:
   scatter; checksum. `Engine.warm` runs it once for every bucket, so that
   nothing compiles while serving.
   """
-  s = shapes
-  _, cache, slots = abstract(s)
+  _, cache, slots = abstract(shapes)
   kept = jax.tree.map(lambda x: x.sharding, (cache, slots))
-  whole, moved = sharding.whole(s.mesh), sharding.kv(s.mesh)
-  common = dict(impl=s.attention, mesh=s.mesh, span=s.span)
-  portable = tiles.portable(s.attention)
+  whole, moved = sharding.whole(shapes.mesh), sharding.kv(shapes.mesh)
+  common = dict(impl=shapes.attention, mesh=shapes.mesh, span=shapes.span)
+  portable = tiles.portable(shapes.attention)
 
   def init():
-    return (kv.init(s.model, s.num_pages, s.page_size, s.kv_dtype,
-                    len(range(*s.span))),
-            sampling.init(s.num_slots, s.max_len, s.model.vocab_size))
+    return (kv.init(shapes.model, shapes.num_pages, shapes.page_size,
+                    shapes.kv_dtype, len(range(*shapes.span))),
+            sampling.init(shapes.num_slots, shapes.max_len,
+                          shapes.model.vocab_size))
 
   def decode(params, cache, slots, x_BD, rows, need):
-    return transformer.decode_step(s.model, params, cache, slots, rows, need,
-                                   x_BD=x_BD, **common)
+    return transformer.decode_step(shapes.model, params, cache, slots, rows,
+                                   need, x_BD=x_BD, **common)
 
   def prefill(params, cache, slots, x_SD, packed, rows, need):
-    return transformer.prefill_step(s.model, params, cache, slots, packed, size,
-                                    need, rows, x_SD=x_SD, **common)
+    return transformer.prefill_step(shapes.model, params, cache, slots, packed,
+                                    size, need, rows, x_SD=x_SD, **common)
 
   def feed(slots, slot_R, pos_R, token_R):
     return slots.replace(tokens_ET=slots.tokens_ET.at[slot_R, pos_R].set(
@@ -117,22 +118,22 @@ def make_step(shapes: Shapes, kind: str, size: Any = 0) -> Callable[..., Any]:
 
   def gather(cache, page_m):
     return sharding.shard_map(
-        s.mesh, lambda cache, page_m: kv.gather_pages(
+        shapes.mesh, lambda cache, page_m: kv.gather_pages(
             cache, page_m, *size, impl=portable),
         (heads, every), heads)(cache, page_m)
 
   def scatter(cache, page_m, pages):
     return sharding.shard_map(
-        s.mesh, lambda *args: kv.scatter_pages(*args, impl=portable),
+        shapes.mesh, lambda *args: kv.scatter_pages(*args, impl=portable),
         (heads, every, heads), heads)(cache, page_m, pages), page_m + 1
 
   def checksum(pages, start, stop):
-    heads = s.layout.kv_heads
+    heads = shapes.layout.kv_heads
     once = [h if h not in heads[:i] else -1 for i, h in enumerate(heads)]
-    return kv.checksum(pages, np.array(once), s.span[0], start, stop)
+    return kv.checksum(pages, np.array(once), shapes.span[0], start, stop)
 
-  stepped = (*kept, whole, whole) if s.last else (kept[0], whole)
-  donated = (1, 2) if s.last else (1,)  # the first stage keeps its slots
+  stepped = (*kept, whole, whole) if shapes.last else (kept[0], whole)
+  donated = (1, 2) if shapes.last else (1,)  # the first stage keeps its slots
   fn, donate, out = {
       'init': (init, (), kept),
       'decode': (decode, donated, stepped),

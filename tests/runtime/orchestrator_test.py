@@ -568,7 +568,7 @@ def test_the_saved_log_replays(mode, tmp_path):
     with contextlib.suppress(InputError):
       server.submit([3] * 70)
     drain(server)
-    server.save_log(tmp_path / 'log.jsonl')
+    orchestrator.write_log(tmp_path / 'log.jsonl', server.log)
     with open(tmp_path / 'log.jsonl') as file:
       log = [event_log.decode(json.loads(line)) for line in file]
     assert log == server.log
