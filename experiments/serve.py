@@ -183,7 +183,7 @@ def serve_mode(config, mode, placement, model, requests, screen):
         screen.served()
       cores = others.cores()
   scheduler.check(server.state)
-  first = orchestrator.replay(server.plan, server.log)
+  first = orchestrator.replay(server.scheduler_config, server.log)
   assert first is None, f'{mode}: log entry {first} replays otherwise'
   records = list(server.records)
   answers = {r.id: server.output(r.id) for r in records

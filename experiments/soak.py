@@ -133,8 +133,8 @@ class Soak:
 
   def _observe(self, event, commands):
     """Replays and writes each event as it comes: a log of hours is long."""
-    self.replayed, again = scheduler.step(self.server.plan, self.replayed,
-                                          event)
+    self.replayed, again = scheduler.step(self.server.scheduler_config,
+                                          self.replayed, event)
     self.differs += again != commands
     self.events.write(json.dumps(event_log.encode((event, commands))) + '\n')
 

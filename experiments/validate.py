@@ -270,7 +270,7 @@ class Mode:
     """(sent, Served, {profile: simulated records}) at one rate."""
     sent = self.sent(rate_per_s, n, self.seed)
     real = self.serve(f'{rate_per_s:.2f}/s', sent, halt)
-    return real, {name: p.simulate(self.server.plan, sent)
+    return real, {name: p.simulate(self.server.scheduler_config, sent)
                   for name, p in self.profiles.items()}
 
   def describe(self, rate_per_s, run, slo):

@@ -7,6 +7,11 @@ from dsjax.config.checks import is_integer, is_number, require
 
 MAX_LOGIT_BIAS = 300
 MAX_LOGPROBS = 20
+# What these fields may be, ends included but the lower ones of ABOVE.
+RANGES = {'temperature': (0, 100), 'top_p': (0, 1), 'min_p': (0, 1),
+          'repetition_penalty': (0, 100), 'presence_penalty': (-100, 100),
+          'frequency_penalty': (-100, 100), 'logit_bias': (-100, 100)}
+ABOVE = ('top_p', 'repetition_penalty')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,17 +59,13 @@ class Sampling:
     tests = (
         ('max_tokens', lambda v: v is None or is_integer(1, inf)(v),
          'an integer of 1 or more, or None for the rest of the context'),
-        ('temperature', is_number(0, 100), 'a number from 0 to 100'),
         ('top_k', is_integer(0, 2**31 - 1), '0 (off) or more'),
-        ('top_p', is_number(0, 1, low_open=True), 'a number in (0, 1]'),
-        ('min_p', is_number(0, 1), 'a number in [0, 1]'),
-        ('repetition_penalty', is_number(0, 100, low_open=True),
-         'a number in (0, 100]'),
-        ('presence_penalty', is_number(-100, 100), 'a number in [-100, 100]'),
-        ('frequency_penalty', is_number(-100, 100), 'a number in [-100, 100]'),
+        *((field, is_number(low, high, low_open=field in ABOVE),
+           f'a number in {"(" if field in ABOVE else "["}{low}, {high}]')
+          for field, (low, high) in RANGES.items() if field != 'logit_bias'),
         ('logit_bias', lambda v: len(v) <= MAX_LOGIT_BIAS and all(
             len(b) == 2 and is_integer(0, 2**31 - 1)(b[0])
-            and is_number(-100, 100)(b[1]) for b in v)
+            and is_number(*RANGES['logit_bias'])(b[1]) for b in v)
          and len({b[0] for b in v}) == len(v),
          f'at most {MAX_LOGIT_BIAS} distinct (token id, number in '
          '[-100, 100])'),

@@ -5,22 +5,35 @@ import contextlib
 import logging
 import secrets
 import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, TypeAlias, TypeVar
 
+import fastapi
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from dsjax.checkpoints.tokenizer import Tokenizer
 from dsjax.config.checks import InputError
 from dsjax.http import openai_schema
 from dsjax.http.middleware import Json, dumps
-from dsjax.http.service import Gone, Refused, Update
+from dsjax.http.service import Limits, Refused, Service
+from dsjax.runtime import prompts
+from dsjax.runtime.orchestrator_thread import Call, Gone
+from dsjax.runtime.output import joined
 
 LOG = logging.getLogger(__name__)
 LONG_TEXT = 2000  # characters; a longer one is tokenized beside the loop
 # Characters that a normalizer might make one token of, at the very most.
 SLACK = 4
+_Result = TypeVar('_Result')
+# A text as it stands, messages, or ids.
+BodyPrompt: TypeAlias = str | list[dict[str, str]] | list[int]
+_Receive: TypeAlias = Callable[[], Awaitable[Any]]
+_Send: TypeAlias = Callable[[dict[str, Any]], Awaitable[None]]
 
 
-async def beside(size, function, *args):
+async def beside(size: int, function: Callable[..., _Result], *args: Any
+                 ) -> _Result:
   """function(*args), in another thread if `size`, in characters, is much."""
   if size > LONG_TEXT:
     return await asyncio.to_thread(function, *args)
@@ -30,77 +43,81 @@ async def beside(size, function, *args):
 class Completions:
   """Answers completion and chat requests of one model through a Service."""
 
-  def __init__(self, service, name, log_text=False):
+  def __init__(self, service: Service, name: str,
+               log_text: bool = False) -> None:
     self.service, self.name, self.log_text = service, name, log_text
-    self.created, self._longest = int(time.time()), None
+    self.created = int(time.time())
+    self._longest_token: int | None = None
 
-  def check_model(self, model):
+  def check_model(self, model: str | None) -> None:
     """Raises an HTTPException (404) for another model."""
     if model not in (None, self.name):
       raise HTTPException(404, f'model: {ascii(model)[:80]} is not served; '
                           f'{self.name!r} is')
 
-  def encode(self, prompt, to_answer=True):
-    """Token ids of a text, of messages, or of ids. to_answer: messages end
-    where an answer begins.
+  async def ids(self, prompt: BodyPrompt, to_answer: bool = True
+                ) -> Sequence[int]:
+    """Token ids of a prompt; of a long text, beside the event loop.
+
+    to_answer: messages end where an answer begins.
 
     Raises:
       InputError: no tokenizer, or text that it cannot read.
       Refused: so long that it can never fit, however it is cut.
     """
-    server = self.service.orchestrator
-    vocabulary = server.model.tokenizer
-    if isinstance(prompt, list) and isinstance(prompt[0], int):
+    model = self.service.started().model
+    if isinstance(prompt, str):
+      size, read, options = len(prompt), prompts.text_ids, ()
+    elif isinstance(prompt[0], int):
       return tuple(prompt)
-    if vocabulary is None:
-      raise InputError('prompt: must be token ids: this model has no '
-                       'tokenizer')
-    text = isinstance(prompt, str)
-    size = len(prompt) if text else sum(len(m['content']) for m in prompt)
-    if self._longest is None:
-      self._longest = SLACK * max(map(len, map(vocabulary.token_bytes, range(
-          vocabulary.vocab_size))))
-    if size > self._longest * server.config.max_len:
+    else:
+      size = sum(len(message['content']) for message in prompt)
+      read, options = prompts.chat_ids, (to_answer,)
+    self._check_size(size, prompts.vocabulary(model))
+    return await beside(size, read, model, prompt, *options)
+
+  def _check_size(self, size: int, vocabulary: Tokenizer) -> None:
+    if self._longest_token is None:
+      self._longest_token = max(map(len, map(
+          vocabulary.token_bytes, range(vocabulary.vocab_size))))
+    context = self.service.started().config.max_len
+    if size > SLACK * self._longest_token * context:
       raise Refused('too_long', f'a prompt of {size} characters exceeds the '
-                    f'context of {server.config.max_len} tokens')
-    return tuple(vocabulary.encode(prompt) if text else
-                 vocabulary.chat(prompt, to_answer))
+                    f'context of {context} tokens')
 
-  async def ids(self, prompt, to_answer=True):
-    """encode, beside the event loop if it takes long."""
-    parts = [prompt] if isinstance(prompt, str) else prompt
-    size = sum(len(p) if isinstance(p, str) else len(p['content'])
-               for p in parts if isinstance(p, str | dict))
-    return await beside(size, self.encode, prompt, to_answer)
-
-  async def answer(self, request, body):
+  async def respond(self, request: fastapi.Request,
+                    body: openai_schema.Completion | openai_schema.Chat
+                    ) -> Response:
     """The Response to a Completion or Chat body."""
     self.service.check_open()
     self.check_model(body.model)
-    prompts = [await self.ids(p) for p in body.prompts]
-    max_len, seed = self.service.orchestrator.config.max_len, body.seed
-    wanted = [(ids, sampling) for ids in prompts for sampling in body.sampling(
-        max_len - len(ids), secrets.randbits(32) if seed is None else seed,
-        body.num_logprobs)]
+    server = self.service.started()
+    prompts_ids = [await self.ids(p) for p in body.prompts]
+    seed = secrets.randbits(32) if body.seed is None else body.seed
+    wanted = [(ids, sampling) for ids in prompts_ids
+              for sampling in body.sampling(server.config.max_len - len(ids),
+                                            seed, body.num_logprobs)]
     if body.min_tokens and body.min_tokens > wanted[0][1].max_tokens:
       raise InputError('min_tokens: must be at most max_tokens')
     state = request.state
     call = self.service.submit(wanted, state.arrival_s)
-    answer = openai_schema.Answer(body, state.id, int(time.time()),
-                                  [len(ids) for ids in prompts],
-                                  self.service.orchestrator.model.tokenizer)
-    report = _Report(request, answer, self.log_text and body.prompts)
+    builder = openai_schema.ResponseBuilder(
+        body, state.id, int(time.time()), [len(ids) for ids in prompts_ids],
+        server.model.tokenizer)
+    report = _Report(request, builder, body.prompts if self.log_text else [])
     if body.stream:
-      return EventStream(call, answer, self.service.limits, report)
-    return await self._whole(request, call, answer, report)
+      return EventStream(call, builder, self.service.limits, report)
+    return await self._full(request, call, builder, report)
 
-  async def _whole(self, request, call, answer, report):
+  async def _full(self, request: fastapi.Request, call: Call,
+                  builder: openai_schema.ResponseBuilder, report: '_Report'
+                  ) -> Response:
     parts = [[] for _ in call.streams]
     try:
       async with _watched(call, request.receive):
         async with asyncio.timeout(self.service.limits.request_s):
-          while found := await call.take():
-            for i, update in found:
+          while news := await call.take():
+            for i, update in news:
               parts[i].append(update)
     except TimeoutError:
       raise HTTPException(504, 'the answer took longer than '
@@ -108,28 +125,24 @@ class Completions:
     finally:
       call.close()
       report(call)
-    if problem := _broken(call):
+    if problem := _problem(call):
       raise HTTPException(*problem)
-    return Json(answer.whole([Update(
-        ''.join(u.text for u in updates),
-        tuple(t for u in updates for t in u.tokens),
-        tuple(x for u in updates for x in u.logprobs),
-        updates[-1].reason) for updates in parts]))
+    return Json(builder.full(list(map(joined, parts))))
 
 
-def _broken(call):
+def _problem(call: Call) -> tuple[int, str] | None:
   """(status, message) if a request did not end by itself, or None."""
   reasons = {s.reason for s in call.streams}
   if 'error' in reasons:
-    found = (s.live.error for s in call.streams if s.live and s.live.error)
-    return 500, next(found, 'the server failed while it answered')
+    errors = (s.error for s in call.streams if s.error)
+    return 500, next(errors, 'the server failed while it answered')
   if 'cancelled' in reasons:
     return 503, 'the server stopped before the answer was complete'
   return None
 
 
 @contextlib.asynccontextmanager
-async def _watched(call, receive):
+async def _watched(call: Call, receive: _Receive) -> AsyncIterator[None]:
   """Makes call.take raise Gone as soon as the client has left."""
   async def watch():
     while (await receive())['type'] != 'http.disconnect':
@@ -145,15 +158,17 @@ async def _watched(call, receive):
 class _Report:
   """One line of log for a request; its text only when asked for."""
 
-  def __init__(self, request, answer, prompts):
-    self.request, self.answer, self.prompts = request, answer, prompts
+  def __init__(self, request: fastapi.Request,
+               builder: openai_schema.ResponseBuilder,
+               prompts: Sequence[BodyPrompt]) -> None:
+    self.request, self.builder, self.prompts = request, builder, prompts
 
-  def __call__(self, call):
+  def __call__(self, call: Call) -> None:
     state = self.request.state
     LOG.info('%s %s %s: %d prompt tokens, %d answers, %.3f s%s', state.id,
              self.request.url.path,
              ' '.join(sorted({s.reason or 'left' for s in call.streams})),
-             self.answer.prompt_tokens, len(call.streams),
+             self.builder.prompt_tokens, len(call.streams),
              time.perf_counter() - state.arrival_s,
              f' {ascii(self.prompts)}' if self.prompts else '')
 
@@ -162,14 +177,15 @@ class EventStream(Response):
   """Server-sent events: a chunk for what each request got since the last."""
   media_type = 'text/event-stream'
 
-  def __init__(self, call, answer, limits, report):
+  def __init__(self, call: Call, builder: openai_schema.ResponseBuilder,
+               limits: Limits, report: _Report) -> None:
     super().__init__(headers={'Cache-Control': 'no-cache',
                               'X-Accel-Buffering': 'no'})
     del self.headers['content-length']
-    self.call, self.answer = call, answer
+    self.call, self.builder = call, builder
     self.limits, self.report = limits, report
 
-  async def __call__(self, scope, receive, send):
+  async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
     try:
       async with (_watched(self.call, receive),
                   asyncio.timeout(self.limits.request_s)):
@@ -182,19 +198,20 @@ class EventStream(Response):
       self.call.close()
       self.report(self.call)
 
-  async def _send_all(self, send):
+  async def _send_all(self, send: _Send) -> None:
     await send({'type': 'http.response.start', 'status': 200,
                 'headers': self.raw_headers})
-    while found := await self.call.take():
-      events = [self.answer.chunk(i, u) for i, u in found
+    while news := await self.call.take():
+      events = [self.builder.chunk(i, u) for i, u in news
                 if u.reason not in ('error', 'cancelled')]
       await self._send(send, events)
-    problem, last = _broken(self.call), self.answer.last()
+    problem, last = _problem(self.call), self.builder.last()
     if problem:
       last = openai_schema.error(problem[1], 'server_error', code=problem[0])
     await self._send(send, [last] if last else [], done=True)
 
-  async def _send(self, send, events, done=False):
+  async def _send(self, send: _Send, events: Sequence[dict[str, Any]],
+                  done: bool = False) -> None:
     text = ''.join(f'data: {dumps(e)}\n\n' for e in events)
     text += 'data: [DONE]\n\n' * done
     await send({'type': 'http.response.body', 'body': text.encode(),

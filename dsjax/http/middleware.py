@@ -13,7 +13,10 @@ import math
 import secrets
 import time
 import traceback
+from collections.abc import Callable
+from typing import Any
 
+import fastapi
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -21,7 +24,8 @@ from starlette.responses import JSONResponse, Response
 
 from dsjax.config.checks import InputError
 from dsjax.http import openai_schema
-from dsjax.http.service import Gone, Refused
+from dsjax.http.service import Limits, Refused
+from dsjax.runtime.orchestrator_thread import Gone
 
 LOG = logging.getLogger(__name__)
 OPEN_PATHS = ('/', '/health')  # without a key
@@ -38,27 +42,28 @@ _CODES = {'too_long': 'context_length_exceeded'}
 class Json(JSONResponse):
   """JSON in ASCII, so that any string can be answered, and no NaN."""
 
-  def render(self, content):
+  def render(self, content: Any) -> bytes:
     return dumps(content).encode()
 
 
-def dumps(value):
+def dumps(value: Any) -> str:
   """A JSON text in ASCII; ValueError for what is not finite."""
   return _ENCODER.encode(value)
 
 
 class Gate:
-  """An application around another: request ids, the key, bodies that are too
-  big or slow, and the last resort when that one fails.
+  """An ASGI application around another: request ids, the key, bodies that are
+  too big or slow, and the last resort when the other fails.
 
   reject: counts a reason.
   """
 
-  def __init__(self, app, limits, key, reject):
+  def __init__(self, app: Callable[..., Any], limits: Limits, key: str | None,
+               reject: Callable[[str], None]) -> None:
     self.app, self.limits, self.reject = app, limits, reject
     self.key = None if key is None else f'Bearer {key}'.encode()
 
-  async def __call__(self, scope, receive, send):
+  async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
     if scope['type'] != 'http':
       await self.app(scope, receive, send)
       return
@@ -84,14 +89,15 @@ class Gate:
       return
     try:
       await self.app(scope, body.receive, named_send)
-    except Exception as error:  # ours to mend: one client's loss, no more
+    except Exception as error:  # a mistake of ours costs one request
       LOG.error('%s %s: %s\n%s', state['id'], scope['path'],
                 type(error).__name__,
                 ''.join(traceback.format_tb(error.__traceback__)))
       if not ended:
         state['abort']()
 
-  def _refusal(self, scope, headers):
+  def _refusal(self, scope: Any, headers: dict[bytes, bytes]
+               ) -> Response | None:
     given = headers.get(b'authorization', b'')
     if (self.key and scope['path'] not in OPEN_PATHS
         and not hmac.compare_digest(given, self.key)):
@@ -108,7 +114,8 @@ class Gate:
           f'{self.limits.max_connections}', code='connections', retry_s=1.0)
     return None
 
-  def turn_away(self, scope, status, reason, message, **options):
+  def turn_away(self, scope: Any, status: int, reason: str, message: str,
+                **options: Any) -> Response:
     """The answer to a request that is refused: logged and counted."""
     self.reject(reason)
     LOG.info('%s %s %s: %d %s', scope['state']['id'], scope['method'],
@@ -119,12 +126,12 @@ class Gate:
 class _Body:
   """Reads a request's body within its limits."""
 
-  def __init__(self, receive, limits):
+  def __init__(self, receive: Callable[[], Any], limits: Limits) -> None:
     self._receive, self.limits = receive, limits
     self._size, self._whole = 0, False
     self._until = asyncio.get_running_loop().time() + limits.body_s
 
-  async def receive(self):
+  async def receive(self) -> Any:
     if self._whole:  # what follows is the client's leaving
       return await self._receive()
     try:
@@ -140,8 +147,8 @@ class _Body:
                           f'{self.limits.max_body_bytes} bytes')
     return message
 
-  async def discard(self):
-    """Reads a body nobody wants, up to the limit once more."""
+  async def discard(self) -> None:
+    """Reads the rest of a refused body, up to the limit once more."""
     while not self._whole:
       await self.receive()
 
@@ -149,7 +156,9 @@ class _Body:
 # --- errors -----------------------------------------------------------------
 
 
-def refusal(status, message, param=None, code=None, retry_s=None):
+def refusal(status: int, message: str, param: str | None = None,
+            code: str | int | None = None, retry_s: float | None = None
+            ) -> Response:
   """The Response that says no, in OpenAI's shape."""
   kind = _KINDS.get(status, 'invalid_request_error' if status < 500 else
                     'server_error')
@@ -160,7 +169,8 @@ def refusal(status, message, param=None, code=None, retry_s=None):
   return Json(openai_schema.error(message, kind, param, code), status, headers)
 
 
-def add_errors(app, turn_away):
+def add_errors(app: fastapi.FastAPI, turn_away: Callable[..., Response]
+               ) -> None:
   """Answers what the application raises. turn_away: see Gate."""
   # Coroutines, since starlette gives a function a thread.
   async def refused(request, e):

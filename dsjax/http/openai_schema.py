@@ -6,13 +6,21 @@ error too, unless the field says nothing about the answer (user, metadata).
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
-from dsjax.checkpoints.tokenizer import ROLES
+from dsjax.checkpoints.tokenizer import ROLES, Tokenizer
 from dsjax.config.checks import InputError
-from dsjax.config.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, Sampling
+from dsjax.config.request import (
+  ABOVE,
+  MAX_LOGIT_BIAS,
+  MAX_LOGPROBS,
+  RANGES,
+  Sampling,
+)
+from dsjax.runtime.output import Update
 
 MAX_N = 128
 LOWEST = -9999.0  # JSON has no minus infinity
@@ -20,7 +28,16 @@ _Token = Annotated[int, pydantic.Field(ge=0, lt=2**31)]
 _Ids = Annotated[list[_Token], pydantic.Field(min_length=1)]
 # Its characters are indexed in the orchestrator's thread, while all wait.
 _Stop = Annotated[str, pydantic.Field(max_length=1024)]
-_Penalty = Annotated[float, pydantic.Field(ge=-2, le=2)]
+_TokenText = Annotated[str, pydantic.Field(pattern='^[0-9]{1,9}$')]
+_Bias = Annotated[float, pydantic.Field(ge=RANGES['logit_bias'][0],
+                                        le=RANGES['logit_bias'][1])]
+
+
+def _within(field: str, **narrower: float) -> Any:
+  """A number in Sampling's range of the field, or in OpenAI's narrower one."""
+  low, high = RANGES[field]
+  least = 'gt' if field in ABOVE else 'ge'
+  return pydantic.Field(None, **{least: low, 'le': high} | narrower)
 
 
 class _Body(pydantic.BaseModel):
@@ -38,16 +55,15 @@ class _Common(_Body):
   """Fields of both kinds of request; None means the default."""
   model: str
   max_tokens: int | None = pydantic.Field(None, ge=1)
-  temperature: float | None = pydantic.Field(None, ge=0, le=2)
-  top_p: float | None = pydantic.Field(None, gt=0, le=1)
+  temperature: float | None = _within('temperature', le=2)
+  top_p: float | None = _within('top_p')
   top_k: int | None = pydantic.Field(None, ge=-1, lt=2**31)
-  min_p: float | None = pydantic.Field(None, ge=0, le=1)
-  presence_penalty: _Penalty | None = None
-  frequency_penalty: _Penalty | None = None
-  repetition_penalty: float | None = pydantic.Field(None, gt=0, le=100)
-  logit_bias: dict[Annotated[str, pydantic.Field(pattern='^[0-9]{1,9}$')],
-                   Annotated[float, pydantic.Field(ge=-100, le=100)]
-                   ] | None = pydantic.Field(None, max_length=MAX_LOGIT_BIAS)
+  min_p: float | None = _within('min_p')
+  presence_penalty: float | None = _within('presence_penalty', ge=-2, le=2)
+  frequency_penalty: float | None = _within('frequency_penalty', ge=-2, le=2)
+  repetition_penalty: float | None = _within('repetition_penalty')
+  logit_bias: dict[_TokenText, _Bias] | None = pydantic.Field(
+      None, max_length=MAX_LOGIT_BIAS)
   seed: int | None = pydantic.Field(None, ge=-2**63, lt=2**63)
   n: int | None = pydantic.Field(None, ge=1, le=MAX_N)
   stop: _Stop | list[_Stop] | None = None
@@ -60,10 +76,15 @@ class _Common(_Body):
   metadata: dict[str, Any] | None = None
 
   @property
-  def usage_wanted(self):
+  def limit(self) -> int | None:
+    return self.max_tokens
+
+  @property
+  def usage_wanted(self) -> StreamOptions:
     return self.stream_options or StreamOptions()
 
-  def sampling(self, room, seed, logprobs):
+  def sampling(self, room: int, seed: int, logprobs: int | None
+               ) -> list[Sampling]:
     """A Sampling for each of the n answers.
 
     room: tokens left in the context, for want of a max_tokens. seed: for want
@@ -72,23 +93,20 @@ class _Common(_Body):
     Raises:
       InputError.
     """
-    given = {
-        'max_tokens': self.limit, 'temperature': 1.0, 'seed': seed,
-        'top_k': 0, 'logprobs': logprobs}
-    for field in ('temperature', 'top_p', 'top_k', 'min_p', 'seed',
-                  'presence_penalty', 'frequency_penalty',
-                  'repetition_penalty', 'ignore_eos', 'min_tokens',
-                  'stop_token_ids'):
-      if getattr(self, field) is not None:
-        given[field] = getattr(self, field)
-    given['max_tokens'] = given['max_tokens'] or max(1, room)
-    given['top_k'] = max(0, given['top_k'])
-    stop = self.stop or ()
-    given['stop'] = (stop,) if isinstance(stop, str) else tuple(stop)
-    given['logit_bias'] = {int(t): b for t, b in
-                           (self.logit_bias or {}).items()}
+    given: dict[str, Any] = {'temperature': 1.0, 'seed': seed} | {
+        field: value for field in (
+            'temperature', 'top_p', 'min_p', 'seed', 'presence_penalty',
+            'frequency_penalty', 'repetition_penalty', 'ignore_eos',
+            'min_tokens', 'stop_token_ids')
+        if (value := getattr(self, field)) is not None}
     seed = given.pop('seed')
-    first = Sampling(seed=seed % 2**32, **given)
+    first = Sampling(
+        max_tokens=self.limit or max(1, room), top_k=max(0, self.top_k or 0),
+        logprobs=logprobs, stop=((self.stop,) if isinstance(self.stop, str)
+                                 else tuple(self.stop or ())),
+        logit_bias=tuple((int(token), bias) for token, bias in
+                         (self.logit_bias or {}).items()),
+        **given)
     return [dataclasses.replace(first, seed=(seed + i) % 2**32)
             for i in range(self.n or 1)]
 
@@ -108,18 +126,14 @@ class Completion(_Common):
   chat: ClassVar = False
 
   @property
-  def limit(self):
-    return self.max_tokens
-
-  @property
-  def num_logprobs(self):
+  def num_logprobs(self) -> int | None:
     return self.logprobs
 
   @property
-  def prompts(self):
+  def prompts(self) -> list[Any]:
     """A list of texts and lists of ids."""
-    one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-    return [self.prompt] if one else self.prompt
+    single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+    return [self.prompt] if single else self.prompt
 
 
 class Part(_Body):
@@ -135,7 +149,7 @@ class Message(_Body):
   name: None = None
 
   @property
-  def plain(self):
+  def plain(self) -> dict[str, str]:
     """What a chat template takes."""
     text = (self.content if isinstance(self.content, str) else
             ''.join(p.text for p in self.content))
@@ -170,15 +184,15 @@ class Chat(_Common):
     return self
 
   @property
-  def limit(self):
+  def limit(self) -> int | None:
     return self.max_completion_tokens or self.max_tokens
 
   @property
-  def num_logprobs(self):
+  def num_logprobs(self) -> int | None:
     return (self.top_logprobs or 0) if self.logprobs else None
 
   @property
-  def prompts(self):
+  def prompts(self) -> list[Any]:
     return [[m.plain for m in self.messages]]
 
 
@@ -205,7 +219,7 @@ class Detokenize(_Body):
 # --- errors -----------------------------------------------------------------
 
 
-class Problem(pydantic.BaseModel):
+class ErrorBody(pydantic.BaseModel):
   """What went wrong. param: the field. code: of OpenAI's, or ours."""
   message: str
   type: str
@@ -215,16 +229,17 @@ class Problem(pydantic.BaseModel):
 
 class Error(pydantic.BaseModel):
   """The body of every answer that says no."""
-  error: Problem
+  error: ErrorBody
 
 
-def error(message, kind, param=None, code=None):
+def error(message: str, kind: str, param: str | None = None,
+          code: str | int | None = None) -> dict[str, Any]:
   """An error in OpenAI's shape."""
   return {'error': {'message': message, 'type': kind, 'param': param,
                     'code': code}}
 
 
-def named(text):
+def named(text: str) -> tuple[str, str | None]:
   """(message, field) of an InputError's text: the name that it starts with."""
   field = text.partition('=')[0].partition(':')[0].partition('[')[0]
   field = field.rpartition('.')[2] if ' ' not in field else ''
@@ -233,9 +248,9 @@ def named(text):
   return text, field or None
 
 
-def invalid(found):
+def invalid(errors: Sequence[Any]) -> tuple[str, str | None]:
   """(message, field) of the first of pydantic's errors, input left out."""
-  first = found[0]
+  first = errors[0]
   names = [str(x) for x in first['loc'] if x != 'body']
   if first['type'] == 'value_error':
     message, field = named(first['msg'].removeprefix('Value error, '))
@@ -252,24 +267,27 @@ def invalid(found):
 # --- answers ----------------------------------------------------------------
 
 
-class Answer:
+class ResponseBuilder:
   """Makes the JSON of one call from the updates of its requests."""
 
-  def __init__(self, body, id, created, prompt_lens, tokenizer):
+  def __init__(self, body: Completion | Chat, id: str, created: int,
+               prompt_lens: Sequence[int], tokenizer: Tokenizer | None
+               ) -> None:
     self.body, self.tokenizer = body, tokenizer
     self.head = {'id': ('chatcmpl-' if body.chat else 'cmpl-') + id,
                  'object': body.kind, 'created': created, 'model': body.model}
     self.prompt_tokens, self.output_tokens = sum(prompt_lens), 0
-    self._told, self._offset = set(), {}
+    self._told: set[int] = set()  # choices whose role is out
+    self._offset: dict[int, int] = {}  # by choice, of the next token's text
 
-  def usage(self):
+  def usage(self) -> dict[str, Any]:
     """Tokens read and written; this server shares no prompts (cached: 0)."""
     return {'prompt_tokens': self.prompt_tokens,
             'completion_tokens': self.output_tokens,
             'total_tokens': self.prompt_tokens + self.output_tokens,
             'prompt_tokens_details': {'cached_tokens': 0}}
 
-  def chunk(self, index, update):
+  def chunk(self, index: int, update: Update) -> dict[str, Any]:
     """The chunk of a stream for one update."""
     self.output_tokens += len(update.tokens)
     choice = {'index': index, 'finish_reason': update.reason,
@@ -290,14 +308,14 @@ class Answer:
                         else None)
     return chunk
 
-  def last(self):
+  def last(self) -> dict[str, Any] | None:
     """The chunk after all others, of usage alone; None unless asked for."""
     if not self.body.usage_wanted.include_usage:
       return None
     kind = 'chat.completion.chunk' if self.body.chat else self.body.kind
     return self.head | {'object': kind, 'choices': [], 'usage': self.usage()}
 
-  def whole(self, updates):
+  def full(self, updates: Sequence[Update]) -> dict[str, Any]:
     """The unstreamed answer: an Update with everything for each choice."""
     choices = []
     for index, update in enumerate(updates):
@@ -309,11 +327,11 @@ class Answer:
       choices.append(choice)
     return self.head | {'choices': choices, 'usage': self.usage()}
 
-  def _spell(self, token):
+  def _spell(self, token: int) -> tuple[str, list[int]]:
     raw = self.tokenizer.token_bytes(token) if self.tokenizer else b''
     return raw.decode(errors='replace') or f'token_id:{token}', list(raw)
 
-  def _logprobs(self, index, update):
+  def _logprobs(self, index: int, update: Update) -> dict[str, Any] | None:
     if self.body.num_logprobs is None:
       return None
     rows = [(self._spell(t), max(p, LOWEST), [
@@ -321,17 +339,18 @@ class Answer:
             for t, (p, top) in zip(update.tokens, update.logprobs,
                                    strict=True)]
     if self.body.chat:
-      def entry(spelt, p):
+      def entry(spelt: tuple[str, list[int]], p: float) -> dict[str, Any]:
         return {'token': spelt[0], 'bytes': spelt[1], 'logprob': p}
       return {'content': [entry(spelt, p) | {
-          'top_logprobs': [entry(*one) for one in top]}
+          'top_logprobs': [entry(*other) for other in top]}
                           for spelt, p, top in rows], 'refusal': None}
-    at, offsets = self._offset.get(index, 0), []
+    offset, offsets = self._offset.get(index, 0), []
     for (text, _), _, _ in rows:
-      offsets.append(at)
-      at += len(text)
-    self._offset[index] = at
-    return {'tokens': [s[0] for s, _, _ in rows],
+      offsets.append(offset)
+      offset += len(text)
+    self._offset[index] = offset
+    return {'tokens': [text for (text, _), _, _ in rows],
             'token_logprobs': [p for _, p, _ in rows],
-            'top_logprobs': [{s[0]: q for s, q in top} for _, _, top in rows],
+            'top_logprobs': [{text: q for (text, _), q in top}
+                             for _, _, top in rows],
             'text_offset': offsets}

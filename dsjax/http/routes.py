@@ -1,37 +1,49 @@
 """OpenAI's HTTP interface to one orchestrator (extra `serve`): the routes.
 
-`make_app` builds the application over a Service; `listener.run` serves it on
-a socket until SIGTERM, which drains.
+`make_app` builds the application over a Service; `socket_server.run` serves it
+on a socket until SIGTERM, which drains.
 """
 
 import contextlib
 import pathlib
 import time
+from collections.abc import AsyncIterator
+from typing import Any
 
 import fastapi
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
+from dsjax.checkpoints.tokenizer import Tokenizer
 from dsjax.config.checks import InputError
+from dsjax.config.placement import Slo
 from dsjax.http import openai_schema, telemetry
 from dsjax.http.completions import Completions, beside
 from dsjax.http.middleware import Gate, Json, add_errors
+from dsjax.http.service import Service
+from dsjax.runtime.orchestrator import Orchestrator
 
-ERRORS = {status: {'model': openai_schema.Error, 'description': why}
-          for status, why in (('4XX', 'Turned away, and why.'),
-                              ('5XX', 'Not now, or a mistake of the server.'))}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {'model': openai_schema.Error, 'description': why}
+    for status, why in (('4XX', 'Turned away, and why.'),
+                        ('5XX', 'Not now, or a mistake of the server.'))}
+ANSWERS: dict[int | str, dict[str, Any]] = {200: {
+    'description': 'The answer, or with `stream` its events.',
+    'content': {'application/json': {}, 'text/event-stream': {}}}}
 PAGE = pathlib.Path(__file__).with_name('live.html')
 
 
-def make_app(service, metrics, name, key=None, slo=None, log_text=False):
+def make_app(service: Service, metrics: telemetry.Gauges, name: str,
+             key: str | None = None, slo: Slo | None = None,
+             log_text: bool = False) -> Gate:
   """The application; its lifespan starts and closes the service.
 
   Args:
-    service: a Service whose observer is `metrics`, a Gauges.
+    service: its observer is `metrics`.
     name: of the model, as clients ask for it. key: bearer key, or None.
     slo: shown on the live page. log_text: prompts in the log.
   """
   @contextlib.asynccontextmanager
-  async def lifespan(_):
+  async def lifespan(_: fastapi.FastAPI) -> AsyncIterator[None]:
     service.start()
     yield
     await service.close()
@@ -49,26 +61,21 @@ def make_app(service, metrics, name, key=None, slo=None, log_text=False):
   return gate
 
 
-def _add_openai(app, completions):
+def _add_openai(app: fastapi.FastAPI, completions: Completions) -> None:
   service = completions.service
 
-  both = {200: {'description': 'The answer, or with `stream` its events.',
-                'content': {'application/json': {}, 'text/event-stream': {}}}}
-
-  @app.post('/v1/completions', responses=both)
+  @app.post('/v1/completions', responses=ANSWERS)
   async def complete(request: fastapi.Request, body: openai_schema.Completion):
-    return await completions.answer(request, body)
+    return await completions.respond(request, body)
 
-  @app.post('/v1/chat/completions', responses=both)
+  @app.post('/v1/chat/completions', responses=ANSWERS)
   async def chat(request: fastapi.Request, body: openai_schema.Chat):
-    return await completions.answer(request, body)
+    return await completions.respond(request, body)
 
-  def model():
-    if service.orchestrator is None:
-      service.check_open()
+  def model() -> dict[str, Any]:
     return {'id': completions.name, 'object': 'model', 'owned_by': 'dsjax',
             'created': completions.created,
-            'max_model_len': service.orchestrator.config.max_len}
+            'max_model_len': service.started().config.max_len}
 
   @app.get('/v1/models')
   async def models():
@@ -80,17 +87,16 @@ def _add_openai(app, completions):
     return Json(model())
 
 
-def _add_tokens(app, completions):
+def _add_tokens(app: fastapi.FastAPI, completions: Completions) -> None:
   service = completions.service
 
-  def vocabulary(body):
+  def vocabulary(body: openai_schema.Tokenize | openai_schema.Detokenize
+                 ) -> Tokenizer:
     completions.check_model(body.model)
-    if service.orchestrator is None:
-      service.check_open()
-    found = service.orchestrator.model.tokenizer
-    if found is None:
+    tokenizer = service.started().model.tokenizer
+    if tokenizer is None:
       raise InputError('model: has no tokenizer')
-    return found
+    return tokenizer
 
   @app.post('/tokenize')
   async def tokenize(body: openai_schema.Tokenize):
@@ -99,23 +105,24 @@ def _add_tokens(app, completions):
         m.plain for m in body.messages]
     ids = await completions.ids(prompt, body.add_generation_prompt)
     return Json({'tokens': list(ids), 'count': len(ids),
-                 'max_model_len': service.orchestrator.config.max_len})
+                 'max_model_len': service.started().config.max_len})
 
   @app.post('/detokenize')
   async def detokenize(body: openai_schema.Detokenize):
-    found = vocabulary(body)
-    return Json({'prompt': await beside(len(body.tokens), found.decode,
-                                        body.tokens)})
+    return Json({'prompt': await beside(
+        len(body.tokens), vocabulary(body).decode, body.tokens)})
 
 
-def _add_watching(app, service, metrics, name, slo):
+def _add_watching(app: fastapi.FastAPI, service: Service,
+                  metrics: telemetry.Gauges, name: str, slo: Slo | None
+                  ) -> None:
   @app.get('/health')
   async def health():
     status = service.status
     if status in ('ready', 'draining') and not service.alive:
       status = 'stalled'
     about = {'status': status} | (
-        {'progress': service.progress} if status == 'starting' else {})
+        {'progress': service.runner.progress} if status == 'starting' else {})
     return Json(about, 200 if service.alive else 503)
 
   @app.get('/metrics', response_class=PlainTextResponse)
@@ -125,9 +132,7 @@ def _add_watching(app, service, metrics, name, slo):
 
   @app.get('/placement')
   async def placement():
-    if service.orchestrator is None:
-      service.check_open()
-    return Json(explain(service.orchestrator))
+    return Json(explain(service.started()))
 
   @app.get('/live')
   async def live():
@@ -144,19 +149,18 @@ def _add_watching(app, service, metrics, name, slo):
     return HTMLResponse(PAGE.read_text(encoding='utf-8'))
 
 
-def explain(server):
+def explain(server: Orchestrator) -> dict[str, Any]:
   """The placement that an orchestrator serves, in numbers and in words."""
   placement, config = server.placement, server.config
   instances = [{
       'role': role, 'tp': plan.tp, 'pp': plan.pp,
-      'devices': [str(d) for stage in one.stages
-                  for d in stage.shapes.mesh.devices.flat],
-      'pages': one.limits.num_pages, 'page_size': one.limits.page_size,
-      'max_seqs': one.limits.max_seqs,
-      'prefill_tokens': one.limits.prefill_tokens,
+      'devices': list(map(str, engine.devices)),
+      'pages': engine.limits.num_pages, 'page_size': engine.limits.page_size,
+      'max_seqs': engine.limits.max_seqs,
+      'prefill_tokens': engine.limits.prefill_tokens,
       'kv_dtype': config.kv_dtype_of(role)}
-      for (role, plan), one in zip(placement.instances, server.engines,
-                                   strict=True)]
+      for (role, plan), engine in zip(placement.instances, server.engines,
+                                      strict=True)]
   words = {
       'disaggregated': 'Prompts are read by the prefill instances; the KV of '
       'each then moves, device to device, to a decode instance, which writes '
@@ -164,7 +168,9 @@ def explain(server):
       'colocated': 'Each instance reads prompts first and writes tokens in '
       'between: the baseline without disaggregation.',
       'chunked': 'Each instance reads prompts in pieces beside the tokens that '
-      'it writes: the baseline of chunked prefill.'}
+      'it writes: the baseline of chunked prefill.',
+      'mixed': 'Instances of several kinds: prompts that a prefill instance '
+      'has read move, device to device, to one that writes.'}
   return {'mode': placement.mode, 'num_devices': placement.num_devices,
           'max_len': config.max_len, 'dtype': config.dtype,
           'instances': instances, 'explanation': words[placement.mode]}

@@ -2,9 +2,14 @@
 
 import asyncio
 import logging
+import socket
+from collections.abc import Callable
+from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from dsjax.http.service import Service
 
 LOG = logging.getLogger(__name__)
 
@@ -13,7 +18,7 @@ class _Connection(H11Protocol):
   """A connection that must send its headers and read its answer in time, and
   can be aborted."""
 
-  def connection_made(self, transport):
+  def connection_made(self, transport: Any) -> None:
     super().connection_made(transport)
     most = self.config.max_connections
     self.app_state = {**self.app_state, 'abort': transport.abort,
@@ -23,33 +28,33 @@ class _Connection(H11Protocol):
     self._late = self._unread = None
     self._arm()
 
-  def _arm(self):
+  def _arm(self) -> None:
     if self._late is None:
       self._late = self.loop.call_later(self.config.timeout_headers,
                                         self.transport.abort)
 
-  def _disarm(self):
+  def _disarm(self) -> None:
     if self._late is not None:
       self._late.cancel()
       self._late = None
 
-  def data_received(self, data):
+  def data_received(self, data: bytes) -> None:
     super().data_received(data)
     if self.cycle is None or self.cycle.response_complete:
       self._arm()
     else:
       self._disarm()
 
-  def pause_writing(self):
+  def pause_writing(self) -> None:
     super().pause_writing()
     self._unread = self.loop.call_later(self.config.timeout_send,
                                         self.transport.abort)
 
-  def resume_writing(self):
+  def resume_writing(self) -> None:
     super().resume_writing()
     self._unread.cancel()  # asyncio pauses first
 
-  def connection_lost(self, exc):
+  def connection_lost(self, exc: Exception | None) -> None:
     self._disarm()
     if self._unread is not None:
       self._unread.cancel()
@@ -60,7 +65,7 @@ class Server(uvicorn.Server):
   """Uvicorn that drains at the first SIGTERM or Ctrl-C, and goes at the
   second."""
 
-  def __init__(self, app, service):
+  def __init__(self, app: Callable[..., Any], service: Service) -> None:
     limits = service.limits
     config = uvicorn.Config(
         app, http=_Connection, ws='none', lifespan='on',
@@ -70,37 +75,41 @@ class Server(uvicorn.Server):
     config.timeout_headers, config.timeout_send = limits.body_s, limits.send_s
     config.max_connections = limits.max_connections
     super().__init__(config)
-    self.service, self._leaving = service, None
+    self.service = service
+    self._leaving, self._draining = False, None
 
-  async def startup(self, sockets=None):
+  async def startup(self, sockets: list[socket.socket] | None = None
+                    ) -> None:
     self.loop = asyncio.get_running_loop()
     await super().startup(sockets)
 
-  def handle_exit(self, sig, frame):
+  def handle_exit(self, sig: int, frame: Any) -> None:
     del sig, frame
-    if self._leaving is None and self.started:
+    if not self._leaving and self.started:
       self._leaving = True
       self.loop.call_soon_threadsafe(self.leave)
     else:
       self.should_exit = self.force_exit = True
 
-  def leave(self):
+  def leave(self) -> None:
     """Drains, then ends the server; call it on the event loop."""
-    self._leaving = self.loop.create_task(self._drain())
+    self._leaving = True
+    self._draining = self.loop.create_task(self._drain())  # kept alive
 
-  async def _drain(self):
+  async def _drain(self) -> None:
     LOG.info('draining: %d requests, up to %g s', len(self.service.streams),
              self.service.limits.drain_s)
     await self.service.drain()
     self.should_exit = True
 
-  async def on_tick(self, counter):
+  async def on_tick(self, counter: int) -> bool:
     if self.service.status == 'failed' and self.service.orchestrator is None:
       return True  # it never started
     return await super().on_tick(counter)
 
 
-def run(app, service, bound):
+def run(app: Callable[..., Any], service: Service, bound: socket.socket
+        ) -> str | None:
   """Serves on a bound socket until a signal.
 
   Returns:

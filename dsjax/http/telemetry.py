@@ -46,11 +46,12 @@ class Gauges:
     self.registry = prom.CollectorRegistry()
     self.recent = collections.deque(maxlen=RECENT)
     self.num_rejected = 0
-    self._server, self._seen = None, (0, 0, 0.0, 0.0)
+    self._server: Orchestrator | None = None
+    self._counted = (0, 0, 0.0, 0.0)  # as of the last look
     self._make_metrics()
     self.registry.register(self)
 
-  def _make_metrics(self):
+  def _make_metrics(self) -> None:
     def make(kind, name, text, labels=(), **options):
       return kind(f'dsjax_{name}', text, labels, registry=self.registry,
                   **options)
@@ -138,10 +139,10 @@ class Gauges:
 
   # --- a scrape or the live page --------------------------------------------
 
-  def _pull(self, server):
+  def _pull(self, server: Orchestrator) -> None:
     """Counts what the orchestrator sums up itself."""
     now = (server.copied_bytes, server.steps, server.copy_s, server.host_s)
-    old, self._seen = self._seen, now
+    old, self._counted = self._counted, now
     for metric, new, before in zip(
         (self.kv_bytes, self.steps, self.kv_seconds, self.host), now, old,
         strict=True):

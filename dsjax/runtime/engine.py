@@ -12,52 +12,39 @@ overlap in the stages because every dispatch is asynchronous.
 
 import collections
 import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from dsjax.checkpoints.checkpoint import Model
 from dsjax.checkpoints.orbax_file import Stored
 from dsjax.config.checks import require
+from dsjax.config.engine import EngineConfig, InstanceConfig
 from dsjax.config.request import Sampling
-from dsjax.model import sampling, sharding
-from dsjax.runtime.memory import fit
+from dsjax.model import sampling, sharding, transformer
+from dsjax.model.kv_cache import Cache
+from dsjax.runtime import migration
+from dsjax.runtime.arrays import is_sound
+from dsjax.runtime.memory import size_pages
+from dsjax.runtime.protocols import Dispatched
 from dsjax.runtime.steps import (
+  Shapes,
   empty_packed,
   empty_rows,
   make_step,
   seqs_bucket,
   stage_shapes,
 )
-
-
-def is_ready(array):
-  """The array's value is there.
-
-  Raises:
-    RuntimeError: its buffer was deleted (jax 0.10's own is_ready would end
-      the process).
-  """
-  if array.is_deleted():
-    raise RuntimeError(f'a buffer of {array.size} numbers was deleted')
-  return array.is_ready()
-
-
-def _is_sound(tree):
-  """No array of a tree was deleted, or is the result of what failed."""
-  arrays = jax.tree.leaves(tree)
-  if any(x.is_deleted() for x in arrays):
-    return False
-  try:  # returns at once: those that are ready
-    jax.block_until_ready([x for x in arrays if x.is_ready()])
-  except RuntimeError:
-    return False
-  return True
+from dsjax.scheduling.events import Chunk, Row, RunDecode, RunPrefill
 
 
 class _Stage:
   """Parameters, cache and, at both ends, slots on one mesh."""
 
-  def __init__(self, shapes, params):
+  def __init__(self, shapes: Shapes, params: Any) -> None:
     self.shapes, self.whole = shapes, sharding.replicated(shapes.mesh)
     place = (params.place if isinstance(params, Stored) else
              functools.partial(sharding.place_params, params=params))
@@ -66,40 +53,40 @@ class _Stage:
     self.params = self._place()
     self.empty()
 
-  def empty(self):
+  def empty(self) -> None:
     """Makes cache and slots anew, and puts weights again that were lost."""
-    if not _is_sound(self.params):
+    if not is_sound(self.params):
       self.params = None  # makes room
       self.params = self._place()
     self.cache, self.slots = self.step(('init',))
     if not (self.shapes.first or self.shapes.last):
       self.slots = None
 
-  def put(self, tree):
+  def put(self, tree: Any) -> Any:
     return jax.device_put(tree, self.whole)
 
-  def step(self, kind, *args):
+  def step(self, kind: tuple, *args: Any) -> Any:
     return make_step(self.shapes, *kind)(*args)
 
 
 class Engine:
   """The effects of one instance. It makes no choice: commands say it all."""
 
-  def __init__(self, loaded, meshes, role, config, limits=None):
+  def __init__(self, loaded: Model, meshes: Sequence[Mesh], role: str,
+               config: EngineConfig, limits: InstanceConfig | None = None
+               ) -> None:
     """Places parameters and an empty cache on the meshes.
 
     Args:
-      loaded: a checkpoint.Model.
       meshes: one a pipeline stage.
       role: what the instance runs (decides which steps it needs).
-      config: an EngineConfig.
-      limits: what `fit` gave, if it was called.
+      limits: what `size_pages` gave, if it was called.
 
     Raises:
       InputError: it does not fit in memory, or is of another dtype.
     """
     self.role, self.config = role, config
-    self.limits = limits or fit(loaded.config, meshes, role, config)
+    self.limits = limits or size_pages(loaded.config, meshes, role, config)
     dtypes = {str(x.dtype) for x in jax.tree.leaves(loaded.params)}
     require(dtypes == {config.dtype}, 'EngineConfig.dtype', config.dtype,
             f"that of the model's weights, {' and '.join(dtypes)}")
@@ -110,61 +97,71 @@ class Engine:
     self.shapes, self.last = self.stages[0].shapes, self.stages[-1]
     self._vacate()
 
-  def _vacate(self):
+  def _vacate(self) -> None:
     self.need = [self.last.put(np.int32(n)) for n in range(3)]
-    self.slot_of, self.mode_of = {}, {}
+    self.slot_of: dict[int, int] = {}
+    self.mode_of: dict[int, int] = {}
     self.spare = list(range(self.config.max_seqs))
-    self.fed = collections.deque()  # sampled tokens that stage 0 awaits
+    self.fed: collections.deque[tuple] = collections.deque()  # for stage 0
 
-  def _seqs_bucket(self, tokens):
+  def _seqs_bucket(self, tokens: int) -> int:
     return seqs_bucket(self.limits, tokens)
 
-  def _mixed_rows(self):
+  def _mixed_rows(self) -> list[int]:
     full = self.config.max_seqs
     return sorted({-(-full // 4), full})
 
-  def shapes_needed(self):
+  def shapes_needed(self) -> list[tuple[int, int]]:
     """(packed tokens, decode rows) of every step this role can run."""
-    c, role = self.config, self.role
-    tokens = () if role == 'decode' else c.token_buckets(
+    limits = self.limits
+    tokens = () if not limits.prefills else self.config.token_buckets(
         self.limits.prefill_tokens)
-    rows = () if role == 'prefill' else c.row_buckets
-    mixed = self._mixed_rows() if role == 'chunked' else ()
+    rows = self.config.row_buckets if limits.decodes else ()
+    mixed = self._mixed_rows() if limits.mixes else ()
     return ([(size, 0) for size in tokens] + [(0, n) for n in rows]
             + [(size, n) for size in tokens for n in mixed])
 
-  def warm(self):
-    """Compiles and runs every step once, on no one; yields each's name."""
-    self.admit('nobody', (), 0, Sampling())
-    self.forget('nobody')
+  def warm(self) -> Iterator[str]:
+    """Compiles and runs every step once, for no request; yields its name."""
+    self.admit(-1, (), 0, Sampling())
+    self.forget(-1)
     for tokens, rows in self.shapes_needed():
       packed = empty_packed(self.shapes, self._seqs_bucket(tokens))
       batch = empty_rows(self.shapes, rows)
       outs = (self._run('prefill', tokens, (packed, batch if rows else None),
-                        (), ())
-              if tokens else self._run('decode', 0, (batch,), (), ()))
+                        ())
+              if tokens else self._run('decode', 0, (batch,), ()))
       self._feed(None)
       jax.block_until_ready((outs, self.stages[0].slots))
       yield ' + '.join([f'prefill {tokens}'] * bool(tokens)
                        + [f'decode {rows}'] * bool(rows))
 
+  @property
+  def devices(self) -> tuple[jax.Device, ...]:
+    """Its devices, stage by stage."""
+    return tuple(d for mesh in self.where[2] for d in mesh.devices.flat)
+
+  def route_to(self, target: 'Engine') -> migration.Route:
+    """How KV goes from this engine to another."""
+    return migration.Route(self, target)
+
   # --- faults ---------------------------------------------------------------
 
-  def is_sound(self):
-    """Its buffers are there. False: it can do nothing but start again."""
-    return all(_is_sound((s.params, s.cache, s.slots)) for s in self.stages)
+  def is_sound(self) -> bool:
+    """Whether its buffers are there; if not, it can only start again."""
+    return all(is_sound((s.params, s.cache, s.slots)) for s in self.stages)
 
-  def stop(self):
+  def stop(self) -> None:
     """Lets go of all it held but weights and compiled steps.
 
-    What is still in flight writes buffers that nobody reads any more.
+    What is still in flight writes buffers that nothing reads any more.
     """
     for stage in self.stages:
       stage.cache = stage.slots = None
     self.slot_of, self.mode_of, self.spare = {}, {}, []
     self.fed.clear()
 
-  def start(self):
+  def start(self) -> None:
     """Begins anew, empty. Nothing is compiled.
 
     Weights are put again only where their buffers were lost.
@@ -178,7 +175,8 @@ class Engine:
 
   # --- requests -------------------------------------------------------------
 
-  def admit(self, id, tokens, prompt_len, params):
+  def admit(self, id: int, tokens: Sequence[int], prompt_len: int,
+            params: Sampling) -> None:
     """Gives a request a slot holding its tokens so far."""
     slot = self.spare[-1]
     row = sampling.slot_row(tokens, prompt_len, params, self.shapes.max_len,
@@ -189,7 +187,7 @@ class Engine:
     self.spare.pop()
     self.slot_of[id], self.mode_of[id] = slot, sampling.mode(params)
 
-  def forget(self, id):
+  def forget(self, id: int) -> None:
     """Takes the slot back; safe while steps that write it are in flight."""
     if id in self.slot_of:
       self.spare.append(self.slot_of.pop(id))
@@ -197,48 +195,50 @@ class Engine:
 
   # --- steps ----------------------------------------------------------------
 
-  def prefill(self, command):
-    """Dispatches a RunPrefill; returns [Sampled] of its one step."""
+  def prefill(self, command: RunPrefill) -> Dispatched:
+    """Dispatches a RunPrefill: the output of its one step, unfinished, and
+    what each stage but the last sends on."""
     chunks, rows = command.chunks, command.rows
     size = self._size(chunks)
     packed = empty_packed(self.shapes, self._seqs_bucket(size))
-    at = 0
-    for b, c in enumerate(chunks):
-      at += c.stop - c.start
-      packed.start_A[b + 1:] = at
-      packed.pos_B[b], packed.slot_B[b] = c.start, self.slot_of[c.id]
-      packed.sample_B[b] = c.last
-      packed.table_BM[b, :len(c.pages)] = c.pages
+    end = 0
+    for b, chunk in enumerate(chunks):
+      end += chunk.stop - chunk.start
+      packed.start_A[b + 1:] = end
+      packed.pos_B[b], packed.slot_B[b] = chunk.start, self.slot_of[chunk.id]
+      packed.sample_B[b] = chunk.last
+      packed.table_BM[b, :len(chunk.pages)] = chunk.pages
     batch = None
     if rows:
       count = next(n for n in self._mixed_rows() if n >= len(rows))
       batch = self._batch(rows, command.tick, count)
-    ids = [r.id for r in rows] + [c.id for c in chunks if c.last]
-    at = [(r, row.id, row.base + command.tick + 1)
-          for r, row in enumerate(rows)]
-    at += [(b + (batch.pos_B.size if rows else 0), c.id, c.stop)
-           for b, c in enumerate(chunks) if c.last]
-    self._feed([c.id for c in chunks] + ids)
-    return self._run('prefill', size, (packed, batch), ids, at)
+    sampled = [(r, row.id, row.base + command.tick + 1)
+               for r, row in enumerate(rows)]
+    sampled += [(b + (batch.pos_B.size if batch else 0), chunk.id, chunk.stop)
+                for b, chunk in enumerate(chunks) if chunk.last]
+    self._feed([chunk.id for chunk in chunks] + [row.id for row in rows])
+    return self._run('prefill', size, (packed, batch), sampled)
 
-  def decode(self, command):
-    """Dispatches a RunDecode; returns a Sampled a step, unfinished."""
+  def decode(self, command: RunDecode) -> Dispatched:
+    """Dispatches a RunDecode: as prefill, with an output a step."""
     rows = command.rows
     count = next(n for n in self.config.row_buckets if n >= len(rows))
     batch = self._batch(rows, command.tick, count)
-    ids = [r.id for r in rows]
-    self._feed(ids)
-    at = [(r, row.id, row.base + command.tick + 1)
-          for r, row in enumerate(rows)]
-    return self._run('decode', 0, (batch,), ids, at, command.steps)
+    self._feed([row.id for row in rows])
+    return self._run('decode', 0, (batch,), [
+        (r, row.id, row.base + command.tick + 1)
+        for r, row in enumerate(rows)], command.steps)
 
-  def _run(self, kind, size, batch, ids, at, steps=1):
+  def _run(self, kind: str, size: int, batch: tuple,
+           sampled: Sequence[tuple[int, int, int]], steps: int = 1
+           ) -> Dispatched:
     """Dispatches steps through the stages.
 
-    at: (entry of token_R, id, position) of each token that is sampled.
+    sampled: (entry of token_R, id, position) of each token that is sampled.
     """
     batches = [stage.put(batch) for stage in self.stages]
-    need, outs, marks = self._need(ids), [], []
+    ids, outs = [id for _, id, _ in sampled], []
+    need, marks = self._need(ids), []  # marks: what other stages send on
     key = (kind, size) if size else (kind,)
     for step in range(steps):
       x = None
@@ -254,14 +254,16 @@ class Engine:
       out.token_R.copy_to_host_async()
       outs.append(out)
       if len(self.stages) > 1:
-        self._await(out.token_R, [(r, id, pos + step) for r, id, pos in at])
+        self._await(out.token_R, [(r, id, position + step)
+                                  for r, id, position in sampled])
         if step + 1 < steps:
-          self._feed([id for _, id, _ in at])
+          self._feed(ids)
           batches = [(*put[:-1], stage.put(rows))
                      for put, stage in zip(batches, self.stages, strict=True)]
     return outs, marks
 
-  def _await(self, token_R, at):
+  def _await(self, token_R: jax.Array,
+             sampled: Sequence[tuple[int, int, int]]) -> None:
     """Sends sampled tokens to the first stage, which takes them in later.
 
     Not at once: its next step must not wait for this one's last stage unless
@@ -269,13 +271,13 @@ class Engine:
     """
     slot_R = np.full(token_R.shape[0], self.shapes.num_slots, np.int32)
     pos_R = np.zeros_like(slot_R)
-    for r, id, position in at:
+    for r, id, position in sampled:
       if id in self.slot_of:
         slot_R[r], pos_R[r] = self.slot_of[id], position
-    self.fed.append(({id: self.slot_of.get(id) for _, id, _ in at},
+    self.fed.append(({id: self.slot_of.get(id) for _, id, _ in sampled},
                      *self.stages[0].put((slot_R, pos_R, token_R))))
 
-  def _feed(self, ids):
+  def _feed(self, ids: Sequence[int] | None) -> None:
     """Writes the tokens that these requests await; None: of all."""
     first, keep = self.stages[0], collections.deque()
     for slots, *args in self.fed:
@@ -285,17 +287,18 @@ class Engine:
         keep.append((slots, *args))  # else all of its requests are gone
     self.fed = keep
 
-  def _size(self, chunks):
-    total = sum(c.stop - c.start for c in chunks)
-    return next(s for s in self.config.token_buckets(
+  def _size(self, chunks: Sequence[Chunk]) -> int:
+    total = sum(chunk.stop - chunk.start for chunk in chunks)
+    return next(size for size in self.config.token_buckets(
         self.limits.prefill_tokens)
-        if s >= total and self._seqs_bucket(s) >= len(chunks))
+        if size >= total and self._seqs_bucket(size) >= len(chunks))
 
-  def sequences(self, command):
+  def sequences(self, command: RunPrefill) -> int:
     """Sequence entries at the end of a RunPrefill's Sampled."""
     return self._seqs_bucket(self._size(command.chunks))
 
-  def _batch(self, rows, tick, count):
+  def _batch(self, rows: Sequence[Row], tick: int, count: int
+             ) -> transformer.Rows:
     batch = empty_rows(self.shapes, count)
     for b, row in enumerate(rows):
       batch.pos_B[b] = row.base + tick
@@ -304,36 +307,39 @@ class Engine:
       batch.table_BM[b, :len(row.pages)] = row.pages
     return batch
 
-  def _need(self, ids):
+  def _need(self, ids: Sequence[int]) -> jax.Array:
     return self.need[max((self.mode_of.get(i, 0) for i in ids), default=0)]
 
   # --- pages ----------------------------------------------------------------
 
-  def gather(self, ids, page_size=None, dtype=None):
+  def gather(self, ids: Sequence[int], page_size: int | None = None,
+             dtype: str | None = None) -> list[Cache]:
     """Reads pages, as a cache of that page size and dtype would hold them.
 
     ids: as many as one of the buckets. Returns a Cache a stage.
     """
     key = ('gather', (page_size, dtype))
-    ids = np.array(ids, np.int32)
-    return [stage.step(key, stage.cache, stage.put(ids))
+    page_m = np.array(ids, np.int32)
+    return [stage.step(key, stage.cache, stage.put(page_m))
             for stage in self.stages]
 
-  def scatter(self, ids, moved):
+  def scatter(self, ids: Sequence[int], moved: Sequence[Cache]
+              ) -> list[jax.Array]:
     """Writes pages (a Cache a stage); ids of num_pages, all last, are dropped.
 
     Returns an array a stage that is ready when they are in place.
     """
-    done, ids = [], np.array(ids, np.int32)
+    done, page_m = [], np.array(ids, np.int32)
     for stage, new in zip(self.stages, moved, strict=True):
       stage.cache, done_m = stage.step(('scatter',), stage.cache,
-                                       stage.put(ids), new)
+                                       stage.put(page_m), new)
       done.append(done_m)
     return done
 
-  def checksum(self, read, start, stop):
-    """cache.checksum of gathered pages that hold tokens from start: a stage's
-    share each."""
+  def checksum(self, read: Sequence[Cache], start: int, stop: int
+               ) -> list[jax.Array]:
+    """kv_cache.checksum of gathered pages that hold tokens from start: a
+    stage's share each."""
     return [stage.step(('checksum',), tree, stage.put(np.int32(start)),
                        stage.put(np.int32(stop)))
             for stage, tree in zip(self.stages, read, strict=True)]

@@ -1,22 +1,28 @@
 """How many pages fit beside the weights and the steps."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dsjax.config.checks import require
+from dsjax.config.engine import EngineConfig, InstanceConfig
+from dsjax.config.model import ModelConfig
 from dsjax.runtime.steps import abstract, abstract_steps, stage_shapes
 from dsjax.scheduling import page_pool
 
 
-def _device_bytes(tree):
+def _device_bytes(tree: Any) -> int:
   """Bytes of sharded ShapeDtypeStructs on each of their devices."""
   return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
              for x in jax.tree.leaves(tree))
 
 
-def fit(config, meshes, role, engine_config):
+def size_pages(config: ModelConfig, meshes: Sequence[Mesh], role: str,
+               engine_config: EngineConfig) -> InstanceConfig:
   """The InstanceConfig of an instance, with the pages that fit in memory.
 
   Nothing is allocated; the largest steps are compiled for the temporaries
@@ -25,44 +31,45 @@ def fit(config, meshes, role, engine_config):
   Raises:
     InputError: it does not fit; says by how many bytes.
   """
-  c = engine_config
-  limits = c.instance(role, len(meshes))
-  budget = c.memory_bytes or _free_bytes(meshes)
+  limits = engine_config.instance(role, len(meshes))
+  budget = engine_config.memory_bytes or _free_bytes(meshes)
   if budget is None:
     return limits
-  least = page_pool.pages_for(c.max_len, limits.page_size)
-  asked = c.num_pages or least
+  least = page_pool.pages_for(engine_config.max_len, limits.page_size)
+  asked = engine_config.num_pages or least
 
-  def check(need, what, stage):
+  def check(need: int, what: str, stage: int) -> None:
     require(need <= budget, 'EngineConfig.memory_bytes', budget,
             f'{need - budget} bytes more for the {what} of stage {stage} '
             f'of a {role} instance, tp={meshes[0].size}, '
             f'pp={len(meshes)}, of {config.name}')
 
   fixed, each = [], []
-  for i, s in enumerate(stage_shapes(config, meshes, role, c, limits)):
-    params, cache, slots = map(_device_bytes, abstract(s))
-    each.append(cache // s.num_pages)
-    fixed.append(params + (slots if s.first or s.last else 0))
+  for i, shapes in enumerate(stage_shapes(config, meshes, role, engine_config,
+                                          limits)):
+    params, cache, slots = map(_device_bytes, abstract(shapes))
+    each.append(cache // shapes.num_pages)
+    fixed.append(params + (slots if shapes.first or shapes.last else 0))
     check(fixed[-1], 'weights', i)
   for i, (weights, page) in enumerate(zip(fixed, each, strict=True)):
     check(weights + asked * page, f'weights and {asked} pages', i)
 
-  def fitted():  # more than every sequence can use would serve nobody
+  def fitted() -> InstanceConfig:  # at most what all sequences can use
     room = min((budget - f) // e for f, e in zip(fixed, each, strict=True))
     return dataclasses.replace(limits, num_pages=min(room, limits.num_pages))
 
   tried = fitted()
-  for i, s in enumerate(stage_shapes(config, meshes, role, c, tried)):
+  for i, shapes in enumerate(stage_shapes(config, meshes, role, engine_config,
+                                          tried)):
     fixed[i] += max(step.lower(*args).compile().memory_analysis()
                     .temp_size_in_bytes for step, args in
-                    abstract_steps(s, tried))
+                    abstract_steps(shapes, tried))
     check(fixed[i] + asked * each[i],
           f'weights, temporaries and {asked} pages', i)
   return fitted()
 
 
-def _free_bytes(meshes):
+def _free_bytes(meshes: Sequence[Mesh]) -> int | None:
   """The least free memory of the devices; None where they do not say."""
   stats = [d.memory_stats() for m in meshes for d in m.devices.flat]
   if not all(s and 'bytes_limit' in s for s in stats):

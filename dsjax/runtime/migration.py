@@ -14,17 +14,26 @@ import dataclasses
 import functools
 import math
 import time
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dsjax.model import kv_cache as kv
 from dsjax.model import sharding
-from dsjax.runtime import engine
+from dsjax.runtime.arrays import is_ready
 from dsjax.scheduling import page_pool
 from dsjax.scheduling.events import Migrate
+
+if TYPE_CHECKING:
+  from dsjax.runtime.engine import Engine
+
+Span: TypeAlias = tuple[int, int]  # layers [first, last) of a stage
+# How an engine holds the model, and where: its spans and meshes, by stage.
+Where: TypeAlias = tuple[sharding.Layout, Sequence[Span], Sequence[Mesh]]
 
 
 class Piece(NamedTuple):
@@ -42,11 +51,10 @@ class Piece(NamedTuple):
   heads: tuple[int, ...]
 
 
-def plan_pieces(source, source_spans, target, target_spans):
+def plan_pieces(source: sharding.Layout, source_spans: Sequence[Span],
+                target: sharding.Layout, target_spans: Sequence[Span]
+                ) -> tuple[Piece, ...]:
   """The pieces of a migration between two plans of one model.
-
-  Args:
-    source, target: sharding.Layout; spans: layers of each stage.
 
   Returns:
     Pieces by target stage, layer, target shard, head: every target shard
@@ -61,24 +69,26 @@ def plan_pieces(source, source_spans, target, target_spans):
       for to in range(target.tp) for shard, places, held in heads[to])
 
 
-def _plan_heads(source, target, to):
+def _plan_heads(source: sharding.Layout, target: sharding.Layout, to: int
+                ) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
   """[(source shard, places, heads)] of the heads of target shard `to`."""
   each = len(source.kv_heads) // source.tp
   holders = collections.defaultdict(list)
   for place, head in enumerate(source.kv_heads):
     holders[head].append(divmod(place, each))
   size = len(target.kv_heads) // target.tp
-  found = {}
+  by_shard = {}
   for head in target.kv_heads[to * size:(to + 1) * size]:
     if head >= 0:  # replicas take turns as senders
       shard, place = holders[head][to % len(holders[head])]
-      places, heads = found.setdefault(shard, ([], []))
+      places, heads = by_shard.setdefault(shard, ([], []))
       places.append(place)
       heads.append(head)
-  return [(shard, tuple(p), tuple(h)) for shard, (p, h) in found.items()]
+  return [(shard, tuple(p), tuple(h))
+          for shard, (p, h) in by_shard.items()]
 
 
-def ratio(pieces, source, target):
+def ratio(pieces: Sequence[Piece], source: sharding.Layout) -> float:
   """Heads copied over heads that the model has: above 1, replicas."""
   copied = sum(len(p.heads) * (p.layers[1] - p.layers[0]) for p in pieces)
   config = source.model
@@ -86,7 +96,7 @@ def ratio(pieces, source, target):
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _take(x_KmC, places):
+def _take(x_KmC: jax.Array, places: tuple[int, ...]) -> jax.Array:
   low = places[0]
   if places == tuple(range(low, low + len(places))):
     return x_KmC[low:low + len(places)]
@@ -94,22 +104,21 @@ def _take(x_KmC, places):
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _join(parts, empty):
+def _join(parts: Sequence[jax.Array], empty: int) -> jax.Array:
   """Heads side by side, and `empty` places of zeros after them."""
   x = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
   return jnp.pad(x, [(0, empty)] + [(0, 0)] * (x.ndim - 1))
 
 
 @functools.cache
-def _zeros(shape, dtype, device):
+def _zeros(shape: tuple[int, ...], dtype: str, device: jax.Device
+           ) -> jax.Array:
   return jax.device_put(np.zeros(shape, dtype), device)
 
 
-def move(trees, pieces, source, target):
+def move(trees: Sequence[kv.Cache], pieces: Sequence[Piece], source: Where,
+         target: Where) -> tuple[list[kv.Cache], int]:
   """Pages on the move, a Cache a source stage, as a Cache a target stage.
-
-  Args:
-    source, target: (Layout, spans, meshes), as Engine.where.
 
   Returns:
     (the target's Caches, bytes copied).
@@ -137,18 +146,18 @@ def move(trees, pieces, source, target):
         placed[layer, part, piece.target[1]].append(next(landed))
   size = len(layout.kv_heads) // layout.tp
 
-  def whole(layer, part, mesh, stage):
+  def whole(layer: int, part: int, mesh: Mesh, stage: int) -> jax.Array:
     ready = []
     for shard in range(layout.tp):
-      found = placed.get((layer, part, shard))
-      if found is None:
+      heads = placed.get((layer, part, shard))
+      if heads is None:
         like = next(v for k, v in placed.items() if k[:2] == (layer, part))[0]
         ready.append(_zeros((size, *like.shape[1:]), like.dtype.name,
                             devices[1][stage][shard]))
       else:
-        held = sum(x.shape[0] for x in found)
-        ready.append(found[0] if len(found) == 1 and held == size
-                     else _join(found, size - held))
+        held = sum(x.shape[0] for x in heads)
+        ready.append(heads[0] if len(heads) == 1 and held == size
+                     else _join(heads, size - held))
     shape = (len(layout.kv_heads), *ready[0].shape[1:])
     return jax.make_array_from_single_device_arrays(
         shape, sharding.kv(mesh), ready)
@@ -171,7 +180,7 @@ class Transfer:
 
   Its KV first comes into buffers of its own on the target's meshes, and only
   `land` writes the target's pages. So a copy that is late, lost or given up
-  before that delays nobody and has written nothing; after it, the target's
+  before that delays no request and has written nothing; after it, the target's
   operations come in order, so whatever uses these pages anew comes later.
 
   Attributes:
@@ -182,34 +191,34 @@ class Transfer:
     sent, arrived: checksums of each stage and batch, when asked for.
   """
 
-  route: object
+  route: 'Route'
   command: Migrate
-  moved: list
+  moved: list[tuple[list[int], int, list[kv.Cache]]]
   bytes: int
   start_s: float
   checksum: bool = False
-  sent: list = dataclasses.field(default_factory=list)
-  arrived: list = dataclasses.field(default_factory=list)
+  sent: list[jax.Array] = dataclasses.field(default_factory=list)
+  arrived: list[jax.Array] = dataclasses.field(default_factory=list)
   landed: bool = False
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     self._arrays = jax.tree.leaves([tree for *_, tree in self.moved])
     self._left = list(self._arrays)
 
-  def has_arrived(self):
-    """The target's meshes hold every byte.
+  def has_arrived(self) -> bool:
+    """Whether the target's meshes hold every byte.
 
     Raises:
       RuntimeError: a copy failed.
     """
-    while self._left and engine.is_ready(self._left[-1]):
+    while self._left and is_ready(self._left[-1]):
       self._left.pop()
     if self._left:
       return False
     jax.block_until_ready(self._arrays)  # at once; raises what went wrong
     return True
 
-  def land(self):
+  def land(self) -> list[jax.Array]:
     """Dispatches the writing of the target's pages.
 
     Returns:
@@ -226,12 +235,11 @@ class Transfer:
     self.moved, self._arrays = [], []
     return done
 
-  def is_ready(self):
-    """It has landed, and its checksums, if asked for, are there."""
-    return self.landed and all(map(engine.is_ready,
-                                   self.sent + self.arrived))
+  def is_ready(self) -> bool:
+    """Whether it has landed, and its checksums, if asked for, are there."""
+    return self.landed and all(map(is_ready, self.sent + self.arrived))
 
-  def check(self):
+  def check(self) -> None:
     """Raises Damaged unless the checksums agree. Call when ready."""
     sent, arrived = (sum(map(int, jax.device_get(s))) % 2**32
                      for s in (self.sent, self.arrived))
@@ -239,7 +247,7 @@ class Transfer:
       raise Damaged(f'KV checksum {arrived:#x} arrived, {sent:#x} was sent')
 
 
-def batches(count, buckets):
+def batches(count: int, buckets: Sequence[int]) -> list[int]:
   """Copy sizes that make up `count`: few and large."""
   sizes = []
   while count > 0:
@@ -251,7 +259,7 @@ def batches(count, buckets):
 class Route:
   """How KV goes from one Engine to another: pieces and page sizes."""
 
-  def __init__(self, source, target):
+  def __init__(self, source: 'Engine', target: 'Engine') -> None:
     self.source, self.target = source, target
     self.pieces = plan_pieces(*source.where[:2], *target.where[:2])
     sizes = source.limits.page_size, target.limits.page_size
@@ -260,13 +268,13 @@ class Route:
     self.buckets = tuple(sorted({
         max(1, n // self.each[0]) for n in source.config.page_buckets}))
 
-  def start(self, command, checksum=False):
+  def start(self, command: Migrate, checksum: bool = False) -> Transfer:
     """Dispatches the copies of a Migrate: a Transfer, which is to land."""
     source, target = self.source, self.target
     began, stop = time.perf_counter(), command.num_tokens
-    batch, sent, copied, at = [], [], 0, 0
+    batch, sent, copied, done = [], [], 0, 0  # done: in self.tokens
     for size in batches(page_pool.pages_for(stop, self.tokens), self.buckets):
-      ids = [list(p[at * n:(at + size) * n]) for p, n in zip(
+      ids = [list(p[done * n:(done + size) * n]) for p, n in zip(
           (command.source_pages, command.target_pages), self.each,
           strict=True)]
       pads = (0, target.limits.num_pages)  # any page; no page
@@ -275,15 +283,15 @@ class Route:
       read = source.gather(ids[0], target.limits.page_size,
                            target.config.kv_dtype_of(target.role))
       moved, size_bytes = move(read, self.pieces, source.where, target.where)
-      first = at * self.tokens
+      first = done * self.tokens
       batch.append((ids[1], first, moved))
       if checksum:
         sent += source.checksum(read, first, stop)
       copied += size_bytes
-      at += size
+      done += size
     return Transfer(self, command, batch, copied, began, checksum, sent)
 
-  def warm(self, checksum=False):
+  def warm(self, checksum: bool = False) -> None:
     """Copies pages nowhere in each size, so that nothing compiles later."""
     for size in self.buckets:
       here, there = (size * n for n in self.each)

@@ -1,8 +1,33 @@
 """The shell around the scheduler: real clock, real meshes, no choices.
 
-One thread. Whoever wants something (generate, stream, run) drives the loop:
-`poll` takes the events of the fleet (what completed, what failed), steps the
-scheduler and has its commands performed. Nothing blocks while a mesh has work.
+The life of a request:
+
+1. `submit` (or `generate`, `stream`, `generate_all`, `run`) makes token ids
+   and a Sampling of what the client gave and checks both, once. `enqueue`
+   gives the request a RequestOutputState and tells the scheduler: Arrived.
+2. The scheduler, a pure function, answers every event with commands that carry
+   every page id. `_event` logs both, tells the recorder and the observers,
+   and then has the fleet perform the commands, in order.
+3. RunPrefill: the fleet admits the request to the instance's engine, whose
+   slot takes its tokens so far (`_prefix_of`), and dispatches the compiled
+   step. Nothing waits for the device.
+4. `poll` asks the fleet what has completed. A step comes back as its sampled
+   tokens; `_fold` adds them to the output states, which know text, stop
+   strings and EOS, and remembers which requests ended.
+5. With the last step of a command comes its event, PrefillDone, to which
+   `_with_ended` adds those that ended. Observers hear it before anything that
+   it leads to is performed, so the first token leaves at once.
+6. Where another instance decodes, Migrate: the pages go from device to device
+   (migration.py), and Migrated lets the source's pages go.
+7. RunDecode: the request is a row of the instance's batch, for several steps at
+   a time, each told as it completes; DecodeDone. Preempt, or the loss of an
+   instance, leads back to 3 with the tokens so far.
+8. Finish (or Fail, or Reject): the last text is let out, the slots are free,
+   the record is complete. `output` or `take` gives the client what it has not
+   had yet; `output` and `forget` drop the state.
+
+All of it happens in the thread that calls `poll`; orchestrator_thread.py has
+one for asyncio. Nothing blocks while a mesh has work.
 """
 
 import collections
@@ -10,29 +35,43 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
-import numpy as np
 from rich import progress
 
+from dsjax.analysis.record import Record
 from dsjax.analysis.recorder import Recorder
+from dsjax.checkpoints.checkpoint import Model
 from dsjax.config.checks import InputError, require
 from dsjax.config.engine import EngineConfig
+from dsjax.config.placement import Placement
 from dsjax.config.request import Request, Sampling
-from dsjax.runtime.instances import Fleet
-from dsjax.runtime.output import Live, Output, RequestFailed
+from dsjax.runtime import batch
+from dsjax.runtime.engine import Engine
+from dsjax.runtime.fleet import Fleet, Prefix, StepDone
+from dsjax.runtime.output import Output, RequestOutputState, Update
+from dsjax.runtime.prompts import Prompt, check_ids, prompt_ids
+from dsjax.runtime.protocols import MakeEngine, Observer, Report
 from dsjax.scheduling import event_log, scheduler
 from dsjax.scheduling.events import (
   Arrived,
   Cancelled,
+  Command,
+  DecodeDone,
   Drain,
+  Event,
   Fail,
   Finish,
   InstanceDown,
   InstanceUp,
+  PrefillDone,
   Reject,
 )
+from dsjax.scheduling.policy import DISTSERVE, Policy, PolicyError
 
 # The pause between polls that found nothing: a share of the wait so far, so
 # that a long step is not interrupted and a short one not noticed late.
@@ -47,21 +86,26 @@ class Orchestrator:
     log: (event, commands) pairs, of the whole run unless keep_events.
     observers: functions called with each (event, commands).
     fleet: the instances; engines, routes: its own.
+    requests: {id: RequestOutputState}, until its output is asked for;
+      unfinished: those that have not ended.
     host_s: host seconds of polls that found work.
   """
 
-  def __init__(self, model, placement, config=None, devices=None,
-               report=None, keep_events=None):
+  def __init__(self, model: Model, placement: Placement,
+               config: EngineConfig | None = None,
+               devices: Sequence[jax.Device] | None = None,
+               report: Report | None = None, keep_events: int | None = None,
+               make_engine: MakeEngine = Engine,
+               policy: Policy = DISTSERVE) -> None:
     """Builds and warms up every instance.
 
     Args:
-      model: a checkpoint.Model.
-      placement: a base.Placement.
-      config: a base.EngineConfig.
       devices: where; jax.devices() by default.
       report: called with (done, total, name) as each step is compiled; a
         progress bar by default.
       keep_events: how many of the newest events `log` keeps; None: all.
+      make_engine: builds each instance; tests give a fake one.
+      policy: every choice of the scheduler, see scheduling/policy.py.
 
     Raises:
       InputError: the placement or the config cannot be served.
@@ -72,15 +116,19 @@ class Orchestrator:
             f'at most {model.config.max_len}, the context of '
             f'{model.config.name}')
     self.model, self.placement, self.config = model, placement, config
-    self.live, self.requests, self.seen = {}, {}, set()
+    self.requests: dict[int, RequestOutputState] = {}
+    self.unfinished: dict[int, RequestOutputState] = {}
+    self.seen: set[int] = set()
+    # By instance: (id, step) of those that ended in its oldest command.
+    self._ended: dict[int, list[tuple[int, int]]] = {}
     self.fleet = Fleet(
         model, placement, config,
-        jax.devices() if devices is None else devices, self.live,
-        lambda: self.now)
+        jax.devices() if devices is None else devices, make_engine,
+        self._prefix_of, lambda: self.now)
     self.engines, self.routes = self.fleet.engines, self.fleet.routes
-    self.plan = scheduler.Config(
+    self.scheduler_config = scheduler.Config(
         self.fleet.limits, config.max_len, config.depth,
-        run_ahead=config.run_ahead, tries=config.tries)
+        run_ahead=config.run_ahead, tries=config.tries, policy=policy)
     if report:
       self.fleet.warm(report)
     else:
@@ -88,28 +136,28 @@ class Orchestrator:
         task = bar.add_task('')
         self.fleet.warm(lambda done, total, name: bar.update(
             task, completed=done, total=total, description=name))
-    self.state = scheduler.init(self.plan)
+    self.state = scheduler.init(self.scheduler_config)
     self.recorder = Recorder()
-    self.log = [] if keep_events is None else collections.deque(
+    self.log: Any = [] if keep_events is None else collections.deque(
         maxlen=keep_events)
-    self.observers = []
+    self.observers: list[Observer] = []
     self.host_s, self.next_id = 0.0, 0
-    self.origin, self.found_s = time.perf_counter(), 0.0
+    self.origin, self.moved_s = time.perf_counter(), 0.0
     self.closed = False
 
-  def __enter__(self):
+  def __enter__(self) -> 'Orchestrator':
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     self.close()
 
-  def close(self):
+  def close(self) -> None:
     """Cancels what is left and lets the devices finish, for lease_s at most.
 
     What is not done by then is left behind with its instance.
     """
     if not self.closed:
-      for id in list(self.live):
+      for id in list(self.unfinished):
         self.cancel(id)
       until_s = self.now + self.config.lease_s
       while self.fleet.busy:
@@ -121,185 +169,202 @@ class Orchestrator:
       self.closed = True
 
   @property
-  def now(self):
+  def now(self) -> float:
     """Seconds since the clock's origin."""
     return time.perf_counter() - self.origin
 
   @property
-  def records(self):
+  def records(self) -> list[Record]:
     return self.recorder.records
 
   @property
-  def copied_bytes(self):
+  def copied_bytes(self) -> int:
     """Bytes that migrations moved."""
     return self.fleet.copied_bytes
 
   @property
-  def copy_s(self):
+  def copy_s(self) -> float:
     """Seconds of migrations, each from dispatch to arrival, summed."""
     return self.fleet.copy_s
 
   @property
-  def steps(self):
+  def steps(self) -> int:
     """Device steps done."""
     return self.fleet.steps
 
   @property
-  def faults(self):
+  def faults(self) -> list[tuple[float, str]]:
     """(time, what happened) of the newest faults."""
     return list(self.fleet.faults)
 
   @property
-  def busy(self):
+  def busy(self) -> bool:
     return not scheduler.idle(self.state)
 
   # --- requests -------------------------------------------------------------
 
-  def encode(self, prompt):
-    """Token ids of a prompt: a question, a list of messages, or ids.
+  def prepare(self, prompt: Prompt, **params: Any
+              ) -> tuple[tuple[int, ...], Sampling]:
+    """Checked token ids and Sampling of a request; any thread may ask.
 
-    Text is one user turn of a chat. To complete a text as it stands, pass
-    its ids: model.tokenizer.encode(text).
+    Without max_tokens, the rest of the context.
 
     Raises:
-      InputError: it is none of these, empty, or has ids out of range.
+      InputError: bad prompt (see prompts.prompt_ids) or parameters.
     """
-    vocabulary = self.model.tokenizer
-    if isinstance(prompt, str) or (
-        isinstance(prompt, (list, tuple)) and prompt
-        and isinstance(prompt[0], dict)):
-      require(vocabulary is not None, 'prompt', prompt,
-              'token ids: this model has no tokenizer')
-      if isinstance(prompt, str):
-        prompt = [{'role': 'user', 'content': prompt}]
-      ids = vocabulary.chat(list(prompt))
-    else:
-      ids = list(prompt) if isinstance(prompt, (list, tuple, range)) else []
-    size = self.model.config.vocab_size
-    require(_are_ids(ids, size), 'prompt', prompt,
-            f'text, messages or token ids in [0, {size}), not empty')
-    return tuple(int(i) for i in ids)
+    ids = prompt_ids(self.model, prompt)
+    try:
+      sampling = Sampling(**params)
+    except TypeError as error:
+      raise InputError(f'unknown sampling parameter: {error}') from None
+    if sampling.max_tokens is None:
+      room = max(1, self.config.max_len - len(ids))
+      sampling = dataclasses.replace(sampling, max_tokens=room)
+    self._check_sampling(sampling)
+    return ids, sampling
 
-  def submit(self, prompt, arrival_s=None, **params):
+  def check(self, prompt: Sequence[int], sampling: Sampling) -> None:
+    """Raises InputError unless these ids and this Sampling suit the model.
+
+    Whether they fit is the scheduler's to say (scheduler.never_fits). Reads
+    nothing that changes: any thread may ask.
+    """
+    check_ids(self.model, prompt)
+    self._check_sampling(sampling)
+
+  def _check_sampling(self, sampling: Sampling) -> None:
+    size = self.model.config.vocab_size
+    require(sampling.max_tokens is not None, 'Sampling.max_tokens', None,
+            'set in a workload')
+    require(all(t < size for t, _ in sampling.logit_bias),
+            'Sampling.logit_bias', sampling.logit_bias, f'ids below {size}')
+    require(not sampling.stop or self.model.tokenizer is not None,
+            'Sampling.stop', sampling.stop, 'empty without a tokenizer')
+
+  def submit(self, prompt: Prompt, arrival_s: float | None = None,
+             **params: Any) -> int:
     """Queues a request; returns its id. See Sampling for the parameters.
 
     Raises:
       InputError: bad prompt or parameters, or a request that can never fit.
-      RequestFailed: nobody is left who could serve it.
+      RequestFailed: no instance is left that could serve it.
     """
-    ids = self.encode(prompt)
-    try:
-      params = Sampling(**params)
-    except TypeError as error:
-      raise InputError(f'unknown sampling parameter: {error}') from None
-    if params.max_tokens is None:
-      room = max(1, self.config.max_len - len(ids))
-      params = dataclasses.replace(params, max_tokens=room)
-    at = self.now if arrival_s is None else arrival_s
-    self.next_id += 1
-    id = self.next_id - 1
-    self.enqueue(Request(id, at, ids, params))
-    if self.requests[id].error:
-      live = self.requests.pop(id)
-      raise (RequestFailed if live.failed else InputError)(live.error)
-    return id
+    request = Request(self.next_id,
+                      self.now if arrival_s is None else arrival_s,
+                      *self.prepare(prompt, **params))
+    self.enqueue(request)
+    state = self.requests[request.id]
+    if state.error:
+      del self.requests[request.id]
+      raise state.failure or InputError(state.error)
+    return request.id
 
-  def enqueue(self, request, more=False):
-    """Queues a Request of a workload; a rejection is left in its record.
+  def enqueue(self, request: Request, more: bool = False) -> None:
+    """Queues a Request that `check` has passed.
 
-    more: another one follows at once (see base.Arrived).
+    A rejection is left in its record. more: another one follows at once (see
+    events.Arrived).
+
+    Raises:
+      InputError: the server is closed, or has served this id.
     """
     self._check_new(request)
     ends = set(request.sampling.stop_token_ids)
     if not request.sampling.ignore_eos:
       ends.update(self.model.config.eos_ids)
-    self.requests[request.id] = self.live[request.id] = Live(
-        request, ends, self.model.tokenizer)
+    self.requests[request.id] = self.unfinished[request.id] = (
+        RequestOutputState(request, ends, self.model.tokenizer))
     self.seen.add(request.id)
     self.next_id = max(self.next_id, request.id + 1)
     self._event(Arrived(request.arrival_s, request.id,
                         len(request.prompt), request.sampling.max_tokens,
                         more))
 
-  def _check_new(self, request):
-    """Raises InputError unless the request can be queued here."""
+  def _check_new(self, request: Request) -> None:
     require(not self.closed, 'server', 'closed', 'open')
     require(request.id not in self.seen, 'Request.id', request.id,
             'new to this server')
-    self.check(request.prompt, request.sampling)
 
-  def check(self, prompt, params):
-    """Raises InputError unless these ids and this Sampling suit the model.
-
-    Whether they fit is the scheduler's to say (scheduler.never_fits). Reads
-    nothing that changes: any thread may ask.
-    """
-    size = self.model.config.vocab_size
-    require(_are_ids(prompt, size), 'Request.prompt', prompt,
-            f'token ids in [0, {size}), not empty')
-    require(params.max_tokens is not None, 'Sampling.max_tokens', None,
-            'set in a workload')
-    require(all(t < size for t, _ in params.logit_bias),
-            'Sampling.logit_bias', params.logit_bias, f'ids below {size}')
-    require(not params.stop or self.model.tokenizer is not None,
-            'Sampling.stop', params.stop, 'empty without a tokenizer')
-
-  def cancel(self, id):
+  def cancel(self, id: int) -> None:
     """Ends a request now; one that has ended is left alone."""
     self._event(Cancelled(self.now, id))
 
-  def output(self, id):
-    """The finished request's Output; drops it from the server's memory."""
-    live = self.requests.pop(id)
-    record = next(r for r in reversed(self.records) if r.id == id)
-    return Output(id, ''.join(live.pieces), tuple(live.tokens), record.status,
-                  record, tuple(live.logprobs))
+  def take(self, ids: Iterable[int]) -> list[tuple[int, Update]]:
+    """(id, what came since the last call) of those of `ids` that have news."""
+    return [(id, self.requests[id].take()) for id in ids
+            if self.requests[id].has_news]
 
-  def forget(self, id):
+  def output(self, id: int) -> Output:
+    """The finished request's Output; drops it from the server's memory."""
+    state = self.requests.pop(id)
+    record = next(r for r in reversed(self.records) if r.id == id)
+    return Output(id, state.text, tuple(state.tokens), record.status, record,
+                  tuple(state.logprobs))
+
+  def forget(self, id: int) -> Record:
     """Drops all memory of a request that has ended; returns its Record."""
-    self.requests.pop(id)
+    del self.requests[id]
     self.seen.discard(id)
     return self.recorder.forget(id)
 
-  def generate(self, prompt, **params):
-    """Serves one request to its end: an Output.
+  def generate(self, prompt: Prompt, **params: Any) -> Output:
+    """Serves one request to its end.
 
     Raises:
-      RequestFailed: faults ended it.
+      InputError, RequestFailed: as submit; or faults ended it.
     """
     id = self.submit(prompt, **params)
-    live = self.requests[id]
-    while not live.finished:
+    state = self.requests[id]
+    while not state.finished:
       self.poll()
     output = self.output(id)
-    if live.failed:
-      raise RequestFailed(live.error)
+    if state.failure:
+      raise state.failure
     return output
 
-  def stream(self, prompt, **params):
+  def stream(self, prompt: Prompt, **params: Any) -> Iterator[str]:
     """Yields pieces of text as they come; leaving early cancels.
 
     Raises:
-      RequestFailed: faults ended it, after the pieces that came before.
+      InputError, RequestFailed: as submit; or faults ended it, after the
+        pieces that came before.
     """
     id = self.submit(prompt, **params)
-    live = self.requests[id]
+    state = self.requests[id]
     try:
-      while not live.finished or live.pieces:
-        while live.pieces:
-          piece = live.pieces.popleft()
-          if piece:
-            yield piece
-        if not live.finished:
+      finished = False
+      while not finished:
+        finished = state.finished  # before the pieces, or some would be left
+        yield from filter(None, state.take_pieces())
+        if not state.finished:
           self.poll()
-      if live.failed:
-        raise RequestFailed(live.error)
+      if state.failure:
+        raise state.failure
     finally:
-      if not live.finished:
+      if not state.finished:
         self.cancel(id)
-      self.requests.pop(id)
+      del self.requests[id]
 
-  def run(self, requests, on_poll=None):
+  def generate_all(self, prompts: Iterable[Prompt],
+                   sampling: Sequence[Mapping[str, Any]] | None = None,
+                   errors: str = 'raise', **params: Any) -> list[Output]:
+    """Serves many requests to their ends, all at once: an Output each, in
+    the order of the prompts.
+
+    Args:
+      sampling: parameters of each request, over those that all share.
+      errors: 'raise' a RequestFailed once every request has ended, or
+        'return' the Output of a failed request like any other.
+
+    Raises:
+      InputError: a bad request, or one that can never fit, before any runs.
+      RequestFailed: faults ended a request; its `outputs` has all of them.
+      Interrupted: Ctrl-C, which cancels what is left; likewise.
+    """
+    return batch.generate_all(self, prompts, sampling, errors, params)
+
+  def run(self, requests: Iterable[Request],
+          on_poll: Callable[[], object] | None = None) -> list[Record]:
     """Replays a workload, each request at its arrival time from now on.
 
     Open loop: arrivals never wait for answers. on_poll() is called between
@@ -312,6 +377,7 @@ class Orchestrator:
     counts = collections.Counter(r.id for r in todo)
     for request in todo:
       self._check_new(request)
+      self.check(request.prompt, request.sampling)
       require(counts[request.id] == 1, 'Request.id', request.id,
               'different for each request')
     start = self.now
@@ -329,12 +395,12 @@ class Orchestrator:
 
   # --- faults ---------------------------------------------------------------
 
-  def kill(self, instance, back_s=None):
+  def kill(self, instance: int, back_s: float | None = None) -> None:
     """Loses an instance with all it holds, as a fault would.
 
     Its requests go on elsewhere. back_s: seconds after which it is started
     again, empty; None: it is given up, until `restore`. Meanwhile requests
-    that nobody else can serve wait, or, where it is given up, fail.
+    that no other instance can serve wait, or, if it is given up, fail.
 
     Raises:
       InputError: no such instance, or not seconds of 0 or more.
@@ -342,10 +408,11 @@ class Orchestrator:
     self._check_instance(instance)
     require(back_s is None or 0 <= back_s < math.inf, 'back_s', back_s,
             'None or seconds of 0 or more')
-    self._event(self.fleet.stop(instance, 'it was killed',
-                                None if back_s is None else self.now + back_s))
+    self._event(self._with_ended(self.fleet.stop(
+        instance, 'it was killed',
+        None if back_s is None else self.now + back_s)))
 
-  def drain(self, instance):
+  def drain(self, instance: int) -> None:
     """Gives an instance no more work that another could do, until `restore`.
 
     Raises:
@@ -354,7 +421,7 @@ class Orchestrator:
     self._check_instance(instance)
     self._event(Drain(self.now, instance))
 
-  def restore(self, instance):
+  def restore(self, instance: int) -> None:
     """Ends a drain, or starts an instance that is lost again, empty.
 
     Raises:
@@ -365,35 +432,62 @@ class Orchestrator:
     event = InstanceUp(self.now, instance)
     if instance in self.fleet.down:
       with jax.transfer_guard('disallow'):
-        event = self.fleet.start(instance)
+        event = self._with_ended(self.fleet.start(instance))
     self._event(event)
     if isinstance(event, InstanceDown):
       raise RuntimeError(self.faults[-1][1])
 
-  def _check_instance(self, instance):
+  def _check_instance(self, instance: int) -> None:
     most = len(self.engines) - 1
     require(isinstance(instance, int) and 0 <= instance <= most,
             'instance', instance, f'0 to {most}')
 
   # --- the loop -------------------------------------------------------------
 
-  def poll(self):
+  def poll(self) -> bool:
     """Handles what has completed; False after a pause, if nothing has."""
-    began, steps, some = time.perf_counter(), self.fleet.steps, False
+    began, some = time.perf_counter(), False
     with jax.transfer_guard('disallow'):
-      for event in self.fleet.poll():
-        self._event(event)
+      for done in self.fleet.poll():
         some = True
-    if some or self.fleet.steps > steps:  # of a command of several
+        if isinstance(done, StepDone):
+          self._fold(done)
+        else:
+          self._event(self._with_ended(done))
+    if some:
       self.host_s += time.perf_counter() - began
-      self.found_s = self.now
+      self.moved_s = self.now
     else:
-      pause = (self.now - self.found_s) * PAUSE_SHARE
+      pause = (self.now - self.moved_s) * PAUSE_SHARE
       time.sleep(min(max(pause, LEAST_PAUSE_S), MOST_PAUSE_S))
-      return False
-    return True
+    return some
 
-  def _event(self, event):
+  def _fold(self, done: StepDone) -> None:
+    """Adds a step's tokens to their requests; some end with them."""
+    for id, token, logprobs in done.sampled:
+      state = self.unfinished.get(id)
+      if state and not state.ended and state.push(token, logprobs):
+        self._ended.setdefault(done.instance, []).append((id, done.step))
+
+  def _with_ended(self, event: Event) -> Event:
+    """An event of the fleet, with the requests that ended in its command."""
+    if not isinstance(event, PrefillDone | DecodeDone | InstanceDown):
+      return event
+    ended = tuple(self._ended.pop(event.instance, ()))
+    if isinstance(event, PrefillDone):
+      return event._replace(ended=tuple(id for id, _ in ended))
+    return event._replace(ended=ended)
+
+  def _prefix_of(self, id: int) -> Prefix | None:
+    """A request's tokens so far, for an engine; None: it has ended."""
+    state = self.unfinished.get(id)
+    if state is None:
+      return None
+    request = state.request
+    return Prefix([*request.prompt, *state.tokens], len(request.prompt),
+                  request.sampling)
+
+  def _event(self, event: Event) -> None:
     """Tells the scheduler an event, and those of what fails in answer to it.
 
     Commands of one event are all performed first: what one of them loses may
@@ -402,7 +496,12 @@ class Orchestrator:
     todo = collections.deque([event])
     while todo:
       event = todo.popleft()
-      self.state, commands = scheduler.step(self.plan, self.state, event)
+      try:
+        self.state, commands = scheduler.step(self.scheduler_config,
+                                              self.state, event)
+      except PolicyError as error:
+        self._give_up(str(error))
+        raise
       self.log.append((event, commands))
       self.recorder.observe(event, commands)
       for observe in self.observers:
@@ -413,42 +512,39 @@ class Orchestrator:
           if end:
             end(self, command)
           else:
-            todo += self.fleet.perform(command)
-    if not self.live and scheduler.idle(self.state):
+            todo += map(self._with_ended, self.fleet.perform(command))
+    if not self.unfinished and scheduler.idle(self.state):
       scheduler.check(self.state)
 
-  def _finish(self, command):
-    live = self.live.pop(command.id)
-    live.flush()
-    live.reason = command.reason
+  def _give_up(self, reason: str) -> None:
+    """Fails every request and closes: the policy has no answer to an event,
+    and without its commands nothing goes on."""
+    for output in self.unfinished.values():
+      output.fail(reason)
+    self.unfinished.clear()
+    self.closed = True
+
+  def _finish(self, command: Finish) -> None:
+    self.unfinished.pop(command.id).finish(command.reason)
     self.fleet.forget(command.id)
 
-  def _fail(self, command):
-    self.live.pop(command.id).fail(command.reason)
+  def _fail(self, command: Fail) -> None:
+    self.unfinished.pop(command.id).fail(command.reason)
     self.fleet.forget(command.id)
 
-  def _reject(self, command):
-    self.live.pop(command.id).error = command.reason
-
-  def save_log(self, path):
-    """Writes the event log of this run so far."""
-    write_log(path, self.log)
+  def _reject(self, command: Reject) -> None:
+    self.unfinished.pop(command.id).error = command.reason
 
 
-_ENDS = {
+_ENDS: dict[type, Callable[..., None]] = {
     Finish: Orchestrator._finish,
     Fail: Orchestrator._fail,
     Reject: Orchestrator._reject,
 }
 
 
-def _are_ids(ids, vocab_size):
-  return len(ids) > 0 and all(type(i) is int or isinstance(i, np.integer)
-                              for i in ids) and (
-      min(ids) >= 0 and max(ids) < vocab_size)
-
-
-def serve(model, placement, config=None, **options):
+def serve(model: Model, placement: Placement,
+          config: EngineConfig | None = None, **options: Any) -> Orchestrator:
   """An Orchestrator for a model over a placement; options as its __init__.
 
   `with dsjax.serve(model, placement) as server: server.generate('Hi')`. If
@@ -461,21 +557,23 @@ def serve(model, placement, config=None, **options):
   return Orchestrator(model, placement, config, **options)
 
 
-def write_log(path, log):
+def write_log(path: str | os.PathLike,
+              log: Iterable[tuple[Event, tuple[Command, ...]]]) -> None:
   """Writes an event log: a JSON line for each (event, commands)."""
   with open(path, 'w') as file:
     file.writelines(json.dumps(event_log.encode(pair)) + '\n' for pair in log)
 
 
-def replay(plan, log):
+def replay(config: scheduler.Config,
+           log: Iterable[tuple[Event, tuple[Command, ...]]]) -> int | None:
   """Steps the scheduler through a log's events.
 
   Returns:
     the index of the first entry whose commands differ, or None.
   """
-  state = scheduler.init(plan)
+  state = scheduler.init(config)
   for index, (event, commands) in enumerate(log):
-    state, again = scheduler.step(plan, state, event)
+    state, again = scheduler.step(config, state, event)
     if again != commands:
       return index
   return None

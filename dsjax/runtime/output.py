@@ -1,14 +1,16 @@
 """What a client gets of a request: its tokens, its text, how it ended."""
 
-import collections
 import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, TypeAlias
 
 from dsjax.analysis.record import Record
 from dsjax.checkpoints import tokenizer
+from dsjax.config.request import Request
 
-
-class RequestFailed(RuntimeError):
-  """Faults ended a request: more than it survives, or nobody is left."""
+# Of a token: its log-probability, and the (id, log-probability) of the most
+# likely ones.
+Logprobs: TypeAlias = tuple[float, tuple[tuple[int, float], ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,63 +28,137 @@ class Output:
   tokens: tuple[int, ...]
   reason: str
   record: Record
-  logprobs: tuple = ()
+  logprobs: tuple[Logprobs, ...] = ()
 
 
-class Live:
-  """The host's view of a request: its tokens and its text so far.
+class RequestFailed(RuntimeError):
+  """Faults ended a request: more than it survives, or no instance is left.
+
+  outputs: of generate_all, every request's Output in order.
+  """
+
+  def __init__(self, message: str, outputs: Sequence[Output] = ()) -> None:
+    super().__init__(message)
+    self.outputs = tuple(outputs)
+
+
+class Interrupted(KeyboardInterrupt):
+  """Ctrl-C in generate_all.
+
+  outputs: every request's Output in order, those that it cancelled included.
+  """
+
+  def __init__(self, outputs: Sequence[Output]) -> None:
+    super().__init__()
+    self.outputs = tuple(outputs)
+
+
+class Update(NamedTuple):
+  """What one request got since the last look.
+
+  reason: why it ended (stop | length | cancelled | error), or None; error says
+  it in words. record: its Record, from the thread that serves it.
+  """
+
+  text: str = ''
+  tokens: tuple[int, ...] = ()
+  logprobs: tuple[Logprobs, ...] = ()
+  reason: str | None = None
+  error: str | None = None
+  record: Record | None = None
+
+
+def joined(updates: Iterable[Update]) -> Update:
+  """Successive updates of one request as one."""
+  updates = tuple(updates)
+  return Update(''.join(u.text for u in updates),
+                tuple(t for u in updates for t in u.tokens),
+                tuple(p for u in updates for p in u.logprobs),
+                *updates[-1][3:])
+
+
+class RequestOutputState:
+  """A request's output so far: sampled tokens folded into text.
 
   Attributes:
     ended: its last token has come. reason: of its Finish. error: why it was
-      rejected or, where `failed`, given up.
+      rejected or, where `failed`, given up. pieces: text, a token each.
   """
 
-  def __init__(self, request, ends, vocabulary):
+  def __init__(self, request: Request, ends: set[int],
+               vocabulary: tokenizer.Tokenizer | None) -> None:
     self.request, self.ends = request, ends
-    self.tokens, self.logprobs = [], []
-    self.ended, self.failed, self.reason, self.error = False, False, None, None
-    self.stream = tokenizer.Stream(vocabulary) if vocabulary else None
-    self.stops = tokenizer.StopMatcher(request.sampling.stop)
-    self.pieces = collections.deque()
+    self.tokens: list[int] = []
+    self.logprobs: list[Logprobs] = []
+    self.pieces: list[str] = []
+    self.ended, self.failed = False, False
+    self.reason: str | None = None
+    self.error: str | None = None
+    self._stream = tokenizer.Stream(vocabulary) if vocabulary else None
+    self._stops = tokenizer.StopMatcher(request.sampling.stop)
+    self._pieces_taken = self._tokens_taken = 0
 
   @property
-  def finished(self):
+  def finished(self) -> bool:
     return self.reason is not None or self.error is not None
 
   @property
-  def wants_logprobs(self):
-    return self.request.sampling.logprobs is not None
+  def failure(self) -> RequestFailed | None:
+    """What to raise if faults ended it."""
+    return RequestFailed(self.error or '') if self.failed else None
 
-  def push(self, token):
+  @property
+  def has_news(self) -> bool:
+    """Whether `take` would give tokens or an end."""
+    return len(self.tokens) > self._tokens_taken or self.finished
+
+  @property
+  def text(self) -> str:
+    """The text so far, taken or not."""
+    return ''.join(self.pieces)
+
+  def push(self, token: int, logprobs: Logprobs | None = None) -> bool:
     """Takes the next token; True when the request ends with it."""
     self.tokens.append(token)
+    if logprobs is not None:
+      self.logprobs.append(logprobs)
     may_end = len(self.tokens) >= self.request.sampling.min_tokens
     self.ended = token in self.ends and may_end
-    if not self.ended and self.stream:
-      text, hit = self.stream.push(token), False
+    if not self.ended and self._stream:
+      text, hit = self._stream.push(token), False
       if may_end:
-        text, hit = self.stops.push(text)
+        text, hit = self._stops.push(text)
       self.pieces.append(text)
       self.ended = hit
     if self.ended or len(self.tokens) == self.request.sampling.max_tokens:
       self.flush()
     return self.ended
 
-  def flush(self):
+  def flush(self) -> None:
     """Lets out what a stop string or half a character held back."""
-    if self.stream and not self.stops.hit:
-      text, hit = self.stops.push(self.stream.finish())
-      self.pieces.append(text if hit else text + self.stops.finish())
-    self.stream = None
+    if self._stream and not self._stops.hit:
+      text, hit = self._stops.push(self._stream.finish())
+      self.pieces.append(text if hit else text + self._stops.finish())
+    self._stream = None
 
-  def push_logprobs(self, r, logprob_R, top_id_RA, top_logprob_RA):
-    """Takes row r of a step's log-probabilities."""
-    count = self.request.sampling.logprobs
-    top = zip(top_id_RA[r, :count].tolist(),
-              top_logprob_RA[r, :count].tolist(), strict=True)
-    self.logprobs.append((float(logprob_R[r]), tuple(top)))
+  def finish(self, reason: str) -> None:
+    """The scheduler ended it: stop, length or cancelled."""
+    self.flush()
+    self.reason = reason
 
-  def fail(self, reason):
+  def fail(self, reason: str) -> None:
     """Faults ended it."""
     self.flush()
     self.failed, self.error = True, reason
+
+  def take_pieces(self) -> list[str]:
+    """The pieces of text since the last call."""
+    start, self._pieces_taken = self._pieces_taken, len(self.pieces)
+    return self.pieces[start:]
+
+  def take(self) -> Update:
+    """What has come since the last call."""
+    start, self._tokens_taken = self._tokens_taken, len(self.tokens)
+    return Update(''.join(self.take_pieces()), tuple(self.tokens[start:]),
+                  tuple(self.logprobs[start:]),
+                  self.reason or (self.error and 'error'), self.error)

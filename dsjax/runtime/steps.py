@@ -1,13 +1,16 @@
 """The compiled steps of a stage of an instance."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from dsjax.config.checks import InputError, require
+from dsjax.config.engine import EngineConfig, InstanceConfig
+from dsjax.config.model import ModelConfig
 from dsjax.kernels import tiles
 from dsjax.model import kv_cache as kv
 from dsjax.model import sampling, sharding, transformer
@@ -29,47 +32,48 @@ class Shapes(NamedTuple):
   attention: str
 
   @property
-  def model(self):
+  def model(self) -> ModelConfig:
     return self.layout.padded
 
   @property
-  def table_width(self):
+  def table_width(self) -> int:
     return page_pool.pages_for(self.max_len, self.page_size)
 
   @property
-  def first(self):
+  def first(self) -> bool:
     return self.span[0] == 0
 
   @property
-  def last(self):
+  def last(self) -> bool:
     return self.span[1] == self.model.num_layers
 
 
-def abstract(shapes):
+def abstract(shapes: Shapes) -> tuple[Any, Any, Any]:
   """(params, cache, slots) as sharded ShapeDtypeStructs."""
-  s = shapes
   cache = jax.eval_shape(lambda: kv.init(
-      s.model, s.num_pages, s.page_size, s.kv_dtype, s.span[1] - s.span[0]))
+      shapes.model, shapes.num_pages, shapes.page_size, shapes.kv_dtype,
+      shapes.span[1] - shapes.span[0]))
   slots = jax.eval_shape(lambda: sampling.init(
-      s.num_slots, s.max_len, s.model.vocab_size))
+      shapes.num_slots, shapes.max_len, shapes.model.vocab_size))
 
   def shard(tree, to):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=to), tree)
 
-  return (sharding.abstract_params(s.layout, s.span, s.mesh, s.dtype),
-          shard(cache, sharding.kv(s.mesh)),
-          shard(slots, sharding.replicated(s.mesh)))
+  return (sharding.abstract_params(shapes.layout, shapes.span, shapes.mesh,
+                                   shapes.dtype),
+          shard(cache, sharding.kv(shapes.mesh)),
+          shard(slots, sharding.replicated(shapes.mesh)))
 
 
-def empty_rows(shapes, count):
+def empty_rows(shapes: Shapes, count: int) -> transformer.Rows:
   """An empty decode batch, in numpy."""
   return transformer.Rows(np.zeros(count, np.int32), np.zeros(count, np.int32),
                           np.zeros(count, bool),
                           np.zeros((count, shapes.table_width), np.int32))
 
 
-def empty_packed(shapes, count):
+def empty_packed(shapes: Shapes, count: int) -> transformer.Packed:
   """An empty prefill batch, in numpy."""
   return transformer.Packed(
       np.zeros(count + 1, np.int32), np.zeros(count, np.int32),
@@ -78,7 +82,7 @@ def empty_packed(shapes, count):
 
 
 @functools.cache
-def make_step(shapes, kind, size=0):
+def make_step(shapes: Shapes, kind: str, size: Any = 0) -> Callable[..., Any]:
   """A jitted step; made once a process for every equal key.
 
   kind: init; decode; prefill (size: packed tokens; with rows for the chunked
@@ -86,25 +90,25 @@ def make_step(shapes, kind, size=0):
   scatter; checksum. `Engine.warm` runs it once for every bucket, so that
   nothing compiles while serving.
   """
-  s = shapes
-  _, cache, slots = abstract(s)
+  _, cache, slots = abstract(shapes)
   kept = jax.tree.map(lambda x: x.sharding, (cache, slots))
-  whole, moved = sharding.replicated(s.mesh), sharding.kv(s.mesh)
-  common = dict(impl=s.attention, mesh=s.mesh, span=s.span)
-  portable = tiles.portable(s.attention)
+  whole, moved = sharding.replicated(shapes.mesh), sharding.kv(shapes.mesh)
+  common = dict(impl=shapes.attention, mesh=shapes.mesh, span=shapes.span)
+  portable = tiles.portable(shapes.attention)
 
   def init():
-    return (kv.init(s.model, s.num_pages, s.page_size, s.kv_dtype,
-                    len(range(*s.span))),
-            sampling.init(s.num_slots, s.max_len, s.model.vocab_size))
+    return (kv.init(shapes.model, shapes.num_pages, shapes.page_size,
+                    shapes.kv_dtype, len(range(*shapes.span))),
+            sampling.init(shapes.num_slots, shapes.max_len,
+                          shapes.model.vocab_size))
 
   def decode(params, cache, slots, x_BD, rows, need):
-    return transformer.decode_step(s.model, params, cache, slots, rows, need,
-                                   x_BD=x_BD, **common)
+    return transformer.decode_step(shapes.model, params, cache, slots, rows,
+                                   need, x_BD=x_BD, **common)
 
   def prefill(params, cache, slots, x_SD, packed, rows, need):
-    return transformer.prefill_step(s.model, params, cache, slots, packed, size,
-                                    need, rows, x_SD=x_SD, **common)
+    return transformer.prefill_step(shapes.model, params, cache, slots, packed,
+                                    size, need, rows, x_SD=x_SD, **common)
 
   def feed(slots, slot_R, pos_R, token_R):
     return slots.replace(tokens_ET=slots.tokens_ET.at[slot_R, pos_R].set(
@@ -114,22 +118,22 @@ def make_step(shapes, kind, size=0):
 
   def gather(cache, page_m):
     return sharding.shard_map(
-        s.mesh, lambda cache, page_m: kv.gather_pages(
+        shapes.mesh, lambda cache, page_m: kv.gather_pages(
             cache, page_m, *size, impl=portable),
         (heads, every), heads)(cache, page_m)
 
   def scatter(cache, page_m, pages):
     return sharding.shard_map(
-        s.mesh, lambda *args: kv.scatter_pages(*args, impl=portable),
+        shapes.mesh, lambda *args: kv.scatter_pages(*args, impl=portable),
         (heads, every, heads), heads)(cache, page_m, pages), page_m + 1
 
   def checksum(pages, start, stop):
-    heads = s.layout.kv_heads
+    heads = shapes.layout.kv_heads
     once = [h if h not in heads[:i] else -1 for i, h in enumerate(heads)]
-    return kv.checksum(pages, np.array(once), s.span[0], start, stop)
+    return kv.checksum(pages, np.array(once), shapes.span[0], start, stop)
 
-  stepped = (*kept, whole, whole) if s.last else (kept[0], whole)
-  donated = (1, 2) if s.last else (1,)  # the first stage keeps its slots
+  stepped = (*kept, whole, whole) if shapes.last else (kept[0], whole)
+  donated = (1, 2) if shapes.last else (1,)  # the first stage keeps its slots
   fn, donate, out = {
       'init': (init, (), kept),
       'decode': (decode, donated, stepped),
@@ -143,27 +147,30 @@ def make_step(shapes, kind, size=0):
   return jax.jit(fn, donate_argnums=donate, out_shardings=out)
 
 
-def seqs_bucket(limits, tokens):
+def seqs_bucket(limits: InstanceConfig, tokens: int) -> int:
   """Sequences a prefill of this many packed tokens has room for."""
   if tokens == limits.prefill_tokens:
     return limits.prefill_seqs  # the largest bucket takes any batch
   return min(limits.prefill_seqs, max(1, tokens // 16))
 
 
-def stage_shapes(config, meshes, role, engine_config, limits):
+def stage_shapes(config: ModelConfig, meshes: Sequence[Mesh], role: str,
+                 engine_config: EngineConfig, limits: InstanceConfig
+                 ) -> list[Shapes]:
   """The Shapes of each stage of an instance."""
-  c = engine_config
   layout = sharding.cut(config, meshes[0].size)
-  kv_dtype = c.kv_dtype_of(role)
-  attention = _attention(c, layout.padded, meshes[0].devices.flat[0],
-                         limits.page_size, kv_dtype)
+  kv_dtype = engine_config.kv_dtype_of(role)
+  attention = _attention(engine_config, layout.padded,
+                         meshes[0].devices.flat[0], limits.page_size, kv_dtype)
   return [Shapes(layout, span, mesh, limits.num_pages, limits.page_size,
-                 c.max_seqs, c.max_len, c.dtype, kv_dtype, attention)
+                 engine_config.max_seqs, engine_config.max_len,
+                 engine_config.dtype, kv_dtype, attention)
           for span, mesh in zip(sharding.spans(config.num_layers, len(meshes)),
                                 meshes, strict=True)]
 
 
-def _attention(config, model, device, page_size, kv_dtype):
+def _attention(config: EngineConfig, model: ModelConfig, device: jax.Device,
+               page_size: int, kv_dtype: str) -> str:
   """The implementation of attention on these devices: see tiles.pick."""
   asked, platform = config.attention, device.platform
   require(asked not in ('pallas', 'mosaic')
@@ -178,7 +185,8 @@ def _attention(config, model, device, page_size, kv_dtype):
     raise InputError(f'EngineConfig.attention: {error}') from None
 
 
-def abstract_steps(shapes, limits):
+def abstract_steps(shapes: Shapes, limits: InstanceConfig
+                   ) -> list[tuple[Any, tuple]]:
   """The largest steps of a stage: (jitted step, abstract arguments) each."""
   params, cache, slots = abstract(shapes)
   whole, tokens = sharding.replicated(shapes.mesh), limits.prefill_tokens
@@ -197,10 +205,10 @@ def abstract_steps(shapes, limits):
   rows = empty_rows(shapes, limits.max_seqs)
   packed = empty_packed(shapes, limits.prefill_seqs)
   steps = []
-  if limits.role != 'prefill':
+  if limits.decodes:
     steps.append((make_step(shapes, 'decode'), args(limits.max_seqs, rows)))
-  if limits.role != 'decode':
-    mixed = rows if limits.role == 'chunked' else None
+  if limits.prefills:
+    mixed = rows if limits.mixes else None
     count = tokens + (limits.max_seqs if mixed else 0)
     steps.append((make_step(shapes, 'prefill', tokens),
                   args(count, packed, mixed)))

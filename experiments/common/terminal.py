@@ -223,7 +223,7 @@ class Screen:
   def _texts(self, server):
     """The end of what the two oldest running answers say so far."""
     width = max(20, self.console.width - 14)
-    shown = [(id, ''.join(live.pieces)) for id, live in server.live.items()]
+    shown = [(id, state.text) for id, state in server.unfinished.items()]
     for id, text in [x for x in shown if x[1]][:2]:
       text = short(text, 10_000)
       yield Text(f'request {id:3d}: ' + text[-width:], style='dim',

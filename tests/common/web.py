@@ -1,6 +1,7 @@
 """A server of the tiny model on a real socket, for tests that ask it."""
 
 import asyncio
+import contextlib
 import re
 import socket
 import threading
@@ -16,6 +17,7 @@ from dsjax.http.service import Limits, Service
 from dsjax.runtime.orchestrator import serve
 from dsjax.scheduling import scheduler
 from experiments.common import tiny as model_of
+from tests.common.fake_engine import FakeEngine
 
 MODEL = model_of.load()
 CONFIG = EngineConfig(
@@ -26,10 +28,10 @@ LIMITS = Limits(body_s=20.0, max_body_bytes=2**20, request_s=60.0, drain_s=20.0)
 WAIT_S, START_S = 60, 300
 
 
-def make(report):
-  """An Orchestrator of one prefill and one decode instance."""
+def make(report, make_engine=FakeEngine):
+  """An Orchestrator of one prefill and one decode instance, both fakes."""
   return serve(MODEL, PLACEMENT, CONFIG, devices=jax.devices()[:2],
-               report=report, keep_events=1)
+               report=report, keep_events=1, make_engine=make_engine)
 
 
 class Running:
@@ -57,6 +59,17 @@ class Running:
     self.http.should_exit = True
     self.thread.join(WAIT_S)
     assert not self.thread.is_alive() and not self.service.thread.is_alive()
+
+
+@contextlib.contextmanager
+def paced(running, steps):
+  """The decode instance, a fake, completes as many steps and then none."""
+  pace = running.service.orchestrator.engines[-1].pace
+  pace.left = steps
+  try:
+    yield pace
+  finally:
+    pace.left = None
 
 
 def until(true, wait_s=WAIT_S):

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from dsjax.config.checks import InputError
+from dsjax.runtime.engine import Engine
 from experiments.bench import http_cost, sse_client
 from tests.common.web import LIMITS, MODEL, make
 
@@ -18,7 +19,7 @@ STREAMS, TOKENS = 3, 24
 @pytest.fixture(scope='module')
 def rounds():
   """(a bench of little steps, two rounds of it, [what was asked for, ...])."""
-  server, asked = make(lambda *_: None), []
+  server, asked = make(lambda *_: None, Engine), []
   enqueue = server.enqueue
 
   def noted(request, *args, **kwargs):

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
-from dsjax.runtime import instances
+from dsjax.runtime import orchestrator
 from experiments import soak
 from experiments.verify import soak_report
 
@@ -38,12 +38,11 @@ def test_nothing_is_lost_in_three_seconds_of_faults(tmp_path):
 
 def test_wrong_tokens_are_seen(tmp_path, monkeypatch):
   """A request that goes on elsewhere forgets what it had said."""
-  def admit(self, index, id):
-    one, live = self.engines[index], self.live.get(id)
-    if live is not None and id not in one.slot_of:
-      one.admit(id, live.request.prompt, len(live.request.prompt),
-                live.request.sampling)
-  monkeypatch.setattr(instances.Fleet, '_admit', admit)
+  def prefix_of(self, id, real=orchestrator.Orchestrator._prefix_of):
+    prefix = real(self, id)
+    return prefix and prefix._replace(
+        tokens=prefix.tokens[:prefix.prompt_len])
+  monkeypatch.setattr(orchestrator.Orchestrator, '_prefix_of', prefix_of)
   assert soak.run(options(tmp_path, cancel=0.0), Console(quiet=True)) == 1
   failed = json.loads((tmp_path / 'soak.json').read_text())['failed checks']
   assert 'tokens' in failed

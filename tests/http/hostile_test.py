@@ -24,7 +24,7 @@ import hypothesis
 import pytest
 import schemathesis
 
-from dsjax.http import service
+from dsjax.runtime import orchestrator_thread
 from tests.common.web import LIMITS, WAIT_S, Running, all_back, post, until
 
 AT_ONCE = 60
@@ -271,7 +271,8 @@ def left(running):
   async def tasks():
     return sum(not t.done() for t in asyncio.all_tasks())
   gc.collect()
-  kinds = service.Stream, service.Call, asyncio.Task
+  kinds = (orchestrator_thread.Stream, orchestrator_thread.Call,
+           asyncio.Task)
   return {
       'tasks': asyncio.run_coroutine_threadsafe(
           tasks(), running.http.loop).result(WAIT_S),

@@ -413,7 +413,7 @@ def test_pages_are_what_memory_leaves(plan, role):
   one = Engine(TINY, meshes, role, limits)
   assert one.limits.num_pages == all_of_them  # a CPU does not say
   fixed, page = held_bytes(one)
-  rich, poor = (memory.fit(CONFIG, meshes, role, dataclasses.replace(
+  rich, poor = (memory.size_pages(CONFIG, meshes, role, dataclasses.replace(
       limits, memory_bytes=fixed + n)).num_pages
       for n in (10**7, 200_000))
   assert rich == all_of_them
@@ -442,8 +442,8 @@ def test_an_accelerator_says_what_is_free(monkeypatch):
   stats = says(dict(bytes_limit=budget + 7, bytes_in_use=7))
   monkeypatch.setattr(memory, '_free_bytes', lambda _: free([stats]))
   want = dataclasses.replace(limits, memory_bytes=budget)
-  found = memory.fit(CONFIG, meshes, 'decode', limits)
-  assert found == memory.fit(CONFIG, meshes, 'decode', want)
+  found = memory.size_pages(CONFIG, meshes, 'decode', limits)
+  assert found == memory.size_pages(CONFIG, meshes, 'decode', want)
   assert found.num_pages < limits.instance('decode', 1).num_pages
 
 

@@ -87,7 +87,7 @@ def settle(server):
 def replay(server):
   state = server.start_state
   for index, (event, commands) in enumerate(server.log):
-    state, again = scheduler.step(server.plan, state, event)
+    state, again = scheduler.step(server.scheduler_config, state, event)
     if again != commands:
       return index
   return None
@@ -200,7 +200,7 @@ def test_what_was_told_of_a_command_is_not_told_again(server, stop):
       server.poll()
     lost = server.state.seqs[id].instance
     running = server.fleet.running[lost][0]
-    assert running.outputs and bool(running.ended) == stop
+    assert running.outputs and bool(server._ended.get(lost)) == stop
     server.kill(lost)
   drain(server)
   found = server.output(id)

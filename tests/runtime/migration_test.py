@@ -89,7 +89,7 @@ def test_every_target_shard_gets_its_heads_of_its_layers_once(data):
                        if h >= 0])}
   assert got == want
   copies = sum(map(len, got.values())) / (K * layers)
-  assert migration.ratio(pieces(source, target, config), a, b) == copies
+  assert migration.ratio(pieces(source, target, config), a) == copies
   if target[0] <= K:
     assert copies == 1
 

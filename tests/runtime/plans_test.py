@@ -89,7 +89,7 @@ def main(full):
     tokens, server = serve(placement, devices, kv_heads)
     assert tokens == want[kv_heads], (source, target, tokens)
     route, = server.routes.values()
-    ratio = migration.ratio(route.pieces, *(e.where[0] for e in server.engines))
+    ratio = migration.ratio(route.pieces, server.engines[0].where[0])
     print(f'tp, pp {source} -> {target}, {kv_heads} kv heads: ok, copied '
           f'{ratio:.2f} of the bytes, {time.perf_counter() - start:.1f} s',
           flush=True)

@@ -1,0 +1,108 @@
+"""A server for asyncio: any number of tasks, one thread that serves them."""
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from dsjax.analysis.record import Record
+from dsjax.checkpoints.checkpoint import Model
+from dsjax.config.checks import InputError
+from dsjax.config.engine import EngineConfig
+from dsjax.config.placement import Placement
+from dsjax.runtime.orchestrator import Orchestrator, serve
+from dsjax.runtime.orchestrator_thread import (
+  Call,
+  MakeOrchestrator,
+  OrchestratorThread,
+)
+from dsjax.runtime.output import Output, RequestFailed, Update, joined
+from dsjax.runtime.prompts import Prompt
+
+
+class AsyncServer:
+  """Serves the tasks of one event loop; use it as `async with`.
+
+  Entering compiles, in the thread; leaving cancels what is left. A task that
+  is cancelled, or closes a stream early, cancels its request.
+  """
+
+  def __init__(self, make: MakeOrchestrator) -> None:
+    self._thread = OrchestratorThread(make)
+
+  async def __aenter__(self) -> 'AsyncServer':
+    self._thread.start()
+    try:
+      await self._thread.started()
+    except BaseException:
+      await self._thread.close()
+      raise
+    return self
+
+  async def __aexit__(self, *_: object) -> None:
+    await self._thread.close()
+
+  @property
+  def orchestrator(self) -> Orchestrator:
+    """Its thread's: to be read, not to be driven."""
+    if self._thread.orchestrator is None or self._thread.status != 'ready':
+      raise RuntimeError(f'the server is {self._thread.status}'
+                         ) from self._thread.failure
+    return self._thread.orchestrator
+
+  async def generate(self, prompt: Prompt, **params: Any) -> Output:
+    """Serves one request to its end; see Orchestrator.generate.
+
+    Raises:
+      InputError: bad prompt or parameters, or a request that can never fit.
+      RequestFailed: faults ended it.
+      RuntimeError: the server is not open, or has failed.
+    """
+    updates, call = [], self._submit(prompt, params)
+    try:
+      while news := await call.take():
+        updates += [update for _, update in news]
+    finally:
+      call.close()
+    whole = joined(updates)
+    record = self._record(whole)
+    return Output(record.id, whole.text, whole.tokens, record.status, record,
+                  whole.logprobs)
+
+  async def stream(self, prompt: Prompt, **params: Any) -> AsyncIterator[str]:
+    """Yields pieces of text as they come; errors as those of generate."""
+    call = self._submit(prompt, params)
+    try:
+      while news := await call.take():
+        for _, update in news:
+          if update.text:
+            yield update.text
+          if update.reason:
+            self._record(update)
+    finally:
+      call.close()
+
+  def _submit(self, prompt: Prompt, params: dict[str, Any]) -> Call:
+    return self._thread.submit(
+        [self.orchestrator.prepare(prompt, **params)], time.perf_counter())
+
+  def _record(self, last: Update) -> Record:
+    """The record of a request; raises what ended it before its time."""
+    if last.record is None:
+      raise RuntimeError('the server has failed') from self._thread.failure
+    if last.record.status == 'rejected':
+      raise InputError(last.error)
+    if last.record.status == 'failed':
+      raise RequestFailed(last.error or '')
+    return last.record
+
+
+def serve_async(model: Model, placement: Placement,
+                config: EngineConfig | None = None, **options: Any
+                ) -> AsyncServer:
+  """An AsyncServer of a model over a placement; arguments as of `serve`.
+
+  `async with dsjax.serve_async(model, placement) as server:
+  await server.generate('Hi')`.
+  """
+  return AsyncServer(lambda report: serve(
+      model, placement, config, **{'report': report, **options}))

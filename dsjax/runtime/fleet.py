@@ -1,0 +1,451 @@
+"""The instances of a server: performs commands, says what came of them.
+
+What comes back is data: the tokens of each step as it completes, and events.
+A Fleet knows of no text and of no client.
+
+What fails is an event, as what completes is:
+
+- A call of an engine that raises, a result that cannot be read (its buffer is
+  gone, or what made it failed) and an instance that is stuck lose the instance
+  with all it held: InstanceDown. It is started again, empty, after a while.
+- A hand-off that raises, or whose checksums differ, has failed: MigrateFailed.
+  The source still holds the pages. Where an engine's buffers are gone, it is
+  lost instead.
+- A hand-off whose lease ran out: Timer. The scheduler answers with Abort.
+
+Nothing that was in flight when an instance was lost can touch it later: jax
+arrays are values, so a late step writes buffers that nothing reads any more.
+"""
+
+import collections
+import logging
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+
+from dsjax.checkpoints.checkpoint import Model
+from dsjax.config.engine import EngineConfig
+from dsjax.config.placement import Placement
+from dsjax.config.request import Sampling
+from dsjax.model import sharding
+from dsjax.runtime import memory
+from dsjax.runtime.arrays import is_ready
+from dsjax.runtime.output import Logprobs
+from dsjax.runtime.protocols import (
+  Command,
+  Dispatched,
+  Engine,
+  Event,
+  MakeEngine,
+  Report,
+  Route,
+  Transfer,
+)
+from dsjax.scheduling.events import (
+  Abort,
+  DecodeDone,
+  InstanceDown,
+  InstanceUp,
+  Migrate,
+  Migrated,
+  MigrateFailed,
+  Preempt,
+  PrefillDone,
+  RunDecode,
+  RunPrefill,
+  Timer,
+)
+
+LOG = logging.getLogger(__name__)
+NEWEST = 1000  # faults that are remembered
+
+
+class Prefix(NamedTuple):
+  """A request so far, as an engine needs it: prompt and sampled tokens."""
+  tokens: Sequence[int]
+  prompt_len: int
+  sampling: Sampling
+
+
+class SampledToken(NamedTuple):
+  """The next token of a request. logprobs: where the request asks for them."""
+  id: int
+  token: int
+  logprobs: Logprobs | None = None
+
+
+class StepDone(NamedTuple):
+  """A step (0-based) of an instance's oldest command completed.
+
+  sampled: its tokens, also those of requests that have ended meanwhile.
+  """
+  instance: int
+  step: int
+  sampled: tuple[SampledToken, ...]
+
+
+# The Prefix of a request; None: it has ended.
+PrefixOf: TypeAlias = Callable[[int], Prefix | None]
+
+
+class Running:
+  """A command in flight and the outputs of its steps.
+
+  times, stages: when its steps, and their stages but the last, were done.
+  """
+
+  def __init__(self, command: RunPrefill | RunDecode,
+               dispatched: Dispatched) -> None:
+    outputs, marks = dispatched
+    self.command, self.outputs = command, collections.deque(outputs)
+    self.marks = collections.deque(marks)  # what each stage but the last sent
+    self.times: list[float] = []
+    self.stages: list[float] = []
+
+  def event(self) -> PrefillDone | DecodeDone:
+    """What happened when all of its steps are done; `ended` is left empty."""
+    command, stages = self.command, tuple(self.stages)
+    if isinstance(command, RunDecode):
+      return DecodeDone(self.times[-1], command.instance, command.number,
+                        tuple(self.times), stages_s=stages)
+    return PrefillDone(self.times[-1], command.instance, command.number,
+                       stages_s=stages)
+
+
+class Fleet:
+  """Engines, what they run, and what moves between them.
+
+  Attributes:
+    engines: by instance. routes: (source, target) engines -> Route.
+    running: commands in flight of each instance, in order.
+    transfers: hand-offs in flight.
+    down: instances that are lost -> when to start them again, or None.
+    faults: (time, what happened) of the newest.
+    copied_bytes, copy_s: what migrations moved and the seconds they took,
+      from dispatch to arrival, summed. steps: device steps done.
+  """
+
+  def __init__(self, model: Model, placement: Placement, config: EngineConfig,
+               devices: Sequence[jax.Device], make_engine: MakeEngine,
+               prefix_of: PrefixOf, clock: Callable[[], float]) -> None:
+    """Builds every instance; `warm` compiles.
+
+    Args:
+      prefix_of: asked when a request comes to an engine that does not have it.
+      clock: seconds now, on the clock of the events.
+
+    Raises:
+      InputError: the placement or the config cannot be served.
+    """
+    self.config, self.prefix_of, self.clock = config, prefix_of, clock
+    roles = [role for role, _ in placement.instances]
+    meshes = sharding.make_meshes(model.config, placement, devices)
+    self.limits = tuple(
+        memory.size_pages(model.config, stages, role, config)
+        for role, stages in zip(roles, meshes, strict=True))
+    self.engines: list[Engine] = [
+        make_engine(model, stages, role, config, capacity)
+        for role, stages, capacity in zip(roles, meshes, self.limits,
+                                          strict=True)]
+    self.routes: dict[tuple[Engine, Engine], Route] = {
+        (source, target): source.route_to(target)
+        for source in self.engines if not source.limits.decodes
+        for target in self.engines if target.limits.decodes}
+    self.transfers: list[Transfer] = []
+    self.running: list[collections.deque[Running]] = [
+        collections.deque() for _ in roles]
+    self.moved_s = [0.0] * len(roles)  # when each made progress
+    self.down: dict[int, float | None] = {}
+    self.losses = [0] * len(roles)  # in a row
+    self.faults: collections.deque[tuple[float, str]] = collections.deque(
+        maxlen=NEWEST)
+    self.copied_bytes, self.copy_s, self.steps = 0, 0.0, 0
+    self._num_logprobs: dict[int, int] = {}  # of requests that want some
+
+  def warm(self, report: Report) -> None:
+    """Compiles every step; report(done, total, name) after each."""
+    total, done = sum(len(e.shapes_needed()) for e in self.engines), 0
+    for index, engine in enumerate(self.engines):
+      for name in engine.warm():
+        done += 1
+        report(done, total, f'{engine.role} {index}: {name}')
+    for route in self.routes.values():
+      route.warm(self.config.checksum)
+
+  @property
+  def busy(self) -> bool:
+    """Whether something is in flight."""
+    return any(self.running) or bool(self.transfers)
+
+  # --- commands -------------------------------------------------------------
+
+  def perform(self, command: Command) -> Sequence[Event]:
+    """Performs a command; the events of what failed in doing so.
+
+    A command for an instance that is lost, which the scheduler may not know
+    yet, is passed over: InstanceDown takes it back.
+    """
+    moves = isinstance(command, Migrate)
+    where = ((command.source, command.target) if moves
+             else (getattr(command, 'instance', None),))
+    if any(i in self.down for i in where):
+      return ()
+    try:
+      _PERFORM[type(command)](self, command)
+    except Exception as error:  # whatever an engine raises
+      if moves:
+        return self._hand_off_failed(command, error)
+      return (self._lose(command.instance, error),)
+    return ()
+
+  def forget(self, id: int) -> None:
+    """A request has ended."""
+    self._num_logprobs.pop(id, None)
+    for engine in self.engines:
+      engine.forget(id)
+
+  def _step(self, command: RunPrefill | RunDecode) -> None:
+    """Admits the requests that are new to the instance, and dispatches."""
+    index = command.instance
+    engine, queue = self.engines[index], self.running[index]
+    if isinstance(command, RunPrefill):
+      for chunk in command.chunks:
+        self._admit(index, chunk.id)
+    if not queue:
+      self.moved_s[index] = self.clock()
+    queue.append(Running(command, engine.prefill(command) if isinstance(
+        command, RunPrefill) else engine.decode(command)))
+
+  def _admit(self, index: int, id: int) -> None:
+    engine = self.engines[index]
+    if id in engine.slot_of:
+      return
+    prefix = self.prefix_of(id)
+    if prefix is not None:
+      engine.admit(id, *prefix)
+      if prefix.sampling.logprobs is not None:
+        self._num_logprobs[id] = prefix.sampling.logprobs
+
+  def _migrate(self, command: Migrate) -> None:
+    self._admit(command.target, command.id)
+    route = self.routes[self.engines[command.source],
+                        self.engines[command.target]]
+    self.transfers.append(route.start(command, self.config.checksum))
+
+  def _preempt(self, command: Preempt) -> None:
+    self.engines[command.instance].forget(command.id)
+
+  def _abort(self, command: Abort) -> None:
+    """Ends the target's right to write.
+
+    A copy that has landed by now comes before what is written to these pages
+    next; one that has not landed never does.
+    """
+    self.transfers[:] = [t for t in self.transfers
+                         if (t.command.id, t.command.epoch)
+                         != (command.id, command.epoch)]
+    self.engines[command.target].forget(command.id)
+
+  # --- completions ----------------------------------------------------------
+
+  def poll(self) -> Iterator[StepDone | Event]:
+    """Yields what has completed, or failed, since last time, in order.
+
+    A StepDone for each step, with its tokens, as it completes; an event when
+    the last step of a command has completed.
+    """
+    yield from self._poll_transfers()
+    yield from self._poll_steps()
+    for index, start_s in list(self.down.items()):
+      if start_s is not None and self.clock() >= start_s:
+        yield self.start(index)
+
+  def _poll_transfers(self) -> Iterator[Event]:
+    for transfer in list(self.transfers):
+      if transfer in self.transfers:  # no event of this poll has ended it
+        yield from self._advance(transfer)
+
+  def _advance(self, transfer: Transfer) -> Sequence[Event]:
+    """Takes a hand-off as far as it will go."""
+    command = transfer.command
+    try:
+      if not transfer.landed and transfer.has_arrived():
+        transfer.land()
+      done = transfer.is_ready()
+      if done and transfer.checksum:
+        transfer.check()
+    except Exception as error:  # whatever jax raises for a broken copy
+      return self._hand_off_failed(command, error)
+    took_s = time.perf_counter() - transfer.start_s
+    if done:
+      self.transfers.remove(transfer)
+      self.copied_bytes += transfer.bytes
+      self.copy_s += took_s
+      self.engines[command.source].forget(command.id)
+      return (Migrated(self.clock(), command.id, command.epoch),)
+    if took_s > self.config.lease_s:
+      self._note(_hand_off(command), f'no end after {took_s:.1f} s')
+      return (Timer(self.clock(), command.id, command.epoch),)
+    return ()
+
+  def _poll_steps(self) -> Iterator[StepDone | Event]:
+    # What these completions start is left to the next poll, however fast the
+    # device: arrivals and cancels get their turn.
+    for index, count in enumerate(map(len, list(self.running))):
+      queue = self.running[index]
+      while count and queue:
+        event = yield from self._next(index, queue[0])
+        if event is None:
+          break
+        count -= 1
+        yield event
+
+  def _next(self, index: int, running: Running
+            ) -> Generator[StepDone, None, Event | None]:
+    """Yields the steps of an instance's oldest command that have completed.
+
+    Returns:
+      the event of the command, or None: it goes on.
+    """
+    while True:
+      try:
+        sampled = self._read(index, running)
+      except Exception as error:  # whatever jax raises for what has no value
+        return self._lose(index, error)
+      if sampled is None:
+        break
+      running.times.append(self.clock())
+      self.steps += 1
+      yield StepDone(index, len(running.times) - 1, sampled)
+    if not running.outputs:
+      self.running[index].popleft()
+      self.losses[index] = 0
+      return running.event()
+    idle_s = self.clock() - self.moved_s[index]
+    if idle_s > self.config.stall_s:
+      return self._lose(index, f'no step for {idle_s:.1f} s')
+    return None
+
+  def _read(self, index: int, running: Running
+            ) -> tuple[SampledToken, ...] | None:
+    """The tokens of the next step; None: it is not ready.
+
+    All of a step is read before any of it is told.
+    """
+    while running.marks and is_ready(running.marks[0]):
+      running.marks.popleft()
+      running.stages.append(self.clock())
+      self.moved_s[index] = self.clock()
+    if not running.outputs or not is_ready(running.outputs[0].token_R):
+      return None
+    out = running.outputs[0]
+    token_R = jax.device_get(out.token_R).tolist()
+    entries = self._entries(running.command, len(token_R))
+    logprobs = self._read_logprobs(out, entries)
+    running.outputs.popleft()
+    self.moved_s[index] = self.clock()
+    return tuple(SampledToken(id, token_R[r], logprobs.get(id))
+                 for r, id in entries)
+
+  def _read_logprobs(self, out: Any, entries: Iterable[tuple[int, int]]
+                     ) -> dict[int, Logprobs]:
+    """{id: log-probabilities} of those of a step that want them."""
+    wanted = [(r, id, self._num_logprobs[id]) for r, id in entries
+              if id in self._num_logprobs]
+    if not wanted:
+      return {}
+    logprob_R, top_id_RA, top_logprob_RA = jax.device_get(
+        (out.logprob_R, out.top_id_RA, out.top_logprob_RA))
+    return {id: (float(logprob_R[r]), tuple(zip(
+        top_id_RA[r, :count].tolist(), top_logprob_RA[r, :count].tolist(),
+        strict=True))) for r, id, count in wanted}
+
+  def _entries(self, command: RunPrefill | RunDecode, size: int
+               ) -> list[tuple[int, int]]:
+    """(index into token_R, id) of each token that a step samples."""
+    entries = [(r, row.id) for r, row in enumerate(command.rows)]
+    if isinstance(command, RunPrefill):
+      first = size - self.engines[command.instance].sequences(command)
+      entries += [(first + b, chunk.id)
+                  for b, chunk in enumerate(command.chunks) if chunk.last]
+    return entries
+
+  # --- faults ---------------------------------------------------------------
+
+  def stop(self, index: int, why: str | Exception,
+           back_s: float | None = None) -> InstanceDown:
+    """An instance is lost with all it held: its event, with `ended` empty.
+
+    back_s: when to start it again; None: never, unless asked.
+    """
+    self._note(f'instance {index} ({self.engines[index].role}) was lost', why)
+    queue = self.running[index]
+    steps_s = tuple(queue[0].times) if queue else ()
+    queue.clear()
+    self.transfers[:] = [t for t in self.transfers
+                         if t.command.target != index]
+    self.engines[index].stop()
+    self.down[index] = back_s
+    return InstanceDown(self.clock(), index, steps_s,
+                        back=back_s is not None)
+
+  def start(self, index: int) -> InstanceUp | InstanceDown:
+    """Starts a lost instance again, empty: an InstanceUp, or, where its
+    devices refuse, another InstanceDown."""
+    try:
+      self.engines[index].start()
+    except Exception as error:  # whatever jax raises for lack of memory
+      return self._lose(index, error)
+    del self.down[index]
+    return InstanceUp(self.clock(), index)
+
+  def _lose(self, index: int, why: str | Exception) -> InstanceDown:
+    self.losses[index] += 1
+    again = self.losses[index] <= self.config.restarts
+    return self.stop(index, why, self.clock() + self.config.restart_s
+                     if again else None)
+
+  def _hand_off_failed(self, command: Migrate, error: Exception
+                       ) -> Sequence[Event]:
+    """Events: the engines whose buffers are gone are lost, or just the copy.
+
+    Its target writes no more.
+    """
+    self._abort(Abort(command.id, command.epoch, command.target))
+    lost = [i for i in (command.source, command.target) if i not in self.down
+            and not self.engines[i].is_sound()]
+    if lost:
+      return tuple(self._lose(i, error) for i in lost)
+    self._note(_hand_off(command), error)
+    return (MigrateFailed(self.clock(), command.id, command.epoch,
+                          _text(error)),)
+
+  def _note(self, what: str, why: str | Exception) -> None:
+    self.faults.append((self.clock(), f'{what}: {_text(why)}'))
+    # As text: a traceback would hold on to buffers.
+    trace = (traceback.format_exception(why) if isinstance(why, Exception)
+             else ())
+    LOG.warning('%s: %s%s', what, _text(why), ''.join(['\n', *trace]).rstrip())
+
+
+def _hand_off(command: Migrate) -> str:
+  return (f'the hand-off of request {command.id} from instance '
+          f'{command.source} to {command.target} failed')
+
+
+def _text(why: str | Exception) -> str:
+  """An error, or a reason, in one line."""
+  line = ' '.join((str(why) or type(why).__name__).split())
+  return line if len(line) <= 200 else line[:200] + ' ...'
+
+
+_PERFORM: dict[type, Callable[..., None]] = {
+    RunPrefill: Fleet._step,
+    RunDecode: Fleet._step,
+    Migrate: Fleet._migrate,
+    Preempt: Fleet._preempt,
+    Abort: Fleet._abort,
+}

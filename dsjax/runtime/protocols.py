@@ -1,0 +1,129 @@
+"""What the parts of a server expect of each other.
+
+`Fleet` runs any `Engine`: engine.Engine on devices, or a fake of the tests
+that compiles nothing. Nothing here does anything.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import jax
+from jax.sharding import Mesh
+
+from dsjax.checkpoints.checkpoint import Model
+from dsjax.config.engine import EngineConfig, InstanceConfig
+from dsjax.config.request import Sampling
+from dsjax.scheduling.events import (
+  Command,
+  Event,
+  Migrate,
+  RunDecode,
+  RunPrefill,
+)
+
+
+class Pending(Protocol):
+  """An array whose value may be on its way, such as a jax.Array."""
+
+  @property
+  def size(self) -> int: ...
+
+  def is_ready(self) -> bool: ...
+
+  def is_deleted(self) -> bool: ...
+
+
+class StepOutput(Protocol):
+  """What a step samples, as model.sampling.Sampled: arrays that
+  jax.device_get reads."""
+
+  token_R: Any
+  logprob_R: Any
+  top_id_RA: Any
+  top_logprob_RA: Any
+
+
+# The outputs of a command's steps, and what each stage but the last sent on.
+Dispatched: TypeAlias = tuple[Sequence[StepOutput], Sequence[Pending]]
+
+
+class Transfer(Protocol):
+  """A hand-off in flight; see migration.Transfer."""
+
+  command: Migrate
+  bytes: int
+  start_s: float
+  checksum: bool
+  landed: bool
+
+  def has_arrived(self) -> bool: ...
+
+  def land(self) -> Any: ...
+
+  def is_ready(self) -> bool: ...
+
+  def check(self) -> None: ...
+
+
+class Route(Protocol):
+  """How KV goes from one engine to another; see migration.Route."""
+
+  def start(self, command: Migrate, checksum: bool = False) -> Transfer: ...
+
+  def warm(self, checksum: bool = False) -> None: ...
+
+
+class Engine(Protocol):
+  """The effects of one instance; see engine.Engine.
+
+  Attributes:
+    limits: its capacity. slot_of: slots of the requests that are admitted.
+    spare: slots that are free.
+  """
+
+  role: str
+  config: EngineConfig
+  limits: InstanceConfig
+  slot_of: dict[int, int]
+  spare: list[int]
+
+  @property
+  def devices(self) -> Sequence[jax.Device]: ...
+
+  def shapes_needed(self) -> Sequence[tuple[int, int]]: ...
+
+  def warm(self) -> Iterator[str]: ...
+
+  def admit(self, id: int, tokens: Sequence[int], prompt_len: int,
+            sampling: Sampling, /) -> None: ...
+
+  def forget(self, id: int) -> None: ...
+
+  def prefill(self, command: RunPrefill) -> Dispatched: ...
+
+  def decode(self, command: RunDecode) -> Dispatched: ...
+
+  def sequences(self, command: RunPrefill) -> int: ...
+
+  def route_to(self, target: Any) -> Route: ...
+
+  def is_sound(self) -> bool: ...
+
+  def stop(self) -> None: ...
+
+  def start(self) -> None: ...
+
+
+# (model, a mesh a pipeline stage, role, config, capacity) -> an Engine.
+MakeEngine: TypeAlias = Callable[
+    [Model, Sequence[Mesh], str, EngineConfig, InstanceConfig], Engine]
+# (steps compiled, of how many, name of the last): called after each.
+Report: TypeAlias = Callable[[int, int, str], object]
+
+
+class Observer(Protocol):
+  """Hears each event and the commands that answer it, before these are
+  performed."""
+
+  def __call__(self, event: Event, commands: tuple[Command, ...], /
+               ) -> None: ...
