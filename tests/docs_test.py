@@ -222,35 +222,14 @@ def source(module):
 
 @functools.cache
 def flags_of(module):
-  """Names of the flags that a module defines, or what it imports from
-  experiments.common does; --words that it reads from sys.argv."""
-  tree = ast.parse(source(module).read_text())
-  names, definers = set(), set()
-  for node in ast.walk(tree):
-    if isinstance(node, ast.Assign):  # text, number = flags.DEFINE_string, ...
-      target, value = node.targets[0], node.value
-      pairs = (zip(target.elts, value.elts, strict=False)
-               if isinstance(target, ast.Tuple)
-               and isinstance(value, ast.Tuple) else [(target, value)])
-      definers |= {left.id for left, right in pairs
-                   if isinstance(left, ast.Name)
-                   and isinstance(right, ast.Attribute)
-                   and right.attr.startswith('DEFINE_')}
-    elif isinstance(node, ast.ImportFrom) and node.module:
-      if node.module.startswith('experiments.common'):
-        names |= flags_of(node.module) if source(node.module) else set().union(
-            *(flags_of(f'{node.module}.{alias.name}') for alias in node.names
-              if source(f'{node.module}.{alias.name}')))
-  for node in ast.walk(tree):
-    if isinstance(node, ast.Call) and node.args:
-      name = getattr(node.func, 'attr', getattr(node.func, 'id', ''))
-      first = node.args[0]
-      if (name.startswith('DEFINE_') or name in definers) and isinstance(
-          first, ast.Constant):
-        names.add(first.value)
-    elif isinstance(node, ast.Constant) and re.fullmatch(
-        r'--\w+', str(node.value)):
-      names.add(node.value[2:])
+  """Names of a runner's flags: FLAGS, DEFINE_..., or words of sys.argv."""
+  file = source(module)
+  text = file.read_text()
+  names = {*re.findall(r"DEFINE_\w+\(\s*'(\w+)'", text),
+           *re.findall(r"'--(\w+)'", text)}
+  if re.search('^FLAGS = {', text, re.MULTILINE):
+    main = '.__main__' if file.stem == '__main__' else ''
+    names |= set(importlib.import_module(module + main).FLAGS)
   return names
 
 
@@ -350,8 +329,11 @@ def test_the_readme_is_short():
 RUN = '''
 import json, sys
 import dsjax
-load = dsjax.load
+load, serve = dsjax.load, dsjax.serve
+small = dsjax.EngineConfig(max_len=128, max_seqs=4, prefill_tokens=64)
 dsjax.load = lambda name: load('tiny')
+dsjax.serve = lambda model, placement, config=small, **options: serve(
+    model, placement, config, **options)
 for page, blocks in json.load(sys.stdin).items():
   names = {}
   for number, block in enumerate(blocks):
@@ -361,7 +343,7 @@ for page, blocks in json.load(sys.stdin).items():
 
 
 def test_every_block_runs():
-  """On the tiny model, a page's blocks after each other."""
+  """On the tiny model and small shapes, a page's blocks after each other."""
   pages = {page: blocks(read(page)) for page in PAGES}
   assert sum(map(len, pages.values())) >= 4
   env = os.environ | {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
@@ -421,7 +403,7 @@ def test_a_planted_mistake_is_seen(check, text, says):
      'from dsjax import workload\nworkload.arrivals; jnp.ones\n```\n'),
     (wrong_spans, '`dsjax.load(1)` `server.faults` `x.y` `EngineConfig.tries`'),
     (wrong_paths, '`dsjax/config/` `configs/NAME.py` `out/x`'),
-    (wrong_commands, '    python -m experiments.simulate --rates=1,2  # a\n'
+    (wrong_commands, '    python -m experiments.place --devices=3  # a\n'
      '    python -m tests.runtime.plans_test --full\n    make test')])
 def test_what_is_right_is_let_through(check, text):
   assert not list(check('README.md', text))
