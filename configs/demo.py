@@ -10,8 +10,8 @@ takes a tenth of a second here and whatever waits behind it waits that long.
 It should say that every mode answered 24 of 24, that nothing was compiled
 while serving and that all answers are equal token for token; then the tables,
 the verdict and where the files are. On a 2-core CPU machine that did nothing
-else: no clear winner; attained 100 %, 92 % and 88 %; TPOT p90 113, 143 and
-146 ms; TTFT p90 890, 789 and 844 ms; 3 min 42 s from nothing.
+else: no clear winner; attained 96 %, 96 % and 92 %; TPOT p90 103, 139 and
+128 ms; TTFT p90 1,067, 833 and 808 ms; 3 min 32 s after set-up.
 """
 
 from configs.serve import PROMPTS, Serve, Workload

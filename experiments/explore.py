@@ -5,7 +5,7 @@
   python -m experiments.explore --only=1P2D --more=2 --seconds=600 --seeds=0
   python -m experiments.explore --only= --seeds=2000
   python -m experiments.explore --replay=FILE     what it wrote of a violation
-  python -m experiments.explore --table           the life cycle, as in README
+  python -m experiments.explore --table           the tables of docs/faults.md
 
 Small worlds are explored to their ends: each move that is possible in each
 world that can be reached, with at most so many faults on a path; a world that

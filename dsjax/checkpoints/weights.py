@@ -1,7 +1,7 @@
 """The parameter tree of any ModelConfig: built leaf by leaf, or random.
 
 The tree is {top leaves of the config, 'layers': a tuple of L dicts of its
-layer leaves}; every leaf's name says its shape (README, notation).
+layer leaves}; every leaf's name says its shape (docs/design.md).
 """
 
 import math

@@ -40,7 +40,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder-only transformer (notation: README).
+  """A decoder-only transformer (notation: docs/design.md).
 
   The defaults are the llama family; the other fields are what the others
   change.

@@ -189,9 +189,9 @@ def test_the_tables_are_total():
   assert set(lifecycle.STATUS.values()) == statuses
 
 
-def test_the_readme_shows_the_tables_of_the_code():
-  readme = pathlib.Path(__file__).parents[2] / 'README.md'
-  text = readme.read_text()
+def test_the_page_on_faults_shows_the_tables_of_the_code():
+  page = pathlib.Path(__file__).parents[2] / 'docs' / 'faults.md'
+  text = page.read_text()
   for part in lifecycle.drawing().split('\n\n'):
     assert part in text
 
