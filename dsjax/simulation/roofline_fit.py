@@ -45,8 +45,7 @@ def fit_roofline(cells: Mapping[Plan, Sequence[Cell]], model: Roofline,
       for plan, c in flat), strict=True)
   peaks = (model.hardware.flop_per_s, model.hardware.bytes_per_s)
   y = np.array([c.seconds for _, c in flat])
-  shares = np.array(parts) / np.array(peaks) / y[:, None, None]
-  part_s = jnp.asarray(shares)
+  part_s = jnp.asarray(np.array(parts) / np.array(peaks) / y[:, None, None])
   fixed = jnp.asarray(np.array(messages) / y)
   unit_s = float(y.min())
   step = jnp.asarray(unit_s / y)
@@ -66,10 +65,7 @@ def fit_roofline(cells: Mapping[Plan, Sequence[Cell]], model: Roofline,
     change, state = search.update(grad, state)
     return (optax.apply_updates(free, change), state), None
 
-  # Both begin at the share that a typical step reaches.
-  typical = min(0.5, float(np.median(shares.max(-1).sum(-1))))
-  begin = float(np.log(typical / (1 - typical)))
-  free = jnp.array([begin, begin, -2.0])
+  free = jnp.array([0.0, 0.0, -2.0])
   (free, _), _ = jax.jit(lambda c: jax.lax.scan(update, c, length=steps))(
       (free, search.init(free)))
   compute, memory = map(float, jax.nn.sigmoid(free[:2]))

@@ -7,20 +7,24 @@ import dataclasses
 import gc
 import itertools
 import json
+import pathlib
 import random
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from dsjax.config.checks import InputError
 from dsjax.config.engine import InstanceConfig
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import Preempt, RunDecode, RunPrefill
-from experiments.verify.worlds import Rules, Violation, World, need
+from experiments.verify.worlds import Log, Move, Rules, Violation, World, need
 
 NOTHING = 'nothing broke'
 _EVERY = 4096  # transitions between two calls of halt
 
 
-def search(rules, faults, halt=None):
+def search(rules: Rules, faults: int,
+           halt: Callable[[int], object] | None = None
+           ) -> tuple[int, int, bool]:
   """Depth-first over every world that can be reached.
 
   A path of moves that comes back to where it was is a violation: so every
@@ -79,12 +83,13 @@ class Moved(NamedTuple):
   """A move of a schedule, its log, and the worlds before and after it."""
 
   before: World
-  move: tuple
-  log: list
+  move: Move
+  log: Log
   after: World
 
 
-def wander(rules, faults, seed, slow_copies=False, timed=False, most=100_000):
+def wander(rules: Rules, faults: int, seed: int, slow_copies: bool = False,
+           timed: bool = False, most: int = 100_000) -> Iterator[Moved]:
   """One random schedule to its end, a Moved at a time.
 
   In addition to what Rules doubts: no row has a second turn while another
@@ -137,7 +142,7 @@ def wander(rules, faults, seed, slow_copies=False, timed=False, most=100_000):
     raise _violation(error, path) from error
 
 
-def walk(rules, faults, seed):
+def walk(rules: Rules, faults: int, seed: int) -> int:
   """The number of moves of a random schedule. Raises Violation."""
   return sum(1 for _ in wander(rules, faults, seed))
 
@@ -165,11 +170,12 @@ class _Turns:
           need(self.passed[pair] < 2, 'request {} waits: {}', pair[0], command)
 
 
-def random_rules(seed, count, config=None):
+def random_rules(seed: int, count: int,
+                 config: scheduler.Config | None = None) -> Rules:
   """Rules of `count` random requests on one to six small instances.
 
   The instances are of one mode, each of its own sizes; some requests never
-  fit. config: a scheduler.Config instead.
+  fit. config: the instances instead.
   """
   draw = random.Random(seed)
   config = config or _random_config(draw)
@@ -214,7 +220,8 @@ def _violation(error, moves):
 # --- replay and shrinking ----------------------------------------------------
 
 
-def replay(rules, moves):
+def replay(rules: Rules,
+           moves: Sequence[Move]) -> tuple[list[tuple[Move, Log]], str]:
   """Runs a schedule, then what has arrived without faults to the end.
 
   Moves that are not possible when it is their turn are left out; requests may
@@ -252,7 +259,8 @@ def _arrives(move, w):
       w.fates[id] is None for id in move[1:])
 
 
-def shrink(rules, moves, most=1000):
+def shrink(rules: Rules, moves: Sequence[Move],
+           most: int = 1000) -> tuple[Move, ...]:
   """A shorter schedule that still breaks something, by delta debugging.
 
   First whole requests are left out, then halves of the schedule, quarters,
@@ -294,7 +302,8 @@ def _without(move, id):
 _OF_ONE = ('arrive', 'cancel', 'copied', 'failed', 'damaged', 'lease', 'lose')
 
 
-def write_log(path, rules, moves):
+def write_log(path: pathlib.Path, rules: Rules,
+              moves: Sequence[Move]) -> None:
   """Writes a schedule so that --replay runs it: JSON lines."""
   log, broken = replay(rules, moves)
   config = dataclasses.asdict(rules.config)
@@ -308,7 +317,7 @@ def write_log(path, rules, moves):
   path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
 
 
-def read_log(path):
+def read_log(path: pathlib.Path) -> tuple[Rules, tuple[Move, ...]]:
   """(Rules, moves) of a file that write_log wrote.
 
   Raises:
@@ -327,7 +336,7 @@ def read_log(path):
                      f'wrote ({error!r})') from error
 
 
-def story(rules, moves):
+def story(rules: Rules, moves: Sequence[Move]) -> list[str]:
   """A schedule in words: lines of moves, events, commands."""
   log, broken = replay(rules, moves)
   shown, lines = len(moves), []

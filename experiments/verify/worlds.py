@@ -15,7 +15,8 @@ runs out, is a move that may come at any time. A log that is to be kept has
 numbers instead, see Rules.time_s.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from dsjax.scheduling import page_pool, scheduler
 from dsjax.scheduling.events import (
@@ -49,7 +50,7 @@ class Violation(AssertionError):
   moves = ()
 
 
-def need(ok, text, *told):
+def need(ok: object, text: str, *told: object) -> None:
   """Raises Violation unless ok; `told` goes into the braces of `text`."""
   if not ok:
     raise Violation(text.format(*told))
@@ -71,6 +72,8 @@ class _NoClock:
 NO_CLOCK = _NoClock()
 HAND_OFF = (Migrated, MigrateFailed, Timer)
 DAMAGED = ('damaged', 0, 0)
+Move = tuple  # a name and its numbers, such as ('crash', instance, steps)
+Log = list[tuple[Any, tuple]]  # [(event, commands), ...]
 PROBED = 6  # requests that are told stale events at a time
 
 
@@ -115,12 +118,13 @@ class Rules:
       how many.
   """
 
-  def __init__(self, config, requests):
+  def __init__(self, config: scheduler.Config,
+               requests: Iterable[Iterable[int]]) -> None:
     self.config, self.requests = config, tuple(map(tuple, requests))
     self.hops, self.probed, self.probes = set(), set(), 0
     self.time_s = NO_CLOCK
 
-  def first(self, faults):
+  def first(self, faults: int) -> World:
     """The world before anything happens."""
     start = scheduler.init(self.config)
     return World(start, tuple((None,) * c.num_pages
@@ -128,7 +132,7 @@ class Rules:
                  (None,) * len(self.requests), (0,) * len(self.requests), (),
                  faults, tuple(map(_mark, start.instances)))
 
-  def moves(self, w):
+  def moves(self, w: World) -> list[tuple[Move, int]]:
     """(move, faults that it costs) of everything that may happen next."""
     found, faults = [], w.faults
     if None in w.fates:
@@ -162,7 +166,7 @@ class Rules:
       found += [(('cancel', id), 1) for id, f in enumerate(w.fates) if f == '']
     return found
 
-  def apply(self, w, move, cost):
+  def apply(self, w: World, move: Move, cost: int) -> tuple[World, Log]:
     """(the world after a move, [(event, commands)] of it). Raises Violation.
 
     Any exception has this log, as far as it got, as its `log`.
@@ -176,7 +180,7 @@ class Rules:
       error.log = made.log
       raise
 
-  def key(self, w):
+  def key(self, w: World) -> int:
     """A hash of a world, less what only counts up (numbers, ticks, epochs)
     and the times of arrivals.
 
@@ -187,7 +191,7 @@ class Rules:
         seqs[id] for id in sorted(seqs))]), w.state.waiting, w.out, w.fates,
         w.faults, tuple([(c.id, lost) for c, lost in w.copies])))
 
-  def check(self, w):
+  def check(self, w: World) -> None:
     """Raises Violation unless all holds that the world alone can show."""
     now = w.state
     scheduler.check(now)
@@ -261,7 +265,7 @@ class Rules:
       kind = 'prefill' if now.seqs[id].stage == 'queued' else 'decode'
       need(not up[kind], 'request {} waits though one may serve it', id)
 
-  def over(self, w):
+  def over(self, w: World) -> None:
     """Nothing more will happen: all have ended, every page is back."""
     need('' not in w.fates, 'never ended: {}', w.fates)
     need(scheduler.idle(w.state), 'not idle')
@@ -324,7 +328,7 @@ class Rules:
         return Arrived(NO_CLOCK, seq.id, 1, 1), seq.stage
       return HAND_OFF[kind](NO_CLOCK, seq.id, seq.epoch + 1), seq.stage
     i = turn // 8 % len(now.instances)
-    inst, nobody = now.instances[i], len(self.requests)
+    inst, stranger = now.instances[i], len(self.requests)
     command = inst.inflight[0][0] if inst.inflight else None
     steps = (NO_CLOCK,) * (command.steps if command else 1)
     prefill = (isinstance(command, RunPrefill) if command
@@ -335,9 +339,9 @@ class Rules:
     elif command and kind == 6:  # all of it is out: so it is done
       event = InstanceDown(NO_CLOCK, i, steps)
     elif command and kind == 7:  # it samples nothing of this request
-      event = (PrefillDone(NO_CLOCK, i, command.number, (nobody,))
+      event = (PrefillDone(NO_CLOCK, i, command.number, (stranger,))
                if prefill else DecodeDone(
-                   NO_CLOCK, i, command.number, steps, ((nobody, 0),)))
+                   NO_CLOCK, i, command.number, steps, ((stranger, 0),)))
     else:  # not issued yet
       done = PrefillDone if prefill else DecodeDone
       event = done(NO_CLOCK, i, inst.number)
