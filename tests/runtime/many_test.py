@@ -114,7 +114,16 @@ def interrupt(server, once):
   return observe
 
 
-def test_ctrl_c_cancels_the_rest_and_keeps_what_there_is(server):
+@pytest.fixture
+def handle_with():
+  """Sets the handler of Ctrl-C, which a shell's background job ignores."""
+  before = signal.getsignal(signal.SIGINT)
+  yield functools.partial(signal.signal, signal.SIGINT)
+  signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_cancels_the_rest_and_keeps_what_there_is(server, handle_with):
+  handle_with(signal.default_int_handler)
   server.observers.append(interrupt(server, [1]))
   with pytest.raises(Interrupted) as interrupted:
     server.generate_all(PROMPTS, PARAMS)
@@ -128,17 +137,15 @@ def test_ctrl_c_cancels_the_rest_and_keeps_what_there_is(server):
   assert server.generate(*WORK[0][:1], **WORK[0][1]).tokens == want(WORK[0])
 
 
-def test_a_handler_of_the_programs_own_is_called_between_transitions(server):
+def test_a_handler_of_the_programs_own_is_called_between_transitions(
+    server, handle_with):
   def own(*_):
     raise KeyError('own')
-  before = signal.signal(signal.SIGINT, own)
-  try:
-    server.observers.append(interrupt(server, [1]))
-    with pytest.raises(KeyError, match='own'):
-      server.generate_all(PROMPTS, PARAMS)
-    assert signal.getsignal(signal.SIGINT) is own
-  finally:
-    signal.signal(signal.SIGINT, before)
+  handle_with(own)
+  server.observers.append(interrupt(server, [1]))
+  with pytest.raises(KeyError, match='own'):
+    server.generate_all(PROMPTS, PARAMS)
+  assert signal.getsignal(signal.SIGINT) is own
 
 
 @pytest.mark.parametrize('errors', ('raise', 'return'))
