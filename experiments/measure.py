@@ -353,7 +353,7 @@ def measure(loaded, plans, config, rounds=5, points=4, bar=None, name=None):
   kv_bytes = kv_cache.bytes_per_token(
       loaded.config, config.kv_dtype_of('decode'), loaded.config.num_layers)
   for plan in plans:
-    label = f'{plan.tp}x{plan.pp}'
+    label = str(plan)
     one = build(loaded, plan, 'chunked', config, devices)
     task = bar.add_task(f'{label}: compiling', total=len(one.shapes_needed()))
     for _ in one.warm():
@@ -372,7 +372,7 @@ def measure(loaded, plans, config, rounds=5, points=4, bar=None, name=None):
         max(0.0, statistics.median(host)) if host else 0.0, plan.pp)
     for to in plans:
       target = build(loaded, to, 'decode', config, devices[most:])
-      task = bar.add_task(f'{label}: to {to.tp}x{to.pp}',
+      task = bar.add_task(f'{label}: to {to}',
                           total=(rounds + 1) * len(lengths))
       seconds = transfer_times(one, target, lengths, rounds,
                                lambda t=task: bar.advance(t))
@@ -408,7 +408,7 @@ def show(console, profile, cells, tpot_s, config, model_config):
   """Tables: every cell, and what follows from the fits."""
   max_len = config.max_len
   for plan, model in profile.latencies.items():
-    table = Table(title=f'plan {plan.tp}x{plan.pp}', title_justify='left')
+    table = Table(title=f'plan {plan}', title_justify='left')
     for column in ('kind', 'cell', 'measured ms', 'fitted ms', 'error'):
       table.add_column(column, justify='left' if column in ('kind', 'cell')
                        else 'right')
@@ -435,7 +435,7 @@ def show(console, profile, cells, tpot_s, config, model_config):
         f'decode batch within {tpot_s:g} s, of rows of {max_len // 2}: '
         f'{batch} of {rows}', highlight=False)
   for (a, b), link in profile.links.items():
-    console.print(f'KV {a.tp}x{a.pp} to {b.tp}x{b.pp}: '
+    console.print(f'KV {a} to {b}: '
                   f'{1e3 * link.base_s:.3f} ms + '
                   f'{link.bytes_per_s / 1e9:.2f} GB/s', highlight=False)
   if profile.contention:
@@ -455,7 +455,7 @@ def draw(path, profile, cells):
     _draw_prefill(row[0], model, found)
     _draw_decode(row[1], model, found)
     _draw_errors(row[2], model, found)
-    row[0].set_ylabel(f'plan {plan.tp}x{plan.pp}\nms a step')
+    row[0].set_ylabel(f'plan {plan}\nms a step')
   figure.suptitle(f'{profile.model} on {profile.device}: measured (dots) and '
                   'fitted (lines)', fontsize=11)
   figure.savefig(path, dpi=130)
@@ -520,7 +520,7 @@ def write(out, profile, cells):
   with open(out / f'cells-{slug}.jsonl', 'w', encoding='utf-8') as file:
     for plan, found in cells.items():
       for c in found:
-        file.write(json.dumps({'plan': f'{plan.tp}x{plan.pp}', 'kind': c.kind}
+        file.write(json.dumps({'plan': str(plan), 'kind': c.kind}
                               | c._asdict() | {'fitted_s': fitting.predict_s(
                                   profile.latencies[plan], c)}) + '\n')
   draw(out / f'latency-{slug}.png', profile, cells)
@@ -529,7 +529,7 @@ def write(out, profile, cells):
 
 def parse_plans(texts):
   """Plans of 'TPxPP' texts. Raises InputError."""
-  plans = configs.parse_placement('chunked=' + ','.join(texts)).chunked
+  plans = tuple(Plan.parse(text, '--plans') for text in texts)
   require(len(set(plans)) == len(plans), '--plans', texts,
           'different ones')
   return plans

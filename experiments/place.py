@@ -46,7 +46,6 @@ from dsjax.placement.candidates import Cluster, Problem
 from dsjax.simulation import profiles
 from dsjax.workload import traffic
 from experiments.common import setting, terminal
-from experiments.common.overrides import show_placement
 
 ALGORITHMS = {'low': search.low_affinity, 'high': search.high_affinity,
               'colocated': search.colocated}
@@ -134,7 +133,7 @@ def _rate(row):
 
 
 def _cells(row):
-  return (show_placement(row.placement),
+  return (str(row.placement),
           str(row.prefill_tokens or '-'), str(row.placement.num_devices),
           *_rate(row), f'{100 * row.goodput.attained:.0f} %',
           row.goodput.binds)
@@ -172,7 +171,7 @@ def draw(path, rows, title):
       axes.plot([low, min(high, 2 * row.per_device)], [y, y], color='black',
                 marker='|')
   axes.set_yticks(range(len(rows)), [
-      show_placement(r.placement) + (f' ({r.prefill_tokens})'
+      str(r.placement) + (f' ({r.prefill_tokens})'
                                      if r.prefill_tokens else '')
       for r in rows])
   axes.invert_yaxis()
@@ -243,7 +242,7 @@ def _search(console, problem, options):
         best[0] = row
       text = f'{now.pruned} by bounds, {now.simulations} simulations'
       if best[0]:
-        text += (f'; best {show_placement(best[0].placement)}: '
+        text += (f'; best {best[0].placement}: '
                  f'{best[0].per_device:.3g}')
       bar.update(line, completed=now.done, total=now.total, more=text)
 
@@ -254,7 +253,7 @@ def _search(console, problem, options):
 def _json(rows):
   """Rows for a file; None where a number is not finite."""
   return [{
-      'placement': show_placement(r.placement),
+      'placement': str(r.placement),
       'prefill_tokens': r.prefill_tokens, 'aligned': r.aligned,
       'devices': r.placement.num_devices, 'per_device': r.per_device,
       'low': r.interval_per_device[0],

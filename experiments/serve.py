@@ -302,7 +302,7 @@ def save(config, results, title, closing, out):
     old.unlink()
   for r in results:
     orchestrator.write_log(out / f'events-{r.mode}.jsonl', r.log)
-    traces.append((r.mode, timeline.timeline(r.log, instance_names(r))))
+    traces.append((r.mode, timeline.timeline(r.log, r.placement.names)))
   (out / 'timeline.json').write_text(json.dumps(timeline.merge(traces)))
   report.save_figure(out / 'report.png', [(r.mode, r.records)
                                           for r in results], config.slo, title)
@@ -314,12 +314,6 @@ def save(config, results, title, closing, out):
       'modes': {mode: dataclasses.asdict(s) | {
           'goodput_per_s_device': s.goodput_per_s_device} | extra
                 for mode, s, extra in compared}})
-
-
-def instance_names(result):
-  """A name for each instance of a run, for its timeline."""
-  return [f'{i} {role} tp={plan.tp} pp={plan.pp}' for i, (role, plan) in
-          enumerate(result.placement.instances)]
 
 
 def _title(config, requests, cut):

@@ -33,14 +33,13 @@ from dsjax.analysis import attribution, metrics
 from dsjax.analysis.record import Record
 from dsjax.config import zoo
 from dsjax.config.checks import require
-from dsjax.config.placement import Slo
+from dsjax.config.placement import Placement, Slo
 from dsjax.placement import candidates, goodput
 from dsjax.placement.candidates import Cluster, Problem
 from dsjax.scheduling.events import Finish, Reject
 from dsjax.simulation import simulator
 from dsjax.workload import traffic
 from experiments.common import report, setting, terminal, timeline
-from experiments.common.overrides import parse_placement, show_placement
 
 WARMUP = 0.2  # share of the requests, as in goodput.steady_hits
 COLOURS = dict(zip((*attribution.CAUSES, *attribution.ENDED), (
@@ -292,7 +291,7 @@ def simulate(options, asked, placements, points, kind, progress, halt, save):
                                  widest * options.tpot), options.target)
   task = progress.add_task('', total=len(built) * len(runs) * len(sample))
   for p, one, factor in zip(placements, built, factors, strict=True):
-    name, alone = show_placement(p), no_load(*one[:2])
+    name, alone = str(p), no_load(*one[:2])
     for rate in runs:
       total = rate and rate * factor
       progress.update(task, description=f'{name} at '
@@ -469,9 +468,7 @@ class Traces:
     assert orchestrator.replay(config, log) is None, f'{name}: no replay'
     stem = re.sub('[^a-z0-9.]+', '-', name)
     orchestrator.write_log(self.out / f'events-{stem}.jsonl', log)
-    names = [f'{i} {role} tp={plan.tp} pp={plan.pp}'
-             for i, (role, plan) in enumerate(placed.instances)]
-    self.traces.append((name, timeline.timeline(log, names)))
+    self.traces.append((name, timeline.timeline(log, placed.names)))
 
   def close(self):
     (self.out / 'timeline.json').write_text(
@@ -480,9 +477,10 @@ class Traces:
 
 def _main(options, console):
   points, kind = sweep(options)
-  placements = [parse_placement(t) for t in options.placement.split('/')]
-  require(len({*map(show_placement, placements)}) == len(placements),
-          '--placement', options.placement, 'different placements')
+  placements = [Placement.parse(text, '--placement')
+                for text in options.placement.split('/')]
+  require(len(set(placements)) == len(placements), '--placement',
+          options.placement, 'different placements')
   asked = problem(options, placements)
   require(options.out or not options.timeline, '--timeline', True,
           'given with --out')

@@ -44,6 +44,7 @@ from configs.serve import PROMPTS
 from dsjax import workload
 from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig
+from dsjax.config.placement import Placement
 from dsjax.scheduling import event_log, page_pool, scheduler
 from experiments.common import machine, terminal, tiny
 from experiments.common import overrides as configs
@@ -283,7 +284,7 @@ def run(options, console):
   """Everything; the exit code."""
   require(options.out, '--out', options.out, 'given: a folder')
   config = configs.override(QUICK if options.quick else CONFIG, options.set)
-  placement = configs.parse_placement(options.placement)
+  placement = Placement.parse(options.placement, '--placement')
   rate = options.rate or (20.0 if options.quick else 1.0)
   require(rate > 0, '--rate', rate, 'requests/s above 0')
   out, seconds = pathlib.Path(options.out), options.minutes * 60

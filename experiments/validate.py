@@ -50,7 +50,7 @@ from dsjax.analysis.record import STAGES
 from dsjax.config import checks
 from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig
-from dsjax.config.placement import Plan, Slo
+from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.config.request import Request, Sampling
 from dsjax.runtime import orchestrator
 from dsjax.simulation import calibration, fitting, profiles, simulator
@@ -226,7 +226,7 @@ class Mode:
     self.name, self.loaded, self.config, self.seed = (name, loaded, config,
                                                       seed)
     self.bar = bar
-    placement = configs.parse_placement(PLACEMENTS[name])
+    placement = Placement.parse(PLACEMENTS[name])
     task = bar.add_task(f'{name}: compiling')
     self.server = orchestrator.serve(
         loaded, placement, config, report=lambda done, total, _: bar.update(

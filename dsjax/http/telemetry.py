@@ -168,7 +168,7 @@ def snapshot(server):
   state, found = server.state, []
   for (role, plan), inst in zip(server.placement.instances, state.instances,
                                 strict=True):
-    found.append({'role': role, 'plan': f'{plan.tp}x{plan.pp}',
+    found.append({'role': role, 'plan': str(plan),
                   'status': inst.status,
                   'requests': dict.fromkeys(STAGES, 0),
                   'pages': {'free': page_pool.num_free(inst.pool)}

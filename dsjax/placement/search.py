@@ -384,14 +384,14 @@ def search(problem, algorithms=(low_affinity, colocated), report=None,
     stopped = True
   rows = _sorted(state.rows)
   return Answer(rows, verdict(rows, problem), state.simulations, state.pruned,
-                tuple(sorted(state.unfit, key=str)),
-                tuple(sorted(state.unmeasured, key=str)),
+                tuple(sorted(state.unfit, key=repr)),
+                tuple(sorted(state.unmeasured, key=repr)),
                 _sorted(state.strict), state.limits, stopped)
 
 
 def _sorted(rows):
   return tuple(sorted(rows, key=lambda r: (
-      -r.per_device, -r.interval_per_device[1], str(r.placement))))
+      -r.per_device, -r.interval_per_device[1], repr(r.placement))))
 
 
 def _check_floor(state):

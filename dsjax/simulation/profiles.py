@@ -28,27 +28,15 @@ class Profile:
   contention: Contention | None = None
 
 
-def _name(plan):
-  return f'{plan.tp}x{plan.pp}'
-
-
-def _plan(path, field, text):
-  parts = text.split('x')
-  if len(parts) != 2 or not all(p.isdecimal() and int(p) for p in parts):
-    raise InputError(f'{path}: {field}={text!r}: must be a plan TPxPP, such '
-                     'as 2x1')
-  return Plan(*map(int, parts))
-
-
 def save(path, profile):
   """Writes a Profile as JSON that `load` reads."""
   data = {
       'model': profile.model, 'device': profile.device,
       'source': profile.source,
-      'latencies': {_name(plan): dataclasses.asdict(x) | {
+      'latencies': {str(plan): dataclasses.asdict(x) | {
           'buckets': x.buckets._asdict()}
                     for plan, x in profile.latencies.items()},
-      'links': {f'{_name(a)}>{_name(b)}': dataclasses.asdict(link)
+      'links': {f'{a}>{b}': dataclasses.asdict(link)
                 for (a, b), link in profile.links.items()},
   }
   if profile.contention:
@@ -85,7 +73,7 @@ def load(path):
   latencies, links = {}, {}
   for name, value in _fields(path, 'latencies', data['latencies']).items():
     where = f'latencies.{name}'
-    plan = _plan(path, 'latencies', name)
+    plan = Plan.parse(name, f'{path}: latencies')
     latencies[plan] = _made(path, where, Affine, value)
     if latencies[plan].pp != plan.pp:
       raise InputError(f'{path}: {where}.pp={latencies[plan].pp}: must be '
@@ -95,7 +83,7 @@ def load(path):
     if len(ends) != 2:
       raise InputError(f'{path}: links={name!r}: must be PLAN>PLAN, such as '
                        '2x1>1x1')
-    links[tuple(_plan(path, 'links', e) for e in ends)] = _made(
+    links[tuple(Plan.parse(e, f'{path}: links') for e in ends)] = _made(
         path, f'links.{name}', Link, value)
   found = data.get('contention')
   if found is not None:

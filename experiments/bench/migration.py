@@ -32,6 +32,7 @@ import dsjax
 from dsjax.checkpoints.weights import random_params
 from dsjax.config.engine import EngineConfig
 from dsjax.config.model import ModelConfig
+from dsjax.config.placement import Placement
 from dsjax.config.request import Sampling
 from dsjax.model import kv_cache, sharding
 from dsjax.runtime import engine, migration
@@ -153,7 +154,7 @@ class Bench:
 def main(_):
   jax.config.update('jax_num_cpu_devices', _DEVICES.value)
   jax.config.update('jax_compilation_cache_dir', '.cache/jax')
-  pairs = [configs.parse_placement('prefill={},decode={}'.format(
+  pairs = [Placement.parse('prefill={},decode={}'.format(
       *pair.split(':', 1), '')) for pair in _PAIRS.value]
   config = EngineConfig(
       max_len=max(512, _TOKENS.value), max_seqs=ROWS + 1, prefill_tokens=64,

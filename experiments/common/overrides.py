@@ -6,13 +6,12 @@ A config file defines `config`; the command line changes single fields of it.
 import dataclasses
 import difflib
 import pathlib
-import re
 import runpy
 import types
 import typing
 
 from dsjax.config.checks import InputError, require
-from dsjax.config.placement import ROLES, Placement, Plan
+from dsjax.config.placement import Placement
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'configs'
 
@@ -48,7 +47,8 @@ def override(config, settings):
   Args:
     config: a dataclass, of dataclasses.
     settings: texts 'a.b=value', typed by the field: none, true and false are
-      words; a tuple is its items with commas between; see parse_placement.
+      words; a tuple is its items with commas between; placements are as in
+      Placement.parse, with '/' between.
 
   Raises:
     InputError: unknown field (naming the nearest), or a bad value.
@@ -117,7 +117,7 @@ def _parse(text, kind, path, separators=',:'):
     if not text:
       return ()
     if options[0] is Placement:
-      return tuple(parse_placement(part) for part in text.split('/'))
+      return tuple(Placement.parse(part) for part in text.split('/'))
     parts = text.split(separators[0])
     kinds = options if options[-1] is not ... else options[:1] * len(parts)
     require(len(kinds) == len(parts), path, text,
@@ -132,30 +132,3 @@ def _parse(text, kind, path, separators=',:'):
   except ValueError:
     word = {int: 'an integer', float: 'a number'}[kind]
     raise InputError(f'{path}={text!r}: must be {word}') from None
-
-
-def parse_placement(text):
-  """A Placement from 'prefill=1x1,decode=1x1' and the like.
-
-  role=TPxPP for each instance; a role's further instances follow with commas
-  and no name: 'colocated=1x1,1x1', 'prefill=2x1,decode=1x1,1x1'.
-
-  Raises:
-    InputError.
-  """
-  plans, role = {}, None
-  for item in text.split(','):
-    name, equals, plan = item.strip().rpartition('=')
-    role = name if equals else role
-    sizes = re.fullmatch('([0-9]{1,4})x([0-9]{1,4})', plan)
-    require(role in ROLES and sizes, 'placement', text,
-            f'role=TPxPP, ... with roles of {ROLES}, such as '
-            'prefill=1x1,decode=1x1')
-    plans.setdefault(role, []).append(Plan(*map(int, sizes.groups())))
-  return Placement(**plans)
-
-
-def show_placement(placement):
-  """The text that parse_placement reads."""
-  return ','.join(f'{role}=' + ','.join(f'{p.tp}x{p.pp}' for p in plans)
-                  for role in ROLES if (plans := getattr(placement, role)))

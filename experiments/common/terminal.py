@@ -213,10 +213,8 @@ class Screen:
     table.add_column('instance')
     for stage in (*STAGES, 'pages'):
       table.add_column(stage, justify='right')
-    instances = zip(self.placement.instances, counts(server), strict=True)
-    for i, ((role, plan), row) in enumerate(instances):
-      table.add_row(f'{i} {role} tp={plan.tp} pp={plan.pp}',
-                    *(str(row[s]) if row[s] else '·' for s in STAGES),
+    for name, row in zip(self.placement.names, counts(server), strict=True):
+      table.add_row(name, *(str(row[s]) if row[s] else '·' for s in STAGES),
                     f'{row["pages"]}/{row["of"]}')
     return table
 

@@ -232,7 +232,7 @@ def tuned(rules, ask, make, slo, per_gpu, role, plans, chunks=(512, 1024)):
       except InputError:
         continue  # does not fit, or nobody has measured it
       rate = best_rate(rules, one, make, slo, per_gpu, ratio=1.2)
-      out.append((rate, f'{plan.tp}x{plan.pp}' + (
+      out.append((rate, str(plan) + (
           f', {chunk} tokens' if chunk else ''), one))
   return max(out, key=lambda x: x[0][0])
 

@@ -149,7 +149,7 @@ def test_live_table(tmp_path):
   assert start(tmp_path, two, console=console) == 0
   said = console.export_text()
   assert 'warming up' in said and 'instance' in said
-  assert '0 prefill tp=1 pp=1' in said and '1 decode tp=1 pp=1' in said
+  assert '0 prefill 1x1' in said and '1 decode 1x1' in said
 
 
 def _gguf(path, architecture):
@@ -266,7 +266,7 @@ def test_override_types():
   plan = Plan
   assert config.placements == (Placement(
       prefill=[plan(2), plan(1)], decode=[plan(1, 3)]),)
-  text = configs.show_placement(config.placements[0])
+  text = str(config.placements[0])
   assert text == 'prefill=2x1,1x1,decode=1x3'
 
 
