@@ -9,7 +9,7 @@ import importlib.metadata
 import pathlib
 from typing import NamedTuple
 
-from dsjax.checkpoints import orbax_file
+from dsjax.checkpoints import orbax_file, tiny
 from dsjax.checkpoints.gguf_file import read_gguf
 from dsjax.checkpoints.gguf_model import load_gguf
 from dsjax.checkpoints.hf_config import CONFIG
@@ -54,7 +54,7 @@ def find(name_or_path):
     if path.is_dir():
       return path
     require(path.suffix == '.gguf', 'model', str(name_or_path),
-            f'one of {sorted(MODELS)}, {DUMMY!r} and a name in '
+            f"one of {[*sorted(MODELS), 'tiny']}, {DUMMY!r} and a name in "
             'dsjax.config.zoo, or the path of a .gguf file or a folder')
     if not path.is_file():
       raise InputError(f'{path}: no such file')
@@ -80,13 +80,15 @@ class Model:
   tokenizer: Tokenizer | None = None
 
 
-def load(name_or_path, dtype='float32'):
+def load(name_or_path: str | pathlib.Path, dtype: str = 'float32') -> Model:
   """A Model from wherever it is kept.
 
   Args:
-    name_or_path: a name in MODELS; 'dummy:' and a name in dsjax.config.zoo
-      (that shape with random weights, no tokenizer); the path of a .gguf file
-      or of a Hugging Face folder, or of one that save_orbax wrote.
+    name_or_path: a name in MODELS; 'tiny' (random weights that serve in
+      seconds, and a tokenizer of bytes); 'dummy:' and a name in
+      dsjax.config.zoo (that shape with random weights, no tokenizer); the
+      path of a .gguf file or of a Hugging Face folder, or of one that
+      save_orbax wrote.
     dtype: of the weights, 'float32' or 'bfloat16'.
   Raises:
     InputError: as find, load_gguf, load_hf, load_orbax and their tokenizers.
@@ -95,6 +97,9 @@ def load(name_or_path, dtype='float32'):
   if name.startswith(DUMMY):
     config = zoo.config(name.removeprefix(DUMMY))
     return Model(config, random_params(config, 0, dtype))
+  if name == tiny.CONFIG.name:
+    return Model(tiny.CONFIG, random_params(tiny.CONFIG, 0, dtype),
+                 tiny.make_tokenizer())
   path = find(name)
   if not path.is_dir():
     return Model(*load_gguf(path, dtype), Tokenizer.load(path))

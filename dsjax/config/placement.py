@@ -117,7 +117,12 @@ class Placement:
 
 @dataclasses.dataclass(frozen=True)
 class Slo:
-  """Latency objectives; a request attains when it meets both (DistServe 1)."""
+  """Latency objectives; a request attains when it meets both (DistServe 1).
+
+  Attributes:
+    ttft_s: seconds from arrival to the first token.
+    tpot_s: mean seconds of each token after it.
+  """
 
   ttft_s: float
   tpot_s: float

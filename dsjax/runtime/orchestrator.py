@@ -11,14 +11,17 @@ import dataclasses
 import json
 import math
 import time
+from typing import Any
 
 import jax
 import numpy as np
 from rich import progress
 
 from dsjax.analysis.recorder import Recorder
+from dsjax.checkpoints.checkpoint import Model
 from dsjax.config.checks import InputError, require
 from dsjax.config.engine import EngineConfig
+from dsjax.config.placement import Placement
 from dsjax.config.request import Request, Sampling
 from dsjax.runtime.instances import Fleet
 from dsjax.runtime.output import Live, Output, RequestFailed
@@ -448,7 +451,8 @@ def _are_ids(ids, vocab_size):
       min(ids) >= 0 and max(ids) < vocab_size)
 
 
-def serve(model, placement, config=None, **options):
+def serve(model: Model, placement: Placement,
+          config: EngineConfig | None = None, **options: Any) -> Orchestrator:
   """An Orchestrator for a model over a placement; options as its __init__.
 
   `with dsjax.serve(model, placement) as server: server.generate('Hi')`. If

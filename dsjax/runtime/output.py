@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from typing import Any
 
 from dsjax.analysis.record import Record
 from dsjax.checkpoints import tokenizer
@@ -27,6 +28,11 @@ class Output:
   reason: str
   record: Record
   logprobs: tuple = ()
+
+  def row(self) -> dict[str, Any]:
+    """The row of its record, with text and tokens; see Record.row."""
+    return self.record.row() | {'text': self.text,
+                                'tokens': list(self.tokens)}
 
 
 class Live:

@@ -1,13 +1,20 @@
-"""Files of measured latencies."""
+"""Latencies by name: published ones, rooflines, files of measured ones."""
 
 import dataclasses
+import functools
 import json
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
-from dsjax.config.checks import InputError
+from dsjax.config.checks import InputError, require
+from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Plan
+from dsjax.simulation import hardware, roofline
 from dsjax.simulation.contention import Contention
 from dsjax.simulation.latency import Affine, Buckets, Link
+
+ROOFLINE = 'roofline:'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +35,7 @@ class Profile:
   contention: Contention | None = None
 
 
-def save(path, profile):
+def save(path: str | pathlib.Path, profile: Profile) -> None:
   """Writes a Profile as JSON that `load` reads."""
   data = {
       'model': profile.model, 'device': profile.device,
@@ -45,7 +52,7 @@ def save(path, profile):
   pathlib.Path(path).write_text(json.dumps(data, indent=1) + '\n')
 
 
-def read_json(path):
+def read_json(path: str | pathlib.Path) -> Any:
   """What a JSON file holds.
 
   Raises:
@@ -59,7 +66,7 @@ def read_json(path):
     raise InputError(f'{path}: is not JSON: {error}') from error
 
 
-def load(path):
+def load(path: str | pathlib.Path) -> Profile:
   """Reads a Profile.
 
   Raises:
@@ -92,6 +99,65 @@ def load(path):
             path, 'contention', found).items()}})
   return Profile(data['model'], data['device'], latencies, links,
                  data.get('source', ''), found)
+
+
+# --- by name ------------------------------------------------------------------
+
+
+def named(kind: str, config: ModelConfig,
+          host_s: float = 0.0) -> Callable[[Plan], Any]:
+  """A function Plan -> seconds of its steps, None where nothing is known.
+
+  It can be pickled, so that processes may share it.
+
+  Args:
+    kind: 'published' (DistServe's A100 profiles of OPT-13B and OPT-66B),
+      'roofline:a100-80g' and the like (shapes against peaks), or a file that
+      `save` wrote.
+    host_s: the host's time between steps, where kind does not say.
+
+  Raises:
+    InputError.
+  """
+  if kind == 'published':
+    return functools.partial(_published, config.name, host_s)
+  if kind.startswith(ROOFLINE):
+    name = kind.removeprefix(ROOFLINE)
+    require(name in hardware.HARDWARE, 'latency', kind,
+            f'{ROOFLINE!r} and one of {sorted(hardware.HARDWARE)}')
+    return functools.partial(_roofline, config, name, host_s)
+  require(pathlib.Path(kind).is_file(), 'latency', kind,
+          f"'published', {ROOFLINE!r} and one of {sorted(hardware.HARDWARE)}, "
+          'or a file of measured latencies')
+  return load(kind).latencies.get
+
+
+def caveat(kind: str) -> str:
+  """What a search over the latencies of a file leaves out; '' if nothing."""
+  if kind == 'published' or kind.startswith(ROOFLINE):
+    return ''
+  shared = load(kind).contention
+  most = max(shared.factors.values()) if shared and shared.factors else 1.0
+  if most < 1.1:
+    return ''
+  return (f'{kind}: its instances share cores: side by side a step takes up to '
+          f'{most:.2f} times as long, which is left out here (see '
+          'dsjax.simulation.contention).')
+
+
+def _published(model, host_s, plan):
+  try:
+    return hardware.published(model, plan, host_s=host_s)
+  except InputError:
+    return None
+
+
+def _roofline(config, name, host_s, plan):
+  return roofline.Roofline(config, hardware.HARDWARE[name], plan.tp, plan.pp,
+                           host_s=host_s)
+
+
+# --- reading ------------------------------------------------------------------
 
 
 def _fields(path, where, value, needed=(), more=None):

@@ -8,23 +8,20 @@ difference between two rates is then not noise of the sample).
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
-from dsjax.config.checks import require
+from dsjax.config.checks import integer, require, whole
 from dsjax.config.request import Request, Sampling
+from dsjax.workload.files import Entry
 
 KINDS = ('poisson', 'gamma', 'uniform', 'burst', 'trace')
 _ARRIVALS, _LENGTHS, _TOKENS = range(3)  # streams of one seed
 
 
-def _whole(value, low):
-  return (isinstance(value, int) and not isinstance(value, bool)
-          and value >= low)
-
-
 def _rng(seed, stream):
-  require(_whole(seed, 0), 'seed', seed, 'an integer, 0 or more')
+  require(integer(0, math.inf)(seed), 'seed', seed, 'an integer, 0 or more')
   return np.random.default_rng((seed, stream))
 
 
@@ -42,7 +39,9 @@ def _trace_arrivals(entries, n, rate_per_s):
   return times
 
 
-def arrivals(kind, rate_per_s, n, seed=0, cv=1.0, entries=None):
+def arrivals(kind: str, rate_per_s: float | None, n: int, seed: int = 0,
+             cv: float = 1.0, entries: Sequence[Entry] | None = None
+             ) -> tuple[float, ...]:
   """Arrival times of n requests.
 
   Kinds: 'poisson'; 'gamma' (gaps whose standard deviation is cv times their
@@ -62,7 +61,7 @@ def arrivals(kind, rate_per_s, n, seed=0, cv=1.0, entries=None):
     InputError.
   """
   require(kind in KINDS, 'arrivals.kind', kind, f'one of {KINDS}')
-  require(_whole(n, 1), 'arrivals.n', n, 'an integer of 1 or more')
+  require(whole(n), 'arrivals.n', n, 'an integer of 1 or more')
   if rate_per_s is not None or kind not in ('burst', 'trace'):
     require(isinstance(rate_per_s, (int, float))
             and math.isfinite(rate_per_s) and rate_per_s > 0,
@@ -83,8 +82,11 @@ def arrivals(kind, rate_per_s, n, seed=0, cv=1.0, entries=None):
   return tuple((np.cumsum(gaps) / rate_per_s).tolist())
 
 
-def from_lengths(entries, n, arrivals_s, vocab_size=None, seed=0,
-                 max_prompt=None, max_output=None, in_order=False):
+def from_lengths(entries: Sequence[Entry], n: int,
+                 arrivals_s: Sequence[float], vocab_size: int | None = None,
+                 seed: int = 0, max_prompt: int | None = None,
+                 max_output: int | None = None, in_order: bool = False
+                 ) -> tuple[list[Request], int]:
   """Requests with the lengths of a trace and prompts without meaning.
 
   Args:
@@ -103,14 +105,14 @@ def from_lengths(entries, n, arrivals_s, vocab_size=None, seed=0,
     InputError.
   """
   require(entries, 'from_lengths.entries', entries, 'at least one entry')
-  require(_whole(n, 1), 'from_lengths.n', n, 'an integer of 1 or more')
+  require(whole(n), 'from_lengths.n', n, 'an integer of 1 or more')
   require(not in_order or n <= len(entries), 'from_lengths.n', n,
           f'at most {len(entries)} in order, the length of the trace')
   require(len(arrivals_s) == n, 'from_lengths.arrivals_s', len(arrivals_s),
           f'{n} times')
   for field, value in (('vocab_size', vocab_size),
                        ('max_prompt', max_prompt), ('max_output', max_output)):
-    require(value is None or _whole(value, 1), f'from_lengths.{field}', value,
+    require(value is None or whole(value), f'from_lengths.{field}', value,
             'None or an integer of 1 or more')
   picks = range(n)
   if not in_order:
@@ -130,7 +132,11 @@ def from_lengths(entries, n, arrivals_s, vocab_size=None, seed=0,
   return requests, clipped
 
 
-def from_prompts(prompts, arrivals_s, sampling=None, max_tokens=None):
+def from_prompts(prompts: Sequence[Sequence[int]],
+                 arrivals_s: Sequence[float],
+                 sampling: Sampling | Sequence[Sampling] | None = None,
+                 max_tokens: Sequence[int | None] | None = None
+                 ) -> list[Request]:
   """Requests of given token ids.
 
   Args:
