@@ -35,7 +35,6 @@ import tempfile
 import time
 
 import httpx
-from absl import app, flags
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -43,9 +42,18 @@ from dsjax import workload
 from dsjax.analysis import metrics
 from dsjax.config.checks import require
 from experiments import api, load
-from experiments.common import report, terminal
+from experiments.common import cli, report
 
-FLAGS = None  # once run as a program
+FLAGS = {
+    'config': 'demo', 'set': (),
+    'url': cli.Flag(None, 'A server that runs already.', str),
+    'factor': cli.Flag(3.0, 'Times its capacity.', low=0.0),
+    'seconds': cli.Flag(60.0, 'Of the flood.', low=0.1),
+    'full': cli.Flag(30.0, 'Seconds that capacity is measured for.', low=0.1),
+    'singles': cli.Flag(8, 'Unloaded requests.', low=1),
+    'recover': cli.Flag(10.0, 'Seconds watched after.', low=0.5),
+    'out': None,
+}
 RECOVERED = 1.25  # latencies below this many times the unloaded worst
 PAUSE_S = 0.1  # of a client that was refused
 MARGIN = 0.8  # of an objective, that admission aims at
@@ -287,7 +295,7 @@ def serving(config, settings, say):
   command = [sys.executable, '-m', 'experiments.api', f'--config={config}',
              '--port=0', *(f'--set={s}' for s in settings)]
   with tempfile.TemporaryFile('w+') as log, subprocess.Popen(
-      command, cwd=api.ROOT, stdout=subprocess.PIPE, stderr=log,
+      command, cwd=cli.ROOT, stdout=subprocess.PIPE, stderr=log,
       text=True) as process:
     try:
       line = process.stdout.readline()
@@ -317,39 +325,20 @@ def serving(config, settings, say):
           process.kill()
 
 
-def define_flags():
-  """This program's flags."""
-  return {
-      'config': flags.DEFINE_string('config', 'demo', 'As experiments.api.'),
-      'set': flags.DEFINE_multi_string('set', [], 'As experiments.api.'),
-      'url': flags.DEFINE_string('url', None, 'A server that runs already.'),
-      'factor': flags.DEFINE_float('factor', 3.0, 'Times its capacity.',
-                                   lower_bound=0.0),
-      'seconds': flags.DEFINE_float('seconds', 60.0, 'Of the flood.',
-                                    lower_bound=0.1),
-      'full': flags.DEFINE_float('full', 30.0, 'Seconds that capacity is '
-                                 'measured for.', lower_bound=0.1),
-      'singles': flags.DEFINE_integer('singles', 8, 'Unloaded requests.',
-                                      lower_bound=1),
-      'recover': flags.DEFINE_float('recover', 10.0, 'Seconds watched after.',
-                                    lower_bound=0.5),
-      'out': flags.DEFINE_string('out', None, 'Folder for the files.')}
-
-
-def run(f, console):
-  """Measures, shows and writes; returns the exit code. f: the flags' values."""
-  config = api.load(f['config'], f['set'])
+def run(options, console):
+  """Measures, shows and writes; returns the exit code."""
+  config = api.load(options.config, options.set)
   places = config.engine.max_seqs * sum(
       role != 'prefill' for role, _ in config.placements[0].instances)
   most = config.limits.max_open or places
   settings = [f'limits.max_open={most}',
               f'limits.max_ttft_s={MARGIN * config.slo.ttft_s}',
-              f'limits.max_tpot_s={MARGIN * config.slo.tpot_s}', *f['set']]
-  prompts = workload.read_prompts(config.workload.path)
+              f'limits.max_tpot_s={MARGIN * config.slo.tpot_s}', *options.set]
+  prompts = workload.read_prompts(config.workload.prompts)
   key = os.environ.get('DSJAX_API_KEY')
   with console.status('starting') as status, (
-      contextlib.nullcontext(f['url']) if f['url'] else
-      serving(f['config'], settings, status.update)) as url:
+      contextlib.nullcontext(options.url) if options.url else
+      serving(options.config, settings, status.update)) as url:
     model = load.find_model(url, key)
 
     def make(times, seed):
@@ -359,27 +348,23 @@ def run(f, console):
                        config.sampling.max_tokens, seed)
     try:
       found = asyncio.run(measure(
-          url.removesuffix('/v1'), key, make, 2 * most, f['singles'], f['full'],
-          f['factor'], f['seconds'], f['recover'], status.update))
+          url.removesuffix('/v1'), key, make, 2 * most, options.singles,
+          options.full, options.factor, options.seconds, options.recover,
+          status.update))
     except KeyboardInterrupt:
       console.print('Stopped: a run that is not whole says nothing.')
       return 130
-  title = (f'{model}: {f["factor"]:g} times the capacity of '
-           f'{found.capacity_per_s:.3g} requests/s for {f["seconds"]:g} s, at '
-           f'most {most} open')
+  title = (f'{model}: {options.factor:g} times the capacity of '
+           f'{found.capacity_per_s:.3g} requests/s for {options.seconds:g} s, '
+           f'at most {most} open')
   console.print(title, table(found, config.slo), verdict(found, config.slo),
                 sep='\n', soft_wrap=True)
-  if f['out']:
-    save(found, config.slo, pathlib.Path(f['out']), title)
-    console.print(f'Written to {f["out"]}: records.jsonl report.png '
+  if options.out:
+    save(found, config.slo, pathlib.Path(options.out), title)
+    console.print(f'Written to {options.out}: records.jsonl report.png '
                   'summary.json')
   return 0
 
 
-def main(argv):
-  terminal.client(argv, FLAGS, run, terminal.wide_console())
-
-
 if __name__ == '__main__':
-  FLAGS = define_flags()
-  app.run(main)
+  cli.main(run, FLAGS, api.Api())

@@ -3,10 +3,10 @@
   python -m experiments.validate --out=out/validate      # about 10 minutes
   python -m experiments.validate --quick --out=out/quick # tiny model, seconds
 
-Steps are profiled (experiments.measure), then each mode serves the same
+Steps are profiled (dsjax.runtime.profiling), then each mode serves the same
 seeded requests at several rates, really and simulated, with the server's own
 scheduler.Config. Two profiles are simulated:
-  bench       what experiments.measure measured: each device alone, and two
+  bench       what was profiled: each device alone, and two
               side by side;
   calibrated  the same, moved onto the steps of one served run (fit.observe,
               fit.calibrate) whose rate is not among the validated ones.
@@ -31,14 +31,9 @@ import json
 import os
 import pathlib
 import statistics
-import sys
 import types
 
-os.environ.setdefault('NPROC', str(os.cpu_count() or 2))
-
-import jax
 import numpy as np
-from absl import app, flags
 from matplotlib.figure import Figure
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
@@ -52,13 +47,12 @@ from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.config.request import Request, Sampling
-from dsjax.runtime import orchestrator
+from dsjax.runtime import orchestrator, profiling
 from dsjax.simulation import calibration, fitting, profiles, simulator
 from experiments import measure
-from experiments.common import machine, terminal, tiny
+from experiments.common import cli, machine, terminal
 from experiments.common import overrides as configs
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENGINE = EngineConfig(max_len=192, max_seqs=8, prefill_tokens=128,
                       chunk_tokens=128, prefill_seqs=4)
 QUICK = EngineConfig(max_len=96, max_seqs=4, prefill_tokens=32,
@@ -71,32 +65,22 @@ SHARES, CALIBRATION = (0.3, 0.6, 0.85, 1.2), 0.75  # of a burst's throughput
 TTFT_TIMES, TPOT_TIMES = 2.0, 1.25  # objectives over calibration's medians
 
 
-def define_flags():
-  """Flags of a run of this file."""
-  return types.SimpleNamespace(
-      model=flags.DEFINE_string('model', 'smollm2-135m-instruct',
-                                '`tiny`, or what dsjax.load takes.'),
-      out=flags.DEFINE_string('out', 'out/validate', 'Folder for the files.'),
-      quick=flags.DEFINE_bool('quick', False, 'The tiny model, few requests.'),
-      modes=flags.DEFINE_list('modes', ['disaggregated', 'chunked'],
-                              f'Of {", ".join(PLACEMENTS)}.'),
-      rates=flags.DEFINE_list('rates', [], 'Requests a second; none: shares '
-                              f'{SHARES} of what a burst achieves.'),
-      seconds=flags.DEFINE_float('seconds', 40.0, 'Arrivals of a run last '
-                                 'about this long.', lower_bound=1e-3),
-      most=flags.DEFINE_integer('most', 150, 'Most requests of a run.',
-                                lower_bound=8),
-      ttft_s=flags.DEFINE_float('ttft_s', None, 'Objective.'),
-      tpot_s=flags.DEFINE_float('tpot_s', None, 'Objective.'),
-      profile=flags.DEFINE_string('profile', None, 'A profile measured before '
-                                  'with this engine; none: measure now.'),
-      rounds=flags.DEFINE_integer('rounds', 3, 'Timed rounds of the profile.',
-                                  lower_bound=1),
-      seed=flags.DEFINE_integer('seed', 0, 'Of arrivals and lengths.'),
-      set=flags.DEFINE_multi_string('set', [], 'A field of EngineConfig.'),
-      cache=flags.DEFINE_string(
-          'compilation_cache', str(ROOT / '.cache' / 'jax'),
-          'Folder of compiled programs; empty for none.'))
+FLAGS = {
+    'model': cli.Flag('smollm2-135m-instruct', 'See dsjax.load.'),
+    'out': 'out/validate',
+    'quick': cli.Flag(False, 'The tiny model, few requests.'),
+    'modes': cli.Flag(['disaggregated', 'chunked'],
+                      f'Of {", ".join(PLACEMENTS)}.'),
+    'rates': cli.Flag(None, 'Requests a second, with commas between; none: '
+                      f'shares {SHARES} of what a burst achieves.', str),
+    'seconds': cli.Flag(40.0, 'Arrivals of a run last about this long.',
+                        low=1e-3),
+    'requests': cli.Flag(150, 'Most of a run.', low=8),
+    'ttft_s': None, 'tpot_s': None,
+    'profile': cli.Flag(None, 'A profile measured before with this engine; '
+                        'none: measure now.', str),
+    'rounds': 3, 'seed': 0, 'set': (), 'compilation_cache': cli.CACHE,
+}
 
 
 # --- one run, real and simulated --------------------------------------------
@@ -404,11 +388,11 @@ def draw(path, rows):
 # --- the whole --------------------------------------------------------------
 
 
-def run(console, options):
+def run(options, console):
   """Profiles, serves, simulates and shows; returns the exit code.
 
   Args:
-    options: values of define_flags().
+    options: values of FLAGS.
   """
   quick = options.quick
   name = 'tiny' if quick else options.model
@@ -416,12 +400,13 @@ def run(console, options):
   rates = _checked(options)
   out = pathlib.Path(options.out)
   out.mkdir(parents=True, exist_ok=True)
-  loaded = (tiny.load(config.dtype) if name == 'tiny'
-            else dsjax.load(name, config.dtype))
+  # One-device instances have no collectives: threads as many as cores.
+  cli.prepare(2, options.compilation_cache, threads=os.cpu_count() or 2)
+  loaded = dsjax.load(name, config.dtype)
   others, rows, slo, stopped = machine.Others(), [], None, False
 
   def size(rate):
-    return max(8, min(options.most, round(rate * options.seconds)))
+    return max(8, min(options.requests, round(rate * options.seconds)))
   with terminal.Interrupts() as interrupts, Progress(
       TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
       console=console) as bar:
@@ -429,8 +414,9 @@ def run(console, options):
       if options.profile:
         profile = profiles.load(options.profile)
       else:
-        profile, _ = measure.measure(
-            loaded, (Plan(),), config, options.rounds, 3, bar, name)
+        profile, _ = profiling.measure(
+            loaded, (Plan(),), config, options.rounds, 3,
+            measure.reporter(bar), name)
       _check_profile(profile, options)
       profiles.save(out / 'latency.json', profile)
       modes = [Mode(m, loaded, config, profile, options.seed, bar)
@@ -465,18 +451,11 @@ def _checked(options):
   require(options.modes and all(m in PLACEMENTS for m in options.modes)
           and len(set(options.modes)) == len(options.modes), '--modes',
           options.modes, f'different ones of {list(PLACEMENTS)}')
-  try:
-    rates = [float(r) for r in options.rates]
-  except ValueError:
-    rates = [0.0]
-  require(all(0 < r < float('inf') for r in rates), '--rates',
-          options.rates, 'numbers above 0')
   for field in ('ttft_s', 'tpot_s'):
     value = getattr(options, field)
     require(value is None or checks.positive(value), f'--{field}',
             value, 'seconds above 0')
-  require(options.seed >= 0, '--seed', options.seed, '0 or more')
-  return rates
+  return cli.numbers('--rates', options.rates) if options.rates else []
 
 
 def _check_profile(profile, options):
@@ -521,18 +500,5 @@ def _close(console, rows, others, out):
   console.print(f'wrote {out}/summary.json, validate.png')
 
 
-def main(_):
-  options = types.SimpleNamespace(**{
-      k: f.value for k, f in vars(FLAGS).items()})
-  if jax.config.jax_platforms in (None, '', 'cpu'):
-    jax.config.update('jax_num_cpu_devices', 2)
-  if options.cache:
-    jax.config.update('jax_compilation_cache_dir', options.cache)
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
-  with terminal.one_error():
-    sys.exit(run(terminal.wide_console(), options))
-
-
 if __name__ == '__main__':
-  FLAGS = define_flags()
-  app.run(main)
+  cli.main(run, FLAGS, ENGINE)

@@ -11,8 +11,8 @@ from dsjax.config.placement import Placement
 from dsjax.placement.candidates import Cluster
 from experiments import place
 
-SMALL = ('--model=opt-13b', '--lengths=longbench', '--ttft=1', '--requests=20',
-         '--tolerance=0.5', '--chunks=512', '--processes=1')
+SMALL = ('--model=opt-13b', '--lengths=longbench', '--ttft_s=1',
+         '--requests=20', '--tolerance=0.5', '--chunks=512', '--processes=1')
 
 
 def run(*args):
@@ -43,7 +43,7 @@ def test_it_writes_a_table_a_figure_and_a_verdict(tmp_path):
 
 
 @pytest.mark.parametrize('flag, message', (
-    ('--algorithms=best', '--algorithms'), ('--ttft=0.001', 'Slo.ttft_s'),
+    ('--algorithms=best', '--algorithms'), ('--ttft_s=0.001', 'Slo.ttft_s'),
     ('--latency=roofline:tpu', 'a100-80g'),
     ('--cluster=nowhere.json', 'without --devices')))
 def test_bad_input_is_one_clear_error(flag, message):
