@@ -91,7 +91,7 @@ def test_a_trace_at_its_own_times(tmp_path):
     ('--rates=0,1', '--rates'), ('--rates=1,nan', '--rates'),
     ('--rates=1,x', '--rates'), ('--rate=-1', '--rate'),
     ('--rate=inf', '--rate'), ('--seed=1', '--rate'),
-    ('--scales=1', '--rate'), ('--process=weekly --rate=1', '--process'),
+    ('--scales=1', '--rate'), ('--process=weekly --rate=1', 'process'),
     ('--process=trace', 'arrival times'),
     ('--ttft_s=0.001 --rate=1', 's or more'),
     ('--tpot_s=0.001 --rate=1', '--tpot_s'),
