@@ -340,7 +340,7 @@ class _Profiler:
 
 def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
             rounds: int = 5, points: int = 4, report: Report | None = None,
-            name: str | None = None
+            name: str | None = None, side_by_side: bool = True
             ) -> tuple[profiles.Profile, dict[Plan, list[fitting.Cell]]]:
   """Profiles every plan: the Profile, and what each cell took.
 
@@ -350,6 +350,8 @@ def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
       grid, the least and the most included.
     report: called with (done, total, what) as parts of it are done.
     name: the model's, for the profile.
+    side_by_side: also measure how two instances of one device slow each
+      other, which takes the longest.
 
   Raises:
     InputError: a plan does not fit on the devices, or the config is not as
@@ -377,7 +379,7 @@ def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
     for to in plans:
       if link := work.link(plan, source, to):
         links[plan, to] = link
-    if plan == Plan():
+    if plan == Plan() and side_by_side:
       shared = work.contention(bare)
   return profiles.Profile(
       name or model.config.name, devices[0].device_kind, models, links,
@@ -387,10 +389,12 @@ def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
 
 def profile(model: Model, plans: Sequence[Plan] = (Plan(),),
             config: EngineConfig = ENGINE, rounds: int = 5, points: int = 4,
-            report: Report | None = None) -> profiles.Profile:
+            report: Report | None = None,
+            side_by_side: bool = True) -> profiles.Profile:
   """The Profile of a model on the devices at hand; see `measure`.
 
   It needs twice the devices of the largest plan, since KV is moved between
   two instances.
   """
-  return measure(model, plans, config, rounds, points, report)[0]
+  return measure(model, plans, config, rounds, points, report,
+                 side_by_side=side_by_side)[0]
