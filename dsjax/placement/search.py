@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from dsjax.config.checks import InputError, require
@@ -356,8 +357,10 @@ def colocated(search):
                if size > problem.max_seqs])
 
 
-def search(problem, algorithms=(low_affinity, colocated), report=None,
-           map=map):
+def search(problem: Problem,
+           algorithms: Iterable[Callable] = (low_affinity, colocated),
+           report: Callable[[Progress], object] | None = None,
+           map: Callable[..., Iterable] = map) -> Answer:
   """The best placements for a problem: an Answer.
 
   A KeyboardInterrupt ends the search; the Answer has what is known.

@@ -15,7 +15,7 @@ def trace(tmp_path):
   path = tmp_path / 'trace.csv'
   times = np.cumsum(np.tile([0.1, 0.1, 0.1, 3.7], 50))
   path.write_text('arrival_s,prompt_len,output_len\n' + ''.join(
-      f'{t},5,3\n' for t in times))
+      f'{t},{5 + i},3\n' for i, t in enumerate(times)))
   return str(path)
 
 
@@ -77,5 +77,5 @@ def test_two_rates_share_lengths_and_gaps():
 
 def test_a_trace_runs_in_its_order_and_at_its_times(trace):
   requests = source(trace, process='trace')(None, 1000)
-  assert len(requests) == 200
+  assert [len(r.prompt) for r in requests] == list(range(5, 205))
   assert requests[3].arrival_s - requests[2].arrival_s == pytest.approx(3.7)
