@@ -53,11 +53,11 @@ def load(name, settings):
   Raises:
     InputError.
   """
-  found = configs.load(name)
-  require(isinstance(found, Serve), '--config', name,
+  base = configs.load(name)
+  require(isinstance(base, Serve), '--config', name,
           'a file whose `config` is a configs.serve.Serve')
-  return configs.override(Api(**{f.name: getattr(found, f.name) for f in
-                                 dataclasses.fields(found)}), settings)
+  return configs.override(Api(**{f.name: getattr(base, f.name) for f in
+                                 dataclasses.fields(base)}), settings)
 
 
 def make_service(config, name=None, key=None, log_text=False):

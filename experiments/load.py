@@ -87,7 +87,7 @@ def jobs(kind, model, arrivals_s, prompts=(), entries=(), max_tokens=64,
   """
   require(kind in ('chat', 'completion'), '--kind', kind,
           "'chat' or 'completion'")
-  found, lengths = [], None
+  made, lengths = [], None
   if entries:
     lengths, _ = workload.from_lengths(entries, len(arrivals_s), arrivals_s,
                                        vocab, seed)
@@ -108,8 +108,8 @@ def jobs(kind, model, arrivals_s, prompts=(), entries=(), max_tokens=64,
       body['max_tokens'] = p.max_tokens or max_tokens
     body |= {'messages': messages} if kind == 'chat' else {'prompt': prompt}
     path = '/v1/chat/completions' if kind == 'chat' else '/v1/completions'
-    found.append(Job(i, arrival_s, path, body | (extra or {}), size))
-  return found
+    made.append(Job(i, arrival_s, path, body | (extra or {}), size))
+  return made
 
 
 # --- sending ----------------------------------------------------------------
@@ -208,18 +208,18 @@ async def send_all(url, key, todo, timeout_s, on_sent=None, load=None):
   limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
   async with httpx.AsyncClient(base_url=url.removesuffix('/').removesuffix(
       '/v1'), headers=headers, timeout=timeout_s, limits=limits) as client:
-    one = Load(client)
+    sender = Load(client)
     if load is not None:
-      load.append(one)
-    await one.run(todo, on_sent)
-  return one
+      load.append(sender)
+    await sender.run(todo, on_sent)
+  return sender
 
 
 def find_model(url, key):
   """The first model that a server lists.
 
   Raises:
-    InputError: nobody answers there, or not in OpenAI's way.
+    InputError: no server answers there, or not in OpenAI's way.
   """
   headers = {'Authorization': f'Bearer {key}'} if key else {}
   path = url.removesuffix('/').removesuffix('/v1') + '/v1/models'
@@ -282,17 +282,17 @@ def run(options, console):
   title = (f'{model} at {options.url}: {options.requests} {options.kind} '
            f'requests, {options.process}, {options.rate:g} a second, seed '
            f'{options.seed}')
-  found, stopped = [], False
+  senders, stopped = [], False
   with console.status('sending') as status:
     try:
       asyncio.run(send_all(options.url, key, todo, options.timeout, lambda load:
-                           status.update(f'{len(load.records)} sent'), found))
+                           status.update(f'{len(load.records)} sent'), senders))
     except KeyboardInterrupt:
       stopped = True
-  if not found or not found[0].records:
+  if not senders or not senders[0].records:
     console.print('Stopped before anything was sent: nothing to write.')
     return 130
-  show(console, found[0], slo, options.devices, title,
+  show(console, senders[0], slo, options.devices, title,
        pathlib.Path(options.out) if options.out else None)
   return 130 if stopped else 0
 

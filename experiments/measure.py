@@ -106,11 +106,11 @@ def draw(path, profile, cells):
   """Measured (dots) against fitted (lines), a row of panels a plan."""
   figure = Figure(figsize=(13, 3.8 * len(cells)), layout='constrained')
   axes = figure.subplots(len(cells), 3, squeeze=False)
-  for row, (plan, found) in zip(axes, cells.items(), strict=True):
+  for row, (plan, measured) in zip(axes, cells.items(), strict=True):
     model = profile.latencies[plan]
-    _draw_prefill(row[0], model, found)
-    _draw_decode(row[1], model, found)
-    _draw_errors(row[2], model, found)
+    _draw_prefill(row[0], model, measured)
+    _draw_decode(row[1], model, measured)
+    _draw_errors(row[2], model, measured)
     row[0].set_ylabel(f'plan {plan}\nms a step')
   figure.suptitle(f'{profile.model} on {profile.device}: measured (dots) and '
                   'fitted (lines)', fontsize=11)
@@ -174,8 +174,8 @@ def write(out, profile, cells):
                   for x in (profile.device, profile.model))
   profiles.save(out / f'latency-{slug}.json', profile)
   with open(out / f'cells-{slug}.jsonl', 'w', encoding='utf-8') as file:
-    for plan, found in cells.items():
-      for c in found:
+    for plan, measured in cells.items():
+      for c in measured:
         file.write(json.dumps({'plan': str(plan), 'kind': c.kind}
                               | c._asdict() | {'fitted_s': fitting.predict_s(
                                   profile.latencies[plan], c)}) + '\n')

@@ -99,45 +99,45 @@ class Overload:
   def _jobs(self, times):
     return self._make(times, next(self._seed))
 
-  async def _loop(self, one, more):
+  async def _loop(self, sender, more):
     """Requests one after another into a Load, while more()."""
     while more():
-      job = dataclasses.replace(self._jobs((0.0,))[0], arrival_s=one.now)
-      record = await one.send(job)
+      job = dataclasses.replace(self._jobs((0.0,))[0], arrival_s=sender.now)
+      record = await sender.send(job)
       if record.status == 'rejected':
         await asyncio.sleep(PAUSE_S)
 
   async def single(self, count):
     """`count` requests, one after another."""
-    one = load.Load(self.client)
-    await self._loop(one, lambda: len(one.records) < count)
-    return one
+    sender = load.Load(self.client)
+    await self._loop(sender, lambda: len(sender.records) < count)
+    return sender
 
   async def full(self, seconds, clients):
     """A closed loop of `clients`; (Load, requests served a second)."""
-    one = load.Load(self.client)
-    await asyncio.gather(*(self._loop(one, lambda: one.now < seconds)
+    sender = load.Load(self.client)
+    await asyncio.gather(*(self._loop(sender, lambda: sender.now < seconds)
                            for _ in range(clients)))
-    ends = sorted(r.finish_s for r in one.records
+    ends = sorted(r.finish_s for r in sender.records
                   if r.status in ('stop', 'length'))
     require(len(ends) >= 3, 'answers while full', len(ends),
             '3 or more; let --full last longer')
-    return one, (len(ends) - 1) / (ends[-1] - ends[0])
+    return sender, (len(ends) - 1) / (ends[-1] - ends[0])
 
   async def flood(self, rate_per_s, seconds, recover_s):
     """Poisson arrivals for `seconds`, then single requests for `recover_s`."""
     times = workload.arrivals('poisson', rate_per_s,
                               max(1, round(rate_per_s * seconds)), 0, 1.0, None)
     todo = self._jobs(times)
-    one = load.Load(self.client)
+    sender = load.Load(self.client)
 
     async def probe():
-      await asyncio.sleep(times[-1] - one.now)
+      await asyncio.sleep(times[-1] - sender.now)
       after = load.Load(self.client)
       await self._loop(after, lambda: after.now < recover_s)
       return after
-    _, after = await asyncio.gather(one.run(todo), probe())
-    return one, after
+    _, after = await asyncio.gather(sender.run(todo), probe())
+    return sender, after
 
 
 def recovery_s(unloaded, after):
@@ -201,16 +201,16 @@ def _ms(values):
   return f'{1e3 * p50:.0f} / {1e3 * p99:.0f}' if values else '-'
 
 
-def table(found, slo):
+def table(result, slo):
   """A rich Table of the phases."""
-  made = Table(title=f'capacity {found.capacity_per_s:.3g} requests/s; TTFT '
+  made = Table(title=f'capacity {result.capacity_per_s:.3g} requests/s; TTFT '
                f'{slo.ttft_s:g} s, TPOT {slo.tpot_s:g} s',
                title_justify='left')
   made.add_column('')
   for name in PHASES:
     made.add_column(name, justify='right')
   phases = {name: [r for r in records if r.reason != 'HTTP 429']
-            for name, records in found.records.items()}
+            for name, records in result.records.items()}
 
   def row(name, cell):
     made.add_row(name, *(cell(phase) for phase in PHASES))
@@ -219,8 +219,8 @@ def table(found, slo):
     share, low, high = metrics.interval(
         [metrics.attains(r, slo) for r in phases[phase]])
     return f'{100 * share:.0f} % [{100 * low:.0f}, {100 * high:.0f}]'
-  row('sent', lambda p: str(len(found.records[p])))
-  row('429', lambda p: str(len(found.records[p]) - len(phases[p])))
+  row('sent', lambda p: str(len(result.records[p])))
+  row('429', lambda p: str(len(result.records[p]) - len(phases[p])))
   row('attained, of the accepted', attained)
   row('TTFT p50 / p99 ms', lambda p: _ms(
       [r.ttft_s for r in phases[p] if r.token_s]))
@@ -229,50 +229,52 @@ def table(found, slo):
   return made
 
 
-def verdict(found, slo):
+def verdict(result, slo):
   """Sentences: what was aimed at and what came."""
-  hits = [metrics.attains(r, slo) for r in found.accepted]
+  hits = [metrics.attains(r, slo) for r in result.accepted]
   share = 100 * sum(hits) / max(1, len(hits))
-  p50, _, p99 = metrics.percentiles(found.refused_s)
-  count = len(found.refused_s)
+  p50, _, p99 = metrics.percentiles(result.refused_s)
+  count = len(result.refused_s)
   told = (f'{count} were sent away with 429 after {1e3 * p50:.1f} ms (p50) and '
-          f'{1e3 * p99:.1f} ms (p99; aim: below 100), {found.with_retry} of '
+          f'{1e3 * p99:.1f} ms (p99; aim: below 100), {result.with_retry} of '
           'them with Retry-After.' if count else 'None was sent away.')
-  other = ', '.join(f'{n} {why}' for why, n in found.other.items()) or 'none'
+  other = ', '.join(f'{n} {why}' for why, n in result.other.items()) or 'none'
   came = ('the latency did not come back in this run' if
-          found.recovered_s is None else 'the latency was as before '
-          f'{found.recovered_s:.1f} s after the flood')
-  return (f'{len(hits)} of {len(found.records["flood"])} requests of the flood '
-          f'were accepted and {share:.0f} % of them attained both objectives '
+          result.recovered_s is None else 'the latency was as before '
+          f'{result.recovered_s:.1f} s after the flood')
+  sent = len(result.records['flood'])
+  return (f'{len(hits)} of {sent} requests of the flood were accepted and '
+          f'{share:.0f} % of them attained both objectives '
           f'(aim: 90 or more). {told} Other failures: {other}. Then {came} '
           '(aim: within 5). The client was '
-          f'{1e3 * found.lag_s[2]:.1f} ms late at p99.')
+          f'{1e3 * result.lag_s[2]:.1f} ms late at p99.')
 
 
-def save(found, slo, out, title):
+def save(result, slo, out, title):
   """Writes records.jsonl, summary.json and report.png to a folder."""
   out.mkdir(parents=True, exist_ok=True)
   with open(out / 'records.jsonl', 'w') as file:
-    for phase, records in found.records.items():
+    for phase, records in result.records.items():
       file.writelines(json.dumps({'phase': phase} | dataclasses.asdict(r)) +
                       '\n' for r in records)
   (out / 'summary.json').write_text(json.dumps({
-      'capacity_per_s': found.capacity_per_s, 'slo': dataclasses.asdict(slo),
-      'accepted': len(found.accepted),
-      'attained': sum(metrics.attains(r, slo) for r in found.accepted),
-      'refused': len(found.refused_s), 'with_retry_after': found.with_retry,
-      'refused_s': metrics.percentiles(found.refused_s), 'other': found.other,
-      'recovered_s': found.recovered_s, 'lag_s': found.lag_s}, indent=1) + '\n')
+      'capacity_per_s': result.capacity_per_s, 'slo': dataclasses.asdict(slo),
+      'accepted': len(result.accepted),
+      'attained': sum(metrics.attains(r, slo) for r in result.accepted),
+      'refused': len(result.refused_s), 'with_retry_after': result.with_retry,
+      'refused_s': metrics.percentiles(result.refused_s),
+      'other': result.other, 'recovered_s': result.recovered_s,
+      'lag_s': result.lag_s}, indent=1) + '\n')
   figure = Figure(figsize=(11, 6.4), layout='constrained')
   ttft, tpot = figure.subplots(2, 1, sharex=True)
-  end_s = max(r.arrival_s for r in found.records['flood'])
-  shown = [('flood', found.records['flood']), ('after', [
+  end_s = max(r.arrival_s for r in result.records['flood'])
+  shown = [('flood', result.records['flood']), ('after', [
       dataclasses.replace(r, arrival_s=r.arrival_s + end_s,
                           token_s=[t + end_s for t in r.token_s])
-      for r in found.records['after']])]
+      for r in result.records['after']])]
   for axes, field, name in ((ttft, 'ttft_s', 'TTFT'), (tpot, 'tpot_s', 'TPOT')):
     report.over_time(axes, shown, field, getattr(slo, field))
-    worst_s = max(getattr(r, field) for r in found.records['unloaded'])
+    worst_s = max(getattr(r, field) for r in result.records['unloaded'])
     axes.axhline(worst_s, color='#2f9464', linewidth=1)
     axes.annotate(f'{name} unloaded, at worst', (0, worst_s), fontsize=8,
                   color='#2f9464', xytext=(2, 3), textcoords='offset points')
@@ -299,13 +301,13 @@ def serving(config, settings, say):
       text=True) as process:
     try:
       line = process.stdout.readline()
-      found = re.match(r'(http://\S+)/ ', line)
-      if not found:
+      address = re.match(r'(http://\S+)/ ', line)
+      if not address:
         process.wait()
         log.seek(0)
         require(False, 'experiments.api', log.read().strip()[-500:],
                 'able to start')
-      url, status = found[1], {'status': 'starting'}
+      url, status = address[1], {'status': 'starting'}
       while status['status'] == 'starting':
         say(status.get('progress') or 'starting')
         time.sleep(0.5)
@@ -347,7 +349,7 @@ def run(options, console):
       return load.jobs('chat', model, times, turn, (),
                        config.sampling.max_tokens, seed)
     try:
-      found = asyncio.run(measure(
+      result = asyncio.run(measure(
           url.removesuffix('/v1'), key, make, 2 * most, options.singles,
           options.full, options.factor, options.seconds, options.recover,
           status.update))
@@ -355,12 +357,12 @@ def run(options, console):
       console.print('Stopped: a run that is not whole says nothing.')
       return 130
   title = (f'{model}: {options.factor:g} times the capacity of '
-           f'{found.capacity_per_s:.3g} requests/s for {options.seconds:g} s, '
+           f'{result.capacity_per_s:.3g} requests/s for {options.seconds:g} s, '
            f'at most {most} open')
-  console.print(title, table(found, config.slo), verdict(found, config.slo),
+  console.print(title, table(result, config.slo), verdict(result, config.slo),
                 sep='\n', soft_wrap=True)
   if options.out:
-    save(found, config.slo, pathlib.Path(options.out), title)
+    save(result, config.slo, pathlib.Path(options.out), title)
     console.print(f'Written to {options.out}: records.jsonl report.png '
                   'summary.json')
   return 0

@@ -5,7 +5,7 @@
 
 Seconds of a step come from --latency: 'published' (DistServe's A100 profiles
 of OPT-13B and 66B), 'roofline:a100-80g' and the like (shapes against peaks:
-hardware that nobody has measured), or a file that experiments.measure wrote.
+hardware without measurements), or a file that experiments.measure wrote.
 Lengths are a mixture of dsjax.workload.traffic (sharegpt, humaneval,
 longbench) or a file of dsjax.workload (CSV, JSONL). The cluster is --nodes and
 so on, or a JSON file with the fields of dsjax.placement.candidates.Cluster.

@@ -230,9 +230,9 @@ def attributed(config, result):
   start_s = min((r.arrival_s for r in result.records), default=0.0)
   kept = [r for r in result.records
           if r.arrival_s >= start_s + config.warmup_s]
-  found = attribution.attribute(kept, fold.parts(), config.slo, fold.least())
-  return {'causes': found.causes, 'fixes': found.fixes,
-          'advice': found.advice}
+  why = attribution.attribute(kept, fold.parts(), config.slo, fold.least())
+  return {'causes': why.causes, 'fixes': why.fixes,
+          'advice': why.advice}
 
 
 def _write_json(path, value):
@@ -292,10 +292,10 @@ def run(options, console):
   out = pathlib.Path(options.out)
   cli.prepare(config.num_devices, options.compilation_cache)
   make = plan_requests(config)
-  found = len(jax.devices())
-  require(config.num_devices <= found, 'placements',
+  available = len(jax.devices())
+  require(config.num_devices <= available, 'placements',
           f'{config.num_devices} devices',
-          f'of at most the {found} that exist')
+          f'of at most the {available} that exist')
   out.mkdir(parents=True, exist_ok=True)
   model = dsjax.load(config.model, config.engine.dtype)
   requests, cut = make(model)

@@ -215,24 +215,24 @@ def simulate(options, asked, placements, points, kind, progress, halt, save):
   check_floor(built, sample, Slo(widest * options.ttft_s,
                                  widest * options.tpot_s), options.target)
   task = progress.add_task('', total=len(built) * len(runs) * len(sample))
-  for p, one, factor in zip(placements, built, factors, strict=True):
-    name, alone = str(p), no_load(*one[:2])
+  for p, made, factor in zip(placements, built, factors, strict=True):
+    name, alone = str(p), no_load(*made[:2])
     for rate in runs:
       total = rate and rate * factor
       progress.update(task, description=f'{name} at '
                       f'{f"{total:g} requests/s" if total else "its times"}')
       log = [] if save else None
-      records, parts = run(one, asked.workload(total, options.requests), halt,
+      records, parts = run(made, asked.workload(total, options.requests), halt,
                            lambda n: progress.advance(task, n), log)
       if save:
-        save(f'{name} at {total:g}' if total else name, p, one[0], log)
+        save(f'{name} at {total:g}' if total else name, p, made[0], log)
       last_s = max(r.arrival_s for r in records)
       seen = rate or len(records) / max(last_s, 1e-9) / factor
       for its, scale in points:
         if its == rate:
           slo = Slo(scale * options.ttft_s, scale * options.tpot_s)
           yield point(p, scale if kind == 'scale' else seen, total, slo,
-                      records, parts, one, alone)
+                      records, parts, made, alone)
 
 
 # --- what a person sees ------------------------------------------------------
@@ -414,42 +414,42 @@ def main(options, console):
   if out:
     out.mkdir(parents=True, exist_ok=True)
   traces = Traces(out) if options.timeline else None
-  found, stopped = [], False
+  done, stopped = [], False
   with terminal.Interrupts() as interrupts, Progress(
       console=console, transient=True) as progress:
     try:
       for p in simulate(options, asked, placements, points, kind, progress,
                         interrupts.halt, traces and traces.save):
-        found.append(p)
+        done.append(p)
         if not console.is_terminal:
           console.print(f'{p.placement} at {p.x:.4g}: '
                         f'{p.summary.attainment[0]:.0%} met both')
     except KeyboardInterrupt:
       stopped = True
-  for name in dict.fromkeys(p.placement for p in found):
-    own = [p for p in found if p.placement == name]
+  for name in dict.fromkeys(p.placement for p in done):
+    own = [p for p in done if p.placement == name]
     console.print(table(own, kind))
     for line in told(own, kind, options.target):
       console.print(f'  {line}', soft_wrap=True, highlight=False)
   if words := profiles.caveat(options.latency):
     console.print(words, soft_wrap=True)
   if stopped:
-    console.print(f'Stopped by Ctrl-C: {len(found)} of '
+    console.print(f'Stopped by Ctrl-C: {len(done)} of '
                   f'{len(points) * len(placements)} points.')
-  if out and found:
-    _save(options, out, found, kind, stopped, traces, console)
+  if out and done:
+    _save(options, out, done, kind, stopped, traces, console)
   return 130 if stopped else 0
 
 
-def _save(options, out, found, kind, stopped, traces, console):
+def _save(options, out, done, kind, stopped, traces, console):
   told_by = [name for name in FLAGS if name not in ('timeline', 'out')]
-  write(out, found, {k: getattr(options, k) for k in told_by}, stopped)
+  write(out, done, {k: getattr(options, k) for k in told_by}, stopped)
   label = ('objectives, as a multiple of those in the title'
            if kind == 'scale' else 'requests a second'
            + (' and device' if options.per_device else ''))
   fixed = (f', {options.rate:g} requests/s'
            if kind == 'scale' and options.rate else '')
-  draw(out / 'simulate.png', found, kind, label, options.target,
+  draw(out / 'simulate.png', done, kind, label, options.target,
        f'{options.model}, {pathlib.Path(options.lengths).name}, '
        f'{options.process} arrivals{fixed}; TTFT {options.ttft_s:g} s, TPOT '
        f'{options.tpot_s:g} s\nsimulated, {options.latency} latencies, '

@@ -94,12 +94,12 @@ def requests(config, vocab_size, rate_per_s, n, seed):
                     top * 5 // 8).astype(int)
   outputs = np.clip(rng.lognormal(np.log(top / 12), 0.5, n), 4,
                     top // 4).astype(int)
-  at = workload.arrivals('poisson' if rate_per_s else 'burst', rate_per_s, n,
+  times = workload.arrivals('poisson' if rate_per_s else 'burst', rate_per_s, n,
                          seed)
   ids = [tuple(rng.integers(3, vocab_size, p).tolist()) for p in prompts]
   return [Request(i, t, p, Sampling(max_tokens=int(o),
                                     ignore_eos=True))
-          for i, (t, p, o) in enumerate(zip(at, ids, outputs, strict=True))]
+          for i, (t, p, o) in enumerate(zip(times, ids, outputs, strict=True))]
 
 
 class Served(types.SimpleNamespace):
@@ -174,25 +174,27 @@ def step_times(profiles, log):
   steps, copies = calibration.observe(log)
   rows = []
 
-  def add(what, found):
+  def add(what, compared):
     def ratio(chosen):
       expected = sum(p for _, p, _ in chosen)
       return sum(s for s, _, _ in chosen) / expected if chosen else None
     rows.append({
-        'what': what, 'count': len(found),
-        'real_s': statistics.mean(s for s, _, _ in found),
-        'predicted_s': statistics.mean(p for _, p, _ in found),
-        'ratio': ratio(found),
-        'overlap': statistics.mean(o for _, _, o in found),
-        'alone': ratio([f for f in found if f[2] < 0.5]),
-        'together': ratio([f for f in found if f[2] >= 0.5])})
+        'what': what, 'count': len(compared),
+        'real_s': statistics.mean(s for s, _, _ in compared),
+        'predicted_s': statistics.mean(p for _, p, _ in compared),
+        'ratio': ratio(compared),
+        'overlap': statistics.mean(o for _, _, o in compared),
+        'alone': ratio([f for f in compared if f[2] < 0.5]),
+        'together': ratio([f for f in compared if f[2] >= 0.5])})
   for kind in ('prefill', 'mixed', 'decode'):
-    found = [(s.cell.seconds, fitting.predict_s(profiles.latencies[s.instance],
-                                                s.cell) + s.idle
-              * profiles.latencies[s.instance].host_s, s.overlap)
-             for s in steps if s.cell.kind == kind]
-    if found:
-      add(kind, found)
+    compared = []
+    for step in (s for s in steps if s.cell.kind == kind):
+      model = profiles.latencies[step.instance]
+      compared.append((step.cell.seconds,
+                       fitting.predict_s(model, step.cell)
+                       + step.idle * model.host_s, step.overlap))
+    if compared:
+      add(kind, compared)
   if copies:
     add('migrate', [(c.seconds, profiles.link.migrate_s(c.num_tokens)
                      + profiles.latencies[0].host_s, float(c.behind))
@@ -215,10 +217,11 @@ class Mode:
     self.server = orchestrator.serve(
         loaded, placement, config, report=lambda done, total, _: bar.update(
             task, completed=done, total=total))
-    one = profile.latencies[Plan()]
+    measured = profile.latencies[Plan()]
     link = profile.links.get((Plan(), Plan()))
     self.profiles = {'bench': Profiles(
-        (one,) * 2, link if placement.decode else None, profile.contention)}
+        (measured,) * 2, link if placement.decode else None,
+        profile.contention)}
 
   def sent(self, rate_per_s, n, seed):
     return requests(self.config, self.loaded.config.vocab_size, rate_per_s, n,
@@ -234,9 +237,9 @@ class Mode:
       done = sum(r.finish_s is not None
                  for r in self.server.records[-len(sent):] if r.id >= first)
       self.bar.update(task, completed=done)
-    found = serve(self.server, sent, tick)
+    served = serve(self.server, sent, tick)
     self.bar.update(task, completed=len(sent))
-    return found
+    return served
 
   def prepare(self, n, size, halt):
     """A burst for the throughput, then a calibration run."""
@@ -292,9 +295,9 @@ def show(console, rows, slo):
     table.add_column(column, justify='right')
   for row in rows:
     for kind in ('real', *PROFILES):
-      found = row[kind]
-      share, low, high = (100 * x for x in found['attainment'])
-      cells = [f'{1e3 * found[x][s]:.0f}' if kind == 'real' else
+      shown = row[kind]
+      share, low, high = (100 * x for x in shown['attainment'])
+      cells = [f'{1e3 * shown[x][s]:.0f}' if kind == 'real' else
                f'{100 * row["errors"][kind][x][s]:+.0f}%'
                for x in ('ttft_s', 'tpot_s') for s in STATS]
       table.add_row(
@@ -426,10 +429,10 @@ def run(options, console):
       slo = objectives(modes, options.ttft_s, options.tpot_s)
       for mode, rate in ((m, r) for m in modes for r in (rates or [
           share * m.capacity_per_s for share in SHARES])):
-        found = mode.row(rate, size(rate), interrupts.halt)
-        rows.append(mode.describe(rate, found, slo))
+        outcome = mode.row(rate, size(rate), interrupts.halt)
+        rows.append(mode.describe(rate, outcome, slo))
         orchestrator.write_log(out / f'events-{mode.name}-{rate:.2f}.jsonl',
-                               found[0].log)
+                               outcome[0].log)
         _write(out, options, name, slo, modes, rows)
         bar.console.print(f'{mode.name} {rate:.2f}/s: attained, %: '
                           + ', '.join(
@@ -459,10 +462,10 @@ def _checked(options):
 
 
 def _check_profile(profile, options):
-  one = Plan()
-  require(one in profile.latencies, '--profile', options.profile,
+  plan = Plan()
+  require(plan in profile.latencies, '--profile', options.profile,
           'a profile of plan 1x1')
-  require((one, one) in profile.links
+  require((plan, plan) in profile.links
           or 'disaggregated' not in options.modes, '--profile',
           options.profile, 'one with a link 1x1>1x1 (where the machine '
           'was too noisy to fit it, measure again)')
@@ -483,12 +486,12 @@ def _write(out, options, name, slo, modes, rows):
 def _close(console, rows, others, out):
   """The verdict in words, and who else was there."""
   for kind in PROFILES:
-    found = [r['errors'][kind] for r in rows]
+    misses = [r['errors'][kind] for r in rows]
     console.print(
         f'{kind}: attainment within '
-        f'{max(abs(e["attainment"]) for e in found):.1f} points; mean TTFT '
-        f'within {max(abs(e["ttft_s"]["mean"]) for e in found):.0%}, mean '
-        f'TPOT within {max(abs(e["tpot_s"]["mean"]) for e in found):.0%} '
+        f'{max(abs(e["attainment"]) for e in misses):.1f} points; mean TTFT '
+        f'within {max(abs(e["ttft_s"]["mean"]) for e in misses):.0%}, mean '
+        f'TPOT within {max(abs(e["tpot_s"]["mean"]) for e in misses):.0%} '
         'at every rate', highlight=False)
   cores = others.cores()
   if cores is not None:

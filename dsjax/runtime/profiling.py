@@ -84,15 +84,15 @@ class Cells:
   depends on it.
   """
 
-  def __init__(self, one: engine.Engine) -> None:
-    self.one = one
-    each = -(-one.config.max_len // one.limits.page_size)
-    count = one.config.max_seqs
-    most = one.limits.num_pages // each
+  def __init__(self, instance: engine.Engine) -> None:
+    self.instance = instance
+    each = -(-instance.config.max_len // instance.limits.page_size)
+    count = instance.config.max_seqs
+    most = instance.limits.num_pages // each
     self.pages = [tuple(range((r % most) * each, (r % most + 1) * each))
                   for r in range(count)]
     for id in range(count):
-      one.admit(id, [1] * (one.config.max_len // 2), 1, Sampling())
+      instance.admit(id, [1] * (instance.config.max_len // 2), 1, Sampling())
 
   def run(self, pieces: tuple, batch: int,
           each: int) -> tuple[jax.Array, int]:
@@ -100,14 +100,14 @@ class Cells:
     rows = tuple(Row(r, each - 1, STEPS, self.pages[r])
                  for r in range(batch))
     if not pieces:
-      outs, _ = self.one.decode(RunDecode(0, 0, 0, STEPS, rows))
+      outs, _ = self.instance.decode(RunDecode(0, 0, 0, STEPS, rows))
       return outs[-1].token_R, STEPS
-    size = self.one.limits.page_size
+    size = self.instance.limits.page_size
     chunks = tuple(
         Chunk(batch + i, start, stop,
               self.pages[batch + i][:-(-stop // size)], True)
         for i, (start, stop) in enumerate(pieces))
-    outs, _ = self.one.prefill(RunPrefill(0, 0, chunks, 0, rows))
+    outs, _ = self.instance.prefill(RunPrefill(0, 0, chunks, 0, rows))
     return outs[-1].token_R, 1
 
   def seconds(self, pieces: tuple, batch: int, each: int) -> float:

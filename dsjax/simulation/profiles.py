@@ -92,13 +92,13 @@ def load(path: str | pathlib.Path) -> Profile:
                        '2x1>1x1')
     links[tuple(Plan.parse(e, f'{path}: links') for e in ends)] = _made(
         path, f'links.{name}', Link, value)
-  found = data.get('contention')
-  if found is not None:
-    found = _made(path, 'contention', Contention, {'factors': {
+  contention = data.get('contention')
+  if contention is not None:
+    contention = _made(path, 'contention', Contention, {'factors': {
         tuple(name.split('>')): factor for name, factor in _fields(
-            path, 'contention', found).items()}})
+            path, 'contention', contention).items()}})
   return Profile(data['model'], data['device'], latencies, links,
-                 data.get('source', ''), found)
+                 data.get('source', ''), contention)
 
 
 # --- by name ------------------------------------------------------------------
@@ -181,13 +181,13 @@ def _made(path, where, kind, value):
   value = dict(_fields(path, where, value, needed, [
       f.name for f in fields if f.name not in needed]))
   if 'buckets' in value:
-    found = _fields(path, f'{where}.buckets', value['buckets'],
+    buckets = _fields(path, f'{where}.buckets', value['buckets'],
                     Buckets._fields, ())
-    for name, sizes in found.items():
+    for name, sizes in buckets.items():
       if not isinstance(sizes, list):
         raise InputError(f'{path}: {where}.buckets.{name}={sizes!r}: must be '
                          'a list')
-    value['buckets'] = Buckets(**{k: tuple(v) for k, v in found.items()})
+    value['buckets'] = Buckets(**{k: tuple(v) for k, v in buckets.items()})
   try:
     return kind(**value)
   except InputError as error:

@@ -216,10 +216,10 @@ def vary(unit_times: Iterable[float],
     cycle, rest = divmod(u, counts[-1])
     # Of segments that end at one count (rate 0), the last: its start is
     # where the count grows again.
-    at = min(bisect_right(counts, rest), len(segments)) - 1
-    rate = segments[at][1]
-    late = (rest - counts[at]) / rate if rate else segments[at][0]
-    times.append(cycle * starts[-1] + starts[at] + late)
+    segment = min(bisect_right(counts, rest), len(segments)) - 1
+    rate = segments[segment][1]
+    late = (rest - counts[segment]) / rate if rate else segments[segment][0]
+    times.append(cycle * starts[-1] + starts[segment] + late)
   return tuple(times)
 
 
@@ -304,13 +304,13 @@ def turns(entries: Sequence[Entry],
   if len(blocks) > 1:
     common = next((i for i, ids in enumerate(zip(*blocks, strict=False))
                    if len(set(ids)) > 1), min(map(len, blocks)))
-  holder, found = {}, []
+  holder, made = {}, []
   for i, (entry, ids) in enumerate(zip(entries, blocks, strict=True)):
     count = next((k for k, id in enumerate(ids) if id not in holder),
                  len(ids))
     parent = holder[ids[count - 1]] if count else None
-    group = found[parent].group if count > common else i
-    found.append(Turn(entry, min(count * BLOCK, entry.prompt_len), parent,
+    group = made[parent].group if count > common else i
+    made.append(Turn(entry, min(count * BLOCK, entry.prompt_len), parent,
                       group))
     holder.update(dict.fromkeys(ids, i))
-  return tuple(found)
+  return tuple(made)

@@ -159,7 +159,7 @@ def main(run, defined: dict[str, Any], config=None,
 
 
 def wide_console() -> Console:
-  """A Console; where nobody looks, wide enough for the widest tables."""
+  """A Console; off a terminal, wide enough for the widest tables."""
   console = Console()
   return console if console.is_terminal else Console(width=150)
 

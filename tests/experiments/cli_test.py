@@ -19,7 +19,7 @@ RUNNERS = ('aot.__main__', 'api', 'bench.engine', 'bench.http_cost',
            'bench.migration', 'bench.simulator', 'explore', 'load', 'measure',
            'overload', 'place', 'reproduce', 'serve', 'simulate', 'soak',
            'validate')
-# Other names of what SHARED has: nobody may bring them back.
+# Former names of flags that SHARED has by another name.
 FORMER = {'ttft', 'tpot', 'num', 'most', 'arrivals', 'cache'}
 
 
@@ -140,5 +140,6 @@ def test_numbers():
       cli.numbers('--rates', text)
 
 
-def test_nobody_looks():
+def test_a_console_off_a_terminal_is_wide():
   assert isinstance(cli.wide_console(), Console)
+  assert cli.wide_console().width >= 80
