@@ -9,12 +9,10 @@ from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.config.request import Sampling
-from dsjax.workload import KINDS, traffic
+from dsjax.workload import PROCESSES
 
 PROMPTS = pathlib.Path(__file__).resolve().parent.parent.joinpath(
     'experiments', 'prompts.jsonl')
-SOURCES = ('prompts', 'trace', 'fixed', *traffic.MIXTURES)
-ARRIVALS = (*KINDS, 'resample')
 
 _ONE = Plan()
 TWO_DEVICES = (Placement(prefill=[_ONE], decode=[_ONE]),
@@ -27,25 +25,27 @@ class Workload:
   """What is sent, and when.
 
   Attributes:
-    source: prompts (a file of them, workload.read_prompts), trace (lengths
-      from a file, workload.read_lengths; ids without meaning), fixed
-      (every prompt of prompt_len, every answer of output_len tokens) or a
-      mixture of traffic.MIXTURES (sharegpt, humaneval, longbench).
-    path: the file, for prompts and trace.
-    num_requests: None for as many as the file has; a file of prompts is gone
-      round again when there are more.
-    arrivals, rate_per_s, cv: see workload.arrivals; 'resample' has the trace's
-      own burstiness, and without rate_per_s its rate (traffic.fit).
+    prompts: a file of prompts (workload.read_prompts).
+    lengths: instead of them ids without meaning, of these lengths: sharegpt,
+      humaneval, longbench, fixed:PROMPTxOUTPUT (tokens) or a file
+      (workload.lengths_of).
+    requests: how many; None for as many as the file has (100 of a mixture).
+      Prompts are gone round again when there are more.
+    process: of arrivals: poisson, gamma, uniform, burst, trace (the file's
+      own times) or resample (its burstiness and, without rate_per_s, its
+      rate); see workload.arrivals_of.
+    rate_per_s: requests a second.
+    cv: of the gaps of process gamma: their deviation over their mean.
     swing, period_s: the rate goes up and down by this share of itself, in
       this time (traffic.diurnal).
     seed: of arrivals, lengths and ids.
-    max_prompt, max_output: lengths of a trace are cut to these.
+    max_prompt, max_output: lengths are cut to these.
   """
 
-  source: str = 'prompts'
-  path: str | None = None
-  num_requests: int | None = None
-  arrivals: str = 'poisson'
+  prompts: str = str(PROMPTS)
+  lengths: str | None = None
+  requests: int | None = None
+  process: str = 'poisson'
   rate_per_s: float | None = 1.0
   cv: float = 1.0
   swing: float = 0.0
@@ -53,16 +53,11 @@ class Workload:
   seed: int = 0
   max_prompt: int | None = None
   max_output: int | None = None
-  prompt_len: int = 256
-  output_len: int = 64
 
   def __post_init__(self):
-    require(self.source in SOURCES, 'workload.source', self.source,
-            f'one of {SOURCES}')
-    require(self.arrivals in ARRIVALS, 'workload.arrivals', self.arrivals,
-            f'one of {ARRIVALS}')
-    for field in ('num_requests', 'max_prompt', 'max_output', 'prompt_len',
-                  'output_len'):
+    require(self.process in PROCESSES, 'workload.process', self.process,
+            f'one of {PROCESSES}')
+    for field in ('requests', 'max_prompt', 'max_output'):
       value = getattr(self, field)
       require(value is None or value > 0, f'workload.{field}', value,
               'an integer of 1 or more')
@@ -76,9 +71,9 @@ class Serve:
   """A comparison: one workload on one model, placement after placement.
 
   Attributes:
-    model: smollm2-135m-instruct, the path of a .gguf, or tiny (random
-      weights).
-    placements: the modes, of equally many devices.
+    model: what dsjax.load takes: smollm2-135m-instruct, tiny (random
+      weights), the path of a .gguf or of a folder.
+    placements: the modes, of equally many devices, with '/' between.
     sampling: of the answers to prompts; request i draws with seed + i. A
       prompt's own max_tokens comes first. Answers to lengths have theirs.
     warmup_s: requests that arrive before it count in no statistic.
@@ -87,7 +82,7 @@ class Serve:
   model: str = 'smollm2-135m-instruct'
   placements: tuple[Placement, ...] = TWO_DEVICES
   engine: EngineConfig = EngineConfig()
-  workload: Workload = Workload(path=str(PROMPTS))
+  workload: Workload = Workload()
   sampling: Sampling = Sampling(max_tokens=48)
   slo: Slo = Slo(ttft_s=2.0, tpot_s=0.15)
   warmup_s: float = 0.0

@@ -7,14 +7,14 @@ everything runs is to be read from it. About 30 s on a 2-core CPU machine the
 first time, most of it compilation.
 """
 
-from configs.serve import PROMPTS, Serve, Workload
+from configs.serve import Serve, Workload
 from dsjax import EngineConfig, Sampling, Slo
 
 config = Serve(
     model='tiny',
     engine=EngineConfig(max_len=1536, max_seqs=4, prefill_tokens=256,
                         prefill_seqs=4, chunk_tokens=64),
-    workload=Workload(path=str(PROMPTS), num_requests=8, rate_per_s=20.0),
+    workload=Workload(requests=8, rate_per_s=20.0),
     sampling=Sampling(max_tokens=12),
     slo=Slo(ttft_s=0.5, tpot_s=0.05),
 )

@@ -21,18 +21,16 @@ import multiprocessing
 import pathlib
 import random
 import signal
-import sys
 import time
 from typing import NamedTuple
 
-from absl import app, flags
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from dsjax.config.checks import require
 from dsjax.config.engine import InstanceConfig
 from dsjax.scheduling import lifecycle, scheduler
-from experiments.common import terminal
+from experiments.common import cli, terminal
 from experiments.verify import schedules
 from experiments.verify.worlds import Rules, Violation
 
@@ -155,27 +153,22 @@ def explore(job, halt=None):
                 time.process_time() - began, broken, moves)
 
 
-def define_flags():
-  """Defines the command line; called when this module is run."""
-  flags.DEFINE_bool('deep', False, 'Two faults more on every path, 500 seeds.')
-  flags.DEFINE_integer('more', 0, 'More faults on a path.', lower_bound=0)
-  flags.DEFINE_float('seconds', 100, 'CPU seconds of one small world.',
-                     lower_bound=0.1)
-  flags.DEFINE_integer('seeds', None, 'Random large worlds.', lower_bound=0)
-  flags.DEFINE_integer('first_seed', 0, 'The first of them.', lower_bound=0)
-  flags.DEFINE_string('only', None, 'Small worlds whose names begin so.')
-  flags.DEFINE_integer('processes', 2, 'At a time.', lower_bound=1)
-  flags.DEFINE_string('out', 'out/explore', 'Folder of results.')
-  flags.DEFINE_string('replay', None, 'A log to run again.')
-  flags.DEFINE_bool('table', False, 'The life cycle as Markdown.')
+FLAGS = {
+    'deep': cli.Flag(False, 'Two faults more on every path, 500 seeds.'),
+    'more': cli.Flag(0, 'More faults on a path.', low=0),
+    'seconds': cli.Flag(100.0, 'CPU seconds of one small world.', low=0.1),
+    'seeds': cli.Flag(None, 'Random large worlds.', int, low=0),
+    'first_seed': cli.Flag(0, 'The first of them.', low=0),
+    'only': cli.Flag(None, 'Small worlds whose names begin so.', str),
+    'processes': cli.Flag(2, 'At a time.', low=1),
+    'out': 'out/explore',
+    'replay': cli.Flag(None, 'A log to run again.', str),
+    'table': cli.Flag(False, 'The life cycle as Markdown.'),
+}
 
 
-def main(_):
-  with terminal.one_error(OSError):
-    sys.exit(_main(terminal.wide_console(), flags.FLAGS))
-
-
-def _main(console, options):
+def run(options, console):
+  """Explores, or replays a log; returns the exit code."""
   if options.table:
     print(lifecycle.drawing())
     return 0
@@ -305,5 +298,4 @@ def report(console, results, out):
 
 
 if __name__ == '__main__':
-  define_flags()
-  app.run(main)
+  cli.main(run, FLAGS)

@@ -1,7 +1,7 @@
 """Sends a workload to any OpenAI-compatible server and reports latencies.
 
-  python -m experiments.load --url=http://localhost:8000 --rate=2 --num=60 \
-    --ttft=1.5 --tpot=0.15 --out=out/load
+  python -m experiments.load --url=http://localhost:8000 --rate=2 \
+    --requests=60 --ttft_s=1.5 --tpot_s=0.15 --out=out/load
 
 Open loop: requests leave at their arrival times whatever has been answered,
 and TTFT counts from that time, so a client that falls behind makes the server
@@ -31,8 +31,7 @@ import pathlib
 import time
 
 import httpx
-from absl import app, flags
-from rich.console import Console, Group
+from rich.console import Group
 
 from configs.serve import PROMPTS
 from dsjax import workload
@@ -40,9 +39,25 @@ from dsjax.analysis import metrics
 from dsjax.analysis.record import Record
 from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Slo
-from experiments.common import report, terminal
+from experiments.common import cli, report
 
-FLAGS = None  # once run as a program
+FLAGS = {
+    'url': cli.Flag('http://127.0.0.1:8000', 'Server.'),
+    'model': cli.Flag(None, 'What the server calls it; its first, if not '
+                      'given.', str),
+    'kind': cli.Flag('chat', 'Of requests.', str,
+                     choices=('chat', 'completion')),
+    'prompts': cli.Flag(str(PROMPTS), 'A file of prompts.'),
+    'lengths': None,
+    'vocab': cli.Flag(1000, 'Ids of --lengths are below it.', low=1),
+    'process': 'poisson', 'rate': 1.0, 'cv': 1.0, 'requests': 24,
+    'max_tokens': cli.Flag(64, 'Of an answer.', low=1),
+    'seed': 0, 'ttft_s': 2.0, 'tpot_s': 0.15,
+    'devices': cli.Flag(1, 'That the server uses.', low=1),
+    'timeout': cli.Flag(600.0, 'Seconds without a byte.', low=0.1),
+    'extra': cli.Flag('{}', 'JSON added to each body.'),
+    'out': None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +87,7 @@ def jobs(kind, model, arrivals_s, prompts=(), entries=(), max_tokens=64,
   """
   require(kind in ('chat', 'completion'), '--kind', kind,
           "'chat' or 'completion'")
-  found, lengths = [], None
+  made, lengths = [], None
   if entries:
     lengths, _ = workload.from_lengths(entries, len(arrivals_s), arrivals_s,
                                        vocab, seed)
@@ -93,8 +108,8 @@ def jobs(kind, model, arrivals_s, prompts=(), entries=(), max_tokens=64,
       body['max_tokens'] = p.max_tokens or max_tokens
     body |= {'messages': messages} if kind == 'chat' else {'prompt': prompt}
     path = '/v1/chat/completions' if kind == 'chat' else '/v1/completions'
-    found.append(Job(i, arrival_s, path, body | (extra or {}), size))
-  return found
+    made.append(Job(i, arrival_s, path, body | (extra or {}), size))
+  return made
 
 
 # --- sending ----------------------------------------------------------------
@@ -193,18 +208,18 @@ async def send_all(url, key, todo, timeout_s, on_sent=None, load=None):
   limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
   async with httpx.AsyncClient(base_url=url.removesuffix('/').removesuffix(
       '/v1'), headers=headers, timeout=timeout_s, limits=limits) as client:
-    one = Load(client)
+    sender = Load(client)
     if load is not None:
-      load.append(one)
-    await one.run(todo, on_sent)
-  return one
+      load.append(sender)
+    await sender.run(todo, on_sent)
+  return sender
 
 
 def find_model(url, key):
   """The first model that a server lists.
 
   Raises:
-    InputError: nobody answers there, or not in OpenAI's way.
+    InputError: no server answers there, or not in OpenAI's way.
   """
   headers = {'Authorization': f'Bearer {key}'} if key else {}
   path = url.removesuffix('/').removesuffix('/v1') + '/v1/models'
@@ -247,70 +262,40 @@ def show(console, load, slo, num_devices, title, out=None):
 # --- command line -----------------------------------------------------------
 
 
-def define_flags():
-  """This program's flags."""
-  return {
-      'url': flags.DEFINE_string('url', 'http://127.0.0.1:8000', 'Server.'),
-      'model': flags.DEFINE_string('model', None, 'Default: its first.'),
-      'kind': flags.DEFINE_enum('kind', 'chat', ['chat', 'completion'], ''),
-      'prompts': flags.DEFINE_string('prompts', str(PROMPTS), 'A file.'),
-      'lengths': flags.DEFINE_string('lengths', None, 'A trace instead.'),
-      'vocab': flags.DEFINE_integer('vocab', 1000, 'Ids of --lengths are below '
-                                    'it.', lower_bound=1),
-      'arrivals': flags.DEFINE_enum('arrivals', 'poisson', workload.KINDS, ''),
-      'rate': flags.DEFINE_float('rate', 1.0, 'Requests a second.'),
-      'cv': flags.DEFINE_float('cv', 1.0, 'Of the gaps, gamma only.'),
-      'num': flags.DEFINE_integer('num', 24, 'Requests.', lower_bound=1),
-      'max_tokens': flags.DEFINE_integer('max_tokens', 64, 'Of an answer.',
-                                         lower_bound=1),
-      'seed': flags.DEFINE_integer('seed', 0, 'Of it all.', lower_bound=0),
-      'ttft': flags.DEFINE_float('ttft', 2.0, 'Objective, seconds.'),
-      'tpot': flags.DEFINE_float('tpot', 0.15, 'Objective, seconds.'),
-      'devices': flags.DEFINE_integer('devices', 1, 'That the server uses.',
-                                      lower_bound=1),
-      'timeout': flags.DEFINE_float('timeout', 600.0, 'Without a byte, s.',
-                                    lower_bound=0.1),
-      'extra': flags.DEFINE_string('extra', '{}', 'JSON added to each body.'),
-      'out': flags.DEFINE_string('out', None, 'Folder for the files.')}
-
-
-def run(f, console):
-  """Sends, shows and writes; returns the exit code. f: the flags' values."""
-  slo = Slo(f['ttft'], f['tpot'])
+def run(options, console):
+  """Sends, shows and writes; returns the exit code."""
+  slo = Slo(options.ttft_s, options.tpot_s)
   try:
-    extra = json.loads(f['extra'])
+    extra = json.loads(options.extra)
   except ValueError:
     extra = None
-  require(isinstance(extra, dict), '--extra', f['extra'], 'a JSON object')
-  entries = workload.read_lengths(f['lengths']) if f['lengths'] else ()
-  prompts = () if entries else workload.read_prompts(f['prompts'])
-  times = workload.arrivals(f['arrivals'], f['rate'], f['num'], f['seed'],
-                            f['cv'], entries or None)
+  require(isinstance(extra, dict), '--extra', options.extra, 'a JSON object')
+  entries = (workload.lengths_of(options.lengths, options.requests,
+                                 options.seed) if options.lengths else ())
+  prompts = () if entries else workload.read_prompts(options.prompts)
+  times = workload.arrivals_of(options.process, options.rate, options.requests,
+                               options.seed, options.cv, entries)
   key = os.environ.get('DSJAX_API_KEY') or os.environ.get('OPENAI_API_KEY')
-  model = f['model'] or find_model(f['url'], key)
-  todo = jobs(f['kind'], model, times, prompts, entries, f['max_tokens'],
-              f['seed'], f['vocab'], extra)
-  title = (f'{model} at {f["url"]}: {f["num"]} {f["kind"]} requests, '
-           f'{f["arrivals"]}, {f["rate"]:g} a second, seed {f["seed"]}')
-  found, stopped = [], False
+  model = options.model or find_model(options.url, key)
+  todo = jobs(options.kind, model, times, prompts, entries, options.max_tokens,
+              options.seed, options.vocab, extra)
+  title = (f'{model} at {options.url}: {options.requests} {options.kind} '
+           f'requests, {options.process}, {options.rate:g} a second, seed '
+           f'{options.seed}')
+  senders, stopped = [], False
   with console.status('sending') as status:
     try:
-      asyncio.run(send_all(f['url'], key, todo, f['timeout'], lambda load:
-                           status.update(f'{len(load.records)} sent'), found))
+      asyncio.run(send_all(options.url, key, todo, options.timeout, lambda load:
+                           status.update(f'{len(load.records)} sent'), senders))
     except KeyboardInterrupt:
       stopped = True
-  if not found or not found[0].records:
+  if not senders or not senders[0].records:
     console.print('Stopped before anything was sent: nothing to write.')
     return 130
-  show(console, found[0], slo, f['devices'], title,
-       pathlib.Path(f['out']) if f['out'] else None)
+  show(console, senders[0], slo, options.devices, title,
+       pathlib.Path(options.out) if options.out else None)
   return 130 if stopped else 0
 
 
-def main(argv):
-  terminal.client(argv, FLAGS, run, Console())
-
-
 if __name__ == '__main__':
-  FLAGS = define_flags()
-  app.run(main)
+  cli.main(run, FLAGS)

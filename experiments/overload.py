@@ -35,7 +35,6 @@ import tempfile
 import time
 
 import httpx
-from absl import app, flags
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -43,9 +42,18 @@ from dsjax import workload
 from dsjax.analysis import metrics
 from dsjax.config.checks import require
 from experiments import api, load
-from experiments.common import report, terminal
+from experiments.common import cli, report
 
-FLAGS = None  # once run as a program
+FLAGS = {
+    'config': 'demo', 'set': (),
+    'url': cli.Flag(None, 'A server that runs already.', str),
+    'factor': cli.Flag(3.0, 'Times its capacity.', low=0.0),
+    'seconds': cli.Flag(60.0, 'Of the flood.', low=0.1),
+    'full': cli.Flag(30.0, 'Seconds that capacity is measured for.', low=0.1),
+    'singles': cli.Flag(8, 'Unloaded requests.', low=1),
+    'recover': cli.Flag(10.0, 'Seconds watched after.', low=0.5),
+    'out': None,
+}
 RECOVERED = 1.25  # latencies below this many times the unloaded worst
 PAUSE_S = 0.1  # of a client that was refused
 MARGIN = 0.8  # of an objective, that admission aims at
@@ -91,45 +99,45 @@ class Overload:
   def _jobs(self, times):
     return self._make(times, next(self._seed))
 
-  async def _loop(self, one, more):
+  async def _loop(self, sender, more):
     """Requests one after another into a Load, while more()."""
     while more():
-      job = dataclasses.replace(self._jobs((0.0,))[0], arrival_s=one.now)
-      record = await one.send(job)
+      job = dataclasses.replace(self._jobs((0.0,))[0], arrival_s=sender.now)
+      record = await sender.send(job)
       if record.status == 'rejected':
         await asyncio.sleep(PAUSE_S)
 
   async def single(self, count):
     """`count` requests, one after another."""
-    one = load.Load(self.client)
-    await self._loop(one, lambda: len(one.records) < count)
-    return one
+    sender = load.Load(self.client)
+    await self._loop(sender, lambda: len(sender.records) < count)
+    return sender
 
   async def full(self, seconds, clients):
     """A closed loop of `clients`; (Load, requests served a second)."""
-    one = load.Load(self.client)
-    await asyncio.gather(*(self._loop(one, lambda: one.now < seconds)
+    sender = load.Load(self.client)
+    await asyncio.gather(*(self._loop(sender, lambda: sender.now < seconds)
                            for _ in range(clients)))
-    ends = sorted(r.finish_s for r in one.records
+    ends = sorted(r.finish_s for r in sender.records
                   if r.status in ('stop', 'length'))
     require(len(ends) >= 3, 'answers while full', len(ends),
             '3 or more; let --full last longer')
-    return one, (len(ends) - 1) / (ends[-1] - ends[0])
+    return sender, (len(ends) - 1) / (ends[-1] - ends[0])
 
   async def flood(self, rate_per_s, seconds, recover_s):
     """Poisson arrivals for `seconds`, then single requests for `recover_s`."""
     times = workload.arrivals('poisson', rate_per_s,
                               max(1, round(rate_per_s * seconds)), 0, 1.0, None)
     todo = self._jobs(times)
-    one = load.Load(self.client)
+    sender = load.Load(self.client)
 
     async def probe():
-      await asyncio.sleep(times[-1] - one.now)
+      await asyncio.sleep(times[-1] - sender.now)
       after = load.Load(self.client)
       await self._loop(after, lambda: after.now < recover_s)
       return after
-    _, after = await asyncio.gather(one.run(todo), probe())
-    return one, after
+    _, after = await asyncio.gather(sender.run(todo), probe())
+    return sender, after
 
 
 def recovery_s(unloaded, after):
@@ -193,16 +201,16 @@ def _ms(values):
   return f'{1e3 * p50:.0f} / {1e3 * p99:.0f}' if values else '-'
 
 
-def table(found, slo):
+def table(result, slo):
   """A rich Table of the phases."""
-  made = Table(title=f'capacity {found.capacity_per_s:.3g} requests/s; TTFT '
+  made = Table(title=f'capacity {result.capacity_per_s:.3g} requests/s; TTFT '
                f'{slo.ttft_s:g} s, TPOT {slo.tpot_s:g} s',
                title_justify='left')
   made.add_column('')
   for name in PHASES:
     made.add_column(name, justify='right')
   phases = {name: [r for r in records if r.reason != 'HTTP 429']
-            for name, records in found.records.items()}
+            for name, records in result.records.items()}
 
   def row(name, cell):
     made.add_row(name, *(cell(phase) for phase in PHASES))
@@ -211,8 +219,8 @@ def table(found, slo):
     share, low, high = metrics.interval(
         [metrics.attains(r, slo) for r in phases[phase]])
     return f'{100 * share:.0f} % [{100 * low:.0f}, {100 * high:.0f}]'
-  row('sent', lambda p: str(len(found.records[p])))
-  row('429', lambda p: str(len(found.records[p]) - len(phases[p])))
+  row('sent', lambda p: str(len(result.records[p])))
+  row('429', lambda p: str(len(result.records[p]) - len(phases[p])))
   row('attained, of the accepted', attained)
   row('TTFT p50 / p99 ms', lambda p: _ms(
       [r.ttft_s for r in phases[p] if r.token_s]))
@@ -221,50 +229,52 @@ def table(found, slo):
   return made
 
 
-def verdict(found, slo):
+def verdict(result, slo):
   """Sentences: what was aimed at and what came."""
-  hits = [metrics.attains(r, slo) for r in found.accepted]
+  hits = [metrics.attains(r, slo) for r in result.accepted]
   share = 100 * sum(hits) / max(1, len(hits))
-  p50, _, p99 = metrics.percentiles(found.refused_s)
-  count = len(found.refused_s)
+  p50, _, p99 = metrics.percentiles(result.refused_s)
+  count = len(result.refused_s)
   told = (f'{count} were sent away with 429 after {1e3 * p50:.1f} ms (p50) and '
-          f'{1e3 * p99:.1f} ms (p99; aim: below 100), {found.with_retry} of '
+          f'{1e3 * p99:.1f} ms (p99; aim: below 100), {result.with_retry} of '
           'them with Retry-After.' if count else 'None was sent away.')
-  other = ', '.join(f'{n} {why}' for why, n in found.other.items()) or 'none'
+  other = ', '.join(f'{n} {why}' for why, n in result.other.items()) or 'none'
   came = ('the latency did not come back in this run' if
-          found.recovered_s is None else 'the latency was as before '
-          f'{found.recovered_s:.1f} s after the flood')
-  return (f'{len(hits)} of {len(found.records["flood"])} requests of the flood '
-          f'were accepted and {share:.0f} % of them attained both objectives '
+          result.recovered_s is None else 'the latency was as before '
+          f'{result.recovered_s:.1f} s after the flood')
+  sent = len(result.records['flood'])
+  return (f'{len(hits)} of {sent} requests of the flood were accepted and '
+          f'{share:.0f} % of them attained both objectives '
           f'(aim: 90 or more). {told} Other failures: {other}. Then {came} '
           '(aim: within 5). The client was '
-          f'{1e3 * found.lag_s[2]:.1f} ms late at p99.')
+          f'{1e3 * result.lag_s[2]:.1f} ms late at p99.')
 
 
-def save(found, slo, out, title):
+def save(result, slo, out, title):
   """Writes records.jsonl, summary.json and report.png to a folder."""
   out.mkdir(parents=True, exist_ok=True)
   with open(out / 'records.jsonl', 'w') as file:
-    for phase, records in found.records.items():
+    for phase, records in result.records.items():
       file.writelines(json.dumps({'phase': phase} | dataclasses.asdict(r)) +
                       '\n' for r in records)
   (out / 'summary.json').write_text(json.dumps({
-      'capacity_per_s': found.capacity_per_s, 'slo': dataclasses.asdict(slo),
-      'accepted': len(found.accepted),
-      'attained': sum(metrics.attains(r, slo) for r in found.accepted),
-      'refused': len(found.refused_s), 'with_retry_after': found.with_retry,
-      'refused_s': metrics.percentiles(found.refused_s), 'other': found.other,
-      'recovered_s': found.recovered_s, 'lag_s': found.lag_s}, indent=1) + '\n')
+      'capacity_per_s': result.capacity_per_s, 'slo': dataclasses.asdict(slo),
+      'accepted': len(result.accepted),
+      'attained': sum(metrics.attains(r, slo) for r in result.accepted),
+      'refused': len(result.refused_s), 'with_retry_after': result.with_retry,
+      'refused_s': metrics.percentiles(result.refused_s),
+      'other': result.other, 'recovered_s': result.recovered_s,
+      'lag_s': result.lag_s}, indent=1) + '\n')
   figure = Figure(figsize=(11, 6.4), layout='constrained')
   ttft, tpot = figure.subplots(2, 1, sharex=True)
-  end_s = max(r.arrival_s for r in found.records['flood'])
-  shown = [('flood', found.records['flood']), ('after', [
+  end_s = max(r.arrival_s for r in result.records['flood'])
+  shown = [('flood', result.records['flood']), ('after', [
       dataclasses.replace(r, arrival_s=r.arrival_s + end_s,
                           token_s=[t + end_s for t in r.token_s])
-      for r in found.records['after']])]
+      for r in result.records['after']])]
   for axes, field, name in ((ttft, 'ttft_s', 'TTFT'), (tpot, 'tpot_s', 'TPOT')):
     report.over_time(axes, shown, field, getattr(slo, field))
-    worst_s = max(getattr(r, field) for r in found.records['unloaded'])
+    worst_s = max(getattr(r, field) for r in result.records['unloaded'])
     axes.axhline(worst_s, color='#2f9464', linewidth=1)
     axes.annotate(f'{name} unloaded, at worst', (0, worst_s), fontsize=8,
                   color='#2f9464', xytext=(2, 3), textcoords='offset points')
@@ -287,17 +297,17 @@ def serving(config, settings, say):
   command = [sys.executable, '-m', 'experiments.api', f'--config={config}',
              '--port=0', *(f'--set={s}' for s in settings)]
   with tempfile.TemporaryFile('w+') as log, subprocess.Popen(
-      command, cwd=api.ROOT, stdout=subprocess.PIPE, stderr=log,
+      command, cwd=cli.ROOT, stdout=subprocess.PIPE, stderr=log,
       text=True) as process:
     try:
       line = process.stdout.readline()
-      found = re.match(r'(http://\S+)/ ', line)
-      if not found:
+      address = re.match(r'(http://\S+)/ ', line)
+      if not address:
         process.wait()
         log.seek(0)
         require(False, 'experiments.api', log.read().strip()[-500:],
                 'able to start')
-      url, status = found[1], {'status': 'starting'}
+      url, status = address[1], {'status': 'starting'}
       while status['status'] == 'starting':
         say(status.get('progress') or 'starting')
         time.sleep(0.5)
@@ -317,39 +327,20 @@ def serving(config, settings, say):
           process.kill()
 
 
-def define_flags():
-  """This program's flags."""
-  return {
-      'config': flags.DEFINE_string('config', 'demo', 'As experiments.api.'),
-      'set': flags.DEFINE_multi_string('set', [], 'As experiments.api.'),
-      'url': flags.DEFINE_string('url', None, 'A server that runs already.'),
-      'factor': flags.DEFINE_float('factor', 3.0, 'Times its capacity.',
-                                   lower_bound=0.0),
-      'seconds': flags.DEFINE_float('seconds', 60.0, 'Of the flood.',
-                                    lower_bound=0.1),
-      'full': flags.DEFINE_float('full', 30.0, 'Seconds that capacity is '
-                                 'measured for.', lower_bound=0.1),
-      'singles': flags.DEFINE_integer('singles', 8, 'Unloaded requests.',
-                                      lower_bound=1),
-      'recover': flags.DEFINE_float('recover', 10.0, 'Seconds watched after.',
-                                    lower_bound=0.5),
-      'out': flags.DEFINE_string('out', None, 'Folder for the files.')}
-
-
-def run(f, console):
-  """Measures, shows and writes; returns the exit code. f: the flags' values."""
-  config = api.load(f['config'], f['set'])
+def run(options, console):
+  """Measures, shows and writes; returns the exit code."""
+  config = api.load(options.config, options.set)
   places = config.engine.max_seqs * sum(
       role != 'prefill' for role, _ in config.placements[0].instances)
   most = config.limits.max_open or places
   settings = [f'limits.max_open={most}',
               f'limits.max_ttft_s={MARGIN * config.slo.ttft_s}',
-              f'limits.max_tpot_s={MARGIN * config.slo.tpot_s}', *f['set']]
-  prompts = workload.read_prompts(config.workload.path)
+              f'limits.max_tpot_s={MARGIN * config.slo.tpot_s}', *options.set]
+  prompts = workload.read_prompts(config.workload.prompts)
   key = os.environ.get('DSJAX_API_KEY')
   with console.status('starting') as status, (
-      contextlib.nullcontext(f['url']) if f['url'] else
-      serving(f['config'], settings, status.update)) as url:
+      contextlib.nullcontext(options.url) if options.url else
+      serving(options.config, settings, status.update)) as url:
     model = load.find_model(url, key)
 
     def make(times, seed):
@@ -358,28 +349,24 @@ def run(f, console):
       return load.jobs('chat', model, times, turn, (),
                        config.sampling.max_tokens, seed)
     try:
-      found = asyncio.run(measure(
-          url.removesuffix('/v1'), key, make, 2 * most, f['singles'], f['full'],
-          f['factor'], f['seconds'], f['recover'], status.update))
+      result = asyncio.run(measure(
+          url.removesuffix('/v1'), key, make, 2 * most, options.singles,
+          options.full, options.factor, options.seconds, options.recover,
+          status.update))
     except KeyboardInterrupt:
       console.print('Stopped: a run that is not whole says nothing.')
       return 130
-  title = (f'{model}: {f["factor"]:g} times the capacity of '
-           f'{found.capacity_per_s:.3g} requests/s for {f["seconds"]:g} s, at '
-           f'most {most} open')
-  console.print(title, table(found, config.slo), verdict(found, config.slo),
+  title = (f'{model}: {options.factor:g} times the capacity of '
+           f'{result.capacity_per_s:.3g} requests/s for {options.seconds:g} s, '
+           f'at most {most} open')
+  console.print(title, table(result, config.slo), verdict(result, config.slo),
                 sep='\n', soft_wrap=True)
-  if f['out']:
-    save(found, config.slo, pathlib.Path(f['out']), title)
-    console.print(f'Written to {f["out"]}: records.jsonl report.png '
+  if options.out:
+    save(result, config.slo, pathlib.Path(options.out), title)
+    console.print(f'Written to {options.out}: records.jsonl report.png '
                   'summary.json')
   return 0
 
 
-def main(argv):
-  terminal.client(argv, FLAGS, run, terminal.wide_console())
-
-
 if __name__ == '__main__':
-  FLAGS = define_flags()
-  app.run(main)
+  cli.main(run, FLAGS, api.Api())

@@ -1,11 +1,11 @@
 """The best placement for a model, a cluster, a workload and two objectives.
 
   python -m experiments.place --model=opt-13b --nodes=1 --devices=3 \
-    --ttft=0.25 --tpot=0.1 --lengths=sharegpt --out=out/place
+    --ttft_s=0.25 --tpot_s=0.1 --lengths=sharegpt --out=out/place
 
 Seconds of a step come from --latency: 'published' (DistServe's A100 profiles
 of OPT-13B and 66B), 'roofline:a100-80g' and the like (shapes against peaks:
-hardware that nobody has measured), or a file that experiments.measure wrote.
+hardware without measurements), or a file that experiments.measure wrote.
 Lengths are a mixture of dsjax.workload.traffic (sharegpt, humaneval,
 longbench) or a file of dsjax.workload (CSV, JSONL). The cluster is --nodes and
 so on, or a JSON file with the fields of dsjax.placement.candidates.Cluster.
@@ -27,9 +27,7 @@ import pathlib
 import signal
 import time
 
-from absl import app, flags
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.progress import (
   BarColumn,
   Progress,
@@ -38,18 +36,13 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from dsjax.config import zoo
 from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Slo
 from dsjax.placement import search
-from dsjax.placement.candidates import Cluster, Problem
+from dsjax.placement.api import ALGORITHMS, make_problem
+from dsjax.placement.candidates import Cluster
 from dsjax.simulation import profiles
-from dsjax.workload import traffic
-from experiments.common import setting, terminal
-from experiments.common.overrides import show_placement
-
-ALGORITHMS = {'low': search.low_affinity, 'high': search.high_affinity,
-              'colocated': search.colocated}
+from experiments.common import cli
 
 CLUSTER = dict(nodes=('nodes', 1), devices=('devices_per_node', 1),
                memory_gb=('memory_bytes', 1e9),
@@ -58,42 +51,32 @@ CLUSTER = dict(nodes=('nodes', 1), devices=('devices_per_node', 1),
                hand_off_ms=('hand_off_s', 1e-3))
 
 
-def define_flags():
-  """The flags, when this is what runs (two runners share some names)."""
-  flags.DEFINE_string('model', 'opt-13b', 'A name in dsjax.config.zoo.')
-  flags.DEFINE_string('cluster', None, 'A JSON file; not with the next six.')
-  flags.DEFINE_integer('nodes', 1, 'Nodes.', lower_bound=1)
-  flags.DEFINE_integer('devices', 3, 'Devices a node.', lower_bound=1)
-  flags.DEFINE_float('memory_gb', 85.0, 'Of a device, 1e9 bytes.')
-  flags.DEFINE_float('intra_gb_per_s', 300.0, 'Inside a node.')
-  flags.DEFINE_float('inter_gb_per_s', 3.125, 'Between nodes.')
-  flags.DEFINE_float('hand_off_ms', 1.0, 'Fixed part of a KV transfer.')
-  flags.DEFINE_float('ttft', 0.25, 'Objective, seconds.')
-  flags.DEFINE_float('tpot', 0.1, 'Objective, seconds.')
-  flags.DEFINE_float('target', 0.9, 'Share that must meet both.')
-  flags.DEFINE_float('strict', 0.99, 'A second share, of the best placements; '
-                     '0: none.')
-  flags.DEFINE_float('strict_effort', 0.5, 'Of its runs; 2: intervals that '
-                     'say something, at eight times the price of the search.')
-  flags.DEFINE_float('rate', None, 'Requests/s of the whole cluster.')
-  flags.DEFINE_string('lengths', 'sharegpt', f'One of '
-                      f'{sorted(traffic.MIXTURES)}, or a file.')
-  flags.DEFINE_string('latency', 'published', 'See above.')
-  flags.DEFINE_float('host_ms', 2.0, "Host's time between two steps, where "
-                     '--latency does not say.')
-  flags.DEFINE_list('algorithms', ['low', 'colocated'],
-                    f'Of {sorted(ALGORITHMS)}.')
-  flags.DEFINE_list('chunks', ['512', '1024', '2048'], 'Token budgets tried.')
-  flags.DEFINE_integer('replicas', 3, 'Most instances of a phase.',
-                       lower_bound=1)
-  flags.DEFINE_integer('requests', 200, 'Simulated at a rate, at first.',
-                       lower_bound=20)
-  flags.DEFINE_float('tolerance', 0.1, 'Of the rate; less for the best.')
-  flags.DEFINE_integer('seed', 0, 'Of the workload.', lower_bound=0)
-  flags.DEFINE_integer('processes', os.cpu_count(), 'Of the search.',
-                       lower_bound=1)
-  flags.DEFINE_string('out', None, 'Folder for the files.')
-  flags.DEFINE_integer('top', 10, 'Lines of the table.', lower_bound=1)
+FLAGS = {
+    'model': cli.Flag('opt-13b', 'A name in dsjax.config.zoo.'),
+    'cluster': cli.Flag(None, 'A JSON file; not with the next six.', str),
+    'nodes': cli.Flag(1, 'Nodes.', low=1),
+    'devices': cli.Flag(3, 'Devices a node.', low=1),
+    **cli.FULL_NODE,
+    'hand_off_ms': cli.Flag(1.0, 'Fixed part of a KV transfer.'),
+    'ttft_s': 0.25, 'tpot_s': 0.1, 'target': 0.9,
+    'strict': cli.Flag(0.99, 'A second share, of the best placements; 0: '
+                       'none.'),
+    'strict_effort': cli.Flag(0.5, 'Of its runs; 2: intervals that say '
+                              'something, at eight times the price of the '
+                              'search.'),
+    'rate': cli.Flag(None, 'Requests/s of the whole cluster.', float),
+    'lengths': 'sharegpt', 'process': 'poisson', 'cv': 1.0,
+    'latency': 'published', 'host_ms': 2.0,
+    'algorithms': cli.Flag(['low', 'colocated'], f'Of {sorted(ALGORITHMS)}.'),
+    'chunks': cli.Flag(['512', '1024', '2048'], 'Token budgets tried.'),
+    'replicas': cli.Flag(3, 'Most instances of a phase.', low=1),
+    'requests': cli.Flag(200, 'Simulated at a rate, at first.', low=20),
+    'tolerance': cli.Flag(0.1, 'Of the rate; less for the best.'),
+    'seed': 0,
+    'processes': cli.Flag(os.cpu_count() or 1, 'Of the search.', low=1),
+    'out': None,
+    'top': cli.Flag(10, 'Lines of the table.', low=1),
+}
 
 
 def read_cluster(path):
@@ -115,7 +98,7 @@ def read_cluster(path):
 
 def _cluster(options):
   """The cluster of the flags, or of the file."""
-  given = [f for f in CLUSTER if options[f].present]
+  given = [name for name in CLUSTER if options[name].present]
   if options.cluster:
     require(not given, '--cluster', options.cluster,
             f'without --{", --".join(given)}')
@@ -134,7 +117,7 @@ def _rate(row):
 
 
 def _cells(row):
-  return (show_placement(row.placement),
+  return (str(row.placement),
           str(row.prefill_tokens or '-'), str(row.placement.num_devices),
           *_rate(row), f'{100 * row.goodput.attained:.0f} %',
           row.goodput.binds)
@@ -172,7 +155,7 @@ def draw(path, rows, title):
       axes.plot([low, min(high, 2 * row.per_device)], [y, y], color='black',
                 marker='|')
   axes.set_yticks(range(len(rows)), [
-      show_placement(r.placement) + (f' ({r.prefill_tokens})'
+      str(r.placement) + (f' ({r.prefill_tokens})'
                                      if r.prefill_tokens else '')
       for r in rows])
   axes.invert_yaxis()
@@ -200,30 +183,22 @@ def processes(count):
     yield pool.imap
 
 
-def main(_):
-  with terminal.one_error():
-    _main(Console(), flags.FLAGS)
-
-
 def _problem(options):
-  """The placement.Problem of the flags."""
-  config = zoo.config(options.model)
+  """The Problem of the flags."""
   for name in options.algorithms:
     require(name in ALGORITHMS, '--algorithms', name,
             f'one of {sorted(ALGORITHMS)}')
   for size in options.chunks:
     require(size.isdecimal() and int(size) > 0, '--chunks', size,
             'integers above 0')
-  make, longest = setting.requests(options.lengths, options.seed)
-  return Problem(
-      config, _cluster(options), Slo(options.ttft, options.tpot), make,
-      setting.latencies(options.latency, config, options.model,
-                        options.host_ms / 1e3),
-      options.target, chunks=tuple(map(int, options.chunks)),
-      max_len=longest, requests=options.requests,
-      most_requests=4 * options.requests, tolerance=options.tolerance,
-      replicas=options.replicas, strict=options.strict or None,
-      strict_effort=options.strict_effort,
+  return make_problem(
+      options.model, Slo(options.ttft_s, options.tpot_s), options.lengths,
+      options.latency, cluster=_cluster(options), process=options.process,
+      cv=options.cv, seed=options.seed, host_ms=options.host_ms,
+      target=options.target, chunks=tuple(map(int, options.chunks)),
+      requests=options.requests, most_requests=4 * options.requests,
+      tolerance=options.tolerance, replicas=options.replicas,
+      strict=options.strict or None, strict_effort=options.strict_effort,
       rate_per_s=options.rate)
 
 
@@ -243,7 +218,7 @@ def _search(console, problem, options):
         best[0] = row
       text = f'{now.pruned} by bounds, {now.simulations} simulations'
       if best[0]:
-        text += (f'; best {show_placement(best[0].placement)}: '
+        text += (f'; best {best[0].placement}: '
                  f'{best[0].per_device:.3g}')
       bar.update(line, completed=now.done, total=now.total, more=text)
 
@@ -254,7 +229,7 @@ def _search(console, problem, options):
 def _json(rows):
   """Rows for a file; None where a number is not finite."""
   return [{
-      'placement': show_placement(r.placement),
+      'placement': str(r.placement),
       'prefill_tokens': r.prefill_tokens, 'aligned': r.aligned,
       'devices': r.placement.num_devices, 'per_device': r.per_device,
       'low': r.interval_per_device[0],
@@ -283,13 +258,14 @@ def _show(console, answer, options, took):
       soft_wrap=True)
 
 
-def _main(console, options):
+def run(options, console):
+  """Searches, shows and writes."""
   problem = _problem(options)
   start = time.perf_counter()
   answer = _search(console, problem, options)
   took = time.perf_counter() - start
   _show(console, answer, options, took)
-  if words := setting.caveat(options.latency):
+  if words := profiles.caveat(options.latency):
     console.print(words, soft_wrap=True)
   if not options.out:
     return
@@ -297,7 +273,8 @@ def _main(console, options):
   out.mkdir(parents=True, exist_ok=True)
   rows = answer.rows[:options.top]
   draw(out / 'placement.png', rows, f'{options.model}, {options.lengths}, '
-       f'TTFT {options.ttft} s, TPOT {options.tpot} s, {options.target:.0%}')
+       f'TTFT {options.ttft_s} s, TPOT {options.tpot_s} s, '
+       f'{options.target:.0%}')
   (out / 'placement.json').write_text(json.dumps({
       'verdict': answer.verdict, 'limits': answer.limits,
       'simulations': answer.simulations, 'pruned': answer.pruned,
@@ -308,5 +285,4 @@ def _main(console, options):
 
 
 if __name__ == '__main__':
-  define_flags()
-  app.run(main)
+  cli.main(run, FLAGS)

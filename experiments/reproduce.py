@@ -19,14 +19,12 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from absl import app, flags
 from matplotlib.figure import Figure
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 
 from dsjax.config.checks import require
-from experiments.common import terminal
+from experiments.common import cli
 from experiments.paper import end_to_end, figures
 
 FIGURES = {k: (figures.FIGURES | end_to_end.FIGURES)[k] for k in (
@@ -43,17 +41,17 @@ class Options(NamedTuple):
   tell: Callable = print
 
 
-def define_flags():
-  flags.DEFINE_string('figure', 'all', f"'all', or of {', '.join(FIGURES)}; "
-                      'several with commas.')
-  flags.DEFINE_bool('quick', False, 'Seconds each; says little.')
-  flags.DEFINE_string('out', 'out/reproduce', 'Folder for the files.')
-  flags.DEFINE_integer('seed', 0, 'Of the workloads.', lower_bound=0)
-  flags.DEFINE_string('lengths', '../shared/traces/lengths', 'Folder with '
-                      'sharegpt_lengths_distserve.csv; a mixture is used '
-                      'where it is not there.')
-  flags.DEFINE_string('validate', 'out/validate/summary.json', 'What '
-                      'experiments.validate wrote, for table2.')
+FLAGS = {
+    'figure': cli.Flag('all', f"'all', or of {', '.join(FIGURES)}; several "
+                       'with commas.'),
+    'quick': cli.Flag(False, 'Seconds each; says little.'),
+    'out': 'out/reproduce', 'seed': 0,
+    'lengths_dir': cli.Flag('../shared/traces/lengths', 'Folder with '
+                            'sharegpt_lengths_distserve.csv; a mixture is '
+                            'used where it is not there.'),
+    'validate': cli.Flag('out/validate/summary.json', 'What '
+                         'experiments.validate wrote, for table2.'),
+}
 
 
 def names_of(text):
@@ -108,12 +106,12 @@ def _plain(value):
   return value
 
 
-def _main(console):
-  values = flags.FLAGS
+def run(values, console):
+  """Computes, draws and shows what --figure names."""
   names, out = names_of(values.figure), pathlib.Path(values.out)
   require(not out.exists() or out.is_dir(), '--out', values.out, 'a folder')
   out.mkdir(parents=True, exist_ok=True)
-  options = Options(values.seed, values.quick, pathlib.Path(values.lengths),
+  options = Options(values.seed, values.quick, pathlib.Path(values.lengths_dir),
                     pathlib.Path(values.validate))
   done = []
   try:
@@ -134,11 +132,5 @@ def _main(console):
       f'{n}.png {n}.json' for n in done), soft_wrap=True)
 
 
-def main(_):
-  with terminal.one_error():
-    _main(Console())
-
-
 if __name__ == '__main__':
-  define_flags()
-  app.run(main)
+  cli.main(run, FLAGS)

@@ -4,8 +4,8 @@
 
 --config is the name of a file in configs/ or the path of a .py file; --set
 changes a field of it and may be repeated, as in --set=workload.rate_per_s=2
---set=placements=prefill=1x1,decode=1x1/colocated=1x1,1x1. Every mode gets the
-same requests, seeds, engine and number of devices.
+--set=placements=prefill=1x1,decode=1x1/colocated=1x1,1x1; --help lists the
+fields. Every mode gets the same requests, seeds, engine and number of devices.
 
 Files in --out: records.jsonl (a request and mode a line), answers.jsonl,
 timeline.json (for ui.perfetto.dev), report.png, summary.txt, summary.json,
@@ -15,18 +15,11 @@ Exit codes: 0; 2 for bad input; 130 when stopped by Ctrl-C, which keeps what
 there is.
 """
 
-import contextlib
 import dataclasses
 import json
-import os
 import pathlib
-import sys
-
-os.environ.setdefault('NPROC', '32')  # room for collectives of many devices
 
 import jax
-import jax.monitoring
-from absl import app, flags, logging
 from rich.console import Console
 
 import dsjax
@@ -37,22 +30,14 @@ from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Placement
 from dsjax.runtime import orchestrator
 from dsjax.scheduling import scheduler
-from dsjax.workload import traffic
-from experiments.common import machine, report, terminal, tiny
+from experiments.common import cli, machine, report, terminal
 from experiments.common import overrides as configs
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 SAMPLES = 3  # answers shown of the first mode
 BUSY_CORES = 0.2  # of other programs: more than this spoils a comparison
 
-_CONFIG = flags.DEFINE_string(
-    'config', None, 'Name of a file in configs/, or path of a .py file.')
-_SET = flags.DEFINE_multi_string(
-    'set', [], 'A field to change: a.b=value. May be repeated.')
-_OUT = flags.DEFINE_string('out', None, 'Folder for the files.')
-_CACHE = flags.DEFINE_string(
-    'compilation_cache', str(ROOT / '.cache' / 'jax'),
-    'Folder of compiled programs, kept between runs; empty for none.')
+FLAGS = {'config': None, 'set': (), 'out': None,
+         'compilation_cache': cli.CACHE}
 
 
 @dataclasses.dataclass
@@ -82,51 +67,27 @@ def plan_requests(config):
     InputError.
   """
   w = config.workload
-  entries = _entries(w)
-  n = w.num_requests or len(entries)
-  times = _arrivals(w, n, entries)
+  require(w.lengths or w.process not in ('trace', 'resample'),
+          'workload.process', w.process,
+          'one that needs no trace, or with --set=workload.lengths=FILE')
+  entries = (workload.lengths_of(w.lengths, w.requests or 100, w.seed)
+             if w.lengths else workload.read_prompts(w.prompts))
+  n = w.requests or len(entries)
+  times = workload.arrivals_of(
+      w.process, w.rate_per_s, n, w.seed, w.cv, entries, w.swing, w.period_s)
 
   def make(model):
-    if w.source == 'prompts':
+    if not w.lengths:
       chosen = [entries[i % len(entries)] for i in range(n)]
       requests, cut = _chats(config, model, chosen, times), 0
     else:
       requests, cut = workload.from_lengths(
           entries, n, times, model.config.vocab_size, w.seed, w.max_prompt,
-          w.max_output, in_order=w.arrivals == 'trace')
+          w.max_output, in_order=w.process == 'trace')
     for r in requests:
       _check_length(config, model, r)
     return requests, cut
   return make
-
-
-def _entries(w):
-  """Prompts, or lengths, of a Workload."""
-  if w.source == 'fixed':
-    return (workload.Entry(None, w.prompt_len, w.output_len),)
-  if w.source in traffic.MIXTURES:
-    return traffic.draw(w.source, w.num_requests or 100, w.seed)
-  require(w.path, 'workload.path', w.path, 'the path of a file: '
-          f'--set=workload.path=... ({w.source})')
-  return (workload.read_prompts if w.source == 'prompts' else
-          workload.read_lengths)(w.path)
-
-
-def _arrivals(w, n, entries):
-  """When the n requests of a Workload are sent."""
-  kind, rate, cv = w.arrivals, w.rate_per_s, w.cv
-  require(kind != 'resample' or w.source == 'trace', 'workload.source',
-          w.source, "'trace', to resample it")
-  require(not w.swing or kind not in ('burst', 'trace'),
-          'workload.swing', w.swing, f'0 with {kind} arrivals')
-  if kind == 'resample':
-    history = traffic.fit(entries)
-    kind, rate, cv = 'gamma', rate or history.rate_per_s, history.cv
-  if w.swing:
-    return traffic.vary(workload.arrivals(kind, 1.0, n, w.seed, cv),
-                        traffic.diurnal(rate, w.swing, w.period_s))
-  return workload.arrivals(kind, rate, n, w.seed, cv,
-                           entries if w.source == 'trace' else None)
 
 
 def _chats(config, model, prompts, times):
@@ -150,13 +111,6 @@ def _check_length(config, model, request):
         f'max_tokens={need} exceed engine.max_len={most} (the context of '
         f'{model.config.name} is {model.config.max_len}); for a trace, '
         'workload.max_prompt and workload.max_output cut lengths')
-
-
-def load_model(config):
-  """The Model that a config names."""
-  if config.model == 'tiny':
-    return tiny.load(config.engine.dtype)
-  return dsjax.load(config.model, config.engine.dtype)
 
 
 # --- serving ----------------------------------------------------------------
@@ -276,9 +230,9 @@ def attributed(config, result):
   start_s = min((r.arrival_s for r in result.records), default=0.0)
   kept = [r for r in result.records
           if r.arrival_s >= start_s + config.warmup_s]
-  found = attribution.attribute(kept, fold.parts(), config.slo, fold.least())
-  return {'causes': found.causes, 'fixes': found.fixes,
-          'advice': found.advice}
+  why = attribution.attribute(kept, fold.parts(), config.slo, fold.least())
+  return {'causes': why.causes, 'fixes': why.fixes,
+          'advice': why.advice}
 
 
 def _write_json(path, value):
@@ -302,7 +256,7 @@ def save(config, results, title, closing, out):
     old.unlink()
   for r in results:
     orchestrator.write_log(out / f'events-{r.mode}.jsonl', r.log)
-    traces.append((r.mode, timeline.timeline(r.log, instance_names(r))))
+    traces.append((r.mode, timeline.timeline(r.log, r.placement.names)))
   (out / 'timeline.json').write_text(json.dumps(timeline.merge(traces)))
   report.save_figure(out / 'report.png', [(r.mode, r.records)
                                           for r in results], config.slo, title)
@@ -316,16 +270,10 @@ def save(config, results, title, closing, out):
                 for mode, s, extra in compared}})
 
 
-def instance_names(result):
-  """A name for each instance of a run, for its timeline."""
-  return [f'{i} {role} tp={plan.tp} pp={plan.pp}' for i, (role, plan) in
-          enumerate(result.placement.instances)]
-
-
 def _title(config, requests, cut):
   w = config.workload
   rate = {'burst': 'at once'}.get(
-      w.arrivals, f'{w.arrivals}, {w.rate_per_s} a second')
+      w.process, f'{w.process}, {w.rate_per_s} a second')
   return (f'{pathlib.Path(config.model).name}, {config.engine.dtype}, '
           f'{config.num_devices} {jax.devices()[0].platform} devices. '
           f'{len(requests)} requests, {rate}, seed {w.seed}'
@@ -333,17 +281,23 @@ def _title(config, requests, cut):
           f'. SLO: TTFT {config.slo.ttft_s:g} s, TPOT {config.slo.tpot_s:g} s')
 
 
-def run(config, out, console):
+def run(options, console):
   """Serves, shows, checks and writes; returns the exit code."""
+  require(options.config, '--config', options.config,
+          f'given: one of {configs.names()}')
+  require(options.out, '--out', options.out, 'given: a folder for the files')
+  config = configs.override(configs.load(options.config), options.set)
   require(isinstance(config, Serve), '--config', type(config).__name__,
           'a file whose `config` is a configs.serve.Serve')
+  out = pathlib.Path(options.out)
+  cli.prepare(config.num_devices, options.compilation_cache)
   make = plan_requests(config)
-  found = len(jax.devices())
-  require(config.num_devices <= found, 'placements',
+  available = len(jax.devices())
+  require(config.num_devices <= available, 'placements',
           f'{config.num_devices} devices',
-          f'of at most the {found} that exist')
+          f'of at most the {available} that exist')
   out.mkdir(parents=True, exist_ok=True)
-  model = load_model(config)
+  model = dsjax.load(config.model, config.engine.dtype)
   requests, cut = make(model)
   title = _title(config, requests, cut)
   console.print(title, soft_wrap=True)
@@ -367,42 +321,5 @@ def run(config, out, console):
   return 130 if stopped else 0
 
 
-# --- command line -----------------------------------------------------------
-
-
-def _prepare(num_devices, cache):
-  """What JAX must know before it starts."""
-  with contextlib.suppress(RuntimeError):  # it has started: use what is there
-    jax.config.update('jax_num_cpu_devices', num_devices)
-  if cache:
-    jax.config.update('jax_compilation_cache_dir', cache)
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
-
-
-def start(name, settings, out, cache=None, console=None):
-  """main without flags: returns the exit code."""
-  try:
-    require(name, '--config', name, f'given: one of {configs.names()}')
-    require(out, '--out', out, 'given: a folder for the files')
-    config = configs.override(configs.load(name), settings)
-    if isinstance(config, Serve):
-      _prepare(config.num_devices, cache)
-    return run(config, pathlib.Path(out), console or Console())
-  except (InputError, OSError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print('stopped', file=sys.stderr)
-    return 130
-
-
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected: {" ".join(argv[1:])}')
-  if flags.FLAGS.verbosity <= 0:
-    logging.set_verbosity(logging.WARNING)  # not which backends are absent
-  sys.exit(start(_CONFIG.value, _SET.value, _OUT.value, _CACHE.value))
-
-
 if __name__ == '__main__':
-  app.run(main)
+  cli.main(run, FLAGS, Serve())

@@ -2,7 +2,7 @@
 
   python -m experiments.simulate --model=opt-13b \
     --placement=prefill=2x1,decode=1x1/colocated=1x1,1x1,1x1 \
-    --rates=1,2,3,4,5,6 --ttft=0.25 --tpot=0.1 --lengths=sharegpt \
+    --rates=1,2,3,4,5,6 --ttft_s=0.25 --tpot_s=0.1 --lengths=sharegpt \
     --out=out/simulate
   python -m experiments.simulate --scales=0.5,0.75,1,1.5,2 --rate=4
   python -m experiments.simulate --lengths=TRACE.csv --process=trace
@@ -21,67 +21,51 @@ import json
 import math
 import pathlib
 import re
-import sys
 
-from absl import app, flags
 from matplotlib.figure import Figure
 from rich.progress import Progress
 from rich.table import Table
 
-from dsjax import workload
 from dsjax.analysis import attribution, metrics, timeline
 from dsjax.analysis.record import Record
-from dsjax.config import zoo
 from dsjax.config.checks import require
-from dsjax.config.placement import Slo
-from dsjax.placement import candidates, goodput
-from dsjax.placement.candidates import Cluster, Problem
+from dsjax.config.placement import Placement, Slo
+from dsjax.placement.api import build, make_problem, simulated
+from dsjax.placement.candidates import Cluster
 from dsjax.scheduling.events import Finish, Reject
-from dsjax.simulation import simulator
-from dsjax.workload import traffic
-from experiments.common import report, setting, terminal
-from experiments.common.overrides import parse_placement, show_placement
+from dsjax.simulation import profiles, simulator
+from experiments.common import cli, report, terminal
 
-WARMUP = 0.2  # share of the requests, as in goodput.steady_hits
 COLOURS = dict(zip((*attribution.CAUSES, *attribution.ENDED), (
     '#4e79a7', '#a0cbe8', '#59a14f', '#f28e2b', '#e15759', '#b07aa1',
     '#ffbe7d', '#9c755f', '#bab0ac'), strict=True))
 
 
-def define_flags():
-  """Defines the command line; called when this module is run."""
-  text, number, whole = (flags.DEFINE_string, flags.DEFINE_float,
-                         flags.DEFINE_integer)
-  text('model', 'opt-13b', 'A name in dsjax.config.zoo.')
-  text('placement', 'prefill=2x1,decode=1x1', "role=TPxPP, ...; several with "
-       "'/' between.")
-  text('rates', None, 'Requests a second, with commas.')
-  text('scales', None, 'Factors on both objectives, with commas, at --rate.')
-  number('rate', None, 'Requests a second, with --scales or alone.')
-  flags.DEFINE_bool('per_device', False, 'Rates are for each device.')
-  number('ttft', 0.25, 'Objective, seconds.')
-  number('tpot', 0.1, 'Objective, seconds.')
-  number('target', 0.9, 'Share that must meet both.')
-  text('lengths', 'sharegpt', f'One of {sorted(traffic.MIXTURES)}, or a file.')
-  text('process', 'poisson', f'Of arrivals, one of {workload.KINDS}.')
-  number('cv', 1.0, 'Of --process=gamma.')
-  text('latency', 'published', 'See experiments.place.')
-  number('host_ms', 2.0, "Host's time between two steps, where --latency does "
-         'not say.')
-  number('memory_gb', 80.0, 'Of a device.')
-  number('intra_gb_per_s', 300.0, 'Of KV inside a node.')
-  number('inter_gb_per_s', 3.125, 'Of KV between nodes.')
-  flags.DEFINE_bool('aligned', True, 'KV moves inside a node.')
-  whole('chunk', 512, 'Token budget of chunked placements.', lower_bound=1)
-  whole('depth', None, 'Commands in flight; see scheduler.Config.',
-        lower_bound=1)
-  whole('run_ahead', None, 'Most decode steps of a command, while a prompt may '
-        'have to wait for them; see scheduler.Config.', lower_bound=1)
-  whole('requests', 400, 'Simulated at each point.', lower_bound=20)
-  whole('seed', 0, 'Of the workload.', lower_bound=0)
-  flags.DEFINE_bool('timeline', False, 'Write timelines and event logs.')
-  text('out', None, 'Folder for the files.')
-  return flags.FLAGS
+FLAGS = {
+    'model': cli.Flag('opt-13b', 'A name in dsjax.config.zoo.'),
+    'placement': cli.Flag('prefill=2x1,decode=1x1', "role=TPxPP, ...; several "
+                          "with '/' between."),
+    'rates': None,
+    'scales': cli.Flag(None, 'Factors on both objectives, with commas, at '
+                       '--rate.', str),
+    'rate': cli.Flag(None, 'Requests a second, with --scales or alone.',
+                     float),
+    'per_device': cli.Flag(False, 'Rates are for each device.'),
+    'ttft_s': 0.25, 'tpot_s': 0.1, 'target': 0.9, 'lengths': 'sharegpt',
+    'process': 'poisson', 'cv': 1.0, 'latency': 'published', 'host_ms': 2.0,
+    **cli.FULL_NODE,
+    'aligned': cli.Flag(True, 'KV moves inside a node.'),
+    'chunk': cli.Flag(512, 'Token budget of chunked placements.', low=1),
+    'depth': cli.Flag(None, 'Commands in flight; see scheduler.Config.', int,
+                      low=1),
+    'run_ahead': cli.Flag(None, 'Most decode steps of a command, while a '
+                          'prompt may have to wait for them; see '
+                          'scheduler.Config.', int, low=1),
+    'requests': cli.Flag(400, 'Simulated at each point.', low=20),
+    'seed': 0,
+    'timeline': cli.Flag(False, 'Write timelines and event logs.'),
+    'out': None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,21 +94,6 @@ class Point:
 # --- what is asked ------------------------------------------------------------
 
 
-def numbers(field, text):
-  """Rising positive numbers of a text with commas.
-
-  Raises:
-    InputError.
-  """
-  try:
-    found = [float(part) for part in text.split(',')]
-  except ValueError:
-    found = []
-  require(found and all(0 < x < math.inf for x in found), field, text,
-          'numbers above 0 with commas between')
-  return sorted(set(found))
-
-
 def sweep(options):
   """((rate, scale), ...), and what varies: 'rate' or 'scale'."""
   require(not (options.rates and options.scales), '--scales', options.scales,
@@ -135,11 +104,11 @@ def sweep(options):
   require(rate is None or 0 < rate < math.inf, '--rate', rate,
           'a number above 0')
   if options.rates:
-    return [(r, 1.0) for r in numbers('--rates', options.rates)], 'rate'
+    return [(r, 1.0) for r in cli.numbers('--rates', options.rates)], 'rate'
   require(rate is not None or options.process == 'trace', '--rate', rate,
           'given, or --rates, unless --process=trace')
   if options.scales:
-    return [(rate, s) for s in numbers('--scales', options.scales)], 'scale'
+    return [(rate, s) for s in cli.numbers('--scales', options.scales)], 'scale'
   return [(rate, 1.0)], 'rate'
 
 
@@ -149,22 +118,14 @@ def problem(options, placements):
   Raises:
     InputError.
   """
-  config = zoo.config(options.model)
-  require(options.process in workload.KINDS, '--process', options.process,
-          f'one of {workload.KINDS}')
-  require(0 <= options.host_ms < math.inf, '--host_ms', options.host_ms,
-          '0 or more')
-  make, longest = setting.requests(options.lengths, options.seed,
-                                   options.process, options.cv)
   most = max(p.num_devices for p in placements)
-  return Problem(
-      config, Cluster(1, most, options.memory_gb * 1e9,
+  return make_problem(
+      options.model, Slo(options.ttft_s, options.tpot_s), options.lengths,
+      options.latency, process=options.process, cv=options.cv,
+      seed=options.seed, host_ms=options.host_ms, target=options.target,
+      cluster=Cluster(1, most, options.memory_gb * 1e9,
                       options.intra_gb_per_s * 1e9,
-                      options.inter_gb_per_s * 1e9),
-      Slo(options.ttft, options.tpot), make,
-      setting.latencies(options.latency, config, options.model,
-                        options.host_ms / 1e3),
-      options.target, max_len=longest)
+                      options.inter_gb_per_s * 1e9))
 
 
 def no_load(config, latencies):
@@ -196,7 +157,7 @@ def check_floor(built, records, slo, target):
     alone = [each(r) for r in records]
     floors.append([sorted(x)[math.ceil(target * len(alone)) - 1]
                    for x in zip(*alone, strict=True)])
-  for field, limit, all_s in zip(('--ttft', '--tpot'), (slo.ttft_s,
+  for field, limit, all_s in zip(('--ttft_s', '--tpot_s'), (slo.ttft_s,
                                  slo.tpot_s), zip(*floors, strict=True),
                                  strict=True):
     require(limit >= min(all_s), field, limit,
@@ -205,31 +166,6 @@ def check_floor(built, records, slo, target):
 
 
 # --- runs ---------------------------------------------------------------------
-
-
-def unsteady(records, slo, hits):
-  """Why a run was not steady, or ''.
-
-  Either waits grew: those of the last quarter of the arrivals are half as
-  long again as those of the second, and longer by more than the TTFT
-  objective. Or the 95 % intervals of both halves' attainment are apart.
-  """
-  sent = metrics.by_arrival(records)
-  waits = [r.stage_s['prefill_queue'] + r.stage_s['decode_queue']
-           for r in sent]
-  quarter = len(waits) // 4
-  if quarter:
-    early = sum(waits[quarter:2 * quarter]) / quarter
-    late = sum(waits[-quarter:]) / quarter
-    if late > max(1.5 * early, early + slo.ttft_s):
-      return (f'rate beyond capacity: waits grew from {early:.2g} s to '
-              f'{late:.2g} s')
-  half = len(hits) // 2
-  first, last = metrics.interval(hits[:half]), metrics.interval(hits[half:])
-  if first[1] > last[2] or last[1] > first[2]:
-    return (f'not steady: {first[0]:.0%} attained in the first half, '
-            f'{last[0]:.0%} in the second')
-  return ''
 
 
 def run(built, requests, halt, tick, log=None):
@@ -256,25 +192,12 @@ def run(built, requests, halt, tick, log=None):
   return result.records, fold.parts()
 
 
-def point(name, devices, at, rate, slo, records, parts, alone):
-  """The Point of a finished run."""
-  sent = metrics.by_arrival(records)
-  kept = sent[int(WARMUP * len(sent)):]
-  return Point(
-      name, at, rate, slo, records, kept,
-      metrics.summarize(kept, slo, devices),
-      attribution.attribute(kept, parts, slo, alone),
-      unsteady(records, slo, goodput.steady_hits(records, slo, WARMUP)))
-
-
-def build(options, asked, placed):
-  """placement.build of a placement, with the command line's run-ahead."""
-  config, *rest = candidates.build(
-      asked, placed, options.chunk if placed.chunked else None,
-      options.aligned)
-  changed = {k: v for k in ('depth', 'run_ahead')
-             if (v := getattr(options, k)) is not None}
-  return dataclasses.replace(config, **changed), *rest
+def point(placement, at, rate, slo, records, parts, made, alone):
+  """The Point of a finished run; made: what api.build gave."""
+  run = simulated(placement, slo, records, *made[:2])
+  return Point(str(placement), at, rate, slo, records, run.kept, run.summary,
+               attribution.attribute(run.kept, parts, slo, alone),
+               run.unsteady)
 
 
 def simulate(options, asked, placements, points, kind, progress, halt, save):
@@ -282,33 +205,34 @@ def simulate(options, asked, placements, points, kind, progress, halt, save):
 
   save: called with (name, placement, config, log) of each run, or None.
   """
-  built = [build(options, asked, p) for p in placements]
+  built = [build(asked, p, options.chunk, options.aligned, options.depth,
+                 options.run_ahead) for p in placements]
   factors = [p.num_devices if options.per_device else 1 for p in placements]
   runs = list(dict.fromkeys(rate for rate, _ in points))
   sample = [Record(r.id, 0.0, len(r.prompt), 1) for r in
             asked.workload(runs[0] or None, options.requests)]
   widest = max(scale for _, scale in points)
-  check_floor(built, sample, Slo(widest * options.ttft,
-                                 widest * options.tpot), options.target)
+  check_floor(built, sample, Slo(widest * options.ttft_s,
+                                 widest * options.tpot_s), options.target)
   task = progress.add_task('', total=len(built) * len(runs) * len(sample))
-  for p, one, factor in zip(placements, built, factors, strict=True):
-    name, alone = show_placement(p), no_load(*one[:2])
+  for p, made, factor in zip(placements, built, factors, strict=True):
+    name, alone = str(p), no_load(*made[:2])
     for rate in runs:
       total = rate and rate * factor
       progress.update(task, description=f'{name} at '
                       f'{f"{total:g} requests/s" if total else "its times"}')
       log = [] if save else None
-      records, parts = run(one, asked.workload(total, options.requests), halt,
+      records, parts = run(made, asked.workload(total, options.requests), halt,
                            lambda n: progress.advance(task, n), log)
       if save:
-        save(f'{name} at {total:g}' if total else name, p, one[0], log)
+        save(f'{name} at {total:g}' if total else name, p, made[0], log)
       last_s = max(r.arrival_s for r in records)
       seen = rate or len(records) / max(last_s, 1e-9) / factor
       for its, scale in points:
         if its == rate:
-          slo = Slo(scale * options.ttft, scale * options.tpot)
-          yield point(name, p.num_devices, scale if kind == 'scale' else seen,
-                      total, slo, records, parts, alone)
+          slo = Slo(scale * options.ttft_s, scale * options.tpot_s)
+          yield point(p, scale if kind == 'scale' else seen, total, slo,
+                      records, parts, made, alone)
 
 
 # --- what a person sees ------------------------------------------------------
@@ -469,20 +393,20 @@ class Traces:
     assert orchestrator.replay(config, log) is None, f'{name}: no replay'
     stem = re.sub('[^a-z0-9.]+', '-', name)
     orchestrator.write_log(self.out / f'events-{stem}.jsonl', log)
-    names = [f'{i} {role} tp={plan.tp} pp={plan.pp}'
-             for i, (role, plan) in enumerate(placed.instances)]
-    self.traces.append((name, timeline.timeline(log, names)))
+    self.traces.append((name, timeline.timeline(log, placed.names)))
 
   def close(self):
     (self.out / 'timeline.json').write_text(
         json.dumps(timeline.merge(self.traces)))
 
 
-def _main(options, console):
+def main(options, console):
+  """Simulates, shows and writes; returns the exit code."""
   points, kind = sweep(options)
-  placements = [parse_placement(t) for t in options.placement.split('/')]
-  require(len({*map(show_placement, placements)}) == len(placements),
-          '--placement', options.placement, 'different placements')
+  placements = [Placement.parse(text, '--placement')
+                for text in options.placement.split('/')]
+  require(len(set(placements)) == len(placements), '--placement',
+          options.placement, 'different placements')
   asked = problem(options, placements)
   require(options.out or not options.timeline, '--timeline', True,
           'given with --out')
@@ -490,48 +414,45 @@ def _main(options, console):
   if out:
     out.mkdir(parents=True, exist_ok=True)
   traces = Traces(out) if options.timeline else None
-  found, stopped = [], False
+  done, stopped = [], False
   with terminal.Interrupts() as interrupts, Progress(
       console=console, transient=True) as progress:
     try:
       for p in simulate(options, asked, placements, points, kind, progress,
                         interrupts.halt, traces and traces.save):
-        found.append(p)
+        done.append(p)
         if not console.is_terminal:
           console.print(f'{p.placement} at {p.x:.4g}: '
                         f'{p.summary.attainment[0]:.0%} met both')
     except KeyboardInterrupt:
       stopped = True
-  for name in dict.fromkeys(p.placement for p in found):
-    own = [p for p in found if p.placement == name]
+  for name in dict.fromkeys(p.placement for p in done):
+    own = [p for p in done if p.placement == name]
     console.print(table(own, kind))
     for line in told(own, kind, options.target):
       console.print(f'  {line}', soft_wrap=True, highlight=False)
-  if words := setting.caveat(options.latency):
+  if words := profiles.caveat(options.latency):
     console.print(words, soft_wrap=True)
   if stopped:
-    console.print(f'Stopped by Ctrl-C: {len(found)} of '
+    console.print(f'Stopped by Ctrl-C: {len(done)} of '
                   f'{len(points) * len(placements)} points.')
-  if out and found:
-    _save(options, out, found, kind, stopped, traces, console)
+  if out and done:
+    _save(options, out, done, kind, stopped, traces, console)
   return 130 if stopped else 0
 
 
-def _save(options, out, found, kind, stopped, traces, console):
-  told_by = ('model', 'placement', 'rates', 'scales', 'rate', 'per_device',
-             'ttft', 'tpot', 'target', 'lengths', 'process', 'cv', 'latency',
-             'host_ms', 'depth', 'run_ahead', 'aligned', 'chunk', 'requests',
-             'seed')
-  write(out, found, {k: getattr(options, k) for k in told_by}, stopped)
+def _save(options, out, done, kind, stopped, traces, console):
+  told_by = [name for name in FLAGS if name not in ('timeline', 'out')]
+  write(out, done, {k: getattr(options, k) for k in told_by}, stopped)
   label = ('objectives, as a multiple of those in the title'
            if kind == 'scale' else 'requests a second'
            + (' and device' if options.per_device else ''))
   fixed = (f', {options.rate:g} requests/s'
            if kind == 'scale' and options.rate else '')
-  draw(out / 'simulate.png', found, kind, label, options.target,
+  draw(out / 'simulate.png', done, kind, label, options.target,
        f'{options.model}, {pathlib.Path(options.lengths).name}, '
-       f'{options.process} arrivals{fixed}; TTFT {options.ttft:g} s, TPOT '
-       f'{options.tpot:g} s\nsimulated, {options.latency} latencies, '
+       f'{options.process} arrivals{fixed}; TTFT {options.ttft_s:g} s, TPOT '
+       f'{options.tpot_s:g} s\nsimulated, {options.latency} latencies, '
        f'{options.requests} requests a point, 95 % intervals')
   names = ['records.jsonl', 'summary.json', 'simulate.png']
   if traces:
@@ -540,11 +461,5 @@ def _save(options, out, found, kind, stopped, traces, console):
   console.print(f'Written to {out}: {" ".join(names)}', soft_wrap=True)
 
 
-def main(_):
-  with terminal.one_error():
-    sys.exit(_main(flags.FLAGS, terminal.wide_console()))
-
-
 if __name__ == '__main__':
-  define_flags()
-  app.run(main)
+  cli.main(main, FLAGS)

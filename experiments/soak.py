@@ -11,7 +11,7 @@ ways of experiments.verify.faults. Half the jobs are greedy, half drawn by a
 seed.
 
 Checked: the tokens of every request (of a cancelled one as far as they came),
-that nobody was lost, that every page and slot came back, that nothing was
+that no request was lost, that every page and slot came back, that nothing was
 compiled, and that the event log replays. Prints a table. Files in --out:
 soak.json, soak.png, requests.jsonl, faults.jsonl, events.jsonl.gz.
 
@@ -24,33 +24,29 @@ Exit codes: 0; 1 if a check failed; 2 for bad input; 130 when stopped by
 Ctrl-C, which keeps what there is.
 """
 
-import contextlib
 import dataclasses
 import gzip
 import json
 import os
 import pathlib
 import random
-import sys
 import time
 
-os.environ.setdefault('NPROC', '32')  # room for collectives of many devices
-
 import jax
-from absl import app, flags, logging
+from absl import logging
 
 import dsjax
 from configs.serve import PROMPTS
 from dsjax import workload
 from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig
+from dsjax.config.placement import Placement
 from dsjax.scheduling import event_log, page_pool, scheduler
-from experiments.common import machine, terminal, tiny
+from experiments.common import cli, machine, terminal
 from experiments.common import overrides as configs
 from experiments.verify import soak_report
 from experiments.verify.faults import COPY, KINDS, Injector
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 JOBS = 16
 SAMPLE_S = 2.0  # between two looks at the memory
 MOST_WAITING = 64  # requests: more arrivals than that are not sent
@@ -61,22 +57,19 @@ CONFIG = EngineConfig(
 QUICK = dataclasses.replace(CONFIG, lease_s=1.0, stall_s=2.0, restart_s=0.2)
 
 
-def define_flags():
-  flags.DEFINE_float('minutes', 10.0, 'How long.', lower_bound=0.01)
-  flags.DEFINE_bool('quick', False, 'Random weights instead of SmolLM2.')
-  flags.DEFINE_string('model', 'smollm2-135m-instruct', 'See dsjax.load.')
-  flags.DEFINE_string('placement', 'prefill=1x1,1x1,decode=1x1,1x1',
-                      'role=TPxPP, ...')
-  flags.DEFINE_float('rate', None, 'Requests/s; 1, with --quick 20.')
-  flags.DEFINE_float('faults', 12.0, 'A minute.', lower_bound=0.0)
-  flags.DEFINE_float('cancel', 0.1, 'Share of requests that are cancelled.',
-                     lower_bound=0.0, upper_bound=1.0)
-  flags.DEFINE_float('back_s', 2.0, 'Most seconds that a killed or drained '
-                     'instance is away.', lower_bound=0.0)
-  flags.DEFINE_integer('seed', 0, 'Of arrivals, faults and cancellations.')
-  flags.DEFINE_multi_string('set', [], 'A field of EngineConfig to change: '
-                            'a=value. May be repeated.')
-  flags.DEFINE_string('out', None, 'Folder for the files.')
+FLAGS = {
+    'minutes': cli.Flag(10.0, 'How long.', low=0.01),
+    'quick': cli.Flag(False, 'Random weights instead of SmolLM2.'),
+    'model': cli.Flag('smollm2-135m-instruct', 'See dsjax.load.'),
+    'placement': 'prefill=1x1,1x1,decode=1x1,1x1',
+    'rate': cli.Flag(None, 'Requests a second; 1, with --quick 20.', float),
+    'faults': cli.Flag(12.0, 'A minute.', low=0.0),
+    'cancel': cli.Flag(0.1, 'Share of requests that are cancelled.', low=0.0,
+                       high=1.0),
+    'back_s': cli.Flag(2.0, 'Most seconds that a killed or drained instance '
+                       'is away.', low=0.0),
+    'seed': 0, 'set': (), 'out': None,
+}
 
 
 @dataclasses.dataclass
@@ -241,7 +234,7 @@ class Soak:
         'retries': record.retries, 'tokens': len(got)})
 
   def settle(self):
-    """The end: no more faults, everything starts again, everybody ends."""
+    """The end: no more faults, everything starts again, every request ends."""
     self.injector.disarm()
     self.injector.released = True
     self.away.clear()
@@ -283,16 +276,13 @@ def run(options, console):
   """Everything; the exit code."""
   require(options.out, '--out', options.out, 'given: a folder')
   config = configs.override(QUICK if options.quick else CONFIG, options.set)
-  placement = configs.parse_placement(options.placement)
+  placement = Placement.parse(options.placement, '--placement')
   rate = options.rate or (20.0 if options.quick else 1.0)
   require(rate > 0, '--rate', rate, 'requests/s above 0')
   out, seconds = pathlib.Path(options.out), options.minutes * 60
   out.mkdir(parents=True, exist_ok=True)
-  with contextlib.suppress(RuntimeError):  # it has started: use what is there
-    jax.config.update('jax_num_cpu_devices', placement.num_devices)
-  jax.config.update('jax_compilation_cache_dir', str(ROOT / '.cache/jax'))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
-  model = tiny.load() if options.quick else dsjax.load(options.model)
+  cli.prepare(placement.num_devices)
+  model = dsjax.load('tiny' if options.quick else options.model)
   jobs = make_jobs(model, config, options.seed)
   console.print(f'{model.config.name}, {options.placement}, {rate:g} requests/'
                 f's and {options.faults:g} faults a minute for '
@@ -326,14 +316,6 @@ def run(options, console):
   return 1 if bad else 130 if stopped else 0
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected: {" ".join(argv[1:])}')
-  logging.set_verbosity(logging.ERROR)  # each fault warns: they were asked for
-  with terminal.one_error(OSError):
-    sys.exit(run(flags.FLAGS, terminal.wide_console()))
-
-
 if __name__ == '__main__':
-  define_flags()
-  app.run(main)
+  # Each fault warns: they were asked for.
+  cli.main(run, FLAGS, CONFIG, verbosity=logging.ERROR)

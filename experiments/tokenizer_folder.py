@@ -11,15 +11,13 @@ ids.
 
 import json
 import pathlib
-import sys
 
 import tokenizers
-from absl import app, flags
 from tokenizers import decoders
 
 from dsjax.checkpoints import checkpoint, gguf_file, tokenizer
 from dsjax.config.checks import require
-from experiments.common import terminal
+from experiments.common import cli
 
 _CONTROL = 3  # GGUF's type of a control token
 _TEXT = 'Why is the sky blue? Ολα καλά \U0001f41d 12345'
@@ -65,14 +63,7 @@ def run(model, out):
   print(f'{out}: {bpe.get_vocab_size()} tokens, the same ids on a text')
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected: {" ".join(argv[1:])}')
-  with terminal.one_error(OSError):
-    sys.exit(run(flags.FLAGS.model, pathlib.Path(flags.FLAGS.out)))
-
-
 if __name__ == '__main__':
-  flags.DEFINE_string('model', 'smollm2-135m-instruct', 'Name or .gguf file.')
-  flags.DEFINE_string('out', 'out/tokenizer', 'Folder to write to.')
-  app.run(main)
+  cli.main(lambda options, _: run(options.model, pathlib.Path(options.out)), {
+      'model': cli.Flag('smollm2-135m-instruct', 'Name or .gguf file.'),
+      'out': 'out/tokenizer'})

@@ -3,10 +3,10 @@
   python -m experiments.validate --out=out/validate      # about 10 minutes
   python -m experiments.validate --quick --out=out/quick # tiny model, seconds
 
-Steps are profiled (experiments.measure), then each mode serves the same
+Steps are profiled (dsjax.runtime.profiling), then each mode serves the same
 seeded requests at several rates, really and simulated, with the server's own
 scheduler.Config. Two profiles are simulated:
-  bench       what experiments.measure measured: each device alone, and two
+  bench       what was profiled: each device alone, and two
               side by side;
   calibrated  the same, moved onto the steps of one served run (fit.observe,
               fit.calibrate) whose rate is not among the validated ones.
@@ -31,14 +31,9 @@ import json
 import os
 import pathlib
 import statistics
-import sys
 import types
 
-os.environ.setdefault('NPROC', str(os.cpu_count() or 2))
-
-import jax
 import numpy as np
-from absl import app, flags
 from matplotlib.figure import Figure
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
@@ -50,15 +45,14 @@ from dsjax.analysis.record import STAGES
 from dsjax.config import checks
 from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig
-from dsjax.config.placement import Plan, Slo
+from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.config.request import Request, Sampling
-from dsjax.runtime import orchestrator
+from dsjax.runtime import orchestrator, profiling
 from dsjax.simulation import calibration, fitting, profiles, simulator
 from experiments import measure
-from experiments.common import machine, terminal, tiny
+from experiments.common import cli, machine, terminal
 from experiments.common import overrides as configs
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENGINE = EngineConfig(max_len=192, max_seqs=8, prefill_tokens=128,
                       chunk_tokens=128, prefill_seqs=4)
 QUICK = EngineConfig(max_len=96, max_seqs=4, prefill_tokens=32,
@@ -71,32 +65,22 @@ SHARES, CALIBRATION = (0.3, 0.6, 0.85, 1.2), 0.75  # of a burst's throughput
 TTFT_TIMES, TPOT_TIMES = 2.0, 1.25  # objectives over calibration's medians
 
 
-def define_flags():
-  """Flags of a run of this file."""
-  return types.SimpleNamespace(
-      model=flags.DEFINE_string('model', 'smollm2-135m-instruct',
-                                '`tiny`, or what dsjax.load takes.'),
-      out=flags.DEFINE_string('out', 'out/validate', 'Folder for the files.'),
-      quick=flags.DEFINE_bool('quick', False, 'The tiny model, few requests.'),
-      modes=flags.DEFINE_list('modes', ['disaggregated', 'chunked'],
-                              f'Of {", ".join(PLACEMENTS)}.'),
-      rates=flags.DEFINE_list('rates', [], 'Requests a second; none: shares '
-                              f'{SHARES} of what a burst achieves.'),
-      seconds=flags.DEFINE_float('seconds', 40.0, 'Arrivals of a run last '
-                                 'about this long.', lower_bound=1e-3),
-      most=flags.DEFINE_integer('most', 150, 'Most requests of a run.',
-                                lower_bound=8),
-      ttft_s=flags.DEFINE_float('ttft_s', None, 'Objective.'),
-      tpot_s=flags.DEFINE_float('tpot_s', None, 'Objective.'),
-      profile=flags.DEFINE_string('profile', None, 'A profile measured before '
-                                  'with this engine; none: measure now.'),
-      rounds=flags.DEFINE_integer('rounds', 3, 'Timed rounds of the profile.',
-                                  lower_bound=1),
-      seed=flags.DEFINE_integer('seed', 0, 'Of arrivals and lengths.'),
-      set=flags.DEFINE_multi_string('set', [], 'A field of EngineConfig.'),
-      cache=flags.DEFINE_string(
-          'compilation_cache', str(ROOT / '.cache' / 'jax'),
-          'Folder of compiled programs; empty for none.'))
+FLAGS = {
+    'model': cli.Flag('smollm2-135m-instruct', 'See dsjax.load.'),
+    'out': 'out/validate',
+    'quick': cli.Flag(False, 'The tiny model, few requests.'),
+    'modes': cli.Flag(['disaggregated', 'chunked'],
+                      f'Of {", ".join(PLACEMENTS)}.'),
+    'rates': cli.Flag(None, 'Requests a second, with commas between; none: '
+                      f'shares {SHARES} of what a burst achieves.', str),
+    'seconds': cli.Flag(40.0, 'Arrivals of a run last about this long.',
+                        low=1e-3),
+    'requests': cli.Flag(150, 'Most of a run.', low=8),
+    'ttft_s': None, 'tpot_s': None,
+    'profile': cli.Flag(None, 'A profile measured before with this engine; '
+                        'none: measure now.', str),
+    'rounds': 3, 'seed': 0, 'set': (), 'compilation_cache': cli.CACHE,
+}
 
 
 # --- one run, real and simulated --------------------------------------------
@@ -110,12 +94,12 @@ def requests(config, vocab_size, rate_per_s, n, seed):
                     top * 5 // 8).astype(int)
   outputs = np.clip(rng.lognormal(np.log(top / 12), 0.5, n), 4,
                     top // 4).astype(int)
-  at = workload.arrivals('poisson' if rate_per_s else 'burst', rate_per_s, n,
+  times = workload.arrivals('poisson' if rate_per_s else 'burst', rate_per_s, n,
                          seed)
   ids = [tuple(rng.integers(3, vocab_size, p).tolist()) for p in prompts]
   return [Request(i, t, p, Sampling(max_tokens=int(o),
                                     ignore_eos=True))
-          for i, (t, p, o) in enumerate(zip(at, ids, outputs, strict=True))]
+          for i, (t, p, o) in enumerate(zip(times, ids, outputs, strict=True))]
 
 
 class Served(types.SimpleNamespace):
@@ -190,25 +174,27 @@ def step_times(profiles, log):
   steps, copies = calibration.observe(log)
   rows = []
 
-  def add(what, found):
+  def add(what, compared):
     def ratio(chosen):
       expected = sum(p for _, p, _ in chosen)
       return sum(s for s, _, _ in chosen) / expected if chosen else None
     rows.append({
-        'what': what, 'count': len(found),
-        'real_s': statistics.mean(s for s, _, _ in found),
-        'predicted_s': statistics.mean(p for _, p, _ in found),
-        'ratio': ratio(found),
-        'overlap': statistics.mean(o for _, _, o in found),
-        'alone': ratio([f for f in found if f[2] < 0.5]),
-        'together': ratio([f for f in found if f[2] >= 0.5])})
+        'what': what, 'count': len(compared),
+        'real_s': statistics.mean(s for s, _, _ in compared),
+        'predicted_s': statistics.mean(p for _, p, _ in compared),
+        'ratio': ratio(compared),
+        'overlap': statistics.mean(o for _, _, o in compared),
+        'alone': ratio([f for f in compared if f[2] < 0.5]),
+        'together': ratio([f for f in compared if f[2] >= 0.5])})
   for kind in ('prefill', 'mixed', 'decode'):
-    found = [(s.cell.seconds, fitting.predict_s(profiles.latencies[s.instance],
-                                                s.cell) + s.idle
-              * profiles.latencies[s.instance].host_s, s.overlap)
-             for s in steps if s.cell.kind == kind]
-    if found:
-      add(kind, found)
+    compared = []
+    for step in (s for s in steps if s.cell.kind == kind):
+      model = profiles.latencies[step.instance]
+      compared.append((step.cell.seconds,
+                       fitting.predict_s(model, step.cell)
+                       + step.idle * model.host_s, step.overlap))
+    if compared:
+      add(kind, compared)
   if copies:
     add('migrate', [(c.seconds, profiles.link.migrate_s(c.num_tokens)
                      + profiles.latencies[0].host_s, float(c.behind))
@@ -226,15 +212,16 @@ class Mode:
     self.name, self.loaded, self.config, self.seed = (name, loaded, config,
                                                       seed)
     self.bar = bar
-    placement = configs.parse_placement(PLACEMENTS[name])
+    placement = Placement.parse(PLACEMENTS[name])
     task = bar.add_task(f'{name}: compiling')
     self.server = orchestrator.serve(
         loaded, placement, config, report=lambda done, total, _: bar.update(
             task, completed=done, total=total))
-    one = profile.latencies[Plan()]
+    measured = profile.latencies[Plan()]
     link = profile.links.get((Plan(), Plan()))
     self.profiles = {'bench': Profiles(
-        (one,) * 2, link if placement.decode else None, profile.contention)}
+        (measured,) * 2, link if placement.decode else None,
+        profile.contention)}
 
   def sent(self, rate_per_s, n, seed):
     return requests(self.config, self.loaded.config.vocab_size, rate_per_s, n,
@@ -250,9 +237,9 @@ class Mode:
       done = sum(r.finish_s is not None
                  for r in self.server.records[-len(sent):] if r.id >= first)
       self.bar.update(task, completed=done)
-    found = serve(self.server, sent, tick)
+    served = serve(self.server, sent, tick)
     self.bar.update(task, completed=len(sent))
-    return found
+    return served
 
   def prepare(self, n, size, halt):
     """A burst for the throughput, then a calibration run."""
@@ -308,9 +295,9 @@ def show(console, rows, slo):
     table.add_column(column, justify='right')
   for row in rows:
     for kind in ('real', *PROFILES):
-      found = row[kind]
-      share, low, high = (100 * x for x in found['attainment'])
-      cells = [f'{1e3 * found[x][s]:.0f}' if kind == 'real' else
+      shown = row[kind]
+      share, low, high = (100 * x for x in shown['attainment'])
+      cells = [f'{1e3 * shown[x][s]:.0f}' if kind == 'real' else
                f'{100 * row["errors"][kind][x][s]:+.0f}%'
                for x in ('ttft_s', 'tpot_s') for s in STATS]
       table.add_row(
@@ -404,11 +391,11 @@ def draw(path, rows):
 # --- the whole --------------------------------------------------------------
 
 
-def run(console, options):
+def run(options, console):
   """Profiles, serves, simulates and shows; returns the exit code.
 
   Args:
-    options: values of define_flags().
+    options: values of FLAGS.
   """
   quick = options.quick
   name = 'tiny' if quick else options.model
@@ -416,12 +403,13 @@ def run(console, options):
   rates = _checked(options)
   out = pathlib.Path(options.out)
   out.mkdir(parents=True, exist_ok=True)
-  loaded = (tiny.load(config.dtype) if name == 'tiny'
-            else dsjax.load(name, config.dtype))
+  # One-device instances have no collectives: threads as many as cores.
+  cli.prepare(2, options.compilation_cache, threads=os.cpu_count() or 2)
+  loaded = dsjax.load(name, config.dtype)
   others, rows, slo, stopped = machine.Others(), [], None, False
 
   def size(rate):
-    return max(8, min(options.most, round(rate * options.seconds)))
+    return max(8, min(options.requests, round(rate * options.seconds)))
   with terminal.Interrupts() as interrupts, Progress(
       TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
       console=console) as bar:
@@ -429,8 +417,9 @@ def run(console, options):
       if options.profile:
         profile = profiles.load(options.profile)
       else:
-        profile, _ = measure.measure(
-            loaded, (Plan(),), config, options.rounds, 3, bar, name)
+        profile, _ = profiling.measure(
+            loaded, (Plan(),), config, options.rounds, 3,
+            measure.reporter(bar), name)
       _check_profile(profile, options)
       profiles.save(out / 'latency.json', profile)
       modes = [Mode(m, loaded, config, profile, options.seed, bar)
@@ -440,10 +429,10 @@ def run(console, options):
       slo = objectives(modes, options.ttft_s, options.tpot_s)
       for mode, rate in ((m, r) for m in modes for r in (rates or [
           share * m.capacity_per_s for share in SHARES])):
-        found = mode.row(rate, size(rate), interrupts.halt)
-        rows.append(mode.describe(rate, found, slo))
+        outcome = mode.row(rate, size(rate), interrupts.halt)
+        rows.append(mode.describe(rate, outcome, slo))
         orchestrator.write_log(out / f'events-{mode.name}-{rate:.2f}.jsonl',
-                               found[0].log)
+                               outcome[0].log)
         _write(out, options, name, slo, modes, rows)
         bar.console.print(f'{mode.name} {rate:.2f}/s: attained, %: '
                           + ', '.join(
@@ -465,25 +454,18 @@ def _checked(options):
   require(options.modes and all(m in PLACEMENTS for m in options.modes)
           and len(set(options.modes)) == len(options.modes), '--modes',
           options.modes, f'different ones of {list(PLACEMENTS)}')
-  try:
-    rates = [float(r) for r in options.rates]
-  except ValueError:
-    rates = [0.0]
-  require(all(0 < r < float('inf') for r in rates), '--rates',
-          options.rates, 'numbers above 0')
   for field in ('ttft_s', 'tpot_s'):
     value = getattr(options, field)
     require(value is None or checks.is_positive(value), f'--{field}',
             value, 'seconds above 0')
-  require(options.seed >= 0, '--seed', options.seed, '0 or more')
-  return rates
+  return cli.numbers('--rates', options.rates) if options.rates else []
 
 
 def _check_profile(profile, options):
-  one = Plan()
-  require(one in profile.latencies, '--profile', options.profile,
+  plan = Plan()
+  require(plan in profile.latencies, '--profile', options.profile,
           'a profile of plan 1x1')
-  require((one, one) in profile.links
+  require((plan, plan) in profile.links
           or 'disaggregated' not in options.modes, '--profile',
           options.profile, 'one with a link 1x1>1x1 (where the machine '
           'was too noisy to fit it, measure again)')
@@ -504,12 +486,12 @@ def _write(out, options, name, slo, modes, rows):
 def _close(console, rows, others, out):
   """The verdict in words, and who else was there."""
   for kind in PROFILES:
-    found = [r['errors'][kind] for r in rows]
+    misses = [r['errors'][kind] for r in rows]
     console.print(
         f'{kind}: attainment within '
-        f'{max(abs(e["attainment"]) for e in found):.1f} points; mean TTFT '
-        f'within {max(abs(e["ttft_s"]["mean"]) for e in found):.0%}, mean '
-        f'TPOT within {max(abs(e["tpot_s"]["mean"]) for e in found):.0%} '
+        f'{max(abs(e["attainment"]) for e in misses):.1f} points; mean TTFT '
+        f'within {max(abs(e["ttft_s"]["mean"]) for e in misses):.0%}, mean '
+        f'TPOT within {max(abs(e["tpot_s"]["mean"]) for e in misses):.0%} '
         'at every rate', highlight=False)
   cores = others.cores()
   if cores is not None:
@@ -521,18 +503,5 @@ def _close(console, rows, others, out):
   console.print(f'wrote {out}/summary.json, validate.png')
 
 
-def main(_):
-  options = types.SimpleNamespace(**{
-      k: f.value for k, f in vars(FLAGS).items()})
-  if jax.config.jax_platforms in (None, '', 'cpu'):
-    jax.config.update('jax_num_cpu_devices', 2)
-  if options.cache:
-    jax.config.update('jax_compilation_cache_dir', options.cache)
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
-  with terminal.one_error():
-    sys.exit(run(terminal.wide_console(), options))
-
-
 if __name__ == '__main__':
-  FLAGS = define_flags()
-  app.run(main)
+  cli.main(run, FLAGS, ENGINE)

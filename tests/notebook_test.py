@@ -6,7 +6,8 @@ import nbclient
 import nbformat
 import pytest
 
-FOLDER = pathlib.Path(__file__).parent.parent / 'experiments' / 'colabs'
+ROOT = pathlib.Path(__file__).parent.parent
+FOLDER = ROOT / 'experiments' / 'colabs'
 NOTEBOOKS = sorted(FOLDER.glob('*.ipynb'))
 SAYS = {
     '1_two_meshes': ('equal token for token', *(
@@ -23,10 +24,14 @@ SAYS = {
 @pytest.mark.filterwarnings('ignore')
 def test_runs(path, monkeypatch):
   monkeypatch.setenv('DSJAX_TINY', '1')
+  monkeypatch.setenv('PYTHONPATH', str(ROOT))  # else what is installed
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.cache' / 'jax'))
   monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
   notebook = nbformat.read(path, as_version=4)
   assert len(notebook.cells) <= 20
   assert all(c.source.count('\n') < 25 for c in notebook.cells)
+  for word in ('sys.path', 'experiments.common', 'from experiments'):
+    assert not any(word in c.source for c in notebook.cells)
   client = nbclient.NotebookClient(
       notebook, timeout=300, kernel_name='python3',
       resources={'metadata': {'path': str(FOLDER)}})

@@ -1,6 +1,8 @@
 """What a request experienced."""
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any, Self
 
 STAGES = ('prefill_queue', 'prefill', 'migrate', 'decode_queue', 'decode')
 
@@ -52,3 +54,29 @@ class Record:
     """Gaps between successive output tokens."""
     return [b - a for a, b in zip(self.token_s, self.token_s[1:],
                                   strict=False)]
+
+  def row(self) -> dict[str, Any]:
+    """Its fields by name with ttft_s and tpot_s, each stage a column: plain
+    values, which JSON and a table of pandas take."""
+    row = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    stages = {f'{stage}_s': seconds
+              for stage, seconds in row.pop('stage_s').items()}
+    return row | {'instances': list(self.instances), 'ttft_s': self.ttft_s,
+                  'tpot_s': self.tpot_s} | stages
+
+  @classmethod
+  def of_row(cls, row: dict[str, Any]) -> Self:
+    """The Record that a row tells of; more columns may stand by.
+
+    Raises:
+      KeyError: a column is missing.
+    """
+    fields = {f.name: row[f.name] for f in dataclasses.fields(cls)
+              if f.name not in ('stage_s', 'instances')}
+    return cls(**fields, instances=tuple(row['instances']),
+               stage_s={stage: row[f'{stage}_s'] for stage in STAGES})
+
+
+def rows(items: Iterable) -> list[dict[str, Any]]:
+  """The row() of each Record or Output: `pandas.DataFrame(rows(records))`."""
+  return [item.row() for item in items]

@@ -10,7 +10,7 @@ import os
 import pathlib
 from typing import NamedTuple
 
-from dsjax.checkpoints import orbax_file
+from dsjax.checkpoints import orbax_file, tiny
 from dsjax.checkpoints.family import Family
 from dsjax.checkpoints.gguf_file import read_gguf
 from dsjax.checkpoints.gguf_model import load_gguf
@@ -56,7 +56,7 @@ def find(name_or_path: str | os.PathLike[str]) -> pathlib.Path:
     if path.is_dir():
       return path
     require(path.suffix == '.gguf', 'model', str(name_or_path),
-            f'one of {sorted(MODELS)}, {DUMMY!r} and a name in '
+            f"one of {[*sorted(MODELS), 'tiny']}, {DUMMY!r} and a name in "
             'dsjax.config.zoo, or the path of a .gguf file or a folder')
     if not path.is_file():
       raise InputError(f'{path}: no such file')
@@ -87,9 +87,11 @@ def load(name_or_path: str | os.PathLike[str], dtype: str = 'float32',
   """A Model from wherever it is kept.
 
   Args:
-    name_or_path: a name in MODELS; 'dummy:' and a name in dsjax.config.zoo
-      (that shape with random weights, no tokenizer); the path of a .gguf file
-      or of a Hugging Face folder, or of one that save_orbax wrote.
+    name_or_path: a name in MODELS; 'tiny' (random weights that serve in
+      seconds, and a tokenizer of bytes); 'dummy:' and a name in
+      dsjax.config.zoo (that shape with random weights, no tokenizer); the
+      path of a .gguf file or of a Hugging Face folder, or of one that
+      save_orbax wrote.
     dtype: of the weights, 'float32' or 'bfloat16'.
     family: what a .gguf file or a Hugging Face folder is read as; None: as
       one of the families that are known.
@@ -100,6 +102,9 @@ def load(name_or_path: str | os.PathLike[str], dtype: str = 'float32',
   if name.startswith(DUMMY):
     config = zoo.config(name.removeprefix(DUMMY))
     return Model(config, random_params(config, 0, dtype))
+  if name == tiny.CONFIG.name:
+    return Model(tiny.CONFIG, random_params(tiny.CONFIG, 0, dtype),
+                 tiny.make_tokenizer())
   path = find(name)
   if not path.is_dir():
     return Model(*load_gguf(path, dtype, family), Tokenizer.load(path))

@@ -1,6 +1,8 @@
 """Which instances run, with which parallelism, and the latency objectives."""
 
 import dataclasses
+import re
+from typing import Self
 
 from dsjax.config.checks import is_positive, require
 
@@ -25,6 +27,7 @@ ROLES = {
     'colocated': Role(prefills=True, decodes=True),
     'chunked': Role(prefills=True, decodes=True, mixes=True),
 }
+_SIZES = re.compile('([1-9][0-9]{0,3})x([1-9][0-9]{0,3})')  # of a Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +37,28 @@ class Plan:
   tp: int = 1
   pp: int = 1
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for field in ('tp', 'pp'):
       value = getattr(self, field)
       require(isinstance(value, int) and value > 0, f'Plan.{field}', value,
               'an integer above 0')
 
+  @classmethod
+  def parse(cls, text: str, field: str = 'plan') -> Self:
+    """The Plan of 'TPxPP', such as '2x1'.
+
+    Raises:
+      InputError naming `field`.
+    """
+    sizes = _SIZES.fullmatch(text)
+    require(sizes, field, text, 'a plan TPxPP, such as 2x1')
+    return cls(*map(int, sizes.groups()))
+
+  def __str__(self) -> str:
+    return f'{self.tp}x{self.pp}'
+
   @property
-  def num_devices(self):
+  def num_devices(self) -> int:
     return self.tp * self.pp
 
 
@@ -60,7 +77,7 @@ class Placement:
   colocated: tuple[Plan, ...] = ()
   chunked: tuple[Plan, ...] = ()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for role in ROLES:
       plans = getattr(self, role)
       require(isinstance(plans, (tuple, list))
@@ -74,17 +91,47 @@ class Placement:
             'Placement', self, 'instances that prefill and instances that '
             'decode, those that only decode beside some that only prefill')
 
+  @classmethod
+  def parse(cls, text: str, field: str = 'placement') -> Self:
+    """The Placement of 'prefill=2x1,decode=1x1' and the like.
+
+    role=TPxPP for each instance; a role's further instances follow with commas
+    and no name: 'colocated=1x1,1x1', 'prefill=2x1,decode=1x1,1x1'.
+
+    Raises:
+      InputError naming `field`.
+    """
+    plans, role = {}, None
+    for item in text.split(','):
+      name, equals, plan = item.strip().rpartition('=')
+      role = name if equals else role
+      require(role in ROLES and _SIZES.fullmatch(plan), field, text,
+              f'role=TPxPP, ... with roles of {ROLES}, such as '
+              'prefill=1x1,decode=1x1')
+      plans.setdefault(role, []).append(Plan.parse(plan))
+    return cls(**plans)
+
+  def __str__(self) -> str:
+    return ','.join(f'{role}=' + ','.join(map(str, plans))
+                    for role in ROLES if (plans := getattr(self, role)))
+
   @property
-  def instances(self):
+  def instances(self) -> tuple[tuple[str, Plan], ...]:
     """((role, Plan), ...) in device order."""
     return tuple((role, p) for role in ROLES for p in getattr(self, role))
 
   @property
-  def num_devices(self):
+  def names(self) -> tuple[str, ...]:
+    """What each instance is called in tables and timelines."""
+    return tuple(f'{i} {role} {plan}'
+                 for i, (role, plan) in enumerate(self.instances))
+
+  @property
+  def num_devices(self) -> int:
     return sum(plan.num_devices for _, plan in self.instances)
 
   @property
-  def mode(self):
+  def mode(self) -> str:
     """disaggregated, colocated or chunked; mixed for other combinations."""
     roles = {role for role, _ in self.instances}
     if roles == {'prefill', 'decode'}:
@@ -94,12 +141,17 @@ class Placement:
 
 @dataclasses.dataclass(frozen=True)
 class Slo:
-  """Latency objectives; a request attains when it meets both (DistServe 1)."""
+  """Latency objectives; a request attains when it meets both (DistServe 1).
+
+  Attributes:
+    ttft_s: seconds from arrival to the first token.
+    tpot_s: mean seconds of each token after it.
+  """
 
   ttft_s: float
   tpot_s: float
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for field in ('ttft_s', 'tpot_s'):
       value = getattr(self, field)
       require(is_positive(value), f'Slo.{field}', value, 'seconds above 0')

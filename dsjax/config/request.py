@@ -18,15 +18,23 @@ ABOVE = ('top_p', 'repetition_penalty')
 class Sampling:
   """How one request's tokens are chosen and when it stops.
 
-  temperature 0 is greedy. The random draw at a position depends only on
-  (seed, position), never on batch, instance or mesh. Penalties follow their
-  usual definitions: repetition (over prompt and output, multiplicative),
-  presence and frequency (over output, subtractive). `logprobs` asks for the
-  log-probability of the chosen token and of that many most likely ones,
-  taken from the raw logits. `stop` strings end the text before their first
-  occurrence; `stop_token_ids` and the model's EOS end it at that token,
-  which is not part of the text. What would end it within the first
-  `min_tokens` tokens is passed over (an EOS may be among them).
+  Attributes:
+    max_tokens: of the output; None for the rest of the context.
+    temperature: 0 is greedy.
+    top_k, top_p, min_p: which tokens may be drawn; 0, 1 and 0 for all.
+    repetition_penalty: multiplicative, over prompt and output.
+    presence_penalty, frequency_penalty: subtractive, over the output.
+    logit_bias: (token id, what is added to its logit) pairs.
+    seed: the random draw at a position depends only on (seed, position),
+      never on batch, instance or mesh.
+    logprobs: the log-probability of the chosen token and of so many most
+      likely ones, taken from the raw logits; None for none.
+    stop: strings that end the text before their first occurrence.
+    stop_token_ids: end it, like the model's EOS, at that token, which is not
+      part of the text.
+    ignore_eos: the model's EOS does not end it.
+    min_tokens: what would end it within so many tokens is passed over (an EOS
+      may be among them).
   """
 
   max_tokens: int | None = None

@@ -185,7 +185,7 @@ def snapshot(server: Orchestrator | None) -> list[dict[str, Any]]:
   state, instances = server.state, []
   for (role, plan), inst in zip(server.placement.instances, state.instances,
                                 strict=True):
-    instances.append({'role': role, 'plan': f'{plan.tp}x{plan.pp}',
+    instances.append({'role': role, 'plan': str(plan),
                       'status': inst.status,
                       'requests': dict.fromkeys(STAGES, 0),
                       'pages': {'free': page_pool.num_free(inst.pool)}

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from dsjax.config.checks import InputError, require
@@ -356,8 +357,10 @@ def colocated(search):
                if size > problem.max_seqs])
 
 
-def search(problem, algorithms=(low_affinity, colocated), report=None,
-           map=map):
+def search(problem: Problem,
+           algorithms: Iterable[Callable] = (low_affinity, colocated),
+           report: Callable[[Progress], object] | None = None,
+           map: Callable[..., Iterable] = map) -> Answer:
   """The best placements for a problem: an Answer.
 
   A KeyboardInterrupt ends the search; the Answer has what is known.
@@ -384,14 +387,14 @@ def search(problem, algorithms=(low_affinity, colocated), report=None,
     stopped = True
   rows = _sorted(state.rows)
   return Answer(rows, verdict(rows, problem), state.simulations, state.pruned,
-                tuple(sorted(state.unfit, key=str)),
-                tuple(sorted(state.unmeasured, key=str)),
+                tuple(sorted(state.unfit, key=repr)),
+                tuple(sorted(state.unmeasured, key=repr)),
                 _sorted(state.strict), state.limits, stopped)
 
 
 def _sorted(rows):
   return tuple(sorted(rows, key=lambda r: (
-      -r.per_device, -r.interval_per_device[1], str(r.placement))))
+      -r.per_device, -r.interval_per_device[1], repr(r.placement))))
 
 
 def _check_floor(state):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from dsjax.analysis.record import Record
 from dsjax.checkpoints import tokenizer
@@ -29,6 +29,11 @@ class Output:
   reason: str
   record: Record
   logprobs: tuple[Logprobs, ...] = ()
+
+  def row(self) -> dict[str, Any]:
+    """The row of its record, with text and tokens; see Record.row."""
+    return self.record.row() | {'text': self.text,
+                                'tokens': list(self.tokens)}
 
 
 class RequestFailed(RuntimeError):

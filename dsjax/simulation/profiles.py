@@ -1,13 +1,20 @@
-"""Files of measured latencies."""
+"""Latencies by name: published ones, rooflines, files of measured ones."""
 
 import dataclasses
+import functools
 import json
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
-from dsjax.config.checks import InputError, parse_json
+from dsjax.config.checks import InputError, parse_json, require
+from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Plan
+from dsjax.simulation import hardware, roofline
 from dsjax.simulation.contention import Contention
 from dsjax.simulation.latency import Affine, Buckets, Link
+
+ROOFLINE = 'roofline:'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,27 +35,15 @@ class Profile:
   contention: Contention | None = None
 
 
-def _name(plan):
-  return f'{plan.tp}x{plan.pp}'
-
-
-def _plan(path, field, text):
-  parts = text.split('x')
-  if len(parts) != 2 or not all(p.isdecimal() and int(p) for p in parts):
-    raise InputError(f'{path}: {field}={text!r}: must be a plan TPxPP, such '
-                     'as 2x1')
-  return Plan(*map(int, parts))
-
-
-def save(path, profile):
+def save(path: str | pathlib.Path, profile: Profile) -> None:
   """Writes a Profile as JSON that `load` reads."""
   data = {
       'model': profile.model, 'device': profile.device,
       'source': profile.source,
-      'latencies': {_name(plan): dataclasses.asdict(x) | {
+      'latencies': {str(plan): dataclasses.asdict(x) | {
           'buckets': x.buckets._asdict()}
                     for plan, x in profile.latencies.items()},
-      'links': {f'{_name(a)}>{_name(b)}': dataclasses.asdict(link)
+      'links': {f'{a}>{b}': dataclasses.asdict(link)
                 for (a, b), link in profile.links.items()},
   }
   if profile.contention:
@@ -57,7 +52,7 @@ def save(path, profile):
   pathlib.Path(path).write_text(json.dumps(data, indent=1) + '\n')
 
 
-def read_json(path):
+def read_json(path: str | pathlib.Path) -> Any:
   """What a JSON file holds.
 
   Raises:
@@ -70,7 +65,7 @@ def read_json(path):
   return parse_json(path, text)
 
 
-def load(path):
+def load(path: str | pathlib.Path) -> Profile:
   """Reads a Profile.
 
   Raises:
@@ -84,7 +79,7 @@ def load(path):
   latencies, links = {}, {}
   for name, value in _fields(path, 'latencies', data['latencies']).items():
     where = f'latencies.{name}'
-    plan = _plan(path, 'latencies', name)
+    plan = Plan.parse(name, f'{path}: latencies')
     latencies[plan] = _made(path, where, Affine, value)
     if latencies[plan].pp != plan.pp:
       raise InputError(f'{path}: {where}.pp={latencies[plan].pp}: must be '
@@ -94,15 +89,74 @@ def load(path):
     if len(ends) != 2:
       raise InputError(f'{path}: links={name!r}: must be PLAN>PLAN, such as '
                        '2x1>1x1')
-    links[tuple(_plan(path, 'links', e) for e in ends)] = _made(
+    links[tuple(Plan.parse(e, f'{path}: links') for e in ends)] = _made(
         path, f'links.{name}', Link, value)
-  found = data.get('contention')
-  if found is not None:
-    found = _made(path, 'contention', Contention, {'factors': {
+  contention = data.get('contention')
+  if contention is not None:
+    contention = _made(path, 'contention', Contention, {'factors': {
         tuple(name.split('>')): factor for name, factor in _fields(
-            path, 'contention', found).items()}})
+            path, 'contention', contention).items()}})
   return Profile(data['model'], data['device'], latencies, links,
-                 data.get('source', ''), found)
+                 data.get('source', ''), contention)
+
+
+# --- by name ------------------------------------------------------------------
+
+
+def named(kind: str, config: ModelConfig,
+          host_s: float = 0.0) -> Callable[[Plan], Any]:
+  """A function Plan -> seconds of its steps, None where nothing is known.
+
+  It can be pickled, so that processes may share it.
+
+  Args:
+    kind: 'published' (DistServe's A100 profiles of OPT-13B and OPT-66B),
+      'roofline:a100-80g' and the like (shapes against peaks), or a file that
+      `save` wrote.
+    host_s: the host's time between steps, where kind does not say.
+
+  Raises:
+    InputError.
+  """
+  if kind == 'published':
+    return functools.partial(_published, config.name, host_s)
+  if kind.startswith(ROOFLINE):
+    name = kind.removeprefix(ROOFLINE)
+    require(name in hardware.HARDWARE, 'latency', kind,
+            f'{ROOFLINE!r} and one of {sorted(hardware.HARDWARE)}')
+    return functools.partial(_roofline, config, name, host_s)
+  require(pathlib.Path(kind).is_file(), 'latency', kind,
+          f"'published', {ROOFLINE!r} and one of {sorted(hardware.HARDWARE)}, "
+          'or a file of measured latencies')
+  return load(kind).latencies.get
+
+
+def caveat(kind: str) -> str:
+  """What a search over the latencies of a file leaves out; '' if nothing."""
+  if kind == 'published' or kind.startswith(ROOFLINE):
+    return ''
+  shared = load(kind).contention
+  most = max(shared.factors.values()) if shared and shared.factors else 1.0
+  if most < 1.1:
+    return ''
+  return (f'{kind}: its instances share cores: side by side a step takes up to '
+          f'{most:.2f} times as long, which is left out here (see '
+          'dsjax.simulation.contention).')
+
+
+def _published(model, host_s, plan):
+  try:
+    return hardware.published(model, plan, host_s=host_s)
+  except InputError:
+    return None
+
+
+def _roofline(config, name, host_s, plan):
+  return roofline.Roofline(config, hardware.HARDWARE[name], plan.tp, plan.pp,
+                           host_s=host_s)
+
+
+# --- reading ------------------------------------------------------------------
 
 
 def _fields(path, where, value, needed=(), more=None):
@@ -126,13 +180,13 @@ def _made(path, where, kind, value):
   value = dict(_fields(path, where, value, needed, [
       f.name for f in fields if f.name not in needed]))
   if 'buckets' in value:
-    found = _fields(path, f'{where}.buckets', value['buckets'],
+    buckets = _fields(path, f'{where}.buckets', value['buckets'],
                     Buckets._fields, ())
-    for name, sizes in found.items():
+    for name, sizes in buckets.items():
       if not isinstance(sizes, list):
         raise InputError(f'{path}: {where}.buckets.{name}={sizes!r}: must be '
                          'a list')
-    value['buckets'] = Buckets(**{k: tuple(v) for k, v in found.items()})
+    value['buckets'] = Buckets(**{k: tuple(v) for k, v in buckets.items()})
   try:
     return kind(**value)
   except InputError as error:

@@ -261,7 +261,8 @@ class _Run:
             f'one for each of {count} instances')
     require(share in ('pair', 'nic'), 'share', share, "'pair' or 'nic'")
     decodes = [c.decodes for c in config.instances]
-    require(link is not None or all(decodes), 'link', link,
+    hands_off = any(decodes) and not all(decodes)
+    require(link is not None or not hands_off, 'link', link,
             'given where prefill and decode are apart')
     self.config, self.link, self.share = config, link, share
     self.on_event, self.closed_form = on_event, leap

@@ -8,6 +8,13 @@ from dsjax.workload.files import (
     read_lengths,
     read_prompts,
 )
+from dsjax.workload.named import (
+    PROCESSES,
+    Source,
+    arrivals_of,
+    lengths_of,
+    source,
+)
 from dsjax.workload.requests import (
     KINDS,
     arrivals,
@@ -15,5 +22,7 @@ from dsjax.workload.requests import (
     from_prompts,
 )
 
-__all__ = ['KINDS', 'MAX_LEN', 'Entry', 'Prompt', 'arrivals', 'from_lengths',
-           'from_prompts', 'json_lines', 'read_lengths', 'read_prompts']
+__all__ = ['KINDS', 'MAX_LEN', 'PROCESSES', 'Entry', 'Prompt', 'Source',
+           'arrivals', 'arrivals_of', 'from_lengths', 'from_prompts',
+           'json_lines', 'lengths_of', 'read_lengths', 'read_prompts',
+           'source']

@@ -6,11 +6,13 @@ import io
 import math
 import pathlib
 import re
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from dsjax.config.checks import InputError, is_integer, parse_json
 
 MAX_LEN = 2**31 - 1
+Path = str | pathlib.Path
 
 
 class Entry(NamedTuple):
@@ -67,7 +69,7 @@ def _json_lines(path, text):
     yield number, value
 
 
-def json_lines(path):
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
   """Yields (line number, dict) of a JSON-lines file; # begins a comment.
 
   InputError names the file and the line.
@@ -150,7 +152,7 @@ def _field(path, line, row, column):
   return value
 
 
-def read_lengths(path):
+def read_lengths(path: Path) -> tuple[Entry, ...]:
   """Reads a trace or a sample of lengths.
 
   CSV with a header, or JSON lines (.jsonl, or the first line begins with a
@@ -208,7 +210,7 @@ def _prompt(path, line, row):
   return Prompt(text, messages, limit)
 
 
-def read_prompts(path):
+def read_prompts(path: Path) -> tuple[Prompt, ...]:
   """Reads prompts: one a line, or JSON lines with prompt or messages.
 
   Blank lines and lines that begin with # are skipped. A file named .jsonl, or

@@ -8,6 +8,7 @@ difference between two rates is then not noise of the sample).
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from dsjax.config.checks import (
     require,
 )
 from dsjax.config.request import Request, Sampling
+from dsjax.workload.files import Entry
 
 KINDS = ('poisson', 'gamma', 'uniform', 'burst', 'trace')
 _ARRIVALS, _LENGTHS, _TOKENS = range(3)  # streams of one seed
@@ -43,7 +45,9 @@ def _trace_arrivals(entries, n, rate_per_s):
   return times
 
 
-def arrivals(kind, rate_per_s, n, seed=0, cv=1.0, entries=None):
+def arrivals(kind: str, rate_per_s: float | None, n: int, seed: int = 0,
+             cv: float = 1.0, entries: Sequence[Entry] | None = None
+             ) -> tuple[float, ...]:
   """Arrival times of n requests.
 
   Kinds: 'poisson'; 'gamma' (gaps whose standard deviation is cv times their
@@ -83,8 +87,11 @@ def arrivals(kind, rate_per_s, n, seed=0, cv=1.0, entries=None):
   return tuple((np.cumsum(gaps) / rate_per_s).tolist())
 
 
-def from_lengths(entries, n, arrivals_s, vocab_size=None, seed=0,
-                 max_prompt=None, max_output=None, in_order=False):
+def from_lengths(entries: Sequence[Entry], n: int,
+                 arrivals_s: Sequence[float], vocab_size: int | None = None,
+                 seed: int = 0, max_prompt: int | None = None,
+                 max_output: int | None = None, in_order: bool = False
+                 ) -> tuple[list[Request], int]:
   """Requests with the lengths of a trace and prompts without meaning.
 
   Args:
@@ -130,7 +137,11 @@ def from_lengths(entries, n, arrivals_s, vocab_size=None, seed=0,
   return requests, clipped
 
 
-def from_prompts(prompts, arrivals_s, sampling=None, max_tokens=None):
+def from_prompts(prompts: Sequence[Sequence[int]],
+                 arrivals_s: Sequence[float],
+                 sampling: Sampling | Sequence[Sampling] | None = None,
+                 max_tokens: Sequence[int | None] | None = None
+                 ) -> list[Request]:
   """Requests of given token ids.
 
   Args:

@@ -8,13 +8,15 @@ clock.
 import itertools
 import math
 from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from dsjax import workload
 from dsjax.config.checks import InputError, is_positive, require
-from dsjax.workload import Entry
+from dsjax.config.request import Request
+from dsjax.workload.files import Entry, Path, json_lines, read_lengths
+from dsjax.workload.requests import arrivals, from_lengths
 
 _DRAWS = 3  # a stream of a seed; workload has those below
 
@@ -42,7 +44,7 @@ class Fit(NamedTuple):
   cv: float
 
 
-def fit(entries):
+def fit(entries: Iterable[Entry]) -> Fit:
   """The Fit of a trace with arrivals.
 
   Raises:
@@ -59,8 +61,10 @@ def fit(entries):
   return Fit(entries, float(1 / gaps.mean()), min(100.0, max(0.01, cv)))
 
 
-def resample(history, n, rate_per_s=None, seed=0, vocab_size=None,
-             max_prompt=None, max_output=None):
+def resample(history: Fit, n: int, rate_per_s: float | None = None,
+             seed: int = 0, vocab_size: int | None = None,
+             max_prompt: int | None = None,
+             max_output: int | None = None) -> tuple[list[Request], int]:
   """n requests like those of a Fit (DistServe 4.1: fit, then resample).
 
   Gaps are gamma with the history's cv; pairs of lengths are drawn with
@@ -72,10 +76,10 @@ def resample(history, n, rate_per_s=None, seed=0, vocab_size=None,
   Returns:
     (requests, clipped), as workload.from_lengths.
   """
-  times = workload.arrivals('gamma', rate_per_s or history.rate_per_s, n,
-                            seed, history.cv)
-  return workload.from_lengths(history.entries, n, times, vocab_size, seed,
-                               max_prompt, max_output)
+  times = arrivals('gamma', rate_per_s or history.rate_per_s, n, seed,
+                   history.cv)
+  return from_lengths(history.entries, n, times, vocab_size, seed, max_prompt,
+                      max_output)
 
 
 # --- mixtures ---------------------------------------------------------------
@@ -128,7 +132,7 @@ def _cut_mean(median, sigma, high):
           + high * (1 - _normal(z)))
 
 
-def factor(lengths):
+def factor(lengths: Lengths) -> float:
   """What the medians of Lengths are multiplied by for their mean.
 
   Raises:
@@ -158,7 +162,7 @@ def _draw(lengths, n, rng):
   return np.clip(np.rint(x), 1, lengths.high).astype(int).tolist()
 
 
-def draw(mixture, n, seed=0):
+def draw(mixture: Mixture | str, n: int, seed: int = 0) -> tuple[Entry, ...]:
   """n entries without arrivals, for workload.from_lengths(in_order=True).
 
   Args:
@@ -181,7 +185,8 @@ def draw(mixture, n, seed=0):
 # --- rates that change ------------------------------------------------------
 
 
-def vary(unit_times, segments):
+def vary(unit_times: Iterable[float],
+         segments: Iterable[tuple[float, float]]) -> tuple[float, ...]:
   """Arrival times at a rate that changes, from arrivals at rate 1.
 
   Time is stretched so that the arrivals' number grows as the integral of the
@@ -211,14 +216,15 @@ def vary(unit_times, segments):
     cycle, rest = divmod(u, counts[-1])
     # Of segments that end at one count (rate 0), the last: its start is
     # where the count grows again.
-    at = min(bisect_right(counts, rest), len(segments)) - 1
-    rate = segments[at][1]
-    late = (rest - counts[at]) / rate if rate else segments[at][0]
-    times.append(cycle * starts[-1] + starts[at] + late)
+    segment = min(bisect_right(counts, rest), len(segments)) - 1
+    rate = segments[segment][1]
+    late = (rest - counts[segment]) / rate if rate else segments[segment][0]
+    times.append(cycle * starts[-1] + starts[segment] + late)
   return tuple(times)
 
 
-def diurnal(rate_per_s, swing, period_s=86400.0, steps=48):
+def diurnal(rate_per_s: float, swing: float, period_s: float = 86400.0,
+            steps: int = 48) -> tuple[tuple[float, float], ...]:
   """Segments of a day: rate (1 + swing sin(2 pi t / period)), in steps.
 
   Each step has the mean rate of its span, so the whole has rate_per_s.
@@ -261,7 +267,7 @@ class Turn(NamedTuple):
   group: int
 
 
-def read_turns(path):
+def read_turns(path: Path) -> tuple[Turn, ...]:
   """The Turns of a trace in Mooncake's format, sorted by arrival.
 
   JSON lines as workload.read_lengths takes them, with hash_ids: a number for
@@ -271,8 +277,8 @@ def read_turns(path):
   Raises:
     InputError naming the file, the line and the field.
   """
-  entries = workload.read_lengths(path)
-  rows = list(workload.json_lines(path))
+  entries = read_lengths(path)
+  rows = list(json_lines(path))
   for line, row in rows:
     ids = row.get('hash_ids')
     ok = (isinstance(ids, list) and all(
@@ -289,7 +295,8 @@ def read_turns(path):
   return turns(entries, [row['hash_ids'] for row in rows])
 
 
-def turns(entries, blocks):
+def turns(entries: Sequence[Entry],
+          blocks: Sequence[Sequence[int]]) -> tuple[Turn, ...]:
   """The Turns of entries with these hash_ids; see read_turns."""
   require(len(entries) == len(blocks), 'turns.blocks', len(blocks),
           f'as many as the {len(entries)} entries')
@@ -297,13 +304,13 @@ def turns(entries, blocks):
   if len(blocks) > 1:
     common = next((i for i, ids in enumerate(zip(*blocks, strict=False))
                    if len(set(ids)) > 1), min(map(len, blocks)))
-  holder, found = {}, []
+  holder, made = {}, []
   for i, (entry, ids) in enumerate(zip(entries, blocks, strict=True)):
     count = next((k for k, id in enumerate(ids) if id not in holder),
                  len(ids))
     parent = holder[ids[count - 1]] if count else None
-    group = found[parent].group if count > common else i
-    found.append(Turn(entry, min(count * BLOCK, entry.prompt_len), parent,
+    group = made[parent].group if count > common else i
+    made.append(Turn(entry, min(count * BLOCK, entry.prompt_len), parent,
                       group))
     holder.update(dict.fromkeys(ids, i))
-  return tuple(found)
+  return tuple(made)

@@ -40,13 +40,13 @@ import tempfile
 import threading
 import time
 
-from absl import app, flags
-from rich.console import Console
 from rich.progress import Progress
 
+from dsjax.config.checks import require
 from dsjax.kernels import compiled
 from experiments.aot import report as aot_report
 from experiments.aot import steps as aot_steps
+from experiments.common import cli
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / 'tests' / 'goldens' / 'aot.json'
@@ -159,34 +159,31 @@ def run(console, pairs, jobs, update):
   return 1 if wrong else 0
 
 
-def define_flags():
-  flags.DEFINE_list('models', list(aot_steps.SETUPS), 'Of these.')
-  flags.DEFINE_list('gpus', list(aot_steps.GPUS), 'Of these.')
-  flags.DEFINE_integer('jobs', min(2, os.cpu_count()), 'Children at a time.',
-                       lower_bound=1)
-  flags.DEFINE_bool('update', False, 'Write the golden table.')
-  return flags.FLAGS
+FLAGS = {
+    'models': cli.Flag(list(aot_steps.SETUPS), 'Of these.'),
+    'gpus': cli.Flag(list(aot_steps.GPUS), 'Of these.'),
+    'jobs': cli.Flag(min(2, os.cpu_count() or 1), 'Children at a time.',
+                     low=1),
+    'update': cli.Flag(False, 'Write the golden table.'),
+}
 
 
-def main(_):
+def main(options, console):
+  """Compiles what the flags name; returns the exit code."""
   for name, allowed in (('models', aot_steps.SETUPS),
                         ('gpus', aot_steps.GPUS)):
-    for value in FLAGS[name].value:
-      if value not in allowed:
-        print(f'error: --{name}={value}: must be of {list(allowed)}',
-              file=sys.stderr)
-        sys.exit(2)
-  console = Console()
+    for value in getattr(options, name):
+      require(value in allowed, f'--{name}', value, f'of {list(allowed)}')
   if not console.is_terminal:
     console.width = 200
   try:
-    sys.exit(run(console, [(m, g) for m in FLAGS.models for g in FLAGS.gpus],
-                 FLAGS.jobs, FLAGS.update))
+    return run(console, [(model, gpu) for model in options.models
+                         for gpu in options.gpus],
+               options.jobs, options.update)
   except KeyboardInterrupt:
     print('stopped', file=sys.stderr)
     os._exit(130)  # threads that wait for children are not waited for
 
 
 if __name__ == '__main__':
-  FLAGS = define_flags()
-  app.run(main)
+  cli.main(main, FLAGS)

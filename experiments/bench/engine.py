@@ -24,7 +24,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
 
 from dsjax.checkpoints import checkpoint
 from dsjax.config.engine import EngineConfig, InstanceConfig
@@ -43,12 +42,13 @@ from dsjax.scheduling.events import (
   RunDecode,
   RunPrefill,
 )
+from experiments.common import cli
 
-_OUT = flags.DEFINE_string('out', None, 'JSON file for the numbers.')
-_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Timed rounds of each pair.',
-                               lower_bound=1)
-_PEERS = flags.DEFINE_bool('peers', False, 'Also run llama.cpp, transformers.')
-_ONLY = flags.DEFINE_list('only', [], 'Parts to run, of a,b,c,d,e,f.')
+FLAGS = {
+    'out': cli.Flag(None, 'JSON file for the numbers.', str), 'rounds': 5,
+    'peers': cli.Flag(False, 'Also run llama.cpp, transformers.'),
+    'only': cli.Flag([], 'Parts to run, of a,b,c,d,e,f.'),
+}
 
 PROMPT, STEPS, BATCH = 256, 24, 8
 CONFIG = EngineConfig(max_len=512, max_seqs=BATCH, prefill_tokens=1024,
@@ -62,12 +62,13 @@ def clock(fn):
   return time.perf_counter() - start
 
 
-def in_turn(*fns):
+def in_turn(rounds, *fns):
   """Median seconds of each function, timed A B A B after one warm-up."""
   for fn in fns:
     clock(fn)
-  rounds = [[clock(fn) for fn in fns] for _ in range(_ROUNDS.value)]
-  return [statistics.median(r[i] for r in rounds) for i in range(len(fns))]
+  taken = [[clock(fn) for fn in fns] for _ in range(rounds)]
+  return [statistics.median(row[i] for row in taken)
+          for i in range(len(fns))]
 
 
 # --- the hand-written rival -------------------------------------------------
@@ -175,13 +176,13 @@ class Ours:
     return self.one.decode(self.last)[0][-1].token_R
 
 
-def bench_steps(loaded, one, results):
+def bench_steps(loaded, one, results, rounds):
   for batch in (1, BATCH):
     dense, ours = Dense(loaded, one.last.params, batch), Ours(one, batch)
-    a, b = in_turn(ours.prefill, dense.prefill)
+    a, b = in_turn(rounds, ours.prefill, dense.prefill)
     add(results, f'(a) prefill, batch {batch}', 'tokens/s',
         batch * PROMPT / a, batch * PROMPT / b, 'plain jit loop')
-    a, b = in_turn(ours.decode, dense.decode)
+    a, b = in_turn(rounds, ours.decode, dense.decode)
     add(results, f'(a) decode, batch {batch}', 'tokens/s',
         batch * STEPS / a, batch * STEPS / b, 'plain jit loop')
     weights = sum(x.nbytes for x in jax.tree.leaves(one.last.params))
@@ -220,7 +221,7 @@ def serve_all(server, count, tokens):
   return took
 
 
-def bench_server(loaded, results):
+def bench_server(loaded, results, rounds):
   """A colocated server against the same steps without a server."""
   placement = Placement(colocated=[Plan()])
   with orchestrator.serve(loaded, placement, CONFIG) as server:
@@ -235,7 +236,7 @@ def bench_server(loaded, results):
       return bare.decode()
 
     ours, floor = [], []
-    for timed in [False] + [True] * _ROUNDS.value:
+    for timed in [False] + [True] * rounds:
       a, b = serve_all(server, BATCH, STEPS + 1), clock(steps)
       if timed:
         ours.append(a)
@@ -246,7 +247,7 @@ def bench_server(loaded, results):
         'bare steps')
 
 
-def bench_modes(loaded, results):
+def bench_modes(loaded, results, rounds):
   """Eight requests at once, 256-token prompts, 64 output tokens."""
   modes = [Placement(prefill=[Plan()], decode=[Plan()]),
            Placement(colocated=[Plan()]),
@@ -255,7 +256,7 @@ def bench_modes(loaded, results):
     servers = [stack.enter_context(orchestrator.serve(loaded, p, CONFIG))
                for p in modes]
     times = [[] for _ in servers]
-    for timed in [False] + [True] * _ROUNDS.value:
+    for timed in [False] + [True] * rounds:
       for server, taken in zip(servers, times, strict=True):
         took = serve_all(server, BATCH, 64)
         if timed:
@@ -296,7 +297,7 @@ def bench_scheduler(results):
       statistics.median(taken) * 1e6)
 
 
-def bench_migrate(loaded, results):
+def bench_migrate(loaded, results, rounds):
   """KV of 2,048 tokens between two devices."""
   config = EngineConfig(max_len=2048, max_seqs=2, transfer_pages=128)
   placement = Placement(prefill=[Plan()], decode=[Plan()])
@@ -312,6 +313,7 @@ def bench_migrate(loaded, results):
     stacked = jax.device_put(jnp.ones((layers, *shape)), jax.devices()[0])
     size = stacked.nbytes
     ours, put, stack = in_turn(
+        rounds,
         lambda: route.start(command).land(),
         lambda: jax.device_put(plain, jax.devices()[1]),
         lambda: jax.device_put(stacked, jax.devices()[1]))
@@ -339,10 +341,12 @@ def show(results):
           f'{r["unit"]}' + (f', {r["against"]}' if r['against'] else ''))
 
 
-def main(_):
-  jax.config.update('jax_num_cpu_devices', 2)
-  jax.config.update('jax_compilation_cache_dir', '.cache/jax')
-  parts = _ONLY.value or list('abcde') + ['f'] * _PEERS.value
+def run(options, console):
+  """Runs the parts that are asked for and prints a line each."""
+  del console
+  cli.prepare(2)
+  parts = options.only or list('abcde') + ['f'] * options.peers
+  rounds = options.rounds
   loaded, results = checkpoint.load('smollm2-135m-instruct'), []
   if 'c' in parts:
     bench_scheduler(results)
@@ -352,22 +356,23 @@ def main(_):
     for name in one.warm():
       print('    compiled', name, flush=True)
   if 'a' in parts:
-    bench_steps(loaded, one, results)
+    bench_steps(loaded, one, results, rounds)
   if 'b' in parts:
-    bench_server(loaded, results)
+    bench_server(loaded, results, rounds)
   if 'd' in parts:
-    bench_migrate(loaded, results)
+    bench_migrate(loaded, results, rounds)
   if 'e' in parts:
-    bench_modes(loaded, results)
+    bench_modes(loaded, results, rounds)
   if 'f' in parts:
     from experiments.bench import peers
-    peers.bench((1, BATCH), PROMPT, STEPS, lambda n: Ours(one, n), in_turn,
+    peers.bench((1, BATCH), PROMPT, STEPS, lambda n: Ours(one, n),
+                functools.partial(in_turn, rounds),
                 functools.partial(add, results))
   show(results)
-  if _OUT.value:
-    with open(_OUT.value, 'w') as file:
+  if options.out:
+    with open(options.out, 'w') as file:
       json.dump(results, file, indent=1)
 
 
 if __name__ == '__main__':
-  app.run(main)
+  cli.main(run, FLAGS)

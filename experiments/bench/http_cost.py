@@ -20,7 +20,6 @@ rounds there are.
 import asyncio
 import itertools
 import json
-import os
 import pathlib
 import socket
 import statistics
@@ -29,10 +28,6 @@ import sys
 import threading
 import time
 
-os.environ.setdefault('NPROC', '32')  # room for collectives of many devices
-
-import jax
-from absl import app, flags
 from rich.progress import Progress
 from rich.table import Table
 
@@ -43,9 +38,15 @@ from dsjax.config.request import Request, Sampling
 from dsjax.http.service import Service
 from dsjax.http.telemetry import Gauges
 from experiments import api
-from experiments.common import terminal, tiny
+from experiments.common import cli
 
-FLAGS = None  # once run as a program
+FLAGS = {
+    'config': 'demo', 'set': (),
+    'streams': cli.Flag(16, 'At a time.', low=1),
+    'tokens': cli.Flag(96, 'Of each.', low=2),
+    'gap': cli.Flag(0.5, 'Seconds between their starts.', low=0.0),
+    'rounds': 5,
+}
 WAYS = ('in process', 'service', 'socket', 'HTTP')
 LEAD_S = 0.5  # from saying when a round begins to its beginning
 
@@ -227,44 +228,27 @@ def table(found, streams, tokens):
                 'socket_share': statistics.median(added['socket'][1])}
 
 
-def define_flags():
-  """This program's flags."""
-  return {
-      'config': flags.DEFINE_string('config', 'demo', 'As experiments.api.'),
-      'set': flags.DEFINE_multi_string('set', [], 'As experiments.api.'),
-      'streams': flags.DEFINE_integer('streams', 16, 'At a time.',
-                                      lower_bound=1),
-      'tokens': flags.DEFINE_integer('tokens', 96, 'Of each.', lower_bound=2),
-      'gap': flags.DEFINE_float('gap', 0.5, 'Seconds between their starts.',
-                                lower_bound=0.0),
-      'rounds': flags.DEFINE_integer('rounds', 5, 'Of all four ways.',
-                                     lower_bound=1)}
-
-
-def run(f, console):
-  """Measures and prints; returns the exit code. f: the flags' values."""
-  config = api.load(f['config'], [f'engine.max_seqs={f["streams"]}', *f['set']])
-  if jax.config.jax_platforms in (None, '', 'cpu'):
-    jax.config.update('jax_num_cpu_devices', config.num_devices)
-  jax.config.update('jax_compilation_cache_dir', str(api.ROOT / '.cache/jax'))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
-  model = (tiny.load(config.engine.dtype) if config.model == 'tiny' else
-           dsjax.load(config.model, config.engine.dtype))
+def run(options, console):
+  """Measures and prints; returns the exit code."""
+  config = api.load(options.config, [
+      f'engine.max_seqs={options.streams}', *options.set])
+  cli.prepare(config.num_devices)
+  model = dsjax.load(config.model, config.engine.dtype)
   server = dsjax.serve(model, config.placements[0], config.engine,
                        keep_events=1)
   texts = itertools.cycle(p.text or p.messages[-1]['content'] for p in
-                          workload.read_prompts(config.workload.path))
+                          workload.read_prompts(config.workload.prompts))
   bench = Bench(server, [model.tokenizer.encode(t) for t in
-                         itertools.islice(texts, f['streams'])],
-                f['tokens'], f['gap'], config.limits)
+                         itertools.islice(texts, options.streams)],
+                options.tokens, options.gap, config.limits)
   found, stopped = [], False
   client = subprocess.Popen(
       [sys.executable, pathlib.Path(__file__).with_name('sse_client.py')],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
   try:
     with Progress(console=console, transient=True) as bar:
-      task = bar.add_task('rounds', total=f['rounds'])
-      for one in rounds(bench, f['rounds'], client):
+      task = bar.add_task('rounds', total=options.rounds)
+      for one in rounds(bench, options.rounds, client):
         found.append(one)
         bar.advance(task)
   except KeyboardInterrupt:
@@ -275,7 +259,7 @@ def run(f, console):
   if not found:
     console.print('Stopped before the first round ended.')
     return 130
-  made, added = table(found, f['streams'], f['tokens'])
+  made, added = table(found, options.streams, options.tokens)
   console.print(made)
   console.print(f'HTTP adds {1e2 * added["tpot_share"]:.2f} % to TPOT (aim: '
                 f'below 3) and {1e3 * added["ttft_s"]:.2f} ms to TTFT (aim: '
@@ -284,10 +268,5 @@ def run(f, console):
   return 130 if stopped else 0
 
 
-def main(argv):
-  terminal.client(argv, FLAGS, run, terminal.wide_console())
-
-
 if __name__ == '__main__':
-  FLAGS = define_flags()
-  app.run(main)
+  cli.main(run, FLAGS, api.Api())

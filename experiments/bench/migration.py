@@ -20,39 +20,41 @@ cores and memory, and meshes of several devices take turns there, so overlap
 shows on one-device instances only.
 """
 
+import dataclasses
 import json
 import statistics
 import time
 
 import jax
 import numpy as np
-from absl import app, flags
 
 import dsjax
 from dsjax.checkpoints.weights import random_params
 from dsjax.config.engine import EngineConfig
 from dsjax.config.model import ModelConfig
+from dsjax.config.placement import Placement
 from dsjax.config.request import Sampling
 from dsjax.model import kv_cache, sharding
 from dsjax.runtime import engine, migration
 from dsjax.scheduling.events import Migrate, Row, RunDecode
+from experiments.common import cli
 from experiments.common import overrides as configs
 
-_MODEL = flags.DEFINE_string(
-    'model', 'smollm2-135m-instruct', "As dsjax.load takes it, or 'tiny'.")
-_PAIRS = flags.DEFINE_list(
-    'pairs', ['1x1:1x1', '2x1:2x1', '2x1:1x1', '1x1:2x1', '3x1:2x1',
-              '1x2:1x1', '2x2:1x3', '4x1:1x4', '1x1:8x1'],
-    'Plans TPxPP of source and target.')
-_TOKENS = flags.DEFINE_integer('tokens', 1024, 'Tokens of the request.',
-                               lower_bound=1)
-_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Timed rounds.', lower_bound=1)
-_SET = flags.DEFINE_multi_string(
-    'set', [], 'A field of EngineConfig: kv_dtype=bfloat16, page_size=32 ...')
-_DEVICES = flags.DEFINE_integer('devices', 16, 'CPU devices to make.')
-_OUT = flags.DEFINE_string('out', None, 'JSON file for the numbers.')
+FLAGS = {
+    'model': cli.Flag('smollm2-135m-instruct', "As dsjax.load takes it, or "
+                      "'tiny'."),
+    'pairs': cli.Flag(['1x1:1x1', '2x1:2x1', '2x1:1x1', '1x1:2x1', '3x1:2x1',
+                       '1x2:1x1', '2x2:1x3', '4x1:1x4', '1x1:8x1'],
+                      'Plans TPxPP of source and target.'),
+    'tokens': cli.Flag(1024, 'Tokens of the request.', low=1),
+    'rounds': 5, 'set': (),
+    'devices': cli.Flag(16, 'CPU devices to make.'),
+    'out': cli.Flag(None, 'JSON file for the numbers.', str),
+}
 
 STEPS, ROWS = 16, 4
+CONFIG = EngineConfig(max_len=512, max_seqs=ROWS + 1, prefill_tokens=64,
+                      prefill_seqs=1, transfer_pages=64)
 
 
 def load(name):
@@ -150,23 +152,22 @@ class Bench:
         hidden=1 - (both - alone) / (STEPS * move))
 
 
-def main(_):
-  jax.config.update('jax_num_cpu_devices', _DEVICES.value)
-  jax.config.update('jax_compilation_cache_dir', '.cache/jax')
-  pairs = [configs.parse_placement('prefill={},decode={}'.format(
-      *pair.split(':', 1), '')) for pair in _PAIRS.value]
-  config = EngineConfig(
-      max_len=max(512, _TOKENS.value), max_seqs=ROWS + 1, prefill_tokens=64,
-      prefill_seqs=1, transfer_pages=64)
-  config = configs.override(config, _SET.value)
-  loaded, results = load(_MODEL.value), []
-  print(f'{loaded.config.name}, {_TOKENS.value} tokens, '
+def run(options, console):
+  """Measures every pair and prints a line each."""
+  del console
+  cli.prepare(options.devices)
+  pairs = [Placement.parse('prefill={},decode={}'.format(
+      *pair.split(':', 1), '')) for pair in options.pairs]
+  config = dataclasses.replace(CONFIG, max_len=max(512, options.tokens))
+  config = configs.override(config, options.set)
+  loaded, results = load(options.model), []
+  print(f'{loaded.config.name}, {options.tokens} tokens, '
         f'{len(jax.devices())} {jax.devices()[0].device_kind} devices')
   print(f'{"tp x pp":>14} {"needed":>8} {"copied":>8} {"ratio":>6} '
         f'{"copies":>7} {"GB/s":>6} {"put":>6} {"share":>6} {"step ms":>8} '
         f'{"x":>5} {"":12} {"hidden":>7}')
-  for name, placement in zip(_PAIRS.value, pairs, strict=True):
-    row = Bench(loaded, placement, config, _TOKENS.value).run(_ROUNDS.value)
+  for name, placement in zip(options.pairs, pairs, strict=True):
+    row = Bench(loaded, placement, config, options.tokens).run(options.rounds)
     results.append(dict(pair=name, **row))
     print(f'{name.replace(":", " > "):>14} {row["needed_mb"]:7.1f}M '
           f'{row["copied_mb"]:7.1f}M {row["ratio"]:6.2f} {row["copies"]:7d} '
@@ -175,10 +176,10 @@ def main(_):
           f'{row["step_ms"]:8.1f} {row["slower"]:5.2f} '
           f'[{row["slower_range"][0]:.2f}, {row["slower_range"][1]:.2f}] '
           f'{row["hidden"]:7.2f}', flush=True)
-    if _OUT.value:
-      with open(_OUT.value, 'w') as file:
+    if options.out:
+      with open(options.out, 'w') as file:
         json.dump(results, file, indent=1)
 
 
 if __name__ == '__main__':
-  app.run(main)
+  cli.main(run, FLAGS, CONFIG)

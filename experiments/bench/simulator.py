@@ -27,7 +27,6 @@ import statistics
 import time
 
 import numpy as np
-from absl import app, flags
 
 from dsjax import workload
 from dsjax.analysis import metrics
@@ -37,19 +36,19 @@ from dsjax.config.placement import Slo
 from dsjax.config.request import Request, Sampling
 from dsjax.scheduling import scheduler
 from dsjax.simulation import latency, simulator
-from experiments.common import machine
+from experiments.common import cli, machine
 
 try:
   import simpy
 except ImportError:
   simpy = None
 
-_REQUESTS = flags.DEFINE_integer('requests', 5000, 'Requests a run.',
-                                 lower_bound=1)
-_ROUNDS = flags.DEFINE_integer('rounds', 3, 'Timed rounds.', lower_bound=1)
-_PROFILE = flags.DEFINE_bool('profile', False, 'Where leaping spends time.')
-_ONLY = flags.DEFINE_list('only', [], 'Names of cases; all without it.')
-_OUT = flags.DEFINE_string('out', None, 'JSON file for the numbers.')
+FLAGS = {
+    'requests': 5000, 'rounds': 3,
+    'profile': cli.Flag(False, 'Where leaping spends time.'),
+    'only': cli.Flag([], 'Names of cases; all without it.'),
+    'out': cli.Flag(None, 'JSON file for the numbers.', str),
+}
 
 
 @dataclasses.dataclass
@@ -195,15 +194,17 @@ def measure(case, n, rounds):
       rate_per_s=case.rate_per_s)
 
 
-def main(_):
+def run(options, console):
+  """Runs every case and prints a line each."""
+  del console
   found, others = {}, machine.Others()
   print('case | leap | step | floor | heapq | simpy | leap/simpy | '
         'floor/simpy | leap/floor | steps | leapt | tokens | decoding | '
         'attainment')
   for name, case in CASES.items():
-    if _ONLY.value and name not in _ONLY.value:
+    if options.only and name not in options.only:
       continue
-    r = found[name] = measure(case, _REQUESTS.value, _ROUNDS.value)
+    r = found[name] = measure(case, options.requests, options.rounds)
     yardstick = r.get('simpy', float('nan'))
     print(f'{name} | {r["leap"]:.0f} | {r["step"]:.0f} | {r["floor"]:.0f} | '
           f'{r["heapq"]:.0f} | {yardstick:.0f} | '
@@ -211,17 +212,17 @@ def main(_):
           f'{r["leap"] / r["floor"]:.2f} | {r["steps"]:.1f} | '
           f'{r["leapt"]:.1f} | {r["tokens"]:.0f} | {r["batch"]:.1f} | '
           f'{r["attainment"]:.2f}', flush=True)
-    if _PROFILE.value:
+    if options.profile:
       profile = cProfile.Profile()
-      sent = requests(case, _REQUESTS.value)
+      sent = requests(case, options.requests)
       profile.runcall(simulator.simulate, case.config(), sent,
                       Affine(case.pp), LINK)
       pstats.Stats(profile).sort_stats('tottime').print_stats(14)
   print(f'requests a CPU second; steps, leapt: a request. Others used '
         f'{others.cores()} cores.')
-  if _OUT.value:
-    pathlib.Path(_OUT.value).write_text(json.dumps(found, indent=2))
+  if options.out:
+    pathlib.Path(options.out).write_text(json.dumps(found, indent=2))
 
 
 if __name__ == '__main__':
-  app.run(main)
+  cli.main(run, FLAGS)

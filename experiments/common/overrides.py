@@ -8,11 +8,12 @@ import difflib
 import pathlib
 import re
 import runpy
+import textwrap
 import types
 import typing
 
 from dsjax.config.checks import InputError, require
-from dsjax.config.placement import ROLES, Placement, Plan
+from dsjax.config.placement import Placement
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'configs'
 
@@ -48,7 +49,8 @@ def override(config, settings):
   Args:
     config: a dataclass, of dataclasses.
     settings: texts 'a.b=value', typed by the field: none, true and false are
-      words; a tuple is its items with commas between; see parse_placement.
+      words; a tuple is its items with commas between; placements are as in
+      Placement.parse, with '/' between.
 
   Raises:
     InputError: unknown field (naming the nearest), or a bad value.
@@ -56,7 +58,7 @@ def override(config, settings):
   for setting in settings:
     path, equals, text = setting.partition('=')
     require(equals, '--set', setting, 'field=value')
-    known = _leaves(config)
+    known = [path for path, _, _ in _owners(config)]
     if path not in known:
       near = max(known, key=lambda p: _likeness(path, p))
       raise InputError(f'--set={setting}: no field {path!r}: did you mean '
@@ -85,16 +87,6 @@ def _is_node(value):
   return dataclasses.is_dataclass(value) and not isinstance(value, Placement)
 
 
-def _leaves(config):
-  """Dotted paths of the fields that are not dataclasses themselves."""
-  paths = []
-  for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
-    paths += ([f'{field.name}.{p}' for p in _leaves(value)]
-              if _is_node(value) else [field.name])
-  return paths
-
-
 def _changed(config, names, path, text):
   name, *rest = names
   if rest:
@@ -117,7 +109,7 @@ def _parse(text, kind, path, separators=',:'):
     if not text:
       return ()
     if options[0] is Placement:
-      return tuple(parse_placement(part) for part in text.split('/'))
+      return tuple(Placement.parse(part, path) for part in text.split('/'))
     parts = text.split(separators[0])
     kinds = options if options[-1] is not ... else options[:1] * len(parts)
     require(len(kinds) == len(parts), path, text,
@@ -134,28 +126,62 @@ def _parse(text, kind, path, separators=',:'):
     raise InputError(f'{path}={text!r}: must be {word}') from None
 
 
-def parse_placement(text):
-  """A Placement from 'prefill=1x1,decode=1x1' and the like.
+# --- what there is to change --------------------------------------------------
 
-  role=TPxPP for each instance; a role's further instances follow with commas
-  and no name: 'colocated=1x1,1x1', 'prefill=2x1,decode=1x1,1x1'.
 
-  Raises:
-    InputError.
+def describe(config):
+  """The fields that override() knows: type, default and meaning of each.
+
+  The meaning is what the `Attributes:` of its dataclass's docstring say.
   """
-  plans, role = {}, None
-  for item in text.split(','):
-    name, equals, plan = item.strip().rpartition('=')
-    role = name if equals else role
-    sizes = re.fullmatch('([0-9]{1,4})x([0-9]{1,4})', plan)
-    require(role in ROLES and sizes, 'placement', text,
-            f'role=TPxPP, ... with roles of {ROLES}, such as '
-            'prefill=1x1,decode=1x1')
-    plans.setdefault(role, []).append(Plan(*map(int, sizes.groups())))
-  return Placement(**plans)
+  lines = []
+  for path, owner, name in _owners(config):
+    kind = re.sub(r'[a-z_.]+\.(?=[A-Z])', '', str(_kind(owner, name)))
+    lines.append(f'  {path}: {kind} = {_text(getattr(owner, name))}')
+    if meaning := meanings(type(owner)).get(name):
+      lines += textwrap.wrap(meaning, 79, initial_indent=' ' * 6,
+                             subsequent_indent=' ' * 6)
+  return '\n'.join(lines)
 
 
-def show_placement(placement):
-  """The text that parse_placement reads."""
-  return ','.join(f'{role}=' + ','.join(f'{p.tp}x{p.pp}' for p in plans)
-                  for role in ROLES if (plans := getattr(placement, role)))
+def _owners(config, prefix=''):
+  """(dotted path, its dataclass, name) of each field that holds a value."""
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if _is_node(value):
+      yield from _owners(value, f'{prefix}{field.name}.')
+    else:
+      yield f'{prefix}{field.name}', config, field.name
+
+
+def _kind(owner, name):
+  kind = typing.get_type_hints(type(owner))[name]
+  return kind.__name__ if isinstance(kind, type) and (
+      typing.get_origin(kind) is None) else kind
+
+
+def _text(value):
+  """A value as --set takes it."""
+  if isinstance(value, tuple):
+    between = '/' if any(isinstance(v, Placement) for v in value) else ','
+    return between.join(map(_text, value)) or "''"
+  if value is None or isinstance(value, bool):
+    return str(value).lower()
+  return str(value).removeprefix(f'{CONFIGS.parent}/')
+
+
+def meanings(kind):
+  """{field: what the Attributes of a dataclass's docstring say of it}.
+
+  `a, b: words` speaks of both.
+  """
+  names = '|'.join(field.name for field in dataclasses.fields(kind))
+  known = rf'(?:^|(?<=[ ;.])) ?((?:{names})(?:, (?:{names}))*): '
+  told = {}
+  for owner in reversed(kind.__mro__):
+    text = ' '.join((owner.__doc__ or '').partition('Attributes:')[2].split())
+    parts = re.split(known, text)
+    told |= {name: words.strip().rstrip(';')
+             for group, words in zip(parts[1::2], parts[2::2], strict=True)
+             for name in group.split(', ')}
+  return told

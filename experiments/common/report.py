@@ -5,7 +5,6 @@ save_* write. The timeline of a run is in dsjax.analysis.
 """
 
 import bisect
-import dataclasses
 import json
 import math
 import textwrap
@@ -24,7 +23,7 @@ from dsjax.workload import json_lines
 
 
 def save_records(path, records, modes=None):
-  """Writes one Record a line as JSON, with its ttft_s and tpot_s.
+  """Writes the row of each Record as a line of JSON.
 
   Args:
     modes: None, or the mode of each record, written beside it.
@@ -32,8 +31,7 @@ def save_records(path, records, modes=None):
   with open(path, 'w', encoding='utf-8') as file:
     for i, r in enumerate(records):
       row = {'mode': modes[i]} if modes else {}
-      row |= dataclasses.asdict(r) | {'ttft_s': r.ttft_s, 'tpot_s': r.tpot_s}
-      file.write(json.dumps(row) + '\n')
+      file.write(json.dumps(row | r.row()) + '\n')
 
 
 def load_records(path):
@@ -42,15 +40,13 @@ def load_records(path):
   Raises:
     InputError naming the file and the line.
   """
-  fields = [f.name for f in dataclasses.fields(Record)]
   records = []
   for line, row in json_lines(path):
-    missing = [f for f in fields if f not in row]
-    if missing:
-      raise InputError(f'{path}, line {line}: must have {", ".join(missing)}')
-    record = Record(**{f: row[f] for f in fields})
-    record.instances = tuple(record.instances)
-    records.append(record)
+    try:
+      records.append(Record.of_row(row))
+    except KeyError as error:
+      raise InputError(f'{path}, line {line}: must have {error.args[0]}'
+                       ) from error
   return records
 
 

@@ -5,45 +5,22 @@ It only reads the orchestrator.
 """
 
 import collections
-import contextlib
 import signal
-import sys
 import threading
 import time
 
-from absl import app, flags, logging
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from dsjax.config.checks import InputError
 from dsjax.scheduling import lifecycle, page_pool
 
 TABLE_S, LINE_S, RATE_S = 0.25, 5.0, 2.0
 STAGES = ('queued', 'prefilling', 'migrating', 'decoding')
 _STAGE = dict.fromkeys(lifecycle.ENDING) | {
     'prefilled': 'migrating', 'abandoned': 'migrating'}  # others: themselves
-
-
-@contextlib.contextmanager
-def one_error(*also):
-  """Ends the program on bad input: one line on stderr, exit code 2.
-
-  also: exceptions that are bad input here too, such as OSError.
-  """
-  try:
-    yield
-  except (InputError, *also) as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
-
-
-def wide_console():
-  """A Console; where nobody looks, wide enough for the widest tables."""
-  console = Console()
-  return console if console.is_terminal else Console(width=150)
 
 
 def short(text, limit=70):
@@ -213,10 +190,8 @@ class Screen:
     table.add_column('instance')
     for stage in (*STAGES, 'pages'):
       table.add_column(stage, justify='right')
-    instances = zip(self.placement.instances, counts(server), strict=True)
-    for i, ((role, plan), row) in enumerate(instances):
-      table.add_row(f'{i} {role} tp={plan.tp} pp={plan.pp}',
-                    *(str(row[s]) if row[s] else '·' for s in STAGES),
+    for name, row in zip(self.placement.names, counts(server), strict=True):
+      table.add_row(name, *(str(row[s]) if row[s] else '·' for s in STAGES),
                     f'{row["pages"]}/{row["of"]}')
     return table
 
@@ -228,18 +203,3 @@ class Screen:
       text = short(text, 10_000)
       yield Text(f'request {id:3d}: ' + text[-width:], style='dim',
                  no_wrap=True)
-
-
-def client(argv, defined, run, console):
-  """A client's main: exits with what run({flag: value}, console) gives.
-
-  Args:
-    defined: {name: absl flag holder}.
-  """
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected: {" ".join(argv[1:])}')
-  if flags.FLAGS.verbosity <= 0:
-    logging.set_verbosity(logging.WARNING)  # not every request
-  with one_error(OSError):
-    sys.exit(run({name: flag.value for name, flag in defined.items()},
-                 console))

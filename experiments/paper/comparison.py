@@ -29,7 +29,6 @@ from dsjax.placement import candidates, goodput
 from dsjax.placement import candidates as problems
 from dsjax.placement.candidates import Cluster, Problem
 from dsjax.simulation import hardware, simulator
-from experiments.common import setting
 
 HOST_S, RAY_S = 2e-3, 1e-7  # a step; its tokens of context
 AMPLE = 2**15  # pages
@@ -97,18 +96,14 @@ def problem(model, slo, make, longest, factors, nodes=1, devices=8, **kwargs):
 
 
 def lengths_of(name, lengths_dir):
-  """What setting.requests takes: the measured file if there, or a mixture."""
+  """What workload.source takes: the measured file if there, or a mixture."""
   path = lengths_dir / 'sharegpt_lengths_distserve.csv'
   return str(path) if name == 'sharegpt' and path.is_file() else name
 
 
 def fixed(prompt_len, output_len, seed):
   """(rate_per_s, n) -> n equal requests, Poisson arrivals."""
-  def make(rate_per_s, n):
-    at = workload.arrivals('poisson', rate_per_s, n, seed)
-    return workload.from_lengths(
-        [workload.Entry(None, prompt_len, output_len)], n, at, seed=seed)[0]
-  return make
+  return workload.source(f'fixed:{prompt_len}x{output_len}', seed)
 
 
 def with_ray(one):
@@ -232,7 +227,7 @@ def tuned(rules, ask, make, slo, per_gpu, role, plans, chunks=(512, 1024)):
       except InputError:
         continue  # does not fit, or nobody has measured it
       rate = best_rate(rules, one, make, slo, per_gpu, ratio=1.2)
-      out.append((rate, f'{plan.tp}x{plan.pp}' + (
+      out.append((rate, str(plan) + (
           f', {chunk} tokens' if chunk else ''), one))
   return max(out, key=lambda x: x[0][0])
 
@@ -254,5 +249,6 @@ def mii(rules, case, ask):
 
 def requests(case, rules, lengths_dir):
   """(make, longest) of a case."""
-  return setting.requests(lengths_of(case.lengths, lengths_dir), rules.seed)
+  make = workload.source(lengths_of(case.lengths, lengths_dir), rules.seed)
+  return make, make.longest
 

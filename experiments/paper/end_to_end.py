@@ -7,7 +7,6 @@ from dsjax.analysis import metrics
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement, Plan
 from dsjax.placement import search
-from experiments.common.overrides import show_placement
 from experiments.paper import comparison, plots, reported
 from experiments.paper.comparison import Rules
 from experiments.paper.figures import rules_of, span
@@ -131,14 +130,14 @@ def _best_of(rules, options, make, longest, name, places):
                            factors, 3)
   found = []
   for where in places[:2] if options.quick else places:
-    options.tell(f'{rules.name} rules, {name}, {show_placement(where)}')
+    options.tell(f'{rules.name} rules, {name}, {where}')
     try:
       one = comparison.system(rules, ask, name, where)
     except InputError:
       continue
     rate = comparison.best_rate(rules, one, make, reported.FIG11_SLO, 25, .375,
                                 1.15)
-    found.append((rate, show_placement(where), one))
+    found.append((rate, str(where), one))
   return max(found, key=lambda f: f[0][0])
 
 
@@ -262,14 +261,14 @@ def table3(options):
     theirs = ('ruled out by a bound' if not same else
               f'at most {same.interval_per_device[1]:.3g}/s' if beaten else
               f'{same.per_device:.3g}/s')
-    rows.append((case.title, show_placement(case.placement), theirs,
-                 f'{show_placement(best.placement)}: {best.per_device:.3g} '
+    rows.append((case.title, str(case.placement), theirs,
+                 f'{best.placement}: {best.per_device:.3g} '
                  f'[{low:.3g}, {high:.3g}]'))
     bars.append((case.title, case.goodput[0],
                  same and same.interval_per_device[1] if beaten else
                  same and same.per_device, best.per_device, low, high,
-                 show_placement(case.placement),
-                 show_placement(best.placement)))
+                 str(case.placement),
+                 str(best.placement)))
   return {'rows': rows, 'columns': ('paper', "paper's, simulated",
                                     'best found'),
           'bars': bars, 'why': "Column 3: the paper's placement "

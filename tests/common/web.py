@@ -10,16 +10,16 @@ import time
 import httpx
 import jax
 
+from dsjax.checkpoints import checkpoint
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.http import routes, socket_server, telemetry
 from dsjax.http.service import Limits, Service
 from dsjax.runtime.orchestrator import serve
 from dsjax.scheduling import scheduler
-from experiments.common import tiny as model_of
 from tests.common.fake_engine import FakeEngine
 
-MODEL = model_of.load()
+MODEL = checkpoint.load('tiny')
 CONFIG = EngineConfig(
     max_len=256, page_size=16, max_seqs=4, prefill_tokens=32, prefill_seqs=2,
     chunk_tokens=32, transfer_pages=1)

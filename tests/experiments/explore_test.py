@@ -10,7 +10,7 @@ import pytest
 from dsjax.scheduling import lifecycle, recovery, scheduler
 from dsjax.scheduling.events import Arrived
 from experiments import explore
-from experiments.common import terminal
+from experiments.common import cli
 from experiments.verify import schedules, worlds
 
 # Thousands of transitions of each small world; fewer would be another world.
@@ -237,7 +237,7 @@ def test_a_schedule_is_shrunk_and_replays(monkeypatch, tmp_path, capsys):
     walks = (explore.explore(('large', str(n), 0)) for n in range(20))
     result = next(r for r in walks if r.violation)
     rules, _ = explore.large_world(int(result.name))
-    assert explore.report(terminal.wide_console(), [result], tmp_path) == 1
+    assert explore.report(cli.wide_console(), [result], tmp_path) == 1
     told = capsys.readouterr().out
     assert 'Timer(' in told and 'two copies of one request' in told
     again, moves = schedules.read_log(path)

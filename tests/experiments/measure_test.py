@@ -8,27 +8,28 @@ import json
 import pytest
 from rich.console import Console
 
+import dsjax
 from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Plan
+from dsjax.runtime import profiling
 from dsjax.scheduling.events import DecodeDone, PrefillDone, Row, RunDecode
 from dsjax.simulation import fitting, latency, profiles
 from dsjax.simulation.contention import KINDS
 from experiments import measure
-from experiments.common import tiny
 
 CONFIG = EngineConfig(max_len=64, max_seqs=2, prefill_tokens=32,
                       chunk_tokens=32, prefill_seqs=2)
 
 
 @pytest.mark.parametrize('config, points', [
-    (CONFIG, 2), (measure.ENGINE, 4), (measure.ENGINE, 7),
+    (CONFIG, 2), (profiling.ENGINE, 4), (profiling.ENGINE, 7),
     (EngineConfig(max_len=100, max_seqs=3, prefill_tokens=512,
                   chunk_tokens=512, prefill_seqs=9), 3),
     (EngineConfig(max_len=64, max_seqs=1, prefill_tokens=8,
                   chunk_tokens=8), 2)])
 def test_every_cell_of_the_grid_can_run(config, points):
-  cells = measure.shapes(config, points)
+  cells = profiling.shapes(config, points)
   assert len(cells) == len(set(cells))
   kinds = {fitting.Cell(p, b, c, 1.0).kind for p, b, c in cells}
   assert {'prefill', 'decode'} <= kinds
@@ -38,16 +39,17 @@ def test_every_cell_of_the_grid_can_run(config, points):
     assert tokens + batch * bool(pieces) <= config.prefill_tokens
     assert batch + len(pieces) <= config.max_seqs
     assert all(0 <= start < stop <= config.max_len for start, stop in pieces)
-    assert each + measure.STEPS <= config.max_len and (each > 0) == (batch > 0)
+    assert each + profiling.STEPS <= config.max_len
+    assert (each > 0) == (batch > 0)
   for kind in kinds:
     assert sum(fitting.Cell(p, b, c, 1.0).kind == kind
                for p, b, c in cells) >= 2
 
 
 def test_spread():
-  assert measure.spread(16, 1024, 4) == [16, 64, 256, 1024]
-  assert measure.spread(16, 16, 4) == [16]
-  assert measure.spread(20, 5, 3) == [5]
+  assert profiling.spread(16, 1024, 4) == [16, 64, 256, 1024]
+  assert profiling.spread(16, 16, 4) == [16]
+  assert profiling.spread(20, 5, 3) == [5]
 
 
 def test_rounds_are_in_turn_and_the_first_is_not_counted():
@@ -59,7 +61,7 @@ def test_rounds_are_in_turn_and_the_first_is_not_counted():
       seen.append(name)
       return next(values)
     return run
-  medians = measure.in_rounds([timed('a', a), timed('b', b)], 3,
+  medians = profiling.in_rounds([timed('a', a), timed('b', b)], 3,
                               lambda: ticks.append(1))
   assert medians == [2, 8]
   assert seen == ['a', 'b'] * 4 and len(ticks) == 8
@@ -74,8 +76,8 @@ def test_a_span_of_decodes_in_a_log():
           (RunDecode(0, 4, 7, 1, rows[:1]),)),
          (DecodeDone(9., 0, 4, (9.,)), ())]
   server = type('Server', (), {'log': log})
-  assert measure.decode_span(server, 2) == (1.0, 14, 4)
-  assert measure.decode_span(server, 3) is None
+  assert profiling.decode_span(server, 2) == (1.0, 14, 4)
+  assert profiling.decode_span(server, 3) is None
 
 
 def test_plans():
@@ -86,9 +88,9 @@ def test_plans():
 
 
 def test_a_live_engine_from_cells_to_files(tmp_path):
-  loaded = tiny.load()
+  loaded = dsjax.load('tiny')
   plans = (Plan(), Plan(1, 2))
-  profile, cells = measure.measure(loaded, plans, CONFIG, 1, 2)
+  profile, cells = profiling.measure(loaded, plans, CONFIG, 1, 2)
   assert tuple(profile.latencies) == tuple(cells) == plans
   assert set(profile.links) <= {(a, b) for a in plans for b in plans}
   assert profile.latencies[Plan(1, 2)].pp == 2
@@ -129,6 +131,6 @@ def test_a_live_engine_from_cells_to_files(tmp_path):
 def test_what_cannot_be_measured(change, part):
   config = dataclasses.replace(CONFIG, **change)
   with pytest.raises(InputError, match=part):
-    measure.measure(tiny.load(), (Plan(),), config)
+    profiling.measure(dsjax.load('tiny'), (Plan(),), config)
   with pytest.raises(InputError, match='source and a target'):
-    measure.measure(tiny.load(), (Plan(8, 1),), CONFIG)
+    profiling.measure(dsjax.load('tiny'), (Plan(8, 1),), CONFIG)

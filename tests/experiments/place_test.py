@@ -7,12 +7,12 @@ import sys
 import pytest
 
 from dsjax.config.checks import InputError
+from dsjax.config.placement import Placement
 from dsjax.placement.candidates import Cluster
 from experiments import place
-from experiments.common.overrides import parse_placement
 
-SMALL = ('--model=opt-13b', '--lengths=longbench', '--ttft=1', '--requests=20',
-         '--tolerance=0.5', '--chunks=512', '--processes=1')
+SMALL = ('--model=opt-13b', '--lengths=longbench', '--ttft_s=1',
+         '--requests=20', '--tolerance=0.5', '--chunks=512', '--processes=1')
 
 
 def run(*args):
@@ -37,13 +37,13 @@ def test_it_writes_a_table_a_figure_and_a_verdict(tmp_path):
   assert 'What binds the best disaggregated placement' in done.stdout
   assert (tmp_path / 'placement.png').read_bytes()[:4] == b'\x89PNG'
   # What serves takes the printed text.
-  best = parse_placement(row['placement'])
-  assert place.show_placement(best) == row['placement']
+  best = Placement.parse(row['placement'])
+  assert str(best) == row['placement']
   assert best.mode == 'disaggregated'
 
 
 @pytest.mark.parametrize('flag, message', (
-    ('--algorithms=best', '--algorithms'), ('--ttft=0.001', 'Slo.ttft_s'),
+    ('--algorithms=best', '--algorithms'), ('--ttft_s=0.001', 'Slo.ttft_s'),
     ('--latency=roofline:tpu', 'a100-80g'),
     ('--cluster=nowhere.json', 'without --devices')))
 def test_bad_input_is_one_clear_error(flag, message):

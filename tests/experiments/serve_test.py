@@ -12,20 +12,19 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from configs.serve import Workload
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan
 from dsjax.runtime import orchestrator
 from dsjax.scheduling import event_log, scheduler
 from experiments import serve
-from experiments.common import machine, report, terminal
+from experiments.common import cli, machine, report, terminal
 from experiments.common import overrides as configs
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = ('model=tiny', 'engine.max_len=128', 'engine.max_seqs=2',
          'engine.prefill_tokens=16', 'engine.prefill_seqs=1',
          'engine.chunk_tokens=16', 'sampling.max_tokens=4',
-         'workload.arrivals=burst')
+         'workload.process=burst')
 PROMPTS = ('Hi', 'Ολα καλά;', '\U0001f41d and \U0001f36f?', 'One, two, three')
 
 
@@ -37,9 +36,11 @@ def _started():
 def start(folder, *settings, config='demo', console=None):
   prompts = folder / 'prompts.txt'
   prompts.write_text('\n'.join(PROMPTS), encoding='utf-8')
-  return serve.start(
-      config, (*SMALL, f'workload.path={prompts}', *settings),
-      str(folder / 'out'), console=console or Console(file=sys.stdout))
+  return cli.exit_code(serve.run, cli.options(
+      serve.FLAGS, config=config, out=str(folder / 'out'),
+      compilation_cache=None,
+      set=(*SMALL, f'workload.prompts={prompts}', *settings)),
+                       console or Console(file=sys.stdout))
 
 
 def rows(path):
@@ -123,8 +124,8 @@ def test_ctrl_c_keeps_what_there_is(tmp_path, capsys, monkeypatch):
     plain(self, server)
 
   monkeypatch.setattr(terminal.Screen, 'serving', serving)
-  assert start(tmp_path, 'workload.num_requests=50', 'workload.rate_per_s=4',
-               'workload.arrivals=uniform') == 130
+  assert start(tmp_path, 'workload.requests=50', 'workload.rate_per_s=4',
+               'workload.process=uniform') == 130
   said = ' '.join(capsys.readouterr().out.split())
   assert 'Stopped early, in disaggregated.' in said
   found = rows(tmp_path / 'out' / 'records.jsonl')
@@ -149,7 +150,7 @@ def test_live_table(tmp_path):
   assert start(tmp_path, two, console=console) == 0
   said = console.export_text()
   assert 'warming up' in said and 'instance' in said
-  assert '0 prefill tp=1 pp=1' in said and '1 decode tp=1 pp=1' in said
+  assert '0 prefill 1x1' in said and '1 decode 1x1' in said
 
 
 def _gguf(path, architecture):
@@ -173,18 +174,18 @@ def _gguf(path, architecture):
     ('slo.ttft_s=-1', 'Slo.ttft_s=-1.0: must be seconds above 0'),
     ('workload.rate_per_s=-2', 'rate_per_s=-2.0: must be a number above 0'),
     ('workload.rate_per_s=nan', 'rate_per_s=nan: must be a number above 0'),
-    ('workload.arrivals=daily', "workload.arrivals='daily': must be one of"),
-    ('workload.source=web', "workload.source='web': must be one of"),
-    ('workload.path=none', 'workload.path=None: must be the path of a file'),
-    ('workload.path=/nowhere.csv', '/nowhere.csv: cannot be read'),
+    ('workload.process=daily', "workload.process='daily': must be one of"),
+    ('workload.lengths=web', "lengths='web': must be one of"),
+    ('workload.prompts=/nowhere.txt', '/nowhere.txt: cannot be read'),
+    ('workload.lengths=/nowhere.csv', '/nowhere.csv: cannot be read'),
     ('placements=prefill=1x1', 'must be prefill and decode together'),
-    ('placements=decode', "placement='decode': must be role=TPxPP"),
+    ('placements=decode', "placements='decode': must be role=TPxPP"),
     ('placements=colocated=1x1/chunked=1x1,1x1', 'of equally many devices'),
     ('placements=prefill=8x1,decode=1x1',
      "placements='9 devices': must be of at most the 8 that exist"),
     ('placements=colocated=5x1', 'Plan.tp=5: must be at most the 4'),
-    ('workload.swing=0.5', 'workload.swing=0.5: must be 0 with burst'),
-    ('workload.arrivals=resample', "workload.source='prompts': must be"),
+    ('workload.swing=0.5', 'swing=0.5: must be 0 with burst'),
+    ('workload.process=resample', "workload.process='resample': must be"),
     ('engine.max_len=20', 'exceed engine.max_len=20'),
     ('engine.max_len=4096', 'must be at most 2048, the context of tiny'),
     ('model=gpt5', "model='gpt5': must be one of"),
@@ -205,36 +206,10 @@ def test_bad_input_is_one_clear_error(tmp_path, capsys, setting, says):
   assert says in said
 
 
-def test_sources_and_arrivals():
-  def made(**fields):
-    w = Workload(source='sharegpt', rate_per_s=2.0, **fields)
-    entries = serve._entries(w)
-    return entries, np.array(serve._arrivals(w, 400, entries))
-
-  (mixed, even), (_, daily) = made(), made(swing=1.0, period_s=200.0)
-  assert len(mixed) == 100 and max(e.prompt_len for e in mixed) <= 2030
-  upper = [(t % 200 < 100).mean() for t in (even, daily)]
-  assert 0.4 < upper[0] < 0.6 and 0.75 < upper[1] < 0.9  # 1/2 + 1/pi
-  assert daily[-1] == pytest.approx(even[-1], rel=0.2)
-
-
-def test_a_trace_is_resampled_with_its_burstiness(tmp_path):
-  at = np.cumsum(np.tile([0.1, 0.1, 0.1, 3.7], 50))
-  trace = tmp_path / 'trace.csv'
-  trace.write_text('arrival_s,prompt_len,output_len\n' + ''.join(
-      f'{t},5,3\n' for t in at))
-  w = Workload(source='trace', path=str(trace), arrivals='resample',
-               rate_per_s=None)
-  gaps = np.diff(serve._arrivals(w, 4000, serve._entries(w)))
-  assert gaps.mean() == pytest.approx(1.0, rel=0.15)
-  assert gaps.std() / gaps.mean() == pytest.approx(1.56, rel=0.15)
-
-
 def test_bad_row_of_a_trace_is_named(tmp_path, capsys):
   trace = tmp_path / 'trace.csv'
   trace.write_text('arrival_s,prompt_len,output_len\n0,5,3\n1,-4,3\n')
-  assert start(tmp_path, 'workload.source=trace',
-               f'workload.path={trace}') == 2
+  assert start(tmp_path, f'workload.lengths={trace}') == 2
   assert f'{trace}, line 3: prompt_len=' in capsys.readouterr().err
 
 
@@ -244,8 +219,8 @@ def test_unknown_config_names_the_nearest(tmp_path, capsys):
 
 
 def test_azure_config_asks_for_its_file(tmp_path, capsys):
-  assert serve.start('azure', (), str(tmp_path)) == 2
-  assert '--set=workload.path=' in capsys.readouterr().err
+  assert start(tmp_path, config='azure') == 2
+  assert 'Trace_conv.csv: cannot be read' in capsys.readouterr().err
 
 
 def test_every_config_loads():
@@ -266,7 +241,7 @@ def test_override_types():
   plan = Plan
   assert config.placements == (Placement(
       prefill=[plan(2), plan(1)], decode=[plan(1, 3)]),)
-  text = configs.show_placement(config.placements[0])
+  text = str(config.placements[0])
   assert text == 'prefill=2x1,1x1,decode=1x3'
 
 

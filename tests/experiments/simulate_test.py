@@ -7,14 +7,16 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from dsjax.analysis.record import Record
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Slo
+from dsjax.placement import api
 from dsjax.scheduling.event_log import decode
 from dsjax.scheduling.events import RunDecode
 from experiments import simulate
-from experiments.common import report
+from experiments.common import cli, report
 
 BASE = ('--requests=40', '--lengths=humaneval')
 
@@ -89,29 +91,19 @@ def test_a_trace_at_its_own_times(tmp_path):
     ('--rates=0,1', '--rates'), ('--rates=1,nan', '--rates'),
     ('--rates=1,x', '--rates'), ('--rate=-1', '--rate'),
     ('--rate=inf', '--rate'), ('--seed=1', '--rate'),
-    ('--scales=1', '--rate'), ('--process=weekly --rate=1', '--process'),
+    ('--scales=1', '--rate'), ('--process=weekly --rate=1', 'process'),
     ('--process=trace', 'arrival times'),
-    ('--ttft=0.001 --rate=1', 's or more'),
-    ('--tpot=0.001 --rate=1', '--tpot'),
+    ('--ttft_s=0.001 --rate=1', 's or more'),
+    ('--tpot_s=0.001 --rate=1', '--tpot_s'),
     ('--memory_gb=20 --rate=1', 'fit in the memory'),
     ('--placement=best --rate=1', 'placement'),
     ('--placement=prefill=8x1,decode=1x1 --rate=1', 'latencies'),
     ('--lengths=/dev/null --rate=1', 'at least one row'),
     ('--model=opt-14b --rate=1', 'model'), ('--cv=0 --process=gamma --rate=1',
                                             'cv')))
-def test_bad_input_is_one_clear_error(flag, message, monkeypatch, capsys):
-  flags = simulate.flags
-  values = flags.FlagValues()
-  for kind in ('string', 'float', 'integer', 'bool'):
-    define = getattr(flags, f'DEFINE_{kind}')
-    monkeypatch.setattr(flags, f'DEFINE_{kind}', lambda *a, _define=define,
-                        **k: _define(*a, flag_values=values, **k))
-  monkeypatch.setattr(flags, 'FLAGS', values)
-  simulate.define_flags()
-  values(['simulate', *BASE, *flag.split()])
-  with pytest.raises(SystemExit) as stopped:
-    simulate.main(None)
-  assert stopped.value.code == 2
+def test_bad_input_is_one_clear_error(flag, message, capsys):
+  options = cli.parse(simulate.FLAGS, [*BASE, *flag.split()])
+  assert cli.exit_code(simulate.main, options, Console(quiet=True)) == 2
   error, = capsys.readouterr().err.strip().splitlines()
   assert error.startswith('error: ') and message in error
 
@@ -143,16 +135,16 @@ def waiting(waits):
 
 def test_growing_waits_are_beyond_capacity():
   slo, hits = Slo(0.5, 0.1), [True] * 40
-  assert simulate.unsteady(waiting([0.1] * 40), slo, hits) == ''
-  assert simulate.unsteady(waiting([0.01 * i for i in range(40)]), slo,
+  assert api.unsteady(waiting([0.1] * 40), slo, hits) == ''
+  assert api.unsteady(waiting([0.01 * i for i in range(40)]), slo,
                            hits) == ''
-  assert 'beyond capacity' in simulate.unsteady(
+  assert 'beyond capacity' in api.unsteady(
       waiting([0.1 * i for i in range(40)]), slo, hits)
-  assert 'not steady' in simulate.unsteady(
+  assert 'not steady' in api.unsteady(
       waiting([0.1] * 40), slo, [True] * 20 + [False] * 20)
 
 
 def test_rates_are_rising_numbers():
-  assert simulate.numbers('--rates', '3,1,2,1') == [1, 2, 3]
+  assert cli.numbers('--rates', '3,1,2,1') == [1, 2, 3]
   with pytest.raises(InputError, match='--rates'):
-    simulate.numbers('--rates', '')
+    cli.numbers('--rates', '')

@@ -1,7 +1,6 @@
 """The soak, for seconds: what it checks, it sees."""
 
 import json
-import types
 
 import pytest
 from rich.console import Console
@@ -10,17 +9,18 @@ from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
 from dsjax.runtime import orchestrator
 from experiments import soak
+from experiments.common import cli
 from experiments.verify import soak_report
 
 pytestmark = pytest.mark.usefixtures('no_hang')
 
 
 def options(out, **changes):
-  known = dict(minutes=0.05, quick=True, model='', rate=30.0, faults=600.0,
-               placement='prefill=1x1,decode=1x1', cancel=0.2, back_s=0.1,
-               seed=0, out=str(out),
-               set=['max_seqs=2', 'prefill_tokens=32', 'transfer_pages=4'])
-  return types.SimpleNamespace(**known | changes)
+  return cli.options(soak.FLAGS, **{
+      'minutes': 0.05, 'quick': True, 'rate': 30.0, 'faults': 600.0,
+      'placement': 'prefill=1x1,decode=1x1', 'cancel': 0.2, 'back_s': 0.1,
+      'out': str(out), 'set': ['max_seqs=2', 'prefill_tokens=32',
+                               'transfer_pages=4']} | changes)
 
 
 def test_nothing_is_lost_in_three_seconds_of_faults(tmp_path):

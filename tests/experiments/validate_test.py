@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import types
 
 import pytest
 from rich.console import Console
@@ -14,16 +13,20 @@ from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import Arrived, DecodeDone, Row, RunDecode
 from dsjax.simulation import calibration, fitting, latency, profiles, simulator
 from experiments import validate
+from experiments.common import cli
 
 LINK = latency.Link(0.01, 1e6, 1e3)
 SLOW = latency.Affine((0.02, 3e-4, 1e-7), (0.01, 2e-5, 1e-3),
                       mixed=(0.03, 4e-4, 1e-7, 2e-5))
 FEW = ('max_seqs=2', 'prefill_tokens=16', 'chunk_tokens=16',
        'prefill_seqs=1', 'max_len=64')
-FLAGS = types.SimpleNamespace(
-    model='tiny', quick=True, modes=['disaggregated'],
-    rates=['40', '30'], seconds=0.3, most=12, ttft_s=None, tpot_s=None,
-    profile=None, rounds=1, seed=0, set=list(FEW))
+
+
+def options(out, **changes):
+  return cli.options(validate.FLAGS, **{
+      'model': 'tiny', 'quick': True, 'modes': ['disaggregated'],
+      'rates': '40,50', 'seconds': 0.3, 'requests': 12, 'rounds': 1,
+      'set': FEW, 'out': str(out)} | changes)
 
 
 def plan(*roles):
@@ -147,9 +150,8 @@ def test_rows_files_and_ctrl_c(tmp_path, profile, monkeypatch):
       raise KeyboardInterrupt
   monkeypatch.setattr(validate.terminal.Interrupts, 'halt', halt)
   text = io.StringIO()
-  options = types.SimpleNamespace(**vars(FLAGS) | {
-      'out': str(tmp_path), 'profile': profile})
-  assert validate.run(Console(file=text, width=160), options) == 130
+  assert validate.run(options(tmp_path, profile=profile),
+                      Console(file=text, width=160)) == 130
   row, = json.loads((tmp_path / 'summary.json').read_text())['rows']
   assert (row['mode'], row['rate_per_s'], row['requests']) == (
       'disaggregated', 40.0, 12)
@@ -167,11 +169,9 @@ def test_rows_files_and_ctrl_c(tmp_path, profile, monkeypatch):
 
 @pytest.mark.parametrize('change, part', [
     ({'modes': ['both']}, '--modes'), ({'modes': []}, '--modes'),
-    ({'rates': ['fast']}, '--rates'), ({'rates': ['-1']}, '--rates'),
-    ({'ttft_s': 0.0}, '--ttft_s'), ({'seed': -1}, '--seed'),
+    ({'rates': 'fast'}, '--rates'), ({'rates': '-1'}, '--rates'),
+    ({'ttft_s': 0.0}, '--ttft_s'),
     ({'profile': '/no/such'}, 'cannot be read')])
 def test_bad_flags(tmp_path, change, part):
-  options = types.SimpleNamespace(**vars(FLAGS) | {'out': str(tmp_path)}
-                                  | change)
   with pytest.raises(InputError, match=part):
-    validate.run(Console(file=io.StringIO()), options)
+    validate.run(options(tmp_path, **change), Console(file=io.StringIO()))

@@ -13,7 +13,6 @@ from dsjax.scheduling.events import DecodeDone, RunDecode
 from dsjax.simulation import calibration, fitting, latency, profiles, simulator
 from dsjax.simulation.contention import KINDS, Contention, Devices, kind_of
 from experiments import validate
-from experiments.common import setting
 
 LINK = latency.Link(0.01, 1e6, 1e3)
 ALONE = latency.Affine((0.02, 3e-4, 1e-7), (0.01, 2e-5, 1e-3),
@@ -163,7 +162,7 @@ def test_a_search_says_that_it_leaves_contention_out(tmp_path):
   for name, shared in (('a', SHARED), ('b', None), ('c', Contention({}))):
     profiles.save(tmp_path / name, profiles.Profile('m', 'cpu', plans,
                                                     contention=shared))
-  assert '3.00 times' in setting.caveat(str(tmp_path / 'a'))
+  assert '3.00 times' in profiles.caveat(str(tmp_path / 'a'))
   for kind in (str(tmp_path / 'b'), str(tmp_path / 'c'), 'published',
                'roofline:h100-80g'):
-    assert setting.caveat(kind) == ''
+    assert profiles.caveat(kind) == ''

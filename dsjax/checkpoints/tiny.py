@@ -1,4 +1,4 @@
-"""A model of random weights for checks that must take seconds.
+"""A model of random weights that serves in seconds.
 
 It has a real tokenizer, a byte a token, and a chat template, so whatever
 serves a real model serves it too. What it says is noise.
@@ -6,7 +6,7 @@ serves a real model serves it too. What it says is noise.
 
 from tokenizers import pre_tokenizers
 
-from dsjax.checkpoints import checkpoint, tokenizer
+from dsjax.checkpoints.tokenizer import Tokenizer
 from dsjax.config.model import ModelConfig
 
 _CONTROL = ('<|start|>', '<|end|>', '<|pad0|>', '<|pad1|>')
@@ -21,10 +21,10 @@ CONFIG = ModelConfig(
     eos_ids=(257,))
 
 
-def load(dtype='float32', seed=0):
-  """A checkpoint.Model: two layers, a vocabulary of bytes, seeded noise."""
+def make_tokenizer() -> Tokenizer:
+  """A vocabulary of bytes and four control tokens."""
   letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-  vocabulary = tokenizer.Tokenizer.of_gguf({
+  return Tokenizer.of_gguf({
       'tokenizer.ggml.model': 'gpt2',
       'tokenizer.ggml.pre': 'gpt-2',
       'tokenizer.ggml.tokens': [*letters, *_CONTROL],
@@ -33,5 +33,3 @@ def load(dtype='float32', seed=0):
       'tokenizer.ggml.eos_token_id': CONFIG.eos_ids[0],
       'tokenizer.chat_template': _CHAT,
   })
-  return checkpoint.Model(
-      CONFIG, checkpoint.random_params(CONFIG, seed, dtype), vocabulary)

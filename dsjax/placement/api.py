@@ -1,0 +1,293 @@
+"""One call each: simulate a placement, search for the best one.
+
+What a caller names is made into what the layers below take: a Problem, and
+from it the scheduler's Config, latencies and link.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from dsjax.analysis import attribution, metrics
+from dsjax.analysis.record import Record
+from dsjax.config import zoo
+from dsjax.config.checks import is_nonnegative, require
+from dsjax.config.model import ModelConfig
+from dsjax.config.placement import Placement, Plan, Slo
+from dsjax.config.request import Request
+from dsjax.placement import candidates, goodput
+from dsjax.placement import search as searching
+from dsjax.placement.candidates import Cluster, Problem
+from dsjax.scheduling import scheduler
+from dsjax.simulation import profiles, simulator
+from dsjax.simulation.contention import Contention
+from dsjax.simulation.profiles import Profile
+from dsjax.workload import named
+from dsjax.workload.files import Entry
+
+WARMUP = 0.2  # share of the requests that counts in no statistic
+SLO = Slo(ttft_s=0.25, tpot_s=0.1)
+ALGORITHMS = {'low': searching.low_affinity, 'high': searching.high_affinity,
+              'colocated': searching.colocated}
+
+Latency = str | Profile | Callable[[Plan], Any] | Any
+
+
+def latency_of(latency: Latency, config: ModelConfig,
+               host_ms: float = 2.0) -> Callable[[Plan], Any]:
+  """A function Plan -> seconds of its steps, None where nothing is known.
+
+  Args:
+    latency: a name or a file (see profiles.named), a Profile, such a
+      function, or one latency for every plan (see dsjax.simulation.latency).
+    host_ms: the host's time between two steps, where latency does not say.
+
+  Raises:
+    InputError.
+  """
+  require(is_nonnegative(host_ms), 'host_ms', host_ms, '0 or more')
+  if isinstance(latency, str):
+    return profiles.named(latency, config, host_ms / 1e3)
+  if isinstance(latency, Profile):
+    return latency.latencies.get
+  if hasattr(latency, 'prefill_s'):
+    return functools.partial(_same, latency)
+  require(callable(latency), 'latency', latency, 'a name, a file, a Profile, '
+          'a function of a Plan, or what has prefill_s, decode_s and so on')
+  return latency
+
+
+def _same(latency, plan):
+  return latency if latency.pp == plan.pp else None
+
+
+def make_problem(model: str | ModelConfig = 'opt-13b', slo: Slo = SLO,
+                 lengths: named.Lengths = 'sharegpt',
+                 latency: Latency = 'published', *,
+                 cluster: Cluster | None = None, process: str = 'poisson',
+                 cv: float = 1.0, seed: int = 0, host_ms: float = 2.0,
+                 **more: Any) -> Problem:
+  """The candidates.Problem of what a caller names; more: fields of it.
+
+  Raises:
+    InputError.
+  """
+  config = model if isinstance(model, ModelConfig) else zoo.config(model)
+  source = named.source(lengths, seed, process, cv)
+  return Problem(config, cluster or Cluster(), slo, source,
+                 latency_of(latency, config, host_ms),
+                 **({'max_len': source.longest} | more))
+
+
+# --- simulate -----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Simulated:
+  """A simulated run.
+
+  Attributes:
+    records: of all requests, in order of arrival.
+    kept: those after the warm-up, of which `summary` speaks.
+    summary: attainment (share, low, high), latencies, goodput.
+    unsteady: why the run was not in a steady state, or ''.
+    config: the scheduler's.
+    log: (event, commands) pairs, or None.
+  """
+
+  placement: Placement
+  slo: Slo
+  records: list[Record]
+  kept: list[Record]
+  summary: metrics.Summary
+  unsteady: str
+  config: scheduler.Config
+  latencies: Sequence[Any]
+  log: list | None = None
+
+  def explain(self) -> attribution.Attribution:
+    """Why requests missed their objectives, and what would have saved them.
+
+    Raises:
+      InputError: there is no log.
+    """
+    require(self.log is not None, 'log', self.log,
+            'kept: simulate(..., log=True)')
+    fold = attribution.of_log(self.log, self.latencies)
+    return attribution.attribute(self.kept, fold.parts(), self.slo)
+
+  def __str__(self) -> str:
+    share, low, high = self.summary.attainment
+    ttft_s, tpot_s = self.summary.ttft_s[1], self.summary.tpot_s[1]
+    return (f'{self.placement}: {share:.0%} of {len(self.kept)} requests met '
+            f'both objectives, 95 % interval [{low:.0%}, {high:.0%}]; p90 '
+            f'TTFT {ttft_s:.3g} s, TPOT {tpot_s:.3g} s'
+            + (f' ({self.unsteady})' if self.unsteady else ''))
+
+
+def simulate(placement: Placement | str, model: str | ModelConfig = 'opt-13b',
+             *, rate_per_s: float | None = None, slo: Slo = SLO,
+             lengths: named.Lengths | Sequence[Request] = 'sharegpt',
+             latency: Latency = 'published', requests: int = 400,
+             process: str = 'poisson', cv: float = 1.0, seed: int = 0,
+             cluster: Cluster | None = None, aligned: bool = True,
+             chunk: int = 512, depth: int | None = None,
+             run_ahead: int | None = None, host_ms: float = 2.0,
+             max_len: int | None = None, max_seqs: int = 256,
+             contention: Contention | None = None,
+             log: bool = False) -> Simulated:
+  """Serves a workload in virtual time with the scheduler that serves.
+
+  Args:
+    placement: a Placement, or its text: 'prefill=2x1,decode=1x1'.
+    model: a name in dsjax.config.zoo, or a ModelConfig.
+    rate_per_s: requests a second; None for the times of a trace.
+    slo: the objectives that attainment is about.
+    lengths: see workload.named.lengths_of, or a list of Requests, which come
+      at their own times.
+    latency: seconds of a step; see latency_of.
+    requests: how many; the first fifth counts in no statistic.
+    process, cv: of arrivals; see workload.named.arrivals_of.
+    seed: of lengths and arrivals.
+    cluster: memory of a device and speed of a KV transfer.
+    aligned: KV moves inside a node.
+    chunk: token budget of a chunked placement.
+    depth, run_ahead: see scheduler.Config; None for what the role suggests.
+    host_ms: the host's time between two steps, where latency does not say.
+    max_len, max_seqs: of an instance, tokens and requests; max_len is by
+      default that of the longest request.
+    contention: of instances that share cores, such as Profile.contention.
+    log: keep the event log, which `explain` needs.
+
+  Raises:
+    InputError.
+  """
+  placement = (Placement.parse(placement) if isinstance(placement, str)
+               else placement)
+  given = None
+  if _are_requests(lengths):
+    given = lengths
+    lengths = [Entry(None, len(r.prompt), r.sampling.max_tokens)
+               for r in given]
+  more = {} if max_len is None else {'max_len': max_len}
+  problem = make_problem(
+      model, slo, lengths, latency, cluster=cluster, process=process, cv=cv,
+      seed=seed, host_ms=host_ms, max_seqs=max_seqs, **more)
+  config, latencies, link = build(problem, placement, chunk, aligned, depth,
+                                  run_ahead)
+  result = simulator.simulate(
+      config, given or problem.workload(rate_per_s, requests), latencies, link,
+      log=log, contention=contention)
+  return simulated(placement, slo, result.records, config, latencies,
+                   result.log)
+
+
+def _are_requests(lengths):
+  return (not isinstance(lengths, str) and isinstance(lengths, Sequence)
+          and bool(lengths) and isinstance(lengths[0], Request))
+
+
+def build(problem: Problem, placement: Placement, chunk: int = 512,
+          aligned: bool = True, depth: int | None = None,
+          run_ahead: int | None = None) -> tuple[scheduler.Config, list, Any]:
+  """candidates.build with the scheduler's depth and run-ahead as asked for.
+
+  Returns:
+    (scheduler.Config, a latency for each instance, the link).
+  """
+  config, latencies, link = candidates.build(
+      problem, placement, chunk if placement.chunked else None, aligned)
+  changed = {field: value for field, value in (
+      ('depth', depth), ('run_ahead', run_ahead)) if value is not None}
+  return dataclasses.replace(config, **changed), latencies, link
+
+
+def simulated(placement: Placement, slo: Slo, records: list[Record],
+              config: scheduler.Config, latencies: Sequence[Any],
+              log: list | None = None) -> Simulated:
+  """The Simulated of a finished run."""
+  sent = metrics.by_arrival(records)
+  kept = sent[int(WARMUP * len(sent)):]
+  return Simulated(
+      placement, slo, records, kept,
+      metrics.summarize(kept, slo, placement.num_devices),
+      unsteady(records, slo, goodput.steady_hits(records, slo, WARMUP)),
+      config, latencies, log)
+
+
+def unsteady(records: Iterable[Record], slo: Slo,
+             hits: Sequence[bool]) -> str:
+  """Why a run was not in a steady state, or ''.
+
+  Either waits grew: those of the last quarter of the arrivals are half as
+  long again as those of the second, and longer by more than the TTFT
+  objective. Or the 95 % intervals of both halves' attainment are apart.
+
+  Args:
+    hits: whether each request attained, in order of arrival.
+  """
+  waits = [r.stage_s['prefill_queue'] + r.stage_s['decode_queue']
+           for r in metrics.by_arrival(records)]
+  quarter = len(waits) // 4
+  if quarter:
+    early = sum(waits[quarter:2 * quarter]) / quarter
+    late = sum(waits[-quarter:]) / quarter
+    if late > max(1.5 * early, early + slo.ttft_s):
+      return (f'rate beyond capacity: waits grew from {early:.2g} s to '
+              f'{late:.2g} s')
+  half = len(hits) // 2
+  first, last = metrics.interval(hits[:half]), metrics.interval(hits[half:])
+  if first[1] > last[2] or last[1] > first[2]:
+    return (f'not steady: {first[0]:.0%} attained in the first half, '
+            f'{last[0]:.0%} in the second')
+  return ''
+
+
+# --- search -------------------------------------------------------------------
+
+
+def search(model: str | ModelConfig = 'opt-13b', *, devices: int = 3,
+           nodes: int = 1, slo: Slo = SLO, lengths: named.Lengths = 'sharegpt',
+           latency: Latency = 'published', target: float = 0.9,
+           requests: int = 200, tolerance: float = 0.1,
+           algorithms: Sequence[str] = ('low', 'colocated'),
+           chunks: Sequence[int] = (512, 1024, 2048), replicas: int = 3,
+           rate_per_s: float | None = None, strict: float | None = None,
+           process: str = 'poisson', cv: float = 1.0, seed: int = 0,
+           host_ms: float = 2.0, max_len: int | None = None,
+           max_seqs: int = 256, cluster: Cluster | None = None,
+           report: Callable[[searching.Progress], object] | None = None,
+           map: Callable[..., Iterable] = map) -> searching.Answer:
+  """The placements with the highest goodput per device: DistServe section 4.
+
+  Args:
+    model, slo, lengths, latency, process, cv, seed, host_ms, max_len,
+      max_seqs: see simulate.
+    devices: of each node; nodes: how many. cluster: instead of both, with
+      the memory of a device and the speed of KV transfers.
+    target: share of requests that must meet both objectives.
+    requests: simulated at a rate, at first; four times as many at most.
+    tolerance: of the rate, where a candidate's search ends.
+    algorithms: names of ALGORITHMS.
+    chunks: token budgets tried for chunked placements.
+    replicas: most instances of a phase.
+    rate_per_s: of the whole cluster; None: what counts is each device.
+    strict: a second target, of the best placements alone; None: none.
+    report, map: see search.search.
+
+  Raises:
+    InputError: bad input, or nothing that fits can meet the objectives.
+  """
+  for name in algorithms:
+    require(name in ALGORITHMS, 'algorithms', name,
+            f'one of {sorted(ALGORITHMS)}')
+  more = {} if max_len is None else {'max_len': max_len}
+  problem = make_problem(
+      model, slo, lengths, latency, cluster=cluster or Cluster(nodes, devices),
+      process=process, cv=cv, seed=seed, host_ms=host_ms, target=target,
+      chunks=tuple(chunks), requests=requests, most_requests=4 * requests,
+      tolerance=tolerance, replicas=replicas, rate_per_s=rate_per_s,
+      strict=strict, max_seqs=max_seqs, **more)
+  return searching.search(problem, [ALGORITHMS[name] for name in algorithms],
+                          report, map)

@@ -1,0 +1,397 @@
+"""Times the compiled steps of a live engine and fits latencies to them.
+
+Every plan is built on the devices at hand and timed over a grid of batch x
+length: prefills, later chunks, decode steps, mixed (chunked) steps, migrations
+between each pair of plans, what the serving loop adds to a decode step (host),
+and how two instances of plan 1x1 slow each other: nothing on devices of their
+own, much on the CPU devices of one process. All cells are timed in turn, round
+after round, and the median of each counts, so that a busy moment spoils no
+single cell. Buckets are part of the result: a batch costs what its compiled
+size costs.
+"""
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from dsjax.analysis import pairing
+from dsjax.checkpoints.checkpoint import Model
+from dsjax.config.checks import require
+from dsjax.config.engine import EngineConfig
+from dsjax.config.placement import Placement, Plan
+from dsjax.config.request import Request, Sampling
+from dsjax.model import kv_cache, sharding
+from dsjax.runtime import engine, migration, orchestrator
+from dsjax.scheduling.events import (
+  Chunk,
+  Migrate,
+  Row,
+  RunDecode,
+  RunPrefill,
+)
+from dsjax.simulation import contention, fitting, latency, profiles
+
+STEPS = 4  # decode steps of a timed run: the device takes them in a row
+HOST_TOKENS = 24  # output tokens of the requests that find the host's time
+ENGINE = EngineConfig(max_len=1024, max_seqs=16, prefill_tokens=512,
+                      chunk_tokens=512, prefill_seqs=8)
+Report = Callable[[int, int, str], object]  # (done, total, what)
+Shape = tuple[tuple[tuple[int, int], ...], int, int]  # pieces, rows, context
+
+
+# --- the grid ---------------------------------------------------------------
+
+
+def spread(low: int, high: int, points: int) -> list[int]:
+  """At most `points` integers from low to high, evenly by ratio."""
+  if high <= low:
+    return [high]
+  return sorted({round(low * (high / low)**(i / (points - 1)))
+                 for i in range(points)})
+
+
+def shapes(config: EngineConfig, points: int) -> list[Shape]:
+  """The (pieces, batch, context of a row) of every cell of the grid."""
+  limit, rows = config.prefill_tokens, config.max_seqs
+  room = config.max_len - STEPS - 1  # context of a row
+  lengths = spread(min(16, -(-limit // 2)), min(limit, config.max_len),
+                   points)
+  cells = [(((0, n),) * b, 0, 0) for n in lengths
+           for b in spread(1, min(rows, config.prefill_seqs), 3)
+           if n * b <= limit]
+  starts = spread(16, config.max_len - lengths[-2], points)[1:]
+  cells += [(((s, s + n),), 0, 0) for s in starts for n in lengths
+            if s + n <= config.max_len]
+  contexts = spread(min(16, room), room, points)
+  cells += [((), b, c) for b in config.row_buckets for c in contexts]
+  cells += [(((s, s + n),), b, c) for s in (0, starts[0])
+            for n in lengths for b in sorted({-(-rows // 4), rows})
+            if n + b <= limit and s + n <= config.max_len
+            and b < rows  # a row is left for the prompt
+            for c in (contexts[0], contexts[-1])]
+  return cells
+
+
+class Cells:
+  """An instance driven by hand-made commands: no scheduler, no server.
+
+  Every row has pages of its own. What they hold means nothing: no time
+  depends on it.
+  """
+
+  def __init__(self, instance: engine.Engine) -> None:
+    self.instance = instance
+    each = -(-instance.config.max_len // instance.limits.page_size)
+    count = instance.config.max_seqs
+    most = instance.limits.num_pages // each
+    self.pages = [tuple(range((r % most) * each, (r % most + 1) * each))
+                  for r in range(count)]
+    for id in range(count):
+      instance.admit(id, [1] * (instance.config.max_len // 2), 1, Sampling())
+
+  def run(self, pieces: tuple, batch: int,
+          each: int) -> tuple[jax.Array, int]:
+    """Dispatches a cell; returns (arrays to wait for, steps)."""
+    rows = tuple(Row(r, each - 1, STEPS, self.pages[r])
+                 for r in range(batch))
+    if not pieces:
+      outs, _ = self.instance.decode(RunDecode(0, 0, 0, STEPS, rows))
+      return outs[-1].token_R, STEPS
+    size = self.instance.limits.page_size
+    chunks = tuple(
+        Chunk(batch + i, start, stop,
+              self.pages[batch + i][:-(-stop // size)], True)
+        for i, (start, stop) in enumerate(pieces))
+    outs, _ = self.instance.prefill(RunPrefill(0, 0, chunks, 0, rows))
+    return outs[-1].token_R, 1
+
+  def seconds(self, pieces: tuple, batch: int, each: int) -> float:
+    """Seconds of a step of a cell, waited for."""
+    start = time.perf_counter()
+    out, steps = self.run(pieces, batch, each)
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / steps
+
+
+def context_of(pieces: tuple, batch: int, each: int) -> float:
+  """Tokens that the decode rows of a cell attend to, in a mean step."""
+  return batch * (each + (0 if pieces else (STEPS - 1) / 2))
+
+
+def in_rounds(timed: Sequence[Callable[[], float]], rounds: int,
+              tick: Callable[[], object]) -> list[float]:
+  """Median seconds of each function; a first round is not counted."""
+  taken = [[] for _ in timed]
+  for i in range(rounds + 1):
+    for seconds, once in zip(taken, timed, strict=True):
+      took_s = once()
+      if i:
+        seconds.append(took_s)
+      tick()
+  return [statistics.median(seconds) for seconds in taken]
+
+
+# --- what else takes time ---------------------------------------------------
+
+
+def decode_span(server: orchestrator.Orchestrator,
+                batch: int) -> tuple[float, int, int] | None:
+  """(seconds a step, first step's context of a row, steps) of the decodes of
+  all `batch` requests together in a server's log; None: there are none."""
+  times, first = [], None
+  for ended in pairing.ended(server.log):
+    command = ended.command
+    if isinstance(command, RunDecode) and len(command.rows) == batch:
+      first = first or command.rows[0].base + command.tick + 1
+      times += ended.steps_s
+  if len(times) < 3:
+    return None
+  return (times[-1] - times[0]) / (len(times) - 1), first, len(times)
+
+
+def host_times(model: Model, config: EngineConfig, plan: Plan, bare: Cells,
+               rounds: int) -> list[float]:
+  """Seconds that the serving loop adds to a decode step, one a round.
+
+  A full batch is served, and the same steps are run bare, in turn.
+  """
+  batch, prompt = config.max_seqs, min(16, config.prefill_tokens)
+  tokens = min(HOST_TOKENS, config.max_len - prompt)
+  rng = np.random.default_rng(0)
+  added = []
+  with orchestrator.serve(model, Placement(colocated=[plan]), config,
+                          report=lambda *_: None) as server:
+    for i in range(rounds + 1):
+      ids = rng.integers(3, model.config.vocab_size, (batch, prompt)).tolist()
+      server.log.clear()
+      server.run([Request(i * batch + row, 0.0, tuple(prompt_ids),
+                          Sampling(max_tokens=tokens, ignore_eos=True))
+                  for row, prompt_ids in enumerate(ids)])
+      span = decode_span(server, batch)
+      if span is None:
+        continue
+      step_s, first, steps = span
+      bare_s = statistics.median(
+          bare.seconds((), batch, min(first + steps // 2,
+                                      config.max_len - STEPS))
+          for _ in range(3))
+      if i:
+        added.append(step_s - bare_s)
+  return added
+
+
+def transfer_times(source: engine.Engine, target: engine.Engine,
+                   lengths: Sequence[int], rounds: int,
+                   tick: Callable[[], object]) -> list[float]:
+  """Median seconds of a migration of each length."""
+  route = migration.Route(source, target)
+  route.warm()
+
+  def timed(n):
+    def run():
+      ids = [tuple(range(-(-n // e.limits.page_size)))
+             for e in (source, target)]
+      start = time.perf_counter()
+      moved = route.start(Migrate(0, 1, 0, ids[0], 1, ids[1], n))
+      jax.block_until_ready(moved.land())
+      return time.perf_counter() - start
+    return run
+  return in_rounds([timed(n) for n in lengths], rounds, tick)
+
+
+# --- side by side -----------------------------------------------------------
+
+BESIDE_S = 0.2  # least seconds of a step timed beside others
+
+
+def typical(config: EngineConfig) -> dict[str, Shape]:
+  """{kind: a cell of the middle of the grid}."""
+  tokens = min(config.prefill_tokens, config.max_len) // 2
+  rows, each = max(1, config.max_seqs // 2), config.max_len // 2
+  return {'prefill': (((0, tokens),), 0, 0), 'decode': ((), rows, each),
+          'mixed': (((0, tokens),), max(1, rows // 2), each),
+          'single': ((), 1, each)}
+
+
+def beside(mine: Cells, theirs: Cells, config: EngineConfig, rounds: int,
+           tick: Callable[[], object]) -> contention.Contention:
+  """The Contention of two instances of one stage, driven as Cells.
+
+  A typical step of each kind is timed again and again, alone and while the
+  other instance has steps of each kind to do; the median of the ratios of
+  each round counts. A first round, which compiles, is not counted.
+  """
+  cells = typical(config)
+
+  def alone(bare, cell):
+    return bare.seconds(*cell) * (1 if cell[0] else STEPS)
+
+  def ratio(kind, kind_beside):
+    cell, cell_beside = cells[kind], cells[kind_beside]
+    alone_s = alone(mine, cell)
+    each_s = alone(theirs, cell_beside)
+    repeats = max(1, math.ceil(BESIDE_S / alone_s))
+    # Twice as slow, and some more, so that the other one never runs dry.
+    for _ in range(math.ceil(3 * repeats * alone_s / each_s) + 1):
+      busy = theirs.run(*cell_beside)[0]
+    start = time.perf_counter()
+    for _ in range(repeats):
+      jax.block_until_ready(mine.run(*cell)[0])
+    seconds = (time.perf_counter() - start) / repeats
+    jax.block_until_ready(busy)
+    tick()
+    return seconds / alone_s
+
+  pairs = list(itertools.product(contention.KINDS, repeat=2))
+  ratios = [[ratio(*pair) for pair in pairs] for _ in range(rounds + 1)]
+  return contention.Contention({
+      pair: max(1.0, statistics.median(ratio)) for pair, ratio in zip(
+          pairs, zip(*ratios[1:], strict=True), strict=True)})
+
+
+# --- the whole --------------------------------------------------------------
+
+
+def buckets_of(config: EngineConfig) -> latency.Buckets:
+  """The latency.Buckets of an engine's compiled steps."""
+  rows = config.max_seqs
+  return latency.Buckets(config.token_buckets(config.prefill_tokens),
+                         config.row_buckets,
+                         tuple(sorted({-(-rows // 4), rows})))
+
+
+def build(model: Model, plan: Plan, role: str, config: EngineConfig,
+          devices: Sequence[jax.Device]) -> engine.Engine:
+  """An Engine of one plan on the first of these devices."""
+  placement = Placement(colocated=[plan])
+  meshes, = sharding.make_meshes(model.config, placement, devices)
+  return engine.Engine(model, meshes, role, config)
+
+
+def _ticks(report, what, total):
+  """A function that tells `report` of one more of `total` when called."""
+  done = itertools.count(1)
+  report(0, total, what)
+  return lambda: report(next(done), total, what)
+
+
+class _Profiler:
+  """What `measure` was asked; each method times one part of it."""
+
+  def __init__(self, model, config, rounds, points, report, apart):
+    self.model, self.config, self.rounds = model, config, rounds
+    self.grid, self.report = shapes(config, points), report
+    self.lengths = spread(config.page_size, config.max_len, points)
+    self.apart = jax.devices()[apart:]  # for a second instance
+
+  def engine(self, plan):
+    """A warm Engine that has both kinds of step."""
+    made = build(self.model, plan, 'chunked', self.config, jax.devices())
+    tick = _ticks(self.report, f'{plan}: compiling', len(made.shapes_needed()))
+    for _ in made.warm():
+      tick()
+    return made
+
+  def cells(self, plan, bare):
+    """A fitting.Cell for each cell of the grid."""
+    tick = _ticks(self.report, f'{plan}: steps',
+                  (self.rounds + 1) * len(self.grid))
+    medians = in_rounds([lambda shape=shape: bare.seconds(*shape)
+                         for shape in self.grid], self.rounds, tick)
+    return [fitting.Cell(shape[0], shape[1], context_of(*shape), seconds)
+            for shape, seconds in zip(self.grid, medians, strict=True)]
+
+  def affine(self, plan, bare, cells):
+    """The latency.Affine of a plan, with the host's time."""
+    tick = _ticks(self.report, f'{plan}: host', 1)
+    host = host_times(self.model, self.config, plan, bare, self.rounds)
+    tick()
+    return fitting.fit_affine(
+        cells, buckets_of(self.config),
+        max(0.0, statistics.median(host)) if host else 0.0, plan.pp)
+
+  def link(self, plan, source, to):
+    """The latency.Link to a plan; None where noise hides the bandwidth."""
+    target = build(self.model, to, 'decode', self.config, self.apart)
+    tick = _ticks(self.report, f'{plan}: to {to}',
+                  (self.rounds + 1) * len(self.lengths))
+    seconds = transfer_times(source, target, self.lengths, self.rounds, tick)
+    if seconds[-1] <= seconds[0]:
+      return None
+    return fitting.fit_link(self.lengths, seconds, kv_cache.bytes_per_token(
+        self.model.config, self.config.kv_dtype_of('decode'),
+        self.model.config.num_layers))
+
+  def contention(self, bare):
+    """The Contention of two instances of one device."""
+    other = build(self.model, Plan(), 'chunked', self.config, self.apart)
+    tick = _ticks(self.report, f'{Plan()}: side by side',
+                  (self.rounds + 1) * len(contention.KINDS)**2)
+    return beside(bare, Cells(other), self.config, self.rounds, tick)
+
+
+def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
+            rounds: int = 5, points: int = 4, report: Report | None = None,
+            name: str | None = None, side_by_side: bool = True
+            ) -> tuple[profiles.Profile, dict[Plan, list[fitting.Cell]]]:
+  """Profiles every plan: the Profile, and what each cell took.
+
+  Args:
+    config: chunk_tokens must be prefill_tokens.
+    rounds: timed rounds of every cell. points: lengths of each part of the
+      grid, the least and the most included.
+    report: called with (done, total, what) as parts of it are done.
+    name: the model's, for the profile.
+    side_by_side: also measure how two instances of one device slow each
+      other, which takes the longest.
+
+  Raises:
+    InputError: a plan does not fit on the devices, or the config is not as
+      described.
+  """
+  require(config.chunk_tokens == config.prefill_tokens,
+          'EngineConfig.chunk_tokens', config.chunk_tokens,
+          f'prefill_tokens={config.prefill_tokens}: one engine measures '
+          'both kinds of step')
+  require(config.max_len >= 64, 'EngineConfig.max_len', config.max_len,
+          '64 or more to measure')
+  most = max(plan.num_devices for plan in plans)
+  devices = jax.devices()
+  require(2 * most <= len(devices), 'plans', plans,
+          f'of at most {len(devices) // 2} devices: migrations need a '
+          'source and a target')
+  work = _Profiler(model, config, rounds, points, report or (lambda *_: None),
+                   most)
+  cells, models, links, shared = {}, {}, {}, None
+  for plan in plans:
+    source = work.engine(plan)
+    bare = Cells(source)
+    cells[plan] = work.cells(plan, bare)
+    models[plan] = work.affine(plan, bare, cells[plan])
+    for to in plans:
+      if link := work.link(plan, source, to):
+        links[plan, to] = link
+    if plan == Plan() and side_by_side:
+      shared = work.contention(bare)
+  return profiles.Profile(
+      name or model.config.name, devices[0].device_kind, models, links,
+      f'dsjax.runtime.profiling, {rounds} rounds, {config.dtype}, '
+      f'jax {jax.__version__}', shared), cells
+
+
+def profile(model: Model, plans: Sequence[Plan] = (Plan(),),
+            config: EngineConfig = ENGINE, rounds: int = 5, points: int = 4,
+            report: Report | None = None,
+            side_by_side: bool = True) -> profiles.Profile:
+  """The Profile of a model on the devices at hand; see `measure`.
+
+  It needs twice the devices of the largest plan, since KV is moved between
+  two instances.
+  """
+  return measure(model, plans, config, rounds, points, report,
+                 side_by_side=side_by_side)[0]

@@ -1,0 +1,124 @@
+"""Workloads from what a user writes: a name, a file, pairs of lengths."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from dsjax.config.checks import InputError, require
+from dsjax.config.request import Request
+from dsjax.workload import traffic
+from dsjax.workload.files import Entry, read_lengths
+from dsjax.workload.requests import KINDS, arrivals, from_lengths
+
+PROCESSES = (*KINDS, 'resample')
+SAMPLE = 4096  # entries drawn of a mixture
+_FIXED = re.compile('fixed:([1-9][0-9]{0,8})x([1-9][0-9]{0,8})')
+
+Lengths = str | traffic.Mixture | Sequence[Entry] | Sequence[tuple[int, int]]
+
+
+def lengths_of(lengths: Lengths, n: int = SAMPLE,
+               seed: int = 0) -> tuple[Entry, ...]:
+  """The lengths that a workload draws from.
+
+  Args:
+    lengths: a name in traffic.MIXTURES; 'fixed:PROMPTxOUTPUT', in tokens; a
+      file as read_lengths takes it; a Mixture; or a list of Entry or of
+      (prompt, output) pairs.
+    n: how many are drawn of a mixture. seed: of the draw.
+
+  Raises:
+    InputError.
+  """
+  if isinstance(lengths, traffic.Mixture):
+    return traffic.draw(lengths, n, seed)
+  if not isinstance(lengths, str):
+    require(isinstance(lengths, Sequence) and lengths and all(
+        isinstance(pair, tuple) and len(pair) in (2, 3) for pair in lengths),
+            'lengths', lengths,
+            'a name, a file, or a list of (prompt, output) pairs')
+    return tuple(pair if isinstance(pair, Entry) else Entry(None, *pair)
+                 for pair in lengths)
+  if lengths in traffic.MIXTURES:
+    return traffic.draw(lengths, n, seed)
+  if sizes := _FIXED.fullmatch(lengths):
+    return (Entry(None, *map(int, sizes.groups())),)
+  try:
+    return read_lengths(lengths)
+  except InputError as error:
+    if '.' in lengths or '/' in lengths:
+      raise
+    raise InputError(f'lengths={lengths!r}: must be one of '
+                     f"{sorted(traffic.MIXTURES)}, 'fixed:PROMPTxOUTPUT', or "
+                     'a file of lengths') from error
+
+
+def arrivals_of(process: str, rate_per_s: float | None, n: int, seed: int = 0,
+                cv: float = 1.0, entries: Sequence[Entry] | None = None,
+                swing: float = 0.0,
+                period_s: float = 86400.0) -> tuple[float, ...]:
+  """Arrival times of n requests, not decreasing.
+
+  Args:
+    process: one of PROCESSES: see requests.arrivals; 'resample' has the
+      burstiness of `entries` and, where rate_per_s is None, their rate.
+    swing, period_s: the rate goes up and down by this share of itself, in
+      this time (traffic.diurnal).
+
+  Raises:
+    InputError.
+  """
+  require(process in PROCESSES, 'process', process, f'one of {PROCESSES}')
+  require(not swing or process not in ('burst', 'trace'), 'swing', swing,
+          f'0 with {process} arrivals')
+  if process == 'resample':
+    history = traffic.fit(entries or ())
+    process, cv = 'gamma', history.cv
+    rate_per_s = rate_per_s or history.rate_per_s
+  if swing:
+    return traffic.vary(arrivals(process, 1.0, n, seed, cv),
+                        traffic.diurnal(rate_per_s, swing, period_s))
+  return arrivals(process, rate_per_s, n, seed, cv, entries)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Requests at any rate: `source(rate_per_s, n)` gives n of them.
+
+  The same lengths, and the same gaps but for their scale, at every rate
+  (common random numbers). It can be pickled, so that processes may share it.
+
+  Attributes:
+    entries: the lengths that are drawn.
+    seed, process, cv: see arrivals_of. 'trace': the entries in their order,
+      no more than there are, at their own times where rate_per_s is None.
+  """
+
+  entries: tuple[Entry, ...]
+  seed: int = 0
+  process: str = 'poisson'
+  cv: float = 1.0
+
+  def __call__(self, rate_per_s: float | None, n: int) -> list[Request]:
+    in_order = self.process == 'trace'
+    n = min(n, len(self.entries)) if in_order else n
+    times = arrivals_of(self.process, rate_per_s, n, self.seed, self.cv,
+                        self.entries)
+    return from_lengths(self.entries, n, times, seed=self.seed,
+                        in_order=in_order)[0]
+
+  @property
+  def longest(self) -> int:
+    """Tokens of the longest request, prompt and output."""
+    return max(e.prompt_len + e.output_len for e in self.entries)
+
+
+def source(lengths: Lengths, seed: int = 0, process: str = 'poisson',
+           cv: float = 1.0) -> Source:
+  """The Source of these lengths and arrivals; see lengths_of, arrivals_of.
+
+  Raises:
+    InputError.
+  """
+  require(process in PROCESSES, 'process', process, f'one of {PROCESSES}')
+  return Source(lengths_of(lengths, SAMPLE, seed), seed, process, cv)

@@ -1,0 +1,197 @@
+"""How every runner starts and ends: flags, devices, errors, exit code.
+
+A runner names its flags as data; the same thing has the same flag, and the
+same words in --help, in all of them.
+"""
+
+import contextlib
+import math
+import os
+import pathlib
+import sys
+import types
+from typing import Any, NamedTuple
+
+from absl import app, flags, logging
+from rich.console import Console
+
+from dsjax import workload
+from dsjax.config.checks import InputError, require
+from dsjax.workload import traffic
+from experiments.common import overrides
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+class Flag(NamedTuple):
+  """A flag: its default, its words in --help, its type (by default that of
+  the default; list: items with commas between; tuple: it may be repeated),
+  the least and the largest number, what else it may be."""
+
+  default: Any
+  help: str
+  kind: type | None = None
+  low: float | None = None
+  high: float | None = None
+  choices: tuple[str, ...] = ()
+
+  def define(self, name: str, values: flags.FlagValues) -> None:
+    """Makes it a flag of absl."""
+    kind, bounds = self.kind or type(self.default), {}
+    if kind in (int, float):
+      bounds = {'lower_bound': self.low, 'upper_bound': self.high}
+    if self.choices:
+      flags.DEFINE_enum(name, self.default, self.choices, self.help, values)
+    else:
+      make = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer,
+              float: flags.DEFINE_float, str: flags.DEFINE_string,
+              list: flags.DEFINE_list, tuple: flags.DEFINE_multi_string}[kind]
+      default = list(self.default) if kind is tuple else self.default
+      make(name, default, self.help, flag_values=values, **bounds)
+
+
+# What several runners have, but for the default: Flag(None, ...).
+SHARED = {
+    'config': Flag(None, 'Name of a file in configs/, or path of a .py file.',
+                   str),
+    'set': Flag(None, 'A field of the config to change: name=value; the '
+                'fields are listed above. May be repeated.', tuple),
+    'compilation_cache': Flag(None, 'Folder of compiled programs, kept '
+                              'between runs; empty for none.', str),
+    'out': Flag(None, 'Folder for the files.', str),
+    'placement': Flag(None, 'role=TPxPP, ..., such as '
+                      'prefill=2x1,decode=1x1.', str),
+    'ttft_s': Flag(None, 'Objective, seconds.', float),
+    'tpot_s': Flag(None, 'Objective, seconds.', float),
+    'target': Flag(None, 'Share that must meet both objectives.', float),
+    'lengths': Flag(None, f'One of {sorted(traffic.MIXTURES)}, '
+                    'fixed:PROMPTxOUTPUT (tokens), or a file.', str),
+    'process': Flag(None, f'Of arrivals, one of {workload.PROCESSES}.', str),
+    'cv': Flag(None, 'Of the gaps, --process=gamma only.', float),
+    'rate': Flag(None, 'Requests a second.', float),
+    'rates': Flag(None, 'Requests a second, with commas between.', str),
+    'requests': Flag(None, 'How many.', int, low=1),
+    'seed': Flag(None, 'Of all that is random.', int, low=0),
+    'latency': Flag(None, "Seconds of a step: 'published', "
+                    "'roofline:a100-80g' and the like, or a file that "
+                    'experiments.measure wrote.', str),
+    'host_ms': Flag(None, "Host's time between two steps, where --latency "
+                    'does not say.', float),
+    'memory_gb': Flag(None, 'Of a device, 1e9 bytes.', float),
+    'intra_gb_per_s': Flag(None, 'Of KV inside a node.', float),
+    'inter_gb_per_s': Flag(None, 'Of KV between nodes.', float),
+    'rounds': Flag(None, 'Timed rounds of each thing.', int, low=1),
+}
+CACHE = str(ROOT / '.cache' / 'jax')
+FULL_NODE = {'memory_gb': 85.0, 'intra_gb_per_s': 300.0,
+             'inter_gb_per_s': 3.125}  # of A100-80GB
+
+
+def _flag(name, value):
+  """The Flag of an item of a runner's flags: a Flag, or a default."""
+  if isinstance(value, Flag):
+    return value
+  return SHARED[name]._replace(default=value)
+
+
+def parse(defined: dict[str, Any], argv: list[str]) -> flags.FlagValues:
+  """The options of a command line.
+
+  Args:
+    defined: {name: Flag, or the default of a flag in SHARED}.
+    argv: without the program's name.
+  """
+  values = flags.FlagValues()
+  for name, value in defined.items():
+    _flag(name, value).define(name, values)
+  values(['program', *argv])
+  return values
+
+
+def options(defined: dict[str, Any], **changes: Any) -> types.SimpleNamespace:
+  """The options without a command line: defaults, with some changed."""
+  values = {name: _flag(name, value).default
+            for name, value in defined.items()}
+  unknown = set(changes) - set(values)
+  require(not unknown, 'options', sorted(unknown), f'of {sorted(values)}')
+  return types.SimpleNamespace(**values | changes)
+
+
+def exit_code(run, *args) -> int:
+  """What run(*args) returns; 2 for bad input, 130 for Ctrl-C, each with one
+  line on stderr."""
+  try:
+    return run(*args) or 0
+  except (InputError, OSError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print('stopped', file=sys.stderr)
+    return 130
+
+
+def main(run, defined: dict[str, Any], config=None,
+         verbosity: int = logging.WARNING) -> None:
+  """Runs a program: run(options, console) returns its exit code, or None.
+
+  Args:
+    defined: its flags, see parse.
+    config: None, or the dataclass whose fields --set changes; --help lists
+      them.
+    verbosity: of absl's logging, unless the command line asks for more.
+  """
+  for name, value in defined.items():
+    _flag(name, value).define(name, flags.FLAGS)
+    # --help lists them as the program's own.
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+  program = sys.modules['__main__']
+  if config is not None:
+    program.__doc__ = (f'{program.__doc__}\nWhat --set=FIELD=VALUE changes:\n'
+                       f'{overrides.describe(config)}')
+
+  def start(argv):
+    if len(argv) > 1:
+      raise app.UsageError(f'unexpected: {" ".join(argv[1:])}')
+    if flags.FLAGS.verbosity <= 0:
+      logging.set_verbosity(verbosity)
+    sys.exit(exit_code(run, flags.FLAGS, wide_console()))
+  app.run(start)
+
+
+def wide_console() -> Console:
+  """A Console; off a terminal, wide enough for the widest tables."""
+  console = Console()
+  return console if console.is_terminal else Console(width=150)
+
+
+def prepare(num_devices: int, cache: str | None = CACHE,
+            threads: int = 32) -> None:
+  """What JAX must know before it starts.
+
+  Args:
+    num_devices: CPU devices to make, where there is no accelerator.
+    cache: folder of compiled programs, or nothing.
+    threads: of the CPU devices together; many leave room for collectives.
+  """
+  os.environ.setdefault('NPROC', str(threads))
+  import jax  # takes seconds, and runners that only simulate need none
+  with contextlib.suppress(RuntimeError):  # it has started: use what is there
+    jax.config.update('jax_num_cpu_devices', num_devices)
+  if cache:
+    jax.config.update('jax_compilation_cache_dir', cache)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+
+
+def numbers(field: str, text: str) -> list[float]:
+  """Rising positive numbers of a text with commas.
+
+  Raises:
+    InputError naming `field`.
+  """
+  try:
+    parsed = [float(part) for part in text.split(',')]
+  except ValueError:
+    parsed = []
+  require(parsed and all(0 < x < math.inf for x in parsed), field, text,
+          'numbers above 0 with commas between')
+  return sorted(set(parsed))

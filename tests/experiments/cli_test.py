@@ -1,0 +1,145 @@
+"""What all runners share: flags by name, errors, exit codes, help."""
+
+import dataclasses
+import importlib
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+from rich.console import Console
+
+from configs.serve import Serve
+from dsjax.config.checks import InputError, require
+from dsjax.config.engine import EngineConfig
+from experiments import api
+from experiments.common import cli, overrides
+
+RUNNERS = ('aot.__main__', 'api', 'bench.engine', 'bench.http_cost',
+           'bench.migration', 'bench.simulator', 'explore', 'load', 'measure',
+           'overload', 'place', 'reproduce', 'serve', 'simulate', 'soak',
+           'validate')
+# Former names of flags that SHARED has by another name.
+FORMER = {'ttft', 'tpot', 'num', 'most', 'arrivals', 'cache'}
+
+
+def defined(name):
+  return importlib.import_module(f'experiments.{name}').FLAGS
+
+
+@pytest.mark.parametrize('name', RUNNERS)
+def test_every_runner_s_flags_parse_and_have_words(name):
+  values = cli.parse(defined(name), [])
+  for flag in defined(name):
+    assert values[flag].help and getattr(values, flag) == (
+        vars(cli.options(defined(name)))[flag]) or flag == 'set'
+  assert not FORMER & set(defined(name))
+
+
+@pytest.mark.parametrize('name', RUNNERS)
+def test_the_same_flag_has_the_same_type_everywhere(name):
+  for flag, value in defined(name).items():
+    if flag in cli.SHARED and isinstance(value, cli.Flag):
+      kind = value.kind or type(value.default)
+      assert kind is cli.SHARED[flag].kind, flag
+
+
+def test_a_command_line_is_read():
+  values = cli.parse({
+      'rate': None, 'seed': 0, 'set': (), 'deep': cli.Flag(False, 'Far.'),
+      'plans': cli.Flag(['1x1'], 'Of these.'),
+      'kind': cli.Flag('chat', 'Of.', choices=('chat', 'completion'))},
+                     ['--rate=2', '--set=a=1', '--set=b=2', '--deep',
+                      '--plans=1x1,2x1', '--kind=completion'])
+  assert (values.rate, values.seed, values.set, values.deep, values.plans,
+          values.kind) == (2.0, 0, ['a=1', 'b=2'], True, ['1x1', '2x1'],
+                           'completion')
+
+
+@pytest.mark.parametrize('text', ['--seed=-1', '--rate=fast', '--sed=1',
+                                  '--requests=0'])
+def test_a_bad_flag_is_an_error(text):
+  with pytest.raises(flags.Error):
+    cli.parse({'rate': None, 'seed': 0, 'requests': 4}, [text])
+
+
+def test_options_knows_only_what_is_defined():
+  assert cli.options({'seed': 3}).seed == 3
+  with pytest.raises(InputError, match='sed'):
+    cli.options({'seed': 3}, sed=1)
+
+
+def test_exit_codes(capsys):
+  def bad():
+    require(False, 'field', 1, 'another')
+
+  def stop():
+    raise KeyboardInterrupt
+
+  def lost():
+    raise FileNotFoundError('no file')
+  assert [cli.exit_code(f) for f in (bad, stop, lost)] == [2, 130, 2]
+  assert capsys.readouterr().err.splitlines() == [
+      'error: field=1: must be another', 'stopped', 'error: no file']
+  assert cli.exit_code(lambda: None) == 0 and cli.exit_code(lambda: 1) == 1
+
+
+@pytest.mark.parametrize('config', [Serve(), api.Api(), EngineConfig()],
+                         ids=lambda c: type(c).__name__)
+def test_help_has_every_field_with_its_meaning(config):
+  lines = overrides.describe(config).splitlines()
+  fields = [line.split(':')[0].strip() for line in lines
+            if not line.startswith('      ')]
+  assert len(fields) == len(set(fields)) > 20
+  missing = [field for i, line in enumerate(lines)
+             if not line.startswith('      ')
+             for field in [line.split(':')[0].strip()]
+             if i + 1 == len(lines) or not lines[i + 1].startswith('      ')]
+  assert not missing
+  for line in lines:  # every field can be set to what is shown
+    if not line.startswith('      '):
+      field, _, value = line.strip().partition(': ')
+      value = value.partition(' = ')[2].strip("'")
+      if not field.endswith('prompts'):  # of the checkout
+        assert overrides.override(config, [f'{field}={value}']) == config
+
+
+def test_meanings_are_those_of_the_docstring():
+  @dataclasses.dataclass
+  class Config:
+    """Some words on width: not these.
+
+    Attributes:
+      width, height: in tokens; None: as
+        many as fit. depth: of it; size: all.
+    """
+    width: int | None = None
+    height: int | None = None
+    depth: int = 1
+    size: int = 1
+    bare: int = 1
+  assert overrides.meanings(Config) == {
+      'width': 'in tokens; None: as many as fit.',
+      'height': 'in tokens; None: as many as fit.', 'depth': 'of it',
+      'size': 'all.'}
+
+
+def test_the_program_s_help_lists_flags_and_fields():
+  done = subprocess.run(
+      [sys.executable, '-m', 'experiments.measure', '--help'], text=True,
+      capture_output=True, check=False, cwd=cli.ROOT)
+  for part in ('--rounds: Timed rounds', 'prefill_tokens: int = 512',
+               'L_m, tokens of a prefill batch', '--tpot_s'):
+    assert part in done.stdout
+
+
+def test_numbers():
+  assert cli.numbers('--rates', '3,1,2,1') == [1, 2, 3]
+  for text in ('', '0,1', 'nan', '1,x', 'inf'):
+    with pytest.raises(InputError, match='--rates'):
+      cli.numbers('--rates', text)
+
+
+def test_a_console_off_a_terminal_is_wide():
+  assert isinstance(cli.wide_console(), Console)
+  assert cli.wide_console().width >= 80
