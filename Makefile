@@ -21,6 +21,7 @@ test: lint
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/pyrefly check
 
 # The kernels once more, on the newest Python found (on PATH or of pyenv) and
 # the newest jax that pyproject.toml allows there.

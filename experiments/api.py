@@ -28,11 +28,13 @@ from configs.serve import Serve
 from dsjax.config.checks import InputError, require
 from dsjax.http import telemetry
 from dsjax.http.service import Limits, Service
-from experiments.common import cli
+from dsjax.scheduling.policy import DISTSERVE
+from experiments.common import cli, policies
 from experiments.common import overrides as configs
 
 FLAGS = {
-    'config': 'demo', 'set': (), 'compilation_cache': cli.CACHE,
+    'config': 'demo', 'set': (), 'policy': 'distserve',
+    'compilation_cache': cli.CACHE,
     'name': cli.Flag(None, 'What clients call the model; the default is what '
                      'the config calls it.', str),
     'host': cli.Flag('127.0.0.1', 'Address to bind.'),
@@ -60,7 +62,8 @@ def load(name, settings):
                                  dataclasses.fields(base)}), settings)
 
 
-def make_service(config, name=None, key=None, log_text=False):
+def make_service(config, name=None, key=None, log_text=False,
+                 policy=DISTSERVE):
   """(application, Service) of an Api; nothing is loaded yet.
 
   Raises:
@@ -75,7 +78,7 @@ def make_service(config, name=None, key=None, log_text=False):
   def make(report):
     model = dsjax.load(config.model, config.engine.dtype)
     return dsjax.serve(model, config.placements[0], config.engine,
-                       report=report, keep_events=1)
+                       report=report, keep_events=1, policy=policy)
 
   metrics = telemetry.Gauges()
   service = Service(make, config.limits, metrics)
@@ -91,7 +94,8 @@ def run(options, console):
   config = load(options.config, options.set)
   cli.prepare(config.num_devices, options.compilation_cache)
   key = os.environ.get('DSJAX_API_KEY') or None
-  served, service = make_service(config, options.name, key, options.log_text)
+  served, service = make_service(config, options.name, key, options.log_text,
+                                 policies.load(options.policy))
   from dsjax.http import socket_server
   with socket.create_server((options.host, options.port)) as bound:
     host, port = bound.getsockname()[:2]

@@ -15,6 +15,7 @@ experiments.verify.worlds. A schedule that breaks it is shrunk, printed and
 written to --out, one JSON line a move; the exit status is then 1.
 """
 
+import dataclasses
 import functools
 import json
 import multiprocessing
@@ -30,7 +31,7 @@ from rich.table import Table
 from dsjax.config.checks import require
 from dsjax.config.engine import InstanceConfig
 from dsjax.scheduling import lifecycle, scheduler
-from experiments.common import cli, terminal
+from experiments.common import cli, policies, terminal
 from experiments.verify import schedules
 from experiments.verify.worlds import Rules, Violation
 
@@ -130,15 +131,18 @@ class Result(NamedTuple):
   moves: tuple = ()
 
 
-def rules_of(kind, name):
+def rules_of(kind, name, policy='distserve'):
   """(Rules, faults) of a job."""
-  return small_worlds()[name] if kind == 'small' else large_world(int(name))
+  rules, faults = (small_worlds()[name] if kind == 'small'
+                   else large_world(int(name)))
+  return Rules(dataclasses.replace(
+      rules.config, policy=policies.load(policy)), rules.requests), faults
 
 
 def explore(job, halt=None):
-  """The Result of a job: (small | large, name or seed, more faults)."""
-  kind, name, more = job
-  rules, faults = rules_of(kind, name)
+  """The Result of a job: (small | large, name or seed, more faults, policy)."""
+  kind, name, more, policy = job
+  rules, faults = rules_of(kind, name, policy)
   began, faults, broken, moves = time.process_time(), faults + more, '', ()
   transitions, worlds, whole = 0, 0, False
   try:
@@ -154,6 +158,7 @@ def explore(job, halt=None):
 
 
 FLAGS = {
+    'policy': 'distserve',
     'deep': cli.Flag(False, 'Two faults more on every path, 500 seeds.'),
     'more': cli.Flag(0, 'More faults on a path.', low=0),
     'seconds': cli.Flag(100.0, 'CPU seconds of one small world.', low=0.1),
@@ -173,7 +178,8 @@ def run(options, console):
     print(lifecycle.drawing())
     return 0
   if options.replay:
-    rules, moves = schedules.read_log(pathlib.Path(options.replay))
+    rules, moves = schedules.read_log(pathlib.Path(options.replay),
+                                      policies.load(options.policy))
     lines = schedules.story(rules, moves)
     print('\n'.join(lines))
     return int(lines[-1] != schedules.NOTHING)
@@ -204,8 +210,10 @@ def _jobs(options):
   seeds = options.seeds
   if seeds is None:
     seeds = 500 if options.deep else 50
-  return ([('small', name, more) for name in names]
-          + [('large', str(options.first_seed + n), 0) for n in range(seeds)])
+  policies.load(options.policy)  # a bad one is said here, once
+  return ([('small', name, more, options.policy) for name in names]
+          + [('large', str(options.first_seed + n), 0, options.policy)
+             for n in range(seeds)])
 
 
 def _begin(counts, stop):

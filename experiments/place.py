@@ -42,7 +42,7 @@ from dsjax.placement import search
 from dsjax.placement.api import ALGORITHMS, make_problem
 from dsjax.placement.candidates import Cluster
 from dsjax.simulation import profiles
-from experiments.common import cli
+from experiments.common import cli, policies
 
 CLUSTER = dict(nodes=('nodes', 1), devices=('devices_per_node', 1),
                memory_gb=('memory_bytes', 1e9),
@@ -66,7 +66,7 @@ FLAGS = {
                               'search.'),
     'rate': cli.Flag(None, 'Requests/s of the whole cluster.', float),
     'lengths': 'sharegpt', 'process': 'poisson', 'cv': 1.0,
-    'latency': 'published', 'host_ms': 2.0,
+    'latency': 'published', 'host_ms': 2.0, 'policy': 'distserve',
     'algorithms': cli.Flag(['low', 'colocated'], f'Of {sorted(ALGORITHMS)}.'),
     'chunks': cli.Flag(['512', '1024', '2048'], 'Token budgets tried.'),
     'replicas': cli.Flag(3, 'Most instances of a phase.', low=1),
@@ -199,7 +199,7 @@ def _problem(options):
       requests=options.requests, most_requests=4 * options.requests,
       tolerance=options.tolerance, replicas=options.replicas,
       strict=options.strict or None, strict_effort=options.strict_effort,
-      rate_per_s=options.rate)
+      rate_per_s=options.rate, policy=policies.load(options.policy))
 
 
 def _search(console, problem, options):

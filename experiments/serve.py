@@ -30,13 +30,14 @@ from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Placement
 from dsjax.runtime import orchestrator
 from dsjax.scheduling import scheduler
-from experiments.common import cli, machine, report, terminal
+from dsjax.scheduling.policy import DISTSERVE
+from experiments.common import cli, machine, policies, report, terminal
 from experiments.common import overrides as configs
 
 SAMPLES = 3  # answers shown of the first mode
 BUSY_CORES = 0.2  # of other programs: more than this spoils a comparison
 
-FLAGS = {'config': None, 'set': (), 'out': None,
+FLAGS = {'config': None, 'set': (), 'out': None, 'policy': 'distserve',
          'compilation_cache': cli.CACHE}
 
 
@@ -116,7 +117,7 @@ def _check_length(config, model, request):
 # --- serving ----------------------------------------------------------------
 
 
-def serve_mode(config, mode, placement, model, requests, screen):
+def serve_mode(config, mode, placement, model, requests, screen, policy):
   """Runs the requests in one mode: a Result, checked.
 
   Raises:
@@ -125,7 +126,7 @@ def serve_mode(config, mode, placement, model, requests, screen):
   """
   screen.begin(mode, placement, len(requests))
   with dsjax.serve(model, placement, config.engine,
-                   report=screen.warming) as server:
+                   report=screen.warming, policy=policy) as server:
     with machine.compilations() as compiled:
       stopped, others = False, machine.Others()
       try:
@@ -181,7 +182,7 @@ def tokens_agree(results):
   return f'All {len(shared)} answers are equal token for token in all modes.'
 
 
-def serve_modes(config, model, requests, console):
+def serve_modes(config, model, requests, console, policy=DISTSERVE):
   """Runs the requests in every mode of a config, in turn.
 
   Returns:
@@ -193,7 +194,8 @@ def serve_modes(config, model, requests, console):
       console, interrupts.halt) as screen:
     for mode, placement in zip(config.modes, config.placements, strict=True):
       try:
-        result = serve_mode(config, mode, placement, model, requests, screen)
+        result = serve_mode(config, mode, placement, model, requests, screen,
+                            policy)
       except KeyboardInterrupt:
         break
       results.append(result)
@@ -287,6 +289,7 @@ def run(options, console):
           f'given: one of {configs.names()}')
   require(options.out, '--out', options.out, 'given: a folder for the files')
   config = configs.override(configs.load(options.config), options.set)
+  policy = policies.load(options.policy)
   require(isinstance(config, Serve), '--config', type(config).__name__,
           'a file whose `config` is a configs.serve.Serve')
   out = pathlib.Path(options.out)
@@ -301,7 +304,7 @@ def run(options, console):
   requests, cut = make(model)
   title = _title(config, requests, cut)
   console.print(title, soft_wrap=True)
-  results = serve_modes(config, model, requests, console)
+  results = serve_modes(config, model, requests, console, policy)
   stopped = len(results) < len(config.modes) or results[-1].stopped
   if not any(r.records for r in results):
     console.print('Stopped before any request was served: nothing to write.')

@@ -34,7 +34,7 @@ from dsjax.placement.api import build, make_problem, simulated
 from dsjax.placement.candidates import Cluster
 from dsjax.scheduling.events import Finish, Reject
 from dsjax.simulation import profiles, simulator
-from experiments.common import cli, report, terminal
+from experiments.common import cli, policies, report, terminal
 
 COLOURS = dict(zip((*attribution.CAUSES, *attribution.ENDED), (
     '#4e79a7', '#a0cbe8', '#59a14f', '#f28e2b', '#e15759', '#b07aa1',
@@ -54,6 +54,7 @@ FLAGS = {
     'ttft_s': 0.25, 'tpot_s': 0.1, 'target': 0.9, 'lengths': 'sharegpt',
     'process': 'poisson', 'cv': 1.0, 'latency': 'published', 'host_ms': 2.0,
     **cli.FULL_NODE,
+    'policy': 'distserve',
     'aligned': cli.Flag(True, 'KV moves inside a node.'),
     'chunk': cli.Flag(512, 'Token budget of chunked placements.', low=1),
     'depth': cli.Flag(None, 'Commands in flight; see scheduler.Config.', int,
@@ -123,6 +124,7 @@ def problem(options, placements):
       options.model, Slo(options.ttft_s, options.tpot_s), options.lengths,
       options.latency, process=options.process, cv=options.cv,
       seed=options.seed, host_ms=options.host_ms, target=options.target,
+      policy=policies.load(options.policy),
       cluster=Cluster(1, most, options.memory_gb * 1e9,
                       options.intra_gb_per_s * 1e9,
                       options.inter_gb_per_s * 1e9))

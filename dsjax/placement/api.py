@@ -20,6 +20,7 @@ from dsjax.placement import candidates, goodput
 from dsjax.placement import search as searching
 from dsjax.placement.candidates import Cluster, Problem
 from dsjax.scheduling import scheduler
+from dsjax.scheduling.policy import DISTSERVE, Policy
 from dsjax.simulation import profiles, simulator
 from dsjax.simulation.contention import Contention
 from dsjax.simulation.profiles import Profile
@@ -136,7 +137,7 @@ def simulate(placement: Placement | str, model: str | ModelConfig = 'opt-13b',
              run_ahead: int | None = None, host_ms: float = 2.0,
              max_len: int | None = None, max_seqs: int = 256,
              contention: Contention | None = None,
-             log: bool = False) -> Simulated:
+             policy: Policy = DISTSERVE, log: bool = False) -> Simulated:
   """Serves a workload in virtual time with the scheduler that serves.
 
   Args:
@@ -158,6 +159,7 @@ def simulate(placement: Placement | str, model: str | ModelConfig = 'opt-13b',
     max_len, max_seqs: of an instance, tokens and requests; max_len is by
       default that of the longest request.
     contention: of instances that share cores, such as Profile.contention.
+    policy: every choice of the scheduler.
     log: keep the event log, which `explain` needs.
 
   Raises:
@@ -173,7 +175,7 @@ def simulate(placement: Placement | str, model: str | ModelConfig = 'opt-13b',
   more = {} if max_len is None else {'max_len': max_len}
   problem = make_problem(
       model, slo, lengths, latency, cluster=cluster, process=process, cv=cv,
-      seed=seed, host_ms=host_ms, max_seqs=max_seqs, **more)
+      seed=seed, host_ms=host_ms, max_seqs=max_seqs, policy=policy, **more)
   config, latencies, link = build(problem, placement, chunk, aligned, depth,
                                   run_ahead)
   result = simulator.simulate(
@@ -257,6 +259,7 @@ def search(model: str | ModelConfig = 'opt-13b', *, devices: int = 3,
            process: str = 'poisson', cv: float = 1.0, seed: int = 0,
            host_ms: float = 2.0, max_len: int | None = None,
            max_seqs: int = 256, cluster: Cluster | None = None,
+           policy: Policy = DISTSERVE,
            report: Callable[[searching.Progress], object] | None = None,
            map: Callable[..., Iterable] = map) -> searching.Answer:
   """The placements with the highest goodput per device: DistServe section 4.
@@ -274,6 +277,7 @@ def search(model: str | ModelConfig = 'opt-13b', *, devices: int = 3,
     replicas: most instances of a phase.
     rate_per_s: of the whole cluster; None: what counts is each device.
     strict: a second target, of the best placements alone; None: none.
+    policy: every candidate is judged under it.
     report, map: see search.search.
 
   Raises:
@@ -288,6 +292,6 @@ def search(model: str | ModelConfig = 'opt-13b', *, devices: int = 3,
       process=process, cv=cv, seed=seed, host_ms=host_ms, target=target,
       chunks=tuple(chunks), requests=requests, most_requests=4 * requests,
       tolerance=tolerance, replicas=replicas, rate_per_s=rate_per_s,
-      strict=strict, max_seqs=max_seqs, **more)
+      strict=strict, max_seqs=max_seqs, policy=policy, **more)
   return searching.search(problem, [ALGORITHMS[name] for name in algorithms],
                           report, map)

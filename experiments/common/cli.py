@@ -63,6 +63,8 @@ SHARED = {
                       'prefill=2x1,decode=1x1.', str),
     'ttft_s': Flag(None, 'Objective, seconds.', float),
     'tpot_s': Flag(None, 'Objective, seconds.', float),
+    'policy': Flag(None, 'Scheduling policy: path.py:name, a dsjax.Policy of '
+                   'your own; DistServe by default.', str),
     'target': Flag(None, 'Share that must meet both objectives.', float),
     'lengths': Flag(None, f'One of {sorted(traffic.MIXTURES)}, '
                     'fixed:PROMPTxOUTPUT (tokens), or a file.', str),

@@ -16,6 +16,7 @@ from dsjax.config.checks import InputError
 from dsjax.config.engine import InstanceConfig
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import Preempt, RunDecode, RunPrefill
+from dsjax.scheduling.policy import DISTSERVE, Policy
 from experiments.verify.worlds import Log, Move, Rules, Violation, World, need
 
 NOTHING = 'nothing broke'
@@ -144,7 +145,8 @@ def wander(rules: Rules, faults: int, seed: int, slow_copies: bool = False,
 
 def walk(rules: Rules, faults: int, seed: int) -> int:
   """The number of moves of a random schedule. Raises Violation."""
-  return sum(1 for _ in wander(rules, faults, seed))
+  timed = rules.config.policy is not DISTSERVE
+  return sum(1 for _ in wander(rules, faults, seed, timed=timed))
 
 
 class _Turns:
@@ -317,8 +319,9 @@ def write_log(path: pathlib.Path, rules: Rules,
   path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
 
 
-def read_log(path: pathlib.Path) -> tuple[Rules, tuple[Move, ...]]:
-  """(Rules, moves) of a file that write_log wrote.
+def read_log(path: pathlib.Path, policy: Policy = DISTSERVE
+             ) -> tuple[Rules, tuple[Move, ...]]:
+  """(Rules, moves) of a file that write_log wrote, under a policy.
 
   Raises:
     InputError: it is not one.
@@ -328,7 +331,7 @@ def read_log(path: pathlib.Path) -> tuple[Rules, tuple[Move, ...]]:
     config = lines[0]['config']
     instances = tuple(InstanceConfig(**c)
                       for c in config.pop('instances'))
-    return (Rules(scheduler.Config(instances, **config),
+    return (Rules(scheduler.Config(instances, policy=policy, **config),
                   lines[0]['requests']),
             tuple(tuple(line['move']) for line in lines if 'move' in line))
   except (KeyError, TypeError, IndexError, ValueError) as error:

@@ -38,6 +38,7 @@ from dsjax.scheduling.events import (
   RunPrefill,
   Timer,
 )
+from dsjax.scheduling.policy import DISTSERVE
 
 
 class Violation(AssertionError):
@@ -112,7 +113,9 @@ class Rules:
     requests: (prompt_len, max_tokens, tokens until EOS or 0) of each.
 
   Attributes:
-    time_s: of the next events.
+    time_s: of the next events. Only DistServe's own choices may not look at
+      it; for other policies it stands still where worlds are explored to the
+      end, and counts moves on a random walk.
     hops: every (stage, cause, stage) that was taken. probed: every (stage,
       kind of event) that was tried where it is stale or impossible. probes:
       how many.
@@ -122,7 +125,7 @@ class Rules:
                requests: Iterable[Iterable[int]]) -> None:
     self.config, self.requests = config, tuple(map(tuple, requests))
     self.hops, self.probed, self.probes = set(), set(), 0
-    self.time_s = NO_CLOCK
+    self.time_s = NO_CLOCK if config.policy is DISTSERVE else 0.0
 
   def first(self, faults: int) -> World:
     """The world before anything happens."""

@@ -208,7 +208,7 @@ def test_a_hop_that_the_table_does_not_have_is_named():
 @pytest.mark.parametrize('seed', range(0, 40, 10))
 def test_random_large_worlds(seed):
   for n in range(seed, seed + 10):
-    result = explore.explore(('large', str(n), 0))
+    result = explore.explore(('large', str(n), 0, ''))
     assert not result.violation, (n, result)
     assert result.transitions > 100
 
@@ -234,7 +234,7 @@ def test_a_schedule_is_shrunk_and_replays(monkeypatch, tmp_path, capsys):
   path = tmp_path / 'violation.jsonl'
   with monkeypatch.context() as patched:
     mutate('a lease without Abort', patched)
-    walks = (explore.explore(('large', str(n), 0)) for n in range(20))
+    walks = (explore.explore(('large', str(n), 0, '')) for n in range(20))
     result = next(r for r in walks if r.violation)
     rules, _ = explore.large_world(int(result.name))
     assert explore.report(cli.wide_console(), [result], tmp_path) == 1
