@@ -28,7 +28,7 @@ patient = dataclasses.replace(dsjax.DISTSERVE, name='patient',
 
 def main() -> None:
   for policy in (dsjax.DISTSERVE, patient):
-    result = dsjax.simulate('prefill=2x1,decode=1x1', 'opt-13b', rate_per_s=6,
+    result = dsjax.simulate('prefill=2x1,decode=1x1', 'opt-13b', rate_per_s=8,
                             requests=400, policy=policy)
     print(f'{policy.name:10} {result}')
 
@@ -37,7 +37,7 @@ def main() -> None:
   limits = dsjax.EngineConfig(max_len=64, prefill_tokens=32)
   with dsjax.serve(model, placement, limits, policy=patient) as server:
     for output in server.generate_all(['Hi', 'And you?'], max_tokens=8):
-      print(output.text)
+      print(len(output.tokens), 'tokens of request', output.id)
 
 
 if __name__ == '__main__':

@@ -17,11 +17,7 @@ questions = ['Name three rivers.', 'What is a prime number?',
              'Translate "good night" into French.', 'Tell me a joke.']
 
 with dsjax.serve(model, placement, engine) as server:
-  ids = [server.submit(question, max_tokens=16, temperature=0.7, seed=seed)
-         for seed, question in enumerate(questions)]
-  while server.busy:
-    server.poll()
-  answers = [server.output(id) for id in ids]
+  answers = server.generate_all(questions, max_tokens=16, temperature=0.7)
 
   print('streamed:', end=' ')
   for piece in server.stream('Why is the sky blue?', max_tokens=16):

@@ -22,6 +22,9 @@ from experiments.common import cli
 _CONTROL = 3  # GGUF's type of a control token
 _TEXT = 'Why is the sky blue? Ολα καλά \U0001f41d 12345'
 
+FLAGS = {'model': cli.Flag('smollm2-135m-instruct', 'Name or .gguf file.'),
+         'out': 'out/tokenizer'}
+
 
 def write(meta, out):
   """Writes tokenizer.json and tokenizer_config.json of a GGUF's metadata.
@@ -64,6 +67,5 @@ def run(model, out):
 
 
 if __name__ == '__main__':
-  cli.main(lambda options, _: run(options.model, pathlib.Path(options.out)), {
-      'model': cli.Flag('smollm2-135m-instruct', 'Name or .gguf file.'),
-      'out': 'out/tokenizer'})
+  cli.main(lambda options, _: run(options.model, pathlib.Path(options.out)),
+           FLAGS)
