@@ -8,7 +8,7 @@ import random
 import pytest
 
 from dsjax.config.engine import InstanceConfig
-from dsjax.config.placement import ROLES, Placement, Plan
+from dsjax.config.placement import ROLES, Placement, Plan, Role
 from dsjax.config.request import Request, Sampling
 from dsjax.scheduling import event_log, scheduler
 from dsjax.scheduling.events import (
@@ -31,6 +31,10 @@ from dsjax.simulation import latency, simulator
 from experiments import explore
 from experiments.verify import schedules
 from experiments.verify.worlds import Rules
+
+STEP = latency.Affine((0.01, 1e-4, 0.0), (0.01, 1e-6, 1e-4), host_s=0.001,
+                      mixed=(0.01, 1e-4, 0.0, 1e-6))
+LINK = latency.Link(1e-3, 1e6, 100)
 
 
 def _config(roles, num_pages=16, max_seqs=4, prefill_tokens=16, **hooks):
@@ -324,6 +328,20 @@ def test_a_mixed_world_with_faults():
   assert whole and transitions > 500
 
 
+def test_a_role_is_one_entry_of_a_table(monkeypatch):
+  """Nothing asks for a role by its name: what it may do is all there is."""
+  def played(role):
+    config = _config(('prefill', role), route=short_prompts_stay)
+    requests = [Request(id, 0.01 * id, range(3 + 3 * (id % 3)), Sampling(
+        max_tokens=6)) for id in range(12)]
+    return simulator.simulate(config, requests, STEP, LINK, log=True).log
+
+  monkeypatch.setitem(ROLES, 'flexible', Role(True, True, mixes=True))
+  assert played('flexible') == played('chunked')
+  monkeypatch.setitem(ROLES, 'flexible', Role(True, True))
+  assert played('flexible') == played('colocated') != played('chunked')
+
+
 @pytest.mark.parametrize('placement, ok', [
     (dict(prefill=1), False), (dict(decode=1), False), ({}, False),
     (dict(colocated=1, decode=1), False), (dict(prefill=1, decode=2), True),
@@ -341,15 +359,13 @@ def test_placements_that_can_serve(placement, ok):
 
 
 def _digest(roles, num_pages):
-  step = latency.Affine((0.01, 1e-4, 0.0), (0.01, 1e-6, 1e-4), host_s=0.001,
-                        mixed=(0.01, 1e-4, 0.0, 1e-6))
   instances = tuple(InstanceConfig(role, num_pages, 4, 8, 64, 4)
                     for role in roles)
   draw = random.Random(1)
   requests = [Request(id, 0.02 * id, range(draw.randint(1, 90)), Sampling(
       max_tokens=draw.randint(1, 40))) for id in range(150)]
-  log = simulator.simulate(scheduler.Config(instances, 160), requests, step,
-                           latency.Link(1e-3, 1e6, 100), log=True).log
+  log = simulator.simulate(scheduler.Config(instances, 160), requests, STEP,
+                           LINK, log=True).log
   text = json.dumps([event_log.encode(entry) for entry in log])
   return hashlib.sha256(text.encode()).hexdigest()[:12]
 
