@@ -105,7 +105,8 @@ def test_cancelled_neighbours_change_no_token(mode, config):
 STAGES = ('pp2_tp3', 'tp2_pp2', 'colocated_pp2', 'chunked_pp2')
 
 
-@pytest.mark.parametrize('mode', ('tp2_tp2', 'tp2_tp1', 'tp1_tp2', *STAGES))
+@pytest.mark.parametrize('mode', ('tp2_tp2', 'tp2_tp1', 'tp1_tp2', 'mixed',
+                                  *STAGES))
 def test_plans_change_no_token(mode):
   with server_of(mode) as server:
     work = MIXED + LONG
