@@ -4,8 +4,6 @@ It has a real tokenizer, a byte a token, and a chat template, so whatever
 serves a real model serves it too. What it says is noise.
 """
 
-from tokenizers import pre_tokenizers
-
 from dsjax.checkpoints.tokenizer import Tokenizer
 from dsjax.config.model import ModelConfig
 
@@ -23,6 +21,8 @@ CONFIG = ModelConfig(
 
 def make_tokenizer() -> Tokenizer:
   """A vocabulary of bytes and four control tokens."""
+  from tokenizers import pre_tokenizers  # here: a simulation needs none
+
   letters = sorted(pre_tokenizers.ByteLevel.alphabet())
   return Tokenizer.of_gguf({
       'tokenizer.ggml.model': 'gpt2',

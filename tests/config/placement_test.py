@@ -41,5 +41,5 @@ def test_a_bad_placement_names_its_field_and_the_roles(text):
 
 
 def test_half_a_placement_is_none():
-  with pytest.raises(InputError, match='prefill and decode together'):
+  with pytest.raises(InputError, match='instances that prefill and'):
     Placement.parse('prefill=1x1')

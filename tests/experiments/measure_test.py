@@ -116,7 +116,7 @@ def test_a_live_engine_from_cells_to_files(tmp_path):
                'measured ms', 'decode beside prefill'):
     assert part in text.getvalue()
   shares = measure.fit_shares(cells, CONFIG, loaded.config, 'a100-80g')
-  assert 0 < shares.compute < 0.1 and 0 < shares.memory < 0.1
+  assert 0 < shares.compute <= 1 and 0 < shares.memory <= 1
   measure.show_shares(Console(file=text, width=100), shares, cells)
   assert 'of the operations' in text.getvalue()
   more = measure.predict(profile, cells, shares, (Plan(2, 2), Plan()))

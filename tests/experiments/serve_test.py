@@ -178,7 +178,7 @@ def _gguf(path, architecture):
     ('workload.lengths=web', "lengths='web': must be one of"),
     ('workload.prompts=/nowhere.txt', '/nowhere.txt: cannot be read'),
     ('workload.lengths=/nowhere.csv', '/nowhere.csv: cannot be read'),
-    ('placements=prefill=1x1', 'must be prefill and decode together'),
+    ('placements=prefill=1x1', 'must be instances that prefill and'),
     ('placements=decode', "placements='decode': must be role=TPxPP"),
     ('placements=colocated=1x1/chunked=1x1,1x1', 'of equally many devices'),
     ('placements=prefill=8x1,decode=1x1',

@@ -209,9 +209,8 @@ def test_a_plan_of_any_instance_is_checked():
 
 @pytest.mark.parametrize('roles', (
     {}, {'prefill': [Plan()]}, {'decode': [Plan()]},
-    {'colocated': [Plan()], 'chunked': [Plan()]},
-    {'prefill': [Plan()], 'decode': [Plan()], 'colocated': [Plan()]},
+    {'colocated': [Plan()], 'decode': [Plan()]},
     {'colocated': 'Plan(1)'}, {'colocated': [1]}))
-def test_a_placement_is_of_one_mode(roles):
+def test_a_placement_that_cannot_serve(roles):
   with pytest.raises(InputError, match='Placement'):
     Placement(**roles)
