@@ -70,7 +70,7 @@ class Cluster:
 class Instant:
   """A phase that takes no time, where the other one is judged alone."""
 
-  host_s, pp = 0.0, 1
+  host_s, pp, beside = 0.0, 1, False
 
   def prefill_s(self, pieces):
     del pieces
