@@ -369,12 +369,13 @@ def measure(problem, task):
   def hits_at(rate_per_s, n):
     return goodput.steady_hits(run(problem, made, rate_per_s, n), made[3])
 
-  found = goodput.search(
+  best = goodput.search(
       hits_at, task.target,
       task.start_per_s or max(candidate.guess_per_s, bound / 16),
       1 + problem.tolerance * task.effort**-0.5, problem.requests,
-      math.ceil(problem.most_requests * task.effort), most_per_s=bound,
-      least_per_s=bound / 4**6, stride=1.1 if task.effort > 1 else 1.4,
-      full=full_length(problem, candidate.phase), beat_per_s=task.beat_per_s,
-      tight=task.effort > 1)
-  return dataclasses.replace(found, high_per_s=min(found.high_per_s, bound))
+      math.ceil(problem.most_requests * task.effort),
+      goodput.Bisection(
+          stride=1.1 if task.effort > 1 else 1.4, least_per_s=bound / 4**6,
+          most_per_s=bound, full=full_length(problem, candidate.phase),
+          beat_per_s=task.beat_per_s, tight=task.effort > 1))
+  return dataclasses.replace(best, high_per_s=min(best.high_per_s, bound))

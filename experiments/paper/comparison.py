@@ -216,8 +216,8 @@ def best_rate(rules, one, make, slo, per_gpu, start=0.5, ratio=1.08):
       return apart(found, slo)
     return goodput.steady_hits(found, slo)
   found = goodput.search(hits_at, TARGET, start, 1.2 if rules.quick else ratio,
-                         1, 1, most_per_s=64 * start,
-                         least_per_s=start / 64)
+                         1, 1, goodput.Bisection(most_per_s=64 * start,
+                                                 least_per_s=start / 64))
   return found.rate_per_s, found.low_per_s, found.high_per_s
 
 
