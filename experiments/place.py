@@ -41,15 +41,16 @@ from rich.table import Table
 from dsjax.config import zoo
 from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Slo
-from dsjax.placement import search
-from dsjax.placement.candidates import Cluster, Problem
+from dsjax.placement import algorithms, search
+from dsjax.placement.candidates import Cluster, SearchProblem
 from dsjax.simulation import profiles
 from dsjax.workload import traffic
 from experiments.common import setting, terminal
 from experiments.common.overrides import show_placement
 
-ALGORITHMS = {'low': search.low_affinity, 'high': search.high_affinity,
-              'colocated': search.colocated}
+ALGORITHMS = {'low': algorithms.low_affinity,
+              'high': algorithms.high_affinity,
+              'colocated': algorithms.colocated}
 
 CLUSTER = dict(nodes=('nodes', 1), devices=('devices_per_node', 1),
                memory_gb=('memory_bytes', 1e9),
@@ -141,7 +142,7 @@ def _cells(row):
 
 
 def table(rows, target):
-  """A rich table of Rows."""
+  """A rich table of RankedPlacements."""
   out = Table(title=f'requests/s per device, {target:.0%} of requests within '
               'both objectives')
   out.add_column('placement (TPxPP)', overflow='fold')
@@ -206,7 +207,7 @@ def main(_):
 
 
 def _problem(options):
-  """The placement.Problem of the flags."""
+  """The SearchProblem of the flags."""
   config = zoo.config(options.model)
   for name in options.algorithms:
     require(name in ALGORITHMS, '--algorithms', name,
@@ -215,7 +216,7 @@ def _problem(options):
     require(size.isdecimal() and int(size) > 0, '--chunks', size,
             'integers above 0')
   make, longest = setting.requests(options.lengths, options.seed)
-  return Problem(
+  return SearchProblem(
       config, _cluster(options), Slo(options.ttft, options.tpot), make,
       setting.latencies(options.latency, config, options.model,
                         options.host_ms / 1e3),
@@ -228,7 +229,7 @@ def _problem(options):
 
 
 def _search(console, problem, options):
-  """The Answer, with a bar."""
+  """The SearchResult, with a bar."""
   bar = Progress(TextColumn('{task.description}'), BarColumn(),
                  TextColumn('{task.completed}/{task.total} candidates, '
                             '{task.fields[more]}'),
@@ -264,14 +265,14 @@ def _json(rows):
 
 
 def _show(console, answer, options, took):
-  """Prints an Answer."""
+  """Prints a SearchResult."""
   console.print(table(answer.rows[:options.top], options.target))
   if answer.strict:
     console.print(table(answer.strict, options.strict))
   if answer.stopped:
     console.print('Stopped: what follows is what was known.')
   console.print(answer.verdict, soft_wrap=True)
-  for mode, words in answer.limits.items():
+  for mode, words in answer.bottlenecks.items():
     console.print(f'What binds the best {mode} placement: {words}.')
   candidates = len(answer.rows) + answer.pruned
   console.print(
@@ -299,7 +300,7 @@ def _main(console, options):
   draw(out / 'placement.png', rows, f'{options.model}, {options.lengths}, '
        f'TTFT {options.ttft} s, TPOT {options.tpot} s, {options.target:.0%}')
   (out / 'placement.json').write_text(json.dumps({
-      'verdict': answer.verdict, 'limits': answer.limits,
+      'verdict': answer.verdict, 'bottlenecks': answer.bottlenecks,
       'simulations': answer.simulations, 'pruned': answer.pruned,
       'seconds': took, 'stopped': answer.stopped, 'target': options.target,
       'rows': _json(answer.rows), 'strict_target': options.strict,

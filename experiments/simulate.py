@@ -35,7 +35,7 @@ from dsjax.config import zoo
 from dsjax.config.checks import require
 from dsjax.config.placement import Slo
 from dsjax.placement import candidates, goodput
-from dsjax.placement.candidates import Cluster, Problem
+from dsjax.placement.candidates import Cluster, SearchProblem
 from dsjax.scheduling.events import Finish, Reject
 from dsjax.simulation import simulator
 from dsjax.workload import traffic
@@ -144,7 +144,7 @@ def sweep(options):
 
 
 def problem(options, placements):
-  """The placement.Problem of a command line.
+  """The SearchProblem of a command line.
 
   Raises:
     InputError.
@@ -157,7 +157,7 @@ def problem(options, placements):
   make, longest = setting.requests(options.lengths, options.seed,
                                    options.process, options.cv)
   most = max(p.num_devices for p in placements)
-  return Problem(
+  return SearchProblem(
       config, Cluster(1, most, options.memory_gb * 1e9,
                       options.intra_gb_per_s * 1e9,
                       options.inter_gb_per_s * 1e9),

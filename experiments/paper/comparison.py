@@ -26,8 +26,7 @@ from dsjax.config import zoo
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement, Plan
 from dsjax.placement import candidates, goodput
-from dsjax.placement import candidates as problems
-from dsjax.placement.candidates import Cluster, Problem
+from dsjax.placement.candidates import Cluster, SearchProblem
 from dsjax.simulation import hardware, simulator
 from experiments.common import setting
 
@@ -88,10 +87,9 @@ def latency_of(model, factors=(1.1, 1.0)):
 
 
 def problem(model, slo, make, longest, factors, nodes=1, devices=8, **kwargs):
-  """A placement.Problem on A100-80GB nodes."""
-  return Problem(
-      zoo.config(model), Cluster(nodes, devices,
-                                 reads_beside=True), slo, make,
+  """A SearchProblem on A100-80GB nodes."""
+  return SearchProblem(
+      zoo.config(model), Cluster(nodes, devices, reads_beside=True), slo, make,
       latency_of(model, factors), TARGET, max_len=max(longest, 2048),
       strict=None, **kwargs)
 
@@ -126,7 +124,7 @@ def system(rules, ask, label, where, chunk=None):
   """A System: what a placement has under the rules.
 
   Args:
-    ask: a placement.Problem with the system's own latencies.
+    ask: a SearchProblem with the system's own latencies.
     where: a Placement, KV inside nodes where it is disaggregated.
   """
   if rules.name == 'paper':
@@ -136,7 +134,7 @@ def system(rules, ask, label, where, chunk=None):
   config, late, link = candidates.build(ask, where, chunk, aligned=True)
   released = rules.name == 'paper'
   if released:
-    link = problems.Instant()
+    link = candidates.Instant()
   changes = dict(num_pages=AMPLE, max_seqs=1024, prefill_seqs=128,
                  prefill_tokens=8192) if released else dict(
                      prefill_tokens=ask.max_len)
