@@ -22,7 +22,7 @@ from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.config.request import Request, Sampling
 from dsjax.placement.api import Simulated, search, simulate
 from dsjax.placement.candidates import Cluster
-from dsjax.placement.search import Answer
+from dsjax.placement.search import SearchResult
 from dsjax.scheduling.policy import (
     DISTSERVE,
     Policy,
@@ -40,11 +40,12 @@ if TYPE_CHECKING:
   from dsjax.runtime.profiling import profile
 
 __all__ = [
-    'DISTSERVE', 'Affine', 'Answer', 'AsyncServer', 'Cluster', 'EngineConfig',
+    'DISTSERVE', 'Affine', 'AsyncServer', 'Cluster', 'EngineConfig',
     'InputError', 'Model', 'ModelConfig', 'Orchestrator', 'Output',
-    'Placement', 'Plan', 'Policy', 'PolicyError', 'PrefillBudget', 'Profile',
-    'Record', 'Request', 'RequestFailed', 'Sampling', 'Simulated', 'Slo',
-    'load', 'profile', 'rows', 'search', 'serve', 'serve_async', 'simulate',
+    'Placement', 'Plan', 'Policy', 'PolicyError', 'PrefillBudget',
+    'Profile', 'Record', 'Request', 'RequestFailed', 'Sampling',
+    'SearchResult', 'Simulated', 'Slo', 'load', 'profile', 'rows', 'search',
+    'serve', 'serve_async', 'simulate',
 ]
 
 # What needs jax is imported when it is first asked for: it takes seconds.

@@ -124,7 +124,7 @@ def _cells(row):
 
 
 def table(rows, target):
-  """A rich table of Rows."""
+  """A rich table of RankedPlacements."""
   out = Table(title=f'requests/s per device, {target:.0%} of requests within '
               'both objectives')
   out.add_column('placement (TPxPP)', overflow='fold')
@@ -203,7 +203,7 @@ def _problem(options):
 
 
 def _search(console, problem, options):
-  """The Answer, with a bar."""
+  """The SearchResult, with a bar."""
   bar = Progress(TextColumn('{task.description}'), BarColumn(),
                  TextColumn('{task.completed}/{task.total} candidates, '
                             '{task.fields[more]}'),
@@ -239,14 +239,14 @@ def _json(rows):
 
 
 def _show(console, answer, options, took):
-  """Prints an Answer."""
+  """Prints a SearchResult."""
   console.print(table(answer.rows[:options.top], options.target))
   if answer.strict:
     console.print(table(answer.strict, options.strict))
   if answer.stopped:
     console.print('Stopped: what follows is what was known.')
   console.print(answer.verdict, soft_wrap=True)
-  for mode, words in answer.limits.items():
+  for mode, words in answer.bottlenecks.items():
     console.print(f'What binds the best {mode} placement: {words}.')
   candidates = len(answer.rows) + answer.pruned
   console.print(
@@ -276,7 +276,7 @@ def run(options, console):
        f'TTFT {options.ttft_s} s, TPOT {options.tpot_s} s, '
        f'{options.target:.0%}')
   (out / 'placement.json').write_text(json.dumps({
-      'verdict': answer.verdict, 'limits': answer.limits,
+      'verdict': answer.verdict, 'bottlenecks': answer.bottlenecks,
       'simulations': answer.simulations, 'pruned': answer.pruned,
       'seconds': took, 'stopped': answer.stopped, 'target': options.target,
       'rows': _json(answer.rows), 'strict_target': options.strict,

@@ -114,7 +114,7 @@ def sweep(options):
 
 
 def problem(options, placements):
-  """The placement.Problem of a command line.
+  """The SearchProblem of a command line.
 
   Raises:
     InputError.

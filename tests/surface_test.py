@@ -12,9 +12,9 @@ import dsjax
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = {
-    'Affine', 'Answer', 'Cluster', 'EngineConfig', 'InputError', 'Model',
+    'Affine', 'Cluster', 'EngineConfig', 'InputError', 'Model',
     'ModelConfig', 'Orchestrator', 'Output', 'Placement', 'Plan', 'Profile',
-    'Record', 'Request', 'RequestFailed', 'Sampling', 'Simulated', 'Slo',
+    'Record', 'Request', 'RequestFailed', 'Sampling', 'SearchResult', 'Simulated', 'Slo',
     'load', 'profile', 'rows', 'search', 'serve', 'simulate'}
 
 

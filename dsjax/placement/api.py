@@ -1,7 +1,7 @@
 """One call each: simulate a placement, search for the best one.
 
-What a caller names is made into what the layers below take: a Problem, and
-from it the scheduler's Config, latencies and link.
+What a caller names is made into what the layers below take: a SearchProblem,
+and from it the scheduler's Config, latencies and link.
 """
 
 import dataclasses
@@ -18,7 +18,9 @@ from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.config.request import Request
 from dsjax.placement import candidates, goodput
 from dsjax.placement import search as searching
-from dsjax.placement.candidates import Cluster, Problem
+from dsjax.placement.algorithms import colocated, high_affinity, low_affinity
+from dsjax.placement.candidates import Cluster, SearchProblem
+from dsjax.placement.search import SearchResult
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.policy import DISTSERVE, Policy
 from dsjax.simulation import profiles, simulator
@@ -29,8 +31,8 @@ from dsjax.workload.files import Entry
 
 WARMUP = 0.2  # share of the requests that counts in no statistic
 SLO = Slo(ttft_s=0.25, tpot_s=0.1)
-ALGORITHMS = {'low': searching.low_affinity, 'high': searching.high_affinity,
-              'colocated': searching.colocated}
+ALGORITHMS = {'low': low_affinity, 'high': high_affinity,
+              'colocated': colocated}
 
 Latency = str | Profile | Callable[[Plan], Any] | Any
 
@@ -68,15 +70,15 @@ def make_problem(model: str | ModelConfig = 'opt-13b', slo: Slo = SLO,
                  latency: Latency = 'published', *,
                  cluster: Cluster | None = None, process: str = 'poisson',
                  cv: float = 1.0, seed: int = 0, host_ms: float = 2.0,
-                 **more: Any) -> Problem:
-  """The candidates.Problem of what a caller names; more: fields of it.
+                 **more: Any) -> SearchProblem:
+  """The candidates.SearchProblem of what a caller names; more: fields of it.
 
   Raises:
     InputError.
   """
   config = model if isinstance(model, ModelConfig) else zoo.config(model)
   source = named.source(lengths, seed, process, cv)
-  return Problem(config, cluster or Cluster(), slo, source,
+  return SearchProblem(config, cluster or Cluster(), slo, source,
                  latency_of(latency, config, host_ms),
                  **({'max_len': source.longest} | more))
 
@@ -190,7 +192,7 @@ def _are_requests(lengths):
           and bool(lengths) and isinstance(lengths[0], Request))
 
 
-def build(problem: Problem, placement: Placement, chunk: int = 512,
+def build(problem: SearchProblem, placement: Placement, chunk: int = 512,
           aligned: bool = True, depth: int | None = None,
           run_ahead: int | None = None) -> tuple[scheduler.Config, list, Any]:
   """candidates.build with the scheduler's depth and run-ahead as asked for.
@@ -261,7 +263,7 @@ def search(model: str | ModelConfig = 'opt-13b', *, devices: int = 3,
            max_seqs: int = 256, cluster: Cluster | None = None,
            policy: Policy = DISTSERVE,
            report: Callable[[searching.Progress], object] | None = None,
-           map: Callable[..., Iterable] = map) -> searching.Answer:
+           map: Callable[..., Iterable] = map) -> SearchResult:
   """The placements with the highest goodput per device: DistServe section 4.
 
   Args:

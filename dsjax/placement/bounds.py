@@ -4,19 +4,22 @@ A rate above an instance's capacity cannot last: its work per request, at the
 largest batches that its memory allows, takes more than the time there is. A
 request whose bare prefill or decode steps exceed an objective misses it at
 any rate. The search discards by these bounds only what is surely worse.
-
-Lengths are (prompt, output) pairs of the workload.
 """
 
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
+from dsjax.config.engine import InstanceConfig
+from dsjax.config.placement import Slo
 from dsjax.simulation import latency
 
+Lengths = Sequence[tuple[int, int]]  # (prompt, output) tokens of requests
 
-def mean_context(lengths):
+
+def mean_context(lengths: Lengths) -> float:
   """Tokens attended to by a mean decode step of a row."""
   steps = sum(o - 1 for _, o in lengths)
   return sum((o - 1) * (i + o / 2) for i, o in lengths) / max(steps, 1)
@@ -43,14 +46,20 @@ def _decode_share(seconds, most_rows, rows):
           slope.min())
 
 
-def decode_share(seconds, instance, lengths):
-  """_decode_share of an instance: Little's law over the tokens it holds."""
+def decode_share(seconds: 'latency.Latency', instance: InstanceConfig,
+                 lengths: Lengths) -> tuple[float, float]:
+  """(fixed seconds of a row's step, least slope of its context).
+
+  Of batches as large as the tokens that an instance holds allow on average
+  (Little's law).
+  """
   held = instance.num_pages * instance.page_size / mean_context(lengths)
   return _decode_share(seconds, instance.max_seqs,
                        min(held, instance.max_seqs) / instance.pp)
 
 
-def decode_work_s(seconds, instance, lengths):
+def decode_work_s(seconds: 'latency.Latency', instance: InstanceConfig,
+                  lengths: Lengths) -> float:
   """Least seconds of decode steps of a mean request."""
   share, slope = decode_share(seconds, instance, lengths)
   return sum((o - 1) * (share + slope * (i + o / 2))
@@ -62,11 +71,12 @@ def _start_s(seconds):
   return seconds.prefill[0] if isinstance(seconds, latency.Affine) else 0.0
 
 
-def prefill_work_s(seconds, instance, lengths):
+def prefill_work_s(seconds: 'latency.Latency', instance: InstanceConfig,
+                   lengths: Lengths) -> float:
   """Least seconds of prefill batches of a mean request.
 
-  A batch shares what it costs whatever it holds among prefill_seqs prompts at
-  most, and of an affine cost among prefill_tokens tokens at most.
+  The fixed cost of a batch is shared by prefill_seqs prompts at most; that of
+  an affine latency by prefill_tokens tokens at most too.
   """
   most, start_s = instance.prefill_seqs, _start_s(seconds)
   total = 0.0
@@ -76,7 +86,8 @@ def prefill_work_s(seconds, instance, lengths):
   return total / len(lengths)
 
 
-def chunked_work_s(seconds, instance, lengths):
+def chunked_work_s(seconds: 'latency.Latency', instance: InstanceConfig,
+                   lengths: Lengths) -> float:
   """Least seconds of a mean request where prompts and rows share steps.
 
   A row in a mixed step costs a token of prefill, in a decode step its share;
@@ -92,7 +103,8 @@ def chunked_work_s(seconds, instance, lengths):
   ) / len(lengths)
 
 
-def capacity_per_s(seconds, instance, lengths):
+def capacity_per_s(seconds: 'latency.Latency', instance: InstanceConfig,
+                   lengths: Lengths) -> float:
   """Requests a second that an instance can serve at most."""
   work_s = 0.0
   if instance.mixes:
@@ -105,7 +117,8 @@ def capacity_per_s(seconds, instance, lengths):
   return float(instance.pp / max(work_s, 1e-9))
 
 
-def ttft_guess_per_s(seconds, instance, lengths, ttft_s, target):
+def ttft_guess_per_s(seconds: 'latency.Latency', instance: InstanceConfig,
+                     lengths: Lengths, ttft_s: float, target: float) -> float:
   """A rate at which about the target share starts within ttft_s: no bound.
 
   A queue of prompts one by one (Lindley's recursion), behind one decode step
@@ -129,7 +142,8 @@ def ttft_guess_per_s(seconds, instance, lengths, ttft_s, target):
   return float(low)
 
 
-def link_per_s(link, pairs, lengths):
+def link_per_s(link: 'latency.LinkLike', pairs: int,
+               lengths: Lengths) -> float:
   """Requests a second that `pairs` links can move at most."""
   mean_s = sum(link.migrate_s(i) for i, _ in lengths) / len(lengths)
   return pairs / max(mean_s, 1e-9)
@@ -145,27 +159,29 @@ def _prefill_floor_s(seconds, instance, tokens):
   return whole_s / instance.pp  # pieces may be in several stages at a time
 
 
-def idle_share(slo, prefill, decode, link, lengths):
+def idle_share(slo: Slo, prefill: tuple['latency.Latency', InstanceConfig],
+               decode: tuple['latency.Latency', InstanceConfig],
+               link: 'latency.LinkLike | None', lengths: Lengths) -> float:
   """Share of requests that can meet both objectives at any rate.
 
   Args:
-    prefill, decode: (seconds, instance) of each phase.
+    prefill, decode: the instance of each phase and its seconds.
     link: between them, None where they are one.
   """
   seconds, instance = decode
   lines = [seconds.decode_line(b) for b in range(1, instance.max_seqs + 1)]
   fixed, slope = (min(x) for x in zip(*lines, strict=True))
-  met = 0
+  attained = 0
   for i, o in lengths:
     tpot_s = fixed + slope * (i + o / 2) if o > 1 else 0.0
     if link and o > 1:
       tpot_s += link.migrate_s(i) / (o - 1)
-    met += (tpot_s <= slo.tpot_s
-            and _prefill_floor_s(*prefill, i) <= slo.ttft_s)
-  return met / len(lengths)
+    attained += (tpot_s <= slo.tpot_s
+                 and _prefill_floor_s(*prefill, i) <= slo.ttft_s)
+  return attained / len(lengths)
 
 
-def out_of_reach(share, target, count):
+def out_of_reach(share: float, target: float, count: int) -> bool:
   """Whether a share seen in `count` requests is surely below the target."""
   spread = 3 * math.sqrt(target * (1 - target) / count)
   return share < target - spread

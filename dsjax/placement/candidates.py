@@ -6,21 +6,29 @@ nothing here decides how requests are served.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from dsjax.analysis.record import Record
 from dsjax.config import checks
 from dsjax.config.checks import require
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Placement, Plan, Slo
+from dsjax.config.request import Request
 from dsjax.placement import goodput
+from dsjax.placement.bounds import Lengths
 from dsjax.scheduling import page_pool, scheduler
 from dsjax.scheduling.policy import DISTSERVE, Policy
 from dsjax.simulation import latency, roofline, simulator
 
+# (rate_per_s, n) -> n Requests.
+Workload = Callable[[float, int], Sequence[Request]]
+# Seconds of a plan's steps, or None where they are not known.
+LatencyOf = Callable[[Plan], 'latency.Latency | None']
+
 # Of a device's memory: the share that is used, and what of it neither weights
-# nor KV get (distserve.md 5: the released table's 0.95 and 0.8 GB).
+# nor KV get (0.95 and 0.8 GB in DistServe's released table).
 USABLE, RESERVE_BYTES = 0.95, 0.8 * 2**30
 A100_BYTES = 79.15 * 2**30  # what an "80 GB" A100 reports
 # A run lasts this many times what a request may take within its objectives,
@@ -63,47 +71,49 @@ class Cluster:
             self.reads_beside, 'true or false')
 
   @property
-  def num_devices(self):
+  def num_devices(self) -> int:
     return self.nodes * self.devices_per_node
 
 
 class Instant:
-  """A phase that takes no time, where the other one is judged alone."""
+  """A phase that takes no time, where the other one is judged alone.
 
-  host_s, pp = 0.0, 1
+  A latency and a link: see dsjax.simulation.latency.
+  """
 
-  def prefill_s(self, pieces):
+  host_s, pp, beside = 0.0, 1, False
+
+  def prefill_s(self, pieces: 'latency.Pieces') -> float:
     del pieces
     return 0.0
 
-  def decode_s(self, batch, context):
+  def decode_s(self, batch: int, context: float) -> float:
     del batch, context
     return 0.0
 
-  def decode_line(self, batch):
+  def decode_line(self, batch: int) -> tuple[float, float]:
     del batch
     return 0.0, 0.0
 
-  def mixed_s(self, pieces, batch, context):
+  def mixed_s(self, pieces: 'latency.Pieces', batch: int,
+              context: float) -> float:
     del pieces, batch, context
     return 0.0
 
-  def migrate_s(self, num_tokens):
+  def migrate_s(self, num_tokens: int) -> float:
     del num_tokens
     return 0.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class SearchProblem:
   """What a search is asked.
 
   Attributes:
     model, cluster, slo: of what, on what, how fast.
-    workload: (rate_per_s, n) -> n Requests; the same seed at every rate, so
-      that candidates share their lengths and arrivals (common random
-      numbers).
-    latency_of: Plan -> seconds of its steps (see simulator.simulate), or None
-      where nobody has measured that plan.
+    workload: of the same seed at every rate, so that candidates share their
+      lengths and arrivals (common random numbers).
+    latency_of: of each plan; None where it was not measured.
     target: share of requests that must meet both objectives.
     chunks: token budgets tried for chunked placements.
     max_len, page_size, max_seqs, prefill_seqs, itemsize: of the instances;
@@ -122,8 +132,8 @@ class Problem:
   model: ModelConfig
   cluster: Cluster
   slo: Slo
-  workload: Callable
-  latency_of: Callable
+  workload: Workload
+  latency_of: LatencyOf
   target: float = 0.9
   chunks: tuple[int, ...] = (256, 512, 1024, 2048)
   max_len: int = 2048
@@ -141,75 +151,54 @@ class Problem:
   policy: Policy = DISTSERVE
 
   def __post_init__(self):
-    require(0 < self.target < 1, 'Problem.target', self.target,
+    require(0 < self.target < 1, 'SearchProblem.target', self.target,
             'a share in (0, 1)')
-    require(checks.is_positive(self.tolerance), 'Problem.tolerance',
+    require(checks.is_positive(self.tolerance), 'SearchProblem.tolerance',
             self.tolerance, 'above 0')
-    require(checks.is_positive_int(self.replicas), 'Problem.replicas',
+    require(checks.is_positive_int(self.replicas), 'SearchProblem.replicas',
             self.replicas, 'an integer of 1 or more')
-    require(self.strict is None or 0 < self.strict < 1, 'Problem.strict',
+    require(self.strict is None or 0 < self.strict < 1, 'SearchProblem.strict',
             self.strict, 'None or a share in (0, 1)')
-    require(checks.is_positive(self.strict_effort), 'Problem.strict_effort',
-            self.strict_effort, 'above 0')
+    require(checks.is_positive(self.strict_effort),
+            'SearchProblem.strict_effort', self.strict_effort, 'above 0')
     require(self.rate_per_s is None or checks.is_positive(self.rate_per_s),
-            'Problem.rate_per_s', self.rate_per_s, 'None or above 0')
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """A placement and what it serves.
-
-  goodput: goodput.Goodput of the whole placement. aligned: KV moves inside a
-  node. prefill_tokens: of a batch; None: see batch_tokens.
-  """
-
-  placement: Placement
-  goodput: goodput.Goodput
-  aligned: bool = False
-  prefill_tokens: int | None = None
-
-  @property
-  def per_device(self):
-    return self.goodput.rate_per_s / self.placement.num_devices
-
-  @property
-  def interval_per_device(self):
-    n = self.placement.num_devices
-    return self.goodput.low_per_s / n, self.goodput.high_per_s / n
+            'SearchProblem.rate_per_s', self.rate_per_s, 'None or above 0')
 
 
 # --- what fits ----------------------------------------------------------------
 
 
-def kv_tokens(problem, plan):
+def kv_tokens(problem: SearchProblem, plan: Plan) -> int:
   """Tokens of KV that an instance holds beside its weights; 0: none.
 
   The fullest stage counts: it has ceil(L / pp) layers, and kv heads are
   replicated where there are fewer than shards.
   """
   config = problem.model
-  memory = USABLE * problem.cluster.memory_bytes - RESERVE_BYTES
+  memory_bytes = USABLE * problem.cluster.memory_bytes - RESERVE_BYTES
   layers = -(-config.num_layers // plan.pp)
   share = layers / config.num_layers / plan.tp
   heads = -(-config.num_kv_heads // plan.tp)
-  weights = roofline.num_params(config) * problem.itemsize * share
-  each = 2 * layers * heads * config.head_dim * problem.itemsize
-  return max(0, int((memory - weights) // each))
+  weights_bytes = roofline.num_params(config) * problem.itemsize * share
+  token_bytes = 2 * layers * heads * config.head_dim * problem.itemsize
+  return max(0, int((memory_bytes - weights_bytes) // token_bytes))
 
 
-def instance(problem, role, plan, prefill_tokens):
+def instance(problem: SearchProblem, role: str, plan: Plan,
+             prefill_tokens: int) -> InstanceConfig | None:
   """The InstanceConfig of a plan, or None where it does not fit."""
-  count = min(kv_tokens(problem, plan) // problem.page_size,
-              problem.max_seqs
-              * page_pool.pages_for(problem.max_len, problem.page_size))
-  if count < page_pool.pages_for(problem.max_len, problem.page_size):
+  longest = page_pool.pages_for(problem.max_len, problem.page_size)
+  num_pages = min(kv_tokens(problem, plan) // problem.page_size,
+                  problem.max_seqs * longest)
+  if num_pages < longest:
     return None
-  return InstanceConfig(role, count, problem.page_size, problem.max_seqs,
+  return InstanceConfig(role, num_pages, problem.page_size, problem.max_seqs,
                         prefill_tokens, problem.prefill_seqs, plan.pp)
 
 
-def plans(problem, most):
-  """Plans of at most `most` devices: tp inside a node, dividing the heads."""
+def plans(problem: SearchProblem, most: int) -> list[Plan]:
+  """Plans of at most `most` devices: tp inside a node, dividing the heads;
+  pp dividing the layers."""
   config, cluster = problem.model, problem.cluster
   return [Plan(tp, pp)
           for tp in range(1, cluster.devices_per_node + 1)
@@ -218,8 +207,11 @@ def plans(problem, most):
           if config.num_layers % pp == 0 and tp * pp <= most]
 
 
-def build(problem, placement, chunk_tokens=None, aligned=False):
-  """What simulates a placement: (scheduler.Config, latencies, link).
+def build(
+    problem: SearchProblem, placement: Placement,
+    chunk_tokens: int | None = None, aligned: bool = False
+) -> tuple[scheduler.Config, list['latency.Latency'], latency.Link]:
+  """What simulates a placement: its Config, latencies and link.
 
   Prefill batches stop at batch_tokens, or at chunk_tokens where that is
   given (it must be for a chunked placement). Where prompts and decode share
@@ -227,27 +219,27 @@ def build(problem, placement, chunk_tokens=None, aligned=False):
   there is worth more than the host time that it shows.
 
   Raises:
-    InputError: a plan does not fit, or nobody has measured it.
+    InputError: a plan does not fit, or has no latencies.
   """
   require(chunk_tokens or not placement.chunked, 'chunk_tokens', chunk_tokens,
           'given for a chunked placement')
-  instances, late = [], []
+  instances, latencies = [], []
   for role, plan in placement.instances:
     seconds = problem.latency_of(plan)
     require(seconds is not None, 'Placement', plan, 'a plan with latencies')
-    found = instance(problem, role, plan,
-                     chunk_tokens or batch_tokens(problem, seconds))
-    require(found is not None, 'Placement', plan,
+    config = instance(problem, role, plan,
+                      chunk_tokens or batch_tokens(problem, seconds))
+    require(config is not None, 'Placement', plan,
             'a plan whose weights and one sequence fit in the memory')
-    instances.append(found)
-    late.append(seconds)
+    instances.append(config)
+    latencies.append(seconds)
   config = scheduler.Config(tuple(instances), problem.max_len,
                             depth=2 if placement.prefill else 1,
                             policy=problem.policy)
-  return config, late, link_of(problem, aligned)
+  return config, latencies, link_of(problem, aligned)
 
 
-def batch_tokens(problem, seconds):
+def batch_tokens(problem: SearchProblem, seconds: 'latency.Latency') -> int:
   """Tokens of a prefill batch: L_m, or the longest prompt if that is more.
 
   The scheduler runs what is longer in pieces. The paper runs it whole, and
@@ -257,19 +249,19 @@ def batch_tokens(problem, seconds):
   return max(saturation(seconds), max(i for i, _ in lengths(problem, 256)))
 
 
-def saturation(seconds):
+def saturation(seconds: 'latency.Latency') -> int:
   """The paper's L_m of a plan."""
   return latency.saturation_tokens(seconds, limit=8192)
 
 
-def lengths(problem, n):
+def lengths(problem: SearchProblem, n: int) -> Lengths:
   """(prompt, output) tokens of the workload's first n requests."""
   return [(len(r.prompt), r.sampling.max_tokens)
           for r in problem.workload(1.0, n)]
 
 
-def link_of(problem, aligned):
-  """The latency.Link of a KV transfer: inside a node if aligned."""
+def link_of(problem: SearchProblem, aligned: bool) -> latency.Link:
+  """The link of a KV transfer: inside a node if aligned."""
   config, cluster = problem.model, problem.cluster
   return latency.Link(
       cluster.hand_off_s, cluster.intra_bytes_per_s if aligned
@@ -296,48 +288,64 @@ class Candidate(NamedTuple):
   guess_per_s: float = 0.0
 
   @property
-  def num_devices(self):
+  def num_devices(self) -> int:
+    """Of the placement, or of the one instance that is judged."""
     if self.phase:
       return getattr(self.placement, self.phase)[0].num_devices
     return self.placement.num_devices
 
   @property
-  def bound_per_device(self):
+  def bound_per_device(self) -> float:
     return self.bound_per_s / self.num_devices
 
 
-def setup(problem, candidate):
-  """(scheduler.Config, latencies, link, Slo, tokens) of a candidate's runs;
-  tokens: that each request gets, None for its own."""
-  config, late, link = build(problem, candidate.placement,
-                             candidate.prefill_tokens, candidate.aligned)
+class Setup(NamedTuple):
+  """What a candidate's runs share; output_len: of each request, None for its
+  own."""
+
+  config: scheduler.Config
+  latencies: Sequence['latency.Latency']
+  link: 'latency.LinkLike'
+  slo: Slo
+  output_len: int | None = None
+
+
+def setup(problem: SearchProblem, candidate: Candidate) -> Setup:
+  """The Setup of a candidate.
+
+  Raises:
+    InputError: as build.
+  """
+  config, latencies, link = build(problem, candidate.placement,
+                                  candidate.prefill_tokens, candidate.aligned)
   slo, instant = problem.slo, Instant()
   if candidate.phase == 'prefill':
     config = dataclasses.replace(config, instances=config.instances[:1])
     slo = dataclasses.replace(slo, tpot_s=1e9)
-    return config, late[:1], instant, slo, 1
+    return Setup(config, latencies[:1], instant, slo, output_len=1)
   if candidate.phase == 'decode':
     ample = InstanceConfig('prefill', 2**16, problem.page_size, 4096,
                            problem.max_len, problem.prefill_seqs)
     config = dataclasses.replace(
         config, instances=(ample, config.instances[-1]))
     slo = dataclasses.replace(slo, ttft_s=1e9)
-    return config, [instant, late[-1]], instant, slo, None
-  return config, late, link, slo, None
+    return Setup(config, [instant, latencies[-1]], instant, slo)
+  return Setup(config, latencies, link, slo)
 
 
-def run(problem, made, rate_per_s, n, on_event=None):
-  """The records of a run; made: what `setup` gave."""
-  config, late, link, _, tokens = made
+def run(problem: SearchProblem, system: Setup, rate_per_s: float, n: int,
+        on_event: simulator.OnEvent | None = None) -> list[Record]:
+  """The records of n requests at a rate."""
   requests = problem.workload(rate_per_s, n)
-  if tokens:
+  if system.output_len:
     requests = [dataclasses.replace(r, sampling=dataclasses.replace(
-        r.sampling, max_tokens=tokens)) for r in requests]
-  return simulator.simulate(config, requests, late, link,
-                            on_event=on_event).records
+        r.sampling, max_tokens=system.output_len)) for r in requests]
+  return simulator.simulate(system.config, requests, system.latencies,
+                            system.link, on_event=on_event).records
 
 
-def full_length(problem, phase=''):
+def full_length(problem: SearchProblem,
+                phase: str = '') -> Callable[[float], int]:
   """rate -> requests of a run that lasts LIFETIMES of a request."""
   mean = sum(o for _, o in lengths(problem, 256)) / 256
   life_s = problem.slo.ttft_s if phase == 'prefill' else max(
@@ -349,9 +357,9 @@ def full_length(problem, phase=''):
 class Task(NamedTuple):
   """A Candidate to measure, and how.
 
-  beat_per_s: see goodput.search. effort: above 1, as many times the requests,
-  its root less tolerance, and intervals as tight as they get. start_per_s:
-  the first rate; None: near the candidate's guess.
+  beat_per_s: see goodput.Bisection. effort: above 1, as many times the
+  requests, its root less tolerance, and intervals as tight as they get.
+  start_per_s: the first rate; None: near the candidate's guess.
   """
 
   candidate: Candidate
@@ -361,20 +369,21 @@ class Task(NamedTuple):
   start_per_s: float | None = None
 
 
-def measure(problem, task):
+def measure(problem: SearchProblem, task: Task) -> goodput.Goodput:
   """The Goodput of a Task. A pure function: any process may run it."""
   candidate, bound = task.candidate, task.candidate.bound_per_s
-  made = setup(problem, candidate)
+  system = setup(problem, candidate)
 
   def hits_at(rate_per_s, n):
-    return goodput.steady_hits(run(problem, made, rate_per_s, n), made[3])
+    return goodput.steady_hits(run(problem, system, rate_per_s, n), system.slo)
 
-  found = goodput.search(
+  best = goodput.search(
       hits_at, task.target,
       task.start_per_s or max(candidate.guess_per_s, bound / 16),
       1 + problem.tolerance * task.effort**-0.5, problem.requests,
-      math.ceil(problem.most_requests * task.effort), most_per_s=bound,
-      least_per_s=bound / 4**6, stride=1.1 if task.effort > 1 else 1.4,
-      full=full_length(problem, candidate.phase), beat_per_s=task.beat_per_s,
-      tight=task.effort > 1)
-  return dataclasses.replace(found, high_per_s=min(found.high_per_s, bound))
+      math.ceil(problem.most_requests * task.effort),
+      goodput.Bisection(
+          stride=1.1 if task.effort > 1 else 1.4, least_per_s=bound / 4**6,
+          most_per_s=bound, full=full_length(problem, candidate.phase),
+          beat_per_s=task.beat_per_s, tight=task.effort > 1))
+  return dataclasses.replace(best, high_per_s=min(best.high_per_s, bound))

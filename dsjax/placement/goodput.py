@@ -2,16 +2,22 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from dsjax.analysis import metrics
+from dsjax.analysis.record import Record
 from dsjax.config.checks import require
+from dsjax.config.placement import Slo
+
+# (rate_per_s, n) -> whether each of n requests of a steady run attained.
+HitsAt = Callable[[float, int], list[bool]]
+WARMUP = 0.2  # share of the requests that see an emptier system
 
 
-def steady_hits(records, slo, warmup=0.2):
-  """Whether each request attained, in order of arrival, after the warm-up.
-
-  The first share `warmup` of the requests saw an emptier system.
-  """
+def steady_hits(records: Iterable[Record], slo: Slo,
+                warmup: float = WARMUP) -> list[bool]:
+  """Whether each request attained, in order of arrival, after the warm-up."""
   sent = metrics.by_arrival(records)
   return [metrics.attains(r, slo) for r in sent[int(warmup * len(sent)):]]
 
@@ -42,55 +48,78 @@ class Goodput:
   runs: int
 
 
-def search(hits_at, target, start_per_s, ratio=1.02, requests=400,
-           most_requests=6400, most_per_s=1e5, least_per_s=1e-4, stride=4.0,
-           full=None, beat_per_s=None, tight=False):
-  """Bisects the rate, sampling each until its interval excludes the target.
+@dataclasses.dataclass(frozen=True)
+class Bisection:
+  """Which rates a search tries, and what it asks of them.
 
-  Args:
-    hits_at: (rate_per_s, n) -> hits of n requests of a steady run, for
-      equal seeds at every rate (common random numbers); fewer requests are a
-      prefix of more.
-    target: share of requests that must attain.
-    start_per_s: the first rate tried. stride: ratio of the next.
-    ratio: of rates, above 1, at which bisection ends.
-    requests, most_requests: n at first, and at most.
-    full: rate -> n that a run must have before it may pass (queues of an
-      overloaded system need time to grow). A prefix that surely fails is
-      enough to fail: the run begins empty. None: `requests`.
+  Attributes:
+    stride: ratio of successive rates, until one attains and one does not.
+    least_per_s, most_per_s: no rates beyond these.
+    full: rate -> requests that a run must have before it may pass (queues of
+      an overloaded system need time to grow). A prefix that surely fails is
+      enough to fail: the run begins empty. None: as many as at first.
     beat_per_s: None, or a rate to attain first; where it fails, that is all.
     tight: look on between the unsure rates until low_per_s and high_per_s
       are within `ratio` of them.
+  """
 
-  Returns:
-    a Goodput.
+  stride: float = 4.0
+  least_per_s: float = 1e-4
+  most_per_s: float = 1e5
+  full: Callable[[float], int] | None = None
+  beat_per_s: float | None = None
+  tight: bool = False
+
+
+def search(hits_at: HitsAt, target: float, start_per_s: float,
+           ratio: float = 1.02, requests: int = 400,
+           most_requests: int = 6400,
+           bisection: Bisection = Bisection()) -> Goodput:
+  """Bisects the rate, sampling each until its interval excludes the target.
+
+  Args:
+    hits_at: of equal seeds at every rate (common random numbers); fewer
+      requests are a prefix of more.
+    target: share of requests that must attain.
+    start_per_s: the first rate tried, if none is to be beaten.
+    ratio: of rates, above 1, at which bisection ends.
+    requests, most_requests: of a run at first, and at most.
+
+  Raises:
+    InputError: a target outside (0, 1), a start_per_s of 0 or less.
   """
   require(0 < target < 1, 'target', target, 'a share in (0, 1)')
   require(start_per_s > 0, 'start_per_s', start_per_s, 'above 0')
   judge = _Judge(hits_at, target, requests, most_requests,
-                 full or (lambda rate: requests))
+                 bisection.full or (lambda rate: requests))
+  beat_per_s, most_per_s = bisection.beat_per_s, bisection.most_per_s
   if beat_per_s is not None:
     if beat_per_s > most_per_s or not judge(beat_per_s):
-      side, share, _ = judge.tried.get(beat_per_s, (-1, 0.0, False))
-      return Goodput(0.0, 0.0, min(most_per_s, beat_per_s if side < 0
-                                   else math.inf), 'beaten', share, judge.runs)
-    start_per_s = min(beat_per_s * math.sqrt(stride), most_per_s)
-  low, high = _bracket(judge, start_per_s, stride, least_per_s, most_per_s,
-                       beat_per_s)
+      verdict = judge.tried.get(beat_per_s, _Verdict(-1, 0.0, False))
+      high_per_s = beat_per_s if verdict.side < 0 else math.inf
+      return Goodput(0.0, 0.0, min(most_per_s, high_per_s), 'beaten',
+                     verdict.share, judge.runs)
+    start_per_s = min(beat_per_s * math.sqrt(bisection.stride), most_per_s)
+  low, high = _bracket(judge, start_per_s, bisection)
   while low and high and high / low > ratio:
     middle = math.sqrt(low * high)
     low, high = (middle, high) if judge(middle) else (low, middle)
-  if tight and low and high:
-    _tighten(judge, ratio, stride, least_per_s, most_per_s)
-  return _answer(judge, low, high, least_per_s)
+  if bisection.tight and low and high:
+    _tighten(judge, ratio, bisection)
+  return _goodput(judge, low, high, bisection.least_per_s)
+
+
+class _Verdict(NamedTuple):
+  """side: +1 surely attains, -1 surely does not, 0 cannot tell. share: that
+  attains. falls: whether it still fell at the end of the longest run."""
+
+  side: int
+  share: float
+  falls: bool
 
 
 class _Judge:
-  """Says whether a rate attains; remembers what it found.
-
-  tried: rate -> (+1 surely attains, -1 surely not, 0 cannot tell; the share;
-  whether it still fell).
-  """
+  """Says whether a rate attains; remembers in `tried` its _Verdict of each."""
 
   def __init__(self, hits_at, target, requests, most_requests, full):
     self.hits_at, self.target, self.full = hits_at, target, full
@@ -100,7 +129,7 @@ class _Judge:
   def __call__(self, rate):
     if rate not in self.tried:
       self.tried[rate] = self.sample(rate)
-    return self.tried[rate][1] >= self.target
+    return self.tried[rate].share >= self.target
 
   def sample(self, rate):
     full, n = self.full(rate), self.requests
@@ -110,22 +139,22 @@ class _Judge:
       self.runs += 1
       share, low, high = metrics.interval(hits)
       if high < self.target:
-        return -1, share, False
+        return _Verdict(-1, share, False)
       first, second = (metrics.interval(half) for half in (
           hits[:len(hits) // 2], hits[len(hits) // 2:]))
       falls = second[2] < first[1]
       # What passes for now may still sink: only the second half counts then.
       passes = low >= self.target and second[0] >= self.target
       if passes and n >= full and not falls:
-        return 1, share, False
+        return _Verdict(1, share, False)
       if n >= most:
-        return 0, second[0] if falls else share, falls
+        return _Verdict(0, second[0] if falls else share, falls)
       n = min(most, max(2 * n, full if passes else 0))
 
 
-def _bracket(judge, rate, stride, least, most, low=None):
+def _bracket(judge, rate, bisection):
   """(highest rate that attains, lowest that does not), None where unknown."""
-  high = None
+  low, high = bisection.beat_per_s, None
   while True:
     if judge(rate):
       low = rate
@@ -133,21 +162,24 @@ def _bracket(judge, rate, stride, least, most, low=None):
       high = rate
     if low is not None and high is not None:
       return low, high
-    if low is not None and rate >= most or high is not None and rate <= least:
+    if (low is not None and rate >= bisection.most_per_s
+        or high is not None and rate <= bisection.least_per_s):
       return low, high
-    rate = min(rate * stride, most) if high is None else max(
-        rate / stride, least)
+    rate = (min(rate * bisection.stride, bisection.most_per_s)
+            if high is None else
+            max(rate / bisection.stride, bisection.least_per_s))
 
 
-def _tighten(judge, ratio, stride, least, most):
+def _tighten(judge, ratio, bisection):
   """Tries rates until the sure ones on either side are near the unsure."""
+  step = math.sqrt(bisection.stride)
   while True:
     tried = sorted(judge.tried)
-    low = max((r for r in tried if judge.tried[r][0] > 0), default=None)
+    low = max((r for r in tried if judge.tried[r].side > 0), default=None)
     if low is None:
-      if tried[0] <= least:
+      if tried[0] <= bisection.least_per_s:
         break
-      judge(max(tried[0] / math.sqrt(stride), least))
+      judge(max(tried[0] / step, bisection.least_per_s))
       continue
     above = min((r for r in tried if r > low), default=low)
     if above / low <= ratio:
@@ -155,11 +187,11 @@ def _tighten(judge, ratio, stride, least, most):
     judge(math.sqrt(low * above))
   while True:
     tried = sorted(judge.tried)
-    high = min((r for r in tried if judge.tried[r][0] < 0), default=None)
+    high = min((r for r in tried if judge.tried[r].side < 0), default=None)
     if high is None:
-      if tried[-1] >= most:
+      if tried[-1] >= bisection.most_per_s:
         break
-      judge(min(tried[-1] * math.sqrt(stride), most))
+      judge(min(tried[-1] * step, bisection.most_per_s))
       continue
     below = max((r for r in tried if r < high), default=high)
     if high / below <= ratio:
@@ -167,20 +199,21 @@ def _tighten(judge, ratio, stride, least, most):
     judge(math.sqrt(high * below))
 
 
-def _answer(judge, low, high, least):
+def _goodput(judge, low, high, least_per_s):
   """The Goodput of what a judge has tried."""
   tried, target = judge.tried, judge.target
-  sure = max((r for r, t in tried.items() if t[0] > 0), default=0.0)
-  never = min((r for r, t in tried.items() if t[0] < 0 and r > sure),
-              default=math.inf if low else least)
+  sure = max((r for r, v in tried.items() if v.side > 0), default=0.0)
+  never = min((r for r, v in tried.items() if v.side < 0 and r > sure),
+              default=math.inf if low else least_per_s)
   if low is None:
     return Goodput(0.0, 0.0, never, 'floor', 0.0, judge.runs)
+  at_low = tried[low]
   if high is None:
-    return Goodput(low, sure, never, 'cap', tried[low][1], judge.runs)
-  (low_side, above, _), (high_side, below, falls) = tried[low], tried[high]
-  part = (above - target) / (above - below)
+    return Goodput(low, sure, never, 'cap', at_low.share, judge.runs)
+  at_high = tried[high]
+  part = (at_low.share - target) / (at_low.share - at_high.share)
   rate = low * (high / low) ** part
-  binds = ('target' if low_side and high_side else 'horizon' if falls
-           else 'samples')
-  return Goodput(rate, min(sure, rate), max(never, rate), binds, above,
+  binds = ('target' if at_low.side and at_high.side else 'horizon'
+           if at_high.falls else 'samples')
+  return Goodput(rate, min(sure, rate), max(never, rate), binds, at_low.share,
                  judge.runs)

@@ -1,89 +1,154 @@
 """What the best placements mean: what binds them, whether to disaggregate."""
 
+import dataclasses
 import math
+from collections.abc import Sequence
 
-from dsjax.placement.candidates import Candidate, full_length, run, setup
+from dsjax.config.placement import Placement
+from dsjax.placement.candidates import (
+  Candidate,
+  SearchProblem,
+  full_length,
+  run,
+  setup,
+)
+from dsjax.placement.goodput import WARMUP, Goodput
 from dsjax.scheduling.page_pool import num_free
 from dsjax.scheduling.state import room
 
+# A bottleneck is looked for at this many times the goodput: enough misses to
+# count, and what binds first still binds alone.
+OVERLOAD = 1.1
+# Memory is short if something waits for pages or a place at least this share
+# of the time. Near capacity a burst is refused now and then under any memory.
+SHORT_SHARE = 0.2
+# A link is to blame for a request's slow transfer if the copy itself takes at
+# least this part of it: the rest is waiting behind other copies and steps.
+OWN_SHARE = 1 / 3
+# Or if it is busy this share of the time: copies of equal length that arrive
+# at random then wait two of their own durations on average (M/D/1).
+BUSY_SHARE = 0.8
 
-def limit(problem, row):
-  """What binds a placement at 1.1 times its goodput, in words.
+
+@dataclasses.dataclass(frozen=True)
+class RankedPlacement:
+  """A placement and what it serves: a line of the answer's table.
+
+  goodput: of the whole placement. aligned: KV moves inside a node.
+  prefill_tokens: of a batch; None: see batch_tokens.
+  """
+
+  placement: Placement
+  goodput: Goodput
+  aligned: bool = False
+  prefill_tokens: int | None = None
+
+  @property
+  def per_device(self) -> float:
+    """Its goodput, requests/s."""
+    return self.goodput.rate_per_s / self.placement.num_devices
+
+  @property
+  def interval_per_device(self) -> tuple[float, float]:
+    """Rates that surely attain and surely do not, requests/s."""
+    n = self.placement.num_devices
+    return self.goodput.low_per_s / n, self.goodput.high_per_s / n
+
+
+def bottleneck(problem: SearchProblem, row: RankedPlacement) -> str:
+  """What binds a placement at OVERLOAD times its goodput, in words.
 
   The objective that more requests miss, and what they would have met it
   without: waiting for pages, the copy of KV, or neither.
   """
-  candidate = Candidate(row.placement, row.prefill_tokens, row.aligned,
-                        math.inf)
-  made, rate = setup(problem, candidate), 1.1 * row.goodput.rate_per_s
-  if not rate:
+  rate_per_s = OVERLOAD * row.goodput.rate_per_s
+  if not rate_per_s:
     return 'nothing is served'
-  config, since, short_s, all_s = made[0], [0.0], 0.0, 0.0
-  short = False
-
-  def on_event(state, event, commands):
-    nonlocal short, short_s, all_s
-    del commands
-    short_s += (event.time_s - since[0]) * short
-    all_s = since[0] = event.time_s
-    short = any(_refused(state, one, c) for one, c in zip(
-        state.instances, config.instances, strict=True))
-
-  n = min(full_length(problem)(rate), 4 * problem.most_requests)
-  records = run(problem, made, rate, n, on_event)[n // 5:]
+  system = setup(problem, Candidate(row.placement, row.prefill_tokens,
+                                    row.aligned, math.inf))
+  n = min(full_length(problem)(rate_per_s), 4 * problem.most_requests)
+  shortage = _Shortage(system.config.instances)
+  records = run(problem, system, rate_per_s, n, shortage)[int(WARMUP * n):]
   slo = problem.slo
   late = [r for r in records if r.token_s and r.ttft_s > slo.ttft_s]
   slow = [r for r in records if r.token_s and r.tpot_s > slo.tpot_s]
-  waits = short_s > 0.2 * all_s
+  short = shortage.short_s > SHORT_SHARE * shortage.now_s
   if not late and not slow:
-    return 'nothing up to 1.1 times its goodput'
+    return f'nothing up to {OVERLOAD} times its goodput'
   if len(late) >= len(slow):
-    return 'KV memory (prompts wait for pages)' if waits else 'prefill compute'
-
-  def without(stage):
-    return sum(r.tpot_s - r.stage_s[stage] / (len(r.token_s) - 1)
-               <= slo.tpot_s for r in slow) > len(slow) / 2
-  if row.placement.mode == 'disaggregated':
-    # Copies queue at their link: it is to blame where its own time is long, or
-    # it has little time to spare.
-    moves = sum(made[2].migrate_s(r.prompt_len) for r in slow)
-    waits_s = sum(r.stage_s['migrate'] for r in slow)
-    links = len(row.placement.prefill) * len(row.placement.decode)
-    span_s = records[-1].arrival_s - records[0].arrival_s
-    busy_s = sum(made[2].migrate_s(r.prompt_len) for r in records) / links
-    if without('migrate') and (moves > waits_s / 3 or busy_s > 0.8 * span_s):
-      return 'link'
-    if without('decode_queue'):
-      return ('KV memory (finished prefills wait for pages)' if waits
-              else 'decode batch')
-    return 'decode steps (TPOT)'
-  return ('KV memory (preemptions)' if sum(r.preemptions for r in slow)
-          > len(slow) / 2 else 'decode steps and the prefills between them '
-          '(TPOT)')
+    return 'KV memory (prompts wait for pages)' if short else 'prefill compute'
+  if row.placement.mode != 'disaggregated':
+    preemptions = sum(r.preemptions for r in slow)
+    return ('KV memory (preemptions)' if preemptions > len(slow) / 2 else
+            'decode steps and the prefills between them (TPOT)')
+  if _most_meet(slow, 'migrate', slo) and _link_binds(
+      system.link, records, slow,
+      len(row.placement.prefill) * len(row.placement.decode)):
+    return 'link'
+  if _most_meet(slow, 'decode_queue', slo):
+    return ('KV memory (finished prefills wait for pages)' if short
+            else 'decode batch')
+  return 'decode steps (TPOT)'
 
 
-def _refused(state, one, config):
+def _most_meet(slow, stage, slo):
+  """Whether most slow requests would meet TPOT without a stage."""
+  return sum(r.tpot_s - r.stage_s[stage] / (len(r.token_s) - 1)
+             <= slo.tpot_s for r in slow) > len(slow) / 2
+
+
+def _link_binds(link, records, slow, links):
+  """Whether copies are long themselves, or leave their links little time."""
+  own_s = sum(link.migrate_s(r.prompt_len) for r in slow)
+  transfer_s = sum(r.stage_s['migrate'] for r in slow)
+  busy_s = sum(link.migrate_s(r.prompt_len) for r in records) / links
+  span_s = records[-1].arrival_s - records[0].arrival_s
+  return own_s > OWN_SHARE * transfer_s or busy_s > BUSY_SHARE * span_s
+
+
+class _Shortage:
+  """Seconds of a run, and of them those in which something waits for pages or
+  a place on an instance; told of each event."""
+
+  def __init__(self, configs):
+    self.configs, self.now_s, self.short_s = configs, 0.0, 0.0
+    self.short = False
+
+  def __call__(self, state, event, commands):
+    del commands
+    self.short_s += (event.time_s - self.now_s) * self.short
+    self.now_s = event.time_s
+    self.short = any(
+        _refused(state, instance, config) for instance, config in zip(
+            state.instances, self.configs, strict=True))
+
+
+def _refused(state, instance, config):
   """Whether something waits for pages or a place on an instance."""
-  waiting = one.queue if config.prefills else one.pulls
+  waiting = instance.queue if config.prefills else instance.pulls
   if not waiting:
     return False
   # As policy.leave_room_to_grow.
-  need = room(one, config, state.seqs[waiting[0]].prompt_len + 1)
-  spare = one.residents if config.decodes else 0
-  return not need or num_free(one.pool) < need + spare
+  need = room(instance, config, state.seqs[waiting[0]].prompt_len + 1)
+  spare = instance.residents if config.decodes else 0
+  return not need or num_free(instance.pool) < need + spare
 
 
-def name(row):
+def name(row: RankedPlacement) -> str:
   """A placement's mode, with its budget where it has one."""
   return row.placement.mode + (f' ({row.prefill_tokens} tokens)'
                                if row.placement.chunked else '')
 
 
-def verdict(rows, problem=None):
+def verdict(rows: Sequence[RankedPlacement],
+            problem: SearchProblem | None = None) -> str:
   """Disaggregate or not, by how much, and how sure that is.
 
-  The ratio's interval is from one's low over the other's high, and the other
-  way round: at least as wide as 95 %.
+  The ratio's interval is at least as wide as 95 %: it goes from the lower end
+  of one placement over the upper end of the other, to the reverse.
+
+  Args:
+    rows: best first.
   """
   def best(disaggregated):
     return next((r for r in rows if (r.placement.mode == 'disaggregated')

@@ -26,8 +26,7 @@ from dsjax.config import zoo
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement, Plan
 from dsjax.placement import candidates, goodput
-from dsjax.placement import candidates as problems
-from dsjax.placement.candidates import Cluster, Problem
+from dsjax.placement.candidates import Cluster, SearchProblem
 from dsjax.simulation import hardware, simulator
 
 HOST_S, RAY_S = 2e-3, 1e-7  # a step; its tokens of context
@@ -87,10 +86,9 @@ def latency_of(model, factors=(1.1, 1.0)):
 
 
 def problem(model, slo, make, longest, factors, nodes=1, devices=8, **kwargs):
-  """A placement.Problem on A100-80GB nodes."""
-  return Problem(
-      zoo.config(model), Cluster(nodes, devices,
-                                 reads_beside=True), slo, make,
+  """A SearchProblem on A100-80GB nodes."""
+  return SearchProblem(
+      zoo.config(model), Cluster(nodes, devices, reads_beside=True), slo, make,
       latency_of(model, factors), TARGET, max_len=max(longest, 2048),
       strict=None, **kwargs)
 
@@ -121,7 +119,7 @@ def system(rules, ask, label, where, chunk=None):
   """A System: what a placement has under the rules.
 
   Args:
-    ask: a placement.Problem with the system's own latencies.
+    ask: a SearchProblem with the system's own latencies.
     where: a Placement, KV inside nodes where it is disaggregated.
   """
   if rules.name == 'paper':
@@ -131,7 +129,7 @@ def system(rules, ask, label, where, chunk=None):
   config, late, link = candidates.build(ask, where, chunk, aligned=True)
   released = rules.name == 'paper'
   if released:
-    link = problems.Instant()
+    link = candidates.Instant()
   changes = dict(num_pages=AMPLE, max_seqs=1024, prefill_seqs=128,
                  prefill_tokens=8192) if released else dict(
                      prefill_tokens=ask.max_len)
@@ -211,8 +209,8 @@ def best_rate(rules, one, make, slo, per_gpu, start=0.5, ratio=1.08):
       return apart(found, slo)
     return goodput.steady_hits(found, slo)
   found = goodput.search(hits_at, TARGET, start, 1.2 if rules.quick else ratio,
-                         1, 1, most_per_s=64 * start,
-                         least_per_s=start / 64)
+                         1, 1, goodput.Bisection(most_per_s=64 * start,
+                                                 least_per_s=start / 64))
   return found.rate_per_s, found.low_per_s, found.high_per_s
 
 

@@ -6,7 +6,7 @@ import json
 from dsjax.analysis import metrics
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement, Plan
-from dsjax.placement import search
+from dsjax.placement import algorithms, search
 from experiments.paper import comparison, plots, reported
 from experiments.paper.comparison import Rules
 from experiments.paper.figures import rules_of, span
@@ -245,7 +245,7 @@ def _searched(options, name):
   allowed, known = {Plan(*p) for p in plans}, ask.latency_of
   ask = dataclasses.replace(
       ask, latency_of=lambda p: known(p) if p in allowed else None)
-  return search.search(ask, (search.low_affinity,)).rows
+  return search.search(ask, (algorithms.low_affinity,)).rows
 
 
 def table3(options):

@@ -14,8 +14,7 @@ from dsjax.analysis.record import STAGES
 from dsjax.config import zoo
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.placement import Placement, Plan, Slo
-from dsjax.placement import candidates as problems
-from dsjax.placement import search
+from dsjax.placement import algorithms, candidates, search
 from dsjax.scheduling import scheduler
 from dsjax.simulation import hardware, latency, roofline, simulator
 from experiments.paper import comparison, plots, queueing, reported
@@ -48,8 +47,8 @@ def _alone(rules, ask, phase):
     return one._replace(devices=1, config=config, latencies=one.latencies[:1])
   ample = InstanceConfig('prefill', comparison.AMPLE, 16, 4096, ask.max_len, 32)
   config = scheduler.Config((ample, decode), ask.max_len)
-  return one._replace(devices=1, config=config, link=problems.Instant(),
-                      latencies=[problems.Instant(), one.latencies[1]])
+  return one._replace(devices=1, config=config, link=candidates.Instant(),
+                      latencies=[candidates.Instant(), one.latencies[1]])
 
 
 def figure1(options):
@@ -327,8 +326,8 @@ def _seconds(options, algorithm, devices):
 def figure12(options):
   limit_s = 5 if options.quick else 20
   found = {}
-  for name, algorithm in (('algorithm 1', search.high_affinity),
-                          ('algorithm 2', search.low_affinity)):
+  for name, algorithm in (('algorithm 1', algorithms.high_affinity),
+                          ('algorithm 2', algorithms.low_affinity)):
     found[name] = {}
     for devices in (2, 4, 8):
       options.tell(f'{name}, {devices} devices')

@@ -10,7 +10,7 @@ import pytest
 from dsjax.analysis.record import Record
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Plan, Slo
-from dsjax.placement import candidates as problems
+from dsjax.placement import candidates
 from experiments import reproduce
 from experiments.paper import comparison, end_to_end, figures, reported
 from experiments.paper.comparison import Rules
@@ -123,7 +123,7 @@ def test_constants_of_the_two_rules():
 def test_paper_rules_lift_memory_and_transfers():
   one = comparison.system(Rules('paper'), ask(), 'x', CASE.placement)
   assert {i.num_pages for i in one.config.instances} == {comparison.AMPLE}
-  assert isinstance(one.link, problems.Instant) and one.devices == 3
+  assert isinstance(one.link, candidates.Instant) and one.devices == 3
   ours = comparison.system(Rules('ours'), ask(), 'x', CASE.placement)
   prefill, decode = ours.config.instances
   assert prefill.num_pages > decode.num_pages > 0

@@ -8,6 +8,7 @@ import pytest
 from dsjax.analysis.record import Record
 from dsjax.config.placement import Slo
 from dsjax.placement import goodput
+from dsjax.placement.goodput import Bisection
 
 
 def coin(knee, width=0.02, seed=0):
@@ -21,11 +22,11 @@ def coin(knee, width=0.02, seed=0):
 
 @pytest.mark.parametrize('knee', (0.003, 0.7, 1.0, 42.0, 3e4))
 def test_goodput_finds_the_knee(knee):
-  found = goodput.search(coin(knee), 0.9, 1.0)
-  assert found.low_per_s <= knee <= found.high_per_s
-  assert found.rate_per_s == pytest.approx(knee, rel=0.05)
-  assert found.low_per_s <= found.rate_per_s <= found.high_per_s
-  assert found.binds in ('target', 'samples')
+  best = goodput.search(coin(knee), 0.9, 1.0)
+  assert best.low_per_s <= knee <= best.high_per_s
+  assert best.rate_per_s == pytest.approx(knee, rel=0.05)
+  assert best.low_per_s <= best.rate_per_s <= best.high_per_s
+  assert best.binds in ('target', 'samples')
 
 
 def test_goodput_samples_more_where_it_is_close():
@@ -44,7 +45,7 @@ def test_goodput_says_when_nothing_or_everything_attains():
   never = goodput.search(lambda rate, n: [False] * n, 0.9, 1.0)
   assert (never.rate_per_s, never.binds) == (0.0, 'floor')
   always = goodput.search(lambda rate, n: [True] * n, 0.9, 1.0,
-                          most_per_s=50.0)
+                          bisection=Bisection(most_per_s=50.0))
   assert (always.rate_per_s, always.binds) == (50.0, 'cap')
   assert always.high_per_s == math.inf
 
@@ -56,21 +57,23 @@ def test_one_rate_is_enough_to_be_beaten():
     calls.append(rate)
     return coin(10.0)(rate, n)
 
-  lost = goodput.search(hits_at, 0.9, 1.0, beat_per_s=14.0)
+  lost = goodput.search(hits_at, 0.9, 1.0,
+                        bisection=Bisection(beat_per_s=14.0))
   assert (lost.binds, lost.rate_per_s, lost.high_per_s) == ('beaten', 0, 14.0)
   assert calls == [14.0] and lost.runs == 1
-  won = goodput.search(hits_at, 0.9, 1.0, beat_per_s=8.0)
+  won = goodput.search(hits_at, 0.9, 1.0,
+                       bisection=Bisection(beat_per_s=8.0))
   assert won.rate_per_s == pytest.approx(
       goodput.search(coin(10.0), 0.9, 1.0).rate_per_s, rel=0.03)
   # A bound below the rate to beat needs no run.
-  assert goodput.search(hits_at, 0.9, 1.0, most_per_s=5.0,
-                        beat_per_s=8.0).runs == 0
+  assert goodput.search(hits_at, 0.9, 1.0, bisection=Bisection(
+      most_per_s=5.0, beat_per_s=8.0)).runs == 0
 
 
 def test_tight_intervals_end_at_the_rates_that_cannot_be_told():
   wide = goodput.search(coin(10.0, 0.3), 0.9, 1.0, 1.05, 200, 1600)
   tight = goodput.search(coin(10.0, 0.3), 0.9, 1.0, 1.05, 200, 1600,
-                         tight=True)
+                         Bisection(tight=True))
   assert wide.low_per_s < tight.low_per_s <= 10.0 <= tight.high_per_s
   assert tight.high_per_s <= wide.high_per_s
   assert tight.high_per_s < 1.6 * tight.low_per_s
@@ -81,16 +84,17 @@ def test_a_rate_that_sinks_in_the_end_is_not_sustained():
   def hits_at(rate, n):
     return [rate <= 5.0 or i < 1000 for i in range(n)]
 
-  short = goodput.search(hits_at, 0.9, 1.0, 1.1, 400, 800, most_per_s=20.0)
+  below_20 = Bisection(most_per_s=20.0)
+  short = goodput.search(hits_at, 0.9, 1.0, 1.1, 400, 800, below_20)
   assert short.binds == 'cap'  # runs too short to see it
-  found = goodput.search(hits_at, 0.9, 1.0, 1.1, 400, 800, most_per_s=20.0,
-                         full=lambda rate: 4000)
-  assert found.rate_per_s == pytest.approx(5.0, rel=0.1)
+  longer = goodput.search(hits_at, 0.9, 1.0, 1.1, 400, 800, Bisection(
+      most_per_s=20.0, full=lambda rate: 4000))
+  assert longer.rate_per_s == pytest.approx(5.0, rel=0.1)
   # Overall 92 % attain, but a sixth of the second half misses.
   late = goodput.search(
       lambda rate, n: [rate <= 5.0 or i < n / 2 or i % 6 > 0
                        for i in range(n)], 0.9,
-      1.0, 1.1, 2000, 4000, most_per_s=20.0)
+      1.0, 1.1, 2000, 4000, below_20)
   assert late.rate_per_s < 6.0
 
 

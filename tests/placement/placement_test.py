@@ -13,9 +13,16 @@ from dsjax.config import zoo
 from dsjax.config.checks import InputError
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.placement import Placement, Plan, Slo
-from dsjax.placement import bounds, goodput, search, verdict
-from dsjax.placement import candidates as problems
-from dsjax.placement.candidates import Cluster, Problem, Row, Task
+from dsjax.placement import (
+  algorithms,
+  bounds,
+  candidates,
+  goodput,
+  search,
+  verdict,
+)
+from dsjax.placement.candidates import Cluster, SearchProblem, Task
+from dsjax.placement.verdict import RankedPlacement
 from dsjax.simulation import hardware, latency
 from tests.common import tiny
 
@@ -31,14 +38,14 @@ def measured(plan, most_tp=4):
 
 
 def work(rate_per_s, n):
-  at = workload.arrivals('poisson', rate_per_s, n, seed=3)
+  arrivals_s = workload.arrivals('poisson', rate_per_s, n, seed=3)
   entries = [workload.Entry(None, 60 + 17 * (i % 5), 4 + 3 * (i % 7))
              for i in range(n)]
-  return workload.from_lengths(entries, n, at)[0]
+  return workload.from_lengths(entries, n, arrivals_s)[0]
 
 
 def problem(**changes):
-  return Problem(**dict(
+  return SearchProblem(**dict(
       model=MODEL, cluster=Cluster(1, 3), slo=Slo(0.2, 0.03), workload=work,
       latency_of=measured, max_len=256, max_seqs=16, prefill_seqs=4,
       chunks=(64,), requests=60, most_requests=120, tolerance=0.2,
@@ -52,35 +59,34 @@ def problem(**changes):
     k for k in hardware.PUBLISHED_TOKENS if k[0] != 'opt-175b'])
 def test_kv_capacity_is_near_what_the_paper_lists(model, tp, pp):
   p = problem(model=zoo.config(model), cluster=Cluster(1, 8))
-  found = problems.kv_tokens(p, Plan(tp, pp))
-  assert found == pytest.approx(
+  assert candidates.kv_tokens(p, Plan(tp, pp)) == pytest.approx(
       hardware.PUBLISHED_TOKENS[model, tp, pp], rel=0.04)
 
 
 def test_a_batch_holds_the_longest_prompt():
   p, seconds = problem(), latency.Affine((0.0, 1e-4, 0.0), (0.01, 0.0, 0.0))
   longest = max(len(r.prompt) for r in work(1.0, 100))
-  assert problems.saturation(seconds) < longest
-  config, *_ = problems.build(
+  assert candidates.saturation(seconds) < longest
+  config, *_ = candidates.build(
       problem(latency_of=lambda plan: seconds), Placement(
           prefill=[Plan()], decode=[Plan()]))
   assert config.instances[0].prefill_tokens == longest
-  config, *_ = problems.build(p, Placement(colocated=[Plan()]), 40)
+  config, *_ = candidates.build(p, Placement(colocated=[Plan()]), 40)
   assert config.instances[0].prefill_tokens == 40
 
 
 def test_kv_heads_are_not_split_further_than_there_are():
   p = problem(model=zoo.config('llama-3-8b'))
-  eight, sixteen = (problems.kv_tokens(p, Plan(tp)) for tp in (8, 16))
+  eight, sixteen = (candidates.kv_tokens(p, Plan(tp)) for tp in (8, 16))
   assert sixteen < 1.1 * eight
 
 
 def test_plans_divide_heads_and_layers_and_stay_in_a_node():
   p = problem(model=zoo.config('opt-66b'), cluster=Cluster(2, 4))
-  found = problems.plans(p, 8)
-  assert Plan(3, 2) in found and Plan(4, 2) in found
-  assert all(72 % x.tp == 0 and 64 % x.pp == 0 and x.tp <= 4
-             and x.num_devices <= 8 for x in found)
+  plans = candidates.plans(p, 8)
+  assert Plan(3, 2) in plans and Plan(4, 2) in plans
+  assert all(72 % plan.tp == 0 and 64 % plan.pp == 0 and plan.tp <= 4
+             and plan.num_devices <= 8 for plan in plans)
 
 
 def test_what_cannot_be_used_is_named():
@@ -103,11 +109,12 @@ def test_an_impossible_objective_names_the_floor(slo, field):
 
 
 @pytest.mark.parametrize('changes, field', (
-    (dict(target=1.0), 'Problem.target'), (dict(tolerance=0), 'tolerance'),
-    (dict(strict=1.5), 'Problem.strict'), (dict(replicas=0), 'replicas'),
-    (dict(rate_per_s=0), 'Problem.rate_per_s'),
-    (dict(rate_per_s=1e6), 'Problem.rate_per_s=.*at most'),
-    (dict(max_len=64), 'Problem.max_len=64')))
+    (dict(target=1.0), 'SearchProblem.target'),
+    (dict(tolerance=0), 'tolerance'),
+    (dict(strict=1.5), 'SearchProblem.strict'), (dict(replicas=0), 'replicas'),
+    (dict(rate_per_s=0), 'SearchProblem.rate_per_s'),
+    (dict(rate_per_s=1e6), 'SearchProblem.rate_per_s=.*at most'),
+    (dict(max_len=64), 'SearchProblem.max_len=64')))
 def test_bad_problems(changes, field):
   with pytest.raises(InputError, match=field):
     search.search(problem(**changes))
@@ -125,20 +132,20 @@ def test_bad_clusters(field, value):
 # --- the search ---------------------------------------------------------------
 
 
-def candidates(p, algorithms=(search.low_affinity, search.colocated)):
+def contenders(p, tried=(algorithms.low_affinity, algorithms.colocated)):
   """All candidates of a problem, with their bounds."""
-  state, found = search._Search(p, None, map), []
-  state.race = lambda some, *_: found.extend(some)
-  for algorithm in algorithms:
+  state, every = search._Search(p, None, map), []
+  state.race = lambda some, *_: every.extend(some)
+  for algorithm in tried:
     algorithm(state)
-  return found
+  return every
 
 
 def brute(p):
   """Goodput per device of every candidate: no bound, no race."""
-  return {(c.placement, c.prefill_tokens): problems.measure(
+  return {(c.placement, c.prefill_tokens): candidates.measure(
       p, Task(c, p.target)).rate_per_s / c.num_devices
-          for c in candidates(p)}
+          for c in contenders(p)}
 
 
 @pytest.fixture(scope='module')
@@ -181,34 +188,33 @@ def test_a_planted_optimum_is_found(monkeypatch):
 
 def test_no_placement_beats_its_bound():
   p = problem(tolerance=0.1)
-  for candidate in candidates(p):
+  for candidate in contenders(p):
     free = candidate._replace(bound_per_s=4 * candidate.bound_per_s)
-    found = problems.measure(p, Task(free, p.target))
-    assert 0 < found.rate_per_s <= candidate.bound_per_s * 1.1
+    best = candidates.measure(p, Task(free, p.target))
+    assert 0 < best.rate_per_s <= candidate.bound_per_s * 1.1
 
 
 def test_memory_bounds_decode():
   """Little: 1,000 tokens hold ten requests of 100, a step of which takes
   0.01 s and 50 of which a request needs."""
   seconds = latency.Affine((0.0, 0.0, 0.0), (0.01, 0.0, 0.0))
-  one = InstanceConfig('decode', 1000, 1, 256, 64, 4)
-  found = bounds.capacity_per_s(seconds, one, [(74, 51)] * 9)
-  assert found == pytest.approx(1000 / (74 + 25.5) / 0.01 / 50)
-  large = dataclasses.replace(one, num_pages=10**6)
+  small = InstanceConfig('decode', 1000, 1, 256, 64, 4)
+  assert bounds.capacity_per_s(seconds, small, [(74, 51)] * 9) == (
+      pytest.approx(1000 / (74 + 25.5) / 0.01 / 50))
+  large = dataclasses.replace(small, num_pages=10**6)
   assert bounds.capacity_per_s(
       seconds, large, [(74, 51)]) == pytest.approx(256 / 0.01 / 50)
 
 
 def test_share_that_an_idle_machine_meets():
   seconds = latency.Affine((0.0, 1e-3, 0.0), (0.01, 0.0, 0.0))
-  one = InstanceConfig('colocated', 1000, 16, 16, 512, 4)
+  instance = seconds, InstanceConfig('colocated', 1000, 16, 16, 512, 4)
   lengths = [(100, 9)] * 3 + [(300, 9)]
-  share = bounds.idle_share(Slo(0.2, 0.02), (seconds, one), (seconds, one),
-                            None, lengths)
+  share = bounds.idle_share(Slo(0.2, 0.02), instance, instance, None, lengths)
   assert share == 0.75
   link = latency.Link(0.1, 1e9, 1.0)
-  assert bounds.idle_share(Slo(0.2, 0.02), (seconds, one), (seconds, one),
-                           link, lengths) == 0.0
+  assert bounds.idle_share(Slo(0.2, 0.02), instance, instance, link,
+                           lengths) == 0.0
   assert bounds.out_of_reach(0.75, 0.9, 1000)
   assert not bounds.out_of_reach(0.89, 0.9, 1000)
 
@@ -236,15 +242,40 @@ def test_an_interrupt_keeps_what_is_known():
         raise KeyboardInterrupt
       yield function(item)
 
-  found = search.search(problem(), map=run)
-  assert found.stopped and len(found.rows) == 3
-  assert not any(r.placement.mode == 'colocated' for r in found.rows)
+  result = search.search(problem(), map=run)
+  assert result.stopped and len(result.rows) == 3
+  assert not any(r.placement.mode == 'colocated' for r in result.rows)
+
+
+def test_an_algorithm_of_ones_own():
+  """As the documentation of algorithms.py says."""
+  def widest(search):
+    plans = search.usable(search.problem.cluster.num_devices)
+    plan = max(plans, key=lambda plan: plan.tp)
+    raced.append(search.race([search.candidate(Placement(colocated=[plan]))]))
+
+  raced = []
+  result = search.search(problem(strict=None), algorithms=(widest,))
+  (candidate, best), = raced
+  assert candidate.placement == Placement(colocated=[Plan(2, 1)])
+  assert {r.placement for r in result.rows} == {candidate.placement}
+  assert best.rate_per_s > 0 and result.bottlenecks
+
+
+@pytest.mark.parametrize('plan, message', [
+    (Plan(8, 1), 'Candidate=Plan.*with latencies'),
+    (Plan(1, 1), 'Candidate=Plan.*that fits')])
+def test_an_algorithm_that_takes_an_unusable_plan(plan, message):
+  small = Cluster(1, 8, memory_bytes=1e5)
+  state = search._Search(problem(cluster=small), None, map)
+  with pytest.raises(InputError, match=message):
+    state.candidate(Placement(colocated=[plan]), 64)
 
 
 def test_the_best_are_measured_tightly_and_at_both_targets(answer):
   modes = {r.placement.mode for r in answer.rows}
   assert modes == {'disaggregated', 'colocated', 'chunked'}
-  assert set(answer.limits) == modes
+  assert set(answer.bottlenecks) == modes
   assert {r.placement.mode for r in answer.strict} == modes
   for strict in answer.strict:
     row = next(r for r in answer.rows if r.placement == strict.placement
@@ -265,11 +296,11 @@ def test_what_binds(late, cluster, slo, words):
   p = problem(latency_of=lambda plan: latency.Affine(*late), slo=Slo(*slo),
               cluster=Cluster(1, 2, **cluster), strict=None)
   best = Placement(prefill=[Plan()], decode=[Plan()])
-  found, = (c for c in candidates(p, (search.low_affinity,))
-            if c.placement == best)
-  row = Row(best, problems.measure(
-      p, Task(found, p.target)), True)
-  assert verdict.limit(p, row).startswith(words)
+  candidate, = (c for c in contenders(p, (algorithms.low_affinity,))
+                if c.placement == best)
+  row = RankedPlacement(best, candidates.measure(
+      p, Task(candidate, p.target)), True)
+  assert verdict.bottleneck(p, row).startswith(words)
 
 
 def test_algorithm_1_replicates_phases_to_balance_them():
@@ -277,7 +308,7 @@ def test_algorithm_1_replicates_phases_to_balance_them():
   answer = search.search(
       problem(latency_of=lambda plan: slow if plan == Plan() else None,
               cluster=Cluster(1, 4), slo=Slo(1.0, 0.05), strict=None),
-      (search.high_affinity,))
+      (algorithms.high_affinity,))
   row = answer.rows[0]
   assert len(row.placement.prefill) > len(row.placement.decode) == 1
   assert set(row.placement.instances) == {('prefill', Plan()),
@@ -290,10 +321,10 @@ def test_algorithm_1_replicates_phases_to_balance_them():
 def row(mode, rate, spread=0.02, **plans):
   plans = plans or ({'prefill': [Plan()], 'decode': [Plan()]}
                     if mode == 'disaggregated' else {mode: [Plan()] * 2})
-  found = goodput.Goodput(rate, rate * (1 - spread), rate * (1 + spread),
-                          'target', 0.9, 1)
-  return Row(Placement(**plans), found,
-             prefill_tokens=64 if mode == 'chunked' else None)
+  served = goodput.Goodput(rate, rate * (1 - spread), rate * (1 + spread),
+                           'target', 0.9, 1)
+  return RankedPlacement(Placement(**plans), served,
+                         prefill_tokens=64 if mode == 'chunked' else None)
 
 
 @pytest.mark.parametrize('rows, begins', (
@@ -322,9 +353,9 @@ def test_algorithm_1_serves_a_rate():
   p = problem(latency_of=lambda plan: slow if plan == Plan() else None,
               cluster=Cluster(1, 5), slo=Slo(1.0, 0.05), rate_per_s=5.0,
               strict=None)
-  row, *_ = search.search(p, (search.high_affinity,)).rows
+  row, *_ = search.search(p, (algorithms.high_affinity,)).rows
   assert len(row.placement.prefill) == 3
   assert len(row.placement.decode) == 1
   with pytest.raises(InputError, match='need 6 devices'):
     search.search(dataclasses.replace(p, rate_per_s=9.0),
-                  (search.high_affinity,))
+                  (algorithms.high_affinity,))

@@ -217,6 +217,8 @@ def test_bad_input():
     with pytest.raises(InputError):
       call()
   assert run(plan(PD), [], Affine(), Link()).records == []
+  alone = run(plan(['prefill']), requests((0, 10, 1)), Affine()).records
+  assert [r.ttft_s for r in alone] == [1.0]  # nothing to migrate: no link
   rejected = run(plan(PD), requests((0, 99, 9)), Affine(), Link()).records
   assert [r.status for r in rejected] == ['rejected']
 

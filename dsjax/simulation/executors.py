@@ -1,0 +1,316 @@
+"""What performs commands in virtual time: `Alone` and `Shared`.
+
+Both have `perform(commands, now_s)`, which issues steps and copies, and
+`next()`, the event that ends the earliest of these, or an arrival; None at the
+end of the run. Under `Alone` every instance has devices of its own, so the end
+of a step is known when it is issued. Under `Shared` instances slow each other
+(contention.py): an end is known only as the others' steps are.
+
+An event waits on a heap as (time_s, kind, index or id, number, value); of one
+moment the least kind comes first.
+
+Leaping. Most completions of a decode command change nothing but counters:
+the next command has the same rows. scheduler.Run.quiet tells such commands in
+advance, until a row ends or pages run short. `Alone` gives them their times,
+in closed form within a command, and when something else happens to the
+instance, or at the end, tells the scheduler and the recorder at once how many
+of them there were. Every command is the one that step would have issued, with
+its boundaries, so leaping changes no time (an arrival in the middle of a
+command waits for its end here as there).
+"""
+
+import bisect
+import collections
+import heapq
+from collections.abc import Iterable, Sequence
+
+from dsjax.analysis.recorder import Recorder
+from dsjax.config.engine import InstanceConfig
+from dsjax.scheduling import events, scheduler
+from dsjax.scheduling.events import (
+  DecodeDone,
+  Finish,
+  Migrate,
+  Migrated,
+  PrefillDone,
+  RunDecode,
+  RunPrefill,
+)
+from dsjax.simulation import latency
+from dsjax.simulation.contention import Contention, Devices
+from dsjax.simulation.instance import VirtualInstance, work
+
+ARRIVED, MIGRATED, STEP = range(3)  # order of events of one moment
+_NEVER = (float('inf'),)
+_REACH = 64  # most commands of a quiet run
+
+
+def _done(index, number, times, decode):
+  """The event of a command that is done."""
+  if decode:
+    return DecodeDone(times[-1], index, number, tuple(times))
+  return PrefillDone(times[-1], index, number)
+
+
+class Copies:
+  """Migrations, each behind what shares its link.
+
+  link_s: seconds that links were taken, summed.
+  """
+
+  def __init__(self, link: 'latency.LinkLike | None', share: str,
+               heap: list[tuple]) -> None:
+    self.link, self.share, self.heap = link, share, heap
+    self.free_s, self.link_s = {}, 0.0
+
+  def send(self, command: Migrate, ready_s: float) -> None:
+    """Moves pages that are read by `ready_s`."""
+    source, target = command.source, command.target
+    keys = (((source, target),) if self.share == 'pair'
+            else (('from', source), ('to', target)))
+    start_s = max(ready_s, *[self.free_s.get(key, 0.0) for key in keys])
+    done_s = start_s + self.link.migrate_s(command.num_tokens)
+    self.free_s.update(dict.fromkeys(keys, done_s))
+    self.link_s += done_s - start_s
+    heapq.heappush(self.heap, (
+        done_s, MIGRATED, command.id, command.epoch,
+        Migrated(done_s, command.id, command.epoch)))
+
+
+class Shared:
+  """Performs commands on instances that share cores: see contention.py."""
+
+  leapt = 0  # completions that no event told
+
+  def __init__(self, latencies: Sequence['latency.Latency'], copies: Copies,
+               contention: Contention) -> None:
+    self.latencies, self.copies = latencies, copies
+    self.devices = Devices(contention, len(latencies))
+
+  @property
+  def busy_s(self) -> tuple[float, ...]:
+    """Seconds that each instance was at work."""
+    return tuple(self.devices.busy_s)
+
+  def perform(self, commands: Iterable['events.Command'],
+              now_s: float) -> None:
+    """Puts steps and reads of pages behind what their instance has to do."""
+    for command in commands:
+      if isinstance(command, RunDecode | RunPrefill):
+        seconds = self.latencies[command.instance]
+        self.devices.add(command.instance, command, *work(seconds, command),
+                         now_s + seconds.host_s)
+      elif isinstance(command, Migrate):
+        ready_s = now_s + self.latencies[command.source].host_s
+        if self.copies.link.beside:
+          self.copies.send(command, ready_s)
+        else:
+          self.devices.add(command.source, command, None, [0.0], ready_s)
+
+  def next(self) -> 'events.Event | None':
+    """The next event; None at the end of the run."""
+    heap = self.copies.heap
+    while True:
+      ended = self.devices.until(heap[0][0] if heap else float('inf'))
+      if ended is None:
+        return heapq.heappop(heap)[4] if heap else None
+      index, command, times = ended
+      if type(command) is not Migrate:
+        return _done(index, command.number, times,
+                     type(command) is RunDecode)
+      self.copies.send(command, times[-1])
+
+
+class Alone:
+  """Performs commands on instances with devices of their own.
+
+  busy_s: seconds of each instance's stages at work, summed over stages.
+  leapt: decode completions that no event told.
+  """
+
+  def __init__(self, configs: Sequence[InstanceConfig],
+               latencies: Sequence['latency.Latency'], copies: Copies,
+               closed_form: bool) -> None:
+    self.instances = [VirtualInstance(seconds, config.pp) for seconds, config in
+                      zip(latencies, configs, strict=True)]
+    self.pipelined = [i for i in self.instances if len(i.free_s) > 1]
+    self.copies, self.heap = copies, copies.heap
+    self.closed_form, self.leapt = closed_form, 0
+    self.decoding = ()  # instances that may begin a quiet run
+    self.loose = []  # instances in a quiet run, off the heap
+
+  def leap(self, run: scheduler.Run, recorder: Recorder) -> None:
+    """Leaps over completions from now on, and tells these two of them."""
+    self.run, self.recorder = run, recorder
+    run.wake = self.wake
+    self.decoding = [index for index, config in enumerate(run.config.instances)
+                     if config.decodes]
+
+  @property
+  def busy_s(self) -> tuple[float, ...]:
+    return tuple([instance.busy_s for instance in self.instances])
+
+  def perform(self, commands: Iterable['events.Command'],
+              now_s: float) -> None:
+    """Gives steps and copies their times."""
+    for command in commands:
+      kind = type(command)
+      if kind is RunDecode or kind is RunPrefill:
+        self.issue(command, now_s)
+      elif kind is Migrate:
+        source = self.instances[command.source]
+        ready_s = now_s + source.host_s
+        self.copies.send(command, ready_s if self.copies.link.beside
+                         else max(ready_s, *source.free_s))
+      elif kind is Finish:
+        for instance in self.pipelined:
+          instance.token_s.pop(command.id, None)
+    for index in self.decoding:
+      self.open(index)
+
+  def next(self) -> 'events.Event | None':
+    """The next event; None at the end of the run."""
+    heap, pop = self.heap, heapq.heappop
+    while heap or self.loose:
+      if self.loose:
+        self.catch_up()
+      self.top = top = pop(heap)
+      if top[1] != STEP:
+        return top[4]
+      index = top[2]
+      instance = self.instances[index]
+      if top[4] != instance.serial:
+        continue  # void by now
+      quiet = instance.quiet
+      if quiet is not None:
+        if quiet.done < len(quiet.steps):
+          self.loose.append(index)
+          continue
+        self.close(index, quiet.done)
+      number, times, decode = instance.due.popleft()
+      if instance.due:
+        self.expect(index, instance.due[0])
+      return _done(index, number, times, decode)
+    return None
+
+  def issue(self, command: RunDecode | RunPrefill, now_s: float) -> None:
+    """Puts a step behind what its instance has to do already."""
+    index = command.instance
+    instance = self.instances[index]
+    ready_s, decode = now_s + instance.host_s, type(command) is RunDecode
+    if decode:
+      times = instance.decode(ready_s, command, self.closed_form)
+    else:
+      times = instance.prefill(ready_s, command)
+    instance.due.append((command.number, times, decode))
+    if len(instance.due) == 1:
+      self.expect(index, instance.due[0])
+
+  def expect(self, index: int, due: tuple) -> None:
+    """Puts an instance's next completion to be seen on the heap."""
+    instance = self.instances[index]
+    instance.serial += 1
+    heapq.heappush(self.heap, (due[1][-1], STEP, index, due[0],
+                               instance.serial))
+
+  # --- quiet runs -----------------------------------------------------------
+
+  def open(self, index: int) -> None:
+    """Begins an instance's quiet run, if nothing has to be decided soon."""
+    told = self.run.quiet(index, _REACH)
+    if told is not None:
+      instance = self.instances[index]
+      instance.quiet = _QuietRun(instance, self.run.instances[index], told)
+
+  def catch_up(self) -> None:
+    """Takes every quiet run to the next event, or to its end."""
+    for index in tuple(self.loose):
+      instance = self.instances[index]
+      quiet = instance.quiet
+      if quiet.advance(instance, index, self.heap[0] if self.heap else _NEVER):
+        self.loose.remove(index)
+        self.expect(index, quiet.due[quiet.done])
+
+  def wake(self, index: int) -> None:
+    """Something else happens now to an instance in a quiet run.
+
+    It may have gone beyond: the end of another's run came before the event
+    that it was taken to.
+    """
+    quiet, (now_s, kind, other, *_) = self.instances[index].quiet, self.top
+    find = (bisect.bisect_right if kind == STEP and index < other
+            else bisect.bisect_left)
+    if index in self.loose:
+      self.loose.remove(index)
+    self.close(index, find(quiet.due, now_s, 0, quiet.done, key=_end_s))
+    self.expect(index, self.instances[index].due[0])
+
+  def close(self, index: int, count: int) -> None:
+    """Ends a quiet run at its completion `count`."""
+    instance = self.instances[index]
+    quiet, instance.quiet = instance.quiet, None
+    flight = len(instance.due)
+    free_s, instance.busy_s = quiet.marks[count]
+    instance.free_s = list(free_s)
+    instance.due = collections.deque(quiet.due[count:count + flight])
+    self.run.follow(index, (quiet.order, quiet.steps), count)
+    self.leapt += count
+    first, order, turns = [], quiet.order, len(quiet.order)
+    for n, batch in enumerate(order[:count]):
+      rows = self.run.instances[index].batches[batch].freeze()
+      first.append((RunDecode(
+          index, 0, 0, sum(quiet.steps[n:count:turns]), rows),
+          _end_s(quiet.due[n])))
+      newest = n + (count - 1 - n) // turns * turns
+      instance.note(rows, _end_s(quiet.due[flight + newest]))
+    if count:
+      self.recorder.leapt(index, [due[1] for due in quiet.due[:count]], first)
+
+
+class _QuietRun:
+  """A quiet run of an instance, as far as it was followed.
+
+  order, steps: micro-batches in turn, and steps of each command, as
+  scheduler.Run.quiet told. due: (number, times of its steps, True) of the
+  commands in flight when it began and of those issued since. done: how many
+  have completed; each was answered by one. marks: before each of these
+  answers and after the last, free_s and busy_s of the instance. turns: of a
+  micro-batch, [rows, context and token time of its next command].
+  """
+
+  __slots__ = ('order', 'steps', 'due', 'done', 'marks', 'turns', 'number')
+
+  def __init__(self, instance, live, told):
+    self.order, self.steps = told
+    self.due, self.number = list(instance.due), live.number
+    self.done, self.marks = 0, [(tuple(instance.free_s), instance.busy_s)]
+    self.turns = []
+    for index in self.order:
+      rows, tick = live.batches[index].rows.values(), live.batches[index].tick
+      self.turns.append([
+          len(rows), sum([r[1] for r in rows]) + len(rows) * (tick + 1),
+          instance.after(0.0, rows)])
+
+  def advance(self, instance, index, bound):
+    """Completes what is due before `bound`; whether that was all."""
+    due, turns, steps = self.due, self.turns, self.steps
+    host_s, count = instance.host_s, len(turns)
+    for n in range(self.done, len(steps)):
+      now_s = due[n][1][-1]
+      if now_s >= bound[0] and bound < (now_s, STEP, index):
+        return False
+      turn = turns[n % count]
+      rows, context, token_s = turn
+      ready_s = now_s + host_s
+      times = instance.same_rows(ready_s if ready_s > token_s else token_s,
+                                 rows, context, steps[n])
+      turn[1], turn[2] = context + steps[n] * rows, times[-1]
+      due.append((self.number + n, times, True))
+      self.marks.append((tuple(instance.free_s), instance.busy_s))
+      self.done = n + 1
+    return True
+
+
+def _end_s(due):
+  """When a command is done."""
+  return due[1][-1]
