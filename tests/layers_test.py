@@ -126,6 +126,41 @@ def test_what_is_public_says_what_it_is(path):
   assert not bare, '\n'.join(bare)
 
 
+def _bare(tree):
+  """(line, name) of public functions that an annotation is missing of."""
+  def visit(body, of_class):
+    for node in body:
+      if isinstance(node, ast.ClassDef) and not node.name.startswith('_'):
+        yield from visit(node.body, True)
+      if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or (
+          node.name.startswith('_') and node.name != '__init__'):
+        continue
+      static = any(getattr(d, 'id', '') == 'staticmethod'
+                   for d in node.decorator_list)
+      parameters = [*node.args.posonlyargs, *node.args.args][
+          of_class and not static:] + node.args.kwonlyargs
+      if any(p.annotation is None for p in parameters) or (
+          node.returns is None and node.name != '__init__'):
+        yield node.lineno, node.name
+
+  yield from visit(tree.body, False)
+
+
+@pytest.mark.parametrize('path', FILES, ids=_id)
+def test_what_is_public_is_annotated(path):
+  assert not list(_bare(ast.parse(path.read_text())))
+
+
+@pytest.mark.parametrize('source, bare', [
+    ('def f(x: int) -> int: pass\ndef _g(x): pass', []),
+    ('def f(x) -> int: pass', ['f']), ('def f(x: int): pass', ['f']),
+    ('class A:\n  def f(self, *, x) -> int: pass', ['f']),
+    ('class A:\n  def __init__(self, x: int): pass', []),
+    ('class _A:\n  def f(self, x): pass', [])])
+def test_what_is_bare_is_seen(source, bare):
+  assert [name for _, name in _bare(ast.parse(source))] == bare
+
+
 HOST, DEVICE = 'dsjax/scheduling/state.py', 'dsjax/model/sampling.py'
 SHELL, KERNEL = 'dsjax/runtime/engine.py', 'kernels/tiles.py'
 

@@ -12,10 +12,12 @@ import dsjax
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = {
-    'Affine', 'Cluster', 'EngineConfig', 'InputError', 'Model',
-    'ModelConfig', 'Orchestrator', 'Output', 'Placement', 'Plan', 'Profile',
-    'Record', 'Request', 'RequestFailed', 'Sampling', 'SearchResult', 'Simulated', 'Slo',
-    'load', 'profile', 'rows', 'search', 'serve', 'simulate'}
+    'DISTSERVE', 'Affine', 'AsyncServer', 'Cluster', 'EngineConfig',
+    'InputError', 'Model', 'ModelConfig', 'Orchestrator', 'Output',
+    'Placement', 'Plan', 'Policy', 'PolicyError', 'PrefillBudget',
+    'Profile', 'Record', 'Request', 'RequestFailed', 'Sampling',
+    'SearchResult', 'Simulated', 'Slo', 'load', 'profile', 'rows', 'search',
+    'serve', 'serve_async', 'simulate'}
 
 
 def test_the_names_are_these():

@@ -1,6 +1,7 @@
 """The scheduler's state as it changes in place; state.py has it as a value."""
 
 import collections
+import dataclasses
 import heapq
 import operator
 from collections.abc import Sequence
@@ -11,19 +12,23 @@ from dsjax.scheduling.events import Row
 from dsjax.scheduling.state import RUN_AHEAD, Batch, Config, Instance, Seq
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class LiveSeq:
-  """A Seq that changes in place."""
+  """A Seq that changes in place: the same fields in the same order."""
 
-  __slots__ = Seq._fields
-
-  def __init__(self, id, order, prompt_len, limit, stage, instance, pages=(),
-               done=0, target=-1, target_pages=(), epoch=0, tries=0,
-               arrival_s=0.0):
-    self.id, self.order, self.prompt_len = id, order, prompt_len
-    self.limit, self.stage, self.instance = limit, stage, instance
-    self.pages, self.done, self.target = pages, done, target
-    self.target_pages, self.epoch, self.tries = target_pages, epoch, tries
-    self.arrival_s = arrival_s
+  id: int
+  order: int
+  prompt_len: int
+  limit: int
+  stage: str
+  instance: int
+  pages: tuple[int, ...] = ()
+  done: int = 0
+  target: int = -1
+  target_pages: tuple[int, ...] = ()
+  epoch: int = 0
+  tries: int = 0
+  arrival_s: float = 0.0
 
 
 fields_of = operator.attrgetter(*Seq._fields)
