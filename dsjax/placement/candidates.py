@@ -215,8 +215,8 @@ def build(
 
   Prefill batches stop at batch_tokens, or at chunk_tokens where that is
   given (it must be for a chunked placement). Where prompts and decode share
-  an instance one command is in flight, not two: a prompt waits for less, which
-  there is worth more than the host time that it shows.
+  an instance one command is in flight, not two: a prompt then waits for one
+  only, which is worth more than the host time that a second would hide.
 
   Raises:
     InputError: a plan does not fit, or has no latencies.
@@ -227,11 +227,11 @@ def build(
   for role, plan in placement.instances:
     seconds = problem.latency_of(plan)
     require(seconds is not None, 'Placement', plan, 'a plan with latencies')
-    config = instance(problem, role, plan,
+    fitted = instance(problem, role, plan,
                       chunk_tokens or batch_tokens(problem, seconds))
-    require(config is not None, 'Placement', plan,
+    require(fitted is not None, 'Placement', plan,
             'a plan whose weights and one sequence fit in the memory')
-    instances.append(config)
+    instances.append(fitted)
     latencies.append(seconds)
   config = scheduler.Config(tuple(instances), problem.max_len,
                             depth=2 if placement.prefill else 1,

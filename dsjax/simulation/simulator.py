@@ -122,10 +122,10 @@ def _check(config, latencies, link, share, contention):
   require(len(latencies) == count, 'latencies', len(latencies),
           f'one for each of {count} instances')
   require(share in ('pair', 'nic'), 'share', share, "'pair' or 'nic'")
-  whole = [c.prefills and c.decodes for c in config.instances]
-  require(link is not None or all(whole)
-          or not any(c.decodes for c in config.instances),
-          'link', link, 'given where prefill and decode are apart')
+  decodes = [c.decodes for c in config.instances]
+  hands_off = any(decodes) and not all(decodes)
+  require(link is not None or not hands_off, 'link', link,
+          'given where prefill and decode are apart')
   require(not contention or all(c.pp == 1 for c in config.instances),
           'contention', contention, 'None where an instance has '
           'several stages')

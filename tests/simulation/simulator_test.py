@@ -79,8 +79,8 @@ def plan(roles, num_pages=64, page_size=4, max_seqs=8, prefill_tokens=32,
 
 def requests(*rows):
   """Requests of (arrival_s, prompt_len, output_len)."""
-  return [Request(n, at, range(prompt), Sampling(max_tokens=output))
-          for n, (at, prompt, output) in enumerate(rows)]
+  return [Request(n, arrival_s, range(prompt), Sampling(max_tokens=output))
+          for n, (arrival_s, prompt, output) in enumerate(rows)]
 
 
 def tokens(result):
@@ -206,14 +206,14 @@ def test_host_time_hides_behind_a_command_in_flight(depth, gap):
 
 def test_bad_input():
   run = simulator.simulate
-  one = requests((0, 10, 2))
-  for call in (lambda: run(plan(PD), one, Affine()),
-               lambda: run(plan(PD), one, [Affine()], Link()),
-               lambda: run(plan(PD, pp=2), one, Affine(), Link()),
-               lambda: run(plan(PD), one, Affine(), Link(), share='x'),
-               lambda: run(plan(PD), one * 2, Affine(), Link()),
+  sent = requests((0, 10, 2))
+  for call in (lambda: run(plan(PD), sent, Affine()),
+               lambda: run(plan(PD), sent, [Affine()], Link()),
+               lambda: run(plan(PD, pp=2), sent, Affine(), Link()),
+               lambda: run(plan(PD), sent, Affine(), Link(), share='x'),
+               lambda: run(plan(PD), sent * 2, Affine(), Link()),
                lambda: run(plan(PD), [dataclasses.replace(
-                   one[0], arrival_s=math.nan)], Affine(), Link())):
+                   sent[0], arrival_s=math.nan)], Affine(), Link())):
     with pytest.raises(InputError):
       call()
   assert run(plan(PD), [], Affine(), Link()).records == []
@@ -234,10 +234,11 @@ def interval(values, batches=30):
 
 
 def prefill_only(config, rate, service, n, pp=1, seed=0):
-  at = workload.arrivals('poisson', rate, n, seed)
+  arrivals_s = workload.arrivals('poisson', rate, n, seed)
   latency = Affine(token_s=service / 10, pp=pp)
-  return simulator.simulate(config, requests(*((t, 10, 1) for t in at)),
-                            latency, Link()).records
+  return simulator.simulate(
+      config, requests(*((t, 10, 1) for t in arrivals_s)), latency,
+      Link()).records
 
 
 @pytest.mark.parametrize('rho', [0.3, 0.6, 0.8])
@@ -280,10 +281,11 @@ def test_batches_of_all_that_waits():
   class Fixed(Affine):
     def prefill_s(self, pieces):
       return 1.0 + 0.2 * len(pieces)
-  at = workload.arrivals('poisson', 2.0, 15_000, 0)
+  arrivals_s = workload.arrivals('poisson', 2.0, 15_000, 0)
   records = simulator.simulate(
       plan(PD, num_pages=4096, max_seqs=512, prefill_seqs=512,
-           prefill_tokens=10_000), requests(*((t, 10, 1) for t in at)),
+           prefill_tokens=10_000),
+      requests(*((t, 10, 1) for t in arrivals_s)),
       Fixed(), Link()).records
   mean, half = interval([r.ttft_s for r in records])
   bound = queueing.batch_ttft_bound_s(2.0, 1.0, 0.2)
@@ -292,11 +294,12 @@ def test_batches_of_all_that_waits():
 
 def test_fluid_decode():
   rate, n = 4.0, 4000
-  at = workload.arrivals('poisson', rate, n, 0)
+  arrivals_s = workload.arrivals('poisson', rate, n, 0)
   latency = Affine(1e-4, 0.02, 2e-4, 1e-6)
   records = simulator.simulate(
       plan(PD, num_pages=20_000, max_seqs=500, run_ahead=1, max_len=500),
-      requests(*((t, 100, 200) for t in at)), latency, Link(1e-6)).records
+      requests(*((t, 100, 200) for t in arrivals_s)), latency,
+      Link(1e-6)).records
   mean, half = interval([r.tpot_s for r in records])
   fluid = queueing.decode_tpot_s(
       rate, 199, 0.02, 2e-4, 1e-6, queueing.mean_context([100], [200]))
@@ -336,13 +339,12 @@ def test_leaping_is_stepping(seed):
   leapt = simulator.simulate(*run)
   stepped = simulator.simulate(*run, leap=False, log=True)
   assert leapt.steps + leapt.leapt == stepped.steps
-  for one, other in zip(leapt.records, stepped.records, strict=True):
-    assert one.token_s == pytest.approx(other.token_s, rel=0, abs=1e-9)
-    assert one.stage_s == pytest.approx(other.stage_s, rel=0, abs=1e-9)
-    assert one.finish_s == pytest.approx(other.finish_s, rel=0, abs=1e-9)
-    assert ((one.instances, one.preemptions, one.migrated_tokens, one.status)
-            == (other.instances, other.preemptions, other.migrated_tokens,
-                other.status))
+  for record, other in zip(leapt.records, stepped.records, strict=True):
+    for field in ('token_s', 'stage_s', 'finish_s'):
+      assert getattr(record, field) == pytest.approx(
+          getattr(other, field), rel=0, abs=1e-9)
+    for field in ('instances', 'preemptions', 'migrated_tokens', 'status'):
+      assert getattr(record, field) == getattr(other, field)
   assert leapt.busy_s == pytest.approx(stepped.busy_s)
   again = [orchestrator.replay(run[0], stepped.log),
            timeline.timeline(stepped.log)['traceEvents'] == []]
@@ -389,16 +391,16 @@ def test_quiet_runs_issue_the_commands_of_steps():
     config, sent, latency, link = random_run(seed)
     log = simulator.simulate(config, sent[:10], latency, link, log=True).log
     state = scheduler.init(config)
-    for at, (event, _) in enumerate(log):
+    for n, (event, _) in enumerate(log, 1):
       state, _ = scheduler.step(config, state, event)
-      for index, one in enumerate(config.instances[:3]):
-        if at % 3 == 0 and one.role != 'prefill':
-          tried[one.role, one.pp] += follow_quietly(config, state, log, at + 1,
-                                                    index)
+      for index, instance in enumerate(config.instances[:3]):
+        if n % 3 == 1 and instance.role != 'prefill':
+          tried[instance.role, instance.pp] += follow_quietly(
+              config, state, log[n:], index)
   assert len(tried) == 6 and min(tried.values()) > 10, tried
 
 
-def follow_quietly(config, state, log, at, index):
+def follow_quietly(config, state, log, index):
   """How many commands of one instance the log and a quiet run shared.
 
   The events that follow are stepped as long as only this instance is told of
@@ -408,7 +410,7 @@ def follow_quietly(config, state, log, at, index):
   if told is None:
     return 0
   before, count = state, 0
-  for event, commands in log[at:at + len(told[1])]:
+  for event, commands in log[:len(told[1])]:
     if not isinstance(event, DecodeDone) or event.instance != index:
       break
     assert [(type(c), c.steps) for c in commands] == [
@@ -450,9 +452,10 @@ def test_time_scales():
   slow = dataclasses.replace(latency, **{
       f: 2 * getattr(latency, f) for f in
       ('token_s', 'fixed_s', 'row_s', 'context_s', 'host_s')})
-  one = simulator.simulate(config, sent, latency, link).records
-  two = simulator.simulate(config, twice, slow,
-                           Link(2 * link.fixed_s, 2 * link.token_s)).records
-  assert [2 * r.ttft_s for r in one] == pytest.approx([r.ttft_s for r in two])
-  summary = metrics.summarize(one, Slo(1, 1), 2)
+  records = simulator.simulate(config, sent, latency, link).records
+  slower = simulator.simulate(config, twice, slow,
+                              Link(2 * link.fixed_s, 2 * link.token_s)).records
+  assert [2 * r.ttft_s for r in records] == pytest.approx(
+      [r.ttft_s for r in slower])
+  summary = metrics.summarize(records, Slo(1, 1), 2)
   assert summary.counts == {'length': len(sent)}
