@@ -46,7 +46,7 @@ def _decode_share(seconds, most_rows, rows):
           slope.min())
 
 
-def decode_share(seconds: 'latency.Latency', instance: InstanceConfig,
+def decode_share(seconds: latency.Latency, instance: InstanceConfig,
                  lengths: Lengths) -> tuple[float, float]:
   """(fixed seconds of a row's step, least slope of its context).
 
@@ -58,7 +58,7 @@ def decode_share(seconds: 'latency.Latency', instance: InstanceConfig,
                        min(held, instance.max_seqs) / instance.pp)
 
 
-def decode_work_s(seconds: 'latency.Latency', instance: InstanceConfig,
+def decode_work_s(seconds: latency.Latency, instance: InstanceConfig,
                   lengths: Lengths) -> float:
   """Least seconds of decode steps of a mean request."""
   share, slope = decode_share(seconds, instance, lengths)
@@ -71,7 +71,7 @@ def _start_s(seconds):
   return seconds.prefill[0] if isinstance(seconds, latency.Affine) else 0.0
 
 
-def prefill_work_s(seconds: 'latency.Latency', instance: InstanceConfig,
+def prefill_work_s(seconds: latency.Latency, instance: InstanceConfig,
                    lengths: Lengths) -> float:
   """Least seconds of prefill batches of a mean request.
 
@@ -86,7 +86,7 @@ def prefill_work_s(seconds: 'latency.Latency', instance: InstanceConfig,
   return total / len(lengths)
 
 
-def chunked_work_s(seconds: 'latency.Latency', instance: InstanceConfig,
+def chunked_work_s(seconds: latency.Latency, instance: InstanceConfig,
                    lengths: Lengths) -> float:
   """Least seconds of a mean request where prompts and rows share steps.
 
@@ -103,7 +103,7 @@ def chunked_work_s(seconds: 'latency.Latency', instance: InstanceConfig,
   ) / len(lengths)
 
 
-def capacity_per_s(seconds: 'latency.Latency', instance: InstanceConfig,
+def capacity_per_s(seconds: latency.Latency, instance: InstanceConfig,
                    lengths: Lengths) -> float:
   """Requests a second that an instance can serve at most."""
   work_s = 0.0
@@ -117,7 +117,7 @@ def capacity_per_s(seconds: 'latency.Latency', instance: InstanceConfig,
   return float(instance.pp / max(work_s, 1e-9))
 
 
-def ttft_guess_per_s(seconds: 'latency.Latency', instance: InstanceConfig,
+def ttft_guess_per_s(seconds: latency.Latency, instance: InstanceConfig,
                      lengths: Lengths, ttft_s: float, target: float) -> float:
   """A rate at which about the target share starts within ttft_s: no bound.
 
@@ -142,7 +142,7 @@ def ttft_guess_per_s(seconds: 'latency.Latency', instance: InstanceConfig,
   return float(low)
 
 
-def link_per_s(link: 'latency.LinkLike', pairs: int,
+def link_per_s(link: latency.LinkLike, pairs: int,
                lengths: Lengths) -> float:
   """Requests a second that `pairs` links can move at most."""
   mean_s = sum(link.migrate_s(i) for i, _ in lengths) / len(lengths)
@@ -159,9 +159,9 @@ def _prefill_floor_s(seconds, instance, tokens):
   return whole_s / instance.pp  # pieces may be in several stages at a time
 
 
-def idle_share(slo: Slo, prefill: tuple['latency.Latency', InstanceConfig],
-               decode: tuple['latency.Latency', InstanceConfig],
-               link: 'latency.LinkLike | None', lengths: Lengths) -> float:
+def idle_share(slo: Slo, prefill: tuple[latency.Latency, InstanceConfig],
+               decode: tuple[latency.Latency, InstanceConfig],
+               link: latency.LinkLike | None, lengths: Lengths) -> float:
   """Share of requests that can meet both objectives at any rate.
 
   Args:

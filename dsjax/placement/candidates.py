@@ -25,7 +25,7 @@ from dsjax.simulation import latency, roofline, simulator
 # (rate_per_s, n) -> n Requests.
 Workload = Callable[[float, int], Sequence[Request]]
 # Seconds of a plan's steps, or None where they are not known.
-LatencyOf = Callable[[Plan], 'latency.Latency | None']
+LatencyOf = Callable[[Plan], latency.Latency | None]
 
 # Of a device's memory: the share that is used, and what of it neither weights
 # nor KV get (0.95 and 0.8 GB in DistServe's released table).
@@ -83,7 +83,7 @@ class Instant:
 
   host_s, pp, beside = 0.0, 1, False
 
-  def prefill_s(self, pieces: 'latency.Pieces') -> float:
+  def prefill_s(self, pieces: latency.Pieces) -> float:
     del pieces
     return 0.0
 
@@ -95,7 +95,7 @@ class Instant:
     del batch
     return 0.0, 0.0
 
-  def mixed_s(self, pieces: 'latency.Pieces', batch: int,
+  def mixed_s(self, pieces: latency.Pieces, batch: int,
               context: float) -> float:
     del pieces, batch, context
     return 0.0
@@ -210,7 +210,7 @@ def plans(problem: SearchProblem, most: int) -> list[Plan]:
 def build(
     problem: SearchProblem, placement: Placement,
     chunk_tokens: int | None = None, aligned: bool = False
-) -> tuple[scheduler.Config, list['latency.Latency'], latency.Link]:
+) -> tuple[scheduler.Config, list[latency.Latency], latency.Link]:
   """What simulates a placement: its Config, latencies and link.
 
   Prefill batches stop at batch_tokens, or at chunk_tokens where that is
@@ -239,7 +239,7 @@ def build(
   return config, latencies, link_of(problem, aligned)
 
 
-def batch_tokens(problem: SearchProblem, seconds: 'latency.Latency') -> int:
+def batch_tokens(problem: SearchProblem, seconds: latency.Latency) -> int:
   """Tokens of a prefill batch: L_m, or the longest prompt if that is more.
 
   The scheduler runs what is longer in pieces. The paper runs it whole, and
@@ -249,7 +249,7 @@ def batch_tokens(problem: SearchProblem, seconds: 'latency.Latency') -> int:
   return max(saturation(seconds), max(i for i, _ in lengths(problem, 256)))
 
 
-def saturation(seconds: 'latency.Latency') -> int:
+def saturation(seconds: latency.Latency) -> int:
   """The paper's L_m of a plan."""
   return latency.saturation_tokens(seconds, limit=8192)
 
@@ -304,8 +304,8 @@ class Setup(NamedTuple):
   own."""
 
   config: scheduler.Config
-  latencies: Sequence['latency.Latency']
-  link: 'latency.LinkLike'
+  latencies: Sequence[latency.Latency]
+  link: latency.LinkLike
   slo: Slo
   output_len: int | None = None
 

@@ -80,7 +80,7 @@ class _Search:
     require(longest <= problem.max_len, 'SearchProblem.max_len',
             problem.max_len, f'the longest request ({longest}) or more')
 
-  def seconds(self, plan: Plan) -> 'latency.Latency | None':
+  def seconds(self, plan: Plan) -> latency.Latency | None:
     """The latencies of a plan."""
     seconds = self.problem.latency_of(plan)
     if seconds is None:

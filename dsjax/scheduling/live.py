@@ -103,9 +103,7 @@ class LiveBatch:
     return self.ticks[0]
 
   def sort(self) -> None:
-    """Makes due and ticks, if they are not there."""
-    if self.due is not None:
-      return
+    """Makes due and ticks."""
     due = self.due = {}
     for row in self.rows.values():
       if row[2] in due:
@@ -119,7 +117,8 @@ class LiveBatch:
     """Ids of the rows that are not covered for the next tick, in order."""
     if not self.rows or self.until() > self.tick:
       return ()
-    self.sort()
+    if self.due is None:
+      self.sort()
     ids = self.due[self.tick]
     if len(ids) == 1:
       return ids

@@ -91,7 +91,8 @@ def _covered(inst, turns):
   # Each row wants a page when it is due and then every page_size ticks.
   due = []
   for batch in turns:
-    batch.sort()
+    if batch.due is None:
+      batch.sort()
     for tick, ids in batch.due.items():
       due += [tick - batch.tick] * len(ids)
   rounds, more = divmod(page_pool.num_free(inst.pool), len(due))
@@ -100,7 +101,8 @@ def _covered(inst, turns):
 
 def _boundaries(batch, ticks, inst):
   """Steps of the commands of the next `ticks` ticks, the last left out."""
-  batch.sort()
+  if batch.due is None:
+    batch.sort()
   tick, stop, steps = batch.tick, batch.tick + ticks, []
   due = {t for start, ids in batch.due.items() if ids
          for t in range(start, stop, inst.config.page_size)}

@@ -154,8 +154,9 @@ class Run:
     if self.policy.order is None or len(queue) < 2:
       return queue
     waiting = [RequestView(self.seqs[id]) for id in queue]
-    answer = self.policy.ask('order', self.view, self.view.instances[
-        inst.index], tuple(waiting))
+    view = self.view
+    answer = self.policy.ask('order', view, view.instances[inst.index],
+                             tuple(waiting))
     try:
       ids = [request.id for request in answer]
     except (TypeError, AttributeError):
@@ -381,9 +382,11 @@ class Run:
            ) -> tuple[int, ...] | None:
     """Pages for a new resident holding `tokens` tokens; None: it must wait."""
     need = room(inst, inst.config, tokens)
-    if not need or not self.policy.ask(
-        'admit', self.view, self.view.instances[inst.index], RequestView(seq),
-        need):
+    if not need:
+      return None
+    view = self.view
+    if not self.policy.ask('admit', view, view.instances[inst.index],
+                           RequestView(seq), need):
       return None
     inst.pool, ids = page_pool.alloc(inst.pool, need)
     inst.residents += 1
@@ -533,8 +536,8 @@ class Run:
 
   def budget(self, inst: LiveInstance, batch: LiveBatch) -> PrefillBudget:
     """The policy's PrefillBudget of the next step."""
-    answer = self.policy.ask('batch', self.view, self.view.instances[
-        inst.index])
+    view = self.view
+    answer = self.policy.ask('batch', view, view.instances[inst.index])
     most = inst.config.prefill_tokens
     if (isinstance(answer, PrefillBudget) and isinstance(answer.tokens, int)
         and (inst.mixes or not answer.rows)):
@@ -666,8 +669,9 @@ class Run:
     prefill gave way to a row that then emits one.
     """
     residents = [id for b in inst.batches for id in b.rows] + inst.prefilling
+    view = self.view
     victim = self.policy.ask(
-        'victim', self.view, self.view.instances[inst.index],
+        'victim', view, view.instances[inst.index],
         tuple([RequestView(self.seqs[id]) for id in residents]))
     if getattr(victim, 'id', None) not in residents:
       raise self.policy.refuse('victim', victim, f'one of {residents}')

@@ -58,7 +58,7 @@ class Copies:
   link_s: seconds that links were taken, summed.
   """
 
-  def __init__(self, link: 'latency.LinkLike | None', share: str,
+  def __init__(self, link: latency.LinkLike | None, share: str,
                heap: list[tuple]) -> None:
     self.link, self.share, self.heap = link, share, heap
     self.free_s, self.link_s = {}, 0.0
@@ -82,7 +82,7 @@ class Shared:
 
   leapt = 0  # completions that no event told
 
-  def __init__(self, latencies: Sequence['latency.Latency'], copies: Copies,
+  def __init__(self, latencies: Sequence[latency.Latency], copies: Copies,
                contention: Contention) -> None:
     self.latencies, self.copies = latencies, copies
     self.devices = Devices(contention, len(latencies))
@@ -92,7 +92,7 @@ class Shared:
     """Seconds that each instance was at work."""
     return tuple(self.devices.busy_s)
 
-  def perform(self, commands: Iterable['events.Command'],
+  def perform(self, commands: Iterable[events.Command],
               now_s: float) -> None:
     """Puts steps and reads of pages behind what their instance has to do."""
     for command in commands:
@@ -107,7 +107,7 @@ class Shared:
         else:
           self.devices.add(command.source, command, None, [0.0], ready_s)
 
-  def next(self) -> 'events.Event | None':
+  def next(self) -> events.Event | None:
     """The next event; None at the end of the run."""
     heap = self.copies.heap
     while True:
@@ -129,7 +129,7 @@ class Alone:
   """
 
   def __init__(self, configs: Sequence[InstanceConfig],
-               latencies: Sequence['latency.Latency'], copies: Copies,
+               latencies: Sequence[latency.Latency], copies: Copies,
                closed_form: bool) -> None:
     self.instances = [VirtualInstance(seconds, config.pp) for seconds, config in
                       zip(latencies, configs, strict=True)]
@@ -150,7 +150,7 @@ class Alone:
   def busy_s(self) -> tuple[float, ...]:
     return tuple([instance.busy_s for instance in self.instances])
 
-  def perform(self, commands: Iterable['events.Command'],
+  def perform(self, commands: Iterable[events.Command],
               now_s: float) -> None:
     """Gives steps and copies their times."""
     for command in commands:
@@ -168,7 +168,7 @@ class Alone:
     for index in self.decoding:
       self.open(index)
 
-  def next(self) -> 'events.Event | None':
+  def next(self) -> events.Event | None:
     """The next event; None at the end of the run."""
     heap, pop = self.heap, heapq.heappop
     while heap or self.loose:

@@ -8,12 +8,12 @@ from dsjax.simulation import latency
 from dsjax.simulation.contention import kind_of
 
 
-def stage_shares(seconds: 'latency.Latency', pp: int) -> tuple[float, ...]:
+def stage_shares(seconds: latency.Latency, pp: int) -> tuple[float, ...]:
   """The part of a step's seconds that each stage takes."""
   return getattr(seconds, 'stage_share', None) or (1 / pp,) * pp
 
 
-def work(seconds: 'latency.Latency',
+def work(seconds: latency.Latency,
          command: RunDecode | RunPrefill) -> tuple[str, list[float]]:
   """(kind, seconds of each step) of a command on a device left alone."""
   rows, batch = command.rows, len(command.rows)
@@ -40,7 +40,7 @@ class VirtualInstance:
       entry on the executor's heap.
   """
 
-  def __init__(self, seconds: 'latency.Latency', pp: int) -> None:
+  def __init__(self, seconds: latency.Latency, pp: int) -> None:
     self.seconds, self.host_s = seconds, seconds.host_s
     self.shares = stage_shares(seconds, pp)
     self.free_s, self.token_s, self.busy_s = [0.0] * pp, {}, 0.0

@@ -40,7 +40,7 @@ from dsjax.simulation.instance import stage_shares
 
 # Called with (state, event, commands) after each event.
 OnEvent = Callable[
-    [scheduler.State, 'events.Event', Sequence['events.Command']], object]
+    [scheduler.State, events.Event, Sequence[events.Command]], object]
 
 
 class Result(NamedTuple):
@@ -56,7 +56,7 @@ class Result(NamedTuple):
   """
 
   records: list[Record]
-  log: list[tuple['events.Event', tuple['events.Command', ...]]] | None
+  log: list[tuple[events.Event, tuple[events.Command, ...]]] | None
   steps: int
   leapt: int
   busy_s: tuple[float, ...]
@@ -65,8 +65,8 @@ class Result(NamedTuple):
 
 
 def simulate(config: scheduler.Config, requests: Iterable[Request],
-             latencies: 'latency.Latency | Sequence[latency.Latency]',
-             link: 'latency.LinkLike | None' = None, log: bool = False,
+             latencies: latency.Latency | Sequence[latency.Latency],
+             link: latency.LinkLike | None = None, log: bool = False,
              leap: bool = True, share: str = 'pair',
              on_event: OnEvent | None = None,
              contention: Contention | None = None) -> Result:
