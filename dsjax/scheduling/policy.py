@@ -159,15 +159,14 @@ class View:
 
   __slots__ = ('_instances', '_now')
 
-  def __init__(self, instances: Sequence[Any], requests: dict[int, Any]):
-    # Not the Run itself: a cycle would keep every state of a log alive.
-    self._instances = tuple([InstanceView(i, requests) for i in instances])
+  def __init__(self, instances: Sequence[Any], requests: dict[int, Any],
+               now: list[Any]):
+    """now: time, instances that take prompts, that take rows; kept current.
 
-  def at(self, time_s: float, prefills: Sequence[Any], decodes: Sequence[Any]
-         ) -> 'View':
-    """Itself at this time, with the instances that take work then."""
-    self._now = time_s, prefills, decodes
-    return self
+    Not the Run itself: a cycle would keep every state of a log alive.
+    """
+    self._instances = tuple([InstanceView(i, requests) for i in instances])
+    self._now = now
 
   instances: tuple[InstanceView, ...] = property(attrgetter('_instances'))
 
@@ -273,17 +272,10 @@ class Policy:
   admit: Admit = leave_room_to_grow
   victim: Victim = latest_arrival
 
-  def ask(self, hook: str, *args: Any) -> Any:
-    """The answer of a hook.
-
-    Raises:
-      PolicyError: the hook raised; it names the hook.
-    """
-    try:
-      return getattr(self, hook)(*args)
-    except Exception as error:
-      raise PolicyError(f'policy {self.name!r}, hook {hook}: raised '
-                        f'{type(error).__name__}: {error}') from error
+  def failed(self, hook: str, error: Exception) -> PolicyError:
+    """The error that says what a hook raised."""
+    return PolicyError(f'policy {self.name!r}, hook {hook}: raised '
+                       f'{type(error).__name__}: {error}')
 
   def refuse(self, hook: str, answer: Any, allowed: str) -> PolicyError:
     """The error that says what a hook answered and what it may answer."""

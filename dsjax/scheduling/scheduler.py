@@ -103,19 +103,20 @@ class Run:
                       for index, value in enumerate(state.instances)]
     self.entries = [i for i in self.instances if i.prefills]
     self.decoders = [i for i in self.instances if i.decodes]
-    self.policy, self.now_s, self._view = config.policy, 0.0, None
+    self.policy, self._view = config.policy, None
+    self.now = [0.0, [], []]  # see View
     self.commands, self.cause = [], ''
     self.roster()
 
   def roster(self) -> None:
     """Who takes work: those that are up, else those that are drained."""
-    self.open_entries = _open(self.entries)
-    self.open_decoders = _open(self.decoders)
+    self.open_entries = self.now[1] = _open(self.entries)
+    self.open_decoders = self.now[2] = _open(self.decoders)
 
   def apply(self, event: Event) -> list[Command]:
     """Applies one event; a list of commands. See step."""
     self.commands = commands = []
-    self.cause, self.now_s = type(event).__name__, event.time_s
+    self.cause, self.now[0] = type(event).__name__, event.time_s
     _APPLY[type(event)](self, event)
     self.cause = 'plan'
     self.plan()
@@ -135,13 +136,16 @@ class Run:
   def view(self) -> View:
     """What the policy sees."""
     if self._view is None:
-      self._view = View(self.instances, self.seqs)
-    return self._view.at(self.now_s, self.open_entries, self.open_decoders)
+      self._view = View(self.instances, self.seqs, self.now)
+    return self._view
 
   def choose(self, hook: str, instances: Sequence[LiveInstance], seq: LiveSeq,
              *args: int) -> LiveInstance:
     """One of these instances, for a request, by the policy's answer."""
-    answer = self.policy.ask(hook, self.view, RequestView(seq), *args)
+    try:
+      answer = getattr(self.policy, hook)(self.view, RequestView(seq), *args)
+    except Exception as error:
+      raise self.policy.failed(hook, error) from error
     for inst in instances:
       if inst.index == answer:
         return inst
@@ -155,8 +159,11 @@ class Run:
       return queue
     waiting = [RequestView(self.seqs[id]) for id in queue]
     view = self.view
-    answer = self.policy.ask('order', view, view.instances[inst.index],
-                             tuple(waiting))
+    try:
+      answer = self.policy.order(view, view.instances[inst.index],
+                                 tuple(waiting))
+    except Exception as error:
+      raise self.policy.failed('order', error) from error
     try:
       ids = [request.id for request in answer]
     except (TypeError, AttributeError):
@@ -385,8 +392,12 @@ class Run:
     if not need:
       return None
     view = self.view
-    if not self.policy.ask('admit', view, view.instances[inst.index],
-                           RequestView(seq), need):
+    try:
+      admitted = self.policy.admit(view, view.instances[inst.index],
+                                   RequestView(seq), need)
+    except Exception as error:
+      raise self.policy.failed('admit', error) from error
+    if not admitted:
       return None
     inst.pool, ids = page_pool.alloc(inst.pool, need)
     inst.residents += 1
@@ -537,7 +548,10 @@ class Run:
   def budget(self, inst: LiveInstance, batch: LiveBatch) -> PrefillBudget:
     """The policy's PrefillBudget of the next step."""
     view = self.view
-    answer = self.policy.ask('batch', view, view.instances[inst.index])
+    try:
+      answer = self.policy.batch(view, view.instances[inst.index])
+    except Exception as error:
+      raise self.policy.failed('batch', error) from error
     most = inst.config.prefill_tokens
     if (isinstance(answer, PrefillBudget) and isinstance(answer.tokens, int)
         and (inst.mixes or not answer.rows)):
@@ -670,9 +684,12 @@ class Run:
     """
     residents = [id for b in inst.batches for id in b.rows] + inst.prefilling
     view = self.view
-    victim = self.policy.ask(
-        'victim', view, view.instances[inst.index],
-        tuple([RequestView(self.seqs[id]) for id in residents]))
+    try:
+      victim = self.policy.victim(
+          view, view.instances[inst.index],
+          tuple([RequestView(self.seqs[id]) for id in residents]))
+    except Exception as error:
+      raise self.policy.failed('victim', error) from error
     if getattr(victim, 'id', None) not in residents:
       raise self.policy.refuse('victim', victim, f'one of {residents}')
     seq = self.own(victim.id)
