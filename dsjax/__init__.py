@@ -36,13 +36,13 @@ if TYPE_CHECKING:
   from dsjax.checkpoints.checkpoint import Model, load
   from dsjax.runtime.async_server import AsyncServer, serve_async
   from dsjax.runtime.orchestrator import Orchestrator, serve
-  from dsjax.runtime.output import Output, RequestFailed
+  from dsjax.runtime.output import Interrupted, Output, RequestFailed
   from dsjax.runtime.profiling import profile
 
 __all__ = [
     'DISTSERVE', 'Affine', 'AsyncServer', 'Cluster', 'EngineConfig',
-    'InputError', 'Model', 'ModelConfig', 'Orchestrator', 'Output',
-    'Placement', 'Plan', 'Policy', 'PolicyError', 'PrefillBudget',
+    'InputError', 'Interrupted', 'Model', 'ModelConfig', 'Orchestrator',
+    'Output', 'Placement', 'Plan', 'Policy', 'PolicyError', 'PrefillBudget',
     'Profile', 'Record', 'Request', 'RequestFailed', 'Sampling',
     'SearchResult', 'Simulated', 'Slo', 'load', 'profile', 'rows', 'search',
     'serve', 'serve_async', 'simulate',
@@ -54,7 +54,8 @@ _LAZY = {
     'Orchestrator': 'runtime.orchestrator', 'serve': 'runtime.orchestrator',
     'AsyncServer': 'runtime.async_server',
     'serve_async': 'runtime.async_server',
-    'Output': 'runtime.output', 'RequestFailed': 'runtime.output',
+    'Interrupted': 'runtime.output', 'Output': 'runtime.output',
+    'RequestFailed': 'runtime.output',
     'profile': 'runtime.profiling',
 }
 

@@ -196,7 +196,7 @@ def run(options, console):
       f'{sum(r.probes for r in results):,} worlds probed with stale and '
       f'impossible events, {sum(bool(r.violation) for r in results)} '
       f'violations. Written to {out}.', soft_wrap=True)
-  return report(console, results, out)
+  return report(console, results, out, options.policy)
 
 
 def _jobs(options):
@@ -289,19 +289,20 @@ def _table(results):
   return table
 
 
-def report(console, results, out):
+def report(console, results, out, policy='distserve'):
   """Shrinks and writes the first violation; the exit status."""
   broken = next((r for r in results if r.violation), None)
   if broken is None:
     return 0
   console.print(f'{broken.name}: {broken.violation}; shrinking a schedule of '
                 f'{len(broken.moves)} moves', soft_wrap=True)
-  rules, _ = rules_of(broken.kind, broken.name)
+  rules, _ = rules_of(broken.kind, broken.name, policy)
   moves = schedules.shrink(rules, broken.moves)
   schedules.write_log(out / 'violation.jsonl', rules, moves)
   print('\n'.join(schedules.story(rules, moves)))
   console.print(f'Again: python -m experiments.explore '
-                f'--replay={out / "violation.jsonl"}', soft_wrap=True)
+                f'--replay={out / "violation.jsonl"} --policy={policy}',
+                soft_wrap=True)
   return 1
 
 

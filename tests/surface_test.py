@@ -13,8 +13,8 @@ import dsjax
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = {
     'DISTSERVE', 'Affine', 'AsyncServer', 'Cluster', 'EngineConfig',
-    'InputError', 'Model', 'ModelConfig', 'Orchestrator', 'Output',
-    'Placement', 'Plan', 'Policy', 'PolicyError', 'PrefillBudget',
+    'InputError', 'Interrupted', 'Model', 'ModelConfig', 'Orchestrator',
+    'Output', 'Placement', 'Plan', 'Policy', 'PolicyError', 'PrefillBudget',
     'Profile', 'Record', 'Request', 'RequestFailed', 'Sampling',
     'SearchResult', 'Simulated', 'Slo', 'load', 'profile', 'rows', 'search',
     'serve', 'serve_async', 'simulate'}

@@ -12,7 +12,7 @@ from typing import Any
 from dsjax.analysis import attribution, metrics
 from dsjax.analysis.record import Record
 from dsjax.config import zoo
-from dsjax.config.checks import is_nonnegative, require
+from dsjax.config.checks import is_nonnegative, is_positive_int, require
 from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.config.request import Request
@@ -59,6 +59,24 @@ def latency_of(latency: Latency, config: ModelConfig,
   require(callable(latency), 'latency', latency, 'a name, a file, a Profile, '
           'a function of a Plan, or what has prefill_s, decode_s and so on')
   return latency
+
+
+_KINDS = {'slo': Slo, 'policy': Policy, 'cluster': Cluster,
+          'contention': Contention}
+
+
+def _check(**fields):
+  """Raises InputError unless each field is what its name says."""
+  for name, value in fields.items():
+    if name in _KINDS:
+      kind = _KINDS[name]
+      require(isinstance(value, kind) or value is None
+              and name in ('cluster', 'contention'), name, value,
+              f'a dsjax.{kind.__name__}')
+    else:
+      require(is_positive_int(value) or value is None
+              and name in ('depth', 'run_ahead', 'max_len'), name, value,
+              'an integer of 1 or more')
 
 
 def _same(latency, plan):
@@ -167,8 +185,13 @@ def simulate(placement: Placement | str, model: str | ModelConfig = 'opt-13b',
   Raises:
     InputError.
   """
+  _check(slo=slo, policy=policy, cluster=cluster, contention=contention,
+         requests=requests, chunk=chunk, depth=depth, run_ahead=run_ahead,
+         max_len=max_len, max_seqs=max_seqs)
   placement = (Placement.parse(placement) if isinstance(placement, str)
                else placement)
+  require(isinstance(placement, Placement), 'placement', placement,
+          'a Placement or its text')
   given = None
   if _are_requests(lengths):
     given = lengths
@@ -231,6 +254,10 @@ def unsteady(records: Iterable[Record], slo: Slo,
   Args:
     hits: whether each request attained, in order of arrival.
   """
+  records = list(records)
+  left = sum(r.status == 'running' for r in records)
+  if left:
+    return f'{left} requests never ended: the policy leaves them waiting'
   waits = [r.stage_s['prefill_queue'] + r.stage_s['decode_queue']
            for r in metrics.by_arrival(records)]
   quarter = len(waits) // 4
@@ -285,6 +312,13 @@ def search(model: str | ModelConfig = 'opt-13b', *, devices: int = 3,
   Raises:
     InputError: bad input, or nothing that fits can meet the objectives.
   """
+  _check(slo=slo, policy=policy, cluster=cluster, requests=requests,
+         max_len=max_len, max_seqs=max_seqs)
+  require(isinstance(algorithms, tuple | list) and algorithms, 'algorithms',
+          algorithms, f'some of {sorted(ALGORITHMS)}')
+  require(isinstance(chunks, tuple | list)
+          and all(map(is_positive_int, chunks)), 'chunks', chunks,
+          'token budgets, each an integer of 1 or more')
   for name in algorithms:
     require(name in ALGORITHMS, 'algorithms', name,
             f'one of {sorted(ALGORITHMS)}')

@@ -21,6 +21,7 @@ def generate_all(server: 'Orchestrator', prompts: Iterable[Prompt],
   """See Orchestrator.generate_all."""
   require(errors in ('raise', 'return'), 'errors', errors,
           "'raise' or 'return'")
+  require(not isinstance(prompts, str), 'prompts', prompts, 'a list of prompts')
   prompts = list(prompts)
   each = [{}] * len(prompts) if sampling is None else list(sampling)
   require(len(each) == len(prompts), 'sampling', sampling,
@@ -33,7 +34,7 @@ def generate_all(server: 'Orchestrator', prompts: Iterable[Prompt],
       _enqueue_all(server, ready, ids, errors)
       for id in ids:
         while not server.requests[id].finished:
-          server.poll()
+          server.wait()
           let_through()
   except KeyboardInterrupt:
     raise Interrupted(_end_all(server, ids)) from None

@@ -111,6 +111,7 @@ class Orchestrator:
       InputError: the placement or the config cannot be served.
     """
     config = config or EngineConfig()
+    require(isinstance(policy, Policy), 'policy', policy, 'a dsjax.Policy')
     require(config.max_len <= model.config.max_len,
             'EngineConfig.max_len', config.max_len,
             f'at most {model.config.max_len}, the context of '
@@ -199,7 +200,7 @@ class Orchestrator:
 
   @property
   def busy(self) -> bool:
-    return not scheduler.idle(self.state)
+    return not self.closed and not scheduler.idle(self.state)
 
   # --- requests -------------------------------------------------------------
 
@@ -297,7 +298,11 @@ class Orchestrator:
   def output(self, id: int) -> Output:
     """The finished request's Output; drops it from the server's memory."""
     state = self.requests.pop(id)
-    record = next(r for r in reversed(self.records) if r.id == id)
+    request = state.request
+    lost = Record(id, request.arrival_s, len(request.prompt),
+                  request.sampling.max_tokens or 0, status='failed',
+                  reason=state.error or '')  # given up before it was told of
+    record = next((r for r in reversed(self.records) if r.id == id), lost)
     return Output(id, state.text, tuple(state.tokens), record.status, record,
                   tuple(state.logprobs))
 
@@ -316,7 +321,7 @@ class Orchestrator:
     id = self.submit(prompt, **params)
     state = self.requests[id]
     while not state.finished:
-      self.poll()
+      self.wait()
     output = self.output(id)
     if state.failure:
       raise state.failure
@@ -337,7 +342,7 @@ class Orchestrator:
         finished = state.finished  # before the pieces, or some would be left
         yield from filter(None, state.take_pieces())
         if not state.finished:
-          self.poll()
+          self.wait()
       if state.failure:
         raise state.failure
     finally:
@@ -388,7 +393,7 @@ class Orchestrator:
         self.enqueue(dataclasses.replace(
             request, arrival_s=start + request.arrival_s),
             more=bool(todo) and todo[0].arrival_s <= due_s)
-      self.poll()
+      (self.poll if todo else self.wait)()
       if on_poll:
         on_poll()
     return [r for r in self.records if r.id in counts]
@@ -499,8 +504,8 @@ class Orchestrator:
       try:
         self.state, commands = scheduler.step(self.scheduler_config,
                                               self.state, event)
-      except PolicyError as error:
-        self._give_up(str(error))
+      except BaseException as error:  # the event is lost, so nothing goes on
+        self._give_up(f'{type(error).__name__}: {error}')
         raise
       self.log.append((event, commands))
       self.recorder.observe(event, commands)
@@ -517,12 +522,30 @@ class Orchestrator:
       scheduler.check(self.state)
 
   def _give_up(self, reason: str) -> None:
-    """Fails every request and closes: the policy has no answer to an event,
-    and without its commands nothing goes on."""
+    """Fails every request and closes: an event has no answer, and without its
+    commands nothing goes on."""
+    known = {record.id for record in self.records}
+    lost = Cancelled(self.now, -1)  # no request's: only its time is read
+    self.recorder.observe(lost, [Fail(id, reason) for id in self.unfinished
+                                 if id in known])
     for output in self.unfinished.values():
       output.fail(reason)
     self.unfinished.clear()
     self.closed = True
+
+  def wait(self) -> None:
+    """A poll of a caller who sends no more requests.
+
+    Raises:
+      PolicyError: nothing is in flight, and the policy lets nothing start.
+    """
+    if not self.poll() and not self.fleet.busy and not self.fleet.down and (
+        self.unfinished):
+      reason = (f'policy {self.scheduler_config.policy.name!r}: nothing is in '
+                f'flight and it lets none of the {len(self.unfinished)} '
+                'requests go on that wait')
+      self._give_up(reason)
+      raise PolicyError(reason)
 
   def _finish(self, command: Finish) -> None:
     self.unfinished.pop(command.id).finish(command.reason)
@@ -543,14 +566,18 @@ _ENDS: dict[type, Callable[..., None]] = {
 }
 
 
-def serve(model: Model, placement: Placement,
+def serve(model: Model, placement: Placement | str,
           config: EngineConfig | None = None, **options: Any) -> Orchestrator:
   """An Orchestrator for a model over a placement; options as its __init__.
 
   `with dsjax.serve(model, placement) as server: server.generate('Hi')`. If
   JAX has not started, a machine without accelerators gets as many CPU devices
-  as the placement asks for.
+  as the placement asks for. The placement may be its text.
   """
+  if isinstance(placement, str):
+    placement = Placement.parse(placement)
+  require(isinstance(placement, Placement), 'placement', placement,
+          'a Placement or its text')
   with contextlib.suppress(RuntimeError):  # it has started: use what is there
     if jax.config.jax_num_cpu_devices < placement.num_devices:
       jax.config.update('jax_num_cpu_devices', placement.num_devices)

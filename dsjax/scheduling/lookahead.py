@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from dsjax.scheduling import page_pool
 from dsjax.scheduling.events import RunDecode
-from dsjax.scheduling.policy import leave_room_to_grow
 
 if TYPE_CHECKING:
   from dsjax.scheduling.scheduler import Run
@@ -35,8 +34,7 @@ def tell(run: Run, index: int, most: int) -> Told | None:
   """
   inst, depth = run.instances[index], run.config.depth
   if (inst.asleep or inst.ending or inst.queue or inst.prefilling
-      or len(inst.inflight) < inst.depth
-      or inst.pulls and run.policy.admit is not leave_room_to_grow):
+      or len(inst.inflight) < inst.depth):
     return None
   pp = len(inst.batches)
   order = [g % pp for g in range(inst.turn, inst.turn + pp)

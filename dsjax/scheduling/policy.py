@@ -61,6 +61,9 @@ class RequestView:
   def __init__(self, request: Any):
     self._request = request
 
+  def __repr__(self) -> str:
+    return f'request {self.id}'
+
   id: int = property(attrgetter('_request.id'))
   order: int = property(attrgetter('_request.order'))
   arrival_s: float = property(attrgetter('_request.arrival_s'))
@@ -253,13 +256,14 @@ class Policy:
       waiting: its prefill queue, by arrival, before each of its prefill
       batches; or the finished prefills that it will pull, by their end,
       before each pull. None: first come, first served.
-    batch: (view, instance) -> PrefillBudget of its next step.
+    batch: (view, instance) -> PrefillBudget of its next step. 0 tokens: not
+      now; it is asked again at every event, and at no other time.
     hand_off: (view, request, avoid) -> index of the instance, of
       view.decodes, that pulls its KV. avoid: one that has just failed at it,
       or -1.
     admit: (view, instance, request, pages) -> whether it may take so many
       pages now; asked only where they are free and a place is. False: the
-      queue waits.
+      queue waits, and it is asked again at every event.
     victim: (view, instance, residents) -> of these, the one whose pages are
       taken where rows run short of them; it is prefilled again.
   """
@@ -271,6 +275,18 @@ class Policy:
   hand_off: HandOff = least_loaded
   admit: Admit = leave_room_to_grow
   victim: Victim = latest_arrival
+
+  @property
+  def is_distserve(self) -> bool:
+    """Whether every hook is the default's, whatever the name."""
+    return all(getattr(self, field.name) == getattr(DISTSERVE, field.name)
+               for field in dataclasses.fields(Policy) if field.name != 'name')
+
+  @property
+  def says_not_yet(self) -> bool:
+    """Whether an answer may tell a queue to wait that could go on."""
+    return (self.admit is not leave_room_to_grow
+            or self.batch is not fill_budget)
 
   def failed(self, hook: str, error: Exception) -> PolicyError:
     """The error that says what a hook raised."""

@@ -20,6 +20,8 @@ stage runs the commands in order, so they complete in order; a micro-batch's
 next step waits on the device for the tokens of its previous one.
 """
 import bisect
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -105,6 +107,7 @@ class Run:
     self.decoders = [i for i in self.instances if i.decodes]
     self.policy, self._view = config.policy, None
     self.now = [0.0, [], []]  # see View
+    self.asks_again = self.policy.says_not_yet
     self.commands, self.cause = [], ''
     self.roster()
 
@@ -117,6 +120,10 @@ class Run:
     """Applies one event; a list of commands. See step."""
     self.commands = commands = []
     self.cause, self.now[0] = type(event).__name__, event.time_s
+    if self.asks_again:
+      for inst in self.instances:
+        if inst.queue or inst.prefilling or inst.pulls:
+          inst.fresh = True
     _APPLY[type(event)](self, event)
     self.cause = 'plan'
     self.plan()
@@ -146,8 +153,9 @@ class Run:
       answer = getattr(self.policy, hook)(self.view, RequestView(seq), *args)
     except Exception as error:
       raise self.policy.failed(hook, error) from error
+    index = _index(answer)
     for inst in instances:
-      if inst.index == answer:
+      if inst.index == index:
         return inst
     raise self.policy.refuse(hook, answer, 'the index of one of instances '
                              f'{[i.index for i in instances]}')
@@ -162,13 +170,14 @@ class Run:
     try:
       answer = self.policy.order(view, view.instances[inst.index],
                                  tuple(waiting))
+      answer = list(itertools.islice(answer, len(queue) + 1))
     except Exception as error:
       raise self.policy.failed('order', error) from error
     try:
       ids = [request.id for request in answer]
-    except (TypeError, AttributeError):
-      ids = None
-    if ids is None or sorted(ids) != sorted(queue):
+    except AttributeError:
+      ids = []
+    if sorted(ids) != sorted(queue):
       raise self.policy.refuse('order', answer, 'the requests that wait, each '
                                f'once: {sorted(queue)}')
     return ids
@@ -393,8 +402,8 @@ class Run:
       return None
     view = self.view
     try:
-      admitted = self.policy.admit(view, view.instances[inst.index],
-                                   RequestView(seq), need)
+      admitted = bool(self.policy.admit(view, view.instances[inst.index],
+                                        RequestView(seq), need))
     except Exception as error:
       raise self.policy.failed('admit', error) from error
     if not admitted:
@@ -553,11 +562,13 @@ class Run:
     except Exception as error:
       raise self.policy.failed('batch', error) from error
     most = inst.config.prefill_tokens
-    if (isinstance(answer, PrefillBudget) and isinstance(answer.tokens, int)
-        and (inst.mixes or not answer.rows)):
-      most -= len(batch.rows) if answer.rows else 0
-      if 0 <= answer.tokens <= most:
-        return answer
+    if type(answer) is PrefillBudget:
+      tokens, whole, rows = answer
+      if rows is True and inst.mixes:
+        most -= len(batch.rows)
+      if (0 <= _index(tokens) <= most and type(whole) is bool
+          and (rows is False or rows is True and inst.mixes)):
+        return PrefillBudget(_index(tokens), whole, rows)
     raise self.policy.refuse('batch', answer, 'a PrefillBudget of 0 to '
                              f'{most} tokens' + ('' if inst.mixes else
                                                  ', without rows'))
@@ -717,6 +728,16 @@ _APPLY = {
     Migrated: Run.migrated,
     **recovery.APPLY,
 }
+
+
+def _index(answer):
+  """An integer of any kind; -1 for what is none."""
+  if type(answer) is int:
+    return answer
+  try:
+    return -1 if isinstance(answer, bool) else operator.index(answer)
+  except TypeError:
+    return -1
 
 
 def _open(kind):

@@ -72,8 +72,9 @@ def simulate(config: scheduler.Config, requests: Iterable[Request],
              contention: Contention | None = None) -> Result:
   """Serves a workload in virtual time.
 
-  Quiet runs are leapt over (see executors.py), but not with a log, on_event or
-  contention: then every event is applied by itself.
+  Quiet runs are leapt over (see executors.py), but not with a log, on_event,
+  contention or a policy of one's own, which may look at what a quiet run does
+  not keep current: then every event is applied by itself.
 
   Args:
     requests: in any order; only the length of a prompt is read.
@@ -100,7 +101,8 @@ def simulate(config: scheduler.Config, requests: Iterable[Request],
     executor = executors.Shared(latencies, copies, contention)
   else:
     executor = executors.Alone(config.instances, latencies, copies, leap)
-    if leap and not log and on_event is None:
+    if (leap and not log and on_event is None
+        and config.policy.is_distserve):
       executor.leap(run, recorder)
   kept, steps = [] if log else None, 0
   while (event := executor.next()) is not None:

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from dsjax import workload
 from dsjax.config.checks import InputError, require
+from dsjax.scheduling.policy import PolicyError
 from dsjax.workload import traffic
 from experiments.common import overrides
 
@@ -124,7 +125,7 @@ def exit_code(run, *args) -> int:
   line on stderr."""
   try:
     return run(*args) or 0
-  except (InputError, OSError) as error:
+  except (InputError, PolicyError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import runpy
+import sys
 
 from dsjax.config.checks import InputError, require
 from dsjax.scheduling.policy import DISTSERVE, Policy
@@ -34,7 +35,15 @@ def load(text: str) -> Policy:
           f'path.py:name, or {DISTSERVE.name!r}')
   if not pathlib.Path(path).is_file():
     raise InputError(f'--policy={text}: no such file: {path}')
-  policy = runpy.run_path(path).get(name)
+  folder = str(pathlib.Path(path).resolve().parent)
+  sys.path.insert(0, folder)  # what lies beside it, as for a script
+  try:
+    policy = runpy.run_path(path).get(name)
+  except (Exception, SystemExit) as error:
+    raise InputError(f'--policy={text}: {path} cannot be run: '
+                     f'{type(error).__name__}: {error}') from error
+  finally:
+    sys.path.remove(folder)
   require(isinstance(policy, Policy), '--policy', text,
           f'the name of a dsjax.Policy in {path}')
   hooks = {field.name: getattr(policy, field.name)

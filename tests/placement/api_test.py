@@ -1,7 +1,10 @@
 """One call to simulate, one to search; what they take."""
 
+import dataclasses
+
 import pytest
 
+import dsjax
 from dsjax.config import zoo
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement, Plan, Slo
@@ -97,3 +100,32 @@ def test_search():
   assert modes == {'disaggregated', 'colocated', 'chunked'}
   with pytest.raises(InputError, match="algorithms='best'"):
     api.search(algorithms=('best',))
+
+
+@pytest.mark.parametrize('change, text', [
+    (dict(policy='distserve'), 'policy='), (dict(slo=(0.1, 0.1)), 'slo='),
+    (dict(placement=5), 'placement=5'), (dict(depth=0), 'depth=0'),
+    (dict(run_ahead=1.5), 'run_ahead=1.5'), (dict(cluster=5), 'cluster=5'),
+    (dict(contention='x'), "contention='x'"), (dict(max_len='x'), 'max_len='),
+    (dict(max_seqs=0), 'max_seqs=0'), (dict(requests=0), 'requests=0'),
+    (dict(chunk=True), 'chunk=True')])
+def test_what_simulate_is_given_is_named(change, text):
+  with pytest.raises(InputError, match=text):
+    dsjax.simulate(**dict(placement='colocated=1x1', rate_per_s=1.0,
+                          requests=20) | change)
+
+
+@pytest.mark.parametrize('change, text', [
+    (dict(algorithms=()), r'algorithms=\(\)'), (dict(chunks=(0,)), 'chunks='),
+    (dict(algorithms='low'), "algorithms='low'"), (dict(slo=1), 'slo=1'),
+    (dict(policy=None), 'policy=None')])
+def test_what_search_is_given_is_named(change, text):
+  with pytest.raises(InputError, match=text):
+    dsjax.search(**change)
+
+
+def test_requests_that_never_end_are_told():
+  stuck = dataclasses.replace(dsjax.DISTSERVE, admit=lambda *_: False)
+  result = dsjax.simulate('colocated=1x1', rate_per_s=1.0, requests=20,
+                          policy=stuck)
+  assert '20 requests never ended' in str(result)

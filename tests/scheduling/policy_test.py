@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 
+import numpy as np
 import pytest
 
 from dsjax.config.engine import InstanceConfig
@@ -178,7 +179,15 @@ DONE = (_arrive(0), PrefillDone(1.0, 0, 0))
     ('order', (), PAIR, (_arrive(0), _arrive(1), _arrive(2), DONE[1]),
      r'the requests that wait, each once: \[1, 2\]'),
     ('order', 7, PAIR, (_arrive(0), _arrive(1), _arrive(2), DONE[1]),
-     'answered 7')])
+     'not iterable'),
+    ('order', (n for n in [1 / 1, 2]), PAIR, (
+        _arrive(0), _arrive(1), _arrive(2), DONE[1]), 'each once'),
+    ('route', np.array([0, 1]), PAIR, DONE[:1], 'answered array'),
+    ('route', True, BOTH, DONE[:1], 'answered True'),
+    ('admit', np.array([1, 2]), PAIR, DONE[:1], 'raised ValueError'),
+    ('batch', PrefillBudget(9, 'x'), BOTH, DONE[:1], '0 to 16 tokens'),
+    ('batch', PrefillBudget(9, False, np.ones(2)), BOTH, DONE[:1],
+     'without rows')])
 def test_an_answer_that_cannot_be_carried_out(hook, answer, roles, events,
                                               text):
   config = _config(roles, **{hook: lambda *_: answer})
@@ -200,6 +209,13 @@ def test_a_victim_must_be_there():
         state, commands = scheduler.step(config, state, (
             DecodeDone if isinstance(c, RunDecode) else PrefillDone)(
                 9., 0, state.instances[0].inflight[0][0].number))
+
+
+def test_integers_of_numpy_are_integers():
+  config = _config(BOTH, route=lambda *_: np.int64(0), batch=lambda *_:
+                   PrefillBudget(np.int64(16)))
+  _, (command, *_) = _after(config, _arrive(0))
+  assert type(command.chunks[0].stop) is int
 
 
 def test_a_hook_that_raises_is_named():
@@ -236,6 +252,37 @@ def test_a_view_cannot_be_changed():
 
   _after(_config(PAIR, route=route), _arrive(3))
   assert {'time_s', 'backlog', 'prompt_len', 'free_pages'} <= set(seen)
+
+
+# --- a policy is asked what is true, and again -------------------------------
+
+
+def aged(view, instance, waiting):
+  return sorted(waiting, key=lambda r: (view.time_s - r.arrival_s < 0.2,
+                                        r.prompt_len, r.id))
+
+
+def most_free(view, request, avoid):
+  return max(view.decodes, key=lambda i: (i.free_pages, -i.index)).index
+
+
+@pytest.mark.parametrize('hooks', [
+    dict(order=aged), dict(hand_off=most_free),
+    dict(admit=lambda view, instance, request, pages:
+         instance.decodes or view.decodes[0].num_rows < 3)],
+    ids=lambda hooks: next(iter(hooks)))
+def test_a_simulation_is_the_same_with_and_without_a_log(hooks):
+  config = dataclasses.replace(
+      _config(('prefill', 'decode', 'decode'), num_pages=24, **hooks),
+      max_len=80)
+  draw = random.Random(0)
+  requests = [Request(id, 0.015 * id, range(draw.randint(1, 30)), Sampling(
+      max_tokens=draw.randint(1, 40))) for id in range(80)]
+  logged, leapt = (simulator.simulate(config, requests, STEP, LINK, log=log)
+                   for log in (True, False))
+  assert [r.finish_s for r in logged.records] == [
+      r.finish_s for r in leapt.records]
+  assert all(r.finish_s for r in logged.records)  # back-pressure ends too
 
 
 # --- the mechanism is safe under any policy ----------------------------------

@@ -1,0 +1,87 @@
+"""Policies on a server: what one answers wrongly is told, and nothing hangs."""
+
+import dataclasses
+
+import pytest
+
+import dsjax
+from dsjax.config.checks import InputError
+from dsjax.scheduling.policy import DISTSERVE, PolicyError
+from tests.common import fake_engine, serving
+from tests.common.serving import MODEL, MODES
+
+pytestmark = pytest.mark.usefixtures('no_hang')
+PROMPTS = [[5] * n for n in (3, 9, 6, 12)]
+
+
+def server_of(**hooks):
+  return serving.server_of(
+      '1p1d', make_engine=fake_engine.FakeEngine,
+      policy=dataclasses.replace(DISTSERVE, name='mine', **hooks))
+
+
+def late(good, answers):
+  """A hook that answers badly after so many good answers."""
+  left = [answers]
+
+  def hook(*args):
+    left[0] -= 1
+    return good(*args) if left[0] >= 0 else 7
+
+  return hook
+
+
+@pytest.mark.parametrize('good', (0, 1, 2))
+@pytest.mark.parametrize('hook', ('route', 'hand_off'))
+def test_a_bad_answer_fails_every_request_and_closes(hook, good):
+  bad = late(getattr(DISTSERVE, hook), good)
+  with server_of(**{hook: bad}) as server:
+    with pytest.raises(PolicyError, match=f'hook {hook}: answered 7'):
+      server.generate_all(PROMPTS, max_tokens=4)
+    assert server.closed and not server.busy and not server.unfinished
+    assert all(r.status in ('failed', 'length') for r in server.records)
+    with pytest.raises(InputError, match='closed'):
+      server.generate([3])
+
+
+def test_what_a_hook_raises_comes_out_of_stream_too():
+  def fails(view, request):
+    raise KeyError('cost')
+
+  with server_of(route=fails) as server:
+    with pytest.raises(PolicyError, match="route: raised KeyError: 'cost'"):
+      list(server.stream([3]))
+    assert server.closed
+
+
+def test_a_policy_that_lets_nothing_start_is_an_error_and_no_hang():
+  with server_of(admit=lambda *_: False) as server:
+    with pytest.raises(PolicyError, match='lets none of the 4 requests'):
+      server.generate_all(PROMPTS, max_tokens=4)
+    assert server.closed
+
+
+def test_back_pressure_is_asked_again():
+  """Prompts wait while two rows decode; all end."""
+  def admit(view, instance, request, pages):
+    return instance.decodes or view.decodes[0].residents < 2
+
+  with server_of(admit=admit) as server:
+    outputs = server.generate_all(PROMPTS * 3, max_tokens=4, ignore_eos=True)
+    assert [len(o.tokens) for o in outputs] == [4] * 12
+
+
+@pytest.mark.parametrize('options, text', [
+    (dict(policy=None), 'policy=None: must be a dsjax.Policy'),
+    (dict(placement='prefill=1x1'), 'instances that prefill and'),
+    (dict(placement=5), 'placement=5: must be a Placement or its text')])
+def test_bad_input_is_named(options, text):
+  options = dict(placement=MODES['1p1d'][0]) | options
+  with pytest.raises(InputError, match=text):
+    dsjax.serve(MODEL, **options)
+
+
+def test_prompts_are_a_list():
+  with server_of() as server:
+    with pytest.raises(InputError, match="prompts='abc'"):
+      server.generate_all('abc')
