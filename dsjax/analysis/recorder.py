@@ -298,7 +298,7 @@ class Recorder:
     return life.record
 
 
-_SEEN = {
+_SEEN: dict[type, Callable[..., None]] = {
     Arrived: Recorder._arrived, Cancelled: Recorder._cancelled,
     Migrated: Recorder._migrated, PrefillDone: Recorder._prefill_done,
     DecodeDone: Recorder._decode_done, RunDecode: Recorder._decode,

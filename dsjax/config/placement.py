@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Self
 
 from dsjax.config.checks import is_positive, require
@@ -72,10 +73,10 @@ class Placement:
   decodes. Instances are numbered in the order of ROLES.
   """
 
-  prefill: tuple[Plan, ...] = ()
-  decode: tuple[Plan, ...] = ()
-  colocated: tuple[Plan, ...] = ()
-  chunked: tuple[Plan, ...] = ()
+  prefill: Sequence[Plan] = ()
+  decode: Sequence[Plan] = ()
+  colocated: Sequence[Plan] = ()
+  chunked: Sequence[Plan] = ()
 
   def __post_init__(self) -> None:
     for role in ROLES:

@@ -50,8 +50,11 @@ class LiveBatch:
 
   def __init__(self, batch: Batch, flying: int):
     self.rows, self.tick = {r[0]: r for r in batch.rows}, batch.tick
-    self.flying, self.due, self.value = flying, None, batch.rows
-    self.ends, self.places, self.least = {}, None, None
+    self.flying, self.ends = flying, {}
+    self.value: tuple[Row, ...] | None = batch.rows
+    self.due: Any = None
+    self.places: Any = None
+    self.least: int | None = None
 
   def freeze(self) -> tuple[Row, ...]:
     """The rows as a value."""
@@ -147,7 +150,8 @@ class LiveInstance:
                'mixes', 'depth', 'run_ahead', 'fresh', 'asleep', 'value')
 
   def __init__(self, config: Config, index: int, value: Instance):
-    self.index, self.config, self.value = index, config.instances[index], value
+    self.index, self.config = index, config.instances[index]
+    self.value: Instance | None = value
     role = ROLES[self.config.role]
     self.prefills, self.decodes = role.prefills, role.decodes
     self.mixes, self.fresh, self.asleep = role.mixes, False, False

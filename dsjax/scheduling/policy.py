@@ -64,16 +64,45 @@ class RequestView:
   def __repr__(self) -> str:
     return f'request {self.id}'
 
-  id: int = property(attrgetter('_request.id'))
-  order: int = property(attrgetter('_request.order'))
-  arrival_s: float = property(attrgetter('_request.arrival_s'))
-  prompt_len: int = property(attrgetter('_request.prompt_len'))
-  done: int = property(attrgetter('_request.done'))
-  limit: int = property(attrgetter('_request.limit'))
-  stage: str = property(attrgetter('_request.stage'))
-  instance: int = property(attrgetter('_request.instance'))
-  target: int = property(attrgetter('_request.target'))
-  tries: int = property(attrgetter('_request.tries'))
+  @property
+  def id(self) -> int:
+    return self._request.id
+
+  @property
+  def order(self) -> int:
+    return self._request.order
+
+  @property
+  def arrival_s(self) -> float:
+    return self._request.arrival_s
+
+  @property
+  def prompt_len(self) -> int:
+    return self._request.prompt_len
+
+  @property
+  def done(self) -> int:
+    return self._request.done
+
+  @property
+  def limit(self) -> int:
+    return self._request.limit
+
+  @property
+  def stage(self) -> str:
+    return self._request.stage
+
+  @property
+  def instance(self) -> int:
+    return self._request.instance
+
+  @property
+  def target(self) -> int:
+    return self._request.target
+
+  @property
+  def tries(self) -> int:
+    return self._request.tries
 
 
 class InstanceView:
@@ -94,14 +123,37 @@ class InstanceView:
   def __init__(self, instance: Any, requests: dict[int, Any]):
     self._instance, self._requests = instance, requests
 
-  index: int = property(attrgetter('_instance.index'))
-  config: InstanceConfig = property(attrgetter('_instance.config'))
-  prefills: bool = property(attrgetter('_instance.prefills'))
-  decodes: bool = property(attrgetter('_instance.decodes'))
-  mixes: bool = property(attrgetter('_instance.mixes'))
-  status: str = property(attrgetter('_instance.status'))
-  backlog: int = property(attrgetter('_instance.backlog'))
-  residents: int = property(attrgetter('_instance.residents'))
+  @property
+  def index(self) -> int:
+    return self._instance.index
+
+  @property
+  def config(self) -> InstanceConfig:
+    return self._instance.config
+
+  @property
+  def prefills(self) -> bool:
+    return self._instance.prefills
+
+  @property
+  def decodes(self) -> bool:
+    return self._instance.decodes
+
+  @property
+  def mixes(self) -> bool:
+    return self._instance.mixes
+
+  @property
+  def status(self) -> str:
+    return self._instance.status
+
+  @property
+  def backlog(self) -> int:
+    return self._instance.backlog
+
+  @property
+  def residents(self) -> int:
+    return self._instance.residents
 
   @property
   def free_pages(self) -> int:
@@ -171,7 +223,9 @@ class View:
     self._instances = tuple([InstanceView(i, requests) for i in instances])
     self._now = now
 
-  instances: tuple[InstanceView, ...] = property(attrgetter('_instances'))
+  @property
+  def instances(self) -> tuple[InstanceView, ...]:
+    return self._instances
 
   @property
   def time_s(self) -> float:

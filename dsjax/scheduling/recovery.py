@@ -19,7 +19,7 @@ Rules:
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dsjax.scheduling import lifecycle, page_pool
@@ -257,7 +257,7 @@ def _spared(run, seq, reason):
   return False
 
 
-APPLY = {
+APPLY: dict[type, Callable[..., None]] = {
     InstanceDown: instance_down,
     InstanceUp: instance_up,
     Drain: drain,

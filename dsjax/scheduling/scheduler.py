@@ -98,14 +98,16 @@ class Run:
   def __init__(self, config: Config, state: State,
                wake: Callable[[int], None] | None = None):
     self.config, self.wake = config, wake
-    self.seqs, self.arrivals = dict(state.seqs), state.arrivals
+    self.seqs: dict[int, Any] = dict(state.seqs)
+    self.arrivals = state.arrivals
     self.waiting = list(state.waiting)
     self.owned = set()  # ids of those that may change in place
     self.instances = [LiveInstance(config, index, value)
                       for index, value in enumerate(state.instances)]
     self.entries = [i for i in self.instances if i.prefills]
     self.decoders = [i for i in self.instances if i.decodes]
-    self.policy, self._view = config.policy, None
+    self.policy = config.policy
+    self._view: View | None = None
     self.now = [0.0, [], []]  # see View
     self.asks_again = self.policy.says_not_yet
     self.commands, self.cause = [], ''
@@ -720,7 +722,7 @@ class Run:
     lookahead.follow(self, index, told, count)
 
 
-_APPLY = {
+_APPLY: dict[type, Callable[..., None]] = {
     Arrived: Run.arrived,
     Cancelled: Run.cancelled,
     PrefillDone: Run.prefill_done,
