@@ -12,8 +12,8 @@ Rules:
   that uses these pages anew, as an instance's commands come in order.
 - Each of these counts as a try of each request that it hits. One more than
   Config.tries and the request fails, with the reason.
-- Who needs an instance where none of the kind is up waits for one that comes
-  back, and fails when all of them are gone for good.
+- Where no instance of a kind is up, the requests that need one wait until one
+  comes back, and fail when all of them are gone for good.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def drain(run: Run, e: Drain) -> None:
   inst = _instance(run, e)
   if (not _turn(run, inst, 'Drain') or inst in run.open_entries
       or inst in run.open_decoders):
-    return  # it is drained or down already, or nobody else can
+    return  # it is drained or down already, or no other can
   queue, pulls = inst.queue, inst.pulls
   inst.queue, inst.pulls = [], []
   for id in queue:

@@ -87,8 +87,8 @@ def step(config: Config, state: State, event: Event
 class Run:
   """The transition on a state that changes in place.
 
-  `step` is one apply on a copy. Whoever owns the state for long, a simulator,
-  copies it once: after the same events both have given the same commands and
+  `step` is one apply on a copy. A simulator, which owns the state for long,
+  copies it once. After the same events both have given the same commands and
   are in the same state.
 
   wake: called with the index of an instance that sleeps in a quiet run before
@@ -354,7 +354,7 @@ class Run:
       self.conclude(seq)
 
   def unpull(self, seq: LiveSeq) -> None:
-    """Takes a finished prefill from whoever was to pull it."""
+    """Takes a finished prefill from the instance that was to pull it."""
     if seq.target < 0:
       self.waiting.remove(seq.id)
     else:
@@ -688,12 +688,12 @@ class Run:
     """Sends a request, the policy's choice, back to be recomputed.
 
     A request on its way in is no victim: a copy is landing on its pages. This
-    cannot deadlock. Whoever is short of a page is a row, so there is a victim,
-    if need be the row itself; a copy ends whatever the pool holds; and `take`
-    admits, for want of another resident, whatever never_fits let in. Nor does
-    it go on for ever: a row has emitted a token since its prefill began, so
-    each of its preemptions leaves it fewer to emit; a request preempted in its
-    prefill gave way to a row that then emits one.
+    cannot deadlock: what is short of a page is a row, so there is a victim, if
+    need be the row itself; a copy ends however full the pool is; and where no
+    other request is resident there is room for any that never_fits let in.
+    Nor does it go on for ever: a row has emitted a token since its prefill
+    began, so each of its preemptions leaves it fewer to emit, and a request
+    preempted in its prefill gave way to a row that then emits one.
     """
     residents = [id for b in inst.batches for id in b.rows] + inst.prefilling
     view = self.view

@@ -7,7 +7,7 @@ from measurements):
   with two pieces of batch sizes (the form that DistServe's code profiles).
   `appendix_a` gives the one of the paper's five constants.
 - `roofline.Roofline`: operations and bytes counted from the model's shape
-  against a device's peaks, for hardware that nobody has measured.
+  against a device's peaks, for hardware that has not been measured.
 - `Link`: a KV transfer.
 
 The protocols `Latency` and `LinkLike` say what simulations and searches ask

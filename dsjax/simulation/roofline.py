@@ -1,6 +1,6 @@
 """Seconds of a step from counts: the model's shape against a device's peaks.
 
-For hardware that nobody has measured. A Roofline is a latency: see latency.
+For hardware that has not been measured. A Roofline is a latency: see latency.
 """
 
 import dataclasses
