@@ -401,6 +401,7 @@ def _advice(count, causes, fixes):
       text += f'; {causes[most]} lost most to {most}'
     return text
   if most in ENDED:
-    return f'{causes[most]} of {count} misses {most}: see their reasons'
+    return (f'{causes[most]} of {count} misses {most}: see their reasons in '
+            'the records (those still running never ended)')
   return (f'no single change: none alone would save one of {count} misses; '
           f'{causes[most]} lost most to {most}')

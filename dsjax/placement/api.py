@@ -31,6 +31,7 @@ from dsjax.workload.files import Entry
 
 WARMUP = 0.2  # share of the requests that counts in no statistic
 SLO = Slo(ttft_s=0.25, tpot_s=0.1)
+MEMORY_BYTES = 85e9  # of a device, here and in the runners: A100-80GB
 ALGORITHMS = {'low': low_affinity, 'high': high_affinity,
               'colocated': colocated}
 
@@ -96,7 +97,8 @@ def make_problem(model: str | ModelConfig = 'opt-13b', slo: Slo = SLO,
   """
   config = model if isinstance(model, ModelConfig) else zoo.config(model)
   source = named.source(lengths, seed, process, cv)
-  return SearchProblem(config, cluster or Cluster(), slo, source,
+  cluster = cluster or Cluster(memory_bytes=MEMORY_BYTES)
+  return SearchProblem(config, cluster, slo, source,
                  latency_of(latency, config, host_ms),
                  **({'max_len': source.longest} | more))
 
@@ -255,7 +257,7 @@ def unsteady(records: Iterable[Record], slo: Slo,
     hits: whether each request attained, in order of arrival.
   """
   records = list(records)
-  left = sum(r.status == 'running' for r in records)
+  left = sum(r.finish_s is None for r in records)
   if left:
     return f'{left} requests never ended: the policy leaves them waiting'
   waits = [r.stage_s['prefill_queue'] + r.stage_s['decode_queue']
@@ -324,7 +326,8 @@ def search(model: str | ModelConfig = 'opt-13b', *, devices: int = 3,
             f'one of {sorted(ALGORITHMS)}')
   more = {} if max_len is None else {'max_len': max_len}
   problem = make_problem(
-      model, slo, lengths, latency, cluster=cluster or Cluster(nodes, devices),
+      model, slo, lengths, latency, cluster=cluster or Cluster(
+          nodes, devices, MEMORY_BYTES),
       process=process, cv=cv, seed=seed, host_ms=host_ms, target=target,
       chunks=tuple(chunks), requests=requests, most_requests=4 * requests,
       tolerance=tolerance, replicas=replicas, rate_per_s=rate_per_s,

@@ -42,6 +42,7 @@ from typing import Any
 
 import jax
 from rich import progress
+from rich.console import Console
 
 from dsjax.analysis.record import Record
 from dsjax.analysis.recorder import Recorder
@@ -133,7 +134,9 @@ class Orchestrator:
     if report:
       self.fleet.warm(report)
     else:
-      with progress.Progress(transient=True) as bar:
+      # Standard output is the caller's.
+      with progress.Progress(console=Console(stderr=True),
+                             transient=True) as bar:
         task = bar.add_task('')
         self.fleet.warm(lambda done, total, name: bar.update(
             task, completed=done, total=total, description=name))

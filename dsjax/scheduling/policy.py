@@ -120,6 +120,9 @@ class InstanceView:
 
   __slots__ = ('_instance', '_requests')
 
+  def __repr__(self) -> str:
+    return f'instance {self.index}'
+
   def __init__(self, instance: Any, requests: dict[int, Any]):
     self._instance, self._requests = instance, requests
 

@@ -704,7 +704,8 @@ class Run:
     except Exception as error:
       raise self.policy.failed('victim', error) from error
     if getattr(victim, 'id', None) not in residents:
-      raise self.policy.refuse('victim', victim, f'one of {residents}')
+      raise self.policy.refuse('victim', victim, 'one of the requests that it '
+                               f'was given, itself: {residents}')
     seq = self.own(victim.id)
     if seq.stage == 'decoding':
       batch = _home(inst, seq.id)

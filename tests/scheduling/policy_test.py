@@ -203,7 +203,7 @@ def test_a_victim_must_be_there():
   config = _config(('colocated',), num_pages=4, max_seqs=2, victim=outsider)
   state, commands = _after(config, *(
       _arrive(id, 3, 9)._replace(more=id < 2) for id in range(3)))
-  with pytest.raises(PolicyError, match='hook victim.* one of'):
+  with pytest.raises(PolicyError, match='hook victim.* one of the requests'):
     for _ in range(9):
       for c in commands[:1]:
         state, commands = scheduler.step(config, state, (
