@@ -19,6 +19,10 @@ jax.config.update('jax_compilation_cache_dir', os.path.join(
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 jax.devices()  # starts them, before a runner asks for another number
 
+# The background job of a shell ignores Ctrl-C, which some tests send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # No example is too slow: a loaded machine is no failure.
 hypothesis.settings.register_profile('dsjax', deadline=None)
 hypothesis.settings.load_profile('dsjax')

@@ -213,8 +213,7 @@ def test_nothing_moves_implicitly_or_through_the_host(mode, host_reads, puts):
     stages = max(len(e.stages) for e in server.engines)
     assert set(puts) == ({'migration.py'} if server.copied_bytes else set()) | (
         {'engine.py'} if stages > 1 else set())  # activations, tokens
-    assert bool(server.copied_bytes) == (server.placement.mode
-                                         == 'disaggregated')
+    assert bool(server.copied_bytes) == bool(server.placement.prefill)
 
 
 @pytest.mark.parametrize('mode', (
