@@ -1,9 +1,11 @@
-"""Eight CPU devices; rank promotion raises; warnings are errors."""
+"""Eight CPU devices; rank promotion raises; warnings are errors.
+
+JAX_PLATFORMS=cuda leaves the CPU to others: only tests marked `native` run.
+"""
 
 import os
 
 os.environ.setdefault('NPROC', '32')  # room for collectives of many devices
-os.environ['JAX_PLATFORMS'] = 'cpu'
 
 import signal
 import warnings
@@ -12,7 +14,15 @@ import hypothesis
 import jax
 import pytest
 
-jax.config.update('jax_num_cpu_devices', 8)
+NATIVE = os.environ.get('JAX_PLATFORMS') in ('cuda', 'gpu')
+if NATIVE:
+  # Many processes share the device.
+  os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+  jax.config.update('jax_default_matmul_precision', 'highest')
+else:
+  os.environ['JAX_PLATFORMS'] = 'cpu'  # of children
+  jax.config.update('jax_platforms', 'cpu')
+  jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_compilation_cache_dir', os.path.join(
     os.path.dirname(__file__), '..', '.cache', 'jax'))
@@ -28,10 +38,31 @@ hypothesis.settings.register_profile('dsjax', deadline=None)
 hypothesis.settings.load_profile('dsjax')
 
 
+def pytest_collection_modifyitems(config, items):
+  if NATIVE:
+    kept = [item for item in items if 'native' in item.keywords]
+    config.hook.pytest_deselected(
+        items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+  report = yield
+  if NATIVE and report.failed:
+    try:
+      jax.block_until_ready(jax.device_put(0) + 1)
+    except jax.errors.JaxRuntimeError:  # it poisoned this process's context
+      os._exit(70)  # the others run in another one
+  return report
+
+
 @pytest.fixture(autouse=True)
 def _warnings_are_errors():
   with warnings.catch_warnings():
     warnings.simplefilter('error')
+    if NATIVE:  # known of newer JAX
+      warnings.filterwarnings('ignore', 'The Pallas Triton backend is dep')
     yield
 
 

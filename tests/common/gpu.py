@@ -1,23 +1,39 @@
-"""Lowering for CUDA, and Mosaic interpreted, on a machine without a GPU."""
+"""Kernels on the GPU that is here, or without one: lowered, interpreted.
+
+JAX_PLATFORMS=cuda python -m pytest runs the tests marked `native` on a GPU,
+through the kernels' own machine code; without it they interpret the kernels.
+"""
 
 import contextlib
 import dataclasses
+import os
 import threading
 import types
 import warnings
 from unittest import mock
 
 import jax
+import pytest
 from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu.interpret import (
   interpret_pallas_call,
   shared_memory,
 )
 
-from dsjax.kernels import mosaic
+from dsjax.kernels import mosaic, tiles
 from dsjax.kernels.compiled import described
 
+NATIVE = os.environ.get('JAX_PLATFORMS') in ('cuda', 'gpu')
+PALLAS = 'pallas' if NATIVE else 'pallas_interpret'
+MOSAIC = 'mosaic' if NATIVE else 'mosaic_interpret'
 PATIENCE_S = 20  # that a thread of an interpreted kernel waits for a barrier
+
+
+def skip_without_hopper():
+  """Of a native test of Mosaic kernels."""
+  if NATIVE and (lacks := tiles.mosaic_lacks(None, tiles.device_kind())
+                 ) != 'it has attention only':
+    pytest.skip(lacks)
 
 
 def lower(step, *args):
@@ -41,11 +57,16 @@ class _Condition(threading.Condition):
 def racing(module=mosaic):
   """Mosaic kernels, interpreted inside, must not race; and cannot hang.
 
+  On a GPU they run, and nothing looks for races.
+
   module: kernels.mosaic, or a mutant of it.
 
   JAX 0.10 compiles a kernel anew for each program of its grid and thread;
   here once. (What is compiled is no different.)
   """
+  if NATIVE:
+    yield
+    return
   compiled, lock = {}, threading.Lock()
 
   def run(jaxpr, consts, *args):

@@ -74,7 +74,7 @@ def pools(case, lens):
   return dense, poisoned, clean_BM, table_BM, scales
 
 
-def compare(op, case, q, lens, rest, rows=None, impl='pallas_interpret'):
+def compare(op, case, q, lens, rest, rows=None, impl=gpu.PALLAS):
   """op, interpreted on poison, equals its reference in float32."""
   dense, poisoned, clean_BM, table_BM, scales = pools(case, lens)
   options = dict(window=case.window, softcap=case.softcap,
@@ -152,14 +152,36 @@ PREFILL = [
 ]
 
 
+@pytest.mark.native
 @pytest.mark.parametrize('case', DECODE, ids=range(len(DECODE)))
 def test_decode_equals_the_reference(case):
   check_decode(case)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize('case', PREFILL, ids=range(len(PREFILL)))
 def test_prefill_equals_the_reference(case):
   check_prefill(case)
+
+
+HALF = dict(dtype='bfloat16', kv='bfloat16', H=128)
+PUBLISHED = [Case(**HALF, N=32, K=8), Case(**HALF, N=40, K=40),
+             Case(**HALF, N=16, K=2, C=64, window=900),
+             Case(**HALF | dict(kv='float8_e4m3fn'), N=8, K=2)]
+
+
+@pytest.mark.native
+@pytest.mark.skipif(not gpu.NATIVE, reason='takes minutes interpreted')
+@pytest.mark.parametrize('impl', ['pallas', 'mosaic'])
+@pytest.mark.parametrize('case', PUBLISHED, ids=range(len(PUBLISHED)))
+def test_shapes_of_published_models(case, impl):
+  if impl == 'mosaic':
+    gpu.skip_without_hopper()
+    if case.kv != case.dtype:
+      pytest.skip('Mosaic takes KV of the dtype of queries')
+  check_decode(case, [2048, 1, 777, 2047, 16, 17] * 3, impl=impl)
+  check_prefill(case, [(1024, 0), (1, 2047), (300, 1500), (17, 64)],
+                impl=impl)
 
 
 def draw(seed, last):
@@ -179,6 +201,7 @@ def draw(seed, last):
       cuts=one((), (one(16, 32), tokens, *last(one))), seed=seed)
 
 
+@pytest.mark.native
 @pytest.mark.sweep
 @pytest.mark.parametrize('seed', range(200))
 def test_decode_sweep(seed):
@@ -189,6 +212,7 @@ def test_decode_sweep(seed):
   check_decode(case, rng.permutation(lens).tolist())
 
 
+@pytest.mark.native
 @pytest.mark.sweep
 @pytest.mark.parametrize('seed', range(200))
 def test_prefill_sweep(seed):

@@ -53,7 +53,7 @@ def run(args, impl, config=None, page=PAGE, offset=OFFSET):
 
 def check(args, config=None, **where):
   want = run(args, 'xla', **where)
-  got = run(args, 'pallas_interpret', config, **where)
+  got = run(args, gpu.PALLAS, config, **where)
   for x, y in zip(got, want, strict=True):
     assert x.dtype == y.dtype
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
@@ -108,24 +108,28 @@ KERNEL = [{}, dict(turn=False), dict(K=3, H=96), dict(K=4, H=64, turn=False),
                                               kv='float8_e5m2')]
 
 
+@pytest.mark.native
 @pytest.mark.parametrize('shape', KERNEL, ids=str)
 def test_the_kernel_equals_the_reference(shape):
   check(arguments(**shape))
 
 
+@pytest.mark.native
 def test_the_kernel_in_programs_of_a_head_each():
   check(arguments(K=4, kv='int8'), TuningConfig(1))
 
 
+@pytest.mark.native
 @pytest.mark.parametrize('count', [0, 5])
 def test_the_kernel_writes_all_or_nothing(count):
   page = np.array([0, 1, 2, 3, 4] if count else [P] * 5)
   check(arguments(), page=page)
 
 
+@pytest.mark.native
 def test_a_head_of_zeros_has_a_scale_of_zero():
   held, k, v, turn = arguments(kv='int8')
-  got = run((held, 0 * k, v, turn), 'pallas_interpret')
+  got = run((held, 0 * k, v, turn), gpu.PALLAS)
   assert not got[0][:, 4, 3].any() and not got[2][:, 4, 3].any()
 
 

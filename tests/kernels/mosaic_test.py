@@ -20,8 +20,15 @@ from tests.common import gpu
 from tests.kernels import kernels_test
 from tests.kernels.kernels_test import Case, check_decode, check_prefill
 
-INTERPRET = dict(impl='mosaic_interpret')
+RUN = dict(impl=gpu.MOSAIC)
 HALF = dict(dtype='bfloat16', kv='bfloat16')
+
+
+@pytest.fixture(autouse=True)
+def _needs_a_hopper_where_it_runs():
+  gpu.skip_without_hopper()
+
+
 # cuts: tokens a tile, stages, warpgroups that multiply, splits.
 DECODE = [
     (Case(**HALF, N=4, K=1), [1, 15, 16, 17, 200]),
@@ -39,16 +46,18 @@ PREFILL = [
 ]
 
 
+@pytest.mark.native
 @pytest.mark.parametrize('case, lens', DECODE, ids=range(len(DECODE)))
 def test_decode_equals_the_reference(case, lens):
   with gpu.racing():
-    check_decode(case, lens, **INTERPRET)
+    check_decode(case, lens, **RUN)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize('case, packing', PREFILL, ids=range(len(PREFILL)))
 def test_prefill_equals_the_reference(case, packing):
   with gpu.racing():
-    check_prefill(case, packing, **INTERPRET)
+    check_prefill(case, packing, **RUN)
 
 
 # --- what the tests catch ----------------------------------------------------
@@ -97,15 +106,16 @@ def test_a_mutant_is_caught(old, new, case, says, monkeypatch):
   check = check_prefill if case in (PAIR, BLOCKS) else check_decode
   with pytest.raises((AssertionError, jax.errors.JaxRuntimeError), match=says):
     with gpu.racing(mutant):
-      check(*case, **INTERPRET)
+      check(*case, **RUN)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize('case', [TILES, NARROW, SPLIT, PAIR, BLOCKS],
                          ids=range(5))
 def test_what_mutants_are_made_of_is_right(case):
   check = check_prefill if case in (PAIR, BLOCKS) else check_decode
   with gpu.racing():
-    check(*case, **INTERPRET)
+    check(*case, **RUN)
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 12),
@@ -152,6 +162,7 @@ def draw(seed):
               cuts=cuts, seed=seed)
 
 
+@pytest.mark.native
 @pytest.mark.sweep
 @pytest.mark.parametrize('seed', range(60))
 def test_decode_sweep(seed):
@@ -160,9 +171,10 @@ def test_decode_sweep(seed):
   lens = [1, case.C - 1, case.C, case.C + 1, int(rng.integers(1, 400))]
   with gpu.racing():
     check_decode(dataclasses.replace(case, cuts=cuts),
-                 rng.permutation(lens).tolist(), **INTERPRET)
+                 rng.permutation(lens).tolist(), **RUN)
 
 
+@pytest.mark.native
 @pytest.mark.sweep
 @pytest.mark.parametrize('seed', range(60))
 def test_prefill_sweep(seed):
@@ -171,7 +183,7 @@ def test_prefill_sweep(seed):
       rng.choice([0, 1, case.C - 1, case.C + 1, 64, 130], 3),
       rng.choice([0, 1, case.C - 1, case.C, 2 * case.C + 3], 3), strict=True)]
   with gpu.racing():
-    check_prefill(case, [*packing, (1, 0)], **INTERPRET)
+    check_prefill(case, [*packing, (1, 0)], **RUN)
 
 
 # --- shapes, devices, configs ------------------------------------------------

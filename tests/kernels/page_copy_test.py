@@ -14,7 +14,7 @@ from dsjax.kernels.page_copy import TuningConfig, pack, unpack
 from tests.common import gpu
 
 K, P = 2, 6
-IMPLS = ('xla', 'pallas_interpret')
+IMPLS = ('xla', gpu.PALLAS)
 
 
 def pool(*rest, dtype='float32', pages=P, seed=0):
@@ -28,6 +28,7 @@ shapes = pytest.mark.parametrize('rest, dtype', SHAPES, ids=str)
 impls = pytest.mark.parametrize('impl', IMPLS)
 
 
+@pytest.mark.native
 @impls
 @shapes
 def test_pack_reads_pages_in_the_asked_order(rest, dtype, impl):
@@ -37,6 +38,7 @@ def test_pack_reads_pages_in_the_asked_order(rest, dtype, impl):
   np.testing.assert_array_equal(got, np.asarray(x)[:, [3, 0, 3]])
 
 
+@pytest.mark.native
 @impls
 @shapes
 def test_unpack_writes_its_pages_only_and_drops_those_of_P(rest, dtype, impl):
@@ -48,6 +50,7 @@ def test_unpack_writes_its_pages_only_and_drops_those_of_P(rest, dtype, impl):
   np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.native
 @impls
 def test_unpack_converts(impl):
   x, new = pool(4, 8, dtype='bfloat16'), pool(4, 8, pages=1)
@@ -55,13 +58,14 @@ def test_unpack_converts(impl):
   np.testing.assert_array_equal(got[:, 2], new[:, 0].astype(jnp.bfloat16))
 
 
+@pytest.mark.native
 def test_in_many_programs_a_page():
   x, ids = pool(16, 96), jnp.array([5, 2])
   config = TuningConfig(32)
-  got = pack(x, ids, 'pallas_interpret', config=config)
+  got = pack(x, ids, gpu.PALLAS, config=config)
   np.testing.assert_array_equal(got, pack(x, ids))
   np.testing.assert_array_equal(
-      unpack(x, ids, 2 * got, 'pallas_interpret', config=config),
+      unpack(x, ids, 2 * got, gpu.PALLAS, config=config),
       unpack(x, ids, 2 * got))
 
 

@@ -1,0 +1,54 @@
+"""A pytest plugin: outcomes as Lines, and no test begins when time is up.
+
+python -m pytest -p experiments.gpu.pytest_lines, with DSJAX_GPU_LINES (a
+file), DSJAX_GPU_TASK and DSJAX_GPU_SECONDS in the environment.
+"""
+
+import collections
+import os
+import pathlib
+import time
+
+import pytest
+
+from experiments.gpu.lines import Lines
+
+BEGAN = 'DSJAX_GPU_BEGAN'  # seconds of the wall clock, same for all workers
+
+
+def pytest_configure(config):
+  os.environ.setdefault(BEGAN, str(time.time()))
+  if not hasattr(config, 'workerinput'):  # pytest-xdist's workers only test
+    config.pluginmanager.register(Outcomes())
+
+
+def pytest_runtest_setup():
+  gone_s = time.time() - float(os.environ[BEGAN])
+  if gone_s > 0.85 * float(os.environ['DSJAX_GPU_SECONDS']):
+    pytest.skip('out of time')
+
+
+class Outcomes:
+  """Counts tests; writes a line for each that fails, and one for all."""
+
+  def __init__(self):
+    self.lines = Lines(pathlib.Path(os.environ['DSJAX_GPU_LINES']),
+                       os.environ['DSJAX_GPU_TASK'])
+    self.counts = collections.Counter()
+
+  def pytest_runtest_logreport(self, report):
+    """A test has ended, or its set-up has failed."""
+    late = report.skipped and 'out of time' in str(report.longrepr)
+    if report.when == 'call' or report.outcome != 'passed':
+      self.counts['out of time' if late else report.outcome] += 1
+    if report.failed:
+      self.lines.write(report.nodeid, False, seconds=report.duration,
+                       says=str(report.longrepr)[-1500:])
+
+  def pytest_sessionfinish(self, exitstatus):
+    """All tests have ended."""
+    shown = ', '.join(f'{n} {what}' for what, n in self.counts.items())
+    self.lines.write('all', self.counts['passed'] > 0 and exitstatus == 0,
+                     figure=shown or 'no tests', exit_code=int(exitstatus),
+                     **{k.replace(' ', '_'): n
+                        for k, n in self.counts.items()})

@@ -1,0 +1,134 @@
+"""Runs tasks as processes, each within its time; what crashes costs itself."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from experiments.gpu import lines
+from experiments.gpu.tasks import Task
+
+POLL_S = 0.05
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+class Outcome(NamedTuple):
+  """How a task ended. verdict: right, done, or what went wrong in words."""
+
+  task: Task
+  verdict: str
+  seconds: float
+  figure: str
+
+  @property
+  def ok(self) -> bool:
+    """Whether nothing went wrong."""
+    return self.verdict in ('right', 'done')
+
+
+class Running:
+  """A task's process."""
+
+  def __init__(self, task: Task, target: lines.Target, cache: str,
+               log: pathlib.Path) -> None:
+    self.task, self.target, self.log = task, target, log
+    self.began_s = time.monotonic()
+    self.killed = False
+    with log.open('a') as file:
+      file.write(f'\n--- {task.part}/{task.name}\n')
+      file.flush()
+      self.log_from = file.tell()
+      self.process = subprocess.Popen(
+          task.command(target), cwd=ROOT, stdout=file, stderr=file,
+          env=task.environment(target, cache), stdin=subprocess.DEVNULL,
+          start_new_session=True)
+
+  def kill(self) -> None:
+    """Ends it and all that it started."""
+    self.killed = True
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(self.process.pid, signal.SIGKILL)
+    self.process.wait()
+
+  def is_over(self) -> bool:
+    """Whether it has ended; ends it when its time is up."""
+    if self.process.poll() is not None:
+      return True
+    if time.monotonic() - self.began_s > self.target.seconds:
+      self.kill()
+      return True
+    return False
+
+  def outcome(self) -> Outcome:
+    """Of a task that is over."""
+    rows = [r for r in lines.read(self.target.path)
+            if r['task'] == self.target.task]
+    figures = [r['figure'] for r in rows if 'figure' in r]
+    return Outcome(self.task, self._verdict(rows),
+                   time.monotonic() - self.began_s,
+                   figures[-1] if figures else '')
+
+  def _verdict(self, rows):
+    code, wrong = self.process.returncode, [r for r in rows
+                                            if r['ok'] is False]
+    if self.killed:
+      return f'stopped after {self.target.seconds:.0f} s'
+    if code < 0:
+      return f'crashed: {signal.Signals(-code).name}'
+    if wrong:
+      return f'{len(wrong)} wrong: {wrong[0]["what"]}'
+    if code:
+      return f'failed: {self._last_line()}'
+    if not rows:
+      return 'failed: it wrote nothing'
+    return 'right' if any(r['ok'] for r in rows) else 'done'
+
+  def _last_line(self):
+    """The last line of its output since it began."""
+    with self.log.open('rb') as file:
+      file.seek(self.log_from)
+      said = file.read().decode(errors='replace').strip().splitlines()
+    return said[-1][:200] if said else f'exit code {self.process.returncode}'
+
+
+def run(stages: Sequence[Sequence[Task]], folder: pathlib.Path, cache: str,
+        seconds: float, tiny: bool,
+        tell: Callable[[str], Any] = lambda text: None) -> list[Outcome]:
+  """Runs stages one after another, tasks of one side by side.
+
+  Args:
+    folder: for a file a part, PART.jsonl, and log.txt.
+    seconds: for all of them. Each stage may take its share of what is left.
+
+  Returns:
+    an Outcome a task; those that Ctrl-C stopped or did not let begin say so.
+  """
+  ends_s = time.monotonic() + seconds
+  outcomes, running = [], []
+  try:
+    for number, stage in enumerate(stages):
+      weights = [max(t.seconds for t in s) for s in stages[number:]]
+      mine = (ends_s - time.monotonic()) * weights[0] / sum(weights)
+      running = [Running(task, lines.Target(
+          folder / f'{task.part}.jsonl', task.name, max(mine, 1.0), tiny),
+          cache, folder / 'log.txt') for task in stage]
+      tell(f'{", ".join(f"{t.part}/{t.name}" for t in stage)}: '
+           f'{mine:.0f} s at most')
+      while running:
+        for process in [r for r in running if r.is_over()]:
+          running.remove(process)
+          outcomes.append(process.outcome())
+          tell(f'{process.task.part}/{process.task.name}: '
+               f'{outcomes[-1].verdict}, {outcomes[-1].seconds:.0f} s')
+        time.sleep(POLL_S)
+  except KeyboardInterrupt:
+    for process in running:
+      process.kill()
+      outcomes.append(process.outcome()._replace(verdict='interrupted'))
+  ended = {o.task for o in outcomes}
+  return outcomes + [Outcome(task, 'not begun', 0.0, '') for stage in stages
+                     for task in stage if task not in ended]
