@@ -10,8 +10,8 @@ tests/goldens/aot.json has), registers, shared memory, and how many programs a
 core holds at once. "at least" is the roofline: the longer of the operations
 and the floor's bytes at the device's peaks.
 
-Where a GPU is present it also times the kernel (the least of 5 means, between
-two barriers), beside jax.nn.dot_product_attention on the same sequences laid
+Where a GPU is present it also times the kernel (the least of 5 means over many
+calls in one program), beside jax.nn.dot_product_attention on the same sequences laid
 out densely (cuDNN's where it has it) and JAX's own paged attention kernel.
 --tune then looks for faster configs, one field at a time, and writes what it
 finds to kernels/tuned.json. Without a GPU it says what it could not measure;
@@ -278,26 +278,34 @@ def fill(args: dict[str, Any], seed: int = 0) -> dict[str, Any]:
 
 def seconds(fn: Callable[..., Any], args: dict[str, Any],
             name: str | None = None, repeats: int = 5,
-            least_s: float = 0.02) -> float:
+            least_s: float = 0.02, loops: int = 16) -> float:
   """Seconds of a call: the least of `repeats` means over least_s or more.
 
-  name: of the argument that the call gives back updated, which is donated.
+  Calls run `loops` in a row in one program, so that the host's time to start
+  one does not count, and each waits for the one before.
+
+  name: of the argument that the call gives back updated.
   """
-  step, held = jax.jit(fn, donate_argnames=name), dict(args)
-  if name:
-    held[name] = jax.tree.map(jnp.copy, held[name])
+  def body(_, named):
+    out = fn(**named)
+    if name:
+      return named | {name: out}
+    return jax.lax.optimization_barrier((named, out))[0]
+
+  step = jax.jit(lambda named: jax.lax.fori_loop(0, loops, body, named),
+                 donate_argnums=0)
+  held = jax.tree.map(jnp.copy, dict(args))
 
   def run(times):
-    began, out = time.perf_counter(), None
+    nonlocal held
+    began = time.perf_counter()
     for _ in range(times):
-      out = step(**held)
-      if name:
-        held[name] = out
-    jax.block_until_ready(out)
-    return time.perf_counter() - began
+      held = step(held)
+    jax.block_until_ready(held)
+    return (time.perf_counter() - began) / loops
 
   run(1)
-  times = max(1, round(least_s / max(run(3) / 3, 1e-6)))
+  times = max(1, round(least_s / max(run(1) * loops, 1e-6)))
   return min(run(times) / times for _ in range(repeats))
 
 

@@ -1,0 +1,107 @@
+"""The smallest case of every kernel under NVIDIA's compute-sanitizer.
+
+memcheck finds reads and writes outside an array (each has an allocation of its
+own here), racecheck hazards in shared memory; neither is visible interpreted.
+Run by itself with --task=cases, it only runs the cases.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+
+from experiments.gpu import child
+
+TOOLS = ('memcheck', 'racecheck')
+
+
+def cases(lines):
+  """Runs every kernel once, natively, and looks at the results."""
+  import jax
+  import numpy as np
+
+  from dsjax.kernels import decode_attention as decode
+  from dsjax.kernels import kv_write, page_copy, tiles
+  from dsjax.kernels import prefill_attention as prefill
+
+  rng = np.random.default_rng(0)
+  K, N, H, C, P, B = 1, 4, 64, 16, 6, 2
+  on_gpu = jax.default_backend() in ('gpu', 'cuda')
+
+  def normal(*shape):
+    return np.asarray(rng.standard_normal(shape), 'bfloat16')
+
+  pools = normal(K, P, C, H), normal(K, P, C, H)
+  table_BM = np.array([[0, 3, P], [5, 1, 2]], np.int32)  # page P: not there
+  lens_B = np.array([17, 40], np.int32)
+  starts_A, pos_B = np.array([0, 5, 12], np.int32), lens_B - [5, 7]
+  impls = ['pallas'] if on_gpu else ['pallas_interpret']
+  if on_gpu and not tiles.mosaic_lacks((normal(B, N, H), pools[0]),
+                                       tiles.device_kind()):
+    impls.append('mosaic')
+  want = {}
+  for impl in ('xla', *impls):
+    attended = jax.jit(lambda *args, impl=impl: (
+        decode.decode_attention(*args[:5], impl),
+        prefill.prefill_attention(*args[5:], impl)))(
+            normal_q(B, N, H), *pools, table_BM, lens_B,
+            normal_q(12, N, H), *pools, table_BM, starts_A,
+            pos_B.astype(np.int32))
+    want[impl] = [np.asarray(x, np.float32) for x in attended]
+    if impl != 'xla':
+      wrong = max(float(np.abs(x - y).max())
+                  for x, y in zip(want[impl], want['xla'], strict=True))
+      lines.write(f'attention, {impl}', wrong < 0.05, error=wrong)
+  for impl in impls[:1]:
+    page, offset = np.array([4, P, 0]), np.array([3, 0, 15])
+    kept = jax.jit(lambda *args, impl=impl: (
+        kv_write.kv_write(*args, None, impl), page_copy.pack(
+            args[0][0], np.array([2, 0, 2]), impl), page_copy.unpack(
+                args[0][1], np.array([1, P]), args[1].reshape(
+                    K, -1, 1, H)[:, :2].repeat(C, 2), impl)))(
+                        pools, normal(3, K, H), normal(3, K, H), page, offset)
+    lines.write(f'writes and copies, {impl}', all(
+        np.isfinite(np.asarray(x, np.float32)).all()
+        for x in jax.tree.leaves(kept)))
+
+
+def normal_q(*shape):
+  """Queries, the same for every implementation."""
+  import numpy as np
+  return np.asarray(np.random.default_rng(1).standard_normal(shape),
+                    'bfloat16')
+
+
+def run(target, lines):
+  """The cases under each tool; without the tools, the cases alone."""
+  if target.task == 'cases':
+    cases(lines)
+    return
+  tool = shutil.which('compute-sanitizer') or shutil.which(
+      'compute-sanitizer', path='/usr/local/cuda/bin')
+  if tool is None or target.tiny:
+    cases(lines)
+    lines.write('compute-sanitizer', figure='not found: cases run bare'
+                if tool is None else 'cases run bare')
+    return
+  clean = []
+  for name in TOOLS:
+    done = subprocess.run(
+        [tool, '--tool', name, '--error-exitcode', '9', '--print-limit', '5',
+         sys.executable, '-m', 'experiments.gpu.sanitizer',
+         f'--lines={target.path}', '--task=cases',
+         f'--seconds={target.seconds}'],
+        capture_output=True, text=True, env=os.environ | {
+            'XLA_PYTHON_CLIENT_ALLOCATOR': 'platform',
+            'XLA_FLAGS': '--xla_gpu_enable_command_buffer='})
+    says = (done.stdout + done.stderr).strip()
+    print(says, flush=True)
+    ok = done.returncode == 0 and 'ERROR SUMMARY: 0 errors' in says or (
+        done.returncode == 0 and name == 'racecheck'
+        and '0 hazards displayed' in says)
+    clean.append(f'{name} {"clean" if ok else "not clean"}')
+    lines.write(name, ok, figure=', '.join(clean), says=says[-1500:])
+
+
+if __name__ == '__main__':
+  child.main(run)
