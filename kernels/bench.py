@@ -11,8 +11,9 @@ core holds at once. "at least" is the roofline: the longer of the operations
 and the floor's bytes at the device's peaks.
 
 Where a GPU is present it also times the kernel (the least of 5 means over many
-calls in one program), beside jax.nn.dot_product_attention on the same sequences laid
-out densely (cuDNN's where it has it) and JAX's own paged attention kernel.
+calls in one program), beside jax.nn.dot_product_attention on the same
+sequences laid out densely (cuDNN's where it has it) and JAX's own paged
+attention kernel.
 --tune then looks for faster configs, one field at a time, and writes what it
 finds to kernels/tuned.json. Without a GPU it says what it could not measure;
 --gpu names the one that is described instead.
@@ -21,6 +22,7 @@ Exit codes: 0; 2 for bad input; 130 when stopped, after a table of what there
 is.
 """
 
+import concurrent.futures
 import ctypes
 import dataclasses
 import functools
@@ -276,13 +278,14 @@ def fill(args: dict[str, Any], seed: int = 0) -> dict[str, Any]:
   return jax.tree.map(make, args)
 
 
-def seconds(fn: Callable[..., Any], args: dict[str, Any],
-            name: str | None = None, repeats: int = 5,
-            least_s: float = 0.02, loops: int = 16) -> float:
-  """Seconds of a call: the least of `repeats` means over least_s or more.
+def timed(fn: Callable[..., Any], args: dict[str, Any],
+          name: str | None = None,
+          loops: int = 16) -> Callable[..., float]:
+  """Compiles calls of fn; (repeats, least_s) -> seconds of a call.
 
-  Calls run `loops` in a row in one program, so that the host's time to start
-  one does not count, and each waits for the one before.
+  That is the least of `repeats` means over least_s or more. Calls run `loops`
+  in a row in one program, so that the host's time to start one does not
+  count, and each waits for the one before.
 
   name: of the argument that the call gives back updated.
   """
@@ -291,20 +294,31 @@ def seconds(fn: Callable[..., Any], args: dict[str, Any],
     return named | ({name: out} if name else _after(named, out))
 
   step = jax.jit(lambda named: jax.lax.fori_loop(0, loops, body, named),
-                 donate_argnums=0)
-  held = jax.tree.map(jnp.copy, dict(args))
+                 donate_argnums=0).lower(args).compile()
 
-  def run(times):
-    nonlocal held
-    began = time.perf_counter()
-    for _ in range(times):
-      held = step(held)
-    jax.block_until_ready(held)
-    return (time.perf_counter() - began) / loops
+  def run(repeats: int = 5, least_s: float = 0.02) -> float:
+    held = jax.tree.map(jnp.copy, args)
 
-  run(1)
-  times = max(1, round(least_s / max(run(1) * loops, 1e-6)))
-  return min(run(times) / times for _ in range(repeats))
+    def mean(times):
+      nonlocal held
+      began = time.perf_counter()
+      for _ in range(times):
+        held = step(held)
+      jax.block_until_ready(held)
+      return (time.perf_counter() - began) / (times * loops)
+
+    mean(1)
+    times = max(1, round(least_s / max(mean(1) * loops, 1e-6)))
+    return min(mean(times) for _ in range(repeats))
+
+  return run
+
+
+def seconds(fn: Callable[..., Any], args: dict[str, Any],
+            name: str | None = None, repeats: int = 5,
+            least_s: float = 0.02, loops: int = 16) -> float:
+  """Seconds of a call, as `timed` says."""
+  return timed(fn, args, name, loops)(repeats, least_s)
 
 
 def _after(named: dict[str, Any], out: Any) -> dict[str, jax.Array]:
@@ -375,27 +389,46 @@ def _try(fn, named):
 
 
 def tune(config: Any, check: Callable[[Any], None],
-         time_of: Callable[[Any], float]) -> Any:
+         build: Callable[[Any], Callable[[], float]], jobs: int = 1) -> Any:
   """The fastest config found from `config` on, a field at a time.
 
-  time_of: config -> seconds; what does not suit or run is left out.
+  build: config -> what times it, compiled; `jobs` of them at a time. What
+    does not suit, compile or run is left out.
   """
-  best, best_s = config, time_of(config)
-  for _ in range(3):
-    before = best
-    for field in dataclasses.fields(config):
-      for value in TRIES[field.name]:
-        other = dataclasses.replace(best, **{field.name: value})
-        try:
-          check(other)
-          other_s = time_of(other)
-        except (ValueError, jax.errors.JaxRuntimeError):
-          continue
-        if other_s < best_s:
-          best, best_s = other, other_s
-    if best == before:
-      break
+  best, best_s = config, build(config)()
+  with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+    for _ in range(3):
+      before = best
+      for field in dataclasses.fields(config):
+        others = [dataclasses.replace(best, **{field.name: value})
+                  for value in TRIES[field.name]]
+        others = [x for x in others if x != best and _suits(x, check)]
+        built = [pool.submit(build, other) for other in others]
+        for other, run in zip(others, built, strict=True):
+          try:
+            other_s = run.result()()
+          except (ValueError, jax.errors.JaxRuntimeError):
+            continue
+          if other_s < best_s:
+            best, best_s = other, other_s
+      if best == before:
+        break
   return best
+
+
+def _suits(config, check):
+  try:
+    check(config)
+  except ValueError:
+    return False
+  return True
+
+
+def tuned_op(case: Case) -> str:
+  """The name of a case's op in kernels/tuned.json."""
+  if case.impl == 'mosaic':
+    return f'mosaic_{case.op}'
+  return OPS[case.op].__name__.rsplit('.', 1)[1]
 
 
 # --- a run --------------------------------------------------------------------
@@ -410,15 +443,13 @@ def row(case: Case, limits: paged.Device, dump: str, present: bool,
   if present:
     arrays = fill(args)
 
-    def time_of(config):
-      return seconds(call(case, config), arrays, UPDATED.get(case.op))
+    def build(config):
+      return timed(call(case, config), arrays, UPDATED.get(case.op))
 
     if tuning:
-      config = tune(config, check, time_of)
-      op = OPS[case.op].__name__.rsplit('.', 1)[1]
-      tuned.save(f'mosaic_{case.op}' if case.impl == 'mosaic' else op, shape,
-                 config)
-    out = dict(seconds=time_of(config), rivals=rivals(case, arrays))
+      config = tune(config, check, build, os.cpu_count() or 1)
+      tuned.save(tuned_op(case), shape, config)
+    out = dict(seconds=build(config)(), rivals=rivals(case, arrays))
   done = count(case, args, config)
   peak, bandwidth = PEAKS[limits.name]
   out |= dict(case=case, config=config, work=done, least_s=max(

@@ -11,7 +11,9 @@ overlap in the stages because every dispatch is asynchronous.
 """
 
 import collections
+import concurrent.futures
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,6 +34,7 @@ from dsjax.runtime.memory import size_pages
 from dsjax.runtime.protocols import Dispatched
 from dsjax.runtime.steps import (
   Shapes,
+  abstract_step,
   empty_packed,
   empty_rows,
   make_step,
@@ -121,11 +124,32 @@ class Engine:
     return ([(size, 0) for size in tokens] + [(0, n) for n in rows]
             + [(size, n) for size in tokens for n in mixed])
 
+  def compile(self, needed: Sequence[tuple[int, int]]
+              ) -> Iterator[tuple[int, int]]:
+    """Compiles steps, one a core at a time; yields each of `needed` then.
+
+    needed: (packed tokens, decode rows) of each.
+    """
+    def make(tokens, rows):
+      for stage in self.stages:
+        step, args = abstract_step(stage.shapes, tokens, rows,
+                                   self._seqs_bucket(tokens))
+        step.lower(*args).compile()
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+      try:
+        for shape, made in [(shape, pool.submit(make, *shape))
+                            for shape in needed]:
+          made.result()
+          yield shape
+      finally:
+        pool.shutdown(cancel_futures=True)
+
   def warm(self) -> Iterator[str]:
     """Compiles and runs every step once, for no request; yields its name."""
     self.admit(-1, (), 0, Sampling())
     self.forget(-1)
-    for tokens, rows in self.shapes_needed():
+    for tokens, rows in self.compile(self.shapes_needed()):
       packed = empty_packed(self.shapes, self._seqs_bucket(tokens))
       batch = empty_rows(self.shapes, rows)
       outs = (self._run('prefill', tokens, (packed, batch if rows else None),

@@ -283,15 +283,16 @@ def _ticks(report, what, total):
 class _Profiler:
   """What `measure` was asked; each method times one part of it."""
 
-  def __init__(self, model, config, rounds, points, report, apart):
+  def __init__(self, model, config, rounds, points, report, devices, apart):
     self.model, self.config, self.rounds = model, config, rounds
     self.grid, self.report = shapes(config, points), report
     self.lengths = spread(config.page_size, config.max_len, points)
-    self.apart = jax.devices()[apart:]  # for a second instance
+    self.devices = devices
+    self.apart = devices[apart:]  # for a second instance
 
   def engine(self, plan):
     """A warm Engine that has both kinds of step."""
-    made = build(self.model, plan, 'chunked', self.config, jax.devices())
+    made = build(self.model, plan, 'chunked', self.config, self.devices)
     tick = _ticks(self.report, f'{plan}: compiling', len(made.shapes_needed()))
     for _ in made.warm():
       tick()
@@ -337,7 +338,8 @@ class _Profiler:
 
 def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
             rounds: int = 5, points: int = 4, report: Report | None = None,
-            name: str | None = None, side_by_side: bool = True
+            name: str | None = None, side_by_side: bool = True,
+            devices: Sequence[jax.Device] | None = None
             ) -> tuple[profiles.Profile, dict[Plan, list[fitting.Cell]]]:
   """Profiles every plan: the Profile, and what each cell took.
 
@@ -349,6 +351,8 @@ def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
     name: the model's, for the profile.
     side_by_side: also measure how two instances of one device slow each
       other, which takes the longest.
+    devices: jax.devices() by default; one that is named twice takes two
+      instances.
 
   Raises:
     InputError: a plan does not fit on the devices, or the config is not as
@@ -361,12 +365,12 @@ def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
   require(config.max_len >= 64, 'EngineConfig.max_len', config.max_len,
           '64 or more to measure')
   most = max(plan.num_devices for plan in plans)
-  devices = jax.devices()
+  devices = devices or jax.devices()
   require(2 * most <= len(devices), 'plans', plans,
           f'of at most {len(devices) // 2} devices: migrations need a '
           'source and a target')
   work = _Profiler(model, config, rounds, points, report or (lambda *_: None),
-                   most)
+                   devices, most)
   cells, models, links, shared = {}, {}, {}, None
   for plan in plans:
     source = work.engine(plan)

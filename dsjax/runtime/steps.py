@@ -185,31 +185,39 @@ def _attention(config: EngineConfig, model: ModelConfig, device: jax.Device,
     raise InputError(f'EngineConfig.attention: {error}') from None
 
 
-def abstract_steps(shapes: Shapes, limits: InstanceConfig
-                   ) -> list[tuple[Any, tuple]]:
-  """The largest steps of a stage: (jitted step, abstract arguments) each."""
+def abstract_step(shapes: Shapes, tokens: int, rows: int, sequences: int = 0
+                  ) -> tuple[Any, tuple]:
+  """(jitted step, abstract arguments) of a bucket.
+
+  Args:
+    tokens: packed ones of a prefill that has room for `sequences`; 0: a
+      decode step. rows: of a decode step, or of those beside a prefill.
+  """
   params, cache, slots = abstract(shapes)
-  whole, tokens = sharding.replicated(shapes.mesh), limits.prefill_tokens
+  whole = sharding.replicated(shapes.mesh)
 
   def put(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(
         np.shape(x), x.dtype, sharding=whole), tree)
 
-  def args(count, *batch):
-    x = None if shapes.first else put(np.empty(
-        (count, shapes.model.d_model), shapes.dtype))
-    ends = shapes.first or shapes.last
-    return (params, cache, slots if ends else None, x, *put(batch),
-            put(np.int32(0)) if shapes.last else None)
+  x = None if shapes.first else put(np.empty(
+      (tokens + rows, shapes.model.d_model), shapes.dtype))
+  decoded = empty_rows(shapes, rows) if rows else None
+  batch = ((empty_packed(shapes, sequences), decoded) if tokens else
+           (decoded,))
+  args = (params, cache, slots if shapes.first or shapes.last else None, x,
+          *put(batch), put(np.int32(0)) if shapes.last else None)
+  return make_step(shapes, *(('prefill', tokens) if tokens else
+                             ('decode',))), args
 
-  rows = empty_rows(shapes, limits.max_seqs)
-  packed = empty_packed(shapes, limits.prefill_seqs)
+
+def abstract_steps(shapes: Shapes, limits: InstanceConfig
+                   ) -> list[tuple[Any, tuple]]:
+  """The largest steps of a stage, each as abstract_step."""
   steps = []
   if limits.decodes:
-    steps.append((make_step(shapes, 'decode'), args(limits.max_seqs, rows)))
+    steps.append(abstract_step(shapes, 0, limits.max_seqs))
   if limits.prefills:
-    mixed = rows if limits.mixes else None
-    count = tokens + (limits.max_seqs if mixed else 0)
-    steps.append((make_step(shapes, 'prefill', tokens),
-                  args(count, packed, mixed)))
+    steps.append(abstract_step(shapes, limits.prefill_tokens, limits.max_seqs
+                               if limits.mixes else 0, limits.prefill_seqs))
   return steps

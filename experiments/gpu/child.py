@@ -1,5 +1,6 @@
 """How every task of experiments.gpu begins: its flags, its file, its card."""
 
+import datetime
 import os
 import pathlib
 import platform
@@ -40,7 +41,8 @@ def machine() -> dict[str, Any]:
           'memory_bytes': (device.memory_stats() or {}).get('bytes_limit'),
           'jax': jax.__version__, 'jaxlib': jaxlib.__version__,
           'numpy': np.__version__, 'python': platform.python_version(),
-          'cores': os.cpu_count()}
+          'cores': os.cpu_count(),
+          'date': datetime.date.today().isoformat()}
 
 
 def driver() -> str | None:

@@ -28,13 +28,17 @@ class Lines:
   def write(self, what: str, ok: bool | None = None, **facts: Any) -> None:
     """Appends a line."""
     line = dict(task=self.task, what=what, ok=ok,
-                at_s=round(time.monotonic() - self.began_s, 2), **facts)
+                at_s=round(self.gone_s(), 2), **facts)
     with open(self.path, 'a') as file:
       file.write(json.dumps(line, default=_plain) + '\n')
 
+  def gone_s(self) -> float:
+    """Seconds since the task began."""
+    return time.monotonic() - self.began_s
+
   def late(self, share: float = 0.9) -> bool:
     """Whether this share of the task's seconds is gone."""
-    return time.monotonic() - self.began_s > share * self.seconds
+    return self.gone_s() > share * self.seconds
 
 
 class Target(NamedTuple):

@@ -348,17 +348,17 @@ def test_every_op_can_be_timed(case):
 
 
 def test_tuning_finds_the_fastest_and_leaves_out_what_does_not_run():
-  def time_of(config):
+  def build(config):
     if config.num_warps == 8:
       raise ValueError('does not fit')
-    return (abs(config.block_tokens - 32) + abs(config.splits - 6)
-            + abs(config.num_warps - 7) + 1)
+    return lambda: (abs(config.block_tokens - 32) + abs(config.splits - 6)
+                    + abs(config.num_warps - 7) + 1)
 
   def check(config):
     config.check(Shape((2, 64, 128), 'bfloat16'),
                  Shape((2, 9, 16, 128), 'bfloat16'), A100)
 
-  found = bench.tune(decode_attention.TuningConfig(), check, time_of)
+  found = bench.tune(decode_attention.TuningConfig(), check, build)
   assert (found.block_tokens, found.splits, found.num_warps) == (32, 6, 4)
 
 
@@ -384,13 +384,13 @@ def test_with_a_gpu_it_times_and_tunes_and_keeps_the_table_when_stopped(
     monkeypatch, tmp_path):
   calls = iter(range(10))
 
-  def seconds(fn, args, name=None):
+  def timed(fn, args, name=None, loops=0):
     if next(calls) == 4:
       raise KeyboardInterrupt
-    return 1e-3
+    return lambda *_: 1e-3
 
-  monkeypatch.setattr(bench, 'seconds', seconds)
-  monkeypatch.setattr(bench, 'tune', lambda config, check, time_of: config)
+  monkeypatch.setattr(bench, 'timed', timed)
+  monkeypatch.setattr(bench, 'tune', lambda config, *_: config)
   monkeypatch.setattr(tuned, 'PATH', tmp_path / 'tuned.json')
   monkeypatch.setattr(compiled, 'available', lambda name: False)
   gc.disable()  # JAX's callback would report the exception on its way

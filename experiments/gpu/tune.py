@@ -1,0 +1,69 @@
+"""Looks for faster configs of the kernels, at the shapes that serve.
+
+What it finds goes to kernels/tuned.json here, for the tasks after it, and into
+the part's file, for --ingest.
+"""
+
+import dataclasses
+import os
+
+import jax
+
+from dsjax.kernels import bench, paged, tiles, tuned
+from experiments.gpu import child
+
+
+def run(target, lines):
+  """A line a case: the heuristic's config and seconds, the tuned ones."""
+  lines.write('machine', **child.machine())
+  if target.tiny:
+    found = bench.tune(Toy(), lambda config: None,
+                       lambda config: lambda: abs(config.num_warps - 4) + 1)
+    lines.write('toy', found == Toy(4), figure=f'{found}')
+    return
+  limits, gains, kind = paged.device(), [], tiles.device_kind()
+  for case in bench.wanted(('llama-3-8b',), list(bench.OPS), kind):
+    if lines.late(0.85):
+      lines.write(f'{case.op} {case.text}', None, skipped='out of time')
+      continue
+    args = bench.arguments(case)
+    config, shape, check = bench.plan(case, args, limits)
+    arrays = bench.fill(args)
+
+    def build(config, case=case, arrays=arrays):
+      if lines.late(0.95):
+        raise ValueError('out of time')
+      run = bench.timed(bench.call(case, config), arrays,
+                        bench.UPDATED.get(case.op))
+      return lambda: run(repeats=2, least_s=0.004)
+
+    try:
+      best = bench.tune(config, check, build, os.cpu_count() or 1)
+      before_s, best_s = build(config)(), build(best)()
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+      lines.write(f'{case.op} {case.text}', None, says=str(error)[-500:])
+      continue
+    op = bench.tuned_op(case)
+    if best_s < 0.98 * before_s:  # less is noise
+      tuned.save(op, shape, best)
+    else:
+      best = config
+    gains.append(before_s / best_s)
+    lines.write(f'{op}, {case.text}', None, kind=kind, op=op, shape=shape,
+                before=str(config), before_s=before_s, seconds=best_s,
+                config=dataclasses.asdict(best), kept=best != config)
+  if gains:
+    gains.sort()
+    lines.write('all', figure=f'{len(gains)} shapes, median '
+                f'{gains[len(gains) // 2]:.2f} times as fast')
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+  """A config of nothing, to tune on a CPU."""
+
+  num_warps: int = 1
+
+
+if __name__ == '__main__':
+  child.main(run)
