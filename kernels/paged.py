@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from dsjax.kernels import tiles
 
 LOG2E = math.log2(math.e)
-LEAST = 16  # rows, columns and depth of a tensor core's product
+LEAST = tiles.LEAST
 
 
 class Device(NamedTuple):
@@ -99,7 +99,7 @@ def check_heads(head_dim: int, interpret: bool) -> None:
   """Raises ValueError if Triton cannot compile heads of this width."""
   if interpret:
     return
-  if head_dim > 256 or any(w < LEAST for _, w in parts(head_dim)):
+  if not tiles.triton_has(head_dim):
     raise ValueError(f"impl='pallas': heads of {head_dim}; must be a multiple "
                      f"of {LEAST}, 256 at most, or impl 'xla'")
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from dsjax.kernels.shapes import Shaped
 
+LEAST = 16  # rows, columns and depth of a tensor core's product
 NEVER = -1e30  # finite, so that a fully masked tile gives no NaN
 
 
@@ -24,8 +25,9 @@ def pick(impl: str | None, platform: str | None = None,
 
   Args:
     impl: one of IMPLS, or None: on a GPU 'mosaic' for what `mosaic_lacks`
-      nothing for, or else 'pallas'; 'xla' elsewhere, and where JAX has no
-      Triton lowering any more (a warning says so once).
+      nothing for, or else 'pallas' for heads that Triton can have; 'xla'
+      elsewhere, and where JAX has no Triton lowering any more (a warning says
+      so once).
     platform: of the devices that run it; None: the default one's.
     call: (queries, keys) of an attention, arrays or their shapes; None for
       another op, which Mosaic has none of.
@@ -51,13 +53,19 @@ def pick(impl: str | None, platform: str | None = None,
     if impl:
       raise ValueError(f'impl={impl!r}: {lacks}')
   if importlib.util.find_spec('jax.experimental.pallas.triton'):
-    return impl or 'pallas'
+    triton = call is None or triton_has(call[0].shape[-1])
+    return impl or ('pallas' if triton else 'xla')
   if impl is None:
     warnings.warn('This JAX has no Triton lowering: attention runs in plain '
                   'XLA.', stacklevel=2)
     return 'xla'
   raise ValueError(f'impl={impl!r}: this JAX has no jax.experimental.pallas.'
                    "triton; must be None or 'xla'")
+
+
+def triton_has(head_dim: int) -> bool:
+  """Whether Triton can compile heads of this width, as powers of two."""
+  return head_dim <= 256 and head_dim % LEAST == 0
 
 
 def device_kind() -> str:

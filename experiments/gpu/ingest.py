@@ -61,7 +61,7 @@ def save_profile(rows, machine, root):
   data['source'] += f'; {described(machine)}'
   path = pathlib.Path('experiments', 'profiles', (
       f'latency-{short(machine["device"])}-{data["model"]}.json'))
-  (root / path).parent.mkdir(exist_ok=True)
+  (root / path).parent.mkdir(parents=True, exist_ok=True)
   (root / path).write_text(json.dumps(data, indent=1) + '\n')
   return str(path)
 

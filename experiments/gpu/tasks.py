@@ -41,7 +41,8 @@ class Task(NamedTuple):
     """What it runs in. cache: folder of compiled programs."""
     made = os.environ | {
         'JAX_COMPILATION_CACHE_DIR': cache, 'PYTHONUNBUFFERED': '1',
-        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0' if target.tiny
+        else '0.3',
         'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
         'TF_CPP_MIN_LOG_LEVEL': '2', 'DSJAX_GPU_LINES': str(target.path),
         'DSJAX_GPU_TASK': target.task,

@@ -123,6 +123,7 @@ class Run:
 admit = jax.jit(sampling.admit)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize('name', NAMES)
 def test_a_family_gives_the_logits_of_transformers(name):
   config, params, tokens, logits_TV, prompt_len = load(name)
@@ -141,6 +142,7 @@ def test_a_wrong_field_shows(name, fields):
   assert np.abs(got_SV - logits_TV[:prompt_len]).max() > 5 * ATOL
 
 
+@pytest.mark.native
 @pytest.mark.parametrize('name', ['gemma3', 'mixtral', 'opt'])
 def test_bfloat16_weights_and_cache(name):
   """Errors are of bfloat16's 2^-8 and grow through the layers."""

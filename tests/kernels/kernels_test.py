@@ -328,6 +328,13 @@ def test_parts_make_up_the_whole(size, widths):
       [0, *widths])[:-1].tolist()
 
 
+@pytest.mark.parametrize('H', [8, 40, 72, 264])
+def test_heads_that_triton_cannot_have_are_left_to_xla(H):
+  call = jnp.zeros((1, 4, H)), jnp.zeros((2, 3, 16, H))
+  assert tiles.pick(None, 'gpu', call, 'NVIDIA A100') == 'xla'
+  assert tiles.pick('pallas', 'gpu', call) == 'pallas'  # and fails by name
+
+
 def test_the_platform_picks():
   assert tiles.pick(None, 'cpu') == tiles.pick(None, 'tpu') == 'xla'
   assert tiles.pick(None, 'gpu') == tiles.pick('pallas', 'cpu') == 'pallas'
