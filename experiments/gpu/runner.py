@@ -5,6 +5,7 @@ import os
 import pathlib
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from experiments.gpu import lines
 from experiments.gpu.tasks import Task
 
 POLL_S = 0.05
+SAID_BYTES = 2**20  # of what a task prints
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -38,14 +40,11 @@ class Running:
     self.task, self.target, self.log = task, target, log
     self.began_s = time.monotonic()
     self.killed = False
-    with log.open('a') as file:
-      file.write(f'\n--- {task.part}/{task.name}\n')
-      file.flush()
-      self.log_from = file.tell()
-      self.process = subprocess.Popen(
-          task.command(target), cwd=ROOT, stdout=file, stderr=file,
-          env=task.environment(target, cache), stdin=subprocess.DEVNULL,
-          start_new_session=True)
+    self.said = tempfile.TemporaryFile()
+    self.process = subprocess.Popen(
+        task.command(target), cwd=ROOT, stdout=self.said, stderr=self.said,
+        env=task.environment(target, cache), stdin=subprocess.DEVNULL,
+        start_new_session=True)
 
   def kill(self) -> None:
     """Ends it and all that it started."""
@@ -64,15 +63,16 @@ class Running:
     return False
 
   def outcome(self) -> Outcome:
-    """Of a task that is over."""
+    """Of a task that is over; what it printed goes to the log."""
+    said = self._said()
     rows = [r for r in lines.read(self.target.path)
             if r['task'] == self.target.task]
     figures = [r['figure'] for r in rows if 'figure' in r]
-    return Outcome(self.task, self._verdict(rows),
+    return Outcome(self.task, self._verdict(rows, said.splitlines()),
                    time.monotonic() - self.began_s,
                    figures[-1] if figures else '')
 
-  def _verdict(self, rows):
+  def _verdict(self, rows, said):
     code, wrong = self.process.returncode, [r for r in rows
                                             if r['ok'] is False]
     if self.killed:
@@ -82,17 +82,19 @@ class Running:
     if wrong:
       return f'{len(wrong)} wrong: {wrong[0]["what"]}'
     if code:
-      return f'failed: {self._last_line()}'
+      return f'failed: {said[-1][:200] if said else f"exit code {code}"}'
     if not rows:
       return 'failed: it wrote nothing'
     return 'right' if any(r['ok'] for r in rows) else 'done'
 
-  def _last_line(self):
-    """The last line of its output since it began."""
-    with self.log.open('rb') as file:
-      file.seek(self.log_from)
-      said = file.read().decode(errors='replace').strip().splitlines()
-    return said[-1][:200] if said else f'exit code {self.process.returncode}'
+  def _said(self):
+    """What it printed, the last SAID_BYTES, which it adds to the log."""
+    with self.said as file:
+      file.seek(max(0, file.seek(0, os.SEEK_END) - SAID_BYTES))
+      said = file.read().decode(errors='replace').strip()
+    with self.log.open('a') as log:
+      log.write(f'--- {self.task.part}/{self.task.name}\n{said}\n\n')
+    return said
 
 
 def run(stages: Sequence[Sequence[Task]], folder: pathlib.Path, cache: str,

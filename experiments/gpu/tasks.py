@@ -57,7 +57,8 @@ TINY = ('(test_decode_equals_the_reference and 0) '
         'or test_the_kernel_equals_the_reference or gpt2')
 STAGES = (
     (Task('right', 'kernels', 140, pytest=('tests/kernels',)),
-     Task('right', 'families', 140, pytest=('tests/checkpoints',)),
+     Task('right', 'families', 140, pytest=(
+        'tests/checkpoints/families_test.py',)),
      Task('right', 'sanitizer', 140, 'sanitizer'),
      Task('serve', 'serve', 140, 'serve')),
     (Task('speed', 'kernels', 70, 'kernel_speed'),),
