@@ -75,7 +75,9 @@ def pools(case, lens):
 
 
 def compare(op, case, q, lens, rest, rows=None, impl=gpu.PALLAS):
-  """op, interpreted on poison, equals its reference in float32."""
+  """op, on poison, equals its reference in float32."""
+  if gpu.NATIVE and not tiles.triton_has(case.H):
+    pytest.skip('Triton cannot have such heads')
   dense, poisoned, clean_BM, table_BM, scales = pools(case, lens)
   options = dict(window=case.window, softcap=case.softcap,
                  scale=1.1 * case.H**-0.5)
