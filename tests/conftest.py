@@ -24,8 +24,9 @@ else:
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-jax.config.update('jax_compilation_cache_dir', os.path.join(
-    os.path.dirname(__file__), '..', '.cache', 'jax'))
+jax.config.update('jax_compilation_cache_dir', os.environ.get(
+    'JAX_COMPILATION_CACHE_DIR') or os.path.join(
+        os.path.dirname(__file__), '..', '.cache', 'jax'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 jax.devices()  # starts them, before a runner asks for another number
 

@@ -4,6 +4,7 @@ import io
 import json
 import pathlib
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -119,6 +120,15 @@ def test_all_parts_run_on_a_cpu_and_eight_files_come_back(tmp_path):
   assert all(part in tail for part in tasks.PARTS)
   KEPT.parent.mkdir(exist_ok=True)
   shutil.copy(out / 'cache.tar.gz', KEPT)
+
+
+def test_what_travels_is_small():
+  listed = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True,
+                          text=True)
+  if listed.returncode:
+    pytest.skip('no git checkout')
+  files = [ROOT / name for name in listed.stdout.splitlines()]
+  assert sum(f.stat().st_size for f in files if f.is_file()) < 30 * 2**20
 
 
 MACHINE = dict(task='t', what='machine', ok=None, device='NVIDIA H100 80GB '
