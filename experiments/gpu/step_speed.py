@@ -12,6 +12,7 @@ import time
 import jax
 import numpy as np
 
+from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Plan
 from dsjax.model import kv_cache
@@ -23,6 +24,7 @@ from experiments.gpu import card, child, rates
 ROUNDS = 5
 # Rows of the largest decode batch: what fits beside the weights in 80 GB.
 MODELS = {'llama-3-8b': 64, 'opt-13b': 16}
+PAGES = 64  # a row; what pages hold means nothing, and rows may share them
 CONTEXT = 1024  # tokens of each decode row
 
 
@@ -32,7 +34,7 @@ def engine(rows, tiny):
     return EngineConfig(max_len=64, max_seqs=2, num_pages=16,
                         prefill_tokens=32, chunk_tokens=32, prefill_seqs=2)
   return EngineConfig(
-      max_len=2048, max_seqs=rows, num_pages=rows * 96, prefill_tokens=2048,
+      max_len=2048, max_seqs=rows, num_pages=rows * PAGES, prefill_tokens=2048,
       chunk_tokens=2048, prefill_seqs=4, dtype='bfloat16')
 
 
@@ -69,7 +71,10 @@ def run(target, lines):
       continue
     model = (card.random_model(card.TINY, 'float32') if target.tiny
              else card.published(name))
-    shares += time_steps(model, engine(rows, target.tiny), reached, lines)
+    try:
+      shares += time_steps(model, engine(rows, target.tiny), reached, lines)
+    except (InputError, jax.errors.JaxRuntimeError) as error:  # no room
+      lines.write(name, False, says=str(error)[-1000:])
   if shares:
     lines.write('all', figure=f'{min(shares):.0%} to {max(shares):.0%} of '
                 'the floor')

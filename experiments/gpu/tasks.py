@@ -43,7 +43,8 @@ class Task(NamedTuple):
         'JAX_COMPILATION_CACHE_DIR': cache, 'PYTHONUNBUFFERED': '1',
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0' if target.tiny
         else '0.3',
-        'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
+        'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',  # tasks share the device
+        'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.92',
         'TF_CPP_MIN_LOG_LEVEL': '2', 'DSJAX_GPU_LINES': str(target.path),
         'DSJAX_GPU_TASK': target.task,
         'DSJAX_GPU_SECONDS': str(target.seconds)}
