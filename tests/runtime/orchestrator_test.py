@@ -279,12 +279,29 @@ def test_cancel_in_each_stage(mode, stage):
     assert check_survivors(server, ids, work) == 1
 
 
-def test_cancelling_what_has_ended_or_never_was_does_nothing(server):
+def test_cancelling_what_has_ended_does_nothing(server):
   id = server.submit(tiny.prompt(5), max_tokens=2, ignore_eos=True)
   drain(server)
   server.cancel(id)
-  server.cancel(10**6)
   assert server.output(id).reason == 'length'
+  server.cancel(id)
+
+
+def test_what_is_not_there_or_not_done_is_a_clear_error(server):
+  id = server.submit(tiny.prompt(5), max_tokens=9, ignore_eos=True)
+  for ask in (server.output, server.forget):
+    with pytest.raises(InputError, match=f'id={id}: .* ended: this one is run'):
+      ask(id)
+  drain(server)
+  assert server.output(id).tokens == greedy(tiny.prompt(5), 9)
+  unknown = (10**6, -1, None, 'a', [1], 1.5)
+  for ask in (server.output, server.forget, lambda id: server.take([id])):
+    for bad in (id, *unknown):  # id: a second time
+      with pytest.raises(InputError, match='id=.*has not been taken'):
+        ask(bad)
+  for bad in unknown:
+    with pytest.raises(InputError, match='id=.*request of this server'):
+      server.cancel(bad)
 
 
 def test_cancelling_twice(server):
