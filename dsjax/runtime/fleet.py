@@ -325,7 +325,7 @@ class Fleet:
     while True:
       try:
         sampled = self._read(index, running)
-      except BaseException as error:  # whatever jax raises for what has no value
+      except BaseException as error:  # what has no value
         return self._lose(index, error)
       if sampled is None:
         break

@@ -66,9 +66,9 @@ from dsjax.runtime.fleet import Fleet, Prefix, StepDone
 from dsjax.runtime.output import (
   Interrupted,
   Output,
-  RequestFailed,
   RequestOutputState,
   Update,
+  raise_unless_served,
 )
 from dsjax.runtime.prompts import Prompt, check_ids, prompt_ids
 from dsjax.runtime.protocols import MakeEngine, Observer, Report
@@ -270,21 +270,21 @@ class Orchestrator:
                           f'{what}')
       raise RuntimeError(f'the server is stuck: {what}')
 
-  def _drop(self, ids: Sequence[int]) -> None:
+  def _drop(self, ids: Sequence[int], keep: bool = False) -> None:
     """Cancels requests whose client has been interrupted, and forgets their
-    outputs.
+    outputs; keep: but for those that have ended.
 
     It waits a moment, so that the client finds it done.
     """
-    job = self._worker.post(lambda: self._forget_all(ids))
-    if not self._worker.is_here and self._worker.thread.is_alive():
-      job.wait(1.0)
+    job = self._worker.post(lambda: self._forget_all(ids, keep))
+    if not self._worker.is_here and self._worker.stuck_s < 1:
+      job.wait(1.0 if self.thread.is_alive() else 0)
 
-  def _forget_all(self, ids: Sequence[int]) -> None:
+  def _forget_all(self, ids: Sequence[int], keep: bool) -> None:
     for id in ids:
-      self._cancel(id)
-      self.requests.pop(id, None)
-    self._tell()
+      if id in self.unfinished or not keep:
+        self._cancel(id)
+        self.requests.pop(id, None)
 
   @property
   def thread(self) -> threading.Thread:
@@ -319,6 +319,11 @@ class Orchestrator:
   def faults(self) -> list[tuple[float, str]]:
     """(time, what happened) of the newest faults."""
     return list(self.fleet.faults)
+
+  @property
+  def is_open(self) -> bool:
+    """Whether it takes requests."""
+    return not (self.closed or self.closing)
 
   @property
   def busy(self) -> bool:
@@ -387,6 +392,7 @@ class Orchestrator:
     """Queues a request, and adds its id to `ids` before anything can fail."""
     require(arrival_s is None or is_number(-math.inf, math.inf)(arrival_s),
             'arrival_s', arrival_s, 'seconds, or None for now')
+    self._check_open()
     self.call(self._queue, ids, [self.prepare(prompt, **params)], arrival_s)
 
   def _queue(self, ids: list[int],
@@ -432,9 +438,11 @@ class Orchestrator:
                         len(request.prompt), request.sampling.max_tokens,
                         more))
 
+  def _check_open(self) -> None:
+    require(self.is_open, 'server', self.broken or 'closed', 'open')
+
   def _check_new(self, request: Request) -> None:
-    require(not self.closed and not self.closing, 'server',
-            self.broken or 'closed', 'open')
+    self._check_open()
     require(is_integer(0, math.inf)(request.id), 'Request.id', request.id,
             'an integer of 0 or more')
     require(request.id not in self.seen, 'Request.id', request.id,
@@ -481,7 +489,9 @@ class Orchestrator:
       InputError: it has not ended, which loses nothing; or there is none of
         this id any more.
     """
-    return self.call(self._output, id)
+    output = self.call(self._output, id)
+    self.requests.pop(id, None)  # not before it is here
+    return output
 
   def _output(self, id: int) -> Output:
     state = self._known(id)
@@ -492,7 +502,6 @@ class Orchestrator:
                   request.sampling.max_tokens or 0, status='failed',
                   reason=state.error or '')  # given up before it was told of
     record = next((r for r in reversed(self.records) if r.id == id), lost)
-    del self.requests[id]
     return Output(id, state.text, tuple(state.tokens), record.status, record,
                   tuple(state.logprobs))
 
@@ -516,8 +525,14 @@ class Orchestrator:
     for id in ids:
       if not self._known(id).finished:
         return None
-    outputs += map(self._output, ids)
+    outputs += self._take_outputs(ids)
     return True
+
+  def _take_outputs(self, ids: Sequence[int]) -> list[Output]:
+    outputs = [self._output(id) for id in ids]
+    for id in ids:
+      del self.requests[id]
+    return outputs
 
   def generate(self, prompt: Prompt, **params: Any) -> Output:
     """Serves one request to its end. Any number of threads may.
@@ -534,19 +549,8 @@ class Orchestrator:
       self._drop(ids)
       raise
     output, = outputs
-    failure = self._failure(output)
-    if failure:
-      raise failure
+    raise_unless_served(output, self.is_open)
     return output
-
-  def _failure(self, output: Output) -> RequestFailed | None:
-    """What to raise of a request that its client waited for."""
-    if output.reason == 'failed':
-      return RequestFailed(output.record.reason, [output])
-    if output.reason == 'cancelled' and (self.closing or self.closed):
-      return RequestFailed(f'request {output.id}: the server was closed',
-                           [output])
-    return None
 
   def stream(self, prompt: Prompt, **params: Any) -> Iterator[str]:
     """Yields pieces of text as they come; leaving early cancels.
@@ -567,10 +571,7 @@ class Orchestrator:
     except BaseException:
       self._drop(ids)
       raise
-    failure = self._failure(output)
-    if failure or output.reason == 'cancelled':
-      raise failure or RequestFailed(f'request {output.id} was cancelled',
-                                     [output])
+    raise_unless_served(output, self.is_open, whole=True)
 
   def _pieces(self, state: RequestOutputState
               ) -> tuple[bool, list[str]] | None:
@@ -605,6 +606,7 @@ class Orchestrator:
             f'as many as the prompts, {len(prompts)}')
     requests = [self.prepare(prompt, **{**params, **own})
                 for prompt, own in zip(prompts, each, strict=True)]
+    self._check_open()
     ids: list[int] = []
     outputs: list[Output] = []
     try:
@@ -615,9 +617,9 @@ class Orchestrator:
     except BaseException:
       self._drop(ids)
       raise
-    failures = [f for f in map(self._failure, outputs) if f]
-    if errors == 'raise' and failures:
-      raise RequestFailed(str(failures[0]), outputs)
+    if errors == 'raise':
+      for output in outputs:
+        raise_unless_served(output, self.is_open, outputs)
     return outputs
 
   def _end_all(self, ids: Sequence[int], outputs: Sequence[Output]
@@ -626,7 +628,8 @@ class Orchestrator:
     there are `outputs` already."""
     for id in ids:
       self._cancel(id)
-    return outputs or [self._output(id) for id in ids if id in self.requests]
+    return outputs or self._take_outputs(
+        [id for id in ids if id in self.requests])
 
   def run(self, requests: Iterable[Request],
           on_poll: Callable[[], object] | None = None) -> list[Record]:
@@ -649,7 +652,7 @@ class Orchestrator:
         if on_poll:
           on_poll()
     except BaseException:
-      self._drop([r.id for r in ordered if r.id in self.unfinished])
+      self._drop([r.id for r in ordered], keep=True)
       raise
     ids = {r.id for r in ordered}
     return [r for r in self.records if r.id in ids]
@@ -763,6 +766,8 @@ class Orchestrator:
     return min(max(pause_s, LEAST_PAUSE_S), MOST_PAUSE_S)
 
   def _poll(self) -> bool:
+    if self.closed:
+      return False
     began, some = time.perf_counter(), bool(self._todo)
     self._apply()
     with jax.transfer_guard('disallow'):

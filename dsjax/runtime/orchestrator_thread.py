@@ -162,6 +162,11 @@ class OrchestratorThread:
     self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
     self.thread.start()
 
+  @property
+  def is_open(self) -> bool:
+    """Whether requests are taken."""
+    return self.status == 'ready' and not self._stopping
+
   async def started(self) -> None:
     """Waits until requests are taken.
 
@@ -251,9 +256,9 @@ class OrchestratorThread:
       self._say(self._become, 'stopped')
     except BaseException as error:  # every client that waits must hear of it
       LOG.exception('the orchestrator failed')
-      self._say(self._become, 'failed', error)
       if self.orchestrator:
         self.orchestrator.fail(f'{type(error).__name__}: {error}')
+      self._say(self._become, 'failed', error)
 
   def _turn(self, server: Orchestrator,
             asked: Sequence[list[Stream] | Stream | None]) -> bool:

@@ -34,7 +34,7 @@ class Job:
 
   def look(self) -> bool:
     """Calls the function; whether that was the last time."""
-    if self.drive and self.gone:
+    if self.gone:
       return True
     try:
       self.answer = self.function()
