@@ -91,6 +91,7 @@ from dsjax.scheduling.events import (
 from dsjax.scheduling.policy import DISTSERVE, Policy, PolicyError
 
 LOG = logging.getLogger(__name__)
+MOST_ARRIVAL_S = 1e8  # of a workload; a clock's time of day is more
 # The pause between polls that found nothing: a share of the wait so far, so
 # that a long step is not interrupted and a short one not noticed late.
 PAUSE_SHARE, LEAST_PAUSE_S, MOST_PAUSE_S = 1 / 16, 5e-5, 2e-3
@@ -598,12 +599,13 @@ class Orchestrator:
     """
     require(errors in ('raise', 'return'), 'errors', errors,
             "'raise' or 'return'")
-    require(not isinstance(prompts, str), 'prompts', prompts,
-            'a list of prompts')
-    prompts = list(prompts)
-    each = [{}] * len(prompts) if sampling is None else list(sampling)
-    require(len(each) == len(prompts), 'sampling', sampling,
-            f'as many as the prompts, {len(prompts)}')
+    prompts = _listed('prompts', prompts, 'a list of prompts')
+    allowed = f'parameters by name, as many as the prompts, {len(prompts)}'
+    each = ([{}] * len(prompts) if sampling is None
+            else _listed('sampling', sampling, allowed))
+    require(len(each) == len(prompts) and all(
+        isinstance(own, Mapping) and all(isinstance(name, str) for name in own)
+        for own in each), 'sampling', sampling, allowed)
     requests = [self.prepare(prompt, **{**params, **own})
                 for prompt, own in zip(prompts, each, strict=True)]
     self._check_open()
@@ -659,19 +661,20 @@ class Orchestrator:
 
   def _check_workload(self, requests: Iterable[Request]) -> list[Request]:
     """The requests, checked, by arrival."""
-    requests, ids = list(requests), set()
-    for index, request in enumerate(requests):
+    listed, ids = _listed('requests', requests, 'a list of Requests'), set()
+    for index, request in enumerate(listed):
       require(isinstance(request, Request), f'requests[{index}]', request,
               'a Request')
       self._check_new(request)
       with _naming(request):
-        require(is_nonnegative(request.arrival_s), 'Request.arrival_s',
-                request.arrival_s, 'seconds from the start, 0 or more')
+        require(is_number(0, MOST_ARRIVAL_S)(request.arrival_s),
+                'Request.arrival_s', request.arrival_s, 'seconds from the '
+                f'start, 0 to {MOST_ARRIVAL_S:.0e}')
         self.check(request.prompt, request.sampling)
       require(request.id not in ids, 'Request.id', request.id,
               'different for each request')
       ids.add(request.id)
-    return sorted(requests, key=lambda r: r.arrival_s)
+    return sorted(listed, key=lambda r: r.arrival_s)
 
   def _turn(self, todo: collections.deque[Request],
             left: collections.deque[Request], start_s: float) -> bool | None:
@@ -709,7 +712,7 @@ class Orchestrator:
       InputError: no such instance, or not seconds of 0 or more.
     """
     self._check_instance(instance)
-    require(back_s is None or 0 <= back_s < math.inf, 'back_s', back_s,
+    require(back_s is None or is_nonnegative(back_s), 'back_s', back_s,
             'None or seconds of 0 or more')
     self.call(self._kill, instance, back_s)
 
@@ -748,8 +751,8 @@ class Orchestrator:
 
   def _check_instance(self, instance: int) -> None:
     most = len(self.engines) - 1
-    require(isinstance(instance, int) and 0 <= instance <= most,
-            'instance', instance, f'0 to {most}')
+    require(is_integer(0, most)(instance), 'instance', instance,
+            f'0 to {most}')
 
   # --- the loop -------------------------------------------------------------
 
@@ -902,6 +905,13 @@ class Orchestrator:
                 'requests go on that wait')
       self._give_up(reason)
       raise PolicyError(reason)
+
+
+def _listed(field: str, values: Iterable[Any], allowed: str) -> list[Any]:
+  """What may be given once only, as a list."""
+  require(isinstance(values, Iterable) and not isinstance(values, str | bytes)
+          and getattr(values, 'ndim', 1), field, values, allowed)
+  return list(values)
 
 
 @contextlib.contextmanager

@@ -87,6 +87,10 @@ def test_a_prompt_may_be_text_messages_or_ids_and_sampling_for_all(server):
     ([[3], [96]], {}, r'prompt=.*\[0, 96\)'),
     ([[3]], {'max_token': 1}, 'unknown sampling parameter'),
     ([[3]], {'sampling': []}, 'sampling=.*as many as the prompts, 1'),
+    ([[3]], {'sampling': 5}, 'sampling=5'), (5, {}, 'prompts=5'),
+    ([[3]], {'sampling': ['x']}, "sampling=.'x'"), (None, {}, 'prompts=None'),
+    ([[3]], {'sampling': [{1: 2}]}, 'sampling='), ('ab', {}, "prompts='ab'"),
+    ([[3]], {'sampling': 'x'}, "sampling='x'"), (b'a', {}, "prompts=b'a'"),
     ([[3]], {'errors': 'ignore'}, "errors='ignore': must be 'raise' or")))
 def test_a_bad_request_is_an_error_before_any_is_queued(
     server, prompts, options, message):
