@@ -35,7 +35,6 @@ from dsjax.runtime import memory
 from dsjax.runtime.arrays import is_ready
 from dsjax.runtime.output import Logprobs
 from dsjax.runtime.protocols import (
-  Command,
   Dispatched,
   Engine,
   Event,
@@ -87,6 +86,8 @@ class StepDone(NamedTuple):
   sampled: tuple[SampledToken, ...]
 
 
+# What an engine has a part in.
+Performed: TypeAlias = RunPrefill | RunDecode | Migrate | Preempt | Abort
 # The Prefix of a request; None: it has ended.
 PrefixOf: TypeAlias = Callable[[int], Prefix | None]
 
@@ -185,23 +186,23 @@ class Fleet:
 
   # --- commands -------------------------------------------------------------
 
-  def perform(self, command: Command) -> Sequence[Event]:
+  def perform(self, command: Performed) -> Sequence[Event]:
     """Performs a command; the events of what failed in doing so.
 
     A command for an instance that is lost, which the scheduler may not know
     yet, is passed over: InstanceDown takes it back.
     """
-    moves = isinstance(command, Migrate)
-    where = ((command.source, command.target) if moves
-             else (getattr(command, 'instance', None),))
-    if any(i in self.down for i in where):
+    index = (command.target if isinstance(command, Migrate | Abort)
+             else command.instance)
+    if index in self.down or (isinstance(command, Migrate)
+                              and command.source in self.down):
       return ()
     try:
       _PERFORM[type(command)](self, command)
     except BaseException as error:  # whatever an engine raises
-      if moves:
+      if isinstance(command, Migrate):
         return self._hand_off_failed(command, error)
-      return (self._lose(command.instance, error),)
+      return (self._lose(index, error),)
     return ()
 
   def forget(self, id: int) -> Sequence[Event]:

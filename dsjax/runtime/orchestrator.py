@@ -436,7 +436,7 @@ class Orchestrator:
     self.seen.add(request.id)
     self.next_id = max(self.next_id, request.id + 1)
     self._event(Arrived(request.arrival_s, request.id,
-                        len(request.prompt), request.sampling.max_tokens,
+                        len(request.prompt), request.sampling.max_tokens or 0,
                         more))
 
   def _check_open(self) -> None:
@@ -936,7 +936,7 @@ def serve(model: Model, placement: Placement | str,
   require(isinstance(placement, Placement), 'placement', placement,
           'a Placement or its text')
   with contextlib.suppress(RuntimeError):  # it has started: use what is there
-    if jax.config.jax_num_cpu_devices < placement.num_devices:
+    if jax.config.values['jax_num_cpu_devices'] < placement.num_devices:
       jax.config.update('jax_num_cpu_devices', placement.num_devices)
   return Orchestrator(model, placement, config, **options)
 
