@@ -54,15 +54,14 @@ class Sampling:
   min_tokens: int = 0
 
   def __post_init__(self):
-    bias = self.logit_bias
-    if isinstance(bias, dict):
-      bias = bias.items()
-    for field, value in (
-        ('logit_bias', tuple(tuple(b) for b in bias)),
-        ('stop', (self.stop,) if isinstance(self.stop, str) else
-         tuple(self.stop)),
-        ('stop_token_ids', tuple(self.stop_token_ids))):
-      object.__setattr__(self, field, value)
+    for field, items, allowed in (
+        ('logit_bias', _pairs, '(token id, number) pairs'),
+        ('stop', _strings, 'strings'), ('stop_token_ids', tuple, 'token ids')):
+      value = getattr(self, field)
+      try:
+        object.__setattr__(self, field, items(value))
+      except TypeError:  # it is no sequence
+        require(False, f'Sampling.{field}', value, allowed)
     inf = float('inf')
     tests = (
         ('max_tokens', lambda v: v is None or is_integer(1, inf)(v),
@@ -92,6 +91,15 @@ class Sampling:
     for field, test, allowed in tests:
       value = getattr(self, field)
       require(test(value), f'Sampling.{field}', value, allowed)
+
+
+def _pairs(bias):
+  return tuple(tuple(b) for b in (
+      bias.items() if isinstance(bias, dict) else bias))
+
+
+def _strings(stop):
+  return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
 @dataclasses.dataclass(frozen=True)

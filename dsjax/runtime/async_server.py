@@ -1,10 +1,9 @@
 """A server for asyncio: any number of tasks, one thread that serves them."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from dsjax.analysis.record import Record
 from dsjax.checkpoints.checkpoint import Model
 from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
@@ -15,7 +14,7 @@ from dsjax.runtime.orchestrator_thread import (
   MakeOrchestrator,
   OrchestratorThread,
 )
-from dsjax.runtime.output import Output, RequestFailed, Update, joined
+from dsjax.runtime.output import Output, Update, joined, raise_unless_served
 from dsjax.runtime.prompts import Prompt
 
 
@@ -54,7 +53,7 @@ class AsyncServer:
 
     Raises:
       InputError: bad prompt or parameters, or a request that can never fit.
-      RequestFailed: faults ended it.
+      RequestFailed: faults ended it, or closing.
       RuntimeError: the server is not open, or has failed.
     """
     updates, call = [], self._submit(prompt, params)
@@ -63,37 +62,39 @@ class AsyncServer:
         updates += [update for _, update in news]
     finally:
       call.close()
-    whole = joined(updates)
-    record = self._record(whole)
-    return Output(record.id, whole.text, whole.tokens, record.status, record,
-                  whole.logprobs)
+    output = self._output(updates)
+    raise_unless_served(output, self._thread.is_open)
+    return output
 
   async def stream(self, prompt: Prompt, **params: Any) -> AsyncIterator[str]:
-    """Yields pieces of text as they come; errors as those of generate."""
-    call = self._submit(prompt, params)
+    """Yields pieces of text as they come; errors as those of generate, also
+    where the request was cancelled elsewhere."""
+    updates, call = [], self._submit(prompt, params)
     try:
       while news := await call.take():
         for _, update in news:
+          updates.append(update)
           if update.text:
             yield update.text
-          if update.reason:
-            self._record(update)
     finally:
       call.close()
+    raise_unless_served(self._output(updates), self._thread.is_open,
+                        whole=True)
 
   def _submit(self, prompt: Prompt, params: dict[str, Any]) -> Call:
     return self._thread.submit(
         [self.orchestrator.prepare(prompt, **params)], time.perf_counter())
 
-  def _record(self, last: Update) -> Record:
-    """The record of a request; raises what ended it before its time."""
-    if last.record is None:
+  def _output(self, updates: Sequence[Update]) -> Output:
+    """What all updates of a request make; raises where it was not served."""
+    whole = joined(updates)
+    record = whole.record
+    if record is None:
       raise RuntimeError('the server has failed') from self._thread.failure
-    if last.record.status == 'rejected':
-      raise InputError(last.error)
-    if last.record.status == 'failed':
-      raise RequestFailed(last.error or '')
-    return last.record
+    if record.status == 'rejected':
+      raise InputError(whole.error)
+    return Output(record.id, whole.text, whole.tokens, record.status, record,
+                  whole.logprobs)
 
 
 def serve_async(model: Model, placement: Placement,

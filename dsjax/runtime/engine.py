@@ -31,7 +31,7 @@ from dsjax.model.kv_cache import Cache
 from dsjax.runtime import migration
 from dsjax.runtime.arrays import is_sound
 from dsjax.runtime.memory import size_pages
-from dsjax.runtime.protocols import Dispatched
+from dsjax.runtime.protocols import Dispatched, Pending
 from dsjax.runtime.steps import (
   Shapes,
   abstract_step,
@@ -53,12 +53,12 @@ class _Stage:
              functools.partial(sharding.place_params, params=params))
     self._place = functools.partial(place, shapes.layout, shapes.span,
                                     shapes.mesh)
-    self.params = self._place()
+    self.params: dict[str, Any] | None = self._place()
     self.empty()
 
   def empty(self) -> None:
     """Makes cache and slots anew, and puts weights again that were lost."""
-    if not is_sound(self.params):
+    if self.params is None or not is_sound(self.params):
       self.params = None  # makes room
       self.params = self._place()
     self.cache, self.slots = self.step(('init',))
@@ -361,7 +361,7 @@ class Engine:
     return done
 
   def checksum(self, read: Sequence[Cache], start: int, stop: int
-               ) -> list[jax.Array]:
+               ) -> list[Pending]:
     """kv_cache.checksum of gathered pages that hold tokens from start: a
     stage's share each."""
     return [stage.step(('checksum',), tree, stage.put(np.int32(start)),

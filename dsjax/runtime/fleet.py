@@ -35,7 +35,6 @@ from dsjax.runtime import memory
 from dsjax.runtime.arrays import is_ready
 from dsjax.runtime.output import Logprobs
 from dsjax.runtime.protocols import (
-  Command,
   Dispatched,
   Engine,
   Event,
@@ -87,6 +86,8 @@ class StepDone(NamedTuple):
   sampled: tuple[SampledToken, ...]
 
 
+# What an engine has a part in.
+Performed: TypeAlias = RunPrefill | RunDecode | Migrate | Preempt | Abort
 # The Prefix of a request; None: it has ended.
 PrefixOf: TypeAlias = Callable[[int], Prefix | None]
 
@@ -124,6 +125,8 @@ class Fleet:
     transfers: hand-offs in flight.
     down: instances that are lost -> when to start them again, or None.
     faults: (time, what happened) of the newest.
+    raised: what is no Exception, such as SystemExit, and was taken as a fault:
+      to be raised again once the state is whole.
     copied_bytes, copy_s: what migrations moved and the seconds they took,
       from dispatch to arrival, summed. steps: device steps done.
   """
@@ -162,6 +165,7 @@ class Fleet:
     self.losses = [0] * len(roles)  # in a row
     self.faults: collections.deque[tuple[float, str]] = collections.deque(
         maxlen=NEWEST)
+    self.raised: list[BaseException] = []
     self.copied_bytes, self.copy_s, self.steps = 0, 0.0, 0
     self._num_logprobs: dict[int, int] = {}  # of requests that want some
 
@@ -182,30 +186,35 @@ class Fleet:
 
   # --- commands -------------------------------------------------------------
 
-  def perform(self, command: Command) -> Sequence[Event]:
+  def perform(self, command: Performed) -> Sequence[Event]:
     """Performs a command; the events of what failed in doing so.
 
     A command for an instance that is lost, which the scheduler may not know
     yet, is passed over: InstanceDown takes it back.
     """
-    moves = isinstance(command, Migrate)
-    where = ((command.source, command.target) if moves
-             else (getattr(command, 'instance', None),))
-    if any(i in self.down for i in where):
+    index = (command.target if isinstance(command, Migrate | Abort)
+             else command.instance)
+    if index in self.down or (isinstance(command, Migrate)
+                              and command.source in self.down):
       return ()
     try:
       _PERFORM[type(command)](self, command)
-    except Exception as error:  # whatever an engine raises
-      if moves:
+    except BaseException as error:  # whatever an engine raises
+      if isinstance(command, Migrate):
         return self._hand_off_failed(command, error)
-      return (self._lose(command.instance, error),)
+      return (self._lose(index, error),)
     return ()
 
-  def forget(self, id: int) -> None:
-    """A request has ended."""
+  def forget(self, id: int) -> Sequence[Event]:
+    """A request has ended; the events of what failed in forgetting it."""
     self._num_logprobs.pop(id, None)
-    for engine in self.engines:
-      engine.forget(id)
+    failed = []
+    for index, engine in enumerate(self.engines):
+      try:
+        engine.forget(id)
+      except BaseException as error:  # whatever an engine raises
+        failed.append(self._lose(index, error))
+    return failed
 
   def _step(self, command: RunPrefill | RunDecode) -> None:
     """Admits the requests that are new to the instance, and dispatches."""
@@ -277,15 +286,19 @@ class Fleet:
       done = transfer.is_ready()
       if done and transfer.checksum:
         transfer.check()
-    except Exception as error:  # whatever jax raises for a broken copy
+    except BaseException as error:  # whatever jax raises for a broken copy
       return self._hand_off_failed(command, error)
     took_s = time.perf_counter() - transfer.start_s
     if done:
       self.transfers.remove(transfer)
       self.copied_bytes += transfer.bytes
       self.copy_s += took_s
-      self.engines[command.source].forget(command.id)
-      return (Migrated(self.clock(), command.id, command.epoch),)
+      migrated = Migrated(self.clock(), command.id, command.epoch)
+      try:
+        self.engines[command.source].forget(command.id)
+      except BaseException as error:  # whatever an engine raises
+        return (migrated, self._lose(command.source, error))
+      return (migrated,)
     if took_s > self.config.lease_s:
       self._note(_hand_off(command), f'no end after {took_s:.1f} s')
       return (Timer(self.clock(), command.id, command.epoch),)
@@ -313,7 +326,7 @@ class Fleet:
     while True:
       try:
         sampled = self._read(index, running)
-      except Exception as error:  # whatever jax raises for what has no value
+      except BaseException as error:  # what has no value
         return self._lose(index, error)
       if sampled is None:
         break
@@ -375,7 +388,7 @@ class Fleet:
 
   # --- faults ---------------------------------------------------------------
 
-  def stop(self, index: int, why: str | Exception,
+  def stop(self, index: int, why: str | BaseException,
            back_s: float | None = None) -> InstanceDown:
     """An instance is lost with all it held: its event, with `ended` empty.
 
@@ -387,8 +400,11 @@ class Fleet:
     queue.clear()
     self.transfers[:] = [t for t in self.transfers
                          if t.command.target != index]
-    self.engines[index].stop()
     self.down[index] = back_s
+    try:
+      self.engines[index].stop()
+    except BaseException as error:  # it is lost either way
+      self._note(f'instance {index} did not stop', error)
     return InstanceDown(self.clock(), index, steps_s,
                         back=back_s is not None)
 
@@ -397,36 +413,41 @@ class Fleet:
     devices refuse, another InstanceDown."""
     try:
       self.engines[index].start()
-    except Exception as error:  # whatever jax raises for lack of memory
+    except BaseException as error:  # whatever jax raises for lack of memory
       return self._lose(index, error)
     del self.down[index]
     return InstanceUp(self.clock(), index)
 
-  def _lose(self, index: int, why: str | Exception) -> InstanceDown:
+  def _lose(self, index: int, why: str | BaseException) -> InstanceDown:
     self.losses[index] += 1
     again = self.losses[index] <= self.config.restarts
     return self.stop(index, why, self.clock() + self.config.restart_s
                      if again else None)
 
-  def _hand_off_failed(self, command: Migrate, error: Exception
+  def _hand_off_failed(self, command: Migrate, error: BaseException
                        ) -> Sequence[Event]:
     """Events: the engines whose buffers are gone are lost, or just the copy.
 
     Its target writes no more.
     """
-    self._abort(Abort(command.id, command.epoch, command.target))
-    lost = [i for i in (command.source, command.target) if i not in self.down
-            and not self.engines[i].is_sound()]
+    try:
+      self._abort(Abort(command.id, command.epoch, command.target))
+      lost = [i for i in (command.source, command.target)
+              if i not in self.down and not self.engines[i].is_sound()]
+    except BaseException as again:  # the target's engine, whatever it raises
+      error, lost = again, [command.target]
     if lost:
       return tuple(self._lose(i, error) for i in lost)
     self._note(_hand_off(command), error)
     return (MigrateFailed(self.clock(), command.id, command.epoch,
                           _text(error)),)
 
-  def _note(self, what: str, why: str | Exception) -> None:
+  def _note(self, what: str, why: str | BaseException) -> None:
     self.faults.append((self.clock(), f'{what}: {_text(why)}'))
+    if isinstance(why, BaseException) and not isinstance(why, Exception):
+      self.raised.append(why)
     # As text: a traceback would hold on to buffers.
-    trace = (traceback.format_exception(why) if isinstance(why, Exception)
+    trace = (traceback.format_exception(why) if isinstance(why, BaseException)
              else ())
     LOG.warning('%s: %s%s', what, _text(why), ''.join(['\n', *trace]).rstrip())
 
@@ -436,7 +457,7 @@ def _hand_off(command: Migrate) -> str:
           f'{command.source} to {command.target} failed')
 
 
-def _text(why: str | Exception) -> str:
+def _text(why: str | BaseException) -> str:
   """An error, or a reason, in one line."""
   line = ' '.join((str(why) or type(why).__name__).split())
   return line if len(line) <= 200 else line[:200] + ' ...'

@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from dsjax.model import kv_cache as kv
 from dsjax.model import sharding
 from dsjax.runtime.arrays import is_ready
+from dsjax.runtime.protocols import Pending
 from dsjax.scheduling import page_pool
 from dsjax.scheduling.events import Migrate
 
@@ -197,8 +198,8 @@ class Transfer:
   bytes: int
   start_s: float
   checksum: bool = False
-  sent: list[jax.Array] = dataclasses.field(default_factory=list)
-  arrived: list[jax.Array] = dataclasses.field(default_factory=list)
+  sent: list[Pending] = dataclasses.field(default_factory=list)
+  arrived: list[Pending] = dataclasses.field(default_factory=list)
   landed: bool = False
 
   def __post_init__(self) -> None:

@@ -26,17 +26,21 @@ The life of a request:
    the record is complete. `output` or `take` gives the client what it has not
    had yet; `output` and `forget` drop the state.
 
-All of it happens in the thread that calls `poll`; orchestrator_thread.py has
-one for asyncio. Nothing blocks while a mesh has work.
+All of it happens in one thread (worker.py), whatever thread asks: a Ctrl-C, or
+another client, never comes between a decision and what performs it. Nothing
+blocks while a mesh has work.
 """
 
 import collections
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -47,16 +51,28 @@ from rich.console import Console
 from dsjax.analysis.record import Record
 from dsjax.analysis.recorder import Recorder
 from dsjax.checkpoints.checkpoint import Model
-from dsjax.config.checks import InputError, require
+from dsjax.config.checks import (
+  InputError,
+  is_integer,
+  is_nonnegative,
+  is_number,
+  require,
+)
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement
 from dsjax.config.request import Request, Sampling
-from dsjax.runtime import batch
 from dsjax.runtime.engine import Engine
 from dsjax.runtime.fleet import Fleet, Prefix, StepDone
-from dsjax.runtime.output import Output, RequestOutputState, Update
+from dsjax.runtime.output import (
+  Interrupted,
+  Output,
+  RequestOutputState,
+  Update,
+  raise_unless_served,
+)
 from dsjax.runtime.prompts import Prompt, check_ids, prompt_ids
 from dsjax.runtime.protocols import MakeEngine, Observer, Report
+from dsjax.runtime.worker import Worker
 from dsjax.scheduling import event_log, scheduler
 from dsjax.scheduling.events import (
   Arrived,
@@ -74,6 +90,8 @@ from dsjax.scheduling.events import (
 )
 from dsjax.scheduling.policy import DISTSERVE, Policy, PolicyError
 
+LOG = logging.getLogger(__name__)
+MOST_ARRIVAL_S = 1e8  # of a workload; a clock's time of day is more
 # The pause between polls that found nothing: a share of the wait so far, so
 # that a long step is not interrupted and a short one not noticed late.
 PAUSE_SHARE, LEAST_PAUSE_S, MOST_PAUSE_S = 1 / 16, 5e-5, 2e-3
@@ -147,7 +165,13 @@ class Orchestrator:
     self.observers: list[Observer] = []
     self.host_s, self.next_id = 0.0, 0
     self.origin, self.moved_s = time.perf_counter(), 0.0
-    self.closed = False
+    self.closed = self.closing = False
+    self.broken = ''  # why it was given up
+    self._todo: collections.deque[Event] = collections.deque()
+    self._applying = self._deciding = False
+    self._raised: list[BaseException] = []  # by observers and hooks
+    self._worker = Worker()
+    self._stop = weakref.finalize(self, self._worker.stop)
 
   def __enter__(self) -> 'Orchestrator':
     return self
@@ -158,19 +182,115 @@ class Orchestrator:
   def close(self) -> None:
     """Cancels what is left and lets the devices finish, for lease_s at most.
 
-    What is not done by then is left behind with its instance.
+    What is not done by then is left behind with its instance. Who waits for a
+    request meanwhile gets a RequestFailed.
     """
-    if not self.closed:
-      for id in list(self.unfinished):
-        self.cancel(id)
+    if self.closed:
+      self._stop()
+      return
+    try:
+      self.call(self._close)
       until_s = self.now + self.config.lease_s
-      while self.fleet.busy:
-        self.poll()
-        if self.now > until_s:
-          for index, queue in enumerate(self.fleet.running):
-            if queue:
-              self.kill(index)
+      self._until(lambda: self._settled(until_s))
+    finally:
       self.closed = True
+      self._stop()
+
+  def _close(self) -> None:
+    self.closing = True
+    for id in list(self.unfinished):
+      self._event(Cancelled(self.now, id))
+
+  def _settled(self, until_s: float) -> bool | None:
+    """True once nothing is in flight; from until_s on what is stuck is lost."""
+    if self.now > until_s:
+      for index, queue in enumerate(self.fleet.running):
+        if queue:
+          self._kill(index, None)
+    return not self.fleet.busy or None
+
+  def fail(self, reason: str) -> None:
+    """Fails every request and closes, at once."""
+    if not self.closed:
+      self.call(self._give_up, reason)
+      self._stop()
+
+  # --- the thread -----------------------------------------------------------
+
+  def call(self, function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function in the server's thread, between two transitions.
+
+    What observers raised meanwhile is raised after it.
+    """
+    if self._worker.is_here:
+      return function(*args)
+    return self._worker.wait(
+        self._worker.post(lambda: self._whole(function, *args)), self._beat)
+
+  def _whole(self, function: Callable[..., Any], *args: Any) -> Any:
+    result = function(*args)
+    self._tell()
+    return result
+
+  def _tell(self) -> None:
+    """Raises the first of what others raised; the state is whole."""
+    errors = self._raised + self.fleet.raised
+    self._raised.clear()
+    self.fleet.raised.clear()
+    for error in errors[1:]:
+      LOG.error('raised too: %r', error)
+    if errors:
+      raise errors[0]
+
+  def _until(self, answer: Callable[[], Any]) -> Any:
+    """Serves until `answer`, asked in the thread after each poll, gives one.
+
+    Raises:
+      PolicyError: nothing is in flight, and the policy lets nothing start.
+    """
+    if self._worker.is_here:
+      raise RuntimeError('an observer cannot wait for its own server')
+    return self._worker.wait(self._worker.post(answer, self._drive),
+                             self._beat)
+
+  def _drive(self) -> float:
+    """Polls; the seconds to pause."""
+    some = self._poll()
+    self._tell()
+    if some:
+      return 0.0
+    self._check_stalled()
+    return self._pause_s
+
+  def _beat(self) -> None:
+    """Raises where a call in the thread does not return."""
+    if self._worker.stuck_s > self.config.stall_s:
+      what = f'no answer for {self._worker.stuck_s:.1f} s'
+      if self._deciding:
+        raise PolicyError(f'policy {self.scheduler_config.policy.name!r}: '
+                          f'{what}')
+      raise RuntimeError(f'the server is stuck: {what}')
+
+  def _drop(self, ids: Sequence[int], keep: bool = False) -> None:
+    """Cancels requests whose client has been interrupted, and forgets their
+    outputs; keep: but for those that have ended.
+
+    It waits a moment, so that the client finds it done.
+    """
+    job = self._worker.post(lambda: self._forget_all(ids, keep))
+    if not self._worker.is_here and self._worker.stuck_s < 1:
+      job.wait(1.0 if self.thread.is_alive() else 0)
+
+  def _forget_all(self, ids: Sequence[int], keep: bool) -> None:
+    for id in ids:
+      if id in self.unfinished or not keep:
+        self._cancel(id)
+        self.requests.pop(id, None)
+
+  @property
+  def thread(self) -> threading.Thread:
+    """The thread that serves."""
+    return self._worker.thread
 
   @property
   def now(self) -> float:
@@ -202,6 +322,11 @@ class Orchestrator:
     return list(self.fleet.faults)
 
   @property
+  def is_open(self) -> bool:
+    """Whether it takes requests."""
+    return not (self.closed or self.closing)
+
+  @property
   def busy(self) -> bool:
     return not self.closed and not scheduler.idle(self.state)
 
@@ -209,9 +334,9 @@ class Orchestrator:
 
   def prepare(self, prompt: Prompt, **params: Any
               ) -> tuple[tuple[int, ...], Sampling]:
-    """Checked token ids and Sampling of a request; any thread may ask.
+    """Checked token ids and Sampling of a request.
 
-    Without max_tokens, the rest of the context.
+    Without max_tokens, as many as the context and the pools leave.
 
     Raises:
       InputError: bad prompt (see prompts.prompt_ids) or parameters.
@@ -222,7 +347,7 @@ class Orchestrator:
     except TypeError as error:
       raise InputError(f'unknown sampling parameter: {error}') from None
     if sampling.max_tokens is None:
-      room = max(1, self.config.max_len - len(ids))
+      room = max(1, scheduler.longest(self.scheduler_config) - len(ids))
       sampling = dataclasses.replace(sampling, max_tokens=room)
     self._check_sampling(sampling)
     return ids, sampling
@@ -230,14 +355,15 @@ class Orchestrator:
   def check(self, prompt: Sequence[int], sampling: Sampling) -> None:
     """Raises InputError unless these ids and this Sampling suit the model.
 
-    Whether they fit is the scheduler's to say (scheduler.never_fits). Reads
-    nothing that changes: any thread may ask.
+    Whether they fit is the scheduler's to say (scheduler.never_fits).
     """
     check_ids(self.model, prompt)
     self._check_sampling(sampling)
 
   def _check_sampling(self, sampling: Sampling) -> None:
     size = self.model.config.vocab_size
+    require(isinstance(sampling, Sampling), 'Request.sampling', sampling,
+            'a Sampling')
     require(sampling.max_tokens is not None, 'Sampling.max_tokens', None,
             'set in a workload')
     require(all(t < size for t, _ in sampling.logit_bias),
@@ -253,15 +379,41 @@ class Orchestrator:
       InputError: bad prompt or parameters, or a request that can never fit.
       RequestFailed: no instance is left that could serve it.
     """
-    request = Request(self.next_id,
-                      self.now if arrival_s is None else arrival_s,
-                      *self.prepare(prompt, **params))
-    self.enqueue(request)
-    state = self.requests[request.id]
-    if state.error:
-      del self.requests[request.id]
-      raise state.failure or InputError(state.error)
-    return request.id
+    ids: list[int] = []
+    try:
+      self._submit(ids, prompt, params, arrival_s)
+      return ids[0]
+    except BaseException:
+      self._drop(ids)
+      raise
+
+  def _submit(self, ids: list[int], prompt: Prompt,
+              params: Mapping[str, Any], arrival_s: float | None = None
+              ) -> None:
+    """Queues a request, and adds its id to `ids` before anything can fail."""
+    require(arrival_s is None or is_number(-math.inf, math.inf)(arrival_s),
+            'arrival_s', arrival_s, 'seconds, or None for now')
+    self._check_open()
+    self.call(self._queue, ids, [self.prepare(prompt, **params)], arrival_s)
+
+  def _queue(self, ids: list[int],
+             requests: Sequence[tuple[tuple[int, ...], Sampling]],
+             arrival_s: float | None = None, refuse: bool = True) -> None:
+    """Queues requests that arrive together, and adds their ids to `ids`.
+
+    Raises:
+      InputError, RequestFailed: one cannot be served, if it is to refuse.
+    """
+    now = self.now if arrival_s is None else arrival_s
+    for index, (prompt, sampling) in enumerate(requests):
+      ids.append(self.next_id)
+      self._enqueue(Request(ids[-1], now, prompt, sampling),
+                    more=index + 1 < len(requests))
+      state = self.requests[ids[-1]]
+      if state.error and refuse:
+        raise (state.failure if state.failure and len(requests) == 1
+               else InputError(state.error if len(requests) == 1 else
+                               f'prompts[{index}]: {state.error}'))
 
   def enqueue(self, request: Request, more: bool = False) -> None:
     """Queues a Request that `check` has passed.
@@ -272,6 +424,9 @@ class Orchestrator:
     Raises:
       InputError: the server is closed, or has served this id.
     """
+    self.call(self._enqueue, request, more)
+
+  def _enqueue(self, request: Request, more: bool = False) -> None:
     self._check_new(request)
     ends = set(request.sampling.stop_token_ids)
     if not request.sampling.ignore_eos:
@@ -281,26 +436,68 @@ class Orchestrator:
     self.seen.add(request.id)
     self.next_id = max(self.next_id, request.id + 1)
     self._event(Arrived(request.arrival_s, request.id,
-                        len(request.prompt), request.sampling.max_tokens,
+                        len(request.prompt), request.sampling.max_tokens or 0,
                         more))
 
+  def _check_open(self) -> None:
+    require(self.is_open, 'server', self.broken or 'closed', 'open')
+
   def _check_new(self, request: Request) -> None:
-    require(not self.closed, 'server', 'closed', 'open')
+    self._check_open()
+    require(is_integer(0, math.inf)(request.id), 'Request.id', request.id,
+            'an integer of 0 or more')
     require(request.id not in self.seen, 'Request.id', request.id,
             'new to this server')
+    require(is_number(-math.inf, math.inf)(request.arrival_s),
+            f'request {request.id}: Request.arrival_s', request.arrival_s,
+            'seconds')
 
   def cancel(self, id: int) -> None:
-    """Ends a request now; one that has ended is left alone."""
-    self._event(Cancelled(self.now, id))
+    """Ends a request now; one that has ended is left alone.
+
+    Raises:
+      InputError: there was none of this id.
+    """
+    require(isinstance(id, int) and id in self.seen, 'id', id,
+            'that of a request of this server')
+    self.call(self._cancel, id)
+
+  def _cancel(self, id: int) -> None:
+    if id in self.unfinished and not self.closed:
+      self._event(Cancelled(self.now, id))
 
   def take(self, ids: Iterable[int]) -> list[tuple[int, Update]]:
-    """(id, what came since the last call) of those of `ids` that have news."""
-    return [(id, self.requests[id].take()) for id in ids
-            if self.requests[id].has_news]
+    """(id, what came since the last call) of those of `ids` that have news.
+
+    Raises:
+      InputError: there is none of this id any more.
+    """
+    return self.call(self._take, ids)
+
+  def _take(self, ids: Iterable[int]) -> list[tuple[int, Update]]:
+    states = [(id, self._known(id)) for id in ids]
+    return [(id, state.take()) for id, state in states if state.has_news]
+
+  def _known(self, id: int) -> RequestOutputState:
+    require(isinstance(id, int) and id in self.requests, 'id', id,
+            'that of a request whose output has not been taken')
+    return self.requests[id]
 
   def output(self, id: int) -> Output:
-    """The finished request's Output; drops it from the server's memory."""
-    state = self.requests.pop(id)
+    """The finished request's Output; drops it from the server's memory.
+
+    Raises:
+      InputError: it has not ended, which loses nothing; or there is none of
+        this id any more.
+    """
+    output = self.call(self._output, id)
+    self.requests.pop(id, None)  # not before it is here
+    return output
+
+  def _output(self, id: int) -> Output:
+    state = self._known(id)
+    require(state.finished, 'id', id, 'that of a request that has ended: this '
+            'one is running')
     request = state.request
     lost = Record(id, request.arrival_s, len(request.prompt),
                   request.sampling.max_tokens or 0, status='failed',
@@ -310,48 +507,79 @@ class Orchestrator:
                   tuple(state.logprobs))
 
   def forget(self, id: int) -> Record:
-    """Drops all memory of a request that has ended; returns its Record."""
+    """Drops all memory of a request that has ended; returns its Record.
+
+    Raises:
+      InputError: as output.
+    """
+    return self.call(self._forget, id)
+
+  def _forget(self, id: int) -> Record:
+    require(self._known(id).finished, 'id', id,
+            'that of a request that has ended: this one is running')
     del self.requests[id]
     self.seen.discard(id)
     return self.recorder.forget(id)
 
+  def _collect(self, ids: Sequence[int], outputs: list[Output]) -> bool | None:
+    """True once all of these have ended, and their outputs are in `outputs`."""
+    for id in ids:
+      if not self._known(id).finished:
+        return None
+    outputs += self._take_outputs(ids)
+    return True
+
+  def _take_outputs(self, ids: Sequence[int]) -> list[Output]:
+    outputs = [self._output(id) for id in ids]
+    for id in ids:
+      del self.requests[id]
+    return outputs
+
   def generate(self, prompt: Prompt, **params: Any) -> Output:
-    """Serves one request to its end.
+    """Serves one request to its end. Any number of threads may.
 
     Raises:
-      InputError, RequestFailed: as submit; or faults ended it.
+      InputError, RequestFailed: as submit; or faults ended it, or `close`.
     """
-    id = self.submit(prompt, **params)
-    state = self.requests[id]
-    while not state.finished:
-      self.wait()
-    output = self.output(id)
-    if state.failure:
-      raise state.failure
+    ids: list[int] = []
+    outputs: list[Output] = []
+    try:
+      self._submit(ids, prompt, params)
+      self._until(lambda: self._collect(ids, outputs))
+    except BaseException:
+      self._drop(ids)
+      raise
+    output, = outputs
+    raise_unless_served(output, self.is_open)
     return output
 
   def stream(self, prompt: Prompt, **params: Any) -> Iterator[str]:
     """Yields pieces of text as they come; leaving early cancels.
 
     Raises:
-      InputError, RequestFailed: as submit; or faults ended it, after the
-        pieces that came before.
+      InputError, RequestFailed: as generate, after the pieces that came
+        before; or the request was cancelled elsewhere.
     """
-    id = self.submit(prompt, **params)
-    state = self.requests[id]
+    ids: list[int] = []
     try:
+      self._submit(ids, prompt, params)
+      state = self.requests[ids[0]]
       finished = False
       while not finished:
-        finished = state.finished  # before the pieces, or some would be left
-        yield from filter(None, state.take_pieces())
-        if not state.finished:
-          self.wait()
-      if state.failure:
-        raise state.failure
-    finally:
-      if not state.finished:
-        self.cancel(id)
-      del self.requests[id]
+        finished, pieces = self._until(lambda: self._pieces(state))
+        yield from pieces
+      output = self.output(ids[0])
+    except BaseException:
+      self._drop(ids)
+      raise
+    raise_unless_served(output, self.is_open, whole=True)
+
+  def _pieces(self, state: RequestOutputState
+              ) -> tuple[bool, list[str]] | None:
+    """(whether these are the last, the new pieces), or None."""
+    finished = state.finished
+    pieces = [piece for piece in state.take_pieces() if piece]
+    return (finished, pieces) if finished or pieces else None
 
   def generate_all(self, prompts: Iterable[Prompt],
                    sampling: Sequence[Mapping[str, Any]] | None = None,
@@ -369,37 +597,107 @@ class Orchestrator:
       RequestFailed: faults ended a request; its `outputs` has all of them.
       Interrupted: Ctrl-C, which cancels what is left; likewise.
     """
-    return batch.generate_all(self, prompts, sampling, errors, params)
+    require(errors in ('raise', 'return'), 'errors', errors,
+            "'raise' or 'return'")
+    prompts = _listed('prompts', prompts, 'a list of prompts')
+    allowed = f'parameters by name, as many as the prompts, {len(prompts)}'
+    each = ([{}] * len(prompts) if sampling is None
+            else _listed('sampling', sampling, allowed))
+    require(len(each) == len(prompts) and all(
+        isinstance(own, Mapping) and all(isinstance(name, str) for name in own)
+        for own in each), 'sampling', sampling, allowed)
+    requests = [self.prepare(prompt, **{**params, **own})
+                for prompt, own in zip(prompts, each, strict=True)]
+    self._check_open()
+    ids: list[int] = []
+    outputs: list[Output] = []
+    try:
+      self.call(self._queue, ids, requests, None, errors == 'raise')
+      self._until(lambda: self._collect(ids, outputs))
+    except KeyboardInterrupt:
+      raise Interrupted(self.call(self._end_all, ids, outputs)) from None
+    except BaseException:
+      self._drop(ids)
+      raise
+    if errors == 'raise':
+      for output in outputs:
+        raise_unless_served(output, self.is_open, outputs)
+    return outputs
+
+  def _end_all(self, ids: Sequence[int], outputs: Sequence[Output]
+               ) -> Sequence[Output]:
+    """Cancels the requests that have not ended; the outputs of all, unless
+    there are `outputs` already."""
+    for id in ids:
+      self._cancel(id)
+    return outputs or self._take_outputs(
+        [id for id in ids if id in self.requests])
 
   def run(self, requests: Iterable[Request],
           on_poll: Callable[[], object] | None = None) -> list[Record]:
     """Replays a workload, each request at its arrival time from now on.
 
     Open loop: arrivals never wait for answers. on_poll() is called between
-    polls. Returns the records of these requests.
+    polls. Returns the records of these requests. An interrupt cancels those
+    that have not ended.
 
     Raises:
       InputError: a request that cannot be queued here, before any is.
     """
-    todo = collections.deque(sorted(requests, key=lambda r: r.arrival_s))
-    counts = collections.Counter(r.id for r in todo)
-    for request in todo:
+    ordered = self._check_workload(requests)
+    todo, left = collections.deque(ordered), collections.deque(ordered)
+    start_s = self.now
+    try:
+      while (some := self.call(self._turn, todo, left, start_s)) is not None:
+        if not some:
+          time.sleep(self._pause_s)
+        if on_poll:
+          on_poll()
+    except BaseException:
+      self._drop([r.id for r in ordered], keep=True)
+      raise
+    ids = {r.id for r in ordered}
+    return [r for r in self.records if r.id in ids]
+
+  def _check_workload(self, requests: Iterable[Request]) -> list[Request]:
+    """The requests, checked, by arrival."""
+    listed, ids = _listed('requests', requests, 'a list of Requests'), set()
+    for index, request in enumerate(listed):
+      require(isinstance(request, Request), f'requests[{index}]', request,
+              'a Request')
       self._check_new(request)
-      self.check(request.prompt, request.sampling)
-      require(counts[request.id] == 1, 'Request.id', request.id,
+      with _naming(request):
+        require(is_number(0, MOST_ARRIVAL_S)(request.arrival_s),
+                'Request.arrival_s', request.arrival_s, 'seconds from the '
+                f'start, 0 to {MOST_ARRIVAL_S:.0e}')
+        self.check(request.prompt, request.sampling)
+      require(request.id not in ids, 'Request.id', request.id,
               'different for each request')
-    start = self.now
-    while todo or self.busy:
-      due_s = self.now - start
-      while todo and todo[0].arrival_s <= due_s:
-        request = todo.popleft()
-        self.enqueue(dataclasses.replace(
-            request, arrival_s=start + request.arrival_s),
-            more=bool(todo) and todo[0].arrival_s <= due_s)
-      (self.poll if todo else self.wait)()
-      if on_poll:
-        on_poll()
-    return [r for r in self.records if r.id in counts]
+      ids.add(request.id)
+    return sorted(listed, key=lambda r: r.arrival_s)
+
+  def _turn(self, todo: collections.deque[Request],
+            left: collections.deque[Request], start_s: float) -> bool | None:
+    """A turn of `run`: queues what is due and polls; whether it found work,
+    None once all that it asked for has ended.
+
+    todo: those that have not arrived; left: of all, from the first one on
+    that has not ended.
+    """
+    due_s = self.now - start_s
+    while todo and todo[0].arrival_s <= due_s:
+      request = todo.popleft()
+      self.enqueue(dataclasses.replace(
+          request, arrival_s=start_s + request.arrival_s),
+          more=bool(todo) and todo[0].arrival_s <= due_s)
+    while len(left) > len(todo) and left[0].id not in self.unfinished:
+      left.popleft()
+    if not left and (self.unfinished or not self.busy):
+      return None
+    some = self._poll()
+    if not some and not todo:
+      self._check_stalled()
+    return some
 
   # --- faults ---------------------------------------------------------------
 
@@ -414,8 +712,11 @@ class Orchestrator:
       InputError: no such instance, or not seconds of 0 or more.
     """
     self._check_instance(instance)
-    require(back_s is None or 0 <= back_s < math.inf, 'back_s', back_s,
+    require(back_s is None or is_nonnegative(back_s), 'back_s', back_s,
             'None or seconds of 0 or more')
+    self.call(self._kill, instance, back_s)
+
+  def _kill(self, instance: int, back_s: float | None) -> None:
     self._event(self._with_ended(self.fleet.stop(
         instance, 'it was killed',
         None if back_s is None else self.now + back_s)))
@@ -427,7 +728,7 @@ class Orchestrator:
       InputError: no such instance.
     """
     self._check_instance(instance)
-    self._event(Drain(self.now, instance))
+    self.call(lambda: self._event(Drain(self.now, instance)))
 
   def restore(self, instance: int) -> None:
     """Ends a drain, or starts an instance that is lost again, empty.
@@ -437,6 +738,9 @@ class Orchestrator:
       RuntimeError: its devices refuse; it stays lost.
     """
     self._check_instance(instance)
+    self.call(self._restore, instance)
+
+  def _restore(self, instance: int) -> None:
     event = InstanceUp(self.now, instance)
     if instance in self.fleet.down:
       with jax.transfer_guard('disallow'):
@@ -447,14 +751,28 @@ class Orchestrator:
 
   def _check_instance(self, instance: int) -> None:
     most = len(self.engines) - 1
-    require(isinstance(instance, int) and 0 <= instance <= most,
-            'instance', instance, f'0 to {most}')
+    require(is_integer(0, most)(instance), 'instance', instance,
+            f'0 to {most}')
 
   # --- the loop -------------------------------------------------------------
 
   def poll(self) -> bool:
     """Handles what has completed; False after a pause, if nothing has."""
-    began, some = time.perf_counter(), False
+    some = self.call(self._poll)
+    if not some:
+      time.sleep(self._pause_s)
+    return some
+
+  @property
+  def _pause_s(self) -> float:
+    pause_s = (self.now - self.moved_s) * PAUSE_SHARE
+    return min(max(pause_s, LEAST_PAUSE_S), MOST_PAUSE_S)
+
+  def _poll(self) -> bool:
+    if self.closed:
+      return False
+    began, some = time.perf_counter(), bool(self._todo)
+    self._apply()
     with jax.transfer_guard('disallow'):
       for done in self.fleet.poll():
         some = True
@@ -465,9 +783,6 @@ class Orchestrator:
     if some:
       self.host_s += time.perf_counter() - began
       self.moved_s = self.now
-    else:
-      pause = (self.now - self.moved_s) * PAUSE_SHARE
-      time.sleep(min(max(pause, LEAST_PAUSE_S), MOST_PAUSE_S))
     return some
 
   def _fold(self, done: StepDone) -> None:
@@ -496,33 +811,73 @@ class Orchestrator:
                   request.sampling)
 
   def _event(self, event: Event) -> None:
-    """Tells the scheduler an event, and those of what fails in answer to it.
+    """Tells the scheduler an event; one that an observer asks for comes after
+    the one that it hears."""
+    self._todo.append(event)
+    self._apply()
 
-    Commands of one event are all performed first: what one of them loses may
-    be in the others.
+  def _apply(self) -> None:
+    """Applies the events that wait, and those of what fails in answer to them.
+
+    An event is taken off once it is applied: what stops a hook of the policy
+    for once (SystemExit) is raised later, and the event tried again.
     """
-    todo = collections.deque([event])
-    while todo:
-      event = todo.popleft()
+    if self._applying:
+      return
+    self._applying = True
+    try:
+      while self._todo:
+        try:
+          state, commands = self._decide(self._todo[0])
+        except Exception:
+          raise
+        except BaseException as error:
+          self._raised.append(error)
+          return
+        self.state, event = state, self._todo.popleft()
+        self._perform(event, commands)
+      if not self.unfinished and scheduler.idle(self.state):
+        scheduler.check(self.state)
+    except BaseException as error:  # it has no answer, so nothing goes on
+      self._give_up(f'{type(error).__name__}: {error}')
+      raise
+    finally:
+      self._applying = False
+
+  def _decide(self, event: Event
+              ) -> tuple[scheduler.State, tuple[Command, ...]]:
+    self._deciding = True
+    try:
+      return scheduler.step(self.scheduler_config, self.state, event)
+    finally:
+      self._deciding = False
+
+  def _perform(self, event: Event, commands: tuple[Command, ...]) -> None:
+    """Logs and tells an event, and performs its commands, all of them first:
+    what one of them loses may be in the others."""
+    self.log.append((event, commands))
+    self.recorder.observe(event, commands)
+    for observe in self.observers:
       try:
-        self.state, commands = scheduler.step(self.scheduler_config,
-                                              self.state, event)
-      except BaseException as error:  # the event is lost, so nothing goes on
-        self._give_up(f'{type(error).__name__}: {error}')
-        raise
-      self.log.append((event, commands))
-      self.recorder.observe(event, commands)
-      for observe in self.observers:
         observe(event, commands)
-      with jax.transfer_guard('disallow'):
-        for command in commands:
-          end = _ENDS.get(type(command))
-          if end:
-            end(self, command)
-          else:
-            todo += map(self._with_ended, self.fleet.perform(command))
-    if not self.unfinished and scheduler.idle(self.state):
-      scheduler.check(self.state)
+      except BaseException as error:  # told once the state is whole
+        self._raised.append(error)
+    with jax.transfer_guard('disallow'):
+      for command in commands:
+        failed = (self._end(command)
+                  if isinstance(command, Finish | Fail | Reject)
+                  else self.fleet.perform(command))
+        self._todo += map(self._with_ended, failed)
+
+  def _end(self, command: Finish | Fail | Reject) -> Sequence[Event]:
+    """A request has ended; the events of what failed in forgetting it."""
+    state = self.unfinished.pop(command.id)
+    if isinstance(command, Reject):
+      state.error = command.reason
+      return ()
+    end = state.finish if isinstance(command, Finish) else state.fail
+    end(command.reason)
+    return self.fleet.forget(command.id)
 
   def _give_up(self, reason: str) -> None:
     """Fails every request and closes: an event has no answer, and without its
@@ -534,39 +889,38 @@ class Orchestrator:
     for output in self.unfinished.values():
       output.fail(reason)
     self.unfinished.clear()
-    self.closed = True
+    self._todo.clear()
+    self.closed, self.broken = True, f'closed: {reason}'
 
-  def wait(self) -> None:
-    """A poll of a caller who sends no more requests.
+  def _check_stalled(self) -> None:
+    """Of a server to which no more requests may come.
 
     Raises:
       PolicyError: nothing is in flight, and the policy lets nothing start.
     """
-    if not self.poll() and not self.fleet.busy and not self.fleet.down and (
-        self.unfinished):
+    starts = any(s is not None for s in self.fleet.down.values())
+    if self.unfinished and not self.fleet.busy and not starts:
       reason = (f'policy {self.scheduler_config.policy.name!r}: nothing is in '
                 f'flight and it lets none of the {len(self.unfinished)} '
                 'requests go on that wait')
       self._give_up(reason)
       raise PolicyError(reason)
 
-  def _finish(self, command: Finish) -> None:
-    self.unfinished.pop(command.id).finish(command.reason)
-    self.fleet.forget(command.id)
 
-  def _fail(self, command: Fail) -> None:
-    self.unfinished.pop(command.id).fail(command.reason)
-    self.fleet.forget(command.id)
-
-  def _reject(self, command: Reject) -> None:
-    self.unfinished.pop(command.id).error = command.reason
+def _listed(field: str, values: Iterable[Any], allowed: str) -> list[Any]:
+  """What may be given once only, as a list."""
+  require(isinstance(values, Iterable) and not isinstance(values, str | bytes)
+          and getattr(values, 'ndim', 1), field, values, allowed)
+  return list(values)
 
 
-_ENDS: dict[type, Callable[..., None]] = {
-    Finish: Orchestrator._finish,
-    Fail: Orchestrator._fail,
-    Reject: Orchestrator._reject,
-}
+@contextlib.contextmanager
+def _naming(request: Request) -> Iterator[None]:
+  """An InputError names this request."""
+  try:
+    yield
+  except InputError as error:
+    raise InputError(f'request {request.id}: {error}') from None
 
 
 def serve(model: Model, placement: Placement | str,
@@ -582,7 +936,7 @@ def serve(model: Model, placement: Placement | str,
   require(isinstance(placement, Placement), 'placement', placement,
           'a Placement or its text')
   with contextlib.suppress(RuntimeError):  # it has started: use what is there
-    if jax.config.jax_num_cpu_devices < placement.num_devices:
+    if jax.config.values['jax_num_cpu_devices'] < placement.num_devices:
       jax.config.update('jax_num_cpu_devices', placement.num_devices)
   return Orchestrator(model, placement, config, **options)
 

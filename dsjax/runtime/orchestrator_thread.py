@@ -143,7 +143,7 @@ class OrchestratorThread:
     """on_updates: called on the event loop with what is about to be
     delivered."""
     self.status = 'starting'
-    self.failure: Exception | None = None
+    self.failure: BaseException | None = None
     self.orchestrator: Orchestrator | None = None
     self.streams: set[Stream] = set()
     self.progress, self.clock, self.moved_s = '', clock, clock()
@@ -162,6 +162,11 @@ class OrchestratorThread:
     self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
     self.thread.start()
 
+  @property
+  def is_open(self) -> bool:
+    """Whether requests are taken."""
+    return self.status == 'ready' and not self._stopping
+
   async def started(self) -> None:
     """Waits until requests are taken.
 
@@ -169,8 +174,10 @@ class OrchestratorThread:
       Exception: what the maker of the orchestrator raised.
     """
     await self._until(lambda: self.status != 'starting')
-    if self.failure:
+    if isinstance(self.failure, Exception):
       raise self.failure
+    if self.failure:  # SystemExit and the like would end the event loop
+      raise RuntimeError('the server did not start') from self.failure
 
   def submit(self, requests: Sequence[tuple[Sequence[int], Sampling]],
              arrival_s: float) -> Call:
@@ -215,7 +222,7 @@ class OrchestratorThread:
         self.streams.discard(stream)
     self._changed.set()
 
-  def _become(self, status: str, failure: Exception | None = None) -> None:
+  def _become(self, status: str, failure: BaseException | None = None) -> None:
     self.status, self.failure = status, failure
     if status in ('failed', 'stopped'):
       self._deliver([(s, Update(reason='error')) for s in self.streams])
@@ -240,22 +247,24 @@ class OrchestratorThread:
         server.observers.append(self._observer.observe)
       server.observers.append(self._hear)
       self._say(self._become, 'ready')
-      while self._turn(server):
+      while server.call(self._turn, server, self._asked(not server.busy)):
         pass
       server.close()
       self._publish(server)
       self._say(self._become, 'stopped')
     except _Stop:
       self._say(self._become, 'stopped')
-    except Exception as error:  # every client that waits must hear of it
+    except BaseException as error:  # every client that waits must hear of it
       LOG.exception('the orchestrator failed')
+      if self.orchestrator:
+        self.orchestrator.fail(f'{type(error).__name__}: {error}')
       self._say(self._become, 'failed', error)
 
-  def _turn(self, server: Orchestrator) -> bool:
-    """Takes what was asked, polls once, publishes. False: to stop."""
-    some = False
-    for item in self._asked(wait=not server.busy):
-      some = True
+  def _turn(self, server: Orchestrator,
+            asked: Sequence[list[Stream] | Stream | None]) -> bool:
+    """Does what was asked, polls once, publishes. False: to stop."""
+    some = bool(asked)
+    for item in asked:
       if item is None:
         return False
       if isinstance(item, list):

@@ -47,6 +47,25 @@ class RequestFailed(RuntimeError):
     self.outputs = tuple(outputs)
 
 
+def raise_unless_served(output: Output, is_open: bool,
+                        outputs: Sequence[Output] = (), whole: bool = False
+                        ) -> None:
+  """Raises RequestFailed for a request that ended before its time, unless
+  its client can see that.
+
+  Args:
+    is_open: the server is; a closed one has cancelled it.
+    outputs: of the error, if not this one. whole: where the client sees no
+      reason.
+  """
+  if output.reason == 'failed':
+    raise RequestFailed(output.record.reason, outputs or [output])
+  if output.reason == 'cancelled' and (whole or not is_open):
+    raise RequestFailed(
+        f'request {output.id} was cancelled' if is_open else
+        f'request {output.id}: the server was closed', outputs or [output])
+
+
 class Interrupted(KeyboardInterrupt):
   """Ctrl-C in generate_all.
 

@@ -143,10 +143,11 @@ def decode_span(server: orchestrator.Orchestrator,
                 batch: int) -> tuple[float, int, int] | None:
   """(seconds a step, first step's context of a row, steps) of the decodes of
   all `batch` requests together in a server's log; None: there are none."""
-  times, first = [], None
+  times, first = [], 0
   for ended in pairing.ended(server.log):
     command = ended.command
-    if isinstance(command, RunDecode) and len(command.rows) == batch:
+    if (isinstance(ended, pairing.Execution) and isinstance(command, RunDecode)
+        and len(command.rows) == batch):
       first = first or command.rows[0].base + command.tick + 1
       times += ended.steps_s
   if len(times) < 3:
@@ -237,7 +238,8 @@ def beside(mine: Cells, theirs: Cells, config: EngineConfig, rounds: int,
     each_s = alone(theirs, cell_beside)
     repeats = max(1, math.ceil(BESIDE_S / alone_s))
     # Twice as slow, and some more, so that the other one never runs dry.
-    for _ in range(math.ceil(3 * repeats * alone_s / each_s) + 1):
+    busy = theirs.run(*cell_beside)[0]
+    for _ in range(math.ceil(3 * repeats * alone_s / each_s)):
       busy = theirs.run(*cell_beside)[0]
     start = time.perf_counter()
     for _ in range(repeats):
@@ -250,8 +252,9 @@ def beside(mine: Cells, theirs: Cells, config: EngineConfig, rounds: int,
   pairs = list(itertools.product(contention.KINDS, repeat=2))
   ratios = [[ratio(*pair) for pair in pairs] for _ in range(rounds + 1)]
   return contention.Contention({
-      pair: max(1.0, statistics.median(ratio)) for pair, ratio in zip(
-          pairs, zip(*ratios[1:], strict=True), strict=True)})
+      (kind, other): max(1.0, statistics.median(ratio))
+      for (kind, other), ratio in zip(pairs, zip(*ratios[1:], strict=True),
+                                      strict=True)})
 
 
 # --- the whole --------------------------------------------------------------

@@ -73,7 +73,7 @@ def check_ids(model: Model, ids: Sequence[int], field: str = 'Request.prompt',
   """
   size = model.config.vocab_size
   require(isinstance(ids, list | tuple | range | np.ndarray)
-          and len(ids) > 0
+          and getattr(ids, 'ndim', 1) == 1 and len(ids) > 0
           and all(type(i) is int or isinstance(i, np.integer) for i in ids)
           and min(ids) >= 0 and max(ids) < size, field, ids,
           f'{others}token ids in [0, {size}), not empty')

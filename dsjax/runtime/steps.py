@@ -68,17 +68,20 @@ def abstract(shapes: Shapes) -> tuple[Any, Any, Any]:
 
 def empty_rows(shapes: Shapes, count: int) -> transformer.Rows:
   """An empty decode batch, in numpy."""
-  return transformer.Rows(np.zeros(count, np.int32), np.zeros(count, np.int32),
-                          np.zeros(count, bool),
-                          np.zeros((count, shapes.table_width), np.int32))
+  return transformer.Rows(_zeros(count), _zeros(count), _zeros(count, bool),
+                          _zeros((count, shapes.table_width)))
 
 
 def empty_packed(shapes: Shapes, count: int) -> transformer.Packed:
   """An empty prefill batch, in numpy."""
   return transformer.Packed(
-      np.zeros(count + 1, np.int32), np.zeros(count, np.int32),
-      np.zeros(count, np.int32), np.zeros(count, bool),
-      np.zeros((count, shapes.table_width), np.int32))
+      _zeros(count + 1), _zeros(count), _zeros(count), _zeros(count, bool),
+      _zeros((count, shapes.table_width)))
+
+
+def _zeros(shape: int | tuple[int, int], dtype: Any = np.int32) -> Any:
+  """In numpy, to be filled; a step gets it as a jax.Array."""
+  return np.zeros(shape, dtype)
 
 
 @functools.cache

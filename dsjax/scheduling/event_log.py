@@ -26,8 +26,8 @@ def decode(data: Any) -> Any:
   if not isinstance(data, list):
     return data
   if data and isinstance(data[0], str):
-    kind = _LOGGED.get(data[0])
-    require(kind is not None and len(data) - 1 <= len(kind._fields)
-            if kind else False, 'log entry', data[0], sorted(_LOGGED))
-    return kind(*(decode(v) for v in data[1:]))
+    name, *fields = data
+    require(name in _LOGGED and len(fields) <= len(_LOGGED[name]._fields),
+            'log entry', name, sorted(_LOGGED))
+    return _LOGGED[name](*map(decode, fields))
   return tuple(decode(v) for v in data)

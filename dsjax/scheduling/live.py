@@ -105,9 +105,10 @@ class LiveBatch:
       del self.due[heapq.heappop(self.ticks)]
     return self.ticks[0]
 
-  def sort(self) -> None:
-    """Makes due and ticks."""
-    due = self.due = {}
+  def sort(self) -> dict[int, list[int]]:
+    """Makes due, which it returns, and ticks."""
+    due: dict[int, list[int]] = {}
+    self.due = due
     for row in self.rows.values():
       if row[2] in due:
         due[row[2]].append(row[0])
@@ -115,14 +116,13 @@ class LiveBatch:
         due[row[2]] = [row[0]]
     self.ticks = list(due)
     heapq.heapify(self.ticks)
+    return due
 
   def short(self) -> Sequence[int]:
     """Ids of the rows that are not covered for the next tick, in order."""
     if not self.rows or self.until() > self.tick:
       return ()
-    if self.due is None:
-      self.sort()
-    ids = self.due[self.tick]
+    ids = (self.due or self.sort())[self.tick]
     if len(ids) == 1:
       return ids
     if self.places is None:

@@ -89,9 +89,7 @@ def _covered(inst, turns):
   # Each row wants a page when it is due and then every page_size ticks.
   due = []
   for batch in turns:
-    if batch.due is None:
-      batch.sort()
-    for tick, ids in batch.due.items():
+    for tick, ids in (batch.due or batch.sort()).items():
       due += [tick - batch.tick] * len(ids)
   rounds, more = divmod(page_pool.num_free(inst.pool), len(due))
   return sorted(due)[more] + rounds * inst.config.page_size
@@ -99,10 +97,8 @@ def _covered(inst, turns):
 
 def _boundaries(batch, ticks, inst):
   """Steps of the commands of the next `ticks` ticks, the last left out."""
-  if batch.due is None:
-    batch.sort()
   tick, stop, steps = batch.tick, batch.tick + ticks, []
-  due = {t for start, ids in batch.due.items() if ids
+  due = {t for start, ids in (batch.due or batch.sort()).items() if ids
          for t in range(start, stop, inst.config.page_size)}
   due.add(stop)
   for until in sorted(due):

@@ -58,13 +58,14 @@ from dsjax.scheduling.state import (
   check,
   idle,
   init,
+  longest,
   never_fits,
   room,
 )
 
 __all__ = ('RUN_AHEAD', 'Batch', 'Config', 'ImpossibleEvent', 'Instance',
-           'Run', 'Seq', 'State', 'check', 'idle', 'init', 'never_fits',
-           'step')
+           'Run', 'Seq', 'State', 'check', 'idle', 'init', 'longest',
+           'never_fits', 'step')
 
 
 def step(config: Config, state: State, event: Event
@@ -202,7 +203,7 @@ class Run:
   def touch(self, index: int) -> LiveInstance:
     """An instance, to be changed, and planned for the change."""
     inst = self.instances[index]
-    if inst.asleep:
+    if inst.asleep and self.wake:
       self.wake(index)
     inst.fresh, inst.value = True, None
     return inst
@@ -622,12 +623,13 @@ class Run:
     go yet is waited for: were it passed by, two commands of another would
     follow each other and the stages would idle between them, for ever.
     """
-    batch = None
-    while not batch or not batch.rows:  # covering may have preempted all of it
+    while True:
       g = _following(inst)
       if g is None or not self.ready(inst, inst.batches[g]):
         return False
       batch = inst.batches[g]
+      if batch.rows:  # else covering has preempted all of it
+        break
     # A step waits for the one before to leave the last stage, and stages take
     # work in order: micro-batches whose commands had several steps would run
     # one after another, not side by side.

@@ -133,6 +133,12 @@ def idle(state: State) -> bool:
   return not state.seqs and not any(i.inflight for i in state.instances)
 
 
+def longest(config: Config) -> int:
+  """Most tokens of prompt and output together that every pool can hold."""
+  return min([config.max_len, *(
+      c.num_pages * c.page_size + 1 for c in config.instances)])
+
+
 def never_fits(config: Config, prompt_len: int, max_tokens: int
                ) -> str | None:
   """Why a request can never be served, in plain words, or None."""

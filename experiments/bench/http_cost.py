@@ -71,9 +71,9 @@ class Bench:
     requests = [Request(server.next_id + i, due_s, ids, self._sampling(i))
                 for i, (ids, due_s) in enumerate(zip(
                     self.prompts, self.due_s, strict=True))]
-    before_s = time.thread_time()
+    before_s = _cpu_s(server.thread)
     records = server.run(requests)
-    cpu_s = {'orchestrator': time.thread_time() - before_s}
+    cpu_s = {'orchestrator': _cpu_s(server.thread) - before_s}
     for record in records:
       server.forget(record.id)
     return [[r.arrival_s, *r.token_s] for r in records], cpu_s
@@ -127,6 +127,7 @@ class Bench:
     """These ways, with a thread of their own: {way: (times, CPU)}."""
     from dsjax.http import routes, socket_server
     self.server.observers.clear()
+    self.server.close = lambda: None  # the service goes, this one stays
     metrics = Gauges()
     service = Service(lambda _: self.server, self.limits, metrics)
     http = socket_server.Server(routes.make_app(service, metrics, 'm'), service)
@@ -141,7 +142,7 @@ class Bench:
                                               http.loop).result()
       addresses['socket'] = bare.sockets[0].getsockname()
       for way in ways:
-        before = _cpu_s(thread), _cpu_s(service.thread)
+        before = _cpu_s(thread), _cpu_s(self.server.thread)
         client_s = None
         if way == 'service':
           times = asyncio.run_coroutine_threadsafe(
@@ -149,14 +150,14 @@ class Bench:
         else:
           times, client_s = self._ask(client, addresses[way])
         cpu_s = {'event loop': _cpu_s(thread) - before[0],
-                 'orchestrator': _cpu_s(service.thread) - before[1]}
+                 'orchestrator': _cpu_s(self.server.thread) - before[1]}
         found[way] = times, cpu_s | ({'client': client_s} if client_s else {})
       http.loop.call_soon_threadsafe(bare.close)
       return found
     finally:
       http.should_exit = True
       thread.join()
-      self.server.closed = False  # the service is gone, this one stays
+      del self.server.close
 
 
 def _cpu_s(thread):

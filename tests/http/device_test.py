@@ -19,7 +19,8 @@ def client():
 
   def note(name, *_, **__):
     if (name == '/jax/core/compile/backend_compile_duration'
-        and threading.current_thread() is running.service.thread):
+        and threading.current_thread()
+        is running.service.orchestrator.thread):
       compiled.append(name)
   running = Running(functools.partial(make, make_engine=Engine))
   try:

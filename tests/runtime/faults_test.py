@@ -603,5 +603,6 @@ def test_bad_instances_are_refused(server):
     for instance in (-1, 2, 'a', None):
       with pytest.raises(InputError, match='instance=.*: must be 0 to 1'):
         call(instance)
-  with pytest.raises(InputError, match='back_s=-1'):
-    server.kill(0, back_s=-1)
+  for back_s in (-1, 'x', float('nan'), [1], True):
+    with pytest.raises(InputError, match='back_s='):
+      server.kill(0, back_s=back_s)

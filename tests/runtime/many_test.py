@@ -87,6 +87,10 @@ def test_a_prompt_may_be_text_messages_or_ids_and_sampling_for_all(server):
     ([[3], [96]], {}, r'prompt=.*\[0, 96\)'),
     ([[3]], {'max_token': 1}, 'unknown sampling parameter'),
     ([[3]], {'sampling': []}, 'sampling=.*as many as the prompts, 1'),
+    ([[3]], {'sampling': 5}, 'sampling=5'), (5, {}, 'prompts=5'),
+    ([[3]], {'sampling': ['x']}, "sampling=.'x'"), (None, {}, 'prompts=None'),
+    ([[3]], {'sampling': [{1: 2}]}, 'sampling='), ('ab', {}, "prompts='ab'"),
+    ([[3]], {'sampling': 'x'}, "sampling='x'"), (b'a', {}, "prompts=b'a'"),
     ([[3]], {'errors': 'ignore'}, "errors='ignore': must be 'raise' or")))
 def test_a_bad_request_is_an_error_before_any_is_queued(
     server, prompts, options, message):
@@ -104,14 +108,14 @@ def test_what_can_never_fit_is_an_error_before_any_runs(server):
   assert [o.reason == 'rejected' for o in outputs] == [False, True, False]
 
 
-def interrupt(server, once):
+def interrupt(server):
   """Ctrl-C, as a terminal sends it, in the middle of a transition."""
   def observe(event, _):
-    if once and isinstance(event, DecodeDone) and len(
-        server.records) == len(WORK):
-      once.pop()
-      signal.raise_signal(signal.SIGINT)
-  return observe
+    if isinstance(event, DecodeDone) and len(server.records) == len(WORK):
+      server.observers.clear()
+      server.engines[-1].pace.left = 0  # nothing ends before it is heard
+      signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+  server.observers.append(observe)
 
 
 @pytest.fixture
@@ -124,7 +128,7 @@ def handle_with():
 
 def test_ctrl_c_cancels_the_rest_and_keeps_what_there_is(server, handle_with):
   handle_with(signal.default_int_handler)
-  server.observers.append(interrupt(server, [1]))
+  interrupt(server)
   with pytest.raises(Interrupted) as interrupted:
     server.generate_all(PROMPTS, PARAMS)
   outputs = interrupted.value.outputs
@@ -132,7 +136,7 @@ def test_ctrl_c_cancels_the_rest_and_keeps_what_there_is(server, handle_with):
   assert [o.tokens for o in outputs] == [
       want(w)[:len(o.tokens)] for w, o in zip(WORK, outputs, strict=True)]
   assert 'cancelled' in {o.reason for o in outputs}
-  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  server.engines[-1].pace.left = None
   drain(server)
   assert server.generate(*WORK[0][:1], **WORK[0][1]).tokens == want(WORK[0])
 
@@ -142,10 +146,10 @@ def test_a_handler_of_the_programs_own_is_called_between_transitions(
   def own(*_):
     raise KeyError('own')
   handle_with(own)
-  server.observers.append(interrupt(server, [1]))
+  interrupt(server)
   with pytest.raises(KeyError, match='own'):
     server.generate_all(PROMPTS, PARAMS)
-  assert signal.getsignal(signal.SIGINT) is own
+  server.engines[-1].pace.left = None
 
 
 @pytest.mark.parametrize('errors', ('raise', 'return'))
@@ -240,7 +244,8 @@ def test_leaving_cancels():
       await until(lambda: streams)
       pace.left = None
       await server._thread.close()
-      assert (await left).reason == 'cancelled'
+      with pytest.raises(dsjax.RequestFailed, match='the server was closed'):
+        await left
   asyncio.run(main())
 
 

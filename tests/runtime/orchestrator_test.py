@@ -279,12 +279,29 @@ def test_cancel_in_each_stage(mode, stage):
     assert check_survivors(server, ids, work) == 1
 
 
-def test_cancelling_what_has_ended_or_never_was_does_nothing(server):
+def test_cancelling_what_has_ended_does_nothing(server):
   id = server.submit(tiny.prompt(5), max_tokens=2, ignore_eos=True)
   drain(server)
   server.cancel(id)
-  server.cancel(10**6)
   assert server.output(id).reason == 'length'
+  server.cancel(id)
+
+
+def test_what_is_not_there_or_not_done_is_a_clear_error(server):
+  id = server.submit(tiny.prompt(5), max_tokens=9, ignore_eos=True)
+  for ask in (server.output, server.forget):
+    with pytest.raises(InputError, match=f'id={id}: .* ended: this one is run'):
+      ask(id)
+  drain(server)
+  assert server.output(id).tokens == greedy(tiny.prompt(5), 9)
+  unknown = (10**6, -1, None, 'a', [1], 1.5)
+  for ask in (server.output, server.forget, lambda id: server.take([id])):
+    for bad in (id, *unknown):  # id: a second time
+      with pytest.raises(InputError, match='id=.*has not been taken'):
+        ask(bad)
+  for bad in unknown:
+    with pytest.raises(InputError, match='id=.*request of this server'):
+      server.cancel(bad)
 
 
 def test_cancelling_twice(server):
@@ -455,16 +472,56 @@ def test_requests_of_one_moment_are_prefilled_together(monkeypatch):
     assert chunks == [[100, 101], [102], [103]]  # prefill_seqs is 2
 
 
-@pytest.mark.parametrize('spoil, field', [
-    (lambda r: dataclasses.replace(r, id=100), 'Request.id=100'),
-    (lambda r: dataclasses.replace(r, prompt=(5, -1)), 'Request.prompt'),
-    (lambda r: dataclasses.replace(r, sampling=Sampling()), 'max_tokens')])
-def test_a_bad_workload_is_refused_before_any_of_it_runs(spoil, field):
+NO_NUMBER = (None, True, float('nan'), float('inf'), 'x', [1], 1j)
+
+
+@pytest.mark.parametrize('field, value, message', [
+    *(('arrival_s', value, 'request 102: Request.arrival_s=.*seconds') for value
+      in (*NO_NUMBER, -1, -1e-9, 1.7e9, 10**400, np.float32('nan'))),
+    ('id', 100, 'Request.id=100: must be different'),
+    *(('id', value, 'Request.id=') for value in (*NO_NUMBER, -1, 1.5)),
+    *(('prompt', value, 'request 102: Request.prompt=') for value in (
+        (5, -1), (), (5, 96), (5.0,), 'text', None, 7, {5}, np.array(5))),
+    *(('sampling', value, 'request 102: .*[sS]ampling') for value in (
+        Sampling(), None, {'max_tokens': 4}, 'x',
+        Sampling(max_tokens=1, logit_bias={96: 1})))])
+def test_a_bad_workload_is_refused_before_any_of_it_runs(field, value, message):
   with server_of('1p1d') as server:
     work = requests((0.0, 0.0, 0.5))
-    with pytest.raises(InputError, match=field):
-      server.run(work[:-1] + [spoil(work[-1])])
+    work[2] = dataclasses.replace(work[2], **{field: value})
+    with pytest.raises(InputError, match=message):
+      server.run(work)
     assert not server.log and not server.unfinished and not server.requests
+    for other in (None, 5, 'x', [None], [work[0], {'id': 5}]):
+      with pytest.raises(InputError, match='requests'):
+        server.run(other)
+    assert not server.log
+
+
+@pytest.mark.parametrize('field', [f.name for f in dataclasses.fields(
+    Sampling)])
+def test_a_parameter_of_any_other_kind_is_named(server, field):
+  for value in (float('nan'), 1j, object(), [[1, 2, 3]], np.array([[5]])):
+    with pytest.raises(InputError, match=f'Sampling.{field}='):
+      server.submit([5], **{field: value})
+
+
+@pytest.mark.parametrize('value', [*NO_NUMBER[1:], object()])
+def test_an_arrival_is_a_time(server, value):
+  with pytest.raises(InputError, match='arrival_s='):
+    server.submit([5], arrival_s=value)
+  assert not server.requests
+
+
+@pytest.mark.parametrize('pages', (1, 8, 15, 16))
+def test_without_max_tokens_an_answer_fits_the_smallest_pool(pages):
+  config = dataclasses.replace(PAGES_4, num_pages=pages)
+  with server_of('1p1d', config) as server:
+    output = server.generate([5, 6], ignore_eos=True)
+    most = min(64, 4 * pages + 1) - 2
+    assert len(output.tokens) == most and output.reason == 'length'
+    with pytest.raises(InputError, match=f'max_tokens={most + 1}'):
+      server.generate([5, 6], max_tokens=most + 1)
 
 
 @EACH_MODE
