@@ -18,7 +18,7 @@ import dataclasses
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from dsjax.config.checks import (
     is_nonnegative,
@@ -33,6 +33,7 @@ from dsjax.config.placement import Plan
 Pieces = Sequence[tuple[int, int]]
 
 
+@runtime_checkable
 class Latency(Protocol):
   """Seconds of one batch on its whole way through an instance.
 

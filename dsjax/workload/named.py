@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Self
 
 from dsjax.config.checks import InputError, require
 from dsjax.config.request import Request
@@ -92,12 +93,15 @@ class Source:
     entries: the lengths that are drawn.
     seed, process, cv: see arrivals_of. 'trace': the entries in their order,
       no more than there are, at their own times where rate_per_s is None.
+    drawn: the entries are drawn of a mixture. cut: how many were cut.
   """
 
   entries: tuple[Entry, ...]
   seed: int = 0
   process: str = 'poisson'
   cv: float = 1.0
+  drawn: bool = False
+  cut: int = 0
 
   def __call__(self, rate_per_s: float | None, n: int) -> list[Request]:
     in_order = self.process == 'trace'
@@ -112,6 +116,21 @@ class Source:
     """Tokens of the longest request, prompt and output."""
     return max(e.prompt_len + e.output_len for e in self.entries)
 
+  def beyond(self, context: int) -> int:
+    """How many entries are longer than a context, in tokens."""
+    return sum(e.prompt_len + e.output_len > context for e in self.entries)
+
+  def within(self, context: int) -> Self:
+    """With longer entries cut: their prompt, and then their output."""
+    require(context >= 2, 'context', context, '2 tokens or more')
+    entries = []
+    for e in self.entries:
+      prompt_len = min(e.prompt_len, max(1, context - e.output_len))
+      entries.append(e._replace(prompt_len=prompt_len, output_len=min(
+          e.output_len, context - prompt_len)))
+    return dataclasses.replace(self, entries=tuple(entries),
+                               cut=self.beyond(context))
+
 
 def source(lengths: Lengths, seed: int = 0, process: str = 'poisson',
            cv: float = 1.0) -> Source:
@@ -121,4 +140,6 @@ def source(lengths: Lengths, seed: int = 0, process: str = 'poisson',
     InputError.
   """
   require(process in PROCESSES, 'process', process, f'one of {PROCESSES}')
-  return Source(lengths_of(lengths, SAMPLE, seed), seed, process, cv)
+  drawn = isinstance(lengths, traffic.Mixture) or (
+      isinstance(lengths, str) and lengths in traffic.MIXTURES)
+  return Source(lengths_of(lengths, SAMPLE, seed), seed, process, cv, drawn)

@@ -31,7 +31,7 @@ def test_a_placement_is_text_or_a_value():
 
 
 def test_every_form_of_a_latency_gives_the_same_run(tmp_path):
-  profile = profiles.Profile('m', 'd', {Plan(): FAST})
+  profile = profiles.Profile('OPT 13B', 'd', {Plan(): FAST})
   path = tmp_path / 'latency.json'
   profiles.save(path, profile)
   runs = [simulate(latency=form).records for form in (
