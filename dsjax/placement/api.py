@@ -13,7 +13,12 @@ from typing import Any
 from dsjax.analysis import attribution, metrics
 from dsjax.analysis.record import Record
 from dsjax.config import zoo
-from dsjax.config.checks import is_nonnegative, is_positive_int, require
+from dsjax.config.checks import (
+  InputError,
+  is_nonnegative,
+  is_positive_int,
+  require,
+)
 from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.config.request import Request
@@ -125,7 +130,7 @@ def make_problem(model: str | ModelConfig = 'opt-13b', slo: Slo = SLO,
   return SearchProblem(
       config, cluster or Cluster(), slo, source,
       latency_of(latency, config, host_ms), links=_links(latency),
-      **({'max_len': max_len or source.longest} | more))
+      max_len=max_len or source.longest, **more)
 
 
 # --- simulate -----------------------------------------------------------------
@@ -162,8 +167,8 @@ class Simulated:
     Raises:
       InputError: there is no log.
     """
-    require(self.log is not None, 'log', self.log,
-            'kept: simulate(..., log=True)')
+    if self.log is None:
+      raise InputError('log=None: must be kept: simulate(..., log=True)')
     fold = attribution.of_log(self.log, self.latencies)
     return attribution.attribute(self.kept, fold.parts(), self.slo,
                                  no_load(self.config, self.latencies))
@@ -225,14 +230,11 @@ def simulate(placement: Placement | str, model: str | ModelConfig = 'opt-13b',
   require(isinstance(placement, Placement), 'placement', placement,
           'a Placement or its text')
   given = _requests(lengths)
-  if given:
-    require(not cut, 'cut', cut, 'False with requests of your own')
-    lengths = [Entry(None, len(r.prompt), r.sampling.max_tokens or 1)
-               for r in given]
+  require(not (given and cut), 'cut', cut, 'False with requests of your own')
   problem = make_problem(
-      model, slo, lengths, latency, cluster=cluster, process=process, cv=cv,
-      seed=seed, host_ms=host_ms, max_len=max_len, cut=cut, max_seqs=max_seqs,
-      policy=policy)
+      model, slo, _lengths(lengths), latency, cluster=cluster,
+      process=process, cv=cv, seed=seed, host_ms=host_ms, max_len=max_len,
+      cut=cut, max_seqs=max_seqs, policy=policy)
   config, latencies, link = build(problem, placement, chunk, aligned, depth,
                                   run_ahead)
   result = simulator.simulate(
@@ -249,11 +251,30 @@ def cut_of(problem: SearchProblem) -> int:
   return source.cut if isinstance(source, workload.Source) else 0
 
 
-def _requests(lengths) -> list[Request]:
+def note(problem: SearchProblem) -> str:
+  """What became of requests beyond the model's context, or ''."""
+  source, context = problem.workload, problem.model.max_len
+  if not isinstance(source, workload.Source):
+    return ''
+  beyond, of = source.beyond(context), f'of {len(source.entries)} lengths'
+  if source.cut:
+    return f'{source.cut} {of} are cut to the context.'
+  return beyond and (f'{beyond} {of} are beyond the context of {context} '
+                     f'tokens of {problem.model.name} and are served whole; '
+                     '--cut cuts them.') or ''
+
+
+def _requests(lengths: Any) -> list[Request]:
   """The requests, where that is what was given as lengths."""
   if isinstance(lengths, str) or not isinstance(lengths, Sequence):
     return []
   return [each for each in lengths if isinstance(each, Request)]
+
+
+def _lengths(lengths: Any) -> workload.Lengths:
+  """What was given, but the lengths of requests for these."""
+  return [Entry(None, len(r.prompt), r.sampling.max_tokens or 1)
+          for r in _requests(lengths)] or lengths
 
 
 def no_load(config: scheduler.Config,
@@ -290,9 +311,10 @@ def build(problem: SearchProblem, placement: Placement,
   """
   config, latencies, link = candidates.build(
       problem, placement, chunk if placement.chunked else None, aligned)
-  changed = {field: value for field, value in (
-      ('depth', depth), ('run_ahead', run_ahead)) if value is not None}
-  return dataclasses.replace(config, **changed), latencies, link
+  config = dataclasses.replace(
+      config, depth=config.depth if depth is None else depth,
+      run_ahead=config.run_ahead if run_ahead is None else run_ahead)
+  return config, latencies, link
 
 
 def simulated(placement: Placement, slo: Slo, records: list[Record],
@@ -314,7 +336,8 @@ def unsteady(records: Iterable[Record], slo: Slo,
 
   Either waits grew: those of the last quarter of the arrivals are half as
   long again as those of the second, and longer by more than the TTFT
-  objective (or a tenth of the run, if that is less). Or the 95 % intervals of both halves' attainment are apart.
+  objective (or a tenth of the run, if that is less). Or the 95 % intervals of
+  both halves' attainment are apart.
 
   Args:
     hits: whether each request attained, in order of arrival.
@@ -356,7 +379,8 @@ def search(model: str | ModelConfig = 'opt-13b', *,
            rate_per_s: float | None = None, strict: float | None = None,
            process: str = 'poisson', cv: float = 1.0, seed: int = 0,
            host_ms: float = 2.0, max_len: int | None = None,
-           cut: bool = False, max_seqs: int = 256, cluster: Cluster | None = None,
+           cut: bool = False, max_seqs: int = 256,
+           cluster: Cluster | None = None,
            policy: Policy = DISTSERVE,
            report: searching.Report | None = None,
            map: Callable[..., Iterable] = map) -> SearchResult:

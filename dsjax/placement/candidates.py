@@ -21,9 +21,10 @@ from dsjax.placement.bounds import Lengths
 from dsjax.scheduling import page_pool, scheduler
 from dsjax.scheduling.policy import DISTSERVE, Policy
 from dsjax.simulation import latency, roofline, simulator
+from dsjax.workload.named import Source
 
-# (rate_per_s, n) -> n Requests.
-Workload = Callable[[float, int], Sequence[Request]]
+# (rate_per_s, n) -> n Requests; None: at a trace's own times.
+Workload = Callable[[float | None, int], Sequence[Request]]
 # Seconds of a plan's steps, or None where they are not known.
 LatencyOf = Callable[[Plan], latency.Latency | None]
 
@@ -36,9 +37,9 @@ DEVICES, CHUNK, CHUNKS = 3, 512, (512, 1024, 2048)
 # A run lasts this many times what a request may take within its objectives,
 # so that queues of an overloaded system have time to grow past them.
 LIFETIMES = 10
-# Objectives of hours would ask for millions of requests: a run has at most
-# this many times SearchProblem.most_requests (see Judge).
-MOST_TIMES = 16
+# Objectives of hours would ask for millions of requests: a run has this many
+# at most, or so many times SearchProblem.most_requests (see Judge).
+MOST_REQUESTS, MOST_TIMES = 4000, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,8 +244,8 @@ def build(
     fitted = instance(problem, role, plan,
                       chunk_tokens or batch_tokens(problem, seconds))
     if fitted is None:
-      raise InputError(f'Placement={plan}: must be a plan whose weights and one '
-                       f'sequence fit in the memory of '
+      raise InputError(f'Placement={plan}: must be a plan whose weights and '
+                       'one sequence fit in the memory of '
                        f'{problem.cluster.memory_bytes / 1e9:.4g} GB a device')
     instances.append(fitted)
     latencies.append(seconds)
@@ -278,7 +279,8 @@ def batch_tokens(problem: SearchProblem, seconds: latency.Latency) -> int:
   each piece costs a start of its own: with L_m below the mean prompt, most
   prompts would pay twice.
   """
-  return max(saturation(seconds), max(i for i, _ in lengths(problem, 256)))
+  longest = max(prompt_len for prompt_len, _ in lengths(problem, 256))
+  return max(saturation(seconds), longest)
 
 
 def saturation(seconds: latency.Latency) -> int:
@@ -288,7 +290,9 @@ def saturation(seconds: latency.Latency) -> int:
 
 def lengths(problem: SearchProblem, n: int) -> Lengths:
   """(prompt, output) tokens of the workload's first n requests."""
-  return [(len(r.prompt), r.sampling.max_tokens)
+  if isinstance(problem.workload, Source):
+    return problem.workload.lengths(n)
+  return [(len(r.prompt), r.sampling.max_tokens or 0)
           for r in problem.workload(1.0, n)]
 
 
@@ -396,7 +400,7 @@ class Judge:
                phase: str = '') -> None:
     outputs = [o for _, o in lengths(problem, 256)]
     self.slo, self.least = system.slo, problem.requests
-    self.most = MOST_TIMES * problem.most_requests
+    self.most = max(MOST_REQUESTS, MOST_TIMES * problem.most_requests)
     self.mean = sum(outputs) / len(outputs)
     self.life_s = problem.slo.ttft_s if phase == 'prefill' else max(
         problem.slo.ttft_s, problem.slo.tpot_s * self.mean)

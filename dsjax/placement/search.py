@@ -334,8 +334,10 @@ class _Search:
       raise InputError('algorithms: no placement was judged: '
                        + ('; '.join(self.reasons) or 'they had no candidates'))
     rows = _sorted(self.rows)
+    words = ('Stopped before a placement was judged.'
+             if stopped and not rows else verdict(rows, self.problem))
     return SearchResult(
-        rows, verdict(rows, self.problem), self.simulations, self.pruned,
+        rows, words, self.simulations, self.pruned,
         tuple(sorted(self.unfit, key=repr)),
         tuple(sorted(self.unmeasured, key=repr)), _sorted(self.strict),
         self.bottlenecks, stopped)

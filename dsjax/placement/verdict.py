@@ -152,18 +152,20 @@ def verdict(rows: Sequence[RankedPlacement],
                  == disaggregated and r.goodput.rate_per_s > 0), None)
 
   split, together = best(True), best(False)
-  if split is None and together is None:
+  first, *others = sorted(
+      (row for row in (together, split) if row is not None),
+      key=lambda row: -row.per_device) or (None,)
+  if first is None:
     return 'No placement meets the objectives at any rate.'
-  if split is None or together is None:
-    only = split or together
+  if not others:
+    only = first
     if len({r.placement.mode == 'disaggregated' for r in rows}) == 1:
       return (f'Only {name(only)} placements were judged: '
               f'{only.per_device:.3g} requests/s per device.'
               + _copies(only, problem))
     return f'Only {name(only)} placements meet the objectives.' + _copies(
         only, problem)
-  first, second = ((split, together) if split.per_device > together.per_device
-                   else (together, split))
+  second, = others
   ratio = first.per_device / second.per_device
   (low, high), (other_low, other_high) = (first.interval_per_device,
                                           second.interval_per_device)

@@ -43,14 +43,14 @@ class Profile:
     """
     own, asked = (re.sub('[^a-z0-9]', '', name.lower().rsplit('/')[-1])
                   for name in (self.model, config.name))
-    require(own == asked, 'latency', self.source or self.device,
-            f'a profile of {config.name}: this one is of {self.model}')
+    require(own == asked, 'Profile.model', self.model,
+            f'{config.name!r}, the model that is asked about')
     return self.latencies.get
 
 
 def save(path: str | pathlib.Path, profile: Profile) -> None:
   """Writes a Profile as JSON that `load` reads."""
-  data = {
+  data: dict[str, Any] = {
       'model': profile.model, 'device': profile.device,
       'source': profile.source,
       'latencies': {str(plan): dataclasses.asdict(x) | {
@@ -194,10 +194,11 @@ def _fields(path, where, value, needed=(), more=None):
   for field in needed:
     if field not in value:
       raise InputError(f'{path}: {dot}{field}: must be present')
-  for field in value if more is not None else ():
-    if field not in (*needed, *more):
+  known = None if more is None else (*needed, *more)
+  for field in value:
+    if known is not None and field not in known:
       raise InputError(f'{path}: {dot}{field}: is not known: must be one of '
-                       f'{(*needed, *more)}')
+                       f'{known}')
   return value
 
 

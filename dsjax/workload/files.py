@@ -305,9 +305,9 @@ def read_lengths(path: Path) -> tuple[Entry, ...]:
   if not columns.arrival:
     return tuple(Entry(None, *pair) for pair in lengths)
   first = min(times)
-  entries = [Entry((time - first) / columns.per_s, *pair)
-             for time, pair in zip(times, lengths, strict=True)]
-  return tuple(sorted(entries, key=lambda e: e[0]))
+  order = sorted(range(len(times)), key=times.__getitem__)
+  return tuple(Entry((times[i] - first) / columns.per_s, *lengths[i])
+               for i in order)
 
 
 # --- prompts ----------------------------------------------------------------

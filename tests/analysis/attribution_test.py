@@ -1,6 +1,7 @@
 """Causes of SLO misses: by hand, in sum, and where the bottleneck is known."""
 
 import dataclasses
+
 import pytest
 
 from dsjax.analysis import attribution
