@@ -13,7 +13,8 @@ Files in --out: latency-DEVICE-MODEL.json (dsjax.simulation.profiles.load reads
 it), cells-DEVICE-MODEL.jsonl (every cell, measured and fitted),
 latency-....png.
 
-Exit codes: 0; 2 for bad input; 130 when stopped by Ctrl-C.
+Ctrl-C keeps what was timed: plans with a whole round, and what else there is of
+them. Exit codes: 0; 2 for bad input; 130 when stopped by Ctrl-C.
 
 --model is what dsjax.load takes; --set changes a field of EngineConfig, such
 as --set=max_len=512.
@@ -44,7 +45,7 @@ from dsjax.simulation import (
     roofline,
     roofline_fit,
 )
-from experiments.common import cli, machine
+from experiments.common import cli, machine, terminal
 from experiments.common import overrides as configs
 
 FLAGS = {
@@ -243,11 +244,15 @@ def parse_plans(texts):
   return plans
 
 
-def reporter(bar):
-  """What profiling reports to: a task of a rich Progress for each part."""
+def reporter(bar, halt):
+  """What profiling reports to: a task of a rich Progress for each part.
+
+  halt: raises KeyboardInterrupt to stop.
+  """
   tasks = {}
 
   def report(done, total, what):
+    halt()
     if what not in tasks:
       tasks[what] = bar.add_task(what, total=total)
     bar.update(tasks[what], completed=done)
@@ -269,12 +274,12 @@ def run(options, console):
               options.compilation_cache)
   loaded = dsjax.load(options.model, config.dtype)
   others = machine.Others()
-  with Progress(TextColumn('{task.description}'), BarColumn(),
-                MofNCompleteColumn(), console=console,
-                transient=True) as bar:
+  with terminal.Interrupts() as interrupts, Progress(
+      TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
+      console=console, transient=True) as bar:
     profile, cells = profiling.measure(
-        loaded, plans, config, options.rounds, options.points, reporter(bar),
-        pathlib.Path(options.model).name)
+        loaded, plans, config, options.rounds, options.points,
+        reporter(bar, interrupts.halt), pathlib.Path(options.model).name)
   show(console, profile, cells, tpot_s, config, loaded.config)
   if options.hardware:
     shares = fit_shares(cells, config, loaded.config, options.hardware)
@@ -286,6 +291,10 @@ def run(options, console):
     console.print(f'Other programs used {busy:.1f} cores meanwhile: these '
                   'times are too long.', style='yellow')
   console.print(f'wrote {write(options.out, profile, cells)}')
+  if interrupts.seen:
+    console.print(f'Stopped by Ctrl-C: {len(cells)} of {len(plans)} plans, '
+                  f'{len(profile.links)} links; the rest was not timed.')
+  return 130 if interrupts.seen else 0
 
 
 if __name__ == '__main__':

@@ -11,10 +11,18 @@ longbench) or a file of dsjax.workload (CSV, JSONL). The cluster is --nodes and
 so on, or a JSON file with the fields of dsjax.placement.candidates.Cluster.
 
 It prints a table of the best placements with 95 % intervals, what binds them
-and a verdict, and writes placement.json and placement.png. A placement that
-only lost to the best has its highest possible rate ("<="). Ctrl-C ends the
-search and prints what is known. A line of the table can be served:
-experiments.serve --set=placements=.
+and a verdict, and writes placement.json and placement.png. Its columns: batch,
+the tokens of a prefill batch (of a chunked step) where it is not what suits
+the plan; dev., devices; per dev., requests/s a device, `<=` of a placement that
+only lost to the best; met, the share that met both objectives at that rate;
+ends, what ended the search for the rate: target (both neighbours are known),
+samples (more --requests would narrow it), horizon (attainment still fell at
+the end of the longest run), cap (no work to bind it), floor (no rate
+attains) or beaten (it lost to the best).
+
+Ctrl-C ends the search and prints what is known. A line of the table can be
+served: experiments.serve --set=placements=. Objectives may be inf. Exit codes:
+0; 2 for bad input, and where no placement could be judged; 130 by Ctrl-C.
 """
 
 import contextlib
@@ -38,12 +46,13 @@ from rich.table import Table
 
 from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Slo
-from dsjax.placement import search
-from dsjax.placement.api import ALGORITHMS, make_problem
+from dsjax.placement import candidates, search
+from dsjax.placement.api import ALGORITHMS, make_problem, note
 from dsjax.placement.candidates import Cluster
 from dsjax.simulation import profiles
 from experiments.common import cli, policies
 
+MAX_SEQS = candidates.SearchProblem.max_seqs
 CLUSTER = dict(nodes=('nodes', 1), devices=('devices_per_node', 1),
                memory_gb=('memory_bytes', 1e9),
                intra_gb_per_s=('intra_bytes_per_s', 1e9),
@@ -55,9 +64,10 @@ FLAGS = {
     'model': cli.Flag('opt-13b', 'A name in dsjax.config.zoo.'),
     'cluster': cli.Flag(None, 'A JSON file; not with the next six.', str),
     'nodes': cli.Flag(1, 'Nodes.', low=1),
-    'devices': cli.Flag(3, 'Devices a node.', low=1),
+    'devices': cli.Flag(candidates.DEVICES, 'Devices a node.', low=1),
     **cli.FULL_NODE,
-    'hand_off_ms': cli.Flag(1.0, 'Fixed part of a KV transfer.'),
+    'hand_off_ms': cli.Flag(1e3 * Cluster.hand_off_s, 'Fixed part of a KV '
+                            'transfer.'),
     'ttft_s': 0.25, 'tpot_s': 0.1, 'target': 0.9,
     'strict': cli.Flag(0.99, 'A second share, of the best placements; 0: '
                        'none.'),
@@ -68,7 +78,10 @@ FLAGS = {
     'lengths': 'sharegpt', 'process': 'poisson', 'cv': 1.0,
     'latency': 'published', 'host_ms': 2.0, 'policy': 'distserve',
     'algorithms': cli.Flag(['low', 'colocated'], f'Of {sorted(ALGORITHMS)}.'),
-    'chunks': cli.Flag(['512', '1024', '2048'], 'Token budgets tried.'),
+    'cut': cli.Flag(False, 'Cut requests beyond the context of the model, '
+                    'which are refused otherwise.'),
+    'chunks': cli.Flag(list(map(str, candidates.CHUNKS)), 'Token budgets '
+                       f'tried, above {MAX_SEQS}.'),
     'replicas': cli.Flag(3, 'Most instances of a phase.', low=1),
     'requests': cli.Flag(200, 'Simulated at a rate, at first.', low=20),
     'tolerance': cli.Flag(0.1, 'Of the rate; less for the best.'),
@@ -125,7 +138,7 @@ def _cells(row):
 
 def table(rows, target):
   """A rich table of RankedPlacements."""
-  out = Table(title=f'requests/s per device, {target:.0%} of requests within '
+  out = Table(width=80, title=f'requests/s per device, {target:.0%} met '
               'both objectives')
   out.add_column('placement (TPxPP)', overflow='fold')
   for name in ('batch', 'dev.', 'per dev.', '95 %', 'met', 'ends'):
@@ -185,17 +198,19 @@ def processes(count):
 
 def _problem(options):
   """The Problem of the flags."""
-  for name in options.algorithms:
-    require(name in ALGORITHMS, '--algorithms', name,
-            f'one of {sorted(ALGORITHMS)}')
-  for size in options.chunks:
-    require(size.isdecimal() and int(size) > 0, '--chunks', size,
-            'integers above 0')
+  require(options.algorithms and all(
+      name in ALGORITHMS for name in options.algorithms), '--algorithms',
+          ','.join(options.algorithms), f'some of {sorted(ALGORITHMS)}')
+  require(options.chunks and all(
+      size.isdecimal() and int(size) > MAX_SEQS for size in options.chunks),
+          '--chunks', ','.join(options.chunks),
+          f'integers above {MAX_SEQS}, the rows that share them')
   return make_problem(
       options.model, Slo(options.ttft_s, options.tpot_s), options.lengths,
       options.latency, cluster=_cluster(options), process=options.process,
       cv=options.cv, seed=options.seed, host_ms=options.host_ms,
-      target=options.target, chunks=tuple(map(int, options.chunks)),
+      cut=options.cut, max_seqs=MAX_SEQS, target=options.target,
+      chunks=tuple(map(int, options.chunks)),
       requests=options.requests, most_requests=4 * options.requests,
       tolerance=options.tolerance, replicas=options.replicas,
       strict=options.strict or None, strict_effort=options.strict_effort,
@@ -205,22 +220,13 @@ def _problem(options):
 def _search(console, problem, options):
   """The SearchResult, with a bar."""
   bar = Progress(TextColumn('{task.description}'), BarColumn(),
-                 TextColumn('{task.completed}/{task.total} candidates, '
-                            '{task.fields[more]}'),
-                 TimeElapsedColumn(), console=console, transient=True)
+                 TextColumn('{task.fields[more]}'), TimeElapsedColumn(),
+                 console=console, transient=True)
   with processes(options.processes) as run, bar:
-    line, best = bar.add_task('searching', total=None, more=''), [None]
+    line = bar.add_task('searching', total=None, more='')
 
     def report(now):
-      row = now.row
-      if row and row.goodput.rate_per_s and (
-          best[0] is None or row.per_device > best[0].per_device):
-        best[0] = row
-      text = f'{now.pruned} by bounds, {now.simulations} simulations'
-      if best[0]:
-        text += (f'; best {best[0].placement}: '
-                 f'{best[0].per_device:.3g}')
-      bar.update(line, completed=now.done, total=now.total, more=text)
+      bar.update(line, completed=now.done, total=now.total, more=str(now))
 
     return search.search(
         problem, [ALGORITHMS[n] for n in options.algorithms], report, run)
@@ -248,13 +254,14 @@ def _show(console, answer, options, took):
   console.print(answer.verdict, soft_wrap=True)
   for mode, words in answer.bottlenecks.items():
     console.print(f'What binds the best {mode} placement: {words}.')
-  candidates = len(answer.rows) + answer.pruned
+  total = len(answer.rows) + answer.pruned
   console.print(
       f'{answer.simulations} simulations of {len(answer.rows)} placements; '
-      f'{answer.pruned} of {candidates} ruled out by bounds, '
+      f'{answer.pruned} of {total} ruled out by bounds, '
       f'{sum(r.goodput.binds == "beaten" for r in answer.rows)} by one rate; '
-      f'{len(answer.unfit)} plans do not fit, {len(answer.unmeasured)} are '
-      f'not measured; {took:.1f} s, {options.processes} processes',
+      f'{len(answer.unfit)} plans do not fit, {len(answer.unmeasured)} have '
+      f'no latencies ({candidates.names(answer.unmeasured)}); '
+      f'{took:.1f} s, {options.processes} processes',
       soft_wrap=True)
 
 
@@ -265,10 +272,11 @@ def run(options, console):
   answer = _search(console, problem, options)
   took = time.perf_counter() - start
   _show(console, answer, options, took)
-  if words := profiles.caveat(options.latency):
+  for words in filter(None, (note(problem), profiles.caveat(options.latency))):
     console.print(words, soft_wrap=True)
+  code = 130 if answer.stopped else 0
   if not options.out:
-    return
+    return code
   out = pathlib.Path(options.out)
   out.mkdir(parents=True, exist_ok=True)
   rows = answer.rows[:options.top]
@@ -280,8 +288,11 @@ def run(options, console):
       'simulations': answer.simulations, 'pruned': answer.pruned,
       'seconds': took, 'stopped': answer.stopped, 'target': options.target,
       'rows': _json(answer.rows), 'strict_target': options.strict,
-      'strict': _json(answer.strict)}, indent=1))
+      'strict': _json(answer.strict), 'options': {
+          name: getattr(options, name) for name in FLAGS if name != 'out'},
+      'note': note(problem)}, indent=1))
   console.print(f'Written to {out}: placement.json placement.png')
+  return code
 
 
 if __name__ == '__main__':

@@ -8,7 +8,8 @@ experiments/paper/reported.py, the two sets of rules in comparison.py, the
 figures in figures.py (1, 3, 4, 5, 10, 12) and end_to_end.py (8, 9, 11, tables
 2 and 3). Everything is simulated on the constants that DistServe
 released for A100s; nothing here ran on a GPU. --quick takes seconds and its
-figures say little. Ctrl-C keeps what is finished.
+figures say little. Table, picture and file say what lengths they are of. Ctrl-C
+keeps what is finished. Exit codes: 0; 2 for bad input; 130 by Ctrl-C.
 """
 
 import io
@@ -25,10 +26,16 @@ from rich.table import Table
 
 from dsjax.config.checks import require
 from experiments.common import cli
-from experiments.paper import end_to_end, figures
+from experiments.paper import comparison, end_to_end, figures
 
 FIGURES = {k: (figures.FIGURES | end_to_end.FIGURES)[k] for k in (
     '1', '3', '4', '5', '8', '9', '10', '11', '12', 'table2', 'table3')}
+
+
+# The data sets of a figure's requests; of those not named, all are equal.
+DATA = dict.fromkeys(('8', '10', '11', '12', 'table2'), ('sharegpt',)) | {
+    '9': ('humaneval', 'longbench'),
+    'table3': ('sharegpt', 'humaneval', 'longbench')}
 
 
 class Options(NamedTuple):
@@ -81,6 +88,7 @@ def show(console, name, data, took_s):
   for row in data['rows']:
     out.add_row(*map(_cell, row))
   console.print(out)
+  console.print(f'Lengths: {data["data"]}.', highlight=False, soft_wrap=True)
   console.print(f'Why they differ: {data["why"]}\n', highlight=False)
 
 
@@ -88,6 +96,7 @@ def save(out, name, data, draw):
   """NAME.json and NAME.png."""
   figure = Figure(figsize=(11, 4), layout='constrained')
   draw(data, figure)
+  figure.supxlabel(f'Lengths: {data["data"]}', fontsize=7, x=0.01, ha='left')
   picture = io.BytesIO()
   figure.savefig(picture, dpi=80)
   Image.open(picture).convert('RGB').quantize(48).save(
@@ -110,10 +119,13 @@ def run(values, console):
   """Computes, draws and shows what --figure names."""
   names, out = names_of(values.figure), pathlib.Path(values.out)
   require(not out.exists() or out.is_dir(), '--out', values.out, 'a folder')
+  folder = pathlib.Path(values.lengths_dir)
+  require(folder.is_dir() or values.lengths_dir == FLAGS['lengths_dir'].default,
+          '--lengths_dir', values.lengths_dir, 'a folder')
   out.mkdir(parents=True, exist_ok=True)
-  options = Options(values.seed, values.quick, pathlib.Path(values.lengths_dir),
+  options = Options(values.seed, values.quick, folder,
                     pathlib.Path(values.validate))
-  done = []
+  done, stopped = [], False
   try:
     for name in names:
       start = time.perf_counter()
@@ -122,14 +134,17 @@ def run(values, console):
           status.update(f'{name}: {text} '
                         f'({time.perf_counter() - start:.0f} s)')
         compute, draw = FIGURES[name]
-        data = compute(options._replace(tell=tell))
+        data = compute(options._replace(tell=tell)) | {
+            'data': comparison.data_of(DATA.get(name, ()), options.lengths_dir)}
       save(out, name, data, draw)
       show(console, name, data, time.perf_counter() - start)
       done.append(name)
   except KeyboardInterrupt:
+    stopped = True
     console.print('Stopped; what is finished stays.')
   console.print(f'Written to {out}: ' + ', '.join(
       f'{n}.png {n}.json' for n in done), soft_wrap=True)
+  return 130 if stopped else 0
 
 
 if __name__ == '__main__':

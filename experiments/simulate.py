@@ -9,7 +9,16 @@
 
 It prints, for each point, the share of requests that met both objectives (the
 first fifth left out as warm-up) with its 95 % interval, latencies, and why
-requests missed (dsjax.analysis.attribution). Placements with '/' between are
+requests missed. Columns: `!` after a rate says that the run was not steady;
+TTFT is from arrival to the first token, TPOT the mean time of each token after
+it, ITL each gap between two tokens, 1st-2nd the gap after the first token;
+preempted counts how often pages were taken from a request. Of misses, the most
+frequent cause: prefill_queue (waited for prefill), prefill, transfer (of KV),
+decode_queue (waited for pages or a place in a batch), interference (of the
+other phase on the same instance), preemption, decode, alone (misses on an
+empty system too), rejected or failed (see dsjax.analysis.attribution).
+
+Placements with '/' between are
 drawn together; --per_device multiplies rates by their devices. --latency is as
 in experiments.place. --process=trace without a rate uses the trace's own times.
 Files in --out: records.jsonl, summary.json, simulate.png and, with --timeline,
@@ -30,15 +39,18 @@ from dsjax.analysis import attribution, metrics, timeline
 from dsjax.analysis.record import Record
 from dsjax.config.checks import require
 from dsjax.config.placement import Placement, Slo
-from dsjax.placement.api import build, make_problem, simulated
+from dsjax.placement import candidates
+from dsjax.placement.api import build, make_problem, no_load, note, simulated
 from dsjax.placement.candidates import Cluster
 from dsjax.scheduling.events import Finish, Reject
 from dsjax.simulation import profiles, simulator
 from experiments.common import cli, policies, report, terminal
 
-COLOURS = dict(zip((*attribution.CAUSES, *attribution.ENDED), (
-    '#4e79a7', '#a0cbe8', '#59a14f', '#f28e2b', '#e15759', '#b07aa1',
-    '#ffbe7d', '#9c755f', '#bab0ac'), strict=True))
+# Colour and hatch of each cause: told apart in grey too.
+LOOKS = dict(zip(attribution.ALL, (
+    ('#4e79a7', ''), ('#a0cbe8', '//'), ('#59a14f', '..'), ('#f28e2b', 'xx'),
+    ('#e15759', '\\\\'), ('#b07aa1', 'oo'), ('#ffbe7d', '--'),
+    ('#edc948', '||'), ('#9c755f', '++'), ('#bab0ac', '**')), strict=True))
 
 
 FLAGS = {
@@ -56,7 +68,10 @@ FLAGS = {
     **cli.FULL_NODE,
     'policy': 'distserve',
     'aligned': cli.Flag(True, 'KV moves inside a node.'),
-    'chunk': cli.Flag(512, 'Token budget of chunked placements.', low=1),
+    'cut': cli.Flag(False, 'Cut requests beyond the context of the model, '
+                    'which are refused otherwise.'),
+    'chunk': cli.Flag(candidates.CHUNK, 'Token budget of chunked placements.',
+                      low=1),
     'depth': cli.Flag(None, 'Commands in flight; see scheduler.Config.', int,
                       low=1),
     'run_ahead': cli.Flag(None, 'Most decode steps of a command, while a '
@@ -124,31 +139,11 @@ def problem(options, placements):
       options.model, Slo(options.ttft_s, options.tpot_s), options.lengths,
       options.latency, process=options.process, cv=options.cv,
       seed=options.seed, host_ms=options.host_ms, target=options.target,
+      cut=options.cut,
       policy=policies.load(options.policy),
       cluster=Cluster(1, most, options.memory_gb * 1e9,
                       options.intra_gb_per_s * 1e9,
                       options.inter_gb_per_s * 1e9))
-
-
-def no_load(config, latencies):
-  """record -> (seconds of its prefill, of a decode step) with nothing beside.
-
-  On the fastest instance of each phase; long prompts run in its chunks.
-  """
-  both = list(zip(config.instances, latencies, strict=True))
-
-  def seconds(record):
-    n, prefill_s, decode_s = record.prompt_len, math.inf, math.inf
-    for instance, late in both:
-      if instance.prefills:
-        size = instance.prefill_tokens
-        prefill_s = min(prefill_s, late.host_s + sum(
-            late.prefill_s(((at, min(n, at + size)),))
-            for at in range(0, n, size)))
-      if instance.decodes:
-        decode_s = min(decode_s, late.decode_s(1, n + 1))
-    return prefill_s, decode_s
-  return seconds
 
 
 def check_floor(built, records, slo, target):
@@ -229,7 +224,8 @@ def simulate(options, asked, placements, points, kind, progress, halt, save):
       if save:
         save(f'{name} at {total:g}' if total else name, p, made[0], log)
       last_s = max(r.arrival_s for r in records)
-      seen = rate or len(records) / max(last_s, 1e-9) / factor
+      # A trace at its own times; 0 where all come at once.
+      seen = rate or (len(records) / last_s / factor if last_s else 0.0)
       for its, scale in points:
         if its == rate:
           slo = Slo(scale * options.ttft_s, scale * options.tpot_s)
@@ -244,35 +240,48 @@ def _ms(values):
   return '/'.join('-' if math.isnan(v) else f'{1e3 * v:,.0f}' for v in values)
 
 
-def table(points, kind):
-  """A rich table of the Points of one placement."""
-  out = Table(title=points[0].placement, title_justify='left')
-  for name in (kind if kind == 'scale' else 'req/s', 'met both', '95 %',
-               'TTFT ms', 'TPOT ms', 'ITL ms', '1st-2nd ms', 'preempt',
-               'misses: cause'):
-    out.add_column(name, justify='right', no_wrap=True)
+def _where(p, kind):
+  return f'{p.x:.4g}' if p.x or kind == 'scale' else 'at once'
+
+
+def tables(points, kind):
+  """Two rich tables of the Points of one placement, 80 columns at most."""
+  first = kind if kind == 'scale' else 'req/s'
+  met = Table(title=points[0].placement, title_justify='left')
+  gaps = Table()
+  for out, names in ((met, ('met both', '95 %', 'TTFT ms\np50/p90/p99',
+                            'TPOT ms\np50/p90/p99')),
+                     (gaps, ('ITL ms\np50/p90/p99', '1st-2nd ms\np50/p90/p99',
+                             'pre-\nempted', 'misses, most'))):
+    for name in (first, *names):
+      out.add_column(name, justify='right', overflow='fold')
   for p in points:
     share, low, high = p.summary.attainment
     causes = sorted(((n, c) for c, n in p.attribution.causes.items() if n),
                     reverse=True)
-    out.add_row(
-        f'{p.x:.4g}' + (' !' if p.unsteady else ''), f'{share:.0%}',
-        f'{100 * low:.0f}-{100 * high:.0f}', _ms(p.summary.ttft_s),
-        _ms(p.summary.tpot_s), _ms(p.summary.itl_s), _ms(p.summary.second_s),
+    x = _where(p, kind) + (' !' if p.unsteady else '')
+    met.add_row(x, f'{share:.0%}', f'{100 * low:.0f}-{100 * high:.0f}',
+                _ms(p.summary.ttft_s), _ms(p.summary.tpot_s))
+    gaps.add_row(
+        x, _ms(p.summary.itl_s), _ms(p.summary.second_s),
         str(p.summary.preemptions),
-        f'{len(p.attribution.misses)}: {causes[0][1]}' if causes else '-')
-  return out
+        f'{len(p.attribution.misses)}, {causes[0][0]} {causes[0][1]}'
+        if causes else '-')
+  return met, gaps
 
 
 def told(points, kind, target):
   """Lines under a placement's table: each point's advice, the best rate."""
   lines = []
   for p in points:
-    where = f'scale {p.x:g}' if kind == 'scale' else f'{p.x:.4g} req/s'
+    where = (f'scale {p.x:g}' if kind == 'scale' else _where(p, kind)
+             + ' req/s' * bool(p.x))
     if p.unsteady and not any(p.unsteady in line for line in lines):
       lines.append(f'{where}: {p.unsteady}')
     if p.attribution.misses:
       lines.append(f'{where}: {p.attribution.advice}')
+  if not any(p.x for p in points):
+    return lines  # a trace at one moment: no rate to speak of
   good = [p.x for p in points if p.summary.attainment[0] >= target
           and not p.unsteady]
   end = min if kind == 'scale' else max
@@ -293,7 +302,7 @@ def draw(path, points, kind, label, target, title):
       1 + len(names), 1, height_ratios=[3] + [1.6] * len(names), sharex=True)
   xs = sorted({p.x for p in points})
   width = 0.6 * min((b - a for a, b in zip(xs, xs[1:], strict=False)),
-                    default=xs[0])
+                    default=xs[0]) or 1.0
   most = max(5.0, 115 * max(len(p.attribution.misses) / max(1, len(p.kept))
                             for p in points))
   for k, name in enumerate(names):
@@ -325,9 +334,9 @@ def draw(path, points, kind, label, target, title):
     axes.grid(axis='y', alpha=0.25)
     axes.set_axisbelow(True)
     axes.spines[['top', 'right']].set_visible(False)
-  seen = [c for c in COLOURS if any(p.attribution.causes[c] for p in points)]
+  seen = [c for c in LOOKS if any(p.attribution.causes[c] for p in points)]
   if seen:
-    handles = [below[0].bar(xs[0], 0, color=COLOURS[c]) for c in seen]
+    handles = [below[0].bar(xs[0], 0, **_look(c)) for c in seen]
     figure.legend(handles, [c.replace('_', ' ') for c in seen],
                   loc='outside lower center', ncols=5, frameon=False,
                   fontsize=8, title='misses by cause', title_fontsize=8)
@@ -335,13 +344,18 @@ def draw(path, points, kind, label, target, title):
   figure.savefig(path, dpi=120)
 
 
+def _look(cause):
+  colour, hatch = LOOKS[cause]
+  return dict(color=colour, hatch=hatch, edgecolor='white', linewidth=0.5)
+
+
 def _misses(axes, points, width, name, most):
   """Stacked bars: share of the requests that missed, by cause."""
   bottom = [0.0] * len(points)
-  for cause, colour in COLOURS.items():
+  for cause in LOOKS:
     share = [100 * p.attribution.causes[cause] / max(1, len(p.kept))
              for p in points]
-    axes.bar([p.x for p in points], share, width, bottom, color=colour)
+    axes.bar([p.x for p in points], share, width, bottom, **_look(cause))
     bottom = [a + b for a, b in zip(bottom, share, strict=True)]
   axes.set_ylim(0, most)
   axes.set_ylabel('missed, %')
@@ -424,16 +438,16 @@ def main(options, console):
                         interrupts.halt, traces and traces.save):
         done.append(p)
         if not console.is_terminal:
-          console.print(f'{p.placement} at {p.x:.4g}: '
+          console.print(f'{p.placement} at {_where(p, kind)}: '
                         f'{p.summary.attainment[0]:.0%} met both')
     except KeyboardInterrupt:
       stopped = True
   for name in dict.fromkeys(p.placement for p in done):
     own = [p for p in done if p.placement == name]
-    console.print(table(own, kind))
+    console.print(*tables(own, kind), sep='\n')
     for line in told(own, kind, options.target):
       console.print(f'  {line}', soft_wrap=True, highlight=False)
-  if words := profiles.caveat(options.latency):
+  for words in filter(None, (note(asked), profiles.caveat(options.latency))):
     console.print(words, soft_wrap=True)
   if stopped:
     console.print(f'Stopped by Ctrl-C: {len(done)} of '

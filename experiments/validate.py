@@ -419,7 +419,8 @@ def run(options, console):
       else:
         profile, _ = profiling.measure(
             loaded, (Plan(),), config, options.rounds, 3,
-            measure.reporter(bar), name)
+            measure.reporter(bar, interrupts.halt), name)
+        interrupts.halt()
       _check_profile(profile, options)
       profiles.save(out / 'latency.json', profile)
       modes = [Mode(m, loaded, config, profile, options.seed, bar)

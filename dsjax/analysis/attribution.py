@@ -18,7 +18,8 @@ Attribution is counterfactual, request by request: were the seconds of one
 cause not there, would it attain? The others are held as they are; in truth
 less of one cause also shortens queues elsewhere, so counts are of the run
 seen and not a forecast. Waits fall to zero, execution (`prefill`, `decode`)
-to what it takes on an empty system (Fold.least estimates it from a log).
+to what it takes on an empty system (Fold.least estimates it from a log). A
+request that would miss even there has the cause `alone`.
 """
 
 import bisect
@@ -44,7 +45,10 @@ from dsjax.scheduling.events import (
 
 CAUSES = ('prefill_queue', 'prefill', 'transfer', 'decode_queue',
           'interference', 'preemption', 'decode')
-ENDED = ('rejected', 'failed')  # causes of what did not end by itself
+# Causes that no removal mends: an objective below what the request takes on an
+# empty system, and an end that was not its own.
+ALONE, ENDED = 'alone', ('rejected', 'failed')
+ALL = (*CAUSES, ALONE, *ENDED)
 # Of each cause: the change that removes it, and what a miss then suffered.
 _CHANGE = {
     'prefill_queue': ('more prefill capacity', 'waited for prefill',
@@ -85,7 +89,7 @@ class Parts(NamedTuple):
 
 
 class Miss(NamedTuple):
-  """cause: one of CAUSES + ENDED. fixes: causes whose removal suffices."""
+  """cause: one of ALL. fixes: causes whose removal suffices."""
 
   id: int
   cause: str
@@ -329,17 +333,6 @@ def of_log(log: pairing.Log,
   return fold
 
 
-def _removed_s(parts, record, cause, no_load):
-  """Seconds that a cause's removal takes off (before, after) token one."""
-  prefill_s, decode_s = no_load(record) if no_load else (0.0, 0.0)
-  before, after = parts.before[cause], parts.after[cause]
-  if cause == 'prefill':
-    before = max(0.0, before - prefill_s)
-  elif cause == 'decode':
-    after = max(0.0, after - decode_s * (len(record.token_s) - 1))
-  return before, after
-
-
 def explain(record: Record, parts: Parts | None, slo: Slo,
             no_load: NoLoad | None = None) -> Miss:
   """The Miss of a record that did not attain.
@@ -355,17 +348,25 @@ def explain(record: Record, parts: Parts | None, slo: Slo,
     cause = 'rejected' if record.status == 'rejected' else 'failed'
     return Miss(record.id, cause, ())
   gaps = max(1, len(record.token_s) - 1)
-  late = record.ttft_s > slo.ttft_s, record.tpot_s > slo.tpot_s
-  gain, fixes = {}, []
+  ttft_s, tpot_s = record.ttft_s or 0.0, record.tpot_s or 0.0
+  prefill_s, decode_s = no_load(record) if no_load else (0.0, 0.0)
+  if prefill_s > slo.ttft_s or decode_s > slo.tpot_s and record.tpot_s:
+    return Miss(record.id, ALONE, ())
+  late = ttft_s > slo.ttft_s, tpot_s > slo.tpot_s
+  gain: dict[str, float] = {}
+  fixes = []
   for cause in CAUSES:
-    before, after = _removed_s(parts, record, cause, no_load)
+    before, after = parts.before[cause], parts.after[cause]
+    if cause == 'prefill':
+      before = max(0.0, before - prefill_s)
+    elif cause == 'decode':
+      after = max(0.0, after - decode_s * (len(record.token_s) - 1))
     gain[cause] = (late[0] * before / slo.ttft_s
                    + late[1] * after / gaps / slo.tpot_s)
-    if (record.ttft_s - before <= slo.ttft_s
-        and record.tpot_s - after / gaps <= slo.tpot_s):
+    if ttft_s - before <= slo.ttft_s and tpot_s - after / gaps <= slo.tpot_s:
       fixes.append(cause)
-  cause = max(fixes or CAUSES, key=gain.get)
-  if not gain[cause]:  # as fast as on an empty system: the objective is less
+  cause = max(fixes or CAUSES, key=gain.__getitem__)
+  if not gain[cause]:  # as fast as on an empty system
     cause = 'prefill' if late[0] else 'decode'
   return Miss(record.id, cause, tuple(fixes))
 
@@ -378,21 +379,36 @@ def attribute(records: Iterable[Record], parts: Mapping[int, Parts], slo: Slo,
     records: any of a run (those that their client cancelled do not count).
     parts: Fold.parts() of the run. no_load: as in explain.
   """
+  records = metrics.by_arrival(records)
   misses = tuple(explain(r, parts.get(r.id), slo, no_load)
-                 for r in metrics.by_arrival(records)
+                 for r in records
                  if not metrics.attains(r, slo))
   causes = collections.Counter(m.cause for m in misses)
   fixes = collections.Counter(c for m in misses for c in m.fixes)
-  causes = {c: causes[c] for c in (*CAUSES, *ENDED)}
+  causes = {c: causes[c] for c in ALL}
   fixes = {c: fixes[c] for c in CAUSES}
-  return Attribution(misses, causes, fixes, _advice(len(misses), causes,
-                                                    fixes))
+  alone = {m.id for m in misses if m.cause == ALONE}
+  late = sum(r.id in alone and no_load is not None
+             and no_load(r)[0] > slo.ttft_s for r in records)
+  return Attribution(misses, causes, fixes, _advice(
+      len(misses), causes, fixes, 2 * late >= len(alone)))
 
 
-def _advice(count, causes, fixes):
+def _advice(count: int, causes: dict[str, int], fixes: dict[str, int],
+            late: bool = False) -> str:
+  """What would help most. late: most that miss alone miss TTFT."""
   if not count:
     return 'no misses'
-  best, most = max(CAUSES, key=fixes.get), max(causes, key=causes.get)
+  best = max(CAUSES, key=fixes.__getitem__)
+  most = max(causes, key=causes.__getitem__)
+  if most == ALONE:
+    change = ('a faster prefill (larger tp) or a looser TTFT' if late else
+              'a faster decode (larger tp) or a looser TPOT')
+    text = (f'{change}: {causes[ALONE]} of {count} misses cannot attain even '
+            'alone')
+    if fixes[best]:
+      text += f'; {fixes[best]} {_CHANGE[best][1]}'
+    return text
   if fixes[best]:
     change, suffered, removed = _CHANGE[best]
     text = (f'{change}: {fixes[best]} of {count} misses {suffered} and would '

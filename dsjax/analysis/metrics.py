@@ -41,15 +41,19 @@ def slo_scale(record: Record, slo: Slo) -> float:
 
   inf for a request that did not end by itself; 0 for one of no delay.
   """
-  if record.status not in ('stop', 'length') or not record.token_s:
+  ttft_s, tpot_s = record.ttft_s, record.tpot_s
+  if (record.status not in ('stop', 'length') or ttft_s is None
+      or tpot_s is None):
     return math.inf
-  return max(record.ttft_s / slo.ttft_s, record.tpot_s / slo.tpot_s)
+  return max(ttft_s / slo.ttft_s, tpot_s / slo.tpot_s)
 
 
 def attains(record: Record, slo: Slo) -> bool:
   """True where a request ended by itself and met both objectives."""
-  return (record.status in ('stop', 'length') and bool(record.token_s)
-          and record.ttft_s <= slo.ttft_s and record.tpot_s <= slo.tpot_s)
+  ttft_s, tpot_s = record.ttft_s, record.tpot_s
+  return (record.status in ('stop', 'length') and ttft_s is not None
+          and tpot_s is not None and ttft_s <= slo.ttft_s
+          and tpot_s <= slo.tpot_s)
 
 
 def by_arrival(records: Iterable[Record]) -> list[Record]:
@@ -188,8 +192,9 @@ def summarize(records: Sequence[Record], slo: Slo, num_devices: int,
   return Summary(
       num_devices=num_devices,
       counts=dict(collections.Counter(r.status for r in records)),
-      ttft_s=percentiles([r.ttft_s for r in seen]),
-      tpot_s=percentiles([r.tpot_s for r in seen if len(r.token_s) > 1]),
+      ttft_s=percentiles([r.token_s[0] - r.arrival_s for r in seen]),
+      tpot_s=percentiles([r.tpot_s or 0.0 for r in seen
+                          if len(r.token_s) > 1]),
       itl_s=percentiles([gap for r in seen for gap in r.itl_s]),
       second_s=percentiles([r.token_s[1] - r.token_s[0] for r in seen
                             if len(r.token_s) > 1]),

@@ -166,7 +166,8 @@ class Recorder:
       chain.times.append(event.time_s)
     for id in event.ended:
       life = self._live.get(id)
-      if life in lasts or life and chain is not None and life.chain is chain:
+      if life is not None and (life in lasts or chain is not None
+                               and life.chain is chain):
         life.close()
 
   def _decode_done(self, event):

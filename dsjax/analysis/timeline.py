@@ -138,8 +138,8 @@ def _step_slices(log, us):
   for ended in pairing.ended(log):
     if not ended.done:
       continue
-    command = ended.command
     if isinstance(ended, pairing.HandOff):
+      command = ended.command
       source, prefilled_s = prefilled.get(command.id, (None, 0.0))
       if source == command.source:
         flow = {'cat': 'migrate', 'pid': _INSTANCES,
@@ -149,6 +149,7 @@ def _step_slices(log, us):
         yield flow | {'ph': 'f', 'tid': command.target,
                       'ts': us(ended.ended_s)}
       continue
+    command = ended.command
     instance = command.instance
     for step, stage, start_s, stop_s in _spans(ended, free_s):
       yield {'ph': 'X', 'pid': _INSTANCES, 'tid': _row(instance, stage),
@@ -203,7 +204,8 @@ def timeline(log: Sequence[tuple[Event, Iterable[Command]]],
     recorder.observe(event, commands)
   steps = list(_step_slices(log, us))
   steps += _fault_marks(log, us)
-  events = steps + list(_request_slices(recorder, spans, us))
+  events: list[dict[str, Any]] = [
+      *steps, *_request_slices(recorder, spans, us)]
   events.sort(key=lambda e: e['ts'])  # stable: nesting at one time is kept
   instances = {e['tid'] for e in steps} | set(range(len(names)))
   return {'traceEvents': [*_metadata(instances, names), *events],

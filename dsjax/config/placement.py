@@ -1,6 +1,7 @@
 """Which instances run, with which parallelism, and the latency objectives."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from typing import Self
@@ -51,9 +52,8 @@ class Plan:
     Raises:
       InputError naming `field`.
     """
-    sizes = _SIZES.fullmatch(text)
-    require(sizes, field, text, 'a plan TPxPP, such as 2x1')
-    return cls(*map(int, sizes.groups()))
+    require(_SIZES.fullmatch(text), field, text, 'a plan TPxPP, such as 2x1')
+    return cls(*map(int, text.split('x')))
 
   def __str__(self) -> str:
     return f'{self.tp}x{self.pp}'
@@ -146,7 +146,7 @@ class Slo:
 
   Attributes:
     ttft_s: seconds from arrival to the first token.
-    tpot_s: mean seconds of each token after it.
+    tpot_s: mean seconds of each token after it. inf: any.
   """
 
   ttft_s: float
@@ -155,4 +155,5 @@ class Slo:
   def __post_init__(self) -> None:
     for field in ('ttft_s', 'tpot_s'):
       value = getattr(self, field)
-      require(is_positive(value), f'Slo.{field}', value, 'seconds above 0')
+      require(is_positive(value) or value == math.inf, f'Slo.{field}', value,
+              'seconds above 0, or inf')

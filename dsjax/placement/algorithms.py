@@ -56,6 +56,8 @@ class Search(Protocol):
            ) -> tuple[Candidate, Goodput] | None:
     """The best per device, above `incumbent`; None: there is none.
 
+    Each candidate is simulated, or ruled out by a bound.
+
     Those that are run get a line in the result, unless they are of one phase.
 
     Args:
@@ -64,6 +66,12 @@ class Search(Protocol):
     ...
 
 
+  def without(self, reason: str) -> None:
+    """Says why an algorithm has no candidates here."""
+    ...
+
+
+_TWO = 'disaggregation takes 2 devices with latencies'
 Algorithm = Callable[[Search], object]
 
 
@@ -93,6 +101,9 @@ def high_affinity(search: Search) -> None:
   """Algorithm 1: the best plan of each phase alone, then how many of each."""
   problem = search.problem
   usable = search.usable(problem.cluster.num_devices - 1)
+  if not usable:
+    search.without(_TWO)
+    return
   prefills, decodes = ([search.candidate(
       Placement(prefill=[plan], decode=[plan]), phase=phase)
                         for plan in usable] for phase in ('prefill', 'decode'))
@@ -130,6 +141,10 @@ def low_affinity(search: Search) -> None:
       contenders.append(search.candidate(
           Placement(prefill=[prefill] * n, decode=[decode] * m),
           aligned=True))
+  if not contenders:
+    search.without(_TWO if cluster.num_devices < 2 else
+                   'no two plans fit side by side in a node of '
+                   f'{cluster.devices_per_node} devices')
   search.race(contenders)
 
 

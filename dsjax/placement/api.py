@@ -6,13 +6,19 @@ and from it the scheduler's Config, latencies and link.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dsjax.analysis import attribution, metrics
 from dsjax.analysis.record import Record
 from dsjax.config import zoo
-from dsjax.config.checks import is_nonnegative, is_positive_int, require
+from dsjax.config.checks import (
+  InputError,
+  is_nonnegative,
+  is_positive_int,
+  require,
+)
 from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.config.request import Request
@@ -23,43 +29,49 @@ from dsjax.placement.candidates import Cluster, SearchProblem
 from dsjax.placement.search import SearchResult
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.policy import DISTSERVE, Policy
-from dsjax.simulation import profiles, simulator
+from dsjax.simulation import latency, profiles, simulator
 from dsjax.simulation.contention import Contention
 from dsjax.simulation.profiles import Profile
-from dsjax.workload import named
+from dsjax.workload import named as workload
 from dsjax.workload.files import Entry
 
 WARMUP = 0.2  # share of the requests that counts in no statistic
 SLO = Slo(ttft_s=0.25, tpot_s=0.1)
-MEMORY_BYTES = 85e9  # of a device, here and in the runners: A100-80GB
 ALGORITHMS = {'low': low_affinity, 'high': high_affinity,
               'colocated': colocated}
 
-Latency = str | Profile | Callable[[Plan], Any] | Any
+Named = str | Profile | latency.Latency | candidates.LatencyOf
 
 
-def latency_of(latency: Latency, config: ModelConfig,
-               host_ms: float = 2.0) -> Callable[[Plan], Any]:
+def latency_of(named: Named, config: ModelConfig,
+               host_ms: float = 2.0) -> candidates.LatencyOf:
   """A function Plan -> seconds of its steps, None where nothing is known.
 
   Args:
-    latency: a name or a file (see profiles.named), a Profile, such a
+    named: a name or a file (see profiles.named), a Profile, such a
       function, or one latency for every plan (see dsjax.simulation.latency).
-    host_ms: the host's time between two steps, where latency does not say.
+    host_ms: the host's time between two steps, where `named` does not say.
 
   Raises:
-    InputError.
+    InputError; also of a profile of another model.
   """
   require(is_nonnegative(host_ms), 'host_ms', host_ms, '0 or more')
-  if isinstance(latency, str):
-    return profiles.named(latency, config, host_ms / 1e3)
-  if isinstance(latency, Profile):
-    return latency.latencies.get
-  if hasattr(latency, 'prefill_s'):
-    return functools.partial(_same, latency)
-  require(callable(latency), 'latency', latency, 'a name, a file, a Profile, '
+  if isinstance(named, str):
+    return profiles.named(named, config, host_ms / 1e3)
+  if isinstance(named, Profile):
+    return named.of(config)
+  if isinstance(named, latency.Latency):
+    return functools.partial(_same, named)
+  require(callable(named), 'latency', named, 'a name, a file, a Profile, '
           'a function of a Plan, or what has prefill_s, decode_s and so on')
-  return latency
+  return named
+
+
+def _links(named: Named) -> dict[tuple[Plan, Plan], latency.Link]:
+  """The links that were measured with latencies."""
+  if isinstance(named, str) and profiles.is_file(named):
+    named = profiles.load(named)
+  return named.links if isinstance(named, Profile) else {}
 
 
 _KINDS = {'slo': Slo, 'policy': Policy, 'cluster': Cluster,
@@ -80,27 +92,45 @@ def _check(**fields):
               'an integer of 1 or more')
 
 
-def _same(latency, plan):
-  return latency if latency.pp == plan.pp else None
+def _same(every: latency.Latency, plan: Plan) -> latency.Latency | None:
+  return every if every.pp == plan.pp else None
 
 
 def make_problem(model: str | ModelConfig = 'opt-13b', slo: Slo = SLO,
-                 lengths: named.Lengths = 'sharegpt',
-                 latency: Latency = 'published', *,
+                 lengths: workload.Lengths = 'sharegpt',
+                 latency: Named = 'published', *,
                  cluster: Cluster | None = None, process: str = 'poisson',
                  cv: float = 1.0, seed: int = 0, host_ms: float = 2.0,
+                 max_len: int | None = None, cut: bool = False,
                  **more: Any) -> SearchProblem:
   """The candidates.SearchProblem of what a caller names; more: fields of it.
+
+  Its workload is a workload.named.Source. Its instances have room for the
+  longest request.
+
+  Args:
+    max_len: the context in tokens; None: the model's.
+    cut: longer requests are cut to it. Else they are refused, but those of a
+      mixture, which are served whole: its tail is ours, not a measurement.
 
   Raises:
     InputError.
   """
   config = model if isinstance(model, ModelConfig) else zoo.config(model)
-  source = named.source(lengths, seed, process, cv)
-  cluster = cluster or Cluster(memory_bytes=MEMORY_BYTES)
-  return SearchProblem(config, cluster, slo, source,
-                 latency_of(latency, config, host_ms),
-                 **({'max_len': source.longest} | more))
+  source = workload.source(lengths, seed, process, cv)
+  context = max_len or config.max_len
+  if cut:
+    source = source.within(context)
+  elif max_len or not source.drawn:
+    require(source.longest <= context, 'lengths', source.longest,
+            f'of at most {context} tokens, the context '
+            + ('asked for' if max_len else f'of {config.name}')
+            + f' ({source.beyond(context)} of {len(source.entries)} requests '
+            'are longer): cut=True (--cut) cuts them')
+  return SearchProblem(
+      config, cluster or Cluster(), slo, source,
+      latency_of(latency, config, host_ms), links=_links(latency),
+      max_len=max_len or source.longest, **more)
 
 
 # --- simulate -----------------------------------------------------------------
@@ -117,6 +147,7 @@ class Simulated:
     unsteady: why the run was not in a steady state, or ''.
     config: the scheduler's.
     log: (event, commands) pairs, or None.
+    cut: lengths of the workload that were cut to the context.
   """
 
   placement: Placement
@@ -126,8 +157,9 @@ class Simulated:
   summary: metrics.Summary
   unsteady: str
   config: scheduler.Config
-  latencies: Sequence[Any]
+  latencies: Sequence[latency.Latency]
   log: list | None = None
+  cut: int = 0
 
   def explain(self) -> attribution.Attribution:
     """Why requests missed their objectives, and what would have saved them.
@@ -135,10 +167,11 @@ class Simulated:
     Raises:
       InputError: there is no log.
     """
-    require(self.log is not None, 'log', self.log,
-            'kept: simulate(..., log=True)')
+    if self.log is None:
+      raise InputError('log=None: must be kept: simulate(..., log=True)')
     fold = attribution.of_log(self.log, self.latencies)
-    return attribution.attribute(self.kept, fold.parts(), self.slo)
+    return attribution.attribute(self.kept, fold.parts(), self.slo,
+                                 no_load(self.config, self.latencies))
 
   def __str__(self) -> str:
     share, low, high = self.summary.attainment
@@ -146,18 +179,20 @@ class Simulated:
     return (f'{self.placement}: {share:.0%} of {len(self.kept)} requests met '
             f'both objectives, 95 % interval [{low:.0%}, {high:.0%}]; p90 '
             f'TTFT {ttft_s:.3g} s, TPOT {tpot_s:.3g} s'
-            + (f' ({self.unsteady})' if self.unsteady else ''))
+            + (f' ({self.unsteady})' if self.unsteady else '')
+            + (f' ({self.cut} lengths cut)' if self.cut else ''))
 
 
 def simulate(placement: Placement | str, model: str | ModelConfig = 'opt-13b',
              *, rate_per_s: float | None = None, slo: Slo = SLO,
-             lengths: named.Lengths | Sequence[Request] = 'sharegpt',
-             latency: Latency = 'published', requests: int = 400,
+             lengths: workload.Lengths | Sequence[Request] = 'sharegpt',
+             latency: Named = 'published', requests: int = 400,
              process: str = 'poisson', cv: float = 1.0, seed: int = 0,
              cluster: Cluster | None = None, aligned: bool = True,
-             chunk: int = 512, depth: int | None = None,
+             chunk: int = candidates.CHUNK, depth: int | None = None,
              run_ahead: int | None = None, host_ms: float = 2.0,
-             max_len: int | None = None, max_seqs: int = 256,
+             max_len: int | None = None, cut: bool = False,
+             max_seqs: int = 256,
              contention: Contention | None = None,
              policy: Policy = DISTSERVE, log: bool = False) -> Simulated:
   """Serves a workload in virtual time with the scheduler that serves.
@@ -178,8 +213,8 @@ def simulate(placement: Placement | str, model: str | ModelConfig = 'opt-13b',
     chunk: token budget of a chunked placement.
     depth, run_ahead: see scheduler.Config; None for what the role suggests.
     host_ms: the host's time between two steps, where latency does not say.
-    max_len, max_seqs: of an instance, tokens and requests; max_len is by
-      default that of the longest request.
+    max_len, cut: the context, and what is done with longer requests; see
+      make_problem. max_seqs: most requests of an instance.
     contention: of instances that share cores, such as Profile.contention.
     policy: every choice of the scheduler.
     log: keep the event log, which `explain` needs.
@@ -194,32 +229,81 @@ def simulate(placement: Placement | str, model: str | ModelConfig = 'opt-13b',
                else placement)
   require(isinstance(placement, Placement), 'placement', placement,
           'a Placement or its text')
-  given = None
-  if _are_requests(lengths):
-    given = lengths
-    lengths = [Entry(None, len(r.prompt), r.sampling.max_tokens)
-               for r in given]
-  more = {} if max_len is None else {'max_len': max_len}
+  given = _requests(lengths)
+  require(not (given and cut), 'cut', cut, 'False with requests of your own')
   problem = make_problem(
-      model, slo, lengths, latency, cluster=cluster, process=process, cv=cv,
-      seed=seed, host_ms=host_ms, max_seqs=max_seqs, policy=policy, **more)
+      model, slo, _lengths(lengths), latency, cluster=cluster,
+      process=process, cv=cv, seed=seed, host_ms=host_ms, max_len=max_len,
+      cut=cut, max_seqs=max_seqs, policy=policy)
   config, latencies, link = build(problem, placement, chunk, aligned, depth,
                                   run_ahead)
   result = simulator.simulate(
       config, given or problem.workload(rate_per_s, requests), latencies, link,
       log=log, contention=contention)
-  return simulated(placement, slo, result.records, config, latencies,
-                   result.log)
+  run = simulated(placement, slo, result.records, config, latencies,
+                  result.log)
+  return dataclasses.replace(run, cut=cut_of(problem))
 
 
-def _are_requests(lengths):
-  return (not isinstance(lengths, str) and isinstance(lengths, Sequence)
-          and bool(lengths) and isinstance(lengths[0], Request))
+def cut_of(problem: SearchProblem) -> int:
+  """How many lengths of a problem's workload were cut."""
+  source = problem.workload
+  return source.cut if isinstance(source, workload.Source) else 0
 
 
-def build(problem: SearchProblem, placement: Placement, chunk: int = 512,
+def note(problem: SearchProblem) -> str:
+  """What became of requests beyond the model's context, or ''."""
+  source, context = problem.workload, problem.model.max_len
+  if not isinstance(source, workload.Source):
+    return ''
+  beyond, of = source.beyond(context), f'of {len(source.entries)} lengths'
+  if source.cut:
+    return f'{source.cut} {of} are cut to the context.'
+  return beyond and (f'{beyond} {of} are beyond the context of {context} '
+                     f'tokens of {problem.model.name} and are served whole; '
+                     '--cut cuts them.') or ''
+
+
+def _requests(lengths: Any) -> list[Request]:
+  """The requests, where that is what was given as lengths."""
+  if isinstance(lengths, str) or not isinstance(lengths, Sequence):
+    return []
+  return [each for each in lengths if isinstance(each, Request)]
+
+
+def _lengths(lengths: Any) -> workload.Lengths:
+  """What was given, but the lengths of requests for these."""
+  return [Entry(None, len(r.prompt), r.sampling.max_tokens or 1)
+          for r in _requests(lengths)] or lengths
+
+
+def no_load(config: scheduler.Config,
+            latencies: Sequence[latency.Latency]) -> attribution.NoLoad:
+  """record -> (seconds of its prefill, of a decode step) with nothing beside.
+
+  On the fastest instance of each phase; long prompts run in its chunks.
+  """
+  both = list(zip(config.instances, latencies, strict=True))
+
+  def seconds(record: Record) -> tuple[float, float]:
+    n, prefill_s, decode_s = record.prompt_len, math.inf, math.inf
+    for instance, own in both:
+      if instance.prefills:
+        size = instance.prefill_tokens
+        prefill_s = min(prefill_s, own.host_s + sum(
+            own.prefill_s(((start, min(n, start + size)),))
+            for start in range(0, n, size)))
+      if instance.decodes:
+        decode_s = min(decode_s, own.decode_s(1, n + 1))
+    return prefill_s, decode_s
+  return seconds
+
+
+def build(problem: SearchProblem, placement: Placement,
+          chunk: int = candidates.CHUNK,
           aligned: bool = True, depth: int | None = None,
-          run_ahead: int | None = None) -> tuple[scheduler.Config, list, Any]:
+          run_ahead: int | None = None
+          ) -> tuple[scheduler.Config, list[latency.Latency], latency.Link]:
   """candidates.build with the scheduler's depth and run-ahead as asked for.
 
   Returns:
@@ -227,13 +311,14 @@ def build(problem: SearchProblem, placement: Placement, chunk: int = 512,
   """
   config, latencies, link = candidates.build(
       problem, placement, chunk if placement.chunked else None, aligned)
-  changed = {field: value for field, value in (
-      ('depth', depth), ('run_ahead', run_ahead)) if value is not None}
-  return dataclasses.replace(config, **changed), latencies, link
+  config = dataclasses.replace(
+      config, depth=config.depth if depth is None else depth,
+      run_ahead=config.run_ahead if run_ahead is None else run_ahead)
+  return config, latencies, link
 
 
 def simulated(placement: Placement, slo: Slo, records: list[Record],
-              config: scheduler.Config, latencies: Sequence[Any],
+              config: scheduler.Config, latencies: Sequence[latency.Latency],
               log: list | None = None) -> Simulated:
   """The Simulated of a finished run."""
   sent = metrics.by_arrival(records)
@@ -251,7 +336,8 @@ def unsteady(records: Iterable[Record], slo: Slo,
 
   Either waits grew: those of the last quarter of the arrivals are half as
   long again as those of the second, and longer by more than the TTFT
-  objective. Or the 95 % intervals of both halves' attainment are apart.
+  objective (or a tenth of the run, if that is less). Or the 95 % intervals of
+  both halves' attainment are apart.
 
   Args:
     hits: whether each request attained, in order of arrival.
@@ -260,13 +346,16 @@ def unsteady(records: Iterable[Record], slo: Slo,
   left = sum(r.finish_s is None for r in records)
   if left:
     return f'{left} requests never ended: the policy leaves them waiting'
+  sent = metrics.by_arrival(records)
   waits = [r.stage_s['prefill_queue'] + r.stage_s['decode_queue']
-           for r in metrics.by_arrival(records)]
+           for r in sent]
   quarter = len(waits) // 4
   if quarter:
     early = sum(waits[quarter:2 * quarter]) / quarter
     late = sum(waits[-quarter:]) / quarter
-    if late > max(1.5 * early, early + slo.ttft_s):
+    span_s = sent[-1].arrival_s - sent[0].arrival_s
+    grown_s = min(slo.ttft_s, span_s / 10) if span_s else slo.ttft_s
+    if late > max(1.5 * early, early + grown_s):
       return (f'rate beyond capacity: waits grew from {early:.2g} s to '
               f'{late:.2g} s')
   half = len(hits) // 2
@@ -280,23 +369,25 @@ def unsteady(records: Iterable[Record], slo: Slo,
 # --- search -------------------------------------------------------------------
 
 
-def search(model: str | ModelConfig = 'opt-13b', *, devices: int = 3,
-           nodes: int = 1, slo: Slo = SLO, lengths: named.Lengths = 'sharegpt',
-           latency: Latency = 'published', target: float = 0.9,
+def search(model: str | ModelConfig = 'opt-13b', *,
+           devices: int = candidates.DEVICES, nodes: int = 1, slo: Slo = SLO,
+           lengths: workload.Lengths = 'sharegpt',
+           latency: Named = 'published', target: float = 0.9,
            requests: int = 200, tolerance: float = 0.1,
            algorithms: Sequence[str] = ('low', 'colocated'),
-           chunks: Sequence[int] = (512, 1024, 2048), replicas: int = 3,
+           chunks: Sequence[int] = candidates.CHUNKS, replicas: int = 3,
            rate_per_s: float | None = None, strict: float | None = None,
            process: str = 'poisson', cv: float = 1.0, seed: int = 0,
            host_ms: float = 2.0, max_len: int | None = None,
-           max_seqs: int = 256, cluster: Cluster | None = None,
+           cut: bool = False, max_seqs: int = 256,
+           cluster: Cluster | None = None,
            policy: Policy = DISTSERVE,
-           report: Callable[[searching.Progress], object] | None = None,
+           report: searching.Report | None = None,
            map: Callable[..., Iterable] = map) -> SearchResult:
   """The placements with the highest goodput per device: DistServe section 4.
 
   Args:
-    model, slo, lengths, latency, process, cv, seed, host_ms, max_len,
+    model, slo, lengths, latency, process, cv, seed, host_ms, max_len, cut,
       max_seqs: see simulate.
     devices: of each node; nodes: how many. cluster: instead of both, with
       the memory of a device and the speed of KV transfers.
@@ -304,12 +395,13 @@ def search(model: str | ModelConfig = 'opt-13b', *, devices: int = 3,
     requests: simulated at a rate, at first; four times as many at most.
     tolerance: of the rate, where a candidate's search ends.
     algorithms: names of ALGORITHMS.
-    chunks: token budgets tried for chunked placements.
+    chunks: token budgets tried for chunked placements, above max_seqs.
     replicas: most instances of a phase.
     rate_per_s: of the whole cluster; None: what counts is each device.
     strict: a second target, of the best placements alone; None: none.
     policy: every candidate is judged under it.
-    report, map: see search.search.
+    report: called as candidates are done; `report=print` prints a line each.
+    map: see search.search.
 
   Raises:
     InputError: bad input, or nothing that fits can meet the objectives.
@@ -318,19 +410,20 @@ def search(model: str | ModelConfig = 'opt-13b', *, devices: int = 3,
          max_len=max_len, max_seqs=max_seqs)
   require(isinstance(algorithms, tuple | list) and algorithms, 'algorithms',
           algorithms, f'some of {sorted(ALGORITHMS)}')
-  require(isinstance(chunks, tuple | list)
-          and all(map(is_positive_int, chunks)), 'chunks', chunks,
-          'token budgets, each an integer of 1 or more')
+  require(isinstance(chunks, tuple | list) and chunks and all(
+      is_positive_int(size) and size > max_seqs for size in chunks), 'chunks',
+          chunks, f'token budgets, each an integer above max_seqs={max_seqs}: '
+          'decode rows share them')
   for name in algorithms:
     require(name in ALGORITHMS, 'algorithms', name,
             f'one of {sorted(ALGORITHMS)}')
-  more = {} if max_len is None else {'max_len': max_len}
   problem = make_problem(
-      model, slo, lengths, latency, cluster=cluster or Cluster(
-          nodes, devices, MEMORY_BYTES),
+      model, slo, lengths, latency,
+      cluster=cluster or Cluster(nodes, devices), max_len=max_len, cut=cut,
       process=process, cv=cv, seed=seed, host_ms=host_ms, target=target,
       chunks=tuple(chunks), requests=requests, most_requests=4 * requests,
       tolerance=tolerance, replicas=replicas, rate_per_s=rate_per_s,
-      strict=strict, max_seqs=max_seqs, policy=policy, **more)
-  return searching.search(problem, [ALGORITHMS[name] for name in algorithms],
-                          report, map)
+      strict=strict, max_seqs=max_seqs, policy=policy)
+  answer = searching.search(
+      problem, [ALGORITHMS[name] for name in algorithms], report, map)
+  return dataclasses.replace(answer, cut=cut_of(problem))

@@ -20,9 +20,12 @@ Lengths = Sequence[tuple[int, int]]  # (prompt, output) tokens of requests
 
 
 def mean_context(lengths: Lengths) -> float:
-  """Tokens attended to by a mean decode step of a row."""
+  """Tokens attended to by a mean decode step of a row; where every output is
+  one token nothing decodes, and it is the mean prompt."""
   steps = sum(o - 1 for _, o in lengths)
-  return sum((o - 1) * (i + o / 2) for i, o in lengths) / max(steps, 1)
+  if not steps:
+    return sum(i for i, _ in lengths) / len(lengths)
+  return sum((o - 1) * (i + o / 2) for i, o in lengths) / steps
 
 
 @functools.lru_cache(1024)

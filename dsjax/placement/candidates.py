@@ -6,12 +6,12 @@ nothing here decides how requests are served.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from dsjax.analysis.record import Record
 from dsjax.config import checks
-from dsjax.config.checks import require
+from dsjax.config.checks import InputError, require
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Placement, Plan, Slo
@@ -21,19 +21,25 @@ from dsjax.placement.bounds import Lengths
 from dsjax.scheduling import page_pool, scheduler
 from dsjax.scheduling.policy import DISTSERVE, Policy
 from dsjax.simulation import latency, roofline, simulator
+from dsjax.workload.named import Source
 
-# (rate_per_s, n) -> n Requests.
-Workload = Callable[[float, int], Sequence[Request]]
+# (rate_per_s, n) -> n Requests; None: at a trace's own times.
+Workload = Callable[[float | None, int], Sequence[Request]]
 # Seconds of a plan's steps, or None where they are not known.
 LatencyOf = Callable[[Plan], latency.Latency | None]
 
 # Of a device's memory: the share that is used, and what of it neither weights
 # nor KV get (0.95 and 0.8 GB in DistServe's released table).
 USABLE, RESERVE_BYTES = 0.95, 0.8 * 2**30
-A100_BYTES = 79.15 * 2**30  # what an "80 GB" A100 reports
+A100_BYTES = 85e9  # what an "80 GB" A100 reports: 79.15 GiB
+# What a caller who does not say gets, here and in the runners.
+DEVICES, CHUNK, CHUNKS = 3, 512, (512, 1024, 2048)
 # A run lasts this many times what a request may take within its objectives,
 # so that queues of an overloaded system have time to grow past them.
 LIFETIMES = 10
+# Objectives of hours would ask for millions of requests: a run has this many
+# at most, or so many times SearchProblem.most_requests (see Judge).
+MOST_REQUESTS, MOST_TIMES = 4000, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +119,9 @@ class SearchProblem:
     model, cluster, slo: of what, on what, how fast.
     workload: of the same seed at every rate, so that candidates share their
       lengths and arrivals (common random numbers).
-    latency_of: of each plan; None where it was not measured.
+    latency_of: of each plan; None where it was not measured. links: measured
+      ones from prefill's plan to decode's, used inside a node; elsewhere the
+      cluster's.
     target: share of requests that must meet both objectives.
     chunks: token budgets tried for chunked placements.
     max_len, page_size, max_seqs, prefill_seqs, itemsize: of the instances;
@@ -135,7 +143,7 @@ class SearchProblem:
   workload: Workload
   latency_of: LatencyOf
   target: float = 0.9
-  chunks: tuple[int, ...] = (256, 512, 1024, 2048)
+  chunks: tuple[int, ...] = CHUNKS
   max_len: int = 2048
   page_size: int = 16
   max_seqs: int = 256
@@ -149,8 +157,12 @@ class SearchProblem:
   strict_effort: float = 0.5
   rate_per_s: float | None = None
   policy: Policy = DISTSERVE
+  links: Mapping[tuple[Plan, Plan], latency.Link] = dataclasses.field(
+      default_factory=dict)
 
   def __post_init__(self):
+    require(self.chunks and all(map(checks.is_positive_int, self.chunks)),
+            'SearchProblem.chunks', self.chunks, 'integers above 0')
     require(0 < self.target < 1, 'SearchProblem.target', self.target,
             'a share in (0, 1)')
     require(checks.is_positive(self.tolerance), 'SearchProblem.tolerance',
@@ -226,17 +238,38 @@ def build(
   instances, latencies = [], []
   for role, plan in placement.instances:
     seconds = problem.latency_of(plan)
-    require(seconds is not None, 'Placement', plan, 'a plan with latencies')
+    if seconds is None:
+      raise InputError(f'Placement={plan}: must be a plan with latencies: '
+                       f'{names(measured(problem))}')
     fitted = instance(problem, role, plan,
                       chunk_tokens or batch_tokens(problem, seconds))
-    require(fitted is not None, 'Placement', plan,
-            'a plan whose weights and one sequence fit in the memory')
+    if fitted is None:
+      raise InputError(f'Placement={plan}: must be a plan whose weights and '
+                       'one sequence fit in the memory of '
+                       f'{problem.cluster.memory_bytes / 1e9:.4g} GB a device')
     instances.append(fitted)
     latencies.append(seconds)
   config = scheduler.Config(tuple(instances), problem.max_len,
                             depth=2 if placement.prefill else 1,
                             policy=problem.policy)
-  return config, latencies, link_of(problem, aligned)
+  return config, latencies, link_of(problem, aligned, placement)
+
+
+def measured(problem: SearchProblem, most_tp: int = 16,
+             most_pp: int = 8) -> list[Plan]:
+  """The plans with latencies, whatever the cluster has room for."""
+  return [plan for tp in range(1, most_tp + 1) for pp in range(1, most_pp + 1)
+          if problem.model.num_heads % tp == 0
+          and problem.model.num_layers % pp == 0
+          and problem.latency_of(plan := Plan(tp, pp)) is not None]
+
+
+def names(plans: Iterable[Plan], most: int = 8) -> str:
+  """Plans in words: '1x1, 2x1, and 3 more'."""
+  texts = [str(plan) for plan in sorted(plans, key=lambda p: (
+      p.num_devices, p.pp))]
+  more = f', and {len(texts) - most} more' if len(texts) > most else ''
+  return ', '.join(texts[:most]) + more or 'none'
 
 
 def batch_tokens(problem: SearchProblem, seconds: latency.Latency) -> int:
@@ -246,7 +279,8 @@ def batch_tokens(problem: SearchProblem, seconds: latency.Latency) -> int:
   each piece costs a start of its own: with L_m below the mean prompt, most
   prompts would pay twice.
   """
-  return max(saturation(seconds), max(i for i, _ in lengths(problem, 256)))
+  longest = max(prompt_len for prompt_len, _ in lengths(problem, 256))
+  return max(saturation(seconds), longest)
 
 
 def saturation(seconds: latency.Latency) -> int:
@@ -256,13 +290,22 @@ def saturation(seconds: latency.Latency) -> int:
 
 def lengths(problem: SearchProblem, n: int) -> Lengths:
   """(prompt, output) tokens of the workload's first n requests."""
-  return [(len(r.prompt), r.sampling.max_tokens)
+  if isinstance(problem.workload, Source):
+    return problem.workload.lengths(n)
+  return [(len(r.prompt), r.sampling.max_tokens or 0)
           for r in problem.workload(1.0, n)]
 
 
-def link_of(problem: SearchProblem, aligned: bool) -> latency.Link:
-  """The link of a KV transfer: inside a node if aligned."""
+def link_of(problem: SearchProblem, aligned: bool,
+            placement: Placement) -> latency.Link:
+  """The link of a KV transfer: inside a node if aligned, and then the slowest
+  of those measured between the placement's plans, where all were."""
   config, cluster = problem.model, problem.cluster
+  measured = [problem.links.get((source, target))
+              for source in placement.prefill for target in placement.decode]
+  known = [link for link in measured if link is not None]
+  if aligned and known and len(known) == len(measured):
+    return max(known, key=lambda link: link.migrate_s(512))
   return latency.Link(
       cluster.hand_off_s, cluster.intra_bytes_per_s if aligned
       else cluster.inter_bytes_per_s,
@@ -321,14 +364,14 @@ def setup(problem: SearchProblem, candidate: Candidate) -> Setup:
   slo, instant = problem.slo, Instant()
   if candidate.phase == 'prefill':
     config = dataclasses.replace(config, instances=config.instances[:1])
-    slo = dataclasses.replace(slo, tpot_s=1e9)
+    slo = dataclasses.replace(slo, tpot_s=math.inf)
     return Setup(config, latencies[:1], instant, slo, output_len=1)
   if candidate.phase == 'decode':
     ample = InstanceConfig('prefill', 2**16, problem.page_size, 4096,
                            problem.max_len, problem.prefill_seqs)
     config = dataclasses.replace(
         config, instances=(ample, config.instances[-1]))
-    slo = dataclasses.replace(slo, ttft_s=1e9)
+    slo = dataclasses.replace(slo, ttft_s=math.inf)
     return Setup(config, [instant, latencies[-1]], instant, slo)
   return Setup(config, latencies, link, slo)
 
@@ -344,14 +387,40 @@ def run(problem: SearchProblem, system: Setup, rate_per_s: float, n: int,
                             system.link, on_event=on_event).records
 
 
-def full_length(problem: SearchProblem,
-                phase: str = '') -> Callable[[float], int]:
-  """rate -> requests of a run that lasts LIFETIMES of a request."""
-  mean = sum(o for _, o in lengths(problem, 256)) / 256
-  life_s = problem.slo.ttft_s if phase == 'prefill' else max(
-      problem.slo.ttft_s, problem.slo.tpot_s * mean)
-  return lambda rate: max(problem.requests,
-                          math.ceil(rate * LIFETIMES * life_s))
+class Judge:
+  """How long a run must be, and what its requests must meet.
+
+  A run lasts LIFETIMES of what a request may take. Where that is more than
+  `most` requests (objectives are loose, or inf), it has `most`, and objectives
+  are those of which LIFETIMES fit into it, so that a queue that grows still
+  shows; but no less than what a busy instance takes.
+  """
+
+  def __init__(self, problem: SearchProblem, system: Setup,
+               phase: str = '') -> None:
+    outputs = [o for _, o in lengths(problem, 256)]
+    self.slo, self.least = system.slo, problem.requests
+    self.most = max(MOST_REQUESTS, MOST_TIMES * problem.most_requests)
+    self.mean = sum(outputs) / len(outputs)
+    self.life_s = problem.slo.ttft_s if phase == 'prefill' else max(
+        problem.slo.ttft_s, problem.slo.tpot_s * self.mean)
+    rows, pieces = problem.max_seqs, ((0, problem.max_len),)
+    self.busy_s = 2 * max(
+        seconds.mixed_s(pieces, rows, rows * problem.max_len / 2)
+        for seconds in system.latencies)
+
+  def length(self, rate_per_s: float) -> int:
+    """Requests of a run at this rate."""
+    asked = rate_per_s * LIFETIMES * self.life_s
+    return max(self.least, math.ceil(min(asked, self.most)))
+
+  def objectives(self, rate_per_s: float) -> Slo:
+    """What its requests must meet."""
+    if rate_per_s * LIFETIMES * self.life_s <= self.most:
+      return self.slo
+    life_s = self.most / rate_per_s / LIFETIMES
+    return Slo(min(self.slo.ttft_s, max(life_s, self.busy_s)),
+               min(self.slo.tpot_s, max(life_s / self.mean, self.busy_s)))
 
 
 class Task(NamedTuple):
@@ -373,9 +442,11 @@ def measure(problem: SearchProblem, task: Task) -> goodput.Goodput:
   """The Goodput of a Task. A pure function: any process may run it."""
   candidate, bound = task.candidate, task.candidate.bound_per_s
   system = setup(problem, candidate)
+  judge = Judge(problem, system, candidate.phase)
 
-  def hits_at(rate_per_s, n):
-    return goodput.steady_hits(run(problem, system, rate_per_s, n), system.slo)
+  def hits_at(rate_per_s: float, n: int) -> list[bool]:
+    return goodput.steady_hits(run(problem, system, rate_per_s, n),
+                               judge.objectives(rate_per_s))
 
   best = goodput.search(
       hits_at, task.target,
@@ -384,6 +455,6 @@ def measure(problem: SearchProblem, task: Task) -> goodput.Goodput:
       math.ceil(problem.most_requests * task.effort),
       goodput.Bisection(
           stride=1.1 if task.effort > 1 else 1.4, least_per_s=bound / 4**6,
-          most_per_s=bound, full=full_length(problem, candidate.phase),
+          most_per_s=bound, full=judge.length,
           beat_per_s=task.beat_per_s, tight=task.effort > 1))
   return dataclasses.replace(best, high_per_s=min(best.high_per_s, bound))

@@ -9,10 +9,11 @@ much.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from dsjax.config.checks import InputError, require
+from dsjax.config.engine import InstanceConfig
 from dsjax.config.placement import Placement, Plan
 from dsjax.placement import bounds, candidates
 from dsjax.placement.algorithms import Algorithm, colocated, low_affinity
@@ -28,13 +29,27 @@ FINAL_EFFORT = 4.0  # requests of the best placements' runs: this many times
 
 
 class Progress(NamedTuple):
-  """Candidates known so far, judged or not; the newest line of the table."""
+  """How far a search is; as text, a line for people: `report=print`.
+
+  row: the newest line of the table, if there is a new one. done, total:
+  candidates, judged or ruled out. best: the best line so far.
+  """
 
   row: RankedPlacement | None
   done: int
   pruned: int
   total: int
   simulations: int
+  best: RankedPlacement | None = None
+
+  def __str__(self) -> str:
+    best = (f'; best {self.best.placement}: {self.best.per_device:.3g} '
+            'requests/s a device' if self.best else '')
+    return (f'{self.done} of {self.total} candidates, {self.pruned} by bounds, '
+            f'{self.simulations} simulations{best}')
+
+
+Report = Callable[[Progress], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +66,7 @@ class SearchResult:
     strict: the best placements at SearchProblem.strict.
     bottlenecks: what binds the best placement of each kind, by its mode.
     stopped: the search was interrupted.
+    cut: lengths of the workload that were cut to the context.
   """
 
   rows: tuple[RankedPlacement, ...]
@@ -62,6 +78,7 @@ class SearchResult:
   strict: tuple[RankedPlacement, ...] = ()
   bottlenecks: dict[str, str] = dataclasses.field(default_factory=dict)
   stopped: bool = False
+  cut: int = 0
 
 
 # --- the search ---------------------------------------------------------------
@@ -70,30 +87,40 @@ class SearchResult:
 class _Search:
   """An algorithms.Search, and what it has tried."""
 
-  def __init__(self, problem, report, map):
+  def __init__(self, problem: SearchProblem, report: Report | None,
+               map: Callable[..., Iterable]) -> None:
     self.problem, self.lengths = problem, candidates.lengths(problem, 1024)
     self.report, self.map = report or (lambda _: None), map
     self.simulations = self.pruned = self.done = self.total = 0
-    self.unfit, self.unmeasured, self.rows = set(), set(), []
-    self.strict, self.bottlenecks, self.known = [], {}, {}
+    self.unfit: set[Plan] = set()
+    self.unmeasured: set[Plan] = set()
+    self.reasons: list[str] = []  # why an algorithm had no candidates
+    self.rows: list[RankedPlacement] = []
+    self.strict: list[RankedPlacement] = []
+    self.bottlenecks: dict[str, str] = {}
+    self.known: dict[Hashable, Any] = {}
     longest = max(i + o for i, o in self.lengths)
     require(longest <= problem.max_len, 'SearchProblem.max_len',
             problem.max_len, f'the longest request ({longest}) or more')
 
-  def seconds(self, plan: Plan) -> latency.Latency | None:
-    """The latencies of a plan."""
+  def without(self, reason: str) -> None:
+    """Says why an algorithm has no candidates here."""
+    self.reasons.append(reason)
+
+  def seconds(self, plan: Plan) -> latency.Latency:
+    """The latencies of a usable plan."""
     seconds = self.problem.latency_of(plan)
     if seconds is None:
-      self.unmeasured.add(plan)
+      raise InputError(f'Candidate={plan}: must be a plan with latencies')
     return seconds
 
   def usable(self, most: int) -> list[Plan]:
     """Plans of at most `most` devices that fit and have latencies."""
     plans = []
     for plan in candidates.plans(self.problem, most):
-      if self.seconds(plan) is None:
-        continue
-      if candidates.instance(self.problem, 'decode', plan, 64) is None:
+      if self.problem.latency_of(plan) is None:
+        self.unmeasured.add(plan)
+      elif candidates.instance(self.problem, 'decode', plan, 64) is None:
         self.unfit.add(plan)
       else:
         plans.append(plan)
@@ -103,7 +130,8 @@ class _Search:
                 aligned: bool = False, phase: str = '') -> Candidate:
     """A Candidate with its bound; 0 where too few requests can attain."""
     link = None
-    capacities_per_s, guesses_per_s = {}, {}
+    capacities_per_s: dict[str, float] = {}
+    guesses_per_s: dict[str, float] = {}
     for role, plan in placement.instances:
       if phase in ('', role):
         capacities_per_s[role] = (capacities_per_s.get(role, 0.0)
@@ -112,7 +140,7 @@ class _Search:
                                + self.guess_per_s(role, plan, tokens))
     bound_per_s = min(capacities_per_s.values())
     if placement.mode == 'disaggregated' and not phase:
-      link = candidates.link_of(self.problem, aligned)
+      link = candidates.link_of(self.problem, aligned, placement)
       bound_per_s = min(bound_per_s, bounds.link_per_s(
           link, len(placement.prefill) * len(placement.decode), self.lengths))
     if not phase and self.hopeless(placement, tokens, link):
@@ -149,30 +177,33 @@ class _Search:
 
   # --- bounds, each computed once -------------------------------------------
 
-  def once(self, key, compute):
+  def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+    """What `compute` gives for this key, computed once."""
     if key not in self.known:
       self.known[key] = compute()
     return self.known[key]
 
-  def instance(self, role, plan, tokens):
+  def instance(self, role: str, plan: Plan, tokens: int | None
+               ) -> tuple[latency.Latency, InstanceConfig]:
     """(seconds, InstanceConfig) of a plan in a role."""
     seconds = self.seconds(plan)
-    require(seconds is not None, 'Candidate', plan, 'a plan with latencies')
-    tokens = tokens or self.tokens(plan)
-    config = candidates.instance(self.problem, role, plan, tokens)
-    require(config is not None, 'Candidate', plan, 'a plan that fits')
+    config = candidates.instance(self.problem, role, plan,
+                                 tokens or self.tokens(plan))
+    if config is None:
+      raise InputError(f'Candidate={plan}: must be a plan that fits')
     return seconds, config
 
-  def tokens(self, plan):
+  def tokens(self, plan: Plan) -> int:
     """candidates.batch_tokens of a plan."""
     return self.once(('tokens', plan), lambda: candidates.batch_tokens(
         self.problem, self.seconds(plan)))
 
-  def capacity_per_s(self, role, plan, tokens):
+  def capacity_per_s(self, role: str, plan: Plan,
+                     tokens: int | None) -> float:
     return self.once((role, plan, tokens), lambda: bounds.capacity_per_s(
         *self.instance(role, plan, tokens), self.lengths))
 
-  def guess_per_s(self, role, plan, tokens):
+  def guess_per_s(self, role: str, plan: Plan, tokens: int | None) -> float:
     if role == 'decode':
       return math.inf
     problem = self.problem
@@ -180,7 +211,8 @@ class _Search:
         *self.instance(role, plan, tokens), self.lengths, problem.slo.ttft_s,
         problem.target))
 
-  def hopeless(self, placement, tokens, link):
+  def hopeless(self, placement: Placement, tokens: int | None,
+               link: latency.Link | None) -> bool:
     """Whether too many requests miss an objective on an idle machine."""
     first, last = placement.instances[0], placement.instances[-1]
     share = self.once(
@@ -191,43 +223,48 @@ class _Search:
 
   # --- what was tried -------------------------------------------------------
 
-  def tell(self, row=None):
-    self.report(Progress(row, self.done, self.pruned, self.total,
-                          self.simulations))
+  def tell(self, row: RankedPlacement | None = None) -> None:
+    served = (line for line in self.rows if line.goodput.rate_per_s)
+    self.report(Progress(
+        row, self.done, self.pruned, self.total, self.simulations,
+        max(served, key=lambda line: line.per_device, default=None)))
 
-  def measured(self, tasks):
+  def measured(self, tasks: Sequence[Task]
+               ) -> Iterator[tuple[Candidate, Goodput]]:
     """(candidate, Goodput) of each task, in order."""
     measure = functools.partial(candidates.measure, self.problem)
     for task, goodput in zip(tasks, self.map(measure, tasks), strict=True):
       self.simulations += goodput.runs
       yield task.candidate, goodput
 
-  def keep(self, candidate, goodput):
+  def keep(self, candidate: Candidate, goodput: Goodput) -> RankedPlacement:
     """Adds a line, in place of what was known of the same candidate."""
     row = _row(candidate, goodput)
     self.rows = [r for r in self.rows if _key(r) != _key(row)] + [row]
     return row
 
-  def best(self):
+  def best(self) -> list[RankedPlacement]:
     """The best line of each mode that serves anything."""
-    best = {}
+    best: dict[str, RankedPlacement] = {}
     for row in _sorted(self.rows):
       if row.goodput.rate_per_s:
         best.setdefault(row.placement.mode, row)
     return list(best.values())
 
-  def again(self, row, tokens=None):
+  def again(self, row: RankedPlacement,
+            tokens: int | None = None) -> Candidate:
     """The Candidate of a line, of another batch where that is given."""
     return self.candidate(row.placement, tokens or row.prefill_tokens,
                           row.aligned)
 
-  def finish(self):
+  def finish(self) -> None:
     """The best of each mode: other batches, tight, then the second target.
 
     A tight estimate may fall below a line that was second; then that one is
     raced against it with as many requests, twice at most.
     """
-    problem, tight = self.problem, {}
+    problem = self.problem
+    tight: dict[str, tuple] = {}
     for row in self.best():
       if not row.placement.chunked:
         plan = row.placement.instances[0][1]
@@ -259,23 +296,28 @@ class _Search:
     for row, words in zip(rows, self.map(binds, rows), strict=True):
       self.bottlenecks[row.placement.mode] = words
 
-  def check_floor(self):
+  def check_floor(self) -> None:
     """Raises InputError where no placement can meet what is asked."""
     problem = self.problem
     usable = self.usable(problem.cluster.num_devices)
     if not usable:
       raise InputError(
           f'Cluster: no plan of {problem.model.name} is usable on '
-          f'{problem.cluster.num_devices} devices: '
-          f'{len(self.unfit)} do not fit in memory, '
-          f'{len(self.unmeasured)} have no latencies')
+          f'{problem.cluster.num_devices} devices: {len(self.unfit)} do not '
+          f'fit in memory ({candidates.names(self.unfit)}), '
+          f'{len(self.unmeasured)} have no latencies '
+          f'({candidates.names(self.unmeasured)}); there are latencies of '
+          f'{candidates.names(candidates.measured(problem))}: ask for as many '
+          "devices as one of these takes, or for latency='roofline:a100-80g' "
+          'and the like, which knows every plan')
     middle = sorted(i for i, _ in self.lengths)[len(self.lengths) // 2]
     latencies = [self.seconds(plan) for plan in usable]
     for field, asked_s, floor_s in (
         ('Slo.ttft_s', problem.slo.ttft_s,
          min(seconds.prefill_s(((0, middle),)) for seconds in latencies)),
         ('Slo.tpot_s', problem.slo.tpot_s,
-         min(seconds.decode_s(1, middle) for seconds in latencies))):
+         min(seconds.decode_s(1, middle) for seconds in latencies)
+         if any(o > 1 for _, o in self.lengths) else 0.0)):
       require(asked_s > floor_s, field, asked_s,
               f'above {floor_s:.4g} s, what a median request takes on an idle '
               'machine under the fastest plan')
@@ -287,32 +329,37 @@ class _Search:
               problem.rate_per_s, f'at most {most:.4g}, the capacity of the '
               'cluster by the work of a request')
 
-  def result(self, stopped):
+  def result(self, stopped: bool) -> SearchResult:
+    if not self.total and not stopped:
+      raise InputError('algorithms: no placement was judged: '
+                       + ('; '.join(self.reasons) or 'they had no candidates'))
     rows = _sorted(self.rows)
+    words = ('Stopped before a placement was judged.'
+             if stopped and not rows else verdict(rows, self.problem))
     return SearchResult(
-        rows, verdict(rows, self.problem), self.simulations, self.pruned,
+        rows, words, self.simulations, self.pruned,
         tuple(sorted(self.unfit, key=repr)),
         tuple(sorted(self.unmeasured, key=repr)), _sorted(self.strict),
         self.bottlenecks, stopped)
 
 
-def _row(candidate, goodput):
+def _row(candidate: Candidate, goodput: Goodput) -> RankedPlacement:
   return RankedPlacement(candidate.placement, goodput, candidate.aligned,
                          candidate.prefill_tokens)
 
 
-def _key(row):
+def _key(row: RankedPlacement) -> tuple:
   return row.placement, row.prefill_tokens, row.aligned
 
 
-def _sorted(rows):
+def _sorted(rows: Iterable[RankedPlacement]) -> tuple[RankedPlacement, ...]:
   return tuple(sorted(rows, key=lambda r: (
       -r.per_device, -r.interval_per_device[1], repr(r.placement))))
 
 
 def search(problem: SearchProblem,
            algorithms: Iterable[Algorithm] = (low_affinity, colocated),
-           report: Callable[[Progress], object] | None = None,
+           report: Report | None = None,
            map: Callable[..., Iterable] = map) -> SearchResult:
   """The best placements for a problem.
 
@@ -320,14 +367,14 @@ def search(problem: SearchProblem,
 
   Args:
     algorithms: of algorithms.py, or your own.
-    report: called as candidates are done.
+    report: called as candidates are done; `print` will do.
     map: (function, items) -> results in order; where problem can be pickled,
       also a process pool's. The result does not depend on it.
 
   Raises:
     InputError: no plan fits, none is measured, the objectives are below
-      the latency of an idle machine (says the floor), or no placement can
-      serve rate_per_s.
+      the latency of an idle machine (says the floor), no placement can
+      serve rate_per_s, or the algorithms have no candidates.
   """
   state, stopped = _Search(problem, report, map), False
   state.check_floor()

@@ -5,13 +5,8 @@ import math
 from collections.abc import Sequence
 
 from dsjax.config.placement import Placement
-from dsjax.placement.candidates import (
-  Candidate,
-  SearchProblem,
-  full_length,
-  run,
-  setup,
-)
+from dsjax.placement import candidates
+from dsjax.placement.candidates import Candidate, SearchProblem
 from dsjax.placement.goodput import WARMUP, Goodput
 from dsjax.scheduling.page_pool import num_free
 from dsjax.scheduling.state import room
@@ -64,14 +59,16 @@ def bottleneck(problem: SearchProblem, row: RankedPlacement) -> str:
   rate_per_s = OVERLOAD * row.goodput.rate_per_s
   if not rate_per_s:
     return 'nothing is served'
-  system = setup(problem, Candidate(row.placement, row.prefill_tokens,
-                                    row.aligned, math.inf))
-  n = min(full_length(problem)(rate_per_s), 4 * problem.most_requests)
+  system = candidates.setup(problem, Candidate(
+      row.placement, row.prefill_tokens, row.aligned, math.inf))
+  judge = candidates.Judge(problem, system)
+  n = min(judge.length(rate_per_s), 4 * problem.most_requests)
   shortage = _Shortage(system.config.instances)
-  records = run(problem, system, rate_per_s, n, shortage)[int(WARMUP * n):]
-  slo = problem.slo
-  late = [r for r in records if r.token_s and r.ttft_s > slo.ttft_s]
-  slow = [r for r in records if r.token_s and r.tpot_s > slo.tpot_s]
+  records = candidates.run(problem, system, rate_per_s, n,
+                           shortage)[int(WARMUP * n):]
+  slo = judge.objectives(rate_per_s)
+  late = [r for r in records if (r.ttft_s or 0.0) > slo.ttft_s]
+  slow = [r for r in records if (r.tpot_s or 0.0) > slo.tpot_s]
   short = shortage.short_s > SHORT_SHARE * shortage.now_s
   if not late and not slow:
     return f'nothing up to {OVERLOAD} times its goodput'
@@ -155,18 +152,20 @@ def verdict(rows: Sequence[RankedPlacement],
                  == disaggregated and r.goodput.rate_per_s > 0), None)
 
   split, together = best(True), best(False)
-  if split is None and together is None:
+  first, *others = sorted(
+      (row for row in (together, split) if row is not None),
+      key=lambda row: -row.per_device) or (None,)
+  if first is None:
     return 'No placement meets the objectives at any rate.'
-  if split is None or together is None:
-    only = split or together
+  if not others:
+    only = first
     if len({r.placement.mode == 'disaggregated' for r in rows}) == 1:
       return (f'Only {name(only)} placements were judged: '
               f'{only.per_device:.3g} requests/s per device.'
               + _copies(only, problem))
     return f'Only {name(only)} placements meet the objectives.' + _copies(
         only, problem)
-  first, second = ((split, together) if split.per_device > together.per_device
-                   else (together, split))
+  second, = others
   ratio = first.per_device / second.per_device
   (low, high), (other_low, other_high) = (first.interval_per_device,
                                           second.interval_per_device)

@@ -123,16 +123,33 @@ def context_of(pieces: tuple, batch: int, each: int) -> float:
   return batch * (each + (0 if pieces else (STEPS - 1) / 2))
 
 
+class Stopped(KeyboardInterrupt):
+  """Ctrl-C among rounds, one of which was whole: their median seconds."""
+
+  def __init__(self, medians: list[float]) -> None:
+    super().__init__()
+    self.medians = medians
+
+
 def in_rounds(timed: Sequence[Callable[[], float]], rounds: int,
               tick: Callable[[], object]) -> list[float]:
-  """Median seconds of each function; a first round is not counted."""
+  """Median seconds of each function; a first round is not counted.
+
+  Raises:
+    Stopped: by Ctrl-C, after a round that counts.
+  """
   taken = [[] for _ in timed]
-  for i in range(rounds + 1):
-    for seconds, once in zip(taken, timed, strict=True):
-      took_s = once()
-      if i:
-        seconds.append(took_s)
-      tick()
+  try:
+    for i in range(rounds + 1):
+      for seconds, once in zip(taken, timed, strict=True):
+        took_s = once()
+        if i:
+          seconds.append(took_s)
+        tick()
+  except KeyboardInterrupt:
+    if not all(taken):
+      raise
+    raise Stopped([statistics.median(seconds) for seconds in taken]) from None
   return [statistics.median(seconds) for seconds in taken]
 
 
@@ -292,6 +309,7 @@ class _Profiler:
     self.lengths = spread(config.page_size, config.max_len, points)
     self.devices = devices
     self.apart = devices[apart:]  # for a second instance
+    self.stopped = False
 
   def engine(self, plan):
     """A warm Engine that has both kinds of step."""
@@ -305,16 +323,24 @@ class _Profiler:
     """A fitting.Cell for each cell of the grid."""
     tick = _ticks(self.report, f'{plan}: steps',
                   (self.rounds + 1) * len(self.grid))
-    medians = in_rounds([lambda shape=shape: bare.seconds(*shape)
-                         for shape in self.grid], self.rounds, tick)
+    try:
+      medians = in_rounds([lambda shape=shape: bare.seconds(*shape)
+                           for shape in self.grid], self.rounds, tick)
+    except Stopped as stopped:
+      medians, self.stopped = stopped.medians, True
     return [fitting.Cell(shape[0], shape[1], context_of(*shape), seconds)
             for shape, seconds in zip(self.grid, medians, strict=True)]
 
   def affine(self, plan, bare, cells):
     """The latency.Affine of a plan, with the host's time."""
-    tick = _ticks(self.report, f'{plan}: host', 1)
-    host = host_times(self.model, self.config, plan, bare, self.rounds)
-    tick()
+    host = []
+    try:
+      if not self.stopped:
+        tick = _ticks(self.report, f'{plan}: host', 1)
+        host = host_times(self.model, self.config, plan, bare, self.rounds)
+        tick()
+    except KeyboardInterrupt:
+      self.stopped = True
     return fitting.fit_affine(
         cells, buckets_of(self.config),
         max(0.0, statistics.median(host)) if host else 0.0, plan.pp)
@@ -357,9 +383,13 @@ def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
     devices: jax.devices() by default; one that is named twice takes two
       instances.
 
+  Ctrl-C (or `report` raising KeyboardInterrupt) ends it with what was timed:
+  a plan counts once a round of its cells is whole.
+
   Raises:
     InputError: a plan does not fit on the devices, or the config is not as
       described.
+    KeyboardInterrupt: nothing was timed by then.
   """
   require(config.chunk_tokens == config.prefill_tokens,
           'EngineConfig.chunk_tokens', config.chunk_tokens,
@@ -376,19 +406,27 @@ def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
                    devices, most)
   cells, models, links, shared = {}, {}, {}, None
   for plan in plans:
-    source = work.engine(plan)
-    bare = Cells(source)
-    cells[plan] = work.cells(plan, bare)
-    models[plan] = work.affine(plan, bare, cells[plan])
-    for to in plans:
-      if link := work.link(plan, source, to):
-        links[plan, to] = link
-    if plan == Plan() and side_by_side:
-      shared = work.contention(bare)
+    try:
+      source = work.engine(plan)
+      bare = Cells(source)
+      cells[plan] = work.cells(plan, bare)
+      models[plan] = work.affine(plan, bare, cells[plan])
+      for to in plans if not work.stopped else ():
+        if link := work.link(plan, source, to):
+          links[plan, to] = link
+      if plan == Plan() and side_by_side and not work.stopped:
+        shared = work.contention(bare)
+    except KeyboardInterrupt:
+      work.stopped = True
+    if work.stopped:
+      break
+  if not models:
+    raise KeyboardInterrupt
   return profiles.Profile(
       name or model.config.name, devices[0].device_kind, models, links,
       f'dsjax.runtime.profiling, {rounds} rounds, {config.dtype}, '
-      f'jax {jax.__version__}', shared), cells
+      f'jax {jax.__version__}' + ', stopped by Ctrl-C' * work.stopped,
+      shared), cells
 
 
 def profile(model: Model, plans: Sequence[Plan] = (Plan(),),

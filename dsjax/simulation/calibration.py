@@ -205,17 +205,16 @@ def calibrate(model: Affine, steps: Sequence[Step],
       changes[kind] = correction([predict_s(model, s.cell) for s in own],
                                  [alone_s(model, s, contention) for s in own])
 
-  def moved(field, kind):
-    constants, (a, b) = getattr(model, field), changes.get(kind, (0.0, 1.0))
-    if constants is None:
-      return None
+  def moved(constants: tuple[float, ...], kind: str) -> tuple[float, ...]:
+    a, b = changes.get(kind, (0.0, 1.0))
     return (a + b * constants[0], *(b * x for x in constants[1:]))
   piece = changes.get('prefill', changes.get('mixed', (0.0, 1.0)))[1]
   return dataclasses.replace(
-      model, prefill=moved('prefill', 'prefill'),
-      decode=moved('decode', 'decode'),
-      decode_large=moved('decode_large', 'decode'),
-      mixed=moved('mixed', 'mixed'), piece_s=model.piece_s * piece)
+      model, prefill=moved(model.prefill, 'prefill'),
+      decode=moved(model.decode, 'decode'),
+      decode_large=model.decode_large and moved(model.decode_large, 'decode'),
+      mixed=model.mixed and moved(model.mixed, 'mixed'),
+      piece_s=model.piece_s * piece)
 
 
 def calibrate_link(link: Link, copies: Sequence[Copy],

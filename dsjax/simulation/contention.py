@@ -73,7 +73,7 @@ class Devices:
     self.contention, self.now_s = contention, 0.0
     self.queues = [collections.deque() for _ in range(count)]
     self.busy_s = [0.0] * count
-    self.started = [None] * count  # the work under way
+    self.started: dict[int, _Work] = {}  # the work under way
 
   def add(self, index: int, tag: Any, kind: str | None,
           steps: Sequence[float], ready_s: float) -> None:
@@ -89,13 +89,13 @@ class Devices:
   def look(self, index: int) -> None:
     """Starts the first of a queue if it is ready."""
     queue = self.queues[index]
-    if (self.started[index] is None and queue
+    if (index not in self.started and queue
         and queue[0].ready_s <= self.now_s):
       self.started[index] = queue[0]
 
   def factors(self) -> dict[int, float]:
     """{instance: what slows it now}, of those at work."""
-    kinds = {i: w.kind for i, w in enumerate(self.started) if w}
+    kinds = {i: work.kind for i, work in sorted(self.started.items())}
     return {i: self.contention.factor(kind, [
         other for j, other in kinds.items() if j != i])
         for i, kind in kinds.items()}
@@ -112,7 +112,7 @@ class Devices:
       ends = [(self.now_s + self.started[i].left_s * factor, i)
               for i, factor in factors.items()]
       ends += [(q[0].ready_s, i) for i, q in enumerate(self.queues)
-               if q and self.started[i] is None]
+               if q and i not in self.started]
       end_s, index = min(ends, default=(math.inf, -1))
       stop_s = min(end_s, bound_s)
       if stop_s == math.inf:
@@ -123,7 +123,7 @@ class Devices:
       self.now_s = stop_s
       if end_s >= bound_s:
         return None
-      work = self.started[index]
+      work = self.started.get(index)
       if work is None:
         self.look(index)
         continue
@@ -133,6 +133,6 @@ class Devices:
         work.left_s = work.steps[work.at]
         continue
       self.queues[index].popleft()
-      self.started[index] = None
+      del self.started[index]
       self.look(index)
       return index, work.tag, work.times

@@ -43,6 +43,8 @@ from dsjax.simulation.instance import VirtualInstance, work
 ARRIVED, MIGRATED, STEP = range(3)  # order of events of one moment
 _NEVER = (float('inf'),)
 _REACH = 64  # most commands of a quiet run
+# Where nothing migrates.
+NO_LINK = latency.Link(base_s=0.0, bytes_per_s=1.0, kv_bytes=1.0)
 
 
 def _done(index, number, times, decode):
@@ -60,8 +62,10 @@ class Copies:
 
   def __init__(self, link: latency.LinkLike | None, share: str,
                heap: list[tuple]) -> None:
-    self.link, self.share, self.heap = link, share, heap
-    self.free_s, self.link_s = {}, 0.0
+    self.link = NO_LINK if link is None else link
+    self.share, self.heap = share, heap
+    self.free_s: dict[tuple, float] = {}
+    self.link_s = 0.0
 
   def send(self, command: Migrate, ready_s: float) -> None:
     """Moves pages that are read by `ready_s`."""
@@ -136,8 +140,9 @@ class Alone:
     self.pipelined = [i for i in self.instances if len(i.free_s) > 1]
     self.copies, self.heap = copies, copies.heap
     self.closed_form, self.leapt = closed_form, 0
-    self.decoding = ()  # instances that may begin a quiet run
-    self.loose = []  # instances in a quiet run, off the heap
+    self.decoding: list[int] = []  # instances that may begin a quiet run
+    self.quiet: dict[int, _QuietRun] = {}  # those in one
+    self.loose: list[int] = []  # of these, the ones off the heap
 
   def leap(self, run: scheduler.Run, recorder: Recorder) -> None:
     """Leaps over completions from now on, and tells these two of them."""
@@ -154,15 +159,14 @@ class Alone:
               now_s: float) -> None:
     """Gives steps and copies their times."""
     for command in commands:
-      kind = type(command)
-      if kind is RunDecode or kind is RunPrefill:
+      if type(command) is RunDecode or type(command) is RunPrefill:
         self.issue(command, now_s)
-      elif kind is Migrate:
+      elif type(command) is Migrate:
         source = self.instances[command.source]
         ready_s = now_s + source.host_s
         self.copies.send(command, ready_s if self.copies.link.beside
                          else max(ready_s, *source.free_s))
-      elif kind is Finish:
+      elif type(command) is Finish:
         for instance in self.pipelined:
           instance.token_s.pop(command.id, None)
     for index in self.decoding:
@@ -181,7 +185,7 @@ class Alone:
       instance = self.instances[index]
       if top[4] != instance.serial:
         continue  # void by now
-      quiet = instance.quiet
+      quiet = self.quiet.get(index)
       if quiet is not None:
         if quiet.done < len(quiet.steps):
           self.loose.append(index)
@@ -197,8 +201,8 @@ class Alone:
     """Puts a step behind what its instance has to do already."""
     index = command.instance
     instance = self.instances[index]
-    ready_s, decode = now_s + instance.host_s, type(command) is RunDecode
-    if decode:
+    ready_s, decode = now_s + instance.host_s, isinstance(command, RunDecode)
+    if isinstance(command, RunDecode):
       times = instance.decode(ready_s, command, self.closed_form)
     else:
       times = instance.prefill(ready_s, command)
@@ -219,15 +223,15 @@ class Alone:
     """Begins an instance's quiet run, if nothing has to be decided soon."""
     told = self.run.quiet(index, _REACH)
     if told is not None:
-      instance = self.instances[index]
-      instance.quiet = _QuietRun(instance, self.run.instances[index], told)
+      self.quiet[index] = _QuietRun(self.instances[index],
+                                    self.run.instances[index], told)
 
   def catch_up(self) -> None:
     """Takes every quiet run to the next event, or to its end."""
     for index in tuple(self.loose):
-      instance = self.instances[index]
-      quiet = instance.quiet
-      if quiet.advance(instance, index, self.heap[0] if self.heap else _NEVER):
+      quiet = self.quiet[index]
+      if quiet.advance(self.instances[index], index,
+                       self.heap[0] if self.heap else _NEVER):
         self.loose.remove(index)
         self.expect(index, quiet.due[quiet.done])
 
@@ -237,7 +241,7 @@ class Alone:
     It may have gone beyond: the end of another's run came before the event
     that it was taken to.
     """
-    quiet, (now_s, kind, other, *_) = self.instances[index].quiet, self.top
+    quiet, (now_s, kind, other, *_) = self.quiet[index], self.top
     find = (bisect.bisect_right if kind == STEP and index < other
             else bisect.bisect_left)
     if index in self.loose:
@@ -247,8 +251,7 @@ class Alone:
 
   def close(self, index: int, count: int) -> None:
     """Ends a quiet run at its completion `count`."""
-    instance = self.instances[index]
-    quiet, instance.quiet = instance.quiet, None
+    instance, quiet = self.instances[index], self.quiet.pop(index)
     flight = len(instance.due)
     free_s, instance.busy_s = quiet.marks[count]
     instance.free_s = list(free_s)

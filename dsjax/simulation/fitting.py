@@ -89,7 +89,8 @@ def nonnegative(
   w = np.ones(len(y)) if weights is None else np.asarray(weights, float)
   x = x * (w / y)[:, None]
   size = np.linalg.norm(x, axis=0)
-  size[size == 0] = 1.0
+  unseen = size < 1e-100  # such a constant would overflow
+  x[:, unseen], size[unseen] = 0.0, 1.0
   x = x / size
   best, least = np.zeros(x.shape[1]), float(w @ w)  # c = 0 misses all by 1
   for count in range(1, x.shape[1] + 1):
@@ -178,9 +179,9 @@ def fit_affine(cells: Sequence[Cell], buckets: latency.Buckets | None = None,
         len(c.pieces) - 1))) for c in by_kind['mixed']]
     mixed, _ = _solve(rest, _mixed_row, buckets)
   return latency.Affine(
-      *(None if c is None else tuple(map(float, c))
-        for c in (prefill, small, large)), split,
-      mixed if mixed is None else tuple(map(float, mixed)), host_s, pp,
+      tuple(map(float, prefill)), tuple(map(float, small)),
+      None if large is None else tuple(map(float, large)), split,
+      None if mixed is None else tuple(map(float, mixed)), host_s, pp,
       buckets, float(piece_s))
 
 
@@ -192,8 +193,9 @@ def fit_appendix_a(cells: Sequence[Cell], config: ModelConfig,
   """
   prefill, decode = latency.appendix_a_features(config, block, tp)
   none = latency.Buckets()
-  rows = {'prefill': lambda c: np.multiply(prefill, _prefill_row(c, none)[:3]),
-          'decode': lambda c: np.multiply(decode, (1.0, c.context))}
+  rows = {'prefill': lambda c: np.multiply(
+      prefill, _prefill_row(c, none)[:3]).tolist(),
+          'decode': lambda c: np.multiply(decode, (1.0, c.context)).tolist()}
   constants = {}
   for kind, row in rows.items():
     own = [c for c in cells if c.kind == kind]

@@ -36,8 +36,7 @@ class VirtualInstance:
     token_s: id -> when its newest token is there (pp > 1 only).
     busy_s: seconds of its stages at work, summed.
     due: what is in flight: (number, times of its steps, whether it decodes).
-    quiet: its quiet run, if any (see executors.py). serial: of its newest
-      entry on the executor's heap.
+    serial: of its newest entry on the executor's heap.
   """
 
   def __init__(self, seconds: latency.Latency, pp: int) -> None:
@@ -45,7 +44,7 @@ class VirtualInstance:
     self.shares = stage_shares(seconds, pp)
     self.free_s, self.token_s, self.busy_s = [0.0] * pp, {}, 0.0
     self.line = (0, 0.0, 0.0)  # decode_line of the batch size seen last
-    self.due, self.quiet, self.serial = collections.deque(), None, 0
+    self.due, self.serial = collections.deque(), 0
 
   def prefill(self, ready_s: float, command: RunPrefill) -> Sequence[float]:
     """Times of the end of a prefill or mixed command."""

@@ -18,7 +18,7 @@ import dataclasses
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from dsjax.config.checks import (
     is_nonnegative,
@@ -33,6 +33,7 @@ from dsjax.config.placement import Plan
 Pieces = Sequence[tuple[int, int]]
 
 
+@runtime_checkable
 class Latency(Protocol):
   """Seconds of one batch on its whole way through an instance.
 
@@ -151,11 +152,11 @@ class Affine:
     buckets: tokens and rows round up to these.
   """
 
-  prefill: tuple[float, float, float]
-  decode: tuple[float, float, float]
-  decode_large: tuple[float, float, float] | None = None
+  prefill: tuple[float, ...]
+  decode: tuple[float, ...]
+  decode_large: tuple[float, ...] | None = None
   split: int | None = None
-  mixed: tuple[float, float, float, float] | None = None
+  mixed: tuple[float, ...] | None = None
   host_s: float = 0.0
   pp: int = 1
   buckets: Buckets = Buckets()
@@ -198,8 +199,9 @@ class Affine:
     return a + c * round_up(batch, self.buckets.rows), b
 
   def _decode(self, batch):
-    large = self.split is not None and batch > self.split
-    return self.decode_large if large else self.decode
+    if self.decode_large is None or batch <= (self.split or 0):
+      return self.decode
+    return self.decode_large
 
   def decode_s(self, batch: int, context: float) -> float:
     """Seconds of a decode step; 0 of an empty one."""
@@ -282,9 +284,7 @@ def scale(latency: Affine, config: ModelConfig, plan: Plan,
   fixed = hop_s * ((plan.pp - 1)
                    + 2 * config.num_layers * (plan.tp > 1))
 
-  def scaled(constants, token_at):
-    if constants is None:
-      return None
+  def scaled(constants: tuple[float, ...], token_at: int) -> tuple[float, ...]:
     out = [x / faster for x in constants]
     out[0] += fixed
     out[token_at] += each
@@ -293,8 +293,8 @@ def scale(latency: Affine, config: ModelConfig, plan: Plan,
       latency, piece_s=latency.piece_s / faster,
       prefill=scaled(latency.prefill, 1),
       decode=scaled(latency.decode, 2),
-      decode_large=scaled(latency.decode_large, 2),
-      mixed=scaled(latency.mixed, 1), pp=plan.pp)
+      decode_large=latency.decode_large and scaled(latency.decode_large, 2),
+      mixed=latency.mixed and scaled(latency.mixed, 1), pp=plan.pp)
 
 
 def speedup(single: Latency, sharded: Latency, pieces: Pieces) -> float:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Plan
 from dsjax.simulation import hardware, roofline
 from dsjax.simulation.contention import Contention
-from dsjax.simulation.latency import Affine, Buckets, Link
+from dsjax.simulation.latency import Affine, Buckets, Latency, Link
 
 ROOFLINE = 'roofline:'
 
@@ -34,10 +35,22 @@ class Profile:
   source: str = ''
   contention: Contention | None = None
 
+  def of(self, config: ModelConfig) -> Callable[[Plan], Affine | None]:
+    """Its latencies by plan, None where it has none.
+
+    Raises:
+      InputError: it is of another model.
+    """
+    own, asked = (re.sub('[^a-z0-9]', '', name.lower().rsplit('/')[-1])
+                  for name in (self.model, config.name))
+    require(own == asked, 'Profile.model', self.model,
+            f'{config.name!r}, the model that is asked about')
+    return self.latencies.get
+
 
 def save(path: str | pathlib.Path, profile: Profile) -> None:
   """Writes a Profile as JSON that `load` reads."""
-  data = {
+  data: dict[str, Any] = {
       'model': profile.model, 'device': profile.device,
       'source': profile.source,
       'latencies': {str(plan): dataclasses.asdict(x) | {
@@ -103,8 +116,13 @@ def load(path: str | pathlib.Path) -> Profile:
 # --- by name ------------------------------------------------------------------
 
 
+def is_file(kind: str) -> bool:
+  """Whether a name of latencies is that of a file."""
+  return kind != 'published' and not kind.startswith(ROOFLINE)
+
+
 def named(kind: str, config: ModelConfig,
-          host_s: float = 0.0) -> Callable[[Plan], Any]:
+          host_s: float = 0.0) -> Callable[[Plan], Latency | None]:
   """A function Plan -> seconds of its steps, None where nothing is known.
 
   It can be pickled, so that processes may share it.
@@ -119,6 +137,11 @@ def named(kind: str, config: ModelConfig,
     InputError.
   """
   if kind == 'published':
+    models = sorted({model for model, _ in hardware.PUBLISHED_MS})
+    require(config.name in models, 'latency', kind,
+            f'another for {config.name}: published are {", ".join(models)}; '
+            f"{ROOFLINE}NAME, of {sorted(hardware.HARDWARE)}, takes any model, "
+            'and so does a file that experiments.measure wrote of it')
     return functools.partial(_published, config.name, host_s)
   if kind.startswith(ROOFLINE):
     name = kind.removeprefix(ROOFLINE)
@@ -128,12 +151,16 @@ def named(kind: str, config: ModelConfig,
   require(pathlib.Path(kind).is_file(), 'latency', kind,
           f"'published', {ROOFLINE!r} and one of {sorted(hardware.HARDWARE)}, "
           'or a file of measured latencies')
-  return load(kind).latencies.get
+  try:
+    return load(kind).of(config)
+  except InputError as error:
+    raise error if kind in str(error) else InputError(
+        f'{kind}: {error}') from error
 
 
 def caveat(kind: str) -> str:
   """What a search over the latencies of a file leaves out; '' if nothing."""
-  if kind == 'published' or kind.startswith(ROOFLINE):
+  if not is_file(kind):
     return ''
   shared = load(kind).contention
   most = max(shared.factors.values()) if shared and shared.factors else 1.0
@@ -167,10 +194,11 @@ def _fields(path, where, value, needed=(), more=None):
   for field in needed:
     if field not in value:
       raise InputError(f'{path}: {dot}{field}: must be present')
-  for field in value if more is not None else ():
-    if field not in (*needed, *more):
+  known = None if more is None else (*needed, *more)
+  for field in value:
+    if known is not None and field not in known:
       raise InputError(f'{path}: {dot}{field}: is not known: must be one of '
-                       f'{(*needed, *more)}')
+                       f'{known}')
   return value
 
 

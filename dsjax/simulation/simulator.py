@@ -92,15 +92,15 @@ def simulate(config: scheduler.Config, requests: Iterable[Request],
   Raises:
     InputError: bad requests or latencies that do not fit the instances.
   """
-  if not isinstance(latencies, (tuple, list)):
-    latencies = (latencies,) * len(config.instances)
-  _check(config, latencies, link, share, contention)
+  each = (latencies if isinstance(latencies, Sequence)
+          else (latencies,) * len(config.instances))
+  _check(config, each, link, share, contention)
   run, recorder = scheduler.Run(config, scheduler.init(config)), Recorder()
   copies = executors.Copies(link, share, _arrivals(requests))
   if contention:
-    executor = executors.Shared(latencies, copies, contention)
+    executor = executors.Shared(each, copies, contention)
   else:
-    executor = executors.Alone(config.instances, latencies, copies, leap)
+    executor = executors.Alone(config.instances, each, copies, leap)
     if (leap and not log and on_event is None
         and config.policy.is_distserve):
       executor.leap(run, recorder)

@@ -3,16 +3,19 @@
 import csv
 import datetime
 import io
+import json
 import math
 import pathlib
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from dsjax.config.checks import InputError, is_integer, parse_json
 
 MAX_LEN = 2**31 - 1
 Path = str | pathlib.Path
+Row = dict[str, Any]
 
 
 class Entry(NamedTuple):
@@ -28,7 +31,7 @@ class Prompt(NamedTuple):
   """One prompt of a file: either text or chat messages."""
 
   text: str | None
-  messages: tuple[dict, ...] | None
+  messages: tuple[dict[str, Any], ...] | None
   max_tokens: int | None
 
 
@@ -46,7 +49,10 @@ def _read(path):
     raise InputError(f'{path}: is not UTF-8 text: {error}') from error
 
 
-def _lines(text):
+# --- rows of JSON -----------------------------------------------------------
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
   """Yields (number, line), neither blank nor a comment."""
   # Not splitlines: JSON strings and prompts may hold U+2028 and its kind.
   for number, line in enumerate(text.split('\n'), 1):
@@ -55,9 +61,22 @@ def _lines(text):
       yield number, line
 
 
-def _is_jsonl(path, text):
+def _is_json_lines(path, text):
   _, first = next(_lines(text), (0, ''))
   return pathlib.Path(path).suffix == '.jsonl' or first.startswith('{')
+
+
+def _json_array(path, text):
+  """The items of a text that is one JSON array; None where it is not."""
+  if not text.lstrip().startswith('['):
+    return None
+  try:
+    return json.loads(text)
+  except (ValueError, RecursionError) as error:
+    # A prompt may begin with a bracket; a file of JSON says so.
+    if pathlib.Path(path).suffix != '.json':
+      return None
+    raise InputError(f'{path}: is not JSON: {error}') from error
 
 
 def _json_lines(path, text):
@@ -69,7 +88,7 @@ def _json_lines(path, text):
     yield number, value
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_lines(path: Path) -> Iterator[tuple[int, Row]]:
   """Yields (line number, dict) of a JSON-lines file; # begins a comment.
 
   InputError names the file and the line.
@@ -77,9 +96,132 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
   yield from _json_lines(path, _read(path))
 
 
+# --- lengths ----------------------------------------------------------------
+
+# What others call a column, without case, spaces and punctuation.
+_TOKENS = '(num)?({})(num)?(tokens?|toks?|len|length|size|count)+|{}'
+_PROMPT = re.compile(_TOKENS.format('prompt|input|context|prefill|request',
+                                    'isl'))
+_OUTPUT = re.compile(_TOKENS.format(
+    'output|generated|generation|decode|response|completion', 'osl'))
+_ARRIVAL = re.compile(
+    '((request|start|arrival|submit|submission|send)?(time(stamp)?|date)'
+    '|(request)?arrival(offset|time|timestamp|date)?|ts|datetime'
+    '|(arrived|requested|started|created|submitted|sent)(at)?)'
+    '(?P<unit>s|sec|secs|seconds?|[mun]s|(milli|micro|nano)s(econds?)?)?')
+_TIME_LIKE = re.compile('time|date|arriv|stamp|clock|offset|delay|interval|gap'
+                        '|second|^t$|^at$')
+# Known, and not read.
+_OTHERS = re.compile(
+    'hashids|(num)?total(tokens|len|length)|pdratio|ratio|id|index|.+id|model'
+    '|logtype|elapsedtime|priority|type|category|source|dataset|')
+_UNITS = {'n': 1e9, 'u': 1e6, 'm': 1e3}  # in a second
+
+
+class _Columns(NamedTuple):
+  """The columns of a file by what they say; units of arrivals in a second."""
+
+  arrival: str | None
+  prompt: str
+  output: str
+  per_s: float
+
+
+def _plain(name: str) -> str:
+  return re.sub('[^a-z0-9]', '', str(name).lower())
+
+
+def _columns(path, line: int, names: list[str]) -> _Columns:
+  """What the columns of a file say.
+
+  Warns of those that say nothing to us. Raises InputError where one may be
+  meant for what is missing, or two say the same.
+  """
+  chosen = {}
+  rest = list(names)
+  for meaning, known in (('prompt', _PROMPT), ('output', _OUTPUT),
+                         ('arrival', _ARRIVAL)):
+    fits = [name for name in names if known.fullmatch(_plain(name))]
+    rest = [name for name in rest if name not in fits]
+    if len(fits) > 1:
+      raise InputError(f'{path}, line {line}: columns {", ".join(fits)}: must '
+                       f'be one, the {meaning}')
+    chosen[meaning] = fits[0] if fits else None
+  rest = [name for name in rest if not _OTHERS.fullmatch(_plain(name))]
+  arrival, prompt, output = (chosen[x] for x in ('arrival', 'prompt', 'output'))
+  if prompt is None or output is None:
+    raise InputError(
+        f'{path}, line {line}: columns {", ".join(map(str, names))}: must '
+        'include the tokens of prompt and output, such as prompt_len, '
+        'output_len, and may include arrival_s')
+  unclear = [name for name in rest if _TIME_LIKE.search(_plain(name))]
+  if arrival is None and unclear:
+    raise InputError(
+        f'{path}, line {line}: column {unclear[0]}: must be called arrival_s '
+        'if it says when requests arrive (or arrival_ms, timestamp, '
+        'arrived_at), and be left out if it does not')
+  if rest:
+    warnings.warn(f'{path}: not read: column {", ".join(rest)}', stacklevel=2)
+  per_s = 1.0
+  if arrival is not None:
+    matched = _ARRIVAL.fullmatch(_plain(arrival))
+    unit = matched and matched['unit'] or ''
+    per_s = _UNITS.get(unit[:1], 1.0)
+    if not unit and (_plain(arrival), _plain(prompt), _plain(output)) == (
+        'timestamp', 'inputlength', 'outputlength'):
+      per_s = 1e3  # Mooncake
+  return _Columns(arrival, prompt, output, per_s)
+
+
+def _csv_rows(path, text):
+  """Yields (line, row) of CSV with a header, its fields apart by , ; or tab.
+
+  Blank lines and comments are passed over.
+  """
+  _, header = next(_lines(text), (0, ''))
+  reader = csv.reader(
+      io.StringIO(text, newline=''), skipinitialspace=True,
+      delimiter=max(',;\t', key=header.count))
+  names: list[str] | None = None
+  try:
+    for cells in reader:
+      if not any(cell.strip() for cell in cells) or cells[0].startswith('#'):
+        continue
+      if names is None:
+        names = [cell.strip() for cell in cells]
+        if len(set(names)) < len(names):
+          raise InputError(f'{path}, line {reader.line_num}: columns '
+                           f'{", ".join(names)}: must be different')
+        continue
+      if any(cell.strip() for cell in cells[len(names):]):
+        raise InputError(f'{path}, line {reader.line_num}: has more fields '
+                         f'than the {len(names)} columns')
+      yield reader.line_num, dict.fromkeys(names) | dict(
+          zip(names, cells, strict=False))
+  except csv.Error as error:
+    raise InputError(f'{path}, line {reader.line_num}: is not CSV: '
+                     f'{error}') from error
+
+
+def _length_rows(path, text) -> Iterable[tuple[int, Row]]:
+  """(line, row) of CSV, JSON lines or a JSON array (then the item)."""
+  items = _json_array(path, text)
+  if items is None:
+    rows = _json_lines if _is_json_lines(path, text) else _csv_rows
+    yield from rows(path, text)
+    return
+  for number, item in enumerate(items, 1):
+    if not isinstance(item, dict):
+      raise InputError(f'{path}, item {number}: must be a JSON object {{...}}, '
+                       f'is {str(item)[:40]!r}')
+    yield number, item
+
+
 def _length(path, line, column, value):
   length = value
-  if isinstance(value, str) and re.fullmatch(' *[0-9]{1,10} *', value):
+  if isinstance(value, str) and re.fullmatch(r' *[0-9]{1,10}(\.0+)? *', value):
+    length = int(float(value))
+  elif isinstance(value, float) and value.is_integer():
     length = int(value)
   if not is_integer(1, MAX_LEN)(length):
     raise _bad(path, line, column, value,
@@ -93,11 +235,17 @@ def _date(path, line, column, value):
     date = datetime.datetime.fromisoformat(str(value).strip())
   except ValueError as error:
     raise _bad(path, line, column, value, 'a date and time such as '
-               '2023-11-16 18:15:46.680590') from error
+               '2023-11-16 18:15:46.680590, or seconds, in every row'
+               ) from error
   if date.tzinfo is None:
     date = date.replace(tzinfo=datetime.UTC)
   epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
   return (date - epoch) // datetime.timedelta(microseconds=1)
+
+
+def _is_date(value):
+  return isinstance(value, str) and bool(re.match(r' *\d{4}-?\d\d-?\d\d[ T]|'
+                                                  r' *\d{4}-\d\d-\d\d', value))
 
 
 def _time(path, line, column, value):
@@ -106,43 +254,10 @@ def _time(path, line, column, value):
   except (TypeError, ValueError, OverflowError):
     number = math.nan
   if not (math.isfinite(number) and number >= 0):
-    raise _bad(path, line, column, value, 'a number, 0 or more')
+    raise _bad(path, line, column, value, 'a number, 0 or more, in every row '
+               '(or in every row a date and time such as '
+               '2023-11-16 18:15:46.680590)')
   return number
-
-
-# Names of (arrival, prompt, output), the arrival's reader, and its units in a
-# second. An arrival of None: the file holds lengths only.
-_COLUMNS = (
-    ('TIMESTAMP', 'ContextTokens', 'GeneratedTokens', _date, 1e6),  # Azure
-    ('timestamp', 'input_length', 'output_length', _time, 1e3),  # Mooncake
-    ('arrival_s', 'prompt_len', 'output_len', _time, 1.0),
-    (None, 'prompt_len', 'output_len', None, 1.0),
-    (None, 'num_prefill_tokens', 'num_decode_tokens', None, 1.0),
-)
-
-
-def _choose_columns(path, line, names):
-  for columns in _COLUMNS:
-    if {c for c in columns[:3] if c} <= set(names):
-      return columns
-  choices = '; or '.join(', '.join(c for c in columns[:3] if c)
-                         for columns in _COLUMNS)
-  raise InputError(f'{path}, line {line}: columns {", ".join(map(str, names))}'
-                   f': must include {choices}')
-
-
-def _csv_rows(path, text):
-  reader = csv.DictReader(io.StringIO(text, newline=''),
-                          skipinitialspace=True)
-  try:
-    for row in reader:
-      if None in row:
-        raise InputError(f'{path}, line {reader.line_num}: has more fields '
-                         f'than the {len(reader.fieldnames)} columns')
-      yield reader.line_num, row
-  except csv.Error as error:
-    raise InputError(f'{path}, line {reader.reader.line_num}: is not CSV: '
-                     f'{error}') from error
 
 
 def _field(path, line, row, column):
@@ -155,38 +270,50 @@ def _field(path, line, row, column):
 def read_lengths(path: Path) -> tuple[Entry, ...]:
   """Reads a trace or a sample of lengths.
 
-  CSV with a header, or JSON lines (.jsonl, or the first line begins with a
-  brace), with the columns of the Azure traces (TIMESTAMP, ContextTokens,
-  GeneratedTokens), Mooncake's (timestamp in ms, input_length, output_length;
-  hash_ids are ignored), `prompt_len, output_len` with or without arrival_s,
-  or `num_prefill_tokens, num_decode_tokens`. More columns may stand by.
+  CSV with a header, JSON lines or a JSON array of objects. Columns are known
+  by the names that others gave them, whatever their case and punctuation:
+  those of dsjax (arrival_s, prompt_len, output_len), of the Azure traces,
+  Mooncake (its timestamp is in milliseconds), BurstGPT, Vidur and the like. An
+  arrival is a date or a number: seconds, or what its name ends in (_ms, _us).
+  Without one the file holds lengths only. A warning names the columns that
+  are not read.
 
   Returns:
     A tuple of Entry, sorted by arrival, the first at 0 s; in the file's order
     where there are no arrivals. Dates keep microseconds.
 
   Raises:
-    InputError naming the file, the line, the column and what it may hold.
+    InputError naming the file, the line, the column and what it may hold;
+    also where a column may be an arrival but is not known as one.
   """
-  text = _read(path)
-  rows = _json_lines if _is_jsonl(path, text) else _csv_rows
-  columns, entries = None, []
-  for line, row in rows(path, text):
-    columns = columns or _choose_columns(path, line, list(row))
-    arrival, prompt, output, read_time, _ = columns
-    time = arrival and read_time(
-        path, line, arrival, _field(path, line, row, arrival))
-    entries.append(Entry(time, *(
+  columns: _Columns | None = None
+  read_time: Callable[..., float] = _time
+  times, lengths = [], []
+  for line, row in _length_rows(path, _read(path)):
+    if columns is None:
+      columns = _columns(path, line, list(row))
+      if columns.arrival and _is_date(row.get(columns.arrival)):
+        read_time, columns = _date, columns._replace(per_s=1e6)
+    if columns.arrival:
+      times.append(read_time(path, line, columns.arrival,
+                             _field(path, line, row, columns.arrival)))
+    lengths.append(tuple(
         _length(path, line, name, _field(path, line, row, name))
-        for name in (prompt, output))))
-  if not entries:
+        for name in (columns.prompt, columns.output)))
+  if columns is None:
     raise InputError(f'{path}: must hold at least one row')
-  if columns[0] is None:
-    return tuple(entries)
-  entries.sort(key=lambda e: e.arrival_s)
-  first, unit = entries[0].arrival_s, columns[4]
-  return tuple(e._replace(arrival_s=(e.arrival_s - first) / unit)
-               for e in entries)
+  if not columns.arrival:
+    return tuple(Entry(None, *pair) for pair in lengths)
+  first = min(times)
+  order = sorted(range(len(times)), key=times.__getitem__)
+  return tuple(Entry((times[i] - first) / columns.per_s, *lengths[i])
+               for i in order)
+
+
+# --- prompts ----------------------------------------------------------------
+
+_FORMATS = ('one prompt a line, JSON lines or a JSON array of '
+            '{"prompt": ...} or {"messages": [...]}, or ShareGPT\'s JSON')
 
 
 def _prompt(path, line, row):
@@ -210,24 +337,63 @@ def _prompt(path, line, row):
   return Prompt(text, messages, limit)
 
 
+def _item_prompt(path, number, item):
+  """The Prompt of an item of a JSON array; None of a ShareGPT conversation in
+  which no human speaks."""
+  if isinstance(item, str):
+    item = {'prompt': item}
+  if not isinstance(item, dict):
+    raise InputError(f'{path}, item {number}: is {str(item)[:40]!r}: the file '
+                     f'must be {_FORMATS}')
+  turns = item.get('conversations')
+  if turns is None:
+    return _prompt(path, number, item)
+  if not isinstance(turns, list) or not all(
+      isinstance(turn, dict) and isinstance(turn.get('value'), str)
+      for turn in turns):
+    raise _bad(path, number, 'conversations', turns,
+               "a list of {'from': string, 'value': string}")
+  human = next((turn['value'] for turn in turns
+                if turn.get('from') in ('human', 'user') and turn['value']),
+               None)
+  return human and Prompt(human, None, None)
+
+
 def read_prompts(path: Path) -> tuple[Prompt, ...]:
-  """Reads prompts: one a line, or JSON lines with prompt or messages.
+  """Reads prompts: one a line, JSON lines, or a JSON array.
 
   Blank lines and lines that begin with # are skipped. A file named .jsonl, or
   one whose first prompt begins with a brace, is JSON lines: {"prompt": string}
   or {"messages": [{"role", "content"}, ...]}, either with "max_tokens"; other
-  keys are ignored.
+  keys are ignored. An array holds such objects, strings, or conversations of
+  ShareGPT, of which the first human turn is the prompt (a warning counts those
+  without one).
 
   Returns:
     A tuple of Prompt.
 
   Raises:
-    InputError naming the file, the line and what it may hold.
+    InputError naming the file, the line and what it may hold; also of a file
+    that holds a table, lengths or a trace.
   """
-  text = _read(path)
-  if _is_jsonl(path, text):
+  text, suffix = _read(path), pathlib.Path(path).suffix.lower()
+  items = _json_array(path, text)
+  if items is not None:
+    made = [_item_prompt(path, *item) for item in enumerate(items, 1)]
+    prompts = [prompt for prompt in made if prompt]
+    if len(prompts) < len(made):
+      warnings.warn(f'{path}: {len(made) - len(prompts)} of {len(made)} '
+                    'conversations have no human turn', stacklevel=2)
+  elif _is_json_lines(path, text):
     prompts = [_prompt(path, *line) for line in _json_lines(path, text)]
   else:
+    _, header = next(_lines(text), (0, ''))
+    names = [_plain(name) for name in re.split('[,;\t]', header)]
+    if suffix in ('.json', '.csv', '.tsv') or (
+        any(map(_PROMPT.fullmatch, names))
+        and any(map(_OUTPUT.fullmatch, names))):
+      raise InputError(f'{path}: {header[:60]!r}: prompts must be {_FORMATS} '
+                       '(lengths in tokens are a workload of lengths)')
     prompts = [Prompt(line, None, None) for _, line in _lines(text)]
   if not prompts:
     raise InputError(f'{path}: must hold at least one prompt')

@@ -3,8 +3,9 @@
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Self
 
-from dsjax.config.checks import InputError, require
+from dsjax.config.checks import InputError, is_number, require
 from dsjax.config.request import Request
 from dsjax.workload import traffic
 from dsjax.workload.files import Entry, read_lengths
@@ -76,6 +77,8 @@ def arrivals_of(process: str, rate_per_s: float | None, n: int, seed: int = 0,
     process, cv = 'gamma', history.cv
     rate_per_s = rate_per_s or history.rate_per_s
   if swing:
+    if rate_per_s is None:
+      raise InputError('rate_per_s=None: must be a number above 0')
     return traffic.vary(arrivals(process, 1.0, n, seed, cv),
                         traffic.diurnal(rate_per_s, swing, period_s))
   return arrivals(process, rate_per_s, n, seed, cv, entries)
@@ -92,25 +95,52 @@ class Source:
     entries: the lengths that are drawn.
     seed, process, cv: see arrivals_of. 'trace': the entries in their order,
       no more than there are, at their own times where rate_per_s is None.
+    drawn: the entries are drawn of a mixture. cut: how many were cut.
   """
 
   entries: tuple[Entry, ...]
   seed: int = 0
   process: str = 'poisson'
   cv: float = 1.0
+  drawn: bool = False
+  cut: int = 0
 
   def __call__(self, rate_per_s: float | None, n: int) -> list[Request]:
-    in_order = self.process == 'trace'
-    n = min(n, len(self.entries)) if in_order else n
-    times = arrivals_of(self.process, rate_per_s, n, self.seed, self.cv,
-                        self.entries)
-    return from_lengths(self.entries, n, times, seed=self.seed,
-                        in_order=in_order)[0]
+    n = self._most(n)
+    return self._at(arrivals_of(self.process, rate_per_s, n, self.seed,
+                                self.cv, self.entries))
+
+  def lengths(self, n: int) -> list[tuple[int, int]]:
+    """(prompt, output) tokens of the first n requests, at any rate."""
+    return [(len(r.prompt), r.sampling.max_tokens or 0)
+            for r in self._at((0.0,) * self._most(n))]
+
+  def _most(self, n: int) -> int:
+    return min(n, len(self.entries)) if self.process == 'trace' else n
+
+  def _at(self, times: Sequence[float]) -> list[Request]:
+    return from_lengths(self.entries, len(times), times, seed=self.seed,
+                        in_order=self.process == 'trace')[0]
 
   @property
   def longest(self) -> int:
     """Tokens of the longest request, prompt and output."""
     return max(e.prompt_len + e.output_len for e in self.entries)
+
+  def beyond(self, context: int) -> int:
+    """How many entries are longer than a context, in tokens."""
+    return sum(e.prompt_len + e.output_len > context for e in self.entries)
+
+  def within(self, context: int) -> Self:
+    """With longer entries cut: their prompt, and then their output."""
+    require(context >= 2, 'context', context, '2 tokens or more')
+    entries = []
+    for e in self.entries:
+      prompt_len = min(e.prompt_len, max(1, context - e.output_len))
+      entries.append(e._replace(prompt_len=prompt_len, output_len=min(
+          e.output_len, context - prompt_len)))
+    return dataclasses.replace(self, entries=tuple(entries),
+                               cut=self.beyond(context))
 
 
 def source(lengths: Lengths, seed: int = 0, process: str = 'poisson',
@@ -121,4 +151,7 @@ def source(lengths: Lengths, seed: int = 0, process: str = 'poisson',
     InputError.
   """
   require(process in PROCESSES, 'process', process, f'one of {PROCESSES}')
-  return Source(lengths_of(lengths, SAMPLE, seed), seed, process, cv)
+  require(is_number(0.01, 100)(cv), 'cv', cv, 'a number from 0.01 to 100')
+  drawn = isinstance(lengths, traffic.Mixture) or (
+      isinstance(lengths, str) and lengths in traffic.MIXTURES)
+  return Source(lengths_of(lengths, SAMPLE, seed), seed, process, cv, drawn)

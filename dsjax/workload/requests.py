@@ -39,8 +39,9 @@ def _trace_arrivals(entries, n, rate_per_s):
           f'at most {len(times)}, the length of the trace')
   times = np.array(times[:n])
   if rate_per_s is not None:
-    require(times[-1] > times[0], 'arrivals.rate_per_s', rate_per_s,
-            f'None: the first {n} arrivals are at one time, nothing to scale')
+    require(times[-1] > times[0], 'arrivals.kind', 'trace',
+            f'another one, or at its own times: the first {n} arrivals are at '
+            f'one time, which nothing scales to {rate_per_s:g} a second')
     times *= (n - 1) / (times[-1] - times[0]) / rate_per_s
   return times
 
@@ -84,7 +85,7 @@ def arrivals(kind: str, rate_per_s: float | None, n: int, seed: int = 0,
     gaps = rng.standard_exponential(n)
   else:
     gaps = rng.standard_gamma(cv**-2, n) * cv**2
-  return tuple((np.cumsum(gaps) / rate_per_s).tolist())
+  return tuple((np.cumsum(gaps) / (rate_per_s or 1.0)).tolist())
 
 
 def from_lengths(entries: Sequence[Entry], n: int,

@@ -51,8 +51,8 @@ def fit(entries: Iterable[Entry]) -> Fit:
     InputError: fewer than 3 entries, or none of them has a gap before it.
   """
   entries = tuple(entries)
-  times = [e.arrival_s for e in entries]
-  require(len(entries) >= 3 and None not in times, 'fit.entries',
+  times = [e.arrival_s for e in entries if e.arrival_s is not None]
+  require(len(entries) == len(times) >= 3, 'fit.entries',
           len(entries), '3 or more with arrival times')
   gaps = np.diff(np.sort(times))
   require(gaps.mean() > 0, 'fit.entries', 'at one time',
@@ -304,12 +304,14 @@ def turns(entries: Sequence[Entry],
   if len(blocks) > 1:
     common = next((i for i, ids in enumerate(zip(*blocks, strict=False))
                    if len(set(ids)) > 1), min(map(len, blocks)))
-  holder, made = {}, []
+  holder: dict[int, int] = {}
+  made: list[Turn] = []
   for i, (entry, ids) in enumerate(zip(entries, blocks, strict=True)):
     count = next((k for k, id in enumerate(ids) if id not in holder),
                  len(ids))
     parent = holder[ids[count - 1]] if count else None
-    group = made[parent].group if count > common else i
+    group = (made[parent].group if parent is not None and count > common
+             else i)
     made.append(Turn(entry, min(count * BLOCK, entry.prompt_len), parent,
                       group))
     holder.update(dict.fromkeys(ids, i))

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from dsjax import workload
 from dsjax.config.checks import InputError, require
-from dsjax.placement.api import MEMORY_BYTES
+from dsjax.placement.candidates import Cluster
 from dsjax.scheduling.policy import PolicyError
 from dsjax.workload import traffic
 from experiments.common import overrides
@@ -87,8 +87,9 @@ SHARED = {
     'rounds': Flag(None, 'Timed rounds of each thing.', int, low=1),
 }
 CACHE = str(ROOT / '.cache' / 'jax')
-FULL_NODE = {'memory_gb': MEMORY_BYTES / 1e9, 'intra_gb_per_s': 300.0,
-             'inter_gb_per_s': 3.125}  # of A100-80GB
+FULL_NODE = {'memory_gb': Cluster.memory_bytes / 1e9,
+             'intra_gb_per_s': Cluster.intra_bytes_per_s / 1e9,
+             'inter_gb_per_s': Cluster.inter_bytes_per_s / 1e9}
 
 
 def _flag(name, value):

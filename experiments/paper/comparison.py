@@ -93,10 +93,26 @@ def problem(model, slo, make, longest, factors, nodes=1, devices=8, **kwargs):
       strict=None, **kwargs)
 
 
+SHAREGPT = 'sharegpt_lengths_distserve.csv'
+
+
 def lengths_of(name, lengths_dir):
   """What workload.source takes: the measured file if there, or a mixture."""
-  path = lengths_dir / 'sharegpt_lengths_distserve.csv'
+  path = lengths_dir / SHAREGPT
   return str(path) if name == 'sharegpt' and path.is_file() else name
+
+
+def data_of(names, lengths_dir):
+  """What lengths figures of these cases' data sets are of, in words."""
+  texts = {'': 'equal requests'}
+  for name in names:
+    mixture = lengths_of(name, lengths_dir) == name
+    texts[name] = (
+        f'a mixture with the published means of {name}' if mixture
+        else f'{SHAREGPT}, as the paper sampled it')
+    if mixture and name == 'sharegpt':
+      texts[name] += f' ({SHAREGPT} is not in {lengths_dir})'
+  return '; '.join([texts[name] for name in names] or [texts['']])
 
 
 def fixed(prompt_len, output_len, seed):

@@ -1,5 +1,7 @@
 """Causes of SLO misses: by hand, in sum, and where the bottleneck is known."""
 
+import dataclasses
+
 import pytest
 
 from dsjax.analysis import attribution
@@ -78,10 +80,32 @@ def test_the_cause_is_the_largest_removal_that_suffices(slo, cause, fixes):
 
 def test_execution_falls_only_to_what_an_empty_system_takes():
   fold = attribution.of_log(APART)
-  miss = attribution.explain(fold.records[1], fold.parts()[1],
-                             Slo(1.5, LOOSE), lambda record: (2.0, 6.0))
-  assert miss.fixes == ()
-  assert miss.cause == 'prefill_queue'
+  record, parts = fold.records[1], fold.parts()[1]
+
+  def idle(record):
+    return 2.0, 6.0
+  assert attribution.explain(record, parts, Slo(2.5, LOOSE), idle)[1:] == (
+      'prefill_queue', ('prefill_queue',))
+  assert attribution.explain(record, parts, Slo(1.5, LOOSE),
+                             lambda record: (1.4, 6.0))[1:] == (
+      'prefill_queue', ())
+
+
+@pytest.mark.parametrize('slo, advice', (
+    (Slo(1.5, LOOSE), 'a faster prefill (larger tp) or a looser TTFT'),
+    (Slo(LOOSE, 5), 'a faster decode (larger tp) or a looser TPOT')))
+def test_what_misses_on_an_empty_system_is_not_blamed_on_the_others(
+    slo, advice):
+  fold = attribution.of_log(APART)
+  why = attribution.attribute(fold.records[1:2], fold.parts(), slo,
+                              lambda record: (2.0, 6.0))
+  assert why.misses == ((1, 'alone', ()),)
+  assert why.causes['alone'] == 1 and not any(why.fixes.values())
+  assert why.advice == f'{advice}: 1 of 1 misses cannot attain even alone'
+  # One token has no TPOT to miss.
+  record = dataclasses.replace(fold.records[1], token_s=[2.0])
+  assert attribution.explain(record, fold.parts()[1], Slo(0.5, 1.0),
+                             lambda record: (0.1, 6.0)).cause != 'alone'
 
 
 def explained(before, after, slo):
@@ -100,7 +124,7 @@ def test_what_suffices_goes_before_what_is_larger():
 
 
 def test_advice_that_saves_few_says_what_the_others_lost_to():
-  counts = dict.fromkeys((*attribution.CAUSES, *attribution.ENDED), 0)
+  counts = dict.fromkeys(attribution.ALL, 0)
   causes = counts | dict(decode=1, decode_queue=9)
   text = attribution._advice(10, causes, counts | dict(decode=1))
   assert text.startswith('a faster decode') and text.endswith(

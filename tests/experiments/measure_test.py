@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import json
+import signal
 
 import pytest
 from rich.console import Console
@@ -17,6 +18,7 @@ from dsjax.scheduling.events import DecodeDone, PrefillDone, Row, RunDecode
 from dsjax.simulation import fitting, latency, profiles
 from dsjax.simulation.contention import KINDS
 from experiments import measure
+from experiments.common import cli
 
 CONFIG = EngineConfig(max_len=64, max_seqs=2, prefill_tokens=32,
                       chunk_tokens=32, prefill_seqs=2)
@@ -65,6 +67,87 @@ def test_rounds_are_in_turn_and_the_first_is_not_counted():
                               lambda: ticks.append(1))
   assert medians == [2, 8]
   assert seen == ['a', 'b'] * 4 and len(ticks) == 8
+
+
+def test_rounds_that_are_whole_survive_ctrl_c():
+  def halted(after):
+    ticks = itertools.count(1)
+
+    def tick():
+      if next(ticks) == after:
+        raise KeyboardInterrupt
+    return tick
+  timed = [iter([99, 3, 1]).__next__, iter([99, 7, 9]).__next__]
+  with pytest.raises(profiling.Stopped) as stopped:
+    profiling.in_rounds(timed, 5, halted(5))
+  assert stopped.value.medians == [2, 7]
+  with pytest.raises(KeyboardInterrupt) as nothing:
+    profiling.in_rounds([iter([99, 1]).__next__] * 2, 5, halted(2))
+  assert not isinstance(nothing.value, profiling.Stopped)
+
+
+class Faked(profiling._Profiler):
+  """A profiler whose parts take no time; `halt_at` says where Ctrl-C comes."""
+
+  halt_at = ''
+
+  def engine(self, plan):
+    self.report(0, 1, f'{plan}: compiling')
+
+  def cells(self, plan, bare):
+    self.report(0, 1, f'{plan}: steps')
+    return [fitting.Cell(((0, 8),), 0, 0, 1.0), fitting.Cell((), 1, 8, 1.0)]
+
+  def link(self, plan, source, to):
+    self.report(0, 1, f'{plan}: to {to}')
+    return latency.Link(0.0, 1.0, 1.0)
+
+  def contention(self, bare):
+    self.report(0, 1, f'{Plan()}: side by side')
+
+
+@pytest.mark.parametrize('halt_at, plans, links', [
+    ('1x2: compiling', 1, 2), ('1x1: to 1x2', 1, 1), ('1x1: host', 1, 0),
+    ('1x2: host', 2, 2), ('1x1: side by side', 1, 2), ('never', 2, 4),
+    ('1x1: compiling', 0, 0)])
+def test_ctrl_c_keeps_what_was_timed(monkeypatch, halt_at, plans, links):
+  monkeypatch.setattr(profiling, '_Profiler', Faked)
+  monkeypatch.setattr(profiling, 'Cells', lambda engine: None)
+  monkeypatch.setattr(profiling, 'host_times', lambda *_: [0.25])
+
+  def report(done, total, what):
+    del done, total
+    if what == halt_at:
+      raise KeyboardInterrupt
+  args = dsjax.load('tiny'), (Plan(), Plan(1, 2)), CONFIG, 1, 2, report
+  if not plans:
+    with pytest.raises(KeyboardInterrupt):
+      profiling.measure(*args)
+    return
+  profile, cells = profiling.measure(*args)
+  assert len(profile.latencies) == len(cells) == plans
+  assert len(profile.links) == links
+  assert ('stopped by Ctrl-C' in profile.source) == (halt_at != 'never')
+
+
+def test_the_runner_writes_what_was_timed_and_exits_130(tmp_path, monkeypatch):
+  def measured(loaded, plans, config, rounds, points, report, name):
+    model = latency.Affine((1.0, 0.1, 0.0), (1.0, 0.0, 0.1), buckets=(
+        latency.Buckets((32,), (1, 2), (1, 2))))
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+      report(0, 1, 'what')
+    cells = [fitting.Cell(((0, n),), 0, 0, 1.0 + n) for n in (8, 16)] + [
+        fitting.Cell((), b, 8 * b, 1.0 + b) for b in (1, 2)]
+    return profiles.Profile(name, 'cpu', {Plan(): model}), {Plan(): cells}
+  monkeypatch.setattr(profiling, 'measure', measured)
+  text, options = io.StringIO(), cli.parse(measure.FLAGS, [
+      '--model=tiny', f'--out={tmp_path}', '--plans=1x1,1x2',
+      '--compilation_cache='])
+  assert measure.run(options, Console(file=text, width=100)) == 130
+  assert 'Stopped by Ctrl-C: 1 of 2 plans' in text.getvalue()
+  path, = tmp_path.glob('latency-*.json')
+  assert Plan() in profiles.load(path).latencies
 
 
 def test_a_span_of_decodes_in_a_log():

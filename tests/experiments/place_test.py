@@ -1,15 +1,21 @@
 """The placement runner, as a user starts it."""
 
+import io
 import json
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement
 from dsjax.placement.candidates import Cluster
+from dsjax.placement.goodput import Goodput
+from dsjax.placement.search import SearchResult
+from dsjax.placement.verdict import RankedPlacement
 from experiments import place
+from experiments.common import cli
 
 SMALL = ('--model=opt-13b', '--lengths=longbench', '--ttft_s=1',
          '--requests=20', '--tolerance=0.5', '--chunks=512', '--processes=1')
@@ -44,14 +50,44 @@ def test_it_writes_a_table_a_figure_and_a_verdict(tmp_path):
 
 @pytest.mark.parametrize('flag, message', (
     ('--algorithms=best', '--algorithms'), ('--ttft_s=0.001', 'Slo.ttft_s'),
-    ('--latency=roofline:tpu', 'a100-80g'),
+    ('--latency=roofline:tpu', 'a100-80g'), ('--algorithms=', '--algorithms='),
+    ('--algorithms=low --devices=1', 'disaggregation takes 2 devices'),
+    ('--chunks=64', "--chunks='64'"), ('--chunks=', '--chunks='),
+    ('--host_ms=-5', 'host_ms=-5'), ('--host_ms=nan', 'host_ms=nan'),
+    ('--lengths=fixed:4000x10', '--cut'), ('--ttft_s=nan', 'Slo.ttft_s=nan'),
+    ('--model=llama-3-8b', 'opt-13b, opt-66b'), ('--cv=nan', 'cv=nan'),
+    ('--strict=2', 'SearchProblem.strict=2'), ('--rate=inf', 'rate_per_s=inf'),
+    ('--hand_off_ms=nan', 'hand_off_s=nan'),
     ('--cluster=nowhere.json', 'without --devices')))
-def test_bad_input_is_one_clear_error(flag, message):
-  done = run('--devices=2', flag)
-  assert done.returncode == 2
-  assert done.stderr.strip().splitlines()[-1].startswith('error: ')
-  assert message in done.stderr
-  assert 'Traceback' not in done.stderr
+def test_bad_input_is_one_clear_error(flag, message, capsys):
+  options = cli.parse(place.FLAGS, ['--devices=2', *flag.split()])
+  assert cli.exit_code(place.run, options, Console(file=io.StringIO())) == 2
+  line, = capsys.readouterr().err.splitlines()
+  assert line.startswith('error: ') and message in line
+
+
+def rows(placement, count=3):
+  each = Goodput(1234.5, 1000.25, 2000.75, 'samples', 1.0, 9)
+  return [RankedPlacement(Placement.parse(placement), each, True, 12288)
+          for _ in range(count)]
+
+
+def test_the_table_fits_80_columns():
+  text = io.StringIO()
+  Console(file=text, width=150).print(place.table(rows(
+      'prefill=2x4,2x4,2x4,decode=4x2,4x2'), 0.9))
+  lines = text.getvalue().splitlines()
+  assert max(map(len, lines)) == 80 and any('samples' in x for x in lines)
+
+
+def test_what_was_stopped_exits_130(capsys, monkeypatch):
+  monkeypatch.setattr(place.search, 'search', lambda *_: SearchResult(
+      (), 'Stopped before a placement was judged.', 0, 0, (), (),
+      stopped=True))
+  options = cli.parse(place.FLAGS, ['--devices=2', '--processes=1'])
+  text = io.StringIO()
+  assert cli.exit_code(place.run, options, Console(file=text)) == 130
+  assert 'Stopped before' in text.getvalue()
 
 
 @pytest.mark.parametrize('text, message', (

@@ -1,17 +1,20 @@
 """The paper's figures: what the equations say, and the runner's answers."""
 
+import io
 import json
 import pathlib
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from dsjax.analysis.record import Record
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Plan, Slo
 from dsjax.placement import candidates
 from experiments import reproduce
+from experiments.common import cli
 from experiments.paper import comparison, end_to_end, figures, reported
 from experiments.paper.comparison import Rules
 
@@ -40,7 +43,32 @@ def test_the_runner_writes_a_table_a_figure_and_data(tmp_path):
     assert json.loads((tmp_path / f'{name}.json').read_text())['rows']
 
 
+def test_what_lengths_a_table_is_of_is_said_everywhere(tmp_path):
+  texts = {}
+  for name in ('with', 'without'):
+    folder, text = tmp_path / name, io.StringIO()
+    folder.mkdir()
+    if name == 'with':
+      (folder / comparison.SHAREGPT).write_text('prompt_len,output_len\n9,2\n')
+    options = cli.parse(reproduce.FLAGS, [
+        '--figure=table2', '--quick', f'--lengths_dir={folder}',
+        f'--out={folder}', f'--validate={folder / "none"}'])
+    assert reproduce.run(options, Console(file=text, width=150)) == 0
+    texts[name] = json.loads((folder / 'table2.json').read_text())['data']
+    assert texts[name] in text.getvalue()
+  assert texts['with'].startswith(comparison.SHAREGPT)
+  assert 'a mixture' in texts['without'] and str(tmp_path) in texts['without']
+  pictures = [(tmp_path / name / 'table2.png').read_bytes() for name in texts]
+  assert pictures[0] != pictures[1]
+
+
+def test_every_figure_says_its_lengths():
+  for name in reproduce.FIGURES:
+    assert comparison.data_of(reproduce.DATA.get(name, ()), pathlib.Path('x'))
+
+
 @pytest.mark.parametrize('flag, message', (
+    ('--lengths_dir=nowhere', '--lengths_dir'),
     ('--figure=2', "--figure='2'"), ('--out=pyproject.toml', '--out'),
     ('--validate=pyproject.toml', '--validate=pyproject.toml')))
 def test_bad_input_is_one_clear_error(tmp_path, flag, message):

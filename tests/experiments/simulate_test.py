@@ -1,7 +1,9 @@
 """The runner that simulates placements, as a user starts it."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import sys
 import pytest
 from rich.console import Console
 
+from dsjax.analysis import attribution
 from dsjax.analysis.record import Record
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Slo
@@ -122,6 +125,55 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
   assert 'Stopped by Ctrl-C' in text
   found = json.loads((tmp_path / 'summary.json').read_text())
   assert found['stopped'] and 1 <= len(found['points']) < 300
+
+
+def test_a_trace_without_a_span_is_at_once(tmp_path):
+  for name, rows in (('one', 1), ('many', 40)):
+    path = tmp_path / f'{name}.csv'
+    path.write_text('arrival_s,prompt_len,output_len\n' + '7,30,4\n' * rows)
+    text = io.StringIO()
+    options = cli.parse(simulate.FLAGS, [
+        f'--lengths={path}', '--process=trace', '--ttft_s=9',
+        f'--out={tmp_path}'])
+    console = Console(file=text, width=150)
+    assert cli.exit_code(simulate.main, options, console) == 0
+    assert 'at once: 100% met both' in text.getvalue()
+    point, = json.loads((tmp_path / 'summary.json').read_text())['points']
+    assert point['x'] == 0 and sum(
+        point['summary']['counts'].values()) == rows - rows // 5
+    assert (tmp_path / 'simulate.png').read_bytes()[:4] == b'\x89PNG'
+
+
+def test_tables_fit_80_columns_and_label_their_percentiles():
+  run = api.simulate('prefill=1x1,decode=1x1', rate_per_s=9.0, requests=60,
+                     log=True)
+  point = simulate.Point(
+      'prefill=2x1,decode=1x1', 12.34, 12.34, run.slo, run.records, run.kept,
+      run.summary, run.explain(), 'not steady')
+  text = io.StringIO()
+  Console(file=text, width=150).print(*simulate.tables([point], 'rate'))
+  assert max(map(len, text.getvalue().splitlines())) <= 80
+  assert text.getvalue().count('p50/p90/p99') == 4
+  assert re.search(r'12.34 ! .* \d+, \d+ prefill_queue', text.getvalue(),
+                   re.DOTALL)
+
+
+def test_causes_are_told_apart_in_grey_and_told_of_in_help():
+  assert set(simulate.LOOKS) == set(attribution.ALL)
+  assert len({hatch for _, hatch in simulate.LOOKS.values()}) == len(
+      attribution.ALL)
+  assert all(cause in simulate.__doc__ for cause in attribution.ALL)
+
+
+def test_infinite_objectives_and_cut_lengths_are_told(tmp_path):
+  text, options = io.StringIO(), cli.parse(simulate.FLAGS, [
+      '--lengths=fixed:2100x4', '--rate=1', '--ttft_s=inf', '--tpot_s=inf',
+      '--requests=20', '--cut', f'--out={tmp_path}'])
+  console = Console(file=text, width=150)
+  assert cli.exit_code(simulate.main, options, console) == 0
+  assert '1 of 1 lengths are cut' in text.getvalue()
+  point, = json.loads((tmp_path / 'summary.json').read_text())['points']
+  assert point['slo'] == {'ttft_s': None, 'tpot_s': None}
 
 
 def waiting(waits):

@@ -1,15 +1,18 @@
 """One call to simulate, one to search; what they take."""
 
 import dataclasses
+import math
+import re
 
 import pytest
 
 import dsjax
+from dsjax import workload
 from dsjax.config import zoo
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.config.request import Request, Sampling
-from dsjax.placement import api
+from dsjax.placement import api, candidates
 from dsjax.simulation import latency, profiles
 
 FAST = latency.Affine((0.01, 1e-5, 0.0), (0.01, 1e-7, 1e-5))
@@ -31,7 +34,7 @@ def test_a_placement_is_text_or_a_value():
 
 
 def test_every_form_of_a_latency_gives_the_same_run(tmp_path):
-  profile = profiles.Profile('m', 'd', {Plan(): FAST})
+  profile = profiles.Profile('OPT 13B', 'd', {Plan(): FAST})
   path = tmp_path / 'latency.json'
   profiles.save(path, profile)
   runs = [simulate(latency=form).records for form in (
@@ -129,3 +132,162 @@ def test_requests_that_never_end_are_told():
   result = dsjax.simulate('colocated=1x1', rate_per_s=1.0, requests=20,
                           policy=stuck)
   assert '20 requests never ended' in str(result)
+
+
+def test_what_a_trace_without_a_span_takes():
+  for entries in ([workload.Entry(0.0, 50, 4)],
+                  [workload.Entry(3.0, 50, 4)] * 40):
+    run = simulate(lengths=entries, process='trace', rate_per_s=None,
+                   requests=40)
+    assert len(run.records) == len(entries)
+    assert len({r.arrival_s for r in run.records}) == 1
+    assert str(run).startswith(f'{SPLIT}: ')
+    with pytest.raises(InputError, match="kind='trace'.*at one time"):
+      simulate(lengths=entries, process='trace', rate_per_s=2.0)
+
+
+@pytest.mark.parametrize('algorithms', [('low', 'colocated'), ('high',)])
+def test_outputs_of_one_token_leave_decode_without_work(algorithms):
+  answer = api.search(devices=2, lengths=[(100, 1), (200, 1)], latency=FAST,
+                      requests=20, tolerance=0.5, chunks=(512,),
+                      algorithms=algorithms)
+  # A prompt of 150 tokens on average takes 11.5 ms alone, batches save most.
+  for row in answer.rows:
+    prefills = len(row.placement.prefill) or 1
+    assert row.goodput.rate_per_s <= prefills * 32 / 0.01
+  assert answer.rows[0].per_device > 5
+
+
+def test_progress_is_a_line_for_people():
+  lines = []
+  api.search(devices=2, lengths='fixed:300x20', latency=FAST,
+             slo=Slo(1.0, 0.1), requests=20, tolerance=0.5, chunks=(512,),
+             report=lambda now: lines.append(str(now)))
+  assert re.fullmatch(r'\d+ of \d+ candidates, \d+ by bounds, \d+ '
+                      r'simulations; best .*=1x1: [0-9.]+ requests/s a device',
+                      lines[-1])
+
+
+@pytest.mark.parametrize('slo', [
+    Slo(math.inf, math.inf), Slo(1e6, 1e6), Slo(math.inf, 0.05),
+    Slo(1.0, math.inf)])
+def test_loose_objectives_are_bounded_work(monkeypatch, slo):
+  sizes, run = [], candidates.run
+
+  def counted(problem, system, rate_per_s, n, on_event=None):
+    sizes.append(n)
+    return run(problem, system, rate_per_s, n, on_event)
+  monkeypatch.setattr(candidates, 'run', counted)
+  monkeypatch.setattr(candidates, 'MOST_REQUESTS', 100)
+  answer = api.search(devices=2, lengths='fixed:300x20', latency=FAST,
+                      slo=slo, requests=25, tolerance=0.5, chunks=(512,))
+  # Four times 100, and four times more for the best of each mode.
+  assert max(sizes) <= 1600 and sum(sizes) < 60_000
+  assert answer.rows[0].per_device > 10
+
+
+def test_a_queue_that_grows_misses_objectives_that_are_loose():
+  # One prompt at a time, a second each; two a second is a queue that grows.
+  single = latency.Affine((1.0, 0.0, 0.0), (1e-3, 0.0, 0.0))
+  problem = api.make_problem(
+      slo=Slo(math.inf, math.inf), lengths='fixed:100x2', latency=single,
+      prefill_seqs=1, requests=100, most_requests=100)
+  task = candidates.Task(candidates.Candidate(
+      Placement(colocated=[Plan()]), None, False, 4.0), 0.9)
+  assert candidates.measure(problem, task).rate_per_s == pytest.approx(
+      1.0, rel=0.2)
+
+
+def test_a_tight_objective_is_judged_as_it_is():
+  problem = api.make_problem(lengths='fixed:300x20', latency=FAST)
+  system = candidates.setup(problem, candidates.Candidate(
+      Placement(colocated=[Plan()]), None, False, math.inf))
+  judge = candidates.Judge(problem, system)
+  assert judge.objectives(5.0) == problem.slo
+  # 20 tokens of 0.1 s, ten times.
+  assert judge.length(50.0) == 50 * 10 * 2
+  assert judge.length(0.1) == problem.requests
+
+
+def test_a_profile_of_another_model_is_refused(tmp_path):
+  path = tmp_path / 'latency.json'
+  profile = profiles.Profile('llama-3-8b', 'd', {Plan(): FAST})
+  profiles.save(path, profile)
+  for form in (profile, str(path)):
+    for call in (lambda form: simulate(latency=form),
+                 lambda form: api.search(latency=form)):
+      with pytest.raises(InputError, match='llama-3-8b.*opt-13b') as error:
+        call(form)
+      assert form is profile or str(path) in str(error.value)
+  assert simulate(latency=profile, model='llama-3-8b').records
+
+
+def test_measured_links_are_used_inside_a_node():
+  slow = latency.Link(0.5, 1e9, 1e3)
+  profile = profiles.Profile('opt-13b', 'd', {Plan(): FAST},
+                             {(Plan(), Plan()): slow})
+  near, far = (simulate(latency=profile, aligned=aligned)
+               for aligned in (True, False))
+  bare = simulate(latency=FAST)
+  assert near.summary.stage_s['migrate'] > 0.5
+  assert far.summary.stage_s['migrate'] < 0.5
+  assert bare.summary.stage_s['migrate'] < 0.1
+  answers = [api.search(devices=2, lengths='fixed:300x20', latency=form,
+                        slo=Slo(1.0, 0.03), requests=20, tolerance=0.5,
+                        chunks=(512,), algorithms=('low',)).rows
+             for form in (profile, profile.latencies.get)]
+  assert not any(r.goodput.rate_per_s for r in answers[0])
+  assert answers[1][0].goodput.rate_per_s
+
+
+@pytest.mark.parametrize('lengths', ['file', 'fixed:2000x100',
+                                     [(2000, 100), (10, 10)]])
+def test_requests_beyond_the_context_are_refused_or_cut(tmp_path, lengths):
+  if lengths == 'file':
+    lengths = str(tmp_path / 'azure.csv')
+    (tmp_path / 'azure.csv').write_text(
+        'TIMESTAMP,ContextTokens,GeneratedTokens\n'
+        '2023-11-16 18:15:46,2000,100\n2023-11-16 18:15:47,9,3\n')
+  for call in (simulate, lambda **options: api.search(**options)):
+    with pytest.raises(InputError, match='lengths=2100.*2048.*opt-13b.*cut='):
+      call(lengths=lengths)
+  run = simulate(lengths=lengths, cut=True)
+  assert run.cut == 1 and '1 lengths cut' in str(run)
+  assert max(r.prompt_len + r.max_tokens for r in run.records) == 2048
+  assert all(r.status == 'length' for r in run.records)
+  short = simulate(lengths=[(10, 10)], max_len=12, cut=True)
+  assert {(r.prompt_len, r.max_tokens) for r in short.records} == {(2, 10)}
+  with pytest.raises(InputError, match='asked for'):
+    simulate(lengths=[(10, 10)], max_len=12)
+
+
+def test_a_mixture_beyond_the_context_is_told():
+  problem = api.make_problem(lengths='longbench')
+  assert re.match(r'\d+ of 4096 lengths are beyond.*2048.*--cut',
+                  api.note(problem))
+  assert 'are cut' in api.note(api.make_problem(lengths='longbench', cut=True))
+  assert api.note(api.make_problem(lengths='humaneval')) == ''
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(model='llama-3-8b'), 'opt-13b, opt-66b; roofline:.*h100-80g'),
+    (dict(model='opt-66b', devices=1), r'\(1x1\); there are latencies of 2x1'),
+    (dict(devices=1, algorithms=('low',)), 'disaggregation takes 2 devices'),
+    (dict(devices=1, algorithms=('high',)), 'disaggregation takes 2 devices'),
+    (dict(devices=1, nodes=2, algorithms=('low',)), 'in a node of 1 devices'),
+    (dict(chunks=(256,)), r'chunks=\(256,\).*above max_seqs=256'),
+    (dict(chunks=()), r'chunks=\(\)'), (dict(host_ms=-5), 'host_ms=-5'),
+    (dict(host_ms=math.nan), 'host_ms=nan'), (dict(cv=math.nan), 'cv=nan'),
+    (dict(tolerance=math.nan), 'tolerance=nan'),
+    (dict(target=math.nan), 'target=nan'),
+    (dict(rate_per_s=math.nan), 'rate_per_s=nan')])
+def test_the_reason_of_a_refused_search_is_the_true_one(options, message):
+  with pytest.raises(InputError, match=message):
+    api.search(**options)
+
+
+def test_the_floor_of_an_empty_system_is_not_blamed_on_queues():
+  why = simulate('colocated=1x1,1x1,1x1', lengths='sharegpt', requests=400,
+                 log=True).explain()
+  assert why.causes['alone'] > len(why.misses) / 2
+  assert why.advice.startswith('a faster prefill (larger tp) or a looser TTFT')

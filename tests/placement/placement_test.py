@@ -263,8 +263,8 @@ def test_an_algorithm_of_ones_own():
 
 
 @pytest.mark.parametrize('plan, message', [
-    (Plan(8, 1), 'Candidate=Plan.*with latencies'),
-    (Plan(1, 1), 'Candidate=Plan.*that fits')])
+    (Plan(8, 1), 'Candidate=8x1.*with latencies'),
+    (Plan(1, 1), 'Candidate=1x1.*that fits')])
 def test_an_algorithm_that_takes_an_unusable_plan(plan, message):
   small = Cluster(1, 8, memory_bytes=1e5)
   state = search._Search(problem(cluster=small), None, map)

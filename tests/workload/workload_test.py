@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 import statistics
+import warnings
 
 import pytest
 from hypothesis import given, settings
@@ -41,9 +42,38 @@ def _write(path, text):
      [(0.0, 3, 4), (1.0, 5, 6)]),
     ('num_prefill_tokens,num_decode_tokens,pd_ratio\n3772,54,69.8\n',
      [(None, 3772, 54)]),
+    # Vidur; vLLM's and BurstGPT's words; other cases, spaces and units.
+    ('arrived_at,num_prefill_tokens,num_decode_tokens\n3.5,10,2\n3,20,1\n',
+     [(0.0, 20, 1), (0.5, 10, 2)]),
+    ('timestamp,prompt_len,output_len\n0.5,5,6\n2,7,8\n',
+     [(0.0, 5, 6), (1.5, 7, 8)]),
+    ('Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,'
+     'Total tokens,Log Type\n5,,1,ChatGPT,472,18,490,API log\n'
+     '45,,2,GPT-4,1087,230,1317,API log\n',
+     [(0.0, 472, 18), (40.0, 1087, 230)]),
+    (' Arrival Time (ms) ; Input Tokens ; Output-Tokens\r\n\r\n'
+     '1500;10;2\r\n ; ;\r\n1000;11;3\r\n',
+     [(0.0, 11, 3), (0.5, 10, 2)]),
+    ('# made by hand\nisl\tosl\tts\n# more\n7\t8.0\t1700000000.5\n',
+     [(0.0, 7, 8)]),
+    ('time,PROMPT_TOKENS,completion_tokens\n2024-05-12T00:00:01Z,4,5\n'
+     '2024-05-12T02:00:00+02:00,6,7\n', [(0.0, 6, 7), (1.0, 4, 5)]),
+    ('arrival_us,input_len,output_len,\n2000000,1,2,\n1000000,3,4,\n',
+     [(0.0, 3, 4), (1.0, 1, 2)]),
+    ('[{"prompt_len": 3, "output_len": 4, "id": "a"},\n'
+     ' {"prompt_len": 5.0, "output_len": 6}]', [(None, 3, 4), (None, 5, 6)]),
 ])
 def test_read_lengths(tmp_path, text, entries):
-  assert workload.read_lengths(_write(tmp_path / 'x', text)) == tuple(entries)
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')  # every column is read, or known
+    assert workload.read_lengths(_write(tmp_path / 'x', text)) == tuple(
+        entries)
+
+
+def test_columns_that_are_not_read_are_named(tmp_path):
+  path = _write(tmp_path / 'x', 'isl,osl,user,colour\n1,2,3,4\n')
+  with pytest.warns(UserWarning, match='not read: column user, colour'):
+    assert workload.read_lengths(path) == ((None, 1, 2),)
 
 
 @pytest.mark.parametrize('text, parts', [
@@ -75,12 +105,22 @@ def test_read_lengths(tmp_path, text, entries):
      ['line 1', 'timestamp', '-5']),
     ('{"timestamp": true, "input_length": 1, "output_length": 1}',
      ['line 1', 'timestamp']),
-    ('{"timestamp": 0, "input_length": 1.0, "output_length": 1}',
-     ['line 1', 'input_length', '1.0']),
+    ('{"timestamp": 0, "input_length": 1.5, "output_length": 1}',
+     ['line 1', 'input_length', '1.5']),
     ('{"timestamp": 0, "input_length": true, "output_length": 1}',
      ['line 1', 'input_length', 'True']),
-    ('{"TIMESTAMP": 5, "ContextTokens": 1, "GeneratedTokens": 1}',
-     ['line 1', 'TIMESTAMP', '5']),
+    ('timestamp,isl,osl\n5,1,1\n2023-11-16 18:00:00,1,1\n',
+     ['line 3', 'timestamp', "'2023", 'every row']),
+    # What may be an arrival is not passed over; no meaning is given twice.
+    ('when (clock),prompt_len,output_len\n1,5,6\n',
+     ['line 2', 'when (clock)', 'arrival_s']),
+    ('prompt_len,input_tokens,output_len\n1,5,6\n',
+     ['prompt_len, input_tokens', 'must be one, the prompt']),
+    ('time,timestamp,isl,osl\n1,1,5,6\n', ['time, timestamp', 'arrival']),
+    ('isl,isl,osl\n1,5,6\n', ['line 1', 'isl, isl', 'different']),
+    ('100,20\n200,30\n', ['line 2', '100, 20', 'prompt_len']),
+    ('[{"isl": 1, "osl": 2}, 3]', ['item 2', 'JSON object', '3']),
+    ('[{"isl": 1, "osl": 2}, {"isl": 1}]', ['line 2', 'osl', 'present']),
     ('{"a": ' + '[' * 100000, ['line 1', 'not JSON']),
 ])
 def test_read_lengths_names_what_is_wrong(tmp_path, text, parts):
@@ -130,6 +170,36 @@ def test_read_prompts_jsonl(tmp_path):
   for name in ('p.jsonl', 'p.txt'):
     assert workload.read_prompts(_write(tmp_path / name, text)) == (
         Prompt('a\nb', None, None), Prompt(None, tuple(chat), 7))
+
+
+def test_read_prompts_of_an_array(tmp_path):
+  chat = [{'role': 'user', 'content': 'Hi'}]
+  turns = [{'from': 'gpt', 'value': 'Yes?'}, {'from': 'human', 'value': 'So'}]
+  items = ['plain', {'prompt': 'b', 'max_tokens': 2}, {'messages': chat},
+           {'id': 'x', 'conversations': turns}, {'conversations': []}]
+  path = _write(tmp_path / 'p.json', json.dumps(items, indent=1))
+  with pytest.warns(UserWarning, match='1 of 5 conversations'):
+    assert workload.read_prompts(path) == (
+        Prompt('plain', None, None), Prompt('b', None, 2),
+        Prompt(None, tuple(chat), None), Prompt('So', None, None))
+  bracket = _write(tmp_path / 'p.txt', '[INST] Hi [/INST]')
+  assert workload.read_prompts(bracket)[0].text == '[INST] Hi [/INST]'
+
+
+@pytest.mark.parametrize('name, text, part', [
+    ('p.csv', 'act,prompt\na,b\n', 'one prompt a line'),
+    ('p.tsv', 'prompt\na\n', 'one prompt a line'),
+    ('p.txt', 'prompt_len,output_len\n5,6\n', 'workload of lengths'),
+    ('p.json', '[1]', "item 1: is '1'"), ('p.json', '[{"prompt": "a"}', 'JSON'),
+    ('p.json', 'a prompt', 'JSON array'), ('p.json', '[]', 'at least one'),
+    ('p.json', '{\n "prompts": []\n}', 'not JSON'),
+    ('p.json', '[{"conversations": [{"value": 3}]}]', 'conversations='),
+    ('p.json', '[{"text": "a"}]', "'messages', has text"),
+    ('p.parquet', b'PAR1\xff\xfe', 'UTF-8')])
+def test_what_is_no_prompt_file_is_one_error(tmp_path, name, text, part):
+  with pytest.raises(InputError, match=part) as error:
+    workload.read_prompts(_write(tmp_path / name, text))
+  assert str(tmp_path / name) in str(error.value)
 
 
 @pytest.mark.parametrize('text, parts', [
