@@ -1,6 +1,5 @@
 import struct
 
-import gguf
 import numpy as np
 import pytest
 
@@ -8,6 +7,8 @@ from dsjax.checkpoints.checkpoint import find
 from dsjax.checkpoints.gguf_file import read_gguf
 from dsjax.config.checks import InputError
 from tests.checkpoints.gguf_model_test import NAME, save
+
+gguf = pytest.importorskip('gguf')
 
 
 @pytest.fixture

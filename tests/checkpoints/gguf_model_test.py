@@ -1,6 +1,5 @@
 import dataclasses
 
-import gguf
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,6 +10,8 @@ from dsjax.checkpoints.family import GgufKeys
 from dsjax.checkpoints.weights import random_params, stored_shape, tree
 from dsjax.config.checks import InputError
 from dsjax.config.model import ModelConfig, RopeScaling
+
+gguf = pytest.importorskip('gguf')
 
 L, D, N, K, H, F, V = 2, 32, 4, 2, 8, 64, 24
 NAME = 'smollm2-135m-instruct'
