@@ -8,8 +8,9 @@ its embeddings.
 
 from typing import Any
 
+from dsjax.config import rope
 from dsjax.config.checks import require
-from dsjax.config.model import ModelConfig, RopeScaling
+from dsjax.config.model import ModelConfig
 
 Fields = dict[str, Any]  # of a ModelConfig, by name
 _LEARNED: Fields = dict(norm='layer', positions='learned', gated=False,
@@ -68,9 +69,8 @@ def _gemma3(*shape: int, **fields: Any) -> Fields:
                 rope_local_base=1e4, qk_norm=True, **fields)
 
 
-_LLAMA_31: Fields = dict(rope_base=5e5, rope_scaling=RopeScaling(
-    'llama3', factor=8.0, original_len=8192, low_freq_factor=1.0,
-    high_freq_factor=4.0))
+_LLAMA_31: Fields = dict(
+    rope_base=5e5, rope_divisors=rope.llama3(128, 5e5, 8.0, 8192))
 
 _SHAPES: dict[str, Fields] = {
     # facebook/opt-*: L, D, N
@@ -120,7 +120,7 @@ _SHAPES: dict[str, Fields] = {
     'gemma-2-27b': _gemma2(46, 4608, 32, 16, 36864, head_dim=128, scale=144),
     'gemma-3-1b': _gemma3(26, 1152, 4, 1, 6912, 262144, 32768, window=512),
     'gemma-3-4b': _gemma3(34, 2560, 8, 4, 10240, 262208, 131072, window=1024,
-                          rope_scaling=RopeScaling('linear', 8.0)),
+                          rope_divisors=rope.linear(256, 8.0)),
 }
 
 NAMES = tuple(_SHAPES)

@@ -122,7 +122,8 @@ def cut(config: ModelConfig, tp: int) -> Layout:
   if not config.num_experts:
     d_ff += -d_ff % tp
   padded = dataclasses.replace(
-      config, num_heads=len(heads), num_kv_heads=slots, d_ff=d_ff)
+      config, num_heads=len(heads), num_kv_heads=slots, d_ff=d_ff,
+      joint_norm=config.joint_norm and (N, K * copies))
   return Layout(config, padded, tp, tuple(heads), tuple(kv_heads))
 
 
