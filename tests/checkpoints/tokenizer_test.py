@@ -271,3 +271,43 @@ def test_load_names_the_file(tmp_path):
   path = tmp_path / 'none.gguf'
   with pytest.raises(InputError, match='none.gguf'):
     load(path)
+
+
+# --- sentencepiece -----------------------------------------------------------
+
+PIECES = json.loads((GOLDENS / 'sentencepiece.json').read_text('utf-8'))
+
+
+def sentence_meta(**changes):
+  meta = {'model': 'llama', 'tokens': PIECES['pieces'],
+          'scores': PIECES['scores'], 'token_type': PIECES['types'],
+          'bos_token_id': 1, 'eos_token_id': 2} | changes
+  return {f'tokenizer.ggml.{key}': value for key, value in meta.items()}
+
+
+@pytest.mark.parametrize('text, ids', PIECES['texts'])
+def test_ids_are_those_of_sentencepiece(text, ids):
+  tokenizer = of_gguf(sentence_meta())
+  assert tokenizer.encode(text) == [1, *ids]
+  shown = text.replace('\u2581', ' ')
+  assert tokenizer.decode(ids) == (f' {shown}' if text else '')
+
+
+def test_a_file_may_want_no_space_first_and_no_bos():
+  tokenizer = of_gguf(sentence_meta(add_space_prefix=False,
+                                    add_bos_token=False))
+  for text in (' the cat', 'the cat', '<0x41>\U0001f41d'):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_runs_of_spaces_that_gemma_adds():
+  """As user-defined tokens, before merges."""
+  tokenizer = of_gguf(sentence_meta(
+      tokens=[*PIECES['pieces'], '\u2581' * 3, '<end_of_turn>', '\n\n'],
+      scores=[*PIECES['scores'], 0.0, 0.0, 0.0],
+      token_type=[*PIECES['types'], 4, 3, 4], add_space_prefix=False))
+  spaces = len(PIECES['pieces'])
+  ids = tokenizer.encode('the   cat\n\n<end_of_turn>')
+  assert ids.count(spaces) == 1 and ids.count(spaces + 2) == 1
+  assert spaces + 1 not in ids
+  assert tokenizer.decode(ids) == 'the   cat\n\n<end_of_turn>'
