@@ -16,6 +16,7 @@ def _fields(keys: Keys) -> Fields:
       int((layer + 1) % every > 0) for layer in range(num_layers)])
   require(len(rotated) >= num_layers and set(rotated) <= {0, 1},
           'no_rope_layers', rotated, f'{num_layers} of 0 (no rotation) and 1')
+  keys.ignore('max_window_layers')  # unused by transformers
   if not keys.read('use_sliding_window', bool, False):
     keys.ignore('sliding_window', 'layer_types')
   return shared | dict(rotated=tuple(map(bool, rotated[:num_layers]))) | (

@@ -8,6 +8,9 @@ from dsjax.checkpoints.hf_keys import Fields, Keys
 
 def _fields(keys: Keys) -> Fields:
   shared = llama.shared_fields(keys, tied=True, norm_eps='norm_epsilon')
+  keys.only('norm_type', 'layer_norm')
+  keys.only('mlp_type', 'default')
+  keys.ignore('activation_function')  # as hidden_act, which is read
   bias = keys.read('use_bias', bool, True)
   return shared | hf_keys.windows(
       keys, shared['num_layers'], lambda layer: True) | dict(
