@@ -68,7 +68,8 @@ def _token_bytes(vocab: Ids, added: list[Keys], control: Ids, byte_level: bool,
 
 def _vocab(keys: Keys, vocab_size: int) -> tuple[Ids, list[Keys]]:
   """(token -> id, added tokens), both checked, of those that the model has."""
-  model, added = keys.get('model'), keys.get('added_tokens') or []
+  model: Any = keys.get('model')
+  added = keys.get('added_tokens') or []
   require(isinstance(model, dict) and model.get('type', 'BPE') == 'BPE'
           and isinstance(model.get('vocab'), dict), 'model',
           model.get('type') if isinstance(model, dict) else model, "'BPE'")

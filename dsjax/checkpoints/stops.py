@@ -65,7 +65,7 @@ class StopMatcher:
     self._held = text[cut:]
     return text[:cut], False
 
-  def _advance(self, char):
+  def _advance(self, char: str) -> int:
     """Matches one character; the length of the longest stop it completes."""
     longest = 0
     for k, (stop, borders) in enumerate(
@@ -84,7 +84,7 @@ class StopMatcher:
     return held
 
 
-def _borders(text):
+def _borders(text: str) -> list[int]:
   """For each prefix, its longest proper prefix that is also its suffix."""
   borders = [0]
   for char in text[1:]:

@@ -49,15 +49,16 @@ def _pythia(num_layers: int, d_model: int, num_heads: int,
 
 
 def _gemma1(*shape: int, d_model: int) -> Fields:
-  return _rotary(shape[0], d_model, *shape[1:], 256000, 8192, head_dim=256,
-                 tied=True, norm_eps=1e-6, activation='gelu_tanh',
-                 embed_scale=d_model**0.5)
+  return _rotary(shape[0], d_model, *shape[1:], vocab_size=256000,
+                 max_len=8192, head_dim=256, tied=True, norm_eps=1e-6,
+                 activation='gelu_tanh', embed_scale=d_model**0.5)
 
 
 def _starcoder2(*shape: int, **fields: Any) -> Fields:
-  return _rotary(*shape, 49152, 16384, tied=True, norm='layer', gated=False,
-                 qkv_bias=True, out_bias=True, mlp_bias=True,
-                 activation='gelu_tanh', windows=(4096,) * shape[0], **fields)
+  return _rotary(*shape, vocab_size=49152, max_len=16384, tied=True,
+                 norm='layer', gated=False, qkv_bias=True, out_bias=True,
+                 mlp_bias=True, activation='gelu_tanh',
+                 windows=(4096,) * shape[0], **fields)
 
 
 def _olmo(num_layers: int, d_model: int, num_heads: int, d_ff: int,

@@ -192,7 +192,7 @@ def place_params(layout: Layout, span: Span, mesh: Mesh,
 
   One at a time, so that what is padded is not kept on the host.
   """
-  def put(leaf, layer):
+  def put(leaf: str, layer: int | None) -> jax.Array:
     source = params if layer is None else params['layers'][layer]
     return jax.device_put(layout.pad(leaf, source[leaf]),
                           NamedSharding(mesh, spec(leaf)))

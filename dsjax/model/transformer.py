@@ -223,7 +223,7 @@ def run_experts(
   order_R = jnp.argsort(expert_R)
   size_E = jnp.sum(expert_R[:, None] == jnp.arange(E)[None, :], 0)
 
-  def product(x_RI, w_EOI):
+  def product(x_RI: jax.Array, w_EOI: jax.Array) -> jax.Array:
     return jax.lax.ragged_dot_general(x_RI, w_EOI, size_E, BY_EXPERT)
 
   h_RD = h_SD[order_R // A]
@@ -293,7 +293,8 @@ def run_layers(
       mesh, functools.partial(kv_write, impl=tiles.portable(impl)),
       (HELD, HEADS, HEADS, REPLICATED, REPLICATED, REPLICATED), HELD)
 
-  def add(layer, part, x_SD, y_SD):
+  def add(layer: Params, part: str, x_SD: jax.Array, y_SD: jax.Array
+          ) -> jax.Array:
     if config.post_norms:
       y_SD = norm(config, layer, f'{part}_post_norm', y_SD)
     return x_SD + y_SD * config.residual_scale
