@@ -15,7 +15,7 @@ import pathlib
 import tokenizers
 from tokenizers import decoders
 
-from dsjax.checkpoints import checkpoint, gguf_file, tokenizer
+from dsjax.checkpoints import checkpoint, gguf_file, gguf_tokenizer
 from dsjax.config.checks import require
 from experiments.common import cli
 
@@ -36,7 +36,7 @@ def write(meta, out):
           meta.get('tokenizer.ggml.model'), "byte-level BPE ('gpt2')")
   tokens = meta['tokenizer.ggml.tokens']
   types = meta.get('tokenizer.ggml.token_type') or [1] * len(tokens)
-  bpe = tokenizer.gguf_bpe(
+  bpe = gguf_tokenizer.gguf_bpe(
       meta['tokenizer.ggml.pre'], {t: i for i, t in enumerate(tokens)},
       meta['tokenizer.ggml.merges'])
   bpe.decoder = decoders.ByteLevel()
@@ -60,7 +60,7 @@ def run(model, out):
   require(path.suffix == '.gguf', '--model', str(path), 'a .gguf file')
   meta, _ = gguf_file.read_gguf(path)
   bpe = write(meta, out)
-  ours = tokenizer.Tokenizer.load(path).encode(_TEXT)
+  ours = gguf_tokenizer.load(path).encode(_TEXT)
   theirs = bpe.encode(_TEXT, add_special_tokens=False).ids
   require(list(ours) == theirs, 'ids', theirs, f'{ours}')
   print(f'{out}: {bpe.get_vocab_size()} tokens, the same ids on a text')

@@ -10,11 +10,10 @@ import os
 import pathlib
 from typing import NamedTuple
 
-from dsjax.checkpoints import orbax_file, tiny
+from dsjax.checkpoints import gguf_tokenizer, hf_config, orbax_file, tiny
 from dsjax.checkpoints.family import Family
 from dsjax.checkpoints.gguf_file import read_gguf
 from dsjax.checkpoints.gguf_model import load_gguf
-from dsjax.checkpoints.hf_config import CONFIG
 from dsjax.checkpoints.hf_tokenizer import load_tokenizer
 from dsjax.checkpoints.hf_weights import load_hf
 from dsjax.checkpoints.orbax_file import Stored, load_orbax, save_orbax
@@ -107,11 +106,14 @@ def load(name_or_path: str | os.PathLike[str], dtype: str = 'float32',
                  tiny.make_tokenizer())
   path = find(name)
   if not path.is_dir():
-    return Model(*load_gguf(path, dtype, family), Tokenizer.load(path))
+    tokenizer = gguf_tokenizer.load(path)  # fails sooner than weights are read
+    return Model(*load_gguf(path, dtype, family), tokenizer)
   if (path / orbax_file.CONFIG).is_file():
     return Model(*load_orbax(path, dtype))
-  if not (path / CONFIG).is_file():
-    raise InputError(f'{path}: neither {CONFIG} (Hugging Face) nor '
+  if not (path / hf_config.CONFIG).is_file():
+    raise InputError(f'{path}: neither {hf_config.CONFIG} (Hugging Face) nor '
                      f'{orbax_file.CONFIG} (save_orbax)')
-  config, params = load_hf(path, dtype, family)
-  return Model(config, params, load_tokenizer(path, config.vocab_size))
+  config, _ = hf_config.read_config(path, (family,) if family else
+                                    hf_config.FAMILIES)
+  tokenizer = load_tokenizer(path, config.vocab_size)
+  return Model(*load_hf(path, dtype, family), tokenizer)

@@ -33,6 +33,10 @@ class GgufKeys:
     """A hyperparameter as it stands, or None."""
     return self._meta.get(self._prefix + key)
 
+  def name(self, key: str) -> str:
+    """What a hyperparameter is called in the file."""
+    return self._prefix + key
+
 
 @dataclasses.dataclass(frozen=True)
 class Gguf:
@@ -65,9 +69,11 @@ class Family:
   Attributes:
     model_type, architecture: as config.json names the family.
     fields: its keys -> the fields of the ModelConfig but name and token ids.
-      A key that it does not read is refused.
+      A key that it does not read is refused, unless it changes nothing.
+    defaults: values of absent keys, of which llama's are others; those of
+      the family's configuration class in transformers.
     tensors: how each leaf is stored; see hf_names.Names.
-    fused: the same for files that hold all experts in one tensor.
+    others: the same where a file names a leaf's tensor otherwise.
     gain_less_one: norms are stored as gain - 1.
     not_parameters: a pattern of tensors that may be stored and are not read.
     gguf: None: GGUF files of this family are not read.
@@ -77,7 +83,8 @@ class Family:
   architecture: str
   fields: Callable[[Keys], dict[str, Any]]
   tensors: Names
-  fused: Names = dataclasses.field(default_factory=dict)
+  others: Names = dataclasses.field(default_factory=dict)
+  defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   gain_less_one: bool = False
   not_parameters: str = r'rotary_emb\.inv_freq$'
   gguf: Gguf | None = None

@@ -4,7 +4,6 @@ Names are those of the `gguf` package, rules those of llama.cpp
 (src/llama-model.cpp).
 """
 
-import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -17,8 +16,9 @@ from dsjax.checkpoints.families import FAMILIES
 from dsjax.checkpoints.family import Family, Gguf, GgufKeys
 from dsjax.checkpoints.files import naming
 from dsjax.checkpoints.gguf_file import Tensor, package, read_gguf
+from dsjax.config import rope
 from dsjax.config.checks import InputError, require
-from dsjax.config.model import ModelConfig, RopeScaling
+from dsjax.config.model import ModelConfig
 
 # Our leaf -> tensor of the file ('blk.{layer}.' before those of a layer); the
 # suffix of the leaf is its shape.
@@ -47,7 +47,8 @@ _READ = ('block_count', 'context_length', 'embedding_length',
          'feed_forward_length', 'attention.head_count',
          'attention.head_count_kv', 'attention.key_length',
          'attention.value_length', 'rope.dimension_count', 'rope.freq_base',
-         'rope.scaling.type', 'rope.scaling.factor', 'vocab_size')
+         'rope.scaling.type', 'rope.scaling.factor',
+         'rope.scaling.original_context_length', 'vocab_size')
 _NEUTRAL = {'rope.scale_linear': 1.0, 'expert_count': 0,
             'expert_used_count': 0, 'attention.causal': True}
 _HINTS = (('.bias', 'biases'), ('rope_freqs', 'RoPE scaling'),
@@ -64,44 +65,38 @@ def _token(meta: Mapping[str, Any], name: str, vocab_size: int) -> int | None:
   return value
 
 
-def _linear_scaling(get: GgufKeys) -> RopeScaling | None:
-  """RopeScaling of the keys, or None."""
-  kind, factor = get.raw('rope.scaling.type'), get.raw('rope.scaling.factor')
+def _rope(get: GgufKeys, tensors: Mapping[str, Tensor], head_dim: int,
+          max_len: int) -> dict[str, Any]:
+  """The rotary fields of the keys, and of the tensor of divisors if any."""
+  base = get('rope.freq_base', float, 1e4)
+  require(base > 0, get.name('rope.freq_base'), base, 'above 0')
+  kind = get('rope.scaling.type', str, 'none')
+  fields: dict[str, Any] = dict(rope_base=base)
   if kind == 'linear':
-    return RopeScaling('linear', get('rope.scaling.factor', float))
-  for key, value, neutral in (('rope.scaling.type', kind, 'none'),
-                              ('rope.scaling.factor', factor, 1.0)):
-    if value not in (None, neutral):
-      raise InputError(f'{key}={value!r} is not supported')
-  return None
-
-
-def _llama3_scaling(factors: np.ndarray, head_dim: int,
-                    rope_base: float) -> RopeScaling:
-  """The RopeScaling whose divisors of the rotary pairs are these.
-
-  A file keeps only the divisors; low_freq_factor 1 and high_freq_factor 4
-  are those of every published model. original_len follows from any pair on
-  the ramp: 1 / f = (1 - s) / factor + s, s = (original_len / wavelength - 1)
-  / 3.
-
-  Raises:
-    InputError: they are of no such scaling.
-  """
-  factors = factors.astype(np.float64)
-  pairs = np.arange(head_dim // 2) / (head_dim // 2)
-  wavelengths = 2 * np.pi * rope_base**pairs
-  factor = factors.max()
-  ramp = (factors > 1 + 1e-6) & (factors < factor - 1e-6)
-  if np.isfinite(factors).all() and factor > 1 and ramp.any():
-    s = (1 / factors - 1 / factor) / (1 - 1 / factor)
-    length = round(float(np.median(((3 * s + 1) * wavelengths)[ramp])))
-    s = np.clip((length / wavelengths - 1) / 3, 0, 1)
-    want = 1 / ((1 - s) / factor + s)
-    if length > 0 and np.allclose(factors, want, rtol=1e-3):
-      return RopeScaling('llama3', float(factor), length, 1.0, 4.0)
-  raise InputError(f'tensor {_ROPE_FREQS!r} is not supported (RoPE scaling '
-                   'other than llama3)')
+    fields |= dict(rope_divisors=rope.linear(
+        head_dim, get('rope.scaling.factor', float)))
+  elif kind == 'yarn':
+    factor = get('rope.scaling.factor', float)
+    original = get('rope.scaling.original_context_length', default=max_len)
+    fields |= dict(
+        max_len=max(max_len, round(original * factor)),
+        rope_divisors=rope.yarn(head_dim, base, factor, original),
+        rope_gain=rope.yarn_gain(factor))
+  else:
+    for key, neutral in (('type', 'none'), ('factor', 1.0)):
+      value = get.raw(f'rope.scaling.{key}')
+      if value not in (None, neutral):
+        raise InputError(f"{get.name(f'rope.scaling.{key}')}={value!r} is not "
+                         'supported')
+  if _ROPE_FREQS in tensors:
+    require(kind == 'none', get.name('rope.scaling.type'), kind,
+            f'absent where {_ROPE_FREQS!r} is')
+    divisors = _dequantize(_ROPE_FREQS, tensors[_ROPE_FREQS])
+    require(divisors.shape == (head_dim // 2,) and np.isfinite(divisors).all()
+            and (divisors > 0).all(), f'tensor {_ROPE_FREQS!r}', divisors,
+            f'{head_dim // 2} numbers above 0 (RoPE scaling)')
+    fields |= dict(rope_divisors=tuple(divisors.tolist()))
+  return fields
 
 
 def _gguf(meta: Mapping[str, Any], families: Sequence[Family]) -> Gguf:
@@ -137,7 +132,7 @@ def _config(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str,
   vocab_size = get('vocab_size', default=len(tokens) or None)
   require(len(tokens) <= vocab_size, f'{prefix}vocab_size', vocab_size,
           f'at least the {len(tokens)} tokens of the tokenizer')
-  num_layers = get('block_count')
+  num_layers, max_len = get('block_count'), get('context_length')
   require(num_layers <= len(tensors), f'{prefix}block_count', num_layers,
           f'below the {len(tensors)} tensors of the file')
   ends = [_token(meta, end, vocab_size) for end in ('eos', 'eot', 'eom')]
@@ -146,17 +141,14 @@ def _config(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str,
       num_layers=num_layers, d_model=d_model, num_heads=num_heads,
       num_kv_heads=get('attention.head_count_kv', default=num_heads),
       head_dim=head_dim, vocab_size=vocab_size,
-      max_len=get('context_length'),
-      rope_base=get('rope.freq_base', float, 1e4),
-      rope_scaling=_linear_scaling(get),
-      norm_eps=get(family.norm_eps, float),
+      max_len=max_len, norm_eps=get(family.norm_eps, float),
       tied='output.weight' not in tensors,
       bos_id=_token(meta, 'bos', vocab_size),
       eos_ids=tuple(sorted({end for end in ends if end is not None})))
-  require(base['rope_base'] > 0, f'{prefix}rope.freq_base', base['rope_base'],
-          'above 0')
   ModelConfig(**base, d_ff=1)  # is checked before more is made of it
   fields = base | family.fields(get, base)
+  if fields.get('positions') != 'learned':
+    fields |= _rope(get, tensors, head_dim, max_len)
   if 'd_ff' not in fields:
     fields['d_ff'] = get('feed_forward_length')
   return ModelConfig(**fields)
@@ -197,7 +189,7 @@ class _Reader:
       expected[self.name(leaf, layer)] = (rows, *others)
 
     weights.tree(self.config, expect)
-    if self.config.rope_scaling and self.config.rope_scaling.kind == 'llama3':
+    if self.config.positions == 'rope' and _ROPE_FREQS in self.tensors:
       expected[_ROPE_FREQS] = (self.config.head_dim // 2,)
     for name in sorted(self.tensors.keys() - expected.keys()):
       hint = next((why for part, why in _HINTS if part in name), 'unexpected')
@@ -256,13 +248,6 @@ def load_gguf(
   with naming(path):
     form = _gguf(meta, (family,) if family else FAMILIES)
     config = _config(meta, tensors, path.stem, form)
-    if _ROPE_FREQS in tensors and config.positions == 'rope':
-      require(config.rope_scaling is None, 'rope.scaling.type', 'linear',
-              f'absent where {_ROPE_FREQS!r} is')
-      if tensors[_ROPE_FREQS].shape == (config.head_dim // 2,):
-        config = dataclasses.replace(config, rope_scaling=_llama3_scaling(
-            _dequantize(_ROPE_FREQS, tensors[_ROPE_FREQS]), config.head_dim,
-            config.rope_base))
     reader = _Reader(config, form, tensors)
     reader.check()
     return config, weights.tree(config, lambda leaf, layer: reader.read(

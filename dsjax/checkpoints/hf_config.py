@@ -58,7 +58,9 @@ def read_config(
   if (path / 'generation_config.json').is_file():
     generation = read_json(path / 'generation_config.json')
   with naming(path / CONFIG):
-    family, keys = _family(raw, families), Keys(raw)
+    family = _family(raw, families)
+    raw = {**family.defaults, **raw}
+    keys = Keys(raw)
     fields = family.fields(keys)
     keys.finish()
     config = ModelConfig(name=path.resolve().name, **fields)

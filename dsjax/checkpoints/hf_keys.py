@@ -5,34 +5,37 @@ follow transformers (src/transformers/models/*/configuration_*.py).
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dsjax.config import rope as rope_scaling
 from dsjax.config.checks import InputError, is_number, require
-from dsjax.config.model import RopeScaling
 
 Fields = dict[str, Any]  # of a ModelConfig, by name
 
 _KINDS = {int: 'an integer', float: 'a finite number', bool: 'true or false',
           str: 'a string', list: 'a list', dict: 'an object'}
-# Keys that change nothing in a forward pass without dropout.
-_IGNORED = frozenset('''
-  _name_or_path activation_dropout architectures
-  attention_dropout attention_probs_dropout_prob attn_implementation
-  attn_pdrop begin_suppress_tokens bos_token_id cache_implementation
-  chunk_size_feed_forward classifier_dropout do_sample dropout dtype
-  embd_pdrop eos_token_id finetuning_task gradient_checkpointing
-  hidden_dropout id2label init_std initializer_range is_decoder
-  keys_to_ignore_at_inference label2id layerdrop length_penalty max_length
-  model_type n_ctx num_beam_groups num_beams num_return_sequences
-  output_attentions output_hidden_states output_past output_router_logits
-  output_scores pad_token_id predict_special_tokens prefix pretraining_tp
-  problem_type reorder_and_upcast_attn repetition_penalty resid_pdrop
-  return_dict return_dict_in_generate router_aux_loss_coef sep_token_id
-  summary_activation summary_first_dropout summary_proj_to_labels summary_type
-  summary_use_proj suppress_tokens task_specific_params temperature
-  tokenizer_class top_k top_p torch_dtype torchscript transformers_version
-  typical_p unk_token_id unsloth_fixed unsloth_version use_cache'''.split())
+# Keys that change nothing in a forward pass: of training, of generation, of
+# exports and other programs, and what transformers keeps for itself. A family
+# may still read one of them.
+_IGNORED = re.compile(
+    r'_|(output|return|init|initializer|summary|tf|forced)_|is_\w+_config$|'
+    r'(transformers|onnx|unsloth|neuron|mlx|gguf|axolotl)(\W|_|$)|'
+    r'.*(loss|label|drop|jitter|checkpoint|_version$|dtype$)|'
+    r'.*token_(ids?|index)$|('
+    'architectures|model_type|attn_implementation|auto_map|bad_words_ids|'
+    'cache_implementation|chunk_size_feed_forward|cross_attention_hidden_size|'
+    'diversity_penalty|do_sample|early_stopping|encoder_no_repeat_ngram_size|'
+    'exponential_decay_length_penalty|finetuning_task|is_decoder|'
+    'keys_to_ignore_at_inference|layerdrop|length_penalty|max_length|'
+    'max_new_tokens|min_length|min_new_tokens|model_name|n_ctx|name_or_path|'
+    'no_repeat_ngram_size|num_beam_groups|num_beams|num_return_sequences|'
+    'prefix|pretraining_tp|problem_type|remove_invalid_values|'
+    'reorder_and_upcast_attn|repetition_penalty|sep_token|'
+    '(begin_)?suppress_tokens|task_specific_params|temperature|'
+    'tie_encoder_decoder|tokenizer_class|top_[kp]|torchscript|typical_p|'
+    'use_bfloat16|use_cache|use_return_dict)$')
 _ACTIVATIONS = {'silu': 'silu', 'swish': 'silu', 'relu': 'relu',
                 'gelu': 'gelu', 'gelu_new': 'gelu_tanh',
                 'gelu_pytorch_tanh': 'gelu_tanh'}
@@ -43,7 +46,7 @@ class Keys:
   """config.json's keys, each checked as it is read; leftovers are refused."""
 
   def __init__(self, keys: Mapping[str, Any]) -> None:
-    self._keys = {k: v for k, v in keys.items() if k not in _IGNORED}
+    self._keys = dict(keys)
 
   def read(self, key: str, kind: type = int, *default: Any) -> Any:
     """A key's value; null counts as absent, and absent is `default`."""
@@ -55,6 +58,10 @@ class Keys:
           and (kind is bool) == isinstance(value, bool))
     require(ok, key, value, _KINDS[kind])
     return value
+
+  def set(self, key: str, value: object) -> None:
+    """Another value of a key, or one that stands under another name."""
+    self._keys[key] = value
 
   def only(self, key: str, value: object) -> None:
     """A key that must have this value, or be absent."""
@@ -77,7 +84,7 @@ class Keys:
   def finish(self) -> None:
     """Raises InputError for a key that nothing has read."""
     for key, value in self._keys.items():
-      require(value in (None, False, [], {}), key, value,
+      require(value in (None, False, [], {}) or _IGNORED.match(key), key, value,
               'absent (it is not supported)')
 
 
@@ -87,46 +94,140 @@ def above_zero(key: str, value: float) -> float:
   return value
 
 
-def rope_fields(rotary: Any, key: str) -> tuple[float, RopeScaling | None]:
-  """Base and scaling of one set of rotary parameters, which `key` holds."""
+def _numbers(keys: Keys, key: str) -> list[Any]:
+  values = keys.read(key, list)
+  require(all(map(_is_finite, values)), key, values, 'finite numbers')
+  return values
+
+
+def rope_fields(rotary: Any, key: str, head_dim: int, max_len: int,
+                ) -> Fields:
+  """The rotary fields of one set of parameters, which `key` holds.
+
+  Args:
+    max_len: of the model, which yarn and longrope change: yarn's is what it
+      stretches to. Longrope's is its original length, since beyond it
+      transformers computes all keys of a text anew, with other divisors;
+      dynamic changes nothing up to max_len, and is not computed beyond.
+  """
   require(isinstance(rotary, dict), key, rotary, 'an object')
   keys = Keys(rotary)
   try:
-    kind = keys.read('rope_type', str, None)
-    kind = keys.read('type', str, None) if kind is None else kind
+    kind = keys.read('rope_type', str, None) or keys.read('type', str, None)
     keys.ignore('type')
-    base = above_zero('rope_theta', float(keys.read('rope_theta', float, 1e4)))
-    keys.only('partial_rotary_factor', 1.0)
-    require(kind in (None, 'default', 'linear', 'llama3'), 'rope_type', kind,
-            "'default', 'linear' or 'llama3'")
-    scaling = None
-    if kind == 'linear':
-      scaling = RopeScaling('linear', float(keys.read('factor', float)))
-      keys.ignore('original_max_position_embeddings')
-    elif kind == 'llama3':
-      scaling = RopeScaling(
-          'llama3', float(keys.read('factor', float)),
-          keys.read('original_max_position_embeddings'),
-          float(keys.read('low_freq_factor', float)),
-          float(keys.read('high_freq_factor', float)))
+    base = above_zero('rope_theta', float(keys.read('rope_theta', float)))
+    share = float(keys.read('partial_rotary_factor', float, 1.0))
+    width = int(head_dim * share)
+    fields: Fields = dict(
+        rope_base=base, rope_width=None if width == head_dim else width)
+    require(kind in (None, *_SCALINGS), 'rope_type', kind,
+            f'one of {sorted(_SCALINGS)}')
+    fields |= _SCALINGS[kind or 'default'](keys, width, base, max_len)
     keys.finish()
   except InputError as error:
     raise InputError(f'{key}: {error}') from error
-  return base, scaling
+  return fields
 
 
-def rope(keys: Keys, default_base: float = 1e4) -> Fields:
-  """rope_base and rope_scaling, from the keys of any transformers.
+def _linear(keys: Keys, width: int, base: float, max_len: int) -> Fields:
+  keys.ignore('original_max_position_embeddings')
+  return dict(rope_divisors=rope_scaling.linear(width,
+                                                keys.read('factor', float)))
+
+
+def _dynamic(keys: Keys, width: int, base: float, max_len: int) -> Fields:
+  keys.ignore('factor', 'original_max_position_embeddings')
+  return {}
+
+
+def _llama3(keys: Keys, width: int, base: float, max_len: int) -> Fields:
+  return dict(rope_divisors=rope_scaling.llama3(
+      width, base, keys.read('factor', float),
+      keys.read('original_max_position_embeddings', int, max_len),
+      keys.read('low_freq_factor', float),
+      keys.read('high_freq_factor', float)))
+
+
+def _yarn(keys: Keys, width: int, base: float, max_len: int) -> Fields:
+  original = keys.read('original_max_position_embeddings', int, max_len)
+  factor = keys.read('factor', float, max_len / max(original, 1))
+  gain = rope_scaling.yarn_gain(
+      factor, *(keys.read(key, float, None)
+                for key in ('mscale', 'mscale_all_dim')))
+  return dict(
+      max_len=max(max_len, round(original * factor)),
+      rope_divisors=rope_scaling.yarn(
+          width, base, factor, original,
+          keys.read('beta_fast', float, None) or 32,
+          keys.read('beta_slow', float, None) or 1,
+          keys.read('truncate', bool, True)),
+      rope_gain=float(keys.read('attention_factor', float, gain)))
+
+
+def _longrope(keys: Keys, width: int, base: float, max_len: int) -> Fields:
+  original = keys.read('original_max_position_embeddings', int, max_len)
+  require(original > 1, 'original_max_position_embeddings', original,
+          'above 1')
+  factor = keys.read('factor', float, max_len / original)
+  keys.ignore('long_factor', 'long_mscale', 'short_mscale')
+  return dict(
+      max_len=min(max_len, original),
+      rope_divisors=rope_scaling.longrope(width, _numbers(keys,
+                                                          'short_factor')),
+      rope_gain=float(keys.read('attention_factor', float,
+                                rope_scaling.longrope_gain(factor, original))))
+
+
+_SCALINGS: dict[str, Callable[[Keys, int, float, int], Fields]] = {
+    'default': lambda *_: {}, 'linear': _linear, 'dynamic': _dynamic,
+    'llama3': _llama3, 'yarn': _yarn, 'longrope': _longrope}
+
+
+def rope(keys: Keys, head_dim: int, max_len: int,
+         partial: bool = False) -> Fields:
+  """The rotary fields, from the keys of any transformers.
 
   Before version 5: rope_theta and rope_scaling; since then: rope_parameters.
+  partial: the family may rotate a part of each head.
   """
-  base = float(keys.read('rope_theta', float, default_base))
+  rotary: Fields = dict(rope_theta=keys.read('rope_theta', float, 1e4))
+  share = keys.read('partial_rotary_factor', float, None)
+  original = keys.read('original_max_position_embeddings', int, None)
   scaling = keys.read('rope_scaling', dict, None)
-  rotary = keys.read('rope_parameters', dict, scaling)
   key = 'rope_parameters' if scaling is None else 'rope_scaling'
-  base, scaling = rope_fields({'rope_theta': base} | (rotary or {}), key)
-  keys.only('partial_rotary_factor', 1.0)
-  return dict(rope_base=base, rope_scaling=scaling)
+  rotary |= {} if share is None else dict(partial_rotary_factor=share)
+  rotary |= keys.read('rope_parameters', dict, None) or {}
+  rotary |= scaling or {}
+  if original is not None and rotary.get('rope_type', rotary.get(
+      'type', 'default')) in ('llama3', 'yarn', 'longrope'):
+    rotary['original_max_position_embeddings'] = original
+  share = rotary.get('partial_rotary_factor', 1.0)
+  require(partial or share == 1, 'partial_rotary_factor', share,
+          '1.0 (others are not supported)')
+  return rope_fields(rotary, key, head_dim, max_len)
+
+
+def rope_of_kinds(keys: Keys, head_dim: int, max_len: int,
+                  local_base: float) -> Fields:
+  """The same where windowed layers have a base of their own, unscaled.
+
+  local_base: what it is where the file has no rope_parameters.
+  """
+  both = keys.read('rope_parameters', dict, None)
+  if both is None:
+    return rope(keys, head_dim, max_len) | dict(rope_local_base=local_base)
+  kinds = ('full_attention', 'sliding_attention')
+  require(both.keys() == set(kinds), 'rope_parameters', sorted(both),
+          f'an object of {kinds}')
+  keys.ignore('rope_theta', 'rope_scaling')
+  full, sliding = (
+      rope_fields(both[kind], f'rope_parameters.{kind}', head_dim, max_len)
+      for kind in kinds)
+  require(sliding.keys() == {'rope_base', 'rope_width'}
+          and full['rope_width'] is sliding['rope_width'] is None,
+          'rope_parameters.sliding_attention', both[kinds[1]],
+          'of the default type')
+  return full | dict(rope_local_base=sliding['rope_base'])
 
 
 def activation(keys: Keys, key: str, default: str) -> str:
@@ -142,14 +243,14 @@ def biases(keys: Keys) -> Fields:
   return dict(qkv_bias=bias, out_bias=bias)
 
 
-def windows(keys: Keys, num_layers: int, slides: Callable[[int], object],
-            default: int | None = None) -> Fields:
+def windows(keys: Keys, num_layers: int,
+            slides: Callable[[int], object]) -> Fields:
   """The window of each layer that slides.
 
   Those are what layer_types names, or else the layers of which slides(layer)
-  is true. default: the window where sliding_window is absent.
+  is true.
   """
-  window = keys.read('sliding_window', int, default) or 0
+  window = keys.read('sliding_window', int, 0)
   names = ('full_attention', 'sliding_attention')
   types = keys.read('layer_types', list, None)
   if types is None:

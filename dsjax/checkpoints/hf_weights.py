@@ -122,23 +122,32 @@ def _take(names: Names, leaf: str, layer: int | None) -> Take:
   require(leaf in names, 'leaf', leaf, "one that the family's tensors name")
   take = names[leaf]
   if isinstance(take, str):
-    take = Take(take, lambda s: s, lambda x: x)
+    take = Take(take, lambda s, _: s, lambda x, _: x)
   return take._replace(name=take.name.replace('{l}', str(layer)))
 
 
 def _check_tensors(config: ModelConfig, names: Names, not_parameters: str,
                    folder: _Folder) -> None:
   """Raises InputError unless the folder holds exactly the model's tensors."""
-  used = {_take(names, 'head_VD', None).name} if config.tied else set()
+  head = _take(names, 'head_VD', None).name
+  used = {head} if config.tied else set()
 
   def check(leaf: str, layer: int | None) -> None:
     take, shape = _take(names, leaf, layer), weights.stored_shape(config, leaf)
     for expert in range(config.num_experts if '{e}' in take.name else 1):
       name = take.name.format(e=expert)
-      folder.check(name, shape[1:] if '{e}' in take.name else take.shape(shape))
+      folder.check(name, shape[1:] if '{e}' in take.name
+                   else take.shape(shape, config))
       used.add(name)
 
   weights.tree(config, check)
+  if config.tied and head in folder.names():
+    embed = _take(names, 'embed_VD', None).name
+    if not np.array_equal(folder.read(head), folder.read(embed)):
+      raise InputError(
+          f'{folder.path}: tensor {head!r} differs from {embed!r}, and '
+          'tie_word_embeddings=true drops it: must be false, or the tensor '
+          'absent')
   for name in sorted(folder.names() - used):
     if not re.search(not_parameters, name):
       raise InputError(f'{folder.path}: tensor {name!r} is not supported')
@@ -171,9 +180,9 @@ def load_hf(
   path = pathlib.Path(path)
   config, family = read_config(path, (family,) if family else FAMILIES)
   folder = _Folder(path)
-  fused = any('experts.gate_up_proj' in name for name in folder.names())
-  names = {'head_VD': 'lm_head.weight', **family.tensors,
-           **(family.fused if fused else {})}
+  names = {'head_VD': 'lm_head.weight', **family.tensors}
+  names |= {leaf: other for leaf, other in family.others.items()
+            if _take(family.others, leaf, 0).name in folder.names()}
   _check_tensors(config, names, family.not_parameters, folder)
 
   def make(leaf: str, layer: int | None) -> np.ndarray:
@@ -185,7 +194,9 @@ def load_hf(
     elif family.gain_less_one and 'norm' in leaf:
       out[...] = 1 + folder.read(take.name).astype(np.float32)
     else:
-      out[...] = take.cut(folder.read(take.name))
-    return out.reshape(config.leaf_shape(leaf))
+      array = take.cut(folder.read(take.name), config)
+      out[...] = array.reshape(shape)
+    return weights.rotary_order(config, leaf, out.reshape(
+        config.leaf_shape(leaf)))
 
   return config, weights.tree(config, make)

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from dsjax.checkpoints import weights
 from dsjax.checkpoints.files import read_json
 from dsjax.config.checks import InputError
-from dsjax.config.model import ModelConfig, RopeScaling
+from dsjax.config.model import ModelConfig
 from dsjax.model import sharding
 
 CONFIG = 'dsjax.json'
@@ -63,9 +63,6 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
   file = pathlib.Path(path) / CONFIG
   fields = read_json(file)
   try:
-    if fields.get('rope_scaling') is not None:
-      fields['rope_scaling'] = RopeScaling(**fields['rope_scaling'])
-    fields['eos_ids'] = tuple(fields.get('eos_ids', ()))
     return ModelConfig(**fields)
   except (TypeError, InputError) as error:  # a field too many, or too few
     raise InputError(f'{file}: {error}') from error

@@ -4,6 +4,7 @@ It has a real tokenizer, a byte a token, and a chat template, so whatever
 serves a real model serves it too. What it says is noise.
 """
 
+from dsjax.checkpoints import gguf_tokenizer
 from dsjax.checkpoints.tokenizer import Tokenizer
 from dsjax.config.model import ModelConfig
 
@@ -24,7 +25,7 @@ def make_tokenizer() -> Tokenizer:
   from tokenizers import pre_tokenizers  # here: a simulation needs none
 
   letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-  return Tokenizer.of_gguf({
+  return gguf_tokenizer.of_gguf({
       'tokenizer.ggml.model': 'gpt2',
       'tokenizer.ggml.pre': 'gpt-2',
       'tokenizer.ggml.tokens': [*letters, *_CONTROL],

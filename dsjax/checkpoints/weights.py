@@ -38,6 +38,26 @@ def stored_shape(config: ModelConfig, leaf: str) -> tuple[int, ...]:
                for group in re.findall('[NK]H|.', leaf.rsplit('_', 1)[1]))
 
 
+_ROTATED = re.compile('[qk](_bias|_norm)?_N?K?HD?$')
+
+
+def rotary_order(config: ModelConfig, leaf: str,
+                 array: np.ndarray) -> np.ndarray:
+  """A leaf with the numbers that rotate together half a head apart.
+
+  Files whose heads rotate in their first R numbers pair i and i + R/2; ours
+  pair i and i + H/2, so that what rotates is the first R/2 of each half.
+  """
+  H, R = config.head_dim, config.rope_width
+  if R is None or not _ROTATED.match(leaf):
+    return array
+  rest = H // 2 - R // 2
+  order = [*range(R // 2), *range(R, R + rest), *range(R // 2, R),
+           *range(R + rest, H)]
+  return np.ascontiguousarray(
+      np.take(array, order, leaf.rsplit('_', 1)[1].index('H')))
+
+
 def random_params(config: ModelConfig, seed: int,
                   dtype: str = 'float32') -> dict[str, Any]:
   """Seeded random weights with the tree, shapes and layout of a loaded model.

@@ -11,34 +11,6 @@ from dsjax.config.checks import (
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
-  """How rotary frequencies are stretched beyond the trained context.
-
-  kind: 'linear' (every frequency divided by factor) or 'llama3' (those with
-  a wavelength above original_len / low_freq_factor divided by factor, those
-  below original_len / high_freq_factor kept, a ramp in between).
-  """
-
-  kind: str
-  factor: float
-  original_len: int = 0
-  low_freq_factor: float = 1.0
-  high_freq_factor: float = 4.0
-
-  def __post_init__(self) -> None:
-    require(self.kind in ('linear', 'llama3'), 'RopeScaling.kind', self.kind,
-            "'linear' or 'llama3'")
-    require(is_positive(self.factor),
-            'RopeScaling.factor', self.factor, 'a number above 0')
-    if self.kind == 'llama3':
-      require(is_integer(1, 2**31 - 1)(self.original_len),
-              'RopeScaling.original_len', self.original_len, 'tokens')
-      require(0 < self.low_freq_factor < self.high_freq_factor,
-              'RopeScaling.high_freq_factor', self.high_freq_factor,
-              f'above low_freq_factor={self.low_freq_factor} > 0')
-
-
-@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A decoder-only transformer (notation: docs/design.md).
 
@@ -51,8 +23,11 @@ class ModelConfig:
     max_len: context length in tokens.
     rope_base: base of the rotary frequencies; rope_local_base: that of
       windowed layers, where it differs (Gemma 3).
-    rope_scaling: a RopeScaling or None; never of windowed layers that have
-      a base of their own.
+    rope_width: how many numbers of a head rotate, R; None for all H.
+    rope_divisors: of the R / 2 frequencies (config/rope.py), or empty;
+      rope_gain: factor of cos and sin. Neither is of windowed layers that
+      have a base of their own.
+    rotated: whether each layer rotates; empty: every layer does.
     norm_eps: epsilon of every norm.
     tied: the output head is the embedding.
     bos_id, eos_ids: token ids; a stream ends at any of eos_ids.
@@ -62,13 +37,19 @@ class ModelConfig:
     gated: the feed-forward has a gate: down(act(gate x) * up x).
     qkv_bias, out_bias, mlp_bias: these projections add a bias.
     qk_norm: RMSNorm over H of every query and key head, before rotation.
-    post_norms: attention and feed-forward outputs are normed before they are
-      added (Gemma 2, 3).
+    joint_norm: (N, K) where that norm is over all heads together (OLMo 2);
+      empty for each by itself. Of a model cut for shards: how many heads
+      count, replicas too and padding not.
+    pre_norms: attention and feed-forward inputs are normed. post_norms: their
+      outputs are, before they are added (Gemma 2, 3; OLMo 2: only these).
+    parallel: attention and feed-forward read the same hidden states, and both
+      are added to them (GPT-NeoX).
     windows: sliding window of each layer in tokens, itself included; 0 where
       a layer sees everything. Empty: every layer does.
     attn_softcap, logit_softcap: x -> cap tanh(x / cap); 0 for none.
     attn_scale: of q k^T; None for 1 / sqrt(H).
-    embed_scale: factor of the embedding (Gemma: sqrt(D)).
+    embed_scale: factor of the embedding (Gemma: sqrt(D)); residual_scale: of
+      what a layer adds; logit_scale: of the logits (Granite).
     num_experts: E; 0 for a dense feed-forward. experts_per_token: how many
       are summed; renormalize: their weights sum to one.
   """
@@ -95,14 +76,22 @@ class ModelConfig:
   out_bias: bool = False
   mlp_bias: bool = False
   qk_norm: bool = False
+  joint_norm: tuple[int, ...] = ()
+  pre_norms: bool = True
   post_norms: bool = False
+  parallel: bool = False
   rope_local_base: float | None = None
-  rope_scaling: RopeScaling | None = None
+  rope_width: int | None = None
+  rope_divisors: tuple[float, ...] = ()
+  rope_gain: float = 1.0
+  rotated: tuple[bool, ...] = ()
   windows: tuple[int, ...] = ()
   attn_softcap: float = 0.0
   logit_softcap: float = 0.0
   attn_scale: float | None = None
   embed_scale: float = 1.0
+  residual_scale: float = 1.0
+  logit_scale: float = 1.0
   num_experts: int = 0
   experts_per_token: int = 0
   renormalize: bool = True
@@ -115,15 +104,19 @@ class ModelConfig:
               value, 'an integer above 0')
     require(self.num_heads % self.num_kv_heads == 0, 'ModelConfig.num_heads',
             self.num_heads, f'a multiple of num_kv_heads={self.num_kv_heads}')
-    require(self.head_dim % 2 == 0 or self.positions != 'rope',
-            'ModelConfig.head_dim', self.head_dim, 'even (rotary pairs)')
+    require(self.norm == 'rms' or (self.pre_norms and not self.post_norms),
+            'ModelConfig.norm', self.norm,
+            "'rms' unless inputs are normed and outputs are not")
+    for field in ('joint_norm', 'rope_divisors', 'rotated', 'windows',
+                  'eos_ids'):
+      object.__setattr__(self, field, tuple(getattr(self, field)))
+    self._check_rope()
     for field, allowed in (
         ('norm', ('rms', 'layer')), ('positions', ('rope', 'learned')),
         ('activation', ('silu', 'relu', 'gelu', 'gelu_tanh'))):
       value = getattr(self, field)
       require(value in allowed, f'ModelConfig.{field}', value,
               f'one of {allowed}')
-    object.__setattr__(self, 'windows', tuple(self.windows))
     require(len(self.windows) in (0, self.num_layers)
             and all(is_integer(0, 2**31 - 1)(w) for w in self.windows),
             'ModelConfig.windows', self.windows,
@@ -142,6 +135,20 @@ class ModelConfig:
             'ModelConfig.num_experts', self.num_experts,
             '0 unless the feed-forward is gated and has no bias')
 
+  def _check_rope(self) -> None:
+    require(self.head_dim % 2 == 0 or self.positions != 'rope',
+            'ModelConfig.head_dim', self.head_dim, 'even (rotary pairs)')
+    width = self.head_dim if self.rope_width is None else self.rope_width
+    require(is_integer(2, self.head_dim)(width) and width % 2 == 0
+            or self.rope_width is None, 'ModelConfig.rope_width',
+            self.rope_width, f'even, from 2 to head_dim={self.head_dim}')
+    require(len(self.rope_divisors) in (0, width // 2)
+            and all(map(is_positive, self.rope_divisors)),
+            'ModelConfig.rope_divisors', self.rope_divisors,
+            f'empty or {width // 2} numbers above 0')
+    require(len(self.rotated) in (0, self.num_layers), 'ModelConfig.rotated',
+            self.rotated, f'empty or {self.num_layers} of true and false')
+
   @property
   def top_leaves(self) -> tuple[str, ...]:
     """Names of the parameters outside the layers."""
@@ -153,18 +160,22 @@ class ModelConfig:
   @property
   def layer_leaves(self) -> tuple[str, ...]:
     """Names of the parameters of a layer: weights are output-first."""
-    names = ['attn_norm_D', 'q_NHD', 'k_KHD', 'v_KHD', 'o_DNH', 'mlp_norm_D']
+    attn, mlp = (['attn_norm_D'], ['mlp_norm_D']) if self.pre_norms else (
+        [], [])
+    names = [*attn, 'q_NHD', 'k_KHD', 'v_KHD', 'o_DNH', *mlp]
     if self.norm == 'layer':
       names += ['attn_norm_bias_D', 'mlp_norm_bias_D']
     if self.qkv_bias:
       names += ['q_bias_NH', 'k_bias_KH', 'v_bias_KH']
     names += ['o_bias_D'] * self.out_bias
-    names += ['q_norm_H', 'k_norm_H'] * self.qk_norm
-    if self.post_norms:
-      names += ['attn_post_norm_D', 'mlp_post_norm_D']
+    if self.qk_norm:
+      names += (['q_norm_NH', 'k_norm_KH'] if self.joint_norm else
+                ['q_norm_H', 'k_norm_H'])
+    names += ['attn_post_norm_D', 'mlp_post_norm_D'] * self.post_norms
     if self.num_experts:
       return tuple(names + ['router_ED', 'gate_EFD', 'up_EFD', 'down_EDF'])
     names += ['gate_FD'] * self.gated + ['up_FD', 'down_DF']
+    names += ['gate_bias_F'] * (self.gated and self.mlp_bias)
     return tuple(names + ['up_bias_F', 'down_bias_D'] * self.mlp_bias)
 
   def leaf_shape(self, leaf: str) -> tuple[int, ...]:
@@ -177,6 +188,11 @@ class ModelConfig:
   def window(self, layer: int) -> int:
     """The sliding window of a layer; 0 for none."""
     return self.windows[layer] if self.windows else 0
+
+  def kind(self, layer: int) -> tuple[int, bool]:
+    """(window, whether it rotates) of a layer: layers of a kind are alike."""
+    rotates = self.rotated[layer] if self.rotated else True
+    return self.window(layer), rotates and self.positions == 'rope'
 
   def kv_bytes_per_token(self, itemsize: int = 4) -> int:
     """Bytes of keys and values one token keeps over all layers."""

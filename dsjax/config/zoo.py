@@ -3,13 +3,15 @@
 Shapes only: no weights, and no special token ids. Qwen2.5 is the Instruct
 release, whose context and epsilon differ from the base model's; Gemma 3 4B is
 its text part. OPT 350M is left out: it norms after the residual and projects
-its embeddings.
+its embeddings. Of DeepSeek-V2 there is only what it keeps of a token, for
+plans.
 """
 
 from typing import Any
 
+from dsjax.config import rope
 from dsjax.config.checks import require
-from dsjax.config.model import ModelConfig, RopeScaling
+from dsjax.config.model import ModelConfig
 
 Fields = dict[str, Any]  # of a ModelConfig, by name
 _LEARNED: Fields = dict(norm='layer', positions='learned', gated=False,
@@ -36,6 +38,44 @@ def _rotary(num_layers: int, d_model: int, num_heads: int, num_kv_heads: int,
               num_kv_heads=num_kv_heads, d_ff=d_ff, vocab_size=vocab_size,
               max_len=max_len, tied=tied, **fields) | (
                   {} if head_dim is None else {'head_dim': head_dim})
+
+
+def _pythia(num_layers: int, d_model: int, num_heads: int,
+            vocab_size: int = 50304) -> Fields:
+  return dict(num_layers=num_layers, d_model=d_model, num_heads=num_heads,
+              vocab_size=vocab_size, max_len=2048, tied=False, parallel=True,
+              rope_width=d_model // num_heads // 4, activation='gelu',
+              **(_LEARNED | dict(positions='rope')))
+
+
+def _gemma1(*shape: int, d_model: int) -> Fields:
+  return _rotary(shape[0], d_model, *shape[1:], vocab_size=256000,
+                 max_len=8192, head_dim=256, tied=True, norm_eps=1e-6,
+                 activation='gelu_tanh', embed_scale=d_model**0.5)
+
+
+def _starcoder2(*shape: int, **fields: Any) -> Fields:
+  return _rotary(*shape, vocab_size=49152, max_len=16384, tied=True,
+                 norm='layer', gated=False, qkv_bias=True, out_bias=True,
+                 mlp_bias=True, activation='gelu_tanh',
+                 windows=(4096,) * shape[0], **fields)
+
+
+def _olmo(num_layers: int, d_model: int, num_heads: int, d_ff: int,
+          max_len: int, **fields: Any) -> Fields:
+  return _rotary(num_layers, d_model, num_heads, num_heads, d_ff, 100352,
+                 max_len, rope_base=5e5, norm_eps=1e-6, qk_norm=True,
+                 joint_norm=(num_heads, num_heads), pre_norms=False,
+                 post_norms=True, **fields)
+
+
+def _latent(num_layers: int, d_model: int, num_heads: int, d_ff: int,
+            experts: int, width: int = 576) -> Fields:
+  """A token's latent vector as one head of keys and one of values, half each:
+  what is kept, copied and replicated is exact, weights and FLOPs are not.
+  Of experts, the two that every token uses count as chosen ones."""
+  return _rotary(num_layers, d_model, num_heads, 1, d_ff, 102400, 163840,
+                 head_dim=width // 2, num_experts=experts, experts_per_token=8)
 
 
 def _qwen2(*shape: int, **fields: Any) -> Fields:
@@ -68,9 +108,8 @@ def _gemma3(*shape: int, **fields: Any) -> Fields:
                 rope_local_base=1e4, qk_norm=True, **fields)
 
 
-_LLAMA_31: Fields = dict(rope_base=5e5, rope_scaling=RopeScaling(
-    'llama3', factor=8.0, original_len=8192, low_freq_factor=1.0,
-    high_freq_factor=4.0))
+_LLAMA_31: Fields = dict(
+    rope_base=5e5, rope_divisors=rope.llama3(128, 5e5, 8.0, 8192))
 
 _SHAPES: dict[str, Fields] = {
     # facebook/opt-*: L, D, N
@@ -115,12 +154,35 @@ _SHAPES: dict[str, Fields] = {
     'qwen3-30b-a3b': _qwen3(48, 2048, 32, 4, 768, num_experts=128,
                             experts_per_token=8),
     # google/gemma-*: L, D, N, K, F (V, context)
+    'gemma-2b': _gemma1(18, 8, 1, 16384, d_model=2048),
+    'gemma-7b': _gemma1(28, 16, 16, 24576, d_model=3072),
     'gemma-2-2b': _gemma2(26, 2304, 8, 4, 9216, head_dim=256),
     'gemma-2-9b': _gemma2(42, 3584, 16, 8, 14336, head_dim=256),
     'gemma-2-27b': _gemma2(46, 4608, 32, 16, 36864, head_dim=128, scale=144),
     'gemma-3-1b': _gemma3(26, 1152, 4, 1, 6912, 262144, 32768, window=512),
     'gemma-3-4b': _gemma3(34, 2560, 8, 4, 10240, 262208, 131072, window=1024,
-                          rope_scaling=RopeScaling('linear', 8.0)),
+                          rope_divisors=rope.linear(256, 8.0)),
+    # EleutherAI/pythia-*: L, D, N (V)
+    'pythia-160m': _pythia(12, 768, 12),
+    'pythia-1.4b': _pythia(24, 2048, 16),
+    'pythia-2.8b': _pythia(32, 2560, 32),
+    'pythia-6.9b': _pythia(32, 4096, 32, 50432),
+    'pythia-12b': _pythia(36, 5120, 40, 50688),
+    # allenai/OLMo-2-1124-*: L, D, N, F, context
+    'olmo-2-7b': _olmo(32, 4096, 32, 11008, 4096),
+    'olmo-2-13b': _olmo(40, 5120, 40, 13824, 4096),
+    # HuggingFaceTB, microsoft, bigcode: L, D, N, K, F (V, context)
+    'smollm3-3b': _rotary(
+        36, 2048, 16, 4, 11008, 128256, 65536, tied=True, rope_base=5e6,
+        norm_eps=1e-6, rotated=(True, True, True, False) * 9),
+    'phi-3-mini-4k': _rotary(32, 3072, 32, 32, 8192, 32064, 4096,
+                             windows=(2047,) * 32),
+    'starcoder2-3b': _starcoder2(30, 3072, 24, 2, 12288,
+                                 rope_base=999999.4420358813),
+    'starcoder2-7b': _starcoder2(32, 4608, 36, 4, 18432, rope_base=1e6),
+    # deepseek-ai/DeepSeek-V2*, as what they keep: L, D, N, F, E
+    'deepseek-v2-lite-kv': _latent(27, 2048, 16, 1408, 64),
+    'deepseek-v2-kv': _latent(60, 5120, 128, 1536, 160),
 }
 
 NAMES = tuple(_SHAPES)

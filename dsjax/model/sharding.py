@@ -122,7 +122,8 @@ def cut(config: ModelConfig, tp: int) -> Layout:
   if not config.num_experts:
     d_ff += -d_ff % tp
   padded = dataclasses.replace(
-      config, num_heads=len(heads), num_kv_heads=slots, d_ff=d_ff)
+      config, num_heads=len(heads), num_kv_heads=slots, d_ff=d_ff,
+      joint_norm=config.joint_norm and (N, K * copies))
   return Layout(config, padded, tp, tuple(heads), tuple(kv_heads))
 
 
@@ -191,7 +192,7 @@ def place_params(layout: Layout, span: Span, mesh: Mesh,
 
   One at a time, so that what is padded is not kept on the host.
   """
-  def put(leaf, layer):
+  def put(leaf: str, layer: int | None) -> jax.Array:
     source = params if layer is None else params['layers'][layer]
     return jax.device_put(layout.pad(leaf, source[leaf]),
                           NamedSharding(mesh, spec(leaf)))

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from dsjax.config.model import ModelConfig, RopeScaling
+from dsjax.config.model import ModelConfig
 from dsjax.kernels import shapes, tiles
 from dsjax.kernels.decode_attention import decode_attention
 from dsjax.kernels.kv_write import kv_write, rotary
@@ -111,32 +111,45 @@ def norm(config: ModelConfig, leaves: Params, name: str,
   return rms_norm(x_SD, gain_D, config.norm_eps)
 
 
-def stretch(scaling: RopeScaling, rate_h: jax.Array) -> jax.Array:
-  """Rotary frequencies scaled for a longer context (Llama 3.1 reference).
-
-  llama3: a frequency that turns r times in the original context keeps
-  s = clip((r - low) / (high - low), 0, 1) of itself and has 1 - s divided.
-  """
-  if scaling.kind == 'linear':
-    return rate_h / scaling.factor
-  turns_h = rate_h * scaling.original_len / (2 * jnp.pi)
-  kept_h = jnp.clip((turns_h - scaling.low_freq_factor) / (
-      scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
-  return rate_h * (kept_h + (1 - kept_h) / scaling.factor)
-
-
 def angles(config: ModelConfig, pos_S: jax.Array,
            window: int = 0) -> tuple[jax.Array, jax.Array]:
-  """cos and sin of the rotary angles: [S, 1, H] each, float32."""
+  """cos and sin of the rotary angles: [S, 1, H] each, float32.
+
+  Where only R numbers of a head rotate, they are the first R/2 of each half:
+  the weights are stored so. The others turn by nothing.
+  """
   local = window and config.rope_local_base
-  half = config.head_dim // 2
+  half = (config.rope_width or config.head_dim) // 2
   rate_h = (local or config.rope_base) ** (
       -jnp.arange(half, dtype=jnp.float32) / half)
-  if config.rope_scaling and not local:
-    rate_h = stretch(config.rope_scaling, rate_h)
+  gain_h = jnp.ones(half)
+  if not local:
+    gain_h *= config.rope_gain
+    if config.rope_divisors:
+      rate_h /= jnp.array(config.rope_divisors, jnp.float32)
   angle_Sh = pos_S[:, None].astype(jnp.float32) * rate_h[None, :]
-  angle_S1H = jnp.concatenate((angle_Sh, angle_Sh), -1)[:, None, :]
-  return jnp.cos(angle_S1H), jnp.sin(angle_S1H)
+
+  def whole(value_Sh: jax.Array, still: float) -> jax.Array:
+    value_Sh = jnp.pad(value_Sh * gain_h[None, :],
+                       ((0, 0), (0, config.head_dim // 2 - half)),
+                       constant_values=still)
+    return jnp.concatenate((value_Sh, value_Sh), -1)[:, None, :]
+
+  return whole(jnp.cos(angle_Sh), 1), whole(jnp.sin(angle_Sh), 0)
+
+
+def qk_norm(config: ModelConfig, layer: Params, name: str,
+            x_SNH: jax.Array) -> jax.Array:
+  """RMSNorm of queries or keys, each head by itself or all together."""
+  if not config.joint_norm:
+    return rms_norm(x_SNH, layer[f'{name}_norm_H'], config.norm_eps)
+  letter, heads = dict(q=('N', config.joint_norm[0]),
+                       k=('K', config.joint_norm[1]))[name]
+  x32_SNH = x_SNH.astype(jnp.float32)
+  mean_S11 = jnp.sum(x32_SNH**2, (1, 2), keepdims=True) / (
+      heads * config.head_dim)
+  x32_SNH *= jax.lax.rsqrt(mean_S11 + config.norm_eps)
+  return x32_SNH.astype(x_SNH.dtype) * layer[f'{name}_norm_{letter}H'][None]
 
 
 def attention_inputs(
@@ -147,7 +160,7 @@ def attention_inputs(
 
   Keys are not rotated yet: that is done as they are written.
   """
-  h_SD = norm(config, layer, 'attn_norm', x_SD)
+  h_SD = norm(config, layer, 'attn_norm', x_SD) if config.pre_norms else x_SD
   q_SNH = project(layer['q_NHD'], h_SD)
   k_SKH = project(layer['k_KHD'], h_SD)
   v_SKH = project(layer['v_KHD'], h_SD)
@@ -156,8 +169,8 @@ def attention_inputs(
     k_SKH += layer['k_bias_KH'][None]
     v_SKH += layer['v_bias_KH'][None]
   if config.qk_norm:
-    q_SNH = rms_norm(q_SNH, layer['q_norm_H'], config.norm_eps)
-    k_SKH = rms_norm(k_SKH, layer['k_norm_H'], config.norm_eps)
+    q_SNH = qk_norm(config, layer, 'q', q_SNH)
+    k_SKH = qk_norm(config, layer, 'k', k_SKH)
   if turn is not None:
     q_SNH = rotary(q_SNH, *turn)
   return q_SNH, k_SKH, v_SKH
@@ -167,13 +180,16 @@ def feed_forward(config: ModelConfig, layer: Params,
                  h_SD: jax.Array) -> jax.Array:
   """down(act(gate h) * up h), or down(act(up h)) without a gate."""
   act = ACTIVATIONS[config.activation]
-  up_SF = project(layer['up_FD'], h_SD)
-  if config.mlp_bias:
-    up_SF += layer['up_bias_F'][None, :]
-  h_SF = (act(project(layer['gate_FD'], h_SD)) * up_SF if config.gated
+
+  def linear(name: str, axes: str, x_SI: jax.Array) -> jax.Array:
+    y_SO = project(layer[f'{name}_{axes}'], x_SI)
+    return (y_SO + layer[f'{name}_bias_{axes[0]}'][None, :] if config.mlp_bias
+            else y_SO)
+
+  up_SF = linear('up', 'FD', h_SD)
+  h_SF = (act(linear('gate', 'FD', h_SD)) * up_SF if config.gated
           else act(up_SF))
-  y_SD = project(layer['down_DF'], h_SF)
-  return y_SD + layer['down_bias_D'][None, :] if config.mlp_bias else y_SD
+  return linear('down', 'DF', h_SF)
 
 
 def route(config: ModelConfig, router_ED: jax.Array,
@@ -207,7 +223,7 @@ def run_experts(
   order_R = jnp.argsort(expert_R)
   size_E = jnp.sum(expert_R[:, None] == jnp.arange(E)[None, :], 0)
 
-  def product(x_RI, w_EOI):
+  def product(x_RI: jax.Array, w_EOI: jax.Array) -> jax.Array:
     return jax.lax.ragged_dot_general(x_RI, w_EOI, size_E, BY_EXPERT)
 
   h_RD = h_SD[order_R // A]
@@ -258,8 +274,8 @@ def run_layers(
 
   attend(layer, q_SNH, *held) -> o_SNH, held being what by_layer gives of the
   layer, is the only thing in which prefill and decode differ; it may ask for
-  the window of `layer`, and layers of equal windows may all come as one of
-  them. cache holds just these layers.
+  the window of `layer`, and layers of a kind may all come as one of them.
+  cache holds just these layers.
   page_S: the page of each token, P to drop it.
 
   Args:
@@ -269,18 +285,24 @@ def run_layers(
   Returns:
     (x_SD, cache).
   """
-  windows = {config.window(first + i) for i in range(len(layers))}
-  turns = {window: angles(config, pos_S, window)
-           if config.positions == 'rope' else None for window in windows}
+  kinds = {config.kind(first + i) for i in range(len(layers))}
+  turns = {(window, rotates): angles(config, pos_S, window) if rotates else None
+           for window, rotates in kinds}
   offset_S = pos_S % cache.k_KPCH[0].shape[2]
   write = sharding.shard_map(
       mesh, functools.partial(kv_write, impl=tiles.portable(impl)),
       (HELD, HEADS, HEADS, REPLICATED, REPLICATED, REPLICATED), HELD)
 
+  def add(layer: Params, part: str, x_SD: jax.Array, y_SD: jax.Array
+          ) -> jax.Array:
+    if config.post_norms:
+      y_SD = norm(config, layer, f'{part}_post_norm', y_SD)
+    return x_SD + y_SD * config.residual_scale
+
   # Traced and lowered once for all layers alike.
   @functools.partial(jax.jit, static_argnames='like')
   def block(x_SD, layer, held, like):
-    turn = turns[config.window(like)]
+    turn = turns[config.kind(like)]
     q_SNH, k_SKH, v_SKH = attention_inputs(config, layer, x_SD, turn)
     held = write(held, k_SKH, v_SKH, page_S, offset_S, turn)
     o_SNH = attend(like, q_SNH, *held)
@@ -288,20 +310,18 @@ def run_layers(
     y_SD = project(o_DI, o_SNH.reshape(o_SNH.shape[0], -1))
     if config.out_bias:
       y_SD += layer['o_bias_D'][None, :]
-    if config.post_norms:
-      y_SD = norm(config, layer, 'attn_post_norm', y_SD)
-    x_SD += y_SD
-    h_SD = norm(config, layer, 'mlp_norm', x_SD)
+    attended_SD = add(layer, 'attn', x_SD, y_SD)
+    h_SD = x_SD if config.parallel else attended_SD
+    if config.pre_norms:
+      h_SD = norm(config, layer, 'mlp_norm', h_SD)
     y_SD = (experts(config, layer, h_SD, mesh) if config.num_experts
             else feed_forward(config, layer, h_SD))
-    if config.post_norms:
-      y_SD = norm(config, layer, 'mlp_post_norm', y_SD)
-    return x_SD + y_SD, held
+    return add(layer, 'mlp', attended_SD, y_SD), held
 
   alike, written = {}, []
   for i, (layer, held) in enumerate(
       zip(layers, kv.by_layer(cache), strict=True), first):
-    like = alike.setdefault(config.window(i), i)
+    like = alike.setdefault(config.kind(i), i)
     x_SD, held = block(x_SD, layer, held, like)
     written.append(held)
   return x_SD, kv.from_layers(written)
@@ -311,8 +331,8 @@ def head(config: ModelConfig, params: Params, x_RD: jax.Array) -> jax.Array:
   """Logits of hidden states, float32; -inf for rows that pad V."""
   x_RD = norm(config, params, 'norm', x_RD)
   head_VD = params['embed_VD'] if config.tied else params['head_VD']
-  logits_RV = tiles.cap(project(head_VD, x_RD).astype(jnp.float32),
-                        config.logit_softcap)
+  logits_RV = project(head_VD, x_RD).astype(jnp.float32) * config.logit_scale
+  logits_RV = tiles.cap(logits_RV, config.logit_softcap)
   if head_VD.shape[0] == config.vocab_size:
     return logits_RV
   real_V = jnp.arange(head_VD.shape[0]) < config.vocab_size

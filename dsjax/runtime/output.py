@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from dsjax.analysis.record import Record
-from dsjax.checkpoints import tokenizer
+from dsjax.checkpoints import stops, tokenizer
 from dsjax.config.request import Request
 
 # Of a token: its log-probability, and the (id, log-probability) of the most
@@ -118,8 +118,8 @@ class RequestOutputState:
     self.ended, self.failed = False, False
     self.reason: str | None = None
     self.error: str | None = None
-    self._stream = tokenizer.Stream(vocabulary) if vocabulary else None
-    self._stops = tokenizer.StopMatcher(request.sampling.stop)
+    self._stream = stops.Stream(vocabulary) if vocabulary else None
+    self._stops = stops.StopMatcher(request.sampling.stop)
     self._pieces_taken = self._tokens_taken = 0
 
   @property

@@ -53,6 +53,30 @@ def test_a_missing_wheel_says_how_to_install_it(monkeypatch):
 # --- loading -----------------------------------------------------------------
 
 
+@pytest.mark.parametrize('file, text, words', [
+    ('tokenizer.json', '{"model": {"type": "Unigram"}}', 'Unigram'),
+    ('tokenizer.json', '{', 'JSON'),
+    ('tokenizer_config.json', '{"chat_template": "{% if %}"}',
+     'chat_template'),
+    ('config.json', '{}', 'model_type')])
+def test_a_folder_is_refused_before_its_weights_are_read(
+    tmp_path, monkeypatch, file, text, words):
+  hf_test.save(tmp_path, *hf_test.make('llama'))
+  (tmp_path / 'tokenizer.json').write_text(json.dumps(
+      {'model': {'type': 'BPE', 'vocab': {}, 'merges': []},
+       'decoder': {'type': 'ByteLevel'}}))
+  (tmp_path / file).write_text(text)
+  monkeypatch.delattr(checkpoint, 'load_hf')
+  assert words in error_of(tmp_path)
+
+
+def test_a_gguf_is_refused_before_its_weights_are_read(path, monkeypatch):
+  gguf_model_test.save(path, gguf_model_test.KEYS | {
+      'tokenizer.ggml.model': 'unknown'})
+  monkeypatch.delattr(checkpoint, 'load_gguf')
+  assert 'tokenizer.ggml.model' in error_of(path)
+
+
 def test_a_folder_without_a_tokenizer(tmp_path):
   model = checkpoint.load(hf_test.save(tmp_path, *hf_test.make('opt')))
   assert model.tokenizer is None and model.config.positions == 'learned'

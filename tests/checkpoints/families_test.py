@@ -17,8 +17,8 @@ import pytest
 from jax.sharding import Mesh
 
 from dsjax.checkpoints import checkpoint
+from dsjax.config import rope
 from dsjax.config.engine import EngineConfig
-from dsjax.config.model import RopeScaling
 from dsjax.config.placement import Placement, Plan
 from dsjax.config.request import Request, Sampling
 from dsjax.kernels.prefill_attention import prefill_attention
@@ -35,12 +35,16 @@ i32 = functools.partial(np.asarray, dtype=np.int32)
 # What a wrong field would be, and a family whose logits must show it.
 WRONG = [
     ('gpt2', dict(activation='gelu')),
-    ('llama3', dict(rope_scaling=RopeScaling(
-        'llama3', 8.0, 64, high_freq_factor=5.0))),
+    ('llama3', dict(rope_divisors=rope.llama3(16, 1e4, 8.0, 64, high=5.0))),
     ('mistral', dict(windows=(7, 8))),
     ('gemma2', dict(attn_softcap=1.6)),
     ('gemma3', dict(rope_local_base=None)),
     ('mixtral', dict(renormalize=False)),
+    ('qwen2_yarn', dict(rope_gain=1.0)),
+    ('olmo3', dict(rope_local_base=None)),
+    ('smollm3', dict(rotated=(True,) * 4)),
+    ('granite', dict(residual_scale=0.75)),
+    ('gpt_neox', dict(parallel=False)),
 ]
 
 
@@ -66,7 +70,8 @@ def with_logits(step, config, **static):
 
     with mock.patch.object(transformer, 'run_layers', spy):
       out = step(config, params, *args, **static)
-    return out, transformer.head(config, params, seen[0][0])
+    logits_SV = transformer.head(config, params, seen[0][0])
+    return out, logits_SV[:, :config.vocab_size]  # without padding
 
   return jax.jit(logged)
 
@@ -153,9 +158,11 @@ def test_bfloat16_weights_and_cache(name):
   assert run.cache.k_KPCH[0].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize('name, tp', [('gemma3', 4), ('mixtral', 2)])
+@pytest.mark.parametrize('name, tp', [
+    ('gemma3', 4), ('mixtral', 2), ('olmo2', 3), ('phi3_partial', 3)])
 def test_devices_change_no_token(name, tp):
-  """Four share two kv heads; experts are split."""
+  """Four share two kv heads; experts are split; a norm over all heads counts
+  none twice, and no padding."""
   config, params, tokens, logits_TV, prompt_len = load(name)
   mesh = Mesh(np.array(jax.devices()[:tp]), (sharding.AXIS,))
   layout = sharding.cut(config, tp)

@@ -4,12 +4,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsjax.checkpoints import checkpoint, gguf_model
+from dsjax.checkpoints import checkpoint
 from dsjax.checkpoints.families import gemma2, gemma3
 from dsjax.checkpoints.family import GgufKeys
 from dsjax.checkpoints.weights import random_params, stored_shape, tree
+from dsjax.config import rope
 from dsjax.config.checks import InputError
-from dsjax.config.model import ModelConfig, RopeScaling
+from dsjax.config.model import ModelConfig
+
+gguf = pytest.importorskip('gguf')
 
 gguf = pytest.importorskip('gguf')
 
@@ -275,7 +278,7 @@ def save_raw(path, keys):
 
 
 @pytest.mark.parametrize('key, value', [
-    ('rope.scaling.type', 'yarn'), ('rope.scaling.factor', 2.0),
+    ('rope.scaling.type', 'longrope'), ('rope.scaling.factor', 2.0),
     ('rope.scale_linear', 4.0), ('logit_scale', 0.5),
     ('attention.sliding_window', 512)])
 def test_an_unsupported_hyperparameter(path, key, value):
@@ -292,7 +295,7 @@ def test_a_neutral_hyperparameter(path, key, value):
 
 
 @pytest.mark.parametrize('name, hint', [
-    ('rope_freqs.weight', 'RoPE scaling'), ('blk.0.attn_q.bias', 'biases'),
+    ('blk.0.attn_q.bias', 'biases'),
     ('blk.1.ffn_gate_exps.weight', 'mixture of experts'),
     ('blk.0.ffn_gate_inp.weight', 'mixture of experts'),
     ('blk.2.attn_q.weight', 'unexpected')])
@@ -349,9 +352,8 @@ NAMES = {
     'attn_norm_bias_D': T.ATTN_NORM, 'mlp_norm_bias_D': T.FFN_NORM,
     'q_bias_NH': T.ATTN_Q, 'k_bias_KH': T.ATTN_K, 'v_bias_KH': T.ATTN_V,
     'o_bias_D': T.ATTN_OUT, 'up_bias_F': T.FFN_UP, 'down_bias_D': T.FFN_DOWN}
-GEMMA = dict(
-    norm_eps=2**-20, activation='gelu_tanh', post_norms=True,
-    embed_scale=D**0.5, attn_softcap=50.0, logit_softcap=30.0)
+GEMMA1 = dict(norm_eps=2**-20, activation='gelu_tanh', embed_scale=D**0.5)
+GEMMA = GEMMA1 | dict(post_norms=True, attn_softcap=50.0, logit_softcap=30.0)
 # Architecture -> (what its config has beyond CONFIG, its keys).
 FAMILIES = {
     'qwen2': (dict(qkv_bias=True), {}),
@@ -364,13 +366,14 @@ FAMILIES = {
         'expert_feed_forward_length': 16}),
     'llama': (dict(num_experts=3, experts_per_token=2), {
         'expert_count': 3, 'expert_used_count': 2}),
+    'gemma': (GEMMA1, {}),
     'gemma2': (GEMMA | dict(attn_scale=H**-0.5, windows=(16, 0)), {
         'attention.sliding_window': 16, 'attn_logit_softcapping': 50.0,
         'final_logit_softcapping': 30.0}),
     'gemma3': (GEMMA | dict(
         attn_softcap=0.0, logit_softcap=0.0, attn_scale=H**-0.5, qk_norm=True,
         windows=(16, 16), rope_base=1e6, rope_local_base=1e4,
-        rope_scaling=RopeScaling('linear', 8.0)), {
+        rope_divisors=(8.0,) * 4), {
             'attention.sliding_window': 16, 'rope.freq_base': 1e6,
             'rope.scaling.type': 'linear', 'rope.scaling.factor': 8.0}),
     'gpt2': (dict(
@@ -465,40 +468,40 @@ def divisors(factor, length, low=1.0, high=4.0, width=H, base=1e4):
   return np.array(found, np.float32)
 
 
-@pytest.mark.parametrize('factor, length', [(8.0, 1000), (32.0, 900),
-                                            (8.0, 100)])
-def test_llama3_scaling_is_found_from_its_divisors(path, factor, length):
-  tensors = tiny_tensors() | {'rope_freqs.weight': divisors(factor, length)}
-  config, _ = checkpoint.load_gguf(save(path, tensors=tensors))
-  assert config.rope_scaling == RopeScaling('llama3', factor, length, 1.0, 4.0)
+def test_divisors_are_read_as_they_stand(path):
+  """Of any scaling: those of llama3 as llama.cpp's converter writes them."""
+  freqs = divisors(8.0, 1000)
+  config, _ = checkpoint.load_gguf(save(
+      path, tensors=tiny_tensors() | {'rope_freqs.weight': freqs}))
+  assert config.rope_divisors == tuple(freqs.tolist())
 
 
-@pytest.mark.parametrize('factor, width', [(8.0, 128), (32.0, 64)])
-def test_llama3_scaling_of_published_models(factor, width):
-  freqs = divisors(factor, 8192, width=width, base=5e5)
-  assert gguf_model._llama3_scaling(freqs, width, 5e5) == RopeScaling(
-      'llama3', factor, 8192, 1.0, 4.0)
+@pytest.mark.parametrize('factor, width, base', [(8.0, 128, 5e5),
+                                                 (32.0, 64, 5e5)])
+def test_llama3_of_published_models_is_that_of_the_converter(
+    factor, width, base):
+  np.testing.assert_allclose(
+      rope.llama3(width, base, factor, 8192),
+      divisors(factor, 8192, width=width, base=base), rtol=1e-6)
 
 
 @pytest.mark.parametrize('freqs', [
-    np.ones(4), np.array([1, 2, 3, 4]), divisors(8.0, 1000, 1.0, 2.0)[::-1],
-    np.full(4, 2.0), np.full(4, np.nan),
-    np.array([1, 2, 8, np.inf]), -np.ones(4), np.zeros(4)])
+    np.full(4, np.nan), np.array([1, 2, 8, np.inf]), -np.ones(4), np.zeros(4),
+    np.ones(3)], ids=str)
 def test_other_divisors_are_refused(path, freqs):
   tensors = tiny_tensors() | {'rope_freqs.weight': freqs.astype(np.float32)}
   message = error_of(save(path, tensors=tensors))
   assert 'rope_freqs.weight' in message and 'RoPE scaling' in message
 
 
-def test_divisors_of_another_length_are_refused(path):
-  tensors = tiny_tensors() | {'rope_freqs.weight': np.ones(3, np.float32)}
-  assert 'rope_freqs.weight' in error_of(save(path, tensors=tensors))
-
-
-def test_linear_scaling(path):
-  keys = KEYS | {'llama.rope.scaling.type': 'linear',
+@pytest.mark.parametrize('kind, want', [
+    ('linear', dict(rope_divisors=(2.0,) * 4)),
+    ('yarn', dict(rope_divisors=rope.yarn(H, 1e4, 2.0, 128), max_len=256,
+                  rope_gain=rope.yarn_gain(2.0)))])
+def test_scaling_by_keys(path, kind, want):
+  keys = KEYS | {'llama.rope.scaling.type': kind,
                  'llama.rope.scaling.factor': 2.0}
   config, _ = checkpoint.load_gguf(save(path, keys))
-  assert config.rope_scaling == RopeScaling('linear', 2.0)
+  assert config == dataclasses.replace(CONFIG, **want)
   tensors = tiny_tensors() | {'rope_freqs.weight': divisors(8.0, 1000)}
   assert 'rope.scaling.type' in error_of(save(path, keys, tensors))

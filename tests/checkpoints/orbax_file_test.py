@@ -12,7 +12,7 @@ from dsjax.checkpoints.orbax_file import load_orbax, read_config, save_orbax
 from dsjax.checkpoints.weights import random_params
 from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
-from dsjax.config.model import ModelConfig, RopeScaling
+from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Placement, Plan
 from dsjax.config.request import Request, Sampling
 from dsjax.model import sharding
@@ -23,7 +23,7 @@ from tests.common import tiny
 CONFIG = ModelConfig(
     name='tiny', num_layers=2, d_model=32, num_heads=4, num_kv_heads=4,
     head_dim=8, d_ff=64, vocab_size=64, max_len=128, eos_ids=(2, 3),
-    windows=(0, 8), rope_scaling=RopeScaling('llama3', 8.0, 64))
+    windows=(0, 8), rope_divisors=(1.0, 1.0, 2.5, 8.0))
 PARAMS = random_params(CONFIG, 0)
 
 
@@ -157,7 +157,7 @@ def test_it_is_served_from_the_folder(tmp_path, plan):
         tiny.prompt(9), 8, config)
 
 
-@pytest.mark.parametrize('kind', ['opt', 'gemma3_text', 'qwen3_moe'])
+@pytest.mark.parametrize('kind', ['opt', 'gemma3', 'qwen3_moe', 'olmo2'])
 def test_other_families(tmp_path, kind):
   (tmp_path / 'hf').mkdir()
   config, params = load_hf(hf_test.save(tmp_path / 'hf', *hf_test.make(kind)))
@@ -190,7 +190,7 @@ def write(path, **changes):
 
 @pytest.mark.parametrize('field, value', [
     ('surprise', 1), ('d_model', 'absent'), ('d_model', 'x'), ('d_model', -1),
-    ('rope_scaling', {'kind': 'yarn', 'factor': 2.0}), ('rope_scaling', 3),
+    ('rope_divisors', [1.0, 2.0]), ('rope_divisors', 3),
     ('eos_ids', 3)])
 def test_a_bad_configuration(tmp_path, field, value):
   write(tmp_path, **{field: value})

@@ -40,6 +40,8 @@ def saved(path, **changes):
                attention_multiplier=0.25, residual_multiplier=1.0) | changes
   renamed = {}
   for name, array in tensors.items():
+    if 'lm_head' in name:
+      continue
     if 'o_proj' in name:
       name, array = name.replace('o_proj', 'dense'), array.T.copy()
     renamed[name.replace('post_attention_layernorm', 'ln_2')] = array

@@ -6,14 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsjax.checkpoints import checkpoint
-from dsjax.checkpoints.tokenizer import (
-  _PRE,
-  StopMatcher,
-  Stream,
-  Tokenizer,
-  _borders,
-)
+from dsjax.checkpoints.gguf_tokenizer import _PRE, load, of_gguf
 from dsjax.config.checks import InputError
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens'
@@ -27,16 +20,6 @@ TEMPLATE = ("{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}"
 ENCODABLE = st.text(st.characters(
     exclude_categories=['Cs'], exclude_characters='\x04\x06\x13\x14\x16\x1d')
     .filter(lambda c: not 0x40000 <= ord(c) < 0xC0000))
-
-
-@pytest.fixture(scope='module')
-def meta():
-  return checkpoint.read_gguf(checkpoint.find('smollm2-135m-instruct'))[0]
-
-
-@pytest.fixture(scope='module')
-def smollm(meta):
-  return Tokenizer.of_gguf(meta)
 
 
 def tiny_meta(**changes):
@@ -57,11 +40,11 @@ def tiny_meta(**changes):
 
 @functools.cache
 def tiny(pre):
-  return Tokenizer.of_gguf(tiny_meta(pre=pre))
+  return of_gguf(tiny_meta(pre=pre))
 
 
 def chat_of(template, **changes):
-  return Tokenizer.of_gguf(tiny_meta(**changes)
+  return of_gguf(tiny_meta(**changes)
                            | {'tokenizer.chat_template': template})
 
 
@@ -76,7 +59,7 @@ def test_ids_are_those_of_transformers(smollm, golden):
 
 @pytest.mark.parametrize('pre', sorted(_PRE.keys() & EDGES[0].keys()))
 def test_ids_of_awkward_texts_are_those_of_llama_cpp(meta, pre):
-  tokenizer = Tokenizer.of_gguf(meta | {'tokenizer.ggml.pre': pre})
+  tokenizer = of_gguf(meta | {'tokenizer.ggml.pre': pre})
   for golden in EDGES:
     assert tokenizer.encode(golden['text']) == golden[pre], golden['text']
 
@@ -120,13 +103,13 @@ def test_any_text_round_trips_with_all_bytes(pre, text):
 
 def test_bos_only_when_the_file_says_so(smollm):
   assert smollm.encode('') == []
-  tokenizer = Tokenizer.of_gguf(tiny_meta(add_bos_token=True))
+  tokenizer = of_gguf(tiny_meta(add_bos_token=True))
   assert tokenizer.encode('') == [tokenizer.bos_id]
   assert tokenizer.decode(tokenizer.encode('hey')) == 'hey'
 
 
 def test_user_defined_tokens_are_text():
-  tokenizer = Tokenizer.of_gguf(tiny_meta())
+  tokenizer = of_gguf(tiny_meta())
   ids = tokenizer.encode('he<tool>he')
   assert ids == [261, 262, 261]
   assert tokenizer.decode(ids) == 'he<tool>he'
@@ -146,7 +129,7 @@ def test_every_control_token_is_read_only_when_asked_for(smollm, meta):
 
 @pytest.mark.parametrize('pre', sorted(_PRE))
 def test_a_control_token_of_plain_letters_is_not_merged_into(pre):
-  tokenizer = Tokenizer.of_gguf(tiny_meta(pre=pre))
+  tokenizer = of_gguf(tiny_meta(pre=pre))
   assert tokenizer.control_ids.isdisjoint(tokenizer.encode('PAD'))
 
 
@@ -165,11 +148,12 @@ def test_content_cannot_end_its_turn(smollm):
 
 @given(content=st.lists(st.sampled_from(
     ['<', '>', '|', '<s>', '</s>', '/s', 's>', 'AD', 'PA', 'PAD', 'D', '\u2022',
-     '\U000F0000', ' ']), max_size=6).map(''.join))
+     '\U000F0000', ' ', '</t>']), max_size=6).map(''.join))
 @pytest.mark.parametrize('template', [
     '{{ messages[0].content }}>', '</{{ messages[0].content }}',
     "{{ messages[0].content | trim }}{{ 's>AD' }}",
-    "P{{ messages[0].content }}{{ messages[0].content }}"])
+    "P{{ messages[0].content }}{{ messages[0].content }}",
+    "{{ messages[0].content.split('</t>')[-1] }}>"])
 def test_no_control_token_begins_or_ends_inside_a_content(template, content):
   tokenizer = chat_of(template)
   message = {'role': 'user', 'content': content}
@@ -235,7 +219,8 @@ def test_unknown_ids_are_refused(smollm, token_id):
 
 
 @pytest.mark.parametrize('changes, words', [
-    ({'model': 'llama'}, ['gpt2', 'llama']),
+    ({'model': 'bert'}, ['gpt2', 'llama', 'bert']),
+    ({'model': 'llama'}, ['tokenizer.ggml.scores']),
     ({'pre': 'tekken'}, ['tekken', 'gpt-2', 'llama-bpe', 'smollm']),
     ({'pre': None}, ['tokenizer.ggml.pre']),
     ({'tokens': None}, ['token_type']),
@@ -249,7 +234,7 @@ def test_unknown_ids_are_refused(smollm, token_id):
     ({'bos_token_id': None, 'add_bos_token': True}, ['add_bos_token'])])
 def test_bad_metadata_is_named(changes, words):
   with pytest.raises(InputError) as error:
-    Tokenizer.of_gguf(tiny_meta(**changes))
+    of_gguf(tiny_meta(**changes))
   assert all(word in str(error.value) for word in words)
 
 
@@ -257,7 +242,7 @@ def test_a_normal_token_must_be_byte_level():
   meta = tiny_meta()
   meta['tokenizer.ggml.tokens'][5] = '好'
   with pytest.raises(InputError, match='byte-level'):
-    Tokenizer.of_gguf(meta)
+    of_gguf(meta)
 
 
 @pytest.mark.parametrize('template, words', [
@@ -279,112 +264,50 @@ def test_without_a_template_chat_is_refused():
   meta = tiny_meta()
   del meta['tokenizer.chat_template']
   with pytest.raises(InputError, match='chat_template'):
-    Tokenizer.of_gguf(meta).chat([{'role': 'user', 'content': 'x'}])
+    of_gguf(meta).chat([{'role': 'user', 'content': 'x'}])
 
 
 def test_load_names_the_file(tmp_path):
   path = tmp_path / 'none.gguf'
   with pytest.raises(InputError, match='none.gguf'):
-    Tokenizer.load(path)
+    load(path)
 
 
-# --- streams -----------------------------------------------------------------
+# --- sentencepiece -----------------------------------------------------------
+
+PIECES = json.loads((GOLDENS / 'sentencepiece.json').read_text('utf-8'))
 
 
-def streamed(tokenizer, ids):
-  stream = Stream(tokenizer)
-  return [stream.push(i) for i in ids], stream.finish()
+def sentence_meta(**changes):
+  meta = {'model': 'llama', 'tokens': PIECES['pieces'],
+          'scores': PIECES['scores'], 'token_type': PIECES['types'],
+          'bos_token_id': 1, 'eos_token_id': 2} | changes
+  return {f'tokenizer.ggml.{key}': value for key, value in meta.items()}
 
 
-@given(ids=st.lists(st.integers(0, 49151)))
-def test_stream_of_any_tokens_adds_up_to_decode(smollm, ids):
-  pushes, rest = streamed(smollm, ids)
-  assert ''.join(pushes) + rest == smollm.decode(ids)
+@pytest.mark.parametrize('text, ids', PIECES['texts'])
+def test_ids_are_those_of_sentencepiece(text, ids):
+  tokenizer = of_gguf(sentence_meta())
+  assert tokenizer.encode(text) == [1, *ids]
+  shown = text.replace('\u2581', ' ')
+  assert tokenizer.decode(ids) == (f' {shown}' if text else '')
 
 
-@given(text=ENCODABLE)
-def test_stream_of_text_has_whole_characters(smollm, text):
-  pushes, rest = streamed(smollm, smollm.encode(text))
-  assert ''.join(pushes) == text and rest == ''
-  assert ''.join(pushes).count('\ufffd') == text.count('\ufffd')
+def test_a_file_may_want_no_space_first_and_no_bos():
+  tokenizer = of_gguf(sentence_meta(add_space_prefix=False,
+                                    add_bos_token=False))
+  for text in (' the cat', 'the cat', '<0x41>\U0001f41d'):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_stream_holds_half_an_emoji_until_it_is_whole(smollm):
-  ids = smollm.encode('👍')
-  assert len(ids) > 1
-  assert streamed(smollm, ids) == (['' for _ in ids[1:]] + ['👍'], '')
-  assert streamed(smollm, ids[:-1]) == (['' for _ in ids[1:]], '\ufffd')
-
-
-# --- stop strings ------------------------------------------------------------
-
-
-def naive_stop(stops, text):
-  """(text before the stop string that is complete first, whether one is)."""
-  for end in range(1, len(text) + 1):
-    found = [len(s) for s in stops if text[:end].endswith(s)]
-    if found:
-      return text[:end - max(found)], True
-  return text, False
-
-
-@given(text=st.text('ab', min_size=1))
-def test_borders_match_their_definition(text):
-  for end, got in enumerate(_borders(text), start=1):
-    part = text[:end]
-    assert got == max(n for n in range(end)
-                      if part[:n] == part[end - n:])
-
-
-def run_stop(stops, pieces):
-  matcher, shown = StopMatcher(stops), ''
-  for piece in pieces:
-    text, hit = matcher.push(piece)
-    shown += text
-    if hit:
-      break
-  return shown + matcher.finish(), matcher.hit
-
-
-@given(stops=st.lists(st.text('ab', min_size=1, max_size=4), max_size=3),
-       pieces=st.lists(st.text('abc', max_size=4), max_size=8))
-def test_stop_matches_a_naive_search(stops, pieces):
-  assert run_stop(stops, pieces) == naive_stop(stops, ''.join(pieces))
-
-
-@given(stops=st.lists(st.text('ab', min_size=1, max_size=4), min_size=1,
-                      max_size=3), text=st.text('abc', max_size=12))
-def test_what_is_held_back_is_the_longest_start_of_a_stop(stops, text):
-  matcher = StopMatcher(stops)
-  shown, hit = matcher.push(text)
-  if not hit:
-    held = text[len(shown):]
-    starts = [text[i:] for i in range(len(text) + 1)
-              if any(s.startswith(text[i:]) for s in stops)]
-    assert held == starts[0]
-
-
-def test_stop_across_token_borders():
-  matcher = StopMatcher(['END'])
-  assert matcher.push('so E') == ('so ', False)
-  assert matcher.push('N') == ('', False)
-  assert matcher.push('D more') == ('', True)
-  assert matcher.push('more') == ('', True)
-  assert matcher.finish() == ''
-
-
-def test_a_false_start_is_shown_after_all():
-  matcher = StopMatcher('aab')
-  assert [matcher.push(c)[0] for c in 'aaac'] == ['', '', 'a', 'aac']
-  assert matcher.push('aa') == ('', False)
-  assert matcher.finish() == 'aa'
-
-
-def test_no_stops_holds_nothing():
-  assert StopMatcher(()).push('text') == ('text', False)
-
-
-@pytest.mark.parametrize('stops', [[''], [1], ['a', None]])
-def test_bad_stop_strings_are_refused(stops):
-  with pytest.raises(InputError, match='stop'):
-    StopMatcher(stops)
+def test_runs_of_spaces_that_gemma_adds():
+  """As user-defined tokens, before merges."""
+  tokenizer = of_gguf(sentence_meta(
+      tokens=[*PIECES['pieces'], '\u2581' * 3, '<end_of_turn>', '\n\n'],
+      scores=[*PIECES['scores'], 0.0, 0.0, 0.0],
+      token_type=[*PIECES['types'], 4, 3, 4], add_space_prefix=False))
+  spaces = len(PIECES['pieces'])
+  ids = tokenizer.encode('the   cat\n\n<end_of_turn>')
+  assert ids.count(spaces) == 1 and ids.count(spaces + 2) == 1
+  assert spaces + 1 not in ids
+  assert tokenizer.decode(ids) == 'the   cat\n\n<end_of_turn>'

@@ -7,6 +7,8 @@ import pytest
 from dsjax.checkpoints.hf_config import read_config
 from dsjax.config import zoo
 from dsjax.config.checks import InputError
+from dsjax.model import sharding
+from dsjax.runtime import migration
 
 # Parameters as published: the safetensors headers of the Hub, tied heads
 # counted once; OPT 66B and 175B by their papers' tables.
@@ -27,7 +29,15 @@ PUBLISHED = {
     'qwen3-32b': 32_762_123_264, 'qwen3-30b-a3b': 30_532_122_624,
     'gemma-2-2b': 2_614_341_888, 'gemma-2-9b': 9_241_705_984,
     'gemma-2-27b': 27_227_128_320, 'gemma-3-1b': 999_885_952,
-    'gemma-3-4b': 3_880_263_168}
+    'gemma-3-4b': 3_880_263_168,
+    'gemma-2b': 2_506_172_416, 'gemma-7b': 8_537_680_896,
+    'pythia-160m': 162_322_944, 'pythia-1.4b': 1_414_647_808,
+    'pythia-2.8b': 2_775_208_960, 'pythia-6.9b': 6_857_302_016,
+    'pythia-12b': 11_846_072_320, 'olmo-2-7b': 7_298_617_344,
+    'olmo-2-13b': 13_716_198_400, 'smollm3-3b': 3_075_098_624,
+    'phi-3-mini-4k': 3_821_079_552, 'starcoder2-3b': 3_030_371_328,
+    'starcoder2-7b': 7_173_923_840, 'deepseek-v2-lite-kv': 15_706_484_224,
+    'deepseek-v2-kv': 235_741_434_880}
 
 
 def count(config):
@@ -43,12 +53,29 @@ def test_parameters_are_as_many_as_published(name):
   published = PUBLISHED[name]
   if name.startswith('opt'):  # published tables have two rows more
     assert found == pytest.approx(published, rel=0.01)
+  elif name.endswith('-kv'):  # what it keeps of a token is exact
+    assert found == pytest.approx(published, rel=0.08)
   else:
     assert found == published
 
 
 def test_every_model_is_checked():
   assert PUBLISHED.keys() == set(zoo.NAMES)
+
+
+@pytest.mark.parametrize('name, layers', [('deepseek-v2-lite-kv', 27),
+                                          ('deepseek-v2-kv', 60)])
+def test_a_latent_is_planned_for_as_it_is_kept(name, layers):
+  """512 numbers and 64 rotated ones a layer, on every shard."""
+  config = zoo.config(name)
+  assert config.kv_bytes_per_token(2) == layers * (512 + 64) * 2
+  source, target = sharding.cut(config, 8), sharding.cut(config, 2)
+  for layout in (source, target):  # a replica on every shard
+    assert layout.padded.kv_bytes_per_token(2) == layout.tp * (
+        config.kv_bytes_per_token(2))
+  spans = sharding.spans(layers, 3), sharding.spans(layers, 2)
+  pieces = migration.plan_pieces(source, spans[0], target, spans[1])
+  assert migration.ratio(pieces, source) == target.tp
 
 
 def test_gemma_alternates():
@@ -110,7 +137,46 @@ FILES = {
         num_attention_heads=4, num_hidden_layers=26, num_key_value_heads=1,
         query_pre_attn_scalar=256, rms_norm_eps=1e-6, rope_scaling=None,
         rope_local_base_freq=10000, rope_theta=1000000, sliding_window=512,
-        sliding_window_pattern=6, vocab_size=262144)}
+        sliding_window_pattern=6, vocab_size=262144),
+    'pythia-160m': dict(
+        model_type='gpt_neox', hidden_act='gelu', hidden_size=768,
+        initializer_range=0.02, intermediate_size=3072, layer_norm_eps=1e-5,
+        max_position_embeddings=2048, num_attention_heads=12,
+        num_hidden_layers=12, rotary_emb_base=10000, rotary_pct=0.25,
+        tie_word_embeddings=False, torch_dtype='float16', use_cache=True,
+        use_parallel_residual=True, vocab_size=50304),
+    'smollm3-3b': _COMMON | dict(
+        model_type='smollm3', hidden_act='silu', hidden_size=2048,
+        intermediate_size=11008, is_llama_config=True,
+        layer_types=['full_attention'] * 36, max_position_embeddings=65536,
+        max_window_layers=28, mlp_bias=False, no_rope_layer_interval=4,
+        no_rope_layers=[1, 1, 1, 0] * 9, num_attention_heads=16,
+        num_hidden_layers=36, num_key_value_heads=4, rms_norm_eps=1e-6,
+        pretraining_tp=2, rope_scaling=None, rope_theta=5000000.0,
+        sliding_window=None, use_sliding_window=False, vocab_size=128256),
+    'phi-3-mini-4k': _COMMON | dict(
+        model_type='phi3', auto_map={'AutoConfig': 'configuration_phi3.X'},
+        embd_pdrop=0.0, hidden_act='silu', hidden_size=3072,
+        intermediate_size=8192, max_position_embeddings=4096,
+        num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=32,
+        original_max_position_embeddings=4096, resid_pdrop=0.0,
+        rms_norm_eps=1e-5, rope_scaling=None, rope_theta=10000.0,
+        sliding_window=2047, tie_word_embeddings=False, vocab_size=32064),
+    'olmo-2-7b': _COMMON | dict(
+        model_type='olmo2', hidden_act='silu', hidden_size=4096,
+        intermediate_size=11008, max_position_embeddings=4096,
+        num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=32,
+        rms_norm_eps=1e-6, rope_scaling=None, rope_theta=500000,
+        tie_word_embeddings=False, vocab_size=100352),
+    'starcoder2-3b': _COMMON | dict(
+        model_type='starcoder2', activation_function='gelu_pytorch_tanh',
+        architectures=['Starcoder2ForCausalLM'], embedding_dropout=0.1,
+        hidden_act='gelu_pytorch_tanh', hidden_size=3072,
+        intermediate_size=12288, max_position_embeddings=16384,
+        mlp_type='default', norm_epsilon=1e-5, norm_type='layer_norm',
+        num_attention_heads=24, num_hidden_layers=30, num_key_value_heads=2,
+        residual_dropout=0.1, rope_theta=999999.4420358813,
+        sliding_window=4096, use_bias=True, vocab_size=49152)}
 
 
 @pytest.mark.parametrize('name', sorted(FILES))

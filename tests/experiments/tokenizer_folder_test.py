@@ -5,7 +5,7 @@ import json
 import pytest
 import tokenizers
 
-from dsjax.checkpoints import checkpoint, tokenizer
+from dsjax.checkpoints import checkpoint, gguf_tokenizer
 from dsjax.config.checks import InputError
 from experiments import tokenizer_folder
 
@@ -15,7 +15,7 @@ MODEL = 'smollm2-135m-instruct'
 def test_the_folder_has_the_ids_of_the_model(tmp_path):
   tokenizer_folder.run(MODEL, tmp_path)
   theirs = tokenizers.Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
-  ours = tokenizer.Tokenizer.load(checkpoint.find(MODEL))
+  ours = gguf_tokenizer.load(checkpoint.find(MODEL))
   for text in ('Hello, world', ' 1234 \n\n\tx', 'Ολα 語 \U0001f41d', ''):
     ids = theirs.encode(text, add_special_tokens=False).ids
     assert ids == list(ours.encode(text))

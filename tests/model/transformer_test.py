@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from dsjax.checkpoints import checkpoint
-from dsjax.config.model import RopeScaling
 from dsjax.config.request import Sampling
 from dsjax.kernels.prefill_attention import prefill_attention
 from dsjax.model import kv_cache as kv
@@ -533,17 +532,6 @@ def test_layer_norm():
       x64.var(-1, keepdims=True) + 1e-5) * gain + bias
   np.testing.assert_allclose(transformer.layer_norm(x, gain, bias, 1e-5), want,
                              rtol=0, atol=1e-5)
-
-
-def test_llama3_frequencies_are_kept_ramped_and_divided():
-  """With wavelengths 16 and 64 as the ends of the ramp."""
-  scaling = RopeScaling('llama3', 8.0, 64)
-  wave_h = np.array([1, 15.9, 16, 32, 64, 64.1, 1e4])
-  rate_h = jnp.asarray(2 * np.pi / wave_h, jnp.float32)
-  kept = 1 / 3  # of a wavelength of 32: (64 / 32 - 1) / (4 - 1)
-  want = [1, 1, 1, kept + (1 - kept) / 8, 1 / 8, 1 / 8, 1 / 8]
-  np.testing.assert_allclose(
-      transformer.stretch(scaling, rate_h) / rate_h, want, rtol=1e-6)
 
 
 # --- experts -----------------------------------------------------------------

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dsjax.checkpoints import hf_keys, hf_names
-from dsjax.checkpoints.families import llama
+from dsjax.checkpoints.families import gemma, llama
 from dsjax.checkpoints.family import Family, Gguf, GgufKeys
 from dsjax.checkpoints.hf_keys import Fields, Keys
 
@@ -12,11 +12,15 @@ TENSORS = llama.TENSORS | hf_names.norms(
     {'attn_post_norm': 'post_attention_layernorm',
      'mlp_norm': 'pre_feedforward_layernorm',
      'mlp_post_norm': 'post_feedforward_layernorm'}, 'layers.{l}.')
+DEFAULTS = gemma.ENDS | dict(
+    num_key_value_heads=4, head_dim=256, sliding_window=4096,
+    query_pre_attn_scalar=256)
 GGUF_KEYS = ('attn_logit_softcapping', 'final_logit_softcapping',
              'attention.sliding_window')
 
 
-def fields(keys: Keys, rope: Callable[[Keys], Fields] = hf_keys.rope,
+def fields(keys: Keys,
+           rope: Callable[[Keys, int, int], Fields] = hf_keys.rope,
            slides: Callable[[int], object] = lambda layer: layer % 2 == 0
            ) -> Fields:
   """The fields of a ModelConfig. slides: which layers have a window."""
@@ -28,10 +32,10 @@ def fields(keys: Keys, rope: Callable[[Keys], Fields] = hf_keys.rope,
                                     'gelu_pytorch_tanh'),
       post_norms=True, embed_scale=shared['d_model']**0.5,
       attn_scale=hf_keys.above_zero('query_pre_attn_scalar', keys.read(
-          'query_pre_attn_scalar', float, 256))**-0.5,
+          'query_pre_attn_scalar', float))**-0.5,
       attn_softcap=float(keys.read('attn_logit_softcapping', float, 0)),
       logit_softcap=float(keys.read('final_logit_softcapping', float, 0)),
-  ) | hf_keys.windows(keys, shared['num_layers'], slides, 4096)
+  ) | hf_keys.windows(keys, shared['num_layers'], slides)
 
 
 def gguf_fields(get: GgufKeys, base: dict[str, Any], largest: int = 46,
@@ -57,4 +61,6 @@ def gguf_fields(get: GgufKeys, base: dict[str, Any], largest: int = 46,
 
 FAMILY = Family(
     'gemma2', 'Gemma2ForCausalLM', fields, TENSORS, gain_less_one=True,
+    defaults=DEFAULTS | dict(attn_logit_softcapping=50.0,
+                             final_logit_softcapping=30.0),
     gguf=Gguf('gemma2', gguf_fields, GGUF_KEYS))

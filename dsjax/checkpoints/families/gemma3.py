@@ -6,27 +6,12 @@ from dsjax.checkpoints import hf_keys
 from dsjax.checkpoints.families import gemma2
 from dsjax.checkpoints.family import Family, Gguf, GgufKeys
 from dsjax.checkpoints.hf_keys import Fields, Keys
-from dsjax.config.checks import require
 
 
-def _rope(keys: Keys) -> Fields:
-  """Full layers' base and scaling, sliding layers' base."""
-  local = hf_keys.above_zero('rope_local_base_freq', float(
-      keys.read('rope_local_base_freq', float, 1e4)))
-  both = keys.read('rope_parameters', dict, None)
-  if both is None:
-    return hf_keys.rope(keys, 1e6) | dict(rope_local_base=local)
-  require(both.keys() == {'full_attention', 'sliding_attention'},
-          'rope_parameters', sorted(both),
-          "{'full_attention': ..., 'sliding_attention': ...}")
-  keys.ignore('rope_theta', 'rope_scaling')
-  full, sliding = (
-      hf_keys.rope_fields(both[name], f'rope_parameters.{name}')
-      for name in ('full_attention', 'sliding_attention'))
-  require(sliding[1] is None, 'rope_parameters.sliding_attention', sliding[1],
-          'of the default type')
-  return dict(rope_base=full[0], rope_scaling=full[1],
-              rope_local_base=sliding[0])
+def _rope(keys: Keys, head_dim: int, max_len: int) -> Fields:
+  key = 'rope_local_base_freq'
+  return hf_keys.rope_of_kinds(keys, head_dim, max_len, hf_keys.above_zero(
+      key, float(keys.read(key, float, 1e4))))
 
 
 def _fields(keys: Keys) -> Fields:
@@ -44,6 +29,6 @@ def _gguf_fields(get: GgufKeys, base: dict[str, Any]) -> Fields:
 
 FAMILY = Family(
     'gemma3_text', 'Gemma3ForCausalLM', _fields, gemma2.TENSORS,
-    gain_less_one=True,
+    gain_less_one=True, defaults=gemma2.DEFAULTS | dict(rope_theta=1e6),
     gguf=Gguf('gemma3', _gguf_fields,
               (*gemma2.GGUF_KEYS, 'rope.freq_base_swa')))

@@ -41,6 +41,7 @@ _TENSORS = (
 
 FAMILY = Family(
     'gpt2', 'GPT2LMHeadModel', _fields, _TENSORS,
+    defaults=dict(bos_token_id=50256, eos_token_id=50256),
     not_parameters=r'^h\.\d+\.attn\.(masked_)?bias$',
     gguf=Gguf(
         'gpt2', lambda get, base: _SHAPE | dict(activation='gelu_tanh'),

@@ -29,7 +29,8 @@ _TENSORS = (
     {'embed_VD': 'decoder.embed_tokens.weight',
      # Its first two rows are of no position.
      'pos_TD': hf_names.Take('decoder.embed_positions.weight',
-                             lambda s: (s[0] + 2, s[1]), lambda x: x[2:])}
+                             lambda s, _: (s[0] + 2, s[1]),
+                             lambda x, _: x[2:])}
     | hf_names.norms({'norm': 'final_layer_norm'}, 'decoder.')
     | hf_names.norms({'attn_norm': 'self_attn_layer_norm',
                       'mlp_norm': 'final_layer_norm'}, 'decoder.layers.{l}.')
@@ -37,4 +38,5 @@ _TENSORS = (
                         'v': 'self_attn.v_proj', 'o': 'self_attn.out_proj',
                         'up': 'fc1', 'down': 'fc2'}, 'decoder.layers.{l}.'))
 
-FAMILY = Family('opt', 'OPTForCausalLM', _fields, _TENSORS)
+FAMILY = Family('opt', 'OPTForCausalLM', _fields, _TENSORS,
+                defaults=dict(bos_token_id=2, eos_token_id=2))

@@ -18,4 +18,5 @@ def fields(keys: Keys) -> Fields:
 
 FAMILY = Family(
     'qwen2', 'Qwen2ForCausalLM', fields, llama.TENSORS,
+    defaults=dict(num_key_value_heads=32, sliding_window=4096),
     gguf=Gguf('qwen2', lambda get, base: dict(qkv_bias=True)))

@@ -12,4 +12,5 @@ def _fields(keys: Keys) -> Fields:
 
 FAMILY = Family(
     'qwen3', 'Qwen3ForCausalLM', _fields, llama.TENSORS,
+    defaults={**qwen2.FAMILY.defaults, 'head_dim': 128},
     gguf=Gguf('qwen3', lambda get, base: dict(qk_norm=True)))

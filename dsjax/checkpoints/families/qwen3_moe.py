@@ -29,6 +29,7 @@ FAMILY = Family(
     'qwen3_moe', 'Qwen3MoeForCausalLM', _fields,
     llama.TENSORS | hf_names.experts('layers.{l}.mlp.', 'gate_proj',
                                      'up_proj', 'down_proj'),
-    fused=hf_names.fused_experts('layers.{l}.mlp.'),
+    others=hf_names.fused_experts('layers.{l}.mlp.'),
+    defaults=dict(num_key_value_heads=4, num_experts_per_tok=8),
     gguf=Gguf('qwen3moe', _gguf_fields,
               (*llama.GGUF_EXPERTS, 'expert_feed_forward_length')))
