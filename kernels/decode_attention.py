@@ -115,12 +115,12 @@ def decode_attention(
   if k_scale_KPC is not None:
     shapes.check(k_KPCH=k_KPCH, k_scale_KPC=k_scale_KPC,
                  v_scale_KPC=v_scale_KPC)
-  impl = tiles.pick(impl, call=(q_BNH, k_KPCH))
+  picked = tiles.pick(impl, call=(q_BNH, k_KPCH))
   op: Any = reference
   options: dict[str, Any] = {}
-  if impl != 'xla':
-    op = mosaic_kernel if impl.startswith('mosaic') else kernel
-    options = dict(interpret=impl.endswith('interpret'), config=config)
+  if picked != 'xla':
+    op = mosaic_kernel if picked.startswith('mosaic') else kernel
+    options = dict(interpret=picked.endswith('interpret'), config=config)
   return op(q_BNH, k_KPCH, v_KPCH, table_BM, len_B,
             q_BNH.shape[-1]**-0.5 if scale is None else scale, softcap,
             window, k_scale_KPC, v_scale_KPC, **options)

@@ -146,7 +146,7 @@ def fit_contention(models: Sequence[Latency],
     beside = {other: sum(s.beside_s.get(other, 0.0) for s in own)
               for other in KINDS}
     total_s = sum(s.cell.seconds for s in own)
-    most = max(beside, key=beside.get)
+    most = max(beside, key=lambda other: beside[other])
     if len(own) < 4 or beside[most] < LEAST_SHARE * total_s:
       continue
     rated = [k for k in KINDS if beside[k] >= LEAST_SHARE * total_s]
