@@ -149,8 +149,8 @@ def test_what_a_trace_without_a_span_takes():
 @pytest.mark.parametrize('algorithms', [('low', 'colocated'), ('high',)])
 def test_outputs_of_one_token_leave_decode_without_work(algorithms):
   answer = api.search(devices=2, lengths=[(100, 1), (200, 1)], latency=FAST,
-                      requests=20, tolerance=0.5, chunks=(512,),
-                      algorithms=algorithms)
+                      slo=Slo(0.25, 1e-9), requests=20, tolerance=0.5,
+                      chunks=(512,), algorithms=algorithms)
   # A prompt of 150 tokens on average takes 11.5 ms alone, batches save most.
   for row in answer.rows:
     prefills = len(row.placement.prefill) or 1
