@@ -166,8 +166,8 @@ def test_cdf_is_of_all_requests_sent():
 
 
 def test_objectives_of_infinity_are_drawn_without_a_line(tmp_path):
-  done = Record(0, 0.0, 8, 2, [0.5, 0.6], finish_s=0.6, status='length')
-  done.stage_s['prefill'] = 0.5
-  report.save_figure(tmp_path / 'x.png', [('a', [done])],
+  records = [Record(i, 0.0, 8, 2, [0.5 + i, 0.6 + 2 * i], finish_s=3.0,
+                    status='length') for i in range(2)]
+  report.save_figure(tmp_path / 'x.png', [('a', records)],
                      Slo(math.inf, math.inf))
   assert (tmp_path / 'x.png').stat().st_size > 10_000
