@@ -151,10 +151,10 @@ def test_constants_of_the_two_rules():
 
 
 def test_paper_rules_lift_memory_and_transfers():
-  one = comparison.system(Rules('paper'), ask(), 'x', CASE.placement)
+  one = comparison.build(Rules('paper'), ask(), 'x', CASE.placement)
   assert {i.num_pages for i in one.config.instances} == {comparison.AMPLE}
   assert isinstance(one.link, candidates.Instant) and one.devices == 3
-  ours = comparison.system(Rules('ours'), ask(), 'x', CASE.placement)
+  ours = comparison.build(Rules('ours'), ask(), 'x', CASE.placement)
   prefill, decode = ours.config.instances
   assert prefill.num_pages > decode.num_pages > 0
   assert decode.num_pages < comparison.AMPLE
@@ -164,7 +164,7 @@ def test_paper_rules_lift_memory_and_transfers():
 
 
 def test_run_sizes():
-  one = comparison.system(Rules('paper'), ask(), 'x', CASE.placement)
+  one = comparison.build(Rules('paper'), ask(), 'x', CASE.placement)
   assert comparison.count(Rules('paper'), one, 2.0, CASE.slo, 100) == 300
   # 6 requests/s for ten times 200 tokens of 0.1 s.
   assert comparison.count(Rules('ours'), one, 2.0, CASE.slo, 100) == 1200
