@@ -25,7 +25,7 @@ from dsjax.analysis import metrics
 from dsjax.config import zoo
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement, Plan
-from dsjax.placement import candidates, goodput
+from dsjax.placement import candidates, goodput, judging
 from dsjax.placement.candidates import Cluster, SearchProblem
 from dsjax.simulation import hardware, simulator
 
@@ -145,7 +145,7 @@ def build(rules, ask, label, where, chunk=None):
   config, late, link = candidates.build(ask, where, chunk, aligned=True)
   released = rules.name == 'paper'
   if released:
-    link = candidates.Instant()
+    link = judging.Instant()
   changes = dict(num_pages=AMPLE, max_seqs=1024, prefill_seqs=128,
                  prefill_tokens=8192) if released else dict(
                      prefill_tokens=ask.max_len)

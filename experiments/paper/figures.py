@@ -14,7 +14,7 @@ from dsjax.analysis.record import STAGES
 from dsjax.config import zoo
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.placement import Placement, Plan, Slo
-from dsjax.placement import algorithms, candidates, search
+from dsjax.placement import algorithms, judging, search
 from dsjax.scheduling import scheduler
 from dsjax.simulation import hardware, latency, roofline, simulator
 from experiments.paper import comparison, plots, queueing, reported
@@ -48,8 +48,8 @@ def _alone(rules, ask, phase):
                            latencies=system.latencies[:1])
   ample = InstanceConfig('prefill', comparison.AMPLE, 16, 4096, ask.max_len, 32)
   config = scheduler.Config((ample, decode), ask.max_len)
-  return system._replace(devices=1, config=config, link=candidates.Instant(),
-                      latencies=[candidates.Instant(), system.latencies[1]])
+  return system._replace(devices=1, config=config, link=judging.Instant(),
+                      latencies=[judging.Instant(), system.latencies[1]])
 
 
 def figure1(options):

@@ -12,7 +12,7 @@ from rich.console import Console
 from dsjax.analysis.record import Record
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Plan, Slo
-from dsjax.placement import candidates
+from dsjax.placement import judging
 from experiments import reproduce
 from experiments.common import cli
 from experiments.paper import comparison, end_to_end, figures, reported
@@ -153,7 +153,7 @@ def test_constants_of_the_two_rules():
 def test_paper_rules_lift_memory_and_transfers():
   one = comparison.build(Rules('paper'), ask(), 'x', CASE.placement)
   assert {i.num_pages for i in one.config.instances} == {comparison.AMPLE}
-  assert isinstance(one.link, candidates.Instant) and one.devices == 3
+  assert isinstance(one.link, judging.Instant) and one.devices == 3
   ours = comparison.build(Rules('ours'), ask(), 'x', CASE.placement)
   prefill, decode = ours.config.instances
   assert prefill.num_pages > decode.num_pages > 0

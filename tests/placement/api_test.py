@@ -12,7 +12,7 @@ from dsjax.config import zoo
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.config.request import Request, Sampling
-from dsjax.placement import api, candidates
+from dsjax.placement import api, judging
 from dsjax.simulation import latency, profiles
 
 FAST = latency.Affine((0.01, 1e-5, 0.0), (0.01, 1e-7, 1e-5))
@@ -172,13 +172,13 @@ def test_progress_is_a_line_for_people():
     Slo(math.inf, math.inf), Slo(1e6, 1e6), Slo(math.inf, 0.05),
     Slo(1.0, math.inf)])
 def test_loose_objectives_are_bounded_work(monkeypatch, slo):
-  sizes, run = [], candidates.run
+  sizes, run = [], judging.run
 
   def counted(problem, system, rate_per_s, n, on_event=None):
     sizes.append(n)
     return run(problem, system, rate_per_s, n, on_event)
-  monkeypatch.setattr(candidates, 'run', counted)
-  monkeypatch.setattr(candidates, 'MOST_REQUESTS', 100)
+  monkeypatch.setattr(judging, 'run', counted)
+  monkeypatch.setattr(judging, 'MOST_REQUESTS', 100)
   answer = api.search(devices=2, lengths='fixed:300x20', latency=FAST,
                       slo=slo, requests=25, tolerance=0.5, chunks=(512,))
   # Four times 100, and four times more for the best of each mode.
@@ -192,17 +192,17 @@ def test_a_queue_that_grows_misses_objectives_that_are_loose():
   problem = api.make_problem(
       slo=Slo(math.inf, math.inf), lengths='fixed:100x2', latency=single,
       prefill_seqs=1, requests=100, most_requests=100)
-  task = candidates.Task(candidates.Candidate(
+  task = judging.Task(judging.Candidate(
       Placement(colocated=[Plan()]), None, False, 4.0), 0.9)
-  assert candidates.measure(problem, task).rate_per_s == pytest.approx(
+  assert judging.measure(problem, task).rate_per_s == pytest.approx(
       1.0, rel=0.2)
 
 
 def test_a_tight_objective_is_judged_as_it_is():
   problem = api.make_problem(lengths='fixed:300x20', latency=FAST)
-  system = candidates.setup(problem, candidates.Candidate(
+  system = judging.setup(problem, judging.Candidate(
       Placement(colocated=[Plan()]), None, False, math.inf))
-  judge = candidates.Judge(problem, system)
+  judge = judging.Judge(problem, system)
   assert judge.objectives(5.0) == problem.slo
   # 20 tokens of 0.1 s, ten times.
   assert judge.length(50.0) == 50 * 10 * 2
