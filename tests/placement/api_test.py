@@ -98,7 +98,11 @@ def test_search():
   answer = api.search(devices=2, lengths='fixed:300x20', latency=FAST,
                       slo=Slo(1.0, 0.1), requests=20, tolerance=0.5,
                       chunks=(512,), report=seen.append)
-  assert answer.rows and seen and 'requests/s' in answer.verdict
+  assert answer.rows and 'requests/s' in answer.verdict
+  # A line for people: report=print.
+  assert re.fullmatch(r'\d+ of \d+ candidates, \d+ by bounds, \d+ '
+                      r'simulations; best .*=1x1: [0-9.]+ requests/s a device',
+                      str(seen[-1]))
   modes = {row.placement.mode for row in answer.rows}
   assert modes == {'disaggregated', 'colocated', 'chunked'}
   with pytest.raises(InputError, match="algorithms='best'"):
@@ -156,16 +160,6 @@ def test_outputs_of_one_token_leave_decode_without_work(algorithms):
     prefills = len(row.placement.prefill) or 1
     assert row.goodput.rate_per_s <= prefills * 32 / 0.01
   assert answer.rows[0].per_device > 5
-
-
-def test_progress_is_a_line_for_people():
-  lines = []
-  api.search(devices=2, lengths='fixed:300x20', latency=FAST,
-             slo=Slo(1.0, 0.1), requests=20, tolerance=0.5, chunks=(512,),
-             report=lambda now: lines.append(str(now)))
-  assert re.fullmatch(r'\d+ of \d+ candidates, \d+ by bounds, \d+ '
-                      r'simulations; best .*=1x1: [0-9.]+ requests/s a device',
-                      lines[-1])
 
 
 @pytest.mark.parametrize('slo', [
