@@ -62,7 +62,8 @@ CLUSTER = dict(nodes=('nodes', 1), devices=('devices_per_node', 1),
 
 FLAGS = {
     'model': cli.Flag('opt-13b', 'A name in dsjax.config.zoo.'),
-    'cluster': cli.Flag(None, 'A JSON file; not with the next six.', str),
+    'cluster': cli.Flag(None, 'A JSON file, in place of the flags --' + ', --'
+                        .join(CLUSTER) + '.', str),
     'nodes': cli.Flag(1, 'Nodes.', low=1),
     'devices': cli.Flag(candidates.DEVICES, 'Devices a node.', low=1),
     **cli.FULL_NODE,

@@ -23,8 +23,9 @@ from typing import Protocol
 
 from dsjax.config.checks import require
 from dsjax.config.placement import Placement, Plan
-from dsjax.placement.candidates import Candidate, SearchProblem
+from dsjax.placement.candidates import SearchProblem
 from dsjax.placement.goodput import Goodput
+from dsjax.placement.judging import Candidate
 
 
 class Search(Protocol):

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 from dsjax.config.checks import InputError, require
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.placement import Placement, Plan
-from dsjax.placement import bounds, candidates
+from dsjax.placement import bounds, candidates, judging
 from dsjax.placement.algorithms import Algorithm, colocated, low_affinity
-from dsjax.placement.candidates import Candidate, SearchProblem, Task
+from dsjax.placement.candidates import SearchProblem
 from dsjax.placement.goodput import Goodput
+from dsjax.placement.judging import Candidate, Task
 from dsjax.placement.verdict import RankedPlacement, bottleneck, verdict
 from dsjax.simulation import latency
 
@@ -232,7 +233,7 @@ class _Search:
   def measured(self, tasks: Sequence[Task]
                ) -> Iterator[tuple[Candidate, Goodput]]:
     """(candidate, Goodput) of each task, in order."""
-    measure = functools.partial(candidates.measure, self.problem)
+    measure = functools.partial(judging.measure, self.problem)
     for task, goodput in zip(tasks, self.map(measure, tasks), strict=True):
       self.simulations += goodput.runs
       yield task.candidate, goodput

@@ -5,9 +5,10 @@ import math
 from collections.abc import Sequence
 
 from dsjax.config.placement import Placement
-from dsjax.placement import candidates
-from dsjax.placement.candidates import Candidate, SearchProblem
+from dsjax.placement import judging
+from dsjax.placement.candidates import SearchProblem
 from dsjax.placement.goodput import WARMUP, Goodput
+from dsjax.placement.judging import Candidate
 from dsjax.scheduling.page_pool import num_free
 from dsjax.scheduling.state import room
 
@@ -59,12 +60,12 @@ def bottleneck(problem: SearchProblem, row: RankedPlacement) -> str:
   rate_per_s = OVERLOAD * row.goodput.rate_per_s
   if not rate_per_s:
     return 'nothing is served'
-  system = candidates.setup(problem, Candidate(
+  system = judging.setup(problem, Candidate(
       row.placement, row.prefill_tokens, row.aligned, math.inf))
-  judge = candidates.Judge(problem, system)
+  judge = judging.Judge(problem, system)
   n = min(judge.length(rate_per_s), 4 * problem.most_requests)
   shortage = _Shortage(system.config.instances)
-  records = candidates.run(problem, system, rate_per_s, n,
+  records = judging.run(problem, system, rate_per_s, n,
                            shortage)[int(WARMUP * n):]
   slo = judge.objectives(rate_per_s)
   late = [r for r in records if (r.ttft_s or 0.0) > slo.ttft_s]

@@ -272,7 +272,7 @@ def _ms(value, _):
 
 def _cdf(axes, results, field, limit_s, colours):
   """Share of requests sent at or below each latency; misses stay out."""
-  top = [limit_s]
+  top = [limit_s] if math.isfinite(limit_s) else [1e-3]
   for mode, records in results:
     sent = [r for r in records if r.status != 'cancelled']
     values = sorted(v for v in (getattr(r, field) for r in sent)
@@ -288,10 +288,11 @@ def _cdf(axes, results, field, limit_s, colours):
     axes.set_xlim(min(top) / 1.2, max(top) * 1.4)
   else:
     axes.set_xlim(0, max(top) * 1.2)  # room for the label of the SLO
-  axes.axvline(limit_s, color='black', linestyle='--', linewidth=1)
-  axes.annotate(f'SLO {1e3 * limit_s:,.4g} ms', (limit_s, 4), fontsize=8,
-                xytext=(4, 0), textcoords='offset points',
-                bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 1})
+  if math.isfinite(limit_s):
+    axes.axvline(limit_s, color='black', linestyle='--', linewidth=1)
+    axes.annotate(f'SLO {1e3 * limit_s:,.4g} ms', (limit_s, 4), fontsize=8,
+                  xytext=(4, 0), textcoords='offset points',
+                  bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 1})
   axes.xaxis.set_major_formatter(FuncFormatter(_ms))
   axes.set_ylim(0, 103)
   axes.set_xlabel(f'{field[:4].upper()} (ms)')
@@ -354,7 +355,8 @@ def over_time(axes, results, field, limit_s, colours=None):
       axes.plot(lost, [0.97] * len(lost), 'x', color='#b02a1c', markersize=4,
                 label=f'{mode}: no token',
                 transform=axes.get_xaxis_transform())
-  axes.axhline(limit_s, color='black', linestyle='--', linewidth=1)
+  if math.isfinite(limit_s):
+    axes.axhline(limit_s, color='black', linestyle='--', linewidth=1)
   axes.set_ylim(bottom=0)
   axes.yaxis.set_major_formatter(FuncFormatter(_ms))
   axes.set_xlabel('arrival (s)')

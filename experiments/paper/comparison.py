@@ -25,7 +25,7 @@ from dsjax.analysis import metrics
 from dsjax.config import zoo
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement, Plan
-from dsjax.placement import candidates, goodput
+from dsjax.placement import candidates, goodput, judging
 from dsjax.placement.candidates import Cluster, SearchProblem
 from dsjax.simulation import hardware, simulator
 
@@ -70,7 +70,7 @@ def latency_of(model, factors=(1.1, 1.0)):
 
   def find(plan):
     try:
-      one = hardware.published(known, plan, realigned=False, host_s=HOST_S)
+      profile = hardware.published(known, plan, realigned=False, host_s=HOST_S)
     except InputError:
       return None
     def times(constants, factor, shares):
@@ -78,10 +78,10 @@ def latency_of(model, factors=(1.1, 1.0)):
                                                   strict=True))
     decode = (weights, attention, weights)
     return dataclasses.replace(
-        one, prefill=times(one.prefill, factors[0],
+        profile, prefill=times(profile.prefill, factors[0],
                            (weights, weights, attention)),
-        decode=times(one.decode, factors[1], decode),
-        decode_large=times(one.decode_large, factors[1], decode))
+        decode=times(profile.decode, factors[1], decode),
+        decode_large=times(profile.decode_large, factors[1], decode))
   return find
 
 
@@ -104,15 +104,15 @@ def lengths_of(name, lengths_dir):
 
 def data_of(names, lengths_dir):
   """What lengths figures of these cases' data sets are of, in words."""
-  texts = {'': 'equal requests'}
+  texts = []
   for name in names:
-    mixture = lengths_of(name, lengths_dir) == name
-    texts[name] = (
-        f'a mixture with the published means of {name}' if mixture
-        else f'{SHAREGPT}, as the paper sampled it')
-    if mixture and name == 'sharegpt':
-      texts[name] += f' ({SHAREGPT} is not in {lengths_dir})'
-  return '; '.join([texts[name] for name in names] or [texts['']])
+    if lengths_of(name, lengths_dir) != name:
+      texts.append(f'{SHAREGPT}, as the paper sampled it')
+      continue
+    texts.append(f'a mixture with the published means of {name}')
+    if name == 'sharegpt':
+      texts[-1] += f' ({SHAREGPT} is not in {lengths_dir})'
+  return '; '.join(texts) or 'equal requests'
 
 
 def fixed(prompt_len, output_len, seed):
@@ -120,18 +120,18 @@ def fixed(prompt_len, output_len, seed):
   return workload.source(f'fixed:{prompt_len}x{output_len}', seed)
 
 
-def with_ray(one):
+def with_ray(system):
   """A System whose steps take the released simulator's Ray overhead: 0.1 us
   a token of context, beside HOST_S."""
   def more(constants):
     a, b, c = constants
     return a, b + RAY_S, c
-  return one._replace(latencies=[dataclasses.replace(
+  return system._replace(latencies=[dataclasses.replace(
       x, prefill=more(x.prefill), decode=more(x.decode),
-      decode_large=more(x.decode_large)) for x in one.latencies])
+      decode_large=more(x.decode_large)) for x in system.latencies])
 
 
-def system(rules, ask, label, where, chunk=None):
+def build(rules, ask, label, where, chunk=None):
   """A System: what a placement has under the rules.
 
   Args:
@@ -145,7 +145,7 @@ def system(rules, ask, label, where, chunk=None):
   config, late, link = candidates.build(ask, where, chunk, aligned=True)
   released = rules.name == 'paper'
   if released:
-    link = candidates.Instant()
+    link = judging.Instant()
   changes = dict(num_pages=AMPLE, max_seqs=1024, prefill_seqs=128,
                  prefill_tokens=8192) if released else dict(
                      prefill_tokens=ask.max_len)
@@ -153,81 +153,82 @@ def system(rules, ask, label, where, chunk=None):
     changes.update(prefill_tokens=chunk, max_seqs=256)
   # A prompt that arrives waits for what is in flight, so run-ahead, which
   # hides the host, is what colocated instances cannot afford.
-  one = System(label, where.num_devices, dataclasses.replace(
+  system = System(label, where.num_devices, dataclasses.replace(
       config, run_ahead=1,
       depth=1 if released else config.depth,
-      instances=tuple(dataclasses.replace(one, **changes)
-                      for one in config.instances)), late, link)
-  return with_ray(one) if released else one
+      instances=tuple(dataclasses.replace(instance, **changes)
+                      for instance in config.instances)), late, link)
+  return with_ray(system) if released else system
 
 
-def records(one, make, rate_per_device, n):
+def records(system, make, rate_per_device, n):
   """Records of n requests at a rate."""
-  sent = make(rate_per_device * one.devices, n)
+  sent = make(rate_per_device * system.devices, n)
   return metrics.by_arrival(simulator.simulate(
-      one.config, sent, one.latencies, one.link).records)
+      system.config, sent, system.latencies, system.link).records)
 
 
-def count(rules, one, rate_per_device, slo, per_gpu):
+def count(rules, system, rate_per_device, slo, per_gpu):
   """Requests of a run: the paper's, or ten lifetimes, from 400 to 1,500."""
   if rules.name == 'paper':
-    n = per_gpu * one.devices
+    n = per_gpu * system.devices
   else:
     life_s = max(slo.ttft_s, 200 * slo.tpot_s)
-    n = max(400, math.ceil(10 * life_s * rate_per_device * one.devices))
+    n = max(400, math.ceil(10 * life_s * rate_per_device * system.devices))
   return min(n, 120 if rules.quick else 1500)
 
 
-def steady(rules, found):
+def steady(rules, sent):
   """The records that count: without our rules' warm-up."""
-  return found if rules.name == 'paper' else found[len(found) // 5:]
+  return sent if rules.name == 'paper' else sent[len(sent) // 5:]
 
 
-def curve(rules, one, make, rates, slo, per_gpu):
+def curve(rules, system, make, rates, slo, per_gpu):
   """[(rate per device, share, low, high)] of joint attainment."""
   out = []
   for rate in rates:
-    n = count(rules, one, rate, slo, per_gpu)
-    counted = steady(rules, records(one, make, rate, n))
+    n = count(rules, system, rate, slo, per_gpu)
+    counted = steady(rules, records(system, make, rate, n))
     out.append((rate, *metrics.attainment(counted, slo)))
   return out
 
 
-def scales(rules, one, make, rate, slo, per_gpu, factors):
+def scales(rules, system, make, rate, slo, per_gpu, factors):
   """[(factor on both objectives, share attained)] of one run."""
-  n = count(rules, one, rate, slo, per_gpu)
+  n = count(rules, system, rate, slo, per_gpu)
   needs = [metrics.slo_scale(r, slo) for r in steady(
-      rules, records(one, make, rate, n))]
+      rules, records(system, make, rate, n))]
   return [(f, sum(x <= f for x in needs) / len(needs)) for f in factors]
 
 
-def scale_at(rules, one, make, rate, slo, per_gpu):
+def scale_at(rules, system, make, rate, slo, per_gpu):
   """The least factor on both objectives at which 90 % attain."""
-  n = count(rules, one, rate, slo, per_gpu)
+  n = count(rules, system, rate, slo, per_gpu)
   needs = sorted(metrics.slo_scale(r, slo) for r in steady(
-      rules, records(one, make, rate, n)))
+      rules, records(system, make, rate, n)))
   return needs[math.ceil(TARGET * len(needs)) - 1]
 
 
-def apart(found, slo):
+def apart(seen, slo):
   """Hits of the objective that fewer requests meet: P90s judged apart."""
   only = (dataclasses.replace(slo, tpot_s=1e9),
           dataclasses.replace(slo, ttft_s=1e9))
-  return min(([metrics.attains(r, x) for r in found] for x in only), key=sum)
+  return min(([metrics.attains(r, limit) for r in seen] for limit in only),
+             key=sum)
 
 
-def best_rate(rules, one, make, slo, per_gpu, start=0.5, ratio=1.08):
+def best_rate(rules, system, make, slo, per_gpu, start=0.5, ratio=1.08):
   """(goodput, low, high) per device; paper's rules have no interval."""
   def hits_at(rate, n):
-    n = count(rules, one, rate, slo, per_gpu)
-    found = records(one, make, rate, n)
+    n = count(rules, system, rate, slo, per_gpu)
+    seen = records(system, make, rate, n)
     if rules.name == 'paper':
-      return apart(found, slo)
-    return goodput.steady_hits(found, slo)
-  found = goodput.search(hits_at, TARGET, start, 1.2 if rules.quick else ratio,
+      return apart(seen, slo)
+    return goodput.steady_hits(seen, slo)
+  best = goodput.search(hits_at, TARGET, start, 1.2 if rules.quick else ratio,
                          1, 1, goodput.Bisection(most_per_s=64 * start,
                                                  least_per_s=start / 64))
-  return found.rate_per_s, found.low_per_s, found.high_per_s
+  return best.rate_per_s, best.low_per_s, best.high_per_s
 
 
 def tuned(rules, ask, make, slo, per_gpu, role, plans, chunks=(512, 1024)):
@@ -237,28 +238,28 @@ def tuned(rules, ask, make, slo, per_gpu, role, plans, chunks=(512, 1024)):
     for chunk in chunks if role == 'chunked' else (None,):
       where = Placement(**{role: [plan]})
       try:
-        one = system(rules, ask, f'tuned {role}', where, chunk)
+        system = build(rules, ask, f'tuned {role}', where, chunk)
       except InputError:
         continue  # does not fit, or nobody has measured it
-      rate = best_rate(rules, one, make, slo, per_gpu, ratio=1.2)
+      rate = best_rate(rules, system, make, slo, per_gpu, ratio=1.2)
       out.append((rate, str(plan) + (
-          f', {chunk} tokens' if chunk else ''), one))
+          f', {chunk} tokens' if chunk else ''), system))
   return max(out, key=lambda x: x[0][0])
 
 
 def distserve(rules, case, ask):
-  return system(rules, ask, 'DistServe', case.placement)
+  return build(rules, ask, 'DistServe', case.placement)
 
 
 def vllm(rules, case, ask):
   """The colocated baseline at the paper's fixed tp."""
-  return system(rules, ask, 'vLLM', Placement(colocated=[Plan(case.tp)]))
+  return build(rules, ask, 'vLLM', Placement(colocated=[Plan(case.tp)]))
 
 
 def mii(rules, case, ask):
   """Chunked prefill at the paper's fixed tp, budget 512 (an assumption)."""
   where = Placement(chunked=[Plan(case.tp)])
-  return system(rules, ask, 'chunked', where, 512)
+  return build(rules, ask, 'chunked', where, 512)
 
 
 def requests(case, rules, lengths_dir):

@@ -28,17 +28,17 @@ def systems(rules, case, make, longest, options):
   for who, form in (('DistServe', comparison.distserve),
                     ('vLLM', comparison.vllm), ('chunked', comparison.mii)):
     options.tell(f'{case.title}, {rules.name} rules, {who}')
-    one = form(rules, case, ask(who if who == 'vLLM' else 'DistServe'))
-    one = one._replace(label=who)
-    rate = comparison.best_rate(rules, one, make, case.slo, case.per_gpu,
+    system = form(rules, case, ask(who if who == 'vLLM' else 'DistServe'))
+    system = system._replace(label=who)
+    rate = comparison.best_rate(rules, system, make, case.slo, case.per_gpu,
                                 case.scale_rate)
-    out.append((one, rate, ''))
+    out.append((system, rate, ''))
   plans = PLANS[case.model][:1] if options.quick else PLANS[case.model]
   for role in ('colocated', 'chunked') if rules.name == 'ours' else ():
     options.tell(f'{case.title}, tuning {role}')
-    rate, name, one = comparison.tuned(rules, ask('DistServe'), make, case.slo,
-                                       case.per_gpu, role, plans)
-    out.append((one, rate, name))
+    rate, name, system = comparison.tuned(
+        rules, ask('DistServe'), make, case.slo, case.per_gpu, role, plans)
+    out.append((system, rate, name))
   return out
 
 
@@ -51,13 +51,13 @@ def end_to_end(options, name):
   data = {'case': name, 'curves': {}, 'scales': {}, 'scale_at': {},
           'goodput': {}}
   for rules in rules_of(options):
-    for one, rate, plan in systems(rules, case, make, longest, options):
-      key = f'{rules.name}|{one.label}'
+    for system, rate, plan in systems(rules, case, make, longest, options):
+      key = f'{rules.name}|{system.label}'
       options.tell(f'{case.title}, {key}')
       data['goodput'][key] = (*rate, plan)
-      args = one, make, case.scale_rate, case.slo, case.per_gpu
-      data['curves'][key] = comparison.curve(rules, one, make, rates, case.slo,
-                                             case.per_gpu)
+      args = system, make, case.scale_rate, case.slo, case.per_gpu
+      data['curves'][key] = comparison.curve(
+          rules, system, make, rates, case.slo, case.per_gpu)
       data['scales'][key] = comparison.scales(rules, *args, FACTORS_SCALE)
       data['scale_at'][key] = comparison.scale_at(rules, *args)
   return data
@@ -128,17 +128,17 @@ def _best_of(rules, options, make, longest, name, places):
                              else 'DistServe']
   ask = comparison.problem('opt-66b', reported.FIG11_SLO, make, longest,
                            factors, 3)
-  found = []
+  tried = []
   for where in places[:2] if options.quick else places:
     options.tell(f'{rules.name} rules, {name}, {where}')
     try:
-      one = comparison.system(rules, ask, name, where)
+      system = comparison.build(rules, ask, name, where)
     except InputError:
       continue
-    rate = comparison.best_rate(rules, one, make, reported.FIG11_SLO, 25, .375,
-                                1.15)
-    found.append((rate, str(where), one))
-  return max(found, key=lambda f: f[0][0])
+    rate = comparison.best_rate(rules, system, make, reported.FIG11_SLO, 25,
+                                .375, 1.15)
+    tried.append((rate, str(where), system))
+  return max(tried, key=lambda f: f[0][0])
 
 
 def figure11(options):
@@ -149,10 +149,11 @@ def figure11(options):
   rates = reported.FIG11_RATES[::3] if options.quick else reported.FIG11_RATES
   for rules in rules_of(options):
     for name, places in _variants().items():
-      rate, where, one = _best_of(rules, options, make, longest, name, places)
+      rate, where, system = _best_of(rules, options, make, longest, name,
+                                     places)
       best[f'{rules.name}|{name}'] = (*rate, where)
       curves[f'{rules.name}|{name}'] = comparison.curve(
-          rules, one, make, rates, reported.FIG11_SLO, 25)
+          rules, system, make, rates, reported.FIG11_SLO, 25)
   rows = []
   for name in _variants():
     ours, theirs = best[f'ours|{name}'], best[f'paper|{name}']
@@ -180,11 +181,11 @@ def figure11(options):
 def _validated(path):
   """Rows of Table 2 from what experiments.validate wrote."""
   try:
-    found = json.loads(path.read_text())
+    summary = json.loads(path.read_text())
     return [(f'real engine, {row["mode"]}, {kind} profile', row['rate_per_s'],
              100 * row['real']['attainment'][0],
              100 * row[kind]['attainment'][0])
-            for row in found['rows'] for kind in row['errors']]
+            for row in summary['rows'] for kind in row['errors']]
   except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
     raise InputError(f'--validate={path}: is not a summary.json of '
                      f'experiments.validate: {error!r}') from error
@@ -206,9 +207,9 @@ def table2(options):
                              reported.FACTORS[who])
     form = comparison.distserve if who == 'DistServe' else comparison.vllm
     # KV memory as it is: the traces are of real engines.
-    one = comparison.with_ray(form(Rules('ours'), case, ask))
+    system = comparison.with_ray(form(Rules('ours'), case, ask))
     met = 100 * metrics.attainment(comparison.records(
-        one, make, rate / one.devices, n), case.slo)[0]
+        system, make, rate / system.devices, n), case.slo)[0]
     points.append((f'trace, {who}', rate, real, met))
     rows.append((f'trace: {who} 13B, {rate}/s, {n} requests, % met', real,
                  theirs, f'{met:.1f}'))
@@ -253,10 +254,10 @@ def table3(options):
   for name in ('13b',) if options.quick else SEARCHED:
     case = reported.CASES[name]
     options.tell(case.title)
-    found = _searched(options, name)
-    best = found[0]
+    ranked = _searched(options, name)
+    best = ranked[0]
     low, high = best.interval_per_device
-    same = next((r for r in found if r.placement == case.placement), None)
+    same = next((r for r in ranked if r.placement == case.placement), None)
     beaten = same and same.goodput.binds == 'beaten'
     theirs = ('ruled out by a bound' if not same else
               f'at most {same.interval_per_device[1]:.3g}/s' if beaten else

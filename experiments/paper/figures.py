@@ -14,7 +14,7 @@ from dsjax.analysis.record import STAGES
 from dsjax.config import zoo
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.placement import Placement, Plan, Slo
-from dsjax.placement import algorithms, candidates, search
+from dsjax.placement import algorithms, judging, search
 from dsjax.scheduling import scheduler
 from dsjax.simulation import hardware, latency, roofline, simulator
 from experiments.paper import comparison, plots, queueing, reported
@@ -28,9 +28,9 @@ def rules_of(options):
           Rules('ours', options.seed, options.quick))
 
 
-def span(found):
+def span(best):
   """'rate [low, high]' of a best_rate; open ends are not bounded."""
-  rate, low, high = found
+  rate, low, high = best
   return f'{rate:.3g} [{low:.3g}, {high:.3g}]'
 
 
@@ -39,16 +39,17 @@ def span(found):
 
 def _alone(rules, ask, phase):
   """A System of one phase: the other takes no time (or a single token)."""
-  one = comparison.system(rules, ask, phase, Placement(prefill=[ONE],
+  system = comparison.build(rules, ask, phase, Placement(prefill=[ONE],
                                                        decode=[ONE]))
-  prefill, decode = one.config.instances
+  prefill, decode = system.config.instances
   if phase == 'prefill only':
     config = scheduler.Config((prefill,), ask.max_len)
-    return one._replace(devices=1, config=config, latencies=one.latencies[:1])
+    return system._replace(devices=1, config=config,
+                           latencies=system.latencies[:1])
   ample = InstanceConfig('prefill', comparison.AMPLE, 16, 4096, ask.max_len, 32)
   config = scheduler.Config((ample, decode), ask.max_len)
-  return one._replace(devices=1, config=config, link=candidates.Instant(),
-                      latencies=[candidates.Instant(), one.latencies[1]])
+  return system._replace(devices=1, config=config, link=judging.Instant(),
+                      latencies=[judging.Instant(), system.latencies[1]])
 
 
 def figure1(options):
@@ -56,7 +57,7 @@ def figure1(options):
   slo = reported.FIG1_SLO
   columns = []
   for rules in rules_of(options):
-    found = {}
+    rates = {}
     for name in reported.FIG1:
       options.tell(f'{rules.name} rules, {name}')
       together = name == 'colocated'
@@ -66,15 +67,15 @@ def figure1(options):
       make = comparison.fixed(prompt, 1 if first else output, options.seed)
       ask = comparison.problem('opt-13b', slo, make, 2048, factors)
       if together:
-        one = comparison.system(rules, ask, name, Placement(colocated=[ONE]))
+        system = comparison.build(rules, ask, name, Placement(colocated=[ONE]))
       elif '+' in name:
-        one = comparison.system(rules, ask, name, Placement(
+        system = comparison.build(rules, ask, name, Placement(
             prefill=[ONE] * 2, decode=[ONE]))
       else:
-        one = _alone(rules, ask, name)
+        system = _alone(rules, ask, name)
       judged = Slo(1e9, slo.tpot_s) if name == 'decode only' else slo
-      found[name] = comparison.best_rate(rules, one, make, judged, 100, 4.0)
-    columns.append(found)
+      rates[name] = comparison.best_rate(rules, system, make, judged, 100, 4.0)
+    columns.append(rates)
   ask = comparison.problem('opt-13b', slo, make, 2048, (1.1, 1.0))
   options.tell('ours, chunked')
   make = comparison.fixed(prompt, output, options.seed)
@@ -162,8 +163,8 @@ def simulated4(rate_per_s, service_s, pp, n, seed):
   config = scheduler.Config((InstanceConfig(
       'prefill', comparison.AMPLE, 16, 4096, 512, 1, pp),), 1024)
   sent = comparison.fixed(512, 1, seed)(rate_per_s, n)
-  found = simulator.simulate(config, sent, [late]).records
-  return mean_interval([r.ttft_s for r in found[n // 10:]])
+  records = simulator.simulate(config, sent, [late]).records
+  return mean_interval([r.ttft_s for r in records[n // 10:]])
 
 
 def speedup4():
@@ -238,18 +239,18 @@ def figure5(options):
                                          roofline.Roofline(config, a100, p.tp,
                                                            p.pp))):
     for kind in ('intra', 'inter'):
-      found = {}
+      by_size = {}
       for n in (1, 2, 4, 8):
         late = make(Plan(n, 1) if kind == 'intra' else Plan(1, n))
         if late is not None:
           step = late.decode_s(batch, context)
           copies = n if kind == 'inter' else 1
-          found[n] = 1e3 * step, copies * batch / step
-      data[f'{name} {kind}'] = found
-  def row(what, value, kind, n, at):
+          by_size[n] = 1e3 * step, copies * batch / step
+      data[f'{name} {kind}'] = by_size
+  def row(what, value, kind, n, column):
     def cell(name):
-      found = data[f'{name} {kind}'].get(n)
-      return f'{found[at]:.0f}' if found else 'not profiled'
+      point = data[f'{name} {kind}'].get(n)
+      return f'{point[column]:.0f}' if point else 'not profiled'
     return what, value, cell('profile'), cell('roofline')
   rows = [row(f'intra-op, {n} GPUs, ms', ms, 'intra', n, 0)
           for n, ms in reported.FIG5_INTRA_MS.items()]
@@ -278,16 +279,18 @@ def figure10(options):
   shares, rows = {}, []
   rates = (.03, .16, .28) if options.quick else tuple(reported.FIG10)
   for rules in rules_of(options):
-    one = comparison.distserve(rules, case, ask)
+    system = comparison.distserve(rules, case, ask)
     for rate in rates:
       options.tell(f'{rules.name} rules, {rate}/s per device')
-      n = comparison.count(rules, one, rate, case.slo, case.per_gpu)
-      found = comparison.steady(rules, comparison.records(one, make, rate, n))
+      n = comparison.count(rules, system, rate, case.slo, case.per_gpu)
+      counted = comparison.steady(
+          rules, comparison.records(system, make, rate, n))
       shares[f'{rules.name} {rate}'] = {s: 100 * float(np.mean([
-          r.stage_s[s] / sum(r.stage_s.values()) for r in found]))
+          r.stage_s[s] / sum(r.stage_s.values()) for r in counted]))
           for s in STAGES}
-  copies = sorted(r.stage_s['migrate'] for r in found)
-  kv = [_side_by_side(one.link, case.plans[0], r.prompt_len) for r in found]
+  copies = sorted(r.stage_s['migrate'] for r in counted)
+  kv = [_side_by_side(system.link, case.plans[0], r.prompt_len)
+        for r in counted]
   for rate in rates:
     a, b, c = reported.FIG10[rate]
     rows.append((f'{rate}/s per GPU: queue, prefill, move, queue, decode, %',
@@ -299,7 +302,7 @@ def figure10(options):
                  f'{100 * sum(x <= limit for x in kv) / len(kv):.0f}'))
   return {'rows': rows, 'shares': shares, 'rates': rates, 'copies': copies,
           'kv': sorted(kv), 'why': 'OPT-175B has no public profile: its '
-          "constants are scaled from OPT-66B's (contest.latency_of). Shares "
+          "constants are scaled from OPT-66B's (comparison.latency_of). Shares "
           'are means over requests. KV moves at 300 GB/s, 1 ms before that; '
           'the 9 prefill devices each have a link in the rows, and share one '
           'in the simulation. The original logged the time to enqueue a copy, '
@@ -325,20 +328,20 @@ def _seconds(options, algorithm, devices):
 
 def figure12(options):
   limit_s = 5 if options.quick else 20
-  found = {}
+  spent = {}
   for name, algorithm in (('algorithm 1', algorithms.high_affinity),
                           ('algorithm 2', algorithms.low_affinity)):
-    found[name] = {}
+    spent[name] = {}
     for devices in (2, 4, 8):
       options.tell(f'{name}, {devices} devices')
-      found[name][devices] = _seconds(options, algorithm, devices)
-      if found[name][devices][0] > limit_s:
+      spent[name][devices] = _seconds(options, algorithm, devices)
+      if spent[name][devices][0] > limit_s:
         break  # more devices take longer
   rows = [(f'{devices} GPUs, s', seconds, None, ', '.join(
       f'{name}: {x[devices][0]:.1f} CPU s, {x[devices][1]} runs'
-      for name, x in found.items() if devices in x) or 'not run')
+      for name, x in spent.items() if devices in x) or 'not run')
       for devices, seconds in reported.FIG12.items()]
-  return {'rows': rows, 'found': found, 'why': 'Ours is CPU seconds of one '
+  return {'rows': rows, 'spent': spent, 'why': 'Ours is CPU seconds of one '
           'process, OPT-13B, 100 to 200 requests a run at least, with plans '
           'ruled out by bounds; the paper ran 96 cores. Its figures are of a '
           f'draft. A search above {limit_s} s is the last of its kind.'}

@@ -86,12 +86,12 @@ def draw4(data, figure):
 
 def draw5(data, figure):
   left, right = figure.subplots(1, 2)
-  for name, found in data['curves'].items():
+  for name, points in data['curves'].items():
     source, kind = name.split()
     style = ('-o' if source == 'profile' else ':s')
     colour = 'tab:orange' if kind == 'intra' else 'tab:blue'
     for axes, at in ((left, 0), (right, 1)):
-      axes.plot(list(found), [v[at] for v in found.values()], style,
+      axes.plot(list(points), [v[at] for v in points.values()], style,
                 color=colour, ms=4, label=f'{kind}-op, {source}')
   left.plot(list(reported.FIG5_INTRA_MS), reported.FIG5_INTRA_MS.values(), 'k^',
             label='paper, intra-op')
@@ -150,8 +150,8 @@ def draw12(data, figure):
   axes = figure.subplots()
   axes.plot(list(reported.FIG12), reported.FIG12.values(), 'k--^',
             label="paper's draft, 96 cores, seconds")
-  for name, found in data['found'].items():
-    axes.plot(list(found), [v[0] for v in found.values()], '-o',
+  for name, points in data['spent'].items():
+    axes.plot(list(points), [v[0] for v in points.values()], '-o',
               label=f'ours, {name}, CPU seconds')
   axes.set_xscale('log', base=2)
   axes.set_yscale('log')

@@ -6,9 +6,9 @@ R D the load. Each form says where it holds; outside, InputError. Unless said
 otherwise a server takes one request at a time, first come first served, with
 room for all, in steady state.
 
-Sources: [P] DistServe (OSDI 2024), 3.1; [K] Kleinrock, Queueing Systems 1;
-[F] Friedman 1965, tandem queues of deterministic servers; [I] Inoue 2021,
-arXiv 1912.06322; the rest are identities derived where they stand.
+Sources: [P] DistServe (OSDI 2024), 3.1; [F] Friedman 1965, tandem queues of
+deterministic servers; [I] Inoue 2021, arXiv 1912.06322; the rest are identities
+derived where they stand.
 """
 
 import fractions
@@ -42,23 +42,11 @@ def load(rate_per_s, service_s, servers=1):
   return rate_per_s * service_s / servers
 
 
-def mg1_wait_s(rate_per_s, service_s, second_moment):
-  """Mean wait W = R E[S^2] / (2 (1 - rho)) of M/G/1 [K 5.6].
-
-  Pollaczek and Khinchine; Poisson arrivals, any service law with E[S] =
-  service_s and E[S^2] = second_moment (s^2); rho < 1.
-  """
-  _positive(second_moment=second_moment)
-  rho = load(rate_per_s, service_s)
-  _stable(rho)
-  require(second_moment >= service_s**2 * (1 - 1e-12), 'second_moment',
-          second_moment, f'at least service_s^2={service_s**2}')
-  return rate_per_s * second_moment / (2 * (1 - rho))
-
-
 def md1_wait_s(rate_per_s, service_s):
   """Mean wait W = R D^2 / (2 (1 - R D)) of M/D/1; R D < 1 [P eq. 1]."""
-  return mg1_wait_s(rate_per_s, service_s, service_s**2)
+  rho = load(rate_per_s, service_s)
+  _stable(rho)
+  return rate_per_s * service_s**2 / (2 * (1 - rho))
 
 
 def md1_ttft_s(rate_per_s, service_s):
@@ -100,43 +88,6 @@ def md1_wait_cdf(rate_per_s, service_s, wait_s):
       power = power * x // grid // n
     total += -power if k % 2 else power
   return min(1.0, max(0.0, (1 - rho) * float(total / grid)))
-
-
-def mm1_wait_s(rate_per_s, service_s):
-  """Mean wait W = rho D / (1 - rho) of M/M/1, exponential service of mean D;
-  rho < 1 [K 3.2]. Twice that of M/D/1."""
-  return mg1_wait_s(rate_per_s, service_s, 2 * service_s**2)
-
-
-def erlang_c(load_per_server, servers):
-  """Probability that an arrival of M/M/c waits [K 3.5].
-
-  C = B / (1 - rho (1 - B)), B by Erlang's recursion B_n = a B_{n-1} / (n + a
-  B_{n-1}), a = rho c. Needs rho < 1; exponential service.
-  """
-  require(isinstance(servers, int) and servers >= 1, 'servers', servers,
-          'an integer of 1 or more')
-  _nonnegative(load_per_server=load_per_server)
-  _stable(load_per_server)
-  blocked, offered = 1.0, load_per_server * servers
-  for n in range(1, servers + 1):
-    blocked = offered * blocked / (n + offered * blocked)
-  return blocked / (1 - load_per_server * (1 - blocked))
-
-
-def mmc_wait_s(rate_per_s, service_s, servers):
-  """Mean wait W = C(rho, c) D / (c (1 - rho)) of M/M/c, one queue [K 3.5]."""
-  rho = load(rate_per_s, service_s, servers)
-  return erlang_c(rho, servers) * service_s / (servers * (1 - rho))
-
-
-def mdc_wait_s(rate_per_s, service_s, servers):
-  """About half of M/M/c's: mean wait of M/D/c, one queue.
-
-  Lee and Longton 1959, with no variance of service: exact for c = 1 and as
-  rho -> 1, an approximation elsewhere. rho < 1.
-  """
-  return mmc_wait_s(rate_per_s, service_s, servers) / 2
 
 
 def mdc_ttft_bounds_s(rate_per_s, service_s, servers):
@@ -192,17 +143,6 @@ def crossover_rate_per_s(service_s, speedup, stages=2):
   return low
 
 
-def tandem_time_s(rate_per_s, stages_s):
-  """Mean sojourn W(max stage) + sum of stages: deterministic tandem [F].
-
-  Poisson arrivals, every request alike; the wait is that of the slowest
-  stage wherever it stands. R max < 1. A FIFO link is one more stage.
-  """
-  require(len(stages_s) > 0, 'stages_s', stages_s, 'not empty')
-  _positive(**{f'stages_s[{n}]': s for n, s in enumerate(stages_s)})
-  return sum(stages_s) + md1_wait_s(rate_per_s, max(stages_s))
-
-
 def dd1_time_s(interval_s, service_s, n):
   """Sojourn of the n-th request (from 0) of D/D/1: D + n max(0, D - 1/R).
 
@@ -211,19 +151,6 @@ def dd1_time_s(interval_s, service_s, n):
   _positive(interval_s=interval_s, service_s=service_s)
   require(isinstance(n, int) and n >= 0, 'n', n, 'an integer of 0 or more')
   return service_s + n * max(0.0, service_s - interval_s)
-
-
-def kingman_wait_s(rate_per_s, service_s, ca2, cs2):
-  """W <= about rho / (1 - rho) (ca2 + cs2) / 2 D of G/G/1 (Kingman 1961).
-
-  ca2, cs2: squared coefficients of variation of gaps and services. Exact as
-  rho -> 1; exact for M/G/1 (ca2 = 1) at any rho < 1. Round robin over m
-  instances has ca2 = 1/m.
-  """
-  _nonnegative(ca2=ca2, cs2=cs2)
-  rho = load(rate_per_s, service_s)
-  _stable(rho)
-  return rho / (1 - rho) * (ca2 + cs2) / 2 * service_s
 
 
 def batch_ttft_bound_s(rate_per_s, fixed_s, each_s):
@@ -271,37 +198,3 @@ def decode_tpot_s(rate_per_s, output_len, fixed_s, row_s, token_s=0.0,
   rho = rate_per_s * output_len * (row_s + token_s * context)
   _stable(rho)
   return fixed_s / (1 - rho)
-
-
-def decode_tokens_per_s(capacity_tokens, context, fixed_s, row_s, token_s):
-  """Tokens a second B / (A + (g + beta c) B) where memory bounds the batch.
-
-  B = capacity_tokens // context rows (deterministic); see decode_tpot_s.
-  """
-  _positive(context=context, fixed_s=fixed_s)
-  _nonnegative(row_s=row_s, token_s=token_s)
-  rows = capacity_tokens // context
-  require(rows >= 1, 'capacity_tokens', capacity_tokens,
-          f'at least one context of {context}')
-  return rows / (fixed_s + (row_s + token_s * context) * rows)
-
-
-def in_flight(rate_per_s, sojourn_s):
-  """Little's law: L = R T, mean requests inside; any system in steady state,
-  any part of it."""
-  _nonnegative(rate_per_s=rate_per_s, sojourn_s=sojourn_s)
-  return rate_per_s * sojourn_s
-
-
-def attainment_bound(ttft_share, tpot_share):
-  """(low, high) of joint attainment from those of each objective (Frechet):
-  max(0, a + b - 1) to min(a, b)."""
-  for field, share in (('ttft_share', ttft_share), ('tpot_share', tpot_share)):
-    require(0 <= share <= 1, field, share, 'in [0, 1]')
-  return max(0.0, ttft_share + tpot_share - 1), min(ttft_share, tpot_share)
-
-
-def kv_bytes(num_layers, hidden, prompt_len, itemsize=2):
-  """Bytes of a prompt's keys and values: 2 L D itemsize a token, without
-  grouped heads (OPT) [P 3.3]."""
-  return 2 * num_layers * hidden * itemsize * prompt_len

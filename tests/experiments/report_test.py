@@ -163,3 +163,11 @@ def test_cdf_is_of_all_requests_sent():
   assert axes.lines[0].get_ydata()[-1] == pytest.approx(200 / 3)
   assert axes.lines[0].get_xdata()[-1] == pytest.approx(0.4)
   assert math.isclose(axes.lines[1].get_xdata()[0], 1.0)
+
+
+def test_objectives_of_infinity_are_drawn_without_a_line(tmp_path):
+  records = [Record(i, 0.0, 8, 2, [0.5 + i, 0.6 + 2 * i], finish_s=3.0,
+                    status='length') for i in range(2)]
+  report.save_figure(tmp_path / 'x.png', [('a', records)],
+                     Slo(math.inf, math.inf))
+  assert (tmp_path / 'x.png').stat().st_size > 10_000

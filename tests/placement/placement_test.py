@@ -18,10 +18,12 @@ from dsjax.placement import (
   bounds,
   candidates,
   goodput,
+  judging,
   search,
   verdict,
 )
-from dsjax.placement.candidates import Cluster, SearchProblem, Task
+from dsjax.placement.candidates import Cluster, SearchProblem
+from dsjax.placement.judging import Task
 from dsjax.placement.verdict import RankedPlacement
 from dsjax.simulation import hardware, latency
 from tests.common import tiny
@@ -143,7 +145,7 @@ def contenders(p, tried=(algorithms.low_affinity, algorithms.colocated)):
 
 def brute(p):
   """Goodput per device of every candidate: no bound, no race."""
-  return {(c.placement, c.prefill_tokens): candidates.measure(
+  return {(c.placement, c.prefill_tokens): judging.measure(
       p, Task(c, p.target)).rate_per_s / c.num_devices
           for c in contenders(p)}
 
@@ -190,7 +192,7 @@ def test_no_placement_beats_its_bound():
   p = problem(tolerance=0.1)
   for candidate in contenders(p):
     free = candidate._replace(bound_per_s=4 * candidate.bound_per_s)
-    best = candidates.measure(p, Task(free, p.target))
+    best = judging.measure(p, Task(free, p.target))
     assert 0 < best.rate_per_s <= candidate.bound_per_s * 1.1
 
 
@@ -298,7 +300,7 @@ def test_what_binds(late, cluster, slo, words):
   best = Placement(prefill=[Plan()], decode=[Plan()])
   candidate, = (c for c in contenders(p, (algorithms.low_affinity,))
                 if c.placement == best)
-  row = RankedPlacement(best, candidates.measure(
+  row = RankedPlacement(best, judging.measure(
       p, Task(candidate, p.target)), True)
   assert verdict.bottleneck(p, row).startswith(words)
 

@@ -1,0 +1,200 @@
+"""How one candidate of a placement search is judged.
+
+By the scheduler that serves, under simulated time: nothing here decides how
+requests are served.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from dsjax.analysis.record import Record
+from dsjax.config.engine import InstanceConfig
+from dsjax.config.placement import Placement, Slo
+from dsjax.placement import candidates, goodput
+from dsjax.placement.candidates import SearchProblem
+from dsjax.scheduling import scheduler
+from dsjax.simulation import latency, simulator
+
+# A run lasts this many times what a request may take within its objectives,
+# so that queues of an overloaded system have time to grow past them.
+LIFETIMES = 10
+# Objectives of hours would ask for millions of requests: a run has this many
+# at most, or so many times SearchProblem.most_requests (see Judge).
+MOST_REQUESTS, MOST_TIMES = 4000, 4
+
+
+class Instant:
+  """A phase that takes no time, where the other one is judged alone.
+
+  A latency and a link: see dsjax.simulation.latency.
+  """
+
+  host_s, pp, beside = 0.0, 1, False
+
+  def prefill_s(self, pieces: latency.Pieces) -> float:
+    del pieces
+    return 0.0
+
+  def decode_s(self, batch: int, context: float) -> float:
+    del batch, context
+    return 0.0
+
+  def decode_line(self, batch: int) -> tuple[float, float]:
+    del batch
+    return 0.0, 0.0
+
+  def mixed_s(self, pieces: latency.Pieces, batch: int,
+              context: float) -> float:
+    del pieces, batch, context
+    return 0.0
+
+  def migrate_s(self, num_tokens: int) -> float:
+    del num_tokens
+    return 0.0
+
+
+class Candidate(NamedTuple):
+  """What is judged: a placement, or (phase) one instance of it alone.
+
+  phase: '' for the whole; 'prefill': the first token is all that is asked
+  for; 'decode': prefill takes no time. bound_per_s: no rate above it.
+  guess_per_s: about what to expect; says what is tried first.
+  """
+
+  placement: Placement
+  prefill_tokens: int | None
+  aligned: bool
+  bound_per_s: float
+  phase: str = ''
+  guess_per_s: float = 0.0
+
+  @property
+  def num_devices(self) -> int:
+    """Of the placement, or of the one instance that is judged."""
+    if self.phase:
+      return getattr(self.placement, self.phase)[0].num_devices
+    return self.placement.num_devices
+
+  @property
+  def bound_per_device(self) -> float:
+    return self.bound_per_s / self.num_devices
+
+
+class Setup(NamedTuple):
+  """What a candidate's runs share; output_len: of each request, None for its
+  own."""
+
+  config: scheduler.Config
+  latencies: Sequence[latency.Latency]
+  link: latency.LinkLike
+  slo: Slo
+  output_len: int | None = None
+
+
+def setup(problem: SearchProblem, candidate: Candidate) -> Setup:
+  """The Setup of a candidate.
+
+  Raises:
+    InputError: as build.
+  """
+  config, latencies, link = candidates.build(problem, candidate.placement,
+                                  candidate.prefill_tokens, candidate.aligned)
+  slo, instant = problem.slo, Instant()
+  if candidate.phase == 'prefill':
+    config = dataclasses.replace(config, instances=config.instances[:1])
+    slo = dataclasses.replace(slo, tpot_s=math.inf)
+    return Setup(config, latencies[:1], instant, slo, output_len=1)
+  if candidate.phase == 'decode':
+    ample = InstanceConfig('prefill', 2**16, problem.page_size, 4096,
+                           problem.max_len, problem.prefill_seqs)
+    config = dataclasses.replace(
+        config, instances=(ample, config.instances[-1]))
+    slo = dataclasses.replace(slo, ttft_s=math.inf)
+    return Setup(config, [instant, latencies[-1]], instant, slo)
+  return Setup(config, latencies, link, slo)
+
+
+def run(problem: SearchProblem, system: Setup, rate_per_s: float, n: int,
+        on_event: simulator.OnEvent | None = None) -> list[Record]:
+  """The records of n requests at a rate."""
+  requests = problem.workload(rate_per_s, n)
+  if system.output_len:
+    requests = [dataclasses.replace(r, sampling=dataclasses.replace(
+        r.sampling, max_tokens=system.output_len)) for r in requests]
+  return simulator.simulate(system.config, requests, system.latencies,
+                            system.link, on_event=on_event).records
+
+
+class Judge:
+  """How long a run must be, and what its requests must meet.
+
+  A run lasts LIFETIMES of what a request may take. Where that is more than
+  `most` requests (objectives are loose, or inf), it has `most`, and objectives
+  are those of which LIFETIMES fit into it, so that a queue that grows still
+  shows; but no less than what a busy instance takes.
+  """
+
+  def __init__(self, problem: SearchProblem, system: Setup,
+               phase: str = '') -> None:
+    outputs = [o for _, o in candidates.lengths(problem, 256)]
+    self.slo, self.least = system.slo, problem.requests
+    self.most = max(MOST_REQUESTS, MOST_TIMES * problem.most_requests)
+    self.mean = sum(outputs) / len(outputs)
+    self.life_s = problem.slo.ttft_s if phase == 'prefill' else max(
+        problem.slo.ttft_s, problem.slo.tpot_s * self.mean)
+    rows, pieces = problem.max_seqs, ((0, problem.max_len),)
+    self.busy_s = 2 * max(
+        seconds.mixed_s(pieces, rows, rows * problem.max_len / 2)
+        for seconds in system.latencies)
+
+  def length(self, rate_per_s: float) -> int:
+    """Requests of a run at this rate."""
+    asked = rate_per_s * LIFETIMES * self.life_s
+    return max(self.least, math.ceil(min(asked, self.most)))
+
+  def objectives(self, rate_per_s: float) -> Slo:
+    """What its requests must meet."""
+    if rate_per_s * LIFETIMES * self.life_s <= self.most:
+      return self.slo
+    life_s = self.most / rate_per_s / LIFETIMES
+    return Slo(min(self.slo.ttft_s, max(life_s, self.busy_s)),
+               min(self.slo.tpot_s, max(life_s / self.mean, self.busy_s)))
+
+
+class Task(NamedTuple):
+  """A Candidate to measure, and how.
+
+  beat_per_s: see goodput.Bisection. effort: above 1, as many times the
+  requests, its root less tolerance, and intervals as tight as they get.
+  start_per_s: the first rate; None: near the candidate's guess.
+  """
+
+  candidate: Candidate
+  target: float
+  beat_per_s: float | None = None
+  effort: float = 1.0
+  start_per_s: float | None = None
+
+
+def measure(problem: SearchProblem, task: Task) -> goodput.Goodput:
+  """The Goodput of a Task. A pure function: any process may run it."""
+  candidate, bound = task.candidate, task.candidate.bound_per_s
+  system = setup(problem, candidate)
+  judge = Judge(problem, system, candidate.phase)
+
+  def hits_at(rate_per_s: float, n: int) -> list[bool]:
+    return goodput.steady_hits(run(problem, system, rate_per_s, n),
+                               judge.objectives(rate_per_s))
+
+  best = goodput.search(
+      hits_at, task.target,
+      task.start_per_s or max(candidate.guess_per_s, bound / 16),
+      1 + problem.tolerance * task.effort**-0.5, problem.requests,
+      math.ceil(problem.most_requests * task.effort),
+      goodput.Bisection(
+          stride=1.1 if task.effort > 1 else 1.4, least_per_s=bound / 4**6,
+          most_per_s=bound, full=judge.length,
+          beat_per_s=task.beat_per_s, tight=task.effort > 1))
+  return dataclasses.replace(best, high_per_s=min(best.high_per_s, bound))
