@@ -156,7 +156,9 @@ def test_bfloat16_weights_and_cache(name):
   run = Run(config, params, tokens, prompt_len, 'bfloat16')
   got_SV = run.prefill()
   np.testing.assert_allclose(got_SV, logits_TV[:prompt_len], rtol=0, atol=0.2)
-  assert run.cache.k_KPCH[0].dtype == jnp.bfloat16
+  run.decode(2)
+  assert {x.dtype for x in jax.tree.leaves(run.cache)} == {
+      jnp.dtype(jnp.bfloat16)}
 
 
 @pytest.mark.parametrize('name, tp', [
