@@ -39,9 +39,12 @@ def _environment() -> Any:
   def strftime_now(form: str) -> str:
     return datetime.datetime.now().strftime(form)
 
-  def tojson(value: object, **options: Any) -> str:
-    defaults: dict[str, Any] = {'ensure_ascii': False}
-    return json.dumps(value, **(defaults | options))
+  def tojson(value: object, ensure_ascii: bool = False,
+             indent: int | str | None = None,
+             separators: tuple[str, str] | None = None,
+             sort_keys: bool = False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent,
+                      separators=separators, sort_keys=sort_keys)
 
   env: Any = jinja2.sandbox.ImmutableSandboxedEnvironment(
       trim_blocks=True, lstrip_blocks=True,
