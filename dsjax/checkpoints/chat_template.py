@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from dsjax.config.checks import InputError, require
 
+ROLES = ('assistant', 'developer', 'system', 'tool', 'user')
 _CONTROL_LIKE = re.compile(r'<.+>$|\[.+\]$', re.DOTALL)
 
 
@@ -38,9 +39,12 @@ def _environment() -> Any:
   def strftime_now(form: str) -> str:
     return datetime.datetime.now().strftime(form)
 
-  def tojson(value: object, **options: Any) -> str:
-    defaults: dict[str, Any] = {'ensure_ascii': False}
-    return json.dumps(value, **(defaults | options))
+  def tojson(value: object, ensure_ascii: bool = False,
+             indent: int | str | None = None,
+             separators: tuple[str, str] | None = None,
+             sort_keys: bool = False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent,
+                      separators=separators, sort_keys=sort_keys)
 
   env: Any = jinja2.sandbox.ImmutableSandboxedEnvironment(
       trim_blocks=True, lstrip_blocks=True,
@@ -100,19 +104,23 @@ class ChatTemplate:
         before it is cut into pieces.
     """
     added = {text for text in added if _CONTROL_LIKE.match(text)}
-    probe = [{'role': role, 'content': 'x'}
-             for role in ('user', 'assistant', 'user')]
-    rendered = []
-    for to_answer in (False, True):
+
+    def probe(*roles: str, to_answer: bool = False) -> str:
       try:
-        rendered.append(self.render(probe, to_answer, {}))
-      except InputError:
-        rendered.append('')
-    written = ' '.join((*self.literals, *rendered))
+        return self.render([{'role': role, 'content': 'x'} for role in roles],
+                           to_answer, {})
+      except InputError:  # some want other roles, or another order
+        return ''
+
+    turns = probe('user', 'assistant', 'user')
+    written = ' '.join((
+        *self.literals, turns, probe('user', to_answer=True),
+        *(probe(role, 'user') for role in ROLES),
+        *(probe('user', 'assistant', role) for role in ROLES)))
 
     def is_turn(text: str) -> bool:
       paired = text[:1] == '<' and ({f'</{text[1:]}', f'<{text[2:]}'} & added)
-      return text in (rendered[0] if paired else written)
+      return text in (turns if paired else written)
 
     return frozenset(filter(is_turn, added))
 

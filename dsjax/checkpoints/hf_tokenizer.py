@@ -23,7 +23,8 @@ from dsjax.config.checks import InputError, require
 
 Keys = dict[str, Any]  # of a JSON object
 Ids = dict[str, int]  # by the text of the token
-_FILE, _CONFIG = 'tokenizer.json', 'tokenizer_config.json'
+_FILE = 'tokenizer.json'
+_CONFIGS = ('special_tokens_map.json', 'tokenizer_config.json')  # the last wins
 _TEXTS = ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask')
 
 
@@ -203,6 +204,9 @@ def load_tokenizer(path: str | os.PathLike[str],
   if not (path / _FILE).is_file():
     return None
   keys = read_json(path / _FILE)
-  config = read_json(path / _CONFIG) if (path / _CONFIG).is_file() else {}
+  config: Keys = {}
+  for name in _CONFIGS:
+    if (path / name).is_file():
+      config |= read_json(path / name)
   with naming(path / _FILE):
     return Tokenizer(_vocabulary(path, keys, config, vocab_size))

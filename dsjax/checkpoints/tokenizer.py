@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dsjax.checkpoints.chat_template import (
+  ROLES,
   ChatTemplate,
   Guard,
   split,
@@ -17,7 +18,6 @@ from dsjax.checkpoints.chat_template import (
 )
 from dsjax.config.checks import InputError, require
 
-ROLES = ('assistant', 'developer', 'system', 'tool', 'user')
 SPACE = '\N{LOWER ONE EIGHTH BLOCK}'  # what sentencepiece writes for one
 _OPTIONAL = ('reasoning_content',)  # of a message, beside role and content
 _OWN = ('messages', 'tools', 'documents', 'add_generation_prompt')

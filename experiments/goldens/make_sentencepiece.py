@@ -6,12 +6,13 @@ Run where `sentencepiece` is installed (dsjax itself need not be):
 
   python -m experiments.goldens.make_sentencepiece
 
-Two seconds. Expected output: `356 pieces, 17 texts`.
+Two seconds. Expected output: `420 pieces, 18 texts`.
 """
 
 import io
 import json
 import pathlib
+import random
 
 import sentencepiece
 from absl import app, flags
@@ -24,18 +25,19 @@ _TEXTS = [
     'the cat sat on the mat', 'the', ' the', '  the  cat  ', 'unseen \u8a9e',
     '\u00e9t\u00e9 \u00e0 la mer', 'a\nb\tc', '\U0001f41d', '', ' ',
     'thethethe', 'mat-sat.', '12 345', '<0x41> <s> </s>', '\u2581the',
-    'Cat CAT cat', 'on the sea the bee and the cat on the sea']
+    'Cat CAT cat', 'hat tea sheath teeth seat aaaaaaa tatata ethathe',
+    'aeaeateathhsatsethaaetteahheatasteht']
 
 
 def main(argv: list[str]) -> None:
   del argv
-  lines = [f'the {a} {b} on the {c}' for a in ('cat', 'bee', 'hat', 'man')
-           for b in ('sat', 'ran', 'is', 'was seen')
-           for c in ('mat', 'sea', 'hill', 'road and the sea',
-                     'm\u00e9t\u00e9o')]
+  rng = random.Random(0)
+  # Few letters: most words can be merged in several orders.
+  lines = [' '.join(''.join(rng.choices('atehs', (5, 3, 3, 2, 1), k=rng.randint(
+      1, 9))) for _ in range(8)) + ' the m\u00e9t\u00e9o' for _ in range(200)]
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(lines * 3), model_writer=model, model_type='bpe',
+      sentence_iterator=iter(lines), model_writer=model, model_type='bpe',
       vocab_size=_SIZE, byte_fallback=True, add_dummy_prefix=True,
       remove_extra_whitespaces=False, normalization_rule_name='identity',
       character_coverage=1.0, minloglevel=2, hard_vocab_limit=False)

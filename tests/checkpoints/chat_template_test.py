@@ -170,7 +170,8 @@ TAGS = ("{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</' + "
 GEMMA = ("{% for m in messages %}{{ '<start_of_turn>' + m.content }}"
          "<end_of_turn>{% endfor %}")
 TURNS = [(R1, (USER, BOT)), (CHATML, ('<|im_start|>', '<|im_end|>')),
-         (BUILT, ('<|user|>', '<|assistant|>', '<|end|>')),
+         (BUILT, ('<|user|>', '<|assistant|>', '<|system|>', '<|tool|>',
+                  '<|end|>')),
          (BRACKETS, ('[INST]', '[/INST]')), (TAGS, ('<user>', '</user>')),
          (GEMMA, ('<start_of_turn>', '<end_of_turn>'))]
 

@@ -31,6 +31,9 @@ NAMES = sorted(path.name for path in FOLDERS.iterdir())
 B, C, T, SIZE = 2, 4, 40, 24  # sequences, page, tokens a slot, packed axis
 FIRST, OTHER = 11, 9  # tokens of the first chunk, of the other sequence
 ATOL = 5e-5
+QUICK = {  # half the time to compile, of steps that run but a few times
+    'xla_backend_optimization_level': 0,
+    'xla_llvm_disable_expensive_passes': True}
 i32 = functools.partial(np.asarray, dtype=np.int32)
 # What a wrong field would be, and a family whose logits must show it.
 WRONG = [
@@ -73,7 +76,7 @@ def with_logits(step, config, **static):
     logits_SV = transformer.head(config, params, seen[0][0])
     return out, logits_SV[:, :config.vocab_size]  # without padding
 
-  return jax.jit(logged)
+  return jax.jit(logged, compiler_options=QUICK)
 
 
 class Run:
@@ -155,7 +158,9 @@ def test_bfloat16_weights_and_cache(name):
   run = Run(config, params, tokens, prompt_len, 'bfloat16')
   got_SV = run.prefill()
   np.testing.assert_allclose(got_SV, logits_TV[:prompt_len], rtol=0, atol=0.2)
-  assert run.cache.k_KPCH[0].dtype == jnp.bfloat16
+  run.decode(2)
+  assert {x.dtype for x in jax.tree.leaves(run.cache)} == {
+      jnp.dtype(jnp.bfloat16)}
 
 
 @pytest.mark.parametrize('name, tp', [
@@ -239,8 +244,7 @@ def serve(name, prefill, decode, **limits):
 
 @pytest.mark.parametrize('name, prefill, decode', [
     ('mixtral', (2, 1), (1, 2)), ('gemma3', (2, 1), (1, 2)),
-    ('gpt2', (2, 1), (1, 2)), ('qwen3_moe', (2, 1), (1, 2)),
-    ('opt', (1, 2), (3, 1))], ids=str)
+    ('olmo2', (3, 1), (1, 2)), ('opt', (1, 2), (3, 1))], ids=str)
 def test_served_over_plans_a_family_gives_the_same_tokens(
     name, prefill, decode):
   tokens, want = serve(name, prefill, decode)
@@ -251,6 +255,6 @@ def test_served_through_bfloat16_and_int8_pages_most_tokens_are_the_same():
   """bfloat16 rounds by 2^-9 of a number, int8 by 2^-8 of a token's largest:
   logits that are closer than that moves them may trade places (the least
   margin here is 0.013), and what follows would be another text."""
-  tokens, want = serve('mistral', (2, 1), (1, 2), kv_dtype='bfloat16',
+  tokens, want = serve('mistral', (1, 1), (1, 1), kv_dtype='bfloat16',
                        decode_kv_dtype='int8')
   assert sum(a == b for a, b in zip(tokens, want, strict=True)) >= 8

@@ -117,30 +117,6 @@ def test_key_value_heads_default_to_heads(path):
   assert checkpoint.load_gguf(path)[0].num_kv_heads == N
 
 
-def test_head_width_is_the_key_length(path):
-  save(path, KEYS | {'llama.attention.key_length': H,
-                     'llama.attention.value_length': H,
-                     'llama.rope.dimension_count': None})
-  assert checkpoint.load_gguf(path)[0].head_dim == H
-
-
-def test_matrices_keep_their_values(path):
-  tensors = tiny_tensors()
-  params = checkpoint.load_gguf(save(path))[1]
-  layer = params['layers'][1]
-  np.testing.assert_array_equal(params['embed_VD'],
-                                tensors['token_embd.weight'])
-  np.testing.assert_array_equal(
-      layer['v_KHD'].reshape(K * H, D), tensors['blk.1.attn_v.weight'])
-  np.testing.assert_array_equal(
-      layer['o_DNH'].reshape(D, N * H), tensors['blk.1.attn_output.weight'])
-  for leaf, name in (('gate_FD', 'ffn_gate'), ('up_FD', 'ffn_up'),
-                     ('down_DF', 'ffn_down'), ('mlp_norm_D', 'ffn_norm'),
-                     ('attn_norm_D', 'attn_norm')):
-    np.testing.assert_array_equal(layer[leaf],
-                                  tensors[f'blk.1.{name}.weight'])
-
-
 def test_an_output_matrix_unties_the_head(path):
   head_VD = np.ones((V, D), np.float32)
   config, params = checkpoint.load_gguf(

@@ -73,7 +73,8 @@ NEUTRAL = dict(
     image_token_index=7, boi_token_id=5, decoder_start_token_id=0,
     do_sample=True, temperature=0.6, max_new_tokens=7, use_cache=False,
     pretraining_tp=2, gradient_checkpointing=True, quantization_config=None,
-    problem_type='x', tf_legacy_loss=True, new_switch=False,
+    problem_type='x', tf_legacy_loss=True, use_flash_attention_2=True,
+    bf16=True, pad_token='<pad>', new_switch=False,
     architectures=None) | {'transformers.js_config': {'dtype': 'q4'}}
 
 
@@ -199,7 +200,8 @@ def test_config_that_is_not_an_object(tmp_path, text):
                                'surprise': 1}),
     ('phi3', 'rope_scaling', {'type': 'longrope', 'short_factor': [1.0],
                               'long_factor': [1.0]}),
-    ('llama', 'use_flash_attention_9', 1), ('llama', 'alibi', True),
+    ('llama', 'alibi', True),
+    ('llama', 'output_multiplier_scale', 2.0), ('llama', 'rope_version', 2),
     ('llama', 'logit_scale', 0.5), ('llama', 'quantization_config', {'b': 4}),
     ('llama', 'is_encoder_decoder', True), ('llama', 'num_experts', 4),
     ('mistral', 'layer_types', ['sliding_attention', 'full_attention']),

@@ -101,6 +101,16 @@ def test_added_spaces_are_spaces(tmp_path):
   assert ours.token_bytes(whole.token_to_id('▁▁')) == b'  '
 
 
+def test_special_tokens_in_a_file_of_their_own(tmp_path):
+  """Older folders have one; what tokenizer_config.json says comes first."""
+  (tmp_path / 'special_tokens_map.json').write_text(json.dumps(
+      {'eos_token': {'content': '</s>'}, 'bos_token': '<unk>'}))
+  save(tmp_path, build('bytes'))
+  (tmp_path / 'tokenizer_config.json').write_text('{"bos_token": "<s>"}')
+  ours = load_tokenizer(tmp_path, V)
+  assert (ours.bos_id, ours.eos_id) == (1, 2)
+
+
 def test_padding_of_the_embedding_stands_for_nothing(both):
   _, ours = both
   assert ours.vocab_size == V and ours.token_bytes(V - 1) == b''
