@@ -20,8 +20,7 @@ the same job that none hit, in the same run. Its bound: for each retry the
 longest of lease, stall limit and time until a killed instance is back, plus
 once more the worst latency without a hit.
 
-Exit codes: 0; 1 if a check failed; 2 for bad input; 130 when stopped by
-Ctrl-C, which keeps what there is.
+Ctrl-C keeps what there is. Exit codes: see experiments.common.cli.
 """
 
 import dataclasses
@@ -306,7 +305,7 @@ def run(options, console):
       result = soak_report.summarize(
           soak, time.perf_counter() - began, compiled)
   console.print(soak_report.table(result))
-  soak_report.save(out, soak, result)
+  soak_report.save(out, soak, result, cli.asked(options, FLAGS))
   bad = result['failed checks']
   console.print(f'Failed: {", ".join(bad)}.' if bad else
                 'Nothing was lost, repeated, leaked or wrong.',

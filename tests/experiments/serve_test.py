@@ -64,6 +64,8 @@ def test_all_modes(tmp_path, capsys):
   summary = json.loads((out / 'summary.json').read_text())
   assert list(summary['modes']) == list(modes)
   assert summary['modes']['disaggregated']['kv_bytes'] > 0
+  made = summary['made_by']
+  assert made['options']['config'] == 'demo' and 'prompts.txt' in made['data']
   assert 'TPOT p90' in (out / 'summary.txt').read_text()
   assert (out / 'report.png').read_bytes().startswith(b'\x89PNG')
   _check_timeline(json.loads((out / 'timeline.json').read_text()), modes)
