@@ -130,10 +130,11 @@ def _columns(title, left, right):
 
 def _step_cells(row):
   """What the table of steps says of a row."""
+  step = row['step'].replace(' stage', '\nstage')
   if 'error' in row:
-    return row['step'], f'[red]{row["error"][:24]}'
+    return step, f'[red]{row["error"][:24]}'
   share = row['peak_bytes'] / device_bytes(row['gpu'])
-  return (row['step'], '\n'.join(
+  return (step, '\n'.join(
       f'{count} {name}' for name, count in row['collectives'].items()) or '-',
           str(row['layers'] or '-'), str(row['tp']), str(row['calls']),
           f'{row["peak_bytes"] / 2**30:.1f} {share:.0%}',
@@ -162,7 +163,7 @@ def tables(rows):
         'grid', 'threads', 'regs', 'shared', 'spills'))
     for row in own:
       steps.add_row(*_step_cells(row))
-      step = row['step']
+      step = row['step'].replace(' stage', '\nstage')
       for cells in _kernel_cells(row):
         launches.add_row(step, *cells)
         step = ''
