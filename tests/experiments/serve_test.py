@@ -151,7 +151,7 @@ def test_live_table(tmp_path):
   two = 'placements=prefill=1x1,decode=1x1'
   assert start(tmp_path, two, console=console) == 0
   said = console.export_text()
-  assert 'warming up' in said and 'instance' in said
+  assert 'compiling' in said and 'instance' in said
   assert '0 prefill 1x1' in said and '1 decode 1x1' in said
 
 
