@@ -254,11 +254,13 @@ def _explore(console, jobs, options):
   with terminal.Interrupts() as interrupts, bar, spawn.Pool(
       options.processes, _begin, (counts, stop)) as pool:
     line = bar.add_task('starting', total=None)
-    found = pool.imap_unordered(functools.partial(_work, options.seconds),
+    ended = pool.imap_unordered(functools.partial(_work, options.seconds),
                                 jobs)
+    if not console.is_terminal:
+      console.print(f'Exploring {len(jobs)} worlds')
     while True:
       try:
-        result = found.next(timeout=0.5)
+        result = ended.next(timeout=0.5)
       except multiprocessing.TimeoutError:
         result = None
       except StopIteration:

@@ -118,17 +118,20 @@ def compile_pairs(console, pairs, jobs):
   total, running = sum(len(aot_steps.names(m)) for m, _ in pairs), []
   with Progress(console=console, transient=True) as progress:
     task = progress.add_task('compiling', total=total)
+    if not console.is_terminal:
+      console.print(f'Compiling {total} steps')
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
     try:
-      found = [pool.submit(compile_all, *pair, running,
-                           lambda: progress.advance(task)) for pair in pairs]
+      pending = [pool.submit(compile_all, *pair, running,
+                             lambda: progress.advance(task))
+                 for pair in pairs]
       for done, future in enumerate(
-          concurrent.futures.as_completed(found), 1):
+          concurrent.futures.as_completed(pending), 1):
         rows = future.result()
         if not console.is_terminal:
           console.print(f'{done} of {len(pairs)}: {rows[0]["model"]} for '
                         f'{rows[0]["gpu"]}')
-      return [row for future in found for row in future.result()]
+      return [row for future in pending for row in future.result()]
     finally:
       pool.shutdown(wait=False, cancel_futures=True)
       for process in list(running):
