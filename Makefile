@@ -14,6 +14,8 @@ CUDA := 13.5.37
 .PHONY: demo test test-newest lint setup aot clean
 
 demo: $(STAMP)
+	@echo 'Serves 24 chats in three modes on two CPU devices: about four minutes, of'
+	@echo 'which one compiles (kept in .cache for the next run).'
 	$(BIN)/python -m experiments.serve --config=demo --out=out/demo
 
 test: lint
@@ -62,6 +64,7 @@ aot: .venv-aot/installed
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
+	@echo 'Sets up $(VENV), once: about a minute.'
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv --without-pip $(VENV)
 	$(PIP) install --quiet -e '.[test]'

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
   from dsjax.runtime.output import Interrupted, Output, RequestFailed
   from dsjax.runtime.profiling import profile
 
+__version__ = '0.1.0'
 __all__ = [
     'DISTSERVE', 'Affine', 'AsyncServer', 'Cluster', 'EngineConfig',
     'InputError', 'Interrupted', 'Model', 'ModelConfig', 'Orchestrator',

@@ -9,15 +9,26 @@ import pathlib
 import sys
 
 
-def _load():
-  here = pathlib.Path(__file__).resolve().parent
-  init = here.parent / 'kernels' / '__init__.py'
-  if (here / 'kernels').exists() or not init.exists():
+def _load() -> None:
+  """Imports it, whose importers follow.
+
+  Raises:
+    ImportError: dsjax/ was copied without kernels/.
+  """
+  package = pathlib.Path(__file__).resolve().parent
+  if (package / 'kernels' / '__init__.py').exists():
     return
+  folder = package.parent / 'kernels'
   spec = importlib.util.spec_from_file_location(
-      'dsjax.kernels', init, submodule_search_locations=[str(init.parent)])
+      'dsjax.kernels', folder / '__init__.py',
+      submodule_search_locations=[str(folder)])
+  if spec is None or spec.loader is None or not spec.origin or not (
+      folder / '__init__.py').exists():
+    raise ImportError(f'{package} needs the folder kernels/ of its checkout '
+                      f'beside it: {folder} is not there')
   module = importlib.util.module_from_spec(spec)
-  sys.modules['dsjax.kernels'] = sys.modules['dsjax'].kernels = module
+  sys.modules[spec.name] = module
+  vars(sys.modules['dsjax'])['kernels'] = module
   spec.loader.exec_module(module)
 
 

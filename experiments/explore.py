@@ -12,12 +12,11 @@ world that can be reached, with at most so many faults on a path; a world that
 was seen before is not entered again. Large ones follow one random schedule
 each. What may happen and what must hold after every move is in
 experiments.verify.worlds. A schedule that breaks it is shrunk, printed and
-written to --out, one JSON line a move; the exit status is then 1.
+written to --out, one JSON line a move; the exit code is then 1.
 """
 
 import dataclasses
 import functools
-import json
 import multiprocessing
 import pathlib
 import random
@@ -25,13 +24,14 @@ import signal
 import time
 from typing import NamedTuple
 
+from rich import box
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from dsjax.config.checks import require
 from dsjax.config.engine import InstanceConfig
 from dsjax.scheduling import lifecycle, scheduler
-from experiments.common import cli, policies, terminal
+from experiments.common import cli, policies, provenance, terminal
 from experiments.verify import schedules
 from experiments.verify.worlds import Rules, Violation
 
@@ -186,8 +186,9 @@ def run(options, console):
   results, stopped = _explore(console, _jobs(options), options)
   out = pathlib.Path(options.out)
   out.mkdir(parents=True, exist_ok=True)
-  (out / 'results.json').write_text(json.dumps(
-      [r._asdict() for r in results], indent=1))
+  provenance.save_json(out / 'results.json', {
+      'stopped': stopped, 'results': [r._asdict() for r in results]},
+                       cli.asked(options, FLAGS))
   console.print(_table(results))
   if stopped:
     console.print('Stopped: what follows is what was known.')
@@ -196,7 +197,7 @@ def run(options, console):
       f'{sum(r.probes for r in results):,} worlds probed with stale and '
       f'impossible events, {sum(bool(r.violation) for r in results)} '
       f'violations. Written to {out}.', soft_wrap=True)
-  return report(console, results, out, options.policy)
+  return report(console, results, out, options.policy) or 130 * stopped
 
 
 def _jobs(options):
@@ -253,11 +254,13 @@ def _explore(console, jobs, options):
   with terminal.Interrupts() as interrupts, bar, spawn.Pool(
       options.processes, _begin, (counts, stop)) as pool:
     line = bar.add_task('starting', total=None)
-    found = pool.imap_unordered(functools.partial(_work, options.seconds),
+    ended = pool.imap_unordered(functools.partial(_work, options.seconds),
                                 jobs)
+    if not console.is_terminal:
+      console.print(f'Exploring {len(jobs)} worlds')
     while True:
       try:
-        result = found.next(timeout=0.5)
+        result = ended.next(timeout=0.5)
       except multiprocessing.TimeoutError:
         result = None
       except StopIteration:
@@ -273,18 +276,19 @@ def _explore(console, jobs, options):
 
 
 def _table(results):
-  table = Table('world', 'faults', 'transitions', 'worlds', 'CPU s', 'a CPU s',
-                'to the end', title='Explored')
+  table = Table('world', 'faults', 'transitions', 'worlds', 'CPU s',
+                'to the end', title='Explored', box=box.SIMPLE,
+                collapse_padding=True)
   large = [r for r in results if r.kind == 'large']
   for r in sorted(r for r in results if r.kind == 'small'):
     table.add_row(r.name, str(r.faults), f'{r.transitions:,}', f'{r.worlds:,}',
-                  f'{r.seconds:.1f}', f'{r.transitions / r.seconds:,.0f}',
+                  f'{r.seconds:.1f}',
                   'violation' if r.violation else 'yes' if r.whole else 'no')
   if large:
     many, took = sum(r.transitions for r in large), sum(
         r.seconds for r in large)
-    table.add_row(f'{len(large)} random large', '10 to 100', f'{many:,}', '',
-                  f'{took:.1f}', f'{many / took:,.0f}',
+    table.add_row(f'{len(large)} random large', '10-100', f'{many:,}', '',
+                  f'{took:.1f}',
                   'violation' if any(r.violation for r in large) else 'yes')
   return table
 

@@ -11,8 +11,7 @@ Files in --out: records.jsonl (a request and mode a line), answers.jsonl,
 timeline.json (for ui.perfetto.dev), report.png, summary.txt, summary.json,
 events-MODE.jsonl (the scheduler's log, which replays).
 
-Exit codes: 0; 2 for bad input; 130 when stopped by Ctrl-C, which keeps what
-there is.
+Ctrl-C keeps what there is. Exit codes: see experiments.common.cli.
 """
 
 import dataclasses
@@ -31,7 +30,14 @@ from dsjax.config.placement import Placement
 from dsjax.runtime import orchestrator
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.policy import DISTSERVE
-from experiments.common import cli, machine, policies, report, terminal
+from experiments.common import (
+  cli,
+  machine,
+  policies,
+  provenance,
+  report,
+  terminal,
+)
 from experiments.common import overrides as configs
 
 SAMPLES = 3  # answers shown of the first mode
@@ -237,12 +243,8 @@ def attributed(config, result):
           'advice': why.advice}
 
 
-def _write_json(path, value):
-  path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + '\n')
-
-
-def save(config, results, title, closing, out):
-  """Writes every file of a run into the folder `out`."""
+def save(config, results, title, closing, out, options):
+  """Writes every file of a run into the folder `out`; options: a dict."""
   compared = compare(config, results)
   report.save_records(
       out / 'records.jsonl', [x for r in results for x in r.records],
@@ -263,13 +265,14 @@ def save(config, results, title, closing, out):
   report.save_figure(out / 'report.png', [(r.mode, r.records)
                                           for r in results], config.slo, title)
   with open(out / 'summary.txt', 'w', encoding='utf-8') as file:
-    plain = Console(file=file, width=100)
+    plain = Console(file=file, width=80)
     plain.print(title, report.tables(compared), closing, sep='\n')
-  _write_json(out / 'summary.json', {
+  provenance.save_json(out / 'summary.json', {
       'config': dataclasses.asdict(config), 'closing': closing,
       'modes': {mode: dataclasses.asdict(s) | {
           'goodput_per_s_device': s.goodput_per_s_device} | extra
-                for mode, s, extra in compared}})
+                for mode, s, extra in compared}}, options,
+                       [config.workload.lengths or config.workload.prompts])
 
 
 def _title(config, requests, cut):
@@ -300,6 +303,7 @@ def run(options, console):
           f'{config.num_devices} devices',
           f'of at most the {available} that exist')
   out.mkdir(parents=True, exist_ok=True)
+  console.print(f'Loading {config.model}', soft_wrap=True)
   model = dsjax.load(config.model, config.engine.dtype)
   requests, cut = make(model)
   title = _title(config, requests, cut)
@@ -317,7 +321,7 @@ def run(options, console):
   console.print(closing, highlight=False)
   for mode, _, extra in compared:
     console.print(f'{mode}: {extra["attribution"]["advice"]}', highlight=False)
-  save(config, results, title, closing, out)
+  save(config, results, title, closing, out, cli.asked(options, FLAGS))
   console.print(f'Written to {out}: records.jsonl answers.jsonl timeline.json '
                 'report.png summary.txt summary.json events-*.jsonl',
                 soft_wrap=True)

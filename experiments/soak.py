@@ -20,8 +20,7 @@ the same job that none hit, in the same run. Its bound: for each retry the
 longest of lease, stall limit and time until a killed instance is back, plus
 once more the worst latency without a hit.
 
-Exit codes: 0; 1 if a check failed; 2 for bad input; 130 when stopped by
-Ctrl-C, which keeps what there is.
+Ctrl-C keeps what there is. Exit codes: see experiments.common.cli.
 """
 
 import dataclasses
@@ -250,8 +249,8 @@ class Soak:
     scheduler.check(self.server.state)
     return sum(inst.pool.num_pages - page_pool.num_free(inst.pool)
                for inst in self.server.state.instances) + sum(
-                   one.config.max_seqs - len(one.spare)
-                   for one in self.server.engines)
+                   engine.config.max_seqs - len(engine.spare)
+                   for engine in self.server.engines)
 
 
 class _Lines:
@@ -263,13 +262,14 @@ class _Lines:
 
   def __call__(self):
     self.halt()
-    if self.soak.now >= self.next_s:
-      self.next_s = self.soak.now + 10.0
-      s = self.soak
+    soak = self.soak
+    if soak.now >= self.next_s:
+      self.next_s = soak.now + 10.0
       self.console.print(
-          f'{s.now:4.0f} of {self.seconds:.0f} s: {len(s.done)} requests '
-          f'ended, {len(s.sent)} live, {len(s.faults)} faults, '
-          f'{len(s.wrong)} wrong, {s.memory[-1][1]:.0f} MB', highlight=False)
+          f'{soak.now:4.0f} of {self.seconds:.0f} s: {len(soak.done)} requests '
+          f'ended, {len(soak.sent)} live, {len(soak.faults)} faults, '
+          f'{len(soak.wrong)} wrong, {soak.memory[-1][1]:.0f} MB',
+          highlight=False)
 
 
 def run(options, console):
@@ -296,6 +296,7 @@ def run(options, console):
                      keep_events=1) as server, (
                          machine.compilations()) as compiled:
       soak, stopped = Soak(server, jobs, options, rate, events), False
+      console.print(f'Serving {len(jobs)} jobs without a fault first')
       soak.reference()
       began = time.perf_counter()
       try:
@@ -306,7 +307,7 @@ def run(options, console):
       result = soak_report.summarize(
           soak, time.perf_counter() - began, compiled)
   console.print(soak_report.table(result))
-  soak_report.save(out, soak, result)
+  soak_report.save(out, soak, result, cli.asked(options, FLAGS))
   bad = result['failed checks']
   console.print(f'Failed: {", ".join(bad)}.' if bad else
                 'Nothing was lost, repeated, leaked or wrong.',

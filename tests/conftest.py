@@ -7,7 +7,11 @@ import os
 
 os.environ.setdefault('NPROC', '32')  # room for collectives of many devices
 
+import pathlib
+import shutil
 import signal
+import subprocess
+import sys
 import warnings
 
 import hypothesis
@@ -65,6 +69,27 @@ def _warnings_are_errors():
     if NATIVE:  # known of newer JAX
       warnings.filterwarnings('ignore', 'The Pallas Triton backend is dep')
     yield
+
+
+BUILD = ('import sys; from setuptools import build_meta; '
+         'build_meta.build_wheel(sys.argv[1])')
+
+
+@pytest.fixture(scope='session')
+def wheel(tmp_path_factory):
+  """A wheel of this tree."""
+  root, folder = pathlib.Path(__file__).parent.parent, (
+      tmp_path_factory.mktemp('wheel'))
+  tree = folder / 'tree'
+  for name in ('dsjax', 'kernels'):
+    shutil.copytree(root / name, tree / name,
+                    ignore=shutil.ignore_patterns('__pycache__'))
+  for name in ('pyproject.toml', 'README.md', 'LICENSE'):
+    shutil.copy(root / name, tree)
+  subprocess.run([sys.executable, '-c', BUILD, folder], cwd=tree, check=True,
+                 stdout=subprocess.DEVNULL)
+  built, = folder.glob('*.whl')
+  return built
 
 
 LIMIT_S = 400  # of one test, compilation on a loaded machine included

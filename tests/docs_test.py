@@ -15,6 +15,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -319,6 +320,14 @@ CHECKS = (wrong_links, wrong_python, wrong_spans, wrong_paths, wrong_commands,
 def test_what_a_page_says_is_there(page, check):
   wrong = list(check(page, read(page)))
   assert not wrong, '\n'.join(f'{page}: {line}' for line in wrong)
+
+
+def test_every_address_of_the_repository_is_that_of_the_project():
+  project = tomllib.loads(read('pyproject.toml'))['project']
+  for page in (*PAGES, *(path.relative_to(ROOT) for path in
+                         ROOT.glob('experiments/colabs/*.ipynb'))):
+    for found in re.findall(r'https://github\.com/[\w.-]+/dsjax', read(page)):
+      assert found == project['urls']['Repository'], page
 
 
 def test_the_readme_is_short():

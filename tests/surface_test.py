@@ -3,8 +3,10 @@
 import ast
 import inspect
 import pathlib
+import shutil
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -28,6 +30,46 @@ def test_the_names_are_these():
   assert set(star) >= NAMES
   with pytest.raises(AttributeError, match="no attribute 'generate'"):
     getattr(dsjax, 'gen' + 'erate')
+
+
+def test_the_version_is_the_same_everywhere():
+  assert f'version: {dsjax.__version__}\n' in (
+      ROOT / 'CITATION.cff').read_text()
+  project = tomllib.loads((ROOT / 'pyproject.toml').read_text())
+  assert project['tool']['setuptools']['dynamic']['version'] == {
+      'attr': 'dsjax.__version__'}
+
+
+LENT = """
+import importlib.machinery, sys
+
+class Finder:  # as an editable install of another checkout has it
+  @staticmethod
+  def find_spec(name, path=None, target=None):
+    if name == 'dsjax.kernels':
+      return importlib.machinery.PathFinder.find_spec(name, [sys.argv[1]])
+
+sys.meta_path.append(Finder)
+try:
+  import dsjax
+except ImportError as error:
+  print(error)
+try:
+  import dsjax.kernels
+except ImportError as error:
+  print(error)
+"""
+
+
+def test_dsjax_without_its_kernels_takes_no_others(tmp_path):
+  """Other checkouts may be installed: they lend nothing in silence."""
+  shutil.copytree(ROOT / 'dsjax', tmp_path / 'dsjax')
+  done = subprocess.run([sys.executable, '-c', LENT, str(ROOT)], cwd=tmp_path,
+                        check=False, text=True, capture_output=True)
+  assert done.returncode == 0, done.stderr
+  lines = done.stdout.splitlines()
+  assert len(lines) == 2 and lines[0] == lines[1], done.stdout
+  assert lines[0].endswith(f'{tmp_path / "kernels"} is not there')
 
 
 @pytest.mark.parametrize('name', sorted(NAMES))

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,8 +9,6 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-BUILD = ('import sys; from setuptools import build_meta; '
-         'print(build_meta.build_wheel(sys.argv[1]))')
 USE = """
 import dsjax
 print(dsjax.__file__)
@@ -26,22 +23,12 @@ print(dsjax.kernels.__file__)
 
 
 @pytest.fixture(scope='module')
-def unpacked(tmp_path_factory):
+def unpacked(wheel, tmp_path_factory):
   """The folder that a wheel of this tree was unpacked into."""
-  folder = tmp_path_factory.mktemp('wheel')
-  tree = folder / 'tree'
-  for name in ('dsjax', 'kernels'):
-    shutil.copytree(ROOT / name, tree / name,
-                    ignore=shutil.ignore_patterns('__pycache__'))
-  for path in ROOT.glob('*'):
-    if path.name in ('pyproject.toml', 'README.md', 'LICENSE'):
-      shutil.copy(path, tree)
-  subprocess.run([sys.executable, '-c', BUILD, folder], cwd=tree, check=True,
-                 stdout=subprocess.DEVNULL)
-  wheel, = folder.glob('*.whl')
+  folder = tmp_path_factory.mktemp('site')
   with zipfile.ZipFile(wheel) as file:
-    file.extractall(folder / 'site')
-  return folder / 'site'
+    file.extractall(folder)
+  return folder
 
 
 def test_every_package_and_its_data_are_inside(unpacked):

@@ -87,6 +87,8 @@ class EngineConfig:
     prefill_tokens: L_m, tokens of a prefill batch (longer prompts run in
       chunks of it). prefill_seqs: most prompts in a batch.
     chunk_tokens: token budget of a step in the chunked role.
+    least_tokens: of the smallest prefill that is compiled; the next is twice
+      as large, and so on.
     depth, run_ahead: see scheduler.Config.
     transfer_pages: most pages a migration copies at a time.
     dtype: of weights: float32 or bfloat16.
@@ -115,6 +117,7 @@ class EngineConfig:
   prefill_tokens: int = 512
   prefill_seqs: int = 8
   chunk_tokens: int = 256
+  least_tokens: int = 32
   depth: int = 2
   run_ahead: int | None = None
   transfer_pages: int = 64
@@ -132,7 +135,8 @@ class EngineConfig:
 
   def __post_init__(self):
     for field in ('max_len', 'page_size', 'max_seqs', 'prefill_tokens',
-                  'prefill_seqs', 'chunk_tokens', 'depth', 'transfer_pages'):
+                  'prefill_seqs', 'chunk_tokens', 'least_tokens', 'depth',
+                  'transfer_pages'):
       value = getattr(self, field)
       require(is_integer(1, 2**31 - 1)(value), f'EngineConfig.{field}', value,
               'an integer of 1 or more')
@@ -181,7 +185,7 @@ class EngineConfig:
 
   def token_buckets(self, limit: int) -> tuple[int, ...]:
     """Packed prefill sizes that are compiled, up to `limit`."""
-    return _buckets(limit, 32, 2)
+    return _buckets(limit, self.least_tokens, 2)
 
   @property
   def page_buckets(self) -> tuple[int, ...]:

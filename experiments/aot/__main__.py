@@ -26,7 +26,7 @@ writes it.
 What this does not show: times, numerics of tensor cores, the tiles of matrix
 products that XLA would choose with a GPU at hand.
 
-Exit codes: 0; 1 for a fault; 2 for bad input; 130 when stopped.
+Exit codes: see experiments.common.cli.
 """
 
 import concurrent.futures
@@ -118,17 +118,20 @@ def compile_pairs(console, pairs, jobs):
   total, running = sum(len(aot_steps.names(m)) for m, _ in pairs), []
   with Progress(console=console, transient=True) as progress:
     task = progress.add_task('compiling', total=total)
+    if not console.is_terminal:
+      console.print(f'Compiling {total} steps')
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
     try:
-      found = [pool.submit(compile_all, *pair, running,
-                           lambda: progress.advance(task)) for pair in pairs]
+      pending = [pool.submit(compile_all, *pair, running,
+                             lambda: progress.advance(task))
+                 for pair in pairs]
       for done, future in enumerate(
-          concurrent.futures.as_completed(found), 1):
+          concurrent.futures.as_completed(pending), 1):
         rows = future.result()
         if not console.is_terminal:
           console.print(f'{done} of {len(pairs)}: {rows[0]["model"]} for '
                         f'{rows[0]["gpu"]}')
-      return [row for future in found for row in future.result()]
+      return [row for future in pending for row in future.result()]
     finally:
       pool.shutdown(wait=False, cancel_futures=True)
       for process in list(running):
@@ -147,7 +150,7 @@ def run(console, pairs, jobs, update):
     golden = dict(versions=versions, rows=aot_report.merge(kept, rows))
     aot_report.save(GOLDEN, golden)
   same = golden is not None and golden['versions'] == versions
-  console.print(aot_report.table(rows))
+  console.print(aot_report.tables(rows))
   wrong = aot_report.faults(rows, golden['rows'] if same else None)
   for fault in wrong:
     console.print(fault, style='red', soft_wrap=True)
@@ -174,8 +177,6 @@ def main(options, console):
                         ('gpus', aot_steps.GPUS)):
     for value in getattr(options, name):
       require(value in allowed, f'--{name}', value, f'of {list(allowed)}')
-  if not console.is_terminal:
-    console.width = 200
   try:
     return run(console, [(model, gpu) for model in options.models
                          for gpu in options.gpus],

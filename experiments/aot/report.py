@@ -1,11 +1,14 @@
 """What experiments.aot reads in compiled programs, and says of them."""
 
 import collections
+import itertools
 import json
 import math
 import pathlib
 import re
 
+from rich import box
+from rich.console import Group
 from rich.table import Table
 
 OURS = {'prefill': {'prefill_attention', 'kv_write'},
@@ -115,42 +118,54 @@ def save(path, golden):
                   f'"rows": [\n{rows}\n]}}\n')
 
 
-def _launch(name, kernel):
-  return (name, kernel.get('grid', '-').replace(', ', 'x'),
-          *(str(kernel.get(field, '-')) for field in (
-              'threads', 'registers', 'shared', 'spilled')))
+def _columns(title, left, right):
+  """An empty Table that fits 80 columns."""
+  made = Table(title=title, title_justify='left', box=box.SIMPLE,
+               collapse_padding=True)
+  for name in (*left, *right):
+    made.add_column(name, no_wrap=True,
+                    justify='left' if name in left else 'right')
+  return made
 
 
-def table(rows):
-  """A rich table: a line a kernel of each row."""
-  out = Table(title='Compiled without a GPU')
-  for name in ('GPU', 'step', 'layers', 'tp', 'calls', 'collectives', 'peak',
-               'in place', 'copies', 'kernel', 'grid', 'threads', 'regs',
-               'shared', 'spills'):
-    out.add_column(name, no_wrap=True, justify='left' if name in (
-        'GPU', 'step', 'collectives', 'kernel') else 'right')
-  last = None
-  for r in rows:
-    if last not in (None, (r['gpu'], r['model'])):
-      out.add_section()
-    if last != (r['gpu'], r['model']):
-      out.add_row(r['gpu'], f'[bold]{r["model"]}')
-    last = r['gpu'], r['model']
-    if 'error' in r:
-      out.add_row('', r['step'], *[''] * 7, f'[red]{r["error"][:60]}')
-      continue
-    share = r['peak_bytes'] / device_bytes(r['gpu'])
-    own = ['', r['step'], str(r['layers'] or '-'), str(r['tp']),
-           str(r['calls']),
-           ', '.join(f'{c} {n}' for n, c in r['collectives'].items()) or '-',
-           f'{r["peak_bytes"] / 2**30:.1f} GiB {share:4.0%}',
-           f'{min(r["alias_bytes"] / r["kv_bytes"], 1):.0%}'
-           if r['kv_bytes'] else '-', str(r['copies'])]
-    launches = [_launch(*item) for item in r['kernels'].items()] or [
-        ('none', *[''] * 5)]
-    launches += [(f"XLA's {name}", '', '', '', '', str(spilled))
-                 for name, spilled in r['spills'].items()]
-    for launch in launches:
-      out.add_row(*own, *launch)
-      own = [''] * len(own)
-  return out
+def _step_cells(row):
+  """What the table of steps says of a row."""
+  step = row['step'].replace(' stage', '\nstage')
+  if 'error' in row:
+    return step, f'[red]{row["error"][:24]}'
+  share = row['peak_bytes'] / device_bytes(row['gpu'])
+  return (step, '\n'.join(
+      f'{count} {name}' for name, count in row['collectives'].items()) or '-',
+          str(row['layers'] or '-'), str(row['tp']), str(row['calls']),
+          f'{row["peak_bytes"] / 2**30:.1f} {share:.0%}',
+          f'{min(row["alias_bytes"] / row["kv_bytes"], 1):.0%}'
+          if row['kv_bytes'] else '-', str(row['copies']))
+
+
+def _kernel_cells(row):
+  """What the table of kernels says of a row, a line a kernel."""
+  for name, kernel in row.get('kernels', {}).items():
+    yield (name, kernel['grid'].replace(', ', 'x'), *(
+        str(kernel[field]) for field in ('threads', 'registers', 'shared',
+                                         'spilled')))
+  for name, spilled in row.get('spills', {}).items():
+    yield f"XLA's {name}", '', '', '', '', str(spilled)
+
+
+def tables(rows):
+  """Of each GPU and model a table of its steps and one of their kernels."""
+  shown = []
+  for (gpu, model), own in itertools.groupby(
+      rows, key=lambda row: (row['gpu'], row['model'])):
+    steps = _columns(f'{model} compiled for {gpu}', ('step', 'collectives'), (
+        'layers', 'tp', 'calls', 'peak GiB', 'in place', 'copies'))
+    launches = _columns('', ('step', 'kernel'), (
+        'grid', 'threads', 'regs', 'shared', 'spills'))
+    for row in own:
+      steps.add_row(*_step_cells(row))
+      step = row['step'].replace(' stage', '\nstage')
+      for cells in _kernel_cells(row):
+        launches.add_row(step, *cells)
+        step = ''
+    shown += [steps, launches]
+  return Group(*shown)

@@ -17,7 +17,6 @@ noisy machine only the ratios mean something.
 
 import contextlib
 import functools
-import json
 import statistics
 import time
 
@@ -42,7 +41,7 @@ from dsjax.scheduling.events import (
   RunDecode,
   RunPrefill,
 )
-from experiments.common import cli
+from experiments.common import cli, provenance
 
 FLAGS = {
     'out': cli.Flag(None, 'JSON file for the numbers.', str), 'rounds': 5,
@@ -370,8 +369,7 @@ def run(options, console):
                 functools.partial(add, results))
   show(results)
   if options.out:
-    with open(options.out, 'w') as file:
-      json.dump(results, file, indent=1)
+    provenance.save_json(options.out, results, cli.asked(options, FLAGS))
 
 
 if __name__ == '__main__':

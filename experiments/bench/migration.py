@@ -21,7 +21,6 @@ shows on one-device instances only.
 """
 
 import dataclasses
-import json
 import statistics
 import time
 
@@ -37,7 +36,7 @@ from dsjax.config.request import Sampling
 from dsjax.model import kv_cache, sharding
 from dsjax.runtime import engine, migration
 from dsjax.scheduling.events import Migrate, Row, RunDecode
-from experiments.common import cli
+from experiments.common import cli, provenance
 from experiments.common import overrides as configs
 
 FLAGS = {
@@ -177,8 +176,8 @@ def run(options, console):
           f'[{row["slower_range"][0]:.2f}, {row["slower_range"][1]:.2f}] '
           f'{row["hidden"]:7.2f}', flush=True)
     if options.out:
-      with open(options.out, 'w') as file:
-        json.dump(results, file, indent=1)
+      provenance.save_json(options.out, {'pairs': results},
+                           cli.asked(options, FLAGS))
 
 
 if __name__ == '__main__':

@@ -20,8 +20,6 @@ tokens as events. CPU seconds (process_time), the median of --rounds.
 import cProfile
 import dataclasses
 import heapq
-import json
-import pathlib
 import pstats
 import statistics
 import time
@@ -36,7 +34,7 @@ from dsjax.config.placement import Slo
 from dsjax.config.request import Request, Sampling
 from dsjax.scheduling import scheduler
 from dsjax.simulation import latency, simulator
-from experiments.common import cli, machine
+from experiments.common import cli, machine, provenance
 
 try:
   import simpy
@@ -221,7 +219,7 @@ def run(options, console):
   print(f'requests a CPU second; steps, leapt: a request. Others used '
         f'{others.cores()} cores.')
   if options.out:
-    pathlib.Path(options.out).write_text(json.dumps(found, indent=2))
+    provenance.save_json(options.out, found, cli.asked(options, FLAGS))
 
 
 if __name__ == '__main__':

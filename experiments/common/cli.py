@@ -1,7 +1,9 @@
 """How every runner starts and ends: flags, devices, errors, exit code.
 
 A runner names its flags as data; the same thing has the same flag, and the
-same words in --help, in all of them.
+same words in --help, in all of them. Exit codes are 0 for done (--help too),
+1 where a check of the runner found a fault, 2 for bad input, bad flags too,
+and 130 when interrupted.
 """
 
 import contextlib
@@ -122,6 +124,12 @@ def options(defined: dict[str, Any], **changes: Any) -> types.SimpleNamespace:
   return types.SimpleNamespace(**values | changes)
 
 
+def asked(chosen: flags.FlagValues | types.SimpleNamespace,
+          defined: dict[str, Any]) -> dict[str, Any]:
+  """{name: value} of a runner's own flags."""
+  return {name: getattr(chosen, name) for name in defined}
+
+
 def exit_code(run, *args) -> int:
   """What run(*args) returns; 2 for bad input, 130 for Ctrl-C, each with one
   line on stderr."""
@@ -133,6 +141,17 @@ def exit_code(run, *args) -> int:
   except KeyboardInterrupt:
     print('stopped', file=sys.stderr)
     return 130
+
+
+def _read_flags(argv):
+  """Of flags.FLAGS: what is left of argv."""
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+  except SystemExit:  # --help, which absl takes for a failure
+    sys.exit(0)
 
 
 def main(run, defined: dict[str, Any], config=None,
@@ -155,12 +174,14 @@ def main(run, defined: dict[str, Any], config=None,
                        f'{overrides.describe(config)}')
 
   def start(argv):
-    if len(argv) > 1:
-      raise app.UsageError(f'unexpected: {" ".join(argv[1:])}')
     if flags.FLAGS.verbosity <= 0:
       logging.set_verbosity(verbosity)
-    sys.exit(exit_code(run, flags.FLAGS, wide_console()))
-  app.run(start)
+    sys.exit(exit_code(all_read, argv[1:]))
+
+  def all_read(rest):
+    require(not rest, 'arguments', ' '.join(rest), 'flags: --name=value')
+    return run(flags.FLAGS, wide_console())
+  app.run(start, flags_parser=_read_flags)
 
 
 def wide_console() -> Console:

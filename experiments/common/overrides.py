@@ -37,10 +37,10 @@ def load(name):
             + f'one of {names()}, or the path of a .py file')
   if not path.is_file():
     raise InputError(f'--config={name}: no such file')
-  found = runpy.run_path(str(path)).get('config')
-  require(dataclasses.is_dataclass(found), '--config', str(name),
+  config = runpy.run_path(str(path)).get('config')
+  require(dataclasses.is_dataclass(config), '--config', str(name),
           'a file that defines `config`, a dataclass')
-  return found
+  return config
 
 
 def override(config, settings):
@@ -68,8 +68,8 @@ def override(config, settings):
 
 
 def _nearest(name, known):
-  found = difflib.get_close_matches(str(name), known, 1, 0.3)
-  return f'did you mean {found[0]!r}? Must be ' if found else ''
+  near = difflib.get_close_matches(str(name), known, 1, 0.3)
+  return f'did you mean {near[0]!r}? Must be ' if near else ''
 
 
 def _likeness(path, known):
@@ -114,8 +114,8 @@ def _parse(text, kind, path, separators=',:'):
     kinds = options if options[-1] is not ... else options[:1] * len(parts)
     require(len(kinds) == len(parts), path, text,
             f'{len(kinds)} values with {separators[0]!r} between')
-    return tuple(_parse(part, one, path, separators[1:])
-                 for part, one in zip(parts, kinds, strict=True))
+    return tuple(_parse(part, kind, path, separators[1:])
+                 for part, kind in zip(parts, kinds, strict=True))
   if kind is bool:
     require(text.lower() in ('true', 'false'), path, text, 'true or false')
     return text.lower() == 'true'

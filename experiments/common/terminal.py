@@ -114,27 +114,29 @@ class Screen:
     """A mode begins; `total` requests will be sent."""
     self.mode, self.placement, self.total = mode, placement, total
     self.began_s, self._next_s = time.perf_counter(), 0.0
-    self._bar = None
+    self._line_s = LINE_S  # after it began
+    self._bar = Progress(
+        TextColumn(f'{mode}: compiling'), BarColumn(), MofNCompleteColumn(),
+        TextColumn('{task.description}'), console=self.console,
+        transient=True)
+    self._task = self._bar.add_task('')
+    if self.console.is_terminal:
+      self._start(self._bar)
+    else:
+      self.console.print(f'{mode}: compiling')
 
   def warming(self, done, total, name):
     """The orchestrator's report while it compiles."""
     self.halt()
-    if not self.console.is_terminal:
-      if done == total:
-        took_s = time.perf_counter() - self.began_s
-        self.console.print(f'{self.mode}: {total} steps compiled and warmed '
-                           f'up in {took_s:.1f} s')
-      return
-    if self._bar is None:
-      self._bar = Progress(
-          TextColumn(f'{self.mode}: warming up'), BarColumn(),
-          MofNCompleteColumn(), TextColumn('{task.description}'),
-          console=self.console, transient=True)
-      self._task = self._bar.add_task('', total=total)
-      self._start(self._bar)
-    self._bar.update(self._task, completed=done, description=name)
+    self._bar.update(self._task, completed=done, total=total, description=name)
+    spent_s = time.perf_counter() - self.began_s
     if done == total:
       self._stop()
+      self.console.print(f'{self.mode}: {total} steps compiled and warmed up '
+                         f'in {spent_s:.1f} s')
+    elif not self.console.is_terminal and spent_s > self._line_s:
+      self._line_s = spent_s + LINE_S
+      self.console.print(f'{self.mode}: {done} of {total} steps compiled')
 
   # --- serving --------------------------------------------------------------
 

@@ -7,6 +7,9 @@ import statistics
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from configs.serve import PROMPTS
+from experiments.common import provenance
+
 
 def added_latency(done, config, back_s):
   """(added seconds of each request that a fault hit, those over the bound)."""
@@ -131,9 +134,9 @@ def draw(path, soak):
   figure.savefig(path, dpi=110)
 
 
-def save(out, soak, result):
-  """Writes every file but the event log."""
-  (out / 'soak.json').write_text(json.dumps(result, indent=1) + '\n')
+def save(out, soak, result, options):
+  """Writes every file but the event log; options: a dict."""
+  provenance.save_json(out / 'soak.json', result, options, [PROMPTS])
   for name, rows in (('requests', soak.done), ('faults', soak.faults)):
     with open(out / f'{name}.jsonl', 'w') as file:
       file.writelines(json.dumps(row) + '\n' for row in rows)

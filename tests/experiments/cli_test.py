@@ -63,6 +63,20 @@ def test_a_bad_flag_is_an_error(text):
     cli.parse({'rate': None, 'seed': 0, 'requests': 4}, [text])
 
 
+@pytest.mark.parametrize('words, code, says', [
+    (('--sed=1',), 2, "error: Unknown command line flag 'sed'"),
+    (('--seeds=-1',), 2, 'error: flag --seeds=-1'),
+    (('--seeds=x',), 2, 'error: flag --seeds=x'),
+    (('7',), 2, "error: arguments='7': must be flags"),
+    (('--help',), 0, ''), (('--table',), 0, '')])
+def test_the_exit_code_of_a_command_line(words, code, says):
+  done = subprocess.run(
+      [sys.executable, '-m', 'experiments.explore', *words], text=True,
+      capture_output=True, check=False, cwd=cli.ROOT)
+  assert (done.returncode, done.stderr[:len(says)]) == (code, says)
+  assert done.stderr.count('\n') <= 1
+
+
 def test_options_knows_only_what_is_defined():
   assert cli.options({'seed': 3}).seed == 3
   with pytest.raises(InputError, match='sed'):

@@ -7,6 +7,7 @@ import math
 
 import pytest
 from rich.console import Console
+from rich.measure import Measurement
 
 from dsjax.analysis.metrics import summarize
 from dsjax.analysis.record import STAGES, Record
@@ -75,6 +76,15 @@ def test_tables():
   assert rows['KV moved MB'] == ['3,000', '-']
   assert rows['KV GB/s'] == ['6.00', '-']
   assert rows['host us a step'] == ['120', '-']
+
+
+def test_the_tables_of_three_modes_fit_80_columns():
+  extra = {'kv_bytes': 3e9, 'kv_s': 0.5, 'host_s_per_step': 120e-6,
+           'bubbles': {0: 0.1, 1: 0.25}}
+  shown = report.tables([_result(mode, 400, extra=extra) for mode in (
+      'disaggregated', 'colocated', 'chunked')])
+  console = Console(width=200)
+  assert Measurement.get(console, console.options, shown).maximum <= 80
 
 
 def test_tables_of_nothing():

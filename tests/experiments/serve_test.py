@@ -64,6 +64,8 @@ def test_all_modes(tmp_path, capsys):
   summary = json.loads((out / 'summary.json').read_text())
   assert list(summary['modes']) == list(modes)
   assert summary['modes']['disaggregated']['kv_bytes'] > 0
+  made = summary['made_by']
+  assert made['options']['config'] == 'demo' and 'prompts.txt' in made['data']
   assert 'TPOT p90' in (out / 'summary.txt').read_text()
   assert (out / 'report.png').read_bytes().startswith(b'\x89PNG')
   _check_timeline(json.loads((out / 'timeline.json').read_text()), modes)
@@ -149,7 +151,7 @@ def test_live_table(tmp_path):
   two = 'placements=prefill=1x1,decode=1x1'
   assert start(tmp_path, two, console=console) == 0
   said = console.export_text()
-  assert 'warming up' in said and 'instance' in said
+  assert 'compiling' in said and 'instance' in said
   assert '0 prefill 1x1' in said and '1 decode 1x1' in said
 
 
@@ -168,6 +170,7 @@ def _gguf(path, architecture):
     ('engine.max_seqs', 'must be field=value'),
     ('engine.max_seqs=two', "engine.max_seqs='two': must be an integer"),
     ('engine.max_seqs=0', 'EngineConfig.max_seqs=0: must be an integer of 1'),
+    ('engine.least_tokens=0', 'EngineConfig.least_tokens=0: must be an'),
     ('engine.dtype=int8', "must be 'float32' or 'bfloat16'"),
     ('sampling.max_tokens=0', 'Sampling.max_tokens=0: must be an integer of'),
     ('sampling.ignore_eos=maybe', 'must be true or false'),
@@ -226,6 +229,14 @@ def test_azure_config_asks_for_its_file(tmp_path, capsys):
 def test_every_config_loads():
   for name in configs.names():
     assert isinstance(configs.load(name), serve.Serve), name
+
+
+def test_the_demo_compiles_no_prefill_that_it_hardly_meets():
+  engine = configs.load('demo').engine
+  assert engine.token_buckets(engine.prefill_tokens) == (64, 128)
+  assert engine.token_buckets(engine.chunk_tokens) == (64,)
+  assert EngineConfig().token_buckets(100) == (32, 64, 100)
+  assert EngineConfig(least_tokens=64).token_buckets(40) == (40,)
 
 
 def test_override_types():

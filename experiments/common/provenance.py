@@ -1,0 +1,83 @@
+"""What every file of results says of its making, and how it is written."""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import dsjax
+from experiments.common import cli
+
+KEY = 'made_by'
+
+
+def commit() -> str | None:
+  """The checkout's commit, '-dirty' where files differ; None if it is none."""
+  if not (cli.ROOT / '.git').exists():
+    return None
+  with contextlib.suppress(OSError):
+    done = subprocess.run(
+        ['git', 'describe', '--always', '--dirty', '--abbrev=12',
+         '--exclude=*'], cwd=cli.ROOT, check=False, text=True,
+        capture_output=True)
+    return done.stdout.strip() or None
+  return None
+
+
+def machine() -> dict[str, Any]:
+  """What it ran on; jax and its devices only where jax is loaded."""
+  cpu = platform.machine()
+  with contextlib.suppress(OSError, StopIteration):
+    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+    cpu = next(line.partition(': ')[2] for line in lines
+               if line.startswith('model name'))
+  told = {'system': platform.platform(), 'cpu': cpu, 'cores': os.cpu_count(),
+          'python': platform.python_version()}
+  if jax := sys.modules.get('jax'):
+    told |= {'jax': jax.__version__,
+             'devices': [device.device_kind for device in jax.devices()]}
+  return told
+
+
+def data(names: Iterable[str | os.PathLike[str] | None]) -> dict[str, str]:
+  """{what was read: sha256 of a file, 'built in' of a name}."""
+  told = {}
+  for name in names:
+    if name and pathlib.Path(name).is_file():
+      with open(name, 'rb') as file:
+        told[pathlib.Path(name).name] = hashlib.file_digest(
+            file, 'sha256').hexdigest()
+    elif name:
+      told[str(name)] = 'built in'
+  return told
+
+
+def made_by(options: Mapping[str, Any],
+            read: Iterable[str | os.PathLike[str] | None] = ()
+            ) -> dict[str, Any]:
+  """Version, commit, time, options, data and machine of this run.
+
+  Args:
+    options: what was asked for, see cli.asked.
+    read: files and names of data, such as a trace or 'sharegpt'.
+  """
+  return {'dsjax': dsjax.__version__, 'commit': commit(),
+          'time': datetime.datetime.now(datetime.UTC).isoformat(
+              timespec='seconds'),
+          'options': dict(options), 'data': data(read), 'machine': machine()}
+
+
+def save_json(path: str | os.PathLike[str], result: Mapping[str, Any],
+              options: Mapping[str, Any],
+              read: Iterable[str | os.PathLike[str] | None] = ()) -> None:
+  """Writes a result, and under 'made_by' what made_by says of it."""
+  text = json.dumps({KEY: made_by(options, read)} | dict(result), indent=1,
+                    ensure_ascii=False)
+  pathlib.Path(path).write_text(text + '\n', encoding='utf-8')

@@ -1,0 +1,56 @@
+"""What result files say of their making."""
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import jax
+
+import dsjax
+from experiments.common import cli, provenance
+
+
+def test_a_result_says_how_it_was_made(tmp_path):
+  trace = tmp_path / 'trace.csv'
+  trace.write_text('a,b\n')
+  provenance.save_json(tmp_path / 'x.json', {'answer': 'ναι'}, {'seed': 3},
+                       ['sharegpt', trace, None])
+  found = json.loads((tmp_path / 'x.json').read_text(encoding='utf-8'))
+  assert list(found) == ['made_by', 'answer'] and found['answer'] == 'ναι'
+  made = found['made_by']
+  assert made['dsjax'] == dsjax.__version__ and made['options'] == {'seed': 3}
+  assert made['data'] == {
+      'sharegpt': 'built in',
+      'trace.csv': hashlib.sha256(b'a,b\n').hexdigest()}
+  assert made['machine']['jax'] == jax.__version__
+  assert made['machine']['devices'] and made['machine']['cores'] > 0
+  assert str(tmp_path) not in json.dumps(made)
+
+
+def _git(folder, *words):
+  subprocess.run(['git', '-c', 'user.name=a', '-c', 'user.email=a@b', *words],
+                 cwd=folder, check=True, capture_output=True)
+
+
+def test_the_commit_is_that_of_a_checkout(tmp_path, monkeypatch):
+  monkeypatch.setattr(cli, 'ROOT', tmp_path)
+  assert provenance.commit() is None  # a copy without .git
+  _git(tmp_path, 'init')
+  (tmp_path / 'a').write_text('1')
+  _git(tmp_path, 'add', 'a')
+  _git(tmp_path, 'commit', '-m', 'a')
+  _git(tmp_path, 'tag', 'v1')
+  first = provenance.commit()
+  assert len(first) == 12 and int(first, 16)
+  (tmp_path / 'a').write_text('2')
+  assert provenance.commit() == f'{first}-dirty'
+
+
+def test_jax_is_not_loaded_for_it():
+  done = subprocess.run(
+      [sys.executable, '-c', 'import sys\n'
+       'from experiments.common import provenance\n'
+       "assert 'jax' not in provenance.machine()\n"
+       "sys.exit('jax' in sys.modules)"], cwd=cli.ROOT, check=False)
+  assert done.returncode == 0
