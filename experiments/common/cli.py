@@ -27,6 +27,9 @@ from experiments.common import overrides
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
+MOST = 1e9  # of a number with a least one: nothing runs for ever
+
+
 class Flag(NamedTuple):
   """A flag: its default, its words in --help, its type (by default that of
   the default; list: items with commas between; tuple: it may be repeated),
@@ -43,7 +46,10 @@ class Flag(NamedTuple):
     """Makes it a flag of absl."""
     kind, bounds = self.kind or type(self.default), {}
     if kind in (int, float):
-      bounds = {'lower_bound': self.low, 'upper_bound': self.high}
+      high = self.high
+      if kind is float and self.low is not None and high is None:
+        high = MOST
+      bounds = {'lower_bound': self.low, 'upper_bound': high}
     if self.choices:
       flags.DEFINE_enum(name, self.default, self.choices, self.help, values)
     else:
@@ -52,6 +58,9 @@ class Flag(NamedTuple):
               list: flags.DEFINE_list, tuple: flags.DEFINE_multi_string}[kind]
       default = list(self.default) if kind is tuple else self.default
       make(name, default, self.help, flag_values=values, **bounds)
+    if kind is float:
+      flags.register_validator(name, lambda x: x is None or not math.isnan(x),
+                               'must be a number', flag_values=values)
 
 
 # What several runners have, but for the default: Flag(None, ...).

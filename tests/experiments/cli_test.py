@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import math
 import subprocess
 import sys
 
@@ -157,3 +158,11 @@ def test_numbers():
 def test_a_console_off_a_terminal_is_wide():
   assert isinstance(cli.wide_console(), Console)
   assert cli.wide_console().width >= 80
+
+
+@pytest.mark.parametrize('value', ['inf', 'nan', '0'])
+def test_a_length_of_time_is_a_number_that_ends(value):
+  with pytest.raises(flags.IllegalFlagValueError, match='flag --minutes='):
+    cli.parse({'minutes': cli.Flag(1.0, 'How long.', low=0.01)},
+              [f'--minutes={value}'])
+  assert cli.parse({'ttft_s': 1.0}, ['--ttft_s=inf']).ttft_s == math.inf
