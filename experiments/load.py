@@ -126,9 +126,13 @@ async def events(response):
 
 
 def spread(times, count):
-  """Token times: `count` tokens over the chunks that came at these times."""
-  if not times or count <= len(times):
-    return list(times)
+  """Token times: `count` tokens over the chunks that came at these times.
+
+  0: as many as chunks. Where there are more chunks, the last had no token:
+  they told how it ended.
+  """
+  if not count or count <= len(times):
+    return times[:count or None]
   return [times[i * len(times) // count] for i in range(count)]
 
 

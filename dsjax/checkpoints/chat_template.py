@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from dsjax.config.checks import InputError, require
 
+_CALL = ('type', 'id', 'function', 'name', 'arguments')  # of a tool's call
 _CONTROL_LIKE = re.compile(r'<.+>$|\[.+\]$', re.DOTALL)
 
 
@@ -78,7 +79,7 @@ class ChatTemplate:
         if isinstance(const.value, str)) | {
             data.data for data in tree.find_all(jinja2.nodes.TemplateData)}
 
-  def render(self, messages: Sequence[Mapping[str, str]],
+  def render(self, messages: Sequence[Mapping[str, Any]],
              add_generation_prompt: bool,
              variables: Mapping[str, Any]) -> str:
     """The text of messages. Raises InputError: the template refuses them."""
@@ -155,7 +156,8 @@ class Guard:
           part if is_kept else part.translate(self._hide)
           for part, is_kept in split(self._kept, value))
     if isinstance(value, Mapping):
-      return {key: self.hide(item) for key, item in value.items()}
+      return {key if key in _CALL else self.hide(key): self.hide(item)
+              for key, item in value.items()}
     if isinstance(value, list | tuple):
       return [self.hide(item) for item in value]
     return value

@@ -2,10 +2,17 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import (
+  AsyncIterator,
+  Awaitable,
+  Callable,
+  Mapping,
+  Sequence,
+)
 from typing import Any, TypeAlias, TypeVar
 
 import fastapi
@@ -16,7 +23,7 @@ from dsjax.checkpoints.tokenizer import Tokenizer
 from dsjax.config.checks import InputError
 from dsjax.http import openai_schema
 from dsjax.http.middleware import Json, dumps
-from dsjax.http.service import Limits, Refused, Service
+from dsjax.http.service import Limits, Service, too_long
 from dsjax.runtime import prompts
 from dsjax.runtime.orchestrator_thread import Call, Gone
 from dsjax.runtime.output import joined
@@ -27,7 +34,7 @@ LONG_TEXT = 2000  # characters; a longer one is tokenized beside the loop
 SLACK = 4
 _Result = TypeVar('_Result')
 # A text as it stands, messages, or ids.
-BodyPrompt: TypeAlias = str | list[dict[str, str]] | list[int]
+BodyPrompt: TypeAlias = str | list[dict[str, Any]] | list[int]
 _Receive: TypeAlias = Callable[[], Awaitable[Any]]
 _Send: TypeAlias = Callable[[dict[str, Any]], Awaitable[None]]
 
@@ -47,7 +54,6 @@ class Completions:
                log_text: bool = False) -> None:
     self.service, self.name, self.log_text = service, name, log_text
     self.created = int(time.time())
-    self._longest_token: int | None = None
 
   def check_model(self, model: str | None) -> None:
     """Raises an HTTPException (404) for another model."""
@@ -55,11 +61,11 @@ class Completions:
       raise HTTPException(404, f'model: {ascii(model)[:80]} is not served; '
                           f'{self.name!r} is')
 
-  async def ids(self, prompt: BodyPrompt, to_answer: bool = True
+  async def ids(self, prompt: BodyPrompt, options: Mapping[str, Any]
                 ) -> Sequence[int]:
     """Token ids of a prompt; of a long text, beside the event loop.
 
-    to_answer: messages end where an answer begins.
+    options: of Tokenizer.chat, for messages.
 
     Raises:
       InputError: no tokenizer, or text that it cannot read.
@@ -67,23 +73,19 @@ class Completions:
     """
     model = self.service.started().model
     if isinstance(prompt, str):
-      size, read, options = len(prompt), prompts.text_ids, ()
+      size, read = len(prompt), prompts.text_ids
     elif isinstance(prompt[0], int):
       return tuple(prompt)
     else:
       size = sum(len(message['content']) for message in prompt)
-      read, options = prompts.chat_ids, (to_answer,)
+      read = functools.partial(prompts.chat_ids, **options)
     self._check_size(size, prompts.vocabulary(model))
-    return await beside(size, read, model, prompt, *options)
+    return await beside(size, read, model, prompt)
 
   def _check_size(self, size: int, vocabulary: Tokenizer) -> None:
-    if self._longest_token is None:
-      self._longest_token = max(map(len, map(
-          vocabulary.token_bytes, range(vocabulary.vocab_size))))
     context = self.service.started().config.max_len
-    if size > SLACK * self._longest_token * context:
-      raise Refused('too_long', f'a prompt of {size} characters exceeds the '
-                    f'context of {context} tokens')
+    if size > SLACK * vocabulary.max_token_chars * context:
+      raise too_long(context, f'the prompt has {size} characters')
 
   async def respond(self, request: fastapi.Request,
                     body: openai_schema.Completion | openai_schema.Chat
@@ -92,7 +94,8 @@ class Completions:
     self.service.check_open()
     self.check_model(body.model)
     server = self.service.started()
-    prompts_ids = [await self.ids(p) for p in body.prompts]
+    prompts_ids = [await self.ids(p, body.template_options)
+                   for p in body.prompts]
     seed = secrets.randbits(32) if body.seed is None else body.seed
     wanted = [(ids, sampling) for ids in prompts_ids
               for sampling in body.sampling(server.config.max_len - len(ids),
@@ -202,8 +205,9 @@ class EventStream(Response):
     await send({'type': 'http.response.start', 'status': 200,
                 'headers': self.raw_headers})
     while news := await self.call.take():
-      events = [self.builder.chunk(i, u) for i, u in news
-                if u.reason not in ('error', 'cancelled')]
+      events = [chunk for i, u in news
+                if u.reason not in ('error', 'cancelled')
+                for chunk in self.builder.chunks(i, u)]
       await self._send(send, events)
     problem, last = _problem(self.call), self.builder.last()
     if problem:

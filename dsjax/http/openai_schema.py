@@ -3,9 +3,14 @@
 A body is a pydantic model: unknown fields, wrong types and values out of
 range are errors that name the field. What this server does not compute is an
 error too, unless the field says nothing about the answer (user, metadata).
+Any known field may be null.
 """
 
+import codecs
+import contextlib
 import dataclasses
+import json
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,20 +22,36 @@ from dsjax.config.request import (
   ABOVE,
   MAX_LOGIT_BIAS,
   MAX_LOGPROBS,
+  MAX_STOP_TOKENS,
   RANGES,
   Sampling,
 )
 from dsjax.runtime.output import Update
 
 MAX_N = 128
+MAX_NESTED = 64  # lists and objects of a call's arguments
 LOWEST = -9999.0  # JSON has no minus infinity
 _Token = Annotated[int, pydantic.Field(ge=0, lt=2**31)]
 _Ids = Annotated[list[_Token], pydantic.Field(min_length=1)]
+_Text = Annotated[str, pydantic.Field(min_length=1)]
 # Its characters are indexed in the orchestrator's thread, while all wait.
 _Stop = Annotated[str, pydantic.Field(max_length=1024)]
 _TokenText = Annotated[str, pydantic.Field(pattern='^[0-9]{1,9}$')]
 _Bias = Annotated[float, pydantic.Field(ge=RANGES['logit_bias'][0],
                                         le=RANGES['logit_bias'][1])]
+
+
+def _form(value: object) -> str | None:
+  """Which form of a prompt or a content a value is meant to have."""
+  if isinstance(value, list):
+    return 'ids' if value and isinstance(value[0], int) else 'list'
+  return 'text' if isinstance(value, str) else None
+
+
+def _one_of(forms: str) -> pydantic.Discriminator:
+  """Reads a union by its form, so that an error is of the form meant."""
+  return pydantic.Discriminator(_form, custom_error_type='form',
+                                custom_error_message=f'must be {forms}')
 
 
 def _within(field: str, **narrower: float) -> Any:
@@ -47,8 +68,9 @@ class _Body(pydantic.BaseModel):
 
 class StreamOptions(_Body):
   """What a stream has beside its text."""
-  include_usage: bool = False
-  continuous_usage_stats: bool = False
+  include_usage: bool | None = None
+  continuous_usage_stats: bool | None = None
+  include_obfuscation: bool | None = None  # of no consequence
 
 
 class _Common(_Body):
@@ -66,8 +88,12 @@ class _Common(_Body):
       None, max_length=MAX_LOGIT_BIAS)
   seed: int | None = pydantic.Field(None, ge=-2**63, lt=2**63)
   n: int | None = pydantic.Field(None, ge=1, le=MAX_N)
-  stop: _Stop | list[_Stop] | None = None
-  stop_token_ids: list[_Token] | None = pydantic.Field(None, max_length=64)
+  stop: Annotated[
+      Annotated[_Stop, pydantic.Tag('text')]
+      | Annotated[list[_Stop], pydantic.Tag('list')],
+      _one_of('a text or a list of texts')] | None = None
+  stop_token_ids: list[_Token] | None = pydantic.Field(
+      None, max_length=MAX_STOP_TOKENS)
   ignore_eos: bool | None = None
   min_tokens: int | None = pydantic.Field(None, ge=0)
   stream: bool | None = None
@@ -111,19 +137,35 @@ class _Common(_Body):
             for i in range(self.n or 1)]
 
 
+_TextOrIds = (Annotated[_Text, pydantic.Tag('text')]
+              | Annotated[_Ids, pydantic.Tag('ids')])
+_Batch = Annotated[
+    list[Annotated[_TextOrIds, _one_of('text or token ids')]],
+    pydantic.Field(min_length=1, max_length=MAX_N)]
+
+
 class Completion(_Common):
   """A body of /v1/completions."""
-  prompt: Annotated[str, pydantic.Field(min_length=1)] | _Ids | Annotated[
-      list[Annotated[str, pydantic.Field(min_length=1)] | _Ids],
-      pydantic.Field(min_length=1, max_length=MAX_N)]
+  prompt: Annotated[_TextOrIds | Annotated[_Batch, pydantic.Tag('list')],
+                    _one_of('text, token ids or a list of either')]
   logprobs: int | None = pydantic.Field(None, ge=0, le=MAX_LOGPROBS)
   echo: Literal[False] | None = None
-  suffix: None = None
-  best_of: Literal[1] | None = None
-  max_tokens: int | None = pydantic.Field(16, ge=1)
+  suffix: Literal[''] | None = None
+  best_of: int | None = None
 
   kind: ClassVar = 'text_completion'
   chat: ClassVar = False
+  template_options: ClassVar[dict[str, Any]] = {}
+
+  @pydantic.model_validator(mode='after')
+  def _all_are_best(self):
+    if self.best_of not in (None, self.n or 1):
+      raise InputError('best_of: must be n, or be left out')
+    return self
+
+  @property
+  def limit(self) -> int:
+    return self.max_tokens or 16
 
   @property
   def num_logprobs(self) -> int | None:
@@ -137,23 +179,110 @@ class Completion(_Common):
 
 
 class Part(_Body):
-  """A piece of a message: only text."""
-  type: Literal['text']
-  text: str
+  """A piece of a message: only text, or an assistant's refusal."""
+  type: Literal['text', 'refusal']
+  text: str | None = None
+  refusal: str | None = None
+  prompt_cache_breakpoint: Any = None  # of no consequence
+
+  @pydantic.model_validator(mode='after')
+  def _one(self):
+    for field in ('text', 'refusal'):
+      if (getattr(self, field) is None) == (field == self.type):
+        raise InputError(f'{field}: must be given in a part of this type, and '
+                         'in no other')
+    return self
+
+  @property
+  def plain(self) -> str:
+    return self.text or self.refusal or ''
+
+
+class Function(_Body):
+  """What an assistant called. arguments: JSON, if the model wrote it well."""
+  name: str
+  arguments: str
+
+  @property
+  def plain(self) -> dict[str, Any]:
+    """Arguments as templates expect them: an object if they are one."""
+    arguments = None
+    if self.arguments.count('{') + self.arguments.count('[') <= MAX_NESTED:
+      with contextlib.suppress(ValueError):
+        arguments = json.loads(self.arguments)
+    return {'name': self.name, 'arguments': arguments if isinstance(
+        arguments, dict) else self.arguments}
+
+
+class ToolCall(_Body):
+  """A call that an assistant made in an earlier turn."""
+  id: str
+  type: Literal['function']
+  function: Function
+
+  @property
+  def plain(self) -> dict[str, Any]:
+    return {'id': self.id, 'type': self.type, 'function': self.function.plain}
 
 
 class Message(_Body):
-  """A turn of a conversation."""
+  """A turn of a conversation, or an answer of OpenAI's client sent back."""
   role: Literal[ROLES]
-  content: str | list[Part]
-  name: None = None
+  content: Annotated[
+      Annotated[str, pydantic.Tag('text')]
+      | Annotated[list[Part], pydantic.Field(min_length=1),
+                  pydantic.Tag('list')],
+      _one_of('text or a list of parts')] | None = None
+  name: str | None = pydantic.Field(
+      None, min_length=1, max_length=64, pattern=r'^[^\s<|\\/>]+$')
+  tool_call_id: str | None = None
+  tool_calls: list[ToolCall] | None = None
+  refusal: str | None = None
+  reasoning_content: str | None = None
+  annotations: list[Any] | None = None  # of no consequence
+  audio: None = None
+  function_call: None = None
+
+  @pydantic.model_validator(mode='after')
+  def _suits_its_role(self):
+    assistant, tool = self.role == 'assistant', self.role == 'tool'
+    if self.content is None and not assistant:
+      raise InputError(f'content: must be given with the role {self.role!r}')
+    if tool and self.tool_call_id is None:
+      raise InputError("tool_call_id: must be given with the role 'tool'")
+    for field, allowed in (
+        ('tool_call_id', tool), ('tool_calls', assistant),
+        ('refusal', assistant), ('reasoning_content', assistant)):
+      if getattr(self, field) and not allowed:
+        raise InputError(f'{field}: must be left out with the role '
+                         f'{self.role!r}')
+    return self
 
   @property
-  def plain(self) -> dict[str, str]:
+  def plain(self) -> dict[str, Any]:
     """What a chat template takes."""
-    text = (self.content if isinstance(self.content, str) else
-            ''.join(p.text for p in self.content))
-    return {'role': self.role, 'content': text}
+    parts = self.content or self.refusal or ''
+    text = (parts if isinstance(parts, str) else
+            ''.join(part.plain for part in parts))
+    extras = {field: value for field in ('name', 'reasoning_content',
+                                         'tool_call_id')
+              if (value := getattr(self, field))}
+    if self.tool_calls:
+      extras['tool_calls'] = [call.plain for call in self.tool_calls]
+    return {'role': self.role, 'content': text} | extras
+
+
+class _Templated(_Body):
+  """How a chat template is asked; see Tokenizer.chat."""
+  add_generation_prompt: bool | None = None
+  continue_final_message: bool | None = None
+  chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
+
+  @property
+  def template_options(self) -> dict[str, Any]:
+    return {'add_generation_prompt': self.add_generation_prompt is not False,
+            'continue_final_message': bool(self.continue_final_message),
+            'chat_template_kwargs': self.chat_template_kwargs}
 
 
 class ResponseFormat(_Body):
@@ -161,17 +290,33 @@ class ResponseFormat(_Body):
   type: Literal['text']
 
 
-class Chat(_Common):
+class Chat(_Common, _Templated):
   """A body of /v1/chat/completions."""
   messages: list[Message] = pydantic.Field(min_length=1, max_length=4096)
   max_completion_tokens: int | None = pydantic.Field(None, ge=1)
   logprobs: bool | None = None
   top_logprobs: int | None = pydantic.Field(None, ge=0, le=MAX_LOGPROBS)
-  tools: Annotated[list[Any], pydantic.Field(max_length=0)] | None = None
-  tool_choice: Literal['none'] | None = None
   response_format: ResponseFormat | None = None
-  service_tier: Literal['auto', 'default'] | None = None
-  store: Literal[False] | None = None
+  # Nothing but what a server without tools does anyway.
+  tools: Annotated[list[Any], pydantic.Field(max_length=0)] | None = None
+  tool_choice: Literal['none', 'auto'] | None = None
+  functions: Annotated[list[Any], pydantic.Field(max_length=0)] | None = None
+  function_call: Literal['none', 'auto'] | None = None
+  modalities: list[Literal['text']] | None = None
+  reasoning_effort: Literal['none'] | None = None
+  verbosity: Literal['medium'] | None = None
+  audio: None = None
+  moderation: None = None
+  web_search_options: None = None
+  # They say nothing about the answer.
+  parallel_tool_calls: bool | None = None
+  prediction: Any = None
+  prompt_cache_key: str | None = None
+  prompt_cache_options: Any = None
+  prompt_cache_retention: str | None = None
+  safety_identifier: str | None = None
+  service_tier: str | None = None
+  store: bool | None = None
 
   kind: ClassVar = 'chat.completion'
   chat: ClassVar = True
@@ -196,12 +341,11 @@ class Chat(_Common):
     return [[m.plain for m in self.messages]]
 
 
-class Tokenize(_Body):
+class Tokenize(_Templated):
   """A body of /tokenize: a text as it stands, or a conversation."""
   model: str | None = None
   prompt: str | None = None
   messages: list[Message] | None = pydantic.Field(None, min_length=1)
-  add_generation_prompt: bool = True
 
   @pydantic.model_validator(mode='after')
   def _one(self):
@@ -248,20 +392,49 @@ def named(text: str) -> tuple[str, str | None]:
   return text, field or None
 
 
-def invalid(errors: Sequence[Any]) -> tuple[str, str | None]:
-  """(message, field) of the first of pydantic's errors, input left out."""
+_REASONS = {
+    'extra_forbidden': 'this server knows no such field',
+    'missing': 'must be given',
+    'model_attributes_type': 'must be a JSON object',
+    'none_required': 'is not served: must be null or left out',
+    'too_long': 'must have at most {max_length} items, not {actual_length}'}
+
+
+def invalid(errors: Sequence[Any], body: object) -> tuple[str, str | None]:
+  """(message, field) of the first of pydantic's errors, input left out.
+
+  The message begins with the path to what is wrong in the body, as in
+  messages.0.content.
+  """
   first = errors[0]
-  names = [str(x) for x in first['loc'] if x != 'body']
-  if first['type'] == 'value_error':
-    message, field = named(first['msg'].removeprefix('Value error, '))
-    return message, field or (names[0] if names else None)
   if first['type'] == 'json_invalid':
     return f'the body is not JSON: {first["ctx"]["error"]}', None
-  if first['type'] == 'extra_forbidden':
-    return (f'{names[0][:80]}: this server knows no such field',
-            names[0][:80])
-  where = '.'.join(names)[:80]
-  return f'{where or "body"}: {first["msg"]}', names[0] if names else None
+  path = _path(first, body)
+  field = path[0][:80] if path else None
+  if first['type'] == 'value_error':
+    message, own = named(first['msg'].removeprefix('Value error, '))
+    return '.'.join([*path, message]), field or own
+  reason = _REASONS.get(first['type'], first['msg']).format_map(
+      first.get('ctx') or {})
+  reason = re.sub('^[A-Z][a-z]+ should ', 'must ', reason)
+  return f'{".".join(path)[:160] or "body"}: {reason}', field
+
+
+def _path(error: Any, body: object) -> list[str]:
+  """The keys and indices of an error's place; its other names are pydantic's,
+  for the forms that a value may have."""
+  path, value = [], body
+  place = error['loc'][1:]  # in the body
+  for i, key in enumerate(place):
+    absent = error['type'] == 'missing' and i == len(place) - 1
+    if isinstance(value, dict) and key in value:
+      value = value[key]
+    elif isinstance(value, list) and isinstance(key, int):
+      value = value[key]
+    elif not absent:
+      continue
+    path.append(str(key))
+  return path
 
 
 # --- answers ----------------------------------------------------------------
@@ -278,7 +451,7 @@ class ResponseBuilder:
                  'object': body.kind, 'created': created, 'model': body.model}
     self.prompt_tokens, self.output_tokens = sum(prompt_lens), 0
     self._told: set[int] = set()  # choices whose role is out
-    self._offset: dict[int, int] = {}  # by choice, of the next token's text
+    self._offsets: dict[int, _Offsets] = {}  # by choice
 
   def usage(self) -> dict[str, Any]:
     """Tokens read and written; this server shares no prompts (cached: 0)."""
@@ -287,19 +460,32 @@ class ResponseBuilder:
             'total_tokens': self.prompt_tokens + self.output_tokens,
             'prompt_tokens_details': {'cached_tokens': 0}}
 
-  def chunk(self, index: int, update: Update) -> dict[str, Any]:
-    """The chunk of a stream for one update."""
+  def chunks(self, index: int, update: Update) -> list[dict[str, Any]]:
+    """The chunks of a stream for one update.
+
+    Those of a chat tell the role first, and at the end, in an empty delta, why
+    it ended.
+    """
     self.output_tokens += len(update.tokens)
-    choice = {'index': index, 'finish_reason': update.reason,
-              'logprobs': self._logprobs(index, update)}
-    if self.body.chat:
-      role = {} if index in self._told else {'role': 'assistant'}
+    logprobs = self._logprobs(index, update)
+    if not self.body.chat:
+      return [self._chunk(index, logprobs, update.reason, text=update.text)]
+    chunks = []
+    if index not in self._told:
       self._told.add(index)
-      choice['delta'] = role | (
-          {'content': update.text} if update.tokens or update.text else {})
-    else:
-      choice['text'] = update.text
-    chunk = self.head | {'choices': [choice]}
+      chunks.append(self._chunk(index, delta={'role': 'assistant',
+                                              'content': ''}))
+    if update.tokens or update.text:
+      chunks.append(self._chunk(index, logprobs,
+                                delta={'content': update.text}))
+    if update.reason:
+      chunks.append(self._chunk(index, reason=update.reason, delta={}))
+    return chunks
+
+  def _chunk(self, index: int, logprobs: dict[str, Any] | None = None,
+             reason: str | None = None, **said: Any) -> dict[str, Any]:
+    chunk = self.head | {'choices': [{
+        'index': index, 'finish_reason': reason, 'logprobs': logprobs} | said]}
     if self.body.chat:
       chunk['object'] = 'chat.completion.chunk'
     wanted = self.body.usage_wanted
@@ -322,35 +508,76 @@ class ResponseBuilder:
       self.output_tokens += len(update.tokens)
       choice = {'index': index, 'finish_reason': update.reason,
                 'logprobs': self._logprobs(index, update)}
-      choice |= ({'message': {'role': 'assistant', 'content': update.text}}
+      choice |= ({'message': {'role': 'assistant', 'content': update.text,
+                              'refusal': None}}
                  if self.body.chat else {'text': update.text})
       choices.append(choice)
     return self.head | {'choices': choices, 'usage': self.usage()}
 
+  def _bytes(self, token: int) -> bytes:
+    return self.tokenizer.token_bytes(token) if self.tokenizer else b''
+
   def _spell(self, token: int) -> tuple[str, list[int]]:
-    raw = self.tokenizer.token_bytes(token) if self.tokenizer else b''
-    return raw.decode(errors='replace') or f'token_id:{token}', list(raw)
+    """A token's name, its text where that is whole characters; its bytes."""
+    raw = self._bytes(token)
+    try:
+      text = raw.decode()
+    except UnicodeDecodeError:
+      text = 'bytes:' + ''.join(f'\\x{byte:02x}' for byte in raw)
+    return text or f'token_id:{token}', list(raw)
+
+  def _named(self, rows: Sequence[tuple[int, float]]) -> dict[str, float]:
+    """{name: log-probability} of tokens; a second of the same text has its
+    id."""
+    named: dict[str, float] = {}
+    for token, logprob in rows:
+      name, _ = self._spell(token)
+      named[f'token_id:{token}' if name in named else name] = max(
+          logprob, LOWEST)
+    return named
 
   def _logprobs(self, index: int, update: Update) -> dict[str, Any] | None:
     if self.body.num_logprobs is None:
       return None
-    rows = [(self._spell(t), max(p, LOWEST), [
-        (self._spell(id), max(q, LOWEST)) for id, q in top])
-            for t, (p, top) in zip(update.tokens, update.logprobs,
-                                   strict=True)]
+    rows = list(zip(update.tokens, update.logprobs, strict=True))
     if self.body.chat:
-      def entry(spelt: tuple[str, list[int]], p: float) -> dict[str, Any]:
-        return {'token': spelt[0], 'bytes': spelt[1], 'logprob': p}
-      return {'content': [entry(spelt, p) | {
+      def entry(token: int, logprob: float) -> dict[str, Any]:
+        text, raw = self._spell(token)
+        return {'token': text, 'bytes': raw, 'logprob': max(logprob, LOWEST)}
+      return {'content': [entry(token, logprob) | {
           'top_logprobs': [entry(*other) for other in top]}
-                          for spelt, p, top in rows], 'refusal': None}
-    offset, offsets = self._offset.get(index, 0), []
-    for (text, _), _, _ in rows:
-      offsets.append(offset)
-      offset += len(text)
-    self._offset[index] = offset
-    return {'tokens': [text for (text, _), _, _ in rows],
-            'token_logprobs': [p for _, p, _ in rows],
-            'top_logprobs': [{text: q for (text, _), q in top}
-                             for _, _, top in rows],
-            'text_offset': offsets}
+                          for token, (logprob, top) in rows], 'refusal': None}
+    offsets = self._offsets.setdefault(index, _Offsets())
+    return {
+        'tokens': [self._spell(token)[0] for token, _ in rows],
+        'token_logprobs': [max(logprob, LOWEST) for _, (logprob, _) in rows],
+        'top_logprobs': [self._named(top if token in dict(top) else (
+            *top, (token, logprob))) for token, (logprob, top) in rows],
+        'text_offset': offsets.push([self._bytes(t) for t in update.tokens],
+                                    len(update.text), bool(update.reason))}
+
+
+class _Offsets:
+  """Where in a growing text its tokens begin, in characters."""
+
+  def __init__(self) -> None:
+    self._utf8 = codecs.getincrementaldecoder('utf-8')(errors='replace')
+    self._count = self._said = 0
+
+  def push(self, tokens: Sequence[bytes], said: int, ended: bool
+           ) -> list[int]:
+    """Of each of the next tokens, the character that its first byte is in.
+
+    said: characters of the text that came with them. ended: no more will;
+    tokens cut off by a stop string are then at the text's end.
+    """
+    self._said += said
+    offsets = list(map(self._begin, tokens))
+    return [min(x, self._said) for x in offsets] if ended else offsets
+
+  def _begin(self, raw: bytes) -> int:
+    self._count += len(self._utf8.decode(raw[:1]))
+    whole = bool(raw) and not self._utf8.getstate()[0]
+    begin = self._count - whole
+    self._count += len(self._utf8.decode(raw[1:]))
+    return begin

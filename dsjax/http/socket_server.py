@@ -2,13 +2,17 @@
 
 import asyncio
 import logging
+import math
 import socket
 from collections.abc import Callable
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from dsjax.http import openai_schema
+from dsjax.http.middleware import dumps
 from dsjax.http.service import Service
 
 LOG = logging.getLogger(__name__)
@@ -45,6 +49,20 @@ class _Connection(H11Protocol):
     else:
       self._disarm()
 
+  def send_400_response(self, msg: str) -> None:
+    """Answers what is not HTTP, in the shape of every other error."""
+    body = dumps(openai_schema.error(msg, 'invalid_request_error')).encode()
+    headers = [*self.server_state.default_headers,
+               (b'content-type', b'application/json'),
+               (b'content-length', b'%d' % len(body)),
+               (b'connection', b'close')]
+    if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+      for event in (h11.Response(status_code=400, headers=headers,
+                                 reason=b'Bad Request'), h11.Data(data=body),
+                    h11.EndOfMessage()):
+        self.transport.write(self.conn.send(event))
+    self.transport.close()
+
   def pause_writing(self) -> None:
     super().pause_writing()
     self._unread = self.loop.call_later(self.config.timeout_send,
@@ -71,6 +89,7 @@ class Server(uvicorn.Server):
         app, http=_Connection, ws='none', lifespan='on',
         log_config=None, access_log=False, server_header=False,
         h11_max_incomplete_event_size=limits.max_header_bytes,
+        timeout_keep_alive=math.ceil(limits.keep_alive_s),
         timeout_graceful_shutdown=5)
     config.timeout_headers, config.timeout_send = limits.body_s, limits.send_s
     config.max_connections = limits.max_connections

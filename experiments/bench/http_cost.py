@@ -128,7 +128,7 @@ class Bench:
     from dsjax.http import routes, socket_server
     self.server.observers.clear()
     self.server.close = lambda: None  # the service goes, this one stays
-    metrics = Gauges()
+    metrics = Gauges('m')
     service = Service(lambda _: self.server, self.limits, metrics)
     http = socket_server.Server(routes.make_app(service, metrics, 'm'), service)
     bound = socket.create_server(('127.0.0.1', 0))

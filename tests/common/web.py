@@ -39,7 +39,7 @@ class Running:
 
   def __init__(self, make=make, limits=LIMITS, key=None,
                log_text=False):
-    self.metrics = telemetry.Gauges()
+    self.metrics = telemetry.Gauges('tiny')
     self.service = Service(make, limits, self.metrics)
     self.app = routes.make_app(self.service, self.metrics, 'tiny', key,
                                Slo(1.0, 0.1), log_text)

@@ -503,7 +503,7 @@ def test_metrics_move(running, client, monkeypatch):
 
 
 def test_preemptions_and_owners_of_pages_show(running, client):
-  metrics = telemetry.Gauges()
+  metrics = telemetry.Gauges('tiny')
   preempted = 0
   for seed in range(20):
     rules = schedules.random_rules(seed, 20)

@@ -506,6 +506,23 @@ def test_a_row_holds_its_request():
   assert row.bias_id_EA.shape == (1, MAX_LOGIT_BIAS)
 
 
+def test_what_would_end_it_too_early_cannot_be_drawn():
+  logits = np.zeros((R, V), np.float32)
+  logits[:, 3], logits[:, 5], logits[:, 6] = 3, 2, 1
+  row = sampling.slot_row((1, 2), 2, Sampling(
+      min_tokens=4, stop_token_ids=(3,)), MAX_LEN, V, eos_ids=(5,))
+  blind = sampling.slot_row((1, 2), 2, Sampling(
+      min_tokens=4, ignore_eos=True), MAX_LEN, V, eos_ids=(5, 3))
+  slots = admit(admit(sampling.init(E, MAX_LEN, V), 0, row), 1, blind)
+  slot_R = np.repeat(np.arange(2), R // 2)
+  pos_R = np.tile(np.arange(R // 2), 2) + 2
+  _, out = sample(logits, slots, slot_R, pos_R,
+                  sampling.mode(Sampling(min_tokens=4)))
+  token_R = np.asarray(out.token_R)
+  assert token_R[:6].tolist() == [6, 6, 6, 6, 3, 3]
+  assert set(token_R[R // 2:].tolist()) == {3}
+
+
 def test_admit_replaces_one_slot():
   before = slots_of(*PARAMS, tokens=TOKENS)
   row = sampling.slot_row((1, 2), 1, Sampling(seed=8, logit_bias={3: 1}),
