@@ -392,11 +392,12 @@ def named(text: str) -> tuple[str, str | None]:
   return text, field or None
 
 
+_NOT_SERVED = 'is not served: must be null or left out'
 _REASONS = {
     'extra_forbidden': 'this server knows no such field',
     'missing': 'must be given',
     'model_attributes_type': 'must be a JSON object',
-    'none_required': 'is not served: must be null or left out',
+    'none_required': _NOT_SERVED,
     'too_long': 'must have at most {max_length} items, not {actual_length}'}
 
 
@@ -414,9 +415,10 @@ def invalid(errors: Sequence[Any], body: object) -> tuple[str, str | None]:
   if first['type'] == 'value_error':
     message, own = named(first['msg'].removeprefix('Value error, '))
     return '.'.join([*path, message]), field or own
-  reason = _REASONS.get(first['type'], first['msg']).format_map(
-      first.get('ctx') or {})
-  reason = re.sub('^[A-Z][a-z]+ should ', 'must ', reason)
+  ours, context = _REASONS.get(first['type']), first.get('ctx') or {}
+  reason = (_NOT_SERVED if context.get('max_length') == 0 else
+            ours.format_map(context) if ours else
+            re.sub('^[A-Z][a-z]+ should ', 'must ', first['msg']))
   return f'{".".join(path)[:160] or "body"}: {reason}', field
 
 

@@ -66,7 +66,8 @@ def next_token(tokens, sampling, vocab_size, banned=()):
       sampling, max_tokens=None, min_tokens=0, stop=(), stop_token_ids=(),
       ignore_eos=False, logprobs=None))
   draw = zlib.crc32(repr((tuple(map(int, tokens)), draws)).encode())
-  wanted = [id for id, bias in sampling.logit_bias if bias >= 100]
+  wanted = [id for id, bias in sampling.logit_bias
+            if bias >= 100 and id not in banned]
   token = wanted[draw % len(wanted)] if wanted else draw % vocab_size
   while token in banned:
     token = (token + 1) % vocab_size

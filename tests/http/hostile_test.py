@@ -47,7 +47,8 @@ BODIES = {
         'model': 'tiny', 'messages': [{'role': 'user', 'content': 'Hi'}],
         'max_completion_tokens': 4, 'logprobs': True, 'top_logprobs': 1,
         'tools': [], 'response_format': {'type': 'text'}, 'stream': False},
-    PATHS[2]: {'prompt': 'Hi', 'add_generation_prompt': True},
+    PATHS[2]: {'prompt': 'Hi', 'add_generation_prompt': True,
+               'chat_template_kwargs': {'a': 1}},
     PATHS[3]: {'tokens': [70, 71]}}
 NORMAL = {'model': 'tiny', 'prompt': 'Why?', 'max_tokens': 24, 'seed': 7,
           'ignore_eos': True}
@@ -192,7 +193,7 @@ KINDS = {malformed: 290, not_an_object: 60, wrong_type: 500, two_wrong: 160,
          surrogates: 100, a_mebibyte: 40, many_stops: 60, not_http: 200,
          odd_calls: 230, dropped: 200, half_open: 80, slow: 40,
          two_at_once: 40}
-MAY_SAY = {200, 400, 404, 405, 408, 413}
+MAY_SAY = {200, 400, 404, 405, 408, 413, 415}
 
 
 async def send(address, data, how):
