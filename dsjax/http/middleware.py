@@ -105,6 +105,9 @@ class Gate:
 
   def _refusal(self, scope: Any, headers: dict[bytes, bytes]
                ) -> Response | None:
+    if not scope['http_version'].startswith('1.'):
+      return self.turn_away(scope, 505, 'version', 'the version of HTTP must '
+                            'be 1.1 or 1.0')
     given = headers.get(b'authorization', b'')
     if (self.key and scope['path'] not in OPEN_PATHS
         and not hmac.compare_digest(given, self.key)):

@@ -84,12 +84,15 @@ class Refused(Exception):
 
 
 def too_long(context: int, why: str) -> Refused:
-  """For a request that can never fit. Clients know it by the first sentence.
+  """For a request that can never fit.
+
+  litellm knows it by the first sentence, langchain by the last words.
 
   context: tokens of a prompt and its answer.
   """
   return Refused('too_long', "This model's maximum context length is "
-                 f'{context} tokens. However, {why}.')
+                 f'{context} tokens. However, {why} '
+                 '(context_length_exceeded).')
 
 
 class Service:

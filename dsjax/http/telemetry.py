@@ -183,8 +183,8 @@ class Gauges:
     build = GaugeMetricFamily('dsjax_build_info', 'What serves.',
                               labels=labels)
     build.add_metric(
-        [importlib.metadata.version('dsjax'), jax.__version__, jax.default_backend(),
-         server.placement.mode if server else ''], 1)
+        [importlib.metadata.version('dsjax'), jax.__version__,
+         jax.default_backend(), server.placement.mode if server else ''], 1)
     return build
 
   def _now(self) -> list[GaugeMetricFamily]:

@@ -59,7 +59,7 @@ def refusal(running, path, body):
   return answer.json()['error']['message'], answer.json()['error']['param']
 
 
-# --- fields --------------------------------------------------------------------
+# --- fields -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('path', WAYS)
@@ -92,7 +92,7 @@ def test_null_is_the_default(running):
   assert answer(temperature=None) == answer(temperature=1)
 
 
-# --- histories -----------------------------------------------------------------
+# --- histories ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize('role', ROLES)
@@ -177,7 +177,7 @@ def test_the_path_into_a_message_is_named(running, message, why):
   assert said.startswith(f'messages.1.{why}') and param == 'messages'
 
 
-# --- prompts ---------------------------------------------------------------------
+# --- prompts ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('fields, why', [
@@ -221,7 +221,7 @@ def test_what_is_wrong_with_a_body_is_named(running, content, headers, status,
   assert answer.json()['error']['message'].startswith(why)
 
 
-# --- what becomes of a prompt -----------------------------------------------------
+# --- what becomes of a prompt -------------------------------------------------
 
 
 def tokens(running, **body):
@@ -258,8 +258,8 @@ def test_a_developer_is_the_system_to_a_template_that_knows_none(running):
 def test_a_template_is_asked_for_more(running, client):
   begun = {'role': 'assistant', 'content': 'He'}
   plain = tokens(running, messages=[USER, begun])
-  going_on = tokens(running, messages=[USER, begun], add_generation_prompt=False,
-                    continue_final_message=True)
+  going_on = tokens(running, messages=[USER, begun],
+                    add_generation_prompt=False, continue_final_message=True)
   assert going_on[-2:] == ids('He') and plain[:len(going_on)] == going_on
   said = client.chat.completions.create(
       model='tiny', messages=[USER, begun], max_tokens=1, extra_body={
@@ -281,8 +281,9 @@ def test_the_length_that_is_too_much_is_told(client):
     with pytest.raises(openai.BadRequestError) as error:
       client.completions.create(model='tiny', **options)
     # What litellm and langchain look for.
-    assert "this model's maximum context length is" in str(
-        error.value.message).lower()
+    said = error.value.message
+    assert "this model's maximum context length is" in said.lower()
+    assert 'context_length_exceeded' in said
     assert error.value.code == 'context_length_exceeded'
   with pytest.raises(openai.BadRequestError, match='maximum context length'):
     client.chat.completions.create(

@@ -1,16 +1,14 @@
-"""What Prometheus reads, while requests run; and the dashboard that draws it."""
+"""What Prometheus reads, while requests run; what the log tells."""
 
-import json
 import logging
-import pathlib
 import re
 
 import httpx
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.common.web import TEXT, Running, complete, metric, paced, post, until
-
-BOARD = pathlib.Path(__file__).parents[2] / 'docs' / 'grafana.json'
+from dsjax.http.service import Refused, Service
+from tests.common.web import Running, complete, metric, paced, until
 
 
 def samples(running):
@@ -53,52 +51,27 @@ def test_every_sample_names_the_model(running, client):
   assert re.match(r'\d+\.\d+', build['version']) and build['jax']
 
 
-def test_the_dashboard_draws_what_there_is(running, client):
-  complete(client)
-  post(running, '/v1/completions', {})  # is rejected
-  until(lambda: metric(running, 'requests_ended_total'))
-  labels_of = {}
-  for name, labels, _ in samples(running):
-    labels_of.setdefault(name, set()).update(labels)
-  board = json.loads(BOARD.read_text())
-  exprs = [target['expr'] for panel in board['panels']
-           for target in panel['targets']]
-  drawn = set()
-  for expr in exprs:
-    assert expr.count('(') == expr.count(')')
-    parts = re.findall(r'(?:by \(([\w, ]+)\) \()?(?:rate\()?(dsjax_\w+)\{(\w+)=',
-                       expr)
-    assert parts, expr
-    for by, name, label in parts:
-      wanted = {label, *filter(None, by.split(', '))}
-      assert name in labels_of and wanted <= labels_of[name], (expr, name)
-      drawn.add(name)
-  there = {re.sub('_(bucket|sum|count|created)$', '', n) for n in labels_of}
-  assert there == {re.sub('_(bucket|sum|count)$', '', n) for n in drawn}
-  legends = {label for panel in board['panels'] for target in panel['targets']
-             for label in re.findall(r'{{(\w+)}}', target['legendFormat'])}
-  assert legends <= set().union(*labels_of.values())
-
-
 def test_the_log_tells_how_far_it_is_and_when_it_is_ready(caplog):
   def make(report):
     report(1, 3, 'a step')
     raise MemoryError
   with caplog.at_level(logging.INFO, 'dsjax'):
-    one = Running(make)
+    broken = Running(make)
     try:
-      one.await_status('failed')
-      answer = post(one, '/v1/completions', TEXT)
-      assert answer.status_code == 503
-      assert answer.json()['error']['message'] == (
-          'the server has failed: MemoryError')
+      broken.await_status('failed')
+      assert broken.service.error == 'MemoryError'
     finally:
-      one.stop()
+      broken.stop()
     assert '1 of 3 steps compiled, a step' in caplog.text
-    two = Running()
+    sound = Running()
     try:
-      assert two.service.progress  # words before anything is compiled
-      two.await_status('ready')
+      sound.await_status('ready')
       until(lambda: 'ready' in [r.message for r in caplog.records])
     finally:
-      two.stop()
+      sound.stop()
+
+
+def test_there_are_words_before_anything_is_compiled():
+  service = Service(None)
+  with pytest.raises(Refused, match='the server is starting: loading the m'):
+    service.check_open()

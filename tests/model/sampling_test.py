@@ -531,8 +531,8 @@ def test_what_ends_a_request_is_masked_before_min_tokens(
   eos, stop, other = 5, 3, 2
   logits_V = np.zeros(V, np.float32)
   logits_V[[eos, stop, other]] = 30, 20, 10
-  params = Sampling(stop_token_ids=(stop,), min_tokens=3, temperature=temperature,
-                    ignore_eos=ignore_eos, logit_bias={eos: 1.0})
+  params = Sampling(stop_token_ids=(stop,), min_tokens=3, ignore_eos=ignore_eos,
+                    temperature=temperature, logit_bias={eos: 1.0})
   assert sampling.mode(params) == sampling.FULL
   slots = admit(sampling.init(E, MAX_LEN, V), 0, sampling.slot_row(
       (7, 8), 2, params, MAX_LEN, V, eos_ids=(eos,)))
