@@ -10,6 +10,7 @@ import hmac
 import json
 import logging
 import math
+import re
 import secrets
 import time
 import traceback
@@ -29,6 +30,8 @@ from dsjax.runtime.orchestrator_thread import Gone
 
 LOG = logging.getLogger(__name__)
 OPEN_PATHS = ('/', '/health')  # without a key
+# Media types; JSON and events elsewhere.
+OFFERED = {'/': ('text/html',), '/metrics': ('text/plain',)}
 _ENCODER = json.JSONEncoder(separators=(',', ':'), allow_nan=False)
 _KINDS = {401: 'authentication_error', 404: 'not_found_error',
           429: 'rate_limit_error'}
@@ -167,6 +170,26 @@ class _Body:
     """Reads the rest of a refused body, up to the limit once more."""
     while not self.whole:
       await self.receive()
+
+
+async def acceptable(request: fastapi.Request) -> None:
+  """Raises an HTTPException (406) unless the client takes what a path has."""
+  offered = OFFERED.get(request.url.path,
+                        ('application/json', 'text/event-stream'))
+  accept = ','.join(request.headers.getlist('accept')) or '*/*'
+  if not any(_accepts(accept, media) for media in offered):
+    raise HTTPException(406, f'accept: must have {" or ".join(offered)}')
+
+
+def _accepts(accept: str, media: str) -> bool:
+  """Whether a header Accept has a media type: its closest range decides."""
+  ranges = {}
+  for item in accept.lower().split(','):
+    name, *parameters = (part.strip() for part in item.split(';'))
+    ranges[name] = not any(re.fullmatch(r'q=0(\.0*)?', parameter)
+                           for parameter in parameters)
+  closest = (media, media.split('/')[0] + '/*', '*/*')
+  return next((ranges[name] for name in closest if name in ranges), False)
 
 
 # --- errors -----------------------------------------------------------------

@@ -19,7 +19,7 @@ from dsjax.config.checks import InputError
 from dsjax.config.placement import Slo
 from dsjax.http import openai_schema, telemetry
 from dsjax.http.completions import Completions, beside
-from dsjax.http.middleware import Gate, Json, add_errors
+from dsjax.http.middleware import Gate, Json, acceptable, add_errors
 from dsjax.http.service import Service
 from dsjax.runtime.orchestrator import Orchestrator
 
@@ -53,7 +53,8 @@ def make_app(service: Service, metrics: telemetry.Gauges, name: str,
 
   app = fastapi.FastAPI(title='dsjax', lifespan=lifespan, docs_url=None,
                         redoc_url=None, default_response_class=Json,
-                        responses=ERRORS, redirect_slashes=False)
+                        responses=ERRORS, redirect_slashes=False,
+                        dependencies=[fastapi.Depends(acceptable)])
 
   gate = Gate(app, service.limits, key, metrics.reject)
   add_errors(app, gate.turn_away)
@@ -108,9 +109,7 @@ def _add_tokens(app: fastapi.FastAPI, completions: Completions) -> None:
   @app.post('/tokenize')
   async def tokenize(body: openai_schema.Tokenize):
     vocabulary(body)
-    prompt = body.prompt if body.messages is None else [
-        m.plain for m in body.messages]
-    ids = await completions.ids(prompt, body.template_options)
+    ids = await completions.ids(body.given, body.template_options)
     return Json({'tokens': list(ids), 'count': len(ids),
                  'max_model_len': service.started().config.max_len})
 
