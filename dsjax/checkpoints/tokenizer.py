@@ -7,7 +7,7 @@ the template's own text.
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from dsjax.checkpoints.chat_template import (
   ChatTemplate,
@@ -17,7 +17,8 @@ from dsjax.checkpoints.chat_template import (
 )
 from dsjax.config.checks import InputError, require
 
-ROLES = ('assistant', 'developer', 'system', 'tool', 'user')
+Role: TypeAlias = Literal['assistant', 'developer', 'system', 'tool', 'user']
+ROLES: tuple[str, ...] = get_args(Role)
 SPACE = '\N{LOWER ONE EIGHTH BLOCK}'  # what sentencepiece writes for one
 # Of a message, beside role and content; a template reads what it knows.
 _OPTIONAL = ('name', 'reasoning_content', 'tool_call_id', 'tool_calls')

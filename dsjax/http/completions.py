@@ -20,7 +20,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from dsjax.checkpoints.tokenizer import Tokenizer
-from dsjax.config.checks import InputError
 from dsjax.http import openai_schema
 from dsjax.http.middleware import Json, dumps
 from dsjax.http.service import Limits, Service, too_long
@@ -100,8 +99,6 @@ class Completions:
     wanted = [(ids, sampling) for ids in prompts_ids
               for sampling in body.sampling(server.config.max_len - len(ids),
                                             seed, body.num_logprobs)]
-    if body.min_tokens and body.min_tokens > wanted[0][1].max_tokens:
-      raise InputError('min_tokens: must be at most max_tokens')
     state = request.state
     call = self.service.submit(wanted, state.arrival_s)
     builder = openai_schema.ResponseBuilder(

@@ -235,10 +235,15 @@ def add_errors(app: fastapi.FastAPI, turn_away: Callable[..., Response]
   async def http(request, e):
     known = {'param': 'model', 'code': 'model_not_found'}
     allow = (e.headers or {}).get('Allow')
+    allow = 'GET, HEAD' if allow == 'GET' else allow
+    message = e.detail
+    if e.status_code == 405:
+      message = f'method: must be {allow}'
+    elif message == 'Not Found':
+      message = f'{ascii(request.url.path)[1:-1][:80]}: no such path'
     return turn_away(
         request.scope, e.status_code,
-        _REASONS.get(e.status_code, 'bad_request'), e.detail,
-        allow='GET, HEAD' if allow == 'GET' else allow,
+        _REASONS.get(e.status_code, 'bad_request'), message, allow=allow,
         **(known if e.detail.startswith('model: ') else {}))
 
   async def broken(request, _):  # raised again after this, to the Gate's log

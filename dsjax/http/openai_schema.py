@@ -10,13 +10,14 @@ import codecs
 import contextlib
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
-from dsjax.checkpoints.tokenizer import ROLES, Tokenizer
+from dsjax.checkpoints.tokenizer import Role, Tokenizer
 from dsjax.config.checks import InputError
 from dsjax.config.request import (
   ABOVE,
@@ -54,11 +55,13 @@ def _one_of(forms: str) -> pydantic.Discriminator:
                                 custom_error_message=f'must be {forms}')
 
 
-def _within(field: str, **narrower: float) -> Any:
-  """A number in Sampling's range of the field, or in OpenAI's narrower one."""
-  low, high = RANGES[field]
-  least = 'gt' if field in ABOVE else 'ge'
-  return pydantic.Field(None, **{least: low, 'le': high} | narrower)
+def _within(field: str, least: float = -math.inf, most: float = math.inf
+            ) -> Any:
+  """A number in Sampling's range of the field, and in OpenAI's."""
+  low, high = max(RANGES[field][0], least), min(RANGES[field][1], most)
+  if field in ABOVE:
+    return pydantic.Field(None, gt=low, le=high)
+  return pydantic.Field(None, ge=low, le=high)
 
 
 class _Body(pydantic.BaseModel):
@@ -77,12 +80,12 @@ class _Common(_Body):
   """Fields of both kinds of request; None means the default."""
   model: str
   max_tokens: int | None = pydantic.Field(None, ge=1)
-  temperature: float | None = _within('temperature', le=2)
+  temperature: float | None = _within('temperature', most=2)
   top_p: float | None = _within('top_p')
   top_k: int | None = pydantic.Field(None, ge=-1, lt=2**31)
   min_p: float | None = _within('min_p')
-  presence_penalty: float | None = _within('presence_penalty', ge=-2, le=2)
-  frequency_penalty: float | None = _within('frequency_penalty', ge=-2, le=2)
+  presence_penalty: float | None = _within('presence_penalty', -2, 2)
+  frequency_penalty: float | None = _within('frequency_penalty', -2, 2)
   repetition_penalty: float | None = _within('repetition_penalty')
   logit_bias: dict[_TokenText, _Bias] | None = pydantic.Field(
       None, max_length=MAX_LOGIT_BIAS)
@@ -174,8 +177,9 @@ class Completion(_Common):
   @property
   def prompts(self) -> list[Any]:
     """A list of texts and lists of ids."""
-    single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-    return [self.prompt] if single else self.prompt
+    if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+      return [self.prompt]
+    return list(self.prompt)
 
 
 class Part(_Body):
@@ -227,7 +231,7 @@ class ToolCall(_Body):
 
 class Message(_Body):
   """A turn of a conversation, or an answer of OpenAI's client sent back."""
-  role: Literal[ROLES]
+  role: Role
   content: Annotated[
       Annotated[str, pydantic.Tag('text')]
       | Annotated[list[Part], pydantic.Field(min_length=1),
@@ -353,6 +357,10 @@ class Tokenize(_Templated):
       raise InputError('prompt: must be given, or else messages')
     return self
 
+  @property
+  def given(self) -> str | list[dict[str, Any]]:
+    return self.prompt or [m.plain for m in self.messages or ()] or ''
+
 
 class Detokenize(_Body):
   """A body of /detokenize."""
@@ -449,8 +457,9 @@ class ResponseBuilder:
                prompt_lens: Sequence[int], tokenizer: Tokenizer | None
                ) -> None:
     self.body, self.tokenizer = body, tokenizer
-    self.head = {'id': ('chatcmpl-' if body.chat else 'cmpl-') + id,
-                 'object': body.kind, 'created': created, 'model': body.model}
+    self.head: dict[str, Any] = {
+        'id': ('chatcmpl-' if body.chat else 'cmpl-') + id,
+        'object': body.kind, 'created': created, 'model': body.model}
     self.prompt_tokens, self.output_tokens = sum(prompt_lens), 0
     self._told: set[int] = set()  # choices whose role is out
     self._offsets: dict[int, _Offsets] = {}  # by choice
@@ -486,7 +495,7 @@ class ResponseBuilder:
 
   def _chunk(self, index: int, logprobs: dict[str, Any] | None = None,
              reason: str | None = None, **said: Any) -> dict[str, Any]:
-    chunk = self.head | {'choices': [{
+    chunk: dict[str, Any] = self.head | {'choices': [{
         'index': index, 'finish_reason': reason, 'logprobs': logprobs} | said]}
     if self.body.chat:
       chunk['object'] = 'chat.completion.chunk'

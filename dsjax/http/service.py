@@ -191,8 +191,8 @@ class Service:
     server = self.started()
     for prompt, sampling in requests:
       server.check(prompt, sampling)
-      why = scheduler.never_fits(server.scheduler_config, len(prompt),
-                                 sampling.max_tokens)
+      most = sampling.max_tokens or server.config.max_len - len(prompt)
+      why = scheduler.never_fits(server.scheduler_config, len(prompt), most)
       if why:
         raise too_long(server.config.max_len, why)
     self._check_room(len(requests))

@@ -13,7 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dsjax.http import openai_schema
 from dsjax.http.middleware import dumps
-from dsjax.http.service import Service
+from dsjax.http.service import Limits, Service
 
 LOG = logging.getLogger(__name__)
 
@@ -22,19 +22,22 @@ class _Connection(H11Protocol):
   """A connection that must send its headers and read its answer in time, and
   can be aborted."""
 
+  limits: Limits  # of its server
+  _late: asyncio.TimerHandle | None = None  # headers are
+  _unread: asyncio.TimerHandle | None = None  # the answer is
+
   def connection_made(self, transport: Any) -> None:
     super().connection_made(transport)
-    most = self.config.max_connections
+    most = self.limits.max_connections
     self.app_state = {**self.app_state, 'abort': transport.abort,
                       'crowded': len(self.connections) > most}
     if len(self.connections) > 2 * most:
       transport.abort()  # too many even to be told
-    self._late = self._unread = None
     self._arm()
 
   def _arm(self) -> None:
     if self._late is None:
-      self._late = self.loop.call_later(self.config.timeout_headers,
+      self._late = self.loop.call_later(self.limits.body_s,
                                         self.transport.abort)
 
   def _disarm(self) -> None:
@@ -65,12 +68,13 @@ class _Connection(H11Protocol):
 
   def pause_writing(self) -> None:
     super().pause_writing()
-    self._unread = self.loop.call_later(self.config.timeout_send,
+    self._unread = self.loop.call_later(self.limits.send_s,
                                         self.transport.abort)
 
   def resume_writing(self) -> None:
     super().resume_writing()
-    self._unread.cancel()  # asyncio pauses first
+    if self._unread is not None:
+      self._unread.cancel()
 
   def connection_lost(self, exc: Exception | None) -> None:
     self._disarm()
@@ -84,18 +88,20 @@ class Server(uvicorn.Server):
   second."""
 
   def __init__(self, app: Callable[..., Any], service: Service) -> None:
+    class Connection(_Connection):
+      limits = service.limits
+
     limits = service.limits
     config = uvicorn.Config(
-        app, http=_Connection, ws='none', lifespan='on',
+        app, http=Connection, ws='none', lifespan='on',
         log_config=None, access_log=False, server_header=False,
         h11_max_incomplete_event_size=limits.max_header_bytes,
         timeout_keep_alive=math.ceil(limits.keep_alive_s),
         timeout_graceful_shutdown=5)
-    config.timeout_headers, config.timeout_send = limits.body_s, limits.send_s
-    config.max_connections = limits.max_connections
     super().__init__(config)
     self.service = service
-    self._leaving, self._draining = False, None
+    self._leaving = False
+    self._draining: asyncio.Task[None] | None = None
 
   async def startup(self, sockets: list[socket.socket] | None = None
                     ) -> None:

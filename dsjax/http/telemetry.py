@@ -137,7 +137,7 @@ class Gauges:
     """Folds a request that has ended."""
     self._last_s.pop(record.id, None)
     self.ended.labels(record.status).inc()
-    self.request.observe(record.finish_s - record.arrival_s)
+    self.request.observe(sum(record.stage_s.values()))
     for stage, seconds in record.stage_s.items():
       self.stage.labels(stage).inc(max(0.0, seconds))
     if len(record.token_s) > 1:

@@ -221,6 +221,13 @@ def test_what_is_wrong_with_a_body_is_named(running, content, headers, status,
   assert answer.json()['error']['message'].startswith(why)
 
 
+def test_a_wrong_path_is_named(running):
+  answer = post(running, '/chat/completions', CHAT)
+  assert answer.status_code == 404
+  assert answer.json()['error']['message'] == (
+      '/chat/completions: no such path')
+
+
 # --- what becomes of a prompt -------------------------------------------------
 
 

@@ -51,14 +51,14 @@ def test_another_method_is_told_which_are_allowed(running, method, path,
   assert answer.status_code == 405
   assert set(answer.headers['Allow'].split(', ')) == allow
   if method != 'HEAD':
-    assert answer.json()['error']['type'] == 'invalid_request_error'
+    assert answer.json()['error']['message'].startswith('method: must be ')
 
 
 @pytest.mark.parametrize('accept', ['application/json', 'text/event-stream',
-                                    '*/*', 'image/png'])
+                                    '*/*'])
 @pytest.mark.parametrize('stream', (False, True))
-def test_nothing_is_negotiated(running, accept, stream):
-  """As RFC 9110 allows: clients ask for JSON where they want a stream."""
+def test_json_and_a_stream_are_not_negotiated(running, accept, stream):
+  """Clients ask for JSON where they want a stream."""
   answer = post(running, '/v1/completions', TEXT | {
       'stream': stream, 'max_tokens': 1}, headers={'Accept': accept})
   assert answer.status_code == 200
