@@ -20,7 +20,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from dsjax.checkpoints.tokenizer import Tokenizer
-from dsjax.http import openai_schema
+from dsjax.config.checks import InputError
+from dsjax.http import openai_answers, openai_schema
 from dsjax.http.middleware import Json, dumps
 from dsjax.http.service import Limits, Service, too_long
 from dsjax.runtime import prompts
@@ -32,8 +33,8 @@ LONG_TEXT = 2000  # characters; a longer one is tokenized beside the loop
 # Characters that a normalizer might make one token of, at the very most.
 SLACK = 4
 _Result = TypeVar('_Result')
-# A text as it stands, messages, or ids.
-BodyPrompt: TypeAlias = str | list[dict[str, Any]] | list[int]
+# A text as it stands, messages, or ids; None: a new document.
+BodyPrompt: TypeAlias = str | list[dict[str, Any]] | list[int] | None
 _Receive: TypeAlias = Callable[[], Awaitable[Any]]
 _Send: TypeAlias = Callable[[dict[str, Any]], Awaitable[None]]
 
@@ -71,12 +72,14 @@ class Completions:
       Refused: so long that it can never fit, however it is cut.
     """
     model = self.service.started().model
+    if prompt is None:
+      return _new_document(prompts.vocabulary(model))
     if isinstance(prompt, str):
       size, read = len(prompt), prompts.text_ids
     elif isinstance(prompt[0], int):
       return tuple(prompt)
     else:
-      size = sum(len(message['content']) for message in prompt)
+      size = len(str(prompt))  # calls of tools may be long too
       read = functools.partial(prompts.chat_ids, **options)
     self._check_size(size, prompts.vocabulary(model))
     return await beside(size, read, model, prompt)
@@ -101,7 +104,7 @@ class Completions:
                                             seed, body.num_logprobs)]
     state = request.state
     call = self.service.submit(wanted, state.arrival_s)
-    builder = openai_schema.ResponseBuilder(
+    builder = openai_answers.ResponseBuilder(
         body, state.id, int(time.time()), [len(ids) for ids in prompts_ids],
         server.model.tokenizer)
     report = _Report(request, builder, body.prompts if self.log_text else [])
@@ -110,7 +113,7 @@ class Completions:
     return await self._full(request, call, builder, report)
 
   async def _full(self, request: fastapi.Request, call: Call,
-                  builder: openai_schema.ResponseBuilder, report: '_Report'
+                  builder: openai_answers.ResponseBuilder, report: '_Report'
                   ) -> Response:
     parts = [[] for _ in call.streams]
     try:
@@ -128,6 +131,16 @@ class Completions:
     if problem := _problem(call):
       raise HTTPException(*problem)
     return Json(builder.full(list(map(joined, parts))))
+
+
+def _new_document(vocabulary: Tokenizer) -> Sequence[int]:
+  """What stands before a text: BOS, or else the EOS of another one."""
+  begin = vocabulary.encode('')
+  if not begin:
+    if vocabulary.eos_id is None:
+      raise InputError('prompt: must be given to a model without BOS and EOS')
+    begin = [vocabulary.eos_id]
+  return begin
 
 
 def _problem(call: Call) -> tuple[int, str] | None:
@@ -159,7 +172,7 @@ class _Report:
   """One line of log for a request; its text only when asked for."""
 
   def __init__(self, request: fastapi.Request,
-               builder: openai_schema.ResponseBuilder,
+               builder: openai_answers.ResponseBuilder,
                prompts: Sequence[BodyPrompt]) -> None:
     self.request, self.builder, self.prompts = request, builder, prompts
 
@@ -177,7 +190,7 @@ class EventStream(Response):
   """Server-sent events: a chunk for what each request got since the last."""
   media_type = 'text/event-stream'
 
-  def __init__(self, call: Call, builder: openai_schema.ResponseBuilder,
+  def __init__(self, call: Call, builder: openai_answers.ResponseBuilder,
                limits: Limits, report: _Report) -> None:
     super().__init__(headers={'Cache-Control': 'no-cache',
                               'X-Accel-Buffering': 'no'})

@@ -1,4 +1,4 @@
-"""OpenAI's requests and answers as data: no server, no clock.
+"""OpenAI's requests and errors as data: no server, no clock.
 
 A body is a pydantic model: unknown fields, wrong types and values out of
 range are errors that name the field. What this server does not compute is an
@@ -6,10 +6,7 @@ error too, unless the field says nothing about the answer (user, metadata).
 Any known field may be null.
 """
 
-import codecs
-import contextlib
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -17,7 +14,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
-from dsjax.checkpoints.tokenizer import Role, Tokenizer
 from dsjax.config.checks import InputError
 from dsjax.config.request import (
   ABOVE,
@@ -27,11 +23,9 @@ from dsjax.config.request import (
   RANGES,
   Sampling,
 )
-from dsjax.runtime.output import Update
+from dsjax.http.openai_messages import Body, Message, one_of
 
 MAX_N = 128
-MAX_NESTED = 64  # lists and objects of a call's arguments
-LOWEST = -9999.0  # JSON has no minus infinity
 _Token = Annotated[int, pydantic.Field(ge=0, lt=2**31)]
 _Ids = Annotated[list[_Token], pydantic.Field(min_length=1)]
 _Text = Annotated[str, pydantic.Field(min_length=1)]
@@ -40,19 +34,6 @@ _Stop = Annotated[str, pydantic.Field(max_length=1024)]
 _TokenText = Annotated[str, pydantic.Field(pattern='^[0-9]{1,9}$')]
 _Bias = Annotated[float, pydantic.Field(ge=RANGES['logit_bias'][0],
                                         le=RANGES['logit_bias'][1])]
-
-
-def _form(value: object) -> str | None:
-  """Which form of a prompt or a content a value is meant to have."""
-  if isinstance(value, list):
-    return 'ids' if value and isinstance(value[0], int) else 'list'
-  return 'text' if isinstance(value, str) else None
-
-
-def _one_of(forms: str) -> pydantic.Discriminator:
-  """Reads a union by its form, so that an error is of the form meant."""
-  return pydantic.Discriminator(_form, custom_error_type='form',
-                                custom_error_message=f'must be {forms}')
 
 
 def _within(field: str, least: float = -math.inf, most: float = math.inf
@@ -64,19 +45,14 @@ def _within(field: str, least: float = -math.inf, most: float = math.inf
   return pydantic.Field(None, ge=low, le=high)
 
 
-class _Body(pydantic.BaseModel):
-  model_config = pydantic.ConfigDict(extra='forbid', strict=True,
-                                     allow_inf_nan=False)
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
   """What a stream has beside its text."""
   include_usage: bool | None = None
   continuous_usage_stats: bool | None = None
   include_obfuscation: bool | None = None  # of no consequence
 
 
-class _Common(_Body):
+class _Common(Body):
   """Fields of both kinds of request; None means the default."""
   model: str
   max_tokens: int | None = pydantic.Field(None, ge=1)
@@ -94,7 +70,7 @@ class _Common(_Body):
   stop: Annotated[
       Annotated[_Stop, pydantic.Tag('text')]
       | Annotated[list[_Stop], pydantic.Tag('list')],
-      _one_of('a text or a list of texts')] | None = None
+      one_of('a text or a list of texts')] | None = None
   stop_token_ids: list[_Token] | None = pydantic.Field(
       None, max_length=MAX_STOP_TOKENS)
   ignore_eos: bool | None = None
@@ -143,14 +119,14 @@ class _Common(_Body):
 _TextOrIds = (Annotated[_Text, pydantic.Tag('text')]
               | Annotated[_Ids, pydantic.Tag('ids')])
 _Batch = Annotated[
-    list[Annotated[_TextOrIds, _one_of('text or token ids')]],
+    list[Annotated[_TextOrIds, one_of('text or token ids')]],
     pydantic.Field(min_length=1, max_length=MAX_N)]
 
 
 class Completion(_Common):
   """A body of /v1/completions."""
   prompt: Annotated[_TextOrIds | Annotated[_Batch, pydantic.Tag('list')],
-                    _one_of('text, token ids or a list of either')]
+                    one_of('text, token ids or a list of either')] | None
   logprobs: int | None = pydantic.Field(None, ge=0, le=MAX_LOGPROBS)
   echo: Literal[False] | None = None
   suffix: Literal[''] | None = None
@@ -176,107 +152,14 @@ class Completion(_Common):
 
   @property
   def prompts(self) -> list[Any]:
-    """A list of texts and lists of ids."""
-    if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+    """A list of texts and lists of ids; None: a new document."""
+    if (self.prompt is None or isinstance(self.prompt, str)
+        or isinstance(self.prompt[0], int)):
       return [self.prompt]
     return list(self.prompt)
 
 
-class Part(_Body):
-  """A piece of a message: only text, or an assistant's refusal."""
-  type: Literal['text', 'refusal']
-  text: str | None = None
-  refusal: str | None = None
-  prompt_cache_breakpoint: Any = None  # of no consequence
-
-  @pydantic.model_validator(mode='after')
-  def _one(self):
-    for field in ('text', 'refusal'):
-      if (getattr(self, field) is None) == (field == self.type):
-        raise InputError(f'{field}: must be given in a part of this type, and '
-                         'in no other')
-    return self
-
-  @property
-  def plain(self) -> str:
-    return self.text or self.refusal or ''
-
-
-class Function(_Body):
-  """What an assistant called. arguments: JSON, if the model wrote it well."""
-  name: str
-  arguments: str
-
-  @property
-  def plain(self) -> dict[str, Any]:
-    """Arguments as templates expect them: an object if they are one."""
-    arguments = None
-    if self.arguments.count('{') + self.arguments.count('[') <= MAX_NESTED:
-      with contextlib.suppress(ValueError):
-        arguments = json.loads(self.arguments)
-    return {'name': self.name, 'arguments': arguments if isinstance(
-        arguments, dict) else self.arguments}
-
-
-class ToolCall(_Body):
-  """A call that an assistant made in an earlier turn."""
-  id: str
-  type: Literal['function']
-  function: Function
-
-  @property
-  def plain(self) -> dict[str, Any]:
-    return {'id': self.id, 'type': self.type, 'function': self.function.plain}
-
-
-class Message(_Body):
-  """A turn of a conversation, or an answer of OpenAI's client sent back."""
-  role: Role
-  content: Annotated[
-      Annotated[str, pydantic.Tag('text')]
-      | Annotated[list[Part], pydantic.Field(min_length=1),
-                  pydantic.Tag('list')],
-      _one_of('text or a list of parts')] | None = None
-  name: str | None = pydantic.Field(
-      None, min_length=1, max_length=64, pattern=r'^[^\s<|\\/>]+$')
-  tool_call_id: str | None = None
-  tool_calls: list[ToolCall] | None = None
-  refusal: str | None = None
-  reasoning_content: str | None = None
-  annotations: list[Any] | None = None  # of no consequence
-  audio: None = None
-  function_call: None = None
-
-  @pydantic.model_validator(mode='after')
-  def _suits_its_role(self):
-    assistant, tool = self.role == 'assistant', self.role == 'tool'
-    if self.content is None and not assistant:
-      raise InputError(f'content: must be given with the role {self.role!r}')
-    if tool and self.tool_call_id is None:
-      raise InputError("tool_call_id: must be given with the role 'tool'")
-    for field, allowed in (
-        ('tool_call_id', tool), ('tool_calls', assistant),
-        ('refusal', assistant), ('reasoning_content', assistant)):
-      if getattr(self, field) and not allowed:
-        raise InputError(f'{field}: must be left out with the role '
-                         f'{self.role!r}')
-    return self
-
-  @property
-  def plain(self) -> dict[str, Any]:
-    """What a chat template takes."""
-    parts = self.content or self.refusal or ''
-    text = (parts if isinstance(parts, str) else
-            ''.join(part.plain for part in parts))
-    extras = {field: value for field in ('name', 'reasoning_content',
-                                         'tool_call_id')
-              if (value := getattr(self, field))}
-    if self.tool_calls:
-      extras['tool_calls'] = [call.plain for call in self.tool_calls]
-    return {'role': self.role, 'content': text} | extras
-
-
-class _Templated(_Body):
+class _Templated(Body):
   """How a chat template is asked; see Tokenizer.chat."""
   add_generation_prompt: bool | None = None
   continue_final_message: bool | None = None
@@ -289,7 +172,7 @@ class _Templated(_Body):
             'chat_template_kwargs': self.chat_template_kwargs}
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(Body):
   """Only text."""
   type: Literal['text']
 
@@ -362,7 +245,7 @@ class Tokenize(_Templated):
     return self.prompt or [m.plain for m in self.messages or ()] or ''
 
 
-class Detokenize(_Body):
+class Detokenize(Body):
   """A body of /detokenize."""
   model: str | None = None
   tokens: list[_Token] = pydantic.Field(max_length=2**20)
@@ -445,150 +328,3 @@ def _path(error: Any, body: object) -> list[str]:
       continue
     path.append(str(key))
   return path
-
-
-# --- answers ----------------------------------------------------------------
-
-
-class ResponseBuilder:
-  """Makes the JSON of one call from the updates of its requests."""
-
-  def __init__(self, body: Completion | Chat, id: str, created: int,
-               prompt_lens: Sequence[int], tokenizer: Tokenizer | None
-               ) -> None:
-    self.body, self.tokenizer = body, tokenizer
-    self.head: dict[str, Any] = {
-        'id': ('chatcmpl-' if body.chat else 'cmpl-') + id,
-        'object': body.kind, 'created': created, 'model': body.model}
-    self.prompt_tokens, self.output_tokens = sum(prompt_lens), 0
-    self._told: set[int] = set()  # choices whose role is out
-    self._offsets: dict[int, _Offsets] = {}  # by choice
-
-  def usage(self) -> dict[str, Any]:
-    """Tokens read and written; this server shares no prompts (cached: 0)."""
-    return {'prompt_tokens': self.prompt_tokens,
-            'completion_tokens': self.output_tokens,
-            'total_tokens': self.prompt_tokens + self.output_tokens,
-            'prompt_tokens_details': {'cached_tokens': 0}}
-
-  def chunks(self, index: int, update: Update) -> list[dict[str, Any]]:
-    """The chunks of a stream for one update.
-
-    Those of a chat tell the role first, and at the end, in an empty delta, why
-    it ended.
-    """
-    self.output_tokens += len(update.tokens)
-    logprobs = self._logprobs(index, update)
-    if not self.body.chat:
-      return [self._chunk(index, logprobs, update.reason, text=update.text)]
-    chunks = []
-    if index not in self._told:
-      self._told.add(index)
-      chunks.append(self._chunk(index, delta={'role': 'assistant',
-                                              'content': ''}))
-    if update.tokens or update.text:
-      chunks.append(self._chunk(index, logprobs,
-                                delta={'content': update.text}))
-    if update.reason:
-      chunks.append(self._chunk(index, reason=update.reason, delta={}))
-    return chunks
-
-  def _chunk(self, index: int, logprobs: dict[str, Any] | None = None,
-             reason: str | None = None, **said: Any) -> dict[str, Any]:
-    chunk: dict[str, Any] = self.head | {'choices': [{
-        'index': index, 'finish_reason': reason, 'logprobs': logprobs} | said]}
-    if self.body.chat:
-      chunk['object'] = 'chat.completion.chunk'
-    wanted = self.body.usage_wanted
-    if wanted.include_usage or wanted.continuous_usage_stats:
-      chunk['usage'] = (self.usage() if wanted.continuous_usage_stats
-                        else None)
-    return chunk
-
-  def last(self) -> dict[str, Any] | None:
-    """The chunk after all others, of usage alone; None unless asked for."""
-    if not self.body.usage_wanted.include_usage:
-      return None
-    kind = 'chat.completion.chunk' if self.body.chat else self.body.kind
-    return self.head | {'object': kind, 'choices': [], 'usage': self.usage()}
-
-  def full(self, updates: Sequence[Update]) -> dict[str, Any]:
-    """The unstreamed answer: an Update with everything for each choice."""
-    choices = []
-    for index, update in enumerate(updates):
-      self.output_tokens += len(update.tokens)
-      choice = {'index': index, 'finish_reason': update.reason,
-                'logprobs': self._logprobs(index, update)}
-      choice |= ({'message': {'role': 'assistant', 'content': update.text,
-                              'refusal': None}}
-                 if self.body.chat else {'text': update.text})
-      choices.append(choice)
-    return self.head | {'choices': choices, 'usage': self.usage()}
-
-  def _bytes(self, token: int) -> bytes:
-    return self.tokenizer.token_bytes(token) if self.tokenizer else b''
-
-  def _spell(self, token: int) -> tuple[str, list[int]]:
-    """A token's name, its text where that is whole characters; its bytes."""
-    raw = self._bytes(token)
-    try:
-      text = raw.decode()
-    except UnicodeDecodeError:
-      text = 'bytes:' + ''.join(f'\\x{byte:02x}' for byte in raw)
-    return text or f'token_id:{token}', list(raw)
-
-  def _named(self, rows: Sequence[tuple[int, float]]) -> dict[str, float]:
-    """{name: log-probability} of tokens; a second of the same text has its
-    id."""
-    named: dict[str, float] = {}
-    for token, logprob in rows:
-      name, _ = self._spell(token)
-      named[f'token_id:{token}' if name in named else name] = max(
-          logprob, LOWEST)
-    return named
-
-  def _logprobs(self, index: int, update: Update) -> dict[str, Any] | None:
-    if self.body.num_logprobs is None:
-      return None
-    rows = list(zip(update.tokens, update.logprobs, strict=True))
-    if self.body.chat:
-      def entry(token: int, logprob: float) -> dict[str, Any]:
-        text, raw = self._spell(token)
-        return {'token': text, 'bytes': raw, 'logprob': max(logprob, LOWEST)}
-      return {'content': [entry(token, logprob) | {
-          'top_logprobs': [entry(*other) for other in top]}
-                          for token, (logprob, top) in rows], 'refusal': None}
-    offsets = self._offsets.setdefault(index, _Offsets())
-    return {
-        'tokens': [self._spell(token)[0] for token, _ in rows],
-        'token_logprobs': [max(logprob, LOWEST) for _, (logprob, _) in rows],
-        'top_logprobs': [self._named(top if token in dict(top) else (
-            *top, (token, logprob))) for token, (logprob, top) in rows],
-        'text_offset': offsets.push([self._bytes(t) for t in update.tokens],
-                                    len(update.text), bool(update.reason))}
-
-
-class _Offsets:
-  """Where in a growing text its tokens begin, in characters."""
-
-  def __init__(self) -> None:
-    self._utf8 = codecs.getincrementaldecoder('utf-8')(errors='replace')
-    self._count = self._said = 0
-
-  def push(self, tokens: Sequence[bytes], said: int, ended: bool
-           ) -> list[int]:
-    """Of each of the next tokens, the character that its first byte is in.
-
-    said: characters of the text that came with them. ended: no more will;
-    tokens cut off by a stop string are then at the text's end.
-    """
-    self._said += said
-    offsets = list(map(self._begin, tokens))
-    return [min(x, self._said) for x in offsets] if ended else offsets
-
-  def _begin(self, raw: bytes) -> int:
-    self._count += len(self._utf8.decode(raw[:1]))
-    whole = bool(raw) and not self._utf8.getstate()[0]
-    begin = self._count - whole
-    self._count += len(self._utf8.decode(raw[1:]))
-    return begin

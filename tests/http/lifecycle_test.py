@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from dsjax.http import completions
+from dsjax.http import openai_answers
 from dsjax.scheduling import scheduler
 from experiments.verify import faults
 from tests.common.web import (
@@ -38,7 +38,7 @@ def test_a_mistake_of_ours_costs_one_request(running, client, monkeypatch,
     complete(client)
   assert error.value.type == 'server_error'
   monkeypatch.undo()
-  monkeypatch.setattr(completions.openai_schema.ResponseBuilder, 'chunks', fail)
+  monkeypatch.setattr(openai_answers.ResponseBuilder, 'chunks', fail)
   with pytest.raises((openai.APIError, httpx.TransportError)):
     list(complete(client, stream=True))
   monkeypatch.undo()

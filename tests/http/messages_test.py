@@ -11,14 +11,15 @@ import pytest
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 
-from dsjax.http.openai_schema import Message
+from dsjax.http.openai_messages import Message
 from tests.common.web import CHAT, TEXT, ids, post
 
 CALL = {'id': 'call_1', 'type': 'function',
         'function': {'name': 'add', 'arguments': '{"a": 1}'}}
+CUSTOM = {'id': 'call_2', 'type': 'custom',
+          'custom': {'name': 'run', 'input': 'ls'}}
 USER = {'role': 'user', 'content': 'Hi'}
-ROLES = {'Assistant': 'assistant', 'Developer': 'developer',
-         'System': 'system', 'Tool': 'tool', 'User': 'user'}
+ROLES = ('assistant', 'developer', 'function', 'system', 'tool', 'user')
 # Any value of these says nothing about the answer.
 NOTHING = {
     'metadata': {'a': 'b'}, 'parallel_tool_calls': True,
@@ -43,7 +44,7 @@ SERVED = {
     'max_tokens', 'messages', 'model', 'n', 'presence_penalty', 'prompt',
     'seed', 'stop', 'stream', 'stream_options', 'temperature', 'top_logprobs',
     'top_p'}
-NEEDED = {'messages', 'model', 'prompt'}
+NEEDED = {'messages', 'model'}
 WAYS = {'/v1/chat/completions': (CHAT, chat_params),
         '/v1/completions': (TEXT, completion_params)}
 
@@ -68,7 +69,7 @@ def test_every_field_of_the_official_client_is_known(running, path):
   body = body | {'max_tokens': 2}
   fields = fields_of(params)
   assert fields <= {*NOTHING, *REFUSED, *SERVED}
-  nulls = dict.fromkeys(fields - NEEDED)
+  nulls = dict.fromkeys(fields - NEEDED)  # a prompt is then a new document
   assert post(running, path, body | nulls).status_code == 200
   for field in fields - NEEDED:
     answer = post(running, path, body | {field: None})
@@ -97,9 +98,10 @@ def test_null_is_the_default(running):
 
 @pytest.mark.parametrize('role', ROLES)
 def test_every_field_of_a_message_may_be_null(running, role):
-  params = getattr(chat_types, f'ChatCompletion{role}MessageParam')
-  needed = {'role': ROLES[role], 'content': 'Hi'} | (
-      {'tool_call_id': 'call_1'} if role == 'Tool' else {})
+  params = getattr(chat_types, f'ChatCompletion{role.title()}MessageParam')
+  needed = {'role': role, 'content': 'Hi'} | {
+      'tool': {'tool_call_id': 'call_1'}, 'function': {'name': 'f'}
+      }.get(role, {})
   nulls = dict.fromkeys(set(params.__annotations__) - set(needed))
   answer = post(running, '/v1/chat/completions', CHAT | {
       'messages': [needed | nulls], 'max_tokens': 2})
@@ -127,6 +129,10 @@ def test_an_answer_may_be_sent_back_as_it_came(client):
             'annotations': []}],
     [USER, {'role': 'assistant', 'content': [
         {'type': 'refusal', 'refusal': 'No.'}]}],
+    [USER, {'role': 'assistant', 'content': None, 'function_call':
+            CALL['function']}, {'role': 'function', 'name': 'f',
+                                'content': None}],
+    [USER, {'role': 'assistant', 'content': None, 'tool_calls': [CUSTOM]}],
     [{'role': 'tool', 'tool_call_id': 'a', 'content': [
         {'type': 'text', 'text': '2', 'prompt_cache_breakpoint': None}]}]])
 def test_histories(running, messages):
@@ -144,6 +150,13 @@ def test_what_a_template_gets_of_a_message():
   for text in ('no JSON', '[1]', '[' * 10**5, '{"a":' * 900 + '1' + '}' * 900):
     call = CALL | {'function': {'name': 'f', 'arguments': text}}
     assert plain(role='assistant', tool_calls=[call])['tool_calls'] == [call]
+  assert plain(role='assistant', tool_calls=[CUSTOM])['tool_calls'] == [{
+      'id': 'call_2', 'type': 'function',
+      'function': {'name': 'run', 'arguments': 'ls'}}]
+  called = plain(role='assistant', function_call=CALL['function'])
+  assert called['tool_calls'][0]['function']['arguments'] == {'a': 1}
+  assert plain(role='function', name='f', content=None) == {
+      'role': 'tool', 'content': '', 'name': 'f'}
   assert plain(role='assistant', refusal='No.')['content'] == 'No.'
   assert plain(role='tool', tool_call_id='a', content='2', name='f') == {
       'role': 'tool', 'content': '2', 'tool_call_id': 'a', 'name': 'f'}
@@ -165,8 +178,12 @@ def test_what_a_template_gets_of_a_message():
     (USER | {'content': [{'type': 'text'}]}, 'content.0.text: must be given'),
     (USER | {'content': [{'type': 'text', 'text': 'a', 'foo': 1}]},
      'content.0.foo: this server knows no such field'),
-    ({'role': 'assistant', 'tool_calls': [CALL | {'type': 'custom'}]},
+    ({'role': 'assistant', 'tool_calls': [CALL | {'type': 'song'}]},
      "tool_calls.0.type: must be 'function'"),
+    ({'role': 'assistant', 'tool_calls': [CALL | {'type': 'custom'}]},
+     'tool_calls.0.function: must be given with'),
+    ({'role': 'function', 'content': '2'}, 'name: must be given'),
+    (USER | {'function_call': CALL['function']}, 'function_call: must be left'),
     ({'role': 'assistant', 'tool_calls': [{**CALL, 'function': {}}]},
      'tool_calls.0.function.name: must be given'),
     ({'role': 'assistant', 'audio': {'id': 'a'}}, 'audio: is not served'),

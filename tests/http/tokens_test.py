@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsjax.config.request import MAX_LOGPROBS
-from dsjax.http.openai_schema import Chat, Completion, ResponseBuilder
+from dsjax.http.openai_answers import ResponseBuilder
+from dsjax.http.openai_schema import Chat, Completion
 from dsjax.runtime.output import Update, joined
 from tests.common.web import CHAT, MODEL, TEXT, complete, ids
 
