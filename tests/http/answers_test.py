@@ -29,8 +29,8 @@ def joined(stream):
 
 
 def test_models(client):
-  found, = client.models.list().data
-  assert found.id == 'tiny' and found.max_model_len == 256
+  listed, = client.models.list().data
+  assert listed.id == 'tiny' and listed.max_model_len == 256
   assert client.models.retrieve('tiny').id == 'tiny'
   with pytest.raises(openai.NotFoundError):
     client.models.retrieve('gpt-4')
@@ -170,9 +170,9 @@ def test_fifty_streams_at_once_say_what_each_says_alone(running, client):
 
   async def all_of_them():
     async with openai.AsyncOpenAI(base_url=running.url + '/v1', api_key='-',
-                                  max_retries=0, timeout=WAIT_S) as one:
+                                  max_retries=0, timeout=WAIT_S) as asking:
       async def ask(seed):
-        stream = await one.completions.create(
+        stream = await asking.completions.create(
             model='tiny', prompt='Why?', max_tokens=24, seed=seed,
             stream=True)
         return ''.join([c.choices[0].text async for c in stream])
@@ -202,9 +202,9 @@ def test_tokens_leave_before_what_follows_from_them(running, client,
 
 def test_tokenize_and_back(running):
   text = 'Ολα καλά \U0001f41d'
-  found = post(running, '/tokenize', {'prompt': text}).json()
-  assert found['tokens'] == ids(text) and found['count'] == len(ids(text))
-  back = post(running, '/detokenize', {'tokens': found['tokens']}).json()
+  said = post(running, '/tokenize', {'prompt': text}).json()
+  assert said['tokens'] == ids(text) and said['count'] == len(ids(text))
+  back = post(running, '/detokenize', {'tokens': said['tokens']}).json()
   assert back == {'prompt': text}
   messages = CHAT['messages']
   assert post(running, '/tokenize', {'messages': messages}).json()[

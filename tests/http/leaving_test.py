@@ -111,13 +111,13 @@ def test_a_client_that_does_not_read_is_dropped(reads):
   thread = threading.Thread(target=lambda: asyncio.run(http.serve([bound])))
   thread.start()
   try:
-    with socket.create_connection(bound.getsockname(), WAIT_S) as one:
-      one.sendall(b'GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n')
+    with socket.create_connection(bound.getsockname(), WAIT_S) as raw:
+      raw.sendall(b'GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n')
       if not reads:
         assert left.wait(WAIT_S)
       got = 0
       with contextlib.suppress(ConnectionError):
-        while got <= size and (data := one.recv(2**20)):
+        while got <= size and (data := raw.recv(2**20)):
           got += len(data)
       assert (got > size) == reads
     assert left.wait(WAIT_S)

@@ -69,48 +69,48 @@ def test_the_key_is_asked_for():
       started.set()
       report(1, 3, 'a step')
       time.sleep(0.01)
-  one = Running(slow, key='secret')
+  server = Running(slow, key='secret')
   try:
     started.wait(WAIT_S)
-    bare = httpx.get(one.url + '/v1/models')
+    bare = httpx.get(server.url + '/v1/models')
     assert bare.status_code == 401
     assert bare.json()['error']['type'] == 'authentication_error'
     for key, status in (('wrong', 401), ('secret', 503)):
-      assert httpx.get(one.url + '/v1/models', headers={
+      assert httpx.get(server.url + '/v1/models', headers={
           'Authorization': f'Bearer {key}'}).status_code == status
-    health = httpx.get(one.url + '/health')
+    health = httpx.get(server.url + '/health')
     assert health.status_code == 503
     assert health.json()['status'] == 'starting'
-    answer = post(one, '/v1/completions', TEXT,
+    answer = post(server, '/v1/completions', TEXT,
                   headers={'Authorization': 'Bearer secret'})
     assert answer.status_code == 503 and answer.headers['Retry-After'] == '5'
     assert answer.json()['error']['message'] == (
         'the server is starting: 1 of 3 steps compiled, a step')
   finally:
-    one.stop()
+    server.stop()
 
 
 @pytest.mark.parametrize('patience_s', (20.0, 0.05))
 def test_draining_lets_running_requests_finish(patience_s):
-  one = Running(limits=dataclasses.replace(LIMITS, drain_s=patience_s))
+  server = Running(limits=dataclasses.replace(LIMITS, drain_s=patience_s))
   try:
-    one.await_status('ready')
-    with openai.OpenAI(base_url=one.url + '/v1', api_key='-', max_retries=0,
+    server.await_status('ready')
+    with openai.OpenAI(base_url=server.url + '/v1', api_key='-', max_retries=0,
                        timeout=WAIT_S) as client:
       # Enough that the last ones still wait when the patience ends.
-      with paced(one, 4):
+      with paced(server, 4):
         streams = [complete(client, stream=True, max_tokens=240,
                             extra_body={'ignore_eos': True, 'n': 8})
                    for _ in range(2)]
         first = next(streams[0])
-        one.http.loop.call_soon_threadsafe(one.http.leave)
-        until(lambda: one.service.status != 'ready')
+        server.http.loop.call_soon_threadsafe(server.http.leave)
+        until(lambda: server.service.status != 'ready')
         if patience_s > 1:
-          refused = post(one, '/v1/completions', TEXT)
+          refused = post(server, '/v1/completions', TEXT)
           assert refused.status_code == 503
           assert 'draining' in refused.json()['error']['message']
         else:  # it runs out while nothing moves
-          until(lambda: not one.service.orchestrator.unfinished)
+          until(lambda: not server.service.orchestrator.unfinished)
       if patience_s > 1:
         chunks = [c for s in streams for c in s]
         ends = [c.choices[0].finish_reason for c in (first, *chunks)]
@@ -119,12 +119,12 @@ def test_draining_lets_running_requests_finish(patience_s):
         for stream in streams:
           with pytest.raises(openai.APIError, match='stopped before'):
             list(stream)
-    one.thread.join(WAIT_S)
-    assert not one.thread.is_alive()
-    scheduler.check(one.service.orchestrator.state)
-    assert scheduler.idle(one.service.orchestrator.state)
+    server.thread.join(WAIT_S)
+    assert not server.thread.is_alive()
+    scheduler.check(server.service.orchestrator.state)
+    assert scheduler.idle(server.service.orchestrator.state)
   finally:
-    one.stop()
+    server.stop()
 
 
 class Stuck:
@@ -167,36 +167,36 @@ class Stuck:
 
 
 def test_health_tells_a_hang_from_patience():
-  one = Running(lambda _: Stuck())
+  server = Running(lambda _: Stuck())
   now = [0.0]
-  one.service.runner.clock = lambda: now[0]
+  server.service.runner.clock = lambda: now[0]
   try:
-    one.await_status('ready')
+    server.await_status('ready')
     now[0] = 1e6  # nothing waits, so nothing hangs
-    assert httpx.get(one.url + '/health').status_code == 200
+    assert httpx.get(server.url + '/health').status_code == 200
     with pytest.raises(httpx.ReadTimeout):
-      httpx.post(one.url + '/v1/completions', json=TEXT, timeout=0.2)
-    assert httpx.get(one.url + '/health').status_code == 200
+      httpx.post(server.url + '/v1/completions', json=TEXT, timeout=0.2)
+    assert httpx.get(server.url + '/health').status_code == 200
     now[0] += LIMITS.stall_s
-    health = httpx.get(one.url + '/health')
+    health = httpx.get(server.url + '/health')
     assert (health.status_code, health.json()) == (503, {'status': 'stalled'})
     # Steps that end are progress, though no token has come of them.
-    one.service.orchestrator.steps_end = True
-    until(lambda: httpx.get(one.url + '/health').status_code == 200)
+    server.service.orchestrator.steps_end = True
+    until(lambda: httpx.get(server.url + '/health').status_code == 200)
   finally:
-    one.stop()
+    server.stop()
 
 
 def test_a_failure_is_told_to_whoever_waits():
-  one = Running(lambda _: Stuck(broken=True))
+  server = Running(lambda _: Stuck(broken=True))
   try:
-    one.await_status('ready')
-    answer = post(one, '/v1/completions', TEXT)
+    server.await_status('ready')
+    answer = post(server, '/v1/completions', TEXT)
     assert answer.status_code == 500
     assert answer.json()['error']['type'] == 'server_error'
-    assert httpx.get(one.url + '/health').json() == {'status': 'failed'}
-    again = post(one, '/v1/completions', TEXT)
+    assert httpx.get(server.url + '/health').json() == {'status': 'failed'}
+    again = post(server, '/v1/completions', TEXT)
     assert again.status_code == 503
     assert 'the device fell off' in again.json()['error']['message']
   finally:
-    one.stop()
+    server.stop()

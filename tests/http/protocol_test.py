@@ -117,12 +117,12 @@ def test_a_connection_lives_longer_than_clients_keep_it(running):
 
 
 def test_an_idle_connection_is_closed_when_set():
-  one = Running(limits=dataclasses.replace(LIMITS, keep_alive_s=1))
+  server = Running(limits=dataclasses.replace(LIMITS, keep_alive_s=1))
   try:
-    data = talk(one, 'GET /health HTTP/1.1\nHost: a')  # until it closes
+    data = talk(server, 'GET /health HTTP/1.1\nHost: a')  # until it closes
     assert data.startswith(b'HTTP/1.1 ')
   finally:
-    one.stop()
+    server.stop()
 
 
 def test_pages_of_other_sites_ask_only_where_set(running):
@@ -132,20 +132,20 @@ def test_pages_of_other_sites_ask_only_where_set(running):
   assert httpx.options(running.url + path, headers=ask).status_code == 405
   assert 'access-control-allow-origin' not in post(
       running, path, CHAT | {'max_tokens': 1}, headers={'Origin': PAGE}).headers
-  one = Running(origins=(PAGE,), key='secret')
+  server = Running(origins=(PAGE,), key='secret')
   try:
-    one.await_status('ready')
-    before = httpx.options(one.url + path, headers=ask)
+    server.await_status('ready')
+    before = httpx.options(server.url + path, headers=ask)
     assert before.status_code == 200  # a preflight has no key
     assert before.headers['access-control-allow-origin'] == PAGE
     assert 'authorization' in before.headers['access-control-allow-headers']
-    assert httpx.options(one.url + path, headers=ask | {
+    assert httpx.options(server.url + path, headers=ask | {
         'Origin': 'https://other.example'}).status_code == 400
     for key, want in (('secret', 200), ('wrong', 401)):  # errors are read too
-      answer = post(one, path, CHAT | {'max_tokens': 1}, headers={
+      answer = post(server, path, CHAT | {'max_tokens': 1}, headers={
           'Origin': PAGE, 'Authorization': f'Bearer {key}'})
       assert answer.status_code == want
       assert answer.headers['access-control-allow-origin'] == PAGE
       assert 'X-Request-Id' in answer.headers['access-control-expose-headers']
   finally:
-    one.stop()
+    server.stop()

@@ -105,14 +105,14 @@ def test_a_full_queue_says_when_to_come_back(running, client):
           'n': 2, 'max_tokens': 200, 'ignore_eos': True}) for _ in range(12)]
       until(lambda: any(a.done() for a in answers))  # the first is refused
       pace.left = None
-      found = [a.result() for a in answers]
+      results = [a.result() for a in answers]
     with pytest.raises(openai.BadRequestError, match='n=3'):
       complete(client, n=3)
   finally:
     running.service.limits = old
-  statuses = {a.status_code for a in found}
+  statuses = {a.status_code for a in results}
   assert statuses == {200, 429}
-  refused = next(a for a in found if a.status_code == 429)
+  refused = next(a for a in results if a.status_code == 429)
   assert int(refused.headers['Retry-After']) >= 1
   assert refused.json()['error']['type'] == 'rate_limit_error'
 
@@ -159,11 +159,11 @@ def test_too_many_connections_are_told_so(running):
   try:
     with contextlib.ExitStack() as stack:
       def ask():
-        one = stack.enter_context(
+        raw = stack.enter_context(
             socket.create_connection(running.address, WAIT_S))
         with contextlib.suppress(ConnectionError):
-          one.sendall(b'GET /health HTTP/1.1\r\nHost: a\r\n\r\n')
-          return one.recv(2000).lower()
+          raw.sendall(b'GET /health HTTP/1.1\r\nHost: a\r\n\r\n')
+          return raw.recv(2000).lower()
         return b''
       answers = [ask() for _ in range(42)]
   finally:

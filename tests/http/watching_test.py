@@ -71,9 +71,11 @@ def test_preemptions_and_owners_of_pages_show(running, client):
   owned = {}
 
   def look():
-    for i, one in enumerate(telemetry.snapshot(running.service.orchestrator)):
-      assert sum(one['pages'].values()) == 64 and one['status'] == 'up'
-      for owner, count in one['pages'].items():
+    now = telemetry.snapshot(running.service.orchestrator)
+    for i, instance in enumerate(now):
+      assert sum(instance['pages'].values()) == 64
+      assert instance['status'] == 'up'
+      for owner, count in instance['pages'].items():
         owned[i, owner] = max(count, owned.get((i, owner), 0))
     return owned[1, 'decoding'] and owned[0, 'prefilled']
   with paced(running, 2) as pace:
@@ -112,8 +114,8 @@ def test_the_log_has_ids_and_no_text(running, client, caplog):
 def test_health_page_and_placement(running):
   assert httpx.get(running.url + '/health').json() == {'status': 'ready'}
   assert '<title>dsjax' in httpx.get(running.url + '/').text
-  found = httpx.get(running.url + '/placement').json()
-  assert found['mode'] == 'disaggregated'
-  assert [i['role'] for i in found['instances']] == ['prefill', 'decode']
-  assert found['instances'][0]['pages'] == 64
+  placement = httpx.get(running.url + '/placement').json()
+  assert placement['mode'] == 'disaggregated'
+  assert [i['role'] for i in placement['instances']] == ['prefill', 'decode']
+  assert placement['instances'][0]['pages'] == 64
   assert 'paths' in httpx.get(running.url + '/openapi.json').json()
