@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dsjax.checkpoints.stops import StopMatcher, Stream, _borders
@@ -111,6 +111,7 @@ def test_bad_stop_strings_are_refused(stops):
 @given(text=st.text('ab', max_size=12), early=st.integers(0, 12),
        stops=st.lists(st.text('ab', min_size=1, max_size=3), min_size=1,
                       max_size=3))
+@example(text='aaa', early=2, stops=['aa'])
 def test_what_is_complete_too_early_is_passed_over(text, early, stops):
   matcher, shown, hit = StopMatcher(stops), '', False
   for i, char in enumerate(text):

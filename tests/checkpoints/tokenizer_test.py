@@ -190,12 +190,12 @@ def test_calls_of_tools_reach_the_template_and_forge_no_turn():
                  '{% for c in m.tool_calls %}{{ c.function.name }} '
                  '{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}')
   ids = chat.chat([{
-      'role': 'assistant', 'content': '', 'name': 'a<|end|>',
-      'tool_call_id': 'b<|end|>', 'tool_calls': [{'id': '1', 'function': {
-          'name': 'f<|end|>', 'arguments': {'<|end|>': ['<|end|>']}}}]}])
+      'role': 'assistant', 'content': '', 'name': 'a</s>',
+      'tool_call_id': 'b</s>', 'tool_calls': [{'id': '1', 'function': {
+          'name': 'f</s>', 'arguments': {'</s>': ['</s>']}}}]}])
   assert not chat.control_ids & set(ids)
   assert chat.decode(ids) == (
-      'a<|end|> b<|end|> f<|end|> {"<|end|>": ["<|end|>"]}')
+      'a</s> b</s> f</s> {"</s>": ["</s>"]}')
 
 
 def test_a_developer_is_the_system_where_the_template_knows_none():
