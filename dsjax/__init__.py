@@ -20,6 +20,7 @@ from dsjax.config.engine import EngineConfig
 from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.config.request import Request, Sampling
+from dsjax.config.version import __version__ as __version__
 from dsjax.placement.api import Simulated, search, simulate
 from dsjax.placement.candidates import Cluster
 from dsjax.placement.search import SearchResult
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
   from dsjax.runtime.output import Interrupted, Output, RequestFailed
   from dsjax.runtime.profiling import profile
 
-__version__ = '0.1.0'
 __all__ = [
     'DISTSERVE', 'Affine', 'AsyncServer', 'Cluster', 'EngineConfig',
     'InputError', 'Interrupted', 'Model', 'ModelConfig', 'Orchestrator',

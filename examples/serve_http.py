@@ -28,7 +28,7 @@ def make(report):
       report=report, keep_events=1)
 
 
-gauges = telemetry.Gauges()
+gauges = telemetry.Gauges(name)
 service = Service(make, Limits(max_waiting=64), gauges)
 app = routes.make_app(service, gauges, name, None,
                       dsjax.Slo(ttft_s=2.0, tpot_s=0.2))

@@ -10,6 +10,9 @@ changes as in experiments.serve; --set=limits.max_waiting=64 and the like bound
 the service (dsjax.http.service.Limits); --help lists all fields. A key, if
 any, is read from the environment variable DSJAX_API_KEY. A live page is at
 http://localhost:8000/.
+With --out, server.log there has the lines of the log too: how far compiling
+has come, and "ready" when requests are taken. --cors=* lets the pages of any
+site ask from a browser.
 SIGTERM and Ctrl-C let running requests finish, for limits.drain_s at most; a
 second one does not.
 
@@ -40,6 +43,9 @@ FLAGS = {
     'host': cli.Flag('127.0.0.1', 'Address to bind.'),
     'port': cli.Flag(8000, 'Port to bind; 0: any.', low=0, high=65535),
     'log_text': cli.Flag(False, 'Log the prompts, not only ids.'),
+    'cors': cli.Flag([], 'Origins whose pages may ask from a browser '
+                     '(https://example.org), with commas between; *: all.'),
+    'out': None,
 }
 
 
@@ -63,7 +69,7 @@ def load(name, settings):
 
 
 def make_service(config, name=None, key=None, log_text=False,
-                 policy=DISTSERVE):
+                 policy=DISTSERVE, origins=()):
   """(application, Service) of an Api; nothing is loaded yet.
 
   Raises:
@@ -80,22 +86,22 @@ def make_service(config, name=None, key=None, log_text=False,
     return dsjax.serve(model, config.placements[0], config.engine,
                        report=report, keep_events=1, policy=policy)
 
-  metrics = telemetry.Gauges()
-  service = Service(make, config.limits, metrics)
   name = name or pathlib.Path(config.model).name
+  metrics = telemetry.Gauges(name)
+  service = Service(make, config.limits, metrics)
   return routes.make_app(service, metrics, name, key, config.slo,
-                         log_text), service
+                         log_text, origins), service
 
 
 def run(options, console):
   """Serves until a signal; returns the exit code."""
   del console
-  _log_lines()
+  _log_lines(options.out)
   config = load(options.config, options.set)
   cli.prepare(config.num_devices, options.compilation_cache)
   key = os.environ.get('DSJAX_API_KEY') or None
   served, service = make_service(config, options.name, key, options.log_text,
-                                 policies.load(options.policy))
+                                 policies.load(options.policy), options.cors)
   from dsjax.http import socket_server
   with socket.create_server((options.host, options.port)) as bound:
     host, port = bound.getsockname()[:2]
@@ -111,11 +117,17 @@ def run(options, console):
   return 0
 
 
-def _log_lines():
-  """Our own log goes to stderr, a line with the time each."""
-  ours, lines = logging.getLogger('dsjax'), logging.StreamHandler()
-  lines.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
-  ours.addHandler(lines)
+def _log_lines(out):
+  """Our own log goes to stderr and a file in `out`, a line with the time
+  each."""
+  ours, handlers = logging.getLogger('dsjax'), [logging.StreamHandler()]
+  if out:
+    folder = pathlib.Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    handlers.append(logging.FileHandler(folder / 'server.log', 'w'))
+  for handler in handlers:
+    handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
+    ours.addHandler(handler)
   ours.setLevel(logging.INFO)
   ours.propagate = False  # absl's own handler
 

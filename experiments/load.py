@@ -29,9 +29,11 @@ import json
 import os
 import pathlib
 import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 import httpx
-from rich.console import Group
+from rich.console import Console, Group
 
 from configs.serve import PROMPTS
 from dsjax import workload
@@ -67,12 +69,15 @@ class Job:
   id: int
   arrival_s: float
   path: str
-  body: dict
+  body: dict[str, Any]
   prompt_len: int
 
 
-def jobs(kind, model, arrivals_s, prompts=(), entries=(), max_tokens=64,
-         seed=0, vocab=1000, extra=None):
+def jobs(kind: str, model: str, arrivals_s: Sequence[float],
+         prompts: Sequence[workload.Prompt] = (),
+         entries: Sequence[workload.Entry] = (), max_tokens: int = 64,
+         seed: int = 0, vocab: int = 1000,
+         extra: dict[str, Any] | None = None) -> list[Job]:
   """A Job for each arrival time.
 
   Args:
@@ -102,10 +107,11 @@ def jobs(kind, model, arrivals_s, prompts=(), entries=(), max_tokens=64,
       messages = [{'role': 'user', 'content': text}]
       prompt = list(ids)
     else:
-      p, size = prompts[i % len(prompts)], 0
-      messages = list(p.messages or [{'role': 'user', 'content': p.text}])
-      prompt = p.text or '\n'.join(m['content'] for m in messages)
-      body['max_tokens'] = p.max_tokens or max_tokens
+      given, size = prompts[i % len(prompts)], 0
+      messages = list(given.messages
+                      or [{'role': 'user', 'content': given.text}])
+      prompt = given.text or '\n'.join(m['content'] for m in messages)
+      body['max_tokens'] = given.max_tokens or max_tokens
     body |= {'messages': messages} if kind == 'chat' else {'prompt': prompt}
     path = '/v1/chat/completions' if kind == 'chat' else '/v1/completions'
     made.append(Job(i, arrival_s, path, body | (extra or {}), size))
@@ -115,7 +121,24 @@ def jobs(kind, model, arrivals_s, prompts=(), entries=(), max_tokens=64,
 # --- sending ----------------------------------------------------------------
 
 
-async def events(response):
+def client(url: str, key: str | None, timeout_s: float
+           ) -> httpx.AsyncClient:
+  """A client of a server that opens as many connections as it is asked to."""
+  return httpx.AsyncClient(
+      base_url=_base(url), headers=_headers(key), timeout=timeout_s,
+      limits=httpx.Limits(max_connections=None,
+                          max_keepalive_connections=None))
+
+
+def _base(url):
+  return url.removesuffix('/').removesuffix('/v1')
+
+
+def _headers(key):
+  return {'Authorization': f'Bearer {key}'} if key else {}
+
+
+async def events(response: httpx.Response) -> AsyncIterator[Any]:
   """Yields the JSON of a stream's events, up to [DONE]."""
   async for line in response.aiter_lines():
     if line.startswith('data:'):
@@ -125,38 +148,43 @@ async def events(response):
       yield json.loads(data)
 
 
-def spread(times, count):
-  """Token times: `count` tokens over the chunks that came at these times."""
+def spread(times: list[float], count: int) -> list[float]:
+  """Token times: `count` tokens over the chunks that came at these times.
+
+  0: as many as chunks. Where there are more chunks, the last had no token:
+  they told how it ended.
+  """
   if not times or count <= len(times):
-    return list(times)
+    return times[:count or None]
   return [times[i * len(times) // count] for i in range(count)]
 
 
 class Load:
-  """One run. records: a base.Record a job that was due, in seconds since
+  """One run. records: a Record a job that was due, in seconds since
   `start_s`; lag_s: how late each left; retry_after: {id: that header of a
   refusal}."""
 
-  def __init__(self, client):
-    self.client, self.records, self.lag_s = client, [], []
-    self.retry_after = {}
-    self.start_s = time.perf_counter()
+  def __init__(self, client: httpx.AsyncClient) -> None:
+    self.client, self.start_s = client, time.perf_counter()
+    self.records: list[Record] = []
+    self.lag_s: list[float] = []
+    self.retry_after: dict[int, str | None] = {}
 
   @property
-  def now(self):
+  def now(self) -> float:
     return time.perf_counter() - self.start_s
 
-  async def run(self, todo, on_sent=None):
+  async def run(self, todo: Sequence[Job],
+                on_sent: Callable[['Load'], object] = lambda _: None) -> None:
     """Sends every job at its time and awaits all answers."""
     async with asyncio.TaskGroup() as group:
-      for job in sorted(todo, key=lambda j: j.arrival_s):
+      for job in sorted(todo, key=lambda job: job.arrival_s):
         await asyncio.sleep(max(0.0, job.arrival_s - self.now))
         self.lag_s.append(self.now - job.arrival_s)
         group.create_task(self.send(job))
-        if on_sent:
-          on_sent(self)
+        on_sent(self)
 
-  async def send(self, job):
+  async def send(self, job: Job) -> Record:
     """Sends one job now; its record, in which errors end too."""
     record = Record(job.id, job.arrival_s, job.prompt_len,
                     job.body['max_tokens'])
@@ -202,29 +230,25 @@ class Load:
       record.reason = f'ended by {reason or "hanging up"}'
 
 
-async def send_all(url, key, todo, timeout_s, on_sent=None, load=None):
-  """Sends jobs to a server: a Load. load: a list that gets it at once."""
-  headers = {'Authorization': f'Bearer {key}'} if key else {}
-  limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-  async with httpx.AsyncClient(base_url=url.removesuffix('/').removesuffix(
-      '/v1'), headers=headers, timeout=timeout_s, limits=limits) as client:
-    sender = Load(client)
-    if load is not None:
-      load.append(sender)
+async def send_all(url: str, key: str | None, todo: Sequence[Job],
+                   timeout_s: float,
+                   on_sent: Callable[[Load], object] = lambda _: None) -> Load:
+  """Sends jobs to a server: a Load, which on_sent gets as each one leaves."""
+  async with client(url, key, timeout_s) as connections:
+    sender = Load(connections)
     await sender.run(todo, on_sent)
   return sender
 
 
-def find_model(url, key):
+def find_model(url: str, key: str | None) -> str:
   """The first model that a server lists.
 
   Raises:
     InputError: no server answers there, or not in OpenAI's way.
   """
-  headers = {'Authorization': f'Bearer {key}'} if key else {}
-  path = url.removesuffix('/').removesuffix('/v1') + '/v1/models'
+  path = _base(url) + '/v1/models'
   try:
-    answer = httpx.get(path, headers=headers, timeout=10.0)
+    answer = httpx.get(path, headers=_headers(key), timeout=10.0)
     answer.raise_for_status()
     return answer.json()['data'][0]['id']
   except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError,
@@ -236,7 +260,8 @@ def find_model(url, key):
 # --- results ----------------------------------------------------------------
 
 
-def show(console, load, slo, num_devices, title, out=None):
+def show(console: Console, load: Load, slo: Slo, num_devices: int, title: str,
+         out: pathlib.Path | None = None) -> metrics.Summary:
   """Prints the tables of a Load, and writes its files where out is given."""
   summary = metrics.summarize(load.records, slo, num_devices)
   compared = [('server', summary, {})]
@@ -262,7 +287,7 @@ def show(console, load, slo, num_devices, title, out=None):
 # --- command line -----------------------------------------------------------
 
 
-def run(options, console):
+def run(options: Any, console: Console) -> int:
   """Sends, shows and writes; returns the exit code."""
   slo = Slo(options.ttft_s, options.tpot_s)
   try:
@@ -282,17 +307,20 @@ def run(options, console):
   title = (f'{model} at {options.url}: {options.requests} {options.kind} '
            f'requests, {options.process}, {options.rate:g} a second, seed '
            f'{options.seed}')
-  senders, stopped = [], False
+  load, stopped = None, False
   with console.status('sending') as status:
+    def sent(now: Load) -> None:
+      nonlocal load
+      load = now
+      status.update(f'{len(now.lag_s)} sent')
     try:
-      asyncio.run(send_all(options.url, key, todo, options.timeout, lambda load:
-                           status.update(f'{len(load.records)} sent'), senders))
+      asyncio.run(send_all(options.url, key, todo, options.timeout, sent))
     except KeyboardInterrupt:
       stopped = True
-  if not senders or not senders[0].records:
+  if load is None or not load.records:
     console.print('Stopped before anything was sent: nothing to write.')
     return 130
-  show(console, senders[0], slo, options.devices, title,
+  show(console, load, slo, options.devices, title,
        pathlib.Path(options.out) if options.out else None)
   return 130 if stopped else 0
 

@@ -21,6 +21,7 @@ Exit codes: 0; 2 for bad input; 130 when stopped by Ctrl-C.
 """
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -33,14 +34,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import httpx
 from matplotlib.figure import Figure
+from rich.console import Console
 from rich.table import Table
 
 from dsjax import workload
 from dsjax.analysis import metrics
+from dsjax.analysis.record import Record
 from dsjax.config.checks import require
+from dsjax.config.placement import Slo
 from experiments import api, load
 from experiments.common import cli, report
 
@@ -58,6 +64,8 @@ RECOVERED = 1.25  # latencies below this many times the unloaded worst
 PAUSE_S = 0.1  # of a client that was refused
 MARGIN = 0.8  # of an objective, that admission aims at
 PHASES = ('unloaded', 'full', 'flood', 'after')
+# (arrival times, seed) -> a Job each.
+MakeJobs: TypeAlias = Callable[[Sequence[float], int], list[load.Job]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,44 +84,41 @@ class Found:
   """
 
   capacity_per_s: float
-  records: dict
-  refused_s: list
+  records: dict[str, list[Record]]
+  refused_s: list[float]
   with_retry: int
-  other: dict
+  other: dict[str, int]
   recovered_s: float | None
-  lag_s: tuple
+  lag_s: Sequence[float]
 
-  @property
-  def accepted(self):
-    """Records of the flood that were not sent away with a 429."""
-    return [r for r in self.records['flood'] if r.reason != 'HTTP 429']
+  def accepted(self, phase: str = 'flood') -> list[Record]:
+    """Records of a phase that were not sent away with a 429."""
+    return [r for r in self.records[phase] if r.reason != 'HTTP 429']
 
 
 class Overload:
-  """The phases against one server. make: arrival times -> load.Jobs."""
+  """The phases against one server."""
 
-  def __init__(self, client, make):
+  def __init__(self, client: httpx.AsyncClient, make: MakeJobs) -> None:
     self.client, self._make = client, make
     self._seed = itertools.count()
 
-  def _jobs(self, times):
-    return self._make(times, next(self._seed))
-
-  async def _loop(self, sender, more):
+  async def _loop(self, sender: load.Load, more: Callable[[], bool]) -> None:
     """Requests one after another into a Load, while more()."""
     while more():
-      job = dataclasses.replace(self._jobs((0.0,))[0], arrival_s=sender.now)
+      job, = self._make((sender.now,), next(self._seed))
       record = await sender.send(job)
       if record.status == 'rejected':
         await asyncio.sleep(PAUSE_S)
 
-  async def single(self, count):
+  async def single(self, count: int) -> load.Load:
     """`count` requests, one after another."""
     sender = load.Load(self.client)
     await self._loop(sender, lambda: len(sender.records) < count)
     return sender
 
-  async def full(self, seconds, clients):
+  async def full(self, seconds: float, clients: int
+                 ) -> tuple[load.Load, float]:
     """A closed loop of `clients`; (Load, requests served a second)."""
     sender = load.Load(self.client)
     await asyncio.gather(*(self._loop(sender, lambda: sender.now < seconds)
@@ -124,11 +129,12 @@ class Overload:
             '3 or more; let --full last longer')
     return sender, (len(ends) - 1) / (ends[-1] - ends[0])
 
-  async def flood(self, rate_per_s, seconds, recover_s):
+  async def flood(self, rate_per_s: float, seconds: float, recover_s: float
+                  ) -> tuple[load.Load, load.Load]:
     """Poisson arrivals for `seconds`, then single requests for `recover_s`."""
     times = workload.arrivals('poisson', rate_per_s,
                               max(1, round(rate_per_s * seconds)), 0, 1.0, None)
-    todo = self._jobs(times)
+    todo = self._make(times, next(self._seed))
     sender = load.Load(self.client)
 
     async def probe():
@@ -140,32 +146,31 @@ class Overload:
     return sender, after
 
 
-def recovery_s(unloaded, after):
+def recovery_s(unloaded: Sequence[Record], after: Sequence[Record]
+               ) -> float | None:
   """When the latency was as before; see Found.recovered_s."""
-  served = [r for r in unloaded if r.token_s]
-  worst = [RECOVERED * max(getattr(r, field) for r in served)
-           for field in ('ttft_s', 'tpot_s')]
-  found = None
-  for r in sorted(after, key=lambda r: r.arrival_s):
-    good = r.token_s and r.ttft_s <= worst[0] and r.tpot_s <= worst[1]
-    if not good:
-      found = None
-    elif found is None:
-      found = r.arrival_s
-  return found
+  served = [record for record in unloaded if record.token_s]
+  slowest = Slo(*(RECOVERED * max(getattr(record, field) for record in served)
+                  for field in ('ttft_s', 'tpot_s')))
+  recovered_s = None
+  for record in sorted(after, key=lambda record: record.arrival_s):
+    if not metrics.attains(record, slowest):
+      recovered_s = None
+    elif recovered_s is None:
+      recovered_s = record.arrival_s
+  return recovered_s
 
 
-async def measure(url, key, make, clients, singles, full_s, factor, flood_s,
-                  recover_s, say=lambda text: None):
+async def measure(url: str, key: str | None, make: MakeJobs, clients: int,
+                  singles: int, full_s: float, factor: float, flood_s: float,
+                  recover_s: float,
+                  say: Callable[[str], object] = lambda text: None) -> Found:
   """All phases against a server: a Found. say: told what goes on.
 
   Raises:
     InputError: it does not answer single requests.
   """
-  headers = {'Authorization': f'Bearer {key}'} if key else {}
-  limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-  async with httpx.AsyncClient(base_url=url, headers=headers, timeout=600.0,
-                               limits=limits) as client:
+  async with load.client(url, key, 600.0) as client:
     run = Overload(client, make)
     say(f'{singles} single requests')
     unloaded = await run.single(singles + 1)
@@ -177,31 +182,29 @@ async def measure(url, key, make, clients, singles, full_s, factor, flood_s,
     rate_per_s = factor * capacity_per_s
     say(f'{rate_per_s:.3g} requests/s for {flood_s:g} s')
     flood, after = await run.flood(rate_per_s, flood_s, recover_s)
-  late_s = dict(zip((r.id for r in flood.records), flood.lag_s, strict=True))
-  refused = [r for r in flood.records if r.reason == 'HTTP 429']
-  other = {}
-  for r in flood.records:
-    if r.reason and r.reason != 'HTTP 429':
-      other[r.reason] = other.get(r.reason, 0) + 1
-  loads = dict(zip(PHASES, (unloaded, full, flood, after), strict=True))
+  reasons = collections.Counter(r.reason for r in flood.records if r.reason)
+  del reasons['HTTP 429']
   return Found(
-      capacity_per_s, {name: one.records for name, one in loads.items()},
-      [r.finish_s - r.arrival_s - late_s[r.id] for r in refused],
-      sum((flood.retry_after.get(r.id) or '0').isdigit()
-          and int(flood.retry_after.get(r.id) or 0) >= 1 for r in refused),
-      other, recovery_s(unloaded.records, after.records),
+      capacity_per_s, {phase: sender.records for phase, sender in zip(
+          PHASES, (unloaded, full, flood, after), strict=True)},
+      [r.finish_s - r.arrival_s - lag_s for r, lag_s in zip(
+          flood.records, flood.lag_s, strict=True) if r.reason == 'HTTP 429'],
+      sum((flood.retry_after[r.id] or '').isdigit()
+          and flood.retry_after[r.id] != '0' for r in flood.records
+          if r.reason == 'HTTP 429'),
+      dict(reasons), recovery_s(unloaded.records, after.records),
       metrics.percentiles(flood.lag_s))
 
 
 # --- results ----------------------------------------------------------------
 
 
-def _ms(values):
+def _ms(values: Sequence[float | None]) -> str:
   p50, _, p99 = metrics.percentiles(values)
   return f'{1e3 * p50:.0f} / {1e3 * p99:.0f}' if values else '-'
 
 
-def table(result, slo):
+def table(result: Found, slo: Slo) -> Table:
   """A rich Table of the phases."""
   made = Table(title=f'capacity {result.capacity_per_s:.3g} requests/s; TTFT '
                f'{slo.ttft_s:g} s, TPOT {slo.tpot_s:g} s',
@@ -209,29 +212,30 @@ def table(result, slo):
   made.add_column('')
   for name in PHASES:
     made.add_column(name, justify='right')
-  phases = {name: [r for r in records if r.reason != 'HTTP 429']
-            for name, records in result.records.items()}
+  sent = [len(result.records[phase]) for phase in PHASES]
+  accepted = [result.accepted(phase) for phase in PHASES]
 
-  def row(name, cell):
-    made.add_row(name, *(cell(phase) for phase in PHASES))
-
-  def attained(phase):
+  def attained(records: Sequence[Record]) -> str:
     share, low, high = metrics.interval(
-        [metrics.attains(r, slo) for r in phases[phase]])
+        [metrics.attains(r, slo) for r in records])
     return f'{100 * share:.0f} % [{100 * low:.0f}, {100 * high:.0f}]'
-  row('sent', lambda p: str(len(result.records[p])))
-  row('429', lambda p: str(len(result.records[p]) - len(phases[p])))
-  row('attained, of the accepted', attained)
-  row('TTFT p50 / p99 ms', lambda p: _ms(
-      [r.ttft_s for r in phases[p] if r.token_s]))
-  row('TPOT p50 / p99 ms', lambda p: _ms(
-      [r.tpot_s for r in phases[p] if len(r.token_s) > 1]))
+  for name, cells in (
+      ('sent', map(str, sent)),
+      ('429', (str(count - len(records)) for count, records in zip(
+          sent, accepted, strict=True))),
+      ('attained, of the accepted', map(attained, accepted)),
+      ('TTFT p50 / p99 ms', (_ms([r.ttft_s for r in records if r.token_s])
+                             for records in accepted)),
+      ('TPOT p50 / p99 ms', (_ms([r.tpot_s for r in records
+                                  if len(r.token_s) > 1])
+                             for records in accepted))):
+    made.add_row(name, *cells)
   return made
 
 
-def verdict(result, slo):
+def verdict(result: Found, slo: Slo) -> str:
   """Sentences: what was aimed at and what came."""
-  hits = [metrics.attains(r, slo) for r in result.accepted]
+  hits = [metrics.attains(r, slo) for r in result.accepted()]
   share = 100 * sum(hits) / max(1, len(hits))
   p50, _, p99 = metrics.percentiles(result.refused_s)
   count = len(result.refused_s)
@@ -250,17 +254,17 @@ def verdict(result, slo):
           f'{1e3 * result.lag_s[2]:.1f} ms late at p99.')
 
 
-def save(result, slo, out, title):
+def save(result: Found, slo: Slo, out: pathlib.Path, title: str) -> None:
   """Writes records.jsonl, summary.json and report.png to a folder."""
   out.mkdir(parents=True, exist_ok=True)
-  with open(out / 'records.jsonl', 'w') as file:
-    for phase, records in result.records.items():
-      file.writelines(json.dumps({'phase': phase} | dataclasses.asdict(r)) +
-                      '\n' for r in records)
+  report.save_records(
+      out / 'records.jsonl', [r for phase in PHASES
+                              for r in result.records[phase]],
+      [phase for phase in PHASES for _ in result.records[phase]])
   (out / 'summary.json').write_text(json.dumps({
       'capacity_per_s': result.capacity_per_s, 'slo': dataclasses.asdict(slo),
-      'accepted': len(result.accepted),
-      'attained': sum(metrics.attains(r, slo) for r in result.accepted),
+      'accepted': len(result.accepted()),
+      'attained': sum(metrics.attains(r, slo) for r in result.accepted()),
       'refused': len(result.refused_s), 'with_retry_after': result.with_retry,
       'refused_s': metrics.percentiles(result.refused_s),
       'other': result.other, 'recovered_s': result.recovered_s,
@@ -288,7 +292,8 @@ def save(result, slo, out, title):
 
 
 @contextlib.contextmanager
-def serving(config, settings, say):
+def serving(config: str, settings: Sequence[str],
+            say: Callable[[str], object]) -> Iterator[str]:
   """Starts experiments.api in another process: its URL, once it is ready.
 
   Raises:
@@ -327,7 +332,7 @@ def serving(config, settings, say):
           process.kill()
 
 
-def run(options, console):
+def run(options: Any, console: Console) -> int:
   """Measures, shows and writes; returns the exit code."""
   config = api.load(options.config, options.set)
   places = config.engine.max_seqs * sum(

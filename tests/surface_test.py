@@ -37,7 +37,7 @@ def test_the_version_is_the_same_everywhere():
       ROOT / 'CITATION.cff').read_text()
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())
   assert project['tool']['setuptools']['dynamic']['version'] == {
-      'attr': 'dsjax.__version__'}
+      'attr': 'dsjax.config.version.__version__'}
 
 
 LENT = """

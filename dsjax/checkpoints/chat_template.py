@@ -10,11 +10,13 @@ import datetime
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, TypeAlias, get_args
 
 from dsjax.config.checks import InputError, require
 
-ROLES = ('assistant', 'developer', 'system', 'tool', 'user')
+Role: TypeAlias = Literal['assistant', 'developer', 'system', 'tool', 'user']
+ROLES: tuple[str, ...] = get_args(Role)
+_CALL = ('type', 'id', 'function', 'name', 'arguments')  # of a tool's call
 _CONTROL_LIKE = re.compile(r'<.+>$|\[.+\]$', re.DOTALL)
 
 
@@ -82,7 +84,7 @@ class ChatTemplate:
         if isinstance(const.value, str)) | {
             data.data for data in tree.find_all(jinja2.nodes.TemplateData)}
 
-  def render(self, messages: Sequence[Mapping[str, str]],
+  def render(self, messages: Sequence[Mapping[str, Any]],
              add_generation_prompt: bool,
              variables: Mapping[str, Any]) -> str:
     """The text of messages. Raises InputError: the template refuses them."""
@@ -163,7 +165,8 @@ class Guard:
           part if is_kept else part.translate(self._hide)
           for part, is_kept in split(self._kept, value))
     if isinstance(value, Mapping):
-      return {key: self.hide(item) for key, item in value.items()}
+      return {key if key in _CALL else self.hide(key): self.hide(item)
+              for key, item in value.items()}
     if isinstance(value, list | tuple):
       return [self.hide(item) for item in value]
     return value

@@ -49,13 +49,16 @@ class StopMatcher:
     self._matched = [0] * len(stops)  # characters of each stop matched
     self._held = ''
 
-  def push(self, text: str) -> tuple[str, bool]:
-    """(text that may be shown, whether a stop string is complete)."""
+  def push(self, text: str, may_end: bool = True) -> tuple[str, bool]:
+    """(text that may be shown, whether a stop string is complete).
+
+    may_end: else one that is complete with this text is passed over.
+    """
     if self.hit:
       return '', True
     for i, char in enumerate(text):
       matched = self._advance(char)
-      if matched:
+      if matched and may_end:
         self.hit = True
         seen = self._held + text[:i + 1]
         self._held = ''
@@ -73,9 +76,10 @@ class StopMatcher:
       count = self._matched[k]
       while count and stop[count] != char:
         count = borders[count - 1]
-      self._matched[k] = count = count + (stop[count] == char)
+      count += stop[count] == char
       if count == len(stop):
-        longest = max(longest, count)
+        longest, count = max(longest, count), borders[-1]
+      self._matched[k] = count
     return longest
 
   def finish(self) -> str:

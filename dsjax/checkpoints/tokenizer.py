@@ -19,7 +19,8 @@ from dsjax.checkpoints.chat_template import (
 from dsjax.config.checks import InputError, require
 
 SPACE = '\N{LOWER ONE EIGHTH BLOCK}'  # what sentencepiece writes for one
-_OPTIONAL = ('reasoning_content',)  # of a message, beside role and content
+# Of a message, beside role and content; a template reads what it knows.
+_OPTIONAL = ('name', 'reasoning_content', 'tool_call_id', 'tool_calls')
 _OWN = ('messages', 'tools', 'documents', 'add_generation_prompt')
 _END = '\udfff '  # behind a content that is to be continued
 _BYTE = re.compile('<0x([0-9A-F]{2})>$')
@@ -89,8 +90,22 @@ def _check_messages(messages: object) -> None:
             f"a dict of 'role' and 'content', and maybe {_OPTIONAL}")
     require(message['role'] in ROLES, f"{field}['role']", message['role'],
             f'one of {ROLES}')
-    for key in message.keys() - {'role'}:
+    for key in message.keys() - {'role', 'tool_calls'}:
       _check_text(f'{field}[{key!r}]', message[key])
+    calls = message.get('tool_calls', [])
+    require(isinstance(calls, list), f"{field}['tool_calls']", calls, 'a list')
+    _check_texts(f"{field}['tool_calls']", calls)
+
+
+def _check_texts(field: str, value: object) -> None:
+  """Raises InputError unless all strings of a JSON value are Unicode."""
+  if isinstance(value, str):
+    _check_text(field, value)
+  elif isinstance(value, Mapping):
+    _check_texts(field, [*value, *value.values()])
+  elif isinstance(value, list | tuple):
+    for item in value:
+      _check_texts(field, item)
 
 
 class Tokenizer:
@@ -100,6 +115,7 @@ class Tokenizer:
     vocab_size: number of tokens.
     control_ids: frozenset of ids that stand for no text.
     bos_id, eos_id: ids or None.
+    max_token_chars: characters of a text that one token may stand for.
   """
 
   def __init__(self, vocabulary: Vocabulary) -> None:
@@ -107,10 +123,15 @@ class Tokenizer:
     self.vocab_size = len(vocabulary.token_bytes)
     self.control_ids = vocabulary.control_ids
     self.bos_id, self.eos_id = vocabulary.bos_id, vocabulary.eos_id
+    self.max_token_chars = max(
+        map(len, (*vocabulary.token_bytes, *vocabulary.control)), default=0)
     self._vocabulary = vocabulary
     self._control_pattern = splitter(vocabulary.control)
     self._guard = Guard(vocabulary.control, vocabulary.template.literals
                         if vocabulary.template else ())
+    self._developer = ('developer' if vocabulary.template and any(
+        'developer' in text for text in vocabulary.template.literals)
+                       else 'system')
 
   def encode(self, text: str, special: bool = False) -> list[int]:
     """Token ids of a text, after BOS if the file says so.
@@ -143,7 +164,7 @@ class Tokenizer:
       ids += known.encode(text, i == 0)
     return ids
 
-  def chat(self, messages: Sequence[Mapping[str, str]],
+  def chat(self, messages: Sequence[Mapping[str, Any]],
            add_generation_prompt: bool = True,
            continue_final_message: bool = False,
            chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
@@ -154,7 +175,8 @@ class Tokenizer:
 
     Args:
       messages: [{'role': one of ROLES, 'content': str}, ...], at least one;
-        'reasoning_content' may stand beside the content.
+        name, reasoning_content, tool_calls and tool_call_id may stand beside
+        the content. A developer is the system to a template that knows none.
       add_generation_prompt: end with the head of the assistant's turn.
       continue_final_message: end inside the last message, for the model to go
         on with it; without add_generation_prompt.
@@ -175,13 +197,14 @@ class Tokenizer:
     if template is None:
       raise InputError('the model file has no tokenizer.chat_template: '
                        'chat is not possible')
-    hidden = [self._guard.hide(message) | {'role': message['role']}
-              for message in messages]
+    hidden = [{key: self._guard.hide(value) for key, value in message.items()}
+              | {'role': self._developer if message['role'] == 'developer'
+                 else message['role']} for message in messages]
     content = hidden[-1]['content'].strip()
     if continue_final_message:
       hidden[-1]['content'] += _END
-    text = template.render(hidden, add_generation_prompt,
-                           self._guard.hide(variables))
+    text = template.render(hidden, add_generation_prompt, {
+        key: self._guard.hide(value) for key, value in variables.items()})
     if continue_final_message:
       head, end, tail = text.rpartition(_END.strip())
       require(end and content in head, 'continue_final_message', True,

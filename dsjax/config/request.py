@@ -7,6 +7,7 @@ from dsjax.config.checks import is_integer, is_number, require
 
 MAX_LOGIT_BIAS = 300
 MAX_LOGPROBS = 20
+MAX_STOP_TOKENS = 64
 # What these fields may be, ends included but the lower ones of ABOVE.
 RANGES = {'temperature': (0, 100), 'top_p': (0, 1), 'min_p': (0, 1),
           'repetition_penalty': (0, 100), 'presence_penalty': (-100, 100),
@@ -33,8 +34,8 @@ class Sampling:
     stop_token_ids: end it, like the model's EOS, at that token, which is not
       part of the text.
     ignore_eos: the model's EOS does not end it.
-    min_tokens: what would end it within so many tokens is passed over (an EOS
-      may be among them).
+    min_tokens: none of the first so many tokens ends it: those that would
+      cannot be drawn, and stop strings are passed over.
   """
 
   max_tokens: int | None = None
@@ -82,8 +83,9 @@ class Sampling:
         ('stop', lambda v: len(v) <= 16 and all(
             isinstance(s, str) and s for s in v),
          'at most 16 non-empty strings'),
-        ('stop_token_ids', lambda v: all(is_integer(0, 2**31 - 1)(t)
-                                         for t in v), 'token ids'),
+        ('stop_token_ids', lambda v: len(v) <= MAX_STOP_TOKENS and all(
+            is_integer(0, 2**31 - 1)(t) for t in v),
+         f'at most {MAX_STOP_TOKENS} token ids'),
         ('ignore_eos', lambda v: isinstance(v, bool), 'True or False'),
         ('min_tokens', lambda v: is_integer(0, self.max_tokens or inf)(v),
          'an integer from 0 to max_tokens'),

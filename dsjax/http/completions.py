@@ -2,10 +2,17 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import (
+  AsyncIterator,
+  Awaitable,
+  Callable,
+  Mapping,
+  Sequence,
+)
 from typing import Any, TypeAlias, TypeVar
 
 import fastapi
@@ -14,9 +21,9 @@ from starlette.responses import Response
 
 from dsjax.checkpoints.tokenizer import Tokenizer
 from dsjax.config.checks import InputError
-from dsjax.http import openai_schema
+from dsjax.http import openai_answers, openai_schema
 from dsjax.http.middleware import Json, dumps
-from dsjax.http.service import Limits, Refused, Service
+from dsjax.http.service import Limits, Service, too_long
 from dsjax.runtime import prompts
 from dsjax.runtime.orchestrator_thread import Call, Gone
 from dsjax.runtime.output import joined
@@ -26,8 +33,8 @@ LONG_TEXT = 2000  # characters; a longer one is tokenized beside the loop
 # Characters that a normalizer might make one token of, at the very most.
 SLACK = 4
 _Result = TypeVar('_Result')
-# A text as it stands, messages, or ids.
-BodyPrompt: TypeAlias = str | list[dict[str, str]] | list[int]
+# A text as it stands, messages, or ids; None: a new document.
+BodyPrompt: TypeAlias = str | list[dict[str, Any]] | list[int] | None
 _Receive: TypeAlias = Callable[[], Awaitable[Any]]
 _Send: TypeAlias = Callable[[dict[str, Any]], Awaitable[None]]
 
@@ -47,7 +54,6 @@ class Completions:
                log_text: bool = False) -> None:
     self.service, self.name, self.log_text = service, name, log_text
     self.created = int(time.time())
-    self._longest_token: int | None = None
 
   def check_model(self, model: str | None) -> None:
     """Raises an HTTPException (404) for another model."""
@@ -55,35 +61,33 @@ class Completions:
       raise HTTPException(404, f'model: {ascii(model)[:80]} is not served; '
                           f'{self.name!r} is')
 
-  async def ids(self, prompt: BodyPrompt, to_answer: bool = True
+  async def ids(self, prompt: BodyPrompt, options: Mapping[str, Any]
                 ) -> Sequence[int]:
     """Token ids of a prompt; of a long text, beside the event loop.
 
-    to_answer: messages end where an answer begins.
+    options: of Tokenizer.chat, for messages.
 
     Raises:
       InputError: no tokenizer, or text that it cannot read.
       Refused: so long that it can never fit, however it is cut.
     """
     model = self.service.started().model
+    if prompt is None:
+      return _new_document(prompts.vocabulary(model))
     if isinstance(prompt, str):
-      size, read, options = len(prompt), prompts.text_ids, ()
+      size, read = len(prompt), prompts.text_ids
     elif isinstance(prompt[0], int):
       return tuple(prompt)
     else:
-      size = sum(len(message['content']) for message in prompt)
-      read, options = prompts.chat_ids, (to_answer,)
+      size = len(str(prompt))  # calls of tools may be long too
+      read = functools.partial(prompts.chat_ids, **options)
     self._check_size(size, prompts.vocabulary(model))
-    return await beside(size, read, model, prompt, *options)
+    return await beside(size, read, model, prompt)
 
   def _check_size(self, size: int, vocabulary: Tokenizer) -> None:
-    if self._longest_token is None:
-      self._longest_token = max(map(len, map(
-          vocabulary.token_bytes, range(vocabulary.vocab_size))))
     context = self.service.started().config.max_len
-    if size > SLACK * self._longest_token * context:
-      raise Refused('too_long', f'a prompt of {size} characters exceeds the '
-                    f'context of {context} tokens')
+    if size > SLACK * vocabulary.max_token_chars * context:
+      raise too_long(context, f'the prompt has {size} characters')
 
   async def respond(self, request: fastapi.Request,
                     body: openai_schema.Completion | openai_schema.Chat
@@ -92,16 +96,15 @@ class Completions:
     self.service.check_open()
     self.check_model(body.model)
     server = self.service.started()
-    prompts_ids = [await self.ids(p) for p in body.prompts]
+    prompts_ids = [await self.ids(p, body.template_options)
+                   for p in body.prompts]
     seed = secrets.randbits(32) if body.seed is None else body.seed
     wanted = [(ids, sampling) for ids in prompts_ids
               for sampling in body.sampling(server.config.max_len - len(ids),
                                             seed, body.num_logprobs)]
-    if body.min_tokens and body.min_tokens > wanted[0][1].max_tokens:
-      raise InputError('min_tokens: must be at most max_tokens')
     state = request.state
     call = self.service.submit(wanted, state.arrival_s)
-    builder = openai_schema.ResponseBuilder(
+    builder = openai_answers.ResponseBuilder(
         body, state.id, int(time.time()), [len(ids) for ids in prompts_ids],
         server.model.tokenizer)
     report = _Report(request, builder, body.prompts if self.log_text else [])
@@ -110,7 +113,7 @@ class Completions:
     return await self._full(request, call, builder, report)
 
   async def _full(self, request: fastapi.Request, call: Call,
-                  builder: openai_schema.ResponseBuilder, report: '_Report'
+                  builder: openai_answers.ResponseBuilder, report: '_Report'
                   ) -> Response:
     parts = [[] for _ in call.streams]
     try:
@@ -128,6 +131,16 @@ class Completions:
     if problem := _problem(call):
       raise HTTPException(*problem)
     return Json(builder.full(list(map(joined, parts))))
+
+
+def _new_document(vocabulary: Tokenizer) -> Sequence[int]:
+  """What stands before a text: BOS, or else the EOS of another one."""
+  begin = vocabulary.encode('')
+  if not begin:
+    if vocabulary.eos_id is None:
+      raise InputError('prompt: must be given to a model without BOS and EOS')
+    begin = [vocabulary.eos_id]
+  return begin
 
 
 def _problem(call: Call) -> tuple[int, str] | None:
@@ -159,7 +172,7 @@ class _Report:
   """One line of log for a request; its text only when asked for."""
 
   def __init__(self, request: fastapi.Request,
-               builder: openai_schema.ResponseBuilder,
+               builder: openai_answers.ResponseBuilder,
                prompts: Sequence[BodyPrompt]) -> None:
     self.request, self.builder, self.prompts = request, builder, prompts
 
@@ -177,7 +190,7 @@ class EventStream(Response):
   """Server-sent events: a chunk for what each request got since the last."""
   media_type = 'text/event-stream'
 
-  def __init__(self, call: Call, builder: openai_schema.ResponseBuilder,
+  def __init__(self, call: Call, builder: openai_answers.ResponseBuilder,
                limits: Limits, report: _Report) -> None:
     super().__init__(headers={'Cache-Control': 'no-cache',
                               'X-Accel-Buffering': 'no'})
@@ -202,8 +215,9 @@ class EventStream(Response):
     await send({'type': 'http.response.start', 'status': 200,
                 'headers': self.raw_headers})
     while news := await self.call.take():
-      events = [self.builder.chunk(i, u) for i, u in news
-                if u.reason not in ('error', 'cancelled')]
+      events = [chunk for i, u in news
+                if u.reason not in ('error', 'cancelled')
+                for chunk in self.builder.chunks(i, u)]
       await self._send(send, events)
     problem, last = _problem(self.call), self.builder.last()
     if problem:

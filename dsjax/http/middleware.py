@@ -10,6 +10,7 @@ import hmac
 import json
 import logging
 import math
+import re
 import secrets
 import time
 import traceback
@@ -29,13 +30,16 @@ from dsjax.runtime.orchestrator_thread import Gone
 
 LOG = logging.getLogger(__name__)
 OPEN_PATHS = ('/', '/health')  # without a key
+# Media types; JSON and events elsewhere.
+OFFERED = {'/': ('text/html',), '/metrics': ('text/plain',)}
 _ENCODER = json.JSONEncoder(separators=(',', ':'), allow_nan=False)
 _KINDS = {401: 'authentication_error', 404: 'not_found_error',
           429: 'rate_limit_error'}
-_STATUS = {'too_long': 413, 'queue_full': 429, 'busy': 429, 'ttft': 429,
+_STATUS = {'too_long': 400, 'queue_full': 429, 'busy': 429, 'ttft': 429,
            'tpot': 429}
 _REASONS = {404: 'not_found', 413: 'too_long', 408: 'slow', 500: 'internal',
-            503: 'stopped', 504: 'slow'}
+            415: 'media_type', 417: 'expectation', 503: 'stopped',
+            504: 'slow'}
 _CODES = {'too_long': 'context_length_exceeded'}
 
 
@@ -68,7 +72,8 @@ class Gate:
       await self.app(scope, receive, send)
       return
     id, ended = secrets.token_hex(12).encode(), False
-    state = scope['state']
+    state, headers = scope['state'], dict(scope['headers'])
+    waits = b'expect' in headers  # with its body, until it is asked for
     state |= {'id': id.decode(), 'arrival_s': time.perf_counter()}
 
     async def named_send(message):
@@ -78,15 +83,20 @@ class Gate:
       if message['type'] == 'http.response.start':
         message['headers'] = [*message.get('headers', ()),
                               (b'x-request-id', id)]
+        if waits and not body.whole:  # nor is it to be waited for
+          message['headers'].append((b'connection', b'close'))
       await send(message)
 
     body = _Body(receive, self.limits)
-    answer = self._refusal(scope, dict(scope['headers']))
+    answer = self._refusal(scope, headers)
     if answer:
-      with contextlib.suppress(HTTPException):
-        await body.discard()  # or it would not read the answer
+      if not waits:
+        with contextlib.suppress(HTTPException):
+          await body.discard()  # or it would not read the answer
       await answer(scope, receive, named_send)
       return
+    if scope['method'] == 'HEAD':  # the socket leaves out the body
+      scope = scope | {'method': 'GET'}
     try:
       await self.app(scope, body.receive, named_send)
     except Exception as error:  # a mistake of ours costs one request
@@ -98,11 +108,20 @@ class Gate:
 
   def _refusal(self, scope: Any, headers: dict[bytes, bytes]
                ) -> Response | None:
+    if not scope['http_version'].startswith('1.'):
+      return self.turn_away(scope, 505, 'version', 'the version of HTTP must '
+                            'be 1.1 or 1.0')
     given = headers.get(b'authorization', b'')
     if (self.key and scope['path'] not in OPEN_PATHS
         and not hmac.compare_digest(given, self.key)):
       return self.turn_away(scope, 401, 'unauthorized', 'authorization: must '
                             'be "Bearer " and the key')
+    if headers.get(b'expect', b'100-continue').lower() != b'100-continue':
+      return self.turn_away(scope, 417, 'expectation', 'expect: must be '
+                            '100-continue or be left out')
+    if headers.get(b'content-encoding', b'identity').lower() != b'identity':
+      return self.turn_away(scope, 415, 'media_type', 'content-encoding: must '
+                            'be left out')
     size = headers.get(b'content-length', b'0')
     if size.isdigit() and int(size[:20]) > self.limits.max_body_bytes:
       return self.turn_away(
@@ -128,11 +147,11 @@ class _Body:
 
   def __init__(self, receive: Callable[[], Any], limits: Limits) -> None:
     self._receive, self.limits = receive, limits
-    self._size, self._whole = 0, False
+    self._size, self.whole = 0, False
     self._until = asyncio.get_running_loop().time() + limits.body_s
 
   async def receive(self) -> Any:
-    if self._whole:  # what follows is the client's leaving
+    if self.whole:  # what follows is the client's leaving
       return await self._receive()
     try:
       async with asyncio.timeout_at(self._until):
@@ -141,7 +160,7 @@ class _Body:
       raise HTTPException(408, 'the body took longer than '
                           f'{self.limits.body_s:g} s') from None
     self._size += len(message.get('body', b''))
-    self._whole = not message.get('more_body', False)
+    self.whole = not message.get('more_body', False)
     if self._size > self.limits.max_body_bytes:
       raise HTTPException(413, f'the body has more than '
                           f'{self.limits.max_body_bytes} bytes')
@@ -149,21 +168,43 @@ class _Body:
 
   async def discard(self) -> None:
     """Reads the rest of a refused body, up to the limit once more."""
-    while not self._whole:
+    while not self.whole:
       await self.receive()
+
+
+async def acceptable(request: fastapi.Request) -> None:
+  """Raises an HTTPException (406) unless the client takes what a path has."""
+  offered = OFFERED.get(request.url.path,
+                        ('application/json', 'text/event-stream'))
+  accept = ','.join(request.headers.getlist('accept')) or '*/*'
+  if not any(_accepts(accept, media) for media in offered):
+    raise HTTPException(406, f'accept: must have {" or ".join(offered)}')
+
+
+def _accepts(accept: str, media: str) -> bool:
+  """Whether a header Accept has a media type: its closest range decides."""
+  ranges = {}
+  for item in accept.lower().split(','):
+    name, *parameters = (part.strip() for part in item.split(';'))
+    ranges[name] = not any(re.fullmatch(r'q=0(\.0*)?', parameter)
+                           for parameter in parameters)
+  closest = (media, media.split('/')[0] + '/*', '*/*')
+  return next((ranges[name] for name in closest if name in ranges), False)
 
 
 # --- errors -----------------------------------------------------------------
 
 
 def refusal(status: int, message: str, param: str | None = None,
-            code: str | int | None = None, retry_s: float | None = None
-            ) -> Response:
+            code: str | int | None = None, retry_s: float | None = None,
+            allow: str | None = None) -> Response:
   """The Response that says no, in OpenAI's shape."""
   kind = _KINDS.get(status, 'invalid_request_error' if status < 500 else
                     'server_error')
   headers = {} if retry_s is None else {
       'Retry-After': str(math.ceil(retry_s))}
+  if allow:
+    headers['Allow'] = allow
   if status == 401:
     headers['WWW-Authenticate'] = 'Bearer'
   return Json(openai_schema.error(message, kind, param, code), status, headers)
@@ -179,16 +220,30 @@ def add_errors(app: fastapi.FastAPI, turn_away: Callable[..., Response]
                      retry_s=e.retry_s)
 
   async def bad(request, e):
-    message, param = (openai_schema.invalid(e.errors()) if isinstance(
-        e, RequestValidationError) else openai_schema.named(str(e)))
+    message, param = openai_schema.named(str(e))
+    return turn_away(request.scope, 400, 'bad_request', message, param=param,
+                     code='invalid_value')
+
+  async def unread(request, e):
+    if isinstance(e.body, bytes):  # it was not said to be JSON
+      return turn_away(request.scope, 415, 'media_type',
+                       'content-type: must be application/json')
+    message, param = openai_schema.invalid(e.errors(), e.body)
     return turn_away(request.scope, 400, 'bad_request', message, param=param,
                      code='invalid_value')
 
   async def http(request, e):
     known = {'param': 'model', 'code': 'model_not_found'}
+    allow = (e.headers or {}).get('Allow')
+    allow = 'GET, HEAD' if allow == 'GET' else allow
+    message = e.detail
+    if e.status_code == 405:
+      message = f'method: must be {allow}'
+    elif message == 'Not Found':
+      message = f'{ascii(request.url.path)[1:-1][:80]}: no such path'
     return turn_away(
         request.scope, e.status_code,
-        _REASONS.get(e.status_code, 'bad_request'), e.detail,
+        _REASONS.get(e.status_code, 'bad_request'), message, allow=allow,
         **(known if e.detail.startswith('model: ') else {}))
 
   async def broken(request, _):  # raised again after this, to the Gate's log
@@ -199,7 +254,7 @@ def add_errors(app: fastapi.FastAPI, turn_away: Callable[..., Response]
     turn_away(request.scope, 499, 'gone', '')
     return Response(status_code=499)
 
-  for kind, answer in ((Refused, refused), (RequestValidationError, bad),
+  for kind, answer in ((Refused, refused), (RequestValidationError, unread),
                        (InputError, bad), (HTTPException, http), (Gone, gone),
                        (ClientDisconnect, gone), (Exception, broken)):
     app.add_exception_handler(kind, answer)

@@ -1,31 +1,34 @@
-"""OpenAI's requests and answers as data: no server, no clock.
+"""OpenAI's requests and errors as data: no server, no clock.
 
 A body is a pydantic model: unknown fields, wrong types and values out of
 range are errors that name the field. What this server does not compute is an
 error too, unless the field says nothing about the answer (user, metadata).
+Any known field may be null.
 """
 
 import dataclasses
+import math
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
-from dsjax.checkpoints.tokenizer import ROLES, Tokenizer
 from dsjax.config.checks import InputError
 from dsjax.config.request import (
   ABOVE,
   MAX_LOGIT_BIAS,
   MAX_LOGPROBS,
+  MAX_STOP_TOKENS,
   RANGES,
   Sampling,
 )
-from dsjax.runtime.output import Update
+from dsjax.http.openai_messages import Body, Message, one_of
 
 MAX_N = 128
-LOWEST = -9999.0  # JSON has no minus infinity
 _Token = Annotated[int, pydantic.Field(ge=0, lt=2**31)]
 _Ids = Annotated[list[_Token], pydantic.Field(min_length=1)]
+_Text = Annotated[str, pydantic.Field(min_length=1)]
 # Its characters are indexed in the orchestrator's thread, while all wait.
 _Stop = Annotated[str, pydantic.Field(max_length=1024)]
 _TokenText = Annotated[str, pydantic.Field(pattern='^[0-9]{1,9}$')]
@@ -33,41 +36,43 @@ _Bias = Annotated[float, pydantic.Field(ge=RANGES['logit_bias'][0],
                                         le=RANGES['logit_bias'][1])]
 
 
-def _within(field: str, **narrower: float) -> Any:
-  """A number in Sampling's range of the field, or in OpenAI's narrower one."""
-  low, high = RANGES[field]
-  least = 'gt' if field in ABOVE else 'ge'
-  return pydantic.Field(None, **{least: low, 'le': high} | narrower)
+def _within(field: str, least: float = -math.inf, most: float = math.inf
+            ) -> Any:
+  """A number in Sampling's range of the field, and in OpenAI's."""
+  low, high = max(RANGES[field][0], least), min(RANGES[field][1], most)
+  if field in ABOVE:
+    return pydantic.Field(None, gt=low, le=high)
+  return pydantic.Field(None, ge=low, le=high)
 
 
-class _Body(pydantic.BaseModel):
-  model_config = pydantic.ConfigDict(extra='forbid', strict=True,
-                                     allow_inf_nan=False)
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
   """What a stream has beside its text."""
-  include_usage: bool = False
-  continuous_usage_stats: bool = False
+  include_usage: bool | None = None
+  continuous_usage_stats: bool | None = None
+  include_obfuscation: bool | None = None  # of no consequence
 
 
-class _Common(_Body):
+class _Common(Body):
   """Fields of both kinds of request; None means the default."""
   model: str
   max_tokens: int | None = pydantic.Field(None, ge=1)
-  temperature: float | None = _within('temperature', le=2)
+  temperature: float | None = _within('temperature', most=2)
   top_p: float | None = _within('top_p')
   top_k: int | None = pydantic.Field(None, ge=-1, lt=2**31)
   min_p: float | None = _within('min_p')
-  presence_penalty: float | None = _within('presence_penalty', ge=-2, le=2)
-  frequency_penalty: float | None = _within('frequency_penalty', ge=-2, le=2)
+  presence_penalty: float | None = _within('presence_penalty', -2, 2)
+  frequency_penalty: float | None = _within('frequency_penalty', -2, 2)
   repetition_penalty: float | None = _within('repetition_penalty')
   logit_bias: dict[_TokenText, _Bias] | None = pydantic.Field(
       None, max_length=MAX_LOGIT_BIAS)
   seed: int | None = pydantic.Field(None, ge=-2**63, lt=2**63)
   n: int | None = pydantic.Field(None, ge=1, le=MAX_N)
-  stop: _Stop | list[_Stop] | None = None
-  stop_token_ids: list[_Token] | None = pydantic.Field(None, max_length=64)
+  stop: Annotated[
+      Annotated[_Stop, pydantic.Tag('text')]
+      | Annotated[list[_Stop], pydantic.Tag('list')],
+      one_of('a text or a list of texts')] | None = None
+  stop_token_ids: list[_Token] | None = pydantic.Field(
+      None, max_length=MAX_STOP_TOKENS)
   ignore_eos: bool | None = None
   min_tokens: int | None = pydantic.Field(None, ge=0)
   stream: bool | None = None
@@ -111,19 +116,35 @@ class _Common(_Body):
             for i in range(self.n or 1)]
 
 
+_TextOrIds = (Annotated[_Text, pydantic.Tag('text')]
+              | Annotated[_Ids, pydantic.Tag('ids')])
+_Batch = Annotated[
+    list[Annotated[_TextOrIds, one_of('text or token ids')]],
+    pydantic.Field(min_length=1, max_length=MAX_N)]
+
+
 class Completion(_Common):
   """A body of /v1/completions."""
-  prompt: Annotated[str, pydantic.Field(min_length=1)] | _Ids | Annotated[
-      list[Annotated[str, pydantic.Field(min_length=1)] | _Ids],
-      pydantic.Field(min_length=1, max_length=MAX_N)]
+  prompt: Annotated[_TextOrIds | Annotated[_Batch, pydantic.Tag('list')],
+                    one_of('text, token ids or a list of either')] | None
   logprobs: int | None = pydantic.Field(None, ge=0, le=MAX_LOGPROBS)
   echo: Literal[False] | None = None
-  suffix: None = None
-  best_of: Literal[1] | None = None
-  max_tokens: int | None = pydantic.Field(16, ge=1)
+  suffix: Literal[''] | None = None
+  best_of: int | None = None
 
   kind: ClassVar = 'text_completion'
   chat: ClassVar = False
+  template_options: ClassVar[dict[str, Any]] = {}
+
+  @pydantic.model_validator(mode='after')
+  def _all_are_best(self):
+    if self.best_of not in (None, self.n or 1):
+      raise InputError('best_of: must be n, or be left out')
+    return self
+
+  @property
+  def limit(self) -> int:
+    return self.max_tokens or 16
 
   @property
   def num_logprobs(self) -> int | None:
@@ -131,47 +152,58 @@ class Completion(_Common):
 
   @property
   def prompts(self) -> list[Any]:
-    """A list of texts and lists of ids."""
-    single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-    return [self.prompt] if single else self.prompt
+    """A list of texts and lists of ids; None: a new document."""
+    if (self.prompt is None or isinstance(self.prompt, str)
+        or isinstance(self.prompt[0], int)):
+      return [self.prompt]
+    return list(self.prompt)
 
 
-class Part(_Body):
-  """A piece of a message: only text."""
-  type: Literal['text']
-  text: str
-
-
-class Message(_Body):
-  """A turn of a conversation."""
-  role: Literal[ROLES]
-  content: str | list[Part]
-  name: None = None
+class _Templated(Body):
+  """How a chat template is asked; see Tokenizer.chat."""
+  add_generation_prompt: bool | None = None
+  continue_final_message: bool | None = None
+  chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
 
   @property
-  def plain(self) -> dict[str, str]:
-    """What a chat template takes."""
-    text = (self.content if isinstance(self.content, str) else
-            ''.join(p.text for p in self.content))
-    return {'role': self.role, 'content': text}
+  def template_options(self) -> dict[str, Any]:
+    return {'add_generation_prompt': self.add_generation_prompt is not False,
+            'continue_final_message': bool(self.continue_final_message),
+            'chat_template_kwargs': self.chat_template_kwargs}
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(Body):
   """Only text."""
   type: Literal['text']
 
 
-class Chat(_Common):
+class Chat(_Common, _Templated):
   """A body of /v1/chat/completions."""
   messages: list[Message] = pydantic.Field(min_length=1, max_length=4096)
   max_completion_tokens: int | None = pydantic.Field(None, ge=1)
   logprobs: bool | None = None
   top_logprobs: int | None = pydantic.Field(None, ge=0, le=MAX_LOGPROBS)
-  tools: Annotated[list[Any], pydantic.Field(max_length=0)] | None = None
-  tool_choice: Literal['none'] | None = None
   response_format: ResponseFormat | None = None
-  service_tier: Literal['auto', 'default'] | None = None
-  store: Literal[False] | None = None
+  # Nothing but what a server without tools does anyway.
+  tools: Annotated[list[Any], pydantic.Field(max_length=0)] | None = None
+  tool_choice: Literal['none', 'auto'] | None = None
+  functions: Annotated[list[Any], pydantic.Field(max_length=0)] | None = None
+  function_call: Literal['none', 'auto'] | None = None
+  modalities: list[Literal['text']] | None = None
+  reasoning_effort: Literal['none'] | None = None
+  verbosity: Literal['medium'] | None = None
+  audio: None = None
+  moderation: None = None
+  web_search_options: None = None
+  # They say nothing about the answer.
+  parallel_tool_calls: bool | None = None
+  prediction: Any = None
+  prompt_cache_key: str | None = None
+  prompt_cache_options: Any = None
+  prompt_cache_retention: str | None = None
+  safety_identifier: str | None = None
+  service_tier: str | None = None
+  store: bool | None = None
 
   kind: ClassVar = 'chat.completion'
   chat: ClassVar = True
@@ -196,12 +228,11 @@ class Chat(_Common):
     return [[m.plain for m in self.messages]]
 
 
-class Tokenize(_Body):
+class Tokenize(_Templated):
   """A body of /tokenize: a text as it stands, or a conversation."""
   model: str | None = None
   prompt: str | None = None
   messages: list[Message] | None = pydantic.Field(None, min_length=1)
-  add_generation_prompt: bool = True
 
   @pydantic.model_validator(mode='after')
   def _one(self):
@@ -209,8 +240,12 @@ class Tokenize(_Body):
       raise InputError('prompt: must be given, or else messages')
     return self
 
+  @property
+  def given(self) -> str | list[dict[str, Any]]:
+    return self.prompt or [m.plain for m in self.messages or ()] or ''
 
-class Detokenize(_Body):
+
+class Detokenize(Body):
   """A body of /detokenize."""
   model: str | None = None
   tokens: list[_Token] = pydantic.Field(max_length=2**20)
@@ -248,109 +283,48 @@ def named(text: str) -> tuple[str, str | None]:
   return text, field or None
 
 
-def invalid(errors: Sequence[Any]) -> tuple[str, str | None]:
-  """(message, field) of the first of pydantic's errors, input left out."""
+_NOT_SERVED = 'is not served: must be null or left out'
+_REASONS = {
+    'extra_forbidden': 'this server knows no such field',
+    'missing': 'must be given',
+    'model_attributes_type': 'must be a JSON object',
+    'none_required': _NOT_SERVED,
+    'too_long': 'must have at most {max_length} items, not {actual_length}'}
+
+
+def invalid(errors: Sequence[Any], body: object) -> tuple[str, str | None]:
+  """(message, field) of the first of pydantic's errors, input left out.
+
+  The message begins with the path to what is wrong in the body, as in
+  messages.0.content.
+  """
   first = errors[0]
-  names = [str(x) for x in first['loc'] if x != 'body']
-  if first['type'] == 'value_error':
-    message, field = named(first['msg'].removeprefix('Value error, '))
-    return message, field or (names[0] if names else None)
   if first['type'] == 'json_invalid':
     return f'the body is not JSON: {first["ctx"]["error"]}', None
-  if first['type'] == 'extra_forbidden':
-    return (f'{names[0][:80]}: this server knows no such field',
-            names[0][:80])
-  where = '.'.join(names)[:80]
-  return f'{where or "body"}: {first["msg"]}', names[0] if names else None
+  path = _path(first, body)
+  field = path[0][:80] if path else None
+  if first['type'] == 'value_error':
+    message, own = named(first['msg'].removeprefix('Value error, '))
+    return '.'.join([*path, message]), field or own
+  ours, context = _REASONS.get(first['type']), first.get('ctx') or {}
+  reason = (_NOT_SERVED if context.get('max_length') == 0 else
+            ours.format_map(context) if ours else
+            re.sub('^[A-Z][a-z]+ should ', 'must ', first['msg']))
+  return f'{".".join(path)[:160] or "body"}: {reason}', field
 
 
-# --- answers ----------------------------------------------------------------
-
-
-class ResponseBuilder:
-  """Makes the JSON of one call from the updates of its requests."""
-
-  def __init__(self, body: Completion | Chat, id: str, created: int,
-               prompt_lens: Sequence[int], tokenizer: Tokenizer | None
-               ) -> None:
-    self.body, self.tokenizer = body, tokenizer
-    self.head = {'id': ('chatcmpl-' if body.chat else 'cmpl-') + id,
-                 'object': body.kind, 'created': created, 'model': body.model}
-    self.prompt_tokens, self.output_tokens = sum(prompt_lens), 0
-    self._told: set[int] = set()  # choices whose role is out
-    self._offset: dict[int, int] = {}  # by choice, of the next token's text
-
-  def usage(self) -> dict[str, Any]:
-    """Tokens read and written; this server shares no prompts (cached: 0)."""
-    return {'prompt_tokens': self.prompt_tokens,
-            'completion_tokens': self.output_tokens,
-            'total_tokens': self.prompt_tokens + self.output_tokens,
-            'prompt_tokens_details': {'cached_tokens': 0}}
-
-  def chunk(self, index: int, update: Update) -> dict[str, Any]:
-    """The chunk of a stream for one update."""
-    self.output_tokens += len(update.tokens)
-    choice = {'index': index, 'finish_reason': update.reason,
-              'logprobs': self._logprobs(index, update)}
-    if self.body.chat:
-      role = {} if index in self._told else {'role': 'assistant'}
-      self._told.add(index)
-      choice['delta'] = role | (
-          {'content': update.text} if update.tokens or update.text else {})
-    else:
-      choice['text'] = update.text
-    chunk = self.head | {'choices': [choice]}
-    if self.body.chat:
-      chunk['object'] = 'chat.completion.chunk'
-    wanted = self.body.usage_wanted
-    if wanted.include_usage or wanted.continuous_usage_stats:
-      chunk['usage'] = (self.usage() if wanted.continuous_usage_stats
-                        else None)
-    return chunk
-
-  def last(self) -> dict[str, Any] | None:
-    """The chunk after all others, of usage alone; None unless asked for."""
-    if not self.body.usage_wanted.include_usage:
-      return None
-    kind = 'chat.completion.chunk' if self.body.chat else self.body.kind
-    return self.head | {'object': kind, 'choices': [], 'usage': self.usage()}
-
-  def full(self, updates: Sequence[Update]) -> dict[str, Any]:
-    """The unstreamed answer: an Update with everything for each choice."""
-    choices = []
-    for index, update in enumerate(updates):
-      self.output_tokens += len(update.tokens)
-      choice = {'index': index, 'finish_reason': update.reason,
-                'logprobs': self._logprobs(index, update)}
-      choice |= ({'message': {'role': 'assistant', 'content': update.text}}
-                 if self.body.chat else {'text': update.text})
-      choices.append(choice)
-    return self.head | {'choices': choices, 'usage': self.usage()}
-
-  def _spell(self, token: int) -> tuple[str, list[int]]:
-    raw = self.tokenizer.token_bytes(token) if self.tokenizer else b''
-    return raw.decode(errors='replace') or f'token_id:{token}', list(raw)
-
-  def _logprobs(self, index: int, update: Update) -> dict[str, Any] | None:
-    if self.body.num_logprobs is None:
-      return None
-    rows = [(self._spell(t), max(p, LOWEST), [
-        (self._spell(id), max(q, LOWEST)) for id, q in top])
-            for t, (p, top) in zip(update.tokens, update.logprobs,
-                                   strict=True)]
-    if self.body.chat:
-      def entry(spelt: tuple[str, list[int]], p: float) -> dict[str, Any]:
-        return {'token': spelt[0], 'bytes': spelt[1], 'logprob': p}
-      return {'content': [entry(spelt, p) | {
-          'top_logprobs': [entry(*other) for other in top]}
-                          for spelt, p, top in rows], 'refusal': None}
-    offset, offsets = self._offset.get(index, 0), []
-    for (text, _), _, _ in rows:
-      offsets.append(offset)
-      offset += len(text)
-    self._offset[index] = offset
-    return {'tokens': [text for (text, _), _, _ in rows],
-            'token_logprobs': [p for _, p, _ in rows],
-            'top_logprobs': [{text: q for (text, _), q in top}
-                             for _, _, top in rows],
-            'text_offset': offsets}
+def _path(error: Any, body: object) -> list[str]:
+  """The keys and indices of an error's place; its other names are pydantic's,
+  for the forms that a value may have."""
+  path, value = [], body
+  place = error['loc'][1:]  # in the body
+  for i, key in enumerate(place):
+    absent = error['type'] == 'missing' and i == len(place) - 1
+    if isinstance(value, dict) and key in value:
+      value = value[key]
+    elif isinstance(value, list) and isinstance(key, int):
+      value = value[key]
+    elif not absent:
+      continue
+    path.append(str(key))
+  return path

@@ -7,10 +7,11 @@ on a socket until SIGTERM, which drains.
 import contextlib
 import pathlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import fastapi
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from dsjax.checkpoints.tokenizer import Tokenizer
@@ -18,7 +19,7 @@ from dsjax.config.checks import InputError
 from dsjax.config.placement import Slo
 from dsjax.http import openai_schema, telemetry
 from dsjax.http.completions import Completions, beside
-from dsjax.http.middleware import Gate, Json, add_errors
+from dsjax.http.middleware import Gate, Json, acceptable, add_errors
 from dsjax.http.service import Service
 from dsjax.runtime.orchestrator import Orchestrator
 
@@ -34,13 +35,15 @@ PAGE = pathlib.Path(__file__).with_name('live.html')
 
 def make_app(service: Service, metrics: telemetry.Gauges, name: str,
              key: str | None = None, slo: Slo | None = None,
-             log_text: bool = False) -> Gate:
+             log_text: bool = False, origins: Sequence[str] = ()
+             ) -> Callable[..., Any]:
   """The application; its lifespan starts and closes the service.
 
   Args:
     service: its observer is `metrics`.
     name: of the model, as clients ask for it. key: bearer key, or None.
     slo: shown on the live page. log_text: prompts in the log.
+    origins: whose pages a browser lets ask; '*' for all.
   """
   @contextlib.asynccontextmanager
   async def lifespan(_: fastapi.FastAPI) -> AsyncIterator[None]:
@@ -50,7 +53,8 @@ def make_app(service: Service, metrics: telemetry.Gauges, name: str,
 
   app = fastapi.FastAPI(title='dsjax', lifespan=lifespan, docs_url=None,
                         redoc_url=None, default_response_class=Json,
-                        responses=ERRORS, redirect_slashes=False)
+                        responses=ERRORS, redirect_slashes=False,
+                        dependencies=[fastapi.Depends(acceptable)])
 
   gate = Gate(app, service.limits, key, metrics.reject)
   add_errors(app, gate.turn_away)
@@ -58,7 +62,11 @@ def make_app(service: Service, metrics: telemetry.Gauges, name: str,
   _add_openai(app, completions)
   _add_tokens(app, completions)
   _add_watching(app, service, metrics, name, slo)
-  return gate
+  if not origins:
+    return gate
+  return CORSMiddleware(
+      gate, allow_origins=origins, allow_methods=('GET', 'POST'),
+      allow_headers=('*',), expose_headers=('Retry-After', 'X-Request-Id'))
 
 
 def _add_openai(app: fastapi.FastAPI, completions: Completions) -> None:
@@ -101,9 +109,7 @@ def _add_tokens(app: fastapi.FastAPI, completions: Completions) -> None:
   @app.post('/tokenize')
   async def tokenize(body: openai_schema.Tokenize):
     vocabulary(body)
-    prompt = body.prompt if body.messages is None else [
-        m.plain for m in body.messages]
-    ids = await completions.ids(prompt, body.add_generation_prompt)
+    ids = await completions.ids(body.given, body.template_options)
     return Json({'tokens': list(ids), 'count': len(ids),
                  'max_model_len': service.started().config.max_len})
 
@@ -122,7 +128,7 @@ def _add_watching(app: fastapi.FastAPI, service: Service,
     if status in ('ready', 'draining') and not service.alive:
       status = 'stalled'
     about = {'status': status} | (
-        {'progress': service.runner.progress} if status == 'starting' else {})
+        {'progress': service.progress} if status == 'starting' else {})
     return Json(about, 200 if service.alive else 503)
 
   @app.get('/metrics', response_class=PlainTextResponse)

@@ -38,6 +38,8 @@ class Limits:
     max_body_bytes, max_header_bytes: of an HTTP request.
     max_connections: open at a time; as many again are told so, and those
       beyond are dropped.
+    keep_alive_s: that a connection stays open between two requests; longer
+      than clients keep theirs, or they would use one that has just closed.
     body_s: to send a body; send_s: that a client may leave a full buffer
       unread; request_s: from arrival to the last token.
     stall_s: without progress while work waits, the service is not alive.
@@ -51,6 +53,7 @@ class Limits:
   max_body_bytes: int = 4 * 2**20
   max_header_bytes: int = 32 * 2**10
   max_connections: int = 1024
+  keep_alive_s: float = 120.0
   body_s: float = 30.0
   send_s: float = 30.0
   request_s: float = 600.0
@@ -78,6 +81,18 @@ class Refused(Exception):
                retry_s: float | None = None) -> None:
     super().__init__(message)
     self.reason, self.retry_s = reason, retry_s
+
+
+def too_long(context: int, why: str) -> Refused:
+  """For a request that can never fit.
+
+  litellm knows it by the first sentence, langchain by the last words.
+
+  context: tokens of a prompt and its answer.
+  """
+  return Refused('too_long', "This model's maximum context length is "
+                 f'{context} tokens. However, {why} '
+                 '(context_length_exceeded).')
 
 
 class Service:
@@ -112,12 +127,17 @@ class Service:
   @property
   def error(self) -> str | None:
     failure = self.runner.failure
-    return None if failure is None else (
-        f'{type(failure).__name__}: {failure}')
+    return None if failure is None else ': '.join(
+        filter(None, (type(failure).__name__, str(failure))))
 
   @property
   def orchestrator(self) -> Orchestrator | None:
     return self.runner.orchestrator
+
+  @property
+  def progress(self) -> str:
+    """How far starting has come."""
+    return self.runner.progress or 'loading the model'
 
   @property
   def streams(self) -> set[Stream]:
@@ -152,7 +172,7 @@ class Service:
   def check_open(self) -> None:
     """Raises Refused unless new requests are taken."""
     if self.status != 'ready':
-      why = {'starting': f'the server is starting: {self.runner.progress}',
+      why = {'starting': f'the server is starting: {self.progress}',
              'failed': f'the server has failed: {self.error}'}
       raise Refused(self.status, why.get(
           self.status, f'the server is {self.status}'), 5.0)
@@ -171,10 +191,10 @@ class Service:
     server = self.started()
     for prompt, sampling in requests:
       server.check(prompt, sampling)
-      why = scheduler.never_fits(server.scheduler_config, len(prompt),
-                                 sampling.max_tokens)
+      most = sampling.max_tokens or server.config.max_len - len(prompt)
+      why = scheduler.never_fits(server.scheduler_config, len(prompt), most)
       if why:
-        raise Refused('too_long', why)
+        raise too_long(server.config.max_len, why)
     self._check_room(len(requests))
     call = self.runner.submit(requests, arrival_s)
     for stream in call.streams:

@@ -2,14 +2,18 @@
 
 import asyncio
 import logging
+import math
 import socket
 from collections.abc import Callable
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from dsjax.http.service import Service
+from dsjax.http import openai_schema
+from dsjax.http.middleware import dumps
+from dsjax.http.service import Limits, Service
 
 LOG = logging.getLogger(__name__)
 
@@ -18,19 +22,22 @@ class _Connection(H11Protocol):
   """A connection that must send its headers and read its answer in time, and
   can be aborted."""
 
+  limits: Limits  # of its server
+  _late: asyncio.TimerHandle | None = None  # headers are
+  _unread: asyncio.TimerHandle | None = None  # the answer is
+
   def connection_made(self, transport: Any) -> None:
     super().connection_made(transport)
-    most = self.config.max_connections
+    most = self.limits.max_connections
     self.app_state = {**self.app_state, 'abort': transport.abort,
                       'crowded': len(self.connections) > most}
     if len(self.connections) > 2 * most:
       transport.abort()  # too many even to be told
-    self._late = self._unread = None
     self._arm()
 
   def _arm(self) -> None:
     if self._late is None:
-      self._late = self.loop.call_later(self.config.timeout_headers,
+      self._late = self.loop.call_later(self.limits.body_s,
                                         self.transport.abort)
 
   def _disarm(self) -> None:
@@ -45,14 +52,29 @@ class _Connection(H11Protocol):
     else:
       self._disarm()
 
+  def send_400_response(self, msg: str) -> None:
+    """Answers what is not HTTP, in the shape of every other error."""
+    body = dumps(openai_schema.error(msg, 'invalid_request_error')).encode()
+    headers = [*self.server_state.default_headers,
+               (b'content-type', b'application/json'),
+               (b'content-length', b'%d' % len(body)),
+               (b'connection', b'close')]
+    if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+      for event in (h11.Response(status_code=400, headers=headers,
+                                 reason=b'Bad Request'), h11.Data(data=body),
+                    h11.EndOfMessage()):
+        self.transport.write(self.conn.send(event))
+    self.transport.close()
+
   def pause_writing(self) -> None:
     super().pause_writing()
-    self._unread = self.loop.call_later(self.config.timeout_send,
+    self._unread = self.loop.call_later(self.limits.send_s,
                                         self.transport.abort)
 
   def resume_writing(self) -> None:
     super().resume_writing()
-    self._unread.cancel()  # asyncio pauses first
+    if self._unread is not None:
+      self._unread.cancel()
 
   def connection_lost(self, exc: Exception | None) -> None:
     self._disarm()
@@ -66,17 +88,20 @@ class Server(uvicorn.Server):
   second."""
 
   def __init__(self, app: Callable[..., Any], service: Service) -> None:
+    class Connection(_Connection):
+      limits = service.limits
+
     limits = service.limits
     config = uvicorn.Config(
-        app, http=_Connection, ws='none', lifespan='on',
+        app, http=Connection, ws='none', lifespan='on',
         log_config=None, access_log=False, server_header=False,
         h11_max_incomplete_event_size=limits.max_header_bytes,
+        timeout_keep_alive=math.ceil(limits.keep_alive_s),
         timeout_graceful_shutdown=5)
-    config.timeout_headers, config.timeout_send = limits.body_s, limits.send_s
-    config.max_connections = limits.max_connections
     super().__init__(config)
     self.service = service
-    self._leaving, self._draining = False, None
+    self._leaving = False
+    self._draining: asyncio.Task[None] | None = None
 
   async def startup(self, sockets: list[socket.socket] | None = None
                     ) -> None:

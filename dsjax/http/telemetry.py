@@ -1,20 +1,24 @@
 """What Prometheus reads of a service, and what the live page draws.
 
-Counters and histograms follow the events of the scheduler, in the
-orchestrator's thread. Queues and pages are read at a scrape, from the
+Counters and histograms follow the events of the scheduler and the tokens, in
+the orchestrator's thread. Queues and pages are read at a scrape, from the
 scheduler's state, which is a value: so a scrape costs serving nothing.
+docs/grafana.json draws them all.
 """
 
 import collections
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
 import prometheus_client as prom
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily, Metric
 
 from dsjax.analysis.record import Record
+from dsjax.config.version import __version__
 from dsjax.runtime.orchestrator import Orchestrator
+from dsjax.runtime.orchestrator_thread import Stream
 from dsjax.scheduling import lifecycle, page_pool
 from dsjax.scheduling.events import (
   Command,
@@ -37,13 +41,17 @@ RECENT = 500  # finished requests that the live page shows
 class Gauges:
   """The observer of a Service, see there. One registry each.
 
+  model: its name, a label of every sample.
+
   Attributes:
     recent: (when it ended, status, ttft_s, tpot_s, tokens) of the newest
       requests. num_rejected: how many were turned away.
   """
 
-  def __init__(self) -> None:
-    self.registry = prom.CollectorRegistry()
+  def __init__(self, model: str) -> None:
+    self.model, self.registry = model, prom.CollectorRegistry()
+    self._unlabelled = prom.CollectorRegistry()
+    self._last_s: dict[int, float] = {}  # by request: when its newest came
     self.recent = collections.deque(maxlen=RECENT)
     self.num_rejected = 0
     self._server: Orchestrator | None = None
@@ -53,8 +61,8 @@ class Gauges:
 
   def _make_metrics(self) -> None:
     def make(kind, name, text, labels=(), **options):
-      return kind(f'dsjax_{name}', text, labels, registry=self.registry,
-                  **options)
+      return kind(f'dsjax_{name}', text, labels,
+                  registry=self._unlabelled, **options)
 
     def seconds(name, text, labels=()):
       return make(prom.Histogram, f'{name}_seconds', text, labels,
@@ -69,8 +77,8 @@ class Gauges:
     self.ended = make(count, 'requests_ended', 'By reason.', ['reason'])
     self.rejected = make(count, 'requests_rejected', 'Turned away, by reason.',
                          ['reason'])
-    self.prompt_tokens = make(count, 'prompt_tokens', 'Of ended requests.')
-    self.output_tokens = make(count, 'output_tokens', 'Of ended requests.')
+    self.prompt_tokens = make(count, 'prompt_tokens', 'Of prompts read.')
+    self.output_tokens = make(count, 'output_tokens', 'As they come.')
     self.preemptions = make(count, 'preemptions', 'Requests prefilled again.')
     self.migrations = make(count, 'migrations', 'KV caches moved.')
     self.kv_bytes = make(count, 'kv_moved_bytes', 'KV moved, bytes.')
@@ -113,20 +121,27 @@ class Gauges:
           for _ in range(command.steps):
             rows.observe(len(command.rows))
 
+  def wrote(self, stream: Stream, num_tokens: int) -> None:
+    """Folds tokens that a request has just got."""
+    now_s, last_s = time.perf_counter(), self._last_s.get(stream.id)
+    self._last_s[stream.id] = now_s
+    self.output_tokens.inc(num_tokens)
+    if last_s is None:
+      self.prompt_tokens.inc(len(stream.prompt))
+      self.ttft.observe(now_s - stream.arrival_s)
+      num_tokens, last_s = num_tokens - 1, now_s
+    for _ in range(num_tokens):
+      self.itl.observe((now_s - last_s) / num_tokens)
+
   def finished(self, record: Record) -> None:
     """Folds a request that has ended."""
+    self._last_s.pop(record.id, None)
     self.ended.labels(record.status).inc()
-    self.request.observe(record.finish_s - record.arrival_s)
-    self.prompt_tokens.inc(record.prompt_len)
-    self.output_tokens.inc(len(record.token_s))
+    self.request.observe(sum(record.stage_s.values()))
     for stage, seconds in record.stage_s.items():
       self.stage.labels(stage).inc(max(0.0, seconds))
-    if record.token_s:
-      self.ttft.observe(record.ttft_s)
     if len(record.token_s) > 1:
       self.tpot.observe(record.tpot_s)
-      for gap_s in record.itl_s:
-        self.itl.observe(gap_s)
     self.recent.append((time.time(), record.status, record.ttft_s,
                         record.tpot_s, len(record.token_s)))
 
@@ -154,8 +169,26 @@ class Gauges:
       self._pull(self._server)
     return prom.generate_latest(self.registry)
 
-  def collect(self) -> list[GaugeMetricFamily]:
-    """Queue lengths and pages now (prometheus_client's collector protocol)."""
+  def collect(self) -> Iterator[Metric]:
+    """All metrics, with the model (prometheus_client's collector protocol)."""
+    for metric in (*self._unlabelled.collect(), *self._now(), self._build()):
+      metric.samples = [sample._replace(
+          labels={'model': self.model} | sample.labels)
+                        for sample in metric.samples]
+      yield metric
+
+  def _build(self) -> GaugeMetricFamily:
+    """What serves, as the labels of a 1."""
+    server, labels = self._server, ('version', 'jax', 'platform', 'mode')
+    build = GaugeMetricFamily('dsjax_build_info', 'What serves.',
+                              labels=labels)
+    build.add_metric(
+        [__version__, jax.__version__,
+         jax.default_backend(), server.placement.mode if server else ''], 1)
+    return build
+
+  def _now(self) -> list[GaugeMetricFamily]:
+    """Queue lengths and pages."""
     requests = GaugeMetricFamily(
         'dsjax_requests', 'Requests now, by instance and stage.',
         labels=['instance', 'role', 'stage'])

@@ -18,16 +18,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsjax.config.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, Sampling
+from dsjax.config.request import (
+  MAX_LOGIT_BIAS,
+  MAX_LOGPROBS,
+  MAX_STOP_TOKENS,
+  Sampling,
+)
 from dsjax.kernels import shapes
 
 GREEDY, RANDOM, FULL = 0, 1, 2  # what a batch needs; see `mode`
+MAX_ENDS = MAX_STOP_TOKENS + 16  # and a model's own EOS ids
 COLD = 1e-5  # a temperature below is greedy: dividing by it overflows
 
 
 @flax.struct.dataclass
 class Slots:
-  """Per-request state on an instance: E slots, T tokens, A logit biases."""
+  """Per-request state on an instance: E slots, T tokens, A logit biases, C
+  tokens that end it."""
 
   tokens_ET: jax.Array  # prompt and output so far; garbage beyond
   prompt_E: jax.Array  # prompt length
@@ -41,6 +48,8 @@ class Slots:
   frequency_E: jax.Array
   bias_id_EA: jax.Array  # V where unused
   bias_EA: jax.Array
+  min_tokens_E: jax.Array
+  end_id_EC: jax.Array  # not before min_tokens; V where unused
 
 
 @flax.struct.dataclass
@@ -64,7 +73,8 @@ def init(num_slots: int, max_len: int, vocab_size: int) -> Slots:
 
 
 def slot_row(tokens: Sequence[int], prompt_len: int, params: Sampling,
-             max_len: int, vocab_size: int) -> Slots:
+             max_len: int, vocab_size: int, eos_ids: Sequence[int] = ()
+             ) -> Slots:
   """A Slots of one row, in numpy, for a request with these tokens so far."""
   row_T = np.zeros(max_len + 1, np.int32)
   row_T[:len(tokens)] = tokens
@@ -72,12 +82,16 @@ def slot_row(tokens: Sequence[int], prompt_len: int, params: Sampling,
   bias_A = np.zeros(MAX_LOGIT_BIAS, np.float32)
   for i, (token, value) in enumerate(params.logit_bias):
     bias_id_A[i], bias_A[i] = token, value
+  end_id_C = np.full(MAX_ENDS, vocab_size, np.int32)
+  ends = (*params.stop_token_ids, *(() if params.ignore_eos else eos_ids))
+  end_id_C[:len(ends)] = ends
   f32, i32 = np.float32, np.int32
   columns: list[Any] = [np.asarray(x)[None] for x in (
       row_T, i32(prompt_len), np.uint32(params.seed), i32(params.top_k),
       f32(params.temperature), f32(params.top_p), f32(params.min_p),
       f32(params.repetition_penalty), f32(params.presence_penalty),
-      f32(params.frequency_penalty), bias_id_A, bias_A)]
+      f32(params.frequency_penalty), bias_id_A, bias_A,
+      i32(params.min_tokens), end_id_C)]
   return Slots(*columns)
 
 
@@ -90,7 +104,7 @@ def admit(slots: Slots, slot: jax.Array | int, row: Slots) -> Slots:
 
 def mode(params: Sampling) -> int:
   """What this request needs of a step: GREEDY, RANDOM or FULL."""
-  if (params.logit_bias or params.logprobs is not None
+  if (params.logit_bias or params.logprobs is not None or params.min_tokens
       or params.repetition_penalty != 1 or params.presence_penalty != 0
       or params.frequency_penalty != 0):
     return FULL
@@ -162,7 +176,8 @@ def _top_by_16(x_RV: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 def penalize(logits_RV: jax.Array, slots: Slots, slot_R: jax.Array,
              pos_R: jax.Array) -> jax.Array:
-  """Applies logit bias and the three penalties over the tokens so far."""
+  """Applies logit bias, the three penalties over the tokens so far, and
+  min_tokens."""
   R, V = logits_RV.shape
   tokens_RT = slots.tokens_ET[slot_R]
   t_T = jnp.arange(tokens_RT.shape[1])
@@ -182,8 +197,12 @@ def penalize(logits_RV: jax.Array, slots: Slots, slot_R: jax.Array,
                          logits_RV * factor_R1), logits_RV)
   logits_RV -= column(slots.frequency_E) * count_RV
   logits_RV -= column(slots.presence_E) * (count_RV > 0)
-  return logits_RV.at[row_R1, slots.bias_id_EA[slot_R]].add(
+  logits_RV = logits_RV.at[row_R1, slots.bias_id_EA[slot_R]].add(
       slots.bias_EA[slot_R], mode='drop')
+  early_R1 = pos_R[:, None] - column(slots.prompt_E) < column(
+      slots.min_tokens_E)
+  return logits_RV.at[row_R1, slots.end_id_EC[slot_R]].add(
+      jnp.where(early_R1, -jnp.inf, 0.0), mode='drop')
 
 
 def draw(logits_RV: jax.Array, slots: Slots, slot_R: jax.Array,

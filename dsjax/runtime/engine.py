@@ -204,7 +204,8 @@ class Engine:
     """Gives a request a slot holding its tokens so far."""
     slot = self.spare[-1]
     row = sampling.slot_row(tokens, prompt_len, params, self.shapes.max_len,
-                            self.shapes.model.vocab_size)
+                            self.shapes.model.vocab_size,
+                            self.shapes.model.eos_ids)
     for stage in dict.fromkeys((self.stages[0], self.last)):
       stage.slots = stage.step(('admit',), stage.slots,
                                stage.put(np.int32(slot)), stage.put(row))

@@ -38,6 +38,8 @@ class ThreadObserver(Protocol):
 
   def observe(self, event: Event, commands: tuple[Command, ...]) -> None: ...
 
+  def wrote(self, stream: 'Stream', num_tokens: int) -> None: ...
+
   def finished(self, record: Record) -> None: ...
 
 
@@ -224,6 +226,7 @@ class OrchestratorThread:
 
   def _become(self, status: str, failure: BaseException | None = None) -> None:
     self.status, self.failure = status, failure
+    LOG.info(status)
     if status in ('failed', 'stopped'):
       self._deliver([(s, Update(reason='error')) for s in self.streams])
     self._changed.set()
@@ -236,6 +239,7 @@ class OrchestratorThread:
 
   def _report(self, done: int, total: int, name: str) -> None:
     self.progress = f'{done} of {total} steps compiled, {name}'
+    LOG.info(self.progress)
     if self._stopping:
       raise _Stop
 
@@ -303,6 +307,8 @@ class OrchestratorThread:
     updates = []
     for id, update in server.take(self._open):
       stream = self._open[id]
+      if update.tokens and self._observer:
+        self._observer.wrote(stream, len(update.tokens))
       if update.reason:
         del self._open[id]
         record = server.forget(id)

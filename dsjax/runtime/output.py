@@ -146,14 +146,11 @@ class RequestOutputState:
     self.tokens.append(token)
     if logprobs is not None:
       self.logprobs.append(logprobs)
-    may_end = len(self.tokens) >= self.request.sampling.min_tokens
+    may_end = len(self.tokens) > self.request.sampling.min_tokens
     self.ended = token in self.ends and may_end
     if not self.ended and self._stream:
-      text, hit = self._stream.push(token), False
-      if may_end:
-        text, hit = self._stops.push(text)
+      text, self.ended = self._stops.push(self._stream.push(token), may_end)
       self.pieces.append(text)
-      self.ended = hit
     if self.ended or len(self.tokens) == self.request.sampling.max_tokens:
       self.flush()
     return self.ended

@@ -9,8 +9,8 @@ from dsjax.checkpoints.checkpoint import Model
 from dsjax.checkpoints.tokenizer import Tokenizer
 from dsjax.config.checks import InputError, require
 
-# {'role': one of tokenizer.ROLES, 'content': text} each.
-Messages: TypeAlias = Sequence[Mapping[str, str]]
+# {'role': one of tokenizer.ROLES, 'content': text} each; see Tokenizer.chat.
+Messages: TypeAlias = Sequence[Mapping[str, Any]]
 Prompt: TypeAlias = str | Messages | Sequence[int]
 
 
@@ -26,24 +26,25 @@ def vocabulary(model: Model) -> Tokenizer:
 
 
 def text_ids(model: Model, text: str) -> tuple[int, ...]:
-  """Token ids of a text as it stands, to be completed.
+  """Token ids of a text as it stands, to be completed; a control token's text
+  in it is that token.
 
   Raises:
     InputError: no tokenizer, or not valid Unicode.
   """
-  return tuple(vocabulary(model).encode(text))
+  return tuple(vocabulary(model).encode(text, special=True))
 
 
-def chat_ids(model: Model, messages: Messages, to_answer: bool = True
+def chat_ids(model: Model, messages: Messages, **options: Any
              ) -> tuple[int, ...]:
   """Token ids of a conversation, by the model's chat template.
 
-  to_answer: end where the assistant's answer begins.
+  options: of Tokenizer.chat.
 
   Raises:
     InputError: no tokenizer, or messages of another form.
   """
-  return tuple(vocabulary(model).chat(list(messages), to_answer))
+  return tuple(vocabulary(model).chat(list(messages), **options))
 
 
 def prompt_ids(model: Model, prompt: Prompt) -> tuple[int, ...]:

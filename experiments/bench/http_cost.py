@@ -27,7 +27,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
+from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -35,8 +38,9 @@ import dsjax
 from dsjax import workload
 from dsjax.config.checks import require
 from dsjax.config.request import Request, Sampling
-from dsjax.http.service import Service
+from dsjax.http.service import Limits, Service
 from dsjax.http.telemetry import Gauges
+from dsjax.runtime.orchestrator import Orchestrator
 from experiments import api
 from experiments.common import cli
 
@@ -49,23 +53,33 @@ FLAGS = {
 }
 WAYS = ('in process', 'service', 'socket', 'HTTP')
 LEAD_S = 0.5  # from saying when a round begins to its beginning
+# [arrival_s, token times ...] of each stream.
+Times: TypeAlias = list[list[float]]
+
+
+class Cost(NamedTuple):
+  """One way in one round: means, and CPU seconds by who used them."""
+  ttft_s: float
+  tpot_s: float
+  cpu_s: dict[str, float]
 
 
 class Bench:
-  """An orchestrator and its three ways; each gives (token times, CPU).
+  """An orchestrator and its ways; each gives (Times, CPU seconds).
 
   prompts: ids of each stream, which start gap_s apart and write `tokens`.
   """
 
-  def __init__(self, server, prompts, tokens, gap_s, limits):
+  def __init__(self, server: Orchestrator, prompts: Sequence[Sequence[int]],
+               tokens: int, gap_s: float, limits: Limits) -> None:
     self.server, self.prompts, self.limits = server, prompts, limits
     self.tokens, self.due_s = tokens, [i * gap_s for i in range(len(prompts))]
 
   def _sampling(self, i):
     return Sampling(max_tokens=self.tokens, seed=i, ignore_eos=True)
 
-  def in_process(self):
-    """[[arrival_s, token times ...], ...] of Orchestrator.run."""
+  def in_process(self) -> tuple[Times, dict[str, float]]:
+    """Orchestrator.run, in this thread."""
     server = self.server
     server.observers.clear()
     requests = [Request(server.next_id + i, due_s, ids, self._sampling(i))
@@ -82,29 +96,29 @@ class Bench:
     """The same through a Service, on its event loop."""
     start_s = time.perf_counter() + LEAD_S
 
-    async def one(i):
-      at_s = start_s + self.due_s[i]
-      await asyncio.sleep(at_s - time.perf_counter())
-      call = service.submit([(self.prompts[i], self._sampling(i))], at_s)
+    async def submit(i):
+      due_s = start_s + self.due_s[i]
+      await asyncio.sleep(due_s - time.perf_counter())
+      call = service.submit([(self.prompts[i], self._sampling(i))], due_s)
       times = []
-      while found := await call.take():
+      while news := await call.take():
         now_s = time.perf_counter()
-        times += [now_s for _, update in found for _ in update.tokens]
-      return [at_s, *times]
-    return await asyncio.gather(*map(one, range(len(self.prompts))))
+        times += [now_s for _, update in news for _ in update.tokens]
+      return [due_s, *times]
+    return await asyncio.gather(*map(submit, range(len(self.prompts))))
 
   async def _bare(self, service):
     """An asyncio server that writes a call's updates, and nothing about it."""
     async def answer(reader, writer):
-      at_s = time.perf_counter()
+      now_s = time.perf_counter()
       head = await reader.readuntil(b'\r\n\r\n')
       body = json.loads(await reader.readexactly(
           int(head.split(b'Content-Length: ')[1])))
       writer.write(b'HTTP/1.1 200 OK\r\n\r\n')
       call = service.submit([(body['prompt'], self._sampling(body['seed']))],
-                            at_s)
-      while found := await call.take():
-        for _, update in found:
+                            now_s)
+      while news := await call.take():
+        for _, update in news:
           writer.write(b'data: {%a}\n\n' % update.text)
       writer.close()
     return await asyncio.start_server(answer, '127.0.0.1')
@@ -123,12 +137,13 @@ class Bench:
     return [[job['at_s'], *times] for job, times in zip(
         jobs, answer['times'], strict=True)], answer['cpu_s']
 
-  def served(self, client, ways):
+  def served(self, client: subprocess.Popen[str], ways: Sequence[str]
+             ) -> dict[str, tuple[Times, dict[str, float]]]:
     """These ways, with a thread of their own: {way: (times, CPU)}."""
     from dsjax.http import routes, socket_server
     self.server.observers.clear()
     self.server.close = lambda: None  # the service goes, this one stays
-    metrics = Gauges()
+    metrics = Gauges('m')
     service = Service(lambda _: self.server, self.limits, metrics)
     http = socket_server.Server(routes.make_app(service, metrics, 'm'), service)
     bound = socket.create_server(('127.0.0.1', 0))
@@ -137,7 +152,7 @@ class Bench:
     try:
       while service.status == 'starting' or not http.started:
         time.sleep(0.01)
-      found, addresses = {}, {'HTTP': bound.getsockname()}
+      answers, addresses = {}, {'HTTP': bound.getsockname()}
       bare = asyncio.run_coroutine_threadsafe(self._bare(service),
                                               http.loop).result()
       addresses['socket'] = bare.sockets[0].getsockname()
@@ -151,9 +166,9 @@ class Bench:
           times, client_s = self._ask(client, addresses[way])
         cpu_s = {'event loop': _cpu_s(thread) - before[0],
                  'orchestrator': _cpu_s(self.server.thread) - before[1]}
-        found[way] = times, cpu_s | ({'client': client_s} if client_s else {})
+        answers[way] = times, cpu_s | ({'client': client_s} if client_s else {})
       http.loop.call_soon_threadsafe(bare.close)
-      return found
+      return answers
     finally:
       http.should_exit = True
       thread.join()
@@ -164,8 +179,8 @@ def _cpu_s(thread):
   return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
 
 
-def measures(times, tokens):
-  """(mean TTFT, mean TPOT) of [[arrival_s, token times ...], ...], seconds.
+def measures(times: Times, tokens: int) -> tuple[float, float]:
+  """(mean TTFT, mean TPOT), seconds.
 
   TPOT is from the first to the last token, however many came together.
 
@@ -178,58 +193,54 @@ def measures(times, tokens):
           statistics.fmean((row[-1] - row[1]) / (tokens - 1) for row in times))
 
 
-def rounds(bench, count, client):
-  """Yields {way: (mean TTFT, mean TPOT, CPU)} a round, in changing order."""
+def rounds(bench: Bench, count: int, client: subprocess.Popen[str]
+           ) -> Iterator[dict[str, Cost]]:
+  """Yields {way: Cost} a round, in changing order."""
   for i in range(count):
-    found = {}
-    for first in ((True, False) if i % 2 else (False, True)):
-      if first:
-        found['in process'] = bench.in_process()
-      else:
-        found |= bench.served(client, WAYS[:0:-1] if i % 2 else WAYS[1:])
-    yield {way: (*measures(times, bench.tokens), cpu_s)
-           for way, (times, cpu_s) in found.items()}
+    answers = {}
+    for alone in ((True, False) if i % 2 else (False, True)):
+      answers |= ({WAYS[0]: bench.in_process()} if alone else bench.served(
+          client, WAYS[:0:-1] if i % 2 else WAYS[1:]))
+    yield {way: Cost(*measures(times, bench.tokens), cpu_s)
+           for way, (times, cpu_s) in answers.items()}
 
 
-def _spread(values, scale, unit):
+def _spread(values: Sequence[float], scale: float, unit: str) -> str:
   mid = statistics.median(values)
   return (f'{scale * mid:+.2f} {unit} ({scale * min(values):+.2f}, '
           f'{scale * max(values):+.2f})')
 
 
-def table(found, streams, tokens):
+def table(found: Sequence[dict[str, Cost]], streams: int, tokens: int
+          ) -> tuple[Table, dict[str, float]]:
   """(a rich Table, {'tpot_share', 'ttft_s'} that HTTP adds) of the rounds."""
   made = Table(title=f'{streams} streams of {tokens} tokens, {len(found)} '
                'rounds: median (least, most)', title_justify='left')
   for name in ('', *WAYS):
     made.add_column(name, justify='right' if name else 'left')
-  columns = {way: [r[way] for r in found] for way in WAYS}
-
-  def row(name, cell):
-    made.add_row(name, *map(cell, WAYS))
-
-  def mean_ms(at):
-    return lambda way: format(1e3 * statistics.median(
-        r[at] for r in columns[way]), '.2f')
-  added = {way: ([r[way][0] - r[WAYS[0]][0] for r in found],
-                 [r[way][1] / r[WAYS[0]][1] - 1 for r in found])
-           for way in WAYS}
-  row('TTFT ms', mean_ms(0))
-  row('  added', lambda way: '' if way == WAYS[0] else _spread(
-      added[way][0], 1e3, 'ms'))
-  row('TPOT ms', mean_ms(1))
-  row('  added', lambda way: '' if way == WAYS[0] else _spread(
-      added[way][1], 1e2, '%'))
+  ttft_s = {way: [costs[way].ttft_s - costs[WAYS[0]].ttft_s
+                  for costs in found] for way in WAYS}
+  share = {way: [costs[way].tpot_s / costs[WAYS[0]].tpot_s - 1
+                 for costs in found] for way in WAYS}
+  for name, field, added, scale, unit in (
+      ('TTFT ms', 'ttft_s', ttft_s, 1e3, 'ms'),
+      ('TPOT ms', 'tpot_s', share, 1e2, '%')):
+    made.add_row(name, *(format(1e3 * statistics.median(
+        getattr(costs[way], field) for costs in found), '.2f')
+                         for way in WAYS))
+    made.add_row('  added', '', *(_spread(added[way], scale, unit)
+                                  for way in WAYS[1:]))
   for who in ('orchestrator', 'event loop', 'client'):
-    row(f'CPU us a token, {who}', lambda way, who=who: '-' if who not in (
-        columns[way][0][2]) else format(1e6 * statistics.median(
-            r[2][who] for r in columns[way]) / (streams * tokens), '.0f'))
-  return made, {'ttft_s': statistics.median(added['HTTP'][0]),
-                'tpot_share': statistics.median(added['HTTP'][1]),
-                'socket_share': statistics.median(added['socket'][1])}
+    made.add_row(f'CPU us a token, {who}', *(
+        '-' if who not in found[0][way].cpu_s else format(
+            1e6 * statistics.median(costs[way].cpu_s[who] for costs in found)
+            / (streams * tokens), '.0f') for way in WAYS))
+  return made, {'ttft_s': statistics.median(ttft_s['HTTP']),
+                'tpot_share': statistics.median(share['HTTP']),
+                'socket_share': statistics.median(share['socket'])}
 
 
-def run(options, console):
+def run(options: Any, console: Console) -> int:
   """Measures and prints; returns the exit code."""
   config = api.load(options.config, [
       f'engine.max_seqs={options.streams}', *options.set])
@@ -249,8 +260,8 @@ def run(options, console):
   try:
     with Progress(console=console, transient=True) as bar:
       task = bar.add_task('rounds', total=options.rounds)
-      for one in rounds(bench, options.rounds, client):
-        found.append(one)
+      for costs in rounds(bench, options.rounds, client):
+        found.append(costs)
         bar.advance(task)
   except KeyboardInterrupt:
     stopped = True

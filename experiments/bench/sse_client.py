@@ -11,9 +11,11 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Iterable
+from typing import Any
 
 
-async def send(host, port, job):
+async def send(host: str, port: int, job: dict[str, Any]) -> list[float]:
   """One streamed request; when each of its events came. [] if refused."""
   body = json.dumps(job['body']).encode()
   head = (f'POST {job["path"]} HTTP/1.1\r\nHost: {host}\r\nContent-Type: '
@@ -34,12 +36,14 @@ async def send(host, port, job):
   return times
 
 
-async def send_all(host, port, jobs):
+async def send_all(host: str, port: int, jobs: Iterable[dict[str, Any]]
+                   ) -> list[list[float]]:
   """The event times of every job."""
   return await asyncio.gather(*(send(host, port, job) for job in jobs))
 
 
-def main():
+def main() -> None:
+  """Answers each line of stdin with one."""
   for line in sys.stdin:
     ask = json.loads(line)
     before = resource.getrusage(resource.RUSAGE_SELF)

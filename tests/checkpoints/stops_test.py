@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dsjax.checkpoints.stops import StopMatcher, Stream, _borders
@@ -106,3 +106,26 @@ def test_no_stops_holds_nothing():
 def test_bad_stop_strings_are_refused(stops):
   with pytest.raises(InputError, match='stop'):
     StopMatcher(stops)
+
+
+@given(text=st.text('ab', max_size=12), early=st.integers(0, 12),
+       stops=st.lists(st.text('ab', min_size=1, max_size=3), min_size=1,
+                      max_size=3))
+@example(text='aaa', early=2, stops=['aa'])
+def test_what_is_complete_too_early_is_passed_over(text, early, stops):
+  matcher, shown, hit = StopMatcher(stops), '', False
+  for i, char in enumerate(text):
+    piece, hit = matcher.push(char, i >= early)
+    shown += piece
+    if hit:
+      break
+  shown += matcher.finish()
+  ends = [i for i in range(early, len(text))
+          if any(text[:i + 1].endswith(stop) for stop in stops)]
+  if not ends:
+    assert (shown, hit) == (text, False)
+    return
+  whole = text[:ends[0] + 1]
+  # What was shown before cannot be taken back.
+  assert hit and whole.startswith(shown)
+  assert any(shown + stop == whole for stop in stops)

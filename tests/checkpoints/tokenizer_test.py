@@ -185,6 +185,28 @@ def test_tojson_keeps_characters_and_control_like_text():
   assert tiny('gpt-2').decode(ids) == '"é<s>\\""'
 
 
+def test_calls_of_tools_reach_the_template_and_forge_no_turn():
+  chat = chat_of('{% for m in messages %}{{ m.name }} {{ m.tool_call_id }} '
+                 '{% for c in m.tool_calls %}{{ c.function.name }} '
+                 '{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}')
+  ids = chat.chat([{
+      'role': 'assistant', 'content': '', 'name': 'a</s>',
+      'tool_call_id': 'b</s>', 'tool_calls': [{'id': '1', 'function': {
+          'name': 'f</s>', 'arguments': {'</s>': ['</s>']}}}]}])
+  assert not chat.control_ids & set(ids)
+  assert chat.decode(ids) == (
+      'a</s> b</s> f</s> {"</s>": ["</s>"]}')
+
+
+def test_a_developer_is_the_system_where_the_template_knows_none():
+  def roles(template):
+    chat = chat_of(template + '{{ messages[0].role }}')
+    return chat.decode(chat.chat([{'role': 'developer', 'content': 'x'}]))
+  assert roles('') == 'system'
+  assert roles("{% if messages[0].role == 'developer' %}!{% endif %}") == (
+      '!developer')
+
+
 # --- bad input ---------------------------------------------------------------
 
 
@@ -195,7 +217,10 @@ def test_tojson_keeps_characters_and_control_like_text():
     [{'role': '<|im_end|>', 'content': 'x'}],
     [{'role': ['user'], 'content': 'x'}],
     [{'role': 'user', 'content': '\ud800'}],
-    [{'role': 'user', 'content': 'x', 'name': 'y'}]])
+    [{'role': 'user', 'content': 'x', 'colour': 'y'}],
+    [{'role': 'user', 'content': 'x', 'name': None}],
+    [{'role': 'assistant', 'content': 'x', 'tool_calls': 'y'}],
+    [{'role': 'assistant', 'content': 'x', 'tool_calls': [{'\ud800': 1}]}]])
 def test_malformed_messages_are_refused(smollm, messages):
   with pytest.raises(InputError, match='messages'):
     smollm.chat(messages)

@@ -52,27 +52,37 @@ class Late:
     return self._values
 
 
-def next_token(tokens, sampling, vocab_size):
+def ends_of(sampling, eos_ids):
+  """The ids that end a request."""
+  return {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_ids)}
+
+
+def next_token(tokens, sampling, vocab_size, banned=()):
   """The token after `tokens`. Ids that a bias of 100 asks for are the only
-  ones; greedy tokens know no seed."""
+  ones; greedy tokens know no seed; none of `banned`."""
   if not sampling.temperature:
     sampling = dataclasses.replace(sampling, seed=0)
   draws = dataclasses.astuple(dataclasses.replace(
       sampling, max_tokens=None, min_tokens=0, stop=(), stop_token_ids=(),
       ignore_eos=False, logprobs=None))
   draw = zlib.crc32(repr((tuple(map(int, tokens)), draws)).encode())
-  wanted = [id for id, bias in sampling.logit_bias if bias >= 100]
-  return wanted[draw % len(wanted)] if wanted else draw % vocab_size
+  wanted = [id for id, bias in sampling.logit_bias
+            if bias >= 100 and id not in banned]
+  token = wanted[draw % len(wanted)] if wanted else draw % vocab_size
+  while token in banned:
+    token = (token + 1) % vocab_size
+  return token
 
 
 def expected(prompt, sampling, eos_ids, vocab_size):
   """The tokens that a request must give, unless a stop string ends it."""
-  ends = set(sampling.stop_token_ids)
-  ends |= set() if sampling.ignore_eos else set(eos_ids)
+  ends = ends_of(sampling, eos_ids)
   tokens = []
   while len(tokens) < sampling.max_tokens:
-    tokens.append(next_token([*prompt, *tokens], sampling, vocab_size))
-    if tokens[-1] in ends and len(tokens) >= sampling.min_tokens:
+    tokens.append(next_token(
+        [*prompt, *tokens], sampling, vocab_size,
+        ends if len(tokens) < sampling.min_tokens else ()))
+    if tokens[-1] in ends:
       break
   return tuple(tokens)
 
@@ -83,13 +93,14 @@ class FakeEngine:
   def __init__(self, model, meshes, role, config, limits):
     self.role, self.config, self.limits = role, config, limits
     self.vocab_size = model.config.vocab_size
+    self.eos_ids = model.config.eos_ids
     self.devices = tuple(d for mesh in meshes for d in mesh.devices.flat)
     self.pace = Pace()
     self.start()
 
   def start(self):
     self.slot_of, self.spare = {}, list(range(self.config.max_seqs))
-    self.requests = {}  # id -> (tokens so far, Sampling)
+    self.requests = {}  # id -> (tokens so far, Sampling, prompt length)
 
   def stop(self):
     self.slot_of, self.spare, self.requests = {}, [], {}
@@ -106,7 +117,7 @@ class FakeEngine:
   def admit(self, id, tokens, prompt_len, sampling):
     assert id not in self.slot_of and 0 < prompt_len <= len(tokens)
     self.slot_of[id] = self.spare.pop()
-    self.requests[id] = list(tokens), sampling
+    self.requests[id] = list(tokens), sampling, prompt_len
 
   def forget(self, id):
     if id in self.slot_of:
@@ -135,9 +146,12 @@ class FakeEngine:
     """The token at a position, which must be the request's next."""
     if id not in self.slot_of:
       return 0  # it has ended since
-    tokens, sampling = self.requests[id]
+    tokens, sampling, prompt_len = self.requests[id]
     assert len(tokens) == position, f'request {id}: {len(tokens)}, {position}'
-    tokens.append(next_token(tokens, sampling, self.vocab_size))
+    early = position - prompt_len < sampling.min_tokens
+    tokens.append(next_token(
+        tokens, sampling, self.vocab_size,
+        ends_of(sampling, self.eos_ids) if early else ()))
     return tokens[-1]
 
   def _output(self, tokens):
@@ -161,7 +175,7 @@ class FakeRoute:
 
   def start(self, command, checksum=False):
     for engine in (self.source, self.target):
-      tokens, _ = engine.requests[command.id]
+      tokens, *_ = engine.requests[command.id]
       assert len(tokens) == command.num_tokens + 1
     return FakeTransfer(command, checksum)
 

@@ -26,6 +26,8 @@ CONFIG = EngineConfig(
 PLACEMENT = Placement(prefill=[Plan()], decode=[Plan()])
 LIMITS = Limits(body_s=20.0, max_body_bytes=2**20, request_s=60.0, drain_s=20.0)
 WAIT_S, START_S = 60, 300
+CHAT = {'model': 'tiny', 'messages': [{'role': 'user', 'content': 'Hi'}]}
+TEXT = {'model': 'tiny', 'prompt': 'Hi'}
 
 
 def make(report, make_engine=FakeEngine):
@@ -38,11 +40,11 @@ class Running:
   """A server in a thread: url, service, metrics, and the last to leave."""
 
   def __init__(self, make=make, limits=LIMITS, key=None,
-               log_text=False):
-    self.metrics = telemetry.Gauges()
+               log_text=False, origins=()):
+    self.metrics = telemetry.Gauges('tiny')
     self.service = Service(make, limits, self.metrics)
     self.app = routes.make_app(self.service, self.metrics, 'tiny', key,
-                               Slo(1.0, 0.1), log_text)
+                               Slo(1.0, 0.1), log_text, origins)
     self.http = socket_server.Server(self.app, self.service)
     self.listener = socket.create_server(('127.0.0.1', 0))
     self.address = self.listener.getsockname()
@@ -97,12 +99,29 @@ def all_back(running):
 
 def post(running, path, body, **options):
   """The answer to a body, of bytes or for JSON."""
-  return httpx.post(running.url + path, timeout=WAIT_S, **options, **(
-      {'content': body} if isinstance(body, bytes) else {'json': body}))
+  return httpx.post(running.url + path, timeout=WAIT_S, verify=False,
+                    **options, **({'content': body} if isinstance(body, bytes)
+                                  else {'json': body}))
+
+
+def ids(text):
+  """Its tokens, a byte each."""
+  return MODEL.tokenizer.encode(text)
+
+
+def only(text):
+  """The logit_bias that lets a model say these bytes alone, in any order."""
+  return {str(i): 100 for i in ids(text)}
+
+
+def complete(client, **options):
+  """A completion by OpenAI's client."""
+  return client.completions.create(model='tiny', **{
+      'prompt': 'Why?', 'max_tokens': 24, 'seed': 7} | options)
 
 
 def metric(running, name):
   """The sum of a metric's samples of this exact name."""
-  text = httpx.get(running.url + '/metrics').text
+  text = httpx.get(running.url + '/metrics', verify=False).text
   return sum(float(x) for x in re.findall(
       rf'^dsjax_{name}(?:\{{.*\}})? (\S+)$', text, re.M))

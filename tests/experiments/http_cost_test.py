@@ -48,12 +48,12 @@ def test_every_way_serves_the_same_streams(rounds):
           for i, ids in enumerate(bench.prompts)}
   assert {(tuple(ids), sampling) for ids, sampling in asked} == want
   assert len(asked) == 2 * len(http_cost.WAYS) * STREAMS
-  for one in found:
-    assert set(one) == set(http_cost.WAYS)
-    for ttft_s, tpot_s, cpu_s in one.values():
+  for costs in found:
+    assert set(costs) == set(http_cost.WAYS)
+    for ttft_s, tpot_s, cpu_s in costs.values():
       assert 0 < ttft_s < 60 and 0 < tpot_s < 60
       assert all(0 < s < 60 for s in cpu_s.values())
-    assert set(one['HTTP'][2]) == {'orchestrator', 'event loop', 'client'}
+    assert set(costs['HTTP'].cpu_s) == {'orchestrator', 'event loop', 'client'}
 
 
 def test_the_table_tells_what_http_adds(rounds):
@@ -62,10 +62,9 @@ def test_the_table_tells_what_http_adds(rounds):
   out = io.StringIO()
   Console(file=out, width=150).print(made)
   assert 'CPU us a token, client' in out.getvalue()
-  twice = [{'in process': (0.1, 0.01, {'orchestrator': 1.0}),
-            'service': (0.1, 0.01, {'orchestrator': 1.0}),
-            'socket': (0.1, 0.01, {'orchestrator': 1.0}),
-            'HTTP': (0.103 + 0.001 * i, 0.0102, {'client': 0.1})}
+  alone = http_cost.Cost(0.1, 0.01, {'orchestrator': 1.0})
+  twice = [dict.fromkeys(http_cost.WAYS, alone) | {
+      'HTTP': http_cost.Cost(0.103 + 0.001 * i, 0.0102, {'client': 0.1})}
            for i in range(3)]
   _, added = http_cost.table(twice, STREAMS, TOKENS)
   assert added == {'ttft_s': pytest.approx(0.004),

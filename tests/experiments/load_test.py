@@ -140,7 +140,8 @@ def test_errors_count_and_arrivals_do_not_wait(tmp_path):
 
 def test_tokens_are_spread_over_chunks():
   assert load.spread([], 3) == []
-  assert load.spread([1, 2, 3], 2) == [1, 2, 3]
+  assert load.spread([1, 2, 3], 2) == [1, 2]  # the last told the end
+  assert load.spread([1, 2, 3], 0) == [1, 2, 3]  # no usage came
   assert load.spread([1, 2], 5) == [1, 1, 1, 2, 2]
 
 

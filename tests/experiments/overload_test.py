@@ -27,7 +27,8 @@ def make(times, seed):
 
 def record(arrival_s, ttft_s=0.1, tpot_s=0.1):
   start_s = arrival_s + ttft_s
-  return Record(0, arrival_s, 4, 2, [start_s, start_s + tpot_s])
+  return Record(0, arrival_s, 4, 2, [start_s, start_s + tpot_s],
+                status='length')
 
 
 @pytest.fixture(scope='module')
@@ -60,12 +61,12 @@ def test_what_is_too_much_is_refused_and_the_rest_served(flooded):
   assert most_open == MOST
   assert not found.other
   flood = found.records['flood']
-  assert len(flood) > len(found.accepted) > 0
+  assert len(flood) > len(found.accepted()) > 0
   assert all(r.status == 'length' and len(r.token_s) == 40
-             for r in found.accepted)
+             for r in found.accepted())
   # Each 429 says when to come back, and the server counted each.
   assert found.with_retry == len(found.refused_s) == (
-      len(flood) - len(found.accepted))
+      len(flood) - len(found.accepted()))
   assert rejected == sum(r.reason == 'HTTP 429' for records in
                          found.records.values() for r in records)
   assert found.capacity_per_s > 0 and len(found.records['unloaded']) == 3
@@ -81,7 +82,7 @@ def test_the_table_the_verdict_and_the_files(flooded, tmp_path):
       overload.verdict(found, SLO))
   overload.save(found, SLO, tmp_path, 'title')
   summary = json.loads((tmp_path / 'summary.json').read_text())
-  assert summary['attained'] == summary['accepted'] == len(found.accepted)
+  assert summary['attained'] == summary['accepted'] == len(found.accepted())
   lines = (tmp_path / 'records.jsonl').read_text().splitlines()
   assert len(lines) == sum(map(len, found.records.values()))
   assert (tmp_path / 'report.png').stat().st_size > 10_000

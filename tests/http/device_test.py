@@ -71,3 +71,18 @@ def test_many_answers_at_once_are_those_of_each_alone(client):
   texts = ask(prompt=['Why?', 'How?'], n=4)
   assert texts == ask(prompt='Why?', n=4) + ask(prompt='How?', n=4)
   assert len(set(texts)) == 8
+
+
+def test_no_eos_before_min_tokens(client):
+  def ask(least):
+    return client.completions.create(
+        model='tiny', prompt='Why?', temperature=0, max_tokens=12,
+        logit_bias={str(i): 100 for i in MODEL.config.eos_ids}, logprobs=0,
+        extra_body={'min_tokens': least})
+  assert ask(0).usage.completion_tokens == 1
+  answer = ask(5)
+  assert answer.usage.completion_tokens == 6
+  assert answer.choices[0].finish_reason == 'stop'
+  ends = {f'token_id:{i}' for i in MODEL.config.eos_ids}
+  names = answer.choices[0].logprobs.tokens
+  assert not ends & {*names[:5]} and names[5] in ends

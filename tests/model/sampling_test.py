@@ -499,11 +499,47 @@ def test_a_row_holds_its_request():
   assert row.tokens_ET.tolist() == [[5, 6, 7, 0, 0, 0, 0, 0, 0]]
   assert [x.item() for x in (
       row.prompt_E, row.seed_E, row.top_k_E, row.temperature_E, row.top_p_E,
-      row.min_p_E, row.repetition_E, row.presence_E, row.frequency_E)] == [
-          2, 2**32 - 1, 3, 0.5, 0.25, 0.125, 1.5, -2., 1.]
+      row.min_p_E, row.repetition_E, row.presence_E, row.frequency_E,
+      row.min_tokens_E)] == [
+          2, 2**32 - 1, 3, 0.5, 0.25, 0.125, 1.5, -2., 1., 0]
   assert row.bias_id_EA[0, :3].tolist() == [4, 1, V]
   assert row.bias_EA[0, :3].tolist() == [2., -1., 0.]
   assert row.bias_id_EA.shape == (1, MAX_LOGIT_BIAS)
+
+
+def test_what_would_end_it_too_early_cannot_be_drawn():
+  logits = np.zeros((R, V), np.float32)
+  logits[:, 3], logits[:, 5], logits[:, 6] = 3, 2, 1
+  row = sampling.slot_row((1, 2), 2, Sampling(
+      min_tokens=4, stop_token_ids=(3,)), MAX_LEN, V, eos_ids=(5,))
+  blind = sampling.slot_row((1, 2), 2, Sampling(
+      min_tokens=4, ignore_eos=True), MAX_LEN, V, eos_ids=(5, 3))
+  slots = admit(admit(sampling.init(E, MAX_LEN, V), 0, row), 1, blind)
+  slot_R = np.repeat(np.arange(2), R // 2)
+  pos_R = np.tile(np.arange(R // 2), 2) + 2
+  _, out = sample(logits, slots, slot_R, pos_R,
+                  sampling.mode(Sampling(min_tokens=4)))
+  token_R = np.asarray(out.token_R)
+  assert token_R[:6].tolist() == [6, 6, 6, 6, 3, 3]
+  assert set(token_R[R // 2:].tolist()) == {3}
+
+
+@pytest.mark.parametrize('ignore_eos', (False, True))
+@pytest.mark.parametrize('temperature', (0.0, 0.01))
+def test_what_ends_a_request_is_masked_before_min_tokens(
+    ignore_eos, temperature):
+  eos, stop, other = 5, 3, 2
+  logits_V = np.zeros(V, np.float32)
+  logits_V[[eos, stop, other]] = 30, 20, 10
+  params = Sampling(stop_token_ids=(stop,), min_tokens=3, ignore_eos=ignore_eos,
+                    temperature=temperature, logit_bias={eos: 1.0})
+  assert sampling.mode(params) == sampling.FULL
+  slots = admit(sampling.init(E, MAX_LEN, V), 0, sampling.slot_row(
+      (7, 8), 2, params, MAX_LEN, V, eos_ids=(eos,)))
+  _, out = sample(np.tile(logits_V, (R, 1)), slots, np.zeros(R, np.int32),
+                  np.arange(2, R + 2, dtype=np.int32), sampling.FULL)
+  early = eos if ignore_eos else other
+  assert np.asarray(out.token_R).tolist() == [early] * 3 + [eos] * (R - 3)
 
 
 def test_admit_replaces_one_slot():

@@ -1,0 +1,151 @@
+"""HTTP itself: RFC 9110 and what browsers and pools of connections expect."""
+
+import dataclasses
+import email.utils
+import json
+import socket
+
+import httpx
+import pytest
+
+from dsjax.http.service import Limits
+from tests.common.web import CHAT, LIMITS, TEXT, WAIT_S, Running, post, until
+
+PAGE = 'https://app.example'
+
+
+def talk(running, head, body=b'', end=True):
+  """The bytes that come back for a request; end: until the server closes."""
+  with socket.create_connection(running.address, WAIT_S) as raw:
+    raw.sendall(head.replace('\n', '\r\n').encode() + b'\r\n\r\n' + body)
+    got = b''
+    while data := raw.recv(2**16):
+      got += data
+      if not end:
+        break
+  return got
+
+
+def status(data):
+  return int(data[9:12])
+
+
+@pytest.mark.parametrize('path', ['/', '/health', '/v1/models', '/metrics',
+                                  '/placement', '/nothing'])
+def test_head_is_get_without_the_body(running, path):
+  got, head = httpx.get(running.url + path), httpx.head(running.url + path)
+  assert head.status_code == got.status_code and not head.content
+  assert head.headers['content-type'] == got.headers['content-type']
+  assert int(head.headers['content-length']) > 0
+
+
+@pytest.mark.parametrize('method, path, allow', [
+    ('GET', '/v1/completions', {'POST'}), ('HEAD', '/tokenize', {'POST'}),
+    ('PUT', '/v1/chat/completions', {'POST'}),
+    ('POST', '/health', {'GET', 'HEAD'}),
+    ('OPTIONS', '/v1/models', {'GET', 'HEAD'}),
+    ('DELETE', '/v1/models/tiny', {'GET', 'HEAD'})])
+def test_another_method_is_told_which_are_allowed(running, method, path,
+                                                  allow):
+  answer = httpx.request(method, running.url + path)
+  assert answer.status_code == 405
+  assert set(answer.headers['Allow'].split(', ')) == allow
+  if method != 'HEAD':
+    assert answer.json()['error']['message'].startswith('method: must be ')
+
+
+@pytest.mark.parametrize('accept', ['application/json', 'text/event-stream',
+                                    '*/*'])
+@pytest.mark.parametrize('stream', (False, True))
+def test_json_and_a_stream_are_not_negotiated(running, accept, stream):
+  """Clients ask for JSON where they want a stream."""
+  answer = post(running, '/v1/completions', TEXT | {
+      'stream': stream, 'max_tokens': 1}, headers={'Accept': accept})
+  assert answer.status_code == 200
+  kind = 'text/event-stream' if stream else 'application/json'
+  assert answer.headers['content-type'].startswith(kind)
+
+
+@pytest.mark.parametrize('head, want, also', [
+    ('GET /health HTTP/1.1\nHost: a\nConnection: close', 200, b''),
+    ('GET /health HTTP/1.0', 200, b''),
+    ('GET /health HTTP/1.1', 400, b'"error"'),  # without a host
+    ('GET /health', 400, b'"error"'),
+    ('GET /nothing HTTP/1.1\nHost: a\nConnection: close', 404, b'"error"')])
+def test_every_answer_has_a_date_and_closes_when_asked(running, head, want,
+                                                       also):
+  data = talk(running, head)
+  assert status(data) == want and also in data
+  fields = dict(line.lower().split(b': ', 1) for line in
+                data.split(b'\r\n\r\n')[0].split(b'\r\n')[1:])
+  assert email.utils.parsedate_to_datetime(fields[b'date'].decode())
+  assert fields[b'connection'] == b'close'
+  assert fields[b'content-type'] == b'application/json'
+
+
+def test_a_body_is_asked_for_where_it_is_read(running):
+  body = json.dumps(TEXT | {'max_tokens': 1}).encode()
+  head = ('POST {} HTTP/1.1\nHost: a\nContent-Type: application/json\n'
+          'Expect: {}\nContent-Length: {}')
+  data = talk(running, head.format('/v1/completions', '100-continue',
+                                   len(body)) + '\nConnection: close', body)
+  first, _, rest = data.partition(b'\r\n\r\n')
+  assert status(first) == 100 and status(rest) == 200
+  # Where it is not, the answer comes at once, and no body is waited for.
+  for path, expect, size, want in (
+      ('/v1/completions', '100-continue', 10**9, 413),
+      ('/nothing', '100-continue', 9, 404),
+      ('/v1/completions', 'tea', 9, 417)):
+    data = talk(running, head.format(path, expect, size))
+    assert status(data) == want and b'\r\nconnection: close\r\n' in data
+
+
+def test_a_connection_lives_longer_than_clients_keep_it(running):
+  # aiohttp 15 s, Java 30 s, nginx 60 s, Go 90 s.
+  assert Limits().keep_alive_s > 90
+  connections = running.http.server_state.connections
+  with httpx.Client() as pool:
+    pool.get(running.url + '/health')
+
+    def idle():
+      return [c.timeout_keep_alive_task for c in connections
+              if c.timeout_keep_alive_task]
+    until(idle)
+    left_s = idle()[-1].when() - running.http.loop.time()
+    assert left_s > 90
+    pool.get(running.url + '/health')
+
+
+def test_an_idle_connection_is_closed_when_set():
+  server = Running(limits=dataclasses.replace(LIMITS, keep_alive_s=1))
+  try:
+    data = talk(server, 'GET /health HTTP/1.1\nHost: a')  # until it closes
+    assert data.startswith(b'HTTP/1.1 ')
+  finally:
+    server.stop()
+
+
+def test_pages_of_other_sites_ask_only_where_set(running):
+  ask = {'Origin': PAGE, 'Access-Control-Request-Method': 'POST',
+         'Access-Control-Request-Headers': 'authorization,content-type'}
+  path = '/v1/chat/completions'
+  assert httpx.options(running.url + path, headers=ask).status_code == 405
+  assert 'access-control-allow-origin' not in post(
+      running, path, CHAT | {'max_tokens': 1}, headers={'Origin': PAGE}).headers
+  server = Running(origins=(PAGE,), key='secret')
+  try:
+    server.await_status('ready')
+    before = httpx.options(server.url + path, headers=ask)
+    assert before.status_code == 200  # a preflight has no key
+    assert before.headers['access-control-allow-origin'] == PAGE
+    assert 'authorization' in before.headers['access-control-allow-headers']
+    assert httpx.options(server.url + path, headers=ask | {
+        'Origin': 'https://other.example'}).status_code == 400
+    for key, want in (('secret', 200), ('wrong', 401)):  # errors are read too
+      answer = post(server, path, CHAT | {'max_tokens': 1}, headers={
+          'Origin': PAGE, 'Authorization': f'Bearer {key}'})
+      assert answer.status_code == want
+      assert answer.headers['access-control-allow-origin'] == PAGE
+      assert 'X-Request-Id' in answer.headers['access-control-expose-headers']
+  finally:
+    server.stop()
