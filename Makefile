@@ -23,7 +23,7 @@ test: lint
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/pyrefly check --summary=none --min-severity=error --baseline=tests/goldens/types.json
+	$(BIN)/pyrefly check --summary=none --min-severity=error
 
 # The kernels once more, on the newest Python found (on PATH or of pyenv) and
 # the newest jax that pyproject.toml allows there.
