@@ -125,12 +125,14 @@ def _work(jobs: queue.SimpleQueue[Job | None], began: list[float]) -> None:
   pause_s = 0.0
   while True:
     job = None
-    try:
-      job = jobs.get(timeout=pause_s if waiting else None)
+    # Never a get with a time limit: CPython 3.11 waits for ever where a short
+    # one runs out between its two looks.
+    if waiting and jobs.empty():
+      time.sleep(pause_s)
+    if not waiting or not jobs.empty():
+      job = jobs.get()
       if job is None:
         break
-    except queue.Empty:
-      pass
     began.append(time.monotonic())
     if job is not None and not job.look():
       waiting.append(job)
