@@ -22,10 +22,11 @@ def base():
   """The address of a server with room for the words that clients add."""
   running = web.Running(lambda report: serve(
       web.MODEL, web.PLACEMENT, dataclasses.replace(
-          web.CONFIG, max_len=MAX_LEN), jax.devices()[:2], report,
-      keep_events=1, make_engine=FakeEngine))
+          web.CONFIG, max_len=MAX_LEN), devices=jax.devices()[:2],
+      report=report, keep_events=1, make_engine=FakeEngine))
   try:
-    running.await_status('ready')
+    running.await_status('ready', 'failed')
+    assert running.service.status == 'ready', running.service.error
     yield running.url + '/v1'
     web.all_back(running)
   finally:
