@@ -27,6 +27,7 @@ from dsjax.http.service import Limits, Service, too_long
 from dsjax.runtime import prompts
 from dsjax.runtime.orchestrator_thread import Call, Gone
 from dsjax.runtime.output import joined
+from dsjax.scheduling import scheduler
 
 LOG = logging.getLogger(__name__)
 LONG_TEXT = 2000  # characters; a longer one is tokenized beside the loop
@@ -98,10 +99,11 @@ class Completions:
     server = self.service.started()
     prompts_ids = [await self.ids(p, body.template_options)
                    for p in body.prompts]
+    context = scheduler.longest(server.scheduler_config)
     seed = secrets.randbits(32) if body.seed is None else body.seed
     wanted = [(ids, sampling) for ids in prompts_ids
-              for sampling in body.sampling(server.config.max_len - len(ids),
-                                            seed, body.num_logprobs)]
+              for sampling in body.sampling(context - len(ids), seed,
+                                            body.num_logprobs)]
     state = request.state
     call = self.service.submit(wanted, state.arrival_s)
     builder = openai_answers.ResponseBuilder(

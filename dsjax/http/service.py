@@ -191,7 +191,8 @@ class Service:
     server = self.started()
     for prompt, sampling in requests:
       server.check(prompt, sampling)
-      most = sampling.max_tokens or server.config.max_len - len(prompt)
+      most = sampling.max_tokens or (
+          scheduler.longest(server.scheduler_config) - len(prompt))
       why = scheduler.never_fits(server.scheduler_config, len(prompt), most)
       if why:
         raise too_long(server.config.max_len, why)

@@ -150,8 +150,8 @@ class OrchestratorThread:
     self.streams: set[Stream] = set()
     self.progress, self.clock, self.moved_s = '', clock, clock()
     self._make, self._observer, self._on_updates = make, observer, on_updates
-    self._inbox: queue.SimpleQueue[list[Stream] | Stream | None] = (
-        queue.SimpleQueue())
+    self._inbox: queue.Queue[list[Stream] | Stream | None] = (
+        queue.Queue())
     self._open: dict[int, Stream] = {}
     self._stopping = False
     self.thread = threading.Thread(target=self._work, name='orchestrator',
