@@ -31,6 +31,7 @@ Exit codes: see experiments.common.cli.
 
 import concurrent.futures
 import contextlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -42,7 +43,7 @@ import time
 
 from rich.progress import Progress
 
-from dsjax.config.checks import require
+from dsjax.config.checks import InputError, require
 from dsjax.kernels import compiled
 from experiments.aot import report as aot_report
 from experiments.aot import steps as aot_steps
@@ -175,8 +176,14 @@ def main(options, console):
   """Compiles what the flags name; returns the exit code."""
   for name, allowed in (('models', aot_steps.SETUPS),
                         ('gpus', aot_steps.GPUS)):
-    for value in getattr(options, name):
-      require(value in allowed, f'--{name}', value, f'of {list(allowed)}')
+    asked = getattr(options, name)
+    require(asked and set(asked) <= set(allowed), f'--{name}', asked,
+            f'of {list(allowed)}')
+  try:
+    aot_steps.versions()
+  except importlib.metadata.PackageNotFoundError as error:
+    raise InputError(f'{error.name} is not installed: `make aot` makes an '
+                     'environment that has it') from error
   try:
     return run(console, [(model, gpu) for model in options.models
                          for gpu in options.gpus],

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsjax.checkpoints import checkpoint
+from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig, InstanceConfig
 from dsjax.config.placement import Placement, Plan
 from dsjax.config.request import Request, Sampling
@@ -345,10 +346,12 @@ def run(options, console):
   del console
   cli.prepare(2)
   parts = options.only or list('abcde') + ['f'] * options.peers
-  rounds = options.rounds
-  loaded, results = checkpoint.load('smollm2-135m-instruct'), []
+  require(set(parts) <= set('abcdef'), '--only', parts, 'of a,b,c,d,e,f')
+  rounds, results = options.rounds, []
   if 'c' in parts:
     bench_scheduler(results)
+  if set(parts) != {'c'}:
+    loaded = checkpoint.load('smollm2-135m-instruct')
   if 'a' in parts or 'f' in parts:
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ('model',))
     one = engine.Engine(loaded, [mesh], 'colocated', CONFIG)
@@ -369,7 +372,8 @@ def run(options, console):
                 functools.partial(add, results))
   show(results)
   if options.out:
-    provenance.save_json(options.out, results, cli.asked(options, FLAGS))
+    provenance.save_json(options.out, {'rows': results},
+                         cli.asked(options, FLAGS))
 
 
 if __name__ == '__main__':

@@ -8,8 +8,8 @@ For each pair TPxPP:TPxPP it prints
             heads are replicated on the target;
   copies    arrays sent;
   GB/s      copied bytes over the time from dispatch to the last page in
-            place, against a plain `jax.device_put` of the same pieces to the
-            same devices (no gather, no scatter);
+            place, and its share of what a plain `jax.device_put` of the same
+            pieces to the same devices has (no gather, no scatter);
   step, x   a decode step of 4 rows on the target, and how many times as long
             it takes while one migration a step arrives there: the median of
             pairs, and in brackets the least and the most;
@@ -29,6 +29,7 @@ import numpy as np
 
 import dsjax
 from dsjax.checkpoints.weights import random_params
+from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig
 from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Placement
@@ -155,25 +156,27 @@ def run(options, console):
   """Measures every pair and prints a line each."""
   del console
   cli.prepare(options.devices)
-  pairs = [Placement.parse('prefill={},decode={}'.format(
-      *pair.split(':', 1), '')) for pair in options.pairs]
+  for pair in options.pairs:
+    require(pair.count(':') == 1, '--pairs', pair, 'TPxPP:TPxPP')
+  pairs = [Placement.parse('prefill={},decode={}'.format(*pair.split(':')),
+                           '--pairs') for pair in options.pairs]
   config = dataclasses.replace(CONFIG, max_len=max(512, options.tokens))
   config = configs.override(config, options.set)
   loaded, results = load(options.model), []
   print(f'{loaded.config.name}, {options.tokens} tokens, '
         f'{len(jax.devices())} {jax.devices()[0].device_kind} devices')
-  print(f'{"tp x pp":>14} {"needed":>8} {"copied":>8} {"ratio":>6} '
-        f'{"copies":>7} {"GB/s":>6} {"put":>6} {"share":>6} {"step ms":>8} '
-        f'{"x":>5} {"":12} {"hidden":>7}')
+  print(f'{"tp x pp":9} {"needed":>8} {"copied":>8} {"ratio":>5} '
+        f'{"copies":>6} {"GB/s":>5} {"share":>5} {"step ms":>7} '
+        f'{"x":>5} {"":12}{"hidden":>7}')
   for name, placement in zip(options.pairs, pairs, strict=True):
     row = Bench(loaded, placement, config, options.tokens).run(options.rounds)
     results.append(dict(pair=name, **row))
-    print(f'{name.replace(":", " > "):>14} {row["needed_mb"]:7.1f}M '
-          f'{row["copied_mb"]:7.1f}M {row["ratio"]:6.2f} {row["copies"]:7d} '
-          f'{row["gb_per_s"]:6.2f} {row["put_gb_per_s"]:6.2f} '
-          f'{row["gb_per_s"] / row["put_gb_per_s"]:6.2f} '
-          f'{row["step_ms"]:8.1f} {row["slower"]:5.2f} '
-          f'[{row["slower_range"][0]:.2f}, {row["slower_range"][1]:.2f}] '
+    print(f'{name.replace(":", " > "):9} {row["needed_mb"]:7.1f}M '
+          f'{row["copied_mb"]:7.1f}M {row["ratio"]:5.2f} {row["copies"]:6d} '
+          f'{row["gb_per_s"]:5.2f} '
+          f'{row["gb_per_s"] / row["put_gb_per_s"]:5.2f} '
+          f'{row["step_ms"]:7.1f} {row["slower"]:5.2f} '
+          f'[{row["slower_range"][0]:.2f}, {row["slower_range"][1]:.2f}]'
           f'{row["hidden"]:7.2f}', flush=True)
     if options.out:
       provenance.save_json(options.out, {'pairs': results},

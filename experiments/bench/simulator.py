@@ -29,6 +29,7 @@ import numpy as np
 from dsjax import workload
 from dsjax.analysis import metrics
 from dsjax.analysis.record import Record
+from dsjax.config.checks import require
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.placement import Slo
 from dsjax.config.request import Request, Sampling
@@ -195,31 +196,34 @@ def measure(case, n, rounds):
 def run(options, console):
   """Runs every case and prints a line each."""
   del console
-  found, others = {}, machine.Others()
-  print('case | leap | step | floor | heapq | simpy | leap/simpy | '
-        'floor/simpy | leap/floor | steps | leapt | tokens | decoding | '
-        'attainment')
+  require(set(options.only) <= set(CASES), '--only', options.only,
+          f'of {list(CASES)}')
+  results, others = {}, machine.Others()
+  print(f'{"requests a CPU second":22}' + ''.join(f'{name:>9}' for name in (
+      'leap', 'step', 'floor', 'heapq', 'simpy')))
   for name, case in CASES.items():
     if options.only and name not in options.only:
       continue
-    r = found[name] = measure(case, options.requests, options.rounds)
+    r = results[name] = measure(case, options.requests, options.rounds)
     yardstick = r.get('simpy', float('nan'))
-    print(f'{name} | {r["leap"]:.0f} | {r["step"]:.0f} | {r["floor"]:.0f} | '
-          f'{r["heapq"]:.0f} | {yardstick:.0f} | '
-          f'{r["leap"] / yardstick:.1f} | {r["floor"] / yardstick:.1f} | '
-          f'{r["leap"] / r["floor"]:.2f} | {r["steps"]:.1f} | '
-          f'{r["leapt"]:.1f} | {r["tokens"]:.0f} | {r["batch"]:.1f} | '
-          f'{r["attainment"]:.2f}', flush=True)
+    print(f'{name:22}{r["leap"]:9.0f}{r["step"]:9.0f}{r["floor"]:9.0f}'
+          f'{r["heapq"]:9.0f}{yardstick:9.0f}\n'
+          f'  leap {r["leap"] / yardstick:.1f} and floor '
+          f'{r["floor"] / yardstick:.1f} of simpy, leap '
+          f'{r["leap"] / r["floor"]:.2f} of floor\n'
+          f'  a request: {r["steps"]:.1f} steps, {r["leapt"]:.1f} leapt, '
+          f'{r["tokens"]:.0f} tokens; {r["batch"]:.1f} decode; '
+          f'{r["attainment"]:.0%} attained', flush=True)
     if options.profile:
       profile = cProfile.Profile()
       sent = requests(case, options.requests)
       profile.runcall(simulator.simulate, case.config(), sent,
                       Affine(case.pp), LINK)
       pstats.Stats(profile).sort_stats('tottime').print_stats(14)
-  print(f'requests a CPU second; steps, leapt: a request. Others used '
-        f'{others.cores()} cores.')
+  cores = others.cores()
+  print('Cores that others used:', '-' if cores is None else f'{cores:.1f}')
   if options.out:
-    provenance.save_json(options.out, found, cli.asked(options, FLAGS))
+    provenance.save_json(options.out, results, cli.asked(options, FLAGS))
 
 
 if __name__ == '__main__':

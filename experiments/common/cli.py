@@ -10,7 +10,9 @@ import contextlib
 import math
 import os
 import pathlib
+import signal
 import sys
+import threading
 import types
 from typing import Any, NamedTuple
 
@@ -152,6 +154,15 @@ def exit_code(run, *args) -> int:
     return 130
 
 
+def _not_raised(lost):
+  """Ctrl-C once more, where Python drops it: in a callback of the garbage
+  collector (jax has one), a weak reference or a __del__."""
+  if isinstance(lost.exc_value, KeyboardInterrupt):
+    threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+  else:
+    sys.__unraisablehook__(lost)
+
+
 def _read_flags(argv):
   """Of flags.FLAGS: what is left of argv."""
   try:
@@ -173,6 +184,7 @@ def main(run, defined: dict[str, Any], config=None,
       them.
     verbosity: of absl's logging, unless the command line asks for more.
   """
+  sys.unraisablehook = _not_raised
   for name, value in defined.items():
     _flag(name, value).define(name, flags.FLAGS)
     # --help lists them as the program's own.

@@ -28,7 +28,8 @@ def load(name):
   """The `config` of a file: a path that ends in .py, or a name in configs/.
 
   Raises:
-    InputError: no such file (naming the nearest), or it defines none.
+    InputError: no such file (naming the nearest), it cannot be run, or it
+      defines none.
   """
   path = pathlib.Path(name)
   if path.suffix != '.py':
@@ -37,7 +38,13 @@ def load(name):
             + f'one of {names()}, or the path of a .py file')
   if not path.is_file():
     raise InputError(f'--config={name}: no such file')
-  config = runpy.run_path(str(path)).get('config')
+  try:
+    config = runpy.run_path(str(path)).get('config')
+  except InputError:
+    raise
+  except (Exception, SystemExit) as error:
+    raise InputError(f'--config={name}: cannot be run: '
+                     f'{type(error).__name__}: {error}') from error
   require(dataclasses.is_dataclass(config), '--config', str(name),
           'a file that defines `config`, a dataclass')
   return config

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import hashlib
 import json
+import math
 import os
 import pathlib
 import platform
@@ -74,10 +75,25 @@ def made_by(options: Mapping[str, Any],
           'options': dict(options), 'data': data(read), 'machine': machine()}
 
 
+def finite(value: Any) -> Any:
+  """A value of JSON with null for nan and inf, which JSON does not know."""
+  if isinstance(value, Mapping):
+    return {key: finite(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [finite(item) for item in value]
+  return None if isinstance(value, float) and not math.isfinite(
+      value) else value
+
+
 def save_json(path: str | os.PathLike[str], result: Mapping[str, Any],
               options: Mapping[str, Any],
               read: Iterable[str | os.PathLike[str] | None] = ()) -> None:
-  """Writes a result, and under 'made_by' what made_by says of it."""
-  text = json.dumps({KEY: made_by(options, read)} | dict(result), indent=1,
+  """Writes a result, and under 'made_by' what made_by says of it.
+
+  A folder that is missing is made: what was measured is not lost for it.
+  """
+  text = json.dumps(finite({KEY: made_by(options, read), **result}), indent=1,
                     ensure_ascii=False)
-  pathlib.Path(path).write_text(text + '\n', encoding='utf-8')
+  file = pathlib.Path(path)
+  file.parent.mkdir(parents=True, exist_ok=True)
+  file.write_text(text + '\n', encoding='utf-8')

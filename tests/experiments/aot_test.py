@@ -1,5 +1,6 @@
 """What experiments.aot reads in compiled programs and calls a fault."""
 
+import importlib.metadata
 import json
 import sys
 
@@ -7,10 +8,12 @@ import pytest
 from rich.console import Console
 from rich.measure import Measurement
 
+from dsjax.config.checks import InputError
 from dsjax.kernels import compiled
 from experiments.aot import __main__ as aot
 from experiments.aot import report as aot_report
 from experiments.aot import steps as aot_steps
+from experiments.common import cli
 
 HLO = """
   %copy.1 = bf16[4,64,16,128]{3,2,1,0} copy(%p.1)
@@ -116,6 +119,17 @@ def test_a_child_that_crashes_is_a_row_and_the_next_goes_on():
   assert [r['error'] for r in rows[1::2]] == [
       'exit code 134: LLVM ERROR: no'] * (len(names) // 2)
   assert rows[1]['step'] == names[1] and len(rows) == len(names)
+
+
+@pytest.mark.parametrize('changes, says', [
+    ({'models': ['opt']}, '--models='), ({'gpus': []}, '--gpus='),
+    ({'models': ['opt-13b']}, 'nvidia-cuda-nvcc is not installed: `make aot`')])
+def test_what_it_cannot_compile_is_one_clear_error(monkeypatch, changes, says):
+  def no_compiler():
+    raise importlib.metadata.PackageNotFoundError('nvidia-cuda-nvcc')
+  monkeypatch.setattr(aot_steps, 'versions', no_compiler)
+  with pytest.raises(InputError, match=says):
+    aot.main(cli.options(aot.FLAGS, **changes), None)
 
 
 def test_the_golden_table_holds_and_has_every_step():

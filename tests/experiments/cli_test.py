@@ -78,6 +78,33 @@ def test_the_exit_code_of_a_command_line(words, code, says):
   assert done.stderr.count('\n') <= 1
 
 
+LOST = '''
+import gc, signal, sys, time
+from experiments.common import cli
+
+def once(phase, info):
+  gc.callbacks.remove(once)
+  signal.raise_signal(signal.SIGINT)
+  for _ in range(10):  # where Python looks for signals
+    pass
+
+def run(options, console):
+  gc.callbacks.append(once)
+  gc.collect()
+  for _ in range(600):  # as runners poll; one long sleep may miss it
+    time.sleep(0.05)
+
+sys.argv[1:] = []
+cli.main(run, {})
+'''
+
+
+def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost():
+  done = subprocess.run([sys.executable, '-c', LOST], text=True, timeout=50,
+                        capture_output=True, check=False, cwd=cli.ROOT)
+  assert (done.returncode, done.stderr) == (130, 'stopped\n')
+
+
 def test_options_knows_only_what_is_defined():
   assert cli.options({'seed': 3}).seed == 3
   with pytest.raises(InputError, match='sed'):

@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+import math
 import subprocess
 import sys
 
 import jax
+import pytest
 
 import dsjax
+from dsjax.config.checks import InputError
+from experiments.bench import engine, simulator
 from experiments.common import cli, provenance
 
 
@@ -26,6 +30,36 @@ def test_a_result_says_how_it_was_made(tmp_path):
   assert made['machine']['jax'] == jax.__version__
   assert made['machine']['devices'] and made['machine']['cores'] > 0
   assert str(tmp_path) not in json.dumps(made)
+
+
+def test_a_file_of_results_is_json_in_a_folder_that_is_made(tmp_path):
+  path = tmp_path / 'a' / 'b' / 'x.json'
+  provenance.save_json(path, {'rows': [math.nan, (1.5, -math.inf)]},
+                       {'ttft_s': math.inf})
+
+  def refuse(word):
+    raise AssertionError(word)
+  read = json.loads(path.read_text(), parse_constant=refuse)
+  assert read['rows'] == [None, [1.5, None]]
+  assert read['made_by']['options'] == {'ttft_s': None}
+
+
+@pytest.mark.parametrize('bench, changes', [
+    (engine, {'only': ['c']}),
+    (simulator, {'only': ['colocated'], 'requests': 20, 'rounds': 1})])
+def test_a_bench_writes_its_numbers(tmp_path, bench, changes, capsys):
+  path = tmp_path / 'bench.json'
+  bench.run(cli.options(bench.FLAGS, out=str(path), **changes), None)
+  written = json.loads(path.read_text())
+  assert written.pop('made_by')['options']['only'] == changes['only']
+  assert len(written) == 1
+  assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize('bench', [engine, simulator])
+def test_a_part_that_a_bench_does_not_have_is_named(bench):
+  with pytest.raises(InputError, match='--only=.*nothing'):
+    bench.run(cli.options(bench.FLAGS, only=['nothing']), None)
 
 
 def _git(folder, *words):

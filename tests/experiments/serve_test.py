@@ -221,6 +221,20 @@ def test_unknown_config_names_the_nearest(tmp_path, capsys):
   assert "did you mean 'demo'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('text, says', [
+    ('raise ValueError("boom")', 'ValueError: boom'),
+    ('config = (', 'SyntaxError'), ('import nothing_at_all', 'No module named'),
+    ('import sys; sys.exit(3)', 'SystemExit: 3'),
+    ('import dsjax; config = dsjax.Slo(-1.0, 1.0)', 'Slo.ttft_s=-1.0: must')])
+def test_a_config_that_cannot_be_run_is_one_clear_error(tmp_path, capsys, text,
+                                                        says):
+  path = tmp_path / 'own.py'
+  path.write_text(text)
+  assert start(tmp_path, config=str(path)) == 2
+  said = capsys.readouterr().err
+  assert said.startswith('error: ') and says in said and said.count('\n') == 1
+
+
 def test_azure_config_asks_for_its_file(tmp_path, capsys):
   assert start(tmp_path, config='azure') == 2
   assert 'Trace_conv.csv: cannot be read' in capsys.readouterr().err
