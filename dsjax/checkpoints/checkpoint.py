@@ -10,7 +10,13 @@ import os
 import pathlib
 from typing import NamedTuple
 
-from dsjax.checkpoints import gguf_tokenizer, hf_config, orbax_file, tiny
+from dsjax.checkpoints import (
+  gguf_model,
+  gguf_tokenizer,
+  hf_config,
+  orbax_file,
+  tiny,
+)
 from dsjax.checkpoints.family import Family
 from dsjax.checkpoints.gguf_file import read_gguf
 from dsjax.checkpoints.gguf_model import load_gguf
@@ -106,7 +112,8 @@ def load(name_or_path: str | os.PathLike[str], dtype: str = 'float32',
                  tiny.make_tokenizer())
   path = find(name)
   if not path.is_dir():
-    tokenizer = gguf_tokenizer.load(path)  # fails sooner than weights are read
+    gguf_model.read_config(path, family)  # fails before the tokenizer does,
+    tokenizer = gguf_tokenizer.load(path)  # and both before weights are read
     return Model(*load_gguf(path, dtype, family), tokenizer)
   if (path / orbax_file.CONFIG).is_file():
     return Model(*load_orbax(path, dtype))

@@ -243,12 +243,28 @@ def load_gguf(
       hyperparameter or tensor).
   """
   weights.check_dtype(dtype)
-  path = pathlib.Path(path)
+  reader = _reader(path, family)
+  with naming(path):
+    return reader.config, weights.tree(
+        reader.config, lambda leaf, layer: reader.read(leaf, layer, dtype))
+
+
+def read_config(path: str | os.PathLike[str],
+                family: Family | None = None) -> ModelConfig:
+  """The ModelConfig of a GGUF file that load_gguf reads, without its weights.
+
+  Raises:
+    InputError: as load_gguf.
+  """
+  return _reader(path, family).config
+
+
+def _reader(path, family):
+  """A _Reader of a file whose keys and tensors are all known."""
   meta, tensors = read_gguf(path)
   with naming(path):
     form = _gguf(meta, (family,) if family else FAMILIES)
-    config = _config(meta, tensors, path.stem, form)
-    reader = _Reader(config, form, tensors)
+    reader = _Reader(_config(meta, tensors, pathlib.Path(path).stem, form),
+                     form, tensors)
     reader.check()
-    return config, weights.tree(config, lambda leaf, layer: reader.read(
-        leaf, layer, dtype))
+  return reader
