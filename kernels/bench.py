@@ -581,6 +581,17 @@ def check_flags(given: flags.FlagValues) -> tuple[str, str | None]:
   return paged.device().name, None
 
 
+def read_flags(argv: Sequence[str]) -> list[str]:
+  """FLAGS of a command line; ends the program with 2 for bad ones."""
+  try:
+    return FLAGS(argv)
+  except flags.Error as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+  except SystemExit:  # --help, which absl takes for a failure
+    sys.exit(0)
+
+
 def main(_: Sequence[str]) -> None:
   """What `python -m kernels.bench` does."""
   logging.set_verbosity(logging.WARNING)
@@ -600,4 +611,4 @@ def main(_: Sequence[str]) -> None:
 
 if __name__ == '__main__':
   FLAGS = define_flags()
-  app.run(main)
+  app.run(main, flags_parser=read_flags)

@@ -107,7 +107,7 @@ class Placement:
       name, equals, plan = item.strip().rpartition('=')
       role = name if equals else role
       require(role in ROLES and _SIZES.fullmatch(plan), field, text,
-              f'role=TPxPP, ... with roles of {ROLES}, such as '
+              f'role=TPxPP, ... with roles of {tuple(ROLES)}, such as '
               'prefill=1x1,decode=1x1')
       plans.setdefault(role, []).append(Plan.parse(plan))
     return cls(**plans)
