@@ -60,7 +60,7 @@ class Flag(NamedTuple):
               list: flags.DEFINE_list, tuple: flags.DEFINE_multi_string}[kind]
       default = list(self.default) if kind is tuple else self.default
       make(name, default, self.help, flag_values=values, **bounds)
-    if kind is float:
+    if kind is float and self.low is not None:
       flags.register_validator(name, lambda x: x is None or not math.isnan(x),
                                'must be a number', flag_values=values)
 
