@@ -12,8 +12,8 @@ are compiled for the three modes together, not 22.
 It should say that every mode answered 24 of 24, that nothing was compiled
 while serving and that all answers are equal token for token; then the tables,
 the verdict and where the files are. On a 2-core CPU machine that did nothing
-else: no clear winner; attained 100 %, 96 % and 92 %; TPOT p90 101, 135 and
-126 ms; TTFT p90 823, 762 and 739 ms.
+else: no clear winner; attained 100 %, 92 % and 92 %; TPOT p90 111, 137 and
+137 ms; TTFT p90 976, 613 and 799 ms.
 """
 
 from configs.serve import Serve, Workload
