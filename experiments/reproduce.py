@@ -14,7 +14,6 @@ keeps what is finished. Exit codes: 0; 2 for bad input; 130 by Ctrl-C.
 
 import io
 import json
-import math
 import pathlib
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from PIL import Image
 from rich.table import Table
 
 from dsjax.config.checks import require
-from experiments.common import cli
+from experiments.common import cli, provenance
 from experiments.paper import comparison, end_to_end, figures
 
 FIGURES = {k: (figures.FIGURES | end_to_end.FIGURES)[k] for k in (
@@ -101,18 +100,8 @@ def save(out, name, data, draw):
   figure.savefig(picture, dpi=80)
   Image.open(picture).convert('RGB').quantize(48).save(
       out / f'{name}.png', optimize=True)
-  (out / f'{name}.json').write_text(json.dumps(_plain(data), indent=1) + '\n')
-
-
-def _plain(value):
-  """value with None for what JSON has no number for."""
-  if isinstance(value, dict):
-    return {str(k): _plain(v) for k, v in value.items()}
-  if isinstance(value, (list, tuple)):
-    return [_plain(v) for v in value]
-  if isinstance(value, float) and not math.isfinite(value):
-    return None
-  return value
+  (out / f'{name}.json').write_text(
+      json.dumps(provenance.finite(data), indent=1) + '\n')
 
 
 def run(values, console):

@@ -44,7 +44,7 @@ from dsjax.placement.api import build, make_problem, no_load, note, simulated
 from dsjax.placement.candidates import Cluster
 from dsjax.scheduling.events import Finish, Reject
 from dsjax.simulation import profiles, simulator
-from experiments.common import cli, policies, report, terminal
+from experiments.common import cli, policies, provenance, report, terminal
 
 # Colour and hatch of each cause: told apart in grey too.
 LOOKS = dict(zip(attribution.ALL, (
@@ -374,16 +374,6 @@ def _facts(p):
       'advice': p.attribution.advice}
 
 
-def _finite(value):
-  """nan and inf as null, which JSON knows."""
-  if isinstance(value, dict):
-    return {k: _finite(v) for k, v in value.items()}
-  if isinstance(value, (list, tuple)):
-    return [_finite(v) for v in value]
-  return None if isinstance(value, float) and not math.isfinite(
-      value) else value
-
-
 def write(out, points, asked, stopped):
   """Writes records.jsonl (a run once) and summary.json."""
   runs = {(p.placement, p.rate_per_s): p for p in points}
@@ -391,7 +381,7 @@ def write(out, points, asked, stopped):
       out / 'records.jsonl', [r for p in runs.values() for r in p.records],
       [p.placement + (f' at {p.rate_per_s:g}' if p.rate_per_s else '')
        for p in runs.values() for _ in p.records])
-  (out / 'summary.json').write_text(json.dumps(_finite({
+  (out / 'summary.json').write_text(json.dumps(provenance.finite({
       'options': asked, 'stopped': stopped,
       'points': [_facts(p) for p in points]}), indent=1) + '\n')
 

@@ -11,11 +11,12 @@ import os
 import pathlib
 import struct
 import types
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from dsjax.config.checks import InputError
+from dsjax.config.checks import InputError, require
 
 if TYPE_CHECKING:
   import gguf
@@ -182,3 +183,16 @@ def read_gguf(
   start = -(-head.at // align) * align
   return meta, {name: head.tensor(name, start, *row)
                 for name, row in rows.items()}
+
+
+def token_id(meta: Mapping[str, Any], name: str, count: int) -> int | None:
+  """A special token's id, such as that of 'bos'; None: the file names none.
+
+  Raises:
+    InputError: it is not below `count`, the size of the vocabulary.
+  """
+  key = f'tokenizer.ggml.{name}_token_id'
+  value = meta.get(key)
+  require(value is None or value in range(count), key, value,
+          f'an integer below V={count}')
+  return value

@@ -15,7 +15,7 @@ from dsjax.checkpoints import weights
 from dsjax.checkpoints.families import FAMILIES
 from dsjax.checkpoints.family import Family, Gguf, GgufKeys
 from dsjax.checkpoints.files import naming
-from dsjax.checkpoints.gguf_file import Tensor, package, read_gguf
+from dsjax.checkpoints.gguf_file import Tensor, package, read_gguf, token_id
 from dsjax.config import rope
 from dsjax.config.checks import InputError, require
 from dsjax.config.model import ModelConfig
@@ -54,15 +54,6 @@ _NEUTRAL = {'rope.scale_linear': 1.0, 'expert_count': 0,
 _HINTS = (('.bias', 'biases'), ('rope_freqs', 'RoPE scaling'),
           ('exp', 'mixture of experts'), ('gate_inp', 'mixture of experts'))
 _ROPE_FREQS = 'rope_freqs.weight'
-
-
-def _token(meta: Mapping[str, Any], name: str, vocab_size: int) -> int | None:
-  """A special token's id, or None when the file names none."""
-  key = f'tokenizer.ggml.{name}_token_id'
-  value = meta.get(key)
-  require(value is None or value in range(vocab_size), key, value,
-          f'an integer below V={vocab_size}')
-  return value
 
 
 def _rope(get: GgufKeys, tensors: Mapping[str, Tensor], head_dim: int,
@@ -135,7 +126,7 @@ def _config(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str,
   num_layers, max_len = get('block_count'), get('context_length')
   require(num_layers <= len(tensors), f'{prefix}block_count', num_layers,
           f'below the {len(tensors)} tensors of the file')
-  ends = [_token(meta, end, vocab_size) for end in ('eos', 'eot', 'eom')]
+  ends = [token_id(meta, end, vocab_size) for end in ('eos', 'eot', 'eom')]
   base: dict[str, Any] = dict(
       name=meta.get('general.name') or name,
       num_layers=num_layers, d_model=d_model, num_heads=num_heads,
@@ -143,7 +134,7 @@ def _config(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str,
       head_dim=head_dim, vocab_size=vocab_size,
       max_len=max_len, norm_eps=get(family.norm_eps, float),
       tied='output.weight' not in tensors,
-      bos_id=_token(meta, 'bos', vocab_size),
+      bos_id=token_id(meta, 'bos', vocab_size),
       eos_ids=tuple(sorted({end for end in ends if end is not None})))
   ModelConfig(**base, d_ff=1)  # is checked before more is made of it
   fields = base | family.fields(get, base)

@@ -86,7 +86,8 @@ def _vocabulary(meta: Mapping[str, Any]) -> Vocabulary:
   types = _list(meta, 'token_type', int) or [_NORMAL] * len(tokens)
   require(tokens and len(types) == len(tokens), 'tokenizer.ggml.token_type',
           len(types), f'one for each of {len(tokens)} tokens')
-  named = {name: _token(meta, name, len(tokens)) for name in _TEXTS}
+  named = {name: gguf_file.token_id(meta, name, len(tokens))
+           for name in _TEXTS}
   texts = {f'{short}_token': tokens[i] for name, short in _TEXTS.items()
            if (i := named[name]) is not None}
   source = meta.get('tokenizer.chat_template')
@@ -134,14 +135,6 @@ def _vocabulary(meta: Mapping[str, Any]) -> Vocabulary:
       bos_id=named['bos'], eos_id=named['eos'],
       prefix=(named['bos'],) if add_bos and named['bos'] is not None else (),
       template=template)
-
-
-def _token(meta: Mapping[str, Any], name: str, count: int) -> int | None:
-  key = f'tokenizer.ggml.{name}_token_id'
-  value = meta.get(key)
-  require(value is None or value in range(count), key, value,
-          f'below {count}')
-  return value
 
 
 def gguf_bpe(pre: str, vocab: dict[str, int], merges: Sequence[str]) -> Any:

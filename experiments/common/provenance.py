@@ -76,9 +76,9 @@ def made_by(options: Mapping[str, Any],
 
 
 def finite(value: Any) -> Any:
-  """A value of JSON with null for nan and inf, which JSON does not know."""
+  """A value of JSON: keys are text, nan and inf, which it lacks, null."""
   if isinstance(value, Mapping):
-    return {key: finite(item) for key, item in value.items()}
+    return {str(key): finite(item) for key, item in value.items()}
   if isinstance(value, list | tuple):
     return [finite(item) for item in value]
   return None if isinstance(value, float) and not math.isfinite(

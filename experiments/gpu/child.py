@@ -1,14 +1,12 @@
 """How every task of experiments.gpu begins: its flags, its file, its card."""
 
 import datetime
-import os
 import pathlib
-import platform
 import subprocess
 from collections.abc import Callable
 from typing import Any
 
-from experiments.common import cli
+from experiments.common import cli, provenance
 from experiments.gpu.lines import Lines, Target
 
 FLAGS = {
@@ -37,12 +35,11 @@ def machine() -> dict[str, Any]:
   import numpy as np
 
   device = jax.devices()[0]
-  return {'device': device.device_kind, 'driver': driver(),
-          'memory_bytes': (device.memory_stats() or {}).get('bytes_limit'),
-          'jax': jax.__version__, 'jaxlib': jaxlib.__version__,
-          'numpy': np.__version__, 'python': platform.python_version(),
-          'cores': os.cpu_count(),
-          'date': datetime.date.today().isoformat()}
+  return provenance.machine() | {
+      'commit': provenance.commit(), 'date': datetime.date.today().isoformat(),
+      'device': device.device_kind, 'driver': driver(),
+      'memory_bytes': (device.memory_stats() or {}).get('bytes_limit'),
+      'jaxlib': jaxlib.__version__, 'numpy': np.__version__}
 
 
 def driver() -> str | None:

@@ -21,7 +21,7 @@ from dsjax.config.request import Sampling
 from dsjax.model import sampling
 from dsjax.runtime.orchestrator import serve
 from dsjax.scheduling import scheduler
-from tests.common import tiny
+from tests.common import fake_engine, tiny
 
 
 class Letters:
@@ -82,6 +82,16 @@ def server_of(mode, config=PAGES_4, model=MODEL, **options):
   placement, devices = MODES[mode]
   return serve(model, placement, config,
                devices=[jax.devices()[i] for i in devices], **options)
+
+
+def fake_server_of(mode='1p1d', config=PAGES_4, **options):
+  """As server_of, on engines that compile nothing."""
+  return server_of(mode, config, make_engine=fake_engine.FakeEngine, **options)
+
+
+def expected_of_fakes(prompt, params):
+  """The tokens a request must give on fake engines."""
+  return fake_engine.expected(prompt, params, (EOS,), Letters.vocab_size)
 
 
 # --- the oracle --------------------------------------------------------------

@@ -23,19 +23,17 @@ from dsjax.config.request import Request, Sampling
 from dsjax.runtime.output import RequestFailed
 from dsjax.scheduling.policy import DISTSERVE, PolicyError
 from tests.common import fake_engine, serving, tiny
-from tests.common.serving import EOS, PAGES_4, Letters, check_tidy, drain, job
+from tests.common.serving import PAGES_4, check_tidy, drain, job
 
 pytestmark = pytest.mark.usefixtures('no_hang')
 CONFIG = dataclasses.replace(PAGES_4, tries=50, restarts=50, restart_s=0.0)
-server_of = functools.partial(serving.server_of, config=CONFIG,
-                              make_engine=fake_engine.FakeEngine)
+server_of = functools.partial(serving.fake_server_of, config=CONFIG)
 PROMPT, PARAMS = job(6, 5, ignore_eos=True)
 
 
 def greedy(prompt, count=5):
-  return fake_engine.expected(
-      prompt, Sampling(max_tokens=count, ignore_eos=True), (EOS,),
-      Letters.vocab_size)
+  return serving.expected_of_fakes(
+      prompt, Sampling(max_tokens=count, ignore_eos=True))
 
 
 def serves_on(server, oracle=greedy):

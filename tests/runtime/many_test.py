@@ -12,7 +12,6 @@ import pytest
 
 import dsjax
 from dsjax.config.checks import InputError
-from dsjax.config.request import Sampling
 from dsjax.runtime.async_server import AsyncServer
 from dsjax.runtime.output import Interrupted
 from dsjax.scheduling import scheduler
@@ -20,7 +19,6 @@ from dsjax.scheduling.events import DecodeDone
 from experiments.verify.faults import COPY, Injector
 from tests.common import fake_engine, serving, tiny
 from tests.common.serving import (
-  EOS,
   LONG,
   MIXED,
   MODEL,
@@ -33,17 +31,13 @@ from tests.common.serving import (
 )
 
 pytestmark = pytest.mark.usefixtures('no_hang')
-server_of = functools.partial(serving.server_of, '1p1d',
-                              make_engine=fake_engine.FakeEngine)
 WORK = MIXED + LONG
 PROMPTS, PARAMS = zip(*WORK, strict=True)
 FAULTY = dataclasses.replace(PAGES_4, tries=0, restarts=50, restart_s=0.0)
 
 
-def want(work):
-  prompt, params = work
-  return fake_engine.expected(prompt, Sampling(**params), (EOS,),
-                              Letters.vocab_size)
+server_of = serving.fake_server_of
+want = functools.partial(serving.want, oracle=serving.expected_of_fakes)
 
 
 @pytest.fixture
@@ -154,7 +148,7 @@ def test_a_handler_of_the_programs_own_is_called_between_transitions(
 
 @pytest.mark.parametrize('errors', ('raise', 'return'))
 def test_a_failed_request_is_told_once_the_others_have_ended(errors):
-  with server_of(FAULTY) as server, Injector(server) as injector:
+  with server_of(config=FAULTY) as server, Injector(server) as injector:
     injector.arm(1, COPY, 'raise', when=lambda c, _: c.id == 1)
     if errors == 'raise':
       with pytest.raises(dsjax.RequestFailed, match='given up') as failed:

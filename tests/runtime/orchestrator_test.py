@@ -38,12 +38,8 @@ from tests.common.serving import (
 )
 
 pytestmark = pytest.mark.usefixtures('no_hang')
-server_of = functools.partial(serving.server_of,
-                              make_engine=fake_engine.FakeEngine)
-
-
-def expected(prompt, sampling):
-  return fake_engine.expected(prompt, sampling, (EOS,), Letters.vocab_size)
+expected = serving.expected_of_fakes
+server_of = serving.fake_server_of
 
 
 def greedy(prompt, count):

@@ -13,28 +13,22 @@ from dsjax.config.checks import InputError
 from dsjax.config.request import Request, Sampling
 from dsjax.runtime.async_server import AsyncServer
 from dsjax.runtime.output import RequestFailed
-from tests.common import fake_engine, serving, tiny
+from tests.common import serving, tiny
 from tests.common.serving import (
-  EOS,
   LONG,
   MIXED,
   PAGES_4,
-  Letters,
   check_tidy,
   drain,
   job,
 )
 
 pytestmark = pytest.mark.usefixtures('no_hang')
-server_of = functools.partial(serving.server_of, '1p1d',
-                              make_engine=fake_engine.FakeEngine)
 WORK = (MIXED + LONG) * 4
 
 
-def want(work):
-  prompt, params = work
-  return fake_engine.expected(prompt, Sampling(**params), (EOS,),
-                              Letters.vocab_size)
+server_of = serving.fake_server_of
+want = functools.partial(serving.want, oracle=serving.expected_of_fakes)
 
 
 def generate(server, work):
