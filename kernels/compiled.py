@@ -1,14 +1,17 @@
-"""Kernels in machine code for a GPU that is not here: registers and the like.
+"""Kernels in machine code: registers and the like. Nothing is run.
 
-Needs XLA's CUDA plugin and NVIDIA's assembler (`make .venv-aot/installed`) and
-a description of the GPU. Nothing is run.
+For a GPU that is not here it needs XLA's CUDA plugin, NVIDIA's assembler (`make
+.venv-aot/installed`) and a description of the GPU; for the GPU that is here,
+the assembler alone.
 """
 
 import contextlib
 import importlib.util
 import inspect
+import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sysconfig
 import tempfile
@@ -21,9 +24,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from dsjax.kernels import paged
 
-# paged.Device: description, architecture, device_kind.
-GPUS = {'A100': ('a100', 'sm_80', 'NVIDIA A100-SXM4-80GB'),
-        'H100': ('h100', 'sm_90a', 'NVIDIA H100 80GB HBM3')}
+# paged.Device: description, device_kind.
+GPUS = {'A100': ('a100', 'NVIDIA A100-SXM4-80GB'),
+        'H100': ('h100', 'NVIDIA H100 80GB HBM3')}
 FOLDER = pathlib.Path(__file__).resolve().parent.parent.joinpath(
     'experiments', 'aot', 'gpus')
 CUDA = pathlib.Path(sysconfig.get_path('purelib')) / 'nvidia' / 'cu13'
@@ -40,7 +43,7 @@ class Kernel(NamedTuple):
 
 
 def described(
-    kind: str = GPUS['H100'][2]
+    kind: str = GPUS['H100'][1]
 ) -> contextlib.AbstractContextManager[Any]:
   """A context in which this is the device; newer JAX wants to know it."""
   named: dict[str, Any] = dict(device_kind=kind,
@@ -51,17 +54,29 @@ def described(
       (), (), abstract_device=AbstractDevice(**named)))
 
 
+def is_here() -> bool:
+  """Whether JAX uses a GPU that is here."""
+  return jax.default_backend() in ('gpu', 'cuda')
+
+
 def available(name: str) -> bool:
   """Whether kernels can be compiled for this paged.Device here."""
-  return (name in GPUS and importlib.util.find_spec('jax_plugins') is not None
-          and (CUDA / 'bin' / 'ptxas').exists() and FOLDER.is_dir())
+  return assembler() is not None and (is_here() or (
+      name in GPUS and importlib.util.find_spec('jax_plugins') is not None
+      and FOLDER.is_dir()))
+
+
+def assembler() -> str | None:
+  """NVIDIA's ptxas: of Python's packages, the PATH or the toolkit's folder."""
+  return shutil.which('ptxas', path=os.pathsep.join((
+      str(CUDA / 'bin'), os.environ.get('PATH', ''), '/usr/local/cuda/bin')))
 
 
 def environment(dump: str | pathlib.Path) -> dict[str, str]:
   """To be set before jax is first used; `dump`: an empty folder."""
+  data = f'--xla_gpu_cuda_data_dir={CUDA} ' * (CUDA / 'bin').is_dir()
   return {'MOSAIC_GPU_DUMP_TO': str(dump), 'XLA_FLAGS':
-          f'--xla_gpu_cuda_data_dir={CUDA} --xla_dump_to={dump} '
-          '--xla_dump_emitter_re=ptx'}
+          f'{data}--xla_dump_to={dump} --xla_dump_emitter_re=ptx'}
 
 
 def devices(name: str, count: int = 1) -> list[Any]:
@@ -74,16 +89,19 @@ def devices(name: str, count: int = 1) -> list[Any]:
 
 def compile(name: str, dump: str | pathlib.Path, fn: Callable[..., Any],
             args: Any, donate: tuple[int, ...] = ()) -> dict[str, Kernel]:
-  """{kernel name: Kernel} of a function of abstract args on a paged.Device."""
-  mesh = jax.sharding.Mesh(np.array(devices(name)), ('gpu',))
+  """{kernel name: Kernel} of a function of abstract args on a paged.Device.
+
+  That is the GPU that is here, if one is.
+  """
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1] if is_here()
+                                    else devices(name)), ('gpu',))
   where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=where), args)
-  return compile_step(name, dump, jax.jit(fn, donate_argnums=donate), args,
-                      mesh)[2]
+  return compile_step(dump, jax.jit(fn, donate_argnums=donate), args, mesh)[2]
 
 
-def compile_step(name: str, dump: str | pathlib.Path, step: Any, args: Any,
+def compile_step(dump: str | pathlib.Path, step: Any, args: Any,
                  mesh: jax.sharding.Mesh) -> tuple[Any, Any, dict[str, Kernel]]:
   """A jitted step of abstract arguments on a mesh of `devices`.
 
@@ -94,13 +112,14 @@ def compile_step(name: str, dump: str | pathlib.Path, step: Any, args: Any,
   """
   dump = pathlib.Path(dump)
   for path in dump.glob('*_*'):  # all but a log that may lie there
-    path.unlink()
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
   with jax.set_mesh(mesh):
     lowered = step.lower(*args)
     made = lowered.compile()
-  files = sorted(dump.glob('module_*'))
-  said = ''.join(assemble(p, GPUS[name][1]) for p in files
-                 if p.suffix == '.ptx' and p.stat().st_size)
+  files = sorted(p for p in dump.glob('module_*') if p.is_file())
+  arch = 'sm_' + mesh.devices.flat[0].compute_capability.replace('.', '')
+  said = ''.join(assemble(p, 'sm_90a' if arch == 'sm_90' else arch)
+                 for p in files if p.suffix == '.ptx' and p.stat().st_size)
   launches = ''.join(p.read_text() for p in files
                      if p.name.endswith('thunk_sequence.txt'))
   ours, calls = mosaic(dump, made.as_text())
@@ -138,7 +157,7 @@ def assemble(path: pathlib.Path, arch: str) -> str:
   """What `ptxas -v` says of a PTX file."""
   with tempfile.NamedTemporaryFile() as out:
     return subprocess.run(
-        [CUDA / 'bin' / 'ptxas', '-v', f'-arch={arch}', path, '-o', out.name],
+        [str(assembler()), '-v', f'-arch={arch}', path, '-o', out.name],
         capture_output=True, text=True, check=True).stderr
 
 

@@ -33,7 +33,7 @@ def find(op: str, shape: str, config_class: type[Any],
     ValueError: the file is malformed, or its config does not suit.
   """
   kind = tiles.device_kind()
-  fields = _load(PATH).get(kind, {}).get(op, {}).get(shape)
+  fields = load(PATH).get(kind, {}).get(op, {}).get(shape)
   if fields is None:
     return None
   where = f'{kind}: {op}: {shape}'
@@ -49,23 +49,37 @@ def find(op: str, shape: str, config_class: type[Any],
 
 def save(op: str, shape: str, config: Any) -> None:
   """Puts a config into the file, as this device's."""
-  held = dict(_load(PATH))
+  held = dict(load(PATH))
   ops = held[tiles.device_kind()] = dict(held.get(tiles.device_kind(), {}))
   ops[op] = ops.get(op, {}) | {shape: dataclasses.asdict(config)}
   written = PATH.with_suffix('.new')
   written.write_text(json.dumps(held, indent=1, sort_keys=True) + '\n')
   written.replace(PATH)
-  _load.cache_clear()
+  load.cache_clear()
 
 
 @functools.cache
-def _load(path):
+def load(path: pathlib.Path) -> dict[str, Any]:
+  """What the file holds; nothing where it does not exist.
+
+  Raises:
+    ValueError: it is malformed.
+  """
   if not path.exists():
     return {}
   try:
     held = json.loads(path.read_text())
   except ValueError as error:
     raise ValueError(f'{path.name}: not JSON: {error}') from error
+  return checked(held)
+
+
+def checked(held: Any) -> dict[str, Any]:
+  """held, if it is what the file may hold.
+
+  Raises:
+    ValueError: it is malformed.
+  """
   _table(held, 'the file')
   for kind, ops in held.items():
     for op, shapes in _table(ops, kind).items():

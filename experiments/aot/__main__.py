@@ -50,7 +50,6 @@ from experiments.aot import steps as aot_steps
 from experiments.common import cli
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-GOLDEN = ROOT / 'tests' / 'goldens' / 'aot.json'
 LIMIT_S = 300  # of one step
 
 
@@ -144,19 +143,18 @@ def run(console, pairs, jobs, update):
   """Compiles for each (model, gpu); prints; the exit code."""
   began = time.perf_counter()
   rows = compile_pairs(console, pairs, jobs)
-  golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else None
-  versions = aot_steps.versions()
+  golden, versions = aot_report.golden(), aot_steps.versions()
   if update:
-    kept = golden['rows'] if golden and golden['versions'] == versions else []
+    kept = golden['rows'] if golden['versions'] == versions else []
     golden = dict(versions=versions, rows=aot_report.merge(kept, rows))
-    aot_report.save(GOLDEN, golden)
-  same = golden is not None and golden['versions'] == versions
+    aot_report.save(aot_report.GOLDEN, golden)
+  same = golden['versions'] == versions
   console.print(aot_report.tables(rows))
   wrong = aot_report.faults(rows, golden['rows'] if same else None)
   for fault in wrong:
     console.print(fault, style='red', soft_wrap=True)
   if not same:
-    console.print(f'no {GOLDEN.name} of {versions}: not compared',
+    console.print(f'no {aot_report.GOLDEN.name} of {versions}: not compared',
                   style='yellow')
   console.print(f'{len(rows)} steps in {time.perf_counter() - began:.0f} s; '
                 f'{len(wrong)} faults')

@@ -17,6 +17,9 @@ OURS = {'prefill': {'prefill_attention', 'kv_write'},
 KINDS = ('all-gather', 'all-reduce', 'all-to-all', 'collective-broadcast',
          'collective-permute', 'ragged-all-to-all', 'reduce-scatter')
 TOLERANCE = 0.05  # of bytes
+MEASURED = ('registers', 'spilled', 'shared')  # of a kernel, also on a GPU
+FOLDER = pathlib.Path(__file__).parent
+GOLDEN = FOLDER.parents[1] / 'tests' / 'goldens' / 'aot.json'
 MOST = 0.9  # of a device's memory
 
 
@@ -50,7 +53,7 @@ def kernels(found):
 
 def device_bytes(gpu):
   """Memory of a described GPU."""
-  path = pathlib.Path(__file__).parent / 'gpus' / f'{gpu}.txtpb'
+  path = FOLDER / 'gpus' / f'{gpu}.txtpb'
   return int(re.search(r'device_memory_size: (\d+)', path.read_text())[1])
 
 
@@ -85,6 +88,34 @@ def differences(row, want):
     if value != was and not close:
       found.append(f'{field} is {value}, was {was}')
   return found
+
+
+def golden():
+  """The golden table: versions and rows."""
+  return json.loads(GOLDEN.read_text()) if GOLDEN.exists() else dict(
+      versions=None, rows=[])
+
+
+def kernel_key(gpu, model, name, kernel):
+  """What tells kernels apart."""
+  return gpu, model, name, kernel['grid'], kernel['threads']
+
+
+def measured(path=FOLDER / 'measured.json'):
+  """({kernel_key: kernel}, machine) of what experiments.gpu --ingest wrote;
+  nothing where no GPU has."""
+  if not path.exists():
+    return {}, ''
+  found = json.loads(path.read_text())
+  return {kernel_key(found['gpu'], row['model'], row['kernel'], row): row
+          for row in found['rows']}, found['machine']
+
+
+def beside(kernel, real, field):
+  """A field as compiled, and as measured where that differs."""
+  if real is None or real[field] == kernel[field]:
+    return str(kernel[field])
+  return f'{kernel[field]} ({real[field]})'
 
 
 def key(row):
@@ -142,18 +173,23 @@ def _step_cells(row):
           if row['kv_bytes'] else '-', str(row['copies']))
 
 
-def _kernel_cells(row):
+def _kernel_cells(row, real):
   """What the table of kernels says of a row, a line a kernel."""
   for name, kernel in row.get('kernels', {}).items():
-    yield (name, kernel['grid'].replace(', ', 'x'), *(
-        str(kernel[field]) for field in ('threads', 'registers', 'shared',
-                                         'spilled')))
+    found = real.get(kernel_key(row['gpu'], row['model'], name, kernel))
+    yield (name, kernel['grid'].replace(', ', 'x'), str(kernel['threads']), *(
+        beside(kernel, found, field)
+        for field in ('registers', 'shared', 'spilled')))
   for name, spilled in row.get('spills', {}).items():
     yield f"XLA's {name}", '', '', '', '', str(spilled)
 
 
-def tables(rows):
-  """Of each GPU and model a table of its steps and one of their kernels."""
+def tables(rows, real=None):
+  """Of each GPU and model a table of its steps and one of their kernels.
+
+  real: what `measured` gives; None: what it gives.
+  """
+  kernels_there, machine = measured() if real is None else real
   shown = []
   for (gpu, model), own in itertools.groupby(
       rows, key=lambda row: (row['gpu'], row['model'])):
@@ -164,8 +200,10 @@ def tables(rows):
     for row in own:
       steps.add_row(*_step_cells(row))
       step = row['step'].replace(' stage', '\nstage')
-      for cells in _kernel_cells(row):
+      for cells in _kernel_cells(row, kernels_there):
         launches.add_row(step, *cells)
         step = ''
     shown += [steps, launches]
+  if machine:
+    shown.append(f'In brackets where it differs: what ptxas says on {machine}')
   return Group(*shown)

@@ -159,7 +159,7 @@ def compile_step(step, gpu, dump):
   """What a Step is made of."""
   import jax
   lowered, made, kernels = compiled.compile_step(
-      GPUS[gpu], dump, step.fn, step.args, step.mesh)
+      dump, step.fn, step.args, step.mesh)
   text, memory = made.as_text(), made.memory_analysis()
   cache = jax.tree.leaves(step.cache)
   donated = [x for x, info in zip(jax.tree.leaves(step.args),

@@ -20,19 +20,23 @@ compiled programs: --cache=FILE takes them up again).
 profile in experiments/profiles, tuned configs in kernels/tuned.json.
 
 Exit codes: 0; 1 if a task found a fault or failed; 2 for bad input; 130 when
-stopped, after the table.
+stopped, by Ctrl-C or SIGTERM, after the table.
 """
 
 import datetime
+import io
 import pathlib
 import shutil
+import signal
 import tempfile
+import time
 
 from rich.console import Console
 
 from dsjax.config.checks import require
 from experiments.common import cli
 from experiments.gpu import cache, ingest, report, runner, tasks
+from experiments.gpu.lines import Lines
 
 FLAGS = {
     'minutes': cli.Flag(9.0, 'For everything.', low=0.01),
@@ -59,29 +63,36 @@ def run(options, console):
   if options.cache:
     require(pathlib.Path(options.cache).is_file(), '--cache', options.cache,
             'a file that exists')
-  out = pathlib.Path(options.out)
+  out, ends_s = pathlib.Path(options.out), (
+      time.monotonic() + 60 * options.minutes)
   out.mkdir(parents=True, exist_ok=True)
   console.print('asking JAX which device is here ...')
-  tiny = tasks.platform() == 'cpu'
-  wanted = stages(options.only)
-  for path in {out / f'{t.part}.jsonl' for s in wanted for t in s} | {
-      out / 'log.txt'}:
-    path.unlink(missing_ok=True)
+  machine = tasks.machine()
+  tiny = machine['platform'] == 'cpu'
   if tiny:
     console.print('no GPU: every task at tiny shapes, on the CPU')
   folder = pathlib.Path(tempfile.mkdtemp(prefix='dsjax-gpu-'))
   try:
     if options.cache:
       cache.unpack(pathlib.Path(options.cache), folder)
-    outcomes = runner.run(wanted, out, str(folder), 60 * options.minutes,
+    wanted = stages(options.only)
+    if not options.only:
+      (out / 'log.txt').unlink(missing_ok=True)
+    for part in {t.part for stage in wanted for t in stage}:
+      path = out / f'{part}.jsonl'
+      path.unlink(missing_ok=True)
+      Lines(path, 'run').write('machine', **machine)
+    outcomes = runner.run(wanted, out, str(folder), ends_s - time.monotonic(),
                           tiny, console.print)
     cache.pack(folder, out / 'cache.tar.gz')
   finally:
     shutil.rmtree(folder, ignore_errors=True)
-  table = report.table(outcomes, 'a CPU, tiny shapes' if tiny else 'a GPU')
-  with (out / 'log.txt').open('a') as file:
-    Console(file=file, width=80).print(table)
-    file.write(f'{datetime.datetime.now().isoformat(timespec="seconds")}\n')
+  table = report.table(outcomes, 'a CPU, tiny shapes' if tiny
+                       else machine['device'])
+  text = io.StringIO()
+  Console(file=text, width=80).print(table)
+  runner.log(out / 'log.txt', f'{text.getvalue()}'
+             f'{datetime.datetime.now().isoformat(timespec="seconds")}\n')
   console.print(table)
   if any(o.verdict == 'interrupted' for o in outcomes):
     return 130
@@ -89,4 +100,6 @@ def run(options, console):
 
 
 if __name__ == '__main__':
+  for stop in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: keep what there is
+    signal.signal(stop, signal.default_int_handler)
   cli.main(run, FLAGS)

@@ -1,8 +1,15 @@
-"""How every task of experiments.gpu begins: its flags, its file, its card."""
+"""How every task of experiments.gpu begins: its flags, its file, its card.
+
+`python -m experiments.gpu.child` prints `machine` as JSON.
+"""
 
 import datetime
+import json
+import os
 import pathlib
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +24,15 @@ FLAGS = {
 }
 
 
+AFTER_S = 15  # its time is up: it ends, also where no runner is left
+
+
 def main(run: Callable[[Target, Lines], Any]) -> None:
   """Runs a task with what the command line says; what it raises ends it."""
   def start(options, console):
     target = Target(pathlib.Path(options.lines), options.task,
                     options.seconds, options.tiny)
+    signal.alarm(round(target.seconds) + AFTER_S)
     if target.tiny:
       cli.prepare(2, None)
     run(target, target.lines())
@@ -36,10 +47,24 @@ def machine() -> dict[str, Any]:
 
   device = jax.devices()[0]
   return provenance.machine() | {
-      'commit': provenance.commit(), 'date': datetime.date.today().isoformat(),
+      'platform': jax.default_backend(), 'commit': provenance.commit(),
+      'date': datetime.date.today().isoformat(),
       'device': device.device_kind, 'driver': driver(),
       'memory_bytes': (device.memory_stats() or {}).get('bytes_limit'),
       'jaxlib': jaxlib.__version__, 'numpy': np.__version__}
+
+
+def restart_if_lost(target: Target, lines: Lines) -> None:
+  """After an error of the device: where that has ended this process's CUDA
+  context, the task begins anew with the time that is left, and must pass over
+  what its file has already."""
+  import jax
+  try:
+    jax.block_until_ready(jax.device_put(0) + 1)
+  except jax.errors.JaxRuntimeError:
+    left_s = max(target.seconds - lines.gone_s(), 1)
+    kept = [x for x in sys.orig_argv[1:] if not x.startswith('--seconds=')]
+    os.execv(sys.executable, [sys.executable, *kept, f'--seconds={left_s}'])
 
 
 def driver() -> str | None:
@@ -51,3 +76,7 @@ def driver() -> str | None:
   except (OSError, subprocess.TimeoutExpired):
     return None
   return said[0] if said else None
+
+
+if __name__ == '__main__':
+  print(json.dumps(machine()))

@@ -6,54 +6,53 @@ shares are of what it was just measured to reach (rates.py).
 
 import jax
 
-from dsjax.kernels import bench, paged, tiles
+from dsjax.kernels import cases, paged, tiles, timing
 from experiments.gpu import child, rates
 
-TINY = bench.Case('decode', 'tiny', (4, 2, 64), ((1, 40),) * 2)
+TINY = cases.Case('decode', 'tiny', (4, 2, 64), ((1, 40),) * 2)
 MODELS = ('llama-3-8b', 'opt-13b')
 
 
-def cases(tiny):
-  """bench.Cases in order of worth."""
+def wanted(tiny):
+  """dsjax.kernels.cases.Cases in order of worth."""
   if tiny:
     return [TINY._replace(impl='xla'), TINY._replace(
         op='prefill', pieces=((24, 0),), impl='xla')]
-  return bench.wanted(MODELS, list(bench.OPS), tiles.device_kind())
+  return cases.wanted(MODELS, list(cases.OPS), tiles.device_kind())
 
 
 def run(target, lines):
   """A line a case; the last says the median share of each op."""
   reached = rates.measure(target.tiny)
-  lines.write('machine', **child.machine())
   lines.write('rates', **reached._asdict(), figure=(
       f'copy {reached.bytes_per_s / 1e9:.0f} GB/s, products '
       f'{reached.flops_per_s / 1e12:.1f} TFLOP/s'))
   limits, shares = paged.device(), {}
-  for case in cases(target.tiny):
+  for case in wanted(target.tiny):
     if lines.late():
       lines.write(f'{case.op} {case.text}', None, skipped='out of time')
       continue
-    args = bench.arguments(case)
+    args = cases.arguments(case)
     config, shape, _ = ((None, 'tiny', None) if target.tiny else
-                        bench.plan(case, args, limits))
-    arrays = bench.fill(args)
+                        cases.plan(case, args, limits))
+    arrays = timing.fill(args)
     what = f'{case.op}, {case.impl}, {case.model}, {case.text}, {case.kv}'
     try:
-      took_s = bench.seconds(bench.call(case, config), arrays,
-                             bench.UPDATED.get(case.op), repeats=3)
+      took_s = timing.seconds(cases.call(case, config), arrays,
+                             cases.UPDATED.get(case.op), repeats=3)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
       lines.write(what, False, says=str(error)[-1000:])
       continue
     facts = dict(op=case.op, impl=case.impl, model=case.model,
                  text=case.text, kv=case.kv, shape=shape, seconds=took_s)
     if config is not None:
-      work = bench.count(case, args, config)
+      work = cases.count(case, args, config)
       least_s = reached.least_s(work.flops, work.floor_bytes)
       shares.setdefault((case.op, case.impl), []).append(least_s / took_s)
       facts |= dict(config=str(config), flops=work.flops,
                     floor_bytes=work.floor_bytes, least_s=least_s,
                     share=least_s / took_s)
-    lines.write(what, None, **facts, others=bench.rivals(case, arrays))
+    lines.write(what, None, **facts, others=timing.rivals(case, arrays))
   if shares:
     lines.write('all', figure=', '.join(
         f'{op} {impl} {sorted(found)[len(found) // 2]:.0%}'

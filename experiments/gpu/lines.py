@@ -1,8 +1,9 @@
 """What a task found, a line of JSON each, written as it goes.
 
-Lines of several processes may share a file: each is one short append. A line
-has `task`, `what` and `ok` (null: not judged), and figures; one with `figure`
-(a few words) speaks for its task in the table.
+Lines of several processes may share a file: each is one append. A line has
+`task`, `what` and `ok` (null: not judged), and figures; one with `figure` (a
+few words) speaks for its task in the table. What is read may be damaged, or
+not by this program: what is no such line is left out.
 """
 
 import json
@@ -11,6 +12,10 @@ import os
 import pathlib
 import time
 from typing import Any, NamedTuple
+
+from experiments.common import provenance
+
+MOST_BYTES = 15 * 2**20  # of a part's file: larger ones do not travel
 
 
 class Lines:
@@ -27,10 +32,16 @@ class Lines:
 
   def write(self, what: str, ok: bool | None = None, **facts: Any) -> None:
     """Appends a line."""
-    line = dict(task=self.task, what=what, ok=ok,
-                at_s=round(self.gone_s(), 2), **facts)
-    with open(self.path, 'a') as file:
-      file.write(json.dumps(line, default=_plain) + '\n')
+    line = json.loads(json.dumps(dict(
+        task=self.task, what=what, ok=ok, at_s=round(self.gone_s(), 2),
+        **facts), default=_plain))
+    text = (json.dumps(provenance.finite(line)) + '\n').encode()
+    with open(self.path, 'a+b', buffering=0) as file:
+      if file.seek(0, os.SEEK_END):
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b'\n':  # another was killed as it wrote
+          text = b'\n' + text
+      file.write(text)
 
   def gone_s(self) -> float:
     """Seconds since the task began."""
@@ -61,14 +72,27 @@ def _plain(value):
   return str(value)
 
 
-def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  """The lines of a part; a last one that was cut short is left out."""
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The lines of a part; none of what is no file, or over MOST_BYTES."""
+  if path.is_symlink() or not path.is_file():
+    return []
+  with path.open('rb') as file:
+    data = file.read(MOST_BYTES + 1)
+  if len(data) > MOST_BYTES:
+    return []
   rows = []
-  if os.path.exists(path):
-    with open(path) as file:
-      for text in file:
-        try:
-          rows.append(json.loads(text))
-        except ValueError:
-          continue
+  for text in data.decode(errors='replace').split('\n'):
+    try:
+      row = json.loads(text, parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+      continue
+    if _is_line(row):
+      rows.append(row)
   return rows
+
+
+def _is_line(row):
+  return (isinstance(row, dict) and isinstance(row.get('task'), str)
+          and isinstance(row.get('what'), str)
+          and any(row.get('ok', 0) is x for x in (True, False, None))
+          and isinstance(row.get('figure', ''), str))

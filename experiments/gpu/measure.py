@@ -35,15 +35,13 @@ def model(tiny):
 
 def run(target, lines):
   """Measures; the profile and every cell go into the part's file."""
-  facts = child.machine()
-  lines.write('machine', **facts)
   profile, cells = profiling.measure(
       model(target.tiny), (Plan(),), engine(target.tiny),
       rounds=2 if target.tiny else 3, points=3, side_by_side=False,
       devices=card.device_twice(),
       report=lambda done, total, what: print(what, done, total, flush=True))
   profile = dataclasses.replace(profile, source=(
-      f'{profile.source}, driver {facts["driver"]}, experiments.gpu'))
+      f'{profile.source}, driver {child.driver()}, experiments.gpu'))
   fitted, timed = profile.latencies[Plan()], cells[Plan()]
   errors = sorted(abs(fitting.predict_s(fitted, cell) / cell.seconds - 1)
                   for cell in timed)

@@ -1,12 +1,15 @@
 """A pytest plugin: outcomes as Lines, and no test begins when time is up.
 
 python -m pytest -p experiments.gpu.pytest_lines, with DSJAX_GPU_LINES (a
-file), DSJAX_GPU_TASK and DSJAX_GPU_SECONDS in the environment.
+file), DSJAX_GPU_TASK and DSJAX_GPU_SECONDS in the environment. A test that
+hangs, in a kernel say, ends its worker, and pytest-xdist starts another.
+Sweeps come last, a seed of each in turn.
 """
 
 import collections
 import os
 import pathlib
+import threading
 import time
 
 import pytest
@@ -14,6 +17,8 @@ import pytest
 from experiments.gpu.lines import Lines
 
 BEGAN = 'DSJAX_GPU_BEGAN'  # seconds of the wall clock, same for all workers
+LAST = 0.85  # of the time, after which no test begins
+MOST = 0.95  # after which none goes on, nor one that took a third of it
 
 
 def pytest_configure(config):
@@ -22,9 +27,38 @@ def pytest_configure(config):
     config.pluginmanager.register(Outcomes())
 
 
+def pytest_collection_modifyitems(items):
+  items.sort(key=lambda item: item.callspec.params.get('seed', 0)
+             if item.get_closest_marker('sweep') else -1)
+
+
+def _lines():
+  return Lines(pathlib.Path(os.environ['DSJAX_GPU_LINES']),
+               os.environ['DSJAX_GPU_TASK'])
+
+
+def _hang(name, seconds):
+  _lines().write(name, False, says=f'no end after {seconds:.0f} s')
+  os._exit(71)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+  seconds = float(os.environ['DSJAX_GPU_SECONDS'])
+  left_s = MOST * seconds - (time.time() - float(os.environ[BEGAN]))
+  limit_s = max(min(left_s, seconds / 3), 1)
+  timer = threading.Timer(limit_s, _hang, (item.nodeid, limit_s))
+  timer.daemon = True
+  timer.start()
+  try:
+    return (yield)
+  finally:
+    timer.cancel()
+
+
 def pytest_runtest_setup():
   gone_s = time.time() - float(os.environ[BEGAN])
-  if gone_s > 0.85 * float(os.environ['DSJAX_GPU_SECONDS']):
+  if gone_s > LAST * float(os.environ['DSJAX_GPU_SECONDS']):
     pytest.skip('out of time')
 
 
@@ -32,8 +66,7 @@ class Outcomes:
   """Counts tests; writes a line for each that fails, and one for all."""
 
   def __init__(self):
-    self.lines = Lines(pathlib.Path(os.environ['DSJAX_GPU_LINES']),
-                       os.environ['DSJAX_GPU_TASK'])
+    self.lines = _lines()
     self.counts = collections.Counter()
 
   def pytest_runtest_logreport(self, report):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsjax.kernels import bench
+from dsjax.kernels import timing
 
 
 class Rates(NamedTuple):
@@ -27,10 +27,10 @@ def measure(tiny: bool) -> Rates:
   """The Rates of the default device."""
   count, size = (2**18, 128) if tiny else (2**30, 8192)
   x = jnp.ones(count, jnp.bfloat16)
-  copy_s = bench.seconds(lambda x: x + 1, {'x': x}, 'x', repeats=3, loops=4)
+  copy_s = timing.seconds(lambda x: x + 1, {'x': x}, 'x', repeats=3, loops=4)
   key = jax.random.key(0)
   a, b = (jax.random.normal(k, (size, size), jnp.bfloat16)
           for k in jax.random.split(key))
-  product_s = bench.seconds(lambda a, b: a @ b, {'a': a, 'b': b}, repeats=3,
+  product_s = timing.seconds(lambda a, b: a @ b, {'a': a, 'b': b}, repeats=3,
                             loops=4)
   return Rates(2 * 2 * count / copy_s, 2 * size**3 / product_s)

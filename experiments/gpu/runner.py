@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from experiments.common.cli import ROOT
 from experiments.gpu import lines
 from experiments.gpu.tasks import Task
 
 POLL_S = 0.05
-SAID_BYTES = 2**20  # of what a task prints
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+SAID_BYTES = 2**18  # the end of what a task prints, which is kept
+MOST_SAID_BYTES = 2**26  # one that prints more is stopped: disks are finite
+KILLED_S = 10  # that a killed process may take to end
 
 
 class Outcome(NamedTuple):
@@ -39,7 +41,7 @@ class Running:
                log: pathlib.Path) -> None:
     self.task, self.target, self.log = task, target, log
     self.began_s = time.monotonic()
-    self.killed = False
+    self.stopped = ''  # why, in words
     self.said = tempfile.TemporaryFile()
     self.process = subprocess.Popen(
         task.command(target), cwd=ROOT, stdout=self.said, stderr=self.said,
@@ -47,27 +49,35 @@ class Running:
         start_new_session=True)
 
   def kill(self) -> None:
-    """Ends it and all that it started."""
-    self.killed = True
+    """Ends it and all that it started; what a driver holds is left behind."""
     with contextlib.suppress(ProcessLookupError):
       os.killpg(self.process.pid, signal.SIGKILL)
-    self.process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      self.process.wait(KILLED_S)
 
   def is_over(self) -> bool:
-    """Whether it has ended; ends it when its time is up."""
-    if self.process.poll() is not None:
-      return True
-    if time.monotonic() - self.began_s > self.target.seconds:
-      self.kill()
-      return True
-    return False
+    """Whether it has ended; ends it when its time is up, or what it writes is
+    too much, and what it leaves running."""
+    if self.process.poll() is None:
+      path = self.target.path
+      if time.monotonic() - self.began_s > self.target.seconds:
+        self.stopped = f'stopped after {self.target.seconds:.0f} s'
+      elif os.fstat(self.said.fileno()).st_size > MOST_SAID_BYTES:
+        self.stopped = f'stopped: printed over {MOST_SAID_BYTES >> 20} MiB'
+      elif path.exists() and path.stat().st_size > lines.MOST_BYTES:
+        self.stopped = f'stopped: wrote over {lines.MOST_BYTES >> 20} MiB'
+        os.truncate(path, lines.MOST_BYTES)
+      else:
+        return False
+    self.kill()
+    return True
 
   def outcome(self) -> Outcome:
     """Of a task that is over; what it printed goes to the log."""
     said = self._said()
     rows = [r for r in lines.read(self.target.path)
             if r['task'] == self.target.task]
-    figures = [r['figure'] for r in rows if 'figure' in r]
+    figures = [r['figure'][:300] for r in rows if 'figure' in r]
     return Outcome(self.task, self._verdict(rows, said.splitlines()),
                    time.monotonic() - self.began_s,
                    figures[-1] if figures else '')
@@ -75,12 +85,13 @@ class Running:
   def _verdict(self, rows, said):
     code, wrong = self.process.returncode, [r for r in rows
                                             if r['ok'] is False]
-    if self.killed:
-      return f'stopped after {self.target.seconds:.0f} s'
+    if self.stopped:
+      return self.stopped
     if code < 0:
-      return f'crashed: {signal.Signals(-code).name}'
+      names = {s.value: s.name for s in signal.Signals}
+      return f'crashed: {names.get(-code, f"signal {-code}")}'
     if wrong:
-      return f'{len(wrong)} wrong: {wrong[0]["what"]}'
+      return f'{len(wrong)} wrong: {wrong[0]["what"][:200]}'
     if code:
       return f'failed: {said[-1][:200] if said else f"exit code {code}"}'
     if not rows:
@@ -92,9 +103,14 @@ class Running:
     with self.said as file:
       file.seek(max(0, file.seek(0, os.SEEK_END) - SAID_BYTES))
       said = file.read().decode(errors='replace').strip()
-    with self.log.open('a') as log:
-      log.write(f'--- {self.task.part}/{self.task.name}\n{said}\n\n')
+    log(self.log, f'--- {self.task.part}/{self.task.name}\n{said}\n\n')
     return said
+
+
+def log(path: pathlib.Path, text: str) -> None:
+  """Appends to the log; a full disk keeps no task from running."""
+  with contextlib.suppress(OSError), path.open('a') as file:
+    file.write(text)
 
 
 def run(stages: Sequence[Sequence[Task]], folder: pathlib.Path, cache: str,
@@ -115,9 +131,10 @@ def run(stages: Sequence[Sequence[Task]], folder: pathlib.Path, cache: str,
     for number, stage in enumerate(stages):
       weights = [max(t.seconds for t in s) for s in stages[number:]]
       mine = (ends_s - time.monotonic()) * weights[0] / sum(weights)
-      running = [Running(task, lines.Target(
-          folder / f'{task.part}.jsonl', task.name, max(mine, 1.0), tiny),
-          cache, folder / 'log.txt') for task in stage]
+      for task in stage:
+        running.append(Running(task, lines.Target(
+            folder / f'{task.part}.jsonl', task.name, max(mine, 1.0), tiny),
+            cache, folder / 'log.txt'))
       tell(f'{", ".join(f"{t.part}/{t.name}" for t in stage)}: '
            f'{mine:.0f} s at most')
       while running:
@@ -129,8 +146,11 @@ def run(stages: Sequence[Sequence[Task]], folder: pathlib.Path, cache: str,
         time.sleep(POLL_S)
   except KeyboardInterrupt:
     for process in running:
+      process.stopped = 'interrupted'
+  finally:
+    for process in running:
       process.kill()
-      outcomes.append(process.outcome()._replace(verdict='interrupted'))
+  outcomes += [process.outcome() for process in running]
   ended = {o.task for o in outcomes}
   return outcomes + [Outcome(task, 'not begun', 0.0, '') for stage in stages
                      for task in stage if task not in ended]

@@ -34,7 +34,6 @@ def profile(path):
 
 def run(target, file):
   """Serves and simulates; a line a mode and rate."""
-  file.write('machine', **child.machine())
   measured = profile(target.path.with_name('measure.jsonl'))
   if measured is None:
     file.write('profile', False, says='no profile: run the part measure')

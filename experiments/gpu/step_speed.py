@@ -63,7 +63,6 @@ def buckets(config, timed):
 def run(target, lines):
   """Each model's steps, then its hand-off."""
   reached = rates.measure(target.tiny)
-  lines.write('machine', **child.machine())
   shares = []
   for name, rows in ({'tiny': 2} if target.tiny else MODELS).items():
     if lines.late(0.6):

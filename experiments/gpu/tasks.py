@@ -5,10 +5,14 @@ those of a run of 9 minutes; others scale them, and what one leaves over goes
 to those after it. Each is a process of its own, and writes its part's file.
 """
 
+import json
 import os
+import subprocess
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from dsjax.config.checks import InputError, require
+from experiments.common.cli import ROOT
 from experiments.gpu.lines import Target
 
 
@@ -61,6 +65,7 @@ STAGES = (
      Task('right', 'families', 140, pytest=(
         'tests/checkpoints/families_test.py',)),
      Task('right', 'sanitizer', 140, 'sanitizer'),
+     Task('right', 'registers', 140, 'registers'),
      Task('serve', 'serve', 140, 'serve')),
     (Task('speed', 'kernels', 70, 'kernel_speed'),),
     (Task('speed', 'steps', 90, 'step_speed'),),
@@ -70,10 +75,22 @@ STAGES = (
 PARTS = tuple(dict.fromkeys(t.part for stage in STAGES for t in stage))
 
 
-def platform() -> str:
-  """'gpu' or 'cpu', asked of a child: a parent would hold the device."""
-  import subprocess
-  asked = subprocess.run(
-      [sys.executable, '-c', 'import jax; print(jax.default_backend())'],
-      capture_output=True, text=True, timeout=120)
-  return 'gpu' if asked.stdout.strip() in ('gpu', 'cuda') else 'cpu'
+def machine() -> dict[str, Any]:
+  """child.machine, asked of a child: a parent would hold the device.
+
+  Raises:
+    InputError: JAX does not start, or finds no GPU though a driver is here.
+  """
+  try:
+    asked = subprocess.run(
+        [sys.executable, '-m', 'experiments.gpu.child'], cwd=ROOT,
+        capture_output=True, text=True, timeout=120)
+  except subprocess.TimeoutExpired:
+    raise InputError('jax: no answer in two minutes') from None
+  says = (asked.stderr.strip().splitlines() or [''])[-1][:500]
+  require(asked.returncode == 0, 'jax', says, 'able to start')
+  found = json.loads(asked.stdout.strip().splitlines()[-1])
+  require(found['platform'] != 'cpu' or not found['driver']
+          or os.environ.get('JAX_PLATFORMS') == 'cpu', 'jax', says or 'no GPU',
+          f"able to use the GPU here (NVIDIA's driver {found['driver']})")
+  return found

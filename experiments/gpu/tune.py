@@ -9,41 +9,40 @@ import os
 
 import jax
 
-from dsjax.kernels import bench, paged, tiles, tuned
+from dsjax.kernels import cases, paged, tiles, timing, tuned
 from experiments.gpu import child
 
 
 def run(target, lines):
   """A line a case: the heuristic's config and seconds, the tuned ones."""
-  lines.write('machine', **child.machine())
   if target.tiny:
-    found = bench.tune(Toy(), lambda config: None,
+    found = timing.tune(Toy(), lambda config: None,
                        lambda config: lambda: abs(config.num_warps - 4) + 1)
     lines.write('toy', found == Toy(4), figure=f'{found}')
     return
   limits, gains, kind = paged.device(), [], tiles.device_kind()
-  for case in bench.wanted(('llama-3-8b',), list(bench.OPS), kind):
+  for case in cases.wanted(('llama-3-8b',), list(cases.OPS), kind):
     if lines.late(0.85):
       lines.write(f'{case.op} {case.text}', None, skipped='out of time')
       continue
-    args = bench.arguments(case)
-    config, shape, check = bench.plan(case, args, limits)
-    arrays = bench.fill(args)
+    args = cases.arguments(case)
+    config, shape, check = cases.plan(case, args, limits)
+    arrays = timing.fill(args)
 
     def build(config, case=case, arrays=arrays):
       if lines.late(0.95):
         raise ValueError('out of time')
-      run = bench.timed(bench.call(case, config), arrays,
-                        bench.UPDATED.get(case.op))
+      run = timing.timed(cases.call(case, config), arrays,
+                        cases.UPDATED.get(case.op))
       return lambda: run(repeats=2, least_s=0.004)
 
     try:
-      best = bench.tune(config, check, build, os.cpu_count() or 1)
+      best = timing.tune(config, check, build, os.cpu_count() or 1)
       before_s, best_s = build(config)(), build(best)()
     except (ValueError, jax.errors.JaxRuntimeError) as error:
       lines.write(f'{case.op} {case.text}', None, says=str(error)[-500:])
       continue
-    op = bench.tuned_op(case)
+    op = cases.tuned_op(case)
     if best_s < 0.98 * before_s:  # less is noise
       tuned.save(op, shape, best)
     else:

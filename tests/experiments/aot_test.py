@@ -1,7 +1,6 @@
 """What experiments.aot reads in compiled programs and calls a fault."""
 
 import importlib.metadata
-import json
 import sys
 
 import pytest
@@ -133,7 +132,7 @@ def test_what_it_cannot_compile_is_one_clear_error(monkeypatch, changes, says):
 
 
 def test_the_golden_table_holds_and_has_every_step():
-  golden = json.loads(aot.GOLDEN.read_text())
+  golden = aot_report.golden()
   assert not aot_report.faults(golden['rows'], golden['rows'])
   assert {aot_report.key(r) for r in golden['rows']} == {
       (gpu, model, name) for gpu in aot_steps.GPUS

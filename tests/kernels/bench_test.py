@@ -17,6 +17,7 @@ from rich.console import Console
 from dsjax.config import zoo
 from dsjax.kernels import (
   bench,
+  cases,
   compiled,
   decode_attention,
   kv_write,
@@ -24,6 +25,7 @@ from dsjax.kernels import (
   page_copy,
   paged,
   prefill_attention,
+  timing,
   tuned,
   work,
 )
@@ -294,7 +296,7 @@ def test_occupancy(registers, threads, shared, programs, bound):
 
 
 def test_the_shapes_are_those_of_the_models_and_the_devices_known():
-  for name, (N, K, H, *_) in bench.MODELS.items():
+  for name, (N, K, H, *_) in cases.MODELS.items():
     model = zoo.config(name)
     assert (N, K, H) == (model.num_heads, model.num_kv_heads, model.head_dim)
   for key, name in (('a100-80g', 'A100'), ('h100-80g', 'H100')):
@@ -306,18 +308,18 @@ def test_the_shapes_are_those_of_the_models_and_the_devices_known():
 @pytest.mark.parametrize('name', compiled.GPUS)
 def test_grids_are_those_of_the_compiled_steps(name):
   rows = json.loads(bench.GOLDEN.read_text())['rows']
-  for model in bench.MODELS:
+  for model in cases.MODELS:
     golden = {r['step']: r['kernels'] for r in rows
               if (r['gpu'], r['model']) == (name.lower(), model)}
     told = set()  # the first of an op is what it picks on that device
-    for case in bench.wanted((model,), ('decode', 'kv_write'), name):
+    for case in cases.wanted((model,), ('decode', 'kv_write'), name):
       if (case.op, case.text) not in (('decode', '64 rows of 2048'),
                                       ('kv_write', '2048 tokens')):
         continue
-      if case.kv == bench.DTYPE and case.op not in told:
+      if case.kv == cases.DTYPE and case.op not in told:
         told.add(case.op)
-        args, limits = bench.arguments(case), paged.device(name)
-        done = bench.count(case, args, bench.plan(case, args, limits)[0])
+        args, limits = cases.arguments(case), paged.device(name)
+        done = cases.count(case, args, cases.plan(case, args, limits)[0])
         found = [k['grid'] for step in golden.values() for n, k in step.items()
                  if n.startswith(case.op) and k['threads'] == done.threads]
         grid = (*done.grid, 1)[:3]
@@ -329,7 +331,7 @@ def test_grids_are_those_of_the_compiled_steps(name):
 
 # --- the runner --------------------------------------------------------------
 
-TINY = bench.Case('decode', 'llama-3-8b', (4, 2, 16), ((1, 20),) * 2)
+TINY = cases.Case('decode', 'llama-3-8b', (4, 2, 16), ((1, 20),) * 2)
 
 
 @pytest.mark.parametrize('case', [
@@ -339,10 +341,10 @@ TINY = bench.Case('decode', 'llama-3-8b', (4, 2, 16), ((1, 20),) * 2)
     TINY._replace(op='unpack', pieces=(), pages=2)], ids=lambda c: c.op)
 def test_every_op_can_be_timed(case):
   """Here with the references; what is updated in place is threaded."""
-  arrays = bench.fill(bench.arguments(case))
-  assert 0 < bench.seconds(bench.call(case, impl='xla'), arrays,
-                           bench.UPDATED.get(case.op), 1, 1e-4) < 10
-  if other := bench.dense(case, bench.arguments(case)):
+  arrays = timing.fill(cases.arguments(case))
+  assert 0 < timing.seconds(cases.call(case, impl='xla'), arrays,
+                           cases.UPDATED.get(case.op), 1, 1e-4) < 10
+  if other := timing.dense(case, cases.arguments(case)):
     fn, named = other
     assert fn(**named, impl='xla').shape == named['q'].shape
 
@@ -358,7 +360,7 @@ def test_tuning_finds_the_fastest_and_leaves_out_what_does_not_run():
     config.check(Shape((2, 64, 128), 'bfloat16'),
                  Shape((2, 9, 16, 128), 'bfloat16'), A100)
 
-  found = bench.tune(decode_attention.TuningConfig(), check, build)
+  found = timing.tune(decode_attention.TuningConfig(), check, build)
   assert (found.block_tokens, found.splits, found.num_warps) == (32, 6, 4)
 
 
@@ -370,8 +372,8 @@ def printed(*args):
 
 def test_without_a_gpu_it_counts_and_says_what_is_missing(monkeypatch):
   monkeypatch.setattr(compiled, 'available', lambda name: False)
-  wanted = [c for c in bench.cases('opt-13b') if c.op != 'kv_write']
-  code, text = printed('A100', compiled.GPUS['A100'][2], wanted)
+  wanted = [c for c in cases.of_model('opt-13b') if c.op != 'kv_write']
+  code, text = printed('A100', compiled.GPUS['A100'][1], wanted)
   assert code == 0 and 'Not measured, for want of a GPU: seconds' in text
   line, = (x for x in text.splitlines() if '64 rows of 2048' in x
            and 'bf16' in x.replace('bfloat16', 'bf16'))
@@ -389,8 +391,8 @@ def test_with_a_gpu_it_times_and_tunes_and_keeps_the_table_when_stopped(
       raise KeyboardInterrupt
     return lambda *_: 1e-3
 
-  monkeypatch.setattr(bench, 'timed', timed)
-  monkeypatch.setattr(bench, 'tune', lambda config, *_: config)
+  monkeypatch.setattr(timing, 'timed', timed)
+  monkeypatch.setattr(timing, 'tune', lambda config, *_: config)
   monkeypatch.setattr(tuned, 'PATH', tmp_path / 'tuned.json')
   monkeypatch.setattr(compiled, 'available', lambda name: False)
   gc.disable()  # JAX's callback would report the exception on its way
@@ -428,11 +430,11 @@ def test_a_gpu_that_is_not_known_is_one_clear_error(monkeypatch):
     assert bench.check_flags(given) == ('H100', None)
 
 
-@pytest.mark.parametrize('model', bench.MODELS)
+@pytest.mark.parametrize('model', cases.MODELS)
 def test_no_two_tokens_are_written_to_one_place(model):
-  for case in bench.cases(model):
+  for case in cases.of_model(model):
     if case.op == 'kv_write':
-      args = bench.arguments(case)
+      args = cases.arguments(case)
       places = {*zip(args['page'].tolist(), args['offset'].tolist(),
                      strict=True)}
       assert len(places) == len(case.pieces)
@@ -457,7 +459,7 @@ def test_registers_and_launches_are_read():
 
 # --- tuned.json --------------------------------------------------------------
 
-KIND, SHAPE = compiled.GPUS['H100'][2], 'float32 into float32, H 8, K 2, S 8'
+KIND, SHAPE = compiled.GPUS['H100'][1], 'float32 into float32, H 8, K 2, S 8'
 
 
 @contextlib.contextmanager
@@ -467,7 +469,7 @@ def written(text, monkeypatch, tmp_path):
   monkeypatch.setattr(tuned, 'PATH', path)
   with compiled.described():
     yield
-  tuned._load.cache_clear()
+  tuned.load.cache_clear()
 
 
 FIELDS = dict(block_heads=2, num_warps=4, num_stages=1)
@@ -481,7 +483,7 @@ def test_a_tuned_config_is_the_default_on_its_device(monkeypatch, tmp_path):
   config = kv_write.TuningConfig(**FIELDS)
   with written({KIND: {'kv_write': {SHAPE: FIELDS}}}, monkeypatch, tmp_path):
     assert lookup() == config != kv_write.heuristic(jnp.zeros((5, 2, 8)))
-    with compiled.described(compiled.GPUS['A100'][2]):
+    with compiled.described(compiled.GPUS['A100'][1]):
       assert lookup() == kv_write.heuristic(jnp.zeros((5, 2, 8)))
 
 
@@ -530,5 +532,5 @@ def test_what_is_saved_is_found_and_the_rest_kept(monkeypatch, tmp_path):
 
 
 def test_no_file_is_shipped_that_no_device_wrote():
-  for kind in tuned._load(tuned.PATH):
+  for kind in tuned.load(tuned.PATH):
     assert paged.device(kind).name in kind
