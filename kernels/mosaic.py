@@ -255,8 +255,10 @@ def prefill(
           shared, count, (table_ref, b, page, last), jax.lax.div(n, G) * P,
           k_ref, v_ref))
 
-  if interpret or S < ROWS:  # TMA gives zeros past the end, except by this much
-    q_SNH = jnp.pad(q_SNH, ((0, size), (0, 0), (0, 0)))
+  # TMA gives zeros past the end, not by a whole copy; its tiles have 8 rows.
+  rows = -(-(S + size * (interpret or S < ROWS)) // 8) * 8
+  if rows > S:
+    q_SNH = jnp.pad(q_SNH, ((0, rows - S), (0, 0), (0, 0)))
   out, = _call(body, 'prefill_attention', config, (most, N), 'jn', [out],
                k_KPCH, interpret)(
                    q_SNH, table_BM, start_A, pos_B, *cut(start_A, size, most),

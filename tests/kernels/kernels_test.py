@@ -74,15 +74,15 @@ def pools(case, lens):
   return dense, poisoned, clean_BM, table_BM, scales
 
 
-def compare(op, case, q, lens, rest, rows=None, impl=gpu.PALLAS):
-  """op, on poison, equals its reference in float32."""
-  if gpu.NATIVE and not tiles.triton_has(case.H):
+def compare(op, case, q, lens, rest, rows=None, impl=gpu.PALLAS,
+            lowered=False):
+  """op, on poison, equals its reference in float32; or it can be lowered for
+  CUDA, to which an interpreter may be blind."""
+  if (gpu.NATIVE or lowered) and not tiles.triton_has(case.H):
     pytest.skip('Triton cannot have such heads')
   dense, poisoned, clean_BM, table_BM, scales = pools(case, lens)
   options = dict(window=case.window, softcap=case.softcap,
                  scale=1.1 * case.H**-0.5)
-  want = jax.jit(lambda *args: op(*args, 'xla', **options))(
-      q.astype(jnp.float32), *dense, clean_BM, *rest)
   named = dict(zip(('k_scale_KPC', 'v_scale_KPC'), scales, strict=False))
   config = None
   if case.cuts:
@@ -92,7 +92,13 @@ def compare(op, case, q, lens, rest, rows=None, impl=gpu.PALLAS):
   def interpreted(args, named):
     return op(*args, impl, config=config, **options, **named)
 
-  got = jax.jit(interpreted)((q, *poisoned, table_BM, *rest), named)
+  given = (q, *poisoned, table_BM, *rest), named
+  if lowered:
+    gpu.lower(jax.jit(interpreted), *given)
+    return
+  want = jax.jit(lambda *args: op(*args, 'xla', **options))(
+      q.astype(jnp.float32), *dense, clean_BM, *rest)
+  got = jax.jit(interpreted)(*given)
   assert got.dtype == q.dtype
   eps = float(jnp.finfo(case.dtype).eps)
   atol = 1e-5 + (eps + 1e-6) * float(jnp.max(jnp.abs(dense[1])))
@@ -164,6 +170,15 @@ def test_decode_equals_the_reference(case):
 @pytest.mark.parametrize('case', PREFILL, ids=range(len(PREFILL)))
 def test_prefill_equals_the_reference(case):
   check_prefill(case)
+
+
+@pytest.mark.parametrize('check, cases', [(check_decode, DECODE),
+                                          (check_prefill, PREFILL)],
+                         ids=['decode', 'prefill'])
+def test_what_a_gpu_runs_can_be_lowered(check, cases):
+  for case in cases:
+    if tiles.triton_has(case.H):
+      check(case, impl='pallas', lowered=True)
 
 
 HALF = dict(dtype='bfloat16', kv='bfloat16', H=128)

@@ -60,6 +60,17 @@ def test_prefill_equals_the_reference(case, packing):
     check_prefill(case, packing, **RUN)
 
 
+@pytest.mark.parametrize('check, cases', [(check_decode, DECODE),
+                                          (check_prefill, PREFILL)],
+                         ids=['decode', 'prefill'])
+def test_what_a_gpu_runs_can_be_lowered(check, cases):
+  """Of prefill also any number of tokens, more and less than a block's."""
+  more = [(cases[0][0], [(count, 5)]) for count in (1, 62)
+          if check is check_prefill]
+  for case, rows in cases + more:
+    check(case, rows, impl='mosaic', lowered=True)
+
+
 # --- what the tests catch ----------------------------------------------------
 
 TILES = (Case(**HALF, N=1, K=1, C=64, window=100, cuts=(64, 1, 1)), [140])
