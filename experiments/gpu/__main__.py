@@ -63,8 +63,8 @@ def run(options, console):
   if options.cache:
     require(pathlib.Path(options.cache).is_file(), '--cache', options.cache,
             'a file that exists')
-  out, ends_s = pathlib.Path(options.out), (
-      time.monotonic() + 60 * options.minutes)
+  ends_s = time.monotonic() + 60 * options.minutes
+  out = pathlib.Path(options.out).resolve()  # tasks run elsewhere
   out.mkdir(parents=True, exist_ok=True)
   console.print('asking JAX which device is here ...')
   machine = tasks.machine()

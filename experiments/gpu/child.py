@@ -10,12 +10,14 @@ import pathlib
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from typing import Any
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 from experiments.common import cli, provenance
 from experiments.gpu.lines import Lines, Target
 
+Item = TypeVar('Item')
 FLAGS = {
     'lines': cli.Flag(None, "The part's file.", str),
     'task': cli.Flag(None, 'Its name.', str),
@@ -54,17 +56,51 @@ def machine() -> dict[str, Any]:
       'jaxlib': jaxlib.__version__, 'numpy': np.__version__}
 
 
-def restart_if_lost(target: Target, lines: Lines) -> None:
-  """After an error of the device: where that has ended this process's CUDA
-  context, the task begins anew with the time that is left, and must pass over
-  what its file has already."""
+def each(target: Target, lines: Lines, items: Iterable[Item],
+         name: Callable[[Item], str], share: float = 0.3
+         ) -> Iterator[tuple[str, Item]]:
+  """(name, item) of each that the task's lines have not yet, while there is
+  time. One that takes more than a share of the time, for a compiler that is
+  slow or a kernel that hangs, or that ends this process's CUDA context, costs
+  only itself: the task begins anew, with what is left."""
+  known, limit_s = {row['what'] for row in lines.read()}, max(
+      share * target.seconds, 1)
+  for item in items:
+    what = name(item)
+    if what in known:
+      continue
+    if lines.late():
+      lines.write(what, None, skipped='out of time')
+      continue
+    timer = threading.Timer(limit_s, _give_up, (target, lines, what, limit_s))
+    timer.daemon = True
+    timer.start()
+    yield what, item
+    timer.cancel()
+    if is_lost():
+      again(target, lines)
+
+
+def _give_up(target, lines, what, limit_s):
+  lines.write(what, False, says=f'no end after {limit_s:.0f} s')
+  again(target, lines)
+
+
+def is_lost() -> bool:
+  """Whether an error has ended this process's use of the device."""
   import jax
   try:
     jax.block_until_ready(jax.device_put(0) + 1)
   except jax.errors.JaxRuntimeError:
-    left_s = max(target.seconds - lines.gone_s(), 1)
-    kept = [x for x in sys.orig_argv[1:] if not x.startswith('--seconds=')]
-    os.execv(sys.executable, [sys.executable, *kept, f'--seconds={left_s}'])
+    return True
+  return False
+
+
+def again(target: Target, lines: Lines) -> None:
+  """Begins the task anew, in this process's place, in what time is left."""
+  left_s = max(target.seconds - lines.gone_s(), 1)
+  kept = [x for x in sys.orig_argv[1:] if not x.startswith('--seconds=')]
+  os.execv(sys.executable, [sys.executable, *kept, f'--seconds={left_s}'])
 
 
 def driver() -> str | None:

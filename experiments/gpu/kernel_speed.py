@@ -28,18 +28,16 @@ def run(target, lines):
       f'copy {reached.bytes_per_s / 1e9:.0f} GB/s, products '
       f'{reached.flops_per_s / 1e12:.1f} TFLOP/s'))
   limits, shares = paged.device(), {}
-  for case in wanted(target.tiny):
-    if lines.late():
-      lines.write(f'{case.op} {case.text}', None, skipped='out of time')
-      continue
+  for what, case in child.each(
+      target, lines, wanted(target.tiny), lambda case: ', '.join((
+          case.op, case.impl, case.model, case.text, case.kv))):
     args = cases.arguments(case)
     config, shape, _ = ((None, 'tiny', None) if target.tiny else
                         cases.plan(case, args, limits))
     arrays = timing.fill(args)
-    what = f'{case.op}, {case.impl}, {case.model}, {case.text}, {case.kv}'
     try:
       took_s = timing.seconds(cases.call(case, config), arrays,
-                             cases.UPDATED.get(case.op), repeats=3)
+                              cases.UPDATED.get(case.op), repeats=3)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
       lines.write(what, False, says=str(error)[-1000:])
       continue

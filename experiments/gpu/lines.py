@@ -43,6 +43,10 @@ class Lines:
           text = b'\n' + text
       file.write(text)
 
+  def read(self) -> list[dict[str, Any]]:
+    """The task's own lines so far."""
+    return [row for row in read(self.path) if row['task'] == self.task]
+
   def gone_s(self) -> float:
     """Seconds since the task began."""
     return time.monotonic() - self.began_s

@@ -42,12 +42,11 @@ def run(target, lines):
 def compile_all(target, lines, kind, dump):
   """Whether each kernel spills."""
   limits, spilled = paged.device(kind), []
-  for case in [c for model in MODELS[:1 if target.tiny else None]
-               for c in cases.of_steps(model, kind)]:
-    what = f'{case.kernel}, {case.impl}, {case.model}, {case.text}'
-    if lines.late():
-      lines.write(what, None, skipped='out of time')
-      continue
+  wanted = [c for model in MODELS[:1 if target.tiny else None]
+            for c in cases.of_steps(model, kind)]
+  for what, case in child.each(
+      target, lines, wanted, lambda case: ', '.join((
+          case.kernel, case.impl, case.model, case.text))):
     args = cases.arguments(case)
     config = cases.plan(case, args, limits)[0]
     try:

@@ -17,6 +17,7 @@ from experiments.gpu.tasks import Task
 POLL_S = 0.05
 SAID_BYTES = 2**18  # the end of what a task prints, which is kept
 MOST_SAID_BYTES = 2**26  # one that prints more is stopped: disks are finite
+MOST_VERDICT, MOST_FIGURE = 140, 240  # characters in the table
 KILLED_S = 10  # that a killed process may take to end
 
 
@@ -77,10 +78,11 @@ class Running:
     said = self._said()
     rows = [r for r in lines.read(self.target.path)
             if r['task'] == self.target.task]
-    figures = [r['figure'][:300] for r in rows if 'figure' in r]
-    return Outcome(self.task, self._verdict(rows, said.splitlines()),
-                   time.monotonic() - self.began_s,
-                   figures[-1] if figures else '')
+    figures = [r['figure'] for r in rows if 'figure' in r]
+    return Outcome(
+        self.task, self._verdict(rows, said.splitlines())[:MOST_VERDICT],
+        time.monotonic() - self.began_s,
+        figures[-1][:MOST_FIGURE] if figures else '')
 
   def _verdict(self, rows, said):
     code, wrong = self.process.returncode, [r for r in rows
@@ -91,7 +93,7 @@ class Running:
       names = {s.value: s.name for s in signal.Signals}
       return f'crashed: {names.get(-code, f"signal {-code}")}'
     if wrong:
-      return f'{len(wrong)} wrong: {wrong[0]["what"][:200]}'
+      return f'{len(wrong)} wrong: {wrong[0]["what"]}'
     if code:
       return f'failed: {said[-1][:200] if said else f"exit code {code}"}'
     if not rows:

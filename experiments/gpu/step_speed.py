@@ -145,7 +145,11 @@ def torch_decode_s(config, batch, context, layers=4):
     return None
   if not torch.cuda.is_available() or not config.gated:
     return None
-  return torch_layers_s(torch, config, batch, context, layers, 'cuda')
+  try:
+    return torch_layers_s(torch, config, batch, context, layers, 'cuda')
+  except RuntimeError as error:  # of memory that JAX has, say
+    print(f'torch: {error}', flush=True)
+    return None
 
 
 def torch_layers_s(torch, config, batch, context, layers, where):

@@ -34,8 +34,8 @@ class Task(NamedTuple):
       workers = 1 if target.tiny else 6
       tiny = ['-k', TINY] if target.tiny else []
       return [sys.executable, '-m', 'pytest', '-q', '--no-header', '-p',
-              'experiments.gpu.pytest_lines', '-m', 'native', '-n',
-              str(workers), *tiny, *self.pytest]
+              'no:cacheprovider', '-p', 'experiments.gpu.pytest_lines', '-m',
+              'native', '-n', str(workers), *tiny, *self.pytest]
     return [sys.executable, '-m', f'experiments.gpu.{self.module}',
             f'--lines={target.path}', f'--task={target.task}',
             f'--seconds={target.seconds:.0f}',

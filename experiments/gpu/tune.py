@@ -4,6 +4,7 @@ What it finds goes to kernels/tuned.json here, for the tasks after it, and into
 the part's file, for --ingest.
 """
 
+import contextlib
 import dataclasses
 import os
 
@@ -17,14 +18,14 @@ def run(target, lines):
   """A line a case: the heuristic's config and seconds, the tuned ones."""
   if target.tiny:
     found = timing.tune(Toy(), lambda config: None,
-                       lambda config: lambda: abs(config.num_warps - 4) + 1)
+                        lambda config: lambda: abs(config.num_warps - 4) + 1)
     lines.write('toy', found == Toy(4), figure=f'{found}')
     return
   limits, gains, kind = paged.device(), [], tiles.device_kind()
-  for case in cases.wanted(('llama-3-8b',), list(cases.OPS), kind):
-    if lines.late(0.85):
-      lines.write(f'{case.op} {case.text}', None, skipped='out of time')
-      continue
+  wanted = cases.wanted(('llama-3-8b',), list(cases.OPS), kind)
+  for what, case in child.each(
+      target, lines, wanted, lambda case: ', '.join((
+          case.op, case.impl, case.text, case.kv)), 0.5):
     args = cases.arguments(case)
     config, shape, check = cases.plan(case, args, limits)
     arrays = timing.fill(args)
@@ -33,22 +34,23 @@ def run(target, lines):
       if lines.late(0.95):
         raise ValueError('out of time')
       run = timing.timed(cases.call(case, config), arrays,
-                        cases.UPDATED.get(case.op))
+                         cases.UPDATED.get(case.op))
       return lambda: run(repeats=2, least_s=0.004)
 
     try:
       best = timing.tune(config, check, build, os.cpu_count() or 1)
       before_s, best_s = build(config)(), build(best)()
     except (ValueError, jax.errors.JaxRuntimeError) as error:
-      lines.write(f'{case.op} {case.text}', None, says=str(error)[-500:])
+      lines.write(what, None, says=str(error)[-500:])
       continue
     op = cases.tuned_op(case)
     if best_s < 0.98 * before_s:  # less is noise
-      tuned.save(op, shape, best)
+      with contextlib.suppress(OSError):  # of a checkout that is read-only
+        tuned.save(op, shape, best)
     else:
       best = config
     gains.append(before_s / best_s)
-    lines.write(f'{op}, {case.text}', None, kind=kind, op=op, shape=shape,
+    lines.write(what, None, kind=kind, op=op, shape=shape,
                 before=str(config), before_s=before_s, seconds=best_s,
                 config=dataclasses.asdict(best), kept=best != config)
   if gains:

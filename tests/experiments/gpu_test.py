@@ -2,19 +2,36 @@
 
 import io
 import json
+import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
+import time
+import types
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
 from dsjax.config.checks import InputError
+from experiments.aot import report as aot_report
 from experiments.common import cli
 from experiments.gpu import __main__ as gpu
-from experiments.gpu import cache, ingest, lines, report, runner, tasks
+from experiments.gpu import (
+  cache,
+  child,
+  ingest,
+  lines,
+  pages,
+  report,
+  runner,
+  sanitizer,
+  tasks,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 KEPT = ROOT / '.cache' / 'gpu.tar.gz'  # compiled programs, between runs
@@ -61,12 +78,150 @@ def test_a_task_that_writes_nothing_or_leaves_children_is_ended(tmp_path):
   outcomes = run([[silent], [family]], tmp_path, 3.0)
   assert outcomes['silent'].verdict == 'failed: it wrote nothing'
   assert outcomes['family'].verdict.startswith('stopped')
-  status = pathlib.Path('/proc', (tmp_path / 'pid').read_text(), 'status')
-  assert not status.exists() or 'State:\tZ' in status.read_text()
+  assert is_gone((tmp_path / 'pid').read_text())
+
+
+def is_gone(pid):
+  """Whether a process has ended."""
+  status = pathlib.Path('/proc', str(pid), 'status')
+  return not status.exists() or 'State:\tZ' in status.read_text()
+
+
+@pytest.mark.parametrize('end', ['', 'os.kill(os.getpid(), 9)'])
+def test_what_a_task_leaves_running_is_ended(end, tmp_path):
+  code = (f'import os; pid = os.fork()\nif pid:\n  open({str(tmp_path / "p")!r}'
+          f', "w").write(str(pid))\n  {end or "pass"}\nelse: time.sleep(60)')
+  outcomes = run([[task('leaves', 'exec(' + repr(code) + ')')]], tmp_path)
+  assert outcomes['leaves'].verdict == ('crashed: SIGKILL' if end else 'done')
+  deadline = time.monotonic() + 20
+  while not is_gone((tmp_path / 'p').read_text()):
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+
+
+@pytest.mark.parametrize('code, says', [
+    ('while True: print("x" * 1000)', 'stopped: printed over 0 MiB'),
+    ('f = open(sys.argv[1], "a")\nwhile True: f.write("x" * 1000)',
+     'stopped: wrote over 0 MiB')], ids=['prints', 'writes'])
+def test_what_would_fill_the_disk_is_stopped(code, says, tmp_path, monkeypatch):
+  monkeypatch.setattr(runner, 'MOST_SAID_BYTES', 10_000)
+  monkeypatch.setattr(lines, 'MOST_BYTES', 10_000)
+  outcomes = run([[task('fills', f'exec({code!r})')], [task('next', '')]],
+                 tmp_path)
+  assert {n: o.verdict for n, o in outcomes.items()} == {
+      'fills': says, 'next': 'done' if 'print' in says else
+      'failed: it wrote nothing'}
+  assert (tmp_path / 'speed.jsonl').stat().st_size <= 12_000
+
+
+def test_a_disk_that_is_full_keeps_no_task_from_running(tmp_path, monkeypatch):
+  monkeypatch.setattr(runner, 'ROOT', ROOT)
+  (tmp_path / 'log.txt').mkdir()  # cannot be written
+  outcomes = run([[task('goes', '')], [task('on', '')]], tmp_path)
+  assert [o.verdict for o in outcomes.values()] == ['done', 'done']
+
+
+STOPPED = """
+import runpy, sys
+from experiments.gpu import tasks
+tasks.machine = lambda: dict(platform='cpu', device='cpu')
+tasks.STAGES = ((tasks.Task('speed', 'sleeps', 60, own=(
+    sys.executable, '-c', 'import os, time\\nopen(sys.argv[1] + "/pid", "w")'
+    '.write(str(os.getpid()))\\ntime.sleep(60)'.replace(
+        'sys.argv[1]', repr(sys.argv[1])))),),)
+sys.argv = ['gpu', '--out=' + sys.argv[1]]
+runpy.run_module('experiments.gpu', run_name='__main__')
+"""
+
+
+def test_a_command_that_is_ended_ends_its_tasks_and_says_what_there_is(
+    tmp_path):
+  with subprocess.Popen([sys.executable, '-c', STOPPED, str(tmp_path)],
+                        cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    deadline, pid = time.monotonic() + 100, tmp_path / 'pid'
+    while not (pid.exists() and pid.read_text()):
+      assert time.monotonic() < deadline and process.poll() is None
+      time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said = process.stdout.read()
+  assert process.returncode == 130 and 'interrupted' in said, said
+  assert is_gone(pid.read_text())
+  assert 'interrupted' in (tmp_path / 'log.txt').read_text()
+  assert tarfile.is_tarfile(tmp_path / 'cache.tar.gz')
+
+
+def test_a_task_whose_runner_is_gone_ends_by_itself(tmp_path, monkeypatch):
+  monkeypatch.setattr(signal, 'alarm', lambda s: (_ for _ in ()).throw(
+      InterruptedError(f'after {s} s')))
+  monkeypatch.setattr(cli, 'main', lambda start, flags: start(
+      types.SimpleNamespace(lines=str(tmp_path / 'x'), task='t', seconds=30.0,
+                            tiny=True), None))
+  with pytest.raises(InterruptedError, match='after 45 s'):
+    child.main(lambda *_: None)
+
+
+def items(target, names):
+  """What child.each gives; what is given has a line."""
+  file = target.lines()
+  for what, item in child.each(target, file, names, str.upper):
+    file.write(what, True)
+    yield item
+
+
+@pytest.fixture
+def begun(monkeypatch):
+  """Command lines with which a task begins anew."""
+  found = []
+  monkeypatch.setattr(os, 'execv', lambda path, argv: found.append(argv[1:]))
+  monkeypatch.setattr(sys, 'orig_argv', ['python', '-m', 'x', '--seconds=9',
+                                         '--task=t'])
+  return found
+
+
+def test_a_task_whose_device_is_lost_begins_anew(tmp_path, monkeypatch, begun):
+  target = lines.Target(tmp_path / 'x', 't', 9.0, False)
+  assert list(items(target, 'ab')) == ['a', 'b'] and not begun
+  assert list(items(target, 'abc')) == ['c']  # the others have lines
+
+  def lost(_):
+    raise jax.errors.JaxRuntimeError('CUDA_ERROR_ILLEGAL_ADDRESS')
+
+  monkeypatch.setattr(jax, 'block_until_ready', lost)
+  assert list(items(target, 'd')) == ['d']
+  (*rest, seconds), = begun
+  assert rest == ['-m', 'x', '--task=t']
+  assert 0 < float(seconds.removeprefix('--seconds=')) <= 9
+
+
+def test_an_item_that_hangs_costs_only_itself(tmp_path, begun):
+  target = lines.Target(tmp_path / 'x', 't', 1.0, False)
+  file = target.lines()
+  for _ in child.each(target, file, 'a', str.upper):
+    while not begun:
+      time.sleep(0.01)
+  row, = file.read()
+  assert (row['what'], row['ok']) == ('A', False)
+  assert row['says'] == 'no end after 1 s'
+  file.began_s -= 1
+  assert not list(child.each(target, file, 'b', str.upper))
+  assert file.read()[1]['skipped'] == 'out of time'
+
+
+@pytest.mark.parametrize('code, name, says, ok', [
+    (0, 'memcheck', '========= ERROR SUMMARY: 0 errors', True),
+    (9, 'memcheck', '========= ERROR SUMMARY: 2 errors', False),
+    (1, 'memcheck', 'ValueError\n========= ERROR SUMMARY: 0 errors', False),
+    (1, 'memcheck', 'Device not supported\n= ERROR SUMMARY: 1 error', None),
+    (0, 'racecheck', '= RACECHECK SUMMARY: 0 hazards displayed (0', True),
+    (9, 'racecheck', '= RACECHECK SUMMARY: 3 hazards displayed (3', False),
+    (127, 'racecheck', 'cannot open libInterceptorInjection', None)])
+def test_what_the_sanitizer_says_is_judged(code, name, says, ok):
+  assert sanitizer.judged(name, code, says) is ok
 
 
 def test_ctrl_c_ends_tasks_and_keeps_the_table(tmp_path, monkeypatch):
   def interrupted(_):
+    monkeypatch.undo()
     raise KeyboardInterrupt
   monkeypatch.setattr(runner.time, 'sleep', interrupted)
   outcomes = run([[task('runs', 'time.sleep(60)')], [task('later', '')]],
@@ -80,8 +235,67 @@ def test_a_line_that_was_cut_short_is_left_out(tmp_path):
   lines.Lines(path, 'tune').write('a', True, seconds=np.float32(0.5))
   with path.open('a') as file:
     file.write('{"task": "tu')
-  row, = lines.read(path)
-  assert (row['what'], row['ok'], row['seconds']) == ('a', True, 0.5)
+  lines.Lines(path, 'tune').write('b', None, share=np.float32('nan'))
+  a, b = lines.read(path)
+  assert (a['what'], a['ok'], a['seconds']) == ('a', True, 0.5)
+  assert (b['what'], b['share']) == ('b', None)
+  assert 'NaN' not in path.read_text()
+
+
+def test_what_is_no_line_is_left_out(tmp_path):
+  path, good = tmp_path / 'tune.jsonl', dict(task='t', what='w', ok=None)
+  bad = ['3', 'null', '[]', '{}', '{"task": "t"}', '[' * 10**5, '\x00', '"',
+         json.dumps(good | dict(ok='yes')), json.dumps(good | dict(ok=1)),
+         json.dumps(good | dict(task=3)), json.dumps(good | dict(figure=3))]
+  path.write_bytes(b'\xff\xfe\n' + '\n'.join(
+      [*bad, json.dumps(good), '{"task": "t", "what": "n", "ok": null, '
+       '"share": NaN, "seconds": -Infinity}']).encode())
+  assert lines.read(path) == [good, dict(
+      task='t', what='n', ok=None, share=None, seconds=None)]
+
+
+def test_what_is_no_file_or_too_large_has_no_lines(tmp_path, monkeypatch):
+  good = json.dumps(dict(task='t', what='w', ok=None))
+  (tmp_path / 'file').write_text(good)
+  (tmp_path / 'link').symlink_to(tmp_path / 'file')
+  os.mkfifo(tmp_path / 'pipe')
+  assert lines.read(tmp_path / 'file')
+  assert not any(map(lines.read, [tmp_path, tmp_path / 'link',
+                                  tmp_path / 'pipe', tmp_path / 'none']))
+  monkeypatch.setattr(lines, 'MOST_BYTES', 10)
+  assert not lines.read(tmp_path / 'file')
+
+
+def hostile(**fields):
+  """A tar with one member, of b'x' unless told otherwise."""
+  info = tarfile.TarInfo('a')
+  info.size = 1
+  for name, value in fields.items():
+    setattr(info, name, value)
+  made = io.BytesIO()
+  with tarfile.open(fileobj=made, mode='w:gz') as tar:
+    tar.addfile(info, io.BytesIO(b'x' * info.size) if info.isreg() else None)
+  return made.getvalue()
+
+
+@pytest.mark.parametrize('data', [
+    b'', b'no tar', hostile()[:60], hostile(name='../a'), hostile(name='/a'),
+    hostile(type=tarfile.SYMTYPE, linkname='/etc/passwd'),
+    hostile(type=tarfile.LNKTYPE, linkname='/etc/passwd'),
+    hostile(type=tarfile.FIFOTYPE), hostile(size=16 * 2**20)],
+    ids=['empty', 'none', 'cut', 'up', 'root', 'symlink', 'link', 'pipe',
+         'huge'])
+def test_a_cache_that_is_none_is_refused(data, tmp_path):
+  path, folder = tmp_path / 'cache.tar.gz', tmp_path / 'sub' / 'folder'
+  path.write_bytes(data)
+  folder.mkdir(parents=True)
+  try:
+    cache.unpack(path, folder)
+  except InputError as error:
+    assert '--cache' in str(error)
+  assert not (tmp_path / 'sub' / 'a').exists()
+  assert all(f.parent == folder and f.is_file() and not f.is_symlink()
+             for f in folder.rglob('*'))
 
 
 def test_the_cache_comes_back_and_stays_small(tmp_path):
@@ -101,7 +315,7 @@ def test_the_cache_comes_back_and_stays_small(tmp_path):
 def test_all_parts_run_on_a_cpu_and_eight_files_come_back(tmp_path):
   out, console = tmp_path / 'out', Console(file=io.StringIO(), width=80)
   code = gpu.run(cli.options(
-      gpu.FLAGS, out=str(out), minutes=6.0,
+      gpu.FLAGS, out=str(out), minutes=20.0,
       cache=str(KEPT) if KEPT.exists() else ''), console)
   log = console.file.getvalue() + (out / 'log.txt').read_text()
   assert code == 0, log
@@ -113,7 +327,10 @@ def test_all_parts_run_on_a_cpu_and_eight_files_come_back(tmp_path):
   assert not [r for part in found.values() for r in part
               if 'skipped' in r or r['ok'] is False]
   assert {r['task'] for r in found['right']} == {
-      'kernels', 'families', 'sanitizer'}
+      'run', 'kernels', 'families', 'sanitizer', 'registers'}
+  assert all(of_part[0]['what'] == 'machine' for of_part in found.values())
+  with pytest.raises(InputError, match='must be results of a GPU'):
+    ingest.run(out, console, tmp_path)
   assert {r['mode'] for r in found['simulate'] if 'mode' in r} == {
       'colocated', 'chunked'}
   tail = console.file.getvalue()[-12000:]
@@ -131,9 +348,10 @@ def test_what_travels_is_small():
   assert sum(f.stat().st_size for f in files if f.is_file()) < 30 * 2**20
 
 
-MACHINE = dict(task='t', what='machine', ok=None, device='NVIDIA H100 80GB '
+MACHINE = dict(task='run', what='machine', ok=None, device='NVIDIA H100 80GB '
                'HBM3', driver='580.1', jax='0.11.2', python='3.12.3',
                date='2026-11-28')
+CODE = dict(task='registers', ok=True, what='x', model='llama-3-8b')
 
 
 @pytest.fixture
@@ -149,7 +367,13 @@ def results(tmp_path):
   errors = dict(attainment=1.0, ttft_s=dict(mean=0.05),
                 tpot_s=dict(mean=-0.02))
   rows = dict(
-      right=[MACHINE, dict(task='kernels', what='x', ok=False, figure='1 of')],
+      right=[dict(task='kernels', what='x', ok=False, figure='1 of'),
+             CODE | dict(kernel='pack', compiled=dict(
+                 registers=24, spilled=0, grid='64, 4, 1', threads=128,
+                 shared=0)),
+             CODE | dict(kernel='unpack', compiled=dict(
+                 registers=20, spilled=0, grid='64, 2, 1', threads=128,
+                 shared=0))],
       speed=[dict(task='kernels', what='decode', ok=None, op='decode',
                   impl='mosaic', seconds=1e-4, share=0.8,
                   others=dict(cudnn=2e-4)),
@@ -157,17 +381,30 @@ def results(tmp_path):
                   seconds=0.02, least_s=0.015, share=0.75, host_s=0.001),
              dict(task='steps', what='opt-13b: hand-off of 16 tokens', ok=None,
                   bytes_per_s=1e11, of_a_copy=0.5)],
-      tune=[dict(task='tune', what='d', ok=None, kind='NVIDIA H100', kept=True,
-                 op='decode_attention', shape='s', config=dict(splits=2))],
+      tune=[dict(task='tune', what='d', ok=None, kept=True, shape='s',
+                 op='kv_write', config=dict(block_heads=2, num_warps=4,
+                                            num_stages=1))],
       measure=[dict(task='measure', what='profile', ok=None, profile=json.dumps(
-          dict(model='llama-3-8b', device='H100', source='dsjax')))],
+          dict(model='llama-3-8b', device='H100', source='dsjax',
+               latencies={})))],
       simulate=[dict(task='simulate', what='chunked, 2/s', ok=None,
                      mode='chunked', rate_per_s=2.0, requests=9, real=stats,
                      simulated=stats, errors=errors)])
   for part, of_part in rows.items():
-    (folder / f'{part}.jsonl').write_text(
-        ''.join(json.dumps(row) + '\n' for row in of_part))
+    save(folder, part, [MACHINE, *of_part])
   return folder, root
+
+
+def save(folder, part, rows):
+  """Writes the file of a part."""
+  (folder / f'{part}.jsonl').write_text(
+      ''.join(json.dumps(row) + '\n' for row in rows))
+
+
+def state(root):
+  """What is in each file."""
+  return {f: f.read_bytes() for f in root.rglob('*') if f.is_file()
+          and f.suffix != '.png'}
 
 
 def test_results_of_a_gpu_are_taken_in(results):
@@ -179,7 +416,7 @@ def test_results_of_a_gpu_are_taken_in(results):
   assert 'old' not in readme and readme.startswith('before\n')
   assert readme.endswith(f'{ingest.END}\nafter\n')
   assert 'HBM3, driver 580.1, jax 0.11.2' in readme
-  assert '| right | 1 of 1 wrong | kernels: 1 of |' in readme
+  assert '| right | 1 of 3 wrong | kernels: 1 of |' in readme
   assert '| serve | not run |' in readme
   assert '| decode | 100.0 | 80% | 200.0 | - | - |' in details
   assert '20.00 | 15.00 | 75% | 1.00 | - |' in details
@@ -188,10 +425,121 @@ def test_results_of_a_gpu_are_taken_in(results):
   path = root / 'experiments/profiles/latency-h100-llama-3-8b.json'
   assert 'driver 580.1' in json.loads(path.read_text())['source']
   held = json.loads((root / 'kernels' / 'tuned.json').read_text())
-  assert held['NVIDIA H100']['decode_attention']['s'] == {'splits': 2}
+  assert held[MACHINE['device']]['kv_write']['s']['num_warps'] == 4
   assert (root / 'docs/figures/gpu.png').stat().st_size > 5000
+  before = state(root)
   ingest.run(folder, console, root)  # again: the same
-  assert (root / 'README.md').read_text() == readme
+  assert state(root) == before
+
+
+def test_registers_stand_beside_those_of_make_aot(results):
+  """Of a result that no GPU wrote."""
+  folder, root = results
+  ingest.run(folder, Console(file=io.StringIO()), root)
+  details = (root / 'docs' / 'gpu.md').read_text()
+  assert '| pack | llama-3-8b | 64x4x1 | 20 (24) | 0 | 0 |' in details
+  assert '| unpack |' not in details  # no different
+  real = aot_report.measured(root / 'experiments' / 'aot' / 'measured.json')
+  rows = [row for row in aot_report.golden()['rows']
+          if (row['gpu'], row['model']) == ('h100', 'llama-3-8b')]
+  console = Console(width=200, file=io.StringIO())
+  console.print(aot_report.tables(rows, real))
+  text = console.file.getvalue()
+  assert text.count('20 (24)') == 2  # both packs
+  assert 'HBM3, driver 580.1' in text
+  assert aot_report.measured(root / 'none.json') == ({}, '')
+
+
+@pytest.mark.parametrize('device, chip', [
+    ('NVIDIA H200', 'h100'), ('NVIDIA A100-SXM4-80GB', 'a100')])
+def test_registers_of_another_card_go_to_its_chip(device, chip):
+  row = CODE | dict(kernel='pack', compiled=dict(
+      registers=1, spilled=0, grid='1, 1, 1', threads=32, shared=0))
+  assert ingest.registers([row], MACHINE | dict(device=device))['gpu'] == chip
+  for wrong in (dict(registers='1'), dict(grid='|'), dict(extra=1)):
+    assert ingest.registers([row | dict(compiled=row['compiled'] | wrong)],
+                            MACHINE) is None
+
+
+NOT_NUMBERS = [None, 'x', [], {}, True, 10**400, 1e300]
+
+
+@pytest.mark.parametrize('value', NOT_NUMBERS, ids=repr)
+def test_what_is_no_number_has_no_row(value, results):
+  """In the place of any number of the results."""
+  folder, root = results
+  for part in ('speed', 'simulate'):
+    rows = lines.read(folder / f'{part}.jsonl')
+    for row in rows:
+      for field in row.keys() - {'task', 'what', 'ok', 'figure', 'device',
+                                 'driver', 'jax', 'python', 'date'}:
+        save(folder, part, [r | dict([(field, value)]) if r is row else r
+                            for r in rows])
+        machine = ingest.machine_of({part: rows}, folder)
+        every = {p: lines.read(folder / f'{p}.jsonl') for p in tasks.PARTS}
+        text = (pages.details(every, machine, None)
+                + pages.summary(every, machine))
+        assert 'None' not in text and '00000' not in text
+  ingest.run(folder, Console(file=io.StringIO()), root)
+
+
+def test_text_that_would_break_a_page_does_not(results):
+  folder, root = results
+  nasty = f'a | b\n# c {ingest.END} <script> `x` ' + 'y' * 10**5
+  save(folder, 'speed', [MACHINE, dict(
+      task=nasty, what=nasty, ok=False, figure=nasty)])
+  before = [(root / n).read_text() for n in ('README.md', 'docs/gpu.md')]
+  ingest.run(folder, Console(file=io.StringIO()), root)
+  for name, text in zip(('README.md', 'docs/gpu.md'), before, strict=True):
+    made = (root / name).read_text()
+    assert made.count(ingest.END) == 1 and '<script>' not in made
+    assert made.endswith(text[-6:]) and len(made) < 5000
+
+
+@pytest.mark.parametrize('part, rows, says', [
+    ('tune', [dict(config={})], 'a config of a kernel'),
+    ('tune', [dict(config=dict(block_heads=0, num_warps=4, num_stages=1))],
+     'block_heads: 0: must be an integer'),
+    ('tune', [dict(op='sort')], 'a config of a kernel'),
+    ('tune', [dict(op=None)], 'a config of a kernel'),
+    ('tune', [dict(shape=3)], 'a config of a kernel'),
+    ('measure', [dict(profile='{')], 'profile.json'),
+    ('measure', [dict(profile='[]')], 'profile.json'),
+    ('measure', [dict(profile=json.dumps(dict(
+        model='../../x', device='d', latencies={})))], 'the name of a model'),
+    ('right', [dict(what='machine', task='run', device='cpu')],
+     'results of a GPU')], ids=str)
+def test_what_does_not_suit_is_an_error_and_nothing_is_written(
+    part, rows, says, results):
+  folder, root = results
+  own = lines.read(folder / f'{part}.jsonl')
+  save(folder, part, [r | row for r in own for row in rows
+                      if part == 'right' or r is not own[0]]
+       if part == 'right' else [own[0], *(own[1] | row for row in rows)])
+  before = state(root)
+  with pytest.raises(InputError, match=says):
+    ingest.run(folder, Console(file=io.StringIO()), root)
+  assert state(root) == before
+
+
+def test_results_of_two_cards_or_of_no_card_are_refused(results):
+  folder, root = results
+  for changed, says in ((dict(device='NVIDIA H200'), 'of one machine'),
+                        (dict(device='TFRT_CPU'), 'results of a GPU'),
+                        (dict(device=None), 'begins with the machine')):
+    save(folder, 'serve', [MACHINE | changed, dict(task='serve', what='x',
+                                                   ok=True)])
+    with pytest.raises(InputError, match=says):
+      ingest.run(folder, Console(file=io.StringIO()), root)
+  save(folder, 'serve', [MACHINE | dict(date='2026-11-29')])
+  ingest.run(folder, Console(file=io.StringIO()), root)  # a later call
+
+
+def test_a_part_that_only_began_has_measured_nothing(results):
+  folder, root = results
+  save(folder, 'serve', [MACHINE])
+  ingest.run(folder, Console(file=io.StringIO()), root)
+  assert '| serve | nothing measured |' in (root / 'README.md').read_text()
 
 
 @pytest.mark.parametrize('device, says', [
@@ -204,6 +552,43 @@ def test_results_of_no_gpu_are_refused(tmp_path, device, says):
     ingest.run(tmp_path, Console(file=io.StringIO()), tmp_path)
 
 
+def test_a_folder_is_the_same_for_tasks_that_run_elsewhere(
+    tmp_path, monkeypatch):
+  asked = []
+  monkeypatch.setattr(tasks, 'machine', lambda: dict(platform='cpu'))
+  monkeypatch.setattr(runner, 'run', lambda *args: asked.append(args) or [])
+  monkeypatch.chdir(tmp_path)
+  console = Console(file=io.StringIO())
+  assert gpu.run(cli.options(gpu.FLAGS, out='out', only=['tune']), console) == 0
+  assert asked[0][1] == tmp_path / 'out'
+  (tmp_path / 'out' / 'serve.jsonl').write_text('kept')
+  gpu.run(cli.options(gpu.FLAGS, out='out', only=['tune']), console)
+  assert (tmp_path / 'out' / 'serve.jsonl').read_text() == 'kept'
+  assert len(lines.read(tmp_path / 'out' / 'tune.jsonl')) == 1  # afresh
+  assert (tmp_path / 'out' / 'log.txt').read_text().count('dsjax on') == 2
+
+
+@pytest.mark.parametrize('code, platforms, says', [
+    ('print("{}")', '', None), ('raise SystemExit("no")', '', 'jax=.*no'),
+    ('print("noise"); print(json.dumps(dict(platform="cpu", driver="1")))',
+     'cpu', None),
+    ('print(json.dumps(dict(platform="cpu", driver="580.1"))); '
+     'print("CUDA_ERROR_X", file=sys.stderr)', '',
+     'CUDA_ERROR_X.*able to use the GPU here')])
+def test_a_gpu_that_jax_does_not_find_is_an_error(code, platforms, says,
+                                                  monkeypatch):
+  real = subprocess.run
+  code = code.replace('"{}"', 'json.dumps(dict(platform="gpu", driver="1"))')
+  monkeypatch.setenv('JAX_PLATFORMS', platforms)
+  monkeypatch.setattr(subprocess, 'run', lambda argv, **options: real(
+      [sys.executable, '-c', f'import json, sys; {code}'], **options))
+  if says:
+    with pytest.raises(InputError, match=says):
+      tasks.machine()
+  else:
+    assert tasks.machine()['driver'] == '1'
+
+
 def test_a_part_that_does_not_exist_is_an_error():
   with pytest.raises(InputError, match='--only=.*tests.*of .*right'):
     gpu.run(cli.options(gpu.FLAGS, only=['tests']), None)
@@ -213,6 +598,8 @@ def test_the_table_fits_eighty_columns():
   task_ = tasks.STAGES[0][0]
   console = Console(file=io.StringIO(), width=80)
   console.print(report.table([runner.Outcome(
-      task_, 'failed: ' + 'x' * 90, 12.0, 'y' * 200)], 'a GPU'))
+      task_, 'x' * runner.MOST_VERDICT, 12.0, 'y' * runner.MOST_FIGURE)] * 12,
+                             'a GPU'))
   text = console.file.getvalue()
   assert max(map(len, text.splitlines())) <= 80 and 'y' * 10 in text
+  assert len(text) < 12_000  # what is shown of a command's output
