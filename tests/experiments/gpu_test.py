@@ -27,6 +27,7 @@ from experiments.gpu import (
   ingest,
   lines,
   pages,
+  pytest_lines,
   report,
   runner,
   sanitizer,
@@ -205,6 +206,35 @@ def test_an_item_that_hangs_costs_only_itself(tmp_path, begun):
   file.began_s -= 1
   assert not list(child.each(target, file, 'b', str.upper))
   assert file.read()[1]['skipped'] == 'out of time'
+
+
+def test_a_test_that_hangs_ends_its_worker_and_is_told(tmp_path, monkeypatch):
+  for name, value in (('LINES', tmp_path / 'x'), ('TASK', 't'),
+                      ('SECONDS', 1), ('BEGAN', time.time())):
+    monkeypatch.setenv(f'DSJAX_GPU_{name}', str(value))
+  ended = []
+  monkeypatch.setattr(os, '_exit', ended.append)
+  around = pytest_lines.pytest_runtest_protocol(
+      types.SimpleNamespace(nodeid='a_test.py::test_a'))
+  next(around)
+  while not ended:
+    time.sleep(0.01)
+  with pytest.raises(StopIteration):
+    around.send(True)
+  row, = lines.read(tmp_path / 'x')
+  assert (row['what'], row['ok']) == ('a_test.py::test_a', False)
+  assert ended == [71]
+
+
+def test_sweeps_come_last_a_seed_of_each_in_turn():
+  def item(name, seed=None):
+    return types.SimpleNamespace(
+        name=name, callspec=types.SimpleNamespace(params=dict(seed=seed)),
+        get_closest_marker=lambda _: seed is not None)
+
+  items = [item('a0', 0), item('a1', 1), item('x'), item('b0', 0), item('y')]
+  pytest_lines.pytest_collection_modifyitems(items)
+  assert [i.name for i in items] == ['x', 'y', 'a0', 'b0', 'a1']
 
 
 @pytest.mark.parametrize('code, name, says, ok', [

@@ -306,27 +306,18 @@ def test_the_shapes_are_those_of_the_models_and_the_devices_known():
 
 
 @pytest.mark.parametrize('name', compiled.GPUS)
-def test_grids_are_those_of_the_compiled_steps(name):
+@pytest.mark.parametrize('model', ['llama-3-8b', 'opt-13b'])
+def test_the_steps_that_are_compiled_have_these_kernels(name, model):
   rows = json.loads(bench.GOLDEN.read_text())['rows']
-  for model in cases.MODELS:
-    golden = {r['step']: r['kernels'] for r in rows
-              if (r['gpu'], r['model']) == (name.lower(), model)}
-    told = set()  # the first of an op is what it picks on that device
-    for case in cases.wanted((model,), ('decode', 'kv_write'), name):
-      if (case.op, case.text) not in (('decode', '64 rows of 2048'),
-                                      ('kv_write', '2048 tokens')):
-        continue
-      if case.kv == cases.DTYPE and case.op not in told:
-        told.add(case.op)
-        args, limits = cases.arguments(case), paged.device(name)
-        done = cases.count(case, args, cases.plan(case, args, limits)[0])
-        found = [k['grid'] for step in golden.values() for n, k in step.items()
-                 if n.startswith(case.op) and k['threads'] == done.threads]
-        grid = (*done.grid, 1)[:3]
-        if case.impl == 'mosaic':  # whose last axis is CUDA's first
-          grid = grid[::-1]
-        assert ', '.join(map(str, grid)) in found
-    assert told == {'decode', 'kv_write'}
+  golden = {(kernel, k['grid'], k['threads']) for row in rows
+            if (row['gpu'], row['model']) == (name.lower(), model)
+            for kernel, k in row['kernels'].items()}
+  for case in cases.of_steps(model, compiled.GPUS[name][1]):
+    args, limits = cases.arguments(case), paged.device(name)
+    done = cases.count(case, args, cases.plan(case, args, limits)[0])
+    grid = (*done.grid, 1)[:3] if case.impl != 'mosaic' else (
+        *done.grid[::-1], 1)[:3]  # whose last axis is CUDA's first
+    assert (case.kernel, ', '.join(map(str, grid)), done.threads) in golden
 
 
 # --- the runner --------------------------------------------------------------
