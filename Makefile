@@ -33,8 +33,8 @@ PYTHON312 = $(shell for python in python3.12 \
     "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12.*/bin/python3; do \
   if "$$python" -c 'import venv' 2>/dev/null; then \
     command -v "$$python"; exit; fi; done)
-GPU_TESTS = $(filter-out %/bench_test.py %/shapes_test.py, \
-  $(wildcard tests/kernels/*_test.py)) tests/model \
+GPU_TESTS = $(filter-out $(patsubst %,tests/kernels/%_test.py,bench shapes \
+  tuned work), $(wildcard tests/kernels/*_test.py)) tests/model \
   $(patsubst %,tests/runtime/%_test.py,engine migration orchestrator)
 
 test-gpu-versions:
