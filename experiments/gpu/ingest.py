@@ -63,17 +63,18 @@ def machine_of(rows, folder):
   """
   require(any(rows.values()), '--ingest', str(folder),
           'a folder with the files of a run')
-  machines = {part: next((
-      {name: pages.cell(str(row[name])) for name in NAMED} for row in of_part
-      if row['what'] == 'machine' and all(isinstance(row.get(n), str)
-                                          for n in NAMED)), None)
-      for part, of_part in rows.items() if of_part}
-  for part, machine in machines.items():
-    require(machine, '--ingest', f'{part}.jsonl',
-            "a run's on a GPU, which begins with the machine")
-    require('nvidia' in machine['device'].lower(), '--ingest',
-            f'results of {machine["device"]!r}', 'results of a GPU')
-  first, *others = machines.values()
+  machines = []
+  for part, of_part in rows.items():
+    if of_part:
+      machine = {name: of_part[0].get(name) for name in NAMED}
+      require(of_part[0]['what'] == 'machine' and machine['device'],
+              '--ingest', f'{part}.jsonl', 'to begin with the machine')
+      require('nvidia' in str(machine['device']).lower()
+              and all(isinstance(x, str) for x in machine.values()),
+              '--ingest', f'{part}.jsonl: results of {machine}',
+              'results of a GPU')
+      machines.append({n: pages.cell(x) for n, x in machine.items()})
+  first, *others = machines
   for machine in others:
     require(all(machine[n] == first[n] for n in NAMED if n != 'date'),
             '--ingest', f'{first} and {machine}', 'of one machine')

@@ -17,6 +17,7 @@ import pytest
 from experiments.gpu.lines import Lines
 
 BEGAN = 'DSJAX_GPU_BEGAN'  # seconds of the wall clock, same for all workers
+EVERY = 25  # tests a line tells how many there were so far
 LAST = 0.85  # of the time, after which no test begins
 MOST = 0.95  # after which none goes on, nor one that took a third of it
 
@@ -74,14 +75,20 @@ class Outcomes:
     late = report.skipped and 'out of time' in str(report.longrepr)
     if report.when == 'call' or report.outcome != 'passed':
       self.counts['out of time' if late else report.outcome] += 1
+      if not sum(self.counts.values()) % EVERY:
+        self.lines.write('so far', figure=self.shown())
     if report.failed:
       self.lines.write(report.nodeid, False, seconds=report.duration,
                        says=str(report.longrepr)[-1500:])
 
+  def shown(self):
+    """The counts in words."""
+    return ', '.join(f'{n} {what}' for what, n in self.counts.items())
+
   def pytest_sessionfinish(self, exitstatus):
     """All tests have ended."""
-    shown = ', '.join(f'{n} {what}' for what, n in self.counts.items())
     self.lines.write('all', self.counts['passed'] > 0 and exitstatus == 0,
-                     figure=shown or 'no tests', exit_code=int(exitstatus),
+                     figure=self.shown() or 'no tests',
+                     exit_code=int(exitstatus),
                      **{k.replace(' ', '_'): n
                         for k, n in self.counts.items()})

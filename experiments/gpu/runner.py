@@ -59,18 +59,19 @@ class Running:
   def is_over(self) -> bool:
     """Whether it has ended; ends it when its time is up, or what it writes is
     too much, and what it leaves running."""
+    path = self.target.path
     if self.process.poll() is None:
-      path = self.target.path
       if time.monotonic() - self.began_s > self.target.seconds:
         self.stopped = f'stopped after {self.target.seconds:.0f} s'
       elif os.fstat(self.said.fileno()).st_size > MOST_SAID_BYTES:
         self.stopped = f'stopped: printed over {MOST_SAID_BYTES >> 20} MiB'
       elif path.exists() and path.stat().st_size > lines.MOST_BYTES:
         self.stopped = f'stopped: wrote over {lines.MOST_BYTES >> 20} MiB'
-        os.truncate(path, lines.MOST_BYTES)
       else:
         return False
     self.kill()
+    if path.exists() and path.stat().st_size > lines.MOST_BYTES:
+      os.truncate(path, lines.MOST_BYTES // 2)  # room for the part's others
     return True
 
   def outcome(self) -> Outcome:

@@ -556,7 +556,9 @@ def test_results_of_two_cards_or_of_no_card_are_refused(results):
   folder, root = results
   for changed, says in ((dict(device='NVIDIA H200'), 'of one machine'),
                         (dict(device='TFRT_CPU'), 'results of a GPU'),
-                        (dict(device=None), 'begins with the machine')):
+                        (dict(driver=None), 'results of a GPU'),
+                        (dict(what='x'), 'to begin with the machine'),
+                        (dict(device=None), 'to begin with the machine')):
     save(folder, 'serve', [MACHINE | changed, dict(task='serve', what='x',
                                                    ok=True)])
     with pytest.raises(InputError, match=says):
