@@ -210,6 +210,12 @@ def count(case: Case, args: dict[str, Any], config: Any) -> work.Work:
   return work.page_copy(config, _pages(case), case.kv)
 
 
+def cuda_grid(case: Case, done: work.Work) -> list[str]:
+  """A Work's grid in CUDA's order: the last axis of Mosaic's comes first."""
+  turned = case.impl == 'mosaic'
+  return [str(n) for n in (*done.grid[::-1 if turned else 1], 1)[:3]]
+
+
 def tuned_op(case: Case) -> str:
   """The name of a case's op in kernels/tuned.json."""
   if case.impl == 'mosaic':

@@ -45,9 +45,9 @@ def test_the_steps_that_are_compiled_have_these_kernels(name, model):
   for case in cases.of_steps(model, compiled.GPUS[name][1]):
     args, limits = cases.arguments(case), paged.device(name)
     done = cases.count(case, args, cases.plan(case, args, limits)[0])
-    grid = (*done.grid, 1)[:3] if case.impl != 'mosaic' else (
-        *done.grid[::-1], 1)[:3]  # whose last axis is CUDA's first
-    assert (case.kernel, ', '.join(map(str, grid)), done.threads) in golden
+    assert (case.kernel, ', '.join(cases.cuda_grid(case, done)),
+            done.threads) in golden
+    assert bench.code(case, args, None, done, name, '').threads == done.threads
 
 
 # --- the runner --------------------------------------------------------------
