@@ -82,6 +82,14 @@ def test_a_task_that_writes_nothing_or_leaves_children_is_ended(tmp_path):
   assert is_gone((tmp_path / 'pid').read_text())
 
 
+def until(happened):
+  """Waits for it, a minute at most."""
+  deadline = time.monotonic() + 60
+  while not happened():
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+
+
 def is_gone(pid):
   """Whether a process has ended."""
   status = pathlib.Path('/proc', str(pid), 'status')
@@ -94,10 +102,7 @@ def test_what_a_task_leaves_running_is_ended(end, tmp_path):
           f', "w").write(str(pid))\n  {end or "pass"}\nelse: time.sleep(60)')
   outcomes = run([[task('leaves', 'exec(' + repr(code) + ')')]], tmp_path)
   assert outcomes['leaves'].verdict == ('crashed: SIGKILL' if end else 'done')
-  deadline = time.monotonic() + 20
-  while not is_gone((tmp_path / 'p').read_text()):
-    assert time.monotonic() < deadline
-    time.sleep(0.05)
+  until(lambda: is_gone((tmp_path / 'p').read_text()))
 
 
 @pytest.mark.parametrize('code, says', [
@@ -139,10 +144,8 @@ def test_a_command_that_is_ended_ends_its_tasks_and_says_what_there_is(
     tmp_path):
   with subprocess.Popen([sys.executable, '-c', STOPPED, str(tmp_path)],
                         cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-    deadline, pid = time.monotonic() + 100, tmp_path / 'pid'
-    while not (pid.exists() and pid.read_text()):
-      assert time.monotonic() < deadline and process.poll() is None
-      time.sleep(0.05)
+    pid = tmp_path / 'pid'
+    until(lambda: pid.exists() and pid.read_text())
     process.send_signal(signal.SIGTERM)
     said = process.stdout.read()
   assert process.returncode == 130 and 'interrupted' in said, said
@@ -198,8 +201,7 @@ def test_an_item_that_hangs_costs_only_itself(tmp_path, begun):
   target = lines.Target(tmp_path / 'x', 't', 1.0, False)
   file = target.lines()
   for _ in child.each(target, file, 'a', str.upper):
-    while not begun:
-      time.sleep(0.01)
+    until(lambda: begun)
   row, = file.read()
   assert (row['what'], row['ok']) == ('A', False)
   assert row['says'] == 'no end after 1 s'
@@ -217,8 +219,7 @@ def test_a_test_that_hangs_ends_its_worker_and_is_told(tmp_path, monkeypatch):
   around = pytest_lines.pytest_runtest_protocol(
       types.SimpleNamespace(nodeid='a_test.py::test_a'))
   next(around)
-  while not ended:
-    time.sleep(0.01)
+  until(lambda: ended)
   with pytest.raises(StopIteration):
     around.send(True)
   row, = lines.read(tmp_path / 'x')
@@ -311,10 +312,11 @@ def hostile(**fields):
 @pytest.mark.parametrize('data', [
     b'', b'no tar', hostile()[:60], hostile(name='../a'), hostile(name='/a'),
     hostile(type=tarfile.SYMTYPE, linkname='/etc/passwd'),
+    hostile(type=tarfile.SYMTYPE, linkname='b'),
     hostile(type=tarfile.LNKTYPE, linkname='/etc/passwd'),
     hostile(type=tarfile.FIFOTYPE), hostile(size=16 * 2**20)],
-    ids=['empty', 'none', 'cut', 'up', 'root', 'symlink', 'link', 'pipe',
-         'huge'])
+    ids=['empty', 'none', 'cut', 'up', 'root', 'symlink', 'inside', 'link',
+         'pipe', 'huge'])
 def test_a_cache_that_is_none_is_refused(data, tmp_path):
   path, folder = tmp_path / 'cache.tar.gz', tmp_path / 'sub' / 'folder'
   path.write_bytes(data)
@@ -522,7 +524,7 @@ def test_text_that_would_break_a_page_does_not(results):
   ingest.run(folder, Console(file=io.StringIO()), root)
   for name, text in zip(('README.md', 'docs/gpu.md'), before, strict=True):
     made = (root / name).read_text()
-    assert made.count(ingest.END) == 1 and '<script>' not in made
+    assert made.count(ingest.END) == 1 and '<script' not in made
     assert made.endswith(text[-6:]) and len(made) < 5000
 
 
