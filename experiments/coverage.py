@@ -55,11 +55,11 @@ class Case(NamedTuple):
 # OPT-13B, published latencies, ShareGPT lengths, 0.25 s and 0.1 s.
 PROBLEMS = {
     'kv-limit': Case('prefill=2x1,decode=1x1'),
-    'colocated': Case('colocated=1x1'),
-    'chunked': Case('chunked=1x1', chunk=512),
+    'colocated': Case('colocated=2x1'),
+    'chunked': Case('chunked=2x1', chunk=1024),
     'pipeline': Case('prefill=1x2,decode=1x1'),
     'two-links': Case('prefill=1x1,prefill=1x1,decode=1x1', aligned=False),
-    'strict': Case('prefill=1x1,decode=1x1', target=0.99),
+    'strict': Case('colocated=2x1', target=0.99),
 }
 PAIRS = (('kv-limit', 'colocated'), ('colocated', 'chunked'),
          ('pipeline', 'two-links'))
