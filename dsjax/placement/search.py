@@ -285,7 +285,8 @@ class _Search:
           tight[row.placement.mode] = _key(row)
         self.tell(row)
     if problem.strict:
-      tasks = [Task(self.again(r), problem.strict, None,
+      tasks = [Task(self.again(r)._replace(bound_per_s=r.goodput.rate_per_s),
+                    problem.strict, None,
                     problem.strict_effort, problem.strict_effort > 1,
                     0.7 * r.goodput.rate_per_s) for r in self.best()]
       for candidate, goodput in self.measured(tasks):
