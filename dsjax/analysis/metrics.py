@@ -19,9 +19,11 @@ from dsjax.config.checks import require
 from dsjax.config.placement import Slo
 
 QUANTILES = (50, 90, 99)
-NUM_BATCHES = 10
-# 97.5 % points: of the normal, and of Student's t with NUM_BATCHES - 1 degrees.
-_Z, _T = 1.959964, 2.262157
+# Numbers of batches, and for each the 97.5 % point of Student's t with one
+# degree of freedom less; and that of the normal.
+_BATCHES = {5: 2.776445, 10: 2.262157, 20: 2.093024, 40: 2.022691}
+_LEAST_BATCH = 20  # requests
+_Z = 1.959964
 
 
 def percentiles(values: Sequence[float],
@@ -66,10 +68,12 @@ def interval(hits: Sequence[bool]) -> tuple[float, float, float]:
   """95 % interval of the mean of 0s and 1s in order of time.
 
   Wilson's interval, which supposes independent requests. Those of one run are
-  not: they share queues. From 20 * NUM_BATCHES = 200 requests on, the means of
-  NUM_BATCHES successive batches give a second interval (batch means, Student's
-  t), and the answer is the wider on either side: batch means alone would say
-  [1, 1] where all attain. Near saturation even this is too narrow.
+  not: they share queues, for hundreds of requests near saturation. The means
+  of successive batches give more intervals (batch means, Student's t), each
+  right where its batches are long enough to be independent; long batches are
+  few, so there are several numbers of them, each of 20 requests or more. The
+  answer is the widest on either side. A run shorter than the memory of its
+  queues shows none of this: see goodput.search.
 
   Returns:
     (share, low, high), low <= share <= high in [0, 1]; (nan, 0, 1) of none.
@@ -82,11 +86,12 @@ def interval(hits: Sequence[bool]) -> tuple[float, float, float]:
   half = _Z / (1 + _Z**2 / n) * math.sqrt(
       share * (1 - share) / n + _Z**2 / (4 * n * n))
   low, high = middle - half, middle + half
-  if n >= 20 * NUM_BATCHES:
-    means = [b.mean() for b in np.array_split(np.asarray(hits, float),
-                                              NUM_BATCHES)]
-    half = _T * float(np.std(means, ddof=1)) / math.sqrt(NUM_BATCHES)
-    low, high = min(low, share - half), max(high, share + half)
+  for count, t in _BATCHES.items():
+    if n >= _LEAST_BATCH * count:
+      means = [b.mean() for b in np.array_split(np.asarray(hits, float),
+                                                count)]
+      half = t * float(np.std(means, ddof=1)) / math.sqrt(count)
+      low, high = min(low, share - half), max(high, share + half)
   # Rounding may put a bound past a share of 0 or 1.
   return share, max(0.0, min(low, share)), min(1.0, max(high, share))
 

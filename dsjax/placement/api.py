@@ -121,7 +121,7 @@ def make_problem(model: str | ModelConfig = 'opt-13b', slo: Slo = SLO,
   context = max_len or config.max_len
   if cut:
     source = source.within(context)
-  elif max_len or not source.drawn:
+  elif max_len or not source.mixture:
     require(source.longest <= context, 'lengths', source.longest,
             f'of at most {context} tokens, the context '
             + ('asked for' if max_len else f'of {config.name}')
@@ -373,7 +373,7 @@ def search(model: str | ModelConfig = 'opt-13b', *,
            devices: int = candidates.DEVICES, nodes: int = 1, slo: Slo = SLO,
            lengths: workload.Lengths = 'sharegpt',
            latency: Named = 'published', target: float = 0.9,
-           requests: int = 200, tolerance: float = 0.1,
+           requests: int = 200, tolerance: float = 0.1, effort: float = 16.0,
            algorithms: Sequence[str] = ('low', 'colocated'),
            chunks: Sequence[int] = candidates.CHUNKS, replicas: int = 3,
            rate_per_s: float | None = None, strict: float | None = None,
@@ -394,6 +394,7 @@ def search(model: str | ModelConfig = 'opt-13b', *,
     target: share of requests that must meet both objectives.
     requests: simulated at a rate, at first; four times as many at most.
     tolerance: of the rate, where a candidate's search ends.
+    effort: of the best placements' runs: so many times the requests.
     algorithms: names of ALGORITHMS.
     chunks: token budgets tried for chunked placements, above max_seqs.
     replicas: most instances of a phase.
@@ -422,8 +423,8 @@ def search(model: str | ModelConfig = 'opt-13b', *,
       cluster=cluster or Cluster(nodes, devices), max_len=max_len, cut=cut,
       process=process, cv=cv, seed=seed, host_ms=host_ms, target=target,
       chunks=tuple(chunks), requests=requests, most_requests=4 * requests,
-      tolerance=tolerance, replicas=replicas, rate_per_s=rate_per_s,
-      strict=strict, max_seqs=max_seqs, policy=policy)
+      tolerance=tolerance, effort=effort, replicas=replicas,
+      rate_per_s=rate_per_s, strict=strict, max_seqs=max_seqs, policy=policy)
   answer = searching.search(
       problem, [ALGORITHMS[name] for name in algorithms], report, map)
   return dataclasses.replace(answer, cut=cut_of(problem))

@@ -86,9 +86,12 @@ class SearchProblem:
       more where a run would be shorter than LIFETIMES.
     tolerance: rates differ by this share where bisection ends.
     replicas: most instances of a phase in a disaggregated candidate.
+    effort: of the best placements' runs, this many times the requests, for
+      intervals that hold. Near the limit of KV memory queues remember a
+      thousand requests, and a run needs ten thousand.
     strict: a second target, of the best placements alone; None: none.
-    strict_effort: of its runs, see Task; above 1, intervals near a share of 1
-      that say something, at several times the price of the search.
+    strict_effort: of its runs; above 1 they give an interval as well, at
+      several times the price of the search.
     rate_per_s: of the whole cluster; None: what counts is each device.
     policy: that every candidate is judged under.
   """
@@ -109,6 +112,7 @@ class SearchProblem:
   most_requests: int = 3200
   tolerance: float = 0.05
   replicas: int = 3
+  effort: float = 16.0
   strict: float | None = 0.99
   strict_effort: float = 0.5
   rate_per_s: float | None = None
@@ -127,8 +131,10 @@ class SearchProblem:
             self.replicas, 'an integer of 1 or more')
     require(self.strict is None or 0 < self.strict < 1, 'SearchProblem.strict',
             self.strict, 'None or a share in (0, 1)')
-    require(checks.is_positive(self.strict_effort),
-            'SearchProblem.strict_effort', self.strict_effort, 'above 0')
+    for field in ('effort', 'strict_effort'):
+      value = getattr(self, field)
+      require(checks.is_positive(value), f'SearchProblem.{field}', value,
+              'above 0')
     require(self.rate_per_s is None or checks.is_positive(self.rate_per_s),
             'SearchProblem.rate_per_s', self.rate_per_s, 'None or above 0')
 

@@ -38,6 +38,9 @@ class Goodput:
       what is known).
     attained: share at the highest rate that attains; 'beaten': at beat_per_s.
     runs: simulations.
+    tight: low_per_s and high_per_s are a 95 % interval of the goodput.
+      Otherwise runs were too short to show the queues that come now and then,
+      and they say what these runs saw.
   """
 
   rate_per_s: float
@@ -46,6 +49,7 @@ class Goodput:
   binds: str
   attained: float
   runs: int
+  tight: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +63,9 @@ class Bisection:
       an overloaded system need time to grow). A prefix that surely fails is
       enough to fail: the run begins empty. None: as many as at first.
     beat_per_s: None, or a rate to attain first; where it fails, that is all.
-    tight: look on between the unsure rates until low_per_s and high_per_s
-      are within `ratio` of them.
+    tight: no rate passes before it has had the most requests, and rates are
+      tried until low_per_s and high_per_s are within `ratio` of those that
+      cannot be told.
   """
 
   stride: float = 4.0
@@ -90,8 +95,10 @@ def search(hits_at: HitsAt, target: float, start_per_s: float,
   """
   require(0 < target < 1, 'target', target, 'a share in (0, 1)')
   require(start_per_s > 0, 'start_per_s', start_per_s, 'above 0')
+  least = most_requests if bisection.tight else requests
+  full = bisection.full or (lambda rate: least)
   judge = _Judge(hits_at, target, requests, most_requests,
-                 bisection.full or (lambda rate: requests))
+                 lambda rate: max(least, full(rate)), bisection.tight)
   beat_per_s, most_per_s = bisection.beat_per_s, bisection.most_per_s
   if beat_per_s is not None:
     if beat_per_s > most_per_s or not judge(beat_per_s):
@@ -106,7 +113,8 @@ def search(hits_at: HitsAt, target: float, start_per_s: float,
     low, high = (middle, high) if judge(middle) else (low, middle)
   if bisection.tight and low and high:
     _tighten(judge, ratio, bisection)
-  return _goodput(judge, low, high, bisection.least_per_s)
+  return dataclasses.replace(
+      _goodput(judge, low, high, bisection.least_per_s), tight=bisection.tight)
 
 
 class _Verdict(NamedTuple):
@@ -121,8 +129,9 @@ class _Verdict(NamedTuple):
 class _Judge:
   """Says whether a rate attains; remembers in `tried` its _Verdict of each."""
 
-  def __init__(self, hits_at, target, requests, most_requests, full):
+  def __init__(self, hits_at, target, requests, most_requests, full, tight):
     self.hits_at, self.target, self.full = hits_at, target, full
+    self.tight = tight
     self.requests, self.most, self.runs = requests, most_requests, 0
     self.tried = {}
 
@@ -149,7 +158,7 @@ class _Judge:
         return _Verdict(1, share, False)
       if n >= most:
         return _Verdict(0, second[0] if falls else share, falls)
-      n = min(most, max(2 * n, full if passes else 0))
+      n = min(most, max(2 * n, full if passes or self.tight else 0))
 
 
 def _bracket(judge, rate, bisection):
@@ -171,39 +180,40 @@ def _bracket(judge, rate, bisection):
 
 
 def _tighten(judge, ratio, bisection):
-  """Tries rates until the sure ones on either side are near the unsure."""
-  step = math.sqrt(bisection.stride)
-  while True:
-    tried = sorted(judge.tried)
-    low = max((r for r in tried if judge.tried[r].side > 0), default=None)
-    if low is None:
-      if tried[0] <= bisection.least_per_s:
+  """Tries rates until the sure ones on either side are near the unsure.
+
+  Away from what was tried in steps that double, then back by halves.
+  """
+  for side, limit_per_s in ((1, bisection.least_per_s),
+                            (-1, bisection.most_per_s)):
+    step = ratio
+    while True:
+      tried = sorted(judge.tried, reverse=side < 0)
+      sure = [i for i, r in enumerate(tried) if judge.tried[r].side == side]
+      if not sure:
+        if tried[0] == limit_per_s:
+          break
+        rate = tried[0] / step**side
+        judge(max(rate, limit_per_s) if side > 0 else min(rate, limit_per_s))
+        step *= step
+        continue
+      if sure[-1] == len(tried) - 1:
         break
-      judge(max(tried[0] / step, bisection.least_per_s))
-      continue
-    above = min((r for r in tried if r > low), default=low)
-    if above / low <= ratio:
-      break
-    judge(math.sqrt(low * above))
-  while True:
-    tried = sorted(judge.tried)
-    high = min((r for r in tried if judge.tried[r].side < 0), default=None)
-    if high is None:
-      if tried[-1] >= bisection.most_per_s:
+      edge, beyond = tried[sure[-1]], tried[sure[-1] + 1]
+      if max(edge, beyond) / min(edge, beyond) <= ratio:
         break
-      judge(min(tried[-1] * step, bisection.most_per_s))
-      continue
-    below = max((r for r in tried if r < high), default=high)
-    if high / below <= ratio:
-      break
-    judge(math.sqrt(high * below))
+      judge(math.sqrt(edge * beyond))
 
 
 def _goodput(judge, low, high, least_per_s):
   """The Goodput of what a judge has tried."""
   tried, target = judge.tried, judge.target
-  sure = max((r for r, v in tried.items() if v.side > 0), default=0.0)
-  never = min((r for r, v in tried.items() if v.side < 0 and r > sure),
+  passed = [r for r, verdict in tried.items() if verdict.side > 0]
+  failed = [r for r, verdict in tried.items() if verdict.side < 0]
+  # Where they are not in order, what is between them is not known.
+  sure = max((r for r in passed if r < min(failed, default=math.inf)),
+             default=0.0)
+  never = min((r for r in failed if r > max(passed, default=0.0)),
               default=math.inf if low else least_per_s)
   if low is None:
     return Goodput(0.0, 0.0, never, 'floor', 0.0, judge.runs)

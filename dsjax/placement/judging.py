@@ -166,8 +166,8 @@ class Judge:
 class Task(NamedTuple):
   """A Candidate to measure, and how.
 
-  beat_per_s: see goodput.Bisection. effort: above 1, as many times the
-  requests, its root less tolerance, and intervals as tight as they get.
+  beat_per_s: see goodput.Bisection. effort: as many times the requests.
+  tight: intervals that hold, see goodput.Bisection, and half the tolerance.
   start_per_s: the first rate; None: near the candidate's guess.
   """
 
@@ -175,12 +175,15 @@ class Task(NamedTuple):
   target: float
   beat_per_s: float | None = None
   effort: float = 1.0
+  tight: bool = False
   start_per_s: float | None = None
 
 
 def measure(problem: SearchProblem, task: Task) -> goodput.Goodput:
   """The Goodput of a Task. A pure function: any process may run it."""
   candidate, bound = task.candidate, task.candidate.bound_per_s
+  if not bound:
+    return goodput.Goodput(0.0, 0.0, 0.0, 'floor', 0.0, 0)
   system = setup(problem, candidate)
   judge = Judge(problem, system, candidate.phase)
 
@@ -191,10 +194,11 @@ def measure(problem: SearchProblem, task: Task) -> goodput.Goodput:
   best = goodput.search(
       hits_at, task.target,
       task.start_per_s or max(candidate.guess_per_s, bound / 16),
-      1 + problem.tolerance * task.effort**-0.5, problem.requests,
+      1 + problem.tolerance / (2 if task.tight else 1),
+      math.ceil(problem.requests * (task.effort if task.tight else 1)),
       math.ceil(problem.most_requests * task.effort),
       goodput.Bisection(
-          stride=1.1 if task.effort > 1 else 1.4, least_per_s=bound / 4**6,
+          stride=1.1 if task.tight else 1.4, least_per_s=bound / 4**6,
           most_per_s=bound, full=judge.length,
-          beat_per_s=task.beat_per_s, tight=task.effort > 1))
+          beat_per_s=task.beat_per_s, tight=task.tight))
   return dataclasses.replace(best, high_per_s=min(best.high_per_s, bound))

@@ -26,7 +26,6 @@ from dsjax.simulation import latency
 # Candidates judged against one incumbent at a time. A constant, so that the
 # answer does not depend on how many processes there are.
 WAVE = 4
-FINAL_EFFORT = 4.0  # requests of the best placements' runs: this many times
 
 
 class Progress(NamedTuple):
@@ -278,16 +277,17 @@ class _Search:
       beat = {r.placement.mode: r.per_device for r in self.rows
               if _key(r) in tight.values()}
       tasks = [Task(self.again(r), problem.target, r.placement.num_devices
-                    * beat.get(r.placement.mode, 0.0) or None, FINAL_EFFORT,
-                    r.goodput.rate_per_s) for r in rows]
+                    * beat.get(r.placement.mode, 0.0) or None,
+                    problem.effort, True, r.goodput.rate_per_s) for r in rows]
       for candidate, goodput in self.measured(tasks):
         row = self.keep(candidate, goodput)
         if goodput.binds != 'beaten':
           tight[row.placement.mode] = _key(row)
         self.tell(row)
     if problem.strict:
-      tasks = [Task(self.again(r), problem.strict, None,
-                    problem.strict_effort,
+      tasks = [Task(self.again(r)._replace(bound_per_s=r.goodput.rate_per_s),
+                    problem.strict, None,
+                    problem.strict_effort, problem.strict_effort > 1,
                     0.7 * r.goodput.rate_per_s) for r in self.best()]
       for candidate, goodput in self.measured(tasks):
         self.strict.append(_row(candidate, goodput))
@@ -342,6 +342,25 @@ class _Search:
         tuple(sorted(self.unfit, key=repr)),
         tuple(sorted(self.unmeasured, key=repr)), _sorted(self.strict),
         self.bottlenecks, stopped)
+
+
+def candidate(problem: SearchProblem, placement: Placement,
+              tokens: int | None = None, aligned: bool = True) -> Candidate:
+  """The Candidate of a placement, for `measure`.
+
+  Args:
+    tokens: of a prefill batch or, if chunked, of a step. aligned: KV moves
+      inside a node.
+  """
+  return _Search(problem, None, map).candidate(placement, tokens, aligned)
+
+
+def measure(problem: SearchProblem, candidate: Candidate) -> Goodput:
+  """The Goodput of a Candidate, as a search ends with its best."""
+  rough = judging.measure(problem, Task(candidate, problem.target))
+  return judging.measure(problem, Task(
+      candidate, problem.target, None, problem.effort, True,
+      rough.rate_per_s or None))
 
 
 def _row(candidate: Candidate, goodput: Goodput) -> RankedPlacement:

@@ -18,6 +18,7 @@ arrays are values, so a late step writes buffers that nothing reads any more.
 """
 
 import collections
+import itertools
 import logging
 import time
 import traceback
@@ -273,9 +274,14 @@ class Fleet:
         yield self.start(index)
 
   def _poll_transfers(self) -> Iterator[Event]:
+    ended: list[Event] = []
     for transfer in list(self.transfers):
-      if transfer in self.transfers:  # no event of this poll has ended it
-        yield from self._advance(transfer)
+      if transfer in self.transfers:  # no loss of this poll has ended it
+        ended.extend(self._advance(transfer))
+    for event, following in itertools.zip_longest(ended, ended[1:]):
+      if isinstance(event, Migrated) and isinstance(following, Migrated):
+        event = event._replace(more=True)
+      yield event
 
   def _advance(self, transfer: Transfer) -> Sequence[Event]:
     """Takes a hand-off as far as it will go."""

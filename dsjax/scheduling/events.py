@@ -54,10 +54,15 @@ class DecodeDone(NamedTuple):
 
 
 class Migrated(NamedTuple):
-  """The target holds the whole KV of request `id` (hand-off `epoch`)."""
+  """The target holds the whole KV of request `id` (hand-off `epoch`).
+
+  more: another hand-off that ended at the same moment follows at once, so
+  nothing starts yet (or the first row would be decoded alone).
+  """
   time_s: float
   id: int
   epoch: int
+  more: bool = False
 
 
 class MigrateFailed(NamedTuple):

@@ -129,6 +129,9 @@ class Run:
           inst.fresh = True
     _APPLY[type(event)](self, event)
     self.cause = 'plan'
+    if type(event) is Migrated:
+      for inst in self.instances:  # what it let start may be anywhere
+        inst.fresh = not (event.more or inst.asleep)
     self.plan()
     return commands
 

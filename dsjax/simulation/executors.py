@@ -81,6 +81,14 @@ class Copies:
         Migrated(done_s, command.id, command.epoch)))
 
 
+  def told(self, top: tuple) -> events.Event:
+    """The event of what was the heap's top; of a hand-off, whether another of
+    the same moment follows."""
+    if top[1] == MIGRATED and self.heap and self.heap[0][:2] == top[:2]:
+      return top[4]._replace(more=True)
+    return top[4]
+
+
 class Shared:
   """Performs commands on instances that share cores: see contention.py."""
 
@@ -117,7 +125,7 @@ class Shared:
     while True:
       ended = self.devices.until(heap[0][0] if heap else float('inf'))
       if ended is None:
-        return heapq.heappop(heap)[4] if heap else None
+        return self.copies.told(heapq.heappop(heap)) if heap else None
       index, command, times = ended
       if type(command) is not Migrate:
         return _done(index, command.number, times,
@@ -180,7 +188,7 @@ class Alone:
         self.catch_up()
       self.top = top = pop(heap)
       if top[1] != STEP:
-        return top[4]
+        return self.copies.told(top)
       index = top[2]
       instance = self.instances[index]
       if top[4] != instance.serial:

@@ -92,17 +92,19 @@ class Source:
   (common random numbers). It can be pickled, so that processes may share it.
 
   Attributes:
-    entries: the lengths that are drawn.
+    entries: the lengths that are drawn; of a mixture, a sample.
     seed, process, cv: see arrivals_of. 'trace': the entries in their order,
       no more than there are, at their own times where rate_per_s is None.
-    drawn: the entries are drawn of a mixture. cut: how many were cut.
+    mixture: what every request has lengths of its own from; None: entries.
+    context: longer requests are cut to it. cut: how many entries were.
   """
 
   entries: tuple[Entry, ...]
   seed: int = 0
   process: str = 'poisson'
   cv: float = 1.0
-  drawn: bool = False
+  mixture: traffic.Mixture | None = None
+  context: int | None = None
   cut: int = 0
 
   def __call__(self, rate_per_s: float | None, n: int) -> list[Request]:
@@ -119,12 +121,20 @@ class Source:
     return min(n, len(self.entries)) if self.process == 'trace' else n
 
   def _at(self, times: Sequence[float]) -> list[Request]:
-    return from_lengths(self.entries, len(times), times, seed=self.seed,
-                        in_order=self.process == 'trace')[0]
+    entries = self.entries
+    if self.mixture:
+      entries = _within(traffic.draw(self.mixture, len(times), self.seed),
+                        self.context)
+    return from_lengths(entries, len(times), times, seed=self.seed,
+                        in_order=bool(self.mixture)
+                        or self.process == 'trace')[0]
 
   @property
   def longest(self) -> int:
-    """Tokens of the longest request, prompt and output."""
+    """Tokens of the longest request there can be, prompt and output."""
+    if self.mixture:
+      most = self.mixture.prompt.high + self.mixture.output.high
+      return min(most, self.context or most)
     return max(e.prompt_len + e.output_len for e in self.entries)
 
   def beyond(self, context: int) -> int:
@@ -132,15 +142,24 @@ class Source:
     return sum(e.prompt_len + e.output_len > context for e in self.entries)
 
   def within(self, context: int) -> Self:
-    """With longer entries cut: their prompt, and then their output."""
+    """With longer requests cut: their prompt, and then their output."""
     require(context >= 2, 'context', context, '2 tokens or more')
-    entries = []
-    for e in self.entries:
-      prompt_len = min(e.prompt_len, max(1, context - e.output_len))
-      entries.append(e._replace(prompt_len=prompt_len, output_len=min(
-          e.output_len, context - prompt_len)))
-    return dataclasses.replace(self, entries=tuple(entries),
-                               cut=self.beyond(context))
+    return dataclasses.replace(
+        self, entries=_within(self.entries, context), context=context,
+        cut=self.beyond(context))
+
+
+def _within(entries: Sequence[Entry],
+            context: int | None) -> tuple[Entry, ...]:
+  """The entries, cut to a context of so many tokens."""
+  if context is None:
+    return tuple(entries)
+  shorter = []
+  for e in entries:
+    prompt_len = min(e.prompt_len, max(1, context - e.output_len))
+    shorter.append(e._replace(prompt_len=prompt_len, output_len=min(
+        e.output_len, context - prompt_len)))
+  return tuple(shorter)
 
 
 def source(lengths: Lengths, seed: int = 0, process: str = 'poisson',
@@ -152,6 +171,7 @@ def source(lengths: Lengths, seed: int = 0, process: str = 'poisson',
   """
   require(process in PROCESSES, 'process', process, f'one of {PROCESSES}')
   require(is_number(0.01, 100)(cv), 'cv', cv, 'a number from 0.01 to 100')
-  drawn = isinstance(lengths, traffic.Mixture) or (
-      isinstance(lengths, str) and lengths in traffic.MIXTURES)
-  return Source(lengths_of(lengths, SAMPLE, seed), seed, process, cv, drawn)
+  mixture = traffic.MIXTURES.get(lengths) if isinstance(
+      lengths, str) else lengths
+  return Source(lengths_of(lengths, SAMPLE, seed), seed, process, cv,
+                mixture if isinstance(mixture, traffic.Mixture) else None)

@@ -21,10 +21,10 @@ from dsjax.workload.requests import arrivals, from_lengths
 _DRAWS = 3  # a stream of a seed; workload has those below
 
 
-def _rng(seed):
+def _rng(seed, *stream):
   require(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0,
           'seed', seed, 'an integer, 0 or more')
-  return np.random.default_rng((seed, _DRAWS))
+  return np.random.default_rng((seed, _DRAWS, *stream))
 
 
 # --- fit and resample -------------------------------------------------------
@@ -154,16 +154,19 @@ def factor(lengths: Lengths) -> float:
   return math.exp(low)
 
 
-def _draw(lengths, n, rng):
+def _draw(lengths, n, seed, part):
+  pieces, sizes = _rng(seed, part, 0), _rng(seed, part, 1)
   shares, medians, sigmas = np.array(lengths.pieces).T
-  piece = np.searchsorted(np.cumsum(shares)[:-1], rng.random(n), 'right')
+  piece = np.searchsorted(np.cumsum(shares)[:-1], pieces.random(n), 'right')
   x = (medians[piece] * factor(lengths)
-       * np.exp(sigmas[piece] * rng.standard_normal(n)))
+       * np.exp(sigmas[piece] * sizes.standard_normal(n)))
   return np.clip(np.rint(x), 1, lengths.high).astype(int).tolist()
 
 
 def draw(mixture: Mixture | str, n: int, seed: int = 0) -> tuple[Entry, ...]:
   """n entries without arrivals, for workload.from_lengths(in_order=True).
+
+  Of one seed, fewer are a prefix of more.
 
   Args:
     mixture: a Mixture, or a name of MIXTURES.
@@ -176,9 +179,8 @@ def draw(mixture: Mixture | str, n: int, seed: int = 0) -> tuple[Entry, ...]:
             f'a Mixture or one of {sorted(MIXTURES)}')
     mixture = MIXTURES[mixture]
   require(isinstance(n, int) and n > 0, 'draw.n', n, 'an integer of 1 or more')
-  rng = _rng(seed)
   return tuple(Entry(None, *pair) for pair in zip(
-      _draw(mixture.prompt, n, rng), _draw(mixture.output, n, rng),
+      _draw(mixture.prompt, n, seed, 0), _draw(mixture.output, n, seed, 1),
       strict=True))
 
 

@@ -3,6 +3,7 @@
 import math
 import time
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -346,8 +347,21 @@ def test_interval_is_wider_where_misses_come_together():
   _, low, high = metrics.interval(apart)
   assert high - low == pytest.approx(0.062, abs=1e-3)  # Wilson
   _, low, high = metrics.interval(together)
-  # Ten batch means, five 1 and five 0: 2 * 2.262 * 0.527 / sqrt(10).
-  assert high - low == pytest.approx(0.754, abs=1e-3)
+  # Five batch means, 1, 1, 0.5, 0, 0: 2 * 2.776 * 0.5 / sqrt(5), cut at 1.
+  assert (low, high) == (0, 1)
+  # Ten batches of 20, which attain or miss in turn.
+  _, low, high = metrics.interval([i % 40 < 20 for i in range(200)])
+  assert high - low == pytest.approx(2 * 2.262 * 0.527 / 10**0.5, abs=1e-3)
+
+
+def test_interval_covers_where_requests_share_queues():
+  """The share of a two-state chain that stays 50 requests where it is."""
+  covered = 0
+  for seed in range(200):
+    turns = np.random.default_rng(seed).random(4000) < 0.02
+    _, low, high = metrics.interval((np.cumsum(turns) % 2).astype(bool))
+    covered += low <= 0.5 <= high
+  assert 180 <= covered <= 199
 
 
 def test_interval_of_sure_success_is_not_a_point():

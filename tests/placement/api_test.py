@@ -96,7 +96,7 @@ def test_bad_input_names_its_field(options, message):
 def test_search():
   seen = []
   answer = api.search(devices=2, lengths='fixed:300x20', latency=FAST,
-                      slo=Slo(1.0, 0.1), requests=20, tolerance=0.5,
+                      slo=Slo(1.0, 0.1), requests=20, tolerance=0.5, effort=4.0,
                       chunks=(512,), report=seen.append)
   assert answer.rows and 'requests/s' in answer.verdict
   # A line for people: report=print.
@@ -154,7 +154,7 @@ def test_what_a_trace_without_a_span_takes():
 def test_outputs_of_one_token_leave_decode_without_work(algorithms):
   answer = api.search(devices=2, lengths=[(100, 1), (200, 1)], latency=FAST,
                       slo=Slo(0.25, 1e-9), requests=20, tolerance=0.5,
-                      chunks=(512,), algorithms=algorithms)
+                      effort=4.0, chunks=(512,), algorithms=algorithms)
   # A prompt of 150 tokens on average takes 11.5 ms alone, batches save most.
   for row in answer.rows:
     prefills = len(row.placement.prefill) or 1
@@ -174,7 +174,8 @@ def test_loose_objectives_are_bounded_work(monkeypatch, slo):
   monkeypatch.setattr(judging, 'run', counted)
   monkeypatch.setattr(judging, 'MOST_REQUESTS', 100)
   answer = api.search(devices=2, lengths='fixed:300x20', latency=FAST,
-                      slo=slo, requests=25, tolerance=0.5, chunks=(512,))
+                      slo=slo, requests=25, tolerance=0.5, effort=4.0,
+                      chunks=(512,))
   # Four times 100, and four times more for the best of each mode.
   assert max(sizes) <= 1600 and sum(sizes) < 60_000
   assert answer.rows[0].per_device > 10
@@ -228,7 +229,7 @@ def test_measured_links_are_used_inside_a_node():
   assert bare.summary.stage_s['migrate'] < 0.1
   answers = [api.search(devices=2, lengths='fixed:300x20', latency=form,
                         slo=Slo(1.0, 0.03), requests=20, tolerance=0.5,
-                        chunks=(512,), algorithms=('low',)).rows
+                        effort=4.0, chunks=(512,), algorithms=('low',)).rows
              for form in (profile, profile.latencies.get)]
   assert not any(r.goodput.rate_per_s for r in answers[0])
   assert answers[1][0].goodput.rate_per_s

@@ -104,3 +104,48 @@ def test_steady_hits_leave_the_warm_up_out():
                     finish_s=i + 2.0, status='length') for i in range(10)]
   assert goodput.steady_hits(records[::-1], slo) == [True] * 8
   assert goodput.steady_hits(records, slo, 0.1) == [False] + [True] * 8
+
+
+def queues(knee, memory, seed):
+  """hits_at of a system that misses in spells of about `memory` requests,
+  longer ones at higher rates: 10 % of the time at the rate `knee`."""
+  draws = np.random.default_rng(seed)
+  ends, starts = draws.random((2, 20000))
+
+  def hits_at(rate, n):
+    share = min(0.99, 0.1 * (rate / knee)**6)
+    leave = 1 / memory
+    fail = leave * share / (1 - share)
+    missing, hits = False, []
+    for i in range(n):
+      missing = ends[i] > leave if missing else starts[i] < fail
+      hits.append(not missing)
+    return hits[n // 5:]
+  return hits_at
+
+
+def test_tight_intervals_cover_though_misses_come_in_spells():
+  covered, rough = 0, 0
+  for seed in range(40):
+    hits_at = queues(10.0, 100, seed)
+    for tight in (True, False):
+      best = goodput.search(hits_at, 0.9, 9.0, 1.05, 400, 6400, Bisection(
+          stride=1.1, tight=tight))
+      assert best.tight == tight
+      inside = best.low_per_s <= 10.0 <= best.high_per_s
+      covered, rough = covered + (inside and tight), rough + (
+          inside and not tight)
+  assert 36 <= covered and rough < covered
+
+
+def test_no_rate_passes_a_tight_search_on_its_first_requests():
+  sizes = []
+
+  def hits_at(rate, n):
+    sizes.append(n)
+    return [rate < 5.0 or i < 1000 for i in range(n)]
+
+  best = goodput.search(hits_at, 0.9, 6.0, 1.05, 400, 6400, Bisection(
+      stride=1.1, tight=True))
+  assert best.low_per_s <= 5.0 <= best.high_per_s < 6.0
+  assert set(sizes) == {400, 6400}

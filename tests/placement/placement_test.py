@@ -51,7 +51,7 @@ def problem(**changes):
       model=MODEL, cluster=Cluster(1, 3), slo=Slo(0.2, 0.03), workload=work,
       latency_of=measured, max_len=256, max_seqs=16, prefill_seqs=4,
       chunks=(64,), requests=60, most_requests=120, tolerance=0.2,
-      replicas=1) | changes)
+      effort=4.0, replicas=1) | changes)
 
 
 # --- what fits ----------------------------------------------------------------

@@ -20,7 +20,13 @@ from dsjax.runtime import orchestrator
 from dsjax.runtime.fleet import StepDone
 from dsjax.runtime.output import RequestOutputState
 from dsjax.scheduling import event_log, scheduler
-from dsjax.scheduling.events import Finish, Preempt, Reject, RunPrefill
+from dsjax.scheduling.events import (
+  Finish,
+  Migrated,
+  Preempt,
+  Reject,
+  RunPrefill,
+)
 from tests.common import fake_engine, serving, tiny
 from tests.common.serving import (
   EACH_MODE,
@@ -466,6 +472,16 @@ def test_requests_of_one_moment_are_prefilled_together(monkeypatch):
     chunks = [[chunk.id for chunk in c.chunks] for _, commands in server.log
               for c in commands if isinstance(c, RunPrefill)]
     assert chunks == [[100, 101], [102], [103]]  # prefill_seqs is 2
+
+
+def test_hand_offs_of_one_poll_begin_in_one_step():
+  with server_of('1p1d') as server:
+    server.generate_all([[5, 6, 7]] * 2, max_tokens=4)
+    handed = [(event, commands) for event, commands in server.log
+              if isinstance(event, Migrated)]
+  (first, nothing), (second, commands) = handed
+  assert (first.more, second.more, nothing) == (True, False, ())
+  assert len(commands[0].rows) == 2
 
 
 NO_NUMBER = (None, True, float('nan'), float('inf'), 'x', [1], 1j)

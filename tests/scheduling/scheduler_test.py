@@ -218,6 +218,25 @@ def test_a_burst_is_one_batch_though_its_last_is_refused():
                          Chunk(1, 0, 4, (1,), True))))])
 
 
+@pytest.mark.parametrize('last, rows', [
+    (_copied(1), [(0, 4), (1, 4)]), (_copied(7), [(0, 4)])])
+def test_hand_offs_that_end_together_begin_together(last, rows):
+  """Though the last of them be of a request that is gone."""
+  config = _pair()
+  before = [Arrived(0, 0, 4, 3, more=True), _arrive(1, 4, 3), _prefilled(0, 0)]
+  first = _copied(0)._replace(more=True)
+  state, commands = _after(config, *before, first)
+  assert commands == []
+  run = scheduler.Run(config, _after(config, *before)[0])
+  assert run.apply(first) == [] and run.freeze() == state
+  if last.id == 7:
+    state, commands = _after(config, *before, first, last)
+  else:
+    state, commands = scheduler.step(config, state, last)
+  assert [(row.id, row.base) for row in commands[0].rows] == rows
+  assert run.apply(last) == list(commands)
+
+
 def test_prefill_depth():
   _play(_pair(prefill_depth=2), [
       (_arrive(0, 6, 3), PREFILL_0),

@@ -123,6 +123,17 @@ def test_copies_queue_at_their_link(roles, share, second):
   assert copied == pytest.approx([2.5, second])
 
 
+def test_copies_of_one_moment_begin_in_one_step():
+  # A and B prefill beside each other, and each has a link of its own.
+  result = simulator.simulate(
+      plan(('prefill', 'prefill', 'decode')), requests((0, 10, 2), (0, 10, 2)),
+      Affine(), Link(), log=True)
+  (first, nothing), (second, (command,)) = [
+      moved for moved in result.log if isinstance(moved[0], Migrated)]
+  assert (first.more, second.more, nothing) == (True, False, ())
+  assert len(command.rows) == 2
+
+
 def test_a_copy_delays_no_step_of_its_target():
   # A decodes commands of a step, in flight when B's copy lands at 2.5.
   result = simulator.simulate(

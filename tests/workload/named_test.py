@@ -75,6 +75,19 @@ def test_two_rates_share_lengths_and_gaps():
   assert source('humaneval', seed=4)(1.0, 40) != slow
 
 
+def test_every_request_of_a_mixture_has_lengths_of_its_own():
+  make = source('sharegpt', seed=1)
+  lengths = make.lengths(3 * 4096)
+  assert lengths[:40] == make.lengths(40)
+  # Of so many pairs few come twice; drawn of 4,096 pairs, most would.
+  assert len(set(lengths)) > 2 * 4096
+  assert make.longest == 2030 + 1800
+  cut = make.within(1000)
+  assert cut.cut == make.beyond(1000) and cut.longest == 1000
+  assert max(map(sum, cut.lengths(500))) == 1000
+  assert cut.lengths(500)[0] == make.within(10**6).lengths(1)[0]
+
+
 def test_a_trace_runs_in_its_order_and_at_its_times(trace):
   requests = source(trace, process='trace')(None, 1000)
   assert [len(r.prompt) for r in requests] == list(range(5, 205))

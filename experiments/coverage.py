@@ -1,0 +1,329 @@
+"""How often the intervals of a search hold the goodput they speak of.
+
+  python -m experiments.coverage --out=out/coverage
+
+Each of PROBLEMS is one placement whose goodput is known from --truth_seeds
+long runs pooled (`truth`, with an interval of its own: Student's t over the
+seeds). Then it is measured as experiments.place measures its best placements,
+once a seed, with other seeds. An interval covers where it meets the truth's.
+An interval of 95 % should cover 95 times of 100; intervals that never miss are
+wider than they need be.
+
+The verdict is checked as well: for each pair of PAIRS, how often the
+intervals of one seed call the wrong one of two placements the better.
+
+It prints a table and writes coverage.csv (problem, seed, low, high, truth_low,
+truth_high, covered), verdicts.csv and coverage.json. It takes about an hour on
+two cores; --minutes ends it earlier, and Ctrl-C does, with what is known.
+Columns: goodput, requests/s; covered, of how many seeds, and above and below,
+the intervals that lie wholly there; width, the middle one's, as a share of the
+goodput. Exit codes: 0; 2 for bad input; 130 by Ctrl-C.
+"""
+
+import csv
+import functools
+import math
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from scipy import stats
+
+from dsjax.config.checks import require
+from dsjax.config.placement import Placement, Slo
+from dsjax.placement import candidates, goodput, judging, search
+from dsjax.placement.api import make_problem
+from dsjax.placement.goodput import Goodput
+from experiments.common import cli, provenance
+from experiments.place import processes
+
+
+class Case(NamedTuple):
+  """A placement whose goodput is asked for; aligned: KV stays in a node."""
+
+  placement: str
+  target: float = 0.9
+  aligned: bool = True
+  chunk: int | None = None
+
+
+# OPT-13B, published latencies, ShareGPT lengths, 0.25 s and 0.1 s.
+PROBLEMS = {
+    'kv-limit': Case('prefill=2x1,decode=1x1'),
+    'colocated': Case('colocated=2x1'),
+    'chunked': Case('chunked=2x1', chunk=1024),
+    'pipeline': Case('prefill=1x2,decode=1x1'),
+    'two-links': Case('prefill=1x1,prefill=1x1,decode=1x1', aligned=False),
+    'strict': Case('colocated=2x1', target=0.99),
+}
+PAIRS = (('kv-limit', 'colocated'), ('colocated', 'chunked'),
+         ('pipeline', 'two-links'))
+SLO = Slo(0.25, 0.1)
+FLAGS = {
+    'problems': cli.Flag(list(PROBLEMS), f'Of {list(PROBLEMS)}.'),
+    'seeds': cli.Flag(40, 'Intervals of each problem.', low=1),
+    'truth_seeds': cli.Flag(20, 'Long runs at each rate of the truth.',
+                            low=3),
+    'truth_requests': cli.Flag(10000, 'Of each of them.', low=100),
+    'requests': cli.Flag(200, 'As experiments.place --requests.', low=20),
+    'tolerance': cli.Flag(0.1, 'As experiments.place --tolerance.'),
+    'minutes': cli.Flag(600.0, 'At most, for the intervals.', low=0.0),
+    'processes': cli.Flag(os.cpu_count() or 1, 'Beside each other.', low=1),
+    'out': None,
+}
+TRUTH_SEED = 10_000  # the first of the truth's seeds
+# Of the truth's rates: until one attains and one does not, and at the end.
+STRIDE, RATIO = 1.1, 1.01
+
+
+def problem_of(case: Case, seed: int, requests: int = 200,
+               tolerance: float = 0.1) -> candidates.SearchProblem:
+  """The SearchProblem of a case, as experiments.place has it."""
+  return make_problem('opt-13b', SLO, target=case.target, seed=seed,
+                      requests=requests, most_requests=4 * requests,
+                      tolerance=tolerance)
+
+
+def candidate_of(case: Case,
+                 problem: candidates.SearchProblem) -> judging.Candidate:
+  """What a search makes of the case's placement."""
+  return search.candidate(problem, Placement.parse(case.placement),
+                          case.chunk, case.aligned)
+
+
+def estimate(requests: int, tolerance: float,
+             task: tuple[str, int]) -> Goodput:
+  """The Goodput of (problem, seed)."""
+  case = PROBLEMS[task[0]]
+  problem = problem_of(case, task[1], requests, tolerance)
+  return search.measure(problem, candidate_of(case, problem))
+
+
+def share(n: int, task: tuple[str, float, int]) -> float:
+  """That attained, of n requests of (problem, rate, seed) after a warm-up."""
+  name, rate_per_s, seed = task
+  case = PROBLEMS[name]
+  problem = problem_of(case, seed)
+  system = judging.setup(problem, candidate_of(case, problem))
+  hits = goodput.steady_hits(
+      judging.run(problem, system, rate_per_s, n), problem.slo)
+  return sum(hits) / len(hits)
+
+
+def truth(shares_at: Callable[[float], list[float]], target: float,
+          start_per_s: float) -> tuple[float, float, float]:
+  """(goodput, low, high) of long runs pooled, requests/s.
+
+  Args:
+    shares_at: rate -> the share of each long run that attained.
+    start_per_s: the rate to begin at.
+  """
+  known: dict[float, list[float]] = {}
+
+  def attains(rate_per_s: float) -> bool:
+    known[rate_per_s] = shares_at(rate_per_s)
+    return statistics.fmean(known[rate_per_s]) >= target
+
+  low = high = start_per_s
+  if attains(start_per_s):
+    while attains(high := STRIDE * low):
+      low = high
+  else:
+    while not attains(low := high / STRIDE):
+      high = low
+  first = {rate: statistics.fmean(known[rate]) for rate in (low, high)}
+  slope = (first[low] - first[high]) / math.log(high / low)
+  while high / low > RATIO:
+    middle = math.sqrt(low * high)
+    low, high = (middle, high) if attains(middle) else (low, middle)
+  near = known[low]
+  rate = low * math.exp((statistics.fmean(near) - target) / slope)
+  half = (stats.t.ppf(0.975, len(near) - 1) * statistics.stdev(near)
+          / math.sqrt(len(near)) / slope)
+  return rate, rate * math.exp(-half), rate * math.exp(half)
+
+
+class Interval(NamedTuple):
+  """A line of coverage.csv: what a seed says; rates in requests/s."""
+
+  problem: str
+  seed: int
+  low: float
+  high: float
+  truth_low: float
+  truth_high: float
+
+  @property
+  def covered(self) -> bool:
+    return self.low <= self.truth_high and self.high >= self.truth_low
+
+  def per_device(self, of_truth: bool = False) -> tuple[float, float]:
+    """(low, high) of this seed, or of the truth, requests/s per device."""
+    low, high = ((self.truth_low, self.truth_high) if of_truth else
+                 (self.low, self.high))
+    devices = Placement.parse(PROBLEMS[self.problem].placement).num_devices
+    return low / devices, high / devices
+
+
+class Sign(NamedTuple):
+  """A line of verdicts.csv: which placement a seed calls the better.
+
+  says, truth: a problem; '' where intervals overlap.
+  """
+
+  first: str
+  second: str
+  seed: int
+  says: str
+  truth: str
+
+  @property
+  def wrong(self) -> bool:
+    return bool(self.says) and self.says != self.truth
+
+
+def better(first: Interval, second: Interval, of_truth: bool = False) -> str:
+  """The problem that serves more per device, or ''."""
+  low, high = first.per_device(of_truth)
+  other_low, other_high = second.per_device(of_truth)
+  if low > other_high:
+    return first.problem
+  return second.problem if other_low > high else ''
+
+
+def signs(intervals: Iterable[Interval]) -> list[Sign]:
+  """Those of all seeds that have both problems of a pair."""
+  lines = {(line.problem, line.seed): line for line in intervals}
+  return [Sign(first, second, seed, better(line, lines[second, seed]),
+               better(line, lines[second, seed], of_truth=True))
+          for (first, seed), line in lines.items()
+          for name, second in PAIRS
+          if name == first and (second, seed) in lines]
+
+
+class Found(NamedTuple):
+  """truths: {problem: (goodput, low, high)}. stopped: by Ctrl-C, or by the
+  limit of time."""
+
+  truths: dict[str, tuple[float, float, float]]
+  intervals: list[Interval]
+  stopped: bool = False
+
+
+def measure(options, bar: Progress, map: Callable[..., Iterable],
+            clock: Callable[[], float] = time.monotonic) -> Found:
+  """The truth of each problem, then every seed of each, in turn."""
+  found = Found({}, [])
+  end_s = clock() + 60 * options.minutes
+  line = bar.add_task('truth', total=len(options.problems), more='')
+  try:
+    for name in options.problems:
+      bar.update(line, more=name)
+      guess = estimate(options.requests, options.tolerance, (name, TRUTH_SEED))
+
+      def shares_at(rate_per_s, name=name):
+        seeds = range(TRUTH_SEED, TRUTH_SEED + options.truth_seeds)
+        return list(map(
+            functools.partial(share, options.truth_requests),
+            [(name, rate_per_s, seed) for seed in seeds]))
+
+      found.truths[name] = truth(shares_at, PROBLEMS[name].target,
+                                 guess.rate_per_s)
+      bar.advance(line)
+    tasks = [(name, seed) for seed in range(options.seeds)
+             for name in options.problems]
+    line = bar.add_task('intervals', total=len(tasks), more='')
+    answers = map(functools.partial(
+        estimate, options.requests, options.tolerance), tasks)
+    for (name, seed), answer in zip(tasks, answers, strict=True):
+      found.intervals.append(Interval(
+          name, seed, answer.low_per_s, answer.high_per_s,
+          *found.truths[name][1:]))
+      bar.advance(line)
+      if clock() > end_s:
+        return found._replace(stopped=len(found.intervals) < len(tasks))
+  except KeyboardInterrupt:
+    return found._replace(stopped=True)
+  return found
+
+
+def table(found: Found) -> Table:
+  """A line a problem."""
+  out = Table(title='goodput, requests/s: how often 95 % intervals cover it')
+  for name in ('problem', 'goodput', 'covered', 'of', 'above', 'below',
+               'width'):
+    out.add_column(name, justify='left' if name == 'problem' else 'right')
+  for name, (rate, low, high) in found.truths.items():
+    lines = [line for line in found.intervals if line.problem == name]
+    widths = [(line.high - line.low) / rate for line in lines]
+    out.add_row(
+        name, f'{rate:.3g} [{low:.3g}, {high:.3g}]',
+        str(sum(line.covered for line in lines)), str(len(lines)),
+        str(sum(line.low > high for line in lines)),
+        str(sum(line.high < low for line in lines)),
+        f'{statistics.median(widths):.0%}' if widths else '-')
+  return out
+
+
+def table_of_signs(lines: list[Sign]) -> Table:
+  """A line a pair."""
+  out = Table(title='which of two serves more per device')
+  for name in ('pair', 'truth', 'right', 'wrong', 'no clear winner'):
+    out.add_column(name, justify='left' if name == 'pair' else 'right')
+  for first, second in PAIRS:
+    told = [line for line in lines if (line.first, line.second)
+            == (first, second)]
+    if told:
+      out.add_row(f'{first}, {second}', told[0].truth or 'equal',
+                  str(sum(bool(t.says) and not t.wrong for t in told)),
+                  str(sum(t.wrong for t in told)),
+                  str(sum(not t.says for t in told)))
+  return out
+
+
+def save(out: pathlib.Path, found: Found, options) -> None:
+  """Writes coverage.csv, verdicts.csv and coverage.json."""
+  out.mkdir(parents=True, exist_ok=True)
+  for name, kind, lines, last in (
+      ('coverage.csv', Interval, found.intervals, 'covered'),
+      ('verdicts.csv', Sign, signs(found.intervals), 'wrong')):
+    with open(out / name, 'w', newline='') as file:
+      writer = csv.writer(file)
+      writer.writerow((*kind._fields, last))
+      writer.writerows((*line, int(getattr(line, last))) for line in lines)
+  provenance.save_json(
+      out / 'coverage.json',
+      {'truths': found.truths, 'stopped': found.stopped},
+      cli.asked(options, FLAGS), ['sharegpt', 'published'])
+
+
+def run(options, console) -> int:
+  """Measures, shows and writes."""
+  for name in options.problems:
+    require(name in PROBLEMS, '--problems', name, f'of {list(PROBLEMS)}')
+  require(options.problems, '--problems', '', f'some of {list(PROBLEMS)}')
+  bar = Progress(TextColumn('{task.description}'), BarColumn(),
+                 TextColumn('{task.completed}/{task.total} '
+                            '{task.fields[more]}'),
+                 TimeElapsedColumn(), console=console, transient=True)
+  with processes(options.processes) as run_map, bar:
+    found = measure(options, bar, run_map)
+  console.print(table(found))
+  if lines := signs(found.intervals):
+    console.print(table_of_signs(lines))
+  if found.stopped:
+    console.print('Stopped: this is what was known.')
+  if options.out:
+    save(pathlib.Path(options.out), found, options)
+    console.print(f'Written to {options.out}: coverage.csv verdicts.csv '
+                  'coverage.json')
+  return 0
+
+
+if __name__ == '__main__':
+  cli.main(run, FLAGS)

@@ -1,0 +1,84 @@
+"""How often intervals of goodput hold."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from dsjax.config.checks import InputError
+from dsjax.placement.goodput import Goodput
+from experiments import coverage
+from experiments.common import cli
+
+TINY = dict(problems=['kv-limit'], seeds=1, truth_seeds=3,
+            truth_requests=200, requests=20, processes=1)
+
+
+def line(problem, low, high, truth_low, truth_high, seed=0):
+  return coverage.Interval(problem, seed, low, high, truth_low, truth_high)
+
+
+@pytest.mark.parametrize('interval, covered', [
+    ((1.0, 2.0), True), ((1.0, 1.6), True), ((1.8, 3.0), True),
+    ((1.6, 1.7), True), ((0.5, 1.4), False), ((1.9, 3.0), False)])
+def test_an_interval_covers_where_it_meets_the_truth(interval, covered):
+  assert line('colocated', *interval, 1.5, 1.8).covered == covered
+
+
+def test_a_wrong_sign_is_one_that_the_truth_does_not_have():
+  # kv-limit has three devices, colocated one.
+  told, = coverage.signs([line('kv-limit', 3.0, 3.3, 3.0, 3.3),
+                          line('colocated', 1.2, 1.3, 0.5, 0.6)])
+  assert (told.says, told.truth, told.wrong) == ('colocated', 'kv-limit', True)
+  told, = coverage.signs([line('kv-limit', 3.0, 3.9, 3.0, 3.3),
+                          line('colocated', 1.2, 1.3, 0.5, 0.6)])
+  assert told.says == '' and not told.wrong
+
+
+def test_truth_of_runs_that_differ_has_their_spread():
+  seeds = np.random.default_rng(0).normal(0, 0.02, 20)
+
+  def shares_at(rate):
+    return [0.9 - (rate - 7.0) / 10 + noise for noise in seeds]
+
+  rate, low, high = coverage.truth(shares_at, 0.9, 3.0)
+  assert low < rate < high
+  assert rate == pytest.approx(7.0 + 10 * seeds.mean(), abs=0.05)
+  half = 2.093 * seeds.std(ddof=1) / 20**0.5 * 10
+  assert high - low == pytest.approx(2 * half, rel=0.05)
+
+
+def test_files_and_table(tmp_path):
+  console = Console(record=True, width=100)
+  options = cli.options(coverage.FLAGS, out=str(tmp_path), **TINY)
+  assert coverage.run(options, console) == 0
+  with open(tmp_path / 'coverage.csv', newline='') as file:
+    rows = list(csv.DictReader(file))
+  assert [row['seed'] for row in rows] == ['0']
+  assert list(rows[0]) == ['problem', 'seed', 'low', 'high', 'truth_low',
+                           'truth_high', 'covered']
+  assert all(float(row['low']) < float(row['high']) for row in rows)
+  told = json.loads((tmp_path / 'coverage.json').read_text())
+  assert told['made_by']['options']['seeds'] == 1
+  assert set(told['truths']) == {'kv-limit'} and not told['stopped']
+  assert 'kv-limit' in console.export_text()
+
+
+def test_time_that_is_up_keeps_what_is_known(tmp_path, monkeypatch):
+  monkeypatch.setattr(coverage, 'estimate', lambda requests, tolerance, task:
+                      Goodput(3.0, 2.9, 3.1, 'target', 0.9, 1, True))
+  monkeypatch.setattr(coverage, 'share', lambda n, task:
+                      0.9 - task[1] / 100 + task[2] / 1e6)
+  console = Console(record=True, width=100)
+  options = cli.options(coverage.FLAGS, out=str(tmp_path), **TINY | {
+      'seeds': 40, 'minutes': 0.0})
+  assert coverage.run(options, console) == 0
+  assert 'Stopped' in console.export_text()
+  assert len((tmp_path / 'coverage.csv').read_text().splitlines()) == 2
+
+
+def test_problems_that_there_are_not():
+  with pytest.raises(InputError, match='--problems=.*kv-limit'):
+    coverage.run(cli.options(coverage.FLAGS, problems=['kv']), Console())
