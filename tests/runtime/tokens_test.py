@@ -138,8 +138,8 @@ def goldens(*names):
 
 def test_smollm2_gives_the_goldens_over_two_meshes():
   model = checkpoint.load('smollm2-135m-instruct')
-  config = EngineConfig(max_len=64, max_seqs=2, prefill_tokens=16,
-                        prefill_seqs=1)
+  config = EngineConfig(max_len=64, max_seqs=1, prefill_tokens=16,
+                        prefill_seqs=1, transfer_pages=1)
   chosen = goldens('one_token', 'english')
   work = [(g['ids'], {'max_tokens': len(g['tokens']), 'ignore_eos': True})
           for g in chosen]
