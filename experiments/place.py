@@ -27,7 +27,6 @@ served: experiments.serve --set=placements=. Objectives may be inf. Exit codes:
 
 import contextlib
 import dataclasses
-import json
 import math
 import multiprocessing
 import os
@@ -50,7 +49,7 @@ from dsjax.placement import candidates, search
 from dsjax.placement.api import ALGORITHMS, make_problem, note
 from dsjax.placement.candidates import Cluster
 from dsjax.simulation import profiles
-from experiments.common import cli, policies
+from experiments.common import cli, policies, provenance
 
 MAX_SEQS = candidates.SearchProblem.max_seqs
 CLUSTER = dict(nodes=('nodes', 1), devices=('devices_per_node', 1),
@@ -234,13 +233,12 @@ def _search(console, problem, options):
 
 
 def _json(rows):
-  """Rows for a file; None where a number is not finite."""
+  """Rows for a file."""
   return [{
       'placement': str(r.placement),
       'prefill_tokens': r.prefill_tokens, 'aligned': r.aligned,
       'devices': r.placement.num_devices, 'per_device': r.per_device,
-      'low': r.interval_per_device[0],
-      'high': x if math.isfinite(x := r.interval_per_device[1]) else None,
+      'low': r.interval_per_device[0], 'high': r.interval_per_device[1],
       'binds': r.goodput.binds, 'attained': r.goodput.attained}
           for r in rows]
 
@@ -284,14 +282,14 @@ def run(options, console):
   draw(out / 'placement.png', rows, f'{options.model}, {options.lengths}, '
        f'TTFT {options.ttft_s} s, TPOT {options.tpot_s} s, '
        f'{options.target:.0%}')
-  (out / 'placement.json').write_text(json.dumps({
+  provenance.save_json(out / 'placement.json', {
       'verdict': answer.verdict, 'bottlenecks': answer.bottlenecks,
       'simulations': answer.simulations, 'pruned': answer.pruned,
       'seconds': took, 'stopped': answer.stopped, 'target': options.target,
       'rows': _json(answer.rows), 'strict_target': options.strict,
-      'strict': _json(answer.strict), 'options': {
-          name: getattr(options, name) for name in FLAGS if name != 'out'},
-      'note': note(problem)}, indent=1))
+      'strict': _json(answer.strict), 'note': note(problem)},
+                       cli.asked(options, FLAGS),
+                       [options.lengths, options.latency, options.cluster])
   console.print(f'Written to {out}: placement.json placement.png')
   return code
 

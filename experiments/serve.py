@@ -246,6 +246,7 @@ def attributed(config, result):
 def save(config, results, title, closing, out, options):
   """Writes every file of a run into the folder `out`; options: a dict."""
   compared = compare(config, results)
+  read = [config.workload.lengths or config.workload.prompts]
   report.save_records(
       out / 'records.jsonl', [x for r in results for x in r.records],
       [r.mode for r in results for _ in r.records])
@@ -261,7 +262,8 @@ def save(config, results, title, closing, out, options):
   for r in results:
     orchestrator.write_log(out / f'events-{r.mode}.jsonl', r.log)
     traces.append((r.mode, timeline.timeline(r.log, r.placement.names)))
-  (out / 'timeline.json').write_text(json.dumps(timeline.merge(traces)))
+  provenance.save_trace(out / 'timeline.json', timeline.merge(traces), options,
+                        read)
   report.save_figure(out / 'report.png', [(r.mode, r.records)
                                           for r in results], config.slo, title)
   with open(out / 'summary.txt', 'w', encoding='utf-8') as file:
@@ -271,8 +273,7 @@ def save(config, results, title, closing, out, options):
       'config': dataclasses.asdict(config), 'closing': closing,
       'modes': {mode: dataclasses.asdict(s) | {
           'goodput_per_s_device': s.goodput_per_s_device} | extra
-                for mode, s, extra in compared}}, options,
-                       [config.workload.lengths or config.workload.prompts])
+                for mode, s, extra in compared}}, options, read)
 
 
 def _title(config, requests, cut):

@@ -26,7 +26,6 @@ timeline.json (for ui.perfetto.dev) and events-NAME.jsonl, which replays.
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 import re
@@ -374,23 +373,28 @@ def _facts(p):
       'advice': p.attribution.advice}
 
 
-def write(out, points, asked, stopped):
+def _made_by(options):
+  """(options, data) as provenance.save_json takes them."""
+  return cli.asked(options, FLAGS), [options.lengths, options.latency]
+
+
+def write(out, points, stopped, options):
   """Writes records.jsonl (a run once) and summary.json."""
   runs = {(p.placement, p.rate_per_s): p for p in points}
   report.save_records(
       out / 'records.jsonl', [r for p in runs.values() for r in p.records],
       [p.placement + (f' at {p.rate_per_s:g}' if p.rate_per_s else '')
        for p in runs.values() for _ in p.records])
-  (out / 'summary.json').write_text(json.dumps(provenance.finite({
-      'options': asked, 'stopped': stopped,
-      'points': [_facts(p) for p in points]}), indent=1) + '\n')
+  provenance.save_json(out / 'summary.json', {
+      'stopped': stopped, 'points': [_facts(p) for p in points]},
+                       *_made_by(options))
 
 
 class Traces:
   """Writes the event log of each run, and all of them as one timeline."""
 
-  def __init__(self, out):
-    self.out, self.traces = out, []
+  def __init__(self, out, options):
+    self.out, self.traces, self.options = out, [], options
     for old in out.glob('events-*.jsonl'):
       old.unlink()
 
@@ -402,8 +406,8 @@ class Traces:
     self.traces.append((name, timeline.timeline(log, placed.names)))
 
   def close(self):
-    (self.out / 'timeline.json').write_text(
-        json.dumps(timeline.merge(self.traces)))
+    provenance.save_trace(self.out / 'timeline.json',
+                          timeline.merge(self.traces), *_made_by(self.options))
 
 
 def main(options, console):
@@ -419,7 +423,7 @@ def main(options, console):
   out = pathlib.Path(options.out) if options.out else None
   if out:
     out.mkdir(parents=True, exist_ok=True)
-  traces = Traces(out) if options.timeline else None
+  traces = Traces(out, options) if options.timeline else None
   done, stopped = [], False
   with terminal.Interrupts() as interrupts, Progress(
       console=console, transient=True) as progress:
@@ -448,8 +452,7 @@ def main(options, console):
 
 
 def _save(options, out, done, kind, stopped, traces, console):
-  told_by = [name for name in FLAGS if name not in ('timeline', 'out')]
-  write(out, done, {k: getattr(options, k) for k in told_by}, stopped)
+  write(out, done, stopped, options)
   label = ('objectives, as a multiple of those in the title'
            if kind == 'scale' else 'requests a second'
            + (' and device' if options.per_device else ''))

@@ -19,6 +19,7 @@ from dsjax.scheduling import event_log, scheduler
 from experiments import serve
 from experiments.common import cli, machine, report, terminal
 from experiments.common import overrides as configs
+from tests.common.results import made_by
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = ('model=tiny', 'engine.max_len=128', 'engine.max_seqs=2',
@@ -64,7 +65,7 @@ def test_all_modes(tmp_path, capsys):
   summary = json.loads((out / 'summary.json').read_text())
   assert list(summary['modes']) == list(modes)
   assert summary['modes']['disaggregated']['kv_bytes'] > 0
-  made = summary['made_by']
+  made = made_by(out)
   assert made['options']['config'] == 'demo' and 'prompts.txt' in made['data']
   assert 'TPOT p90' in (out / 'summary.txt').read_text()
   assert (out / 'report.png').read_bytes().startswith(b'\x89PNG')

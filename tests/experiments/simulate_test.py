@@ -20,6 +20,7 @@ from dsjax.scheduling.event_log import decode
 from dsjax.scheduling.events import RunDecode
 from experiments import simulate
 from experiments.common import cli, report
+from tests.common.results import made_by
 
 BASE = ('--requests=40', '--lengths=humaneval')
 
@@ -56,6 +57,9 @@ def test_rates_of_two_placements_with_timelines(tmp_path):
   assert len(logs) == 4
   event, _ = decode(json.loads(logs[0].read_text().splitlines()[0]))
   assert event.id == 0
+  made = made_by(tmp_path)
+  assert made['data'] == dict.fromkeys(('humaneval', 'published'), 'built in')
+  assert made['options']['rates'] == '2,1'
 
 
 def test_run_ahead_is_asked_of_the_scheduler(tmp_path):

@@ -12,6 +12,7 @@ from dsjax.runtime import orchestrator
 from experiments import soak
 from experiments.common import cli
 from experiments.verify import soak_report
+from tests.common.results import made_by
 
 pytestmark = pytest.mark.usefixtures('no_hang')
 
@@ -43,7 +44,7 @@ def test_nothing_is_lost_in_three_seconds_of_faults(tmp_path):
   shown = console.export_text()
   assert 'Nothing was lost, repeated, leaked or wrong.' in shown
   result = json.loads((tmp_path / 'soak.json').read_text())
-  assert result['made_by']['options']['faults'] == 600.0
+  assert made_by(tmp_path)['options']['faults'] == 600.0
   assert sum(result['faults'].values()) > 5 and result['retries'] > 0
   assert result['requests']['length'] > 5
   for name in ('soak.png', 'requests.jsonl', 'faults.jsonl',
