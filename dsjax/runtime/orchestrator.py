@@ -56,6 +56,7 @@ from dsjax.config.checks import (
   is_integer,
   is_nonnegative,
   is_number,
+  naming,
   require,
 )
 from dsjax.config.engine import EngineConfig
@@ -89,9 +90,9 @@ from dsjax.scheduling.events import (
   Reject,
 )
 from dsjax.scheduling.policy import DISTSERVE, Policy, PolicyError
+from dsjax.workload import check_requests
 
 LOG = logging.getLogger(__name__)
-MOST_ARRIVAL_S = 1e8  # of a workload; a clock's time of day is more
 # The pause between polls that found nothing: a share of the wait so far, so
 # that a long step is not interrupted and a short one not noticed late.
 PAUSE_SHARE, LEAST_PAUSE_S, MOST_PAUSE_S = 1 / 16, 5e-5, 2e-3
@@ -661,19 +662,12 @@ class Orchestrator:
 
   def _check_workload(self, requests: Iterable[Request]) -> list[Request]:
     """The requests, checked, by arrival."""
-    listed, ids = _listed('requests', requests, 'a list of Requests'), set()
+    listed = check_requests('requests', _listed('requests', requests,
+                                                'a list of Requests'))
     for index, request in enumerate(listed):
-      require(isinstance(request, Request), f'requests[{index}]', request,
-              'a Request')
-      self._check_new(request)
-      with _naming(request):
-        require(is_number(0, MOST_ARRIVAL_S)(request.arrival_s),
-                'Request.arrival_s', request.arrival_s, 'seconds from the '
-                f'start, 0 to {MOST_ARRIVAL_S:.0e}')
+      with naming(f'requests[{index}], request {request.id}'):
+        self._check_new(request)
         self.check(request.prompt, request.sampling)
-      require(request.id not in ids, 'Request.id', request.id,
-              'different for each request')
-      ids.add(request.id)
     return sorted(listed, key=lambda r: r.arrival_s)
 
   def _turn(self, todo: collections.deque[Request],
@@ -912,15 +906,6 @@ def _listed(field: str, values: Iterable[Any], allowed: str) -> list[Any]:
   require(isinstance(values, Iterable) and not isinstance(values, str | bytes)
           and getattr(values, 'ndim', 1), field, values, allowed)
   return list(values)
-
-
-@contextlib.contextmanager
-def _naming(request: Request) -> Iterator[None]:
-  """An InputError names this request."""
-  try:
-    yield
-  except InputError as error:
-    raise InputError(f'request {request.id}: {error}') from None
 
 
 def serve(model: Model, placement: Placement | str,
