@@ -21,6 +21,7 @@ from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
 from dsjax.config.request import Request, Sampling
 from dsjax.runtime.output import RequestFailed
+from dsjax.scheduling.events import Finish
 from dsjax.scheduling.policy import DISTSERVE, PolicyError
 from tests.common import fake_engine, serving, tiny
 from tests.common.serving import PAGES_4, check_tidy, drain, job
@@ -237,17 +238,30 @@ def test_an_observer_may_raise_at_any_event(name, error):
       break
 
 
-def test_what_an_observer_asks_for_comes_after_what_it_hears():
-  with server_of('colocated') as server:
-    def cancels(event, _):
+def test_what_an_observer_asks_for_comes_after_what_it_hears(monkeypatch):
+  performed, asked = [], []
+  with server_of('2colocated') as server:
+    def perform(command, real=server.fleet.perform):
+      performed.append(command)
+      return real(command)
+    monkeypatch.setattr(server.fleet, 'perform', perform)
+
+    def asks(event, _):
       server.observers.clear()
+      asked.append(server.submit(PROMPT, **PARAMS))
       server.cancel(0)
       with pytest.raises(RuntimeError, match='cannot wait for its own server'):
         server.generate(PROMPT, **PARAMS)
-    server.observers.append(cancels)
+    server.observers.append(asks)
     assert server.generate(PROMPT, **PARAMS).reason == 'cancelled'
-    assert [type(event).__name__ for event, _ in server.log][:2] == [
-        'Arrived', 'Cancelled']
+    drain(server)
+    assert server.output(asked[0]).tokens == greedy(PROMPT)
+    assert [type(event).__name__ for event, _ in server.log][:3] == [
+        'Arrived', 'Arrived', 'Cancelled']
+    # Another instance's, and after all commands of the first event.
+    assert {c.instance for c in performed} == {0, 1}
+    assert performed == [c for _, commands in server.log for c in commands
+                         if not isinstance(c, Finish)]
     serves_on(server)
 
 
