@@ -80,8 +80,7 @@ FLAGS = {
     'algorithms': cli.Flag(['low', 'colocated'], f'Of {sorted(ALGORITHMS)}.'),
     'cut': cli.Flag(False, 'Cut requests beyond the context of the model, '
                     'which are refused otherwise.'),
-    'chunks': cli.Flag(list(map(str, candidates.CHUNKS)), 'Token budgets '
-                       f'tried, above {MAX_SEQS}.'),
+    'chunks': list(map(str, candidates.CHUNKS)),
     'replicas': cli.Flag(3, 'Most instances of a phase.', low=1),
     'requests': cli.Flag(200, 'Simulated at a rate, at first.', low=20),
     'tolerance': cli.Flag(0.1, 'Of the rate; less for the best.'),
@@ -201,16 +200,12 @@ def _problem(options):
   require(options.algorithms and all(
       name in ALGORITHMS for name in options.algorithms), '--algorithms',
           ','.join(options.algorithms), f'some of {sorted(ALGORITHMS)}')
-  require(options.chunks and all(
-      size.isdecimal() and int(size) > MAX_SEQS for size in options.chunks),
-          '--chunks', ','.join(options.chunks),
-          f'integers above {MAX_SEQS}, the rows that share them')
   return make_problem(
       options.model, Slo(options.ttft_s, options.tpot_s), options.lengths,
       options.latency, cluster=_cluster(options), process=options.process,
       cv=options.cv, seed=options.seed, host_ms=options.host_ms,
       cut=options.cut, max_seqs=MAX_SEQS, target=options.target,
-      chunks=tuple(map(int, options.chunks)),
+      chunks=cli.token_budgets('--chunks', options.chunks, MAX_SEQS),
       requests=options.requests, most_requests=4 * options.requests,
       tolerance=options.tolerance, replicas=options.replicas,
       strict=options.strict or None, strict_effort=options.strict_effort,
