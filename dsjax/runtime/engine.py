@@ -14,7 +14,7 @@ import collections
 import concurrent.futures
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ from dsjax.runtime.arrays import is_sound
 from dsjax.runtime.memory import size_pages
 from dsjax.runtime.protocols import Dispatched, Pending
 from dsjax.runtime.steps import (
+  RAN,
   Shapes,
   abstract_step,
   empty_packed,
@@ -146,10 +147,19 @@ class Engine:
         pool.shutdown(cancel_futures=True)
 
   def warm(self) -> Iterator[str]:
-    """Compiles and runs every step once, for no request; yields its name."""
+    """Compiles and runs every step once, for no request; yields its name.
+
+    But for those that an engine of this process with equal shapes has run.
+    """
     self.admit(-1, (), 0, Sampling())
     self.forget(-1)
-    for tokens, rows in self.compile(self.shapes_needed()):
+    cold = []
+    for shape in self.shapes_needed():
+      if all(entry in RAN.get(step, ()) for step, entry in self._runs(*shape)):
+        yield _name(*shape)
+      else:
+        cold.append(shape)
+    for tokens, rows in self.compile(cold):
       packed = empty_packed(self.shapes, self._seqs_bucket(tokens))
       batch = empty_rows(self.shapes, rows)
       outs = (self._run('prefill', tokens, (packed, batch if rows else None),
@@ -157,8 +167,16 @@ class Engine:
               if tokens else self._run('decode', 0, (batch,), ()))
       self._feed(None)
       jax.block_until_ready((outs, self.stages[0].slots))
-      yield ' + '.join([f'prefill {tokens}'] * bool(tokens)
-                       + [f'decode {rows}'] * bool(rows))
+      for step, entry in self._runs(tokens, rows):
+        RAN.setdefault(step, set()).add(entry)
+      yield _name(tokens, rows)
+
+  def _runs(self, tokens: int, rows: int
+            ) -> list[tuple[Callable[..., Any], tuple[int, int]]]:
+    """(jitted step, its entry in RAN) of each stage."""
+    kind = ('prefill', tokens) if tokens else ('decode',)
+    entry = self._seqs_bucket(tokens) if tokens else 0, rows
+    return [(make_step(stage.shapes, *kind), entry) for stage in self.stages]
 
   @property
   def devices(self) -> tuple[jax.Device, ...]:
@@ -368,3 +386,9 @@ class Engine:
     return [stage.step(('checksum',), tree, stage.put(np.int32(start)),
                        stage.put(np.int32(stop)))
             for stage, tree in zip(self.stages, read, strict=True)]
+
+
+def _name(tokens: int, rows: int) -> str:
+  """A step, in words."""
+  return ' + '.join([f'prefill {tokens}'] * bool(tokens)
+                    + [f'decode {rows}'] * bool(rows))

@@ -96,6 +96,7 @@ LOG = logging.getLogger(__name__)
 # The pause between polls that found nothing: a share of the wait so far, so
 # that a long step is not interrupted and a short one not noticed late.
 PAUSE_SHARE, LEAST_PAUSE_S, MOST_PAUSE_S = 1 / 16, 5e-5, 2e-3
+MEANWHILE_S = 5e-3  # between two calls of what a client wants called
 
 
 class Orchestrator:
@@ -243,24 +244,34 @@ class Orchestrator:
     if errors:
       raise errors[0]
 
-  def _until(self, answer: Callable[[], Any]) -> Any:
+  def _until(self, answer: Callable[[], Any],
+             more: Callable[[], bool] = lambda: False,
+             meanwhile: Callable[[], object] | None = None) -> Any:
     """Serves until `answer`, asked in the thread after each poll, gives one.
+
+    Args:
+      more: whether requests are still to come.
+      meanwhile: called here, every MEANWHILE_S.
 
     Raises:
       PolicyError: nothing is in flight, and the policy lets nothing start.
     """
     if self._worker.is_here:
       raise RuntimeError('an observer cannot wait for its own server')
-    return self._worker.wait(self._worker.post(answer, self._drive),
-                             self._beat)
+    job = self._worker.post(answer, lambda: self._drive(more()))
+    if meanwhile is None:
+      return self._worker.wait(job, self._beat)
+    return self._worker.wait(job, lambda: (self._beat(), meanwhile()),
+                             MEANWHILE_S)
 
-  def _drive(self) -> float:
+  def _drive(self, more: bool) -> float:
     """Polls; the seconds to pause."""
     some = self._poll()
     self._tell()
     if some:
       return 0.0
-    self._check_stalled()
+    if not more:
+      self._check_stalled()
     return self._pause_s
 
   def _beat(self) -> None:
@@ -638,9 +649,9 @@ class Orchestrator:
           on_poll: Callable[[], object] | None = None) -> list[Record]:
     """Replays a workload, each request at its arrival time from now on.
 
-    Open loop: arrivals never wait for answers. on_poll() is called between
-    polls. Returns the records of these requests. An interrupt cancels those
-    that have not ended.
+    Open loop: arrivals never wait for answers. on_poll() is called here, at
+    first and every few milliseconds. Returns the records of these requests. An
+    interrupt cancels those that have not ended.
 
     Raises:
       InputError: a request that cannot be queued here, before any is.
@@ -649,11 +660,11 @@ class Orchestrator:
     todo, left = collections.deque(ordered), collections.deque(ordered)
     start_s = self.now
     try:
-      while (some := self.call(self._turn, todo, left, start_s)) is not None:
-        if not some:
-          time.sleep(self._pause_s)
-        if on_poll:
-          on_poll()
+      if on_poll:
+        self.call(self._replayed, todo, left, start_s)
+        on_poll()
+      self._until(lambda: self._replayed(todo, left, start_s),
+                  lambda: bool(todo), on_poll)
     except BaseException:
       self._drop([r.id for r in ordered], keep=True)
       raise
@@ -670,10 +681,10 @@ class Orchestrator:
         self.check(request.prompt, request.sampling)
     return sorted(listed, key=lambda r: r.arrival_s)
 
-  def _turn(self, todo: collections.deque[Request],
-            left: collections.deque[Request], start_s: float) -> bool | None:
-    """A turn of `run`: queues what is due and polls; whether it found work,
-    None once all that it asked for has ended.
+  def _replayed(self, todo: collections.deque[Request],
+                left: collections.deque[Request], start_s: float
+                ) -> bool | None:
+    """Queues what is due; True once all that `run` asked for has ended.
 
     todo: those that have not arrived; left: of all, from the first one on
     that has not ended.
@@ -686,12 +697,7 @@ class Orchestrator:
           more=bool(todo) and todo[0].arrival_s <= due_s)
     while len(left) > len(todo) and left[0].id not in self.unfinished:
       left.popleft()
-    if not left and (self.unfinished or not self.busy):
-      return None
-    some = self._poll()
-    if not some and not todo:
-      self._check_stalled()
-    return some
+    return True if not left and (self.unfinished or not self.busy) else None
 
   # --- faults ---------------------------------------------------------------
 
@@ -737,8 +743,7 @@ class Orchestrator:
   def _restore(self, instance: int) -> None:
     event = InstanceUp(self.now, instance)
     if instance in self.fleet.down:
-      with jax.transfer_guard('disallow'):
-        event = self._with_ended(self.fleet.start(instance))
+      event = self._with_ended(self.fleet.start(instance))
     self._event(event)
     if isinstance(event, InstanceDown):
       raise RuntimeError(self.faults[-1][1])
@@ -767,13 +772,12 @@ class Orchestrator:
       return False
     began, some = time.perf_counter(), bool(self._todo)
     self._apply()
-    with jax.transfer_guard('disallow'):
-      for done in self.fleet.poll():
-        some = True
-        if isinstance(done, StepDone):
-          self._fold(done)
-        else:
-          self._event(self._with_ended(done))
+    for done in self.fleet.poll():
+      some = True
+      if isinstance(done, StepDone):
+        self._fold(done)
+      else:
+        self._event(self._with_ended(done))
     if some:
       self.host_s += time.perf_counter() - began
       self.moved_s = self.now
@@ -856,12 +860,11 @@ class Orchestrator:
         observe(event, commands)
       except BaseException as error:  # told once the state is whole
         self._raised.append(error)
-    with jax.transfer_guard('disallow'):
-      for command in commands:
-        failed = (self._end(command)
-                  if isinstance(command, Finish | Fail | Reject)
-                  else self.fleet.perform(command))
-        self._todo += map(self._with_ended, failed)
+    for command in commands:
+      failed = (self._end(command)
+                if isinstance(command, Finish | Fail | Reject)
+                else self.fleet.perform(command))
+      self._todo += map(self._with_ended, failed)
 
   def _end(self, command: Finish | Fail | Reject) -> Sequence[Event]:
     """A request has ended; the events of what failed in forgetting it."""

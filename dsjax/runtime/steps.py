@@ -1,6 +1,7 @@
 """The compiled steps of a stage of an instance."""
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -82,6 +83,11 @@ def empty_packed(shapes: Shapes, count: int) -> transformer.Packed:
 def _zeros(shape: int | tuple[int, int], dtype: Any = np.int32) -> Any:
   """In numpy, to be filled; a step gets it as a jax.Array."""
   return np.zeros(shape, dtype)
+
+
+# By jitted step: the (sequences, rows) that it has run with.
+RAN: weakref.WeakKeyDictionary[Callable[..., Any], set[tuple[int, int]]] = (
+    weakref.WeakKeyDictionary())
 
 
 @functools.cache
