@@ -27,8 +27,7 @@ from dsjax import workload
 from dsjax.analysis import attribution, metrics, timeline
 from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Placement
-from dsjax.runtime import orchestrator
-from dsjax.scheduling import scheduler
+from dsjax.scheduling import event_log, scheduler
 from dsjax.scheduling.policy import DISTSERVE
 from experiments.common import (
   cli,
@@ -144,7 +143,7 @@ def serve_mode(config, mode, placement, model, requests, screen, policy):
         screen.served()
       cores = others.cores()
   scheduler.check(server.state)
-  first = orchestrator.replay(server.scheduler_config, server.log)
+  first = event_log.replay(server.scheduler_config, server.log)
   assert first is None, f'{mode}: log entry {first} replays otherwise'
   records = list(server.records)
   answers = {r.id: server.output(r.id) for r in records
@@ -260,7 +259,7 @@ def save(config, results, title, closing, out, options):
   for old in out.glob('events-*.jsonl'):
     old.unlink()
   for r in results:
-    orchestrator.write_log(out / f'events-{r.mode}.jsonl', r.log)
+    report.save_log(out / f'events-{r.mode}.jsonl', r.log)
     traces.append((r.mode, timeline.timeline(r.log, r.placement.names)))
   provenance.save_trace(out / 'timeline.json', timeline.merge(traces), options,
                         read)

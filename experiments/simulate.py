@@ -44,6 +44,7 @@ from dsjax.config.placement import Placement, Slo
 from dsjax.placement import candidates
 from dsjax.placement.api import build, make_problem, no_load, note, simulated
 from dsjax.placement.candidates import Cluster
+from dsjax.scheduling import event_log
 from dsjax.scheduling.events import Finish, Reject
 from dsjax.simulation import profiles, simulator
 from experiments.common import cli, policies, provenance, report, terminal
@@ -435,10 +436,9 @@ class Traces:
       old.unlink()
 
   def save(self, name, placed, config, log):
-    from dsjax.runtime import orchestrator  # jax, which only this needs
-    assert orchestrator.replay(config, log) is None, f'{name}: no replay'
+    assert event_log.replay(config, log) is None, f'{name}: no replay'
     stem = re.sub('[^a-z0-9.]+', '-', name)
-    orchestrator.write_log(self.out / f'events-{stem}.jsonl', log)
+    report.save_log(self.out / f'events-{stem}.jsonl', log)
     self.traces.append((name, timeline.timeline(log, placed.names)))
 
   def close(self):

@@ -49,7 +49,7 @@ from dsjax.config.request import Request, Sampling
 from dsjax.runtime import orchestrator, profiling
 from dsjax.simulation import calibration, fitting, profiles, simulator
 from experiments import measure
-from experiments.common import cli, machine, provenance, terminal
+from experiments.common import cli, machine, provenance, report, terminal
 from experiments.common import overrides as configs
 
 ENGINE = EngineConfig(max_len=192, max_seqs=8, prefill_tokens=128,
@@ -432,8 +432,8 @@ def run(options, console):
           share * m.capacity_per_s for share in SHARES])):
         outcome = mode.row(rate, size(rate), interrupts.halt)
         rows.append(mode.describe(rate, outcome, slo))
-        orchestrator.write_log(out / f'events-{mode.name}-{rate:.2f}.jsonl',
-                               outcome[0].log)
+        report.save_log(out / f'events-{mode.name}-{rate:.2f}.jsonl',
+                        outcome[0].log)
         _write(out, options, name, slo, modes, rows)
         bar.console.print(f'{mode.name} {rate:.2f}/s: attained, %: '
                           + ', '.join(

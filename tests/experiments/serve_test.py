@@ -14,7 +14,6 @@ from rich.console import Console
 
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan
-from dsjax.runtime import orchestrator
 from dsjax.scheduling import event_log, scheduler
 from experiments import serve
 from experiments.common import cli, machine, report, terminal
@@ -95,7 +94,7 @@ def _check_logs(out, fields):
     plan = scheduler.Config(tuple(map(engine.instance, roles)),
                             engine.max_len, engine.depth,
                             run_ahead=engine.run_ahead)
-    assert orchestrator.replay(plan, log) is None
+    assert event_log.replay(plan, log) is None
 
 
 def test_a_busy_machine_is_said(monkeypatch):

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
-from dsjax.runtime import orchestrator
+from dsjax.runtime import loop
 from experiments import soak
 from experiments.common import cli
 from experiments.verify import soak_report
@@ -55,11 +55,11 @@ def test_nothing_is_lost_in_three_seconds_of_faults(tmp_path):
 @pytest.mark.usefixtures('_by_work')
 def test_wrong_tokens_are_seen(tmp_path, monkeypatch):
   """A request that goes on elsewhere forgets what it had said."""
-  def prefix_of(self, id, real=orchestrator.Orchestrator._prefix_of):
+  def prefix_of(self, id, real=loop.Loop._prefix_of):
     prefix = real(self, id)
     return prefix and prefix._replace(
         tokens=prefix.tokens[:prefix.prompt_len])
-  monkeypatch.setattr(orchestrator.Orchestrator, '_prefix_of', prefix_of)
+  monkeypatch.setattr(loop.Loop, '_prefix_of', prefix_of)
   assert soak.run(options(tmp_path, cancel=0.0), Console(quiet=True)) == 1
   failed = json.loads((tmp_path / 'soak.json').read_text())['failed checks']
   assert 'tokens' in failed

@@ -188,7 +188,7 @@ def test_a_policy_that_breaks_tells_every_thread():
       ends = [pool.submit(generate, server, work) for work in LONG]
       while len(server.unfinished) < 4:
         server.poll()
-      server.call(server._give_up, 'PolicyError: route')
+      server.call(server.loop.give_up, 'PolicyError: route')
       for end in ends:
         with pytest.raises(RequestFailed, match='PolicyError: route'):
           end.result()
