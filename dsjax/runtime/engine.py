@@ -77,25 +77,25 @@ class Engine:
   """The effects of one instance. It makes no choice: commands say it all."""
 
   def __init__(self, loaded: Model, meshes: Sequence[Mesh], role: str,
-               config: EngineConfig, limits: InstanceConfig | None = None
+               config: EngineConfig, capacity: InstanceConfig | None = None
                ) -> None:
     """Places parameters and an empty cache on the meshes.
 
     Args:
       meshes: one a pipeline stage.
       role: what the instance runs (decides which steps it needs).
-      limits: what `size_pages` gave, if it was called.
+      capacity: what `size_pages` gave, if it was called.
 
     Raises:
       InputError: it does not fit in memory, or is of another dtype.
     """
     self.role, self.config = role, config
-    self.limits = limits or size_pages(loaded.config, meshes, role, config)
+    self.capacity = capacity or size_pages(loaded.config, meshes, role, config)
     dtypes = {str(x.dtype) for x in jax.tree.leaves(loaded.params)}
     require(dtypes == {config.dtype}, 'EngineConfig.dtype', config.dtype,
             f"that of the model's weights, {' and '.join(dtypes)}")
     self.stages = [_Stage(shapes, loaded.params) for shapes in stage_shapes(
-        loaded.config, meshes, role, config, self.limits)]
+        loaded.config, meshes, role, config, self.capacity)]
     self.where = (self.stages[0].shapes.layout, tuple(
         s.shapes.span for s in self.stages), tuple(meshes))
     self.shapes, self.last = self.stages[0].shapes, self.stages[-1]
@@ -109,7 +109,7 @@ class Engine:
     self.fed: collections.deque[tuple] = collections.deque()  # for stage 0
 
   def _seqs_bucket(self, tokens: int) -> int:
-    return seqs_bucket(self.limits, tokens)
+    return seqs_bucket(self.capacity, tokens)
 
   def _mixed_rows(self) -> list[int]:
     full = self.config.max_seqs
@@ -117,11 +117,11 @@ class Engine:
 
   def shapes_needed(self) -> list[tuple[int, int]]:
     """(packed tokens, decode rows) of every step this role can run."""
-    limits = self.limits
-    tokens = () if not limits.prefills else self.config.token_buckets(
-        self.limits.prefill_tokens)
-    rows = self.config.row_buckets if limits.decodes else ()
-    mixed = self._mixed_rows() if limits.mixes else ()
+    capacity = self.capacity
+    tokens = () if not capacity.prefills else self.config.token_buckets(
+        self.capacity.prefill_tokens)
+    rows = self.config.row_buckets if capacity.decodes else ()
+    mixed = self._mixed_rows() if capacity.mixes else ()
     return ([(size, 0) for size in tokens] + [(0, n) for n in rows]
             + [(size, n) for size in tokens for n in mixed])
 
@@ -333,7 +333,7 @@ class Engine:
   def _size(self, chunks: Sequence[Chunk]) -> int:
     total = sum(chunk.stop - chunk.start for chunk in chunks)
     return next(size for size in self.config.token_buckets(
-        self.limits.prefill_tokens)
+        self.capacity.prefill_tokens)
         if size >= total and self._seqs_bucket(size) >= len(chunks))
 
   def sequences(self, command: RunPrefill) -> int:

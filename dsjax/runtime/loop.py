@@ -68,7 +68,7 @@ class Loop:
         jax.devices() if devices is None else devices, make_engine,
         self._prefix_of, lambda: self.now)
     self.scheduler_config = scheduler.Config(
-        self.fleet.limits, config.max_len, config.depth,
+        self.fleet.capacities, config.max_len, config.depth,
         run_ahead=config.run_ahead, tries=config.tries, policy=policy)
     if report:
       self.fleet.warm(report)

@@ -412,7 +412,7 @@ def test_pages_are_what_memory_leaves(plan, role):
   meshes = meshes_of(*plan)
   all_of_them = limits.max_seqs * limits.max_len // limits.page_size
   one = Engine(TINY, meshes, role, limits)
-  assert one.limits.num_pages == all_of_them  # a CPU does not say
+  assert one.capacity.num_pages == all_of_them  # a CPU does not say
   fixed, page = held_bytes(one)
   rich, poor = (memory.size_pages(CONFIG, meshes, role, dataclasses.replace(
       limits, memory_bytes=fixed + n)).num_pages
