@@ -229,6 +229,8 @@ def prepare(num_devices: int, cache: str | None = CACHE,
   if cache:
     jax.config.update('jax_compilation_cache_dir', cache)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+    # Else the folder's path is part of each key, and a copied one is empty.
+    jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
 
 
 def token_budgets(field: str, texts: list[str], rows: int) -> tuple[int, ...]:
