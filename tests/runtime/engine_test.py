@@ -320,6 +320,14 @@ def test_warming_up_writes_nothing_but_a_spare_slot():
   assert {e for e, _ in cells} <= {slot}
 
 
+def test_what_an_equal_engine_has_run_is_not_run_again(monkeypatch):
+  names = list(engine().warm())
+  second, ran = engine(), []
+  monkeypatch.setattr(second, '_run', lambda *args: ran.append(args))
+  assert sorted(second.warm()) == sorted(names) and names
+  assert not ran
+
+
 # --- pages -------------------------------------------------------------------
 
 
