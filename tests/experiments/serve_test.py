@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 SMALL = ('model=tiny', 'engine.max_len=128', 'engine.max_seqs=2',
          'engine.prefill_tokens=16', 'engine.prefill_seqs=1',
          'engine.chunk_tokens=16', 'sampling.max_tokens=4',
-         'workload.process=burst')
+         'workload.process=burst', 'workload.requests=4')
 PROMPTS = ('Hi', 'Ολα καλά;', '\U0001f41d and \U0001f36f?', 'One, two, three')
 
 
