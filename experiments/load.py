@@ -41,7 +41,7 @@ from dsjax.analysis import metrics
 from dsjax.analysis.record import Record
 from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Slo
-from experiments.common import cli, report
+from experiments.common import cli, provenance, report
 
 FLAGS = {
     'url': cli.Flag('http://127.0.0.1:8000', 'Server.'),
@@ -260,10 +260,12 @@ def find_model(url: str, key: str | None) -> str:
 # --- results ----------------------------------------------------------------
 
 
-def show(console: Console, load: Load, slo: Slo, num_devices: int, title: str,
-         out: pathlib.Path | None = None) -> metrics.Summary:
-  """Prints the tables of a Load, and writes its files where out is given."""
-  summary = metrics.summarize(load.records, slo, num_devices)
+def show(console: Console, load: Load, title: str, options: Any
+         ) -> metrics.Summary:
+  """Prints the tables of a Load, and writes its files to options.out, if
+  any; options: of FLAGS."""
+  slo = Slo(options.ttft_s, options.tpot_s)
+  summary = metrics.summarize(load.records, slo, options.devices)
   compared = [('server', summary, {})]
   tables = Group(*report.tables(compared).renderables[:2])
   why = collections.Counter(r.reason for r in load.records if r.reason)
@@ -273,13 +275,16 @@ def show(console: Console, load: Load, slo: Slo, num_devices: int, title: str,
       if why else '', f'Requests left {1e3 * lag[0]:.1f} ms late at p50, '
       f'{1e3 * lag[2]:.1f} at p99.')))
   console.print(title, tables, closing, sep='\n', soft_wrap=True)
-  if out:
+  if options.out:
+    out = pathlib.Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     report.save_records(out / 'records.jsonl', load.records)
     report.save_figure(out / 'report.png', [('server', load.records)], slo,
                        title)
-    (out / 'summary.json').write_text(json.dumps(dataclasses.asdict(summary) | {
-        'errors': dict(why), 'lag_s': lag}, indent=1) + '\n')
+    provenance.save_json(
+        out / 'summary.json',
+        dataclasses.asdict(summary) | {'errors': dict(why), 'lag_s': lag},
+        cli.asked(options, FLAGS), [options.lengths or options.prompts])
     console.print(f'Written to {out}: records.jsonl report.png summary.json')
   return summary
 
@@ -289,7 +294,7 @@ def show(console: Console, load: Load, slo: Slo, num_devices: int, title: str,
 
 def run(options: Any, console: Console) -> int:
   """Sends, shows and writes; returns the exit code."""
-  slo = Slo(options.ttft_s, options.tpot_s)
+  Slo(options.ttft_s, options.tpot_s)  # bad ones are said before any is sent
   try:
     extra = json.loads(options.extra)
   except ValueError:
@@ -320,8 +325,7 @@ def run(options: Any, console: Console) -> int:
   if load is None or not load.records:
     console.print('Stopped before anything was sent: nothing to write.')
     return 130
-  show(console, load, slo, options.devices, title,
-       pathlib.Path(options.out) if options.out else None)
+  show(console, load, title, options)
   return 130 if stopped else 0
 
 

@@ -45,7 +45,7 @@ from dsjax.simulation import (
     roofline,
     roofline_fit,
 )
-from experiments.common import cli, machine, terminal
+from experiments.common import cli, machine, provenance, terminal
 from experiments.common import overrides as configs
 
 FLAGS = {
@@ -219,13 +219,17 @@ def _draw_errors(axis, model, cells):
   axis.legend(frameon=False, fontsize=8)
 
 
-def write(out, profile, cells):
-  """Writes the three files; returns the profile's path."""
+def write(out, profile, cells, options):
+  """Writes the three files; returns the profile's path.
+
+  options: a dict, see cli.asked.
+  """
   out = pathlib.Path(out)
   out.mkdir(parents=True, exist_ok=True)
   slug = '-'.join(re.sub('[^a-z0-9.]+', '-', x.lower()).strip('-')
                   for x in (profile.device, profile.model))
-  profiles.save(out / f'latency-{slug}.json', profile)
+  provenance.save_json(out / f'latency-{slug}.json', profiles.as_json(profile),
+                       options)
   with open(out / f'cells-{slug}.jsonl', 'w', encoding='utf-8') as file:
     for plan, measured in cells.items():
       for c in measured:
@@ -290,7 +294,8 @@ def run(options, console):
   if busy is not None and busy > 0.2:
     console.print(f'Other programs used {busy:.1f} cores meanwhile: these '
                   'times are too long.', style='yellow')
-  console.print(f'wrote {write(options.out, profile, cells)}')
+  path = write(options.out, profile, cells, cli.asked(options, FLAGS))
+  console.print(f'wrote {path}')
   if interrupts.seen:
     console.print(f'Stopped by Ctrl-C: {len(cells)} of {len(plans)} plans, '
                   f'{len(profile.links)} links; the rest was not timed.')

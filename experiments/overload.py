@@ -25,7 +25,6 @@ import collections
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import pathlib
 import re
@@ -48,7 +47,7 @@ from dsjax.analysis.record import Record
 from dsjax.config.checks import require
 from dsjax.config.placement import Slo
 from experiments import api, load
-from experiments.common import cli, report
+from experiments.common import cli, provenance, report
 
 FLAGS = {
     'config': 'demo', 'set': (),
@@ -254,21 +253,23 @@ def verdict(result: Found, slo: Slo) -> str:
           f'{1e3 * result.lag_s[2]:.1f} ms late at p99.')
 
 
-def save(result: Found, slo: Slo, out: pathlib.Path, title: str) -> None:
-  """Writes records.jsonl, summary.json and report.png to a folder."""
+def save(result: Found, slo: Slo, out: pathlib.Path, title: str,
+         options: Any, prompts: str) -> None:
+  """Writes records.jsonl, summary.json and report.png to a folder; options:
+  of FLAGS. prompts: the file of them."""
   out.mkdir(parents=True, exist_ok=True)
   report.save_records(
       out / 'records.jsonl', [r for phase in PHASES
                               for r in result.records[phase]],
       [phase for phase in PHASES for _ in result.records[phase]])
-  (out / 'summary.json').write_text(json.dumps({
+  provenance.save_json(out / 'summary.json', {
       'capacity_per_s': result.capacity_per_s, 'slo': dataclasses.asdict(slo),
       'accepted': len(result.accepted()),
       'attained': sum(metrics.attains(r, slo) for r in result.accepted()),
       'refused': len(result.refused_s), 'with_retry_after': result.with_retry,
       'refused_s': metrics.percentiles(result.refused_s),
       'other': result.other, 'recovered_s': result.recovered_s,
-      'lag_s': result.lag_s}, indent=1) + '\n')
+      'lag_s': result.lag_s}, cli.asked(options, FLAGS), [prompts])
   figure = Figure(figsize=(11, 6.4), layout='constrained')
   ttft, tpot = figure.subplots(2, 1, sharex=True)
   end_s = max(r.arrival_s for r in result.records['flood'])
@@ -367,7 +368,8 @@ def run(options: Any, console: Console) -> int:
   console.print(title, table(result, config.slo), verdict(result, config.slo),
                 sep='\n', soft_wrap=True)
   if options.out:
-    save(result, config.slo, pathlib.Path(options.out), title)
+    save(result, config.slo, pathlib.Path(options.out), title, options,
+         config.workload.prompts)
     console.print(f'Written to {options.out}: records.jsonl report.png '
                   'summary.json')
   return 0

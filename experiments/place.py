@@ -28,7 +28,6 @@ served: experiments.serve --set=placements=. Objectives may be inf. Exit codes:
 
 import contextlib
 import dataclasses
-import json
 import math
 import multiprocessing
 import os
@@ -51,7 +50,7 @@ from dsjax.placement import candidates, search
 from dsjax.placement.api import ALGORITHMS, make_problem, note
 from dsjax.placement.candidates import Cluster
 from dsjax.simulation import profiles
-from experiments.common import cli, policies
+from experiments.common import cli, policies, provenance
 
 MAX_SEQS = candidates.SearchProblem.max_seqs
 CLUSTER = dict(nodes=('nodes', 1), devices=('devices_per_node', 1),
@@ -83,8 +82,7 @@ FLAGS = {
     'algorithms': cli.Flag(['low', 'colocated'], f'Of {sorted(ALGORITHMS)}.'),
     'cut': cli.Flag(False, 'Cut requests beyond the context of the model, '
                     'which are refused otherwise.'),
-    'chunks': cli.Flag(list(map(str, candidates.CHUNKS)), 'Token budgets '
-                       f'tried, above {MAX_SEQS}.'),
+    'chunks': list(map(str, candidates.CHUNKS)),
     'replicas': cli.Flag(3, 'Most instances of a phase.', low=1),
     'requests': cli.Flag(200, 'Simulated at a rate, at first.', low=20),
     'tolerance': cli.Flag(0.1, 'Of the rate; less for the best.'),
@@ -205,16 +203,12 @@ def _problem(options):
   require(options.algorithms and all(
       name in ALGORITHMS for name in options.algorithms), '--algorithms',
           ','.join(options.algorithms), f'some of {sorted(ALGORITHMS)}')
-  require(options.chunks and all(
-      size.isdecimal() and int(size) > MAX_SEQS for size in options.chunks),
-          '--chunks', ','.join(options.chunks),
-          f'integers above {MAX_SEQS}, the rows that share them')
   return make_problem(
       options.model, Slo(options.ttft_s, options.tpot_s), options.lengths,
       options.latency, cluster=_cluster(options), process=options.process,
       cv=options.cv, seed=options.seed, host_ms=options.host_ms,
       cut=options.cut, max_seqs=MAX_SEQS, target=options.target,
-      chunks=tuple(map(int, options.chunks)),
+      chunks=cli.token_budgets('--chunks', options.chunks, MAX_SEQS),
       requests=options.requests, most_requests=4 * options.requests,
       tolerance=options.tolerance, replicas=options.replicas,
       strict=options.strict or None, strict_effort=options.strict_effort,
@@ -238,13 +232,12 @@ def _search(console, problem, options):
 
 
 def _json(rows):
-  """Rows for a file; None where a number is not finite."""
+  """Rows for a file."""
   return [{
       'placement': str(r.placement),
       'prefill_tokens': r.prefill_tokens, 'aligned': r.aligned,
       'devices': r.placement.num_devices, 'per_device': r.per_device,
-      'low': r.interval_per_device[0],
-      'high': x if math.isfinite(x := r.interval_per_device[1]) else None,
+      'low': r.interval_per_device[0], 'high': r.interval_per_device[1],
       'tight': r.goodput.tight, 'binds': r.goodput.binds,
       'attained': r.goodput.attained}
           for r in rows]
@@ -289,14 +282,14 @@ def run(options, console):
   draw(out / 'placement.png', rows, f'{options.model}, {options.lengths}, '
        f'TTFT {options.ttft_s} s, TPOT {options.tpot_s} s, '
        f'{options.target:.0%}')
-  (out / 'placement.json').write_text(json.dumps({
+  provenance.save_json(out / 'placement.json', {
       'verdict': answer.verdict, 'bottlenecks': answer.bottlenecks,
       'simulations': answer.simulations, 'pruned': answer.pruned,
       'seconds': took, 'stopped': answer.stopped, 'target': options.target,
       'rows': _json(answer.rows), 'strict_target': options.strict,
-      'strict': _json(answer.strict), 'options': {
-          name: getattr(options, name) for name in FLAGS if name != 'out'},
-      'note': note(problem)}, indent=1))
+      'strict': _json(answer.strict), 'note': note(problem)},
+                       cli.asked(options, FLAGS),
+                       [options.lengths, options.latency, options.cluster])
   console.print(f'Written to {out}: placement.json placement.png')
   return code
 

@@ -13,7 +13,6 @@ keeps what is finished. Exit codes: 0; 2 for bad input; 130 by Ctrl-C.
 """
 
 import io
-import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -91,8 +90,11 @@ def show(console, name, data, took_s):
   console.print(f'Why they differ: {data["why"]}\n', highlight=False)
 
 
-def save(out, name, data, draw):
-  """NAME.json and NAME.png."""
+def save(out, name, data, draw, options, read):
+  """NAME.json and NAME.png.
+
+  options: a dict, see cli.asked. read: files of data.
+  """
   figure = Figure(figsize=(11, 4), layout='constrained')
   draw(data, figure)
   figure.supxlabel(f'Lengths: {data["data"]}', fontsize=7, x=0.01, ha='left')
@@ -100,8 +102,16 @@ def save(out, name, data, draw):
   figure.savefig(picture, dpi=80)
   Image.open(picture).convert('RGB').quantize(48).save(
       out / f'{name}.png', optimize=True)
-  (out / f'{name}.json').write_text(
-      json.dumps(provenance.finite(data), indent=1) + '\n')
+  provenance.save_json(out / f'{name}.json', data, options, read)
+
+
+def _read(name, options):
+  """The data that a figure is of."""
+  read = [comparison.lengths_of(data, options.lengths_dir)
+          for data in DATA.get(name, ())]
+  if name == 'table2' and options.validate.is_file():
+    read.append(options.validate)
+  return read
 
 
 def run(values, console):
@@ -125,7 +135,8 @@ def run(values, console):
         compute, draw = FIGURES[name]
         data = compute(options._replace(tell=tell)) | {
             'data': comparison.data_of(DATA.get(name, ()), options.lengths_dir)}
-      save(out, name, data, draw)
+      save(out, name, data, draw, cli.asked(values, FLAGS),
+           _read(name, options))
       show(console, name, data, time.perf_counter() - start)
       done.append(name)
   except KeyboardInterrupt:

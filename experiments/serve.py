@@ -27,8 +27,7 @@ from dsjax import workload
 from dsjax.analysis import attribution, metrics, timeline
 from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Placement
-from dsjax.runtime import orchestrator
-from dsjax.scheduling import scheduler
+from dsjax.scheduling import event_log, scheduler
 from dsjax.scheduling.policy import DISTSERVE
 from experiments.common import (
   cli,
@@ -144,7 +143,7 @@ def serve_mode(config, mode, placement, model, requests, screen, policy):
         screen.served()
       cores = others.cores()
   scheduler.check(server.state)
-  first = orchestrator.replay(server.scheduler_config, server.log)
+  first = event_log.replay(server.scheduler_config, server.log)
   assert first is None, f'{mode}: log entry {first} replays otherwise'
   records = list(server.records)
   answers = {r.id: server.output(r.id) for r in records
@@ -246,6 +245,7 @@ def attributed(config, result):
 def save(config, results, title, closing, out, options):
   """Writes every file of a run into the folder `out`; options: a dict."""
   compared = compare(config, results)
+  read = [config.workload.lengths or config.workload.prompts]
   report.save_records(
       out / 'records.jsonl', [x for r in results for x in r.records],
       [r.mode for r in results for _ in r.records])
@@ -259,9 +259,10 @@ def save(config, results, title, closing, out, options):
   for old in out.glob('events-*.jsonl'):
     old.unlink()
   for r in results:
-    orchestrator.write_log(out / f'events-{r.mode}.jsonl', r.log)
+    report.save_log(out / f'events-{r.mode}.jsonl', r.log)
     traces.append((r.mode, timeline.timeline(r.log, r.placement.names)))
-  (out / 'timeline.json').write_text(json.dumps(timeline.merge(traces)))
+  provenance.save_trace(out / 'timeline.json', timeline.merge(traces), options,
+                        read)
   report.save_figure(out / 'report.png', [(r.mode, r.records)
                                           for r in results], config.slo, title)
   with open(out / 'summary.txt', 'w', encoding='utf-8') as file:
@@ -271,8 +272,7 @@ def save(config, results, title, closing, out, options):
       'config': dataclasses.asdict(config), 'closing': closing,
       'modes': {mode: dataclasses.asdict(s) | {
           'goodput_per_s_device': s.goodput_per_s_device} | extra
-                for mode, s, extra in compared}}, options,
-                       [config.workload.lengths or config.workload.prompts])
+                for mode, s, extra in compared}}, options, read)
 
 
 def _title(config, requests, cut):

@@ -19,14 +19,16 @@ other phase on the same instance), preemption, decode, alone (misses on an
 empty system too), rejected or failed (see dsjax.analysis.attribution).
 
 Placements with '/' between are
-drawn together; --per_device multiplies rates by their devices. --latency is as
-in experiments.place. --process=trace without a rate uses the trace's own times.
+drawn together; a chunked one runs at each point with every budget of --chunks,
+and the one that attains most is shown; prefill batches of the others stop
+where they saturate the plan (column batch). --per_device multiplies rates by
+their devices. --latency is as in experiments.place. --process=trace without a
+rate uses the trace's own times.
 Files in --out: records.jsonl, summary.json, simulate.png and, with --timeline,
 timeline.json (for ui.perfetto.dev) and events-NAME.jsonl, which replays.
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 import re
@@ -42,6 +44,7 @@ from dsjax.config.placement import Placement, Slo
 from dsjax.placement import candidates
 from dsjax.placement.api import build, make_problem, no_load, note, simulated
 from dsjax.placement.candidates import Cluster
+from dsjax.scheduling import event_log
 from dsjax.scheduling.events import Finish, Reject
 from dsjax.simulation import profiles, simulator
 from experiments.common import cli, policies, provenance, report, terminal
@@ -70,8 +73,7 @@ FLAGS = {
     'aligned': cli.Flag(True, 'KV moves inside a node.'),
     'cut': cli.Flag(False, 'Cut requests beyond the context of the model, '
                     'which are refused otherwise.'),
-    'chunk': cli.Flag(candidates.CHUNK, 'Token budget of chunked placements.',
-                      low=1),
+    'chunks': list(map(str, candidates.CHUNKS)),
     'depth': cli.Flag(None, 'Commands in flight; see scheduler.Config.', int,
                       low=1),
     'run_ahead': cli.Flag(None, 'Most decode steps of a command, while a '
@@ -94,6 +96,8 @@ class Point:
     records: of the whole run; kept: those after the warm-up, of which
       summary and attribution speak. unsteady: why the run was not steady,
       or ''.
+    batch: tokens at which a prefill batch (or a chunked step) stops.
+    tried: {token budget: share that attained} of a chunked placement.
   """
 
   placement: str
@@ -105,6 +109,8 @@ class Point:
   summary: metrics.Summary
   attribution: attribution.Attribution
   unsteady: str
+  batch: int = 0
+  tried: dict[int, float] = dataclasses.field(default_factory=dict)
 
 
 # --- what is asked ------------------------------------------------------------
@@ -139,7 +145,8 @@ def problem(options, placements):
       options.model, Slo(options.ttft_s, options.tpot_s), options.lengths,
       options.latency, process=options.process, cv=options.cv,
       seed=options.seed, host_ms=options.host_ms, target=options.target,
-      cut=options.cut,
+      cut=options.cut, chunks=cli.token_budgets(
+          '--chunks', options.chunks, candidates.SearchProblem.max_seqs),
       policy=policies.load(options.policy),
       cluster=Cluster(1, most, options.memory_gb * 1e9,
                       options.intra_gb_per_s * 1e9,
@@ -189,12 +196,28 @@ def run(built, requests, halt, tick, log=None):
   return result.records, fold.parts()
 
 
-def point(placement, at, rate, slo, records, parts, made, alone):
-  """The Point of a finished run; made: what api.build gave."""
-  run = simulated(placement, slo, records, *made[:2])
-  return Point(str(placement), at, rate, slo, records, run.kept, run.summary,
-               attribution.attribute(run.kept, parts, slo, alone),
-               run.unsteady)
+def point(placement, x, rate, slo, outcome, made):
+  """The Point of a finished run.
+
+  Args:
+    outcome: what `run` returned. made: what api.build did.
+  """
+  records, parts = outcome
+  config, latencies, _ = made
+  done = simulated(placement, slo, records, config, latencies)
+  return Point(
+      str(placement), x, rate, slo, records, done.kept, done.summary,
+      attribution.attribute(done.kept, parts, slo, no_load(config, latencies)),
+      done.unsteady, max(i.prefill_tokens for i in config.instances
+                         if i.prefills))
+
+
+def best(points):
+  """Of Points of one chunked placement with several budgets, the one that
+  attains most."""
+  shares = {p.batch: p.summary.attainment[0] for p in points}
+  chosen = max(points, key=lambda p: shares[p.batch])
+  return dataclasses.replace(chosen, tried=shares if len(points) > 1 else {})
 
 
 def simulate(options, asked, placements, points, kind, progress, halt, save):
@@ -202,35 +225,42 @@ def simulate(options, asked, placements, points, kind, progress, halt, save):
 
   save: called with (name, placement, config, log) of each run, or None.
   """
-  built = [build(asked, p, options.chunk, options.aligned, options.depth,
-                 options.run_ahead) for p in placements]
-  factors = [p.num_devices if options.per_device else 1 for p in placements]
+  built = [[build(asked, p, chunk, options.aligned, options.depth,
+                  options.run_ahead)
+            for chunk in (asked.chunks if p.chunked else (candidates.CHUNK,))]
+           for p in placements]
   runs = list(dict.fromkeys(rate for rate, _ in points))
   sample = [Record(r.id, 0.0, len(r.prompt), 1) for r in
             asked.workload(runs[0] or None, options.requests)]
   widest = max(scale for _, scale in points)
-  check_floor(built, sample, Slo(widest * options.ttft_s,
-                                 widest * options.tpot_s), options.target)
-  task = progress.add_task('', total=len(built) * len(runs) * len(sample))
-  for p, made, factor in zip(placements, built, factors, strict=True):
-    name, alone = str(p), no_load(*made[:2])
+  each = [made for variants in built for made in variants]
+  check_floor(each, sample, Slo(widest * options.ttft_s,
+                                widest * options.tpot_s), options.target)
+  task = progress.add_task('', total=len(each) * len(runs) * len(sample))
+  for p, variants in zip(placements, built, strict=True):
+    name, factor = str(p), p.num_devices if options.per_device else 1
     for rate in runs:
       total = rate and rate * factor
       progress.update(task, description=f'{name} at '
                       f'{f"{total:g} requests/s" if total else "its times"}')
-      log = [] if save else None
-      records, parts = run(made, asked.workload(total, options.requests), halt,
-                           lambda n: progress.advance(task, n), log)
-      if save:
-        save(f'{name} at {total:g}' if total else name, p, made[0], log)
-      last_s = max(r.arrival_s for r in records)
+      outcomes = []
+      for made in variants:
+        log = [] if save else None
+        outcomes.append(run(made, asked.workload(total, options.requests),
+                            halt, lambda n: progress.advance(task, n), log))
+        if save:
+          save(name + (f' at {total:g}' if total else '') + (
+              f' chunk {made[0].instances[0].prefill_tokens}'
+              if len(variants) > 1 else ''), p, made[0], log)
+      last_s = max(r.arrival_s for r in outcomes[0][0])
       # A trace at its own times; 0 where all come at once.
-      seen = rate or (len(records) / last_s / factor if last_s else 0.0)
+      seen = rate or (len(outcomes[0][0]) / last_s / factor if last_s else 0.0)
       for its, scale in points:
         if its == rate:
           slo = Slo(scale * options.ttft_s, scale * options.tpot_s)
-          yield point(p, scale if kind == 'scale' else seen, total, slo,
-                      records, parts, made, alone)
+          x = scale if kind == 'scale' else seen
+          yield best([point(p, x, total, slo, outcome, made) for made, outcome
+                      in zip(variants, outcomes, strict=True)])
 
 
 # --- what a person sees ------------------------------------------------------
@@ -249,7 +279,7 @@ def tables(points, kind):
   first = kind if kind == 'scale' else 'req/s'
   met = Table(title=points[0].placement, title_justify='left')
   gaps = Table()
-  for out, names in ((met, ('met both', '95 %', 'TTFT ms\np50/p90/p99',
+  for out, names in ((met, ('batch', 'met both', '95 %', 'TTFT ms\np50/p90/p99',
                             'TPOT ms\np50/p90/p99')),
                      (gaps, ('ITL ms\np50/p90/p99', '1st-2nd ms\np50/p90/p99',
                              'pre-\nempted', 'misses, most'))):
@@ -260,8 +290,9 @@ def tables(points, kind):
     causes = sorted(((n, c) for c, n in p.attribution.causes.items() if n),
                     reverse=True)
     x = _where(p, kind) + (' !' if p.unsteady else '')
-    met.add_row(x, f'{share:.0%}', f'{100 * low:.0f}-{100 * high:.0f}',
-                _ms(p.summary.ttft_s), _ms(p.summary.tpot_s))
+    met.add_row(x, str(p.batch), f'{share:.0%}',
+                f'{100 * low:.0f}-{100 * high:.0f}', _ms(p.summary.ttft_s),
+                _ms(p.summary.tpot_s))
     gaps.add_row(
         x, _ms(p.summary.itl_s), _ms(p.summary.second_s),
         str(p.summary.preemptions),
@@ -276,6 +307,9 @@ def told(points, kind, target):
   for p in points:
     where = (f'scale {p.x:g}' if kind == 'scale' else _where(p, kind)
              + ' req/s' * bool(p.x))
+    if p.tried:
+      lines.append(f'{where}: met both with chunks of ' + ', '.join(
+          f'{size}: {share:.0%}' for size, share in p.tried.items()))
     if p.unsteady and not any(p.unsteady in line for line in lines):
       lines.append(f'{where}: {p.unsteady}')
     if p.attribution.misses:
@@ -368,42 +402,48 @@ def _misses(axes, points, width, name, most):
 def _facts(p):
   return {
       'placement': p.placement, 'x': p.x, 'rate_per_s': p.rate_per_s,
+      'batch': p.batch, 'tried': p.tried,
       'slo': dataclasses.asdict(p.slo), 'unsteady': p.unsteady,
       'summary': dataclasses.asdict(p.summary),
       'causes': p.attribution.causes, 'fixes': p.attribution.fixes,
       'advice': p.attribution.advice}
 
 
-def write(out, points, asked, stopped):
+def _made_by(options):
+  """(options, data) as provenance.save_json takes them."""
+  return cli.asked(options, FLAGS), [options.lengths, options.latency]
+
+
+def write(out, points, stopped, options):
   """Writes records.jsonl (a run once) and summary.json."""
-  runs = {(p.placement, p.rate_per_s): p for p in points}
+  runs = {(p.placement, p.rate_per_s, p.batch): p for p in points}
   report.save_records(
       out / 'records.jsonl', [r for p in runs.values() for r in p.records],
       [p.placement + (f' at {p.rate_per_s:g}' if p.rate_per_s else '')
+       + (f' chunk {p.batch}' if p.tried else '')
        for p in runs.values() for _ in p.records])
-  (out / 'summary.json').write_text(json.dumps(provenance.finite({
-      'options': asked, 'stopped': stopped,
-      'points': [_facts(p) for p in points]}), indent=1) + '\n')
+  provenance.save_json(out / 'summary.json', {
+      'stopped': stopped, 'points': [_facts(p) for p in points]},
+                       *_made_by(options))
 
 
 class Traces:
   """Writes the event log of each run, and all of them as one timeline."""
 
-  def __init__(self, out):
-    self.out, self.traces = out, []
+  def __init__(self, out, options):
+    self.out, self.traces, self.options = out, [], options
     for old in out.glob('events-*.jsonl'):
       old.unlink()
 
   def save(self, name, placed, config, log):
-    from dsjax.runtime import orchestrator  # jax, which only this needs
-    assert orchestrator.replay(config, log) is None, f'{name}: no replay'
+    assert event_log.replay(config, log) is None, f'{name}: no replay'
     stem = re.sub('[^a-z0-9.]+', '-', name)
-    orchestrator.write_log(self.out / f'events-{stem}.jsonl', log)
+    report.save_log(self.out / f'events-{stem}.jsonl', log)
     self.traces.append((name, timeline.timeline(log, placed.names)))
 
   def close(self):
-    (self.out / 'timeline.json').write_text(
-        json.dumps(timeline.merge(self.traces)))
+    provenance.save_trace(self.out / 'timeline.json',
+                          timeline.merge(self.traces), *_made_by(self.options))
 
 
 def main(options, console):
@@ -419,7 +459,7 @@ def main(options, console):
   out = pathlib.Path(options.out) if options.out else None
   if out:
     out.mkdir(parents=True, exist_ok=True)
-  traces = Traces(out) if options.timeline else None
+  traces = Traces(out, options) if options.timeline else None
   done, stopped = [], False
   with terminal.Interrupts() as interrupts, Progress(
       console=console, transient=True) as progress:
@@ -448,8 +488,7 @@ def main(options, console):
 
 
 def _save(options, out, done, kind, stopped, traces, console):
-  told_by = [name for name in FLAGS if name not in ('timeline', 'out')]
-  write(out, done, {k: getattr(options, k) for k in told_by}, stopped)
+  write(out, done, stopped, options)
   label = ('objectives, as a multiple of those in the title'
            if kind == 'scale' else 'requests a second'
            + (' and device' if options.per_device else ''))

@@ -27,7 +27,6 @@ Exit codes: 0; 2 for bad input; 130 when stopped by Ctrl-C.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import statistics
@@ -50,7 +49,7 @@ from dsjax.config.request import Request, Sampling
 from dsjax.runtime import orchestrator, profiling
 from dsjax.simulation import calibration, fitting, profiles, simulator
 from experiments import measure
-from experiments.common import cli, machine, terminal
+from experiments.common import cli, machine, provenance, report, terminal
 from experiments.common import overrides as configs
 
 ENGINE = EngineConfig(max_len=192, max_seqs=8, prefill_tokens=128,
@@ -422,7 +421,8 @@ def run(options, console):
             measure.reporter(bar, interrupts.halt), name)
         interrupts.halt()
       _check_profile(profile, options)
-      profiles.save(out / 'latency.json', profile)
+      provenance.save_json(out / 'latency.json', profiles.as_json(profile),
+                           *_made_by(options))
       modes = [Mode(m, loaded, config, profile, options.seed, bar)
                for m in options.modes]
       for mode in modes:
@@ -432,8 +432,8 @@ def run(options, console):
           share * m.capacity_per_s for share in SHARES])):
         outcome = mode.row(rate, size(rate), interrupts.halt)
         rows.append(mode.describe(rate, outcome, slo))
-        orchestrator.write_log(out / f'events-{mode.name}-{rate:.2f}.jsonl',
-                               outcome[0].log)
+        report.save_log(out / f'events-{mode.name}-{rate:.2f}.jsonl',
+                        outcome[0].log)
         _write(out, options, name, slo, modes, rows)
         bar.console.print(f'{mode.name} {rate:.2f}/s: attained, %: '
                           + ', '.join(
@@ -472,16 +472,21 @@ def _check_profile(profile, options):
           'was too noisy to fit it, measure again)')
 
 
+def _made_by(options):
+  """(options, data) as provenance.save_json takes them."""
+  return cli.asked(options, FLAGS), [options.profile]
+
+
 def _write(out, options, name, slo, modes, rows):
-  (out / 'summary.json').write_text(json.dumps({
-      'model': name, 'seed': options.seed, 'slo': dataclasses.asdict(slo),
+  provenance.save_json(out / 'summary.json', {
+      'model': name, 'slo': dataclasses.asdict(slo),
       'modes': {m.name: {
           'capacity_per_s': m.capacity_per_s,
           'profiles': {k: {
               'latencies': [dataclasses.asdict(x) for x in p.latencies],
               'link': p.link and dataclasses.asdict(p.link)}
                        for k, p in m.profiles.items()}} for m in modes},
-      'rows': rows}, indent=1) + '\n')
+      'rows': rows}, *_made_by(options))
 
 
 def _close(console, rows, others, out):

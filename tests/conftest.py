@@ -35,6 +35,7 @@ jax.config.update('jax_compilation_cache_dir', os.environ.get(
     'JAX_COMPILATION_CACHE_DIR') or os.path.join(
         os.path.dirname(__file__), '..', '.cache', 'jax'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')  # as cli
 jax.devices()  # starts them, before a runner asks for another number
 
 # The background job of a shell ignores Ctrl-C, which some tests send.

@@ -1,9 +1,10 @@
 """Bad input is one clear error: the checks that every layer shares."""
 
+import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 class InputError(ValueError):
@@ -16,6 +17,15 @@ def require(ok: object, field: str, value: object, allowed: object) -> None:
     text = repr(value)
     text = text if len(text) <= 120 else f'{text[:100]} ... {text[-15:]}'
     raise InputError(f'{field}={text}: must be {allowed}')
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+  """An InputError from inside says first where it is about."""
+  try:
+    yield
+  except InputError as error:
+    raise InputError(f'{where}: {error}') from None
 
 
 def parse_json(source: object, text: str | bytes) -> object:

@@ -161,9 +161,10 @@ def explain(server: Orchestrator) -> dict[str, Any]:
   instances = [{
       'role': role, 'tp': plan.tp, 'pp': plan.pp,
       'devices': list(map(str, engine.devices)),
-      'pages': engine.limits.num_pages, 'page_size': engine.limits.page_size,
-      'max_seqs': engine.limits.max_seqs,
-      'prefill_tokens': engine.limits.prefill_tokens,
+      'pages': engine.capacity.num_pages,
+      'page_size': engine.capacity.page_size,
+      'max_seqs': engine.capacity.max_seqs,
+      'prefill_tokens': engine.capacity.prefill_tokens,
       'kv_dtype': config.kv_dtype_of(role)}
       for (role, plan), engine in zip(placement.instances, server.engines,
                                       strict=True)]

@@ -34,6 +34,7 @@ from dsjax.simulation.contention import Contention
 from dsjax.simulation.profiles import Profile
 from dsjax.workload import named as workload
 from dsjax.workload.files import Entry
+from dsjax.workload.requests import check_requests
 
 WARMUP = 0.2  # share of the requests that counts in no statistic
 SLO = Slo(ttft_s=0.25, tpot_s=0.1)
@@ -231,8 +232,12 @@ def simulate(placement: Placement | str, model: str | ModelConfig = 'opt-13b',
           'a Placement or its text')
   given = _requests(lengths)
   require(not (given and cut), 'cut', cut, 'False with requests of your own')
+  sizes: Any = lengths
+  if given:
+    sizes = [Entry(None, len(r.prompt), r.sampling.max_tokens or 1)
+             for r in given]
   problem = make_problem(
-      model, slo, _lengths(lengths), latency, cluster=cluster,
+      model, slo, sizes, latency, cluster=cluster,
       process=process, cv=cv, seed=seed, host_ms=host_ms, max_len=max_len,
       cut=cut, max_seqs=max_seqs, policy=policy)
   config, latencies, link = build(problem, placement, chunk, aligned, depth,
@@ -265,16 +270,11 @@ def note(problem: SearchProblem) -> str:
 
 
 def _requests(lengths: Any) -> list[Request]:
-  """The requests, where that is what was given as lengths."""
-  if isinstance(lengths, str) or not isinstance(lengths, Sequence):
-    return []
-  return [each for each in lengths if isinstance(each, Request)]
-
-
-def _lengths(lengths: Any) -> workload.Lengths:
-  """What was given, but the lengths of requests for these."""
-  return [Entry(None, len(r.prompt), r.sampling.max_tokens or 1)
-          for r in _requests(lengths)] or lengths
+  """The requests, checked, where that is what was given as lengths."""
+  if isinstance(lengths, Sequence) and any(
+      isinstance(each, Request) for each in lengths):
+    return check_requests('lengths', lengths)
+  return []
 
 
 def no_load(config: scheduler.Config,

@@ -14,7 +14,7 @@ import collections
 import concurrent.futures
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ from dsjax.runtime.arrays import is_sound
 from dsjax.runtime.memory import size_pages
 from dsjax.runtime.protocols import Dispatched, Pending
 from dsjax.runtime.steps import (
+  RAN,
   Shapes,
   abstract_step,
   empty_packed,
@@ -76,25 +77,25 @@ class Engine:
   """The effects of one instance. It makes no choice: commands say it all."""
 
   def __init__(self, loaded: Model, meshes: Sequence[Mesh], role: str,
-               config: EngineConfig, limits: InstanceConfig | None = None
+               config: EngineConfig, capacity: InstanceConfig | None = None
                ) -> None:
     """Places parameters and an empty cache on the meshes.
 
     Args:
       meshes: one a pipeline stage.
       role: what the instance runs (decides which steps it needs).
-      limits: what `size_pages` gave, if it was called.
+      capacity: what `size_pages` gave, if it was called.
 
     Raises:
       InputError: it does not fit in memory, or is of another dtype.
     """
     self.role, self.config = role, config
-    self.limits = limits or size_pages(loaded.config, meshes, role, config)
+    self.capacity = capacity or size_pages(loaded.config, meshes, role, config)
     dtypes = {str(x.dtype) for x in jax.tree.leaves(loaded.params)}
     require(dtypes == {config.dtype}, 'EngineConfig.dtype', config.dtype,
             f"that of the model's weights, {' and '.join(dtypes)}")
     self.stages = [_Stage(shapes, loaded.params) for shapes in stage_shapes(
-        loaded.config, meshes, role, config, self.limits)]
+        loaded.config, meshes, role, config, self.capacity)]
     self.where = (self.stages[0].shapes.layout, tuple(
         s.shapes.span for s in self.stages), tuple(meshes))
     self.shapes, self.last = self.stages[0].shapes, self.stages[-1]
@@ -108,7 +109,7 @@ class Engine:
     self.fed: collections.deque[tuple] = collections.deque()  # for stage 0
 
   def _seqs_bucket(self, tokens: int) -> int:
-    return seqs_bucket(self.limits, tokens)
+    return seqs_bucket(self.capacity, tokens)
 
   def _mixed_rows(self) -> list[int]:
     full = self.config.max_seqs
@@ -116,11 +117,11 @@ class Engine:
 
   def shapes_needed(self) -> list[tuple[int, int]]:
     """(packed tokens, decode rows) of every step this role can run."""
-    limits = self.limits
-    tokens = () if not limits.prefills else self.config.token_buckets(
-        self.limits.prefill_tokens)
-    rows = self.config.row_buckets if limits.decodes else ()
-    mixed = self._mixed_rows() if limits.mixes else ()
+    capacity = self.capacity
+    tokens = () if not capacity.prefills else self.config.token_buckets(
+        self.capacity.prefill_tokens)
+    rows = self.config.row_buckets if capacity.decodes else ()
+    mixed = self._mixed_rows() if capacity.mixes else ()
     return ([(size, 0) for size in tokens] + [(0, n) for n in rows]
             + [(size, n) for size in tokens for n in mixed])
 
@@ -146,10 +147,19 @@ class Engine:
         pool.shutdown(cancel_futures=True)
 
   def warm(self) -> Iterator[str]:
-    """Compiles and runs every step once, for no request; yields its name."""
+    """Compiles and runs every step once, for no request; yields its name.
+
+    But for those that an engine of this process with equal shapes has run.
+    """
     self.admit(-1, (), 0, Sampling())
     self.forget(-1)
-    for tokens, rows in self.compile(self.shapes_needed()):
+    cold = []
+    for shape in self.shapes_needed():
+      if all(entry in RAN.get(step, ()) for step, entry in self._runs(*shape)):
+        yield _name(*shape)
+      else:
+        cold.append(shape)
+    for tokens, rows in self.compile(cold):
       packed = empty_packed(self.shapes, self._seqs_bucket(tokens))
       batch = empty_rows(self.shapes, rows)
       outs = (self._run('prefill', tokens, (packed, batch if rows else None),
@@ -157,8 +167,16 @@ class Engine:
               if tokens else self._run('decode', 0, (batch,), ()))
       self._feed(None)
       jax.block_until_ready((outs, self.stages[0].slots))
-      yield ' + '.join([f'prefill {tokens}'] * bool(tokens)
-                       + [f'decode {rows}'] * bool(rows))
+      for step, entry in self._runs(tokens, rows):
+        RAN.setdefault(step, set()).add(entry)
+      yield _name(tokens, rows)
+
+  def _runs(self, tokens: int, rows: int
+            ) -> list[tuple[Callable[..., Any], tuple[int, int]]]:
+    """(jitted step, its entry in RAN) of each stage."""
+    kind = ('prefill', tokens) if tokens else ('decode',)
+    entry = self._seqs_bucket(tokens) if tokens else 0, rows
+    return [(make_step(stage.shapes, *kind), entry) for stage in self.stages]
 
   @property
   def devices(self) -> tuple[jax.Device, ...]:
@@ -316,7 +334,7 @@ class Engine:
   def _size(self, chunks: Sequence[Chunk]) -> int:
     total = sum(chunk.stop - chunk.start for chunk in chunks)
     return next(size for size in self.config.token_buckets(
-        self.limits.prefill_tokens)
+        self.capacity.prefill_tokens)
         if size >= total and self._seqs_bucket(size) >= len(chunks))
 
   def sequences(self, command: RunPrefill) -> int:
@@ -369,3 +387,9 @@ class Engine:
     return [stage.step(('checksum',), tree, stage.put(np.int32(start)),
                        stage.put(np.int32(stop)))
             for stage, tree in zip(self.stages, read, strict=True)]
+
+
+def _name(tokens: int, rows: int) -> str:
+  """A step, in words."""
+  return ' + '.join([f'prefill {tokens}'] * bool(tokens)
+                    + [f'decode {rows}'] * bool(rows))

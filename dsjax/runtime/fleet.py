@@ -147,17 +147,17 @@ class Fleet:
     self.config, self.prefix_of, self.clock = config, prefix_of, clock
     roles = [role for role, _ in placement.instances]
     meshes = sharding.make_meshes(model.config, placement, devices)
-    self.limits = tuple(
+    self.capacities = tuple(
         memory.size_pages(model.config, stages, role, config)
         for role, stages in zip(roles, meshes, strict=True))
     self.engines: list[Engine] = [
         make_engine(model, stages, role, config, capacity)
-        for role, stages, capacity in zip(roles, meshes, self.limits,
+        for role, stages, capacity in zip(roles, meshes, self.capacities,
                                           strict=True)]
     self.routes: dict[tuple[Engine, Engine], Route] = {
         (source, target): source.route_to(target)
-        for source in self.engines if not source.limits.decodes
-        for target in self.engines if target.limits.decodes}
+        for source in self.engines if not source.capacity.decodes
+        for target in self.engines if target.capacity.decodes}
     self.transfers: list[Transfer] = []
     self.running: list[collections.deque[Running]] = [
         collections.deque() for _ in roles]

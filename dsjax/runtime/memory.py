@@ -31,11 +31,11 @@ def size_pages(config: ModelConfig, meshes: Sequence[Mesh], role: str,
   Raises:
     InputError: it does not fit; says by how many bytes.
   """
-  limits = engine_config.instance(role, len(meshes))
+  capacity = engine_config.instance(role, len(meshes))
   budget = engine_config.memory_bytes or _free_bytes(meshes)
   if budget is None:
-    return limits
-  least = page_pool.pages_for(engine_config.max_len, limits.page_size)
+    return capacity
+  least = page_pool.pages_for(engine_config.max_len, capacity.page_size)
   asked = engine_config.num_pages or least
 
   def check(need: int, what: str, stage: int) -> None:
@@ -46,7 +46,7 @@ def size_pages(config: ModelConfig, meshes: Sequence[Mesh], role: str,
 
   fixed, each = [], []
   for i, shapes in enumerate(stage_shapes(config, meshes, role, engine_config,
-                                          limits)):
+                                          capacity)):
     params, cache, slots = map(_device_bytes, abstract(shapes))
     each.append(cache // shapes.num_pages)
     fixed.append(params + (slots if shapes.first or shapes.last else 0))
@@ -56,7 +56,8 @@ def size_pages(config: ModelConfig, meshes: Sequence[Mesh], role: str,
 
   def fitted() -> InstanceConfig:  # at most what all sequences can use
     room = min((budget - f) // e for f, e in zip(fixed, each, strict=True))
-    return dataclasses.replace(limits, num_pages=min(room, limits.num_pages))
+    return dataclasses.replace(
+        capacity, num_pages=min(room, capacity.num_pages))
 
   tried = fitted()
   for i, shapes in enumerate(stage_shapes(config, meshes, role, engine_config,

@@ -229,7 +229,7 @@ class Transfer:
     for ids, first, caches in self.moved:
       done += target.scatter(ids, caches)
       if self.checksum:
-        most = target.limits.num_pages - 1
+        most = target.capacity.num_pages - 1
         self.arrived += target.checksum(
             target.gather([min(p, most) for p in ids]), first,
             self.command.num_tokens)
@@ -263,7 +263,7 @@ class Route:
   def __init__(self, source: 'Engine', target: 'Engine') -> None:
     self.source, self.target = source, target
     self.pieces = plan_pieces(*source.where[:2], *target.where[:2])
-    sizes = source.limits.page_size, target.limits.page_size
+    sizes = source.capacity.page_size, target.capacity.page_size
     self.tokens = math.lcm(*sizes)  # of the least that both sides can cut
     self.each = tuple(self.tokens // size for size in sizes)
     self.buckets = tuple(sorted({
@@ -278,10 +278,10 @@ class Route:
       ids = [list(p[done * n:(done + size) * n]) for p, n in zip(
           (command.source_pages, command.target_pages), self.each,
           strict=True)]
-      pads = (0, target.limits.num_pages)  # any page; no page
+      pads = (0, target.capacity.num_pages)  # any page; no page
       ids = [p + [pad] * (size * n - len(p)) for p, pad, n in zip(
           ids, pads, self.each, strict=True)]
-      read = source.gather(ids[0], target.limits.page_size,
+      read = source.gather(ids[0], target.capacity.page_size,
                            target.config.kv_dtype_of(target.role))
       moved, size_bytes = move(read, self.pieces, source.where, target.where)
       first = done * self.tokens
@@ -297,7 +297,7 @@ class Route:
     for size in self.buckets:
       here, there = (size * n for n in self.each)
       transfer = self.start(Migrate(
-          0, 0, 0, (0,) * here, 0, (self.target.limits.num_pages,) * there,
+          0, 0, 0, (0,) * here, 0, (self.target.capacity.num_pages,) * there,
           size * self.tokens), checksum)
       done = transfer.land()
       jax.block_until_ready((done, transfer.sent, transfer.arrived))

@@ -6,14 +6,14 @@ The life of a request:
    and a Sampling of what the client gave and checks both, once. `enqueue`
    gives the request a RequestOutputState and tells the scheduler: Arrived.
 2. The scheduler, a pure function, answers every event with commands that carry
-   every page id. `_event` logs both, tells the recorder and the observers,
-   and then has the fleet perform the commands, in order.
+   every page id. The loop (loop.py) logs both, tells the recorder and the
+   observers, and then has the fleet perform the commands, in order.
 3. RunPrefill: the fleet admits the request to the instance's engine, whose
    slot takes its tokens so far (`_prefix_of`), and dispatches the compiled
    step. Nothing waits for the device.
-4. `poll` asks the fleet what has completed. A step comes back as its sampled
-   tokens; `_fold` adds them to the output states, which know text, stop
-   strings and EOS, and remembers which requests ended.
+4. The loop's `poll` asks the fleet what has completed. A step comes back as
+   its sampled tokens; `_fold` adds them to the output states, which know text,
+   stop strings and EOS, and remembers which requests ended.
 5. With the last step of a command comes its event, PrefillDone, to which
    `_with_ended` adds those that ended. Observers hear it before anything that
    it leads to is performed, so the first token leaves at once.
@@ -31,13 +31,9 @@ another client, never comes between a decision and what performs it. Nothing
 blocks while a mesh has work.
 """
 
-import collections
 import contextlib
 import dataclasses
-import json
-import logging
 import math
-import os
 import threading
 import time
 import weakref
@@ -45,24 +41,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from rich import progress
-from rich.console import Console
 
 from dsjax.analysis.record import Record
-from dsjax.analysis.recorder import Recorder
 from dsjax.checkpoints.checkpoint import Model
 from dsjax.config.checks import (
   InputError,
   is_integer,
   is_nonnegative,
   is_number,
+  naming,
   require,
 )
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement
 from dsjax.config.request import Request, Sampling
 from dsjax.runtime.engine import Engine
-from dsjax.runtime.fleet import Fleet, Prefix, StepDone
+from dsjax.runtime.loop import Loop
 from dsjax.runtime.output import (
   Interrupted,
   Output,
@@ -71,30 +65,15 @@ from dsjax.runtime.output import (
   raise_unless_served,
 )
 from dsjax.runtime.prompts import Prompt, check_ids, prompt_ids
-from dsjax.runtime.protocols import MakeEngine, Observer, Report
+from dsjax.runtime.protocols import MakeEngine, Report
+from dsjax.runtime.replay import Replay
 from dsjax.runtime.worker import Worker
-from dsjax.scheduling import event_log, scheduler
-from dsjax.scheduling.events import (
-  Arrived,
-  Cancelled,
-  Command,
-  DecodeDone,
-  Drain,
-  Event,
-  Fail,
-  Finish,
-  InstanceDown,
-  InstanceUp,
-  PrefillDone,
-  Reject,
-)
+from dsjax.scheduling import scheduler
+from dsjax.scheduling.events import Drain
 from dsjax.scheduling.policy import DISTSERVE, Policy, PolicyError
+from dsjax.workload import check_requests
 
-LOG = logging.getLogger(__name__)
-MOST_ARRIVAL_S = 1e8  # of a workload; a clock's time of day is more
-# The pause between polls that found nothing: a share of the wait so far, so
-# that a long step is not interrupted and a short one not noticed late.
-PAUSE_SHARE, LEAST_PAUSE_S, MOST_PAUSE_S = 1 / 16, 5e-5, 2e-3
+MEANWHILE_S = 5e-3  # between two calls of what a client wants called
 
 
 class Orchestrator:
@@ -107,7 +86,7 @@ class Orchestrator:
     fleet: the instances; engines, routes: its own.
     requests: {id: RequestOutputState}, until its output is asked for;
       unfinished: those that have not ended.
-    host_s: host seconds of polls that found work.
+    loop: what serves, in a thread of its own.
   """
 
   def __init__(self, model: Model, placement: Placement,
@@ -136,40 +115,15 @@ class Orchestrator:
             f'at most {model.config.max_len}, the context of '
             f'{model.config.name}')
     self.model, self.placement, self.config = model, placement, config
-    self.requests: dict[int, RequestOutputState] = {}
-    self.unfinished: dict[int, RequestOutputState] = {}
-    self.seen: set[int] = set()
-    # By instance: (id, step) of those that ended in its oldest command.
-    self._ended: dict[int, list[tuple[int, int]]] = {}
-    self.fleet = Fleet(
-        model, placement, config,
-        jax.devices() if devices is None else devices, make_engine,
-        self._prefix_of, lambda: self.now)
+    self.loop = Loop(model, placement, config, devices, report, keep_events,
+                     make_engine, policy)
+    self.log, self.observers = self.loop.log, self.loop.observers
+    self.fleet, self.unfinished = self.loop.fleet, self.loop.unfinished
     self.engines, self.routes = self.fleet.engines, self.fleet.routes
-    self.scheduler_config = scheduler.Config(
-        self.fleet.limits, config.max_len, config.depth,
-        run_ahead=config.run_ahead, tries=config.tries, policy=policy)
-    if report:
-      self.fleet.warm(report)
-    else:
-      # Standard output is the caller's.
-      with progress.Progress(console=Console(stderr=True),
-                             transient=True) as bar:
-        task = bar.add_task('')
-        self.fleet.warm(lambda done, total, name: bar.update(
-            task, completed=done, total=total, description=name))
-    self.state = scheduler.init(self.scheduler_config)
-    self.recorder = Recorder()
-    self.log: Any = [] if keep_events is None else collections.deque(
-        maxlen=keep_events)
-    self.observers: list[Observer] = []
-    self.host_s, self.next_id = 0.0, 0
-    self.origin, self.moved_s = time.perf_counter(), 0.0
-    self.closed = self.closing = False
-    self.broken = ''  # why it was given up
-    self._todo: collections.deque[Event] = collections.deque()
-    self._applying = self._deciding = False
-    self._raised: list[BaseException] = []  # by observers and hooks
+    self.scheduler_config = self.loop.scheduler_config
+    self.requests: dict[int, RequestOutputState] = {}
+    self.seen: set[int] = set()
+    self.next_id, self.closing = 0, False
     self._worker = Worker()
     self._stop = weakref.finalize(self, self._worker.stop)
 
@@ -189,30 +143,22 @@ class Orchestrator:
       self._stop()
       return
     try:
-      self.call(self._close)
+      self.call(self._cancel_all)
       until_s = self.now + self.config.lease_s
-      self._until(lambda: self._settled(until_s))
+      self._until(lambda: self.loop.settled(until_s))
     finally:
-      self.closed = True
+      self.loop.closed = True
       self._stop()
 
-  def _close(self) -> None:
+  def _cancel_all(self) -> None:
     self.closing = True
     for id in list(self.unfinished):
-      self._event(Cancelled(self.now, id))
-
-  def _settled(self, until_s: float) -> bool | None:
-    """True once nothing is in flight; from until_s on what is stuck is lost."""
-    if self.now > until_s:
-      for index, queue in enumerate(self.fleet.running):
-        if queue:
-          self._kill(index, None)
-    return not self.fleet.busy or None
+      self.loop.cancel(id)
 
   def fail(self, reason: str) -> None:
     """Fails every request and closes, at once."""
     if not self.closed:
-      self.call(self._give_up, reason)
+      self.call(self.loop.give_up, reason)
       self._stop()
 
   # --- the thread -----------------------------------------------------------
@@ -229,44 +175,44 @@ class Orchestrator:
 
   def _whole(self, function: Callable[..., Any], *args: Any) -> Any:
     result = function(*args)
-    self._tell()
+    self.loop.tell()
     return result
 
-  def _tell(self) -> None:
-    """Raises the first of what others raised; the state is whole."""
-    errors = self._raised + self.fleet.raised
-    self._raised.clear()
-    self.fleet.raised.clear()
-    for error in errors[1:]:
-      LOG.error('raised too: %r', error)
-    if errors:
-      raise errors[0]
-
-  def _until(self, answer: Callable[[], Any]) -> Any:
+  def _until(self, answer: Callable[[], Any],
+             more: Callable[[], bool] = lambda: False,
+             meanwhile: Callable[[], object] | None = None) -> Any:
     """Serves until `answer`, asked in the thread after each poll, gives one.
+
+    Args:
+      more: whether requests are still to come.
+      meanwhile: called here, every MEANWHILE_S.
 
     Raises:
       PolicyError: nothing is in flight, and the policy lets nothing start.
     """
     if self._worker.is_here:
       raise RuntimeError('an observer cannot wait for its own server')
-    return self._worker.wait(self._worker.post(answer, self._drive),
-                             self._beat)
+    job = self._worker.post(answer, lambda: self._drive(more()))
+    if meanwhile is None:
+      return self._worker.wait(job, self._beat)
+    return self._worker.wait(job, lambda: (self._beat(), meanwhile()),
+                             MEANWHILE_S)
 
-  def _drive(self) -> float:
+  def _drive(self, more: bool) -> float:
     """Polls; the seconds to pause."""
-    some = self._poll()
-    self._tell()
+    some = self.loop.poll()
+    self.loop.tell()
     if some:
       return 0.0
-    self._check_stalled()
-    return self._pause_s
+    if not more:
+      self.loop.check_stalled()
+    return self.loop.pause_s
 
   def _beat(self) -> None:
     """Raises where a call in the thread does not return."""
     if self._worker.stuck_s > self.config.stall_s:
       what = f'no answer for {self._worker.stuck_s:.1f} s'
-      if self._deciding:
+      if self.loop.deciding:
         raise PolicyError(f'policy {self.scheduler_config.policy.name!r}: '
                           f'{what}')
       raise RuntimeError(f'the server is stuck: {what}')
@@ -284,7 +230,7 @@ class Orchestrator:
   def _forget_all(self, ids: Sequence[int], keep: bool) -> None:
     for id in ids:
       if id in self.unfinished or not keep:
-        self._cancel(id)
+        self.loop.cancel(id)
         self.requests.pop(id, None)
 
   @property
@@ -295,11 +241,11 @@ class Orchestrator:
   @property
   def now(self) -> float:
     """Seconds since the clock's origin."""
-    return time.perf_counter() - self.origin
+    return self.loop.now
 
   @property
   def records(self) -> list[Record]:
-    return self.recorder.records
+    return self.loop.recorder.records
 
   @property
   def copied_bytes(self) -> int:
@@ -322,13 +268,32 @@ class Orchestrator:
     return list(self.fleet.faults)
 
   @property
+  def state(self) -> scheduler.State:
+    """The scheduler's."""
+    return self.loop.state
+
+  @property
+  def origin(self) -> float:
+    """Of the clock, on time.perf_counter."""
+    return self.loop.origin
+
+  @property
+  def host_s(self) -> float:
+    """Host seconds of polls that found work."""
+    return self.loop.host_s
+
+  @property
+  def closed(self) -> bool:
+    return self.loop.closed
+
+  @property
   def is_open(self) -> bool:
     """Whether it takes requests."""
     return not (self.closed or self.closing)
 
   @property
   def busy(self) -> bool:
-    return not self.closed and not scheduler.idle(self.state)
+    return self.loop.busy
 
   # --- requests -------------------------------------------------------------
 
@@ -431,16 +396,14 @@ class Orchestrator:
     ends = set(request.sampling.stop_token_ids)
     if not request.sampling.ignore_eos:
       ends.update(self.model.config.eos_ids)
-    self.requests[request.id] = self.unfinished[request.id] = (
-        RequestOutputState(request, ends, self.model.tokenizer))
+    output = self.requests[request.id] = RequestOutputState(
+        request, ends, self.model.tokenizer)
     self.seen.add(request.id)
     self.next_id = max(self.next_id, request.id + 1)
-    self._event(Arrived(request.arrival_s, request.id,
-                        len(request.prompt), request.sampling.max_tokens or 0,
-                        more))
+    self.loop.arrive(output, more)
 
   def _check_open(self) -> None:
-    require(self.is_open, 'server', self.broken or 'closed', 'open')
+    require(self.is_open, 'server', self.loop.broken or 'closed', 'open')
 
   def _check_new(self, request: Request) -> None:
     self._check_open()
@@ -460,11 +423,7 @@ class Orchestrator:
     """
     require(isinstance(id, int) and id in self.seen, 'id', id,
             'that of a request of this server')
-    self.call(self._cancel, id)
-
-  def _cancel(self, id: int) -> None:
-    if id in self.unfinished and not self.closed:
-      self._event(Cancelled(self.now, id))
+    self.call(self.loop.cancel, id)
 
   def take(self, ids: Iterable[int]) -> list[tuple[int, Update]]:
     """(id, what came since the last call) of those of `ids` that have news.
@@ -519,7 +478,7 @@ class Orchestrator:
             'that of a request that has ended: this one is running')
     del self.requests[id]
     self.seen.discard(id)
-    return self.recorder.forget(id)
+    return self.loop.recorder.forget(id)
 
   def _collect(self, ids: Sequence[int], outputs: list[Output]) -> bool | None:
     """True once all of these have ended, and their outputs are in `outputs`."""
@@ -629,7 +588,7 @@ class Orchestrator:
     """Cancels the requests that have not ended; the outputs of all, unless
     there are `outputs` already."""
     for id in ids:
-      self._cancel(id)
+      self.loop.cancel(id)
     return outputs or self._take_outputs(
         [id for id in ids if id in self.requests])
 
@@ -637,22 +596,21 @@ class Orchestrator:
           on_poll: Callable[[], object] | None = None) -> list[Record]:
     """Replays a workload, each request at its arrival time from now on.
 
-    Open loop: arrivals never wait for answers. on_poll() is called between
-    polls. Returns the records of these requests. An interrupt cancels those
-    that have not ended.
+    Open loop: arrivals never wait for answers. on_poll() is called here, at
+    first and every few milliseconds. Returns the records of these requests. An
+    interrupt cancels those that have not ended.
 
     Raises:
       InputError: a request that cannot be queued here, before any is.
     """
     ordered = self._check_workload(requests)
-    todo, left = collections.deque(ordered), collections.deque(ordered)
-    start_s = self.now
+    replay = Replay(ordered, self.now)
     try:
-      while (some := self.call(self._turn, todo, left, start_s)) is not None:
-        if not some:
-          time.sleep(self._pause_s)
-        if on_poll:
-          on_poll()
+      if on_poll:
+        self.call(self._replayed, replay)
+        on_poll()
+      self._until(lambda: self._replayed(replay), lambda: bool(replay.todo),
+                  on_poll)
     except BaseException:
       self._drop([r.id for r in ordered], keep=True)
       raise
@@ -661,43 +619,21 @@ class Orchestrator:
 
   def _check_workload(self, requests: Iterable[Request]) -> list[Request]:
     """The requests, checked, by arrival."""
-    listed, ids = _listed('requests', requests, 'a list of Requests'), set()
+    listed = check_requests('requests', _listed('requests', requests,
+                                                'a list of Requests'))
     for index, request in enumerate(listed):
-      require(isinstance(request, Request), f'requests[{index}]', request,
-              'a Request')
-      self._check_new(request)
-      with _naming(request):
-        require(is_number(0, MOST_ARRIVAL_S)(request.arrival_s),
-                'Request.arrival_s', request.arrival_s, 'seconds from the '
-                f'start, 0 to {MOST_ARRIVAL_S:.0e}')
+      with naming(f'requests[{index}], request {request.id}'):
+        self._check_new(request)
         self.check(request.prompt, request.sampling)
-      require(request.id not in ids, 'Request.id', request.id,
-              'different for each request')
-      ids.add(request.id)
     return sorted(listed, key=lambda r: r.arrival_s)
 
-  def _turn(self, todo: collections.deque[Request],
-            left: collections.deque[Request], start_s: float) -> bool | None:
-    """A turn of `run`: queues what is due and polls; whether it found work,
-    None once all that it asked for has ended.
-
-    todo: those that have not arrived; left: of all, from the first one on
-    that has not ended.
-    """
-    due_s = self.now - start_s
-    while todo and todo[0].arrival_s <= due_s:
-      request = todo.popleft()
-      self.enqueue(dataclasses.replace(
-          request, arrival_s=start_s + request.arrival_s),
-          more=bool(todo) and todo[0].arrival_s <= due_s)
-    while len(left) > len(todo) and left[0].id not in self.unfinished:
-      left.popleft()
-    if not left and (self.unfinished or not self.busy):
-      return None
-    some = self._poll()
-    if not some and not todo:
-      self._check_stalled()
-    return some
+  def _replayed(self, replay: Replay) -> bool | None:
+    """Queues what is due; True once all that `run` asked for has ended."""
+    for request, more in replay.arrive(self.now):
+      self._enqueue(request, more)
+    others = bool(self.unfinished)
+    return True if replay.ended(self.unfinished) and (
+        others or not self.busy) else None
 
   # --- faults ---------------------------------------------------------------
 
@@ -714,12 +650,7 @@ class Orchestrator:
     self._check_instance(instance)
     require(back_s is None or is_nonnegative(back_s), 'back_s', back_s,
             'None or seconds of 0 or more')
-    self.call(self._kill, instance, back_s)
-
-  def _kill(self, instance: int, back_s: float | None) -> None:
-    self._event(self._with_ended(self.fleet.stop(
-        instance, 'it was killed',
-        None if back_s is None else self.now + back_s)))
+    self.call(self.loop.kill, instance, back_s)
 
   def drain(self, instance: int) -> None:
     """Gives an instance no more work that another could do, until `restore`.
@@ -728,7 +659,7 @@ class Orchestrator:
       InputError: no such instance.
     """
     self._check_instance(instance)
-    self.call(lambda: self._event(Drain(self.now, instance)))
+    self.call(lambda: self.loop.event(Drain(self.now, instance)))
 
   def restore(self, instance: int) -> None:
     """Ends a drain, or starts an instance that is lost again, empty.
@@ -738,173 +669,19 @@ class Orchestrator:
       RuntimeError: its devices refuse; it stays lost.
     """
     self._check_instance(instance)
-    self.call(self._restore, instance)
-
-  def _restore(self, instance: int) -> None:
-    event = InstanceUp(self.now, instance)
-    if instance in self.fleet.down:
-      with jax.transfer_guard('disallow'):
-        event = self._with_ended(self.fleet.start(instance))
-    self._event(event)
-    if isinstance(event, InstanceDown):
-      raise RuntimeError(self.faults[-1][1])
+    self.call(self.loop.restore, instance)
 
   def _check_instance(self, instance: int) -> None:
     most = len(self.engines) - 1
     require(is_integer(0, most)(instance), 'instance', instance,
             f'0 to {most}')
 
-  # --- the loop -------------------------------------------------------------
-
   def poll(self) -> bool:
     """Handles what has completed; False after a pause, if nothing has."""
-    some = self.call(self._poll)
+    some = self.call(self.loop.poll)
     if not some:
-      time.sleep(self._pause_s)
+      time.sleep(self.loop.pause_s)
     return some
-
-  @property
-  def _pause_s(self) -> float:
-    pause_s = (self.now - self.moved_s) * PAUSE_SHARE
-    return min(max(pause_s, LEAST_PAUSE_S), MOST_PAUSE_S)
-
-  def _poll(self) -> bool:
-    if self.closed:
-      return False
-    began, some = time.perf_counter(), bool(self._todo)
-    self._apply()
-    with jax.transfer_guard('disallow'):
-      for done in self.fleet.poll():
-        some = True
-        if isinstance(done, StepDone):
-          self._fold(done)
-        else:
-          self._event(self._with_ended(done))
-    if some:
-      self.host_s += time.perf_counter() - began
-      self.moved_s = self.now
-    return some
-
-  def _fold(self, done: StepDone) -> None:
-    """Adds a step's tokens to their requests; some end with them."""
-    for id, token, logprobs in done.sampled:
-      state = self.unfinished.get(id)
-      if state and not state.ended and state.push(token, logprobs):
-        self._ended.setdefault(done.instance, []).append((id, done.step))
-
-  def _with_ended(self, event: Event) -> Event:
-    """An event of the fleet, with the requests that ended in its command."""
-    if not isinstance(event, PrefillDone | DecodeDone | InstanceDown):
-      return event
-    ended = tuple(self._ended.pop(event.instance, ()))
-    if isinstance(event, PrefillDone):
-      return event._replace(ended=tuple(id for id, _ in ended))
-    return event._replace(ended=ended)
-
-  def _prefix_of(self, id: int) -> Prefix | None:
-    """A request's tokens so far, for an engine; None: it has ended."""
-    state = self.unfinished.get(id)
-    if state is None:
-      return None
-    request = state.request
-    return Prefix([*request.prompt, *state.tokens], len(request.prompt),
-                  request.sampling)
-
-  def _event(self, event: Event) -> None:
-    """Tells the scheduler an event; one that an observer asks for comes after
-    the one that it hears."""
-    self._todo.append(event)
-    self._apply()
-
-  def _apply(self) -> None:
-    """Applies the events that wait, and those of what fails in answer to them.
-
-    An event is taken off once it is applied: what stops a hook of the policy
-    for once (SystemExit) is raised later, and the event tried again.
-    """
-    if self._applying:
-      return
-    self._applying = True
-    try:
-      while self._todo:
-        try:
-          state, commands = self._decide(self._todo[0])
-        except Exception:
-          raise
-        except BaseException as error:
-          self._raised.append(error)
-          return
-        self.state, event = state, self._todo.popleft()
-        self._perform(event, commands)
-      if not self.unfinished and scheduler.idle(self.state):
-        scheduler.check(self.state)
-    except BaseException as error:  # it has no answer, so nothing goes on
-      self._give_up(f'{type(error).__name__}: {error}')
-      raise
-    finally:
-      self._applying = False
-
-  def _decide(self, event: Event
-              ) -> tuple[scheduler.State, tuple[Command, ...]]:
-    self._deciding = True
-    try:
-      return scheduler.step(self.scheduler_config, self.state, event)
-    finally:
-      self._deciding = False
-
-  def _perform(self, event: Event, commands: tuple[Command, ...]) -> None:
-    """Logs and tells an event, and performs its commands, all of them first:
-    what one of them loses may be in the others."""
-    self.log.append((event, commands))
-    self.recorder.observe(event, commands)
-    for observe in self.observers:
-      try:
-        observe(event, commands)
-      except BaseException as error:  # told once the state is whole
-        self._raised.append(error)
-    with jax.transfer_guard('disallow'):
-      for command in commands:
-        failed = (self._end(command)
-                  if isinstance(command, Finish | Fail | Reject)
-                  else self.fleet.perform(command))
-        self._todo += map(self._with_ended, failed)
-
-  def _end(self, command: Finish | Fail | Reject) -> Sequence[Event]:
-    """A request has ended; the events of what failed in forgetting it."""
-    state = self.unfinished.pop(command.id)
-    if isinstance(command, Reject):
-      state.error = command.reason
-      return ()
-    end = state.finish if isinstance(command, Finish) else state.fail
-    end(command.reason)
-    return self.fleet.forget(command.id)
-
-  def _give_up(self, reason: str) -> None:
-    """Fails every request and closes: an event has no answer, and without its
-    commands nothing goes on."""
-    known = {record.id for record in self.records}
-    lost = Cancelled(self.now, -1)  # no request's: only its time is read
-    self.recorder.observe(lost, [Fail(id, reason) for id in self.unfinished
-                                 if id in known])
-    for output in self.unfinished.values():
-      output.fail(reason)
-    self.unfinished.clear()
-    self._todo.clear()
-    self.closed, self.broken = True, f'closed: {reason}'
-
-  def _check_stalled(self) -> None:
-    """Of a server to which no more requests may come.
-
-    Raises:
-      PolicyError: nothing is in flight, and the policy lets nothing start.
-    """
-    starts = any(s is not None for s in self.fleet.down.values())
-    if self.unfinished and not self.fleet.busy and not starts:
-      reason = (f'policy {self.scheduler_config.policy.name!r}: nothing is in '
-                f'flight and it lets none of the {len(self.unfinished)} '
-                'requests go on that wait')
-      self._give_up(reason)
-      raise PolicyError(reason)
 
 
 def _listed(field: str, values: Iterable[Any], allowed: str) -> list[Any]:
@@ -912,15 +689,6 @@ def _listed(field: str, values: Iterable[Any], allowed: str) -> list[Any]:
   require(isinstance(values, Iterable) and not isinstance(values, str | bytes)
           and getattr(values, 'ndim', 1), field, values, allowed)
   return list(values)
-
-
-@contextlib.contextmanager
-def _naming(request: Request) -> Iterator[None]:
-  """An InputError names this request."""
-  try:
-    yield
-  except InputError as error:
-    raise InputError(f'request {request.id}: {error}') from None
 
 
 def serve(model: Model, placement: Placement | str,
@@ -939,25 +707,3 @@ def serve(model: Model, placement: Placement | str,
     if jax.config.values['jax_num_cpu_devices'] < placement.num_devices:
       jax.config.update('jax_num_cpu_devices', placement.num_devices)
   return Orchestrator(model, placement, config, **options)
-
-
-def write_log(path: str | os.PathLike,
-              log: Iterable[tuple[Event, tuple[Command, ...]]]) -> None:
-  """Writes an event log: a JSON line for each (event, commands)."""
-  with open(path, 'w') as file:
-    file.writelines(json.dumps(event_log.encode(pair)) + '\n' for pair in log)
-
-
-def replay(config: scheduler.Config,
-           log: Iterable[tuple[Event, tuple[Command, ...]]]) -> int | None:
-  """Steps the scheduler through a log's events.
-
-  Returns:
-    the index of the first entry whose commands differ, or None.
-  """
-  state = scheduler.init(config)
-  for index, (event, commands) in enumerate(log):
-    state, again = scheduler.step(config, state, event)
-    if again != commands:
-      return index
-  return None

@@ -86,9 +86,9 @@ class Cells:
 
   def __init__(self, instance: engine.Engine) -> None:
     self.instance = instance
-    each = -(-instance.config.max_len // instance.limits.page_size)
+    each = -(-instance.config.max_len // instance.capacity.page_size)
     count = instance.config.max_seqs
-    most = instance.limits.num_pages // each
+    most = instance.capacity.num_pages // each
     self.pages = [tuple(range((r % most) * each, (r % most + 1) * each))
                   for r in range(count)]
     for id in range(count):
@@ -102,7 +102,7 @@ class Cells:
     if not pieces:
       outs, _ = self.instance.decode(RunDecode(0, 0, 0, STEPS, rows))
       return outs[-1].token_R, STEPS
-    size = self.instance.limits.page_size
+    size = self.instance.capacity.page_size
     chunks = tuple(
         Chunk(batch + i, start, stop,
               self.pages[batch + i][:-(-stop // size)], True)
@@ -212,7 +212,7 @@ def transfer_times(source: engine.Engine, target: engine.Engine,
 
   def timed(n):
     def run():
-      ids = [tuple(range(-(-n // e.limits.page_size)))
+      ids = [tuple(range(-(-n // e.capacity.page_size)))
              for e in (source, target)]
       start = time.perf_counter()
       moved = route.start(Migrate(0, 1, 0, ids[0], 1, ids[1], n))

@@ -77,13 +77,13 @@ class Engine(Protocol):
   """The effects of one instance; see engine.Engine.
 
   Attributes:
-    limits: its capacity. slot_of: slots of the requests that are admitted.
+    capacity: its capacity. slot_of: slots of the requests that are admitted.
     spare: slots that are free.
   """
 
   role: str
   config: EngineConfig
-  limits: InstanceConfig
+  capacity: InstanceConfig
   slot_of: dict[int, int]
   spare: list[int]
 

@@ -1,6 +1,7 @@
 """The compiled steps of a stage of an instance."""
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -84,6 +85,11 @@ def _zeros(shape: int | tuple[int, int], dtype: Any = np.int32) -> Any:
   return np.zeros(shape, dtype)
 
 
+# By jitted step: the (sequences, rows) that it has run with.
+RAN: weakref.WeakKeyDictionary[Callable[..., Any], set[tuple[int, int]]] = (
+    weakref.WeakKeyDictionary())
+
+
 @functools.cache
 def make_step(shapes: Shapes, kind: str, size: Any = 0) -> Callable[..., Any]:
   """A jitted step; made once a process for every equal key.
@@ -150,22 +156,23 @@ def make_step(shapes: Shapes, kind: str, size: Any = 0) -> Callable[..., Any]:
   return jax.jit(fn, donate_argnums=donate, out_shardings=out)
 
 
-def seqs_bucket(limits: InstanceConfig, tokens: int) -> int:
+def seqs_bucket(capacity: InstanceConfig, tokens: int) -> int:
   """Sequences a prefill of this many packed tokens has room for."""
-  if tokens == limits.prefill_tokens:
-    return limits.prefill_seqs  # the largest bucket takes any batch
-  return min(limits.prefill_seqs, max(1, tokens // 16))
+  if tokens == capacity.prefill_tokens:
+    return capacity.prefill_seqs  # the largest bucket takes any batch
+  return min(capacity.prefill_seqs, max(1, tokens // 16))
 
 
 def stage_shapes(config: ModelConfig, meshes: Sequence[Mesh], role: str,
-                 engine_config: EngineConfig, limits: InstanceConfig
+                 engine_config: EngineConfig, capacity: InstanceConfig
                  ) -> list[Shapes]:
   """The Shapes of each stage of an instance."""
   layout = sharding.cut(config, meshes[0].size)
   kv_dtype = engine_config.kv_dtype_of(role)
   attention = _attention(engine_config, layout.padded,
-                         meshes[0].devices.flat[0], limits.page_size, kv_dtype)
-  return [Shapes(layout, span, mesh, limits.num_pages, limits.page_size,
+                         meshes[0].devices.flat[0], capacity.page_size,
+                         kv_dtype)
+  return [Shapes(layout, span, mesh, capacity.num_pages, capacity.page_size,
                  engine_config.max_seqs, engine_config.max_len,
                  engine_config.dtype, kv_dtype, attention)
           for span, mesh in zip(sharding.spans(config.num_layers, len(meshes)),
@@ -214,13 +221,14 @@ def abstract_step(shapes: Shapes, tokens: int, rows: int, sequences: int = 0
                              ('decode',))), args
 
 
-def abstract_steps(shapes: Shapes, limits: InstanceConfig
+def abstract_steps(shapes: Shapes, capacity: InstanceConfig
                    ) -> list[tuple[Any, tuple]]:
   """The largest steps of a stage, each as abstract_step."""
   steps = []
-  if limits.decodes:
-    steps.append(abstract_step(shapes, 0, limits.max_seqs))
-  if limits.prefills:
-    steps.append(abstract_step(shapes, limits.prefill_tokens, limits.max_seqs
-                               if limits.mixes else 0, limits.prefill_seqs))
+  if capacity.decodes:
+    steps.append(abstract_step(shapes, 0, capacity.max_seqs))
+  if capacity.prefills:
+    steps.append(abstract_step(
+        shapes, capacity.prefill_tokens,
+        capacity.max_seqs if capacity.mixes else 0, capacity.prefill_seqs))
   return steps

@@ -3,7 +3,8 @@
 Python raises what a signal's handler raises (Ctrl-C, a time limit) anywhere in
 the main thread. In a thread of its own a transition is never torn: an
 interrupt ends only the wait of the client that asked for it. It is also what
-makes a server safe from threads: jobs are done one after another.
+makes a server safe from threads: jobs are done one after another. Nothing of
+what it does may move data implicitly.
 """
 
 import queue
@@ -11,6 +12,8 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any
+
+import jax
 
 BEAT_S = 0.1  # between two looks of a client that waits at the thread
 
@@ -76,7 +79,7 @@ class Worker:
     self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
     self._began: list[float] = []  # of what it is doing now
     self.thread = threading.Thread(
-        target=_work, args=(self._jobs, self._began), name='dsjax server',
+        target=_guarded, args=(self._jobs, self._began), name='dsjax server',
         daemon=True)
     self.thread.start()
 
@@ -98,11 +101,12 @@ class Worker:
     self._jobs.put(job)
     return job
 
-  def wait(self, job: Job, beat: Callable[[], None]) -> Any:
+  def wait(self, job: Job, beat: Callable[[], object],
+           every_s: float = BEAT_S) -> Any:
     """The result of a job; without the thread, as after `stop`, it is done
-    here. beat: called now and then; what it raises ends the wait."""
+    here. beat: called every_s; what it raises ends the wait."""
     try:
-      while not job.wait(BEAT_S if self.thread.is_alive() else 0):
+      while not job.wait(every_s if self.thread.is_alive() else 0):
         if not self.thread.is_alive() and not job.wait(0):
           if not job.look():
             job.fail(RuntimeError('the server is closed'))
@@ -118,6 +122,11 @@ class Worker:
     self._jobs.put(None)
     if not self.is_here and self.thread.is_alive():
       self.thread.join(1.0)  # longer only where a call never returns
+
+
+def _guarded(jobs: queue.SimpleQueue[Job | None], began: list[float]) -> None:
+  with jax.transfer_guard('disallow'):
+    _work(jobs, began)
 
 
 def _work(jobs: queue.SimpleQueue[Job | None], began: list[float]) -> None:

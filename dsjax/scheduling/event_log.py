@@ -1,8 +1,10 @@
 """Events and commands as JSON-ready lists, and back."""
 
+from collections.abc import Iterable
 from typing import Any, get_args
 
 from dsjax.config.checks import require
+from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import Chunk, Command, Event, Row
 
 _LOGGED = {kind.__name__: kind for kind in (
@@ -31,3 +33,18 @@ def decode(data: Any) -> Any:
             'log entry', name, sorted(_LOGGED))
     return _LOGGED[name](*map(decode, fields))
   return tuple(decode(v) for v in data)
+
+
+def replay(config: scheduler.Config,
+           log: Iterable[tuple[Event, tuple[Command, ...]]]) -> int | None:
+  """Steps the scheduler through a log's events.
+
+  Returns:
+    the index of the first entry whose commands differ, or None.
+  """
+  state = scheduler.init(config)
+  for index, (event, commands) in enumerate(log):
+    state, again = scheduler.step(config, state, event)
+    if again != commands:
+      return index
+  return None

@@ -48,8 +48,8 @@ class Profile:
     return self.latencies.get
 
 
-def save(path: str | pathlib.Path, profile: Profile) -> None:
-  """Writes a Profile as JSON that `load` reads."""
+def as_json(profile: Profile) -> dict[str, Any]:
+  """A Profile as the JSON object that `load` reads."""
   data: dict[str, Any] = {
       'model': profile.model, 'device': profile.device,
       'source': profile.source,
@@ -62,7 +62,12 @@ def save(path: str | pathlib.Path, profile: Profile) -> None:
   if profile.contention:
     data['contention'] = {'>'.join(pair): factor for pair, factor in
                           profile.contention.factors.items()}
-  pathlib.Path(path).write_text(json.dumps(data, indent=1) + '\n')
+  return data
+
+
+def save(path: str | pathlib.Path, profile: Profile) -> None:
+  """Writes a Profile as JSON that `load` reads."""
+  pathlib.Path(path).write_text(json.dumps(as_json(profile), indent=1) + '\n')
 
 
 def read_json(path: str | pathlib.Path) -> Any:
@@ -85,7 +90,7 @@ def load(path: str | pathlib.Path) -> Profile:
     InputError naming the file and the field.
   """
   data = _fields(path, '', read_json(path), ('model', 'device', 'latencies'),
-                 ('links', 'source', 'contention'))
+                 ('links', 'source', 'contention', 'made_by'))
   for field in ('model', 'device', 'source'):
     if not isinstance(data.get(field, ''), str):
       raise InputError(f'{path}: {field}={data[field]!r}: must be text')

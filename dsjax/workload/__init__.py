@@ -18,11 +18,12 @@ from dsjax.workload.named import (
 from dsjax.workload.requests import (
     KINDS,
     arrivals,
+    check_requests,
     from_lengths,
     from_prompts,
 )
 
 __all__ = ['KINDS', 'MAX_LEN', 'PROCESSES', 'Entry', 'Prompt', 'Source',
-           'arrivals', 'arrivals_of', 'from_lengths', 'from_prompts',
-           'json_lines', 'lengths_of', 'read_lengths', 'read_prompts',
-           'source']
+           'arrivals', 'arrivals_of', 'check_requests', 'from_lengths',
+           'from_prompts', 'json_lines', 'lengths_of', 'read_lengths',
+           'read_prompts', 'source']

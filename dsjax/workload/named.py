@@ -3,13 +3,20 @@
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
-from dsjax.config.checks import InputError, is_number, require
+import numpy as np
+
+from dsjax.config.checks import InputError, is_integer, is_number, require
 from dsjax.config.request import Request
 from dsjax.workload import traffic
-from dsjax.workload.files import Entry, read_lengths
-from dsjax.workload.requests import KINDS, arrivals, from_lengths
+from dsjax.workload.files import MAX_LEN, Entry, read_lengths
+from dsjax.workload.requests import (
+    KINDS,
+    MOST_ARRIVAL_S,
+    arrivals,
+    from_lengths,
+)
 
 PROCESSES = (*KINDS, 'resample')
 SAMPLE = 4096  # entries drawn of a mixture
@@ -25,7 +32,8 @@ def lengths_of(lengths: Lengths, n: int = SAMPLE,
   Args:
     lengths: a name in traffic.MIXTURES; 'fixed:PROMPTxOUTPUT', in tokens; a
       file as read_lengths takes it; a Mixture; or a list of Entry or of
-      (prompt, output) pairs.
+      (prompt, output) pairs, which is put in the order of its arrival times
+      where it has them.
     n: how many are drawn of a mixture. seed: of the draw.
 
   Raises:
@@ -34,12 +42,13 @@ def lengths_of(lengths: Lengths, n: int = SAMPLE,
   if isinstance(lengths, traffic.Mixture):
     return traffic.draw(lengths, n, seed)
   if not isinstance(lengths, str):
-    require(isinstance(lengths, Sequence) and lengths and all(
-        isinstance(pair, tuple) and len(pair) in (2, 3) for pair in lengths),
-            'lengths', lengths,
+    require(isinstance(lengths, Sequence) and lengths, 'lengths', lengths,
             'a name, a file, or a list of (prompt, output) pairs')
-    return tuple(pair if isinstance(pair, Entry) else Entry(None, *pair)
-                 for pair in lengths)
+    entries = tuple(_entry(f'lengths[{i}]', own)
+                    for i, own in enumerate(lengths))
+    if any(entry.arrival_s is None for entry in entries):
+      return entries
+    return tuple(sorted(entries, key=lambda entry: entry.arrival_s or 0.0))
   if lengths in traffic.MIXTURES:
     return traffic.draw(lengths, n, seed)
   if sizes := _FIXED.fullmatch(lengths):
@@ -52,6 +61,26 @@ def lengths_of(lengths: Lengths, n: int = SAMPLE,
     raise InputError(f'lengths={lengths!r}: must be one of '
                      f"{sorted(traffic.MIXTURES)}, 'fixed:PROMPTxOUTPUT', or "
                      'a file of lengths') from error
+
+
+def _entry(where: str, given: Any) -> Entry:
+  """The Entry of an item of a user's own list, checked."""
+  require(isinstance(given, Entry) or isinstance(given, tuple)
+          and len(given) == 2, where, given,
+          'a (prompt, output) pair, in tokens, or an Entry')
+  # What numpy's arrays hold counts as Python's numbers.
+  values = [value.item() if isinstance(value, np.generic) else value
+            for value in given]
+  entry = Entry(*values) if isinstance(given, Entry) else Entry(None, *values)
+  require(entry.arrival_s is None
+          or is_number(0, MOST_ARRIVAL_S)(entry.arrival_s),
+          f'{where}.arrival_s', entry.arrival_s,
+          f'None, or seconds from the start, 0 to {MOST_ARRIVAL_S:.0e}')
+  for field in ('prompt_len', 'output_len'):
+    size = getattr(entry, field)
+    require(is_integer(1, MAX_LEN)(size), f'{where}.{field}', size,
+            f'an integer from 1 to {MAX_LEN}')
+  return entry
 
 
 def arrivals_of(process: str, rate_per_s: float | None, n: int, seed: int = 0,

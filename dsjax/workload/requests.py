@@ -17,12 +17,14 @@ from dsjax.config.checks import (
     is_number,
     is_positive,
     is_positive_int,
+    naming,
     require,
 )
 from dsjax.config.request import Request, Sampling
 from dsjax.workload.files import Entry
 
 KINDS = ('poisson', 'gamma', 'uniform', 'burst', 'trace')
+MOST_ARRIVAL_S = 1e8  # a clock's time of day is more
 _ARRIVALS, _LENGTHS, _TOKENS = range(3)  # streams of one seed
 
 
@@ -136,6 +138,41 @@ def from_lengths(entries: Sequence[Entry], n: int,
     requests.append(Request(i, arrival_s, prompt,
                             Sampling(max_tokens=o, ignore_eos=True)))
   return requests, clipped
+
+
+def check_requests(field: str, given: Sequence[object]) -> list[Request]:
+  """A user's own Requests, checked; whether a model has such token ids is not
+  looked at.
+
+  Raises:
+    InputError naming `field`, the index and what it may be.
+  """
+  requests: list[Request] = []
+  ids: set[int] = set()
+  for index, request in enumerate(given):
+    where = f'{field}[{index}]'
+    if not isinstance(request, Request):
+      require(False, where, request, 'a Request')
+      continue
+    prompt, sampling = request.prompt, request.sampling
+    with naming(f'{where}, request {request.id}'):
+      require(is_integer(0, math.inf)(request.id), 'Request.id', request.id,
+              'an integer of 0 or more')
+      require(request.id not in ids, 'Request.id', request.id,
+              'different for each request')
+      require(is_number(0, MOST_ARRIVAL_S)(request.arrival_s),
+              'Request.arrival_s', request.arrival_s,
+              f'seconds from the start, 0 to {MOST_ARRIVAL_S:.0e}')
+      require(isinstance(prompt, list | tuple | range | np.ndarray)
+              and getattr(prompt, 'ndim', 1) == 1 and len(prompt) > 0,
+              'Request.prompt', prompt, 'token ids, not empty')
+      require(isinstance(sampling, Sampling), 'Request.sampling', sampling,
+              'a Sampling')
+      require(sampling.max_tokens is not None, 'Sampling.max_tokens', None,
+              'set in a workload')
+    ids.add(request.id)
+    requests.append(request)
+  return requests
 
 
 def from_prompts(prompts: Sequence[Sequence[int]],

@@ -81,8 +81,8 @@ class Bench:
         for stages, role in zip(meshes, ('prefill', 'decode'), strict=True))
     self.route = route = migration.Route(source, self.target)
     route.warm()
-    first = ROWS * self.target.limits.num_pages // (ROWS + 1)
-    counts = [-(-tokens // e.limits.page_size) for e in (source, self.target)]
+    first = ROWS * self.target.capacity.num_pages // (ROWS + 1)
+    counts = [-(-tokens // e.capacity.page_size) for e in (source, self.target)]
     self.command = Migrate(0, 1, 0, tuple(range(counts[0])), 1,
                            tuple(range(first, first + counts[1])), tokens)
     for _ in self.target.warm():
@@ -135,7 +135,7 @@ class Bench:
     slower = sorted(b / a for *_, a, b in taken)
     config = self.target.where[0].model
     transfer = self.route.start(self.command)
-    needed = len(self.command.target_pages) * self.target.limits.page_size * (
+    needed = len(self.command.target_pages) * self.target.capacity.page_size * (
         kv_cache.bytes_per_token(
             config, self.target.config.kv_dtype_of('decode'),
             config.num_layers))

@@ -97,6 +97,8 @@ SHARED = {
     'memory_gb': Flag(None, 'Of a device, 1e9 bytes.', float),
     'intra_gb_per_s': Flag(None, 'Of KV inside a node.', float),
     'inter_gb_per_s': Flag(None, 'Of KV between nodes.', float),
+    'chunks': Flag(None, 'Token budgets tried for chunked placements; rows of '
+                   'decode share them.', list),
     'rounds': Flag(None, 'Timed rounds of each thing.', int, low=1),
 }
 CACHE = str(ROOT / '.cache' / 'jax')
@@ -227,6 +229,23 @@ def prepare(num_devices: int, cache: str | None = CACHE,
   if cache:
     jax.config.update('jax_compilation_cache_dir', cache)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+    # Else the folder's path is part of each key, and a copied one is empty.
+    jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
+
+
+def token_budgets(field: str, texts: list[str], rows: int) -> tuple[int, ...]:
+  """Token budgets of chunked placements, rising, from texts.
+
+  Args:
+    rows: of decode, that share one.
+
+  Raises:
+    InputError naming `field`.
+  """
+  require(texts and all(size.isdecimal() and int(size) > rows
+                        for size in texts), field, ','.join(texts),
+          f'integers above {rows}, the rows that share them')
+  return tuple(sorted(set(map(int, texts))))
 
 
 def numbers(field: str, text: str) -> list[float]:

@@ -92,8 +92,19 @@ def save_json(path: str | os.PathLike[str], result: Mapping[str, Any],
 
   A folder that is missing is made: what was measured is not lost for it.
   """
-  text = json.dumps(finite({KEY: made_by(options, read), **result}), indent=1,
-                    ensure_ascii=False)
+  _write(path, json.dumps(finite({KEY: made_by(options, read), **result}),
+                          indent=1, ensure_ascii=False))
+
+
+def save_trace(path: str | os.PathLike[str], trace: Mapping[str, Any],
+               options: Mapping[str, Any],
+               read: Iterable[str | os.PathLike[str] | None] = ()) -> None:
+  """Writes a timeline, and last, where viewers pass it over, made_by."""
+  _write(path, json.dumps({**trace, 'otherData': {
+      KEY: finite(made_by(options, read))}}))
+
+
+def _write(path, text):
   file = pathlib.Path(path)
   file.parent.mkdir(parents=True, exist_ok=True)
   file.write_text(text + '\n', encoding='utf-8')

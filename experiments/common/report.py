@@ -17,6 +17,7 @@ from rich.table import Table
 from dsjax.analysis.metrics import slo_scale
 from dsjax.analysis.record import STAGES, Record
 from dsjax.config.checks import InputError
+from dsjax.scheduling import event_log
 from dsjax.workload import json_lines
 
 # --- records ----------------------------------------------------------------
@@ -32,6 +33,12 @@ def save_records(path, records, modes=None):
     for i, r in enumerate(records):
       row = {'mode': modes[i]} if modes else {}
       file.write(json.dumps(row | r.row()) + '\n')
+
+
+def save_log(path, log):
+  """Writes an event log: a line of JSON for each (event, commands)."""
+  with open(path, 'w') as file:
+    file.writelines(json.dumps(event_log.encode(pair)) + '\n' for pair in log)
 
 
 def load_records(path):

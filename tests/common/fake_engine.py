@@ -90,8 +90,8 @@ def expected(prompt, sampling, eos_ids, vocab_size):
 class FakeEngine:
   """Stands for engine.Engine: a maker of engines for `serve`."""
 
-  def __init__(self, model, meshes, role, config, limits):
-    self.role, self.config, self.limits = role, config, limits
+  def __init__(self, model, meshes, role, config, capacity):
+    self.role, self.config, self.capacity = role, config, capacity
     self.vocab_size = model.config.vocab_size
     self.eos_ids = model.config.eos_ids
     self.devices = tuple(d for mesh in meshes for d in mesh.devices.flat)

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 
+import jax
 import pytest
 from absl import flags
 from rich.console import Console
@@ -193,3 +194,11 @@ def test_a_length_of_time_is_a_number_that_ends(value):
     cli.parse({'minutes': cli.Flag(1.0, 'How long.', low=0.01)},
               [f'--minutes={value}'])
   assert cli.parse({'ttft_s': 1.0}, ['--ttft_s=inf']).ttft_s == math.inf
+
+
+def test_compiled_programs_are_found_in_a_copied_folder(tmp_path, monkeypatch):
+  changed = {}
+  monkeypatch.setattr(jax.config, 'update', changed.__setitem__)
+  cli.prepare(2, str(tmp_path))
+  assert changed['jax_compilation_cache_dir'] == str(tmp_path)
+  assert changed['jax_persistent_cache_enable_xla_caches'] == 'none'

@@ -6,12 +6,14 @@ import sys
 import textwrap
 
 import pytest
+from rich.console import Console
 
 from dsjax.scheduling import lifecycle, recovery, scheduler
 from dsjax.scheduling.events import Arrived
 from experiments import explore
 from experiments.common import cli
 from experiments.verify import schedules, worlds
+from tests.common.results import made_by
 
 # Thousands of transitions of each small world; fewer would be another world.
 LEAST = {
@@ -138,6 +140,15 @@ def test_small_worlds(name):
   rules, faults = explore.small_worlds()[name]
   transitions, _, whole = schedules.search(rules, faults)
   assert whole and transitions >= 1000 * LEAST[name], transitions
+
+
+def test_the_runner_says_how_its_files_were_made(tmp_path):
+  options = cli.options(explore.FLAGS, out=str(tmp_path), seconds=0.5, seeds=0,
+                        only='1 chunked', processes=1)
+  console = Console(record=True)
+  assert explore.run(options, console) == 0
+  assert ' 0 violations' in ' '.join(console.export_text().split())
+  assert made_by(tmp_path)['options']['only'] == '1 chunked'
 
 
 def test_a_million_transitions():

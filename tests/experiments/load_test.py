@@ -12,8 +12,9 @@ from rich.console import Console
 
 from dsjax import workload
 from dsjax.config.checks import InputError
-from dsjax.config.placement import Slo
 from experiments import load
+from experiments.common import cli
+from tests.common.results import made_by
 
 PROMPT = workload.Prompt('Hi', None, None)
 
@@ -129,12 +130,13 @@ def test_errors_count_and_arrivals_do_not_wait(tmp_path):
   out = io.StringIO()
   one = load.Load(None)
   one.records, one.lag_s = records, [0.0] * 8
-  summary = load.show(Console(file=out, width=100), one, Slo(30.0, 30.0),
-                      2, 'title', tmp_path)
+  summary = load.show(Console(file=out, width=100), one, 'title', cli.options(
+      load.FLAGS, ttft_s=30.0, tpot_s=30.0, devices=2, out=str(tmp_path)))
   assert summary.attainment[0] == 6 / 8 and summary.num_devices == 2
   assert 'Errors: 2 HTTP 429' in out.getvalue()
   assert json.loads((tmp_path / 'summary.json').read_text())['errors'] == {
       'HTTP 429': 2}
+  assert 'prompts.jsonl' in made_by(tmp_path)['data']
   assert (tmp_path / 'report.png').stat().st_size > 10_000
 
 

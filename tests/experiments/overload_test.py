@@ -13,6 +13,8 @@ from dsjax import workload
 from dsjax.analysis.record import Record
 from dsjax.config.placement import Slo
 from experiments import load, overload
+from experiments.common import cli
+from tests.common.results import made_by
 from tests.common.web import LIMITS, Running, all_back, metric, post
 
 SLO = Slo(30.0, 30.0)
@@ -80,9 +82,12 @@ def test_the_table_the_verdict_and_the_files(flooded, tmp_path):
   assert '100 % ' in out.getvalue()
   assert f'{len(found.refused_s)} were sent away with 429' in (
       overload.verdict(found, SLO))
-  overload.save(found, SLO, tmp_path, 'title')
+  overload.save(found, SLO, tmp_path, 'title', cli.options(overload.FLAGS),
+                str(load.PROMPTS))
   summary = json.loads((tmp_path / 'summary.json').read_text())
   assert summary['attained'] == summary['accepted'] == len(found.accepted())
+  made = made_by(tmp_path)
+  assert made['options']['factor'] == 3.0 and 'prompts.jsonl' in made['data']
   lines = (tmp_path / 'records.jsonl').read_text().splitlines()
   assert len(lines) == sum(map(len, found.records.values()))
   assert (tmp_path / 'report.png').stat().st_size > 10_000

@@ -16,6 +16,7 @@ from dsjax.placement.search import SearchResult
 from dsjax.placement.verdict import RankedPlacement
 from experiments import place
 from experiments.common import cli
+from tests.common.results import made_by
 
 SMALL = ('--model=opt-13b', '--lengths=longbench', '--ttft_s=1',
          '--requests=20', '--tolerance=0.5', '--chunks=512', '--processes=1')
@@ -31,9 +32,11 @@ def test_it_writes_a_table_a_figure_and_a_verdict(tmp_path):
   cluster = tmp_path / 'cluster.json'
   cluster.write_text(json.dumps({'nodes': 1, 'devices_per_node': 2}))
   done = run(*SMALL, '--algorithms=low', f'--cluster={cluster}',
-             f'--out={tmp_path}')
+             f'--out={tmp_path / "out"}')
   assert done.returncode == 0, done.stderr
-  found = json.loads((tmp_path / 'placement.json').read_text())
+  assert set(made_by(tmp_path / 'out')['data']) == {
+      'longbench', 'published', 'cluster.json'}
+  found = json.loads((tmp_path / 'out' / 'placement.json').read_text())
   row = found['rows'][0]
   assert row['placement'] == 'prefill=1x1,decode=1x1'
   assert row['placement'].split(',')[0] in done.stdout
@@ -41,7 +44,7 @@ def test_it_writes_a_table_a_figure_and_a_verdict(tmp_path):
   assert found['verdict'] in done.stdout.replace('\n', ' ')
   assert found['strict'][0]['per_device'] <= row['per_device']
   assert 'What binds the best disaggregated placement' in done.stdout
-  assert (tmp_path / 'placement.png').read_bytes()[:4] == b'\x89PNG'
+  assert (tmp_path / 'out' / 'placement.png').read_bytes()[:4] == b'\x89PNG'
   # What serves takes the printed text.
   best = Placement.parse(row['placement'])
   assert str(best) == row['placement']

@@ -62,6 +62,31 @@ def test_a_part_that_a_bench_does_not_have_is_named(bench):
     bench.run(cli.options(bench.FLAGS, only=['nothing']), None)
 
 
+# Files that are no results of a run.
+OTHERS = {'common/provenance.py', 'gpu/ingest.py', 'gpu/simulate.py',
+          'tokenizer_folder.py', 'aot/report.py', 'verify/schedules.py',
+          *(f'goldens/make_{what}.py'
+            for what in ('families', 'goldens', 'sentencepiece'))}
+EXPERIMENTS = cli.ROOT / 'experiments'
+FILES = sorted(path.relative_to(EXPERIMENTS).as_posix()
+               for path in EXPERIMENTS.rglob('*.py'))
+
+
+@pytest.mark.parametrize('name', [n for n in FILES if n not in OTHERS])
+def test_results_are_written_one_way(name):
+  text = (EXPERIMENTS / name).read_text()
+  assert 'json.dump(' not in text and '.write_text(' not in text, (
+      'save_json of experiments.common.provenance writes results')
+
+
+@pytest.mark.parametrize('runner', [
+    'serve', 'simulate', 'place', 'reproduce', 'measure', 'validate', 'load',
+    'overload', 'explore', 'soak'])
+def test_every_runner_is_asked_how_its_files_were_made(runner):
+  tests = (cli.ROOT / 'tests' / 'experiments' / f'{runner}_test.py').read_text()
+  assert 'made_by(' in tests, 'tests.common.results.made_by reads its files'
+
+
 def _git(folder, *words):
   subprocess.run(['git', '-c', 'user.name=a', '-c', 'user.email=a@b', *words],
                  cwd=folder, check=True, capture_output=True)

@@ -17,6 +17,7 @@ from experiments import reproduce
 from experiments.common import cli
 from experiments.paper import comparison, end_to_end, figures, reported
 from experiments.paper.comparison import Rules
+from tests.common.results import made_by
 
 QUICK = reproduce.Options(0, True, pathlib.Path('nowhere'), None,
                           lambda text: None)
@@ -41,6 +42,7 @@ def test_the_runner_writes_a_table_a_figure_and_data(tmp_path):
   for name in ('3', '5'):
     assert (tmp_path / f'{name}.png').read_bytes()[:4] == b'\x89PNG'
     assert json.loads((tmp_path / f'{name}.json').read_text())['rows']
+  assert made_by(tmp_path)['options']['quick']
 
 
 def test_what_lengths_a_table_is_of_is_said_everywhere(tmp_path):
@@ -56,11 +58,14 @@ def test_what_lengths_a_table_is_of_is_said_everywhere(tmp_path):
     assert reproduce.run(options, Console(file=text, width=150)) == 0
     texts[name] = json.loads((folder / 'table2.json').read_text())['data']
     assert texts[name] in text.getvalue()
+    told, = made_by(folder)['data'].items()
+    assert told[0] == ('sharegpt' if name == 'without' else
+                       comparison.SHAREGPT)
   assert texts['with'].startswith(comparison.SHAREGPT)
   assert 'a mixture' in texts['without'] and str(tmp_path) in texts['without']
   drawn = []
   reproduce.save(tmp_path, 'x', {'data': texts['without']},
-                 lambda data, figure: drawn.append(figure))
+                 lambda data, figure: drawn.append(figure), {}, [])
   assert texts['without'] in drawn[0].get_supxlabel()
 
 

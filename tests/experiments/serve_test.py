@@ -14,18 +14,18 @@ from rich.console import Console
 
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan
-from dsjax.runtime import orchestrator
 from dsjax.scheduling import event_log, scheduler
 from experiments import serve
 from experiments.common import cli, machine, report, terminal
 from experiments.common import overrides as configs
+from tests.common.results import made_by
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = ('model=tiny', 'engine.max_len=128', 'engine.max_seqs=2',
          'engine.prefill_tokens=16', 'engine.prefill_seqs=1',
          'engine.chunk_tokens=16', 'engine.transfer_pages=4',
-         'sampling.max_tokens=4',
-         'workload.process=burst')
+         'sampling.max_tokens=4', 'workload.process=burst',
+         'workload.requests=4')
 PROMPTS = ('Hi', 'Ολα καλά;', '\U0001f41d and \U0001f36f?', 'One, two, three')
 
 
@@ -65,7 +65,7 @@ def test_all_modes(tmp_path, capsys):
   summary = json.loads((out / 'summary.json').read_text())
   assert list(summary['modes']) == list(modes)
   assert summary['modes']['disaggregated']['kv_bytes'] > 0
-  made = summary['made_by']
+  made = made_by(out)
   assert made['options']['config'] == 'demo' and 'prompts.txt' in made['data']
   assert 'TPOT p90' in (out / 'summary.txt').read_text()
   assert (out / 'report.png').read_bytes().startswith(b'\x89PNG')
@@ -95,7 +95,7 @@ def _check_logs(out, fields):
     plan = scheduler.Config(tuple(map(engine.instance, roles)),
                             engine.max_len, engine.depth,
                             run_ahead=engine.run_ahead)
-    assert orchestrator.replay(plan, log) is None
+    assert event_log.replay(plan, log) is None
 
 
 def test_a_busy_machine_is_said(monkeypatch):

@@ -20,6 +20,7 @@ from dsjax.scheduling.event_log import decode
 from dsjax.scheduling.events import RunDecode
 from experiments import simulate
 from experiments.common import cli, report
+from tests.common.results import made_by
 
 BASE = ('--requests=40', '--lengths=humaneval')
 
@@ -56,6 +57,9 @@ def test_rates_of_two_placements_with_timelines(tmp_path):
   assert len(logs) == 4
   event, _ = decode(json.loads(logs[0].read_text().splitlines()[0]))
   assert event.id == 0
+  made = made_by(tmp_path)
+  assert made['data'] == dict.fromkeys(('humaneval', 'published'), 'built in')
+  assert made['options']['rates'] == '2,1'
 
 
 def test_run_ahead_is_asked_of_the_scheduler(tmp_path):
@@ -174,6 +178,31 @@ def test_infinite_objectives_and_cut_lengths_are_told(tmp_path):
   assert '1 of 1 lengths are cut' in text.getvalue()
   point, = json.loads((tmp_path / 'summary.json').read_text())['points']
   assert point['slo'] == {'ttft_s': None, 'tpot_s': None}
+
+
+def test_each_mode_runs_with_the_batches_that_suit_it(tmp_path):
+  text, options = io.StringIO(), cli.parse(simulate.FLAGS, [
+      '--lengths=fixed:1500x40', '--rate=5', '--requests=20',
+      '--placement=colocated=1x1/chunked=1x1', '--chunks=2048,300',
+      f'--out={tmp_path}'])
+  console = Console(file=text, width=150)
+  assert cli.exit_code(simulate.main, options, console) == 0
+  colocated, chunked = json.loads((tmp_path / 'summary.json').read_text())[
+      'points']
+  assert not colocated['tried'] and colocated['batch'] >= 1500
+  assert list(chunked['tried']) == ['300', '2048']
+  shares = chunked['tried']
+  assert shares['300'] < shares['2048'] == chunked['summary']['attainment'][0]
+  assert chunked['batch'] == 2048
+  assert re.search(r'5 │ +2048 │', text.getvalue())
+  assert 'met both with chunks of 300: ' in text.getvalue()
+
+
+@pytest.mark.parametrize('chunks', ['', '256', '512,x', '512.5', '-512'])
+def test_a_chunk_that_decode_rows_fill_is_refused(chunks):
+  options = cli.parse(simulate.FLAGS, ['--rate=1', f'--chunks={chunks}'])
+  with pytest.raises(InputError, match='--chunks='):
+    simulate.main(options, Console(quiet=True))
 
 
 def waiting(waits):

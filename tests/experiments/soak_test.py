@@ -8,10 +8,11 @@ from rich.console import Console
 
 from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
-from dsjax.runtime import orchestrator
+from dsjax.runtime import loop
 from experiments import soak
 from experiments.common import cli
 from experiments.verify import soak_report
+from tests.common.results import made_by
 
 pytestmark = pytest.mark.usefixtures('no_hang')
 
@@ -43,7 +44,7 @@ def test_nothing_is_lost_in_three_seconds_of_faults(tmp_path):
   shown = console.export_text()
   assert 'Nothing was lost, repeated, leaked or wrong.' in shown
   result = json.loads((tmp_path / 'soak.json').read_text())
-  assert result['made_by']['options']['faults'] == 600.0
+  assert made_by(tmp_path)['options']['faults'] == 600.0
   assert sum(result['faults'].values()) > 5 and result['retries'] > 0
   assert result['requests']['length'] > 5
   for name in ('soak.png', 'requests.jsonl', 'faults.jsonl',
@@ -54,11 +55,11 @@ def test_nothing_is_lost_in_three_seconds_of_faults(tmp_path):
 @pytest.mark.usefixtures('_by_work')
 def test_wrong_tokens_are_seen(tmp_path, monkeypatch):
   """A request that goes on elsewhere forgets what it had said."""
-  def prefix_of(self, id, real=orchestrator.Orchestrator._prefix_of):
+  def prefix_of(self, id, real=loop.Loop._prefix_of):
     prefix = real(self, id)
     return prefix and prefix._replace(
         tokens=prefix.tokens[:prefix.prompt_len])
-  monkeypatch.setattr(orchestrator.Orchestrator, '_prefix_of', prefix_of)
+  monkeypatch.setattr(loop.Loop, '_prefix_of', prefix_of)
   assert soak.run(options(tmp_path, cancel=0.0), Console(quiet=True)) == 1
   failed = json.loads((tmp_path / 'soak.json').read_text())['failed checks']
   assert 'tokens' in failed

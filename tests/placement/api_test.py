@@ -57,6 +57,30 @@ def test_requests_of_one_s_own_come_at_their_times():
   assert [r.prompt_len for r in records] == [len(r.prompt) for r in own]
 
 
+@pytest.mark.parametrize('field, value, message', [
+    *(('arrival_s', value, 'Request.arrival_s=.*seconds')
+      for value in (math.nan, math.inf, -1.0, None, True, '1')),
+    *(('id', value, 'Request.id=') for value in (0, -1, None, 1.5, 'x')),
+    *(('prompt', value, 'Request.prompt=') for value in ((), None, 7, 'text')),
+    *(('sampling', value, '[sS]ampling') for value in (
+        None, Sampling(), {'max_tokens': 4}))])
+def test_a_bad_request_of_one_s_own_is_named(field, value, message):
+  good = Request(0, 0.0, range(20), Sampling(max_tokens=4))
+  bad = dataclasses.replace(good, **{'id': 1, field: value})
+  with pytest.raises(InputError, match=rf'lengths\[1\], .*{message}'):
+    simulate(lengths=[good, bad], rate_per_s=None)
+
+
+@pytest.mark.parametrize('call', [simulate, api.search, api.make_problem])
+def test_lengths_of_two_kinds_are_refused_by_index(call):
+  own = Request(0, 0.0, range(20), Sampling(max_tokens=4))
+  for mixed in ([own, (3, 4)], [(3, 4), own]):
+    with pytest.raises(InputError, match=r'lengths\[[01]\]=.*must be'):
+      call(lengths=mixed)
+  with pytest.raises(InputError, match=r'lengths\[0\]\.prompt_len=nan'):
+    call(lengths=[(math.nan, 4)])
+
+
 def test_explain_needs_the_log():
   with pytest.raises(InputError, match='log=True'):
     simulate().explain()

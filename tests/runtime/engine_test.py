@@ -314,9 +314,18 @@ def test_warming_up_writes_nothing_but_a_spare_slot():
   host = full_host()
   slot = host.slot_of[2]
   host.forget(2)
+  steps.RAN.clear()  # else nothing runs
   pages, cells = written(host, lambda: list(host.warm()))
   assert not pages and host.spare == [slot]
   assert {e for e, _ in cells} <= {slot}
+
+
+def test_what_an_equal_engine_has_run_is_not_run_again(monkeypatch):
+  names = list(engine().warm())
+  second, ran = engine(), []
+  monkeypatch.setattr(second, '_run', lambda *args: ran.append(args))
+  assert sorted(second.warm()) == sorted(names) and names
+  assert not ran
 
 
 # --- pages -------------------------------------------------------------------
@@ -411,7 +420,7 @@ def test_pages_are_what_memory_leaves(plan, role):
   meshes = meshes_of(*plan)
   all_of_them = limits.max_seqs * limits.max_len // limits.page_size
   one = Engine(TINY, meshes, role, limits)
-  assert one.limits.num_pages == all_of_them  # a CPU does not say
+  assert one.capacity.num_pages == all_of_them  # a CPU does not say
   fixed, page = held_bytes(one)
   rich, poor = (memory.size_pages(CONFIG, meshes, role, dataclasses.replace(
       limits, memory_bytes=fixed + n)).num_pages

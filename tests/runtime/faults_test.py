@@ -200,7 +200,7 @@ def test_what_was_told_of_a_command_is_not_told_again(server, stop):
       server.poll()
     lost = server.state.seqs[id].instance
     running = server.fleet.running[lost][0]
-    assert running.outputs and bool(server._ended.get(lost)) == stop
+    assert running.outputs and bool(server.loop._ended.get(lost)) == stop
     server.kill(lost)
   drain(server)
   found = server.output(id)
@@ -358,7 +358,7 @@ def test_a_completion_told_twice_or_late_changes_nothing(server):
       event, _ = server.log[-5]
       if not isinstance(event, Arrived | LOST | InstanceUp):
         old.append(event)
-        server._event(event)
+        server.loop.event(event)
     server.poll()
     if len(old) == 20:
       server.kill(2, back_s=0.0)

@@ -9,21 +9,21 @@ import dataclasses
 import functools
 import gc
 import itertools
-import os
 import random
 import signal
 import sys
 import threading
 
+import jax
 import pytest
 
 from dsjax.config.checks import InputError
-from dsjax.config.engine import EngineConfig
 from dsjax.config.request import Request, Sampling
-from dsjax.runtime.output import RequestFailed
+from dsjax.runtime.output import Interrupted, RequestFailed
+from dsjax.scheduling.events import Finish
 from dsjax.scheduling.policy import DISTSERVE, PolicyError
 from tests.common import fake_engine, serving, tiny
-from tests.common.serving import PAGES_4, check_tidy, drain, job
+from tests.common.serving import PAGES_4, drain, job
 
 pytestmark = pytest.mark.usefixtures('no_hang')
 CONFIG = dataclasses.replace(PAGES_4, tries=50, restarts=50, restart_s=0.0)
@@ -237,17 +237,30 @@ def test_an_observer_may_raise_at_any_event(name, error):
       break
 
 
-def test_what_an_observer_asks_for_comes_after_what_it_hears():
-  with server_of('colocated') as server:
-    def cancels(event, _):
+def test_what_an_observer_asks_for_comes_after_what_it_hears(monkeypatch):
+  performed, asked = [], []
+  with server_of('2colocated') as server:
+    def perform(command, real=server.fleet.perform):
+      performed.append(command)
+      return real(command)
+    monkeypatch.setattr(server.fleet, 'perform', perform)
+
+    def asks(event, _):
       server.observers.clear()
+      asked.append(server.submit(PROMPT, **PARAMS))
       server.cancel(0)
       with pytest.raises(RuntimeError, match='cannot wait for its own server'):
         server.generate(PROMPT, **PARAMS)
-    server.observers.append(cancels)
+    server.observers.append(asks)
     assert server.generate(PROMPT, **PARAMS).reason == 'cancelled'
-    assert [type(event).__name__ for event, _ in server.log][:2] == [
-        'Arrived', 'Cancelled']
+    drain(server)
+    assert server.output(asked[0]).tokens == greedy(PROMPT)
+    assert [type(event).__name__ for event, _ in server.log][:3] == [
+        'Arrived', 'Arrived', 'Cancelled']
+    # Another instance's, and after all commands of the first event.
+    assert {c.instance for c in performed} == {0, 1}
+    assert performed == [c for _, commands in server.log for c in commands
+                         if not isinstance(c, Finish)]
     serves_on(server)
 
 
@@ -328,28 +341,50 @@ def test_a_dropped_server_ends_its_thread():
 # --- on the tiny model -------------------------------------------------------
 
 
-def test_ctrl_c_on_a_real_engine():
-  config = EngineConfig(**{f.name: getattr(PAGES_4, f.name)
-                           for f in dataclasses.fields(PAGES_4)})
-  rng, before = random.Random(0), signal.signal(
-      signal.SIGINT, signal.default_int_handler)
+def test_300_interrupts_on_a_real_engine(monkeypatch):
+  rng, interrupted, dropped = random.Random(0), 0, []
+  work, params = [PROMPT, tiny.prompt(9)], {
+      'max_tokens': 8, 'ignore_eos': True}
+  tokens = [serving.greedy(prompt, 8) for prompt in work]
+  calls = (
+      lambda server: [server.generate(work[0], **params).tokens] == tokens[:1],
+      lambda server: ''.join(server.stream(work[1], **params)) == (
+          serving.Letters().decode(tokens[1])),
+      lambda server: [output.tokens for output in server.generate_all(
+          work, **params)] == tokens)
+  # Python drops one that comes while it collects garbage.
+  monkeypatch.setattr(sys, 'unraisablehook', dropped.append)
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
-    with serving.server_of('1p1d', config) as server:
-      for _ in range(5):
-        timer = threading.Timer(rng.uniform(0, 0.05), os.kill,
-                                (os.getpid(), signal.SIGINT))
-        with pytest.raises(KeyboardInterrupt):
+    with serving.server_of('1p1d', PAGES_4) as server:
+      assert all(call(server) for call in calls)
+      arrays, threads = len(jax.live_arrays()), threading.active_count()
+      for count in range(300):
+        timer = threading.Timer(
+            rng.uniform(0, 0.02), signal.pthread_kill,
+            (threading.main_thread().ident, signal.SIGINT))
+        try:
           timer.start()
-          while True:
-            server.generate(PROMPT, max_tokens=20, ignore_eos=True)
+          while timer.is_alive():
+            assert calls[count % 3](server), 'wrong tokens'
+          timer.join()
+        except Interrupted as error:
+          interrupted += 1
+          for output, whole in zip(error.outputs, tokens, strict=False):
+            assert output.tokens == whole[:len(output.tokens)]
+        except KeyboardInterrupt:
+          interrupted += 1
         timer.join()
         drain(server)
         assert not server.requests and not server.faults
-      check_tidy(server)
-      assert server.generate(PROMPT, **PARAMS).tokens == serving.greedy(
-          PROMPT, 5)
+      assert interrupted + len(dropped) == 300
+      assert all(call(server) for call in calls)
+      gc.collect()
+      assert len(jax.live_arrays()) <= arrays
+      assert threading.active_count() <= threads
   finally:
     signal.signal(signal.SIGINT, before)
+  assert all(isinstance(lost.exc_value, KeyboardInterrupt) for lost in dropped)
 
 
 def test_a_failed_request_says_what_came_of_it():

@@ -127,7 +127,7 @@ def engine(plan, first, seed, limits=LIMITS, role='decode'):
   meshes, = sharding.make_meshes(CONFIG, placement, jax.devices()[first:])
   made = Engine(TINY, meshes, role, limits)
   rng = np.random.default_rng(seed)
-  c, n = made.limits, made.where[0]
+  c, n = made.capacity, made.where[0]
   values = rng.standard_normal(
       (2, 3, 3, c.num_pages, c.page_size, CONFIG.head_dim)).astype(np.float32)
   for stage, span in zip(made.stages, made.where[1], strict=True):
@@ -173,7 +173,7 @@ def check_arrived(c, sent, target, had, tolerance=0.0):
   """The tokens arrived in every replica; other pages are as before."""
   got = contents(target)
   want = tokens(sent, c.source_pages, c.num_tokens)
-  others = [p for p in range(target.limits.num_pages)
+  others = [p for p in range(target.capacity.num_pages)
             if p not in c.target_pages]
   for place, head in enumerate(target.where[0].kv_heads):
     if head >= 0:
@@ -194,8 +194,8 @@ def command(source_pages, target_pages, num_tokens):
 def some_pages(route, num_tokens, seed=0):
   """A Migrate between random pages of both sides."""
   rng = np.random.default_rng(seed)
-  ids = [rng.permutation(e.limits.num_pages)[
-      :-(-num_tokens // e.limits.page_size)].tolist()
+  ids = [rng.permutation(e.capacity.num_pages)[
+      :-(-num_tokens // e.capacity.page_size)].tolist()
       for e in (route.source, route.target)]
   return command(*ids, num_tokens)
 

@@ -16,7 +16,7 @@ import pytest
 
 from dsjax.config.checks import InputError
 from dsjax.config.request import Request, Sampling
-from dsjax.runtime import orchestrator
+from dsjax.runtime import loop
 from dsjax.runtime.fleet import StepDone
 from dsjax.runtime.output import RequestOutputState
 from dsjax.scheduling import event_log, scheduler
@@ -27,6 +27,7 @@ from dsjax.scheduling.events import (
   Reject,
   RunPrefill,
 )
+from experiments.common import report
 from tests.common import fake_engine, serving, tiny
 from tests.common.serving import (
   EACH_MODE,
@@ -332,7 +333,7 @@ def test_any_order_of_submitting_cancelling_and_polling(mode, seed):
       server.poll()
     check_tidy(server)
     check_survivors(server, ids, work)
-    assert orchestrator.replay(server.scheduler_config, server.log) is None
+    assert event_log.replay(server.scheduler_config, server.log) is None
 
 
 @EACH_MODE
@@ -433,7 +434,7 @@ def requests(arrivals, **params):
 
 def test_run_replays_arrivals_in_order_and_in_an_open_loop(monkeypatch):
   clock = Clock()
-  monkeypatch.setattr(orchestrator, 'time', types.SimpleNamespace(
+  monkeypatch.setattr(loop, 'time', types.SimpleNamespace(
       perf_counter=clock.perf_counter, sleep=clock.sleep))
   arrivals = (.030, .0, .010, .500)
   with server_of('1p1d') as server:
@@ -456,7 +457,7 @@ def test_run_replays_arrivals_in_order_and_in_an_open_loop(monkeypatch):
 
 def test_a_request_is_not_served_before_it_arrives(monkeypatch):
   clock = Clock()
-  monkeypatch.setattr(orchestrator, 'time', types.SimpleNamespace(
+  monkeypatch.setattr(loop, 'time', types.SimpleNamespace(
       perf_counter=clock.perf_counter, sleep=clock.sleep))
   with server_of('colocated') as server:
     for record in server.run(requests((0.0, .2, .4))):
@@ -465,7 +466,7 @@ def test_a_request_is_not_served_before_it_arrives(monkeypatch):
 
 def test_requests_of_one_moment_are_prefilled_together(monkeypatch):
   clock = Clock()
-  monkeypatch.setattr(orchestrator, 'time', types.SimpleNamespace(
+  monkeypatch.setattr(loop, 'time', types.SimpleNamespace(
       perf_counter=clock.perf_counter, sleep=clock.sleep))
   with server_of('1p1d') as server:
     server.run(requests((0.0, 0.0, 0.0, .5)))
@@ -637,11 +638,11 @@ def test_the_saved_log_replays(mode, tmp_path):
     with contextlib.suppress(InputError):
       server.submit([3] * 70)
     drain(server)
-    orchestrator.write_log(tmp_path / 'log.jsonl', server.log)
+    report.save_log(tmp_path / 'log.jsonl', server.log)
     with open(tmp_path / 'log.jsonl') as file:
       log = [event_log.decode(json.loads(line)) for line in file]
     assert log == server.log
-    assert orchestrator.replay(server.scheduler_config, log) is None
+    assert event_log.replay(server.scheduler_config, log) is None
     kinds = {type(c) for _, commands in log for c in commands}
     assert {Preempt, Finish, Reject} < kinds
 
@@ -652,7 +653,7 @@ def test_replay_says_where_a_log_differs():
     for at in (0, len(fresh.log) // 2):
       log = list(fresh.log)
       log[at] = (log[at][0], log[at][1] + (Finish(0, 'stop'),))
-      assert orchestrator.replay(fresh.scheduler_config, log) == at
+      assert event_log.replay(fresh.scheduler_config, log) == at
 
 
 def test_device_steps_and_host_time_are_counted(server):

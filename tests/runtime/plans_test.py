@@ -72,7 +72,7 @@ def main(full):
       assert scheduler.idle(server.state)
       for inst, one in zip(server.state.instances, server.engines,
                            strict=True):
-        assert pools.num_free(inst.pool) == one.limits.num_pages
+        assert pools.num_free(inst.pool) == one.capacity.num_pages
       return [server.output(i).tokens for i in range(len(work))], server
 
   def plain(kv_heads):

@@ -7,6 +7,7 @@ import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import pytest
 
 from dsjax.config.checks import InputError
@@ -89,6 +90,11 @@ def test_every_kind_of_call_at_once(server):
   assert all(b.result() == list(map(want, MIXED)) for b in batches)
   assert {c.result() for c in cancels} == {'cancelled'}
   assert [o.tokens for o in outputs] == list(map(want, MIXED))
+
+
+def test_nothing_moves_implicitly_in_the_servers_thread(server):
+  with pytest.raises(RuntimeError, match='isallowed host-to-device'):
+    server.call(jax.jit(lambda x: x + 1), 1)
 
 
 def test_a_run_does_not_wait_for_the_requests_of_others(server):
@@ -188,7 +194,7 @@ def test_a_policy_that_breaks_tells_every_thread():
       ends = [pool.submit(generate, server, work) for work in LONG]
       while len(server.unfinished) < 4:
         server.poll()
-      server.call(server._give_up, 'PolicyError: route')
+      server.call(server.loop.give_up, 'PolicyError: route')
       for end in ends:
         with pytest.raises(RequestFailed, match='PolicyError: route'):
           end.result()

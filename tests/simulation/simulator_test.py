@@ -17,8 +17,7 @@ from dsjax.config.checks import InputError
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.placement import Slo
 from dsjax.config.request import Request, Sampling
-from dsjax.runtime import orchestrator
-from dsjax.scheduling import page_pool, scheduler
+from dsjax.scheduling import event_log, page_pool, scheduler
 from dsjax.scheduling.events import (
   DecodeDone,
   Finish,
@@ -357,7 +356,7 @@ def test_leaping_is_stepping(seed):
     for field in ('instances', 'preemptions', 'migrated_tokens', 'status'):
       assert getattr(record, field) == getattr(other, field)
   assert leapt.busy_s == pytest.approx(stepped.busy_s)
-  again = [orchestrator.replay(run[0], stepped.log),
+  again = [event_log.replay(run[0], stepped.log),
            timeline.timeline(stepped.log)['traceEvents'] == []]
   assert again == [None, False]
 

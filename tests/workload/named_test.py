@@ -1,11 +1,13 @@
 """Workloads by what a user writes."""
 
+import math
 import pickle
 
 import numpy as np
 import pytest
 
 from dsjax.config.checks import InputError
+from dsjax.config.request import Request
 from dsjax.workload import Entry, arrivals_of, lengths_of, source, traffic
 
 
@@ -29,10 +31,42 @@ def test_lengths_of_every_form(trace):
   assert len(lengths_of(trace)) == 200
 
 
+NO_SIZE = (math.nan, math.inf, -1, 0, 4.0, np.float64(4.0), True, np.True_,
+           '4', None, [4], 2**31, 10**400)
+NO_TIME = (math.nan, math.inf, -1.0, 1e9, True, '4', [1.0])
+
+
+@pytest.mark.parametrize('bad, named', [
+    *(((size, 3), r'\.prompt_len=') for size in NO_SIZE),
+    *(((3, size), r'\.output_len=') for size in NO_SIZE),
+    *((Entry(None, size, 3), r'\.prompt_len=') for size in NO_SIZE),
+    *((Entry(2.0, 3, size), r'\.output_len=') for size in NO_SIZE),
+    *((Entry(time_s, 3, 3), r'\.arrival_s=') for time_s in NO_TIME),
+    *((pair, '=') for pair in (
+        None, 7, 'ab', (), (3,), (1, 2, 3), [3, 4], {3: 4},
+        Request(0, 0.0, (1,))))])
+def test_a_bad_pair_is_named_by_its_index(bad, named):
+  with pytest.raises(InputError, match=rf'lengths\[1\]{named}.*must be'):
+    lengths_of([(4, 5), bad, (0, 0)])
+  with pytest.raises(InputError, match=rf'lengths\[0\]{named}.*must be'):
+    source((bad,))
+
+
+def test_numpys_integers_and_times_out_of_order_are_read():
+  pairs = np.array([[4, 5], [6, 7]])
+  assert lengths_of([tuple(pair) for pair in pairs]) == (
+      Entry(None, 4, 5), Entry(None, 6, 7))
+  late, early = Entry(np.float32(2.5), 4, 5), Entry(np.int64(1), 6, 7)
+  found = lengths_of([late, early])
+  assert found == (early, late)
+  assert {type(x) for entry in found for x in entry} == {int, float}
+
+
 @pytest.mark.parametrize('lengths', ['sharegtp', 'fixed:0x3', 'fixed:3', [],
-                                     [3], 7, None])
+                                     (), 7, None, {(3, 4)}, np.ones((2, 2)),
+                                     iter([(3, 4)])])
 def test_bad_lengths_name_what_there_is(lengths):
-  with pytest.raises(InputError, match='lengths=.*must be'):
+  with pytest.raises(InputError, match='(?s)lengths=.*must be'):
     lengths_of(lengths)
 
 

@@ -1,0 +1,297 @@
+"""The loop around the scheduler: what happens goes in, commands come out.
+
+It belongs to one thread, that of its server, and knows of no client: they ask
+through orchestrator.py, which also tells the life of a request.
+"""
+
+import collections
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from rich import progress
+from rich.console import Console
+
+from dsjax.analysis.recorder import Recorder
+from dsjax.checkpoints.checkpoint import Model
+from dsjax.config.engine import EngineConfig
+from dsjax.config.placement import Placement
+from dsjax.runtime.fleet import Fleet, Prefix, StepDone
+from dsjax.runtime.output import RequestOutputState
+from dsjax.runtime.protocols import MakeEngine, Observer, Report
+from dsjax.scheduling import scheduler
+from dsjax.scheduling.events import (
+  Arrived,
+  Cancelled,
+  Command,
+  DecodeDone,
+  Event,
+  Fail,
+  Finish,
+  InstanceDown,
+  InstanceUp,
+  PrefillDone,
+  Reject,
+)
+from dsjax.scheduling.policy import Policy, PolicyError
+
+LOG = logging.getLogger(__name__)
+# The pause between polls that found nothing: a share of the wait so far, so
+# that a long step is not interrupted and a short one not noticed late.
+PAUSE_SHARE, LEAST_PAUSE_S, MOST_PAUSE_S = 1 / 16, 5e-5, 2e-3
+
+
+class Loop:
+  """The scheduler's state, and what performs its commands.
+
+  Attributes:
+    fleet: the instances. state: the scheduler's, of scheduler_config.
+    log, observers: see Orchestrator. recorder: a Record a request.
+    unfinished: {id: RequestOutputState} of requests that have not ended.
+    host_s: host seconds of polls that found work.
+    deciding: whether a hook of the policy may be running.
+    closed: whether it serves no more; broken: why it was given up.
+  """
+
+  def __init__(self, model: Model, placement: Placement, config: EngineConfig,
+               devices: Sequence[jax.Device] | None, report: Report | None,
+               keep_events: int | None, make_engine: MakeEngine,
+               policy: Policy) -> None:
+    """Builds and warms up every instance; see Orchestrator."""
+    self.unfinished: dict[int, RequestOutputState] = {}
+    # By instance: (id, step) of those that ended in its oldest command.
+    self._ended: dict[int, list[tuple[int, int]]] = {}
+    self.fleet = Fleet(
+        model, placement, config,
+        jax.devices() if devices is None else devices, make_engine,
+        self._prefix_of, lambda: self.now)
+    self.scheduler_config = scheduler.Config(
+        self.fleet.capacities, config.max_len, config.depth,
+        run_ahead=config.run_ahead, tries=config.tries, policy=policy)
+    if report:
+      self.fleet.warm(report)
+    else:
+      # Standard output is the caller's.
+      with progress.Progress(console=Console(stderr=True),
+                             transient=True) as bar:
+        task = bar.add_task('')
+        self.fleet.warm(lambda done, total, name: bar.update(
+            task, completed=done, total=total, description=name))
+    self.state = scheduler.init(self.scheduler_config)
+    self.recorder = Recorder()
+    self.log: Any = [] if keep_events is None else collections.deque(
+        maxlen=keep_events)
+    self.observers: list[Observer] = []
+    self.origin, self.moved_s, self.host_s = time.perf_counter(), 0.0, 0.0
+    self.closed, self.broken = False, ''
+    self._todo: collections.deque[Event] = collections.deque()
+    self._applying = self.deciding = False
+    self._raised: list[BaseException] = []  # by observers and hooks
+
+  @property
+  def now(self) -> float:
+    """Seconds since the clock's origin."""
+    return time.perf_counter() - self.origin
+
+  @property
+  def busy(self) -> bool:
+    """Whether there are requests, or something is in flight."""
+    return not self.closed and not scheduler.idle(self.state)
+
+  @property
+  def pause_s(self) -> float:
+    """Seconds to wait before the next poll, where one found nothing."""
+    pause_s = (self.now - self.moved_s) * PAUSE_SHARE
+    return min(max(pause_s, LEAST_PAUSE_S), MOST_PAUSE_S)
+
+  # --- what is asked --------------------------------------------------------
+
+  def arrive(self, output: RequestOutputState, more: bool) -> None:
+    """Takes a request. more: see events.Arrived."""
+    request = output.request
+    self.unfinished[request.id] = output
+    self.event(Arrived(request.arrival_s, request.id, len(request.prompt),
+                       request.sampling.max_tokens or 0, more))
+
+  def cancel(self, id: int) -> None:
+    """Ends a request now; one that has ended is left alone."""
+    if id in self.unfinished and not self.closed:
+      self.event(Cancelled(self.now, id))
+
+  def kill(self, instance: int, back_s: float | None) -> None:
+    """Loses an instance; back_s: seconds until it starts again, or None."""
+    self.event(self._with_ended(self.fleet.stop(
+        instance, 'it was killed',
+        None if back_s is None else self.now + back_s)))
+
+  def restore(self, instance: int) -> None:
+    """Ends a drain, or starts an instance that is lost again.
+
+    Raises:
+      RuntimeError: its devices refuse; it stays lost.
+    """
+    event = InstanceUp(self.now, instance)
+    if instance in self.fleet.down:
+      event = self._with_ended(self.fleet.start(instance))
+    self.event(event)
+    if isinstance(event, InstanceDown):
+      raise RuntimeError(self.fleet.faults[-1][1])
+
+  def settled(self, until_s: float) -> bool | None:
+    """True once nothing is in flight; from until_s on what is stuck is lost."""
+    if self.now > until_s:
+      for index, queue in enumerate(self.fleet.running):
+        if queue:
+          self.kill(index, None)
+    return not self.fleet.busy or None
+
+  def give_up(self, reason: str) -> None:
+    """Fails every request and closes: an event has no answer, and without its
+    commands nothing goes on."""
+    known = {record.id for record in self.recorder.records}
+    lost = Cancelled(self.now, -1)  # no request's: only its time is read
+    self.recorder.observe(lost, [Fail(id, reason) for id in self.unfinished
+                                 if id in known])
+    for output in self.unfinished.values():
+      output.fail(reason)
+    self.unfinished.clear()
+    self._todo.clear()
+    self.closed, self.broken = True, f'closed: {reason}'
+
+  # --- what happens ---------------------------------------------------------
+
+  def poll(self) -> bool:
+    """Handles what has completed; whether anything had."""
+    if self.closed:
+      return False
+    began, some = time.perf_counter(), bool(self._todo)
+    self._apply()
+    for done in self.fleet.poll():
+      some = True
+      if isinstance(done, StepDone):
+        self._fold(done)
+      else:
+        self.event(self._with_ended(done))
+    if some:
+      self.host_s += time.perf_counter() - began
+      self.moved_s = self.now
+    return some
+
+  def check_stalled(self) -> None:
+    """Of a server to which no more requests may come.
+
+    Raises:
+      PolicyError: nothing is in flight, and the policy lets nothing start.
+    """
+    starts = any(s is not None for s in self.fleet.down.values())
+    if self.unfinished and not self.fleet.busy and not starts:
+      reason = (f'policy {self.scheduler_config.policy.name!r}: nothing is in '
+                f'flight and it lets none of the {len(self.unfinished)} '
+                'requests go on that wait')
+      self.give_up(reason)
+      raise PolicyError(reason)
+
+  def tell(self) -> None:
+    """Raises the first of what others raised; the state is whole."""
+    errors = self._raised + self.fleet.raised
+    self._raised.clear()
+    self.fleet.raised.clear()
+    for error in errors[1:]:
+      LOG.error('raised too: %r', error)
+    if errors:
+      raise errors[0]
+
+  def _fold(self, done: StepDone) -> None:
+    """Adds a step's tokens to their requests; some end with them."""
+    for id, token, logprobs in done.sampled:
+      state = self.unfinished.get(id)
+      if state and not state.ended and state.push(token, logprobs):
+        self._ended.setdefault(done.instance, []).append((id, done.step))
+
+  def _with_ended(self, event: Event) -> Event:
+    """An event of the fleet, with the requests that ended in its command."""
+    if not isinstance(event, PrefillDone | DecodeDone | InstanceDown):
+      return event
+    ended = tuple(self._ended.pop(event.instance, ()))
+    if isinstance(event, PrefillDone):
+      return event._replace(ended=tuple(id for id, _ in ended))
+    return event._replace(ended=ended)
+
+  def _prefix_of(self, id: int) -> Prefix | None:
+    """A request's tokens so far, for an engine; None: it has ended."""
+    state = self.unfinished.get(id)
+    if state is None:
+      return None
+    request = state.request
+    return Prefix([*request.prompt, *state.tokens], len(request.prompt),
+                  request.sampling)
+
+  def event(self, event: Event) -> None:
+    """Tells the scheduler an event; one that an observer asks for comes after
+    the one that it hears."""
+    self._todo.append(event)
+    self._apply()
+
+  def _apply(self) -> None:
+    """Applies the events that wait, and those of what fails in answer to them.
+
+    An event is taken off once it is applied: what stops a hook of the policy
+    for once (SystemExit) is raised later, and the event tried again.
+    """
+    if self._applying:
+      return
+    self._applying = True
+    try:
+      while self._todo:
+        try:
+          state, commands = self._decide(self._todo[0])
+        except Exception:
+          raise
+        except BaseException as error:
+          self._raised.append(error)
+          return
+        self.state, event = state, self._todo.popleft()
+        self._perform(event, commands)
+      if not self.unfinished and scheduler.idle(self.state):
+        scheduler.check(self.state)
+    except BaseException as error:  # it has no answer, so nothing goes on
+      self.give_up(f'{type(error).__name__}: {error}')
+      raise
+    finally:
+      self._applying = False
+
+  def _decide(self, event: Event
+              ) -> tuple[scheduler.State, tuple[Command, ...]]:
+    self.deciding = True
+    try:
+      return scheduler.step(self.scheduler_config, self.state, event)
+    finally:
+      self.deciding = False
+
+  def _perform(self, event: Event, commands: tuple[Command, ...]) -> None:
+    """Logs and tells an event, and performs its commands, all of them first:
+    what one of them loses may be in the others."""
+    self.log.append((event, commands))
+    self.recorder.observe(event, commands)
+    for observe in self.observers:
+      try:
+        observe(event, commands)
+      except BaseException as error:  # told once the state is whole
+        self._raised.append(error)
+    for command in commands:
+      failed = (self._end(command)
+                if isinstance(command, Finish | Fail | Reject)
+                else self.fleet.perform(command))
+      self._todo += map(self._with_ended, failed)
+
+  def _end(self, command: Finish | Fail | Reject) -> Sequence[Event]:
+    """A request has ended; the events of what failed in forgetting it."""
+    state = self.unfinished.pop(command.id)
+    if isinstance(command, Reject):
+      state.error = command.reason
+      return ()
+    end = state.finish if isinstance(command, Finish) else state.fail
+    end(command.reason)
+    return self.fleet.forget(command.id)
