@@ -3,6 +3,8 @@
 The set of free pages is one Python integer: bit p is set while page p is
 free. Allocation, release and the disjointness check are a few operations on
 that integer, whatever the pool's history, and two equal pools compare equal.
+They take longer the larger the pool is; a simulation, in which nothing has an
+address, counts its pages instead (`Counted`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,9 +20,21 @@ class Pool(NamedTuple):
   free: int
 
 
+class Counted(NamedTuple):
+  """num_pages pages, `free` of them free; all have the id 0."""
+
+  num_pages: int
+  free: int
+
+
 def init(num_pages: int) -> Pool:
   """A pool with every page free."""
   return Pool(num_pages, (1 << num_pages) - 1)
+
+
+def counted(num_pages: int) -> Counted:
+  """The same without ids."""
+  return Counted(num_pages, num_pages)
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:
@@ -28,20 +42,23 @@ def pages_for(num_tokens: int, page_size: int) -> int:
   return -(-num_tokens // page_size)
 
 
-def num_free(pool: Pool) -> int:
+def num_free(pool: Pool | Counted) -> int:
   """How many pages are free."""
-  return pool.free.bit_count()
+  return pool.free if type(pool) is Counted else pool.free.bit_count()
 
 
-def alloc(pool: Pool, count: int) -> tuple[Pool, tuple[int, ...]]:
+def alloc(pool: Pool | Counted, count: int
+          ) -> tuple[Pool | Counted, tuple[int, ...]]:
   """Takes the `count` lowest free pages: (pool, pages).
 
   Raises:
     ValueError: fewer than `count` pages are free.
   """
-  free, pages = pool.free, []
-  if count > free.bit_count():
+  if count > num_free(pool):
     raise ValueError(f'{count} pages asked for, {num_free(pool)} free')
+  if type(pool) is Counted:
+    return Counted(pool.num_pages, pool.free - count), (0,) * count
+  free, pages = pool.free, []
   while count:
     # In a window of few bits arithmetic costs less than in the whole.
     first = (free & -free).bit_length() - 1
@@ -61,12 +78,17 @@ def alloc(pool: Pool, count: int) -> tuple[Pool, tuple[int, ...]]:
   return Pool(pool.num_pages, free), tuple(pages)
 
 
-def release(pool: Pool, pages: Sequence[int]) -> Pool:
+def release(pool: Pool | Counted, pages: Sequence[int]) -> Pool | Counted:
   """Gives pages back.
 
   Raises:
     ValueError: a page is out of range, free already or named twice.
   """
+  if type(pool) is Counted:
+    if pool.free + len(pages) > pool.num_pages:
+      raise ValueError(f'{len(pages)} pages released, of which only '
+                       f'{pool.num_pages - pool.free} are owned')
+    return Counted(pool.num_pages, pool.free + len(pages))
   first, mask = min(pages, default=0), 0
   for page in pages:
     mask |= 1 << page - first
@@ -83,8 +105,14 @@ def _wrong(pool, pages):
               or pool.free >> page & 1 or page in pages[:n])
 
 
-def check(pool: Pool, owned: Iterable[Sequence[int]]) -> None:
+def check(pool: Pool | Counted, owned: Iterable[Sequence[int]]) -> None:
   """Raises unless every page is free or in exactly one tuple of `owned`."""
+  if type(pool) is Counted:
+    held = sum(map(len, owned))
+    if pool.free + held != pool.num_pages:
+      raise AssertionError(f'{pool.free} pages free and {held} owned, of '
+                           f'{pool.num_pages}')
+    return
   seen = pool.free
   for pages in owned:
     for page in pages:

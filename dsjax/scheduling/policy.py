@@ -22,6 +22,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from dsjax.config.engine import InstanceConfig
+from dsjax.scheduling import page_pool
 
 
 class PolicyError(ValueError):
@@ -160,7 +161,7 @@ class InstanceView:
 
   @property
   def free_pages(self) -> int:
-    return self._instance.pool.free.bit_count()
+    return page_pool.num_free(self._instance.pool)
 
   @property
   def num_waiting(self) -> int:

@@ -194,7 +194,8 @@ def _known(run, inst, told):
 
 def _empty(run, inst):
   """Forgets what an instance held; its commands count on."""
-  fresh = init(run.config).instances[inst.index]
+  counted = isinstance(inst.pool, page_pool.Counted)
+  fresh = init(run.config, counted).instances[inst.index]
   fresh = fresh._replace(number=inst.number, status=inst.status)
   again = LiveInstance(run.config, inst.index, fresh)
   for field in (*fresh._fields, 'value'):

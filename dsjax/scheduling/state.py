@@ -90,7 +90,7 @@ class Instance(NamedTuple):
   for good).
   """
 
-  pool: page_pool.Pool
+  pool: page_pool.Pool | page_pool.Counted
   batches: tuple[Batch, ...]
   queue: tuple[int, ...] = ()
   prefilling: tuple[int, ...] = ()
@@ -121,11 +121,15 @@ class State(NamedTuple):
   waiting: tuple[int, ...] = ()
 
 
-def init(config: Config) -> State:
-  """The state before the first event."""
-  return State({}, tuple(
-      Instance(page_pool.init(c.num_pages), (Batch(),) * c.pp)
-      for c in config.instances))
+def init(config: Config, counted: bool = False) -> State:
+  """The state before the first event.
+
+  Args:
+    counted: pages have no ids, see page_pool.Counted.
+  """
+  pool = page_pool.counted if counted else page_pool.init
+  return State({}, tuple(Instance(pool(c.num_pages), (Batch(),) * c.pp)
+                         for c in config.instances))
 
 
 def idle(state: State) -> bool:

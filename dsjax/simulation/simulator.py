@@ -95,14 +95,15 @@ def simulate(config: scheduler.Config, requests: Iterable[Request],
   each = (latencies if isinstance(latencies, Sequence)
           else (latencies,) * len(config.instances))
   _check(config, each, link, share, contention)
-  run, recorder = scheduler.Run(config, scheduler.init(config)), Recorder()
+  told = log or on_event is not None  # page ids too
+  run = scheduler.Run(config, scheduler.init(config, counted=not told))
+  recorder = Recorder()
   copies = executors.Copies(link, share, _arrivals(requests))
   if contention:
     executor = executors.Shared(each, copies, contention)
   else:
     executor = executors.Alone(config.instances, each, copies, leap)
-    if (leap and not log and on_event is None
-        and config.policy.is_distserve):
+    if leap and not told and config.policy.is_distserve:
       executor.leap(run, recorder)
   kept, steps = [] if log else None, 0
   while (event := executor.next()) is not None:

@@ -91,3 +91,32 @@ def test_against_a_set(num_pages, actions):
       free |= set(got)
     assert _free(pool) == free and page_pool.num_free(pool) == len(free)
     page_pool.check(pool, owned)
+
+
+@given(st.lists(st.integers(0, 12), max_size=30))
+def test_a_counted_pool_counts_as_one_with_ids(sizes):
+  """A size: allocated where it fits, else the oldest is released."""
+  pools, held = [page_pool.init(40), page_pool.counted(40)], []
+  for size in sizes:
+    if size > page_pool.num_free(pools[1]):
+      for n, pages in enumerate(held.pop(0)):
+        pools[n] = page_pool.release(pools[n], pages)
+    else:
+      pools, pages = zip(*(page_pool.alloc(pool, size) for pool in pools),
+                         strict=True)
+      pools = list(pools)
+      held.append(pages)
+      assert [len(each) for each in pages] == [size, size]
+    assert len({page_pool.num_free(pool) for pool in pools}) == 1
+    for n, pool in enumerate(pools):
+      page_pool.check(pool, [pages[n] for pages in held])
+
+
+def test_a_counted_pool_refuses_what_one_with_ids_does():
+  pool, pages = page_pool.alloc(page_pool.counted(4), 3)
+  with pytest.raises(ValueError, match='2 pages asked for, 1 free'):
+    page_pool.alloc(pool, 2)
+  with pytest.raises(ValueError, match='4 pages released'):
+    page_pool.release(pool, (*pages, 0))
+  with pytest.raises(AssertionError, match='1 pages free and 2 owned, of 4'):
+    page_pool.check(pool, [pages[:2]])
