@@ -18,20 +18,24 @@ decode_queue (waited for pages or a place in a batch), interference (of the
 other phase on the same instance), preemption, decode, alone (misses on an
 empty system too), rejected or failed (see dsjax.analysis.attribution).
 
-Placements with '/' between are
-drawn together; a chunked one runs at each point with every budget of --chunks,
-and the one that attains most is shown; prefill batches of the others stop
-where they saturate the plan (column batch). --per_device multiplies rates by
-their devices. --latency is as in experiments.place. --process=trace without a
-rate uses the trace's own times.
-Files in --out: records.jsonl, summary.json, simulate.png and, with --timeline,
+Placements with '/' between are drawn together, and so are several policies.
+With several --seeds, table and picture show their mean with an interval of the
+seeds' shares. A chunked placement runs at each point with every budget of
+--chunks, and the one that attains most is shown; prefill batches of the others
+stop where they saturate the plan (column batch). --per_device multiplies rates
+by their devices. --latency is as in experiments.place. --process=trace without
+a rate uses the trace's own times.
+Files in --out: records.jsonl, points.csv (a line a placement, policy, seed and
+rate, with intervals), summary.json, simulate.png and, with --timeline,
 timeline.json (for ui.perfetto.dev) and events-NAME.jsonl, which replays.
 """
 
+import csv
 import dataclasses
 import math
 import pathlib
 import re
+import statistics
 
 from matplotlib.figure import Figure
 from rich.progress import Progress
@@ -69,7 +73,8 @@ FLAGS = {
     'ttft_s': 0.25, 'tpot_s': 0.1, 'target': 0.9, 'lengths': 'sharegpt',
     'process': 'poisson', 'cv': 1.0, 'latency': 'published', 'host_ms': 2.0,
     **cli.FULL_NODE,
-    'policy': 'distserve',
+    'policy': cli.Flag('distserve', 'path.py:name, a dsjax.Policy of your own; '
+                       'several with commas between.'),
     'aligned': cli.Flag(True, 'KV moves inside a node.'),
     'cut': cli.Flag(False, 'Cut requests beyond the context of the model, '
                     'which are refused otherwise.'),
@@ -80,7 +85,8 @@ FLAGS = {
                           'prompt may have to wait for them; see '
                           'scheduler.Config.', int, low=1),
     'requests': cli.Flag(400, 'Simulated at each point.', low=20),
-    'seed': 0,
+    'seeds': cli.Flag(['0'], 'Of workloads: every point is simulated with '
+                      'each; with commas between.'),
     'timeline': cli.Flag(False, 'Write timelines and event logs.'),
     'out': None,
 }
@@ -98,6 +104,8 @@ class Point:
       or ''.
     batch: tokens at which a prefill batch (or a chunked step) stops.
     tried: {token budget: share that attained} of a chunked placement.
+    policy: '' where there is one for all. seed: of the workload. scale: of
+      the objectives.
   """
 
   placement: str
@@ -111,6 +119,14 @@ class Point:
   unsteady: str
   batch: int = 0
   tried: dict[int, float] = dataclasses.field(default_factory=dict)
+  policy: str = ''
+  seed: int = 0
+  scale: float = 1.0
+
+  @property
+  def system(self) -> str:
+    """What is simulated, in words."""
+    return self.placement + (f' under {self.policy}' if self.policy else '')
 
 
 # --- what is asked ------------------------------------------------------------
@@ -134,7 +150,7 @@ def sweep(options):
   return [(rate, 1.0)], 'rate'
 
 
-def problem(options, placements):
+def problem(options, placements, policy, seed):
   """The SearchProblem of a command line.
 
   Raises:
@@ -144,10 +160,10 @@ def problem(options, placements):
   return make_problem(
       options.model, Slo(options.ttft_s, options.tpot_s), options.lengths,
       options.latency, process=options.process, cv=options.cv,
-      seed=options.seed, host_ms=options.host_ms, target=options.target,
+      seed=seed, host_ms=options.host_ms, target=options.target,
       cut=options.cut, chunks=cli.token_budgets(
           '--chunks', options.chunks, candidates.SearchProblem.max_seqs),
-      policy=policies.load(options.policy),
+      policy=policies.load(policy),
       cluster=Cluster(1, most, options.memory_gb * 1e9,
                       options.intra_gb_per_s * 1e9,
                       options.inter_gb_per_s * 1e9))
@@ -167,6 +183,14 @@ def check_floor(built, records, slo, target):
     require(limit >= min(all_s), field, limit,
             f'{min(all_s):.3g} s or more (after --scales): on an empty '
             f'system {target:.0%} of the requests take up to that long')
+
+
+def _seeds(texts):
+  """The seeds of the flag, each once."""
+  require(texts and all(text.isdecimal() for text in texts)
+          and len(set(texts)) == len(texts), '--seeds', ','.join(texts),
+          'different integers, 0 or more, with commas between')
+  return [int(text) for text in texts]
 
 
 # --- runs ---------------------------------------------------------------------
@@ -212,6 +236,52 @@ def point(placement, x, rate, slo, outcome, made):
                          if i.prefills))
 
 
+def interval_of_runs(hits):
+  """(share, low, high) of independent runs, whether each request attained.
+
+  Student's t over the runs' shares, or the interval of all requests where that
+  is wider: runs in which all attain do not differ.
+  """
+  from scipy import stats  # a second, which only several seeds need
+  shares = [statistics.fmean(run) for run in hits]
+  share, low, high = metrics.interval([hit for run in hits for hit in run])
+  half = (stats.t.ppf(0.975, len(shares) - 1) * statistics.stdev(shares)
+          / math.sqrt(len(shares)))
+  return share, max(0.0, min(low, share - half)), min(1.0, max(
+      high, share + half))
+
+
+def pooled(points):
+  """The Points of one system at one x, a seed each, as one.
+
+  Its interval is of the seeds' shares; its percentiles are of all requests.
+  """
+  first, *others = points
+  if not others:
+    return first
+  kept = [record for p in points for record in p.kept]
+  summary = dataclasses.replace(
+      metrics.summarize(kept, first.slo, first.summary.num_devices),
+      attainment=interval_of_runs([
+          [metrics.attains(record, p.slo) for record in p.kept]
+          for p in points]))
+  return dataclasses.replace(
+      first, kept=kept, summary=summary,
+      attribution=attribution.together(p.attribution for p in points),
+      unsteady=next(filter(None, (p.unsteady for p in points)), ''),
+      tried={size: sum(p.tried[size] for p in points) / len(points)
+             for size in first.tried})
+
+
+def by_system(points, kind):
+  """The Points of all seeds, pooled, by system and x."""
+  groups = {}
+  for p in points:
+    groups.setdefault((p.system, p.x if kind == 'scale' or p.rate_per_s
+                       else None), []).append(p)
+  return [pooled(group) for group in groups.values()]
+
+
 def best(points):
   """Of Points of one chunked placement with several budgets, the one that
   attains most."""
@@ -220,10 +290,12 @@ def best(points):
   return dataclasses.replace(chosen, tried=shares if len(points) > 1 else {})
 
 
-def simulate(options, asked, placements, points, kind, progress, halt, save):
+def simulate(options, asked, placements, points, kind, progress, halt, save,
+             label=''):
   """Yields the Points of every placement, in order.
 
   save: called with (name, placement, config, log) of each run, or None.
+  label: what else tells a run from others, ' seed 1'.
   """
   built = [[build(asked, p, chunk, options.aligned, options.depth,
                   options.run_ahead)
@@ -238,7 +310,7 @@ def simulate(options, asked, placements, points, kind, progress, halt, save):
                                 widest * options.tpot_s), options.target)
   task = progress.add_task('', total=len(each) * len(runs) * len(sample))
   for p, variants in zip(placements, built, strict=True):
-    name, factor = str(p), p.num_devices if options.per_device else 1
+    name, factor = f'{p}{label}', p.num_devices if options.per_device else 1
     for rate in runs:
       total = rate and rate * factor
       progress.update(task, description=f'{name} at '
@@ -259,8 +331,9 @@ def simulate(options, asked, placements, points, kind, progress, halt, save):
         if its == rate:
           slo = Slo(scale * options.ttft_s, scale * options.tpot_s)
           x = scale if kind == 'scale' else seen
-          yield best([point(p, x, total, slo, outcome, made) for made, outcome
-                      in zip(variants, outcomes, strict=True)])
+          yield dataclasses.replace(best([
+              point(p, x, total, slo, outcome, made) for made, outcome
+              in zip(variants, outcomes, strict=True)]), scale=scale)
 
 
 # --- what a person sees ------------------------------------------------------
@@ -277,7 +350,7 @@ def _where(p, kind):
 def tables(points, kind):
   """Two rich tables of the Points of one placement, 80 columns at most."""
   first = kind if kind == 'scale' else 'req/s'
-  met = Table(title=points[0].placement, title_justify='left')
+  met = Table(title=points[0].system, title_justify='left')
   gaps = Table()
   for out, names in ((met, ('batch', 'met both', '95 %', 'TTFT ms\np50/p90/p99',
                             'TPOT ms\np50/p90/p99')),
@@ -329,7 +402,7 @@ def told(points, kind, target):
 
 def draw(path, points, kind, label, target, title):
   """Attainment of each placement, and under it why requests missed."""
-  names = list(dict.fromkeys(p.placement for p in points))
+  names = list(dict.fromkeys(p.system for p in points))
   figure = Figure(figsize=(8.5, 3.6 + 1.9 * len(names)),
                   layout='constrained')
   top, *below = figure.subplots(
@@ -340,7 +413,7 @@ def draw(path, points, kind, label, target, title):
   most = max(5.0, 115 * max(len(p.attribution.misses) / max(1, len(p.kept))
                             for p in points))
   for k, name in enumerate(names):
-    own = [p for p in points if p.placement == name]
+    own = [p for p in points if p.system == name]
     at = [p.x + (k - (len(names) - 1) / 2) * width / 12 for p in own]
     share, low, high = zip(*(p.summary.attainment for p in own), strict=True)
     line = top.errorbar(
@@ -401,12 +474,28 @@ def _misses(axes, points, width, name, most):
 
 def _facts(p):
   return {
-      'placement': p.placement, 'x': p.x, 'rate_per_s': p.rate_per_s,
+      'placement': p.placement, 'policy': p.policy, 'seed': p.seed,
+      'x': p.x, 'rate_per_s': p.rate_per_s,
       'batch': p.batch, 'tried': p.tried,
       'slo': dataclasses.asdict(p.slo), 'unsteady': p.unsteady,
       'summary': dataclasses.asdict(p.summary),
       'causes': p.attribution.causes, 'fixes': p.attribution.fixes,
       'advice': p.attribution.advice}
+
+
+def _row(p):
+  """A line of points.csv."""
+  share, low, high = p.summary.attainment
+  return {
+      'placement': p.placement, 'policy': p.policy, 'seed': p.seed,
+      'rate_per_s': p.rate_per_s, 'scale': p.scale, 'batch': p.batch,
+      'devices': p.summary.num_devices, 'requests': len(p.kept),
+      'attained': share, 'low': low, 'high': high, **{
+          f'{name}_p{q}_s': value for name in ('ttft', 'tpot', 'itl')
+          for q, value in zip(metrics.QUANTILES, getattr(
+              p.summary, f'{name}_s'), strict=True)},
+      'tokens_per_s': p.summary.tokens_per_s,
+      'preemptions': p.summary.preemptions, 'unsteady': p.unsteady}
 
 
 def _made_by(options):
@@ -415,13 +504,18 @@ def _made_by(options):
 
 
 def write(out, points, stopped, options):
-  """Writes records.jsonl (a run once) and summary.json."""
-  runs = {(p.placement, p.rate_per_s, p.batch): p for p in points}
+  """Writes records.jsonl (a run once), points.csv and summary.json."""
+  runs = {(p.system, p.seed, p.rate_per_s, p.batch): p for p in points}
   report.save_records(
       out / 'records.jsonl', [r for p in runs.values() for r in p.records],
-      [p.placement + (f' at {p.rate_per_s:g}' if p.rate_per_s else '')
+      [p.system + (f' at {p.rate_per_s:g}' if p.rate_per_s else '')
        + (f' chunk {p.batch}' if p.tried else '')
+       + (f' seed {p.seed}' if len(options.seeds) > 1 else '')
        for p in runs.values() for _ in p.records])
+  with open(out / 'points.csv', 'w', newline='') as file:
+    writer = csv.DictWriter(file, _row(points[0]))
+    writer.writeheader()
+    writer.writerows(map(_row, points))
   provenance.save_json(out / 'summary.json', {
       'stopped': stopped, 'points': [_facts(p) for p in points]},
                        *_made_by(options))
@@ -453,7 +547,15 @@ def main(options, console):
                 for text in options.placement.split('/')]
   require(len(set(placements)) == len(placements), '--placement',
           options.placement, 'different placements')
-  asked = problem(options, placements)
+  seeds, names = _seeds(options.seeds), options.policy.split(',')
+  require(len(set(names)) == len(names), '--policy', options.policy,
+          'different policies')
+  problems = {(name, seed): problem(options, placements, name, seed)
+              for name in names for seed in seeds}
+  called = {name: problems[name, seeds[0]].policy.name for name in names}
+  if len(set(called.values())) < len(names):
+    called = {name: name for name in names}
+  asked = next(iter(problems.values()))
   require(options.out or not options.timeline, '--timeline', True,
           'given with --out')
   out = pathlib.Path(options.out) if options.out else None
@@ -464,16 +566,22 @@ def main(options, console):
   with terminal.Interrupts() as interrupts, Progress(
       console=console, transient=True) as progress:
     try:
-      for p in simulate(options, asked, placements, points, kind, progress,
-                        interrupts.halt, traces and traces.save):
-        done.append(p)
-        if not console.is_terminal:
-          console.print(f'{p.placement} at {_where(p, kind)}: '
-                        f'{p.summary.attainment[0]:.0%} met both')
+      for (name, seed), its in problems.items():
+        policy = called[name] if len(names) > 1 else ''
+        label = (f' under {policy}' if policy else '') + (
+            f' seed {seed}' if len(seeds) > 1 else '')
+        for p in simulate(options, its, placements, points, kind, progress,
+                          interrupts.halt, traces and traces.save, label):
+          p = dataclasses.replace(p, policy=policy, seed=seed)
+          done.append(p)
+          if not console.is_terminal:
+            console.print(f'{p.placement}{label} at {_where(p, kind)}: '
+                          f'{p.summary.attainment[0]:.0%} met both')
     except KeyboardInterrupt:
       stopped = True
-  for name in dict.fromkeys(p.placement for p in done):
-    own = [p for p in done if p.placement == name]
+  shown = by_system(done, kind)
+  for name in dict.fromkeys(p.system for p in shown):
+    own = [p for p in shown if p.system == name]
     console.print(*tables(own, kind), sep='\n')
     for line in told(own, kind, options.target):
       console.print(f'  {line}', soft_wrap=True, highlight=False)
@@ -481,7 +589,7 @@ def main(options, console):
     console.print(words, soft_wrap=True)
   if stopped:
     console.print(f'Stopped by Ctrl-C: {len(done)} of '
-                  f'{len(points) * len(placements)} points.')
+                  f'{len(points) * len(placements) * len(problems)} points.')
   if out and done:
     _save(options, out, done, kind, stopped, traces, console)
   return 130 if stopped else 0
@@ -494,12 +602,14 @@ def _save(options, out, done, kind, stopped, traces, console):
            + (' and device' if options.per_device else ''))
   fixed = (f', {options.rate:g} requests/s'
            if kind == 'scale' and options.rate else '')
-  draw(out / 'simulate.png', done, kind, label, options.target,
+  draw(out / 'simulate.png', by_system(done, kind), kind, label, options.target,
        f'{options.model}, {pathlib.Path(options.lengths).name}, '
        f'{options.process} arrivals{fixed}; TTFT {options.ttft_s:g} s, TPOT '
        f'{options.tpot_s:g} s\nsimulated, {options.latency} latencies, '
-       f'{options.requests} requests a point, 95 % intervals')
-  names = ['records.jsonl', 'summary.json', 'simulate.png']
+       f'{options.requests} requests a point'
+       + (f' and seed, {len(options.seeds)} seeds' if len(options.seeds) > 1
+          else '') + ', 95 % intervals')
+  names = ['records.jsonl', 'points.csv', 'summary.json', 'simulate.png']
   if traces:
     traces.close()
     names += ['timeline.json', 'events-*.jsonl']

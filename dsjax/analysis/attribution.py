@@ -394,6 +394,16 @@ def attribute(records: Iterable[Record], parts: Mapping[int, Parts], slo: Slo,
       len(misses), causes, fixes, 2 * late >= len(alone)))
 
 
+def together(runs: Iterable[Attribution]) -> Attribution:
+  """The Attribution of several runs of one system: their misses added up."""
+  runs = list(runs)
+  misses = tuple(miss for run in runs for miss in run.misses)
+  causes = {c: sum(run.causes[c] for run in runs) for c in ALL}
+  fixes = {c: sum(run.fixes[c] for run in runs) for c in CAUSES}
+  return Attribution(misses, causes, fixes,
+                     _advice(len(misses), causes, fixes))
+
+
 def _advice(count: int, causes: dict[str, int], fixes: dict[str, int],
             late: bool = False) -> str:
   """What would help most. late: most that miss alone miss TTFT."""

@@ -1,5 +1,6 @@
 """The runner that simulates placements, as a user starts it."""
 
+import csv
 import io
 import json
 import os
@@ -97,7 +98,7 @@ def test_a_trace_at_its_own_times(tmp_path):
 @pytest.mark.parametrize('flag, message', (
     ('--rates=0,1', '--rates'), ('--rates=1,nan', '--rates'),
     ('--rates=1,x', '--rates'), ('--rate=-1', '--rate'),
-    ('--rate=inf', '--rate'), ('--seed=1', '--rate'),
+    ('--rate=inf', '--rate'), ('--seeds=1', '--rate'),
     ('--scales=1', '--rate'), ('--process=weekly --rate=1', 'process'),
     ('--process=trace', 'arrival times'),
     ('--ttft_s=0.001 --rate=1', 's or more'),
@@ -229,3 +230,48 @@ def test_rates_are_rising_numbers():
   assert cli.numbers('--rates', '3,1,2,1') == [1, 2, 3]
   with pytest.raises(InputError, match='--rates'):
     cli.numbers('--rates', '')
+
+
+def test_seeds_and_policies_are_swept_into_one_tidy_table(tmp_path):
+  mine = tmp_path / 'mine.py'
+  mine.write_text('import dataclasses, dsjax\n'
+                  'late = dataclasses.replace(dsjax.DISTSERVE, name="late")\n')
+  console = Console(width=100, record=True)
+  options = cli.options(
+      simulate.FLAGS, lengths='humaneval', requests=40, rates='4,12',
+      seeds=['3', '5', '8'], policy=f'distserve,{mine}:late',
+      placement='colocated=1x1', out=str(tmp_path))
+  assert simulate.main(options, console) == 0
+  with open(tmp_path / 'points.csv', newline='') as file:
+    rows = list(csv.DictReader(file))
+  assert [(row['policy'], row['seed'], float(row['rate_per_s']))
+          for row in rows] == [(policy, seed, rate)
+                               for policy in ('distserve', 'late')
+                               for seed in '358' for rate in (4, 12)]
+  for row in rows:
+    assert float(row['low']) <= float(row['attained']) <= float(row['high'])
+    assert float(row['ttft_p50_s']) <= float(row['ttft_p99_s'])
+  # The default under another name decides the same; other seeds do not.
+  half = len(rows) // 2
+  assert [r['ttft_p50_s'] for r in rows[:half]] == [
+      r['ttft_p50_s'] for r in rows[half:]]
+  assert len({r['ttft_p50_s'] for r in rows[:half]}) == half
+  text = console.export_text()
+  assert len(re.findall('colocated=1x1 under late *\n', text)) == 1
+  shares = [float(r['attained']) for r in rows[1:half:2]]
+  assert f'{sum(shares) / 3:.0%}' in text
+
+
+def test_an_interval_of_runs_is_of_what_differs_between_them():
+  share, low, high = simulate.interval_of_runs([[True] * 50] * 4)
+  assert (share, high) == (1, 1) and 0.97 < low < 0.99  # of 200 requests
+  runs = [[True] * 100, [True] * 100, [True] * 40 + [False] * 60]
+  share, low, high = simulate.interval_of_runs(runs)
+  assert share == 0.8 and low < 0.01 and high == 1  # t of 3: 0.8 +- 0.86
+
+
+@pytest.mark.parametrize('seeds', [[], ['1', '1'], ['-1'], ['x'], ['1.5']])
+def test_seeds_are_different_integers(seeds):
+  with pytest.raises(InputError, match='--seeds='):
+    simulate.main(cli.options(simulate.FLAGS, rates='4', seeds=seeds),
+                  Console())
