@@ -45,7 +45,7 @@ from dsjax.simulation import (
     roofline,
     roofline_fit,
 )
-from experiments.common import cli, machine, provenance, terminal
+from experiments.common import cli, machine, pictures, provenance, terminal
 from experiments.common import overrides as configs
 
 FLAGS = {
@@ -167,7 +167,7 @@ def draw(path, profile, cells):
     row[0].set_ylabel(f'plan {plan}\nms a step')
   figure.suptitle(f'{profile.model} on {profile.device}: measured (dots) and '
                   'fitted (lines)', fontsize=11)
-  figure.savefig(path, dpi=130)
+  pictures.save(figure, path)
 
 
 def _draw_prefill(axis, model, cells):

@@ -47,7 +47,7 @@ from dsjax.analysis.record import Record
 from dsjax.config.checks import require
 from dsjax.config.placement import Slo
 from experiments import api, load
-from experiments.common import cli, provenance, report
+from experiments.common import cli, pictures, provenance, report
 
 FLAGS = {
     'config': 'demo', 'set': (),
@@ -286,7 +286,7 @@ def save(result: Found, slo: Slo, out: pathlib.Path, title: str,
     axes.axvspan(0, end_s, color='#f2f2ee', zorder=0)
     axes.spines[['top', 'right']].set_visible(False)
   figure.suptitle(title, x=0.01, ha='left', fontsize=10)
-  figure.savefig(out / 'report.png', dpi=130)
+  pictures.save(figure, out / 'report.png')
 
 
 # --- command line -----------------------------------------------------------

@@ -50,7 +50,7 @@ from dsjax.placement import candidates, search
 from dsjax.placement.api import ALGORITHMS, make_problem, note
 from dsjax.placement.candidates import Cluster
 from dsjax.simulation import profiles
-from experiments.common import cli, policies, provenance
+from experiments.common import cli, pictures, policies, provenance
 
 MAX_SEQS = candidates.SearchProblem.max_seqs
 CLUSTER = dict(nodes=('nodes', 1), devices=('devices_per_node', 1),
@@ -154,16 +154,17 @@ def draw(path, rows, title):
   """Bars of goodput per device with their intervals, best on top."""
   figure = Figure(figsize=(8, 1.2 + 0.35 * len(rows)), layout='constrained')
   axes = figure.subplots()
-  colours = dict(disaggregated='tab:blue', colocated='tab:orange',
-                 chunked='tab:green')
+  modes = ('disaggregated', 'colocated', 'chunked')
+  looks = {mode: dict(edgecolor=pictures.COLOURS[n], hatch=hatch) for n, (
+      mode, hatch) in enumerate(zip(modes, ('', '//', '..'), strict=True))}
   seen = set()
   for y, row in enumerate(rows):
     low, high = row.interval_per_device
     mode = row.placement.mode
     beaten = row.goodput.binds == 'beaten'
     axes.barh(y, high if beaten and math.isfinite(high) else row.per_device,
-              color='none' if beaten else colours[mode], alpha=0.7,
-              edgecolor=colours[mode], linestyle=':' if beaten else '-',
+              facecolor='none' if beaten else f"{looks[mode]['edgecolor']}40",
+              **looks[mode], linestyle=':' if beaten else '-',
               label=None if mode in seen or beaten else mode)
     seen |= set() if beaten else {mode}
     if row.goodput.tight:
@@ -181,7 +182,7 @@ def draw(path, rows, title):
   axes.spines[['top', 'right']].set_visible(False)
   if seen:
     axes.legend(fontsize=8, frameon=False, loc='lower right')
-  figure.savefig(path, dpi=100)
+  pictures.save(figure, path)
 
 
 @contextlib.contextmanager

@@ -51,7 +51,14 @@ from dsjax.placement.candidates import Cluster
 from dsjax.scheduling import event_log
 from dsjax.scheduling.events import Finish, Reject
 from dsjax.simulation import profiles, simulator
-from experiments.common import cli, policies, provenance, report, terminal
+from experiments.common import (
+  cli,
+  pictures,
+  policies,
+  provenance,
+  report,
+  terminal,
+)
 
 # Colour and hatch of each cause: told apart in grey too.
 LOOKS = dict(zip(attribution.ALL, (
@@ -420,10 +427,12 @@ def draw(path, points, kind, label, target, title):
         at, [100 * s for s in share],
         [[100 * (s - b) for s, b in zip(share, low, strict=True)],
          [100 * (b - s) for s, b in zip(share, high, strict=True)]],
-        marker='o', markersize=5, capsize=3, linewidth=1.8, label=name)
+        **pictures.look(k), markersize=5, capsize=3, linewidth=1.8,
+        label=name)
     for x, s, p in zip(at, share, own, strict=True):
       if p.unsteady:
-        top.plot(x, 100 * s, marker='o', markersize=5, color='white',
+        top.plot(x, 100 * s, marker=line[0].get_marker(), markersize=5,
+                 color='white',
                  markeredgecolor=line[0].get_color(), zorder=5)
     _misses(below[k], own, width, name, most)
   top.axhline(100 * target, color='black', linestyle='--', linewidth=1)
@@ -448,7 +457,7 @@ def draw(path, points, kind, label, target, title):
                   loc='outside lower center', ncols=5, frameon=False,
                   fontsize=8, title='misses by cause', title_fontsize=8)
   figure.suptitle(title, x=0.01, ha='left', fontsize=10)
-  figure.savefig(path, dpi=120)
+  pictures.save(figure, path)
 
 
 def _look(cause):

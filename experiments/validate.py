@@ -49,7 +49,14 @@ from dsjax.config.request import Request, Sampling
 from dsjax.runtime import orchestrator, profiling
 from dsjax.simulation import calibration, fitting, profiles, simulator
 from experiments import measure
-from experiments.common import cli, machine, provenance, report, terminal
+from experiments.common import (
+  cli,
+  machine,
+  pictures,
+  provenance,
+  report,
+  terminal,
+)
 from experiments.common import overrides as configs
 
 ENGINE = EngineConfig(max_len=192, max_seqs=8, prefill_tokens=128,
@@ -384,7 +391,7 @@ def draw(path, rows):
     for axis in column:
       axis.legend(frameon=False, fontsize=8)
   figure.suptitle('Real (dots) and simulated (lines; dashed: bench profile)')
-  figure.savefig(path, dpi=110)
+  pictures.save(figure, path)
 
 
 # --- the whole --------------------------------------------------------------

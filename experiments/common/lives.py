@@ -10,6 +10,7 @@ from dsjax.analysis import timeline
 from dsjax.analysis.record import STAGES
 from dsjax.analysis.recorder import Recorder
 from dsjax.scheduling.events import Command, Event
+from experiments.common import pictures
 from experiments.common.report import STAGE_COLOURS
 
 
@@ -66,4 +67,4 @@ def save_lives(path: str | pathlib.Path,
   figure.legend(handles=[Patch(color=STAGE_COLOURS[s],
                                label=s.replace('_', ' ')) for s in STAGES],
                 loc='outside upper center', ncols=5, frameon=False, fontsize=8)
-  figure.savefig(path, dpi=100)
+  pictures.save(figure, path)

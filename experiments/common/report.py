@@ -19,6 +19,7 @@ from dsjax.analysis.record import STAGES, Record
 from dsjax.config.checks import InputError
 from dsjax.scheduling import event_log
 from dsjax.workload import json_lines
+from experiments.common import pictures
 
 # --- records ----------------------------------------------------------------
 
@@ -257,9 +258,7 @@ def verdict(results):
 
 # --- figure -----------------------------------------------------------------
 
-_MODE_COLOURS = {'disaggregated': '#1f6fb4', 'colocated': '#d9662b',
-                 'chunked': '#2f9464'}
-_MORE_COLOURS = ('#7d55b5', '#b0305c', '#6d6d6d', '#b08a00')
+_MODES = ('disaggregated', 'colocated', 'chunked')
 STAGE_COLOURS = dict(zip(STAGES, (
     '#f5d2a0', '#e0912f', '#c2417c', '#a8cdea', '#3a86c8'), strict=True))
 _BELOW = {'loc': 'upper center', 'bbox_to_anchor': (0.5, -0.17), 'ncols': 5,
@@ -267,17 +266,23 @@ _BELOW = {'loc': 'upper center', 'bbox_to_anchor': (0.5, -0.17), 'ncols': 5,
           'columnspacing': 1.2}
 
 
-def _colours(modes):
-  others = [m for m in modes if m not in _MODE_COLOURS]
-  return {m: _MODE_COLOURS.get(m) or _MORE_COLOURS[
-      others.index(m) % len(_MORE_COLOURS)] for m in modes}
+def _numbers(modes):
+  """{mode: number of its look}, the same for a mode in every picture."""
+  return {mode: n for n, mode in enumerate(dict.fromkeys((*_MODES, *modes)))}
+
+
+def _looks(modes):
+  """{mode: colour and dashes} of lines without markers."""
+  numbers = _numbers(modes)
+  return {mode: {key: value for key, value in pictures.look(
+      numbers[mode]).items() if key != 'marker'} for mode in modes}
 
 
 def _ms(value, _):
   return f'{1e3 * value:,.0f}' if value >= 1e-3 else f'{1e3 * value:g}'
 
 
-def _cdf(axes, results, field, limit_s, colours):
+def _cdf(axes, results, field, limit_s, looks):
   """Share of requests sent at or below each latency; misses stay out."""
   top = [limit_s] if math.isfinite(limit_s) else [1e-3]
   for mode, records in results:
@@ -287,7 +292,7 @@ def _cdf(axes, results, field, limit_s, colours):
     if values:
       shares = [100 * (i + 1) / len(sent) for i in range(len(values))]
       axes.step([values[0], *values], [0, *shares], where='post', label=mode,
-                color=colours[mode], linewidth=1.8)
+                **looks[mode], linewidth=1.8)
       top += [v for v in (values[0], values[-1]) if v > 0]
   if max(top) > 30 * min(top):
     axes.set_xscale('log')
@@ -306,7 +311,7 @@ def _cdf(axes, results, field, limit_s, colours):
   axes.set_ylabel('% of requests sent')
 
 
-def _scale_curve(axes, results, slo, colours):
+def _scale_curve(axes, results, slo, looks):
   """Share attained when both objectives are scaled: DistServe's Fig. 8."""
   scales = [2 ** (k / 64) for k in range(-192, 193)]
   for mode, records in results:
@@ -315,7 +320,7 @@ def _scale_curve(axes, results, slo, colours):
     if needs:
       shares = [100 * bisect.bisect(needs, x) / len(needs) for x in scales]
       axes.step(scales, shares, where='post', label=mode,
-                color=colours[mode], linewidth=1.8)
+                **looks[mode], linewidth=1.8)
   axes.axhline(90, color='black', linestyle=':', linewidth=1)
   axes.axvline(1, color='black', linestyle='--', linewidth=1)
   axes.set_xscale('log', base=2)
@@ -347,17 +352,18 @@ def _stage_bars(axes, results):
     axes.legend(**_BELOW)
 
 
-def over_time(axes, results, field, limit_s, colours=None):
+def over_time(axes, results, field, limit_s):
   """A latency by arrival time; at the top, those that got no token.
 
   results: [(mode, records), ...]. field: ttft_s or tpot_s.
   """
-  colours = colours or _colours([mode for mode, _ in results])
+  numbers = _numbers(mode for mode, _ in results)
   for mode, records in results:
     seen = [r for r in records if r.token_s]
     lost = [r.arrival_s for r in records if not r.token_s]
     axes.plot([r.arrival_s for r in seen], [getattr(r, field) for r in seen],
-              'o', color=colours[mode], markersize=3, label=mode)
+              **pictures.look(numbers[mode]) | {'linestyle': ''},
+              markersize=3, label=mode)
     if lost:
       axes.plot(lost, [0.97] * len(lost), 'x', color='#b02a1c', markersize=4,
                 label=f'{mode}: no token',
@@ -381,16 +387,16 @@ def save_figure(path, results, slo, title=''):
   """
   figure = Figure(figsize=(11, 7.6), layout='constrained')
   (ttft, tpot), (stages, scale) = figure.subplots(2, 2)
-  colours = _colours([mode for mode, _ in results])
-  _cdf(ttft, results, 'ttft_s', slo.ttft_s, colours)
-  _cdf(tpot, results, 'tpot_s', slo.tpot_s, colours)
-  _scale_curve(scale, results, slo, colours)
+  looks = _looks([mode for mode, _ in results])
+  _cdf(ttft, results, 'ttft_s', slo.ttft_s, looks)
+  _cdf(tpot, results, 'tpot_s', slo.tpot_s, looks)
+  _scale_curve(scale, results, slo, looks)
   staged = any(s for _, records in results for r in records
                for s in r.stage_s.values())
   if staged or not any(records for _, records in results):
     _stage_bars(stages, results)
   else:
-    over_time(stages, results, 'ttft_s', slo.ttft_s, colours)
+    over_time(stages, results, 'ttft_s', slo.ttft_s)
   for axes, name in ((ttft, 'Time to first token'),
                      (tpot, 'Time per output token'),
                      (stages, 'Where the time goes' if staged else 'Over time'),
@@ -402,4 +408,4 @@ def save_figure(path, results, slo, title=''):
   if scale.get_legend_handles_labels()[0]:
     scale.legend(**_BELOW)
   figure.suptitle(textwrap.fill(title, 125), x=0.01, ha='left', fontsize=10)
-  figure.savefig(path, dpi=130)
+  pictures.save(figure, path)

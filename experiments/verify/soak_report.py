@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from configs.serve import PROMPTS
-from experiments.common import provenance
+from experiments.common import pictures, provenance
 
 
 def added_latency(done, config, back_s):
@@ -131,7 +131,7 @@ def draw(path, soak):
   for axes in (top, middle, low):
     axes.spines[['top', 'right']].set_visible(False)
     axes.grid(alpha=0.25)
-  figure.savefig(path, dpi=110)
+  pictures.save(figure, path)
 
 
 def save(out, soak, result, options):

@@ -13,7 +13,7 @@ from dsjax.analysis.metrics import summarize
 from dsjax.analysis.record import STAGES, Record
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Slo
-from experiments.common import report
+from experiments.common import pictures, report
 
 SLO = Slo(ttft_s=1.0, tpot_s=0.1)
 
@@ -154,13 +154,16 @@ def test_figure_is_drawn(tmp_path, results):
   path = tmp_path / 'report.png'
   report.save_figure(path, results, SLO, 'What was run')
   assert path.read_bytes().startswith(b'\x89PNG')
+  assert path.with_suffix('.pdf').read_bytes().startswith(b'%PDF')
 
 
-def test_a_mode_keeps_its_colour():
-  alone = report._colours(['chunked'])
-  both = report._colours(['x', 'chunked', 'y'])
+def test_a_mode_keeps_its_look_which_is_told_apart_in_grey():
+  alone = report._looks(['chunked'])
+  both = report._looks(['x', 'chunked', 'y'])
   assert alone['chunked'] == both['chunked']
-  assert len(set(both.values())) == 3
+  assert len({look['color'] for look in both.values()}) == 3
+  drawn = [pictures.look(n) for n in range(7)]
+  assert len({(look['marker'], look['linestyle']) for look in drawn}) == 7
 
 
 def test_cdf_is_of_all_requests_sent():
@@ -169,7 +172,8 @@ def test_cdf_is_of_all_requests_sent():
   records = [_record(0, 0.2), _record(1, 0.4),
              Record(2, 0.0, 1, 1, status='rejected'),
              Record(3, 0.0, 1, 1, status='cancelled')]
-  report._cdf(axes, [('a', records)], 'ttft_s', 1.0, {'a': 'red'})
+  report._cdf(axes, [('a', records)], 'ttft_s', 1.0,
+              {'a': {'color': 'red'}})
   assert axes.lines[0].get_ydata()[-1] == pytest.approx(200 / 3)
   assert axes.lines[0].get_xdata()[-1] == pytest.approx(0.4)
   assert math.isclose(axes.lines[1].get_xdata()[0], 1.0)
