@@ -9,6 +9,8 @@ from dsjax.analysis.record import STAGES
 from experiments.paper import reported
 
 COLOURS = {'DistServe': 'tab:blue', 'vLLM': 'tab:red', 'chunked': 'tab:olive',
+           "vLLM's plan, DistServe's engine": 'tab:pink',
+           'colocated': 'tab:pink',
            'tuned colocated': 'tab:orange', 'tuned chunked': 'tab:green',
            'vLLM++': 'tab:orange', 'DistServe-High': 'tab:purple',
            'DistServe-Low': 'tab:blue'}
