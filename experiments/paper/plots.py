@@ -202,6 +202,14 @@ def _draw_system(left, right, label, points, scales):
              color=COLOURS[label])
 
 
+def draw_rules(data, figure):
+  axes = figure.subplots()
+  for row in data['rows']:
+    axes.plot(data['columns'], list(map(float, row[1:])), '-o', label=row[0])
+  axes.legend(fontsize=8)
+  tidy(axes, "Between the paper's rules and ours", '', 'requests/s per device')
+
+
 def draw11(data, figure):
   for axes, who in zip(figure.subplots(1, 2, sharey=True), ('paper', 'ours'),
                        strict=True):

@@ -284,6 +284,22 @@ def test_table_2_reads_what_validate_writes(tmp_path):
     end_to_end.table2(QUICK._replace(validate=path))
 
 
+def test_between_the_rules_each_step_is_its_own(monkeypatch):
+  seen = []
+
+  def best_rate(rules, system, *args):
+    decode = system.config.instances[-1].num_pages
+    seen.append((rules.name, isinstance(system.latencies[0], comparison.Turns),
+                 decode == comparison.AMPLE))
+    return 1.0, .9, 1.1
+  monkeypatch.setattr(comparison, 'best_rate', best_rate)
+  data = end_to_end.rules_apart(QUICK)
+  assert seen == 2 * [('paper', True, True), ('ours', True, True),
+                      ('paper', False, False), ('ours', False, True),
+                      ('ours', False, False)]
+  assert {len(row) - 1 for row in data['rows']} == {len(data['columns'])}
+
+
 def test_reported_are_consistent():
   for case in reported.CASES.values():
     assert case.placement.num_devices == sum(
