@@ -6,9 +6,10 @@ Prints for each a table (paper | paper rules | ours | why they differ) and
 writes FIGURE.png and FIGURE.json. The published values are in
 experiments/paper/reported.py, the two sets of rules in comparison.py, the
 figures in figures.py (1, 3, 4, 5, 10, 12) and end_to_end.py (8, 9, 11, tables
-2 and 3). Everything is simulated on the constants that DistServe
-released for A100s; nothing here ran on a GPU. --quick takes seconds and its
-figures say little. Table, picture and file say what lengths they are of. Ctrl-C
+2 and 3, and 'rules': from one set of rules to the other, a rule at a time).
+Everything is simulated on the constants that DistServe released for A100s;
+nothing here ran on a GPU. --quick takes seconds and its figures say little.
+Table, picture and file say what lengths they are of. Ctrl-C
 keeps what is finished. Exit codes: 0; 2 for bad input; 130 by Ctrl-C.
 """
 
@@ -27,12 +28,13 @@ from experiments.common import cli, provenance
 from experiments.paper import comparison, end_to_end, figures
 
 FIGURES = {k: (figures.FIGURES | end_to_end.FIGURES)[k] for k in (
-    '1', '3', '4', '5', '8', '9', '10', '11', '12', 'table2', 'table3')}
+    '1', '3', '4', '5', '8', '9', 'rules', '10', '11', '12', 'table2',
+    'table3')}
 
 
 # The data sets of a figure's requests; of those not named, all are equal.
 DATA = dict.fromkeys(('8', '10', '11', '12', 'table2'), ('sharegpt',)) | {
-    '9': ('humaneval', 'longbench'),
+    '9': ('humaneval', 'longbench'), 'rules': ('sharegpt', 'longbench'),
     'table3': ('sharegpt', 'humaneval', 'longbench')}
 
 
@@ -78,7 +80,7 @@ def _cell(value):
 
 def show(console, name, data, took_s):
   """The table of a figure and why it differs from the paper's."""
-  title = name if name.startswith('table') else f'figure {name}'
+  title = f'figure {name}' if name.isdigit() else name
   out = Table(title=f'{title}  ({took_s:.0f} s)', title_justify='left')
   out.add_column('')
   for column in data.get('columns', ('paper', 'paper rules', 'ours')):

@@ -38,6 +38,7 @@ PACKAGES = {'pure': {'numpy'}, 'device': {'jax', 'flax', 'numpy'},
 # What else single files may do, and why.
 EXCEPTIONS = {
     'dsjax/workload/files.py': {'io', 'pathlib'},  # reads traces, prompts
+    'dsjax/simulation/hardware.py': {'pathlib'},  # what DistServe released
     'dsjax/simulation/profiles.py': {'pathlib'},  # files of latencies
     'dsjax/simulation/roofline_fit.py': {'jax', 'optax'},  # a descent
     'kernels/tuned.py': {'pathlib'},  # what kernels.bench --tune wrote

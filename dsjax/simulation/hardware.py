@@ -1,6 +1,15 @@
-"""What others have published: peaks of devices, DistServe's profile."""
+"""What others have published: peaks of devices, DistServe's profiles.
 
-from typing import NamedTuple
+The numbers that DistServe released are in distserve/ beside this file, as it
+released them; its README says where they are from and what they mean.
+"""
+
+import csv
+import functools
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from dsjax.config.checks import require
 from dsjax.config.placement import Plan
@@ -34,67 +43,65 @@ HARDWARE = {
 # Between the nodes of the paper's cluster (DistServe 6.1): 25 Gbps.
 PAPER_NODE_BYTES_PER_S = 25e9 / 8
 
-# DistServe's released profile of its engine on A100-80GB, in ms, by (model,
-# tp): prefill (A, B, C), decode of at most 95 rows, decode of more. Source:
-# the repository's simdistserve data, main branch. Its prefill constants were
-# multiplied by 1.1 after the fit (commit 4c68ed9, "Realign the curve").
-PUBLISHED_SPLIT, PUBLISHED_REALIGNED = 95, 1.1
-PUBLISHED_MS = {
-    ('opt-13b', 1): ((18.1025, .101912, 7.12226e-6),
-                     (19.9347, 6.26936e-4, .0385070),
-                     (7.16619, 5.79800e-4, .158311)),
-    ('opt-13b', 2): ((14.7430, .0685772, 2.44957e-6),
-                     (13.2948, 3.41092e-4, .0629639),
-                     (10.6387, 3.11834e-4, .0856291)),
-    ('opt-13b', 4): ((12.0623, .0380814, 5.22625e-7),
-                     (10.2562, 1.87867e-4, .0326927),
-                     (10.4835, 1.71209e-4, .0456665)),
-    ('opt-66b', 2): ((43.0588, .274229, 2.24780e-5),
-                     (48.2880, 9.42434e-4, .127550),
-                     (28.7277, 4.74485e-4, .296178)),
-    ('opt-66b', 3): ((32.9982, .195683, 1.22052e-5),
-                     (35.8015, 5.84500e-4, .0952670),
-                     (22.6539, 5.35849e-4, .208514)),
-    ('opt-66b', 4): ((29.4416, .151352, 8.31745e-6),
-                     (30.7603, 4.51948e-4, .0632842),
-                     (27.4708, 4.04685e-4, .124807)),
-    ('opt-66b', 8): ((25.4907, .106592, 3.39105e-6),
-                     (23.1551, 2.26915e-4, .0480064),
-                     (21.7177, 3.75809e-4, .0897861)),
-}
-# KV capacity in tokens that the same repository lists, by (model, tp, pp).
-PUBLISHED_TOKENS = {
-    ('opt-13b', 1, 1): 66144, ('opt-13b', 2, 1): 163008,
-    ('opt-13b', 4, 1): 356736, ('opt-66b', 2, 1): 11600,
-    ('opt-66b', 4, 1): 78496, ('opt-66b', 2, 2): 78512,
-    ('opt-66b', 8, 1): 212304, ('opt-175b', 3, 3): 76192,
-    ('opt-175b', 4, 3): 126160, ('opt-175b', 8, 1): 59520,
-    ('opt-175b', 8, 8): 992400,
-}
+# What the authors multiplied fitted constants by, (prefill, decode), before
+# they released them (commit 4c68ed9, "Realign the curve").
+REALIGNED = {'distserve': (1.1, 1.0), 'vllm': (1.4, 1.2)}
+RELEASED = pathlib.Path(__file__).parent / 'distserve'
+
+
+@functools.cache
+def released(engine: str = 'distserve') -> Mapping[tuple[str, int], Any]:
+  """DistServe's profile of an engine as its file has it: {(model, tp): fit}.
+
+  Raises:
+    InputError: an engine that is not in REALIGNED.
+  """
+  require(engine in REALIGNED, 'engine', engine, f'one of {list(REALIGNED)}')
+  data = json.loads(
+      (RELEASED / f'profiler-a100-80g.{engine}.json').read_text())
+  return {(name.removeprefix('facebook/'), int(tp)): fit
+          for name, fits in data.items() for tp, fit in fits.items()}
+
+
+@functools.cache
+def released_tokens() -> Mapping[tuple[str, int, int], int]:
+  """Tokens of KV cache that DistServe lists: {(model, tp, pp): tokens}."""
+  lines = (RELEASED / 'max_num_tokens.csv').read_text().splitlines()
+  return {(row['model'].removeprefix('facebook/'), int(row['tp']),
+           int(row['pp'])): int(row['max_num_tokens'])
+          for row in csv.DictReader(lines)}
 
 
 def published(model: str, plan: Plan, realigned: bool = True,
-              host_s: float = 0.0, hop_s: float = 1e-3) -> Affine:
-  """The latency of DistServe's engine on A100-80GB.
+              host_s: float = 0.0, hop_s: float = 1e-3,
+              engine: str = 'distserve') -> Affine:
+  """The latency of an engine on A100-80GB that DistServe released.
 
   Args:
     model: 'opt-13b' or 'opt-66b'. plan: its tp as it was profiled.
-    realigned: as released; False takes the prefill's factor 1.1 out again.
+    realigned: as released; False takes the authors' factors out again.
     host_s: the released simulator adds 2 ms a step.
-    hop_s: added for every stage after the first (derived: the released
-      simulator's 1 ms a stage; its profile has no pipelines).
+    hop_s: added for every stage after the first, an assumption: the profiles
+      have no pipelines.
+    engine: 'distserve' or 'vllm'.
 
   Raises:
-    InputError: nothing is published for them.
+    InputError: nothing is published for them, or a fit with a constant below
+      0 (vLLM's of OPT-66B at tp 2), which Affine refuses.
   """
-  require((model, plan.tp) in PUBLISHED_MS, 'published', (model, plan.tp),
-          f'one of {sorted(PUBLISHED_MS)}')
-  hops = (plan.pp - 1) * hop_s
-  prefill, small, large = ([x * MS for x in c]
-                           for c in PUBLISHED_MS[model, plan.tp])
-  if not realigned:
-    prefill = [x / PUBLISHED_REALIGNED for x in prefill]
-  for constants in (prefill, small, large):
-    constants[0] += hops
-  return Affine(tuple(prefill), tuple(small), tuple(large), PUBLISHED_SPLIT,
-                host_s=host_s, pp=plan.pp)
+  fits = released(engine)
+  require((model, plan.tp) in fits, 'published', (model, plan.tp),
+          f'one of {sorted(fits)}')
+  fit, (prefill, decode) = fits[model, plan.tp], (
+      REALIGNED[engine] if not realigned else (1.0, 1.0))
+
+  def seconds(name: str, factor: float) -> tuple[float, ...]:
+    a, b, c = (x * MS / factor for x in fit[name])
+    return a + (plan.pp - 1) * hop_s, b, c
+
+  # Fewer rows than the threshold are few; `split` is the most that are.
+  return Affine(seconds('prefill', prefill),
+                seconds('decoding_smallbs', decode),
+                seconds('decoding_largebs', decode),
+                fit['decoding_large_small_bs_threshold'] - 1, host_s=host_s,
+                pp=plan.pp)

@@ -142,7 +142,7 @@ def named(kind: str, config: ModelConfig,
     InputError.
   """
   if kind == 'published':
-    models = sorted({model for model, _ in hardware.PUBLISHED_MS})
+    models = sorted({model for model, _ in hardware.released()})
     require(config.name in models, 'latency', kind,
             f'another for {config.name}: published are {", ".join(models)}; '
             f"{ROOFLINE}NAME, of {sorted(hardware.HARDWARE)}, takes any model, "

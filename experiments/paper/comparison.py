@@ -1,19 +1,21 @@
 """Systems under two sets of rules: the paper's, and ours.
 
-*Ours*: every system has the same latency constants, the KV memory that there
-is, KV transfers that take time, runs long enough for queues to show, a
-warm-up left out, both objectives met by the same request, 95 % intervals. No
-prompt is cut but by chunked prefill, and no step runs ahead of arrivals: both
-are what serves the colocated baselines best.
+*Ours*: every system has the same latency constants (but what is called vLLM
+has vLLM's own), the KV memory that there is, KV transfers that take time, runs
+long enough for queues to show, a warm-up left out, both objectives met by the
+same request, 95 % intervals. No prompt is cut but by chunked prefill, and no
+step runs ahead of arrivals: both are what serves the colocated baselines best.
 
 *Paper*: the released simulator's and scripts' rules, imitated with our
-scheduler: baselines' constants multiplied by the authors' factors, KV pages
-without limit, transfers that take no time, runs of a fixed number of
-requests from an empty system, P90 of TTFT and P90 of TPOT judged apart.
+scheduler: each engine's own constants with the authors' factors in them, 2 ms
+and 0.1 us a token of context for Ray, 1 ms x pp for each stage of a prefill,
+KV pages without limit but 50,000 tokens of context in a decode step (see
+Turns), transfers that take no time, runs of a fixed number of requests from an
+empty system, P90 of TTFT and P90 of TPOT judged apart.
 
-Not imitated: the released scheduler itself (its batches, its back-pressure
-that never acts, 50,000 tokens of decode memory), a TPOT divided by all
-tokens, the seeds of its workloads.
+Not imitated: prefill batches up to the KV capacity (8,192 tokens here, the
+scripts' limit of the engine), a TPOT divided by all tokens, the seeds of its
+workloads.
 """
 
 import dataclasses
@@ -28,8 +30,11 @@ from dsjax.config.placement import Placement, Plan
 from dsjax.placement import candidates, goodput, judging
 from dsjax.placement.candidates import Cluster, SearchProblem
 from dsjax.simulation import hardware, simulator
+from dsjax.simulation.latency import Affine
 
-HOST_S, RAY_S = 2e-3, 1e-7  # a step; its tokens of context
+# What the released simulator adds to a step, to its tokens of context, and to
+# each stage of a prefill times its stages; tokens of one of its decode steps.
+HOST_S, RAY_S, STAGE_S, STEP_TOKENS = 2e-3, 1e-7, 1e-3, 50_000
 AMPLE = 2**15  # pages
 TARGET = 0.9
 
@@ -42,6 +47,25 @@ class Rules(NamedTuple):
   quick: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Turns:
+  """An Affine of which a decode step holds STEP_TOKENS of context at most.
+
+  Rows above that wait for the next step, those that waited longest first, so
+  a token of each row takes context / STEP_TOKENS steps.
+  """
+
+  affine: Affine
+
+  def __getattr__(self, name):
+    return getattr(self.affine, name)
+
+  def decode_s(self, batch, context):
+    turns = max(1.0, context / STEP_TOKENS)
+    return (turns * self.affine.decode_s(batch / turns, context / turns)
+            + (turns - 1) * self.affine.host_s)
+
+
 class System(NamedTuple):
   """What simulates a placement: see simulator.simulate."""
 
@@ -52,13 +76,18 @@ class System(NamedTuple):
   link: object
 
 
-def latency_of(model, factors=(1.1, 1.0)):
+def latency_of(model, engine='distserve', realigned=True, rules=None):
   """Plan -> seconds of its steps, or None where nothing is known.
 
   OPT-175B has no public profile: OPT-66B's constants of the same tp are
   multiplied by the ratio of weights; what grows with attention by the ratio
   of KV bytes. A fit in the repository's history (tp 3 pp 3, tp 4 pp 3) is
   within 7 % of it.
+
+  Args:
+    engine, realigned: see hardware.published.
+    rules: the paper's add what the released simulator does; else a hop
+      between stages takes 1 ms.
   """
   weights = attention = 1.0
   known = model
@@ -67,30 +96,33 @@ def latency_of(model, factors=(1.1, 1.0)):
     known, attention = 'opt-66b', (b.kv_bytes_per_token(2)
                                    / a.kv_bytes_per_token(2))
     weights = b.num_layers * b.d_model**2 / (a.num_layers * a.d_model**2)
+  released = rules is not None and rules.name == 'paper'
 
   def find(plan):
     try:
-      profile = hardware.published(known, plan, realigned=False, host_s=HOST_S)
+      profile = hardware.published(known, plan, realigned, HOST_S,
+                                   0.0 if released else 1e-3, engine)
     except InputError:
       return None
-    def times(constants, factor, shares):
-      return tuple(factor * x * s for x, s in zip(constants, shares,
-                                                  strict=True))
+    stages_s, ray_s = ((STAGE_S * plan.pp**2, RAY_S) if released
+                       else (0.0, 0.0))
+    def times(constants, shares, fixed_s=0.0):
+      a, b, c = (x * share for x, share in zip(constants, shares, strict=True))
+      return a + fixed_s, b + ray_s, c
     decode = (weights, attention, weights)
     return dataclasses.replace(
-        profile, prefill=times(profile.prefill, factors[0],
-                           (weights, weights, attention)),
-        decode=times(profile.decode, factors[1], decode),
-        decode_large=times(profile.decode_large, factors[1], decode))
+        profile, prefill=times(profile.prefill, (weights, weights, attention),
+                               stages_s),
+        decode=times(profile.decode, decode),
+        decode_large=times(profile.decode_large, decode))
   return find
 
 
-def problem(model, slo, make, longest, factors, nodes=1, devices=8, **kwargs):
-  """A SearchProblem on A100-80GB nodes."""
+def problem(model, slo, make, longest, seconds, nodes=1, devices=8, **kwargs):
+  """A SearchProblem on A100-80GB nodes; seconds: a latency_of."""
   return SearchProblem(
       zoo.config(model), Cluster(nodes, devices, reads_beside=True), slo, make,
-      latency_of(model, factors), TARGET, max_len=max(longest, 2048),
-      strict=None, **kwargs)
+      seconds, TARGET, max_len=max(longest, 2048), strict=None, **kwargs)
 
 
 SHAREGPT = 'sharegpt_lengths_distserve.csv'
@@ -120,22 +152,11 @@ def fixed(prompt_len, output_len, seed):
   return workload.source(f'fixed:{prompt_len}x{output_len}', seed)
 
 
-def with_ray(system):
-  """A System whose steps take the released simulator's Ray overhead: 0.1 us
-  a token of context, beside HOST_S."""
-  def more(constants):
-    a, b, c = constants
-    return a, b + RAY_S, c
-  return system._replace(latencies=[dataclasses.replace(
-      x, prefill=more(x.prefill), decode=more(x.decode),
-      decode_large=more(x.decode_large)) for x in system.latencies])
-
-
 def build(rules, ask, label, where, chunk=None):
   """A System: what a placement has under the rules.
 
   Args:
-    ask: a SearchProblem with the system's own latencies.
+    ask: a SearchProblem with the system's own latencies under the rules.
     where: a Placement, KV inside nodes where it is disaggregated.
   """
   if rules.name == 'paper':
@@ -145,7 +166,7 @@ def build(rules, ask, label, where, chunk=None):
   config, late, link = candidates.build(ask, where, chunk, aligned=True)
   released = rules.name == 'paper'
   if released:
-    link = judging.Instant()
+    late, link = [Turns(x) for x in late], judging.Instant()
   changes = dict(num_pages=AMPLE, max_seqs=1024, prefill_seqs=128,
                  prefill_tokens=8192) if released else dict(
                      prefill_tokens=ask.max_len)
@@ -153,19 +174,21 @@ def build(rules, ask, label, where, chunk=None):
     changes.update(prefill_tokens=chunk, max_seqs=256)
   # A prompt that arrives waits for what is in flight, so run-ahead, which
   # hides the host, is what colocated instances cannot afford.
-  system = System(label, where.num_devices, dataclasses.replace(
+  return System(label, where.num_devices, dataclasses.replace(
       config, run_ahead=1,
       depth=1 if released else config.depth,
       instances=tuple(dataclasses.replace(instance, **changes)
                       for instance in config.instances)), late, link)
-  return with_ray(system) if released else system
 
 
 def records(system, make, rate_per_device, n):
   """Records of n requests at a rate."""
   sent = make(rate_per_device * system.devices, n)
+  # Turns is not a line in the context, so each step is added up.
+  straight = not any(isinstance(x, Turns) for x in system.latencies)
   return metrics.by_arrival(simulator.simulate(
-      system.config, sent, system.latencies, system.link).records)
+      system.config, sent, system.latencies, system.link,
+      leap=straight).records)
 
 
 def count(rules, system, rate_per_device, slo, per_gpu):

@@ -61,11 +61,13 @@ def figure1(options):
     for name in reported.FIG1:
       options.tell(f'{rules.name} rules, {name}')
       together = name == 'colocated'
-      factors = reported.FACTORS['vLLM' if together and rules.name == 'paper'
-                                 else 'DistServe']
+      engine = ('vllm' if together and rules.name == 'paper'
+                else 'distserve')
       first = name == 'prefill only'
       make = comparison.fixed(prompt, 1 if first else output, options.seed)
-      ask = comparison.problem('opt-13b', slo, make, 2048, factors)
+      ask = comparison.problem('opt-13b', slo, make, 2048,
+                               comparison.latency_of('opt-13b', engine,
+                                                     rules=rules))
       if together:
         system = comparison.build(rules, ask, name, Placement(colocated=[ONE]))
       elif '+' in name:
@@ -76,7 +78,8 @@ def figure1(options):
       judged = Slo(1e9, slo.tpot_s) if name == 'decode only' else slo
       rates[name] = comparison.best_rate(rules, system, make, judged, 100, 4.0)
     columns.append(rates)
-  ask = comparison.problem('opt-13b', slo, make, 2048, (1.1, 1.0))
+  ask = comparison.problem('opt-13b', slo, make, 2048,
+                           comparison.latency_of('opt-13b'))
   options.tell('ours, chunked')
   make = comparison.fixed(prompt, output, options.seed)
   chunked = comparison.tuned(rules, ask, make, slo, 100, 'chunked', [ONE])
@@ -275,10 +278,12 @@ def figure10(options):
   case = reported.CASES['175b']
   make, longest = comparison.requests(case, rules_of(options)[0],
                                       options.lengths_dir)
-  ask = comparison.problem(case.model, case.slo, make, longest, (1.1, 1.0), 3)
   shares, rows = {}, []
   rates = (.03, .16, .28) if options.quick else tuple(reported.FIG10)
   for rules in rules_of(options):
+    ask = comparison.problem(
+        case.model, case.slo, make, longest,
+        comparison.latency_of(case.model, rules=rules), 3)
     system = comparison.distserve(rules, case, ask)
     for rate in rates:
       options.tell(f'{rules.name} rules, {rate}/s per device')
@@ -317,7 +322,8 @@ def _seconds(options, algorithm, devices):
   make, longest = comparison.requests(case, rules_of(options)[0],
                                       options.lengths_dir)
   ask = comparison.problem(
-      case.model, case.slo, make, longest, (1.1, 1.0), 1, devices,
+      case.model, case.slo, make, longest, comparison.latency_of(case.model),
+      1, devices,
       requests=50 if options.quick else 100,
       most_requests=50 if options.quick else 200,
       tolerance=1.0 if options.quick else 0.2)

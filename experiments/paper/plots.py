@@ -9,6 +9,8 @@ from dsjax.analysis.record import STAGES
 from experiments.paper import reported
 
 COLOURS = {'DistServe': 'tab:blue', 'vLLM': 'tab:red', 'chunked': 'tab:olive',
+           "vLLM's plan, DistServe's engine": 'tab:pink',
+           'colocated': 'tab:pink',
            'tuned colocated': 'tab:orange', 'tuned chunked': 'tab:green',
            'vLLM++': 'tab:orange', 'DistServe-High': 'tab:purple',
            'DistServe-Low': 'tab:blue'}
@@ -198,6 +200,14 @@ def _draw_system(left, right, label, points, scales):
                     color=COLOURS[label], alpha=0.12, lw=0)
   right.plot(*zip(*((f, 100 * s) for f, s in scales), strict=True),
              color=COLOURS[label])
+
+
+def draw_rules(data, figure):
+  axes = figure.subplots()
+  for row in data['rows']:
+    axes.plot(data['columns'], list(map(float, row[1:])), '-o', label=row[0])
+  axes.legend(fontsize=8)
+  tidy(axes, "Between the paper's rules and ours", '', 'requests/s per device')
 
 
 def draw11(data, figure):

@@ -116,8 +116,6 @@ TRACES = {
     ('vLLM', 1.5, 150): (84.7, 75.3), ('vLLM', 2.0, 200): (66.5, 69.0),
     ('vLLM', 2.5, 250): (78.0, 63.2), ('vLLM', 3.0, 300): (34.0, 46.0),
     ('vLLM', 3.5, 350): (25.4, 21.7), ('vLLM', 4.0, 400): (8.0, 8.2)}
-# Factors on the fitted constants, (prefill, decode) (commit 4c68ed9).
-FACTORS = {'DistServe': (1.1, 1.0), 'vLLM': (1.4, 1.2)}
 # A fit of OPT-175B in the history, ms: tp 3, pp 3 prefill a token; decode's
 # constant; both of one stage.
 HISTORY_175B_MS = (.16304, 27.40)

@@ -58,11 +58,11 @@ def problem(**changes):
 
 
 @pytest.mark.parametrize('model, tp, pp', [
-    k for k in hardware.PUBLISHED_TOKENS if k[0] != 'opt-175b'])
+    k for k in hardware.released_tokens() if k[0] != 'opt-175b'])
 def test_kv_capacity_is_near_what_the_paper_lists(model, tp, pp):
   p = problem(model=zoo.config(model), cluster=Cluster(1, 8))
   assert candidates.kv_tokens(p, Plan(tp, pp)) == pytest.approx(
-      hardware.PUBLISHED_TOKENS[model, tp, pp], rel=0.04)
+      hardware.released_tokens()[model, tp, pp], rel=0.04)
 
 
 def test_a_batch_holds_the_longest_prompt():
