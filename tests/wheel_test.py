@@ -33,7 +33,7 @@ def unpacked(wheel, tmp_path_factory):
 
 def test_every_package_and_its_data_are_inside(unpacked):
   ours = {path.relative_to(ROOT / 'dsjax') for path in
-          ROOT.glob('dsjax/**/*') if path.suffix in ('.py', '.html')}
+          ROOT.glob('dsjax/**/*') if path.suffix in ('.py', '.html', '.json')}
   ours |= {pathlib.Path('kernels', path.name) for path in
            ROOT.glob('kernels/*') if path.suffix in ('.py', '.json')}
   assert not [str(name) for name in sorted(ours)

@@ -23,6 +23,7 @@ from dsjax import workload
 from dsjax.config.checks import InputError, require
 from dsjax.placement.candidates import Cluster
 from dsjax.scheduling.policy import PolicyError
+from dsjax.simulation import profiles
 from dsjax.workload import traffic
 from experiments.common import overrides
 
@@ -90,8 +91,9 @@ SHARED = {
     'requests': Flag(None, 'How many.', int, low=1),
     'seed': Flag(None, 'Of all that is random.', int, low=0),
     'latency': Flag(None, "Seconds of a step: 'published', "
-                    "'roofline:a100-80g' and the like, or a file that "
-                    'experiments.measure wrote.', str),
+                    f"'tables:GPU' (of {', '.join(profiles.tables())}), "
+                    "'roofline:GPU', or a file that experiments.measure "
+                    'wrote.', str),
     'host_ms': Flag(None, "Host's time between two steps, where --latency "
                     'does not say.', float),
     'memory_gb': Flag(None, 'Of a device, 1e9 bytes.', float),

@@ -316,7 +316,8 @@ PROFILE = Profile(
             piece_s=0.125),
         Plan(1, 2): dataclasses.replace(SIMPLE, pp=2)},
     {(Plan(), Plan(1, 2)): Link(0.5, 1e9, 64)}, 'a test',
-    Contention({('prefill', 'decode'): 1.5}))
+    Contention({('prefill', 'decode'): 1.5}),
+    {Plan(): {'prefill': (0.02, 0.1), 'mixed': (0.03, 0.2)}})
 
 
 def test_files_keep_everything(tmp_path):
@@ -346,7 +347,15 @@ def test_files_keep_everything(tmp_path):
      ['links.1x1>1x2', 'Link.bytes_per_s']),
     (lambda d: d.update(contention=[1.5]), ['contention', 'object']),
     (lambda d: d['contention'].update({'prefill>swap': 2.0}),
-     ['contention', 'swap'])])
+     ['contention', 'swap']),
+    (lambda d: d.update(errors=[]), ['errors', 'object']),
+    (lambda d: d['errors'].update({'x': {}}), ['errors', 'TPxPP']),
+    (lambda d: d['errors']['1x1'].update(swap=[0, 0]),
+     ['errors.1x1.swap', 'not known']),
+    (lambda d: d['errors']['1x1'].update(mixed=[0.1]),
+     ['errors.1x1.mixed', '[mean, worst]']),
+    (lambda d: d['errors']['1x1'].update(mixed=[0.1, 'far']),
+     ['errors.1x1.mixed', '[mean, worst]'])])
 def test_files_name_what_is_wrong(tmp_path, change, parts):
   path = tmp_path / 'b.json'
   profiles.save(path, PROFILE)
