@@ -64,20 +64,23 @@ FLAGS = {
 }
 
 
-def fit_shares(cells, config, model_config, name):
+def fit_roofline(cells, config, model_config, name):
   """The Roofline of the device `name` that the cells of all plans reach."""
-  return roofline_fit.fit_roofline(cells, roofline.Roofline(
+  peaks = roofline.Roofline(
       model_config, hardware.HARDWARE[name],
       itemsize=np.dtype(config.dtype).itemsize,
-      kv_itemsize=np.dtype(config.kv_dtype_of('decode')).itemsize))
+      kv_itemsize=np.dtype(config.kv_dtype_of('decode')).itemsize)
+  return dataclasses.replace(peaks, shares=roofline_fit.fit_shares([
+      (dataclasses.replace(peaks, tp=plan.tp, pp=plan.pp), own)
+      for plan, own in cells.items()]))
 
 
-def predict(profile, cells, shares, plans):
+def predict(profile, cells, fitted, plans):
   """The Profile with Affines of further plans, from a Roofline."""
   measured = list(profile.latencies.values())
   host_s = statistics.median(model.host_s for model in measured)
   predicted = {plan: roofline_fit.affine_of(
-      shares, plan, next(iter(cells.values())), measured[0].buckets, host_s)
+      fitted, plan, next(iter(cells.values())), measured[0].buckets, host_s)
                for plan in plans}
   names = ', '.join(map(str, plans))
   return dataclasses.replace(
@@ -141,15 +144,12 @@ def show(console, profile, cells, tpot_s, config, model_config):
                   highlight=False, soft_wrap=True)
 
 
-def show_shares(console, shares, cells):
-  """A Roofline in words, and its error for each measured plan."""
-  console.print(
-      f'Shares of the peaks of {shares.hardware.name}: '
-      f'{100 * shares.compute:.3g} % of the operations, '
-      f'{100 * shares.memory:.3g} % of the bytes, '
-      f'{1e3 * shares.step_s:.3f} ms a step', highlight=False)
+def show_roofline(console, fitted, cells):
+  """The shares of a Roofline, and its error for each measured plan."""
+  console.print(f'Shares of the peaks of {fitted.hardware.name}: '
+                f'{fitted.shares}', highlight=False)
   for plan, own in cells.items():
-    model = dataclasses.replace(shares, tp=plan.tp, pp=plan.pp)
+    model = dataclasses.replace(fitted, tp=plan.tp, pp=plan.pp)
     console.print(f'  plan {plan}: mean error ' + ', '.join(
         f'{kind} {r.mape:.1%}' for kind, r in
         fitting.residuals(model, own).items()), highlight=False)
@@ -282,10 +282,10 @@ def run(options, console):
         reporter(bar, interrupts.halt), pathlib.Path(options.model).name)
   show(console, profile, cells, tpot_s, config, loaded.config)
   if options.hardware:
-    shares = fit_shares(cells, config, loaded.config, options.hardware)
-    show_shares(console, shares, cells)
+    fitted = fit_roofline(cells, config, loaded.config, options.hardware)
+    show_roofline(console, fitted, cells)
     if further:
-      profile = predict(profile, cells, shares, further)
+      profile = predict(profile, cells, fitted, further)
   busy = others.cores()
   if busy is not None and busy > 0.2:
     console.print(f'Other programs used {busy:.1f} cores meanwhile: these '

@@ -25,7 +25,7 @@ from dsjax.simulation import hardware, roofline
 from dsjax.simulation.contention import Contention
 from dsjax.simulation.latency import Affine, Buckets, Latency, Link
 
-ROOFLINE, TABLES = 'roofline:', 'tables:'
+TABLES, ROOFLINE, PEAKS = 'tables:', 'roofline:', 'roofline-peaks:'
 KINDS = ('prefill', 'decode', 'mixed')  # of steps
 _FOLDER = pathlib.Path(__file__).with_name('tables')
 
@@ -139,7 +139,15 @@ def load(path: str | pathlib.Path) -> Profile:
 
 def is_file(kind: str) -> bool:
   """Whether a name of latencies is that of a file."""
-  return kind != 'published' and not kind.startswith((ROOFLINE, TABLES))
+  return kind != 'published' and not kind.startswith(
+      (TABLES, ROOFLINE, PEAKS))
+
+
+def device_of(kind: str) -> hardware.Hardware | None:
+  """The device that a name of latencies tells; None: it tells none."""
+  start, _, gpu = kind.partition(':')
+  return (hardware.HARDWARE.get(gpu)
+          if start + ':' in (TABLES, ROOFLINE, PEAKS) else None)
 
 
 def tables() -> dict[str, list[str]]:
@@ -165,8 +173,10 @@ def named(kind: str, config: ModelConfig,
   Args:
     kind: 'published' (DistServe's A100 profiles of OPT-13B and OPT-66B),
       'tables:h100-80g' and the like (operators measured on that GPU, summed;
-      of `tables`, for every model of the same shape), 'roofline:a100-80g' and
-      the like (shapes against peaks), or a file that `save` wrote.
+      of `tables`, for every model of the same shape), 'roofline:h100-80g' and
+      the like (any model's shape against what such operators reach of the
+      peaks), 'roofline-peaks:h100-80g' (against the peaks themselves: a
+      bound), or a file that `save` wrote.
     host_s: the host's time between steps, where kind does not say.
 
   Raises:
@@ -180,11 +190,15 @@ def named(kind: str, config: ModelConfig,
             f'{TABLES}NAME those of {_models()}, and so does a file that '
             'experiments.measure wrote of it')
     return functools.partial(_published, config.name, host_s)
-  if kind.startswith(ROOFLINE):
-    name = kind.removeprefix(ROOFLINE)
-    require(name in hardware.HARDWARE, 'latency', kind,
-            f'{ROOFLINE!r} and one of {sorted(hardware.HARDWARE)}')
-    return functools.partial(_roofline, config, name, host_s)
+  for start in (ROOFLINE, PEAKS):
+    if kind.startswith(start):
+      gpu = kind.removeprefix(start)
+      require(gpu in hardware.HARDWARE, 'latency', kind,
+              f'{start!r} and one of {sorted(hardware.HARDWARE)}')
+      device = hardware.HARDWARE[gpu]
+      return functools.partial(
+          _roofline, config, device,
+          device.shares if start == ROOFLINE else hardware.Shares(), host_s)
   if kind.startswith(TABLES):
     return functools.partial(
         _of_table, _table_of(kind, config).latencies, host_s)
@@ -200,7 +214,13 @@ def named(kind: str, config: ModelConfig,
 
 
 def caveat(kind: str) -> str:
-  """What a search over the latencies of a file leaves out; '' if nothing."""
+  """What to know of latencies before believing a search; '' if nothing."""
+  device = device_of(kind)
+  if device and kind.startswith(ROOFLINE):
+    return f'{kind}: {device.shares}, {hardware.SHARES_SOURCE}.'
+  if kind.startswith(PEAKS):
+    return (f'{kind}: every operation at the peaks of the data sheet is a '
+            f'bound: served steps took about twice as long ({ROOFLINE}).')
   if not is_file(kind):
     return ''
   shared = load(kind).contention
@@ -249,8 +269,8 @@ def _of_table(latencies, host_s, plan):
   return known and dataclasses.replace(known, host_s=host_s)
 
 
-def _roofline(config, name, host_s, plan):
-  return roofline.Roofline(config, hardware.HARDWARE[name], plan.tp, plan.pp,
+def _roofline(config, device, shares, host_s, plan):
+  return roofline.Roofline(config, device, plan.tp, plan.pp, shares=shares,
                            host_s=host_s)
 
 

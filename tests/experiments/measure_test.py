@@ -198,11 +198,11 @@ def test_a_live_engine_from_cells_to_files(tmp_path):
   for part in ('L_m', 'largest decode batch', 'worst', 'Appendix A',
                'measured ms', 'decode beside prefill'):
     assert part in text.getvalue()
-  shares = measure.fit_shares(cells, CONFIG, loaded.config, 'a100-80g')
-  assert 0 < shares.compute <= 1 and 0 < shares.memory <= 1
-  measure.show_shares(Console(file=text, width=100), shares, cells)
+  fitted = measure.fit_roofline(cells, CONFIG, loaded.config, 'a100-80g')
+  assert all(0 < x <= 1 for x in fitted.shares[:3])
+  measure.show_roofline(Console(file=text, width=100), fitted, cells)
   assert 'of the operations' in text.getvalue()
-  more = measure.predict(profile, cells, shares, (Plan(2, 2), Plan()))
+  more = measure.predict(profile, cells, fitted, (Plan(2, 2), Plan()))
   assert more.latencies[Plan()] == model  # what is measured stays
   assert more.latencies[Plan(2, 2)].buckets == model.buckets
   profiles.save(path, more)

@@ -17,6 +17,7 @@ from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Plan
 from dsjax.simulation import hardware, latency, profiles, roofline
 from dsjax.simulation.contention import Contention
+from dsjax.simulation.hardware import Shares
 from dsjax.simulation.latency import Affine, Buckets, Link
 from dsjax.simulation.profiles import Profile
 from dsjax.simulation.roofline import Roofline
@@ -183,12 +184,16 @@ def test_grouped_heads_read_less_and_replicas_do_not_shrink():
 def test_shares_of_the_peaks_and_messages():
   c, pieces = zoo.config('opt-13b'), ((0, 512),)
   base_s = Roofline(c, A100).prefill_s(pieces)
-  half = Roofline(c, A100, compute=0.5, memory=0.5, step_s=0.25)
-  assert half.prefill_s(pieces) == pytest.approx(2 * base_s + 0.25)
-  piped = Roofline(c, A100, pp=3, message_s=0.5, pipe_bytes_per_s=1e9)
+  half = Roofline(c, A100, shares=Shares(0.5, 0.5, 0.5, 0.25))
+  assert half.prefill_s(pieces) == pytest.approx(2 * base_s + 40 * 0.25)
+  half = dataclasses.replace(half, pp=3)
+  assert half.prefill_s(pieces) == pytest.approx(
+      2 * base_s + 40 * 0.25 + 2 * 512 * 5120 * 2 / 150e9)
+  apart = Shares(message_s=0.5)
+  piped = Roofline(c, A100, pp=3, shares=apart, pipe_bytes_per_s=1e9)
   assert piped.prefill_s(pieces) - base_s == pytest.approx(
       2 * (0.5 + 512 * 5120 * 2 / 1e9))
-  two = Roofline(c, A100, tp=2, message_s=1e-3)
+  two = Roofline(c, A100, tp=2, shares=Shares(message_s=1e-3))
   assert two.prefill_s(pieces) == pytest.approx(
       base_s / 2 + 80 * (512 * 5120 * 2 / 300e9 + 1e-3), rel=1e-6)
 
@@ -301,7 +306,8 @@ def test_link():
     (lambda: Affine((1, 2, 3), (1, 2, 3), host_s=-1), 'Affine.host_s'),
     (lambda: Affine((1, 2, 3), (1, 2, 3), buckets=Buckets((4, 2))),
      'buckets.tokens'),
-    (lambda: Roofline(MOE, A100, compute=0), 'Roofline.compute'),
+    (lambda: Roofline(MOE, A100, shares=Shares(link=0)), 'shares.link'),
+    (lambda: Roofline(MOE, A100, shares=Shares(layer_s=-1)), 'shares.layer_s'),
     (lambda: Link(0, 0, 1), 'Link.bytes_per_s')])
 def test_bad_constants_are_named(make, part):
   with pytest.raises(InputError, match=part):
