@@ -57,10 +57,7 @@ from experiments.common import cli, policies
 
 MAX_SEQS = candidates.SearchProblem.max_seqs
 CLUSTER = dict(nodes=('nodes', 1), devices=('devices_per_node', 1),
-               memory_gb=('memory_bytes', 1e9),
-               intra_gb_per_s=('intra_bytes_per_s', 1e9),
-               inter_gb_per_s=('inter_bytes_per_s', 1e9),
-               hand_off_ms=('hand_off_s', 1e-3))
+               **cli.CLUSTER, hand_off_ms=('hand_off_s', 1e-3))
 
 
 FLAGS = {
@@ -69,7 +66,7 @@ FLAGS = {
                         .join(CLUSTER) + '.', str),
     'nodes': cli.Flag(1, 'Nodes.', low=1),
     'devices': cli.Flag(candidates.DEVICES, 'Devices a node.', low=1),
-    **cli.FULL_NODE,
+    **dict.fromkeys(cli.CLUSTER),
     'hand_off_ms': cli.Flag(1e3 * Cluster.hand_off_s, 'Fixed part of a KV '
                             'transfer.'),
     'ttft_s': 0.25, 'tpot_s': 0.1, 'target': 0.9,
@@ -97,8 +94,8 @@ FLAGS = {
 }
 
 
-def read_cluster(path):
-  """A placement.Cluster from a JSON file.
+def read_cluster(path, latency):
+  """A placement.Cluster from a JSON file; the rest as the latencies say.
 
   Raises:
     InputError naming the file and the field.
@@ -109,7 +106,7 @@ def read_cluster(path):
   for field in data:
     require(field in known, f'{path}: field', field, f'one of {known}')
   try:
-    return Cluster(**data)
+    return Cluster.of(latency, **data)
   except InputError as error:
     raise InputError(f'{path}: {error}') from error
 
@@ -120,10 +117,8 @@ def _cluster(options):
   if options.cluster:
     require(not given, '--cluster', options.cluster,
             f'without --{", --".join(given)}')
-    return read_cluster(options.cluster)
-  return Cluster(**{
-      field: getattr(options, name) * unit
-      for name, (field, unit) in CLUSTER.items()})
+    return read_cluster(options.cluster, options.latency)
+  return Cluster.of(options.latency, **cli.fields(options, CLUSTER))
 
 
 def _rate(row):
