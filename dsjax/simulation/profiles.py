@@ -26,7 +26,6 @@ from dsjax.simulation.contention import Contention
 from dsjax.simulation.latency import Affine, Buckets, Latency, Link
 
 TABLES, ROOFLINE, PEAKS = 'tables:', 'roofline:', 'roofline-peaks:'
-KINDS = ('prefill', 'decode', 'mixed')  # of steps
 _FOLDER = pathlib.Path(__file__).with_name('tables')
 
 
@@ -295,7 +294,8 @@ def _fields(path, where, value, needed=(), more=None):
 
 def _errors(path, where, kinds):
   """{kind: (mean, worst)} of a file."""
-  for kind, pair in _fields(path, where, kinds, (), KINDS).items():
+  for kind, pair in _fields(path, where, kinds, (),
+                            ('prefill', 'decode', 'mixed')).items():
     if not (isinstance(pair, list) and len(pair) == 2
             and all(map(is_nonnegative, pair))):
       raise InputError(f'{path}: {where}.{kind}={pair!r}: must be [mean, '
