@@ -9,6 +9,10 @@ dsjax.runtime.profiling says.
 together reach (a Roofline), and --predict=4x1,8x1 adds to the file what other
 plans would take at these shares, so that a search may consider them.
 
+--from=cells.csv takes the steps from a file, timed on any engine: columns
+tokens (of a prompt), batch, context (of its rows, all together), seconds, and
+plan where it is not 1x1. --model then only names the model.
+
 Files in --out: latency-DEVICE-MODEL.json (dsjax.simulation.profiles.load reads
 it), cells-DEVICE-MODEL.jsonl (every cell, measured and fitted),
 latency-....png.
@@ -20,6 +24,7 @@ them. Exit codes: 0; 2 for bad input; 130 when stopped by Ctrl-C.
 as --set=max_len=512.
 """
 
+import csv
 import dataclasses
 import json
 import math
@@ -34,7 +39,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 import dsjax
-from dsjax.config.checks import require
+from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Plan
 from dsjax.runtime import profiling
 from dsjax.simulation import (
@@ -51,6 +56,7 @@ from experiments.common import overrides as configs
 FLAGS = {
     'model': cli.Flag('smollm2-135m-instruct', 'See dsjax.load.'),
     'out': None,
+    'from': cli.Flag('', 'A CSV of steps timed elsewhere, to fit.'),
     'plans': cli.Flag(['1x1'], 'Plans TPxPP to measure.'),
     'hardware': cli.Flag('', 'The device, for a Roofline of all plans.',
                          choices=('', *sorted(hardware.HARDWARE))),
@@ -64,20 +70,81 @@ FLAGS = {
 }
 
 
-def fit_shares(cells, config, model_config, name):
+def _number(where, row, name, whole=True):
+  """A number of a row of a CSV, 0 or more."""
+  try:
+    value = (int if whole else float)(row[name])
+  except (TypeError, ValueError):
+    value = None
+  require(value is not None and 0 <= value < math.inf, f'{where}: {name}',
+          row[name], 'a whole number of 0 or more' if whole else
+          'a number of 0 or more')
+  return value
+
+
+def read_cells(path):
+  """{Plan: Cells} of a CSV (see above).
+
+  Raises:
+    InputError naming the file, the line and the column.
+  """
+  columns = ('tokens', 'batch', 'context', 'seconds')
+  try:
+    lines = pathlib.Path(path).read_text(encoding='utf-8-sig').splitlines()
+  except (OSError, ValueError) as error:
+    raise InputError(f'{path}: cannot be read: {error}') from error
+  reader = csv.DictReader(lines, restval='')
+  require(set(columns) <= set(reader.fieldnames or ()), f'{path}: columns',
+          reader.fieldnames, f'{columns}, and plan if there are several')
+  cells = {}
+  for row in reader:
+    where = f'{path}: line {reader.line_num}'
+    plan = Plan.parse(row.get('plan') or '1x1', f'{where}: plan')
+    tokens, batch = (_number(where, row, name) for name in columns[:2])
+    context, seconds = (_number(where, row, name, False)
+                        for name in columns[2:])
+    require(tokens or batch, f'{where}: tokens', tokens,
+            'above 0 where batch is 0')
+    require(seconds > 0, f'{where}: seconds', seconds, 'above 0')
+    cells.setdefault(plan, []).append(fitting.Cell(
+        ((0, tokens),) if tokens else (), batch, context, seconds))
+  require(cells, f'{path}: rows', 0, 'at least one')
+  return cells
+
+
+def fit_file(path, model, device):
+  """(Profile, {Plan: Cells}) of steps that were timed elsewhere."""
+  cells = read_cells(path)
+  latencies = {}
+  for plan, own in cells.items():
+    try:
+      latencies[plan] = fitting.fit_affine(own, pp=plan.pp)
+    except InputError as error:
+      raise InputError(f'{path}: plan {plan}: {error}') from error
+  return profiles.Profile(
+      model, device, latencies, source=f'fitted to {pathlib.Path(path).name}',
+      errors={plan: {kind: (r.mape, r.worst) for kind, r in
+                     fitting.residuals(latencies[plan], own).items()}
+              for plan, own in cells.items()}), cells
+
+
+def fit_roofline(cells, config, model_config, name):
   """The Roofline of the device `name` that the cells of all plans reach."""
-  return roofline_fit.fit_roofline(cells, roofline.Roofline(
+  peaks = roofline.Roofline(
       model_config, hardware.HARDWARE[name],
       itemsize=np.dtype(config.dtype).itemsize,
-      kv_itemsize=np.dtype(config.kv_dtype_of('decode')).itemsize))
+      kv_itemsize=np.dtype(config.kv_dtype_of('decode')).itemsize)
+  return dataclasses.replace(peaks, shares=roofline_fit.fit_shares([
+      (dataclasses.replace(peaks, tp=plan.tp, pp=plan.pp), own)
+      for plan, own in cells.items()]))
 
 
-def predict(profile, cells, shares, plans):
+def predict(profile, cells, fitted, plans):
   """The Profile with Affines of further plans, from a Roofline."""
   measured = list(profile.latencies.values())
   host_s = statistics.median(model.host_s for model in measured)
   predicted = {plan: roofline_fit.affine_of(
-      shares, plan, next(iter(cells.values())), measured[0].buckets, host_s)
+      fitted, plan, next(iter(cells.values())), measured[0].buckets, host_s)
                for plan in plans}
   names = ', '.join(map(str, plans))
   return dataclasses.replace(
@@ -99,6 +166,13 @@ def _say(cell):
   return ' + '.join(parts)
 
 
+def show_errors(console, model, cells):
+  """The errors of a fit, by kind of step."""
+  for kind, r in fitting.residuals(model, cells).items():
+    console.print(f'  {kind}: mean error {r.mape:.1%} of {r.count} cells, '
+                  f'worst {r.worst:.1%} at {_say(r.cell)}', highlight=False)
+
+
 def show(console, profile, cells, tpot_s, config, model_config):
   """Tables: every cell, and what follows from the fits."""
   max_len = config.max_len
@@ -112,9 +186,7 @@ def show(console, profile, cells, tpot_s, config, model_config):
       table.add_row(c.kind, _say(c), f'{1e3 * c.seconds:.3f}',
                     f'{1e3 * fitted:.3f}', f'{fitted / c.seconds - 1:+.1%}')
     console.print(table)
-    for kind, r in fitting.residuals(model, cells[plan]).items():
-      console.print(f'  {kind}: mean error {r.mape:.1%} of {r.count} cells, '
-                    f'worst {r.worst:.1%} at {_say(r.cell)}', highlight=False)
+    show_errors(console, model, cells[plan])
     paper = latency.appendix_a(model_config, fitting.fit_appendix_a(
         cells[plan], model_config))
     alone = [c for c in cells[plan] if c.kind != 'mixed']
@@ -141,15 +213,12 @@ def show(console, profile, cells, tpot_s, config, model_config):
                   highlight=False, soft_wrap=True)
 
 
-def show_shares(console, shares, cells):
-  """A Roofline in words, and its error for each measured plan."""
-  console.print(
-      f'Shares of the peaks of {shares.hardware.name}: '
-      f'{100 * shares.compute:.3g} % of the operations, '
-      f'{100 * shares.memory:.3g} % of the bytes, '
-      f'{1e3 * shares.step_s:.3f} ms a step', highlight=False)
+def show_roofline(console, fitted, cells):
+  """The shares of a Roofline, and its error for each measured plan."""
+  console.print(f'Shares of the peaks of {fitted.hardware.name}: '
+                f'{fitted.shares}', highlight=False)
   for plan, own in cells.items():
-    model = dataclasses.replace(shares, tp=plan.tp, pp=plan.pp)
+    model = dataclasses.replace(fitted, tp=plan.tp, pp=plan.pp)
     console.print(f'  plan {plan}: mean error ' + ', '.join(
         f'{kind} {r.mape:.1%}' for kind, r in
         fitting.residuals(model, own).items()), highlight=False)
@@ -264,8 +333,18 @@ def reporter(bar, halt):
 
 
 def run(options, console):
-  """Measures, shows and writes."""
+  """Measures, or reads, then shows and writes."""
   require(options.out, '--out', options.out, 'a folder')
+  name, path = pathlib.Path(options.model).name, getattr(options, 'from')
+  if path:
+    require(not options.predict, '--predict', options.predict,
+            'left out with --from')
+    profile, cells = fit_file(path, name, options.hardware or 'own')
+    for plan, model in profile.latencies.items():
+      console.print(f'plan {plan}')
+      show_errors(console, model, cells[plan])
+    console.print(f'wrote {write(options.out, profile, cells)}')
+    return 0
   tpot_s = options.tpot_s
   require(math.isfinite(tpot_s) and tpot_s > 0, '--tpot_s', tpot_s,
           'seconds above 0')
@@ -283,13 +362,13 @@ def run(options, console):
       console=console, transient=True) as bar:
     profile, cells = profiling.measure(
         loaded, plans, config, options.rounds, options.points,
-        reporter(bar, interrupts.halt), pathlib.Path(options.model).name)
+        reporter(bar, interrupts.halt), name)
   show(console, profile, cells, tpot_s, config, loaded.config)
   if options.hardware:
-    shares = fit_shares(cells, config, loaded.config, options.hardware)
-    show_shares(console, shares, cells)
+    fitted = fit_roofline(cells, config, loaded.config, options.hardware)
+    show_roofline(console, fitted, cells)
     if further:
-      profile = predict(profile, cells, shares, further)
+      profile = predict(profile, cells, fitted, further)
   busy = others.cores()
   if busy is not None and busy > 0.2:
     console.print(f'Other programs used {busy:.1f} cores meanwhile: these '

@@ -4,8 +4,10 @@
     --ttft_s=0.25 --tpot_s=0.1 --lengths=sharegpt --out=out/place
 
 Seconds of a step come from --latency: 'published' (DistServe's A100 profiles
-of OPT-13B and 66B), 'roofline:a100-80g' and the like (shapes against peaks:
-hardware without measurements), or a file that experiments.measure wrote.
+of OPT-13B and 66B), 'tables:h100-80g' and the like (operators measured on that
+GPU; Llama 3 8B and 70B, Qwen3 32B), 'roofline:h100-80g' and the like (any
+model's shape against the GPU's rates), or a file that experiments.measure
+wrote.
 Lengths are a mixture of dsjax.workload.traffic (sharegpt, humaneval,
 longbench) or a file of dsjax.workload (CSV, JSONL). The cluster is --nodes and
 so on, or a JSON file with the fields of dsjax.placement.candidates.Cluster.
@@ -54,10 +56,7 @@ from experiments.common import cli, pictures, policies, provenance
 
 MAX_SEQS = candidates.SearchProblem.max_seqs
 CLUSTER = dict(nodes=('nodes', 1), devices=('devices_per_node', 1),
-               memory_gb=('memory_bytes', 1e9),
-               intra_gb_per_s=('intra_bytes_per_s', 1e9),
-               inter_gb_per_s=('inter_bytes_per_s', 1e9),
-               hand_off_ms=('hand_off_s', 1e-3))
+               **cli.CLUSTER, hand_off_ms=('hand_off_s', 1e-3))
 
 
 FLAGS = {
@@ -66,7 +65,7 @@ FLAGS = {
                         .join(CLUSTER) + '.', str),
     'nodes': cli.Flag(1, 'Nodes.', low=1),
     'devices': cli.Flag(candidates.DEVICES, 'Devices a node.', low=1),
-    **cli.FULL_NODE,
+    **dict.fromkeys(cli.CLUSTER),
     'hand_off_ms': cli.Flag(1e3 * Cluster.hand_off_s, 'Fixed part of a KV '
                             'transfer.'),
     'ttft_s': 0.25, 'tpot_s': 0.1, 'target': 0.9,
@@ -93,8 +92,8 @@ FLAGS = {
 }
 
 
-def read_cluster(path):
-  """A placement.Cluster from a JSON file.
+def read_cluster(path, latency):
+  """A placement.Cluster from a JSON file; the rest as the latencies say.
 
   Raises:
     InputError naming the file and the field.
@@ -105,7 +104,7 @@ def read_cluster(path):
   for field in data:
     require(field in known, f'{path}: field', field, f'one of {known}')
   try:
-    return Cluster(**data)
+    return Cluster.of(latency, **data)
   except InputError as error:
     raise InputError(f'{path}: {error}') from error
 
@@ -116,10 +115,8 @@ def _cluster(options):
   if options.cluster:
     require(not given, '--cluster', options.cluster,
             f'without --{", --".join(given)}')
-    return read_cluster(options.cluster)
-  return Cluster(**{
-      field: getattr(options, name) * unit
-      for name, (field, unit) in CLUSTER.items()})
+    return read_cluster(options.cluster, options.latency)
+  return Cluster.of(options.latency, **cli.fields(options, CLUSTER))
 
 
 def _rate(row):

@@ -79,7 +79,7 @@ FLAGS = {
     'per_device': cli.Flag(False, 'Rates are for each device.'),
     'ttft_s': 0.25, 'tpot_s': 0.1, 'target': 0.9, 'lengths': 'sharegpt',
     'process': 'poisson', 'cv': 1.0, 'latency': 'published', 'host_ms': 2.0,
-    **cli.FULL_NODE,
+    **dict.fromkeys(cli.CLUSTER),
     'policy': cli.Flag('distserve', 'path.py:name, a dsjax.Policy of your own; '
                        'several with commas between.'),
     'aligned': cli.Flag(True, 'KV moves inside a node.'),
@@ -171,9 +171,8 @@ def problem(options, placements, policy, seed):
       cut=options.cut, chunks=cli.token_budgets(
           '--chunks', options.chunks, candidates.SearchProblem.max_seqs),
       policy=policies.load(policy),
-      cluster=Cluster(1, most, options.memory_gb * 1e9,
-                      options.intra_gb_per_s * 1e9,
-                      options.inter_gb_per_s * 1e9))
+      cluster=Cluster.of(options.latency, devices_per_node=most,
+                         **cli.fields(options, cli.CLUSTER)))
 
 
 def check_floor(built, records, slo, target):

@@ -129,7 +129,7 @@ def make_problem(model: str | ModelConfig = 'opt-13b', slo: Slo = SLO,
             + f' ({source.beyond(context)} of {len(source.entries)} requests '
             'are longer): cut=True (--cut) cuts them')
   return SearchProblem(
-      config, cluster or Cluster(), slo, source,
+      config, cluster or Cluster.of(latency), slo, source,
       latency_of(latency, config, host_ms), links=_links(latency),
       max_len=max_len or source.longest, **more)
 
@@ -209,7 +209,8 @@ def simulate(placement: Placement | str, model: str | ModelConfig = 'opt-13b',
     requests: how many; the first fifth counts in no statistic.
     process, cv: of arrivals; see workload.named.arrivals_of.
     seed: of lengths and arrivals.
-    cluster: memory of a device and speed of a KV transfer.
+    cluster: memory of a device and speed of a KV transfer; None: those of
+      the device that latency names (Cluster.of).
     aligned: KV moves inside a node.
     chunk: token budget of a chunked placement.
     depth, run_ahead: see scheduler.Config; None for what the role suggests.
@@ -390,7 +391,8 @@ def search(model: str | ModelConfig = 'opt-13b', *,
     model, slo, lengths, latency, process, cv, seed, host_ms, max_len, cut,
       max_seqs: see simulate.
     devices: of each node; nodes: how many. cluster: instead of both, with
-      the memory of a device and the speed of KV transfers.
+      the memory of a device and the speed of KV transfers; else those of the
+      device that latency names (Cluster.of).
     target: share of requests that must meet both objectives.
     requests: simulated at a rate, at first; four times as many at most.
     tolerance: of the rate, where a candidate's search ends.
@@ -420,7 +422,9 @@ def search(model: str | ModelConfig = 'opt-13b', *,
             f'one of {sorted(ALGORITHMS)}')
   problem = make_problem(
       model, slo, lengths, latency,
-      cluster=cluster or Cluster(nodes, devices), max_len=max_len, cut=cut,
+      cluster=cluster or Cluster.of(latency, nodes=nodes,
+                                    devices_per_node=devices),
+      max_len=max_len, cut=cut,
       process=process, cv=cv, seed=seed, host_ms=host_ms, target=target,
       chunks=tuple(chunks), requests=requests, most_requests=4 * requests,
       tolerance=tolerance, effort=effort, replicas=replicas,

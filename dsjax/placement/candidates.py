@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Self
 
 from dsjax.config import checks
 from dsjax.config.checks import InputError, require
@@ -12,7 +13,7 @@ from dsjax.config.request import Request
 from dsjax.placement.bounds import Lengths
 from dsjax.scheduling import page_pool, scheduler
 from dsjax.scheduling.policy import DISTSERVE, Policy
-from dsjax.simulation import latency, roofline
+from dsjax.simulation import hardware, latency, profiles, roofline
 from dsjax.workload.named import Source
 
 # (rate_per_s, n) -> n Requests; None: at a trace's own times.
@@ -23,14 +24,13 @@ LatencyOf = Callable[[Plan], latency.Latency | None]
 # Of a device's memory: the share that is used, and what of it neither weights
 # nor KV get (0.95 and 0.8 GB in DistServe's released table).
 USABLE, RESERVE_BYTES = 0.95, 0.8 * 2**30
-A100_BYTES = 85e9  # what an "80 GB" A100 reports: 79.15 GiB
 # What a caller who does not say gets, here and in the runners.
 DEVICES, CHUNK, CHUNKS = 3, 512, (512, 1024, 2048)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-  """Nodes of equal devices.
+  """Nodes of equal devices; the paper's, where nothing is said.
 
   Attributes:
     nodes, devices_per_node: how many.
@@ -42,9 +42,9 @@ class Cluster:
 
   nodes: int = 1
   devices_per_node: int = 8
-  memory_bytes: float = A100_BYTES
-  intra_bytes_per_s: float = 300e9
-  inter_bytes_per_s: float = 25e9 / 8
+  memory_bytes: float = hardware.HARDWARE['a100-80g'].memory_bytes
+  intra_bytes_per_s: float = hardware.HARDWARE['a100-80g'].link_bytes_per_s
+  inter_bytes_per_s: float = hardware.PAPER_NODE_BYTES_PER_S
   hand_off_s: float = 1e-3
   reads_beside: bool = False
 
@@ -65,6 +65,22 @@ class Cluster:
   @property
   def num_devices(self) -> int:
     return self.nodes * self.devices_per_node
+
+  @classmethod
+  def of(cls, named: object, **given: Any) -> Self:
+    """The Cluster of the device that latencies are of.
+
+    Args:
+      named: 'tables:h100-80g', 'roofline:...' or 'roofline-peaks:...' gives
+        memory and links of that device; anything else those of the paper.
+      given: fields that replace these.
+    """
+    device = profiles.device_of(named) if isinstance(named, str) else None
+    known: dict[str, Any] = {} if device is None else dict(
+        memory_bytes=device.memory_bytes,
+        intra_bytes_per_s=device.link_bytes_per_s,
+        inter_bytes_per_s=device.node_bytes_per_s)
+    return cls(**known | given)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,30 +15,94 @@ from dsjax.config.checks import require
 from dsjax.config.placement import Plan
 from dsjax.simulation.latency import Affine
 
-GIGA, TERA, MS = 1e9, 1e12, 1e-3
+GIGA, TERA, MS, MICRO = 1e9, 1e12, 1e-3, 1e-6
+
+
+class Shares(NamedTuple):
+  """What measured steps reach of a device's peaks, and what they add.
+
+  The default is the peaks themselves: a bound of the time, not an estimate.
+
+  Attributes:
+    compute, memory, link: shares of the three rates, above 0.
+    layer_s: further seconds of a layer and step (norms, launches).
+    message_s: fixed seconds of an all-reduce or hop.
+  """
+
+  compute: float = 1.0
+  memory: float = 1.0
+  link: float = 1.0
+  layer_s: float = 0.0
+  message_s: float = 0.0
+
+  def __str__(self) -> str:
+    return (f'{100 * self.compute:.3g} % of the operations, '
+            f'{100 * self.memory:.3g} % of the bytes, '
+            f'{100 * self.link:.3g} % of the link, '
+            f'{1e6 * self.layer_s:.3g} us a layer and step')
 
 
 class Hardware(NamedTuple):
-  """Peaks of a device, dense 16-bit matrix products."""
+  """A device: its peaks, dense 16-bit matrix products, and what is reached.
+
+  Attributes:
+    memory_bytes: as the device reports it.
+    link_bytes_per_s, node_bytes_per_s: to devices of its node, and of other
+      nodes; one direction.
+    shares: fitted to measured operators, see SHARES_SOURCE.
+  """
 
   name: str
   flop_per_s: float
   bytes_per_s: float
   memory_bytes: float
-  link_bytes_per_s: float  # to devices of its node, one direction
+  link_bytes_per_s: float
+  node_bytes_per_s: float
   source: str
+  shares: Shares = Shares()
 
 
+# One set a GPU for Llama 3 8B and 70B and Qwen3 32B, tp 1 to 8, all cells;
+# least squares of the logarithms. L40S: tp 1 and 2.
+SHARES_SOURCE = (
+    "fitted to the operators of vLLM that dsjax's tables are made of "
+    '(aiconfigurator-core 0.12.0, Apache-2.0)')
 HARDWARE = {
     'a100-80g': Hardware(
-        'NVIDIA A100-SXM4-80GB', 312 * TERA, 2039 * GIGA, 80 * GIGA,
-        300 * GIGA, 'NVIDIA A100 data sheet: 312 TFLOP/s BF16 dense, 2,039 '
-        'GB/s, NVLink 600 GB/s both directions together'),
+        'NVIDIA A100-SXM4-80GB', 312 * TERA, 2039 * GIGA, 85 * GIGA,
+        300 * GIGA, 25 * GIGA, 'NVIDIA A100 data sheet: 312 TFLOP/s BF16 '
+        'dense, 2,039 GB/s, NVLink 600 GB/s both directions together; reports '
+        '79.15 GiB; a 200 Gb/s card a GPU',
+        Shares(.78, .75, .33, 73 * MICRO)),
     'h100-80g': Hardware(
-        'NVIDIA H100-SXM5-80GB', 989 * TERA, 3350 * GIGA, 80 * GIGA,
-        450 * GIGA, 'NVIDIA H100 data sheet: 1,979 TFLOP/s BF16 with '
-        'sparsity (half of it dense), 3.35 TB/s, NVLink 900 GB/s both '
-        'directions together'),
+        'NVIDIA H100-SXM5-80GB', 989 * TERA, 3350 * GIGA, 85 * GIGA,
+        450 * GIGA, 50 * GIGA, 'NVIDIA H100 data sheet: 1,979 TFLOP/s BF16 '
+        'with sparsity (half of it dense), 3.35 TB/s, NVLink 900 GB/s both '
+        'directions together; reports 79 GiB; a 400 Gb/s card a GPU',
+        Shares(.70, .90, .54, 54 * MICRO)),
+    'h200-141g': Hardware(
+        'NVIDIA H200-SXM-141GB', 989 * TERA, 4800 * GIGA, 150 * GIGA,
+        450 * GIGA, 50 * GIGA, 'NVIDIA H200 data sheet: the H100 with 4.8 '
+        'TB/s; reports 140 GiB; a 400 Gb/s card a GPU',
+        Shares(.71, .87, .60, 54 * MICRO)),
+    'b200-180g': Hardware(
+        'NVIDIA B200-SXM-180GB', 2250 * TERA, 8000 * GIGA, 191 * GIGA,
+        900 * GIGA, 100 * GIGA, 'NVIDIA HGX B200 data sheet: 4.5 PFLOP/s BF16 '
+        'with sparsity (half of it dense), 8 TB/s, NVLink 1.8 TB/s both '
+        'directions together; reports 178 GiB; an 800 Gb/s card a GPU',
+        Shares(.62, .92, .42, 51 * MICRO, 4.5 * MICRO)),
+    'gb200-186g': Hardware(
+        'NVIDIA GB200-186GB', 2500 * TERA, 8000 * GIGA, 186 * GIGA,
+        900 * GIGA, 900 * GIGA, 'NVIDIA GB200 NVL72 data sheet, of a GPU: 5 '
+        'PFLOP/s BF16 with sparsity (half of it dense), 8 TB/s, 186 GB, NVLink '
+        '1.8 TB/s both directions together, within the rack',
+        Shares(.62, .90, .47, 49 * MICRO)),
+    'l40s-48g': Hardware(
+        'NVIDIA L40S-48GB', 362 * TERA, 864 * GIGA, 48 * GIGA,
+        32 * GIGA, 50 * GIGA, 'NVIDIA L40S data sheet: 362 TFLOP/s BF16 '
+        'dense, 864 GB/s, 48 GB, PCIe 4.0 x16: 64 GB/s both directions '
+        'together; a 400 Gb/s card a GPU',
+        Shares(.57, .76, .51, 23 * MICRO)),
 }
 # Between the nodes of the paper's cluster (DistServe 6.1): 25 Gbps.
 PAPER_NODE_BYTES_PER_S = 25e9 / 8

@@ -1,4 +1,8 @@
-"""Latencies by name: published ones, rooflines, files of measured ones."""
+"""Latencies by name: published ones, tables, rooflines, files of measured ones.
+
+The tables (`tables/GPU_MODEL.json`, files as `save` writes them) come with
+dsjax: each names its source, and how far it is from that.
+"""
 
 import dataclasses
 import functools
@@ -8,14 +12,21 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from dsjax.config.checks import InputError, parse_json, require
+from dsjax.config import zoo
+from dsjax.config.checks import (
+    InputError,
+    is_nonnegative,
+    parse_json,
+    require,
+)
 from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Plan
 from dsjax.simulation import hardware, roofline
 from dsjax.simulation.contention import Contention
 from dsjax.simulation.latency import Affine, Buckets, Latency, Link
 
-ROOFLINE = 'roofline:'
+TABLES, ROOFLINE, PEAKS = 'tables:', 'roofline:', 'roofline-peaks:'
+_FOLDER = pathlib.Path(__file__).with_name('tables')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +35,8 @@ class Profile:
 
   latencies: {Plan: Affine}. links: {(Plan, Plan): Link}, prefill's plan to
   decode's. source: what measured it, in words. contention: of instances of
-  one device each, side by side; None: not measured.
+  one device each, side by side; None: not measured. errors: of the fit, by
+  plan and kind of step, relative: (their mean, the worst).
   """
 
   model: str
@@ -34,6 +46,8 @@ class Profile:
       default_factory=dict)
   source: str = ''
   contention: Contention | None = None
+  errors: dict[Plan, dict[str, tuple[float, float]]] = dataclasses.field(
+      default_factory=dict)
 
   def of(self, config: ModelConfig) -> Callable[[Plan], Affine | None]:
     """Its latencies by plan, None where it has none.
@@ -62,6 +76,9 @@ def as_json(profile: Profile) -> dict[str, Any]:
   if profile.contention:
     data['contention'] = {'>'.join(pair): factor for pair, factor in
                           profile.contention.factors.items()}
+  if profile.errors:
+    data['errors'] = {str(plan): kinds
+                      for plan, kinds in profile.errors.items()}
   return data
 
 
@@ -90,7 +107,7 @@ def load(path: str | pathlib.Path) -> Profile:
     InputError naming the file and the field.
   """
   data = _fields(path, '', read_json(path), ('model', 'device', 'latencies'),
-                 ('links', 'source', 'contention', 'made_by'))
+                 ('links', 'source', 'contention', 'errors', 'made_by'))
   for field in ('model', 'device', 'source'):
     if not isinstance(data.get(field, ''), str):
       raise InputError(f'{path}: {field}={data[field]!r}: must be text')
@@ -114,8 +131,11 @@ def load(path: str | pathlib.Path) -> Profile:
     contention = _made(path, 'contention', Contention, {'factors': {
         tuple(name.split('>')): factor for name, factor in _fields(
             path, 'contention', contention).items()}})
+  errors = {Plan.parse(name, f'{path}: errors'): _errors(
+      path, f'errors.{name}', kinds) for name, kinds in _fields(
+          path, 'errors', data.get('errors', {})).items()}
   return Profile(data['model'], data['device'], latencies, links,
-                 data.get('source', ''), contention)
+                 data.get('source', ''), contention, errors)
 
 
 # --- by name ------------------------------------------------------------------
@@ -123,7 +143,29 @@ def load(path: str | pathlib.Path) -> Profile:
 
 def is_file(kind: str) -> bool:
   """Whether a name of latencies is that of a file."""
-  return kind != 'published' and not kind.startswith(ROOFLINE)
+  return kind != 'published' and not kind.startswith(
+      (TABLES, ROOFLINE, PEAKS))
+
+
+def device_of(kind: str) -> hardware.Hardware | None:
+  """The device that a name of latencies tells; None: it tells none."""
+  start, _, gpu = kind.partition(':')
+  return (hardware.HARDWARE.get(gpu)
+          if start + ':' in (TABLES, ROOFLINE, PEAKS) else None)
+
+
+def tables() -> dict[str, list[str]]:
+  """{GPU: models} of the tables that come with dsjax."""
+  out: dict[str, list[str]] = {}
+  for path in sorted(_FOLDER.glob('*.json')):
+    gpu, _, model = path.stem.partition('_')
+    out.setdefault(gpu, []).append(model)
+  return out
+
+
+def table(gpu: str, model: str) -> Profile:
+  """One of the `tables`."""
+  return load(_FOLDER / f'{gpu}_{model}.json')
 
 
 def named(kind: str, config: ModelConfig,
@@ -134,8 +176,11 @@ def named(kind: str, config: ModelConfig,
 
   Args:
     kind: 'published' (DistServe's A100 profiles of OPT-13B and OPT-66B),
-      'roofline:a100-80g' and the like (shapes against peaks), or a file that
-      `save` wrote.
+      'tables:h100-80g' and the like (operators measured on that GPU, summed;
+      of `tables`, for every model of the same shape), 'roofline:h100-80g' and
+      the like (any model's shape against what such operators reach of the
+      peaks), 'roofline-peaks:h100-80g' (against the peaks themselves: a
+      bound), or a file that `save` wrote.
     host_s: the host's time between steps, where kind does not say.
 
   Raises:
@@ -146,16 +191,25 @@ def named(kind: str, config: ModelConfig,
     require(config.name in models, 'latency', kind,
             f'another for {config.name}: published are {", ".join(models)}; '
             f"{ROOFLINE}NAME, of {sorted(hardware.HARDWARE)}, takes any model, "
-            'and so does a file that experiments.measure wrote of it')
+            f'{TABLES}NAME those of {_models()}, and so does a file that '
+            'experiments.measure wrote of it')
     return functools.partial(_published, config.name, host_s)
-  if kind.startswith(ROOFLINE):
-    name = kind.removeprefix(ROOFLINE)
-    require(name in hardware.HARDWARE, 'latency', kind,
-            f'{ROOFLINE!r} and one of {sorted(hardware.HARDWARE)}')
-    return functools.partial(_roofline, config, name, host_s)
+  for start in (ROOFLINE, PEAKS):
+    if kind.startswith(start):
+      gpu = kind.removeprefix(start)
+      require(gpu in hardware.HARDWARE, 'latency', kind,
+              f'{start!r} and one of {sorted(hardware.HARDWARE)}')
+      device = hardware.HARDWARE[gpu]
+      return functools.partial(
+          _roofline, config, device,
+          device.shares if start == ROOFLINE else hardware.Shares(), host_s)
+  if kind.startswith(TABLES):
+    return functools.partial(
+        _of_table, _table_of(kind, config).latencies, host_s)
   require(pathlib.Path(kind).is_file(), 'latency', kind,
-          f"'published', {ROOFLINE!r} and one of {sorted(hardware.HARDWARE)}, "
-          'or a file of measured latencies')
+          f"'published', {TABLES!r} and one of {sorted(tables())}, "
+          f'{ROOFLINE!r} and one of {sorted(hardware.HARDWARE)}, or a file of '
+          'measured latencies')
   try:
     return load(kind).of(config)
   except InputError as error:
@@ -164,7 +218,13 @@ def named(kind: str, config: ModelConfig,
 
 
 def caveat(kind: str) -> str:
-  """What a search over the latencies of a file leaves out; '' if nothing."""
+  """What to know of latencies before believing a search; '' if nothing."""
+  device = device_of(kind)
+  if device and kind.startswith(ROOFLINE):
+    return f'{kind}: {device.shares}, {hardware.SHARES_SOURCE}.'
+  if kind.startswith(PEAKS):
+    return (f'{kind}: every operation at the peaks of the data sheet is a '
+            f'bound: served steps took about twice as long ({ROOFLINE}).')
   if not is_file(kind):
     return ''
   shared = load(kind).contention
@@ -183,8 +243,38 @@ def _published(model, host_s, plan):
     return None
 
 
-def _roofline(config, name, host_s, plan):
-  return roofline.Roofline(config, hardware.HARDWARE[name], plan.tp, plan.pp,
+def _models():
+  return ', '.join(sorted(set().union(*tables().values())))
+
+
+def _shape(config):
+  """What a step's seconds depend on: not names, positions, constants."""
+  return (config.num_layers, config.num_heads, config.num_kv_heads,
+          config.windows, config.experts_per_token,
+          *((leaf, config.leaf_shape(leaf))
+            for leaf in (*config.layer_leaves, *config.top_leaves)))
+
+
+def _table_of(kind, config):
+  """The Profile of 'tables:GPU' for a model of this shape."""
+  gpu, known = kind.removeprefix(TABLES), tables()
+  require(gpu in known, 'latency', kind, f'{TABLES!r} and one of '
+          f'{sorted(known)}, each of {_models()}')
+  of_shape = [model for model in known[gpu]
+              if _shape(zoo.config(model)) == _shape(config)]
+  require(of_shape, 'latency', kind,
+          f'another for {config.name}: {kind} has {", ".join(known[gpu])} and '
+          f'models of their shapes; {ROOFLINE}{gpu} takes any model')
+  return table(gpu, of_shape[0])
+
+
+def _of_table(latencies, host_s, plan):
+  known = latencies.get(plan)
+  return known and dataclasses.replace(known, host_s=host_s)
+
+
+def _roofline(config, device, shares, host_s, plan):
+  return roofline.Roofline(config, device, plan.tp, plan.pp, shares=shares,
                            host_s=host_s)
 
 
@@ -205,6 +295,17 @@ def _fields(path, where, value, needed=(), more=None):
       raise InputError(f'{path}: {dot}{field}: is not known: must be one of '
                        f'{known}')
   return value
+
+
+def _errors(path, where, kinds):
+  """{kind: (mean, worst)} of a file."""
+  for kind, pair in _fields(path, where, kinds, (),
+                            ('prefill', 'decode', 'mixed')).items():
+    if not (isinstance(pair, list) and len(pair) == 2
+            and all(map(is_nonnegative, pair))):
+      raise InputError(f'{path}: {where}.{kind}={pair!r}: must be [mean, '
+                       'worst], each 0 or more')
+  return {kind: tuple(pair) for kind, pair in kinds.items()}
 
 
 def _made(path, where, kind, value):

@@ -13,7 +13,7 @@ from dsjax.config.checks import (
     require,
 )
 from dsjax.config.model import ModelConfig
-from dsjax.simulation.hardware import Hardware
+from dsjax.simulation.hardware import Hardware, Shares
 from dsjax.simulation.latency import Pieces, check_common
 
 
@@ -105,10 +105,9 @@ class Roofline:
 
   Attributes:
     itemsize, kv_itemsize: bytes of a weight or activation; of a cached value.
-    compute, memory: the shares of the peaks that are reached; 1 is a floor
-      of the time, not an estimate.
-    step_s: fixed seconds of a step. message_s: of an all-reduce or hop.
-    pipe_bytes_per_s: between stages; None: the device's link.
+    shares: what is reached of the peaks; the default is a floor of the time,
+      not an estimate.
+    pipe_bytes_per_s: between stages; None: as over the device's link.
   """
 
   config: ModelConfig
@@ -117,27 +116,27 @@ class Roofline:
   pp: int = 1
   itemsize: int = 2
   kv_itemsize: float = 2
-  compute: float = 1.0
-  memory: float = 1.0
-  step_s: float = 0.0
+  shares: Shares = Shares()
   host_s: float = 0.0
-  message_s: float = 0.0
   pipe_bytes_per_s: float | None = None
 
   def __post_init__(self):
     check_common(self)
     require(is_positive_int(self.tp), 'Roofline.tp', self.tp, '1 or more')
-    for field in ('itemsize', 'kv_itemsize', 'compute', 'memory'):
+    for field in ('itemsize', 'kv_itemsize'):
       value = getattr(self, field)
       require(is_positive(value), f'Roofline.{field}', value, 'above 0')
-    for field in ('step_s', 'message_s'):
-      value = getattr(self, field)
-      require(is_nonnegative(value), f'Roofline.{field}', value, '0 or more')
+    for field, value in self.shares._asdict().items():
+      rate = not field.endswith('_s')
+      require(is_positive(value) if rate else is_nonnegative(value),
+              f'Roofline.shares.{field}', value,
+              'above 0' if rate else '0 or more')
 
   def parts(
       self, pieces: Pieces, batch: int, context: float
-  ) -> tuple[tuple[tuple[float, float], ...], float]:
-    """((operations, bytes), ...) of a device, and its seconds of messages.
+  ) -> tuple[tuple[tuple[float, float], ...], float, float]:
+    """((operations, bytes), ...) of a device; bytes over its link; seconds
+    of messages besides.
 
     Each pair takes the longer of the two; pieces, batch, context: of a step.
     """
@@ -150,17 +149,18 @@ class Roofline:
     pairs, keys = attended(c, pieces)
     reads = c.num_layers * context
     moved = tokens * c.d_model * self.itemsize
-    link = self.hardware.link_bytes_per_s
-    messages_s = (self.pp - 1) * (
-        moved / (self.pipe_bytes_per_s or link) + self.message_s)
-    if tp > 1:
-      messages_s += 2 * c.num_layers * (
-          2 * (tp - 1) / tp * moved / link + self.message_s)
+    layers = 2 * c.num_layers * (tp > 1)
+    linked = layers * 2 * (tp - 1) / tp * moved
+    fixed_s = self.shares.message_s * (layers + self.pp - 1)
+    if self.pipe_bytes_per_s is None:
+      linked += (self.pp - 1) * moved
+    else:
+      fixed_s += (self.pp - 1) * moved / self.pipe_bytes_per_s
     return ((tokens * layer_flops(c) / tp,
              layer_weights(c, tokens) * self.itemsize / tp),
             (2 * rows * head, head * self.itemsize),
             (flops * pairs, size * keys),
-            (flops * reads, size * reads)), messages_s
+            (flops * reads, size * reads)), linked, fixed_s
 
   def prefill_s(self, pieces: Pieces) -> float:
     """Seconds of a prefill batch; 0 of an empty one."""
@@ -169,9 +169,16 @@ class Roofline:
   def decode_line(self, batch: int) -> tuple[float, float]:
     """(a, b): a step of `batch` rows takes a + b context."""
     flops, size = self.parts((), 1, 1)[0][3]
-    return self.mixed_s((), batch, 0), max(
-        flops / (self.hardware.flop_per_s * self.compute),
-        size / (self.hardware.bytes_per_s * self.memory))
+    flop_per_s, bytes_per_s, _ = self._rates()
+    return self.mixed_s((), batch, 0), max(flops / flop_per_s,
+                                           size / bytes_per_s)
+
+  def _rates(self):
+    """(operations, bytes of memory, bytes of the link) a second."""
+    device, reached = self.hardware, self.shares
+    return (device.flop_per_s * reached.compute,
+            device.bytes_per_s * reached.memory,
+            device.link_bytes_per_s * reached.link)
 
   def decode_s(self, batch: int, context: float) -> float:
     """Seconds of a decode step; 0 of an empty one."""
@@ -181,8 +188,9 @@ class Roofline:
     """Seconds of a chunked step: the weights are read once for both."""
     if not pieces and not batch:
       return 0.0
-    parts, messages_s = self.parts(pieces, batch, context)
-    flop_per_s = self.hardware.flop_per_s * self.compute
-    bytes_per_s = self.hardware.bytes_per_s * self.memory
-    return self.step_s + messages_s + sum(
-        max(flops / flop_per_s, size / bytes_per_s) for flops, size in parts)
+    parts, linked, fixed_s = self.parts(pieces, batch, context)
+    flop_per_s, bytes_per_s, link_bytes_per_s = self._rates()
+    return (self.config.num_layers * self.shares.layer_s + fixed_s
+            + linked / link_bytes_per_s + sum(
+                max(flops / flop_per_s, size / bytes_per_s)
+                for flops, size in parts))

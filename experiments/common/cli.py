@@ -21,8 +21,8 @@ from rich.console import Console
 
 from dsjax import workload
 from dsjax.config.checks import InputError, require
-from dsjax.placement.candidates import Cluster
 from dsjax.scheduling.policy import PolicyError
+from dsjax.simulation import profiles
 from dsjax.workload import traffic
 from experiments.common import overrides
 
@@ -65,6 +65,8 @@ class Flag(NamedTuple):
                                'must be a number', flag_values=values)
 
 
+OF_DEVICE = (' Default: of the GPU that --latency names, else '
+             'of the cluster of the paper.')
 # What several runners have, but for the default: Flag(None, ...).
 SHARED = {
     'config': Flag(None, 'Name of a file in configs/, or path of a .py file.',
@@ -90,21 +92,23 @@ SHARED = {
     'requests': Flag(None, 'How many.', int, low=1),
     'seed': Flag(None, 'Of all that is random.', int, low=0),
     'latency': Flag(None, "Seconds of a step: 'published', "
-                    "'roofline:a100-80g' and the like, or a file that "
-                    'experiments.measure wrote.', str),
+                    f"'tables:GPU' (of {', '.join(profiles.tables())}), "
+                    "'roofline:GPU', or a file that experiments.measure "
+                    'wrote.', str),
     'host_ms': Flag(None, "Host's time between two steps, where --latency "
                     'does not say.', float),
-    'memory_gb': Flag(None, 'Of a device, 1e9 bytes.', float),
-    'intra_gb_per_s': Flag(None, 'Of KV inside a node.', float),
-    'inter_gb_per_s': Flag(None, 'Of KV between nodes.', float),
+    'memory_gb': Flag(None, 'Of a device, 1e9 bytes.' + OF_DEVICE, float),
+    'intra_gb_per_s': Flag(None, 'Of KV inside a node.' + OF_DEVICE, float),
+    'inter_gb_per_s': Flag(None, 'Of KV between nodes.' + OF_DEVICE, float),
     'chunks': Flag(None, 'Token budgets tried for chunked placements; rows of '
                    'decode share them.', list),
     'rounds': Flag(None, 'Timed rounds of each thing.', int, low=1),
 }
 CACHE = str(ROOT / '.cache' / 'jax')
-FULL_NODE = {'memory_gb': Cluster.memory_bytes / 1e9,
-             'intra_gb_per_s': Cluster.intra_bytes_per_s / 1e9,
-             'inter_gb_per_s': Cluster.inter_bytes_per_s / 1e9}
+# Flags of a Cluster: the field that each gives, and the unit.
+CLUSTER = {'memory_gb': ('memory_bytes', 1e9),
+           'intra_gb_per_s': ('intra_bytes_per_s', 1e9),
+           'inter_gb_per_s': ('inter_bytes_per_s', 1e9)}
 
 
 def _flag(name, value):
@@ -141,6 +145,14 @@ def asked(chosen: flags.FlagValues | types.SimpleNamespace,
           defined: dict[str, Any]) -> dict[str, Any]:
   """{name: value} of a runner's own flags."""
   return {name: getattr(chosen, name) for name in defined}
+
+
+def fields(chosen: flags.FlagValues | types.SimpleNamespace,
+           units: dict[str, tuple[str, float]]) -> dict[str, Any]:
+  """{field: value} of the flags that have one; units: {flag: (field, unit)}."""
+  return {field: getattr(chosen, name) * unit
+          for name, (field, unit) in units.items()
+          if getattr(chosen, name) is not None}
 
 
 def exit_code(run, *args) -> int:

@@ -90,7 +90,7 @@ def time_steps(model, config, reached, lines):
               seconds=time.perf_counter() - began)
   item = np.dtype(config.dtype).itemsize
   floor = Roofline(model.config, Hardware(
-      'here', reached.flops_per_s, reached.bytes_per_s, 1.0, 1.0, ''),
+      'here', reached.flops_per_s, reached.bytes_per_s, 1.0, 1.0, 1.0, ''),
       itemsize=item, kv_itemsize=item)
   cells, shares = profiling.Cells(instance), []
   for what, pieces, batch, context in timed:

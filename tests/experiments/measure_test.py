@@ -201,11 +201,11 @@ def test_a_live_engine_from_cells_to_files(tmp_path, monkeypatch):
   for part in ('L_m', 'largest decode batch', 'worst', 'Appendix A',
                'measured ms', 'decode beside prefill'):
     assert part in text.getvalue()
-  shares = measure.fit_shares(cells, CONFIG, loaded.config, 'a100-80g')
-  assert 0 < shares.compute <= 1 and 0 < shares.memory <= 1
-  measure.show_shares(Console(file=text, width=100), shares, cells)
+  fitted = measure.fit_roofline(cells, CONFIG, loaded.config, 'a100-80g')
+  assert all(0 < x <= 1 for x in fitted.shares[:3])
+  measure.show_roofline(Console(file=text, width=100), fitted, cells)
   assert 'of the operations' in text.getvalue()
-  more = measure.predict(profile, cells, shares, (Plan(2, 2), Plan()))
+  more = measure.predict(profile, cells, fitted, (Plan(2, 2), Plan()))
   assert more.latencies[Plan()] == model  # what is measured stays
   assert more.latencies[Plan(2, 2)].buckets == model.buckets
   profiles.save(path, more)
@@ -220,3 +220,53 @@ def test_what_cannot_be_measured(change, part):
     profiling.measure(dsjax.load('tiny'), (Plan(),), config)
   with pytest.raises(InputError, match='source and a target'):
     profiling.measure(dsjax.load('tiny'), (Plan(8, 1),), CONFIG)
+
+
+STEPS = [(n, 0, 0) for n in (64, 512, 2048)] + [
+    (0, rows, rows * n) for rows in (1, 8, 64) for n in (128, 2048)]
+
+
+def test_steps_timed_elsewhere_are_fitted(tmp_path):
+  truth = latency.Affine((2e-3, 4e-5, 1e-9), (5e-3, 3e-8, 1e-5))
+  path = tmp_path / 'cells.csv'
+  path.write_text('plan,tokens,batch,context,seconds\n' + ''.join(
+      f'{plan},{n},{rows},{context},'
+      f'{truth.mixed_s(((0, n),) if n else (), rows, context)}\n'
+      for plan in ('2x1', '') for n, rows, context in STEPS))
+  text = io.StringIO()
+  options = cli.parse(measure.FLAGS, [
+      f'--from={path}', '--model=llama-3-8b', f'--out={tmp_path / "out"}',
+      '--hardware=h100-80g'])
+  assert cli.exit_code(measure.run, options, Console(file=text)) == 0
+  profile = profiles.load(next((tmp_path / 'out').glob('latency-*.json')))
+  assert (profile.model, profile.device) == ('llama-3-8b', 'h100-80g')
+  assert profile.source == 'fitted to cells.csv'
+  for plan in (Plan(), Plan(2, 1)):
+    found = profile.latencies[plan]
+    assert found.prefill == pytest.approx(truth.prefill, rel=1e-4)
+    assert found.decode == pytest.approx(truth.decode, rel=1e-4)
+    assert profile.errors[plan]['decode'][1] < 1e-6
+  assert 'plan 2x1' in text.getvalue() and 'mean error 0.0%' in text.getvalue()
+
+
+HEAD = 'tokens,batch,context,seconds'
+
+
+@pytest.mark.parametrize('text, part', [
+    ('', 'columns'), ('tokens,batch,seconds\n1,1,1', 'columns'),
+    (HEAD, 'rows=0'), (f'{HEAD}\n8,0,0,0', 'line 2: seconds=0'),
+    (f'{HEAD}\n8,0,0,1\n0,0,9,1', 'line 3: tokens=0'),
+    (f'{HEAD}\n8,0,0,nan', "line 2: seconds='nan'"),
+    (f'{HEAD}\n8,0,0,inf', "line 2: seconds='inf'"),
+    (f'{HEAD}\n8.5,0,0,1', "line 2: tokens='8.5'"),
+    (f'{HEAD}\n8,-1,0,1', "line 2: batch='-1'"),
+    (f'{HEAD}\n8,1', "line 2: context=''"),
+    (f'{HEAD},plan\n8,0,0,1,3', 'line 2: plan'),
+    (f'{HEAD}\n8,0,0,1', 'plan 1x1: .*kind decode')])
+def test_a_csv_that_cannot_be_fitted(tmp_path, text, part):
+  path = tmp_path / 'cells.csv'
+  path.write_text(text)
+  with pytest.raises(InputError, match=f'cells.csv: .*{part}'):
+    measure.fit_file(path, 'm', 'own')
+  with pytest.raises(InputError, match='cannot be read'):
+    measure.fit_file(tmp_path / 'none.csv', 'm', 'own')

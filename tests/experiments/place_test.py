@@ -103,14 +103,27 @@ def test_bad_cluster_files(tmp_path, text, message):
   path = tmp_path / 'cluster.json'
   path.write_text(text)
   with pytest.raises(InputError, match=message) as error:
-    place.read_cluster(path)
+    place.read_cluster(path, 'published')
   assert str(path) in str(error.value)
 
 
 def test_a_cluster_file(tmp_path):
   path = tmp_path / 'cluster.json'
   path.write_text('{"nodes": 4, "inter_bytes_per_s": 1e10}')
-  assert place.read_cluster(path) == Cluster(
+  assert place.read_cluster(path, 'published') == Cluster(
       4, inter_bytes_per_s=1e10)
+  assert place.read_cluster(path, 'tables:h200-141g') == Cluster(
+      4, memory_bytes=150e9, intra_bytes_per_s=450e9, inter_bytes_per_s=1e10)
   with pytest.raises(InputError, match='cannot be read'):
-    place.read_cluster(tmp_path / 'none.json')
+    place.read_cluster(tmp_path / 'none.json', 'published')
+
+
+@pytest.mark.parametrize('flags, cluster', (
+    ('', Cluster(2, 3)),
+    ('--latency=roofline:l40s-48g', Cluster(2, 3, 48e9, 32e9, 50e9)),
+    ('--latency=tables:b200-180g --memory_gb=100 --hand_off_ms=2',
+     Cluster(2, 3, 100e9, 900e9, 100e9, 2e-3))))
+def test_a_cluster_is_of_the_gpu_that_the_latency_names(flags, cluster):
+  options = cli.parse(place.FLAGS, ['--nodes=2', '--model=llama-3-8b', *(
+      flags or '--model=opt-13b').split()])
+  assert place._problem(options).cluster == cluster

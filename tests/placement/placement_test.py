@@ -15,6 +15,7 @@ from dsjax.config.engine import InstanceConfig
 from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.placement import (
   algorithms,
+  api,
   bounds,
   candidates,
   goodput,
@@ -129,6 +130,20 @@ def test_bad_problems(changes, field):
 def test_bad_clusters(field, value):
   with pytest.raises(InputError, match=f'Cluster.{field}='):
     Cluster(**{field: value})
+
+
+@pytest.mark.parametrize('gpu', hardware.HARDWARE)
+@pytest.mark.parametrize('kind', ('tables', 'roofline', 'roofline-peaks'))
+def test_a_cluster_of_a_named_gpu(kind, gpu):
+  device = hardware.HARDWARE[gpu]
+  assert Cluster.of(f'{kind}:{gpu}', nodes=2, hand_off_s=0) == Cluster(
+      2, 8, device.memory_bytes, device.link_bytes_per_s,
+      device.node_bytes_per_s, 0)
+  asked = api.make_problem('llama-3.1-8b', latency=f'{kind}:{gpu}')
+  assert asked.cluster == Cluster.of(f'{kind}:{gpu}')
+  model = asked.latency_of(Plan(2, 1))
+  for named in ('published', 'a file', f'{kind}:tpu', model):
+    assert Cluster.of(named) == Cluster()
 
 
 # --- the search ---------------------------------------------------------------

@@ -164,5 +164,5 @@ def test_a_search_says_that_it_leaves_contention_out(tmp_path):
                                                     contention=shared))
   assert '3.00 times' in profiles.caveat(str(tmp_path / 'a'))
   for kind in (str(tmp_path / 'b'), str(tmp_path / 'c'), 'published',
-               'roofline:h100-80g'):
+               'tables:h100-80g'):
     assert profiles.caveat(kind) == ''

@@ -11,9 +11,10 @@ from dsjax.config import zoo
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Plan
 from dsjax.simulation import fitting, hardware, latency
+from dsjax.simulation.hardware import Shares
 from dsjax.simulation.latency import Affine, Buckets
 from dsjax.simulation.roofline import Roofline
-from dsjax.simulation.roofline_fit import affine_of, fit_roofline
+from dsjax.simulation.roofline_fit import affine_of, fit_shares
 from tests.common import tiny
 
 POSITIVE = st.floats(0.01, 1.0)
@@ -154,14 +155,20 @@ def test_appendix_a_is_found_and_misses_what_it_cannot_say():
   assert paper['decode'].worst > 0.1
 
 
-def test_roofline_shares_are_found():
-  truth = Roofline(zoo.config('opt-13b'), hardware.HARDWARE['a100-80g'],
-                   compute=0.7, memory=0.8, step_s=2e-3)
-  found = fit_roofline({Plan(): grid(truth)}, dataclasses.replace(
-      truth, compute=1.0, memory=1.0, step_s=0.0))
-  assert found.compute == pytest.approx(0.7, rel=1e-2)
-  assert found.memory == pytest.approx(0.8, rel=1e-2)
-  assert found.step_s == pytest.approx(2e-3, rel=0.05)
+@pytest.mark.parametrize('plans, link', [((Plan(),), 1.0),
+                                         ((Plan(), Plan(4, 1)), 0.4)])
+def test_shares_are_found(plans, link):
+  """Over two models; the link's share where something crosses it."""
+  truth = Shares(0.7, 0.8, 0.4, 5e-5, 2e-6)
+  measured = [
+      (Roofline(zoo.config(name), hardware.HARDWARE['a100-80g'], plan.tp,
+                plan.pp, shares=truth)) for plan in plans
+      for name in ('opt-13b', 'llama-3-8b')]
+  found = fit_shares([
+      (dataclasses.replace(model, shares=Shares(message_s=2e-6)), grid(model))
+      for model in measured])
+  assert found.link == pytest.approx(link, rel=0.02)
+  assert found._replace(link=0.4) == pytest.approx(truth, rel=0.02)
 
 
 @pytest.mark.parametrize('slower', [1, 5000])
@@ -169,18 +176,17 @@ def test_two_plans_measured_predict_a_third(slower):
   """Also on a device that is nowhere near the peaks that were named."""
   truth = Roofline(
       zoo.config('opt-13b'), hardware.HARDWARE['a100-80g'],
-      compute=0.6 / slower, memory=0.8 / slower, step_s=2e-3)
+      shares=Shares(0.6 / slower, 0.8 / slower, 1 / slower, 5e-5))
   plans = {plan: dataclasses.replace(truth, tp=plan.tp, pp=plan.pp)
            for plan in (Plan(), Plan(2, 1), Plan(4, 2))}
   cells = {plan: noisy(grid(model), 0) for plan, model in plans.items()}
   wanted = Plan(4, 2)
   measured = {plan: cells[plan] for plan in plans if plan != wanted}
-  found = fit_roofline(measured, dataclasses.replace(
-      truth, compute=1.0, memory=1.0, step_s=0.0))
-  assert found.compute == pytest.approx(truth.compute, rel=0.05)
-  assert found.memory == pytest.approx(truth.memory, rel=0.05)
-  exact = dataclasses.replace(found, tp=wanted.tp, pp=wanted.pp)
-  model = affine_of(found, wanted, measured[Plan()], Buckets())
+  found = fit_shares([(plans[plan], own) for plan, own in measured.items()])
+  assert found[:2] == pytest.approx(truth.shares[:2], rel=0.05)
+  fitted = dataclasses.replace(truth, shares=found)
+  exact = dataclasses.replace(fitted, tp=wanted.tp, pp=wanted.pp)
+  model = affine_of(fitted, wanted, measured[Plan()], Buckets())
   assert model.pp == 2
   # An Affine has no kink where operations come to outweigh bytes.
   for predicted, most in ((exact, 0.06), (model, 0.2)):
@@ -210,4 +216,4 @@ def test_too_little_is_said(cells, part):
     with pytest.raises(InputError):
       fitting.fit_appendix_a(cells, tiny.CONFIG)
     with pytest.raises(InputError):
-      fit_roofline({Plan(): cells}, None)
+      fit_shares([(None, cells)])

@@ -18,6 +18,7 @@ from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Plan
 from dsjax.simulation import hardware, latency, profiles, roofline
 from dsjax.simulation.contention import Contention
+from dsjax.simulation.hardware import Shares
 from dsjax.simulation.latency import Affine, Buckets, Link
 from dsjax.simulation.profiles import Profile
 from dsjax.simulation.roofline import Roofline
@@ -184,12 +185,16 @@ def test_grouped_heads_read_less_and_replicas_do_not_shrink():
 def test_shares_of_the_peaks_and_messages():
   c, pieces = zoo.config('opt-13b'), ((0, 512),)
   base_s = Roofline(c, A100).prefill_s(pieces)
-  half = Roofline(c, A100, compute=0.5, memory=0.5, step_s=0.25)
-  assert half.prefill_s(pieces) == pytest.approx(2 * base_s + 0.25)
-  piped = Roofline(c, A100, pp=3, message_s=0.5, pipe_bytes_per_s=1e9)
+  half = Roofline(c, A100, shares=Shares(0.5, 0.5, 0.5, 0.25))
+  assert half.prefill_s(pieces) == pytest.approx(2 * base_s + 40 * 0.25)
+  half = dataclasses.replace(half, pp=3)
+  assert half.prefill_s(pieces) == pytest.approx(
+      2 * base_s + 40 * 0.25 + 2 * 512 * 5120 * 2 / 150e9)
+  apart = Shares(message_s=0.5)
+  piped = Roofline(c, A100, pp=3, shares=apart, pipe_bytes_per_s=1e9)
   assert piped.prefill_s(pieces) - base_s == pytest.approx(
       2 * (0.5 + 512 * 5120 * 2 / 1e9))
-  two = Roofline(c, A100, tp=2, message_s=1e-3)
+  two = Roofline(c, A100, tp=2, shares=Shares(message_s=1e-3))
   assert two.prefill_s(pieces) == pytest.approx(
       base_s / 2 + 80 * (512 * 5120 * 2 / 300e9 + 1e-3), rel=1e-6)
 
@@ -353,7 +358,8 @@ def test_link():
     (lambda: Affine((1, 2, 3), (1, 2, 3), host_s=-1), 'Affine.host_s'),
     (lambda: Affine((1, 2, 3), (1, 2, 3), buckets=Buckets((4, 2))),
      'buckets.tokens'),
-    (lambda: Roofline(MOE, A100, compute=0), 'Roofline.compute'),
+    (lambda: Roofline(MOE, A100, shares=Shares(link=0)), 'shares.link'),
+    (lambda: Roofline(MOE, A100, shares=Shares(layer_s=-1)), 'shares.layer_s'),
     (lambda: Link(0, 0, 1), 'Link.bytes_per_s')])
 def test_bad_constants_are_named(make, part):
   with pytest.raises(InputError, match=part):
@@ -368,7 +374,8 @@ PROFILE = Profile(
             piece_s=0.125),
         Plan(1, 2): dataclasses.replace(SIMPLE, pp=2)},
     {(Plan(), Plan(1, 2)): Link(0.5, 1e9, 64)}, 'a test',
-    Contention({('prefill', 'decode'): 1.5}))
+    Contention({('prefill', 'decode'): 1.5}),
+    {Plan(): {'prefill': (0.02, 0.1), 'mixed': (0.03, 0.2)}})
 
 
 def test_files_keep_everything(tmp_path):
@@ -398,7 +405,15 @@ def test_files_keep_everything(tmp_path):
      ['links.1x1>1x2', 'Link.bytes_per_s']),
     (lambda d: d.update(contention=[1.5]), ['contention', 'object']),
     (lambda d: d['contention'].update({'prefill>swap': 2.0}),
-     ['contention', 'swap'])])
+     ['contention', 'swap']),
+    (lambda d: d.update(errors=[]), ['errors', 'object']),
+    (lambda d: d['errors'].update({'x': {}}), ['errors', 'TPxPP']),
+    (lambda d: d['errors']['1x1'].update(swap=[0, 0]),
+     ['errors.1x1.swap', 'not known']),
+    (lambda d: d['errors']['1x1'].update(mixed=[0.1]),
+     ['errors.1x1.mixed', '[mean, worst]']),
+    (lambda d: d['errors']['1x1'].update(mixed=[0.1, 'far']),
+     ['errors.1x1.mixed', '[mean, worst]'])])
 def test_files_name_what_is_wrong(tmp_path, change, parts):
   path = tmp_path / 'b.json'
   profiles.save(path, PROFILE)
