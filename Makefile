@@ -14,8 +14,8 @@ CUDA := 13.5.37
 .PHONY: demo test test-deep test-gpu-versions lint setup aot clean
 
 demo: $(STAMP)
-	@echo 'Serves 24 chats in three modes on two CPU devices: about four minutes, of'
-	@echo 'which one compiles (kept in .cache for the next run).'
+	@echo 'Serves 16 chats in three modes on two CPU devices: a minute and a half, and'
+	@echo 'one more where nothing is compiled yet (kept in .cache for the next run).'
 	$(BIN)/python -m experiments.serve --config=demo --out=out/demo
 
 # A process runs whole files: what one compiles, the other need not.

@@ -5,16 +5,16 @@
 SmolLM2-135M-Instruct in float32 on two CPU devices: one prefill and one decode
 instance, then two colocated instances, then two that chunk. Requests arrive at
 random, one a second (of seed 1, whose 16 come in 15 seconds and not in 22),
-and write 32 tokens at most. run_ahead is 1, since a step
-takes a tenth of a second here and whatever waits behind it waits that long.
+and write 32 tokens at most. run_ahead is 1, since a step takes a tenth of a
+second here and whatever waits behind it waits that long.
 least_tokens is 64, since few prompts are of 32 tokens or fewer: 16 programs
 are compiled for the three modes together, not 22.
 
 It should say that every mode answered 16 of 16, that nothing was compiled
 while serving and that all answers are equal token for token; then the tables,
 the verdict and where the files are. On a 2-core CPU machine that did nothing
-else: no clear winner; attained 100 %, 92 % and 92 %; TPOT p90 111, 137 and
-137 ms; TTFT p90 976, 613 and 799 ms.
+else: no clear winner; attained 100 %, 69 % and 75 %; TPOT p90 114, 175 and
+177 ms; TTFT p90 684, 768 and 1,108 ms.
 """
 
 from configs.serve import Serve, Workload
