@@ -262,7 +262,7 @@ _MODES = ('disaggregated', 'colocated', 'chunked')
 STAGE_COLOURS = dict(zip(STAGES, (
     '#f5d2a0', '#e0912f', '#c2417c', '#a8cdea', '#3a86c8'), strict=True))
 _BELOW = {'loc': 'upper center', 'bbox_to_anchor': (0.5, -0.17), 'ncols': 5,
-          'frameon': False, 'fontsize': 8, 'handlelength': 1.2,
+          'frameon': False, 'fontsize': 8, 'handlelength': 2.4,
           'columnspacing': 1.2}
 
 
