@@ -343,7 +343,8 @@ def run(options, console):
     for plan, model in profile.latencies.items():
       console.print(f'plan {plan}')
       show_errors(console, model, cells[plan])
-    console.print(f'wrote {write(options.out, profile, cells)}')
+    path = write(options.out, profile, cells, cli.asked(options, FLAGS))
+    console.print(f'wrote {path}')
     return 0
   tpot_s = options.tpot_s
   require(math.isfinite(tpot_s) and tpot_s > 0, '--tpot_s', tpot_s,

@@ -24,7 +24,7 @@ SAYS = {
         f'{mode}: 4 of 4 answered'
         for mode in ('disaggregated', 'colocated', 'chunked'))),
     '2_placement': ('met both objectives, 95 % interval',
-                    'prefill=1x1,decode=1x1', 'Only disaggregated placements'),
+                    'prefill=2x1,decode=1x1', 'Only disaggregated placements'),
     '3_kernels': ('masked: 8', 'splits against dense: ', 'of the floor; ',
                   'pallas_interpret on cpu: error '),
 }

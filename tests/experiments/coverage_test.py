@@ -28,12 +28,12 @@ def test_an_interval_covers_where_it_meets_the_truth(interval, covered):
 
 
 def test_a_wrong_sign_is_one_that_the_truth_does_not_have():
-  # kv-limit has three devices, colocated one.
+  # kv-limit has three devices, colocated two.
   told, = coverage.signs([line('kv-limit', 3.0, 3.3, 3.0, 3.3),
-                          line('colocated', 1.2, 1.3, 0.5, 0.6)])
+                          line('colocated', 2.4, 2.6, 1.0, 1.2)])
   assert (told.says, told.truth, told.wrong) == ('colocated', 'kv-limit', True)
   told, = coverage.signs([line('kv-limit', 3.0, 3.9, 3.0, 3.3),
-                          line('colocated', 1.2, 1.3, 0.5, 0.6)])
+                          line('colocated', 2.4, 2.6, 1.0, 1.2)])
   assert told.says == '' and not told.wrong
 
 

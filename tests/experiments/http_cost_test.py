@@ -20,12 +20,12 @@ STREAMS, TOKENS = 3, 24
 def rounds():
   """(a bench of little steps, two rounds of it, [what was asked for, ...])."""
   server, asked = make(lambda *_: None, Engine), []
-  enqueue = server.enqueue
+  enqueue = server._enqueue
 
   def noted(request, *args, **kwargs):
     asked.append((request.prompt, request.sampling))
     return enqueue(request, *args, **kwargs)
-  server.enqueue = noted
+  server._enqueue = noted
   bench = http_cost.Bench(server, [MODEL.tokenizer.encode(f'Why {i}?')
                                    for i in range(STREAMS)], TOKENS, 0.01,
                           LIMITS)
