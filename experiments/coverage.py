@@ -207,12 +207,12 @@ def signs(intervals: Iterable[Interval]) -> list[Sign]:
 
 
 class Found(NamedTuple):
-  """truths: {problem: (goodput, low, high)}. stopped: by Ctrl-C, or by the
-  limit of time."""
+  """truths: {problem: (goodput, low, high)}. stopped: by what, '' if by
+  nothing: Ctrl-C or --minutes."""
 
   truths: dict[str, tuple[float, float, float]]
   intervals: list[Interval]
-  stopped: bool = False
+  stopped: str = ''
 
 
 def measure(options, bar: Progress, map: Callable[..., Iterable],
@@ -246,9 +246,10 @@ def measure(options, bar: Progress, map: Callable[..., Iterable],
           *found.truths[name][1:]))
       bar.advance(line)
       if clock() > end_s:
-        return found._replace(stopped=len(found.intervals) < len(tasks))
+        return found._replace(
+            stopped='--minutes' if len(found.intervals) < len(tasks) else '')
   except KeyboardInterrupt:
-    return found._replace(stopped=True)
+    return found._replace(stopped='Ctrl-C')
   return found
 
 
@@ -317,12 +318,12 @@ def run(options, console) -> int:
   if lines := signs(found.intervals):
     console.print(table_of_signs(lines))
   if found.stopped:
-    console.print('Stopped: this is what was known.')
+    console.print(f'Stopped by {found.stopped}: this is what was known.')
   if options.out:
     save(pathlib.Path(options.out), found, options)
     console.print(f'Written to {options.out}: coverage.csv verdicts.csv '
                   'coverage.json')
-  return 0
+  return 130 if found.stopped == 'Ctrl-C' else 0
 
 
 if __name__ == '__main__':

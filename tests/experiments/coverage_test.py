@@ -75,8 +75,25 @@ def test_time_that_is_up_keeps_what_is_known(tmp_path, monkeypatch):
   options = cli.options(coverage.FLAGS, out=str(tmp_path), **TINY | {
       'seeds': 40, 'minutes': 0.0})
   assert coverage.run(options, console) == 0
-  assert 'Stopped' in console.export_text()
+  assert 'Stopped by --minutes' in console.export_text()
   assert len((tmp_path / 'coverage.csv').read_text().splitlines()) == 2
+
+
+def test_ctrl_c_keeps_what_is_known(tmp_path, monkeypatch):
+  def estimate(requests, tolerance, task):
+    if task[1] == 3:
+      raise KeyboardInterrupt
+    return Goodput(3.0, 2.9, 3.1, 'target', 0.9, 1, True)
+
+  monkeypatch.setattr(coverage, 'estimate', estimate)
+  monkeypatch.setattr(coverage, 'share', lambda n, task:
+                      0.9 - task[1] / 100 + task[2] / 1e6)
+  console = Console(record=True, width=100)
+  options = cli.options(coverage.FLAGS, out=str(tmp_path), **TINY | {
+      'seeds': 40})
+  assert coverage.run(options, console) == 130
+  assert 'Stopped by Ctrl-C' in console.export_text()
+  assert len((tmp_path / 'coverage.csv').read_text().splitlines()) == 4
 
 
 def test_problems_that_there_are_not():
