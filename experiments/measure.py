@@ -39,7 +39,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 import dsjax
-from dsjax.config.checks import InputError, require
+from dsjax.config.checks import InputError, naming, require
 from dsjax.config.placement import Plan
 from dsjax.runtime import profiling
 from dsjax.simulation import (
@@ -117,10 +117,8 @@ def fit_file(path, model, device):
   cells = read_cells(path)
   latencies = {}
   for plan, own in cells.items():
-    try:
+    with naming(f'{path}: plan {plan}'):
       latencies[plan] = fitting.fit_affine(own, pp=plan.pp)
-    except InputError as error:
-      raise InputError(f'{path}: plan {plan}: {error}') from error
   return profiles.Profile(
       model, device, latencies, source=f'fitted to {pathlib.Path(path).name}',
       errors={plan: {kind: (r.mape, r.worst) for kind, r in

@@ -46,7 +46,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from dsjax.config.checks import InputError, require
+from dsjax.config.checks import naming, require
 from dsjax.config.placement import Slo
 from dsjax.placement import candidates, search
 from dsjax.placement.api import ALGORITHMS, make_problem, note
@@ -103,10 +103,8 @@ def read_cluster(path, latency):
   require(isinstance(data, dict), path, data, f'an object with {known}')
   for field in data:
     require(field in known, f'{path}: field', field, f'one of {known}')
-  try:
+  with naming(path):
     return Cluster.of(latency, **data)
-  except InputError as error:
-    raise InputError(f'{path}: {error}') from error
 
 
 def _cluster(options):

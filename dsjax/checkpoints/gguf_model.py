@@ -14,10 +14,9 @@ import numpy as np
 from dsjax.checkpoints import weights
 from dsjax.checkpoints.families import FAMILIES
 from dsjax.checkpoints.family import Family, Gguf, GgufKeys
-from dsjax.checkpoints.files import naming
 from dsjax.checkpoints.gguf_file import Tensor, package, read_gguf, token_id
 from dsjax.config import rope
-from dsjax.config.checks import InputError, require
+from dsjax.config.checks import InputError, naming, require
 from dsjax.config.model import ModelConfig
 
 # Our leaf -> tensor of the file ('blk.{layer}.' before those of a layer); the

@@ -15,7 +15,6 @@ from dsjax.checkpoints.chat_template import (
   split,
   splitter,
 )
-from dsjax.checkpoints.files import naming
 from dsjax.checkpoints.tokenizer import (
   SPACE,
   Tokenizer,
@@ -23,7 +22,7 @@ from dsjax.checkpoints.tokenizer import (
   byte_level_bytes,
   sentence_bytes,
 )
-from dsjax.config.checks import InputError, require
+from dsjax.config.checks import InputError, naming, require
 
 # tokenizer.ggml.token_type
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)

@@ -8,9 +8,9 @@ from typing import Any
 
 from dsjax.checkpoints.families import FAMILIES
 from dsjax.checkpoints.family import Family
-from dsjax.checkpoints.files import naming, read_json
+from dsjax.checkpoints.files import read_json
 from dsjax.checkpoints.hf_keys import Keys
-from dsjax.config.checks import require
+from dsjax.config.checks import naming, require
 from dsjax.config.model import ModelConfig
 
 CONFIG = 'config.json'

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dsjax.config import rope as rope_scaling
-from dsjax.config.checks import InputError, is_number, require
+from dsjax.config.checks import is_number, naming, require
 
 Fields = dict[str, Any]  # of a ModelConfig, by name
 
@@ -114,7 +114,7 @@ def rope_fields(rotary: Any, key: str, head_dim: int, max_len: int,
   """
   require(isinstance(rotary, dict), key, rotary, 'an object')
   keys = Keys(rotary)
-  try:
+  with naming(key):
     kind = keys.read('rope_type', str, None) or keys.read('type', str, None)
     keys.ignore('type')
     base = above_zero('rope_theta', float(keys.read('rope_theta', float)))
@@ -126,8 +126,6 @@ def rope_fields(rotary: Any, key: str, head_dim: int, max_len: int,
             f'one of {sorted(_SCALINGS)}')
     fields |= _SCALINGS[kind or 'default'](keys, width, base, max_len)
     keys.finish()
-  except InputError as error:
-    raise InputError(f'{key}: {error}') from error
   return fields
 
 

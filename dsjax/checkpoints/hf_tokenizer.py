@@ -12,14 +12,14 @@ import pathlib
 from typing import Any
 
 from dsjax.checkpoints.chat_template import ChatTemplate
-from dsjax.checkpoints.files import naming, read_json
+from dsjax.checkpoints.files import read_json
 from dsjax.checkpoints.tokenizer import (
   Tokenizer,
   Vocabulary,
   byte_level_bytes,
   sentence_bytes,
 )
-from dsjax.config.checks import InputError, require
+from dsjax.config.checks import InputError, naming, require
 
 Keys = dict[str, Any]  # of a JSON object
 Ids = dict[str, int]  # by the text of the token

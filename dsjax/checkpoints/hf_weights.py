@@ -16,10 +16,10 @@ import numpy as np
 from dsjax.checkpoints import weights
 from dsjax.checkpoints.families import FAMILIES
 from dsjax.checkpoints.family import Family
-from dsjax.checkpoints.files import naming, read_json
+from dsjax.checkpoints.files import read_json
 from dsjax.checkpoints.hf_config import read_config
 from dsjax.checkpoints.hf_names import Names, Take
-from dsjax.config.checks import InputError, require
+from dsjax.config.checks import InputError, naming, require
 from dsjax.config.model import ModelConfig
 
 _WEIGHTS = 'model.safetensors'

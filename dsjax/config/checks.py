@@ -20,12 +20,12 @@ def require(ok: object, field: str, value: object, allowed: object) -> None:
 
 
 @contextlib.contextmanager
-def naming(where: str) -> Iterator[None]:
-  """An InputError from inside says first where it is about."""
+def naming(where: object) -> Iterator[None]:
+  """An InputError from inside says first what it is about, such as a file."""
   try:
     yield
   except InputError as error:
-    raise InputError(f'{where}: {error}') from None
+    raise InputError(f'{where}: {error}') from error
 
 
 def parse_json(source: object, text: str | bytes) -> object:

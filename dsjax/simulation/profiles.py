@@ -16,6 +16,7 @@ from dsjax.config import zoo
 from dsjax.config.checks import (
     InputError,
     is_nonnegative,
+    naming,
     parse_json,
     require,
 )
@@ -321,7 +322,5 @@ def _made(path, where, kind, value):
         raise InputError(f'{path}: {where}.buckets.{name}={sizes!r}: must be '
                          'a list')
     value['buckets'] = Buckets(**{k: tuple(v) for k, v in buckets.items()})
-  try:
+  with naming(f'{path}: {where}'):
     return kind(**value)
-  except InputError as error:
-    raise InputError(f'{path}: {where}: {error}') from error
