@@ -191,7 +191,7 @@ def _tighten(judge, ratio, bisection):
       tried = sorted(judge.tried, reverse=side < 0)
       sure = [i for i, r in enumerate(tried) if judge.tried[r].side == side]
       if not sure:
-        if tried[0] == limit_per_s:
+        if side * tried[0] <= side * limit_per_s:
           break
         rate = tried[0] / step**side
         judge(max(rate, limit_per_s) if side > 0 else min(rate, limit_per_s))

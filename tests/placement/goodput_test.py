@@ -149,3 +149,20 @@ def test_no_rate_passes_a_tight_search_on_its_first_requests():
       stride=1.1, tight=True))
   assert best.low_per_s <= 5.0 <= best.high_per_s < 6.0
   assert set(sizes) == {400, 6400}
+
+
+@pytest.mark.parametrize('start, bounds, misses', [
+    (1e-5, dict(least_per_s=1e-4), (10, 1)),
+    (80.0, dict(most_per_s=50.0), (100, 9))])
+def test_a_start_beyond_the_bounds_ends(start, bounds, misses, no_hang):
+  """Nothing is sure on the side on which no more rates may be tried.
+
+  misses: one request in so many below 20 a second, and above.
+  """
+  def hits_at(rate, n):
+    every = misses[rate >= 20.0]
+    return [i % every > 0 for i in range(n)]
+
+  best = goodput.search(hits_at, 0.9, start, 1.05, 100, 400, Bisection(
+      stride=1.4, tight=True, **bounds))
+  assert best.low_per_s <= best.rate_per_s <= best.high_per_s
