@@ -32,14 +32,13 @@ from typing import NamedTuple
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from scipy import stats
 
 from dsjax.config.checks import require
 from dsjax.config.placement import Placement, Slo
 from dsjax.placement import candidates, goodput, judging, search
 from dsjax.placement.api import make_problem
 from dsjax.placement.goodput import Goodput
-from experiments.common import cli, provenance
+from experiments.common import cli, provenance, seeds
 from experiments.place import processes
 
 
@@ -143,8 +142,7 @@ def truth(shares_at: Callable[[float], list[float]], target: float,
     low, high = (middle, high) if attains(middle) else (low, middle)
   near = known[low]
   rate = low * math.exp((statistics.fmean(near) - target) / slope)
-  half = (stats.t.ppf(0.975, len(near) - 1) * statistics.stdev(near)
-          / math.sqrt(len(near)) / slope)
+  half = seeds.half_width(near) / slope
   return rate, rate * math.exp(-half), rate * math.exp(half)
 
 
@@ -227,10 +225,10 @@ def measure(options, bar: Progress, map: Callable[..., Iterable],
       guess = estimate(options.requests, options.tolerance, (name, TRUTH_SEED))
 
       def shares_at(rate_per_s, name=name):
-        seeds = range(TRUTH_SEED, TRUTH_SEED + options.truth_seeds)
         return list(map(
             functools.partial(share, options.truth_requests),
-            [(name, rate_per_s, seed) for seed in seeds]))
+            [(name, rate_per_s, TRUTH_SEED + i)
+             for i in range(options.truth_seeds)]))
 
       found.truths[name] = truth(shares_at, PROBLEMS[name].target,
                                  guess.rate_per_s)

@@ -57,6 +57,7 @@ from experiments.common import (
   policies,
   provenance,
   report,
+  seeds,
   terminal,
 )
 
@@ -170,7 +171,7 @@ def problem(options, placements, policy, seed):
       seed=seed, host_ms=options.host_ms, target=options.target,
       cut=options.cut, chunks=cli.token_budgets(
           '--chunks', options.chunks, candidates.SearchProblem.max_seqs),
-      policy=policies.load(policy),
+      policy=policy,
       cluster=Cluster.of(options.latency, devices_per_node=most,
                          **cli.fields(options, cli.CLUSTER)))
 
@@ -197,6 +198,20 @@ def _seeds(texts):
           and len(set(texts)) == len(texts), '--seeds', ','.join(texts),
           'different integers, 0 or more, with commas between')
   return [int(text) for text in texts]
+
+
+def _policies(text):
+  """{what it is called: Policy} of the flag; one alone needs no name."""
+  texts = text.split(',')
+  require(len(set(texts)) == len(texts), '--policy', text,
+          'different policies')
+  loaded = [policies.load(each) for each in texts]
+  names = [policy.name for policy in loaded]
+  if len(texts) == 1:
+    names = ['']
+  elif len(set(names)) < len(names):
+    names = texts
+  return dict(zip(names, loaded, strict=True))
 
 
 # --- runs ---------------------------------------------------------------------
@@ -248,11 +263,9 @@ def interval_of_runs(hits):
   Student's t over the runs' shares, or the interval of all requests where that
   is wider: runs in which all attain do not differ.
   """
-  from scipy import stats  # a second, which only several seeds need
   shares = [statistics.fmean(run) for run in hits]
   share, low, high = metrics.interval([hit for run in hits for hit in run])
-  half = (stats.t.ppf(0.975, len(shares) - 1) * statistics.stdev(shares)
-          / math.sqrt(len(shares)))
+  half = seeds.half_width(shares)
   return share, max(0.0, min(low, share - half)), min(1.0, max(
       high, share + half))
 
@@ -555,14 +568,9 @@ def main(options, console):
                 for text in options.placement.split('/')]
   require(len(set(placements)) == len(placements), '--placement',
           options.placement, 'different placements')
-  seeds, names = _seeds(options.seeds), options.policy.split(',')
-  require(len(set(names)) == len(names), '--policy', options.policy,
-          'different policies')
-  problems = {(name, seed): problem(options, placements, name, seed)
-              for name in names for seed in seeds}
-  called = {name: problems[name, seeds[0]].policy.name for name in names}
-  if len(set(called.values())) < len(names):
-    called = {name: name for name in names}
+  drawn, named = _seeds(options.seeds), _policies(options.policy)
+  problems = {(name, seed): problem(options, placements, policy, seed)
+              for name, policy in named.items() for seed in drawn}
   asked = next(iter(problems.values()))
   require(options.out or not options.timeline, '--timeline', True,
           'given with --out')
@@ -574,10 +582,9 @@ def main(options, console):
   with terminal.Interrupts() as interrupts, Progress(
       console=console, transient=True) as progress:
     try:
-      for (name, seed), its in problems.items():
-        policy = called[name] if len(names) > 1 else ''
+      for (policy, seed), its in problems.items():
         label = (f' under {policy}' if policy else '') + (
-            f' seed {seed}' if len(seeds) > 1 else '')
+            f' seed {seed}' if len(drawn) > 1 else '')
         for p in simulate(options, its, placements, points, kind, progress,
                           interrupts.halt, traces and traces.save, label):
           p = dataclasses.replace(p, policy=policy, seed=seed)
@@ -599,18 +606,18 @@ def main(options, console):
     console.print(f'Stopped by Ctrl-C: {len(done)} of '
                   f'{len(points) * len(placements) * len(problems)} points.')
   if out and done:
-    _save(options, out, done, kind, stopped, traces, console)
+    _save(options, out, done, shown, kind, stopped, traces, console)
   return 130 if stopped else 0
 
 
-def _save(options, out, done, kind, stopped, traces, console):
+def _save(options, out, done, shown, kind, stopped, traces, console):
   write(out, done, stopped, options)
   label = ('objectives, as a multiple of those in the title'
            if kind == 'scale' else 'requests a second'
            + (' and device' if options.per_device else ''))
   fixed = (f', {options.rate:g} requests/s'
            if kind == 'scale' and options.rate else '')
-  draw(out / 'simulate.png', by_system(done, kind), kind, label, options.target,
+  draw(out / 'simulate.png', shown, kind, label, options.target,
        f'{options.model}, {pathlib.Path(options.lengths).name}, '
        f'{options.process} arrivals{fixed}; TTFT {options.ttft_s:g} s, TPOT '
        f'{options.tpot_s:g} s\nsimulated, {options.latency} latencies, '
