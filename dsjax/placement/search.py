@@ -278,7 +278,8 @@ class _Search:
               if _key(r) in tight.values()}
       tasks = [Task(self.again(r), problem.target, r.placement.num_devices
                     * beat.get(r.placement.mode, 0.0) or None,
-                    problem.effort, True, r.goodput.rate_per_s) for r in rows]
+                    effort=problem.effort, tight=True,
+                    start_per_s=r.goodput.rate_per_s) for r in rows]
       for candidate, goodput in self.measured(tasks):
         row = self.keep(candidate, goodput)
         if goodput.binds != 'beaten':
@@ -286,9 +287,10 @@ class _Search:
         self.tell(row)
     if problem.strict:
       tasks = [Task(self.again(r)._replace(bound_per_s=r.goodput.rate_per_s),
-                    problem.strict, None,
-                    problem.strict_effort, problem.strict_effort > 1,
-                    0.7 * r.goodput.rate_per_s) for r in self.best()]
+                    problem.strict, effort=problem.strict_effort,
+                    tight=problem.strict_effort > 1,
+                    start_per_s=0.7 * r.goodput.rate_per_s)
+               for r in self.best()]
       for candidate, goodput in self.measured(tasks):
         self.strict.append(_row(candidate, goodput))
         self.tell()
@@ -359,8 +361,8 @@ def measure(problem: SearchProblem, candidate: Candidate) -> Goodput:
   """The Goodput of a Candidate, as a search ends with its best."""
   rough = judging.measure(problem, Task(candidate, problem.target))
   return judging.measure(problem, Task(
-      candidate, problem.target, None, problem.effort, True,
-      rough.rate_per_s or None))
+      candidate, problem.target, effort=problem.effort, tight=True,
+      start_per_s=rough.rate_per_s or None))
 
 
 def _row(candidate: Candidate, goodput: Goodput) -> RankedPlacement:

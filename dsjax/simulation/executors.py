@@ -80,7 +80,6 @@ class Copies:
         done_s, MIGRATED, command.id, command.epoch,
         Migrated(done_s, command.id, command.epoch)))
 
-
   def told(self, top: tuple) -> events.Event:
     """The event of what was the heap's top; of a hand-off, whether another of
     the same moment follows."""

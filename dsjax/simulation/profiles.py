@@ -9,7 +9,7 @@ import functools
 import json
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dsjax.config import zoo
@@ -155,7 +155,8 @@ def device_of(kind: str) -> hardware.Hardware | None:
           if start + ':' in (TABLES, ROOFLINE, PEAKS) else None)
 
 
-def tables() -> dict[str, list[str]]:
+@functools.cache
+def tables() -> Mapping[str, list[str]]:
   """{GPU: models} of the tables that come with dsjax."""
   out: dict[str, list[str]] = {}
   for path in sorted(_FOLDER.glob('*.json')):
