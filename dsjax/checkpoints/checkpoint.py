@@ -26,7 +26,7 @@ from dsjax.checkpoints.orbax_file import Stored, load_orbax, save_orbax
 from dsjax.checkpoints.tokenizer import Tokenizer
 from dsjax.checkpoints.weights import DTYPES, random_params
 from dsjax.config import zoo
-from dsjax.config.checks import InputError, require
+from dsjax.config.checks import InputError, naming, require
 from dsjax.config.model import ModelConfig
 
 __all__ = ['DTYPES', 'MODELS', 'Model', 'find', 'load', 'load_gguf', 'load_hf',
@@ -112,9 +112,10 @@ def load(name_or_path: str | os.PathLike[str], dtype: str = 'float32',
                  tiny.make_tokenizer())
   path = find(name)
   if not path.is_dir():
-    gguf_model.read_config(path, family)  # fails before the tokenizer does,
-    tokenizer = gguf_tokenizer.load(path)  # and both before weights are read
-    return Model(*load_gguf(path, dtype, family), tokenizer)
+    reader = gguf_model.open_gguf(path, family)
+    with naming(path):  # before the weights, which take longer
+      tokenizer = gguf_tokenizer.of_gguf(reader.meta)
+    return Model(reader.config, reader.params(dtype), tokenizer)
   if (path / orbax_file.CONFIG).is_file():
     return Model(*load_orbax(path, dtype))
   if not (path / hf_config.CONFIG).is_file():

@@ -155,12 +155,13 @@ def _half_split(matrix: np.ndarray, num_heads: int,
   return pairs.swapaxes(1, 2)
 
 
-class _Reader:
-  """A file's tensors as leaves of a config."""
+class Reader:
+  """A file's tensors as leaves of a config. meta: what it says besides."""
 
-  def __init__(self, config: ModelConfig, family: Gguf,
-               tensors: Mapping[str, Tensor]) -> None:
-    self.config, self.tensors = config, tensors
+  def __init__(self, path: pathlib.Path, config: ModelConfig, family: Gguf,
+               meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    self.path, self.config = path, config
+    self.meta, self.tensors = meta, tensors
     self.packed = family.packed
     self.interleaved = ('q_NHD', 'k_KHD') if family.interleaved else ()
 
@@ -189,6 +190,13 @@ class _Reader:
         raise InputError(f'tensor {name!r} is missing')
       shape = self.tensors[name].shape
       require(shape == want, f'shape of tensor {name!r}', shape, want)
+
+  def params(self, dtype: str) -> dict[str, Any]:
+    """All leaves as numpy arrays; see load_gguf."""
+    weights.check_dtype(dtype)
+    with naming(self.path):
+      return weights.tree(self.config,
+                          lambda leaf, layer: self.read(leaf, layer, dtype))
 
   def read(self, leaf: str, layer: int | None, dtype: str) -> np.ndarray:
     """A leaf, dequantised."""
@@ -233,28 +241,22 @@ def load_gguf(
       hyperparameter or tensor).
   """
   weights.check_dtype(dtype)
-  reader = _reader(path, family)
-  with naming(path):
-    return reader.config, weights.tree(
-        reader.config, lambda leaf, layer: reader.read(leaf, layer, dtype))
+  reader = open_gguf(path, family)
+  return reader.config, reader.params(dtype)
 
 
-def read_config(path: str | os.PathLike[str],
-                family: Family | None = None) -> ModelConfig:
-  """The ModelConfig of a GGUF file that load_gguf reads, without its weights.
+def open_gguf(path: str | os.PathLike[str],
+              family: Family | None = None) -> Reader:
+  """A Reader of a file whose keys and tensors are all known.
 
   Raises:
     InputError: as load_gguf.
   """
-  return _reader(path, family).config
-
-
-def _reader(path, family):
-  """A _Reader of a file whose keys and tensors are all known."""
   meta, tensors = read_gguf(path)
   with naming(path):
+    path = pathlib.Path(path)
     form = _gguf(meta, (family,) if family else FAMILIES)
-    reader = _Reader(_config(meta, tensors, pathlib.Path(path).stem, form),
-                     form, tensors)
+    reader = Reader(path, _config(meta, tensors, path.stem, form), form, meta,
+                    tensors)
     reader.check()
   return reader
