@@ -78,7 +78,7 @@ def end_to_end(options, name):
       data['goodput'][key] = (*rate, plan)
       args = system, make, case.scale_rate, case.slo, case.per_gpu
       data['scale_at'][key] = comparison.scale_at(rules, *args)
-      if system.label in plots.COLOURS:  # else it is a row and no curve
+      if system.label in plots.LOOKS:  # else it is a row and no curve
         data['curves'][key] = comparison.curve(
             rules, system, make, rates, case.slo, case.per_gpu)
         data['scales'][key] = comparison.scales(rules, *args, FACTORS_SCALE)

@@ -6,14 +6,15 @@ draw(data, figure): data as computed, figure a matplotlib Figure.
 import numpy as np
 
 from dsjax.analysis.record import STAGES
+from experiments.common import pictures
 from experiments.paper import reported
 
-COLOURS = {'DistServe': 'tab:blue', 'vLLM': 'tab:red', 'chunked': 'tab:olive',
-           "vLLM's plan, DistServe's engine": 'tab:pink',
-           'colocated': 'tab:pink',
-           'tuned colocated': 'tab:orange', 'tuned chunked': 'tab:green',
-           'vLLM++': 'tab:orange', 'DistServe-High': 'tab:purple',
-           'DistServe-Low': 'tab:blue'}
+# The same system, or its part in another figure, looks the same.
+LOOKS = {label: pictures.look(number) for number, labels in enumerate((
+    ('DistServe', 'DistServe-Low'), ('vLLM',), ('chunked',),
+    ("vLLM's plan, DistServe's engine", 'colocated'),
+    ('tuned colocated', 'vLLM++'), ('tuned chunked',), ('DistServe-High',)))
+         for label in labels}
 
 
 def tidy(axes, title, x, y):
@@ -174,8 +175,8 @@ def draw_end_to_end(data, figure):
           _draw_system(line[at], line[2 + at], label, points,
                        part['scales'][key])
       for label, (rates, values) in case.curves.items():
-        line[at].plot(rates, values, 'x', ms=5, color=COLOURS[
-            'vLLM' if label == 'vLLM' else 'chunked'],
+        line[at].plot(rates, values, 'x', ms=5, color=LOOKS[
+            'vLLM' if label == 'vLLM' else 'chunked']['color'],
                       label=f'published, {label}')
       line[at].axvline(case.goodput[0], color='tab:blue', ls=':', lw=1,
                        label='published goodput, DistServe')
@@ -194,18 +195,19 @@ def draw_end_to_end(data, figure):
 
 def _draw_system(left, right, label, points, scales):
   rates, shares, lows, highs = zip(*points, strict=True)
-  left.plot(rates, [100 * s for s in shares], '-o', ms=2.5, label=label,
-            color=COLOURS[label])
+  look = LOOKS[label]
+  left.plot(rates, [100 * s for s in shares], ms=3, label=label, **look)
   left.fill_between(rates, [100 * x for x in lows], [100 * x for x in highs],
-                    color=COLOURS[label], alpha=0.12, lw=0)
-  right.plot(*zip(*((f, 100 * s) for f, s in scales), strict=True),
-             color=COLOURS[label])
+                    color=look['color'], alpha=0.12, lw=0)
+  right.plot(*zip(*((f, 100 * s) for f, s in scales), strict=True), ms=3,
+             **look)
 
 
 def draw_rules(data, figure):
   axes = figure.subplots()
-  for row in data['rows']:
-    axes.plot(data['columns'], list(map(float, row[1:])), '-o', label=row[0])
+  for number, row in enumerate(data['rows']):
+    axes.plot(data['columns'], list(map(float, row[1:])), label=row[0],
+              **pictures.look(number))
   axes.legend(fontsize=8)
   tidy(axes, "Between the paper's rules and ours", '', 'requests/s per device')
 
@@ -219,10 +221,10 @@ def draw11(data, figure):
         axes.errorbar([p[0] for p in points], [100 * p[1] for p in points],
                       [[100 * (p[1] - p[2]) for p in points],
                        [100 * (p[3] - p[1]) for p in points]],
-                      fmt='-o', ms=3, capsize=2, label=label, alpha=0.8,
-                      color=COLOURS[label])
+                      ms=3, capsize=2, label=label, alpha=0.8,
+                      **LOOKS[label])
     for name, values in reported.FIG11.items():
-      axes.plot(reported.FIG11_RATES, values, 'x', color=COLOURS[name],
+      axes.plot(reported.FIG11_RATES, values, 'x', color=LOOKS[name]['color'],
                 label=f'published draft, {name}')
     axes.axhline(90, color='grey', lw=0.8, ls='--')
     axes.set_ylim(0, 103)
