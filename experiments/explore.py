@@ -31,8 +31,10 @@ from rich.table import Table
 from dsjax.config.checks import require
 from dsjax.config.engine import InstanceConfig
 from dsjax.scheduling import lifecycle, scheduler
+from dsjax.scheduling.policy import DISTSERVE
 from experiments.common import cli, policies, provenance, terminal
 from experiments.verify import schedules
+from experiments.verify.anything import anything
 from experiments.verify.worlds import Rules, Violation
 
 # Prompt tokens, most tokens, tokens until EOS (0: none).
@@ -53,7 +55,8 @@ def small_worlds():
   """{name: (Rules, faults)}: what is explored to the end.
 
   Instances of a few pages; where rows outgrow them the world is called
-  preemption. Prompts of more than prefill_tokens run in pieces.
+  preemption. Prompts of more than prefill_tokens run in pieces. Where
+  instances are flexible the policy answers anything allowed.
   """
   two, three = (STOPS, LONG), (STOPS, LONG, TINY)
   grow, tight = ((1, 4, 0), (1, 4, 2)), {'num_pages': 5, 'page_size': 1}
@@ -81,13 +84,18 @@ def small_worlds():
       '2 chunked': _world('chunked chunked', three, 2),
       '2 chunked, pp = 2': _world('chunked chunked', two, 3, pp=2,
                                   prefill_tokens=3),
+      '2 flexible': _world('flexible flexible', two, 3, policy=anything(0)),
+      '2 flexible, preemption': _world(
+          'flexible flexible', (*grow, TINY), 2, policy=anything(7), **tight),
+      '1P, 2 flexible': _world('prefill flexible flexible', two, 2,
+                               policy=anything(4, waits=False)),
   }
 
 
 def large_world(seed):
   """(Rules, faults) of a seed: 6 to 8 instances of one mode, 60 requests."""
   draw = random.Random(seed)
-  mode = draw.choice(('prefill', 'prefill', 'colocated', 'chunked'))
+  mode = draw.choice(('prefill', 'prefill', 'colocated', 'chunked', 'flexible'))
   roles = [mode] * draw.choice((2, 3, 4)) + ['decode'] * 4
   if mode != 'prefill':
     roles = [mode] * draw.choice((6, 8))
@@ -102,7 +110,8 @@ def large_world(seed):
   config = scheduler.Config(
       tuple(map(instance, roles)), max_len=24, depth=draw.choice((1, 2, 3)),
       prefill_depth=draw.choice((1, 1, 2)), run_ahead=draw.choice((1, 2, 4)),
-      tries=draw.choice((1, 3)))
+      tries=draw.choice((1, 3)),
+      policy=anything(seed) if mode == 'flexible' else DISTSERVE)
   requests = []
   for _ in range(60):
     prompt, most = draw.randint(1, 14), draw.randint(1, 12)
@@ -135,6 +144,8 @@ def rules_of(kind, name, policy='distserve'):
   """(Rules, faults) of a job."""
   rules, faults = (small_worlds()[name] if kind == 'small'
                    else large_world(int(name)))
+  if policy in ('', DISTSERVE.name):
+    return rules, faults  # the world's own
   return Rules(dataclasses.replace(
       rules.config, policy=policies.load(policy)), rules.requests), faults
 

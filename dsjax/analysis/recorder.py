@@ -15,6 +15,7 @@ from dsjax.scheduling.events import (
   Event,
   Fail,
   Finish,
+  Flip,
   InstanceDown,
   InstanceUp,
   Migrate,
@@ -25,6 +26,7 @@ from dsjax.scheduling.events import (
   Reject,
   RunDecode,
   RunPrefill,
+  Tick,
   Timer,
 )
 
@@ -223,7 +225,9 @@ class Recorder:
 
   def _migrate(self, command, now_s):
     life = self._live[command.id]
-    life.record.retries += life.epoch is not None
+    life.record.retries += life.stage == 'migrate'
+    if life.chain is not None:  # a row that moves
+      life = self._again(life)
     life.epoch = command.epoch
     life.record.migrated_tokens += command.num_tokens
     self._use(life, command.target)
@@ -236,9 +240,14 @@ class Recorder:
       old.record.retries += 1
     else:
       old.record.preemptions += 1
-    self._live[command.id] = new = _Life(old.record, now_s)
-    new.open = old.open
+    self._again(old)
+
+  def _again(self, old):
+    """A request has left its chain: another life of it begins."""
+    self._live[old.record.id] = new = _Life(old.record, old.since_s)
+    new.open, new.stage = old.open, old.stage
     old.close()
+    return new
 
   def _finish(self, command, now_s):
     self._end(command.id, command.reason, now_s)
@@ -309,4 +318,5 @@ _SEEN: dict[type, Callable[..., None]] = {
     InstanceDown: Recorder._instance_down, InstanceUp: Recorder._nothing,
     Drain: Recorder._nothing, MigrateFailed: Recorder._nothing,
     Timer: Recorder._nothing, Abort: Recorder._nothing,
+    Tick: Recorder._nothing, Flip: Recorder._nothing,
 }

@@ -13,6 +13,7 @@ from dsjax.scheduling.events import (
   Command,
   Drain,
   Event,
+  Flip,
   InstanceDown,
   InstanceUp,
   Migrate,
@@ -24,7 +25,8 @@ Trace = dict[str, Any]  # what json.dump takes
 _INSTANCES, _REQUESTS = 1, 2  # "processes" of the trace
 _STAGE = 1000  # rows of further pipeline stages: instance + 1000 * stage
 _FAULTS = {InstanceDown: 'lost', InstanceUp: 'there again', Drain: 'drained',
-           MigrateFailed: 'hand-off failed', Abort: 'hand-off given up'}
+           MigrateFailed: 'hand-off failed', Abort: 'hand-off given up',
+           Flip: 'has another role'}
 
 
 def _row(instance, stage):

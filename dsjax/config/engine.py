@@ -14,13 +14,14 @@ class InstanceConfig:
   """Capacity of one instance, as the scheduler sees it.
 
   Attributes:
-    role: prefill | decode | colocated | chunked.
+    role: prefill | decode | colocated | chunked | flexible.
     num_pages: pages in its pool; page_size: tokens a page (C).
     max_seqs: requests that may hold pages at a time, of all micro-batches
       together (also the largest decode batch).
     prefill_tokens: tokens of a prefill batch; L_m of the paper for prefill
-      and colocated, the token budget (decode rows included) for chunked. A
-      longer prompt is run in chunks of this size.
+      and colocated, the token budget (decode rows included) for chunked, the
+      most that a policy may let into a step for flexible. A longer prompt is
+      run in chunks of this size.
     prefill_seqs: most requests in one prefill batch.
     pp: pipeline stages; as many disjoint micro-batches decode in turn.
   """
@@ -60,6 +61,11 @@ class InstanceConfig:
   def mixes(self) -> bool:
     """Prompts and rows share a step."""
     return ROLES[self.role].mixes
+
+  @property
+  def flips(self) -> bool:
+    """It may do all of this; a policy says what it does now."""
+    return ROLES[self.role].flips
 
 
 def _buckets(limit, first, factor):
@@ -200,7 +206,7 @@ class EngineConfig:
     pages = self.num_pages
     if pages is None:
       pages = self.max_seqs * -(-self.max_len // size)
-    mixes = ROLES[role].mixes
-    tokens = self.chunk_tokens if mixes else self.prefill_tokens
+    tokens = (self.chunk_tokens if role == 'chunked'
+              else self.prefill_tokens)
     return InstanceConfig(role, pages, size, self.max_seqs, tokens,
                           self.prefill_seqs, pp)

@@ -16,11 +16,14 @@ class Role:
   Attributes:
     prefills: it takes prompts. decodes: it holds rows and continues them.
     mixes: prompts and rows share a step, within one budget of tokens.
+    flips: it may do all of it, and a policy says which of the other roles it
+      has now; it may hand a request off, or keep it.
   """
 
   prefills: bool
   decodes: bool
   mixes: bool = False
+  flips: bool = False
 
 
 ROLES = {
@@ -28,7 +31,9 @@ ROLES = {
     'decode': Role(prefills=False, decodes=True),
     'colocated': Role(prefills=True, decodes=True),
     'chunked': Role(prefills=True, decodes=True, mixes=True),
+    'flexible': Role(prefills=True, decodes=True, mixes=True, flips=True),
 }
+FIRST_ROLE = 'chunked'  # of a flexible instance
 _SIZES = re.compile('([1-9][0-9]{0,3})x([1-9][0-9]{0,3})')  # of a Plan
 
 
@@ -68,15 +73,17 @@ class Placement:
   """Which instances run, each with its Plan, in device order.
 
   Prefill and decode together are disaggregated; colocated is prefill-priority
-  continuous batching, chunked is chunked prefill with a token budget. Roles
-  may be mixed: prompts that a prefill instance has done go to any that
-  decodes. Instances are numbered in the order of ROLES.
+  continuous batching, chunked is chunked prefill with a token budget. What a
+  flexible instance does, a policy says while it serves. Roles may be mixed:
+  prompts that a prefill instance has done go to any that decodes. Instances
+  are numbered in the order of ROLES.
   """
 
   prefill: Sequence[Plan] = ()
   decode: Sequence[Plan] = ()
   colocated: Sequence[Plan] = ()
   chunked: Sequence[Plan] = ()
+  flexible: Sequence[Plan] = ()
 
   def __post_init__(self) -> None:
     for role in ROLES:
@@ -133,7 +140,8 @@ class Placement:
 
   @property
   def mode(self) -> str:
-    """disaggregated, colocated or chunked; mixed for other combinations."""
+    """disaggregated, colocated, chunked or flexible; mixed for other
+    combinations."""
     roles = {role for role, _ in self.instances}
     if roles == {'prefill', 'decode'}:
       return 'disaggregated'

@@ -148,9 +148,11 @@ def _new_document(vocabulary: Tokenizer) -> Sequence[int]:
 def _problem(call: Call) -> tuple[int, str] | None:
   """(status, message) if a request did not end by itself, or None."""
   reasons = {s.reason for s in call.streams}
+  errors = (s.error for s in call.streams if s.error)
   if 'error' in reasons:
-    errors = (s.error for s in call.streams if s.error)
     return 500, next(errors, 'the server failed while it answered')
+  if 'refused' in reasons:
+    return 429, next(errors, 'the policy refused it')
   if 'cancelled' in reasons:
     return 503, 'the server stopped before the answer was complete'
   return None
@@ -218,7 +220,7 @@ class EventStream(Response):
                 'headers': self.raw_headers})
     while news := await self.call.take():
       events = [chunk for i, u in news
-                if u.reason not in ('error', 'cancelled')
+                if u.reason not in ('error', 'refused', 'cancelled')
                 for chunk in self.builder.chunks(i, u)]
       await self._send(send, events)
     problem, last = _problem(self.call), self.builder.last()

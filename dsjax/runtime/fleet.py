@@ -47,6 +47,7 @@ from dsjax.runtime.protocols import (
 from dsjax.scheduling.events import (
   Abort,
   DecodeDone,
+  Flip,
   InstanceDown,
   InstanceUp,
   Migrate,
@@ -88,7 +89,8 @@ class StepDone(NamedTuple):
 
 
 # What an engine has a part in.
-Performed: TypeAlias = RunPrefill | RunDecode | Migrate | Preempt | Abort
+Performed: TypeAlias = (RunPrefill | RunDecode | Migrate | Preempt | Flip
+                        | Abort)
 # The Prefix of a request; None: it has ended.
 PrefixOf: TypeAlias = Callable[[int], Prefix | None]
 
@@ -156,8 +158,10 @@ class Fleet:
                                           strict=True)]
     self.routes: dict[tuple[Engine, Engine], Route] = {
         (source, target): source.route_to(target)
-        for source in self.engines if not source.capacity.decodes
-        for target in self.engines if target.capacity.decodes}
+        for source in self.engines
+        if source.capacity.flips or not source.capacity.decodes
+        for target in self.engines
+        if target.capacity.decodes and target is not source}
     self.transfers: list[Transfer] = []
     self.running: list[collections.deque[Running]] = [
         collections.deque() for _ in roles]
@@ -475,4 +479,5 @@ _PERFORM: dict[type, Callable[..., None]] = {
     Migrate: Fleet._migrate,
     Preempt: Fleet._preempt,
     Abort: Fleet._abort,
+    Flip: lambda fleet, command: None,  # steps of every role are compiled
 }

@@ -34,6 +34,7 @@ from dsjax.scheduling.events import (
   InstanceUp,
   PrefillDone,
   Reject,
+  Tick,
 )
 from dsjax.scheduling.policy import Policy, PolicyError
 
@@ -86,6 +87,7 @@ class Loop:
     self.observers: list[Observer] = []
     self.origin, self.moved_s, self.host_s = time.perf_counter(), 0.0, 0.0
     self.closed, self.broken = False, ''
+    self._tick_s = 0.0  # when the next Tick is due
     self._todo: collections.deque[Event] = collections.deque()
     self._applying = self.deciding = False
     self._raised: list[BaseException] = []  # by observers and hooks
@@ -111,6 +113,7 @@ class Loop:
   def arrive(self, output: RequestOutputState, more: bool) -> None:
     """Takes a request. more: see events.Arrived."""
     request = output.request
+    self._tick()
     self.unfinished[request.id] = output
     self.event(Arrived(request.arrival_s, request.id, len(request.prompt),
                        request.sampling.max_tokens or 0, more))
@@ -167,6 +170,8 @@ class Loop:
     if self.closed:
       return False
     began, some = time.perf_counter(), bool(self._todo)
+    if self.unfinished:
+      self._tick()
     self._apply()
     for done in self.fleet.poll():
       some = True
@@ -178,6 +183,13 @@ class Loop:
       self.host_s += time.perf_counter() - began
       self.moved_s = self.now
     return some
+
+  def _tick(self) -> None:
+    """Tells the policy that a tick has passed, if one has."""
+    tick_s, now_s = self.scheduler_config.policy.tick_s, self.now
+    if tick_s is not None and now_s >= self._tick_s:
+      self._tick_s = now_s + tick_s
+      self.event(Tick(now_s))
 
   def check_stalled(self) -> None:
     """Of a server to which no more requests may come.
@@ -290,7 +302,10 @@ class Loop:
     """A request has ended; the events of what failed in forgetting it."""
     state = self.unfinished.pop(command.id)
     if isinstance(command, Reject):
-      state.error = command.reason
+      if command.refused:
+        state.refuse(command.reason)
+      else:
+        state.error = command.reason
       return ()
     end = state.finish if isinstance(command, Finish) else state.fail
     end(command.reason)

@@ -115,7 +115,7 @@ class RequestOutputState:
     self.tokens: list[int] = []
     self.logprobs: list[Logprobs] = []
     self.pieces: list[str] = []
-    self.ended, self.failed = False, False
+    self.ended, self.failed, self.refused = False, False, False
     self.reason: str | None = None
     self.error: str | None = None
     self._stream = stops.Stream(vocabulary) if vocabulary else None
@@ -172,6 +172,11 @@ class RequestOutputState:
     self.flush()
     self.failed, self.error = True, reason
 
+  def refuse(self, reason: str) -> None:
+    """The policy does not let it in."""
+    self.fail(reason)
+    self.refused = True
+
   def take_pieces(self) -> list[str]:
     """The pieces of text since the last call."""
     start, self._pieces_taken = self._pieces_taken, len(self.pieces)
@@ -182,4 +187,5 @@ class RequestOutputState:
     start, self._tokens_taken = self._tokens_taken, len(self.tokens)
     return Update(''.join(self.take_pieces()), tuple(self.tokens[start:]),
                   tuple(self.logprobs[start:]),
-                  self.reason or (self.error and 'error'), self.error)
+                  self.reason or (self.error and (
+                      'refused' if self.refused else 'error')), self.error)

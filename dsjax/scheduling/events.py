@@ -105,6 +105,11 @@ class Drain(NamedTuple):
   instance: int
 
 
+class Tick(NamedTuple):
+  """Another Policy.tick_s has passed: roles and rows may move."""
+  time_s: float
+
+
 class Chunk(NamedTuple):
   """Prompt tokens [start, stop) of a request; `last`: sample its next token."""
   id: int
@@ -170,6 +175,12 @@ class Preempt(NamedTuple):
   cause: str = 'pages'
 
 
+class Flip(NamedTuple):
+  """From now on `instance`, a flexible one, has this role."""
+  instance: int
+  role: str
+
+
 class Abort(NamedTuple):
   """Hand-off `epoch` is over: `target` must not write its pages any more.
 
@@ -193,12 +204,16 @@ class Fail(NamedTuple):
 
 
 class Reject(NamedTuple):
-  """Request can never be served; `reason` says why in plain words."""
+  """Request is not served; `reason` says why in plain words.
+
+  refused: by the policy, for the load of now; else it can never be served.
+  """
   id: int
   reason: str
+  refused: bool = False
 
 
 Event = (Arrived | Cancelled | PrefillDone | DecodeDone | Migrated
-         | MigrateFailed | Timer | InstanceDown | InstanceUp | Drain)
-Command = (RunPrefill | RunDecode | Migrate | Preempt | Abort | Finish | Fail
-           | Reject)
+         | MigrateFailed | Timer | InstanceDown | InstanceUp | Drain | Tick)
+Command = (RunPrefill | RunDecode | Migrate | Preempt | Flip | Abort | Finish
+           | Fail | Reject)

@@ -16,12 +16,14 @@ STAGES = {
     'decoding': "a row of an instance's batch",
     'finishing': 'its last token is in flight',
     'yielding': 'preempted; its pages wait for the commands in flight',
+    'leaving': 'a row no more; it is handed off once the commands in flight '
+               'are done',
     'over': 'its client has been told; its pages wait for the commands in '
             'flight',
     'abandoned': "cancelled while it migrates; both sides' pages wait for the "
                  'copy',
 }
-ENDING = ('finishing', 'yielding', 'over')
+ENDING = ('finishing', 'yielding', 'leaving', 'over')
 
 CAUSES = {
     'plan': 'a decision, after any event: admit, pull, decode, preempt',
@@ -36,6 +38,7 @@ CAUSES = {
     'TargetDown': 'InstanceDown of the one that pulls it',
     'InstanceUp': 'any',
     'Drain': 'any',
+    'Tick': 'any: roles and rows move',
 }
 
 
@@ -56,13 +59,13 @@ HOPS = _hops(
     ('plan', 'queued', 'prefilling'),
     ('plan', 'prefilling', 'decoding finishing yielding'),
     ('PrefillDone', 'prefilling', 'prefilled over absent'),
-    ('plan', 'prefilled', 'migrating'),
+    ('plan', 'prefilled', 'migrating decoding'),
     ('Migrated', 'migrating', 'decoding'),
     ('plan', 'decoding', 'finishing yielding'),
     ('plan', 'yielding', 'queued absent'),
     ('PrefillDone', 'decoding', 'over'),
     ('PrefillDone', 'finishing', 'absent over'),
-    ('PrefillDone', 'yielding', 'queued over'),
+    ('PrefillDone', 'yielding', 'queued absent over'),
     ('PrefillDone', 'over', 'absent'),
     ('DecodeDone', 'decoding', 'over'),
     ('DecodeDone', 'finishing', 'absent over'),
@@ -70,7 +73,7 @@ HOPS = _hops(
     ('DecodeDone', 'over', 'absent'),
     # Its client goes.
     ('Cancelled', 'queued prefilled', 'absent'),
-    ('Cancelled', 'prefilling decoding finishing yielding', 'over'),
+    ('Cancelled', 'prefilling decoding finishing yielding leaving', 'over'),
     ('Cancelled', 'migrating', 'abandoned'),
     # Its hand-off ends otherwise.
     ('MigrateFailed', 'migrating', 'prefilled absent'),
@@ -86,7 +89,24 @@ HOPS = _hops(
     ('InstanceDown', 'prefilling prefilled migrating', 'queued absent'),
     ('InstanceDown', 'decoding finishing yielding', 'queued over absent'),
     ('InstanceDown', 'over abandoned', 'absent'),
-    ('TargetDown', 'prefilled', 'absent'),
+    ('TargetDown', 'prefilled', 'decoding absent'),
+    # A row moves to another instance.
+    ('Tick', 'decoding', 'leaving'),
+    ('Tick', 'leaving', 'prefilled'),
+    ('PrefillDone', 'leaving', 'prefilled over'),
+    ('DecodeDone', 'leaving', 'prefilled over'),
+    ('InstanceDown', 'leaving', 'queued over absent'),
+    # A policy refuses one whose place is to be found again.
+    ('Drain', 'queued', 'absent'),
+    ('InstanceUp', 'queued', 'absent'),
+    ('Tick', 'queued', 'absent'),
+    # What a flexible instance prefilled may stay there after all.
+    ('PrefillDone', 'prefilled', 'decoding'),
+    ('DecodeDone', 'prefilled', 'decoding'),
+    ('MigrateFailed', 'prefilled', 'decoding'),
+    ('Timer', 'prefilled', 'decoding'),
+    ('Drain', 'prefilled', 'decoding'),
+    ('Tick', 'prefilled', 'decoding'),
 )
 
 # Causes that are of one request and tell nothing new in any other stage: a
@@ -158,4 +178,4 @@ def _statuses():
 
 
 _NO_FAULT = ('plan', 'Arrived', 'PrefillDone', 'Migrated', 'DecodeDone',
-             'Cancelled')
+             'Cancelled', 'Tick')

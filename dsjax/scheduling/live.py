@@ -29,6 +29,8 @@ class LiveSeq:
   epoch: int = 0
   tries: int = 0
   arrival_s: float = 0.0
+  input_len: int = 0
+  first_s: float | None = None
 
 
 fields_of = operator.attrgetter(*Seq._fields)
@@ -142,32 +144,40 @@ class LiveBatch:
 class LiveInstance:
   """An Instance that changes in place.
 
+  able: what it may do; prefills, decodes, mixes: what its role of now does.
   fresh: changed since it was planned last. asleep: in a quiet run. value:
   what it is as a value, or None where it has changed since.
   """
 
-  __slots__ = (*Instance._fields, 'index', 'config', 'prefills', 'decodes',
-               'mixes', 'depth', 'run_ahead', 'fresh', 'asleep', 'value')
+  __slots__ = (*Instance._fields, 'index', 'config', 'able', 'prefills',
+               'decodes', 'mixes', 'depth', 'run_ahead', 'fresh', 'asleep',
+               'value', '_depths', '_run_ahead')
 
   def __init__(self, config: Config, index: int, value: Instance):
     self.index, self.config = index, config.instances[index]
     self.value: Instance | None = value
-    role = ROLES[self.config.role]
-    self.prefills, self.decodes = role.prefills, role.decodes
-    self.mixes, self.fresh, self.asleep = role.mixes, False, False
-    pp = self.config.pp
-    self.depth = (config.depth * pp if self.decodes
-                  else max(config.prefill_depth, pp))
-    self.run_ahead = config.run_ahead or (
-        1 if self.prefills else RUN_AHEAD)
+    self.able, pp = ROLES[self.config.role], self.config.pp
+    self.fresh = self.asleep = False
+    self._depths = max(config.prefill_depth, pp), config.depth * pp
+    self._run_ahead = config.run_ahead
     (self.pool, batches, queue, prefilling, pulls, self.turn, self.number,
-     inflight, ending, self.residents, self.backlog, self.status) = value
+     inflight, ending, self.residents, self.backlog, self.status,
+     role) = value
+    self.assign(role)
     self.queue, self.prefilling = list(queue), list(prefilling)
     self.pulls, self.ending = list(pulls), list(ending)
     self.inflight = collections.deque(inflight)
     turns = [g for _, g in inflight]
     self.batches = [LiveBatch(b, turns.count(g))
                     for g, b in enumerate(batches)]
+
+  def assign(self, role: str) -> None:
+    """Gives it a role."""
+    self.role, does = role, ROLES[role]
+    self.prefills, self.decodes = does.prefills, does.decodes
+    self.mixes = does.mixes
+    self.depth = self._depths[does.decodes]
+    self.run_ahead = self._run_ahead or (1 if does.prefills else RUN_AHEAD)
 
   def freeze(self) -> Instance:
     """It as a value."""
@@ -176,5 +186,5 @@ class LiveInstance:
           self.pool, tuple([Batch(b.freeze(), b.tick) for b in self.batches]),
           tuple(self.queue), tuple(self.prefilling), tuple(self.pulls),
           self.turn, self.number, tuple(self.inflight), tuple(self.ending),
-          self.residents, self.backlog, self.status)
+          self.residents, self.backlog, self.status, self.role)
     return self.value

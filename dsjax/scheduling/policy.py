@@ -17,10 +17,11 @@ The same value serves, simulates, is searched with and is explored for faults.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+from dsjax.config.checks import is_positive, require
 from dsjax.config.engine import InstanceConfig
 from dsjax.scheduling import page_pool
 
@@ -44,23 +45,40 @@ class PrefillBudget(NamedTuple):
   rows: bool = False
 
 
+class Refuse(NamedTuple):
+  """Of a route: the request is not served, and its client is told why."""
+
+  reason: str
+
+
+class Move(NamedTuple):
+  """Of a rebalance: the row of request `id` goes on at instance `target`."""
+
+  id: int
+  target: int
+
+
 class RequestView:
   """A request, to be read.
 
   Attributes:
     id, order: order counts arrivals.
-    arrival_s: when it arrived.
+    arrival_s: when it arrived. first_s: when its first token was there; None:
+      not yet.
+    input_len: tokens of its prompt.
     prompt_len: tokens to prefill; after a preemption those emitted too.
     done: of these, tokens prefilled or being prefilled.
+    context: tokens in its KV cache, what is in flight included. num_out: of
+      these those that it has generated, and the newest one.
     limit: tokens of prompt and output together, at most.
     stage: see lifecycle.STAGES. instance, target: indices, -1 for none.
     tries: faults that it survived.
   """
 
-  __slots__ = ('_request',)
+  __slots__ = ('_request', '_context')
 
-  def __init__(self, request: Any):
-    self._request = request
+  def __init__(self, request: Any, context: int = -1):
+    self._request, self._context = request, context
 
   def __repr__(self) -> str:
     return f'request {self.id}'
@@ -76,6 +94,22 @@ class RequestView:
   @property
   def arrival_s(self) -> float:
     return self._request.arrival_s
+
+  @property
+  def first_s(self) -> float | None:
+    return self._request.first_s
+
+  @property
+  def input_len(self) -> int:
+    return self._request.input_len
+
+  @property
+  def context(self) -> int:
+    return self._request.done if self._context < 0 else self._context
+
+  @property
+  def num_out(self) -> int:
+    return max(0, self.context - self._request.input_len + 1)
 
   @property
   def prompt_len(self) -> int:
@@ -111,7 +145,8 @@ class InstanceView:
 
   Attributes:
     index, config: which, and its InstanceConfig.
-    prefills, decodes, mixes: what it may do, see config.placement.Role.
+    prefills, decodes, mixes: what it does now, see config.placement.Role.
+    flips: it may do all of it. role: of now.
     status: up | draining | down | gone.
     backlog: prompt tokens that wait here or are being prefilled.
     residents: requests that own pages here. free_pages: of its pool.
@@ -146,6 +181,14 @@ class InstanceView:
   @property
   def mixes(self) -> bool:
     return self._instance.mixes
+
+  @property
+  def flips(self) -> bool:
+    return self._instance.able.flips
+
+  @property
+  def role(self) -> str:
+    return self._instance.role
 
   @property
   def status(self) -> str:
@@ -187,8 +230,10 @@ class InstanceView:
 
   def rows(self) -> tuple[RequestView, ...]:
     """The requests that decode here."""
-    return self._views([id for batch in self._instance.batches
-                        for id in batch.rows])
+    requests = self._requests
+    return tuple([RequestView(requests[id], row[1] + batch.tick)
+                  for batch in self._instance.batches
+                  for id, row in batch.rows.items()])
 
   def prefilling(self) -> tuple[RequestView, ...]:
     """Requests that own pages here and have prompt tokens left to prefill."""
@@ -212,15 +257,19 @@ class View:
   Attributes:
     time_s: of the event that is answered.
     instances: all of them.
-    prefills: those that take prompts now: that are up, else being drained.
+    prefills: those whose role is to take prompts, that are up, else being
+      drained; where there are none, those that could.
     decodes: the same, of those that take rows.
+    may_prefill, may_decode: all of those that could, whatever their role now:
+      what a route or a hand_off may answer.
   """
 
   __slots__ = ('_instances', '_now')
 
   def __init__(self, instances: Sequence[Any], requests: dict[int, Any],
                now: list[Any]):
-    """now: time, instances that take prompts, that take rows; kept current.
+    """now: time, instances that take prompts, that take rows, that could do
+    either; kept current.
 
     Not the Run itself: a cycle would keep every state of a log alive.
     """
@@ -237,22 +286,34 @@ class View:
 
   @property
   def prefills(self) -> tuple[InstanceView, ...]:
-    views = self._instances
-    return tuple([views[i.index] for i in self._now[1]])
+    return self._views(1)
 
   @property
   def decodes(self) -> tuple[InstanceView, ...]:
+    return self._views(2)
+
+  @property
+  def may_prefill(self) -> tuple[InstanceView, ...]:
+    return self._views(3)
+
+  @property
+  def may_decode(self) -> tuple[InstanceView, ...]:
+    return self._views(4)
+
+  def _views(self, place: int) -> tuple[InstanceView, ...]:
     views = self._instances
-    return tuple([views[i.index] for i in self._now[2]])
+    return tuple([views[i.index] for i in self._now[place]])
 
 
-Route = Callable[[View, RequestView], int]
+Route = Callable[[View, RequestView], int | Refuse]
 Order = Callable[[View, InstanceView, Sequence[RequestView]],
                  Sequence[RequestView]]
 Batch = Callable[[View, InstanceView], PrefillBudget]
 HandOff = Callable[[View, RequestView, int], int]
 Admit = Callable[[View, InstanceView, RequestView, int], bool]
 Victim = Callable[[View, InstanceView, Sequence[RequestView]], RequestView]
+Resize = Callable[[View], Mapping[int, str]]
+Rebalance = Callable[[View], Iterable[Move]]
 
 _BACKLOG = attrgetter('backlog', 'residents')
 
@@ -268,9 +329,12 @@ def _load(instance: InstanceView) -> int:
 
 
 def least_loaded(view: View, request: RequestView, avoid: int) -> int:
-  """The decode instance with the fewest requests, there or on their way."""
-  del request
+  """Where it was prefilled, if that decodes too; else the decode instance with
+  the fewest requests, there or on their way."""
   choices = view.decodes
+  home = view.instances[request.instance]
+  if home.decodes and home in choices:
+    return home.index
   if avoid >= 0:
     choices = [i for i in choices if i.index != avoid] or choices
   return min(choices, key=_load).index
@@ -308,8 +372,9 @@ class Policy:
 
   Attributes:
     name: in tables and errors.
-    route: (view, request) -> index of the instance, of view.prefills, whose
-      queue it joins: at its arrival, and when it is prefilled again.
+    route: (view, request) -> index of the instance, of view.may_prefill,
+      whose queue it joins; or a Refuse. Asked at its arrival, and when it is
+      prefilled again.
     order: (view, instance, waiting) -> the same requests, first to go first.
       waiting: its prefill queue, by arrival, before each of its prefill
       batches; or the finished prefills that it will pull, by their end,
@@ -317,13 +382,21 @@ class Policy:
     batch: (view, instance) -> PrefillBudget of its next step. 0 tokens: not
       now; it is asked again at every event, and at no other time.
     hand_off: (view, request, avoid) -> index of the instance, of
-      view.decodes, that pulls its KV. avoid: one that has just failed at it,
-      or -1.
+      view.may_decode, that pulls its KV; of what a flexible instance
+      prefilled perhaps its own: then it stays. Asked before the step that
+      ends such a prompt, and, unless it stays, at the prompt's end. avoid: one
+      that has just failed at it, or -1.
     admit: (view, instance, request, pages) -> whether it may take so many
       pages now; asked only where they are free and a place is. False: the
       queue waits, and it is asked again at every event.
     victim: (view, instance, residents) -> of these, the one whose pages are
       taken where rows run short of them; it is prefilled again.
+    tick_s: seconds between two Ticks, at which the next two are asked; None:
+      never.
+    resize: (view) -> {index: role} of flexible instances that get another
+      role. Nothing that they hold is moved by it.
+    rebalance: (view) -> a Move of each row that is to go on elsewhere, from a
+      flexible instance to any that decodes.
   """
 
   name: str = 'distserve'
@@ -333,6 +406,16 @@ class Policy:
   hand_off: HandOff = least_loaded
   admit: Admit = leave_room_to_grow
   victim: Victim = latest_arrival
+  tick_s: float | None = None
+  resize: Resize | None = None
+  rebalance: Rebalance | None = None
+
+  def __post_init__(self) -> None:
+    require(self.tick_s is None or is_positive(self.tick_s),
+            'Policy.tick_s', self.tick_s, 'None or seconds above 0')
+    require(self.tick_s is not None
+            or not (self.resize or self.rebalance), 'Policy.tick_s', None,
+            'seconds where there is a resize or a rebalance')
 
   @property
   def is_distserve(self) -> bool:

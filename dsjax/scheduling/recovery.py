@@ -86,14 +86,7 @@ def drain(run: Run, e: Drain) -> None:
   if (not _turn(run, inst, 'Drain') or inst in run.open_entries
       or inst in run.open_decoders):
     return  # it is drained or down already, or no other can
-  queue, pulls = inst.queue, inst.pulls
-  inst.queue, inst.pulls = [], []
-  for id in queue:
-    seq = run.own(id)
-    inst.backlog -= seq.prompt_len
-    run.enqueue(seq)
-  for id in pulls:
-    run.offer(run.own(id))
+  run.send_off(inst, inst.queue, inst.pulls)
 
 
 def migrate_failed(run: Run, e: MigrateFailed) -> None:
@@ -177,8 +170,8 @@ def _known(run, inst, told):
     steps = command.steps - (0 if n else told)
     for row in command.rows:
       lost[row.id] += steps
-    if inst.decodes:
-      lost.update([c.id for c in command.chunks if c.last])
+    lost.update([c.id for c in command.chunks
+                 if c.last and run.seqs[c.id].stage != 'prefilling'])
   known = {s.id: s.prompt_len for s in run.seqs.values()
            if s.instance == inst.index}
   for batch in inst.batches:
@@ -188,7 +181,8 @@ def _known(run, inst, told):
     seq = run.seqs[id]
     if seq.stage == 'finishing':
       known[id] = seq.limit
-    known[id] += (seq.stage in ('prefilled', 'migrating')) - lost[id]
+    known[id] += (seq.stage in ('prefilled', 'migrating', 'leaving')
+                  ) - lost[id]
   return known
 
 
@@ -196,13 +190,17 @@ def _empty(run, inst):
   """Forgets what an instance held; its commands count on."""
   counted = isinstance(inst.pool, page_pool.Counted)
   fresh = init(run.config, counted).instances[inst.index]
-  fresh = fresh._replace(number=inst.number, status=inst.status)
+  fresh = fresh._replace(number=inst.number, status=inst.status,
+                         role=inst.role)
   again = LiveInstance(run.config, inst.index, fresh)
   for field in (*fresh._fields, 'value'):
     setattr(inst, field, getattr(again, field))
 
 
 def _target_lost(run, seq, reason):
+  if seq.stage == 'leaving':
+    seq.target = -1
+    return
   if seq.stage == 'prefilled':
     run.offer(seq)
     return

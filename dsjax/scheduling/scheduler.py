@@ -25,6 +25,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dsjax.config.placement import ROLES
 from dsjax.scheduling import lifecycle, lookahead, page_pool, recovery
 from dsjax.scheduling.events import (
   Arrived,
@@ -34,6 +35,7 @@ from dsjax.scheduling.events import (
   DecodeDone,
   Event,
   Finish,
+  Flip,
   Migrate,
   Migrated,
   MigrateFailed,
@@ -43,10 +45,17 @@ from dsjax.scheduling.events import (
   Row,
   RunDecode,
   RunPrefill,
+  Tick,
   Timer,
 )
 from dsjax.scheduling.live import LiveBatch, LiveInstance, LiveSeq, fields_of
-from dsjax.scheduling.policy import PrefillBudget, RequestView, View
+from dsjax.scheduling.policy import (
+  Move,
+  PrefillBudget,
+  Refuse,
+  RequestView,
+  View,
+)
 from dsjax.scheduling.state import (
   RUN_AHEAD,
   Batch,
@@ -105,19 +114,23 @@ class Run:
     self.owned = set()  # ids of those that may change in place
     self.instances = [LiveInstance(config, index, value)
                       for index, value in enumerate(state.instances)]
-    self.entries = [i for i in self.instances if i.prefills]
-    self.decoders = [i for i in self.instances if i.decodes]
+    self.entries = [i for i in self.instances if i.able.prefills]
+    self.decoders = [i for i in self.instances if i.able.decodes]
     self.policy = config.policy
     self._view: View | None = None
-    self.now = [0.0, [], []]  # see View
+    self.now = [0.0, [], [], [], []]  # see View
     self.asks_again = self.policy.says_not_yet
     self.commands, self.cause = [], ''
     self.roster()
 
   def roster(self) -> None:
-    """Who takes work: those that are up, else those that are drained."""
-    self.open_entries = self.now[1] = _open(self.entries)
-    self.open_decoders = self.now[2] = _open(self.decoders)
+    """Who takes work: those that are up, else those that are drained; in the
+    view of them those whose role it is, if there are any."""
+    entries = self.open_entries = _open(self.entries)
+    decoders = self.open_decoders = _open(self.decoders)
+    self.now[1:] = ([i for i in entries if i.prefills] or entries,
+                    [i for i in decoders if i.decodes] or decoders,
+                    entries, decoders)
 
   def apply(self, event: Event) -> list[Command]:
     """Applies one event; a list of commands. See step."""
@@ -152,13 +165,23 @@ class Run:
       self._view = View(self.instances, self.seqs, self.now)
     return self._view
 
-  def choose(self, hook: str, instances: Sequence[LiveInstance], seq: LiveSeq,
-             *args: int) -> LiveInstance:
-    """One of these instances, for a request, by the policy's answer."""
+  def ask(self, hook: str, *args: Any,
+          read: Callable[[Any], Any] | None = None) -> Any:
+    """What a hook of the policy answers, read as told."""
     try:
-      answer = getattr(self.policy, hook)(self.view, RequestView(seq), *args)
+      answer = getattr(self.policy, hook)(self.view, *args)
+      return read(answer) if read else answer
     except Exception as error:
       raise self.policy.failed(hook, error) from error
+
+  def several(self, hook: str, most: int, *args: Any) -> list[Any]:
+    """What a hook answers one after another; no more than most + 1."""
+    return self.ask(hook, *args, read=lambda answer: list(
+        itertools.islice(answer, most + 1)))
+
+  def one_of(self, instances: Sequence[LiveInstance], hook: str, answer: Any
+             ) -> LiveInstance:
+    """The one of these instances whose index a hook answered."""
     index = _index(answer)
     for inst in instances:
       if inst.index == index:
@@ -166,19 +189,18 @@ class Run:
     raise self.policy.refuse(hook, answer, 'the index of one of instances '
                              f'{[i.index for i in instances]}')
 
+  def decoder(self, seq: LiveSeq, avoid: int) -> LiveInstance:
+    """The instance where the policy has a request decode."""
+    return self.one_of(self.open_decoders, 'hand_off',
+                       self.ask('hand_off', RequestView(seq), avoid))
+
   def in_order(self, inst: LiveInstance, queue: list[int]) -> list[int]:
     """The ids of a queue in the policy's order; itself where that is its own:
     by arrival, or, of finished prefills, by their end."""
     if self.policy.order is None or len(queue) < 2:
       return queue
-    waiting = [RequestView(self.seqs[id]) for id in queue]
-    view = self.view
-    try:
-      answer = self.policy.order(view, view.instances[inst.index],
-                                 tuple(waiting))
-      answer = list(itertools.islice(answer, len(queue) + 1))
-    except Exception as error:
-      raise self.policy.failed('order', error) from error
+    answer = self.several('order', len(queue), self.view.instances[inst.index],
+                          tuple([RequestView(self.seqs[id]) for id in queue]))
     try:
       ids = [request.id for request in answer]
     except AttributeError:
@@ -222,7 +244,8 @@ class Run:
     else:
       seq = self.seqs[e.id] = LiveSeq(e.id, self.arrivals, e.prompt_len,
                                       e.prompt_len + e.max_tokens, 'absent', -1,
-                                      arrival_s=e.time_s)
+                                      arrival_s=e.time_s,
+                                      input_len=e.prompt_len)
       self.owned.add(e.id)
       self.arrivals += 1
       self.enqueue(seq)
@@ -240,17 +263,20 @@ class Run:
     inst, command = self.complete(e, RunPrefill, e.ended)
     if inst is None:
       return
-    if not inst.decodes:
-      for chunk in command.chunks:
-        seq = self.seqs[chunk.id]
-        if chunk.last and seq.stage == 'prefilling':
-          seq = self.own(chunk.id)
-          if chunk.id in e.ended or seq.prompt_len + 1 >= seq.limit:
-            self.finish(seq, 'stop' if chunk.id in e.ended else 'length')
-          else:
-            self.offer(seq)
-    else:
-      for id in e.ended:
+    for chunk in command.chunks:
+      if not chunk.last:
+        continue
+      seq = self.own(chunk.id)
+      if seq.first_s is None:
+        seq.first_s = e.time_s
+      if seq.stage != 'prefilling':
+        continue  # a row already, or over
+      if chunk.id in e.ended or seq.prompt_len + 1 >= seq.limit:
+        self.finish(seq, 'stop' if chunk.id in e.ended else 'length')
+      else:
+        self.offer(seq)
+    for id in e.ended:
+      if id in self.seqs:
         self.ended(id)
     self.settle(inst, e.number)
 
@@ -273,6 +299,64 @@ class Run:
       self.drop(seq)
     else:
       self.join(self.touch(seq.instance), seq)
+
+  def tick(self, e: Tick) -> None:
+    """Roles change, then rows move, as the policy says."""
+    if self.policy.resize:
+      answer = self.ask('resize')
+      try:
+        roles = {_index(index): role for index, role in dict(answer).items()}
+      except (TypeError, ValueError):
+        roles = {-1: ''}
+      flexible = [i.index for i in self.instances if i.able.flips]
+      if not (roles.keys() <= set(flexible)
+              and all([role in _GIVEN for role in roles.values()])):
+        raise self.policy.refuse('resize', answer, '{index: role}, indices of '
+                                 f'{flexible}, roles of {_GIVEN}')
+      self.flip({index: role for index, role in roles.items()
+                 if self.instances[index].role != role})
+    if self.policy.rebalance:
+      for move in self.several('rebalance', len(self.seqs)):
+        self.depart(move)
+
+  def flip(self, roles: dict[int, str]) -> None:
+    """Gives instances another role. Prompts and hand-offs that wait there go
+    where it is now done; what owns pages stays."""
+    for index, role in roles.items():
+      self.touch(index).assign(role)
+      self.commands.append(Flip(index, role))
+    self.roster()
+    for index in roles:
+      inst = self.instances[index]
+      self.send_off(inst, not inst.prefills, not inst.decodes)
+
+  def send_off(self, inst: LiveInstance, prompts: bool, pulls: bool) -> None:
+    """Finds another place for what waits at an instance, without pages."""
+    for id in list(inst.queue) if prompts else ():
+      seq = self.own(id)
+      inst.queue.remove(id)
+      inst.backlog -= seq.prompt_len
+      self.enqueue(seq)
+    for id in list(inst.pulls) if pulls else ():
+      inst.pulls.remove(id)
+      self.offer(self.own(id))
+
+  def depart(self, move: Any) -> None:
+    """A row is to move to another instance, with its KV."""
+    id, target = move if type(move) is Move else (-1, -1)
+    seq = self.seqs.get(_index(id))
+    if (seq is None or seq.stage != 'decoding'
+        or not self.instances[seq.instance].able.flips
+        or _index(target) not in [i.index for i in self.open_decoders
+                                  if i.index != seq.instance]):
+      raise self.policy.refuse(
+          'rebalance', move, 'a Move of a row of a flexible instance to '
+          f'another of instances {[i.index for i in self.open_decoders]}')
+    seq = self.own(seq.id)
+    batch = _home(self.instances[seq.instance], seq.id)
+    seq.prompt_len = seq.done = batch.rows[id][1] + batch.tick
+    seq.target = _index(target)
+    self.leave(seq, 'leaving')
 
   def handed(self, e: Migrated | MigrateFailed | Timer) -> LiveSeq | None:
     """The request whose hand-off this is about; None where it is over."""
@@ -323,7 +407,7 @@ class Run:
   def leave(self, seq: LiveSeq, stage: str) -> None:
     """Takes a request out of whatever it is in, keeping unsafe pages.
 
-    stage: over, or yielding.
+    stage: over, yielding or leaving.
     """
     was = seq.stage
     if was == 'migrating':
@@ -346,6 +430,7 @@ class Run:
       return
     self.move(seq, stage)
     if was in lifecycle.ENDING:
+      seq.target = -1  # of one that was leaving
       return  # in inst.ending already
     if was == 'decoding':
       _home(inst, seq.id).remove(seq.id)
@@ -380,6 +465,9 @@ class Run:
       seq.pages, seq.done = (), 0
       self.enqueue(seq)
       return
+    if seq.stage == 'leaving':
+      self.offer(seq, to=seq.target)
+      return
     if seq.stage == 'finishing':
       self.commands.append(Finish(seq.id, 'length'))
     self.drop(seq)
@@ -406,15 +494,11 @@ class Run:
     need = room(inst, inst.config, tokens)
     if not need:
       return None
-    view = self.view
-    try:
-      admitted = bool(self.policy.admit(view, view.instances[inst.index],
-                                        RequestView(seq), need))
-    except Exception as error:
-      raise self.policy.failed('admit', error) from error
-    if not admitted:
+    if not self.ask('admit', self.view.instances[inst.index],
+                    RequestView(seq), need, read=bool):
       return None
     inst.pool, ids = page_pool.alloc(inst.pool, need)
+    inst.value = None
     inst.residents += 1
     return ids
 
@@ -422,23 +506,40 @@ class Run:
     """Puts a request into the queue of an instance that prefills."""
     if not self.placeable(seq, self.open_entries, self.entries):
       return
+    answer = None
+    if self.open_entries:
+      answer = self.ask('route', RequestView(seq))
+      if type(answer) is Refuse:
+        self.turn_away(seq, answer)
+        return
     if seq.stage != 'queued':
       self.move(seq, 'queued')
     if not self.open_entries:
       seq.instance = -1
       self.waiting.append(seq.id)
       return
-    inst = self.touch(self.choose('route', self.open_entries, seq).index)
+    inst = self.touch(self.one_of(self.open_entries, 'route', answer).index)
     inst.backlog += seq.prompt_len
     # By arrival: a preempted request keeps its place.
     queue, seqs = inst.queue, self.seqs
     bisect.insort(queue, seq.id, key=lambda id: seqs[id].order)
     seq.instance = inst.index
 
-  def offer(self, seq: LiveSeq, but: int = -1) -> None:
-    """Prefill is done: an instance that decodes will pull.
+  def turn_away(self, seq: LiveSeq, answer: Refuse) -> None:
+    """The policy refuses a request that arrives, or waits for a place."""
+    if type(answer.reason) is not str:
+      raise self.policy.refuse('route', answer, 'a Refuse with a text')
+    if seq.stage != 'absent':
+      recovery.fail(self, seq, answer.reason)
+      return
+    self.commands.append(Reject(seq.id, answer.reason, True))
+    self.forget(seq)
 
-    but: one that has just failed at it, or -1.
+  def offer(self, seq: LiveSeq, but: int = -1, to: int = -1) -> None:
+    """Its KV is whole: an instance that decodes will pull it, or where it is
+    it goes on.
+
+    but: one that has just failed at it, or -1. to: where it is wanted, or -1.
     """
     if not self.placeable(seq, self.open_decoders, self.decoders):
       return
@@ -448,9 +549,15 @@ class Run:
       seq.target = -1
       self.waiting.append(seq.id)
       return
-    target = self.choose('hand_off', self.open_decoders, seq, but).index
-    self.touch(target).pulls.append(seq.id)
-    seq.target = target
+    wanted = [i for i in self.open_decoders if i.index == to]
+    target = self.touch((wanted[0] if wanted else
+                         self.decoder(seq, but)).index)
+    if target.index == seq.instance:
+      seq.target = -1
+      self.join(target, seq)
+    else:
+      target.pulls.append(seq.id)
+      seq.target = target.index
 
   def placeable(self, seq: LiveSeq, up: Sequence[LiveInstance],
                 kind: Sequence[LiveInstance]) -> bool:
@@ -466,16 +573,33 @@ class Run:
       seq = self.seqs[self.in_order(inst, inst.pulls)[0]]
       ids = self.take(inst, seq, min(seq.prompt_len + 1, seq.limit - 1))
       if ids is None:
-        return
+        if not (self.instances[seq.instance].able.flips
+                and self.is_stuck(inst)):
+          return
+        inst.pulls.remove(seq.id)
+        seq = self.own(seq.id)
+        seq.target = -1
+        self.join(self.touch(seq.instance), seq)
+        continue
       inst.pulls.remove(seq.id)
       seq = self.own(seq.id)
       self.move(seq, 'migrating')
       seq.target_pages = ids
       seq.epoch += 1
-      count = page_pool.pages_for(seq.prompt_len, inst.config.page_size)
+      source = self.instances[seq.instance]
+      taken, given = [page_pool.pages_for(
+          seq.prompt_len, i.config.page_size) for i in (source, inst)]
       self.commands.append(Migrate(
-          seq.id, seq.epoch, seq.instance, seq.pages, inst.index, ids[:count],
-          seq.prompt_len))
+          seq.id, seq.epoch, seq.instance, seq.pages[:taken], inst.index,
+          ids[:given], seq.prompt_len))
+
+  def is_stuck(self, inst: LiveInstance) -> bool:
+    """Nothing here will free a page by itself: what is here waits to be
+    pulled. Two flexible instances could wait for each other so."""
+    return not (inst.inflight or inst.prefilling or inst.ending
+                or any([batch.rows for batch in inst.batches])
+                or any([seq.target_pages and seq.target == inst.index
+                        for seq in self.seqs.values()]))
 
   # --- batches --------------------------------------------------------------
 
@@ -496,8 +620,7 @@ class Run:
 
   def issue(self, inst: LiveInstance) -> None:
     while len(inst.inflight) < inst.depth:
-      if not (inst.prefills and self.prefill(inst)
-              or inst.decodes and self.decode(inst)):
+      if not (self.prefill(inst) or self.decode(inst)):
         return
 
   def send(self, inst: LiveInstance, command: RunPrefill | RunDecode, g: int
@@ -526,7 +649,7 @@ class Run:
       return False
     batch = inst.batches[inst.turn]
     # Before the policy is asked, as rows may be preempted for want of pages.
-    if inst.mixes and not self.ready(inst, batch):
+    if inst.able.mixes and not self.ready(inst, batch):
       return False
     budget, whole, mixed = self.budget(inst, batch)
     if not budget:
@@ -555,28 +678,30 @@ class Run:
               inst.turn if mixed else -1)
     if mixed:
       self.advance(inst, inst.turn, 1 if rows else 0)
-    if inst.decodes:
-      for seq in last:
+    for seq in last:
+      if self.stays(inst, seq):
         self.join(inst, seq, number)
     return True
 
+  def stays(self, inst: LiveInstance, seq: LiveSeq) -> bool:
+    """Whether a request decodes where it is prefilled."""
+    if not inst.able.flips or seq.prompt_len + 1 >= seq.limit:
+      return inst.able.decodes
+    return inst in self.open_decoders and self.decoder(seq, -1) is inst
+
   def budget(self, inst: LiveInstance, batch: LiveBatch) -> PrefillBudget:
     """The policy's PrefillBudget of the next step."""
-    view = self.view
-    try:
-      answer = self.policy.batch(view, view.instances[inst.index])
-    except Exception as error:
-      raise self.policy.failed('batch', error) from error
+    answer = self.ask('batch', self.view.instances[inst.index])
     most = inst.config.prefill_tokens
     if type(answer) is PrefillBudget:
       tokens, whole, rows = answer
-      if rows is True and inst.mixes:
+      if rows is True and inst.able.mixes:
         most -= len(batch.rows)
       if (0 <= _index(tokens) <= most and type(whole) is bool
-          and (rows is False or rows is True and inst.mixes)):
+          and (rows is False or rows is True and inst.able.mixes)):
         return PrefillBudget(_index(tokens), whole, rows)
     raise self.policy.refuse('batch', answer, 'a PrefillBudget of 0 to '
-                             f'{most} tokens' + ('' if inst.mixes else
+                             f'{most} tokens' + ('' if inst.able.mixes else
                                                  ', without rows'))
 
   def candidate(self, inst: LiveInstance, waiting: list[int], budget: int,
@@ -701,13 +826,8 @@ class Run:
     preempted in its prefill gave way to a row that then emits one.
     """
     residents = [id for b in inst.batches for id in b.rows] + inst.prefilling
-    view = self.view
-    try:
-      victim = self.policy.victim(
-          view, view.instances[inst.index],
-          tuple([RequestView(self.seqs[id]) for id in residents]))
-    except Exception as error:
-      raise self.policy.failed('victim', error) from error
+    victim = self.ask('victim', self.view.instances[inst.index],
+                      tuple([RequestView(self.seqs[id]) for id in residents]))
     if getattr(victim, 'id', None) not in residents:
       raise self.policy.refuse('victim', victim, 'one of the requests that it '
                                f'was given, itself: {residents}')
@@ -734,8 +854,12 @@ _APPLY: dict[type, Callable[..., None]] = {
     PrefillDone: Run.prefill_done,
     DecodeDone: Run.decode_done,
     Migrated: Run.migrated,
+    Tick: Run.tick,
     **recovery.APPLY,
 }
+
+
+_GIVEN = tuple(name for name, role in ROLES.items() if not role.flips)
 
 
 def _index(answer):

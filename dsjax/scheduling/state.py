@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from dsjax.config.engine import InstanceConfig
+from dsjax.config.placement import FIRST_ROLE
 from dsjax.scheduling import lifecycle, page_pool
 from dsjax.scheduling.events import Row
 from dsjax.scheduling.policy import DISTSERVE, Policy
@@ -50,9 +51,10 @@ class Seq(NamedTuple):
   """A live request.
 
   prompt_len counts the tokens to prefill (after a preemption: the tokens
-  emitted so far too); limit is prompt plus max_tokens. stage: one of
-  life.STAGES. instance, target: -1 while it waits for one. tries: faults that
-  it has been recovered from.
+  emitted so far too); input_len those that arrived; limit is these plus
+  max_tokens. stage: one of lifecycle.STAGES. instance, target: -1 while it
+  waits for one. tries: faults that it has been recovered from. first_s: when
+  its first token was there, or None.
   """
 
   id: int
@@ -68,6 +70,8 @@ class Seq(NamedTuple):
   epoch: int = 0
   tries: int = 0
   arrival_s: float = 0.0
+  input_len: int = 0
+  first_s: float | None = None
 
 
 class Batch(NamedTuple):
@@ -87,7 +91,7 @@ class Instance(NamedTuple):
   ending: (number, id): release when command `number` is done.
   residents: requests owning pages here. backlog: prompt tokens waiting.
   status: up, draining (takes no work that another could), down, or gone (down
-  for good).
+  for good). role: what it does now, its config's unless that is flexible.
   """
 
   pool: page_pool.Pool | page_pool.Counted
@@ -102,6 +106,7 @@ class Instance(NamedTuple):
   residents: int = 0
   backlog: int = 0
   status: str = 'up'
+  role: str = ''
 
   @property
   def rows(self) -> tuple[Row, ...]:
@@ -128,8 +133,10 @@ def init(config: Config, counted: bool = False) -> State:
     counted: pages have no ids, see page_pool.Counted.
   """
   pool = page_pool.counted if counted else page_pool.init
-  return State({}, tuple(Instance(pool(c.num_pages), (Batch(),) * c.pp)
-                         for c in config.instances))
+  return State({}, tuple(
+      Instance(pool(c.num_pages), (Batch(),) * c.pp,
+               role=FIRST_ROLE if c.flips else c.role)
+      for c in config.instances))
 
 
 def idle(state: State) -> bool:

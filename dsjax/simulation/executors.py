@@ -40,7 +40,7 @@ from dsjax.simulation import latency
 from dsjax.simulation.contention import Contention, Devices
 from dsjax.simulation.instance import VirtualInstance, work
 
-ARRIVED, MIGRATED, STEP = range(3)  # order of events of one moment
+TICK, ARRIVED, MIGRATED, STEP = range(4)  # order of events of one moment
 _NEVER = (float('inf'),)
 _REACH = 64  # most commands of a quiet run
 # Where nothing migrates.

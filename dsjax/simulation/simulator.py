@@ -25,6 +25,7 @@ What the orchestrator does, and what this models of it:
   thus its output length.
 """
 
+import heapq
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -33,11 +34,12 @@ from dsjax.analysis.recorder import Recorder
 from dsjax.config.checks import require
 from dsjax.config.request import Request
 from dsjax.scheduling import events, scheduler
-from dsjax.scheduling.events import Arrived
+from dsjax.scheduling.events import Arrived, Tick
 from dsjax.simulation import executors, latency
 from dsjax.simulation.contention import Contention
 from dsjax.simulation.instance import stage_shares
 
+IDLE_TICKS = 1000
 # Called with (state, event, commands) after each event.
 OnEvent = Callable[
     [scheduler.State, events.Event, Sequence[events.Command]], object]
@@ -105,10 +107,12 @@ def simulate(config: scheduler.Config, requests: Iterable[Request],
     executor = executors.Alone(config.instances, each, copies, leap)
     if leap and not told and config.policy.is_distserve:
       executor.leap(run, recorder)
-  kept, steps = [] if log else None, 0
+  kept, steps, ticks = [] if log else None, 0, _Ticks(config, copies.heap)
   while (event := executor.next()) is not None:
     commands = run.apply(event)
     steps += 1
+    if type(event) is Tick:
+      ticks.follow(event, run)
     recorder.observe(event, commands)
     if kept is not None:
       kept.append((event, tuple(commands)))
@@ -119,6 +123,30 @@ def simulate(config: scheduler.Config, requests: Iterable[Request],
                 executor.busy_s, copies.link_s, run.freeze())
 
 
+class _Ticks:
+  """A Tick every Policy.tick_s, from 0 on, while there is work.
+
+  Where nothing is in flight and nothing is to come the policy lets nothing
+  start; it is asked IDLE_TICKS times more.
+  """
+
+  def __init__(self, config, heap):
+    self.tick_s, self.heap, self.idle = config.policy.tick_s, heap, 0
+    if self.tick_s is not None:
+      self.push(0)
+
+  def push(self, count):
+    now_s = count * self.tick_s
+    heapq.heappush(self.heap, (now_s, executors.TICK, count, 0, Tick(now_s)))
+
+  def follow(self, event, run):
+    """Another one is to come, unless all is over."""
+    moving = self.heap or any([inst.inflight for inst in run.instances])
+    self.idle = 0 if moving else self.idle + 1
+    if moving or run.seqs and self.idle <= IDLE_TICKS:
+      self.push(round(event.time_s / self.tick_s) + 1)
+
+
 def _check(config, latencies, link, share, contention):
   """Raises InputError where what simulates does not fit the instances."""
   count = len(config.instances)
@@ -126,7 +154,8 @@ def _check(config, latencies, link, share, contention):
           f'one for each of {count} instances')
   require(share in ('pair', 'nic'), 'share', share, "'pair' or 'nic'")
   decodes = [c.decodes for c in config.instances]
-  hands_off = any(decodes) and not all(decodes)
+  hands_off = (any(decodes) and not all(decodes) or len(decodes) > 1
+               and any(c.flips for c in config.instances))
   require(link is not None or not hands_off, 'link', link,
           'given where prefill and decode are apart')
   require(not contention or all(c.pp == 1 for c in config.instances),

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from dsjax.config.checks import InputError
 from dsjax.config.engine import InstanceConfig
 from dsjax.scheduling import scheduler
-from dsjax.scheduling.events import Preempt, RunDecode, RunPrefill
+from dsjax.scheduling.events import Migrate, Preempt, RunDecode, RunPrefill
 from dsjax.scheduling.policy import DISTSERVE, Policy
 from experiments.verify.worlds import Log, Move, Rules, Violation, World, need
 
@@ -157,7 +157,7 @@ class _Turns:
 
   def take(self, before, log, after):
     for command in (c for _, commands in log for c in commands):
-      if isinstance(command, Preempt):
+      if isinstance(command, Preempt | Migrate):
         self.passed = {pair: n for pair, n in self.passed.items()
                        if command.id not in pair}
       elif isinstance(command, RunPrefill | RunDecode) and command.rows:

@@ -36,9 +36,11 @@ from dsjax.scheduling.events import (
   Reject,
   RunDecode,
   RunPrefill,
+  Tick,
   Timer,
 )
 from dsjax.scheduling.policy import DISTSERVE
+from experiments.verify.anything import REFUSED
 
 
 class Violation(AssertionError):
@@ -167,6 +169,8 @@ class Rules:
                   for kind in ('failed', 'damaged', 'lease', 'lose')]
     if faults:
       found += [(('cancel', id), 1) for id, f in enumerate(w.fates) if f == '']
+      if self.config.policy.tick_s is not None:
+        found.append((('tick',), 1))
     return found
 
   def apply(self, w: World, move: Move, cost: int) -> tuple[World, Log]:
@@ -204,8 +208,9 @@ class Rules:
            '{} lives on: {}', seq, w.fates[seq.id])
     for c, _ in w.copies:
       seq = now.seqs.get(c.id)
-      need(seq and (seq.epoch, seq.instance, seq.pages, seq.target) == (
-          c.epoch, c.source, c.source_pages, c.target)
+      need(seq and (seq.epoch, seq.instance, seq.target) == (
+          c.epoch, c.source, c.target)
+           and seq.pages[:len(c.source_pages)] == c.source_pages
            and seq.target_pages[:len(c.target_pages)] == c.target_pages,
            'pages of {} are not of {} while it runs', c, seq)
     for i, inst in enumerate(now.instances):
@@ -217,8 +222,10 @@ class Rules:
     """Commands in flight touch pages of their requests only, and ask for no
     more than the instance and the depth allow."""
     config, c = self.config, self.config.instances[i]
-    depth = (config.depth * c.pp if c.decodes
-             else max(config.prefill_depth, c.pp))
+    depth = (0 if not c.decodes else config.depth * c.pp,
+             0 if c.decodes and not c.flips else max(
+                 config.prefill_depth, c.pp))
+    depth = max(depth)
     need(len(inst.inflight) <= depth, 'instance {}: {} commands in flight', i,
          len(inst.inflight))
     ahead = []
@@ -280,10 +287,16 @@ class Rules:
   # --- events without sense -------------------------------------------------
 
   def _probe(self, w):
-    """In turn: stale events change nothing; an impossible event is named."""
+    """In turn: stale events change nothing; an impossible event is named.
+
+    A policy that may say not yet is asked again at any event, so there the
+    first is not looked at.
+    """
     self.probes += 1
     turn, now = self.probes // 2, w.state
     if self.probes % 2:
+      if self.config.policy.says_not_yet:
+        return
       run = scheduler.Run(self.config, now)
       for event, stage in self._stale(w, turn):
         self.probed.add((stage, type(event).__name__, 'stale'))
@@ -413,12 +426,14 @@ class _Move:
           after.instances, self.rules.config.instances, strict=True)
               if inst.status != 'gone']
       need(seq and seq.tries == self.rules.config.tries
+           or c.reason == REFUSED
            or not any([config.prefills for config in left])
            or not any([config.decodes for config in left]),
            '{}: it could go on', c)
     else:
-      need(scheduler.never_fits(self.rules.config, *self.rules.requests[
-          c.id][:2]), '{}: it fits', c)
+      need(c.refused or scheduler.never_fits(
+          self.rules.config, *self.rules.requests[c.id][:2]),
+           '{}: it fits', c)
 
   def started(self, c, after):
     need(all([p.id != c.id for p, _ in self.copies]),
@@ -555,6 +570,9 @@ class _Move:
   def drain(self, i):
     self.events.append(Drain(self.time_s, i))
 
+  def tick(self):
+    self.events.append(Tick(self.time_s))
+
   def cancel(self, id):
     self.stopped.append(id)
     self.events.append(Cancelled(self.time_s, id))
@@ -601,7 +619,8 @@ def _mark(inst):
   number = inst.number
   return hash((
       inst.pool.free, inst.queue, inst.prefilling, inst.pulls, inst.turn,
-      inst.status, tuple([(number - n, id) for n, id in inst.ending]),
+      inst.status, inst.role,
+      tuple([(number - n, id) for n, id in inst.ending]),
       tuple([tuple([(r[0], r[1] + b.tick, r[2] - b.tick, r[3])
                     for r in b.rows]) for b in inst.batches]),
       tuple([(g, c.steps, c.chunks,

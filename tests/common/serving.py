@@ -72,6 +72,7 @@ MODES = {
                 (4, 5, 2, 3)),
     'colocated_pp2': (Placement(colocated=[Plan(1, 2)]), (2, 3)),
     'chunked_pp2': (Placement(chunked=[Plan(1, 2)]), (2, 3)),
+    '2flexible': (Placement(flexible=[Plan()] * 2), (0, 2)),
     'mixed': (Placement(prefill=[Plan()], chunked=[Plan()]), (0, 2)),
 }
 EACH_MODE = pytest.mark.parametrize(

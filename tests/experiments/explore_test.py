@@ -23,7 +23,8 @@ LEAST = {
     '2P1D': 142, '2P2D': 75, '1 colocated, preemption, depth 3': 11,
     '2 colocated': 244, '1 chunked, preemption': 13,
     '1 chunked, preemption of pieces': 42, '2 chunked': 38,
-    '2 chunked, pp = 2': 37}
+    '2 chunked, pp = 2': 37, '2 flexible': 300,
+    '2 flexible, preemption': 290, '1P, 2 flexible': 100}
 RUN = scheduler.Run
 MUTATIONS = {
     'the source is freed early': (
@@ -78,7 +79,21 @@ MUTATIONS = {
     'who waits is not placed': (
         recovery, 'instance_up', 'place(run)', 'pass'),
     'a drain forgets its queue': (
-        recovery, 'drain', 'run.enqueue(seq)', 'run.forget(seq)'),
+        RUN, 'send_off', 'self.enqueue(seq)', 'self.forget(seq)'),
+    'a row that moves loses a token': (
+        RUN, 'depart', '+ batch.tick', '+ batch.tick - 1'),
+    'a row that moves leaves steps in flight behind': (
+        recovery, '_known', "'migrating', 'leaving')", "'migrating')"),
+    'two instances wait for each other': (
+        RUN, 'is_stuck', 'not (', 'False and ('),
+    'a hand-off of a request that stays': (
+        RUN, 'offer', 'target.index == seq.instance', 'False'),
+    'another request is handed off': (
+        RUN, 'pull', 'seq.pages[:taken]',
+        'next(iter(self.seqs.values())).pages[:taken]'),
+    'a full target drops the request': (
+        RUN, 'pull', 'ids is None:', 'ids is None:\n        self.drop(seq)'),
+    'a lost role': (recovery, '_empty', 'role=inst.role', "role='prefill'"),
     'a failure keeps the pages': (
         recovery, 'fail', 'run.drop(seq)', 'run.forget(seq)'),
 }

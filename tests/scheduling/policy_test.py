@@ -22,16 +22,20 @@ from dsjax.scheduling.events import (
   PrefillDone,
   RunDecode,
   RunPrefill,
+  Tick,
 )
 from dsjax.scheduling.policy import (
   DISTSERVE,
+  Move,
   Policy,
   PolicyError,
   PrefillBudget,
+  Refuse,
 )
 from dsjax.simulation import latency, simulator
 from experiments import explore
 from experiments.verify import schedules
+from experiments.verify.anything import anything
 from experiments.verify.worlds import Rules
 
 STEP = latency.Affine((0.01, 1e-4, 0.0), (0.01, 1e-6, 1e-4), host_s=0.001,
@@ -165,7 +169,9 @@ def test_victim_is_the_policys():
 # --- what a policy may not do ------------------------------------------------
 
 PAIR, BOTH = ('prefill', 'decode'), ('colocated',)
+FREE = ('flexible',) * 2
 DONE = (_arrive(0), PrefillDone(1.0, 0, 0))
+TICKED = (Tick(2.0),)
 
 
 @pytest.mark.parametrize('hook, answer, roles, events, text', [
@@ -188,10 +194,18 @@ DONE = (_arrive(0), PrefillDone(1.0, 0, 0))
     ('admit', np.array([1, 2]), PAIR, DONE[:1], 'raised ValueError'),
     ('batch', PrefillBudget(9, 'x'), BOTH, DONE[:1], '0 to 16 tokens'),
     ('batch', PrefillBudget(9, False, np.ones(2)), BOTH, DONE[:1],
-     'without rows')])
+     'without rows'),
+    ('route', Refuse(3), BOTH, DONE[:1], 'a Refuse with a text'),
+    ('resize', {0: 'decode'}, BOTH, TICKED, r'indices of \[\]'),
+    ('resize', {1: 'flexible'}, FREE, TICKED, "roles of .'prefill', 'decode'"),
+    ('resize', 5, FREE, TICKED, 'answered 5: must be {index: role}'),
+    ('rebalance', [Move(0, 1)], FREE, TICKED, 'a Move of a row'),
+    ('rebalance', [Move(0, 0)], FREE, (*DONE, *TICKED), 'a Move of a row'),
+    ('rebalance', [(0, 1)], FREE, (*DONE, *TICKED), 'a Move of a row'),
+    ('rebalance', 5, FREE, TICKED, 'not iterable')])
 def test_an_answer_that_cannot_be_carried_out(hook, answer, roles, events,
                                               text):
-  config = _config(roles, **{hook: lambda *_: answer})
+  config = _config(roles, **{hook: lambda *_: answer, 'tick_s': 1.0})
   with pytest.raises(PolicyError, match=f"policy 'mine', hook {hook}: ") as e:
     _after(config, *events)
   assert e.match(text)
@@ -287,36 +301,6 @@ def test_a_simulation_is_the_same_with_and_without_a_log(hooks):
 
 
 # --- the mechanism is safe under any policy ----------------------------------
-
-
-def anything(seed):
-  """A policy whose answers are allowed and otherwise arbitrary.
-
-  Equal views get equal answers, so that every log replays.
-  """
-  def draw(*key):
-    return random.Random(repr((seed, *key)))
-
-  def route(view, request):
-    return draw('route', request.id, request.tries).choice(view.prefills).index
-
-  def order(view, instance, waiting):
-    return sorted(waiting, key=lambda r: draw('order', r.id).random())
-
-  def batch(view, instance):
-    key = draw('batch', instance.residents, instance.backlog)
-    rows = instance.mixes and key.random() < 0.7
-    most = instance.config.prefill_tokens - rows * instance.turn_rows
-    least = 0 if instance.num_rows else 1
-    return PrefillBudget(key.randint(least, most), key.random() < 0.5, rows)
-
-  def hand_off(view, request, avoid):
-    return draw('to', request.id, avoid).choice(view.decodes).index
-
-  def victim(view, instance, residents):
-    return max(residents, key=lambda r: draw('victim', r.id).random())
-
-  return Policy('anything', route, order, batch, hand_off, victim=victim)
 
 
 @pytest.mark.parametrize('seed', range(12))

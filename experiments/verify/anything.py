@@ -1,0 +1,93 @@
+"""A policy that answers anything allowed, to doubt the scheduler with.
+
+Every answer is drawn by a hash of what the hook sees, so it is a function of
+the view: the same world gets the same answer, another one any other. It lets
+something start where nothing is in flight, as a policy may starve a request
+and then nothing would be left to explore.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import TypeVar
+
+from dsjax.scheduling.policy import (
+  InstanceView,
+  Move,
+  Policy,
+  PrefillBudget,
+  Refuse,
+  RequestView,
+  View,
+)
+
+T = TypeVar('T')
+REFUSED = 'refused for no reason'
+_ROLES = ('prefill', 'decode', 'colocated', 'chunked')
+# Numbers of hooks, so that two of them do not answer alike.
+_ROUTE, _ORDER, _BATCH, _HAND_OFF, _ADMIT, _VICTIM, _RESIZE, _MOVE = range(8)
+
+
+def anything(seed: int, waits: bool = True) -> Policy:
+  """A Policy whose hooks answer what may be answered, another a seed.
+
+  waits: it may tell a queue to wait that could go on.
+  """
+
+  def draw(choices: Sequence[T], hook: int, view: View, *seen: int) -> T:
+    places = tuple([(i.residents, i.num_waiting, i.num_pulls, i.num_in_flight)
+                    for i in view.instances])
+    return choices[hash((seed, hook, seen, places)) % 1009 % len(choices)]
+
+  def route(view: View, request: RequestView) -> int | Refuse:
+    choices = [i.index for i in view.may_prefill] * 4
+    return draw([*choices, Refuse(REFUSED)], _ROUTE, view, request.id,
+                request.prompt_len)
+
+  def order(view: View, instance: InstanceView,
+            waiting: Sequence[RequestView]) -> Sequence[RequestView]:
+    ways = list(itertools.permutations(waiting[:4]))
+    first = draw(ways, _ORDER, view, instance.index,
+                 *[request.id for request in waiting])
+    return [*first, *waiting[4:]]
+
+  def batch(view: View, instance: InstanceView) -> PrefillBudget:
+    rows = instance.flips or instance.mixes
+    rows = rows and draw([True, False], _BATCH, view, instance.index)
+    most = instance.config.prefill_tokens - instance.turn_rows * rows
+    least = 0 if instance.num_in_flight or instance.num_rows else 1
+    tokens = draw(range(least, most + 1), _BATCH, view, instance.index, rows)
+    return PrefillBudget(tokens, draw([True, False], _BATCH, view, tokens),
+                         rows)
+
+  def hand_off(view: View, request: RequestView, avoid: int) -> int:
+    return draw(view.may_decode, _HAND_OFF, view, request.id, avoid).index
+
+  def admit(view: View, instance: InstanceView, request: RequestView,
+            pages: int) -> bool:
+    return not instance.num_in_flight or draw(
+        [True, True, False], _ADMIT, view, instance.index, request.id, pages)
+
+  def victim(view: View, instance: InstanceView,
+             residents: Sequence[RequestView]) -> RequestView:
+    return draw(residents, _VICTIM, view, instance.index)
+
+  def resize(view: View) -> dict[int, str]:
+    return {i.index: draw(_ROLES, _RESIZE, view, i.index)
+            for i in view.instances if i.flips
+            and draw([True, False], _RESIZE, view, i.index, 1)}
+
+  def rebalance(view: View) -> list[Move]:
+    moves = []
+    for instance in view.instances:
+      for row in instance.rows() if instance.flips else ():
+        choices = [i.index for i in view.may_decode if i is not instance]
+        if choices and draw([True, False], _MOVE, view, row.id):
+          moves.append(Move(row.id, draw(choices, _MOVE, view, row.id, 1)))
+    return moves
+
+  policy = Policy(f'anything {seed}', route, order, victim=victim,
+                  hand_off=hand_off, tick_s=1.0, resize=resize,
+                  rebalance=rebalance)
+  return (dataclasses.replace(policy, batch=batch, admit=admit) if waits
+          else policy)
