@@ -17,6 +17,7 @@ from rich.console import Console
 from dsjax.analysis.recorder import Recorder
 from dsjax.checkpoints.checkpoint import Model
 from dsjax.config.engine import EngineConfig
+from dsjax.config.latency import Latency, LinkLike
 from dsjax.config.placement import Placement
 from dsjax.runtime.fleet import Fleet, Prefix, StepDone
 from dsjax.runtime.output import RequestOutputState
@@ -59,7 +60,8 @@ class Loop:
   def __init__(self, model: Model, placement: Placement, config: EngineConfig,
                devices: Sequence[jax.Device] | None, report: Report | None,
                keep_events: int | None, make_engine: MakeEngine,
-               policy: Policy) -> None:
+               policy: Policy, latencies: tuple[Latency, ...] | None,
+               link: LinkLike | None) -> None:
     """Builds and warms up every instance; see Orchestrator."""
     self.unfinished: dict[int, RequestOutputState] = {}
     # By instance: (id, step) of those that ended in its oldest command.
@@ -70,7 +72,8 @@ class Loop:
         self._prefix_of, lambda: self.now)
     self.scheduler_config = scheduler.Config(
         self.fleet.capacities, config.max_len, config.depth,
-        run_ahead=config.run_ahead, tries=config.tries, policy=policy)
+        run_ahead=config.run_ahead, tries=config.tries, policy=policy,
+        latencies=latencies, link=link)
     if report:
       self.fleet.warm(report)
     else:

@@ -53,8 +53,10 @@ from dsjax.config.checks import (
   require,
 )
 from dsjax.config.engine import EngineConfig
+from dsjax.config.latency import Latency, LinkLike
 from dsjax.config.placement import Placement
 from dsjax.config.request import Request, Sampling
+from dsjax.placement.api import Named, latency_of
 from dsjax.runtime.engine import Engine
 from dsjax.runtime.loop import Loop
 from dsjax.runtime.output import (
@@ -94,7 +96,8 @@ class Orchestrator:
                devices: Sequence[jax.Device] | None = None,
                report: Report | None = None, keep_events: int | None = None,
                make_engine: MakeEngine = Engine,
-               policy: Policy = DISTSERVE) -> None:
+               policy: Policy = DISTSERVE, latency: Named | None = None,
+               link: LinkLike | None = None) -> None:
     """Builds and warms up every instance.
 
     Args:
@@ -104,6 +107,8 @@ class Orchestrator:
       keep_events: how many of the newest events `log` keeps; None: all.
       make_engine: builds each instance; tests give a fake one.
       policy: every choice of the scheduler, see scheduling/policy.py.
+      latency: for a policy that predicts: as `simulate` takes it, best a file
+        that experiments.measure wrote of this machine. link: of its hand-offs.
 
     Raises:
       InputError: the placement or the config cannot be served.
@@ -116,7 +121,7 @@ class Orchestrator:
             f'{model.config.name}')
     self.model, self.placement, self.config = model, placement, config
     self.loop = Loop(model, placement, config, devices, report, keep_events,
-                     make_engine, policy)
+                     make_engine, policy, self._latencies(latency), link)
     self.log, self.observers = self.loop.log, self.loop.observers
     self.fleet, self.unfinished = self.loop.fleet, self.loop.unfinished
     self.engines, self.routes = self.fleet.engines, self.fleet.routes
@@ -126,6 +131,19 @@ class Orchestrator:
     self.next_id, self.closing = 0, False
     self._worker = Worker()
     self._stop = weakref.finalize(self, self._worker.stop)
+
+  def _latencies(self, named: Named | None) -> tuple[Latency, ...] | None:
+    """What predicts the steps of each instance."""
+    if named is None:
+      return None
+    of_plan = latency_of(named, self.model.config)
+    latencies = []
+    for _, plan in self.placement.instances:
+      seconds = of_plan(plan)
+      if seconds is None:
+        raise InputError(f'latency={named!r}: must be known for {plan}')
+      latencies.append(seconds)
+    return tuple(latencies)
 
   def __enter__(self) -> 'Orchestrator':
     return self

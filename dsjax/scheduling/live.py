@@ -144,20 +144,22 @@ class LiveBatch:
 class LiveInstance:
   """An Instance that changes in place.
 
-  able: what it may do; prefills, decodes, mixes: what its role of now does.
+  latency: what predicts its steps, or None. able: what it may do; prefills,
+  decodes, mixes: what its role of now does.
   fresh: changed since it was planned last. asleep: in a quiet run. value:
   what it is as a value, or None where it has changed since.
   """
 
-  __slots__ = (*Instance._fields, 'index', 'config', 'able', 'prefills',
-               'decodes', 'mixes', 'depth', 'run_ahead', 'fresh', 'asleep',
-               'value', '_depths', '_run_ahead')
+  __slots__ = (*Instance._fields, 'index', 'config', 'latency', 'able',
+               'prefills', 'decodes', 'mixes', 'depth', 'run_ahead', 'fresh',
+               'asleep', 'value', '_depths', '_run_ahead')
 
   def __init__(self, config: Config, index: int, value: Instance):
     self.index, self.config = index, config.instances[index]
     self.value: Instance | None = value
     self.able, pp = ROLES[self.config.role], self.config.pp
     self.fresh = self.asleep = False
+    self.latency = config.latencies[index] if config.latencies else None
     self._depths = max(config.prefill_depth, pp), config.depth * pp
     self._run_ahead = config.run_ahead
     (self.pool, batches, queue, prefilling, pulls, self.turn, self.number,

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from dsjax.config.checks import is_positive, require
 from dsjax.config.engine import InstanceConfig
+from dsjax.config.latency import Latency, LinkLike
 from dsjax.scheduling import page_pool
 
 
@@ -147,6 +148,7 @@ class InstanceView:
     index, config: which, and its InstanceConfig.
     prefills, decodes, mixes: what it does now, see config.placement.Role.
     flips: it may do all of it. role: of now.
+    latency: predicts the seconds of its steps.
     status: up | draining | down | gone.
     backlog: prompt tokens that wait here or are being prefilled.
     residents: requests that own pages here. free_pages: of its pool.
@@ -189,6 +191,10 @@ class InstanceView:
   @property
   def role(self) -> str:
     return self._instance.role
+
+  @property
+  def latency(self) -> Latency:
+    return _given(self._instance.latency, 'latencies')
 
   @property
   def status(self) -> str:
@@ -251,6 +257,28 @@ class InstanceView:
     return tuple([RequestView(self._requests[id]) for id in ids])
 
 
+def _given(value, field):
+  """A prediction's means."""
+  if value is None:
+    raise LookupError(f'this policy predicts: {field} must be given')
+  return value
+
+
+class Load(NamedTuple):
+  """What has come of late; the newest requests count.
+
+  Attributes:
+    rate_per_s: arrivals a second; 0 before the second one.
+    prompt_len, longest: tokens of their prompts, mean and 9th decile.
+    output_len: mean tokens of those that ended; 1 before the first.
+  """
+
+  rate_per_s: float
+  prompt_len: float
+  longest: float
+  output_len: float
+
+
 class View:
   """All that a policy may see.
 
@@ -262,19 +290,21 @@ class View:
     decodes: the same, of those that take rows.
     may_prefill, may_decode: all of those that could, whatever their role now:
       what a route or a hand_off may answer.
+    load: of late. link: predicts the seconds of a hand-off.
   """
 
-  __slots__ = ('_instances', '_now')
+  __slots__ = ('_instances', '_now', '_recent', '_link')
 
   def __init__(self, instances: Sequence[Any], requests: dict[int, Any],
-               now: list[Any]):
+               now: list[Any], recent: tuple[Sequence[Any], Sequence[int]],
+               link: LinkLike | None):
     """now: time, instances that take prompts, that take rows, that could do
     either; kept current.
 
     Not the Run itself: a cycle would keep every state of a log alive.
     """
     self._instances = tuple([InstanceView(i, requests) for i in instances])
-    self._now = now
+    self._now, self._recent, self._link = now, recent, link
 
   @property
   def instances(self) -> tuple[InstanceView, ...]:
@@ -299,6 +329,19 @@ class View:
   @property
   def may_decode(self) -> tuple[InstanceView, ...]:
     return self._views(4)
+
+  @property
+  def link(self) -> LinkLike:
+    return _given(self._link, 'link')
+
+  @property
+  def load(self) -> Load:
+    arrived, served = self._recent
+    lengths = sorted([prompt_len for _, prompt_len in arrived]) or [1]
+    span_s = arrived[-1][0] - arrived[0][0] if arrived else 0.0
+    return Load((len(arrived) - 1) / span_s if span_s > 0 else 0.0,
+                sum(lengths) / len(lengths), lengths[len(lengths) * 9 // 10],
+                sum(served) / len(served) if served else 1.0)
 
   def _views(self, place: int) -> tuple[InstanceView, ...]:
     views = self._instances

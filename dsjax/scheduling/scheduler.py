@@ -20,6 +20,7 @@ stage runs the commands in order, so they complete in order; a micro-batch's
 next step waits on the device for the tokens of its previous one.
 """
 import bisect
+import collections
 import itertools
 import operator
 from collections.abc import Callable, Sequence
@@ -57,6 +58,7 @@ from dsjax.scheduling.policy import (
   View,
 )
 from dsjax.scheduling.state import (
+  RECENT,
   RUN_AHEAD,
   Batch,
   Config,
@@ -111,6 +113,8 @@ class Run:
     self.seqs: dict[int, Any] = dict(state.seqs)
     self.arrivals = state.arrivals
     self.waiting = list(state.waiting)
+    self.recent = (collections.deque(state.arrived, RECENT),
+                   collections.deque(state.served, RECENT))
     self.owned = set()  # ids of those that may change in place
     self.instances = [LiveInstance(config, index, value)
                       for index, value in enumerate(state.instances)]
@@ -153,8 +157,10 @@ class Run:
     seqs = dict(self.seqs)
     for id in self.owned:
       seqs[id] = Seq._make(fields_of(seqs[id]))
+    arrived, served = self.recent
     return State(seqs, tuple([i.freeze() for i in self.instances]),
-                 self.arrivals, tuple(self.waiting))
+                 self.arrivals, tuple(self.waiting), tuple(arrived),
+                 tuple(served))
 
   # --- choices --------------------------------------------------------------
 
@@ -162,7 +168,8 @@ class Run:
   def view(self) -> View:
     """What the policy sees."""
     if self._view is None:
-      self._view = View(self.instances, self.seqs, self.now)
+      self._view = View(self.instances, self.seqs, self.now, self.recent,
+                        self.config.link)
     return self._view
 
   def ask(self, hook: str, *args: Any,
@@ -247,6 +254,7 @@ class Run:
                                       arrival_s=e.time_s,
                                       input_len=e.prompt_len)
       self.owned.add(e.id)
+      self.recent[0].append((e.time_s, e.prompt_len))
       self.arrivals += 1
       self.enqueue(seq)
     for inst in self.entries:  # the first of a burst may be at another one
@@ -401,6 +409,10 @@ class Run:
       self.finish(self.own(id), 'stop')
 
   def finish(self, seq: LiveSeq, reason: str) -> None:
+    row = (_home(self.instances[seq.instance], seq.id) if
+           seq.stage == 'decoding' else None)
+    known = (row.rows[seq.id][1] + row.tick if row else seq.prompt_len)
+    self.recent[1].append(known - seq.input_len + 1)
     self.commands.append(Finish(seq.id, reason))
     self.leave(seq, 'over')
 
@@ -469,6 +481,7 @@ class Run:
       self.offer(seq, to=seq.target)
       return
     if seq.stage == 'finishing':
+      self.recent[1].append(seq.limit - seq.input_len)
       self.commands.append(Finish(seq.id, 'length'))
     self.drop(seq)
 

@@ -7,12 +7,14 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from dsjax.config.engine import InstanceConfig
+from dsjax.config.latency import Latency, LinkLike
 from dsjax.config.placement import FIRST_ROLE
 from dsjax.scheduling import lifecycle, page_pool
 from dsjax.scheduling.events import Row
 from dsjax.scheduling.policy import DISTSERVE, Policy
 
 RUN_AHEAD = 4
+RECENT = 64  # requests that the load is told from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Config:
     tries: faults (a hand-off that failed, an instance that died) that a
       request survives; the next one fails it.
     policy: every choice, see policy.py.
+    latencies: of each instance, link: between two of them, for policies that
+      predict; None: such a policy has nothing to go by.
   """
 
   instances: tuple[InstanceConfig, ...]
@@ -41,6 +45,8 @@ class Config:
   run_ahead: int | None = None
   tries: int = 3
   policy: Policy = DISTSERVE
+  latencies: tuple[Latency, ...] | None = None
+  link: LinkLike | None = None
 
 
 class ImpossibleEvent(ValueError):
@@ -118,12 +124,16 @@ class State(NamedTuple):
   """Everything the scheduler knows; a value (never change `seqs` in place).
 
   waiting: ids of those that need an instance while none of its kind is up.
+  arrived: (time, prompt tokens) of the newest RECENT requests. served: tokens
+  that the newest RECENT to end by themselves had generated.
   """
 
   seqs: dict[int, Seq]
   instances: tuple[Instance, ...]
   arrivals: int = 0
   waiting: tuple[int, ...] = ()
+  arrived: tuple[tuple[float, int], ...] = ()
+  served: tuple[int, ...] = ()
 
 
 def init(config: Config, counted: bool = False) -> State:

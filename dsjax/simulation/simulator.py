@@ -25,6 +25,7 @@ What the orchestrator does, and what this models of it:
   thus its output length.
 """
 
+import dataclasses
 import heapq
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -97,6 +98,8 @@ def simulate(config: scheduler.Config, requests: Iterable[Request],
   each = (latencies if isinstance(latencies, Sequence)
           else (latencies,) * len(config.instances))
   _check(config, each, link, share, contention)
+  if config.latencies is None and not config.policy.is_distserve:
+    config = dataclasses.replace(config, latencies=tuple(each), link=link)
   told = log or on_event is not None  # page ids too
   run = scheduler.Run(config, scheduler.init(config, counted=not told))
   recorder = Recorder()
