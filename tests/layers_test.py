@@ -23,6 +23,7 @@ FOLDERS = {
     'checkpoints': (3, 'shell'),
     'simulation': (4, 'pure'),
     'placement': (5, 'pure'),
+    'policies': (5, 'pure'),
     'runtime': (6, 'shell'),
     'http': (7, 'shell'),
 }

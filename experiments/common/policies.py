@@ -1,4 +1,4 @@
-"""A policy of one's own on the command line: --policy=path.py:name."""
+"""A policy on the command line: a shipped one, or --policy=path.py:name."""
 
 import dataclasses
 import pathlib
@@ -6,6 +6,9 @@ import runpy
 import sys
 
 from dsjax.config.checks import InputError, require
+from dsjax.config.placement import Slo
+from dsjax.placement.api import SLO
+from dsjax.policies.named import named
 from dsjax.scheduling.policy import DISTSERVE, Policy
 
 
@@ -14,25 +17,27 @@ class _Loaded(Policy):
   """A Policy that another process reads again from its file."""
 
   source: str = ''
+  slo: Slo = SLO
 
   def __reduce__(self):
-    return load, (self.source,)
+    return load, (self.source, self.slo)
 
 
-def load(text: str) -> Policy:
-  """The Policy that a Python file calls `name`. The file is run.
+def load(text: str, slo: Slo = SLO) -> Policy:
+  """A shipped Policy, or the one that a Python file calls `name`: the file is
+  run.
 
   Args:
-    text: 'path.py:name'; '' or 'distserve' for the default.
+    text: as policies.named takes it, or 'path.py:name'.
+    slo: the objectives that a shipped one is made for.
 
   Raises:
-    InputError: no such file, or `name` in it is no Policy.
+    InputError: no such file or policy, or `name` in it is no Policy.
   """
-  if text in ('', DISTSERVE.name):
-    return DISTSERVE
-  path, colon, name = text.rpartition(':')
-  require(colon and path and name, '--policy', text,
-          f'path.py:name, or {DISTSERVE.name!r}')
+  path, _, name = text.rpartition(':')
+  if not path.endswith('.py') or not name:
+    policy = named(text, slo)
+    return policy if policy is DISTSERVE else _loaded(policy, text, slo)
   if not pathlib.Path(path).is_file():
     raise InputError(f'--policy={text}: no such file: {path}')
   folder = str(pathlib.Path(path).resolve().parent)
@@ -46,6 +51,10 @@ def load(text: str) -> Policy:
     sys.path.remove(folder)
   require(isinstance(policy, Policy), '--policy', text,
           f'the name of a dsjax.Policy in {path}')
+  return _loaded(policy, text, slo)
+
+
+def _loaded(policy: Policy, text: str, slo: Slo) -> _Loaded:
   hooks = {field.name: getattr(policy, field.name)
            for field in dataclasses.fields(Policy)}
-  return _Loaded(**hooks, source=text)
+  return _Loaded(**hooks, source=text, slo=slo)

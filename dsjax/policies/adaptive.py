@@ -1,0 +1,107 @@
+"""Ours: no ratio set by hand, no search beforehand.
+
+Per request and step: prompts by deadline; into a step go as many prompt tokens
+as the rows have saved against TPOT; a prompt goes where it is predicted to be
+done first, and its row stays there unless another instance would be faster.
+
+Over time: how many instances only prefill is decided by rollouts. The
+simulator, which is this scheduler, plays the load of late under each number of
+them; the best one is taken if it attains more than the present one by NOISE.
+"""
+
+import dataclasses
+import math
+
+from dsjax.config.placement import Slo
+from dsjax.policies.deadlines import with_deadlines
+from dsjax.policies.predict import (
+  decode_s,
+  home_roles,
+  prefill_s,
+  prompt_tokens,
+  queue_s,
+)
+from dsjax.policies.rollouts import rollouts, rounded
+from dsjax.scheduling.policy import (
+  DISTSERVE,
+  InstanceView,
+  Policy,
+  PrefillBudget,
+  RequestView,
+  View,
+)
+
+NOISE = 0.03
+LEAST = 16  # tokens of a prompt in a step: else a long one never ends
+
+
+def policy(slo: Slo, margin: float = 0.95, tick_s: float = 5.0) -> Policy:
+  """Args:
+    margin: share of TPOT that steps are made for.
+    tick_s: seconds between two looks at the roles.
+  """
+  flexible = _per_step(slo, margin)
+
+  def resize(view: View) -> dict[int, str]:
+    load, known = view.load, [i for i in view.may_prefill if i.flips]
+    now = sum([i.role == 'prefill' for i in known])
+    if load.output_len <= 1 or load.rate_per_s <= 0 or len(known) < 2:
+      return {}
+    shares = rollouts(
+        flexible, slo, tuple([i.config for i in known]),
+        tuple([i.latency for i in known]), view.link, rounded(load))
+    best = max(range(len(known)), key=shares.__getitem__)
+    if shares[best] <= shares[now] + NOISE:
+      return {}
+    return home_roles(view, best, 'chunked')
+
+  return dataclasses.replace(flexible, name='adaptive', tick_s=tick_s,
+                             resize=resize)
+
+
+def _per_step(slo: Slo, margin: float) -> Policy:
+  """Order, batch, route and hand-off."""
+  tpot_s = margin * slo.tpot_s
+
+  def allowed_s(view: View, instance: InstanceView) -> float:
+    """Seconds that the rows allow a step: one that is late makes up for it
+    over the tokens that it has left."""
+    least_s, output_len = math.inf, view.load.output_len
+    for row in instance.rows():
+      due_s = (row.first_s or view.time_s) + row.num_out * tpot_s
+      saved_s = due_s - view.time_s - tpot_s
+      if saved_s < 0:
+        saved_s /= min(max(output_len - row.num_out, 8), 32)
+      least_s = min(least_s, tpot_s + saved_s)
+    return least_s
+
+  def batch(view: View, instance: InstanceView) -> PrefillBudget:
+    most = instance.config.prefill_tokens
+    if not instance.num_rows:
+      return PrefillBudget(most)
+    tokens = prompt_tokens(instance, allowed_s(view, instance))
+    return PrefillBudget(min(max(tokens, LEAST), most - instance.turn_rows),
+                         False, True)
+
+  def done_s(instance: InstanceView, request: RequestView) -> float:
+    """Predicted seconds until its prompt is done there."""
+    alone_s = queue_s(instance) + prefill_s(instance, request)
+    if not instance.num_rows:
+      return alone_s
+    speed = max(prompt_tokens(instance, tpot_s), LEAST) / tpot_s
+    return max(alone_s, (instance.backlog + request.prompt_len) / speed)
+
+  def route(view: View, request: RequestView) -> int:
+    return min(view.prefills, key=lambda i: (done_s(i, request), i.index)).index
+
+  def hand_off(view: View, request: RequestView, avoid: int) -> int:
+    choices = [i for i in view.decodes if i.index != avoid] or view.decodes
+    steps = {i.index: decode_s(i, 1, request.prompt_len) for i in choices}
+    best = min(steps, key=steps.__getitem__)
+    home_s = steps.get(request.instance, math.inf)
+    stays = home_s <= max(0.8 * tpot_s, 1.1 * steps[best])
+    return request.instance if stays else best
+
+  return with_deadlines(dataclasses.replace(
+      DISTSERVE, name='adaptive', route=route, batch=batch,
+      hand_off=hand_off), slo)

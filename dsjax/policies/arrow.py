@@ -1,0 +1,65 @@
+"""Arrow: stateless instances that take the other role when it is short.
+
+Wu et al., arXiv 2505.11916, as shipped in xLLM's service. A prompt goes to the
+shortest prefill queue, but to the decode instance it would end at where that
+queue misses TTFT and the decode side has slack. A prefill instance becomes a
+decode instance when none of these meets TPOT and prefill has slack; a decode
+instance without rows goes back. One of each role always stays.
+"""
+
+import dataclasses
+
+from dsjax.config.placement import Slo
+from dsjax.policies import static
+from dsjax.policies.predict import decode_s, home_roles, prefill_s, queue_s
+from dsjax.scheduling.policy import InstanceView, Policy, RequestView, View
+
+
+def policy(slo: Slo, prefills: int = 1, margin: float = 0.7,
+           tick_s: float = 1.0) -> Policy:
+  """Args:
+    margin: share of TPOT that a prediction may take.
+    tick_s: seconds between two looks at the roles.
+  """
+  tpot_s = margin * slo.tpot_s
+  base = static.policy(slo, prefills)
+
+  def decoder(view: View, tokens: int) -> InstanceView:
+    meeting = [i for i in view.decodes if decode_s(i, 1, tokens) <= tpot_s]
+    return meeting[0] if meeting else min(
+        view.decodes, key=lambda i: decode_s(i, 1, tokens))
+
+  def route(view: View, request: RequestView) -> int:
+    choice = min(view.prefills, key=queue_s)
+    target = decoder(view, request.prompt_len)
+    slack = (len(view.decodes) - 1) / len(view.decodes)
+    if (queue_s(choice) + prefill_s(choice, request) > slo.ttft_s
+        and target in view.may_prefill and queue_s(target) < queue_s(choice)
+        and decode_s(target) < tpot_s * max(slack, 0.5)):
+      return target.index
+    return choice.index
+
+  def hand_off(view: View, request: RequestView, avoid: int) -> int:
+    home = view.instances[request.instance]
+    if home.decodes and home in view.may_decode:
+      return home.index
+    return decoder(view, request.prompt_len).index
+
+  def resize(view: View) -> dict[int, str]:
+    if view.time_s == 0:
+      return home_roles(view, prefills)
+    entries, decoders = view.prefills, view.decodes
+    mean_s = sum([queue_s(i) for i in entries]) / len(entries)
+    tokens = int(view.load.prompt_len)
+    if (len(entries) > 1
+        and all([decode_s(i, 1, tokens) > tpot_s for i in decoders])
+        and (mean_s < slo.ttft_s * (len(entries) - 1) / len(entries)
+             or len(decoders) < len(entries))):
+      return {min(entries, key=queue_s).index: 'decode'}
+    idle = [i for i in decoders if not i.num_rows and not i.num_pulls]
+    if len(decoders) > 1 and idle and mean_s > slo.ttft_s / 2:
+      return {idle[-1].index: 'prefill'}
+    return {}
+
+  return dataclasses.replace(base, name='arrow', route=route,
+                             hand_off=hand_off, tick_s=tick_s, resize=resize)

@@ -1,0 +1,41 @@
+"""EcoServe: members of a group take turns in prefilling.
+
+Du et al., arXiv 2504.18154. An instance is in one phase at a time. A request
+goes to the member whose turn it is while its queue meets TTFT, the queue fits
+into what its rows have saved against TPOT, and the KV fits; else to the next.
+Groups are not split and merged here: there is one.
+"""
+
+import dataclasses
+
+from dsjax.config.placement import Slo
+from dsjax.policies import colocated
+from dsjax.policies.predict import free_tokens, prefill_s, queue_s
+from dsjax.scheduling.policy import InstanceView, Policy, RequestView, View
+
+
+def policy(slo: Slo, margin: float = 0.6) -> Policy:
+  """Every flexible instance is a member of the one group.
+
+  margin: share of an objective that a prediction may take.
+  """
+  base = colocated.policy(slo)
+
+  def saved_s(view: View, instance: InstanceView) -> float:
+    """Mean seconds that its rows are ahead of TPOT."""
+    saved = [row.num_out * slo.tpot_s - (view.time_s - row.first_s)
+             for row in instance.rows() if row.first_s is not None]
+    return sum(saved) / len(saved) if saved else slo.ttft_s
+
+  def route(view: View, request: RequestView) -> int:
+    members = view.prefills
+    turn = max(range(len(members)), key=lambda n: (members[n].backlog, -n))
+    for n in range(len(members)):
+      member = members[(turn + n) % len(members)]
+      taken_s = queue_s(member) + prefill_s(member, request)
+      if (taken_s <= margin * min(slo.ttft_s, saved_s(view, member))
+          and request.prompt_len + member.backlog <= free_tokens(member)):
+        return member.index
+    return min(members, key=queue_s).index
+
+  return dataclasses.replace(base, name='ecoserve', route=route)

@@ -1,0 +1,41 @@
+"""Mooncake's conductor: least predicted TTFT, early rejection.
+
+Qin et al., FAST 2025, section 4: the prefill instance of the least predicted
+TTFT, the decode instance of the least predicted time between tokens; a request
+whose predictions miss an objective is refused at once. Prefix hits are zero
+here, so the part that balances and copies them has nothing to do.
+"""
+
+import dataclasses
+
+from dsjax.config.placement import Slo
+from dsjax.policies import static
+from dsjax.policies.predict import decode_s, prefill_s, queue_s
+from dsjax.scheduling.policy import Policy, Refuse, RequestView, View
+
+
+def policy(slo: Slo, prefills: int = 1, rejects: bool = True) -> Policy:
+  """rejects: whether it refuses what would miss an objective."""
+  base = static.policy(slo, prefills)
+
+  def route(view: View, request: RequestView) -> int | Refuse:
+    def ttft_s(instance):
+      return queue_s(instance) + prefill_s(instance, request)
+
+    choice = min(view.prefills, key=ttft_s)
+    if rejects and request.first_s is None:
+      waited_s = view.time_s - request.arrival_s
+      if waited_s + ttft_s(choice) > slo.ttft_s:
+        return Refuse('its first token would come too late: try again later')
+      tokens = request.prompt_len
+      if min([decode_s(i, 1, tokens) for i in view.decodes]) > slo.tpot_s:
+        return Refuse('tokens would come too slowly: try again later')
+    return choice.index
+
+  def hand_off(view: View, request: RequestView, avoid: int) -> int:
+    choices = [i for i in view.decodes if i.index != avoid] or view.decodes
+    return min(choices, key=lambda i: (
+        decode_s(i, 1, request.prompt_len), i.index)).index
+
+  return dataclasses.replace(base, name=f'mooncake {prefills}', route=route,
+                             hand_off=hand_off)

@@ -1,0 +1,55 @@
+"""Dynamo's SLA planner: as many of each role as the load needs.
+
+The rule of its planner: n = ceil(arrivals a second / what an instance serves
+within its objective at the lengths of late), for each role, one change a tick.
+Instances are not started and stopped here, so those left over decode; where
+there are too few, the roles share them in proportion. A change needs a whole
+instance of difference, so that a constant load never makes it swing.
+"""
+
+import dataclasses
+
+from dsjax.config.placement import Slo
+from dsjax.policies import static
+from dsjax.policies.predict import home_roles, rows_within
+from dsjax.scheduling.policy import InstanceView, Load, Policy, View
+
+LEAST = 32  # tokens of output of late, before which nothing is known
+
+
+def wanted(instance: InstanceView, load: Load, slo: Slo, count: int) -> float:
+  """Instances of `count`, a fraction, that should prefill."""
+  alone_s = instance.latency.prefill_s(((0, int(load.prompt_len)),))
+  # A queue of equal services at a share u waits u / (2 (1 - u)) of one.
+  spare = max(slo.ttft_s / alone_s - 1, 0.0)
+  share = 2 * spare / (1 + 2 * spare)
+  tokens = load.prompt_len + load.output_len / 2
+  rows = rows_within(instance, slo.tpot_s, tokens)
+  row_s = instance.latency.decode_s(max(rows, 1), max(rows, 1) * tokens)
+  prefill = load.rate_per_s * alone_s / max(share, 0.05)
+  decode = load.rate_per_s * load.output_len * row_s / max(rows, 1)
+  return count * prefill / (prefill + decode)
+
+
+def policy(slo: Slo, prefills: int = 1, tick_s: float = 5.0) -> Policy:
+  """prefills: at the start. tick_s: seconds between two plans."""
+  base = static.policy(slo, prefills)
+
+  def resize(view: View) -> dict[int, str]:
+    if view.time_s == 0:
+      return home_roles(view, prefills)
+    flexible = [i for i in view.may_prefill if i.flips]
+    now = sum([i.role == 'prefill' for i in flexible])
+    if len(flexible) < 2 or view.load.output_len < LEAST:
+      return {}
+    need = wanted(flexible[0], view.load, slo, len(flexible))
+    if need > now + 0.6 and now < len(flexible) - 1:
+      return {min([i for i in flexible if i.role != 'prefill'],
+                  key=lambda i: i.num_rows).index: 'prefill'}
+    if need < now - 0.6 and now > 1:
+      return {min([i for i in flexible if i.role == 'prefill'],
+                  key=lambda i: i.backlog).index: 'decode'}
+    return {}
+
+  return dataclasses.replace(base, name='planner', tick_s=tick_s,
+                             resize=resize)

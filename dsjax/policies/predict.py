@@ -1,0 +1,73 @@
+"""What policies predict, in seconds, from the latency of an instance."""
+
+from collections.abc import Callable
+
+from dsjax.scheduling.policy import InstanceView, RequestView, View
+
+MOST_ROWS = 4096  # of a batch that is asked for
+
+
+def queue_s(instance: InstanceView) -> float:
+  """Seconds of the prompts that wait here or are being prefilled."""
+  latency = instance.latency
+  return sum([latency.prefill_s(((request.done, request.prompt_len),))
+              for request in (*instance.waiting(), *instance.prefilling())])
+
+
+def prefill_s(instance: InstanceView, request: RequestView) -> float:
+  """Seconds of a request's prefill, alone in its batch."""
+  return instance.latency.prefill_s(((request.done, request.prompt_len),))
+
+
+def context(instance: InstanceView) -> int:
+  """Tokens that the rows of a decode step here attend to."""
+  return sum([row.context for row in instance.rows()])
+
+
+def decode_s(instance: InstanceView, rows: int = 0, tokens: int = 0) -> float:
+  """Seconds of a decode step here, with so many rows more, and their tokens.
+
+  What is on its way here counts as well.
+  """
+  coming = instance.pulls()
+  return instance.latency.decode_s(
+      instance.num_rows + len(coming) + rows,
+      context(instance) + sum([r.prompt_len for r in coming]) + tokens)
+
+
+def free_tokens(instance: InstanceView) -> int:
+  """Tokens that its free pages hold."""
+  return instance.free_pages * instance.config.page_size
+
+
+def most(fits: Callable[[int], bool], limit: int) -> int:
+  """The largest number up to a limit that fits; what is less fits too."""
+  low, high = 0, limit
+  while low < high:
+    middle = (low + high + 1) // 2
+    low, high = (middle, high) if fits(middle) else (low, middle - 1)
+  return low
+
+
+def prompt_tokens(instance: InstanceView, step_s: float) -> int:
+  """Most prompt tokens that a step takes beside the rows within step_s."""
+  rows, tokens = instance.turn_rows, context(instance)
+  latency = instance.latency
+  return most(lambda count: latency.mixed_s(((0, count),), rows, tokens)
+              <= step_s, instance.config.prefill_tokens - rows)
+
+
+def rows_within(instance: InstanceView, tpot_s: float, tokens: float) -> int:
+  """Most rows of so many tokens each whose step stays within tpot_s."""
+  config = instance.config
+  held = int(config.num_pages * config.page_size / max(tokens, 1))
+  return most(lambda rows: instance.latency.decode_s(rows, rows * tokens)
+              <= tpot_s, min(MOST_ROWS, config.max_seqs, held))
+
+
+def home_roles(view: View, prefills: int, others: str = 'decode'
+               ) -> dict[int, str]:
+  """The first `prefills` flexible instances prefill, the others decode."""
+  flexible = [i.index for i in view.instances if i.flips]
+  return {index: 'prefill' if n < prefills else others
+          for n, index in enumerate(flexible)}
