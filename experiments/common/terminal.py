@@ -29,6 +29,14 @@ def short(text, limit=70):
   return text if len(text) <= limit else text[:limit - 1] + '…'
 
 
+def written(console, folder, *names):
+  """One line: every file that a run wrote, a PDF beside each picture too."""
+  files = [file for name in names for file in (
+      (name, f'{name[:-4]}.pdf') if name.endswith('.png') else (name,))]
+  console.print(f'Written to {folder}: {", ".join(files)}', soft_wrap=True,
+                highlight=False)
+
+
 def counts(server):
   """Requests per instance and stage, and pages in use.
 
