@@ -13,7 +13,7 @@ from experiments import coverage
 from experiments.common import cli
 
 TINY = dict(problems=['kv-limit'], seeds=1, truth_seeds=3,
-            truth_requests=200, requests=20, processes=1)
+            truth_requests=100, requests=20, tolerance=0.5, processes=1)
 
 
 def line(problem, low, high, truth_low, truth_high, seed=0):
