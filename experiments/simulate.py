@@ -165,11 +165,11 @@ def write(out, points, stopped, options):
           for point in points}
   report.save_records(
       out / 'records.jsonl',
-      [record for run in runs.values() for record in run.records],
-      [run.system + (f' at {run.rate_per_s:g}' if run.rate_per_s else '')
-       + (f' chunk {run.batch}' if run.tried else '')
-       + (f' seed {run.seed}' if len(options.seeds) > 1 else '')
-       for run in runs.values() for _ in run.records])
+      [record for point in runs.values() for record in point.records],
+      [point.system + (f' at {point.rate_per_s:g}' if point.rate_per_s else '')
+       + (f' chunk {point.batch}' if point.tried else '')
+       + (f' seed {point.seed}' if len(options.seeds) > 1 else '')
+       for point in runs.values() for _ in point.records])
   rows = list(map(sweep_report.row, points))
   with open(out / 'points.csv', 'w', newline='') as file:
     writer = csv.DictWriter(file, rows[0])
@@ -199,7 +199,7 @@ class Traces:
                           timeline.merge(self.traces), *_made_by(self.options))
 
 
-def main(options, console):
+def run(options, console):
   """Simulates, shows and writes; returns the exit code."""
   varied, kind = settings(options)
   placements = [Placement.parse(text, '--placement')
@@ -272,9 +272,10 @@ def _save(options, out, done, shown, kind, stopped, traces, console):
   names = ['records.jsonl', 'points.csv', 'summary.json', 'simulate.png']
   if traces:
     traces.close()
-    names += ['timeline.json', 'events-*.jsonl']
-  console.print(f'Written to {out}: {" ".join(names)}', soft_wrap=True)
+    names += ['timeline.json', *sorted(
+        file.name for file in out.glob('events-*.jsonl'))]
+  terminal.written(console, out, *names)
 
 
 if __name__ == '__main__':
-  cli.main(main, FLAGS)
+  cli.main(run, FLAGS)

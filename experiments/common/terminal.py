@@ -58,6 +58,19 @@ def counts(server):
   return rows
 
 
+def now_and_then(console, every_s=10.0, clock=time.monotonic):
+  """A function that prints a line of progress, unless one was printed in the
+  last `every_s` seconds; on a terminal, where a bar moves, it prints none."""
+  last_s = clock()
+
+  def tell(line):
+    nonlocal last_s
+    if not console.is_terminal and clock() - last_s >= every_s:
+      last_s = clock()
+      console.print(line, soft_wrap=True, highlight=False)
+  return tell
+
+
 class Interrupts:
   """Ctrl-C as a flag, so that it stops a run between two polls.
 

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import io
 import math
 import runpy
 import subprocess
@@ -17,7 +18,7 @@ from configs.serve import Serve
 from dsjax.config.checks import InputError, require
 from dsjax.config.engine import EngineConfig
 from experiments import api
-from experiments.common import cli, overrides
+from experiments.common import cli, overrides, terminal
 
 ROOT = cli.ROOT / 'experiments'
 # {module: how it starts} of every program.
@@ -224,6 +225,16 @@ def test_numbers():
 def test_a_console_off_a_terminal_is_wide():
   assert isinstance(cli.wide_console(), Console)
   assert cli.wide_console().width >= 80
+
+
+def test_progress_is_a_plain_line_now_and_then_off_a_terminal():
+  for is_terminal, lines in ((False, ['2', '4']), (True, [])):
+    console, now_s = Console(file=io.StringIO(),
+                             force_terminal=is_terminal), [0.0]
+    tell = terminal.now_and_then(console, clock=lambda now_s=now_s: now_s[0])
+    for number, now_s[0] in enumerate((1.0, 9.0, 12.0, 21.0, 22.0)):
+      tell(f'{number}')
+    assert console.file.getvalue().split() == lines
 
 
 @pytest.mark.parametrize('value', ['inf', 'nan', '0'])

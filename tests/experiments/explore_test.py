@@ -13,7 +13,7 @@ from dsjax.scheduling.events import Arrived
 from experiments import explore
 from experiments.common import cli
 from experiments.verify import schedules, worlds
-from tests.common.results import made_by
+from tests.common.results import check_written, made_by
 
 # Thousands of transitions of each small world; fewer would be another world.
 LEAST = {
@@ -147,7 +147,9 @@ def test_the_runner_says_how_its_files_were_made(tmp_path):
                         only='1 chunked', processes=1)
   console = Console(record=True)
   assert explore.run(options, console) == 0
-  assert ' 0 violations' in ' '.join(console.export_text().split())
+  told = console.export_text()
+  assert ' 0 violations' in ' '.join(told.split())
+  check_written(told, tmp_path)
   assert made_by(tmp_path)['options']['only'] == '1 chunked'
 
 

@@ -1,4 +1,4 @@
-"""The runner that simulates placements, as a user starts it."""
+"""The runner that simulates placements."""
 
 import csv
 import io
@@ -21,23 +21,21 @@ from dsjax.scheduling.event_log import decode
 from dsjax.scheduling.events import RunDecode
 from experiments import simulate
 from experiments.common import cli, report, sweep, sweep_report
-from tests.common.results import made_by
+from tests.common.programs import ended
+from tests.common.results import check_written, made_by
 
 BASE = ('--requests=40', '--lengths=humaneval')
 
 
 def run(*args):
-  """(exit code, what it prints)."""
-  console = Console(file=io.StringIO(), width=150)
-  code = cli.exit_code(simulate.main, cli.parse(simulate.FLAGS, [
-      *BASE, *args]), console)
-  return code, console.file.getvalue()
+  return ended(simulate, *BASE, *args)
 
 
 def test_rates_of_two_placements_with_timelines(tmp_path):
-  code, text = run('--placement=prefill=1x1,decode=1x1/colocated=1x1',
-                   '--rates=2,1', '--timeline', f'--out={tmp_path}')
+  code, text, _ = run('--placement=prefill=1x1,decode=1x1/colocated=1x1',
+                      '--rates=2,1', '--timeline', f'--out={tmp_path}')
   assert code == 0
+  check_written(text, tmp_path)
   found = json.loads((tmp_path / 'summary.json').read_text())
   assert [(p['placement'], p['x']) for p in found['points']] == [
       ('prefill=1x1,decode=1x1', 1), ('prefill=1x1,decode=1x1', 2),
@@ -73,7 +71,7 @@ def test_run_ahead_is_asked_of_the_scheduler(tmp_path):
 
 
 def test_tighter_scales_attain_less(tmp_path):
-  code, text = run('--scales=2,0.2,1', '--rate=6', f'--out={tmp_path}')
+  code, text, _ = run('--scales=2,0.2,1', '--rate=6', f'--out={tmp_path}')
   assert code == 0
   points = json.loads((tmp_path / 'summary.json').read_text())['points']
   assert [p['x'] for p in points] == [0.2, 1, 2]
@@ -107,9 +105,10 @@ def test_a_trace_at_its_own_times(tmp_path):
     ('--lengths=/dev/null --rate=1', 'at least one row'),
     ('--model=opt-14b --rate=1', 'model'), ('--cv=0 --process=gamma --rate=1',
                                             'cv')))
-def test_bad_input_is_one_clear_error(flag, message, capsys):
-  assert run(*flag.split())[0] == 2
-  error, = capsys.readouterr().err.strip().splitlines()
+def test_bad_input_is_one_clear_error(flag, message):
+  code, _, error = run(*flag.split())
+  assert code == 2
+  error, = error.strip().splitlines()
   assert error.startswith('error: ') and message in error
 
 
@@ -134,7 +133,7 @@ def test_a_trace_without_a_span_is_at_once(tmp_path):
   for name, rows in (('one', 1), ('many', 40)):
     path = tmp_path / f'{name}.csv'
     path.write_text('arrival_s,prompt_len,output_len\n' + '7,30,4\n' * rows)
-    code, text = run(f'--lengths={path}', '--process=trace', '--ttft_s=9',
+    code, text, _ = run(f'--lengths={path}', '--process=trace', '--ttft_s=9',
                      f'--out={tmp_path}')
     assert code == 0 and 'at once: 100% met both' in text
     point, = json.loads((tmp_path / 'summary.json').read_text())['points']
@@ -165,7 +164,7 @@ def test_causes_are_told_apart_in_grey_and_told_of_in_help():
 
 
 def test_infinite_objectives_and_cut_lengths_are_told(tmp_path):
-  code, text = run('--lengths=fixed:2100x4', '--rate=1', '--ttft_s=inf',
+  code, text, _ = run('--lengths=fixed:2100x4', '--rate=1', '--ttft_s=inf',
                    '--tpot_s=inf', '--requests=20', '--cut',
                    f'--out={tmp_path}')
   assert code == 0 and '1 of 1 lengths are cut' in text
@@ -174,7 +173,7 @@ def test_infinite_objectives_and_cut_lengths_are_told(tmp_path):
 
 
 def test_each_mode_runs_with_the_batches_that_suit_it(tmp_path):
-  code, text = run(
+  code, text, _ = run(
       '--lengths=fixed:1500x40', '--rate=5', '--requests=20',
       '--placement=colocated=1x1/chunked=1x1', '--chunks=2048,300',
       f'--out={tmp_path}')
@@ -194,7 +193,7 @@ def test_each_mode_runs_with_the_batches_that_suit_it(tmp_path):
 def test_a_chunk_that_decode_rows_fill_is_refused(chunks):
   options = cli.parse(simulate.FLAGS, ['--rate=1', f'--chunks={chunks}'])
   with pytest.raises(InputError, match='--chunks='):
-    simulate.main(options, Console(quiet=True))
+    simulate.run(options, Console(quiet=True))
 
 
 def waiting(waits):
@@ -226,7 +225,7 @@ def test_seeds_and_policies_are_swept_into_one_tidy_table(tmp_path):
       simulate.FLAGS, lengths='humaneval', requests=40, rates='4,12',
       seeds=['3', '5', '8'], policy=f'distserve,{mine}:late',
       placement='colocated=1x1', out=str(tmp_path))
-  assert simulate.main(options, console) == 0
+  assert simulate.run(options, console) == 0
   with open(tmp_path / 'points.csv', newline='') as file:
     rows = list(csv.DictReader(file))
   assert [(row['policy'], row['seed'], float(row['rate_per_s']))
@@ -258,5 +257,5 @@ def test_an_interval_of_runs_is_of_what_differs_between_them():
 @pytest.mark.parametrize('seeds', [[], ['1', '1'], ['-1'], ['x'], ['1.5']])
 def test_seeds_are_different_integers(seeds):
   with pytest.raises(InputError, match='--seeds='):
-    simulate.main(cli.options(simulate.FLAGS, rates='4', seeds=seeds),
+    simulate.run(cli.options(simulate.FLAGS, rates='4', seeds=seeds),
                   Console())
