@@ -388,6 +388,13 @@ def test_all_parts_run_on_a_cpu_and_eight_files_come_back(tmp_path):
   shutil.copy(out / 'cache.tar.gz', KEPT)
 
 
+def test_programs_of_an_earlier_run_are_found_in_another_folder(tmp_path):
+  made = tasks.STAGES[0][0].environment(
+      lines.Target(tmp_path / 'x', 't', 9.0, True), str(tmp_path))
+  assert made['JAX_COMPILATION_CACHE_DIR'] == str(tmp_path)
+  assert made['JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES'] == 'none'
+
+
 def test_what_travels_is_small():
   listed = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True,
                           text=True)
