@@ -38,7 +38,7 @@ from dsjax.config.placement import Placement, Slo
 from dsjax.placement import candidates, goodput, judging, search
 from dsjax.placement.api import make_problem
 from dsjax.placement.goodput import Goodput
-from experiments.common import cli, provenance, seeds
+from experiments.common import cli, provenance, seeds, terminal
 from experiments.place import processes
 
 
@@ -319,8 +319,8 @@ def run(options, console) -> int:
     console.print(f'Stopped by {found.stopped}: this is what was known.')
   if options.out:
     save(pathlib.Path(options.out), found, options)
-    console.print(f'Written to {options.out}: coverage.csv verdicts.csv '
-                  'coverage.json')
+    terminal.written(console, options.out, 'coverage.csv', 'verdicts.csv',
+                     'coverage.json')
   return 130 if found.stopped == 'Ctrl-C' else 0
 
 

@@ -207,7 +207,8 @@ def run(options, console):
       f'{sum(r.transitions for r in results):,} transitions, '
       f'{sum(r.probes for r in results):,} worlds probed with stale and '
       f'impossible events, {sum(bool(r.violation) for r in results)} '
-      f'violations. Written to {out}.', soft_wrap=True)
+      f'violations.', soft_wrap=True)
+  terminal.written(console, out, 'results.json')
   return report(console, results, out, options.policy) or 130 * stopped
 
 

@@ -41,7 +41,7 @@ from dsjax.analysis import metrics
 from dsjax.analysis.record import Record
 from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Slo
-from experiments.common import cli, provenance, report
+from experiments.common import cli, provenance, report, terminal
 
 FLAGS = {
     'url': cli.Flag('http://127.0.0.1:8000', 'Server.'),
@@ -285,7 +285,8 @@ def show(console: Console, load: Load, title: str, options: Any
         out / 'summary.json',
         dataclasses.asdict(summary) | {'errors': dict(why), 'lag_s': lag},
         cli.asked(options, FLAGS), [options.lengths or options.prompts])
-    console.print(f'Written to {out}: records.jsonl report.png summary.json')
+    terminal.written(console, out, 'records.jsonl', 'report.png',
+                     'summary.json')
   return summary
 
 

@@ -287,7 +287,7 @@ def _draw_errors(axis, model, cells):
 
 
 def write(out, profile, cells, options):
-  """Writes the three files; returns the profile's path.
+  """Writes the three files; returns their names, the profile's first.
 
   options: a dict, see cli.asked.
   """
@@ -295,16 +295,16 @@ def write(out, profile, cells, options):
   out.mkdir(parents=True, exist_ok=True)
   slug = '-'.join(re.sub('[^a-z0-9.]+', '-', x.lower()).strip('-')
                   for x in (profile.device, profile.model))
-  provenance.save_json(out / f'latency-{slug}.json', profiles.as_json(profile),
-                       options)
-  with open(out / f'cells-{slug}.jsonl', 'w', encoding='utf-8') as file:
+  names = f'latency-{slug}.json', f'cells-{slug}.jsonl', f'latency-{slug}.png'
+  provenance.save_json(out / names[0], profiles.as_json(profile), options)
+  with open(out / names[1], 'w', encoding='utf-8') as file:
     for plan, measured in cells.items():
       for c in measured:
         file.write(json.dumps({'plan': str(plan), 'kind': c.kind}
                               | c._asdict() | {'fitted_s': fitting.predict_s(
                                   profile.latencies[plan], c)}) + '\n')
-  draw(out / f'latency-{slug}.png', profile, cells)
-  return out / f'latency-{slug}.json'
+  draw(out / names[2], profile, cells)
+  return names
 
 
 def parse_plans(texts):
@@ -320,13 +320,14 @@ def reporter(bar, halt):
 
   halt: raises KeyboardInterrupt to stop.
   """
-  tasks = {}
+  tasks, tell = {}, terminal.now_and_then(bar.console)
 
   def report(done, total, what):
     halt()
     if what not in tasks:
       tasks[what] = bar.add_task(what, total=total)
     bar.update(tasks[what], completed=done)
+    tell(f'{what}: {done} of {total}')
   return report
 
 
@@ -341,8 +342,8 @@ def run(options, console):
     for plan, model in profile.latencies.items():
       console.print(f'plan {plan}')
       show_errors(console, model, cells[plan])
-    path = write(options.out, profile, cells, cli.asked(options, FLAGS))
-    console.print(f'wrote {path}')
+    terminal.written(console, options.out, *write(
+        options.out, profile, cells, cli.asked(options, FLAGS)))
     return 0
   tpot_s = options.tpot_s
   require(math.isfinite(tpot_s) and tpot_s > 0, '--tpot_s', tpot_s,
@@ -372,8 +373,8 @@ def run(options, console):
   if busy is not None and busy > 0.2:
     console.print(f'Other programs used {busy:.1f} cores meanwhile: these '
                   'times are too long.', style='yellow')
-  path = write(options.out, profile, cells, cli.asked(options, FLAGS))
-  console.print(f'wrote {path}')
+  terminal.written(console, options.out, *write(
+      options.out, profile, cells, cli.asked(options, FLAGS)))
   if interrupts.seen:
     console.print(f'Stopped by Ctrl-C: {len(cells)} of {len(plans)} plans, '
                   f'{len(profile.links)} links; the rest was not timed.')

@@ -47,7 +47,7 @@ from dsjax.analysis.record import Record
 from dsjax.config.checks import require
 from dsjax.config.placement import Slo
 from experiments import api, load
-from experiments.common import cli, pictures, provenance, report
+from experiments.common import cli, pictures, provenance, report, terminal
 
 FLAGS = {
     'config': 'demo', 'set': (),
@@ -370,8 +370,8 @@ def run(options: Any, console: Console) -> int:
   if options.out:
     save(result, config.slo, pathlib.Path(options.out), title, options,
          config.workload.prompts)
-    console.print(f'Written to {options.out}: records.jsonl report.png '
-                  'summary.json')
+    terminal.written(console, options.out, 'records.jsonl', 'report.png',
+                     'summary.json')
   return 0
 
 

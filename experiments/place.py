@@ -52,7 +52,13 @@ from dsjax.placement import candidates, search
 from dsjax.placement.api import ALGORITHMS, make_problem, note
 from dsjax.placement.candidates import Cluster
 from dsjax.simulation import profiles
-from experiments.common import cli, pictures, policies, provenance
+from experiments.common import (
+  cli,
+  pictures,
+  policies,
+  provenance,
+  terminal,
+)
 
 MAX_SEQS = candidates.SearchProblem.max_seqs
 CLUSTER = dict(nodes=('nodes', 1), devices=('devices_per_node', 1),
@@ -217,11 +223,13 @@ def _search(console, problem, options):
   bar = Progress(TextColumn('{task.description}'), BarColumn(),
                  TextColumn('{task.fields[more]}'), TimeElapsedColumn(),
                  console=console, transient=True)
+  tell = terminal.now_and_then(console)
   with processes(options.processes) as run, bar:
     line = bar.add_task('searching', total=None, more='')
 
     def report(now):
       bar.update(line, completed=now.done, total=now.total, more=str(now))
+      tell(str(now))
 
     return search.search(
         problem, [ALGORITHMS[n] for n in options.algorithms], report, run)
@@ -286,7 +294,7 @@ def run(options, console):
       'strict': _json(answer.strict), 'note': note(problem)},
                        cli.asked(options, FLAGS),
                        [options.lengths, options.latency, options.cluster])
-  console.print(f'Written to {out}: placement.json placement.png')
+  terminal.written(console, out, 'placement.json', 'placement.png')
   return code
 
 

@@ -24,10 +24,10 @@ from PIL import Image
 from rich.table import Table
 
 from dsjax.config.checks import require
-from experiments.common import cli, provenance
+from experiments.common import cli, provenance, terminal
 from experiments.paper import comparison, end_to_end, figures
 
-FIGURES = {k: (figures.FIGURES | end_to_end.FIGURES)[k] for k in (
+FIGURES = {name: (figures.FIGURES | end_to_end.FIGURES)[name] for name in (
     '1', '3', '4', '5', '8', '9', 'rules', '10', '11', '12', 'table2',
     'table3')}
 
@@ -126,14 +126,16 @@ def run(values, console):
   out.mkdir(parents=True, exist_ok=True)
   options = Options(values.seed, values.quick, folder,
                     pathlib.Path(values.validate))
+  now_and_then = terminal.now_and_then(console)
   done, stopped = [], False
   try:
     for name in names:
       start = time.perf_counter()
       with console.status(f'{name}') as status:
         def tell(text, name=name, status=status, start=start):
-          status.update(f'{name}: {text} '
-                        f'({time.perf_counter() - start:.0f} s)')
+          line = f'{name}: {text} ({time.perf_counter() - start:.0f} s)'
+          status.update(line)
+          now_and_then(line)
         compute, draw = FIGURES[name]
         data = compute(options._replace(tell=tell)) | {
             'data': comparison.data_of(DATA.get(name, ()), options.lengths_dir)}
@@ -144,8 +146,9 @@ def run(values, console):
   except KeyboardInterrupt:
     stopped = True
     console.print('Stopped; what is finished stays.')
-  console.print(f'Written to {out}: ' + ', '.join(
-      f'{n}.png {n}.json' for n in done), soft_wrap=True)
+  if done:
+    console.print(f'Written to {out}: ' + ', '.join(
+        f'{name}.png, {name}.json' for name in done), soft_wrap=True)
   return 130 if stopped else 0
 
 

@@ -322,9 +322,10 @@ def run(options, console):
   for mode, _, extra in compared:
     console.print(f'{mode}: {extra["attribution"]["advice"]}', highlight=False)
   save(config, results, title, closing, out, cli.asked(options, FLAGS))
-  console.print(f'Written to {out}: records.jsonl answers.jsonl timeline.json '
-                'report.png summary.txt summary.json events-*.jsonl',
-                soft_wrap=True)
+  terminal.written(console, out, 'records.jsonl', 'answers.jsonl',
+                   'timeline.json', 'report.png', 'summary.txt',
+                   'summary.json', *(f'events-{result.mode}.jsonl'
+                                     for result in results))
   return 130 if stopped else 0
 
 

@@ -313,8 +313,8 @@ def run(options, console):
   console.print(f'Failed: {", ".join(bad)}.' if bad else
                 'Nothing was lost, repeated, leaked or wrong.',
                 highlight=False)
-  console.print(f'Written to {out}: soak.json soak.png requests.jsonl '
-                'faults.jsonl events.jsonl.gz', soft_wrap=True)
+  terminal.written(console, out, 'soak.json', 'soak.png', 'requests.jsonl',
+                   'faults.jsonl', 'events.jsonl.gz')
   return 1 if bad else 130 if stopped else 0
 
 

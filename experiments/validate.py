@@ -513,7 +513,9 @@ def _close(console, rows, others, out):
                   f'{most:.2f} in a row.' + (
                       ' These figures are disturbed.' if most > 0.2 else ''),
                   highlight=False)
-  console.print(f'wrote {out}/summary.json, validate.png')
+  terminal.written(console, out, 'summary.json', 'validate.png', *sorted(
+      file.name for name in ('latency.json', 'events-*.jsonl')
+      for file in out.glob(name)))
 
 
 if __name__ == '__main__':

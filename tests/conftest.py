@@ -5,7 +5,14 @@ JAX_PLATFORMS=cuda leaves the CPU to others: only tests marked `native` run.
 
 import os
 
+# Before JAX starts; processes that tests start have them too.
 os.environ.setdefault('NPROC', '32')  # room for collectives of many devices
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', os.path.join(
+    os.path.dirname(os.path.dirname(os.path.abspath(__file__))), '.cache',
+    'jax'))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+# Else the folder's path is part of each key, and a copied one is empty.
+os.environ.setdefault('JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES', 'none')
 
 import pathlib
 import shutil
@@ -31,11 +38,6 @@ else:
   jax.config.update('jax_num_cpu_devices', 8)
   guard_reads()
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-jax.config.update('jax_compilation_cache_dir', os.environ.get(
-    'JAX_COMPILATION_CACHE_DIR') or os.path.join(
-        os.path.dirname(__file__), '..', '.cache', 'jax'))
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')  # as cli
 jax.devices()  # starts them, before a runner asks for another number
 
 # The background job of a shell ignores Ctrl-C, which some tests send.

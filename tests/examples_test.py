@@ -15,10 +15,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / 'examples'
-ENV = os.environ | {
-    'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu',
-    'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.cache' / 'jax'),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2'}
+ENV = os.environ | {'PYTHONPATH': str(ROOT)}
 
 pytestmark = pytest.mark.usefixtures('no_hang')
 

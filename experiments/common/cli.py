@@ -204,9 +204,12 @@ def main(run, defined: dict[str, Any], config=None,
     # --help lists them as the program's own.
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
   program = sys.modules['__main__']
+  words = program.__doc__ or ''
   if config is not None:
-    program.__doc__ = (f'{program.__doc__}\nWhat --set=FIELD=VALUE changes:\n'
-                       f'{overrides.describe(config)}')
+    words += ('\nWhat --set=FIELD=VALUE changes:\n'
+              f'{overrides.describe(config)}')
+  # absl puts the program's path where it sees a conversion, as in '95 % so'.
+  program.__doc__ = words.replace('%', '%%')
 
   def start(argv):
     if flags.FLAGS.verbosity <= 0:

@@ -29,6 +29,14 @@ def short(text, limit=70):
   return text if len(text) <= limit else text[:limit - 1] + '…'
 
 
+def written(console, folder, *names):
+  """One line: every file that a run wrote, a PDF beside each picture too."""
+  files = [file for name in names for file in (
+      (name, f'{name[:-4]}.pdf') if name.endswith('.png') else (name,))]
+  console.print(f'Written to {folder}: {", ".join(files)}', soft_wrap=True,
+                highlight=False)
+
+
 def counts(server):
   """Requests per instance and stage, and pages in use.
 
@@ -48,6 +56,19 @@ def counts(server):
     if stage and seq.instance >= 0:  # else it waits for a lost instance
       rows[seq.instance][stage] += 1
   return rows
+
+
+def now_and_then(console, every_s=10.0, clock=time.monotonic):
+  """A function that prints a line of progress, unless one was printed in the
+  last `every_s` seconds; on a terminal, where a bar moves, it prints none."""
+  last_s = clock()
+
+  def tell(line):
+    nonlocal last_s
+    if not console.is_terminal and clock() - last_s >= every_s:
+      last_s = clock()
+      console.print(line, soft_wrap=True, highlight=False)
+  return tell
 
 
 class Interrupts:

@@ -45,6 +45,8 @@ class Task(NamedTuple):
     """What it runs in. cache: folder of compiled programs."""
     made = os.environ | {
         'JAX_COMPILATION_CACHE_DIR': cache, 'PYTHONUNBUFFERED': '1',
+        # Else the folder's path, another each time, is part of each key.
+        'JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES': 'none',
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0' if target.tiny
         else '0.3',
         'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',  # tasks share the device

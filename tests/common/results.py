@@ -7,6 +7,13 @@ import dsjax
 from experiments.common import cli
 
 
+def check_written(text, folder):
+  """A run that printed `text` named each file that is in the folder."""
+  names = text.rsplit('Written to ', 1)[1].partition(': ')[2].split('\n')[0]
+  assert sorted(names.split(', ')) == sorted(
+      file.name for file in folder.iterdir() if file.is_file())
+
+
 def made_by(folder):
   """What the JSON files of a run say of their making, the same in all.
 

@@ -1,26 +1,33 @@
 """What all runners share: flags by name, errors, exit codes, help."""
 
+import ast
 import dataclasses
 import importlib
+import io
 import math
+import runpy
 import subprocess
 import sys
 
 import jax
 import pytest
-from absl import flags
+from absl import app, flags
 from rich.console import Console
 
 from configs.serve import Serve
 from dsjax.config.checks import InputError, require
 from dsjax.config.engine import EngineConfig
 from experiments import api
-from experiments.common import cli, overrides
+from experiments.common import cli, overrides, terminal
 
-RUNNERS = ('aot.__main__', 'api', 'bench.engine', 'bench.http_cost',
-           'bench.migration', 'bench.simulator', 'explore', 'load', 'measure',
-           'overload', 'place', 'reproduce', 'serve', 'simulate', 'soak',
-           'validate')
+ROOT = cli.ROOT / 'experiments'
+# {module: how it starts} of every program.
+STARTS = {'.'.join(path.relative_to(ROOT).with_suffix('').parts): start
+          for path in sorted(ROOT.rglob('*.py'))
+          for _, mark, start in [path.read_text().partition(
+              "if __name__ == '__main__':")] if mark}
+RUNNERS = [name for name, start in STARTS.items() if 'cli.main(' in start]
+TASKS = [name for name, start in STARTS.items() if 'child.main(' in start]
 # Former names of flags that SHARED has by another name.
 FORMER = {'ttft', 'tpot', 'num', 'most', 'arrivals', 'cache'}
 
@@ -35,7 +42,8 @@ def test_every_runner_s_flags_parse_and_have_words(name):
   for flag in defined(name):
     assert values[flag].help and getattr(values, flag) == (
         vars(cli.options(defined(name)))[flag]) or flag == 'set'
-  assert not FORMER & set(defined(name))
+  if name != 'gpu.__main__':  # its cache is a file
+    assert not FORMER & set(defined(name))
 
 
 @pytest.mark.parametrize('name', RUNNERS)
@@ -176,6 +184,37 @@ def test_the_program_s_help_lists_flags_and_fields():
     assert part in done.stdout
 
 
+def help_of(path, monkeypatch, capsys):
+  """(docstring, what --help says) of a program, run in this process."""
+  before = set(flags.FLAGS)
+  monkeypatch.setattr(app, 'run', lambda *_, **__: app.usage(
+      writeto_stdout=True))
+  monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)
+  monkeypatch.setattr(sys, 'argv', [str(path)])
+  try:
+    runpy.run_path(str(path), run_name='__main__')
+  finally:
+    for flag in set(flags.FLAGS) - before:
+      delattr(flags.FLAGS, flag)
+  words = ast.get_docstring(ast.parse(path.read_text()), clean=False)
+  return words, capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', [*RUNNERS, *TASKS])
+def test_every_program_s_help_is_its_docstring(name, monkeypatch, capsys):
+  words, told = help_of(ROOT / f'{name.replace(".", "/")}.py', monkeypatch,
+                        capsys)
+  assert words in told
+
+
+def test_help_keeps_every_percent_sign(tmp_path, monkeypatch, capsys):
+  path = tmp_path / 'x.py'
+  path.write_text('"""95 % should, 9 %% and %s"""\n'
+                  'from experiments.common import cli\ncli.main(None, {})\n')
+  words, told = help_of(path, monkeypatch, capsys)
+  assert words in told
+
+
 def test_numbers():
   assert cli.numbers('--rates', '3,1,2,1') == [1, 2, 3]
   for text in ('', '0,1', 'nan', '1,x', 'inf'):
@@ -186,6 +225,16 @@ def test_numbers():
 def test_a_console_off_a_terminal_is_wide():
   assert isinstance(cli.wide_console(), Console)
   assert cli.wide_console().width >= 80
+
+
+def test_progress_is_a_plain_line_now_and_then_off_a_terminal():
+  for is_terminal, lines in ((False, ['2', '4']), (True, [])):
+    console, now_s = Console(file=io.StringIO(),
+                             force_terminal=is_terminal), [0.0]
+    tell = terminal.now_and_then(console, clock=lambda now_s=now_s: now_s[0])
+    for number, now_s[0] in enumerate((1.0, 9.0, 12.0, 21.0, 22.0)):
+      tell(f'{number}')
+    assert console.file.getvalue().split() == lines
 
 
 @pytest.mark.parametrize('value', ['inf', 'nan', '0'])

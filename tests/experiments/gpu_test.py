@@ -342,31 +342,57 @@ def test_the_cache_comes_back_and_stays_small(tmp_path):
   assert [f.name for f in back.rglob('*') if f.is_file()] == ['small']
 
 
-def test_all_parts_run_on_a_cpu_and_eight_files_come_back(tmp_path):
-  out, console = tmp_path / 'out', Console(file=io.StringIO(), width=80)
+def begin(out, only=()):
+  """(what is shown and logged, {part: its lines}) of a run on this CPU."""
+  console = Console(file=io.StringIO(), width=80)
   code = gpu.run(cli.options(
-      gpu.FLAGS, out=str(out), minutes=20.0,
+      gpu.FLAGS, out=str(out), minutes=20.0, only=list(only),
       cache=str(KEPT) if KEPT.exists() else ''), console)
-  log = console.file.getvalue() + (out / 'log.txt').read_text()
-  assert code == 0, log
-  files = {f.name: f.stat().st_size for f in out.iterdir()}
-  assert set(files) == {'log.txt', 'cache.tar.gz',
-                        *(f'{part}.jsonl' for part in tasks.PARTS)}
-  assert len(files) <= 8 and max(files.values()) < 16 * 2**20
-  found = {part: lines.read(out / f'{part}.jsonl') for part in tasks.PARTS}
-  assert not [r for part in found.values() for r in part
-              if 'skipped' in r or r['ok'] is False]
-  assert {r['task'] for r in found['right']} == {
+  told = console.file.getvalue()
+  assert code == 0, told + (out / 'log.txt').read_text()
+  found = {part: lines.read(out / f'{part}.jsonl')
+           for part in only or tasks.PARTS}
+  assert {f.name for f in out.iterdir()} == {
+      'log.txt', 'cache.tar.gz', *(f'{part}.jsonl' for part in found)}
+  assert not [row for part in found.values() for row in part
+              if 'skipped' in row or row['ok'] is False]
+  assert all(rows[0]['what'] == 'machine' for rows in found.values())
+  assert all(part in told[-12000:] for part in found)
+  return told, found
+
+
+def test_a_kernel_and_a_profile_on_a_cpu(tmp_path, monkeypatch):
+  """The cheapest task of each kind: pytest, and a module."""
+  monkeypatch.setattr(tasks, 'TINY', 'gpt2')
+  monkeypatch.setattr(tasks, 'STAGES', [
+      [t for t in stage if t.name in ('families', 'tune')]
+      for stage in tasks.STAGES])
+  _, found = begin(tmp_path / 'out', ('right', 'tune'))
+  assert {row['task'] for row in found['right']} == {'run', 'families'}
+  assert len(found['tune']) > 1
+
+
+@pytest.mark.deep
+def test_all_parts_run_on_a_cpu_and_eight_files_come_back(tmp_path):
+  out = tmp_path / 'out'
+  _, found = begin(out)
+  sizes = [f.stat().st_size for f in out.iterdir()]
+  assert len(sizes) <= 8 and max(sizes) < 16 * 2**20
+  assert {row['task'] for row in found['right']} == {
       'run', 'kernels', 'families', 'sanitizer', 'registers'}
-  assert all(of_part[0]['what'] == 'machine' for of_part in found.values())
   with pytest.raises(InputError, match='must be results of a GPU'):
-    ingest.run(out, console, tmp_path)
-  assert {r['mode'] for r in found['simulate'] if 'mode' in r} == {
+    ingest.run(out, Console(file=io.StringIO()), tmp_path)
+  assert {row['mode'] for row in found['simulate'] if 'mode' in row} == {
       'colocated', 'chunked'}
-  tail = console.file.getvalue()[-12000:]
-  assert all(part in tail for part in tasks.PARTS)
   KEPT.parent.mkdir(exist_ok=True)
   shutil.copy(out / 'cache.tar.gz', KEPT)
+
+
+def test_programs_of_an_earlier_run_are_found_in_another_folder(tmp_path):
+  made = tasks.STAGES[0][0].environment(
+      lines.Target(tmp_path / 'x', 't', 9.0, True), str(tmp_path))
+  assert made['JAX_COMPILATION_CACHE_DIR'] == str(tmp_path)
+  assert made['JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES'] == 'none'
 
 
 def test_what_travels_is_small():

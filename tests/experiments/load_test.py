@@ -14,7 +14,7 @@ from dsjax import workload
 from dsjax.config.checks import InputError
 from experiments import load
 from experiments.common import cli
-from tests.common.results import made_by
+from tests.common.results import check_written, made_by
 
 PROMPT = workload.Prompt('Hi', None, None)
 
@@ -132,6 +132,7 @@ def test_errors_count_and_arrivals_do_not_wait(tmp_path):
   one.records, one.lag_s = records, [0.0] * 8
   summary = load.show(Console(file=out, width=100), one, 'title', cli.options(
       load.FLAGS, ttft_s=30.0, tpot_s=30.0, devices=2, out=str(tmp_path)))
+  check_written(out.getvalue(), tmp_path)
   assert summary.attainment[0] == 6 / 8 and summary.num_devices == 2
   assert 'Errors: 2 HTTP 429' in out.getvalue()
   assert json.loads((tmp_path / 'summary.json').read_text())['errors'] == {

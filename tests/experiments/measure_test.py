@@ -19,7 +19,7 @@ from dsjax.simulation import fitting, latency, profiles
 from dsjax.simulation.contention import KINDS
 from experiments import measure
 from experiments.common import cli
-from tests.common.results import made_by
+from tests.common.results import check_written, made_by
 
 CONFIG = EngineConfig(max_len=64, max_seqs=2, prefill_tokens=32,
                       chunk_tokens=32, prefill_seqs=2, transfer_pages=4)
@@ -147,6 +147,7 @@ def test_the_runner_writes_what_was_timed_and_exits_130(tmp_path, monkeypatch):
       '--compilation_cache='])
   assert measure.run(options, Console(file=text, width=100)) == 130
   assert 'Stopped by Ctrl-C: 1 of 2 plans' in text.getvalue()
+  check_written(text.getvalue(), tmp_path)
   path, = tmp_path.glob('latency-*.json')
   assert Plan() in profiles.load(path).latencies
   assert made_by(tmp_path)['options']['plans'] == ['1x1', '1x2']
@@ -188,7 +189,8 @@ def test_a_live_engine_from_cells_to_files(tmp_path, monkeypatch):
   assert set(fitting.residuals(model, found)) == {'prefill', 'decode', 'mixed'}
   assert set(profile.contention.factors) == set(itertools.product(
       KINDS, repeat=2))
-  path = measure.write(tmp_path / 'out', profile, cells, {'model': 'tiny'})
+  out = tmp_path / 'out'
+  path = out / measure.write(out, profile, cells, {'model': 'tiny'})[0]
   assert profiles.load(path) == profile
   rows = [json.loads(line) for line in
           next((tmp_path / 'out').glob('cells-*.jsonl')).read_text()

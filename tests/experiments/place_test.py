@@ -1,9 +1,7 @@
-"""The placement runner, as a user starts it."""
+"""The placement runner."""
 
 import io
 import json
-import subprocess
-import sys
 
 import pytest
 from rich.console import Console
@@ -16,34 +14,30 @@ from dsjax.placement.search import SearchResult
 from dsjax.placement.verdict import RankedPlacement
 from experiments import place
 from experiments.common import cli
-from tests.common.results import made_by
+from tests.common.programs import ended
+from tests.common.results import check_written, made_by
 
 SMALL = ('--model=opt-13b', '--lengths=longbench', '--ttft_s=1',
          '--requests=20', '--tolerance=0.5', '--chunks=512', '--processes=1')
 
 
-def run(*args):
-  return subprocess.run(
-      [sys.executable, '-m', 'experiments.place', *args],
-      capture_output=True, text=True, timeout=300)
-
-
 def test_it_writes_a_table_a_figure_and_a_verdict(tmp_path):
   cluster = tmp_path / 'cluster.json'
   cluster.write_text(json.dumps({'nodes': 1, 'devices_per_node': 2}))
-  done = run(*SMALL, '--algorithms=low', f'--cluster={cluster}',
-             f'--out={tmp_path / "out"}')
-  assert done.returncode == 0, done.stderr
+  done = ended(place, *SMALL, '--algorithms=low', f'--cluster={cluster}',
+               f'--out={tmp_path / "out"}')
+  assert done.code == 0, done.error
+  check_written(done.text, tmp_path / 'out')
   assert set(made_by(tmp_path / 'out')['data']) == {
       'longbench', 'published', 'cluster.json'}
   found = json.loads((tmp_path / 'out' / 'placement.json').read_text())
   row = found['rows'][0]
   assert row['placement'] == 'prefill=1x1,decode=1x1'
-  assert row['placement'].split(',')[0] in done.stdout
+  assert row['placement'].split(',')[0] in done.text
   assert 0 < row['low'] <= row['per_device'] <= row['high']
-  assert found['verdict'] in done.stdout.replace('\n', ' ')
+  assert found['verdict'] in done.text.replace('\n', ' ')
   assert found['strict'][0]['per_device'] <= row['per_device']
-  assert 'What binds the best disaggregated placement' in done.stdout
+  assert 'What binds the best disaggregated placement' in done.text
   assert (tmp_path / 'out' / 'placement.png').read_bytes()[:4] == b'\x89PNG'
   # What serves takes the printed text.
   best = Placement.parse(row['placement'])

@@ -1,23 +1,19 @@
 """The paper's figures: what the equations say, and the runner's answers."""
 
-import io
 import json
 import pathlib
-import subprocess
-import sys
 
 import pytest
-from rich.console import Console
 
 from dsjax.analysis.record import Record
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Plan, Slo
 from dsjax.placement import judging
 from experiments import reproduce
-from experiments.common import cli
 from experiments.paper import comparison, end_to_end, figures, reported
 from experiments.paper.comparison import Rules
-from tests.common.results import made_by
+from tests.common.programs import ended
+from tests.common.results import check_written, made_by
 
 QUICK = reproduce.Options(0, True, pathlib.Path('nowhere'), None,
                           lambda text: None)
@@ -31,16 +27,11 @@ def ask():
                             comparison.latency_of('opt-13b'))
 
 
-def run(*args):
-  return subprocess.run(
-      [sys.executable, '-m', 'experiments.reproduce', *args],
-      capture_output=True, text=True, timeout=300)
-
-
 def test_the_runner_writes_a_table_a_figure_and_data(tmp_path):
-  done = run('--figure=3,5', '--quick', f'--out={tmp_path}')
-  assert done.returncode == 0, done.stderr
-  assert '9300' in done.stdout and 'Why they differ' in done.stdout
+  done = ended(reproduce, '--figure=3,5', '--quick', f'--out={tmp_path}')
+  assert done.code == 0, done.error
+  check_written(done.text, tmp_path)
+  assert '9300' in done.text and 'Why they differ' in done.text
   for name in ('3', '5'):
     assert (tmp_path / f'{name}.png').read_bytes()[:4] == b'\x89PNG'
     assert json.loads((tmp_path / f'{name}.json').read_text())['rows']
@@ -50,16 +41,16 @@ def test_the_runner_writes_a_table_a_figure_and_data(tmp_path):
 def test_what_lengths_a_table_is_of_is_said_everywhere(tmp_path):
   texts = {}
   for name in ('with', 'without'):
-    folder, text = tmp_path / name, io.StringIO()
+    folder = tmp_path / name
     folder.mkdir()
     if name == 'with':
       (folder / comparison.SHAREGPT).write_text('prompt_len,output_len\n9,2\n')
-    options = cli.parse(reproduce.FLAGS, [
-        '--figure=table2', '--quick', f'--lengths_dir={folder}',
-        f'--out={folder}', f'--validate={folder / "none"}'])
-    assert reproduce.run(options, Console(file=text, width=150)) == 0
+    code, text, _ = ended(
+        reproduce, '--figure=table2', '--quick', f'--lengths_dir={folder}',
+        f'--out={folder}', f'--validate={folder / "none"}')
+    assert code == 0
     texts[name] = json.loads((folder / 'table2.json').read_text())['data']
-    assert texts[name] in text.getvalue()
+    assert texts[name] in text
     told, = made_by(folder)['data'].items()
     assert told[0] == ('sharegpt' if name == 'without' else
                        comparison.SHAREGPT)
@@ -81,9 +72,10 @@ def test_every_figure_says_its_lengths():
     ('--figure=2', "--figure='2'"), ('--out=pyproject.toml', '--out'),
     ('--validate=pyproject.toml', '--validate=pyproject.toml')))
 def test_bad_input_is_one_clear_error(tmp_path, flag, message):
-  done = run('--figure=table2', f'--out={tmp_path}', '--quick', flag)
-  assert done.returncode == 2
-  line, = done.stderr.strip().splitlines()
+  done = ended(reproduce, '--figure=table2', f'--out={tmp_path}', '--quick',
+               flag)
+  assert done.code == 2
+  line, = done.error.strip().splitlines()
   assert line.startswith('error: ') and message in line
 
 

@@ -18,7 +18,7 @@ from dsjax.scheduling import event_log, scheduler
 from experiments import serve
 from experiments.common import cli, machine, report, terminal
 from experiments.common import overrides as configs
-from tests.common.results import made_by
+from tests.common.results import check_written, made_by
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = ('model=tiny', 'engine.max_len=128', 'engine.max_seqs=2',
@@ -51,7 +51,9 @@ def rows(path):
 
 def test_all_modes(tmp_path, capsys):
   assert start(tmp_path, 'sampling.temperature=0.8') == 0
-  said, out = ' '.join(capsys.readouterr().out.split()), tmp_path / 'out'
+  told, out = capsys.readouterr().out, tmp_path / 'out'
+  check_written(told, out)
+  said = ' '.join(told.split())
   modes = ('disaggregated', 'colocated', 'chunked')
   for mode in modes:
     assert f'{mode}: 4 of 4 answered; every page returned' in said

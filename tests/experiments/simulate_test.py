@@ -1,4 +1,4 @@
-"""The runner that simulates placements, as a user starts it."""
+"""The runner that simulates placements."""
 
 import csv
 import io
@@ -20,31 +20,28 @@ from dsjax.placement import api
 from dsjax.scheduling.event_log import decode
 from dsjax.scheduling.events import RunDecode
 from experiments import simulate
-from experiments.common import cli, report
-from tests.common.results import made_by
+from experiments.common import cli, report, sweep, sweep_report
+from tests.common.programs import ended
+from tests.common.results import check_written, made_by
 
 BASE = ('--requests=40', '--lengths=humaneval')
 
 
-def start(*args):
-  return [sys.executable, '-m', 'experiments.simulate', *BASE, *args]
-
-
 def run(*args):
-  return subprocess.run(start(*args), capture_output=True, text=True,
-                        timeout=300)
+  return ended(simulate, *BASE, *args)
 
 
 def test_rates_of_two_placements_with_timelines(tmp_path):
-  done = run('--placement=prefill=1x1,decode=1x1/colocated=1x1', '--rates=2,1',
-             '--timeline', f'--out={tmp_path}')
-  assert done.returncode == 0, done.stderr
+  code, text, _ = run('--placement=prefill=1x1,decode=1x1/colocated=1x1',
+                      '--rates=2,1', '--timeline', f'--out={tmp_path}')
+  assert code == 0
+  check_written(text, tmp_path)
   found = json.loads((tmp_path / 'summary.json').read_text())
   assert [(p['placement'], p['x']) for p in found['points']] == [
       ('prefill=1x1,decode=1x1', 1), ('prefill=1x1,decode=1x1', 2),
       ('colocated=1x1', 1), ('colocated=1x1', 2)]
   for p in found['points']:
-    assert p['advice'] == 'no misses' or p['advice'] in done.stdout
+    assert p['advice'] == 'no misses' or p['advice'] in text
     share, low, high = p['summary']['attainment']
     assert low <= share <= high
     misses = round((1 - share) * 32)  # 40, less a fifth
@@ -64,9 +61,8 @@ def test_rates_of_two_placements_with_timelines(tmp_path):
 
 
 def test_run_ahead_is_asked_of_the_scheduler(tmp_path):
-  done = run('--placement=colocated=1x1', '--rate=1', '--timeline',
-             '--run_ahead=1', f'--out={tmp_path}')
-  assert done.returncode == 0, done.stderr
+  assert run('--placement=colocated=1x1', '--rate=1', '--timeline',
+             '--run_ahead=1', f'--out={tmp_path}')[0] == 0
   log, = tmp_path.glob('events-*.jsonl')
   pairs = [decode(json.loads(line)) for line in log.read_text().splitlines()]
   steps = {c.steps for _, commands in pairs for c in commands
@@ -75,21 +71,21 @@ def test_run_ahead_is_asked_of_the_scheduler(tmp_path):
 
 
 def test_tighter_scales_attain_less(tmp_path):
-  done = run('--scales=2,0.2,1', '--rate=6', f'--out={tmp_path}')
-  assert done.returncode == 0, done.stderr
+  code, text, _ = run('--scales=2,0.2,1', '--rate=6', f'--out={tmp_path}')
+  assert code == 0
   points = json.loads((tmp_path / 'summary.json').read_text())['points']
   assert [p['x'] for p in points] == [0.2, 1, 2]
   shares = [p['summary']['attainment'][0] for p in points]
   assert shares == sorted(shares) and shares[0] < shares[-1]
-  assert 'tightest' in done.stdout
+  assert 'tightest' in text
 
 
 def test_a_trace_at_its_own_times(tmp_path):
   path = tmp_path / 'trace.csv'
   path.write_text('arrival_s,prompt_len,output_len\n' + ''.join(
       f'{i / 4},{50 + i},8\n' for i in range(30)))
-  done = run(f'--lengths={path}', '--process=trace', f'--out={tmp_path}')
-  assert done.returncode == 0, done.stderr
+  assert run(f'--lengths={path}', '--process=trace', f'--out={tmp_path}'
+             )[0] == 0
   records = report.load_records(tmp_path / 'records.jsonl')
   assert [(r.arrival_s, r.prompt_len) for r in records] == [
       (i / 4, 50 + i) for i in range(30)]
@@ -109,18 +105,19 @@ def test_a_trace_at_its_own_times(tmp_path):
     ('--lengths=/dev/null --rate=1', 'at least one row'),
     ('--model=opt-14b --rate=1', 'model'), ('--cv=0 --process=gamma --rate=1',
                                             'cv')))
-def test_bad_input_is_one_clear_error(flag, message, capsys):
-  options = cli.parse(simulate.FLAGS, [*BASE, *flag.split()])
-  assert cli.exit_code(simulate.main, options, Console(quiet=True)) == 2
-  error, = capsys.readouterr().err.strip().splitlines()
+def test_bad_input_is_one_clear_error(flag, message):
+  code, _, error = run(*flag.split())
+  assert code == 2
+  error, = error.strip().splitlines()
   assert error.startswith('error: ') and message in error
 
 
 def test_ctrl_c_keeps_what_is_done(tmp_path):
   rates = ','.join(str(1 + i / 100) for i in range(300))
   process = subprocess.Popen(
-      start('--requests=400', '--placement=prefill=1x1,decode=1x1',
-            f'--rates=1,{rates}', f'--out={tmp_path}'),
+      [sys.executable, '-m', 'experiments.simulate', '--lengths=humaneval',
+       '--placement=prefill=1x1,decode=1x1', f'--rates=1,{rates}',
+       f'--out={tmp_path}'],
       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
   first = process.stdout.readline()
   assert 'met both' in first
@@ -136,13 +133,9 @@ def test_a_trace_without_a_span_is_at_once(tmp_path):
   for name, rows in (('one', 1), ('many', 40)):
     path = tmp_path / f'{name}.csv'
     path.write_text('arrival_s,prompt_len,output_len\n' + '7,30,4\n' * rows)
-    text = io.StringIO()
-    options = cli.parse(simulate.FLAGS, [
-        f'--lengths={path}', '--process=trace', '--ttft_s=9',
-        f'--out={tmp_path}'])
-    console = Console(file=text, width=150)
-    assert cli.exit_code(simulate.main, options, console) == 0
-    assert 'at once: 100% met both' in text.getvalue()
+    code, text, _ = run(f'--lengths={path}', '--process=trace', '--ttft_s=9',
+                     f'--out={tmp_path}')
+    assert code == 0 and 'at once: 100% met both' in text
     point, = json.loads((tmp_path / 'summary.json').read_text())['points']
     assert point['x'] == 0 and sum(
         point['summary']['counts'].values()) == rows - rows // 5
@@ -152,11 +145,11 @@ def test_a_trace_without_a_span_is_at_once(tmp_path):
 def test_tables_fit_80_columns_and_label_their_percentiles():
   run = api.simulate('prefill=1x1,decode=1x1', rate_per_s=9.0, requests=60,
                      log=True)
-  point = simulate.Point(
+  point = sweep.Point(
       'prefill=2x1,decode=1x1', 12.34, 12.34, run.slo, run.records, run.kept,
       run.summary, run.explain(), 'not steady')
   text = io.StringIO()
-  Console(file=text, width=150).print(*simulate.tables([point], 'rate'))
+  Console(file=text, width=150).print(*sweep_report.tables([point], 'rate'))
   assert max(map(len, text.getvalue().splitlines())) <= 80
   assert text.getvalue().count('p50/p90/p99') == 4
   assert re.search(r'12.34 ! .* \d+, \d+ prefill_queue', text.getvalue(),
@@ -164,30 +157,27 @@ def test_tables_fit_80_columns_and_label_their_percentiles():
 
 
 def test_causes_are_told_apart_in_grey_and_told_of_in_help():
-  assert set(simulate.LOOKS) == set(attribution.ALL)
-  assert len({hatch for _, hatch in simulate.LOOKS.values()}) == len(
+  assert set(sweep_report.LOOKS) == set(attribution.ALL)
+  assert len({hatch for _, hatch in sweep_report.LOOKS.values()}) == len(
       attribution.ALL)
   assert all(cause in simulate.__doc__ for cause in attribution.ALL)
 
 
 def test_infinite_objectives_and_cut_lengths_are_told(tmp_path):
-  text, options = io.StringIO(), cli.parse(simulate.FLAGS, [
-      '--lengths=fixed:2100x4', '--rate=1', '--ttft_s=inf', '--tpot_s=inf',
-      '--requests=20', '--cut', f'--out={tmp_path}'])
-  console = Console(file=text, width=150)
-  assert cli.exit_code(simulate.main, options, console) == 0
-  assert '1 of 1 lengths are cut' in text.getvalue()
+  code, text, _ = run('--lengths=fixed:2100x4', '--rate=1', '--ttft_s=inf',
+                   '--tpot_s=inf', '--requests=20', '--cut',
+                   f'--out={tmp_path}')
+  assert code == 0 and '1 of 1 lengths are cut' in text
   point, = json.loads((tmp_path / 'summary.json').read_text())['points']
   assert point['slo'] == {'ttft_s': None, 'tpot_s': None}
 
 
 def test_each_mode_runs_with_the_batches_that_suit_it(tmp_path):
-  text, options = io.StringIO(), cli.parse(simulate.FLAGS, [
+  code, text, _ = run(
       '--lengths=fixed:1500x40', '--rate=5', '--requests=20',
       '--placement=colocated=1x1/chunked=1x1', '--chunks=2048,300',
-      f'--out={tmp_path}'])
-  console = Console(file=text, width=150)
-  assert cli.exit_code(simulate.main, options, console) == 0
+      f'--out={tmp_path}')
+  assert code == 0
   colocated, chunked = json.loads((tmp_path / 'summary.json').read_text())[
       'points']
   assert not colocated['tried'] and colocated['batch'] >= 1500
@@ -195,15 +185,15 @@ def test_each_mode_runs_with_the_batches_that_suit_it(tmp_path):
   shares = chunked['tried']
   assert shares['300'] < shares['2048'] == chunked['summary']['attainment'][0]
   assert chunked['batch'] == 2048
-  assert re.search(r'5 │ +2048 │', text.getvalue())
-  assert 'met both with chunks of 300: ' in text.getvalue()
+  assert re.search(r'5 │ +2048 │', text)
+  assert 'met both with chunks of 300: ' in text
 
 
 @pytest.mark.parametrize('chunks', ['', '256', '512,x', '512.5', '-512'])
 def test_a_chunk_that_decode_rows_fill_is_refused(chunks):
   options = cli.parse(simulate.FLAGS, ['--rate=1', f'--chunks={chunks}'])
   with pytest.raises(InputError, match='--chunks='):
-    simulate.main(options, Console(quiet=True))
+    simulate.run(options, Console(quiet=True))
 
 
 def waiting(waits):
@@ -226,12 +216,6 @@ def test_growing_waits_are_beyond_capacity():
       waiting([0.1] * 40), slo, [True] * 20 + [False] * 20)
 
 
-def test_rates_are_rising_numbers():
-  assert cli.numbers('--rates', '3,1,2,1') == [1, 2, 3]
-  with pytest.raises(InputError, match='--rates'):
-    cli.numbers('--rates', '')
-
-
 def test_seeds_and_policies_are_swept_into_one_tidy_table(tmp_path):
   mine = tmp_path / 'mine.py'
   mine.write_text('import dataclasses, dsjax\n'
@@ -241,7 +225,7 @@ def test_seeds_and_policies_are_swept_into_one_tidy_table(tmp_path):
       simulate.FLAGS, lengths='humaneval', requests=40, rates='4,12',
       seeds=['3', '5', '8'], policy=f'distserve,{mine}:late',
       placement='colocated=1x1', out=str(tmp_path))
-  assert simulate.main(options, console) == 0
+  assert simulate.run(options, console) == 0
   with open(tmp_path / 'points.csv', newline='') as file:
     rows = list(csv.DictReader(file))
   assert [(row['policy'], row['seed'], float(row['rate_per_s']))
@@ -263,15 +247,15 @@ def test_seeds_and_policies_are_swept_into_one_tidy_table(tmp_path):
 
 
 def test_an_interval_of_runs_is_of_what_differs_between_them():
-  share, low, high = simulate.interval_of_runs([[True] * 50] * 4)
+  share, low, high = sweep.interval_of_runs([[True] * 50] * 4)
   assert (share, high) == (1, 1) and 0.97 < low < 0.99  # of 200 requests
   runs = [[True] * 100, [True] * 100, [True] * 40 + [False] * 60]
-  share, low, high = simulate.interval_of_runs(runs)
+  share, low, high = sweep.interval_of_runs(runs)
   assert share == 0.8 and low < 0.01 and high == 1  # t of 3: 0.8 +- 0.86
 
 
 @pytest.mark.parametrize('seeds', [[], ['1', '1'], ['-1'], ['x'], ['1.5']])
 def test_seeds_are_different_integers(seeds):
   with pytest.raises(InputError, match='--seeds='):
-    simulate.main(cli.options(simulate.FLAGS, rates='4', seeds=seeds),
+    simulate.run(cli.options(simulate.FLAGS, rates='4', seeds=seeds),
                   Console())

@@ -12,7 +12,7 @@ from dsjax.runtime import loop
 from experiments import soak
 from experiments.common import cli
 from experiments.verify import soak_report
-from tests.common.results import made_by
+from tests.common.results import check_written, made_by
 
 pytestmark = pytest.mark.usefixtures('no_hang')
 
@@ -42,6 +42,7 @@ def test_nothing_is_lost_in_three_seconds_of_faults(tmp_path):
   console = Console(record=True, width=120)
   assert soak.run(options(tmp_path), console) == 0
   shown = console.export_text()
+  check_written(shown, tmp_path)
   assert 'Nothing was lost, repeated, leaked or wrong.' in shown
   result = json.loads((tmp_path / 'soak.json').read_text())
   assert made_by(tmp_path)['options']['faults'] == 600.0

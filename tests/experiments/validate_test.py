@@ -14,7 +14,7 @@ from dsjax.scheduling.events import Arrived, DecodeDone, Row, RunDecode
 from dsjax.simulation import calibration, fitting, latency, profiles, simulator
 from experiments import validate
 from experiments.common import cli
-from tests.common.results import made_by
+from tests.common.results import check_written, made_by
 
 LINK = latency.Link(0.01, 1e6, 1e3)
 SLOW = latency.Affine((0.02, 3e-4, 1e-7), (0.01, 2e-5, 1e-3),
@@ -165,6 +165,7 @@ def test_rows_files_and_ctrl_c(tmp_path, profile, monkeypatch):
   assert (tmp_path / 'validate.png').stat().st_size > 10_000
   assert (tmp_path / 'events-disaggregated-40.00.jsonl').exists()
   assert list(made_by(tmp_path)['data']) == ['latency.json']
+  check_written(text.getvalue(), tmp_path)
   for part in ('Real against simulated', 'overlap', 'within', '40.00/s:'):
     assert part in text.getvalue()
 
