@@ -63,6 +63,10 @@ class _Life:
     self.open = True  # takes tokens
     self.epoch = self.chain = self.last = None
 
+  def is_in(self, chain):
+    """Whether it is a row of the chain."""
+    return self.chain is chain and self.last is None
+
   def tell(self, stop=None):
     """Moves the tokens of completed steps, those before `stop`, over."""
     if self.chain is not None and self.open:
@@ -263,7 +267,7 @@ class Recorder:
     live, rows = self._live, command.rows
     chain = live[rows[0].id].chain or _Chain()
     lives, known = chain.lives, len(rows)
-    while known and live[rows[known - 1].id].chain is not chain:
+    while known and not live[rows[known - 1].id].is_in(chain):
       known -= 1
     if known < len(lives):
       ids = {row.id for row in rows}
@@ -273,6 +277,9 @@ class Recorder:
       lives = [life for life in lives if life.last is None]
     if known < len(rows):
       fresh = [live[row.id] for row in rows[known:]]
+      # One that had left, to move, and stayed after all begins another life.
+      fresh = [life if life.chain is None else self._again(life)
+               for life in fresh]
       for life in fresh:
         self._join(life, command.instance, chain, now_s)
       lives = lives + fresh

@@ -8,10 +8,12 @@ MOST_ROWS = 4096  # of a batch that is asked for
 
 
 def queue_s(instance: InstanceView) -> float:
-  """Seconds of the prompts that wait here or are being prefilled."""
+  """Seconds of the prompts that wait here or are being prefilled; of those in
+  flight half is left, on average."""
   latency = instance.latency
-  return sum([latency.prefill_s(((request.done, request.prompt_len),))
-              for request in (*instance.waiting(), *instance.prefilling())])
+  return latency.prefill_s(instance.pieces) / 2 + sum(
+      [latency.prefill_s(((request.done, request.prompt_len),))
+       for request in (*instance.waiting(), *instance.prefilling())])
 
 
 def prefill_s(instance: InstanceView, request: RequestView) -> float:

@@ -153,7 +153,8 @@ class InstanceView:
     backlog: prompt tokens that wait here or are being prefilled.
     residents: requests that own pages here. free_pages: of its pool.
     num_waiting: requests in its prefill queue. num_pulls: finished prefills
-      whose KV it will pull. num_in_flight: commands.
+      whose KV it will pull. num_in_flight: commands. pieces: (start, stop) of
+    the prompts in them.
   """
 
   __slots__ = ('_instance', '_requests')
@@ -223,6 +224,12 @@ class InstanceView:
   @property
   def num_in_flight(self) -> int:
     return len(self._instance.inflight)
+
+  @property
+  def pieces(self) -> tuple[tuple[int, int], ...]:
+    return tuple([(chunk.start, chunk.stop)
+                  for command, _ in self._instance.inflight
+                  for chunk in command.chunks])
 
   @property
   def num_rows(self) -> int:

@@ -426,7 +426,7 @@ class _Move:
           after.instances, self.rules.config.instances, strict=True)
               if inst.status != 'gone']
       need(seq and seq.tries == self.rules.config.tries
-           or c.reason == REFUSED
+           or c.reason == REFUSED or 'try again later' in c.reason
            or not any([config.prefills for config in left])
            or not any([config.decodes for config in left]),
            '{}: it could go on', c)

@@ -24,7 +24,7 @@ LEAST = {
     '2 colocated': 244, '1 chunked, preemption': 13,
     '1 chunked, preemption of pieces': 42, '2 chunked': 38,
     '2 chunked, pp = 2': 37, '2 flexible': 300,
-    '2 flexible, preemption': 290, '1P, 2 flexible': 100}
+    '2 flexible, preemption': 380, '1P, 2 flexible': 34}
 RUN = scheduler.Run
 MUTATIONS = {
     'the source is freed early': (
@@ -174,10 +174,11 @@ def test_a_million_transitions():
 
 
 def test_every_hop_is_taken_and_every_stage_doubted():
-  """Already with two faults fewer in each small world, in all orders."""
+  """Already with fewer faults in each small world, in all orders."""
   hops, probed, total = set(), set(), 0
-  for rules, faults in explore.small_worlds().values():
-    transitions, _, whole = schedules.search(rules, faults - 2)
+  for name, (rules, faults) in explore.small_worlds().items():
+    transitions, _, whole = schedules.search(
+        rules, faults - (1 if 'flexible' in name else 2))
     assert whole
     total += transitions
     hops |= rules.hops

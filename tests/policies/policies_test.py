@@ -1,0 +1,255 @@
+"""Shipped policies: names, safety, progress, and what their papers claim."""
+
+import dataclasses
+import functools
+import pathlib
+
+import pytest
+
+import dsjax
+from dsjax.config.checks import InputError
+from dsjax.config.engine import InstanceConfig
+from dsjax.config.placement import Slo
+from dsjax.config.request import Request, Sampling
+from dsjax.placement.api import simulate
+from dsjax.policies import static
+from dsjax.policies.deadlines import with_deadlines
+from dsjax.policies.named import NAMES, named
+from dsjax.policies.rollouts import rounded
+from dsjax.scheduling import event_log, scheduler
+from dsjax.scheduling.events import Flip, Migrate, Reject, RunPrefill
+from dsjax.scheduling.policy import DISTSERVE, Load
+from dsjax.simulation import latency, simulator
+from experiments.common import policies
+from experiments.explore import large_world
+from experiments.verify import schedules
+from experiments.verify.worlds import Rules
+
+SLO = Slo(0.2, 0.022)
+STEP = latency.Affine((0.01, 1e-4, 0.0), (0.01, 1e-6, 1e-4), host_s=0.001,
+                      mixed=(0.01, 1e-4, 0.0, 1e-6))
+LINK = latency.Link(1e-3, 1e6, 100)
+FOUR = 'flexible=1x1,1x1,1x1,1x1'
+EACH = pytest.mark.parametrize('name', NAMES)
+
+
+@functools.cache
+def served(text, rate_per_s, requests=600, slo=SLO, placement=FOUR):
+  """A run of Llama-3-8B on four H100, published tables, ShareGPT lengths."""
+  return simulate(placement, 'llama-3-8b', latency='tables:h100-80g',
+                  rate_per_s=rate_per_s, slo=slo, requests=requests, cut=True,
+                  max_len=8192, policy=named(text, slo), log=True)
+
+
+def attainment(*args, **options):
+  return served(*args, **options).summary.attainment[0]
+
+
+def commands(run, kind):
+  return [c for _, commands in run.log for c in commands if type(c) is kind]
+
+
+# --- names -------------------------------------------------------------------
+
+
+def test_every_policy_of_the_folder_has_a_name():
+  folder = pathlib.Path(static.__file__).parent
+  files = {path.stem for path in folder.glob('*.py')}
+  assert set(NAMES) == files - {'__init__', 'deadlines', 'named', 'predict',
+                                'rollouts'}
+
+
+def test_a_text_gives_options_and_the_order():
+  policy = named('chunked:chunk=64+deadlines', SLO)
+  assert policy.name == 'chunked 64 + deadlines' and policy.order
+  assert named('', SLO) is DISTSERVE
+  assert named('dynamo:by=load', SLO).name == 'dynamo 1'
+
+
+@pytest.mark.parametrize('text, error', [
+    ('nothing', "policy='nothing': must be one of"),
+    ('static:prefil=2', "option=value with options of .'prefills'"),
+    ('static:slo=2', 'option=value with options'),
+    ('static:prefills', 'must be a number'),
+    ('dynamo:by=luck', "'length', 'load' or 'either'"),
+    ('distserve:x=1', 'without options'), ('+dead', 'must be one of')])
+def test_a_name_that_is_none_is_one_clear_error(text, error):
+  with pytest.raises(InputError, match=error):
+    named(text, SLO)
+
+
+def test_a_policy_that_predicts_says_what_it_lacks():
+  config = scheduler.Config(
+      (InstanceConfig('flexible', 16, 4, 4, 16, 4),) * 2, 32,
+      policy=named('mooncake', SLO))
+  state = scheduler.init(config)
+  with pytest.raises(dsjax.PolicyError, match='latencies must be given'):
+    scheduler.step(config, state, scheduler.Arrived(0.0, 0, 4, 4))
+
+
+@EACH
+def test_each_travels_to_other_processes(name):
+  import pickle
+  policy = policies.load(name, SLO)
+  again = pickle.loads(pickle.dumps(policy))
+  assert (again.name, again.source, again.slo) == (policy.name, name, SLO)
+
+
+# --- safety and progress -----------------------------------------------------
+
+
+@EACH
+def test_each_is_explored_with_faults(name):
+  """Large random worlds: pages, requests and progress, whatever it answers."""
+  flexible = [seed for seed in range(60) if large_world(
+      seed)[0].config.instances[0].role == 'flexible'][:3]
+  for seed in flexible:
+    rules, faults = large_world(seed)
+    config = dataclasses.replace(
+        rules.config, policy=named(name, SLO), latencies=tuple(
+            dataclasses.replace(STEP, pp=instance.pp)
+            for instance in rules.config.instances), link=LINK)
+    schedules.walk(Rules(config, rules.requests), faults, seed)
+
+
+@EACH
+def test_each_serves_a_heavy_load_to_its_end_and_replays(name):
+  """Nobody waits for ever, and the log alone says what happens again."""
+  instances = (InstanceConfig('flexible', 64, 16, 8, 256, 8),) * 3
+  config = scheduler.Config(instances, 600, depth=1, policy=named(name, SLO),
+                            latencies=(STEP,) * 3, link=LINK)
+  sent = [Request(i, 0.01 * i, range(20 + 37 * i % 300), Sampling(
+      max_tokens=1 + 11 * i % 60)) for i in range(120)]
+  result = simulator.simulate(config, sent, STEP, LINK, log=True)
+  assert {r.status for r in result.records} <= {'length', 'rejected'}
+  assert all(len(r.token_s) == r.max_tokens for r in result.records
+             if r.status == 'length')
+  assert event_log.replay(config, result.log) is None
+
+
+# --- what their papers claim -------------------------------------------------
+
+
+def test_static_has_as_many_prefill_instances_as_asked_for():
+  run = served('static:prefills=2', 40)
+  assert {c.instance for c in commands(run, RunPrefill)} == {0, 1}
+  assert {c.target for c in commands(run, Migrate)} == {2, 3}
+
+
+def test_chunked_keeps_tpot_where_colocated_stalls_rows():
+  """Sarathi-Serve: no row waits behind a whole prompt."""
+  chunked, colocated = (served(name, 80).summary.tpot_s[2]
+                        for name in ('chunked', 'colocated'))
+  assert chunked < SLO.tpot_s < colocated
+
+
+def test_splitwise_outlasts_the_split_when_prompts_pile_up():
+  """Splitwise: the mixed pool takes what the prompt pool cannot."""
+  assert attainment('splitwise', 90) > attainment('static', 90) + 0.3
+
+
+def test_mooncake_refuses_early_and_the_others_attain():
+  """Mooncake: what it lets in meets TTFT; without refusals nothing does."""
+  run = served('mooncake', 120)
+  refused = len(commands(run, Reject))
+  assert refused > 100
+  kept = [r for r in run.kept if r.status == 'length']
+  on_time = sum(r.ttft_s <= SLO.ttft_s for r in kept) / len(kept)
+  assert on_time > 0.75
+  assert attainment('mooncake:rejects=False', 120) < 0.1
+
+
+def test_llm_d_is_its_limits():
+  """llm-d: 0 never hands off; 1 always does, as the static split."""
+  assert not commands(served('llm_d:least=0', 30), Migrate)
+  always, split = served('llm_d:least=1', 30), served('static', 30)
+  assert [r.token_s for r in always.records] == [
+      r.token_s for r in split.records]
+
+
+def test_dynamo_is_its_limits():
+  """Dynamo: with nothing short and nobody busy it is the static split."""
+  never = served('dynamo:shortest=0:busy=1e9', 30)
+  assert [r.token_s for r in never.records] == [
+      r.token_s for r in served('static', 30).records]
+  assert not commands(served('dynamo:shortest=100000', 30), Migrate)
+
+
+def test_arrow_flips_towards_the_load_and_keeps_one_of_each_role():
+  run = served('arrow', 90)
+  roles = ['chunked'] * 4
+  flips = 0
+  for event, answer in run.log:
+    for command in answer:
+      if isinstance(command, Flip):
+        roles[command.instance] = command.role
+        flips += event.time_s > 0
+    if flips:
+      assert {'prefill', 'decode'} == set(roles)
+  assert flips and attainment('arrow', 90) > attainment('static', 90)
+
+
+def test_taichi_is_its_parents_at_the_ends():
+  """TaiChi: with no small chunks prompts go apart; with all large, nowhere."""
+  apart = served('taichi:small=0', 30)
+  assert {c.instance for c in commands(apart, RunPrefill)} == {0}
+  together = served('taichi:prefills=4', 30)
+  assert not commands(together, Migrate)
+
+
+def test_ecoserve_fills_one_member_after_another():
+  run = served('ecoserve', 4)
+  targets = [c.instance for c in commands(run, RunPrefill)]
+  assert targets.count(0) > len(targets) / 2  # at a light load one suffices
+
+
+def test_llumnix_moves_rows_and_evens_out_loads():
+  run = served('llumnix', 60)
+  assert commands(run, Migrate)
+
+
+def test_the_planner_never_oscillates_at_constant_load():
+  run = served('planner', 60, requests=1500)
+  late = [event.time_s for event, answer in run.log
+          for c in answer if isinstance(c, Flip) and event.time_s > 15]
+  assert len(late) <= 1, late
+
+
+def test_deadlines_put_back_what_cannot_attain():
+  """The order alone lifts a baseline beyond its capacity."""
+  assert (attainment('chunked:chunk=512+deadlines', 160)
+          > attainment('chunked:chunk=512', 160) + 0.1)
+
+
+def test_deadlines_let_nothing_wait_for_ever():
+  slo = Slo(0.05, 1.0)
+  policy = with_deadlines(named('colocated', slo), slo, most_wait=10)
+  run = simulate('colocated=1x1', 'llama-3-8b', latency='tables:h100-80g',
+                 rate_per_s=40, slo=slo, requests=400, cut=True, max_len=8192,
+                 policy=policy)
+  waits = [r.ttft_s for r in run.records]
+  assert max(waits) < 10 * slo.ttft_s + 2 * sorted(waits)[len(waits) // 2] + 5
+
+
+# --- adaptive -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize('rate', [60, 130])
+def test_adaptive_is_not_below_the_others_with_the_same_order(rate):
+  others = ('static:prefills=2+deadlines', 'colocated+deadlines',
+            'chunked:chunk=512+deadlines')
+  best = max(attainment(name, rate) for name in others)
+  assert attainment('adaptive', rate) > best - 0.02
+
+
+def test_adaptive_does_not_flip_at_constant_load():
+  late = [event.time_s for event, answer in served('adaptive', 60, 1500).log
+          for c in answer if isinstance(c, Flip) and event.time_s > 10]
+  assert not late
+
+
+def test_a_load_is_rounded_so_that_little_changes_ask_nothing_new():
+  load = Load(100.0, 300.0, 900.0, 200.0)
+  near = Load(103.0, 305.0, 890.0, 199.0)
+  assert rounded(load) == rounded(near)
+  assert rounded(load) != rounded(load._replace(rate_per_s=150.0))
