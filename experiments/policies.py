@@ -37,7 +37,7 @@ from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.placement import candidates, goodput, judging
 from dsjax.placement.api import make_problem
 from dsjax.policies.named import DEADLINES as DEADLINES_END
-from experiments.common import cli, pictures, policies, provenance
+from experiments.common import cli, pictures, policies, provenance, terminal
 from experiments.place import processes
 
 OBJECTIVES = {'balanced': (5.0, 3.5), 'ttft': (2.5, 7.0), 'tpot': (12.0, 1.8)}
@@ -228,7 +228,7 @@ def table(lines: Iterable[Line], objective: str) -> Table:
   known = {(line.policy, line.workload): line for line in lines}
   slos = {line.workload: f'{1e3 * line.ttft_s:.0f}/{1e3 * line.tpot_s:.1f}'
           for line in lines}
-  out = Table(title=f'goodput per device, requests/s: {objective}')
+  out = Table(title=f'{objective}: requests/s a device')
   out.add_column('policy')
   for workload in workloads:
     out.add_column(f'{workload[:12]}\n{slos[workload]} ms', justify='right')
@@ -322,13 +322,12 @@ def run(options: Any, console: Any) -> int:
   provenance.save_json(out / 'policies.json', {'stopped': stopped},
                        cli.asked(options, FLAGS),
                        [*options.workloads, options.latency])
-  names = ['policies.csv', 'policies.json']
   if shown:
     draw(out, shown)
-    names += ['policies.png', 'policies.pdf']
   if stopped:
     console.print(f'Stopped by {stopped}: this is what was known.')
-  console.print(f'Written to {out}: {" ".join(names)}', soft_wrap=True)
+  terminal.written(console, out, 'policies.csv', 'policies.json',
+                   *['policies.png'] * bool(shown))
   return 130 if stopped == 'Ctrl-C' else 0
 
 
