@@ -47,7 +47,7 @@ from dsjax.config.checks import require
 from dsjax.config.placement import Placement, Slo
 from dsjax.placement import candidates
 from dsjax.placement.api import build, make_problem, no_load, note, simulated
-from dsjax.placement.candidates import Cluster
+from dsjax.placement.clusters import Cluster
 from dsjax.scheduling import event_log
 from dsjax.scheduling.events import Finish, Reject
 from dsjax.simulation import profiles, simulator

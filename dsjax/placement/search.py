@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from dsjax.config.checks import InputError, require
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.placement import Placement, Plan
-from dsjax.placement import bounds, candidates, judging
+from dsjax.placement import bounds, candidates, clusters, judging
 from dsjax.placement.algorithms import Algorithm, colocated, low_affinity
 from dsjax.placement.candidates import SearchProblem
 from dsjax.placement.goodput import Goodput
@@ -145,8 +145,10 @@ class _Search:
           link, len(placement.prefill) * len(placement.decode), self.lengths))
     if not phase and self.hopeless(placement, tokens, link):
       bound_per_s = 0.0
-    return Candidate(placement, tokens, aligned, bound_per_s, phase,
-                     min(0.9 * bound_per_s, *guesses_per_s.values()))
+    judged = Candidate(placement, tokens, aligned, bound_per_s, phase,
+                       min(0.9 * bound_per_s, *guesses_per_s.values()))
+    return judged._replace(price=clusters.price(
+        self.problem.cluster, *judged.plans))
 
   def race(self, contenders: Iterable[Candidate], incumbent: float = 0.0
            ) -> tuple[Candidate, Goodput] | None:
@@ -157,19 +159,19 @@ class _Search:
     """
     best, wave = None, WAVE // 2
     order = sorted(contenders, key=lambda c: (
-        -c.guess_per_s / c.num_devices, -c.bound_per_device, str(c)))
+        -c.guess_per_s / c.devices, -c.bound_per_device, str(c)))
     self.total += len(order)
     while order:
       hopeful = [c for c in order if c.bound_per_device > incumbent]
       self.pruned += len(order) - len(hopeful)
       self.done += len(order) - len(hopeful)
-      tasks = [Task(c, self.problem.target, incumbent * c.num_devices or None)
+      tasks = [Task(c, self.problem.target, incumbent * c.devices or None)
                for c in hopeful[:wave]]
       order, wave = hopeful[wave:], WAVE
       for candidate, goodput in self.measured(tasks):
         self.done += 1
         row = None if candidate.phase else self.keep(candidate, goodput)
-        per_device = goodput.rate_per_s / candidate.num_devices
+        per_device = goodput.rate_per_s / candidate.devices
         if per_device > incumbent:
           incumbent, best = per_device, (candidate, goodput)
         self.tell(row)
@@ -276,7 +278,7 @@ class _Search:
       rows = [r for r in self.best() if _key(r) not in tight.values()]
       beat = {r.placement.mode: r.per_device for r in self.rows
               if _key(r) in tight.values()}
-      tasks = [Task(self.again(r), problem.target, r.placement.num_devices
+      tasks = [Task(self.again(r), problem.target, r.devices
                     * beat.get(r.placement.mode, 0.0) or None,
                     effort=problem.effort, tight=True,
                     start_per_s=r.goodput.rate_per_s) for r in rows]
@@ -325,9 +327,11 @@ class _Search:
               f'above {floor_s:.4g} s, what a median request takes on an idle '
               'machine under the fastest plan')
     if problem.rate_per_s:
-      most = problem.cluster.num_devices * max(
+      most = sum(nodes.num_devices * max((
           self.capacity_per_s(role, plan, None) / plan.num_devices
-          for plan in usable for role in ('prefill', 'decode'))
+          for plan in usable for role in ('prefill', 'decode')
+          if plan.kind == kind), default=0.0)
+                 for kind, nodes in problem.cluster.kinds.items())
       require(problem.rate_per_s <= most, 'SearchProblem.rate_per_s',
               problem.rate_per_s, f'at most {most:.4g}, the capacity of the '
               'cluster by the work of a request')
@@ -367,7 +371,7 @@ def measure(problem: SearchProblem, candidate: Candidate) -> Goodput:
 
 def _row(candidate: Candidate, goodput: Goodput) -> RankedPlacement:
   return RankedPlacement(candidate.placement, goodput, candidate.aligned,
-                         candidate.prefill_tokens)
+                         candidate.prefill_tokens, candidate.price)
 
 
 def _key(row: RankedPlacement) -> tuple:

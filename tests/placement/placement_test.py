@@ -23,7 +23,8 @@ from dsjax.placement import (
   search,
   verdict,
 )
-from dsjax.placement.candidates import Cluster, SearchProblem
+from dsjax.placement.candidates import SearchProblem
+from dsjax.placement.clusters import Cluster
 from dsjax.placement.judging import Task
 from dsjax.placement.verdict import RankedPlacement
 from dsjax.simulation import hardware, latency
@@ -161,7 +162,7 @@ def contenders(p, tried=(algorithms.low_affinity, algorithms.colocated)):
 def brute(p):
   """Goodput per device of every candidate: no bound, no race."""
   return {(c.placement, c.prefill_tokens): judging.measure(
-      p, Task(c, p.target)).rate_per_s / c.num_devices
+      p, Task(c, p.target)).rate_per_s / c.devices
           for c in contenders(p)}
 
 
