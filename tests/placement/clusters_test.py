@@ -11,14 +11,7 @@ import dsjax
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.model import sharding
-from dsjax.placement import (
-  algorithms,
-  api,
-  candidates,
-  clusters,
-  search,
-  verdict,
-)
+from dsjax.placement import algorithms, api, candidates, clusters, search
 from dsjax.placement.clusters import Border, Cluster, MixedCluster
 from dsjax.simulation import latency, roofline
 from dsjax.simulation.hardware import HARDWARE, Hardware, Shares
@@ -70,15 +63,6 @@ def test_kv_crosses_the_border_that_is_between_the_kinds():
   assert min(record.stage_s['migrate'] for record in took.records) == (
       pytest.approx(1.001, rel=1e-6))
   assert not any(r.goodput.rate_per_s for r in ask(slow, ('low',)).rows)
-  problem = api.make_problem(MODEL, Slo(0.1, 0.06), 'fixed:200x20',
-                             cluster=mixed(kv_bytes * 20), max_seqs=16)
-  row = verdict.RankedPlacement(
-      Placement.parse('prefill=1x1@strong,decode=1x1@wide',
-                      kinds=('strong', 'wide')),
-      search.measure(problem, search.candidate(
-          problem, Placement(prefill=[Plan(kind='strong')],
-                             decode=[Plan(kind='wide')]))))
-  assert verdict.bottleneck(problem, row) == 'link'
 
 
 @pytest.mark.parametrize('source, target, aligned, rate', (
