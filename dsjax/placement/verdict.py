@@ -141,9 +141,9 @@ def _refused(state, instance, config):
 
 
 def name(row: RankedPlacement) -> str:
-  """A placement's mode, with its budget where it has one."""
+  """A placement's mode, with the tokens of its batches where it has some."""
   return row.placement.mode + (f' ({row.prefill_tokens} tokens)'
-                               if row.placement.chunked else '')
+                               if row.prefill_tokens else '')
 
 
 def verdict(rows: Sequence[RankedPlacement],

@@ -303,6 +303,22 @@ def test_the_best_are_measured_tightly_and_at_both_targets(answer):
     assert 0 < low <= row.per_device <= high < 2 * low
 
 
+def test_other_batches_are_tried_of_the_first_few(monkeypatch):
+  monkeypatch.setattr(search, 'RETRIED', 2)
+  state = search._Search(problem(strict=None, effort=1.0), None, map)
+  algorithms.low_affinity(state)
+  base, race, tried = state.tokens(Plan()), state.race, []
+  first = [row.placement for row in search._sorted(state.rows)[:2]]
+  state.race = lambda some, least: tried.extend(some) or race(some, least)
+  state.finish()
+  assert [(c.placement, c.prefill_tokens) for c in tried] == [
+      (p, size) for p in first for size in state.sizes(p)]
+  assert {2 * base, 4 * base} <= set(state.sizes(first[0])) <= {
+      candidates.saturation(measured(first[0].prefill[0])), 2 * base, 4 * base}
+  batches = RankedPlacement(first[0], state.rows[0].goodput, True, 4 * base)
+  assert verdict.name(batches) == f'disaggregated ({4 * base} tokens)'
+
+
 @pytest.mark.parametrize('late, cluster, slo, words', (
     (((0.0, 2e-3, 0.0), (1e-3, 0.0, 0.0)), {}, (0.5, 0.5),
      'prefill compute'),
