@@ -5,9 +5,9 @@
 
 Seconds of a step come from --latency: 'published' (DistServe's A100 profiles
 of OPT-13B and 66B), 'tables:h100-80g' and the like (operators measured on that
-GPU; Llama 3 8B and 70B, Qwen3 32B), 'roofline:h100-80g' and the like (any
-model's shape against the GPU's rates), or a file that experiments.measure
-wrote.
+GPU; Llama 3 8B and 70B, Qwen3 32B and 30B-A3B), 'roofline:h100-80g' and the
+like (any model's shape against the GPU's rates), or a file that
+experiments.measure wrote.
 Lengths are a mixture of dsjax.workload.traffic (sharegpt, humaneval,
 longbench) or a file of dsjax.workload (CSV, JSONL). The cluster is --nodes and
 so on, or a JSON file with the fields of dsjax.Cluster, or of

@@ -170,10 +170,10 @@ def verdict(rows: Sequence[RankedPlacement],
   if not others:
     only = first
     if len({r.placement.mode == 'disaggregated' for r in rows}) == 1:
-      return (f'Only {name(only)} placements were judged: '
+      return (f'Only {only.placement.mode} placements were judged: '
               f'{only.per_device:.3g} requests/s per {unit}.'
               + _copies(only, problem))
-    return f'Only {name(only)} placements meet the objectives.' + _copies(
+    return f'Only {only.placement.mode} placements meet the objectives.' + _copies(
         only, problem)
   second, = others
   ratio = first.per_device / second.per_device

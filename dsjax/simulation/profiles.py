@@ -202,8 +202,9 @@ def named(kind: str, config: ModelConfig,
       require(gpu in hardware.HARDWARE, 'latency', kind,
               f'{start!r} and one of {sorted(hardware.HARDWARE)}')
       device = hardware.HARDWARE[gpu]
-      return of_hardware(device if start == ROOFLINE else dataclasses.replace(
-          device, shares=hardware.Shares()), config, host_s)
+      return of_hardware(
+          device, config, host_s,
+          device.shares if start == ROOFLINE else hardware.Shares())
   if kind.startswith(TABLES):
     return functools.partial(
         _of_table, _table_of(kind, config).latencies, host_s)
@@ -219,9 +220,12 @@ def named(kind: str, config: ModelConfig,
 
 
 def of_hardware(device: hardware.Hardware, config: ModelConfig,
-                host_s: float = 0.0) -> Callable[[Plan], Latency]:
-  """The rooflines of a device, at its shares. It can be pickled."""
-  return functools.partial(_roofline, config, device, host_s)
+                host_s: float = 0.0, shares: hardware.Shares | None = None
+                ) -> Callable[[Plan], Latency]:
+  """The rooflines of a device; shares: of its peaks, None: its own. The
+  function can be pickled."""
+  return functools.partial(_roofline, config, device, shares or device.shares,
+                           host_s)
 
 
 def caveat(kind: str) -> str:
@@ -280,9 +284,9 @@ def _of_table(latencies, host_s, plan):
   return known and dataclasses.replace(known, host_s=host_s)
 
 
-def _roofline(config, device, host_s, plan):
-  return roofline.Roofline(config, device, plan.tp, plan.pp,
-                           shares=device.shares, host_s=host_s)
+def _roofline(config, device, shares, host_s, plan):
+  return roofline.Roofline(config, device, plan.tp, plan.pp, shares=shares,
+                           host_s=host_s)
 
 
 # --- reading ------------------------------------------------------------------
