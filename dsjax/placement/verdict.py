@@ -173,8 +173,8 @@ def verdict(rows: Sequence[RankedPlacement],
       return (f'Only {only.placement.mode} placements were judged: '
               f'{only.per_device:.3g} requests/s per {unit}.'
               + _copies(only, problem))
-    return f'Only {only.placement.mode} placements meet the objectives.' + _copies(
-        only, problem)
+    return (f'Only {only.placement.mode} placements meet the objectives.'
+            + _copies(only, problem))
   second, = others
   ratio = first.per_device / second.per_device
   (low, high), (other_low, other_high) = (first.interval_per_device,
