@@ -22,7 +22,7 @@ from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.config.request import Request, Sampling
 from dsjax.config.version import __version__ as __version__
 from dsjax.placement.api import Simulated, search, simulate
-from dsjax.placement.candidates import Cluster
+from dsjax.placement.clusters import Border, Cluster, MixedCluster
 from dsjax.placement.search import SearchResult
 from dsjax.scheduling.policy import (
     DISTSERVE,
@@ -30,6 +30,7 @@ from dsjax.scheduling.policy import (
     PolicyError,
     PrefillBudget,
 )
+from dsjax.simulation.hardware import Hardware
 from dsjax.simulation.latency import Affine
 from dsjax.simulation.profiles import Profile
 
@@ -41,8 +42,9 @@ if TYPE_CHECKING:
   from dsjax.runtime.profiling import profile
 
 __all__ = [
-    'DISTSERVE', 'Affine', 'AsyncServer', 'Cluster', 'EngineConfig',
-    'InputError', 'Interrupted', 'Model', 'ModelConfig', 'Orchestrator',
+    'DISTSERVE', 'Affine', 'AsyncServer', 'Border', 'Cluster', 'EngineConfig',
+    'Hardware', 'InputError', 'Interrupted', 'MixedCluster', 'Model',
+    'ModelConfig', 'Orchestrator',
     'Output', 'Placement', 'Plan', 'Policy', 'PolicyError', 'PrefillBudget',
     'Profile', 'Record', 'Request', 'RequestFailed', 'Sampling',
     'SearchResult', 'Simulated', 'Slo', 'load', 'profile', 'rows', 'search',

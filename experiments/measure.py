@@ -13,6 +13,13 @@ plans would take at these shares, so that a search may consider them.
 tokens (of a prompt), batch, context (of its rows, all together), seconds, and
 plan where it is not 1x1. --model then only names the model.
 
+--from=records.csv --placement=prefill=2x1,decode=1x1 fits what clients saw of a
+run that this placement served, on any engine: arrival, tokens of prompt and
+output, times of the first and the last token, under the names that load
+generators give them (dsjax.workload.served), CSV or JSON lines. --model is a
+name of dsjax.config.zoo; --hardware, --memory_gb, --batch_tokens and
+--max_seqs say what the engine had. The last 30 % of the requests are held out.
+
 Files in --out: latency-DEVICE-MODEL.json (dsjax.simulation.profiles.load reads
 it), cells-DEVICE-MODEL.jsonl (every cell, measured and fitted),
 latency-....png.
@@ -50,13 +57,26 @@ from dsjax.simulation import (
     roofline,
     roofline_fit,
 )
-from experiments.common import cli, machine, pictures, provenance, terminal
+from experiments.common import (
+  cli,
+  machine,
+  pictures,
+  provenance,
+  served,
+  terminal,
+)
 from experiments.common import overrides as configs
 
 FLAGS = {
     'model': cli.Flag('smollm2-135m-instruct', 'See dsjax.load.'),
     'out': None,
-    'from': cli.Flag('', 'A CSV of steps timed elsewhere, to fit.'),
+    'from': cli.Flag('', 'A CSV of steps timed elsewhere, to fit; with '
+                     '--placement, requests as their clients saw them.'),
+    'placement': cli.Flag('', 'That served the requests of --from.'),
+    **dict.fromkeys(cli.CLUSTER),
+    'batch_tokens': cli.Flag(2048, 'Of its prefill batches, or of its chunked '
+                             'steps.', low=1),
+    'max_seqs': cli.Flag(256, 'Of each of its instances.', low=1),
     'plans': cli.Flag(['1x1'], 'Plans TPxPP to measure.'),
     'hardware': cli.Flag('', 'The device, for a Roofline of all plans.',
                          choices=('', *sorted(hardware.HARDWARE))),
@@ -95,7 +115,8 @@ def read_cells(path):
     raise InputError(f'{path}: cannot be read: {error}') from error
   reader = csv.DictReader(lines, restval='')
   require(set(columns) <= set(reader.fieldnames or ()), f'{path}: columns',
-          reader.fieldnames, f'{columns}, and plan if there are several')
+          reader.fieldnames, f'{columns}, and plan if there are several; of '
+          'what clients saw --placement says what served it')
   cells = {}
   for row in reader:
     where = f'{path}: line {reader.line_num}'
@@ -335,6 +356,9 @@ def run(options, console):
   """Measures, or reads, then shows and writes."""
   require(options.out, '--out', options.out, 'a folder')
   name, path = pathlib.Path(options.model).name, getattr(options, 'from')
+  if options.placement:
+    require(path, '--from', path, 'a file of requests, with --placement')
+    return served.run(options, console, path, cli.asked(options, FLAGS))
   if path:
     require(not options.predict, '--predict', options.predict,
             'left out with --from')

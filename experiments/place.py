@@ -5,23 +5,24 @@
 
 Seconds of a step come from --latency: 'published' (DistServe's A100 profiles
 of OPT-13B and 66B), 'tables:h100-80g' and the like (operators measured on that
-GPU; Llama 3 8B and 70B, Qwen3 32B), 'roofline:h100-80g' and the like (any
-model's shape against the GPU's rates), or a file that experiments.measure
-wrote.
+GPU; Llama 3 8B and 70B, Qwen3 32B and 30B-A3B), 'roofline:h100-80g' and the
+like (any model's shape against the GPU's rates), or a file that
+experiments.measure wrote.
 Lengths are a mixture of dsjax.workload.traffic (sharegpt, humaneval,
 longbench) or a file of dsjax.workload (CSV, JSONL). The cluster is --nodes and
-so on, or a JSON file with the fields of dsjax.placement.candidates.Cluster.
+so on, or a JSON file with the fields of dsjax.Cluster, or of
+dsjax.MixedCluster for nodes of several kinds (docs/placement.md).
 
 It prints a table of the best placements (of the best of each kind with a 95 %
 interval: experiments.coverage measures that it holds), what binds them and a
 verdict, and writes placement.json and placement.png. Its columns: batch,
 the tokens of a prefill batch (of a chunked step) where it is not what suits
-the plan; dev., devices; per dev., requests/s a device, `<=` of a placement that
-only lost to the best; met, the share that met both objectives at that rate;
-ends, what ended the search for the rate: target (both neighbours are known),
-samples (more --requests would narrow it), horizon (attainment still fell at
-the end of the longest run), cap (no work to bind it), floor (no rate
-attains) or beaten (it lost to the best).
+the plan; dev., devices; per dev., requests/s a device (per unit of price, where
+devices have one), `<=` of a placement that only lost to the best; met, the
+share that met both objectives at that rate; ends, what ended the search for
+the rate: target (both neighbours are known), samples (more --requests would
+narrow it), horizon (attainment still fell at the end of the longest run), cap
+(no work to bind it), floor (no rate attains) or beaten (it lost to the best).
 
 Ctrl-C ends the search and prints what is known. A line of the table can be
 served: experiments.serve --set=placements=. Objectives may be inf. Exit codes:
@@ -29,7 +30,6 @@ served: experiments.serve --set=placements=. Objectives may be inf. Exit codes:
 """
 
 import contextlib
-import dataclasses
 import math
 import multiprocessing
 import os
@@ -46,11 +46,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from dsjax.config.checks import naming, require
+from dsjax.config.checks import require
 from dsjax.config.placement import Slo
-from dsjax.placement import candidates, search
+from dsjax.placement import candidates, clusters, search
 from dsjax.placement.api import ALGORITHMS, make_problem, note
-from dsjax.placement.candidates import Cluster
+from dsjax.placement.clusters import Cluster
 from dsjax.simulation import profiles
 from experiments.common import (
   cli,
@@ -98,28 +98,13 @@ FLAGS = {
 }
 
 
-def read_cluster(path, latency):
-  """A placement.Cluster from a JSON file; the rest as the latencies say.
-
-  Raises:
-    InputError naming the file and the field.
-  """
-  data = profiles.read_json(path)
-  known = [f.name for f in dataclasses.fields(Cluster)]
-  require(isinstance(data, dict), path, data, f'an object with {known}')
-  for field in data:
-    require(field in known, f'{path}: field', field, f'one of {known}')
-  with naming(path):
-    return Cluster.of(latency, **data)
-
-
 def _cluster(options):
   """The cluster of the flags, or of the file."""
   given = [name for name in CLUSTER if options[name].present]
   if options.cluster:
     require(not given, '--cluster', options.cluster,
             f'without --{", --".join(given)}')
-    return read_cluster(options.cluster, options.latency)
+    return clusters.load(options.cluster, options.latency)
   return Cluster.of(options.latency, **cli.fields(options, CLUSTER))
 
 
@@ -139,19 +124,20 @@ def _cells(row):
           row.goodput.binds)
 
 
-def table(rows, target):
-  """A rich table of RankedPlacements."""
-  out = Table(width=80, title=f'requests/s per device, {target:.0%} met '
+def table(rows, target, unit='device'):
+  """A rich table of RankedPlacements; unit: what goodput counts per."""
+  out = Table(width=80, title=f'requests/s per {unit}, {target:.0%} met '
               'both objectives')
   out.add_column('placement (TPxPP)', overflow='fold')
-  for name in ('batch', 'dev.', 'per dev.', '95 %', 'met', 'ends'):
+  for name in ('batch', 'dev.', 'per ' + (
+      'dev.' if unit == 'device' else 'unit'), '95 %', 'met', 'ends'):
     out.add_column(name, justify='right', no_wrap=True)
   for row in rows:
     out.add_row(*_cells(row))
   return out
 
 
-def draw(path, rows, title):
+def draw(path, rows, title, unit='device'):
   """Bars of goodput per device with their intervals, best on top."""
   figure = Figure(figsize=(8, 1.2 + 0.35 * len(rows)), layout='constrained')
   axes = figure.subplots()
@@ -177,7 +163,7 @@ def draw(path, rows, title):
       for r in rows])
   axes.invert_yaxis()
   axes.set_xlim(left=0)
-  axes.set_xlabel('goodput, requests/s per device (simulated); dotted: at '
+  axes.set_xlabel(f'goodput, requests/s per {unit} (simulated); dotted: at '
                   'most')
   axes.set_title(title, fontsize=9)
   axes.spines[['top', 'right']].set_visible(False)
@@ -247,11 +233,11 @@ def _json(rows):
           for r in rows]
 
 
-def _show(console, answer, options, took):
+def _show(console, answer, options, took, unit):
   """Prints a SearchResult."""
-  console.print(table(answer.rows[:options.top], options.target))
+  console.print(table(answer.rows[:options.top], options.target, unit))
   if answer.strict:
-    console.print(table(answer.strict, options.strict))
+    console.print(table(answer.strict, options.strict, unit))
   if answer.stopped:
     console.print('Stopped: what follows is what was known.')
   console.print(answer.verdict, soft_wrap=True)
@@ -274,8 +260,11 @@ def run(options, console):
   start = time.perf_counter()
   answer = _search(console, problem, options)
   took = time.perf_counter() - start
-  _show(console, answer, options, took)
-  for words in filter(None, (note(problem), profiles.caveat(options.latency))):
+  unit, latencies = clusters.unit(problem.cluster), sorted({
+      own.latency or options.latency for own in problem.cluster.kinds.values()
+      if isinstance(own.latency or '', str)})
+  _show(console, answer, options, took, unit)
+  for words in filter(None, (note(problem), *map(profiles.caveat, latencies))):
     console.print(words, soft_wrap=True)
   code = 130 if answer.stopped else 0
   if not options.out:
@@ -285,7 +274,7 @@ def run(options, console):
   rows = answer.rows[:options.top]
   draw(out / 'placement.png', rows, f'{options.model}, {options.lengths}, '
        f'TTFT {options.ttft_s} s, TPOT {options.tpot_s} s, '
-       f'{options.target:.0%}')
+       f'{options.target:.0%}', unit)
   provenance.save_json(out / 'placement.json', {
       'verdict': answer.verdict, 'bottlenecks': answer.bottlenecks,
       'simulations': answer.simulations, 'pruned': answer.pruned,
@@ -293,7 +282,7 @@ def run(options, console):
       'rows': _json(answer.rows), 'strict_target': options.strict,
       'strict': _json(answer.strict), 'note': note(problem)},
                        cli.asked(options, FLAGS),
-                       [options.lengths, options.latency, options.cluster])
+                       [options.lengths, *latencies, options.cluster])
   terminal.written(console, out, 'placement.json', 'placement.png')
   return code
 

@@ -43,7 +43,7 @@ from dsjax.config.checks import require
 from dsjax.config.placement import Placement, Slo
 from dsjax.placement import candidates
 from dsjax.placement.api import make_problem, note
-from dsjax.placement.candidates import Cluster
+from dsjax.placement.clusters import Cluster
 from dsjax.scheduling import event_log
 from dsjax.simulation import profiles
 from experiments.common import (

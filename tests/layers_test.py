@@ -42,6 +42,7 @@ EXCEPTIONS = {
     'dsjax/simulation/hardware.py': {'pathlib'},  # what DistServe released
     'dsjax/simulation/profiles.py': {'pathlib'},  # files of latencies
     'dsjax/simulation/roofline_fit.py': {'jax', 'optax'},  # a descent
+    'dsjax/simulation/served_fit.py': {'scipy'},  # least squares
     'kernels/tuned.py': {'pathlib'},  # what kernels.bench --tune wrote
 }
 MAY_OPEN = {name for name, what in EXCEPTIONS.items() if 'pathlib' in what}

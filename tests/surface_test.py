@@ -14,8 +14,9 @@ import dsjax
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = {
-    'DISTSERVE', 'Affine', 'AsyncServer', 'Cluster', 'EngineConfig',
-    'InputError', 'Interrupted', 'Model', 'ModelConfig', 'Orchestrator',
+    'DISTSERVE', 'Affine', 'AsyncServer', 'Border', 'Cluster', 'EngineConfig',
+    'Hardware', 'InputError', 'Interrupted', 'MixedCluster', 'Model',
+    'ModelConfig', 'Orchestrator',
     'Output', 'Placement', 'Plan', 'Policy', 'PolicyError', 'PrefillBudget',
     'Profile', 'Record', 'Request', 'RequestFailed', 'Sampling',
     'SearchResult', 'Simulated', 'Slo', 'load', 'profile', 'rows', 'search',

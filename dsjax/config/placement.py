@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Self
 
 from dsjax.config.checks import is_positive, require
@@ -34,34 +34,57 @@ ROLES = {
     'flexible': Role(prefills=True, decodes=True, mixes=True, flips=True),
 }
 FIRST_ROLE = 'chunked'  # of a flexible instance
-_SIZES = re.compile('([1-9][0-9]{0,3})x([1-9][0-9]{0,3})')  # of a Plan
+KIND = '[A-Za-z0-9][A-Za-z0-9_.-]*'  # a name of devices
+_PLAN = re.compile(f'([1-9][0-9]{{0,3}})x([1-9][0-9]{{0,3}})(?:@({KIND}))?')
+
+
+def _read(text: str, kinds: Sequence[str]) -> tuple[
+    re.Match[str] | None, str, str]:
+  """(match of a plan's text, its form, what an example has behind it)."""
+  match = _PLAN.fullmatch(text)
+  if match and (match[3] or '') not in kinds:
+    match = None
+  if '' in kinds:
+    return match, 'TPxPP', ''
+  return match, f'TPxPP@KIND with KIND of {tuple(kinds)}', f'@{kinds[0]}'
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Parallelism of one instance: tp tensor shards x pp pipeline stages."""
+  """Parallelism of one instance: tp tensor shards x pp pipeline stages.
+
+  kind: of its devices, in a cluster of several kinds (MixedCluster).
+  """
 
   tp: int = 1
   pp: int = 1
+  kind: str = ''
 
   def __post_init__(self) -> None:
     for field in ('tp', 'pp'):
       value = getattr(self, field)
       require(isinstance(value, int) and value > 0, f'Plan.{field}', value,
               'an integer above 0')
+    require(self.kind == '' or isinstance(self.kind, str)
+            and re.fullmatch(KIND, self.kind), 'Plan.kind', self.kind,
+            "'' or a name of letters, digits, _ . -")
 
   @classmethod
-  def parse(cls, text: str, field: str = 'plan') -> Self:
-    """The Plan of 'TPxPP', such as '2x1'.
+  def parse(cls, text: str, field: str = 'plan',
+            kinds: Iterable[str] = ('',)) -> Self:
+    """The Plan of 'TPxPP', such as '2x1'; with '@KIND' behind, where devices
+    are of several kinds.
 
     Raises:
       InputError naming `field`.
     """
-    require(_SIZES.fullmatch(text), field, text, 'a plan TPxPP, such as 2x1')
-    return cls(*map(int, text.split('x')))
+    match, shape, example = _read(text, tuple(kinds))
+    require(match, field, text, f'a plan {shape}, such as 2x1{example}')
+    assert match
+    return cls(int(match[1]), int(match[2]), match[3] or '')
 
   def __str__(self) -> str:
-    return f'{self.tp}x{self.pp}'
+    return f'{self.tp}x{self.pp}' + (self.kind and f'@{self.kind}')
 
   @property
   def num_devices(self) -> int:
@@ -100,23 +123,26 @@ class Placement:
             'decode, those that only decode beside some that only prefill')
 
   @classmethod
-  def parse(cls, text: str, field: str = 'placement') -> Self:
+  def parse(cls, text: str, field: str = 'placement',
+            kinds: Iterable[str] = ('',)) -> Self:
     """The Placement of 'prefill=2x1,decode=1x1' and the like.
 
     role=TPxPP for each instance; a role's further instances follow with commas
-    and no name: 'colocated=1x1,1x1', 'prefill=2x1,decode=1x1,1x1'.
+    and no name: 'colocated=1x1,1x1', 'prefill=2x1,decode=1x1,1x1'. Where
+    devices are of several kinds, role=TPxPP@KIND.
 
     Raises:
       InputError naming `field`.
     """
-    plans, role = {}, None
+    plans, role, kinds = {}, None, tuple(kinds)
     for item in text.split(','):
       name, equals, plan = item.strip().rpartition('=')
       role = name if equals else role
-      require(role in ROLES and _SIZES.fullmatch(plan), field, text,
-              f'role=TPxPP, ... with roles of {tuple(ROLES)}, such as '
-              'prefill=1x1,decode=1x1')
-      plans.setdefault(role, []).append(Plan.parse(plan))
+      match, shape, example = _read(plan, kinds)
+      require(role in ROLES and match, field, text,
+              f'role={shape}, ... with roles of {tuple(ROLES)}, such as '
+              f'prefill=1x1{example},decode=1x1{example}')
+      plans.setdefault(role, []).append(Plan.parse(plan, field, kinds))
     return cls(**plans)
 
   def __str__(self) -> str:

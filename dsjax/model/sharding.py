@@ -150,6 +150,8 @@ def make_meshes(config: ModelConfig, placement: Placement,
   require(placement.num_devices <= len(devices), 'Placement',
           f'{placement.num_devices} devices',
           f'at most the {len(devices)} that exist')
+  require(not any(plan.kind for _, plan in placement.instances), 'Plan.kind',
+          placement, "'': devices of one kind serve")
   instances, taken = [], 0
   for _, plan in placement.instances:
     cut(config, plan.tp)

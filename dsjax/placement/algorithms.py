@@ -23,6 +23,7 @@ from typing import Protocol
 
 from dsjax.config.checks import require
 from dsjax.config.placement import Placement, Plan
+from dsjax.placement import clusters
 from dsjax.placement.candidates import SearchProblem
 from dsjax.placement.goodput import Goodput
 from dsjax.placement.judging import Candidate
@@ -79,20 +80,23 @@ Algorithm = Callable[[Search], object]
 def _balanced(problem, prefill, decode, prefill_per_s, decode_per_s):
   """(n, m) instances of each phase: for the rate that is asked for, or those
   that balance best per device in the cluster (algorithm 1, line 15)."""
-  total = problem.cluster.num_devices
+  def fits(n, m):
+    return clusters.fits(problem.cluster, Placement(
+        prefill=[prefill] * n, decode=[decode] * m))
+
   if problem.rate_per_s:
     n = math.ceil(problem.rate_per_s / prefill_per_s)
     m = math.ceil(problem.rate_per_s / decode_per_s)
     need = n * prefill.num_devices + m * decode.num_devices
-    require(need <= total, 'SearchProblem.rate_per_s', problem.rate_per_s,
+    require(fits(n, m), 'SearchProblem.rate_per_s', problem.rate_per_s,
             f'less: {n} prefill and {m} decode instances need {need} devices, '
-            f'the cluster has {total}')
+            f'the cluster has {problem.cluster.num_devices}')
     return n, m
   best = None
   for n, m in itertools.product(range(1, 9), repeat=2):
-    devices = n * prefill.num_devices + m * decode.num_devices
-    if devices <= total and math.gcd(n, m) == 1:
-      rate = min(n * prefill_per_s, m * decode_per_s) / devices
+    if math.gcd(n, m) == 1 and fits(n, m):
+      rate = min(n * prefill_per_s, m * decode_per_s) / clusters.price(
+          problem.cluster, *[prefill] * n, *[decode] * m)
       if best is None or rate > best[0] * (1 + 1e-9):
         best = rate, (n, m)
   return best[1] if best else None
@@ -127,6 +131,9 @@ def low_affinity(search: Search) -> None:
   An instance of pp stages is cut into segments, a prefill and a decode
   segment of the same layers in one node, so KV stays inside nodes. Beyond
   the paper, up to SearchProblem.replicas instances of a phase share that node.
+
+  In a cluster of several kinds the phases may also be on two of them: then KV
+  crosses the border between these, and each kind must have the devices.
   """
   problem = search.problem
   cluster = problem.cluster
@@ -135,17 +142,18 @@ def low_affinity(search: Search) -> None:
   counts = [(n, m) for n, m in itertools.product(
       range(1, problem.replicas + 1), repeat=2) if math.gcd(n, m) == 1]
   for prefill, decode, (n, m) in itertools.product(usable, usable, counts):
+    placement = Placement(prefill=[prefill] * n, decode=[decode] * m)
+    nodes = clusters.nodes_of(cluster, prefill)
     segments = math.gcd(prefill.pp, decode.pp)
-    devices = n * prefill.num_devices + m * decode.num_devices
-    if (devices // segments <= cluster.devices_per_node
-        and segments <= cluster.nodes):
-      contenders.append(search.candidate(
-          Placement(prefill=[prefill] * n, decode=[decode] * m),
-          aligned=True))
+    if (clusters.fits(cluster, placement) if prefill.kind != decode.kind else
+        placement.num_devices // segments <= nodes.devices_per_node
+        and segments <= nodes.nodes):
+      contenders.append(search.candidate(placement, aligned=True))
   if not contenders:
+    sizes = sorted({nodes.devices_per_node for nodes in cluster.kinds.values()})
     search.without(_TWO if cluster.num_devices < 2 else
                    'no two plans fit side by side in a node of '
-                   f'{cluster.devices_per_node} devices')
+                   f'{", ".join(map(str, sizes))} devices')
   search.race(contenders)
 
 

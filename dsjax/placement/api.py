@@ -7,7 +7,8 @@ and from it the scheduler's Config, latencies and link.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from dsjax.analysis import attribution, metrics
@@ -17,6 +18,7 @@ from dsjax.config.checks import (
   InputError,
   is_nonnegative,
   is_positive_int,
+  naming,
   require,
 )
 from dsjax.config.model import ModelConfig
@@ -25,12 +27,15 @@ from dsjax.config.request import Request
 from dsjax.placement import candidates, goodput
 from dsjax.placement import search as searching
 from dsjax.placement.algorithms import colocated, high_affinity, low_affinity
-from dsjax.placement.candidates import Cluster, SearchProblem
+from dsjax.placement.candidates import SearchProblem
+from dsjax.placement.clusters import AnyCluster, Cluster, MixedCluster
 from dsjax.placement.search import SearchResult
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.policy import DISTSERVE, Policy
 from dsjax.simulation import latency, profiles, simulator
 from dsjax.simulation.contention import Contention
+from dsjax.simulation.hardware import Hardware
+from dsjax.simulation.latency import Link
 from dsjax.simulation.profiles import Profile
 from dsjax.workload import named as workload
 from dsjax.workload.files import Entry
@@ -41,7 +46,7 @@ SLO = Slo(ttft_s=0.25, tpot_s=0.1)
 ALGORITHMS = {'low': low_affinity, 'high': high_affinity,
               'colocated': colocated}
 
-Named = str | Profile | latency.Latency | candidates.LatencyOf
+Named = str | Profile | latency.Latency | candidates.LatencyOf | Hardware
 
 
 def latency_of(named: Named, config: ModelConfig,
@@ -50,7 +55,8 @@ def latency_of(named: Named, config: ModelConfig,
 
   Args:
     named: a name or a file (see profiles.named), a Profile, such a
-      function, or one latency for every plan (see dsjax.simulation.latency).
+      function, one latency for every plan (see dsjax.simulation.latency), or
+      a Hardware, for the roofline of a device of your own.
     host_ms: the host's time between two steps, where `named` does not say.
 
   Raises:
@@ -61,6 +67,8 @@ def latency_of(named: Named, config: ModelConfig,
     return profiles.named(named, config, host_ms / 1e3)
   if isinstance(named, Profile):
     return named.of(config)
+  if isinstance(named, Hardware):
+    return profiles.of_hardware(named, config, host_ms / 1e3)
   if isinstance(named, latency.Latency):
     return functools.partial(_same, named)
   require(callable(named), 'latency', named, 'a name, a file, a Profile, '
@@ -75,22 +83,45 @@ def _links(named: Named) -> dict[tuple[Plan, Plan], latency.Link]:
   return named.links if isinstance(named, Profile) else {}
 
 
-_KINDS = {'slo': Slo, 'policy': Policy, 'cluster': Cluster,
-          'contention': Contention}
+_KINDS = {'slo': (Slo,), 'policy': (Policy,),
+          'cluster': (Cluster, MixedCluster), 'contention': (Contention,)}
 
 
 def _check(**fields):
   """Raises InputError unless each field is what its name says."""
   for name, value in fields.items():
     if name in _KINDS:
-      kind = _KINDS[name]
-      require(isinstance(value, kind) or value is None
+      kinds = _KINDS[name]
+      require(isinstance(value, kinds) or value is None
               and name in ('cluster', 'contention'), name, value,
-              f'a dsjax.{kind.__name__}')
+              ' or '.join(f'a dsjax.{kind.__name__}' for kind in kinds))
     else:
       require(is_positive_int(value) or value is None
               and name in ('depth', 'run_ahead', 'max_len'), name, value,
               'an integer of 1 or more')
+
+
+def _of_kinds(known: Mapping[str, candidates.LatencyOf],
+              plan: Plan) -> latency.Latency | None:
+  """The latency of a plan on the devices of its kind."""
+  return plan.kind in known and known[plan.kind](
+      dataclasses.replace(plan, kind='')) or None
+
+
+def _known(cluster: AnyCluster, latency: Named, config: ModelConfig,
+           host_ms: float) -> tuple[
+               candidates.LatencyOf, dict[tuple[Plan, Plan], Link]]:
+  """(latency_of, links) of the plans of a cluster."""
+  each: dict[str, candidates.LatencyOf] = {}
+  links = {}
+  for kind, own in cluster.kinds.items():
+    named = latency if own.latency is None else own.latency
+    with naming(f'MixedCluster.kinds.{kind}') if kind else nullcontext():
+      each[kind] = latency_of(named, config, host_ms)
+    links |= {tuple(dataclasses.replace(plan, kind=kind) for plan in pair): link
+              for pair, link in _links(named).items()}
+  return (functools.partial(_of_kinds, each)
+          if isinstance(cluster, MixedCluster) else each['']), links
 
 
 def _same(every: latency.Latency, plan: Plan) -> latency.Latency | None:
@@ -100,7 +131,7 @@ def _same(every: latency.Latency, plan: Plan) -> latency.Latency | None:
 def make_problem(model: str | ModelConfig = 'opt-13b', slo: Slo = SLO,
                  lengths: workload.Lengths = 'sharegpt',
                  latency: Named = 'published', *,
-                 cluster: Cluster | None = None, process: str = 'poisson',
+                 cluster: AnyCluster | None = None, process: str = 'poisson',
                  cv: float = 1.0, seed: int = 0, host_ms: float = 2.0,
                  max_len: int | None = None, cut: bool = False,
                  **more: Any) -> SearchProblem:
@@ -128,10 +159,10 @@ def make_problem(model: str | ModelConfig = 'opt-13b', slo: Slo = SLO,
             + ('asked for' if max_len else f'of {config.name}')
             + f' ({source.beyond(context)} of {len(source.entries)} requests '
             'are longer): cut=True (--cut) cuts them')
-  return SearchProblem(
-      config, cluster or Cluster.of(latency), slo, source,
-      latency_of(latency, config, host_ms), links=_links(latency),
-      max_len=max_len or source.longest, **more)
+  cluster = cluster or Cluster.of(latency)
+  known, links = _known(cluster, latency, config, host_ms)
+  return SearchProblem(config, cluster, slo, source, known, links=links,
+                       max_len=max_len or source.longest, **more)
 
 
 # --- simulate -----------------------------------------------------------------
@@ -189,7 +220,7 @@ def simulate(placement: Placement | str, model: str | ModelConfig = 'opt-13b',
              lengths: workload.Lengths | Sequence[Request] = 'sharegpt',
              latency: Named = 'published', requests: int = 400,
              process: str = 'poisson', cv: float = 1.0, seed: int = 0,
-             cluster: Cluster | None = None, aligned: bool = True,
+             cluster: AnyCluster | None = None, aligned: bool = True,
              chunk: int = candidates.CHUNK, depth: int | None = None,
              run_ahead: int | None = None, host_ms: float = 2.0,
              max_len: int | None = None, cut: bool = False,
@@ -199,7 +230,8 @@ def simulate(placement: Placement | str, model: str | ModelConfig = 'opt-13b',
   """Serves a workload in virtual time with the scheduler that serves.
 
   Args:
-    placement: a Placement, or its text: 'prefill=2x1,decode=1x1'.
+    placement: a Placement, or its text: 'prefill=2x1,decode=1x1', in a
+      MixedCluster 'prefill=2x1@fast,decode=1x1@slow'.
     model: a name in dsjax.config.zoo, or a ModelConfig.
     rate_per_s: requests a second; None for the times of a trace.
     slo: the objectives that attainment is about.
@@ -227,8 +259,9 @@ def simulate(placement: Placement | str, model: str | ModelConfig = 'opt-13b',
   _check(slo=slo, policy=policy, cluster=cluster, contention=contention,
          requests=requests, chunk=chunk, depth=depth, run_ahead=run_ahead,
          max_len=max_len, max_seqs=max_seqs)
-  placement = (Placement.parse(placement) if isinstance(placement, str)
-               else placement)
+  kinds = cluster.kinds if cluster else ('',)
+  placement = (Placement.parse(placement, kinds=kinds)
+               if isinstance(placement, str) else placement)
   require(isinstance(placement, Placement), 'placement', placement,
           'a Placement or its text')
   given = _requests(lengths)
@@ -381,7 +414,7 @@ def search(model: str | ModelConfig = 'opt-13b', *,
            process: str = 'poisson', cv: float = 1.0, seed: int = 0,
            host_ms: float = 2.0, max_len: int | None = None,
            cut: bool = False, max_seqs: int = 256,
-           cluster: Cluster | None = None,
+           cluster: AnyCluster | None = None,
            policy: Policy = DISTSERVE,
            report: searching.Report | None = None,
            map: Callable[..., Iterable] = map) -> SearchResult:
@@ -391,8 +424,8 @@ def search(model: str | ModelConfig = 'opt-13b', *,
     model, slo, lengths, latency, process, cv, seed, host_ms, max_len, cut,
       max_seqs: see simulate.
     devices: of each node; nodes: how many. cluster: instead of both, with
-      the memory of a device and the speed of KV transfers; else those of the
-      device that latency names (Cluster.of).
+      the memory of a device and the speed of KV transfers, or a MixedCluster;
+      else those of the device that latency names (Cluster.of).
     target: share of requests that must meet both objectives.
     requests: simulated at a rate, at first; four times as many at most.
     tolerance: of the rate, where a candidate's search ends.

@@ -2,18 +2,19 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Self
 
 from dsjax.config import checks
 from dsjax.config.checks import InputError, require
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.model import ModelConfig
-from dsjax.config.placement import Placement, Plan, Slo
+from dsjax.config.placement import ROLES, Placement, Plan, Slo
 from dsjax.config.request import Request
+from dsjax.placement import clusters
 from dsjax.placement.bounds import Lengths
+from dsjax.placement.clusters import AnyCluster
 from dsjax.scheduling import page_pool, scheduler
 from dsjax.scheduling.policy import DISTSERVE, Policy
-from dsjax.simulation import hardware, latency, profiles, roofline
+from dsjax.simulation import latency, roofline
 from dsjax.workload.named import Source
 
 # (rate_per_s, n) -> n Requests; None: at a trace's own times.
@@ -26,61 +27,6 @@ LatencyOf = Callable[[Plan], latency.Latency | None]
 USABLE, RESERVE_BYTES = 0.95, 0.8 * 2**30
 # What a caller who does not say gets, here and in the runners.
 DEVICES, CHUNK, CHUNKS = 3, 512, (512, 1024, 2048)
-
-
-@dataclasses.dataclass(frozen=True)
-class Cluster:
-  """Nodes of equal devices; the paper's, where nothing is said.
-
-  Attributes:
-    nodes, devices_per_node: how many.
-    memory_bytes: of a device.
-    intra_bytes_per_s, inter_bytes_per_s: of a KV transfer inside a node and
-      between nodes; hand_off_s: its fixed part. reads_beside: pages are
-      read while their source computes, see latency.Link.
-  """
-
-  nodes: int = 1
-  devices_per_node: int = 8
-  memory_bytes: float = hardware.HARDWARE['a100-80g'].memory_bytes
-  intra_bytes_per_s: float = hardware.HARDWARE['a100-80g'].link_bytes_per_s
-  inter_bytes_per_s: float = hardware.PAPER_NODE_BYTES_PER_S
-  hand_off_s: float = 1e-3
-  reads_beside: bool = False
-
-  def __post_init__(self):
-    for field in ('nodes', 'devices_per_node'):
-      value = getattr(self, field)
-      require(checks.is_positive_int(value), f'Cluster.{field}', value,
-              'an integer of 1 or more')
-    for field in ('memory_bytes', 'intra_bytes_per_s', 'inter_bytes_per_s'):
-      value = getattr(self, field)
-      require(checks.is_positive(value), f'Cluster.{field}', value,
-              'a number above 0')
-    require(checks.is_nonnegative(self.hand_off_s), 'Cluster.hand_off_s',
-            self.hand_off_s, 'seconds, 0 or more')
-    require(isinstance(self.reads_beside, bool), 'Cluster.reads_beside',
-            self.reads_beside, 'true or false')
-
-  @property
-  def num_devices(self) -> int:
-    return self.nodes * self.devices_per_node
-
-  @classmethod
-  def of(cls, named: object, **given: Any) -> Self:
-    """The Cluster of the device that latencies are of.
-
-    Args:
-      named: 'tables:h100-80g', 'roofline:...' or 'roofline-peaks:...' gives
-        memory and links of that device; anything else those of the paper.
-      given: fields that replace these.
-    """
-    device = profiles.device_of(named) if isinstance(named, str) else None
-    known: dict[str, Any] = {} if device is None else dict(
-        memory_bytes=device.memory_bytes,
-        intra_bytes_per_s=device.link_bytes_per_s,
-        inter_bytes_per_s=device.node_bytes_per_s)
-    return cls(**known | given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +59,7 @@ class SearchProblem:
   """
 
   model: ModelConfig
-  cluster: Cluster
+  cluster: AnyCluster
   slo: Slo
   workload: Workload
   latency_of: LatencyOf
@@ -165,7 +111,8 @@ def kv_tokens(problem: SearchProblem, plan: Plan) -> int:
   replicated where there are fewer than shards.
   """
   config = problem.model
-  memory_bytes = USABLE * problem.cluster.memory_bytes - RESERVE_BYTES
+  nodes = clusters.nodes_of(problem.cluster, plan)
+  memory_bytes = USABLE * nodes.memory_bytes - RESERVE_BYTES
   layers = -(-config.num_layers // plan.pp)
   share = layers / config.num_layers / plan.tp
   heads = -(-config.num_kv_heads // plan.tp)
@@ -187,14 +134,16 @@ def instance(problem: SearchProblem, role: str, plan: Plan,
 
 
 def plans(problem: SearchProblem, most: int) -> list[Plan]:
-  """Plans of at most `most` devices: tp inside a node, dividing the heads;
-  pp dividing the layers."""
-  config, cluster = problem.model, problem.cluster
-  return [Plan(tp, pp)
-          for tp in range(1, cluster.devices_per_node + 1)
+  """Plans of at most `most` devices of a kind: tp inside a node, dividing the
+  heads; pp dividing the layers."""
+  config = problem.model
+  return [Plan(tp, pp, kind)
+          for kind, nodes in problem.cluster.kinds.items()
+          for tp in range(1, nodes.devices_per_node + 1)
           if config.num_heads % tp == 0
           for pp in range(1, config.num_layers + 1)
-          if config.num_layers % pp == 0 and tp * pp <= most]
+          if config.num_layers % pp == 0
+          and tp * pp <= min(most, nodes.num_devices)]
 
 
 def build(
@@ -215,6 +164,7 @@ def build(
           'given for a chunked placement')
   instances, latencies = [], []
   for role, plan in placement.instances:
+    nodes = clusters.nodes_of(problem.cluster, plan)
     seconds = problem.latency_of(plan)
     if seconds is None:
       raise InputError(f'Placement={plan}: must be a plan with latencies: '
@@ -224,7 +174,7 @@ def build(
     if fitted is None:
       raise InputError(f'Placement={plan}: must be a plan whose weights and '
                        'one sequence fit in the memory of '
-                       f'{problem.cluster.memory_bytes / 1e9:.4g} GB a device')
+                       f'{nodes.memory_bytes / 1e9:.4g} GB a device')
     instances.append(fitted)
     latencies.append(seconds)
   config = scheduler.Config(tuple(instances), problem.max_len,
@@ -236,10 +186,11 @@ def build(
 def measured(problem: SearchProblem, most_tp: int = 16,
              most_pp: int = 8) -> list[Plan]:
   """The plans with latencies, whatever the cluster has room for."""
-  return [plan for tp in range(1, most_tp + 1) for pp in range(1, most_pp + 1)
+  return [plan for kind in problem.cluster.kinds
+          for tp in range(1, most_tp + 1) for pp in range(1, most_pp + 1)
           if problem.model.num_heads % tp == 0
           and problem.model.num_layers % pp == 0
-          and problem.latency_of(plan := Plan(tp, pp)) is not None]
+          and problem.latency_of(plan := Plan(tp, pp, kind)) is not None]
 
 
 def names(plans: Iterable[Plan], most: int = 8) -> str:
@@ -276,15 +227,19 @@ def lengths(problem: SearchProblem, n: int) -> Lengths:
 
 def link_of(problem: SearchProblem, aligned: bool,
             placement: Placement) -> latency.Link:
-  """The link of a KV transfer: inside a node if aligned, and then the slowest
-  of those measured between the placement's plans, where all were."""
-  config, cluster = problem.model, problem.cluster
-  measured = [problem.links.get((source, target))
-              for source in placement.prefill for target in placement.decode]
-  known = [link for link in measured if link is not None]
-  if aligned and known and len(known) == len(measured):
-    return max(known, key=lambda link: link.migrate_s(512))
-  return latency.Link(
-      cluster.hand_off_s, cluster.intra_bytes_per_s if aligned
-      else cluster.inter_bytes_per_s,
-      config.kv_bytes_per_token(problem.itemsize), cluster.reads_beside)
+  """The link of a KV transfer, the slowest between the placement's plans.
+
+  aligned: inside a node where both are of one kind, and then those that were
+  measured, where all were.
+  """
+  kv_bytes = problem.model.kv_bytes_per_token(problem.itemsize)
+  pairs = [(source, target) for source in placement.prefill
+           for role, target in placement.instances if ROLES[role].decodes
+           ] or [placement.instances[0][1:] * 2]
+  measured = [problem.links[pair] for pair in pairs if pair in problem.links]
+  if not aligned or len(measured) < len(pairs):
+    borders = {clusters.border(problem.cluster, *pair, aligned)
+               for pair in pairs}
+    measured = [latency.Link(b.hand_off_s, b.bytes_per_s, kv_bytes,
+                             b.reads_beside) for b in borders]
+  return max(measured, key=lambda link: link.migrate_s(512))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from dsjax.analysis.record import Record
 from dsjax.config.engine import InstanceConfig
-from dsjax.config.placement import Placement, Slo
+from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.placement import candidates, goodput
 from dsjax.placement.candidates import SearchProblem
 from dsjax.scheduling import scheduler
@@ -60,7 +60,8 @@ class Candidate(NamedTuple):
 
   phase: '' for the whole; 'prefill': the first token is all that is asked
   for; 'decode': prefill takes no time. bound_per_s: no rate above it.
-  guess_per_s: about what to expect; says what is tried first.
+  guess_per_s: about what to expect; says what is tried first. price: of the
+  devices of what is judged (clusters.price); None: their number.
   """
 
   placement: Placement
@@ -69,17 +70,22 @@ class Candidate(NamedTuple):
   bound_per_s: float
   phase: str = ''
   guess_per_s: float = 0.0
+  price: float | None = None
 
   @property
-  def num_devices(self) -> int:
+  def plans(self) -> list[Plan]:
     """Of the placement, or of the one instance that is judged."""
-    if self.phase:
-      return getattr(self.placement, self.phase)[0].num_devices
-    return self.placement.num_devices
+    return [plan for role, plan in self.placement.instances
+            if self.phase in ('', role)]
+
+  @property
+  def devices(self) -> float:
+    """How many devices it counts as: goodput is per device."""
+    return self.price or sum(plan.num_devices for plan in self.plans)
 
   @property
   def bound_per_device(self) -> float:
-    return self.bound_per_s / self.num_devices
+    return self.bound_per_s / self.devices
 
 
 class Setup(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from dsjax.config.checks import InputError, require
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.placement import Placement, Plan
-from dsjax.placement import bounds, candidates, judging
+from dsjax.placement import bounds, candidates, clusters, judging
 from dsjax.placement.algorithms import Algorithm, colocated, low_affinity
 from dsjax.placement.candidates import SearchProblem
 from dsjax.placement.goodput import Goodput
@@ -26,6 +26,9 @@ from dsjax.simulation import latency
 # Candidates judged against one incumbent at a time. A constant, so that the
 # answer does not depend on how many processes there are.
 WAVE = 4
+# Placements of a mode that other batches are tried for: these changed the
+# goodput by up to 15 %, so what was second may be first.
+RETRIED = 3
 
 
 class Progress(NamedTuple):
@@ -145,8 +148,10 @@ class _Search:
           link, len(placement.prefill) * len(placement.decode), self.lengths))
     if not phase and self.hopeless(placement, tokens, link):
       bound_per_s = 0.0
-    return Candidate(placement, tokens, aligned, bound_per_s, phase,
-                     min(0.9 * bound_per_s, *guesses_per_s.values()))
+    judged = Candidate(placement, tokens, aligned, bound_per_s, phase,
+                       min(0.9 * bound_per_s, *guesses_per_s.values()))
+    return judged._replace(price=clusters.price(
+        self.problem.cluster, *judged.plans))
 
   def race(self, contenders: Iterable[Candidate], incumbent: float = 0.0
            ) -> tuple[Candidate, Goodput] | None:
@@ -157,19 +162,19 @@ class _Search:
     """
     best, wave = None, WAVE // 2
     order = sorted(contenders, key=lambda c: (
-        -c.guess_per_s / c.num_devices, -c.bound_per_device, str(c)))
+        -c.guess_per_s / c.devices, -c.bound_per_device, str(c)))
     self.total += len(order)
     while order:
       hopeful = [c for c in order if c.bound_per_device > incumbent]
       self.pruned += len(order) - len(hopeful)
       self.done += len(order) - len(hopeful)
-      tasks = [Task(c, self.problem.target, incumbent * c.num_devices or None)
+      tasks = [Task(c, self.problem.target, incumbent * c.devices or None)
                for c in hopeful[:wave]]
       order, wave = hopeful[wave:], WAVE
       for candidate, goodput in self.measured(tasks):
         self.done += 1
         row = None if candidate.phase else self.keep(candidate, goodput)
-        per_device = goodput.rate_per_s / candidate.num_devices
+        per_device = goodput.rate_per_s / candidate.devices
         if per_device > incumbent:
           incumbent, best = per_device, (candidate, goodput)
         self.tell(row)
@@ -251,6 +256,15 @@ class _Search:
         best.setdefault(row.placement.mode, row)
     return list(best.values())
 
+  def sizes(self, placement: Placement) -> list[int]:
+    """Tokens of a prefill batch that are worth a try beside what suits it:
+    what the paper has, and more prompts at once, which pays where they queue
+    for a pipeline."""
+    plan = placement.instances[0][1]
+    base = self.tokens(plan)
+    return sorted({candidates.saturation(self.seconds(plan)), 2 * base,
+                   4 * base} - {base})
+
   def again(self, row: RankedPlacement,
             tokens: int | None = None) -> Candidate:
     """The Candidate of a line, of another batch where that is given."""
@@ -258,25 +272,25 @@ class _Search:
                           row.aligned)
 
   def finish(self) -> None:
-    """The best of each mode: other batches, tight, then the second target.
+    """Other batches for the first few of each mode, then of each the best:
+    tight, then the second target.
 
     A tight estimate may fall below a line that was second; then that one is
     raced against it with as many requests, twice at most.
     """
     problem = self.problem
     tight: dict[str, tuple] = {}
-    for row in self.best():
-      if not row.placement.chunked:
-        plan = row.placement.instances[0][1]
-        base = self.tokens(plan)
-        sizes = {candidates.saturation(self.seconds(plan)), 2 * base} - {base}
-        self.race([self.again(row, size) for size in sorted(sizes)],
-                  row.per_device)
+    for best in self.best():
+      same = [row for row in _sorted(self.rows)
+              if row.placement.mode == best.placement.mode]
+      if not best.placement.chunked:
+        self.race([self.again(row, size) for row in same[:RETRIED]
+                   for size in self.sizes(row.placement)], best.per_device)
     for _ in range(3):
       rows = [r for r in self.best() if _key(r) not in tight.values()]
       beat = {r.placement.mode: r.per_device for r in self.rows
               if _key(r) in tight.values()}
-      tasks = [Task(self.again(r), problem.target, r.placement.num_devices
+      tasks = [Task(self.again(r), problem.target, r.devices
                     * beat.get(r.placement.mode, 0.0) or None,
                     effort=problem.effort, tight=True,
                     start_per_s=r.goodput.rate_per_s) for r in rows]
@@ -325,9 +339,11 @@ class _Search:
               f'above {floor_s:.4g} s, what a median request takes on an idle '
               'machine under the fastest plan')
     if problem.rate_per_s:
-      most = problem.cluster.num_devices * max(
+      most = sum(nodes.num_devices * max((
           self.capacity_per_s(role, plan, None) / plan.num_devices
-          for plan in usable for role in ('prefill', 'decode'))
+          for plan in usable for role in ('prefill', 'decode')
+          if plan.kind == kind), default=0.0)
+                 for kind, nodes in problem.cluster.kinds.items())
       require(problem.rate_per_s <= most, 'SearchProblem.rate_per_s',
               problem.rate_per_s, f'at most {most:.4g}, the capacity of the '
               'cluster by the work of a request')
@@ -367,7 +383,7 @@ def measure(problem: SearchProblem, candidate: Candidate) -> Goodput:
 
 def _row(candidate: Candidate, goodput: Goodput) -> RankedPlacement:
   return RankedPlacement(candidate.placement, goodput, candidate.aligned,
-                         candidate.prefill_tokens)
+                         candidate.prefill_tokens, candidate.price)
 
 
 def _key(row: RankedPlacement) -> tuple:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 from dsjax.config.placement import Placement
-from dsjax.placement import judging
+from dsjax.placement import clusters, judging
 from dsjax.placement.candidates import SearchProblem
 from dsjax.placement.goodput import WARMUP, Goodput
 from dsjax.placement.judging import Candidate
@@ -31,24 +31,31 @@ class RankedPlacement:
   """A placement and what it serves: a line of the answer's table.
 
   goodput: of the whole placement. aligned: KV moves inside a node.
-  prefill_tokens: of a batch; None: see batch_tokens.
+  prefill_tokens: of a batch; None: see batch_tokens. price: of its devices,
+  where these count by their prices; None: their number.
   """
 
   placement: Placement
   goodput: Goodput
   aligned: bool = False
   prefill_tokens: int | None = None
+  price: float | None = None
+
+  @property
+  def devices(self) -> float:
+    """How many devices it counts as."""
+    return self.price or self.placement.num_devices
 
   @property
   def per_device(self) -> float:
     """Its goodput, requests/s."""
-    return self.goodput.rate_per_s / self.placement.num_devices
+    return self.goodput.rate_per_s / self.devices
 
   @property
   def interval_per_device(self) -> tuple[float, float]:
     """Rates that surely attain and surely do not, requests/s: a 95 % interval
     where the goodput is tight."""
-    n = self.placement.num_devices
+    n = self.devices
     return self.goodput.low_per_s / n, self.goodput.high_per_s / n
 
 
@@ -134,9 +141,9 @@ def _refused(state, instance, config):
 
 
 def name(row: RankedPlacement) -> str:
-  """A placement's mode, with its budget where it has one."""
+  """A placement's mode, with the tokens of its batches where it has some."""
   return row.placement.mode + (f' ({row.prefill_tokens} tokens)'
-                               if row.placement.chunked else '')
+                               if row.prefill_tokens else '')
 
 
 def verdict(rows: Sequence[RankedPlacement],
@@ -157,16 +164,17 @@ def verdict(rows: Sequence[RankedPlacement],
   first, *others = sorted(
       (row for row in (together, split) if row is not None),
       key=lambda row: -row.per_device) or (None,)
+  unit = clusters.unit(problem.cluster) if problem else 'device'
   if first is None:
     return 'No placement meets the objectives at any rate.'
   if not others:
     only = first
     if len({r.placement.mode == 'disaggregated' for r in rows}) == 1:
-      return (f'Only {name(only)} placements were judged: '
-              f'{only.per_device:.3g} requests/s per device.'
+      return (f'Only {only.placement.mode} placements were judged: '
+              f'{only.per_device:.3g} requests/s per {unit}.'
               + _copies(only, problem))
-    return f'Only {name(only)} placements meet the objectives.' + _copies(
-        only, problem)
+    return (f'Only {only.placement.mode} placements meet the objectives.'
+            + _copies(only, problem))
   second, = others
   ratio = first.per_device / second.per_device
   (low, high), (other_low, other_high) = (first.interval_per_device,
@@ -176,12 +184,12 @@ def verdict(rows: Sequence[RankedPlacement],
   spread = f'[{between[0]:.2f}, {between[1]:.2f}]'
   if between[0] <= 1:
     text = (f'No clear winner: {name(first)} serves {ratio:.2f} {spread} '
-            f'times what {name(second)} does per device, within the '
+            f'times what {name(second)} does per {unit}, within the '
             'intervals.')
   else:
     what = 'Disaggregate' if first is split else 'Do not disaggregate'
     text = (f'{what}: {name(first)} serves {ratio:.2f} {spread} times what '
-            f'{name(second)} does per device ({first.per_device:.3g} against '
+            f'{name(second)} does per {unit} ({first.per_device:.3g} against '
             f'{second.per_device:.3g} requests/s).')
   return text + _copies(first, problem)
 
@@ -192,5 +200,6 @@ def _copies(row, problem):
     return ''
   copies = math.ceil(problem.rate_per_s / row.goodput.rate_per_s)
   need, have = copies * row.placement.num_devices, problem.cluster.num_devices
+  enough = clusters.fits(problem.cluster, row.placement, copies)
   return (f' {problem.rate_per_s:.4g} requests/s take {copies} of it: {need} '
-          f'devices of {have}' + ('.' if need <= have else ', too many.'))
+          f'devices of {have}' + ('.' if enough else ', too many.'))

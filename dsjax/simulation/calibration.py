@@ -65,7 +65,7 @@ def observe(log: pairing.Log) -> tuple[list[Step], list[Copy]]:
     if not ended.done:
       continue
     if isinstance(ended, pairing.Execution):
-      steps += _steps_of(ended)
+      steps += steps_of(ended)
       continue
     command = ended.command
     link = command.source, command.target
@@ -76,7 +76,7 @@ def observe(log: pairing.Log) -> tuple[list[Step], list[Copy]]:
   return _overlaps(steps), copies
 
 
-def _steps_of(execution):
+def steps_of(execution: pairing.Execution) -> list[Step]:
   """The Steps of a command that completed."""
   command, start_s = execution.command, execution.started_s
   pieces = tuple((chunk.start, chunk.stop) for chunk in command.chunks)

@@ -5,13 +5,14 @@ released them; its README says where they are from and what they mean.
 """
 
 import csv
+import dataclasses
 import functools
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
-from dsjax.config.checks import require
+from dsjax.config.checks import is_nonnegative, is_positive, require
 from dsjax.config.placement import Plan
 from dsjax.simulation.latency import Affine
 
@@ -42,7 +43,8 @@ class Shares(NamedTuple):
             f'{1e6 * self.layer_s:.3g} us a layer and step')
 
 
-class Hardware(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Hardware:
   """A device: its peaks, dense 16-bit matrix products, and what is reached.
 
   Attributes:
@@ -58,8 +60,49 @@ class Hardware(NamedTuple):
   memory_bytes: float
   link_bytes_per_s: float
   node_bytes_per_s: float
-  source: str
+  source: str = ''
   shares: Shares = Shares()
+
+  def __post_init__(self) -> None:
+    for field in ('name', 'source'):
+      value = getattr(self, field)
+      require(isinstance(value, str), f'Hardware.{field}', value, 'text')
+    for field in _RATES:
+      value = getattr(self, field)
+      require(is_positive(value), f'Hardware.{field}', value,
+              'a number above 0')
+    check_shares(self.shares, 'Hardware.shares')
+
+  @classmethod
+  def parse(cls, data: Mapping[str, Any]) -> Self:
+    """The Hardware of a JSON object, its fields by name; shares is an object.
+
+    Raises:
+      InputError naming the field.
+    """
+    known = [field.name for field in dataclasses.fields(cls)]
+    for field in data:
+      require(field in known, 'Hardware: field', field, f'one of {known}')
+    for field in ('name', *_RATES):
+      require(field in data, 'Hardware: fields', sorted(data),
+              f'{known}, {field} among them')
+    shares = data.get('shares', {})
+    require(isinstance(shares, dict) and set(shares) <= set(Shares._fields),
+            'Hardware.shares', shares, f'an object with {Shares._fields}')
+    return cls(**dict(data) | {'shares': Shares(**shares)})
+
+
+_RATES = ('flop_per_s', 'bytes_per_s', 'memory_bytes', 'link_bytes_per_s',
+          'node_bytes_per_s')
+
+
+def check_shares(shares: Shares, name: str) -> None:
+  """Raises InputError unless rates are above 0 and seconds 0 or more."""
+  require(isinstance(shares, Shares), name, shares, 'Shares')
+  for field, value in shares._asdict().items():
+    rate = not field.endswith('_s')
+    require(is_positive(value) if rate else is_nonnegative(value),
+            f'{name}.{field}', value, 'above 0' if rate else '0 or more')
 
 
 # One set a GPU for Llama 3 8B and 70B and Qwen3 32B, tp 1 to 8, all cells;

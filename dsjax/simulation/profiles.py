@@ -202,9 +202,9 @@ def named(kind: str, config: ModelConfig,
       require(gpu in hardware.HARDWARE, 'latency', kind,
               f'{start!r} and one of {sorted(hardware.HARDWARE)}')
       device = hardware.HARDWARE[gpu]
-      return functools.partial(
-          _roofline, config, device,
-          device.shares if start == ROOFLINE else hardware.Shares(), host_s)
+      return of_hardware(
+          device, config, host_s,
+          device.shares if start == ROOFLINE else hardware.Shares())
   if kind.startswith(TABLES):
     return functools.partial(
         _of_table, _table_of(kind, config).latencies, host_s)
@@ -217,6 +217,15 @@ def named(kind: str, config: ModelConfig,
   except InputError as error:
     raise error if kind in str(error) else InputError(
         f'{kind}: {error}') from error
+
+
+def of_hardware(device: hardware.Hardware, config: ModelConfig,
+                host_s: float = 0.0, shares: hardware.Shares | None = None
+                ) -> Callable[[Plan], Latency]:
+  """The rooflines of a device; shares: of its peaks, None: its own. The
+  function can be pickled."""
+  return functools.partial(_roofline, config, device, shares or device.shares,
+                           host_s)
 
 
 def caveat(kind: str) -> str:

@@ -6,14 +6,9 @@ For hardware that has not been measured. A Roofline is a latency: see latency.
 import dataclasses
 import math
 
-from dsjax.config.checks import (
-    is_nonnegative,
-    is_positive,
-    is_positive_int,
-    require,
-)
+from dsjax.config.checks import is_positive, is_positive_int, require
 from dsjax.config.model import ModelConfig
-from dsjax.simulation.hardware import Hardware, Shares
+from dsjax.simulation.hardware import Hardware, Shares, check_shares
 from dsjax.simulation.latency import Pieces, check_common
 
 
@@ -126,11 +121,7 @@ class Roofline:
     for field in ('itemsize', 'kv_itemsize'):
       value = getattr(self, field)
       require(is_positive(value), f'Roofline.{field}', value, 'above 0')
-    for field, value in self.shares._asdict().items():
-      rate = not field.endswith('_s')
-      require(is_positive(value) if rate else is_nonnegative(value),
-              f'Roofline.shares.{field}', value,
-              'above 0' if rate else '0 or more')
+    check_shares(self.shares, 'Roofline.shares')
 
   def parts(
       self, pieces: Pieces, batch: int, context: float

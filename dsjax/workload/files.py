@@ -8,7 +8,7 @@ import math
 import pathlib
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from dsjax.config.checks import InputError, is_integer, parse_json
@@ -100,9 +100,9 @@ def json_lines(path: Path) -> Iterator[tuple[int, Row]]:
 
 # What others call a column, without case, spaces and punctuation.
 _TOKENS = '(num)?({})(num)?(tokens?|toks?|len|length|size|count)+|{}'
-_PROMPT = re.compile(_TOKENS.format('prompt|input|context|prefill|request',
+PROMPT = re.compile(_TOKENS.format('prompt|input|context|prefill|request',
                                     'isl'))
-_OUTPUT = re.compile(_TOKENS.format(
+OUTPUT = re.compile(_TOKENS.format(
     'output|generated|generation|decode|response|completion', 'osl'))
 _ARRIVAL = re.compile(
     '((request|start|arrival|submit|submission|send)?(time(stamp)?|date)'
@@ -139,7 +139,7 @@ def _columns(path, line: int, names: list[str]) -> _Columns:
   """
   chosen = {}
   rest = list(names)
-  for meaning, known in (('prompt', _PROMPT), ('output', _OUTPUT),
+  for meaning, known in (('prompt', PROMPT), ('output', OUTPUT),
                          ('arrival', _ARRIVAL)):
     fits = [name for name in names if known.fullmatch(_plain(name))]
     rest = [name for name in rest if name not in fits]
@@ -203,8 +203,12 @@ def _csv_rows(path, text):
                      f'{error}') from error
 
 
-def _length_rows(path, text) -> Iterable[tuple[int, Row]]:
-  """(line, row) of CSV, JSON lines or a JSON array (then the item)."""
+def table(path: Path) -> Iterator[tuple[int, Row]]:
+  """Yields (line, row) of CSV, JSON lines or a JSON array (then the item).
+
+  InputError names the file and the line.
+  """
+  text = _read(path)
   items = _json_array(path, text)
   if items is None:
     rows = _json_lines if _is_json_lines(path, text) else _csv_rows
@@ -289,7 +293,7 @@ def read_lengths(path: Path) -> tuple[Entry, ...]:
   columns: _Columns | None = None
   read_time: Callable[..., float] = _time
   times, lengths = [], []
-  for line, row in _length_rows(path, _read(path)):
+  for line, row in table(path):
     if columns is None:
       columns = _columns(path, line, list(row))
       if columns.arrival and _is_date(row.get(columns.arrival)):
@@ -390,8 +394,8 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
     _, header = next(_lines(text), (0, ''))
     names = [_plain(name) for name in re.split('[,;\t]', header)]
     if suffix in ('.json', '.csv', '.tsv') or (
-        any(map(_PROMPT.fullmatch, names))
-        and any(map(_OUTPUT.fullmatch, names))):
+        any(map(PROMPT.fullmatch, names))
+        and any(map(OUTPUT.fullmatch, names))):
       raise InputError(f'{path}: {header[:60]!r}: prompts must be {_FORMATS} '
                        '(lengths in tokens are a workload of lengths)')
     prompts = [Prompt(line, None, None) for _, line in _lines(text)]

@@ -28,7 +28,8 @@ from dsjax.config import zoo
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement, Plan
 from dsjax.placement import candidates, goodput, judging
-from dsjax.placement.candidates import Cluster, SearchProblem
+from dsjax.placement.candidates import SearchProblem
+from dsjax.placement.clusters import Cluster
 from dsjax.simulation import hardware, simulator
 from dsjax.simulation.latency import Affine
 

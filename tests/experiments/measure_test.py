@@ -272,3 +272,49 @@ def test_a_csv_that_cannot_be_fitted(tmp_path, text, part):
     measure.fit_file(path, 'm', 'own')
   with pytest.raises(InputError, match='cannot be read'):
     measure.fit_file(tmp_path / 'none.csv', 'm', 'own')
+
+
+# --- from clients' timings ----------------------------------------------------
+
+
+def test_what_clients_saw_becomes_a_file(tmp_path, capsys):
+  """Simulated with a latency, fitted, and searched with what was fitted."""
+  truth = latency.Affine((0.01, 1e-4, 0.0), (0.02, 1e-6, 1e-4))
+  records = dsjax.simulate('colocated=1x1', latency=truth, rate_per_s=2.0,
+                           lengths='fixed:200x20', requests=120,
+                           max_seqs=256).records
+  path = tmp_path / 'records.jsonl'
+  path.write_text('\n'.join(json.dumps(r.row()) for r in records))
+  text = io.StringIO()
+  options = cli.parse(measure.FLAGS, [
+      f'--from={path}', '--placement=colocated=1x1', '--model=opt-13b',
+      f'--out={tmp_path / "out"}'])
+  assert cli.exit_code(measure.run, options, Console(file=text)) == 0
+  assert 'TTFT p50' in text.getvalue() and 'TPOT p95' in text.getvalue()
+  written, = (tmp_path / 'out').glob('latency-*.json')
+  fitted = profiles.load(written)
+  assert fitted.model == 'opt-13b' and 'held out: TTFT p50' in fitted.source
+  assert fitted.latencies[Plan()].prefill_s(((0, 200),)) == pytest.approx(
+      truth.prefill_s(((0, 200),)), rel=0.1)
+  assert set(made_by(tmp_path / 'out')['data']) == {'records.jsonl'}
+  assert dsjax.simulate('colocated=1x1', latency=str(written), rate_per_s=1.0,
+                        lengths='fixed:200x20', requests=20).records
+
+
+@pytest.mark.parametrize('flags, message', (
+    (['--placement=colocated=1x1'], '--from='),
+    (['--from=none.csv', '--placement=colocated=1x1'], 'cannot be read'),
+    (['--from=none.csv', '--placement=1x1'], '--placement='),
+    (['--from={}', '--placement=colocated=1x1'], '40 or more'),
+    (['--from={}'], '--placement says what served it'),
+    (['--from={}', '--placement=colocated=1x1', '--model=tiny-none'],
+     'tiny-none')))
+def test_bad_records_are_one_clear_error(flags, message, tmp_path, capsys):
+  path = tmp_path / 'records.csv'
+  path.write_text('arrival,prompt_tokens,output_tokens,ttft,latency\n'
+                  + '0,100,3,0.5,1.5\n' * 3)
+  options = cli.parse(measure.FLAGS, [
+      '--model=opt-13b', '--out=out', *(f.format(path) for f in flags)])
+  assert cli.exit_code(measure.run, options, Console(file=io.StringIO())) == 2
+  line, = capsys.readouterr().err.splitlines()
+  assert line.startswith('error: ') and message in line

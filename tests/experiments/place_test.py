@@ -8,7 +8,8 @@ from rich.console import Console
 
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement
-from dsjax.placement.candidates import Cluster
+from dsjax.placement import clusters
+from dsjax.placement.clusters import Cluster
 from dsjax.placement.goodput import Goodput
 from dsjax.placement.search import SearchResult
 from dsjax.placement.verdict import RankedPlacement
@@ -97,19 +98,19 @@ def test_bad_cluster_files(tmp_path, text, message):
   path = tmp_path / 'cluster.json'
   path.write_text(text)
   with pytest.raises(InputError, match=message) as error:
-    place.read_cluster(path, 'published')
+    clusters.load(str(path), 'published')
   assert str(path) in str(error.value)
 
 
 def test_a_cluster_file(tmp_path):
   path = tmp_path / 'cluster.json'
   path.write_text('{"nodes": 4, "inter_bytes_per_s": 1e10}')
-  assert place.read_cluster(path, 'published') == Cluster(
+  assert clusters.load(str(path), 'published') == Cluster(
       4, inter_bytes_per_s=1e10)
-  assert place.read_cluster(path, 'tables:h200-141g') == Cluster(
+  assert clusters.load(str(path), 'tables:h200-141g') == Cluster(
       4, memory_bytes=150e9, intra_bytes_per_s=450e9, inter_bytes_per_s=1e10)
   with pytest.raises(InputError, match='cannot be read'):
-    place.read_cluster(tmp_path / 'none.json', 'published')
+    clusters.load(str(tmp_path / 'none.json'), 'published')
 
 
 @pytest.mark.parametrize('flags, cluster', (

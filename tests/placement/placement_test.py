@@ -23,7 +23,8 @@ from dsjax.placement import (
   search,
   verdict,
 )
-from dsjax.placement.candidates import Cluster, SearchProblem
+from dsjax.placement.candidates import SearchProblem
+from dsjax.placement.clusters import Cluster
 from dsjax.placement.judging import Task
 from dsjax.placement.verdict import RankedPlacement
 from dsjax.simulation import hardware, latency
@@ -161,7 +162,7 @@ def contenders(p, tried=(algorithms.low_affinity, algorithms.colocated)):
 def brute(p):
   """Goodput per device of every candidate: no bound, no race."""
   return {(c.placement, c.prefill_tokens): judging.measure(
-      p, Task(c, p.target)).rate_per_s / c.num_devices
+      p, Task(c, p.target)).rate_per_s / c.devices
           for c in contenders(p)}
 
 
@@ -300,6 +301,22 @@ def test_the_best_are_measured_tightly_and_at_both_targets(answer):
     assert strict.per_device <= row.per_device * 1.02
     low, high = row.interval_per_device
     assert 0 < low <= row.per_device <= high < 2 * low
+
+
+def test_other_batches_are_tried_of_the_first_few(monkeypatch):
+  monkeypatch.setattr(search, 'RETRIED', 2)
+  state = search._Search(problem(strict=None, effort=1.0), None, map)
+  algorithms.low_affinity(state)
+  base, race, tried = state.tokens(Plan()), state.race, []
+  first = [row.placement for row in search._sorted(state.rows)[:2]]
+  state.race = lambda some, least: tried.extend(some) or race(some, least)
+  state.finish()
+  assert [(c.placement, c.prefill_tokens) for c in tried] == [
+      (p, size) for p in first for size in state.sizes(p)]
+  assert {2 * base, 4 * base} <= set(state.sizes(first[0])) <= {
+      candidates.saturation(measured(first[0].prefill[0])), 2 * base, 4 * base}
+  batches = RankedPlacement(first[0], state.rows[0].goodput, True, 4 * base)
+  assert verdict.name(batches) == f'disaggregated ({4 * base} tokens)'
 
 
 @pytest.mark.parametrize('late, cluster, slo, words', (
