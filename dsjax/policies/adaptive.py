@@ -31,11 +31,11 @@ from dsjax.scheduling.policy import (
   View,
 )
 
-NOISE = 0.03
-LEAST = 16  # tokens of a prompt in a step: else a long one never ends
+NOISE = 0.04  # of a rollout's share
+LEAST = 16  # tokens of a late prompt in a step: so nothing waits for ever
 
 
-def policy(slo: Slo, margin: float = 0.95, tick_s: float = 5.0) -> Policy:
+def policy(slo: Slo, margin: float = 0.95, tick_s: float = 2.0) -> Policy:
   """Args:
     margin: share of TPOT that steps are made for.
     tick_s: seconds between two looks at the roles.
@@ -43,9 +43,11 @@ def policy(slo: Slo, margin: float = 0.95, tick_s: float = 5.0) -> Policy:
   flexible = _per_step(slo, margin)
 
   def resize(view: View) -> dict[int, str]:
-    load, known = view.load, [i for i in view.may_prefill if i.flips]
-    now = sum([i.role == 'prefill' for i in known])
-    if load.output_len <= 1 or load.rate_per_s <= 0 or len(known) < 2:
+    known = [i for i in view.may_prefill if i.flips]
+    if view.time_s == 0 and len(known) > 1:
+      return home_roles(view, 1, 'chunked')
+    load, now = view.load, sum([i.role == 'prefill' for i in known])
+    if load.rate_per_s <= 0 or load.output_len <= 1 or len(known) < 2:
       return {}
     shares = rollouts(
         flexible, slo, tuple([i.config for i in known]),
@@ -80,16 +82,20 @@ def _per_step(slo: Slo, margin: float) -> Policy:
     if not instance.num_rows:
       return PrefillBudget(most)
     tokens = prompt_tokens(instance, allowed_s(view, instance))
-    return PrefillBudget(min(max(tokens, LEAST), most - instance.turn_rows),
-                         False, True)
+    if tokens < LEAST:
+      prompts = (*instance.prefilling(), *instance.waiting()[:1])
+      late = [view.time_s - r.arrival_s > slo.ttft_s for r in prompts]
+      tokens = LEAST if any(late) else 0
+    return PrefillBudget(min(tokens, most - instance.turn_rows), False, True)
 
   def done_s(instance: InstanceView, request: RequestView) -> float:
     """Predicted seconds until its prompt is done there."""
     alone_s = queue_s(instance) + prefill_s(instance, request)
     if not instance.num_rows:
       return alone_s
-    speed = max(prompt_tokens(instance, tpot_s), LEAST) / tpot_s
-    return max(alone_s, (instance.backlog + request.prompt_len) / speed)
+    tokens = prompt_tokens(instance, tpot_s)
+    steps = (instance.backlog + request.prompt_len) / max(tokens, 0.1)
+    return max(alone_s, steps * tpot_s)
 
   def route(view: View, request: RequestView) -> int:
     return min(view.prefills, key=lambda i: (done_s(i, request), i.index)).index

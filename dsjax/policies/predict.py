@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dsjax.scheduling.policy import InstanceView, RequestView, View
 
 MOST_ROWS = 4096  # of a batch that is asked for
+GRAIN = 16  # tokens
 
 
 def queue_s(instance: InstanceView) -> float:
@@ -21,11 +22,6 @@ def prefill_s(instance: InstanceView, request: RequestView) -> float:
   return instance.latency.prefill_s(((request.done, request.prompt_len),))
 
 
-def context(instance: InstanceView) -> int:
-  """Tokens that the rows of a decode step here attend to."""
-  return sum([row.context for row in instance.rows()])
-
-
 def decode_s(instance: InstanceView, rows: int = 0, tokens: int = 0) -> float:
   """Seconds of a decode step here, with so many rows more, and their tokens.
 
@@ -34,7 +30,7 @@ def decode_s(instance: InstanceView, rows: int = 0, tokens: int = 0) -> float:
   coming = instance.pulls()
   return instance.latency.decode_s(
       instance.num_rows + len(coming) + rows,
-      context(instance) + sum([r.prompt_len for r in coming]) + tokens)
+      instance.context + sum([r.prompt_len for r in coming]) + tokens)
 
 
 def free_tokens(instance: InstanceView) -> int:
@@ -52,11 +48,13 @@ def most(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def prompt_tokens(instance: InstanceView, step_s: float) -> int:
-  """Most prompt tokens that a step takes beside the rows within step_s."""
-  rows, tokens = instance.turn_rows, context(instance)
+  """Most prompt tokens that a step takes beside the rows within step_s, in
+  multiples of GRAIN."""
+  rows, tokens = instance.turn_rows, instance.context
   latency = instance.latency
-  return most(lambda count: latency.mixed_s(((0, count),), rows, tokens)
-              <= step_s, instance.config.prefill_tokens - rows)
+  return GRAIN * most(
+      lambda count: latency.mixed_s(((0, GRAIN * count),), rows, tokens)
+      <= step_s, (instance.config.prefill_tokens - rows) // GRAIN)
 
 
 def rows_within(instance: InstanceView, tpot_s: float, tokens: float) -> int:

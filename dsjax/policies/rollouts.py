@@ -21,7 +21,9 @@ from dsjax.scheduling.state import Config
 from dsjax.simulation import simulator
 
 STEP = 1.25
-REQUESTS, LOADED = 400, 1.25  # of a rollout, and times the load of late
+LOADED = 1.1  # times the load of late
+LIVES = 5  # that a rollout lasts, each as long as objectives allow one
+LEAST, MOST = 200, 800  # requests of it
 
 
 def rounded(load: Load) -> Load:
@@ -41,7 +43,9 @@ def rollouts(policy: Policy, slo: Slo, configs: tuple[InstanceConfig, ...],
   its mean.
   """
   rate_per_s, prompt_len, longest, output_len = load
-  rng, n = np.random.default_rng(0), REQUESTS
+  life_s = slo.ttft_s + slo.tpot_s * output_len
+  n = int(min(max(LIVES * life_s * rate_per_s, LEAST), MOST))
+  rng = np.random.default_rng(0)
   spread = math.log(max(longest / prompt_len, 1.01)) / 1.28
   prompts, outputs = [
       np.clip(np.exp(rng.normal(math.log(mean) - sigma**2 / 2, sigma, n)), 1,

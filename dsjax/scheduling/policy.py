@@ -237,6 +237,13 @@ class InstanceView:
     return sum([len(batch.rows) for batch in self._instance.batches])
 
   @property
+  def context(self) -> int:
+    """Tokens that its rows have in their KV, all rows together."""
+    return sum([sum([row[1] for row in batch.rows.values()])
+                + batch.tick * len(batch.rows)
+                for batch in self._instance.batches])
+
+  @property
   def turn_rows(self) -> int:
     """Rows of the micro-batch whose turn it is."""
     return len(self._instance.batches[self._instance.turn].rows)
@@ -277,7 +284,8 @@ class Load(NamedTuple):
   Attributes:
     rate_per_s: arrivals a second; 0 before the second one.
     prompt_len, longest: tokens of their prompts, mean and 9th decile.
-    output_len: mean tokens of those that ended; 1 before the first.
+    output_len: tokens of an output, by those that ended and by what rows have
+      had so far: all tokens over the number that ended. 1 before the first.
   """
 
   rate_per_s: float
@@ -346,9 +354,10 @@ class View:
     arrived, served = self._recent
     lengths = sorted([prompt_len for _, prompt_len in arrived]) or [1]
     span_s = arrived[-1][0] - arrived[0][0] if arrived else 0.0
+    running = sum([row.num_out for i in self._instances for row in i.rows()])
     return Load((len(arrived) - 1) / span_s if span_s > 0 else 0.0,
                 sum(lengths) / len(lengths), lengths[len(lengths) * 9 // 10],
-                sum(served) / len(served) if served else 1.0)
+                (sum(served) + running) / len(served) if served else 1.0)
 
   def _views(self, place: int) -> tuple[InstanceView, ...]:
     views = self._instances

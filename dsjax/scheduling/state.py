@@ -14,7 +14,7 @@ from dsjax.scheduling.events import Row
 from dsjax.scheduling.policy import DISTSERVE, Policy
 
 RUN_AHEAD = 4
-RECENT = 64  # requests that the load is told from
+RECENT = 256  # requests that the load is told from
 
 
 @dataclasses.dataclass(frozen=True)

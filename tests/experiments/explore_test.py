@@ -92,8 +92,7 @@ MUTATIONS = {
         RUN, 'pull', 'seq.pages[:taken]',
         'next(iter(self.seqs.values())).pages[:taken]'),
     'a full target drops the request': (
-        RUN, 'pull', 'ids is None:', 'ids is None:\n        self.drop(seq)'),
-    'a lost role': (recovery, '_empty', 'role=inst.role', "role='prefill'"),
+        RUN, 'pull', 'ids is None:', 'ids is None:\n      self.drop(seq)'),
     'a failure keeps the pages': (
         recovery, 'fail', 'run.drop(seq)', 'run.forget(seq)'),
 }
@@ -117,7 +116,7 @@ UNNOTICED = {
     'a micro-batch is passed by': (
         RUN, 'advance', 'inst.turn = (g + 1) % len(inst.batches)',
         'inst.turn = g'),
-    'a copy to a page too many': (RUN, 'pull', 'ids[:count]', 'ids'),
+    'a copy to a page too many': (RUN, 'pull', 'ids[:given]', 'ids'),
     'a stop is told as a length': (RUN, 'ended', "'stop'", "'length'"),
     'a stop at the first token is told as a length': (
         RUN, 'prefill_done', "'stop' if chunk.id in e.ended else 'length'",

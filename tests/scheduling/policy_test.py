@@ -16,6 +16,8 @@ from dsjax.scheduling import event_log, scheduler
 from dsjax.scheduling.events import (
   Arrived,
   DecodeDone,
+  InstanceDown,
+  InstanceUp,
   Migrate,
   Migrated,
   Preempt,
@@ -324,6 +326,14 @@ def test_small_worlds_to_their_ends(name, policy):
 
 
 # --- what an instance may do -------------------------------------------------
+
+
+def test_a_lost_instance_keeps_its_role():
+  config = _config(FREE, tick_s=1.0, resize=lambda view: {0: 'decode'})
+  state, commands = _after(config, *TICKED, InstanceDown(3.0, 0),
+                           InstanceUp(4.0, 0))
+  assert [i.role for i in state.instances] == ['decode', 'chunked']
+  assert not commands
 
 
 def short_prompts_stay(view, request):
