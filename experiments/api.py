@@ -37,6 +37,7 @@ from experiments.common import overrides as configs
 
 FLAGS = {
     'config': 'demo', 'set': (), 'policy': 'distserve',
+    'latency': cli.PREDICTS,
     'compilation_cache': cli.CACHE,
     'name': cli.Flag(None, 'What clients call the model; the default is what '
                      'the config calls it.', str),
@@ -69,7 +70,7 @@ def load(name, settings):
 
 
 def make_service(config, name=None, key=None, log_text=False,
-                 policy=DISTSERVE, origins=()):
+                 policy=DISTSERVE, origins=(), latency=None):
   """(application, Service) of an Api; nothing is loaded yet.
 
   Raises:
@@ -84,7 +85,8 @@ def make_service(config, name=None, key=None, log_text=False,
   def make(report):
     model = dsjax.load(config.model, config.engine.dtype)
     return dsjax.serve(model, config.placements[0], config.engine,
-                       report=report, keep_events=1, policy=policy)
+                       report=report, keep_events=1, policy=policy,
+                       latency=latency)
 
   name = name or pathlib.Path(config.model).name
   metrics = telemetry.Gauges(name)
@@ -101,7 +103,8 @@ def run(options, console):
   cli.prepare(config.num_devices, options.compilation_cache)
   key = os.environ.get('DSJAX_API_KEY') or None
   served, service = make_service(config, options.name, key, options.log_text,
-                                 policies.load(options.policy), options.cors)
+                                 policies.load(options.policy, config.slo),
+                                 options.cors, options.latency or None)
   from dsjax.http import socket_server
   with socket.create_server((options.host, options.port)) as bound:
     host, port = bound.getsockname()[:2]

@@ -201,7 +201,8 @@ def _problem(options):
       tolerance=options.tolerance, replicas=options.replicas,
       strict=options.strict or None, strict_effort=options.strict_effort,
       effort=options.effort,
-      rate_per_s=options.rate, policy=policies.load(options.policy))
+      rate_per_s=options.rate, policy=policies.load(
+          options.policy, Slo(options.ttft_s, options.tpot_s)))
 
 
 def _search(console, problem, options):

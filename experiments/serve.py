@@ -43,6 +43,7 @@ SAMPLES = 3  # answers shown of the first mode
 BUSY_CORES = 0.2  # of other programs: more than this spoils a comparison
 
 FLAGS = {'config': None, 'set': (), 'out': None, 'policy': 'distserve',
+         'latency': cli.PREDICTS,
          'compilation_cache': cli.CACHE}
 
 
@@ -122,7 +123,8 @@ def _check_length(config, model, request):
 # --- serving ----------------------------------------------------------------
 
 
-def serve_mode(config, mode, placement, model, requests, screen, policy):
+def serve_mode(config, mode, placement, model, requests, screen, policy,
+               latency):
   """Runs the requests in one mode: a Result, checked.
 
   Raises:
@@ -131,7 +133,8 @@ def serve_mode(config, mode, placement, model, requests, screen, policy):
   """
   screen.begin(mode, placement, len(requests))
   with dsjax.serve(model, placement, config.engine,
-                   report=screen.warming, policy=policy) as server:
+                   report=screen.warming, policy=policy,
+                   latency=latency) as server:
     with machine.compilations() as compiled:
       stopped, others = False, machine.Others()
       try:
@@ -187,7 +190,8 @@ def tokens_agree(results):
   return f'All {len(shared)} answers are equal token for token in all modes.'
 
 
-def serve_modes(config, model, requests, console, policy=DISTSERVE):
+def serve_modes(config, model, requests, console, policy=DISTSERVE,
+                latency=None):
   """Runs the requests in every mode of a config, in turn.
 
   Returns:
@@ -200,7 +204,7 @@ def serve_modes(config, model, requests, console, policy=DISTSERVE):
     for mode, placement in zip(config.modes, config.placements, strict=True):
       try:
         result = serve_mode(config, mode, placement, model, requests, screen,
-                            policy)
+                            policy, latency)
       except KeyboardInterrupt:
         break
       results.append(result)
@@ -292,9 +296,9 @@ def run(options, console):
           f'given: one of {configs.names()}')
   require(options.out, '--out', options.out, 'given: a folder for the files')
   config = configs.override(configs.load(options.config), options.set)
-  policy = policies.load(options.policy)
   require(isinstance(config, Serve), '--config', type(config).__name__,
           'a file whose `config` is a configs.serve.Serve')
+  policy = policies.load(options.policy, config.slo)
   out = pathlib.Path(options.out)
   cli.prepare(config.num_devices, options.compilation_cache)
   make = plan_requests(config)
@@ -308,7 +312,8 @@ def run(options, console):
   requests, cut = make(model)
   title = _title(config, requests, cut)
   console.print(title, soft_wrap=True)
-  results = serve_modes(config, model, requests, console, policy)
+  results = serve_modes(config, model, requests, console, policy,
+                        options.latency or None)
   stopped = len(results) < len(config.modes) or results[-1].stopped
   if not any(r.records for r in results):
     console.print('Stopped before any request was served: nothing to write.')

@@ -69,8 +69,8 @@ FLAGS = {
     'ttft_s': 0.25, 'tpot_s': 0.1, 'target': 0.9, 'lengths': 'sharegpt',
     'process': 'poisson', 'cv': 1.0, 'latency': 'published', 'host_ms': 2.0,
     **dict.fromkeys(cli.CLUSTER),
-    'policy': cli.Flag('distserve', 'path.py:name, a dsjax.Policy of your own; '
-                       'several with commas between.'),
+    'policy': cli.Flag('distserve', 'A shipped one (docs/policies.md), or '
+                       'path.py:name; several with commas between.'),
     'aligned': cli.Flag(True, 'KV moves inside a node.'),
     'cut': cli.Flag(False, 'Cut requests beyond the context of the model, '
                     'which are refused otherwise.'),
@@ -137,12 +137,12 @@ def _seeds(texts):
   return [int(text) for text in texts]
 
 
-def _policies(text):
+def _policies(text, slo):
   """{what it is called: Policy} of the flag; one alone needs no name."""
   texts = text.split(',')
   require(len(set(texts)) == len(texts), '--policy', text,
           'different policies')
-  loaded = [policies.load(each) for each in texts]
+  loaded = [policies.load(each, slo) for each in texts]
   names = [policy.name for policy in loaded]
   if len(texts) == 1:
     names = ['']
@@ -206,7 +206,8 @@ def run(options, console):
                 for text in options.placement.split('/')]
   require(len(set(placements)) == len(placements), '--placement',
           options.placement, 'different placements')
-  drawn, named = _seeds(options.seeds), _policies(options.policy)
+  drawn, named = _seeds(options.seeds), _policies(
+      options.policy, Slo(options.ttft_s, options.tpot_s))
   problems = {(name, seed): problem(options, placements, policy, seed)
               for name, policy in named.items() for seed in drawn}
   require(options.out or not options.timeline, '--timeline', True,

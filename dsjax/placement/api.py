@@ -76,7 +76,7 @@ def latency_of(named: Named, config: ModelConfig,
   return named
 
 
-def _links(named: Named) -> dict[tuple[Plan, Plan], latency.Link]:
+def links_of(named: Named) -> dict[tuple[Plan, Plan], latency.Link]:
   """The links that were measured with latencies."""
   if isinstance(named, str) and profiles.is_file(named):
     named = profiles.load(named)
@@ -119,7 +119,7 @@ def _known(cluster: AnyCluster, latency: Named, config: ModelConfig,
     with naming(f'MixedCluster.kinds.{kind}') if kind else nullcontext():
       each[kind] = latency_of(named, config, host_ms)
     links |= {tuple(dataclasses.replace(plan, kind=kind) for plan in pair): link
-              for pair, link in _links(named).items()}
+              for pair, link in links_of(named).items()}
   return (functools.partial(_of_kinds, each)
           if isinstance(cluster, MixedCluster) else each['']), links
 

@@ -56,7 +56,7 @@ from dsjax.config.engine import EngineConfig
 from dsjax.config.latency import Latency, LinkLike
 from dsjax.config.placement import Placement
 from dsjax.config.request import Request, Sampling
-from dsjax.placement.api import Named, latency_of
+from dsjax.placement.api import Named, latency_of, links_of
 from dsjax.runtime.engine import Engine
 from dsjax.runtime.loop import Loop
 from dsjax.runtime.output import (
@@ -108,7 +108,8 @@ class Orchestrator:
       make_engine: builds each instance; tests give a fake one.
       policy: every choice of the scheduler, see scheduling/policy.py.
       latency: for a policy that predicts: as `simulate` takes it, best a file
-        that experiments.measure wrote of this machine. link: of its hand-offs.
+        that experiments.measure wrote of this machine. link: of its hand-offs;
+        None: the one measured with latency.
 
     Raises:
       InputError: the placement or the config cannot be served.
@@ -121,7 +122,8 @@ class Orchestrator:
             f'{model.config.name}')
     self.model, self.placement, self.config = model, placement, config
     self.loop = Loop(model, placement, config, devices, report, keep_events,
-                     make_engine, policy, self._latencies(latency), link)
+                     make_engine, policy, self._latencies(latency),
+                     link or self._link(latency))
     self.log, self.observers = self.loop.log, self.loop.observers
     self.fleet, self.unfinished = self.loop.fleet, self.loop.unfinished
     self.engines, self.routes = self.fleet.engines, self.fleet.routes
@@ -144,6 +146,10 @@ class Orchestrator:
         raise InputError(f'latency={named!r}: must be known for {plan}')
       latencies.append(seconds)
     return tuple(latencies)
+
+  def _link(self, named: Named | None) -> LinkLike | None:
+    """The link that was measured with latencies, if one was."""
+    return next(iter(links_of(named).values()), None) if named else None
 
   def __enter__(self) -> 'Orchestrator':
     return self

@@ -80,8 +80,9 @@ SHARED = {
                       'prefill=2x1,decode=1x1.', str),
     'ttft_s': Flag(None, 'Objective, seconds.', float),
     'tpot_s': Flag(None, 'Objective, seconds.', float),
-    'policy': Flag(None, 'Scheduling policy: path.py:name, a dsjax.Policy of '
-                   'your own; DistServe by default.', str),
+    'policy': Flag(None, 'Scheduling policy: a shipped one, such as arrow or '
+                   'static:prefills=2+deadlines (docs/policies.md), or '
+                   'path.py:name, a dsjax.Policy of your own.', str),
     'target': Flag(None, 'Share that must meet both objectives.', float),
     'lengths': Flag(None, f'One of {sorted(traffic.MIXTURES)}, '
                     'fixed:PROMPTxOUTPUT (tokens), or a file.', str),
@@ -104,6 +105,8 @@ SHARED = {
                    'decode share them.', list),
     'rounds': Flag(None, 'Timed rounds of each thing.', int, low=1),
 }
+PREDICTS = Flag('', 'For a policy that predicts: a file that '
+                'experiments.measure wrote of this machine.')
 CACHE = str(ROOT / '.cache' / 'jax')
 # Flags of a Cluster: the field that each gives, and the unit.
 CLUSTER = {'memory_gb': ('memory_bytes', 1e9),
