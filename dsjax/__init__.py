@@ -26,9 +26,11 @@ from dsjax.placement.clusters import Border, Cluster, MixedCluster
 from dsjax.placement.search import SearchResult
 from dsjax.scheduling.policy import (
     DISTSERVE,
+    Move,
     Policy,
     PolicyError,
     PrefillBudget,
+    Refuse,
 )
 from dsjax.simulation.hardware import Hardware
 from dsjax.simulation.latency import Affine
@@ -42,13 +44,12 @@ if TYPE_CHECKING:
   from dsjax.runtime.profiling import profile
 
 __all__ = [
-    'DISTSERVE', 'Affine', 'AsyncServer', 'Border', 'Cluster', 'EngineConfig',
+    'Affine', 'AsyncServer', 'Border', 'Cluster', 'DISTSERVE', 'EngineConfig',
     'Hardware', 'InputError', 'Interrupted', 'MixedCluster', 'Model',
-    'ModelConfig', 'Orchestrator',
-    'Output', 'Placement', 'Plan', 'Policy', 'PolicyError', 'PrefillBudget',
-    'Profile', 'Record', 'Request', 'RequestFailed', 'Sampling',
-    'SearchResult', 'Simulated', 'Slo', 'load', 'profile', 'rows', 'search',
-    'serve', 'serve_async', 'simulate',
+    'ModelConfig', 'Move', 'Orchestrator', 'Output', 'Placement', 'Plan',
+    'Policy', 'PolicyError', 'PrefillBudget', 'Profile', 'Record', 'Refuse',
+    'Request', 'RequestFailed', 'Sampling', 'SearchResult', 'Simulated', 'Slo',
+    'load', 'profile', 'rows', 'search', 'serve', 'serve_async', 'simulate',
 ]
 
 # What needs jax is imported when it is first asked for: it takes seconds.

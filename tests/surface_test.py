@@ -16,8 +16,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 NAMES = {
     'DISTSERVE', 'Affine', 'AsyncServer', 'Border', 'Cluster', 'EngineConfig',
     'Hardware', 'InputError', 'Interrupted', 'MixedCluster', 'Model',
-    'ModelConfig', 'Orchestrator',
-    'Output', 'Placement', 'Plan', 'Policy', 'PolicyError', 'PrefillBudget',
+    'ModelConfig', 'Move', 'Orchestrator', 'Output', 'Refuse',
+    'Placement', 'Plan', 'Policy', 'PolicyError', 'PrefillBudget',
     'Profile', 'Record', 'Request', 'RequestFailed', 'Sampling',
     'SearchResult', 'Simulated', 'Slo', 'load', 'profile', 'rows', 'search',
     'serve', 'serve_async', 'simulate'}
