@@ -27,6 +27,8 @@ SAYS = {
                     'prefill=2x1,decode=1x1', 'Only disaggregated placements'),
     '3_kernels': ('masked: 8', 'splits against dense: ', 'of the floor; ',
                   'pallas_interpret on cpu: error '),
+    '4_policies': ('met both objectives, 95 % interval', 'adaptive',
+                   'static:prefills=2+deadlines', 'answers are equal: True'),
 }
 
 
