@@ -390,8 +390,7 @@ def _load(instance: InstanceView) -> int:
 def least_loaded(view: View, request: RequestView, avoid: int) -> int:
   """Where it was prefilled, if that decodes too; else the decode instance with
   the fewest requests, there or on their way."""
-  choices = view.decodes
-  home = view.instances[request.instance]
+  home, choices = view.instances[request.instance], view.decodes
   if home.decodes and home in choices:
     return home.index
   if avoid >= 0:

@@ -562,9 +562,8 @@ class Run:
       seq.target = -1
       self.waiting.append(seq.id)
       return
-    wanted = [i for i in self.open_decoders if i.index == to]
-    target = self.touch((wanted[0] if wanted else
-                         self.decoder(seq, but)).index)
+    wanted = to >= 0 and to in [i.index for i in self.open_decoders]
+    target = self.touch(to if wanted else self.decoder(seq, but).index)
     if target.index == seq.instance:
       seq.target = -1
       self.join(target, seq)
@@ -599,12 +598,14 @@ class Run:
       self.move(seq, 'migrating')
       seq.target_pages = ids
       seq.epoch += 1
-      source = self.instances[seq.instance]
-      taken, given = [page_pool.pages_for(
-          seq.prompt_len, i.config.page_size) for i in (source, inst)]
+      source, pages = self.instances[seq.instance], seq.pages
+      if source.able.flips:  # it may have room for tokens to come
+        pages = pages[:page_pool.pages_for(seq.prompt_len,
+                                           source.config.page_size)]
+      given = page_pool.pages_for(seq.prompt_len, inst.config.page_size)
       self.commands.append(Migrate(
-          seq.id, seq.epoch, seq.instance, seq.pages[:taken], inst.index,
-          ids[:given], seq.prompt_len))
+          seq.id, seq.epoch, seq.instance, pages, inst.index, ids[:given],
+          seq.prompt_len))
 
   def is_stuck(self, inst: LiveInstance) -> bool:
     """Nothing here will free a page by itself: what is here waits to be
@@ -633,7 +634,8 @@ class Run:
 
   def issue(self, inst: LiveInstance) -> None:
     while len(inst.inflight) < inst.depth:
-      if not (self.prefill(inst) or self.decode(inst)):
+      if not ((inst.queue or inst.prefilling) and self.prefill(inst)
+              or inst.able.decodes and self.decode(inst)):
         return
 
   def send(self, inst: LiveInstance, command: RunPrefill | RunDecode, g: int
@@ -651,15 +653,14 @@ class Run:
     return batch.flying < self.config.depth and self.cover(inst, batch)
 
   def prefill(self, inst: LiveInstance) -> bool:
-    """Issues the next prefill batch; False when none can be.
+    """Issues the next prefill batch of prompts that wait; False when none can
+    be.
 
     It holds the prompts, or pieces of them, that the policy's budget admits;
     a prompt longer than a whole budget goes alone and in pieces. Where the
     budget says so, and the instance mixes, one tick of every row of the
     micro-batch whose turn it is (it may have none) goes with them.
     """
-    if not (inst.queue or inst.prefilling):
-      return False
     batch = inst.batches[inst.turn]
     # Before the policy is asked, as rows may be preempted for want of pages.
     if inst.able.mixes and not self.ready(inst, batch):

@@ -89,8 +89,8 @@ MUTATIONS = {
     'a hand-off of a request that stays': (
         RUN, 'offer', 'target.index == seq.instance', 'False'),
     'another request is handed off': (
-        RUN, 'pull', 'seq.pages[:taken]',
-        'next(iter(self.seqs.values())).pages[:taken]'),
+        RUN, 'pull', 'self.instances[seq.instance], seq.pages',
+        'self.instances[seq.instance], next(iter(self.seqs.values())).pages'),
     'a full target drops the request': (
         RUN, 'pull', 'ids is None:', 'ids is None:\n      self.drop(seq)'),
     'a failure keeps the pages': (
