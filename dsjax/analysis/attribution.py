@@ -47,7 +47,7 @@ CAUSES = ('prefill_queue', 'prefill', 'transfer', 'decode_queue',
           'interference', 'preemption', 'decode')
 # Causes that no removal mends: an objective below what the request takes on an
 # empty system, and an end that was not its own.
-ALONE, ENDED = 'alone', ('rejected', 'failed')
+ALONE, ENDED = 'alone', ('rejected', 'refused', 'failed')
 ALL = (*CAUSES, ALONE, *ENDED)
 # Of each cause: the change that removes it, and what a miss then suffered.
 _CHANGE = {
@@ -345,7 +345,7 @@ def explain(record: Record, parts: Parts | None, slo: Slo,
     no_load: None: what an empty system takes counts as excess too.
   """
   if record.status not in ('stop', 'length') or parts is None:
-    cause = 'rejected' if record.status == 'rejected' else 'failed'
+    cause = record.status if record.status in ENDED else 'failed'
     return Miss(record.id, cause, ())
   gaps = max(1, len(record.token_s) - 1)
   ttft_s, tpot_s = record.ttft_s or 0.0, record.tpot_s or 0.0

@@ -27,7 +27,7 @@ class Record:
   stage_s: dict[str, float] = dataclasses.field(
       default_factory=lambda: dict.fromkeys(STAGES, 0.0))
   finish_s: float | None = None
-  # running | stop | length | cancelled | rejected | failed
+  # running | stop | length | cancelled | rejected | refused | failed
   status: str = 'running'
   reason: str = ''
   preemptions: int = 0

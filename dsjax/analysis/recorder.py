@@ -257,7 +257,8 @@ class Recorder:
     self._end(command.id, command.reason, now_s)
 
   def _reject(self, command, now_s):
-    self._end(command.id, 'rejected', now_s).reason = command.reason
+    status = 'refused' if command.refused else 'rejected'
+    self._end(command.id, status, now_s).reason = command.reason
 
   def _fail(self, command, now_s):
     self._end(command.id, 'failed', now_s).reason = command.reason

@@ -399,7 +399,7 @@ class Orchestrator:
       self._enqueue(Request(ids[-1], now, prompt, sampling),
                     more=index + 1 < len(requests))
       state = self.requests[ids[-1]]
-      if state.error and refuse:
+      if state.error and refuse and not (state.refused and len(requests) > 1):
         raise (state.failure if state.failure and len(requests) == 1
                else InputError(state.error if len(requests) == 1 else
                                f'prompts[{index}]: {state.error}'))

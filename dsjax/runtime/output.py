@@ -19,7 +19,7 @@ class Output:
 
   text ends before a stop string or an ending token; tokens has every sampled
   id, the ending one included. reason: stop | length | cancelled | failed |
-  rejected (record.reason has the words for the last two). logprobs: a token
+  rejected | refused (record.reason has the words). logprobs: a token
   each (log-probability, ((id, log-probability), ...)) when asked for.
   """
 
@@ -37,7 +37,8 @@ class Output:
 
 
 class RequestFailed(RuntimeError):
-  """Faults ended a request: more than it survives, or no instance is left.
+  """A request was given up: more faults than it survives, no instance is left,
+  or the policy refused it.
 
   outputs: of generate_all, every request's Output in order.
   """
@@ -58,7 +59,7 @@ def raise_unless_served(output: Output, is_open: bool,
     outputs: of the error, if not this one. whole: where the client sees no
       reason.
   """
-  if output.reason == 'failed':
+  if output.reason in ('failed', 'refused'):
     raise RequestFailed(output.record.reason, outputs or [output])
   if output.reason == 'cancelled' and (whole or not is_open):
     raise RequestFailed(
@@ -106,7 +107,8 @@ class RequestOutputState:
 
   Attributes:
     ended: its last token has come. reason: of its Finish. error: why it was
-      rejected or, where `failed`, given up. pieces: text, a token each.
+      rejected or, where `failed`, given up, or where `refused` not let in.
+      pieces: text, a token each.
   """
 
   def __init__(self, request: Request, ends: set[int],

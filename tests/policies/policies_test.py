@@ -121,7 +121,7 @@ def test_each_serves_a_heavy_load_to_its_end_and_replays(name):
   sent = [Request(i, 0.01 * i, range(20 + 37 * i % 300), Sampling(
       max_tokens=1 + 11 * i % 60)) for i in range(120)]
   result = simulator.simulate(config, sent, STEP, LINK, log=True)
-  assert {r.status for r in result.records} <= {'length', 'rejected'}
+  assert {r.status for r in result.records} <= {'length', 'refused'}
   assert all(len(r.token_s) == r.max_tokens for r in result.records
              if r.status == 'length')
   assert event_log.replay(config, result.log) is None

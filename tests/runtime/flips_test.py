@@ -1,15 +1,17 @@
 """Flexible instances: roles that change, rows that move, requests refused."""
 
+import asyncio
 import dataclasses
 import random
 
 import pytest
 
+import dsjax
 from dsjax.config.request import Sampling
 from dsjax.runtime.output import RequestFailed
 from dsjax.scheduling.events import Flip, Migrate, Reject, RunDecode
 from dsjax.scheduling.policy import DISTSERVE, Move, Refuse
-from tests.common import serving
+from tests.common import fake_engine, serving
 from tests.common.serving import LONG, MIXED, PAGES_4, job
 
 pytestmark = pytest.mark.usefixtures('no_hang')
@@ -111,5 +113,27 @@ def test_a_refused_request_is_told_why_and_others_go_on():
     output, = server.generate_all([short], **params)
     assert output.tokens == serving.expected_of_fakes(
         short, Sampling(**params))
-    rejected, = commands_of(server, Reject)
-    assert rejected.refused
+    refused, = commands_of(server, Reject)
+    assert refused.refused
+    with pytest.raises(RequestFailed, match='20 tokens are too many') as e:
+      server.generate_all([short, job(20)[0]], **params)
+    assert [o.reason for o in e.value.outputs] == [output.reason, 'refused']
+    one, other = server.generate_all([job(20)[0], short], errors='return',
+                                     **params)
+    assert (one.reason, one.tokens) == ('refused', ())
+    assert other.tokens == output.tokens
+
+
+def test_a_refusal_of_an_async_server():
+  policy = dataclasses.replace(DISTSERVE, name='short only',
+                               route=refuse_long)
+
+  async def run():
+    async with dsjax.serve_async(
+        serving.MODEL, 'prefill=1x1,decode=1x1', serving.PAGES_4,
+        make_engine=fake_engine.FakeEngine, policy=policy) as server:
+      with pytest.raises(RequestFailed, match='20 tokens are too many'):
+        await server.generate(job(20)[0], max_tokens=4)
+      return await server.generate(job(5)[0], max_tokens=4)
+
+  assert len(asyncio.run(run()).tokens) == 4
