@@ -60,6 +60,7 @@ VARIANTS = {
     'adaptive': ('adaptive',),
 }
 FIFO, DEADLINES = 'fifo', 'deadlines'
+ORDERED = {('adaptive', DEADLINES)}  # it has this order already
 FLAGS = {
     'model': cli.Flag('llama-3-8b', 'A name of dsjax.config.zoo.'),
     'latency': 'tables:h100-80g',
@@ -200,6 +201,8 @@ def cells(options: Any) -> Iterator[Cell]:
     for objective in options.objectives:
       for order in options.orders:
         for policy in options.only or VARIANTS:
+          if (policy, order) in ORDERED and FIFO in options.orders:
+            continue
           yield Cell(options.model, options.latency, options.plan,
                      options.instances, workload, objective, policy, order)
 
@@ -250,7 +253,8 @@ def draw(out: pathlib.Path, lines: list[Line]) -> None:
   split, a marker an objective."""
   workloads = list(dict.fromkeys(line.workload for line in lines))
   names = list(dict.fromkeys(line.policy for line in lines))[::-1]
-  figure = Figure(figsize=(2 + 2.4 * len(workloads), 1.2 + 0.2 * len(names)))
+  figure = Figure(figsize=(2.4 + 2.4 * len(workloads),
+                           1.4 + 0.2 * len(names)), layout='constrained')
   axes = figure.subplots(1, len(workloads), sharey=True, squeeze=False)
   for panel, workload in zip(axes[0], workloads, strict=True):
     for number, objective in enumerate(OBJECTIVES):
@@ -267,8 +271,9 @@ def draw(out: pathlib.Path, lines: list[Line]) -> None:
     panel.set_title(workload, fontsize=9)
     panel.set_xlabel('times the best static split', fontsize=8)
   axes[0][0].set_yticks(range(len(names)), names, fontsize=8)
-  axes[0][-1].legend(fontsize=7, loc='lower right')
-  figure.tight_layout()
+  handles, texts = axes[0][0].get_legend_handles_labels()
+  figure.legend(handles, texts, fontsize=8, ncols=3,
+                loc='outside upper right')
   pictures.save(figure, out / 'policies.png')
 
 
