@@ -56,7 +56,7 @@ VARIANTS = {
                'taichi:prefills={k}:small=512'),
     'ecoserve': ('ecoserve',),
     'llumnix': ('llumnix',),
-    'planner': ('planner',),
+    'planner': ('planner:prefills={k}',),
     'adaptive': ('adaptive',),
 }
 FIFO, DEADLINES = 'fifo', 'deadlines'

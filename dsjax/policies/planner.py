@@ -43,10 +43,10 @@ def policy(slo: Slo, prefills: int = 1, tick_s: float = 5.0) -> Policy:
     if len(flexible) < 2 or view.load.output_len < LEAST:
       return {}
     need = wanted(flexible[0], view.load, slo, len(flexible))
-    if need > now + 0.6 and now < len(flexible) - 1:
+    if need > now + 0.25 and now < len(flexible) - 1:
       return {min([i for i in flexible if i.role != 'prefill'],
                   key=lambda i: i.num_rows).index: 'prefill'}
-    if need < now - 0.6 and now > 1:
+    if need < now - 0.9 and now > 1:
       return {min([i for i in flexible if i.role == 'prefill'],
                   key=lambda i: i.backlog).index: 'decode'}
     return {}
