@@ -21,7 +21,7 @@ from dsjax.policies.predict import (
   prompt_tokens,
   queue_s,
 )
-from dsjax.policies.rollouts import rollouts, rounded
+from dsjax.policies.rollouts import rollouts, rounded, settled
 from dsjax.scheduling.policy import (
   DISTSERVE,
   InstanceView,
@@ -51,7 +51,7 @@ def policy(slo: Slo, margin: float = 0.95, tick_s: float = 2.0) -> Policy:
       return {}
     shares = rollouts(
         flexible, slo, tuple([i.config for i in known]),
-        tuple([i.latency for i in known]), view.link, rounded(load))
+        tuple([settled(i.latency) for i in known]), view.link, rounded(load))
     best = max(range(len(known)), key=shares.__getitem__)
     if shares[best] <= shares[now] + NOISE:
       return {}

@@ -16,6 +16,7 @@ from dsjax.config.latency import Latency, LinkLike
 from dsjax.config.placement import Slo
 from dsjax.config.request import Request, Sampling
 from dsjax.policies.predict import home_roles
+from dsjax.scheduling.pace import Paced
 from dsjax.scheduling.policy import Load, Policy
 from dsjax.scheduling.state import Config
 from dsjax.simulation import simulator
@@ -30,6 +31,12 @@ def rounded(load: Load) -> Load:
   """A load in steps of STEP."""
   return Load(*[STEP ** round(math.log(max(value, 1e-6), STEP))
                 for value in load])
+
+
+def settled(latency: Paced) -> Paced:
+  """A latency whose corrections are in steps of a tenth."""
+  return Paced(latency.base, round(latency.prefill, 1),
+               round(latency.decode, 1))
 
 
 @functools.lru_cache(maxsize=256)

@@ -164,7 +164,7 @@ class LiveInstance:
     self._run_ahead = config.run_ahead
     (self.pool, batches, queue, prefilling, pulls, self.turn, self.number,
      inflight, ending, self.residents, self.backlog, self.status,
-     role) = value
+     role, self.since_s, self.pace) = value
     self.assign(role)
     self.queue, self.prefilling = list(queue), list(prefilling)
     self.pulls, self.ending = list(pulls), list(ending)
@@ -188,5 +188,6 @@ class LiveInstance:
           self.pool, tuple([Batch(b.freeze(), b.tick) for b in self.batches]),
           tuple(self.queue), tuple(self.prefilling), tuple(self.pulls),
           self.turn, self.number, tuple(self.inflight), tuple(self.ending),
-          self.residents, self.backlog, self.status, self.role)
+          self.residents, self.backlog, self.status, self.role,
+          self.since_s, self.pace)
     return self.value

@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 
 from dsjax.config.checks import is_positive, require
 from dsjax.config.engine import InstanceConfig
-from dsjax.config.latency import Latency, LinkLike
+from dsjax.config.latency import LinkLike
 from dsjax.scheduling import page_pool
+from dsjax.scheduling.pace import Paced
 
 
 class PolicyError(ValueError):
@@ -148,7 +149,7 @@ class InstanceView:
     index, config: which, and its InstanceConfig.
     prefills, decodes, mixes: what it does now, see config.placement.Role.
     flips: it may do all of it. role: of now.
-    latency: predicts the seconds of its steps.
+    latency: predicts the seconds of its steps, corrected by what they took.
     status: up | draining | down | gone.
     backlog: prompt tokens that wait here or are being prefilled.
     residents: requests that own pages here. free_pages: of its pool.
@@ -194,8 +195,9 @@ class InstanceView:
     return self._instance.role
 
   @property
-  def latency(self) -> Latency:
-    return _given(self._instance.latency, 'latencies')
+  def latency(self) -> Paced:
+    return Paced(_given(self._instance.latency, 'latencies'),
+                 *self._instance.pace)
 
   @property
   def status(self) -> str:

@@ -27,7 +27,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dsjax.config.placement import ROLES
-from dsjax.scheduling import lifecycle, lookahead, page_pool, recovery
+from dsjax.scheduling import (
+  lifecycle,
+  lookahead,
+  pace,
+  page_pool,
+  recovery,
+)
 from dsjax.scheduling.events import (
   Arrived,
   Cancelled,
@@ -122,7 +128,7 @@ class Run:
     self.decoders = [i for i in self.instances if i.able.decodes]
     self.policy = config.policy
     self._view: View | None = None
-    self.now = [0.0, [], [], [], []]  # see View
+    self.now: list[Any] = [0.0, [], [], [], []]  # see View
     self.asks_again = self.policy.says_not_yet
     self.commands, self.cause = [], ''
     self.roster()
@@ -399,6 +405,10 @@ class Run:
       recovery.samples(e, command, ended)
     inst.fresh, inst.value = True, None
     inst.inflight.popleft()
+    if inst.latency is not None and inst.config.pp == 1:
+      inst.pace = pace.corrected(inst.pace, inst.latency, command,
+                                 e.time_s - inst.since_s)
+      inst.since_s = e.time_s
     if g >= 0:
       inst.batches[g].flying -= 1
     return inst, command
@@ -643,6 +653,8 @@ class Run:
     """Issues a command, of micro-batch g or of none (-1)."""
     inst.value = None
     inst.number += 1
+    if inst.latency is not None and not inst.inflight:
+      inst.since_s = self.now[0]
     inst.inflight.append((command, g))
     if g >= 0:
       inst.batches[g].flying += 1

@@ -98,6 +98,8 @@ class Instance(NamedTuple):
   residents: requests owning pages here. backlog: prompt tokens waiting.
   status: up, draining (takes no work that another could), down, or gone (down
   for good). role: what it does now, its config's unless that is flexible.
+  since_s: when its oldest command in flight could start. pace: what steps took
+  of late over what Config.latencies predict, see pace.Paced.
   """
 
   pool: page_pool.Pool | page_pool.Counted
@@ -113,6 +115,8 @@ class Instance(NamedTuple):
   backlog: int = 0
   status: str = 'up'
   role: str = ''
+  since_s: float = 0.0
+  pace: tuple[float, float] = (1.0, 1.0)
 
   @property
   def rows(self) -> tuple[Row, ...]:

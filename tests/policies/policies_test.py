@@ -18,6 +18,7 @@ from dsjax.policies.named import NAMES, named
 from dsjax.policies.rollouts import rounded
 from dsjax.scheduling import event_log, scheduler
 from dsjax.scheduling.events import Flip, Migrate, Reject, RunPrefill
+from dsjax.scheduling.pace import Paced
 from dsjax.scheduling.policy import DISTSERVE, Load
 from dsjax.simulation import latency, simulator
 from experiments.common import policies
@@ -256,3 +257,16 @@ def test_a_load_is_rounded_so_that_little_changes_ask_nothing_new():
   near = Load(103.0, 305.0, 890.0, 199.0)
   assert rounded(load) == rounded(near)
   assert rounded(load) != rounded(load._replace(rate_per_s=150.0))
+
+
+@pytest.mark.parametrize('factor', [0.8, 1.2])
+def test_wrong_latencies_are_corrected_by_what_steps_took(factor):
+  instances = (InstanceConfig('flexible', 4096, 16, 64, 2048, 16),) * 2
+  config = scheduler.Config(
+      instances, 4096, depth=1, policy=named('adaptive', Slo(0.3, 0.03)),
+      latencies=(Paced(STEP, factor, factor),) * 2, link=LINK)
+  sent = [Request(i, 0.03 * i, range(50 + 37 * i % 300), Sampling(
+      max_tokens=20 + 11 * i % 60)) for i in range(300)]
+  state = simulator.simulate(config, sent, STEP, LINK, log=True).state
+  for instance in state.instances:
+    assert instance.pace == pytest.approx((1 / factor, 1 / factor), rel=0.05)
