@@ -154,8 +154,9 @@ class Orchestrator:
   def close(self) -> None:
     """Cancels what is left and lets the devices finish, for lease_s at most.
 
-    What is not done by then is left behind with its instance. Who waits for a
-    request meanwhile gets a RequestFailed.
+    What is not done by then is left behind with its instance. A client that
+    waits for a request meanwhile gets a RequestFailed, also where a Ctrl-C
+    ends this.
     """
     if self.closed:
       self._stop()
@@ -165,8 +166,15 @@ class Orchestrator:
       until_s = self.now + self.config.lease_s
       self._until(lambda: self.loop.settled(until_s))
     finally:
-      self.loop.closed = True
+      self._worker.post(self._end)
       self._stop()
+      self.loop.closed = True  # where the thread is stuck
+
+  def _end(self) -> None:
+    """Closes at once; what was not cancelled has failed."""
+    if self.unfinished:
+      self.loop.give_up('the server was closed')
+    self.loop.closed = True
 
   def _cancel_all(self) -> None:
     self.closing = True
