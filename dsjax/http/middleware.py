@@ -14,6 +14,7 @@ import re
 import secrets
 import time
 import traceback
+import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
@@ -74,7 +75,14 @@ class Gate:
     id, ended = secrets.token_hex(12).encode(), False
     state, headers = scope['state'], dict(scope['headers'])
     waits = b'expect' in headers  # with its body, until it is asked for
+    # A server in between may have read another length (RFC 9112, 6.1).
+    unclear = headers.keys() >= {b'content-length', b'transfer-encoding'}
     state |= {'id': id.decode(), 'arrival_s': time.perf_counter()}
+    # A target may be a whole URL (RFC 9112, 3.2.2).
+    path = re.sub('^https?://[^/]*', '', scope['path'], flags=re.IGNORECASE)
+    if path != scope['path']:
+      scope = scope | {'path': path or '/',
+                       'raw_path': urllib.parse.quote(path or '/').encode()}
 
     async def named_send(message):
       nonlocal ended
@@ -83,7 +91,8 @@ class Gate:
       if message['type'] == 'http.response.start':
         message['headers'] = [*message.get('headers', ()),
                               (b'x-request-id', id)]
-        if waits and not body.whole:  # nor is it to be waited for
+        # Nor is a body to be waited for that was not asked for.
+        if unclear or waits and not body.whole:
           message['headers'].append((b'connection', b'close'))
       await send(message)
 

@@ -210,13 +210,18 @@ class Loop:
 
   def tell(self) -> None:
     """Raises the first of what others raised; the state is whole."""
-    errors = self._raised + self.fleet.raised
+    raised = self._raised or self.fleet.raised
+    error = raised.pop(0) if raised else None
+    self.log_raised()
+    if error:
+      raise error
+
+  def log_raised(self) -> None:
+    """Logs what others raised during a call that ends with another error."""
+    for error in self._raised + self.fleet.raised:
+      LOG.error('raised too: %r', error)
     self._raised.clear()
     self.fleet.raised.clear()
-    for error in errors[1:]:
-      LOG.error('raised too: %r', error)
-    if errors:
-      raise errors[0]
 
   def _fold(self, done: StepDone) -> None:
     """Adds a step's tokens to their requests; some end with them."""

@@ -160,8 +160,9 @@ class Orchestrator:
   def close(self) -> None:
     """Cancels what is left and lets the devices finish, for lease_s at most.
 
-    What is not done by then is left behind with its instance. Who waits for a
-    request meanwhile gets a RequestFailed.
+    What is not done by then is left behind with its instance. A client that
+    waits for a request meanwhile gets a RequestFailed, also where a Ctrl-C
+    ends this.
     """
     if self.closed:
       self._stop()
@@ -171,8 +172,15 @@ class Orchestrator:
       until_s = self.now + self.config.lease_s
       self._until(lambda: self.loop.settled(until_s))
     finally:
-      self.loop.closed = True
+      self._worker.post(self._end)
       self._stop()
+      self.loop.closed = True  # where the thread is stuck
+
+  def _end(self) -> None:
+    """Closes at once; what was not cancelled has failed."""
+    if self.unfinished:
+      self.loop.give_up('the server was closed')
+    self.loop.closed = True
 
   def _cancel_all(self) -> None:
     self.closing = True
@@ -190,7 +198,8 @@ class Orchestrator:
   def call(self, function: Callable[..., Any], *args: Any) -> Any:
     """Calls a function in the server's thread, between two transitions.
 
-    What observers raised meanwhile is raised after it.
+    What observers raised meanwhile is raised after it, or logged where the
+    function raises.
     """
     if self._worker.is_here:
       return function(*args)
@@ -198,7 +207,11 @@ class Orchestrator:
         self._worker.post(lambda: self._whole(function, *args)), self._beat)
 
   def _whole(self, function: Callable[..., Any], *args: Any) -> Any:
-    result = function(*args)
+    try:
+      result = function(*args)
+    except BaseException:
+      self.loop.log_raised()
+      raise
     self.loop.tell()
     return result
 
@@ -214,13 +227,18 @@ class Orchestrator:
     Raises:
       PolicyError: nothing is in flight, and the policy lets nothing start.
     """
-    if self._worker.is_here:
-      raise RuntimeError('an observer cannot wait for its own server')
-    job = self._worker.post(answer, lambda: self._drive(more()))
+    self._check_may_wait()
+    job = self._worker.post(lambda: self._whole(answer),
+                            lambda: self._drive(more()))
     if meanwhile is None:
       return self._worker.wait(job, self._beat)
     return self._worker.wait(job, lambda: (self._beat(), meanwhile()),
                              MEANWHILE_S)
+
+  def _check_may_wait(self) -> None:
+    """Raises RuntimeError in an observer: nothing goes on meanwhile."""
+    if self._worker.is_here:
+      raise RuntimeError('an observer cannot wait for its own server')
 
   def _drive(self, more: bool) -> float:
     """Polls; the seconds to pause."""
@@ -256,6 +274,7 @@ class Orchestrator:
       if id in self.unfinished or not keep:
         self.loop.cancel(id)
         self.requests.pop(id, None)
+    self.loop.log_raised()  # its client has an error already
 
   @property
   def thread(self) -> threading.Thread:
@@ -524,6 +543,7 @@ class Orchestrator:
     Raises:
       InputError, RequestFailed: as submit; or faults ended it, or `close`.
     """
+    self._check_may_wait()
     ids: list[int] = []
     outputs: list[Output] = []
     try:
@@ -543,6 +563,7 @@ class Orchestrator:
       InputError, RequestFailed: as generate, after the pieces that came
         before; or the request was cancelled elsewhere.
     """
+    self._check_may_wait()
     ids: list[int] = []
     try:
       self._submit(ids, prompt, params)
@@ -580,6 +601,7 @@ class Orchestrator:
       RequestFailed: faults ended a request; its `outputs` has all of them.
       Interrupted: Ctrl-C, which cancels what is left; likewise.
     """
+    self._check_may_wait()
     require(errors in ('raise', 'return'), 'errors', errors,
             "'raise' or 'return'")
     prompts = _listed('prompts', prompts, 'a list of prompts')
@@ -613,6 +635,7 @@ class Orchestrator:
     there are `outputs` already."""
     for id in ids:
       self.loop.cancel(id)
+    self.loop.log_raised()  # its client hears of the Ctrl-C
     return outputs or self._take_outputs(
         [id for id in ids if id in self.requests])
 
@@ -627,6 +650,7 @@ class Orchestrator:
     Raises:
       InputError: a request that cannot be queued here, before any is.
     """
+    self._check_may_wait()
     ordered = self._check_workload(requests)
     replay = Replay(ordered, self.now)
     try:

@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 
+from dsjax.runtime.output import RequestFailed
+
 BEAT_S = 0.1  # between two looks of a client that waits at the thread
 
 
@@ -109,7 +111,7 @@ class Worker:
       while not job.wait(every_s if self.thread.is_alive() else 0):
         if not self.thread.is_alive() and not job.wait(0):
           if not job.look():
-            job.fail(RuntimeError('the server is closed'))
+            job.fail(RequestFailed('the server was closed'))
           break
         beat()
     except BaseException:
@@ -152,7 +154,7 @@ def _work(jobs: queue.SimpleQueue[Job | None], began: list[float]) -> None:
     began.clear()
   for job in waiting:
     if not job.look():
-      job.fail(RuntimeError('the server is closed'))
+      job.fail(RequestFailed('the server was closed'))
 
 
 def _drive(waiting: list[Job]) -> float:

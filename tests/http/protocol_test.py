@@ -149,3 +149,24 @@ def test_pages_of_other_sites_ask_only_where_set(running):
       assert 'X-Request-Id' in answer.headers['access-control-expose-headers']
   finally:
     server.stop()
+
+
+@pytest.mark.parametrize('target, want', [
+    ('http://x/v1/models', 200), ('HTTPS://x:80/health?a=b', 200),
+    ('http://x', 200), ('http://x?a=b', 200), ('http://x/nothing', 404),
+    ('/http://x/health', 404)])
+def test_a_target_may_be_a_whole_url(running, target, want):
+  data = talk(running, f'GET {target} HTTP/1.1\nHost: x\nConnection: close')
+  assert status(data) == want
+
+
+@pytest.mark.parametrize('path, want', [
+    ('/tokenize', 200), ('/nothing', 404), ('/v1/models', 405)])
+def test_a_connection_ends_after_a_body_of_two_lengths(running, path, want):
+  body = json.dumps({'prompt': 'Hi'}).encode()
+  piece = b'%x\r\n%b\r\n0\r\n\r\n' % (len(body), body)
+  data = talk(running, f'POST {path} HTTP/1.1\nHost: x\nContent-Length: 4\n'
+              'Content-Type: application/json\nTransfer-Encoding: chunked',
+              piece + b'GET /health HTTP/1.1\r\nHost: x\r\n\r\n')
+  assert status(data) == want and data.count(b'HTTP/1.1 ') == 1
+  assert b'\r\nconnection: close\r\n' in data

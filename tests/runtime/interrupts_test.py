@@ -237,6 +237,41 @@ def test_an_observer_may_raise_at_any_event(name, error):
       break
 
 
+@pytest.mark.parametrize('error', (ValueError, KeyboardInterrupt, SystemExit))
+@pytest.mark.parametrize('name', CALLS)
+def test_what_observers_raise_while_a_call_ends_is_not_told_later(name, error):
+  def observe(event, _):
+    raise error('observer')
+  with server_of('1p1d') as server:
+    server.observers.append(observe)
+    with pytest.raises(error):
+      CALLS[name](server)
+    server.call(server.observers.clear)
+    assert server.generate(PROMPT, **PARAMS).tokens == greedy(PROMPT)
+    # Refused, by the scheduler and so not before an observer has heard it.
+    server.observers.append(observe)
+    with pytest.raises(InputError):
+      server.submit(tiny.prompt(60), max_tokens=1000)
+    server.call(server.observers.clear)
+    serves_on(server)
+
+
+def test_an_observer_that_always_waits_for_its_server_is_refused():
+  errors = []
+  with server_of('1p1d') as server:
+    def asks(event, _):
+      for name in ('generate', 'stream', 'generate_all', 'run'):
+        with pytest.raises(RuntimeError, match='cannot wait') as refused:
+          CALLS[name](server)
+        errors.append(refused)
+    server.observers.append(asks)
+    assert server.generate(PROMPT, **PARAMS).tokens == greedy(PROMPT)
+    drain(server)
+    server.observers.clear()
+    assert errors and len(server.records) == 1
+    serves_on(server)
+
+
 def test_what_an_observer_asks_for_comes_after_what_it_hears(monkeypatch):
   performed, asked = [], []
   with server_of('2colocated') as server:

@@ -157,6 +157,39 @@ def test_a_stream_held_past_close_fails(taken):
   assert not server.requests
 
 
+@pytest.mark.parametrize('name', ('generate', 'stream', 'generate_all', 'run'))
+@pytest.mark.parametrize('stage', ('cancels', 'waits'))
+def test_a_ctrl_c_in_close_fails_those_that_wait(stage, name, monkeypatch):
+  prompt, params = job(6, 40, ignore_eos=True)
+  calls = {
+      'generate': lambda: server.generate(prompt, **params),
+      'stream': lambda: list(server.stream(prompt, **params)),
+      'generate_all': lambda: server.generate_all([prompt], **params),
+      'run': lambda: server.run([
+          Request(0, 0.0, prompt, Sampling(**params)),
+          Request(1, 1000.0, prompt, Sampling(**params))])}
+
+  def interrupted(*_):
+    raise KeyboardInterrupt
+
+  server = server_of()
+  server.engines[1].pace.left = 2
+  with ThreadPoolExecutor(1) as pool:
+    waits = pool.submit(calls[name])
+    while not server.steps:
+      server.poll()
+    monkeypatch.setattr(*(
+        (server, '_cancel_all') if stage == 'cancels' else
+        (server.loop, 'settled')), interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      server.close()
+    monkeypatch.undo()
+    with pytest.raises(RequestFailed, match='the server was closed'):
+      waits.result()
+  assert server.closed
+  server.thread.join()
+
+
 def test_a_stream_that_is_cancelled_elsewhere_fails(server):
   prompt, params = job(6, 20, ignore_eos=True)
   stream = server.stream(prompt, **params)
