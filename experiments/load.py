@@ -1,4 +1,4 @@
-"""Sends a workload to any OpenAI-compatible server and reports latencies.
+r"""Sends a workload to any OpenAI-compatible server and reports latencies.
 
   python -m experiments.load --url=http://localhost:8000 --rate=2 \
     --requests=60 --ttft_s=1.5 --tpot_s=0.15 --out=out/load

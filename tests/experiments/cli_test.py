@@ -207,6 +207,13 @@ def test_every_program_s_help_is_its_docstring(name, monkeypatch, capsys):
   assert words in told
 
 
+def test_commands_of_a_docstring_keep_their_lines():
+  for folder in ('experiments', 'examples'):
+    for path in sorted((cli.ROOT / folder).rglob('*.py')):
+      words = ast.get_docstring(ast.parse(path.read_text())) or ''
+      assert max(map(len, words.split('\n'))) <= 80, path
+
+
 def test_help_keeps_every_percent_sign(tmp_path, monkeypatch, capsys):
   path = tmp_path / 'x.py'
   path.write_text('"""95 % should, 9 %% and %s"""\n'
