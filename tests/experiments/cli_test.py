@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import io
 import math
+import os
 import runpy
 import subprocess
 import sys
@@ -112,6 +113,47 @@ def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost():
   done = subprocess.run([sys.executable, '-c', LOST], text=True, timeout=50,
                         capture_output=True, check=False, cwd=cli.ROOT)
   assert (done.returncode, done.stderr) == (130, 'stopped\n')
+
+
+INTERRUPTED = '''
+import signal
+try:
+  signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+  raise ImportError('stopped halfway') from None
+'''
+
+
+@pytest.mark.parametrize('name', [*RUNNERS, *TASKS])
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path, name):
+  (tmp_path / 'numpy.py').write_text(INTERRUPTED)
+  done = subprocess.run(
+      [sys.executable, '-m', f'experiments.{name.removesuffix(".__main__")}'],
+      text=True, capture_output=True, check=False, cwd=cli.ROOT,
+      env=os.environ | {'PYTHONPATH': str(tmp_path)})
+  assert (done.returncode, done.stderr) == (130, 'stopped\n')
+
+
+STARTED = '''
+from experiments.common import cli
+
+def run(options, console):
+  import signal
+  try:
+    signal.raise_signal(signal.SIGINT)
+  except KeyboardInterrupt:
+    return 7
+
+cli.main(run, {})
+'''
+
+
+def test_ctrl_c_is_the_runner_s_once_it_runs():
+  # As `python -m experiments.NAME` starts: argv is '-m' at first.
+  start = f"import sys; sys.argv = ['-m']; import experiments{STARTED}"
+  done = subprocess.run([sys.executable, '-c', start], text=True,
+                        capture_output=True, check=False, cwd=cli.ROOT)
+  assert (done.returncode, done.stderr) == (7, '')
 
 
 def test_options_knows_only_what_is_defined():
