@@ -7,6 +7,7 @@ import io
 import math
 import os
 import runpy
+import signal
 import subprocess
 import sys
 
@@ -284,6 +285,20 @@ def test_progress_is_a_plain_line_now_and_then_off_a_terminal():
     for number, now_s[0] in enumerate((1.0, 9.0, 12.0, 21.0, 22.0)):
       tell(f'{number}')
     assert console.file.getvalue().split() == lines
+
+
+def test_ctrl_c_that_waits_for_a_step_says_so_at_once(capfd):
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    with terminal.Interrupts() as interrupts:
+      signal.raise_signal(signal.SIGINT)
+      assert 'stopping after the current step' in capfd.readouterr().err
+      with pytest.raises(KeyboardInterrupt):
+        interrupts.halt()
+      with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize('value', ['inf', 'nan', '0'])
