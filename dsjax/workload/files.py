@@ -176,7 +176,7 @@ def _columns(path, line: int, names: list[str]) -> _Columns:
   if arrival is not None:
     matched = _ARRIVAL.fullmatch(_plain(arrival))
     unit = matched and matched['unit'] or ''
-    per_s = _UNITS.get(unit[:1], 1.0)
+    per_s = _UNITS.get(unit.replace('micro', 'u')[:1], 1.0)
     if not unit and (_plain(arrival), _plain(prompt), _plain(output)) == (
         'timestamp', 'inputlength', 'outputlength'):
       per_s = 1e3  # Mooncake

@@ -60,7 +60,7 @@ def _columns(names: list[str]) -> dict[str, tuple[str, float | None]]:
     for pattern, name in itertools.product(patterns, names):
       match = re.fullmatch(f'({pattern}){_UNIT}', plain[name])
       if match and meaning not in chosen:
-        unit = match['unit']
+        unit = (match['unit'] or '').replace('micro', 'u')
         chosen[meaning] = name, _FACTOR.get(unit[0], 1.0) if unit else None
   for meaning, known in (('prompt', files.PROMPT), ('output', files.OUTPUT)):
     for name in names:

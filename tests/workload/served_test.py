@@ -32,7 +32,7 @@ def write(tmp_path, text, name='records.csv'):
     'timestamp,num_prompt_tokens,num_generated_tokens,first_token_time,end\n'
     '2023-11-16 18:15:46,100,3,2023-11-16T18:15:46.5,2023-11-16 18:15:47.5\n'
     '2023-11-16 18:15:48,7,1,2023-11-16 18:15:48.25,2023-11-16 18:15:48.25\n',
-    'sent_at_us,prompt_len,output_len,first_token_us,finished_at_us,junk\n'
+    'sent_at_us,prompt_len,output_len,first_token_microseconds,finished_at_us,junk\n'
     '5e6,100,3,5.5e6,6.5e6,a\n7e6,7,1,7.25e6,7.25e6,b\n'))
 def test_columns_have_many_names(tmp_path, text):
   read, empty = read_served(write(tmp_path, text))

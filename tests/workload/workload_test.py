@@ -60,6 +60,8 @@ def _write(path, text):
      '2024-05-12T02:00:00+02:00,6,7\n', [(0.0, 6, 7), (1.0, 4, 5)]),
     ('arrival_us,input_len,output_len,\n2000000,1,2,\n1000000,3,4,\n',
      [(0.0, 3, 4), (1.0, 1, 2)]),
+    ('Time (microseconds),isl,osl\n2000000,1,2\n1000000,3,4\n',
+     [(0.0, 3, 4), (1.0, 1, 2)]),
     # Times since 1970 in any unit.
     *((f'timestamp,isl,osl\n{start}{"500000000"[:zeros]},1,2\n'
        f'{start}{"0" * zeros},3,4\n', [(0.0, 3, 4), (0.5, 1, 2)])
