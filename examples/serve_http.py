@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server in a script of one's own (extra `serve`).
+r"""An OpenAI-compatible server in a script of one's own (extra `serve`).
 
   python examples/serve_http.py            # random weights, port 8000
   python examples/serve_http.py smollm2-135m-instruct 8080

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server over one placement (extra `serve`).
+r"""An OpenAI-compatible server over one placement (extra `serve`).
 
   python -m experiments.api --config=demo
   curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \

@@ -1,4 +1,4 @@
-"""Sends a workload to any OpenAI-compatible server and reports latencies.
+r"""Sends a workload to any OpenAI-compatible server and reports latencies.
 
   python -m experiments.load --url=http://localhost:8000 --rate=2 \
     --requests=60 --ttft_s=1.5 --tpot_s=0.15 --out=out/load
@@ -18,8 +18,8 @@ be read; --extra='{"stream_options": {"include_usage": true,
 the tables of experiments.serve and writes records.jsonl, report.png and
 summary.json.
 
-Exit codes: 0; 2 for bad input; 130 when stopped by Ctrl-C, which keeps what
-there is.
+Exit codes: 0; 1 if no request was answered; 2 for bad input; 130 when stopped
+by Ctrl-C, which keeps what there is.
 """
 
 import asyncio
@@ -326,8 +326,9 @@ def run(options: Any, console: Console) -> int:
   if load is None or not load.records:
     console.print('Stopped before anything was sent: nothing to write.')
     return 130
-  show(console, load, title, options)
-  return 130 if stopped else 0
+  summary = show(console, load, title, options)
+  answered = summary.counts.keys() & {'stop', 'length'}
+  return 130 if stopped else 0 if answered else 1
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""The best placement for a model, a cluster, a workload and two objectives.
+r"""The best placement for a model, a cluster, a workload and two objectives.
 
   python -m experiments.place --model=opt-13b --nodes=1 --devices=3 \
     --ttft_s=0.25 --tpot_s=0.1 --lengths=sharegpt --out=out/place

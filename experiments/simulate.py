@@ -1,4 +1,4 @@
-"""One placement, or several, simulated over rates or over scales of the SLO.
+r"""One placement, or several, simulated over rates or over scales of the SLO.
 
   python -m experiments.simulate --model=opt-13b \
     --placement=prefill=2x1,decode=1x1/colocated=1x1,1x1,1x1 \

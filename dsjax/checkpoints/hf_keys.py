@@ -39,7 +39,8 @@ _IGNORED = re.compile(
     'tie_encoder_decoder|tokenizer_class|top_[kp]|torchscript|typical_p|'
     'use_bfloat16|use_cache|use_return_dict)$')
 _ACTIVATIONS = {'silu': 'silu', 'swish': 'silu', 'relu': 'relu',
-                'gelu': 'gelu', 'gelu_new': 'gelu_tanh',
+                'gelu': 'gelu', 'gelu_python': 'gelu', 'gelu_new': 'gelu_tanh',
+                'gelu_fast': 'gelu_tanh', 'gelu_accurate': 'gelu_tanh',
                 'gelu_pytorch_tanh': 'gelu_tanh'}
 _is_finite = is_number(-math.inf, math.inf)
 
@@ -116,7 +117,7 @@ def rope_fields(rotary: Any, key: str, head_dim: int, max_len: int,
   keys = Keys(rotary)
   with naming(key):
     kind = keys.read('rope_type', str, None) or keys.read('type', str, None)
-    keys.ignore('type')
+    keys.ignore('type', 'finetuned')
     base = above_zero('rope_theta', float(keys.read('rope_theta', float)))
     share = float(keys.read('partial_rotary_factor', float, 1.0))
     width = int(head_dim * share)

@@ -121,6 +121,8 @@ class ModelConfig:
             and all(is_integer(0, 2**31 - 1)(w) for w in self.windows),
             'ModelConfig.windows', self.windows,
             f'empty or {self.num_layers} integers of 0 or more')
+    require(is_nonnegative(self.norm_eps), 'ModelConfig.norm_eps',
+            self.norm_eps, '0 or above')
     for field in ('attn_softcap', 'logit_softcap'):
       value = getattr(self, field)
       require(is_nonnegative(value), f'ModelConfig.{field}', value,

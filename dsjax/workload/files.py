@@ -116,15 +116,25 @@ _OTHERS = re.compile(
     'hashids|(num)?total(tokens|len|length)|pdratio|ratio|id|index|.+id|model'
     '|logtype|elapsedtime|priority|type|category|source|dataset|')
 _UNITS = {'n': 1e9, 'u': 1e6, 'm': 1e3}  # in a second
+MAX_TIME_S = 1e11  # after 1970: the year 5138
 
 
 class _Columns(NamedTuple):
-  """The columns of a file by what they say; units of arrivals in a second."""
+  """The columns of a file by what they say; units of arrivals in a second,
+  and whether the column's name tells the unit."""
 
   arrival: str | None
   prompt: str
   output: str
   per_s: float
+  named_unit: bool
+
+
+def epoch_per_s(number: float) -> float | None:
+  """Units in a second of a time since 1970, seconds down to nanoseconds; None
+  of a number that is none from 2001 to 2103."""
+  return next((per_s for per_s in (1.0, 1e3, 1e6, 1e9)
+               if 1e9 <= number / per_s < 4.2e9), None)
 
 
 def _plain(name: str) -> str:
@@ -162,15 +172,15 @@ def _columns(path, line: int, names: list[str]) -> _Columns:
         'arrived_at), and be left out if it does not')
   if rest:
     warnings.warn(f'{path}: not read: column {", ".join(rest)}', stacklevel=2)
-  per_s = 1.0
+  per_s, unit = 1.0, ''
   if arrival is not None:
     matched = _ARRIVAL.fullmatch(_plain(arrival))
     unit = matched and matched['unit'] or ''
-    per_s = _UNITS.get(unit[:1], 1.0)
+    per_s = _UNITS.get(unit.replace('micro', 'u')[:1], 1.0)
     if not unit and (_plain(arrival), _plain(prompt), _plain(output)) == (
         'timestamp', 'inputlength', 'outputlength'):
       per_s = 1e3  # Mooncake
-  return _Columns(arrival, prompt, output, per_s)
+  return _Columns(arrival, prompt, output, per_s, bool(unit))
 
 
 def _csv_rows(path, text):
@@ -278,9 +288,9 @@ def read_lengths(path: Path) -> tuple[Entry, ...]:
   by the names that others gave them, whatever their case and punctuation:
   those of dsjax (arrival_s, prompt_len, output_len), of the Azure traces,
   Mooncake (its timestamp is in milliseconds), BurstGPT, Vidur and the like. An
-  arrival is a date or a number: seconds, or what its name ends in (_ms, _us).
-  Without one the file holds lengths only. A warning names the columns that
-  are not read.
+  arrival is a date or a number: what its name ends in (_ms, _us), or else
+  seconds, or any unit of a time since 1970, which its size tells. Without one
+  the file holds lengths only. A warning names the columns that are not read.
 
   Returns:
     A tuple of Entry, sorted by arrival, the first at 0 s; in the file's order
@@ -308,9 +318,15 @@ def read_lengths(path: Path) -> tuple[Entry, ...]:
     raise InputError(f'{path}: must hold at least one row')
   if not columns.arrival:
     return tuple(Entry(None, *pair) for pair in lengths)
-  first = min(times)
+  first, per_s = min(times), columns.per_s
+  if not (columns.named_unit or read_time is _date):
+    per_s = epoch_per_s(first) or per_s
+  if first / per_s >= MAX_TIME_S:
+    raise InputError(
+        f'{path}: {columns.arrival}={first:.16g}: must be seconds, or a number '
+        'of the unit that the column is named after, such as timestamp_ms')
   order = sorted(range(len(times)), key=times.__getitem__)
-  return tuple(Entry((times[i] - first) / columns.per_s, *lengths[i])
+  return tuple(Entry((times[i] - first) / per_s, *lengths[i])
                for i in order)
 
 

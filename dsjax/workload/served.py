@@ -52,15 +52,16 @@ _TIMES = {
 _FACTOR = {'n': 1e-9, 'u': 1e-6, 'm': 1e-3}
 
 
-def _columns(names: list[str]) -> dict[str, tuple[str, float]]:
-  """{meaning: (column, seconds of its unit)}."""
-  chosen: dict[str, tuple[str, float]] = {}
+def _columns(names: list[str]) -> dict[str, tuple[str, float | None]]:
+  """{meaning: (column, seconds of the unit that its name tells, if any)}."""
+  chosen: dict[str, tuple[str, float | None]] = {}
   plain = {name: re.sub('[^a-z0-9]', '', str(name).lower()) for name in names}
   for meaning, patterns in _TIMES.items():
     for pattern, name in itertools.product(patterns, names):
       match = re.fullmatch(f'({pattern}){_UNIT}', plain[name])
       if match and meaning not in chosen:
-        chosen[meaning] = name, _FACTOR.get((match['unit'] or '')[:1], 1.0)
+        unit = (match['unit'] or '').replace('micro', 'u')
+        chosen[meaning] = name, _FACTOR.get(unit[0], 1.0) if unit else None
   for meaning, known in (('prompt', files.PROMPT), ('output', files.OUTPUT)):
     for name in names:
       if known.fullmatch(plain[name]):
@@ -68,19 +69,22 @@ def _columns(names: list[str]) -> dict[str, tuple[str, float]]:
   return chosen
 
 
-def _seconds(where: str, value: Any, unit_s: float) -> float:
-  """Seconds of a number in a unit, or of a date."""
+def _seconds(where: str, value: Any, unit_s: float | None) -> float:
+  """Seconds of a number in a unit, or of a date; None: in seconds, or a time
+  since 1970 in the unit that its size tells."""
   try:
     if isinstance(value, str) and not re.fullmatch(r'[-+.0-9eE ]+', value):
       date = datetime.datetime.fromisoformat(value.strip())
       return (date if date.tzinfo else date.replace(
           tzinfo=datetime.UTC)).timestamp()
-    seconds = math.nan if isinstance(value, bool) else unit_s * float(value)
+    number = math.nan if isinstance(value, bool) else float(value)
+    seconds = number * (unit_s or 1 / (files.epoch_per_s(number) or 1))
   except (TypeError, ValueError, OverflowError):
     seconds = math.nan
-  if not math.isfinite(seconds):
-    raise InputError(f'{where}={value!r}: must be a number, or a date such as '
-                     '2023-11-16 18:15:46.680590')
+  if not abs(seconds) < files.MAX_TIME_S:
+    raise InputError(f'{where}={value!r}: must be a number of seconds (or of '
+                     'the unit that the column is named after, such as '
+                     'start_ms), or a date such as 2023-11-16 18:15:46.680590')
   return seconds
 
 
@@ -98,7 +102,7 @@ def _missing(value: Any) -> bool:
 
 
 def _served(where: str, row: files.Row,
-            columns: dict[str, tuple[str, float]]) -> Served | None:
+            columns: dict[str, tuple[str, float | None]]) -> Served | None:
   """The Served of a row; None of a request that had no tokens."""
 
   def at(meaning: str) -> float:
@@ -145,7 +149,7 @@ def read_served(path: files.Path) -> tuple[list[Served], int]:
   Raises:
     InputError naming the file, the line, the column and what it may hold.
   """
-  columns: dict[str, tuple[str, float]] = {}
+  columns: dict[str, tuple[str, float | None]] = {}
   out, empty = [], 0
   for line, row in files.table(path):
     where = f'{path}, line {line}'

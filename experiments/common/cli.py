@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from absl import app, flags, logging
 from rich.console import Console
 
+import experiments
 from dsjax import workload
 from dsjax.config.checks import InputError, require
 from dsjax.scheduling.policy import PolicyError
@@ -220,6 +221,8 @@ def main(run, defined: dict[str, Any], config=None,
     sys.exit(exit_code(all_read, argv[1:]))
 
   def all_read(rest):
+    if signal.getsignal(signal.SIGINT) is experiments.stop_importing:
+      signal.signal(signal.SIGINT, signal.default_int_handler)
     require(not rest, 'arguments', ' '.join(rest), 'flags: --name=value')
     return run(flags.FLAGS, wide_console())
   app.run(start, flags_parser=_read_flags)

@@ -5,6 +5,7 @@ It only reads the orchestrator.
 """
 
 import collections
+import os
 import signal
 import threading
 import time
@@ -72,7 +73,8 @@ def now_and_then(console, every_s=10.0, clock=time.monotonic):
 
 
 class Interrupts:
-  """Ctrl-C as a flag, so that it stops a run between two polls.
+  """Ctrl-C as a flag, so that it stops a run between two polls; says so at
+  once on stderr, since a step may take seconds.
 
   The second one is Python's own KeyboardInterrupt.
   """
@@ -92,6 +94,8 @@ class Interrupts:
 
   def _note(self, *_):
     self.seen = True
+    # Not print: a signal may come while the main thread prints.
+    os.write(2, b'stopping after the current step (Ctrl-C again: at once)\n')
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
   def halt(self):

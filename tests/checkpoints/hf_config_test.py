@@ -86,6 +86,45 @@ def test_keys_that_change_nothing_are_read_over(tmp_path, name):
     read(tmp_path, name, **{key: value})
 
 
+@pytest.mark.parametrize('name, keys', [
+    ('phi3', dict(full_attn_mod=1, interpolate_factor=1)),
+    *((name, {key: 64}) for name in ('llama', 'mistral', 'qwen2') for key in (
+        'max_sequence_length', 'max_seq_len', 'model_max_length',
+        'seq_length')),
+    ('starcoder2', dict(attention_softmax_in_fp32=True, scale_attn_weights=True,
+                        scale_attention_softmax_in_fp32=True))])
+def test_keys_that_change_nothing_in_a_family(tmp_path, name, keys):
+  if 64 in keys.values():
+    keys = dict.fromkeys(keys, config_of(name)['max_position_embeddings'])
+  assert read(tmp_path, name, **keys) == read(tmp_path, name)
+  for key in keys:
+    if 'fp32' not in key:
+      write(tmp_path, config_of(name, **{key: 2}))
+      assert f'{key}=2' in error_of(tmp_path)
+
+
+def test_yarn_may_be_finetuned(tmp_path):
+  scaling = dict(rope_type='yarn', factor=2.0)
+  assert read(tmp_path, 'llama', rope_scaling=scaling) == read(
+      tmp_path, 'llama', rope_scaling=scaling | dict(finetuned=True))
+
+
+@pytest.mark.parametrize('name, known', [
+    ('gelu_fast', 'gelu_tanh'), ('gelu_accurate', 'gelu_tanh'),
+    ('gelu_python', 'gelu')])
+def test_other_names_of_gelu(tmp_path, name, known):
+  assert read(tmp_path, 'gpt_neox', hidden_act=name).activation == known
+
+
+@pytest.mark.parametrize('name, key', [
+    ('llama', 'rms_norm_eps'), ('gpt2', 'layer_norm_epsilon'),
+    ('gpt_neox', 'layer_norm_eps'), ('starcoder2', 'norm_epsilon')])
+def test_no_epsilon_is_negative(tmp_path, name, key):
+  assert read(tmp_path, name, **{key: 0}).norm_eps == 0
+  write(tmp_path, config_of(name, **{key: -1}))
+  assert 'norm_eps=-1' in error_of(tmp_path)
+
+
 def test_ids_outside_the_vocabulary_are_dropped(tmp_path):
   config = read(tmp_path, 'gpt2', bos_token_id=50256, eos_token_id=50256)
   assert config.bos_id is None and config.eos_ids == ()

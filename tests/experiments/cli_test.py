@@ -5,7 +5,9 @@ import dataclasses
 import importlib
 import io
 import math
+import os
 import runpy
+import signal
 import subprocess
 import sys
 
@@ -114,6 +116,47 @@ def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost():
   assert (done.returncode, done.stderr) == (130, 'stopped\n')
 
 
+INTERRUPTED = '''
+import signal
+try:
+  signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+  raise ImportError('stopped halfway') from None
+'''
+
+
+@pytest.mark.parametrize('name', [*RUNNERS, *TASKS])
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path, name):
+  (tmp_path / 'numpy.py').write_text(INTERRUPTED)
+  done = subprocess.run(
+      [sys.executable, '-m', f'experiments.{name.removesuffix(".__main__")}'],
+      text=True, capture_output=True, check=False, cwd=cli.ROOT,
+      env=os.environ | {'PYTHONPATH': str(tmp_path)})
+  assert (done.returncode, done.stderr) == (130, 'stopped\n')
+
+
+STARTED = '''
+from experiments.common import cli
+
+def run(options, console):
+  import signal
+  try:
+    signal.raise_signal(signal.SIGINT)
+  except KeyboardInterrupt:
+    return 7
+
+cli.main(run, {})
+'''
+
+
+def test_ctrl_c_is_the_runner_s_once_it_runs():
+  # As `python -m experiments.NAME` starts: argv is '-m' at first.
+  start = f"import sys; sys.argv = ['-m']; import experiments{STARTED}"
+  done = subprocess.run([sys.executable, '-c', start], text=True,
+                        capture_output=True, check=False, cwd=cli.ROOT)
+  assert (done.returncode, done.stderr) == (7, '')
+
+
 def test_options_knows_only_what_is_defined():
   assert cli.options({'seed': 3}).seed == 3
   with pytest.raises(InputError, match='sed'):
@@ -207,6 +250,13 @@ def test_every_program_s_help_is_its_docstring(name, monkeypatch, capsys):
   assert words in told
 
 
+def test_commands_of_a_docstring_keep_their_lines():
+  for folder in ('experiments', 'examples'):
+    for path in sorted((cli.ROOT / folder).rglob('*.py')):
+      words = ast.get_docstring(ast.parse(path.read_text())) or ''
+      assert max(map(len, words.split('\n'))) <= 80, path
+
+
 def test_help_keeps_every_percent_sign(tmp_path, monkeypatch, capsys):
   path = tmp_path / 'x.py'
   path.write_text('"""95 % should, 9 %% and %s"""\n'
@@ -235,6 +285,20 @@ def test_progress_is_a_plain_line_now_and_then_off_a_terminal():
     for number, now_s[0] in enumerate((1.0, 9.0, 12.0, 21.0, 22.0)):
       tell(f'{number}')
     assert console.file.getvalue().split() == lines
+
+
+def test_ctrl_c_that_waits_for_a_step_says_so_at_once(capfd):
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    with terminal.Interrupts() as interrupts:
+      signal.raise_signal(signal.SIGINT)
+      assert 'stopping after the current step' in capfd.readouterr().err
+      with pytest.raises(KeyboardInterrupt):
+        interrupts.halt()
+      with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize('value', ['inf', 'nan', '0'])

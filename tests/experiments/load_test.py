@@ -11,9 +11,11 @@ import pytest
 from rich.console import Console
 
 from dsjax import workload
+from dsjax.analysis.record import Record
 from dsjax.config.checks import InputError
 from experiments import load
 from experiments.common import cli
+from tests.common.programs import ended
 from tests.common.results import check_written, made_by
 
 PROMPT = workload.Prompt('Hi', None, None)
@@ -139,6 +141,21 @@ def test_errors_count_and_arrivals_do_not_wait(tmp_path):
       'HTTP 429': 2}
   assert 'prompts.jsonl' in made_by(tmp_path)['data']
   assert (tmp_path / 'report.png').stat().st_size > 10_000
+
+
+@pytest.mark.parametrize('wrong, code', [(2, 1), (1, 0), (0, 0)])
+def test_a_run_of_which_no_request_is_answered_fails(monkeypatch, wrong, code):
+  async def send_all(url, key, todo, timeout_s, on_sent):
+    sender = load.Load(None)
+    sender.records = [
+        Record(job.id, 0.0, 5, 1, [0.5], finish_s=0.5, status='length')
+        if job.id >= wrong else
+        Record(job.id, 0.0, 5, 1, finish_s=0.5, status='rejected',
+               reason='HTTP 404') for job in todo]
+    sender.lag_s = [0.0 for _ in todo]
+    on_sent(sender)
+  monkeypatch.setattr(load, 'send_all', send_all)
+  assert ended(load, '--model=m', '--requests=2').code == code
 
 
 def test_tokens_are_spread_over_chunks():

@@ -22,12 +22,17 @@ def write(tmp_path, text, name='records.csv'):
     '10,100,3,10.5,11.5\n12,7,1,12.25,12.25\n',
     'Start Time;Input Length;Completion Tokens;TTFT (ms);E2E Latency (ms)\n'
     '1700000002;7;1;250;250\n1700000000;100;3;500;1500\n',
+    'start,isl,osl,first_token,end\n'
+    '1700000002000,7,1,1700000002250,1700000002250\n'
+    '1700000000000,100,3,1700000000500,1700000001500\n',
+    'start,isl,osl,ttft,latency\n1700000002000000000,7,1,.25,.25\n'
+    '1700000000000000000,100,3,.5,1.5\n',
     'request_start_time,isl,osl,time_to_first_token_ms,tpot_ms\n'
     '0,100,3,500,500\n2,7,1,250,\n',
     'timestamp,num_prompt_tokens,num_generated_tokens,first_token_time,end\n'
     '2023-11-16 18:15:46,100,3,2023-11-16T18:15:46.5,2023-11-16 18:15:47.5\n'
     '2023-11-16 18:15:48,7,1,2023-11-16 18:15:48.25,2023-11-16 18:15:48.25\n',
-    'sent_at_us,prompt_len,output_len,first_token_us,finished_at_us,junk\n'
+    'sent_at_us,prompt_len,output_len,first_token_microseconds,finished_at_us,junk\n'
     '5e6,100,3,5.5e6,6.5e6,a\n7e6,7,1,7.25e6,7.25e6,b\n'))
 def test_columns_have_many_names(tmp_path, text):
   read, empty = read_served(write(tmp_path, text))
@@ -64,6 +69,7 @@ HEADER = 'arrival_s,prompt_len,output_len,first_token_s,last_token_s\n'
     (HEADER.replace('first_token_s', 'f'), 'first or ttft is missing'),
     (HEADER.replace('last_token_s', 'l'), 'last or tpot or latency is missing'),
     (HEADER + 'x,10,2,1,2\n', "line 2: arrival_s='x': must be a number"),
+    (HEADER + '17e11,9,2,17e11,17e11\n', "arrival_s='17e11': must .* start_ms"),
     (HEADER + '0,1.5,2,1,2\n', "line 2: prompt_len='1.5': must be a whole"),
     (HEADER + '0,10,-2,1,2\n', "output_len='-2': must be a whole"),
     (HEADER + '0,10,2,inf,2\n', "first_token_s='inf'"),

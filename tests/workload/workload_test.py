@@ -60,6 +60,18 @@ def _write(path, text):
      '2024-05-12T02:00:00+02:00,6,7\n', [(0.0, 6, 7), (1.0, 4, 5)]),
     ('arrival_us,input_len,output_len,\n2000000,1,2,\n1000000,3,4,\n',
      [(0.0, 3, 4), (1.0, 1, 2)]),
+    ('Time (microseconds),isl,osl\n2000000,1,2\n1000000,3,4\n',
+     [(0.0, 3, 4), (1.0, 1, 2)]),
+    # Times since 1970 in any unit.
+    *((f'timestamp,isl,osl\n{start}{"500000000"[:zeros]},1,2\n'
+       f'{start}{"0" * zeros},3,4\n', [(0.0, 3, 4), (0.5, 1, 2)])
+      for start in (1000000000, 1700000000, 2200000000)
+      for zeros in (3, 6, 9)),
+    # By Mooncake's names, where small numbers are milliseconds.
+    ('timestamp,input_length,output_length\n1700000002.5,1,2\n'
+     '1700000000,3,4\n', [(0.0, 3, 4), (2.5, 1, 2)]),
+    ('timestamp,input_length,output_length\n1700000002500,1,2\n'
+     '1700000000000,3,4\n', [(0.0, 3, 4), (2.5, 1, 2)]),
     ('[{"prompt_len": 3, "output_len": 4, "id": "a"},\n'
      ' {"prompt_len": 5.0, "output_len": 6}]', [(None, 3, 4), (None, 5, 6)]),
 ])
@@ -109,6 +121,10 @@ def test_columns_that_are_not_read_are_named(tmp_path):
      ['line 1', 'input_length', '1.5']),
     ('{"timestamp": 0, "input_length": true, "output_length": 1}',
      ['line 1', 'input_length', 'True']),
+    ('arrival_s,isl,osl\n1700000000000,1,1\n',
+     ['arrival_s=1700000000000', 'timestamp_ms']),
+    ('timestamp_ms,isl,osl\n1700000000000000,1,1\n', ['timestamp_ms=17']),
+    ('timestamp,isl,osl\n50000000000000,1,1\n', ['timestamp=5', 'seconds']),
     ('timestamp,isl,osl\n5,1,1\n2023-11-16 18:00:00,1,1\n',
      ['line 3', 'timestamp', "'2023", 'every row']),
     # What may be an arrival is not passed over; no meaning is given twice.

@@ -32,6 +32,9 @@ def shared_fields(keys: Keys, tied: bool = False,
                         keys.read('num_attention_heads'))
   head_dim = keys.read('head_dim', int, d_model // max(num_heads, 1))
   max_len = keys.read('max_position_embeddings')
+  for key in ('max_sequence_length', 'max_seq_len', 'model_max_length',
+              'seq_length'):
+    keys.only(key, max_len)
   return dict(
       num_layers=keys.count('num_hidden_layers'), d_model=d_model,
       num_heads=num_heads,

@@ -18,6 +18,8 @@ def _rope(keys: Keys, head_dim: int, max_len: int) -> Fields:
 
 
 def _fields(keys: Keys) -> Fields:
+  for key in ('full_attn_mod', 'interpolate_factor'):  # of Phi-4-mini
+    keys.only(key, 1)
   shared = llama.shared_fields(keys, rope=_rope)
   return shared | hf_keys.windows(keys, shared['num_layers'],
                                   lambda layer: True)

@@ -10,7 +10,9 @@ def _fields(keys: Keys) -> Fields:
   shared = llama.shared_fields(keys, tied=True, norm_eps='norm_epsilon')
   keys.only('norm_type', 'layer_norm')
   keys.only('mlp_type', 'default')
-  keys.ignore('activation_function')  # as hidden_act, which is read
+  keys.only('scale_attn_weights', True)
+  keys.ignore('activation_function',  # as hidden_act, which is read
+              'attention_softmax_in_fp32', 'scale_attention_softmax_in_fp32')
   bias = keys.read('use_bias', bool, True)
   return shared | hf_keys.windows(
       keys, shared['num_layers'], lambda layer: True) | dict(
