@@ -17,7 +17,8 @@ from experiments.common import pictures
 LOOKS = dict(zip(attribution.ALL, (
     ('#4e79a7', ''), ('#a0cbe8', '//'), ('#59a14f', '..'), ('#f28e2b', 'xx'),
     ('#e15759', '\\\\'), ('#b07aa1', 'oo'), ('#ffbe7d', '--'),
-    ('#edc948', '||'), ('#9c755f', '++'), ('#bab0ac', '**')), strict=True))
+    ('#edc948', '||'), ('#9c755f', '++'), ('#d37295', '/.'), ('#bab0ac', '**')),
+    strict=True))
 
 # --- text ---------------------------------------------------------------------
 
