@@ -41,6 +41,8 @@ _STATUS = {'too_long': 400, 'queue_full': 429, 'busy': 429, 'ttft': 429,
 _REASONS = {404: 'not_found', 413: 'too_long', 408: 'slow', 500: 'internal',
             415: 'media_type', 417: 'expectation', 503: 'stopped',
             504: 'slow'}
+METHODS = ('GET', 'HEAD', 'POST', 'PUT', 'PATCH', 'DELETE', 'OPTIONS', 'TRACE',
+           'CONNECT')  # that are known; few of them are allowed anywhere
 _CODES = {'too_long': 'context_length_exceeded'}
 
 
@@ -120,6 +122,23 @@ class Gate:
     if not scope['http_version'].startswith('1.'):
       return self.turn_away(scope, 505, 'version', 'the version of HTTP must '
                             'be 1.1 or 1.0')
+    if scope['method'] not in METHODS:
+      return self.turn_away(scope, 501, 'method', 'the method must be one of '
+                            f'{", ".join(METHODS)}')
+    # h11 bounds what has not come whole; this what came in one piece.
+    size = len(scope['raw_path']) + len(scope['query_string'])
+    if size > self.limits.max_header_bytes:
+      return self.turn_away(scope, 414, 'too_long', f'the target has {size} '
+                            'bytes: must be at most '
+                            f'{self.limits.max_header_bytes}')
+    size += sum([len(name) + len(value) + 4
+                 for name, value in scope['headers']])
+    if size > self.limits.max_header_bytes:
+      return self.turn_away(scope, 431, 'too_long', f'target and headers have '
+                            f'{size} bytes: must be at most '
+                            f'{self.limits.max_header_bytes}')
+    if scope['method'] == 'OPTIONS' and scope['raw_path'] == b'*':
+      return Response(status_code=204, headers={'Allow': 'GET, HEAD, POST'})
     given = headers.get(b'authorization', b'')
     if (self.key and scope['path'] not in OPEN_PATHS
         and not hmac.compare_digest(given, self.key)):

@@ -65,8 +65,9 @@ def make_app(service: Service, metrics: telemetry.Gauges, name: str,
   if not origins:
     return gate
   return CORSMiddleware(
-      gate, allow_origins=origins, allow_methods=('GET', 'POST'),
-      allow_headers=('*',), expose_headers=('Retry-After', 'X-Request-Id'))
+      gate, allow_origins=[origin.rstrip('/') for origin in origins],
+      allow_methods=('GET', 'POST'), allow_headers=('*',),
+      expose_headers=('Retry-After', 'X-Request-Id'))
 
 
 def _add_openai(app: fastapi.FastAPI, completions: Completions) -> None:

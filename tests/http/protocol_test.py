@@ -30,6 +30,17 @@ def status(data):
   return int(data[9:12])
 
 
+@pytest.mark.parametrize('head, wanted', [
+    ('FOO /health HTTP/1.1', 501), ('get /health HTTP/1.1', 501),
+    ('PUT /health HTTP/1.1', 405), ('OPTIONS * HTTP/1.1', 204),
+    ('GET /' + 40_000 * 'x' + ' HTTP/1.1', 414),
+    ('GET /health HTTP/1.1\nX: ' + 40_000 * 'x', 431)])
+def test_what_is_no_request_of_ours_has_its_own_status(running, head, wanted):
+  got = talk(running, head + '\nHost: x\nConnection: close')
+  assert status(got) == wanted, got[:300]
+  assert wanted != 204 or b'GET, HEAD, POST' in got
+
+
 @pytest.mark.parametrize('path', ['/', '/health', '/v1/models', '/metrics',
                                   '/placement', '/nothing'])
 def test_head_is_get_without_the_body(running, path):
@@ -132,7 +143,7 @@ def test_pages_of_other_sites_ask_only_where_set(running):
   assert httpx.options(running.url + path, headers=ask).status_code == 405
   assert 'access-control-allow-origin' not in post(
       running, path, CHAT | {'max_tokens': 1}, headers={'Origin': PAGE}).headers
-  server = Running(origins=(PAGE,), key='secret')
+  server = Running(origins=(PAGE + '/',), key='secret')
   try:
     server.await_status('ready')
     before = httpx.options(server.url + path, headers=ask)
