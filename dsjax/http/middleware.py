@@ -43,6 +43,7 @@ _REASONS = {404: 'not_found', 413: 'too_long', 408: 'slow', 500: 'internal',
             504: 'slow'}
 METHODS = ('GET', 'HEAD', 'POST', 'PUT', 'PATCH', 'DELETE', 'OPTIONS', 'TRACE',
            'CONNECT')  # that are known; few of them are allowed anywhere
+UNREADABLE = 'There was an error parsing the body'  # FastAPI's words
 _CODES = {'too_long': 'context_length_exceeded'}
 
 
@@ -269,6 +270,9 @@ def add_errors(app: fastapi.FastAPI, turn_away: Callable[..., Response]
       message = f'method: must be {allow}'
     elif message == 'Not Found':
       message = f'{ascii(request.url.path)[1:-1][:80]}: no such path'
+    elif message == UNREADABLE:
+      message = ('body: must be JSON in UTF-8, with numbers of at most 4,300 '
+                 'digits and fewer than 1,000 levels')
     return turn_away(
         request.scope, e.status_code,
         _REASONS.get(e.status_code, 'bad_request'), message, allow=allow,

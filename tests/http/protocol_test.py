@@ -41,6 +41,17 @@ def test_what_is_no_request_of_ours_has_its_own_status(running, head, wanted):
   assert wanted != 204 or b'GET, HEAD, POST' in got
 
 
+@pytest.mark.parametrize('body', [
+    b'{"prompt": "\xff"}', b'[' * 100_000,
+    b'{"max_tokens": %s}' % (b'9' * 5000)])
+def test_a_body_that_cannot_be_read_is_told_what_may_be(running, body):
+  answer = httpx.post(running.url + '/v1/completions', content=body,
+                      headers={'Content-Type': 'application/json'})
+  assert answer.status_code == 400
+  assert answer.json()['error']['message'].startswith(
+      ('body: must be JSON in UTF-8', 'the body is not JSON'))
+
+
 @pytest.mark.parametrize('path', ['/', '/health', '/v1/models', '/metrics',
                                   '/placement', '/nothing'])
 def test_head_is_get_without_the_body(running, path):
