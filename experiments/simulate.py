@@ -16,7 +16,8 @@ preempted counts how often pages were taken from a request. Of misses, the most
 frequent cause: prefill_queue (waited for prefill), prefill, transfer (of KV),
 decode_queue (waited for pages or a place in a batch), interference (of the
 other phase on the same instance), preemption, decode, alone (misses on an
-empty system too), rejected or failed (see dsjax.analysis.attribution).
+empty system too), rejected, refused (by the policy) or failed (see
+dsjax.analysis.attribution).
 
 Placements with '/' between are drawn together, and so are several policies.
 With several --seeds, table and picture show their mean with an interval of the
