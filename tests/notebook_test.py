@@ -103,6 +103,7 @@ def test_says_where_it_is_and_stays_short(path):
   assert all(c.source.count('\n') < 25 for c in cells)
   for word in ('sys.path', 'experiments.common', 'from experiments'):
     assert not any(word in c.source for c in cells)
+  assert 'site-packages' not in path.read_text()  # a path of one machine
   counts = [c.execution_count for c in cells if c.cell_type == 'code']
   assert counts == list(range(1, len(counts) + 1))  # in one go
 
