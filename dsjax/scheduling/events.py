@@ -198,9 +198,13 @@ class Finish(NamedTuple):
 
 
 class Fail(NamedTuple):
-  """Request ended by faults; `reason` says which in plain words."""
+  """Request ended by faults; `reason` says which in plain words.
+
+  refused: by the policy, which was to find it a place again.
+  """
   id: int
   reason: str
+  refused: bool = False
 
 
 class Reject(NamedTuple):

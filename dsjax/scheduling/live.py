@@ -181,6 +181,10 @@ class LiveInstance:
     self.depth = self._depths[does.decodes]
     self.run_ahead = self._run_ahead or (1 if does.prefills else RUN_AHEAD)
 
+  def home(self, id: int) -> LiveBatch:
+    """The micro-batch of a decoding request."""
+    return next(batch for batch in self.batches if id in batch.rows)
+
   def freeze(self) -> Instance:
     """It as a value."""
     if self.value is None:

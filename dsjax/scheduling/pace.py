@@ -1,11 +1,13 @@
-"""Predictions corrected by what steps really took."""
+"""Seconds of a command as predicted, and as corrected by what steps took."""
 
 import dataclasses
 
 from dsjax.config.latency import Latency, Pieces
 from dsjax.scheduling.events import RunDecode, RunPrefill
 
-WEIGHT = 0.05  # of the newest step
+# Every so many commands one is compared: an odd number, as prompts and rows
+# may take turns. Its weight.
+EVERY, WEIGHT = 7, 0.15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,24 +44,23 @@ class Paced:
     return self.prefill * self.base.mixed_s(pieces, batch, context)
 
 
-def seconds_of(latency: Latency, command: RunPrefill | RunDecode) -> float:
-  """What a command is predicted to take, the host's time included."""
+def steps_s(latency: Latency, command: RunPrefill | RunDecode) -> list[float]:
+  """Seconds of each step of a command, on a device left alone."""
   rows, batch = command.rows, len(command.rows)
   context = sum([row[1] for row in rows]) + batch * (command.tick + 1)
   if isinstance(command, RunDecode):
-    return latency.host_s + sum([
-        latency.decode_s(batch, context + n * batch)
-        for n in range(command.steps)])
+    return [latency.decode_s(batch, context + n * batch)
+            for n in range(command.steps)]
   pieces = tuple([(chunk.start, chunk.stop) for chunk in command.chunks])
-  return latency.host_s + (latency.mixed_s(pieces, batch, context) if rows
-                           else latency.prefill_s(pieces))
+  return [latency.mixed_s(pieces, batch, context) if rows
+          else latency.prefill_s(pieces)]
 
 
 def corrected(pace: tuple[float, float], latency: Latency,
               command: RunPrefill | RunDecode, took_s: float
               ) -> tuple[float, float]:
   """(of steps with prompts, of those without) after a command."""
-  ratio = took_s / max(seconds_of(latency, command), 1e-9)
+  ratio = took_s / max(latency.host_s + sum(steps_s(latency, command)), 1e-9)
   prefill, decode = pace
   if command.chunks:
     return prefill + WEIGHT * (ratio - prefill), decode

@@ -17,6 +17,7 @@ The same value serves, simulates, is searched with and is explored for faults.
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -30,6 +31,16 @@ from dsjax.scheduling.pace import Paced
 
 class PolicyError(ValueError):
   """A hook of a policy answered what the scheduler cannot do."""
+
+
+def index_of(answer: Any) -> int:
+  """An integer of any kind; -1 for what is none."""
+  if type(answer) is int:
+    return answer
+  try:
+    return -1 if isinstance(answer, bool) else operator.index(answer)
+  except TypeError:
+    return -1
 
 
 class PrefillBudget(NamedTuple):
@@ -389,15 +400,26 @@ def _load(instance: InstanceView) -> int:
   return instance.residents + instance.num_pulls
 
 
+def stays(view: View, request: RequestView) -> bool:
+  """Whether it was prefilled where rows decode too."""
+  home = view.instances[request.instance]
+  return home.decodes and home in view.may_decode
+
+
+def others(instances: Sequence[InstanceView], avoid: int
+           ) -> Sequence[InstanceView]:
+  """Without the one that has just failed, if any are left."""
+  if avoid < 0:
+    return instances
+  return [i for i in instances if i.index != avoid] or instances
+
+
 def least_loaded(view: View, request: RequestView, avoid: int) -> int:
   """Where it was prefilled, if that decodes too; else the decode instance with
   the fewest requests, there or on their way."""
-  home, choices = view.instances[request.instance], view.decodes
-  if home.decodes and home in choices:
-    return home.index
-  if avoid >= 0:
-    choices = [i for i in choices if i.index != avoid] or choices
-  return min(choices, key=_load).index
+  if stays(view, request):
+    return request.instance
+  return min(others(view.decodes, avoid), key=_load).index
 
 
 def fill_budget(view: View, instance: InstanceView) -> PrefillBudget:

@@ -22,7 +22,7 @@ import collections
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from dsjax.scheduling import lifecycle, page_pool
+from dsjax.scheduling import flexible, lifecycle, page_pool
 from dsjax.scheduling.events import (
   Abort,
   Drain,
@@ -86,7 +86,7 @@ def drain(run: Run, e: Drain) -> None:
   if (not _turn(run, inst, 'Drain') or inst in run.open_entries
       or inst in run.open_decoders):
     return  # it is drained or down already, or no other can
-  run.send_off(inst, inst.queue, inst.pulls)
+  flexible.send_off(run, inst, prompts=True, pulls=True)
 
 
 def migrate_failed(run: Run, e: MigrateFailed) -> None:
@@ -115,9 +115,10 @@ def place(run: Run) -> None:
       run.offer(seq)
 
 
-def fail(run: Run, seq: LiveSeq, reason: str) -> None:
+def fail(run: Run, seq: LiveSeq, reason: str, refused: bool = False
+         ) -> None:
   """Ends a request that holds nothing but perhaps its source's pages."""
-  run.commands.append(Fail(seq.id, reason))
+  run.commands.append(Fail(seq.id, reason, refused))
   if seq.pages:
     run.drop(seq)
   else:

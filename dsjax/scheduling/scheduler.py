@@ -22,12 +22,11 @@ next step waits on the device for the tokens of its previous one.
 import bisect
 import collections
 import itertools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dsjax.config.placement import ROLES
 from dsjax.scheduling import (
+  flexible,
   lifecycle,
   lookahead,
   pace,
@@ -42,7 +41,6 @@ from dsjax.scheduling.events import (
   DecodeDone,
   Event,
   Finish,
-  Flip,
   Migrate,
   Migrated,
   MigrateFailed,
@@ -57,11 +55,11 @@ from dsjax.scheduling.events import (
 )
 from dsjax.scheduling.live import LiveBatch, LiveInstance, LiveSeq, fields_of
 from dsjax.scheduling.policy import (
-  Move,
   PrefillBudget,
   Refuse,
   RequestView,
   View,
+  index_of,
 )
 from dsjax.scheduling.state import (
   RECENT,
@@ -195,7 +193,7 @@ class Run:
   def one_of(self, instances: Sequence[LiveInstance], hook: str, answer: Any
              ) -> LiveInstance:
     """The one of these instances whose index a hook answered."""
-    index = _index(answer)
+    index = index_of(answer)
     for inst in instances:
       if inst.index == index:
         return inst
@@ -314,64 +312,6 @@ class Run:
     else:
       self.join(self.touch(seq.instance), seq)
 
-  def tick(self, e: Tick) -> None:
-    """Roles change, then rows move, as the policy says."""
-    if self.policy.resize:
-      answer = self.ask('resize')
-      try:
-        roles = {_index(index): role for index, role in dict(answer).items()}
-      except (TypeError, ValueError):
-        roles = {-1: ''}
-      flexible = [i.index for i in self.instances if i.able.flips]
-      if not (roles.keys() <= set(flexible)
-              and all([role in _GIVEN for role in roles.values()])):
-        raise self.policy.refuse('resize', answer, '{index: role}, indices of '
-                                 f'{flexible}, roles of {_GIVEN}')
-      self.flip({index: role for index, role in roles.items()
-                 if self.instances[index].role != role})
-    if self.policy.rebalance:
-      for move in self.several('rebalance', len(self.seqs)):
-        self.depart(move)
-
-  def flip(self, roles: dict[int, str]) -> None:
-    """Gives instances another role. Prompts and hand-offs that wait there go
-    where it is now done; what owns pages stays."""
-    for index, role in roles.items():
-      self.touch(index).assign(role)
-      self.commands.append(Flip(index, role))
-    self.roster()
-    for index in roles:
-      inst = self.instances[index]
-      self.send_off(inst, not inst.prefills, not inst.decodes)
-
-  def send_off(self, inst: LiveInstance, prompts: bool, pulls: bool) -> None:
-    """Finds another place for what waits at an instance, without pages."""
-    for id in list(inst.queue) if prompts else ():
-      seq = self.own(id)
-      inst.queue.remove(id)
-      inst.backlog -= seq.prompt_len
-      self.enqueue(seq)
-    for id in list(inst.pulls) if pulls else ():
-      inst.pulls.remove(id)
-      self.offer(self.own(id))
-
-  def depart(self, move: Any) -> None:
-    """A row is to move to another instance, with its KV."""
-    id, target = move if type(move) is Move else (-1, -1)
-    seq = self.seqs.get(_index(id))
-    if (seq is None or seq.stage != 'decoding'
-        or not self.instances[seq.instance].able.flips
-        or _index(target) not in [i.index for i in self.open_decoders
-                                  if i.index != seq.instance]):
-      raise self.policy.refuse(
-          'rebalance', move, 'a Move of a row of a flexible instance to '
-          f'another of instances {[i.index for i in self.open_decoders]}')
-    seq = self.own(seq.id)
-    batch = _home(self.instances[seq.instance], seq.id)
-    seq.prompt_len = seq.done = batch.rows[id][1] + batch.tick
-    seq.target = _index(target)
-    self.leave(seq, 'leaving')
-
   def handed(self, e: Migrated | MigrateFailed | Timer) -> LiveSeq | None:
     """The request whose hand-off this is about; None where it is over."""
     seq = self.seqs.get(e.id)
@@ -406,8 +346,9 @@ class Run:
     inst.fresh, inst.value = True, None
     inst.inflight.popleft()
     if inst.latency is not None and inst.config.pp == 1:
-      inst.pace = pace.corrected(inst.pace, inst.latency, command,
-                                 e.time_s - inst.since_s)
+      if e.number % pace.EVERY == 0:
+        inst.pace = pace.corrected(inst.pace, inst.latency, command,
+                                   e.time_s - inst.since_s)
       inst.since_s = e.time_s
     if g >= 0:
       inst.batches[g].flying -= 1
@@ -419,7 +360,7 @@ class Run:
       self.finish(self.own(id), 'stop')
 
   def finish(self, seq: LiveSeq, reason: str) -> None:
-    row = (_home(self.instances[seq.instance], seq.id) if
+    row = (self.instances[seq.instance].home(seq.id) if
            seq.stage == 'decoding' else None)
     known = (row.rows[seq.id][1] + row.tick if row else seq.prompt_len)
     self.recent[1].append(known - seq.input_len + 1)
@@ -455,7 +396,7 @@ class Run:
       seq.target = -1  # of one that was leaving
       return  # in inst.ending already
     if was == 'decoding':
-      _home(inst, seq.id).remove(seq.id)
+      inst.home(seq.id).remove(seq.id)
     elif seq.id in inst.prefilling:  # else its last chunk is in flight
       inst.prefilling.remove(seq.id)
     # Its pages are safe once all that is in flight is done.
@@ -553,7 +494,7 @@ class Run:
     if type(answer.reason) is not str:
       raise self.policy.refuse('route', answer, 'a Refuse with a text')
     if seq.stage != 'absent':
-      recovery.fail(self, seq, answer.reason)
+      recovery.fail(self, seq, answer.reason, refused=True)
       return
     self.commands.append(Reject(seq.id, answer.reason, True))
     self.forget(seq)
@@ -723,9 +664,9 @@ class Run:
       tokens, whole, rows = answer
       if rows is True and inst.able.mixes:
         most -= len(batch.rows)
-      if (0 <= _index(tokens) <= most and type(whole) is bool
+      if (0 <= index_of(tokens) <= most and type(whole) is bool
           and (rows is False or rows is True and inst.able.mixes)):
-        return PrefillBudget(_index(tokens), whole, rows)
+        return PrefillBudget(index_of(tokens), whole, rows)
     raise self.policy.refuse('batch', answer, 'a PrefillBudget of 0 to '
                              f'{most} tokens' + ('' if inst.able.mixes else
                                                  ', without rows'))
@@ -859,7 +800,7 @@ class Run:
                                f'was given, itself: {residents}')
     seq = self.own(victim.id)
     if seq.stage == 'decoding':
-      batch = _home(inst, seq.id)
+      batch = inst.home(seq.id)
       seq.prompt_len = batch.rows[seq.id][1] + batch.tick + 1
     self.leave(seq, 'yielding')
 
@@ -880,22 +821,9 @@ _APPLY: dict[type, Callable[..., None]] = {
     PrefillDone: Run.prefill_done,
     DecodeDone: Run.decode_done,
     Migrated: Run.migrated,
-    Tick: Run.tick,
+    Tick: flexible.tick,
     **recovery.APPLY,
 }
-
-
-_GIVEN = tuple(name for name, role in ROLES.items() if not role.flips)
-
-
-def _index(answer):
-  """An integer of any kind; -1 for what is none."""
-  if type(answer) is int:
-    return answer
-  try:
-    return -1 if isinstance(answer, bool) else operator.index(answer)
-  except TypeError:
-    return -1
 
 
 def _open(kind):
@@ -905,11 +833,6 @@ def _open(kind):
 
 def _size(batch):
   return len(batch.rows)
-
-
-def _home(inst, id):
-  """The micro-batch of a decoding request."""
-  return next(b for b in inst.batches if id in b.rows)
 
 
 def _following(inst):

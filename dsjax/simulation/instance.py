@@ -4,6 +4,7 @@ import collections
 from collections.abc import Collection, Iterable, Sequence
 
 from dsjax.scheduling.events import Row, RunDecode, RunPrefill
+from dsjax.scheduling.pace import steps_s
 from dsjax.simulation import latency
 from dsjax.simulation.contention import kind_of
 
@@ -16,16 +17,8 @@ def stage_shares(seconds: latency.Latency, pp: int) -> tuple[float, ...]:
 def work(seconds: latency.Latency,
          command: RunDecode | RunPrefill) -> tuple[str, list[float]]:
   """(kind, seconds of each step) of a command on a device left alone."""
-  rows, batch = command.rows, len(command.rows)
-  context = sum([r[1] for r in rows]) + batch * (command.tick + 1)
-  if type(command) is RunDecode:
-    return kind_of((), batch), [
-        seconds.decode_s(batch, context + n * batch)
-        for n in range(command.steps)]
-  pieces = tuple([(chunk.start, chunk.stop) for chunk in command.chunks])
-  return kind_of(pieces, batch), [
-      seconds.mixed_s(pieces, batch, context) if rows
-      else seconds.prefill_s(pieces)]
+  pieces = [(chunk.start, chunk.stop) for chunk in command.chunks]
+  return kind_of(pieces, len(command.rows)), steps_s(seconds, command)
 
 
 class VirtualInstance:
@@ -48,7 +41,7 @@ class VirtualInstance:
 
   def prefill(self, ready_s: float, command: RunPrefill) -> Sequence[float]:
     """Times of the end of a prefill or mixed command."""
-    _, (total_s,) = work(self.seconds, command)
+    total_s, = steps_s(self.seconds, command)
     done_s = self.stages(self.after(ready_s, command.rows), total_s)
     if len(self.free_s) > 1:
       self.token_s.update((chunk.id, done_s) for chunk in command.chunks
@@ -67,7 +60,7 @@ class VirtualInstance:
       times = self.same_rows(ready_s, batch, context, command.steps)
     else:
       times = []
-      for step_s in work(self.seconds, command)[1]:
+      for step_s in steps_s(self.seconds, command):
         ready_s = self.stages(ready_s, step_s)
         times.append(ready_s)
     self.note(rows, times[-1])

@@ -22,7 +22,6 @@ from dsjax.scheduling.policy import (
 )
 
 T = TypeVar('T')
-REFUSED = 'refused for no reason'
 _ROLES = ('prefill', 'decode', 'colocated', 'chunked')
 # Numbers of hooks, so that two of them do not answer alike.
 _ROUTE, _ORDER, _BATCH, _HAND_OFF, _ADMIT, _VICTIM, _RESIZE, _MOVE = range(8)
@@ -41,7 +40,7 @@ def anything(seed: int, waits: bool = True) -> Policy:
 
   def route(view: View, request: RequestView) -> int | Refuse:
     choices = [i.index for i in view.may_prefill] * 4
-    return draw([*choices, Refuse(REFUSED)], _ROUTE, view, request.id,
+    return draw([*choices, Refuse('for no reason')], _ROUTE, view, request.id,
                 request.prompt_len)
 
   def order(view: View, instance: InstanceView,

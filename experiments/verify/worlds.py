@@ -40,7 +40,6 @@ from dsjax.scheduling.events import (
   Timer,
 )
 from dsjax.scheduling.policy import DISTSERVE
-from experiments.verify.anything import REFUSED
 
 
 class Violation(AssertionError):
@@ -222,10 +221,10 @@ class Rules:
     """Commands in flight touch pages of their requests only, and ask for no
     more than the instance and the depth allow."""
     config, c = self.config, self.config.instances[i]
-    depth = (0 if not c.decodes else config.depth * c.pp,
-             0 if c.decodes and not c.flips else max(
-                 config.prefill_depth, c.pp))
-    depth = max(depth)
+    depths = [config.depth * c.pp] * c.decodes
+    if c.flips or not c.decodes:
+      depths += [config.prefill_depth, c.pp]
+    depth = max(depths)
     need(len(inst.inflight) <= depth, 'instance {}: {} commands in flight', i,
          len(inst.inflight))
     ahead = []
@@ -426,7 +425,7 @@ class _Move:
           after.instances, self.rules.config.instances, strict=True)
               if inst.status != 'gone']
       need(seq and seq.tries == self.rules.config.tries
-           or c.reason == REFUSED or 'try again later' in c.reason
+           or c.refused
            or not any([config.prefills for config in left])
            or not any([config.decodes for config in left]),
            '{}: it could go on', c)

@@ -8,7 +8,7 @@ import textwrap
 import pytest
 from rich.console import Console
 
-from dsjax.scheduling import lifecycle, recovery, scheduler
+from dsjax.scheduling import flexible, lifecycle, recovery, scheduler
 from dsjax.scheduling.events import Arrived
 from experiments import explore
 from experiments.common import cli
@@ -79,9 +79,9 @@ MUTATIONS = {
     'who waits is not placed': (
         recovery, 'instance_up', 'place(run)', 'pass'),
     'a drain forgets its queue': (
-        RUN, 'send_off', 'self.enqueue(seq)', 'self.forget(seq)'),
+        flexible, 'send_off', 'run.enqueue(seq)', 'run.forget(seq)'),
     'a row that moves loses a token': (
-        RUN, 'depart', '+ batch.tick', '+ batch.tick - 1'),
+        flexible, 'depart', '+ batch.tick', '+ batch.tick - 1'),
     'a row that moves leaves steps in flight behind': (
         recovery, '_known', "'migrating', 'leaving')", "'migrating')"),
     'two instances wait for each other': (
