@@ -207,7 +207,14 @@ def cells(options: Any) -> Iterator[Cell]:
                      options.instances, workload, objective, policy, order)
 
 
-def key(line: Line) -> tuple:
+def place_of(cell: Cell) -> tuple[str, ...]:
+  """Of a cell, what `key` is of its line."""
+  return (cell.model, cluster(cell), pathlib.Path(cell.workload).stem,
+          cell.objective, label(cell))
+
+
+def key(line: Line) -> tuple[str, ...]:
+  """What tells a line from every other."""
   return (line.model, line.cluster, line.workload, line.objective, line.policy)
 
 
@@ -295,9 +302,7 @@ def run(options: Any, console: Any) -> int:
   path = out / 'policies.csv'
   lines = read(path)
   known = set(map(key, lines))
-  todo = [cell for cell in asked if (
-      cell.model, cluster(cell), pathlib.Path(cell.workload).stem,
-      cell.objective, label(cell)) not in known]
+  todo = [cell for cell in asked if place_of(cell) not in known]
   end_s, stopped = time.monotonic() + 60 * options.minutes, ''
   bar = Progress(TextColumn('{task.description}'), BarColumn(),
                  TextColumn('{task.completed}/{task.total}'),

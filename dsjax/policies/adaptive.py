@@ -29,6 +29,7 @@ from dsjax.scheduling.policy import (
   PrefillBudget,
   RequestView,
   View,
+  others,
 )
 
 NOISE = 0.04  # of a rollout's share
@@ -101,8 +102,8 @@ def _per_step(slo: Slo, margin: float) -> Policy:
     return min(view.prefills, key=lambda i: (done_s(i, request), i.index)).index
 
   def hand_off(view: View, request: RequestView, avoid: int) -> int:
-    choices = [i for i in view.decodes if i.index != avoid] or view.decodes
-    steps = {i.index: decode_s(i, 1, request.prompt_len) for i in choices}
+    steps = {i.index: decode_s(i, 1, request.prompt_len)
+             for i in others(view.decodes, avoid)}
     best = min(steps, key=steps.__getitem__)
     home_s = steps.get(request.instance, math.inf)
     stays = home_s <= max(0.8 * tpot_s, 1.1 * steps[best])

@@ -12,7 +12,13 @@ import dataclasses
 from dsjax.config.placement import Slo
 from dsjax.policies import static
 from dsjax.policies.predict import decode_s, home_roles, prefill_s, queue_s
-from dsjax.scheduling.policy import InstanceView, Policy, RequestView, View
+from dsjax.scheduling.policy import (
+  InstanceView,
+  Policy,
+  RequestView,
+  View,
+  stays,
+)
 
 
 def policy(slo: Slo, prefills: int = 1, margin: float = 0.7,
@@ -40,9 +46,8 @@ def policy(slo: Slo, prefills: int = 1, margin: float = 0.7,
     return choice.index
 
   def hand_off(view: View, request: RequestView, avoid: int) -> int:
-    home = view.instances[request.instance]
-    if home.decodes and home in view.may_decode:
-      return home.index
+    if stays(view, request):
+      return request.instance
     return decoder(view, request.prompt_len).index
 
   def resize(view: View) -> dict[int, str]:

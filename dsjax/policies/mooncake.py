@@ -11,7 +11,13 @@ import dataclasses
 from dsjax.config.placement import Slo
 from dsjax.policies import static
 from dsjax.policies.predict import decode_s, prefill_s, queue_s
-from dsjax.scheduling.policy import Policy, Refuse, RequestView, View
+from dsjax.scheduling.policy import (
+  Policy,
+  Refuse,
+  RequestView,
+  View,
+  others,
+)
 
 
 def policy(slo: Slo, prefills: int = 1, rejects: bool = True) -> Policy:
@@ -33,8 +39,7 @@ def policy(slo: Slo, prefills: int = 1, rejects: bool = True) -> Policy:
     return choice.index
 
   def hand_off(view: View, request: RequestView, avoid: int) -> int:
-    choices = [i for i in view.decodes if i.index != avoid] or view.decodes
-    return min(choices, key=lambda i: (
+    return min(others(view.decodes, avoid), key=lambda i: (
         decode_s(i, 1, request.prompt_len), i.index)).index
 
   return dataclasses.replace(base, name=f'mooncake {prefills}', route=route,

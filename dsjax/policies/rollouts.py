@@ -16,6 +16,7 @@ from dsjax.config.latency import Latency, LinkLike
 from dsjax.config.placement import Slo
 from dsjax.config.request import Request, Sampling
 from dsjax.policies.predict import home_roles
+from dsjax.policies.static import ONCE_S
 from dsjax.scheduling.pace import Paced
 from dsjax.scheduling.policy import Load, Policy
 from dsjax.scheduling.state import Config
@@ -67,7 +68,7 @@ def rollouts(policy: Policy, slo: Slo, configs: tuple[InstanceConfig, ...],
   shares = []
   for prefills in range(len(configs)):
     fixed = dataclasses.replace(
-        policy, tick_s=1e9, resize=functools.partial(
+        policy, tick_s=ONCE_S, resize=functools.partial(
             home_roles, prefills=prefills, others='chunked'))
     config = Config(configs, longest_all, depth=1, policy=fixed)
     records = simulator.simulate(config, sent, latencies, link).records

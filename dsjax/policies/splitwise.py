@@ -11,7 +11,14 @@ import dataclasses
 
 from dsjax.config.placement import Slo
 from dsjax.policies import static
-from dsjax.scheduling.policy import InstanceView, Policy, RequestView, View
+from dsjax.scheduling.policy import (
+  InstanceView,
+  Policy,
+  RequestView,
+  View,
+  others,
+  stays,
+)
 
 
 def policy(slo: Slo, prefills: int = 1, most_waiting: int = 2048) -> Policy:
@@ -30,10 +37,9 @@ def policy(slo: Slo, prefills: int = 1, most_waiting: int = 2048) -> Policy:
     return choice.index
 
   def hand_off(view: View, request: RequestView, avoid: int) -> int:
-    home = view.instances[request.instance]
-    if home.decodes and home in view.may_decode:
-      return home.index
-    return min([i for i in view.decodes if i.index != avoid] or view.decodes,
+    if stays(view, request):
+      return request.instance
+    return min(others(view.decodes, avoid),
                key=lambda i: (-i.free_pages, i.residents)).index
 
   return dataclasses.replace(base, name=f'splitwise {prefills}', route=route,
