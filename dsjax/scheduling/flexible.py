@@ -7,40 +7,27 @@ handed off as a finished prefill is, once what is in flight for it is done.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dsjax.config.placement import ROLES
+from dsjax.scheduling import choices
 from dsjax.scheduling.events import Flip, Tick
 from dsjax.scheduling.live import LiveInstance
-from dsjax.scheduling.policy import Move, index_of
 
 if TYPE_CHECKING:
   from dsjax.scheduling.scheduler import Run
-
-GIVEN = tuple(name for name, role in ROLES.items() if not role.flips)
 
 
 def tick(run: Run, e: Tick) -> None:
   """Roles change, then rows move, as the policy says."""
   if run.policy.resize:
-    answer = run.ask('resize')
-    try:
-      roles = {index_of(index): role for index, role in dict(answer).items()}
-    except (TypeError, ValueError):
-      roles = {-1: ''}
-    flexible = [i.index for i in run.instances if i.able.flips]
-    if not (roles.keys() <= set(flexible)
-            and all([role in GIVEN for role in roles.values()])):
-      raise run.policy.refuse('resize', answer, '{index: role}, indices of '
-                              f'{flexible}, roles of {GIVEN}')
-    flip(run, {index: role for index, role in roles.items()
-               if run.instances[index].role != role})
+    flip(run, choices.roles(run))
   if run.policy.rebalance:
-    for move in run.several('rebalance', len(run.seqs)):
+    for move in choices.several(run, 'rebalance', len(run.seqs)):
       depart(run, move)
 
 
-def flip(run: Run, roles: dict[int, str]) -> None:
+def flip(run: Run, roles: Mapping[int, str]) -> None:
   """Gives instances another role. Prompts and hand-offs that wait there go
   where it is now done; what owns pages stays."""
   for index, role in roles.items():
@@ -66,17 +53,8 @@ def send_off(run: Run, inst: LiveInstance, prompts: bool, pulls: bool) -> None:
 
 def depart(run: Run, move: Any) -> None:
   """A row is to move to another instance, with its KV."""
-  id, target = move if type(move) is Move else (-1, -1)
-  seq = run.seqs.get(index_of(id))
-  if (seq is None or seq.stage != 'decoding'
-      or not run.instances[seq.instance].able.flips
-      or index_of(target) not in [i.index for i in run.open_decoders
-                                  if i.index != seq.instance]):
-    raise run.policy.refuse(
-        'rebalance', move, 'a Move of a row of a flexible instance to '
-        f'another of instances {[i.index for i in run.open_decoders]}')
-  seq = run.own(seq.id)
+  seq, target = choices.row_and_target(run, move)
   batch = run.instances[seq.instance].home(seq.id)
   seq.prompt_len = seq.done = batch.rows[seq.id][1] + batch.tick
-  seq.target = index_of(target)
+  seq.target = target
   run.leave(seq, 'leaving')

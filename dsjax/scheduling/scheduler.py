@@ -3,11 +3,12 @@
 The orchestrator feeds it real events and performs its commands; a simulator
 feeds it virtual ones and performs nothing. It reads no clock, holds no
 global, and its commands carry every page id, so a run replays from its
-event log. What could be decided otherwise it asks of Config.policy (policy.py);
-what it does itself is the mechanism: pages, epochs, stages, what is in flight.
+event log. What could be decided otherwise it asks of Config.policy
+(choices.py). What it does itself is the mechanism: pages, epochs, stages,
+what is in flight.
 
-A request's life is a table in life.py: every change of its stage goes through
-Run.move, which knows no other.
+A request's life is a table in lifecycle.py: every change of its stage goes
+through Run.move, which knows no other.
 
 Up to `depth` commands are in flight on an instance, so that the device never
 waits for Python. The scheduler plans ahead as if no stream ended early; a
@@ -21,11 +22,11 @@ next step waits on the device for the tokens of its previous one.
 """
 import bisect
 import collections
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from dsjax.scheduling import (
+  choices,
   flexible,
   lifecycle,
   lookahead,
@@ -54,13 +55,7 @@ from dsjax.scheduling.events import (
   Timer,
 )
 from dsjax.scheduling.live import LiveBatch, LiveInstance, LiveSeq, fields_of
-from dsjax.scheduling.policy import (
-  PrefillBudget,
-  Refuse,
-  RequestView,
-  View,
-  index_of,
-)
+from dsjax.scheduling.policy import Refuse, View
 from dsjax.scheduling.state import (
   RECENT,
   RUN_AHEAD,
@@ -166,8 +161,6 @@ class Run:
                  self.arrivals, tuple(self.waiting), tuple(arrived),
                  tuple(served))
 
-  # --- choices --------------------------------------------------------------
-
   @property
   def view(self) -> View:
     """What the policy sees."""
@@ -175,51 +168,6 @@ class Run:
       self._view = View(self.instances, self.seqs, self.now, self.recent,
                         self.config.link)
     return self._view
-
-  def ask(self, hook: str, *args: Any,
-          read: Callable[[Any], Any] | None = None) -> Any:
-    """What a hook of the policy answers, read as told."""
-    try:
-      answer = getattr(self.policy, hook)(self.view, *args)
-      return read(answer) if read else answer
-    except Exception as error:
-      raise self.policy.failed(hook, error) from error
-
-  def several(self, hook: str, most: int, *args: Any) -> list[Any]:
-    """What a hook answers one after another; no more than most + 1."""
-    return self.ask(hook, *args, read=lambda answer: list(
-        itertools.islice(answer, most + 1)))
-
-  def one_of(self, instances: Sequence[LiveInstance], hook: str, answer: Any
-             ) -> LiveInstance:
-    """The one of these instances whose index a hook answered."""
-    index = index_of(answer)
-    for inst in instances:
-      if inst.index == index:
-        return inst
-    raise self.policy.refuse(hook, answer, 'the index of one of instances '
-                             f'{[i.index for i in instances]}')
-
-  def decoder(self, seq: LiveSeq, avoid: int) -> LiveInstance:
-    """The instance where the policy has a request decode."""
-    return self.one_of(self.open_decoders, 'hand_off',
-                       self.ask('hand_off', RequestView(seq), avoid))
-
-  def in_order(self, inst: LiveInstance, queue: list[int]) -> list[int]:
-    """The ids of a queue in the policy's order; itself where that is its own:
-    by arrival, or, of finished prefills, by their end."""
-    if self.policy.order is None or len(queue) < 2:
-      return queue
-    answer = self.several('order', len(queue), self.view.instances[inst.index],
-                          tuple([RequestView(self.seqs[id]) for id in queue]))
-    try:
-      ids = [request.id for request in answer]
-    except AttributeError:
-      ids = []
-    if sorted(ids) != sorted(queue):
-      raise self.policy.refuse('order', answer, 'the requests that wait, each '
-                               f'once: {sorted(queue)}')
-    return ids
 
   def own(self, id: int) -> LiveSeq:
     """A request, to be changed."""
@@ -456,10 +404,7 @@ class Run:
            ) -> tuple[int, ...] | None:
     """Pages for a new resident holding `tokens` tokens; None: it must wait."""
     need = room(inst, inst.config, tokens)
-    if not need:
-      return None
-    if not self.ask('admit', self.view.instances[inst.index],
-                    RequestView(seq), need, read=bool):
+    if not need or not choices.admits(self, inst, seq, need):
       return None
     inst.pool, ids = page_pool.alloc(inst.pool, need)
     inst.value = None
@@ -470,33 +415,29 @@ class Run:
     """Puts a request into the queue of an instance that prefills."""
     if not self.placeable(seq, self.open_entries, self.entries):
       return
-    answer = None
-    if self.open_entries:
-      answer = self.ask('route', RequestView(seq))
-      if type(answer) is Refuse:
-        self.turn_away(seq, answer)
-        return
+    inst = choices.entry(self, seq) if self.open_entries else None
+    if type(inst) is Refuse:
+      self.turn_away(seq, inst.reason)
+      return
     if seq.stage != 'queued':
       self.move(seq, 'queued')
-    if not self.open_entries:
+    if inst is None:
       seq.instance = -1
       self.waiting.append(seq.id)
       return
-    inst = self.touch(self.one_of(self.open_entries, 'route', answer).index)
+    self.touch(inst.index)
     inst.backlog += seq.prompt_len
     # By arrival: a preempted request keeps its place.
     queue, seqs = inst.queue, self.seqs
     bisect.insort(queue, seq.id, key=lambda id: seqs[id].order)
     seq.instance = inst.index
 
-  def turn_away(self, seq: LiveSeq, answer: Refuse) -> None:
+  def turn_away(self, seq: LiveSeq, reason: str) -> None:
     """The policy refuses a request that arrives, or waits for a place."""
-    if type(answer.reason) is not str:
-      raise self.policy.refuse('route', answer, 'a Refuse with a text')
     if seq.stage != 'absent':
-      recovery.fail(self, seq, answer.reason, refused=True)
+      recovery.fail(self, seq, reason, refused=True)
       return
-    self.commands.append(Reject(seq.id, answer.reason, True))
+    self.commands.append(Reject(seq.id, reason, True))
     self.forget(seq)
 
   def offer(self, seq: LiveSeq, but: int = -1, to: int = -1) -> None:
@@ -514,7 +455,8 @@ class Run:
       self.waiting.append(seq.id)
       return
     wanted = to >= 0 and to in [i.index for i in self.open_decoders]
-    target = self.touch(to if wanted else self.decoder(seq, but).index)
+    target = self.touch(to if wanted
+                        else choices.decoder(self, seq, but).index)
     if target.index == seq.instance:
       seq.target = -1
       self.join(target, seq)
@@ -533,7 +475,7 @@ class Run:
   def pull(self, inst: LiveInstance) -> None:
     """Admits finished prefills, in order, while they fit."""
     while inst.pulls:
-      seq = self.seqs[self.in_order(inst, inst.pulls)[0]]
+      seq = self.seqs[choices.in_order(self, inst, inst.pulls)[0]]
       ids = self.take(inst, seq, min(seq.prompt_len + 1, seq.limit - 1))
       if ids is None:
         if not (self.instances[seq.instance].able.flips
@@ -618,11 +560,11 @@ class Run:
     # Before the policy is asked, as rows may be preempted for want of pages.
     if inst.able.mixes and not self.ready(inst, batch):
       return False
-    budget, whole, mixed = self.budget(inst, batch)
+    budget, whole, mixed = choices.budget(self, inst, batch)
     if not budget:
       return False
     rows = batch.freeze() if mixed else ()
-    waiting = self.in_order(inst, inst.queue)
+    waiting = choices.in_order(self, inst, inst.queue)
     chunks, last = [], []
     while len(chunks) < inst.config.prefill_seqs and budget > 0:
       seq = self.candidate(inst, waiting, budget, bool(chunks) and whole)
@@ -646,30 +588,9 @@ class Run:
     if mixed:
       self.advance(inst, inst.turn, 1 if rows else 0)
     for seq in last:
-      if self.stays(inst, seq):
+      if choices.stays(self, inst, seq):
         self.join(inst, seq, number)
     return True
-
-  def stays(self, inst: LiveInstance, seq: LiveSeq) -> bool:
-    """Whether a request decodes where it is prefilled."""
-    if not inst.able.flips or seq.prompt_len + 1 >= seq.limit:
-      return inst.able.decodes
-    return inst in self.open_decoders and self.decoder(seq, -1) is inst
-
-  def budget(self, inst: LiveInstance, batch: LiveBatch) -> PrefillBudget:
-    """The policy's PrefillBudget of the next step."""
-    answer = self.ask('batch', self.view.instances[inst.index])
-    most = inst.config.prefill_tokens
-    if type(answer) is PrefillBudget:
-      tokens, whole, rows = answer
-      if rows is True and inst.able.mixes:
-        most -= len(batch.rows)
-      if (0 <= index_of(tokens) <= most and type(whole) is bool
-          and (rows is False or rows is True and inst.able.mixes)):
-        return PrefillBudget(index_of(tokens), whole, rows)
-    raise self.policy.refuse('batch', answer, 'a PrefillBudget of 0 to '
-                             f'{most} tokens' + ('' if inst.able.mixes else
-                                                 ', without rows'))
 
   def candidate(self, inst: LiveInstance, waiting: list[int], budget: int,
                 whole: bool) -> LiveSeq | None:
@@ -792,13 +713,7 @@ class Run:
     began, so each of its preemptions leaves it fewer to emit, and a request
     preempted in its prefill gave way to a row that then emits one.
     """
-    residents = [id for b in inst.batches for id in b.rows] + inst.prefilling
-    victim = self.ask('victim', self.view.instances[inst.index],
-                      tuple([RequestView(self.seqs[id]) for id in residents]))
-    if getattr(victim, 'id', None) not in residents:
-      raise self.policy.refuse('victim', victim, 'one of the requests that it '
-                               f'was given, itself: {residents}')
-    seq = self.own(victim.id)
+    seq = self.own(choices.victim(self, inst))
     if seq.stage == 'decoding':
       batch = inst.home(seq.id)
       seq.prompt_len = batch.rows[seq.id][1] + batch.tick + 1

@@ -1,0 +1,156 @@
+"""Choices of a policy: its hooks are asked, and their answers are checked.
+
+Functions of a scheduler.Run. What a hook raises, and what the mechanism could
+not carry out, is a PolicyError that names the hook.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dsjax.config.placement import ROLES
+from dsjax.scheduling.live import LiveBatch, LiveInstance, LiveSeq
+from dsjax.scheduling.policy import (
+  Move,
+  PrefillBudget,
+  Refuse,
+  RequestView,
+  index_of,
+)
+
+if TYPE_CHECKING:
+  from dsjax.scheduling.scheduler import Run
+
+GIVEN = tuple(name for name, role in ROLES.items() if not role.flips)
+
+
+def ask(run: Run, hook: str, *args: Any,
+        read: Callable[[Any], Any] | None = None) -> Any:
+  """What a hook of the policy answers, read as told."""
+  try:
+    answer = getattr(run.policy, hook)(run.view, *args)
+    return read(answer) if read else answer
+  except Exception as error:
+    raise run.policy.failed(hook, error) from error
+
+
+def several(run: Run, hook: str, most: int, *args: Any) -> list[Any]:
+  """What a hook answers one after another; no more than most + 1."""
+  return ask(run, hook, *args, read=lambda answer: list(
+      itertools.islice(answer, most + 1)))
+
+
+def one_of(run: Run, instances: Sequence[LiveInstance], hook: str, answer: Any
+           ) -> LiveInstance:
+  """The one of these instances whose index a hook answered."""
+  index = index_of(answer)
+  for inst in instances:
+    if inst.index == index:
+      return inst
+  raise run.policy.refuse(hook, answer, 'the index of one of instances '
+                          f'{[i.index for i in instances]}')
+
+
+def entry(run: Run, seq: LiveSeq) -> LiveInstance | Refuse:
+  """The instance whose queue a request joins, or why it is not served."""
+  answer = ask(run, 'route', RequestView(seq))
+  if type(answer) is not Refuse:
+    return one_of(run, run.open_entries, 'route', answer)
+  if type(answer.reason) is not str:
+    raise run.policy.refuse('route', answer, 'a Refuse with a text')
+  return answer
+
+
+def in_order(run: Run, inst: LiveInstance, queue: list[int]) -> list[int]:
+  """The ids of a queue in the policy's order; itself where that is its own:
+  by arrival, or, of finished prefills, by their end."""
+  if run.policy.order is None or len(queue) < 2:
+    return queue
+  answer = several(run, 'order', len(queue), run.view.instances[inst.index],
+                   tuple([RequestView(run.seqs[id]) for id in queue]))
+  try:
+    ids = [request.id for request in answer]
+  except AttributeError:
+    ids = []
+  if sorted(ids) != sorted(queue):
+    raise run.policy.refuse('order', answer, 'the requests that wait, each '
+                            f'once: {sorted(queue)}')
+  return ids
+
+
+def budget(run: Run, inst: LiveInstance, batch: LiveBatch) -> PrefillBudget:
+  """The PrefillBudget of an instance's next step."""
+  answer = ask(run, 'batch', run.view.instances[inst.index])
+  most = inst.config.prefill_tokens
+  if type(answer) is PrefillBudget:
+    tokens, whole, rows = answer
+    if rows is True and inst.able.mixes:
+      most -= len(batch.rows)
+    if (0 <= index_of(tokens) <= most and type(whole) is bool
+        and (rows is False or rows is True and inst.able.mixes)):
+      return PrefillBudget(index_of(tokens), whole, rows)
+  raise run.policy.refuse('batch', answer, 'a PrefillBudget of 0 to '
+                          f'{most} tokens' + ('' if inst.able.mixes else
+                                              ', without rows'))
+
+
+def admits(run: Run, inst: LiveInstance, seq: LiveSeq, pages: int) -> bool:
+  """Whether a request may take so many free pages now."""
+  return ask(run, 'admit', run.view.instances[inst.index], RequestView(seq),
+             pages, read=bool)
+
+
+def decoder(run: Run, seq: LiveSeq, avoid: int) -> LiveInstance:
+  """The instance where a request decodes."""
+  return one_of(run, run.open_decoders, 'hand_off',
+                ask(run, 'hand_off', RequestView(seq), avoid))
+
+
+def stays(run: Run, inst: LiveInstance, seq: LiveSeq) -> bool:
+  """Whether a request decodes where it is prefilled."""
+  if not inst.able.flips or seq.prompt_len + 1 >= seq.limit:
+    return inst.able.decodes
+  return inst in run.open_decoders and decoder(run, seq, -1) is inst
+
+
+def victim(run: Run, inst: LiveInstance) -> int:
+  """The id of the resident that is preempted."""
+  residents = [id for b in inst.batches for id in b.rows] + inst.prefilling
+  answer = ask(run, 'victim', run.view.instances[inst.index],
+               tuple([RequestView(run.seqs[id]) for id in residents]))
+  if getattr(answer, 'id', None) not in residents:
+    raise run.policy.refuse('victim', answer, 'one of the requests that it '
+                            f'was given, itself: {residents}')
+  return answer.id
+
+
+def roles(run: Run) -> Mapping[int, str]:
+  """{index: role} of the instances whose role changes."""
+  answer = ask(run, 'resize')
+  try:
+    given = {index_of(index): role for index, role in dict(answer).items()}
+  except (TypeError, ValueError):
+    given = {-1: ''}
+  flexible = [i.index for i in run.instances if i.able.flips]
+  if not (given.keys() <= set(flexible)
+          and all([role in GIVEN for role in given.values()])):
+    raise run.policy.refuse('resize', answer, '{index: role}, indices of '
+                            f'{flexible}, roles of {GIVEN}')
+  return {index: role for index, role in given.items()
+          if run.instances[index].role != role}
+
+
+def row_and_target(run: Run, move: Any) -> tuple[LiveSeq, int]:
+  """The row of a Move, and the index of the instance that it goes to."""
+  id, target = move if type(move) is Move else (-1, -1)
+  seq, index = run.seqs.get(index_of(id)), index_of(target)
+  if (seq is None or seq.stage != 'decoding'
+      or not run.instances[seq.instance].able.flips
+      or index not in [i.index for i in run.open_decoders
+                       if i.index != seq.instance]):
+    raise run.policy.refuse(
+        'rebalance', move, 'a Move of a row of a flexible instance to '
+        f'another of instances {[i.index for i in run.open_decoders]}')
+  return run.own(seq.id), index
