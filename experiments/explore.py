@@ -37,7 +37,8 @@ from experiments.verify import schedules
 from experiments.verify.anything import anything
 from experiments.verify.worlds import Rules, Violation
 
-# Prompt tokens, most tokens, tokens until EOS (0: none).
+# Prompt tokens, most tokens, tokens until EOS (0: none), and where pages are
+# kept how many of them others begin with.
 STOPS, LONG, TINY, PIECES = (2, 4, 2), (3, 4, 0), (1, 2, 0), (5, 3, 0)
 
 
@@ -61,6 +62,9 @@ def small_worlds():
   two, three = (STOPS, LONG), (STOPS, LONG, TINY)
   grow, tight = ((1, 4, 0), (1, 4, 2)), {'num_pages': 5, 'page_size': 1}
   wide = {'num_pages': 10, 'page_size': 1, 'prefill_tokens': 3}
+  # The second prompt is the first one with its answer; the third begins alike.
+  turns = ((3, 3, 0, 5), (5, 2, 0, 5), (4, 2, 2, 3))
+  kept = {'prefix_cache': True, 'num_pages': 4, 'prefill_tokens': 5}
   return {
       '1P1D': _world('prefill decode', two, 4),
       '1P1D, 3 requests': _world('prefill decode', three, 3),
@@ -89,6 +93,16 @@ def small_worlds():
           'flexible flexible', (*grow, TINY), 2, policy=anything(7), **tight),
       '1P, 2 flexible': _world('prefill flexible flexible', two, 2,
                                policy=anything(4, waits=False)),
+      '1P1D, prefixes': _world('prefill decode', turns, 2, **kept),
+      '1P1D, prefixes, smaller pages': _world(
+          'prefill decode', turns, 2, page_size=1, **kept | {'num_pages': 7}),
+      '1P2D, prefixes': _world('prefill decode decode', turns[:2], 2, **kept),
+      '1 colocated, prefixes, preemption': _world(
+          'colocated', ((1, 4, 0, 3), (2, 4, 3, 3), (3, 1, 0, 2)), 2,
+          prefix_cache=True, **tight),
+      '1 chunked, prefixes': _world('chunked', turns, 2, **kept),
+      '2 flexible, prefixes': _world('flexible flexible', turns[:2], 2,
+                                     policy=anything(0), **kept),
   }
 
 
@@ -116,7 +130,12 @@ def large_world(seed):
   for _ in range(60):
     prompt, most = draw.randint(1, 14), draw.randint(1, 12)
     requests.append((prompt, most, draw.choice((0, 0, draw.randint(1, most)))))
-  return Rules(config, requests), draw.choice((10, 30, 100))
+  faults = draw.choice((10, 30, 100))
+  if draw.random() < 0.5:
+    config = dataclasses.replace(config, prefix_cache=True)
+    requests = [(prompt, most, eos, draw.randint(0, prompt + most))
+                for prompt, most, eos in requests]
+  return Rules(config, requests), faults
 
 
 # --- the command line ---------------------------------------------------------

@@ -10,13 +10,16 @@ class Arrived(NamedTuple):
   """A request: prompt tokens, most tokens to generate.
 
   more: another arrival of the same moment follows at once, so nothing starts
-  yet (or the first of a burst would be prefilled alone).
+  yet (or the first of a burst would be prefilled alone). blocks: with a prefix
+  cache, the hashes of its full blocks (blocks.py), of the output too where
+  that is known.
   """
   time_s: float
   id: int
   prompt_len: int
   max_tokens: int
   more: bool = False
+  blocks: tuple[int, ...] = ()
 
 
 class Cancelled(NamedTuple):
@@ -28,13 +31,15 @@ class Cancelled(NamedTuple):
 class PrefillDone(NamedTuple):
   """RunPrefill `number` of `instance` completed; `ended` met EOS or a stop.
 
-  stages_s: when each pipeline stage but the last had done its part.
+  stages_s: when each pipeline stage but the last had done its part. blocks:
+  as of DecodeDone.
   """
   time_s: float
   instance: int
   number: int
   ended: tuple[int, ...] = ()
   stages_s: tuple[float, ...] = ()
+  blocks: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
 class DecodeDone(NamedTuple):
@@ -43,7 +48,8 @@ class DecodeDone(NamedTuple):
   steps_s: completion time of each of its steps, all of them. ended: (id,
   step) pairs: the request met EOS or a stop with the token of that step
   (0-based). stages_s: when each pipeline stage but the last had done its
-  part of each step.
+  part of each step. blocks: with a prefix cache, (id, hashes) of requests that
+  end with it: their full blocks after those that are known.
   """
   time_s: float
   instance: int
@@ -51,6 +57,7 @@ class DecodeDone(NamedTuple):
   steps_s: tuple[float, ...] = ()
   ended: tuple[tuple[int, int], ...] = ()
   stages_s: tuple[float, ...] = ()
+  blocks: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
 class Migrated(NamedTuple):
@@ -111,12 +118,16 @@ class Tick(NamedTuple):
 
 
 class Chunk(NamedTuple):
-  """Prompt tokens [start, stop) of a request; `last`: sample its next token."""
+  """Prompt tokens [start, stop) of a request; `last`: sample its next token.
+
+  hit: tokens before start whose KV was kept of another request.
+  """
   id: int
   start: int
   stop: int
   pages: tuple[int, ...]
   last: bool
+  hit: int = 0
 
 
 class Row(NamedTuple):
@@ -155,7 +166,10 @@ class RunDecode(NamedTuple):
 
 
 class Migrate(NamedTuple):
-  """Copy the KV of `num_tokens` tokens from source pages to target pages."""
+  """Copy the KV of `num_tokens` tokens from source pages to target pages.
+
+  hit: tokens before these that the target has kept of another request.
+  """
   id: int
   epoch: int
   source: int
@@ -163,6 +177,7 @@ class Migrate(NamedTuple):
   target: int
   target_pages: tuple[int, ...]
   num_tokens: int
+  hit: int = 0
 
 
 class Preempt(NamedTuple):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dsjax.scheduling import page_pool
+from dsjax.scheduling import prefix_cache
 from dsjax.scheduling.events import RunDecode
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _covered(inst, turns):
   for batch in turns:
     for tick, ids in (batch.due or batch.sort()).items():
       due += [tick - batch.tick] * len(ids)
-  rounds, more = divmod(page_pool.num_free(inst.pool), len(due))
+  rounds, more = divmod(prefix_cache.num_free(inst.pool), len(due))
   return sorted(due)[more] + rounds * inst.config.page_size
 
 

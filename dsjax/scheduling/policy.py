@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from dsjax.config.checks import is_positive, require
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.latency import LinkLike
-from dsjax.scheduling import page_pool
+from dsjax.scheduling import prefix_cache
 from dsjax.scheduling.pace import Paced
 
 
@@ -224,7 +224,7 @@ class InstanceView:
 
   @property
   def free_pages(self) -> int:
-    return page_pool.num_free(self._instance.pool)
+    return prefix_cache.num_free(self._instance.pool)
 
   @property
   def num_waiting(self) -> int:

@@ -22,7 +22,7 @@ import collections
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from dsjax.scheduling import flexible, lifecycle, page_pool
+from dsjax.scheduling import flexible, lifecycle, prefix_cache
 from dsjax.scheduling.events import (
   Abort,
   Drain,
@@ -189,10 +189,10 @@ def _known(run, inst, told):
 
 def _empty(run, inst):
   """Forgets what an instance held; its commands count on."""
-  counted = isinstance(inst.pool, page_pool.Counted)
-  fresh = init(run.config, counted).instances[inst.index]
-  fresh = fresh._replace(number=inst.number, status=inst.status,
-                         role=inst.role)
+  fresh = init(run.config).instances[inst.index]
+  fresh = fresh._replace(
+      pool=prefix_cache.emptied(inst.pool), number=inst.number,
+      status=inst.status, role=inst.role)
   again = LiveInstance(run.config, inst.index, fresh)
   for field in (*fresh._fields, 'value'):
     setattr(inst, field, getattr(again, field))
@@ -229,7 +229,8 @@ def _source_lost(run, seq, known, reason):
 
 def _release_target(run, seq):
   inst = run.touch(seq.target)
-  inst.pool = page_pool.release(inst.pool, seq.target_pages)
+  inst.pool = prefix_cache.release(inst.pool, seq.target_pages,
+                                   run.hashes(inst, seq), 0)
   inst.residents -= 1
   seq.target, seq.target_pages = -1, ()
 

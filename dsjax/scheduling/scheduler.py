@@ -22,16 +22,19 @@ next step waits on the device for the tokens of its previous one.
 """
 import bisect
 import collections
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from dsjax.scheduling import (
+  blocks,
   choices,
   flexible,
   lifecycle,
   lookahead,
   pace,
   page_pool,
+  prefix_cache,
   recovery,
 )
 from dsjax.scheduling.events import (
@@ -204,7 +207,8 @@ class Run:
       seq = self.seqs[e.id] = LiveSeq(e.id, self.arrivals, e.prompt_len,
                                       e.prompt_len + e.max_tokens, 'absent', -1,
                                       arrival_s=e.time_s,
-                                      input_len=e.prompt_len)
+                                      input_len=e.prompt_len,
+                                      blocks=e.blocks)
       self.owned.add(e.id)
       self.recent[0].append((e.time_s, e.prompt_len))
       self.arrivals += 1
@@ -224,6 +228,8 @@ class Run:
     if inst is None:
       return
     for chunk in command.chunks:
+      if self.config.prefix_cache:
+        self.keep(inst, self.seqs[chunk.id], chunk.start, chunk.stop)
       if not chunk.last:
         continue
       seq = self.own(chunk.id)
@@ -257,8 +263,11 @@ class Run:
     seq.target, seq.target_pages = -1, ()
     if seq.stage == 'abandoned':
       self.drop(seq)
-    else:
-      self.join(self.touch(seq.instance), seq)
+      return
+    inst = self.touch(seq.instance)
+    if self.config.prefix_cache:
+      self.keep(inst, seq, 0, seq.prompt_len)
+    self.join(inst, seq)
 
   def handed(self, e: Migrated | MigrateFailed | Timer) -> LiveSeq | None:
     """The request whose hand-off this is about; None where it is over."""
@@ -291,6 +300,8 @@ class Run:
                             f'{command or "nothing"}')
     if ended:
       recovery.samples(e, command, ended)
+    if e.blocks:
+      self.learn(e, command)
     inst.fresh, inst.value = True, None
     inst.inflight.popleft()
     if inst.latency is not None and inst.config.pp == 1:
@@ -344,7 +355,9 @@ class Run:
       seq.target = -1  # of one that was leaving
       return  # in inst.ending already
     if was == 'decoding':
-      inst.home(seq.id).remove(seq.id)
+      batch = inst.home(seq.id)
+      seq.done = batch.rows[seq.id][1] + batch.tick
+      batch.remove(seq.id)
     elif seq.id in inst.prefilling:  # else its last chunk is in flight
       inst.prefilling.remove(seq.id)
     # Its pages are safe once all that is in flight is done.
@@ -397,19 +410,65 @@ class Run:
 
   def free(self, seq: LiveSeq) -> None:
     inst = self.touch(seq.instance)
-    inst.pool = page_pool.release(inst.pool, seq.pages)
+    inst.pool = prefix_cache.release(
+        inst.pool, seq.pages, self.hashes(inst, seq),
+        seq.done // inst.config.page_size)
     inst.residents -= 1
 
-  def take(self, inst: LiveInstance, seq: LiveSeq, tokens: int
-           ) -> tuple[int, ...] | None:
-    """Pages for a new resident holding `tokens` tokens; None: it must wait."""
-    need = room(inst, inst.config, tokens)
+  def take(self, inst: LiveInstance, seq: LiveSeq, tokens: int, unit: int
+           ) -> tuple[tuple[int, ...], int] | None:
+    """Pages for a new resident holding `tokens` tokens; None: it must wait.
+
+    Returns:
+      (pages, how many of its tokens are there already: a multiple of `unit`
+      tokens, and not the last one of its prompt).
+    """
+    hashes = self.hashes(inst, seq)[:(seq.prompt_len - 1) // unit
+                                    * unit // inst.config.page_size]
+    hits = prefix_cache.hits(inst.pool, hashes)
+    hit = len(hits) * inst.config.page_size // unit * unit
+    del hits[hit // inst.config.page_size:]
+    need = room(inst, inst.config, tokens, hits)
     if not need or not choices.admits(self, inst, seq, need):
       return None
-    inst.pool, ids = page_pool.alloc(inst.pool, need)
+    ids: tuple[int, ...] = ()
+    if hits:
+      inst.pool, ids = prefix_cache.hold(inst.pool, hashes[:len(hits)])
+    inst.pool, more = prefix_cache.alloc(inst.pool, need)
     inst.value = None
     inst.residents += 1
-    return ids
+    return ids + more, hit
+
+  def hashes(self, inst: LiveInstance, seq: Any) -> Sequence[int]:
+    """Of the pages of a request on an instance, those that are known."""
+    if not seq.blocks:
+      return ()
+    return blocks.of_pages(seq.blocks, inst.config.page_size,
+                           self.config.block_size)
+
+  def hit_tokens(self, inst: LiveInstance, seq: Any) -> int:
+    """Tokens of a prompt that an instance need not compute."""
+    size = inst.config.page_size
+    return size * len(prefix_cache.hits(
+        inst.pool, self.hashes(inst, seq)[:(seq.prompt_len - 1) // size]))
+
+  def keep(self, inst: LiveInstance, seq: Any, start: int, stop: int) -> None:
+    """Full pages of tokens [start, stop) are there: others may have them."""
+    size = inst.config.page_size
+    pages = slice(start // size, stop // size)
+    inst.pool = prefix_cache.keep(inst.pool, seq.pages[pages],
+                                  self.hashes(inst, seq)[pages])
+
+  def learn(self, e: PrefillDone | DecodeDone,
+            command: RunPrefill | RunDecode) -> None:
+    """What the requests that end with a command have generated."""
+    written = {row.id: row.base + command.tick + command.steps
+               for row in command.rows}
+    for id, more in e.blocks:
+      known = len(self.seqs[id].blocks) + len(more) if id in written else 0
+      if not 0 < known * self.config.block_size <= written.get(id, 0):
+        raise ImpossibleEvent(f'{e}: it does not fill these blocks of {id}')
+      self.own(id).blocks += more
 
   def enqueue(self, seq: LiveSeq) -> None:
     """Puts a request into the queue of an instance that prefills."""
@@ -476,10 +535,12 @@ class Run:
     """Admits finished prefills, in order, while they fit."""
     while inst.pulls:
       seq = self.seqs[choices.in_order(self, inst, inst.pulls)[0]]
-      ids = self.take(inst, seq, min(seq.prompt_len + 1, seq.limit - 1))
-      if ids is None:
-        if not (self.instances[seq.instance].able.flips
-                and self.is_stuck(inst)):
+      source = self.instances[seq.instance]
+      sizes = source.config.page_size, inst.config.page_size
+      taken = self.take(inst, seq, min(seq.prompt_len + 1, seq.limit - 1),
+                        math.lcm(*sizes))
+      if taken is None:
+        if not (source.able.flips and self.is_stuck(inst)):
           return
         inst.pulls.remove(seq.id)
         seq = self.own(seq.id)
@@ -489,16 +550,15 @@ class Run:
       inst.pulls.remove(seq.id)
       seq = self.own(seq.id)
       self.move(seq, 'migrating')
-      seq.target_pages = ids
+      seq.target_pages, hit = taken
       seq.epoch += 1
-      source, pages = self.instances[seq.instance], seq.pages
-      if source.able.flips:  # it may have room for tokens to come
-        pages = pages[:page_pool.pages_for(seq.prompt_len,
-                                           source.config.page_size)]
-      given = page_pool.pages_for(seq.prompt_len, inst.config.page_size)
+      # Either side may have room for tokens to come.
+      moved = [pages[hit // size:page_pool.pages_for(seq.prompt_len, size)]
+               for pages, size in zip((seq.pages, seq.target_pages), sizes,
+                                      strict=True)]
       self.commands.append(Migrate(
-          seq.id, seq.epoch, seq.instance, pages, inst.index, ids[:given],
-          seq.prompt_len))
+          seq.id, seq.epoch, seq.instance, moved[0], inst.index, moved[1],
+          seq.prompt_len - hit, hit))
 
   def is_stuck(self, inst: LiveInstance) -> bool:
     """Nothing here will free a page by itself: what is here waits to be
@@ -572,7 +632,10 @@ class Run:
         break
       start, stop = seq.done, min(seq.prompt_len, seq.done + budget)
       chunks.append(Chunk(seq.id, start, stop, seq.pages,
-                          stop == seq.prompt_len))
+                          stop == seq.prompt_len,
+                          start if seq.stage == 'queued' else 0))
+      if seq.stage == 'queued':
+        self.move(seq, 'prefilling')
       seq.done = stop
       inst.backlog -= stop - start
       budget -= stop - start
@@ -602,20 +665,22 @@ class Run:
     if not ids:
       return None
     seq = self.own(ids[0])
-    if whole and seq.prompt_len - seq.done > budget:
+    if whole and seq.prompt_len - seq.done > budget and (
+        seq.stage != 'queued' or seq.prompt_len - self.hit_tokens(inst, seq)
+        > budget):
       return None
     if seq.stage == 'queued':
       # Where it will decode too: room for its first tick.
-      pages = self.take(inst, seq, min(seq.prompt_len + inst.decodes,
-                                       seq.limit - 1))
-      if pages is None:
+      taken = self.take(inst, seq, min(seq.prompt_len + inst.decodes,
+                                       seq.limit - 1), inst.config.page_size)
+      if taken is None:
         return None
       del waiting[0]
       if waiting is not inst.queue:
         inst.queue.remove(seq.id)
       inst.prefilling.append(seq.id)
-      self.move(seq, 'prefilling')
-      seq.pages = pages
+      seq.pages, seq.done = taken
+      inst.backlog -= seq.done
     return seq
 
   def join(self, inst: LiveInstance, seq: LiveSeq, number: int = -1) -> None:
@@ -667,7 +732,9 @@ class Run:
       if batch.rows[id][1] + batch.tick >= self.seqs[id].limit - 1:
         batch.remove(id)
         inst.ending.append((inst.number - 1, id))
-        self.move(self.own(id), 'finishing')
+        seq = self.own(id)
+        seq.done = seq.limit - 1
+        self.move(seq, 'finishing')
 
   def cover(self, inst: LiveInstance, batch: LiveBatch) -> bool:
     """Gives the micro-batch's rows a page for their next tick.
@@ -678,7 +745,7 @@ class Run:
     short = batch.short()
     if not short:
       return True
-    while short and page_pool.num_free(inst.pool) < len(short):
+    while short and prefix_cache.num_free(inst.pool) < len(short):
       if inst.ending:
         return False
       self.preempt(inst)
@@ -691,7 +758,7 @@ class Run:
   def extend(self, inst: LiveInstance,
              rows: Sequence[tuple[LiveBatch, int]]) -> None:
     """Gives rows, (micro-batch, id), a page for each time they are named."""
-    inst.pool, ids = page_pool.alloc(inst.pool, len(rows))
+    inst.pool, ids = prefix_cache.alloc(inst.pool, len(rows))
     inst.value = None
     for (_, id), page in zip(rows, ids, strict=True):
       seq = self.seqs[id]

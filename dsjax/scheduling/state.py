@@ -4,12 +4,14 @@ The stages of a request are told in lifecycle.py.
 """
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.latency import Latency, LinkLike
 from dsjax.config.placement import FIRST_ROLE
-from dsjax.scheduling import lifecycle, page_pool
+from dsjax.scheduling import blocks, lifecycle, page_pool, prefix_cache
 from dsjax.scheduling.events import Row
 from dsjax.scheduling.policy import DISTSERVE, Policy
 
@@ -36,6 +38,7 @@ class Config:
     policy: every choice, see policy.py.
     latencies: of each instance, link: between two of them, for policies that
       predict; None: such a policy has nothing to go by.
+    prefix_cache: full pages stay for requests that begin alike.
   """
 
   instances: tuple[InstanceConfig, ...]
@@ -47,6 +50,12 @@ class Config:
   policy: Policy = DISTSERVE
   latencies: tuple[Latency, ...] | None = None
   link: LinkLike | None = None
+  prefix_cache: bool = False
+
+  @functools.cached_property
+  def block_size(self) -> int:
+    """Tokens of a block, whose hash an arrival tells."""
+    return blocks.size_for([c.page_size for c in self.instances])
 
 
 class ImpossibleEvent(ValueError):
@@ -60,7 +69,9 @@ class Seq(NamedTuple):
   emitted so far too); input_len those that arrived; limit is these plus
   max_tokens. stage: one of lifecycle.STAGES. instance, target: -1 while it
   waits for one. tries: faults that it has been recovered from. first_s: when
-  its first token was there, or None.
+  its first token was there, or None. done: tokens whose KV is there, or being
+  made; of a row those of when it became one. blocks: the hashes of its full
+  blocks that are known.
   """
 
   id: int
@@ -78,6 +89,7 @@ class Seq(NamedTuple):
   arrival_s: float = 0.0
   input_len: int = 0
   first_s: float | None = None
+  blocks: tuple[int, ...] = ()
 
 
 class Batch(NamedTuple):
@@ -102,7 +114,7 @@ class Instance(NamedTuple):
   of late over what Config.latencies predict, see pace.Paced.
   """
 
-  pool: page_pool.Pool | page_pool.Counted
+  pool: prefix_cache.Pages
   batches: tuple[Batch, ...]
   queue: tuple[int, ...] = ()
   prefilling: tuple[int, ...] = ()
@@ -144,9 +156,14 @@ def init(config: Config, counted: bool = False) -> State:
   """The state before the first event.
 
   Args:
-    counted: pages have no ids, see page_pool.Counted.
+    counted: for one who owns the state for long: pages have no ids, see
+      page_pool.Counted, or what is kept changes in place.
   """
-  pool = page_pool.counted if counted else page_pool.init
+  def pool(num_pages: int) -> prefix_cache.Pages:
+    if config.prefix_cache:
+      return prefix_cache.init(num_pages, counted)
+    return (page_pool.counted if counted else page_pool.init)(num_pages)
+
   return State({}, tuple(
       Instance(pool(c.num_pages), (Batch(),) * c.pp,
                role=FIRST_ROLE if c.flips else c.role)
@@ -182,18 +199,20 @@ def never_fits(config: Config, prompt_len: int, max_tokens: int
   return None
 
 
-def room(inst: Any, config: InstanceConfig, tokens: int) -> int:
+def room(inst: Any, config: InstanceConfig, tokens: int,
+         hits: Sequence[prefix_cache.Kept] = ()) -> int:
   """Pages for a new resident holding `tokens` tokens; 0: there is no room.
 
   Args:
     inst: an Instance, or a live one. config: its InstanceConfig.
     tokens: 1 or more.
+    hits: pages that are kept of these tokens, fewer than all; not counted.
   """
-  need = page_pool.pages_for(tokens, config.page_size)
-  if (inst.residents >= config.max_seqs
-      or page_pool.num_free(inst.pool) < need):
-    return 0
-  return need
+  need = page_pool.pages_for(tokens, config.page_size) - len(hits)
+  free = prefix_cache.num_free(inst.pool)
+  if hits:
+    free -= sum([not kept.owners for kept in hits])
+  return need if inst.residents < config.max_seqs and need <= free else 0
 
 
 def check(state: State) -> None:
@@ -227,7 +246,7 @@ def check(state: State) -> None:
     owned = [s.pages for s in state.seqs.values() if s.instance == index]
     owned += [s.target_pages for s in state.seqs.values()
               if s.target == index]
-    page_pool.check(inst.pool, owned)
+    prefix_cache.check(inst.pool, owned)
     holders = sum(1 for p in owned if p)
     assert inst.residents == holders, f'instance {index}: residents'
     waiting = (state.seqs[i] for i in inst.queue + inst.prefilling)

@@ -7,7 +7,9 @@ every answer of the scheduler. Nothing here chooses a move: schedules.py does.
 
 A page holds (request, block, tokens): the first `tokens` slots of its block
 of positions. That is what every slot holds, as nothing is written behind a
-slot that was not read first.
+slot that was not read first. Of a page of tokens with which several requests
+begin the request is ALIKE; where pages are kept for such requests, one of
+them holds what its hash says, and nobody writes there.
 
 The clock: events carry a time that may not be looked at (NO_CLOCK), so that
 no jump of a clock changes a decision. What a clock does decide, when a lease
@@ -18,7 +20,7 @@ numbers instead, see Rules.time_s.
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from dsjax.scheduling import page_pool, scheduler
+from dsjax.scheduling import page_pool, prefix_cache, scheduler
 from dsjax.scheduling.events import (
   Abort,
   Arrived,
@@ -74,6 +76,7 @@ class _NoClock:
 NO_CLOCK = _NoClock()
 HAND_OFF = (Migrated, MigrateFailed, Timer)
 DAMAGED = ('damaged', 0, 0)
+ALIKE = -1
 Move = tuple  # a name and its numbers, such as ('crash', instance, steps)
 Log = list[tuple[Any, tuple]]  # [(event, commands), ...]
 PROBED = 6  # requests that are told stale events at a time
@@ -111,7 +114,8 @@ class Rules:
 
   Args:
     config: a scheduler.Config.
-    requests: (prompt_len, max_tokens, tokens until EOS or 0) of each.
+    requests: (prompt_len, max_tokens, tokens until EOS or 0) of each, and
+      how many tokens, prompt and output, it begins with as others do.
 
   Attributes:
     time_s: of the next events. Only DistServe's own choices may not look at
@@ -124,7 +128,8 @@ class Rules:
 
   def __init__(self, config: scheduler.Config,
                requests: Iterable[Iterable[int]]) -> None:
-    self.config, self.requests = config, tuple(map(tuple, requests))
+    self.config = config
+    self.requests = tuple((*request, 0)[:4] for request in requests)
     self.hops, self.probed, self.probes = set(), set(), 0
     self.time_s = NO_CLOCK if config.policy is DISTSERVE else 0.0
 
@@ -135,6 +140,19 @@ class Rules:
                               for c in self.config.instances),
                  (None,) * len(self.requests), (0,) * len(self.requests), (),
                  faults, tuple(map(_mark, start.instances)))
+
+  def page_of(self, id: int, block: int, size: int) -> tuple[int, int]:
+    """(request, block) of what a request has on a page of `size` tokens."""
+    alike = (block + 1) * size <= self.requests[id][3]
+    return (ALIKE if alike else id), block
+
+  def blocks(self, id: int, start: int, stop: int) -> tuple[int, ...]:
+    """Hashes of the full blocks of tokens [start, stop) of a request."""
+    if not self.config.prefix_cache:
+      return ()
+    size = self.config.block_size
+    return tuple([_hash(*self.page_of(id, block, size))
+                  for block in range(start // size, stop // size)])
 
   def moves(self, w: World) -> list[tuple[Move, int]]:
     """(move, faults that it costs) of everything that may happen next."""
@@ -209,13 +227,30 @@ class Rules:
       seq = now.seqs.get(c.id)
       need(seq and (seq.epoch, seq.instance, seq.target) == (
           c.epoch, c.source, c.target)
-           and seq.pages[:len(c.source_pages)] == c.source_pages
-           and seq.target_pages[:len(c.target_pages)] == c.target_pages,
+           and all([pages[first:first + len(moved)] == moved
+                    for pages, moved, first in (
+                        (seq.pages, c.source_pages, self.skipped(c, c.source)),
+                        (seq.target_pages, c.target_pages,
+                         self.skipped(c, c.target)))]),
            'pages of {} are not of {} while it runs', c, seq)
     for i, inst in enumerate(now.instances):
       self._in_flight(now, i, inst)
+      self._kept(w, i)
     self._moving(now)
     self._probe(w)
+
+  def skipped(self, c: Migrate, i: int) -> int:
+    """Pages of an instance that a copy leaves out."""
+    return c.hit // self.config.instances[i].page_size
+
+  def _kept(self, w, i):
+    """Each page that is kept is full, with the tokens of its hash."""
+    size = self.config.instances[i].page_size
+    for hash, page in _kept_pages(w.state.instances[i]):
+      got = w.kv[i][page]
+      last = got and (got[1] + 1) * size // self.config.block_size - 1
+      need(got and got[2] == size and hash == _hash(got[0], last),
+           'instance {}: {} is kept as {}', i, got, hash)
 
   def _in_flight(self, now, i, inst):
     """Commands in flight touch pages of their requests only, and ask for no
@@ -238,6 +273,7 @@ class Rules:
         parts = command.chunks + rows
         tokens = sum([p.stop - p.start for p in command.chunks]) + len(rows)
         need(command.chunks and c.prefills
+             and all([p.start < p.stop for p in command.chunks])
              and len(command.chunks) <= c.prefill_seqs
              and tokens <= c.prefill_tokens
              and (c.mixes or not rows),
@@ -279,7 +315,8 @@ class Rules:
     need('' not in w.fates, 'never ended: {}', w.fates)
     need(scheduler.idle(w.state), 'not idle')
     for c, inst in zip(self.config.instances, w.state.instances, strict=True):
-      need(inst.pool == page_pool.init(c.num_pages), 'pages leaked')
+      need(prefix_cache.num_free(inst.pool) == c.num_pages, 'pages leaked')
+      prefix_cache.check(inst.pool, ())
       need(not (inst.ending or inst.residents or inst.backlog),
            'not empty: {}', inst)
 
@@ -394,7 +431,7 @@ class _Move:
     for id in self.stopped:
       need(self.fates[id], 'request {} goes on after its end', id)
     for i, inst in enumerate(after.instances):
-      freed = inst.pool.free & ~before.instances[i].pool.free
+      freed = _free(inst) & ~_free(before.instances[i])
       if freed:
         kv = self.pages_of(i)
         for p in range(len(kv)):
@@ -408,7 +445,7 @@ class _Move:
   def end(self, c, after):
     """A request ends: once, with all its tokens, for a reason that is so."""
     need(self.fates[c.id] == '', '{}: ended {} before', c, self.fates[c.id])
-    _, most, eos = self.rules.requests[c.id]
+    _, most, eos, _ = self.rules.requests[c.id]
     self.fates[c.id] = reason = (
         c.reason if isinstance(c, Finish) else type(c).__name__)
     if reason in ('stop', 'length'):
@@ -440,9 +477,9 @@ class _Move:
     self.pulled(c, after)
     for i, pages in ((c.source, c.source_pages), (c.target, c.target_pages)):
       size = self.rules.config.instances[i].page_size
-      need(len(pages) == page_pool.pages_for(c.num_tokens, size),
+      need(pages and len(pages) == page_pool.pages_for(c.num_tokens, size),
            '{}: {} pages', c, len(pages))
-    self.read(c.source, c.id, c.source_pages, c.num_tokens)
+    self.read(c.source, c.id, c.source_pages, c.hit + c.num_tokens, c.hit)
     self.copies.append((c, False))
 
   def aborted(self, c, after):
@@ -453,11 +490,13 @@ class _Move:
     """First come, first served: no request of a prefill queue is passed."""
     if self.rules.config.policy.order:
       return
-    queue = after.instances[c.instance].queue
+    before = self.w.state.instances[c.instance].queue
+    # Not of those that came since, perhaps after the command was issued.
+    queue = [id for id in after.instances[c.instance].queue if id in before]
     if queue:
       first = after.seqs[queue[0]].order
       for chunk in c.chunks:
-        need(chunk.start or after.seqs[chunk.id].order < first,
+        need(chunk.start > chunk.hit or after.seqs[chunk.id].order < first,
              '{}: passes request {} by', c, queue[0])
 
   def pulled(self, c, after):
@@ -479,25 +518,37 @@ class _Move:
       self.kv[i] = list(self.kv[i])
     return self.kv[i]
 
-  def read(self, i, id, ids, stop):
+  def read(self, i, id, ids, stop, start=0):
+    """Tokens [start, stop) are read; `ids` begin with the page of start."""
     kv, size = self.kv[i], self.rules.config.instances[i].page_size
-    count = page_pool.pages_for(stop, size)
-    need(count <= len(ids), 'request {}: no page for {} in {}', id, stop, ids)
-    for k in range(count):
-      got, want = kv[ids[k]], min(size, stop - k * size)
-      need(got and got[:2] == (id, k) and got[2] >= want,
-           'instance {}: read {} for {} tokens of {}', i, got, want, (id, k))
+    for k, page in self.places(id, ids, start, stop, size):
+      got, want = kv[page], min(size, stop - k * size)
+      name = self.rules.page_of(id, k, size)
+      need(got and got[:2] == name and got[2] >= want,
+           'instance {}: read {} for {} tokens of {}', i, got, want, name)
 
-  def write(self, i, id, ids, start, stop):
+  def write(self, i, id, ids, start, stop, skipped=0):
+    """Tokens [start, stop) are written; `ids` begin with the page of
+    `skipped`."""
     kv, size = self.pages_of(i), self.rules.config.instances[i].page_size
-    count = page_pool.pages_for(stop, size)
-    need(count <= len(ids), 'request {}: no page for {} in {}', id, stop, ids)
-    for k in range(start // size, count):
-      kv[ids[k]] = (id, k, min(size, stop - k * size))
+    kept = {page for _, page in _kept_pages(self.w.state.instances[i])}
+    for k, page in self.places(id, ids, skipped, stop, size):
+      if k >= start // size:
+        need(page not in kept, 'instance {}: page {}, which is kept, is '
+             'written for {}', i, page, id)
+        kv[page] = (*self.rules.page_of(id, k, size),
+                    min(size, stop - k * size))
+
+  def places(self, id, ids, start, stop, size):
+    """(block, page) of tokens [start, stop) of a request."""
+    first, after = start // size, page_pool.pages_for(stop, size)
+    need(after - first <= len(ids), 'request {}: no page for {} in {}', id,
+         stop, ids)
+    return zip(range(first, after), ids, strict=False)
 
   def tell(self, id, position):
     """A token is told; True where the stream ends with it."""
-    prompt, _, eos = self.rules.requests[id]
+    prompt, _, eos, _ = self.rules.requests[id]
     out = self.out[id]
     if self.fates[id] != '' or eos and out >= eos:
       return False
@@ -524,8 +575,9 @@ class _Move:
 
   def arrive(self, id, more=False):
     self.fates[id] = ''
-    self.events.append(Arrived(self.time_s, id,
-                               *self.rules.requests[id][:2], more))
+    prompt_len, limit = self.rules.requests[id][:2]
+    self.events.append(Arrived(self.time_s, id, prompt_len, limit, more,
+                               self.rules.blocks(id, 0, prompt_len)))
 
   def burst(self, first, second):
     """Two arrive at once."""
@@ -535,9 +587,10 @@ class _Move:
   def run(self, i):
     c = self.w.state.instances[i].inflight[0][0]
     if isinstance(c, RunDecode):
+      ended = self.rows(i, c, c.steps)
       self.events.append(DecodeDone(
-          self.time_s, i, c.number, (self.time_s,) * c.steps,
-          self.rows(i, c, c.steps)))
+          self.time_s, i, c.number, (self.time_s,) * c.steps, ended,
+          blocks=self.generated(c)))
       return
     ended = []
     for chunk in c.chunks:
@@ -549,7 +602,18 @@ class _Move:
       if chunk.last and self.tell(chunk.id, chunk.stop):
         ended.append(chunk.id)
     ended += [id for id, _ in self.rows(i, c, 1)]
-    self.events.append(PrefillDone(self.time_s, i, c.number, tuple(ended)))
+    self.events.append(PrefillDone(self.time_s, i, c.number, tuple(ended),
+                                   blocks=self.generated(c)))
+
+  def generated(self, c):
+    """(id, blocks) of what the rows that end with a command generated."""
+    blocks = []
+    for row in c.rows:
+      prompt, most, eos, _ = self.rules.requests[row.id]
+      more = self.rules.blocks(row.id, prompt, prompt + self.out[row.id] - 1)
+      if more and self.out[row.id] == (eos or most) != self.w.out[row.id]:
+        blocks.append((row.id, more))
+    return tuple(blocks)
 
   def crash(self, i, steps, back=True):
     flying = self.w.state.instances[i].inflight
@@ -581,8 +645,9 @@ class _Move:
 
   def copied(self, id):
     c, _ = self.copies.pop(self.copy(id))
-    self.read(c.source, id, c.source_pages, c.num_tokens)
-    self.write(c.target, id, c.target_pages, 0, c.num_tokens)
+    stop = c.hit + c.num_tokens
+    self.read(c.source, id, c.source_pages, stop, c.hit)
+    self.write(c.target, id, c.target_pages, c.hit, stop, c.hit)
     self.events.append(Migrated(self.time_s, id, c.epoch))
 
   def failed(self, id):
@@ -612,13 +677,39 @@ _DOUBTS = {Migrate: _Move.started, Abort: _Move.aborted,
            Fail: _Move.end, Reject: _Move.end}
 
 
+def _hash(id, block):
+  """Of a block, and all before it."""
+  return 1 + 1000 * block + (0 if id == ALIKE else id + 1)
+
+
+def _free(inst):
+  """The bits of the pages that nobody owns, and that are not kept."""
+  return getattr(inst.pool, 'pool', inst.pool).free
+
+
+def _kept_pages(inst):
+  """[(hash, page)] of what is kept."""
+  if type(inst.pool) is not prefix_cache.Cache:
+    return []
+  return [(hash, entry.page) for hash, entry in inst.pool.kept.items()]
+
+
+def _kept_mark(inst):
+  """A hash of what is kept; of stamps only their order counts."""
+  if type(inst.pool) is not prefix_cache.Cache:
+    return 0
+  return hash((tuple([hash for _, hash in sorted(inst.pool.idle.items())]),
+               tuple(sorted([(hash, *entry[:2]) for hash, entry
+                             in inst.pool.kept.items()]))))
+
+
 def _mark(inst):
   """A hash of an instance, see Rules.key."""
   ticks = [b.tick for b in inst.batches]
   number = inst.number
   return hash((
-      inst.pool.free, inst.queue, inst.prefilling, inst.pulls, inst.turn,
-      inst.status, inst.role,
+      _free(inst), _kept_mark(inst), inst.queue, inst.prefilling, inst.pulls,
+      inst.turn, inst.status, inst.role,
       tuple([(number - n, id) for n, id in inst.ending]),
       tuple([tuple([(r[0], r[1] + b.tick, r[2] - b.tick, r[3])
                     for r in b.rows]) for b in inst.batches]),

@@ -8,7 +8,13 @@ import textwrap
 import pytest
 from rich.console import Console
 
-from dsjax.scheduling import flexible, lifecycle, recovery, scheduler
+from dsjax.scheduling import (
+  flexible,
+  lifecycle,
+  prefix_cache,
+  recovery,
+  scheduler,
+)
 from dsjax.scheduling.events import Arrived
 from experiments import explore
 from experiments.common import cli
@@ -24,7 +30,10 @@ LEAST = {
     '2 colocated': 244, '1 chunked, preemption': 13,
     '1 chunked, preemption of pieces': 42, '2 chunked': 38,
     '2 chunked, pp = 2': 37, '2 flexible': 300,
-    '2 flexible, preemption': 380, '1P, 2 flexible': 34}
+    '2 flexible, preemption': 380, '1P, 2 flexible': 34,
+    '1P1D, prefixes': 25, '1P1D, prefixes, smaller pages': 26,
+    '1P2D, prefixes': 23, '1 colocated, prefixes, preemption': 6,
+    '1 chunked, prefixes': 2, '2 flexible, prefixes': 25}
 RUN = scheduler.Run
 MUTATIONS = {
     'the source is freed early': (
@@ -41,8 +50,8 @@ MUTATIONS = {
     'a preempted row loses a token': (
         RUN, 'preempt', 'batch.tick + 1', 'batch.tick'),
     'a request ends before its last token': (
-        RUN, 'advance', "self.move(self.own(id), 'finishing')",
-        "self.move(self.own(id), 'finishing'); "
+        RUN, 'advance', "self.move(seq, 'finishing')",
+        "self.move(seq, 'finishing'); "
         "self.commands.append(base.Finish(id, 'length'))"),
     'the latest is first': (
         RUN, 'enqueue',
@@ -89,12 +98,35 @@ MUTATIONS = {
     'a hand-off of a request that stays': (
         RUN, 'offer', 'target.index == seq.instance', 'False'),
     'another request is handed off': (
-        RUN, 'pull', 'self.instances[seq.instance], seq.pages',
-        'self.instances[seq.instance], next(iter(self.seqs.values())).pages'),
+        RUN, 'pull', '(seq.pages, seq.target_pages)',
+        '(next(iter(self.seqs.values())).pages, seq.target_pages)'),
     'a full target drops the request': (
-        RUN, 'pull', 'ids is None:', 'ids is None:\n      self.drop(seq)'),
+        RUN, 'pull', 'taken is None:', 'taken is None:\n      self.drop(seq)'),
     'a failure keeps the pages': (
         recovery, 'fail', 'run.drop(seq)', 'run.forget(seq)'),
+    'a page is evicted while it is read': (
+        prefix_cache, 'hold', 'if not owners:', 'if False:'),
+    'an owner too few': (
+        prefix_cache, 'release', 'entry.owners - 1', '0'),
+    'a page that is not full is kept': (
+        RUN, 'keep', 'stop // size', '-(-stop // size)'),
+    'a page is kept before it is written': (
+        RUN, 'prefill', 'seq.done = stop',
+        'seq.done = stop; self.keep(inst, seq, start, stop)'),
+    'a page whose writer failed is kept': (
+        recovery, '_release_target', ', 0)', ', 9)'),
+    'what is kept is computed again': (
+        RUN, 'take', 'ids + more, hit', 'ids + more, 0'),
+    'the whole of a prompt is a hit': (
+        RUN, 'take', 'seq.prompt_len - 1', 'seq.prompt_len'),
+    'a hit that the source has no page for': (
+        RUN, 'pull', 'math.lcm(*sizes)', 'sizes[1]'),
+    'other pages than those that are missing': (
+        RUN, 'pull', 'pages[hit // size:', 'pages[0:'),
+    'an answer is kept as another': (
+        RUN, 'learn', 'blocks += more', 'blocks += more[1:]'),
+    'what a lost instance kept is remembered': (
+        recovery, '_empty', 'prefix_cache.emptied(inst.pool)', 'inst.pool'),
 }
 # What no client would notice; random worlds are wide enough to show it.
 UNNOTICED = {
@@ -116,7 +148,9 @@ UNNOTICED = {
     'a micro-batch is passed by': (
         RUN, 'advance', 'inst.turn = (g + 1) % len(inst.batches)',
         'inst.turn = g'),
-    'a copy to a page too many': (RUN, 'pull', 'ids[:given]', 'ids'),
+    'a copy to a page too many': (
+        RUN, 'pull', 'pages_for(seq.prompt_len, size)',
+        'pages_for(seq.prompt_len + 1, size)'),
     'a stop is told as a length': (RUN, 'ended', "'stop'", "'length'"),
     'a stop at the first token is told as a length': (
         RUN, 'prefill_done', "'stop' if chunk.id in e.ended else 'length'",

@@ -1,0 +1,211 @@
+"""Pages that stay when the requests that filled them are gone.
+
+The tokens of a full page, and all before them, are known by one number: its
+hash (blocks.py). A `Cache` is a pool that remembers, of some pages, the hash;
+a request whose prompt begins with the same tokens takes such a page instead of
+computing it. A kept page has as many owners as requests hold it. Without an
+owner it is idle: free for whoever needs room, the one that was used longest
+ago first, and of one request its last page before the first.
+
+Nothing writes to a kept page: it is full, and the page that a request writes
+is never one that it took from here. A page is kept from the moment on that
+what wrote it is done, so no request can take one whose writer may fail yet.
+
+The functions take every kind of pool; one that is no Cache keeps nothing.
+"""
+
+import collections
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Self
+
+from rpds import HashTrieMap
+
+from dsjax.scheduling import page_pool
+from dsjax.scheduling.page_pool import Counted, Pool
+
+
+class Kept(NamedTuple):
+  """A page that is kept. stamp: its place among the idle ones; -1: it has
+  owners."""
+
+  page: int
+  owners: int
+  stamp: int
+
+
+class Table(dict[int, Any]):
+  """A HashTrieMap that changes in place, for one who owns the state."""
+
+  def insert(self, key: int, value: Any) -> Self:
+    self[key] = value
+    return self
+
+  def remove(self, key: int) -> Self:
+    del self[key]
+    return self
+
+
+class Cache(NamedTuple):
+  """A pool, and what is kept.
+
+  pool: its free pages are neither owned nor kept. kept: by hash. idle: stamp
+  -> hash of those without an owner. oldest: no stamp is below. next: the next
+  stamp.
+  """
+
+  pool: Pool
+  kept: Any
+  idle: Any
+  oldest: int = 0
+  next: int = 0
+
+  @property
+  def num_pages(self) -> int:
+    return self.pool.num_pages
+
+
+Pages = Pool | Counted | Cache
+
+
+def init(num_pages: int, in_place: bool = False) -> Cache:
+  """A pool with every page free, and nothing kept.
+
+  in_place: what is kept changes in place; for one who owns the state.
+  """
+  table = Table if in_place else HashTrieMap
+  return Cache(page_pool.init(num_pages), table(), table())
+
+
+def emptied(pages: Pages) -> Pages:
+  """A pool of the same kind and size with every page free."""
+  if type(pages) is Cache:
+    return init(pages.num_pages, type(pages.kept) is Table)
+  make = page_pool.counted if type(pages) is Counted else page_pool.init
+  return make(pages.num_pages)
+
+
+def num_free(pages: Pages) -> int:
+  """How many pages can be had."""
+  if type(pages) is Cache:
+    return page_pool.num_free(pages.pool) + len(pages.idle)
+  return page_pool.num_free(pages)
+
+
+def alloc(pages: Pages, count: int) -> tuple[Pages, tuple[int, ...]]:
+  """Takes `count` pages, idle ones only where no other is free.
+
+  Raises:
+    ValueError: fewer can be had.
+  """
+  if type(pages) is not Cache:
+    return page_pool.alloc(pages, count)
+  lacks = count - page_pool.num_free(pages.pool)
+  if 0 < lacks <= len(pages.idle):
+    pages = _evict(pages, lacks)
+  pool, ids = page_pool.alloc(pages.pool, count)
+  return pages._replace(pool=pool), ids
+
+
+def _evict(cache, count):
+  """Forgets the `count` idle pages that were used longest ago."""
+  pool, kept, idle, stamp, _ = cache
+  evicted = []
+  while len(evicted) < count:
+    hash = idle.get(stamp)
+    if hash is not None:
+      evicted.append(kept[hash].page)
+      kept, idle = kept.remove(hash), idle.remove(stamp)
+    stamp += 1
+  return cache._replace(pool=page_pool.release(pool, evicted), kept=kept,
+                        idle=idle, oldest=stamp)
+
+
+def hits(pages: Pages, hashes: Iterable[int]) -> list[Kept]:
+  """What is kept of a prompt: the first pages, those of these hashes."""
+  if type(pages) is not Cache:
+    return []
+  entries = map(pages.kept.get, hashes)
+  return list(itertools.takewhile(lambda entry: entry is not None, entries))
+
+
+def hold(cache: Cache, hashes: Sequence[int]) -> tuple[Cache, tuple[int, ...]]:
+  """Another owner for the kept pages of these hashes: (cache, pages)."""
+  kept, idle, ids = cache.kept, cache.idle, []
+  for hash in hashes:
+    page, owners, stamp = kept[hash]
+    if not owners:
+      idle = idle.remove(stamp)
+    kept = kept.insert(hash, Kept(page, owners + 1, -1))
+    ids.append(page)
+  return cache._replace(kept=kept, idle=idle), tuple(ids)
+
+
+def keep(pages: Pages, ids: Iterable[int], hashes: Iterable[int]) -> Pages:
+  """Remembers pages, of one owner, that are full and will not change. Where
+  another page with the same tokens is kept already, that one stays."""
+  if type(pages) is not Cache:
+    return pages
+  kept = pages.kept
+  for page, hash in zip(ids, hashes, strict=False):
+    if kept.get(hash) is None:
+      kept = kept.insert(hash, Kept(page, 1, -1))
+  return pages._replace(kept=kept)
+
+
+def release(pages: Pages, ids: Sequence[int], hashes: Sequence[int],
+            full: int) -> Pages:
+  """An owner gives pages back; those that are kept stay.
+
+  hashes: of the first pages. full: how many of these are whole: what is not
+  kept of them yet is kept now.
+
+  Raises:
+    ValueError: a page is out of range, free already or named twice.
+  """
+  if type(pages) is not Cache:
+    return page_pool.release(pages, ids)
+  pool, kept, idle, oldest, stamp = pages
+  private = []
+  for place in range(len(ids) - 1, -1, -1):
+    page = ids[place]
+    hash = hashes[place] if place < len(hashes) else None
+    if hash is None:
+      private.append(page)
+      continue
+    entry = kept.get(hash)
+    if (entry.page != page if entry else place >= full):
+      private.append(page)
+      continue
+    owners = entry.owners - 1 if entry else 0
+    if owners:
+      kept = kept.insert(hash, Kept(page, owners, -1))
+      continue
+    kept = kept.insert(hash, Kept(page, 0, stamp))
+    idle = idle.insert(stamp, hash)
+    stamp += 1
+  return Cache(page_pool.release(pool, private), kept, idle, oldest, stamp)
+
+
+def check(pages: Pages, owned: Iterable[Sequence[int]]) -> None:
+  """Raises AssertionError unless every page is in one place: free, in one of
+  `owned`, or kept, with as many owners as have it in `owned`."""
+  if type(pages) is not Cache:
+    page_pool.check(pages, owned)
+    return
+  owners = collections.Counter(itertools.chain.from_iterable(owned))
+  idle = {}
+  for hash, (page, count, stamp) in pages.kept.items():
+    if owners.pop(page, 0) != count:
+      raise AssertionError(f'page {page} is kept, not by {count} owners')
+    if (stamp < 0) != bool(count):
+      raise AssertionError(f'page {page} of {count} owners, stamp {stamp}')
+    if not count:
+      idle[stamp] = hash
+  if idle != dict(pages.idle.items()):
+    raise AssertionError('the order of idle pages is another')
+  if idle and not pages.oldest <= min(idle) <= max(idle) < pages.next:
+    raise AssertionError('stamps of idle pages beyond their bounds')
+  everywhere = [(page,) for page, count in owners.items() for _ in range(count)]
+  everywhere += [(entry.page,) for entry in pages.kept.values()]
+  page_pool.check(pages.pool, everywhere)
