@@ -40,7 +40,7 @@ from dsjax import workload
 from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement
-from dsjax.scheduling import event_log, page_pool, scheduler
+from dsjax.scheduling import event_log, prefix_cache, scheduler
 from experiments.common import cli, machine, terminal
 from experiments.common import overrides as configs
 from experiments.verify import soak_report
@@ -248,7 +248,7 @@ class Soak:
   def leaked(self):
     """Pages and slots that have not come back."""
     scheduler.check(self.server.state)
-    return sum(inst.pool.num_pages - page_pool.num_free(inst.pool)
+    return sum(inst.pool.num_pages - prefix_cache.num_free(inst.pool)
                for inst in self.server.state.instances) + sum(
                    engine.config.max_seqs - len(engine.spare)
                    for engine in self.server.engines)

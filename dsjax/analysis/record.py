@@ -17,6 +17,8 @@ class Record:
   time of the event that ended it; status is then its Finish's reason.
   preemptions: times its pages were taken for want of pages. retries: times it
   was taken up again after a fault (a lost instance, a failed hand-off).
+  cached_tokens: of the prompt, not computed as their KV was kept (after a
+  preemption those of then count too). migrated_tokens: whose KV was moved.
   """
 
   id: int
@@ -31,6 +33,7 @@ class Record:
   status: str = 'running'
   reason: str = ''
   preemptions: int = 0
+  cached_tokens: int = 0
   migrated_tokens: int = 0
   instances: tuple[int, ...] = ()
   retries: int = 0

@@ -222,6 +222,7 @@ class Recorder:
       self._use(life, command.instance)
       if life.stage != 'prefill':
         self._enter(life, 'prefill', now_s)
+      life.record.cached_tokens += chunk.hit
       if chunk.last:
         lasts.append(life)
     chain = self._rows(command, now_s, 1) if command.rows else None

@@ -102,6 +102,8 @@ class EngineConfig:
       every token and kv head); None for dtype. decode_kv_dtype: the same for
       the decode role; None for kv_dtype.
     checksum: compare a checksum of the KV on both sides of every migration.
+    prefix_cache: full pages stay until their room is needed, for requests
+      that begin with the same tokens.
     attention: implementation of attention and of what reads and writes
       pages: 'xla', 'pallas' (GPU kernels), 'pallas_interpret' (the same
       kernels interpreted on CPU, slowly) or 'mosaic' (attention in kernels
@@ -131,6 +133,7 @@ class EngineConfig:
   kv_dtype: str | None = None
   decode_kv_dtype: str | None = None
   checksum: bool = False
+  prefix_cache: bool = False
   attention: str | None = None
   decode_page_size: int | None = None
   tries: int = 3
@@ -164,6 +167,10 @@ class EngineConfig:
                                'mosaic'), 'EngineConfig.attention',
             self.attention, "None, 'xla', 'pallas', 'pallas_interpret' or "
             "'mosaic'")
+    for field in ('checksum', 'prefix_cache'):
+      value = getattr(self, field)
+      require(isinstance(value, bool), f'EngineConfig.{field}', value,
+              'True or False')
     self._check_faults()
 
   def _check_faults(self):

@@ -109,10 +109,14 @@ class Request:
   """One request of a workload: prompt token ids, when it arrives, how it ends.
 
   A workload made from lengths alone has ids without meaning and ignore_eos.
-  A simulation reads only len(prompt).
+  A simulation reads only len(prompt) and blocks: hashes of full blocks of
+  block_tokens tokens, of prompt and output, equal where all tokens until there
+  are. A server hashes the prompt itself.
   """
 
   id: int
   arrival_s: float
   prompt: Sequence[int]
   sampling: Sampling = Sampling()
+  blocks: tuple[int, ...] = ()
+  block_tokens: int = 0

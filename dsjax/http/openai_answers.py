@@ -22,15 +22,21 @@ class ResponseBuilder:
         'id': ('chatcmpl-' if body.chat else 'cmpl-') + id,
         'object': body.kind, 'created': created, 'model': body.model}
     self.prompt_tokens, self.output_tokens = sum(prompt_lens), 0
+    self.cached_tokens = 0
     self._told: set[int] = set()  # choices whose role is out
     self._offsets: dict[int, _Offsets] = {}  # by choice
 
   def usage(self) -> dict[str, Any]:
-    """Tokens read and written; this server shares no prompts (cached: 0)."""
+    """Tokens read and written; cached: whose KV was kept, known at the end."""
     return {'prompt_tokens': self.prompt_tokens,
             'completion_tokens': self.output_tokens,
             'total_tokens': self.prompt_tokens + self.output_tokens,
-            'prompt_tokens_details': {'cached_tokens': 0}}
+            'prompt_tokens_details': {'cached_tokens': self.cached_tokens}}
+
+  def _count(self, update: Update) -> None:
+    self.output_tokens += len(update.tokens)
+    if update.record:
+      self.cached_tokens += update.record.cached_tokens
 
   def chunks(self, index: int, update: Update) -> list[dict[str, Any]]:
     """The chunks of a stream for one update.
@@ -38,7 +44,7 @@ class ResponseBuilder:
     Those of a chat tell the role first, and at the end, in an empty delta, why
     it ended.
     """
-    self.output_tokens += len(update.tokens)
+    self._count(update)
     logprobs = self._logprobs(index, update)
     if not self.body.chat:
       return [self._chunk(index, logprobs, update.reason, text=update.text)]
@@ -77,7 +83,7 @@ class ResponseBuilder:
     """The unstreamed answer: an Update with everything for each choice."""
     choices = []
     for index, update in enumerate(updates):
-      self.output_tokens += len(update.tokens)
+      self._count(update)
       choice = {'index': index, 'finish_reason': update.reason,
                 'logprobs': self._logprobs(index, update)}
       choice |= ({'message': {'role': 'assistant', 'content': update.text,

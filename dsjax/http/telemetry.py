@@ -19,10 +19,11 @@ from dsjax.analysis.record import Record
 from dsjax.config.version import __version__
 from dsjax.runtime.orchestrator import Orchestrator
 from dsjax.runtime.orchestrator_thread import Stream
-from dsjax.scheduling import lifecycle, page_pool
+from dsjax.scheduling import lifecycle, prefix_cache
 from dsjax.scheduling.events import (
   Command,
   Event,
+  Migrate,
   Migrated,
   Preempt,
   RunDecode,
@@ -79,6 +80,9 @@ class Gauges:
                          ['reason'])
     self.prompt_tokens = make(count, 'prompt_tokens', 'Of prompts read.')
     self.output_tokens = make(count, 'output_tokens', 'As they come.')
+    self.hit_tokens = make(count, 'prefix_hit_tokens', 'Of prompts, whose KV '
+                           'was kept: not computed (prefill), not moved.',
+                           ['instance', 'spared'])
     self.preemptions = make(count, 'preemptions', 'Requests prefilled again.')
     self.migrations = make(count, 'migrations', 'KV caches moved.')
     self.kv_bytes = make(count, 'kv_moved_bytes', 'KV moved, bytes.')
@@ -111,11 +115,15 @@ class Gauges:
     for command in commands:
       if isinstance(command, Preempt):
         self.preemptions.inc()
+      elif isinstance(command, Migrate):
+        self.hit_tokens.labels(str(command.target), 'copy').inc(command.hit)
       elif isinstance(command, RunPrefill | RunDecode):
         instance = str(command.instance)
         if command.chunks:
           self.prefill_tokens.labels(instance).observe(
               sum(chunk.stop - chunk.start for chunk in command.chunks))
+          self.hit_tokens.labels(instance, 'prefill').inc(
+              sum(chunk.hit for chunk in command.chunks))
         if command.rows:
           rows = self.decode_rows.labels(instance)
           for _ in range(command.steps):
@@ -208,8 +216,9 @@ def snapshot(server: Orchestrator | None) -> list[dict[str, Any]]:
 
   Returns:
     [{'role', 'plan', 'status', 'requests': {stage: how many}, 'pages': {owner:
-    how many}}, ...]; status as in scheduler.Instance; owner is a stage or
-    'free'. A migrating request owns pages on both sides and counts at its
+    how many}}, ...]; status as in scheduler.Instance; owner is a stage, 'free'
+    or 'kept' (by no request). A page that several requests share counts for
+    each. A migrating request owns pages on both sides and counts at its
     source; one that waits for a lost instance counts nowhere. [] without a
     server.
   """
@@ -221,7 +230,9 @@ def snapshot(server: Orchestrator | None) -> list[dict[str, Any]]:
     instances.append({'role': role, 'plan': str(plan),
                       'status': inst.status,
                       'requests': dict.fromkeys(STAGES, 0),
-                      'pages': {'free': page_pool.num_free(inst.pool)}
+                      'pages': {'free': prefix_cache.num_free(inst.pool)
+                                - prefix_cache.num_idle(inst.pool),
+                                'kept': prefix_cache.num_idle(inst.pool)}
                       | dict.fromkeys(STAGES[1:], 0)})
   for seq in state.seqs.values():
     if seq.instance < 0:

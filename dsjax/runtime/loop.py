@@ -22,7 +22,7 @@ from dsjax.config.placement import Placement
 from dsjax.runtime.fleet import Fleet, Prefix, StepDone
 from dsjax.runtime.output import RequestOutputState
 from dsjax.runtime.protocols import MakeEngine, Observer, Report
-from dsjax.scheduling import scheduler
+from dsjax.scheduling import blocks, scheduler
 from dsjax.scheduling.events import (
   Arrived,
   Cancelled,
@@ -64,8 +64,10 @@ class Loop:
                link: LinkLike | None) -> None:
     """Builds and warms up every instance; see Orchestrator."""
     self.unfinished: dict[int, RequestOutputState] = {}
-    # By instance: (id, step) of those that ended in its oldest command.
+    # By instance: (id, step) of those that ended in its oldest command; ids
+    # of those that got their last token by it.
     self._ended: dict[int, list[tuple[int, int]]] = {}
+    self._full: dict[int, list[int]] = {}
     self.fleet = Fleet(
         model, placement, config,
         jax.devices() if devices is None else devices, make_engine,
@@ -73,7 +75,7 @@ class Loop:
     self.scheduler_config = scheduler.Config(
         self.fleet.capacities, config.max_len, config.depth,
         run_ahead=config.run_ahead, tries=config.tries, policy=policy,
-        latencies=latencies, link=link)
+        latencies=latencies, link=link, prefix_cache=config.prefix_cache)
     if report:
       self.fleet.warm(report)
     else:
@@ -119,7 +121,8 @@ class Loop:
     self._tick()
     self.unfinished[request.id] = output
     self.event(Arrived(request.arrival_s, request.id, len(request.prompt),
-                       request.sampling.max_tokens or 0, more))
+                       request.sampling.max_tokens or 0, more,
+                       self._blocks(request.prompt)))
 
   def cancel(self, id: int) -> None:
     """Ends a request now; one that has ended is left alone."""
@@ -227,17 +230,44 @@ class Loop:
     """Adds a step's tokens to their requests; some end with them."""
     for id, token, logprobs in done.sampled:
       state = self.unfinished.get(id)
-      if state and not state.ended and state.push(token, logprobs):
-        self._ended.setdefault(done.instance, []).append((id, done.step))
+      if state and not state.ended:
+        if state.push(token, logprobs):
+          self._ended.setdefault(done.instance, []).append((id, done.step))
+        if state.full:
+          self._full.setdefault(done.instance, []).append(id)
 
   def _with_ended(self, event: Event) -> Event:
     """An event of the fleet, with the requests that ended in its command."""
     if not isinstance(event, PrefillDone | DecodeDone | InstanceDown):
       return event
     ended = tuple(self._ended.pop(event.instance, ()))
+    full = self._full.pop(event.instance, ())
+    if isinstance(event, InstanceDown):
+      return event._replace(ended=ended)
+    event = event._replace(blocks=tuple(
+        [(id, blocks) for id in full if (blocks := self._answer(id))]))
     if isinstance(event, PrefillDone):
       return event._replace(ended=tuple(id for id, _ in ended))
     return event._replace(ended=ended)
+
+  def _blocks(self, tokens: Sequence[int], before: int = 0
+              ) -> tuple[int, ...]:
+    """The hashes of full blocks, for a prefix cache."""
+    config = self.scheduler_config
+    if not config.prefix_cache:
+      return ()
+    return blocks.hashes(tokens, config.block_size, before)
+
+  def _answer(self, id: int) -> tuple[int, ...]:
+    """The blocks of a request that has its last token, behind those that are
+    known. That token's KV is not there."""
+    state, seq = self.unfinished.get(id), self.state.seqs.get(id)
+    if state is None or seq is None:
+      return ()
+    known = seq.blocks
+    tokens = [*state.request.prompt, *state.tokens[:-1]]
+    return self._blocks(tokens[len(known) * self.scheduler_config.block_size:],
+                        known[-1] if known else 0)
 
   def _prefix_of(self, id: int) -> Prefix | None:
     """A request's tokens so far, for an engine; None: it has ended."""

@@ -129,6 +129,11 @@ class RequestOutputState:
     return self.reason is not None or self.error is not None
 
   @property
+  def full(self) -> bool:
+    """Whether it has its last token."""
+    return self.ended or len(self.tokens) == self.request.sampling.max_tokens
+
+  @property
   def failure(self) -> RequestFailed | None:
     """What to raise if faults ended it."""
     return RequestFailed(self.error or '') if self.failed else None
@@ -153,7 +158,7 @@ class RequestOutputState:
     if not self.ended and self._stream:
       text, self.ended = self._stops.push(self._stream.push(token), may_end)
       self.pieces.append(text)
-    if self.ended or len(self.tokens) == self.request.sampling.max_tokens:
+    if self.full:
       self.flush()
     return self.ended
 

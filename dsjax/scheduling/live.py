@@ -145,6 +145,7 @@ class LiveBatch:
 class LiveInstance:
   """An Instance that changes in place.
 
+  block_size: of the hashes of a prefix cache, or 0.
   latency: what predicts its steps, or None. able: what it may do; prefills,
   decodes, mixes: what its role of now does.
   fresh: changed since it was planned last. asleep: in a quiet run. value:
@@ -152,14 +153,16 @@ class LiveInstance:
   """
 
   __slots__ = (*Instance._fields, 'index', 'config', 'latency', 'able',
-               'prefills', 'decodes', 'mixes', 'depth', 'run_ahead', 'fresh',
-               'asleep', 'value', '_depths', '_run_ahead')
+               'prefills', 'decodes', 'mixes', 'depth', 'block_size',
+               'run_ahead', 'fresh', 'asleep', 'value', '_depths',
+               '_run_ahead')
 
   def __init__(self, config: Config, index: int, value: Instance):
     self.index, self.config = index, config.instances[index]
     self.value: Instance | None = value
     self.able, pp = ROLES[self.config.role], self.config.pp
     self.fresh = self.asleep = False
+    self.block_size = config.block_size if config.prefix_cache else 0
     self.latency = config.latencies[index] if config.latencies else None
     self._depths = max(config.prefill_depth, pp), config.depth * pp
     self._run_ahead = config.run_ahead

@@ -92,6 +92,11 @@ def num_free(pages: Pages) -> int:
   return page_pool.num_free(pages)
 
 
+def num_idle(pages: Pages) -> int:
+  """How many are kept without an owner."""
+  return len(pages.idle) if type(pages) is Cache else 0
+
+
 def alloc(pages: Pages, count: int) -> tuple[Pages, tuple[int, ...]]:
   """Takes `count` pages, idle ones only where no other is free.
 

@@ -58,7 +58,7 @@ from dsjax.scheduling.events import (
   Timer,
 )
 from dsjax.scheduling.live import LiveBatch, LiveInstance, LiveSeq, fields_of
-from dsjax.scheduling.policy import Refuse, View
+from dsjax.scheduling.policy import Refuse, RequestView, View
 from dsjax.scheduling.state import (
   RECENT,
   RUN_AHEAD,
@@ -443,14 +443,7 @@ class Run:
     """Of the pages of a request on an instance, those that are known."""
     if not seq.blocks:
       return ()
-    return blocks.of_pages(seq.blocks, inst.config.page_size,
-                           self.config.block_size)
-
-  def hit_tokens(self, inst: LiveInstance, seq: Any) -> int:
-    """Tokens of a prompt that an instance need not compute."""
-    size = inst.config.page_size
-    return size * len(prefix_cache.hits(
-        inst.pool, self.hashes(inst, seq)[:(seq.prompt_len - 1) // size]))
+    return blocks.of_pages(seq.blocks, inst.config.page_size, inst.block_size)
 
   def keep(self, inst: LiveInstance, seq: Any, start: int, stop: int) -> None:
     """Full pages of tokens [start, stop) are there: others may have them."""
@@ -464,6 +457,7 @@ class Run:
     """What the requests that end with a command have generated."""
     written = {row.id: row.base + command.tick + command.steps
                for row in command.rows}
+    written.update((c.id, c.stop) for c in command.chunks if c.last)
     for id, more in e.blocks:
       known = len(self.seqs[id].blocks) + len(more) if id in written else 0
       if not 0 < known * self.config.block_size <= written.get(id, 0):
@@ -665,10 +659,11 @@ class Run:
     if not ids:
       return None
     seq = self.own(ids[0])
-    if whole and seq.prompt_len - seq.done > budget and (
-        seq.stage != 'queued' or seq.prompt_len - self.hit_tokens(inst, seq)
-        > budget):
-      return None
+    if whole and seq.prompt_len - seq.done > budget:
+      hit = (self.view.instances[inst.index].hit_tokens(RequestView(seq))
+             if seq.stage == 'queued' and inst.block_size else seq.done)
+      if seq.prompt_len - hit > budget:
+        return None
     if seq.stage == 'queued':
       # Where it will decode too: room for its first tick.
       taken = self.take(inst, seq, min(seq.prompt_len + inst.decodes,

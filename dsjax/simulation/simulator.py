@@ -34,7 +34,7 @@ from dsjax.analysis.record import Record
 from dsjax.analysis.recorder import Recorder
 from dsjax.config.checks import require
 from dsjax.config.request import Request
-from dsjax.scheduling import events, scheduler
+from dsjax.scheduling import blocks, events, scheduler
 from dsjax.scheduling.events import Arrived, Tick
 from dsjax.simulation import executors, latency
 from dsjax.simulation.contention import Contention
@@ -103,7 +103,7 @@ def simulate(config: scheduler.Config, requests: Iterable[Request],
   told = log or on_event is not None  # page ids too
   run = scheduler.Run(config, scheduler.init(config, counted=not told))
   recorder = Recorder()
-  copies = executors.Copies(link, share, _arrivals(requests))
+  copies = executors.Copies(link, share, _arrivals(requests, config))
   if contention:
     executor = executors.Shared(each, copies, contention)
   else:
@@ -170,7 +170,7 @@ def _check(config, latencies, link, share, contention):
             'latency.pp', seconds.pp, f'the pp={pp} of its instance')
 
 
-def _arrivals(requests):
+def _arrivals(requests, config):
   """The heap of a workload's arrivals."""
   requests = sorted(requests, key=lambda r: r.arrival_s)
   heap, seen = [], set()
@@ -184,6 +184,9 @@ def _arrivals(requests):
             'set in a workload')
     seen.add(request.id)
     more = n + 1 < len(requests) and requests[n + 1].arrival_s == now_s
+    told = blocks.resized(request.blocks, request.block_tokens,
+                          config.block_size) if (
+        config.prefix_cache and request.blocks) else ()
     heap.append((now_s, executors.ARRIVED, n, 0, Arrived(
-        now_s, request.id, len(request.prompt), output_len, more)))
+        now_s, request.id, len(request.prompt), output_len, more, told)))
   return heap

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from dsjax.scheduling import lifecycle, page_pool
+from dsjax.scheduling import lifecycle, prefix_cache
 
 TABLE_S, LINE_S, RATE_S = 0.25, 5.0, 2.0
 STAGES = ('queued', 'prefilling', 'migrating', 'decoding')
@@ -49,7 +49,7 @@ def counts(server):
   """
   rows = []
   for inst in server.state.instances:
-    free = page_pool.num_free(inst.pool)
+    free = prefix_cache.num_free(inst.pool)
     rows.append(dict.fromkeys(STAGES, 0) | {
         'pages': inst.pool.num_pages - free, 'of': inst.pool.num_pages})
   for seq in server.state.seqs.values():

@@ -14,7 +14,7 @@ import numpy as np
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement
 from dsjax.runtime import orchestrator
-from dsjax.scheduling import page_pool, scheduler
+from dsjax.scheduling import prefix_cache, scheduler
 from experiments.common import machine
 from experiments.gpu import card, child
 from experiments.verify.faults import Injector
@@ -63,7 +63,7 @@ def tidy(server):
   """Whether every page and slot has come back."""
   scheduler.check(server.state)
   return scheduler.idle(server.state) and all(
-      page_pool.num_free(i.pool) == i.pool.num_pages
+      prefix_cache.num_free(i.pool) == i.pool.num_pages
       for i in server.state.instances)
 
 

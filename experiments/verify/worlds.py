@@ -606,13 +606,13 @@ class _Move:
                                    blocks=self.generated(c)))
 
   def generated(self, c):
-    """(id, blocks) of what the rows that end with a command generated."""
+    """(id, blocks) of what those that end with a command have generated."""
     blocks = []
-    for row in c.rows:
-      prompt, most, eos, _ = self.rules.requests[row.id]
-      more = self.rules.blocks(row.id, prompt, prompt + self.out[row.id] - 1)
-      if more and self.out[row.id] == (eos or most) != self.w.out[row.id]:
-        blocks.append((row.id, more))
+    for id in [part.id for part in c.chunks + c.rows]:
+      prompt, most, eos, _ = self.rules.requests[id]
+      more = self.rules.blocks(id, prompt, prompt + self.out[id] - 1)
+      if more and self.out[id] == (eos or most) != self.w.out[id]:
+        blocks.append((id, more))
     return tuple(blocks)
 
   def crash(self, i, steps, back=True):

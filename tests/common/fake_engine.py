@@ -176,7 +176,7 @@ class FakeRoute:
   def start(self, command, checksum=False):
     for engine in (self.source, self.target):
       tokens, *_ = engine.requests[command.id]
-      assert len(tokens) == command.num_tokens + 1
+      assert len(tokens) == command.hit + command.num_tokens + 1
     return FakeTransfer(command, checksum)
 
 

@@ -20,7 +20,7 @@ from dsjax.config.placement import Placement, Plan
 from dsjax.config.request import Sampling
 from dsjax.model import sampling
 from dsjax.runtime.orchestrator import serve
-from dsjax.scheduling import scheduler
+from dsjax.scheduling import prefix_cache, scheduler
 from tests.common import fake_engine, tiny
 
 
@@ -178,7 +178,9 @@ def check_tidy(server, faulty=False):
     slots = 0 if i in server.fleet.down else one.config.max_seqs
     assert len(one.spare) == len(set(one.spare)) == slots
     assert not one.slot_of
-    assert instance.pool.free == (1 << instance.pool.num_pages) - 1
+    pool = instance.pool
+    assert prefix_cache.num_free(pool) == pool.num_pages
+    prefix_cache.check(pool, ())
     assert instance.residents == instance.backlog == 0
   assert not server.fleet.busy and not server.unfinished
 
