@@ -78,6 +78,9 @@ def small_worlds():
       '1P1D, pp = 2': _world('prefill decode', three, 2, pp=2),
       '1P2D': _world('prefill decode decode', two, 3),
       '2P1D': _world('prefill prefill decode', two, 3),
+      '1P2D, one joins': _world('prefill decode decode', two, 2, away=(2,)),
+      '2P1D, two join': _world('prefill prefill decode', two, 2,
+                               away=(1, 2)),
       '2P2D': _world('prefill prefill decode decode', two, 2),
       '1 colocated, preemption, depth 3': _world(
           'colocated', ((1, 4, 0), (1, 4, 1), TINY), 3, depth=3, **tight),
@@ -88,11 +91,22 @@ def small_worlds():
       '2 chunked': _world('chunked chunked', three, 2),
       '2 chunked, pp = 2': _world('chunked chunked', two, 3, pp=2,
                                   prefill_tokens=3),
-      '2 flexible': _world('flexible flexible', two, 3, policy=anything(0)),
+      '2 flexible': _world('flexible flexible', two, 3,
+                           policy=anything(0, splits=False)),
       '2 flexible, preemption': _world(
-          'flexible flexible', (*grow, TINY), 2, policy=anything(7), **tight),
-      '1P, 2 flexible': _world('prefill flexible flexible', two, 2,
-                               policy=anything(4, waits=False)),
+          'flexible flexible', (*grow, TINY), 2,
+          policy=anything(7, splits=False), **tight),
+      '1P, 2 flexible': _world(
+          'prefill flexible flexible', two, 2,
+          policy=anything(4, waits=False, splits=False)),
+      '2 flexible, splits': _world('flexible flexible', two, 3,
+                                   policy=anything(1)),
+      '2 flexible, splits, preemption': _world(
+          'flexible flexible', (PIECES, LONG), 2, policy=anything(6), **wide),
+      '1P1C, splits': _world('prefill chunked', two, 2, policy=anything(0)),
+      '1P, 2 flexible, splits': _world(
+          'prefill flexible flexible', two, 2,
+          policy=anything(12, waits=False)),
       '1P1D, prefixes': _world('prefill decode', turns, 2, **kept),
       '1P1D, prefixes, smaller pages': _world(
           'prefill decode', turns, 2, page_size=1, **kept | {'num_pages': 7}),
@@ -101,8 +115,11 @@ def small_worlds():
           'colocated', ((1, 4, 0, 3), (2, 4, 3, 3), (3, 1, 0, 2)), 2,
           prefix_cache=True, **tight),
       '1 chunked, prefixes': _world('chunked', turns, 2, **kept),
+      '2 flexible, splits, prefixes': _world(
+          'flexible flexible', turns[:2], 2, policy=anything(1), **kept),
       '2 flexible, prefixes': _world('flexible flexible', turns[:2], 2,
-                                     policy=anything(0), **kept),
+                                     policy=anything(0, splits=False),
+                                     **kept),
   }
 
 

@@ -52,14 +52,14 @@ class _Life:
   while it is a row. They reach the record when the life closes.
   """
 
-  __slots__ = ('record', 'stage', 'since_s', 'after_prefill', 'open', 'epoch',
-               'chain', 'first', 'last')
+  __slots__ = ('record', 'stage', 'since_s', 'after_prefill', 'after_copy',
+               'open', 'epoch', 'chain', 'first', 'last')
 
   def __init__(self, record, since_s):
     self.record = record
     self.stage = 'prefill_queue'
     self.since_s = since_s
-    self.after_prefill = 'decode_queue'
+    self.after_prefill = self.after_copy = 'decode_queue'
     self.open = True  # takes tokens
     self.epoch = self.chain = self.last = None
 
@@ -158,7 +158,7 @@ class Recorder:
   def _migrated(self, event):
     life = self._live.get(event.id)
     if life and life.stage == 'migrate' and life.epoch == event.epoch:
-      self._enter(life, 'decode_queue', event.time_s)
+      self._enter(life, life.after_copy, event.time_s)
 
   def _prefill_done(self, event):
     if self._over(event):
@@ -233,6 +233,9 @@ class Recorder:
     life.record.retries += life.stage == 'migrate'
     if life.chain is not None:  # a row that moves
       life = self._again(life)
+    if life.stage != 'migrate':  # a part of a prompt, or all of it
+      life.after_copy = ('prefill_queue' if life.stage == 'prefill'
+                         else 'decode_queue')
     life.epoch = command.epoch
     life.record.migrated_tokens += command.num_tokens
     self._use(life, command.target)

@@ -101,6 +101,9 @@ class EngineConfig:
     kv_dtype: of the KV cache, one of KV_DTYPES (of a byte: with a scale for
       every token and kv head); None for dtype. decode_kv_dtype: the same for
       the decode role; None for kv_dtype.
+    away: instances, by number, that are not there when the server opens. They
+      are built and compiled, and give their cache back; `restore` lets one
+      join.
     checksum: compare a checksum of the KV on both sides of every migration.
     prefix_cache: full pages stay until their room is needed, for requests
       that begin with the same tokens.
@@ -141,6 +144,7 @@ class EngineConfig:
   stall_s: float = 300.0
   restarts: int = 8
   restart_s: float = 0.5
+  away: tuple[int, ...] = ()
 
   def __post_init__(self):
     for field in ('max_len', 'page_size', 'max_seqs', 'prefill_tokens',
@@ -174,6 +178,9 @@ class EngineConfig:
     self._check_faults()
 
   def _check_faults(self):
+    require(isinstance(self.away, tuple) and all(
+        is_integer(0, 2**31 - 1)(index) for index in self.away),
+            'EngineConfig.away', self.away, 'a tuple of instance numbers')
     for field in ('tries', 'restarts'):
       value = getattr(self, field)
       require(is_integer(0, 2**31 - 1)(value), f'EngineConfig.{field}', value,

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 
 from dsjax.checkpoints.checkpoint import Model
+from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement
 from dsjax.config.request import Sampling
@@ -148,6 +149,8 @@ class Fleet:
     """
     self.config, self.prefix_of, self.clock = config, prefix_of, clock
     roles = [role for role, _ in placement.instances]
+    require(set(config.away) <= set(range(len(roles))), 'EngineConfig.away',
+            config.away, f'of instances 0 to {len(roles) - 1}')
     meshes = sharding.make_meshes(model.config, placement, devices)
     self.capacities = tuple(
         memory.size_pages(model.config, stages, role, config)
@@ -175,7 +178,8 @@ class Fleet:
     self._num_logprobs: dict[int, int] = {}  # of requests that want some
 
   def warm(self, report: Report) -> None:
-    """Compiles every step; report(done, total, name) after each."""
+    """Compiles every step, also of those that are away; report(done, total,
+    name) after each."""
     total, done = sum(len(e.shapes_needed()) for e in self.engines), 0
     for index, engine in enumerate(self.engines):
       for name in engine.warm():
@@ -183,6 +187,9 @@ class Fleet:
         report(done, total, f'{engine.role} {index}: {name}')
     for route in self.routes.values():
       route.warm(self.config.checksum)
+    for index in self.config.away:
+      self.engines[index].stop()
+      self.down[index] = None
 
   @property
   def busy(self) -> bool:

@@ -74,8 +74,9 @@ class Loop:
         self._prefix_of, lambda: self.now)
     self.scheduler_config = scheduler.Config(
         self.fleet.capacities, config.max_len, config.depth,
-        run_ahead=config.run_ahead, tries=config.tries, policy=policy,
-        latencies=latencies, link=link, prefix_cache=config.prefix_cache)
+        run_ahead=config.run_ahead, away=config.away, tries=config.tries,
+        policy=policy, latencies=latencies, link=link,
+        prefix_cache=config.prefix_cache)
     if report:
       self.fleet.warm(report)
     else:
@@ -203,7 +204,7 @@ class Loop:
     Raises:
       PolicyError: nothing is in flight, and the policy lets nothing start.
     """
-    starts = any(s is not None for s in self.fleet.down.values())
+    starts = any(i.status == 'down' for i in self.state.instances)
     if self.unfinished and not self.fleet.busy and not starts:
       reason = (f'policy {self.scheduler_config.policy.name!r}: nothing is in '
                 f'flight and it lets none of the {len(self.unfinished)} '

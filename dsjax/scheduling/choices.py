@@ -17,6 +17,7 @@ from dsjax.scheduling.policy import (
   PrefillBudget,
   Refuse,
   RequestView,
+  Split,
   index_of,
 )
 
@@ -53,14 +54,27 @@ def one_of(run: Run, instances: Sequence[LiveInstance], hook: str, answer: Any
                           f'{[i.index for i in instances]}')
 
 
-def entry(run: Run, seq: LiveSeq) -> LiveInstance | Refuse:
-  """The instance whose queue a request joins, or why it is not served."""
+def entry(run: Run, seq: LiveSeq) -> tuple[LiveInstance, int] | Refuse:
+  """The instance that prefills a request, or goes on with it, and up to which
+  of its tokens; or why it is not served."""
   answer = ask(run, 'route', RequestView(seq))
-  if type(answer) is not Refuse:
-    return one_of(run, run.open_entries, 'route', answer)
-  if type(answer.reason) is not str:
-    raise run.policy.refuse('route', answer, 'a Refuse with a text')
-  return answer
+  if isinstance(answer, Refuse):
+    if type(answer.reason) is not str:
+      raise run.policy.refuse('route', answer, 'a Refuse with a text')
+    return answer
+  instances = run.open_entries
+  if seq.done:  # what may pull from there, see policy.may_go_on
+    home = run.instances[seq.instance]
+    instances = [i for i in instances if i is home or i.able.decodes] or [home]
+  if not isinstance(answer, Split):
+    return one_of(run, instances, 'route', answer), seq.prompt_len
+  inst, stop = one_of(run, instances, 'route', answer[0]), index_of(answer[1])
+  if not (seq.done < stop < seq.prompt_len
+          and (inst.able.flips or not inst.able.decodes)):
+    raise run.policy.refuse(
+        'route', answer, 'a Split of an instance that is flexible or only '
+        f'prefills, with tokens between {seq.done} and {seq.prompt_len}')
+  return inst, stop
 
 
 def in_order(run: Run, inst: LiveInstance, queue: list[int]) -> list[int]:

@@ -44,11 +44,13 @@ def send_off(run: Run, inst: LiveInstance, prompts: bool, pulls: bool) -> None:
   for id in list(inst.queue) if prompts else ():
     seq = run.own(id)
     inst.queue.remove(id)
-    inst.backlog -= seq.prompt_len
+    inst.backlog -= seq.stop
     run.enqueue(seq)
-  for id in list(inst.pulls) if pulls else ():
-    inst.pulls.remove(id)
-    run.offer(run.own(id))
+  for id in list(inst.pulls):
+    seq = run.own(id)
+    if prompts if seq.done < seq.prompt_len else pulls:
+      inst.pulls.remove(id)
+      run.offer(seq)
 
 
 def depart(run: Run, move: Any) -> None:

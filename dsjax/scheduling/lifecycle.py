@@ -9,9 +9,10 @@ STAGES = {
     'absent': 'not arrived yet, or ended',
     'queued': 'in the prefill queue of an instance, or waiting for one; owns '
               'no pages',
-    'prefilling': 'owns pages for its whole prompt; some chunks may have run',
-    'prefilled': 'its first token is out, its KV waits at the prefill '
-                 'instance until a decode instance pulls it',
+    'prefilling': 'owns pages for its whole prompt; some chunks may have run, '
+                  'here or, of a split one, elsewhere',
+    'prefilled': 'its first token is out, or its prompt is cut here; its KV '
+                 'waits until the instance that goes on pulls it',
     'migrating': 'owns pages on both sides until the target has every byte',
     'decoding': "a row of an instance's batch",
     'finishing': 'its last token is in flight',
@@ -47,7 +48,8 @@ def _hops(*rows):
   table = {}
   for cause, stages, following in rows:
     for stage in stages.split():
-      table[stage, cause] = tuple(following.split())
+      table[stage, cause] = (*table.get((stage, cause), ()),
+                             *following.split())
   return table
 
 
@@ -100,6 +102,15 @@ HOPS = _hops(
     ('Drain', 'queued', 'absent'),
     ('InstanceUp', 'queued', 'absent'),
     ('Tick', 'queued', 'absent'),
+    # The rest of a split prompt goes on elsewhere, or stays after all.
+    ('Migrated', 'migrating', 'prefilling'),
+    ('plan', 'prefilled', 'prefilling'),
+    ('PrefillDone', 'prefilled', 'prefilling'),
+    ('MigrateFailed', 'prefilled', 'prefilling'),
+    ('Timer', 'prefilled', 'prefilling'),
+    ('TargetDown', 'prefilled', 'prefilling'),
+    ('Drain', 'prefilled', 'prefilling absent'),
+    ('Tick', 'prefilled', 'prefilling absent'),
     # What a flexible instance prefilled may stay there after all.
     ('PrefillDone', 'prefilled', 'decoding'),
     ('DecodeDone', 'prefilled', 'decoding'),

@@ -31,6 +31,7 @@ class LiveSeq:
   arrival_s: float = 0.0
   input_len: int = 0
   first_s: float | None = None
+  stop: int = 0
   blocks: tuple[int, ...] = ()
 
 

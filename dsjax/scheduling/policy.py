@@ -64,6 +64,14 @@ class Refuse(NamedTuple):
   reason: str
 
 
+class Split(NamedTuple):
+  """Of a route: the prompt is prefilled up to `tokens` at instance `index`.
+  Then its KV goes where the route, asked again, has the rest prefilled."""
+
+  index: int
+  tokens: int
+
+
 class Move(NamedTuple):
   """Of a rebalance: the row of request `id` goes on at instance `target`."""
 
@@ -80,7 +88,8 @@ class RequestView:
       not yet.
     input_len: tokens of its prompt.
     prompt_len: tokens to prefill; after a preemption those emitted too.
-    done: of these, tokens prefilled or being prefilled.
+    done: of these, tokens prefilled or being prefilled. stop: of these, those
+      to prefill where it is; fewer than all where its prompt is split.
     context: tokens in its KV cache, what is in flight included. num_out: of
       these those that it has generated, and the newest one.
     limit: tokens of prompt and output together, at most.
@@ -131,6 +140,10 @@ class RequestView:
   @property
   def done(self) -> int:
     return self._request.done
+
+  @property
+  def stop(self) -> int:
+    return self._request.stop
 
   @property
   def limit(self) -> int:
@@ -385,7 +398,7 @@ class View:
     return tuple([views[i.index] for i in self._now[place]])
 
 
-Route = Callable[[View, RequestView], int | Refuse]
+Route = Callable[[View, RequestView], int | Split | Refuse]
 Order = Callable[[View, InstanceView, Sequence[RequestView]],
                  Sequence[RequestView]]
 Batch = Callable[[View, InstanceView], PrefillBudget]
@@ -402,6 +415,14 @@ def shortest_queue(view: View, request: RequestView) -> int:
   """The instance with the fewest prompt tokens to go (DistServe 4.3)."""
   del request
   return min(view.prefills, key=_BACKLOG).index
+
+
+def may_go_on(view: View, request: RequestView) -> Sequence[InstanceView]:
+  """Where the rest of a split prompt may be prefilled: where its first part
+  was, and on those of view.may_prefill that hold rows too."""
+  home = view.instances[request.instance]
+  return [i for i in view.may_prefill if i is home or i.config.decodes] or [
+      home]
 
 
 def _load(instance: InstanceView) -> int:
@@ -463,8 +484,10 @@ class Policy:
   Attributes:
     name: in tables and errors.
     route: (view, request) -> index of the instance, of view.may_prefill,
-      whose queue it joins; or a Refuse. Asked at its arrival, and when it is
-      prefilled again.
+      whose queue it joins; or a Split, whose instance is flexible or only
+      prefills; or a Refuse. Asked at its arrival, when it is prefilled again,
+      and at each cut of a Split (done is then above 0): there for the index of
+      one of may_go_on(view, request), or a Split there.
     order: (view, instance, waiting) -> the same requests, first to go first.
       waiting: its prefill queue, by arrival, before each of its prefill
       batches; or the finished prefills that it will pull, by their end,

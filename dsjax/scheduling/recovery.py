@@ -182,8 +182,9 @@ def _known(run, inst, told):
     seq = run.seqs[id]
     if seq.stage == 'finishing':
       known[id] = seq.limit
-    known[id] += (seq.stage in ('prefilled', 'migrating', 'leaving')
-                  ) - lost[id]
+    if seq.done == seq.prompt_len:
+      known[id] += seq.stage in ('prefilled', 'migrating', 'leaving')
+    known[id] -= lost[id]
   return known
 
 

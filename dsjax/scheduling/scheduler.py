@@ -230,9 +230,11 @@ class Run:
     for chunk in command.chunks:
       if self.config.prefix_cache:
         self.keep(inst, self.seqs[chunk.id], chunk.start, chunk.stop)
-      if not chunk.last:
-        continue
       seq = self.own(chunk.id)
+      if not chunk.last:
+        if seq.stage == 'prefilling' and chunk.stop == seq.stop:
+          self.offer(seq)
+        continue
       if seq.first_s is None:
         seq.first_s = e.time_s
       if seq.stage != 'prefilling':
@@ -266,7 +268,7 @@ class Run:
       return
     inst = self.touch(seq.instance)
     if self.config.prefix_cache:
-      self.keep(inst, seq, 0, seq.prompt_len)
+      self.keep(inst, seq, 0, seq.done)
     self.join(inst, seq)
 
   def handed(self, e: Migrated | MigrateFailed | Timer) -> LiveSeq | None:
@@ -345,7 +347,7 @@ class Run:
       return
     inst = self.touch(seq.instance)
     if was in ('queued', 'prefilling'):
-      inst.backlog += seq.done - seq.prompt_len
+      inst.backlog += seq.done - seq.stop
     if was == 'queued':
       inst.queue.remove(seq.id)
       self.forget(seq)
@@ -415,15 +417,15 @@ class Run:
         seq.done // inst.config.page_size)
     inst.residents -= 1
 
-  def take(self, inst: LiveInstance, seq: LiveSeq, tokens: int, unit: int
-           ) -> tuple[tuple[int, ...], int] | None:
+  def take(self, inst: LiveInstance, seq: LiveSeq, tokens: int, stop: int,
+           unit: int) -> tuple[tuple[int, ...], int] | None:
     """Pages for a new resident holding `tokens` tokens; None: it must wait.
 
     Returns:
-      (pages, how many of its tokens are there already: a multiple of `unit`
-      tokens, and not the last one of its prompt).
+      (pages, how many of its first `stop` tokens are there already: a multiple
+      of `unit`, and not all).
     """
-    hashes = self.hashes(inst, seq)[:(seq.prompt_len - 1) // unit
+    hashes = self.hashes(inst, seq)[:(stop - 1) // unit
                                     * unit // inst.config.page_size]
     hits = prefix_cache.hits(inst.pool, hashes)
     hit = len(hits) * inst.config.page_size // unit * unit
@@ -468,18 +470,19 @@ class Run:
     """Puts a request into the queue of an instance that prefills."""
     if not self.placeable(seq, self.open_entries, self.entries):
       return
-    inst = choices.entry(self, seq) if self.open_entries else None
-    if type(inst) is Refuse:
-      self.turn_away(seq, inst.reason)
+    entry = choices.entry(self, seq) if self.open_entries else None
+    if isinstance(entry, Refuse):
+      self.turn_away(seq, entry.reason)
       return
     if seq.stage != 'queued':
       self.move(seq, 'queued')
-    if inst is None:
+    if entry is None:
       seq.instance = -1
       self.waiting.append(seq.id)
       return
+    inst, seq.stop = entry
     self.touch(inst.index)
-    inst.backlog += seq.prompt_len
+    inst.backlog += seq.stop
     # By arrival: a preempted request keeps its place.
     queue, seqs = inst.queue, self.seqs
     bisect.insort(queue, seq.id, key=lambda id: seqs[id].order)
@@ -494,22 +497,29 @@ class Run:
     self.forget(seq)
 
   def offer(self, seq: LiveSeq, but: int = -1, to: int = -1) -> None:
-    """Its KV is whole: an instance that decodes will pull it, or where it is
-    it goes on.
+    """Its KV is there, of all of its prompt or of a part: an instance that
+    goes on with it will pull it, or it goes on where it is.
 
     but: one that has just failed at it, or -1. to: where it is wanted, or -1.
     """
-    if not self.placeable(seq, self.open_decoders, self.decoders):
-      return
+    if seq.done < seq.prompt_len:
+      entry = choices.entry(self, seq)
+      if isinstance(entry, Refuse):
+        self.turn_away(seq, entry.reason)
+        return
+      target, seq.stop = entry
+    else:
+      if not self.placeable(seq, self.open_decoders, self.decoders):
+        return
+      target = next((i for i in self.open_decoders if i.index == to), None)
     if seq.stage != 'prefilled':
       self.move(seq, 'prefilled')
-    if not self.open_decoders:
+    if target is None and not self.open_decoders:
       seq.target = -1
       self.waiting.append(seq.id)
       return
-    wanted = to >= 0 and to in [i.index for i in self.open_decoders]
-    target = self.touch(to if wanted
-                        else choices.decoder(self, seq, but).index)
+    target = target or choices.decoder(self, seq, but)
+    self.touch(target.index)
     if target.index == seq.instance:
       seq.target = -1
       self.join(target, seq)
@@ -528,16 +538,20 @@ class Run:
   def pull(self, inst: LiveInstance) -> None:
     """Admits finished prefills, in order, while they fit."""
     while inst.pulls:
-      seq = self.seqs[choices.in_order(self, inst, inst.pulls)[0]]
-      source = self.instances[seq.instance]
-      sizes = source.config.page_size, inst.config.page_size
+      pulls = choices.in_order(self, inst, inst.pulls)
+      seq = self.seqs[pulls[0]]
+      sizes = (self.instances[seq.instance].config.page_size,
+               inst.config.page_size)
       taken = self.take(inst, seq, min(seq.prompt_len + 1, seq.limit - 1),
-                        math.lcm(*sizes))
+                        seq.done, math.lcm(*sizes))
       if taken is None:
-        if not (source.able.flips and self.is_stuck(inst)):
+        id = next(filter(self.may_stay, pulls), -1) if (
+            inst.able.flips and self.is_stuck(inst)) else -1
+        if id < 0:
           return
-        inst.pulls.remove(seq.id)
-        seq = self.own(seq.id)
+        inst.pulls.remove(id)
+        inst.value = None
+        seq = self.own(id)
         seq.target = -1
         self.join(self.touch(seq.instance), seq)
         continue
@@ -547,12 +561,18 @@ class Run:
       seq.target_pages, hit = taken
       seq.epoch += 1
       # Either side may have room for tokens to come.
-      moved = [pages[hit // size:page_pool.pages_for(seq.prompt_len, size)]
-               for pages, size in zip((seq.pages, seq.target_pages), sizes,
-                                      strict=True)]
+      read, given = (pages[hit // size:page_pool.pages_for(seq.done, size)]
+                     for pages, size in zip((seq.pages, seq.target_pages),
+                                            sizes, strict=True))
       self.commands.append(Migrate(
-          seq.id, seq.epoch, seq.instance, moved[0], inst.index, moved[1],
-          seq.prompt_len - hit, hit))
+          seq.id, seq.epoch, seq.instance, read, inst.index, given,
+          seq.done - hit, hit))
+
+  def may_stay(self, id: int) -> bool:
+    """Whether what waits to be pulled could go on where it is."""
+    seq = self.seqs[id]
+    return (self.instances[seq.instance].able.flips
+            or seq.done < seq.prompt_len)
 
   def is_stuck(self, inst: LiveInstance) -> bool:
     """Nothing here will free a page by itself: what is here waits to be
@@ -624,7 +644,7 @@ class Run:
       seq = self.candidate(inst, waiting, budget, bool(chunks) and whole)
       if seq is None:
         break
-      start, stop = seq.done, min(seq.prompt_len, seq.done + budget)
+      start, stop = seq.done, min(seq.stop, seq.done + budget)
       chunks.append(Chunk(seq.id, start, stop, seq.pages,
                           stop == seq.prompt_len,
                           start if seq.stage == 'queued' else 0))
@@ -633,8 +653,9 @@ class Run:
       seq.done = stop
       inst.backlog -= stop - start
       budget -= stop - start
-      if stop == seq.prompt_len:
+      if stop == seq.stop:
         inst.prefilling.remove(seq.id)
+      if stop == seq.prompt_len:
         last.append(seq)
     if not chunks:
       return False
@@ -659,15 +680,16 @@ class Run:
     if not ids:
       return None
     seq = self.own(ids[0])
-    if whole and seq.prompt_len - seq.done > budget:
+    if whole and seq.stop - seq.done > budget:
       hit = (self.view.instances[inst.index].hit_tokens(RequestView(seq))
              if seq.stage == 'queued' and inst.block_size else seq.done)
-      if seq.prompt_len - hit > budget:
+      if seq.stop - hit > budget:
         return None
     if seq.stage == 'queued':
       # Where it will decode too: room for its first tick.
       taken = self.take(inst, seq, min(seq.prompt_len + inst.decodes,
-                                       seq.limit - 1), inst.config.page_size)
+                                       seq.limit - 1), seq.stop,
+                        inst.config.page_size)
       if taken is None:
         return None
       del waiting[0]
@@ -679,10 +701,16 @@ class Run:
     return seq
 
   def join(self, inst: LiveInstance, seq: LiveSeq, number: int = -1) -> None:
-    """Adds a prefilled request to its instance's decode batch.
+    """A request goes on where its KV is: with the rest of its prompt, or as a
+    row of the instance's decode batch.
 
-    number: the prefill command in flight whose token it starts from.
+    number: the prefill command in flight whose token a row starts from.
     """
+    if seq.done < seq.prompt_len:
+      self.move(seq, 'prefilling')
+      inst.prefilling.append(seq.id)
+      inst.backlog += seq.stop - seq.done
+      return
     if seq.prompt_len + 1 >= seq.limit:
       self.move(seq, 'finishing')
       inst.ending.append((number, seq.id))

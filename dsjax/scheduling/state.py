@@ -33,6 +33,7 @@ class Config:
     run_ahead: most decode steps of one command while nothing waits; always 1
       under pipeline stages. None: RUN_AHEAD for decode instances, and 1 where
       prompts run too, as one that arrives would wait behind all of them.
+    away: indices of instances that are down at first, until an InstanceUp.
     tries: faults (a hand-off that failed, an instance that died) that a
       request survives; the next one fails it.
     policy: every choice, see policy.py.
@@ -46,6 +47,7 @@ class Config:
   depth: int = 2
   prefill_depth: int = 1
   run_ahead: int | None = None
+  away: tuple[int, ...] = ()
   tries: int = 3
   policy: Policy = DISTSERVE
   latencies: tuple[Latency, ...] | None = None
@@ -66,12 +68,12 @@ class Seq(NamedTuple):
   """A live request.
 
   prompt_len counts the tokens to prefill (after a preemption: the tokens
-  emitted so far too); input_len those that arrived; limit is these plus
-  max_tokens. stage: one of lifecycle.STAGES. instance, target: -1 while it
-  waits for one. tries: faults that it has been recovered from. first_s: when
-  its first token was there, or None. done: tokens whose KV is there, or being
-  made; of a row those of when it became one. blocks: the hashes of its full
-  blocks that are known.
+  emitted so far too), stop those of them to prefill where it is; input_len
+  those that arrived; limit is these plus max_tokens. stage: one of
+  lifecycle.STAGES. instance, target: -1 while it waits for one. tries: faults
+  that it has been recovered from. first_s: when its first token was there, or
+  None. done: tokens whose KV is there, or being made; of a row those of when
+  it became one. blocks: the hashes of its full blocks that are known.
   """
 
   id: int
@@ -89,6 +91,7 @@ class Seq(NamedTuple):
   arrival_s: float = 0.0
   input_len: int = 0
   first_s: float | None = None
+  stop: int = 0
   blocks: tuple[int, ...] = ()
 
 
@@ -166,8 +169,9 @@ def init(config: Config, counted: bool = False) -> State:
 
   return State({}, tuple(
       Instance(pool(c.num_pages), (Batch(),) * c.pp,
+               status='down' if index in config.away else 'up',
                role=FIRST_ROLE if c.flips else c.role)
-      for c in config.instances))
+      for index, c in enumerate(config.instances)))
 
 
 def idle(state: State) -> bool:
@@ -250,14 +254,14 @@ def check(state: State) -> None:
     holders = sum(1 for p in owned if p)
     assert inst.residents == holders, f'instance {index}: residents'
     waiting = (state.seqs[i] for i in inst.queue + inst.prefilling)
-    assert inst.backlog == sum(s.prompt_len - s.done for s in waiting), (
+    assert inst.backlog == sum(s.stop - s.done for s in waiting), (
         f'instance {index}: backlog')
   for id in state.waiting:
     at(id, state.seqs[id].stage, state.seqs[id].instance)
   for seq in state.seqs.values():
     if seq.stage in ('migrating', 'abandoned'):
       at(seq.id, seq.stage, seq.instance)
-    elif seq.stage == 'prefilling' and seq.done == seq.prompt_len:
+    elif seq.stage == 'prefilling' and seq.done == seq.stop:
       places.setdefault(seq.id, ('prefilling', seq.instance))
     assert places.get(seq.id) == (seq.stage, seq.instance), (
         f'request {seq.id} is {seq.stage} but at {places.get(seq.id)}')

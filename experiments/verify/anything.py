@@ -18,19 +18,23 @@ from dsjax.scheduling.policy import (
   PrefillBudget,
   Refuse,
   RequestView,
+  Split,
   View,
+  may_go_on,
 )
 
 T = TypeVar('T')
 _ROLES = ('prefill', 'decode', 'colocated', 'chunked')
 # Numbers of hooks, so that two of them do not answer alike.
-_ROUTE, _ORDER, _BATCH, _HAND_OFF, _ADMIT, _VICTIM, _RESIZE, _MOVE = range(8)
+(_ROUTE, _ORDER, _BATCH, _HAND_OFF, _ADMIT, _VICTIM, _RESIZE, _MOVE,
+ _SPLIT) = range(9)
 
 
-def anything(seed: int, waits: bool = True) -> Policy:
+def anything(seed: int, waits: bool = True, splits: bool = True) -> Policy:
   """A Policy whose hooks answer what may be answered, another a seed.
 
-  waits: it may tell a queue to wait that could go on.
+  waits: it may tell a queue to wait that could go on. splits: it may split a
+  prompt.
   """
 
   def draw(choices: Sequence[T], hook: int, view: View, *seen: int) -> T:
@@ -38,10 +42,19 @@ def anything(seed: int, waits: bool = True) -> Policy:
                     for i in view.instances])
     return choices[hash((seed, hook, seen, places)) % 1009 % len(choices)]
 
-  def route(view: View, request: RequestView) -> int | Refuse:
-    choices = [i.index for i in view.may_prefill] * 4
-    return draw([*choices, Refuse('for no reason')], _ROUTE, view, request.id,
-                request.prompt_len)
+  def route(view: View, request: RequestView) -> int | Split | Refuse:
+    instances = may_go_on(view, request) if request.done else view.may_prefill
+    seen = request.id, request.prompt_len, *[request.done] * (request.done > 0)
+    answer = draw([*[i.index for i in instances] * 4, Refuse('for no reason')],
+                  _ROUTE, view, *seen)
+    cuts = range(request.done + 1, request.prompt_len)
+    if isinstance(answer, Refuse) or not splits or not cuts:
+      return answer
+    instance = view.instances[answer]
+    if instance.config.decodes and not instance.flips:
+      return answer
+    return draw([answer, Split(answer, draw(cuts, _SPLIT, view, *seen))],
+                _SPLIT, view, *seen, 1)
 
   def order(view: View, instance: InstanceView,
             waiting: Sequence[RequestView]) -> Sequence[RequestView]:

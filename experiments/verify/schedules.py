@@ -331,7 +331,9 @@ def read_log(path: pathlib.Path, policy: Policy = DISTSERVE
     config = lines[0]['config']
     instances = tuple(InstanceConfig(**c)
                       for c in config.pop('instances'))
-    return (Rules(scheduler.Config(instances, policy=policy, **config),
+    away = tuple(config.pop('away', ()))
+    return (Rules(scheduler.Config(instances, away=away, policy=policy,
+                                   **config),
                   lines[0]['requests']),
             tuple(tuple(line['move']) for line in lines if 'move' in line))
   except (KeyError, TypeError, IndexError, ValueError) as error:

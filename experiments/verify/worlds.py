@@ -211,7 +211,7 @@ class Rules:
     Python's -1 and -2 hash alike: two numbers below 0 must not meet here.
     """
     seqs = w.state.seqs
-    return hash((w.marks, tuple([(*s[:10], s.tries) for s in (
+    return hash((w.marks, tuple([(*s[:10], s.tries, s.stop) for s in (
         seqs[id] for id in sorted(seqs))]), w.state.waiting, w.out, w.fates,
         w.faults, tuple([(c.id, lost) for c, lost in w.copies])))
 
@@ -475,6 +475,10 @@ class _Move:
     need(all([p.id != c.id for p, _ in self.copies]),
          '{}: two copies of one request', c)
     self.pulled(c, after)
+    source, target = (self.rules.config.instances[i]
+                      for i in (c.source, c.target))
+    need((source.flips or not source.decodes) and target.decodes,
+         '{}: no copy goes from {} to {}', c, source.role, target.role)
     for i, pages in ((c.source, c.source_pages), (c.target, c.target_pages)):
       size = self.rules.config.instances[i].page_size
       need(pages and len(pages) == page_pool.pages_for(c.num_tokens, size),
