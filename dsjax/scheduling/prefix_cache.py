@@ -54,7 +54,7 @@ class Cache(NamedTuple):
   stamp.
   """
 
-  pool: Pool
+  pool: Pool | Counted
   kept: Any
   idle: Any
   oldest: int = 0
@@ -79,7 +79,7 @@ def init(num_pages: int, in_place: bool = False) -> Cache:
 
 def emptied(pages: Pages) -> Pages:
   """A pool of the same kind and size with every page free."""
-  if type(pages) is Cache:
+  if isinstance(pages, Cache):
     return init(pages.num_pages, type(pages.kept) is Table)
   make = page_pool.counted if type(pages) is Counted else page_pool.init
   return make(pages.num_pages)
@@ -87,14 +87,14 @@ def emptied(pages: Pages) -> Pages:
 
 def num_free(pages: Pages) -> int:
   """How many pages can be had."""
-  if type(pages) is Cache:
+  if isinstance(pages, Cache):
     return page_pool.num_free(pages.pool) + len(pages.idle)
   return page_pool.num_free(pages)
 
 
 def num_idle(pages: Pages) -> int:
   """How many are kept without an owner."""
-  return len(pages.idle) if type(pages) is Cache else 0
+  return len(pages.idle) if isinstance(pages, Cache) else 0
 
 
 def alloc(pages: Pages, count: int) -> tuple[Pages, tuple[int, ...]]:
@@ -103,7 +103,7 @@ def alloc(pages: Pages, count: int) -> tuple[Pages, tuple[int, ...]]:
   Raises:
     ValueError: fewer can be had.
   """
-  if type(pages) is not Cache:
+  if not isinstance(pages, Cache):
     return page_pool.alloc(pages, count)
   lacks = count - page_pool.num_free(pages.pool)
   if 0 < lacks <= len(pages.idle):
@@ -128,28 +128,30 @@ def _evict(cache, count):
 
 def hits(pages: Pages, hashes: Iterable[int]) -> list[Kept]:
   """What is kept of a prompt: the first pages, those of these hashes."""
-  if type(pages) is not Cache:
+  if not isinstance(pages, Cache):
     return []
   entries = map(pages.kept.get, hashes)
   return list(itertools.takewhile(lambda entry: entry is not None, entries))
 
 
-def hold(cache: Cache, hashes: Sequence[int]) -> tuple[Cache, tuple[int, ...]]:
-  """Another owner for the kept pages of these hashes: (cache, pages)."""
-  kept, idle, ids = cache.kept, cache.idle, []
+def hold(pages: Pages, hashes: Sequence[int]) -> tuple[Pages, tuple[int, ...]]:
+  """Another owner for the kept pages of these hashes: (pool, pages)."""
+  if not isinstance(pages, Cache):
+    return pages, ()
+  kept, idle, ids = pages.kept, pages.idle, []
   for hash in hashes:
     page, owners, stamp = kept[hash]
     if not owners:
       idle = idle.remove(stamp)
     kept = kept.insert(hash, Kept(page, owners + 1, -1))
     ids.append(page)
-  return cache._replace(kept=kept, idle=idle), tuple(ids)
+  return pages._replace(kept=kept, idle=idle), tuple(ids)
 
 
 def keep(pages: Pages, ids: Iterable[int], hashes: Iterable[int]) -> Pages:
   """Remembers pages, of one owner, that are full and will not change. Where
   another page with the same tokens is kept already, that one stays."""
-  if type(pages) is not Cache:
+  if not isinstance(pages, Cache):
     return pages
   kept = pages.kept
   for page, hash in zip(ids, hashes, strict=False):
@@ -168,7 +170,7 @@ def release(pages: Pages, ids: Sequence[int], hashes: Sequence[int],
   Raises:
     ValueError: a page is out of range, free already or named twice.
   """
-  if type(pages) is not Cache:
+  if not isinstance(pages, Cache):
     return page_pool.release(pages, ids)
   pool, kept, idle, oldest, stamp = pages
   private = []
@@ -195,7 +197,7 @@ def release(pages: Pages, ids: Sequence[int], hashes: Sequence[int],
 def check(pages: Pages, owned: Iterable[Sequence[int]]) -> None:
   """Raises AssertionError unless every page is in one place: free, in one of
   `owned`, or kept, with as many owners as have it in `owned`."""
-  if type(pages) is not Cache:
+  if not isinstance(pages, Cache):
     page_pool.check(pages, owned)
     return
   owners = collections.Counter(itertools.chain.from_iterable(owned))

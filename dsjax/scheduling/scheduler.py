@@ -433,9 +433,7 @@ class Run:
     need = room(inst, inst.config, tokens, hits)
     if not need or not choices.admits(self, inst, seq, need):
       return None
-    ids: tuple[int, ...] = ()
-    if hits:
-      inst.pool, ids = prefix_cache.hold(inst.pool, hashes[:len(hits)])
+    inst.pool, ids = prefix_cache.hold(inst.pool, hashes[:len(hits)])
     inst.pool, more = prefix_cache.alloc(inst.pool, need)
     inst.value = None
     inst.residents += 1
