@@ -112,6 +112,10 @@ class Request:
   A simulation reads only len(prompt) and blocks: hashes of full blocks of
   block_tokens tokens, of prompt and output, equal where all tokens until there
   are. A server hashes the prompt itself.
+
+  after: id of the request of the same workload whose answer is waited for;
+  arrival_s is then counted from its end. It does not come where that one was
+  not answered. In simulations.
   """
 
   id: int
@@ -120,3 +124,4 @@ class Request:
   sampling: Sampling = Sampling()
   blocks: tuple[int, ...] = ()
   block_tokens: int = 0
+  after: int | None = None

@@ -226,7 +226,8 @@ def simulate(placement: Placement | str, model: str | ModelConfig = 'opt-13b',
              max_len: int | None = None, cut: bool = False,
              max_seqs: int = 256,
              contention: Contention | None = None,
-             policy: Policy = DISTSERVE, log: bool = False) -> Simulated:
+             policy: Policy = DISTSERVE, prefix_cache: bool = False,
+             log: bool = False) -> Simulated:
   """Serves a workload in virtual time with the scheduler that serves.
 
   Args:
@@ -251,6 +252,8 @@ def simulate(placement: Placement | str, model: str | ModelConfig = 'opt-13b',
       make_problem. max_seqs: most requests of an instance.
     contention: of instances that share cores, such as Profile.contention.
     policy: every choice of the scheduler.
+    prefix_cache: pages are kept for requests that begin alike, as their
+      blocks say (Request.blocks: see workload.sessions).
     log: keep the event log, which `explain` needs.
 
   Raises:
@@ -273,7 +276,7 @@ def simulate(placement: Placement | str, model: str | ModelConfig = 'opt-13b',
   problem = make_problem(
       model, slo, sizes, latency, cluster=cluster,
       process=process, cv=cv, seed=seed, host_ms=host_ms, max_len=max_len,
-      cut=cut, max_seqs=max_seqs, policy=policy)
+      cut=cut, max_seqs=max_seqs, policy=policy, prefix_cache=prefix_cache)
   config, latencies, link = build(problem, placement, chunk, aligned, depth,
                                   run_ahead)
   result = simulator.simulate(

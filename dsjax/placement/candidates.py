@@ -56,6 +56,8 @@ class SearchProblem:
       several times the price of the search.
     rate_per_s: of the whole cluster; None: what counts is each device.
     policy: that every candidate is judged under.
+    prefix_cache: see scheduler.Config; of a workload whose requests say which
+      blocks they have.
   """
 
   model: ModelConfig
@@ -79,6 +81,7 @@ class SearchProblem:
   strict_effort: float = 0.5
   rate_per_s: float | None = None
   policy: Policy = DISTSERVE
+  prefix_cache: bool = False
   links: Mapping[tuple[Plan, Plan], latency.Link] = dataclasses.field(
       default_factory=dict)
 
@@ -179,7 +182,8 @@ def build(
     latencies.append(seconds)
   config = scheduler.Config(tuple(instances), problem.max_len,
                             depth=2 if placement.prefill else 1,
-                            policy=problem.policy)
+                            policy=problem.policy,
+                            prefix_cache=problem.prefix_cache)
   return config, latencies, link_of(problem, aligned, placement)
 
 

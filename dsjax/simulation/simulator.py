@@ -35,7 +35,7 @@ from dsjax.analysis.recorder import Recorder
 from dsjax.config.checks import require
 from dsjax.config.request import Request
 from dsjax.scheduling import blocks, events, scheduler
-from dsjax.scheduling.events import Arrived, Tick
+from dsjax.scheduling.events import Arrived, Finish, Tick
 from dsjax.simulation import executors, latency
 from dsjax.simulation.contention import Contention
 from dsjax.simulation.instance import stage_shares
@@ -103,7 +103,8 @@ def simulate(config: scheduler.Config, requests: Iterable[Request],
   told = log or on_event is not None  # page ids too
   run = scheduler.Run(config, scheduler.init(config, counted=not told))
   recorder = Recorder()
-  copies = executors.Copies(link, share, _arrivals(requests, config))
+  arrivals = _Arrivals(list(requests), config)
+  copies = executors.Copies(link, share, arrivals.heap)
   if contention:
     executor = executors.Shared(each, copies, contention)
   else:
@@ -120,6 +121,8 @@ def simulate(config: scheduler.Config, requests: Iterable[Request],
     if kept is not None:
       kept.append((event, tuple(commands)))
     executor.perform(commands, event.time_s)
+    if arrivals.followers:
+      arrivals.follow(commands, event.time_s)
     if on_event is not None:
       on_event(run.freeze(), event, tuple(commands))
   return Result(recorder.records, kept, steps, executor.leapt,
@@ -170,23 +173,48 @@ def _check(config, latencies, link, share, contention):
             'latency.pp', seconds.pp, f'the pp={pp} of its instance')
 
 
-def _arrivals(requests, config):
-  """The heap of a workload's arrivals."""
-  requests = sorted(requests, key=lambda r: r.arrival_s)
-  heap, seen = [], set()
-  for n, request in enumerate(requests):
-    now_s, output_len = request.arrival_s, request.sampling.max_tokens
-    require(request.id not in seen, 'Request.id', request.id,
-            'different for each request')
-    require(0 <= now_s < float('inf'), 'Request.arrival_s', now_s,
-            'seconds, 0 or more')
-    require(output_len is not None, 'Sampling.max_tokens', None,
-            'set in a workload')
-    seen.add(request.id)
-    more = n + 1 < len(requests) and requests[n + 1].arrival_s == now_s
-    told = blocks.resized(request.blocks, request.block_tokens,
-                          config.block_size) if (
-        config.prefix_cache and request.blocks) else ()
-    heap.append((now_s, executors.ARRIVED, n, 0, Arrived(
-        now_s, request.id, len(request.prompt), output_len, more, told)))
-  return heap
+class _Arrivals:
+  """A workload's arrivals: those that come at their own times are on the
+  heap, others once the request that they follow has been answered."""
+
+  def __init__(self, requests, config):
+    self.size = config.block_size if config.prefix_cache else 0
+    self.heap, self.followers = [], {}
+    seen = set()
+    for request in requests:
+      require(request.id not in seen, 'Request.id', request.id,
+              'different for each request')
+      require(0 <= request.arrival_s < float('inf'), 'Request.arrival_s',
+              request.arrival_s, 'seconds, 0 or more')
+      require(request.sampling.max_tokens is not None, 'Sampling.max_tokens',
+              None, 'set in a workload')
+      seen.add(request.id)
+      if request.after is not None:
+        self.followers.setdefault(request.after, []).append(request)
+    require(self.followers.keys() <= seen, 'Request.after',
+            list(self.followers.keys() - seen)[:3], 'ids of other requests')
+    first = sorted([r for r in requests if r.after is None],
+                   key=lambda r: r.arrival_s)
+    for n, request in enumerate(first):
+      more = (n + 1 < len(first)
+              and first[n + 1].arrival_s == request.arrival_s)
+      self.heap.append(self.entry(request, request.arrival_s, n, more))
+    self.count = len(first)
+
+  def entry(self, request, now_s, number, more=False):
+    """The heap's entry of an arrival."""
+    hashes = blocks.resized(
+        request.blocks, request.block_tokens, self.size
+    ) if self.size and request.blocks else ()
+    return (now_s, executors.ARRIVED, number, 0, Arrived(
+        now_s, request.id, len(request.prompt), request.sampling.max_tokens,
+        more, hashes))
+
+  def follow(self, commands, now_s):
+    """Those that wait for requests that these commands end."""
+    for command in commands:
+      if type(command) is Finish:
+        for request in self.followers.pop(command.id, ()):
+          heapq.heappush(self.heap, self.entry(
+              request, now_s + request.arrival_s, self.count))
+          self.count += 1

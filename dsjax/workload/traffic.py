@@ -15,7 +15,7 @@ import numpy as np
 
 from dsjax.config.checks import InputError, is_positive, require
 from dsjax.config.request import Request
-from dsjax.workload.files import Entry, Path, json_lines, read_lengths
+from dsjax.workload.files import Entry, Path, Row, json_lines, read_lengths
 from dsjax.workload.requests import arrivals, from_lengths
 
 _DRAWS = 3  # a stream of a seed; workload has those below
@@ -280,21 +280,39 @@ def read_turns(path: Path) -> tuple[Turn, ...]:
     InputError naming the file, the line and the field.
   """
   entries = read_lengths(path)
-  rows = list(json_lines(path))
-  for line, row in rows:
-    ids = row.get('hash_ids')
-    ok = (isinstance(ids, list) and all(
-        isinstance(i, int) and not isinstance(i, bool) for i in ids))
-    if not ok:
-      raise InputError(f'{path}, line {line}: hash_ids={str(ids)[:60]}: must '
-                       'be a list of integers')
-    most = -(-int(row['input_length']) // BLOCK)
-    if len(ids) > most:
-      raise InputError(f'{path}, line {line}: hash_ids of length {len(ids)}: '
-                       f'must be at most {most}, a block for every {BLOCK} '
-                       'tokens')
-  rows = sorted((row for _, row in rows), key=lambda r: float(r['timestamp']))
-  return turns(entries, [row['hash_ids'] for row in rows])
+  return turns(entries, read_hash_ids(path))
+
+
+def read_hash_ids(path: Path) -> list[list[int]]:
+  """Those of each row of a trace in Mooncake's format, by arrival.
+
+  Raises:
+    InputError naming the file, the line and the field.
+  """
+  rows = []
+  for line, row in json_lines(path):
+    try:
+      time = float(row['timestamp'])
+    except (KeyError, TypeError, ValueError) as error:
+      raise InputError(f'{path}, line {line}: timestamp='
+                       f'{row.get("timestamp")!r}: must be milliseconds'
+                       ) from error
+    rows.append((time, _hash_ids(path, line, row)))
+  return [ids for _, ids in sorted(rows, key=lambda row: row[0])]
+
+
+def _hash_ids(path: Path, line: int, row: Row) -> list[int]:
+  ids = row.get('hash_ids')
+  if not isinstance(ids, list) or not all(
+      isinstance(i, int) and not isinstance(i, bool) for i in ids):
+    raise InputError(f'{path}, line {line}: hash_ids={str(ids)[:60]}: must '
+                     'be a list of integers')
+  most = -(-int(row['input_length']) // BLOCK)
+  if len(ids) > most:
+    raise InputError(f'{path}, line {line}: hash_ids of length {len(ids)}: '
+                     f'must be at most {most}, a block for every {BLOCK} '
+                     'tokens')
+  return ids
 
 
 def turns(entries: Sequence[Entry],

@@ -1,0 +1,184 @@
+"""A prefix cache in virtual time, against an LRU of blocks written apart."""
+
+import collections
+import dataclasses
+import json
+import random
+
+import numpy as np
+import pytest
+
+from dsjax.config.checks import InputError
+from dsjax.config.engine import InstanceConfig
+from dsjax.config.request import Request, Sampling
+from dsjax.scheduling import event_log, prefix_cache, scheduler
+from dsjax.scheduling.events import Migrate
+from dsjax.simulation import latency, simulator
+from dsjax.workload import sessions
+
+STEP = latency.Affine((0.005, 1e-4, 1e-9), (0.008, 1e-6, 1e-5))
+LINK = latency.Link(1e-4, 1e9, 1e3)
+
+
+def config(*roles, num_pages=4000, page_size=16, max_len=4096, **changes):
+  return scheduler.Config(tuple(
+      InstanceConfig(role, num_pages, page_size, 64, 2048, 16)
+      for role in roles), max_len=max_len, prefix_cache=True, **changes)
+
+
+def conversations(count=40, seed=0, **changes):
+  kind = dataclasses.replace(sessions.CHAT, system_len=64, think_s=1.0,
+                             **changes)
+  starts_s = np.cumsum(np.random.default_rng(seed).exponential(0.5, count))
+  return sessions.requests(kind, starts_s.tolist(), seed)
+
+
+def one_at_a_time(count=300, seed=0, tree=3):
+  """Requests so far apart that none meets another, of random prefixes."""
+  draw = random.Random(seed)
+  made = []
+  for id in range(count):
+    blocks, node = [], 0
+    for _ in range(draw.randint(1, 8)):
+      node = node * tree + draw.randrange(tree) + 1
+      blocks.append(node)
+    tokens = 16 * len(blocks) + draw.randint(1, 20)
+    made.append(Request(id, 100.0 * id, range(tokens),
+                        Sampling(max_tokens=1 + draw.randint(0, 30)),
+                        tuple(blocks), 16))
+  return made
+
+
+class Lru:
+  """Blocks of a cache of so many pages, one request at a time."""
+
+  def __init__(self, num_pages):
+    self.num_pages, self.blocks = num_pages, collections.OrderedDict()
+
+  def serve(self, request, answered=True):
+    """Tokens found of a request that comes, is served and goes."""
+    known = request.blocks[:(len(request.prompt) - 1) // 16]
+    hits = 0
+    while hits < len(known) and known[hits] in self.blocks:
+      hits += 1
+    # The last token has no KV.
+    tokens = len(request.prompt) + (request.sampling.max_tokens - 1
+                                    if answered else 0)
+    for block in request.blocks[:hits]:
+      self.blocks.move_to_end(block)
+    # A row has a page more from the time on that its next token needs one.
+    while len(self.blocks) + -(-tokens // 16) - hits > self.num_pages:
+      self.blocks.popitem(last=False)
+    for block in reversed(request.blocks[:tokens // 16]):
+      self.blocks[block] = True
+      self.blocks.move_to_end(block)
+    return 16 * hits
+
+
+@pytest.mark.parametrize('num_pages', [10_000, 60, 25])
+@pytest.mark.parametrize('seed', range(3))
+def test_hits_are_those_of_an_lru(num_pages, seed):
+  work = one_at_a_time(seed=seed)
+  oracle = Lru(num_pages)
+  result = simulator.simulate(
+      config('colocated', num_pages=num_pages, max_len=320, depth=1), work,
+      STEP)
+  got = [record.cached_tokens for record in result.records]
+  assert got == [oracle.serve(request) for request in work]
+  assert sum(got) > 0
+
+
+def test_hits_of_both_sides_of_a_hand_off():
+  work = one_at_a_time(seed=5)
+  prefill, decode = Lru(80), Lru(80)
+  result = simulator.simulate(
+      config('prefill', 'decode', num_pages=80, max_len=320, depth=1), work,
+      STEP, LINK, log=True)
+  moves = {c.id: c for _, commands in result.log for c in commands
+           if type(c) is Migrate}
+  for request, record in zip(work, result.records, strict=True):
+    assert record.cached_tokens == prefill.serve(request, answered=False)
+    if request.sampling.max_tokens > 1:
+      assert moves[request.id].hit == decode.serve(request)
+      assert (moves[request.id].num_tokens
+              == len(request.prompt) - moves[request.id].hit)
+
+
+def test_unbounded_it_finds_all_that_is_shared():
+  work = one_at_a_time(seed=1)
+  result = simulator.simulate(config('colocated', max_len=320), work, STEP)
+  assert (sum(record.cached_tokens for record in result.records)
+          == sessions.shared_tokens(work))
+
+
+@pytest.mark.parametrize('roles', [
+    ('colocated',), ('chunked',) * 2, ('prefill', 'decode'),
+    ('prefill',) * 2 + ('decode',) * 2], ids=str)
+@pytest.mark.parametrize('num_pages', [600, 4000])
+def test_leaping_finds_the_same(roles, num_pages):
+  work = conversations(20)
+  one = config(*roles, num_pages=num_pages)
+  leapt = simulator.simulate(one, work, STEP, LINK)
+  stepped = simulator.simulate(one, work, STEP, LINK, leap=False)
+  logged = simulator.simulate(one, work, STEP, LINK, log=True)
+  assert leapt.leapt and not logged.leapt
+  for other in (stepped, logged):
+    assert [r.cached_tokens for r in other.records] == [
+        r.cached_tokens for r in leapt.records]
+    assert np.allclose([r.finish_s for r in other.records],
+                       [r.finish_s for r in leapt.records])
+  written = json.loads(json.dumps(event_log.encode(tuple(logged.log))))
+  assert event_log.replay(one, event_log.decode(written)) is None
+  for inst in logged.state.instances:
+    prefix_cache.check(inst.pool, ())
+    assert prefix_cache.num_free(inst.pool) == num_pages
+
+
+def test_later_turns_come_sooner_and_move_less():
+  work = conversations()
+  runs = [simulator.simulate(dataclasses.replace(
+      config('prefill', 'decode'), prefix_cache=on), work, STEP, LINK)
+          for on in (False, True)]
+  without, with_it = (run.records for run in runs)
+  assert {r.id for r in without} == {r.id for r in with_it}
+  assert sum(r.cached_tokens for r in without) == 0
+  later = {q.id for q in work if q.after is not None}
+
+  def mean(records, field):
+    picked = [getattr(r, field) for r in records if r.id in later]
+    return sum(picked) / len(picked)
+  assert mean(with_it, 'ttft_s') < 0.6 * mean(without, 'ttft_s')
+  assert mean(with_it, 'migrated_tokens') < 0.5 * mean(
+      without, 'migrated_tokens')
+
+
+def test_a_turn_waits_for_the_answer_of_the_last():
+  work = conversations(10)
+  result = simulator.simulate(config('colocated'), work, STEP)
+  record = {r.id: r for r in result.records}
+  assert len(record) == len(work)
+  for request in work:
+    if request.after is not None:
+      assert record[request.id].arrival_s == pytest.approx(
+          record[request.after].finish_s + request.arrival_s)
+
+
+def test_a_turn_after_one_that_was_not_answered_does_not_come():
+  first = Request(0, 0.0, range(5000), Sampling(max_tokens=5))
+  second = Request(1, 1.0, range(10), Sampling(max_tokens=5), after=0)
+  result = simulator.simulate(config('colocated'), [first, second], STEP)
+  assert [r.status for r in result.records] == ['rejected']
+  with pytest.raises(InputError, match='Request.after=.*7'):
+    simulator.simulate(config('colocated'), [
+        dataclasses.replace(second, after=7)], STEP)
+
+
+def test_blocks_of_another_size():
+  work = [Request(n, 10.0 * n, range(1100), Sampling(max_tokens=5), (7, 8),
+                  512) for n in range(2)]
+  for page_size, hit in ((16, 1024), (512, 1024), (1024, 1024), (2048, 0)):
+    run = simulator.simulate(config('colocated', page_size=page_size), work,
+                             STEP)
+    assert [r.cached_tokens for r in run.records] == [0, hit]
+  with pytest.raises(InputError, match='block_tokens=512'):
+    simulator.simulate(config('colocated', page_size=48), work, STEP)
