@@ -13,13 +13,15 @@ def queue_s(instance: InstanceView) -> float:
   flight half is left, on average."""
   latency = instance.latency
   return latency.prefill_s(instance.pieces) / 2 + sum(
-      [latency.prefill_s(((request.done, request.prompt_len),))
+      [prefill_s(instance, request)
        for request in (*instance.waiting(), *instance.prefilling())])
 
 
 def prefill_s(instance: InstanceView, request: RequestView) -> float:
-  """Seconds of a request's prefill, alone in its batch."""
-  return instance.latency.prefill_s(((request.done, request.prompt_len),))
+  """Seconds of a request's prefill, alone in its batch, what is kept here of
+  its prompt left out."""
+  start = request.done or instance.hit_tokens(request)
+  return instance.latency.prefill_s(((start, request.prompt_len),))
 
 
 def decode_s(instance: InstanceView, rows: int = 0, tokens: int = 0) -> float:

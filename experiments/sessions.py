@@ -1,0 +1,267 @@
+"""What a prefix cache is worth: conversations served with one and without.
+
+  python -m experiments.sessions --kind=chat --rates=2,8
+  python -m experiments.sessions --kind=agent
+  python -m experiments.sessions --trace=conversation_trace.jsonl --rates=3.4
+  python -m experiments.sessions --real --model=smollm2-135m-instruct
+
+Simulated: at each rate the same requests (sessions of --kind, whose turns
+follow the answer before; or a trace in Mooncake's format, its times scaled to
+the rate) under each of ROUTES, each with and without a cache.
+  random    any prefill instance;
+  balanced  the one with the fewest prompt tokens waiting;
+  hits      the one where the first token is predicted soonest, what it has
+            kept of the prompt not computed again (Mooncake's rule, without
+            moving what another has kept); rows go where more than half of
+            their KV is kept.
+Real, with --real: a few sessions of a served model on two devices of this
+machine, one after another, first without and then with the cache.
+
+It prints a table and writes sessions.csv: rate_per_s, route, cache, ttft_s
+(mean), later_ttft_s (of turns after the first; of a trace, of prompts whose
+second block came before), p90_ttft_s, tpot_s, cached and moved (of prompt
+tokens), attained, low, high. Exit codes: 0; 2 for bad input; 130 by Ctrl-C.
+"""
+
+import csv
+import dataclasses
+import pathlib
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.table import Table
+
+import dsjax
+from dsjax.analysis import metrics
+from dsjax.analysis.record import Record
+from dsjax.config.checks import require
+from dsjax.config.engine import EngineConfig
+from dsjax.config.placement import Placement, Slo
+from dsjax.config.request import Request
+from dsjax.placement import api
+from dsjax.policies import predict
+from dsjax.scheduling.policy import (
+  DISTSERVE,
+  RequestView,
+  View,
+  others,
+)
+from dsjax.simulation import simulator
+from dsjax.workload import sessions
+from experiments.common import cli, provenance, terminal
+
+KINDS = {'chat': sessions.CHAT, 'agent': sessions.AGENT}
+WARMUP = 0.2  # share of the requests that counts in no statistic
+FLAGS = {
+    'kind': cli.Flag('chat', f'Of sessions: {" or ".join(KINDS)}.'),
+    'trace': cli.Flag('', 'A trace with hash_ids instead.'),
+    'rates': '2,8',
+    'requests': cli.Flag(2000, 'About so many turns at each rate.', low=50),
+    'routes': cli.Flag(['random', 'balanced', 'hits'], 'Of them.'),
+    'model': cli.Flag('llama-3-8b', 'A name in dsjax.config.zoo; with --real, '
+                      'what dsjax.load takes.'),
+    'latency': 'tables:h100-80g',
+    'placement': 'prefill=1x1,1x1,decode=1x1,1x1',
+    'page_size': cli.Flag(64, 'Tokens.', low=1),
+    'ttft_s': 1.0, 'tpot_s': 0.05, 'seed': 0,
+    'real': cli.Flag(False, 'Serve on this machine.'),
+    'sessions': cli.Flag(3, 'With --real.', low=1),
+    'out': None,
+}
+
+
+def random_route(view: View, request: RequestView) -> int:
+  """Any, drawn by the request's id."""
+  draw = np.random.default_rng(request.id)
+  return view.prefills[int(draw.integers(len(view.prefills)))].index
+
+
+def hits_route(view: View, request: RequestView) -> int:
+  """Where the first token is predicted soonest."""
+  return min(view.prefills, key=lambda i: (
+      predict.queue_s(i) + predict.prefill_s(i, request), i.index)).index
+
+
+def hits_hand_off(view: View, request: RequestView, avoid: int) -> int:
+  """Where more than half of the KV is kept, else where there is room."""
+  best = max(others(view.decodes, avoid),
+             key=lambda i: (i.hit_tokens(request), -i.index))
+  if 2 * best.hit_tokens(request) > request.prompt_len:
+    return best.index
+  return DISTSERVE.hand_off(view, request, avoid)
+
+
+ROUTES = {
+    'random': dataclasses.replace(DISTSERVE, name='random',
+                                  route=random_route),
+    'balanced': DISTSERVE,
+    'hits': dataclasses.replace(DISTSERVE, name='hits', route=hits_route,
+                                hand_off=hits_hand_off)}
+
+
+class Line(NamedTuple):
+  """A line of sessions.csv."""
+
+  rate_per_s: float
+  route: str
+  cache: bool
+  ttft_s: float
+  later_ttft_s: float
+  p90_ttft_s: float
+  tpot_s: float
+  cached: float
+  moved: float
+  attained: float
+  low: float
+  high: float
+
+
+def workload(options: Any, rate_per_s: float) -> list[Request]:
+  """The requests of a rate."""
+  if options.trace:
+    known = sessions.read_trace(options.trace)
+    span_s = known[-1].arrival_s
+    require(span_s > 0, '--trace', options.trace, 'one that takes some time')
+    return sessions.read_trace(
+        options.trace, rate_per_s * span_s / len(known), options.requests)
+  kind = KINDS[options.kind]
+  count = -(-options.requests // kind.turns)
+  gaps = np.random.default_rng([options.seed, 3]).exponential(
+      kind.turns / rate_per_s, count)
+  return sessions.requests(kind, np.cumsum(gaps).tolist(), options.seed)
+
+
+def later(work: Sequence[Request]) -> set[int]:
+  """Ids of the turns after the first; of a trace, of prompts whose second
+  block came before (many share the first)."""
+  if any(request.after is not None for request in work):
+    return {r.id for r in work if r.after is not None}
+  seen: set[int] = set()
+  ids = set()
+  for request in work:
+    if seen.intersection(request.blocks[1:2]):
+      ids.add(request.id)
+    seen.update(request.blocks[1:2])
+  return ids
+
+
+def line(rate_per_s: float, route: str, cache: bool, slo: Slo,
+         records: Iterable[Record], turns: set[int]) -> Line:
+  """What the records of a run say, the first WARMUP of them left out."""
+  known = list(records)
+  served = [r for r in known[round(WARMUP * len(known)):] if r.token_s]
+  require(served, '--requests', len(known), 'enough that some are served')
+  ttfts_s = [r.ttft_s or 0.0 for r in served]
+  tokens = sum(r.prompt_len for r in served)
+  attained = metrics.summarize(served, slo, 1).attainment
+  return Line(
+      rate_per_s, route, cache, statistics.fmean(ttfts_s),
+      statistics.fmean([r.ttft_s or 0.0 for r in served if r.id in turns]
+                       or [0.0]),
+      float(np.quantile(ttfts_s, 0.9)),
+      statistics.fmean([r.tpot_s or 0.0 for r in served]),
+      sum(r.cached_tokens for r in served) / tokens,
+      sum(r.migrated_tokens for r in served) / tokens, *attained)
+
+
+def simulate(options: Any, rate_per_s: float, route: str, cache: bool) -> Line:
+  """One run."""
+  work = workload(options, rate_per_s)
+  slo = Slo(options.ttft_s, options.tpot_s)
+  problem = api.make_problem(
+      options.model, slo, [(1, 1)], options.latency,
+      max_len=max(len(r.prompt) + (r.sampling.max_tokens or 0) for r in work),
+      page_size=options.page_size, prefix_cache=cache,
+      policy=ROUTES[route])
+  config, latencies, link = api.build(
+      problem, Placement.parse(options.placement, '--placement'))
+  result = simulator.simulate(config, work, latencies, link)
+  return line(rate_per_s, route, cache, slo, result.records, later(work))
+
+
+def serve(options: Any, cache: bool) -> tuple[Line, int]:
+  """Sessions of a served model, one after another: (their Line, KV bytes
+  moved)."""
+  model = dsjax.load(options.model)
+  config = EngineConfig(max_len=512, max_seqs=4, prefill_tokens=256,
+                        num_pages=256, prefix_cache=cache)
+  draw = np.random.default_rng(options.seed)
+  vocabulary, turns = model.config.vocab_size, set()
+  with dsjax.serve(model, 'prefill=1x1,decode=1x1', config) as server:
+    for _ in range(options.sessions + 1):  # the first one warms up
+      prompt: list[int] = []
+      for turn in range(4):
+        prompt += draw.integers(vocabulary, size=60).tolist()
+        answer = server.generate(prompt, max_tokens=30, ignore_eos=True)
+        prompt += answer.tokens
+        if turn:
+          turns.add(answer.id)
+    records = server.records[4:]
+    moved = server.copied_bytes
+  return line(0.0, 'real', cache, Slo(options.ttft_s, options.tpot_s),
+              records, turns), moved
+
+
+def table(lines: Iterable[Line]) -> Table:
+  """A line a run."""
+  out = Table(title='TTFT, ms; cached, moved: of prompt tokens; attained, %')
+  for name in ('rate', 'route', 'cache', 'TTFT', 'later', 'p90',
+               'cached', 'moved', 'attained [95 %]'):
+    out.add_column(name, justify='left' if name == 'route' else 'right')
+  for told in lines:
+    out.add_row(
+        f'{told.rate_per_s:g}' if told.rate_per_s else '-', told.route,
+        'on' if told.cache else 'off', *(f'{1e3 * seconds:.0f}' for seconds in (
+            told.ttft_s, told.later_ttft_s, told.p90_ttft_s)),
+        f'{told.cached:.0%}', f'{told.moved:.0%}',
+        f'{100 * told.attained:.0f} [{100 * told.low:.0f}, '
+        f'{100 * told.high:.0f}]')
+  return out
+
+
+def save(out: pathlib.Path, options: Any, lines: Sequence[Line]) -> None:
+  """Writes sessions.csv and sessions.json."""
+  out.mkdir(parents=True, exist_ok=True)
+  with open(out / 'sessions.csv', 'w', newline='') as file:
+    writer = csv.writer(file)
+    writer.writerow(Line._fields)
+    writer.writerows(lines)
+  provenance.save_json(out / 'sessions.json', {
+      'lines': [told._asdict() for told in lines]}, cli.asked(options, FLAGS),
+                       [options.trace or options.kind, options.latency])
+
+
+def run(options: Any, console: Any) -> int:
+  """Runs, shows and writes."""
+  require(options.kind in KINDS, '--kind', options.kind, f'of {list(KINDS)}')
+  for name in options.routes:
+    require(name in ROUTES, '--routes', name, f'of {list(ROUTES)}')
+  lines: list[Line] = []
+  tell, stopped = terminal.now_and_then(console), False
+  try:
+    if options.real:
+      cli.prepare(2)
+      for cache in (False, True):
+        told, moved = serve(options, cache)
+        lines.append(told)
+        console.print(f'cache {"on" if cache else "off"}: {moved / 1e6:.1f} '
+                      'MB of KV moved', highlight=False)
+    else:
+      for rate_per_s in cli.numbers('--rates', options.rates):
+        for route in options.routes:
+          for cache in (False, True):
+            lines.append(simulate(options, rate_per_s, route, cache))
+            tell(f'{len(lines)} runs done')
+  except KeyboardInterrupt:
+    stopped = True
+  console.print(table(lines))
+  if options.out:
+    save(pathlib.Path(options.out), options, lines)
+    terminal.written(console, options.out, 'sessions.csv', 'sessions.json')
+  return 130 if stopped else 0
+
+
+if __name__ == '__main__':
+  cli.main(run, FLAGS)

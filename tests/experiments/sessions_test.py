@@ -1,0 +1,73 @@
+"""Conversations with a prefix cache and without: the runner."""
+
+import csv
+import json
+
+import pytest
+from rich.console import Console
+
+from dsjax.config.checks import InputError
+from experiments import sessions
+from experiments.common import cli
+from tests.common.results import check_written
+
+TINY = dict(requests=60, rates='4', routes=['hits'], page_size=64,
+            placement='prefill=1x1,decode=1x1')
+
+
+def shown(**options):
+  console = Console(record=True, width=100)
+  code = sessions.run(cli.options(sessions.FLAGS, **options), console)
+  return code, console.export_text()
+
+
+def rows(path):
+  with open(path / 'sessions.csv', newline='') as file:
+    return list(csv.DictReader(file))
+
+
+def test_later_turns_come_sooner_with_a_cache(tmp_path):
+  code, told = shown(out=str(tmp_path), **TINY)
+  assert code == 0
+  without, with_it = rows(tmp_path)
+  assert (without['cache'], with_it['cache']) == ('False', 'True')
+  assert float(without['cached']) == 0 and float(with_it['cached']) > 0.3
+  assert float(with_it['later_ttft_s']) < float(without['later_ttft_s'])
+  assert float(with_it['moved']) < 0.7 * float(without['moved'])
+  check_written(told, tmp_path)
+  assert max(len(line) for line in told.splitlines()
+             if 'Written' not in line) <= 80
+  made = json.loads((tmp_path / 'sessions.json').read_text())['made_by']
+  assert made['options']['kind'] == 'chat'
+
+
+def test_a_trace(tmp_path):
+  path = tmp_path / 'trace.jsonl'
+  path.write_text('\n'.join(json.dumps(dict(
+      timestamp=1000 * n, input_length=1100, output_length=5,
+      hash_ids=[0, n % 4, 100 + n])) for n in range(40)))
+  code, _ = shown(out=str(tmp_path / 'out'), **TINY | {'trace': str(path)})
+  assert code == 0
+  _, with_it = rows(tmp_path / 'out')
+  assert float(with_it['cached']) == pytest.approx(1024 / 1100, rel=0.05)
+
+
+@pytest.mark.parametrize('options, words', [
+    ({'kind': 'talk'}, '--kind=.*agent'), ({'routes': ['none']}, '--routes'),
+    ({'rates': '0'}, '--rates'), ({'placement': 'prefill=1'}, '--placement')])
+def test_bad_input_is_named(options, words):
+  with pytest.raises(InputError, match=words):
+    shown(**TINY | options)
+
+
+def test_ctrl_c_keeps_what_is_known(monkeypatch, tmp_path):
+  simulate = sessions.simulate
+
+  def once(options, rate_per_s, route, cache):
+    if cache:
+      raise KeyboardInterrupt
+    return simulate(options, rate_per_s, route, cache)
+
+  monkeypatch.setattr(sessions, 'simulate', once)
+  code, _ = shown(out=str(tmp_path), **TINY)
+  assert code == 130 and len(rows(tmp_path)) == 1
