@@ -425,6 +425,8 @@ class Run:
       (pages, how many of its first `stop` tokens are there already: a multiple
       of `unit`, and not all).
     """
+    if inst.residents >= inst.config.max_seqs:
+      return None
     hashes = self.hashes(inst, seq)[:(stop - 1) // unit
                                     * unit // inst.config.page_size]
     hits = prefix_cache.hits(inst.pool, hashes)

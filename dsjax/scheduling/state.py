@@ -212,11 +212,11 @@ def room(inst: Any, config: InstanceConfig, tokens: int,
     tokens: 1 or more.
     hits: pages that are kept of these tokens, fewer than all; not counted.
   """
+  if inst.residents >= config.max_seqs:
+    return 0
   need = page_pool.pages_for(tokens, config.page_size) - len(hits)
-  free = prefix_cache.num_free(inst.pool)
-  if hits:
-    free -= sum([not kept.owners for kept in hits])
-  return need if inst.residents < config.max_seqs and need <= free else 0
+  idle = sum([not kept.owners for kept in hits]) if hits else 0
+  return need if need + idle <= prefix_cache.num_free(inst.pool) else 0
 
 
 def check(state: State) -> None:
