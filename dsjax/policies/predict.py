@@ -13,7 +13,7 @@ def queue_s(instance: InstanceView) -> float:
   flight half is left, on average."""
   latency = instance.latency
   return latency.prefill_s(instance.pieces) / 2 + sum(
-      [latency.prefill_s(((request.done, request.prompt_len),))
+      [latency.prefill_s(((request.done, request.stop),))
        for request in (*instance.waiting(), *instance.prefilling())])
 
 
