@@ -9,9 +9,9 @@ from dsjax.config.placement import Slo
 from dsjax.policies.deadlines import with_deadlines
 from dsjax.scheduling.policy import DISTSERVE, Policy
 
-NAMES = ('adaptive', 'arrow', 'chunked', 'colocated', 'dynamo', 'ecoserve',
-         'llm_d', 'llumnix', 'mooncake', 'planner', 'splitwise', 'static',
-         'taichi')
+NAMES = ('adaptive', 'arrow', 'chunked', 'colocated', 'dynamo', 'dynaserve',
+         'ecoserve', 'llm_d', 'llumnix', 'mooncake', 'planner', 'splitwise',
+         'static', 'taichi')
 DEADLINES = '+deadlines'
 
 

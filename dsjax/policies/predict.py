@@ -13,15 +13,20 @@ def queue_s(instance: InstanceView) -> float:
   flight half is left, on average."""
   latency = instance.latency
   return latency.prefill_s(instance.pieces) / 2 + sum(
-      [prefill_s(instance, request)
+      [latency.prefill_s(((_known(instance, request), request.stop),))
        for request in (*instance.waiting(), *instance.prefilling())])
 
 
+def _known(instance: InstanceView, request: RequestView) -> int:
+  """Tokens of a prompt that are not computed any more, as it is now."""
+  return request.done or instance.hit_tokens(request)
+
+
 def prefill_s(instance: InstanceView, request: RequestView) -> float:
-  """Seconds of a request's prefill, alone in its batch, what is kept here of
-  its prompt left out."""
-  start = request.done or instance.hit_tokens(request)
-  return instance.latency.prefill_s(((start, request.prompt_len),))
+  """Seconds of a request's prefill, alone in its batch; what is kept here of
+  its prompt is left out."""
+  return instance.latency.prefill_s((
+      (_known(instance, request), request.prompt_len),))
 
 
 def decode_s(instance: InstanceView, rows: int = 0, tokens: int = 0) -> float:

@@ -73,6 +73,7 @@ MODES = {
     'colocated_pp2': (Placement(colocated=[Plan(1, 2)]), (2, 3)),
     'chunked_pp2': (Placement(chunked=[Plan(1, 2)]), (2, 3)),
     '2flexible': (Placement(flexible=[Plan()] * 2), (0, 2)),
+    'flexible_pp2': (Placement(flexible=[Plan(1, 2), Plan()]), (2, 3, 0)),
     'mixed': (Placement(prefill=[Plan()], chunked=[Plan()]), (0, 2)),
 }
 EACH_MODE = pytest.mark.parametrize(

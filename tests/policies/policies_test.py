@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import random
 
 import pytest
 
@@ -174,6 +175,22 @@ def test_dynamo_is_its_limits():
   assert [r.token_s for r in never.records] == [
       r.token_s for r in served('static', 30).records]
   assert not commands(served('dynamo:shortest=100000', 30), Migrate)
+
+
+def test_dynaserve_splits_prompts_and_outlasts_both_parents():
+  """DynaServe: more goodput than disaggregation and than colocation."""
+  draw, slo, now_s, sent = random.Random(0), Slo(1.0, 0.1), 0.0, []
+  for id in range(300):
+    now_s += draw.expovariate(12)
+    sent.append(Request(id, now_s, [1] * draw.randint(500, 7500),
+                        Sampling(max_tokens=draw.randint(2, 16))))
+  ours, split, together = (
+      simulate('flexible=1x1,1x1', 'llama-3-8b', latency='tables:h100-80g',
+               slo=slo, lengths=sent, max_len=8192, policy=named(name, slo),
+               log=True) for name in ('dynaserve', 'static', 'colocated'))
+  assert len(commands(ours, Migrate)) > 60  # rows stay: these are parts
+  assert ours.summary.attainment[1] > split.summary.attainment[2]
+  assert ours.summary.attainment[0] > together.summary.attainment[0]
 
 
 def test_arrow_flips_towards_the_load_and_keeps_one_of_each_role():

@@ -1,4 +1,4 @@
-"""Flexible instances: roles that change, rows that move, requests refused."""
+"""Flexible instances: roles change, rows move, prompts are split."""
 
 import asyncio
 import dataclasses
@@ -9,8 +9,14 @@ import pytest
 import dsjax
 from dsjax.config.request import Sampling
 from dsjax.runtime.output import RequestFailed
-from dsjax.scheduling.events import Flip, Migrate, Reject, RunDecode
-from dsjax.scheduling.policy import DISTSERVE, Move, Refuse
+from dsjax.scheduling.events import (
+  Flip,
+  Migrate,
+  Reject,
+  RunDecode,
+  RunPrefill,
+)
+from dsjax.scheduling.policy import DISTSERVE, Move, Refuse, Split, may_go_on
 from tests.common import fake_engine, serving
 from tests.common.serving import LONG, MIXED, PAGES_4, job
 
@@ -22,15 +28,14 @@ ROLES = ('prefill', 'decode', 'chunked', 'colocated')
 def next_roles(view):
   """Each instance has the next role, no two of them the same."""
   return {i.index: ROLES[(ROLES.index(i.role) + 1 + i.index) % 4]
-          for i in view.instances}
+          for i in view.instances if i.flips}
 
 
 def even_out(view):
   """A row goes from the instance with the most to the one with the fewest."""
-  by_rows = sorted(view.may_decode, key=lambda i: i.num_rows)
-  fewest, most = by_rows[0], by_rows[-1]
-  return ([Move(most.rows()[0].id, fewest.index)]
-          if most.num_rows > fewest.num_rows else [])
+  fewest = min(view.may_decode, key=lambda i: i.num_rows)
+  return [Move(most.rows()[0].id, fewest.index) for most in view.instances
+          if most.flips and most.num_rows > fewest.num_rows][:1]
 
 
 def to_the_fewest(view, request, avoid):
@@ -39,9 +44,22 @@ def to_the_fewest(view, request, avoid):
       i.index == avoid, i.residents + i.num_pulls, i.index)).index
 
 
+def in_parts(view, request):
+  """Cuts every prompt, anywhere; each part goes elsewhere if it can."""
+  places = may_go_on(view, request) if request.done else view.may_prefill
+  places = [i for i in places if i.index != request.instance] or places
+  place = places[(request.id + request.done) % len(places)]
+  left = request.prompt_len - request.done
+  cut = request.done + 1 + (7 * request.id + request.done) % left
+  if cut == request.prompt_len or place.config.decodes and not place.flips:
+    return place.index
+  return Split(place.index, cut)
+
+
 RESTLESS = dataclasses.replace(
     DISTSERVE, name='restless', tick_s=1e-9, resize=next_roles,
     rebalance=even_out, hand_off=to_the_fewest)
+SPLITTING = dataclasses.replace(RESTLESS, name='splitting', route=in_parts)
 
 
 def commands_of(server, kind):
@@ -61,21 +79,36 @@ def moved(server):
   return moves
 
 
-def test_hundreds_of_flips_and_moves_lose_nothing():
+def parts(server):
+  """(tokens, page size) of each hand-off of a part of a prompt."""
+  last, sent = {}, []
+  for _, commands in server.log:
+    for command in commands:
+      if isinstance(command, RunPrefill):
+        last.update({chunk.id: chunk.last for chunk in command.chunks})
+      elif isinstance(command, Migrate) and not last[command.id]:
+        sent.append((command.num_tokens, server.config.page_size))
+  return sent
+
+
+@pytest.mark.parametrize('policy', (RESTLESS, SPLITTING))
+def test_hundreds_of_flips_and_moves_lose_nothing(policy):
   """On fake engines: tokens equal, nothing leaked, nobody passed over."""
   draw = random.Random(0)
   work = [job(draw.randint(1, 30), draw.randint(1, 25), n)
           for n in range(300)]
-  with serving.fake_server_of('2flexible', policy=RESTLESS) as server:
+  with serving.fake_server_of('2flexible', policy=policy) as server:
     outputs = serving.play(server, work, between=2)
     serving.check_tokens(work, outputs, serving.expected_of_fakes)
     assert len(commands_of(server, Flip)) > 60
     assert len(moved(server)) > 60
+    assert (len(parts(server)) > 60) == (policy is SPLITTING)
     assert any(len(o.record.instances) > 1 for o in outputs)
 
 
-def test_an_instance_lost_between_flips():
-  with serving.fake_server_of('2flexible', policy=RESTLESS) as server:
+@pytest.mark.parametrize('policy', (RESTLESS, SPLITTING))
+def test_an_instance_lost_between_flips(policy):
+  with serving.fake_server_of('2flexible', policy=policy) as server:
     ids = [server.submit(prompt, **params) for prompt, params in MIXED]
     for n in range(40):
       server.poll()
@@ -86,14 +119,32 @@ def test_an_instance_lost_between_flips():
     serving.check_tokens(MIXED, work, serving.expected_of_fakes)
 
 
-def test_tokens_of_the_real_engine_are_those_without_flips():
-  """And nothing is compiled by a flip."""
+MATRIX = (
+    ('2flexible', FEW_STEPS),
+    ('2flexible', dataclasses.replace(FEW_STEPS, page_size=16, num_pages=6)),
+    ('2flexible', dataclasses.replace(FEW_STEPS, kv_dtype='int8')),
+    ('flexible_pp2', FEW_STEPS), ('mixed', FEW_STEPS))
+
+
+@pytest.mark.parametrize('mode, config', MATRIX, ids=(
+    'pages of 4', 'pages of 16', 'int8', 'pp', 'prefill and chunked'))
+def test_tokens_of_the_real_engine_are_those_of_one_that_stays(mode, config):
+  """Roles change, rows move, prompts are split; nothing is compiled by it."""
   work = (*MIXED, *LONG)
-  with serving.server_of('2flexible', FEW_STEPS, policy=RESTLESS) as server:
+  config = dataclasses.replace(config, checksum=True)
+  with serving.server_of(mode, config) as server:
+    want = [output.tokens for output in serving.play(server, work)]
+  with serving.server_of(mode, config, policy=SPLITTING) as server:
     with serving.compilations() as compiled:
       outputs = serving.play(server, work)
-    serving.check_tokens(work, outputs)
-    assert len(commands_of(server, Flip)) > 60 and moved(server)
+    assert [output.tokens for output in outputs] == want
+    if config.kv_dtype is None:
+      serving.check_tokens(work, outputs)
+    sent = parts(server)
+    assert any(count % size for count, size in sent)
+    assert any(count % size == 0 for count, size in sent)
+    if 'flexible' in mode:
+      assert len(commands_of(server, Flip)) > 60 and moved(server)
   assert not compiled
 
 

@@ -33,6 +33,8 @@ from dsjax.scheduling.policy import (
   PolicyError,
   PrefillBudget,
   Refuse,
+  Split,
+  may_go_on,
 )
 from dsjax.simulation import latency, simulator
 from experiments import explore
@@ -124,6 +126,72 @@ def test_batch_bounds_the_prompt_tokens_beside_rows():
       3, whole=False, rows=True))
   _, (first,) = _after(dataclasses.replace(config, depth=1), _arrive(0, 7))
   assert [(c.start, c.stop) for c in first.chunks] == [(0, 3)]
+
+
+def in_two(view, request):
+  """The first 5 tokens at 0, the rest at 1."""
+  if request.done:
+    assert [i.index for i in may_go_on(view, request)] == [0, 1]
+    return 1
+  return Split(0, 5)
+
+
+@pytest.mark.parametrize('roles', (('flexible',) * 2, ('prefill', 'chunked')))
+def test_route_splits_a_prompt_within_a_page(roles):
+  config = _config(roles, route=in_two)
+  state, (first,) = _after(config, _arrive(0, 11))
+  assert [tuple(c)[1:3] for c in first.chunks] == [(0, 5)]
+  assert not first.chunks[0].last and state.instances[0].backlog == 0
+  state, (copy,) = scheduler.step(config, state, PrefillDone(1.0, 0, 0))
+  assert copy == Migrate(0, 1, 0, (0, 1), 1, (0, 1), 5)
+  state, (rest, decode) = scheduler.step(config, state, Migrated(2.0, 0, 1))
+  assert rest.instance == 1 and rest.chunks[0][1:] == (5, 11, (0, 1, 2), True)
+  assert state.instances[0].residents == 0
+  assert isinstance(decode, RunDecode) and decode.rows[0].base == 11
+
+
+def test_the_rest_of_a_prompt_whose_first_part_is_lost_starts_anew():
+  config = _config(('flexible',) * 3, route=lambda view, request: (
+      1 if request.done else Split(0, 5) if view.instances[0].status == 'up'
+      else 2))
+  state, answer = _after(config, _arrive(0, 11), PrefillDone(1.0, 0, 0),
+                         InstanceDown(2.0, 0))
+  prefill, = (c for c in answer if isinstance(c, RunPrefill))
+  assert prefill.instance == 2 and prefill.chunks[0][1:3] == (0, 11)
+  assert state.seqs[0].tries == 1
+
+
+@pytest.mark.parametrize('answer', (
+    Split(0, 0), Split(0, 11), Split(0, 2.5), Split(2, 3), Split(None, 3)))
+def test_a_split_that_cannot_be_is_refused(answer):
+  config = _config(('flexible',) * 2, route=lambda view, request: answer)
+  with pytest.raises(PolicyError, match='hook route: answered'):
+    _after(config, _arrive(0, 11))
+
+
+def test_a_split_where_no_copy_leaves_is_refused():
+  config = _config(('chunked',) * 2, route=lambda view, request: Split(0, 3))
+  with pytest.raises(PolicyError, match='flexible or only prefills'):
+    _after(config, _arrive(0, 11))
+
+
+def test_flexible_instances_that_wait_for_each_other_behind_others():
+  """What would pull first comes from one that only prefills, and cannot stay
+  there; what is behind it can."""
+  route, target = (1, 2, 0, 0), (2, 1, 1, 2)
+  config = _config(
+      ('prefill', 'flexible', 'flexible'), num_pages=4,
+      route=lambda view, request: route[request.id],
+      hand_off=lambda view, request, avoid: target[request.id])
+  roomy = dataclasses.replace(config.instances[0], num_pages=16)
+  config = dataclasses.replace(config, instances=(
+      roomy, *config.instances[1:]))
+  state, _ = _after(config, *(_arrive(id, 12, 4)._replace(more=id != 3)
+                              for id in (2, 0, 1, 3)))
+  for index, number in ((0, 0), (0, 1), (1, 0), (2, 0)):
+    state, answer = scheduler.step(config, state,
+                                   PrefillDone(9.0, index, number))
+  assert any(isinstance(c, RunDecode) for c in answer)
 
 
 def test_hand_off_chooses_who_pulls_and_knows_who_failed():

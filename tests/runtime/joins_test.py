@@ -1,0 +1,103 @@
+"""Instances that are away at first, join, leave and come back under load."""
+
+import dataclasses
+
+import pytest
+
+from dsjax.config.checks import InputError
+from dsjax.config.engine import EngineConfig
+from dsjax.scheduling.events import RunDecode, RunPrefill
+from tests.common import serving
+from tests.common.serving import MIXED, PAGES_4
+
+pytestmark = pytest.mark.usefixtures('no_hang')
+
+
+def busy(server, since):
+  """Instances that were given work since an entry of the log."""
+  return {c.instance for _, commands in server.log[since:] for c in commands
+          if isinstance(c, RunPrefill | RunDecode)}
+
+
+def submit(server, work):
+  return [server.submit(prompt, **params) for prompt, params in work]
+
+
+def check(server, ids, oracle=serving.expected):
+  serving.drain(server, faulty=True)
+  outputs = [server.output(id) for id in ids]
+  serving.check_tokens([*MIXED] * (len(ids) // len(MIXED)), outputs, oracle)
+  return outputs
+
+
+def test_instances_join_leave_and_come_back_under_load():
+  config = dataclasses.replace(PAGES_4, away=(1, 3))
+  with serving.fake_server_of('2p2d', config) as server:
+    ids = submit(server, MIXED)
+    for _ in range(12):
+      server.poll()
+    assert busy(server, 0) == {0, 2}
+    since = len(server.log)
+    for index in (1, 3):
+      server.restore(index)
+    ids += submit(server, MIXED * 2)
+    for _ in range(40):
+      server.poll()
+    assert busy(server, since) == {0, 1, 2, 3}
+    for index in (0, 2):  # they leave: what they hold ends there
+      server.drain(index)
+    while any(server.state.instances[index].residents for index in (0, 2)):
+      server.poll()
+    since = len(server.log)
+    for index in (0, 2):
+      server.kill(index)
+    ids += submit(server, MIXED)
+    for _ in range(20):
+      server.poll()
+    assert busy(server, since) == {1, 3}
+    since = len(server.log)
+    for index in (0, 2):
+      server.restore(index)
+    ids += submit(server, MIXED * 2)
+    outputs = check(server, ids, serving.expected_of_fakes)
+    assert busy(server, since) == {0, 1, 2, 3}
+    assert not any(output.record.retries for output in outputs)
+
+
+def test_requests_wait_for_the_first_that_joins():
+  config = dataclasses.replace(PAGES_4, away=(1,))
+  with serving.fake_server_of('1p1d', config) as server:
+    ids = submit(server, MIXED)
+    for _ in range(50):
+      server.poll()
+    assert busy(server, 0) == {0} and len(server.unfinished) > 6
+    server.restore(1)
+    check(server, ids, serving.expected_of_fakes)
+
+
+def test_a_real_one_joins_without_compiling():
+  config = dataclasses.replace(PAGES_4, away=(1,))
+  with serving.server_of('2colocated', config) as server:
+    assert server.engines[1].stages[0].cache is None
+    with serving.compilations() as compiled:
+      ids = submit(server, MIXED)
+      for _ in range(10):
+        server.poll()
+      server.restore(1)
+      ids += submit(server, MIXED)
+      serving.drain(server)
+    check(server, ids)
+    assert busy(server, 0) == {0, 1} and not compiled
+
+
+@pytest.mark.parametrize('away', ((2,), (0, 7)))
+def test_instances_that_do_not_exist_cannot_be_away(away):
+  config = dataclasses.replace(PAGES_4, away=away)
+  with pytest.raises(InputError, match='EngineConfig.away.*0 to 1'):
+    serving.fake_server_of('1p1d', config)
+
+
+@pytest.mark.parametrize('away', ([1], (-1,), (True,), ('1',), 1, None))
+def test_away_is_a_tuple_of_numbers(away):
+  with pytest.raises(InputError, match='EngineConfig.away'):
+    EngineConfig(away=away)
