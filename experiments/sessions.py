@@ -12,8 +12,8 @@ the rate) under each of ROUTES, each with and without a cache.
   balanced  the one with the fewest prompt tokens waiting;
   hits      the one where the first token is predicted soonest, what it has
             kept of the prompt not computed again (Mooncake's rule, without
-            moving what another has kept); rows go where more than half of
-            their KV is kept.
+            moving what another has kept); rows go where copy and steps are
+            predicted to end soonest.
 Real, with --real: a few sessions of a served model on two devices of this
 machine, one after another, first without and then with the cache.
 
@@ -85,12 +85,9 @@ def hits_route(view: View, request: RequestView) -> int:
 
 
 def hits_hand_off(view: View, request: RequestView, avoid: int) -> int:
-  """Where more than half of the KV is kept, else where there is room."""
-  best = max(others(view.decodes, avoid),
-             key=lambda i: (i.hit_tokens(request), -i.index))
-  if 2 * best.hit_tokens(request) > request.prompt_len:
-    return best.index
-  return DISTSERVE.hand_off(view, request, avoid)
+  """Where it is predicted to end soonest, copy included."""
+  return min(others(view.decodes, avoid), key=lambda i: (
+      predict.rest_s(view, i, request), i.index)).index
 
 
 ROUTES = {

@@ -11,7 +11,7 @@ from dsjax.scheduling.policy import DISTSERVE, Policy
 
 NAMES = ('adaptive', 'arrow', 'chunked', 'colocated', 'dynamo', 'dynaserve',
          'ecoserve', 'llm_d', 'llumnix', 'mooncake', 'planner', 'splitwise',
-         'static', 'taichi')
+         'ppd', 'static', 'taichi')
 DEADLINES = '+deadlines'
 
 

@@ -40,6 +40,20 @@ def decode_s(instance: InstanceView, rows: int = 0, tokens: int = 0) -> float:
       instance.context + sum([r.prompt_len for r in coming]) + tokens)
 
 
+def rest_s(view: View, instance: InstanceView, request: RequestView) -> float:
+  """Seconds of a finished prefill from now on, if it decodes here: its copy,
+  less what is kept here, and steps for as many tokens as others have had.
+
+  Both count, or all requests that begin alike would go to one instance.
+  """
+  steps = max(1.0, view.load.output_len)
+  step_s = decode_s(instance, 1, request.prompt_len)
+  if instance.index == request.instance:
+    return steps * step_s
+  return steps * step_s + view.link.migrate_s(
+      max(1, request.prompt_len - instance.hit_tokens(request)))
+
+
 def free_tokens(instance: InstanceView) -> int:
   """Tokens that its free pages hold."""
   return instance.free_pages * instance.config.page_size
