@@ -178,7 +178,8 @@ class Ours:
 
 def bench_steps(loaded, instance, results, rounds):
   for batch in (1, BATCH):
-    dense, ours = Dense(loaded, instance.last.params, batch), Ours(instance, batch)
+    dense = Dense(loaded, instance.last.params, batch)
+    ours = Ours(instance, batch)
     a, b = in_turn(rounds, ours.prefill, dense.prefill)
     add(results, f'(a) prefill, batch {batch}', 'tokens/s',
         batch * PROMPT / a, batch * PROMPT / b, 'plain jit loop')
@@ -225,8 +226,8 @@ def bench_server(loaded, results, rounds):
   """A colocated server against the same steps without a server."""
   placement = Placement(colocated=[Plan()])
   with orchestrator.serve(loaded, placement, CONFIG) as server:
-    instance = engine.Engine(loaded, [server.engines[0].shapes.mesh], 'colocated',
-                        CONFIG)
+    instance = engine.Engine(
+        loaded, [server.engines[0].shapes.mesh], 'colocated', CONFIG)
     for _ in instance.warm():
       pass
     bare = Ours(instance, BATCH)
