@@ -1,10 +1,14 @@
 """Bad input is one clear error: the checks that every layer shares."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
 
 
 class InputError(ValueError):
@@ -36,10 +40,26 @@ def parse_json(source: object, text: str | bytes) -> object:
     raise InputError(f'{source}: is not JSON: {error}') from error
 
 
+def plain(value: Any) -> Any:
+  """A scalar of numpy as Python's own; anything else as it is."""
+  return value.item() if isinstance(value, np.generic) else value
+
+
+def make_plain(record: Any) -> None:
+  """Makes the scalars of numpy in a frozen dataclass Python's own, which JSON
+  takes and which cannot overflow."""
+  for field in dataclasses.fields(record):
+    value = getattr(record, field.name)
+    if isinstance(value, np.generic):
+      object.__setattr__(record, field.name, value.item())
+
+
 def is_number(low: float, high: float,
               low_open: bool = False) -> Callable[[object], bool]:
-  """A test for finite numbers from low (or above it: low_open) to high."""
+  """A test for finite numbers, Python's or numpy's, from low (or above it:
+  low_open) to high."""
   def test(value: object) -> bool:
+    value = plain(value)
     return (isinstance(value, int | float) and not isinstance(value, bool)
             and abs(value) <= sys.float_info.max and value <= high
             and (value > low if low_open else value >= low))
@@ -47,8 +67,9 @@ def is_number(low: float, high: float,
 
 
 def is_integer(low: float, high: float) -> Callable[[object], bool]:
-  """A test for integers from low to high."""
+  """A test for integers, Python's or numpy's, from low to high."""
   def test(value: object) -> bool:
+    value = plain(value)
     return (isinstance(value, int) and not isinstance(value, bool)
             and low <= value <= high)
   return test
