@@ -23,7 +23,7 @@ LOG = logging.getLogger(__name__)
 LINGER = 16
 
 
-class _Transport(Any):
+class _Transport(asyncio.Transport):
   """A transport whose close, where the client may still be sending, waits for
   its end: the system would answer what comes after a close with a reset, and
   the client may lose the answer that it has not read yet.
@@ -31,13 +31,14 @@ class _Transport(Any):
   left: bytes that are still read, or None: it has not been closed.
   """
 
-  def __init__(self, transport: Any, most: int, sends: Callable[[], bool]
-               ) -> None:
+  def __init__(self, transport: asyncio.Transport, most: int,
+               sends: Callable[[], bool]) -> None:
+    super().__init__()
     self._transport, self._most, self._sends = transport, most, sends
     self.left: int | None = None
-
-  def __getattr__(self, name: str) -> Any:
-    return getattr(self._transport, name)
+    for same in ('abort', 'get_extra_info', 'pause_reading', 'resume_reading',
+                 'write'):
+      setattr(self, same, getattr(transport, same))
 
   def is_closing(self) -> bool:
     return self.left is not None or self._transport.is_closing()

@@ -450,6 +450,7 @@ class Orchestrator:
 
   def _check_new(self, request: Request) -> None:
     self._check_open()
+    self.loop.check_room()
     require(is_integer(0, math.inf)(request.id), 'Request.id', request.id,
             'an integer of 0 or more')
     require(request.id not in self.seen, 'Request.id', request.id,
