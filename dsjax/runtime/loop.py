@@ -179,18 +179,19 @@ class Loop:
 
   def poll(self) -> bool:
     """Handles what has completed; whether anything had."""
-    if self.closed:
+    if self.closed or self._applying:  # an observer may call it
       return False
     began, some = time.perf_counter(), self._waits
     if self.unfinished:
       self._tick()
-    self._apply()
+    self._take_asked()
     for done in self.fleet.poll():
       some = True
       if isinstance(done, StepDone):
         self._fold(done)
       else:
-        self.event(self._with_ended(done))
+        self._todo.append(self._with_ended(done))
+        self._apply()
     if some:
       self.host_s += time.perf_counter() - began
       self.moved_s = self.now
@@ -260,14 +261,21 @@ class Loop:
 
   def event(self, event: Event) -> None:
     """Tells the scheduler an event. One that an observer asks for waits for
-    the next event or poll, so that devices are served between two of them.
+    the next call or poll, so that devices are served between two of them.
 
     Raises:
       RuntimeError: see check_room.
     """
     self.check_room()
     self._asked.append(event)
-    self._apply()
+    self._take_asked()
+
+  def _take_asked(self) -> None:
+    """Applies what was asked for, unless it is an observer that asks."""
+    if not self._applying:
+      self._todo += self._asked
+      self._asked.clear()
+      self._apply()
 
   def check_room(self) -> None:
     """Raises RuntimeError in an observer, where too many events wait that
@@ -277,17 +285,12 @@ class Loop:
                          'for: an observer may not ask for more')
 
   def _apply(self) -> None:
-    """Applies the events that were asked for, and those of what fails in
-    answer to them.
+    """Applies the events that wait, and those of what fails in answer to them.
 
     An event is taken off once it is applied: what stops a hook of the policy
     for once (SystemExit) is raised later, and the event tried again.
     """
-    if self._applying:
-      return
     self._applying = True
-    self._todo += self._asked
-    self._asked.clear()
     try:
       while self._todo:
         try:
