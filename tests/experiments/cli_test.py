@@ -317,12 +317,13 @@ def test_a_console_off_a_terminal_is_wide():
 
 
 def test_progress_is_a_plain_line_now_and_then_off_a_terminal():
-  for is_terminal, lines in ((False, ['2', '4']), (True, [])):
+  for is_terminal, lines in ((False, ['1', '3', 'next']), (True, [])):
     console, now_s = Console(file=io.StringIO(),
                              force_terminal=is_terminal), [0.0]
     tell = terminal.now_and_then(console, clock=lambda now_s=now_s: now_s[0])
     for number, now_s[0] in enumerate((1.0, 9.0, 12.0, 21.0, 22.0)):
       tell(f'{number}')
+    tell('next', begins=True)
     assert console.file.getvalue().split() == lines
 
 

@@ -526,6 +526,34 @@ def test_an_arrival_is_a_time(server, value):
   assert not server.requests
 
 
+def test_numpys_numbers_are_served(server):
+  params = {'max_tokens': 5, 'ignore_eos': True, 'seed': 3, 'top_k': 4,
+            'temperature': 0.5, 'stop_token_ids': [7], 'logprobs': 1}
+  kinds = {int: np.int64, float: np.float32, bool: np.bool_}
+  numpys = {name: np.array(value) if name == 'stop_token_ids' else
+            kinds[type(value)](value) for name, value in params.items()}
+  output = server.generate(np.array([5, 6]), **numpys)
+  assert output.tokens == server.generate([5, 6], **params).tokens
+  json.dumps([output.record.row(), output.tokens])
+  id = server.submit([5, 6], arrival_s=np.float32(0), **numpys)
+  drain(server)
+  assert server.output(np.int64(id)).tokens == output.tokens
+  request = Request(np.int64(90), np.float32(0.0), np.array([5, 6]),
+                    Sampling(**numpys))
+  record, = server.run([request])
+  json.dumps(record.row())
+  server.cancel(np.int32(90))
+  assert server.output(90).tokens == output.tokens
+  server.drain(np.int8(0))
+  server.restore(np.int64(0))
+  with server_of('1p1d') as other:
+    other.kill(np.int64(0), back_s=np.float32(0.0))
+  with pytest.raises(InputError, match='instance='):
+    server.drain(True)
+  with pytest.raises(InputError, match='id='):
+    server.output(True)
+
+
 @pytest.mark.parametrize('pages', (1, 8, 15, 16))
 def test_without_max_tokens_an_answer_fits_the_smallest_pool(pages):
   config = dataclasses.replace(PAGES_4, num_pages=pages)
