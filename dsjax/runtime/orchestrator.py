@@ -76,6 +76,7 @@ from dsjax.scheduling.events import Drain
 from dsjax.scheduling.policy import DISTSERVE, Policy, PolicyError
 from dsjax.workload import check_requests
 
+PARAMETERS = tuple(field.name for field in dataclasses.fields(Sampling))
 MEANWHILE_S = 5e-3  # between two calls of what a client wants called
 
 
@@ -351,10 +352,9 @@ class Orchestrator:
       InputError: bad prompt (see prompts.prompt_ids) or parameters.
     """
     ids = prompt_ids(self.model, prompt)
-    try:
-      sampling = Sampling(**params)
-    except TypeError as error:
-      raise InputError(f'unknown sampling parameter: {error}') from None
+    for name in params:
+      require(name in PARAMETERS, 'parameter', name, f'one of {PARAMETERS}')
+    sampling = Sampling(**params)
     if sampling.max_tokens is None:
       room = max(1, scheduler.longest(self.scheduler_config) - len(ids))
       sampling = dataclasses.replace(sampling, max_tokens=room)
@@ -613,8 +613,10 @@ class Orchestrator:
     require(len(each) == len(prompts) and all(
         isinstance(own, Mapping) and all(isinstance(name, str) for name in own)
         for own in each), 'sampling', sampling, allowed)
-    requests = [self.prepare(prompt, **{**params, **own})
-                for prompt, own in zip(prompts, each, strict=True)]
+    requests = []
+    for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
+      with naming(f'prompts[{index}]'):
+        requests.append(self.prepare(prompt, **{**params, **own}))
     self._check_open()
     ids: list[int] = []
     outputs: list[Output] = []
