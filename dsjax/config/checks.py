@@ -32,11 +32,23 @@ def naming(where: object) -> Iterator[None]:
     raise InputError(f'{where}: {error}') from error
 
 
+def check_fetched(source: object, begin: bytes) -> None:
+  """Raises InputError of a file that Git LFS would have to fetch first.
+
+  begin: its first bytes, four or more.
+  """
+  if begin and begin[:24] == b'version https://git-lfs.'[:len(begin)]:
+    raise InputError(f'{source}: is a pointer of Git LFS: must be the file, '
+                     'which `git lfs pull` fetches')
+
+
 def parse_json(source: object, text: str | bytes) -> object:
   """The value of a JSON text. Raises InputError that names its source."""
   try:
     return json.loads(text)
   except (ValueError, RecursionError) as error:
+    check_fetched(source, (text if isinstance(text, bytes) else
+                           text[:24].encode(errors='replace'))[:24])
     raise InputError(f'{source}: is not JSON: {error}') from error
 
 

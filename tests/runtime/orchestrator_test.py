@@ -356,7 +356,7 @@ BAD = (
     ([], {}, r'prompt=\[\].*\[0, 96\)'), ([96], {}, r'prompt=.*\[0, 96\)'),
     ([3, -1], {}, r'prompt=.*\[0, 96\)'), ([1.5], {}, r'prompt=.*\[0, 96\)'),
     (['a'], {}, 'prompt='), (7, {}, 'prompt='), (None, {}, 'prompt='),
-    ([3], {'max_token': 3}, "parameter='max_token': must be one of .*'max_tokens'"),
+    ([3], {'max_token': 3}, "parameter='max_token': must be .*'max_tokens'"),
     ([3], {'max_tokens': 0}, 'Sampling.max_tokens=0: must be an integer of 1'),
     ([3], {'max_tokens': 2.0}, 'Sampling.max_tokens=2.0'),
     ([3], {'temperature': -1}, 'Sampling.temperature=-1: .* .0, 100.'),
