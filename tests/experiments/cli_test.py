@@ -136,6 +136,27 @@ def test_ctrl_c_during_the_imports_is_one_line(tmp_path, name):
   assert (done.returncode, done.stderr) == (130, 'stopped\n')
 
 
+COMPILES = '''
+import concurrent.futures, threading
+from experiments.common import cli
+
+def run(options, console):
+  print('known')
+  concurrent.futures.ThreadPoolExecutor(1).submit(threading.Event().wait)
+  raise KeyboardInterrupt
+
+cli.main(run, {})
+'''
+
+
+def test_ctrl_c_does_not_wait_for_a_thread_that_nothing_stops():
+  done = subprocess.run([sys.executable, '-c', COMPILES], text=True,
+                        capture_output=True, check=False, cwd=cli.ROOT,
+                        timeout=100)
+  assert (done.returncode, done.stdout, done.stderr) == (
+      130, 'known\n', 'stopped\n')
+
+
 CHILDREN = '''
 import os, signal
 # A terminal's Ctrl-C, while each process still imports.
