@@ -1,7 +1,6 @@
 """Bad input is one clear error: the checks that every layer shares."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import sys
@@ -60,10 +59,9 @@ def plain(value: Any) -> Any:
 def make_plain(record: Any) -> None:
   """Makes the scalars of numpy in a frozen dataclass Python's own, which JSON
   takes and which cannot overflow."""
-  for field in dataclasses.fields(record):
-    value = getattr(record, field.name)
+  for field, value in list(vars(record).items()):
     if isinstance(value, np.generic):
-      object.__setattr__(record, field.name, value.item())
+      object.__setattr__(record, field, value.item())
 
 
 def is_number(low: float, high: float,
