@@ -13,8 +13,10 @@ The verdict is checked as well: for each pair of PAIRS, how often the
 intervals of one seed call the wrong one of two placements the better.
 
 It prints a table and writes coverage.csv (problem, seed, low, high, truth_low,
-truth_high, covered), verdicts.csv and coverage.json. It takes about an hour on
-two cores; --minutes ends it earlier, and Ctrl-C does, with what is known.
+truth_high, covered), verdicts.csv and coverage.json, as it goes. It takes over
+an hour on two cores; --minutes ends it earlier, and Ctrl-C does, with what is
+known. The same command goes on where one was ended: what its folder holds is
+kept.
 Columns: goodput, requests/s; covered, of how many seeds, and above and below,
 the intervals that lie wholly there; width, the middle one's, as a share of the
 goodput. Exit codes: 0; 2 for bad input; 130 by Ctrl-C.
@@ -22,6 +24,7 @@ goodput. Exit codes: 0; 2 for bad input; 130 by Ctrl-C.
 
 import csv
 import functools
+import json
 import math
 import os
 import pathlib
@@ -213,14 +216,22 @@ class Found(NamedTuple):
   stopped: str = ''
 
 
-def measure(options, bar: Progress, map: Callable[..., Iterable],
+Keep = Callable[[Found], None]
+
+
+def measure(options, known: Found, keep: Keep, bar: Progress,
+            map: Callable[..., Iterable],
             clock: Callable[[], float] = time.monotonic) -> Found:
-  """The truth of each problem, then every seed of each, in turn."""
-  found = Found({}, [])
+  """The truth of each problem, then every seed of each, in turn.
+
+  known: what is not measured again. keep: called with each that is.
+  """
+  found = Found(dict(known.truths), list(known.intervals))
   end_s = clock() + 60 * options.minutes
-  line = bar.add_task('truth', total=len(options.problems), more='')
+  names = [name for name in options.problems if name not in found.truths]
+  line = bar.add_task('truth', total=len(names), more='')
   try:
-    for name in options.problems:
+    for name in names:
       bar.update(line, more=name)
       guess = estimate(options.requests, options.tolerance, (name, TRUTH_SEED))
 
@@ -232,20 +243,23 @@ def measure(options, bar: Progress, map: Callable[..., Iterable],
 
       found.truths[name] = truth(shares_at, PROBLEMS[name].target,
                                  guess.rate_per_s)
+      keep(found)
       bar.advance(line)
+    told = {(line.problem, line.seed) for line in found.intervals}
     tasks = [(name, seed) for seed in range(options.seeds)
-             for name in options.problems]
+             for name in options.problems if (name, seed) not in told]
     line = bar.add_task('intervals', total=len(tasks), more='')
     answers = map(functools.partial(
         estimate, options.requests, options.tolerance), tasks)
-    for (name, seed), answer in zip(tasks, answers, strict=True):
+    for left, ((name, seed), answer) in enumerate(
+        zip(tasks, answers, strict=True), 1 - len(tasks)):
       found.intervals.append(Interval(
           name, seed, answer.low_per_s, answer.high_per_s,
           *found.truths[name][1:]))
+      keep(found)
       bar.advance(line)
-      if clock() > end_s:
-        return found._replace(
-            stopped='--minutes' if len(found.intervals) < len(tasks) else '')
+      if left and clock() > end_s:
+        return found._replace(stopped='--minutes')
   except KeyboardInterrupt:
     return found._replace(stopped='Ctrl-C')
   return found
@@ -285,7 +299,7 @@ def table_of_signs(lines: list[Sign]) -> Table:
   return out
 
 
-def save(out: pathlib.Path, found: Found, options) -> None:
+def save(out: pathlib.Path, options, found: Found) -> None:
   """Writes coverage.csv, verdicts.csv and coverage.json."""
   out.mkdir(parents=True, exist_ok=True)
   for name, kind, lines, last in (
@@ -301,6 +315,27 @@ def save(out: pathlib.Path, found: Found, options) -> None:
       cli.asked(options, FLAGS), ['sharegpt', 'published'])
 
 
+def read(out: pathlib.Path, options) -> Found:
+  """What `save` wrote; nothing where it did not.
+
+  Raises:
+    InputError: it was measured in another way.
+  """
+  if not (out / 'coverage.json').exists():
+    return Found({}, [])
+  written = json.loads((out / 'coverage.json').read_text())
+  for name in ('requests', 'tolerance', 'truth_seeds', 'truth_requests'):
+    before = written['made_by']['options'][name]
+    require(before == getattr(options, name), f'--{name}',
+            getattr(options, name), f'{before}, as in {out}, or another --out')
+  with open(out / 'coverage.csv', newline='') as file:
+    lines = [Interval(line['problem'], int(line['seed']),
+                      *(float(line[name]) for name in Interval._fields[2:]))
+             for line in csv.DictReader(file)]
+  return Found({name: tuple(truth) for name, truth in
+                written['truths'].items()}, lines)
+
+
 def run(options, console) -> int:
   """Measures, shows and writes."""
   for name in options.problems:
@@ -310,15 +345,25 @@ def run(options, console) -> int:
                  TextColumn('{task.completed}/{task.total} '
                             '{task.fields[more]}'),
                  TimeElapsedColumn(), console=console, transient=True)
+  known, keep = Found({}, []), lambda found: None
+  if options.out:
+    out = pathlib.Path(options.out)
+    known, keep = read(out, options), functools.partial(save, out, options)
+  tell = terminal.now_and_then(console)
+
+  def kept(found: Found) -> None:
+    keep(found)
+    tell(f'{len(found.truths)} truths, {len(found.intervals)} intervals')
+
   with processes(options.processes) as run_map, bar:
-    found = measure(options, bar, run_map)
+    found = measure(options, known, kept, bar, run_map)
   console.print(table(found))
   if lines := signs(found.intervals):
     console.print(table_of_signs(lines))
   if found.stopped:
     console.print(f'Stopped by {found.stopped}: this is what was known.')
   if options.out:
-    save(pathlib.Path(options.out), found, options)
+    keep(found)
     terminal.written(console, options.out, 'coverage.csv', 'verdicts.csv',
                      'coverage.json')
   return 130 if found.stopped == 'Ctrl-C' else 0

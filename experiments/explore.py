@@ -20,7 +20,6 @@ import functools
 import multiprocessing
 import pathlib
 import random
-import signal
 import time
 from typing import NamedTuple
 
@@ -32,7 +31,7 @@ from dsjax.config.checks import require
 from dsjax.config.engine import InstanceConfig
 from dsjax.scheduling import lifecycle, scheduler
 from dsjax.scheduling.policy import DISTSERVE
-from experiments.common import cli, policies, provenance, terminal
+from experiments.common import children, cli, policies, provenance, terminal
 from experiments.verify import schedules
 from experiments.verify.anything import anything
 from experiments.verify.worlds import Rules, Violation
@@ -267,7 +266,6 @@ def _jobs(options):
 
 def _begin(counts, stop):
   """In each process: what the parent reads and says."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
   _shared[:] = [counts, stop]
 
 
@@ -299,7 +297,7 @@ def _explore(console, jobs, options):
   counts, stop = spawn.Value('q', 0), spawn.Event()
   bar = Progress(TextColumn('{task.description}'), TimeElapsedColumn(),
                  console=console, transient=True)
-  with terminal.Interrupts() as interrupts, bar, spawn.Pool(
+  with terminal.Interrupts() as interrupts, bar, children.spawned(
       options.processes, _begin, (counts, stop)) as pool:
     line = bar.add_task('starting', total=None)
     ended = pool.imap_unordered(functools.partial(_work, options.seconds),

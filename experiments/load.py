@@ -240,6 +240,15 @@ async def send_all(url: str, key: str | None, todo: Sequence[Job],
   return sender
 
 
+def _said(answer: httpx.Response) -> str:
+  """Why a server says no, in its own words if it has some: one that starts
+  tells how far it is."""
+  try:
+    return answer.json()['error']['message']
+  except (ValueError, LookupError, TypeError):
+    return f'{answer.status_code} {answer.reason_phrase}'
+
+
 def find_model(url: str, key: str | None) -> str:
   """The first model that a server lists.
 
@@ -249,7 +258,8 @@ def find_model(url: str, key: str | None) -> str:
   path = _base(url) + '/v1/models'
   try:
     answer = httpx.get(path, headers=_headers(key), timeout=10.0)
-    answer.raise_for_status()
+    if answer.is_error:
+      raise ValueError(_said(answer))
     return answer.json()['data'][0]['id']
   except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError,
           TypeError) as error:

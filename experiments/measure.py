@@ -345,10 +345,11 @@ def reporter(bar, halt):
 
   def report(done, total, what):
     halt()
-    if what not in tasks:
+    begins = what not in tasks
+    if begins:
       tasks[what] = bar.add_task(what, total=total)
     bar.update(tasks[what], completed=done)
-    tell(f'{what}: {done} of {total}')
+    tell(f'{what}: {done} of {total}', begins)
   return report
 
 
@@ -377,6 +378,7 @@ def run(options, console):
   further = parse_plans(options.predict) if options.predict else ()
   require(options.hardware or not further, '--predict', options.predict,
           'given with --hardware')
+  console.print(f'Loading {name}')
   cli.prepare(2 * max(plan.num_devices for plan in plans),
               options.compilation_cache)
   loaded = dsjax.load(options.model, config.dtype)

@@ -31,10 +31,8 @@ served: experiments.serve --set=placements=. Objectives may be inf. Exit codes:
 
 import contextlib
 import math
-import multiprocessing
 import os
 import pathlib
-import signal
 import time
 
 from matplotlib.figure import Figure
@@ -53,6 +51,7 @@ from dsjax.placement.api import ALGORITHMS, make_problem, note
 from dsjax.placement.clusters import Cluster
 from dsjax.simulation import profiles
 from experiments.common import (
+  children,
   cli,
   pictures,
   policies,
@@ -181,8 +180,7 @@ def processes(count):
   if count == 1:
     yield map
     return
-  with multiprocessing.get_context('spawn').Pool(
-      count, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+  with children.spawned(count) as pool:
     yield pool.imap
 
 

@@ -55,22 +55,22 @@ def code(case: Case, args: dict[str, Any], config: Any, done: work.Work,
   kernel = case.kernel
   if compiled.available(name):
     fn = cases.call(case, config)
-    found = compiled.compile(name, dump, lambda named: fn(**named), (args,))
-    if kernel not in found:
+    made = compiled.compile(name, dump, lambda named: fn(**named), (args,))
+    if kernel not in made:
       raise RuntimeError(f'{case.op}, {case.text}: no {kernel} among the '
-                         f'kernels that XLA wrote to {dump}: {list(found)}')
-    return found[kernel]
+                         f'kernels that XLA wrote to {dump}: {list(made)}')
+    return made[kernel]
   if case.kv == cases.DTYPE and GOLDEN.exists():
     grid = cases.cuda_grid(case, done)
     if case.op == 'prefill':  # an axis follows the number of sequences
       grid[int(case.impl == 'mosaic')] = r'\d+'
     for row in json.loads(GOLDEN.read_text())['rows']:
-      found = row['kernels'].get(kernel)
-      if (found and (row['gpu'], row['model']) == (name.lower(), case.model)
-          and found['threads'] == done.threads
-          and re.fullmatch(', '.join(grid), found['grid'])):
-        return compiled.Kernel(found['registers'], found['spilled'],
-                               done.grid, done.threads, found['shared'])
+      made = row['kernels'].get(kernel)
+      if (made and (row['gpu'], row['model']) == (name.lower(), case.model)
+          and made['threads'] == done.threads
+          and re.fullmatch(', '.join(grid), made['grid'])):
+        return compiled.Kernel(made['registers'], made['spilled'],
+                               done.grid, done.threads, made['shared'])
   return None
 
 
@@ -148,15 +148,15 @@ def table(rows: Sequence[dict[str, Any]], name: str, present: bool) -> Table:
 
 def unmeasured(rows: Sequence[dict[str, Any]], present: bool) -> list[str]:
   """Sentences about the columns that are not there."""
-  found = []
+  notes = []
   if not present:
-    found.append('Not measured, for want of a GPU: seconds, GB/s, TFLOP/s, '
+    notes.append('Not measured, for want of a GPU: seconds, GB/s, TFLOP/s, '
                  'share of the roofline, cuDNN, XLA, JAX\'s paged kernel.')
   if missing := sum('kernel' not in r for r in rows):
-    found.append(f'Registers and what follows from them are missing in '
+    notes.append(f'Registers and what follows from them are missing in '
                  f'{missing} of {len(rows)} rows: `make .venv-aot/installed`, '
                  'then .venv-aot/bin/python -m kernels.bench compiles them.')
-  return found
+  return notes
 
 
 def run(console: Console, name: str, kind: str | None, asked: Sequence[Case],

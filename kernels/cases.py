@@ -66,20 +66,20 @@ def of_model(model: str) -> list[Case]:
   def of(tp):
     return N // tp, K // tp, H
 
-  decode, prefill, found = of(decode_tp), of(prefill_tp), []
+  decode, prefill, cases = of(decode_tp), of(prefill_tp), []
   for rows, tokens in ((1, 2048), (8, 2048), (64, 512), (64, 2048)):
-    found.append(Case('decode', model, decode, ((1, tokens - 1),) * rows))
-  found += [Case('decode', model, decode, ((1, 2047),) * 64, kv)
+    cases.append(Case('decode', model, decode, ((1, tokens - 1),) * rows))
+  cases += [Case('decode', model, decode, ((1, 2047),) * 64, kv)
             for kv in ('int8', 'float8_e4m3fn')]
   for count, now, before in ((1, 2048, 0), (16, 128, 0), (1, 512, 1536)):
-    found.append(Case('prefill', model, prefill, ((now, before),) * count))
-  found.append(Case('prefill', model, prefill, ((2048, 0),), 'float8_e4m3fn'))
+    cases.append(Case('prefill', model, prefill, ((now, before),) * count))
+  cases.append(Case('prefill', model, prefill, ((2048, 0),), 'float8_e4m3fn'))
   for heads, count, kv in ((prefill, 2048, DTYPE), (decode, 64, DTYPE),
                            (decode, 64, 'float8_e4m3fn')):
-    found.append(Case('kv_write', model, heads, ((1, 0),) * count, kv))
-  found += [Case('pack', model, prefill, (), pages=64),
+    cases.append(Case('kv_write', model, heads, ((1, 0),) * count, kv))
+  cases += [Case('pack', model, prefill, (), pages=64),
             Case('unpack', model, decode, (), pages=64)]
-  return found
+  return cases
 
 
 def wanted(models: Sequence[str], ops: Sequence[str], kind: str) -> list[Case]:
@@ -100,15 +100,15 @@ def of_steps(model: str, kind: str) -> list[Case]:
   """The Cases of the steps that `make aot` compiles, as a device has them."""
   N, K, H, *tps = MODELS[model]
   (prefill, decode), row = [(N // tp, K // tp, H) for tp in tps], 2048
-  found = [Case('prefill', model, prefill, ((n // 8, row - n // 8),) * 8)
+  cases = [Case('prefill', model, prefill, ((n // 8, row - n // 8),) * 8)
            for n in (2048, 128)]
-  found += [Case('decode', model, decode, ((1, row - 1),) * n)
+  cases += [Case('decode', model, decode, ((1, row - 1),) * n)
             for n in (64, 8)]
-  found += [Case('kv_write', model, heads, ((1, 0),) * n) for heads, n in (
+  cases += [Case('kv_write', model, heads, ((1, 0),) * n) for heads, n in (
       (prefill, 2048), (prefill, 128), (decode, 64), (decode, 8))]
-  found += [Case('pack', model, prefill, (), pages=64),
+  cases += [Case('pack', model, prefill, (), pages=64),
             Case('unpack', model, decode, (), pages=64)]
-  return [lowerings(case, kind)[0] for case in found]
+  return [lowerings(case, kind)[0] for case in cases]
 
 
 def arguments(case: Case) -> dict[str, Any]:

@@ -173,19 +173,19 @@ def decode(q_BNH: jax.Array, k_KPCH: jax.Array, v_KPCH: jax.Array,
     count = pl.cdiv(jnp.maximum(stop - page * C, 0), T)
 
     def multiply():
-      at = wg * ROWS
+      row = wg * ROWS
       _ask(shared, wg, q_ref.at[b * K + head, pl.ds(wg * asked, asked)])
       top_R, total_R, o_RH = _attend(
           shared, wg, count, 0, page * C, stop,
           lambda _, t_RT: (t_RT >= start) & (t_RT < stop), scale, softcap,
           interpret)
       for ref, x_R in zip(sums, (top_R, total_R), strict=False):
-        _put(ref.at[z, b, head, pl.ds(at, ROWS)], x_R)
+        _put(ref.at[z, b, head, pl.ds(row, ROWS)], x_R)
       if not sums:
         o_RH /= _across(total_R, o_RH.shape)
       to = o_ref.at[z] if sums else o_ref
-      _store(shared, wg, o_RH, G if W == 1 else jnp.minimum(G - at, ROWS),
-             lambda r, size: to.at[b, pl.ds(head * G + at + r, size)])
+      _store(shared, wg, o_RH, G if W == 1 else jnp.minimum(G - row, ROWS),
+             lambda r, size: to.at[b, pl.ds(head * G + row + r, size)])
 
     _share(config, wg, multiply, lambda: _feed(
         shared, count, (table_ref, b, page, last), head * P, k_ref, v_ref))
@@ -233,21 +233,21 @@ def prefill(
     last, count = jax.lax.div(stop - 1, C), pl.cdiv(stop - page * C, T)
 
     def multiply():
-      at = first + wg * ROWS
-      whole = jax.lax.div(jnp.minimum(pos + at + 1, stop), T)
+      row = first + wg * ROWS
+      whole = jax.lax.div(jnp.minimum(pos + row + 1, stop), T)
 
       def visible(row_RT, t_RT):
-        back_RT = pos + at + row_RT - t_RT
+        back_RT = pos + row + row_RT - t_RT
         ok_RT = back_RT >= 0
         return ok_RT & (back_RT < window) if window else ok_RT
 
-      _ask(shared, wg, q_ref.at[pl.ds(start + at, ROWS), n])
+      _ask(shared, wg, q_ref.at[pl.ds(start + row, ROWS), n])
       _, total_R, o_RH = _attend(shared, wg, count, 0 if window else whole,
                                  page * C, stop, visible, scale, softcap,
                                  interpret)
       _store(shared, wg, o_RH / _across(total_R, o_RH.shape),
-             jnp.minimum(jnp.maximum(tokens - at, 0), ROWS),
-             lambda r, size: o_ref.at[pl.ds(start + at + r, size), n])
+             jnp.minimum(jnp.maximum(tokens - row, 0), ROWS),
+             lambda r, size: o_ref.at[pl.ds(start + row + r, size), n])
 
     @pl.when(first < tokens)
     def _():

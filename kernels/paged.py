@@ -48,12 +48,12 @@ def power(size: int) -> int:
 
 def parts(size: int) -> list[tuple[int, int]]:
   """size as powers of two, the only sizes Triton has: [(start, width)]."""
-  found, start = [], 0
+  widths, start = [], 0
   while start < size:
     width = 1 << ((size - start).bit_length() - 1)
-    found.append((start, width))
+    widths.append((start, width))
     start += width
-  return found
+  return widths
 
 
 def fit_tokens(head_dim: int, k_bytes: int, stages: int, limit: int) -> int:

@@ -115,22 +115,22 @@ def dense(
 
 def rivals(case: Case, args: dict[str, Any]) -> dict[str, float | None]:
   """{name: seconds} of what else computes a case, None where it cannot."""
-  found = {}
+  seconds = {}
   if other := dense(case, args):
     fn, named = other
     for impl in ('cudnn', 'xla'):
-      found[impl] = _try(functools.partial(fn, impl=impl), named)
+      seconds[impl] = _try(functools.partial(fn, impl=impl), named)
   if case.op == 'decode' and case.kv == DTYPE:
     try:
       module = importlib.import_module(
           'jax.experimental.pallas.ops.gpu.paged_attention')
     except ImportError:
-      return found
-    found['JAX paged'] = _try(
+      return seconds
+    seconds['JAX paged'] = _try(
         lambda q, k, v, table, len: module.paged_attention(
             q, k, v, table, len), {n: args[n] for n in (
                 'q', 'k', 'v', 'table', 'len')})
-  return found
+  return seconds
 
 
 def _try(fn, named):

@@ -97,8 +97,8 @@ def prefill(config: prefill_attention.TuningConfig, q_SNH: Shaped,
   counts = np.diff(start_A)
   for count, pos in zip(counts.tolist(), np.asarray(pos_B).tolist(),
                         strict=True):
-    at = pos + 1 + np.arange(count, dtype=np.int64)
-    pairs += int(np.sum(np.minimum(at, window) if window else at))
+    context = pos + 1 + np.arange(count, dtype=np.int64)
+    pairs += int(np.sum(np.minimum(context, window) if window else context))
     if count:
       low = max(pos + 1 - window, 0) if window else 0
       read += pos + count - low

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from dsjax.analysis.record import STAGES, Record
-from dsjax.config.checks import require
+from dsjax.config.checks import is_nonnegative, is_positive_int, require
 from dsjax.config.placement import Slo
 
 QUANTILES = (50, 90, 99)
@@ -175,10 +175,9 @@ def summarize(records: Sequence[Record], slo: Slo, num_devices: int,
   Raises:
     InputError.
   """
-  require(isinstance(num_devices, int) and num_devices >= 1, 'num_devices',
-          num_devices, 'an integer of 1 or more')
-  require(isinstance(warmup_s, (int, float)) and warmup_s >= 0, 'warmup_s',
-          warmup_s, 'seconds, 0 or more')
+  require(is_positive_int(num_devices), 'num_devices', num_devices,
+          'an integer of 1 or more')
+  require(is_nonnegative(warmup_s), 'warmup_s', warmup_s, 'seconds, 0 or more')
   start_s = min((r.arrival_s for r in records), default=0.0) + warmup_s
   records = [r for r in records if r.arrival_s >= start_s]
   sent = by_arrival(records)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from dsjax.config.checks import InputError, require
+from dsjax.config.checks import InputError, check_fetched, require
 
 if TYPE_CHECKING:
   import gguf
@@ -164,6 +164,7 @@ def read_gguf(
   try:
     with open(path, 'rb') as file:
       magic = file.read(4)
+    check_fetched(path, magic)
     if magic != b'GGUF':
       raise InputError(f'{path}: not a GGUF file (starts with {magic!r})')
     head = _Header(path, np.memmap(path, np.uint8, 'r'))

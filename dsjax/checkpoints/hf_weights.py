@@ -19,7 +19,7 @@ from dsjax.checkpoints.family import Family
 from dsjax.checkpoints.files import read_json
 from dsjax.checkpoints.hf_config import read_config
 from dsjax.checkpoints.hf_names import Names, Take
-from dsjax.config.checks import InputError, naming, require
+from dsjax.config.checks import InputError, check_fetched, naming, require
 from dsjax.config.model import ModelConfig
 
 _WEIGHTS = 'model.safetensors'
@@ -35,6 +35,7 @@ def _open(file: pathlib.Path) -> Any:
   try:
     with open(file, 'rb') as stream:
       start = stream.read(8)
+    check_fetched(file, start)
     # A header's length comes first, below 2^32: its last four bytes are zero.
     if start[:4] == b'PK\x03\x04' or start[:1] == b'\x80' and any(start[4:]):
       raise InputError(f'{file}: a pickle, which is never opened: must be '

@@ -5,6 +5,9 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
 
 
 class InputError(ValueError):
@@ -28,18 +31,45 @@ def naming(where: object) -> Iterator[None]:
     raise InputError(f'{where}: {error}') from error
 
 
+def check_fetched(source: object, begin: bytes) -> None:
+  """Raises InputError of a file that Git LFS would have to fetch first.
+
+  begin: its first bytes, four or more.
+  """
+  if begin and begin[:24] == b'version https://git-lfs.'[:len(begin)]:
+    raise InputError(f'{source}: is a pointer of Git LFS: must be the file, '
+                     'which `git lfs pull` fetches')
+
+
 def parse_json(source: object, text: str | bytes) -> object:
   """The value of a JSON text. Raises InputError that names its source."""
   try:
     return json.loads(text)
   except (ValueError, RecursionError) as error:
+    check_fetched(source, (text if isinstance(text, bytes) else
+                           text[:24].encode(errors='replace'))[:24])
     raise InputError(f'{source}: is not JSON: {error}') from error
+
+
+def plain(value: Any) -> Any:
+  """A scalar of numpy as Python's own; anything else as it is."""
+  return value.item() if isinstance(value, np.generic) else value
+
+
+def make_plain(record: Any) -> None:
+  """Makes the scalars of numpy in a frozen dataclass Python's own, which JSON
+  takes and which cannot overflow."""
+  for field, value in list(vars(record).items()):
+    if isinstance(value, np.generic):
+      object.__setattr__(record, field, value.item())
 
 
 def is_number(low: float, high: float,
               low_open: bool = False) -> Callable[[object], bool]:
-  """A test for finite numbers from low (or above it: low_open) to high."""
+  """A test for finite numbers, Python's or numpy's, from low (or above it:
+  low_open) to high."""
   def test(value: object) -> bool:
+    value = plain(value)
     return (isinstance(value, int | float) and not isinstance(value, bool)
             and abs(value) <= sys.float_info.max and value <= high
             and (value > low if low_open else value >= low))
@@ -47,8 +77,9 @@ def is_number(low: float, high: float,
 
 
 def is_integer(low: float, high: float) -> Callable[[object], bool]:
-  """A test for integers from low to high."""
+  """A test for integers, Python's or numpy's, from low to high."""
   def test(value: object) -> bool:
+    value = plain(value)
     return (isinstance(value, int) and not isinstance(value, bool)
             and low <= value <= high)
   return test

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from dsjax.config.checks import is_integer, is_number, require
+from dsjax.config.checks import is_integer, is_number, make_plain, require
 from dsjax.config.placement import ROLES
 
 KV_DTYPES = ('float32', 'bfloat16', 'int8', 'float8_e4m3fn', 'float8_e5m2')
@@ -35,6 +35,7 @@ class InstanceConfig:
   pp: int = 1
 
   def __post_init__(self):
+    make_plain(self)
     require(self.role in ROLES, 'InstanceConfig.role', self.role,
             f'one of {tuple(ROLES)}')
     for field in ('num_pages', 'page_size', 'max_seqs', 'prefill_tokens',
@@ -147,6 +148,7 @@ class EngineConfig:
   away: tuple[int, ...] = ()
 
   def __post_init__(self):
+    make_plain(self)
     for field in ('max_len', 'page_size', 'max_seqs', 'prefill_tokens',
                   'prefill_seqs', 'chunk_tokens', 'least_tokens', 'depth',
                   'transfer_pages'):

@@ -6,6 +6,8 @@ from dsjax.config.checks import (
     is_integer,
     is_nonnegative,
     is_positive,
+    is_positive_int,
+    make_plain,
     require,
 )
 
@@ -97,11 +99,12 @@ class ModelConfig:
   renormalize: bool = True
 
   def __post_init__(self) -> None:
+    make_plain(self)
     for field in ('num_layers', 'd_model', 'num_heads', 'num_kv_heads',
                   'head_dim', 'd_ff', 'vocab_size', 'max_len'):
       value = getattr(self, field)
-      require(isinstance(value, int) and value > 0, f'ModelConfig.{field}',
-              value, 'an integer above 0')
+      require(is_positive_int(value), f'ModelConfig.{field}', value,
+              'an integer above 0')
     require(self.num_heads % self.num_kv_heads == 0, 'ModelConfig.num_heads',
             self.num_heads, f'a multiple of num_kv_heads={self.num_kv_heads}')
     require(self.norm == 'rms' or (self.pre_norms and not self.post_norms),

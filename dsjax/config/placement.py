@@ -6,7 +6,12 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Self
 
-from dsjax.config.checks import is_positive, require
+from dsjax.config.checks import (
+  is_positive,
+  is_positive_int,
+  make_plain,
+  require,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +66,10 @@ class Plan:
   kind: str = ''
 
   def __post_init__(self) -> None:
+    make_plain(self)
     for field in ('tp', 'pp'):
       value = getattr(self, field)
-      require(isinstance(value, int) and value > 0, f'Plan.{field}', value,
+      require(is_positive_int(value), f'Plan.{field}', value,
               'an integer above 0')
     require(self.kind == '' or isinstance(self.kind, str)
             and re.fullmatch(KIND, self.kind), 'Plan.kind', self.kind,
@@ -187,6 +193,7 @@ class Slo:
   tpot_s: float
 
   def __post_init__(self) -> None:
+    make_plain(self)
     for field in ('ttft_s', 'tpot_s'):
       value = getattr(self, field)
       require(is_positive(value) or value == math.inf, f'Slo.{field}', value,

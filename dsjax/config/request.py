@@ -3,7 +3,15 @@
 import dataclasses
 from collections.abc import Sequence
 
-from dsjax.config.checks import is_integer, is_number, require
+import numpy as np
+
+from dsjax.config.checks import (
+  is_integer,
+  is_number,
+  make_plain,
+  plain,
+  require,
+)
 
 MAX_LOGIT_BIAS = 300
 MAX_LOGPROBS = 20
@@ -55,9 +63,10 @@ class Sampling:
   min_tokens: int = 0
 
   def __post_init__(self):
+    make_plain(self)
     for field, items, allowed in (
         ('logit_bias', _pairs, '(token id, number) pairs'),
-        ('stop', _strings, 'strings'), ('stop_token_ids', tuple, 'token ids')):
+        ('stop', _strings, 'strings'), ('stop_token_ids', _ids, 'token ids')):
       value = getattr(self, field)
       try:
         object.__setattr__(self, field, items(value))
@@ -96,8 +105,12 @@ class Sampling:
 
 
 def _pairs(bias):
-  return tuple(tuple(b) for b in (
+  return tuple(tuple(map(plain, b)) for b in (
       bias.items() if isinstance(bias, dict) else bias))
+
+
+def _ids(values):
+  return tuple(map(plain, values))
 
 
 def _strings(stop):
@@ -125,3 +138,8 @@ class Request:
   blocks: tuple[int, ...] = ()
   block_tokens: int = 0
   after: int | None = None
+
+  def __post_init__(self) -> None:
+    if isinstance(self.id, np.generic) or isinstance(self.arrival_s,
+                                                     np.generic):
+      make_plain(self)

@@ -6,6 +6,7 @@ counted and leaves a line in the log, with its id and without its text.
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import json
 import logging
@@ -15,12 +16,14 @@ import secrets
 import time
 import traceback
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import fastapi
 from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
@@ -38,9 +41,9 @@ _KINDS = {401: 'authentication_error', 404: 'not_found_error',
           429: 'rate_limit_error'}
 _STATUS = {'too_long': 400, 'queue_full': 429, 'busy': 429, 'ttft': 429,
            'tpot': 429}
-_REASONS = {404: 'not_found', 413: 'too_long', 408: 'slow', 500: 'internal',
-            415: 'media_type', 417: 'expectation', 503: 'stopped',
-            504: 'slow'}
+REASONS = {404: 'not_found', 413: 'too_long', 408: 'slow', 500: 'internal',
+           414: 'too_long', 431: 'too_long', 415: 'media_type',
+           417: 'expectation', 501: 'encoding', 503: 'stopped', 504: 'slow'}
 METHODS = ('GET', 'HEAD', 'POST', 'PUT', 'PATCH', 'DELETE', 'OPTIONS', 'TRACE',
            'CONNECT')  # that are known; few of them are allowed anywhere
 UNREADABLE = 'There was an error parsing the body'  # FastAPI's words
@@ -60,16 +63,22 @@ def dumps(value: Any) -> str:
 
 
 class Gate:
-  """An ASGI application around another: request ids, the key, bodies that are
-  too big or slow, and the last resort when the other fails.
+  """An ASGI application around another: request ids, pages of other sites, the
+  key, bodies that are too big or slow, and the last resort when the other
+  fails.
 
-  reject: counts a reason.
+  reject: counts a reason. origins: whose pages a browser lets ask; '*': all.
   """
 
   def __init__(self, app: Callable[..., Any], limits: Limits, key: str | None,
-               reject: Callable[[str], None]) -> None:
+               reject: Callable[[str], None], origins: Sequence[str] = ()
+               ) -> None:
     self.app, self.limits, self.reject = app, limits, reject
     self.key = None if key is None else f'Bearer {key}'.encode()
+    self.cors = CORSMiddleware(
+        app, allow_origins=[origin.rstrip('/') for origin in origins],
+        allow_methods=('GET', 'POST'), allow_headers=('*',),
+        expose_headers=('Retry-After', 'X-Request-Id')) if origins else None
 
   async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
     if scope['type'] != 'http':
@@ -79,6 +88,7 @@ class Gate:
     state, headers = scope['state'], dict(scope['headers'])
     waits = b'expect' in headers  # with its body, until it is asked for
     # A server in between may have read another length (RFC 9112, 6.1).
+    known = scope['http_version'].startswith('1.')
     unclear = headers.keys() >= {b'content-length', b'transfer-encoding'}
     state |= {'id': id.decode(), 'arrival_s': time.perf_counter()}
     # A target may be a whole URL (RFC 9112, 3.2.2).
@@ -95,10 +105,13 @@ class Gate:
         message['headers'] = [*message.get('headers', ()),
                               (b'x-request-id', id)]
         # Nor is a body to be waited for that was not asked for.
-        if unclear or waits and not body.whole:
+        if unclear or not known or waits and not body.whole:
           message['headers'].append((b'connection', b'close'))
       await send(message)
 
+    if self.cors and b'origin' in headers and not _is_preflight(scope, headers):
+      send = functools.partial(self.cors.send, send=send,
+                               request_headers=Headers(scope=scope))
     body = _Body(receive, self.limits)
     answer = self._refusal(scope, headers)
     if answer:
@@ -140,6 +153,8 @@ class Gate:
                             f'{self.limits.max_header_bytes}')
     if scope['method'] == 'OPTIONS' and scope['raw_path'] == b'*':
       return Response(status_code=204, headers={'Allow': 'GET, HEAD, POST'})
+    if self.cors and _is_preflight(scope, headers):  # it has no key
+      return self._preflight(scope, self.cors)
     given = headers.get(b'authorization', b'')
     if (self.key and scope['path'] not in OPEN_PATHS
         and not hmac.compare_digest(given, self.key)):
@@ -162,6 +177,20 @@ class Gate:
           f'{self.limits.max_connections}', code='connections', retry_s=1.0)
     return None
 
+  def _preflight(self, scope: Any, cors: CORSMiddleware) -> Response:
+    """What a browser is told that asks whether a page may ask."""
+    answer = cors.preflight_response(Headers(scope=scope))
+    if answer.status_code < 400:
+      return answer
+    what = bytes(answer.body).decode().removeprefix('Disallowed CORS ')
+    refused = self.turn_away(
+        scope, answer.status_code, 'origin', f'{what}: must be what this '
+        'server lets the pages of other sites use')
+    refused.headers.update({
+        name: value for name, value in answer.headers.items()
+        if not name.startswith('content-')})
+    return refused
+
   def turn_away(self, scope: Any, status: int, reason: str, message: str,
                 **options: Any) -> Response:
     """The answer to a request that is refused: logged and counted."""
@@ -169,6 +198,12 @@ class Gate:
     LOG.info('%s %s %s: %d %s', scope['state']['id'], scope['method'],
              ascii(scope['path'])[1:-1][:80], status, reason)
     return refusal(status, message, **options)
+
+
+def _is_preflight(scope: Any, headers: dict[bytes, bytes]) -> bool:
+  """Whether a browser asks, before a page may."""
+  return scope['method'] == 'OPTIONS' and headers.keys() >= {
+      b'origin', b'access-control-request-method'}
 
 
 class _Body:
@@ -270,12 +305,15 @@ def add_errors(app: fastapi.FastAPI, turn_away: Callable[..., Response]
       message = f'method: must be {allow}'
     elif message == 'Not Found':
       message = f'{ascii(request.url.path)[1:-1][:80]}: no such path'
+      meant = re.sub('/+', '/', request.url.path).rstrip('/')
+      if any(getattr(route, 'path', '') == meant for route in app.routes):
+        message += f'; {meant} is one'
     elif message == UNREADABLE:
       message = ('body: must be JSON in UTF-8, with numbers of at most 4,300 '
                  'digits and fewer than 1,000 levels')
     return turn_away(
         request.scope, e.status_code,
-        _REASONS.get(e.status_code, 'bad_request'), message, allow=allow,
+        REASONS.get(e.status_code, 'bad_request'), message, allow=allow,
         **(known if e.detail.startswith('model: ') else {}))
 
   async def broken(request, _):  # raised again after this, to the Gate's log

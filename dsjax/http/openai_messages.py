@@ -105,7 +105,7 @@ class ToolCall(Body):
 
 class Message(Body):
   """A turn of a conversation, or an answer of OpenAI's client sent back."""
-  role: Role | Literal['function']
+  role: Literal[Role, 'function']
   content: Annotated[
       Annotated[str, pydantic.Tag('text')]
       | Annotated[list[Part], pydantic.Field(min_length=1),

@@ -10,9 +10,10 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import pydantic
+import pydantic_core
 
 from dsjax.config.checks import InputError
 from dsjax.config.request import (
@@ -159,11 +160,20 @@ class Completion(_Common):
     return list(self.prompt)
 
 
+def _no_list(value: Any) -> Any:
+  if isinstance(value, list | dict):
+    raise pydantic_core.PydanticCustomError(
+        'form', 'must be text, a number, true, false or null')
+  return value
+
+
 class _Templated(Body):
   """How a chat template is asked; see Tokenizer.chat."""
   add_generation_prompt: bool | None = None
   continue_final_message: bool | None = None
-  chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
+  chat_template_kwargs: dict[str, Annotated[
+      bool | int | float | str | None, pydantic.BeforeValidator(_no_list)]
+                             ] | None = None
 
   @property
   def template_options(self) -> dict[str, Any]:
@@ -288,8 +298,15 @@ _REASONS = {
     'extra_forbidden': 'this server knows no such field',
     'missing': 'must be given',
     'model_attributes_type': 'must be a JSON object',
-    'none_required': _NOT_SERVED,
-    'too_long': 'must have at most {max_length} items, not {actual_length}'}
+    'too_long': 'must have at most {max_length} items, not {actual_length}',
+    'too_short': 'must not be empty', 'string_too_short': 'must not be empty',
+    'string_too_long': 'must have at most {max_length} characters',
+    'dict_type': 'must be a JSON object', 'list_type': 'must be a list',
+    'string_type': 'must be text', 'bool_type': 'must be true or false',
+    'none_required': _NOT_SERVED}
+_RANGES = ('greater_than', 'greater_than_equal', 'less_than',
+           'less_than_equal', 'finite_number', 'int_type',
+           'int_parsing_size', 'float_type')
 
 
 def invalid(errors: Sequence[Any], body: object) -> tuple[str, str | None]:
@@ -307,10 +324,33 @@ def invalid(errors: Sequence[Any], body: object) -> tuple[str, str | None]:
     message, own = named(first['msg'].removeprefix('Value error, '))
     return '.'.join([*path, message]), field or own
   ours, context = _REASONS.get(first['type']), first.get('ctx') or {}
+  if first['type'] in _RANGES and path:
+    ours = _number(path[0])
   reason = (_NOT_SERVED if context.get('max_length') == 0 else
             ours.format_map(context) if ours else
             re.sub('^[A-Z][a-z]+ should ', 'must ', first['msg']))
   return f'{".".join(path)[:160] or "body"}: {reason}', field
+
+
+def _number(field: str) -> str | None:
+  """Which numbers a field may have, or its items; None where nothing says."""
+  if field in ('prompt', 'tokens', 'stop_token_ids'):
+    return 'must be a token id, an integer from 0'
+  if field == 'logit_bias':
+    return 'must be a number from {:g} to {:g}'.format(*RANGES[field])
+  about = Completion.model_fields.get(field) or Chat.model_fields.get(field)
+  if about is None:
+    return None
+  bounds = {name: getattr(limit, name) for limit in about.metadata
+            for name in ('ge', 'gt', 'le', 'lt') if hasattr(limit, name)}
+  if not bounds:
+    return None
+  noun = 'an integer' if int in get_args(about.annotation) else 'a number'
+  low = (f'above {bounds["gt"]}' if 'gt' in bounds else
+         f'from {bounds["ge"]}')
+  high = bounds.get('le', bounds.get('lt', 0) - 1)
+  return f'must be {noun} {low}' + (
+      f' to {high}' if bounds.keys() & {'le', 'lt'} else ' on')
 
 
 def _path(error: Any, body: object) -> list[str]:

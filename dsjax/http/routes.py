@@ -7,15 +7,15 @@ on a socket until SIGTERM, which drains.
 import contextlib
 import pathlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import fastapi
-from starlette.middleware.cors import CORSMiddleware
+from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from dsjax.checkpoints.tokenizer import Tokenizer
-from dsjax.config.checks import InputError
+from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Slo
 from dsjax.http import openai_schema, telemetry
 from dsjax.http.completions import Completions, beside
@@ -36,7 +36,7 @@ PAGE = pathlib.Path(__file__).with_name('live.html')
 def make_app(service: Service, metrics: telemetry.Gauges, name: str,
              key: str | None = None, slo: Slo | None = None,
              log_text: bool = False, origins: Sequence[str] = ()
-             ) -> Callable[..., Any]:
+             ) -> Gate:
   """The application; its lifespan starts and closes the service.
 
   Args:
@@ -56,18 +56,13 @@ def make_app(service: Service, metrics: telemetry.Gauges, name: str,
                         responses=ERRORS, redirect_slashes=False,
                         dependencies=[fastapi.Depends(acceptable)])
 
-  gate = Gate(app, service.limits, key, metrics.reject)
+  gate = Gate(app, service.limits, key, metrics.reject, origins)
   add_errors(app, gate.turn_away)
   completions = Completions(service, name, log_text)
   _add_openai(app, completions)
   _add_tokens(app, completions)
   _add_watching(app, service, metrics, name, slo)
-  if not origins:
-    return gate
-  return CORSMiddleware(
-      gate, allow_origins=[origin.rstrip('/') for origin in origins],
-      allow_methods=('GET', 'POST'), allow_headers=('*',),
-      expose_headers=('Retry-After', 'X-Request-Id'))
+  return gate
 
 
 def _add_openai(app: fastapi.FastAPI, completions: Completions) -> None:
@@ -92,6 +87,8 @@ def _add_openai(app: fastapi.FastAPI, completions: Completions) -> None:
 
   @app.get('/v1/models/{id:path}')
   async def one_model(id: str):
+    if not id.strip('/ '):
+      raise HTTPException(404)  # of no model
     completions.check_model(id)
     return Json(model())
 
@@ -116,8 +113,12 @@ def _add_tokens(app: fastapi.FastAPI, completions: Completions) -> None:
 
   @app.post('/detokenize')
   async def detokenize(body: openai_schema.Detokenize):
+    tokenizer = vocabulary(body)
+    size = tokenizer.vocab_size
+    for index, token in enumerate(body.tokens):
+      require(token < size, f'tokens[{index}]', token, f'below {size}')
     return Json({'prompt': await beside(
-        len(body.tokens), vocabulary(body).decode, body.tokens)})
+        len(body.tokens), tokenizer.decode, body.tokens)})
 
 
 def _add_watching(app: fastapi.FastAPI, service: Service,

@@ -61,6 +61,7 @@ class Limits:
   drain_s: float = 30.0
 
   def __post_init__(self) -> None:
+    checks.make_plain(self)
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       whole = field.type in (int, int | None)

@@ -3,8 +3,11 @@
 import asyncio
 import logging
 import math
+import secrets
 import socket
+import sys
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 import h11
@@ -12,10 +15,48 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dsjax.http import openai_schema
-from dsjax.http.middleware import dumps
+from dsjax.http.middleware import REASONS, Gate, dumps
 from dsjax.http.service import Limits, Service
 
 LOG = logging.getLogger(__name__)
+# Of a body that is refused, so many times what a body may have is read.
+LINGER = 16
+
+
+class _Transport(asyncio.Transport):
+  """A transport whose close, where the client may still be sending, waits for
+  its end: the system would answer what comes after a close with a reset, and
+  the client may lose the answer that it has not read yet.
+
+  left: bytes that are still read, or None: it has not been closed.
+  """
+
+  def __init__(self, transport: asyncio.Transport, most: int,
+               sends: Callable[[], bool]) -> None:
+    super().__init__()
+    self._transport, self._most, self._sends = transport, most, sends
+    self.left: int | None = None
+    for same in ('abort', 'get_extra_info', 'pause_reading', 'resume_reading',
+                 'write'):
+      setattr(self, same, getattr(transport, same))
+
+  def is_closing(self) -> bool:
+    return self.left is not None or self._transport.is_closing()
+
+  def close(self) -> None:
+    if self.is_closing() or not self._sends():
+      self._transport.close()
+      return
+    self.left = self._most
+    if self._transport.can_write_eof():
+      self._transport.write_eof()
+    self._transport.resume_reading()
+
+  def drop(self, data: bytes) -> None:
+    """Reads what nothing will come of."""
+    self.left = (self.left or 0) - len(data)
+    if self.left < 0:
+      self._transport.abort()
 
 
 class _Connection(H11Protocol):
@@ -23,17 +64,25 @@ class _Connection(H11Protocol):
   can be aborted."""
 
   limits: Limits  # of its server
+  reject: Callable[[str], None]  # see Gate
   _late: asyncio.TimerHandle | None = None  # headers are
   _unread: asyncio.TimerHandle | None = None  # the answer is
 
   def connection_made(self, transport: Any) -> None:
-    super().connection_made(transport)
+    self._ending = _Transport(
+        transport, LINGER * self.limits.max_body_bytes, self._sends)
+    super().connection_made(self._ending)
     most = self.limits.max_connections
     self.app_state = {**self.app_state, 'abort': transport.abort,
                       'crowded': len(self.connections) > most}
     if len(self.connections) > 2 * most:
       transport.abort()  # too many even to be told
     self._arm()
+
+  def _sends(self) -> bool:
+    """Whether more of a request may be on its way."""
+    return (self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+            or bool(self.conn.trailing_data[0]))
 
   def _arm(self) -> None:
     if self._late is None:
@@ -46,25 +95,61 @@ class _Connection(H11Protocol):
       self._late = None
 
   def data_received(self, data: bytes) -> None:
+    if self._ending.left is not None:
+      self._ending.drop(data)
+      return
     super().data_received(data)
     if self.cycle is None or self.cycle.response_complete:
       self._arm()
     else:
       self._disarm()
 
+  def handle_events(self) -> None:
+    waiting, _ = self.conn.trailing_data
+    if self.conn.their_state is h11.IDLE and waiting[:1] in (b'\r', b'\n'):
+      # Empty lines before a request (RFC 9112, 2.2), which h11 refuses.
+      self.conn = h11.Connection(
+          h11.SERVER, max_incomplete_event_size=self.limits.max_header_bytes)
+      if rest := waiting.lstrip(b'\r\n'):
+        self.conn.receive_data(rest)
+    super().handle_events()
+
   def send_400_response(self, msg: str) -> None:
-    """Answers what is not HTTP, in the shape of every other error."""
+    """Answers what is not HTTP, in the shape of every other error; uvicorn
+    calls it where h11 raises."""
+    error = sys.exception()
+    status = getattr(error, 'error_status_hint', 400)
+    reads_body = self.cycle and not self.cycle.response_complete
+    if status == 431:
+      status, what = ((400, 'the line before a chunk') if reads_body else
+                      (431, 'target and headers')
+                      if b'\n' in self.conn.trailing_data[0] else
+                      (414, 'the target'))
+      msg = f'{what}: must have at most {self.limits.max_header_bytes} bytes'
+    elif status == 501:
+      msg = 'transfer-encoding: must be chunked, once, or be left out'
+    elif error:
+      what, _, _ = str(error).partition(': bytearray(')
+      msg = f'the request: must be HTTP/1.1: {what[:160]}'
+    id = secrets.token_hex(12)
+    self.reject(REASONS.get(status, 'bad_request'))
+    LOG.info('%s: %d %s', id, status, msg)
     body = dumps(openai_schema.error(msg, 'invalid_request_error')).encode()
     headers = [*self.server_state.default_headers,
                (b'content-type', b'application/json'),
                (b'content-length', b'%d' % len(body)),
-               (b'connection', b'close')]
+               (b'x-request-id', id.encode()), (b'connection', b'close')]
     if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-      for event in (h11.Response(status_code=400, headers=headers,
-                                 reason=b'Bad Request'), h11.Data(data=body),
+      reason = HTTPStatus(status).phrase.encode()
+      for event in (h11.Response(status_code=status, headers=headers,
+                                 reason=reason), h11.Data(data=body),
                     h11.EndOfMessage()):
         self.transport.write(self.conn.send(event))
+    if reads_body:
+      self.cycle.disconnected = True  # its body will not come
+      self.cycle.message_event.set()
     self.transport.close()
+    self._arm()
 
   def pause_writing(self) -> None:
     super().pause_writing()
@@ -87,9 +172,9 @@ class Server(uvicorn.Server):
   """Uvicorn that drains at the first SIGTERM or Ctrl-C, and goes at the
   second."""
 
-  def __init__(self, app: Callable[..., Any], service: Service) -> None:
+  def __init__(self, app: Gate, service: Service) -> None:
     class Connection(_Connection):
-      limits = service.limits
+      limits, reject = service.limits, staticmethod(app.reject)
 
     limits = service.limits
     config = uvicorn.Config(
@@ -133,7 +218,7 @@ class Server(uvicorn.Server):
     return await super().on_tick(counter)
 
 
-def run(app: Callable[..., Any], service: Service, bound: socket.socket
+def run(app: Gate, service: Service, bound: socket.socket
         ) -> str | None:
   """Serves on a bound socket until a signal.
 

@@ -19,6 +19,7 @@ from dsjax.config.checks import (
   is_nonnegative,
   is_positive_int,
   naming,
+  plain,
   require,
 )
 from dsjax.config.model import ModelConfig
@@ -63,6 +64,7 @@ def latency_of(named: Named, config: ModelConfig,
     InputError; also of a profile of another model.
   """
   require(is_nonnegative(host_ms), 'host_ms', host_ms, '0 or more')
+  host_ms = plain(host_ms)
   if isinstance(named, str):
     return profiles.named(named, config, host_ms / 1e3)
   if isinstance(named, Profile):

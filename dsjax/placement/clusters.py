@@ -31,6 +31,7 @@ class Border:
   reads_beside: bool = False
 
   def __post_init__(self) -> None:
+    checks.make_plain(self)
     require(checks.is_positive(self.bytes_per_s), 'Border.bytes_per_s',
             self.bytes_per_s, 'a number above 0')
     require(checks.is_nonnegative(self.hand_off_s), 'Border.hand_off_s',
@@ -65,6 +66,7 @@ class Cluster:
   price: float = 1.0
 
   def __post_init__(self) -> None:
+    checks.make_plain(self)
     for field in ('nodes', 'devices_per_node'):
       value = getattr(self, field)
       require(checks.is_positive_int(value), f'Cluster.{field}', value,

@@ -137,14 +137,14 @@ class Engine:
                                    self._seqs_bucket(tokens))
         step.lower(*args).compile()
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-      try:
-        for shape, made in [(shape, pool.submit(make, *shape))
-                            for shape in needed]:
-          made.result()
-          yield shape
-      finally:
-        pool.shutdown(cancel_futures=True)
+    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+    try:
+      for shape, made in [(shape, pool.submit(make, *shape))
+                          for shape in needed]:
+        made.result()
+        yield shape
+    finally:  # a compilation cannot be stopped, nor is it waited for
+      pool.shutdown(wait=False, cancel_futures=True)
 
   def warm(self) -> Iterator[str]:
     """Compiles and runs every step once, for no request; yields its name.

@@ -43,6 +43,7 @@ LOG = logging.getLogger(__name__)
 # The pause between polls that found nothing: a share of the wait so far, so
 # that a long step is not interrupted and a short one not noticed late.
 PAUSE_SHARE, LEAST_PAUSE_S, MOST_PAUSE_S = 1 / 16, 5e-5, 2e-3
+MOST_ASKED = 100  # events that observers ask for while one is applied
 
 
 class Loop:
@@ -94,6 +95,8 @@ class Loop:
     self.origin, self.moved_s, self.host_s = time.perf_counter(), 0.0, 0.0
     self.closed, self.broken = False, ''
     self._tick_s = 0.0  # when the next Tick is due
+    # Events that were asked for, and those that are being applied.
+    self._asked: collections.deque[Event] = collections.deque()
     self._todo: collections.deque[Event] = collections.deque()
     self._applying = self.deciding = False
     self._raised: list[BaseException] = []  # by observers and hooks
@@ -106,7 +109,12 @@ class Loop:
   @property
   def busy(self) -> bool:
     """Whether there are requests, or something is in flight."""
-    return not self.closed and not scheduler.idle(self.state)
+    return not self.closed and (self._waits or not scheduler.idle(self.state))
+
+  @property
+  def _waits(self) -> bool:
+    """Whether an event is still to be applied."""
+    return bool(self._asked or self._todo)
 
   @property
   def pause_s(self) -> float:
@@ -167,6 +175,7 @@ class Loop:
     for output in self.unfinished.values():
       output.fail(reason)
     self.unfinished.clear()
+    self._asked.clear()
     self._todo.clear()
     self.closed, self.broken = True, f'closed: {reason}'
 
@@ -174,18 +183,19 @@ class Loop:
 
   def poll(self) -> bool:
     """Handles what has completed; whether anything had."""
-    if self.closed:
+    if self.closed or self._applying:  # an observer may call it
       return False
-    began, some = time.perf_counter(), bool(self._todo)
+    began, some = time.perf_counter(), self._waits
     if self.unfinished:
       self._tick()
-    self._apply()
+    self._take_asked()
     for done in self.fleet.poll():
       some = True
       if isinstance(done, StepDone):
         self._fold(done)
       else:
-        self.event(self._with_ended(done))
+        self._todo.append(self._with_ended(done))
+        self._apply()
     if some:
       self.host_s += time.perf_counter() - began
       self.moved_s = self.now
@@ -205,7 +215,8 @@ class Loop:
       PolicyError: nothing is in flight, and the policy lets nothing start.
     """
     starts = any(i.status == 'down' for i in self.state.instances)
-    if self.unfinished and not self.fleet.busy and not starts:
+    waits = self._waits or self.fleet.busy or starts
+    if self.unfinished and not waits:
       reason = (f'policy {self.scheduler_config.policy.name!r}: nothing is in '
                 f'flight and it lets none of the {len(self.unfinished)} '
                 'requests go on that wait')
@@ -280,10 +291,29 @@ class Loop:
                   request.sampling)
 
   def event(self, event: Event) -> None:
-    """Tells the scheduler an event; one that an observer asks for comes after
-    the one that it hears."""
-    self._todo.append(event)
-    self._apply()
+    """Tells the scheduler an event. One that an observer asks for waits for
+    the next call or poll, so that devices are served between two of them.
+
+    Raises:
+      RuntimeError: see check_room.
+    """
+    self.check_room()
+    self._asked.append(event)
+    self._take_asked()
+
+  def _take_asked(self) -> None:
+    """Applies what was asked for, unless it is an observer that asks."""
+    if not self._applying:
+      self._todo += self._asked
+      self._asked.clear()
+      self._apply()
+
+  def check_room(self) -> None:
+    """Raises RuntimeError in an observer, where too many events wait that
+    observers have asked for."""
+    if self._applying and len(self._asked) >= MOST_ASKED:
+      raise RuntimeError(f'{MOST_ASKED} events wait that observers have asked '
+                         'for: an observer may not ask for more')
 
   def _apply(self) -> None:
     """Applies the events that wait, and those of what fails in answer to them.
@@ -291,8 +321,6 @@ class Loop:
     An event is taken off once it is applied: what stops a hook of the policy
     for once (SystemExit) is raised later, and the event tried again.
     """
-    if self._applying:
-      return
     self._applying = True
     try:
       while self._todo:

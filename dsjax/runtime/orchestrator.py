@@ -50,6 +50,7 @@ from dsjax.config.checks import (
   is_nonnegative,
   is_number,
   naming,
+  plain,
   require,
 )
 from dsjax.config.engine import EngineConfig
@@ -75,6 +76,7 @@ from dsjax.scheduling.events import Drain
 from dsjax.scheduling.policy import DISTSERVE, Policy, PolicyError
 from dsjax.workload import check_requests
 
+PARAMETERS = tuple(field.name for field in dataclasses.fields(Sampling))
 MEANWHILE_S = 5e-3  # between two calls of what a client wants called
 
 
@@ -350,10 +352,9 @@ class Orchestrator:
       InputError: bad prompt (see prompts.prompt_ids) or parameters.
     """
     ids = prompt_ids(self.model, prompt)
-    try:
-      sampling = Sampling(**params)
-    except TypeError as error:
-      raise InputError(f'unknown sampling parameter: {error}') from None
+    for name in params:
+      require(name in PARAMETERS, 'parameter', name, f'one of {PARAMETERS}')
+    sampling = Sampling(**params)
     if sampling.max_tokens is None:
       room = max(1, scheduler.longest(self.scheduler_config) - len(ids))
       sampling = dataclasses.replace(sampling, max_tokens=room)
@@ -450,6 +451,7 @@ class Orchestrator:
 
   def _check_new(self, request: Request) -> None:
     self._check_open()
+    self.loop.check_room()
     require(is_integer(0, math.inf)(request.id), 'Request.id', request.id,
             'an integer of 0 or more')
     require(request.id not in self.seen, 'Request.id', request.id,
@@ -464,9 +466,9 @@ class Orchestrator:
     Raises:
       InputError: there was none of this id.
     """
-    require(isinstance(id, int) and id in self.seen, 'id', id,
+    require(is_integer(0, math.inf)(id) and id in self.seen, 'id', id,
             'that of a request of this server')
-    self.call(self.loop.cancel, id)
+    self.call(self.loop.cancel, plain(id))
 
   def take(self, ids: Iterable[int]) -> list[tuple[int, Update]]:
     """(id, what came since the last call) of those of `ids` that have news.
@@ -481,7 +483,7 @@ class Orchestrator:
     return [(id, state.take()) for id, state in states if state.has_news]
 
   def _known(self, id: int) -> RequestOutputState:
-    require(isinstance(id, int) and id in self.requests, 'id', id,
+    require(is_integer(0, math.inf)(id) and id in self.requests, 'id', id,
             'that of a request whose output has not been taken')
     return self.requests[id]
 
@@ -492,7 +494,7 @@ class Orchestrator:
       InputError: it has not ended, which loses nothing; or there is none of
         this id any more.
     """
-    output = self.call(self._output, id)
+    output = self.call(self._output, plain(id))
     self.requests.pop(id, None)  # not before it is here
     return output
 
@@ -611,8 +613,10 @@ class Orchestrator:
     require(len(each) == len(prompts) and all(
         isinstance(own, Mapping) and all(isinstance(name, str) for name in own)
         for own in each), 'sampling', sampling, allowed)
-    requests = [self.prepare(prompt, **{**params, **own})
-                for prompt, own in zip(prompts, each, strict=True)]
+    requests = []
+    for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
+      with naming(f'prompts[{index}]'):
+        requests.append(self.prepare(prompt, **{**params, **own}))
     self._check_open()
     ids: list[int] = []
     outputs: list[Output] = []
@@ -695,10 +699,10 @@ class Orchestrator:
     Raises:
       InputError: no such instance, or not seconds of 0 or more.
     """
-    self._check_instance(instance)
+    instance = self._index_of(instance)
     require(back_s is None or is_nonnegative(back_s), 'back_s', back_s,
             'None or seconds of 0 or more')
-    self.call(self.loop.kill, instance, back_s)
+    self.call(self.loop.kill, instance, plain(back_s))
 
   def drain(self, instance: int) -> None:
     """Gives an instance no more work that another could do, until `restore`.
@@ -706,8 +710,8 @@ class Orchestrator:
     Raises:
       InputError: no such instance.
     """
-    self._check_instance(instance)
-    self.call(lambda: self.loop.event(Drain(self.now, instance)))
+    index = self._index_of(instance)
+    self.call(lambda: self.loop.event(Drain(self.now, index)))
 
   def restore(self, instance: int) -> None:
     """Ends a drain, or starts an instance that is lost again, empty.
@@ -716,13 +720,14 @@ class Orchestrator:
       InputError: no such instance.
       RuntimeError: its devices refuse; it stays lost.
     """
-    self._check_instance(instance)
-    self.call(self.loop.restore, instance)
+    self.call(self.loop.restore, self._index_of(instance))
 
-  def _check_instance(self, instance: int) -> None:
+  def _index_of(self, instance: int) -> int:
+    """The number of an instance, checked."""
     most = len(self.engines) - 1
     require(is_integer(0, most)(instance), 'instance', instance,
             f'0 to {most}')
+    return plain(instance)
 
   def poll(self) -> bool:
     """Handles what has completed; False after a pause, if nothing has."""

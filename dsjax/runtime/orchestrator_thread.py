@@ -160,7 +160,13 @@ class OrchestratorThread:
   # --- the event loop's side ------------------------------------------------
 
   def start(self) -> None:
-    """Starts the thread; call it on the event loop."""
+    """Starts the thread; call it on the event loop.
+
+    Raises:
+      RuntimeError: it has been started before.
+    """
+    if self.thread.ident is not None:
+      raise RuntimeError('the server was started before: make another one')
     self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
     self.thread.start()
 
@@ -186,7 +192,12 @@ class OrchestratorThread:
     """Queues requests that Orchestrator.check has passed.
 
     arrival_s: on time.perf_counter.
+
+    Raises:
+      RuntimeError: another event loop asks, which nothing here would wake.
     """
+    if asyncio.get_running_loop() is not self._loop:
+      raise RuntimeError('the server belongs to another event loop')
     wake = asyncio.Event()
     streams = [Stream(*request, arrival_s, wake) for request in requests]
     if not self.streams:

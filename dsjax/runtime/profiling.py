@@ -313,7 +313,9 @@ class _Profiler:
 
   def engine(self, plan):
     """A warm Engine that has both kinds of step."""
+    tick = _ticks(self.report, f'{plan}: building', 1)
     made = build(self.model, plan, 'chunked', self.config, self.devices)
+    tick()
     tick = _ticks(self.report, f'{plan}: compiling', len(made.shapes_needed()))
     for _ in made.warm():
       tick()
@@ -347,9 +349,9 @@ class _Profiler:
 
   def link(self, plan, source, to):
     """The latency.Link to a plan; None where noise hides the bandwidth."""
-    target = build(self.model, to, 'decode', self.config, self.apart)
     tick = _ticks(self.report, f'{plan}: to {to}',
                   (self.rounds + 1) * len(self.lengths))
+    target = build(self.model, to, 'decode', self.config, self.apart)
     seconds = transfer_times(source, target, self.lengths, self.rounds, tick)
     if seconds[-1] <= seconds[0]:
       return None
@@ -359,9 +361,9 @@ class _Profiler:
 
   def contention(self, bare):
     """The Contention of two instances of one device."""
-    other = build(self.model, Plan(), 'chunked', self.config, self.apart)
     tick = _ticks(self.report, f'{Plan()}: side by side',
                   (self.rounds + 1) * len(contention.KINDS)**2)
+    other = build(self.model, Plan(), 'chunked', self.config, self.apart)
     return beside(bare, Cells(other), self.config, self.rounds, tick)
 
 

@@ -137,7 +137,7 @@ def _work(jobs: queue.SimpleQueue[Job | None], began: list[float]) -> None:
   while True:
     job = None
     # Never a get with a time limit: CPython 3.11 waits for ever where a short
-    # one runs out between its two looks.
+    # job runs out between its two looks.
     if waiting and jobs.empty():
       time.sleep(pause_s)
     if not waiting or not jobs.empty():
@@ -147,10 +147,10 @@ def _work(jobs: queue.SimpleQueue[Job | None], began: list[float]) -> None:
     began.append(time.monotonic())
     if job is not None and not job.look():
       waiting.append(job)
-    waiting[:] = [one for one in waiting if not one.gone]
+    waiting[:] = [job for job in waiting if not job.gone]
     if waiting and (job is None or jobs.empty()):
       pause_s = _drive(waiting)
-      waiting[:] = [one for one in waiting if not one.look()]
+      waiting[:] = [job for job in waiting if not job.look()]
     began.clear()
   for job in waiting:
     if not job.look():

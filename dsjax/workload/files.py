@@ -1,13 +1,16 @@
 """Traces, samples of lengths and prompt files."""
 
+import codecs
 import csv
 import datetime
+import gzip
 import io
 import json
 import math
 import pathlib
 import re
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -40,13 +43,42 @@ def _bad(path, line, column, value, allowed):
                     f'be {allowed}')
 
 
+MAX_BYTES = 2**31  # of a file, decompressed
+_GZIP = b'\x1f\x8b'
+# How files begin that are not text, and what they are.
+_NOT_TEXT = {b'PK\x03\x04': 'a zip file or a spreadsheet', b'PAR1': 'Parquet',
+             b'BZh': 'bzip2', b'\xfd7zXZ': 'xz', b'(\xb5/\xfd': 'zstd',
+             b'SQLite': 'a database', b'ARROW1': 'Arrow',
+             b'\x89HDF': 'HDF5', b'\x93NUMPY': 'numpy'}
+
+
 def _read(path):
+  """The text of a file: UTF-8, UTF-16 where it says so, or either in gzip."""
   try:
-    return pathlib.Path(path).read_text(encoding='utf-8-sig')
-  except OSError as error:
-    raise InputError(f'{path}: cannot be read: {error.strerror}') from error
+    data = pathlib.Path(path).read_bytes()
+    if data.startswith(_GZIP):
+      with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        data = file.read(MAX_BYTES + 1)
+      if len(data) > MAX_BYTES:
+        raise InputError(f'{path}: has more than {MAX_BYTES} bytes')
+  except (OSError, EOFError, zlib.error) as error:
+    why = getattr(error, 'strerror', None) or error
+    raise InputError(f'{path}: cannot be read: {why}') from error
+  for begin, name in _NOT_TEXT.items():
+    if data.startswith(begin):
+      raise InputError(f'{path}: is {name}: must be text, plain or in gzip')
+  utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+  try:
+    text = data.decode('utf-16' if utf16 else 'utf-8-sig')
   except UnicodeDecodeError as error:
     raise InputError(f'{path}: is not UTF-8 text: {error}') from error
+  return text.replace('\r\n', '\n').replace('\r', '\n')
+
+
+def _suffix(path):
+  path = pathlib.Path(path)
+  return (path.with_suffix('') if path.suffix == '.gz' else path
+          ).suffix.lower()
 
 
 # --- rows of JSON -----------------------------------------------------------
@@ -63,7 +95,7 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 
 def _is_json_lines(path, text):
   _, first = next(_lines(text), (0, ''))
-  return pathlib.Path(path).suffix == '.jsonl' or first.startswith('{')
+  return _suffix(path) == '.jsonl' or first.startswith('{')
 
 
 def _json_array(path, text):
@@ -74,7 +106,7 @@ def _json_array(path, text):
     return json.loads(text)
   except (ValueError, RecursionError) as error:
     # A prompt may begin with a bracket; a file of JSON says so.
-    if pathlib.Path(path).suffix != '.json':
+    if _suffix(path) != '.json':
       return None
     raise InputError(f'{path}: is not JSON: {error}') from error
 
@@ -282,7 +314,7 @@ def _field(path, line, row, column):
 
 
 def read_lengths(path: Path) -> tuple[Entry, ...]:
-  """Reads a trace or a sample of lengths.
+  """Reads a trace or a sample of lengths; the text may be in gzip.
 
   CSV with a header, JSON lines or a JSON array of objects. Columns are known
   by the names that others gave them, whatever their case and punctuation:
@@ -396,7 +428,7 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
     InputError naming the file, the line and what it may hold; also of a file
     that holds a table, lengths or a trace.
   """
-  text, suffix = _read(path), pathlib.Path(path).suffix.lower()
+  text, suffix = _read(path), _suffix(path)
   items = _json_array(path, text)
   if items is not None:
     made = [_item_prompt(path, *item) for item in enumerate(items, 1)]

@@ -5,9 +5,13 @@ import re
 from collections.abc import Sequence
 from typing import Any, Self
 
-import numpy as np
-
-from dsjax.config.checks import InputError, is_integer, is_number, require
+from dsjax.config.checks import (
+    InputError,
+    is_integer,
+    is_number,
+    plain,
+    require,
+)
 from dsjax.config.request import Request
 from dsjax.workload import traffic
 from dsjax.workload.files import MAX_LEN, Entry, read_lengths
@@ -68,9 +72,7 @@ def _entry(where: str, given: Any) -> Entry:
   require(isinstance(given, Entry) or isinstance(given, tuple)
           and len(given) == 2, where, given,
           'a (prompt, output) pair, in tokens, or an Entry')
-  # What numpy's arrays hold counts as Python's numbers.
-  values = [value.item() if isinstance(value, np.generic) else value
-            for value in given]
+  values = list(map(plain, given))
   entry = Entry(*values) if isinstance(given, Entry) else Entry(None, *values)
   require(entry.arrival_s is None
           or is_number(0, MOST_ARRIVAL_S)(entry.arrival_s),

@@ -13,7 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dsjax.config.checks import InputError, is_positive, require
+from dsjax.config.checks import (
+  InputError,
+  is_integer,
+  is_positive,
+  is_positive_int,
+  require,
+)
 from dsjax.config.request import Request
 from dsjax.workload.files import Entry, Path, Row, json_lines, read_lengths
 from dsjax.workload.requests import arrivals, from_lengths
@@ -22,8 +28,7 @@ _DRAWS = 3  # a stream of a seed; workload has those below
 
 
 def _rng(seed, *stream):
-  require(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0,
-          'seed', seed, 'an integer, 0 or more')
+  require(is_integer(0, math.inf)(seed), 'seed', seed, 'an integer, 0 or more')
   return np.random.default_rng((seed, _DRAWS, *stream))
 
 
@@ -178,7 +183,7 @@ def draw(mixture: Mixture | str, n: int, seed: int = 0) -> tuple[Entry, ...]:
     require(mixture in MIXTURES, 'mixture', mixture,
             f'a Mixture or one of {sorted(MIXTURES)}')
     mixture = MIXTURES[mixture]
-  require(isinstance(n, int) and n > 0, 'draw.n', n, 'an integer of 1 or more')
+  require(is_positive_int(n), 'draw.n', n, 'an integer of 1 or more')
   return tuple(Entry(None, *pair) for pair in zip(
       _draw(mixture.prompt, n, seed, 0), _draw(mixture.output, n, seed, 1),
       strict=True))
@@ -238,8 +243,7 @@ def diurnal(rate_per_s: float, swing: float, period_s: float = 86400.0,
   require(is_positive(period_s), 'diurnal.period_s', period_s, 'above 0')
   require(swing == 0 or is_positive(swing) and swing <= 1, 'diurnal.swing',
           swing, 'from 0 to 1')
-  require(isinstance(steps, int) and steps >= 3, 'diurnal.steps', steps,
-          '3 or more')
+  require(is_integer(3, math.inf)(steps), 'diurnal.steps', steps, '3 or more')
   # Mean of sin over a step, from the differences of its cosine.
   edges = [math.cos(2 * math.pi * i / steps) for i in range(steps + 1)]
   return tuple(

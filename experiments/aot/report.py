@@ -25,8 +25,8 @@ MOST = 0.9  # of a device's memory
 
 def collectives(text):
   """{kind: how many} in the text of an optimised HLO module."""
-  found = re.findall(rf' ({"|".join(KINDS)})(?:-start)?\(', text)
-  return dict(sorted(collections.Counter(found).items()))
+  kinds = re.findall(rf' ({"|".join(KINDS)})(?:-start)?\(', text)
+  return dict(sorted(collections.Counter(kinds).items()))
 
 
 def copies(text, least):
@@ -36,7 +36,7 @@ def copies(text, least):
              for shape in shapes)
 
 
-def kernels(found):
+def kernels(of_names):
   """Of {name: compiled.Kernel}: our kernels, and who else spills.
 
   Returns:
@@ -46,8 +46,8 @@ def kernels(found):
   ours = set().union(*OURS.values())
   return dict(
       kernels={name: k._asdict() | {'grid': ', '.join(map(str, k.grid))}
-               for name, k in sorted(found.items()) if name in ours},
-      spills={name: k.spilled for name, k in sorted(found.items())
+               for name, k in sorted(of_names.items()) if name in ours},
+      spills={name: k.spilled for name, k in sorted(of_names.items())
               if k.spilled and name not in ours})
 
 
@@ -61,33 +61,33 @@ def must_hold(row):
   """What is wrong with a row whatever the versions: sentences."""
   if 'error' in row:
     return [row['error']]
-  found, size = [], device_bytes(row['gpu'])
+  faults, size = [], device_bytes(row['gpu'])
   if row['peak_bytes'] > MOST * size:
-    found.append(f'peak of {row["peak_bytes"]} bytes is above {MOST} of the '
+    faults.append(f'peak of {row["peak_bytes"]} bytes is above {MOST} of the '
                  f"device's {size}")
   if not row['kv_bytes'] <= row['donated_bytes'] == row['alias_bytes']:
-    found.append(f'{row["alias_bytes"]} bytes are updated in place: KV has '
+    faults.append(f'{row["alias_bytes"]} bytes are updated in place: KV has '
                  f'{row["kv_bytes"]}, {row["donated_bytes"]} are donated')
   if row['copies']:
-    found.append(f'{row["copies"]} copies of a cache array')
+    faults.append(f'{row["copies"]} copies of a cache array')
   kind = row['step'].split()[0]
   for name in sorted(OURS[kind] - set(row['kernels'])):
-    found.append(f'no kernel {name}')
-  found += [f'{name} spills {k["spilled"]} bytes'
+    faults.append(f'no kernel {name}')
+  faults += [f'{name} spills {k["spilled"]} bytes'
             for name, k in row['kernels'].items() if k['spilled']]
-  return found
+  return faults
 
 
 def differences(row, want):
   """How a row differs from the golden one: sentences."""
-  found = []
+  changes = []
   for field in sorted(row.keys() | want.keys()):
     value, was = row.get(field), want.get(field)
     close = (field.endswith('_bytes') and None not in (value, was)
              and abs(value - was) <= TOLERANCE * was)
     if value != was and not close:
-      found.append(f'{field} is {value}, was {was}')
-  return found
+      changes.append(f'{field} is {value}, was {was}')
+  return changes
 
 
 def golden():
@@ -106,9 +106,9 @@ def measured(path=FOLDER / 'measured.json'):
   nothing where no GPU has."""
   if not path.exists():
     return {}, ''
-  found = json.loads(path.read_text())
-  return {kernel_key(found['gpu'], row['model'], row['kernel'], row): row
-          for row in found['rows']}, found['machine']
+  written = json.loads(path.read_text())
+  return {kernel_key(written['gpu'], row['model'], row['kernel'], row): row
+          for row in written['rows']}, written['machine']
 
 
 def beside(kernel, real, field):
@@ -126,15 +126,15 @@ def key(row):
 def faults(rows, golden):
   """Sentences that begin with the row's key; golden: rows, or None."""
   known = {key(row): row for row in golden or ()}
-  found = []
+  texts = []
   for row in rows:
     wrong = must_hold(row)
     if golden is not None and not wrong:
       want = known.get(key(row))
       wrong = (['it is not in the golden table'] if want is None
                else differences(row, want))
-    found += [f'{" ".join(key(row))}: {fault}' for fault in wrong]
-  return found
+    texts += [f'{" ".join(key(row))}: {fault}' for fault in wrong]
+  return texts
 
 
 def merge(kept, rows):
@@ -176,9 +176,9 @@ def _step_cells(row):
 def _kernel_cells(row, real):
   """What the table of kernels says of a row, a line a kernel."""
   for name, kernel in row.get('kernels', {}).items():
-    found = real.get(kernel_key(row['gpu'], row['model'], name, kernel))
+    card = real.get(kernel_key(row['gpu'], row['model'], name, kernel))
     yield (name, kernel['grid'].replace(', ', 'x'), str(kernel['threads']), *(
-        beside(kernel, found, field)
+        beside(kernel, card, field)
         for field in ('registers', 'shared', 'spilled')))
   for name, spilled in row.get('spills', {}).items():
     yield f"XLA's {name}", '', '', '', '', str(spilled)

@@ -54,15 +54,15 @@ class Step(NamedTuple):
 
 def names(model):
   """The names of a model's steps, in order."""
-  found = []
+  steps = []
   for role in ('prefill', 'decode'):
     pp = getattr(SETUPS[model], role).pp
     for stage in range(pp):
       of = f' stage {stage}' if pp > 1 else ''
-      found += [f'{role} {size}{of}' for size in SIZES[role]]
-      found += ([f'pack {PAGES}{of}', f'pack to int8{of}']
+      steps += [f'{role} {size}{of}' for size in SIZES[role]]
+      steps += ([f'pack {PAGES}{of}', f'pack to int8{of}']
                 if role == 'prefill' else [f'unpack {PAGES}{of}'])
-  return [*found, 'pieces']
+  return [*steps, 'pieces']
 
 
 def steps(model, gpu):
@@ -135,12 +135,12 @@ def pieces(source, target):
     return jax.ShapeDtypeStruct((count, PAGES, *page), 'bfloat16',
                                 sharding=sharding.replicated(mesh))
 
-  found = migration.plan_pieces(*source[:2], *target[:2])
-  cuts = sorted({p.places for p in found if len(p.places) < each[0]})
+  plan = migration.plan_pieces(*source[:2], *target[:2])
+  cuts = sorted({p.places for p in plan if len(p.places) < each[0]})
   joins = set()
-  for stage, shard in {p.target for p in found}:
+  for stage, shard in {p.target for p in plan}:
     first = target[1][stage][0]
-    parts = tuple(len(p.places) for p in found
+    parts = tuple(len(p.places) for p in plan
                   if p.target == (stage, shard)
                   and p.layers[0] <= first < p.layers[1])
     if parts != (each[1],):

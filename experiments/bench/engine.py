@@ -162,30 +162,31 @@ def commands(batch):
 class Ours:
   """An instance driven by hand-made commands: no scheduler, no server."""
 
-  def __init__(self, one, batch):
-    self.one, (self.prefills, self.last) = one, commands(batch)
+  def __init__(self, instance, batch):
+    self.instance, (self.prefills, self.last) = instance, commands(batch)
     for id in range(batch):
-      one.forget(id)
+      instance.forget(id)
     for id in range(batch):
-      one.admit(id, [1] * PROMPT, PROMPT, Sampling())
+      instance.admit(id, [1] * PROMPT, PROMPT, Sampling())
 
   def prefill(self):
-    return [self.one.prefill(c)[0][0].token_R for c in self.prefills]
+    return [self.instance.prefill(c)[0][0].token_R for c in self.prefills]
 
   def decode(self):
-    return self.one.decode(self.last)[0][-1].token_R
+    return self.instance.decode(self.last)[0][-1].token_R
 
 
-def bench_steps(loaded, one, results, rounds):
+def bench_steps(loaded, instance, results, rounds):
   for batch in (1, BATCH):
-    dense, ours = Dense(loaded, one.last.params, batch), Ours(one, batch)
+    dense = Dense(loaded, instance.last.params, batch)
+    ours = Ours(instance, batch)
     a, b = in_turn(rounds, ours.prefill, dense.prefill)
     add(results, f'(a) prefill, batch {batch}', 'tokens/s',
         batch * PROMPT / a, batch * PROMPT / b, 'plain jit loop')
     a, b = in_turn(rounds, ours.decode, dense.decode)
     add(results, f'(a) decode, batch {batch}', 'tokens/s',
         batch * STEPS / a, batch * STEPS / b, 'plain jit loop')
-    weights = sum(x.nbytes for x in jax.tree.leaves(one.last.params))
+    weights = sum(x.nbytes for x in jax.tree.leaves(instance.last.params))
     print(f'    decode reads the weights at {weights * STEPS / a / 1e9:.1f} '
           f'GB/s; one sum over an array of their size: '
           f'{read_rate(weights):.1f} GB/s')
@@ -225,11 +226,11 @@ def bench_server(loaded, results, rounds):
   """A colocated server against the same steps without a server."""
   placement = Placement(colocated=[Plan()])
   with orchestrator.serve(loaded, placement, CONFIG) as server:
-    one = engine.Engine(loaded, [server.engines[0].shapes.mesh], 'colocated',
-                        CONFIG)
-    for _ in one.warm():
+    instance = engine.Engine(
+        loaded, [server.engines[0].shapes.mesh], 'colocated', CONFIG)
+    for _ in instance.warm():
       pass
-    bare = Ours(one, BATCH)
+    bare = Ours(instance, BATCH)
 
     def steps():
       bare.prefill()
@@ -273,8 +274,8 @@ def bench_modes(loaded, results, rounds):
 
 def bench_scheduler(results):
   """One DecodeDone at 256 running and 1,000 waiting."""
-  one = InstanceConfig('colocated', 20_000, 16, 256, 8192, 64)
-  config = scheduler.Config((one,), 4096)
+  instance = InstanceConfig('colocated', 20_000, 16, 256, 8192, 64)
+  config = scheduler.Config((instance,), 4096)
   state, pending = scheduler.init(config), []
   for id in range(1256):
     state, out = scheduler.step(config, state, Arrived(0., id, 300, 900))
@@ -354,11 +355,11 @@ def run(options, console):
     loaded = checkpoint.load('smollm2-135m-instruct')
   if 'a' in parts or 'f' in parts:
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ('model',))
-    one = engine.Engine(loaded, [mesh], 'colocated', CONFIG)
-    for name in one.warm():
+    instance = engine.Engine(loaded, [mesh], 'colocated', CONFIG)
+    for name in instance.warm():
       print('    compiled', name, flush=True)
   if 'a' in parts:
-    bench_steps(loaded, one, results, rounds)
+    bench_steps(loaded, instance, results, rounds)
   if 'b' in parts:
     bench_server(loaded, results, rounds)
   if 'd' in parts:
@@ -367,7 +368,7 @@ def run(options, console):
     bench_modes(loaded, results, rounds)
   if 'f' in parts:
     from experiments.bench import peers
-    peers.bench((1, BATCH), PROMPT, STEPS, lambda n: Ours(one, n),
+    peers.bench((1, BATCH), PROMPT, STEPS, lambda n: Ours(instance, n),
                 functools.partial(in_turn, rounds),
                 functools.partial(add, results))
   show(results)

@@ -211,29 +211,29 @@ def _spread(values: Sequence[float], scale: float, unit: str) -> str:
           f'{scale * max(values):+.2f})')
 
 
-def table(found: Sequence[dict[str, Cost]], streams: int, tokens: int
+def table(rounds: Sequence[dict[str, Cost]], streams: int, tokens: int
           ) -> tuple[Table, dict[str, float]]:
   """(a rich Table, {'tpot_share', 'ttft_s'} that HTTP adds) of the rounds."""
-  made = Table(title=f'{streams} streams of {tokens} tokens, {len(found)} '
+  made = Table(title=f'{streams} streams of {tokens} tokens, {len(rounds)} '
                'rounds: median (least, most)', title_justify='left')
   for name in ('', *WAYS):
     made.add_column(name, justify='right' if name else 'left')
   ttft_s = {way: [costs[way].ttft_s - costs[WAYS[0]].ttft_s
-                  for costs in found] for way in WAYS}
+                  for costs in rounds] for way in WAYS}
   share = {way: [costs[way].tpot_s / costs[WAYS[0]].tpot_s - 1
-                 for costs in found] for way in WAYS}
+                 for costs in rounds] for way in WAYS}
   for name, field, added, scale, unit in (
       ('TTFT ms', 'ttft_s', ttft_s, 1e3, 'ms'),
       ('TPOT ms', 'tpot_s', share, 1e2, '%')):
     made.add_row(name, *(format(1e3 * statistics.median(
-        getattr(costs[way], field) for costs in found), '.2f')
+        getattr(costs[way], field) for costs in rounds), '.2f')
                          for way in WAYS))
     made.add_row('  added', '', *(_spread(added[way], scale, unit)
                                   for way in WAYS[1:]))
   for who in ('orchestrator', 'event loop', 'client'):
     made.add_row(f'CPU us a token, {who}', *(
-        '-' if who not in found[0][way].cpu_s else format(
-            1e6 * statistics.median(costs[way].cpu_s[who] for costs in found)
+        '-' if who not in rounds[0][way].cpu_s else format(
+            1e6 * statistics.median(costs[way].cpu_s[who] for costs in rounds)
             / (streams * tokens), '.0f') for way in WAYS))
   return made, {'ttft_s': statistics.median(ttft_s['HTTP']),
                 'tpot_share': statistics.median(share['HTTP']),
@@ -253,7 +253,7 @@ def run(options: Any, console: Console) -> int:
   bench = Bench(server, [model.tokenizer.encode(t) for t in
                          itertools.islice(texts, options.streams)],
                 options.tokens, options.gap, config.limits)
-  found, stopped = [], False
+  rounds, stopped = [], False
   client = subprocess.Popen(
       [sys.executable, pathlib.Path(__file__).with_name('sse_client.py')],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -261,17 +261,17 @@ def run(options: Any, console: Console) -> int:
     with Progress(console=console, transient=True) as bar:
       task = bar.add_task('rounds', total=options.rounds)
       for costs in rounds(bench, options.rounds, client):
-        found.append(costs)
+        rounds.append(costs)
         bar.advance(task)
   except KeyboardInterrupt:
     stopped = True
   finally:
     client.stdin.close()
     client.wait()
-  if not found:
+  if not rounds:
     console.print('Stopped before the first round ended.')
     return 130
-  made, added = table(found, options.streams, options.tokens)
+  made, added = table(rounds, options.streams, options.tokens)
   console.print(made)
   console.print(f'HTTP adds {1e2 * added["tpot_share"]:.2f} % to TPOT (aim: '
                 f'below 3) and {1e3 * added["ttft_s"]:.2f} ms to TTFT (aim: '

@@ -127,7 +127,7 @@ def bench(batches, prompt, steps, make_ours, in_turn, add):
                 Transformers(path, batch, prompt, steps)]
       everyone = [make_ours(batch), *rivals]
       for phase, count in (('prefill', prompt), ('decode', steps)):
-        took = in_turn(*(getattr(one, phase) for one in everyone))
+        took = in_turn(*(getattr(side, phase) for side in everyone))
         for rival, seconds in zip(rivals, took[1:], strict=True):
           add(f'(f) {phase}, batch {batch}', 'tokens/s',
               batch * count / took[0], batch * count / seconds, rival.name)

@@ -106,12 +106,12 @@ CASES = {
 def requests(case, n, seed=0):
   """Poisson arrivals of lognormal lengths (sigma 0.8), cut at 4,000."""
   rng = np.random.default_rng(seed)
-  at = workload.arrivals('poisson', case.rate_per_s, n, seed)
+  arrival_s = workload.arrivals('poisson', case.rate_per_s, n, seed)
   lens = [np.clip(rng.lognormal(np.log(mean) - 0.32, 0.8, n), 1, 4000)
           for mean in (case.mean_prompt, case.mean_output)]
   return [Request(i, float(t), range(int(p)),
                   Sampling(max_tokens=int(o)))
-          for i, (t, p, o) in enumerate(zip(at, *lens, strict=True))]
+          for i, (t, p, o) in enumerate(zip(arrival_s, *lens, strict=True))]
 
 
 def simpy_tokens(sent):

@@ -181,6 +181,13 @@ def _not_raised(lost):
     sys.__unraisablehook__(lost)
 
 
+def _threads_work():
+  """Whether Python would wait for other threads at its end, such as one that
+  compiles, which nothing stops."""
+  return any(not thread.daemon for thread in threading.enumerate()
+             if thread is not threading.main_thread())
+
+
 def _read_flags(argv):
   """Of flags.FLAGS: what is left of argv."""
   try:
@@ -218,7 +225,11 @@ def main(run, defined: dict[str, Any], config=None,
   def start(argv):
     if flags.FLAGS.verbosity <= 0:
       logging.set_verbosity(verbosity)
-    sys.exit(exit_code(all_read, argv[1:]))
+    code = exit_code(all_read, argv[1:])
+    if code == 130 and _threads_work():
+      sys.stdout.flush()
+      os._exit(code)
+    sys.exit(code)
 
   def all_read(rest):
     if signal.getsignal(signal.SIGINT) is experiments.stop_importing:

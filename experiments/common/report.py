@@ -91,8 +91,8 @@ def _attained(s):
   return f'{_percent(share)} [{100 * low:.0f}, {100 * high:.0f}]'
 
 
-def _times_ms(field, at):
-  return lambda s, _: _number(1e3 * getattr(s, field)[at])
+def _times_ms(field, index):
+  return lambda s, _: _number(1e3 * getattr(s, field)[index])
 
 
 def _stage_ms(stage):
@@ -121,10 +121,10 @@ def tables(results):
     A rich renderable.
   """
   latency = [
-      (f'{name} p{q} ms', _times_ms(field, at))
+      (f'{name} p{q} ms', _times_ms(field, index))
       for name, field in (('TTFT', 'ttft_s'), ('TPOT', 'tpot_s'),
                           ('ITL', 'itl_s'), ('1st gap', 'second_s'))
-      for at, q in enumerate((50, 90, 99))]
+      for index, q in enumerate((50, 90, 99))]
   service = [
       ('requests', lambda s, _: str(sum(s.counts.values()))),
       ('not served', lambda s, _: ', '.join(

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from dsjax.scheduling import lifecycle, prefix_cache
 
-TABLE_S, LINE_S, RATE_S = 0.25, 5.0, 2.0
+TABLE_S, LINE_S, RATE_S, FIRST_S = 0.25, 5.0, 2.0, 2.0
 STAGES = ('queued', 'prefilling', 'migrating', 'decoding')
 _STAGE = dict.fromkeys(lifecycle.ENDING) | {
     'prefilled': 'migrating', 'abandoned': 'migrating'}  # others: themselves
@@ -60,14 +60,15 @@ def counts(server):
 
 
 def now_and_then(console, every_s=10.0, clock=time.monotonic):
-  """A function that prints a line of progress, unless one was printed in the
-  last `every_s` seconds; on a terminal, where a bar moves, it prints none."""
-  last_s = clock()
+  """A function that prints a line of progress, after FIRST_S seconds and then
+  every `every_s`; `begins`: of a new part, at once. On a terminal, where a bar
+  moves, it prints none."""
+  due_s = clock() + FIRST_S
 
-  def tell(line):
-    nonlocal last_s
-    if not console.is_terminal and clock() - last_s >= every_s:
-      last_s = clock()
+  def tell(line, begins=False):
+    nonlocal due_s
+    if not console.is_terminal and (begins or clock() >= due_s):
+      due_s = clock() + every_s
       console.print(line, soft_wrap=True, highlight=False)
   return tell
 

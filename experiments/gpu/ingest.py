@@ -96,14 +96,14 @@ def profile(rows, machine):
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder, 'profile.json')
     path.write_text(text)
-    found = profiles.load(path)
-    require(re.fullmatch(r'[a-z0-9.-]+', found.model), 'Profile.model',
-            found.model, 'the name of a model')
+    fitted = profiles.load(path)
+    require(re.fullmatch(r'[a-z0-9.-]+', fitted.model), 'Profile.model',
+            fitted.model, 'the name of a model')
     profiles.save(path, dataclasses.replace(
-        found, source=f'{pages.cell(found.source)}; '
+        fitted, source=f'{pages.cell(fitted.source)}; '
         f'{pages.described(machine)}'))
     return (f'experiments/profiles/latency-{short(machine["device"])}-'
-            f'{found.model}.json'), path.read_text()
+            f'{fitted.model}.json'), path.read_text()
 
 
 def configs(rows, machine, root):
@@ -139,7 +139,7 @@ class Empty:
 
 def registers(rows, machine):
   """What experiments/aot/measured.json holds; None: no kernel was compiled."""
-  found = []
+  kernels = []
   for row in rows:
     kernel = row.get('compiled')
     if (isinstance(kernel, dict) and kernel.keys() == set(
@@ -148,11 +148,11 @@ def registers(rows, machine):
             for n in kernel) and re.fullmatch(r'[\d, ]{1,99}', kernel['grid'])
         and all(isinstance(row.get(n), str) and row[n].replace(
             '-', '_').isidentifier() for n in ('model', 'kernel'))):
-      found.append(dict(model=row['model'], kernel=row['kernel'], **kernel))
-  if not found:
+      kernels.append(dict(model=row['model'], kernel=row['kernel'], **kernel))
+  if not kernels:
     return None
   chip = CHIPS.get(paged.device(machine['device']).name)
-  return dict(gpu=chip, machine=pages.described(machine), rows=found)
+  return dict(gpu=chip, machine=pages.described(machine), rows=kernels)
 
 
 def inserted(root, name, text):

@@ -53,8 +53,8 @@ def run(target, lines):
     lines.write(what, None, **facts, others=timing.rivals(case, arrays))
   if shares:
     lines.write('all', figure=', '.join(
-        f'{op} {impl} {sorted(found)[len(found) // 2]:.0%}'
-        for (op, impl), found in shares.items()))
+        f'{op} {impl} {sorted(of_peak)[len(of_peak) // 2]:.0%}'
+        for (op, impl), of_peak in shares.items()))
 
 
 if __name__ == '__main__':

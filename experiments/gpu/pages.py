@@ -38,15 +38,15 @@ def described(machine):
 
 def verdicts(rows):
   """{part: 'N right, M wrong', or 'measured'} of what was judged."""
-  found = {}
+  words = {}
   for part, of_part in rows.items():
     judged = [row['ok'] for row in of_part if row['ok'] is not None]
     wrong = judged.count(False)
-    found[part] = ('not run' if not of_part else 'nothing measured' if all(
+    words[part] = ('not run' if not of_part else 'nothing measured' if all(
         row['what'] == 'machine' for row in of_part) else
                    'measured' if not judged else
                    f'{wrong} of {len(judged)} wrong' if wrong else 'right')
-  return found
+  return words
 
 
 def summary(rows, machine):
@@ -98,11 +98,11 @@ def served(row):
   """(attained, low, high; simulated; TTFT's error, TPOT's) of a rate that was
   served and simulated, shares of one; None: it is no such line."""
   try:
-    found = (*row['real']['attainment'], row['simulated']['attainment'][0],
+    figures = (*row['real']['attainment'], row['simulated']['attainment'][0],
              *(row['errors'][n]['mean'] for n in ('ttft_s', 'tpot_s')))
   except (KeyError, TypeError, IndexError):
     return None
-  return found if (len(found) == 6 and all(map(number, found)) and has(
+  return figures if (len(figures) == 6 and all(map(number, figures)) and has(
       row, 'requests', 'rate_per_s')) else None
 
 
@@ -136,8 +136,8 @@ def details(rows, machine, measured):
       (f'{cell(row["what"])}, {row["requests"]} requests',
        f'{100 * share:.1f} [{100 * low:.0f}, {100 * high:.0f}] %',
        f'{100 * ours:.1f} %', f'{ttft:+.0%}', f'{tpot:+.0%}')
-      for row in rows['simulate'] if (found := served(row))
-      for share, low, high, ours, ttft, tpot in [found]])
+      for row in rows['simulate'] if (figures := served(row))
+      for share, low, high, ours, ttft, tpot in [figures]])
   out += table('| kernel | model | grid | registers, `make aot` and here | '
                'spilled bytes | shared bytes |', [*differences(measured)])
   wrong = [row for part in rows.values() for row in part
@@ -155,8 +155,8 @@ def draw(rows, machine, path):
       name = (f'{row["op"]}, {row.get("impl")}' if 'op' in row
               else ' '.join(row['what'].replace(':', '').split()[:2]))
       shares.setdefault(cell(name), []).append(row['share'])
-  served_rows = [(row, found) for row in rows['simulate']
-                 if (found := served(row))]
+  served_rows = [(row, figures) for row in rows['simulate']
+                 if (figures := served(row))]
   if not shares and not served_rows:
     return False
   figure = Figure(figsize=(11, 4.5), layout='constrained')
@@ -167,12 +167,12 @@ def draw(rows, machine, path):
   left.set(xlabel='share of what the device reaches, % (median)')
   left.invert_yaxis()
   for mode, marker in (('colocated', 'o'), ('chunked', 's')):
-    own = [(row['rate_per_s'], found) for row, found in served_rows
+    own = [(row['rate_per_s'], figures) for row, figures in served_rows
            if row.get('mode') == mode]
     rates = [rate for rate, _ in own]
-    right.plot(rates, [100 * found[0] for _, found in own], marker,
+    right.plot(rates, [100 * figures[0] for _, figures in own], marker,
                color='black', label=f'{mode}, served')
-    right.plot(rates, [100 * found[3] for _, found in own],
+    right.plot(rates, [100 * figures[3] for _, figures in own],
                '-' if marker == 'o' else '--', color='C0',
                label=f'{mode}, simulated')
   right.set(xlabel='requests a second', ylabel='attained both, %',

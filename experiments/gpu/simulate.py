@@ -96,12 +96,12 @@ def serve(mode, server, simulated, config, model, file, target, until):
 
 def judged(truth, ours):
   """The errors, and whether they are as near as is aimed at."""
-  found = validate.errors(truth, ours)
+  errors = validate.errors(truth, ours)
   _, low, high = truth['attainment']
-  return {'errors': found, 'near': (
-      (abs(found['attainment']) <= POINTS
+  return {'errors': errors, 'near': (
+      (abs(errors['attainment']) <= POINTS
        or low <= ours['attainment'][0] <= high)
-      and all(abs(found[name]['mean']) <= RELATIVE
+      and all(abs(errors[name]['mean']) <= RELATIVE
               for name in ('ttft_s', 'tpot_s')))}
 
 

@@ -91,8 +91,8 @@ def machine() -> dict[str, Any]:
     raise InputError('jax: no answer in two minutes') from None
   says = (asked.stderr.strip().splitlines() or [''])[-1][:500]
   require(asked.returncode == 0, 'jax', says, 'able to start')
-  found = json.loads(asked.stdout.strip().splitlines()[-1])
-  require(found['platform'] != 'cpu' or not found['driver']
+  facts = json.loads(asked.stdout.strip().splitlines()[-1])
+  require(facts['platform'] != 'cpu' or not facts['driver']
           or os.environ.get('JAX_PLATFORMS') == 'cpu', 'jax', says or 'no GPU',
-          f"able to use the GPU here (NVIDIA's driver {found['driver']})")
-  return found
+          f"able to use the GPU here (NVIDIA's driver {facts['driver']})")
+  return facts

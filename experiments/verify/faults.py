@@ -83,11 +83,11 @@ class Injector:
     self._armed.clear()
 
   def _owners(self, instance, method):
-    one = self.server.engines[instance]
+    engine = self.server.engines[instance]
     if method != COPY:
-      return [(one, method)]
+      return [(engine, method)]
     return [(route, 'start') for (_, target), route
-            in self.server.routes.items() if target is one]
+            in self.server.routes.items() if target is engine]
 
   def _wrapped(self, key, call):
     def wrapper(*args):
@@ -103,7 +103,7 @@ class Injector:
     return wrapper
 
   def _harm(self, key, kind, call, args):
-    one, what = self.server.engines[key[0]], f'{key[1]} of instance {key[0]}'
+    engine, what = self.server.engines[key[0]], f'{key[1]} of instance {key[0]}'
     if kind == 'raise':
       raise Injected(f'{what} raises')
     if kind == 'damage':
@@ -111,7 +111,7 @@ class Injector:
       return call(ids, jax.tree.map(lambda x: jax.device_put(
           np.zeros(x.shape, x.dtype), x.sharding), moved))
     if kind.startswith('delete'):
-      for stage in one.stages:
+      for stage in engine.stages:
         lost = stage.params if kind == 'delete weights' else (
             stage.cache, stage.slots)
         for x in jax.tree.leaves(lost):

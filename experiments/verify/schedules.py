@@ -214,9 +214,9 @@ def _violation(error, moves):
   text = str(error) or repr(error)
   if not isinstance(error, Violation | AssertionError):
     text = f'{type(error).__name__}: {text}'
-  found = Violation(text)
-  found.moves = tuple(moves)
-  return found
+  violation = Violation(text)
+  violation.moves = tuple(moves)
+  return violation
 
 
 # --- replay and shrinking ----------------------------------------------------

@@ -120,7 +120,7 @@ def draw(path, soak):
               or what.startswith('a ') and ':' in f['what']]
     middle.plot([f['s'] for f in chosen], [f['instance'] for f in chosen],
                 mark, color=colour, label=what)
-  names = [f'{i} {one.role}' for i, one in enumerate(soak.server.engines)]
+  names = [f'{i} {engine.role}' for i, engine in enumerate(soak.server.engines)]
   middle.set_yticks(range(len(names)), names)
   middle.set_ylim(len(names) - 0.5, -0.5)
   middle.legend(frameon=False, loc='upper center', ncols=3,

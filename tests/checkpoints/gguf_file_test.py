@@ -45,6 +45,8 @@ def test_a_missing_file(path):
 def test_not_a_gguf(path, data):
   path.write_bytes(data)
   assert 'not a GGUF' in error_of(path)
+  path.write_bytes(b'version https://git-lfs.github.com/spec/v1\n')
+  assert 'a pointer of Git LFS' in error_of(path)
 
 
 @pytest.mark.parametrize('version', [1, 4, 3 << 24])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import dsjax
 from dsjax.checkpoints.hf_weights import load_hf
 from dsjax.checkpoints.weights import tree
 from dsjax.config.checks import InputError
@@ -227,6 +228,19 @@ def test_a_truncated_file(tmp_path):
   for size in (0, 4, 8, 100, 2000, len(data) - 1):
     path.write_bytes(data[:size])
     assert 'model.safetensors' in error_of(tmp_path)
+
+
+POINTER = b'version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n'
+
+
+@pytest.mark.parametrize('name', ('config.json', 'model.safetensors',
+                                  'tokenizer.json', 'tokenizer_config.json'))
+def test_a_pointer_of_git_lfs(tmp_path, name):
+  save(tmp_path, *make('llama'))
+  if name == 'tokenizer_config.json':  # it is read beside another
+    (tmp_path / 'tokenizer.json').write_text('{}')
+  (tmp_path / name).write_bytes(POINTER)
+  assert f'{name}: is a pointer of Git LFS' in error_of(tmp_path, dsjax.load)
 
 
 def _header(table):

@@ -24,7 +24,7 @@ def test_the_log_is_in_a_file_too(tmp_path, monkeypatch, capsys):
   for handler in logger.handlers:
     handler.close()
   (app, service), = served
-  assert service.limits.keep_alive_s == 30 and app.allow_all_origins
+  assert service.limits.keep_alive_s == 30 and app.cors.allow_all_origins
   assert (tmp_path / 'a' / 'server.log').read_text().endswith(' ready\n')
   said = capsys.readouterr()
   assert said.err.endswith(' ready\n') and 'answers once' in said.out

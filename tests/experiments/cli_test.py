@@ -6,6 +6,7 @@ import importlib
 import io
 import math
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -133,6 +134,65 @@ def test_ctrl_c_during_the_imports_is_one_line(tmp_path, name):
       text=True, capture_output=True, check=False, cwd=cli.ROOT,
       env=os.environ | {'PYTHONPATH': str(tmp_path)})
   assert (done.returncode, done.stderr) == (130, 'stopped\n')
+
+
+COMPILES = '''
+import concurrent.futures, threading
+from experiments.common import cli
+
+def run(options, console):
+  print('known')
+  concurrent.futures.ThreadPoolExecutor(1).submit(threading.Event().wait)
+  raise KeyboardInterrupt
+
+cli.main(run, {})
+'''
+
+
+def test_ctrl_c_does_not_wait_for_a_thread_that_nothing_stops():
+  done = subprocess.run([sys.executable, '-c', COMPILES], text=True,
+                        capture_output=True, check=False, cwd=cli.ROOT,
+                        timeout=100)
+  assert (done.returncode, done.stdout, done.stderr) == (
+      130, 'known\n', 'stopped\n')
+
+
+CHILDREN = '''
+import os, signal
+# A terminal's Ctrl-C, while each process still imports.
+if __name__ == '__mp_main__':
+  os.kill(os.getpid(), signal.SIGINT)
+
+from experiments.common import children, cli
+
+def work(x):
+  signal.raise_signal(signal.SIGINT)
+  return x + 1
+
+def run(options, console):
+  with children.spawned(2) as pool:
+    print(list(pool.imap(work, range(4))), flush=True)
+    signal.raise_signal(signal.SIGINT)
+
+if __name__ == '__main__':
+  cli.main(run, {})
+'''
+
+
+def test_ctrl_c_is_left_to_the_parent_while_children_import(tmp_path):
+  (tmp_path / 'parent.py').write_text(CHILDREN)
+  done = subprocess.run(
+      [sys.executable, tmp_path / 'parent.py'], text=True, timeout=100,
+      capture_output=True, check=False, cwd=cli.ROOT,
+      env=os.environ | {'PYTHONPATH': str(cli.ROOT)})
+  assert (done.returncode, done.stdout, done.stderr) == (
+      130, '[1, 2, 3, 4]\n', 'stopped\n')
+
+
+def test_every_pool_of_processes_leaves_ctrl_c_to_its_parent():
+  uses = [path for path in (cli.ROOT / 'experiments').rglob('*.py')
+          if re.search(r'\bPool\(|ProcessPoolExecutor', path.read_text())]
+  assert [path.name for path in uses] == ['children.py']
 
 
 STARTED = '''
@@ -278,12 +338,13 @@ def test_a_console_off_a_terminal_is_wide():
 
 
 def test_progress_is_a_plain_line_now_and_then_off_a_terminal():
-  for is_terminal, lines in ((False, ['2', '4']), (True, [])):
+  for is_terminal, lines in ((False, ['1', '3', 'next']), (True, [])):
     console, now_s = Console(file=io.StringIO(),
                              force_terminal=is_terminal), [0.0]
     tell = terminal.now_and_then(console, clock=lambda now_s=now_s: now_s[0])
     for number, now_s[0] in enumerate((1.0, 9.0, 12.0, 21.0, 22.0)):
       tell(f'{number}')
+    tell('next', begins=True)
     assert console.file.getvalue().split() == lines
 
 

@@ -99,6 +99,36 @@ def test_ctrl_c_keeps_what_is_known(tmp_path, monkeypatch):
   assert len((tmp_path / 'coverage.csv').read_text().splitlines()) == 4
 
 
+def test_the_same_command_goes_on(tmp_path, monkeypatch):
+  asked = []
+
+  def estimate(requests, tolerance, task):
+    asked.append(task)
+    return Goodput(3.0, 2.9, 3.1, 'target', 0.9, 1, True)
+
+  monkeypatch.setattr(coverage, 'estimate', estimate)
+  monkeypatch.setattr(coverage, 'share', lambda n, task:
+                      0.9 - task[1] / 100 + task[2] / 1e6)
+  options = cli.options(coverage.FLAGS, out=str(tmp_path), **TINY | {
+      'seeds': 2, 'minutes': 0.0})
+  assert coverage.run(options, Console()) == 0
+  first = (tmp_path / 'coverage.csv').read_text().splitlines()
+  assert coverage.run(options, Console()) == 0
+  lines = (tmp_path / 'coverage.csv').read_text().splitlines()
+  assert lines[:len(first)] == first and len(lines) == 3
+  assert asked == [('kv-limit', coverage.TRUTH_SEED), ('kv-limit', 0),
+                   ('kv-limit', 1)]
+  assert json.loads((tmp_path / 'coverage.json').read_text())['stopped'] == ''
+
+
+def test_a_folder_that_was_measured_in_another_way(tmp_path):
+  options = cli.options(coverage.FLAGS, out=str(tmp_path), **TINY)
+  coverage.save(tmp_path, options, coverage.Found({}, []))
+  with pytest.raises(InputError, match='--requests=30: .*20, as in'):
+    coverage.run(cli.options(coverage.FLAGS, out=str(tmp_path), **TINY | {
+        'requests': 30}), Console())
+
+
 def test_problems_that_there_are_not():
   with pytest.raises(InputError, match='--problems=.*kv-limit'):
     coverage.run(cli.options(coverage.FLAGS, problems=['kv']), Console())

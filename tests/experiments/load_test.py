@@ -7,6 +7,7 @@ import asyncio
 import io
 import json
 
+import httpx
 import pytest
 from rich.console import Console
 
@@ -171,3 +172,15 @@ def test_nobody_there_is_an_input_error():
       load.find_model(url, None)
   with pytest.raises(InputError, match='--kind'):
     load.jobs('song', 'm', (0.0,), prompts=[PROMPT])
+
+
+@pytest.mark.parametrize('body, says', [
+    ('{"error": {"message": "the server is starting: 3 of 7 steps compiled"}}',
+     'a model: the server is starting: 3 of 7 steps compiled$'),
+    ('<html>', 'a model: 503 Service Unavailable$'),
+    ('{"error": "no"}', 'a model: 503 Service Unavailable$')])
+def test_a_server_that_says_no_is_quoted(monkeypatch, body, says):
+  monkeypatch.setattr(load.httpx, 'get', lambda *_, **options: httpx.Response(
+      503, text=body))
+  with pytest.raises(InputError, match=says):
+    load.find_model('http://127.0.0.1:1', None)

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 
 import dsjax
 from dsjax.config.checks import InputError
@@ -151,6 +152,15 @@ def test_the_runner_writes_what_was_timed_and_exits_130(tmp_path, monkeypatch):
   path, = tmp_path.glob('latency-*.json')
   assert Plan() in profiles.load(path).latencies
   assert made_by(tmp_path)['options']['plans'] == ['1x1', '1x2']
+
+
+def test_each_part_is_told_as_it_begins():
+  console = Console(file=io.StringIO(), force_terminal=False)
+  with Progress(console=console, disable=True) as bar:
+    report = measure.reporter(bar, lambda: None)
+    for done, total, what in ((0, 20, 'a'), (1, 20, 'a'), (0, 3, 'b')):
+      report(done, total, what)
+  assert console.file.getvalue() == 'a: 0 of 20\nb: 0 of 3\n'
 
 
 def test_a_span_of_decodes_in_a_log():

@@ -209,7 +209,7 @@ KINDS = {malformed: 290, not_an_object: 60, wrong_type: 500, two_wrong: 160,
          surrogates: 100, a_mebibyte: 40, many_stops: 60, not_http: 200,
          odd_calls: 230, dropped: 200, half_open: 80, slow: 40,
          two_at_once: 40}
-MAY_SAY = {200, 400, 404, 405, 408, 413, 415, 431, 501, 505}
+MAY_SAY = {200, 400, 404, 405, 408, 413, 414, 415, 431, 501, 505}
 
 
 async def send(address, data, how):

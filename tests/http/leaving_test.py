@@ -12,6 +12,7 @@ import pytest
 
 from dsjax.http import service as service_module
 from dsjax.http import socket_server
+from dsjax.http.middleware import Gate
 from dsjax.runtime.orchestrator_thread import Call
 from tests.common.web import (
   LIMITS,
@@ -106,7 +107,8 @@ def test_a_client_that_does_not_read_is_dropped(reads):
   service = service_module.Service(None, dataclasses.replace(
       LIMITS, send_s=60.0 if reads else 0.2))
   service.runner.status = 'ready'
-  http = socket_server.Server(app, service)
+  http = socket_server.Server(
+      Gate(app, service.limits, None, lambda reason: None), service)
   bound = socket.create_server(('127.0.0.1', 0))
   thread = threading.Thread(target=lambda: asyncio.run(http.serve([bound])))
   thread.start()

@@ -171,7 +171,7 @@ def test_what_a_template_gets_of_a_message():
     (USER | {'tool_calls': [CALL]}, 'tool_calls: must be left out'),
     (USER | {'name': 'two words'}, 'name: must match'),
     (USER | {'foo': 1}, 'foo: this server knows no such field'),
-    (USER | {'content': []}, 'content: must have at least 1'),
+    (USER | {'content': []}, 'content: must not be empty'),
     (USER | {'content': 5}, 'content: must be text or a list of parts'),
     (USER | {'content': [{'type': 'image_url', 'image_url': {'url': 'a'}}]},
      "content.0.type: must be 'text'"),
@@ -187,7 +187,8 @@ def test_what_a_template_gets_of_a_message():
     ({'role': 'assistant', 'tool_calls': [{**CALL, 'function': {}}]},
      'tool_calls.0.function.name: must be given'),
     ({'role': 'assistant', 'audio': {'id': 'a'}}, 'audio: is not served'),
-    ({'role': 'king', 'content': 'a'}, "role: must be 'assistant', ")])
+    ({'role': 'king', 'content': 'a'}, "role: must be 'assistant', "
+     "'developer', 'system', 'tool', 'user' or 'function'")])
 def test_the_path_into_a_message_is_named(running, message, why):
   said, param = refusal(running, '/v1/chat/completions',
                         CHAT | {'messages': [USER, message]})
@@ -199,22 +200,59 @@ def test_the_path_into_a_message_is_named(running, message, why):
 
 @pytest.mark.parametrize('fields, why', [
     ({'prompt': ['a'] * 129}, 'prompt: must have at most 128 items, not 129'),
-    ({'prompt': [1, -1]}, 'prompt.1: must be greater than or equal to 0'),
-    ({'prompt': [[1], [2, -1]]}, 'prompt.1.1: must be greater'),
-    ({'prompt': [1, 'a']}, 'prompt.1: must be a valid integer'),
+    ({'prompt': [1, -1]}, 'prompt.1: must be a token id'),
+    ({'prompt': [[1], [2, -1]]}, 'prompt.1.1: must be a token id'),
+    ({'prompt': [1, 'a']}, 'prompt.1: must be a token id'),
     ({'prompt': ['a', ['b']]}, 'prompt.1: must be text or token ids'),
-    ({'prompt': ['a', '']}, 'prompt.1: must have at least 1'),
+    ({'prompt': ['a', '']}, 'prompt.1: must not be empty'),
     ({'prompt': 5}, 'prompt: must be text, token ids or'),
-    ({'stop': ['a', 5]}, 'stop.1: must be a valid string'),
+    ({'stop': ['a', 5]}, 'stop.1: must be text'),
     ({'stop': {}}, 'stop: must be a text or'),
-    ({'stop_token_ids': [-1]}, 'stop_token_ids.0: must be greater'),
+    ({'stop_token_ids': [-1]}, 'stop_token_ids.0: must be a token id'),
     ({'logit_bias': {'x': 1}}, 'logit_bias.x: must match'),
-    ({'logit_bias': {'7': 101}}, 'logit_bias.7: must be less'),
+    ({'logit_bias': {'7': 101}},
+     'logit_bias.7: must be a number from -100 to 100'),
+    ({'logit_bias': 'x'}, 'logit_bias: must be a JSON object'),
+    ({'temperature': 2.5}, 'temperature: must be a number from 0 to 2'),
+    ({'temperature': True}, 'temperature: must be a number from 0 to 2'),
+    ({'top_p': 0}, 'top_p: must be a number above 0 to 1'),
+    ({'top_k': -2}, 'top_k: must be an integer from -1 to 2147483647'),
+    ({'n': 0}, 'n: must be an integer from 1 to 128'),
+    ({'n': 10**400}, 'n: must be an integer from 1 to 128'),
+    ({'max_tokens': 1.5}, 'max_tokens: must be an integer from 1 on'),
+    ({'logprobs': True}, 'logprobs: must be an integer from 0 to 20'),
+    ({'stream': 1}, 'stream: must be true or false'),
+    ({'metadata': 'x'}, 'metadata: must be a JSON object'),
+    ({'user': 5}, 'user: must be text'),
     ({'stream_options': {'foo': 1}}, 'stream_options.foo: this server'),
     ({'chat_template_kwargs': {}}, 'chat_template_kwargs: this server')])
 def test_the_path_into_other_fields_is_named(running, fields, why):
   said, param = refusal(running, '/v1/completions', TEXT | fields)
   assert said.startswith(why) and param == next(iter(fields))
+
+
+@pytest.mark.parametrize('fields, why', [
+    ({'messages': []}, 'messages: must not be empty'),
+    ({'messages': 'Hi'}, 'messages: must be a list'),
+    ({'chat_template_kwargs': '{"a": 1}'},
+     'chat_template_kwargs: must be a JSON object'),
+    ({'chat_template_kwargs': {'a': [1]}},
+     'chat_template_kwargs.a: must be text, a number, true, false or null'),
+    ({'logprobs': 5}, 'logprobs: must be true or false'),
+    ({'top_logprobs': 21}, 'top_logprobs: must be an integer from 0 to 20')])
+def test_the_path_into_fields_of_a_chat_is_named(running, fields, why):
+  said, param = refusal(running, '/v1/chat/completions', CHAT | fields)
+  assert said == why and param == next(iter(fields))
+
+
+@pytest.mark.parametrize('tokens, why', [
+    ([70, 10**6], 'tokens[1]=1000000: must be below 260'),
+    ([260], 'tokens[0]=260: must be below 260'),
+    ([-1], 'tokens.0: must be a token id'), ('a', 'tokens: must be a list'),
+    ([1.0], 'tokens.0: must be a token id'), (None, 'tokens: must be a list')])
+def test_a_token_that_has_no_text_is_named(running, tokens, why):
+  said, param = refusal(running, '/detokenize', {'tokens': tokens})
+  assert said.startswith(why) and param == 'tokens'
 
 
 @pytest.mark.parametrize('content, headers, status, why', [
@@ -243,6 +281,13 @@ def test_a_wrong_path_is_named(running):
   assert answer.status_code == 404
   assert answer.json()['error']['message'] == (
       '/chat/completions: no such path')
+  for path, meant in (('/v1/models/', '/v1/models'), ('//health', '/health'),
+                      ('/v1/models//', '/v1/models'),
+                      ('/v1//completions/', '/v1/completions')):
+    answer = httpx.get(running.url + path)
+    assert answer.status_code == 404
+    assert answer.json()['error']['message'] == (
+        f'{path}: no such path; {meant} is one')
 
 
 # --- what becomes of a prompt -------------------------------------------------

@@ -4,12 +4,21 @@ import dataclasses
 import email.utils
 import json
 import socket
+import time
 
 import httpx
 import pytest
 
 from dsjax.http.service import Limits
-from tests.common.web import CHAT, LIMITS, TEXT, WAIT_S, Running, post, until
+from tests.common.web import (
+  CHAT,
+  LIMITS,
+  TEXT,
+  WAIT_S,
+  Running,
+  post,
+  until,
+)
 
 PAGE = 'https://app.example'
 
@@ -39,6 +48,81 @@ def test_what_is_no_request_of_ours_has_its_own_status(running, head, wanted):
   got = talk(running, head + '\nHost: x\nConnection: close')
   assert status(got) == wanted, got[:300]
   assert wanted != 204 or b'GET, HEAD, POST' in got
+
+
+JSON_HEAD = ('POST /v1/completions HTTP/1.1\nHost: x\nConnection: close\n'
+             'Content-Type: application/json\n')
+MANY = 3 * LIMITS.max_body_bytes
+
+
+@pytest.mark.parametrize('head, body, wanted, why', [
+    ('GET /' + 200_000 * 'x' + ' HTTP/1.1\nHost: x', b'', 414, 'the target'),
+    (JSON_HEAD + 'X: ' + 200_000 * 'y', b'', 431, 'target and headers'),
+    (JSON_HEAD + '\n'.join(f'X{i}: ' + 900 * 'y' for i in range(200)), b'',
+     431, 'target and headers'),
+    (JSON_HEAD + f'Content-Length: {MANY}', bytes(MANY), 413, 'the body has'),
+    (JSON_HEAD + 'Transfer-Encoding: chunked', b'%x\r\n' % MANY + bytes(MANY),
+     413, 'the body has more'),
+    (JSON_HEAD + 'Content-Length: 2\nContent-Length: 3', bytes(MANY), 400,
+     'the request: must be HTTP/1.1: conflicting'),
+    (JSON_HEAD + 'Content-Length: -1', bytes(MANY), 400, 'the request: must'),
+    (JSON_HEAD + 'Transfer-Encoding: chunked', b'zz\r\n' + bytes(MANY), 400,
+     'the request: must be HTTP/1.1: illegal chunk header'),
+    (JSON_HEAD + 'Transfer-Encoding: chunked', b'2;' + MANY * b'a', 400,
+     'the line before a chunk'),
+    (JSON_HEAD + 'Transfer-Encoding: gzip, chunked', bytes(MANY), 501,
+     'transfer-encoding: must be chunked, once'),
+    (JSON_HEAD + 'Transfer-Encoding: identity', b'{}', 501, 'transfer-enc'),
+    ('GET /health HTTP/1.1\nHost x', b'', 400, 'the request: must be HTTP/1.1'),
+    ('GET /health HTTP/1.1\nHost: x\nHost: y', b'', 400, 'the request: must'),
+    ('PRI * HTTP/2.0', b'SM\r\n\r\n', 505, 'the version of HTTP')])
+def test_what_is_refused_early_is_told_whatever_follows(running, head, body,
+                                                        wanted, why):
+  """The client, who sends all before it reads, meets no reset."""
+  got = talk(running, head, body)
+  assert status(got) == wanted, got[:300]
+  fields, _, said = got.partition(b'\r\n\r\n')
+  assert json.loads(said)['error']['message'].startswith(why)
+  assert b'\r\nx-request-id: ' in fields
+  assert b'\r\nconnection: close' in fields.lower()
+
+
+def test_a_body_without_end_is_dropped():
+  server = Running(limits=dataclasses.replace(LIMITS, max_body_bytes=1000))
+  try:
+    server.await_status('ready')
+    with (socket.create_connection(server.address, WAIT_S) as raw,
+          pytest.raises(ConnectionError)):
+      raw.sendall(JSON_HEAD.replace('\n', '\r\n').encode()
+                  + b'Content-Length: 99999999999\r\n\r\n')
+      while True:
+        raw.sendall(bytes(2**16))
+  finally:
+    server.stop()
+
+
+@pytest.mark.parametrize('empty', ['\r\n', '\n', '\r\n\r\n\r\n'])
+def test_empty_lines_before_a_request_are_passed_over(running, empty):
+  ask = b'GET /health HTTP/1.1\r\nHost: x\r\n'
+  body = json.dumps(TEXT | {'max_tokens': 1}).encode()
+  first = (b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: '
+           b'application/json\r\nContent-Length: %d\r\n\r\n' % len(body))
+  line = empty.encode()
+  for parts in ([line + ask + b'Connection: close\r\n\r\n'],
+                [line, ask + b'Connection: close\r\n\r\n'],
+                [line[:1], line[1:] + ask + b'Connection: close\r\n\r\n'],
+                [first + body + line + ask + b'\r\n' + line + ask
+                 + b'Connection: close\r\n\r\n']):
+    got = b''
+    with socket.create_connection(running.address, WAIT_S) as raw:
+      raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+      for part in parts:
+        raw.sendall(part)
+        time.sleep(0.02)  # apart, if the system lets them
+      while data := raw.recv(2**16):
+        got += data
+    assert got.count(b'HTTP/1.1 200') == got.count(b'HTTP/1.1') == (
+        3 if first in parts[0] else 1), got
 
 
 @pytest.mark.parametrize('body', [
@@ -161,8 +245,17 @@ def test_pages_of_other_sites_ask_only_where_set(running):
     assert before.status_code == 200  # a preflight has no key
     assert before.headers['access-control-allow-origin'] == PAGE
     assert 'authorization' in before.headers['access-control-allow-headers']
-    assert httpx.options(server.url + path, headers=ask | {
-        'Origin': 'https://other.example'}).status_code == 400
+    for wrong in ({'Origin': 'https://other.example'},
+                  {'Access-Control-Request-Method': 'DELETE'}):
+      answer = httpx.options(server.url + path, headers=ask | wrong)
+      assert answer.status_code == 400
+      error = answer.json()['error']
+      assert error['message'].split(':')[0] in ('origin', 'method')
+      assert len(answer.headers['X-Request-Id']) == 24
+      assert ('access-control-allow-origin' in answer.headers) == (
+          'Origin' not in wrong)
+    assert len(before.headers['X-Request-Id']) == 24
+    assert server.metrics.num_rejected == 2
     for key, want in (('secret', 200), ('wrong', 401)):  # errors are read too
       answer = post(server, path, CHAT | {'max_tokens': 1}, headers={
           'Origin': PAGE, 'Authorization': f'Bearer {key}'})

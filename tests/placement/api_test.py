@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 
+import numpy as np
 import pytest
 
 import dsjax
@@ -310,3 +311,21 @@ def test_the_floor_of_an_empty_system_is_not_blamed_on_queues():
                  log=True).explain()
   assert why.causes['alone'] > len(why.misses) / 2
   assert why.advice.startswith('a faster prefill (larger tp) or a looser TTFT')
+
+
+def test_numpys_numbers_are_taken():
+  slo = dsjax.Slo(0.25, 0.125)
+  given = {'rate_per_s': 2, 'requests': 30, 'seed': 3, 'host_ms': 0.3,
+           'max_seqs': 64}
+  numpys = {name: np.array(value)[()] for name, value in given.items()}
+  want, got = (dsjax.simulate('prefill=1x1,decode=1x1', slo=slo, **options)
+               for options in (given, numpys))
+  assert want.records == got.records
+  numpys['host_ms'] = np.float32(0.5)  # has fewer digits than their sum
+  want, got = (dsjax.simulate('prefill=1x1,decode=1x1', slo=slo, **options)
+               for options in (given | {'host_ms': 0.5}, numpys))
+  assert want.records == got.records
+  for name in given:
+    for wrong in (True, np.bool_(True), np.array(5), '5'):
+      with pytest.raises(dsjax.InputError, match=f'{name}='):
+        dsjax.simulate('prefill=1x1,decode=1x1', **given | {name: wrong})

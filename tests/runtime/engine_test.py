@@ -5,6 +5,7 @@ Tokens are compared with the dense float64 pass of tests/tiny.py.
 
 import dataclasses
 import itertools
+import threading
 import types
 
 import jax
@@ -505,3 +506,29 @@ def test_the_papers_placements_of_published_shapes(name, plans):
 def test_weights_of_another_dtype_are_an_error():
   with pytest.raises(InputError, match='EngineConfig.dtype.*float32'):
     engine(limits=dataclasses.replace(LIMITS, dtype='bfloat16'))
+
+
+def test_a_compilation_that_runs_is_not_waited_for(monkeypatch):
+  go, compiled = threading.Event(), []
+
+  class Step:
+    def __init__(self, tokens):
+      self.tokens = tokens
+
+    def lower(self):
+      return self
+
+    def compile(self):
+      if self.tokens > 1:
+        go.wait(20)
+      compiled.append(self.tokens)
+
+  monkeypatch.setattr('dsjax.runtime.engine.abstract_step',
+                      lambda shapes, tokens, *_: (Step(tokens), ()))
+  fake = types.SimpleNamespace(stages=[types.SimpleNamespace(shapes=None)],
+                               _seqs_bucket=lambda tokens: 1)
+  steps = Engine.compile(fake, [(1, 0), (2, 0), (3, 0)])
+  assert next(steps) == (1, 0)
+  steps.close()
+  assert compiled == [1]
+  go.set()

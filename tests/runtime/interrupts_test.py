@@ -19,6 +19,7 @@ import pytest
 
 from dsjax.config.checks import InputError
 from dsjax.config.request import Request, Sampling
+from dsjax.runtime.loop import MOST_ASKED
 from dsjax.runtime.output import Interrupted, RequestFailed
 from dsjax.scheduling.events import Finish
 from dsjax.scheduling.policy import DISTSERVE, PolicyError
@@ -434,3 +435,59 @@ def test_a_failed_request_says_what_came_of_it():
       list(stream)
     output, = failed.value.outputs
     assert output.tokens == greedy(PROMPT, 20)[:len(output.tokens)] != ()
+
+
+FLOODS = {
+    'submit': lambda server: server.submit(PROMPT, **PARAMS),
+    'drain': lambda server: server.drain(1),
+    'restore': lambda server: server.restore(0),
+    'poll': lambda server: server.poll(),
+    'kill': lambda server: server.kill(1, back_s=0.0)}
+
+
+@pytest.mark.parametrize('name', FLOODS)
+def test_an_observer_that_asks_at_every_event_does_not_stop_the_server(name):
+  with server_of('2colocated') as server:
+    server.observers.append(lambda event, _: FLOODS[name](server))
+    output = server.generate(PROMPT, **PARAMS)
+    assert output.tokens == greedy(PROMPT)
+    server.call(server.observers.clear)
+    drain(server, faulty=True)
+    tidy_up(server)
+    server.restore(1)
+    serves_on(server)
+
+
+def test_an_observer_that_asks_for_two_at_every_event_is_refused():
+  def asks(event, _):
+    server.cancel(server.submit(PROMPT, **PARAMS))
+  with server_of('2colocated') as server:
+    server.observers.append(asks)
+    with pytest.raises(RuntimeError, match='may not ask for more'):
+      for _ in range(100):
+        server.generate(PROMPT, **PARAMS)
+    server.call(server.observers.clear)
+    drain(server)
+    tidy_up(server)
+    serves_on(server)
+
+
+def test_an_observer_that_catches_it_is_bounded_too():
+  refused = []
+
+  def asks(event, _):
+    try:
+      for _ in range(3):
+        server.submit(PROMPT, **PARAMS)
+    except RuntimeError as error:
+      refused.append(str(error))
+  with server_of('2colocated') as server:
+    server.observers.append(asks)
+    server.submit(PROMPT, **PARAMS)
+    for _ in range(10):
+      server.poll()
+    server.call(server.observers.clear)
+    assert len(server.call(lambda: list(server.requests))) <= 11 * MOST_ASKED
+    assert 'may not ask for more' in refused[0]
+    tidy_up(server)
+    serves_on(server)

@@ -78,8 +78,8 @@ def test_a_prompt_may_be_text_messages_or_ids_and_sampling_for_all(server):
 
 
 @pytest.mark.parametrize('prompts, options, message', (
-    ([[3], [96]], {}, r'prompt=.*\[0, 96\)'),
-    ([[3]], {'max_token': 1}, 'unknown sampling parameter'),
+    ([[3], [96]], {}, r'prompts\[1\]: prompt=.*\[0, 96\)'),
+    ([[3]], {'max_token': 1}, r"prompts\[0\]: parameter='max_token'"),
     ([[3]], {'sampling': []}, 'sampling=.*as many as the prompts, 1'),
     ([[3]], {'sampling': 5}, 'sampling=5'), (5, {}, 'prompts=5'),
     ([[3]], {'sampling': ['x']}, "sampling=.'x'"), (None, {}, 'prompts=None'),
@@ -245,7 +245,7 @@ def test_leaving_cancels():
 
 @pytest.mark.parametrize('prompt, params, error, message', (
     ([96], {}, InputError, r'\[0, 96\)'),
-    ([3], {'max_token': 1}, InputError, 'unknown sampling parameter'),
+    ([3], {'max_token': 1}, InputError, "parameter='max_token'"),
     ([3] * 64, {}, InputError, '64 tokens'),
     ([3, 4], {'max_tokens': 5, 'ignore_eos': True}, dsjax.RequestFailed,
      'given up')))

@@ -356,7 +356,7 @@ BAD = (
     ([], {}, r'prompt=\[\].*\[0, 96\)'), ([96], {}, r'prompt=.*\[0, 96\)'),
     ([3, -1], {}, r'prompt=.*\[0, 96\)'), ([1.5], {}, r'prompt=.*\[0, 96\)'),
     (['a'], {}, 'prompt='), (7, {}, 'prompt='), (None, {}, 'prompt='),
-    ([3], {'max_token': 3}, "unknown sampling parameter: .*'max_token'"),
+    ([3], {'max_token': 3}, "parameter='max_token': must be .*'max_tokens'"),
     ([3], {'max_tokens': 0}, 'Sampling.max_tokens=0: must be an integer of 1'),
     ([3], {'max_tokens': 2.0}, 'Sampling.max_tokens=2.0'),
     ([3], {'temperature': -1}, 'Sampling.temperature=-1: .* .0, 100.'),
@@ -524,6 +524,34 @@ def test_an_arrival_is_a_time(server, value):
   with pytest.raises(InputError, match='arrival_s='):
     server.submit([5], arrival_s=value)
   assert not server.requests
+
+
+def test_numpys_numbers_are_served(server):
+  params = {'max_tokens': 5, 'ignore_eos': True, 'seed': 3, 'top_k': 4,
+            'temperature': 0.5, 'stop_token_ids': [7], 'logprobs': 1}
+  kinds = {int: np.int64, float: np.float32, bool: np.bool_}
+  numpys = {name: np.array(value) if name == 'stop_token_ids' else
+            kinds[type(value)](value) for name, value in params.items()}
+  output = server.generate(np.array([5, 6]), **numpys)
+  assert output.tokens == server.generate([5, 6], **params).tokens
+  json.dumps([output.record.row(), output.tokens])
+  id = server.submit([5, 6], arrival_s=np.float32(0), **numpys)
+  drain(server)
+  assert server.output(np.int64(id)).tokens == output.tokens
+  request = Request(np.int64(90), np.float32(0.0), np.array([5, 6]),
+                    Sampling(**numpys))
+  record, = server.run([request])
+  json.dumps(record.row())
+  server.cancel(np.int32(90))
+  assert server.output(90).tokens == output.tokens
+  server.drain(np.int8(0))
+  server.restore(np.int64(0))
+  with server_of('1p1d') as other:
+    other.kill(np.int64(0), back_s=np.float32(0.0))
+  with pytest.raises(InputError, match='instance='):
+    server.drain(True)
+  with pytest.raises(InputError, match='id='):
+    server.output(True)
 
 
 @pytest.mark.parametrize('pages', (1, 8, 15, 16))

@@ -311,3 +311,18 @@ def test_threads_on_a_real_engine():
     drain(server)
   assert [o.tokens for o in outputs] == [
       serving.want(work) for work in MIXED] * 6
+
+
+def test_another_loop_is_refused_and_a_server_is_entered_once():
+  server = AsyncServer(lambda report: server_of(report=report))
+  prompt, params = MIXED[0]
+
+  async def main():
+    async with server:
+      with pytest.raises(RuntimeError, match='belongs to another event loop'):
+        await asyncio.to_thread(asyncio.run, server.generate(prompt, **params))
+      output = await server.generate(prompt, **params)
+      assert output.tokens == want(MIXED[0])
+  asyncio.run(main())
+  with pytest.raises(RuntimeError, match='was started before'):
+    asyncio.run(main())

@@ -1,5 +1,6 @@
 """Arrivals, lengths, trace readers and prompt files."""
 
+import gzip
 import json
 import math
 import pathlib
@@ -100,7 +101,14 @@ def test_columns_that_are_not_read_are_named(tmp_path):
     ('prompt_len,outputs\n5,6\n', ['line 2', 'outputs', 'output_len']),
     ('prompt_len,output_len\n', ['at least one row']),
     ('', ['at least one row']),
-    (b'\xff\xfe', ['UTF-8']),
+    (b'\xff', ['UTF-8']), (b'\xff\xfe', ['at least one row']),
+    (b'\xff\xfea', ['is not UTF-8 text']),
+    (b'PAR1\xff\xfe', ['is Parquet: must be text, plain or in gzip']),
+    (b'PK\x03\x04\x00', ['is a zip file or a spreadsheet']),
+    (b'\x1f\x8b\x08\x00', ['cannot be read']),
+    (gzip.compress(b'isl,osl\n1,2\n')[:-9], ['cannot be read']),
+    (gzip.compress(b'isl,osl\n1,2\n')[:10] + bytes(40), ['cannot be read']),
+    (gzip.compress(b'\xff'), ['UTF-8']),
     ('prompt_len,output_len\n' + '1' * 140000 + ',1\n', ['line 2', 'CSV']),
     (AZURE + '2023-11-16 18:00:00,1,1\nyesterday,1,1\n',
      ['line 3', 'TIMESTAMP', "'yesterday'"]),
@@ -145,6 +153,24 @@ def test_read_lengths_names_what_is_wrong(tmp_path, text, parts):
     workload.read_lengths(path)
   for part in [str(path), *parts]:
     assert part in str(error.value)
+
+
+@pytest.mark.parametrize('text', [
+    'arrival_s,isl,osl\n0,1,2\n1,3,4\n', 'arrival_s;isl;osl\r\n0;1;2\r\n1;3;4',
+    'arrival_s\tisl\tosl\r0\t1\t2\r1\t3\t4\r',
+    '[{"arrival_s": 0, "isl": 1, "osl": 2},\n{"arrival_s": 1, "isl": 3, '
+    '"osl": 4}]'])
+@pytest.mark.parametrize('encoding', ('utf-8', 'utf-8-sig', 'utf-16'))
+def test_a_text_in_any_usual_coat(tmp_path, text, encoding):
+  data = text.encode(encoding)
+  for name, coat in (('a.csv', data), ('a.csv.gz', gzip.compress(data)),
+                     ('a', gzip.compress(data))):
+    path = _write(tmp_path / name, coat)
+    assert workload.read_lengths(path) == ((0.0, 1, 2), (1.0, 3, 4))
+  prompt = Prompt('Hi', None, None)
+  path = _write(tmp_path / 'p.jsonl.gz', gzip.compress(
+      '{"prompt": "Hi"}\n'.encode(encoding)))
+  assert workload.read_prompts(path) == (prompt,)
 
 
 def test_missing_file_is_an_input_error(tmp_path):
@@ -212,7 +238,7 @@ def test_read_prompts_of_an_array(tmp_path):
     ('p.json', '{\n "prompts": []\n}', 'not JSON'),
     ('p.json', '[{"conversations": [{"value": 3}]}]', 'conversations='),
     ('p.json', '[{"text": "a"}]', "'messages', has text"),
-    ('p.parquet', b'PAR1\xff\xfe', 'UTF-8')])
+    ('p.parquet', b'PAR1\xff\xfe', 'is Parquet')])
 def test_what_is_no_prompt_file_is_one_error(tmp_path, name, text, part):
   with pytest.raises(InputError, match=part) as error:
     workload.read_prompts(_write(tmp_path / name, text))
