@@ -110,13 +110,13 @@ def test_tokens_are_equal_through_sixty_flips(tmp_path):
 
 
 def test_wrong_tokens_under_flips_are_seen(tmp_path, monkeypatch):
-  """A row that moves takes other pages with it."""
+  """What is handed off are other pages than the row's."""
   def start(self, command, checksum=False, real=Route.start):
-    return real(self, command._replace(
-        source_pages=command.source_pages[::-1],
-        num_tokens=command.num_tokens), checksum)
+    most = self.source.capacity.num_pages
+    return real(self, command._replace(source_pages=tuple(
+        (page + 1) % most for page in command.source_pages)), checksum)
   monkeypatch.setattr(Route, 'start', start)
-  changes = {'set': [*FEW, 'page_size=2', 'checksum=false']}
+  changes = {'set': [*FEW, 'checksum=false']}
   assert soak.run(flip(tmp_path, **changes), Console(quiet=True)) == 1
   result = json.loads((tmp_path / 'soak.json').read_text())
   assert result['failed checks'] == ['wrong']
@@ -125,7 +125,8 @@ def test_wrong_tokens_under_flips_are_seen(tmp_path, monkeypatch):
 @pytest.mark.parametrize('changes, message', (
     ({'out': ''}, '--out'), ({'flips': 1, 'placement': 'colocated=1x1,1x1'},
                              'two flexible'),
-    ({'flips': 1, 'placement': 'flexible=1x1'}, 'two flexible'), ({'set': ['lease=3']}, 'lease_s'),
+    ({'flips': 1, 'placement': 'flexible=1x1'}, 'two flexible'),
+    ({'set': ['lease=3']}, 'lease_s'),
     ({'rate': -1.0}, '--rate'), ({'placement': 'x'}, 'placement')))
 def test_bad_input_is_refused(tmp_path, changes, message):
   with pytest.raises(InputError, match=message):
