@@ -31,6 +31,7 @@ from dsjax.scheduling.policy import (
     PolicyError,
     PrefillBudget,
     Refuse,
+    Split,
 )
 from dsjax.simulation.hardware import Hardware
 from dsjax.simulation.latency import Affine
@@ -49,7 +50,8 @@ __all__ = [
     'ModelConfig', 'Move', 'Orchestrator', 'Output', 'Placement', 'Plan',
     'Policy', 'PolicyError', 'PrefillBudget', 'Profile', 'Record', 'Refuse',
     'Request', 'RequestFailed', 'Sampling', 'SearchResult', 'Simulated', 'Slo',
-    'load', 'profile', 'rows', 'search', 'serve', 'serve_async', 'simulate',
+    'Split', 'load', 'profile', 'rows', 'search', 'serve', 'serve_async',
+    'simulate',
 ]
 
 # What needs jax is imported when it is first asked for: it takes seconds.

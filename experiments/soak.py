@@ -2,6 +2,7 @@
 
   python -m experiments.soak --out=out/soak       (SmolLM2, ten minutes)
   python -m experiments.soak --quick --minutes=1 --out=out/soak
+  python -m experiments.soak --flips=60 --out=out/flips   (no faults, flips)
 
 First every job of a small set is served without a fault: its tokens are what
 it must give from then on. Then requests for these jobs arrive at random, some
@@ -19,6 +20,10 @@ Added latency of a request that a fault hit: over the median of requests for
 the same job that none hit, in the same run. Its bound: for each retry the
 longest of lease, stall limit and time until a killed instance is back, plus
 once more the worst latency without a hit.
+
+With --flips no fault comes: roles of flexible instances flip that often while
+--requests are served, and their tokens are compared with those of a server
+whose roles stay (experiments.verify.flips). Only soak.json is written then.
 
 Ctrl-C keeps what there is. Exit codes: see experiments.common.cli.
 """
@@ -41,9 +46,9 @@ from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement
 from dsjax.scheduling import event_log, prefix_cache, scheduler
-from experiments.common import cli, machine, terminal
+from experiments.common import cli, machine, provenance, terminal
 from experiments.common import overrides as configs
-from experiments.verify import soak_report
+from experiments.verify import flips, soak_report
 from experiments.verify.faults import COPY, KINDS, Injector
 
 JOBS = 16
@@ -60,7 +65,10 @@ FLAGS = {
     'minutes': cli.Flag(10.0, 'How long.', low=0.01),
     'quick': cli.Flag(False, 'Random weights instead of SmolLM2.'),
     'model': cli.Flag('smollm2-135m-instruct', 'See dsjax.load.'),
-    'placement': 'prefill=1x1,1x1,decode=1x1,1x1',
+    'placement': cli.Flag(None, 'prefill=1x1,1x1,decode=1x1,1x1; with --flips '
+                          'flexible=1x1,1x1.', str),
+    'flips': cli.Flag(0, 'Role flips, instead of faults.', low=0),
+    'requests': cli.Flag(3060, 'With --flips: how many.', low=flips.JOBS),
     'rate': cli.Flag(None, 'Requests a second; 1, with --quick 20.', float,
                      low=1e-3),
     'faults': cli.Flag(12.0, 'A minute.', low=0.0),
@@ -273,11 +281,55 @@ class _Lines:
           highlight=False)
 
 
+def run_flips(options, console):
+  """Everything with --flips; the exit code."""
+  config = configs.override(flips.CONFIG, options.set)
+  placement = Placement.parse(options.placement or 'flexible=1x1,1x1',
+                              '--placement')
+  require(placement.mode == 'flexible' and len(placement.instances) > 1,
+          '--placement', placement, 'two flexible instances or more')
+  out = pathlib.Path(options.out)
+  out.mkdir(parents=True, exist_ok=True)
+  cli.prepare(placement.num_devices)
+  model = dsjax.load('tiny' if options.quick else options.model)
+  with terminal.Interrupts() as interrupts:
+    result = flips.compare(model, placement, config, options,
+                           _Progress(console, interrupts.halt))
+  console.print(flips.table(result))
+  provenance.save_json(out / 'soak.json', result, cli.asked(options, FLAGS))
+  bad = result['failed checks']
+  console.print(f'Failed: {", ".join(bad)}.' if bad else
+                'Nothing was lost, leaked or wrong.', highlight=False)
+  terminal.written(console, out, 'soak.json')
+  return 1 if bad else 0
+
+
+class _Progress:
+  """A line now and then of how far a run of flips is."""
+
+  def __init__(self, console, halt):
+    self.console, self.halt, self.next = console, halt, 0
+
+  def warming(self, done, total, name):
+    """Nothing is said of steps that compile."""
+    self.halt()
+
+  def __call__(self, ended, count, flipped):
+    self.halt()
+    if ended >= self.next or ended == count:
+      self.next = 0 if ended == count else ended + count // 10
+      self.console.print(f'{ended:,} of {count:,} requests, {flipped} flips',
+                         highlight=False)
+
+
 def run(options, console):
   """Everything; the exit code."""
   require(options.out, '--out', options.out, 'given: a folder')
+  if options.flips:
+    return run_flips(options, console)
   config = configs.override(QUICK if options.quick else CONFIG, options.set)
-  placement = Placement.parse(options.placement, '--placement')
+  placement = Placement.parse(
+      options.placement or 'prefill=1x1,1x1,decode=1x1,1x1', '--placement')
   rate = options.rate or (20.0 if options.quick else 1.0)
   require(rate > 0, '--rate', rate, 'requests/s above 0')
   out, seconds = pathlib.Path(options.out), options.minutes * 60
@@ -285,7 +337,7 @@ def run(options, console):
   cli.prepare(placement.num_devices)
   model = dsjax.load('tiny' if options.quick else options.model)
   jobs = make_jobs(model, config, options.seed)
-  console.print(f'{model.config.name}, {options.placement}, {rate:g} requests/'
+  console.print(f'{model.config.name}, {placement}, {rate:g} requests/'
                 f's and {options.faults:g} faults a minute for '
                 f'{options.minutes:g} minutes, seed {options.seed}',
                 highlight=False)

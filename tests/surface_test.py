@@ -19,8 +19,8 @@ NAMES = {
     'ModelConfig', 'Move', 'Orchestrator', 'Output', 'Refuse',
     'Placement', 'Plan', 'Policy', 'PolicyError', 'PrefillBudget',
     'Profile', 'Record', 'Request', 'RequestFailed', 'Sampling',
-    'SearchResult', 'Simulated', 'Slo', 'load', 'profile', 'rows', 'search',
-    'serve', 'serve_async', 'simulate'}
+    'SearchResult', 'Simulated', 'Slo', 'Split', 'load', 'profile', 'rows',
+    'search', 'serve', 'serve_async', 'simulate'}
 
 
 def test_the_names_are_these():

@@ -9,6 +9,7 @@ from rich.console import Console
 from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
 from dsjax.runtime import loop
+from dsjax.runtime.migration import Route
 from experiments import soak
 from experiments.common import cli
 from experiments.verify import soak_report
@@ -88,8 +89,44 @@ def test_growth_is_that_of_the_later_part():
   assert soak_report.growth_mb_per_min(memory) == pytest.approx(10.0)
 
 
+FEW = ['max_seqs=3', 'prefill_tokens=32', 'least_tokens=32',
+       'transfer_pages=4']
+
+
+def flip(out, **changes):
+  return options(out, **{'flips': 60, 'requests': 300, 'placement': None,
+                         'set': FEW} | changes)
+
+
+def test_tokens_are_equal_through_sixty_flips(tmp_path):
+  console = Console(record=True, width=120)
+  assert soak.run(flip(tmp_path), console) == 0
+  shown = console.export_text()
+  check_written(shown, tmp_path)
+  assert 'Nothing was lost, leaked or wrong.' in shown
+  live = json.loads((tmp_path / 'soak.json').read_text())['with flips']
+  assert live['flips'] >= 60 and live['requests'] == 300
+  assert live['hand_offs'] > 5 and live['longest_pause_s'] > 0
+
+
+def test_wrong_tokens_under_flips_are_seen(tmp_path, monkeypatch):
+  """What is handed off are other pages than the row's."""
+  def start(self, command, checksum=False, real=Route.start):
+    most = self.source.capacity.num_pages
+    return real(self, command._replace(source_pages=tuple(
+        (page + 1) % most for page in command.source_pages)), checksum)
+  monkeypatch.setattr(Route, 'start', start)
+  changes = {'set': [*FEW, 'checksum=false']}
+  assert soak.run(flip(tmp_path, **changes), Console(quiet=True)) == 1
+  result = json.loads((tmp_path / 'soak.json').read_text())
+  assert result['failed checks'] == ['wrong']
+
+
 @pytest.mark.parametrize('changes, message', (
-    ({'out': ''}, '--out'), ({'set': ['lease=3']}, 'lease_s'),
+    ({'out': ''}, '--out'), ({'flips': 1, 'placement': 'colocated=1x1,1x1'},
+                             'two flexible'),
+    ({'flips': 1, 'placement': 'flexible=1x1'}, 'two flexible'),
+    ({'set': ['lease=3']}, 'lease_s'),
     ({'rate': -1.0}, '--rate'), ({'placement': 'x'}, 'placement')))
 def test_bad_input_is_refused(tmp_path, changes, message):
   with pytest.raises(InputError, match=message):
