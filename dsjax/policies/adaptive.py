@@ -6,7 +6,7 @@ done first, and its row stays there unless another instance would be faster.
 
 Over time: how many instances only prefill is decided by rollouts. The
 simulator, which is this scheduler, plays the load of late under each number of
-them; the best one is taken if it attains more than the present one by NOISE.
+them; the best one is taken if it attains clearly more than the present one.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from dsjax.policies.predict import (
   prompt_tokens,
   queue_s,
 )
-from dsjax.policies.rollouts import rollouts, rounded, settled
+from dsjax.policies.rollouts import better
 from dsjax.scheduling.policy import (
   DISTSERVE,
   InstanceView,
@@ -32,7 +32,6 @@ from dsjax.scheduling.policy import (
   others,
 )
 
-NOISE = 0.04  # of a rollout's share
 LEAST = 16  # tokens of a late prompt in a step: so nothing waits for ever
 
 
@@ -45,18 +44,13 @@ def policy(slo: Slo, margin: float = 0.95, tick_s: float = 2.0) -> Policy:
 
   def resize(view: View) -> dict[int, str]:
     known = [i for i in view.may_prefill if i.flips]
-    if view.time_s == 0 and len(known) > 1:
+    if len(known) < 2:
+      return {}
+    if view.time_s == 0:
       return home_roles(view, 1, 'chunked')
-    load, now = view.load, sum([i.role == 'prefill' for i in known])
-    if load.rate_per_s <= 0 or load.output_len <= 1 or len(known) < 2:
-      return {}
-    shares = rollouts(
-        flexible, slo, tuple([i.config for i in known]),
-        tuple([settled(i.latency) for i in known]), view.link, rounded(load))
-    best = max(range(len(known)), key=shares.__getitem__)
-    if shares[best] <= shares[now] + NOISE:
-      return {}
-    return home_roles(view, best, 'chunked')
+    return better(flexible, slo, view, known, [
+        ('prefill',) * n + ('chunked',) * (len(known) - n)
+        for n in range(len(known))])
 
   return dataclasses.replace(flexible, name='adaptive', tick_s=tick_s,
                              resize=resize)

@@ -18,6 +18,7 @@ The same value serves, simulates, is searched with and is explored for faults.
 
 import dataclasses
 import operator
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -297,8 +298,9 @@ class Load(NamedTuple):
   Attributes:
     rate_per_s: arrivals a second; 0 before the second one.
     prompt_len, longest: tokens of their prompts, mean and 9th decile.
-    output_len: tokens of an output, by those that ended and by what rows have
-      had so far: all tokens over the number that ended. 1 before the first.
+    output_len: tokens of an output: of the newest that ended, once these are
+      as many as are remembered; before, all tokens, those that rows have had
+      so far included, over the number that ended. 1 before the first.
   """
 
   rate_per_s: float
@@ -324,7 +326,7 @@ class View:
   __slots__ = ('_instances', '_now', '_recent', '_link')
 
   def __init__(self, instances: Sequence[Any], requests: dict[int, Any],
-               now: list[Any], recent: tuple[Sequence[Any], Sequence[int]],
+               now: list[Any], recent: tuple[deque[Any], deque[int]],
                link: LinkLike | None):
     """now: time, instances that take prompts, that take rows, that could do
     either; kept current.
@@ -367,10 +369,12 @@ class View:
     arrived, served = self._recent
     lengths = sorted([prompt_len for _, prompt_len in arrived]) or [1]
     span_s = arrived[-1][0] - arrived[0][0] if arrived else 0.0
-    running = sum([row.num_out for i in self._instances for row in i.rows()])
+    tokens = sum(served)
+    if len(served) < served.maxlen:  # those that ended first were short
+      tokens += sum([row.num_out for i in self._instances for row in i.rows()])
     return Load((len(arrived) - 1) / span_s if span_s > 0 else 0.0,
                 sum(lengths) / len(lengths), lengths[len(lengths) * 9 // 10],
-                (sum(served) + running) / len(served) if served else 1.0)
+                tokens / len(served) if served else 1.0)
 
   def _views(self, place: int) -> tuple[InstanceView, ...]:
     views = self._instances
