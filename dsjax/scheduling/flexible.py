@@ -22,22 +22,28 @@ GIVEN = tuple(name for name, role in ROLES.items() if not role.flips)
 
 def tick(run: Run, e: Tick) -> None:
   """Roles change, then rows move, as the policy says."""
-  if run.policy.resize:
-    answer = run.ask('resize')
-    try:
-      roles = {index_of(index): role for index, role in dict(answer).items()}
-    except (TypeError, ValueError):
-      roles = {-1: ''}
-    flexible = [i.index for i in run.instances if i.able.flips]
-    if not (roles.keys() <= set(flexible)
-            and all([role in GIVEN for role in roles.values()])):
-      raise run.policy.refuse('resize', answer, '{index: role}, indices of '
-                              f'{flexible}, roles of {GIVEN}')
-    flip(run, {index: role for index, role in roles.items()
-               if run.instances[index].role != role})
+  if e.roles is not None:
+    flip(run, resized(run, e.roles))
+  elif run.policy.resize:
+    flip(run, resized(run, run.ask('resize')))
   if run.policy.rebalance:
     for move in run.several('rebalance', len(run.seqs)):
       depart(run, move)
+
+
+def resized(run: Run, answer: Any) -> dict[int, str]:
+  """The roles of a resize's answer that differ from those of now."""
+  try:
+    roles = {index_of(index): role for index, role in dict(answer).items()}
+  except (TypeError, ValueError):
+    roles = {-1: ''}
+  flexible = [i.index for i in run.instances if i.able.flips]
+  if not (roles.keys() <= set(flexible)
+          and all([role in GIVEN for role in roles.values()])):
+    raise run.policy.refuse('resize', answer, '{index: role}, indices of '
+                            f'{flexible}, roles of {GIVEN}')
+  return {index: role for index, role in roles.items()
+          if run.instances[index].role != role}
 
 
 def flip(run: Run, roles: dict[int, str]) -> None:
