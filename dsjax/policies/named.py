@@ -10,8 +10,8 @@ from dsjax.policies.deadlines import with_deadlines
 from dsjax.scheduling.policy import DISTSERVE, Policy
 
 NAMES = ('adaptive', 'arrow', 'chunked', 'colocated', 'dynamo', 'ecoserve',
-         'llm_d', 'llumnix', 'mooncake', 'planner', 'splitwise', 'static',
-         'taichi')
+         'llm_d', 'llumnix', 'mooncake', 'planner', 'replan', 'splitwise',
+         'static', 'taichi')
 DEADLINES = '+deadlines'
 
 

@@ -26,7 +26,7 @@ STEP = 1.25
 LOADED = 1.1  # times the load of late
 LIVES = 5  # that a rollout lasts, each as long as objectives allow one
 LEAST, MOST = 200, 800  # requests of it
-NOISE = 0.04  # of a rollout's share: a change of roles must win more
+NOISE = 0.08  # of a rollout's share: a change of roles must win more
 
 Roles = tuple[str, ...]
 
