@@ -31,7 +31,8 @@ from dsjax.config.request import Request
 from dsjax.simulation import profiles
 from experiments.common import cli, policies, provenance, terminal
 
-PREFILL_TOKENS = 128
+# Small, as every shape is compiled before the first request.
+MOST_PREFILL_TOKENS, MAX_SEQS, PREFILL_SEQS = 256, 4, 2
 
 
 class Row(NamedTuple):
@@ -72,8 +73,12 @@ def serve(options: Any, model: Model, text: str, requests: list[Request],
   slo = Slo(options.ttft_s, options.tpot_s)
   placement = Placement(flexible=[Plan()] * options.instances)
   latency = options.latency if profiles.is_file(options.latency) else None
-  config = EngineConfig(max_len=model.config.max_len,
-                        prefill_tokens=PREFILL_TOKENS)
+  longest = max(len(r.prompt) + (r.sampling.max_tokens or 0)
+                for r in requests)
+  max_len = max(16, 1 << (longest - 1).bit_length())
+  config = EngineConfig(
+      max_len=max_len, max_seqs=MAX_SEQS, prefill_seqs=PREFILL_SEQS,
+      prefill_tokens=min(max_len, MOST_PREFILL_TOKENS))
   with dsjax.serve(model, placement, config, latency=latency,
                    policy=policies.load(text, slo)) as server:
     server.run(requests)

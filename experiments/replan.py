@@ -34,7 +34,6 @@ from rich.table import Table
 
 from dsjax.analysis import metrics
 from dsjax.config.placement import FIRST_ROLE, Placement, Plan, Slo
-from dsjax.placement import candidates
 from dsjax.placement.api import build, make_problem
 from dsjax.scheduling.events import Flip
 from dsjax.simulation import simulator
@@ -130,8 +129,8 @@ def serve(options: Any, text: str) -> Served:
       options.model, slo, options.lengths, options.latency, cut=True,
       max_len=8192, seed=options.seed, process=options.process,
       policy=policies.load(text, slo))
-  built = build(problem, Placement(flexible=[plan] * options.instances),
-                candidates.batch_tokens(problem, problem.latency_of(plan)))
+  config, latencies, link = build(
+      problem, Placement(flexible=[plan] * options.instances))
   source: Any = problem.workload
   n = 64
   while True:  # as many requests as come in these seconds
@@ -140,7 +139,6 @@ def serve(options: Any, text: str) -> Served:
       break
     n *= 2
   sent = [r for r in sent if r.arrival_s < options.seconds]
-  config, latencies, link = built
   result = simulator.simulate(config, sent, latencies, link, log=True)
   flips = [(event.time_s, command) for event, commands in result.log or ()
            for command in commands if isinstance(command, Flip)]

@@ -41,8 +41,8 @@ import re
 
 from rich.progress import Progress
 
-from dsjax.analysis import metrics, timeline
 from dsjax import workload
+from dsjax.analysis import metrics, timeline
 from dsjax.config.checks import require
 from dsjax.config.placement import Placement, Slo
 from dsjax.placement import candidates

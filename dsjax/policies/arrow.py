@@ -9,6 +9,7 @@ instance without rows goes back. One of each role always stays.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from dsjax.config.placement import Slo
 from dsjax.policies import static
@@ -24,7 +25,7 @@ from dsjax.scheduling.policy import (
   Policy,
   RequestView,
   View,
-  stays,
+  others,
 )
 
 
@@ -37,12 +38,12 @@ def policy(slo: Slo, prefills: int = 1, margin: float = 0.7,
   tpot_s = margin * slo.tpot_s
   base = static.policy(slo, prefills)
 
-  def decoder(view: View, tokens: int) -> InstanceView:
-    meeting = [i for i in view.decodes if tokens <= free_tokens(i)
+  def decoder(choices: Sequence[InstanceView], tokens: int) -> InstanceView:
+    meeting = [i for i in choices if tokens <= free_tokens(i)
                and i.residents + i.num_pulls < i.config.max_seqs
                and decode_s(i, 1, tokens) <= tpot_s]
     return meeting[0] if meeting else min(
-        view.decodes, key=lambda i: decode_s(i, 1, tokens))
+        choices, key=lambda i: decode_s(i, 1, tokens))
 
   def route(view: View, request: RequestView) -> int:
     choice = min(view.prefills, key=queue_s)
@@ -55,9 +56,7 @@ def policy(slo: Slo, prefills: int = 1, margin: float = 0.7,
     return choice.index
 
   def hand_off(view: View, request: RequestView, avoid: int) -> int:
-    if stays(view, request):
-      return request.instance
-    return decoder(view, request.prompt_len).index
+    return decoder(others(view.decodes, avoid), request.prompt_len).index
 
   def resize(view: View) -> dict[int, str]:
     if view.time_s == 0:

@@ -2,13 +2,17 @@
 
 import csv
 import dataclasses
+import functools
 
 import pytest
 from rich.console import Console
 
+import dsjax
 from dsjax.config.checks import InputError
+from dsjax.runtime.engine import Engine
 from experiments import policies
 from experiments.common import cli
+from tests.common import fake_engine
 from tests.common.results import check_written, made_by
 
 TINY = dict(workloads=['sharegpt'], objectives=['balanced'], requests=50,
@@ -57,7 +61,11 @@ def test_a_load_that_shifts_is_judged_over_whole_periods(tmp_path):
   assert '0 of 1 cells to measure' in text
 
 
-def test_a_row_is_served_on_the_real_engine(tmp_path):
+@pytest.mark.parametrize('make_engine', [
+    fake_engine.FakeEngine, pytest.param(Engine, marks=pytest.mark.deep)])
+def test_a_row_is_served_on_this_machine(tmp_path, monkeypatch, make_engine):
+  monkeypatch.setattr(dsjax, 'serve', functools.partial(
+      dsjax.serve, make_engine=make_engine))
   code, text = run(
       tmp_path, real=True, model='tiny', rate=40.0, requests=50,
       workloads=['fixed:24x6'], only=['static', 'colocated'], ttft_s=60.0,
