@@ -319,8 +319,9 @@ def run(options: Any, console: Console) -> int:
   todo = jobs(options.kind, model, times, prompts, entries, options.max_tokens,
               options.seed, options.vocab, extra)
   title = (f'{model} at {options.url}: {options.requests} {options.kind} '
-           f'requests, {options.process}, {f"{rate:g} a second, " if rate else ""}seed '
-           f'{options.seed}')
+           f'requests, {options.process}, '
+           + (f'{rate:g} a second, ' if rate else '')
+           + f'seed {options.seed}')
   load, stopped = None, False
   with console.status('sending') as status:
     def sent(now: Load) -> None:

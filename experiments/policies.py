@@ -13,9 +13,9 @@ prompts ordered by deadline, as most of what a policy wins over first come
 first served may be its order. All of them see the same requests.
 
 Where the rate shifts (--process=sine:low=5:high=45:period_s=60, step:...) or
-the lengths do (--workloads=shift:60:sharegpt+longbench), the goodput is the mean
-rate at which the target attains over a whole period, after one of warm-up, and
-column phases says what attains in each part of it: no phase is to be
+the lengths do (--workloads=shift:60:sharegpt+longbench), the goodput is the
+mean rate at which the target attains over a whole period, after one of warm-up,
+and column phases says what attains in each part of it: no phase is to be
 sacrificed. --real serves one row on this machine's CPU devices instead (see
 experiments/real_row.py).
 

@@ -5,9 +5,9 @@ as the rows have saved against TPOT; a prompt goes where it is predicted to be
 done first, and its row stays there unless another instance would be faster.
 
 Over time: how many instances only prefill, and whether the others only decode,
-is decided by rollouts. The simulator, which is this scheduler, plays the load of
-late under each choice; the best one is taken if it attains clearly more than the
-present one.
+is decided by rollouts. The simulator, which is this scheduler, plays the load
+of late under each choice; the best one is taken if it attains clearly more than
+the present one.
 """
 
 import dataclasses

@@ -3,9 +3,10 @@
 Wu et al., arXiv 2505.11916, as shipped in xLLM's service. A prompt goes to the
 shortest prefill queue, but to the decode instance of the shortest step where
 that queue misses TTFT and the decode side has slack. A row goes to the first
-decode instance that meets TPOT with it and has room for it. A prefill instance becomes a
-decode instance when none of these meets TPOT and prefill has slack; a decode
-instance without rows goes back. One of each role always stays.
+decode instance that meets TPOT with it and has room for it, so that others run
+empty. A prefill instance becomes a decode instance when none of these meets
+TPOT and prefill has slack; a decode instance without rows goes back. One of
+each role always stays.
 """
 
 import dataclasses

@@ -119,9 +119,9 @@ def arrivals_of(process: str, rate_per_s: float | None, n: int, seed: int = 0,
   """
   wave = wave_of(process)
   if wave:
-    scale = rate_per_s / wave.mean_per_s if is_positive(rate_per_s) else 1.0
     require(rate_per_s is None or is_positive(rate_per_s), 'rate_per_s',
             rate_per_s, 'None or a number above 0')
+    scale = 1.0 if rate_per_s is None else rate_per_s / wave.mean_per_s
     return traffic.vary(arrivals('poisson', 1.0, n, seed), [
         (seconds, scale * rate) for seconds, rate in wave.segments()])
   if process == 'resample':
@@ -199,7 +199,9 @@ class Source:
     if self.each_s:
       return Phases(len(self.parts) * self.each_s, self.names)
     wave = wave_of(self.process)
-    return wave and Phases(wave.period_s, traffic.WAVES[wave.kind])
+    if wave is None:
+      return None
+    return Phases(wave.period_s, traffic.WAVES[wave.kind])
 
   def _most(self, n: int) -> int:
     return min(n, len(self.entries)) if self.process == 'trace' else n

@@ -190,7 +190,7 @@ def _gguf(path, architecture):
     ('placements=prefill=8x1,decode=1x1',
      "placements='9 devices': must be of at most the 8 that exist"),
     ('placements=colocated=5x1', 'Plan.tp=5: must be at most the 4'),
-    ('workload.process=sine:low=5', 'process=.sine:low=5.: must be sine:'),
+    ('workload.process=sine:low=5', "process='sine:low=5': must be sine:"),
     ('workload.process=resample', "workload.process='resample': must be"),
     ('engine.max_len=20', 'exceed engine.max_len=20'),
     ('engine.max_len=4096', 'must be at most 2048, the context of tiny'),
