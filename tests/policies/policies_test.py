@@ -277,6 +277,23 @@ def test_adaptive_stays_where_nothing_is_better():
   assert not late_flips(run, 5)
 
 
+def test_outputs_are_not_told_too_long_where_many_rows_run():
+  told = []
+
+  def watch(view):
+    told.append((view.time_s, view.load.output_len))
+    return static.policy(SLO, 2).resize(view)
+
+  run = simulate(FOUR, 'llama-3-8b', latency='tables:h100-80g', rate_per_s=110,
+                 slo=SLO, requests=1600, cut=True, max_len=8192,
+                 policy=dataclasses.replace(DISTSERVE, tick_s=1.0,
+                                            resize=watch))
+  mean = sum(r.max_tokens for r in run.records) / len(run.records)
+  last_s = run.records[-1].arrival_s
+  seen = [output_len for time_s, output_len in told if 5 < time_s < last_s]
+  assert seen and 0.7 * mean < min(seen) and max(seen) < 1.5 * mean
+
+
 def test_a_load_is_rounded_so_that_little_changes_ask_nothing_new():
   load = Load(100.0, 300.0, 900.0, 200.0)
   near = Load(103.0, 305.0, 890.0, 199.0)
