@@ -5,11 +5,11 @@ import dataclasses
 import math
 import pathlib
 
-from dsjax.config.checks import require
+from dsjax.config.checks import naming, require
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.config.request import Sampling
-from dsjax.workload import PROCESSES
+from dsjax.workload import wave_of
 
 PROMPTS = pathlib.Path(__file__).resolve().parent.parent.joinpath(
     'experiments', 'prompts.jsonl')
@@ -27,17 +27,17 @@ class Workload:
   Attributes:
     prompts: a file of prompts (workload.read_prompts).
     lengths: instead of them ids without meaning, of these lengths: sharegpt,
-      humaneval, longbench, fixed:PROMPTxOUTPUT (tokens) or a file
-      (workload.lengths_of).
+      humaneval, longbench, fixed:PROMPTxOUTPUT (tokens), a file, mix:NAME+NAME
+      or shift:SECONDS:NAME+NAME (workload.source).
     requests: how many; None for as many as the file has (100 of a mixture).
       Prompts are gone round again when there are more.
     process: of arrivals: poisson, gamma, uniform, burst, trace (the file's
       own times) or resample (its burstiness and, without rate_per_s, its
-      rate); see workload.arrivals_of.
-    rate_per_s: requests a second.
+      rate), or sine:low=5:high=45:period_s=60 or step:...; see
+      workload.arrivals_of.
+    rate_per_s: requests a second; of sine and step the mean, None for
+      theirs.
     cv: of the gaps of process gamma: their deviation over their mean.
-    swing, period_s: the rate goes up and down by this share of itself, in
-      this time (traffic.diurnal).
     seed: of arrivals, lengths and ids.
     max_prompt, max_output: lengths are cut to these.
   """
@@ -48,15 +48,13 @@ class Workload:
   process: str = 'poisson'
   rate_per_s: float | None = 1.0
   cv: float = 1.0
-  swing: float = 0.0
-  period_s: float = 86400.0
   seed: int = 0
   max_prompt: int | None = None
   max_output: int | None = None
 
   def __post_init__(self):
-    require(self.process in PROCESSES, 'workload.process', self.process,
-            f'one of {PROCESSES}')
+    with naming('workload'):
+      wave_of(self.process)
     for field in ('requests', 'max_prompt', 'max_output'):
       value = getattr(self, field)
       require(value is None or value > 0, f'workload.{field}', value,

@@ -19,6 +19,7 @@ second one does not.
 Exit codes: 0; 2 for bad input.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -38,6 +39,8 @@ from experiments.common import overrides as configs
 FLAGS = {
     'config': 'demo', 'set': (), 'policy': 'distserve',
     'latency': cli.PREDICTS,
+    'planner': cli.Flag(False, 'A process beside the server asks --policy for '
+                        'roles, so that a long search holds up no step.'),
     'compilation_cache': cli.CACHE,
     'name': cli.Flag(None, 'What clients call the model; the default is what '
                      'the config calls it.', str),
@@ -70,7 +73,7 @@ def load(name, settings):
 
 
 def make_service(config, name=None, key=None, log_text=False,
-                 policy=DISTSERVE, origins=(), latency=None):
+                 policy=DISTSERVE, origins=(), latency=None, planner=None):
   """(application, Service) of an Api; nothing is loaded yet.
 
   Raises:
@@ -86,7 +89,7 @@ def make_service(config, name=None, key=None, log_text=False,
     model = dsjax.load(config.model, config.engine.dtype)
     return dsjax.serve(model, config.placements[0], config.engine,
                        report=report, keep_events=1, policy=policy,
-                       latency=latency)
+                       latency=latency, planner=planner)
 
   name = name or pathlib.Path(config.model).name
   metrics = telemetry.Gauges(name)
@@ -102,11 +105,15 @@ def run(options, console):
   config = load(options.config, options.set)
   cli.prepare(config.num_devices, options.compilation_cache)
   key = os.environ.get('DSJAX_API_KEY') or None
-  served, service = make_service(config, options.name, key, options.log_text,
-                                 policies.load(options.policy, config.slo),
-                                 options.cors, options.latency or None)
-  from dsjax.http import socket_server
-  with socket.create_server((options.host, options.port)) as bound:
+  from dsjax.runtime.planner import planner_process
+  planner = planner_process() if options.planner else contextlib.nullcontext()
+  with planner as beside, socket.create_server(
+      (options.host, options.port)) as bound:
+    served, service = make_service(
+        config, options.name, key, options.log_text,
+        policies.load(options.policy, config.slo), options.cors,
+        options.latency or None, beside)
+    from dsjax.http import socket_server
     host, port = bound.getsockname()[:2]
     print(f'http://{host}:{port}/ answers once {config.model} is ready',
           flush=True)

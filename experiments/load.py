@@ -52,7 +52,10 @@ FLAGS = {
     'prompts': cli.Flag(str(PROMPTS), 'A file of prompts.'),
     'lengths': None,
     'vocab': cli.Flag(1000, 'Ids of --lengths are below it.', low=1),
-    'process': 'poisson', 'rate': 1.0, 'cv': 1.0, 'requests': 24,
+    'process': 'poisson',
+    'rate': cli.Flag(None, 'Requests a second; default: that of a sine or a '
+                     'step, else 1.', float),
+    'cv': 1.0, 'requests': 24,
     'max_tokens': cli.Flag(64, 'Of an answer.', low=1),
     'seed': 0, 'ttft_s': 2.0, 'tpot_s': 0.15,
     'devices': cli.Flag(1, 'That the server uses.', low=1),
@@ -83,8 +86,8 @@ def jobs(kind: str, model: str, arrivals_s: Sequence[float],
   Args:
     kind: 'chat' or 'completion'.
     prompts: workload.Prompts, gone round again when there are more arrivals.
-    entries: lengths instead, drawn by `seed`: ids below `vocab` (in a chat:
-      as many short words), answers of exactly the output length.
+    entries: lengths of each instead: ids below `vocab`, drawn by `seed` (in a
+      chat: as many short words), answers of exactly the output length.
     extra: fields added to every body.
 
   Raises:
@@ -95,7 +98,7 @@ def jobs(kind: str, model: str, arrivals_s: Sequence[float],
   made, lengths = [], None
   if entries:
     lengths, _ = workload.from_lengths(entries, len(arrivals_s), arrivals_s,
-                                       vocab, seed)
+                                       vocab, seed, in_order=True)
   for i, arrival_s in enumerate(arrivals_s):
     body = {'model': model, 'stream': True, 'stream_options': {
         'include_usage': True}, 'max_tokens': max_tokens, 'seed': seed + i}
@@ -311,18 +314,24 @@ def run(options: Any, console: Console) -> int:
   except ValueError:
     extra = None
   require(isinstance(extra, dict), '--extra', options.extra, 'a JSON object')
-  entries = (workload.lengths_of(options.lengths, options.requests,
-                                 options.seed) if options.lengths else ())
-  prompts = () if entries else workload.read_prompts(options.prompts)
-  times = workload.arrivals_of(options.process, options.rate, options.requests,
-                               options.seed, options.cv, entries)
+  made = (workload.source(options.lengths, options.seed, options.process,
+                          options.cv) if options.lengths else None)
+  prompts = () if made else workload.read_prompts(options.prompts)
+  rate = options.rate
+  if rate is None and not workload.wave_of(options.process):
+    rate = 1.0
+  times = workload.arrivals_of(
+      options.process, rate, options.requests, options.seed, options.cv,
+      made.entries if made else ())
+  entries = made.entries_at(times) if made else ()
   key = os.environ.get('DSJAX_API_KEY') or os.environ.get('OPENAI_API_KEY')
   model = options.model or find_model(options.url, key)
   todo = jobs(options.kind, model, times, prompts, entries, options.max_tokens,
               options.seed, options.vocab, extra)
   title = (f'{model} at {options.url}: {options.requests} {options.kind} '
-           f'requests, {options.process}, {options.rate:g} a second, seed '
-           f'{options.seed}')
+           f'requests, {options.process}, '
+           + (f'{rate:g} a second, ' if rate else '')
+           + f'seed {options.seed}')
   load, stopped = None, False
   with console.status('sending') as status:
     def sent(now: Load) -> None:

@@ -12,6 +12,13 @@ each of VARIANTS, and the best one counts; with --orders=deadlines also with
 prompts ordered by deadline, as most of what a policy wins over first come
 first served may be its order. All of them see the same requests.
 
+Where the rate shifts (--process=sine:low=5:high=45:period_s=60, step:...) or
+the lengths do (--workloads=shift:60:sharegpt+longbench), the goodput is the
+mean rate at which the target attains over a whole period, after one of warm-up,
+and column phases says what attains in each part of it: no phase is to be
+sacrificed. --real serves one row on this machine's CPU devices instead (see
+experiments/real_row.py).
+
 It prints a table an objective and writes policies.csv as it goes: model,
 cluster, workload, ttft_s, tpot_s, policy, goodput_per_device, low, high, binds
 (what ended the search, see goodput.Goodput), and policies.png and .pdf. Rows
@@ -22,6 +29,7 @@ by --minutes or Ctrl-C goes on. Exit codes: 0; 2 for bad input; 130 by Ctrl-C.
 import csv
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import time
@@ -32,11 +40,14 @@ from matplotlib.figure import Figure
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from dsjax.analysis import metrics
+from dsjax.analysis.record import Record
 from dsjax.config.checks import require
 from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.placement import candidates, goodput, judging
 from dsjax.placement.api import make_problem
 from dsjax.policies.named import DEADLINES as DEADLINES_END
+from experiments import real_row
 from experiments.common import cli, pictures, policies, provenance, terminal
 from experiments.place import processes
 
@@ -57,8 +68,10 @@ VARIANTS = {
     'ecoserve': ('ecoserve',),
     'llumnix': ('llumnix',),
     'planner': ('planner:prefills={k}',),
+    'replan': ('replan',),
     'adaptive': ('adaptive',),
 }
+PERIODS = 2  # of a load that shifts, the first of which is no part of it
 FIFO, DEADLINES = 'fifo', 'deadlines'
 ORDERED = {('adaptive', DEADLINES)}  # it has this order already
 FLAGS = {
@@ -68,6 +81,7 @@ FLAGS = {
     'instances': cli.Flag(4, 'Flexible instances.', low=2, high=64),
     'workloads': cli.Flag(['sharegpt', 'humaneval', 'longbench'],
                           'Names or files, as experiments.place --lengths.'),
+    'process': 'poisson',
     'objectives': cli.Flag(list(OBJECTIVES), f'Of {list(OBJECTIVES)}.'),
     'only': cli.Flag([], f'Policies; of {list(VARIANTS)}, or path.py:name.'),
     'orders': cli.Flag([FIFO, DEADLINES], 'Orders of each policy.'),
@@ -75,6 +89,10 @@ FLAGS = {
     'tolerance': cli.Flag(0.05, 'As experiments.place --tolerance.'),
     'target': cli.Flag(0.9, 'Share that must attain.'),
     'seed': 0,
+    'real': cli.Flag(False, 'Serve one row on CPU devices: seconds of this '
+                     'machine.'),
+    'rate': cli.Flag(None, 'With --real: requests a second.', float),
+    'ttft_s': 2.0, 'tpot_s': 0.15,
     'minutes': cli.Flag(600.0, 'At most.', low=0.0),
     'processes': cli.Flag(os.cpu_count() or 1, 'Beside each other.', low=1),
     'out': cli.Flag('out/policies', 'Folder for the files.', str),
@@ -89,13 +107,21 @@ class Cell(NamedTuple):
   plan: str
   instances: int
   workload: str
+  process: str
   objective: str
   policy: str
   order: str
 
+  @property
+  def load(self) -> str:
+    """The workload's name in tables."""
+    name = pathlib.Path(self.workload).stem
+    return name + ('' if self.process == 'poisson' else f' {self.process}')
+
 
 class Line(NamedTuple):
-  """A line of policies.csv; variant: of the policy, the best."""
+  """A line of policies.csv; variant: of the policy, the best. phases: of a
+  load that shifts, what attains in each."""
 
   model: str
   cluster: str
@@ -109,6 +135,7 @@ class Line(NamedTuple):
   binds: str
   objective: str
   variant: str
+  phases: str = ''
 
 
 class Effort(NamedTuple):
@@ -130,13 +157,12 @@ def cluster(cell: Cell) -> str:
 
 
 @functools.lru_cache
-def problem_of(model: str, latency: str, plan: str, workload: str,
+def problem_of(model: str, latency: str, workload: str, process: str,
                effort: Effort) -> candidates.SearchProblem:
   """The SearchProblem of a workload, without objectives."""
-  del plan
   return make_problem(
       model, Slo(1.0, 1.0), workload, latency, cut=True, max_len=8192,
-      seed=effort.seed, requests=effort.requests,
+      process=process, seed=effort.seed, requests=effort.requests,
       most_requests=4 * effort.requests, tolerance=effort.tolerance)
 
 
@@ -165,7 +191,7 @@ def variants(cell: Cell) -> list[str]:
 def measure(effort: Effort, cell: Cell) -> Line:
   """The best of a cell's variants. A pure function: any process may run it."""
   plan = Plan.parse(cell.plan, '--plan')
-  problem = problem_of(cell.model, cell.latency, cell.plan, cell.workload,
+  problem = problem_of(cell.model, cell.latency, cell.workload, cell.process,
                        effort)
   slo = objectives(problem, plan, cell.objective)
   problem = dataclasses.replace(problem, slo=slo)
@@ -180,19 +206,60 @@ def measure(effort: Effort, cell: Cell) -> Line:
   for text in variants(cell):
     candidate = judging.Candidate(placement, batch, True, bound_per_s,
                                   guess_per_s=bound_per_s / 4)
-    rates = judging.measure(
+    rates = _goodput(
         dataclasses.replace(problem, policy=policies.load(text, slo)),
         judging.Task(candidate, effort.target,
                      best.rate_per_s * (1 + effort.tolerance) or None))
     if rates.rate_per_s > best.rate_per_s:
       best, chosen = rates, text
+  phases = ''
+  if problem.workload.phases and chosen:
+    records = whole_periods(dataclasses.replace(
+        problem, policy=policies.load(chosen, slo)), candidate,
+        best.rate_per_s)
+    phases = ', '.join(f'{name} {share:.0%}' for name, (share, *_) in
+                       metrics.by_phase(records, slo, *problem.workload.phases
+                                        ).items())
   devices = placement.num_devices
-  return Line(cell.model, cluster(cell), pathlib.Path(cell.workload).stem,
+  return Line(cell.model, cluster(cell), cell.load,
               slo.ttft_s, slo.tpot_s, label(cell),
               round(best.rate_per_s / devices, 4),
               round(best.low_per_s / devices, 4),
               round(best.high_per_s / devices, 4), best.binds, cell.objective,
-              chosen)
+              chosen, phases)
+
+
+def whole_periods(problem: candidates.SearchProblem,
+                  candidate: judging.Candidate, rate_per_s: float
+                  ) -> list[Record]:
+  """The records of a whole period of a load that shifts, after one that warms
+  up, at this mean rate."""
+  period_s = problem.workload.phases.period_s
+  n = math.ceil(PERIODS * period_s * rate_per_s) + 1
+  records = judging.run(problem, judging.setup(problem, candidate),
+                        rate_per_s, n)
+  return [r for r in records
+          if period_s <= r.arrival_s < PERIODS * period_s]
+
+
+def _goodput(problem: candidates.SearchProblem, task: judging.Task
+             ) -> goodput.Goodput:
+  """judging.measure; of a load that shifts, over whole periods: a part of one
+  says nothing of the whole."""
+  if not problem.workload.phases:
+    return judging.measure(problem, task)
+
+  def hits_at(rate_per_s: float, n: int) -> list[bool]:
+    del n
+    return goodput.steady_hits(whole_periods(
+        problem, task.candidate, rate_per_s), problem.slo, 0.0)
+
+  most_per_s = task.candidate.bound_per_s
+  return goodput.search(
+      hits_at, task.target, task.candidate.guess_per_s, 1 + problem.tolerance,
+      1, 1, goodput.Bisection(
+          stride=1.4, least_per_s=most_per_s / 4**6, most_per_s=most_per_s,
+          beat_per_s=task.beat_per_s))
 
 
 def cells(options: Any) -> Iterator[Cell]:
@@ -204,13 +271,13 @@ def cells(options: Any) -> Iterator[Cell]:
           if (policy, order) in ORDERED and FIFO in options.orders:
             continue
           yield Cell(options.model, options.latency, options.plan,
-                     options.instances, workload, objective, policy, order)
+                     options.instances, workload, options.process, objective,
+                     policy, order)
 
 
 def place_of(cell: Cell) -> tuple[str, ...]:
   """Of a cell, what `key` is of its line."""
-  return (cell.model, cluster(cell), pathlib.Path(cell.workload).stem,
-          cell.objective, label(cell))
+  return (cell.model, cluster(cell), cell.load, cell.objective, label(cell))
 
 
 def key(line: Line) -> tuple[str, ...]:
@@ -291,6 +358,11 @@ def run(options: Any, console: Any) -> int:
   for name in options.orders:
     require(name in (FIFO, DEADLINES), '--orders', name,
             f'of {[FIFO, DEADLINES]}')
+  if options.real:
+    return real_row.run(options, console, [
+        variants(cell)[0] for cell in cells(options)
+        if cell.objective == options.objectives[0]],
+                        cli.asked(options, FLAGS))
   effort = Effort(options.requests, options.tolerance, options.target,
                   options.seed)
   asked = list(cells(options))

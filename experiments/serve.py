@@ -77,20 +77,22 @@ def plan_requests(config):
   require(w.lengths or w.process not in ('trace', 'resample'),
           'workload.process', w.process,
           'one that needs no trace, or with --set=workload.lengths=FILE')
-  entries = (workload.lengths_of(w.lengths, w.requests or 100, w.seed)
-             if w.lengths else workload.read_prompts(w.prompts))
-  n = w.requests or len(entries)
+  made = (workload.source(w.lengths, w.seed, w.process, w.cv)
+          if w.lengths else None)
+  entries = made.entries if made else workload.read_prompts(w.prompts)
+  drawn = made and (made.mixture or made.parts)
+  n = w.requests or (100 if drawn else len(entries))
   times = workload.arrivals_of(
-      w.process, w.rate_per_s, n, w.seed, w.cv, entries, w.swing, w.period_s)
+      w.process, w.rate_per_s, n, w.seed, w.cv, entries)
 
   def make(model):
-    if not w.lengths:
+    if made is None:
       chosen = [entries[i % len(entries)] for i in range(n)]
       requests, cut = _chats(config, model, chosen, times), 0
     else:
       requests, cut = workload.from_lengths(
-          entries, n, times, model.config.vocab_size, w.seed, w.max_prompt,
-          w.max_output, in_order=w.process == 'trace')
+          made.entries_at(times), n, times, model.config.vocab_size, w.seed,
+          w.max_prompt, w.max_output, in_order=True)
     for r in requests:
       _check_length(config, model, r)
     return requests, cut

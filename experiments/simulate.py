@@ -25,7 +25,9 @@ seeds' shares. A chunked placement runs at each point with every budget of
 --chunks, and the one that attains most is shown; prefill batches of the others
 stop where they saturate the plan (column batch). --per_device multiplies rates
 by their devices. --latency is as in experiments.place. --process=trace without
-a rate uses the trace's own times.
+a rate uses the trace's own times, sine:low=5:high=45:period_s=60 and step:...
+their own rates (a rate is their mean); with these, and with lengths that shift,
+each phase's share is printed too.
 Files in --out: records.jsonl, points.csv (a line a placement, policy, seed and
 rate, with intervals), summary.json, simulate.png and, with --timeline,
 timeline.json (for ui.perfetto.dev) and events-NAME.jsonl, which replays.
@@ -39,7 +41,8 @@ import re
 
 from rich.progress import Progress
 
-from dsjax.analysis import timeline
+from dsjax import workload
+from dsjax.analysis import metrics, timeline
 from dsjax.config.checks import require
 from dsjax.config.placement import Placement, Slo
 from dsjax.placement import candidates
@@ -104,8 +107,9 @@ def settings(options):
   if options.rates:
     return [(each, 1.0)
             for each in cli.numbers('--rates', options.rates)], 'rate'
-  require(rate is not None or options.process == 'trace', '--rate', rate,
-          'given, or --rates, unless --process=trace')
+  require(rate is not None or options.process == 'trace'
+          or workload.wave_of(options.process), '--rate', rate,
+          'given, or --rates, unless --process=trace, sine or step')
   if options.scales:
     return [(rate, scale)
             for scale in cli.numbers('--scales', options.scales)], 'scale'
@@ -236,8 +240,8 @@ def run(options, console):
     except KeyboardInterrupt:
       stopped = True
   shown = sweep.by_system(done, kind)
-  _show(console, shown, kind, options.target)
   asked = next(iter(problems.values()))
+  _show(console, shown, kind, options.target, asked.workload.phases)
   for words in filter(None, (note(asked), profiles.caveat(options.latency))):
     console.print(words, soft_wrap=True)
   if stopped:
@@ -248,12 +252,19 @@ def run(options, console):
   return 130 if stopped else 0
 
 
-def _show(console, points, kind, target):
+def _show(console, points, kind, target, phases):
   for system in dict.fromkeys(point.system for point in points):
     own = [point for point in points if point.system == system]
     console.print(*sweep_report.tables(own, kind), sep='\n')
     for line in sweep_report.told(own, kind, target):
       console.print(f'  {line}', soft_wrap=True, highlight=False)
+    for point in own if phases else ():
+      shares = metrics.by_phase(point.kept, point.slo, *phases)
+      console.print(
+          f'  {sweep_report.where(point, kind)}: ' + ', '.join(
+              f'{name} {share:.0%} [{low:.0%}, {high:.0%}]'
+              for name, (share, low, high) in shares.items()),
+          soft_wrap=True, highlight=False)
 
 
 def _save(options, out, done, shown, kind, stopped, traces, console):

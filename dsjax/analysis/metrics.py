@@ -109,6 +109,17 @@ def attainment(records: Iterable[Record],
   return interval([attains(r, slo) for r in by_arrival(records)])
 
 
+def by_phase(records: Iterable[Record], slo: Slo, period_s: float,
+             names: Sequence[str]) -> dict[str, tuple[float, float, float]]:
+  """{phase: its attainment} where a period has equal phases of these names:
+  what holds over all of a load that changes may be bought with one of them."""
+  parts: dict[str, list[Record]] = {name: [] for name in names}
+  for record in records:
+    phase = record.arrival_s % period_s / period_s * len(names)
+    parts[names[min(int(phase), len(names) - 1)]].append(record)
+  return {name: attainment(part, slo) for name, part in parts.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Summary:
   """Statistics of one run. nan where there was nothing to measure.

@@ -4,9 +4,10 @@ Per request and step: prompts by deadline; into a step go as many prompt tokens
 as the rows have saved against TPOT; a prompt goes where it is predicted to be
 done first, and its row stays there unless another instance would be faster.
 
-Over time: how many instances only prefill is decided by rollouts. The
-simulator, which is this scheduler, plays the load of late under each number of
-them; the best one is taken if it attains more than the present one by NOISE.
+Over time: how many instances only prefill, and whether the others only decode,
+is decided by rollouts. The simulator, which is this scheduler, plays the load
+of late under each choice; the best one is taken if it attains clearly more than
+the present one.
 """
 
 import dataclasses
@@ -16,12 +17,11 @@ from dsjax.config.placement import Slo
 from dsjax.policies.deadlines import with_deadlines
 from dsjax.policies.predict import (
   decode_s,
-  home_roles,
   prefill_s,
   prompt_tokens,
   queue_s,
 )
-from dsjax.policies.rollouts import rollouts, rounded, settled
+from dsjax.policies.rollouts import better
 from dsjax.scheduling.policy import (
   DISTSERVE,
   InstanceView,
@@ -32,7 +32,7 @@ from dsjax.scheduling.policy import (
   others,
 )
 
-NOISE = 0.04  # of a rollout's share
+CATCH_UP = 16  # tokens
 LEAST = 16  # tokens of a late prompt in a step: so nothing waits for ever
 
 
@@ -45,18 +45,13 @@ def policy(slo: Slo, margin: float = 0.95, tick_s: float = 2.0) -> Policy:
 
   def resize(view: View) -> dict[int, str]:
     known = [i for i in view.may_prefill if i.flips]
-    if view.time_s == 0 and len(known) > 1:
-      return home_roles(view, 1, 'chunked')
-    load, now = view.load, sum([i.role == 'prefill' for i in known])
-    if load.rate_per_s <= 0 or load.output_len <= 1 or len(known) < 2:
+    count = len(known)
+    if count < 2:
       return {}
-    shares = rollouts(
-        flexible, slo, tuple([i.config for i in known]),
-        tuple([settled(i.latency) for i in known]), view.link, rounded(load))
-    best = max(range(len(known)), key=shares.__getitem__)
-    if shares[best] <= shares[now] + NOISE:
-      return {}
-    return home_roles(view, best, 'chunked')
+    return better(flexible, slo, view, known, [
+        ('chunked',) * count, *(
+            ('prefill',) * n + (others,) * (count - n)
+            for n in range(1, count) for others in ('chunked', 'decode'))])
 
   return dataclasses.replace(flexible, name='adaptive', tick_s=tick_s,
                              resize=resize)
@@ -67,16 +62,12 @@ def _per_step(slo: Slo, margin: float) -> Policy:
   tpot_s = margin * slo.tpot_s
 
   def allowed_s(view: View, instance: InstanceView) -> float:
-    """Seconds that the rows allow a step: one that is late makes up for it
-    over the tokens that it has left."""
-    least_s, output_len = math.inf, view.load.output_len
-    for row in instance.rows():
-      due_s = (row.first_s or view.time_s) + row.num_out * tpot_s
-      saved_s = due_s - view.time_s - tpot_s
-      if saved_s < 0:
-        saved_s /= min(max(output_len - row.num_out, 8), 32)
-      least_s = min(least_s, tpot_s + saved_s)
-    return least_s
+    """Seconds that the rows allow a step; one that is late makes up for it
+    over CATCH_UP tokens."""
+    now_s = view.time_s
+    saved_s = min([(row.first_s or now_s) + row.num_out * tpot_s
+                   for row in instance.rows()]) - now_s - tpot_s
+    return tpot_s + (saved_s if saved_s > 0 else saved_s / CATCH_UP)
 
   def batch(view: View, instance: InstanceView) -> PrefillBudget:
     most = instance.config.prefill_tokens

@@ -1,23 +1,32 @@
 """Arrow: stateless instances that take the other role when it is short.
 
 Wu et al., arXiv 2505.11916, as shipped in xLLM's service. A prompt goes to the
-shortest prefill queue, but to the decode instance it would end at where that
-queue misses TTFT and the decode side has slack. A prefill instance becomes a
-decode instance when none of these meets TPOT and prefill has slack; a decode
-instance without rows goes back. One of each role always stays.
+shortest prefill queue, but to the decode instance of the shortest step where
+that queue misses TTFT and the decode side has slack. A row goes to the first
+decode instance that meets TPOT with it and has room for it, so that others run
+empty. A prefill instance becomes a decode instance when none of these meets
+TPOT and prefill has slack; a decode instance without rows goes back. One of
+each role always stays.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from dsjax.config.placement import Slo
 from dsjax.policies import static
-from dsjax.policies.predict import decode_s, home_roles, prefill_s, queue_s
+from dsjax.policies.predict import (
+  decode_s,
+  free_tokens,
+  home_roles,
+  prefill_s,
+  queue_s,
+)
 from dsjax.scheduling.policy import (
   InstanceView,
   Policy,
   RequestView,
   View,
-  stays,
+  others,
 )
 
 
@@ -30,25 +39,25 @@ def policy(slo: Slo, prefills: int = 1, margin: float = 0.7,
   tpot_s = margin * slo.tpot_s
   base = static.policy(slo, prefills)
 
-  def decoder(view: View, tokens: int) -> InstanceView:
-    meeting = [i for i in view.decodes if decode_s(i, 1, tokens) <= tpot_s]
+  def decoder(choices: Sequence[InstanceView], tokens: int) -> InstanceView:
+    meeting = [i for i in choices if tokens <= free_tokens(i)
+               and i.residents + i.num_pulls < i.config.max_seqs
+               and decode_s(i, 1, tokens) <= tpot_s]
     return meeting[0] if meeting else min(
-        view.decodes, key=lambda i: decode_s(i, 1, tokens))
+        choices, key=lambda i: decode_s(i, 1, tokens))
 
   def route(view: View, request: RequestView) -> int:
     choice = min(view.prefills, key=queue_s)
-    target = decoder(view, request.prompt_len)
+    idlest = min(view.decodes, key=decode_s)
     slack = (len(view.decodes) - 1) / len(view.decodes)
     if (queue_s(choice) + prefill_s(choice, request) > slo.ttft_s
-        and target in view.may_prefill and queue_s(target) < queue_s(choice)
-        and decode_s(target) < tpot_s * max(slack, 0.5)):
-      return target.index
+        and idlest in view.may_prefill and queue_s(idlest) < queue_s(choice)
+        and decode_s(idlest) < tpot_s * max(slack, 0.5)):
+      return idlest.index
     return choice.index
 
   def hand_off(view: View, request: RequestView, avoid: int) -> int:
-    if stays(view, request):
-      return request.instance
-    return decoder(view, request.prompt_len).index
+    return decoder(others(view.decodes, avoid), request.prompt_len).index
 
   def resize(view: View) -> dict[int, str]:
     if view.time_s == 0:

@@ -17,7 +17,7 @@ from dsjax.scheduling.policy import InstanceView, Policy, RequestView, View
 MOST = 256  # requests that are looked at; those behind keep their order
 
 
-def with_deadlines(policy: Policy, slo: Slo, most_wait: float = 20.0
+def with_deadlines(policy: Policy, slo: Slo, most_wait: float = 100.0
                    ) -> Policy:
   """The policy with this order of its prefill queues.
 

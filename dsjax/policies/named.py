@@ -10,8 +10,8 @@ from dsjax.policies.deadlines import with_deadlines
 from dsjax.scheduling.policy import DISTSERVE, Policy
 
 NAMES = ('adaptive', 'arrow', 'chunked', 'colocated', 'dynamo', 'dynaserve',
-         'ecoserve', 'llm_d', 'llumnix', 'mooncake', 'planner', 'splitwise',
-         'ppd', 'static', 'taichi')
+         'ecoserve', 'llm_d', 'llumnix', 'mooncake', 'planner', 'ppd',
+         'replan', 'splitwise', 'static', 'taichi')
 DEADLINES = '+deadlines'
 
 

@@ -3,8 +3,9 @@
 The rule of its planner: n = ceil(arrivals a second / what an instance serves
 within its objective at the lengths of late), for each role, one change a tick.
 Instances are not started and stopped here, so those left over decode; where
-there are too few, the roles share them in proportion. A change needs a whole
-instance of difference, so that a constant load never makes it swing.
+there are too few, the roles share them in proportion. A change needs
+more than half an instance of difference, so that a constant load never makes
+it swing.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from dsjax.policies import static
 from dsjax.policies.predict import home_roles, rows_within
 from dsjax.scheduling.policy import InstanceView, Load, Policy, View
 
+SWING = 0.65  # instances: more than the half at which a count is rounded
 LEAST = 32  # tokens of output of late, before which nothing is known
 
 
@@ -43,10 +45,10 @@ def policy(slo: Slo, prefills: int = 1, tick_s: float = 5.0) -> Policy:
     if len(flexible) < 2 or view.load.output_len < LEAST:
       return {}
     need = wanted(flexible[0], view.load, slo, len(flexible))
-    if need > now + 0.25 and now < len(flexible) - 1:
+    if need > now + SWING and now < len(flexible) - 1:
       return {min([i for i in flexible if i.role != 'prefill'],
                   key=lambda i: i.num_rows).index: 'prefill'}
-    if need < now - 0.9 and now > 1:
+    if need < now - SWING and now > 1:
       return {min([i for i in flexible if i.role == 'prefill'],
                   key=lambda i: i.backlog).index: 'decode'}
     return {}

@@ -7,6 +7,7 @@ question only, and the answer is a function of the view.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,10 +16,9 @@ from dsjax.config.engine import InstanceConfig
 from dsjax.config.latency import Latency, LinkLike
 from dsjax.config.placement import Slo
 from dsjax.config.request import Request, Sampling
-from dsjax.policies.predict import home_roles
 from dsjax.policies.static import ONCE_S
 from dsjax.scheduling.pace import Paced
-from dsjax.scheduling.policy import Load, Policy
+from dsjax.scheduling.policy import InstanceView, Load, Policy, View
 from dsjax.scheduling.state import Config
 from dsjax.simulation import simulator
 
@@ -26,6 +26,9 @@ STEP = 1.25
 LOADED = 1.1  # times the load of late
 LIVES = 5  # that a rollout lasts, each as long as objectives allow one
 LEAST, MOST = 200, 800  # requests of it
+NOISE = 0.08  # of a rollout's share: a change of roles must win more
+
+Roles = tuple[str, ...]
 
 
 def rounded(load: Load) -> Load:
@@ -40,38 +43,68 @@ def settled(latency: Paced) -> Paced:
                round(latency.decode, 1))
 
 
-@functools.lru_cache(maxsize=256)
-def rollouts(policy: Policy, slo: Slo, configs: tuple[InstanceConfig, ...],
-             latencies: tuple[Latency, ...], link: LinkLike, load: Load
-             ) -> tuple[float, ...]:
-  """The share that attains with 0, 1, ... flexible instances that only
-  prefill, at LOADED times the load.
+def better(policy: Policy, slo: Slo, view: View,
+           instances: Sequence[InstanceView], choices: Sequence[Roles]
+           ) -> dict[int, str]:
+  """The roles of the choice that attains most under the load of late.
 
-  Lengths are lognormal: prompts of the load's mean and 9th decile, outputs of
-  its mean.
+  None change unless it attains more than those of now by NOISE: so nothing
+  swings at a constant load. Where those of now attain all but NOISE nothing
+  else is played.
+
+  Args:
+    policy: of each step. instances: those that get roles. choices: of them.
   """
-  rate_per_s, prompt_len, longest, output_len = load
-  life_s = slo.ttft_s + slo.tpot_s * output_len
-  n = int(min(max(LIVES * life_s * rate_per_s, LEAST), MOST))
+  if view.load.rate_per_s <= 0 or view.load.output_len <= 1:
+    return {}  # nothing is known
+  share = functools.partial(
+      attained, policy, slo, tuple([i.config for i in instances]),
+      tuple([settled(i.latency) for i in instances]), view.link,
+      rounded(view.load))
+  least = share(tuple([i.role for i in instances])) + NOISE
+  if least >= 1:
+    return {}
+  best = max(choices, key=share)
+  if share(best) <= least:
+    return {}
+  return {i.index: role for i, role in zip(instances, best, strict=True)}
+
+
+@functools.lru_cache(maxsize=4096)
+def attained(policy: Policy, slo: Slo, configs: tuple[InstanceConfig, ...],
+             latencies: tuple[Latency, ...], link: LinkLike, load: Load,
+             roles: Roles) -> float:
+  """The share that attains with these roles, at LOADED times the load."""
+  sent = requests_like(load, slo)
+  fixed = dataclasses.replace(policy, tick_s=ONCE_S, resize=functools.partial(
+      _always, tuple(enumerate(roles))))
+  longest = max(len(r.prompt) + (r.sampling.max_tokens or 0) for r in sent)
+  config = Config(configs, longest, depth=1, policy=fixed)
+  records = simulator.simulate(config, sent, latencies, link).records
+  kept = records[len(records) // 5:]
+  return sum([attains(r, slo) for r in kept]) / len(kept)
+
+
+def _always(roles: tuple[tuple[int, str], ...], view: View) -> dict[int, str]:
+  del view
+  return dict(roles)
+
+
+@functools.lru_cache(maxsize=64)
+def requests_like(load: Load, slo: Slo) -> list[Request]:
+  """Requests at LOADED times a load's rate, Poisson. Lengths are lognormal:
+  prompts of its mean and 9th decile, outputs of its mean."""
+  life_s = slo.ttft_s + slo.tpot_s * load.output_len
+  rate_per_s = LOADED * load.rate_per_s
+  n = int(min(max(LIVES * life_s * load.rate_per_s, LEAST), MOST))
   rng = np.random.default_rng(0)
-  spread = math.log(max(longest / prompt_len, 1.01)) / 1.28
+  spread = math.log(max(load.longest / load.prompt_len, 1.01)) / 1.28
   prompts, outputs = [
       np.clip(np.exp(rng.normal(math.log(mean) - sigma**2 / 2, sigma, n)), 1,
-              most).astype(int)
-      for mean, sigma, most in ((prompt_len, min(spread, 1.5), 8 * longest),
-                                (output_len, 0.8, 8 * output_len))]
-  times = np.cumsum(rng.exponential(1 / (LOADED * rate_per_s), n))
-  sent = [Request(i, float(t), range(int(p)), Sampling(max_tokens=int(o) + 1))
-          for i, (t, p, o) in enumerate(zip(times, prompts, outputs,
-                                            strict=True))]
-  longest_all = max(len(r.prompt) + (r.sampling.max_tokens or 0) for r in sent)
-  shares = []
-  for prefills in range(len(configs)):
-    fixed = dataclasses.replace(
-        policy, tick_s=ONCE_S, resize=functools.partial(
-            home_roles, prefills=prefills, others='chunked'))
-    config = Config(configs, longest_all, depth=1, policy=fixed)
-    records = simulator.simulate(config, sent, latencies, link).records
-    kept = records[n // 5:]
-    shares.append(sum([attains(r, slo) for r in kept]) / len(kept))
-  return tuple(shares)
+              most).astype(int).tolist()
+      for mean, sigma, most in (
+          (load.prompt_len, min(spread, 1.5), 8 * load.longest),
+          (load.output_len, 0.8, 8 * load.output_len))]
+  times = np.cumsum(rng.exponential(1 / rate_per_s, n)).tolist()
+  return [Request(i, times[i], range(prompts[i]),
+                  Sampling(max_tokens=outputs[i] + 1)) for i in range(n)]

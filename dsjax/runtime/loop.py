@@ -8,6 +8,7 @@ import collections
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from dsjax.config.placement import Placement
 from dsjax.runtime.fleet import Fleet, Prefix, StepDone
 from dsjax.runtime.output import RequestOutputState
 from dsjax.runtime.protocols import MakeEngine, Observer, Report
-from dsjax.scheduling import blocks, scheduler
+from dsjax.scheduling import blocks, planning, scheduler
 from dsjax.scheduling.events import (
   Arrived,
   Cancelled,
@@ -62,7 +63,7 @@ class Loop:
                devices: Sequence[jax.Device] | None, report: Report | None,
                keep_events: int | None, make_engine: MakeEngine,
                policy: Policy, latencies: tuple[Latency, ...] | None,
-               link: LinkLike | None) -> None:
+               link: LinkLike | None, planner: Executor | None) -> None:
     """Builds and warms up every instance; see Orchestrator."""
     self.unfinished: dict[int, RequestOutputState] = {}
     # By instance: (id, step) of those that ended in its oldest command; ids
@@ -97,6 +98,9 @@ class Loop:
     self._tick_s = 0.0  # when the next Tick is due
     # Events that were asked for, and those that are being applied.
     self._asked: collections.deque[Event] = collections.deque()
+    self.planner = planner
+    self._planned: Future[planning.Roles] | None = None
+    self._planner_failed = False
     self._todo: collections.deque[Event] = collections.deque()
     self._applying = self.deciding = False
     self._raised: list[BaseException] = []  # by observers and hooks
@@ -205,8 +209,29 @@ class Loop:
     """Tells the policy that a tick has passed, if one has."""
     tick_s, now_s = self.scheduler_config.policy.tick_s, self.now
     if tick_s is not None and now_s >= self._tick_s:
+      is_first = not self._tick_s  # at 0, as a simulator's: roles of a start
       self._tick_s = now_s + tick_s
-      self.event(Tick(now_s))
+      self.event(Tick(0.0) if is_first else Tick(now_s, self._roles(now_s)))
+
+  def _roles(self, now_s: float) -> planning.Roles | None:
+    """What the policy has answered beside the loop, and asks it again; ()
+    where it has not or cannot, None where it is asked in the loop."""
+    if self.planner is None or not self.scheduler_config.policy.resize:
+      return None
+    roles: planning.Roles = ()
+    if self._planned is not None:
+      if not self._planned.done():
+        return roles
+      error = self._planned.exception()
+      if error:
+        if not self._planner_failed:
+          LOG.error('the planner failed, roles stay as they are: %r', error)
+        self._planner_failed = True
+        return roles
+      roles = self._planned.result()
+    self._planned = self.planner.submit(
+        planning.roles_of, self.scheduler_config, self.state, now_s)
+    return roles
 
   def check_stalled(self) -> None:
     """Of a server to which no more requests may come.

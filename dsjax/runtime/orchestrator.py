@@ -38,6 +38,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from typing import Any
 
 import jax
@@ -99,7 +100,8 @@ class Orchestrator:
                report: Report | None = None, keep_events: int | None = None,
                make_engine: MakeEngine = Engine,
                policy: Policy = DISTSERVE, latency: Named | None = None,
-               link: LinkLike | None = None) -> None:
+               link: LinkLike | None = None,
+               planner: Executor | None = None) -> None:
     """Builds and warms up every instance.
 
     Args:
@@ -112,6 +114,9 @@ class Orchestrator:
       latency: for a policy that predicts: as `simulate` takes it, best a file
         that experiments.measure wrote of this machine. link: of its hand-offs;
         None: the one measured with latency.
+      planner: where the policy's resize is asked, so that a long search holds
+        up no step: planner_process(), if the policy can be pickled, or any
+        other Executor; closing it is the caller's. None: in the loop.
 
     Raises:
       InputError: the placement or the config cannot be served.
@@ -125,7 +130,7 @@ class Orchestrator:
     self.model, self.placement, self.config = model, placement, config
     self.loop = Loop(model, placement, config, devices, report, keep_events,
                      make_engine, policy, self._latencies(latency),
-                     link or self._link(latency))
+                     link or self._link(latency), planner)
     self.log, self.observers = self.loop.log, self.loop.observers
     self.fleet, self.unfinished = self.loop.fleet, self.loop.unfinished
     self.engines, self.routes = self.fleet.engines, self.fleet.routes

@@ -7,7 +7,7 @@ not carry out, is a PolicyError that names the hook.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsjax.config.placement import ROLES
@@ -140,9 +140,8 @@ def victim(run: Run, inst: LiveInstance) -> int:
   return answer.id
 
 
-def roles(run: Run) -> Mapping[int, str]:
-  """{index: role} of the instances whose role changes."""
-  answer = ask(run, 'resize')
+def roles(run: Run, answer: Any) -> dict[int, str]:
+  """{index: role} of an answer of resize, of those whose role changes."""
   try:
     given = {index_of(index): role for index, role in dict(answer).items()}
   except (TypeError, ValueError):

@@ -113,8 +113,13 @@ class Drain(NamedTuple):
 
 
 class Tick(NamedTuple):
-  """Another Policy.tick_s has passed: roles and rows may move."""
+  """Another Policy.tick_s has passed: roles and rows may move.
+
+  roles: (instance, role) pairs that the policy's resize has answered beside
+  the loop, to an earlier state (planning.py). None: it is asked now.
+  """
   time_s: float
+  roles: tuple[tuple[int, str], ...] | None = None
 
 
 class Chunk(NamedTuple):

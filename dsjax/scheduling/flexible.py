@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 def tick(run: Run, e: Tick) -> None:
   """Roles change, then rows move, as the policy says."""
-  if run.policy.resize:
-    flip(run, choices.roles(run))
+  if e.roles is not None:
+    flip(run, choices.roles(run, e.roles))
+  elif run.policy.resize:
+    flip(run, choices.roles(run, choices.ask(run, 'resize')))
   if run.policy.rebalance:
     for move in choices.several(run, 'rebalance', len(run.seqs)):
       depart(run, move)

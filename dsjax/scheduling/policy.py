@@ -318,8 +318,9 @@ class Load(NamedTuple):
   Attributes:
     rate_per_s: arrivals a second; 0 before the second one.
     prompt_len, longest: tokens of their prompts, mean and 9th decile.
-    output_len: tokens of an output, by those that ended and by what rows have
-      had so far: all tokens over the number that ended. 1 before the first.
+    output_len: tokens of an output, by the requests that came last: all that
+      they have had so far over the number of them that ended, as those that
+      end first are short. 1 before the first.
   """
 
   rate_per_s: float
@@ -345,7 +346,7 @@ class View:
   __slots__ = ('_instances', '_now', '_recent', '_link')
 
   def __init__(self, instances: Sequence[Any], requests: dict[int, Any],
-               now: list[Any], recent: tuple[Sequence[Any], Sequence[int]],
+               now: list[Any], recent: tuple[Sequence[Any], Sequence[Any]],
                link: LinkLike | None):
     """now: time, instances that take prompts, that take rows, that could do
     either; kept current.
@@ -388,10 +389,21 @@ class View:
     arrived, served = self._recent
     lengths = sorted([prompt_len for _, prompt_len in arrived]) or [1]
     span_s = arrived[-1][0] - arrived[0][0] if arrived else 0.0
-    running = sum([row.num_out for i in self._instances for row in i.rows()])
     return Load((len(arrived) - 1) / span_s if span_s > 0 else 0.0,
                 sum(lengths) / len(lengths), lengths[len(lengths) * 9 // 10],
-                (sum(served) + running) / len(served) if served else 1.0)
+                self._output_len(served))
+
+  def _output_len(self, served: Sequence[tuple[int, int]]) -> float:
+    """See Load. The requests that came last: as many as there are rows and
+    as are remembered of those that ended."""
+    if not served:
+      return 1.0
+    rows = [(row.order, row.num_out) for i in self._instances
+            for row in i.rows()]
+    first = max([*rows, *served])[0] + 1 - len(served) - len(rows)
+    ended = [tokens for order, tokens in served if order >= first]
+    running = [tokens for order, tokens in rows if order >= first]
+    return (sum(ended) + sum(running)) / len(ended) if ended else 1.0
 
   def _views(self, place: int) -> tuple[InstanceView, ...]:
     views = self._instances

@@ -324,7 +324,7 @@ class Run:
     row = (self.instances[seq.instance].home(seq.id) if
            seq.stage == 'decoding' else None)
     known = (row.rows[seq.id][1] + row.tick if row else seq.prompt_len)
-    self.recent[1].append(known - seq.input_len + 1)
+    self.recent[1].append((seq.order, known - seq.input_len + 1))
     self.commands.append(Finish(seq.id, reason))
     self.leave(seq, 'over')
 
@@ -395,7 +395,7 @@ class Run:
       self.offer(seq, to=seq.target)
       return
     if seq.stage == 'finishing':
-      self.recent[1].append(seq.limit - seq.input_len)
+      self.recent[1].append((seq.order, seq.limit - seq.input_len))
       self.commands.append(Finish(seq.id, 'length'))
     self.drop(seq)
 

@@ -143,8 +143,8 @@ class State(NamedTuple):
   """Everything the scheduler knows; a value (never change `seqs` in place).
 
   waiting: ids of those that need an instance while none of its kind is up.
-  arrived: (time, prompt tokens) of the newest RECENT requests. served: tokens
-  that the newest RECENT to end by themselves had generated.
+  arrived: (time, prompt tokens) of the newest RECENT requests. served: (order,
+  tokens generated) of the newest RECENT to end by themselves.
   """
 
   seqs: dict[int, Seq]
@@ -152,7 +152,7 @@ class State(NamedTuple):
   arrivals: int = 0
   waiting: tuple[int, ...] = ()
   arrived: tuple[tuple[float, int], ...] = ()
-  served: tuple[int, ...] = ()
+  served: tuple[tuple[int, int], ...] = ()
 
 
 def init(config: Config, counted: bool = False) -> State:

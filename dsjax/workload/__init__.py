@@ -14,6 +14,7 @@ from dsjax.workload.named import (
     arrivals_of,
     lengths_of,
     source,
+    wave_of,
 )
 from dsjax.workload.requests import (
     KINDS,
@@ -26,4 +27,4 @@ from dsjax.workload.requests import (
 __all__ = ['KINDS', 'MAX_LEN', 'PROCESSES', 'Entry', 'Prompt', 'Source',
            'arrivals', 'arrivals_of', 'check_requests', 'from_lengths',
            'from_prompts', 'json_lines', 'lengths_of', 'read_lengths',
-           'read_prompts', 'source']
+           'read_prompts', 'source', 'wave_of']

@@ -3,12 +3,13 @@
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from dsjax.config.checks import (
     InputError,
     is_integer,
     is_number,
+    is_positive,
     plain,
     require,
 )
@@ -19,6 +20,7 @@ from dsjax.workload.requests import (
     KINDS,
     MOST_ARRIVAL_S,
     arrivals,
+    draws,
     from_lengths,
 )
 
@@ -85,34 +87,52 @@ def _entry(where: str, given: Any) -> Entry:
   return entry
 
 
+def wave_of(process: str) -> traffic.Wave | None:
+  """The Wave of a process with rates of its own; None for another one.
+
+  Raises:
+    InputError: neither a Wave's text nor one of PROCESSES.
+  """
+  wave = traffic.wave(process) if isinstance(process, str) else None
+  require(wave or process in PROCESSES, 'process', process,
+          f'one of {PROCESSES}, or sine:low=5:high=45:period_s=60, or '
+          'step:low=5:high=45:period_s=60')
+  return wave
+
+
 def arrivals_of(process: str, rate_per_s: float | None, n: int, seed: int = 0,
-                cv: float = 1.0, entries: Sequence[Entry] | None = None,
-                swing: float = 0.0,
-                period_s: float = 86400.0) -> tuple[float, ...]:
+                cv: float = 1.0, entries: Sequence[Entry] | None = None
+                ) -> tuple[float, ...]:
   """Arrival times of n requests, not decreasing.
 
   Args:
     process: one of PROCESSES: see requests.arrivals; 'resample' has the
-      burstiness of `entries` and, where rate_per_s is None, their rate.
-    swing, period_s: the rate goes up and down by this share of itself, in
-      this time (traffic.diurnal).
+      burstiness of `entries` and, where rate_per_s is None, their rate. Or
+      the text of a traffic.Wave: at its own rates where rate_per_s is None,
+      else scaled so that this is their mean.
 
   Raises:
     InputError.
   """
-  require(process in PROCESSES, 'process', process, f'one of {PROCESSES}')
-  require(not swing or process not in ('burst', 'trace'), 'swing', swing,
-          f'0 with {process} arrivals')
+  wave = wave_of(process)
+  if wave:
+    require(rate_per_s is None or is_positive(rate_per_s), 'rate_per_s',
+            rate_per_s, 'None or a number above 0')
+    scale = 1.0 if rate_per_s is None else rate_per_s / wave.mean_per_s
+    return traffic.vary(arrivals('poisson', 1.0, n, seed), [
+        (seconds, scale * rate) for seconds, rate in wave.segments()])
   if process == 'resample':
     history = traffic.fit(entries or ())
     process, cv = 'gamma', history.cv
     rate_per_s = rate_per_s or history.rate_per_s
-  if swing:
-    if rate_per_s is None:
-      raise InputError('rate_per_s=None: must be a number above 0')
-    return traffic.vary(arrivals(process, 1.0, n, seed, cv),
-                        traffic.diurnal(rate_per_s, swing, period_s))
   return arrivals(process, rate_per_s, n, seed, cv, entries)
+
+
+class Phases(NamedTuple):
+  """Equal parts of a period after which a workload is as before."""
+
+  period_s: float
+  names: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +148,9 @@ class Source:
       no more than there are, at their own times where rate_per_s is None.
     mixture: what every request has lengths of its own from; None: entries.
     context: longer requests are cut to it. cut: how many entries were.
+    parts: where lengths mix or shift: a Source of each kind of them; entries
+      are all of theirs. each_s: seconds of each part, in turn; None: every
+      request is of one of them, with equal odds. names: of the parts.
   """
 
   entries: tuple[Entry, ...]
@@ -137,6 +160,9 @@ class Source:
   mixture: traffic.Mixture | None = None
   context: int | None = None
   cut: int = 0
+  parts: tuple[Self, ...] = ()
+  each_s: float | None = None
+  names: tuple[str, ...] = ()
 
   def __call__(self, rate_per_s: float | None, n: int) -> list[Request]:
     n = self._most(n)
@@ -144,25 +170,48 @@ class Source:
                                 self.cv, self.entries))
 
   def lengths(self, n: int) -> list[tuple[int, int]]:
-    """(prompt, output) tokens of the first n requests, at any rate."""
-    return [(len(r.prompt), r.sampling.max_tokens or 0)
-            for r in self._at((0.0,) * self._most(n))]
+    """(prompt, output) tokens of the first n requests, at any rate; where
+    lengths shift with time, of each kind in turn."""
+    n = self._most(n)
+    times = [i * (self.each_s or 0.0) for i in range(n)]
+    return [(e.prompt_len, e.output_len) for e in self.entries_at(times)]
+
+  def entries_at(self, times: Sequence[float]) -> Sequence[Entry]:
+    """The lengths of requests that arrive at these times, in their order."""
+    n = len(times)
+    if self.parts:
+      of_parts = [part.entries_at(times) for part in self.parts]
+      kinds = (draws(self.seed, n, len(self.parts)) if self.each_s is None else
+               [int(t / self.each_s) % len(self.parts) for t in times])
+      return [of_parts[kind][i] for i, kind in enumerate(kinds)]
+    if self.mixture:
+      return _within(traffic.draw(self.mixture, n, self.seed), self.context)
+    if self.process == 'trace':
+      return self.entries[:n]
+    return [self.entries[i] for i in draws(self.seed, n, len(self.entries))]
+
+  @property
+  def phases(self) -> Phases | None:
+    """Of lengths that shift, or else of a rate that does; None: of neither."""
+    if self.each_s:
+      return Phases(len(self.parts) * self.each_s, self.names)
+    wave = wave_of(self.process)
+    if wave is None:
+      return None
+    return Phases(wave.period_s, traffic.WAVES[wave.kind])
 
   def _most(self, n: int) -> int:
     return min(n, len(self.entries)) if self.process == 'trace' else n
 
   def _at(self, times: Sequence[float]) -> list[Request]:
-    entries = self.entries
-    if self.mixture:
-      entries = _within(traffic.draw(self.mixture, len(times), self.seed),
-                        self.context)
-    return from_lengths(entries, len(times), times, seed=self.seed,
-                        in_order=bool(self.mixture)
-                        or self.process == 'trace')[0]
+    return from_lengths(self.entries_at(times), len(times), times,
+                        in_order=True)[0]
 
   @property
   def longest(self) -> int:
     """Tokens of the longest request there can be, prompt and output."""
+    if self.parts:
+      return max(part.longest for part in self.parts)
     if self.mixture:
       most = self.mixture.prompt.high + self.mixture.output.high
       return min(most, self.context or most)
@@ -177,7 +226,8 @@ class Source:
     require(context >= 2, 'context', context, '2 tokens or more')
     return dataclasses.replace(
         self, entries=_within(self.entries, context), context=context,
-        cut=self.beyond(context))
+        cut=self.beyond(context),
+        parts=tuple(part.within(context) for part in self.parts))
 
 
 def _within(entries: Sequence[Entry],
@@ -195,14 +245,42 @@ def _within(entries: Sequence[Entry],
 
 def source(lengths: Lengths, seed: int = 0, process: str = 'poisson',
            cv: float = 1.0) -> Source:
-  """The Source of these lengths and arrivals; see lengths_of, arrivals_of.
+  """The Source of these lengths and arrivals.
+
+  Args:
+    lengths: as lengths_of takes them; 'mix:NAME+NAME': each request of one
+      of several; 'shift:SECONDS:NAME+NAME': so many seconds of each, in
+      turn, for ever.
+    process, cv: see arrivals_of.
 
   Raises:
     InputError.
   """
-  require(process in PROCESSES, 'process', process, f'one of {PROCESSES}')
+  wave_of(process)
   require(is_number(0.01, 100)(cv), 'cv', cv, 'a number from 0.01 to 100')
+  if isinstance(lengths, str) and lengths.startswith(('mix:', 'shift:')):
+    return _of_several(lengths, seed, process, cv)
   mixture = traffic.MIXTURES.get(lengths) if isinstance(
       lengths, str) else lengths
   return Source(lengths_of(lengths, SAMPLE, seed), seed, process, cv,
                 mixture if isinstance(mixture, traffic.Mixture) else None)
+
+
+def _of_several(text: str, seed: int, process: str, cv: float) -> Source:
+  """The Source of lengths that mix or shift."""
+  kind, *seconds, names = text.split(':', 1 if text.startswith('mix') else 2)
+  each_s = None
+  if kind == 'shift':
+    try:
+      each_s = float(*seconds)
+    except (ValueError, TypeError):
+      each_s = 0.0
+  each = tuple(names.split('+'))
+  require(len(each) > 1 and (each_s is None or is_positive(each_s)),
+          'lengths', text, 'mix:NAME+NAME or shift:SECONDS:NAME+NAME')
+  require(process not in ('burst', 'trace', 'resample'), 'process', process,
+          f'one with arrivals of its own, beside lengths={text}')
+  parts = tuple(source(name, seed + 1 + n, process, cv)  # streams of its own
+                for n, name in enumerate(each))
+  return Source(tuple(e for part in parts for e in part.entries), seed,
+                process, cv, parts=parts, each_s=each_s, names=each)

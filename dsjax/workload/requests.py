@@ -90,6 +90,11 @@ def arrivals(kind: str, rate_per_s: float | None, n: int, seed: int = 0,
   return tuple((np.cumsum(gaps) / (rate_per_s or 1.0)).tolist())
 
 
+def draws(seed: int, n: int, count: int) -> list[int]:
+  """n indices below count, of a seed's stream for lengths."""
+  return _rng(seed, _LENGTHS).integers(count, size=n).tolist()
+
+
 def from_lengths(entries: Sequence[Entry], n: int,
                  arrivals_s: Sequence[float], vocab_size: int | None = None,
                  seed: int = 0, max_prompt: int | None = None,
@@ -124,7 +129,7 @@ def from_lengths(entries: Sequence[Entry], n: int,
             value, 'None or an integer of 1 or more')
   picks = range(n)
   if not in_order:
-    picks = _rng(seed, _LENGTHS).integers(len(entries), size=n)
+    picks = draws(seed, n, len(entries))
   rng = _rng(seed, _TOKENS)
   requests, clipped = [], 0
   for i, (pick, arrival_s) in enumerate(zip(picks, arrivals_s, strict=True)):

@@ -230,26 +230,65 @@ def vary(unit_times: Iterable[float],
   return tuple(times)
 
 
-def diurnal(rate_per_s: float, swing: float, period_s: float = 86400.0,
-            steps: int = 48) -> tuple[tuple[float, float], ...]:
-  """Segments of a day: rate (1 + swing sin(2 pi t / period)), in steps.
+WAVES = {'sine': ('rising high', 'falling high', 'falling low', 'rising low'),
+         'step': ('low', 'high')}  # kind: names of its phases, equally long
+_SINE_STEPS = 48  # in which the rate is even
 
-  Each step has the mean rate of its span, so the whole has rate_per_s.
 
-  Args:
-    swing: from 0 (constant) to 1 (the least rate is 0).
+class Wave(NamedTuple):
+  """A Poisson process whose rate goes between low and high, for ever.
+
+  kind: sine: from the mean upwards; step: low, then high, half a period each.
+  low, high: requests a second. period_s: of the whole.
   """
-  require(is_positive(rate_per_s), 'diurnal.rate_per_s', rate_per_s, 'above 0')
-  require(is_positive(period_s), 'diurnal.period_s', period_s, 'above 0')
-  require(swing == 0 or is_positive(swing) and swing <= 1, 'diurnal.swing',
-          swing, 'from 0 to 1')
-  require(is_integer(3, math.inf)(steps), 'diurnal.steps', steps, '3 or more')
-  # Mean of sin over a step, from the differences of its cosine.
-  edges = [math.cos(2 * math.pi * i / steps) for i in range(steps + 1)]
-  return tuple(
-      (period_s / steps, max(0.0, rate_per_s * (
-          1 + swing * (a - b) * steps / (2 * math.pi))))
-      for a, b in itertools.pairwise(edges))
+
+  kind: str
+  low: float
+  high: float
+  period_s: float
+
+  @property
+  def mean_per_s(self) -> float:
+    """Requests a second of a whole period."""
+    return (self.low + self.high) / 2
+
+  def segments(self) -> tuple[tuple[float, float], ...]:
+    """(seconds, rate) of a period, as vary takes them."""
+    if self.kind == 'step':
+      return ((self.period_s / 2, self.low), (self.period_s / 2, self.high))
+    # A step has the mean rate of its span: the difference of two cosines.
+    swing, steps = self.high - self.mean_per_s, _SINE_STEPS
+    edges = [math.cos(2 * math.pi * i / steps) for i in range(steps + 1)]
+    return tuple(
+        (self.period_s / steps, max(self.low, self.mean_per_s
+                                    + swing * (a - b) * steps / (2 * math.pi)))
+        for a, b in itertools.pairwise(edges))
+
+
+def wave(text: str) -> Wave | None:
+  """The Wave of 'sine:low=5:high=45:period_s=60'; None of another word.
+
+  Raises:
+    InputError: of a kind of WAVES, but not such a text.
+  """
+  kind, *given = text.split(':')
+  if kind not in WAVES:
+    return None
+  pairs = [part.partition('=')[::2] for part in given]
+  names = Wave._fields[1:]
+  require(sorted(name for name, _ in pairs) == sorted(names), 'process', text,
+          f'{kind}:low=5:high=45:period_s=60, each of {names} once')
+  values: dict[str, float] = {}
+  for name, number in pairs:
+    try:
+      values[name] = float(number)
+    except ValueError:
+      values[name] = math.nan
+    require(is_positive(values[name]) or name == 'low' and values[name] == 0,
+            f'process {kind}: {name}', number, 'a number above 0')
+  require(values['low'] < values['high'], f'process {kind}: low',
+          values['low'], f'below high={values["high"]:g}')
+  return Wave(kind, **values)
 
 
 # --- shared prefixes --------------------------------------------------------

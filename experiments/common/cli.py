@@ -86,8 +86,11 @@ SHARED = {
                    'path.py:name, a dsjax.Policy of your own.', str),
     'target': Flag(None, 'Share that must meet both objectives.', float),
     'lengths': Flag(None, f'One of {sorted(traffic.MIXTURES)}, '
-                    'fixed:PROMPTxOUTPUT (tokens), or a file.', str),
-    'process': Flag(None, f'Of arrivals, one of {workload.PROCESSES}.', str),
+                    'fixed:PROMPTxOUTPUT (tokens), a file, mix:NAME+NAME, or '
+                    'shift:SECONDS:NAME+NAME, so long of each in turn.', str),
+    'process': Flag(None, f'Of arrivals, one of {workload.PROCESSES}, or '
+                    'sine:low=5:high=45:period_s=60, or step:... (requests a '
+                    'second).', str),
     'cv': Flag(None, 'Of the gaps, --process=gamma only.', float),
     'rate': Flag(None, 'Requests a second.', float),
     'rates': Flag(None, 'Requests a second, with commas between.', str),

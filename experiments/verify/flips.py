@@ -18,7 +18,7 @@ from rich.table import Table
 
 import dsjax
 from dsjax.config.engine import EngineConfig
-from dsjax.scheduling import page_pool, scheduler
+from dsjax.scheduling import prefix_cache, scheduler
 from dsjax.scheduling.events import Flip, Migrate
 from experiments.common import machine
 
@@ -94,7 +94,7 @@ def serve(model, placement, config, policy, jobs, count, show):
           pauses += record.itl_s
         show(len(tokens), count, seen['flips'])
     scheduler.check(server.state)
-    leaked = sum(inst.pool.num_pages - page_pool.num_free(inst.pool)
+    leaked = sum(inst.pool.num_pages - prefix_cache.num_free(inst.pool)
                  for inst in server.state.instances) + sum(
                      config.max_seqs - len(e.spare) for e in server.engines)
     return {'requests': len(tokens), 'tokens': tokens, 'lost': len(lost),

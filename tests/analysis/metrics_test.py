@@ -427,3 +427,13 @@ def test_summarize_refuses():
                  {'warmup_s': -1.0}, {'warmup_s': math.nan}):
     with pytest.raises(InputError):
       metrics.summarize([], SLO, **{'num_devices': 1} | change)
+
+
+def test_each_phase_has_a_share_of_its_own():
+  records = [_record(arrival_s=float(n), ttft_s=0.5 if n % 10 < 5 else 2.0)
+             for n in range(40)]
+  shares = metrics.by_phase(records, SLO, 10.0, ('calm', 'busy'))
+  assert list(shares) == ['calm', 'busy']
+  assert [share for share, *_ in shares.values()] == [1.0, 0.0]
+  empty = metrics.by_phase(records[:1], SLO, 100.0, ('calm', 'busy'))
+  assert math.isnan(empty['busy'][0])

@@ -2,13 +2,17 @@
 
 import csv
 import dataclasses
+import functools
 
 import pytest
 from rich.console import Console
 
+import dsjax
 from dsjax.config.checks import InputError
+from dsjax.runtime.engine import Engine
 from experiments import policies
 from experiments.common import cli
+from tests.common import fake_engine
 from tests.common.results import check_written, made_by
 
 TINY = dict(workloads=['sharegpt'], objectives=['balanced'], requests=50,
@@ -43,6 +47,44 @@ def test_lines_table_and_pictures_and_a_run_that_goes_on(tmp_path):
   assert lines(tmp_path)[:2] == first and len(lines(tmp_path)) == 3
 
 
+def test_a_load_that_shifts_is_judged_over_whole_periods(tmp_path):
+  code, text = run(tmp_path, process='sine:low=1:high=9:period_s=4',
+                   only=['static'])
+  assert code == 0 and 'sine' in text
+  line, = lines(tmp_path)
+  assert line['workload'] == 'sharegpt sine:low=1:high=9:period_s=4'
+  assert float(line['goodput_per_device']) > 0
+  names = [part.rpartition(' ')[0] for part in line['phases'].split(', ')]
+  assert names == ['rising high', 'falling high', 'falling low', 'rising low']
+  code, text = run(tmp_path, process='sine:low=1:high=9:period_s=4',
+                   only=['static'])
+  assert '0 of 1 cells to measure' in text
+
+
+@pytest.mark.parametrize('make_engine', [
+    fake_engine.FakeEngine, pytest.param(Engine, marks=pytest.mark.deep)])
+def test_a_row_is_served_on_this_machine(tmp_path, monkeypatch, make_engine):
+  monkeypatch.setattr(dsjax, 'serve', functools.partial(
+      dsjax.serve, make_engine=make_engine))
+  code, text = run(
+      tmp_path, real=True, model='tiny', rate=40.0, requests=50,
+      workloads=['fixed:24x6'], only=['static', 'colocated'], ttft_s=60.0,
+      tpot_s=60.0)
+  assert code == 0 and 'seconds on this machine' in text
+  check_written(text, tmp_path)
+  with open(tmp_path / 'real.csv', newline='') as file:
+    rows = list(csv.DictReader(file))
+  assert [row['policy'] for row in rows] == ['static:prefills=1', 'colocated']
+  for row in rows:
+    assert (row['tokens'], row['equal']) == ('300', 'True')
+    assert float(row['attained']) == 1.0 and float(row['ttft_p50_s']) > 0
+
+
+def test_a_real_row_needs_a_rate(tmp_path):
+  with pytest.raises(InputError, match='--rate'):
+    run(tmp_path, real=True, model='tiny', only=['static'])
+
+
 def test_minutes_end_it_and_what_was_known_is_kept(tmp_path):
   code, text = run(tmp_path, minutes=0.0)
   assert code == 0 and 'Stopped by --minutes' in text
@@ -51,7 +93,7 @@ def test_minutes_end_it_and_what_was_known_is_kept(tmp_path):
 
 def test_the_best_variant_counts():
   cell = policies.Cell('llama-3-8b', 'tables:h100-80g', '1x1', 3, 'sharegpt',
-                       'balanced', 'static', 'deadlines')
+                       'poisson', 'balanced', 'static', 'deadlines')
   assert policies.variants(cell) == ['static:prefills=1+deadlines',
                                      'static:prefills=2+deadlines']
 
@@ -74,8 +116,8 @@ def test_a_folder_of_other_results_is_left_alone(tmp_path):
 
 def test_objectives_follow_the_model():
   effort = policies.Effort(50, 0.5, 0.9, 0)
-  problem = policies.problem_of('llama-3-8b', 'tables:h100-80g', '1x1',
-                                'sharegpt', effort)
+  problem = policies.problem_of('llama-3-8b', 'tables:h100-80g', 'sharegpt',
+                                'poisson', effort)
   plan = policies.Plan()
   balanced, ttft, tpot = (policies.objectives(problem, plan, name)
                           for name in policies.OBJECTIVES)

@@ -75,12 +75,85 @@ def test_a_missing_file_is_named():
     lengths_of('no/file.csv')
 
 
-def test_the_rate_swings():
-  even, daily = (np.array(arrivals_of('poisson', 2.0, 400, swing=swing,
-                                      period_s=200.0)) for swing in (0, 1.0))
-  upper = [(times % 200 < 100).mean() for times in (even, daily)]
-  assert 0.4 < upper[0] < 0.6 and 0.75 < upper[1] < 0.9  # 1/2 + 1/pi
-  assert daily[-1] == pytest.approx(even[-1], rel=0.2)
+def test_a_sine_has_its_rates_and_a_step_has_two():
+  sine = np.array(arrivals_of('sine:low=5:high=45:period_s=60', None, 15000))
+  counts, _ = np.histogram(sine[sine < 600] % 60, 12)
+  assert counts.argmax() in (2, 3) and counts.argmin() in (8, 9)
+  assert counts.max() / 50 == pytest.approx(44.5, rel=0.08)  # 10 x 5 s
+  assert counts.min() / 50 == pytest.approx(5.5, rel=0.25)
+  step = np.array(arrivals_of('step:period_s=20:low=0:high=4', None, 4000))
+  assert (step % 20 >= 10).all()
+  assert step[-1] == pytest.approx(2000, rel=0.1)
+
+
+def test_a_rate_of_a_wave_is_its_mean():
+  process = 'sine:low=5:high=45:period_s=60'
+  own = arrivals_of(process, 25.0, 3000)
+  assert own == arrivals_of(process, None, 3000)
+  twice = np.array(arrivals_of(process, 50.0, 3000))
+  assert twice[-1] == pytest.approx(60, rel=0.1)
+  with pytest.raises(InputError, match='rate_per_s=0: must be None or'):
+    arrivals_of(process, 0, 5)
+
+
+@pytest.mark.parametrize('process, error', [
+    ('sine', 'process=.sine.: must be sine:low=5'),
+    ('sine:low=5:high=45', 'each of'),
+    ('sine:low=5:high=45:period=60', 'each of'),
+    ('sine:low=5:low=5:high=45:period_s=60', 'each of'),
+    ('sine:low=5:high=45:period_s=60:cv=2', 'each of'),
+    ('sine:low=-1:high=45:period_s=60', 'process sine: low=.-1.'),
+    ('sine:low=5:high=nan:period_s=60', 'process sine: high=.nan.'),
+    ('sine:low=5:high=45:period_s=inf', 'process sine: period_s=.inf.'),
+    ('step:low=5:high=x:period_s=60', 'process step: high=.x.'),
+    ('step:low=5:high=5:period_s=60', 'low=5.0: must be below high=5'),
+    ('ramp:low=5:high=45:period_s=60', 'must be one of'), (7, 'process=7')])
+def test_a_wave_that_is_none_is_one_clear_error(process, error):
+  for call in (lambda: arrivals_of(process, 1.0, 5),
+               lambda: source('humaneval', process=process)):
+    with pytest.raises(InputError, match=error):
+      call()
+
+
+def test_lengths_mix():
+  make = pickle.loads(pickle.dumps(source('mix:fixed:10x2+fixed:500x3')))
+  sizes = make.lengths(400)
+  assert set(sizes) == {(10, 2), (500, 3)}
+  assert 160 < sizes.count((10, 2)) < 240
+  assert make.lengths(40) == sizes[:40] and make.longest == 503
+  assert make.phases is None
+  assert max(map(sum, make.within(100).lengths(50))) == 100
+  slow, fast = make(1.0, 40), make(4.0, 40)
+  assert [len(r.prompt) for r in slow] == [len(r.prompt) for r in fast]
+
+
+def test_lengths_shift_with_time():
+  make = source('shift:10:sharegpt+fixed:7x2+longbench', seed=2)
+  for request in make(5.0, 600):
+    is_fixed = len(request.prompt) == 7 and request.sampling.max_tokens == 2
+    assert is_fixed == (int(request.arrival_s / 10) % 3 == 1)
+  assert make.phases == (30.0, ('sharegpt', 'fixed:7x2', 'longbench'))
+  assert (7, 2) in make.lengths(9)  # of each kind, at no rate
+  both = source('shift:10:humaneval+longbench',
+                process='step:low=1:high=9:period_s=60')
+  assert both.phases.names == ('humaneval', 'longbench')
+  assert source('humaneval', process='step:low=1:high=9:period_s=60'
+                ).phases == (60.0, ('low', 'high'))
+
+
+@pytest.mark.parametrize('lengths, process, error', [
+    ('mix:sharegpt', 'poisson', 'mix:NAME'), ('mix:', 'poisson', 'mix:NAME'),
+    ('shift:sharegpt+longbench', 'poisson', 'mix:NAME'),
+    ('shift:0:sharegpt+longbench', 'poisson', 'mix:NAME'),
+    ('shift:nan:sharegpt+longbench', 'poisson', 'mix:NAME'),
+    ('shift:9:sharegpt+web', 'poisson', 'lengths=.web.'),
+    ('mix:sharegpt+mix', 'poisson', 'lengths=.mix.'),
+    ('mix:sharegpt+longbench', 'trace', 'process=.trace.'),
+    ('mix:sharegpt+longbench', 'burst', 'process=.burst.'),
+    ('mix:sharegpt+longbench', 'resample', 'process=.resample.')])
+def test_lengths_that_neither_mix_nor_shift(lengths, process, error):
+  with pytest.raises(InputError, match=error):
+    source(lengths, process=process)
 
 
 def test_a_trace_is_resampled_with_its_burstiness(trace):
@@ -91,7 +164,7 @@ def test_a_trace_is_resampled_with_its_burstiness(trace):
 
 
 @pytest.mark.parametrize('process, more, message', [
-    ('daily', {}, 'process'), ('burst', {'swing': 0.5}, 'swing'),
+    ('daily', {}, 'process'),
     ('resample', {}, 'fit.entries'), ('trace', {}, 'arrival times')])
 def test_bad_arrivals(process, more, message):
   with pytest.raises(InputError, match=message):

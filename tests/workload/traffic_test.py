@@ -156,12 +156,15 @@ def test_varied_poisson_has_each_segments_rate():
   assert constant == pytest.approx([t / 4 for t in unit[:50]])
 
 
-@given(st.floats(0.1, 100), st.floats(0, 1), st.integers(3, 100))
-def test_a_day_has_its_mean_and_its_swing(rate, swing, steps):
-  day = traffic.diurnal(rate, swing, 86400.0, steps)
-  assert sum(s for s, _ in day) == pytest.approx(86400)
-  assert sum(s * r for s, r in day) == pytest.approx(86400 * rate)
-  assert all(0 <= r <= rate * (1 + swing) * (1 + 1e-9) for _, r in day)
+@given(st.floats(0, 100), st.floats(0.1, 100), st.sampled_from(
+    sorted(traffic.WAVES)))
+def test_a_wave_has_its_mean_and_its_limits(low, more, kind):
+  wave = traffic.Wave(kind, low, low + more, 86400.0)
+  segments = wave.segments()
+  assert sum(s for s, _ in segments) == pytest.approx(86400)
+  assert sum(s * r for s, r in segments) == pytest.approx(
+      86400 * wave.mean_per_s, rel=1e-3)
+  assert all(low <= r <= (low + more) * (1 + 1e-9) for _, r in segments)
 
 
 @pytest.mark.parametrize('segments', [

@@ -1,0 +1,44 @@
+"""Replanning: the placement is searched again for the load of late.
+
+Zhong et al., OSDI 2024, 4.3: rate and lengths are watched, and where they have
+shifted the placement algorithm runs again on what came of late. Here devices
+are flexible instances: the placements are every split of them, all colocated
+and all chunked, each is played by the simulator, and roles change to those of
+the best where it attains clearly more than the present one.
+"""
+
+import dataclasses
+
+from dsjax.config.placement import Slo
+from dsjax.policies import chunked
+from dsjax.policies.predict import home_roles
+from dsjax.policies.rollouts import better
+from dsjax.scheduling.policy import (
+  DISTSERVE,
+  InstanceView,
+  Policy,
+  PrefillBudget,
+  View,
+)
+
+
+def policy(slo: Slo, prefills: int = 1, tick_s: float = 5.0) -> Policy:
+  """prefills: at the start. tick_s: seconds between two searches."""
+  mixing = chunked.policy(slo)
+
+  def batch(view: View, instance: InstanceView) -> PrefillBudget:
+    base = mixing if instance.mixes else DISTSERVE
+    return base.batch(view, instance)
+
+  placed = dataclasses.replace(DISTSERVE, name='replan', batch=batch)
+
+  def resize(view: View) -> dict[int, str]:
+    if view.time_s == 0:
+      return home_roles(view, prefills)
+    known = [i for i in view.may_prefill if i.flips]
+    splits = [('prefill',) * n + ('decode',) * (len(known) - n)
+              for n in range(1, len(known))]
+    return better(placed, slo, view, known, [
+        *splits, ('colocated',) * len(known), ('chunked',) * len(known)])
+
+  return dataclasses.replace(placed, tick_s=tick_s, resize=resize)

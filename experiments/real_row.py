@@ -1,0 +1,132 @@
+"""`experiments.policies --real`: policies on this machine's own devices.
+
+  python -m experiments.policies --real --model=tiny --instances=2 --rate=8 \
+    --requests=50 --only=static,colocated,chunked --workloads=fixed:24x8
+
+The same requests, once under each policy with its first setting, on the real
+engine: flexible instances of one CPU device each. Tokens are counted and
+compared, as no policy may change one. Seconds are of this machine, and where
+other programs share it, of them too. Policies that predict want --latency=FILE,
+which experiments.measure wrote of it.
+
+It prints a line a policy and writes real.csv and real.json.
+"""
+
+import csv
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+import dsjax
+from dsjax import workload
+from dsjax.analysis import metrics
+from dsjax.checkpoints.checkpoint import Model
+from dsjax.config.checks import require
+from dsjax.config.engine import EngineConfig
+from dsjax.config.placement import Placement, Plan, Slo
+from dsjax.config.request import Request
+from dsjax.simulation import profiles
+from experiments.common import cli, policies, provenance, terminal
+
+# Small, as every shape is compiled before the first request.
+MOST_PREFILL_TOKENS, MAX_SEQS, PREFILL_SEQS = 256, 4, 2
+
+
+class Row(NamedTuple):
+  """A line of real.csv. tokens: generated. equal: every answer is token for
+  token that of the first policy. Times in seconds on this machine."""
+
+  policy: str
+  requests: int
+  tokens: int
+  equal: bool
+  attained: float
+  low: float
+  high: float
+  ttft_p50_s: float
+  ttft_p90_s: float
+  tpot_p50_s: float
+  tpot_p90_s: float
+  goodput_per_device: float
+
+
+def requests_of(options: Any, model: Model) -> list[Request]:
+  """The requests of the first workload, in the model's vocabulary, each cut to
+  half its context a side."""
+  source = workload.source(options.workloads[0], options.seed, options.process)
+  if options.rate is None:
+    require(workload.wave_of(options.process), '--rate', None,
+            'requests a second, with --real')
+  times = [r.arrival_s for r in source(options.rate, options.requests)]
+  half = model.config.max_len // 2
+  return workload.from_lengths(
+      source.entries_at(times), len(times), times, model.config.vocab_size,
+      options.seed, half, half, in_order=True)[0]
+
+
+def serve(options: Any, model: Model, text: str, requests: list[Request],
+          known: dict[int, tuple[int, ...]]) -> Row:
+  """A Row; known: answers of the first policy, which are filled in by it."""
+  slo = Slo(options.ttft_s, options.tpot_s)
+  placement = Placement(flexible=[Plan()] * options.instances)
+  latency = options.latency if profiles.is_file(options.latency) else None
+  longest = max(len(r.prompt) + (r.sampling.max_tokens or 0)
+                for r in requests)
+  max_len = max(16, 1 << (longest - 1).bit_length())
+  config = EngineConfig(
+      max_len=max_len, max_seqs=MAX_SEQS, prefill_seqs=PREFILL_SEQS,
+      prefill_tokens=min(max_len, MOST_PREFILL_TOKENS))
+  with dsjax.serve(model, placement, config, latency=latency,
+                   policy=policies.load(text, slo)) as server:
+    server.run(requests)
+    answers = {r.id: tuple(server.output(r.id).tokens)
+               for r in server.records if r.status in ('stop', 'length')}
+  first = known or answers
+  known.update(first)
+  summary = metrics.summarize(server.records, slo, options.instances)
+  return Row(text, len(server.records), sum(map(len, answers.values())),
+             all(answers[id] == first[id] for id in answers.keys() & first),
+             *summary.attainment, *summary.ttft_s[:2], *summary.tpot_s[:2],
+             summary.goodput_per_s_device)
+
+
+def table(rows: list[Row]) -> Table:
+  """Policies down."""
+  out = Table(title='seconds on this machine')
+  for name in ('policy', 'requests', 'tokens', 'equal', 'met both [95 %]',
+               'TTFT p50 / p90', 'TPOT p50 / p90', 'per device'):
+    out.add_column(name, justify='left' if name == 'policy' else 'right')
+  for row in rows:
+    out.add_row(
+        row.policy, str(row.requests), str(row.tokens),
+        'yes' if row.equal else 'NO',
+        f'{row.attained:.0%} [{row.low:.0%}, {row.high:.0%}]',
+        f'{row.ttft_p50_s:.3f} / {row.ttft_p90_s:.3f}',
+        f'{row.tpot_p50_s:.4f} / {row.tpot_p90_s:.4f}',
+        f'{row.goodput_per_device:.3g}')
+  return out
+
+
+def run(options: Any, console: Console, texts: list[str],
+        asked: Mapping[str, Any]) -> int:
+  """Serves, shows and writes; texts: a policy each."""
+  cli.prepare(options.instances)
+  model = dsjax.load(options.model)
+  requests, rows, known = requests_of(options, model), [], {}
+  for text in texts:
+    rows.append(serve(options, model, text, requests, known))
+  console.print(table(rows))
+  out = pathlib.Path(options.out)
+  out.mkdir(parents=True, exist_ok=True)
+  with (out / 'real.csv').open('w', newline='') as file:
+    writer = csv.writer(file)
+    writer.writerow(Row._fields)
+    writer.writerows(rows)
+  provenance.save_json(out / 'real.json',
+                       {'rows': [row._asdict() for row in rows]}, asked,
+                       options.workloads[:1])
+  terminal.written(console, out, 'real.csv', 'real.json')
+  return 0 if all(row.equal for row in rows) else 1

@@ -1,0 +1,73 @@
+"""The runner that shifts a load and shows what policies make of it."""
+
+import csv
+import json
+
+import pytest
+from rich.console import Console
+
+from dsjax.config.checks import InputError
+from dsjax.config.placement import Slo
+from dsjax.scheduling.events import Flip
+from dsjax.workload.named import Phases
+from experiments import replan
+from experiments.common import cli
+from tests.common.results import check_written, made_by
+
+TINY = dict(instances=2, seconds=6.0, policies=['static:prefills={k}',
+                                                'colocated'],
+            process='step:low=2:high=20:period_s=4')
+
+
+def run(out, **options):
+  console = Console(record=True, width=150)
+  code = replan.run(cli.options(replan.FLAGS, out=str(out), **TINY | options),
+                    console)
+  return code, console.export_text()
+
+
+def test_a_line_a_segment_and_policy(tmp_path):
+  code, text = run(tmp_path)
+  assert code == 0
+  check_written(text, tmp_path)
+  assert made_by(tmp_path)['options']['instances'] == 2
+  with open(tmp_path / 'replan.csv', newline='') as file:
+    lines = list(csv.DictReader(file))
+  assert [(line['policy'], line['start_s'], line['phase'], line['roles'])
+          for line in lines] == [
+      (policy, start_s, phase, roles)
+      for policy, roles in (('static:prefills=1', 'PD'), ('colocated', 'BB'))
+      for start_s, phase in (('0.0', 'low'), ('2.0', 'high'), ('4.0', 'low'))]
+  assert float(lines[1]['rate_per_s']) > 3 * float(lines[0]['rate_per_s'])
+  told = json.loads((tmp_path / 'replan.json').read_text())['policies']
+  assert told['colocated']['flips'] == 0 and told['colocated']['attained'] > 0
+  assert 'in the worst segment; 0 flips, 0 after the first minute' in text
+
+
+def test_segments_where_nothing_shifts_and_where_lengths_do():
+  even = cli.options(replan.FLAGS, seconds=12.0, segment_s=5.0)
+
+  class Source:
+    phases = None
+
+  assert replan.spans(even, Source) == [
+      (0.0, 5.0, ''), (5.0, 10.0, ''), (10.0, 12.0, '')]
+  Source.phases = Phases(6.0, ('a', 'b', 'c'))
+  assert [name for *_, name in replan.spans(even, Source)] == list('abcabc')
+
+
+def test_flips_are_counted_but_those_of_the_start():
+  flips = [(0.0, Flip(0, 'prefill')), (3.0, Flip(1, 'decode')),
+           (7.0, Flip(0, 'decode'))]
+  lines = replan.segments('mine', [(0.0, 5.0, ''), (5.0, 9.0, '')], [], flips,
+                          Slo(1.0, 1.0), 2)
+  assert [(line.roles, line.flips) for line in lines] == [('PD', 1), ('DD', 1)]
+
+
+@pytest.mark.parametrize('options, error', [
+    (dict(policies=['luck']), 'policy'), (dict(plan='3x1'), 'Placement'),
+    (dict(process='ramp'), 'process'), (dict(lengths='nowhere'), 'lengths'),
+    (dict(process='poisson'), 'rate_per_s')])
+def test_bad_input_names_the_flag(tmp_path, options, error):
+  with pytest.raises(InputError, match=error):
+    run(tmp_path, **options)
