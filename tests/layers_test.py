@@ -34,7 +34,7 @@ EFFECTS = {'asyncio', 'glob', 'io', 'multiprocessing', 'os', 'pathlib',
            'threading', 'time'}
 FILE_METHODS = {'read_text', 'read_bytes', 'write_text', 'write_bytes'}
 # Packages from outside beside the standard library; None: any, and effects.
-PACKAGES = {'pure': {'numpy'}, 'device': {'jax', 'flax', 'numpy'},
+PACKAGES = {'pure': {'numpy', 'rpds'}, 'device': {'jax', 'flax', 'numpy'},
             'shell': None, 'tool': None}
 # What else single files may do, and why.
 EXCEPTIONS = {

@@ -145,7 +145,8 @@ def test_route_splits_a_prompt_within_a_page(roles):
   state, (copy,) = scheduler.step(config, state, PrefillDone(1.0, 0, 0))
   assert copy == Migrate(0, 1, 0, (0, 1), 1, (0, 1), 5)
   state, (rest, decode) = scheduler.step(config, state, Migrated(2.0, 0, 1))
-  assert rest.instance == 1 and rest.chunks[0][1:] == (5, 11, (0, 1, 2), True)
+  assert rest.instance == 1 and rest.chunks[0][1:5] == (
+      5, 11, (0, 1, 2), True)
   assert state.instances[0].residents == 0
   assert isinstance(decode, RunDecode) and decode.rows[0].base == 11
 

@@ -107,7 +107,8 @@ def test_columns_that_are_not_read_are_named(tmp_path):
     (b'PK\x03\x04\x00', ['is a zip file or a spreadsheet']),
     (b'\x1f\x8b\x08\x00', ['cannot be read']),
     (gzip.compress(b'isl,osl\n1,2\n', mtime=0)[:-9], ['cannot be read']),
-    (gzip.compress(b'isl,osl\n1,2\n', mtime=0)[:10] + bytes(40), ['cannot be read']),
+    (gzip.compress(b'isl,osl\n1,2\n', mtime=0)[:10] + bytes(40),
+     ['cannot be read']),
     (gzip.compress(b'\xff', mtime=0), ['UTF-8']),
     ('prompt_len,output_len\n' + '1' * 140000 + ',1\n', ['line 2', 'CSV']),
     (AZURE + '2023-11-16 18:00:00,1,1\nyesterday,1,1\n',
@@ -163,8 +164,8 @@ def test_read_lengths_names_what_is_wrong(tmp_path, text, parts):
 @pytest.mark.parametrize('encoding', ('utf-8', 'utf-8-sig', 'utf-16'))
 def test_a_text_in_any_usual_coat(tmp_path, text, encoding):
   data = text.encode(encoding)
-  for name, coat in (('a.csv', data), ('a.csv.gz', gzip.compress(data, mtime=0)),
-                     ('a', gzip.compress(data, mtime=0))):
+  for name, coat in (('a.csv', data), ('a.csv.gz', gzip.compress(data)),
+                     ('a', gzip.compress(data))):
     path = _write(tmp_path / name, coat)
     assert workload.read_lengths(path) == ((0.0, 1, 2), (1.0, 3, 4))
   prompt = Prompt('Hi', None, None)
