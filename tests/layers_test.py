@@ -34,10 +34,11 @@ EFFECTS = {'asyncio', 'glob', 'io', 'multiprocessing', 'os', 'pathlib',
            'threading', 'time'}
 FILE_METHODS = {'read_text', 'read_bytes', 'write_text', 'write_bytes'}
 # Packages from outside beside the standard library; None: any, and effects.
-PACKAGES = {'pure': {'numpy', 'rpds'}, 'device': {'jax', 'flax', 'numpy'},
+PACKAGES = {'pure': {'numpy'}, 'device': {'jax', 'flax', 'numpy'},
             'shell': None, 'tool': None}
 # What else single files may do, and why.
 EXCEPTIONS = {
+    'dsjax/scheduling/prefix_cache.py': {'rpds'},  # maps that are values
     'dsjax/workload/files.py': {'io', 'pathlib'},  # reads traces, prompts
     'dsjax/simulation/hardware.py': {'pathlib'},  # what DistServe released
     'dsjax/simulation/profiles.py': {'pathlib'},  # files of latencies
