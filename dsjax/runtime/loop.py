@@ -281,8 +281,9 @@ class Loop:
     full = self._full.pop(event.instance, ())
     if isinstance(event, InstanceDown):
       return event._replace(ended=ended)
-    event = event._replace(blocks=tuple(
-        [(id, blocks) for id in full if (blocks := self._answer(id))]))
+    if self.scheduler_config.prefix_cache:
+      answers = [(id, self._answer(id)) for id in full]
+      event = event._replace(blocks=tuple([a for a in answers if a[1]]))
     if isinstance(event, PrefillDone):
       return event._replace(ended=tuple(id for id, _ in ended))
     return event._replace(ended=ended)

@@ -22,7 +22,7 @@ import collections
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from dsjax.scheduling import flexible, lifecycle, prefix_cache
+from dsjax.scheduling import flexible, lifecycle, prefix_cache, residents
 from dsjax.scheduling.events import (
   Abort,
   Drain,
@@ -213,7 +213,7 @@ def _target_lost(run, seq, reason):
 def _source_lost(run, seq, known, reason):
   if seq.target_pages:
     run.commands.append(Abort(seq.id, seq.epoch, seq.target))
-    _release_target(run, seq)
+    residents.free_target(run, seq)
   elif seq.stage == 'prefilled':
     run.unpull(seq)
   seq.target, seq.pages = -1, ()
@@ -228,18 +228,10 @@ def _source_lost(run, seq, known, reason):
   run.enqueue(seq)
 
 
-def _release_target(run, seq):
-  inst = run.touch(seq.target)
-  inst.pool = prefix_cache.release(inst.pool, seq.target_pages,
-                                   run.hashes(inst, seq), 0)
-  inst.residents -= 1
-  seq.target, seq.target_pages = -1, ()
-
-
 def _again(run, seq, reason):
   """The hand-off is over and its target may be used anew."""
   target = seq.target
-  _release_target(run, seq)
+  residents.free_target(run, seq)
   _retry(run, seq, reason, target)
 
 

@@ -27,7 +27,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dsjax.scheduling import (
-  blocks,
   choices,
   flexible,
   lifecycle,
@@ -36,6 +35,7 @@ from dsjax.scheduling import (
   page_pool,
   prefix_cache,
   recovery,
+  residents,
 )
 from dsjax.scheduling.events import (
   Arrived,
@@ -73,7 +73,6 @@ from dsjax.scheduling.state import (
   init,
   longest,
   never_fits,
-  room,
 )
 
 __all__ = ('RUN_AHEAD', 'Batch', 'Config', 'ImpossibleEvent', 'Instance',
@@ -229,7 +228,7 @@ class Run:
       return
     for chunk in command.chunks:
       if self.config.prefix_cache:
-        self.keep(inst, self.seqs[chunk.id], chunk.start, chunk.stop)
+        residents.keep(inst, self.seqs[chunk.id], chunk.start, chunk.stop)
       seq = self.own(chunk.id)
       if not chunk.last:
         if seq.stage == 'prefilling' and chunk.stop == seq.stop:
@@ -260,7 +259,7 @@ class Run:
     seq = self.handed(e)
     if seq is None:
       return
-    self.free(seq)
+    residents.free(self, seq)
     seq.instance, seq.pages = seq.target, seq.target_pages
     seq.target, seq.target_pages = -1, ()
     if seq.stage == 'abandoned':
@@ -268,7 +267,7 @@ class Run:
       return
     inst = self.touch(seq.instance)
     if self.config.prefix_cache:
-      self.keep(inst, seq, 0, seq.done)
+      residents.keep(inst, seq, 0, seq.done)
     self.join(inst, seq)
 
   def handed(self, e: Migrated | MigrateFailed | Timer) -> LiveSeq | None:
@@ -303,7 +302,7 @@ class Run:
     if ended:
       recovery.samples(e, command, ended)
     if e.blocks:
-      self.learn(e, command)
+      residents.learn(self, e, command)
     inst.fresh, inst.value = True, None
     inst.inflight.popleft()
     if inst.latency is not None and inst.config.pp == 1:
@@ -387,7 +386,7 @@ class Run:
   def conclude(self, seq: LiveSeq) -> None:
     if seq.stage == 'yielding':
       self.commands.append(Preempt(seq.id, seq.instance))
-      self.free(seq)
+      residents.free(self, seq)
       seq.pages, seq.done = (), 0
       self.enqueue(seq)
       return
@@ -400,7 +399,7 @@ class Run:
     self.drop(seq)
 
   def drop(self, seq: LiveSeq) -> None:
-    self.free(seq)
+    residents.free(self, seq)
     self.forget(seq)
 
   def forget(self, seq: LiveSeq) -> None:
@@ -408,63 +407,7 @@ class Run:
     del self.seqs[seq.id]
     self.owned.discard(seq.id)
 
-  # --- resources ------------------------------------------------------------
-
-  def free(self, seq: LiveSeq) -> None:
-    inst = self.touch(seq.instance)
-    inst.pool = prefix_cache.release(
-        inst.pool, seq.pages, self.hashes(inst, seq),
-        seq.done // inst.config.page_size)
-    inst.residents -= 1
-
-  def take(self, inst: LiveInstance, seq: LiveSeq, tokens: int, stop: int,
-           unit: int) -> tuple[tuple[int, ...], int] | None:
-    """Pages for a new resident holding `tokens` tokens; None: it must wait.
-
-    Returns:
-      (pages, how many of its first `stop` tokens are there already: a multiple
-      of `unit`, and not all).
-    """
-    if inst.residents >= inst.config.max_seqs:
-      return None
-    hashes = self.hashes(inst, seq)[:(stop - 1) // unit
-                                    * unit // inst.config.page_size]
-    hits = prefix_cache.hits(inst.pool, hashes)
-    hit = len(hits) * inst.config.page_size // unit * unit
-    del hits[hit // inst.config.page_size:]
-    need = room(inst, inst.config, tokens, hits)
-    if not need or not choices.admits(self, inst, seq, need):
-      return None
-    inst.pool, ids = prefix_cache.hold(inst.pool, hashes[:len(hits)])
-    inst.pool, more = prefix_cache.alloc(inst.pool, need)
-    inst.value = None
-    inst.residents += 1
-    return ids + more, hit
-
-  def hashes(self, inst: LiveInstance, seq: Any) -> Sequence[int]:
-    """Of the pages of a request on an instance, those that are known."""
-    if not seq.blocks:
-      return ()
-    return blocks.of_pages(seq.blocks, inst.config.page_size, inst.block_size)
-
-  def keep(self, inst: LiveInstance, seq: Any, start: int, stop: int) -> None:
-    """Full pages of tokens [start, stop) are there: others may have them."""
-    size = inst.config.page_size
-    pages = slice(start // size, stop // size)
-    inst.pool = prefix_cache.keep(inst.pool, seq.pages[pages],
-                                  self.hashes(inst, seq)[pages])
-
-  def learn(self, e: PrefillDone | DecodeDone,
-            command: RunPrefill | RunDecode) -> None:
-    """What the requests that end with a command have generated."""
-    written = {row.id: row.base + command.tick + command.steps
-               for row in command.rows}
-    written.update((c.id, c.stop) for c in command.chunks if c.last)
-    for id, more in e.blocks:
-      known = len(self.seqs[id].blocks) + len(more) if id in written else 0
-      if not 0 < known * self.config.block_size <= written.get(id, 0):
-        raise ImpossibleEvent(f'{e}: it does not fill these blocks of {id}')
-      self.own(id).blocks += more
+  # --- places ----------------------------------------------------------------
 
   def enqueue(self, seq: LiveSeq) -> None:
     """Puts a request into the queue of an instance that prefills."""
@@ -542,8 +485,9 @@ class Run:
       seq = self.seqs[pulls[0]]
       sizes = (self.instances[seq.instance].config.page_size,
                inst.config.page_size)
-      taken = self.take(inst, seq, min(seq.prompt_len + 1, seq.limit - 1),
-                        seq.done, math.lcm(*sizes))
+      taken = residents.take(
+          self, inst, seq, min(seq.prompt_len + 1, seq.limit - 1), seq.done,
+          math.lcm(*sizes))
       if taken is None:
         id = next(filter(self.may_stay, pulls), -1) if (
             inst.able.flips and self.is_stuck(inst)) else -1
@@ -687,9 +631,9 @@ class Run:
         return None
     if seq.stage == 'queued':
       # Where it will decode too: room for its first tick.
-      taken = self.take(inst, seq, min(seq.prompt_len + inst.decodes,
-                                       seq.limit - 1), seq.stop,
-                        inst.config.page_size)
+      taken = residents.take(
+          self, inst, seq, min(seq.prompt_len + inst.decodes, seq.limit - 1),
+          seq.stop, inst.config.page_size)
       if taken is None:
         return None
       del waiting[0]

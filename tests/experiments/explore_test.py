@@ -13,6 +13,7 @@ from dsjax.scheduling import (
   lifecycle,
   prefix_cache,
   recovery,
+  residents,
   scheduler,
 )
 from dsjax.scheduling.events import Arrived
@@ -41,7 +42,8 @@ LEAST = {
 RUN = scheduler.Run
 MUTATIONS = {
     'the source is freed early': (
-        RUN, 'pull', 'seq.epoch += 1', 'seq.epoch += 1; self.free(seq)'),
+        RUN, 'pull', 'seq.epoch += 1',
+        'seq.epoch += 1; residents.free(self, seq)'),
     'no epoch check': (RUN, 'handed', 'e.epoch < seq.epoch', 'False'),
     'a later epoch is passed over': (
         RUN, 'handed', 'e.epoch < seq.epoch', 'e.epoch != seq.epoch'),
@@ -135,22 +137,22 @@ KEPT = {
     'an owner too few': (
         prefix_cache, 'release', 'entry.owners - 1', '0'),
     'a page that is not full is kept': (
-        RUN, 'keep', 'stop // size', '-(-stop // size)'),
+        residents, 'keep', 'stop // size', '-(-stop // size)'),
     'a page is kept before it is written': (
         RUN, 'prefill', 'seq.done = stop',
-        'seq.done = stop; self.keep(inst, seq, start, stop)'),
+        'seq.done = stop; residents.keep(inst, seq, start, stop)'),
     'a page whose writer failed is kept': (
-        recovery, '_release_target', ', 0)', ', 9)'),
+        residents, 'free_target', ', 0)', ', 9)'),
     'what is kept is computed again': (
-        RUN, 'take', 'ids + more, hit', 'ids + more, 0'),
+        residents, 'take', 'ids + more, hit', 'ids + more, 0'),
     'the whole of a prompt is a hit': (
-        RUN, 'take', '(stop - 1)', 'stop'),
+        residents, 'take', '(stop - 1)', 'stop'),
     'a hit that the source has no page for': (
         RUN, 'pull', 'math.lcm(*sizes)', 'sizes[1]'),
     'other pages than those that are missing': (
         RUN, 'pull', 'pages[hit // size:', 'pages[0:'),
     'an answer is kept as another': (
-        RUN, 'learn', 'blocks += more', 'blocks += more[1:]'),
+        residents, 'learn', 'blocks += more', 'blocks += more[1:]'),
     'what a lost instance kept is remembered': (
         recovery, '_empty', 'prefix_cache.emptied(inst.pool)', 'inst.pool'),
 }
@@ -168,7 +170,7 @@ UNNOTICED = {
     'a piece over the budget': (
         RUN, 'prefill', 'seq.done + budget)', 'seq.done + budget + 1)'),
     'a resident too many': (
-        scheduler, 'room', 'inst.residents >= config.max_seqs',
+        residents, 'room', 'inst.residents >= config.max_seqs',
         'inst.residents > config.max_seqs'),
     'steps beyond the run-ahead': (RUN, 'decode', 'inst.run_ahead)', '9)'),
     'a micro-batch is passed by': (

@@ -1,0 +1,94 @@
+"""What requests hold on instances: their pages, and what is kept of them.
+
+Functions of a scheduler.Run, and of its instances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dsjax.scheduling import blocks, choices, prefix_cache
+from dsjax.scheduling.events import (
+  DecodeDone,
+  PrefillDone,
+  RunDecode,
+  RunPrefill,
+)
+from dsjax.scheduling.live import LiveInstance, LiveSeq
+from dsjax.scheduling.state import ImpossibleEvent, room
+
+if TYPE_CHECKING:
+  from dsjax.scheduling.scheduler import Run
+
+
+def take(run: Run, inst: LiveInstance, seq: LiveSeq, tokens: int, stop: int,
+         unit: int) -> tuple[tuple[int, ...], int] | None:
+  """Pages for a new resident holding `tokens` tokens; None: it must wait.
+
+  Returns:
+    (pages, how many of its first `stop` tokens are there already: a multiple
+    of `unit`, and not all).
+  """
+  size = inst.config.page_size
+  known = hashes(inst, seq)[:(stop - 1) // unit * unit // size]
+  hits = prefix_cache.hits(inst.pool, known)
+  hit = len(hits) * size // unit * unit
+  del hits[hit // size:]
+  need = room(inst, inst.config, tokens, hits)
+  if not need or not choices.admits(run, inst, seq, need):
+    return None
+  inst.pool, ids = prefix_cache.hold(inst.pool, known[:len(hits)])
+  inst.pool, more = prefix_cache.alloc(inst.pool, need)
+  inst.value = None
+  inst.residents += 1
+  return ids + more, hit
+
+
+def free(run: Run, seq: LiveSeq) -> None:
+  """A request gives its pages back; what is full of them is kept."""
+  inst = run.touch(seq.instance)
+  inst.pool = prefix_cache.release(inst.pool, seq.pages, hashes(inst, seq),
+                                   seq.done // inst.config.page_size)
+  inst.residents -= 1
+
+
+def free_target(run: Run, seq: LiveSeq) -> None:
+  """The target of its hand-off writes no more, and keeps nothing new."""
+  inst = run.touch(seq.target)
+  inst.pool = prefix_cache.release(inst.pool, seq.target_pages,
+                                   hashes(inst, seq), 0)
+  inst.residents -= 1
+  seq.target, seq.target_pages = -1, ()
+
+
+def hashes(inst: LiveInstance, seq: Any) -> Sequence[int]:
+  """Of the pages of a request on an instance, those that are known."""
+  if not seq.blocks:
+    return ()
+  return blocks.of_pages(seq.blocks, inst.config.page_size, inst.block_size)
+
+
+def keep(inst: LiveInstance, seq: Any, start: int, stop: int) -> None:
+  """Full pages of tokens [start, stop) are there: others may have them."""
+  size = inst.config.page_size
+  pages = slice(start // size, stop // size)
+  inst.pool = prefix_cache.keep(inst.pool, seq.pages[pages],
+                                hashes(inst, seq)[pages])
+
+
+def learn(run: Run, e: PrefillDone | DecodeDone,
+          command: RunPrefill | RunDecode) -> None:
+  """What the requests that end with a command have generated.
+
+  Raises:
+    ImpossibleEvent: it has not filled these blocks.
+  """
+  written = {row.id: row.base + command.tick + command.steps
+             for row in command.rows}
+  written.update((c.id, c.stop) for c in command.chunks if c.last)
+  for id, more in e.blocks:
+    known = len(run.seqs[id].blocks) + len(more) if id in written else 0
+    if not 0 < known * run.config.block_size <= written.get(id, 0):
+      raise ImpossibleEvent(f'{e}: it does not fill these blocks of {id}')
+    run.own(id).blocks += more
