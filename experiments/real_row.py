@@ -1,7 +1,6 @@
 """`experiments.policies --real`: policies on this machine's own devices.
 
-  python -m experiments.policies --real --model=tiny --instances=2 --rate=8 \
-    --requests=50 --only=static,colocated,chunked --workloads=fixed:24x8
+  python -m experiments.policies --real --model=tiny --instances=2 --rate=8
 
 The same requests, once under each policy with its first setting, on the real
 engine: flexible instances of one CPU device each. Tokens are counted and

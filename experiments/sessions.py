@@ -15,7 +15,8 @@ the rate) under each of ROUTES, each with and without a cache.
             moving what another has kept); rows go where copy and steps are
             predicted to end soonest.
 Real, with --real: a few sessions of a served model on two devices of this
-machine, one after another, first without and then with the cache.
+machine, one after another, first without and then with the cache. They share a
+system prompt of SYSTEM tokens; a turn has NEW more and an answer of ANSWER.
 
 It prints a table and writes sessions.csv: rate_per_s, route, cache, ttft_s
 (mean), later_ttft_s (of turns after the first; of a trace, of prompts whose
@@ -53,6 +54,7 @@ from dsjax.workload import sessions
 from experiments.common import cli, provenance, terminal
 
 KINDS = {'chat': sessions.CHAT, 'agent': sessions.AGENT}
+TURNS, SYSTEM, NEW, ANSWER = 4, 160, 32, 32  # with --real
 WARMUP = 0.2  # share of the requests that counts in no statistic
 FLAGS = {
     'kind': cli.Flag('chat', f'Of sessions: {" or ".join(KINDS)}.'),
@@ -187,15 +189,16 @@ def serve(options: Any, cache: bool) -> tuple[Line, int]:
   draw = np.random.default_rng(options.seed)
   vocabulary, turns = model.config.vocab_size, set()
   with dsjax.serve(model, 'prefill=1x1,decode=1x1', config) as server:
+    system = draw.integers(vocabulary, size=SYSTEM).tolist()
     for _ in range(options.sessions + 1):  # the first one warms up
-      prompt: list[int] = []
-      for turn in range(4):
-        prompt += draw.integers(vocabulary, size=60).tolist()
-        answer = server.generate(prompt, max_tokens=30, ignore_eos=True)
+      prompt = list(system)
+      for turn in range(TURNS):
+        prompt += draw.integers(vocabulary, size=NEW).tolist()
+        answer = server.generate(prompt, max_tokens=ANSWER, ignore_eos=True)
         prompt += answer.tokens
         if turn:
           turns.add(answer.id)
-    records = server.records[4:]
+    records = server.records[TURNS:]
     moved = server.copied_bytes
   return line(0.0, 'real', cache, Slo(options.ttft_s, options.tpot_s),
               records, turns), moved

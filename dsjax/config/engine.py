@@ -180,6 +180,8 @@ class EngineConfig:
     self._check_faults()
 
   def _check_faults(self):
+    if isinstance(self.away, list):  # of JSON
+      object.__setattr__(self, 'away', tuple(self.away))
     require(isinstance(self.away, tuple) and all(
         is_integer(0, 2**31 - 1)(index) for index in self.away),
             'EngineConfig.away', self.away, 'a tuple of instance numbers')

@@ -140,6 +140,6 @@ class Request:
   after: int | None = None
 
   def __post_init__(self) -> None:
-    if isinstance(self.id, np.generic) or isinstance(self.arrival_s,
-                                                     np.generic):
+    numbers = self.id, self.arrival_s, self.block_tokens, self.after
+    if any([isinstance(number, np.generic) for number in numbers]):
       make_plain(self)

@@ -58,7 +58,8 @@ def test_ppd_prefills_later_turns_where_they_decode():
   assert later(ppd, 'migrated_tokens') < 0.8 * later(static,
                                                      'migrated_tokens')
   without = served(named('ppd:prefills=2', slo), cache=False)
-  assert later(without, 'ttft_s') == pytest.approx(later(plain, 'ttft_s'))
+  assert later(without, 'ttft_s') == pytest.approx(
+      later(plain, 'ttft_s'), rel=0.05)
 
 
 def test_routes_by_hits_before_balanced_before_random():
