@@ -11,6 +11,11 @@ of --prompts (as chat turns, or with --kind=completion as texts), or, with
 attainment and goodput are over all requests sent. A server that says 429 has
 rejected a request, one that hangs up has failed it.
 
+With --turns=4 each arrival begins a chat of four turns: the next prompt follows
+the answer of the last, with all that was said before it, after --think_s
+seconds on average. A chat ends early where a turn is not answered. Tokens that
+the server says were cached are in the records.
+
 Token times are those of the chunks; where usage says that there were more
 tokens than chunks, each chunk stands for its share of them (ITL is then not to
 be read; --extra='{"stream_options": {"include_usage": true,
@@ -33,6 +38,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import httpx
+import numpy as np
 from rich.console import Console, Group
 
 from configs.serve import PROMPTS
@@ -50,6 +56,9 @@ FLAGS = {
     'kind': cli.Flag('chat', 'Of requests.', str,
                      choices=('chat', 'completion')),
     'prompts': cli.Flag(str(PROMPTS), 'A file of prompts.'),
+    'turns': cli.Flag(1, 'Of each chat.', low=1, high=1000),
+    'think_s': cli.Flag(5.0, 'Mean seconds from an answer to the next turn.',
+                        low=0.0),
     'lengths': None,
     'vocab': cli.Flag(1000, 'Ids of --lengths are below it.', low=1),
     'process': 'poisson',
@@ -67,13 +76,18 @@ FLAGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A request to send. body: its JSON. prompt_len: tokens, 0 if unknown."""
+  """A request to send. body: its JSON. prompt_len: tokens, 0 if unknown.
+
+  turns: that follow its answer, in order; their arrival_s counts from the
+  answer before, and their messages come behind all that was said.
+  """
 
   id: int
   arrival_s: float
   path: str
   body: dict[str, Any]
   prompt_len: int
+  turns: tuple['Job', ...] = ()
 
 
 def jobs(kind: str, model: str, arrivals_s: Sequence[float],
@@ -119,6 +133,21 @@ def jobs(kind: str, model: str, arrivals_s: Sequence[float],
     path = '/v1/chat/completions' if kind == 'chat' else '/v1/completions'
     made.append(Job(i, arrival_s, path, body | (extra or {}), size))
   return made
+
+
+def chats(single: Sequence[Job], turns: int, think_s: float, seed: int = 0
+          ) -> list[Job]:
+  """Jobs of chats: so many of these, in their order, make one.
+
+  The first arrives at its time, the others so long after the answer before as
+  a client thinks, exponential with mean think_s.
+  """
+  pauses_s = np.random.default_rng([seed, 11]).exponential(
+      think_s, len(single))
+  return [dataclasses.replace(single[first], turns=tuple(
+      [dataclasses.replace(job, arrival_s=float(pauses_s[job.id]))
+       for job in single[first + 1:first + turns]]))
+          for first in range(0, len(single), turns)]
 
 
 # --- sending ----------------------------------------------------------------
@@ -172,6 +201,7 @@ class Load:
     self.records: list[Record] = []
     self.lag_s: list[float] = []
     self.retry_after: dict[int, str | None] = {}
+    self.answers: dict[int, str] = {}  # until they are taken
 
   @property
   def now(self) -> float:
@@ -184,8 +214,23 @@ class Load:
       for job in sorted(todo, key=lambda job: job.arrival_s):
         await asyncio.sleep(max(0.0, job.arrival_s - self.now))
         self.lag_s.append(self.now - job.arrival_s)
-        group.create_task(self.send(job))
+        group.create_task(self.play(job))
         on_sent(self)
+
+  async def play(self, job: Job) -> None:
+    """Sends a job now, then each turn after the answer of the last."""
+    record = await self.send(job)
+    answer = self.answers.pop(job.id, '')
+    said = job.body.get('messages', [])
+    for turn in job.turns:
+      if record.status not in ('stop', 'length'):
+        return
+      await asyncio.sleep(turn.arrival_s)
+      said = [*said, {'role': 'assistant', 'content': answer},
+              *turn.body['messages']]
+      record = await self.send(dataclasses.replace(
+          turn, arrival_s=self.now, body=turn.body | {'messages': said}))
+      answer = self.answers.pop(turn.id, '')
 
   async def send(self, job: Job) -> Record:
     """Sends one job now; its record, in which errors end too."""
@@ -209,7 +254,7 @@ class Load:
     return record
 
   async def _read(self, answer, record):
-    times, count, reason, exact = [], 0, None, []
+    times, count, reason, exact, texts = [], 0, None, [], []
     async for event in events(answer):
       if 'error' in event:
         record.status, record.reason = 'failed', 'error in the stream'
@@ -218,6 +263,8 @@ class Load:
       if usage:
         count = usage['completion_tokens']
         record.prompt_len = usage['prompt_tokens']
+        record.cached_tokens = (usage.get('prompt_tokens_details') or {}).get(
+            'cached_tokens') or 0
         if event.get('choices'):  # continuous_usage_stats
           exact += [self.now] * (count - len(exact))
       for choice in event.get('choices', ()):
@@ -226,8 +273,10 @@ class Load:
         # Many servers name the role, with an empty text, before any token.
         if text is not None and not (not text and 'role' in delta):
           times.append(self.now)
+          texts.append(text)
         reason = choice.get('finish_reason') or reason
     record.token_s = exact or spread(times, count)
+    self.answers[record.id] = ''.join(texts)
     record.status = reason if reason in ('stop', 'length') else 'failed'
     if record.status == 'failed':
       record.reason = f'ended by {reason or "hanging up"}'
@@ -320,16 +369,26 @@ def run(options: Any, console: Console) -> int:
   rate = options.rate
   if rate is None and not workload.wave_of(options.process):
     rate = 1.0
+  require(options.turns == 1 or options.kind == 'chat' and not made,
+          '--turns', options.turns, '1 with --lengths or --kind=completion')
   times = workload.arrivals_of(
-      options.process, rate, options.requests, options.seed, options.cv,
-      made.entries if made else ())
+      options.process, rate, -(-options.requests // options.turns),
+      options.seed, options.cv, made.entries if made else ())
   entries = made.entries_at(times) if made else ()
   key = os.environ.get('DSJAX_API_KEY') or os.environ.get('OPENAI_API_KEY')
   model = options.model or find_model(options.url, key)
-  todo = jobs(options.kind, model, times, prompts, entries, options.max_tokens,
-              options.seed, options.vocab, extra)
+  if options.turns > 1:
+    each = [time_s for time_s in times for _ in range(options.turns)]
+    todo = chats(jobs('chat', model, each, prompts, (), options.max_tokens,
+                      options.seed, options.vocab, extra), options.turns,
+                 options.think_s, options.seed)
+  else:
+    todo = jobs(options.kind, model, times, prompts, entries,
+                options.max_tokens, options.seed, options.vocab, extra)
   title = (f'{model} at {options.url}: {options.requests} {options.kind} '
-           f'requests, {options.process}, '
+           f'requests, ' + (f'{options.turns} turns a chat, '
+                            if options.turns > 1 else '')
+           + f'{options.process}, '
            + (f'{rate:g} a second, ' if rate else '')
            + f'seed {options.seed}')
   load, stopped = None, False

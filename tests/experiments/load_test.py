@@ -83,6 +83,44 @@ def test_what_is_sent():
   assert body['max_tokens'] == 4 and body['ignore_eos'] is True
 
 
+def said(text):
+  return {'choices': [{'index': 0, 'delta': {'content': text},
+                       'finish_reason': None}]}
+
+
+def test_turns_repeat_what_was_said_and_follow_the_answer():
+  usage = {'prompt_tokens': 9, 'completion_tokens': 2,
+           'prompt_tokens_details': {'cached_tokens': 4}}
+  end = {'choices': [{'index': 0, 'delta': {}, 'finish_reason': 'length'}],
+         'usage': usage}
+  single = load.jobs('chat', 'm', (0.0,) * 6, [
+      workload.Prompt(f'q{n}', None, None) for n in range(6)])
+  todo = load.chats(single, 3, think_s=0.01)
+  assert [len(job.turns) for job in todo] == [2, 2]
+  sender, seen = asyncio.run(run(
+      todo, lambda body: (200, sse(said('a'), said('b'), end))))
+  chats = [[m['content'] for m in body['messages']] for _, body in seen]
+  assert sorted(chats) == sorted(
+      [[*sum(([f'q{n}', 'ab'] for n in range(first, last)), []), f'q{last}']
+       for first in (0, 3) for last in range(first, first + 3)])
+  assert [r.cached_tokens for r in sender.records] == [4] * 6
+  done = {r.id: r for r in sender.records}
+  for id in (1, 2, 4, 5):
+    assert done[id].arrival_s >= done[id - 1].finish_s
+  assert not sender.answers
+
+
+def test_a_chat_ends_where_a_turn_is_not_answered():
+  todo = load.chats(load.jobs('chat', 'm', (0.0,) * 3, [PROMPT]), 3, 0.0)
+  sender, seen = asyncio.run(run(todo, lambda body: (429, '{}')))
+  assert len(seen) == 1 and sender.records[0].status == 'rejected'
+
+
+def test_turns_are_of_chats():
+  with pytest.raises(InputError, match='--turns=2: must be 1 with --lengths'):
+    load.run(cli.options(load.FLAGS, turns=2, kind='completion'), Console())
+
+
 def test_a_record_of_a_stream():
   (record,), _ = ask(lambda _: (200, sse(chunk('a'), chunk('b'), *END)))
   assert record.status == 'length' and record.prompt_len == 5
