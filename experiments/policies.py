@@ -17,7 +17,7 @@ the lengths do (--workloads=shift:60:sharegpt+longbench), the goodput is the
 mean rate at which the target attains over a whole period, after one of warm-up,
 and column phases says what attains in each part of it: no phase is to be
 sacrificed. --real serves one row on this machine's CPU devices instead (see
-experiments/real_row.py).
+experiments/common/real_row.py).
 
 It prints a table an objective and writes policies.csv as it goes: model,
 cluster, workload, ttft_s, tpot_s, policy, goodput_per_device, low, high, binds
@@ -47,8 +47,14 @@ from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.placement import candidates, goodput, judging
 from dsjax.placement.api import make_problem
 from dsjax.policies.named import DEADLINES as DEADLINES_END
-from experiments import real_row
-from experiments.common import cli, pictures, policies, provenance, terminal
+from experiments.common import (
+  cli,
+  pictures,
+  policies,
+  provenance,
+  real_row,
+  terminal,
+)
 from experiments.place import processes
 
 OBJECTIVES = {'balanced': (5.0, 3.5), 'ttft': (2.5, 7.0), 'tpot': (12.0, 1.8)}
