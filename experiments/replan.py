@@ -177,15 +177,16 @@ def table(runs: Sequence[Served]) -> Table:
   return out
 
 
-def draw(path: pathlib.Path, runs: Sequence[Served], title: str) -> None:
+def draw(path: pathlib.Path, runs: Sequence[Served], end_s: float, title: str
+         ) -> None:
   """The load over time; each policy's share that attains; its instances that
   only prefill."""
   figure = Figure(figsize=(8, 6), layout='constrained')
   load, share, split = figure.subplots(3, sharex=True)
   lines = runs[0].segments
   starts = [line.start_s for line in lines]
-  load.step(starts, [line.rate_per_s for line in lines], where='post',
-            color='black')
+  load.stairs([line.rate_per_s for line in lines], [*starts, end_s],
+              baseline=None, color='black')
   load.set_ylabel('requests/s')
   for number, run in enumerate(runs):
     look = pictures.look(number)
@@ -195,6 +196,7 @@ def draw(path: pathlib.Path, runs: Sequence[Served], title: str) -> None:
                where='post', **look, fillstyle='none')
   share.set_ylabel('attained, %')
   split.set_ylabel('instances that\nonly prefill')
+  split.yaxis.get_major_locator().set_params(integer=True)
   split.set_xlabel('seconds (start of a segment)')
   share.legend(fontsize=8, frameon=False)
   load.set_title(title, fontsize=9)
@@ -236,9 +238,9 @@ def run(options: Any, console: Console) -> int:
     out = pathlib.Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     save(out / 'replan.csv', runs)
-    draw(out / 'replan.png', runs, f'{options.model}, {options.instances} x '
-         f'{options.plan} {options.latency}, {options.lengths}, '
-         f'{options.process}; simulated')
+    draw(out / 'replan.png', runs, options.seconds,
+         f'{options.model}, {options.instances} x {options.plan} '
+         f'{options.latency}, {options.lengths}, {options.process}; simulated')
     provenance.save_json(
         out / 'replan.json', {'policies': told, 'segments': [
             line._asdict() for served in runs for line in served.segments]},
