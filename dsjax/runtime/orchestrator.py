@@ -681,6 +681,8 @@ class Orchestrator:
     for index, request in enumerate(listed):
       with naming(f'requests[{index}], request {request.id}'):
         self._check_new(request)
+        require(request.after is None, 'Request.after', request.after,
+                'None: a server sends each at its time (simulate knows more)')
         self.check(request.prompt, request.sampling)
     return sorted(listed, key=lambda r: r.arrival_s)
 

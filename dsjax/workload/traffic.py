@@ -350,7 +350,12 @@ def _hash_ids(path: Path, line: int, row: Row) -> list[int]:
       isinstance(i, int) and not isinstance(i, bool) for i in ids):
     raise InputError(f'{path}, line {line}: hash_ids={str(ids)[:60]}: must '
                      'be a list of integers')
-  most = -(-int(row['input_length']) // BLOCK)
+  try:
+    most = -(-int(float(row['input_length'])) // BLOCK)
+  except (KeyError, TypeError, ValueError, OverflowError) as error:
+    raise InputError(f'{path}, line {line}: input_length='
+                     f'{row.get("input_length")!r}: must be tokens'
+                     ) from error
   if len(ids) > most:
     raise InputError(f'{path}, line {line}: hash_ids of length {len(ids)}: '
                      f'must be at most {most}, a block for every {BLOCK} '

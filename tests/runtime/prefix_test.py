@@ -6,6 +6,7 @@ import pytest
 
 from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
+from dsjax.config.request import Request, Sampling
 from dsjax.scheduling.events import Migrate, RunPrefill
 from dsjax.scheduling.prefix_cache import num_idle
 from tests.common import tiny
@@ -89,7 +90,6 @@ def test_a_turn_computes_and_moves_what_is_new(mode, config):
 
 
 def tiny_params(count):
-  from dsjax.config.request import Sampling
   return Sampling(max_tokens=count)
 
 
@@ -187,3 +187,12 @@ def test_without_it_nothing_is_kept():
 def test_it_is_on_or_off(value):
   with pytest.raises(InputError, match='EngineConfig.prefix_cache.*True'):
     EngineConfig(prefix_cache=value)
+
+
+def test_a_server_refuses_requests_that_follow_others():
+  work = [Request(n, 0.0, tiny.prompt(8, n), Sampling(max_tokens=2),
+                  after=n - 1 if n else None) for n in range(2)]
+  with fake_server_of('colocated', cached()) as server:
+    with pytest.raises(InputError, match=r'requests\[1\].*Request.after=0'):
+      server.run(work)
+    assert not server.records
