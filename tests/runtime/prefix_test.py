@@ -196,3 +196,27 @@ def test_a_server_refuses_requests_that_follow_others():
     with pytest.raises(InputError, match=r'requests\[1\].*Request.after=0'):
       server.run(work)
     assert not server.records
+
+
+@pytest.mark.parametrize('mode', ['1p1d', 'colocated'])
+def test_a_request_that_is_preempted_has_no_more_cached_than_its_prompt(mode):
+  """What it finds again of its own is not what others had computed."""
+  with fake_server_of(mode, cached()) as server:
+    first = [o.record for o in play(server, LONG)]
+    assert sum(r.preemptions for r in first) > 0
+    assert not any(r.cached_tokens for r in first)
+    again = [o.record for o in play(server, LONG * 3)]
+  assert sum(r.preemptions for r in again) > 0
+  assert all(r.cached_tokens <= full(r.prompt_len - 1, 4) for r in again)
+
+
+def test_what_a_lost_prefill_had_found_does_not_count():
+  prompt = tiny.prompt(20, 2)
+  with fake_server_of('colocated', cached(restart_s=0.0)) as server:
+    play(server, [(prompt, {'max_tokens': 5})])
+    id = server.submit(prompt, max_tokens=5)
+    assert commands(server, RunPrefill)[-1].chunks[0].hit == 16
+    server.kill(0, 0.0)
+    drain(server, faulty=True)
+    record = server.output(id).record
+    assert (record.retries, record.cached_tokens) == (1, 0)
