@@ -123,6 +123,8 @@ class Orchestrator:
     """
     config = config or EngineConfig()
     require(isinstance(policy, Policy), 'policy', policy, 'a dsjax.Policy')
+    require(planner is None or isinstance(planner, Executor), 'planner',
+            planner, 'an Executor, such as planner_process(), or None')
     require(config.max_len <= model.config.max_len,
             'EngineConfig.max_len', config.max_len,
             f'at most {model.config.max_len}, the context of '
