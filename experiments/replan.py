@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsjax.analysis import metrics
+from dsjax.config.checks import require
 from dsjax.config.placement import FIRST_ROLE, Placement, Plan, Slo
 from dsjax.placement.api import build, make_problem
 from dsjax.scheduling.events import Flip
@@ -40,6 +41,7 @@ from dsjax.simulation import simulator
 from experiments.common import cli, pictures, policies, provenance, terminal
 
 SHORT = {'prefill': 'P', 'decode': 'D', 'colocated': 'B', 'chunked': 'C'}
+MOST = 2**20  # requests
 FLAGS = {
     'model': cli.Flag('llama-3-8b', 'A name of dsjax.config.zoo.'),
     'latency': 'tables:h100-80g',
@@ -137,6 +139,8 @@ def serve(options: Any, text: str) -> Served:
     sent = source(options.rate, n)
     if sent[-1].arrival_s >= options.seconds or len(sent) < n:
       break
+    require(n < MOST, '--process, --rate, --seconds', n,
+            f'a load of less than {MOST} requests')
     n *= 2
   sent = [r for r in sent if r.arrival_s < options.seconds]
   result = simulator.simulate(config, sent, latencies, link, log=True)
@@ -156,7 +160,8 @@ def attained(run: Served, options: Any) -> float:
 def best(options: Any, text: str) -> Served:
   """The run of a policy; of one with {k}, the run that attains most."""
   numbers = range(1, options.instances) if '{k}' in text else (1,)
-  return max((serve(options, text.format(k=k)) for k in numbers),
+  return max((serve(options, text.replace('{k}', str(k)))
+              for k in numbers),
              key=lambda run: attained(run, options))
 
 
@@ -215,8 +220,9 @@ def save(path: pathlib.Path, runs: Sequence[Served]) -> None:
 
 def run(options: Any, console: Console) -> int:
   """Serves, shows and writes."""
+  require(options.policies, '--policies', '', 'at least one')
   for text in options.policies:
-    policies.load(text.format(k=1))  # a bad one is said before a run
+    policies.load(text.replace('{k}', '1'))  # a bad one is said before a run
   runs = []
   for text in options.policies:
     with console.status(f'serving under {text}'):

@@ -236,6 +236,7 @@ def save(out: pathlib.Path, options: Any, lines: Sequence[Line]) -> None:
 def run(options: Any, console: Any) -> int:
   """Runs, shows and writes."""
   require(options.kind in KINDS, '--kind', options.kind, f'of {list(KINDS)}')
+  require(options.routes, '--routes', '', f'of {list(ROUTES)}')
   for name in options.routes:
     require(name in ROUTES, '--routes', name, f'of {list(ROUTES)}')
   lines: list[Line] = []

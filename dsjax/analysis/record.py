@@ -17,8 +17,8 @@ class Record:
   time of the event that ended it; status is then its Finish's reason.
   preemptions: times its pages were taken for want of pages. retries: times it
   was taken up again after a fault (a lost instance, a failed hand-off).
-  cached_tokens: of the prompt, not computed as their KV was kept (after a
-  preemption those of then count too). migrated_tokens: whose KV was moved.
+  cached_tokens: of the prompt, whose KV was kept when the prefill began that
+  gave the first token. migrated_tokens: whose KV was moved.
   """
 
   id: int

@@ -222,7 +222,8 @@ class Recorder:
       self._use(life, command.instance)
       if life.stage != 'prefill':
         self._enter(life, 'prefill', now_s)
-      life.record.cached_tokens += chunk.hit
+      if not life.record.token_s:
+        life.record.cached_tokens += chunk.hit
       if chunk.last:
         lasts.append(life)
     chain = self._rows(command, now_s, 1) if command.rows else None
@@ -244,6 +245,8 @@ class Recorder:
   def _preempt(self, command, now_s):
     old = self._live[command.id]
     self._enter(old, 'prefill_queue', now_s)
+    if not old.record.token_s:
+      old.record.cached_tokens = 0
     if command.cause == 'fault':
       old.record.retries += 1
     else:

@@ -33,9 +33,10 @@ class ResponseBuilder:
             'total_tokens': self.prompt_tokens + self.output_tokens,
             'prompt_tokens_details': {'cached_tokens': self.cached_tokens}}
 
-  def _count(self, update: Update) -> None:
+  def _count(self, index: int, update: Update) -> None:
+    # A prompt of several answers counts once.
     self.output_tokens += len(update.tokens)
-    if update.record:
+    if update.record and index % (self.body.n or 1) == 0:
       self.cached_tokens += update.record.cached_tokens
 
   def chunks(self, index: int, update: Update) -> list[dict[str, Any]]:
@@ -44,7 +45,7 @@ class ResponseBuilder:
     Those of a chat tell the role first, and at the end, in an empty delta, why
     it ended.
     """
-    self._count(update)
+    self._count(index, update)
     logprobs = self._logprobs(index, update)
     if not self.body.chat:
       return [self._chunk(index, logprobs, update.reason, text=update.text)]
@@ -83,7 +84,7 @@ class ResponseBuilder:
     """The unstreamed answer: an Update with everything for each choice."""
     choices = []
     for index, update in enumerate(updates):
-      self._count(update)
+      self._count(index, update)
       choice = {'index': index, 'finish_reason': update.reason,
                 'logprobs': self._logprobs(index, update)}
       choice |= ({'message': {'role': 'assistant', 'content': update.text,

@@ -88,6 +88,8 @@ class SearchProblem:
   def __post_init__(self):
     require(self.chunks and all(map(checks.is_positive_int, self.chunks)),
             'SearchProblem.chunks', self.chunks, 'integers above 0')
+    require(isinstance(self.prefix_cache, bool), 'SearchProblem.prefix_cache',
+            self.prefix_cache, 'True or False')
     require(0 < self.target < 1, 'SearchProblem.target', self.target,
             'a share in (0, 1)')
     require(checks.is_positive(self.tolerance), 'SearchProblem.tolerance',

@@ -219,18 +219,23 @@ class Loop:
     if self.planner is None or not self.scheduler_config.policy.resize:
       return None
     roles: planning.Roles = ()
-    if self._planned is not None:
-      if not self._planned.done():
-        return roles
-      error = self._planned.exception()
-      if error:
-        if not self._planner_failed:
-          LOG.error('the planner failed, roles stay as they are: %r', error)
-        self._planner_failed = True
-        return roles
-      roles = self._planned.result()
-    self._planned = self.planner.submit(
-        planning.roles_of, self.scheduler_config, self.state, now_s)
+    if self._planner_failed:
+      return roles
+    error: BaseException | None = None
+    try:
+      if self._planned is not None:
+        if not self._planned.done():
+          return roles
+        error = self._planned.exception()
+        roles = () if error else self._planned.result()
+      if not error:
+        self._planned = self.planner.submit(
+            planning.roles_of, self.scheduler_config, self.state, now_s)
+    except Exception as raised:  # its executor was shut down
+      error = raised
+    if error:
+      LOG.error('the planner failed, roles stay as they are: %r', error)
+      self._planner_failed = True
     return roles
 
   def check_stalled(self) -> None:

@@ -123,6 +123,8 @@ class Orchestrator:
     """
     config = config or EngineConfig()
     require(isinstance(policy, Policy), 'policy', policy, 'a dsjax.Policy')
+    require(planner is None or isinstance(planner, Executor), 'planner',
+            planner, 'an Executor, such as planner_process(), or None')
     require(config.max_len <= model.config.max_len,
             'EngineConfig.max_len', config.max_len,
             f'at most {model.config.max_len}, the context of '
@@ -681,6 +683,8 @@ class Orchestrator:
     for index, request in enumerate(listed):
       with naming(f'requests[{index}], request {request.id}'):
         self._check_new(request)
+        require(request.after is None, 'Request.after', request.after,
+                'None: a server sends each at its time (simulate knows more)')
         self.check(request.prompt, request.sampling)
     return sorted(listed, key=lambda r: r.arrival_s)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from dsjax.config.checks import require
+from dsjax.config.checks import is_integer, require
 
 _BYTES = 16  # of a hash: too many for two prefixes to have the same
 
@@ -51,11 +51,16 @@ def resized(blocks: Sequence[int], given: int, size: int) -> tuple[int, ...]:
   Smaller blocks are numbered in the one that they are part of.
 
   Raises:
-    InputError: neither size is a multiple of the other.
+    InputError: neither size is a multiple of the other, or no hashes.
   """
+  require(is_integer(1, math.inf)(given), 'Request.block_tokens', given,
+          'an integer of 1 or more where there are blocks')
+  require(isinstance(blocks, Sequence) and all(
+      [isinstance(hash, int) for hash in blocks]), 'Request.blocks', blocks,
+          'integers, the hashes of blocks')
   if size % given == 0:
     return tuple(of_pages(blocks, size, given))
-  require(given % size == 0, 'block_tokens', given,
+  require(given % size == 0, 'Request.block_tokens', given,
           f'a multiple or a divisor of blocks of {size} tokens')
   parts = given // size
   return tuple([hash * parts + part for hash in blocks

@@ -195,6 +195,16 @@ class _Arrivals:
             list(self.followers.keys() - seen)[:3], 'ids of other requests')
     first = sorted([r for r in requests if r.after is None],
                    key=lambda r: r.arrival_s)
+    coming = [r.id for r in first]
+    for id in coming:  # it grows
+      coming += [r.id for r in self.followers.get(id, ())]
+    require(len(coming) == len(requests), 'Request.after',
+            sorted(seen.difference(coming))[:3],
+            'of requests that do not wait for each other in a circle')
+    sizes = sorted({r.block_tokens for r in requests if r.blocks}
+                   if self.size else ())
+    require(len(sizes) < 2, 'Request.block_tokens', sizes[:3],
+            'the same for all requests that have blocks')
     for n, request in enumerate(first):
       more = (n + 1 < len(first)
               and first[n + 1].arrival_s == request.arrival_s)

@@ -1,6 +1,7 @@
 """Workloads from what a user writes: a name, a file, pairs of lengths."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
@@ -276,8 +277,10 @@ def _of_several(text: str, seed: int, process: str, cv: float) -> Source:
     except (ValueError, TypeError):
       each_s = 0.0
   each = tuple(names.split('+'))
-  require(len(each) > 1 and (each_s is None or is_positive(each_s)),
-          'lengths', text, 'mix:NAME+NAME or shift:SECONDS:NAME+NAME')
+  require(len(each) > 1 and (
+      each_s is None or traffic.LEAST_S <= each_s < math.inf), 'lengths', text,
+          'mix:NAME+NAME or shift:SECONDS:NAME+NAME, '
+          f'{traffic.LEAST_S} s or more')
   require(process not in ('burst', 'trace', 'resample'), 'process', process,
           f'one with arrivals of its own, beside lengths={text}')
   parts = tuple(source(name, seed + 1 + n, process, cv)  # streams of its own

@@ -6,6 +6,7 @@ knows what a prefix cache would hold.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,10 +42,10 @@ class Sessions:
   block_tokens: int = 16
 
   def __post_init__(self):
-    for field in ('turns', 'max_len', 'block_tokens'):
-      require(is_integer(1, 2**31 - 1)(getattr(self, field)),
+    for field, low in (('turns', 1), ('max_len', 2), ('block_tokens', 1)):
+      require(is_integer(low, 2**31 - 1)(getattr(self, field)),
               f'Sessions.{field}', getattr(self, field),
-              'an integer of 1 or more')
+              f'an integer of {low} or more')
     require(is_integer(0, self.max_len - 2)(self.system_len),
             'Sessions.system_len', self.system_len,
             f'an integer from 0 to max_len - 2, {self.max_len - 2}')
@@ -70,6 +71,8 @@ def requests(kind: Sessions, starts_s: Sequence[float], seed: int = 0
   Returns:
     Requests, ids counting turns; prompts without meaning (a `range`).
   """
+  require(is_integer(0, math.inf)(seed), 'seed', seed,
+          'an integer of 0 or more')
   rng = np.random.default_rng([seed, 7])
   made: list[Request] = []
   for session, start_s in enumerate(starts_s):
@@ -119,6 +122,8 @@ def read_trace(path: Path, speed: float = 1.0, most: int | None = None,
   """
   require(is_number(0, 1e6, low_open=True)(speed), 'speed', speed,
           'a number above 0')
+  require(most is None or is_integer(1, math.inf)(most), 'most', most,
+          'None or an integer of 1 or more')
   entries = read_lengths(path)
   require(entries[0].arrival_s is not None, 'trace', str(path),
           'one with the times of arrivals')
@@ -132,6 +137,8 @@ def read_trace(path: Path, speed: float = 1.0, most: int | None = None,
         tuple(ids[:entry.prompt_len // BLOCK]), BLOCK))
     if len(made) == most:
       break
+  require(made, 'context', context,
+          f'enough for a request of {path}: all are longer')
   return made
 
 

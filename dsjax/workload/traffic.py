@@ -230,6 +230,7 @@ def vary(unit_times: Iterable[float],
   return tuple(times)
 
 
+LEAST_S = 0.1  # of a period, of lengths before they shift
 WAVES = {'sine': ('rising high', 'falling high', 'falling low', 'rising low'),
          'step': ('low', 'high')}  # kind: names of its phases, equally long
 _SINE_STEPS = 48  # in which the rate is even
@@ -286,6 +287,8 @@ def wave(text: str) -> Wave | None:
       values[name] = math.nan
     require(is_positive(values[name]) or name == 'low' and values[name] == 0,
             f'process {kind}: {name}', number, 'a number above 0')
+  require(values['period_s'] >= LEAST_S, f'process {kind}: period_s',
+          values['period_s'], f'{LEAST_S} or more')
   require(values['low'] < values['high'], f'process {kind}: low',
           values['low'], f'below high={values["high"]:g}')
   return Wave(kind, **values)
@@ -350,7 +353,12 @@ def _hash_ids(path: Path, line: int, row: Row) -> list[int]:
       isinstance(i, int) and not isinstance(i, bool) for i in ids):
     raise InputError(f'{path}, line {line}: hash_ids={str(ids)[:60]}: must '
                      'be a list of integers')
-  most = -(-int(row['input_length']) // BLOCK)
+  try:
+    most = -(-int(float(row['input_length'])) // BLOCK)
+  except (KeyError, TypeError, ValueError, OverflowError) as error:
+    raise InputError(f'{path}, line {line}: input_length='
+                     f'{row.get("input_length")!r}: must be tokens'
+                     ) from error
   if len(ids) > most:
     raise InputError(f'{path}, line {line}: hash_ids of length {len(ids)}: '
                      f'must be at most {most}, a block for every {BLOCK} '

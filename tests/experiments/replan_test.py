@@ -67,7 +67,17 @@ def test_flips_are_counted_but_those_of_the_start():
 @pytest.mark.parametrize('options, error', [
     (dict(policies=['luck']), 'policy'), (dict(plan='3x1'), 'Placement'),
     (dict(process='ramp'), 'process'), (dict(lengths='nowhere'), 'lengths'),
-    (dict(process='poisson'), 'rate_per_s')])
+    (dict(process='poisson'), 'rate_per_s'),
+    (dict(policies=['static:prefills={q}']), 'prefills'),
+    (dict(policies=['static:prefills={k}{']), 'prefills'),
+    (dict(policies=[]), '--policies'),
+    (dict(lengths='shift:1e-9:sharegpt+longbench'), 'lengths=.*0.1 s')])
 def test_bad_input_names_the_flag(tmp_path, options, error):
   with pytest.raises(InputError, match=error):
     run(tmp_path, **options)
+
+
+def test_a_load_has_a_bound(tmp_path, monkeypatch):
+  monkeypatch.setattr(replan, 'MOST', 256)
+  with pytest.raises(InputError, match='--rate.*less than 256 requests'):
+    run(tmp_path, process='sine:low=5:high=1e9:period_s=60')

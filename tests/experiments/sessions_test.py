@@ -54,6 +54,7 @@ def test_a_trace(tmp_path):
 
 @pytest.mark.parametrize('options, words', [
     ({'kind': 'talk'}, '--kind=.*agent'), ({'routes': ['none']}, '--routes'),
+    ({'routes': []}, '--routes'),
     ({'rates': '0'}, '--rates'), ({'placement': 'prefill=1'}, '--placement')])
 def test_bad_input_is_named(options, words):
   with pytest.raises(InputError, match=words):

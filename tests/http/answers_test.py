@@ -1,16 +1,24 @@
 """What it answers, asked by OpenAI's client."""
 
 import asyncio
+import dataclasses
+import json
 
+import httpx
+import jax
 import openai
 import pytest
 
 from dsjax.config.request import Sampling
-from tests.common.fake_engine import expected
+from dsjax.runtime.orchestrator import serve
+from tests.common.fake_engine import FakeEngine, expected
 from tests.common.web import (
   CHAT,
+  CONFIG,
   MODEL,
+  PLACEMENT,
   WAIT_S,
+  Running,
   complete,
   ids,
   only,
@@ -212,3 +220,27 @@ def test_tokenize_and_back(running):
   for body in ({}, {'prompt': 'a', 'messages': messages}):
     assert post(running, '/tokenize', body).status_code == 400
   assert post(running, '/detokenize', {'tokens': [260]}).status_code == 400
+
+
+def test_of_several_answers_a_prompt_is_counted_once():
+  """Cached tokens are those that were there before the call."""
+  def make(report):
+    config = dataclasses.replace(CONFIG, prefix_cache=True)
+    return serve(MODEL, PLACEMENT, config, devices=jax.devices()[:2],
+                 report=report, make_engine=FakeEngine)
+  running = Running(make)
+  try:
+    running.await_status('ready')
+    body = {'model': 'tiny', 'prompt': ['a' * 40, 'b' * 40], 'n': 3,
+            'max_tokens': 4, 'seed': 1}
+    for known, more in (
+        (0, {}), (64, {}),
+        (64, {'stream': True, 'stream_options': {'include_usage': True}})):
+      answer = httpx.post(running.url + '/v1/completions', json=body | more,
+                          timeout=WAIT_S)
+      usage = (json.loads(answer.text.split('data: ')[-2]) if more
+               else answer.json())['usage']
+      assert usage['prompt_tokens'] in (80, 82)
+      assert usage['prompt_tokens_details']['cached_tokens'] == known
+  finally:
+    running.stop()

@@ -7,6 +7,7 @@ from concurrent.futures import Executor, Future
 
 import pytest
 
+from dsjax.config.checks import InputError
 from dsjax.config.placement import Slo
 from dsjax.policies.named import named
 from dsjax.scheduling import event_log, planning
@@ -128,3 +129,33 @@ def test_a_question_travels_with_a_shipped_policy():
         'colocated', slo))
     assert planning.roles_of(config, question[1], 3.0) == (
         (0, 'colocated'), (1, 'colocated'))
+
+
+@pytest.mark.parametrize('shut', ['asked', 'between', 'before'])
+def test_an_executor_that_is_shut_down_ends_no_serving(shut, caplog):
+  """Its answer is cancelled, or it takes no question any more."""
+  planner = Held()
+
+  def refuse(function, /, *args):
+    raise RuntimeError('cannot schedule new futures after shutdown')
+
+  if shut == 'before':
+    planner.submit = refuse
+  with server_of(planner) as server:
+    ids = [server.submit(prompt, max_tokens=8) for prompt in PROMPTS]
+    while shut != 'before' and not planner.asked:
+      server.poll()
+    if shut == 'asked':
+      assert planner.asked[-1][2].cancel()
+    elif shut == 'between':
+      planner.submit = refuse
+      planner.answer()
+    serving.drain(server)
+    assert {server.output(id).reason for id in ids} <= {'stop', 'length'}
+  assert caplog.text.count('the planner failed') == 1
+
+
+@pytest.mark.parametrize('planner', [5, 'process'])
+def test_a_planner_is_an_executor(planner):
+  with pytest.raises(InputError, match='planner=.*Executor'):
+    server_of(planner)

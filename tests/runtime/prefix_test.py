@@ -6,6 +6,7 @@ import pytest
 
 from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
+from dsjax.config.request import Request, Sampling
 from dsjax.scheduling.events import Migrate, RunPrefill
 from dsjax.scheduling.prefix_cache import num_idle
 from tests.common import tiny
@@ -89,7 +90,6 @@ def test_a_turn_computes_and_moves_what_is_new(mode, config):
 
 
 def tiny_params(count):
-  from dsjax.config.request import Sampling
   return Sampling(max_tokens=count)
 
 
@@ -187,3 +187,36 @@ def test_without_it_nothing_is_kept():
 def test_it_is_on_or_off(value):
   with pytest.raises(InputError, match='EngineConfig.prefix_cache.*True'):
     EngineConfig(prefix_cache=value)
+
+
+def test_a_server_refuses_requests_that_follow_others():
+  work = [Request(n, 0.0, tiny.prompt(8, n), Sampling(max_tokens=2),
+                  after=n - 1 if n else None) for n in range(2)]
+  with fake_server_of('colocated', cached()) as server:
+    with pytest.raises(InputError, match=r'requests\[1\].*Request.after=0'):
+      server.run(work)
+    assert not server.records
+
+
+@pytest.mark.parametrize('mode', ['1p1d', 'colocated'])
+def test_a_request_that_is_preempted_has_no_more_cached_than_its_prompt(mode):
+  """What it finds again of its own is not what others had computed."""
+  with fake_server_of(mode, cached()) as server:
+    first = [o.record for o in play(server, LONG)]
+    assert sum(r.preemptions for r in first) > 0
+    assert not any(r.cached_tokens for r in first)
+    again = [o.record for o in play(server, LONG * 3)]
+  assert sum(r.preemptions for r in again) > 0
+  assert all(r.cached_tokens <= full(r.prompt_len - 1, 4) for r in again)
+
+
+def test_what_a_lost_prefill_had_found_does_not_count():
+  prompt = tiny.prompt(20, 2)
+  with fake_server_of('colocated', cached(restart_s=0.0)) as server:
+    play(server, [(prompt, {'max_tokens': 5})])
+    id = server.submit(prompt, max_tokens=5)
+    assert commands(server, RunPrefill)[-1].chunks[0].hit == 16
+    server.kill(0, 0.0)
+    drain(server, faulty=True)
+    record = server.output(id).record
+    assert (record.retries, record.cached_tokens) == (1, 0)

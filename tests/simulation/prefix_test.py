@@ -182,3 +182,25 @@ def test_blocks_of_another_size():
     assert [r.cached_tokens for r in run.records] == [0, hit]
   with pytest.raises(InputError, match='block_tokens=512'):
     simulator.simulate(config('colocated', page_size=48), work, STEP)
+
+
+def turn(id, after=None, blocks=(), block_tokens=0):
+  return Request(id, 0.0, range(100), Sampling(max_tokens=2), blocks,
+                 block_tokens, after)
+
+
+@pytest.mark.parametrize('work, words', [
+    ([turn(0), turn(1, 1)], r'Request.after=\[1\]: .* circle'),
+    ([turn(0), turn(1, 3), turn(2, 1), turn(3, 2)],
+     r'Request.after=\[1, 2, 3\]: .* circle'),
+    ([turn(0, blocks=(1,))], 'Request.block_tokens=0: .* 1 or more'),
+    ([turn(0, blocks=(1,), block_tokens='16')], "block_tokens='16'"),
+    ([turn(0, blocks=(1,), block_tokens=24)], 'Request.block_tokens=24'),
+    ([turn(0, blocks=(None,), block_tokens=16)], 'Request.blocks=.*integers'),
+    ([turn(0, blocks=5, block_tokens=16)], 'Request.blocks=5: .*integers'),
+    ([turn(0, blocks=(0,), block_tokens=32),
+      turn(1, blocks=(0,), block_tokens=16)],
+     r'block_tokens=\[16, 32\]: must be the same')])
+def test_requests_that_cannot_come_or_be_compared_are_named(work, words):
+  with pytest.raises(InputError, match=words):
+    simulator.simulate(config('colocated'), work, STEP)

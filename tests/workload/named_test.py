@@ -105,6 +105,7 @@ def test_a_rate_of_a_wave_is_its_mean():
     ('sine:low=-1:high=45:period_s=60', 'process sine: low=.-1.'),
     ('sine:low=5:high=nan:period_s=60', 'process sine: high=.nan.'),
     ('sine:low=5:high=45:period_s=inf', 'process sine: period_s=.inf.'),
+    ('sine:low=5:high=45:period_s=1e-9', 'process sine: period_s=1e-09: .*0.1'),
     ('step:low=5:high=x:period_s=60', 'process step: high=.x.'),
     ('step:low=5:high=5:period_s=60', 'low=5.0: must be below high=5'),
     ('ramp:low=5:high=45:period_s=60', 'must be one of'), (7, 'process=7')])

@@ -93,3 +93,19 @@ def test_a_trace_of_other_columns_is_named(tmp_path):
     sessions.read_trace(path)
   with pytest.raises(InputError, match='speed=0'):
     sessions.read_trace(path, speed=0)
+  path.write_text('{"timestamp": 0, "prompt_len": 5, "output_len": 1, '
+                  '"hash_ids": []}')
+  with pytest.raises(InputError, match='line 1: input_length=None'):
+    sessions.read_trace(path)
+
+
+def test_bad_values_are_named(tmp_path):
+  path = write(tmp_path, (0, 600, 4, [1]))
+  for options in ({'most': 0}, {'most': -1}, {'context': 5}):
+    (name, value), = options.items()
+    with pytest.raises(InputError, match=f'{name}={value}: must be'):
+      sessions.read_trace(path, **options)
+  with pytest.raises(InputError, match='max_len=1: must be .* 2 or more'):
+    sessions.Sessions(max_len=1)
+  with pytest.raises(InputError, match='seed=-1: must be'):
+    sessions.requests(sessions.CHAT, [0.0], seed=-1)
