@@ -97,7 +97,11 @@ def test_instances_that_do_not_exist_cannot_be_away(away):
     serving.fake_server_of('1p1d', config)
 
 
-@pytest.mark.parametrize('away', ([1], (-1,), (True,), ('1',), 1, None))
+def test_away_may_come_from_json():
+  assert EngineConfig(away=[1]).away == (1,)
+
+
+@pytest.mark.parametrize('away', ([-1], (-1,), (True,), ('1',), 1, None))
 def test_away_is_a_tuple_of_numbers(away):
   with pytest.raises(InputError, match='EngineConfig.away'):
     EngineConfig(away=away)
