@@ -301,14 +301,11 @@ def table_of_signs(lines: list[Sign]) -> Table:
 
 def save(out: pathlib.Path, options, found: Found) -> None:
   """Writes coverage.csv, verdicts.csv and coverage.json."""
-  out.mkdir(parents=True, exist_ok=True)
   for name, kind, lines, last in (
       ('coverage.csv', Interval, found.intervals, 'covered'),
       ('verdicts.csv', Sign, signs(found.intervals), 'wrong')):
-    with open(out / name, 'w', newline='') as file:
-      writer = csv.writer(file)
-      writer.writerow((*kind._fields, last))
-      writer.writerows((*line, int(getattr(line, last))) for line in lines)
+    provenance.save_csv(out / name, (*kind._fields, last), [
+        (*line, int(getattr(line, last))) for line in lines])
   provenance.save_json(
       out / 'coverage.json',
       {'truths': found.truths, 'stopped': found.stopped},

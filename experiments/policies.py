@@ -392,7 +392,7 @@ def run(options: Any, console: Any) -> int:
       task = bar.add_task('cells', total=len(todo))
       for line in run_map(functools.partial(measure, effort), todo):
         lines.append(line)
-        save(path, lines)
+        provenance.save_csv(path, Line._fields, lines)
         bar.advance(task)
         if not console.is_terminal:
           console.print(f'{line.workload} {line.objective} {line.policy}: '
@@ -417,14 +417,6 @@ def run(options: Any, console: Any) -> int:
   terminal.written(console, out, 'policies.csv', 'policies.json',
                    *['policies.png'] * bool(shown))
   return 130 if stopped == 'Ctrl-C' else 0
-
-
-def save(path: pathlib.Path, lines: list[Line]) -> None:
-  """Writes policies.csv."""
-  with path.open('w', newline='') as file:
-    writer = csv.writer(file)
-    writer.writerow(Line._fields)
-    writer.writerows(lines)
 
 
 if __name__ == '__main__':

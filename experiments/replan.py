@@ -22,7 +22,6 @@ replan.csv, replan.json, replan.png and .pdf. Exit codes: 0; 2 for bad input;
 """
 
 import collections
-import csv
 import math
 import pathlib
 from collections.abc import Sequence
@@ -210,14 +209,6 @@ def draw(path: pathlib.Path, runs: Sequence[Served], end_s: float, title: str
   pictures.save(figure, path)
 
 
-def save(path: pathlib.Path, runs: Sequence[Served]) -> None:
-  """Writes replan.csv."""
-  with path.open('w', newline='') as file:
-    writer = csv.writer(file)
-    writer.writerow(Segment._fields)
-    writer.writerows(line for run in runs for line in run.segments)
-
-
 def run(options: Any, console: Console) -> int:
   """Serves, shows and writes."""
   require(options.policies, '--policies', '', 'at least one')
@@ -242,14 +233,14 @@ def run(options: Any, console: Console) -> int:
         soft_wrap=True, highlight=False)
   if options.out:
     out = pathlib.Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    save(out / 'replan.csv', runs)
+    lines = [line for served in runs for line in served.segments]
+    provenance.save_csv(out / 'replan.csv', Segment._fields, lines)
     draw(out / 'replan.png', runs, options.seconds,
          f'{options.model}, {options.instances} x {options.plan} '
          f'{options.latency}, {options.lengths}, {options.process}; simulated')
     provenance.save_json(
         out / 'replan.json', {'policies': told, 'segments': [
-            line._asdict() for served in runs for line in served.segments]},
+            line._asdict() for line in lines]},
         cli.asked(options, FLAGS), [options.lengths, options.latency])
     terminal.written(console, out, 'replan.csv', 'replan.json', 'replan.png')
   return 0

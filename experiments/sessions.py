@@ -24,7 +24,6 @@ second block came before), p90_ttft_s, tpot_s, cached and moved (of prompt
 tokens), attained, low, high. Exit codes: 0; 2 for bad input; 130 by Ctrl-C.
 """
 
-import csv
 import dataclasses
 import pathlib
 import statistics
@@ -123,8 +122,9 @@ def workload(options: Any, rate_per_s: float) -> list[Request]:
     known = sessions.read_trace(options.trace)
     span_s = known[-1].arrival_s
     require(span_s > 0, '--trace', options.trace, 'one that takes some time')
-    return sessions.read_trace(
-        options.trace, rate_per_s * span_s / len(known), options.requests)
+    speed = rate_per_s * span_s / len(known)
+    return [dataclasses.replace(request, arrival_s=request.arrival_s / speed)
+            for request in known[:options.requests]]
   kind = KINDS[options.kind]
   count = -(-options.requests // kind.turns)
   gaps = np.random.default_rng([options.seed, 3]).exponential(
@@ -165,9 +165,9 @@ def line(rate_per_s: float, route: str, cache: bool, slo: Slo,
       sum(r.migrated_tokens for r in served) / tokens, *attained)
 
 
-def simulate(options: Any, rate_per_s: float, route: str, cache: bool) -> Line:
-  """One run."""
-  work = workload(options, rate_per_s)
+def simulate(options: Any, rate_per_s: float, work: Sequence[Request],
+             route: str, cache: bool) -> Line:
+  """One run of the requests of a rate."""
   slo = Slo(options.ttft_s, options.tpot_s)
   problem = api.make_problem(
       options.model, slo, [(1, 1)], options.latency,
@@ -223,11 +223,7 @@ def table(lines: Iterable[Line]) -> Table:
 
 def save(out: pathlib.Path, options: Any, lines: Sequence[Line]) -> None:
   """Writes sessions.csv and sessions.json."""
-  out.mkdir(parents=True, exist_ok=True)
-  with open(out / 'sessions.csv', 'w', newline='') as file:
-    writer = csv.writer(file)
-    writer.writerow(Line._fields)
-    writer.writerows(lines)
+  provenance.save_csv(out / 'sessions.csv', Line._fields, lines)
   provenance.save_json(out / 'sessions.json', {
       'lines': [told._asdict() for told in lines]}, cli.asked(options, FLAGS),
                        [options.trace or options.kind, options.latency])
@@ -251,9 +247,10 @@ def run(options: Any, console: Any) -> int:
                       'MB of KV moved', highlight=False)
     else:
       for rate_per_s in cli.numbers('--rates', options.rates):
+        work = workload(options, rate_per_s)
         for route in options.routes:
           for cache in (False, True):
-            lines.append(simulate(options, rate_per_s, route, cache))
+            lines.append(simulate(options, rate_per_s, work, route, cache))
             tell(f'{len(lines)} runs done')
   except KeyboardInterrupt:
     stopped = True

@@ -169,7 +169,7 @@ def read(said: str, launches: str) -> dict[str, Kernel]:
         int(re.findall(r'Used (\d+) registers', part)[0]),
         sum(map(int, re.findall(r'(\d+) bytes spill', part))))
   matches = re.findall(r'(\w+) grid: \[([\d, ]+)\] threads: \[(\d+).*?'
-                     r'shared_memory: (\d+)', launches)
+                       r'shared_memory: (\d+)', launches)
   return {name: Kernel(*used[name], tuple(map(int, grid.split(','))),
                        int(threads), int(shared))
           for name, grid, threads, shared in matches if name in used}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsjax.config.placement import ROLES
+from dsjax.scheduling import blocks
 from dsjax.scheduling.events import Row
 from dsjax.scheduling.state import RUN_AHEAD, Batch, Config, Instance, Seq
 
@@ -185,6 +186,12 @@ class LiveInstance:
     self.mixes = does.mixes
     self.depth = self._depths[does.decodes]
     self.run_ahead = self._run_ahead or (1 if does.prefills else RUN_AHEAD)
+
+  def hashes(self, seq: Any) -> Sequence[int]:
+    """Of a request's full pages here, those that are known."""
+    if not (self.block_size and seq.blocks):
+      return ()
+    return blocks.of_pages(seq.blocks, self.config.page_size, self.block_size)
 
   def home(self, id: int) -> LiveBatch:
     """The micro-batch of a decoding request."""

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from dsjax.config.checks import is_positive, require
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.latency import LinkLike
-from dsjax.scheduling import blocks, prefix_cache
+from dsjax.scheduling import prefix_cache
 from dsjax.scheduling.pace import Paced
 
 
@@ -278,9 +278,8 @@ class InstanceView:
     """Tokens of a prompt that need not be computed here: their KV is kept."""
     inst, seq = self._instance, request._request
     size = inst.config.page_size
-    hashes = blocks.of_pages(seq.blocks, size, inst.block_size or size)
     return size * len(prefix_cache.hits(
-        inst.pool, hashes[:(seq.prompt_len - 1) // size]))
+        inst.pool, inst.hashes(seq)[:(seq.prompt_len - 1) // size]))
 
   def rows(self) -> tuple[RequestView, ...]:
     """The requests that decode here."""

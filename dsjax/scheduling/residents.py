@@ -5,10 +5,9 @@ Functions of a scheduler.Run, and of its instances.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dsjax.scheduling import blocks, choices, prefix_cache
+from dsjax.scheduling import choices, prefix_cache
 from dsjax.scheduling.events import (
   DecodeDone,
   PrefillDone,
@@ -31,7 +30,7 @@ def take(run: Run, inst: LiveInstance, seq: LiveSeq, tokens: int, stop: int,
     of `unit`, and not all).
   """
   size = inst.config.page_size
-  known = hashes(inst, seq)[:(stop - 1) // unit * unit // size]
+  known = inst.hashes(seq)[:(stop - 1) // unit * unit // size]
   hits = prefix_cache.hits(inst.pool, known)
   hit = len(hits) * size // unit * unit
   del hits[hit // size:]
@@ -48,7 +47,7 @@ def take(run: Run, inst: LiveInstance, seq: LiveSeq, tokens: int, stop: int,
 def free(run: Run, seq: LiveSeq) -> None:
   """A request gives its pages back; what is full of them is kept."""
   inst = run.touch(seq.instance)
-  inst.pool = prefix_cache.release(inst.pool, seq.pages, hashes(inst, seq),
+  inst.pool = prefix_cache.release(inst.pool, seq.pages, inst.hashes(seq),
                                    seq.done // inst.config.page_size)
   inst.residents -= 1
 
@@ -57,16 +56,9 @@ def free_target(run: Run, seq: LiveSeq) -> None:
   """The target of its hand-off writes no more, and keeps nothing new."""
   inst = run.touch(seq.target)
   inst.pool = prefix_cache.release(inst.pool, seq.target_pages,
-                                   hashes(inst, seq), 0)
+                                   inst.hashes(seq), 0)
   inst.residents -= 1
   seq.target, seq.target_pages = -1, ()
-
-
-def hashes(inst: LiveInstance, seq: Any) -> Sequence[int]:
-  """Of the pages of a request on an instance, those that are known."""
-  if not seq.blocks:
-    return ()
-  return blocks.of_pages(seq.blocks, inst.config.page_size, inst.block_size)
 
 
 def keep(inst: LiveInstance, seq: Any, start: int, stop: int) -> None:
@@ -74,7 +66,7 @@ def keep(inst: LiveInstance, seq: Any, start: int, stop: int) -> None:
   size = inst.config.page_size
   pages = slice(start // size, stop // size)
   inst.pool = prefix_cache.keep(inst.pool, seq.pages[pages],
-                                hashes(inst, seq)[pages])
+                                inst.hashes(seq)[pages])
 
 
 def learn(run: Run, e: PrefillDone | DecodeDone,

@@ -64,17 +64,17 @@ def must_hold(row):
   faults, size = [], device_bytes(row['gpu'])
   if row['peak_bytes'] > MOST * size:
     faults.append(f'peak of {row["peak_bytes"]} bytes is above {MOST} of the '
-                 f"device's {size}")
+                  f"device's {size}")
   if not row['kv_bytes'] <= row['donated_bytes'] == row['alias_bytes']:
     faults.append(f'{row["alias_bytes"]} bytes are updated in place: KV has '
-                 f'{row["kv_bytes"]}, {row["donated_bytes"]} are donated')
+                  f'{row["kv_bytes"]}, {row["donated_bytes"]} are donated')
   if row['copies']:
     faults.append(f'{row["copies"]} copies of a cache array')
   kind = row['step'].split()[0]
   for name in sorted(OURS[kind] - set(row['kernels'])):
     faults.append(f'no kernel {name}')
   faults += [f'{name} spills {k["spilled"]} bytes'
-            for name, k in row['kernels'].items() if k['spilled']]
+             for name, k in row['kernels'].items() if k['spilled']]
   return faults
 
 

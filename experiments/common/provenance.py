@@ -1,6 +1,7 @@
 """What every file of results says of its making, and how it is written."""
 
 import contextlib
+import csv
 import datetime
 import hashlib
 import json
@@ -10,7 +11,7 @@ import pathlib
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import dsjax
@@ -102,6 +103,17 @@ def save_trace(path: str | os.PathLike[str], trace: Mapping[str, Any],
   """Writes a timeline, and last, where viewers pass it over, made_by."""
   _write(path, json.dumps({**trace, 'otherData': {
       KEY: finite(made_by(options, read))}}))
+
+
+def save_csv(path: str | os.PathLike[str], columns: Sequence[str],
+             rows: Iterable[Sequence[Any]]) -> None:
+  """Writes a table. A folder that is missing is made."""
+  file = pathlib.Path(path)
+  file.parent.mkdir(parents=True, exist_ok=True)
+  with file.open('w', newline='', encoding='utf-8') as stream:
+    writer = csv.writer(stream)
+    writer.writerow(columns)
+    writer.writerows(rows)
 
 
 def _write(path, text):

@@ -11,7 +11,6 @@ which experiments.measure wrote of it.
 It prints a line a policy and writes real.csv and real.json.
 """
 
-import csv
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -119,11 +118,7 @@ def run(options: Any, console: Console, texts: list[str],
     rows.append(serve(options, model, text, requests, known))
   console.print(table(rows))
   out = pathlib.Path(options.out)
-  out.mkdir(parents=True, exist_ok=True)
-  with (out / 'real.csv').open('w', newline='') as file:
-    writer = csv.writer(file)
-    writer.writerow(Row._fields)
-    writer.writerows(rows)
+  provenance.save_csv(out / 'real.csv', Row._fields, rows)
   provenance.save_json(out / 'real.json',
                        {'rows': [row._asdict() for row in rows]}, asked,
                        options.workloads[:1])

@@ -17,8 +17,9 @@ from experiments.gpu import child
 def run(target, lines):
   """A line a case: the heuristic's config and seconds, the tuned ones."""
   if target.tiny:
-    fastest = timing.tune(Toy(), lambda config: None,
-                        lambda config: lambda: abs(config.num_warps - 4) + 1)
+    fastest = timing.tune(
+        Toy(), lambda config: None,
+        lambda config: lambda: abs(config.num_warps - 4) + 1)
     lines.write('toy', fastest == Toy(4), figure=f'{fastest}')
     return
   limits, gains, kind = paged.device(), [], tiles.device_kind()

@@ -64,10 +64,10 @@ def test_bad_input_is_named(options, words):
 def test_ctrl_c_keeps_what_is_known(monkeypatch, tmp_path):
   simulate = sessions.simulate
 
-  def once(options, rate_per_s, route, cache):
+  def once(options, rate_per_s, work, route, cache):
     if cache:
       raise KeyboardInterrupt
-    return simulate(options, rate_per_s, route, cache)
+    return simulate(options, rate_per_s, work, route, cache)
 
   monkeypatch.setattr(sessions, 'simulate', once)
   code, _ = shown(out=str(tmp_path), **TINY)
