@@ -45,12 +45,15 @@ def to_the_fewest(view, request, avoid):
 
 
 def in_parts(view, request):
-  """Cuts every prompt, anywhere; each part goes elsewhere if it can."""
+  """Cuts every prompt, anywhere or where a page ends; parts go elsewhere."""
   places = may_go_on(view, request) if request.done else view.may_prefill
   places = [i for i in places if i.index != request.instance] or places
   place = places[(request.id + request.done) % len(places)]
   left = request.prompt_len - request.done
   cut = request.done + 1 + (7 * request.id + request.done) % left
+  if request.id // 2 % 2:
+    page = place.config.page_size
+    cut = min(-(-cut // page) * page, request.prompt_len)
   if cut == request.prompt_len or place.config.decodes and not place.flips:
     return place.index
   return Split(place.index, cut)
