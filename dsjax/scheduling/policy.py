@@ -72,6 +72,14 @@ class Split(NamedTuple):
   tokens: int
 
 
+class Because(NamedTuple):
+  """Of a route or a hand_off: an answer, and why. The reason is kept in the
+  request's record."""
+
+  answer: int | Split
+  reason: str
+
+
 class Move(NamedTuple):
   """Of a rebalance: the row of request `id` goes on at instance `target`."""
 
@@ -409,11 +417,11 @@ class View:
     return tuple([views[i.index] for i in self._now[place]])
 
 
-Route = Callable[[View, RequestView], int | Split | Refuse]
+Route = Callable[[View, RequestView], int | Split | Refuse | Because]
 Order = Callable[[View, InstanceView, Sequence[RequestView]],
                  Sequence[RequestView]]
 Batch = Callable[[View, InstanceView], PrefillBudget]
-HandOff = Callable[[View, RequestView, int], int]
+HandOff = Callable[[View, RequestView, int], int | Because]
 Admit = Callable[[View, InstanceView, RequestView, int], bool]
 Victim = Callable[[View, InstanceView, Sequence[RequestView]], RequestView]
 Resize = Callable[[View], Mapping[int, str]]
@@ -498,7 +506,7 @@ class Policy:
       whose queue it joins; or a Split, whose instance is flexible or only
       prefills; or a Refuse. Asked at its arrival, when it is prefilled again,
       and at each cut of a Split (done is then above 0): there for the index of
-      one of may_go_on(view, request), or a Split there.
+      one of may_go_on(view, request), or a Split there. Because says why.
     order: (view, instance, waiting) -> the same requests, first to go first.
       waiting: its prefill queue, by arrival, before each of its prefill
       batches; or the finished prefills that it will pull, by their end,
@@ -508,8 +516,8 @@ class Policy:
     hand_off: (view, request, avoid) -> index of the instance, of
       view.may_decode, that pulls its KV; of what a flexible instance
       prefilled perhaps its own: then it stays. Asked before the step that
-      ends such a prompt, and, unless it stays, at the prompt's end. avoid: one
-      that has just failed at it, or -1.
+      ends such a prompt, and, unless it stays, at the prompt's end. Because
+      says why. avoid: one that has just failed at it, or -1.
     admit: (view, instance, request, pages) -> whether it may take so many
       pages now; asked only where they are free and a place is. False: the
       queue waits, and it is asked again at every event.
