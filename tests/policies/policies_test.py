@@ -22,7 +22,7 @@ from dsjax.policies.rollouts import rounded
 from dsjax.scheduling import event_log, scheduler
 from dsjax.scheduling.events import Flip, Migrate, Reject, RunPrefill
 from dsjax.scheduling.pace import Paced
-from dsjax.scheduling.policy import DISTSERVE, Load
+from dsjax.scheduling.policy import DISTSERVE, Load, PolicyError
 from dsjax.simulation import latency, simulator
 from experiments.common import policies
 from experiments.explore import large_world
@@ -161,6 +161,12 @@ def test_mooncake_refuses_early_and_the_others_attain():
   on_time = sum(r.ttft_s <= SLO.ttft_s for r in kept) / len(kept)
   assert on_time > 0.75
   assert attainment('mooncake:rejects=False', 120) < 0.1
+
+
+@pytest.mark.parametrize('name', ('static', 'arrow', 'mooncake', 'ppd'))
+def test_more_prefill_instances_than_there_are(name):
+  with pytest.raises(PolicyError, match='prefills=9: must be 0 to 4, the flex'):
+    served(f'{name}:prefills=9', 30)
 
 
 def test_llm_d_is_its_limits():
