@@ -472,10 +472,12 @@ def least_loaded(view: View, request: RequestView, avoid: int) -> int:
 
 def fill_budget(view: View, instance: InstanceView) -> PrefillBudget:
   """Prompts before rows: as many whole ones as L_m takes, or, on an instance
-  that mixes, what the rows of the step leave of its token budget."""
+  that mixes, what the rows of the step leave of its token budget. One that has
+  become a prefill instance mixes until the rows that it still has are gone."""
   del view
   tokens = instance.config.prefill_tokens
-  if instance.mixes:
+  if instance.mixes or (instance.flips and instance.role == 'prefill'
+                        and instance.turn_rows):
     return PrefillBudget(tokens - instance.turn_rows, False, True)
   return PrefillBudget(tokens)
 

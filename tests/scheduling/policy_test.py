@@ -310,6 +310,20 @@ def test_an_answer_that_cannot_be_carried_out(hook, answer, roles, events,
   assert e.match(text)
 
 
+def test_rows_go_on_where_an_instance_becomes_one_that_prefills():
+  """However many prompts come."""
+  config = _config(('flexible',) * 2, tick_s=0.05, resize=lambda view: {
+      0: 'prefill', 1: 'decode'} if view.time_s else {},
+      route=lambda view, request: 0,
+      hand_off=lambda view, request, avoid: 1 if request.id else 0)
+  sent = [Request(0, 0.0, [1] * 6, Sampling(max_tokens=20))]
+  sent += [Request(id, 0.04 + id / 200, [1] * 12, Sampling(max_tokens=2))
+           for id in range(1, 200)]
+  row, *others = simulator.simulate(config, sent, STEP, LINK).records
+  assert row.instances == (0,)
+  assert row.finish_s < others[50].finish_s
+
+
 def test_a_victim_must_be_there():
   def outsider(view, instance, residents):
     return view.instances[0].waiting()[0]
