@@ -268,19 +268,19 @@ class InstanceView:
   @property
   def num_rows(self) -> int:
     """Rows of every micro-batch."""
-    return sum([len(batch.rows) for batch in self._instance.batches])
+    return sum([len(batch) for batch in self._instance.batches])
 
   @property
   def context(self) -> int:
     """Tokens that its rows have in their KV, all rows together."""
     return sum([sum([row[1] for row in batch.rows.values()])
-                + batch.tick * len(batch.rows)
+                + batch.tick * len(batch)
                 for batch in self._instance.batches])
 
   @property
   def turn_rows(self) -> int:
     """Rows of the micro-batch whose turn it is."""
-    return len(self._instance.batches[self._instance.turn].rows)
+    return len(self._instance.batches[self._instance.turn])
 
   def hit_tokens(self, request: RequestView) -> int:
     """Tokens of a prompt that need not be computed here: their KV is kept."""
@@ -353,10 +353,9 @@ class View:
   __slots__ = ('_instances', '_now', '_recent', '_link')
 
   def __init__(self, instances: Sequence[Any], requests: dict[int, Any],
-               now: list[Any], recent: tuple[Sequence[Any], Sequence[Any]],
-               link: LinkLike | None):
+               now: list[Any], recent: Any, link: LinkLike | None):
     """now: time, instances that take prompts, that take rows, that could do
-    either; kept current.
+    either; kept current. recent: what arrived and was served, see live.Recent.
 
     Not the Run itself: a cycle would keep every state of a log alive.
     """
@@ -393,7 +392,7 @@ class View:
 
   @property
   def load(self) -> Load:
-    arrived, served = self._recent
+    arrived, served = self._recent.arrived, self._recent.served
     lengths = sorted([prompt_len for _, prompt_len in arrived]) or [1]
     span_s = arrived[-1][0] - arrived[0][0] if arrived else 0.0
     return Load((len(arrived) - 1) / span_s if span_s > 0 else 0.0,
