@@ -123,7 +123,7 @@ def budget(run: Run, inst: LiveInstance, batch: LiveBatch) -> PrefillBudget:
   if type(answer) is PrefillBudget:
     tokens, whole, rows = answer
     if rows is True and inst.able.mixes:
-      most -= len(batch)
+      most -= batch.size
     if (0 <= index_of(tokens) <= most and type(whole) is bool
         and (rows is False or rows is True and inst.able.mixes)):
       return PrefillBudget(index_of(tokens), whole, rows)

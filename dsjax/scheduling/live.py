@@ -74,33 +74,31 @@ class LiveBatch:
   """A Batch that changes in place.
 
   rows: by id, in the order in which they joined; made when needed, as a step
-  may pass without. due: ids by their row's `until`, ticks: a heap of its keys,
-  places: ids' in that order; made when needed. least: the least `until`, while
-  there is no due; None: not known. flying: commands of it in flight. ends: the
-  tick at which each request is at its limit, of those that were asked for.
-  value: the rows as a value, or None where they have changed since.
+  may pass without. size: how many. due: ids by their row's `until`, ticks: a
+  heap of its keys, places: ids' in that order; made when needed. least: the
+  least `until`, while there is no due; None: not known. flying: commands of it
+  in flight. ends: the tick at which each request is at its limit, of those that
+  were asked for. value: the rows as a value, or None where they have changed.
   """
 
-  __slots__ = ('rows', 'tick', 'flying', 'due', 'ticks', 'places', 'least',
-               'ends', 'value')
+  __slots__ = ('size', 'tick', 'flying', 'due', 'ticks', 'places', 'least',
+               'ends', 'value', '_rows')
 
   def __init__(self, batch: Batch, flying: int):
-    self.tick, self.flying = batch.tick, flying
+    self.tick, self.flying, self.size = batch.tick, flying, len(batch.rows)
+    self._rows: dict[int, Row] | None = None
     self.ends: dict[int, int] = {}
     self.value: tuple[Row, ...] | None = batch.rows
     self.due: Any = None
     self.places: Any = None
     self.least: int | None = batch.least
 
-  def __getattr__(self, name: str) -> Any:
-    """The rows, when they are first asked for."""
-    if name != 'rows':
-      raise AttributeError(name)
-    self.rows = {row[0]: row for row in self.value or ()}
-    return self.rows
-
-  def __len__(self) -> int:
-    return len(self.rows if self.value is None else self.value)
+  @property
+  def rows(self) -> dict[int, Row]:
+    """The rows by id, made when they are first asked for."""
+    if self._rows is None:
+      self._rows = {row[0]: row for row in self.value or ()}
+    return self._rows
 
   def row_values(self) -> tuple[Row, ...]:
     """The rows as a value."""
@@ -120,6 +118,7 @@ class LiveBatch:
     elif self.least is not None and not 0 <= self.least <= row[2]:
       self.least = row[2]
     self.rows[row[0]] = row
+    self.size += 1
     self.value = self.places = None
 
   def _note(self, id, until):
@@ -132,6 +131,7 @@ class LiveBatch:
   def remove(self, id: int) -> None:
     """Takes a row out."""
     row, self.value = self.rows.pop(id), None
+    self.size -= 1
     self.ends.pop(id, None)
     if self.due is not None:
       self.due[row[2]].remove(id)
@@ -172,7 +172,7 @@ class LiveBatch:
 
   def short(self) -> Sequence[int]:
     """Ids of the rows that are not covered for the next tick, in order."""
-    if not len(self) or self.until() > self.tick:
+    if not self.size or self.until() > self.tick:
       return ()
     ids = (self.due or self.sort())[self.tick]
     if len(ids) == 1:

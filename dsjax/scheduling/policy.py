@@ -268,19 +268,19 @@ class InstanceView:
   @property
   def num_rows(self) -> int:
     """Rows of every micro-batch."""
-    return sum([len(batch) for batch in self._instance.batches])
+    return sum([batch.size for batch in self._instance.batches])
 
   @property
   def context(self) -> int:
     """Tokens that its rows have in their KV, all rows together."""
     return sum([sum([row[1] for row in batch.rows.values()])
-                + batch.tick * len(batch)
+                + batch.tick * batch.size
                 for batch in self._instance.batches])
 
   @property
   def turn_rows(self) -> int:
     """Rows of the micro-batch whose turn it is."""
-    return len(self._instance.batches[self._instance.turn])
+    return self._instance.batches[self._instance.turn].size
 
   def hit_tokens(self, request: RequestView) -> int:
     """Tokens of a prompt that need not be computed here: their KV is kept."""

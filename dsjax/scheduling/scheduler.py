@@ -22,6 +22,7 @@ next step waits on the device for the tokens of its previous one.
 """
 import bisect
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -532,7 +533,7 @@ class Run:
     """Nothing here will free a page by itself: what is here waits to be
     pulled. Two flexible instances could wait for each other so."""
     return not (inst.inflight or inst.prefilling or inst.ending
-                or any([len(batch) for batch in inst.batches])
+                or any([batch.size for batch in inst.batches])
                 or any([seq.target_pages and seq.target == inst.index
                         for seq in self.seqs.values()]))
 
@@ -671,7 +672,7 @@ class Run:
       inst.ending.append((number, seq.id))
       return
     self.move(seq, 'decoding')
-    batch = min(inst.batches, key=len)
+    batch = min(inst.batches, key=_SIZE)
     start = seq.prompt_len - batch.tick
     batch.add(row_of(inst, seq, start))
 
@@ -687,14 +688,14 @@ class Run:
       if g is None or not self.ready(inst, inst.batches[g]):
         return False
       batch = inst.batches[g]
-      if len(batch):  # else covering has preempted all of it
+      if batch.size:  # else covering has preempted all of it
         break
     # A step waits for the one before to leave the last stage, and stages take
     # work in order: micro-batches whose commands had several steps would run
     # one after another, not side by side.
     steps = 1
     if (len(inst.batches) == 1 and not inst.queue and not inst.pulls
-        and inst.residents == len(batch) + len(inst.ending)):
+        and inst.residents == batch.size + len(inst.ending)):
       steps = min(batch.until() - batch.tick, inst.run_ahead)
     self.send(inst, RunDecode(inst.index, inst.number, batch.tick, steps,
                               batch.row_values()), g)
@@ -776,6 +777,7 @@ class Run:
     lookahead.follow(self, index, told, count)
 
 
+_SIZE = operator.attrgetter('size')
 _APPLY: dict[type, Callable[..., None]] = {
     Arrived: Run.arrived,
     Cancelled: Run.cancelled,
@@ -794,11 +796,11 @@ def _open(kind):
 
 def _following(inst):
   """The next micro-batch in turn that has rows, or None."""
-  if len(inst.batches[inst.turn]):
+  if inst.batches[inst.turn].size:
     return inst.turn
   pp = len(inst.batches)
   return next((g % pp for g in range(inst.turn, inst.turn + pp)
-               if len(inst.batches[g % pp])), None)
+               if inst.batches[g % pp].size), None)
 
 
 def row_of(inst: LiveInstance, seq: Any, start: int) -> Row:
