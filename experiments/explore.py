@@ -125,7 +125,7 @@ def small_worlds():
       '1P1D, streams, larger pages': _world(
           'prefill decode', parts, 2, num_pages=3, page_size=4, **streams),
       '1P1D, streams give way': _world(
-          'prefill decode', ((1, 7, 0), (5, 2, 0)), 2, num_pages=8,
+          'prefill decode', ((1, 7, 0), (5, 2, 0)), 2, num_pages=9,
           page_size=1, **streams),
       '1P1D, streams, pp = 2': _world('prefill decode', parts, 2, pp=2,
                                       **streams),

@@ -311,6 +311,8 @@ class Rules:
       need(inst.status in ('up', 'draining')
            or not (busy or inst.residents or inst.inflight),
            'instance {} is {} and has work', i, inst.status)
+      need(not (inst.pulls and inst.streams),
+           'instance {}: a stream has the place of what waits', i)
       if not inst.inflight:
         need(not (inst.rows or inst.prefilling), 'instance {} stalled', i)
         need(inst.residents or not busy, 'instance {} admits nothing', i)
@@ -486,7 +488,7 @@ class _Move:
 
   def started(self, c, after):
     need(all([p.id != c.id or p.epoch == c.epoch and p.more
-              for p, *_ in self.copies]),
+              and p.hit + p.num_tokens <= c.hit for p, *_ in self.copies]),
          '{}: two copies of one request', c)
     self.pulled(c, after)
     source, target = (self.rules.config.instances[i]
