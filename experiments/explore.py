@@ -64,6 +64,9 @@ def small_worlds():
   # The second prompt is the first one with its answer; the third begins alike.
   turns = ((3, 3, 0, 5), (5, 2, 0, 5), (4, 2, 2, 3))
   kept = {'prefix_cache': True, 'num_pages': 4, 'prefill_tokens': 5}
+  # The first prompt is in three chunks, the second, which ends with its first
+  # token, in two.
+  streams, parts = {'stream_kv': True, 'prefill_tokens': 2}, (PIECES, (4, 2, 1))
   return {
       '1P1D': _world('prefill decode', two, 4),
       '1P1D, 3 requests': _world('prefill decode', three, 3),
@@ -116,6 +119,25 @@ def small_worlds():
       '1 chunked, prefixes': _world('chunked', turns, 2, **kept),
       '2 flexible, splits, prefixes': _world(
           'flexible flexible', turns[:2], 2, policy=anything(1), **kept),
+      '1P1D, streams': _world('prefill decode', parts, 3, **streams),
+      '1P1D, streams, smaller pages': _world(
+          'prefill decode', parts, 2, num_pages=8, page_size=1, **streams),
+      '1P1D, streams, larger pages': _world(
+          'prefill decode', parts, 2, num_pages=3, page_size=4, **streams),
+      '1P1D, streams give way': _world(
+          'prefill decode', ((1, 7, 0), (5, 2, 0)), 2, num_pages=9,
+          page_size=1, **streams),
+      '1P1D, streams, pp = 2': _world('prefill decode', parts, 2, pp=2,
+                                      **streams),
+      '2P1D, streams': _world(
+          'prefill prefill decode', (PIECES, (5, 2, 0)), 2, **streams),
+      '1P2D, streams': _world('prefill decode decode', parts, 2, **streams),
+      '2 flexible, streams': _world(
+          'flexible flexible', parts, 2, policy=anything(0, splits=False),
+          **streams | {'prefill_tokens': 3}),
+      '1P1D, streams, prefixes': _world(
+          'prefill decode', ((3, 3, 0, 6), (7, 2, 0, 6)), 2, prefix_cache=True,
+          page_size=1, num_pages=9, **streams),
       '2 flexible, prefixes': _world('flexible flexible', turns[:2], 2,
                                      policy=anything(0, splits=False),
                                      **kept),
@@ -151,6 +173,8 @@ def large_world(seed):
     config = dataclasses.replace(config, prefix_cache=True)
     requests = [(prompt, most, eos, draw.randint(0, prompt + most))
                 for prompt, most, eos in requests]
+  if draw.random() < 0.5:
+    config = dataclasses.replace(config, stream_kv=True)
   return Rules(config, requests), faults
 
 

@@ -209,7 +209,7 @@ class Fold:
         for chunk in command.chunks:
           self._prefilled_at[chunk.id] = command.instance
         self._sources[command.instance].note(now_s, steps=1)
-      elif isinstance(command, Migrate):
+      elif isinstance(command, Migrate) and not command.more:
         self._sources[command.source].note(now_s, copies=1)
     self._label()
     for command in commands:

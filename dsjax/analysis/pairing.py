@@ -52,7 +52,7 @@ class Execution(NamedTuple):
 
 
 class HandOff(NamedTuple):
-  """A migration that is no longer in flight.
+  """A migration that is no longer in flight; of a stream, its last part.
 
   Attributes:
     behind: its source had commands in flight when it was issued.
@@ -82,7 +82,7 @@ class Pairing:
       if isinstance(command, (RunPrefill, RunDecode)):
         self._running.setdefault(command.instance, {})[command.number] = (
             command, event.time_s)
-      elif isinstance(command, Migrate):
+      elif isinstance(command, Migrate) and not command.more:
         self._moving[command.id, command.epoch] = (
             command, event.time_s, bool(self._running.get(command.source)))
     return ended

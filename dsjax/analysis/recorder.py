@@ -232,6 +232,9 @@ class Recorder:
 
   def _migrate(self, command, now_s):
     life = self._live[command.id]
+    if command.more:  # while its prompt is prefilled
+      life.record.migrated_tokens += command.num_tokens
+      return
     life.record.retries += life.stage == 'migrate'
     if life.chain is not None:  # a row that moves
       life = self._again(life)

@@ -108,6 +108,8 @@ class EngineConfig:
     checksum: compare a checksum of the KV on both sides of every migration.
     prefix_cache: full pages stay until their room is needed, for requests
       that begin with the same tokens.
+    stream_kv: the KV of a prompt that runs in chunks goes to its decode
+      instance chunk by chunk, not after the last.
     attention: implementation of attention and of what reads and writes
       pages: 'xla', 'pallas' (GPU kernels), 'pallas_interpret' (the same
       kernels interpreted on CPU, slowly) or 'mosaic' (attention in kernels
@@ -138,6 +140,7 @@ class EngineConfig:
   decode_kv_dtype: str | None = None
   checksum: bool = False
   prefix_cache: bool = False
+  stream_kv: bool = False
   attention: str | None = None
   decode_page_size: int | None = None
   tries: int = 3
@@ -173,7 +176,7 @@ class EngineConfig:
                                'mosaic'), 'EngineConfig.attention',
             self.attention, "None, 'xla', 'pallas', 'pallas_interpret' or "
             "'mosaic'")
-    for field in ('checksum', 'prefix_cache'):
+    for field in ('checksum', 'prefix_cache', 'stream_kv'):
       value = getattr(self, field)
       require(isinstance(value, bool), f'EngineConfig.{field}', value,
               'True or False')

@@ -115,8 +115,9 @@ class Gauges:
     for command in commands:
       if isinstance(command, Preempt):
         self.preemptions.inc()
-      elif isinstance(command, Migrate):
-        self.hit_tokens.labels(str(command.target), 'copy').inc(command.hit)
+      elif isinstance(command, Migrate) and not command.more:
+        self.hit_tokens.labels(str(command.target), 'copy').inc(
+            command.hit - command.sent)
       elif isinstance(command, RunPrefill | RunDecode):
         instance = str(command.instance)
         if command.chunks:

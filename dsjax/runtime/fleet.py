@@ -132,7 +132,8 @@ class Fleet:
     raised: what is no Exception, such as SystemExit, and was taken as a fault:
       to be raised again once the state is whole.
     copied_bytes, copy_s: what migrations moved and the seconds they took,
-      from dispatch to arrival, summed. steps: device steps done.
+      from dispatch to arrival, summed; of parts that were sent before, which
+      wait for their chunk, the bytes only. steps: device steps done.
   """
 
   def __init__(self, model: Model, placement: Placement, config: EngineConfig,
@@ -251,7 +252,8 @@ class Fleet:
         self._num_logprobs[id] = prefix.sampling.logprobs
 
   def _migrate(self, command: Migrate) -> None:
-    self._admit(command.target, command.id)
+    if not command.more:  # its first token is out
+      self._admit(command.target, command.id)
     route = self.routes[self.engines[command.source],
                         self.engines[command.target]]
     self.transfers.append(route.start(command, self.config.checksum))
@@ -300,7 +302,7 @@ class Fleet:
     try:
       if not transfer.landed and transfer.has_arrived():
         transfer.land()
-      done = transfer.is_ready()
+      done = transfer.is_ready() and (command.more or self._is_last(command))
       if done and transfer.checksum:
         transfer.check()
     except BaseException as error:  # whatever jax raises for a broken copy
@@ -309,6 +311,8 @@ class Fleet:
     if done:
       self.transfers.remove(transfer)
       self.copied_bytes += transfer.bytes
+      if command.more:
+        return ()
       self.copy_s += took_s
       migrated = Migrated(self.clock(), command.id, command.epoch)
       try:
@@ -320,6 +324,11 @@ class Fleet:
       self._note(_hand_off(command), f'no end after {took_s:.1f} s')
       return (Timer(self.clock(), command.id, command.epoch),)
     return ()
+
+  def _is_last(self, command: Migrate) -> bool:
+    """Whether every other part of its hand-off has come to its end."""
+    return 1 == sum((t.command.id, t.command.epoch)
+                    == (command.id, command.epoch) for t in self.transfers)
 
   def _poll_steps(self) -> Iterator[StepDone | Event]:
     # What these completions start is left to the next poll, however fast the

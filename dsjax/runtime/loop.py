@@ -79,7 +79,7 @@ class Loop:
         self.fleet.capacities, config.max_len, config.depth,
         run_ahead=config.run_ahead, away=config.away, tries=config.tries,
         policy=policy, latencies=latencies, link=link,
-        prefix_cache=config.prefix_cache)
+        prefix_cache=config.prefix_cache, stream_kv=config.stream_kv)
     if report:
       self.fleet.warm(report)
     else:

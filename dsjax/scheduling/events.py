@@ -173,7 +173,10 @@ class RunDecode(NamedTuple):
 class Migrate(NamedTuple):
   """Copy the KV of `num_tokens` tokens from source pages to target pages.
 
-  hit: tokens before these that the target has kept of another request.
+  hit: tokens before these, which the target has kept of another request, but
+  for the `sent` that earlier parts of this hand-off bring. more: a part, read
+  behind the commands issued so far; the rest follows once it is made, and only
+  its end is told.
   """
   id: int
   epoch: int
@@ -183,6 +186,8 @@ class Migrate(NamedTuple):
   target_pages: tuple[int, ...]
   num_tokens: int
   hit: int = 0
+  sent: int = 0
+  more: bool = False
 
 
 class Preempt(NamedTuple):

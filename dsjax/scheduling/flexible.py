@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dsjax.scheduling import choices
+from dsjax.scheduling import choices, streaming
 from dsjax.scheduling.events import Flip, Tick
 from dsjax.scheduling.live import LiveInstance
 
@@ -48,6 +48,8 @@ def send_off(run: Run, inst: LiveInstance, prompts: bool, pulls: bool) -> None:
     inst.queue.remove(id)
     inst.backlog -= seq.stop
     run.enqueue(seq)
+  while pulls and streaming.give_way(run, inst):
+    pass  # they go over whole
   for id in list(inst.pulls):
     seq = run.own(id)
     if prompts if seq.done < seq.prompt_len else pulls:

@@ -10,7 +10,8 @@ STAGES = {
     'queued': 'in the prefill queue of an instance, or waiting for one; owns '
               'no pages',
     'prefilling': 'owns pages for its whole prompt; some chunks may have run, '
-                  'here or, of a split one, elsewhere',
+                  'here or, of a split one, elsewhere; streamed, it owns pages '
+                  'at its target too',
     'prefilled': 'its first token is out, or its prompt is cut here; its KV '
                  'waits until the instance that goes on pulls it',
     'migrating': 'owns pages on both sides until the target has every byte',
@@ -60,7 +61,7 @@ HOPS = _hops(
     ('Arrived', 'absent', 'queued absent'),
     ('plan', 'queued', 'prefilling'),
     ('plan', 'prefilling', 'decoding finishing yielding'),
-    ('PrefillDone', 'prefilling', 'prefilled over absent'),
+    ('PrefillDone', 'prefilling', 'prefilled migrating over absent'),
     ('plan', 'prefilled', 'migrating decoding'),
     ('Migrated', 'migrating', 'decoding'),
     ('plan', 'decoding', 'finishing yielding'),

@@ -41,6 +41,8 @@ class LiveSeq:
   first_s: float | None = None
   stop: int = 0
   blocks: tuple[int, ...] = ()
+  hit: int = 0
+  sent: int = 0
 
 
 fields_of = operator.attrgetter(*Seq._fields)
@@ -217,10 +219,11 @@ class LiveInstance:
     self._run_ahead = config.run_ahead
     (self.pool, batches, queue, prefilling, pulls, self.turn, self.number,
      inflight, ending, self.residents, self.backlog, self.status,
-     role, self.since_s, self.pace) = value
+     role, self.since_s, self.pace, streams) = value
     self.assign(role)
     self.queue, self.prefilling = list(queue), list(prefilling)
     self.pulls, self.ending = list(pulls), list(ending)
+    self.streams = list(streams)
     self.inflight = collections.deque(inflight)
     turns = [g for _, g in inflight]
     self.batches = [LiveBatch(b, turns.count(g))
@@ -252,5 +255,5 @@ class LiveInstance:
           tuple(self.queue), tuple(self.prefilling), tuple(self.pulls),
           self.turn, self.number, tuple(self.inflight), tuple(self.ending),
           self.residents, self.backlog, self.status, self.role,
-          self.since_s, self.pace)
+          self.since_s, self.pace, tuple(self.streams))
     return self.value

@@ -7,6 +7,8 @@ Rules:
   next one it samples is the next one its client sees.
 - A hand-off that fails is tried again from the source, which still holds the
   pages, by another decode instance if there is one.
+- One that fails while its prompt is still prefilled, a stream, is no try: the
+  whole goes over when the prefill is done.
 - The lease of a hand-off bounds how long it may take. When it runs out, Abort
   takes the target's right to write; it reaches the target before any command
   that uses these pages anew, as an instance's commands come in order.
@@ -22,7 +24,13 @@ import collections
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from dsjax.scheduling import flexible, lifecycle, prefix_cache, residents
+from dsjax.scheduling import (
+  flexible,
+  lifecycle,
+  prefix_cache,
+  residents,
+  streaming,
+)
 from dsjax.scheduling.events import (
   Abort,
   Drain,
@@ -207,13 +215,15 @@ def _target_lost(run, seq, reason):
     run.offer(seq)
     return
   seq.target, seq.target_pages = -1, ()
-  _retry(run, seq, reason)
+  if seq.stage == 'prefilling':
+    seq.hit, seq.sent = 0, -1
+  else:
+    _retry(run, seq, reason)
 
 
 def _source_lost(run, seq, known, reason):
   if seq.target_pages:
-    run.commands.append(Abort(seq.id, seq.epoch, seq.target))
-    residents.free_target(run, seq)
+    streaming.end(run, seq)
   elif seq.stage == 'prefilled':
     run.unpull(seq)
   seq.target, seq.pages = -1, ()
@@ -232,7 +242,8 @@ def _again(run, seq, reason):
   """The hand-off is over and its target may be used anew."""
   target = seq.target
   residents.free_target(run, seq)
-  _retry(run, seq, reason, target)
+  if seq.stage != 'prefilling':
+    _retry(run, seq, reason, target)
 
 
 def _retry(run, seq, reason, but=-1):

@@ -5,6 +5,7 @@ Functions of a scheduler.Run, and of its instances.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from dsjax.scheduling import choices, prefix_cache
@@ -44,6 +45,16 @@ def take(run: Run, inst: LiveInstance, seq: LiveSeq, tokens: int, stop: int,
   return ids + more, hit
 
 
+def take_over(run: Run, inst: LiveInstance, seq: LiveSeq, stop: int
+              ) -> tuple[tuple[int, ...], int] | None:
+  """Pages for a request whose KV comes from another instance, as `take`: of
+  its first `stop` tokens, what is there is whole pages of both."""
+  sizes = (run.instances[seq.instance].config.page_size,
+           inst.config.page_size)
+  return take(run, inst, seq, min(seq.prompt_len + 1, seq.limit - 1), stop,
+              math.lcm(*sizes))
+
+
 def free(run: Run, seq: LiveSeq) -> None:
   """A request gives its pages back; what is full of them is kept."""
   inst = run.touch(seq.instance)
@@ -58,6 +69,9 @@ def free_target(run: Run, seq: LiveSeq) -> None:
   inst.pool = prefix_cache.release(inst.pool, seq.target_pages,
                                    inst.hashes(seq), 0)
   inst.residents -= 1
+  if seq.stage == 'prefilling':
+    inst.streams.remove(seq.id)
+    seq.hit, seq.sent = 0, -1
   seq.target, seq.target_pages = -1, ()
 
 

@@ -21,7 +21,6 @@ stage runs the commands in order, so they complete in order; a micro-batch's
 next step waits on the device for the tokens of its previous one.
 """
 import bisect
-import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,10 +31,10 @@ from dsjax.scheduling import (
   lifecycle,
   lookahead,
   pace,
-  page_pool,
   prefix_cache,
   recovery,
   residents,
+  streaming,
 )
 from dsjax.scheduling.events import (
   Arrived,
@@ -45,7 +44,6 @@ from dsjax.scheduling.events import (
   DecodeDone,
   Event,
   Finish,
-  Migrate,
   Migrated,
   MigrateFailed,
   Preempt,
@@ -251,6 +249,8 @@ class Run:
         continue  # a row already, or over
       if chunk.id in e.ended or seq.prompt_len + 1 >= seq.limit:
         self.finish(seq, 'stop' if chunk.id in e.ended else 'length')
+      elif seq.target_pages:
+        streaming.rest(self, seq)
       else:
         self.offer(seq)
     for id in e.ended:
@@ -270,6 +270,8 @@ class Run:
     seq = self.handed(e)
     if seq is None:
       return
+    if seq.stage == 'prefilling':
+      raise ImpossibleEvent(f'{e}: its last part was not sent')
     residents.free(self, seq)
     seq.instance, seq.pages = seq.target, seq.target_pages
     seq.target, seq.target_pages = -1, ()
@@ -347,6 +349,8 @@ class Run:
     if was == 'migrating':
       self.move(seq, 'abandoned')
       return  # both sides' pages are released when the copy has ended
+    if seq.target_pages:
+      streaming.end(self, seq)
     if was == 'prefilled':
       self.unpull(seq)
       self.drop(seq)
@@ -494,12 +498,10 @@ class Run:
     while inst.pulls:
       pulls = choices.in_order(self, inst, inst.pulls)
       seq = self.seqs[pulls[0]]
-      sizes = (self.instances[seq.instance].config.page_size,
-               inst.config.page_size)
-      taken = residents.take(
-          self, inst, seq, min(seq.prompt_len + 1, seq.limit - 1), seq.done,
-          math.lcm(*sizes))
+      taken = residents.take_over(self, inst, seq, seq.done)
       if taken is None:
+        if streaming.give_way(self, inst):
+          continue
         id = next(filter(self.may_stay, pulls), -1) if (
             inst.able.flips and self.is_stuck(inst)) else -1
         if id < 0:
@@ -515,13 +517,7 @@ class Run:
       self.move(seq, 'migrating')
       seq.target_pages, hit = taken
       seq.epoch += 1
-      # Either side may have room for tokens to come.
-      read, given = (pages[hit // size:page_pool.pages_for(seq.done, size)]
-                     for pages, size in zip((seq.pages, seq.target_pages),
-                                            sizes, strict=True))
-      self.commands.append(Migrate(
-          seq.id, seq.epoch, seq.instance, read, inst.index, given,
-          seq.done - hit, hit))
+      streaming.copy(self, seq, hit, 0, seq.done)
 
   def may_stay(self, id: int) -> bool:
     """Whether what waits to be pulled could go on where it is."""
@@ -618,10 +614,12 @@ class Run:
     self.send(inst, RunPrefill(inst.index, number, tuple(chunks),
                                batch.tick, rows),
               inst.turn if mixed else -1)
+    if self.config.stream_kv:
+      streaming.follow(self, inst, chunks)
     if mixed:
       self.advance(inst, inst.turn, 1 if rows else 0)
     for seq in last:
-      if choices.stays(self, inst, seq):
+      if not seq.target_pages and choices.stays(self, inst, seq):
         self.join(inst, seq, number)
     return True
 
@@ -652,7 +650,7 @@ class Run:
         inst.queue.remove(seq.id)
       inst.prefilling.append(seq.id)
       seq = self.own(seq.id)
-      seq.pages, seq.done = taken
+      (seq.pages, seq.done), seq.sent = taken, 0
       inst.backlog -= seq.done
     return self.own(seq.id)
 
@@ -727,7 +725,8 @@ class Run:
     while short and prefix_cache.num_free(inst.pool) < len(short):
       if inst.ending:
         return False
-      self.preempt(inst)
+      if not streaming.give_way(self, inst):
+        self.preempt(inst)
       short = batch.short()
     if short:
       self.extend(inst, [(batch, id) for id in batch.renew(

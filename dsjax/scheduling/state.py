@@ -40,6 +40,7 @@ class Config:
     latencies: of each instance, link: between two of them, for policies that
       predict; None: such a policy has nothing to go by.
     prefix_cache: full pages stay for requests that begin alike.
+    stream_kv: KV of a prompt in chunks leaves chunk by chunk (streaming.py).
   """
 
   instances: tuple[InstanceConfig, ...]
@@ -53,6 +54,7 @@ class Config:
   latencies: tuple[Latency, ...] | None = None
   link: LinkLike | None = None
   prefix_cache: bool = False
+  stream_kv: bool = False
 
   @functools.cached_property
   def block_size(self) -> int:
@@ -73,7 +75,10 @@ class Seq(NamedTuple):
   lifecycle.STAGES. instance, target: -1 while it waits for one. tries: faults
   that it has been recovered from. first_s: when its first token was there, or
   None. done: tokens whose KV is there, or being made; of a row those of when
-  it became one. blocks: the hashes of its full blocks that are known.
+  it became one. blocks: the hashes of its full blocks that are known. hit,
+  sent: while its KV is streamed to target_pages, the tokens that were kept
+  there, and those after them that were sent; sent is -1 where that has ended
+  early: all of it will go over whole.
   """
 
   id: int
@@ -93,6 +98,8 @@ class Seq(NamedTuple):
   first_s: float | None = None
   stop: int = 0
   blocks: tuple[int, ...] = ()
+  hit: int = 0
+  sent: int = 0
 
 
 class Batch(NamedTuple):
@@ -116,7 +123,8 @@ class Instance(NamedTuple):
   status: up, draining (takes no work that another could), down, or gone (down
   for good). role: what it does now, its config's unless that is flexible.
   since_s: when its oldest command in flight could start. pace: what steps took
-  of late over what Config.latencies predict, see pace.Paced.
+  of late over what Config.latencies predict, see pace.Paced. streams: ids in
+  stage prefilling elsewhere whose KV comes here meanwhile.
   """
 
   pool: prefix_cache.Pages
@@ -134,6 +142,7 @@ class Instance(NamedTuple):
   role: str = ''
   since_s: float = 0.0
   pace: tuple[float, float] = (1.0, 1.0)
+  streams: tuple[int, ...] = ()
 
   @property
   def rows(self) -> tuple[Row, ...]:
@@ -261,9 +270,18 @@ def check(state: State) -> None:
     waiting = (state.seqs[i] for i in inst.queue + inst.prefilling)
     assert inst.backlog == sum(s.stop - s.done for s in waiting), (
         f'instance {index}: backlog')
+    streamed = {s.id for s in state.seqs.values()
+                if s.stage == 'prefilling' and s.target == index}
+    assert sorted(inst.streams) == sorted(streamed), (
+        f'instance {index}: streams')
   for id in state.waiting:
     at(id, state.seqs[id].stage, state.seqs[id].instance)
   for seq in state.seqs.values():
+    held = seq.stage in ('migrating', 'abandoned') or (
+        seq.stage == 'prefilling' and seq.target >= 0)
+    assert bool(seq.target_pages) == held, f'request {seq.id}: target'
+    assert seq.sent <= max(seq.done - seq.hit, 0) and (
+        held or seq.sent <= 0 == seq.hit), f'request {seq.id}: sent'
     if seq.stage in ('migrating', 'abandoned'):
       at(seq.id, seq.stage, seq.instance)
     elif seq.stage == 'prefilling' and seq.done == seq.stop:

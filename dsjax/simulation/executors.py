@@ -40,7 +40,8 @@ from dsjax.simulation import latency
 from dsjax.simulation.contention import Contention, Devices
 from dsjax.simulation.instance import VirtualInstance, work
 
-TICK, ARRIVED, MIGRATED, STEP = range(4)  # order of events of one moment
+# Order of events of one moment; SENT is none: a part of a hand-off may go.
+TICK, ARRIVED, MIGRATED, SENT, STEP = range(5)
 _NEVER = (float('inf'),)
 _REACH = 64  # most commands of a quiet run
 # Where nothing migrates.
@@ -76,9 +77,10 @@ class Copies:
     done_s = start_s + self.link.migrate_s(command.num_tokens)
     self.free_s.update(dict.fromkeys(keys, done_s))
     self.link_s += done_s - start_s
-    heapq.heappush(self.heap, (
-        done_s, MIGRATED, command.id, command.epoch,
-        Migrated(done_s, command.id, command.epoch)))
+    if not command.more:
+      heapq.heappush(self.heap, (
+          done_s, MIGRATED, command.id, command.epoch,
+          Migrated(done_s, command.id, command.epoch)))
 
   def told(self, top: tuple) -> events.Event:
     """The event of what was the heap's top; of a hand-off, whether another of
@@ -113,7 +115,7 @@ class Shared:
                          now_s + seconds.host_s)
       elif isinstance(command, Migrate):
         ready_s = now_s + self.latencies[command.source].host_s
-        if self.copies.link.beside:
+        if self.copies.link.beside and not command.more:
           self.copies.send(command, ready_s)
         else:
           self.devices.add(command.source, command, None, [0.0], ready_s)
@@ -171,6 +173,10 @@ class Alone:
       elif type(command) is Migrate:
         source = self.instances[command.source]
         ready_s = now_s + source.host_s
+        if command.more:  # once its chunk is done
+          heapq.heappush(self.heap, (max(ready_s, *source.free_s), SENT,
+                                     command.id, command.epoch, command))
+          continue
         self.copies.send(command, ready_s if self.copies.link.beside
                          else max(ready_s, *source.free_s))
       elif type(command) is Finish:
@@ -186,6 +192,9 @@ class Alone:
       if self.loose:
         self.catch_up()
       self.top = top = pop(heap)
+      if top[1] == SENT:
+        self.copies.send(top[4], top[0])
+        continue
       if top[1] != STEP:
         return self.copies.told(top)
       index = top[2]

@@ -87,8 +87,9 @@ class World(NamedTuple):
 
   kv: (id, block, tokens filled) or None for each page. fates: None until a
   request arrives, '' until it ends. out: tokens told to each client. copies:
-  (Migrate, its answer is lost). faults: left to inject. marks: a hash of each
-  instance, see Rules.key.
+  (Migrate, its answer is lost, number of the command of its source that it is
+  read behind). faults: left to inject. marks: a hash of each instance, see
+  Rules.key.
   """
 
   state: object
@@ -176,14 +177,18 @@ class Rules:
         found += [(('crash', i, n), 1) for n in range(steps)]
         found.append((('gone', i), 1))
         found.append((('drain' if inst.status == 'up' else 'up', i), 1))
-    for c, lost in w.copies:
+    for c, lost, number in w.copies:
+      which = (c.id, c.hit) if c.more else (c.id,)
       if lost:
-        found.append((('lease', c.id), 0))
+        found.append((('lease', *which), 0))
         continue
-      found.append((('copied', c.id), 0))
+      read = not _behind(w, c, number)
+      last = c.more or all([p.id != c.id or p is c for p, *_ in w.copies])
+      if read and last:
+        found.append((('copied', *which), 0))
       if faults:
-        found += [((kind, c.id), 1)
-                  for kind in ('failed', 'damaged', 'lease', 'lose')]
+        kinds = ('failed', 'damaged', 'lease', 'lose')[:4 if read else 1]
+        found += [((kind, *which), 1) for kind in kinds]
     if faults:
       found += [(('cancel', id), 1) for id, f in enumerate(w.fates) if f == '']
       if self.config.policy.tick_s is not None:
@@ -211,9 +216,12 @@ class Rules:
     Python's -1 and -2 hash alike: two numbers below 0 must not meet here.
     """
     seqs = w.state.seqs
-    return hash((w.marks, tuple([(*s[:10], s.tries, s.stop) for s in (
-        seqs[id] for id in sorted(seqs))]), w.state.waiting, w.out, w.fates,
-        w.faults, tuple([(c.id, lost) for c, lost in w.copies])))
+    return hash((w.marks, tuple([
+        (*s[:10], s.tries, s.stop, s.hit, s.sent == -1) for s in (
+            seqs[id] for id in sorted(seqs))]), w.state.waiting, w.out,
+        w.fates, w.faults, tuple([
+            (c.id, c.hit, lost, _behind(w, c, number))
+            for c, lost, number in w.copies])))
 
   def check(self, w: World) -> None:
     """Raises Violation unless all holds that the world alone can show."""
@@ -223,7 +231,7 @@ class Rules:
       need(seq.tries <= self.config.tries, '{}: tried too often', seq)
       need(w.fates[seq.id] == '' or seq.stage in ('over', 'abandoned'),
            '{} lives on: {}', seq, w.fates[seq.id])
-    for c, _ in w.copies:
+    for c, *_ in w.copies:
       seq = now.seqs.get(c.id)
       need(seq and (seq.epoch, seq.instance, seq.target) == (
           c.epoch, c.source, c.target)
@@ -303,6 +311,8 @@ class Rules:
       need(inst.status in ('up', 'draining')
            or not (busy or inst.residents or inst.inflight),
            'instance {} is {} and has work', i, inst.status)
+      need(not (inst.pulls and inst.streams),
+           'instance {}: a stream has the place of what waits', i)
       if not inst.inflight:
         need(not (inst.rows or inst.prefilling), 'instance {} stalled', i)
         need(inst.residents or not busy, 'instance {} admits nothing', i)
@@ -376,6 +386,8 @@ class Rules:
     now, kind = w.state, turn % 8
     if now.seqs and kind < 4:
       seq = now.seqs[list(now.seqs)[turn // 8 % len(now.seqs)]]
+      if kind == 0 and seq.stage == 'prefilling' and seq.target_pages:
+        return Migrated(NO_CLOCK, seq.id, seq.epoch), seq.stage
       if kind == 3:
         return Arrived(NO_CLOCK, seq.id, 1, 1), seq.stage
       return HAND_OFF[kind](NO_CLOCK, seq.id, seq.epoch + 1), seq.stage
@@ -423,8 +435,11 @@ class _Move:
       after = run.freeze()
       marks = tuple([m if a is b else _mark(a) for a, b, m in zip(
           after.instances, before.instances, marks, strict=True)])
+    self.numbers = [inst.number - 1 for inst in before.instances]
     for _, commands in self.log:
       for c in commands:
+        if isinstance(c, RunPrefill | RunDecode):
+          self.numbers[c.instance] = c.number
         doubt = _DOUBTS.get(type(c))
         if doubt:
           doubt(self, c, after)
@@ -472,7 +487,8 @@ class _Move:
            '{}: it fits', c)
 
   def started(self, c, after):
-    need(all([p.id != c.id for p, _ in self.copies]),
+    need(all([p.id != c.id or p.epoch == c.epoch and p.more
+              and p.hit + p.num_tokens <= c.hit for p, *_ in self.copies]),
          '{}: two copies of one request', c)
     self.pulled(c, after)
     source, target = (self.rules.config.instances[i]
@@ -483,8 +499,11 @@ class _Move:
       size = self.rules.config.instances[i].page_size
       need(pages and len(pages) == page_pool.pages_for(c.num_tokens, size),
            '{}: {} pages', c, len(pages))
-    self.read(c.source, c.id, c.source_pages, c.hit + c.num_tokens, c.hit)
-    self.copies.append((c, False))
+      need(c.hit % size == 0 and not (c.more and c.num_tokens % size),
+           '{}: not of whole pages', c)
+    if not c.more:  # else when what it is read behind has run
+      self.read(c.source, c.id, c.source_pages, c.hit + c.num_tokens, c.hit)
+    self.copies.append((c, False, self.numbers[c.source]))
 
   def aborted(self, c, after):
     self.copies = [p for p in self.copies
@@ -644,36 +663,42 @@ class _Move:
     self.stopped.append(id)
     self.events.append(Cancelled(self.time_s, id))
 
-  def copy(self, id):
-    return next(n for n, (c, _) in enumerate(self.copies) if c.id == id)
+  def copy(self, id, part):
+    """Which of the copies: a part is known by its first token."""
+    return next(n for n, (c, *_) in enumerate(self.copies)
+                if c.id == id and (c.hit if c.more else -1) == part)
 
-  def copied(self, id):
-    c, _ = self.copies.pop(self.copy(id))
+  def copied(self, id, part=-1):
+    c, *_ = self.copies.pop(self.copy(id, part))
     stop = c.hit + c.num_tokens
     self.read(c.source, id, c.source_pages, stop, c.hit)
     self.write(c.target, id, c.target_pages, c.hit, stop, c.hit)
-    self.events.append(Migrated(self.time_s, id, c.epoch))
+    if not c.more:
+      self.events.append(Migrated(self.time_s, id, c.epoch))
 
-  def failed(self, id):
-    c, _ = self.copies.pop(self.copy(id))
-    self.events.append(MigrateFailed(self.time_s, id, c.epoch))
+  def failed(self, id, part=-1, reason='the copy failed'):
+    """With it every part of its hand-off is given up."""
+    c, *_ = self.copies[self.copy(id, part)]
+    self.aborted(c, None)
+    self.events.append(MigrateFailed(self.time_s, id, c.epoch, reason))
 
-  def damaged(self, id):
+  def damaged(self, id, part=-1):
     """It arrived, and its checksum does not fit."""
-    c, _ = self.copies.pop(self.copy(id))
+    c, *_ = self.copies[self.copy(id, part)]
     kv = self.pages_of(c.target)
     for page in c.target_pages:
       kv[page] = DAMAGED
-    self.events.append(MigrateFailed(self.time_s, id, c.epoch, 'checksum'))
+    self.failed(id, part, 'checksum')
 
-  def lease(self, id):
-    c, _ = self.copies[self.copy(id)]
+  def lease(self, id, part=-1):
+    c, *_ = self.copies[self.copy(id, part)]
     self.events.append(Timer(self.time_s, id, c.epoch))
 
-  def lose(self, id):
+  def lose(self, id, part=-1):
     """It may write for ever, and will never answer."""
-    n = self.copy(id)
-    self.copies[n] = (self.copies[n][0], True)
+    n = self.copy(id, part)
+    c, _, number = self.copies[n]
+    self.copies[n] = c, True, number
 
 
 _DOUBTS = {Migrate: _Move.started, Abort: _Move.aborted,
@@ -684,6 +709,12 @@ _DOUBTS = {Migrate: _Move.started, Abort: _Move.aborted,
 def _hash(id, block):
   """Of a block, and all before it."""
   return 1 + 1000 * block + (0 if id == ALIKE else id + 1)
+
+
+def _behind(w, c, number):
+  """Commands that are to run before a copy reads: those up to `number`."""
+  flying = w.state.instances[c.source].inflight
+  return max(0, number + 1 - flying[0][0].number) if flying else 0
 
 
 def _free(inst):
@@ -713,6 +744,7 @@ def _mark(inst):
   number = inst.number
   return hash((
       _free(inst), _kept_mark(inst), inst.queue, inst.prefilling, inst.pulls,
+      inst.streams,
       inst.turn, inst.status, inst.role,
       tuple([(number - n, id) for n, id in inst.ending]),
       tuple([tuple([(r[0], r[1] + b.tick, r[2] - b.tick, r[3])

@@ -174,7 +174,8 @@ class FakeRoute:
     pass
 
   def start(self, command, checksum=False):
-    for engine in (self.source, self.target):
+    # With the first parts of a stream the target has nothing of it yet.
+    for engine in (self.source, self.target)[:2 - command.more]:
       tokens, *_ = engine.requests[command.id]
       # By more: a part of a prompt.
       assert len(tokens) > command.hit + command.num_tokens

@@ -15,6 +15,7 @@ from dsjax.scheduling import (
   recovery,
   residents,
   scheduler,
+  streaming,
 )
 from dsjax.scheduling.events import Arrived
 from experiments import explore
@@ -104,13 +105,13 @@ MUTATIONS = {
     'a hand-off of a request that stays': (
         RUN, 'offer', 'target.index == seq.instance', 'False'),
     'another request is handed off': (
-        RUN, 'pull', '(seq.pages, seq.target_pages)',
-        '(next(iter(self.seqs.values())).pages, seq.target_pages)'),
+        streaming, 'copy', '(seq.pages, run',
+        '(next(iter(run.seqs.values())).pages, run'),
     'a lease reaper stops at its first live entry': (
         recovery, 'timer', 'seq is not None',
         'seq and seq is next(s for s in run.seqs.values() if s.target_pages)'),
     'a part hands off the whole prompt': (
-        RUN, 'pull', 'seq.done - hit', 'seq.prompt_len - hit'),
+        RUN, 'pull', '0, seq.done', '0, seq.prompt_len'),
     'a part is taken for a whole prompt': (
         RUN, 'join', 'seq.done < seq.prompt_len', 'False'),
     'a part counts a token that is not out': (
@@ -148,13 +149,52 @@ KEPT = {
     'the whole of a prompt is a hit': (
         residents, 'take', '(stop - 1)', 'stop'),
     'a hit that the source has no page for': (
-        RUN, 'pull', 'math.lcm(*sizes)', 'sizes[1]'),
+        residents, 'take_over', 'math.lcm(*sizes)', 'sizes[1]'),
     'other pages than those that are missing': (
-        RUN, 'pull', 'pages[hit // size:', 'pages[0:'),
+        streaming, 'copy', 'pages[start // size:', 'pages[0:'),
     'an answer is kept as another': (
         residents, 'learn', 'blocks += more', 'blocks += more[1:]'),
     'what a lost instance kept is remembered': (
         recovery, '_empty', 'prefix_cache.emptied(inst.pool)', 'inst.pool'),
+}
+# Of KV that is streamed; caught in the worlds where it is.
+STREAMED = {
+    'a part is read before its chunk has run': (
+        streaming, 'follow', 'chunk.stop // unit', 'seq.stop // unit'),
+    'half of a page is sent': (
+        streaming, 'follow', 'chunk.stop // unit * unit', 'chunk.stop'),
+    "pages of the source's size are cut": (
+        streaming, 'follow', 'math.lcm(*sizes)', 'sizes[0]'),
+    'a part is sent twice': (
+        streaming, 'follow', 'seq.sent = stop - seq.hit', 'pass'),
+    'a part is left out': (
+        streaming, 'follow', 'copy(run, seq, seq.hit, sent, stop, more=True)',
+        'sent or copy(run, seq, seq.hit, sent, stop, more=True)'),
+    'what the target has kept is copied over': (
+        streaming, 'follow', 'seq.hit, sent, stop', '0, sent, stop'),
+    'the rest is the last part alone': (
+        streaming, 'rest', 'seq.hit, seq.sent', 'seq.hit, seq.sent + 1'),
+    'pages are reserved with every chunk': (
+        streaming, 'follow', 'seq.target_pages or ', ''),
+    'a stream that ends goes on writing': (
+        streaming, 'end', 'run.commands.append', 'str'),
+    'a cancel keeps what a stream has reserved': (
+        RUN, 'leave', 'if seq.target_pages:', 'if False:'),
+    'a stream passes what waits by': (
+        streaming, '_reserve', ' or target.pulls', ''),
+    'a row gives way to a stream': (
+        RUN, 'cover', 'not streaming.give_way(self, inst)',
+        'not inst.streams'),
+    'a failed stream counts as a hand-off': (
+        recovery, '_again', "seq.stage != 'prefilling'", 'True'),
+    'a stream to a lost target goes on': (
+        recovery, '_target_lost', "seq.stage == 'prefilling'", 'False'),
+    'a drained instance keeps its streams': (
+        flexible, 'send_off', 'streaming.give_way(run, inst)', 'False'),
+    'an early end is an end': (
+        RUN, 'migrated', "seq.stage == 'prefilling'", 'False'),
+    'a prompt that is split is streamed': (
+        streaming, 'follow', 'seq.stop < seq.prompt_len', 'False'),
 }
 # What no client would notice; random worlds are wide enough to show it.
 UNNOTICED = {
@@ -177,8 +217,8 @@ UNNOTICED = {
         RUN, 'advance', 'inst.turn = (g + 1) % len(inst.batches)',
         'inst.turn = g'),
     'a copy to a page too many': (
-        RUN, 'pull', 'pages_for(seq.done, size)',
-        'pages_for(seq.done + 1, size)'),
+        streaming, 'copy', 'pages_for(stop, size)',
+        'pages_for(stop + 1, size)'),
     'a stop is told as a length': (RUN, 'ended', "'stop'", "'length'"),
     'a stop at the first token is told as a length': (
         RUN, 'prefill_done', "'stop' if chunk.id in e.ended else 'length'",
@@ -196,7 +236,7 @@ UNNOTICED = {
 
 def mutate(name, monkeypatch):
   """Changes a line of the scheduler."""
-  owner, function, old, new = (MUTATIONS | KEPT | UNNOTICED)[name]
+  owner, function, old, new = (MUTATIONS | KEPT | STREAMED | UNNOTICED)[name]
   before = getattr(owner, function)
   source = textwrap.dedent(inspect.getsource(before))
   assert old in source, source
@@ -326,6 +366,16 @@ def test_a_mutation_of_what_is_kept_is_caught(name, monkeypatch):
     for faults in range(3):
       for world, (rules, _) in explore.small_worlds().items():
         if 'prefixes' in world:
+          schedules.search(rules, faults)
+
+
+@pytest.mark.parametrize('name', STREAMED)
+def test_a_mutation_of_what_is_streamed_is_caught(name, monkeypatch):
+  mutate(name, monkeypatch)
+  with pytest.raises(worlds.Violation):
+    for faults in range(3):
+      for world, (rules, _) in explore.small_worlds().items():
+        if 'streams' in world:
           schedules.search(rules, faults)
 
 

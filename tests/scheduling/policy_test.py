@@ -518,11 +518,12 @@ def _as_then(entry):
 
 
 def _cut(value):
-  """`more` of Migrated, `blocks` and `hit`, at their defaults."""
+  """`more` of hand-offs, `blocks`, `hit` and `sent`, at their defaults."""
   fields = value._asdict()
   if hasattr(value, 'chunks') and value.chunks:
     fields['chunks'] = tuple(map(_cut, value.chunks))
-  later = ('blocks', 'hit', *(('more',) * (type(value) is Migrated)))
+  later = ('blocks', 'hit', 'sent',
+           *(('more',) * isinstance(value, Migrate | Migrated)))
   kept = [name for name in fields if name not in later]
   assert all(not fields[name] for name in later if name in fields)
   return collections.namedtuple(type(value).__name__, kept)(

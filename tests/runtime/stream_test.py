@@ -1,0 +1,103 @@
+"""KV that leaves chunk by chunk: tokens as without, nothing written late."""
+
+import dataclasses
+
+import pytest
+
+from dsjax.analysis import timeline
+from dsjax.config.checks import InputError
+from dsjax.config.engine import EngineConfig
+from dsjax.scheduling import event_log
+from dsjax.scheduling.events import (
+  Abort,
+  Drain,
+  Migrate,
+  Migrated,
+  MigrateFailed,
+  Timer,
+)
+from experiments.verify.faults import COPY, Injected, Injector
+from tests.common import serving, tiny
+from tests.common.serving import (
+  HOT,
+  PAGES_4,
+  PAGES_16,
+  check_tokens,
+  compilations,
+  drain,
+  expected_of_fakes,
+  fake_server_of,
+  job,
+  play,
+  server_of,
+)
+
+pytestmark = pytest.mark.usefixtures('no_hang')
+
+# Compiled by other tests too. In two chunks; some are short, one ends with its
+# first token.
+CHUNKS = {'prefill_tokens': 32, 'stream_kv': True}
+WORK = (job(40, 9), job(5, 12), job(50, 8, **HOT, seed=3), job(33, 1),
+        job(37, 10, 1), job(48, 12, 2, **HOT, seed=1), job(16, 6))
+PAGES_2 = dataclasses.replace(PAGES_4, page_size=2, num_pages=40)
+
+
+def config_of(config=PAGES_4, **changes):
+  return dataclasses.replace(config, **CHUNKS | changes)
+
+
+def migrates(server):
+  return [c for _, commands in server.log for c in commands
+          if isinstance(c, Migrate)]
+
+
+# --- on the real engine -------------------------------------------------------
+
+
+@pytest.mark.parametrize('mode, config', [
+    ('1p1d', dataclasses.replace(PAGES_4, checksum=True, prefix_cache=True)),
+    ('1p1d', PAGES_16), ('pp2_tp3', PAGES_4),
+    ('1p1d', dataclasses.replace(PAGES_4, decode_page_size=2, num_pages=40)),
+    ('1p1d', dataclasses.replace(PAGES_2, decode_page_size=4))])
+def test_tokens_are_those_of_whole_hand_offs(mode, config):
+  with server_of(mode, config_of(config)) as server:
+    with compilations() as names:
+      answers = [play(server, WORK, between=between) for between in (0, 6)]
+    assert not names
+    for outputs in answers:
+      check_tokens(WORK, outputs)
+    moves = migrates(server)
+  assert sum(c.more for c in moves) > 3
+  ends = {}
+  for c in moves:  # what follows a part goes on where it ended
+    assert c.sent == 0 or c.hit == ends[c.id, c.epoch]
+    ends[c.id, c.epoch] = c.hit + c.num_tokens
+
+
+def test_tokens_of_a_cache_in_bytes_are_those_of_whole_hand_offs():
+  answers = []
+  for stream in (False, True):
+    config = config_of(kv_dtype='int8', stream_kv=stream, checksum=True)
+    with server_of('tp1_tp2', config) as server:
+      answers.append([o.tokens for o in play(server, WORK, between=6)])
+      assert any(c.more for c in migrates(server)) == stream
+  assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize('kind', ('raise', 'unreadable', 'damage', 'stall'))
+def test_a_part_that_goes_wrong_goes_over_with_the_whole(kind, monkeypatch):
+  tries = int(kind == 'stall')  # its lease may end after its prefill
+  config = config_of(tries=tries, checksum=True)
+  with server_of('1p1d', config) as server, Injector(server) as injector:
+    injector.arm(1, 'scatter' if kind == 'damage' else COPY, kind)
+    if kind == 'stall':
+      monkeypatch.setattr(server.fleet, 'config',
+                          dataclasses.replace(config, lease_s=0.2))
+    outputs = play(server, WORK[:1], faulty=True)
+    check_tokens(WORK[:1], outputs)
+    assert injector.fired and server.faults
+    first, *_, whole = migrates(server)
+    assert first.more and not (whole.more or whole.sent)
+    assert whole.epoch == first.epoch + 1
+    kinds = {type(event) for event, _ in server.log}
+    assert kinds & {MigrateFailed, Timer}
