@@ -18,7 +18,8 @@ class Record:
   preemptions: times its pages were taken for want of pages. retries: times it
   was taken up again after a fault (a lost instance, a failed hand-off).
   cached_tokens: of the prompt, whose KV was kept when the prefill began that
-  gave the first token. migrated_tokens: whose KV was moved.
+  gave the first token; loaded_tokens: of these, those that came from host
+  memory. migrated_tokens: whose KV was moved.
   """
 
   id: int
@@ -35,6 +36,7 @@ class Record:
   preemptions: int = 0
   cached_tokens: int = 0
   migrated_tokens: int = 0
+  loaded_tokens: int = 0
   instances: tuple[int, ...] = ()
   retries: int = 0
 
