@@ -213,11 +213,13 @@ class Offload(NamedTuple):
   """Copy pages, which were kept, to slots of host memory.
 
   They are read before any later command to the instance writes them.
+  num_tokens: of these pages.
   """
   instance: int
   number: int
   pages: tuple[int, ...]
   slots: tuple[int, ...]
+  num_tokens: int
 
 
 class Load(NamedTuple):

@@ -71,7 +71,8 @@ def offload(run: Run, inst: LiveInstance, count: int) -> None:
     slots, ids = prefix_cache.alloc(slots, len(pages))
     host = host._replace(offloads=(*host.offloads, (number, ids, hashes)),
                          number=number + 1)
-    run.commands.append(Offload(inst.index, number, pages, ids))
+    run.commands.append(Offload(
+        inst.index, number, pages, ids, len(ids) * inst.config.page_size))
   inst.host, inst.value = host._replace(slots=slots), None
 
 
@@ -86,8 +87,9 @@ def offloaded(run: Run, e: Offloaded) -> None:
     if entry[0] == e.number:
       _, ids, hashes = entry
       inst.host = host._replace(
-          slots=prefix_cache.release(host.slots, ids, hashes,
-                                     0 if e.failed else len(ids)),
+          slots=prefix_cache.release(  # the first to go there goes first
+              host.slots, ids[::-1], hashes[::-1],
+              0 if e.failed else len(ids)),
           offloads=tuple([other for other in host.offloads
                           if other is not entry]))
       inst.value = None
