@@ -21,9 +21,10 @@ machine, turn by turn, first without and then with the cache. They share a
 system prompt of SYSTEM tokens; a turn has NEW more and an answer of ANSWER.
 
 It prints a table and writes sessions.csv: rate_per_s, route, cache, host_gb,
-ttft_s (mean), later_ttft_s (of turns after the first; of a trace, of prompts whose
-second block came before), p90_ttft_s, tpot_s, cached (loaded: of these, from
-host memory) and moved (of prompt tokens), attained, low, high. Exit codes: 0; 2 for bad input; 130 by Ctrl-C.
+ttft_s (mean), later_ttft_s (of turns after the first; of a trace, of prompts
+whose second block came before), p90_ttft_s, tpot_s, cached (loaded: of these,
+from host memory) and moved (of prompt tokens), attained, low, high. Exit codes:
+0; 2 for bad input; 130 by Ctrl-C.
 """
 
 import dataclasses
