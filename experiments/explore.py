@@ -42,10 +42,11 @@ STOPS, LONG, TINY, PIECES = (2, 4, 2), (3, 4, 0), (1, 2, 0), (5, 3, 0)
 
 
 def _world(roles, requests, faults, num_pages=4, max_seqs=2, prefill_tokens=4,
-           pp=1, page_size=2, **changes):
+           pp=1, page_size=2, host_pages=0, **changes):
   instances = tuple(InstanceConfig(
       role, num_pages if role != 'prefill' else 4,
-      page_size if role != 'prefill' else 2, max_seqs, prefill_tokens, 2, pp)
+      page_size if role != 'prefill' else 2, max_seqs, prefill_tokens, 2, pp,
+      host_pages)
                     for role in roles.split())
   options = {'max_len': 9, 'run_ahead': 2, 'tries': 1} | changes
   return Rules(scheduler.Config(instances, **options), requests), faults
@@ -63,6 +64,8 @@ def small_worlds():
   wide = {'num_pages': 10, 'page_size': 1, 'prefill_tokens': 3}
   # The second prompt is the first one with its answer; the third begins alike.
   turns = ((3, 3, 0, 5), (5, 2, 0, 5), (4, 2, 2, 3))
+  # The second needs room, the third begins as the first.
+  again = ((5, 1, 0, 5), (7, 2, 0, 0), (5, 2, 2, 5))
   kept = {'prefix_cache': True, 'num_pages': 4, 'prefill_tokens': 5}
   # The first prompt is in three chunks, the second, which ends with its first
   # token, in two.
@@ -138,6 +141,15 @@ def small_worlds():
       '1P1D, streams, prefixes': _world(
           'prefill decode', ((3, 3, 0, 6), (7, 2, 0, 6)), 2, prefix_cache=True,
           page_size=1, num_pages=9, **streams),
+      '1P1D, host': _world('prefill decode', again, 2, host_pages=2, **kept),
+      '1 colocated, host, preemption': _world(
+          'colocated', ((2, 3, 0, 2), (3, 3, 0, 0), (2, 2, 2, 2)), 2,
+          host_pages=2, prefix_cache=True, **tight),
+      '1 chunked, host of one page': _world(
+          'chunked', again, 2, host_pages=1, **kept),
+      '2 colocated, host': _world(
+          'colocated colocated', ((5, 1, 0, 5), (7, 1, 0, 0), (5, 1, 0, 5)), 2,
+          host_pages=2, **kept),
       '2 flexible, prefixes': _world('flexible flexible', turns[:2], 2,
                                      policy=anything(0, splits=False),
                                      **kept),

@@ -3,11 +3,13 @@
   python -m experiments.sessions --kind=chat --rates=2,8
   python -m experiments.sessions --kind=agent
   python -m experiments.sessions --trace=conversation_trace.jsonl --rates=3.4
+  python -m experiments.sessions --trace=... --host_gb=64,256
   python -m experiments.sessions --real --model=smollm2-135m-instruct
 
 Simulated: at each rate the same requests (sessions of --kind, whose turns
 follow the answer before; or a trace in Mooncake's format, its times scaled to
-the rate) under each of ROUTES, each with and without a cache.
+the rate) under each of ROUTES, each without a cache and with one, and with
+each of --host_gb, host memory of an instance for what its cache evicts.
   random    any prefill instance;
   balanced  the one with the fewest prompt tokens waiting;
   hits      the one where the first token is predicted soonest, what it has
@@ -15,13 +17,14 @@ the rate) under each of ROUTES, each with and without a cache.
             moving what another has kept); rows go where copy and steps are
             predicted to end soonest.
 Real, with --real: a few sessions of a served model on two devices of this
-machine, one after another, first without and then with the cache. They share a
+machine, turn by turn, first without and then with the cache. They share a
 system prompt of SYSTEM tokens; a turn has NEW more and an answer of ANSWER.
 
-It prints a table and writes sessions.csv: rate_per_s, route, cache, ttft_s
-(mean), later_ttft_s (of turns after the first; of a trace, of prompts whose
-second block came before), p90_ttft_s, tpot_s, cached and moved (of prompt
-tokens), attained, low, high. Exit codes: 0; 2 for bad input; 130 by Ctrl-C.
+It prints a table and writes sessions.csv: rate_per_s, route, cache, host_gb,
+ttft_s (mean), later_ttft_s (of turns after the first; of a trace, of prompts
+whose second block came before), p90_ttft_s, tpot_s, cached (loaded: of these,
+from host memory) and moved (of prompt tokens), attained, low, high. Exit codes:
+0; 2 for bad input; 130 by Ctrl-C.
 """
 
 import dataclasses
@@ -66,6 +69,8 @@ FLAGS = {
     'latency': 'tables:h100-80g',
     'placement': 'prefill=1x1,1x1,decode=1x1,1x1',
     'page_size': cli.Flag(64, 'Tokens.', low=1),
+    'host_gb': cli.Flag('', 'With the cache, host memory of an instance.'),
+    'pages': cli.Flag(256, 'Of an instance, with --real.', low=1),
     'ttft_s': 1.0, 'tpot_s': 0.05, 'seed': 0,
     'real': cli.Flag(False, 'Serve on this machine.'),
     'sessions': cli.Flag(3, 'With --real.', low=1),
@@ -105,11 +110,13 @@ class Line(NamedTuple):
   rate_per_s: float
   route: str
   cache: bool
+  host_gb: float
   ttft_s: float
   later_ttft_s: float
   p90_ttft_s: float
   tpot_s: float
   cached: float
+  loaded: float
   moved: float
   attained: float
   low: float
@@ -146,7 +153,7 @@ def later(work: Sequence[Request]) -> set[int]:
   return ids
 
 
-def line(rate_per_s: float, route: str, cache: bool, slo: Slo,
+def line(rate_per_s: float, route: str, cache: bool, host_gb: float, slo: Slo,
          records: Iterable[Record], turns: set[int]) -> Line:
   """What the records of a run say, the first WARMUP of them left out."""
   known = list(records)
@@ -156,66 +163,72 @@ def line(rate_per_s: float, route: str, cache: bool, slo: Slo,
   tokens = sum(r.prompt_len for r in served)
   attained = metrics.summarize(served, slo, 1).attainment
   return Line(
-      rate_per_s, route, cache, statistics.fmean(ttfts_s),
+      rate_per_s, route, cache, host_gb, statistics.fmean(ttfts_s),
       statistics.fmean([r.ttft_s or 0.0 for r in served if r.id in turns]
                        or [0.0]),
       float(np.quantile(ttfts_s, 0.9)),
       statistics.fmean([r.tpot_s or 0.0 for r in served]),
       sum(r.cached_tokens for r in served) / tokens,
+      sum(r.loaded_tokens for r in served) / tokens,
       sum(r.migrated_tokens for r in served) / tokens, *attained)
 
 
 def simulate(options: Any, rate_per_s: float, work: Sequence[Request],
-             route: str, cache: bool) -> Line:
+             route: str, cache: bool, host_gb: float) -> Line:
   """One run of the requests of a rate."""
   slo = Slo(options.ttft_s, options.tpot_s)
   problem = api.make_problem(
       options.model, slo, [(1, 1)], options.latency,
       max_len=max(len(r.prompt) + (r.sampling.max_tokens or 0) for r in work),
       page_size=options.page_size, prefix_cache=cache,
-      policy=ROUTES[route])
+      host_bytes=1e9 * host_gb, policy=ROUTES[route])
   config, latencies, link = api.build(
       problem, Placement.parse(options.placement, '--placement'))
   result = simulator.simulate(config, work, latencies, link)
-  return line(rate_per_s, route, cache, slo, result.records, later(work))
+  return line(rate_per_s, route, cache, host_gb, slo, result.records,
+              later(work))
 
 
-def serve(options: Any, cache: bool) -> tuple[Line, int]:
-  """Sessions of a served model, one after another: (their Line, KV bytes
-  moved)."""
+def serve(options: Any, cache: bool, host_gb: float) -> tuple[Line, int]:
+  """Sessions of a served model, turn by turn: (their Line, KV bytes moved)."""
   model = dsjax.load(options.model)
   config = EngineConfig(max_len=512, max_seqs=4, prefill_tokens=256,
-                        num_pages=256, prefix_cache=cache)
+                        num_pages=options.pages, prefix_cache=cache,
+                        host_bytes=int(1e9 * host_gb))
   draw = np.random.default_rng(options.seed)
   vocabulary, turns = model.config.vocab_size, set()
   with dsjax.serve(model, 'prefill=1x1,decode=1x1', config) as server:
     system = draw.integers(vocabulary, size=SYSTEM).tolist()
-    for _ in range(options.sessions + 1):  # the first one warms up
-      prompt = list(system)
+    for count in (1, options.sessions):  # the first one warms up
+      prompts = [list(system) for _ in range(count)]
       for turn in range(TURNS):
-        prompt += draw.integers(vocabulary, size=NEW).tolist()
-        answer = server.generate(prompt, max_tokens=ANSWER, ignore_eos=True)
-        prompt += answer.tokens
-        if turn:
-          turns.add(answer.id)
+        for prompt in prompts:
+          prompt += draw.integers(vocabulary, size=NEW).tolist()
+          answer = server.generate(prompt, max_tokens=ANSWER, ignore_eos=True)
+          prompt += answer.tokens
+          if turn:
+            turns.add(answer.id)
     records = server.records[TURNS:]
     moved = server.copied_bytes
-  return line(0.0, 'real', cache, Slo(options.ttft_s, options.tpot_s),
+  return line(0.0, 'real', cache, host_gb, Slo(options.ttft_s, options.tpot_s),
               records, turns), moved
 
 
 def table(lines: Iterable[Line]) -> Table:
   """A line a run."""
-  out = Table(title='TTFT, ms; cached, moved: of prompt tokens; attained, %')
-  for name in ('rate', 'route', 'cache', 'TTFT', 'later', 'p90',
-               'cached', 'moved', 'attained [95 %]'):
+  out = Table(title='TTFT, ms; cached (+ loaded), moved: of prompt tokens; '
+              'attained, %; cache: + GB of host memory')
+  for name in ('rate', 'route', 'cache', 'TTFT', 'later', 'p90', 'cached',
+               'moved', 'attained [95 %]'):
     out.add_column(name, justify='left' if name == 'route' else 'right')
   for told in lines:
     out.add_row(
         f'{told.rate_per_s:g}' if told.rate_per_s else '-', told.route,
+        f'+{told.host_gb:g}' if told.host_gb else
         'on' if told.cache else 'off', *(f'{1e3 * seconds:.0f}' for seconds in (
             told.ttft_s, told.later_ttft_s, told.p90_ttft_s)),
-        f'{told.cached:.0%}', f'{told.moved:.0%}',
+        f'{told.cached - told.loaded:.0%}'
+        + f'+{told.loaded:.0%}' * bool(told.loaded), f'{told.moved:.0%}',
         f'{100 * told.attained:.0f} [{100 * told.low:.0f}, '
         f'{100 * told.high:.0f}]')
   return out
@@ -235,13 +248,16 @@ def run(options: Any, console: Any) -> int:
   require(options.routes, '--routes', '', f'of {list(ROUTES)}')
   for name in options.routes:
     require(name in ROUTES, '--routes', name, f'of {list(ROUTES)}')
+  sizes_gb = (cli.numbers('--host_gb', options.host_gb) if options.host_gb
+              else ())
+  caches = [(False, 0.0), (True, 0.0), *((True, size) for size in sizes_gb)]
   lines: list[Line] = []
   tell, stopped = terminal.now_and_then(console), False
   try:
     if options.real:
       cli.prepare(2)
-      for cache in (False, True):
-        told, moved = serve(options, cache)
+      for cache, host_gb in caches:
+        told, moved = serve(options, cache, host_gb)
         lines.append(told)
         console.print(f'cache {"on" if cache else "off"}: {moved / 1e6:.1f} '
                       'MB of KV moved', highlight=False)
@@ -249,8 +265,9 @@ def run(options: Any, console: Any) -> int:
       for rate_per_s in cli.numbers('--rates', options.rates):
         work = workload(options, rate_per_s)
         for route in options.routes:
-          for cache in (False, True):
-            lines.append(simulate(options, rate_per_s, work, route, cache))
+          for cache, host_gb in caches:
+            lines.append(simulate(options, rate_per_s, work, route, cache,
+                                  host_gb))
             tell(f'{len(lines)} runs done')
   except KeyboardInterrupt:
     stopped = True

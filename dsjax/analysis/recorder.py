@@ -19,9 +19,14 @@ from dsjax.scheduling.events import (
   Flip,
   InstanceDown,
   InstanceUp,
+  Load,
+  Loaded,
+  LoadFailed,
   Migrate,
   Migrated,
   MigrateFailed,
+  Offload,
+  Offloaded,
   Preempt,
   PrefillDone,
   Reject,
@@ -54,7 +59,7 @@ class _Life:
   """
 
   __slots__ = ('record', 'stage', 'since_s', 'after_prefill', 'after_copy',
-               'open', 'epoch', 'chain', 'first', 'last')
+               'open', 'epoch', 'chain', 'first', 'last', 'load')
 
   def __init__(self, record, since_s):
     self.record = record
@@ -63,6 +68,7 @@ class _Life:
     self.after_prefill = self.after_copy = 'decode_queue'
     self.open = True  # takes tokens
     self.epoch = self.chain = self.last = None
+    self.load = None  # the Load that it waits for
 
   def is_in(self, chain):
     """Whether it is a row of the chain."""
@@ -161,6 +167,15 @@ class Recorder:
     if life and life.stage == 'migrate' and life.epoch == event.epoch:
       self._enter(life, life.after_copy, event.time_s)
 
+  def _loaded(self, event):
+    life = self._live.get(event.id)
+    if life and life.load and life.load.epoch == event.epoch:
+      more = life.load.num_tokens if isinstance(event, Loaded) else 0
+      if not life.record.token_s:
+        life.record.cached_tokens += life.load.hit + more
+        life.record.loaded_tokens += more
+      life.load = None
+
   def _prefill_done(self, event):
     if self._over(event):
       return
@@ -252,11 +267,16 @@ class Recorder:
     record.reasons += (
         f'{command.hook} {command.instance}: {command.reason}',)
 
+  def _load(self, command, now_s):
+    del now_s
+    self._use(self._live[command.id], command.instance)
+    self._live[command.id].load = command
+
   def _preempt(self, command, now_s):
     old = self._live[command.id]
     self._enter(old, 'prefill_queue', now_s)
     if not old.record.token_s:
-      old.record.cached_tokens = 0
+      old.record.cached_tokens = old.record.loaded_tokens = 0
     if command.cause == 'fault':
       old.record.retries += 1
     else:
@@ -345,4 +365,7 @@ _SEEN: dict[type, Callable[..., None]] = {
     Timer: Recorder._nothing, Abort: Recorder._nothing,
     Tick: Recorder._nothing, Flip: Recorder._nothing,
     Decided: Recorder._decided,
+    Offload: Recorder._nothing, Offloaded: Recorder._nothing,
+    Load: Recorder._load, Loaded: Recorder._loaded,
+    LoadFailed: Recorder._loaded,
 }

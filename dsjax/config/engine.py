@@ -24,6 +24,7 @@ class InstanceConfig:
       run in chunks of this size.
     prefill_seqs: most requests in one prefill batch.
     pp: pipeline stages; as many disjoint micro-batches decode in turn.
+    host_pages: of host memory, for what its prefix cache evicts; 0: none.
   """
 
   role: str
@@ -33,9 +34,13 @@ class InstanceConfig:
   prefill_tokens: int
   prefill_seqs: int
   pp: int = 1
+  host_pages: int = 0
 
   def __post_init__(self):
     make_plain(self)
+    require(is_integer(0, 2**31 - 1)(self.host_pages),
+            'InstanceConfig.host_pages', self.host_pages,
+            'an integer of 0 or more')
     require(self.role in ROLES, 'InstanceConfig.role', self.role,
             f'one of {tuple(ROLES)}')
     for field in ('num_pages', 'page_size', 'max_seqs', 'prefill_tokens',
@@ -110,6 +115,8 @@ class EngineConfig:
       that begin with the same tokens.
     stream_kv: the KV of a prompt that runs in chunks goes to its decode
       instance chunk by chunk, not after the last.
+    host_bytes: host memory for what the prefix cache evicts, of each instance
+      that takes prompts; 0: none.
     attention: implementation of attention and of what reads and writes
       pages: 'xla', 'pallas' (GPU kernels), 'pallas_interpret' (the same
       kernels interpreted on CPU, slowly) or 'mosaic' (attention in kernels
@@ -141,6 +148,7 @@ class EngineConfig:
   checksum: bool = False
   prefix_cache: bool = False
   stream_kv: bool = False
+  host_bytes: int = 0
   attention: str | None = None
   decode_page_size: int | None = None
   tries: int = 3
@@ -180,6 +188,11 @@ class EngineConfig:
       value = getattr(self, field)
       require(isinstance(value, bool), f'EngineConfig.{field}', value,
               'True or False')
+    require(is_integer(0, 2**63)(self.host_bytes), 'EngineConfig.host_bytes',
+            self.host_bytes, 'an integer of 0 or more')
+    require(self.prefix_cache or not self.host_bytes,
+            'EngineConfig.host_bytes', self.host_bytes,
+            '0 without prefix_cache=True')
     self._check_faults()
 
   def _check_faults(self):

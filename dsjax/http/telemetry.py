@@ -23,8 +23,10 @@ from dsjax.scheduling import lifecycle, prefix_cache
 from dsjax.scheduling.events import (
   Command,
   Event,
+  Load,
   Migrate,
   Migrated,
+  Offload,
   Preempt,
   RunDecode,
   RunPrefill,
@@ -35,7 +37,7 @@ SIZES = tuple(2**i for i in range(13))
 STAGES = ('queued', 'prefilling', 'prefilled', 'migrating', 'decoding',
           'ending')
 _SHOWN = {stage: 'ending' for stage in lifecycle.ENDING} | {
-    'abandoned': 'migrating'}  # other stages are themselves
+    'abandoned': 'migrating', 'loading': 'prefilling'}  # other stages are themselves
 RECENT = 500  # finished requests that the live page shows
 
 
@@ -56,7 +58,7 @@ class Gauges:
     self.recent = collections.deque(maxlen=RECENT)
     self.num_rejected = 0
     self._server: Orchestrator | None = None
-    self._counted = (0, 0, 0.0, 0.0)  # as of the last look
+    self._counted = (0, 0, 0.0, 0.0, 0)  # as of the last look
     self._make_metrics()
     self.registry.register(self)
 
@@ -87,6 +89,9 @@ class Gauges:
     self.migrations = make(count, 'migrations', 'KV caches moved.')
     self.kv_bytes = make(count, 'kv_moved_bytes', 'KV moved, bytes.')
     self.kv_seconds = make(count, 'kv_moved_seconds', 'Seconds of moving KV.')
+    self.host_pages = make(count, 'host_pages', 'KV pages copied to host memory '
+                           'and from there.', ['instance', 'copy'])
+    self.host_bytes = make(count, 'host_bytes', 'Of KV, the same, bytes.')
     self.steps = make(count, 'device_steps', 'Steps that devices completed.')
     self.host = make(count, 'host_seconds', 'Host seconds of those steps.')
     self.prefill_tokens = make(prom.Histogram, 'prefill_batch_tokens',
@@ -103,6 +108,8 @@ class Gauges:
     for i in map(str, range(len(server.placement.instances))):
       self.prefill_tokens.labels(i)
       self.decode_rows.labels(i)
+      for copy in ('offload', 'load'):
+        self.host_pages.labels(i, copy)
     self._server = server
 
   def observe(self, event: Event, commands: Iterable[Command]) -> None:
@@ -118,6 +125,13 @@ class Gauges:
       elif isinstance(command, Migrate) and not command.more:
         self.hit_tokens.labels(str(command.target), 'copy').inc(
             command.hit - command.sent)
+      elif isinstance(command, Offload | Load):
+        loads, instance = isinstance(command, Load), str(command.instance)
+        self.host_pages.labels(instance, 'load' if loads else 'offload').inc(
+            len(command.pages))
+        if loads:
+          self.hit_tokens.labels(instance, 'prefill').inc(
+              command.hit + command.num_tokens)
       elif isinstance(command, RunPrefill | RunDecode):
         instance = str(command.instance)
         if command.chunks:
@@ -165,11 +179,12 @@ class Gauges:
 
   def _pull(self, server: Orchestrator) -> None:
     """Counts what the orchestrator sums up itself."""
-    now = (server.copied_bytes, server.steps, server.copy_s, server.host_s)
+    now = (server.copied_bytes, server.steps, server.copy_s, server.host_s,
+           server.host_bytes)
     old, self._counted = self._counted, now
     for metric, new, before in zip(
-        (self.kv_bytes, self.steps, self.kv_seconds, self.host), now, old,
-        strict=True):
+        (self.kv_bytes, self.steps, self.kv_seconds, self.host,
+         self.host_bytes), now, old, strict=True):
       metric.inc(max(0, new - before))
 
   def text(self) -> bytes:

@@ -28,6 +28,7 @@ USABLE, RESERVE_BYTES = 0.95, 0.8 * 2**30
 # What a caller who does not say gets, here and in the runners.
 DEVICES, CHUNK, CHUNKS = 3, 512, (512, 1024, 2048)
 
+HOST_SHARE = 0.8  # of the peak of a link to the host; an assumption
 
 @dataclasses.dataclass(frozen=True)
 class SearchProblem:
@@ -57,7 +58,8 @@ class SearchProblem:
     rate_per_s: of the whole cluster; None: what counts is each device.
     policy: that every candidate is judged under.
     prefix_cache: see scheduler.Config; of a workload whose requests say which
-      blocks they have.
+      blocks they have. host_bytes: of host memory for it, of each instance
+      that takes prompts.
   """
 
   model: ModelConfig
@@ -82,6 +84,7 @@ class SearchProblem:
   rate_per_s: float | None = None
   policy: Policy = DISTSERVE
   prefix_cache: bool = False
+  host_bytes: float = 0.0
   links: Mapping[tuple[Plan, Plan], latency.Link] = dataclasses.field(
       default_factory=dict)
 
@@ -90,6 +93,11 @@ class SearchProblem:
             'SearchProblem.chunks', self.chunks, 'integers above 0')
     require(isinstance(self.prefix_cache, bool), 'SearchProblem.prefix_cache',
             self.prefix_cache, 'True or False')
+    require(checks.is_nonnegative(self.host_bytes), 'SearchProblem.host_bytes',
+            self.host_bytes, '0 or more')
+    require(self.prefix_cache or not self.host_bytes,
+            'SearchProblem.host_bytes', self.host_bytes,
+            '0 without prefix_cache=True')
     require(0 < self.target < 1, 'SearchProblem.target', self.target,
             'a share in (0, 1)')
     require(checks.is_positive(self.tolerance), 'SearchProblem.tolerance',
@@ -134,8 +142,12 @@ def instance(problem: SearchProblem, role: str, plan: Plan,
                   problem.max_seqs * longest)
   if num_pages < longest:
     return None
+  page_bytes = problem.page_size * problem.model.kv_bytes_per_token(
+      problem.itemsize)
   return InstanceConfig(role, num_pages, problem.page_size, problem.max_seqs,
-                        prefill_tokens, problem.prefill_seqs, plan.pp)
+                        prefill_tokens, problem.prefill_seqs, plan.pp,
+                        host_pages=int(problem.host_bytes // page_bytes)
+                        if ROLES[role].prefills else 0)
 
 
 def plans(problem: SearchProblem, most: int) -> list[Plan]:
@@ -185,7 +197,9 @@ def build(
   config = scheduler.Config(tuple(instances), problem.max_len,
                             depth=2 if placement.prefill else 1,
                             policy=problem.policy,
-                            prefix_cache=problem.prefix_cache)
+                            prefix_cache=problem.prefix_cache,
+                            host_link=host_link_of(problem, placement)
+                            if problem.host_bytes else None)
   return config, latencies, link_of(problem, aligned, placement)
 
 
@@ -249,3 +263,14 @@ def link_of(problem: SearchProblem, aligned: bool,
     measured = [latency.Link(b.hand_off_s, b.bytes_per_s, kv_bytes,
                              b.reads_beside) for b in borders]
   return max(measured, key=lambda link: link.migrate_s(512))
+
+
+def host_link_of(problem: SearchProblem, placement: Placement) -> latency.Link:
+  """Between an instance and host memory, each device by a link of its own:
+  that of the slowest instance."""
+  kv_bytes = problem.model.kv_bytes_per_token(problem.itemsize)
+  each = [(plan.num_devices, clusters.nodes_of(problem.cluster, plan))
+          for _, plan in placement.instances]
+  return max([latency.Link(
+      nodes.hand_off_s, HOST_SHARE * count * nodes.host_bytes_per_s, kv_bytes)
+              for count, nodes in each], key=lambda link: link.migrate_s(512))

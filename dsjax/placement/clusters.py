@@ -50,6 +50,8 @@ class Cluster:
     intra_bytes_per_s, inter_bytes_per_s: of a KV transfer inside a node and
       between nodes; hand_off_s: its fixed part. reads_beside: pages are
       read while their source computes, see latency.Link.
+    host_bytes_per_s: between a device and the memory of its host, one
+      direction.
     latency: of its devices, whatever dsjax.search takes, or the peaks of a
       device of your own (Hardware), for a roofline; None: that of the search.
     price: of a device, in any unit. Goodput counts per unit of it.
@@ -62,6 +64,7 @@ class Cluster:
   inter_bytes_per_s: float = hardware.PAPER_NODE_BYTES_PER_S
   hand_off_s: float = 1e-3
   reads_beside: bool = False
+  host_bytes_per_s: float = hardware.PCIE4_BYTES_PER_S
   latency: Any = None
   price: float = 1.0
 
@@ -72,7 +75,7 @@ class Cluster:
       require(checks.is_positive_int(value), f'Cluster.{field}', value,
               'an integer of 1 or more')
     for field in ('memory_bytes', 'intra_bytes_per_s', 'inter_bytes_per_s',
-                  'price'):
+                  'host_bytes_per_s', 'price'):
       value = getattr(self, field)
       require(checks.is_positive(value), f'Cluster.{field}', value,
               'a number above 0')
@@ -106,7 +109,8 @@ class Cluster:
     known: dict[str, Any] = {} if device is None else dict(
         memory_bytes=device.memory_bytes,
         intra_bytes_per_s=device.link_bytes_per_s,
-        inter_bytes_per_s=device.node_bytes_per_s)
+        inter_bytes_per_s=device.node_bytes_per_s,
+        host_bytes_per_s=device.host_bytes_per_s)
     return cls(**known | given)
 
 

@@ -28,7 +28,7 @@ from dsjax.config.engine import EngineConfig, InstanceConfig
 from dsjax.config.request import Sampling
 from dsjax.model import sampling, sharding, transformer
 from dsjax.model.kv_cache import Cache
-from dsjax.runtime import migration
+from dsjax.runtime import host_memory, migration
 from dsjax.runtime.arrays import is_sound
 from dsjax.runtime.memory import size_pages
 from dsjax.runtime.protocols import Dispatched, Pending
@@ -186,6 +186,10 @@ class Engine:
   def route_to(self, target: 'Engine') -> migration.Route:
     """How KV goes from this engine to another."""
     return migration.Route(self, target)
+
+  def host_memory(self, checksum: bool) -> host_memory.HostMemory:
+    """Its slots of host memory."""
+    return host_memory.HostMemory(self, checksum)
 
   # --- faults ---------------------------------------------------------------
 

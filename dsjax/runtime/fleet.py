@@ -12,6 +12,7 @@ What fails is an event, as what completes is:
   The source still holds the pages. Where an engine's buffers are gone, it is
   lost instead.
 - A hand-off whose lease ran out: Timer. The scheduler answers with Abort.
+- A copy to host memory, or from there, that fails or is late is over.
 
 Nothing that was in flight when an instance was lost can touch it later: jax
 arrays are values, so a late step writes buffers that nothing reads any more.
@@ -51,9 +52,14 @@ from dsjax.scheduling.events import (
   Flip,
   InstanceDown,
   InstanceUp,
+  Load,
+  Loaded,
+  LoadFailed,
   Migrate,
   Migrated,
   MigrateFailed,
+  Offload,
+  Offloaded,
   Preempt,
   PrefillDone,
   RunDecode,
@@ -90,8 +96,8 @@ class StepDone(NamedTuple):
 
 
 # What an engine has a part in.
-Performed: TypeAlias = (RunPrefill | RunDecode | Migrate | Preempt | Flip
-                        | Abort)
+Performed: TypeAlias = (RunPrefill | RunDecode | Migrate | Offload | Load
+                        | Preempt | Flip | Abort)
 # The Prefix of a request; None: it has ended.
 PrefixOf: TypeAlias = Callable[[int], Prefix | None]
 
@@ -126,7 +132,7 @@ class Fleet:
   Attributes:
     engines: by instance. routes: (source, target) engines -> Route.
     running: commands in flight of each instance, in order.
-    transfers: hand-offs in flight.
+    transfers: hand-offs in flight. hosts: what instances have of host memory.
     down: instances that are lost -> when to start them again, or None.
     faults: (time, what happened) of the newest.
     raised: what is no Exception, such as SystemExit, and was taken as a fault:
@@ -166,6 +172,9 @@ class Fleet:
         if source.capacity.flips or not source.capacity.decodes
         for target in self.engines
         if target.capacity.decodes and target is not source}
+    self.hosts = {index: engine.host_memory(config.checksum)
+                  for index, engine in enumerate(self.engines)
+                  if engine.capacity.host_pages}
     self.transfers: list[Transfer] = []
     self.running: list[collections.deque[Running]] = [
         collections.deque() for _ in roles]
@@ -188,6 +197,8 @@ class Fleet:
         report(done, total, f'{engine.role} {index}: {name}')
     for route in self.routes.values():
       route.warm(self.config.checksum)
+    for host in self.hosts.values():
+      host.warm()
     for index in self.config.away:
       self.engines[index].stop()
       self.down[index] = None
@@ -195,7 +206,13 @@ class Fleet:
   @property
   def busy(self) -> bool:
     """Whether something is in flight."""
-    return any(self.running) or bool(self.transfers)
+    return (any(self.running) or bool(self.transfers)
+            or any([host.busy for host in self.hosts.values()]))
+
+  @property
+  def host_bytes(self) -> int:
+    """Bytes copied to host memory and from there."""
+    return sum([host.copied_bytes for host in self.hosts.values()])
 
   # --- commands -------------------------------------------------------------
 
@@ -281,6 +298,7 @@ class Fleet:
     the last step of a command has completed.
     """
     yield from self._poll_transfers()
+    yield from self._poll_hosts()
     yield from self._poll_steps()
     for index, start_s in list(self.down.items()):
       if start_s is not None and self.clock() >= start_s:
@@ -329,6 +347,24 @@ class Fleet:
     """Whether every other part of its hand-off has come to its end."""
     return 1 == sum((t.command.id, t.command.epoch)
                     == (command.id, command.epoch) for t in self.transfers)
+
+  def _poll_hosts(self) -> Iterator[Event]:
+    for index, host in self.hosts.items():
+      for command, error in host.poll(self.config.lease_s):
+        if error is not None:
+          if not self.engines[index].is_sound():
+            yield self._lose(index, error)
+            break
+          self._note(f'a copy between instance {index} and its host failed',
+                     error)
+        if isinstance(command, Offload):
+          yield Offloaded(self.clock(), index, command.number,
+                          error is not None)
+        elif error is None:
+          yield Loaded(self.clock(), command.id, command.epoch)
+        else:
+          yield LoadFailed(self.clock(), command.id, command.epoch,
+                           _text(error))
 
   def _poll_steps(self) -> Iterator[StepDone | Event]:
     # What these completions start is left to the next poll, however fast the
@@ -426,6 +462,8 @@ class Fleet:
     queue.clear()
     self.transfers[:] = [t for t in self.transfers
                          if t.command.target != index]
+    if index in self.hosts:
+      self.hosts[index].clear()
     self.down[index] = back_s
     try:
       self.engines[index].stop()
@@ -493,6 +531,9 @@ _PERFORM: dict[type, Callable[..., None]] = {
     RunPrefill: Fleet._step,
     RunDecode: Fleet._step,
     Migrate: Fleet._migrate,
+    Offload: lambda fleet, command: fleet.hosts[command.instance].offload(
+        command),
+    Load: lambda fleet, command: fleet.hosts[command.instance].load(command),
     Preempt: Fleet._preempt,
     Abort: Fleet._abort,
     Flip: lambda fleet, command: None,  # steps of every role are compiled

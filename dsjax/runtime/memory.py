@@ -32,6 +32,14 @@ def size_pages(config: ModelConfig, meshes: Sequence[Mesh], role: str,
     InputError: it does not fit; says by how many bytes.
   """
   capacity = engine_config.instance(role, len(meshes))
+  if engine_config.host_bytes and capacity.prefills:
+    page_bytes = sum(
+        x.size * x.dtype.itemsize // shapes.num_pages
+        for shapes in stage_shapes(config, meshes, role, engine_config,
+                                   capacity)
+        for x in jax.tree.leaves(abstract(shapes)[1]))
+    capacity = dataclasses.replace(
+        capacity, host_pages=engine_config.host_bytes // page_bytes)
   budget = engine_config.memory_bytes or _free_bytes(meshes)
   if budget is None:
     return capacity

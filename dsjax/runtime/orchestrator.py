@@ -307,6 +307,11 @@ class Orchestrator:
     return self.fleet.copied_bytes
 
   @property
+  def host_bytes(self) -> int:
+    """Bytes of KV copied to host memory and from there."""
+    return self.fleet.host_bytes
+
+  @property
   def copy_s(self) -> float:
     """Seconds of migrations, each from dispatch to arrival, summed."""
     return self.fleet.copy_s

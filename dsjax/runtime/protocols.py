@@ -16,7 +16,9 @@ from dsjax.config.request import Sampling
 from dsjax.scheduling.events import (
   Command,
   Event,
+  Load,
   Migrate,
+  Offload,
   RunDecode,
   RunPrefill,
 )
@@ -73,6 +75,30 @@ class Route(Protocol):
   def warm(self, checksum: bool = False) -> None: ...
 
 
+# What a HostMemory performs.
+HostCopy: TypeAlias = Offload | Load
+
+
+class HostMemory(Protocol):
+  """Pages of an engine in host memory; see host_memory.HostMemory."""
+
+  copied_bytes: int
+
+  @property
+  def busy(self) -> bool: ...
+
+  def offload(self, command: Offload) -> None: ...
+
+  def load(self, command: Load) -> None: ...
+
+  def poll(self, lease_s: float
+           ) -> Iterator[tuple[HostCopy, BaseException | None]]: ...
+
+  def clear(self) -> None: ...
+
+  def warm(self) -> None: ...
+
+
 class Engine(Protocol):
   """The effects of one instance; see engine.Engine.
 
@@ -106,6 +132,8 @@ class Engine(Protocol):
   def sequences(self, command: RunPrefill) -> int: ...
 
   def route_to(self, target: Any) -> Route: ...
+
+  def host_memory(self, checksum: bool) -> HostMemory: ...
 
   def is_sound(self) -> bool: ...
 

@@ -80,6 +80,30 @@ class MigrateFailed(NamedTuple):
   reason: str = 'the copy failed'
 
 
+class Offloaded(NamedTuple):
+  """Offload `number` of `instance` is over: its slots hold the pages; or,
+  where it failed, nothing."""
+  time_s: float
+  instance: int
+  number: int
+  failed: bool = False
+
+
+class Loaded(NamedTuple):
+  """The pages of request `id` (copy `epoch`) hold what its slots held."""
+  time_s: float
+  id: int
+  epoch: int
+
+
+class LoadFailed(NamedTuple):
+  """Copy `epoch` from host memory is over and no good; it writes no more."""
+  time_s: float
+  id: int
+  epoch: int
+  reason: str = 'the copy failed'
+
+
 class Timer(NamedTuple):
   """The lease of hand-off `epoch` ran out: it took too long."""
   time_s: float
@@ -190,6 +214,34 @@ class Migrate(NamedTuple):
   more: bool = False
 
 
+class Offload(NamedTuple):
+  """Copy pages, which were kept, to slots of host memory.
+
+  They are read before any later command to the instance writes them.
+  num_tokens: of these pages.
+  """
+  instance: int
+  number: int
+  pages: tuple[int, ...]
+  slots: tuple[int, ...]
+  num_tokens: int
+
+
+class Load(NamedTuple):
+  """Copy slots of host memory to pages of a request.
+
+  hit: tokens before these whose KV is kept in the instance's memory.
+  num_tokens: of these pages.
+  """
+  id: int
+  epoch: int
+  instance: int
+  slots: tuple[int, ...]
+  pages: tuple[int, ...]
+  num_tokens: int
+  hit: int = 0
+
+
 class Preempt(NamedTuple):
   """Request lost its pages on `instance`; it will be prefilled again.
 
@@ -251,6 +303,7 @@ class Reject(NamedTuple):
 
 
 Event = (Arrived | Cancelled | PrefillDone | DecodeDone | Migrated
-         | MigrateFailed | Timer | InstanceDown | InstanceUp | Drain | Tick)
-Command = (RunPrefill | RunDecode | Migrate | Preempt | Flip | Abort | Finish
-           | Fail | Reject | Decided)
+         | MigrateFailed | Offloaded | Loaded | LoadFailed | Timer
+         | InstanceDown | InstanceUp | Drain | Tick)
+Command = (RunPrefill | RunDecode | Migrate | Offload | Load | Preempt | Flip
+           | Abort | Finish | Fail | Reject | Decided)

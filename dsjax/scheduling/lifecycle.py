@@ -9,6 +9,8 @@ STAGES = {
     'absent': 'not arrived yet, or ended',
     'queued': 'in the prefill queue of an instance, or waiting for one; owns '
               'no pages',
+    'loading': 'owns pages for its whole prompt; some of them come from host '
+               'memory',
     'prefilling': 'owns pages for its whole prompt; some chunks may have run, '
                   'here or, of a split one, elsewhere; streamed, it owns pages '
                   'at its target too',
@@ -22,7 +24,7 @@ STAGES = {
                'are done',
     'over': 'its client has been told; its pages wait for the commands in '
             'flight',
-    'abandoned': "cancelled while it migrates; both sides' pages wait for the "
+    'abandoned': 'cancelled while it migrates or loads; its pages wait for the '
                  'copy',
 }
 ENDING = ('finishing', 'yielding', 'leaving', 'over')
@@ -35,6 +37,9 @@ CAUSES = {
     'DecodeDone': 'the oldest command of its instance',
     'Migrated': 'of its hand-off',
     'MigrateFailed': 'of its hand-off: broken or damaged',
+    'Offloaded': 'of any instance: its host memory holds more',
+    'Loaded': 'of its copy from host memory',
+    'LoadFailed': 'of its copy from host memory: broken or damaged',
     'Timer': 'the lease of its hand-off ran out',
     'InstanceDown': 'the one that holds it, or the last it could wait for',
     'TargetDown': 'InstanceDown of the one that pulls it',
@@ -93,6 +98,14 @@ HOPS = _hops(
     ('InstanceDown', 'decoding finishing yielding', 'queued over absent'),
     ('InstanceDown', 'over abandoned', 'absent'),
     ('TargetDown', 'prefilled', 'decoding absent'),
+    # Some of its KV is in host memory.
+    ('plan', 'queued', 'loading'),
+    ('Loaded', 'loading', 'prefilling'),
+    ('LoadFailed', 'loading', 'prefilling'),
+    ('Cancelled', 'loading', 'abandoned'),
+    ('Loaded', 'abandoned', 'absent'),
+    ('LoadFailed', 'abandoned', 'absent'),
+    ('InstanceDown', 'loading', 'queued absent'),
     # A row moves to another instance.
     ('Tick', 'decoding', 'leaving'),
     ('Tick', 'leaving', 'prefilled'),
@@ -189,5 +202,5 @@ def _statuses():
            f'{" | ".join(STATUS[status, event] for event in events)} |')
 
 
-_NO_FAULT = ('plan', 'Arrived', 'PrefillDone', 'Migrated', 'DecodeDone',
-             'Cancelled', 'Tick')
+_NO_FAULT = ('plan', 'Arrived', 'PrefillDone', 'Migrated', 'Loaded',
+             'DecodeDone', 'Cancelled', 'Tick')

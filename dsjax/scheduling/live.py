@@ -219,7 +219,7 @@ class LiveInstance:
     self._run_ahead = config.run_ahead
     (self.pool, batches, queue, prefilling, pulls, self.turn, self.number,
      inflight, ending, self.residents, self.backlog, self.status,
-     role, self.since_s, self.pace, streams) = value
+     role, self.since_s, self.pace, streams, self.host) = value
     self.assign(role)
     self.queue, self.prefilling = list(queue), list(prefilling)
     self.pulls, self.ending = list(pulls), list(ending)
@@ -255,5 +255,5 @@ class LiveInstance:
           tuple(self.queue), tuple(self.prefilling), tuple(self.pulls),
           self.turn, self.number, tuple(self.inflight), tuple(self.ending),
           self.residents, self.backlog, self.status, self.role,
-          self.since_s, self.pace, tuple(self.streams))
+          self.since_s, self.pace, tuple(self.streams), self.host)
     return self.value

@@ -91,7 +91,10 @@ def _covered(inst, turns):
   for batch in turns:
     for tick, ids in (batch.due or batch.sort()).items():
       due += [tick - batch.tick] * len(ids)
-  rounds, more = divmod(prefix_cache.num_free(inst.pool), len(due))
+  free = prefix_cache.num_free(inst.pool)
+  if inst.host:  # what is evicted is to be told
+    free -= prefix_cache.num_idle(inst.pool)
+  rounds, more = divmod(free, len(due))
   return sorted(due)[more] + rounds * inst.config.page_size
 
 

@@ -283,11 +283,24 @@ class InstanceView:
     return self._instance.batches[self._instance.turn].size
 
   def hit_tokens(self, request: RequestView) -> int:
-    """Tokens of a prompt that need not be computed here: their KV is kept."""
+    """Tokens of a prompt that need not be computed here: their KV is kept, in
+    the instance's memory or, after these, in its host's."""
+    return sum(self._hits(request))
+
+  def host_hit_tokens(self, request: RequestView) -> int:
+    """Of these, those in host memory: they are to be loaded."""
+    return self._hits(request)[1]
+
+  def _hits(self, request: RequestView) -> tuple[int, int]:
     inst, seq = self._instance, request._request
     size = inst.config.page_size
-    return size * len(prefix_cache.hits(
-        inst.pool, inst.hashes(seq)[:(seq.prompt_len - 1) // size]))
+    hashes = inst.hashes(seq)[:(seq.prompt_len - 1) // size]
+    count = more = len(prefix_cache.hits(inst.pool, hashes))
+    if inst.host:
+      kept = inst.host.slots.kept
+      while more < len(hashes) and hashes[more] in kept:
+        more += 1
+    return count * size, (more - count) * size
 
   def rows(self) -> tuple[RequestView, ...]:
     """The requests that decode here."""

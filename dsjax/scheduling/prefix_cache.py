@@ -68,6 +68,21 @@ class Cache(NamedTuple):
 Pages = Pool | Counted | Cache
 
 
+class Host(NamedTuple):
+  """What an instance has of host memory: slots, of a page each; see
+  host_tier.py.
+
+  slots: as a Cache of pages. loading: (id, slots) of those whose pages come
+  from there. offloads: (number, slots, hashes) of the copies on their way
+  there. number: of the next one.
+  """
+
+  slots: Cache
+  loading: tuple[tuple[int, tuple[int, ...]], ...] = ()
+  offloads: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...] = ()
+  number: int = 0
+
+
 def init(num_pages: int, in_place: bool = False) -> Cache:
   """A pool with every page free, and nothing kept.
 
@@ -112,18 +127,34 @@ def alloc(pages: Pages, count: int) -> tuple[Pages, tuple[int, ...]]:
   return pages._replace(pool=pool), ids
 
 
+def doomed(cache: Cache, count: int) -> list[tuple[int, int]]:
+  """(hash, page)s that alloc would evict for `count` pages, in order."""
+  lacks = count - page_pool.num_free(cache.pool)
+  if not 0 < lacks <= len(cache.idle):
+    return []
+  return [(hash, cache.kept[hash].page) for _, hash in _oldest(cache, lacks)]
+
+
+def _oldest(cache, count):
+  """(stamp, hash)s of the `count` idle pages that were used longest ago."""
+  stamp, oldest = cache.oldest, []
+  while len(oldest) < count:
+    hash = cache.idle.get(stamp)
+    if hash is not None:
+      oldest.append((stamp, hash))
+    stamp += 1
+  return oldest
+
+
 def _evict(cache, count):
   """Forgets the `count` idle pages that were used longest ago."""
   pool, kept, idle, stamp, _ = cache
   evicted = []
-  while len(evicted) < count:
-    hash = idle.get(stamp)
-    if hash is not None:
-      evicted.append(kept[hash].page)
-      kept, idle = kept.remove(hash), idle.remove(stamp)
-    stamp += 1
+  for stamp, hash in _oldest(cache, count):
+    evicted.append(kept[hash].page)
+    kept, idle = kept.remove(hash), idle.remove(stamp)
   return cache._replace(pool=page_pool.release(pool, evicted), kept=kept,
-                        idle=idle, oldest=stamp)
+                        idle=idle, oldest=stamp + 1)
 
 
 def hits(pages: Pages, hashes: Iterable[int]) -> list[Kept]:
@@ -192,6 +223,19 @@ def release(pages: Pages, ids: Sequence[int], hashes: Sequence[int],
     idle = idle.insert(stamp, hash)
     stamp += 1
   return Cache(page_pool.release(pool, private), kept, idle, oldest, stamp)
+
+
+def forget(cache: Cache, ids: Iterable[int], hashes: Iterable[int]) -> Cache:
+  """An owner gives kept pages back that are no good: they stay only while
+  others own them."""
+  pool, kept = cache.pool, cache.kept
+  for page, hash in zip(ids, hashes, strict=True):
+    owners = kept[hash].owners - 1
+    if owners:
+      kept = kept.insert(hash, Kept(page, owners, -1))
+    else:
+      kept, pool = kept.remove(hash), page_pool.release(pool, (page,))
+  return cache._replace(pool=pool, kept=kept)
 
 
 def check(pages: Pages, owned: Iterable[Sequence[int]]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from dsjax.scheduling import choices, prefix_cache
+from dsjax.scheduling import choices, host_tier, prefix_cache
 from dsjax.scheduling.events import (
   DecodeDone,
   PrefillDone,
@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 
 
 def take(run: Run, inst: LiveInstance, seq: LiveSeq, tokens: int, stop: int,
-         unit: int) -> tuple[tuple[int, ...], int] | None:
+         unit: int, loads: bool = False
+         ) -> tuple[tuple[int, ...], int] | None:
   """Pages for a new resident holding `tokens` tokens; None: it must wait.
+
+  loads: what its host has of it is to be loaded, where that pays.
 
   Returns:
     (pages, how many of its first `stop` tokens are there already: a multiple
@@ -39,8 +42,9 @@ def take(run: Run, inst: LiveInstance, seq: LiveSeq, tokens: int, stop: int,
   if not need or not choices.admits(run, inst, seq, need):
     return None
   inst.pool, ids = prefix_cache.hold(inst.pool, known[:len(hits)])
-  inst.pool, more = prefix_cache.alloc(inst.pool, need)
-  inst.value = None
+  if loads and inst.host:
+    host_tier.pin(run, inst, seq, hit, stop)
+  more = alloc(run, inst, need)
   inst.residents += 1
   return ids + more, hit
 
@@ -53,6 +57,15 @@ def take_over(run: Run, inst: LiveInstance, seq: LiveSeq, stop: int
            inst.config.page_size)
   return take(run, inst, seq, min(seq.prompt_len + 1, seq.limit - 1), stop,
               math.lcm(*sizes))
+
+
+def alloc(run: Run, inst: LiveInstance, count: int) -> tuple[int, ...]:
+  """Takes pages; what is evicted for them goes to the host, if there is."""
+  if inst.host:
+    host_tier.offload(run, inst, count)
+  inst.pool, ids = prefix_cache.alloc(inst.pool, count)
+  inst.value = None
+  return ids
 
 
 def free(run: Run, seq: LiveSeq) -> None:

@@ -28,6 +28,7 @@ from typing import Any
 from dsjax.scheduling import (
   choices,
   flexible,
+  host_tier,
   lifecycle,
   lookahead,
   pace,
@@ -346,9 +347,11 @@ class Run:
     stage: over, yielding or leaving.
     """
     was = seq.stage
-    if was == 'migrating':
+    if was in ('migrating', 'loading'):
+      if was == 'loading':
+        self.touch(seq.instance).backlog += seq.done - seq.stop
       self.move(seq, 'abandoned')
-      return  # both sides' pages are released when the copy has ended
+      return  # its pages are released when the copy has ended
     if seq.target_pages:
       streaming.end(self, seq)
     if was == 'prefilled':
@@ -529,6 +532,7 @@ class Run:
     """Nothing here will free a page by itself: what is here waits to be
     pulled. Two flexible instances could wait for each other so."""
     return not (inst.inflight or inst.prefilling or inst.ending
+                or inst.host and inst.host.loading
                 or any([batch.size for batch in inst.batches])
                 or any([seq.target_pages and seq.target == inst.index
                         for seq in self.seqs.values()]))
@@ -548,6 +552,8 @@ class Run:
       for inst in self.instances:
         if inst.fresh:
           inst.fresh = False
+          if inst.host and inst.queue:
+            host_tier.fetch(self, inst)
           self.issue(inst)
 
   def issue(self, inst: LiveInstance) -> None:
@@ -595,6 +601,8 @@ class Run:
       seq = self.candidate(inst, waiting, budget, bool(chunks) and whole)
       if seq is None:
         break
+      if seq.stage == 'loading':
+        continue
       start, stop = seq.done, min(seq.stop, seq.done + budget)
       chunks.append(Chunk(seq.id, start, stop, seq.pages,
                           stop == seq.prompt_len,
@@ -625,7 +633,8 @@ class Run:
 
   def candidate(self, inst: LiveInstance, waiting: list[int], budget: int,
                 whole: bool) -> LiveSeq | None:
-    """The next request of a prefill batch, admitted, or None.
+    """The next request of a prefill batch, admitted, or None. It may have to
+    load first.
 
     waiting: the ids of its queue, in order.
     """
@@ -638,21 +647,31 @@ class Run:
              if seq.stage == 'queued' and inst.block_size else seq.done)
       if seq.stop - hit > budget:
         return None
-    if seq.stage == 'queued':
-      # Where it will decode too: room for its first tick.
-      taken = residents.take(
-          self, inst, seq, min(seq.prompt_len + inst.decodes, seq.limit - 1),
-          seq.stop, inst.config.page_size)
-      if taken is None:
-        return None
-      del waiting[0]
-      if waiting is not inst.queue:
-        inst.queue.remove(seq.id)
-      inst.prefilling.append(seq.id)
-      seq = self.own(seq.id)
-      (seq.pages, seq.done), seq.sent = taken, 0
-      inst.backlog -= seq.done
+    if seq.stage == 'queued' and not self.admit(inst, seq, waiting):
+      return None
     return self.own(seq.id)
+
+  def admit(self, inst: LiveInstance, seq: LiveSeq, waiting: list[int]
+            ) -> bool:
+    """Gives the first of those that wait its pages; False: it must wait."""
+    if (inst.host and host_tier.is_full(inst)
+        and host_tier.loads(self, inst, seq)):
+      return False
+    # Where it will decode too: room for its first tick.
+    taken = residents.take(
+        self, inst, seq, min(seq.prompt_len + inst.decodes, seq.limit - 1),
+        seq.stop, inst.config.page_size, loads=True)
+    if taken is None:
+      return False
+    del waiting[0]
+    if waiting is not inst.queue:
+      inst.queue.remove(seq.id)
+    seq = self.own(seq.id)
+    (seq.pages, seq.done), seq.sent = taken, 0
+    inst.backlog -= seq.done
+    if not (inst.host and host_tier.load(self, inst, seq)):
+      inst.prefilling.append(seq.id)
+    return True
 
   def join(self, inst: LiveInstance, seq: LiveSeq, number: int = -1) -> None:
     """A request goes on where its KV is: with the rest of its prompt, or as a
@@ -736,8 +755,7 @@ class Run:
   def extend(self, inst: LiveInstance,
              rows: Sequence[tuple[LiveBatch, int]]) -> None:
     """Gives rows, (micro-batch, id), a page for each time they are named."""
-    inst.pool, ids = prefix_cache.alloc(inst.pool, len(rows))
-    inst.value = None
+    ids = residents.alloc(self, inst, len(rows))
     for (_, id), page in zip(rows, ids, strict=True):
       seq = self.seqs[id]
       if type(seq) is LiveSeq:
@@ -785,6 +803,7 @@ _APPLY: dict[type, Callable[..., None]] = {
     Migrated: Run.migrated,
     Tick: flexible.tick,
     **recovery.APPLY,
+    **host_tier.APPLY,
 }
 
 

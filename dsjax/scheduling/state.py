@@ -39,8 +39,12 @@ class Config:
     policy: every choice, see policy.py.
     latencies: of each instance, link: between two of them, for policies that
       predict; None: such a policy has nothing to go by.
-    prefix_cache: full pages stay for requests that begin alike.
+    prefix_cache: full pages stay for requests that begin alike; what is
+      evicted goes to host memory, where an instance that takes prompts has
+      host_pages.
     stream_kv: KV of a prompt in chunks leaves chunk by chunk (streaming.py).
+    host_link: between an instance's memory and its host's, to predict what a
+      load takes; None: it is taken to pay.
   """
 
   instances: tuple[InstanceConfig, ...]
@@ -55,6 +59,7 @@ class Config:
   link: LinkLike | None = None
   prefix_cache: bool = False
   stream_kv: bool = False
+  host_link: LinkLike | None = None
 
   @functools.cached_property
   def block_size(self) -> int:
@@ -124,7 +129,8 @@ class Instance(NamedTuple):
   for good). role: what it does now, its config's unless that is flexible.
   since_s: when its oldest command in flight could start. pace: what steps took
   of late over what Config.latencies predict, see pace.Paced. streams: ids in
-  stage prefilling elsewhere whose KV comes here meanwhile.
+  stage prefilling elsewhere whose KV comes here meanwhile. host: what it has
+  of host memory, if it has some.
   """
 
   pool: prefix_cache.Pages
@@ -143,6 +149,7 @@ class Instance(NamedTuple):
   since_s: float = 0.0
   pace: tuple[float, float] = (1.0, 1.0)
   streams: tuple[int, ...] = ()
+  host: prefix_cache.Host | None = None
 
   @property
   def rows(self) -> tuple[Row, ...]:
@@ -178,8 +185,13 @@ def init(config: Config, counted: bool = False) -> State:
       return prefix_cache.init(num_pages, counted)
     return (page_pool.counted if counted else page_pool.init)(num_pages)
 
+  def host(c: InstanceConfig) -> prefix_cache.Host | None:
+    has_some = config.prefix_cache and c.host_pages and c.prefills
+    return prefix_cache.Host(prefix_cache.init(
+        c.host_pages, counted)) if has_some else None
+
   return State({}, tuple(
-      Instance(pool(c.num_pages), (Batch(),) * c.pp,
+      Instance(pool(c.num_pages), (Batch(),) * c.pp, host=host(c),
                status='down' if index in config.away else 'up',
                role=FIRST_ROLE if c.flips else c.role)
       for index, c in enumerate(config.instances)))
@@ -267,7 +279,9 @@ def check(state: State) -> None:
     prefix_cache.check(inst.pool, owned)
     holders = sum(1 for p in owned if p)
     assert inst.residents == holders, f'instance {index}: residents'
-    waiting = (state.seqs[i] for i in inst.queue + inst.prefilling)
+    waiting = [state.seqs[i] for i in inst.queue + inst.prefilling]
+    if inst.host:
+      waiting += _check_host(state, index, inst.host)
     assert inst.backlog == sum(s.stop - s.done for s in waiting), (
         f'instance {index}: backlog')
     streamed = {s.id for s in state.seqs.values()
@@ -277,14 +291,29 @@ def check(state: State) -> None:
   for id in state.waiting:
     at(id, state.seqs[id].stage, state.seqs[id].instance)
   for seq in state.seqs.values():
-    held = seq.stage in ('migrating', 'abandoned') or (
-        seq.stage == 'prefilling' and seq.target >= 0)
+    held = seq.stage == 'migrating' or (
+        seq.stage in ('abandoned', 'prefilling') and seq.target >= 0)
     assert bool(seq.target_pages) == held, f'request {seq.id}: target'
     assert seq.sent <= max(seq.done - seq.hit, 0) and (
         held or seq.sent <= 0 == seq.hit), f'request {seq.id}: sent'
-    if seq.stage in ('migrating', 'abandoned'):
+    if seq.stage in ('migrating', 'loading', 'abandoned'):
       at(seq.id, seq.stage, seq.instance)
     elif seq.stage == 'prefilling' and seq.done == seq.stop:
       places.setdefault(seq.id, ('prefilling', seq.instance))
     assert places.get(seq.id) == (seq.stage, seq.instance), (
         f'request {seq.id} is {seq.stage} but at {places.get(seq.id)}')
+
+
+def _check_host(state, index, host):
+  """Each slot is free, kept, or a copy's; those that load here are known.
+
+  Returns:
+    the requests that load.
+  """
+  prefix_cache.check(host.slots, [slots for _, slots in host.loading] + [
+      slots for _, slots, _ in host.offloads])
+  loading = [state.seqs[id] for id, _ in host.loading]
+  assert all(s.instance == index and s.stage in ('loading', 'abandoned')
+             for s in loading), f'instance {index}: {loading} do not load'
+  assert len({s.id for s in loading}) == len(loading)
+  return [s for s in loading if s.stage == 'loading']

@@ -30,8 +30,12 @@ from dsjax.scheduling import events, scheduler
 from dsjax.scheduling.events import (
   DecodeDone,
   Finish,
+  Load,
+  Loaded,
   Migrate,
   Migrated,
+  Offload,
+  Offloaded,
   PrefillDone,
   RunDecode,
   RunPrefill,
@@ -41,7 +45,7 @@ from dsjax.simulation.contention import Contention, Devices
 from dsjax.simulation.instance import VirtualInstance, work
 
 # Order of events of one moment; SENT is none: a part of a hand-off may go.
-TICK, ARRIVED, MIGRATED, SENT, STEP = range(5)
+TICK, ARRIVED, MIGRATED, COPIED, SENT, STEP = range(6)
 _NEVER = (float('inf'),)
 _REACH = 64  # most commands of a quiet run
 # Where nothing migrates.
@@ -56,14 +60,17 @@ def _done(index, number, times, decode):
 
 
 class Copies:
-  """Migrations, each behind what shares its link.
+  """Migrations, each behind what shares its link; loads from host memory and
+  offloads to it, each behind those of its instance in the same direction.
 
-  link_s: seconds that links were taken, summed.
+  link_s: seconds that links between instances were taken, summed.
   """
 
   def __init__(self, link: latency.LinkLike | None, share: str,
-               heap: list[tuple]) -> None:
+               heap: list[tuple],
+               host_link: latency.LinkLike | None = None) -> None:
     self.link = NO_LINK if link is None else link
+    self.host_link = NO_LINK if host_link is None else host_link
     self.share, self.heap = share, heap
     self.free_s: dict[tuple, float] = {}
     self.link_s = 0.0
@@ -81,6 +88,18 @@ class Copies:
       heapq.heappush(self.heap, (
           done_s, MIGRATED, command.id, command.epoch,
           Migrated(done_s, command.id, command.epoch)))
+
+  def to_host(self, command: Offload | Load, ready_s: float) -> None:
+    """Copies pages between an instance and its host."""
+    loads = type(command) is Load
+    key = ('load' if loads else 'offload', command.instance)
+    done_s = max(ready_s, self.free_s.get(key, 0.0)) + (
+        self.host_link.migrate_s(command.num_tokens))
+    self.free_s[key] = done_s
+    id, number = ((command.id, command.epoch) if isinstance(command, Load)
+                  else (command.instance, command.number))
+    event = (Loaded if loads else Offloaded)(done_s, id, number)
+    heapq.heappush(self.heap, (done_s, COPIED, (key, id), number, event))
 
   def told(self, top: tuple) -> events.Event:
     """The event of what was the heap's top; of a hand-off, whether another of
@@ -119,6 +138,9 @@ class Shared:
           self.copies.send(command, ready_s)
         else:
           self.devices.add(command.source, command, None, [0.0], ready_s)
+      elif isinstance(command, Offload | Load):
+        self.copies.to_host(
+            command, now_s + self.latencies[command.instance].host_s)
 
   def next(self) -> events.Event | None:
     """The next event; None at the end of the run."""
@@ -179,6 +201,11 @@ class Alone:
           continue
         self.copies.send(command, ready_s if self.copies.link.beside
                          else max(ready_s, *source.free_s))
+      elif type(command) is Load or type(command) is Offload:
+        ready_s = now_s + self.instances[command.instance].host_s
+        if type(command) is Offload:  # behind the steps in flight
+          ready_s = max(ready_s, *self.instances[command.instance].free_s)
+        self.copies.to_host(command, ready_s)
       elif type(command) is Finish:
         for instance in self.pipelined:
           instance.token_s.pop(command.id, None)

@@ -17,6 +17,8 @@ from dsjax.config.placement import Plan
 from dsjax.simulation.latency import Affine
 
 GIGA, TERA, MS, MICRO = 1e9, 1e12, 1e-3, 1e-6
+# x16, one direction (PCI-SIG: 16 and 32 GT/s a lane).
+PCIE4_BYTES_PER_S, PCIE5_BYTES_PER_S = 32 * GIGA, 64 * GIGA
 
 
 class Shares(NamedTuple):
@@ -52,6 +54,8 @@ class Hardware:
     link_bytes_per_s, node_bytes_per_s: to devices of its node, and of other
       nodes; one direction.
     shares: fitted to measured operators, see SHARES_SOURCE.
+    host_bytes_per_s: to the memory of its host, one direction; that of PCIe
+      4.0 x16 where nothing is said.
   """
 
   name: str
@@ -62,12 +66,13 @@ class Hardware:
   node_bytes_per_s: float
   source: str = ''
   shares: Shares = Shares()
+  host_bytes_per_s: float = PCIE4_BYTES_PER_S
 
   def __post_init__(self) -> None:
     for field in ('name', 'source'):
       value = getattr(self, field)
       require(isinstance(value, str), f'Hardware.{field}', value, 'text')
-    for field in _RATES:
+    for field in (*_RATES, 'host_bytes_per_s'):
       value = getattr(self, field)
       require(is_positive(value), f'Hardware.{field}', value,
               'a number above 0')
@@ -121,25 +126,28 @@ HARDWARE = {
         'NVIDIA H100-SXM5-80GB', 989 * TERA, 3350 * GIGA, 85 * GIGA,
         450 * GIGA, 50 * GIGA, 'NVIDIA H100 data sheet: 1,979 TFLOP/s BF16 '
         'with sparsity (half of it dense), 3.35 TB/s, NVLink 900 GB/s both '
-        'directions together; reports 79 GiB; a 400 Gb/s card a GPU',
-        Shares(.70, .90, .54, 54 * MICRO)),
+        'directions together; reports 79 GiB; a 400 Gb/s card a GPU; PCIe 5.0 '
+        'x16 to its host', Shares(.70, .90, .54, 54 * MICRO),
+        PCIE5_BYTES_PER_S),
     'h200-141g': Hardware(
         'NVIDIA H200-SXM-141GB', 989 * TERA, 4800 * GIGA, 150 * GIGA,
         450 * GIGA, 50 * GIGA, 'NVIDIA H200 data sheet: the H100 with 4.8 '
         'TB/s; reports 140 GiB; a 400 Gb/s card a GPU',
-        Shares(.71, .87, .60, 54 * MICRO)),
+        Shares(.71, .87, .60, 54 * MICRO), PCIE5_BYTES_PER_S),
     'b200-180g': Hardware(
         'NVIDIA B200-SXM-180GB', 2250 * TERA, 8000 * GIGA, 191 * GIGA,
         900 * GIGA, 100 * GIGA, 'NVIDIA HGX B200 data sheet: 4.5 PFLOP/s BF16 '
         'with sparsity (half of it dense), 8 TB/s, NVLink 1.8 TB/s both '
-        'directions together; reports 178 GiB; an 800 Gb/s card a GPU',
-        Shares(.62, .92, .42, 51 * MICRO, 4.5 * MICRO)),
+        'directions together; reports 178 GiB; an 800 Gb/s card a GPU; PCIe '
+        '5.0 x16', Shares(.62, .92, .42, 51 * MICRO, 4.5 * MICRO),
+        PCIE5_BYTES_PER_S),
     'gb200-186g': Hardware(
         'NVIDIA GB200-186GB', 2500 * TERA, 8000 * GIGA, 186 * GIGA,
         900 * GIGA, 900 * GIGA, 'NVIDIA GB200 NVL72 data sheet, of a GPU: 5 '
         'PFLOP/s BF16 with sparsity (half of it dense), 8 TB/s, 186 GB, NVLink '
-        '1.8 TB/s both directions together, within the rack',
-        Shares(.62, .90, .47, 49 * MICRO)),
+        '1.8 TB/s both directions together, within the rack; NVLink-C2C 900 '
+        'GB/s both directions together, for two GPUs',
+        Shares(.62, .90, .47, 49 * MICRO), 225 * GIGA),
     'l40s-48g': Hardware(
         'NVIDIA L40S-48GB', 362 * TERA, 864 * GIGA, 48 * GIGA,
         32 * GIGA, 50 * GIGA, 'NVIDIA L40S data sheet: 362 TFLOP/s BF16 '

@@ -18,6 +18,8 @@ What the orchestrator does, and what this models of it:
   link.beside says otherwise); then it takes its link for itself. It lands in
   buffers of its own and delays no step of its target; that its pages are
   written there, before the next step, is part of its own time.
+- So it is with copies to host memory and from there, but that the latter wait
+  for no step. Each direction of each instance is a link of its own.
 - Instances that share cores slow each other (contention.py).
 - Arrivals of one moment are told together (Arrived.more). At one moment
   arrivals come first, then copies, then steps, as in a poll.
@@ -104,7 +106,7 @@ def simulate(config: scheduler.Config, requests: Iterable[Request],
   run = scheduler.Run(config, scheduler.init(config, counted=not told))
   recorder = Recorder()
   arrivals = _Arrivals(list(requests), config)
-  copies = executors.Copies(link, share, arrivals.heap)
+  copies = executors.Copies(link, share, arrivals.heap, config.host_link)
   if contention:
     executor = executors.Shared(each, copies, contention)
   else:
@@ -164,6 +166,10 @@ def _check(config, latencies, link, share, contention):
                and any(c.flips for c in config.instances))
   require(link is not None or not hands_off, 'link', link,
           'given where prefill and decode are apart')
+  has_host = config.prefix_cache and any(
+      c.prefills and c.host_pages for c in config.instances)
+  require(config.host_link is not None or not has_host, 'Config.host_link',
+          None, 'given where instances have host_pages')
   require(not contention or all(c.pp == 1 for c in config.instances),
           'contention', contention, 'None where an instance has '
           'several stages')

@@ -9,7 +9,8 @@ A page holds (request, block, tokens): the first `tokens` slots of its block
 of positions. That is what every slot holds, as nothing is written behind a
 slot that was not read first. Of a page of tokens with which several requests
 begin the request is ALIKE; where pages are kept for such requests, one of
-them holds what its hash says, and nobody writes there.
+them holds what its hash says, and nobody writes there. Slots of host memory
+hold the same, once a copy has ended.
 
 The clock: events carry a time that may not be looked at (NO_CLOCK), so that
 no jump of a clock changes a decision. What a clock does decide, when a lease
@@ -25,15 +26,21 @@ from dsjax.scheduling.events import (
   Abort,
   Arrived,
   Cancelled,
+  Chunk,
   DecodeDone,
   Drain,
   Fail,
   Finish,
   InstanceDown,
   InstanceUp,
+  Load,
+  Loaded,
+  LoadFailed,
   Migrate,
   Migrated,
   MigrateFailed,
+  Offload,
+  Offloaded,
   PrefillDone,
   Reject,
   RunDecode,
@@ -74,7 +81,8 @@ class _NoClock:
 
 
 NO_CLOCK = _NoClock()
-HAND_OFF = (Migrated, MigrateFailed, Timer)
+HAND_OFF = (Migrated, MigrateFailed, Timer, Loaded, LoadFailed)
+COPIED = ('migrating', 'loading', 'abandoned')
 DAMAGED = ('damaged', 0, 0)
 ALIKE = -1
 Move = tuple  # a name and its numbers, such as ('crash', instance, steps)
@@ -85,7 +93,9 @@ PROBED = 6  # requests that are told stale events at a time
 class World(NamedTuple):
   """Everything at one moment.
 
-  kv: (id, block, tokens filled) or None for each page. fates: None until a
+  kv: (id, block, tokens filled) or None for each page. host: (id, block,
+  tokens filled) of slots, by (instance, slot). offloads: (Offload, what it has
+  read). loads: Load. fates: None until a
   request arrives, '' until it ends. out: tokens told to each client. copies:
   (Migrate, its answer is lost, number of the command of its source that it is
   read behind). faults: left to inject. marks: a hash of each instance, see
@@ -99,6 +109,9 @@ class World(NamedTuple):
   copies: tuple
   faults: int
   marks: tuple
+  host: dict[tuple[int, int], tuple] = {}
+  offloads: tuple = ()
+  loads: tuple = ()
 
 
 class _Traced(scheduler.Run):
@@ -189,6 +202,14 @@ class Rules:
       if faults:
         kinds = ('failed', 'damaged', 'lease', 'lose')[:4 if read else 1]
         found += [((kind, *which), 1) for kind in kinds]
+    for c, _ in w.offloads:
+      found.append((('offloaded', c.instance, c.number), 0))
+      if faults:
+        found.append((('offload_failed', c.instance, c.number), 1))
+    for c in w.loads:
+      found.append((('loaded', c.id), 0))
+      if faults:
+        found += [((kind, c.id), 1) for kind in ('load_failed', 'bad_load')]
     if faults:
       found += [(('cancel', id), 1) for id, f in enumerate(w.fates) if f == '']
       if self.config.policy.tick_s is not None:
@@ -259,6 +280,19 @@ class Rules:
       last = got and (got[1] + 1) * size // self.config.block_size - 1
       need(got and got[2] == size and hash == _hash(got[0], last),
            'instance {}: {} is kept as {}', i, got, hash)
+    host = w.state.instances[i].host
+    for hash, entry in host.slots.kept.items() if host else ():
+      got = w.host.get((i, entry.page))
+      last = got and (got[1] + 1) * size // self.config.block_size - 1
+      need(got and hash == _hash(got[0], last),
+           'the host of instance {}: {} is kept as {}', i, got, hash)
+    if host:
+      ids = sorted([c.id for c in w.loads if c.instance == i])
+      need(ids == sorted([id for id, _ in host.loading]),
+           'instance {}: {} load, not {}', i, ids, host.loading)
+      numbers = [c.number for c, _ in w.offloads if c.instance == i]
+      need(numbers == [number for number, *_ in host.offloads],
+           'instance {}: offloads {}, not {}', i, numbers, host.offloads)
 
   def _in_flight(self, now, i, inst):
     """Commands in flight touch pages of their requests only, and ask for no
@@ -327,6 +361,8 @@ class Rules:
     for c, inst in zip(self.config.instances, w.state.instances, strict=True):
       need(prefix_cache.num_free(inst.pool) == c.num_pages, 'pages leaked')
       prefix_cache.check(inst.pool, ())
+      if inst.host:
+        prefix_cache.check(inst.host.slots, ())
       need(not (inst.ending or inst.residents or inst.backlog),
            'not empty: {}', inst)
 
@@ -367,8 +403,9 @@ class Rules:
       if seq is None:
         stage, epoch = 'absent', 1
       else:
-        stage, epoch = seq.stage, seq.epoch - bool(seq.target_pages)
-      found.append((HAND_OFF[(turn + id) % 3](NO_CLOCK, id, epoch), stage))
+        stage, epoch = seq.stage, seq.epoch - (seq.stage in COPIED)
+      kind = HAND_OFF[(turn + id) % len(HAND_OFF)]
+      found.append((kind(NO_CLOCK, id, epoch), stage))
       if fate != '' and stage in ('absent', 'over', 'abandoned'):
         found.append((Cancelled(NO_CLOCK, id), stage))
     for i, inst in enumerate(now.instances):
@@ -383,20 +420,21 @@ class Rules:
 
   def _wrong(self, w, turn):
     """(event, stage or status): what cannot have happened."""
-    now, kind = w.state, turn % 8
-    if now.seqs and kind < 4:
-      seq = now.seqs[list(now.seqs)[turn // 8 % len(now.seqs)]]
+    now, kind = w.state, turn % 10
+    if now.seqs and kind in (0, 1, 2, 3, 8, 9):
+      seq = now.seqs[list(now.seqs)[turn // 10 % len(now.seqs)]]
       if kind == 0 and seq.stage == 'prefilling' and seq.target_pages:
         return Migrated(NO_CLOCK, seq.id, seq.epoch), seq.stage
       if kind == 3:
         return Arrived(NO_CLOCK, seq.id, 1, 1), seq.stage
-      return HAND_OFF[kind](NO_CLOCK, seq.id, seq.epoch + 1), seq.stage
-    i = turn // 8 % len(now.instances)
+      late = HAND_OFF[kind % 5]  # 8 and 9: of a load
+      return late(NO_CLOCK, seq.id, seq.epoch + 1), seq.stage
+    i = turn // 10 % len(now.instances)
     inst, stranger = now.instances[i], len(self.requests)
     command = inst.inflight[0][0] if inst.inflight else None
     steps = (NO_CLOCK,) * (command.steps if command else 1)
     prefill = (isinstance(command, RunPrefill) if command
-               else turn // 24 % 2)
+               else turn // 30 % 2)
     if command and kind == 5:  # the other kind
       other = DecodeDone if prefill else PrefillDone
       event = other(NO_CLOCK, i, command.number)
@@ -421,6 +459,8 @@ class _Move:
     self.kv, self.changed = list(w.kv), set()
     self.out, self.fates = list(w.out), list(w.fates)
     self.copies = list(w.copies)
+    self.host, self.offloads = w.host, list(w.offloads)
+    self.loads = list(w.loads)
 
   def done(self, faults):
     """Steps the scheduler, performs Abort and ends, doubts."""
@@ -437,12 +477,14 @@ class _Move:
           after.instances, before.instances, marks, strict=True)])
     self.numbers = [inst.number - 1 for inst in before.instances]
     for _, commands in self.log:
+      self.issued = []
       for c in commands:
         if isinstance(c, RunPrefill | RunDecode):
           self.numbers[c.instance] = c.number
         doubt = _DOUBTS.get(type(c))
         if doubt:
           doubt(self, c, after)
+        self.issued.append(c)
     for id in self.stopped:
       need(self.fates[id], 'request {} goes on after its end', id)
     for i, inst in enumerate(after.instances):
@@ -455,7 +497,8 @@ class _Move:
     for i in self.changed:
       self.kv[i] = tuple(self.kv[i])
     return World(after, tuple(self.kv), tuple(self.fates), tuple(self.out),
-                 tuple(self.copies), faults, marks)
+                 tuple(self.copies), faults, marks, self.host,
+                 tuple(self.offloads), tuple(self.loads))
 
   def end(self, c, after):
     """A request ends: once, with all its tokens, for a reason that is so."""
@@ -509,6 +552,31 @@ class _Move:
     self.copies = [p for p in self.copies
                    if (p[0].id, p[0].epoch) != (c.id, c.epoch)]
 
+  def offload(self, c, after):
+    """It reads full pages before what is issued later writes them."""
+    used = {page for other in self.issued if isinstance(
+        other, RunPrefill | RunDecode) and other.instance == c.instance
+            for part in other.chunks + other.rows for page in part.pages}
+    need(used.isdisjoint(c.pages), '{}: after what writes there', c)
+    size = self.rules.config.instances[c.instance].page_size
+    got = tuple([self.kv[c.instance][page] for page in c.pages])
+    need(all([page and page[2] == size for page in got])
+         and len(c.pages) == len(c.slots), '{}: reads {}', c, got)
+    self.offloads.append((c, got))
+
+  def load(self, c, after):
+    """It writes pages that nothing else uses."""
+    seq, size = after.seqs[c.id], self.rules.config.instances[
+        c.instance].page_size
+    first, count = c.hit // size, len(c.slots)
+    need(seq.instance == c.instance and count * size == c.num_tokens
+         and seq.pages[first:first + count] == c.pages
+         and c.hit + c.num_tokens < seq.prompt_len,
+         '{}: other pages than those of {}', c, seq)
+    self.read(c.instance, c.id, seq.pages, c.hit)
+    self.admitted(c, after)
+    self.loads.append(c)
+
   def admitted(self, c, after):
     """First come, first served: no request of a prefill queue is passed."""
     if self.rules.config.policy.order:
@@ -516,10 +584,14 @@ class _Move:
     before = self.w.state.instances[c.instance].queue
     # Not of those that came since, perhaps after the command was issued.
     queue = [id for id in after.instances[c.instance].queue if id in before]
+    seqs = self.w.state.seqs  # one that loaded was let in before
+    waited = [id for id in after.seqs if id not in seqs
+              or seqs[id].stage != 'loading']
     if queue:
       first = after.seqs[queue[0]].order
-      for chunk in c.chunks:
-        need(chunk.start > chunk.hit or after.seqs[chunk.id].order < first,
+      for part in (c,) if isinstance(c, Load) else c.chunks:
+        need(isinstance(part, Chunk) and part.start > part.hit
+             or part.id not in waited or after.seqs[part.id].order < first,
              '{}: passes request {} by', c, queue[0])
 
   def pulled(self, c, after):
@@ -646,6 +718,9 @@ class _Move:
     self.changed.add(i)
     self.kv[i] = [None] * len(self.kv[i])
     self.copies = [p for p in self.copies if p[0].target != i]
+    self.host = {k: v for k, v in self.host.items() if k[0] != i}
+    self.offloads = [p for p in self.offloads if p[0].instance != i]
+    self.loads = [c for c in self.loads if c.instance != i]
 
   def gone(self, i):
     self.crash(i, 0, False)
@@ -690,6 +765,49 @@ class _Move:
       kv[page] = DAMAGED
     self.failed(id, part, 'checksum')
 
+  def offloaded(self, i, number, failed=False):
+    n, = [n for n, (c, _) in enumerate(self.offloads)
+          if (c.instance, c.number) == (i, number)]
+    c, got = self.offloads.pop(n)
+    self.host = self.host | {(i, slot): None if failed else page
+                             for slot, page in zip(c.slots, got, strict=True)}
+    self.events.append(Offloaded(self.time_s, i, number, failed))
+
+  def offload_failed(self, i, number):
+    self.offloaded(i, number, True)
+
+  def loading(self, id):
+    n, = [n for n, c in enumerate(self.loads) if c.id == id]
+    return self.loads.pop(n)
+
+  def loaded(self, id):
+    c = self.loading(id)
+    size, kv = self.rules.config.instances[c.instance].page_size, self.pages_of(
+        c.instance)
+    first = c.hit // size
+    for n, (slot, page) in enumerate(zip(c.slots, c.pages, strict=True)):
+      got, name = self.host.get((c.instance, slot)), self.rules.page_of(
+          id, first + n, size)
+      need(got and got[:2] == name, '{}: loads {} for {}', c, got, name)
+      kv[page] = got
+    self.events.append(Loaded(self.time_s, id, c.epoch))
+
+  def load_failed(self, id):
+    c = self.loading(id)
+    self.events.append(LoadFailed(self.time_s, id, c.epoch))
+
+  def bad_load(self, id):
+    """It is there, and its checksum does not fit."""
+    c = self.loading(id)
+    kv = self.pages_of(c.instance)
+    for page in c.pages:
+      kv[page] = DAMAGED
+    read = {(other.instance, slot) for other in self.loads
+            for slot in other.slots}
+    self.host = self.host | {(c.instance, slot): DAMAGED for slot in c.slots
+                             if (c.instance, slot) not in read}
+    self.events.append(LoadFailed(self.time_s, id, c.epoch, 'checksum'))
+
   def lease(self, id, part=-1):
     c, *_ = self.copies[self.copy(id, part)]
     self.events.append(Timer(self.time_s, id, c.epoch))
@@ -702,6 +820,7 @@ class _Move:
 
 
 _DOUBTS = {Migrate: _Move.started, Abort: _Move.aborted,
+           Offload: _Move.offload, Load: _Move.load,
            RunPrefill: _Move.admitted, Finish: _Move.end,
            Fail: _Move.end, Reject: _Move.end}
 
@@ -733,9 +852,22 @@ def _kept_mark(inst):
   """A hash of what is kept; of stamps only their order counts."""
   if type(inst.pool) is not prefix_cache.Cache:
     return 0
-  return hash((tuple([hash for _, hash in sorted(inst.pool.idle.items())]),
+  return _cache_mark(inst.pool)
+
+
+def _cache_mark(cache):
+  return hash((tuple([hash for _, hash in sorted(cache.idle.items())]),
                tuple(sorted([(hash, *entry[:2]) for hash, entry
-                             in inst.pool.kept.items()]))))
+                             in cache.kept.items()]))))
+
+
+def _host_mark(inst):
+  """A hash of what the host has; of numbers only their order counts."""
+  host = inst.host
+  if host is None:
+    return 0
+  return hash((_cache_mark(host.slots), host.loading,
+               tuple([entry[1:] for entry in host.offloads])))
 
 
 def _mark(inst):
@@ -743,9 +875,9 @@ def _mark(inst):
   ticks = [b.tick for b in inst.batches]
   number = inst.number
   return hash((
-      _free(inst), _kept_mark(inst), inst.queue, inst.prefilling, inst.pulls,
-      inst.streams,
-      inst.turn, inst.status, inst.role,
+      _free(inst), _kept_mark(inst), _host_mark(inst), inst.queue,
+      inst.prefilling, inst.pulls, inst.streams, inst.turn, inst.status,
+      inst.role,
       tuple([(number - n, id) for n, id in inst.ending]),
       tuple([tuple([(r[0], r[1] + b.tick, r[2] - b.tick, r[3])
                     for r in b.rows]) for b in inst.batches]),

@@ -142,6 +142,9 @@ class FakeEngine:
   def route_to(self, target):
     return FakeRoute(self, target)
 
+  def host_memory(self, checksum):
+    return FakeHost()
+
   def _sample(self, id, position):
     """The token at a position, which must be the request's next."""
     if id not in self.slot_of:
@@ -180,6 +183,39 @@ class FakeRoute:
       # By more: a part of a prompt.
       assert len(tokens) > command.hit + command.num_tokens
     return FakeTransfer(command, checksum)
+
+
+class FakeHost:
+  """Stands for host_memory.HostMemory: a copy takes a poll or two. fails: the
+  next one does."""
+
+  def __init__(self):
+    self.copied_bytes, self.copies, self.fails = 0, [], False
+
+  @property
+  def busy(self):
+    return bool(self.copies)
+
+  def clear(self):
+    self.copies.clear()
+
+  def warm(self):
+    pass
+
+  def offload(self, command):
+    assert len(set(command.slots)) == len(command.pages) == len(command.slots)
+    self.copies.append((command, Late(0, Pace())))
+
+  load = offload
+
+  def poll(self, lease_s):
+    for command, late in list(self.copies):
+      if late.is_ready():
+        self.copies.remove((command, late))
+        self.copied_bytes += PAGE_BYTES * len(command.pages)
+        error = RuntimeError('a fake fault') if self.fails else None
+        self.fails = False
+        yield command, error
 
 
 class FakeTransfer:

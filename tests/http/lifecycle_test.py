@@ -137,6 +137,7 @@ class Stuck:
     self.scheduler_config = scheduler.Config((), 256)
     self.state = scheduler.init(self.scheduler_config)
     self.copied_bytes = self.steps = self.copy_s = self.host_s = 0
+    self.host_bytes = 0
 
   def check(self, *_):
     pass

@@ -4,29 +4,18 @@ import dataclasses
 
 import pytest
 
-from dsjax.analysis import timeline
-from dsjax.config.checks import InputError
-from dsjax.config.engine import EngineConfig
-from dsjax.scheduling import event_log
 from dsjax.scheduling.events import (
-  Abort,
-  Drain,
   Migrate,
-  Migrated,
   MigrateFailed,
   Timer,
 )
-from experiments.verify.faults import COPY, Injected, Injector
-from tests.common import serving, tiny
+from experiments.verify.faults import COPY, Injector
 from tests.common.serving import (
   HOT,
   PAGES_4,
   PAGES_16,
   check_tokens,
   compilations,
-  drain,
-  expected_of_fakes,
-  fake_server_of,
   job,
   play,
   server_of,

@@ -18,12 +18,16 @@ from dsjax.workload import sessions
 
 STEP = latency.Affine((0.005, 1e-4, 1e-9), (0.008, 1e-6, 1e-5))
 LINK = latency.Link(1e-4, 1e9, 1e3)
+HOST_LINK = latency.Link(1e-4, 1e15, 1e3)  # all ends at once
 
 
-def config(*roles, num_pages=4000, page_size=16, max_len=4096, **changes):
+def config(*roles, num_pages=4000, page_size=16, max_len=4096, host_pages=0,
+           **changes):
   return scheduler.Config(tuple(
-      InstanceConfig(role, num_pages, page_size, 64, 2048, 16)
-      for role in roles), max_len=max_len, prefix_cache=True, **changes)
+      InstanceConfig(role, num_pages, page_size, 64, 2048, 16,
+                     host_pages=host_pages)
+      for role in roles), max_len=max_len, prefix_cache=True,
+                          host_link=HOST_LINK, **changes)
 
 
 def conversations(count=40, seed=0, **changes):
@@ -114,17 +118,18 @@ def test_unbounded_it_finds_all_that_is_shared():
 @pytest.mark.parametrize('roles', [
     ('colocated',), ('chunked',) * 2, ('prefill', 'decode'),
     ('prefill',) * 2 + ('decode',) * 2], ids=str)
-@pytest.mark.parametrize('num_pages', [600, 4000])
-def test_leaping_finds_the_same(roles, num_pages):
+@pytest.mark.parametrize('num_pages, host_pages', [
+    (600, 0), (4000, 0), (600, 500)])
+def test_leaping_finds_the_same(roles, num_pages, host_pages):
   work = conversations(20)
-  one = config(*roles, num_pages=num_pages)
+  one = config(*roles, num_pages=num_pages, host_pages=host_pages)
   leapt = simulator.simulate(one, work, STEP, LINK)
   stepped = simulator.simulate(one, work, STEP, LINK, leap=False)
   logged = simulator.simulate(one, work, STEP, LINK, log=True)
   assert leapt.leapt and not logged.leapt
   for other in (stepped, logged):
-    assert [r.cached_tokens for r in other.records] == [
-        r.cached_tokens for r in leapt.records]
+    assert [(r.cached_tokens, r.loaded_tokens) for r in other.records] == [
+        (r.cached_tokens, r.loaded_tokens) for r in leapt.records]
     assert np.allclose([r.finish_s for r in other.records],
                        [r.finish_s for r in leapt.records])
   written = json.loads(json.dumps(event_log.encode(tuple(logged.log))))
@@ -132,6 +137,9 @@ def test_leaping_finds_the_same(roles, num_pages):
   for inst in logged.state.instances:
     prefix_cache.check(inst.pool, ())
     assert prefix_cache.num_free(inst.pool) == num_pages
+    if inst.host:
+      prefix_cache.check(inst.host.slots, ())
+  assert bool(host_pages) == any(r.loaded_tokens for r in leapt.records)
 
 
 def test_later_turns_come_sooner_and_move_less():
@@ -204,3 +212,68 @@ def turn(id, after=None, blocks=(), block_tokens=0):
 def test_requests_that_cannot_come_or_be_compared_are_named(work, words):
   with pytest.raises(InputError, match=words):
     simulator.simulate(config('colocated'), work, STEP)
+
+
+# --- the second tier --------------------------------------------------------
+
+
+class TwoTiers(Lru):
+  """The same over an LRU of host memory, which what it evicts goes to."""
+
+  def __init__(self, num_pages, num_slots):
+    super().__init__(num_pages)
+    self.num_slots, self.host = num_slots, collections.OrderedDict()
+
+  def evict(self, room, pinned=()):
+    """Makes room for so many blocks; what this evicts is written to the host,
+    behind those that were read there meanwhile."""
+    evicted = []
+    while len(self.blocks) + room > self.num_pages:
+      evicted.append(self.blocks.popitem(last=False)[0])
+    for block in evicted:
+      if block in self.host:
+        self.host.move_to_end(block)
+    fresh = [b for b in evicted if b not in self.host]
+    fresh = fresh[max(0, len(fresh) + len(pinned) - self.num_slots):]
+    while len(self.host) + len(pinned) + len(fresh) > self.num_slots:
+      self.host.popitem(last=False)
+    self.host.update(dict.fromkeys((*reversed(pinned), *fresh)))
+
+  def serve(self, request):
+    """(Tokens found, of these those in host memory)."""
+    known = request.blocks[:(len(request.prompt) - 1) // 16]
+    hits = 0
+    while hits < len(known) and known[hits] in self.blocks:
+      hits += 1
+    stop = hits
+    while stop < len(known) and known[stop] in self.host:
+      stop += 1
+    pinned = known[hits:stop]
+    for block in pinned:
+      del self.host[block]
+    tokens = len(request.prompt) + request.sampling.max_tokens - 1
+    for block in request.blocks[:hits]:
+      del self.blocks[block]
+    first = -(-(len(request.prompt) + (request.sampling.max_tokens > 1)) // 16)
+    self.evict(first, pinned)
+    for more in range(first + 1, -(-tokens // 16) + 1):
+      self.evict(more)
+    for block in reversed(request.blocks[:tokens // 16]):
+      self.blocks[block] = True
+    return 16 * stop, 16 * len(pinned)
+
+
+@pytest.mark.parametrize('num_pages, num_slots', [
+    (60, 10_000), (60, 40), (25, 30), (25, 7)])
+def test_hits_are_those_of_two_lrus(num_pages, num_slots):
+  work = one_at_a_time(seed=num_pages + num_slots)
+  oracle = TwoTiers(num_pages, num_slots)
+  one = config('colocated', num_pages=num_pages, max_len=320, depth=1,
+               host_pages=num_slots)
+  result = simulator.simulate(one, work, STEP)
+  got = [(r.cached_tokens, r.loaded_tokens) for r in result.records]
+  assert got == [oracle.serve(request) for request in work]
+  assert sum(loaded for _, loaded in got) > 0
+  host = result.state.instances[0].host
+  prefix_cache.check(host.slots, ())
+  assert not host.loading and not host.offloads
