@@ -141,6 +141,9 @@ def small_worlds():
       '1P1D, streams, prefixes': _world(
           'prefill decode', ((3, 3, 0, 6), (7, 2, 0, 6)), 2, prefix_cache=True,
           page_size=1, num_pages=9, **streams),
+      '1P1D, host, streams': _world(
+          'prefill decode', again[::2], 2, host_pages=2,
+          **kept | {'prefill_tokens': 2, 'stream_kv': True}),
       '1P1D, host': _world('prefill decode', again, 2, host_pages=2, **kept),
       '1 colocated, host, preemption': _world(
           'colocated', ((2, 3, 0, 2), (3, 3, 0, 0), (2, 2, 2, 2)), 2,

@@ -403,7 +403,8 @@ class Rules:
       if seq is None:
         stage, epoch = 'absent', 1
       else:
-        stage, epoch = seq.stage, seq.epoch - (seq.stage in COPIED)
+        stage, epoch = seq.stage, seq.epoch - (
+            seq.stage in COPIED or bool(seq.target_pages))
       kind = HAND_OFF[(turn + id) % len(HAND_OFF)]
       found.append((kind(NO_CLOCK, id, epoch), stage))
       if fate != '' and stage in ('absent', 'over', 'abandoned'):
