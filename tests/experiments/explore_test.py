@@ -180,19 +180,10 @@ STREAMED = {
         streaming, 'end', 'run.commands.append', 'str'),
     'a cancel keeps what a stream has reserved': (
         RUN, 'leave', 'if seq.target_pages:', 'if False:'),
-    'a stream passes what waits by': (
-        streaming, '_reserve', ' or target.pulls', ''),
-    'a row gives way to a stream': (
-        RUN, 'cover', 'not streaming.give_way(self, inst)',
-        'not inst.streams'),
     'a failed stream counts as a hand-off': (
         recovery, '_again', "seq.stage != 'prefilling'", 'True'),
     'a stream to a lost target goes on': (
         recovery, '_target_lost', "seq.stage == 'prefilling'", 'False'),
-    'a drained instance keeps its streams': (
-        flexible, 'send_off', 'streaming.give_way(run, inst)', 'False'),
-    'an early end is an end': (
-        RUN, 'migrated', "seq.stage == 'prefilling'", 'False'),
     'a prompt that is split is streamed': (
         streaming, 'follow', 'seq.stop < seq.prompt_len', 'False'),
 }
