@@ -39,7 +39,11 @@ LEAST = {
     '1P1D, prefixes': 25, '1P1D, prefixes, smaller pages': 26,
     '1P2D, prefixes': 23, '1 colocated, prefixes, preemption': 6,
     '1 chunked, prefixes': 2, '2 flexible, prefixes': 25,
-    '2 flexible, splits, prefixes': 42}
+    '2 flexible, splits, prefixes': 42,
+    '1P1D, streams': 31, '1P1D, streams, smaller pages': 8,
+    '1P1D, streams, larger pages': 5, '1P1D, streams give way': 47,
+    '1P1D, streams, pp = 2': 9, '2P1D, streams': 84, '1P2D, streams': 25,
+    '2 flexible, streams': 34, '1P1D, streams, prefixes': 9}
 RUN = scheduler.Run
 MUTATIONS = {
     'the source is freed early': (
