@@ -133,9 +133,9 @@ def test_a_hand_off_is_over_when_every_part_has_landed():
     poll_until(server, lambda: len(transfers) == 3 and transfers[2].landed)
     for _ in range(20):
       server.poll()
-    assert [t.landed for t in transfers] == [False, True, True]
-    assert server.state.seqs[id].stage == 'migrating'
+    landed, seq = [t.landed for t in transfers], server.state.seqs.get(id)
     late.append(True)
+    assert landed == [False, True, True] and seq.stage == 'migrating'
     drain(server)
     ends = [event for event, _ in server.log if isinstance(event, Migrated)]
     assert len(ends) == 1

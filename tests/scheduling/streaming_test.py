@@ -150,7 +150,7 @@ def test_a_simulation_is_the_same_with_and_without_a_log(
 @pytest.mark.parametrize('contended', (False, True))
 def test_a_part_takes_the_link_when_its_chunk_is_done(contended):
   """One prompt of three chunks; their copies take longer than the chunks."""
-  link = latency.Link(1e-3, 1e6, 2000)
+  link = latency.Link(1e-3, 1e6, 2000, beside=True)
   request = Request(0, 0.0, range(20), Sampling(max_tokens=3))
   options = ({'contention': contention.Contention({})} if contended else {})
   streamed, whole = (simulator.simulate(
