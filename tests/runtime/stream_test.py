@@ -177,6 +177,7 @@ def test_a_log_with_streams_is_read_back():
              if e.get('cat') == 'migrate' and e['ph'] == 's']
     handed = {c.id for c in migrates(server) if not c.more}
     assert {f['id'].split('.')[0] for f in flows} == set(map(str, handed))
+    assert any(f['args']['sent'] for f in flows)
 
 
 @pytest.mark.parametrize('value', (1, 'yes', None))
