@@ -26,6 +26,7 @@ from dsjax.placement.clusters import Border, Cluster, MixedCluster
 from dsjax.placement.search import SearchResult
 from dsjax.scheduling.policy import (
     DISTSERVE,
+    Because,
     Move,
     Policy,
     PolicyError,
@@ -45,13 +46,13 @@ if TYPE_CHECKING:
   from dsjax.runtime.profiling import profile
 
 __all__ = [
-    'Affine', 'AsyncServer', 'Border', 'Cluster', 'DISTSERVE', 'EngineConfig',
-    'Hardware', 'InputError', 'Interrupted', 'MixedCluster', 'Model',
-    'ModelConfig', 'Move', 'Orchestrator', 'Output', 'Placement', 'Plan',
-    'Policy', 'PolicyError', 'PrefillBudget', 'Profile', 'Record', 'Refuse',
-    'Request', 'RequestFailed', 'Sampling', 'SearchResult', 'Simulated', 'Slo',
-    'Split', 'load', 'profile', 'rows', 'search', 'serve', 'serve_async',
-    'simulate',
+    'Affine', 'AsyncServer', 'Because', 'Border', 'Cluster', 'DISTSERVE',
+    'EngineConfig', 'Hardware', 'InputError', 'Interrupted', 'MixedCluster',
+    'Model', 'ModelConfig', 'Move', 'Orchestrator', 'Output', 'Placement',
+    'Plan', 'Policy', 'PolicyError', 'PrefillBudget', 'Profile', 'Record',
+    'Refuse', 'Request', 'RequestFailed', 'Sampling', 'SearchResult',
+    'Simulated', 'Slo', 'Split', 'load', 'profile', 'rows', 'search', 'serve',
+    'serve_async', 'simulate',
 ]
 
 # What needs jax is imported when it is first asked for: it takes seconds.

@@ -18,7 +18,8 @@ class Record:
   preemptions: times its pages were taken for want of pages. retries: times it
   was taken up again after a fault (a lost instance, a failed hand-off).
   cached_tokens: of the prompt, whose KV was kept when the prefill began that
-  gave the first token. migrated_tokens: whose KV was moved.
+  gave the first token. migrated_tokens: whose KV was moved. reasons: why the
+  policy sent it where it did, where its hooks say so.
   """
 
   id: int
@@ -36,6 +37,7 @@ class Record:
   cached_tokens: int = 0
   migrated_tokens: int = 0
   instances: tuple[int, ...] = ()
+  reasons: tuple[str, ...] = ()
   retries: int = 0
 
   @property
@@ -64,7 +66,8 @@ class Record:
     row = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     stages = {f'{stage}_s': seconds
               for stage, seconds in row.pop('stage_s').items()}
-    return row | {'instances': list(self.instances), 'ttft_s': self.ttft_s,
+    return row | {'instances': list(self.instances),
+                  'reasons': list(self.reasons), 'ttft_s': self.ttft_s,
                   'tpot_s': self.tpot_s} | stages
 
   @classmethod
@@ -75,8 +78,9 @@ class Record:
       KeyError: a column is missing.
     """
     fields = {f.name: row[f.name] for f in dataclasses.fields(cls)
-              if f.name not in ('stage_s', 'instances')}
+              if f.name not in ('stage_s', 'instances', 'reasons')}
     return cls(**fields, instances=tuple(row['instances']),
+               reasons=tuple(row['reasons']),
                stage_s={stage: row[f'{stage}_s'] for stage in STAGES})
 
 

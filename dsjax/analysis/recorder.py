@@ -10,6 +10,7 @@ from dsjax.scheduling.events import (
   Arrived,
   Cancelled,
   Command,
+  Decided,
   DecodeDone,
   Drain,
   Event,
@@ -245,6 +246,12 @@ class Recorder:
     self._use(life, command.target)
     self._enter(life, 'migrate', now_s)
 
+  def _decided(self, command, now_s):
+    del now_s
+    record = self._live[command.id].record
+    record.reasons += (
+        f'{command.hook} {command.instance}: {command.reason}',)
+
   def _preempt(self, command, now_s):
     old = self._live[command.id]
     self._enter(old, 'prefill_queue', now_s)
@@ -337,4 +344,5 @@ _SEEN: dict[type, Callable[..., None]] = {
     Drain: Recorder._nothing, MigrateFailed: Recorder._nothing,
     Timer: Recorder._nothing, Abort: Recorder._nothing,
     Tick: Recorder._nothing, Flip: Recorder._nothing,
+    Decided: Recorder._decided,
 }

@@ -2,8 +2,9 @@
 
 Qin et al., FAST 2025, section 4: the prefill instance of the least predicted
 TTFT, the decode instance of the least predicted time between tokens; a request
-whose predictions miss an objective is refused at once. Prefix hits are zero
-here, so the part that balances and copies them has nothing to do.
+whose predictions miss an objective is refused at once. What a prefix cache
+keeps of a prompt at an instance counts in its prediction; that it be copied
+from another prefill instance first, where that is sooner, is left out.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from dsjax.config.placement import Slo
 from dsjax.policies import static
 from dsjax.policies.predict import decode_s, prefill_s, queue_s
 from dsjax.scheduling.policy import (
+  Because,
   Policy,
   Refuse,
   RequestView,
@@ -24,7 +26,7 @@ def policy(slo: Slo, prefills: int = 1, rejects: bool = True) -> Policy:
   """rejects: whether it refuses what would miss an objective."""
   base = static.policy(slo, prefills)
 
-  def route(view: View, request: RequestView) -> int | Refuse:
+  def route(view: View, request: RequestView) -> Because | Refuse:
     def ttft_s(instance):
       return queue_s(instance) + prefill_s(instance, request)
 
@@ -36,11 +38,16 @@ def policy(slo: Slo, prefills: int = 1, rejects: bool = True) -> Policy:
       tokens = request.prompt_len
       if min([decode_s(i, 1, tokens) for i in view.decodes]) > slo.tpot_s:
         return Refuse('tokens would come too slowly: try again later')
-    return choice.index
+    return Because(choice.index, f'first token in {ttft_s(choice):.3f} s, '
+                   f'{choice.hit_tokens(request)} tokens kept')
 
-  def hand_off(view: View, request: RequestView, avoid: int) -> int:
-    return min(others(view.decodes, avoid), key=lambda i: (
-        decode_s(i, 1, request.prompt_len), i.index)).index
+  def hand_off(view: View, request: RequestView, avoid: int) -> Because:
+    def step_s(instance):
+      return decode_s(instance, 1, request.prompt_len)
+
+    choice = min(others(view.decodes, avoid),
+                 key=lambda i: (step_s(i), i.index))
+    return Because(choice.index, f'a step takes {step_s(choice):.4f} s')
 
   return dataclasses.replace(base, name=f'mooncake {prefills}', route=route,
                              hand_off=hand_off)

@@ -12,6 +12,7 @@ from dsjax.config.placement import Slo
 from dsjax.policies import static
 from dsjax.policies.predict import decode_s, prefill_s, queue_s, rest_s
 from dsjax.scheduling.policy import (
+  Because,
   InstanceView,
   Policy,
   RequestView,
@@ -32,15 +33,17 @@ def policy(slo: Slo, prefills: int = 1, weight: float = 0.5) -> Policy:
     tpot_s = decode_s(rows, 1, request.prompt_len) + stall
     return weight * ttft_s / slo.ttft_s + (1 - weight) * tpot_s / slo.tpot_s
 
-  def route(view: View, request: RequestView) -> int:
+  def route(view: View, request: RequestView) -> int | Because:
     remote = view.instances[shortest_queue(view, request)]
     here = [i for i in view.may_prefill if i.decodes]
     near = max(here, key=lambda i: i.hit_tokens(request), default=remote)
     if near is remote or not near.hit_tokens(request):
       return remote.index
     stall_s = prefill_s(near, request) / max(1.0, view.load.output_len)
-    return min((near, remote), key=lambda i: score(
-        i, request, near, stall_s * (i is near))).index
+    scores = {i.index: score(i, request, near, stall_s * (i is near))
+              for i in (near, remote)}
+    return Because(min(scores, key=lambda index: scores[index]), ', '.join(
+        [f'{index} scores {value:.3f}' for index, value in scores.items()]))
 
   def hand_off(view: View, request: RequestView, avoid: int) -> int:
     return min(others(view.decodes, avoid),

@@ -28,6 +28,7 @@ from dsjax.scheduling.events import (
   Arrived,
   Cancelled,
   Command,
+  Decided,
   DecodeDone,
   Event,
   Fail,
@@ -391,6 +392,8 @@ class Loop:
       except BaseException as error:  # told once the state is whole
         self._raised.append(error)
     for command in commands:
+      if isinstance(command, Decided):
+        continue  # the record has it
       failed = (self._end(command)
                 if isinstance(command, Finish | Fail | Reject)
                 else self.fleet.perform(command))

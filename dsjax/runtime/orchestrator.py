@@ -125,6 +125,8 @@ class Orchestrator:
     require(isinstance(policy, Policy), 'policy', policy, 'a dsjax.Policy')
     require(planner is None or isinstance(planner, Executor), 'planner',
             planner, 'an Executor, such as planner_process(), or None')
+    require(planner is None or policy.resize is not None, 'planner', planner,
+            f'None with policy {policy.name!r}, which changes no roles')
     require(config.max_len <= model.config.max_len,
             'EngineConfig.max_len', config.max_len,
             f'at most {model.config.max_len}, the context of '

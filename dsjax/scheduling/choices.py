@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsjax.config.placement import ROLES
+from dsjax.scheduling.events import Decided
 from dsjax.scheduling.live import LiveBatch, LiveInstance, LiveSeq
 from dsjax.scheduling.policy import (
+  Because,
   Move,
   PrefillBudget,
   Refuse,
@@ -43,6 +45,23 @@ def several(run: Run, hook: str, most: int, *args: Any) -> list[Any]:
       itertools.islice(answer, most + 1)))
 
 
+def because(run: Run, hook: str, *args: Any) -> tuple[Any, str]:
+  """What a hook answers, and why: '' where it does not say."""
+  answer = ask(run, hook, *args)
+  if not isinstance(answer, Because):
+    return answer, ''
+  if type(answer.reason) is not str or isinstance(answer.answer, Because):
+    raise run.policy.refuse(hook, answer, 'a Because of an answer and a text')
+  return answer
+
+
+def explain(run: Run, seq: LiveSeq, hook: str, inst: LiveInstance,
+            reason: str) -> None:
+  """Tells why a hook chose an instance, if it said so."""
+  if reason:
+    run.commands.append(Decided(seq.id, hook, inst.index, reason))
+
+
 def one_of(run: Run, instances: Sequence[LiveInstance], hook: str, answer: Any
            ) -> LiveInstance:
   """The one of these instances whose index a hook answered."""
@@ -57,7 +76,7 @@ def one_of(run: Run, instances: Sequence[LiveInstance], hook: str, answer: Any
 def entry(run: Run, seq: LiveSeq) -> tuple[LiveInstance, int] | Refuse:
   """The instance that prefills a request, or goes on with it, and up to which
   of its tokens; or why it is not served."""
-  answer = ask(run, 'route', RequestView(seq))
+  answer, reason = because(run, 'route', RequestView(seq))
   if isinstance(answer, Refuse):
     if type(answer.reason) is not str:
       raise run.policy.refuse('route', answer, 'a Refuse with a text')
@@ -67,13 +86,16 @@ def entry(run: Run, seq: LiveSeq) -> tuple[LiveInstance, int] | Refuse:
     home = run.instances[seq.instance]
     instances = [i for i in instances if i is home or i.able.decodes] or [home]
   if not isinstance(answer, Split):
-    return one_of(run, instances, 'route', answer), seq.prompt_len
+    inst = one_of(run, instances, 'route', answer)
+    explain(run, seq, 'route', inst, reason)
+    return inst, seq.prompt_len
   inst, stop = one_of(run, instances, 'route', answer[0]), index_of(answer[1])
   if not (seq.done < stop < seq.prompt_len
           and (inst.able.flips or not inst.able.decodes)):
     raise run.policy.refuse(
         'route', answer, 'a Split of an instance that is flexible or only '
         f'prefills, with tokens between {seq.done} and {seq.prompt_len}')
+  explain(run, seq, 'route', inst, reason)
   return inst, stop
 
 
@@ -101,7 +123,7 @@ def budget(run: Run, inst: LiveInstance, batch: LiveBatch) -> PrefillBudget:
   if type(answer) is PrefillBudget:
     tokens, whole, rows = answer
     if rows is True and inst.able.mixes:
-      most -= len(batch.rows)
+      most -= batch.size
     if (0 <= index_of(tokens) <= most and type(whole) is bool
         and (rows is False or rows is True and inst.able.mixes)):
       return PrefillBudget(index_of(tokens), whole, rows)
@@ -118,15 +140,27 @@ def admits(run: Run, inst: LiveInstance, seq: LiveSeq, pages: int) -> bool:
 
 def decoder(run: Run, seq: LiveSeq, avoid: int) -> LiveInstance:
   """The instance where a request decodes."""
-  return one_of(run, run.open_decoders, 'hand_off',
-                ask(run, 'hand_off', RequestView(seq), avoid))
+  inst, reason = preferred(run, seq, avoid)
+  explain(run, seq, 'hand_off', inst, reason)
+  return inst
+
+
+def preferred(run: Run, seq: LiveSeq, avoid: int) -> tuple[LiveInstance, str]:
+  """The same, and why, for one who may not go by it."""
+  answer, reason = because(run, 'hand_off', RequestView(seq), avoid)
+  return one_of(run, run.open_decoders, 'hand_off', answer), reason
 
 
 def stays(run: Run, inst: LiveInstance, seq: LiveSeq) -> bool:
   """Whether a request decodes where it is prefilled."""
   if not inst.able.flips or seq.prompt_len + 1 >= seq.limit:
     return inst.able.decodes
-  return inst in run.open_decoders and decoder(run, seq, -1) is inst
+  if inst not in run.open_decoders:
+    return False
+  target, reason = preferred(run, seq, -1)
+  if target is inst:  # else it is asked once more, at the prompt's end
+    explain(run, seq, 'hand_off', inst, reason)
+  return target is inst
 
 
 def victim(run: Run, inst: LiveInstance) -> int:

@@ -200,6 +200,14 @@ class Preempt(NamedTuple):
   cause: str = 'pages'
 
 
+class Decided(NamedTuple):
+  """Why the policy's `hook` chose `instance` for a request, in its words."""
+  id: int
+  hook: str
+  instance: int
+  reason: str
+
+
 class Flip(NamedTuple):
   """From now on `instance`, a flexible one, has this role."""
   instance: int
@@ -245,4 +253,4 @@ class Reject(NamedTuple):
 Event = (Arrived | Cancelled | PrefillDone | DecodeDone | Migrated
          | MigrateFailed | Timer | InstanceDown | InstanceUp | Drain | Tick)
 Command = (RunPrefill | RunDecode | Migrate | Preempt | Flip | Abort | Finish
-           | Fail | Reject)
+           | Fail | Reject | Decided)

@@ -10,7 +10,14 @@ from typing import Any
 from dsjax.config.placement import ROLES
 from dsjax.scheduling import blocks
 from dsjax.scheduling.events import Row
-from dsjax.scheduling.state import RUN_AHEAD, Batch, Config, Instance, Seq
+from dsjax.scheduling.state import (
+  RECENT,
+  RUN_AHEAD,
+  Batch,
+  Config,
+  Instance,
+  Seq,
+)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -41,41 +48,80 @@ class LiveSeq:
 fields_of = operator.attrgetter(*Seq._fields)
 
 
+class Recent:
+  """What arrived and what was served of late, see State: each a State's tuple
+  until it changes."""
+
+  __slots__ = ('arrived', 'served')
+
+  def __init__(self, arrived: tuple[tuple[float, int], ...],
+               served: tuple[tuple[int, int], ...]):
+    self.arrived: Any = arrived
+    self.served: Any = served
+
+  def add_arrived(self, entry: tuple[float, int]) -> None:
+    """One has arrived."""
+    if type(self.arrived) is tuple:
+      self.arrived = collections.deque(self.arrived, RECENT)
+    self.arrived.append(entry)
+
+  def add_served(self, entry: tuple[int, int]) -> None:
+    """One has had its last token."""
+    if type(self.served) is tuple:
+      self.served = collections.deque(self.served, RECENT)
+    self.served.append(entry)
+
+
 class LiveBatch:
   """A Batch that changes in place.
 
-  rows: by id, in the order in which they joined. due: ids by their row's
-  `until`, ticks: a heap of its keys, places: ids' in that order; made when
-  needed. least: the least `until`, where it was asked for and there is no due
-  yet: a transition on a copy asks once. flying: commands of it in flight.
-  ends: the tick at which each request is at its limit, of those that were
-  asked for. value: the rows as a value.
+  rows: by id, in the order in which they joined; made when needed, as a step
+  may pass without. size: how many. due: ids by their row's `until`, ticks: a
+  heap of its keys, places: ids' in that order; made when needed. least: the
+  least `until`, while there is no due; None: not known. flying: commands of it
+  in flight. ends: the tick at which each request is at its limit, of those that
+  were asked for. value: the rows as a value, or None where they have changed.
   """
 
-  __slots__ = ('rows', 'tick', 'flying', 'due', 'ticks', 'places', 'least',
-               'ends', 'value')
+  __slots__ = ('size', 'tick', 'flying', 'due', 'ticks', 'places', 'least',
+               'ends', 'value', '_rows')
 
   def __init__(self, batch: Batch, flying: int):
-    self.rows, self.tick = {r[0]: r for r in batch.rows}, batch.tick
-    self.flying, self.ends = flying, {}
+    self.tick, self.flying, self.size = batch.tick, flying, len(batch.rows)
+    self._rows: dict[int, Row] | None = None
+    self.ends: dict[int, int] = {}
     self.value: tuple[Row, ...] | None = batch.rows
     self.due: Any = None
     self.places: Any = None
-    self.least: int | None = None
+    self.least: int | None = batch.least
 
-  def freeze(self) -> tuple[Row, ...]:
+  @property
+  def rows(self) -> dict[int, Row]:
+    """The rows by id, made when they are first asked for."""
+    if self._rows is None:
+      self._rows = {row[0]: row for row in self.value or ()}
+    return self._rows
+
+  def row_values(self) -> tuple[Row, ...]:
     """The rows as a value."""
     if self.value is None:
       self.value = tuple(self.rows.values())
     return self.value
 
+  def freeze(self) -> Batch:
+    """It as a value."""
+    rows = self.row_values()
+    return Batch(rows, self.tick, self.until() if rows else -1)
+
   def add(self, row: Row) -> None:
     """Adds a row."""
-    self.rows[row[0]], self.value, self.places = row, None, None
     if self.due is not None:
       self._note(row[0], row[2])
-    elif self.least is not None:
-      self.sort()
+    elif self.least is not None and not 0 <= self.least <= row[2]:
+      self.least = row[2]
+    self.rows[row[0]] = row
+    self.size += 1
+    self.value = self.places = None
 
   def _note(self, id, until):
     if until in self.due:
@@ -87,11 +133,12 @@ class LiveBatch:
   def remove(self, id: int) -> None:
     """Takes a row out."""
     row, self.value = self.rows.pop(id), None
+    self.size -= 1
     self.ends.pop(id, None)
     if self.due is not None:
       self.due[row[2]].remove(id)
-    elif self.least is not None:
-      self.sort()
+    elif self.least == row[2]:
+      self.least = None
 
   def end(self, seqs: dict[int, Any]) -> int:
     """The first tick at which a request is at its limit."""
@@ -106,7 +153,7 @@ class LiveBatch:
     """The first tick that some row is not covered for."""
     if self.due is None:
       if self.least is None:
-        self.least = min([row[2] for row in self.rows.values()])
+        self.least = min([row[2] for row in self.rows.values()], default=-1)
       return self.least
     while not self.due[self.ticks[0]]:
       del self.due[heapq.heappop(self.ticks)]
@@ -127,7 +174,7 @@ class LiveBatch:
 
   def short(self) -> Sequence[int]:
     """Ids of the rows that are not covered for the next tick, in order."""
-    if not self.rows or self.until() > self.tick:
+    if not self.size or self.until() > self.tick:
       return ()
     ids = (self.due or self.sort())[self.tick]
     if len(ids) == 1:
@@ -204,7 +251,7 @@ class LiveInstance:
     """It as a value."""
     if self.value is None:
       self.value = Instance(
-          self.pool, tuple([Batch(b.freeze(), b.tick) for b in self.batches]),
+          self.pool, tuple([b.freeze() for b in self.batches]),
           tuple(self.queue), tuple(self.prefilling), tuple(self.pulls),
           self.turn, self.number, tuple(self.inflight), tuple(self.ending),
           self.residents, self.backlog, self.status, self.role,

@@ -38,7 +38,7 @@ def tell(run: Run, index: int, most: int) -> Told | None:
     return None
   pp = len(inst.batches)
   order = [g % pp for g in range(inst.turn, inst.turn + pp)
-           if inst.batches[g % pp].rows]
+           if inst.batches[g % pp].size]
   if (not order or [g for _, g in inst.inflight] != order * depth
       or any([type(c) is not RunDecode for c, _ in inst.inflight])):
     return None
@@ -46,7 +46,7 @@ def tell(run: Run, index: int, most: int) -> Told | None:
   ticks = min([b.end(run.seqs) - b.tick for b in turns])
   if ticks > 1:
     ticks = min(ticks, _covered(inst, turns))
-  if pp == 1 and not inst.pulls and inst.residents == len(turns[0].rows):
+  if pp == 1 and not inst.pulls and inst.residents == turns[0].size:
     ticks = min(ticks, most * inst.run_ahead)
     steps = _boundaries(turns[0], ticks, inst)
   else:
@@ -78,7 +78,7 @@ def follow(run: Run, index: int, told: Told, count: int) -> None:
   for number, tick, n, g in sent[-len(inst.inflight):]:
     inst.inflight.popleft()
     inst.inflight.append((RunDecode(
-        index, number, tick, n, inst.batches[g].freeze()), g))
+        index, number, tick, n, inst.batches[g].row_values()), g))
   if count:
     inst.turn, inst.value = (g + 1) % len(inst.batches), None
     inst.number += count

@@ -72,6 +72,14 @@ class Split(NamedTuple):
   tokens: int
 
 
+class Because(NamedTuple):
+  """Of a route or a hand_off: an answer, and why. The reason is kept in the
+  request's record."""
+
+  answer: int | Split
+  reason: str
+
+
 class Move(NamedTuple):
   """Of a rebalance: the row of request `id` goes on at instance `target`."""
 
@@ -260,19 +268,19 @@ class InstanceView:
   @property
   def num_rows(self) -> int:
     """Rows of every micro-batch."""
-    return sum([len(batch.rows) for batch in self._instance.batches])
+    return sum([batch.size for batch in self._instance.batches])
 
   @property
   def context(self) -> int:
     """Tokens that its rows have in their KV, all rows together."""
     return sum([sum([row[1] for row in batch.rows.values()])
-                + batch.tick * len(batch.rows)
+                + batch.tick * batch.size
                 for batch in self._instance.batches])
 
   @property
   def turn_rows(self) -> int:
     """Rows of the micro-batch whose turn it is."""
-    return len(self._instance.batches[self._instance.turn].rows)
+    return self._instance.batches[self._instance.turn].size
 
   def hit_tokens(self, request: RequestView) -> int:
     """Tokens of a prompt that need not be computed here: their KV is kept."""
@@ -345,10 +353,9 @@ class View:
   __slots__ = ('_instances', '_now', '_recent', '_link')
 
   def __init__(self, instances: Sequence[Any], requests: dict[int, Any],
-               now: list[Any], recent: tuple[Sequence[Any], Sequence[Any]],
-               link: LinkLike | None):
+               now: list[Any], recent: Any, link: LinkLike | None):
     """now: time, instances that take prompts, that take rows, that could do
-    either; kept current.
+    either; kept current. recent: what arrived and was served, see live.Recent.
 
     Not the Run itself: a cycle would keep every state of a log alive.
     """
@@ -385,7 +392,7 @@ class View:
 
   @property
   def load(self) -> Load:
-    arrived, served = self._recent
+    arrived, served = self._recent.arrived, self._recent.served
     lengths = sorted([prompt_len for _, prompt_len in arrived]) or [1]
     span_s = arrived[-1][0] - arrived[0][0] if arrived else 0.0
     return Load((len(arrived) - 1) / span_s if span_s > 0 else 0.0,
@@ -409,11 +416,11 @@ class View:
     return tuple([views[i.index] for i in self._now[place]])
 
 
-Route = Callable[[View, RequestView], int | Split | Refuse]
+Route = Callable[[View, RequestView], int | Split | Refuse | Because]
 Order = Callable[[View, InstanceView, Sequence[RequestView]],
                  Sequence[RequestView]]
 Batch = Callable[[View, InstanceView], PrefillBudget]
-HandOff = Callable[[View, RequestView, int], int]
+HandOff = Callable[[View, RequestView, int], int | Because]
 Admit = Callable[[View, InstanceView, RequestView, int], bool]
 Victim = Callable[[View, InstanceView, Sequence[RequestView]], RequestView]
 Resize = Callable[[View], Mapping[int, str]]
@@ -464,10 +471,12 @@ def least_loaded(view: View, request: RequestView, avoid: int) -> int:
 
 def fill_budget(view: View, instance: InstanceView) -> PrefillBudget:
   """Prompts before rows: as many whole ones as L_m takes, or, on an instance
-  that mixes, what the rows of the step leave of its token budget."""
+  that mixes, what the rows of the step leave of its token budget. One that has
+  become a prefill instance mixes until the rows that it still has are gone."""
   del view
   tokens = instance.config.prefill_tokens
-  if instance.mixes:
+  if instance.mixes or (instance.flips and instance.role == 'prefill'
+                        and instance.turn_rows):
     return PrefillBudget(tokens - instance.turn_rows, False, True)
   return PrefillBudget(tokens)
 
@@ -498,7 +507,7 @@ class Policy:
       whose queue it joins; or a Split, whose instance is flexible or only
       prefills; or a Refuse. Asked at its arrival, when it is prefilled again,
       and at each cut of a Split (done is then above 0): there for the index of
-      one of may_go_on(view, request), or a Split there.
+      one of may_go_on(view, request), or a Split there. Because says why.
     order: (view, instance, waiting) -> the same requests, first to go first.
       waiting: its prefill queue, by arrival, before each of its prefill
       batches; or the finished prefills that it will pull, by their end,
@@ -508,8 +517,8 @@ class Policy:
     hand_off: (view, request, avoid) -> index of the instance, of
       view.may_decode, that pulls its KV; of what a flexible instance
       prefilled perhaps its own: then it stays. Asked before the step that
-      ends such a prompt, and, unless it stays, at the prompt's end. avoid: one
-      that has just failed at it, or -1.
+      ends such a prompt, and, unless it stays, at the prompt's end. Because
+      says why. avoid: one that has just failed at it, or -1.
     admit: (view, instance, request, pages) -> whether it may take so many
       pages now; asked only where they are free and a place is. False: the
       queue waits, and it is asked again at every event.

@@ -21,7 +21,7 @@ stage runs the commands in order, so they complete in order; a micro-batch's
 next step waits on the device for the tokens of its previous one.
 """
 import bisect
-import collections
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,10 +55,15 @@ from dsjax.scheduling.events import (
   Tick,
   Timer,
 )
-from dsjax.scheduling.live import LiveBatch, LiveInstance, LiveSeq, fields_of
+from dsjax.scheduling.live import (
+  LiveBatch,
+  LiveInstance,
+  LiveSeq,
+  Recent,
+  fields_of,
+)
 from dsjax.scheduling.policy import Refuse, RequestView, View
 from dsjax.scheduling.state import (
-  RECENT,
   RUN_AHEAD,
   Batch,
   Config,
@@ -109,11 +114,11 @@ class Run:
   def __init__(self, config: Config, state: State,
                wake: Callable[[int], None] | None = None):
     self.config, self.wake = config, wake
-    self.seqs: dict[int, Any] = dict(state.seqs)
+    self.seqs: dict[int, Any] = state.seqs
+    self.is_shared = True  # seqs is a State's: copied before it changes
     self.arrivals = state.arrivals
     self.waiting = list(state.waiting)
-    self.recent = (collections.deque(state.arrived, RECENT),
-                   collections.deque(state.served, RECENT))
+    self.recent = Recent(state.arrived, state.served)
     self.owned = set()  # ids of those that may change in place
     self.instances = [LiveInstance(config, index, value)
                       for index, value in enumerate(state.instances)]
@@ -153,13 +158,14 @@ class Run:
 
   def freeze(self) -> State:
     """The State now."""
-    seqs = dict(self.seqs)
+    seqs = self.seqs
     for id in self.owned:
       seqs[id] = Seq._make(fields_of(seqs[id]))
-    arrived, served = self.recent
+    self.owned.clear()
+    self.is_shared = True
     return State(seqs, tuple([i.freeze() for i in self.instances]),
-                 self.arrivals, tuple(self.waiting), tuple(arrived),
-                 tuple(served))
+                 self.arrivals, tuple(self.waiting),
+                 tuple(self.recent.arrived), tuple(self.recent.served))
 
   @property
   def view(self) -> View:
@@ -173,9 +179,15 @@ class Run:
     """A request, to be changed."""
     seq = self.seqs[id]
     if type(seq) is not LiveSeq:
-      seq = self.seqs[id] = LiveSeq(*seq)
+      seq = self.own_seqs()[id] = LiveSeq(*seq)
       self.owned.add(id)
     return seq
+
+  def own_seqs(self) -> dict[int, Any]:
+    """The requests, to be changed."""
+    if self.is_shared:
+      self.seqs, self.is_shared, self._view = dict(self.seqs), False, None
+    return self.seqs
 
   def move(self, seq: LiveSeq, stage: str) -> None:
     """Takes a request to another stage of its life, if it has that hop."""
@@ -201,13 +213,12 @@ class Run:
     if reason:
       self.commands.append(Reject(e.id, reason))
     else:
-      seq = self.seqs[e.id] = LiveSeq(e.id, self.arrivals, e.prompt_len,
-                                      e.prompt_len + e.max_tokens, 'absent', -1,
-                                      arrival_s=e.time_s,
-                                      input_len=e.prompt_len,
-                                      blocks=e.blocks)
+      seq = self.own_seqs()[e.id] = LiveSeq(
+          e.id, self.arrivals, e.prompt_len, e.prompt_len + e.max_tokens,
+          'absent', -1, arrival_s=e.time_s, input_len=e.prompt_len,
+          blocks=e.blocks)
       self.owned.add(e.id)
-      self.recent[0].append((e.time_s, e.prompt_len))
+      self.recent.add_arrived((e.time_s, e.prompt_len))
       self.arrivals += 1
       self.enqueue(seq)
     for inst in self.entries:  # the first of a burst may be at another one
@@ -323,7 +334,7 @@ class Run:
     row = (self.instances[seq.instance].home(seq.id) if
            seq.stage == 'decoding' else None)
     known = (row.rows[seq.id][1] + row.tick if row else seq.prompt_len)
-    self.recent[1].append((seq.order, known - seq.input_len + 1))
+    self.recent.add_served((seq.order, known - seq.input_len + 1))
     self.commands.append(Finish(seq.id, reason))
     self.leave(seq, 'over')
 
@@ -396,7 +407,7 @@ class Run:
       self.offer(seq, to=seq.target)
       return
     if seq.stage == 'finishing':
-      self.recent[1].append((seq.order, seq.limit - seq.input_len))
+      self.recent.add_served((seq.order, seq.limit - seq.input_len))
       self.commands.append(Finish(seq.id, 'length'))
     self.drop(seq)
 
@@ -406,7 +417,7 @@ class Run:
 
   def forget(self, seq: LiveSeq) -> None:
     self.move(seq, 'absent')
-    del self.seqs[seq.id]
+    del self.own_seqs()[seq.id]
     self.owned.discard(seq.id)
 
   # --- places ----------------------------------------------------------------
@@ -516,7 +527,7 @@ class Run:
     """Nothing here will free a page by itself: what is here waits to be
     pulled. Two flexible instances could wait for each other so."""
     return not (inst.inflight or inst.prefilling or inst.ending
-                or any([batch.rows for batch in inst.batches])
+                or any([batch.size for batch in inst.batches])
                 or any([seq.target_pages and seq.target == inst.index
                         for seq in self.seqs.values()]))
 
@@ -575,7 +586,7 @@ class Run:
     budget, whole, mixed = choices.budget(self, inst, batch)
     if not budget:
       return False
-    rows = batch.freeze() if mixed else ()
+    rows = batch.row_values() if mixed else ()
     waiting = choices.in_order(self, inst, inst.queue)
     chunks, last = [], []
     while len(chunks) < inst.config.prefill_seqs and budget > 0:
@@ -619,7 +630,7 @@ class Run:
     ids = inst.prefilling or waiting
     if not ids:
       return None
-    seq = self.own(ids[0])
+    seq = self.seqs[ids[0]]
     if whole and seq.stop - seq.done > budget:
       hit = (self.view.instances[inst.index].hit_tokens(RequestView(seq))
              if seq.stage == 'queued' and inst.block_size else seq.done)
@@ -636,9 +647,10 @@ class Run:
       if waiting is not inst.queue:
         inst.queue.remove(seq.id)
       inst.prefilling.append(seq.id)
+      seq = self.own(seq.id)
       (seq.pages, seq.done), seq.sent = taken, 0
       inst.backlog -= seq.done
-    return seq
+    return self.own(seq.id)
 
   def join(self, inst: LiveInstance, seq: LiveSeq, number: int = -1) -> None:
     """A request goes on where its KV is: with the rest of its prompt, or as a
@@ -656,7 +668,7 @@ class Run:
       inst.ending.append((number, seq.id))
       return
     self.move(seq, 'decoding')
-    batch = min(inst.batches, key=_size)
+    batch = min(inst.batches, key=_SIZE)
     start = seq.prompt_len - batch.tick
     batch.add(row_of(inst, seq, start))
 
@@ -672,17 +684,17 @@ class Run:
       if g is None or not self.ready(inst, inst.batches[g]):
         return False
       batch = inst.batches[g]
-      if batch.rows:  # else covering has preempted all of it
+      if batch.size:  # else covering has preempted all of it
         break
     # A step waits for the one before to leave the last stage, and stages take
     # work in order: micro-batches whose commands had several steps would run
     # one after another, not side by side.
     steps = 1
     if (len(inst.batches) == 1 and not inst.queue and not inst.pulls
-        and inst.residents == len(batch.rows) + len(inst.ending)):
+        and inst.residents == batch.size + len(inst.ending)):
       steps = min(batch.until() - batch.tick, inst.run_ahead)
     self.send(inst, RunDecode(inst.index, inst.number, batch.tick, steps,
-                              batch.freeze()), g)
+                              batch.row_values()), g)
     self.advance(inst, g, steps)
     return True
 
@@ -726,9 +738,10 @@ class Run:
     inst.value = None
     for (_, id), page in zip(rows, ids, strict=True):
       seq = self.seqs[id]
-      if type(seq) is not LiveSeq:
-        seq = self.own(id)
-      seq.pages += (page,)
+      if type(seq) is LiveSeq:
+        seq.pages += (page,)
+      else:
+        self.own_seqs()[id] = seq._replace(pages=(*seq.pages, page))
     for batch, id in dict.fromkeys(rows) if len(rows) > 1 else rows:
       batch.rows[id] = row_of(inst, self.seqs[id], batch.rows[id][1])
       batch.value = None
@@ -761,6 +774,7 @@ class Run:
     lookahead.follow(self, index, told, count)
 
 
+_SIZE = operator.attrgetter('size')
 _APPLY: dict[type, Callable[..., None]] = {
     Arrived: Run.arrived,
     Cancelled: Run.cancelled,
@@ -777,17 +791,13 @@ def _open(kind):
           or [i for i in kind if i.status == 'draining'])
 
 
-def _size(batch):
-  return len(batch.rows)
-
-
 def _following(inst):
   """The next micro-batch in turn that has rows, or None."""
-  if inst.batches[inst.turn].rows:
+  if inst.batches[inst.turn].size:
     return inst.turn
   pp = len(inst.batches)
   return next((g % pp for g in range(inst.turn, inst.turn + pp)
-               if inst.batches[g % pp].rows), None)
+               if inst.batches[g % pp].size), None)
 
 
 def row_of(inst: LiveInstance, seq: Any, start: int) -> Row:

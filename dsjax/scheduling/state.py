@@ -103,10 +103,12 @@ class Seq(NamedTuple):
 
 
 class Batch(NamedTuple):
-  """A decode micro-batch and the decode ticks issued for it."""
+  """A decode micro-batch and the decode ticks issued for it. least: the least
+  `until` of its rows; -1: there are none."""
 
   rows: tuple[Row, ...] = ()
   tick: int = 0
+  least: int = -1
 
 
 class Instance(NamedTuple):
@@ -247,6 +249,9 @@ def check(state: State) -> None:
     assert orders == sorted(orders), f'instance {index}: queue by arrival'
     for id in inst.prefilling:
       at(id, 'prefilling', index)
+    for batch in inst.batches:
+      assert batch.least == min([r.until for r in batch.rows], default=-1), (
+          f'instance {index}: {batch.least} is not the least of its rows')
     for row in inst.rows:
       at(row.id, 'decoding', index)
       assert row.pages == state.seqs[row.id].pages, f'row {row.id}: pages'

@@ -276,7 +276,7 @@ class Alone:
     self.leapt += count
     first, order, turns = [], quiet.order, len(quiet.order)
     for n, batch in enumerate(order[:count]):
-      rows = self.run.instances[index].batches[batch].freeze()
+      rows = self.run.instances[index].batches[batch].row_values()
       first.append((RunDecode(
           index, 0, 0, sum(quiet.steps[n:count:turns]), rows),
           _end_s(quiet.due[n])))

@@ -238,8 +238,21 @@ def main(run, defined: dict[str, Any], config=None,
     if signal.getsignal(signal.SIGINT) is experiments.stop_importing:
       signal.signal(signal.SIGINT, signal.default_int_handler)
     require(not rest, 'arguments', ' '.join(rest), 'flags: --name=value')
+    if 'out' in defined and flags.FLAGS.out:
+      path = pathlib.Path(flags.FLAGS.out)
+      is_folder = _flag('out', defined['out']).help == SHARED['out'].help
+      require_folder('--out', path if is_folder else path.parent)
     return run(flags.FLAGS, wide_console())
   app.run(start, flags_parser=_read_flags)
+
+
+def require_folder(field: str, path: pathlib.Path) -> None:
+  """Raises InputError, naming `field`, where there is no such folder and none
+  can be made: before a run, not after it."""
+  nearest = next(place for place in (path.absolute(), *path.absolute().parents)
+                 if place.exists())
+  require(nearest.is_dir() and os.access(nearest, os.W_OK), field, str(path),
+          f'a folder that can be written to, and {nearest} is none')
 
 
 def wide_console() -> Console:

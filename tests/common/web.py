@@ -16,7 +16,7 @@ from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.http import routes, socket_server, telemetry
 from dsjax.http.service import Limits, Service
 from dsjax.runtime.orchestrator import serve
-from dsjax.scheduling import scheduler
+from dsjax.scheduling import prefix_cache, scheduler
 from tests.common.fake_engine import FakeEngine
 
 MODEL = checkpoint.load('tiny')
@@ -30,9 +30,9 @@ CHAT = {'model': 'tiny', 'messages': [{'role': 'user', 'content': 'Hi'}]}
 TEXT = {'model': 'tiny', 'prompt': 'Hi'}
 
 
-def make(report, make_engine=FakeEngine):
+def make(report, make_engine=FakeEngine, config=CONFIG):
   """An Orchestrator of one prefill and one decode instance, both fakes."""
-  return serve(MODEL, PLACEMENT, CONFIG, devices=jax.devices()[:2],
+  return serve(MODEL, PLACEMENT, config, devices=jax.devices()[:2],
                report=report, keep_events=1, make_engine=make_engine)
 
 
@@ -89,7 +89,7 @@ def all_back(running):
   state = running.service.orchestrator.state
   scheduler.check(state)
   assert running.service.waiting == 0
-  assert all(i.pool.free.bit_count() == i.pool.num_pages
+  assert all(prefix_cache.num_free(i.pool) == i.pool.num_pages
              for i in state.instances)
   orchestrator = running.service.orchestrator
   until(lambda: not orchestrator.requests)

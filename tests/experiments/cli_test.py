@@ -90,6 +90,17 @@ def test_the_exit_code_of_a_command_line(words, code, says):
   assert done.stderr.count('\n') <= 1
 
 
+@pytest.mark.parametrize('runner, out', [
+    ('sessions', '/dev/null/x'), ('place', __file__),
+    ('bench.simulator', '/dev/null/x.json')])
+def test_an_out_that_cannot_be_is_told_before_the_run(runner, out):
+  done = subprocess.run(
+      [sys.executable, '-m', f'experiments.{runner}', f'--out={out}'],
+      text=True, capture_output=True, check=False, cwd=cli.ROOT, timeout=60)
+  assert (done.returncode, done.stdout) == (2, '')
+  assert done.stderr.startswith('error: --out=')
+
+
 LOST = '''
 import gc, signal, sys, time
 from experiments.common import cli

@@ -225,7 +225,7 @@ UNNOTICED = {
         RUN, 'prefill', 'start, stop = seq.done,',
         'start, stop = seq.done + bool(seq.done),'),
     'the given state is changed': (
-        RUN, '__init__', 'dict(state.seqs)', 'state.seqs'),
+        RUN, 'own_seqs', 'dict(self.seqs)', 'self.seqs'),
 }
 
 

@@ -11,6 +11,7 @@ import collections
 import copy
 import ctypes
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -27,7 +28,17 @@ import pytest
 import schemathesis
 
 from dsjax.runtime import orchestrator_thread
-from tests.common.web import LIMITS, WAIT_S, Running, all_back, post, until
+from dsjax.scheduling import prefix_cache
+from tests.common.web import (
+  CONFIG,
+  LIMITS,
+  WAIT_S,
+  Running,
+  all_back,
+  make,
+  post,
+  until,
+)
 
 AT_ONCE = 60
 BODY_S = 2.0  # that the server waits for a body
@@ -300,10 +311,13 @@ def left(running):
       'objects': sum(isinstance(x, kinds) for x in gc.get_objects())}
 
 
-@pytest.fixture(scope='module')
-def running():
-  server = Running(limits=dataclasses.replace(
-      LIMITS, body_s=BODY_S, keep_alive_s=BODY_S))
+@pytest.fixture(scope='module', params=[True, pytest.param(
+    False, marks=pytest.mark.deep)], ids=['cache', 'no cache'])
+def running(request):
+  config = dataclasses.replace(CONFIG, prefix_cache=request.param)
+  server = Running(functools.partial(make, config=config),
+                   limits=dataclasses.replace(
+                       LIMITS, body_s=BODY_S, keep_alive_s=BODY_S))
   try:
     server.await_status('ready', 'failed')
     assert server.service.status == 'ready', server.service.error
@@ -351,6 +365,10 @@ def test_two_thousand_hostile_requests_leave_nothing_behind(running):
   statuses = {status for _, status in counted}
   assert statuses - {None} == MAY_SAY, counted
   assert counted['slow', 408] and counted['a_mebibyte', 400]
+  for instance in running.service.orchestrator.state.instances:
+    kept = prefix_cache.num_idle(instance.pool)
+    assert kept <= instance.pool.num_pages
+    assert bool(kept) == running.service.orchestrator.config.prefix_cache
 
 
 def test_its_own_description_holds(running):

@@ -5,6 +5,7 @@ import functools
 import itertools
 import pathlib
 import random
+import types
 
 import pytest
 
@@ -15,14 +16,14 @@ from dsjax.config.engine import InstanceConfig
 from dsjax.config.placement import Slo
 from dsjax.config.request import Request, Sampling
 from dsjax.placement.api import simulate
-from dsjax.policies import static
+from dsjax.policies import rollouts, static
 from dsjax.policies.deadlines import with_deadlines
 from dsjax.policies.named import NAMES, named
 from dsjax.policies.rollouts import rounded
 from dsjax.scheduling import event_log, scheduler
 from dsjax.scheduling.events import Flip, Migrate, Reject, RunPrefill
 from dsjax.scheduling.pace import Paced
-from dsjax.scheduling.policy import DISTSERVE, Load
+from dsjax.scheduling.policy import DISTSERVE, Load, PolicyError
 from dsjax.simulation import latency, simulator
 from experiments.common import policies
 from experiments.explore import large_world
@@ -163,6 +164,12 @@ def test_mooncake_refuses_early_and_the_others_attain():
   assert attainment('mooncake:rejects=False', 120) < 0.1
 
 
+@pytest.mark.parametrize('name', ('static', 'arrow', 'mooncake', 'ppd'))
+def test_more_prefill_instances_than_there_are(name):
+  with pytest.raises(PolicyError, match='prefills=9: must be 0 to 4, the flex'):
+    served(f'{name}:prefills=9', 30)
+
+
 def test_llm_d_is_its_limits():
   """llm-d: 0 never hands off; 1 always does, as the static split."""
   assert not commands(served('llm_d:least=0', 30), Migrate)
@@ -241,6 +248,36 @@ def late_flips(run, after_s):
 @pytest.mark.parametrize('name', ('arrow', 'planner', 'replan', 'adaptive'))
 def test_none_swings_at_a_constant_load(name):
   assert len(late_flips(served(name, 60, requests=1400), 10)) <= 1
+
+
+@pytest.mark.parametrize('now, other, flips', [
+    (.8, .75, False), (.8, .87, False), (.8, .89, True), (.91, .98, False),
+    (.93, 1.0, False), (0.0, .1, True)])
+def test_roles_change_for_what_attains_clearly_more(now, other, flips,
+                                                    monkeypatch):
+  """By more than the noise of a rollout; and none is played in vain."""
+  shares = {('chunked',) * 2: now, ('prefill', 'decode'): other}
+  played = []
+  monkeypatch.setattr(rollouts, 'attained', lambda *args: (
+      played.append(args[-1]), shares[args[-1]])[1])
+  instances = [types.SimpleNamespace(index=index, role='chunked', config=None,
+                                     latency=Paced(STEP)) for index in (0, 1)]
+  view = types.SimpleNamespace(load=Load(9.0, 100.0, 300.0, 50.0), link=LINK)
+  answer = rollouts.better(DISTSERVE, SLO, view, instances, list(shares))
+  assert answer == ({0: 'prefill', 1: 'decode'} if flips else {})
+  assert (len(played) == 1) == (now > 1 - rollouts.NOISE)
+
+
+def test_arrow_fills_a_decode_instance_up_to_its_places():
+  """And no further, however short its steps are."""
+  config = scheduler.Config(tuple(
+      InstanceConfig(role, 500, 16, 4, 2048, 16)
+      for role in ('prefill', 'decode', 'decode')), max_len=512,
+      policy=named('arrow', Slo(1.0, 1.0)))
+  sent = [Request(id, id / 50, [1] * 20, Sampling(max_tokens=400))
+          for id in range(7)]
+  records = simulator.simulate(config, sent, STEP, LINK).records
+  assert [r.instances[-1] for r in records] == [1] * 4 + [2] * 3
 
 
 def test_replanning_follows_a_load_that_steps_up():

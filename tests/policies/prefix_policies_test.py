@@ -62,6 +62,23 @@ def test_ppd_prefills_later_turns_where_they_decode():
       later(plain, 'ttft_s'), rel=0.05)
 
 
+def test_deciders_read_what_is_kept_where_a_prompt_would_decode():
+  """llm-d's and Dynamo's bounds are on the tokens that are not kept there."""
+  first = {r.id for r in chats() if r.after is None}
+  for name in ('llm_d:prefills=2:least=90:weight=9', 'dynamo:prefills=2:'
+               'by=length:shortest=400:fresh=0.7'):
+    policy = named(name, Slo(0.3, 0.03))
+    short = [record for record in served(policy) if record.id not in first
+             and record.migrated_tokens == 0]
+    assert len(short) > len(chats()) / 4
+    assert all(record.cached_tokens for record in short)
+    assert all('kept' in record.reasons[0] or 'short' in record.reasons[0]
+               for record in short)
+    without = served(policy, cache=False)
+    assert all(record.migrated_tokens for record in without
+               if record.prompt_len >= 90)
+
+
 def test_routes_by_hits_before_balanced_before_random():
   """Mooncake's order of mean TTFT, without what copies hot blocks."""
   roles = ('prefill',) * 3 + ('decode',) * 3

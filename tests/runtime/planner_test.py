@@ -159,3 +159,8 @@ def test_an_executor_that_is_shut_down_ends_no_serving(shut, caplog):
 def test_a_planner_is_an_executor(planner):
   with pytest.raises(InputError, match='planner=.*Executor'):
     server_of(planner)
+
+
+def test_a_planner_is_for_a_policy_that_changes_roles():
+  with pytest.raises(InputError, match="None with policy 'distserve'"):
+    serving.fake_server_of('2flexible', planner=Held())

@@ -15,6 +15,7 @@ from dsjax.config.request import Request, Sampling
 from dsjax.scheduling import event_log, scheduler
 from dsjax.scheduling.events import (
   Arrived,
+  Decided,
   DecodeDone,
   InstanceDown,
   InstanceUp,
@@ -28,6 +29,7 @@ from dsjax.scheduling.events import (
 )
 from dsjax.scheduling.policy import (
   DISTSERVE,
+  Because,
   Move,
   Policy,
   PolicyError,
@@ -74,6 +76,28 @@ def test_route_chooses_the_queue():
   config = _config(('colocated',) * 3, route=lambda view, request: 2)
   _, (command, *_) = _after(config, _arrive(0))
   assert command.instance == 2
+
+
+def test_why_a_hook_chose_is_told_and_kept_in_the_record():
+  def explained(config):
+    return dataclasses.replace(config, policy=Policy(
+        'mine', route=lambda view, request: Because(0, 'it is free'),
+        hand_off=lambda view, request, avoid: Because(1, f'not {avoid}')))
+
+  config = explained(_config(('prefill', 'decode')))
+  state, commands = _after(config, _arrive(0))
+  assert commands[0] == Decided(0, 'route', 0, 'it is free')
+  state, commands = _after(config, *DONE)
+  assert commands[0] == Decided(0, 'hand_off', 1, 'not -1')
+  assert event_log.decode(json.loads(json.dumps(event_log.encode(
+      commands)))) == commands
+  flexible = explained(_config(('flexible',) * 2))
+  for kind in (config, flexible):
+    run = simulator.simulate(kind, [
+        Request(0, 0.0, [1] * 6, Sampling(max_tokens=4))], STEP, LINK)
+    record, = run.records
+    assert record.reasons == ('route 0: it is free', 'hand_off 1: not -1')
+    assert record.row()['reasons'] == list(record.reasons)
 
 
 def shortest_first(view, instance, waiting):
@@ -267,6 +291,10 @@ TICKED = (Tick(2.0),)
     ('batch', PrefillBudget(9, False, np.ones(2)), BOTH, DONE[:1],
      'without rows'),
     ('route', Refuse(3), BOTH, DONE[:1], 'a Refuse with a text'),
+    ('route', Because(0, 3), BOTH, DONE[:1], 'a Because of an answer and a'),
+    ('route', Because(Because(0, 'x'), 'y'), BOTH, DONE[:1], 'of an answer'),
+    ('route', Because(1, 'so'), PAIR, DONE[:1], r'answered 1: must be .*\[0\]'),
+    ('hand_off', Because(0, 'so'), PAIR, DONE, r'answered 0: must be .*\[1\]'),
     ('resize', {0: 'decode'}, BOTH, TICKED, r'indices of \[\]'),
     ('resize', {1: 'flexible'}, FREE, TICKED, "roles of .'prefill', 'decode'"),
     ('resize', 5, FREE, TICKED, 'answered 5: must be {index: role}'),
@@ -280,6 +308,20 @@ def test_an_answer_that_cannot_be_carried_out(hook, answer, roles, events,
   with pytest.raises(PolicyError, match=f"policy 'mine', hook {hook}: ") as e:
     _after(config, *events)
   assert e.match(text)
+
+
+def test_rows_go_on_where_an_instance_becomes_one_that_prefills():
+  """However many prompts come."""
+  config = _config(('flexible',) * 2, tick_s=0.05, resize=lambda view: {
+      0: 'prefill', 1: 'decode'} if view.time_s else {},
+      route=lambda view, request: 0,
+      hand_off=lambda view, request, avoid: 1 if request.id else 0)
+  sent = [Request(0, 0.0, [1] * 6, Sampling(max_tokens=20))]
+  sent += [Request(id, 0.04 + id / 200, [1] * 12, Sampling(max_tokens=2))
+           for id in range(1, 200)]
+  row, *others = simulator.simulate(config, sent, STEP, LINK).records
+  assert row.instances == (0,)
+  assert row.finish_s < others[50].finish_s
 
 
 def test_a_victim_must_be_there():
