@@ -136,7 +136,7 @@ def small_worlds():
           'prefill prefill decode', (PIECES, (5, 2, 0)), 2, **streams),
       '1P2D, streams': _world('prefill decode decode', parts, 2, **streams),
       '2 flexible, streams': _world(
-          'flexible flexible', parts, 2, policy=anything(0, splits=False),
+          'flexible flexible', parts, 2, policy=anything(1),
           **streams | {'prefill_tokens': 3}),
       '1P1D, streams, prefixes': _world(
           'prefill decode', ((3, 3, 0, 6), (7, 2, 0, 6)), 2, prefix_cache=True,

@@ -145,7 +145,8 @@ def _step_slices(log, us):
       source, prefilled_s = prefilled.get(command.id, (None, 0.0))
       if source == command.source:
         flow = {'cat': 'migrate', 'pid': _INSTANCES,
-                'id': f'{command.id}.{command.epoch}', 'name': 'migrate'}
+                'id': f'{command.id}.{command.epoch}', 'name': 'migrate',
+                'args': {'tokens': command.num_tokens, 'sent': command.sent}}
         yield flow | {'ph': 's', 'tid': source, 'ts': us(prefilled_s)}
         # Without "bp": the arrow ends at the next slice of the target.
         yield flow | {'ph': 'f', 'tid': command.target,

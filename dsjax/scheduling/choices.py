@@ -140,12 +140,13 @@ def admits(run: Run, inst: LiveInstance, seq: LiveSeq, pages: int) -> bool:
 
 def decoder(run: Run, seq: LiveSeq, avoid: int) -> LiveInstance:
   """The instance where a request decodes."""
-  inst, reason = _decoder(run, seq, avoid)
+  inst, reason = preferred(run, seq, avoid)
   explain(run, seq, 'hand_off', inst, reason)
   return inst
 
 
-def _decoder(run, seq, avoid):
+def preferred(run: Run, seq: LiveSeq, avoid: int) -> tuple[LiveInstance, str]:
+  """The same, and why, for one who may not go by it."""
   answer, reason = because(run, 'hand_off', RequestView(seq), avoid)
   return one_of(run, run.open_decoders, 'hand_off', answer), reason
 
@@ -156,7 +157,7 @@ def stays(run: Run, inst: LiveInstance, seq: LiveSeq) -> bool:
     return inst.able.decodes
   if inst not in run.open_decoders:
     return False
-  target, reason = _decoder(run, seq, -1)
+  target, reason = preferred(run, seq, -1)
   if target is inst:  # else it is asked once more, at the prompt's end
     explain(run, seq, 'hand_off', inst, reason)
   return target is inst

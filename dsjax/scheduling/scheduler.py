@@ -271,8 +271,6 @@ class Run:
     seq = self.handed(e)
     if seq is None:
       return
-    if seq.stage == 'prefilling':
-      raise ImpossibleEvent(f'{e}: its last part was not sent')
     residents.free(self, seq)
     seq.instance, seq.pages = seq.target, seq.target_pages
     seq.target, seq.target_pages = -1, ()

@@ -51,7 +51,7 @@ def _reserve(run, inst, seq):
   """Gives a request all its pages at its target, if there is room now."""
   if seq.prompt_len + 1 >= seq.limit or not run.open_decoders:
     return False
-  target = choices.decoder(run, seq, -1)
+  target, reason = choices.preferred(run, seq, -1)
   if target is inst or target.pulls:
     return False
   run.touch(target.index)
@@ -61,6 +61,7 @@ def _reserve(run, inst, seq):
   seq.target, (seq.target_pages, seq.hit) = target.index, taken
   seq.epoch += 1
   target.streams.append(seq.id)
+  choices.explain(run, seq, 'hand_off', target, reason)
   return True
 
 

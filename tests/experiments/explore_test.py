@@ -42,7 +42,11 @@ LEAST = {
     '1 chunked, prefixes': 2, '2 flexible, prefixes': 25,
     '2 flexible, splits, prefixes': 42,
     '1P1D, host': 10, '1 colocated, host, preemption': 9,
-    '1 chunked, host of one page': 2, '2 colocated, host': 13}
+    '1 chunked, host of one page': 2, '2 colocated, host': 13,
+    '1P1D, streams': 31, '1P1D, streams, smaller pages': 8,
+    '1P1D, streams, larger pages': 5, '1P1D, streams give way': 47,
+    '1P1D, streams, pp = 2': 9, '2P1D, streams': 84, '1P2D, streams': 25,
+    '2 flexible, streams': 34, '1P1D, streams, prefixes': 9}
 RUN = scheduler.Run
 MUTATIONS = {
     'the source is freed early': (
@@ -183,19 +187,10 @@ STREAMED = {
         streaming, 'end', 'run.commands.append', 'str'),
     'a cancel keeps what a stream has reserved': (
         RUN, 'leave', 'if seq.target_pages:', 'if False:'),
-    'a stream passes what waits by': (
-        streaming, '_reserve', ' or target.pulls', ''),
-    'a row gives way to a stream': (
-        RUN, 'cover', 'not streaming.give_way(self, inst)',
-        'not inst.streams'),
     'a failed stream counts as a hand-off': (
         recovery, '_again', "seq.stage != 'prefilling'", 'True'),
     'a stream to a lost target goes on': (
         recovery, '_target_lost', "seq.stage == 'prefilling'", 'False'),
-    'a drained instance keeps its streams': (
-        flexible, 'send_off', 'streaming.give_way(run, inst)', 'False'),
-    'an early end is an end': (
-        RUN, 'migrated', "seq.stage == 'prefilling'", 'False'),
     'a prompt that is split is streamed': (
         streaming, 'follow', 'seq.stop < seq.prompt_len', 'False'),
 }

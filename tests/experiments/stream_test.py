@@ -1,0 +1,63 @@
+"""The second token of long prompts with streamed KV and without: the runner."""
+
+import csv
+
+import pytest
+from rich.console import Console
+
+import dsjax
+from dsjax.config.checks import InputError
+from experiments import stream
+from experiments.common import cli
+from tests.common import serving
+from tests.common.fake_engine import FakeEngine
+from tests.common.results import check_written
+
+
+def shown(**options):
+  console = Console(record=True, width=100)
+  code = stream.run(cli.options(stream.FLAGS, **options), console)
+  return code, console.export_text()
+
+
+def rows(path):
+  with open(path / 'stream.csv', newline='') as file:
+    return list(csv.DictReader(file))
+
+
+def test_the_gap_is_the_last_chunk_and_a_step(tmp_path):
+  code, told = shown(out=str(tmp_path), lengths='100,8192', requests=3,
+                     across=True)
+  assert code == 0
+  short, short_too, whole, streamed = rows(tmp_path)
+  assert short | {'stream': 'True'} == short_too  # it has one chunk
+  for row in (short, whole, streamed):
+    assert float(row['gap_p99_s']) == pytest.approx(
+        float(row['last_s']), rel=0.01)  # whole pages
+  assert float(streamed['gap_s']) < 0.5 * float(whole['gap_s'])
+  assert streamed['ttft_s'] == whole['ttft_s']
+  assert streamed['moved'] == whole['moved'] == '1.0'
+  check_written(told, tmp_path)
+  assert max(len(line) for line in told.splitlines()
+             if 'Written' not in line) <= 80
+
+
+def test_a_served_model(tmp_path, monkeypatch):
+  monkeypatch.setattr(dsjax, 'load', lambda name: serving.MODEL)
+  serve = dsjax.serve
+  monkeypatch.setattr(dsjax, 'serve', lambda *args: serve(
+      *args, make_engine=FakeEngine))
+  code, _ = shown(real=True, lengths='40', prefill_tokens=16, requests=2,
+                  answer=3, out=str(tmp_path))
+  assert code == 0
+  whole, streamed = rows(tmp_path)
+  assert (whole['stream'], streamed['stream']) == ('False', 'True')
+  assert whole['moved'] == streamed['moved'] == '1.0'
+
+
+@pytest.mark.parametrize('options, words', [
+    ({'lengths': '0'}, '--lengths'), ({'lengths': '1.5'}, '--lengths'),
+    ({'placement': 'colocated=1x1'}, '--placement')])
+def test_bad_input_is_named(options, words):
+  with pytest.raises(InputError, match=words):
+    shown(**{'lengths': '100', 'requests': 1} | options)
