@@ -44,7 +44,8 @@ from dsjax.simulation import latency
 from dsjax.simulation.contention import Contention, Devices
 from dsjax.simulation.instance import VirtualInstance, work
 
-TICK, ARRIVED, MIGRATED, COPIED, STEP = range(5)  # order of events of one moment
+# Order of events of one moment.
+TICK, ARRIVED, MIGRATED, COPIED, STEP = range(5)
 _NEVER = (float('inf'),)
 _REACH = 64  # most commands of a quiet run
 # Where nothing migrates.
