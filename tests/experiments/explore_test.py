@@ -40,7 +40,7 @@ LEAST = {
     '1P2D, prefixes': 23, '1 colocated, prefixes, preemption': 6,
     '1 chunked, prefixes': 2, '2 flexible, prefixes': 25,
     '2 flexible, splits, prefixes': 42,
-    '1P1D, host': 10, '1 colocated, host, preemption': 9,
+    '1P1D, host': 9, '1 colocated, host, preemption': 8,
     '1 chunked, host of one page': 2, '2 colocated, host': 13}
 RUN = scheduler.Run
 MUTATIONS = {
