@@ -163,6 +163,8 @@ def large_world(seed):
     config = dataclasses.replace(config, prefix_cache=True)
     requests = [(prompt, most, eos, draw.randint(0, prompt + most))
                 for prompt, most, eos in requests]
+    config = dataclasses.replace(config, instances=tuple([dataclasses.replace(
+        c, host_pages=draw.choice((0, 3, 12))) for c in config.instances]))
   return Rules(config, requests), faults
 
 
