@@ -58,7 +58,8 @@ def test_a_trace(tmp_path):
 @pytest.mark.parametrize('options, words', [
     ({'kind': 'talk'}, '--kind=.*agent'), ({'routes': ['none']}, '--routes'),
     ({'routes': []}, '--routes'),
-    ({'rates': '0'}, '--rates'), ({'host_gb': '-1'}, '--host_gb'), ({'placement': 'prefill=1'}, '--placement')])
+    ({'rates': '0'}, '--rates'), ({'host_gb': '-1'}, '--host_gb'),
+    ({'placement': 'prefill=1'}, '--placement')])
 def test_bad_input_is_named(options, words):
   with pytest.raises(InputError, match=words):
     shown(**TINY | options)

@@ -302,3 +302,16 @@ def test_hits_of_a_trace_of_mooncakes_form_are_those_of_two_lrus(tmp_path):
                  for request in work]
   found, loaded = map(sum, zip(*got, strict=True))
   assert 0 < loaded < found < sessions.shared_tokens(work)
+
+
+@pytest.mark.parametrize('predicts', [True, False])
+@pytest.mark.parametrize('load_s', [1e-4, 10.0])
+def test_what_is_predicted_to_take_longer_is_computed(predicts, load_s):
+  work = one_at_a_time(seed=2)
+  one = config('colocated', num_pages=60, max_len=320, host_pages=200)
+  one = dataclasses.replace(
+      one, host_link=latency.Link(load_s, 1e15, 1e3),
+      latencies=(STEP,) if predicts else None)
+  result = simulator.simulate(one, work, STEP)
+  loaded = sum(record.loaded_tokens for record in result.records)
+  assert bool(loaded) == (load_s < 1 or not predicts)
