@@ -188,6 +188,8 @@ def large_world(seed):
     config = dataclasses.replace(config, prefix_cache=True)
     requests = [(prompt, most, eos, draw.randint(0, prompt + most))
                 for prompt, most, eos in requests]
+    config = dataclasses.replace(config, instances=tuple([dataclasses.replace(
+        c, host_pages=draw.choice((0, 3, 12))) for c in config.instances]))
   if draw.random() < 0.5:
     config = dataclasses.replace(config, stream_kv=True)
   return Rules(config, requests), faults

@@ -37,7 +37,8 @@ SIZES = tuple(2**i for i in range(13))
 STAGES = ('queued', 'prefilling', 'prefilled', 'migrating', 'decoding',
           'ending')
 _SHOWN = {stage: 'ending' for stage in lifecycle.ENDING} | {
-    'abandoned': 'migrating', 'loading': 'prefilling'}  # other stages are themselves
+    # Other stages are themselves.
+    'abandoned': 'migrating', 'loading': 'prefilling'}
 RECENT = 500  # finished requests that the live page shows
 
 
@@ -89,9 +90,9 @@ class Gauges:
     self.migrations = make(count, 'migrations', 'KV caches moved.')
     self.kv_bytes = make(count, 'kv_moved_bytes', 'KV moved, bytes.')
     self.kv_seconds = make(count, 'kv_moved_seconds', 'Seconds of moving KV.')
-    self.host_pages = make(count, 'host_pages', 'KV pages copied to host memory '
-                           'and from there.', ['instance', 'copy'])
-    self.host_bytes = make(count, 'host_bytes', 'Of KV, the same, bytes.')
+    self.host_pages = make(count, 'host_pages', 'KV pages copied to host '
+                           'memory, or from there.', ['instance', 'copy'])
+    self.host_bytes = make(count, 'host_bytes', 'Of these pages, both ways.')
     self.steps = make(count, 'device_steps', 'Steps that devices completed.')
     self.host = make(count, 'host_seconds', 'Host seconds of those steps.')
     self.prefill_tokens = make(prom.Histogram, 'prefill_batch_tokens',
@@ -126,10 +127,9 @@ class Gauges:
         self.hit_tokens.labels(str(command.target), 'copy').inc(
             command.hit - command.sent)
       elif isinstance(command, Offload | Load):
-        loads, instance = isinstance(command, Load), str(command.instance)
-        self.host_pages.labels(instance, 'load' if loads else 'offload').inc(
-            len(command.pages))
-        if loads:
+        instance, kind = str(command.instance), type(command).__name__.lower()
+        self.host_pages.labels(instance, kind).inc(len(command.pages))
+        if isinstance(command, Load):
           self.hit_tokens.labels(instance, 'prefill').inc(
               command.hit + command.num_tokens)
       elif isinstance(command, RunPrefill | RunDecode):

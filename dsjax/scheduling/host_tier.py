@@ -92,7 +92,8 @@ def offloaded(run: Run, e: Offloaded) -> None:
               0 if e.failed else len(ids)),
           offloads=tuple([other for other in host.offloads
                           if other is not entry]))
-      inst.value = None
+      # Who is first in the queue may load now; a quiet run has no queue.
+      inst.fresh, inst.value = inst.fresh or bool(inst.queue), None
 
 
 # --- and back ----------------------------------------------------------------

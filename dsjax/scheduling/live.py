@@ -219,7 +219,8 @@ class LiveInstance:
     self._run_ahead = config.run_ahead
     (self.pool, batches, queue, prefilling, pulls, self.turn, self.number,
      inflight, ending, self.residents, self.backlog, self.status,
-     role, self.since_s, self.pace, streams, self.host) = value
+     role, self.since_s, self.pace, streams, host) = value
+    self.host: Any = host  # a prefix_cache.Host, or None
     self.assign(role)
     self.queue, self.prefilling = list(queue), list(prefilling)
     self.pulls, self.ending = list(pulls), list(ending)

@@ -127,8 +127,10 @@ def alloc(pages: Pages, count: int) -> tuple[Pages, tuple[int, ...]]:
   return pages._replace(pool=pool), ids
 
 
-def doomed(cache: Cache, count: int) -> list[tuple[int, int]]:
+def doomed(cache: Pages, count: int) -> list[tuple[int, int]]:
   """(hash, page)s that alloc would evict for `count` pages, in order."""
+  if not isinstance(cache, Cache):
+    return []
   lacks = count - page_pool.num_free(cache.pool)
   if not 0 < lacks <= len(cache.idle):
     return []

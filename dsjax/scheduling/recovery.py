@@ -202,8 +202,9 @@ def _empty(run, inst):
   fresh = fresh._replace(
       pool=prefix_cache.emptied(inst.pool), number=inst.number,
       status=inst.status, role=inst.role,
-      host=inst.host and prefix_cache.Host(
-          prefix_cache.emptied(inst.host.slots), number=inst.host.number))
+      host=inst.host and inst.host._replace(
+          slots=prefix_cache.emptied(inst.host.slots), loading=(),
+          offloads=()))
   again = LiveInstance(run.config, inst.index, fresh)
   for field in (*fresh._fields, 'value'):
     setattr(inst, field, getattr(again, field))

@@ -550,9 +550,9 @@ class Run:
       for inst in self.instances:
         if inst.fresh:
           inst.fresh = False
+          self.issue(inst)
           if inst.host and inst.queue:
             host_tier.fetch(self, inst)
-          self.issue(inst)
 
   def issue(self, inst: LiveInstance) -> None:
     while len(inst.inflight) < inst.depth:

@@ -187,10 +187,10 @@ class FakeRoute:
 
 class FakeHost:
   """Stands for host_memory.HostMemory: a copy takes a poll or two. fails: the
-  next one does."""
+  kind of copies that fail."""
 
   def __init__(self):
-    self.copied_bytes, self.copies, self.fails = 0, [], False
+    self.copied_bytes, self.copies, self.fails = 0, [], ()
 
   @property
   def busy(self):
@@ -213,9 +213,8 @@ class FakeHost:
       if late.is_ready():
         self.copies.remove((command, late))
         self.copied_bytes += PAGE_BYTES * len(command.pages)
-        error = RuntimeError('a fake fault') if self.fails else None
-        self.fails = False
-        yield command, error
+        yield command, (RuntimeError('a fake fault')
+                        if isinstance(command, self.fails) else None)
 
 
 class FakeTransfer:

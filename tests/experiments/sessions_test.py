@@ -46,16 +46,20 @@ def test_a_trace(tmp_path):
   path.write_text('\n'.join(json.dumps(dict(
       timestamp=1000 * n, input_length=1100, output_length=5,
       hash_ids=[0, n % 4, 100 + n])) for n in range(40)))
-  code, _ = shown(out=str(tmp_path / 'out'), **TINY | {'trace': str(path)})
+  code, _ = shown(out=str(tmp_path / 'out'), **TINY | {
+      'trace': str(path), 'host_gb': '1'})
   assert code == 0
-  _, with_it = rows(tmp_path / 'out')
+  _, with_it, tiered = rows(tmp_path / 'out')
+  assert (tiered['host_gb'], tiered['loaded']) == ('1.0', '0.0')
+  assert tiered['cached'] == with_it['cached']
   assert float(with_it['cached']) == pytest.approx(1024 / 1100, rel=0.05)
 
 
 @pytest.mark.parametrize('options, words', [
     ({'kind': 'talk'}, '--kind=.*agent'), ({'routes': ['none']}, '--routes'),
     ({'routes': []}, '--routes'),
-    ({'rates': '0'}, '--rates'), ({'placement': 'prefill=1'}, '--placement')])
+    ({'rates': '0'}, '--rates'), ({'host_gb': '-1'}, '--host_gb'),
+    ({'placement': 'prefill=1'}, '--placement')])
 def test_bad_input_is_named(options, words):
   with pytest.raises(InputError, match=words):
     shown(**TINY | options)
@@ -64,10 +68,10 @@ def test_bad_input_is_named(options, words):
 def test_ctrl_c_keeps_what_is_known(monkeypatch, tmp_path):
   simulate = sessions.simulate
 
-  def once(options, rate_per_s, work, route, cache):
+  def once(options, rate_per_s, work, route, cache, host_gb):
     if cache:
       raise KeyboardInterrupt
-    return simulate(options, rate_per_s, work, route, cache)
+    return simulate(options, rate_per_s, work, route, cache, host_gb)
 
   monkeypatch.setattr(sessions, 'simulate', once)
   code, _ = shown(out=str(tmp_path), **TINY)

@@ -189,8 +189,8 @@ def test_a_file_of_kinds(tmp_path):
   path = tmp_path / 'my.json'
   path.write_text(json.dumps(WHOLE))
   assert clusters.load(str(path), 'roofline:l40s-48g') == MixedCluster(
-      {'fast': Cluster(1, 4, 85e9, 450e9, 50e9, latency='tables:h100-80g',
-                       price=2.5),
+      {'fast': Cluster(1, 4, 85e9, 450e9, 50e9, host_bytes_per_s=64e9,
+                       latency='tables:h100-80g', price=2.5),
        'slow': Cluster(2, 8, 3e10, 3e10, 1e10, latency=GPU),
        'plain': Cluster.of('roofline:l40s-48g')},
       {('fast', 'slow'): Border(1e9, 0.0)})

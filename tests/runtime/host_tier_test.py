@@ -35,13 +35,14 @@ def tiered(config=PAGES_4, host_bytes=MANY, **changes):
                              **changes)
 
 
-def by_turns(server, sessions=5, turns=3, first=17, more=3, count=4):
+def by_turns(server, sessions=5, turns=3, first=17, more=3, count=4,
+             faulty=False):
   """[(prompt, output)] of sessions that take turns: what one has kept is
   evicted by the others."""
   said, prompts = [], [tiny.prompt(first, n) for n in range(sessions)]
   for turn in range(turns):
     for n, prompt in enumerate(prompts):
-      output, = play(server, [(prompt, {'max_tokens': count})])
+      output, = play(server, [(prompt, {'max_tokens': count})], faulty=faulty)
       said.append((prompt, output))
       prompts[n] = (*prompt, *output.tokens, *tiny.prompt(more, turn + 7 * n))
   return said
@@ -56,7 +57,8 @@ def commands(server, kind):
     ('colocated', PAGES_4), ('chunked', PAGES_16), ('1p1d', PAGES_4),
     ('1p1d', dataclasses.replace(PAGES_4, page_size=2, num_pages=40,
                                  decode_page_size=4)),
-    ('tp2_tp1', dataclasses.replace(PAGES_4, kv_dtype='int8')),
+    ('tp2_tp1', PAGES_4),
+    ('tp1_tp2', dataclasses.replace(PAGES_4, kv_dtype='int8')),
     ('colocated_pp2', PAGES_4), ('2flexible', PAGES_4)])
 def test_tokens_are_equal_and_nothing_compiles(mode, config):
   plain = dataclasses.replace(config, prefix_cache=False)
@@ -84,7 +86,7 @@ def test_a_budget_bounds_it():
     host, index = server.fleet.hosts[0], server.state.instances[0].host
     held = sum(x.nbytes for x in jax.tree.leaves(host.slots))
     assert held == 7 * page_bytes and index.slots.num_pages == 7
-    assert len(index.slots.kept) == 7 and len(host.sums) == 0
+    assert len(index.slots.kept) == 7 and not host.sums
   with fake_server_of('1p1d', tiered(PAGES_4, page_bytes)) as server:
     assert [i.host is None for i in server.state.instances] == [False, True]
   with fake_server_of('1p1d', tiered(PAGES_4, page_bytes - 1)) as server:
@@ -152,7 +154,7 @@ def test_a_load_that_ends_otherwise(what):
     prompt, _ = by_turns(server, turns=1)[0]
     id = loading(server, (*prompt, 5, 6, 7, 8))
     if what == 'fails':
-      server.fleet.hosts[0].fails = True
+      server.fleet.hosts[0].fails = Load
     elif what == 'cancelled':
       server.cancel(id)
     elif what == 'lost':
@@ -169,10 +171,19 @@ def test_a_load_that_ends_otherwise(what):
 def test_a_load_that_takes_too_long_is_given_up(monkeypatch):
   monkeypatch.setattr(host_memory, 'is_ready', lambda array: False)
   with server_of('colocated', tiered(PAGES_4, lease_s=1e-9)) as server:
-    by_turns(server, turns=1)
+    by_turns(server, turns=1, faulty=True)
     assert commands(server, Offload)
     assert not server.state.instances[0].host.slots.kept
     assert 'no end after' in server.faults[0][1]
+
+
+def test_what_did_not_reach_the_host_is_not_there():
+  with fake_server_of('colocated', tiered(PAGES_4)) as server:
+    server.fleet.hosts[0].fails = Offload
+    outputs = by_turns(server, faulty=True)
+    assert server.faults and not commands(server, Load)
+    assert not server.state.instances[0].host.slots.kept
+    assert all(o.reason == 'length' for _, o in outputs)
 
 
 def test_others_are_served_while_one_loads():

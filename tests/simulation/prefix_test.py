@@ -11,7 +11,7 @@ import pytest
 from dsjax.config.checks import InputError
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.request import Request, Sampling
-from dsjax.scheduling import event_log, prefix_cache, scheduler
+from dsjax.scheduling import blocks, event_log, prefix_cache, scheduler
 from dsjax.scheduling.events import Migrate
 from dsjax.simulation import latency, simulator
 from dsjax.workload import sessions
@@ -277,3 +277,41 @@ def test_hits_are_those_of_two_lrus(num_pages, num_slots):
   host = result.state.instances[0].host
   prefix_cache.check(host.slots, ())
   assert not host.loading and not host.offloads
+
+
+def test_hits_of_a_trace_of_mooncakes_form_are_those_of_two_lrus(tmp_path):
+  draw, lines, chains = random.Random(4), [], [[n] for n in range(5)]
+  for n in range(60):
+    chain = draw.choice(chains)
+    chain.append(100 + n)
+    lines.append(dict(timestamp=100_000 * n, output_length=draw.randint(1, 40),
+                      input_length=512 * len(chain) - draw.randint(1, 500),
+                      hash_ids=chain[:]))
+    if len(chain) == 5:
+      del chain[1:]
+  path = tmp_path / 'trace.jsonl'
+  path.write_text('\n'.join(map(json.dumps, lines)))
+  work = sessions.read_trace(path)
+  oracle = TwoTiers(210, 330)
+  result = simulator.simulate(
+      config('colocated', num_pages=210, max_len=2600, depth=1,
+             host_pages=330), work, STEP)
+  got = [(r.cached_tokens, r.loaded_tokens) for r in result.records]
+  assert got == [oracle.serve(dataclasses.replace(
+      request, blocks=blocks.resized(request.blocks, 512, 16)))
+                 for request in work]
+  found, loaded = map(sum, zip(*got, strict=True))
+  assert 0 < loaded < found < sessions.shared_tokens(work)
+
+
+@pytest.mark.parametrize('predicts', [True, False])
+@pytest.mark.parametrize('load_s', [1e-4, 10.0])
+def test_what_is_predicted_to_take_longer_is_computed(predicts, load_s):
+  work = one_at_a_time(seed=2)
+  one = config('colocated', num_pages=60, max_len=320, host_pages=200)
+  one = dataclasses.replace(
+      one, host_link=latency.Link(load_s, 1e15, 1e3),
+      latencies=(STEP,) if predicts else None)
+  result = simulator.simulate(one, work, STEP)
+  loaded = sum(record.loaded_tokens for record in result.records)
+  assert bool(loaded) == (load_s < 1 or not predicts)
