@@ -202,6 +202,28 @@ def check_tokens(work, outputs, oracle=expected):
     assert output.tokens == want(one, oracle), f'request {i}: {one[1]}'
 
 
+def disturb(server):
+  """Serves all that a server can meet: modes, sizes, preemption, cancel.
+
+  Requests that were not cancelled, each with its output.
+  """
+  work = MIXED + LONG + MIXED[::-1]
+  ids = [server.submit(p, **params) for p, params in work]
+  for id in ids[1::5]:
+    server.poll()
+    server.cancel(id)
+  drain(server)
+  again = []
+  for i in range(len(work)):
+    again.append(server.submit(work[i][0], **work[i][1]))
+    for _ in range(i % 7):
+      server.poll()
+  drain(server)
+  assert sum(r.preemptions for r in server.records) > 0
+  return [(one, server.output(id)) for one, id in zip(
+      work, again, strict=True)]
+
+
 def preemptions(outputs):
   return sum(o.record.preemptions for o in outputs)
 

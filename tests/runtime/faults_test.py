@@ -32,7 +32,6 @@ from tests.common.serving import (
   PAGES_4,
   check_survivors,
   check_tokens,
-  compilations,
   expected,
   job,
   server_of,
@@ -547,28 +546,6 @@ def test_closing_does_not_wait_for_what_is_lost_or_stuck():
 
 
 # --- what holds all the while ------------------------------------------------
-
-
-def test_nothing_compiles_and_nothing_moves_implicitly():
-  jax.clear_caches()  # else what another test compiled would not be missed
-  dsjax.runtime.steps.make_step.cache_clear()
-  config = dataclasses.replace(CONFIG, checksum=True)
-  with server_of('1p1d', config) as server, Injector(server) as injector:
-    with compilations() as found, jax.transfer_guard('disallow'):
-      for method, every in KINDS.items():
-        for side in (0, 1):
-          for kind in set(every) - {'stall'}:
-            injector.arm(side, method, kind, 2)
-      check_tokens(WORK, play(server, WORK, between=2))
-      server.kill(0, back_s=0.0)
-      check_tokens(WORK, play(server, WORK))
-      assert len(injector.fired) > 10
-      assert not found
-      # The guard raises inside an engine's call: a fault like any other.
-      assert not any('isallowed' in text for _, text in server.faults)
-      with jax.transfer_guard('allow'):
-        jax.jit(lambda x: x + 1)(1)
-      assert found, 'the listener hears nothing'
 
 
 def test_a_lost_instance_lets_its_memory_go():

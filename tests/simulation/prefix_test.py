@@ -116,7 +116,7 @@ def test_unbounded_it_finds_all_that_is_shared():
     ('prefill',) * 2 + ('decode',) * 2], ids=str)
 @pytest.mark.parametrize('num_pages', [600, 4000])
 def test_leaping_finds_the_same(roles, num_pages):
-  work = conversations(20)
+  work = conversations(12)
   one = config(*roles, num_pages=num_pages)
   leapt = simulator.simulate(one, work, STEP, LINK)
   stepped = simulator.simulate(one, work, STEP, LINK, leap=False)

@@ -38,7 +38,7 @@ def test_fit_finds_rate_and_burstiness(rate, cv, seed):
   assert found.cv == pytest.approx(cv, rel=0.2)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=6)
 @given(st.integers(0, 2**30))
 def test_resampling_keeps_pairs_rate_and_burstiness(seed):
   pairs = ((10, 100), (1000, 5), (50, 50))
