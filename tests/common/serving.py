@@ -50,8 +50,10 @@ MODEL = dataclasses.replace(MUTE, tokenizer=Letters())
 # 20 pages of 4 hold one long request and a half: three must preempt.
 PAGES_4 = EngineConfig(
     max_len=64, page_size=4, num_pages=20, max_seqs=3, prefill_tokens=48,
-    prefill_seqs=2, chunk_tokens=32, transfer_pages=4)
-PAGES_16 = dataclasses.replace(PAGES_4, page_size=16, num_pages=5)
+    prefill_seqs=2, chunk_tokens=32, transfer_pages=4, least_tokens=48)
+# And two sizes of prefills.
+PAGES_16 = dataclasses.replace(PAGES_4, page_size=16, num_pages=5,
+                               least_tokens=32)
 
 # (placement, devices): chosen so that instances share compiled steps.
 MODES = {

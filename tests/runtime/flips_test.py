@@ -21,7 +21,6 @@ from tests.common import fake_engine, serving
 from tests.common.serving import LONG, MIXED, PAGES_4, job
 
 pytestmark = pytest.mark.usefixtures('no_hang')
-FEW_STEPS = dataclasses.replace(PAGES_4, least_tokens=48)
 ROLES = ('prefill', 'decode', 'chunked', 'colocated')
 
 
@@ -122,15 +121,15 @@ def test_an_instance_lost_between_flips(policy):
     serving.check_tokens(MIXED, work, serving.expected_of_fakes)
 
 
-PAGES_OF_16 = dataclasses.replace(FEW_STEPS, page_size=16, num_pages=6)
+PAGES_OF_16 = dataclasses.replace(PAGES_4, page_size=16, num_pages=6)
 DEEP = pytest.mark.deep
 MATRIX = (
-    pytest.param('2flexible', FEW_STEPS, id='pages of 4'),
+    pytest.param('2flexible', PAGES_4, id='pages of 4'),
     pytest.param('2flexible', PAGES_OF_16, marks=DEEP, id='pages of 16'),
     pytest.param('2flexible', dataclasses.replace(
         PAGES_OF_16, kv_dtype='int8'), id='int8 on pages of 16'),
-    pytest.param('flexible_pp2', FEW_STEPS, marks=DEEP, id='pp'),
-    pytest.param('mixed', FEW_STEPS, marks=DEEP, id='prefill and chunked'))
+    pytest.param('flexible_pp2', PAGES_4, marks=DEEP, id='pp'),
+    pytest.param('mixed', PAGES_4, marks=DEEP, id='prefill and chunked'))
 
 
 @pytest.mark.parametrize('mode, config', MATRIX)
