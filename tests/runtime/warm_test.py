@@ -20,6 +20,7 @@ from tests.common.serving import (
   disturb,
   play,
   server_of,
+  want,
 )
 
 pytestmark = pytest.mark.usefixtures('no_hang')
@@ -46,6 +47,7 @@ def test_nothing_compiles_and_nothing_moves_implicitly_through_faults():
   config = dataclasses.replace(PAGES_4, checksum=True, tries=50, restarts=50,
                                restart_s=0.0)
   work = MIXED[:6] + LONG[:2]
+  assert all(map(want, work))  # the oracle compiles and moves what it likes
   with server_of('1p1d', config) as server:
     with compilations() as names, jax.transfer_guard('disallow'):
       disturb(server)
