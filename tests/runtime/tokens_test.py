@@ -172,8 +172,8 @@ def puts(monkeypatch):
 
 
 @EVERY
-def test_plans_change_no_token_and_nothing_moves_implicitly_or_through_the_host(
-    mode, host_reads, puts):
+def test_plans_change_no_token(mode, host_reads, puts):
+  """And nothing moves implicitly, or KV through the host."""
   with server_of(mode) as server:
     host_reads.clear()
     puts.clear()
