@@ -24,6 +24,7 @@ import warnings
 import hypothesis
 import jax
 import pytest
+from jax._src.array import ArrayImpl
 
 from tests.common.transfers import guard_reads
 
@@ -78,6 +79,19 @@ def _warnings_are_errors():
     if not NATIVE:  # there, numbers are judged
       warnings.simplefilter('error')
     yield
+
+
+@pytest.fixture
+def host_reads(monkeypatch):
+  """Sizes of arrays whose values the host has read."""
+  sizes, value = [], ArrayImpl._value.fget
+
+  def spy(self):
+    sizes.append(self.size)
+    return value(self)
+
+  monkeypatch.setattr(ArrayImpl, '_value', property(spy))
+  return sizes
 
 
 BUILD = ('import sys; from setuptools import build_meta; '

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax._src.array import ArrayImpl
 
 from dsjax.checkpoints import checkpoint
 from dsjax.config.engine import EngineConfig
@@ -95,19 +94,6 @@ def test_every_target_shard_gets_its_heads_of_its_layers_once(data):
 
 
 # --- from instance to instance -----------------------------------------------
-
-
-@pytest.fixture
-def host_reads(monkeypatch):
-  """Sizes of arrays whose values the host has read."""
-  sizes, value = [], ArrayImpl._value.fget
-
-  def spy(self):
-    sizes.append(self.size)
-    return value(self)
-
-  monkeypatch.setattr(ArrayImpl, '_value', property(spy))
-  return sizes
 
 
 def test_the_spy_sees_a_reshard_through_the_host(host_reads):

@@ -14,7 +14,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from jax._src.array import ArrayImpl
 
 from dsjax.checkpoints import checkpoint
 from dsjax.config.checks import InputError
@@ -142,19 +141,6 @@ EVERY = pytest.mark.parametrize('mode', [
     pytest.param(m, marks=[pytest.mark.deep] * (m == 'flexible_pp2'))
     for m in MODES if m not in ('2colocated', '2chunked')])
 KV_SIZE = 2 * 4 * 4 * 8 // 2  # elements of the smallest shard that moves
-
-
-@pytest.fixture
-def host_reads(monkeypatch):
-  """Sizes of arrays whose values the host has read."""
-  sizes, value = [], ArrayImpl._value.fget
-
-  def spy(self):
-    sizes.append(self.size)
-    return value(self)
-
-  monkeypatch.setattr(ArrayImpl, '_value', property(spy))
-  return sizes
 
 
 @pytest.fixture
