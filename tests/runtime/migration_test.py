@@ -25,9 +25,8 @@ TINY = checkpoint.Model(CONFIG, tiny.params(CONFIG))
 LIMITS = EngineConfig(max_len=32, page_size=4, num_pages=9, max_seqs=2,
                       transfer_pages=4)
 # (tp, pp) on both sides, at most 4 devices each.
-PAIRS = (((1, 1), (1, 1)), ((2, 1), (3, 1)), ((3, 1), (1, 1)),
-         ((1, 1), (4, 1)), ((4, 1), (2, 2)), ((1, 3), (1, 2)),
-         ((2, 2), (1, 3)), ((1, 2), (2, 1)))
+PAIRS = (((1, 1), (1, 1)), ((2, 1), (3, 1)), ((4, 1), (2, 2)),
+         ((1, 3), (1, 2)), ((2, 2), (1, 3)), ((1, 2), (2, 1)))
 
 
 def layout(tp, config=CONFIG):
@@ -215,8 +214,9 @@ def test_the_tokens_arrive_and_no_other_page_is_touched(plans, host_reads):
   check_route(source, target, sent, (3, 26), host_reads=host_reads)
 
 
-@pytest.mark.parametrize('sizes', ((4, 8), (8, 4), (4, 6), (3, 3)))
-@pytest.mark.parametrize('plans', (((1, 1), (1, 1)), ((2, 2), (3, 1))))
+@pytest.mark.parametrize('sizes, plans', (
+    ((4, 8), ((1, 1), (1, 1))), *((sizes, ((2, 2), (3, 1))) for sizes in (
+        (4, 8), (8, 4), (4, 6), (3, 3)))))
 def test_page_sizes_may_differ(sizes, plans):
   limits = dataclasses.replace(LIMITS, page_size=sizes[0],
                                decode_page_size=sizes[1])
