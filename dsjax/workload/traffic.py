@@ -8,7 +8,7 @@ clock.
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from dsjax.config.checks import (
   require,
 )
 from dsjax.config.request import Request
-from dsjax.workload.files import Entry, Path, Row, json_lines, read_lengths
+from dsjax.workload.files import Entry, Path, Row, json_lines
 from dsjax.workload.requests import arrivals, from_lengths
 
 _DRAWS = 3  # a stream of a seed; workload has those below
@@ -299,36 +299,6 @@ def wave(text: str) -> Wave | None:
 BLOCK = 512  # tokens of a Mooncake block
 
 
-class Turn(NamedTuple):
-  """What a request of a trace shares with those before it.
-
-  entry: its lengths and arrival. shared_len: tokens at its prompt's start
-  that an earlier request had too, whole blocks. parent: index of the latest
-  request that had them, None without. group: index of the first request of
-  the conversation: one that shares no more than what all requests share (a
-  system prompt) begins one.
-  """
-
-  entry: Entry
-  shared_len: int
-  parent: int | None
-  group: int
-
-
-def read_turns(path: Path) -> tuple[Turn, ...]:
-  """The Turns of a trace in Mooncake's format, sorted by arrival.
-
-  JSON lines as workload.read_lengths takes them, with hash_ids: a number for
-  each 512-token block of the prompt, equal where the whole prompt up to the
-  end of the block is equal. Arrivals of one moment stay in the file's order.
-
-  Raises:
-    InputError naming the file, the line and the field.
-  """
-  entries = read_lengths(path)
-  return turns(entries, read_hash_ids(path))
-
-
 def read_hash_ids(path: Path) -> list[list[int]]:
   """Those of each row of a trace in Mooncake's format, by arrival.
 
@@ -364,26 +334,3 @@ def _hash_ids(path: Path, line: int, row: Row) -> list[int]:
                      f'must be at most {most}, a block for every {BLOCK} '
                      'tokens')
   return ids
-
-
-def turns(entries: Sequence[Entry],
-          blocks: Sequence[Sequence[int]]) -> tuple[Turn, ...]:
-  """The Turns of entries with these hash_ids; see read_turns."""
-  require(len(entries) == len(blocks), 'turns.blocks', len(blocks),
-          f'as many as the {len(entries)} entries')
-  common = 0
-  if len(blocks) > 1:
-    common = next((i for i, ids in enumerate(zip(*blocks, strict=False))
-                   if len(set(ids)) > 1), min(map(len, blocks)))
-  holder: dict[int, int] = {}
-  made: list[Turn] = []
-  for i, (entry, ids) in enumerate(zip(entries, blocks, strict=True)):
-    count = next((k for k, id in enumerate(ids) if id not in holder),
-                 len(ids))
-    parent = holder[ids[count - 1]] if count else None
-    group = (made[parent].group if parent is not None and count > common
-             else i)
-    made.append(Turn(entry, min(count * BLOCK, entry.prompt_len), parent,
-                      group))
-    holder.update(dict.fromkeys(ids, i))
-  return tuple(made)

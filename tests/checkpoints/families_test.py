@@ -25,7 +25,6 @@ from dsjax.kernels.prefill_attention import prefill_attention
 from dsjax.model import kv_cache as kv
 from dsjax.model import sampling, sharding, transformer
 from dsjax.runtime import orchestrator
-from tests.common import gpu
 
 FOLDERS = pathlib.Path(__file__).parents[1] / 'goldens' / 'families'
 NAMES = sorted(path.name for path in FOLDERS.iterdir())
@@ -74,7 +73,7 @@ def with_logits(step, config, **static):
     logits_SV = transformer.head(config, params, seen[0][0])
     return out, logits_SV[:, :config.vocab_size]  # without padding
 
-  return jax.jit(logged, compiler_options=gpu.QUICK)
+  return jax.jit(logged)
 
 
 class Run:

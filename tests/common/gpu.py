@@ -26,10 +26,6 @@ from dsjax.kernels.compiled import described
 NATIVE = os.environ.get('JAX_PLATFORMS') in ('cuda', 'gpu')
 PALLAS = 'pallas' if NATIVE else 'pallas_interpret'
 MOSAIC = 'mosaic' if NATIVE else 'mosaic_interpret'
-# Half the time to compile on a CPU, of what runs but a few times there.
-QUICK = None if NATIVE else {
-    'xla_backend_optimization_level': 0,
-    'xla_llvm_disable_expensive_passes': True}
 PATIENCE_S = 20  # that a thread of an interpreted kernel waits for a barrier
 
 

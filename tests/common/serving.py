@@ -50,8 +50,10 @@ MODEL = dataclasses.replace(MUTE, tokenizer=Letters())
 # 20 pages of 4 hold one long request and a half: three must preempt.
 PAGES_4 = EngineConfig(
     max_len=64, page_size=4, num_pages=20, max_seqs=3, prefill_tokens=48,
-    prefill_seqs=2, chunk_tokens=32, transfer_pages=4)
-PAGES_16 = dataclasses.replace(PAGES_4, page_size=16, num_pages=5)
+    prefill_seqs=2, chunk_tokens=32, transfer_pages=4, least_tokens=48)
+# And two sizes of prefills.
+PAGES_16 = dataclasses.replace(PAGES_4, page_size=16, num_pages=5,
+                               least_tokens=32)
 
 # (placement, devices): chosen so that instances share compiled steps.
 MODES = {
@@ -200,6 +202,28 @@ def play(server, work, order=None, between=0, faulty=False):
 def check_tokens(work, outputs, oracle=expected):
   for i, (one, output) in enumerate(zip(work, outputs, strict=True)):
     assert output.tokens == want(one, oracle), f'request {i}: {one[1]}'
+
+
+def disturb(server):
+  """Serves all that a server can meet: modes, sizes, preemption, cancel.
+
+  Requests that were not cancelled, each with its output.
+  """
+  work = MIXED + LONG + MIXED[::-1]
+  ids = [server.submit(p, **params) for p, params in work]
+  for id in ids[1::5]:
+    server.poll()
+    server.cancel(id)
+  drain(server)
+  again = []
+  for i in range(len(work)):
+    again.append(server.submit(work[i][0], **work[i][1]))
+    for _ in range(i % 7):
+      server.poll()
+  drain(server)
+  assert sum(r.preemptions for r in server.records) > 0
+  return [(one, server.output(id)) for one, id in zip(
+      work, again, strict=True)]
 
 
 def preemptions(outputs):

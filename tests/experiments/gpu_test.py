@@ -361,17 +361,6 @@ def begin(out, only=()):
   return told, found
 
 
-def test_a_kernel_and_a_profile_on_a_cpu(tmp_path, monkeypatch):
-  """The cheapest task of each kind: pytest, and a module."""
-  monkeypatch.setattr(tasks, 'TINY', 'gpt2')
-  monkeypatch.setattr(tasks, 'STAGES', [
-      [t for t in stage if t.name in ('families', 'tune')]
-      for stage in tasks.STAGES])
-  _, found = begin(tmp_path / 'out', ('right', 'tune'))
-  assert {row['task'] for row in found['right']} == {'run', 'families'}
-  assert len(found['tune']) > 1
-
-
 @pytest.mark.deep
 def test_all_parts_run_on_a_cpu_and_eight_files_come_back(tmp_path):
   out = tmp_path / 'out'

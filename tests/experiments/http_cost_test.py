@@ -9,7 +9,6 @@ import pytest
 from rich.console import Console
 
 from dsjax.config.checks import InputError
-from dsjax.runtime.engine import Engine
 from experiments.bench import http_cost, sse_client
 from tests.common.web import LIMITS, MODEL, make
 
@@ -19,7 +18,7 @@ STREAMS, TOKENS = 3, 24
 @pytest.fixture(scope='module')
 def rounds():
   """(a bench of little steps, two rounds of it, [what was asked for, ...])."""
-  server, asked = make(lambda *_: None, Engine), []
+  server, asked = make(lambda *_: None), []
   enqueue = server._enqueue
 
   def noted(request, *args, **kwargs):

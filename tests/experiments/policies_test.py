@@ -15,7 +15,7 @@ from experiments.common import cli
 from tests.common import fake_engine
 from tests.common.results import check_written, made_by
 
-TINY = dict(workloads=['sharegpt'], objectives=['balanced'], requests=50,
+TINY = dict(workloads=['sharegpt'], objectives=['balanced'], requests=30,
             tolerance=0.5, processes=1, orders=['fifo'], instances=2,
             only=['static', 'chunked'])
 

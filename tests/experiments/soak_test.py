@@ -98,6 +98,7 @@ def flip(out, **changes):
                          'set': FEW} | changes)
 
 
+@pytest.mark.deep
 def test_tokens_are_equal_through_sixty_flips(tmp_path):
   console = Console(record=True, width=120)
   assert soak.run(flip(tmp_path), console) == 0

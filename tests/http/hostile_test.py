@@ -1,4 +1,4 @@
-"""Two thousand requests that nobody should send, and what is left after them.
+"""A thousand requests that nobody should send, and what is left after them.
 
 They are seeded, and talk to the server over raw sockets, sixty at a time. The
 server answers each with a status that blames the client, or hangs up; after
@@ -331,11 +331,13 @@ def text_of(running, **more):
   return answer.json()['choices'][0]['text']
 
 
-def test_two_thousand_hostile_requests_leave_nothing_behind(running):
+@pytest.mark.parametrize('share', [4, pytest.param(
+    2, marks=pytest.mark.deep)])
+def test_hostile_requests_leave_nothing_behind(running, share):
   assert sum(KINDS.values()) == 2000
   normal = [text_of(running, seed=s) for s in range(3)]
-  half = {kind: count // 2 for kind, count in KINDS.items()}
-  bombard(running.address, half, 0)  # fills what is filled once
+  part = {kind: count // share for kind, count in KINDS.items()}
+  bombard(running.address, part, 0)  # fills what is filled once
   all_back(running)
   until(lambda: not running.http.server_state.connections)
   before, size = left(running), rss_bytes()
@@ -349,7 +351,7 @@ def test_two_thousand_hostile_requests_leave_nothing_behind(running):
   thread = threading.Thread(target=keep_asking)
   thread.start()
   try:
-    counted = bombard(running.address, half, 1)
+    counted = bombard(running.address, part, 1)
   finally:
     stop.set()
     thread.join(WAIT_S)

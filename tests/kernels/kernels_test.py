@@ -9,7 +9,6 @@ the largest value in all. 1e-5 as in attention_test.
 """
 
 import dataclasses
-import functools
 import importlib.util
 import inspect
 import types
@@ -25,7 +24,6 @@ from dsjax.kernels import prefill_attention as prefill
 from dsjax.kernels.kv_write import LARGEST, largest
 from tests.common import gpu
 
-quick_jit = functools.partial(jax.jit, compiler_options=gpu.QUICK)
 REACH = 4  # pages of the longest table, at least
 NOWHERE = 2**30
 
@@ -99,9 +97,9 @@ def compare(op, case, q, lens, rest, rows=None, impl=gpu.PALLAS,
   if lowered:
     gpu.lower(jax.jit(interpreted), *given)
     return
-  want = quick_jit(lambda *args: op(*args, 'xla', **options))(
+  want = jax.jit(lambda *args: op(*args, 'xla', **options))(
       q.astype(np.float32), *dense, clean_BM, *rest)
-  got = quick_jit(interpreted)(*given)
+  got = jax.jit(interpreted)(*given)
   assert got.dtype == q.dtype
   eps = float(jnp.finfo(case.dtype).eps)
   atol = 1e-5 + (eps + 1e-6) * float(np.abs(dense[1]).max())

@@ -102,6 +102,7 @@ MUTANTS = [
 ]
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize('old, new, case, says', MUTANTS,
                          ids=[m[0] for m in MUTANTS])
 def test_a_mutant_is_caught(old, new, case, says, monkeypatch):

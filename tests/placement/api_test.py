@@ -121,9 +121,9 @@ def test_bad_input_names_its_field(options, message):
 def test_search():
   seen = []
   answer = api.search(devices=2, lengths='fixed:300x20', latency=FAST,
-                      slo=Slo(1.0, 0.1), requests=20, tolerance=0.5, effort=4.0,
-                      chunks=(512,), report=seen.append)
-  assert answer.rows and 'requests/s' in answer.verdict
+                      slo=Slo(0.1, 0.03), requests=20, tolerance=0.5,
+                      effort=1.0, chunks=(512,), report=seen.append)
+  assert answer.rows and 'device' in answer.verdict
   # A line for people: report=print.
   assert re.fullmatch(r'\d+ of \d+ candidates, \d+ by bounds, \d+ '
                       r'simulations; best .*=1x1: [0-9.]+ requests/s a device',
@@ -179,7 +179,7 @@ def test_what_a_trace_without_a_span_takes():
 def test_outputs_of_one_token_leave_decode_without_work(algorithms):
   answer = api.search(devices=2, lengths=[(100, 1), (200, 1)], latency=FAST,
                       slo=Slo(0.25, 1e-9), requests=20, tolerance=0.5,
-                      effort=4.0, chunks=(512,), algorithms=algorithms)
+                      effort=1.0, chunks=(512,), algorithms=algorithms)
   # A prompt of 150 tokens on average takes 11.5 ms alone, batches save most.
   for row in answer.rows:
     prefills = len(row.placement.prefill) or 1
@@ -188,8 +188,7 @@ def test_outputs_of_one_token_leave_decode_without_work(algorithms):
 
 
 @pytest.mark.parametrize('slo', [
-    Slo(math.inf, math.inf), Slo(1e6, 1e6), Slo(math.inf, 0.05),
-    Slo(1.0, math.inf)])
+    Slo(math.inf, math.inf), Slo(math.inf, 0.05), Slo(1.0, math.inf)])
 def test_loose_objectives_are_bounded_work(monkeypatch, slo):
   sizes, run = [], judging.run
 
@@ -211,7 +210,7 @@ def test_a_queue_that_grows_misses_objectives_that_are_loose():
   single = latency.Affine((1.0, 0.0, 0.0), (1e-3, 0.0, 0.0))
   problem = api.make_problem(
       slo=Slo(math.inf, math.inf), lengths='fixed:100x2', latency=single,
-      prefill_seqs=1, requests=100, most_requests=100)
+      prefill_seqs=1, requests=60, most_requests=60)
   task = judging.Task(judging.Candidate(
       Placement(colocated=[Plan()]), None, False, 4.0), 0.9)
   assert judging.measure(problem, task).rate_per_s == pytest.approx(
@@ -253,8 +252,8 @@ def test_measured_links_are_used_inside_a_node():
   assert far.summary.stage_s['migrate'] < 0.5
   assert bare.summary.stage_s['migrate'] < 0.1
   answers = [api.search(devices=2, lengths='fixed:300x20', latency=form,
-                        slo=Slo(1.0, 0.03), requests=20, tolerance=0.5,
-                        effort=4.0, chunks=(512,), algorithms=('low',)).rows
+                        slo=Slo(0.4, 0.03), requests=20, tolerance=0.5,
+                        effort=1.0, chunks=(512,), algorithms=('low',)).rows
              for form in (profile, profile.latencies.get)]
   assert not any(r.goodput.rate_per_s for r in answers[0])
   assert answers[1][0].goodput.rate_per_s
@@ -307,7 +306,7 @@ def test_the_reason_of_a_refused_search_is_the_true_one(options, message):
 
 
 def test_the_floor_of_an_empty_system_is_not_blamed_on_queues():
-  why = simulate('colocated=1x1,1x1,1x1', lengths='sharegpt', requests=400,
+  why = simulate('colocated=1x1,1x1,1x1', lengths='sharegpt', requests=200,
                  log=True).explain()
   assert why.causes['alone'] > len(why.misses) / 2
   assert why.advice.startswith('a faster prefill (larger tp) or a looser TTFT')

@@ -100,7 +100,8 @@ def test_what_cannot_be_used_is_named():
   with pytest.raises(InputError, match='have no latencies'):
     search.search(problem(latency_of=lambda plan: None))
   answer = search.search(problem(
-      latency_of=lambda plan: measured(plan, 1), cluster=Cluster(1, 2)))
+      latency_of=lambda plan: measured(plan, 1), cluster=Cluster(1, 2),
+      strict=None, requests=20, effort=1.0))
   assert answer.unmeasured == (Plan(2, 1),)
 
 
@@ -341,7 +342,8 @@ def test_algorithm_1_replicates_phases_to_balance_them():
   slow = latency.Affine((0.0, 4e-3, 0.0), (0.01, 0.0, 1e-3))
   answer = search.search(
       problem(latency_of=lambda plan: slow if plan == Plan() else None,
-              cluster=Cluster(1, 4), slo=Slo(1.0, 0.05), strict=None),
+              cluster=Cluster(1, 4), slo=Slo(1.0, 0.05), strict=None,
+              effort=1.0),
       (algorithms.high_affinity,))
   row = answer.rows[0]
   assert len(row.placement.prefill) > len(row.placement.decode) == 1
@@ -386,7 +388,7 @@ def test_algorithm_1_serves_a_rate():
   slow = latency.Affine((0.0, 4e-3, 0.0), (0.01, 0.0, 1e-3))
   p = problem(latency_of=lambda plan: slow if plan == Plan() else None,
               cluster=Cluster(1, 5), slo=Slo(1.0, 0.05), rate_per_s=5.0,
-              strict=None)
+              strict=None, effort=1.0)
   row, *_ = search.search(p, (algorithms.high_affinity,)).rows
   assert len(row.placement.prefill) == 3
   assert len(row.placement.decode) == 1

@@ -107,7 +107,7 @@ def test_each_travels_to_other_processes(name):
 def test_each_is_explored_with_faults(name):
   """Large random worlds: pages, requests and progress, whatever it answers."""
   flexible = [seed for seed in range(60) if large_world(
-      seed)[0].config.instances[0].role == 'flexible'][:3]
+      seed)[0].config.instances[0].role == 'flexible'][:2]
   for seed in flexible:
     rules, faults = large_world(seed)
     config = dataclasses.replace(
@@ -123,8 +123,8 @@ def test_each_serves_a_heavy_load_to_its_end_and_replays(name):
   instances = (InstanceConfig('flexible', 64, 16, 8, 256, 8),) * 3
   config = scheduler.Config(instances, 600, depth=1, policy=named(name, SLO),
                             latencies=(STEP,) * 3, link=LINK)
-  sent = [Request(i, 0.01 * i, range(20 + 37 * i % 300), Sampling(
-      max_tokens=1 + 11 * i % 60)) for i in range(120)]
+  sent = [Request(i, 0.02 * i, range(20 + 37 * i % 300), Sampling(
+      max_tokens=1 + 11 * i % 60)) for i in range(70)]
   result = simulator.simulate(config, sent, STEP, LINK, log=True)
   assert {r.status for r in result.records} <= {'length', 'refused'}
   assert all(len(r.token_s) == r.max_tokens for r in result.records
@@ -172,18 +172,18 @@ def test_more_prefill_instances_than_there_are(name):
 
 def test_llm_d_is_its_limits():
   """llm-d: 0 never hands off; 1 always does, as the static split."""
-  assert not commands(served('llm_d:least=0', 30), Migrate)
-  always, split = served('llm_d:least=1', 30), served('static', 30)
+  assert not commands(served('llm_d:least=0', 30, 300), Migrate)
+  always, split = served('llm_d:least=1', 30, 300), served('static', 30, 300)
   assert [r.token_s for r in always.records] == [
       r.token_s for r in split.records]
 
 
 def test_dynamo_is_its_limits():
   """Dynamo: with nothing short and nobody busy it is the static split."""
-  never = served('dynamo:shortest=0:busy=1e9', 30)
+  never = served('dynamo:shortest=0:busy=1e9', 30, 300)
   assert [r.token_s for r in never.records] == [
-      r.token_s for r in served('static', 30).records]
-  assert not commands(served('dynamo:shortest=100000', 30), Migrate)
+      r.token_s for r in served('static', 30, 300).records]
+  assert not commands(served('dynamo:shortest=100000', 30, 300), Migrate)
 
 
 def test_dynaserve_splits_prompts_and_outlasts_both_parents():
@@ -218,9 +218,9 @@ def test_arrow_flips_towards_the_load_and_keeps_one_of_each_role():
 
 def test_taichi_is_its_parents_at_the_ends():
   """TaiChi: with no small chunks prompts go apart; with all large, nowhere."""
-  apart = served('taichi:small=0', 30)
+  apart = served('taichi:small=0', 30, 200)
   assert {c.instance for c in commands(apart, RunPrefill)} == {0}
-  together = served('taichi:prefills=4', 30)
+  together = served('taichi:prefills=4', 30, 200)
   assert not commands(together, Migrate)
 
 
@@ -247,7 +247,7 @@ def late_flips(run, after_s):
 
 @pytest.mark.parametrize('name', ('arrow', 'planner', 'replan', 'adaptive'))
 def test_none_swings_at_a_constant_load(name):
-  assert len(late_flips(served(name, 60, requests=1400), 10)) <= 1
+  assert len(late_flips(served(name, 60, requests=900), 7)) <= 1
 
 
 @pytest.mark.parametrize('now, other, flips', [
@@ -282,14 +282,14 @@ def test_arrow_fills_a_decode_instance_up_to_its_places():
 
 def test_replanning_follows_a_load_that_steps_up():
   """DistServe: the split of the light load fails the heavy one."""
-  process = 'step:low=10:high=90:period_s=40'
+  process = 'step:low=10:high=90:period_s=24'
   runs = [simulate(FOUR, 'llama-3-8b', latency='tables:h100-80g', slo=SLO,
-                   process=process, requests=1800, cut=True, max_len=8192,
+                   process=process, requests=1100, cut=True, max_len=8192,
                    policy=named(name, SLO), log=True)
           for name in ('replan', 'static:prefills=1')]
-  replanned, kept = (metrics.by_phase(run.kept, SLO, 40.0, ('low', 'high'))
+  replanned, kept = (metrics.by_phase(run.kept, SLO, 24.0, ('low', 'high'))
                      for run in runs)
-  assert late_flips(runs[0], 20)
+  assert late_flips(runs[0], 12)
   assert replanned['high'][1] > kept['high'][2] + 0.1  # beyond the intervals
 
 
@@ -347,7 +347,7 @@ def test_adaptive_outlasts_every_split_on_a_sine():
 
 
 def test_adaptive_stays_where_nothing_is_better():
-  run = served('adaptive', 40, 400)
+  run = served('adaptive', 40, 300)
   assert run.summary.attainment[0] > 0.98
   assert not late_flips(run, 5)
 
@@ -383,7 +383,7 @@ def test_wrong_latencies_are_corrected_by_what_steps_took(factor):
       instances, 4096, depth=1, policy=named('adaptive', Slo(0.3, 0.03)),
       latencies=(Paced(STEP, factor, factor),) * 2, link=LINK)
   sent = [Request(i, 0.03 * i, range(50 + 37 * i % 300), Sampling(
-      max_tokens=20 + 11 * i % 60)) for i in range(300)]
+      max_tokens=20 + 11 * i % 60)) for i in range(150)]
   state = simulator.simulate(config, sent, STEP, LINK, log=True).state
   for instance in state.instances:
     assert instance.pace == pytest.approx((1 / factor, 1 / factor), rel=0.05)

@@ -413,8 +413,11 @@ def held_bytes(one):
              for s in one.stages)
 
 
-@pytest.mark.parametrize('plan', ((1, 1), (3, 1), (2, 2)), ids=str)
-@pytest.mark.parametrize('role', ('decode', 'chunked'))
+@pytest.mark.parametrize('role, plan', (
+    ('decode', (3, 1)), ('chunked', (1, 1)), ('chunked', (2, 2)),
+    pytest.param('decode', (1, 1), marks=pytest.mark.deep),
+    pytest.param('decode', (2, 2), marks=pytest.mark.deep),
+    pytest.param('chunked', (3, 1), marks=pytest.mark.deep)), ids=str)
 def test_pages_are_what_memory_leaves(plan, role):
   limits = dataclasses.replace(LIMITS, num_pages=None,
                                kv_dtype='float8_e4m3fn')
@@ -474,7 +477,8 @@ def test_what_does_not_fit_says_by_how_much_before_it_loads(plan):
 
 
 @pytest.mark.parametrize('name, plans', (
-    ('opt-13b', ((2, 1), (1, 1))), ('opt-66b', ((4, 1), (2, 2))),
+    pytest.param('opt-13b', ((2, 1), (1, 1)), marks=pytest.mark.deep),
+    pytest.param('opt-66b', ((4, 1), (2, 2)), marks=pytest.mark.deep),
     ('opt-175b', ((3, 3), (4, 3))), ('llama-3-70b', ((4, 1), (8, 1)))))
 def test_the_papers_placements_of_published_shapes(name, plans):
   """DistServe table 3, in float16-sized numbers, without allocating."""

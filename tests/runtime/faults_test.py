@@ -32,7 +32,6 @@ from tests.common.serving import (
   PAGES_4,
   check_survivors,
   check_tokens,
-  compilations,
   expected,
   job,
   server_of,
@@ -129,9 +128,14 @@ def _where(state, stage, side):
                if seq.stage == stage), None)
 
 
+# Instances that prefill and decode, each kind compiled apart.
+DEEP_2COLOCATED = pytest.param('2colocated', marks=pytest.mark.deep)
+
+
 @pytest.mark.parametrize('mode, stage', [
     *(('2p2d', stage) for stage in AT),
-    *((mode, stage) for mode in ('2colocated', '2chunked')
+    *(pytest.param(mode, stage, marks=[pytest.mark.deep] * (
+        mode == '2colocated')) for mode in ('2colocated', '2chunked')
       for stage in ('idle', 'queued', 'prefilling', 'decoding', 'finishing'))])
 def test_nobody_loses_by_the_loss_of_an_instance(server, stage):
   if stage == 'idle':
@@ -163,7 +167,7 @@ def test_nobody_loses_by_the_loss_of_an_instance(server, stage):
   assert lost in {i for o in again for i in o.record.instances}
 
 
-@pytest.mark.parametrize('mode', ('2p2d', '2colocated', '2chunked'))
+@pytest.mark.parametrize('mode', ('2p2d', DEEP_2COLOCATED, '2chunked'))
 def test_any_instance_may_be_lost_at_any_moment(server, mode):
   """And the same again and again, whatever is in flight."""
   rng = random.Random(mode)
@@ -269,7 +273,7 @@ def test_any_call_may_go_wrong(server, method, kind):
     assert len(server.faults) >= 2
 
 
-@pytest.mark.parametrize('mode', ('2chunked', '2colocated'))
+@pytest.mark.parametrize('mode', ('2chunked', DEEP_2COLOCATED))
 @pytest.mark.parametrize('kind', ('raise after', 'delete', 'unreadable'))
 def test_a_step_of_mixed_work_may_go_wrong(server, kind):
   with Injector(server) as injector:
@@ -315,7 +319,7 @@ def test_a_copy_to_an_instance_that_was_lost_never_lands(server):
   assert not late.landed
 
 
-@pytest.mark.parametrize('mode', ('2p2d', '2colocated'))
+@pytest.mark.parametrize('mode', ('2p2d', DEEP_2COLOCATED))
 def test_a_stalled_step_loses_its_instance(server, monkeypatch):
   monkeypatch.setattr(server.fleet, 'config', dataclasses.replace(
       CONFIG, stall_s=1.0))
@@ -443,7 +447,7 @@ def test_who_needs_a_lost_instance_waits_for_it(server):
 def test_an_instance_that_cannot_start_is_tried_again_and_given_up(
     monkeypatch):
   config = dataclasses.replace(CONFIG, restarts=3)
-  with server_of('2colocated', config) as server:
+  with server_of('2chunked', config) as server:
     starts, start = [], server.engines[0].start
 
     def refuse(*_):
@@ -468,7 +472,7 @@ def test_an_instance_that_cannot_start_is_tried_again_and_given_up(
 # --- drain, cancel, close ----------------------------------------------------
 
 
-@pytest.mark.parametrize('mode', ('2p2d', '2colocated'))
+@pytest.mark.parametrize('mode', ('2p2d', DEEP_2COLOCATED))
 def test_a_drained_instance_ends_what_it_has_and_takes_no_more(server):
   last = len(server.engines) - 1
   ids = submit(server, WORK)
@@ -489,7 +493,7 @@ def test_a_drained_instance_ends_what_it_has_and_takes_no_more(server):
 
 
 @pytest.mark.parametrize('seed', range(2))
-@pytest.mark.parametrize('mode', ('2p2d', '2colocated', '2chunked'))
+@pytest.mark.parametrize('mode', ('2p2d', DEEP_2COLOCATED, '2chunked'))
 def test_faults_cancels_and_arrivals_in_any_order(server, mode, seed):
   rng = random.Random(f'{mode}{seed}')
   work = [rng.choice(MIXED + LONG) for _ in range(16)]
@@ -549,30 +553,8 @@ def test_closing_does_not_wait_for_what_is_lost_or_stuck():
 # --- what holds all the while ------------------------------------------------
 
 
-def test_nothing_compiles_and_nothing_moves_implicitly():
-  jax.clear_caches()  # else what another test compiled would not be missed
-  dsjax.runtime.steps.make_step.cache_clear()
-  config = dataclasses.replace(CONFIG, checksum=True)
-  with server_of('1p1d', config) as server, Injector(server) as injector:
-    with compilations() as found, jax.transfer_guard('disallow'):
-      for method, every in KINDS.items():
-        for side in (0, 1):
-          for kind in set(every) - {'stall'}:
-            injector.arm(side, method, kind, 2)
-      check_tokens(WORK, play(server, WORK, between=2))
-      server.kill(0, back_s=0.0)
-      check_tokens(WORK, play(server, WORK))
-      assert len(injector.fired) > 10
-      assert not found
-      # The guard raises inside an engine's call: a fault like any other.
-      assert not any('isallowed' in text for _, text in server.faults)
-      with jax.transfer_guard('allow'):
-        jax.jit(lambda x: x + 1)(1)
-      assert found, 'the listener hears nothing'
-
-
 def test_a_lost_instance_lets_its_memory_go():
-  with server_of('2colocated', CONFIG) as server:
+  with server_of('2chunked', CONFIG) as server:
     one = server.engines[0]
     held = jax.tree.leaves([(s.cache, s.slots) for s in one.stages])
     pages = sum(x.nbytes for x in held)
@@ -597,7 +579,7 @@ def test_bad_limits_are_refused(field, value, message):
     dataclasses.replace(CONFIG, **{field: value})
 
 
-@pytest.mark.parametrize('mode', ('2colocated',))
+@pytest.mark.parametrize('mode', ('2chunked',))
 def test_bad_instances_are_refused(server):
   for call in (server.kill, server.drain, server.restore):
     for instance in (-1, 2, 'a', None):

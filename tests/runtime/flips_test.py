@@ -21,7 +21,6 @@ from tests.common import fake_engine, serving
 from tests.common.serving import LONG, MIXED, PAGES_4, job
 
 pytestmark = pytest.mark.usefixtures('no_hang')
-FEW_STEPS = dataclasses.replace(PAGES_4, least_tokens=48)
 ROLES = ('prefill', 'decode', 'chunked', 'colocated')
 
 
@@ -122,15 +121,18 @@ def test_an_instance_lost_between_flips(policy):
     serving.check_tokens(MIXED, work, serving.expected_of_fakes)
 
 
+PAGES_OF_16 = dataclasses.replace(PAGES_4, page_size=16, num_pages=6)
+DEEP = pytest.mark.deep
 MATRIX = (
-    ('2flexible', FEW_STEPS),
-    ('2flexible', dataclasses.replace(FEW_STEPS, page_size=16, num_pages=6)),
-    ('2flexible', dataclasses.replace(FEW_STEPS, kv_dtype='int8')),
-    ('flexible_pp2', FEW_STEPS), ('mixed', FEW_STEPS))
+    pytest.param('2flexible', PAGES_4, id='pages of 4'),
+    pytest.param('2flexible', PAGES_OF_16, marks=DEEP, id='pages of 16'),
+    pytest.param('2flexible', dataclasses.replace(
+        PAGES_OF_16, kv_dtype='int8'), id='int8 on pages of 16'),
+    pytest.param('flexible_pp2', PAGES_4, marks=DEEP, id='pp'),
+    pytest.param('mixed', PAGES_4, marks=DEEP, id='prefill and chunked'))
 
 
-@pytest.mark.parametrize('mode, config', MATRIX, ids=(
-    'pages of 4', 'pages of 16', 'int8', 'pp', 'prefill and chunked'))
+@pytest.mark.parametrize('mode, config', MATRIX)
 def test_tokens_of_the_real_engine_are_those_of_one_that_stays(mode, config):
   """Roles change, rows move, prompts are split; nothing is compiled by it."""
   work = (*MIXED, *LONG)

@@ -67,6 +67,7 @@ def test_gpu_kernels_on_cpu_are_an_error_before_anything_is_placed():
         LIMITS, attention='pallas'))
 
 
+@pytest.mark.deep
 def test_float8_pages_serve():
   """Kernels and references agree; most tokens are those of the dense pass."""
   limits = dataclasses.replace(LIMITS, kv_dtype='bfloat16', checksum=True,

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax._src.array import ArrayImpl
 
 from dsjax.checkpoints import checkpoint
 from dsjax.config.engine import EngineConfig
@@ -26,9 +25,8 @@ TINY = checkpoint.Model(CONFIG, tiny.params(CONFIG))
 LIMITS = EngineConfig(max_len=32, page_size=4, num_pages=9, max_seqs=2,
                       transfer_pages=4)
 # (tp, pp) on both sides, at most 4 devices each.
-PAIRS = (((1, 1), (1, 1)), ((2, 1), (3, 1)), ((3, 1), (1, 1)),
-         ((1, 1), (4, 1)), ((4, 1), (2, 2)), ((1, 3), (1, 2)),
-         ((2, 2), (1, 3)), ((1, 2), (2, 1)))
+PAIRS = (((1, 1), (1, 1)), ((2, 1), (3, 1)), ((4, 1), (2, 2)),
+         ((1, 3), (1, 2)), ((2, 2), (1, 3)), ((1, 2), (2, 1)))
 
 
 def layout(tp, config=CONFIG):
@@ -95,19 +93,6 @@ def test_every_target_shard_gets_its_heads_of_its_layers_once(data):
 
 
 # --- from instance to instance -----------------------------------------------
-
-
-@pytest.fixture
-def host_reads(monkeypatch):
-  """Sizes of arrays whose values the host has read."""
-  sizes, value = [], ArrayImpl._value.fget
-
-  def spy(self):
-    sizes.append(self.size)
-    return value(self)
-
-  monkeypatch.setattr(ArrayImpl, '_value', property(spy))
-  return sizes
 
 
 def test_the_spy_sees_a_reshard_through_the_host(host_reads):
@@ -229,8 +214,9 @@ def test_the_tokens_arrive_and_no_other_page_is_touched(plans, host_reads):
   check_route(source, target, sent, (3, 26), host_reads=host_reads)
 
 
-@pytest.mark.parametrize('sizes', ((4, 8), (8, 4), (4, 6), (3, 3)))
-@pytest.mark.parametrize('plans', (((1, 1), (1, 1)), ((2, 2), (3, 1))))
+@pytest.mark.parametrize('sizes, plans', (
+    ((4, 8), ((1, 1), (1, 1))), *((sizes, ((2, 2), (3, 1))) for sizes in (
+        (4, 8), (8, 4), (4, 6), (3, 3)))))
 def test_page_sizes_may_differ(sizes, plans):
   limits = dataclasses.replace(LIMITS, page_size=sizes[0],
                                decode_page_size=sizes[1])
@@ -240,12 +226,13 @@ def test_page_sizes_may_differ(sizes, plans):
 
 
 @pytest.mark.parametrize('dtypes, tolerance', (
-    (('float32', 'bfloat16'), 2**-6), (('float32', 'int8'), 0.02),
-    (('bfloat16', 'int8'), 0.04), (('int8', 'int8'), 0.02),
-    (('int8', 'float32'), 0.02), (('float32', 'float8_e4m3fn'), 0.2),
-    (('float8_e4m3fn', 'int8'), 0.2),
+    (('float32', 'bfloat16'), 2**-6), (('bfloat16', 'int8'), 0.04),
+    (('int8', 'int8'), 0.02), (('int8', 'float32'), 0.02),
     (('float8_e5m2', 'float8_e4m3fn'), 0.55),
-    (('bfloat16', 'float8_e5m2'), 0.35)))  # of 4.3: half a step at the top
+    *(pytest.param(*row, marks=pytest.mark.deep) for row in (
+        (('float32', 'int8'), 0.02), (('float32', 'float8_e4m3fn'), 0.2),
+        (('float8_e4m3fn', 'int8'), 0.2),
+        (('bfloat16', 'float8_e5m2'), 0.35)))))  # half a step at the top
 def test_dtypes_may_differ(dtypes, tolerance):
   limits = dataclasses.replace(LIMITS, kv_dtype=dtypes[0],
                                decode_kv_dtype=dtypes[1], decode_page_size=8)

@@ -55,12 +55,12 @@ def full(tokens, size):
 
 
 @pytest.mark.parametrize('mode, config', [
-    ('colocated', PAGES_4), ('chunked', PAGES_16), ('1p1d', PAGES_4),
+    ('chunked', PAGES_16), ('1p1d', PAGES_4), ('colocated_pp2', PAGES_4),
     ('1p1d', dataclasses.replace(PAGES_4, decode_page_size=2, num_pages=40)),
-    ('1p1d', dataclasses.replace(PAGES_4, page_size=2, num_pages=40,
-                                 decode_page_size=4)),
     ('tp1_tp2', dataclasses.replace(PAGES_4, kv_dtype='int8')),
-    ('colocated_pp2', PAGES_4)])
+    pytest.param('1p1d', dataclasses.replace(
+        PAGES_4, page_size=2, num_pages=40, decode_page_size=4),
+                 marks=pytest.mark.deep)])
 def test_a_turn_computes_and_moves_what_is_new(mode, config):
   config = cached(config, checksum=True)
   sizes = [config.page_size, config.decode_page_size or config.page_size]
@@ -93,8 +93,7 @@ def tiny_params(count):
   return Sampling(max_tokens=count)
 
 
-@pytest.mark.parametrize('mode', ['1p1d', '2p2d', 'colocated', 'chunked',
-                                  '2flexible'])
+@pytest.mark.parametrize('mode', ['2p2d', 'chunked', '2flexible'])
 def test_tokens_are_equal_with_what_is_kept_evicted_and_preempted(mode):
   stem = tiny.prompt(14, 3)
   work = [((*stem[:n], *prompt[:20]), params) for n, (prompt, params) in zip(

@@ -251,28 +251,27 @@ def prefill_only(config, rate, service, n, pp=1, seed=0):
       Link()).records
 
 
-@pytest.mark.parametrize('rho', [0.3, 0.6, 0.8])
+@pytest.mark.parametrize('rho', [0.3, 0.8])
 def test_m_d_1(rho):
-  records = prefill_only(plan(PD, prefill_seqs=1), rho, 1.0, 15_000)
+  records = prefill_only(plan(PD, prefill_seqs=1), rho, 1.0, 8_000)
   mean, half = interval([r.ttft_s for r in records])
-  assert abs(mean - queueing.md1_ttft_s(rho, 1.0)) < half < 0.2 * mean
+  assert abs(mean - queueing.md1_ttft_s(rho, 1.0)) < half < 0.25 * mean
   waits = np.array([r.stage_s['prefill_queue'] for r in records])
   for wait in (0.0, 0.7, 2.5):
     share, half = interval(waits <= wait + 1e-9)
     assert abs(share - queueing.md1_wait_cdf(rho, 1.0, wait)) < half
 
 
-@pytest.mark.parametrize('rate', [0.6, 1.4])
-def test_m_d_1_of_two_stages(rate):
-  records = prefill_only(plan(PD, prefill_seqs=1, pp=2), rate, 1.0, 15_000,
+def test_m_d_1_of_two_stages():
+  records = prefill_only(plan(PD, prefill_seqs=1, pp=2), 1.4, 1.0, 8_000,
                          pp=2)
   mean, half = interval([r.ttft_s for r in records])
-  assert abs(mean - queueing.pipeline_ttft_s(rate, 1.0)) < half < 0.1 * mean
+  assert abs(mean - queueing.pipeline_ttft_s(1.4, 1.0)) < half < 0.1 * mean
 
 
 def test_two_instances_are_between_their_bounds():
   records = prefill_only(plan(('prefill', *PD), prefill_seqs=1), 1.4, 1.0,
-                         15_000)
+                         8_000)
   mean, half = interval([r.ttft_s for r in records])
   low, high = queueing.mdc_ttft_bounds_s(1.4, 1.0, 2)
   assert low - half < mean < high + half
@@ -291,7 +290,7 @@ def test_batches_of_all_that_waits():
   class Fixed(Affine):
     def prefill_s(self, pieces):
       return 1.0 + 0.2 * len(pieces)
-  arrivals_s = workload.arrivals('poisson', 2.0, 15_000, 0)
+  arrivals_s = workload.arrivals('poisson', 2.0, 5_000, 0)
   records = simulator.simulate(
       plan(PD, num_pages=4096, max_seqs=512, prefill_seqs=512,
            prefill_tokens=10_000),
@@ -303,7 +302,7 @@ def test_batches_of_all_that_waits():
 
 
 def test_fluid_decode():
-  rate, n = 4.0, 4000
+  rate, n = 4.0, 1600
   arrivals_s = workload.arrivals('poisson', rate, n, 0)
   latency = Affine(1e-4, 0.02, 2e-4, 1e-6)
   records = simulator.simulate(
@@ -342,7 +341,7 @@ def random_run(seed):
   return config, requests(*rows), latency, Link(0.001, 1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_leaping_is_stepping(seed):
   run = random_run(seed)

@@ -1,6 +1,5 @@
 """Fits, mixtures, rates that change, prefixes that are shared."""
 
-import json
 import math
 import pathlib
 
@@ -38,7 +37,7 @@ def test_fit_finds_rate_and_burstiness(rate, cv, seed):
   assert found.cv == pytest.approx(cv, rel=0.2)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=6)
 @given(st.integers(0, 2**30))
 def test_resampling_keeps_pairs_rate_and_burstiness(seed):
   pairs = ((10, 100), (1000, 5), (50, 50))
@@ -172,52 +171,3 @@ def test_a_wave_has_its_mean_and_its_limits(low, more, kind):
 def test_rates_that_cannot_be(segments):
   with pytest.raises(InputError, match='vary.segments'):
     traffic.vary((1.0,), segments)
-
-
-def test_turns_of_a_conversation():
-  blocks = [[0, 1], [0, 2, 3], [0, 1, 4], [0], [0, 2, 3, 5], [0, 1, 4, 6]]
-  entries = [Entry(float(i), 512 * len(b) - 100, 1)
-             for i, b in enumerate(blocks)]
-  found = traffic.turns(entries, blocks)
-  assert [t.shared_len for t in found] == [0, 512, 1024, 412, 1536, 1536]
-  assert [t.parent for t in found] == [None, 0, 0, 2, 1, 2]
-  # Block 0 is everyone's: it joins nothing.
-  assert [t.group for t in found] == [0, 1, 0, 3, 1, 0]
-
-
-def test_turns_are_sorted_by_arrival(tmp_path):
-  path = tmp_path / 't.jsonl'
-  rows = [(20, 600, [1, 2]), (10, 512, [1]), (20, 700, [1, 2])]
-  path.write_text('\n'.join(json.dumps(dict(
-      timestamp=t, input_length=n, output_length=1, hash_ids=ids))
-      for t, n, ids in rows))
-  found = traffic.read_turns(path)
-  assert [t.entry.prompt_len for t in found] == [512, 600, 700]
-  assert [t.shared_len for t in found] == [0, 512, 700]
-  assert tuple(t.entry for t in found) == workload.read_lengths(path)
-
-
-@pytest.mark.parametrize('ids, part', [
-    (None, 'hash_ids=None'), ([1, 'a'], 'integers'), ([1, 2, 3], 'at most 2'),
-    ([True], 'integers')])
-def test_turns_name_what_is_wrong(tmp_path, ids, part):
-  path = tmp_path / 't.jsonl'
-  path.write_text(json.dumps(dict(timestamp=0, input_length=600,
-                                  output_length=1, hash_ids=ids)))
-  with pytest.raises(InputError, match=f'line 1.*{part}'):
-    traffic.read_turns(path)
-
-
-@needs_traces
-def test_mooncake_turns():
-  path = TRACES / 'mooncake' / 'conversation_trace.jsonl'
-  found = traffic.read_turns(path)
-  assert len(found) == 12031
-  assert tuple(t.entry for t in found) == workload.read_lengths(path)
-  shared = sum(t.shared_len for t in found)
-  share = shared / sum(t.entry.prompt_len for t in found)
-  assert share == pytest.approx(0.374, abs=0.001)
-  for i, t in enumerate(found):
-    assert 0 <= t.shared_len <= t.entry.prompt_len and t.group <= i
-    assert t.parent is None or t.parent < i
-  assert len({t.group for t in found}) < len(found)
