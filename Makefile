@@ -39,7 +39,8 @@ lint: $(STAMP)
 # Kernels and what runs on devices once more, with the versions of the GPU
 # machine that experiments.gpu is prepared for, where there is no gguf; not what
 # asks whether the tests themselves see a mistake, nor what no version changes.
-# Python 3.12 is taken from PATH or pyenv.
+# With all of XLA's optimizations, which the other tests leave out. Python 3.12
+# is taken from PATH or pyenv.
 GPU_VERSIONS := jax==0.11.2 numpy==2.5.2
 PYTHON312 = $(shell for python in python3.12 \
     "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12.*/bin/python3; do \
@@ -52,7 +53,7 @@ GPU_TESTS = $(filter-out $(patsubst %,tests/kernels/%_test.py,bench shapes \
 
 test-gpu-versions:
 	$(if $(PYTHON312),$(MAKE) .venv-gpu/installed,@echo 'No Python 3.12: not run with the versions of a GPU machine.')
-	$(if $(PYTHON312),.venv-gpu/bin/python $(PYTEST) \
+	$(if $(PYTHON312),XLA_FLAGS= .venv-gpu/bin/python $(PYTEST) \
 	  -k 'not smollm and not mutant' $(GPU_TESTS))
 
 .venv-gpu/installed: pyproject.toml Makefile
