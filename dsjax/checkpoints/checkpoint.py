@@ -77,14 +77,38 @@ def find(name_or_path: str | os.PathLike[str]) -> pathlib.Path:
   return path
 
 
+class Recipe(NamedTuple):
+  """How another process makes the parameters of a Model: plain data.
+
+  name: as load takes it; or config: random ones of that shape, by a seed.
+  """
+  name: str = ''
+  dtype: str = 'float32'
+  config: ModelConfig | None = None
+  seed: int = 0
+
+  def make(self) -> 'Model':
+    """The Model, without a tokenizer where it has a config.
+
+    Raises:
+      InputError: as load.
+    """
+    if self.config is None:
+      return load(self.name, self.dtype)
+    return Model(self.config, random_params(self.config, self.seed,
+                                            self.dtype), recipe=self)
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
   """What is served: shape, parameters (a tree, or an orbax_file.Stored that
-  each stage reads its own of), tokenizer (may be None)."""
+  each stage reads its own of), tokenizer (may be None), and how it is made
+  again (None: only this process has it)."""
 
   config: ModelConfig
   params: dict | Stored
   tokenizer: Tokenizer | None = None
+  recipe: Recipe | None = None
 
 
 def load(name_or_path: str | os.PathLike[str], dtype: str = 'float32',
@@ -103,7 +127,17 @@ def load(name_or_path: str | os.PathLike[str], dtype: str = 'float32',
   Raises:
     InputError: as find, load_gguf, load_hf, load_orbax and their tokenizers.
   """
-  name = str(name_or_path)
+  recipe = None
+  if family is None:
+    named = str(name_or_path) in (*MODELS, tiny.CONFIG.name) or str(
+        name_or_path).startswith(DUMMY)
+    recipe = Recipe(str(name_or_path) if named else
+                    os.path.abspath(name_or_path), dtype)
+  return dataclasses.replace(_load(str(name_or_path), dtype, family),
+                             recipe=recipe)
+
+
+def _load(name: str, dtype: str, family: Family | None) -> Model:
   if name.startswith(DUMMY):
     config = zoo.config(name.removeprefix(DUMMY))
     return Model(config, random_params(config, 0, dtype))
