@@ -21,6 +21,10 @@ the same job that none hit, in the same run. Its bound: for each retry the
 longest of lease, stall limit and time until a killed instance is back, plus
 once more the worst latency without a hit.
 
+With --cluster=local instances are processes, and faults are real: SIGKILL,
+SIGSTOP and a socket that is cut, beside kills and drains by hand. What each
+process holds at the end is checked too.
+
 With --flips no fault comes: roles of flexible instances flip that often while
 --requests are served, and their tokens are compared with those of a server
 whose roles stay (experiments.verify.flips). Only soak.json is written then.
@@ -34,6 +38,7 @@ import json
 import os
 import pathlib
 import random
+import signal
 import time
 
 import jax
@@ -76,7 +81,7 @@ FLAGS = {
                        high=1.0),
     'back_s': cli.Flag(2.0, 'Most seconds that a killed or drained instance '
                        'is away.', low=0.0),
-    'seed': 0, 'set': (), 'out': None,
+    'cluster': cli.CLUSTER_FLAG, 'seed': 0, 'set': (), 'out': None,
 }
 
 
@@ -130,6 +135,7 @@ class Soak:
     self.methods = [m for m in KINDS if server.routes or m in (
         'prefill', 'decode', 'admit')]
     self.replayed, self.differs, self.events = server.state, 0, events
+    self.held = 0  # by processes, at the end
     server.observers.append(self._observe)
 
   def _observe(self, event, commands):
@@ -200,8 +206,31 @@ class Soak:
     prompt, params = self.jobs[job]
     self.sent[self.server.submit(prompt, **params)] = Sent(job, leaves_s)
 
+  def break_process(self):
+    """One fault of a process, at random."""
+    index = self.rng.randrange(len(self.server.engines))
+    engine, away_s = self.server.engines[index], self.rng.uniform(
+        0, self.options.back_s)
+    what = self.rng.choice(('SIGKILL', 'SIGKILL', 'SIGSTOP', 'cut off',
+                            'killed', 'drained'))
+    if what == 'killed':
+      self.server.kill(index, back_s=away_s)
+    elif what == 'drained':
+      self.server.drain(index)
+      self.away[index] = self.now + away_s
+    elif engine.pid is None:
+      return  # it is to be started again
+    elif what == 'cut off':
+      engine.cut()
+    else:
+      os.kill(engine.pid, getattr(signal, what))
+    self.note(index, what)
+
   def break_something(self):
     """One fault, at random."""
+    if self.options.cluster:
+      self.break_process()
+      return
     rng, index = self.rng, self.rng.randrange(len(self.server.engines))
     away_s = rng.uniform(0, self.options.back_s)
     self.injector.released = rng.random() < 0.5  # what is stuck: late, or never
@@ -250,6 +279,8 @@ class Soak:
       self.server.restore(index)
     while self.sent or self.server.busy:
       self.turn()
+    if self.options.cluster:
+      self.ask()
     self.memory.append((self.now, rss_mb()))
     self.arrays_mb = self.arrays_mb, arrays_mb()
 
@@ -259,7 +290,14 @@ class Soak:
     return sum(inst.pool.num_pages - prefix_cache.num_free(inst.pool)
                for inst in self.server.state.instances) + sum(
                    engine.config.max_seqs - len(engine.spare)
-                   for engine in self.server.engines)
+                   for engine in self.server.engines) + self.held
+
+  def ask(self):
+    """Asks each process what it holds, and how often it has compiled."""
+    answers = [engine.ask() for engine in self.server.engines]
+    while not all(answer() for answer in answers):
+      self.server.poll()
+    self.held = sum(sum(answer()) for answer in answers)
 
 
 class _Lines:
@@ -334,8 +372,10 @@ def run(options, console):
   require(rate > 0, '--rate', rate, 'requests/s above 0')
   out, seconds = pathlib.Path(options.out), options.minutes * 60
   out.mkdir(parents=True, exist_ok=True)
+  cluster = cli.cluster_of(options)
   cli.prepare(placement.num_devices)
-  model = dsjax.load('tiny' if options.quick else options.model)
+  model = dsjax.load('tiny' if options.quick else options.model,
+                     weights=cluster is None)
   jobs = make_jobs(model, config, options.seed)
   console.print(f'{model.config.name}, {placement}, {rate:g} requests/'
                 f's and {options.faults:g} faults a minute for '
@@ -346,7 +386,7 @@ def run(options, console):
           out / 'events.jsonl.gz', 'wt') as events:
     screen.begin('soak', placement, len(jobs))
     with dsjax.serve(model, placement, config, report=screen.warming,
-                     keep_events=1) as server, (
+                     keep_events=1, cluster=cluster) as server, (
                          machine.compilations()) as compiled:
       soak, stopped = Soak(server, jobs, options, rate, events), False
       console.print(f'Serving {len(jobs)} jobs without a fault first')

@@ -343,11 +343,12 @@ class Route:
     pads = (0, self.target.capacity.num_pages)  # any page; no page
     for size in batches(page_pool.pages_for(command.num_tokens, self.tokens),
                         self.buckets):
-      ids = [list(p[done * n:(done + size) * n]) for p, n in zip(
+      here, there = (list(p[done * n:(done + size) * n]) for p, n in zip(
           (command.source_pages, command.target_pages), self.each,
-          strict=True)]
-      made.append(Batch(*(p + [pad] * (size * n - len(p)) for p, pad, n in zip(
-          ids, pads, self.each, strict=True)), done * self.tokens))
+          strict=True))
+      here, there = (p + [pad] * (size * n - len(p)) for p, pad, n in zip(
+          (here, there), pads, self.each, strict=True))
+      made.append(Batch(here, there, done * self.tokens))
       done += size
     return made
 

@@ -129,8 +129,7 @@ class Orchestrator:
       RuntimeError: the process of an instance did not start.
     """
     config = config or EngineConfig()
-    require(cluster in (None, 'local'), 'cluster', cluster, "None or 'local': "
-            'instances on several hosts, or by Ray, are not there yet')
+    check_cluster(cluster)
     require(cluster is None or devices is None, 'devices', devices,
             f'None with cluster={cluster!r}: processes have their own')
     require(isinstance(policy, Policy), 'policy', policy, 'a dsjax.Policy')
@@ -774,6 +773,12 @@ class Orchestrator:
     if not some:
       time.sleep(self.loop.pause_s)
     return some
+
+
+def check_cluster(cluster: str | None) -> None:
+  """Raises InputError unless this is how instances may be started."""
+  require(cluster in (None, 'local'), 'cluster', cluster, "None or 'local': "
+          'instances on several hosts, or by Ray, are not there yet')
 
 
 def _close_all(engines: Sequence[AnyEngine]) -> None:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from multiprocessing import AuthenticationError
 from multiprocessing import connection as mp
-from typing import Any
+from typing import Any, TypeAlias
 
 from dsjax.runtime.cluster import messages
 from dsjax.runtime.cluster.messages import Hello, Message
@@ -27,6 +27,9 @@ LOOPBACK = '127.0.0.1'
 MOST_BYTES = 2**28  # of a message
 GREET_S = 10.0  # that a stranger may take to prove itself
 MOST_GREETED = 8  # strangers at a time
+CLOSED = 'its socket was closed'
+# What a message is answered by at once; None: it is kept, for `take`.
+Answer: TypeAlias = Callable[[Any], Message | None]
 
 
 class Channel:
@@ -38,13 +41,13 @@ class Channel:
   """
 
   def __init__(self, connection: mp.Connection, incarnation: int,
-               hear: Callable[[Any], bool] = lambda message: False,
-               end: Callable[[], object] = lambda: None) -> None:
-    """hear: called in the reading thread; True: a message is dealt with.
-    end: called there when the other side is gone."""
+               answer: Answer = lambda message: None,
+               end: Callable[[str], object] = lambda why: None) -> None:
+    """answer: called in the reading thread. end: called there when the other
+    side is gone, with the reason."""
     self.incarnation, self.heard_s = incarnation, time.monotonic()
     self.ended = ''
-    self._connection, self._hear, self._end = connection, hear, end
+    self._connection, self._answer, self._end = connection, answer, end
     self._socket = socket.socket(fileno=os.dup(connection.fileno()))
     self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     self._in: collections.deque[Any] = collections.deque()
@@ -89,27 +92,36 @@ class Channel:
     """Ends it; both threads end too."""
     self.ended = self.ended or 'it was closed'
     self._out.put(None)
+    self.cut()
+
+  def cut(self) -> None:
+    """Cuts the connection, as a fault would."""
     with contextlib.suppress(OSError):  # it has ended by itself
       self._socket.shutdown(socket.SHUT_RDWR)
 
   def _read(self) -> None:
-    why = 'its socket was closed'
+    why = CLOSED
     try:
       while True:
         data = self._connection.recv_bytes(MOST_BYTES)
         self.heard_s = time.monotonic()
         incarnation, message = messages.load(data)
-        if incarnation == self.incarnation and not self._hear(message):
+        if incarnation != self.incarnation:
+          continue
+        answer = self._answer(message)
+        if answer is not None:
+          self._out.put(messages.dump(self.incarnation, answer))
+        else:
           self._in.append(message)
           self._news.set()
     except (EOFError, OSError):
       pass
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # of whatever kind: it is not trusted
       why = f'it sent what is no message: {error}'
     self.ended = self.ended or why
     self._news.set()
     self._out.put(None)
-    self._end()
+    self._end(why)
 
   def _write(self) -> None:
     with contextlib.suppress(OSError):  # the reader tells
@@ -118,8 +130,7 @@ class Channel:
           data.set()
         else:
           self._connection.send_bytes(data)
-    with contextlib.suppress(OSError):
-      self._socket.shutdown(socket.SHUT_RDWR)  # wakes the reader
+    self.cut()  # wakes the reader
     self._reader.join()
     self._socket.close()
     self._connection.close()
@@ -202,7 +213,7 @@ def _limit(connection: mp.Connection, seconds: float) -> None:
 
 
 def connect(address: str, key: bytes, index: int, incarnation: int,
-            hear: Callable[[Any], bool], end: Callable[[], object]) -> Channel:
+            answer: Answer, end: Callable[[str], object]) -> Channel:
   """The channel of a process to its server.
 
   Raises:
@@ -212,4 +223,4 @@ def connect(address: str, key: bytes, index: int, incarnation: int,
   connection = mp.Client((host, int(port)), authkey=key)
   connection.send_bytes(messages.dump(incarnation, Hello(
       messages.VERSION, index)))
-  return Channel(connection, incarnation, hear, end)
+  return Channel(connection, incarnation, answer, end)

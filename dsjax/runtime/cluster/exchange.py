@@ -43,7 +43,7 @@ class Pulling(NamedTuple):
   route: migration.Route
   kind: int
   connection: Any
-  parts: list[list[jax.Array]]
+  parts: list[list[Any]]
 
 
 class Landing(NamedTuple):

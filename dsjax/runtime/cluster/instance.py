@@ -33,6 +33,7 @@ from dsjax.runtime.cluster.exchange import Exchange
 from dsjax.runtime.protocols import Engine, Pending, StepOutput
 from dsjax.scheduling.events import RunDecode, RunPrefill
 
+COMPILED = '/jax/core/compile/backend_compile_duration'
 KEY = 'DSJAX_INSTANCE_KEY'
 # Pauses between two looks at what is in flight, as of the server's loop.
 PAUSE_SHARE, LEAST_PAUSE_S, MOST_PAUSE_S = 1 / 16, 2e-5, 1e-3
@@ -52,7 +53,7 @@ class Instance:
 
   Attributes:
     channel: to the server. engine, exchange: once is_built; exchange: None
-      where no KV comes or goes.
+      where no KV comes or goes. compiled: programs since it was ready.
   """
 
   engine: Engine
@@ -66,19 +67,22 @@ class Instance:
     self.tables = messages.PageTables()
     self.num_logprobs: dict[int, int] = {}  # of requests that want some
     self.requests: set[int] = set()
-    self.exchange, self.is_built = None, False
+    self.exchange, self.is_built, self.compiled = None, False, 0
     self.channel = channel.connect(address, key, index, incarnation,
-                                   self.hear, lambda: os._exit(0))
+                                   self.answer, _leave)
 
-  def hear(self, message: Any) -> bool:
-    """In the reading thread: answers whether it lives."""
+  def answer(self, message: Any) -> messages.Pong | None:
+    """In the reading thread: a sign of life."""
     if not isinstance(message, messages.Ping):
-      return False
+      return None
     moving = self.exchange
-    self.channel.send(messages.Pong(
+    return messages.Pong(
         len(self.requests), len(moving.offers) if moving else 0,
-        len(moving.pulling) + len(moving.landing) if moving else 0))
-    return True
+        len(moving.pulling) + len(moving.landing) if moving else 0,
+        self.compiled)
+
+  def _count(self, name: str, *_: Any, **__: Any) -> None:
+    self.compiled += name == COMPILED
 
   def serve(self) -> None:
     """Does what it is told, for ever."""
@@ -130,6 +134,7 @@ class Instance:
       self.channel.send(messages.Warmed(name))
     if self.exchange:
       self.exchange.warm(message, self.model, self.config)
+    jax.monitoring.register_event_duration_secs_listener(self._count)
     self.channel.send(messages.Ready())
 
   # --- commands -------------------------------------------------------------
@@ -228,6 +233,13 @@ _DO: dict[type, Any] = {
     messages.Withdraw: lambda self, message: self.exchange.withdraw(message),
     messages.Drop: lambda self, message: self.exchange.drop(message),
 }
+
+
+def _leave(why: str) -> None:
+  """The server is gone: nothing is left to do."""
+  if why != channel.CLOSED:
+    print(f'an instance ends: {why}', file=sys.stderr)
+  os._exit(0)
 
 
 def _text(error: BaseException) -> str:

@@ -156,10 +156,12 @@ class Lost(NamedTuple):
 
 
 class Pong(NamedTuple):
-  """A sign of life, with what it holds: requests, offers and pulls."""
+  """A sign of life, with what it holds, requests, offers and pulls, and how
+  many programs it has compiled since it was ready."""
   requests: int
   offers: int
   pulls: int
+  compiled: int
 
 
 FromServer: TypeAlias = (Build | Warm | Admit | Forget | Run | Offer | Withdraw

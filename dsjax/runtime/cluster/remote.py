@@ -105,8 +105,8 @@ class RemoteEngine:
     capacity, devices, address: see Built; known once `is_built`.
     peers: those that KV comes from, and goes to.
     slot_of, spare: what has been admitted, in slots of no meaning.
-    stamps: a Stamp a step, of the newest. held: (requests, offers, pulls) that
-      it had when it last answered a Ping.
+    stamps: a Stamp a step, of the newest. held: its last answer to `ask`, or
+      None.
   """
 
   capacity: InstanceConfig
@@ -126,7 +126,7 @@ class RemoteEngine:
     self.devices: tuple[str, ...] = ()
     self.address = ''
     self.stamps: collections.deque[Stamp] = collections.deque(maxlen=NEWEST)
-    self.held = (0, 0, 0)
+    self.held: messages.Pong | None = None
     self._fields, self._launch = fields, launch
     self.peers, self._compiles = messages.Warm({}, {}), False
     self._warmed: collections.deque[str] = collections.deque()
@@ -201,6 +201,17 @@ class RemoteEngine:
     elif now_s - asked_s > self.config.silent_s:
       raise RuntimeError(f'its process is silent for {now_s - asked_s:.1f} s')
 
+  def ask(self) -> Callable[[], messages.Pong | None]:
+    """Asks for a sign of life; what gives the answer, once it has come."""
+    self.held = None
+    self._send(messages.Ping())
+    return lambda: self.held
+
+  def cut(self) -> None:
+    """Cuts the connection, as a fault would."""
+    if self._channel:
+      self._channel.cut()
+
   def _send(self, message: messages.FromServer) -> None:
     if self._channel is None:
       raise RuntimeError('it is not there')
@@ -249,7 +260,7 @@ class RemoteEngine:
     self._why = message.why
 
   def _on_pong(self, message: messages.Pong) -> None:
-    self.held = tuple(message)
+    self.held = message
 
   # --- start and end --------------------------------------------------------
 
