@@ -18,8 +18,9 @@ soak.json, soak.png, requests.jsonl, faults.jsonl, events.jsonl.gz.
 
 Added latency of a request that a fault hit: over the median of requests for
 the same job that none hit, in the same run. Its bound: for each retry the
-longest of lease, stall limit and time until a killed instance is back, plus
-once more the worst latency without a hit.
+longest of lease, stall limit and time until a killed instance is back (a
+process: as long as one took, and until its silence was noticed), plus once
+more the worst latency without a hit.
 
 With --cluster=local instances are processes, and faults are real: SIGKILL,
 SIGSTOP and a socket that is cut, beside kills and drains by hand. What each
@@ -51,6 +52,7 @@ from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement
 from dsjax.scheduling import event_log, prefix_cache, scheduler
+from dsjax.scheduling.events import InstanceDown, InstanceUp
 from experiments.common import cli, machine, provenance, terminal
 from experiments.common import overrides as configs
 from experiments.verify import flips, soak_report
@@ -62,8 +64,9 @@ MOST_WAITING = 64  # requests: more arrivals than that are not sent
 CONFIG = EngineConfig(
     max_len=256, max_seqs=8, prefill_tokens=128, prefill_seqs=4,
     chunk_tokens=64, checksum=True, tries=10, lease_s=5.0, stall_s=20.0,
-    restarts=1000)
-QUICK = dataclasses.replace(CONFIG, lease_s=1.0, stall_s=2.0, restart_s=0.2)
+    silent_s=10.0, restarts=1000)
+QUICK = dataclasses.replace(CONFIG, lease_s=1.0, stall_s=2.0, silent_s=5.0,
+                            restart_s=0.2)
 
 
 FLAGS = {
@@ -136,6 +139,7 @@ class Soak:
         'prefill', 'decode', 'admit')]
     self.replayed, self.differs, self.events = server.state, 0, events
     self.held = 0  # by processes, at the end
+    self.lost_s, self.away_s = {}, 0.0  # when; the longest until it was back
     server.observers.append(self._observe)
 
   def _observe(self, event, commands):
@@ -143,6 +147,11 @@ class Soak:
     self.replayed, again = scheduler.step(self.server.scheduler_config,
                                           self.replayed, event)
     self.differs += again != commands
+    if isinstance(event, InstanceDown):
+      self.lost_s[event.instance] = event.time_s
+    elif isinstance(event, InstanceUp) and event.instance in self.lost_s:
+      self.away_s = max(self.away_s, event.time_s - self.lost_s.pop(
+          event.instance))
     self.events.write(json.dumps(event_log.encode((event, commands))) + '\n')
 
   def reference(self):
@@ -153,7 +162,11 @@ class Soak:
     self.want = [tuple(self.server.requests[id].tokens) for id in ids]
     self.leaves_s = max(r.finish_s - r.arrival_s for r in map(
         self.server.forget, ids))
-    self.arrays_mb = arrays_mb()
+    self.arrays_mb = self.arrays()
+
+  def arrays(self):
+    """MB of this process's arrays; of processes they are not known."""
+    return 0.0 if self.options.cluster else arrays_mb()
 
   def run(self, seconds, show):
     """Serves under faults; show() is called between polls."""
@@ -282,7 +295,7 @@ class Soak:
     if self.options.cluster:
       self.ask()
     self.memory.append((self.now, rss_mb()))
-    self.arrays_mb = self.arrays_mb, arrays_mb()
+    self.arrays_mb = self.arrays_mb, self.arrays()
 
   def leaked(self):
     """Pages and slots that have not come back."""
@@ -294,7 +307,7 @@ class Soak:
 
   def ask(self):
     """Asks each process what it holds, and how often it has compiled."""
-    answers = [engine.ask() for engine in self.server.engines]
+    answers = [engine.count() for engine in self.server.engines]
     while not all(answer() for answer in answers):
       self.server.poll()
     self.held = sum(sum(answer()) for answer in answers)

@@ -168,9 +168,7 @@ class Door:
     with self._listens, contextlib.suppress(OSError):  # it was shut down
       while True:
         stranger, _ = self._listens.accept()
-        if self._closed or not self._strangers.acquire(blocking=False):
-          stranger.close()
-          continue
+        self._strangers.acquire()  # the others wait for their turn
         threading.Thread(target=self._greet, args=(stranger,),
                          daemon=True, name='dsjax greeting').start()
 

@@ -21,7 +21,7 @@ import jax
 
 from dsjax.checkpoints.checkpoint import Recipe
 from dsjax.config.checks import InputError
-from dsjax.config.engine import EngineConfig
+from dsjax.config.engine import EngineConfig, InstanceConfig
 from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Plan
 from dsjax.config.request import Sampling
@@ -73,15 +73,9 @@ class Instance:
 
   def answer(self, message: Any) -> messages.Pong | None:
     """In the reading thread: a sign of life."""
-    if not isinstance(message, messages.Ping):
-      return None
-    moving = self.exchange
-    return messages.Pong(
-        len(self.requests), len(moving.offers) if moving else 0,
-        len(moving.pulling) + len(moving.landing) if moving else 0,
-        self.compiled)
+    return messages.Pong() if isinstance(message, messages.Ping) else None
 
-  def _count(self, name: str, *_: Any, **__: Any) -> None:
+  def _hear_compiled(self, name: str, *_: Any, **__: Any) -> None:
     self.compiled += name == COMPILED
 
   def serve(self) -> None:
@@ -114,11 +108,12 @@ class Instance:
     model, plan = recipe.make(), Plan(**fields['plan'])
     self.model, self.config = model.config, EngineConfig(**fields['config'])
     meshes = sharding.stage_meshes(model.config, plan, jax.devices())
+    capacity = (InstanceConfig(**fields['capacity']) if fields['capacity'] else
+                memory.size_pages(model.config, meshes, fields['role'],
+                                  self.config))
     module, name = fields['engine'].split(':')
     make = getattr(importlib.import_module(module), name)
-    self.engine = make(model, meshes, fields['role'], self.config,
-                       memory.size_pages(model.config, meshes, fields['role'],
-                                         self.config))
+    self.engine = make(model, meshes, fields['role'], self.config, capacity)
     if fields['moves']:
       self.exchange = Exchange(self.engine)
     self.is_built = True
@@ -134,8 +129,15 @@ class Instance:
       self.channel.send(messages.Warmed(name))
     if self.exchange:
       self.exchange.warm(message, self.model, self.config)
-    jax.monitoring.register_event_duration_secs_listener(self._count)
+    jax.monitoring.register_event_duration_secs_listener(self._hear_compiled)
     self.channel.send(messages.Ready())
+
+  def count(self, message: messages.Count) -> None:
+    moving = self.exchange
+    self.channel.send(messages.Counted(
+        len(self.requests), len(moving.offers) if moving else 0,
+        len(moving.pulling) + len(moving.landing) if moving else 0,
+        self.compiled))
 
   # --- commands -------------------------------------------------------------
 
@@ -225,6 +227,7 @@ class Instance:
 _DO: dict[type, Any] = {
     messages.Build: Instance.build,
     messages.Warm: Instance.warm,
+    messages.Count: Instance.count,
     messages.Admit: Instance.admit,
     messages.Forget: Instance.forget,
     messages.Run: Instance.run,

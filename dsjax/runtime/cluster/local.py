@@ -119,7 +119,7 @@ def build(model: Model, placement: Placement, config: EngineConfig,
         split_cores(placement), strict=True)):
       fields = {'recipe': recipe, 'role': role,
                 'plan': dataclasses.asdict(plan), 'moves': moves[index],
-                'config': dataclasses.asdict(config),
+                'config': dataclasses.asdict(config), 'capacity': None,
                 'engine': f'{make_engine.__module__}:{name}'}
       engines.append(RemoteEngine(
           index, config, fields,

@@ -17,7 +17,8 @@ VERSION = 1  # of the messages: both sides must have the same
 
 
 class Build(NamedTuple):
-  """What the instance is, to be made: recipe, engine, role, plan, config."""
+  """What the instance is, to be made: recipe, engine, role, plan, config, and
+  the capacity that it had before, or None."""
   fields: dict[str, Any]
 
 
@@ -72,6 +73,10 @@ class Pull(NamedTuple):
 class Drop(NamedTuple):
   """What is pulled must not be written any more."""
   uuid: int
+
+
+class Count(NamedTuple):
+  """Say what is held, when all before this is done."""
 
 
 class Ping(NamedTuple):
@@ -155,25 +160,30 @@ class Lost(NamedTuple):
   why: str
 
 
-class Pong(NamedTuple):
-  """A sign of life, with what it holds, requests, offers and pulls, and how
-  many programs it has compiled since it was ready."""
+class Counted(NamedTuple):
+  """The requests, offers and pulls that it holds, and how many programs it
+  has compiled since it was ready."""
   requests: int
   offers: int
   pulls: int
   compiled: int
 
 
+class Pong(NamedTuple):
+  """A sign of life."""
+
+
 FromServer: TypeAlias = (Build | Warm | Admit | Forget | Run | Offer | Withdraw
-                         | Pull | Drop | Ping)
+                         | Pull | Drop | Count | Ping)
 FromInstance: TypeAlias = (Hello | Failed | Built | Warmed | Ready | StageDone
-                           | Stepped | Offered | Landed | Broken | Lost | Pong)
+                           | Stepped | Offered | Landed | Broken | Lost
+                           | Counted | Pong)
 Message: TypeAlias = FromServer | FromInstance
 
 _KINDS = event_log.LOGGED | {kind.__name__: kind for kind in (
-    Build, Warm, Admit, Forget, Run, Offer, Withdraw, Pull, Drop, Ping, Hello,
-    Failed, Built, Warmed, Ready, StageDone, Stepped, Offered, Landed, Broken,
-    Lost, Pong)}
+    Build, Warm, Admit, Forget, Run, Offer, Withdraw, Pull, Drop, Count, Ping,
+    Hello, Failed, Built, Warmed, Ready, StageDone, Stepped, Offered, Landed,
+    Broken, Lost, Counted, Pong)}
 
 
 def dump(incarnation: int, message: Message) -> bytes:

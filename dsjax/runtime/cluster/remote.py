@@ -10,7 +10,7 @@ in: it has another socket, another key and another number.
 
 import collections
 import dataclasses
-import itertools
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -30,6 +30,7 @@ from dsjax.scheduling.events import Migrate, RunDecode, RunPrefill
 PING_S = 1.0  # from an answer to the next question
 LOOK_S = 2e-3  # between two looks while starting
 NEWEST = 1000  # stamps of steps that are remembered
+COMES_S = 300.0  # until a process says hello
 TRIAL_S = 120.0  # for the first hand-off, which carries nothing
 
 
@@ -105,7 +106,7 @@ class RemoteEngine:
     capacity, devices, address: see Built; known once `is_built`.
     peers: those that KV comes from, and goes to.
     slot_of, spare: what has been admitted, in slots of no meaning.
-    stamps: a Stamp a step, of the newest. held: its last answer to `ask`, or
+    stamps: a Stamp a step, of the newest. held: its last answer to `count`, or
       None.
   """
 
@@ -126,7 +127,7 @@ class RemoteEngine:
     self.devices: tuple[str, ...] = ()
     self.address = ''
     self.stamps: collections.deque[Stamp] = collections.deque(maxlen=NEWEST)
-    self.held: messages.Pong | None = None
+    self.held: messages.Counted | None = None
     self._fields, self._launch = fields, launch
     self.peers, self._compiles = messages.Warm({}, {}), False
     self._warmed: collections.deque[str] = collections.deque()
@@ -147,6 +148,7 @@ class RemoteEngine:
 
   def _begin(self) -> None:
     self.incarnation += 1
+    self._began_s = time.monotonic()
     self._process, self._channel = self._launch(self.incarnation), None
 
   @property
@@ -185,6 +187,8 @@ class RemoteEngine:
       if code is not None or process.failed:
         raise RuntimeError(process.failed or (
             f'its process ended before it came (exit code {code})'))
+      if time.monotonic() - self._began_s > COMES_S:
+        raise RuntimeError(f'its process did not come in {COMES_S:g} s')
     elif ended:
       raise RuntimeError(f'its process ended (exit code {code})' if code
                          is not None else ended)
@@ -201,10 +205,10 @@ class RemoteEngine:
     elif now_s - asked_s > self.config.silent_s:
       raise RuntimeError(f'its process is silent for {now_s - asked_s:.1f} s')
 
-  def ask(self) -> Callable[[], messages.Pong | None]:
-    """Asks for a sign of life; what gives the answer, once it has come."""
+  def count(self) -> Callable[[], messages.Counted | None]:
+    """Asks what it holds; what gives the answer, once it has come."""
     self.held = None
-    self._send(messages.Ping())
+    self._send(messages.Count())
     return lambda: self.held
 
   def cut(self) -> None:
@@ -221,11 +225,9 @@ class RemoteEngine:
     self._why, self._bad_input = message.why, message.bad_input
 
   def _on_built(self, message: messages.Built) -> None:
-    capacity = InstanceConfig(**message.capacity)
-    if self.is_built and capacity != self.capacity:
-      self._why = f'it came back with {capacity}, it had {self.capacity}'
-      return
-    self.capacity, self.address = capacity, message.address
+    self.capacity = InstanceConfig(**message.capacity)
+    self.address = message.address
+    self._fields = self._fields | {'capacity': message.capacity}  # for ever
     self.devices = tuple(f'{device}, process {self.pid}'
                          for device in message.devices.values())
     self._shapes, self.is_built = ((0, 0),) * message.shapes, True
@@ -259,7 +261,7 @@ class RemoteEngine:
   def _on_lost(self, message: messages.Lost) -> None:
     self._why = message.why
 
-  def _on_pong(self, message: messages.Pong) -> None:
+  def _on_counted(self, message: messages.Counted) -> None:
     self.held = message
 
   # --- start and end --------------------------------------------------------
@@ -385,7 +387,8 @@ _HEAR: dict[type, Callable[[RemoteEngine, Any], None]] = {
     messages.Landed: RemoteEngine._on_transfer,
     messages.Broken: RemoteEngine._on_transfer,
     messages.Lost: RemoteEngine._on_lost,
-    messages.Pong: RemoteEngine._on_pong,
+    messages.Counted: RemoteEngine._on_counted,
+    messages.Pong: lambda engine, pong: None,  # its channel has the time
 }
 
 
@@ -465,14 +468,13 @@ class RemoteTransfer:
 class RemoteRoute:
   """How KV goes from one process to another: the target pulls."""
 
-  _uuids = itertools.count(1)  # of offers; never used again
-
   def __init__(self, source: RemoteEngine, target: RemoteEngine) -> None:
     self.source, self.target = source, target
 
   def start(self, command: Migrate, checksum: bool = False) -> RemoteTransfer:
     """Has the source offer the KV and the target pull it."""
-    source, target, uuid = self.source, self.target, next(self._uuids)
+    source, target, uuid = self.source, self.target, (
+        secrets.randbits(63))  # what a puller must know
     transfer = RemoteTransfer(uuid, source, target, command, checksum)
     try:
       source._send(messages.Offer(uuid, target.index, command, checksum))

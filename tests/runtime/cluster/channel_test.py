@@ -140,7 +140,7 @@ def test_neither_side_waits_for_one_that_does_not_read(door):
 
 
 @pytest.mark.parametrize('said', [b'\x00' * 9, b'[3, ["Nothing"]]',
-                                  b'[3, ["Pong", 1, 2, 3]]'])
+                                  b'[3, ["Counted", 1, 2, 3]]'])
 def test_what_is_no_message_ends_it(door, said):
   host, port = door.address.rsplit(':', 1)
   with mp.Client((host, int(port)), authkey=door.key) as other:

@@ -9,6 +9,8 @@ import dataclasses
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -17,9 +19,9 @@ import dsjax
 from dsjax.checkpoints.checkpoint import Recipe
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement, Plan
-from dsjax.runtime.cluster import channel, messages
-from dsjax.runtime.cluster.channel import Door
-from dsjax.scheduling import event_log
+from dsjax.runtime.cluster import local, messages, remote
+from dsjax.runtime.cluster.instance import KEY
+from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import (
   InstanceDown,
   InstanceUp,
@@ -34,7 +36,6 @@ from tests.common.serving import (
   PAGES_4,
   check_tidy,
   check_tokens,
-  expected,
   expected_of_fakes,
   play,
   server_of,
@@ -107,7 +108,7 @@ def lend(shared, name, make):
   check_tidy(server, faulty=True)
   state = before
   for event, commands in server.log:
-    state, again = event_log.scheduler.step(server.scheduler_config, state,
+    state, again = scheduler.step(server.scheduler_config, state,
                                             event)
     assert again == commands
   check_held(server)
@@ -117,14 +118,10 @@ def lend(shared, name, make):
 
 def check_held(server):
   """No process holds anything, nor has it compiled since it was ready."""
-  def answers():
-    return [engine.held for engine in server.engines]
-
-  for engine in server.engines:
-    engine.held = None
-    engine._send(messages.Ping())
-  until(lambda: all(answers()), server)
-  assert answers() == [messages.Pong(0, 0, 0, 0)] * len(server.engines)
+  answers = [engine.count() for engine in server.engines]
+  until(lambda: all(answer() for answer in answers), server)
+  assert [answer() for answer in answers] == [messages.Counted(0, 0, 0, 0)] * (
+      len(answers))
 
 
 @pytest.fixture
@@ -143,71 +140,92 @@ def fakes(shared):
 
 
 def untimed(log):
-  """Events without times, and their commands."""
-  timed = ('time_s', 'steps_s', 'stages_s')
-  return [(type(event), [
-      len(value) if isinstance(value, tuple) and name in timed else value
-      for name, value in zip(event._fields, event, strict=True)
-      if name != 'time_s'], commands) for event, commands in log]
+  """Events and commands without times, of requests counted from 0."""
+  first = min(event.id for event, _ in log if hasattr(event, 'id'))
+
+  def plain(name, value):
+    if name in ('steps_s', 'stages_s'):
+      return len(value)
+    return 0 if name == 'time_s' else value
+
+  kinds = []
+  for event, commands in log:
+    fields = {name: plain(name, value) for name, value in zip(
+        event._fields, event, strict=True)}
+    if 'id' in fields:
+      fields['id'] -= first
+    kinds.append((type(event), fields, [type(c) for c in commands]))
+  return kinds
 
 
 def one_by_one(server, work):
   """Outputs of requests of which each waits for the one before, and what was
-  logged and recorded, without times."""
-  server.log.clear()
-  outputs = [server.generate(prompt, **params) for prompt, params in work]
-  until(lambda: not server.busy, server)
-  # How far decoding runs ahead of the host, and so how steps are cut, is the
-  # same, as it hangs on nothing but what has completed.
-  return outputs, untimed(server.log), [
-      (o.record.status, o.record.instances, o.record.retries,
-       o.record.preemptions, len(o.record.token_s)) for o in outputs]
+  logged, without times."""
+  outputs, log = [], []
+  for prompt, params in work:
+    before = len(server.log)
+    outputs.append(server.generate(prompt, **params))
+    until(lambda: not server.busy, server)
+    log.append(untimed(server.log[before:]))
+  return outputs, log
 
 
 def check_equal(ours, theirs):
-  """Two servers' one_by_one; ids count from another number."""
-  (outputs, log, records), (others, other_log, other_records) = ours, theirs
+  """Two servers gave, said and recorded the same."""
+  (outputs, log), (others, other_log) = ours, theirs
   for one, other in zip(outputs, others, strict=True):
     assert (one.tokens, one.text, one.reason) == (
         other.tokens, other.text, other.reason)
     for (p, top), (q, tops) in zip(one.logprobs, other.logprobs, strict=True):
       assert p == pytest.approx(q, abs=1e-4)
       assert [i for i, _ in top] == [i for i, _ in tops]
-  assert records == other_records
-  assert [kind for kind, *_ in log] == [kind for kind, *_ in other_log]
+    assert recorded(one) == recorded(other)
+  assert log == other_log
 
 
-@pytest.mark.parametrize('mode', ['1p1d', 'colocated', 'chunked'])
-def test_tokens_log_and_records_are_those_of_one_process(mode):
-  placement, _ = serving.MODES[mode]
-  config = dataclasses.replace(PAGES_4, checksum=mode == '1p1d')
-  work = [MIXED[0], MIXED[5], MIXED[10], LONG[0]]
-  with server_of(mode, config) as one:
-    wanted = one_by_one(one, work)
-  with start(placement, config) as server:
-    found = one_by_one(server, work)
-    check_equal(found, wanted)
-    assert [entry[1:] for entry in found[1]] == [
-        entry[1:] for entry in wanted[1]]
-    check_tokens(MIXED, play(server, MIXED))
+def recorded(output):
+  """A record without times."""
+  record = output.record
+  return (record.status, record.prompt_len, record.instances, record.retries,
+          record.preemptions, list(record.stage_s), len(record.token_s))
+
+
+@pytest.fixture
+def one_process(mode):
+  """What a server of one process gives, says and records."""
+  with server_of(mode, CONFIGS[mode]) as server:
+    yield one_by_one(server, JOBS)
+
+
+# Few steps to compile: of one or two rows and 32 tokens.
+SMALL = dataclasses.replace(PAGES_4, max_seqs=2, prefill_tokens=32,
+                            prefill_seqs=1)
+CONFIGS = {
+    '1p1d': PAGES_4, 'colocated': SMALL, 'chunked': SMALL,
+    'tp2_pp2': dataclasses.replace(
+        SMALL, max_seqs=1, decode_page_size=16, num_pages=8,
+        decode_kv_dtype='int8', checksum=True)}
+JOBS = [MIXED[0], MIXED[5], MIXED[10]]
+
+
+@pytest.mark.parametrize('mode', ['1p1d'])
+def test_tokens_log_and_records_are_those_of_one_process(pair, one_process):
+  check_equal(one_by_one(pair, JOBS), one_process)
+
+
+@pytest.mark.parametrize('mode', ['colocated', 'chunked'])
+def test_so_they_are_without_hand_offs(mode, one_process):
+  with start(serving.MODES[mode][0], CONFIGS[mode]) as server:
+    check_equal(one_by_one(server, JOBS), one_process)
+    check_tokens(MIXED[:6], play(server, MIXED[:6]))
     check_held(server)
-    assert len({engine.pid for engine in server.engines}) == len(
-        server.engines)
-    assert all(engine.stamps for engine in server.engines)
 
 
-def test_any_plans_page_sizes_and_dtypes():
+@pytest.mark.parametrize('mode', ['tp2_pp2'])
+def test_so_they_are_with_any_plans_page_sizes_and_dtypes(mode, one_process):
   """From tp=2 to pp=2, pages of 4 to 16, float32 to int8, with checksums."""
-  placement = Placement(prefill=[Plan(2)], decode=[Plan(1, 2)])
-  config = dataclasses.replace(PAGES_4, decode_page_size=16, num_pages=8,
-                               decode_kv_dtype='int8', checksum=True)
-  work = [MIXED[0], MIXED[5], MIXED[10]]
-  with server_of('tp2_pp2', config) as one:
-    wanted = one_by_one(one, work)
-  with start(placement, config) as server:
-    check_equal(one_by_one(server, work), wanted)
-    assert any(event.stages_s for event, _ in server.log
-               if hasattr(event, 'stages_s'))
+  with start(serving.MODES[mode][0], CONFIGS[mode]) as server:
+    check_equal(one_by_one(server, JOBS), one_process)
     assert server.copied_bytes
     check_held(server)
 
@@ -229,7 +247,7 @@ def stop(server, index):
 
 
 def cut(server, index):
-  server.engines[index]._channel._socket.shutdown(socket.SHUT_RDWR)
+  server.engines[index].cut()
 
 
 def garble(server, index):
@@ -273,19 +291,18 @@ def test_nobody_loses_by_a_process_that_is_killed(pair, stage):
   assert InstanceDown in told and InstanceUp in told
 
 
-@pytest.mark.parametrize('harm', [stop, cut, garble])
-@pytest.mark.parametrize('index', [0, 1])
+@pytest.mark.parametrize('harm, index', [(stop, 0), (stop, 1), (cut, 0),
+                                         (garble, 1)])
 def test_what_hangs_or_is_cut_off_is_lost(pair, harm, index, monkeypatch):
-  if harm is stop:
-    monkeypatch.setattr(pair.engines[index], 'config', dataclasses.replace(
-        CONFIG, silent_s=1.0))
   ids = [pair.submit(prompt, **params) for prompt, params in WORK]
   until(lambda: any(type(event) is Migrated for event, _ in pair.log), pair)
   before = pair.engines[index].pid
-  harm(pair, index)
-  until(lambda: any(type(event) is InstanceDown for event, _ in pair.log),
-        pair)
-  monkeypatch.undo()
+  with monkeypatch.context() as patch:
+    patch.setattr(pair.engines[index], 'config', dataclasses.replace(
+        CONFIG, silent_s=1.0 if harm is stop else 30.0))
+    harm(pair, index)
+    until(lambda: any(type(event) is InstanceDown for event, _ in pair.log),
+          pair)
   until(lambda: not pair.busy, pair)
   check_tokens(WORK, [pair.output(id) for id in ids])
   until(lambda: not pair.fleet.down, pair)
@@ -293,54 +310,52 @@ def test_what_hangs_or_is_cut_off_is_lost(pair, harm, index, monkeypatch):
 
 
 def test_a_device_that_hangs_is_lost(pair, monkeypatch):
-  """It answers pings, and no step comes: stall_s."""
-  engine = pair.engines[1]
-  monkeypatch.setattr(type(engine), '_on_step', lambda *_: None)
+  """It answers pings, and no step comes."""
   with monkeypatch.context() as patch:
     patch.setattr(pair.fleet, 'config', dataclasses.replace(
         CONFIG, stall_s=0.5))
-    from dsjax.runtime.cluster import remote
     patch.setitem(remote._HEAR, messages.Stepped, lambda *_: None)
-    id = pair.submit(*MIXED[:1][0][:1], **MIXED[0][1])
+    id = pair.submit(MIXED[0][0], **MIXED[0][1])
     until(lambda: pair.faults, pair)
     assert 'no step for' in pair.faults[0][1]
   until(lambda: not pair.busy, pair)
   assert pair.output(id).tokens == want(MIXED[0])
 
 
-def test_a_hand_off_that_breaks_is_tried_again(pair):
-  """The source takes its offer back before it is pulled."""
-  from dsjax.runtime.cluster.remote import RemoteRoute
-  route, = pair.routes.values()
-  start_one, broken = route.start, []
+def _spoiled(said, **changes):
+  """Messages of a type, the first of them with another content."""
+  todo, hear = [changes], remote._HEAR[said]
 
-  def start_broken(command, checksum=False):
-    if not broken:
-      uuid = next(RemoteRoute._uuids)
-      broken.append(uuid)
-      RemoteRoute._uuids = iter([uuid + 1, *range(uuid + 2, uuid + 10**6)])
-      route.source._send(messages.Pull(  # of no use to anyone
-          uuid, 99, 'nowhere', command, checksum))
-    return start_one(command, checksum)
+  def spoiled(engine, message):
+    hear(engine, message._replace(**todo.pop()) if todo else message)
+  return {said: spoiled}
 
-  del start_broken
-  target = pair.engines[1]
+
+@pytest.mark.parametrize('spoiled, why', [
+    (_spoiled(messages.Landed, checksum=1), 'KV checksum 0x1 arrived'),
+    (_spoiled(messages.Offered, kind=1), 'shapes or dtypes'),
+    (None, "KeyError: 77")], ids=['checksum', 'kind', 'pull'])
+def test_a_hand_off_that_breaks_is_tried_again(pair, monkeypatch, spoiled,
+                                               why):
+  target, todo = pair.engines[1], [77]
   real = target._send
 
-  def lost_in_between(message):
-    """A page list that the target cannot write."""
-    if isinstance(message, messages.Pull) and not broken:
-      broken.append(message.uuid)
-      message = message._replace(source=77)  # knows of no such peer
+  def lost_on_the_way(message):
+    """A Pull from a source that there is not."""
+    if isinstance(message, messages.Pull) and todo:
+      message = message._replace(source=todo.pop())
     real(message)
 
-  target._send = lost_in_between
-  try:
+  with monkeypatch.context() as patch:
+    if spoiled:
+      patch.setattr(remote, '_HEAR', remote._HEAR | spoiled)
+    else:
+      patch.setattr(target, '_send', lost_on_the_way)
     check_tokens(WORK, play(pair, WORK, faulty=True))
-  finally:
-    del target._send
-  told = [type(event) for event, _ in pair.log]
-  assert MigrateFailed in told and InstanceDown not in told
+  told = [event for event, _ in pair.log]
+  failed = [event for event in told if isinstance(event, MigrateFailed)]
+  assert len(failed) == 1 and why in failed[0].reason
+  assert InstanceDown not in map(type, told)
 
 
 def test_any_process_may_die_at_any_moment(fakes):
@@ -453,13 +468,80 @@ def test_close_leaves_nothing():
   until(lambda: len(os.listdir('/proc/self/fd')) <= files)
 
 
-def test_a_key_is_in_no_command_line_nor_environment():
-  """Of another process than the instance's own, that is."""
+def test_a_key_is_in_no_command_line():
+  """And not in the environment of what an instance would start."""
   with start(Placement(colocated=[Plan()]),
              make_engine=fake_engine.FakeEngine) as server:
-    key = server.engines[0]._process._door.key.hex()
-    with open(f'/proc/{server.engines[0].pid}/cmdline') as file:
-      assert key not in file.read()
-    assert key not in os.environ.values()
-  assert isinstance(server.engines[0]._process, type(None))
-  assert Door is channel.Door and expected
+    engine = server.engines[0]
+    with open(f'/proc/{engine.pid}/cmdline') as file:
+      assert engine._process._door.key.hex() not in file.read()
+    assert KEY not in os.environ
+
+
+SERVED = """
+import dataclasses, os, signal, sys
+import dsjax
+from tests.common import fake_engine
+from tests.runtime.cluster import cluster_test as here
+
+server = here.start(here.Placement(colocated=[here.Plan()] * 2),
+                    make_engine=fake_engine.FakeEngine)
+print(*[engine.pid for engine in server.engines], flush=True)
+if sys.argv[1] == 'serve':
+  with server:
+    server.run([dsjax.Request(i, 1e3 * i, (5, 6), dsjax.Sampling(4))
+                for i in range(9)])
+if sys.argv[1] == 'raise':
+  raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize('end', ['SIGKILL', 'SIGINT', 'raise'])
+def test_instances_end_with_their_server(end):
+  """However it ends; one that is not closed too."""
+  script = subprocess.Popen(
+      [sys.executable, '-c', SERVED, 'raise' if end == 'raise' else 'serve'],
+      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+      env=os.environ | {'PYTHONPATH': os.pathsep.join(
+          path or os.getcwd() for path in sys.path)})
+  with script:
+    pids = list(map(int, script.stdout.readline().split()))
+    assert len(pids) == 2
+    if end != 'raise':
+      script.send_signal(getattr(signal, end))
+    script.wait()
+  until(lambda: not any(map(alive, pids)))
+
+
+# --- what each is given ------------------------------------------------------
+
+
+def test_instances_share_no_core(monkeypatch):
+  placement = Placement(prefill=[Plan(2)], decode=[Plan(), Plan(1, 2)])
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {7, *range(12)})
+  assert local.split_cores(placement) == [
+      [0, 1, 2, 3], [4, 5], [6, 7, 8, 9]]
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {0, 1, 2})
+  assert local.split_cores(placement) == [[], [], []]
+
+
+def test_instances_share_no_gpu(monkeypatch):
+  placement = Placement(prefill=[Plan(2)], decode=[Plan()])
+  monkeypatch.setattr(local, 'visible_gpus', lambda: ['4', '5', 'GPU-a', '7'])
+  assert [env['CUDA_VISIBLE_DEVICES']
+          for env in local.environments(placement)] == ['4,5', 'GPU-a']
+  assert local.split_cores(placement) == [[], []]
+  monkeypatch.setattr(local, 'visible_gpus', lambda: ['0', '1'])
+  with pytest.raises(InputError, match='at most the 2 that exist'):
+    local.environments(placement)
+
+
+def test_a_cpu_instance_has_its_own_number_of_devices(monkeypatch):
+  monkeypatch.setenv('XLA_FLAGS', '--a --xla_force_host_platform_device_count=8'
+                     ' --b')
+  prefill, decode = local.environments(Placement(
+      prefill=[Plan(2, 2)], decode=[Plan()]))
+  assert (prefill['JAX_NUM_CPU_DEVICES'], decode['JAX_NUM_CPU_DEVICES']) == (
+      '4', '1')
+  assert prefill['XLA_FLAGS'].split() == ['--a', '--b']
+  assert prefill['JAX_PLATFORMS'] == 'cpu'

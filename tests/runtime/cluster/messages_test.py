@@ -16,7 +16,8 @@ MOVE = Migrate(3, 1, 0, (1, 2), 1, (4,), 7, 2)
 ALL = (
     messages.Build({'role': 'decode', 'recipe': {'name': 'tiny'}}),
     messages.Warm({'0': {'tp': 1}}, {}),
-    messages.Admit(1, (5, 6), 2, {'stop': ['a', 'Row'], 'logit_bias': [[3, 1.5]]}),
+    messages.Admit(1, (5, 6), 2, {'stop': ['a', 'Row'],
+                                  'logit_bias': [[3, 1.5]]}),
     messages.Forget(1), messages.Run(DECODE), messages.Run(PREFILL),
     messages.Offer(2, 1, MOVE, True), messages.Withdraw(2, False),
     messages.Pull(2, 0, '127.0.0.1:1', MOVE, False), messages.Drop(2),
@@ -26,7 +27,7 @@ ALL = (
     messages.Stepped(7, (1, 2), ((0, -1.5, (1,), (-1.5,)),), 1.0, 0.5),
     messages.Offered(2, 8, 9, 10), messages.Landed(2, 9, 10),
     messages.Broken(2, 'why'), messages.Lost('why'),
-    messages.Pong(1, 2, 3, 4))
+    messages.Count(), messages.Counted(1, 2, 3, 4), messages.Pong())
 
 
 @pytest.mark.parametrize('message', ALL, ids=lambda m: type(m).__name__)
@@ -41,7 +42,7 @@ def test_every_message_is_tried():
 
 @pytest.mark.parametrize('data', [
     b'', b'\xff', b'{', b'[]', b'[1]', b'{}', b'["1", ["Ping"]]', b'[1, 2]',
-    b'[1, ["Pong"]]', b'[1, ["Ping", 1]]', b'[1, ["System", "ls"]]',
+    b'[1, ["Counted"]]', b'[1, ["Ping", 1]]', b'[1, ["System", "ls"]]',
     b'[1, ["Finish", 1, "stop"]]', b'[1, [["Ping"]]]', b'[1, null]',
     b'[' * 100_000])
 def test_what_is_no_message_is_refused(data):
