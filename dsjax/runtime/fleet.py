@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 
 from dsjax.checkpoints.checkpoint import Model
+from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement
 from dsjax.config.request import Sampling
@@ -128,6 +129,9 @@ def build(model: Model, placement: Placement, config: EngineConfig,
   Raises:
     InputError: the placement or the config cannot be served.
   """
+  if not model.params:
+    raise InputError(f'model={model.config.name!r}: has no weights: load it '
+                     'without weights=False')
   roles = [role for role, _ in placement.instances]
   meshes = sharding.make_meshes(model.config, placement, devices)
   capacities = [memory.size_pages(model.config, stages, role, config)

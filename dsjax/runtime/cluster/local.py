@@ -105,8 +105,9 @@ def build(model: Model, placement: Placement, config: EngineConfig,
   if model.recipe.config is not None:
     recipe['config'] = dataclasses.asdict(model.recipe.config)
   name = getattr(make_engine, '__qualname__', '.')
-  require(name.isidentifier(), 'make_engine', make_engine,
-          "a class or function of a module with cluster='local'")
+  require(name.isidentifier() and make_engine.__module__ != '__main__',
+          'make_engine', make_engine, "a class or function of a module that "
+          "others can import, with cluster='local'")
   capacities = [config.instance(role, plan.pp)
                 for role, plan in placement.instances]
   moves = [any(hands_off(a, b) or hands_off(b, a)

@@ -141,7 +141,7 @@ class RemoteEngine:
     self.spare = list(range(self.config.max_seqs))
     self.transfers: dict[int, RemoteTransfer] = {}
     self._tables = PageTables()
-    self._due: collections.deque[Output] = collections.deque()
+    self._due: collections.deque[tuple[int, Output]] = collections.deque()
     self._marks: collections.deque[Arriving] = collections.deque()
     self._why, self._bad_input = '', False
     self._ready, self._asked_s = False, None
@@ -241,7 +241,11 @@ class RemoteEngine:
     self._marks.popleft().put(np.zeros(1, np.int32))
 
   def _on_step(self, message: messages.Stepped) -> None:
-    output, size = self._due.popleft(), len(message.token_R)
+    number, output = self._due.popleft()
+    if message.number != number:
+      raise RuntimeError(f'a step of command {message.number} came, one of '
+                         f'{number} was due')
+    size = len(message.token_R)
     logprob_R = np.zeros(size, np.float32)
     top_id_RA = np.zeros((size, MAX_LOGPROBS), np.int32)
     top_logprob_RA = np.zeros((size, MAX_LOGPROBS), np.float32)
@@ -322,6 +326,8 @@ class RemoteEngine:
     if self._process is None:
       self._vacate()
       self._begin()
+      if self.closed:  # meanwhile, by another thread
+        self.stop()
     self.check()
     self._warmed.clear()
     return self._ready
@@ -362,7 +368,7 @@ class RemoteEngine:
     outputs = [Output(Arriving(self, size)) for _ in range(command.steps)]
     marks = [Arriving(self, 1) for _ in range(
         command.steps * (self.capacity.pp - 1))]
-    self._due.extend(outputs)
+    self._due.extend((command.number, output) for output in outputs)
     self._marks.extend(marks)
     return outputs, marks
 
