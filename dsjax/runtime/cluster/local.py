@@ -20,8 +20,9 @@ from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan
 from dsjax.runtime.cluster import messages
 from dsjax.runtime.cluster.channel import Channel, Door
+from dsjax.runtime.cluster.handoff import LOOK_S
 from dsjax.runtime.cluster.instance import KEY
-from dsjax.runtime.cluster.remote import LOOK_S, RemoteEngine
+from dsjax.runtime.cluster.remote import RemoteEngine
 from dsjax.runtime.migration import hands_off
 from dsjax.runtime.protocols import Engine, MakeEngine
 

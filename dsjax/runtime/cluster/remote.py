@@ -1,16 +1,14 @@
-"""Engines, routes and hand-offs of other processes, as a fleet sees them.
+"""Engines of other processes, as a fleet sees them.
 
 A RemoteEngine is an Engine whose effects are messages. A step's output is an
-array that is ready when its message has come; a hand-off lands by itself at
-its target, and tells. So a Fleet does with it what it does with an Engine of
-its own process: what raises, stalls or ends loses the instance, and `start`
-begins a new process, another incarnation. Nothing of an earlier one can come
-in: it has another socket, another key and another number.
+array that is ready when its message has come. So a Fleet does with it what it
+does with an Engine of its own process: what raises, stalls or ends loses the
+instance, and `start` begins a new process, another incarnation. Nothing of an
+earlier one can come in: it has another socket, another key, another number.
 """
 
 import collections
 import dataclasses
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -20,18 +18,16 @@ import numpy as np
 from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig, InstanceConfig
 from dsjax.config.request import MAX_LOGPROBS, Sampling
-from dsjax.runtime import migration
 from dsjax.runtime.cluster import messages
 from dsjax.runtime.cluster.channel import Channel
+from dsjax.runtime.cluster.handoff import LOOK_S, RemoteRoute, RemoteTransfer
 from dsjax.runtime.cluster.messages import PageTables
 from dsjax.runtime.protocols import Dispatched
-from dsjax.scheduling.events import Migrate, RunDecode, RunPrefill
+from dsjax.scheduling.events import RunDecode, RunPrefill
 
 PING_S = 1.0  # from an answer to the next question
-LOOK_S = 2e-3  # between two looks while starting
 NEWEST = 1000  # stamps of steps that are remembered
 COMES_S = 300.0  # until a process says hello
-TRIAL_S = 120.0  # for the first hand-off, which carries nothing
 
 
 class Process(Protocol):
@@ -208,7 +204,7 @@ class RemoteEngine:
   def count(self) -> Callable[[], messages.Counted | None]:
     """Asks what it holds; what gives the answer, once it has come."""
     self.held = None
-    self._send(messages.Count())
+    self.send(messages.Count())
     return lambda: self.held
 
   def cut(self) -> None:
@@ -216,7 +212,8 @@ class RemoteEngine:
     if self._channel:
       self._channel.cut()
 
-  def _send(self, message: messages.FromServer) -> None:
+  def send(self, message: messages.FromServer) -> None:
+    """Sends a message. Raises RuntimeError: the instance is not there."""
     if self._channel is None:
       raise RuntimeError('it is not there')
     self._channel.send(message)
@@ -232,7 +229,7 @@ class RemoteEngine:
                          for device in message.devices.values())
     self._shapes, self.is_built = ((0, 0),) * message.shapes, True
     if self._compiles:
-      self._send(self.peers)
+      self.send(self.peers)
 
   def _on_ready(self, message: messages.Ready) -> None:
     self._ready = True
@@ -278,7 +275,7 @@ class RemoteEngine:
     """Has it compile; from now on a new process does so by itself."""
     if not self._compiles:
       self._compiles = True
-      self._send(self.peers)
+      self.send(self.peers)
 
   def warm(self) -> Iterator[str]:
     """Waits until everything is compiled; yields the name of each step."""
@@ -291,7 +288,7 @@ class RemoteEngine:
     yield from self._warmed
     self._warmed.clear()
 
-  def route_to(self, target: 'RemoteEngine') -> 'RemoteRoute':
+  def route_to(self, target: 'RemoteEngine') -> RemoteRoute:
     """How KV goes from this engine to another."""
     return RemoteRoute(self, target)
 
@@ -344,7 +341,7 @@ class RemoteEngine:
   def admit(self, id: int, tokens: Sequence[int], prompt_len: int,
             params: Sampling) -> None:
     """Gives a request a slot holding its tokens so far."""
-    self._send(messages.Admit(id, tuple(map(int, tokens)), prompt_len,
+    self.send(messages.Admit(id, tuple(map(int, tokens)), prompt_len,
                               dataclasses.asdict(params)))
     self.slot_of[id] = self.spare.pop()
 
@@ -353,7 +350,7 @@ class RemoteEngine:
     if id in self.slot_of:
       self.spare.append(self.slot_of.pop(id))
       self._tables.forget(id)
-      self._send(messages.Forget(id))
+      self.send(messages.Forget(id))
 
   def prefill(self, command: RunPrefill) -> Dispatched:
     """Sends a RunPrefill."""
@@ -364,7 +361,7 @@ class RemoteEngine:
     return self._run(command, len(command.rows))
 
   def _run(self, command: RunPrefill | RunDecode, size: int) -> Dispatched:
-    self._send(messages.Run(self._tables.shrink(command)))
+    self.send(messages.Run(self._tables.shrink(command)))
     outputs = [Output(Arriving(self, size)) for _ in range(command.steps)]
     marks = [Arriving(self, 1) for _ in range(
         command.steps * (self.capacity.pp - 1))]
@@ -396,118 +393,3 @@ _HEAR: dict[type, Callable[[RemoteEngine, Any], None]] = {
     messages.Counted: RemoteEngine._on_counted,
     messages.Pong: lambda engine, pong: None,  # its channel has the time
 }
-
-
-class RemoteTransfer:
-  """A hand-off in flight between two processes: a Transfer.
-
-  The target pulls as soon as it may and writes its pages by itself, in the
-  order of its messages: so what has not landed when a Drop comes never does.
-  """
-
-  def __init__(self, uuid: int, source: RemoteEngine, target: RemoteEngine,
-               command: Migrate, checksum: bool) -> None:
-    self.command, self.checksum = command, checksum
-    self.bytes, self.start_s = 0, time.perf_counter()
-    self.landed, self._over = False, False
-    self._uuid, self._ends = uuid, (source, target)
-    self._offered: messages.Offered | None = None
-    self._arrived: messages.Landed | None = None
-    self._why = ''
-    for engine in self._ends:
-      engine.transfers[uuid] = self
-
-  def hear(self, message: Any) -> None:
-    """One of its ends says how far it is."""
-    if isinstance(message, messages.Offered):
-      self._offered, self.bytes = message, message.bytes
-    elif isinstance(message, messages.Landed):
-      self._arrived = message
-    else:
-      self._why = message.why
-
-  def has_arrived(self) -> bool:
-    """Whether the target holds it all.
-
-    Raises:
-      RuntimeError: it failed at one of the ends.
-    """
-    for engine in self._ends:
-      engine.hear()
-    if self._why:
-      raise RuntimeError(self._why)
-    if self._offered is None or self._arrived is None:
-      return False
-    if self._offered.kind != self._arrived.kind:
-      raise migration.Damaged('shapes or dtypes arrived that were not sent')
-    return True
-
-  def land(self) -> None:
-    """It has landed by itself."""
-    self.landed = True
-    if not self.checksum:
-      self._settle(pulled=True)
-
-  def is_ready(self) -> bool:
-    return self.landed
-
-  def check(self) -> None:
-    """Raises Damaged unless the checksums agree."""
-    if self._offered and self._arrived:
-      migration.compare(self._offered.checksum, self._arrived.checksum)
-    self._settle(pulled=True)
-
-  def drop(self) -> None:
-    """Gives it up: the target writes nothing, the source keeps nothing."""
-    self._ends[1].send_if_there(messages.Drop(self._uuid))
-    self._settle(pulled=self._arrived is not None)
-
-  def _settle(self, pulled: bool) -> None:
-    """Both ends forget it; what was not pulled is taken back."""
-    for engine in self._ends:
-      engine.transfers.pop(self._uuid, None)
-    if not self._over:
-      self._over = True
-      self._ends[0].send_if_there(messages.Withdraw(self._uuid, pulled))
-
-
-class RemoteRoute:
-  """How KV goes from one process to another: the target pulls."""
-
-  def __init__(self, source: RemoteEngine, target: RemoteEngine) -> None:
-    self.source, self.target = source, target
-
-  def start(self, command: Migrate, checksum: bool = False) -> RemoteTransfer:
-    """Has the source offer the KV and the target pull it."""
-    source, target, uuid = self.source, self.target, (
-        secrets.randbits(63))  # what a puller must know
-    transfer = RemoteTransfer(uuid, source, target, command, checksum)
-    try:
-      source._send(messages.Offer(uuid, target.index, command, checksum))
-      target._send(messages.Pull(uuid, source.index, source.address, command,
-                                 checksum))
-    except BaseException:
-      transfer.drop()
-      raise
-    return transfer
-
-  def warm(self, checksum: bool = False) -> None:
-    """One hand-off of nothing: whether one can reach the other. What it
-    compiles, the processes have.
-
-    Raises:
-      RuntimeError: they cannot.
-    """
-    what = f'KV from instance {self.source.index} to {self.target.index}'
-    command = migration.nowhere(self.source.capacity, self.target.capacity)
-    transfer, until_s = self.start(command, checksum), (
-        time.monotonic() + TRIAL_S)
-    while not transfer.has_arrived():
-      for engine in (self.source, self.target):
-        engine.check()
-      if time.monotonic() > until_s:
-        raise RuntimeError(f'{what}: nothing came in {TRIAL_S:g} s')
-      time.sleep(LOOK_S)
-    transfer.land()
-    if checksum:
-      transfer.check()

@@ -323,7 +323,7 @@ def test_a_device_that_hangs_is_lost(pair, monkeypatch):
 def test_a_copy_that_takes_too_long_gives_its_pages_back(pair, monkeypatch):
   """Its source is stopped for a while, and late: the offer is taken back."""
   source, stopped = pair.engines[0], []
-  real = source._send
+  real = source.send
 
   def stop_at_offer(message):
     if isinstance(message, messages.Offer) and not stopped:
@@ -332,7 +332,7 @@ def test_a_copy_that_takes_too_long_gives_its_pages_back(pair, monkeypatch):
     real(message)
 
   with monkeypatch.context() as patch:
-    patch.setattr(source, '_send', stop_at_offer)
+    patch.setattr(source, 'send', stop_at_offer)
     patch.setattr(pair.fleet, 'config', dataclasses.replace(
         CONFIG, lease_s=0.2))
     ids = [pair.submit(prompt, **params) for prompt, params in WORK]
@@ -360,7 +360,7 @@ def _spoiled(said, **changes):
 def test_a_hand_off_that_breaks_is_tried_again(pair, monkeypatch, spoiled,
                                                why):
   target, todo = pair.engines[1], [77]
-  real = target._send
+  real = target.send
 
   def lost_on_the_way(message):
     """A Pull from a source that there is not."""
@@ -372,7 +372,7 @@ def test_a_hand_off_that_breaks_is_tried_again(pair, monkeypatch, spoiled,
     if spoiled:
       patch.setattr(remote, '_HEAR', remote._HEAR | spoiled)
     else:
-      patch.setattr(target, '_send', lost_on_the_way)
+      patch.setattr(target, 'send', lost_on_the_way)
     check_tokens(WORK, play(pair, WORK, faulty=True))
   told = [event for event, _ in pair.log]
   failed = [event for event in told if isinstance(event, MigrateFailed)]
