@@ -27,7 +27,7 @@ LOOPBACK = '127.0.0.1'
 MOST_BYTES = 2**28  # of a message
 GREET_S = 10.0  # that a stranger may take to prove itself
 MOST_GREETED = 8  # strangers at a time
-CLOSED = 'its socket was closed'
+CLOSED = 'its process ended, or its socket was cut'
 # What a message is answered by at once; None: it is kept, for `take`.
 Answer: TypeAlias = Callable[[Any], Message | None]
 
