@@ -484,6 +484,12 @@ def test_what_is_not_there_is_refused(options, error):
   assert children() <= before
 
 
+def test_a_field_that_processes_do_not_know_is_refused(monkeypatch):
+  monkeypatch.setattr(local, 'NOT_YET', ('prefix_',))
+  with pytest.raises(InputError, match='EngineConfig.prefix_cache=True'):
+    start(config=dataclasses.replace(CONFIG, prefix_cache=True))
+
+
 def test_models_that_cannot_be_served_are_refused():
   """One that no other process has; one without weights in this process."""
   with pytest.raises(InputError, match='loads it again'):
