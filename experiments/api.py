@@ -38,7 +38,7 @@ from experiments.common import overrides as configs
 
 FLAGS = {
     'config': 'demo', 'set': (), 'policy': 'distserve',
-    'latency': cli.PREDICTS,
+    'latency': cli.PREDICTS, 'cluster': cli.CLUSTER_FLAG,
     'planner': cli.Flag(False, 'A process beside the server asks --policy for '
                         'roles, so that a long search holds up no step.'),
     'compilation_cache': cli.CACHE,
@@ -73,7 +73,8 @@ def load(name, settings):
 
 
 def make_service(config, name=None, key=None, log_text=False,
-                 policy=DISTSERVE, origins=(), latency=None, planner=None):
+                 policy=DISTSERVE, origins=(), latency=None, planner=None,
+                 cluster=None):
   """(application, Service) of an Api; nothing is loaded yet.
 
   Raises:
@@ -86,10 +87,11 @@ def make_service(config, name=None, key=None, log_text=False,
                      "install 'dsjax[serve]'") from error
 
   def make(report):
-    model = dsjax.load(config.model, config.engine.dtype)
+    model = dsjax.load(config.model, config.engine.dtype,
+                       weights=cluster is None)
     return dsjax.serve(model, config.placements[0], config.engine,
                        report=report, keep_events=1, policy=policy,
-                       latency=latency, planner=planner)
+                       latency=latency, planner=planner, cluster=cluster)
 
   name = name or pathlib.Path(config.model).name
   metrics = telemetry.Gauges(name)
@@ -103,6 +105,7 @@ def run(options, console):
   del console
   _log_lines(options.out)
   config = load(options.config, options.set)
+  cluster = cli.cluster_of(options)
   cli.prepare(config.num_devices, options.compilation_cache)
   key = os.environ.get('DSJAX_API_KEY') or None
   from dsjax.runtime.planner import planner_process
@@ -112,7 +115,7 @@ def run(options, console):
     served, service = make_service(
         config, options.name, key, options.log_text,
         policies.load(options.policy, config.slo), options.cors,
-        options.latency or None, beside)
+        options.latency or None, beside, cluster)
     from dsjax.http import socket_server
     host, port = bound.getsockname()[:2]
     print(f'http://{host}:{port}/ answers once {config.model} is ready',

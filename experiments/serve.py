@@ -43,7 +43,7 @@ SAMPLES = 3  # answers shown of the first mode
 BUSY_CORES = 0.2  # of other programs: more than this spoils a comparison
 
 FLAGS = {'config': None, 'set': (), 'out': None, 'policy': 'distserve',
-         'latency': cli.PREDICTS,
+         'latency': cli.PREDICTS, 'cluster': cli.CLUSTER_FLAG,
          'compilation_cache': cli.CACHE}
 
 
@@ -126,7 +126,7 @@ def _check_length(config, model, request):
 
 
 def serve_mode(config, mode, placement, model, requests, screen, policy,
-               latency):
+               latency, cluster=None):
   """Runs the requests in one mode: a Result, checked.
 
   Raises:
@@ -136,7 +136,7 @@ def serve_mode(config, mode, placement, model, requests, screen, policy,
   screen.begin(mode, placement, len(requests))
   with dsjax.serve(model, placement, config.engine,
                    report=screen.warming, policy=policy,
-                   latency=latency) as server:
+                   latency=latency, cluster=cluster) as server:
     with machine.compilations() as compiled:
       stopped, others = False, machine.Others()
       try:
@@ -193,7 +193,7 @@ def tokens_agree(results):
 
 
 def serve_modes(config, model, requests, console, policy=DISTSERVE,
-                latency=None):
+                latency=None, cluster=None):
   """Runs the requests in every mode of a config, in turn.
 
   Returns:
@@ -206,7 +206,7 @@ def serve_modes(config, model, requests, console, policy=DISTSERVE,
     for mode, placement in zip(config.modes, config.placements, strict=True):
       try:
         result = serve_mode(config, mode, placement, model, requests, screen,
-                            policy, latency)
+                            policy, latency, cluster)
       except KeyboardInterrupt:
         break
       results.append(result)
@@ -281,12 +281,12 @@ def save(config, results, title, closing, out, options):
                 for mode, s, extra in compared}}, options, read)
 
 
-def _title(config, requests, cut):
+def _title(config, requests, cut, devices):
   w = config.workload
   rate = {'burst': 'at once'}.get(
       w.process, f'{w.process}, {w.rate_per_s} a second')
   return (f'{pathlib.Path(config.model).name}, {config.engine.dtype}, '
-          f'{config.num_devices} {jax.devices()[0].platform} devices. '
+          f'{devices}. '
           f'{len(requests)} requests, {rate}, seed {w.seed}'
           + (f', {cut} of them cut' if cut else '') +
           f'. SLO: TTFT {config.slo.ttft_s:g} s, TPOT {config.slo.tpot_s:g} s')
@@ -301,21 +301,28 @@ def run(options, console):
   require(isinstance(config, Serve), '--config', type(config).__name__,
           'a file whose `config` is a configs.serve.Serve')
   policy = policies.load(options.policy, config.slo)
+  cluster = cli.cluster_of(options)
   out = pathlib.Path(options.out)
   cli.prepare(config.num_devices, options.compilation_cache)
   make = plan_requests(config)
-  available = len(jax.devices())
-  require(config.num_devices <= available, 'placements',
-          f'{config.num_devices} devices',
-          f'of at most the {available} that exist')
+  if cluster is None:  # else processes have the devices, and this one none
+    available = len(jax.devices())
+    require(config.num_devices <= available, 'placements',
+            f'{config.num_devices} devices',
+            f'of at most the {available} that exist')
   out.mkdir(parents=True, exist_ok=True)
   console.print(f'Loading {config.model}', soft_wrap=True)
-  model = dsjax.load(config.model, config.engine.dtype)
+  model = dsjax.load(config.model, config.engine.dtype,
+                     weights=cluster is None)
   requests, cut = make(model)
-  title = _title(config, requests, cut)
+  title = _title(
+      config, requests, cut,
+                 f'{config.num_devices} devices of instances that are processes'
+                 if cluster else
+                 f'{config.num_devices} {jax.devices()[0].platform} devices')
   console.print(title, soft_wrap=True)
   results = serve_modes(config, model, requests, console, policy,
-                        options.latency or None)
+                        options.latency or None, cluster)
   stopped = len(results) < len(config.modes) or results[-1].stopped
   if not any(r.records for r in results):
     console.print('Stopped before any request was served: nothing to write.')

@@ -18,8 +18,13 @@ soak.json, soak.png, requests.jsonl, faults.jsonl, events.jsonl.gz.
 
 Added latency of a request that a fault hit: over the median of requests for
 the same job that none hit, in the same run. Its bound: for each retry the
-longest of lease, stall limit and time until a killed instance is back, plus
-once more the worst latency without a hit.
+longest of lease, stall limit and time until a killed instance is back (a
+process: as long as one took, and until its silence was noticed), plus once
+more the worst latency without a hit.
+
+With --cluster=local instances are processes, and faults are real: SIGKILL,
+SIGSTOP and a socket that is cut, beside kills and drains by hand. What each
+process holds at the end is checked too.
 
 With --flips no fault comes: roles of flexible instances flip that often while
 --requests are served, and their tokens are compared with those of a server
@@ -34,6 +39,7 @@ import json
 import os
 import pathlib
 import random
+import signal
 import time
 
 import jax
@@ -46,6 +52,7 @@ from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement
 from dsjax.scheduling import event_log, prefix_cache, scheduler
+from dsjax.scheduling.events import InstanceDown, InstanceUp
 from experiments.common import cli, machine, provenance, terminal
 from experiments.common import overrides as configs
 from experiments.verify import flips, soak_report
@@ -57,8 +64,9 @@ MOST_WAITING = 64  # requests: more arrivals than that are not sent
 CONFIG = EngineConfig(
     max_len=256, max_seqs=8, prefill_tokens=128, prefill_seqs=4,
     chunk_tokens=64, checksum=True, tries=10, lease_s=5.0, stall_s=20.0,
-    restarts=1000)
-QUICK = dataclasses.replace(CONFIG, lease_s=1.0, stall_s=2.0, restart_s=0.2)
+    silent_s=10.0, restarts=1000)
+QUICK = dataclasses.replace(CONFIG, lease_s=1.0, stall_s=2.0, silent_s=5.0,
+                            restart_s=0.2)
 
 
 FLAGS = {
@@ -76,7 +84,7 @@ FLAGS = {
                        high=1.0),
     'back_s': cli.Flag(2.0, 'Most seconds that a killed or drained instance '
                        'is away.', low=0.0),
-    'seed': 0, 'set': (), 'out': None,
+    'cluster': cli.CLUSTER_FLAG, 'seed': 0, 'set': (), 'out': None,
 }
 
 
@@ -130,6 +138,8 @@ class Soak:
     self.methods = [m for m in KINDS if server.routes or m in (
         'prefill', 'decode', 'admit')]
     self.replayed, self.differs, self.events = server.state, 0, events
+    self.held = 0  # by processes, at the end
+    self.lost_s, self.away_s = {}, 0.0  # when; the longest until it was back
     server.observers.append(self._observe)
 
   def _observe(self, event, commands):
@@ -137,6 +147,11 @@ class Soak:
     self.replayed, again = scheduler.step(self.server.scheduler_config,
                                           self.replayed, event)
     self.differs += again != commands
+    if isinstance(event, InstanceDown):
+      self.lost_s[event.instance] = event.time_s
+    elif isinstance(event, InstanceUp) and event.instance in self.lost_s:
+      self.away_s = max(self.away_s, event.time_s - self.lost_s.pop(
+          event.instance))
     self.events.write(json.dumps(event_log.encode((event, commands))) + '\n')
 
   def reference(self):
@@ -147,7 +162,11 @@ class Soak:
     self.want = [tuple(self.server.requests[id].tokens) for id in ids]
     self.leaves_s = max(r.finish_s - r.arrival_s for r in map(
         self.server.forget, ids))
-    self.arrays_mb = arrays_mb()
+    self.arrays_mb = self.arrays()
+
+  def arrays(self):
+    """MB of this process's arrays; of processes they are not known."""
+    return 0.0 if self.options.cluster else arrays_mb()
 
   def run(self, seconds, show):
     """Serves under faults; show() is called between polls."""
@@ -200,8 +219,31 @@ class Soak:
     prompt, params = self.jobs[job]
     self.sent[self.server.submit(prompt, **params)] = Sent(job, leaves_s)
 
+  def break_process(self):
+    """One fault of a process, at random."""
+    index = self.rng.randrange(len(self.server.engines))
+    engine, away_s = self.server.engines[index], self.rng.uniform(
+        0, self.options.back_s)
+    what = self.rng.choice(('SIGKILL', 'SIGKILL', 'SIGSTOP', 'cut off',
+                            'killed', 'drained'))
+    if what == 'killed':
+      self.server.kill(index, back_s=away_s)
+    elif what == 'drained':
+      self.server.drain(index)
+      self.away[index] = self.now + away_s
+    elif engine.pid is None:
+      return  # it is to be started again
+    elif what == 'cut off':
+      engine.cut()
+    else:
+      os.kill(engine.pid, getattr(signal, what))
+    self.note(index, what)
+
   def break_something(self):
     """One fault, at random."""
+    if self.options.cluster:
+      self.break_process()
+      return
     rng, index = self.rng, self.rng.randrange(len(self.server.engines))
     away_s = rng.uniform(0, self.options.back_s)
     self.injector.released = rng.random() < 0.5  # what is stuck: late, or never
@@ -250,8 +292,10 @@ class Soak:
       self.server.restore(index)
     while self.sent or self.server.busy:
       self.turn()
+    if self.options.cluster:
+      self.ask()
     self.memory.append((self.now, rss_mb()))
-    self.arrays_mb = self.arrays_mb, arrays_mb()
+    self.arrays_mb = self.arrays_mb, self.arrays()
 
   def leaked(self):
     """Pages and slots that have not come back."""
@@ -259,7 +303,14 @@ class Soak:
     return sum(inst.pool.num_pages - prefix_cache.num_free(inst.pool)
                for inst in self.server.state.instances) + sum(
                    engine.config.max_seqs - len(engine.spare)
-                   for engine in self.server.engines)
+                   for engine in self.server.engines) + self.held
+
+  def ask(self):
+    """Asks each process what it holds, and how often it has compiled."""
+    answers = [engine.count() for engine in self.server.engines]
+    while not all(answer() for answer in answers):
+      self.server.poll()
+    self.held = sum(sum(answer()) for answer in answers)
 
 
 class _Lines:
@@ -334,8 +385,10 @@ def run(options, console):
   require(rate > 0, '--rate', rate, 'requests/s above 0')
   out, seconds = pathlib.Path(options.out), options.minutes * 60
   out.mkdir(parents=True, exist_ok=True)
+  cluster = cli.cluster_of(options)
   cli.prepare(placement.num_devices)
-  model = dsjax.load('tiny' if options.quick else options.model)
+  model = dsjax.load('tiny' if options.quick else options.model,
+                     weights=cluster is None)
   jobs = make_jobs(model, config, options.seed)
   console.print(f'{model.config.name}, {placement}, {rate:g} requests/'
                 f's and {options.faults:g} faults a minute for '
@@ -346,7 +399,7 @@ def run(options, console):
           out / 'events.jsonl.gz', 'wt') as events:
     screen.begin('soak', placement, len(jobs))
     with dsjax.serve(model, placement, config, report=screen.warming,
-                     keep_events=1) as server, (
+                     keep_events=1, cluster=cluster) as server, (
                          machine.compilations()) as compiled:
       soak, stopped = Soak(server, jobs, options, rate, events), False
       console.print(f'Serving {len(jobs)} jobs without a fault first')

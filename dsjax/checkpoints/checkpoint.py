@@ -77,18 +77,42 @@ def find(name_or_path: str | os.PathLike[str]) -> pathlib.Path:
   return path
 
 
+class Recipe(NamedTuple):
+  """How another process makes the parameters of a Model: plain data.
+
+  name: as load takes it; or config: random ones of that shape, by a seed.
+  """
+  name: str = ''
+  dtype: str = 'float32'
+  config: ModelConfig | None = None
+  seed: int = 0
+
+  def make(self) -> 'Model':
+    """The Model, without a tokenizer where it has a config.
+
+    Raises:
+      InputError: as load.
+    """
+    if self.config is None:
+      return load(self.name, self.dtype)
+    return Model(self.config, random_params(self.config, self.seed,
+                                            self.dtype), recipe=self)
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
   """What is served: shape, parameters (a tree, or an orbax_file.Stored that
-  each stage reads its own of), tokenizer (may be None)."""
+  each stage reads its own of), tokenizer (may be None), and how it is made
+  again (None: only this process has it)."""
 
   config: ModelConfig
   params: dict | Stored
   tokenizer: Tokenizer | None = None
+  recipe: Recipe | None = None
 
 
 def load(name_or_path: str | os.PathLike[str], dtype: str = 'float32',
-         family: Family | None = None) -> Model:
+         family: Family | None = None, weights: bool = True) -> Model:
   """A Model from wherever it is kept.
 
   Args:
@@ -100,22 +124,38 @@ def load(name_or_path: str | os.PathLike[str], dtype: str = 'float32',
     dtype: of the weights, 'float32' or 'bfloat16'.
     family: what a .gguf file or a Hugging Face folder is read as; None: as
       one of the families that are known.
+    weights: False: no parameters, for a server whose instances are processes
+      that load them.
   Raises:
     InputError: as find, load_gguf, load_hf, load_orbax and their tokenizers.
   """
-  name = str(name_or_path)
+  recipe = None
+  if family is None:
+    named = str(name_or_path) in (*MODELS, tiny.CONFIG.name) or str(
+        name_or_path).startswith(DUMMY)
+    recipe = Recipe(str(name_or_path) if named else
+                    os.path.abspath(name_or_path), dtype)
+  return dataclasses.replace(_load(str(name_or_path), dtype, family, weights),
+                             recipe=recipe)
+
+
+def _load(name: str, dtype: str, family: Family | None, weights: bool
+          ) -> Model:
+  def drawn(config: ModelConfig) -> dict:
+    return random_params(config, 0, dtype) if weights else {}
+
   if name.startswith(DUMMY):
     config = zoo.config(name.removeprefix(DUMMY))
-    return Model(config, random_params(config, 0, dtype))
+    return Model(config, drawn(config))
   if name == tiny.CONFIG.name:
-    return Model(tiny.CONFIG, random_params(tiny.CONFIG, 0, dtype),
-                 tiny.make_tokenizer())
+    return Model(tiny.CONFIG, drawn(tiny.CONFIG), tiny.make_tokenizer())
   path = find(name)
   if not path.is_dir():
     reader = gguf_model.open_gguf(path, family)
     with naming(path):  # before the weights, which take longer
       tokenizer = gguf_tokenizer.of_gguf(reader.meta)
-    return Model(reader.config, reader.params(dtype), tokenizer)
+    return Model(reader.config, reader.params(dtype) if weights else {},
+                 tokenizer)
   if (path / orbax_file.CONFIG).is_file():
     return Model(*load_orbax(path, dtype))
   if not (path / hf_config.CONFIG).is_file():
@@ -124,4 +164,6 @@ def load(name_or_path: str | os.PathLike[str], dtype: str = 'float32',
   config, _ = hf_config.read_config(path, (family,) if family else
                                     hf_config.FAMILIES)
   tokenizer = load_tokenizer(path, config.vocab_size)
+  if not weights:
+    return Model(config, {}, tokenizer)
   return Model(*load_hf(path, dtype, family), tokenizer)

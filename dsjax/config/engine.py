@@ -125,6 +125,7 @@ class EngineConfig:
     tries: faults that a request survives; the next one fails it.
     lease_s: that a hand-off may take before its target must stop.
     stall_s: without a step of its oldest command an instance counts as lost.
+    silent_s: without an answer its process does (of a cluster).
     restarts: how often in a row, without a command completed between, a
       lost instance is started again, empty; then it is given up.
     restart_s: how long after its loss.
@@ -154,6 +155,7 @@ class EngineConfig:
   tries: int = 3
   lease_s: float = 30.0
   stall_s: float = 300.0
+  silent_s: float = 30.0
   restarts: int = 8
   restart_s: float = 0.5
   away: tuple[int, ...] = ()
@@ -205,7 +207,7 @@ class EngineConfig:
       value = getattr(self, field)
       require(is_integer(0, 2**31 - 1)(value), f'EngineConfig.{field}', value,
               'an integer of 0 or more')
-    for field in ('lease_s', 'stall_s', 'restart_s'):
+    for field in ('lease_s', 'stall_s', 'silent_s', 'restart_s'):
       value, zero = getattr(self, field), field == 'restart_s'
       require(is_number(0, math.inf, low_open=not zero)(value),
               f'EngineConfig.{field}', value,

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsjax.config.checks import require
 from dsjax.config.model import ModelConfig
-from dsjax.config.placement import Placement
+from dsjax.config.placement import Placement, Plan
 
 AXIS = 'model'
 Span = tuple[int, int]  # layers [first, last)
@@ -154,15 +154,22 @@ def make_meshes(config: ModelConfig, placement: Placement,
           placement, "'': devices of one kind serve")
   instances, taken = [], 0
   for _, plan in placement.instances:
-    cut(config, plan.tp)
-    spans(config.num_layers, plan.pp)
-    stages = []
-    for _ in range(plan.pp):
-      chosen = devices[taken:taken + plan.tp]
-      stages.append(Mesh(np.array(chosen), (AXIS,)))
-      taken += plan.tp
-    instances.append(tuple(stages))
+    instances.append(stage_meshes(config, plan, devices[taken:]))
+    taken += plan.num_devices
   return instances
+
+
+def stage_meshes(config: ModelConfig, plan: Plan,
+                 devices: Sequence[jax.Device]) -> tuple[Mesh, ...]:
+  """The meshes of an instance, one a stage, of the first devices.
+
+  Raises:
+    InputError: a plan that the model cannot run.
+  """
+  cut(config, plan.tp)
+  spans(config.num_layers, plan.pp)
+  return tuple(Mesh(np.array(devices[stage * plan.tp:(stage + 1) * plan.tp]),
+                    (AXIS,)) for stage in range(plan.pp))
 
 
 def stage_leaves(config: ModelConfig, span: Span) -> tuple[str, ...]:

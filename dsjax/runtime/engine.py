@@ -207,8 +207,8 @@ class Engine:
     self.slot_of, self.mode_of, self.spare = {}, {}, []
     self.fed.clear()
 
-  def start(self) -> None:
-    """Begins anew, empty. Nothing is compiled.
+  def start(self) -> bool:
+    """Begins anew, empty: True. Nothing is compiled.
 
     Weights are put again only where their buffers were lost.
 
@@ -218,6 +218,13 @@ class Engine:
     for stage in self.stages:
       stage.empty()
     self._vacate()
+    return True
+
+  def check(self) -> None:
+    """Nothing ends it but a call, or a result that cannot be read."""
+
+  def close(self) -> None:
+    """Its buffers go with it."""
 
   # --- requests -------------------------------------------------------------
 

@@ -29,13 +29,14 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 
 from dsjax.checkpoints.checkpoint import Model
-from dsjax.config.checks import require
+from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement
 from dsjax.config.request import Sampling
 from dsjax.model import sharding
 from dsjax.runtime import memory
 from dsjax.runtime.arrays import is_ready
+from dsjax.runtime.migration import hands_off
 from dsjax.runtime.output import Logprobs
 from dsjax.runtime.protocols import (
   Dispatched,
@@ -126,6 +127,26 @@ class Running:
                        stages_s=stages)
 
 
+def build(model: Model, placement: Placement, config: EngineConfig,
+          devices: Sequence[jax.Device], make_engine: MakeEngine
+          ) -> list[Engine]:
+  """The engines of a placement, all of this process.
+
+  Raises:
+    InputError: the placement or the config cannot be served.
+  """
+  if not model.params:
+    raise InputError(f'model={model.config.name!r}: has no weights: load it '
+                     'without weights=False')
+  roles = [role for role, _ in placement.instances]
+  meshes = sharding.make_meshes(model.config, placement, devices)
+  capacities = [memory.size_pages(model.config, stages, role, config)
+                for role, stages in zip(roles, meshes, strict=True)]
+  return [make_engine(model, stages, role, config, capacity)
+          for role, stages, capacity in zip(roles, meshes, capacities,
+                                            strict=True)]
+
+
 class Fleet:
   """Engines, what they run, and what moves between them.
 
@@ -133,7 +154,8 @@ class Fleet:
     engines: by instance. routes: (source, target) engines -> Route.
     running: commands in flight of each instance, in order.
     transfers: hand-offs in flight. hosts: what instances have of host memory.
-    down: instances that are lost -> when to start them again, or None.
+    down: instances that are lost -> when to start them again, or None;
+      starting: those of them that are about to be there again.
     faults: (time, what happened) of the newest.
     raised: what is no Exception, such as SystemExit, and was taken as a fault:
       to be raised again once the state is whole.
@@ -142,45 +164,33 @@ class Fleet:
       wait for their chunk, the bytes only. steps: device steps done.
   """
 
-  def __init__(self, model: Model, placement: Placement, config: EngineConfig,
-               devices: Sequence[jax.Device], make_engine: MakeEngine,
+  def __init__(self, engines: Sequence[Engine], config: EngineConfig,
                prefix_of: PrefixOf, clock: Callable[[], float]) -> None:
-    """Builds every instance; `warm` compiles.
+    """Joins instances; `warm` compiles.
 
     Args:
+      engines: of this process (build), or of others (cluster/local.py).
       prefix_of: asked when a request comes to an engine that does not have it.
       clock: seconds now, on the clock of the events.
-
-    Raises:
-      InputError: the placement or the config cannot be served.
     """
     self.config, self.prefix_of, self.clock = config, prefix_of, clock
-    roles = [role for role, _ in placement.instances]
-    require(set(config.away) <= set(range(len(roles))), 'EngineConfig.away',
-            config.away, f'of instances 0 to {len(roles) - 1}')
-    meshes = sharding.make_meshes(model.config, placement, devices)
-    self.capacities = tuple(
-        memory.size_pages(model.config, stages, role, config)
-        for role, stages in zip(roles, meshes, strict=True))
-    self.engines: list[Engine] = [
-        make_engine(model, stages, role, config, capacity)
-        for role, stages, capacity in zip(roles, meshes, self.capacities,
-                                          strict=True)]
+    self.engines = list(engines)
+    self.capacities = tuple(engine.capacity for engine in engines)
     self.routes: dict[tuple[Engine, Engine], Route] = {
         (source, target): source.route_to(target)
-        for source in self.engines
-        if source.capacity.flips or not source.capacity.decodes
-        for target in self.engines
-        if target.capacity.decodes and target is not source}
+        for source in engines for target in engines
+        if hands_off(source.capacity, target.capacity)
+        and target is not source}
     self.hosts = {index: engine.host_memory(config.checksum)
-                  for index, engine in enumerate(self.engines)
+                  for index, engine in enumerate(engines)
                   if engine.capacity.host_pages}
     self.transfers: list[Transfer] = []
     self.running: list[collections.deque[Running]] = [
-        collections.deque() for _ in roles]
-    self.moved_s = [0.0] * len(roles)  # when each made progress
+        collections.deque() for _ in engines]
+    self.moved_s = [0.0] * len(engines)  # when each made progress
     self.down: dict[int, float | None] = {}
-    self.losses = [0] * len(roles)  # in a row
+    self.starting: set[int] = set()
+    self.losses = [0] * len(engines)  # in a row
     self.faults: collections.deque[tuple[float, str]] = collections.deque(
         maxlen=NEWEST)
     self.raised: list[BaseException] = []
@@ -284,10 +294,15 @@ class Fleet:
     A copy that has landed by now comes before what is written to these pages
     next; one that has not landed never does.
     """
-    self.transfers[:] = [t for t in self.transfers
-                         if (t.command.id, t.command.epoch)
-                         != (command.id, command.epoch)]
+    self._drop(lambda transfer: (transfer.command.id, transfer.command.epoch)
+               == (command.id, command.epoch))
     self.engines[command.target].forget(command.id)
+
+  def _drop(self, ends: Callable[[Transfer], bool]) -> None:
+    """Gives up those hand-offs that `ends` says."""
+    for transfer in [t for t in self.transfers if ends(t)]:
+      self.transfers.remove(transfer)
+      transfer.drop()
 
   # --- completions ----------------------------------------------------------
 
@@ -300,9 +315,18 @@ class Fleet:
     yield from self._poll_transfers()
     yield from self._poll_hosts()
     yield from self._poll_steps()
+    for index, engine in enumerate(self.engines):
+      if index in self.down:
+        continue
+      try:
+        engine.check()
+      except BaseException as error:  # what has ended it
+        yield self._lose(index, error)
     for index, start_s in list(self.down.items()):
       if start_s is not None and self.clock() >= start_s:
-        yield self.start(index)
+        event = self.start(index)
+        if event:
+          yield event
 
   def _poll_transfers(self) -> Iterator[Event]:
     ended: list[Event] = []
@@ -460,25 +484,30 @@ class Fleet:
     queue = self.running[index]
     steps_s = tuple(queue[0].times) if queue else ()
     queue.clear()
-    self.transfers[:] = [t for t in self.transfers
-                         if t.command.target != index]
     if index in self.hosts:
       self.hosts[index].clear()
     self.down[index] = back_s
+    self.starting.discard(index)
     try:
       self.engines[index].stop()
     except BaseException as error:  # it is lost either way
       self._note(f'instance {index} did not stop', error)
+    self._drop(lambda transfer: transfer.command.target == index)
     return InstanceDown(self.clock(), index, steps_s,
                         back=back_s is not None)
 
-  def start(self, index: int) -> InstanceUp | InstanceDown:
-    """Starts a lost instance again, empty: an InstanceUp, or, where its
-    devices refuse, another InstanceDown."""
+  def start(self, index: int) -> InstanceUp | InstanceDown | None:
+    """Starts a lost instance again, empty: an InstanceUp; or, where its
+    devices refuse, another InstanceDown; or None: `poll` will tell."""
     try:
-      self.engines[index].start()
+      is_there = self.engines[index].start()
     except BaseException as error:  # whatever jax raises for lack of memory
       return self._lose(index, error)
+    if not is_there:
+      self.down[index] = self.clock()
+      self.starting.add(index)
+      return None
+    self.starting.discard(index)
     del self.down[index]
     return InstanceUp(self.clock(), index)
 

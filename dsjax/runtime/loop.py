@@ -11,18 +11,15 @@ from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from typing import Any
 
-import jax
 from rich import progress
 from rich.console import Console
 
 from dsjax.analysis.recorder import Recorder
-from dsjax.checkpoints.checkpoint import Model
 from dsjax.config.engine import EngineConfig
 from dsjax.config.latency import Latency, LinkLike
-from dsjax.config.placement import Placement
 from dsjax.runtime.fleet import Fleet, Prefix, StepDone
 from dsjax.runtime.output import RequestOutputState
-from dsjax.runtime.protocols import MakeEngine, Observer, Report
+from dsjax.runtime.protocols import Engine, Observer, Report
 from dsjax.scheduling import blocks, planning, scheduler
 from dsjax.scheduling.events import (
   Arrived,
@@ -60,21 +57,17 @@ class Loop:
     closed: whether it serves no more; broken: why it was given up.
   """
 
-  def __init__(self, model: Model, placement: Placement, config: EngineConfig,
-               devices: Sequence[jax.Device] | None, report: Report | None,
-               keep_events: int | None, make_engine: MakeEngine,
+  def __init__(self, engines: Sequence[Engine], config: EngineConfig,
+               report: Report | None, keep_events: int | None,
                policy: Policy, latencies: tuple[Latency, ...] | None,
                link: LinkLike | None, planner: Executor | None) -> None:
-    """Builds and warms up every instance; see Orchestrator."""
+    """Warms up every instance; see Orchestrator."""
     self.unfinished: dict[int, RequestOutputState] = {}
     # By instance: (id, step) of those that ended in its oldest command; ids
     # of those that got their last token by it.
     self._ended: dict[int, list[tuple[int, int]]] = {}
     self._full: dict[int, list[int]] = {}
-    self.fleet = Fleet(
-        model, placement, config,
-        jax.devices() if devices is None else devices, make_engine,
-        self._prefix_of, lambda: self.now)
+    self.fleet = Fleet(engines, config, self._prefix_of, lambda: self.now)
     self.scheduler_config = scheduler.Config(
         self.fleet.capacities, config.max_len, config.depth,
         run_ahead=config.run_ahead, away=config.away, tries=config.tries,
@@ -149,18 +142,33 @@ class Loop:
         instance, 'it was killed',
         None if back_s is None else self.now + back_s)))
 
-  def restore(self, instance: int) -> None:
-    """Ends a drain, or starts an instance that is lost again.
+  def restore(self, instance: int) -> bool:
+    """Ends a drain, or starts an instance that is lost again; whether it is
+    there, see restored.
 
     Raises:
       RuntimeError: its devices refuse; it stays lost.
     """
-    event = InstanceUp(self.now, instance)
+    event: Event | None = InstanceUp(self.now, instance)
     if instance in self.fleet.down:
-      event = self._with_ended(self.fleet.start(instance))
-    self.event(event)
+      event = self.fleet.start(instance)
+    if event:
+      self.event(self._with_ended(event))
     if isinstance(event, InstanceDown):
       raise RuntimeError(self.fleet.faults[-1][1])
+    return event is not None
+
+  def restored(self, instance: int) -> bool | None:
+    """True once an instance that was started is there.
+
+    Raises:
+      RuntimeError: it did not start; it stays lost.
+    """
+    if instance in self.fleet.starting:
+      return None
+    if instance in self.fleet.down:
+      raise RuntimeError(self.fleet.faults[-1][1])
+    return True
 
   def settled(self, until_s: float) -> bool | None:
     """True once nothing is in flight; from until_s on what is stuck is lost."""
@@ -245,7 +253,8 @@ class Loop:
     Raises:
       PolicyError: nothing is in flight, and the policy lets nothing start.
     """
-    starts = any(i.status == 'down' for i in self.state.instances)
+    starts = self.fleet.starting or any(
+        i.status == 'down' for i in self.state.instances)
     waits = self._waits or self.fleet.busy or starts
     if self.unfinished and not waits:
       reason = (f'policy {self.scheduler_config.policy.name!r}: nothing is in '

@@ -15,22 +15,20 @@ import functools
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from dsjax.config.engine import EngineConfig, InstanceConfig
 from dsjax.model import kv_cache as kv
 from dsjax.model import sharding
 from dsjax.runtime.arrays import is_ready
 from dsjax.runtime.protocols import Pending
 from dsjax.scheduling import page_pool
 from dsjax.scheduling.events import Migrate
-
-if TYPE_CHECKING:
-  from dsjax.runtime.engine import Engine
 
 Span: TypeAlias = tuple[int, int]  # layers [first, last) of a stage
 # How an engine holds the model, and where: its spans and meshes, by stage.
@@ -117,33 +115,36 @@ def _zeros(shape: tuple[int, ...], dtype: str, device: jax.Device
   return jax.device_put(np.zeros(shape, dtype), device)
 
 
-def move(trees: Sequence[kv.Cache], pieces: Sequence[Piece], source: Where,
-         target: Where) -> tuple[list[kv.Cache], int]:
-  """Pages on the move, a Cache a source stage, as a Cache a target stage.
-
-  Returns:
-    (the target's Caches, bytes copied).
-  """
-  layout, spans, meshes = target
-  devices = [list(m.devices.flat) for m in source[2]], [
-      list(m.devices.flat) for m in meshes]
+def cut_pieces(trees: Sequence[kv.Cache], pieces: Sequence[Piece],
+               source: Where) -> list[jax.Array]:
+  """Pages on the move, a Cache a source stage, as arrays of one device each:
+  for each piece, layer and part of a layer's cache in turn."""
+  devices = _devices(source)
   shards = [[[{s.device: s.data for s in x.addressable_shards} for x in layer]
              for layer in kv.by_layer(tree)] for tree in trees]
-  parts, to = [], []
+  parts = []
   for piece in pieces:
     stage, shard = piece.source
     first = source[1][stage][0]
     for layer in range(*piece.layers):
       for x in shards[stage][layer - first]:
-        data = x[devices[0][stage][shard]]
+        data = x[devices[stage][shard]]
         whole = piece.places == tuple(range(data.shape[0]))
         parts.append(data if whole else _take(data, piece.places))
-        to.append(devices[1][piece.target[0]][piece.target[1]])
-  landed = iter(jax.device_put(parts, to))
+  return parts
+
+
+def join_pieces(parts: Sequence[jax.Array], pieces: Sequence[Piece],
+                target: Where) -> list[kv.Cache]:
+  """What cut_pieces gave, on the target's devices, as a Cache a target
+  stage."""
+  layout, spans, meshes = target
+  devices, landed = _devices(target), iter(parts)
+  count = len(parts) // sum(len(range(*piece.layers)) for piece in pieces)
   placed = collections.defaultdict(list)  # layer, part, shard -> arrays
   for piece in pieces:
     for layer in range(*piece.layers):
-      for part in range(len(shards[0][0])):
+      for part in range(count):
         placed[layer, part, piece.target[1]].append(next(landed))
   size = len(layout.kv_heads) // layout.tp
 
@@ -154,7 +155,7 @@ def move(trees: Sequence[kv.Cache], pieces: Sequence[Piece], source: Where,
       if heads is None:
         like = next(v for k, v in placed.items() if k[:2] == (layer, part))[0]
         ready.append(_zeros((size, *like.shape[1:]), like.dtype.name,
-                            devices[1][stage][shard]))
+                            devices[stage][shard]))
       else:
         held = sum(x.shape[0] for x in heads)
         ready.append(heads[0] if len(heads) == 1 and held == size
@@ -163,12 +164,31 @@ def move(trees: Sequence[kv.Cache], pieces: Sequence[Piece], source: Where,
     return jax.make_array_from_single_device_arrays(
         shape, sharding.kv(mesh), ready)
 
-  caches = [kv.from_layers([tuple(
-      whole(layer, part, mesh, stage) for part in range(len(shards[0][0])))
+  return [kv.from_layers([tuple(
+      whole(layer, part, mesh, stage) for part in range(count))
       for layer in range(*span)])
-            for stage, (span, mesh) in enumerate(
-                zip(spans, meshes, strict=True))]
-  return caches, sum(x.nbytes for x in parts)
+          for stage, (span, mesh) in enumerate(
+              zip(spans, meshes, strict=True))]
+
+
+def _devices(where: Where) -> list[list[jax.Device]]:
+  """The devices of each stage."""
+  return [list(mesh.devices.flat) for mesh in where[2]]
+
+
+def move(trees: Sequence[kv.Cache], pieces: Sequence[Piece], source: Where,
+         target: Where) -> tuple[list[kv.Cache], int]:
+  """Pages on the move, a Cache a source stage, as a Cache a target stage.
+
+  Returns:
+    (the target's Caches, bytes copied).
+  """
+  parts, devices = cut_pieces(trees, pieces, source), _devices(target)
+  count = len(parts) // sum(len(range(*piece.layers)) for piece in pieces)
+  to = [devices[piece.target[0]][piece.target[1]] for piece in pieces
+        for _ in range(len(range(*piece.layers)) * count)]
+  return (join_pieces(jax.device_put(parts, to), pieces, target),
+          sum(x.nbytes for x in parts))
 
 
 class Damaged(RuntimeError):
@@ -242,10 +262,22 @@ class Transfer:
 
   def check(self) -> None:
     """Raises Damaged unless the checksums agree. Call when ready."""
-    sent, arrived = (sum(map(int, jax.device_get(s))) % 2**32
-                     for s in (self.sent, self.arrived))
-    if sent != arrived:
-      raise Damaged(f'KV checksum {arrived:#x} arrived, {sent:#x} was sent')
+    compare(total(self.sent), total(self.arrived))
+
+  def drop(self) -> None:
+    """Gives it up: it writes nothing any more."""
+    self.moved, self._arrays, self._left = [], [], []
+
+
+def total(sums: Sequence[Pending]) -> int:
+  """The checksum that these are the shares of."""
+  return sum(map(int, jax.device_get(sums))) % 2**32
+
+
+def compare(sent: int, arrived: int) -> None:
+  """Raises Damaged unless two checksums agree."""
+  if sent != arrived:
+    raise Damaged(f'KV checksum {arrived:#x} arrived, {sent:#x} was sent')
 
 
 def batches(count: int, buckets: Sequence[int]) -> list[int]:
@@ -257,10 +289,46 @@ def batches(count: int, buckets: Sequence[int]) -> list[int]:
   return sizes
 
 
-class Route:
-  """How KV goes from one Engine to another: pieces and page sizes."""
+class Batch(NamedTuple):
+  """Pages that are copied at once: ids at the source, at the target, and the
+  first token that they hold. The source's are padded with any page, the
+  target's with none."""
 
-  def __init__(self, source: 'Engine', target: 'Engine') -> None:
+  source: list[int]
+  target: list[int]
+  first: int
+
+
+class Peer(NamedTuple):
+  """An engine of another process, as a Route needs it; `where` has no
+  meshes."""
+
+  role: str
+  config: EngineConfig
+  capacity: InstanceConfig
+  where: Where
+
+
+def hands_off(source: InstanceConfig, target: InstanceConfig) -> bool:
+  """Whether KV may go from one instance to another, a different one."""
+  return (source.flips or not source.decodes) and target.decodes
+
+
+def nowhere(source: InstanceConfig, target: InstanceConfig, size: int = 1
+            ) -> Migrate:
+  """A Migrate of `size` times the fewest tokens, which writes no page."""
+  tokens = size * math.lcm(source.page_size, target.page_size)
+  return Migrate(0, 0, 0, (0,) * (tokens // source.page_size), 0,
+                 (target.num_pages,) * (tokens // target.page_size), tokens)
+
+
+class Route:
+  """How KV goes from one Engine to another: pieces and page sizes.
+
+  One of the two may be a Peer: the other half is then for its process.
+  """
+
+  def __init__(self, source: Any, target: Any) -> None:
     self.source, self.target = source, target
     self.pieces = plan_pieces(*source.where[:2], *target.where[:2])
     sizes = source.capacity.page_size, target.capacity.page_size
@@ -269,35 +337,48 @@ class Route:
     self.buckets = tuple(sorted({
         max(1, n // self.each[0]) for n in source.config.page_buckets}))
 
+  def batches(self, command: Migrate) -> list[Batch]:
+    """The copies that a Migrate takes."""
+    made, done = [], 0  # done: in self.tokens
+    pads = (0, self.target.capacity.num_pages)  # any page; no page
+    for size in batches(page_pool.pages_for(command.num_tokens, self.tokens),
+                        self.buckets):
+      here, there = (list(p[done * n:(done + size) * n]) for p, n in zip(
+          (command.source_pages, command.target_pages), self.each,
+          strict=True))
+      here, there = (p + [pad] * (size * n - len(p)) for p, pad, n in zip(
+          (here, there), pads, self.each, strict=True))
+      made.append(Batch(here, there, done * self.tokens))
+      done += size
+    return made
+
+  def read(self, batch: Batch) -> list[kv.Cache]:
+    """The source's pages, as the target would hold them."""
+    target = self.target
+    return self.source.gather(batch.source, target.capacity.page_size,
+                              target.config.kv_dtype_of(target.role))
+
   def start(self, command: Migrate, checksum: bool = False) -> Transfer:
     """Dispatches the copies of a Migrate: a Transfer, which is to land."""
-    source, target = self.source, self.target
     began, stop = time.perf_counter(), command.num_tokens
-    batch, sent, copied, done = [], [], 0, 0  # done: in self.tokens
-    for size in batches(page_pool.pages_for(stop, self.tokens), self.buckets):
-      ids = [list(p[done * n:(done + size) * n]) for p, n in zip(
-          (command.source_pages, command.target_pages), self.each,
-          strict=True)]
-      pads = (0, target.capacity.num_pages)  # any page; no page
-      ids = [p + [pad] * (size * n - len(p)) for p, pad, n in zip(
-          ids, pads, self.each, strict=True)]
-      read = source.gather(ids[0], target.capacity.page_size,
-                           target.config.kv_dtype_of(target.role))
-      moved, size_bytes = move(read, self.pieces, source.where, target.where)
-      first = done * self.tokens
-      batch.append((ids[1], first, moved))
+    moving, sent, copied = [], [], 0
+    for batch in self.batches(command):
+      read = self.read(batch)
+      moved, size_bytes = move(read, self.pieces, self.source.where,
+                               self.target.where)
+      moving.append((batch.target, batch.first, moved))
       if checksum:
-        sent += source.checksum(read, first, stop)
+        sent += self.source.checksum(read, batch.first, stop)
       copied += size_bytes
-      done += size
-    return Transfer(self, command, batch, copied, began, checksum, sent)
+    return Transfer(self, command, moving, copied, began, checksum, sent)
+
+  def nowhere(self, size: int) -> Migrate:
+    """A Migrate of `size` x self.tokens tokens that writes no page."""
+    return nowhere(self.source.capacity, self.target.capacity, size)
 
   def warm(self, checksum: bool = False) -> None:
     """Copies pages nowhere in each size, so that nothing compiles later."""
     for size in self.buckets:
-      here, there = (size * n for n in self.each)
-      transfer = self.start(Migrate(
-          0, 0, 0, (0,) * here, 0, (self.target.capacity.num_pages,) * there,
-          size * self.tokens), checksum)
+      transfer = self.start(self.nowhere(size), checksum)
       done = transfer.land()
       jax.block_until_ready((done, transfer.sent, transfer.arrived))

@@ -59,7 +59,9 @@ from dsjax.config.latency import Latency, LinkLike
 from dsjax.config.placement import Placement
 from dsjax.config.request import Request, Sampling
 from dsjax.placement.api import Named, latency_of, links_of
+from dsjax.runtime.cluster import local
 from dsjax.runtime.engine import Engine
+from dsjax.runtime.fleet import build
 from dsjax.runtime.loop import Loop
 from dsjax.runtime.output import (
   Interrupted,
@@ -69,6 +71,7 @@ from dsjax.runtime.output import (
   raise_unless_served,
 )
 from dsjax.runtime.prompts import Prompt, check_ids, prompt_ids
+from dsjax.runtime.protocols import Engine as AnyEngine
 from dsjax.runtime.protocols import MakeEngine, Report
 from dsjax.runtime.replay import Replay
 from dsjax.runtime.worker import Worker
@@ -101,7 +104,8 @@ class Orchestrator:
                make_engine: MakeEngine = Engine,
                policy: Policy = DISTSERVE, latency: Named | None = None,
                link: LinkLike | None = None,
-               planner: Executor | None = None) -> None:
+               planner: Executor | None = None,
+               cluster: str | None = None) -> None:
     """Builds and warms up every instance.
 
     Args:
@@ -117,11 +121,17 @@ class Orchestrator:
       planner: where the policy's resize is asked, so that a long search holds
         up no step: planner_process(), if the policy can be pickled, or any
         other Executor; closing it is the caller's. None: in the loop.
+      cluster: None: instances share this process. 'local': each is a process
+        of its own on this host, which loads the model itself.
 
     Raises:
       InputError: the placement or the config cannot be served.
+      RuntimeError: the process of an instance did not start.
     """
     config = config or EngineConfig()
+    check_cluster(cluster)
+    require(cluster is None or devices is None, 'devices', devices,
+            f'None with cluster={cluster!r}: processes have their own')
     require(isinstance(policy, Policy), 'policy', policy, 'a dsjax.Policy')
     require(planner is None or isinstance(planner, Executor), 'planner',
             planner, 'an Executor, such as planner_process(), or None')
@@ -131,10 +141,22 @@ class Orchestrator:
             'EngineConfig.max_len', config.max_len,
             f'at most {model.config.max_len}, the context of '
             f'{model.config.name}')
+    require(set(config.away) <= set(range(len(placement.instances))),
+            'EngineConfig.away', config.away,
+            f'of instances 0 to {len(placement.instances) - 1}')
     self.model, self.placement, self.config = model, placement, config
-    self.loop = Loop(model, placement, config, devices, report, keep_events,
-                     make_engine, policy, self._latencies(latency),
-                     link or self._link(latency), planner)
+    latencies = self._latencies(latency)
+    engines = (
+        build(model, placement, config, jax.devices() if devices is None
+              else devices, make_engine) if cluster is None else
+        local.build(model, placement, config, make_engine))
+    self._close = weakref.finalize(self, _close_all, engines)
+    try:
+      self.loop = Loop(engines, config, report, keep_events, policy, latencies,
+                       link or self._link(latency), planner)
+    except BaseException:
+      self._close()
+      raise
     self.log, self.observers = self.loop.log, self.loop.observers
     self.fleet, self.unfinished = self.loop.fleet, self.loop.unfinished
     self.engines, self.routes = self.fleet.engines, self.fleet.routes
@@ -177,6 +199,7 @@ class Orchestrator:
     """
     if self.closed:
       self._stop()
+      self._close()
       return
     try:
       self.call(self._cancel_all)
@@ -185,6 +208,7 @@ class Orchestrator:
     finally:
       self._worker.post(self._end)
       self._stop()
+      self._close()
       self.loop.closed = True  # where the thread is stuck
 
   def _end(self) -> None:
@@ -203,6 +227,7 @@ class Orchestrator:
     if not self.closed:
       self.call(self.loop.give_up, reason)
       self._stop()
+      self._close()
 
   # --- the thread -----------------------------------------------------------
 
@@ -730,13 +755,17 @@ class Orchestrator:
     self.call(lambda: self.loop.event(Drain(self.now, index)))
 
   def restore(self, instance: int) -> None:
-    """Ends a drain, or starts an instance that is lost again, empty.
+    """Ends a drain, or starts an instance that is lost again, empty, and
+    serves until it is there; an observer does not wait.
 
     Raises:
       InputError: no such instance.
       RuntimeError: its devices refuse; it stays lost.
     """
-    self.call(self.loop.restore, self._index_of(instance))
+    index = self._index_of(instance)
+    is_there = self.call(self.loop.restore, index)
+    if not is_there and not self._worker.is_here:
+      self._until(lambda: self.loop.restored(index))
 
   def _index_of(self, instance: int) -> int:
     """The number of an instance, checked."""
@@ -751,6 +780,17 @@ class Orchestrator:
     if not some:
       time.sleep(self.loop.pause_s)
     return some
+
+
+def check_cluster(cluster: str | None) -> None:
+  """Raises InputError unless this is how instances may be started."""
+  require(cluster in (None, 'local'), 'cluster', cluster, "None or 'local': "
+          'instances on several hosts, or by Ray, are not there yet')
+
+
+def _close_all(engines: Sequence[AnyEngine]) -> None:
+  for engine in engines:
+    engine.close()
 
 
 def _listed(field: str, values: Iterable[Any], allowed: str) -> list[Any]:
@@ -773,6 +813,7 @@ def serve(model: Model, placement: Placement | str,
   require(isinstance(placement, Placement), 'placement', placement,
           'a Placement or its text')
   with contextlib.suppress(RuntimeError):  # it has started: use what is there
-    if jax.config.values['jax_num_cpu_devices'] < placement.num_devices:
+    if options.get('cluster') is None and (
+        jax.config.values['jax_num_cpu_devices'] < placement.num_devices):
       jax.config.update('jax_num_cpu_devices', placement.num_devices)
   return Orchestrator(model, placement, config, **options)

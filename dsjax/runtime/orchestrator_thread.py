@@ -286,7 +286,7 @@ class OrchestratorThread:
         self._enqueue(server, item)
       elif item.id in self._open:
         server.cancel(item.id)
-    if server.busy and server.poll():
+    if server.poll():  # an idle one too: an instance may be lost
       some, self.moved_s = True, self.clock()
     if some:
       self._publish(server)

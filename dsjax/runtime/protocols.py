@@ -7,7 +7,6 @@ that compiles nothing. Nothing here does anything.
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
-import jax
 from jax.sharding import Mesh
 
 from dsjax.checkpoints.checkpoint import Model
@@ -66,6 +65,8 @@ class Transfer(Protocol):
 
   def check(self) -> None: ...
 
+  def drop(self) -> None: ...
+
 
 class Route(Protocol):
   """How KV goes from one engine to another; see migration.Route."""
@@ -102,9 +103,12 @@ class HostMemory(Protocol):
 class Engine(Protocol):
   """The effects of one instance; see engine.Engine.
 
+  Whether it is of this process, or stands for one (cluster/remote.py), a
+  Fleet does not know.
+
   Attributes:
     capacity: its capacity. slot_of: slots of the requests that are admitted.
-    spare: slots that are free.
+    spare: slots that are free. devices: its devices; str() tells which.
   """
 
   role: str
@@ -114,7 +118,7 @@ class Engine(Protocol):
   spare: list[int]
 
   @property
-  def devices(self) -> Sequence[jax.Device]: ...
+  def devices(self) -> Sequence[Any]: ...
 
   def shapes_needed(self) -> Sequence[tuple[int, int]]: ...
 
@@ -137,9 +141,19 @@ class Engine(Protocol):
 
   def is_sound(self) -> bool: ...
 
+  def check(self) -> None:
+    """Raises what ended it, if something has."""
+    ...
+
   def stop(self) -> None: ...
 
-  def start(self) -> None: ...
+  def start(self) -> bool:
+    """Begins anew, empty; whether it is there. If not, ask again."""
+    ...
+
+  def close(self) -> None:
+    """It is not used any more; may be called twice."""
+    ...
 
 
 # (model, a mesh a pipeline stage, role, config, capacity) -> an Engine.

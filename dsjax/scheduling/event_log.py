@@ -1,13 +1,13 @@
 """Events and commands as JSON-ready lists, and back."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 from dsjax.config.checks import require
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import Chunk, Command, Event, Row
 
-_LOGGED = {kind.__name__: kind for kind in (
+LOGGED: dict[str, Any] = {kind.__name__: kind for kind in (
     *get_args(Event), *get_args(Command), Chunk, Row)}
 
 
@@ -19,8 +19,8 @@ def encode(value: Any) -> Any:
   return value
 
 
-def decode(data: Any) -> Any:
-  """The inverse of encode.
+def decode(data: Any, kinds: Mapping[str, Any] = LOGGED) -> Any:
+  """The inverse of encode, of values of these kinds.
 
   Raises:
     InputError: a name or a field count is unknown.
@@ -29,10 +29,10 @@ def decode(data: Any) -> Any:
     return data
   if data and isinstance(data[0], str):
     name, *fields = data
-    require(name in _LOGGED and len(fields) <= len(_LOGGED[name]._fields),
-            'log entry', name, sorted(_LOGGED))
-    return _LOGGED[name](*map(decode, fields))
-  return tuple(decode(v) for v in data)
+    require(name in kinds and len(fields) <= len(kinds[name]._fields),
+            'log entry', name, sorted(kinds))
+    return kinds[name](*[decode(field, kinds) for field in fields])
+  return tuple([decode(value, kinds) for value in data])
 
 
 def replay(config: scheduler.Config,

@@ -21,7 +21,7 @@ from rich.console import Console
 
 import experiments
 from dsjax import workload
-from dsjax.config.checks import InputError, require
+from dsjax.config.checks import InputError, naming, require
 from dsjax.scheduling.policy import PolicyError
 from dsjax.simulation import profiles
 from dsjax.workload import traffic
@@ -111,6 +111,8 @@ SHARED = {
 }
 PREDICTS = Flag('', 'For a policy that predicts: a file that '
                 'experiments.measure wrote of this machine.')
+CLUSTER_FLAG = Flag('', 'local: each instance is a process of its own on this '
+                    'host; else they share this one.')
 CACHE = str(ROOT / '.cache' / 'jax')
 # Flags of a Cluster: the field that each gives, and the unit.
 CLUSTER = {'memory_gb': ('memory_bytes', 1e9),
@@ -279,6 +281,18 @@ def prepare(num_devices: int, cache: str | None = CACHE,
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
     # Else the folder's path is part of each key, and a copied one is empty.
     jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
+
+
+def cluster_of(options: types.SimpleNamespace) -> str | None:
+  """What --cluster says, for dsjax.serve.
+
+  Raises:
+    InputError: it is not there.
+  """
+  from dsjax.runtime.orchestrator import check_cluster
+  with naming('--cluster'):
+    check_cluster(options.cluster or None)
+  return options.cluster or None
 
 
 def token_budgets(field: str, texts: list[str], rows: int) -> tuple[int, ...]:

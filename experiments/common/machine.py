@@ -12,14 +12,25 @@ _WORK = (0, 1, 2, 5, 6)  # user, nice, system, irq, softirq
 
 
 def _busy_s():
-  """(seconds all cores worked, seconds this process did), None if unknown."""
+  """(seconds all cores worked, seconds this process did and those that it has
+  started, such as instances), None if unknown."""
   try:
     ticks = [int(x) for x in _STAT.read_text().split('\n')[0].split()[1:]]
   except (OSError, ValueError):
     return None
-  own = os.times()
+  own = sum(os.times()[:4])  # those that have ended included
   return (sum(ticks[i] for i in _WORK) / os.sysconf('SC_CLK_TCK'),
-          own.user + own.system)
+          own + sum(_started()))
+
+
+def _started():
+  """CPU seconds of each process that this one has started and that runs."""
+  ended = contextlib.suppress(OSError)
+  for file in pathlib.Path('/proc').glob('[0-9]*/stat'):
+    with ended:
+      fields = file.read_text().rsplit(') ', 1)[1].split()
+      if int(fields[1]) == os.getpid():
+        yield sum(map(int, fields[11:13])) / os.sysconf('SC_CLK_TCK')
 
 
 class Others:

@@ -42,8 +42,10 @@ def growth_mb_per_min(memory):
 def summarize(soak, seconds, compiled):
   """What the table shows, as a dict; 'failed checks' names those that did."""
   by = collections.Counter(r['status'] for r in soak.done)
-  added, over = added_latency(soak.done, soak.server.config,
-                              soak.options.back_s)
+  back_s = soak.options.back_s
+  if soak.options.cluster:
+    back_s = max(back_s, soak.away_s) + soak.server.config.silent_s
+  added, over = added_latency(soak.done, soak.server.config, back_s)
   leaked = soak.leaked()
   result = {
       'seconds': seconds, 'requests': dict(by), 'not sent': soak.unsent,

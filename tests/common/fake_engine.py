@@ -101,6 +101,13 @@ class FakeEngine:
   def start(self):
     self.slot_of, self.spare = {}, list(range(self.config.max_seqs))
     self.requests = {}  # id -> (tokens so far, Sampling, prompt length)
+    return True
+
+  def check(self):
+    pass
+
+  def close(self):
+    pass
 
   def stop(self):
     self.slot_of, self.spare, self.requests = {}, [], {}
@@ -235,4 +242,7 @@ class FakeTransfer:
     return self.landed
 
   def check(self):
+    pass
+
+  def drop(self):
     pass

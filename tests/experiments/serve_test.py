@@ -120,6 +120,17 @@ def test_cores_of_others(monkeypatch):
   assert machine.Others().cores() == 1.5
 
 
+def test_what_a_process_has_started_is_its_own():
+  """While it runs and when it has ended: the seconds of an instance."""
+  before = sum(machine._started())
+  with subprocess.Popen([sys.executable, '-c', 'while True: pass']) as busy:
+    while sum(machine._started()) < before + 0.3:
+      pass
+    _, running = machine._busy_s()
+    busy.kill()
+  assert machine._busy_s()[1] >= running
+
+
 def test_ctrl_c_keeps_what_there_is(tmp_path, capsys, monkeypatch):
   plain = terminal.Screen.serving
 

@@ -55,6 +55,16 @@ def test_nothing_is_lost_in_three_seconds_of_faults(tmp_path):
 
 
 @pytest.mark.usefixtures('_by_work')
+def test_nothing_is_lost_where_processes_die(tmp_path):
+  console = Console(record=True, width=120)
+  assert soak.run(options(tmp_path, cluster='local', faults=100.0, seed=1),
+                  console) == 0
+  result = json.loads((tmp_path / 'soak.json').read_text())
+  assert sum(result['faults'].values()) > 1
+  assert not {what for what in result['faults'] if ':' in what}
+
+
+@pytest.mark.usefixtures('_by_work')
 def test_wrong_tokens_are_seen(tmp_path, monkeypatch):
   """A request that goes on elsewhere forgets what it had said."""
   def prefix_of(self, id, real=loop.Loop._prefix_of):

@@ -454,7 +454,7 @@ def test_an_instance_that_cannot_start_is_tried_again_and_given_up(
       starts.append(server.now)
       if len(starts) < 3:
         raise Injected('no memory')
-      start()
+      return start()
     monkeypatch.setattr(server.engines[0], 'start', refuse)
     server.kill(0, back_s=0.0)
     check_tokens(WORK, play(server, WORK))

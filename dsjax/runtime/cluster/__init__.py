@@ -1,0 +1,1 @@
+"""Instances as processes: each owns an engine, and speaks over a socket."""

@@ -1,0 +1,236 @@
+"""KV between processes: an instance's offers, and what it pulls.
+
+Copies of the pages, in pieces of one device each (migration.cut_pieces), are
+offered to jax's transfer server under a number; the other side pulls them onto
+its devices and joins them there. The server checks nothing: a hash of shapes
+and dtypes goes along, and the checksum if asked for. Whoever reaches its port
+may pull: it listens on loopback only.
+"""
+
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import transfer
+from jax.sharding import SingleDeviceSharding
+
+from dsjax.config.engine import EngineConfig, InstanceConfig
+from dsjax.config.model import ModelConfig
+from dsjax.model import kv_cache, sharding
+from dsjax.runtime import migration
+from dsjax.runtime.arrays import is_ready
+from dsjax.runtime.cluster import messages
+from dsjax.runtime.cluster.channel import LOOPBACK
+from dsjax.runtime.engine import Engine
+from dsjax.runtime.protocols import Pending
+
+# Else a server takes 24 buffers of 256 MiB; these were no slower.
+COPIES, COPY_BYTES = 4, 4 * 2**20
+
+
+class Sending(NamedTuple):
+  """An offer whose checksum is still computed."""
+  told: messages.Offered
+  sums: list[Pending]
+
+
+class Pulling(NamedTuple):
+  """What is being pulled: for each batch its arrays."""
+  asked: messages.Pull
+  route: migration.Route
+  kind: int
+  connection: Any
+  parts: list[list[Any]]
+
+
+class Landing(NamedTuple):
+  """What is written to its pages."""
+  asked: messages.Pull
+  kind: int
+  transfer: migration.Transfer
+
+
+class Exchange:
+  """Of one instance.
+
+  Attributes:
+    address: where others pull. offers: numbers of what is offered.
+    pulling, landing: {number: what comes in}.
+  """
+
+  def __init__(self, engine: Engine) -> None:
+    self.engine = engine
+    self.server = transfer.start_transfer_server(
+        engine.devices[0].client, f'{LOOPBACK}:0', [f'{LOOPBACK}:0'],
+        max_num_parallel_copies=COPIES, transfer_size=COPY_BYTES)
+    self.address = self.server.address()
+    self.offers: set[int] = set()
+    self.sending: dict[int, Sending] = {}
+    self.pulling: dict[int, Pulling] = {}
+    self.landing: dict[int, Landing] = {}
+    self._from: dict[int, migration.Route] = {}
+    self._to: dict[int, migration.Route] = {}
+    self._connections: dict[int, tuple[str, Any]] = {}
+
+  def warm(self, peers: messages.Warm, model: ModelConfig,
+           config: EngineConfig) -> None:
+    """Compiles what hand-offs from and to these peers need."""
+    for routes, fields, make in (
+        (self._from, peers.sources, lambda peer: (peer, self.engine)),
+        (self._to, peers.targets, lambda peer: (self.engine, peer))):
+      for index, of in fields.items():
+        routes[int(index)] = migration.Route(*make(_peer(of, model, config)))
+    for route in self._to.values():
+      for size in route.buckets:
+        batch, = route.batches(route.nowhere(size))
+        jax.block_until_ready(self._cut(route, batch, config.checksum))
+    for route in self._from.values():
+      for size in route.buckets:
+        command = route.nowhere(size)
+        parts = [[jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
+                  for x in self._like(route, batch)]
+                 for batch in route.batches(command)]
+        landed = self._join(route, command, config.checksum, parts)
+        jax.block_until_ready((landed.land(), landed.arrived))
+
+  @property
+  def busy(self) -> bool:
+    """Whether `poll` may have something to tell."""
+    return bool(self.sending or self.pulling or self.landing)
+
+  # --- the source's side ----------------------------------------------------
+
+  def offer(self, asked: messages.Offer) -> None:
+    """Reads the pages and offers them; `poll` tells."""
+    route, parts, sums = self._to[asked.target], [], []
+    for batch in route.batches(asked.command):
+      cut, summed = self._cut(route, batch, asked.checksum,
+                              asked.command.num_tokens)
+      parts += cut
+      sums += summed
+    self.offers.add(asked.uuid)
+    self.server.await_pull(asked.uuid, parts)
+    self.sending[asked.uuid] = Sending(messages.Offered(
+        asked.uuid, sum(x.nbytes for x in parts), _kind(parts), 0), sums)
+
+  def _cut(self, route: migration.Route, batch: migration.Batch,
+           checksum: bool, stop: int = 0
+           ) -> tuple[list[jax.Array], list[Pending]]:
+    read = route.read(batch)
+    sums = (self.engine.checksum(read, batch.first, stop) if checksum else [])
+    return migration.cut_pieces(read, route.pieces, self.engine.where), sums
+
+  def withdraw(self, asked: messages.Withdraw) -> None:
+    """Takes an offer back, unless it was pulled."""
+    self.sending.pop(asked.uuid, None)
+    if asked.uuid in self.offers:
+      self.offers.discard(asked.uuid)
+      if not asked.pulled:  # the one before is let go of
+        self.server.await_pull(asked.uuid, [])
+
+  # --- the target's side ----------------------------------------------------
+
+  def pull(self, asked: messages.Pull) -> None:
+    """Begins to pull; `poll` lands it."""
+    route = self._from[asked.source]
+    like = [self._like(route, batch) for batch in route.batches(asked.command)]
+    flat = [x for batch in like for x in batch]
+    connection = self._connection(asked)
+    arrays = iter(connection.pull(asked.uuid, flat))
+    self.pulling[asked.uuid] = Pulling(
+        asked, route, _kind(flat), connection,
+        [[next(arrays) for _ in batch] for batch in like])
+
+  def _connection(self, asked: messages.Pull) -> Any:
+    address, known = self._connections.get(asked.source, ('', None))
+    if address != asked.address:  # of another incarnation
+      known = self.server.connect(asked.address)
+      self._connections[asked.source] = asked.address, known
+    return known
+
+  def _like(self, route: migration.Route, batch: migration.Batch
+            ) -> list[jax.ShapeDtypeStruct]:
+    """What the source offers of a batch."""
+    like = []
+    for piece in route.pieces:
+      stage, shard = piece.target
+      span, mesh = self.engine.where[1][stage], self.engine.where[2][stage]
+      layers = kv_cache.by_layer(self.engine.stages[stage].cache)
+      to = SingleDeviceSharding(mesh.devices.flat[shard])
+      like += [jax.ShapeDtypeStruct(
+          (len(piece.places), len(batch.target), *x.shape[2:]), x.dtype,
+          sharding=to) for layer in range(*piece.layers)
+               for x in layers[layer - span[0]]]
+    return like
+
+  def _join(self, route: migration.Route, command: Any, checksum: bool,
+            parts: Sequence[list[jax.Array]]) -> migration.Transfer:
+    """The Transfer of parts that are here."""
+    moved = [(batch.target, batch.first, migration.join_pieces(
+        pulled, route.pieces, self.engine.where))
+             for batch, pulled in zip(route.batches(command), parts,
+                                      strict=True)]
+    return migration.Transfer(route, command, moved, 0, time.perf_counter(),
+                              checksum)
+
+  def drop(self, asked: messages.Drop) -> None:
+    """What has not landed never will."""
+    self.landing.pop(asked.uuid, None)
+    self.pulling.pop(asked.uuid, None)
+
+  # --- both -----------------------------------------------------------------
+
+  def poll(self, send: Callable[[messages.FromInstance], None]) -> bool:
+    """Goes on with all of them, and tells; whether there was anything.
+
+    Raises:
+      what an engine raises: the instance is lost.
+    """
+    some = False
+    for uuid, sending in list(self.sending.items()):
+      if all(map(is_ready, sending.sums)):
+        del self.sending[uuid]
+        send(sending.told._replace(checksum=migration.total(sending.sums)))
+        some = True
+    for uuid, pulling in list(self.pulling.items()):
+      arrays = [x for batch in pulling.parts for x in batch]
+      try:
+        if not all(map(is_ready, reversed(arrays))):
+          continue
+        jax.block_until_ready(arrays)  # at once; raises what went wrong
+      except RuntimeError as error:
+        del self.pulling[uuid]
+        self._connections.pop(pulling.asked.source, None)  # of no more use
+        send(messages.Broken(uuid, f'the copy failed: {error}'))
+        continue
+      asked, some = pulling.asked, True
+      del self.pulling[uuid]
+      landed = self._join(pulling.route, asked.command, asked.checksum,
+                          pulling.parts)
+      landed.land()
+      self.landing[uuid] = Landing(asked, pulling.kind, landed)
+    for uuid, landing in list(self.landing.items()):
+      if landing.transfer.is_ready():
+        del self.landing[uuid]
+        send(messages.Landed(uuid, landing.kind, migration.total(
+            landing.transfer.arrived)))
+        some = True
+    return some
+
+
+def _peer(fields: dict[str, Any], model: ModelConfig, config: EngineConfig
+          ) -> migration.Peer:
+  """An instance of another process, of its capacity and tp."""
+  capacity = InstanceConfig(**fields['capacity'])
+  return migration.Peer(capacity.role, config, capacity, (
+      sharding.cut(model, fields['tp']),
+      sharding.spans(model.num_layers, capacity.pp), ()))
+
+
+def _kind(arrays: Sequence[Any]) -> int:
+  """A hash of shapes and dtypes."""
+  return zlib.crc32(repr([(tuple(x.shape), str(x.dtype)) for x in arrays]
+                         ).encode())

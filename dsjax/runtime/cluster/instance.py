@@ -1,0 +1,272 @@
+"""The process of an instance: `python -m dsjax.runtime.cluster.instance`.
+
+It is started by a server (local.py), connects to it, and owns an engine: it
+does what messages say, in their order, and tells each step as it completes. It
+ends with its connection, so a server that dies leaves none behind.
+
+The key comes in the environment and leaves it at once. What would wait for a
+device is polled, as in a server's own loop; signs of life come from the
+channel's reading thread, which touches no device.
+"""
+
+import collections
+import dataclasses
+import importlib
+import os
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+from dsjax.checkpoints.checkpoint import Recipe
+from dsjax.config.checks import InputError
+from dsjax.config.engine import EngineConfig, InstanceConfig
+from dsjax.config.model import ModelConfig
+from dsjax.config.placement import Plan
+from dsjax.config.request import Sampling
+from dsjax.model import sharding
+from dsjax.runtime import memory
+from dsjax.runtime.arrays import is_ready
+from dsjax.runtime.cluster import channel, messages
+from dsjax.runtime.cluster.exchange import Exchange
+from dsjax.runtime.protocols import Engine, Pending, StepOutput
+from dsjax.scheduling.events import RunDecode, RunPrefill
+
+COMPILED = '/jax/core/compile/backend_compile_duration'
+KEY = 'DSJAX_INSTANCE_KEY'
+# Pauses between two looks at what is in flight, as of the server's loop.
+PAUSE_SHARE, LEAST_PAUSE_S, MOST_PAUSE_S = 1 / 16, 2e-5, 1e-3
+FLUSH_S = 10.0  # for the last words
+
+
+class Running(NamedTuple):
+  """A command in flight and what it is to give."""
+
+  command: RunPrefill | RunDecode
+  outputs: collections.deque[StepOutput]
+  marks: collections.deque[Pending]
+
+
+class Instance:
+  """An engine, and what it runs.
+
+  Attributes:
+    channel: to the server. engine, exchange: once is_built; exchange: None
+      where no KV comes or goes. compiled: programs since it was ready.
+  """
+
+  engine: Engine
+  exchange: Exchange | None
+  model: ModelConfig
+  config: EngineConfig
+
+  def __init__(self, address: str, key: bytes, index: int,
+               incarnation: int) -> None:
+    self.running: collections.deque[Running] = collections.deque()
+    self.tables = messages.PageTables()
+    self.num_logprobs: dict[int, int] = {}  # of requests that want some
+    self.requests: set[int] = set()
+    self.exchange, self.is_built, self.compiled = None, False, 0
+    self.channel = channel.connect(address, key, index, incarnation,
+                                   self.answer, _leave)
+
+  def answer(self, message: Any) -> messages.Pong | None:
+    """In the reading thread: a sign of life."""
+    return messages.Pong() if isinstance(message, messages.Ping) else None
+
+  def _hear_compiled(self, name: str, *_: Any, **__: Any) -> None:
+    self.compiled += name == COMPILED
+
+  def serve(self) -> None:
+    """Does what it is told, for ever."""
+    moved_s = time.perf_counter()
+    while True:
+      some = False
+      for message in self.channel.take():
+        _DO[type(message)](self, message)
+        some = True
+      if self.exchange:
+        some |= self.exchange.poll(self.channel.send)
+      some |= self.poll()
+      if some:
+        moved_s = time.perf_counter()
+      elif self.running or (self.exchange and self.exchange.busy):
+        pause_s = (time.perf_counter() - moved_s) * PAUSE_SHARE
+        time.sleep(min(max(pause_s, LEAST_PAUSE_S), MOST_PAUSE_S))
+      else:
+        self.channel.wait()
+
+  # --- its life -------------------------------------------------------------
+
+  def build(self, message: messages.Build) -> None:
+    """Loads the model and makes the engine."""
+    fields = message.fields
+    recipe = Recipe(**fields['recipe'])
+    if recipe.config is not None:
+      recipe = recipe._replace(config=ModelConfig(**fields['recipe']['config']))
+    model, plan = recipe.make(), Plan(**fields['plan'])
+    self.model, self.config = model.config, EngineConfig(**fields['config'])
+    meshes = sharding.stage_meshes(model.config, plan, jax.devices())
+    capacity = (InstanceConfig(**fields['capacity']) if fields['capacity'] else
+                memory.size_pages(model.config, meshes, fields['role'],
+                                  self.config))
+    module, name = fields['engine'].split(':')
+    make = getattr(importlib.import_module(module), name)
+    self.engine = make(model, meshes, fields['role'], self.config, capacity)
+    if fields['moves']:
+      self.exchange = Exchange(self.engine)
+    self.is_built = True
+    self.channel.send(messages.Built(
+        dataclasses.asdict(self.engine.capacity),
+        len(self.engine.shapes_needed()),
+        self.exchange.address if self.exchange else '',
+        {str(i): str(d) for i, d in enumerate(self.engine.devices)}))
+
+  def warm(self, message: messages.Warm) -> None:
+    """Compiles everything that it can run."""
+    for name in self.engine.warm():
+      self.channel.send(messages.Warmed(name))
+    if self.exchange:
+      self.exchange.warm(message, self.model, self.config)
+    jax.monitoring.register_event_duration_secs_listener(self._hear_compiled)
+    self.channel.send(messages.Ready())
+
+  def count(self, message: messages.Count) -> None:
+    moving = self.exchange
+    self.channel.send(messages.Counted(
+        len(self.requests), len(moving.offers) if moving else 0,
+        len(moving.pulling) + len(moving.landing) if moving else 0,
+        self.compiled))
+
+  # --- commands -------------------------------------------------------------
+
+  def admit(self, message: messages.Admit) -> None:
+    sampling = Sampling(**message.sampling)
+    self.engine.admit(message.id, message.tokens, message.prompt_len, sampling)
+    self.requests.add(message.id)
+    if sampling.logprobs is not None:
+      self.num_logprobs[message.id] = sampling.logprobs
+
+  def forget(self, message: messages.Forget) -> None:
+    self.engine.forget(message.id)
+    self.requests.discard(message.id)
+    self.num_logprobs.pop(message.id, None)
+    self.tables.forget(message.id)
+
+  def run(self, message: messages.Run) -> None:
+    command = self.tables.grow(message.command)
+    outputs, marks = (self.engine.prefill(command) if isinstance(
+        command, RunPrefill) else self.engine.decode(command))
+    self.running.append(Running(command, collections.deque(outputs),
+                                collections.deque(marks)))
+
+  def offer(self, message: messages.Offer) -> None:
+    self._hand_off(Exchange.offer, message)
+
+  def pull(self, message: messages.Pull) -> None:
+    self._hand_off(Exchange.pull, message)
+
+  def _hand_off(self, begin: Any, message: Any) -> None:
+    """Only the hand-off fails, where the engine is sound."""
+    try:
+      begin(self.exchange, message)
+    except Exception as error:
+      if not self.engine.is_sound():
+        raise
+      self.channel.send(messages.Broken(message.uuid, _text(error)))
+
+  # --- completions ----------------------------------------------------------
+
+  def poll(self) -> bool:
+    """Tells what has completed; whether anything had."""
+    some = False
+    while self.running:
+      running = self.running[0]
+      while running.marks and is_ready(running.marks[0]):
+        running.marks.popleft()
+        self.channel.send(messages.StageDone())
+      if running.outputs and not is_ready(running.outputs[0].token_R):
+        break
+      some = True
+      if running.outputs:
+        self._tell(running.command, running.outputs.popleft())
+      if not running.outputs:
+        self.running.popleft()
+    return some
+
+  def _tell(self, command: RunPrefill | RunDecode, output: StepOutput) -> None:
+    """The tokens of a step: of its rows, then of its chunks."""
+    token_R = jax.device_get(output.token_R).tolist()
+    ids = [row.id for row in command.rows]
+    places = list(range(len(ids)))
+    if isinstance(command, RunPrefill):
+      first = len(token_R) - self.engine.sequences(command)
+      places += range(first, first + len(command.chunks))
+      ids += [chunk.id for chunk in command.chunks]
+    self.channel.send(messages.Stepped(
+        command.number, tuple([token_R[place] for place in places]),
+        self._logprobs(output, list(zip(places, ids, strict=True))),
+        time.perf_counter(), time.process_time()))
+
+  def _logprobs(self, output: StepOutput, entries: list[tuple[int, int]]
+                ) -> tuple[Any, ...]:
+    wanted = [(r, place, self.num_logprobs[id])
+              for r, (place, id) in enumerate(entries)
+              if id in self.num_logprobs]
+    if not wanted:
+      return ()
+    logprob_R, top_id_RA, top_logprob_RA = jax.device_get(
+        (output.logprob_R, output.top_id_RA, output.top_logprob_RA))
+    return tuple([(r, float(logprob_R[place]),
+                   tuple(top_id_RA[place, :count].tolist()),
+                   tuple(top_logprob_RA[place, :count].tolist()))
+                  for r, place, count in wanted])
+
+
+_DO: dict[type, Any] = {
+    messages.Build: Instance.build,
+    messages.Warm: Instance.warm,
+    messages.Count: Instance.count,
+    messages.Admit: Instance.admit,
+    messages.Forget: Instance.forget,
+    messages.Run: Instance.run,
+    messages.Offer: Instance.offer,
+    messages.Pull: Instance.pull,
+    messages.Withdraw: lambda self, message: self.exchange.withdraw(message),
+    messages.Drop: lambda self, message: self.exchange.drop(message),
+}
+
+
+def _leave(why: str) -> None:
+  """The server is gone: nothing is left to do."""
+  if why != channel.CLOSED:
+    print(f'an instance ends: {why}', file=sys.stderr)
+  os._exit(0)
+
+
+def _text(error: BaseException) -> str:
+  return f'{type(error).__name__}: {error}'
+
+
+def main(argv: list[str]) -> None:
+  """Serves until the server ends it. argv: address, index, incarnation."""
+  address, index, incarnation = argv
+  key = bytes.fromhex(os.environ.pop(KEY))
+  instance = Instance(address, key, int(index), int(incarnation))
+  try:
+    with jax.transfer_guard('disallow'):
+      instance.serve()
+  except Exception as error:  # the server says it
+    last = (messages.Lost(_text(error)) if instance.is_built else
+            messages.Failed(isinstance(error, InputError), str(error)
+                            if isinstance(error, InputError)
+                            else _text(error)))
+    instance.channel.send(last)
+    instance.channel.flush(FLUSH_S)
+  finally:
+    os._exit(1)  # no thread of jax is waited for
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])

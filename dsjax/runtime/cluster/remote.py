@@ -1,0 +1,400 @@
+"""Engines of other processes, as a fleet sees them.
+
+A RemoteEngine is an Engine whose effects are messages. A step's output is an
+array that is ready when its message has come. So a Fleet does with it what it
+does with an Engine of its own process: what raises, stalls or ends loses the
+instance, and `start` begins a new process, another incarnation. Nothing of an
+earlier one can come in: it has another socket, another key, another number.
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from dsjax.config.checks import InputError
+from dsjax.config.engine import EngineConfig, InstanceConfig
+from dsjax.config.request import MAX_LOGPROBS, Sampling
+from dsjax.runtime.cluster import messages
+from dsjax.runtime.cluster.channel import Channel
+from dsjax.runtime.cluster.handoff import LOOK_S, RemoteRoute, RemoteTransfer
+from dsjax.runtime.cluster.messages import PageTables
+from dsjax.runtime.protocols import Dispatched, HostMemory
+from dsjax.scheduling.events import RunDecode, RunPrefill
+
+PING_S = 1.0  # from an answer to the next question
+NEWEST = 1000  # stamps of steps that are remembered
+COMES_S = 300.0  # until a process says hello
+
+
+class Process(Protocol):
+  """A process that was started for an instance, however that was done.
+
+  Attributes:
+    channel: None until it has come. failed: why it cannot come, or ''.
+  """
+
+  @property
+  def channel(self) -> Channel | None: ...
+
+  @property
+  def failed(self) -> str: ...
+
+  @property
+  def pid(self) -> int: ...
+
+  def exit_code(self) -> int | None: ...
+
+  def kill(self, wait_s: float = 0.0) -> None: ...
+
+
+class Stamp(NamedTuple):
+  """When a step was done, at its instance: time.perf_counter and CPU seconds
+  of the process, which nothing else on the machine adds to."""
+
+  wall_s: float
+  cpu_s: float
+
+
+class Arriving:
+  """An array that is ready when its message has come."""
+
+  def __init__(self, engine: 'RemoteEngine', size: int) -> None:
+    self.size, self._engine = size, engine
+    self._values: np.ndarray | None = None
+
+  def put(self, values: np.ndarray) -> None:
+    """Its message has come."""
+    self._values = values
+
+  def is_ready(self) -> bool:
+    if self._values is None:
+      self._engine.hear()
+    return self._values is not None
+
+  def is_deleted(self) -> bool:
+    return False
+
+  def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+    if self._values is None:
+      raise RuntimeError('its message has not come')
+    return self._values
+
+
+@dataclasses.dataclass
+class Output:
+  """What a step samples: a StepOutput. The others are there with token_R."""
+
+  token_R: Arriving
+  logprob_R: Any = None
+  top_id_RA: Any = None
+  top_logprob_RA: Any = None
+
+
+class RemoteEngine:
+  """An Engine that is a process of its own.
+
+  Attributes:
+    pid: of its process, or None. incarnation: how many there have been.
+    capacity, devices, address: see Built; known once `is_built`.
+    peers: those that KV comes from, and goes to.
+    slot_of, spare: what has been admitted, in slots of no meaning.
+    stamps: a Stamp a step, of the newest. held: its last answer to `count`, or
+      None.
+  """
+
+  capacity: InstanceConfig
+  _shapes: Sequence[tuple[int, int]]
+  _channel: Channel | None
+  _asked_s: float | None
+
+  def __init__(self, index: int, config: EngineConfig, fields: dict[str, Any],
+               launch: Callable[[int], Process]) -> None:
+    """Starts the first process.
+
+    Args:
+      fields: of Build. launch: starts the process of an incarnation.
+    """
+    self.index, self.role, self.config = index, fields['role'], config
+    self.incarnation, self.is_built, self.closed = 0, False, False
+    self.devices: tuple[str, ...] = ()
+    self.address = ''
+    self.stamps: collections.deque[Stamp] = collections.deque(maxlen=NEWEST)
+    self.held: messages.Counted | None = None
+    self._fields, self._launch = fields, launch
+    self.peers, self._compiles = messages.Warm({}, {}), False
+    self._warmed: collections.deque[str] = collections.deque()
+    self._process: Process | None = None
+    self._vacate()
+    self._begin()
+
+  def _vacate(self) -> None:
+    """Knows of no process, and of nothing that one holds."""
+    self.slot_of: dict[int, int] = {}
+    self.spare = list(range(self.config.max_seqs))
+    self.transfers: dict[int, RemoteTransfer] = {}
+    self._tables = PageTables()
+    self._due: collections.deque[tuple[int, Output]] = collections.deque()
+    self._marks: collections.deque[Arriving] = collections.deque()
+    self._why, self._bad_input = '', False
+    self._ready, self._asked_s = False, None
+
+  def _begin(self) -> None:
+    self.incarnation += 1
+    self._began_s = time.monotonic()
+    self._process, self._channel = self._launch(self.incarnation), None
+
+  @property
+  def pid(self) -> int | None:
+    return self._process.pid if self._process else None
+
+  # --- what it says ---------------------------------------------------------
+
+  def hear(self) -> None:
+    """Takes in what has come."""
+    if self._process is None:
+      return
+    if self._channel is None:
+      self._channel = self._process.channel
+      if self._channel is None:
+        return
+      self._channel.send(messages.Build(self._fields))
+    for message in self._channel.take():
+      _HEAR[type(message)](self, message)
+
+  def check(self) -> None:
+    """Raises what ended the process, if something has.
+
+    Raises:
+      InputError: it cannot be built as it was asked to.
+      RuntimeError: it failed, ended, or is silent.
+    """
+    process = self._process
+    if process is None:
+      raise RuntimeError('it was not started')
+    code, ended = process.exit_code(), self._channel and self._channel.ended
+    self.hear()  # all that it said before it ended
+    if self._why:
+      raise (InputError if self._bad_input else RuntimeError)(self._why)
+    if self._channel is None:
+      if code is not None or process.failed:
+        raise RuntimeError(process.failed or (
+            f'its process ended before it came (exit code {code})'))
+      if time.monotonic() - self._began_s > COMES_S:
+        raise RuntimeError(f'its process did not come in {COMES_S:g} s')
+    elif ended:
+      raise RuntimeError(f'its process ended (exit code {code})' if code
+                         is not None else ended)
+    else:
+      self._ping(self._channel)
+
+  def _ping(self, channel: Channel) -> None:
+    """Asks for a sign of life; raises where there is none."""
+    now_s, asked_s = time.monotonic(), self._asked_s
+    if asked_s is None or channel.heard_s >= asked_s:
+      if asked_s is None or now_s - asked_s > PING_S:
+        self._asked_s = now_s
+        channel.send(messages.Ping())
+    elif now_s - asked_s > self.config.silent_s:
+      raise RuntimeError(f'its process is silent for {now_s - asked_s:.1f} s')
+
+  def count(self) -> Callable[[], messages.Counted | None]:
+    """Asks what it holds; what gives the answer, once it has come."""
+    self.held = None
+    self.send(messages.Count())
+    return lambda: self.held
+
+  def cut(self) -> None:
+    """Cuts the connection, as a fault would."""
+    if self._channel:
+      self._channel.cut()
+
+  def send(self, message: messages.FromServer) -> None:
+    """Sends a message. Raises RuntimeError: the instance is not there."""
+    if self._channel is None:
+      raise RuntimeError('it is not there')
+    self._channel.send(message)
+
+  def _on_failed(self, message: messages.Failed) -> None:
+    self._why, self._bad_input = message.why, message.bad_input
+
+  def _on_built(self, message: messages.Built) -> None:
+    self.capacity = InstanceConfig(**message.capacity)
+    self.address = message.address
+    self._fields = self._fields | {'capacity': message.capacity}  # for ever
+    self.devices = tuple(f'{device}, process {self.pid}'
+                         for device in message.devices.values())
+    self._shapes, self.is_built = ((0, 0),) * message.shapes, True
+    if self._compiles:
+      self.send(self.peers)
+
+  def _on_ready(self, message: messages.Ready) -> None:
+    self._ready = True
+
+  def _on_stage(self, message: messages.StageDone) -> None:
+    self._marks.popleft().put(np.zeros(1, np.int32))
+
+  def _on_step(self, message: messages.Stepped) -> None:
+    number, output = self._due.popleft()
+    if message.number != number:
+      raise RuntimeError(f'a step of command {message.number} came, one of '
+                         f'{number} was due')
+    size = len(message.token_R)
+    logprob_R = np.zeros(size, np.float32)
+    top_id_RA = np.zeros((size, MAX_LOGPROBS), np.int32)
+    top_logprob_RA = np.zeros((size, MAX_LOGPROBS), np.float32)
+    for r, logprob, ids, logprobs in message.logprobs:
+      logprob_R[r] = logprob
+      top_id_RA[r, :len(ids)], top_logprob_RA[r, :len(ids)] = ids, logprobs
+    output.logprob_R, output.top_id_RA = logprob_R, top_id_RA
+    output.top_logprob_RA = top_logprob_RA
+    output.token_R.put(np.array(message.token_R, np.int32))
+    self.stamps.append(Stamp(message.wall_s, message.cpu_s))
+
+  def _on_transfer(self, message: Any) -> None:
+    transfer = self.transfers.get(message.uuid)
+    if transfer:  # else it was given up
+      transfer.hear(message)
+
+  def _on_lost(self, message: messages.Lost) -> None:
+    self._why = message.why
+
+  def _on_counted(self, message: messages.Counted) -> None:
+    self.held = message
+
+  # --- start and end --------------------------------------------------------
+
+  def shapes_needed(self) -> Sequence[tuple[int, int]]:
+    """One a step that it compiles."""
+    return self._shapes
+
+  def begin_warm(self) -> None:
+    """Has it compile; from now on a new process does so by itself."""
+    if not self._compiles:
+      self._compiles = True
+      self.send(self.peers)
+
+  def warm(self) -> Iterator[str]:
+    """Waits until everything is compiled; yields the name of each step."""
+    self.begin_warm()
+    while not self._ready:
+      self.check()
+      while self._warmed:
+        yield self._warmed.popleft()
+      time.sleep(LOOK_S)
+    yield from self._warmed
+    self._warmed.clear()
+
+  def route_to(self, target: 'RemoteEngine') -> RemoteRoute:
+    """How KV goes from this engine to another."""
+    return RemoteRoute(self, target)
+
+  def is_sound(self) -> bool:
+    """Whether it is there; if not, it can only start again."""
+    try:
+      self.check()
+    except Exception:  # whatever has ended it
+      return False
+    return True
+
+  def stop(self) -> None:
+    """Kills the process; nothing of it comes in any more."""
+    process, channel = self._process, self._channel
+    self._process = self._channel = None
+    self._vacate()
+    self.spare = []
+    if process:
+      process.kill()
+    if channel:
+      channel.close()
+
+  def start(self) -> bool:
+    """Begins a process, or looks at the one that has begun; whether it takes
+    commands.
+
+    Raises:
+      RuntimeError, InputError: it did not start.
+    """
+    if self.closed:
+      raise RuntimeError('the server was closed')
+    if self._process is None:
+      self._vacate()
+      self._begin()
+      if self.closed:  # meanwhile, by another thread
+        self.stop()
+    self.check()
+    self._warmed.clear()
+    return self._ready
+
+  def close(self) -> None:
+    """Kills the process and waits for its end."""
+    self.closed, process = True, self._process
+    self.stop()
+    if process:
+      process.kill(wait_s=10.0)
+
+  # --- commands -------------------------------------------------------------
+
+  def admit(self, id: int, tokens: Sequence[int], prompt_len: int,
+            params: Sampling) -> None:
+    """Gives a request a slot holding its tokens so far."""
+    self.send(messages.Admit(id, tuple(map(int, tokens)), prompt_len,
+                              dataclasses.asdict(params)))
+    self.slot_of[id] = self.spare.pop()
+
+  def forget(self, id: int) -> None:
+    """Takes the slot back."""
+    if id in self.slot_of:
+      self.spare.append(self.slot_of.pop(id))
+      self._tables.forget(id)
+      self.send(messages.Forget(id))
+
+  def prefill(self, command: RunPrefill) -> Dispatched:
+    """Sends a RunPrefill."""
+    return self._run(command, len(command.rows) + len(command.chunks))
+
+  def decode(self, command: RunDecode) -> Dispatched:
+    """Sends a RunDecode."""
+    return self._run(command, len(command.rows))
+
+  def _run(self, command: RunPrefill | RunDecode, size: int) -> Dispatched:
+    self.send(messages.Run(self._tables.shrink(command)))
+    outputs = [Output(Arriving(self, size)) for _ in range(command.steps)]
+    marks = [Arriving(self, 1) for _ in range(
+        command.steps * (self.capacity.pp - 1))]
+    self._due.extend((command.number, output) for output in outputs)
+    self._marks.extend(marks)
+    return outputs, marks
+
+  def host_memory(self, checksum: bool) -> HostMemory:
+    """Never asked for: its server has refused host_bytes."""
+    del checksum
+    raise InputError('EngineConfig.host_bytes: must be 0 with processes')
+
+  def sequences(self, command: RunPrefill) -> int:
+    """Sequence entries at the end of a RunPrefill's output."""
+    return len(command.chunks)
+
+  def send_if_there(self, message: messages.FromServer) -> None:
+    """Sends what an instance that is lost need not know."""
+    if self._channel is not None and not self._channel.ended:
+      self._channel.send(message)
+
+
+_HEAR: dict[type, Callable[[RemoteEngine, Any], None]] = {
+    messages.Failed: RemoteEngine._on_failed,
+    messages.Built: RemoteEngine._on_built,
+    messages.Warmed: lambda engine, warmed: engine._warmed.append(warmed.name),
+    messages.Ready: RemoteEngine._on_ready,
+    messages.StageDone: RemoteEngine._on_stage,
+    messages.Stepped: RemoteEngine._on_step,
+    messages.Offered: RemoteEngine._on_transfer,
+    messages.Landed: RemoteEngine._on_transfer,
+    messages.Broken: RemoteEngine._on_transfer,
+    messages.Lost: RemoteEngine._on_lost,
+    messages.Counted: RemoteEngine._on_counted,
+    messages.Pong: lambda engine, pong: None,  # its channel has the time
+}

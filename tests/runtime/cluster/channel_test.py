@@ -1,0 +1,162 @@
+"""The door and the channel: who is let in, and what of it comes."""
+
+import socket
+import time
+from multiprocessing import AuthenticationError
+from multiprocessing import connection as mp
+
+import pytest
+
+from dsjax.runtime.cluster import channel, messages
+
+pytestmark = pytest.mark.usefixtures('no_hang')
+IGNORE = (lambda message: None, lambda why: None)
+
+
+def until(true):
+  """The value of `true` once it is."""
+  while not (value := true()):
+    time.sleep(1e-3)
+  return value
+
+
+@pytest.fixture
+def door():
+  made = channel.Door(1, 3)
+  yield made
+  made.close()
+  if made.channel:
+    made.channel.close()
+
+
+def enter(door, index=1, incarnation=3, hear=IGNORE):
+  return channel.connect(door.address, door.key, index, incarnation, *hear)
+
+
+def refused(address):
+  host, port = address.rsplit(':', 1)
+  try:
+    with socket.create_connection((host, int(port))):
+      return False
+  except ConnectionRefusedError:
+    return True
+
+
+def test_it_listens_on_loopback_until_it_is_entered(door):
+  assert door.address.startswith('127.0.0.1:') and not refused(door.address)
+  inside = enter(door)
+  until(lambda: door.channel)
+  until(lambda: refused(door.address))
+  inside.close()
+  until(lambda: door.channel.ended)
+
+
+def test_who_has_another_key_is_refused(door):
+  with pytest.raises(AuthenticationError):
+    channel.connect(door.address, b'x' * 32, 1, 3, *IGNORE)
+  inside = enter(door)  # the right one still comes in
+  until(lambda: door.channel)
+  inside.close()
+
+
+def test_strangers_hold_nobody_up(door, monkeypatch):
+  """Silent ones, and more than are greeted at a time; all are let go."""
+  monkeypatch.setattr(channel, 'GREET_S', 1)
+  host, port = door.address.rsplit(':', 1)
+  silent = [socket.create_connection((host, int(port)))
+            for _ in range(channel.MOST_GREETED + 4)]
+  for stranger in silent:
+    stranger.settimeout(None)
+    while stranger.recv(4096):
+      pass
+    stranger.close()
+  noise = socket.create_connection((host, int(port)))
+  noise.sendall(b'GET / HTTP/1.1\r\n\r\n' * 100)
+  noise.close()
+  inside = enter(door)
+  until(lambda: door.channel)
+  inside.close()
+
+
+@pytest.mark.parametrize('index, incarnation', [(0, 3), (1, 2)])
+def test_who_is_not_awaited_is_told_of(door, index, incarnation):
+  inside = enter(door, index, incarnation)
+  assert 'was awaited' in until(lambda: door.failed)
+  assert door.channel is None
+  until(lambda: inside.ended)
+
+
+def test_another_version_is_told_of(door, monkeypatch):
+  host, port = door.address.rsplit(':', 1)
+  with mp.Client((host, int(port)), authkey=door.key) as other:
+    other.send_bytes(messages.dump(3, messages.Hello(messages.VERSION + 1, 1)))
+    assert 'version=2' in until(lambda: door.failed)
+
+
+def test_a_door_that_was_closed_lets_nobody_in(door):
+  door.close()
+  until(lambda: refused(door.address))
+
+
+@pytest.fixture
+def pair(door):
+  inside = enter(door)
+  yield until(lambda: door.channel), inside
+  inside.close()
+
+
+def test_messages_come_in_order(pair):
+  here, there = pair
+  sent = [messages.Admit(i, tuple(range(i * 100)), 1, {}) for i in range(50)]
+  for message in sent:
+    here.send(message)
+  got = []
+  while len(got) < len(sent):
+    got += there.take()
+  assert got == sent
+
+
+def test_what_another_incarnation_says_is_passed_over(pair):
+  here, there = pair
+  there.incarnation = 2
+  there.send(messages.Ready())
+  there.incarnation = 3
+  there.send(messages.Warmed('x'))
+  until(lambda: here._in)
+  assert here.take() == [messages.Warmed('x')]
+
+
+def test_neither_side_waits_for_one_that_does_not_read(door):
+  """Much more than the buffers of a socket hold; the rest comes later."""
+  host, port = door.address.rsplit(':', 1)
+  with mp.Client((host, int(port)), authkey=door.key) as slow:
+    slow.send_bytes(messages.dump(3, messages.Hello(messages.VERSION, 1)))
+    here = until(lambda: door.channel)
+    large = messages.Warmed('x' * 2**20)
+    for _ in range(64):
+      here.send(large)
+    for _ in range(64):
+      assert messages.load(slow.recv_bytes()) == (3, large)
+
+
+@pytest.mark.parametrize('said', [b'\x00' * 9, b'[3, ["Nothing"]]',
+                                  b'[3, ["Counted", 1, 2, 3]]'])
+def test_what_is_no_message_ends_it(door, said):
+  host, port = door.address.rsplit(':', 1)
+  with mp.Client((host, int(port)), authkey=door.key) as other:
+    other.send_bytes(messages.dump(3, messages.Hello(messages.VERSION, 1)))
+    here = until(lambda: door.channel)
+    other.send_bytes(said)
+    assert 'no message' in until(lambda: here.ended)
+    with pytest.raises(RuntimeError, match='no message'):
+      here.send(messages.Ping())
+
+
+def test_the_end_of_one_side_is_the_end_of_the_other(door):
+  ends = []
+  inside = enter(door, hear=(lambda message: None, ends.append))
+  here = until(lambda: door.channel)
+  here.close()
+  until(lambda: ends)
+  assert inside.ended and here.ended
+  inside.wait()  # returns

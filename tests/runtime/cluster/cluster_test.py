@@ -1,0 +1,597 @@
+"""Instances as processes: the same tokens, logs and records; real deaths.
+
+A process takes seconds to start, so servers are shared: each test leaves its
+own as it found it, all up and idle. No test waits for a time that passes: what
+is slow is late, and a hang ends by its limit.
+"""
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+import dsjax
+from dsjax.checkpoints.checkpoint import Recipe
+from dsjax.config.checks import InputError
+from dsjax.config.placement import Placement, Plan
+from dsjax.runtime.cluster import local, messages, remote
+from dsjax.runtime.cluster.instance import KEY
+from dsjax.scheduling import scheduler
+from dsjax.scheduling.events import (
+  InstanceDown,
+  InstanceUp,
+  Migrated,
+  MigrateFailed,
+  RunPrefill,
+  Timer,
+)
+from tests.common import fake_engine, serving
+from tests.common.serving import (
+  LONG,
+  MIXED,
+  PAGES_4,
+  check_tidy,
+  check_tokens,
+  expected_of_fakes,
+  play,
+  server_of,
+  want,
+)
+
+pytestmark = pytest.mark.usefixtures('no_hang')
+
+MODEL = dataclasses.replace(serving.MODEL, recipe=Recipe(
+    config=serving.CONFIG))
+CONFIG = dataclasses.replace(PAGES_4, tries=50, restarts=50, restart_s=0.0)
+WORK = MIXED[:6] + LONG[:2]
+PAIR = Placement(prefill=[Plan()], decode=[Plan()])
+
+
+def start(placement=PAIR, config=CONFIG, model=MODEL, **options):
+  return dsjax.serve(model, placement, config, cluster='local', **options)
+
+
+def alive(pid):
+  """Whether a process is there, and no zombie."""
+  try:
+    with open(f'/proc/{pid}/stat') as file:
+      return file.read().rsplit(') ', 1)[1][0] not in 'ZX'
+  except FileNotFoundError:
+    return False
+
+
+def children():
+  """Processes that this one has started and that run."""
+  found = set()
+  for name in filter(str.isdigit, os.listdir('/proc')):
+    try:
+      with open(f'/proc/{name}/stat') as file:
+        state, parent = file.read().rsplit(') ', 1)[1].split()[:2]
+    except (FileNotFoundError, ProcessLookupError):
+      continue
+    if int(parent) == os.getpid() and state != 'Z':
+      found.add(int(name))
+  return found
+
+
+def until(true, server=None):
+  """The value of `true` once it is; a server goes on meanwhile."""
+  while not (value := true()):
+    if server:
+      server.poll()
+    time.sleep(1e-3)
+  return value
+
+
+@pytest.fixture(scope='module')
+def shared():
+  """Servers by name; a test that fails leaves none behind."""
+  servers = {}
+  yield servers
+  for server in servers.values():
+    server.close()
+
+
+def lend(shared, name, make):
+  """A server that is all up and idle; at the end it is so again."""
+  server = shared.pop(name, None) or make()
+  server.log.clear()
+  server.fleet.faults.clear()
+  before = server.state
+  yield server
+  for index in range(len(server.engines)):
+    server.restore(index)
+  check_tidy(server, faulty=True)
+  state = before
+  for event, commands in server.log:
+    state, again = scheduler.step(server.scheduler_config, state,
+                                            event)
+    assert again == commands
+  check_held(server)
+  server.requests.clear()
+  shared[name] = server
+
+
+def check_held(server):
+  """No process holds anything, nor has it compiled since it was ready."""
+  answers = [engine.count() for engine in server.engines]
+  until(lambda: all(answer() for answer in answers), server)
+  assert [answer() for answer in answers] == [messages.Counted(0, 0, 0, 0)] * (
+      len(answers))
+
+
+@pytest.fixture
+def pair(shared):
+  yield from lend(shared, 'pair', lambda: start(
+      config=dataclasses.replace(CONFIG, checksum=True)))
+
+
+@pytest.fixture
+def fakes(shared):
+  yield from lend(shared, 'fakes', lambda: start(
+      Placement(colocated=[Plan()] * 2), make_engine=fake_engine.FakeEngine))
+
+
+# --- as in one process -------------------------------------------------------
+
+
+def untimed(log):
+  """Events and commands without times, of requests counted from 0."""
+  first = min(event.id for event, _ in log if hasattr(event, 'id'))
+
+  def plain(name, value):
+    if name in ('steps_s', 'stages_s'):
+      return len(value)
+    return 0 if name == 'time_s' else value
+
+  kinds = []
+  for event, commands in log:
+    fields = {name: plain(name, value) for name, value in zip(
+        event._fields, event, strict=True)}
+    if 'id' in fields:
+      fields['id'] -= first
+    kinds.append((type(event), fields, [type(c) for c in commands]))
+  return kinds
+
+
+def one_by_one(server, work):
+  """Outputs of requests of which each waits for the one before, and what was
+  logged, without times."""
+  outputs, log = [], []
+  for prompt, params in work:
+    before = len(server.log)
+    outputs.append(server.generate(prompt, **params))
+    until(lambda: not server.busy, server)
+    log.append(untimed(server.log[before:]))
+  return outputs, log
+
+
+def check_equal(ours, theirs):
+  """Two servers gave, said and recorded the same."""
+  (outputs, log), (others, other_log) = ours, theirs
+  for one, other in zip(outputs, others, strict=True):
+    assert (one.tokens, one.text, one.reason) == (
+        other.tokens, other.text, other.reason)
+    for (p, top), (q, tops) in zip(one.logprobs, other.logprobs, strict=True):
+      assert p == pytest.approx(q, abs=1e-4)
+      assert [i for i, _ in top] == [i for i, _ in tops]
+    assert recorded(one) == recorded(other)
+  assert log == other_log
+
+
+def recorded(output):
+  """A record without times."""
+  record = output.record
+  return (record.status, record.prompt_len, record.instances, record.retries,
+          record.preemptions, list(record.stage_s), len(record.token_s))
+
+
+@pytest.fixture
+def one_process(mode):
+  """What a server of one process gives, says and records."""
+  with server_of(mode, CONFIGS[mode]) as server:
+    yield one_by_one(server, JOBS)
+
+
+# Few steps to compile: of one or two rows and 32 tokens.
+SMALL = dataclasses.replace(PAGES_4, max_seqs=2, prefill_tokens=32,
+                            prefill_seqs=1)
+CONFIGS = {
+    '1p1d': PAGES_4, 'colocated': SMALL, 'chunked': SMALL,
+    'tp2_pp2': dataclasses.replace(
+        SMALL, max_seqs=1, decode_page_size=16, num_pages=12,
+        decode_kv_dtype='int8', checksum=True, prefix_cache=True)}
+# The last begins as the one before: with a prefix cache less of it moves.
+JOBS = [MIXED[0], MIXED[5], MIXED[10], MIXED[1], MIXED[1]]
+
+
+@pytest.mark.parametrize('mode', ['1p1d'])
+def test_tokens_log_and_records_are_those_of_one_process(pair, one_process):
+  check_equal(one_by_one(pair, JOBS), one_process)
+
+
+@pytest.mark.parametrize('mode', ['colocated', 'chunked'])
+def test_so_they_are_without_hand_offs(mode, one_process):
+  with start(serving.MODES[mode][0], CONFIGS[mode]) as server:
+    check_equal(one_by_one(server, JOBS), one_process)
+    check_tokens(MIXED[:6], play(server, MIXED[:6]))
+    check_held(server)
+
+
+@pytest.mark.parametrize('mode', ['tp2_pp2'])
+def test_so_they_are_with_any_plans_page_sizes_and_dtypes(mode, one_process):
+  """From tp=2 to pp=2, pages of 4 to 16, float32 to int8, with checksums."""
+  with start(serving.MODES[mode][0], CONFIGS[mode]) as server:
+    check_equal(one_by_one(server, JOBS), one_process)
+    assert server.copied_bytes and server.records[-1].cached_tokens
+    check_held(server)
+
+
+def test_it_serves_many_at_a_time(pair):
+  check_tokens(MIXED + LONG, play(pair, MIXED + LONG))
+  assert not pair.faults
+
+
+# --- real deaths -------------------------------------------------------------
+
+
+def kill(server, index):
+  os.kill(server.engines[index].pid, signal.SIGKILL)
+
+
+def stop(server, index):
+  os.kill(server.engines[index].pid, signal.SIGSTOP)
+
+
+def cut(server, index):
+  server.engines[index].cut()
+
+
+def garble(server, index):
+  server.engines[index]._channel._out.put(b'[9]')
+
+
+def _where(state, stage, side):
+  return next((getattr(seq, side) for seq in state.seqs.values()
+               if seq.stage == stage), None)
+
+
+# Where a request is -> the instance that dies.
+AT = {
+    'prefilling': lambda state: next((
+        i for i, instance in enumerate(state.instances)
+        if any(isinstance(c, RunPrefill) for c, _ in instance.inflight)),
+        None),
+    'source': lambda state: _where(state, 'migrating', 'instance'),
+    'target': lambda state: _where(state, 'migrating', 'target'),
+    'decoding': lambda state: _where(state, 'decoding', 'instance'),
+}
+
+
+@pytest.mark.parametrize('stage', AT)
+def test_nobody_loses_by_a_process_that_is_killed(pair, stage):
+  ids = [pair.submit(prompt, **params) for prompt, params in WORK]
+  lost = None
+  while lost is None:
+    pair.poll()
+    lost = AT[stage](pair.state)
+  before = pair.engines[lost].pid
+  kill(pair, lost)
+  until(lambda: not pair.busy, pair)
+  check_tokens(WORK, [pair.output(id) for id in ids])
+  until(lambda: not pair.fleet.down and pair.engines[lost].pid != before, pair)
+  assert not alive(before)
+  told = [type(event) for event, _ in pair.log]
+  assert InstanceDown in told and InstanceUp in told
+
+
+@pytest.mark.parametrize('harm, index', [(stop, 0), (cut, 1), (garble, 0)])
+def test_what_hangs_or_is_cut_off_is_lost(pair, harm, index, monkeypatch):
+  ids = [pair.submit(prompt, **params) for prompt, params in WORK]
+  until(lambda: any(type(event) is Migrated for event, _ in pair.log), pair)
+  before = pair.engines[index].pid
+  with monkeypatch.context() as patch:
+    patch.setattr(pair.engines[index], 'config', dataclasses.replace(
+        CONFIG, silent_s=1.0 if harm is stop else 30.0))
+    harm(pair, index)
+    until(lambda: any(type(event) is InstanceDown for event, _ in pair.log),
+          pair)
+  until(lambda: not pair.busy, pair)
+  check_tokens(WORK, [pair.output(id) for id in ids])
+  until(lambda: not pair.fleet.down, pair)
+  until(lambda: not alive(before))
+
+
+def test_a_device_that_hangs_is_lost(pair, monkeypatch):
+  """It answers pings, and no step comes."""
+  with monkeypatch.context() as patch:
+    patch.setattr(pair.fleet, 'config', dataclasses.replace(
+        CONFIG, stall_s=0.5))
+    patch.setitem(remote._HEAR, messages.Stepped, lambda *_: None)
+    id = pair.submit(MIXED[0][0], **MIXED[0][1])
+    until(lambda: pair.faults, pair)
+    assert 'no step for' in pair.faults[0][1]
+  until(lambda: not pair.busy, pair)
+  assert pair.output(id).tokens == want(MIXED[0])
+
+
+def test_a_copy_that_takes_too_long_gives_its_pages_back(pair, monkeypatch):
+  """Its source is stopped for a while, and late: the offer is taken back."""
+  source, stopped = pair.engines[0], []
+  real = source.send
+
+  def stop_at_offer(message):
+    if isinstance(message, messages.Offer) and not stopped:
+      stopped.append(source.pid)
+      stop(pair, 0)
+    real(message)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(source, 'send', stop_at_offer)
+    patch.setattr(pair.fleet, 'config', dataclasses.replace(
+        CONFIG, lease_s=0.2))
+    ids = [pair.submit(prompt, **params) for prompt, params in WORK]
+    until(lambda: any(type(event) is Timer for event, _ in pair.log), pair)
+    patch.setattr(pair.fleet, 'config', CONFIG)
+    os.kill(source.pid, signal.SIGCONT)
+    until(lambda: not pair.busy, pair)
+  check_tokens(WORK, [pair.output(id) for id in ids])
+  assert stopped == [source.pid]  # it was not lost
+
+
+def _spoiled(said, **changes):
+  """Messages of a type, the first of them with another content."""
+  todo, hear = [changes], remote._HEAR[said]
+
+  def spoiled(engine, message):
+    hear(engine, message._replace(**todo.pop()) if todo else message)
+  return {said: spoiled}
+
+
+@pytest.mark.parametrize('spoiled, why', [
+    (_spoiled(messages.Landed, checksum=1), 'KV checksum 0x1 arrived'),
+    (_spoiled(messages.Offered, kind=1), 'shapes or dtypes'),
+    (None, "KeyError: 77")], ids=['checksum', 'kind', 'pull'])
+def test_a_hand_off_that_breaks_is_tried_again(pair, monkeypatch, spoiled,
+                                               why):
+  target, todo = pair.engines[1], [77]
+  real = target.send
+
+  def lost_on_the_way(message):
+    """A Pull from a source that there is not."""
+    if isinstance(message, messages.Pull) and todo:
+      message = message._replace(source=todo.pop())
+    real(message)
+
+  with monkeypatch.context() as patch:
+    if spoiled:
+      patch.setattr(remote, '_HEAR', remote._HEAR | spoiled)
+    else:
+      patch.setattr(target, 'send', lost_on_the_way)
+    check_tokens(WORK, play(pair, WORK, faulty=True))
+  told = [event for event, _ in pair.log]
+  failed = [event for event in told if isinstance(event, MigrateFailed)]
+  assert len(failed) == 1 and why in failed[0].reason
+  assert InstanceDown not in map(type, told)
+
+
+def test_any_process_may_die_at_any_moment(fakes):
+  """Again and again, and what is starting too."""
+  work = [serving.job(4 + n % 9, 8 + n % 7, n) for n in range(60)]
+  ids = []
+  for n, (prompt, params) in enumerate(work):
+    ids.append(fakes.submit(prompt, **params))
+    fakes.poll()
+    pid = fakes.engines[n % 2].pid
+    if n % 7 == 3 and pid:
+      os.kill(pid, signal.SIGKILL)
+  until(lambda: not fakes.busy, fakes)
+  check_tokens(work, [fakes.output(id) for id in ids], expected_of_fakes)
+  assert InstanceDown in {type(event) for event, _ in fakes.log}
+
+
+def test_one_that_dies_idle_is_started_again(fakes):
+  before = fakes.engines[1].pid
+  kill(fakes, 1)
+  until(lambda: fakes.faults and not fakes.fleet.down, fakes)
+  assert not alive(before) and alive(fakes.engines[1].pid)
+  assert not fakes.busy
+
+
+def test_an_instance_that_is_killed_by_hand_comes_back(fakes):
+  fakes.kill(0)
+  assert fakes.engines[0].pid is None and fakes.fleet.down == {0: None}
+  work = serving.job(5, 9, 1)
+  assert fakes.generate(work[0], **work[1]).tokens == want(
+      work, expected_of_fakes)
+  fakes.restore(0)
+  assert fakes.state.instances[0].status == 'up' and fakes.engines[0].pid
+
+
+def test_one_that_is_away_joins():
+  with start(Placement(colocated=[Plan()] * 2), dataclasses.replace(
+      CONFIG, away=(1,)), make_engine=fake_engine.FakeEngine) as server:
+    assert server.engines[1].pid is None
+    server.restore(1)
+    assert alive(server.engines[1].pid) and server.state.instances[
+        1].status == 'up'
+
+
+def test_one_that_does_not_start_again_stays_lost(fakes, monkeypatch):
+  engine = fakes.engines[1]
+  with monkeypatch.context() as patch:
+    patch.setitem(engine._fields, 'engine', 'tests.common.fake_engine:Nothing')
+    fakes.kill(1)
+    with pytest.raises(RuntimeError, match='Nothing'):
+      fakes.restore(1)
+  assert 1 in fakes.fleet.down
+
+
+# --- start and end -----------------------------------------------------------
+
+
+def broken_engine(*_):
+  raise RuntimeError('the device is on fire')
+
+
+def gone_engine(*_):
+  os._exit(7)
+
+
+@pytest.mark.parametrize('make, error', [
+    (broken_engine, 'instance 0 .prefill. did not start: .*on fire'),
+    (gone_engine, 'instance 0 .prefill. did not start: its process ended')])
+def test_an_instance_that_fails_at_start_is_one_clear_error(make, error):
+  before = children()
+  with pytest.raises(RuntimeError, match=error):
+    start(make_engine=make)
+  assert children() <= before
+
+
+def test_bad_input_that_an_instance_finds_is_bad_input():
+  before = children()
+  with pytest.raises(InputError, match='EngineConfig.dtype'):
+    start(config=dataclasses.replace(CONFIG, dtype='bfloat16'))
+  assert children() <= before
+
+
+def test_an_interrupt_at_start_leaves_no_process():
+  before = children()
+
+  def interrupt(done, total, name):
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    start(make_engine=fake_engine.FakeEngine, report=interrupt,
+          placement=Placement(colocated=[Plan()]))
+  assert children() <= before
+
+
+@pytest.mark.parametrize('options, error', [
+    ({'cluster': 'ray'}, "cluster='ray'.*not there yet"),
+    ({'cluster': 'local', 'devices': []}, 'devices=.*have their own'),
+    ({'cluster': 'local', 'make_engine': lambda *_: None}, 'make_engine='),
+])
+def test_what_is_not_there_is_refused(options, error):
+  before = children()
+  with pytest.raises(InputError, match=error):
+    dsjax.serve(MODEL, PAIR, CONFIG, **options)
+  assert children() <= before
+
+
+def test_a_field_that_processes_do_not_know_is_refused(monkeypatch):
+  monkeypatch.setattr(local, 'NOT_YET', ('prefix_',))
+  with pytest.raises(InputError, match='EngineConfig.prefix_cache=True'):
+    start(config=dataclasses.replace(CONFIG, prefix_cache=True))
+
+
+def test_models_that_cannot_be_served_are_refused():
+  """One that no other process has; one without weights in this process."""
+  with pytest.raises(InputError, match='loads it again'):
+    start(model=serving.MODEL)
+  bare = dsjax.load('tiny', weights=False)
+  assert bare.tokenizer and bare.config == dsjax.load('tiny').config
+  with pytest.raises(InputError, match='has no weights'):
+    dsjax.serve(bare, PAIR, CONFIG)
+
+
+def test_close_leaves_nothing():
+  """No process, no thread, no open port or file."""
+  before, files = children(), len(os.listdir('/proc/self/fd'))
+  server = start(Placement(colocated=[Plan()] * 2),
+                 make_engine=fake_engine.FakeEngine)
+  doors = [engine._process._door.address for engine in server.engines]
+  pids = [engine.pid for engine in server.engines]
+  server.submit(*serving.job(5, 40)[:1], max_tokens=40)
+  server.close()
+  server.close()
+  assert children() <= before and not any(map(alive, pids))
+  for address in doors:
+    host, port = address.rsplit(':', 1)
+    with pytest.raises(ConnectionRefusedError):
+      socket.create_connection((host, int(port)))
+  until(lambda: len(os.listdir('/proc/self/fd')) <= files)
+
+
+def test_a_key_is_in_no_command_line():
+  """And not in the environment of what an instance would start."""
+  with start(Placement(colocated=[Plan()]),
+             make_engine=fake_engine.FakeEngine) as server:
+    engine = server.engines[0]
+    with open(f'/proc/{engine.pid}/cmdline') as file:
+      assert engine._process._door.key.hex() not in file.read()
+    assert KEY not in os.environ
+
+
+SERVED = """
+import dataclasses, os, signal, sys
+import dsjax
+from tests.common import fake_engine
+from tests.runtime.cluster import cluster_test as here
+
+server = here.start(here.Placement(colocated=[here.Plan()]),
+                    make_engine=fake_engine.FakeEngine)
+print(*[engine.pid for engine in server.engines], flush=True)
+if sys.argv[1] == 'serve':
+  with server:
+    server.run([dsjax.Request(i, 1e3 * i, (5, 6), dsjax.Sampling(4))
+                for i in range(9)])
+if sys.argv[1] == 'raise':
+  raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize('end', ['SIGKILL', 'SIGINT', 'raise'])
+def test_instances_end_with_their_server(end):
+  """However it ends; one that is not closed too."""
+  script = subprocess.Popen(
+      [sys.executable, '-c', SERVED, 'raise' if end == 'raise' else 'serve'],
+      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+      env=os.environ | {'PYTHONPATH': os.pathsep.join(
+          path or os.getcwd() for path in sys.path)})
+  with script:
+    pids = list(map(int, script.stdout.readline().split()))
+    assert pids and all(map(alive, pids))
+    if end != 'raise':
+      script.send_signal(getattr(signal, end))
+    script.wait()
+  until(lambda: not any(map(alive, pids)))
+
+
+# --- what each is given ------------------------------------------------------
+
+
+def test_instances_share_no_core(monkeypatch):
+  placement = Placement(prefill=[Plan(2)], decode=[Plan(), Plan(1, 2)])
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {7, *range(12)})
+  assert local.split_cores(placement) == [
+      [0, 1, 2, 3], [4, 5], [6, 7, 8, 9]]
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {0, 1, 2})
+  assert local.split_cores(placement) == [[], [], []]
+
+
+def test_instances_share_no_gpu(monkeypatch):
+  placement = Placement(prefill=[Plan(2)], decode=[Plan()])
+  monkeypatch.setattr(local, 'visible_gpus', lambda: ['4', '5', 'GPU-a', '7'])
+  assert [env['CUDA_VISIBLE_DEVICES']
+          for env in local.environments(placement)] == ['4,5', 'GPU-a']
+  assert local.split_cores(placement) == [[], []]
+  monkeypatch.setattr(local, 'visible_gpus', lambda: ['0', '1'])
+  with pytest.raises(InputError, match='at most the 2 that exist'):
+    local.environments(placement)
+
+
+def test_a_cpu_instance_has_its_own_number_of_devices(monkeypatch):
+  monkeypatch.setenv('XLA_FLAGS', '--a --xla_force_host_platform_device_count=8'
+                     ' --b')
+  prefill, decode = local.environments(Placement(
+      prefill=[Plan(2, 2)], decode=[Plan()]))
+  assert (prefill['JAX_NUM_CPU_DEVICES'], decode['JAX_NUM_CPU_DEVICES']) == (
+      '4', '1')
+  assert prefill['XLA_FLAGS'].split() == ['--a', '--b']
+  assert prefill['JAX_PLATFORMS'] == 'cpu'
