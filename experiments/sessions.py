@@ -4,6 +4,7 @@
   python -m experiments.sessions --kind=agent
   python -m experiments.sessions --trace=conversation_trace.jsonl --rates=3.4
   python -m experiments.sessions --trace=... --host_gb=64,256
+  python -m experiments.sessions --trace=... --rates=4 --goodput
   python -m experiments.sessions --real --model=smollm2-135m-instruct
 
 Simulated: at each rate the same requests (sessions of --kind, whose turns
@@ -16,6 +17,9 @@ each of --host_gb, host memory of an instance for what its cache evicts.
             kept of the prompt not computed again (Mooncake's rule, without
             moving what another has kept); rows go where copy and steps are
             predicted to end soonest.
+With --goodput the rate at which --target of them attain is sought for each
+route and cache, from the first of --rates on: doubled or halved, then bisected
+to 5 %. One run a rate, so its interval is that of `attained`.
 Real, with --real: a few sessions of a served model on two devices of this
 machine, turn by turn, first without and then with the cache. They share a
 system prompt of SYSTEM tokens; a turn has NEW more and an answer of ANSWER.
@@ -28,9 +32,11 @@ from host memory) and moved (of prompt tokens), attained, low, high. Exit codes:
 """
 
 import dataclasses
+import functools
+import math
 import pathlib
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,6 +63,7 @@ from experiments.common import cli, provenance, terminal
 
 KINDS = {'chat': sessions.CHAT, 'agent': sessions.AGENT}
 TURNS, SYSTEM, NEW, ANSWER = 4, 160, 32, 32  # with --real
+TOLERANCE, MOST_RUNS = 1.05, 16  # of --goodput
 WARMUP = 0.2  # share of the requests that counts in no statistic
 FLAGS = {
     'kind': cli.Flag('chat', f'Of sessions: {" or ".join(KINDS)}.'),
@@ -72,6 +79,8 @@ FLAGS = {
     'host_gb': cli.Flag('', 'With the cache, host memory of an instance.'),
     'pages': cli.Flag(256, 'Of an instance, with --real.', low=1),
     'ttft_s': 1.0, 'tpot_s': 0.05, 'seed': 0,
+    'goodput': cli.Flag(False, 'Seek the rate that is sustained.'),
+    'target': cli.Flag(0.9, 'Share that attains, with --goodput.', low=0.0),
     'real': cli.Flag(False, 'Serve on this machine.'),
     'sessions': cli.Flag(3, 'With --real.', low=1),
     'out': None,
@@ -189,6 +198,57 @@ def simulate(options: Any, rate_per_s: float, work: Sequence[Request],
               later(work))
 
 
+def at_rate(options: Any, route: str, cache: bool, host_gb: float,
+            rate_per_s: float) -> Line:
+  """One run at a rate."""
+  return simulate(options, rate_per_s, workload(options, rate_per_s), route,
+                  cache, host_gb)
+
+
+def goodput(simulated: Callable[[float], Line], rate_per_s: float,
+            target: float) -> Iterator[Line]:
+  """Runs until the highest rate at which the target attains is known to
+  TOLERANCE, or none of MOST_RUNS brackets it; each run's Line.
+
+  simulated: one run at a rate. rate_per_s: of the first.
+  """
+  passes, fails = 0.0, math.inf
+  for _ in range(MOST_RUNS):
+    told = simulated(rate_per_s)
+    yield told
+    if told.attained >= target:
+      passes = rate_per_s
+    else:
+      fails = rate_per_s
+    if fails <= TOLERANCE * passes:
+      return
+    rate_per_s = (2 * passes if fails == math.inf else
+                  math.sqrt(passes * fails) if passes else fails / 2)
+
+
+def sustained(lines: Iterable[Line], target: float) -> Table:
+  """The highest rate that attains, a row a route and cache."""
+  out = Table(title=f'Sustained: {target:.0%} attain')
+  out.add_column('requests/s')
+  best: dict[str, dict[str, float]] = {}
+  for told in lines:
+    rates = best.setdefault(told.route, {})
+    rates.setdefault(cache_name(told), 0.0)
+    if told.attained >= target:
+      rates[cache_name(told)] = max(rates[cache_name(told)], told.rate_per_s)
+  for name in next(iter(best.values()), {}):
+    out.add_column(f'cache {name}', justify='right')
+  for route, rates in best.items():
+    out.add_row(route, *(f'{rate:.3g}' for rate in rates.values()))
+  return out
+
+
+def cache_name(told: Line) -> str:
+  """off, on, or + GB of host memory."""
+  return (f'+{told.host_gb:g}' if told.host_gb else
+          'on' if told.cache else 'off')
+
+
 def serve(options: Any, cache: bool, host_gb: float) -> tuple[Line, int]:
   """Sessions of a served model, turn by turn: (their Line, KV bytes moved)."""
   model = dsjax.load(options.model)
@@ -223,9 +283,8 @@ def table(lines: Iterable[Line]) -> Table:
     out.add_column(name, justify='left' if name == 'route' else 'right')
   for told in lines:
     out.add_row(
-        f'{told.rate_per_s:g}' if told.rate_per_s else '-', told.route,
-        f'+{told.host_gb:g}' if told.host_gb else
-        'on' if told.cache else 'off', *(f'{1e3 * seconds:.0f}' for seconds in (
+        f'{told.rate_per_s:.3g}' if told.rate_per_s else '-', told.route,
+        cache_name(told), *(f'{1e3 * seconds:.0f}' for seconds in (
             told.ttft_s, told.later_ttft_s, told.p90_ttft_s)),
         f'{told.cached - told.loaded:.0%}'
         + f'+{told.loaded:.0%}' * bool(told.loaded), f'{told.moved:.0%}',
@@ -245,6 +304,7 @@ def save(out: pathlib.Path, options: Any, lines: Sequence[Line]) -> None:
 def run(options: Any, console: Any) -> int:
   """Runs, shows and writes."""
   require(options.kind in KINDS, '--kind', options.kind, f'of {list(KINDS)}')
+  require(0 < options.target < 1, '--target', options.target, 'between 0 and 1')
   require(options.routes, '--routes', '', f'of {list(ROUTES)}')
   for name in options.routes:
     require(name in ROUTES, '--routes', name, f'of {list(ROUTES)}')
@@ -261,6 +321,14 @@ def run(options: Any, console: Any) -> int:
         lines.append(told)
         console.print(f'cache {"on" if cache else "off"}: {moved / 1e6:.1f} '
                       'MB of KV moved', highlight=False)
+    elif options.goodput:
+      first, *_ = cli.numbers('--rates', options.rates)
+      for route in options.routes:
+        for cache, host_gb in caches:
+          run_at = functools.partial(at_rate, options, route, cache, host_gb)
+          for told in goodput(run_at, first, options.target):
+            lines.append(told)
+            tell(f'{len(lines)} runs done')
     else:
       for rate_per_s in cli.numbers('--rates', options.rates):
         work = workload(options, rate_per_s)
@@ -272,6 +340,8 @@ def run(options: Any, console: Any) -> int:
   except KeyboardInterrupt:
     stopped = True
   console.print(table(lines))
+  if options.goodput:
+    console.print(sustained(lines, options.target))
   if options.out:
     save(pathlib.Path(options.out), options, lines)
     terminal.written(console, options.out, 'sessions.csv', 'sessions.json')

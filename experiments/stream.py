@@ -94,7 +94,7 @@ def simulate(options: Any, tokens: int, stream: bool) -> Line:
   """One run of the prompts of a length."""
   problem = api.make_problem(
       options.model, Slo(1.0, 1.0), [(1, 1)], options.latency,
-      max_len=tokens + options.answer)
+      max_len=tokens + options.answer, stream_kv=stream)
   config, latencies, link = api.build(
       problem, Placement.parse(options.placement, '--placement'),
       aligned=not options.across)
@@ -102,8 +102,7 @@ def simulate(options: Any, tokens: int, stream: bool) -> Line:
   require(apart, '--placement', options.placement,
           'of prefill and decode instances')
   records = simulator.simulate(
-      dataclasses.replace(config, stream_kv=stream),
-      workload(options, tokens), latencies, link).records
+      config, workload(options, tokens), latencies, link).records
   chunk = config.instances[0].prefill_tokens
   last = (tokens - 1) % chunk + 1 if stream else tokens
   prefill, decode = latencies[0], latencies[-1]

@@ -229,7 +229,8 @@ def simulate(placement: Placement | str, model: str | ModelConfig = 'opt-13b',
              max_seqs: int = 256,
              contention: Contention | None = None,
              policy: Policy = DISTSERVE, prefix_cache: bool = False,
-             host_bytes: float = 0.0, log: bool = False) -> Simulated:
+             host_bytes: float = 0.0, stream_kv: bool = False,
+             log: bool = False) -> Simulated:
   """Serves a workload in virtual time with the scheduler that serves.
 
   Args:
@@ -257,6 +258,7 @@ def simulate(placement: Placement | str, model: str | ModelConfig = 'opt-13b',
     prefix_cache: pages are kept for requests that begin alike, as their
       blocks say (Request.blocks: see workload.sessions). host_bytes: of host
       memory, of each instance that takes prompts, for what it evicts.
+    stream_kv: KV of a prompt in chunks moves chunk by chunk.
     log: keep the event log, which `explain` needs.
 
   Raises:
@@ -280,7 +282,7 @@ def simulate(placement: Placement | str, model: str | ModelConfig = 'opt-13b',
       model, slo, sizes, latency, cluster=cluster,
       process=process, cv=cv, seed=seed, host_ms=host_ms, max_len=max_len,
       cut=cut, max_seqs=max_seqs, policy=policy, prefix_cache=prefix_cache,
-      host_bytes=host_bytes)
+      host_bytes=host_bytes, stream_kv=stream_kv)
   config, latencies, link = build(problem, placement, chunk, aligned, depth,
                                   run_ahead)
   result = simulator.simulate(

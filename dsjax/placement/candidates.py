@@ -59,7 +59,7 @@ class SearchProblem:
     policy: that every candidate is judged under.
     prefix_cache: see scheduler.Config; of a workload whose requests say which
       blocks they have. host_bytes: of host memory for it, of each instance
-      that takes prompts.
+      that takes prompts. stream_kv: see scheduler.Config.
   """
 
   model: ModelConfig
@@ -85,14 +85,17 @@ class SearchProblem:
   policy: Policy = DISTSERVE
   prefix_cache: bool = False
   host_bytes: float = 0.0
+  stream_kv: bool = False
   links: Mapping[tuple[Plan, Plan], latency.Link] = dataclasses.field(
       default_factory=dict)
 
   def __post_init__(self):
     require(self.chunks and all(map(checks.is_positive_int, self.chunks)),
             'SearchProblem.chunks', self.chunks, 'integers above 0')
-    require(isinstance(self.prefix_cache, bool), 'SearchProblem.prefix_cache',
-            self.prefix_cache, 'True or False')
+    for field in ('prefix_cache', 'stream_kv'):
+      value = getattr(self, field)
+      require(isinstance(value, bool), f'SearchProblem.{field}', value,
+              'True or False')
     require(checks.is_nonnegative(self.host_bytes), 'SearchProblem.host_bytes',
             self.host_bytes, '0 or more')
     require(self.prefix_cache or not self.host_bytes,
@@ -198,6 +201,7 @@ def build(
                             depth=2 if placement.prefill else 1,
                             policy=problem.policy,
                             prefix_cache=problem.prefix_cache,
+                            stream_kv=problem.stream_kv,
                             host_link=host_link_of(problem, placement)
                             if problem.host_bytes else None)
   return config, latencies, link_of(problem, aligned, placement)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import types
 
 import pytest
 from rich.console import Console
@@ -58,11 +59,40 @@ def test_a_trace(tmp_path):
 @pytest.mark.parametrize('options, words', [
     ({'kind': 'talk'}, '--kind=.*agent'), ({'routes': ['none']}, '--routes'),
     ({'routes': []}, '--routes'),
-    ({'rates': '0'}, '--rates'), ({'host_gb': '-1'}, '--host_gb'),
+    ({'rates': '0'}, '--rates'), ({'target': 1.0}, '--target'),
+    ({'host_gb': '-1'}, '--host_gb'),
     ({'placement': 'prefill=1'}, '--placement')])
 def test_bad_input_is_named(options, words):
   with pytest.raises(InputError, match=words):
     shown(**TINY | options)
+
+
+def test_the_rate_that_is_sustained(tmp_path):
+  path = tmp_path / 'trace.jsonl'
+  path.write_text('\n'.join(json.dumps(dict(
+      timestamp=1000 * n, input_length=16 * 512, output_length=5,
+      hash_ids=[*(n % 3 * 100 + block for block in range(15)), 1000 + n]))
+      for n in range(60)))
+  code, told = shown(out=str(tmp_path), **TINY | {
+      'trace': str(path), 'goodput': True, 'rates': '3'})
+  assert code == 0
+  best = {}
+  for cache in ('False', 'True'):
+    runs = [(float(row['rate_per_s']), float(row['attained']) >= 0.9)
+            for row in rows(tmp_path) if row['cache'] == cache]
+    passed = [rate for rate, attains in runs if attains]
+    failed = [rate for rate, attains in runs if not attains]
+    assert max(passed) < min(failed) <= 1.05 * max(passed)
+    best[cache] = max(passed)
+    assert f'{best[cache]:.3g}' in told.split('Sustained')[1]
+  assert best['True'] > best['False']
+
+
+@pytest.mark.parametrize('limit', [0.0, 1e9])
+def test_a_rate_that_is_not_bracketed_ends(limit):
+  def line_at(rate_per_s):
+    return types.SimpleNamespace(attained=float(rate_per_s < limit))
+  assert len(list(sessions.goodput(line_at, 1.0, 0.9))) == sessions.MOST_RUNS
 
 
 def test_ctrl_c_keeps_what_is_known(monkeypatch, tmp_path):
