@@ -34,7 +34,8 @@ from dsjax.scheduling.policy import DISTSERVE
 from experiments.common import children, cli, policies, provenance, terminal
 from experiments.verify import schedules
 from experiments.verify.anything import anything
-from experiments.verify.worlds import Rules, Violation
+from experiments.verify.world import Violation
+from experiments.verify.worlds import Rules
 
 # Prompt tokens, most tokens, tokens until EOS (0: none), and where pages are
 # kept how many of them others begin with.

@@ -17,7 +17,8 @@ from dsjax.config.engine import InstanceConfig
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import Migrate, Preempt, RunDecode, RunPrefill
 from dsjax.scheduling.policy import DISTSERVE, Policy
-from experiments.verify.worlds import Log, Move, Rules, Violation, World, need
+from experiments.verify.world import Log, Move, Violation, World, need
+from experiments.verify.worlds import Rules
 
 NOTHING = 'nothing broke'
 _EVERY = 4096  # transitions between two calls of halt

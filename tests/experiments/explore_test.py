@@ -21,7 +21,7 @@ from dsjax.scheduling import (
 from dsjax.scheduling.events import Arrived
 from experiments import explore
 from experiments.common import cli
-from experiments.verify import schedules, worlds
+from experiments.verify import schedules, world
 from tests.common.results import check_written, made_by
 
 # Thousands of transitions of each small world; fewer would be another world.
@@ -329,7 +329,7 @@ def test_every_hop_is_taken_and_every_stage_doubted():
   assert total >= 27_000
   assert hops == {(stage, cause, after) for (stage, cause), following
                   in lifecycle.HOPS.items() for after in following}
-  hand_off = [kind.__name__ for kind in worlds.HAND_OFF]
+  hand_off = [kind.__name__ for kind in world.HAND_OFF]
   stages = [stage for stage in lifecycle.STAGES if stage != 'absent']
   for kind in (*hand_off, 'Arrived'):
     assert {(s, kind, 'impossible') for s in stages} <= probed
@@ -404,7 +404,7 @@ def test_a_mutation_is_caught(name, monkeypatch):
   small = explore.small_worlds()
   if name in WORLD:
     small = {WORLD[name]: small[WORLD[name]]}
-  with pytest.raises(worlds.Violation):
+  with pytest.raises(world.Violation):
     for faults in range(4):
       for rules, most in small.values():
         if faults <= most:
@@ -418,17 +418,17 @@ def test_a_mutation_is_caught(name, monkeypatch):
 def test_a_mutation_is_caught_in_worlds_where_it_shows(word, name,
                                                        monkeypatch):
   mutate(name, monkeypatch)
-  with pytest.raises(worlds.Violation):
+  with pytest.raises(world.Violation):
     for faults in range(3):
-      for world, (rules, _) in explore.small_worlds().items():
-        if word in world:
+      for name, (rules, _) in explore.small_worlds().items():
+        if word in name:
           schedules.search(rules, faults)
 
 
 @pytest.mark.parametrize('name', UNNOTICED)
 def test_a_mutation_that_no_client_would_notice_is_caught(name, monkeypatch):
   mutate(name, monkeypatch)
-  with pytest.raises(worlds.Violation):
+  with pytest.raises(world.Violation):
     for seed in range(60):
       schedules.walk(schedules.random_rules(seed, 1 + seed // 3), 0, seed)
 

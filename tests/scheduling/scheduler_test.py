@@ -32,7 +32,7 @@ from dsjax.scheduling.events import (
   RunPrefill,
   Timer,
 )
-from experiments.verify import schedules, worlds
+from experiments.verify import schedules, world
 
 
 def _instance(role, num_pages=8, page_size=4, max_seqs=4, prefill_tokens=16,
@@ -945,7 +945,7 @@ def test_random_worlds():
     rules = schedules.random_rules(seed, 1 + seed // 3)
     try:
       schedules.walk(rules, seed % 4, seed)
-    except worlds.Violation as error:
+    except world.Violation as error:
       error.add_note(f'seed {seed}, after {len(error.moves)} moves')
       raise
 
