@@ -177,9 +177,12 @@ class Exchange:
                               checksum)
 
   def drop(self, asked: messages.Drop) -> None:
-    """What has not landed never will."""
+    """What has not landed never will. A connection that brought nothing may
+    never do so: the next pull makes another."""
     self.landing.pop(asked.uuid, None)
-    self.pulling.pop(asked.uuid, None)
+    pulling = self.pulling.pop(asked.uuid, None)
+    if pulling:
+      self._connections.pop(pulling.asked.source, None)
 
   # --- both -----------------------------------------------------------------
 
