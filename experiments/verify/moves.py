@@ -1,0 +1,425 @@
+"""A move of a world: it happens, and every answer of the scheduler is doubted.
+
+Rules (worlds.py) says which moves there are, and Rules.apply makes one.
+"""
+
+
+from dsjax.scheduling import page_pool, scheduler
+from dsjax.scheduling.events import (
+  Abort,
+  Arrived,
+  Cancelled,
+  Chunk,
+  DecodeDone,
+  Drain,
+  Fail,
+  Finish,
+  InstanceDown,
+  InstanceUp,
+  Load,
+  Loaded,
+  LoadFailed,
+  Migrate,
+  Migrated,
+  MigrateFailed,
+  Offload,
+  Offloaded,
+  PrefillDone,
+  Reject,
+  RunDecode,
+  RunPrefill,
+  Tick,
+  Timer,
+)
+from experiments.verify.world import (
+  DAMAGED,
+  World,
+  free_bits,
+  kept_pages,
+  mark_of,
+  need,
+)
+
+
+class _Traced(scheduler.Run):
+  """Notes every hop."""
+
+  def move(self, seq, stage):
+    hop = seq.stage, self.cause, stage
+    super().move(seq, stage)
+    self.hops.add(hop)
+
+
+class Moving:
+  """One move of a world, in place."""
+
+  def __init__(self, rules, w):
+    self.rules, self.w, self.time_s = rules, w, rules.time_s
+    self.events, self.log, self.stopped = [], [], []
+    self.kv, self.changed = list(w.kv), set()
+    self.out, self.fates = list(w.out), list(w.fates)
+    self.copies = list(w.copies)
+    self.host, self.offloads = w.host, list(w.offloads)
+    self.loads = list(w.loads)
+
+  def done(self, faults):
+    """Steps the scheduler, performs Abort and ends, doubts."""
+    w, config = self.w, self.rules.config
+    before = after = w.state
+    marks = w.marks
+    if self.events:
+      run = _Traced(config, before)
+      run.hops = self.rules.hops
+      for event in self.events:
+        self.log.append((event, tuple(run.apply(event))))
+      after = run.freeze()
+      marks = tuple([m if a is b else mark_of(a) for a, b, m in zip(
+          after.instances, before.instances, marks, strict=True)])
+    self.numbers = [inst.number - 1 for inst in before.instances]
+    for _, commands in self.log:
+      self.issued = []
+      for c in commands:
+        if isinstance(c, RunPrefill | RunDecode):
+          self.numbers[c.instance] = c.number
+        doubt = _DOUBTS.get(type(c))
+        if doubt:
+          doubt(self, c, after)
+        self.issued.append(c)
+    for id in self.stopped:
+      need(self.fates[id], 'request {} goes on after its end', id)
+    for i, inst in enumerate(after.instances):
+      freed = free_bits(inst) & ~free_bits(before.instances[i])
+      if freed:
+        kv = self.pages_of(i)
+        for p in range(len(kv)):
+          if freed >> p & 1:
+            kv[p] = None
+    for i in self.changed:
+      self.kv[i] = tuple(self.kv[i])
+    return World(after, tuple(self.kv), tuple(self.fates), tuple(self.out),
+                 tuple(self.copies), faults, marks, self.host,
+                 tuple(self.offloads), tuple(self.loads))
+
+  def end(self, c, after):
+    """A request ends: once, with all its tokens, for a reason that is so."""
+    need(self.fates[c.id] == '', '{}: ended {} before', c, self.fates[c.id])
+    _, most, eos, _ = self.rules.requests[c.id]
+    self.fates[c.id] = reason = (
+        c.reason if isinstance(c, Finish) else type(c).__name__)
+    if reason in ('stop', 'length'):
+      want = eos or most
+      need(self.out[c.id] == want and (reason == 'stop') == bool(eos),
+           '{} after {} of {}', c, self.out[c.id], want)
+    elif reason == 'cancelled':
+      event, = self.events
+      need(isinstance(event, Cancelled) and event.id == c.id,
+           '{} by {}', c, event)
+    elif reason == 'Fail':
+      seq = self.w.state.seqs.get(c.id)
+      left = [config for inst, config in zip(
+          after.instances, self.rules.config.instances, strict=True)
+              if inst.status != 'gone']
+      need(seq and seq.tries == self.rules.config.tries
+           or c.refused
+           or not any([config.prefills for config in left])
+           or not any([config.decodes for config in left]),
+           '{}: it could go on', c)
+    else:
+      need(c.refused or scheduler.never_fits(
+          self.rules.config, *self.rules.requests[c.id][:2]),
+           '{}: it fits', c)
+
+  def started(self, c, after):
+    need(all([p.id != c.id or p.epoch == c.epoch and p.more
+              and p.hit + p.num_tokens <= c.hit for p, *_ in self.copies]),
+         '{}: two copies of one request', c)
+    self.pulled(c, after)
+    source, target = (self.rules.config.instances[i]
+                      for i in (c.source, c.target))
+    need((source.flips or not source.decodes) and target.decodes,
+         '{}: no copy goes from {} to {}', c, source.role, target.role)
+    for i, pages in ((c.source, c.source_pages), (c.target, c.target_pages)):
+      size = self.rules.config.instances[i].page_size
+      need(pages and len(pages) == page_pool.pages_for(c.num_tokens, size),
+           '{}: {} pages', c, len(pages))
+      need(c.hit % size == 0 and not (c.more and c.num_tokens % size),
+           '{}: not of whole pages', c)
+    if not c.more:  # else when what it is read behind has run
+      self.read(c.source, c.id, c.source_pages, c.hit + c.num_tokens, c.hit)
+    self.copies.append((c, False, self.numbers[c.source]))
+
+  def aborted(self, c, after):
+    self.copies = [p for p in self.copies
+                   if (p[0].id, p[0].epoch) != (c.id, c.epoch)]
+
+  def offload(self, c, after):
+    """It reads full pages before what is issued later writes them."""
+    used = {page for other in self.issued if isinstance(
+        other, RunPrefill | RunDecode) and other.instance == c.instance
+            for part in other.chunks + other.rows for page in part.pages}
+    need(used.isdisjoint(c.pages), '{}: after what writes there', c)
+    size = self.rules.config.instances[c.instance].page_size
+    got = tuple([self.kv[c.instance][page] for page in c.pages])
+    need(all([page and page[2] == size for page in got])
+         and len(c.pages) == len(c.slots), '{}: reads {}', c, got)
+    self.offloads.append((c, got))
+
+  def load(self, c, after):
+    """It writes pages that nothing else uses."""
+    seq, size = after.seqs[c.id], self.rules.config.instances[
+        c.instance].page_size
+    first, count = c.hit // size, len(c.slots)
+    need(seq.instance == c.instance and count * size == c.num_tokens
+         and seq.pages[first:first + count] == c.pages
+         and c.hit + c.num_tokens < seq.prompt_len,
+         '{}: other pages than those of {}', c, seq)
+    self.read(c.instance, c.id, seq.pages, c.hit)
+    self.admitted(c, after)
+    self.loads.append(c)
+
+  def admitted(self, c, after):
+    """First come, first served: no request of a prefill queue is passed."""
+    if self.rules.config.policy.order:
+      return
+    before = self.w.state.instances[c.instance].queue
+    # Not of those that came since, perhaps after the command was issued.
+    queue = [id for id in after.instances[c.instance].queue if id in before]
+    seqs = self.w.state.seqs  # one that loaded was let in before
+    waited = [id for id in after.seqs if id not in seqs
+              or seqs[id].stage != 'loading']
+    if queue:
+      first = after.seqs[queue[0]].order
+      for part in (c,) if isinstance(c, Load) else c.chunks:
+        need(isinstance(part, Chunk) and part.start > part.hit
+             or part.id not in waited or after.seqs[part.id].order < first,
+             '{}: passes request {} by', c, queue[0])
+
+  def pulled(self, c, after):
+    """No finished prefill that waits for this instance is passed."""
+    if self.rules.config.policy.order:
+      return
+    before = self.w.state.instances[c.target].pulls
+    stay = after.instances[c.target].pulls
+    for id in before:
+      if id == c.id:
+        break
+      need(id not in stay, '{}: passes request {} by', c, id)
+
+  # --- what commands do to pages and clients --------------------------------
+
+  def pages_of(self, i):
+    if i not in self.changed:
+      self.changed.add(i)
+      self.kv[i] = list(self.kv[i])
+    return self.kv[i]
+
+  def read(self, i, id, ids, stop, start=0):
+    """Tokens [start, stop) are read; `ids` begin with the page of start."""
+    kv, size = self.kv[i], self.rules.config.instances[i].page_size
+    for k, page in self.places(id, ids, start, stop, size):
+      got, want = kv[page], min(size, stop - k * size)
+      name = self.rules.page_of(id, k, size)
+      need(got and got[:2] == name and got[2] >= want,
+           'instance {}: read {} for {} tokens of {}', i, got, want, name)
+
+  def write(self, i, id, ids, start, stop, skipped=0):
+    """Tokens [start, stop) are written; `ids` begin with the page of
+    `skipped`."""
+    kv, size = self.pages_of(i), self.rules.config.instances[i].page_size
+    kept = {page for _, page in kept_pages(self.w.state.instances[i])}
+    for k, page in self.places(id, ids, skipped, stop, size):
+      if k >= start // size:
+        need(page not in kept, 'instance {}: page {}, which is kept, is '
+             'written for {}', i, page, id)
+        kv[page] = (*self.rules.page_of(id, k, size),
+                    min(size, stop - k * size))
+
+  def places(self, id, ids, start, stop, size):
+    """(block, page) of tokens [start, stop) of a request."""
+    first, after = start // size, page_pool.pages_for(stop, size)
+    need(after - first <= len(ids), 'request {}: no page for {} in {}', id,
+         stop, ids)
+    return zip(range(first, after), ids, strict=False)
+
+  def tell(self, id, position):
+    """A token is told; True where the stream ends with it."""
+    prompt, _, eos, _ = self.rules.requests[id]
+    out = self.out[id]
+    if self.fates[id] != '' or eos and out >= eos:
+      return False
+    need(position == prompt + out,
+         'request {}: token {} after {}', id, position - prompt, out)
+    self.out[id] = out + 1
+    if out + 1 == eos:
+      self.stopped.append(id)
+    return out + 1 == eos
+
+  def rows(self, i, c, steps):
+    ended = []
+    for t in range(c.tick, c.tick + steps):
+      for row in c.rows:
+        need(t < row.until, 'tick {} of {}', t, row)
+        position = row.base + t
+        self.read(i, row.id, row.pages, position)
+        self.write(i, row.id, row.pages, position, position + 1)
+        if self.tell(row.id, position + 1):
+          ended.append((row.id, t - c.tick))
+    return tuple(ended)
+
+  # --- moves ----------------------------------------------------------------
+
+  def arrive(self, id, more=False):
+    self.fates[id] = ''
+    prompt_len, limit = self.rules.requests[id][:2]
+    self.events.append(Arrived(self.time_s, id, prompt_len, limit, more,
+                               self.rules.blocks(id, 0, prompt_len)))
+
+  def burst(self, first, second):
+    """Two arrive at once."""
+    self.arrive(first, more=True)
+    self.arrive(second)
+
+  def run(self, i):
+    c = self.w.state.instances[i].inflight[0][0]
+    if isinstance(c, RunDecode):
+      ended = self.rows(i, c, c.steps)
+      self.events.append(DecodeDone(
+          self.time_s, i, c.number, (self.time_s,) * c.steps, ended,
+          blocks=self.generated(c)))
+      return
+    ended = []
+    for chunk in c.chunks:
+      known = self.rules.requests[chunk.id][0] + self.out[chunk.id]
+      need(self.fates[chunk.id] or chunk.last == (chunk.stop == known),
+           '{}: {} tokens are known', chunk, known)
+      self.read(i, chunk.id, chunk.pages, chunk.start)
+      self.write(i, chunk.id, chunk.pages, chunk.start, chunk.stop)
+      if chunk.last and self.tell(chunk.id, chunk.stop):
+        ended.append(chunk.id)
+    ended += [id for id, _ in self.rows(i, c, 1)]
+    self.events.append(PrefillDone(self.time_s, i, c.number, tuple(ended),
+                                   blocks=self.generated(c)))
+
+  def generated(self, c):
+    """(id, blocks) of what those that end with a command have generated."""
+    blocks = []
+    for id in [part.id for part in c.chunks + c.rows]:
+      prompt, most, eos, _ = self.rules.requests[id]
+      more = self.rules.blocks(id, prompt, prompt + self.out[id] - 1)
+      if more and self.out[id] == (eos or most) != self.w.out[id]:
+        blocks.append((id, more))
+    return tuple(blocks)
+
+  def crash(self, i, steps, back=True):
+    flying = self.w.state.instances[i].inflight
+    ended = self.rows(i, flying[0][0], steps) if steps else ()
+    self.events.append(InstanceDown(
+        self.time_s, i, (self.time_s,) * steps, ended, back))
+    self.changed.add(i)
+    self.kv[i] = [None] * len(self.kv[i])
+    self.copies = [p for p in self.copies if p[0].target != i]
+    self.host = {k: v for k, v in self.host.items() if k[0] != i}
+    self.offloads = [p for p in self.offloads if p[0].instance != i]
+    self.loads = [c for c in self.loads if c.instance != i]
+
+  def gone(self, i):
+    self.crash(i, 0, False)
+
+  def up(self, i):
+    self.events.append(InstanceUp(self.time_s, i))
+
+  def drain(self, i):
+    self.events.append(Drain(self.time_s, i))
+
+  def tick(self):
+    self.events.append(Tick(self.time_s))
+
+  def cancel(self, id):
+    self.stopped.append(id)
+    self.events.append(Cancelled(self.time_s, id))
+
+  def copy(self, id, part):
+    """Which of the copies: a part is known by its first token."""
+    return next(n for n, (c, *_) in enumerate(self.copies)
+                if c.id == id and (c.hit if c.more else -1) == part)
+
+  def copied(self, id, part=-1):
+    c, *_ = self.copies.pop(self.copy(id, part))
+    stop = c.hit + c.num_tokens
+    self.read(c.source, id, c.source_pages, stop, c.hit)
+    self.write(c.target, id, c.target_pages, c.hit, stop, c.hit)
+    if not c.more:
+      self.events.append(Migrated(self.time_s, id, c.epoch))
+
+  def failed(self, id, part=-1, reason='the copy failed'):
+    """With it every part of its hand-off is given up."""
+    c, *_ = self.copies[self.copy(id, part)]
+    self.aborted(c, None)
+    self.events.append(MigrateFailed(self.time_s, id, c.epoch, reason))
+
+  def damaged(self, id, part=-1):
+    """It arrived, and its checksum does not fit."""
+    c, *_ = self.copies[self.copy(id, part)]
+    kv = self.pages_of(c.target)
+    for page in c.target_pages:
+      kv[page] = DAMAGED
+    self.failed(id, part, 'checksum')
+
+  def offloaded(self, i, number, failed=False):
+    n, = [n for n, (c, _) in enumerate(self.offloads)
+          if (c.instance, c.number) == (i, number)]
+    c, got = self.offloads.pop(n)
+    self.host = self.host | {(i, slot): None if failed else page
+                             for slot, page in zip(c.slots, got, strict=True)}
+    self.events.append(Offloaded(self.time_s, i, number, failed))
+
+  def offload_failed(self, i, number):
+    self.offloaded(i, number, True)
+
+  def loading(self, id):
+    n, = [n for n, c in enumerate(self.loads) if c.id == id]
+    return self.loads.pop(n)
+
+  def loaded(self, id):
+    c = self.loading(id)
+    size, kv = self.rules.config.instances[c.instance].page_size, self.pages_of(
+        c.instance)
+    first = c.hit // size
+    for n, (slot, page) in enumerate(zip(c.slots, c.pages, strict=True)):
+      got, name = self.host.get((c.instance, slot)), self.rules.page_of(
+          id, first + n, size)
+      need(got and got[:2] == name, '{}: loads {} for {}', c, got, name)
+      kv[page] = got
+    self.events.append(Loaded(self.time_s, id, c.epoch))
+
+  def load_failed(self, id):
+    c = self.loading(id)
+    self.events.append(LoadFailed(self.time_s, id, c.epoch))
+
+  def bad_load(self, id):
+    """It is there, and its checksum does not fit."""
+    c = self.loading(id)
+    kv = self.pages_of(c.instance)
+    for page in c.pages:
+      kv[page] = DAMAGED
+    read = {(other.instance, slot) for other in self.loads
+            for slot in other.slots}
+    self.host = self.host | {(c.instance, slot): DAMAGED for slot in c.slots
+                             if (c.instance, slot) not in read}
+    self.events.append(LoadFailed(self.time_s, id, c.epoch, 'checksum'))
+
+  def lease(self, id, part=-1):
+    c, *_ = self.copies[self.copy(id, part)]
+    self.events.append(Timer(self.time_s, id, c.epoch))
+
+  def lose(self, id, part=-1):
+    """It may write for ever, and will never answer."""
+    n = self.copy(id, part)
+    c, _, number = self.copies[n]
+    self.copies[n] = c, True, number
+
+
+_DOUBTS = {Migrate: Moving.started, Abort: Moving.aborted,
+           Offload: Moving.offload, Load: Moving.load,
+           RunPrefill: Moving.admitted, Finish: Moving.end,
+           Fail: Moving.end, Reject: Moving.end}
