@@ -3,6 +3,7 @@
 JAX_PLATFORMS=cuda leaves the CPU to others: only tests marked `native` run.
 """
 
+import gc
 import os
 
 # Before JAX starts; processes that tests start have them too.
@@ -60,6 +61,23 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(
         items=[item for item in items if item not in kept])
     items[:] = kept
+
+
+# Linux gives a process 65,530 maps, every program takes some, and the one for
+# which there is none left ends the process.
+MOST_MAPS = 30_000
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+  yield
+  maps = pathlib.Path('/proc/self/maps')
+  if (nextitem is None or nextitem.path != item.path) and maps.exists():
+    with maps.open() as file:
+      count = sum(1 for _ in file)
+    if count > MOST_MAPS:
+      jax.clear_caches()
+      gc.collect()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -108,7 +108,8 @@ def test_a_cluster_file(tmp_path):
   assert clusters.load(str(path), 'published') == Cluster(
       4, inter_bytes_per_s=1e10)
   assert clusters.load(str(path), 'tables:h200-141g') == Cluster(
-      4, memory_bytes=150e9, intra_bytes_per_s=450e9, inter_bytes_per_s=1e10)
+      4, memory_bytes=150e9, intra_bytes_per_s=450e9, inter_bytes_per_s=1e10,
+      host_bytes_per_s=64e9)
   with pytest.raises(InputError, match='cannot be read'):
     clusters.load(str(tmp_path / 'none.json'), 'published')
 
@@ -117,7 +118,7 @@ def test_a_cluster_file(tmp_path):
     ('', Cluster(2, 3)),
     ('--latency=roofline:l40s-48g', Cluster(2, 3, 48e9, 32e9, 50e9)),
     ('--latency=tables:b200-180g --memory_gb=100 --hand_off_ms=2',
-     Cluster(2, 3, 100e9, 900e9, 100e9, 2e-3))))
+     Cluster(2, 3, 100e9, 900e9, 100e9, 2e-3, host_bytes_per_s=64e9))))
 def test_a_cluster_is_of_the_gpu_that_the_latency_names(flags, cluster):
   options = cli.parse(place.FLAGS, ['--nodes=2', '--model=llama-3-8b', *(
       flags or '--model=opt-13b').split()])

@@ -140,7 +140,7 @@ def test_a_cluster_of_a_named_gpu(kind, gpu):
   device = hardware.HARDWARE[gpu]
   assert Cluster.of(f'{kind}:{gpu}', nodes=2, hand_off_s=0) == Cluster(
       2, 8, device.memory_bytes, device.link_bytes_per_s,
-      device.node_bytes_per_s, 0)
+      device.node_bytes_per_s, 0, host_bytes_per_s=device.host_bytes_per_s)
   asked = api.make_problem('llama-3.1-8b', latency=f'{kind}:{gpu}')
   assert asked.cluster == Cluster.of(f'{kind}:{gpu}')
   model = asked.latency_of(Plan(2, 1))
