@@ -138,7 +138,7 @@ def test_unbounded_it_finds_all_that_is_shared():
 @pytest.mark.parametrize('num_pages, host_pages', [
     (600, 0), (4000, 0), (600, 500)])
 def test_leaping_finds_the_same(roles, num_pages, host_pages):
-  work = conversations(12)
+  work = conversations(20 if host_pages else 12)
   one = config(*roles, num_pages=num_pages, host_pages=host_pages)
   leapt = simulator.simulate(one, work, STEP, LINK)
   stepped = simulator.simulate(one, work, STEP, LINK, leap=False)
@@ -318,7 +318,7 @@ def test_hits_of_a_trace_of_mooncakes_form_are_those_of_two_lrus(tmp_path):
       request, blocks=blocks.resized(request.blocks, 512, 16)))
                  for request in work]
   found, loaded = map(sum, zip(*got, strict=True))
-  assert 0 < loaded < found < sessions.shared_tokens(work)
+  assert 0 < loaded < found < shared_tokens(work)
 
 
 @pytest.mark.parametrize('predicts', [True, False])
