@@ -14,7 +14,7 @@ import dsjax
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = {
-    'DISTSERVE', 'Affine', 'AsyncServer', 'Border', 'Cluster', 'EngineConfig',
+    'DISTSERVE', 'Affine', 'AsyncServer', 'Because', 'Border', 'Cluster', 'EngineConfig',
     'Hardware', 'InputError', 'Interrupted', 'MixedCluster', 'Model',
     'ModelConfig', 'Move', 'Orchestrator', 'Output', 'Refuse',
     'Placement', 'Plan', 'Policy', 'PolicyError', 'PrefillBudget',
