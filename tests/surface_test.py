@@ -14,8 +14,8 @@ import dsjax
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = {
-    'DISTSERVE', 'Affine', 'AsyncServer', 'Because', 'Border', 'Cluster', 'EngineConfig',
-    'Hardware', 'InputError', 'Interrupted', 'MixedCluster', 'Model',
+    'DISTSERVE', 'Affine', 'AsyncServer', 'Because', 'Border', 'Cluster',
+    'EngineConfig', 'Hardware', 'InputError', 'Interrupted', 'MixedCluster', 'Model',
     'ModelConfig', 'Move', 'Orchestrator', 'Output', 'Refuse',
     'Placement', 'Plan', 'Policy', 'PolicyError', 'PrefillBudget',
     'Profile', 'Record', 'Request', 'RequestFailed', 'Sampling',
