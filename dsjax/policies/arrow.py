@@ -48,6 +48,8 @@ def policy(slo: Slo, prefills: int = 1, margin: float = 0.7,
 
   def route(view: View, request: RequestView) -> int:
     choice = min(view.prefills, key=queue_s)
+    if not view.decodes:  # lost, and may come back
+      return choice.index
     idlest = min(view.decodes, key=decode_s)
     slack = (len(view.decodes) - 1) / len(view.decodes)
     if (queue_s(choice) + prefill_s(choice, request) > slo.ttft_s
@@ -63,6 +65,8 @@ def policy(slo: Slo, prefills: int = 1, margin: float = 0.7,
     if view.time_s == 0:
       return home_roles(view, prefills)
     entries, decoders = view.prefills, view.decodes
+    if not entries:  # lost, and may come back
+      return {}
     mean_s = sum([queue_s(i) for i in entries]) / len(entries)
     tokens = int(view.load.prompt_len)
     if (len(entries) > 1

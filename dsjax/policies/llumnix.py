@@ -35,6 +35,8 @@ def policy(slo: Slo, tick_s: float = 0.5) -> Policy:
 
   def rebalance(view: View) -> list[Move]:
     ranked = sorted(view.may_decode, key=load)
+    if not ranked:  # lost, and may come back
+      return []
     least, most = ranked[0], ranked[-1]
     gap = load(most) - load(least)
     for row in most.rows():

@@ -36,7 +36,9 @@ def policy(slo: Slo, prefills: int = 1, rejects: bool = True) -> Policy:
       if waited_s + ttft_s(choice) > slo.ttft_s:
         return Refuse('its first token would come too late: try again later')
       tokens = request.prompt_len
-      if min([decode_s(i, 1, tokens) for i in view.decodes]) > slo.tpot_s:
+      # None: all of them are lost, and may come back.
+      steps_s = [decode_s(i, 1, tokens) for i in view.decodes]
+      if steps_s and min(steps_s) > slo.tpot_s:
         return Refuse('tokens would come too slowly: try again later')
     return Because(choice.index, f'first token in {ttft_s(choice):.3f} s, '
                    f'{choice.hit_tokens(request)} tokens kept')

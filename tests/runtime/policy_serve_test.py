@@ -6,6 +6,8 @@ import pytest
 
 import dsjax
 from dsjax.config.checks import InputError
+from dsjax.config.placement import Slo
+from dsjax.policies import named
 from dsjax.scheduling.policy import DISTSERVE, PolicyError
 from tests.common import fake_engine, serving
 from tests.common.serving import MODEL, MODES
@@ -85,3 +87,24 @@ def test_prompts_are_a_list():
   with server_of() as server:
     with pytest.raises(InputError, match="prompts='abc'"):
       server.generate_all('abc')
+
+
+@pytest.mark.parametrize('down', (0, 1))
+@pytest.mark.parametrize('mode, name', [
+    *[('2flexible', name) for name in named.NAMES],
+    # The others mix rows with prompts, or predict copies.
+    *[('1p1d', name) for name in named.NAMES
+      if name not in ('chunked', 'dynaserve', 'ppd', 'taichi')]])
+def test_a_named_policy_waits_for_the_only_instance_of_a_phase(
+    mode, name, down):
+  with serving.fake_server_of(
+      mode, policy=named.named(name, Slo(1.0, 1.0)),
+      latency='roofline:h100-80g') as server:
+    server.kill(down, 60.0)
+    server.poll()
+    id = server.submit([5, 6, 7], max_tokens=4)
+    for _ in range(20):
+      server.poll()
+    server.restore(down)
+    serving.drain(server, faulty=True)
+    assert server.output(id).reason in ('length', 'stop')
