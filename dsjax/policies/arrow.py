@@ -67,14 +67,16 @@ def policy(slo: Slo, prefills: int = 1, margin: float = 0.7,
     entries, decoders = view.prefills, view.decodes
     if not entries:  # lost, and may come back
       return {}
+    flips = [i for i in entries if i.config.flips]
     mean_s = sum([queue_s(i) for i in entries]) / len(entries)
     tokens = int(view.load.prompt_len)
-    if (len(entries) > 1
+    if (flips and len(entries) > 1
         and all([decode_s(i, 1, tokens) > tpot_s for i in decoders])
         and (mean_s < slo.ttft_s * (len(entries) - 1) / len(entries)
              or len(decoders) < len(entries))):
-      return {min(entries, key=queue_s).index: 'decode'}
-    idle = [i for i in decoders if not i.num_rows and not i.num_pulls]
+      return {min(flips, key=queue_s).index: 'decode'}
+    idle = [i for i in decoders
+            if i.config.flips and not i.num_rows and not i.num_pulls]
     if len(decoders) > 1 and idle and mean_s > slo.ttft_s / 2:
       return {idle[-1].index: 'prefill'}
     return {}

@@ -1,6 +1,7 @@
 """Policies on a server: what one answers wrongly is told, and nothing hangs."""
 
 import dataclasses
+import time
 
 import pytest
 
@@ -106,5 +107,22 @@ def test_a_named_policy_waits_for_the_only_instance_of_a_phase(
     for _ in range(20):
       server.poll()
     server.restore(down)
+    serving.drain(server, faulty=True)
+    assert server.output(id).reason in ('length', 'stop')
+
+
+@pytest.mark.parametrize('lost', ((0, 1), (2, 3)))
+def test_arrow_flips_no_instance_of_a_fixed_role(lost):
+  with serving.fake_server_of(
+      '2p2d', policy=named.named('arrow:tick_s=0.001', Slo(1.0, 1.0)),
+      latency='roofline:h100-80g') as server:
+    for index in lost:
+      server.kill(index, 60.0)
+    id = server.submit([5, 6, 7], max_tokens=4)
+    for _ in range(5):
+      time.sleep(0.002)
+      server.poll()
+    for index in lost:
+      server.restore(index)
     serving.drain(server, faulty=True)
     assert server.output(id).reason in ('length', 'stop')
