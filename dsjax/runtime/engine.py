@@ -324,22 +324,27 @@ class Engine:
     Not at once: its next step must not wait for this one's last stage unless
     it continues one of these sequences.
     """
-    slot_R = np.full(token_R.shape[0], self.shapes.num_slots, np.int32)
-    pos_R = np.zeros_like(slot_R)
-    for r, id, position in sampled:
-      if id in self.slot_of:
-        slot_R[r], pos_R[r] = self.slot_of[id], position
-    self.fed.append(({id: self.slot_of.get(id) for _, id, _ in sampled},
-                     *self.stages[0].put((slot_R, pos_R, token_R))))
+    entries = [(r, id, self.slot_of[id], position)
+               for r, id, position in sampled if id in self.slot_of]
+    self.fed.append((entries, self.stages[0].put(token_R)))
 
   def _feed(self, ids: Sequence[int] | None) -> None:
-    """Writes the tokens that these requests await; None: of all."""
+    """Writes the tokens that these requests await; None: of all. Those of a
+    request that has left go nowhere: its slot may be another's by now."""
     first, keep = self.stages[0], collections.deque()
-    for slots, *args in self.fed:
-      if ids is None or any(id in slots for id in ids):
-        first.slots = first.step(('feed',), first.slots, *args)
-      elif any(self.slot_of.get(id) == slot for id, slot in slots.items()):
-        keep.append((slots, *args))  # else all of its requests are gone
+    for entries, token_R in self.fed:
+      here = [entry for entry in entries
+              if self.slot_of.get(entry[1]) == entry[2]]
+      if here and ids is not None and not any(
+          entry[1] in ids for entry in here):
+        keep.append((here, token_R))
+      elif here:
+        slot_R = np.full(token_R.shape[0], self.shapes.num_slots, np.int32)
+        pos_R = np.zeros_like(slot_R)
+        for r, _, slot, position in here:
+          slot_R[r], pos_R[r] = slot, position
+        first.slots = first.step(('feed',), first.slots, *first.put(
+            (slot_R, pos_R)), token_R)
     self.fed = keep
 
   def _size(self, chunks: Sequence[Chunk]) -> int:

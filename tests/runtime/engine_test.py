@@ -34,9 +34,9 @@ LIMITS = EngineConfig(
 GREEDY = Sampling()
 
 
-def engine(role='colocated', limits=LIMITS):
-  return Engine(TINY, [Mesh(np.array(jax.devices()[:1]), (sharding.AXIS,))],
-                role, limits)
+def engine(role='colocated', limits=LIMITS, stages=1):
+  return Engine(TINY, [Mesh(np.array([device]), (sharding.AXIS,))
+                       for device in jax.devices()[:stages]], role, limits)
 
 
 class Host:
@@ -45,8 +45,8 @@ class Host:
   Request i decodes from pages 6 i to 6 i + 5 (24 tokens), unless told.
   """
 
-  def __init__(self, role='colocated'):
-    self.engine = engine(role)
+  def __init__(self, role='colocated', stages=1):
+    self.engine = engine(role, stages=stages)
     self.number = itertools.count()
     self.pages = {i: tuple(range(6 * i, 6 * i + 6)) for i in range(3)}
     self.length = {}
@@ -124,6 +124,22 @@ def test_a_prompt_in_chunks(cuts):
   for start, stop in itertools.pairwise(cuts):
     out, first = host.prefill(host.chunk(2, start, stop))
   assert int(out.token_R[first]) == WANT[2][0]
+  assert column(host.decode(2, steps=4), 0) == WANT[2][1:5]
+
+
+def test_a_token_of_one_that_has_left_comes_to_no_other():
+  """What the last stage samples reaches the first one late: when the slot may
+  be another's, and with a token of one that is still there."""
+  host = Host(stages=2)
+  for i in (0, 1):
+    host.admit(i, PROMPTS[i])
+  assert host.start(0, 1) == [WANT[0][0], WANT[1][0]]
+  slot = host.engine.slot_of[0]
+  host.engine.forget(0)
+  host.admit(2, PROMPTS[2])
+  assert host.engine.slot_of[2] == slot
+  assert column(host.decode(1, steps=2), 0) == WANT[1][1:3]
+  assert host.start(2) == WANT[2][:1]
   assert column(host.decode(2, steps=4), 0) == WANT[2][1:5]
 
 
