@@ -335,16 +335,15 @@ class Engine:
     for entries, token_R in self.fed:
       here = [entry for entry in entries
               if self.slot_of.get(entry[1]) == entry[2]]
-      if here and ids is not None and not any(
-          entry[1] in ids for entry in here):
-        keep.append((here, token_R))
-      elif here:
+      if ids is None or any(entry[1] in ids for entry in here):
         slot_R = np.full(token_R.shape[0], self.shapes.num_slots, np.int32)
         pos_R = np.zeros_like(slot_R)
         for r, _, slot, position in here:
           slot_R[r], pos_R[r] = slot, position
         first.slots = first.step(('feed',), first.slots, *first.put(
             (slot_R, pos_R)), token_R)
+      elif here:
+        keep.append((here, token_R))
     self.fed = keep
 
   def _size(self, chunks: Sequence[Chunk]) -> int:
