@@ -101,7 +101,7 @@ FLAGS = {
     'ttft_s': 2.0, 'tpot_s': 0.15,
     'minutes': cli.Flag(600.0, 'At most.', low=0.0),
     'processes': cli.Flag(os.cpu_count() or 1, 'Beside each other.', low=1),
-    'out': cli.Flag('out/policies', 'Folder for the files.', str),
+    'out': 'out/policies',
 }
 
 

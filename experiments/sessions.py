@@ -293,14 +293,6 @@ def table(lines: Iterable[Line]) -> Table:
   return out
 
 
-def save(out: pathlib.Path, options: Any, lines: Sequence[Line]) -> None:
-  """Writes sessions.csv and sessions.json."""
-  provenance.save_csv(out / 'sessions.csv', Line._fields, lines)
-  provenance.save_json(out / 'sessions.json', {
-      'lines': [told._asdict() for told in lines]}, cli.asked(options, FLAGS),
-                       [options.trace or options.kind, options.latency])
-
-
 def run(options: Any, console: Any) -> int:
   """Runs, shows and writes."""
   require(options.kind in KINDS, '--kind', options.kind, f'of {list(KINDS)}')
@@ -343,7 +335,9 @@ def run(options: Any, console: Any) -> int:
   if options.goodput:
     console.print(sustained(lines, options.target))
   if options.out:
-    save(pathlib.Path(options.out), options, lines)
+    provenance.save_lines(
+        pathlib.Path(options.out), 'sessions', Line, lines, cli.asked(
+            options, FLAGS), [options.trace or options.kind, options.latency])
     terminal.written(console, options.out, 'sessions.csv', 'sessions.json')
   return 130 if stopped else 0
 

@@ -152,14 +152,6 @@ def table(lines: Iterable[Line]) -> Table:
   return out
 
 
-def save(out: pathlib.Path, options: Any, lines: Sequence[Line]) -> None:
-  """Writes stream.csv and stream.json."""
-  provenance.save_csv(out / 'stream.csv', Line._fields, lines)
-  provenance.save_json(out / 'stream.json', {
-      'lines': [told._asdict() for told in lines]}, cli.asked(options, FLAGS),
-                       [options.latency])
-
-
 def run(options: Any, console: Any) -> int:
   """Runs, shows and writes."""
   given = cli.numbers('--lengths', options.lengths)
@@ -179,7 +171,8 @@ def run(options: Any, console: Any) -> int:
     stopped = True
   console.print(table(lines))
   if options.out:
-    save(pathlib.Path(options.out), options, lines)
+    provenance.save_lines(pathlib.Path(options.out), 'stream', Line, lines,
+                          cli.asked(options, FLAGS), [options.latency])
     terminal.written(console, options.out, 'stream.csv', 'stream.json')
   return 130 if stopped else 0
 

@@ -19,6 +19,7 @@ from dsjax.scheduling.policy import (
   View,
   others,
   shortest_queue,
+  stays,
 )
 
 
@@ -48,9 +49,8 @@ def policy(slo: Slo, prefills: int = 1, least: float = 512,
     return Because(near.index, f'{why}: few')
 
   def hand_off(view: View, request: RequestView, avoid: int) -> int:
-    home = view.instances[request.instance]
-    if home.decodes and home in view.may_decode:
-      return home.index
+    if stays(view, request):
+      return request.instance
     return best(others(view.decodes, avoid), request,
                 lambda i: i.residents + i.num_pulls).index
 

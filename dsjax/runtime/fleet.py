@@ -294,8 +294,7 @@ class Fleet:
     A copy that has landed by now comes before what is written to these pages
     next; one that has not landed never does.
     """
-    self._drop(lambda transfer: (transfer.command.id, transfer.command.epoch)
-               == (command.id, command.epoch))
+    self._drop(lambda transfer: _is_of(transfer, command))
     self.engines[command.target].forget(command.id)
 
   def _drop(self, ends: Callable[[Transfer], bool]) -> None:
@@ -369,8 +368,7 @@ class Fleet:
 
   def _is_last(self, command: Migrate) -> bool:
     """Whether every other part of its hand-off has come to its end."""
-    return 1 == sum((t.command.id, t.command.epoch)
-                    == (command.id, command.epoch) for t in self.transfers)
+    return 1 == sum(_is_of(t, command) for t in self.transfers)
 
   def _poll_hosts(self) -> Iterator[Event]:
     for index, host in self.hosts.items():
@@ -554,6 +552,12 @@ def _text(why: str | BaseException) -> str:
   """An error, or a reason, in one line."""
   line = ' '.join((str(why) or type(why).__name__).split())
   return line if len(line) <= 200 else line[:200] + ' ...'
+
+
+def _is_of(transfer: Transfer, command: Migrate | Abort) -> bool:
+  """Whether a transfer is of the hand-off that a command is about."""
+  sent = transfer.command
+  return (sent.id, sent.epoch) == (command.id, command.epoch)
 
 
 _PERFORM: dict[type, Callable[..., None]] = {

@@ -22,8 +22,7 @@ Functions of a scheduler.Run, and of its instances.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsjax.scheduling import choices, prefix_cache
@@ -100,12 +99,12 @@ def offloaded(run: Run, e: Offloaded) -> None:
 
 
 def hits(inst: LiveInstance, seq: Any, start: int, stop: int
-         ) -> list[int]:
+         ) -> Sequence[int]:
   """The hashes of the pages, from token `start` on, that the host has of a
   request's first `stop` tokens; not all of these are needed."""
-  size, kept = inst.config.page_size, inst.host.slots.kept
+  size = inst.config.page_size
   hashes = inst.hashes(seq)[start // size:(stop - 1) // size]
-  return list(itertools.takewhile(kept.__contains__, hashes))
+  return hashes[:len(prefix_cache.hits(inst.host.slots, hashes))]
 
 
 def pin(run: Run, inst: LiveInstance, seq: LiveSeq, start: int, stop: int

@@ -295,12 +295,10 @@ class InstanceView:
     inst, seq = self._instance, request._request
     size = inst.config.page_size
     hashes = inst.hashes(seq)[:(seq.prompt_len - 1) // size]
-    count = more = len(prefix_cache.hits(inst.pool, hashes))
-    if inst.host:
-      kept = inst.host.slots.kept
-      while more < len(hashes) and hashes[more] in kept:
-        more += 1
-    return count * size, (more - count) * size
+    count = len(prefix_cache.hits(inst.pool, hashes))
+    more = (len(prefix_cache.hits(inst.host.slots, hashes[count:]))
+            if inst.host else 0)
+    return count * size, more * size
 
   def rows(self) -> tuple[RequestView, ...]:
     """The requests that decode here."""

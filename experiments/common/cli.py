@@ -242,8 +242,8 @@ def main(run, defined: dict[str, Any], config=None,
     require(not rest, 'arguments', ' '.join(rest), 'flags: --name=value')
     if 'out' in defined and flags.FLAGS.out:
       path = pathlib.Path(flags.FLAGS.out)
-      is_folder = _flag('out', defined['out']).help == SHARED['out'].help
-      require_folder('--out', path if is_folder else path.parent)
+      is_file = isinstance(defined['out'], Flag)  # of the runner's own
+      require_folder('--out', path.parent if is_file else path)
     return run(flags.FLAGS, wide_console())
   app.run(start, flags_parser=_read_flags)
 

@@ -12,7 +12,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import dsjax
 from experiments.common import cli
@@ -114,6 +114,17 @@ def save_csv(path: str | os.PathLike[str], columns: Sequence[str],
     writer = csv.writer(stream)
     writer.writerow(columns)
     writer.writerows(rows)
+
+
+def save_lines(out: pathlib.Path, name: str, kind: type[NamedTuple],
+               lines: Iterable[Any], options: Mapping[str, Any],
+               read: Iterable[str | os.PathLike[str] | None],
+               key: str = 'lines') -> None:
+  """Writes lines of a table, of this kind, as NAME.csv and NAME.json."""
+  known = list(lines)
+  save_csv(out / f'{name}.csv', kind._fields, known)
+  save_json(out / f'{name}.json', {key: [line._asdict() for line in known]},
+            options, read)
 
 
 def _write(path, text):

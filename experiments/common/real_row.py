@@ -118,9 +118,7 @@ def run(options: Any, console: Console, texts: list[str],
     rows.append(serve(options, model, text, requests, known))
   console.print(table(rows))
   out = pathlib.Path(options.out)
-  provenance.save_csv(out / 'real.csv', Row._fields, rows)
-  provenance.save_json(out / 'real.json',
-                       {'rows': [row._asdict() for row in rows]}, asked,
-                       options.workloads[:1])
+  provenance.save_lines(out, 'real', Row, rows, asked, options.workloads[:1],
+                        key='rows')
   terminal.written(console, out, 'real.csv', 'real.json')
   return 0 if all(row.equal for row in rows) else 1
