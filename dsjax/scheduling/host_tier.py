@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dsjax.scheduling import choices, prefix_cache
+from dsjax.scheduling import prefix_cache
 from dsjax.scheduling.events import (
   Load,
   Loaded,
@@ -145,16 +145,6 @@ def load(run: Run, inst: LiveInstance, seq: LiveSeq) -> bool:
       seq.pages[first:first + len(slots)],
       len(slots) * inst.config.page_size, seq.done))
   return True
-
-
-def fetch(run: Run, inst: LiveInstance) -> None:
-  """Starts the loads of those that come next in the queue, while the
-  instance is at work with others."""
-  while inst.queue and not is_full(inst):
-    waiting = choices.in_order(run, inst, inst.queue)
-    if not (loads(run, inst, run.seqs[waiting[0]])
-            and run.admit(inst, run.seqs[waiting[0]], waiting)):
-      return
 
 
 def loads(run: Run, inst: LiveInstance, seq: Any) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dsjax.scheduling import prefix_cache
+from dsjax.scheduling import batches, prefix_cache
 from dsjax.scheduling.events import RunDecode
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def follow(run: Run, index: int, told: Told, count: int) -> None:
     sent.append((inst.number + n, batch.tick, steps[n], g))
     batch.tick += steps[n]
   if rows:
-    run.extend(inst, rows)
+    batches.extend(run, inst, rows)
   for number, tick, n, g in sent[-len(inst.inflight):]:
     inst.inflight.popleft()
     inst.inflight.append((RunDecode(

@@ -21,18 +21,17 @@ stage runs the commands in order, so they complete in order; a micro-batch's
 next step waits on the device for the tokens of its previous one.
 """
 import bisect
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from dsjax.scheduling import (
+  batches,
   choices,
   flexible,
   host_tier,
   lifecycle,
   lookahead,
   pace,
-  prefix_cache,
   recovery,
   residents,
   streaming,
@@ -40,7 +39,6 @@ from dsjax.scheduling import (
 from dsjax.scheduling.events import (
   Arrived,
   Cancelled,
-  Chunk,
   Command,
   DecodeDone,
   Event,
@@ -50,20 +48,18 @@ from dsjax.scheduling.events import (
   Preempt,
   PrefillDone,
   Reject,
-  Row,
   RunDecode,
   RunPrefill,
   Tick,
   Timer,
 )
 from dsjax.scheduling.live import (
-  LiveBatch,
   LiveInstance,
   LiveSeq,
   Recent,
   fields_of,
 )
-from dsjax.scheduling.policy import Refuse, RequestView, View
+from dsjax.scheduling.policy import Refuse, View
 from dsjax.scheduling.state import (
   RUN_AHEAD,
   Batch,
@@ -154,7 +150,7 @@ class Run:
     if type(event) is Migrated:
       for inst in self.instances:  # what it let start may be anywhere
         inst.fresh = not (event.more or inst.asleep)
-    self.plan()
+    batches.plan(self)
     return commands
 
   def freeze(self) -> State:
@@ -280,7 +276,7 @@ class Run:
     inst = self.touch(seq.instance)
     if self.config.prefix_cache:
       residents.keep(inst, seq, 0, seq.done)
-    self.join(inst, seq)
+    batches.join(self, inst, seq)
 
   def handed(self, e: Migrated | MigrateFailed | Timer) -> LiveSeq | None:
     """The request whose hand-off this is about; None where it is over."""
@@ -481,7 +477,7 @@ class Run:
     self.touch(target.index)
     if target.index == seq.instance:
       seq.target = -1
-      self.join(target, seq)
+      batches.join(self, target, seq)
     else:
       target.pulls.append(seq.id)
       seq.target = target.index
@@ -494,293 +490,6 @@ class Run:
     recovery.fail(self, seq, f'no {kind[0].config.role} instance is left')
     return False
 
-  def pull(self, inst: LiveInstance) -> None:
-    """Admits finished prefills, in order, while they fit."""
-    while inst.pulls:
-      pulls = choices.in_order(self, inst, inst.pulls)
-      seq = self.seqs[pulls[0]]
-      taken = residents.take_over(self, inst, seq, seq.done)
-      if taken is None:
-        if streaming.give_way(self, inst):
-          continue
-        id = next(filter(self.may_stay, pulls), -1) if (
-            inst.able.flips and self.is_stuck(inst)) else -1
-        if id < 0:
-          return
-        inst.pulls.remove(id)
-        inst.value = None
-        seq = self.own(id)
-        seq.target = -1
-        self.join(self.touch(seq.instance), seq)
-        continue
-      inst.pulls.remove(seq.id)
-      seq = self.own(seq.id)
-      self.move(seq, 'migrating')
-      seq.target_pages, hit = taken
-      seq.epoch += 1
-      streaming.copy(self, seq, hit, 0, seq.done)
-
-  def may_stay(self, id: int) -> bool:
-    """Whether what waits to be pulled could go on where it is."""
-    seq = self.seqs[id]
-    return (self.instances[seq.instance].able.flips
-            or seq.done < seq.prompt_len)
-
-  def is_stuck(self, inst: LiveInstance) -> bool:
-    """Nothing here will free a page by itself: what is here waits to be
-    pulled. Two flexible instances could wait for each other so."""
-    return not (inst.inflight or inst.prefilling or inst.ending
-                or inst.host and inst.host.loading
-                or any([batch.size for batch in inst.batches])
-                or any([seq.target_pages and seq.target == inst.index
-                        for seq in self.seqs.values()]))
-
-  # --- batches --------------------------------------------------------------
-
-  def plan(self) -> None:
-    """Pulls and issues until nothing more can start.
-
-    Only what has changed can start anything; one decision may change another
-    instance.
-    """
-    while any([inst.fresh for inst in self.instances]):
-      for inst in self.decoders:
-        if inst.fresh and inst.pulls:
-          self.pull(inst)
-      for inst in self.instances:
-        if inst.fresh:
-          inst.fresh = False
-          self.issue(inst)
-          if inst.host and inst.queue:
-            host_tier.fetch(self, inst)
-
-  def issue(self, inst: LiveInstance) -> None:
-    while len(inst.inflight) < inst.depth:
-      if not ((inst.queue or inst.prefilling) and self.prefill(inst)
-              or inst.able.decodes and self.decode(inst)):
-        return
-
-  def send(self, inst: LiveInstance, command: RunPrefill | RunDecode, g: int
-           ) -> None:
-    """Issues a command, of micro-batch g or of none (-1)."""
-    inst.value = None
-    inst.number += 1
-    if inst.latency is not None and not inst.inflight:
-      inst.since_s = self.now[0]
-    inst.inflight.append((command, g))
-    if g >= 0:
-      inst.batches[g].flying += 1
-    self.commands.append(command)
-
-  def ready(self, inst: LiveInstance, batch: LiveBatch) -> bool:
-    """The micro-batch may have another command, and pages for its tick."""
-    return batch.flying < self.config.depth and self.cover(inst, batch)
-
-  def prefill(self, inst: LiveInstance) -> bool:
-    """Issues the next prefill batch of prompts that wait; False when none can
-    be.
-
-    It holds the prompts, or pieces of them, that the policy's budget admits;
-    a prompt longer than a whole budget goes alone and in pieces. Where the
-    budget says so, and the instance mixes, one tick of every row of the
-    micro-batch whose turn it is (it may have none) goes with them.
-    """
-    batch = inst.batches[inst.turn]
-    # Before the policy is asked, as rows may be preempted for want of pages.
-    if inst.able.mixes and not self.ready(inst, batch):
-      return False
-    budget, whole, mixed = choices.budget(self, inst, batch)
-    if not budget:
-      return False
-    rows = batch.row_values() if mixed else ()
-    waiting = choices.in_order(self, inst, inst.queue)
-    chunks, last = [], []
-    while len(chunks) < inst.config.prefill_seqs and budget > 0:
-      seq = self.candidate(inst, waiting, budget, bool(chunks) and whole)
-      if seq is None:
-        break
-      if seq.stage == 'loading':
-        continue
-      start, stop = seq.done, min(seq.stop, seq.done + budget)
-      chunks.append(Chunk(seq.id, start, stop, seq.pages,
-                          stop == seq.prompt_len,
-                          start if seq.stage == 'queued' else 0))
-      if seq.stage == 'queued':
-        self.move(seq, 'prefilling')
-      seq.done = stop
-      inst.backlog -= stop - start
-      budget -= stop - start
-      if stop == seq.stop:
-        inst.prefilling.remove(seq.id)
-      if stop == seq.prompt_len:
-        last.append(seq)
-    if not chunks:
-      return False
-    number = inst.number
-    self.send(inst, RunPrefill(inst.index, number, tuple(chunks),
-                               batch.tick, rows),
-              inst.turn if mixed else -1)
-    if self.config.stream_kv:
-      streaming.follow(self, inst, chunks)
-    if mixed:
-      self.advance(inst, inst.turn, 1 if rows else 0)
-    for seq in last:
-      if not seq.target_pages and choices.stays(self, inst, seq):
-        self.join(inst, seq, number)
-    return True
-
-  def candidate(self, inst: LiveInstance, waiting: list[int], budget: int,
-                whole: bool) -> LiveSeq | None:
-    """The next request of a prefill batch, admitted, or None. It may have to
-    load first.
-
-    waiting: the ids of its queue, in order.
-    """
-    ids = inst.prefilling or waiting
-    if not ids:
-      return None
-    seq = self.seqs[ids[0]]
-    if whole and seq.stop - seq.done > budget:
-      hit = (self.view.instances[inst.index].hit_tokens(RequestView(seq))
-             if seq.stage == 'queued' and inst.block_size else seq.done)
-      if seq.stop - hit > budget:
-        return None
-    if seq.stage == 'queued' and not self.admit(inst, seq, waiting):
-      return None
-    return self.own(seq.id)
-
-  def admit(self, inst: LiveInstance, seq: LiveSeq, waiting: list[int]
-            ) -> bool:
-    """Gives the first of those that wait its pages; False: it must wait."""
-    if (inst.host and host_tier.is_full(inst)
-        and host_tier.loads(self, inst, seq)):
-      return False
-    # Where it will decode too: room for its first tick.
-    taken = residents.take(
-        self, inst, seq, min(seq.prompt_len + inst.decodes, seq.limit - 1),
-        seq.stop, inst.config.page_size, loads=True)
-    if taken is None:
-      return False
-    del waiting[0]
-    if waiting is not inst.queue:
-      inst.queue.remove(seq.id)
-    seq = self.own(seq.id)
-    (seq.pages, seq.done), seq.sent = taken, 0
-    inst.backlog -= seq.done
-    if not (inst.host and host_tier.load(self, inst, seq)):
-      inst.prefilling.append(seq.id)
-    return True
-
-  def join(self, inst: LiveInstance, seq: LiveSeq, number: int = -1) -> None:
-    """A request goes on where its KV is: with the rest of its prompt, or as a
-    row of the instance's decode batch.
-
-    number: the prefill command in flight whose token a row starts from.
-    """
-    if seq.done < seq.prompt_len:
-      self.move(seq, 'prefilling')
-      inst.prefilling.append(seq.id)
-      inst.backlog += seq.stop - seq.done
-      return
-    if seq.prompt_len + 1 >= seq.limit:
-      self.move(seq, 'finishing')
-      inst.ending.append((number, seq.id))
-      return
-    self.move(seq, 'decoding')
-    batch = min(inst.batches, key=_SIZE)
-    start = seq.prompt_len - batch.tick
-    batch.add(row_of(inst, seq, start))
-
-  def decode(self, inst: LiveInstance) -> bool:
-    """Issues the next decode command; False when none can be.
-
-    Micro-batches take strict turns, the empty ones left out. One that may not
-    go yet is waited for: were it passed by, two commands of another would
-    follow each other and the stages would idle between them, for ever.
-    """
-    while True:
-      g = _following(inst)
-      if g is None or not self.ready(inst, inst.batches[g]):
-        return False
-      batch = inst.batches[g]
-      if batch.size:  # else covering has preempted all of it
-        break
-    # A step waits for the one before to leave the last stage, and stages take
-    # work in order: micro-batches whose commands had several steps would run
-    # one after another, not side by side.
-    steps = 1
-    if (len(inst.batches) == 1 and not inst.queue and not inst.pulls
-        and inst.residents == batch.size + len(inst.ending)):
-      steps = min(batch.until() - batch.tick, inst.run_ahead)
-    self.send(inst, RunDecode(inst.index, inst.number, batch.tick, steps,
-                              batch.row_values()), g)
-    self.advance(inst, g, steps)
-    return True
-
-  def advance(self, inst: LiveInstance, g: int, steps: int) -> None:
-    """Ends a turn: ticks pass; rows that reached their limit leave."""
-    batch = inst.batches[g]
-    batch.tick += steps
-    inst.turn = (g + 1) % len(inst.batches)
-    for id in list(batch.short()):
-      if batch.rows[id][1] + batch.tick >= self.seqs[id].limit - 1:
-        batch.remove(id)
-        inst.ending.append((inst.number - 1, id))
-        seq = self.own(id)
-        seq.done = seq.limit - 1
-        self.move(seq, 'finishing')
-
-  def cover(self, inst: LiveInstance, batch: LiveBatch) -> bool:
-    """Gives the micro-batch's rows a page for their next tick.
-
-    Preempts if it must, of any micro-batch. Returns False while pages of a
-    preempted request are still in use by a command in flight.
-    """
-    short = batch.short()
-    if not short:
-      return True
-    while short and prefix_cache.num_free(inst.pool) < len(short):
-      if inst.ending:
-        return False
-      if not streaming.give_way(self, inst):
-        self.preempt(inst)
-      short = batch.short()
-    if short:
-      self.extend(inst, [(batch, id) for id in batch.renew(
-          self.seqs, inst.config.page_size)])
-    return True
-
-  def extend(self, inst: LiveInstance,
-             rows: Sequence[tuple[LiveBatch, int]]) -> None:
-    """Gives rows, (micro-batch, id), a page for each time they are named."""
-    ids = residents.alloc(self, inst, len(rows))
-    for (_, id), page in zip(rows, ids, strict=True):
-      seq = self.seqs[id]
-      if type(seq) is LiveSeq:
-        seq.pages += (page,)
-      else:
-        self.own_seqs()[id] = seq._replace(pages=(*seq.pages, page))
-    for batch, id in dict.fromkeys(rows) if len(rows) > 1 else rows:
-      batch.rows[id] = row_of(inst, self.seqs[id], batch.rows[id][1])
-      batch.value = None
-
-  def preempt(self, inst: LiveInstance) -> None:
-    """Sends a request, the policy's choice, back to be recomputed.
-
-    A request on its way in is no victim: a copy is landing on its pages. This
-    cannot deadlock: what is short of a page is a row, so there is a victim, if
-    need be the row itself; a copy ends however full the pool is; and where no
-    other request is resident there is room for any that never_fits let in.
-    Nor does it go on for ever: a row has emitted a token since its prefill
-    began, so each of its preemptions leaves it fewer to emit, and a request
-    preempted in its prefill gave way to a row that then emits one.
-    """
-    seq = self.own(choices.victim(self, inst))
-    if seq.stage == 'decoding':
-      batch = inst.home(seq.id)
-      seq.prompt_len = batch.rows[seq.id][1] + batch.tick + 1
-    self.leave(seq, 'yielding')
-
   # --- quiet runs: see lookahead.py -----------------------------------------
 
   def quiet(self, index: int, most: int) -> lookahead.Told | None:
@@ -792,7 +501,6 @@ class Run:
     lookahead.follow(self, index, told, count)
 
 
-_SIZE = operator.attrgetter('size')
 _APPLY: dict[type, Callable[..., None]] = {
     Arrived: Run.arrived,
     Cancelled: Run.cancelled,
@@ -808,21 +516,3 @@ _APPLY: dict[type, Callable[..., None]] = {
 def _open(kind):
   return ([i for i in kind if i.status == 'up']
           or [i for i in kind if i.status == 'draining'])
-
-
-def _following(inst):
-  """The next micro-batch in turn that has rows, or None."""
-  if inst.batches[inst.turn].size:
-    return inst.turn
-  pp = len(inst.batches)
-  return next((g % pp for g in range(inst.turn, inst.turn + pp)
-               if inst.batches[g % pp].size), None)
-
-
-def row_of(inst: LiveInstance, seq: Any, start: int) -> Row:
-  """A request's Row: `until` is the first tick that its pages or its limit
-  do not cover."""
-  until, last = len(seq.pages) * inst.config.page_size, seq.limit - 1
-  if until > last:
-    until = last
-  return Row(seq.id, start, until - start, seq.pages)

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from dsjax.scheduling import (
+  batches,
   flexible,
   host_tier,
   lifecycle,
@@ -51,8 +52,8 @@ LEAST = {
 RUN = scheduler.Run
 MUTATIONS = {
     'the source is freed early': (
-        RUN, 'pull', 'seq.epoch += 1',
-        'seq.epoch += 1; residents.free(self, seq)'),
+        batches, '_pull', 'seq.epoch += 1',
+        'seq.epoch += 1; residents.free(run, seq)'),
     'no epoch check': (RUN, 'handed', 'e.epoch < seq.epoch', 'False'),
     'a later epoch is passed over': (
         RUN, 'handed', 'e.epoch < seq.epoch', 'e.epoch != seq.epoch'),
@@ -63,17 +64,17 @@ MUTATIONS = {
     'pages of a preempted row are free at once': (
         RUN, 'leave', 'if inst.inflight:', 'if False:'),
     'a preempted row loses a token': (
-        RUN, 'preempt', 'batch.tick + 1', 'batch.tick'),
+        batches, '_preempt', 'batch.tick + 1', 'batch.tick'),
     'a request ends before its last token': (
-        RUN, 'advance', "self.move(seq, 'finishing')",
-        "self.move(seq, 'finishing'); "
-        "self.commands.append(Finish(id, 'length'))"),
+        batches, '_advance', "run.move(seq, 'finishing')",
+        "run.move(seq, 'finishing'); "
+        "run.commands.append(Finish(id, 'length'))"),
     'the latest is first': (
         RUN, 'enqueue',
         'bisect.insort(queue, seq.id, key=lambda id: seqs[id].order)',
         'queue.insert(0, seq.id)'),
     'a pull passes the first by': (
-        RUN, 'pull', 'pulls[0]', 'pulls[-1]'),
+        batches, '_pull', 'pulls[0]', 'pulls[-1]'),
     'room is not noticed': (RUN, 'touch', 'inst.fresh, ', ''),
     'a late completion is taken for the next': (
         RUN, 'complete', '0 <= e.number <', 'e.number != e.number <'),
@@ -109,7 +110,7 @@ MUTATIONS = {
     'a row that moves leaves steps in flight behind': (
         recovery, '_known', "'migrating', 'leaving')", "'migrating')"),
     'two instances wait for each other': (
-        RUN, 'is_stuck', 'not (', 'False and ('),
+        batches, '_is_stuck', 'not (', 'False and ('),
     'a hand-off of a request that stays': (
         RUN, 'offer', 'target.index == seq.instance', 'False'),
     'another request is handed off': (
@@ -119,23 +120,24 @@ MUTATIONS = {
         recovery, 'timer', 'seq is not None',
         'seq and seq is next(s for s in run.seqs.values() if s.target_pages)'),
     'a part hands off the whole prompt': (
-        RUN, 'pull', '0, seq.done', '0, seq.prompt_len'),
+        batches, '_pull', '0, seq.done', '0, seq.prompt_len'),
     'a part is taken for a whole prompt': (
-        RUN, 'join', 'seq.done < seq.prompt_len', 'False'),
+        batches, 'join', 'seq.done < seq.prompt_len', 'False'),
     'a part counts a token that is not out': (
         recovery, '_known', 'seq.done == seq.prompt_len', 'True'),
     'the end of a part is sampled': (
-        RUN, 'prefill', 'stop == seq.prompt_len,', 'stop == seq.stop,'),
+        batches, '_prefill', 'stop == seq.prompt_len,', 'stop == seq.stop,'),
     'a part waits for ever': (
         RUN, 'prefill_done', 'chunk.stop == seq.stop', 'False'),
     'a part that stays is forgotten': (
-        RUN, 'join', 'inst.prefilling.append(seq.id)', 'pass'),
+        batches, 'join', 'inst.prefilling.append(seq.id)', 'pass'),
     'a part that waits elsewhere counts as a whole prompt': (
         flexible, 'send_off', 'seq.stop', 'seq.prompt_len'),
     'what stays keeps its place elsewhere': (
-        RUN, 'pull', 'inst.pulls.remove(id)\n', 'pass\n'),
+        batches, '_pull', 'inst.pulls.remove(id)\n', 'pass\n'),
     'a full target drops the request': (
-        RUN, 'pull', 'taken is None:', 'taken is None:\n      self.drop(seq)'),
+        batches, '_pull', 'taken is None:',
+        'taken is None:\n      run.drop(seq)'),
     'a failure keeps the pages': (
         recovery, 'fail', 'run.drop(seq)', 'run.forget(seq)'),
 }
@@ -148,7 +150,7 @@ KEPT = {
     'a page that is not full is kept': (
         residents, 'keep', 'stop // size', '-(-stop // size)'),
     'a page is kept before it is written': (
-        RUN, 'prefill', 'seq.done = stop',
+        batches, '_prefill', 'seq.done = stop',
         'seq.done = stop; residents.keep(inst, seq, start, stop)'),
     'a page whose writer failed is kept': (
         residents, 'free_target', ', 0)', ', 9)'),
@@ -204,8 +206,9 @@ HOST = {
         host_tier, 'offload', 'len(pages))\n',
         'len(pages)); slots = prefix_cache.keep(slots, ids, hashes)\n'),
     'pages are offloaded after they are written anew': (
-        RUN, 'apply', 'self.plan()',
-        "self.plan(); commands.sort(key=lambda c: 'Offload' in repr(c))"),
+        RUN, 'apply', 'batches.plan(self)',
+        "batches.plan(self); "
+        "commands.sort(key=lambda c: 'Offload' in repr(c))"),
     'a copy to the host that failed is kept': (
         host_tier, 'offloaded', '0 if e.failed else len(ids)', 'len(ids)'),
     'the host of a lost instance is remembered': (
@@ -238,22 +241,22 @@ HOST = {
 # What no client would notice; random worlds are wide enough to show it.
 UNNOTICED = {
     'a command too many in flight': (
-        RUN, 'issue', 'inst.inflight) < inst.depth',
+        batches, '_issue', 'inst.inflight) < inst.depth',
         'inst.inflight) <= inst.depth'),
     'a row too far ahead': (
-        RUN, 'ready', 'batch.flying < self.config.depth',
-        'batch.flying <= self.config.depth'),
+        batches, '_ready', 'batch.flying < run.config.depth',
+        'batch.flying <= run.config.depth'),
     'a prompt too many in a batch': (
-        RUN, 'prefill', 'len(chunks) < inst.config.prefill_seqs',
+        batches, '_prefill', 'len(chunks) < inst.config.prefill_seqs',
         'len(chunks) <= inst.config.prefill_seqs'),
     'a piece over the budget': (
-        RUN, 'prefill', 'seq.done + budget)', 'seq.done + budget + 1)'),
+        batches, '_prefill', 'seq.done + budget)', 'seq.done + budget + 1)'),
     'a resident too many': (
         residents, 'room', 'inst.residents >= config.max_seqs',
         'inst.residents > config.max_seqs'),
-    'steps beyond the run-ahead': (RUN, 'decode', 'inst.run_ahead)', '9)'),
+    'steps beyond the run-ahead': (batches, '_decode', 'inst.run_ahead)', '9)'),
     'a micro-batch is passed by': (
-        RUN, 'advance', 'inst.turn = (g + 1) % len(inst.batches)',
+        batches, '_advance', 'inst.turn = (g + 1) % len(inst.batches)',
         'inst.turn = g'),
     'a copy to a page too many': (
         streaming, 'copy', 'pages_for(stop, size)',
@@ -263,10 +266,10 @@ UNNOTICED = {
         RUN, 'prefill_done', "'stop' if chunk.id in e.ended else 'length'",
         "'length'"),
     'a row with a page too few': (
-        scheduler, 'row_of', 'len(seq.pages) * inst',
+        batches, 'row_of', 'len(seq.pages) * inst',
         '(len(seq.pages) + 1) * inst'),
     'a chunk skips a token': (
-        RUN, 'prefill', 'start, stop = seq.done,',
+        batches, '_prefill', 'start, stop = seq.done,',
         'start, stop = seq.done + bool(seq.done),'),
     'the given state is changed': (
         RUN, 'own_seqs', 'dict(self.seqs)', 'self.seqs'),
