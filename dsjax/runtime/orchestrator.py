@@ -63,6 +63,7 @@ from dsjax.runtime.cluster import local
 from dsjax.runtime.engine import Engine
 from dsjax.runtime.fleet import build
 from dsjax.runtime.loop import Loop
+from dsjax.runtime.loop_thread import LoopThread
 from dsjax.runtime.output import (
   Interrupted,
   Output,
@@ -74,14 +75,12 @@ from dsjax.runtime.prompts import Prompt, check_ids, prompt_ids
 from dsjax.runtime.protocols import Engine as AnyEngine
 from dsjax.runtime.protocols import MakeEngine, Report
 from dsjax.runtime.replay import Replay
-from dsjax.runtime.worker import Worker
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import Drain
-from dsjax.scheduling.policy import DISTSERVE, Policy, PolicyError
+from dsjax.scheduling.policy import DISTSERVE, Policy
 from dsjax.workload import check_requests
 
 PARAMETERS = tuple(field.name for field in dataclasses.fields(Sampling))
-MEANWHILE_S = 5e-3  # between two calls of what a client wants called
 
 
 class Orchestrator:
@@ -164,8 +163,8 @@ class Orchestrator:
     self.requests: dict[int, RequestOutputState] = {}
     self.seen: set[int] = set()
     self.next_id, self.closing = 0, False
-    self._worker = Worker()
-    self._stop = weakref.finalize(self, self._worker.stop)
+    self._thread = LoopThread(self.loop, config.stall_s)
+    self._stop = weakref.finalize(self, self._thread.worker.stop)
 
   def _latencies(self, named: Named | None) -> tuple[Latency, ...] | None:
     """What predicts the steps of each instance."""
@@ -204,9 +203,9 @@ class Orchestrator:
     try:
       self.call(self._cancel_all)
       until_s = self.now + self.config.lease_s
-      self._until(lambda: self.loop.settled(until_s))
+      self._thread.until(lambda: self.loop.settled(until_s))
     finally:
-      self._worker.post(self._end)
+      self._thread.post(self._end)
       self._stop()
       self._close()
       self.loop.closed = True  # where the thread is stuck
@@ -237,63 +236,7 @@ class Orchestrator:
     What observers raised meanwhile is raised after it, or logged where the
     function raises.
     """
-    if self._worker.is_here:
-      return function(*args)
-    return self._worker.wait(
-        self._worker.post(lambda: self._whole(function, *args)), self._beat)
-
-  def _whole(self, function: Callable[..., Any], *args: Any) -> Any:
-    try:
-      result = function(*args)
-    except BaseException:
-      self.loop.log_raised()
-      raise
-    self.loop.tell()
-    return result
-
-  def _until(self, answer: Callable[[], Any],
-             more: Callable[[], bool] = lambda: False,
-             meanwhile: Callable[[], object] | None = None) -> Any:
-    """Serves until `answer`, asked in the thread after each poll, gives one.
-
-    Args:
-      more: whether requests are still to come.
-      meanwhile: called here, every MEANWHILE_S.
-
-    Raises:
-      PolicyError: nothing is in flight, and the policy lets nothing start.
-    """
-    self._check_may_wait()
-    job = self._worker.post(lambda: self._whole(answer),
-                            lambda: self._drive(more()))
-    if meanwhile is None:
-      return self._worker.wait(job, self._beat)
-    return self._worker.wait(job, lambda: (self._beat(), meanwhile()),
-                             MEANWHILE_S)
-
-  def _check_may_wait(self) -> None:
-    """Raises RuntimeError in an observer: nothing goes on meanwhile."""
-    if self._worker.is_here:
-      raise RuntimeError('an observer cannot wait for its own server')
-
-  def _drive(self, more: bool) -> float:
-    """Polls; the seconds to pause."""
-    some = self.loop.poll()
-    self.loop.tell()
-    if some:
-      return 0.0
-    if not more:
-      self.loop.check_stalled()
-    return self.loop.pause_s
-
-  def _beat(self) -> None:
-    """Raises where a call in the thread does not return."""
-    if self._worker.stuck_s > self.config.stall_s:
-      what = f'no answer for {self._worker.stuck_s:.1f} s'
-      if self.loop.deciding:
-        raise PolicyError(f'policy {self.scheduler_config.policy.name!r}: '
-                          f'{what}')
-      raise RuntimeError(f'the server is stuck: {what}')
+    return self._thread.call(function, *args)
 
   def _drop(self, ids: Sequence[int], keep: bool = False) -> None:
     """Cancels requests whose client has been interrupted, and forgets their
@@ -301,9 +244,8 @@ class Orchestrator:
 
     It waits a moment, so that the client finds it done.
     """
-    job = self._worker.post(lambda: self._forget_all(ids, keep))
-    if not self._worker.is_here and self._worker.stuck_s < 1:
-      job.wait(1.0 if self.thread.is_alive() else 0)
+    self._thread.give_time(
+        self._thread.post(lambda: self._forget_all(ids, keep)))
 
   def _forget_all(self, ids: Sequence[int], keep: bool) -> None:
     for id in ids:
@@ -315,7 +257,7 @@ class Orchestrator:
   @property
   def thread(self) -> threading.Thread:
     """The thread that serves."""
-    return self._worker.thread
+    return self._thread.thread
 
   @property
   def now(self) -> float:
@@ -584,12 +526,12 @@ class Orchestrator:
     Raises:
       InputError, RequestFailed: as submit; or faults ended it, or `close`.
     """
-    self._check_may_wait()
+    self._thread.check_may_wait()
     ids: list[int] = []
     outputs: list[Output] = []
     try:
       self._submit(ids, prompt, params)
-      self._until(lambda: self._collect(ids, outputs))
+      self._thread.until(lambda: self._collect(ids, outputs))
     except BaseException:
       self._drop(ids)
       raise
@@ -604,14 +546,14 @@ class Orchestrator:
       InputError, RequestFailed: as generate, after the pieces that came
         before; or the request was cancelled elsewhere.
     """
-    self._check_may_wait()
+    self._thread.check_may_wait()
     ids: list[int] = []
     try:
       self._submit(ids, prompt, params)
       state = self.requests[ids[0]]
       finished = False
       while not finished:
-        finished, pieces = self._until(lambda: self._pieces(state))
+        finished, pieces = self._thread.until(lambda: self._pieces(state))
         yield from pieces
       output = self.output(ids[0])
     except BaseException:
@@ -642,7 +584,7 @@ class Orchestrator:
       RequestFailed: faults ended a request; its `outputs` has all of them.
       Interrupted: Ctrl-C, which cancels what is left; likewise.
     """
-    self._check_may_wait()
+    self._thread.check_may_wait()
     require(errors in ('raise', 'return'), 'errors', errors,
             "'raise' or 'return'")
     prompts = _listed('prompts', prompts, 'a list of prompts')
@@ -661,7 +603,7 @@ class Orchestrator:
     outputs: list[Output] = []
     try:
       self.call(self._queue, ids, requests, None, errors == 'raise')
-      self._until(lambda: self._collect(ids, outputs))
+      self._thread.until(lambda: self._collect(ids, outputs))
     except KeyboardInterrupt:
       raise Interrupted(self.call(self._end_all, ids, outputs)) from None
     except BaseException:
@@ -693,15 +635,15 @@ class Orchestrator:
     Raises:
       InputError: a request that cannot be queued here, before any is.
     """
-    self._check_may_wait()
+    self._thread.check_may_wait()
     ordered = self._check_workload(requests)
     replay = Replay(ordered, self.now)
     try:
       if on_poll:
         self.call(self._replayed, replay)
         on_poll()
-      self._until(lambda: self._replayed(replay), lambda: bool(replay.todo),
-                  on_poll)
+      self._thread.until(lambda: self._replayed(replay),
+                         lambda: bool(replay.todo), on_poll)
     except BaseException:
       self._drop([r.id for r in ordered], keep=True)
       raise
@@ -764,8 +706,8 @@ class Orchestrator:
     """
     index = self._index_of(instance)
     is_there = self.call(self.loop.restore, index)
-    if not is_there and not self._worker.is_here:
-      self._until(lambda: self.loop.restored(index))
+    if not is_there and not self._thread.is_here:
+      self._thread.until(lambda: self.loop.restored(index))
 
   def _index_of(self, instance: int) -> int:
     """The number of an instance, checked."""
