@@ -134,12 +134,15 @@ class Recorder:
       _SEEN[type(command)](self, command, event.time_s)
 
   def leapt(self, instance: int, done: Sequence[Sequence[float]],
-            first: Sequence[tuple[RunDecode, float]]) -> None:
+            first: Sequence[tuple[RunDecode, float]],
+            left: Iterable[tuple[int, int, int]] = (),
+            ended: Iterable[tuple[int, float]] = ()) -> None:
     """Folds decode completions that were each answered by a decode command.
 
     done: seconds of the steps of each. first: (command, seconds) of the first
     command of each micro-batch in turn; its steps are all that were issued
-    for the micro-batch, and its rows are those of all of its commands.
+    for the micro-batch. left: (turn, id, steps issued after that) of each row
+    that left. ended: (id, seconds) of requests that had their last token.
     """
     pending = self._pending[instance]
     chains = [self._rows(c, now_s, c.steps) for c, now_s in first]
@@ -147,6 +150,12 @@ class Recorder:
       pending.popleft()[1].times.extend(steps_s)
       pending.append(((), chains[n % len(chains)], 0))
     self._newest[instance] += len(done)
+    for turn, id, after in left:
+      chain, life = chains[turn], self._live[id]
+      life.last = chain.issued - after
+      chain.lives.remove(life)
+    for id, now_s in ended:
+      self._end(id, 'length', now_s)
 
   # --- events ---------------------------------------------------------------
 

@@ -279,11 +279,16 @@ def _advance(run: Run, inst: LiveInstance, g: int, steps: int) -> None:
   inst.turn = (g + 1) % len(inst.batches)
   for id in list(batch.short()):
     if batch.rows[id][1] + batch.tick >= run.seqs[id].limit - 1:
-      batch.remove(id)
-      inst.ending.append((inst.number - 1, id))
-      seq = run.own(id)
-      seq.done = seq.limit - 1
-      run.move(seq, 'finishing')
+      part(run, inst, batch, id)
+
+
+def part(run: Run, inst: LiveInstance, batch: LiveBatch, id: int) -> None:
+  """A row leaves: its last token comes with the newest command."""
+  batch.remove(id)
+  inst.ending.append((inst.number - 1, id))
+  seq = run.own(id)
+  seq.done = seq.limit - 1
+  run.move(seq, 'finishing')
 
 
 def _cover(run: Run, inst: LiveInstance, batch: LiveBatch) -> bool:

@@ -76,6 +76,7 @@ def one_of(run: Run, instances: Sequence[LiveInstance], hook: str, answer: Any
 def entry(run: Run, seq: LiveSeq) -> tuple[LiveInstance, int] | Refuse:
   """The instance that prefills a request, or goes on with it, and up to which
   of its tokens; or why it is not served."""
+  run.rouse(run.open_entries)
   answer, reason = because(run, 'route', RequestView(seq))
   if isinstance(answer, Refuse):
     if type(answer.reason) is not str:
@@ -147,6 +148,7 @@ def decoder(run: Run, seq: LiveSeq, avoid: int) -> LiveInstance:
 
 def preferred(run: Run, seq: LiveSeq, avoid: int) -> tuple[LiveInstance, str]:
   """The same, and why, for one who may not go by it."""
+  run.rouse(run.open_decoders)
   answer, reason = because(run, 'hand_off', RequestView(seq), avoid)
   return one_of(run, run.open_decoders, 'hand_off', answer), reason
 

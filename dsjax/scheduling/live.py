@@ -140,14 +140,14 @@ class LiveBatch:
     elif self.least == row[2]:
       self.least = None
 
-  def end(self, seqs: dict[int, Any]) -> int:
-    """The first tick at which a request is at its limit."""
+  def limits(self, seqs: dict[int, Any]) -> dict[int, int]:
+    """The tick at which each request is at its limit."""
     ends = self.ends
     if len(ends) < len(self.rows):
       for id, row in self.rows.items():
         if id not in ends:
           ends[id] = seqs[id].limit - 1 - row[1]
-    return min(ends.values())
+    return ends
 
   def until(self) -> int:
     """The first tick that some row is not covered for."""
@@ -158,6 +158,10 @@ class LiveBatch:
     while not self.due[self.ticks[0]]:
       del self.due[heapq.heappop(self.ticks)]
     return self.ticks[0]
+
+  def forget_due(self) -> None:
+    """Rows are to get pages otherwise than by `renew`."""
+    self.due = self.least = None
 
   def sort(self) -> dict[int, list[int]]:
     """Makes due, which it returns, and ticks."""

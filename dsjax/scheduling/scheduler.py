@@ -105,7 +105,9 @@ class Run:
   are in the same state.
 
   wake: called with the index of an instance that sleeps in a quiet run before
-  it changes; it calls follow.
+  it changes, or is compared with others; it calls follow.
+  ends_alone: whether requests may end in a quiet run: nothing but what waits
+  for their pages is to learn of it at once.
   """
 
   def __init__(self, config: Config, state: State,
@@ -125,6 +127,7 @@ class Run:
     self._view: View | None = None
     self.now: list[Any] = [0.0, [], [], [], []]  # see View
     self.asks_again = self.policy.says_not_yet
+    self.ends_alone = True
     self.commands, self.cause = [], ''
     self.roster()
 
@@ -200,6 +203,13 @@ class Run:
       self.wake(index)
     inst.fresh, inst.value = True, None
     return inst
+
+  def rouse(self, instances: Sequence[LiveInstance]) -> None:
+    """Instances are to be compared: none of them sleeps any more."""
+    if len(instances) > 1 and self.wake:
+      for inst in instances:
+        if inst.asleep:
+          self.wake(inst.index)
 
   # --- events ---------------------------------------------------------------
 
@@ -492,11 +502,11 @@ class Run:
 
   # --- quiet runs: see lookahead.py -----------------------------------------
 
-  def quiet(self, index: int, most: int) -> lookahead.Told | None:
+  def quiet(self, index: int) -> lookahead.Ahead | None:
     """The decode commands that will follow those in flight, or None."""
-    return lookahead.tell(self, index, most)
+    return lookahead.ahead(self, index)
 
-  def follow(self, index: int, told: lookahead.Told, count: int) -> None:
+  def follow(self, index: int, told: lookahead.Ahead, count: int) -> None:
     """Ends a quiet run in which `count` of its commands were issued."""
     lookahead.follow(self, index, told, count)
 

@@ -11,12 +11,13 @@ moment the least kind comes first.
 
 Leaping. Most completions of a decode command change nothing but counters:
 the next command has the same rows. scheduler.Run.quiet tells such commands in
-advance, until a row ends or pages run short. `Alone` gives them their times,
-in closed form within a command, and when something else happens to the
-instance, or at the end, tells the scheduler and the recorder at once how many
-of them there were. Every command is the one that step would have issued, with
-its boundaries, so leaping changes no time (an arrival in the middle of a
-command waits for its end here as there).
+advance, until something is to be decided: pages run short, or a request ends
+and others wait for its pages. `Alone` gives them their times, in closed form
+within a command, and when something else happens to the instance, or at the
+end, tells the scheduler and the recorder at once how many of them there were
+and who ended. Every command is the one that step would have issued, with its
+boundaries, so leaping changes no time (an arrival in the middle of a command
+waits for its end here as there).
 """
 
 import bisect
@@ -47,7 +48,6 @@ from dsjax.simulation.instance import VirtualInstance, work
 # Order of events of one moment; SENT is none: a part of a hand-off may go.
 TICK, ARRIVED, MIGRATED, COPIED, SENT, STEP = range(6)
 _NEVER = (float('inf'),)
-_REACH = 64  # most commands of a quiet run
 # Where nothing migrates.
 NO_LINK = latency.Link(base_s=0.0, bytes_per_s=1.0, kv_bytes=1.0)
 
@@ -230,7 +230,7 @@ class Alone:
         continue  # void by now
       quiet = self.quiet.get(index)
       if quiet is not None:
-        if quiet.done < len(quiet.steps):
+        if not quiet.is_over:
           self.loose.append(index)
           continue
         self.close(index, quiet.done)
@@ -264,7 +264,7 @@ class Alone:
 
   def open(self, index: int) -> None:
     """Begins an instance's quiet run, if nothing has to be decided soon."""
-    told = self.run.quiet(index, _REACH)
+    told = self.run.quiet(index)
     if told is not None:
       self.quiet[index] = _QuietRun(self.instances[index],
                                     self.run.instances[index], told)
@@ -295,66 +295,79 @@ class Alone:
   def close(self, index: int, count: int) -> None:
     """Ends a quiet run at its completion `count`."""
     instance, quiet = self.instances[index], self.quiet.pop(index)
-    flight = len(instance.due)
+    told, due = quiet.told, quiet.due
     free_s, instance.busy_s = quiet.marks[count]
     instance.free_s = list(free_s)
-    instance.due = collections.deque(quiet.due[count:count + flight])
-    self.run.follow(index, (quiet.order, quiet.steps), count)
+    instance.due = collections.deque(due[count:count + told.flight])
     self.leapt += count
-    first, order, turns = [], quiet.order, len(quiet.order)
-    for n, batch in enumerate(order[:count]):
-      rows = self.run.instances[index].batches[batch].row_values()
-      first.append((RunDecode(
-          index, 0, 0, sum(quiet.steps[n:count:turns]), rows),
-          _end_s(quiet.due[n])))
-      newest = n + (count - 1 - n) // turns * turns
-      instance.note(rows, _end_s(quiet.due[flight + newest]))
     if count:
-      self.recorder.leapt(index, [due[1] for due in quiet.due[:count]], first)
+      self.tell(index, quiet, count)
+    self.run.follow(index, told, count)
+
+  def tell(self, index: int, quiet: '_QuietRun', count: int) -> None:
+    """Tells the recorder of `count` completions, and of requests that ended
+    with them."""
+    instance, told, due = self.instances[index], quiet.told, quiet.due
+    flight, turns = told.flight, len(told.turns)
+    first = []
+    for n, turn in enumerate(told.turns[:count]):
+      rows = self.run.instances[index].batches[turn.batch].row_values()
+      first.append((RunDecode(index, 0, 0, sum(told.steps[n:count:turns]),
+                              rows), _end_s(due[n])))
+      if self.pipelined:
+        newest = n + (count - 1 - n) // turns * turns
+        instance.note(rows, _end_s(due[flight + newest]))
+    left = [(place, id, sum(told.steps[n + turns:count:turns]))
+            for n, place, id in told.left if n < count]
+    ended = [(id, _end_s(due[after + flight]))
+             for after, id in told.ends() if after + flight < count]
+    self.recorder.leapt(index, [times for _, times, _ in due[:count]], first,
+                        left, ended)
+    for id, _ in ended:
+      instance.token_s.pop(id, None)
 
 
 class _QuietRun:
   """A quiet run of an instance, as far as it was followed.
 
-  order, steps: micro-batches in turn, and steps of each command, as
-  scheduler.Run.quiet told. due: (number, times of its steps, True) of the
-  commands in flight when it began and of those issued since. done: how many
-  have completed; each was answered by one. marks: before each of these
-  answers and after the last, free_s and busy_s of the instance. turns: of a
-  micro-batch, [rows, context and token time of its next command].
+  told: its commands, of scheduler.Run.quiet; is_over: no more can be told.
+  due: (number, times of its steps, True) of the commands in flight when it
+  began and of those issued since. done: how many have completed; each was
+  answered by one. marks: before each of these answers and after the last,
+  free_s and busy_s of the instance. token_s: of each turn, when its newest
+  tokens are there (pp > 1 only).
   """
 
-  __slots__ = ('order', 'steps', 'due', 'done', 'marks', 'turns', 'number')
+  __slots__ = ('told', 'is_over', 'due', 'done', 'marks', 'token_s', 'number')
 
   def __init__(self, instance, live, told):
-    self.order, self.steps = told
+    self.told, self.is_over = told, False
     self.due, self.number = list(instance.due), live.number
     self.done, self.marks = 0, [(tuple(instance.free_s), instance.busy_s)]
-    self.turns = []
-    for index in self.order:
-      rows, tick = live.batches[index].rows.values(), live.batches[index].tick
-      self.turns.append([
-          len(rows), sum([r[1] for r in rows]) + len(rows) * (tick + 1),
-          instance.after(0.0, rows)])
+    self.token_s = [instance.after(0.0, live.batches[turn.batch].rows.values())
+                    for turn in told.turns] if live.config.pp > 1 else [0.0]
 
   def advance(self, instance, index, bound):
     """Completes what is due before `bound`; whether that was all."""
-    due, turns, steps = self.due, self.turns, self.steps
-    host_s, count = instance.host_s, len(turns)
-    for n in range(self.done, len(steps)):
+    due, told, number = self.due, self.told, self.number
+    host_s, count, token_s = instance.host_s, len(told.turns), self.token_s
+    while True:
+      n = self.done
       now_s = due[n][1][-1]
       if now_s >= bound[0] and bound < (now_s, STEP, index):
         return False
-      turn = turns[n % count]
-      rows, context, token_s = turn
-      ready_s = now_s + host_s
-      times = instance.same_rows(ready_s if ready_s > token_s else token_s,
-                                 rows, context, steps[n])
-      turn[1], turn[2] = context + steps[n] * rows, times[-1]
-      due.append((self.number + n, times, True))
+      if len(told.steps) <= n and not told.tell():
+        self.is_over = True
+        return True
+      place = n % count
+      ready_s = max(now_s + host_s, token_s[place])
+      times = instance.same_rows(ready_s, told.rows, told.context,
+                                 told.steps[n])
+      if count > 1 or len(instance.free_s) > 1:
+        token_s[place] = times[-1]
+      due.append((number + n, times, True))
       self.marks.append((tuple(instance.free_s), instance.busy_s))
       self.done = n + 1
-    return True
 
 
 def _end_s(due):

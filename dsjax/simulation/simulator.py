@@ -113,6 +113,7 @@ def simulate(config: scheduler.Config, requests: Iterable[Request],
     executor = executors.Alone(config.instances, each, copies, leap)
     if leap and not told and config.policy.is_distserve:
       executor.leap(run, recorder)
+      run.ends_alone = not arrivals.followers
   kept, steps, ticks = [] if log else None, 0, _Ticks(config, copies.heap)
   while (event := executor.next()) is not None:
     commands = run.apply(event)
