@@ -30,6 +30,7 @@ from dsjax.scheduling.events import (
   Preempt,
   PrefillDone,
   Reject,
+  Row,
   RunDecode,
   RunPrefill,
   Tick,
@@ -134,18 +135,19 @@ class Recorder:
       _SEEN[type(command)](self, command, event.time_s)
 
   def leapt(self, instance: int, done: Sequence[Sequence[float]],
-            first: Sequence[tuple[RunDecode, float]],
+            turns: Iterable[tuple[Sequence[Row], int, float]],
             left: Iterable[tuple[int, int, int]] = (),
             ended: Iterable[tuple[int, float]] = ()) -> None:
     """Folds decode completions that were each answered by a decode command.
 
-    done: seconds of the steps of each. first: (command, seconds) of the first
-    command of each micro-batch in turn; its steps are all that were issued
-    for the micro-batch. left: (turn, id, steps issued after that) of each row
+    done: seconds of the steps of each. turns: of each micro-batch in turn, the
+    rows of its first command, the steps of all of its commands, and when the
+    first was issued. left: (turn, id, steps issued after that) of each row
     that left. ended: (id, seconds) of requests that had their last token.
     """
     pending = self._pending[instance]
-    chains = [self._rows(c, now_s, c.steps) for c, now_s in first]
+    chains = [self._rows(instance, rows, now_s, steps)
+              for rows, steps, now_s in turns]
     for n, steps_s in enumerate(done):
       pending.popleft()[1].times.extend(steps_s)
       pending.append(((), chains[n % len(chains)], 0))
@@ -236,8 +238,9 @@ class Recorder:
 
   def _decode(self, command, now_s):
     self._newest[command.instance] = command.number
-    self._pending[command.instance].append(
-        ((), self._rows(command, now_s, command.steps), command.steps))
+    self._pending[command.instance].append((
+        (), self._rows(command.instance, command.rows, now_s, command.steps),
+         command.steps))
 
   def _prefill(self, command, now_s):
     self._newest[command.instance] = command.number
@@ -251,7 +254,8 @@ class Recorder:
         life.record.cached_tokens += chunk.hit
       if chunk.last:
         lasts.append(life)
-    chain = self._rows(command, now_s, 1) if command.rows else None
+    chain = self._rows(command.instance, command.rows, now_s, 1
+                       ) if command.rows else None
     self._pending[command.instance].append((lasts, chain, 1))
 
   def _migrate(self, command, now_s):
@@ -309,9 +313,9 @@ class Recorder:
   def _fail(self, command, now_s):
     self._end(command.id, 'failed', now_s).reason = command.reason
 
-  def _rows(self, command, now_s, steps):
+  def _rows(self, instance, rows, now_s, steps):
     """The chain that a command continues, with those who join and leave it."""
-    live, rows = self._live, command.rows
+    live = self._live
     chain = live[rows[0].id].chain or _Chain()
     lives, known = chain.lives, len(rows)
     while known and not live[rows[known - 1].id].is_in(chain):
@@ -328,7 +332,7 @@ class Recorder:
       fresh = [life if life.chain is None else self._again(life)
                for life in fresh]
       for life in fresh:
-        self._join(life, command.instance, chain, now_s)
+        self._join(life, instance, chain, now_s)
       lives = lives + fresh
     chain.lives = lives
     chain.issued += steps

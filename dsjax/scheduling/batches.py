@@ -27,6 +27,7 @@ if TYPE_CHECKING:
   from dsjax.scheduling.scheduler import Run
 
 _SIZE = operator.attrgetter('size')
+_NEW = tuple.__new__  # half the time of a call of the class
 
 
 def plan(run: Run) -> None:
@@ -323,8 +324,7 @@ def extend(run: Run, inst: LiveInstance,
     else:
       run.own_seqs()[id] = seq._replace(pages=(*seq.pages, page))
   for batch, id in dict.fromkeys(rows) if len(rows) > 1 else rows:
-    batch.rows[id] = row_of(inst, run.seqs[id], batch.rows[id][1])
-    batch.value = None
+    batch.change(row_of(inst, run.seqs[id], batch.rows[id][1]))
 
 
 def _preempt(run: Run, inst: LiveInstance) -> None:
@@ -360,4 +360,4 @@ def row_of(inst: LiveInstance, seq: Any, start: int) -> Row:
   until, last = len(seq.pages) * inst.config.page_size, seq.limit - 1
   if until > last:
     until = last
-  return Row(seq.id, start, until - start, seq.pages)
+  return _NEW(Row, (seq.id, start, until - start, seq.pages))

@@ -140,6 +140,11 @@ class LiveBatch:
     elif self.least == row[2]:
       self.least = None
 
+  def change(self, row: Row) -> None:
+    """Puts a row in place of the one of the same request."""
+    self.rows[row[0]] = row
+    self.value = None
+
   def limits(self, seqs: dict[int, Any]) -> dict[int, int]:
     """The tick at which each request is at its limit."""
     ends = self.ends

@@ -5,43 +5,58 @@ A simulator leaps over them; see scheduler.Run.quiet and Run.follow.
 
 from __future__ import annotations
 
+import heapq
 import operator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dsjax.scheduling import batches, prefix_cache
+from dsjax.scheduling import batches, prefix_cache, residents
 from dsjax.scheduling.events import RunDecode
 
 if TYPE_CHECKING:
-  from dsjax.scheduling.live import LiveBatch, LiveInstance
+  from dsjax.scheduling.live import LiveInstance
   from dsjax.scheduling.scheduler import Run
 
 
 class Turn:
   """A micro-batch in a quiet run, before its next command.
 
-  batch: its index. tick, rows, context: ticks issued, rows, and tokens that
-  these attend to in the next one. due: how many rows want a page at a tick,
-  by the tick's rest of the page size. ends: (tick at which it is at its limit,
-  place, id, base, that rest) of each row, the last to end first.
+  index: of the micro-batch. tick, rows, context: ticks issued, rows, and
+  tokens that these attend to in the next one. due: how many rows want a page
+  at a tick, by the tick's rest of the page size. end: the first tick at which
+  a row is at its limit; -1: there are no rows.
   """
 
-  __slots__ = ('batch', 'tick', 'rows', 'context', 'due', 'ends')
+  __slots__ = ('index', 'tick', 'rows', 'context', 'due', 'end', '_batch',
+               '_ends')
 
   def __init__(self, run: Run, inst: LiveInstance, index: int):
-    batch, size = inst.batches[index], inst.config.page_size
-    self.batch, self.tick, self.rows = index, batch.tick, batch.size
+    self.index, size = index, inst.config.page_size
+    self._batch = batch = inst.batches[index]
+    self.tick, self.rows = batch.tick, batch.size
     # A row wants a page when it is due and then every page_size ticks, until
     # the pages cover its limit: no tick of that rest comes then.
-    self.due, self.ends, self.context = [0] * size, [], 0
-    due, ends, base = self.due, self.ends, 0
-    limits = batch.limits(run.seqs)
-    for id, start, until, _ in batch.rows.values():
-      rest = until % size
-      due[rest] += 1
+    self.due = due = [0] * size
+    base = 0
+    for _, start, until, _ in batch.rows.values():
+      due[until % size] += 1
       base += start
-      ends.append((limits[id], len(ends), id, start, rest))
-    ends.sort(reverse=True)
     self.context = base + self.rows * (self.tick + 1)
+    self.end = min(batch.limits(run.seqs).values())
+    self._ends: list[tuple[int, int, Any]] = []  # a heap, once there is an end
+
+  def leave(self) -> int:
+    """Takes out the row that is at its limit; its id."""
+    if not self._ends:
+      limits = self._batch.ends
+      self._ends = [(limits[id], place, row) for place, (id, row) in
+                    enumerate(self._batch.rows.items())]
+      heapq.heapify(self._ends)
+    _, _, (id, base, until, _) = heapq.heappop(self._ends)
+    self.due[until % len(self.due)] -= 1
+    self.rows -= 1
+    self.context -= base + self.tick + 1
+    self.end = self._ends[0][0] if self._ends else -1
+    return id
 
 
 class Ahead:
@@ -55,15 +70,16 @@ class Ahead:
 
   Attributes:
     turns: the micro-batches in turn.
-    steps, ticks: of each command that was told, and ticks before it. left: (command, place of its turn,
-      id) of each row that leaves behind a command, at its limit.
+    steps, ticks: of each command that was told, and ticks before it.
+    left: (command, place of its turn, id) of each row that leaves behind a
+      command, at its limit.
     flight: commands that were in flight. ending: (command, id) of requests
       that end with one of these; counted from the first one told, so below 0.
     rows, context: of the command told last.
   """
 
   __slots__ = ('turns', 'steps', 'ticks', 'left', 'flight', 'ending', 'rows',
-               'context', '_free', '_most', '_may_end', '_over')
+               'context', '_free', '_most', '_may_end')
 
   def __init__(self, inst: LiveInstance, turns: list[Turn], may_end: bool,
                most: int):
@@ -74,7 +90,6 @@ class Ahead:
     self.flight = len(inst.inflight)
     self.ending = [(after - inst.number, id) for after, id in inst.ending]
     self.rows = self.context = 0
-    self._over = False
     self._free = prefix_cache.num_free(inst.pool)
     if inst.host:  # what is evicted is to be told
       self._free -= prefix_cache.num_idle(inst.pool)
@@ -86,15 +101,13 @@ class Ahead:
 
   def tell(self) -> bool:
     """Tells another command; False where there is something to decide."""
-    if self._over:
-      return False
     number = len(self.steps)
     place = number % len(self.turns)
     turn = self.turns[place]
-    due, ends, tick = turn.due, turn.ends, turn.tick
-    size, end = len(due), ends[-1][0]
+    due, end, tick = turn.due, turn.end, turn.tick
+    size = len(due)
     want = due[tick % size]
-    if want > self._free:
+    if end < 0 or want > self._free:
       return False
     steps, most = 1, self._most
     while steps < most and tick + steps < end and not due[
@@ -106,15 +119,10 @@ class Ahead:
     self.steps.append(steps)
     self.ticks.append(tick)
     self.rows, self.context = turn.rows, turn.context
-    turn.tick = tick = tick + steps
+    turn.tick = tick + steps
     turn.context += steps * turn.rows
-    while ends and ends[-1][0] <= tick:
-      _, _, id, base, rest = ends.pop()
-      self.left.append((number, place, id))
-      due[rest] -= 1
-      turn.rows -= 1
-      turn.context -= base + tick + 1
-      self._over = not ends
+    while turn.end == turn.tick:
+      self.left.append((number, place, turn.leave()))
     return True
 
 
@@ -151,7 +159,7 @@ def follow(run: Run, index: int, told: Ahead, count: int) -> None:
   """Ends a quiet run in which `count` of its commands have been issued.
 
   Does what the scheduler does at each of these completions, in the same
-  order; what it would answer is left out.
+  order, but that pages may have other names; what it would answer is left out.
   """
   inst = run.instances[index]
   inst.asleep = False
@@ -160,7 +168,7 @@ def follow(run: Run, index: int, told: Ahead, count: int) -> None:
   commands, cause = run.commands, run.cause
   run.commands = []
   first, flight = inst.number, told.flight
-  order = [turn.batch for turn in told.turns]
+  order = [turn.index for turn in told.turns]
   # (command that answers the completion, whether it has been issued, turn,
   # id): a row leaves behind its command; its end is told with a completion.
   stops = [(after + flight, False, 0, id) for after, id in told.ending]
@@ -198,23 +206,25 @@ _MOMENT = operator.itemgetter(0, 1)
 
 def _issue(run, inst, told, start, stop, rows):
   """Issues commands [start, stop), of the same rows: ticks pass, and these
-  get pages. Sets the rows of each command."""
-  wants, size, count = [], inst.config.page_size, len(told.turns)
+  get pages. Sets the rows of each command that will be in flight."""
+  size, count, short, total = inst.config.page_size, len(told.turns), [], 0
   for n in range(start, min(start + count, stop)):
-    batch = inst.batches[told.turns[n % count].batch]
+    batch = inst.batches[told.turns[n % count].index]
     newest = n + (stop - 1 - n) // count * count
     tick = told.ticks[newest]
-    batch.forget_due()
-    for id, _, until, _ in batch.rows.values():
-      while until <= tick:
-        wants.append((n + count * (until - told.ticks[n]), batch, id))
-        until += size
+    for row in batch.rows.values():
+      if row[2] <= tick:
+        more = (tick - row[2]) // size + 1
+        short.append((batch, row, more))
+        total += more
     batch.tick = tick + told.steps[newest]
-  if wants:
-    wants.sort(key=_WHEN)
-    batches.extend(run, inst, [(batch, id) for _, batch, id in wants])
+    batch.forget_due()
+  if short:
+    ids = residents.alloc(run, inst, total)
+    for batch, row, more in short:
+      seq = run.own(row[0])
+      seq.pages += ids[:more]
+      ids = ids[more:]
+      batch.change(batches.row_of(inst, seq, row[1]))
   for n in range(max(start, len(rows) - told.flight), stop):
-    rows[n] = inst.batches[told.turns[n % count].batch].row_values()
-
-
-_WHEN = operator.itemgetter(0)
+    rows[n] = inst.batches[told.turns[n % count].index].row_values()

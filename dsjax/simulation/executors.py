@@ -309,11 +309,10 @@ class Alone:
     with them."""
     instance, told, due = self.instances[index], quiet.told, quiet.due
     flight, turns = told.flight, len(told.turns)
-    first = []
+    issued = []
     for n, turn in enumerate(told.turns[:count]):
-      rows = self.run.instances[index].batches[turn.batch].row_values()
-      first.append((RunDecode(index, 0, 0, sum(told.steps[n:count:turns]),
-                              rows), _end_s(due[n])))
+      rows = self.run.instances[index].batches[turn.index].row_values()
+      issued.append((rows, sum(told.steps[n:count:turns]), _end_s(due[n])))
       if self.pipelined:
         newest = n + (count - 1 - n) // turns * turns
         instance.note(rows, _end_s(due[flight + newest]))
@@ -321,7 +320,7 @@ class Alone:
             for n, place, id in told.left if n < count]
     ended = [(id, _end_s(due[after + flight]))
              for after, id in told.ends() if after + flight < count]
-    self.recorder.leapt(index, [times for _, times, _ in due[:count]], first,
+    self.recorder.leapt(index, [times for _, times, _ in due[:count]], issued,
                         left, ended)
     for id, _ in ended:
       instance.token_s.pop(id, None)
@@ -344,7 +343,7 @@ class _QuietRun:
     self.told, self.is_over = told, False
     self.due, self.number = list(instance.due), live.number
     self.done, self.marks = 0, [(tuple(instance.free_s), instance.busy_s)]
-    self.token_s = [instance.after(0.0, live.batches[turn.batch].rows.values())
+    self.token_s = [instance.after(0.0, live.batches[turn.index].rows.values())
                     for turn in told.turns] if live.config.pp > 1 else [0.0]
 
   def advance(self, instance, index, bound):

@@ -394,7 +394,7 @@ def test_preemption_and_leaps_are_in_the_sample():
 
 
 def test_quiet_runs_issue_the_commands_of_steps():
-  """Every command and the state after each; pages by name too."""
+  """Every command and the state after each, but for the names of pages."""
   tried = collections.Counter()
   for seed in range(48):
     config, sent, latency, link = random_run(seed)
@@ -444,12 +444,24 @@ def quiet(run, index):
 
 
 def bare(state):
-  """A state whose commands in flight show no pages (see Run.follow)."""
-  return state._replace(instances=tuple(
-      inst._replace(inflight=tuple(
-          (c._replace(rows=tuple(r.id for r in c.rows)), g)
-          for c, g in inst.inflight))
-      for inst in state.instances))
+  """A state with the number of pages in place of their names, and commands in
+  flight with the ids of their rows (see Run.follow)."""
+  return state._replace(seqs={id: seq._replace(
+      pages=len(seq.pages), target_pages=len(seq.target_pages))
+                              for id, seq in state.seqs.items()},
+                        instances=tuple(map(bare_instance, state.instances)))
+
+
+def bare_instance(inst):
+  return inst._replace(
+      pool=page_pool.num_free(inst.pool),
+      batches=tuple(b._replace(rows=tuple(
+          r._replace(pages=len(r.pages)) for r in b.rows))
+                    for b in inst.batches),
+      inflight=tuple((c._replace(
+          rows=tuple(r.id for r in c.rows), **{'chunks': tuple(
+              k._replace(pages=()) for k in c.chunks)} if c.chunks else {}), g)
+                     for c, g in inst.inflight))
 
 
 def test_littles_law():
