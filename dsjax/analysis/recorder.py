@@ -37,18 +37,21 @@ from dsjax.scheduling.events import (
   Timer,
 )
 
+CHAIN = 4096  # a chain that remembers more steps tells them to the records
+
 
 class _Chain:
   """The steps of a decode micro-batch: its rows share their token times.
 
-  times: of the steps that completed. issued: steps issued so far. lives: of
-  the newest command's rows. Requests join at the end and leave anywhere.
+  times: of the steps that completed, without the first `shed` ones. issued:
+  steps issued so far. lives: of the newest command's rows. Requests join at
+  the end and leave anywhere.
   """
 
-  __slots__ = ('times', 'issued', 'lives')
+  __slots__ = ('times', 'shed', 'issued', 'lives')
 
   def __init__(self):
-    self.times, self.issued, self.lives = [], 0, []
+    self.times, self.shed, self.issued, self.lives = [], 0, 0, []
 
 
 class _Life:
@@ -78,8 +81,9 @@ class _Life:
   def tell(self, stop=None):
     """Moves the tokens of completed steps, those before `stop`, over."""
     if self.chain is not None and self.open:
-      last = self.last if stop is None else stop
-      more = self.chain.times[self.first:last]
+      last, shed = self.last if stop is None else stop, self.chain.shed
+      more = self.chain.times[self.first - shed:
+                              None if last is None else last - shed]
       self.record.token_s += more
       self.first += len(more)
 
@@ -103,10 +107,13 @@ class Recorder:
   not. Cost: of a decode step none a row; of a row that leaves, one a row.
   It keeps commands in flight itself (pairing.Pairing does it for others),
   since `leapt` folds completions and commands that were never made.
+
+  on_end: called with each record as it ends; then it is not kept here.
   """
 
-  def __init__(self, on_span: OnSpan | None = None) -> None:
-    self._on_span = on_span
+  def __init__(self, on_span: OnSpan | None = None,
+               on_end: Callable[[Record], object] | None = None) -> None:
+    self._on_span, self._on_end = on_span, on_end
     self._records = {}
     self._live = {}
     self._pending = collections.defaultdict(collections.deque)
@@ -148,6 +155,8 @@ class Recorder:
     pending = self._pending[instance]
     chains = [self._rows(instance, rows, now_s, steps)
               for rows, steps, now_s in turns]
+    for _, chain, _ in pending:
+      self._shed(chain)
     for n, steps_s in enumerate(done):
       pending.popleft()[1].times.extend(steps_s)
       pending.append(((), chains[n % len(chains)], 0))
@@ -196,6 +205,7 @@ class Recorder:
         life.record.token_s.append(event.time_s)
         self._enter(life, life.after_prefill, event.time_s)
     if chain is not None:
+      self._shed(chain)
       chain.times.append(event.time_s)
     for id in event.ended:
       life = self._live.get(id)
@@ -211,12 +221,23 @@ class Recorder:
 
   def _told(self, chain, steps_s, ended):
     """Steps of a chain completed; some requests ended at one of them."""
-    before = len(chain.times)
+    self._shed(chain)
+    before = chain.shed + len(chain.times)
     chain.times.extend(steps_s)
     for id, step in ended:
       life = self._live.get(id)
       if life is not None and life.chain is chain:
         life.close(before + step + 1)
+
+  def _shed(self, chain):
+    """Tells a long chain's times to the records, before more steps complete:
+    one that never ends would grow for ever."""
+    if len(chain.times) > CHAIN:
+      for life in self._live.values():
+        if life.chain is chain:
+          life.tell()
+      chain.shed += len(chain.times)
+      chain.times.clear()
 
   def _over(self, event):
     """A completion told before, or of a command lost with its instance."""
@@ -308,10 +329,10 @@ class Recorder:
 
   def _reject(self, command, now_s):
     status = 'refused' if command.refused else 'rejected'
-    self._end(command.id, status, now_s).reason = command.reason
+    self._end(command.id, status, now_s, command.reason)
 
   def _fail(self, command, now_s):
-    self._end(command.id, 'failed', now_s).reason = command.reason
+    self._end(command.id, 'failed', now_s, command.reason)
 
   def _rows(self, instance, rows, now_s, steps):
     """The chain that a command continues, with those who join and leave it."""
@@ -357,13 +378,14 @@ class Recorder:
       self._on_span(life.record.id, life.stage, life.since_s, now_s)
     life.stage, life.since_s = stage, now_s
 
-  def _end(self, id, status, now_s):
+  def _end(self, id, status, now_s, reason=''):
     life = self._live.pop(id)
     life.close()
     self._enter(life, None, now_s)
-    life.record.status = status
+    life.record.status, life.record.reason = status, reason
     life.record.finish_s = now_s
-    return life.record
+    if self._on_end:
+      self._on_end(self._records.pop(id))
 
 
 _SEEN: dict[type, Callable[..., None]] = {

@@ -29,8 +29,10 @@ What the orchestrator does, and what this models of it:
 
 import dataclasses
 import heapq
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, Self
 
 from dsjax.analysis.record import Record
 from dsjax.analysis.recorder import Recorder
@@ -97,39 +99,91 @@ def simulate(config: scheduler.Config, requests: Iterable[Request],
   Raises:
     InputError: bad requests or latencies that do not fit the instances.
   """
-  each = (latencies if isinstance(latencies, Sequence)
-          else (latencies,) * len(config.instances))
-  _check(config, each, link, share, contention)
-  if config.latencies is None and not config.policy.is_distserve:
-    config = dataclasses.replace(config, latencies=tuple(each), link=link)
-  told = log or on_event is not None  # page ids too
-  run = scheduler.Run(config, scheduler.init(config, counted=not told))
-  recorder = Recorder()
-  arrivals = _Arrivals(list(requests), config)
-  copies = executors.Copies(link, share, arrivals.heap, config.host_link)
-  if contention:
-    executor = executors.Shared(each, copies, contention)
-  else:
-    executor = executors.Alone(config.instances, each, copies, leap)
-    if leap and not told and config.policy.is_distserve:
-      executor.leap(run, recorder)
-      run.ends_alone = not arrivals.followers
-  kept, steps, ticks = [] if log else None, 0, _Ticks(config, copies.heap)
-  while (event := executor.next()) is not None:
-    commands = run.apply(event)
-    steps += 1
-    if type(event) is Tick:
-      ticks.follow(event, run)
-    recorder.observe(event, commands)
+  recorder, told = Recorder(), log or on_event is not None
+  run = _Simulation(config, _Arrivals.of(list(requests), config), latencies,
+                    link, recorder, share, leap, told, contention)
+  kept: list | None = [] if log else None
+  for event, commands in run:
     if kept is not None:
       kept.append((event, tuple(commands)))
-    executor.perform(commands, event.time_s)
-    if arrivals.followers:
-      arrivals.follow(commands, event.time_s)
     if on_event is not None:
-      on_event(run.freeze(), event, tuple(commands))
-  return Result(recorder.records, kept, steps, executor.leapt,
-                executor.busy_s, copies.link_s, run.freeze())
+      on_event(run.scheduler.freeze(), event, tuple(commands))
+  return Result(recorder.records, kept, run.steps, run.executor.leapt,
+                run.executor.busy_s, run.copies.link_s, run.scheduler.freeze())
+
+
+def stream(config: scheduler.Config, requests: Iterable[Request],
+           latencies: latency.Latency | Sequence[latency.Latency],
+           link: latency.LinkLike | None = None,
+           share: str = 'pair') -> Iterator[Record]:
+  """The records of `simulate`, each as its request ends.
+
+  Memory does not grow with the number of requests: these are taken as they
+  arrive, one ahead, and a record is not kept.
+
+  Args:
+    requests: by arrival, with growing ids, none after another; they may go on
+      for ever.
+
+  Raises:
+    InputError: as simulate; of a request once it would arrive.
+  """
+  ended: list[Record] = []
+  run = _Simulation(config, _Arrivals(_in_order(requests), config), latencies,
+                    link, Recorder(on_end=ended.append), share)
+  for _ in run:
+    if ended:
+      yield from sorted(ended, key=_FINISH)
+      ended.clear()
+
+
+_FINISH = operator.attrgetter('finish_s', 'id')
+
+
+class _Simulation:
+  """A run in virtual time; iterating over it takes it on, event by event.
+
+  told: of every event somebody is told: nothing is leapt over, and pages have
+  names.
+  """
+
+  def __init__(self, config, arrivals, latencies, link, recorder, share,
+               leap=True, told=False, contention=None):
+    each = (latencies if isinstance(latencies, Sequence)
+            else (latencies,) * len(config.instances))
+    _check(config, each, link, share, contention)
+    if config.latencies is None and not config.policy.is_distserve:
+      config = dataclasses.replace(config, latencies=tuple(each), link=link)
+    self.recorder, self.arrivals, self.steps = recorder, arrivals, 0
+    run = self.scheduler = scheduler.Run(
+        config, scheduler.init(config, counted=not told))
+    self.copies = executors.Copies(link, share, arrivals.heap,
+                                   config.host_link)
+    if contention:
+      self.executor = executors.Shared(each, self.copies, contention)
+    else:
+      self.executor = executors.Alone(config.instances, each, self.copies,
+                                      leap)
+      if leap and not told and config.policy.is_distserve:
+        self.executor.leap(run, recorder)
+        run.ends_alone = not arrivals.followers
+    self.ticks = _Ticks(config, self.copies.heap)
+
+  def __iter__(self) -> Iterator[tuple[events.Event, list[events.Command]]]:
+    executor, arrivals, run = self.executor, self.arrivals, self.scheduler
+    observe = self.recorder.observe
+    while (event := executor.next()) is not None:
+      if type(event) is Arrived:
+        arrivals.push()
+      commands = run.apply(event)
+      self.steps += 1
+      if type(event) is Tick:
+        self.ticks.follow(event, run)
+      observe(event, commands)
+      executor.perform(commands, event.time_s)
+      if arrivals.followers:
+        arrivals.follow(commands, event.time_s)
+      yield event, commands
 
 
 class _Ticks:
@@ -181,44 +235,60 @@ def _check(config, latencies, link, share, contention):
 
 
 class _Arrivals:
-  """A workload's arrivals: those that come at their own times are on the
-  heap, others once the request that they follow has been answered."""
+  """A workload's arrivals: of those that come at their own times the next one
+  is on the heap, others once the request that they follow is answered."""
 
-  def __init__(self, requests, config):
+  def __init__(self, first: Iterable[Request], config: scheduler.Config):
     self.size = config.block_size if config.prefix_cache else 0
-    self.heap, self.followers = [], {}
-    seen = set()
+    self.heap: list[tuple] = []
+    self.followers: dict[int, list[Request]] = {}
+    self.coming, self.count = iter(first), 0
+    self.later = 0  # of those that follow: behind all others of a moment
+    self.ahead = next(self.coming, None)
+    self.push()
+
+  @classmethod
+  def of(cls, requests: list[Request], config: scheduler.Config) -> Self:
+    """Of requests in any order."""
+    seen, followers = set(), {}
     for request in requests:
+      _check_request(request)
       require(request.id not in seen, 'Request.id', request.id,
               'different for each request')
-      require(0 <= request.arrival_s < float('inf'), 'Request.arrival_s',
-              request.arrival_s, 'seconds, 0 or more')
-      require(request.sampling.max_tokens is not None, 'Sampling.max_tokens',
-              None, 'set in a workload')
       seen.add(request.id)
       if request.after is not None:
-        self.followers.setdefault(request.after, []).append(request)
-    require(self.followers.keys() <= seen, 'Request.after',
-            list(self.followers.keys() - seen)[:3], 'ids of other requests')
+        followers.setdefault(request.after, []).append(request)
+    require(followers.keys() <= seen, 'Request.after',
+            list(followers.keys() - seen)[:3], 'ids of other requests')
     first = sorted([r for r in requests if r.after is None],
                    key=lambda r: r.arrival_s)
     coming = [r.id for r in first]
     for id in coming:  # it grows
-      coming += [r.id for r in self.followers.get(id, ())]
+      coming += [r.id for r in followers.get(id, ())]
     require(len(coming) == len(requests), 'Request.after',
             sorted(seen.difference(coming))[:3],
             'of requests that do not wait for each other in a circle')
     sizes = sorted({r.block_tokens for r in requests if r.blocks}
-                   if self.size else ())
+                   if config.prefix_cache else ())
     require(len(sizes) < 2, 'Request.block_tokens', sizes[:3],
             'the same for all requests that have blocks')
-    for n, request in enumerate(first):
-      more = (n + 1 < len(first)
-              and first[n + 1].arrival_s == request.arrival_s)
-      self.heap.append(self.entry(request, request.arrival_s, n, more))
-    self.count = len(first)
+    arrivals = cls(first, config)
+    arrivals.followers, arrivals.later = followers, len(first)
+    return arrivals
 
-  def entry(self, request, now_s, number, more=False):
+  def push(self) -> None:
+    """Puts the next one on the heap."""
+    request = self.ahead
+    if request is not None:
+      self.ahead = next(self.coming, None)
+      more = (self.ahead is not None
+              and self.ahead.arrival_s == request.arrival_s)
+      heapq.heappush(self.heap, self.entry(request, request.arrival_s,
+                                           self.count, more))
+      self.count += 1
+
+  def entry(self, request: Request, now_s: float, number: int,
+            more: bool = False) -> tuple:
     """The heap's entry of an arrival."""
     hashes = blocks.resized(
         request.blocks, request.block_tokens, self.size
@@ -227,11 +297,37 @@ class _Arrivals:
         now_s, request.id, len(request.prompt), request.sampling.max_tokens,
         more, hashes))
 
-  def follow(self, commands, now_s):
+  def follow(self, commands: Iterable[events.Command], now_s: float) -> None:
     """Those that wait for requests that these commands end."""
     for command in commands:
       if type(command) is Finish:
         for request in self.followers.pop(command.id, ()):
           heapq.heappush(self.heap, self.entry(
-              request, now_s + request.arrival_s, self.count))
-          self.count += 1
+              request, now_s + request.arrival_s, self.later))
+          self.later += 1
+
+
+def _check_request(request):
+  """Raises InputError where a request is not one of a workload."""
+  require(0 <= request.arrival_s < float('inf'), 'Request.arrival_s',
+          request.arrival_s, 'seconds, 0 or more')
+  require(request.sampling.max_tokens is not None, 'Sampling.max_tokens',
+          None, 'set in a workload')
+
+
+def _in_order(requests):
+  """The requests, each checked against the one before."""
+  last, block_tokens = (-math.inf, -math.inf), None
+  for request in requests:
+    _check_request(request)
+    place = request.arrival_s, request.id
+    require(place[0] >= last[0] and place[1] > last[1], 'Request', place,
+            f'no earlier than, and with a greater id than, {last}: by arrival')
+    require(request.after is None, 'Request.after', request.after,
+            'None where records are streamed')
+    if request.blocks:
+      block_tokens = block_tokens or request.block_tokens
+      require(request.block_tokens == block_tokens, 'Request.block_tokens',
+              request.block_tokens, f'{block_tokens}, as of those before')
+    last = place
+    yield request
