@@ -66,8 +66,7 @@ CLUSTER = dict(nodes=('nodes', 1), devices=('devices_per_node', 1),
 
 FLAGS = {
     'model': cli.Flag('opt-13b', 'A name in dsjax.config.zoo.'),
-    'cluster': cli.Flag(None, 'A JSON file, in place of the flags --' + ', --'
-                        .join(CLUSTER) + '.', str),
+    'cluster': cli.cluster_flag(CLUSTER),
     'nodes': cli.Flag(1, 'Nodes.', low=1),
     'devices': cli.Flag(candidates.DEVICES, 'Devices a node.', low=1),
     **dict.fromkeys(cli.CLUSTER),
@@ -99,12 +98,8 @@ FLAGS = {
 
 def _cluster(options):
   """The cluster of the flags, or of the file."""
-  given = [name for name in CLUSTER if options[name].present]
-  if options.cluster:
-    require(not given, '--cluster', options.cluster,
-            f'without --{", --".join(given)}')
-    return clusters.load(options.cluster, options.latency)
-  return Cluster.of(options.latency, **cli.fields(options, CLUSTER))
+  return cli.cluster_file(options, CLUSTER) or Cluster.of(
+      options.latency, **cli.fields(options, CLUSTER))
 
 
 def _rate(row):

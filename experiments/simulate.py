@@ -24,10 +24,12 @@ With several --seeds, table and picture show their mean with an interval of the
 seeds' shares. A chunked placement runs at each point with every budget of
 --chunks, and the one that attains most is shown; prefill batches of the others
 stop where they saturate the plan (column batch). --per_device multiplies rates
-by their devices. --latency is as in experiments.place. --process=trace without
-a rate uses the trace's own times, sine:low=5:high=45:period_s=60 and step:...
-their own rates (a rate is their mean); with these, and with lengths that shift,
-each phase's share is printed too.
+by their devices. --latency and --cluster=FILE are as in experiments.place; in a
+cluster of several kinds a placement is role=TPxPP@KIND, .... --process=trace
+without a rate uses the trace's own times,
+sine:low=5:high=45:period_s=60 and step:... their own rates (a rate is their
+mean); with these, and with lengths that shift, each phase's share is printed
+too.
 Files in --out: records.jsonl, points.csv (a line a placement, policy, seed and
 rate, with intervals), summary.json, simulate.png and, with --timeline,
 timeline.json (for ui.perfetto.dev) and events-NAME.jsonl, which replays.
@@ -45,7 +47,7 @@ from dsjax import workload
 from dsjax.analysis import metrics, timeline
 from dsjax.config.checks import require
 from dsjax.config.placement import Placement, Slo
-from dsjax.placement import candidates
+from dsjax.placement import candidates, clusters
 from dsjax.placement.api import make_problem, note
 from dsjax.placement.clusters import Cluster
 from dsjax.scheduling import event_log
@@ -72,7 +74,7 @@ FLAGS = {
     'per_device': cli.Flag(False, 'Rates are for each device.'),
     'ttft_s': 0.25, 'tpot_s': 0.1, 'target': 0.9, 'lengths': 'sharegpt',
     'process': 'poisson', 'cv': 1.0, 'latency': 'published', 'host_ms': 2.0,
-    **dict.fromkeys(cli.CLUSTER),
+    'cluster': cli.cluster_flag(cli.CLUSTER), **dict.fromkeys(cli.CLUSTER),
     'policy': cli.Flag('distserve', 'A shipped one (docs/policies.md), or '
                        'path.py:name; several with commas between.'),
     'aligned': cli.Flag(True, 'KV moves inside a node.'),
@@ -116,22 +118,37 @@ def settings(options):
   return [(rate, 1.0)], 'rate'
 
 
-def problem(options, placements, policy, seed):
+def _cluster(options):
+  """(the cluster, the placements) of a command line."""
+  cluster = cli.cluster_file(options, cli.CLUSTER)
+  placements = [
+      Placement.parse(text, '--placement', cluster.kinds if cluster else ('',))
+      for text in options.placement.split('/')]
+  require(len(set(placements)) == len(placements), '--placement',
+          options.placement, 'different placements')
+  cluster = cluster or Cluster.of(
+      options.latency,
+      devices_per_node=max(each.num_devices for each in placements),
+      **cli.fields(options, cli.CLUSTER))
+  for placement in placements:
+    require(clusters.fits(cluster, placement), '--placement', str(placement),
+            'of devices that the cluster has')
+  return cluster, placements
+
+
+def problem(options, cluster, policy, seed):
   """The SearchProblem of a command line.
 
   Raises:
     InputError.
   """
-  most = max(placement.num_devices for placement in placements)
   return make_problem(
       options.model, Slo(options.ttft_s, options.tpot_s), options.lengths,
       options.latency, process=options.process, cv=options.cv,
       seed=seed, host_ms=options.host_ms, target=options.target,
       cut=options.cut, chunks=cli.token_budgets(
           '--chunks', options.chunks, candidates.SearchProblem.max_seqs),
-      policy=policy,
-      cluster=Cluster.of(options.latency, devices_per_node=most,
-                         **cli.fields(options, cli.CLUSTER)))
+      policy=policy, cluster=cluster)
 
 
 def _seeds(texts):
@@ -161,7 +178,8 @@ def _policies(text, slo):
 
 def _made_by(options):
   """(options, data) as provenance.save_json takes them."""
-  return cli.asked(options, FLAGS), [options.lengths, options.latency]
+  return cli.asked(options, FLAGS), [options.lengths, options.latency,
+                                         options.cluster]
 
 
 def write(out, points, stopped, options):
@@ -207,13 +225,10 @@ class Traces:
 def run(options, console):
   """Simulates, shows and writes; returns the exit code."""
   varied, kind = settings(options)
-  placements = [Placement.parse(text, '--placement')
-                for text in options.placement.split('/')]
-  require(len(set(placements)) == len(placements), '--placement',
-          options.placement, 'different placements')
+  cluster, placements = _cluster(options)
   drawn, named = _seeds(options.seeds), _policies(
       options.policy, Slo(options.ttft_s, options.tpot_s))
-  problems = {(name, seed): problem(options, placements, policy, seed)
+  problems = {(name, seed): problem(options, cluster, policy, seed)
               for name, policy in named.items() for seed in drawn}
   require(options.out or not options.timeline, '--timeline', True,
           'given with --out')

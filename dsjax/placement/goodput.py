@@ -10,7 +10,8 @@ from dsjax.analysis.record import Record
 from dsjax.config.checks import require
 from dsjax.config.placement import Slo
 
-# (rate_per_s, n) -> whether each of n requests of a steady run attained.
+# (rate_per_s, n) -> whether each of the first n requests of a steady run at
+# this rate attained.
 HitsAt = Callable[[float, int], list[bool]]
 WARMUP = 0.2  # share of the requests that see an emptier system
 
@@ -143,9 +144,9 @@ class _Judge:
   def sample(self, rate):
     full, n = self.full(rate), self.requests
     most = max(self.most, full)
+    self.runs += 1
     while True:
       hits = self.hits_at(rate, n)
-      self.runs += 1
       share, low, high = metrics.interval(hits)
       if high < self.target:
         return _Verdict(-1, share, False)
@@ -158,7 +159,7 @@ class _Judge:
         return _Verdict(1, share, False)
       if n >= most:
         return _Verdict(0, second[0] if falls else share, falls)
-      n = min(most, max(2 * n, full if passes or self.tight else 0))
+      n = min(most, max(2 * n, full if self.tight else 0))
 
 
 def _bracket(judge, rate, bisection):

@@ -5,10 +5,12 @@ requests are served.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from dsjax.analysis import metrics
 from dsjax.analysis.record import Record
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.placement import Placement, Plan, Slo
@@ -125,12 +127,90 @@ def setup(problem: SearchProblem, candidate: Candidate) -> Setup:
 def run(problem: SearchProblem, system: Setup, rate_per_s: float, n: int,
         on_event: simulator.OnEvent | None = None) -> list[Record]:
   """The records of n requests at a rate."""
+  return simulator.simulate(
+      system.config, _requests(problem, system, rate_per_s, n),
+      system.latencies, system.link, on_event=on_event).records
+
+
+def _requests(problem, system, rate_per_s, n):
+  """n requests at a rate, as this Setup has them."""
   requests = problem.workload(rate_per_s, n)
   if system.output_len:
     requests = [dataclasses.replace(r, sampling=dataclasses.replace(
         r.sampling, max_tokens=system.output_len)) for r in requests]
-  return simulator.simulate(system.config, requests, system.latencies,
-                            system.link, on_event=on_event).records
+  return requests
+
+
+class Runs:
+  """Whether requests attained, of one run at each rate.
+
+  A run goes on from where it was when more of its requests are asked for: the
+  first n are those of a longer run, whose later requests come as well. Where
+  requests wait for others, or are in no order, each n is a run of its own.
+  """
+
+  def __init__(self, problem: SearchProblem, system: Setup,
+               objectives: Callable[[float], Slo],
+               most: Callable[[float], int]) -> None:
+    """objectives, most: what requests must meet at a rate, and how many there
+    may be."""
+    self.problem, self.system = problem, system
+    self.objectives, self.most = objectives, most
+    self.going: _Run | None = None
+
+  def __call__(self, rate_per_s: float, n: int) -> list[bool]:
+    """Of the first n requests at a rate, those after the warm-up."""
+    if self.going is None or self.going.rate_per_s != rate_per_s:
+      self.going = _Run(self, rate_per_s, n)
+    if self.going.is_ordered:
+      hits = self.going.hits(n)
+      return hits[int(goodput.WARMUP * len(hits)):]
+    return goodput.steady_hits(run(self.problem, self.system, rate_per_s, n),
+                               self.objectives(rate_per_s))
+
+
+class _Run:
+  """A run that goes on; ids: of its requests, by arrival, those that it took.
+  attained: of those that ended, by id."""
+
+  def __init__(self, runs, rate_per_s, n):
+    self.runs, self.rate_per_s = runs, rate_per_s
+    self.ids: list[int] = []
+    self.attained: dict[int, bool] = {}
+    self.done = 0  # the first so many ended
+    first = _requests(runs.problem, runs.system, rate_per_s, n)
+    self.is_ordered = all([r.after is None for r in first]) and all([
+        a.id < b.id and a.arrival_s <= b.arrival_s
+        for a, b in itertools.pairwise(first)])
+    system = runs.system
+    self.records = simulator.stream(system.config, self._coming(first),
+                                    system.latencies, system.link)
+
+  def _coming(self, requests):
+    """These requests and then more, as many again each time."""
+    most = max(len(requests), self.runs.most(self.rate_per_s))
+    while True:
+      more = requests[len(self.ids):]
+      for request in more:
+        self.ids.append(request.id)
+        yield request
+      if not more or len(requests) >= most:
+        return
+      requests = _requests(self.runs.problem, self.runs.system,
+                           self.rate_per_s, min(2 * len(requests), most))
+
+  def hits(self, n):
+    """Whether each of the first n requests attained."""
+    slo, ids = self.runs.objectives(self.rate_per_s), self.ids
+    while self.done < n:
+      if self.done < len(ids) and ids[self.done] in self.attained:
+        self.done += 1
+        continue
+      record = next(self.records, None)
+      if record is None:
+        break
+      self.attained[record.id] = metrics.attains(record, slo)
+    return [self.attained[id] for id in ids[:n]]
 
 
 class Judge:
@@ -192,18 +272,15 @@ def measure(problem: SearchProblem, task: Task) -> goodput.Goodput:
     return goodput.Goodput(0.0, 0.0, 0.0, 'floor', 0.0, 0)
   system = setup(problem, candidate)
   judge = Judge(problem, system, candidate.phase)
-
-  def hits_at(rate_per_s: float, n: int) -> list[bool]:
-    return goodput.steady_hits(run(problem, system, rate_per_s, n),
-                               judge.objectives(rate_per_s))
-
+  most = math.ceil(problem.most_requests * task.effort)
   best = goodput.search(
-      hits_at, task.target,
+      Runs(problem, system, judge.objectives,
+           lambda rate_per_s: max(most, judge.length(rate_per_s))),
+      task.target,
       task.start_per_s or max(candidate.guess_per_s, bound / 16),
       1 + problem.tolerance / (2 if task.tight else 1),
       math.ceil(problem.requests * (task.effort if task.tight else 1)),
-      math.ceil(problem.most_requests * task.effort),
-      goodput.Bisection(
+      most, goodput.Bisection(
           stride=1.1 if task.tight else 1.4, least_per_s=bound / 4**6,
           most_per_s=bound, full=judge.length,
           beat_per_s=task.beat_per_s, tight=task.tight))

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import types
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from absl import app, flags, logging
@@ -22,6 +23,7 @@ from rich.console import Console
 import experiments
 from dsjax import workload
 from dsjax.config.checks import InputError, naming, require
+from dsjax.placement import clusters
 from dsjax.scheduling.policy import PolicyError
 from dsjax.simulation import profiles
 from dsjax.workload import traffic
@@ -281,6 +283,26 @@ def prepare(num_devices: int, cache: str | None = CACHE,
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
     # Else the folder's path is part of each key, and a copied one is empty.
     jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
+
+
+def cluster_flag(names: Iterable[str]) -> Flag:
+  """--cluster=FILE, in place of the flags of these names."""
+  return Flag(None, 'A JSON file, in place of the flags --'
+              + ', --'.join(names) + '.', str)
+
+
+def cluster_file(options: types.SimpleNamespace,
+                 names: Iterable[str]) -> Any:
+  """The cluster of the JSON file that --cluster names; None without it.
+
+  names: of the flags that say the same, and are not given beside it.
+  """
+  if not options.cluster:
+    return None
+  given = [name for name in names if options[name].present]
+  require(not given, '--cluster', options.cluster,
+          f'without --{", --".join(given)}')
+  return clusters.load(options.cluster, options.latency)
 
 
 def cluster_of(options: types.SimpleNamespace) -> str | None:

@@ -91,6 +91,30 @@ def test_a_trace_at_its_own_times(tmp_path):
       (i / 4, 50 + i) for i in range(30)]
 
 
+def test_a_cluster_of_several_kinds_as_in_a_search(tmp_path):
+  path = tmp_path / 'my.json'
+  path.write_text(json.dumps({'kinds': {
+      'fast': {'devices_per_node': 2, 'latency': 'tables:h100-80g'},
+      'slow': {'devices_per_node': 2, 'latency': 'tables:a100-80g'}},
+      'links': {'fast>slow': {'bytes_per_s': 1e9}}}))
+  placements = ('prefill=1x1@fast,decode=1x1@slow', 'colocated=1x1@slow')
+  code, text, error = run(
+      '--model=llama-3-8b', '--rates=2', f'--cluster={path}',
+      f'--placement={"/".join(placements)}', f'--out={tmp_path / "out"}')
+  assert code == 0, error
+  found = json.loads((tmp_path / 'out' / 'summary.json').read_text())
+  assert [p['placement'] for p in found['points']] == list(placements)
+  assert 'my.json' in made_by(tmp_path / 'out')['data']
+  # The border between the two takes longer than a link inside either.
+  crossing, _ = (p['summary'] for p in found['points'])
+  assert crossing['stage_s']['migrate'] > 0.02
+  for flag in ('--memory_gb=40', '--placement=colocated=1x1',
+               '--placement=colocated=4x1@slow'):
+    code, _, error = run('--model=llama-3-8b', '--rate=2',
+                         f'--cluster={path}', flag)
+    assert code == 2 and flag.split('=')[0] in error
+
+
 @pytest.mark.parametrize('flag, message', (
     ('--rates=0,1', '--rates'), ('--rates=1,nan', '--rates'),
     ('--rates=1,x', '--rates'), ('--rate=-1', '--rate'),
