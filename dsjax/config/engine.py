@@ -236,13 +236,13 @@ class EngineConfig:
 
   def instance(self, role: str, pp: int = 1) -> InstanceConfig:
     """The InstanceConfig of an instance of `pp` stages in this role."""
-    size = self.page_size
-    if not ROLES[role].prefills and self.decode_page_size is not None:
+    does, size = ROLES[role], self.page_size
+    if not does.prefills and self.decode_page_size is not None:
       size = self.decode_page_size
     pages = self.num_pages
     if pages is None:
       pages = self.max_seqs * -(-self.max_len // size)
-    tokens = (self.chunk_tokens if role == 'chunked'
+    tokens = (self.chunk_tokens if does.mixes and not does.flips
               else self.prefill_tokens)
     return InstanceConfig(role, pages, size, self.max_seqs, tokens,
                           self.prefill_seqs, pp)
