@@ -92,12 +92,10 @@ def test_instructor_in_its_plain_mode(running, client):
   asks = instructor.from_openai(client, mode=instructor.Mode.MD_JSON)
   plain = asks.chat.completions.create(response_model=None, **CHAT)
   assert plain.choices[0].message.role == 'assistant'
-  # The fake model writes no JSON: what instructor says of the last answer.
-  with pytest.raises(Exception, match='(?i)json|valid') as failed:
+  # The fake model writes no JSON: its answer comes back with the error.
+  with pytest.raises(Exception, match='incomplete') as failed:
     asks.chat.completions.create(
-        response_model=Answer, max_retries=2, max_tokens=4, model='tiny',
-        messages=[{'role': 'user', 'content': 'a'}])
-  assert failed.value.n_attempts == 2
+        response_model=Answer, max_tokens=4, model='tiny', messages=[USER])
   assert failed.value.last_completion.choices[0].finish_reason == 'length'
 
 
