@@ -214,10 +214,17 @@ def run(options: Any, console: Console) -> int:
   require(options.policies, '--policies', '', 'at least one')
   for text in options.policies:
     policies.load(text.replace('{k}', '1'))  # a bad one is said before a run
-  runs = []
-  for text in options.policies:
-    with console.status(f'serving under {text}'):
-      runs.append(best(options, text))
+  runs, stopped = [], False
+  try:
+    for text in options.policies:
+      with console.status(f'serving under {text}'):
+        runs.append(best(options, text))
+  except KeyboardInterrupt:
+    stopped = True
+    console.print(f'Stopped by Ctrl-C: {len(runs)} of {len(options.policies)} '
+                  'policies.')
+  if not runs:
+    return 130
   console.print(table(runs))
   told = {}
   for served in runs:
@@ -239,11 +246,12 @@ def run(options: Any, console: Console) -> int:
          f'{options.model}, {options.instances} x {options.plan} '
          f'{options.latency}, {options.lengths}, {options.process}; simulated')
     provenance.save_json(
-        out / 'replan.json', {'policies': told, 'segments': [
-            line._asdict() for line in lines]},
+        out / 'replan.json', {
+            'stopped': stopped, 'policies': told,
+            'segments': [line._asdict() for line in lines]},
         cli.asked(options, FLAGS), [options.lengths, options.latency])
     terminal.written(console, out, 'replan.csv', 'replan.json', 'replan.png')
-  return 0
+  return 130 if stopped else 0
 
 
 if __name__ == '__main__':

@@ -14,9 +14,20 @@ MAX_NESTED = 64  # lists and objects of a call's arguments
 
 
 class Body(pydantic.BaseModel):
-  """Of JSON: every field is known, and nothing is converted."""
+  """Of JSON: every field is known, and nothing is converted.
+
+  One that is not known may be null: clients send all that they know.
+  """
   model_config = pydantic.ConfigDict(extra='forbid', strict=True,
                                      allow_inf_nan=False)
+
+  @pydantic.model_validator(mode='before')
+  @classmethod
+  def _without_nulls(cls, value: Any) -> Any:
+    if not isinstance(value, dict):
+      return value
+    return {field: item for field, item in value.items()
+            if item is not None or field in cls.model_fields}
 
 
 def _form(value: object) -> str | None:
@@ -47,7 +58,10 @@ class Part(Body):
   type: Literal['text', 'refusal']
   text: str | None = None
   refusal: str | None = None
-  prompt_cache_breakpoint: Any = None  # of no consequence
+  # Of no consequence.
+  prompt_cache_breakpoint: Any = None
+  cache_control: Any = None
+  annotations: Any = None
 
   @pydantic.model_validator(mode='after')
   def _one(self):
@@ -62,6 +76,7 @@ class Function(Body):
   """What an assistant called. arguments: JSON, if the model wrote it well."""
   name: str
   arguments: str
+  parsed_arguments: Any = None  # of the official client: the same
 
   @property
   def plain(self) -> dict[str, Any]:
@@ -87,6 +102,7 @@ class Custom(Body):
 class ToolCall(Body):
   """A call that an assistant made in an earlier turn."""
   id: str
+  index: int | None = None  # of a stream's pieces, of no consequence
   type: Literal['function', 'custom']
   function: Function | None = None
   custom: Custom | None = None
@@ -117,9 +133,16 @@ class Message(Body):
   tool_calls: list[ToolCall] | None = None
   refusal: str | None = None
   reasoning_content: str | None = None
-  annotations: list[Any] | None = None  # of no consequence
+  reasoning: str | None = None  # what some servers call reasoning_content
   audio: None = None
   function_call: Function | None = None
+  # What clients and other servers add to an answer, of no consequence.
+  annotations: list[Any] | None = None
+  cache_control: Any = None
+  parsed: Any = None
+  provider_specific_fields: Any = None
+  reasoning_details: Any = None
+  thinking_blocks: Any = None
 
   @pydantic.model_validator(mode='after')
   def _suits_its_role(self):
@@ -132,7 +155,7 @@ class Message(Body):
     for field, allowed in (
         ('tool_call_id', tool), ('tool_calls', assistant),
         ('function_call', assistant), ('refusal', assistant),
-        ('reasoning_content', assistant)):
+        ('reasoning_content', assistant), ('reasoning', assistant)):
       if getattr(self, field) and not allowed:
         raise InputError(f'{field}: must be left out with the role '
                          f'{self.role!r}')
@@ -144,9 +167,10 @@ class Message(Body):
     parts = self.content or self.refusal or ''
     text = (parts if isinstance(parts, str) else
             ''.join(part.plain for part in parts))
-    extras = {field: value for field in ('name', 'reasoning_content',
-                                         'tool_call_id')
-              if (value := getattr(self, field))}
+    extras = {field: value for field, value in (
+        ('name', self.name), ('tool_call_id', self.tool_call_id),
+        ('reasoning_content', self.reasoning_content or self.reasoning))
+              if value}
     calls = [call.plain for call in self.tool_calls or ()]
     if self.function_call:
       calls.append({'type': 'function', 'function': self.function_call.plain})

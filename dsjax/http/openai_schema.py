@@ -3,7 +3,7 @@
 A body is a pydantic model: unknown fields, wrong types and values out of
 range are errors that name the field. What this server does not compute is an
 error too, unless the field says nothing about the answer (user, metadata).
-Any known field may be null.
+Any field but one that must be given may be null.
 """
 
 import dataclasses

@@ -18,7 +18,7 @@ from dsjax.analysis.recorder import Recorder
 from dsjax.config.engine import EngineConfig
 from dsjax.config.latency import Latency, LinkLike
 from dsjax.runtime.fleet import Fleet, Prefix, StepDone
-from dsjax.runtime.output import RequestOutputState
+from dsjax.runtime.output import RequestFailed, RequestOutputState
 from dsjax.runtime.protocols import Engine, Observer, Report
 from dsjax.scheduling import blocks, planning, scheduler
 from dsjax.scheduling.events import (
@@ -90,6 +90,7 @@ class Loop:
     self.origin, self.moved_s, self.host_s = time.perf_counter(), 0.0, 0.0
     self.closed, self.broken = False, ''
     self._tick_s = 0.0  # when the next Tick is due
+    self._away_s = -1.0  # since when requests wait that the log was told of
     # Events that were asked for, and those that are being applied.
     self._asked: collections.deque[Event] = collections.deque()
     self.planner = planner
@@ -252,16 +253,37 @@ class Loop:
 
     Raises:
       PolicyError: nothing is in flight, and the policy lets nothing start.
+      RequestFailed: requests wait for instances that are away, and for
+        stall_s none was restored.
     """
-    starts = self.fleet.starting or any(
-        i.status == 'down' for i in self.state.instances)
-    waits = self._waits or self.fleet.busy or starts
-    if self.unfinished and not waits:
+    if not self.unfinished or self._waits or self.fleet.busy or (
+        self.fleet.starting):
+      return
+    down = [index for index, instance in enumerate(self.state.instances)
+            if instance.status == 'down']
+    if not down:
       reason = (f'policy {self.scheduler_config.policy.name!r}: nothing is in '
                 f'flight and it lets none of the {len(self.unfinished)} '
                 'requests go on that wait')
       self.give_up(reason)
       raise PolicyError(reason)
+    if all(self.fleet.down.get(index) is None for index in down):
+      self._check_away(down)
+
+  def _check_away(self, away: Sequence[int]) -> None:
+    """Warns where nothing goes on without an instance that only `restore`
+    starts; see check_stalled."""
+    since_s = max(self.moved_s, min(
+        [state.request.arrival_s for state in self.unfinished.values()]))
+    names = ', '.join(f'{index} ({self.fleet.engines[index].role})'
+                      for index in away)
+    words = (f'nothing is in flight, and instances are away: {names}; restore '
+             'starts one')
+    if since_s != self._away_s:
+      self._away_s = since_s
+      LOG.warning('%d requests wait: %s', len(self.unfinished), words)
+    if self.now - since_s > self.fleet.config.stall_s:
+      raise RequestFailed(f'after {self.now - since_s:.1f} s {words}')
 
   def tell(self) -> None:
     """Raises the first of what others raised; the state is whole."""

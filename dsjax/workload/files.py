@@ -14,7 +14,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from dsjax.config.checks import InputError, is_integer, parse_json
+from dsjax.config.checks import (
+  InputError,
+  check_fetched,
+  is_integer,
+  parse_json,
+)
 
 MAX_LEN = 2**31 - 1
 Path = str | pathlib.Path
@@ -45,11 +50,13 @@ def _bad(path, line, column, value, allowed):
 
 MAX_BYTES = 2**31  # of a file, decompressed
 _GZIP = b'\x1f\x8b'
-# How files begin that are not text, and what they are.
-_NOT_TEXT = {b'PK\x03\x04': 'a zip file or a spreadsheet', b'PAR1': 'Parquet',
-             b'BZh': 'bzip2', b'\xfd7zXZ': 'xz', b'(\xb5/\xfd': 'zstd',
-             b'SQLite': 'a database', b'ARROW1': 'Arrow',
-             b'\x89HDF': 'HDF5', b'\x93NUMPY': 'numpy'}
+# How files begin that hold no rows of text, and what they are.
+_OTHERS_BEGIN = {
+    rb'PK\x03\x04': 'a zip file or a spreadsheet', b'PAR1': 'Parquet',
+    b'BZh': 'bzip2', rb'\xfd7zXZ': 'xz', rb'\(\xb5/\xfd': 'zstd',
+    b'SQLite format': 'a database', b'ARROW1': 'Arrow', rb'\x89HDF': 'HDF5',
+    rb'\x93NUMPY': 'numpy', b'%PDF': 'PDF',
+    rb'(?i)\s*<(!doctype|html|\?xml)': 'a page of the web or XML'}
 
 
 def _read(path):
@@ -64,9 +71,11 @@ def _read(path):
   except (OSError, EOFError, zlib.error) as error:
     why = getattr(error, 'strerror', None) or error
     raise InputError(f'{path}: cannot be read: {why}') from error
-  for begin, name in _NOT_TEXT.items():
-    if data.startswith(begin):
-      raise InputError(f'{path}: is {name}: must be text, plain or in gzip')
+  check_fetched(path, data[:24])
+  for begin, name in _OTHERS_BEGIN.items():
+    if re.match(begin, data):
+      raise InputError(f'{path}: is {name}: must be rows of text, plain or in '
+                       'gzip')
   utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
   try:
     text = data.decode('utf-16' if utf16 else 'utf-8-sig')
@@ -99,16 +108,27 @@ def _is_json_lines(path, text):
 
 
 def _json_array(path, text):
-  """The items of a text that is one JSON array; None where it is not."""
-  if not text.lstrip().startswith('['):
+  """The items of a text that is one JSON array; None where it is not.
+
+  InputError of one object, over several lines.
+  """
+  is_json = _suffix(path) == '.json'
+  if not text.lstrip().startswith(('[', '{') if is_json else '['):
     return None
   try:
-    return json.loads(text)
+    items = json.loads(text)
   except (ValueError, RecursionError) as error:
-    # A prompt may begin with a bracket; a file of JSON says so.
-    if _suffix(path) != '.json':
+    # A prompt may begin with a bracket, and an object be one of several lines.
+    if not is_json or text.lstrip().startswith('{'):
       return None
     raise InputError(f'{path}: is not JSON: {error}') from error
+  if isinstance(items, list):
+    return items
+  if '\n' in text.strip():
+    raise InputError(f'{path}: is one JSON object, of '
+                     f'{", ".join(items)[:80]}: must be an array of objects, '
+                     'or an object a line')
+  return None
 
 
 def _json_lines(path, text):
@@ -142,7 +162,7 @@ _ARRIVAL = re.compile(
     '|(arrived|requested|started|created|submitted|sent)(at)?)'
     '(?P<unit>s|sec|secs|seconds?|[mun]s|(milli|micro|nano)s(econds?)?)?')
 _TIME_LIKE = re.compile('time|date|arriv|stamp|clock|offset|delay|interval|gap'
-                        '|second|^t$|^at$')
+                        '|second|epoch|start|begin|when|^t$|^at')
 # Known, and not read.
 _OTHERS = re.compile(
     'hashids|(num)?total(tokens|len|length)|pdratio|ratio|id|index|.+id|model'
@@ -390,8 +410,8 @@ def _prompt(path, line, row):
 
 
 def _item_prompt(path, number, item):
-  """The Prompt of an item of a JSON array; None of a ShareGPT conversation in
-  which no human speaks."""
+  """The Prompt of a row of JSON; None of a ShareGPT conversation in which no
+  human speaks."""
   if isinstance(item, str):
     item = {'prompt': item}
   if not isinstance(item, dict):
@@ -416,10 +436,10 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
 
   Blank lines and lines that begin with # are skipped. A file named .jsonl, or
   one whose first prompt begins with a brace, is JSON lines: {"prompt": string}
-  or {"messages": [{"role", "content"}, ...]}, either with "max_tokens"; other
-  keys are ignored. An array holds such objects, strings, or conversations of
-  ShareGPT, of which the first human turn is the prompt (a warning counts those
-  without one).
+  or {"messages": [{"role", "content"}, ...]}, either with "max_tokens", or
+  conversations of ShareGPT, of which the first human turn is the prompt (a
+  warning counts those without one); other keys are ignored. An array holds
+  such objects or strings.
 
   Returns:
     A tuple of Prompt.
@@ -430,14 +450,14 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
   """
   text, suffix = _read(path), _suffix(path)
   items = _json_array(path, text)
-  if items is not None:
-    made = [_item_prompt(path, *item) for item in enumerate(items, 1)]
+  if items is not None or _is_json_lines(path, text):
+    rows = list(_json_lines(path, text) if items is None else
+                enumerate(items, 1))
+    made = [_item_prompt(path, *row) for row in rows]
     prompts = [prompt for prompt in made if prompt]
     if len(prompts) < len(made):
       warnings.warn(f'{path}: {len(made) - len(prompts)} of {len(made)} '
                     'conversations have no human turn', stacklevel=2)
-  elif _is_json_lines(path, text):
-    prompts = [_prompt(path, *line) for line in _json_lines(path, text)]
   else:
     _, header = next(_lines(text), (0, ''))
     names = [_plain(name) for name in re.split('[,;\t]', header)]

@@ -91,7 +91,8 @@ def test_keys_that_change_nothing_are_read_over(tmp_path, name):
     *((name, {key: 64}) for name in ('llama', 'mistral', 'qwen2') for key in (
         'max_sequence_length', 'max_seq_len', 'model_max_length',
         'seq_length')),
-    ('starcoder2', dict(attention_softmax_in_fp32=True, scale_attn_weights=True,
+    ('starcoder2', dict(layer_norm_epsilon=1e-5,
+                        attention_softmax_in_fp32=True, scale_attn_weights=True,
                         scale_attention_softmax_in_fp32=True))])
 def test_keys_that_change_nothing_in_a_family(tmp_path, name, keys):
   if 64 in keys.values():

@@ -85,6 +85,18 @@ def test_every_field_of_the_official_client_is_known(running, path):
     assert answer.status_code == 200, answer.text
 
 
+@pytest.mark.parametrize('body', [
+    CHAT | {'foo': None}, CHAT | {'messages': [USER | {'foo': None}]},
+    CHAT | {'messages': [USER | {'content': [
+        {'type': 'text', 'text': 'a', 'foo': None}]}]},
+    CHAT | {'messages': [USER, {'role': 'assistant', 'tool_calls': [
+        CALL | {'foo': None}]}]},
+    CHAT | {'stream': True, 'stream_options': {'foo': None}}])
+def test_a_field_that_is_not_known_may_be_null(running, body):
+  answer = post(running, '/v1/chat/completions', body | {'max_tokens': 2})
+  assert answer.status_code == 200, answer.text
+
+
 def test_null_is_the_default(running):
   def answer(**more):
     return post(running, '/v1/completions', TEXT | {
@@ -134,7 +146,21 @@ def test_an_answer_may_be_sent_back_as_it_came(client):
                                 'content': None}],
     [USER, {'role': 'assistant', 'content': None, 'tool_calls': [CUSTOM]}],
     [{'role': 'tool', 'tool_call_id': 'a', 'content': [
-        {'type': 'text', 'text': '2', 'prompt_cache_breakpoint': None}]}]])
+        {'type': 'text', 'text': '2', 'prompt_cache_breakpoint': None}]}],
+    # Answers as a stream's pieces make them, as `parse` gives them, and as
+    # litellm, OpenRouter and vLLM add to them.
+    [USER, {'role': 'assistant', 'tool_calls': [CALL | {'index': 0}]},
+     {'role': 'tool', 'tool_call_id': 'call_1', 'content': '2'}],
+    [USER, {'role': 'assistant', 'content': None, 'parsed': {'a': 1},
+            'tool_calls': [CALL | {'function': CALL['function'] | {
+                'parsed_arguments': {'a': 1}}}]}],
+    [USER, {'role': 'assistant', 'content': 'Yo', 'thinking_blocks': [],
+            'provider_specific_fields': {'refusal': None}}, USER],
+    [USER, {'role': 'assistant', 'content': 'Yo', 'reasoning': 'hm',
+            'reasoning_details': [{'type': 'reasoning.text', 'text': 'hm'}]}],
+    [USER | {'cache_control': {'type': 'ephemeral'}, 'content': [
+        {'type': 'text', 'text': 'a', 'cache_control': {'type': 'ephemeral'},
+         'image_url': None}]}]])
 def test_histories(running, messages):
   answer = post(running, '/v1/chat/completions',
                 CHAT | {'messages': messages, 'max_tokens': 2})
@@ -158,6 +184,9 @@ def test_what_a_template_gets_of_a_message():
   assert plain(role='function', name='f', content=None) == {
       'role': 'tool', 'content': '', 'name': 'f'}
   assert plain(role='assistant', refusal='No.')['content'] == 'No.'
+  for field in ('reasoning', 'reasoning_content'):  # as templates name it
+    assert plain(role='assistant', content='a', **{field: 'hm'}) == {
+        'role': 'assistant', 'content': 'a', 'reasoning_content': 'hm'}
   assert plain(role='tool', tool_call_id='a', content='2', name='f') == {
       'role': 'tool', 'content': '2', 'tool_call_id': 'a', 'name': 'f'}
 
@@ -171,6 +200,7 @@ def test_what_a_template_gets_of_a_message():
     (USER | {'tool_calls': [CALL]}, 'tool_calls: must be left out'),
     (USER | {'name': 'two words'}, 'name: must match'),
     (USER | {'foo': 1}, 'foo: this server knows no such field'),
+    (USER | {'reasoning': 'hm'}, 'reasoning: must be left out'),
     (USER | {'content': []}, 'content: must not be empty'),
     (USER | {'content': 5}, 'content: must be text or a list of parts'),
     (USER | {'content': [{'type': 'image_url', 'image_url': {'url': 'a'}}]},

@@ -1,11 +1,14 @@
 """Instances that are away at first, join, leave and come back under load."""
 
 import dataclasses
+import threading
+import time
 
 import pytest
 
 from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
+from dsjax.runtime.output import RequestFailed
 from dsjax.scheduling.events import RunDecode, RunPrefill
 from tests.common import serving
 from tests.common.serving import MIXED, PAGES_4
@@ -88,6 +91,48 @@ def test_a_real_one_joins_without_compiling():
       serving.drain(server)
     check(server, ids)
     assert busy(server, 0) == {0, 1} and not compiled
+
+
+@pytest.mark.parametrize('mode, away', [
+    ('1p1d', (0,)), ('1p1d', (1,)), ('2p2d', (0, 1)), ('2p2d', (2, 3)),
+    ('2colocated', (0, 1)), ('2chunked', (0, 1)), ('2flexible', (0, 1))])
+def test_one_that_waits_for_what_is_away_is_told_and_not_for_ever(
+    mode, away, caplog):
+  config = dataclasses.replace(PAGES_4, away=away, stall_s=0.2)
+  prompt, params = serving.job(6, 5, ignore_eos=True)
+  with serving.fake_server_of(mode, config) as server:
+    calls = (lambda: server.generate(prompt, **params),
+             lambda: list(server.stream(prompt, **params)),
+             lambda: server.generate_all([prompt] * 2, **params))
+    for call in calls:
+      caplog.clear()
+      with pytest.raises(RequestFailed, match='are away: .*; restore starts'):
+        call()
+      assert f'{away[0]} ({server.engines[away[0]].role})' in caplog.text
+      assert caplog.text.count('requests wait: nothing is in flight') == 1
+      assert not server.requests
+
+
+def test_one_that_waits_goes_on_once_what_is_away_has_joined(caplog):
+  config = dataclasses.replace(PAGES_4, away=(0,))
+  prompt, params = serving.job(6, 5, ignore_eos=True)
+  with serving.fake_server_of('1p1d', config) as server:
+    def restore():
+      while not caplog.text:
+        time.sleep(0.01)
+      server.restore(0)
+    thread = threading.Thread(target=restore)
+    thread.start()
+    assert server.generate(prompt, **params).reason == 'length'
+    thread.join()
+
+
+def test_one_that_is_to_start_again_is_waited_for():
+  config = dataclasses.replace(PAGES_4, stall_s=0.1)
+  prompt, params = serving.job(6, 5, ignore_eos=True)
+  with serving.fake_server_of('1p1d', config) as server:
+    server.kill(1, back_s=0.3)
+    assert server.generate(prompt, **params).reason == 'length'
 
 
 @pytest.mark.parametrize('away', ((2,), (0, 7)))

@@ -103,7 +103,11 @@ def test_columns_that_are_not_read_are_named(tmp_path):
     ('', ['at least one row']),
     (b'\xff', ['UTF-8']), (b'\xff\xfe', ['at least one row']),
     (b'\xff\xfea', ['is not UTF-8 text']),
-    (b'PAR1\xff\xfe', ['is Parquet: must be text, plain or in gzip']),
+    (b'PAR1\xff\xfe', ['is Parquet: must be rows of text, plain or in gzip']),
+    (b'%PDF-1.4\n%\xe2', ['is PDF']),
+    ('\n<!DOCTYPE HTML>\n<p>404', ['is a page of the web']),
+    ('version https://git-lfs.github.com/spec/v1\noid sha256:a\n',
+     ['pointer of Git LFS']),
     (b'PK\x03\x04\x00', ['is a zip file or a spreadsheet']),
     (b'\x1f\x8b\x08\x00', ['cannot be read']),
     (gzip.compress(b'isl,osl\n1,2\n', mtime=0)[:-9], ['cannot be read']),
@@ -137,6 +141,8 @@ def test_columns_that_are_not_read_are_named(tmp_path):
     ('timestamp,isl,osl\n5,1,1\n2023-11-16 18:00:00,1,1\n',
      ['line 3', 'timestamp', "'2023", 'every row']),
     # What may be an arrival is not passed over; no meaning is given twice.
+    *((f'{name},prompt_len,output_len\n1,5,6\n', ['line 2', name])
+      for name in ('start', 'epoch', 'begin_s', 'at_s', 'session_start')),
     ('when (clock),prompt_len,output_len\n1,5,6\n',
      ['line 2', 'when (clock)', 'arrival_s']),
     ('prompt_len,input_tokens,output_len\n1,5,6\n',
@@ -225,6 +231,8 @@ def test_read_prompts_of_an_array(tmp_path):
     assert workload.read_prompts(path) == (
         Prompt('plain', None, None), Prompt('b', None, 2),
         Prompt(None, tuple(chat), None), Prompt('So', None, None))
+  lines = _write(tmp_path / 'p.jsonl', json.dumps(items[3]) + '\n')
+  assert workload.read_prompts(lines) == (Prompt('So', None, None),)
   bracket = _write(tmp_path / 'p.txt', '[INST] Hi [/INST]')
   assert workload.read_prompts(bracket)[0].text == '[INST] Hi [/INST]'
 
@@ -236,7 +244,12 @@ def test_read_prompts_of_an_array(tmp_path):
     ('p.json', '[1]', "item 1: is '1'"),
     ('p.json', '[{"prompt": "a"}', 'Expecting'),
     ('p.json', 'a prompt', 'JSON array'), ('p.json', '[]', 'at least one'),
-    ('p.json', '{\n "prompts": []\n}', 'not JSON'),
+    ('p.json', '{\n "prompts": []\n}', 'is one JSON object, of prompts'),
+    ('p.json', '{\n "prompts": [\n}', 'not JSON'),
+    ('p.html', '<html><body>404</body></html>', 'is a page of the web'),
+    ('p.txt', '<?xml version="1.0"?>\n<a/>', 'is a page of the web or XML'),
+    ('p.txt', 'version https://git-lfs.github.com/spec/v1\noid sha256:a\n',
+     'pointer of Git LFS'),
     ('p.json', '[{"conversations": [{"value": 3}]}]', 'conversations='),
     ('p.json', '[{"text": "a"}]', "'messages', has text"),
     ('p.parquet', b'PAR1\xff\xfe', 'is Parquet')])

@@ -9,6 +9,7 @@ from dsjax.checkpoints.hf_keys import Fields, Keys
 def _fields(keys: Keys) -> Fields:
   shared = llama.shared_fields(keys, tied=True, norm_eps='norm_epsilon')
   keys.only('norm_type', 'layer_norm')
+  keys.only('layer_norm_epsilon', shared['norm_eps'])  # the same once more
   keys.only('mlp_type', 'default')
   keys.only('scale_attn_weights', True)
   keys.ignore('activation_function',  # as hidden_act, which is read

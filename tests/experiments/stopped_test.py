@@ -1,0 +1,140 @@
+"""Ctrl-C in every runner: what was done by then stays, and the exit is 130."""
+
+import functools
+import importlib
+import inspect
+import itertools
+import json
+
+import pytest
+from rich.console import Console
+
+import dsjax
+from dsjax.analysis.record import Record
+from experiments import (
+  explore,
+  load,
+  overload,
+  policies,
+  replan,
+  reproduce,
+  soak,
+  stream,
+)
+from experiments.common import cli
+from tests.common.fake_engine import FakeEngine
+from tests.experiments import policies_test, replan_test
+from tests.experiments.cli_test import RUNNERS
+
+# Runners whose own tests stop them: {name: the test}.
+STOPPED_THERE = {
+    'coverage': 'test_ctrl_c_keeps_what_is_known',
+    'gpu.__main__':
+    'test_a_command_that_is_ended_ends_its_tasks_and_says_what_there_is',
+    'measure': 'test_the_runner_writes_what_was_timed_and_exits_130',
+    'place': 'test_what_was_stopped_exits_130',
+    'serve': 'test_ctrl_c_keeps_what_there_is',
+    'sessions': 'test_ctrl_c_keeps_what_is_known',
+    'simulate': 'test_ctrl_c_keeps_what_is_done',
+    'validate': 'test_rows_files_and_ctrl_c'}
+# Those that have nothing before they have all.
+NOTHING_TO_KEEP = {
+    'api', 'aot.__main__', 'bench.cluster', 'bench.engine', 'bench.http_cost',
+    'bench.migration', 'bench.simulator', 'tokenizer_folder'}
+
+
+def stop_at(count, function=None):
+  """A function whose call of this number is a Ctrl-C."""
+  calls = itertools.count()
+
+  @functools.wraps(function or stop_at)
+  def stopped(*args, **kwargs):
+    if next(calls) == count:
+      raise KeyboardInterrupt
+    return function(*args, **kwargs)
+  return stopped
+
+
+def stop_load(monkeypatch):
+  async def send_all(url, key, todo, timeout_s, on_sent):
+    sender = load.Load(None)
+    sender.records = [Record(0, 0.0, 5, 1, [0.5], finish_s=0.5,
+                             status='length')]
+    sender.lag_s = [0.0]
+    on_sent(sender)
+    raise KeyboardInterrupt
+  monkeypatch.setattr(load, 'send_all', send_all)
+  return load, dict(model='m', requests=2), 'records.jsonl', 1
+
+
+def stop_overload(monkeypatch):
+  async def measure(*_):
+    raise KeyboardInterrupt
+  monkeypatch.setattr(overload, 'measure', measure)
+  monkeypatch.setattr(overload.load, 'find_model', lambda *_: 'm')
+  return overload, dict(url='http://none/v1', config='tiny', set=[]), None, 0
+
+
+def stop_explore(monkeypatch):
+  monkeypatch.setattr(explore, '_explore', lambda *_: ([], True))
+  return explore, {}, 'results.json', 1
+
+
+def stop_policies(monkeypatch):
+  monkeypatch.setattr(policies, 'measure', stop_at(1, policies.measure))
+  return policies, policies_test.TINY, 'policies.csv', 2
+
+
+def stop_replan(monkeypatch):
+  monkeypatch.setattr(replan, 'best', stop_at(1, replan.best))
+  return replan, replan_test.TINY, 'replan.csv', 4
+
+
+def stop_reproduce(monkeypatch):
+  compute, draw = reproduce.FIGURES['4']
+  monkeypatch.setattr(reproduce, 'FIGURES', {
+      '4': (compute, draw), 'x': (stop_at(0), draw)})
+  monkeypatch.setattr(reproduce, 'names_of', lambda _: ['4', 'x'])
+  return reproduce, dict(quick=True), '4.json', 1
+
+
+def stop_soak(monkeypatch):
+  monkeypatch.setattr(dsjax, 'serve', functools.partial(
+      dsjax.serve, make_engine=FakeEngine))
+  monkeypatch.setattr(soak._Lines, '__call__', stop_at(0))
+  return soak, dict(quick=True), 'soak.json', 1
+
+
+def stop_stream(monkeypatch):
+  monkeypatch.setattr(stream, 'simulate', stop_at(2, stream.simulate))
+  return stream, dict(lengths='100,200', requests=3), 'stream.csv', 3
+
+
+STOPS = {name.removeprefix('stop_'): function
+         for name, function in list(globals().items())
+         if name.startswith('stop_') and name != 'stop_at'}
+
+
+def test_every_runner_is_stopped_somewhere():
+  assert {*STOPS, *STOPPED_THERE, *NOTHING_TO_KEEP} == {*RUNNERS}
+  for name, test in STOPPED_THERE.items():
+    module = importlib.import_module(
+        f'tests.experiments.{name.removesuffix(".__main__")}_test')
+    assert '130' in inspect.getsource(getattr(module, test))
+
+
+@pytest.mark.parametrize('name', STOPS)
+def test_what_was_done_before_ctrl_c_stays(tmp_path, monkeypatch, name):
+  runner, options, kept, lines = STOPS[name](monkeypatch)
+  console = Console(record=True, width=120)
+  options = cli.options(runner.FLAGS, out=str(tmp_path), **options)
+  assert runner.run(options, console) == 130
+  told = console.export_text()
+  if kept is None:
+    assert 'Stopped' in told and not list(tmp_path.iterdir())
+    return
+  text = (tmp_path / kept).read_text()
+  assert len(text.splitlines()) >= lines
+  assert kept in told
+  summaries = [json.loads(path.read_text()) for path in tmp_path.glob('*.json')]
+  assert any('made_by' in summary for summary in summaries)
