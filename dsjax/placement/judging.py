@@ -5,6 +5,7 @@ requests are served.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -22,6 +23,9 @@ from dsjax.simulation import latency, simulator
 # A run lasts this many times what a request may take within its objectives,
 # so that queues of an overloaded system have time to grow past them.
 LIFETIMES = 10
+# Those of a race between candidates: a rate that is passed too easily there
+# costs nothing but time, as the best are measured once more.
+RACE_LIFETIMES = 4
 # Objectives of hours would ask for millions of requests: a run has this many
 # at most, or so many times SearchProblem.most_requests (see Judge).
 MOST_REQUESTS, MOST_TIMES = 4000, 4
@@ -142,11 +146,12 @@ def _requests(problem, system, rate_per_s, n):
 
 
 class Runs:
-  """Whether requests attained, of one run at each rate.
+  """Whether requests attained, of runs at one rate after another.
 
-  A run goes on from where it was when more of its requests are asked for: the
-  first n are those of a longer run, whose later requests come as well. Where
-  requests wait for others, or are in no order, each n is a run of its own.
+  The first run at a rate is as long as is asked. Where more is asked for, one
+  run then goes on from where it was each time: the first n requests are those
+  of a longer run, whose later requests come as well. Where requests wait for
+  others, or are in no order, each n is a run of its own.
   """
 
   def __init__(self, problem: SearchProblem, system: Setup,
@@ -156,17 +161,20 @@ class Runs:
     may be."""
     self.problem, self.system = problem, system
     self.objectives, self.most = objectives, most
+    self.rate_per_s: float | None = None
     self.going: _Run | None = None
 
   def __call__(self, rate_per_s: float, n: int) -> list[bool]:
     """Of the first n requests at a rate, those after the warm-up."""
-    if self.going is None or self.going.rate_per_s != rate_per_s:
+    if rate_per_s != self.rate_per_s:
+      self.rate_per_s, self.going = rate_per_s, None
+    elif self.going is None:
       self.going = _Run(self, rate_per_s, n)
-    if self.going.is_ordered:
-      hits = self.going.hits(n)
-      return hits[int(goodput.WARMUP * len(hits)):]
-    return goodput.steady_hits(run(self.problem, self.system, rate_per_s, n),
-                               self.objectives(rate_per_s))
+    if self.going is None or not self.going.is_ordered:
+      return goodput.steady_hits(run(self.problem, self.system, rate_per_s, n),
+                                 self.objectives(rate_per_s))
+    hits = self.going.hits(n)
+    return hits[int(goodput.WARMUP * len(hits)):]
 
 
 class _Run:
@@ -235,9 +243,9 @@ class Judge:
         seconds.mixed_s(pieces, rows, rows * problem.max_len / 2)
         for seconds in system.latencies)
 
-  def length(self, rate_per_s: float) -> int:
+  def length(self, rate_per_s: float, lifetimes: float = LIFETIMES) -> int:
     """Requests of a run at this rate."""
-    asked = rate_per_s * LIFETIMES * self.life_s
+    asked = rate_per_s * lifetimes * self.life_s
     return max(self.least, math.ceil(min(asked, self.most)))
 
   def objectives(self, rate_per_s: float) -> Slo:
@@ -273,15 +281,17 @@ def measure(problem: SearchProblem, task: Task) -> goodput.Goodput:
   system = setup(problem, candidate)
   judge = Judge(problem, system, candidate.phase)
   most = math.ceil(problem.most_requests * task.effort)
+  length = judge.length if task.tight else functools.partial(
+      judge.length, lifetimes=RACE_LIFETIMES)
   best = goodput.search(
       Runs(problem, system, judge.objectives,
-           lambda rate_per_s: max(most, judge.length(rate_per_s))),
+           lambda rate_per_s: max(most, length(rate_per_s))),
       task.target,
       task.start_per_s or max(candidate.guess_per_s, bound / 16),
       1 + problem.tolerance / (2 if task.tight else 1),
       math.ceil(problem.requests * (task.effort if task.tight else 1)),
       most, goodput.Bisection(
           stride=1.1 if task.tight else 1.4, least_per_s=bound / 4**6,
-          most_per_s=bound, full=judge.length,
+          most_per_s=bound, full=length,
           beat_per_s=task.beat_per_s, tight=task.tight))
   return dataclasses.replace(best, high_per_s=min(best.high_per_s, bound))
