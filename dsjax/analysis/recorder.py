@@ -381,6 +381,7 @@ class Recorder:
   def _end(self, id, status, now_s, reason=''):
     life = self._live.pop(id)
     life.close()
+    life.chain = None  # which may still have it: a cycle would wait for gc
     self._enter(life, None, now_s)
     life.record.status, life.record.reason = status, reason
     life.record.finish_s = now_s

@@ -14,7 +14,7 @@ from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.config.request import Request, Sampling
 from dsjax.placement import api, judging
-from dsjax.simulation import latency, profiles
+from dsjax.simulation import latency, profiles, simulator
 
 FAST = latency.Affine((0.01, 1e-5, 0.0), (0.01, 1e-7, 1e-5))
 SPLIT = 'prefill=1x1,decode=1x1'
@@ -190,12 +190,21 @@ def test_outputs_of_one_token_leave_decode_without_work(algorithms):
 @pytest.mark.parametrize('slo', [
     Slo(math.inf, math.inf), Slo(math.inf, 0.05), Slo(1.0, math.inf)])
 def test_loose_objectives_are_bounded_work(monkeypatch, slo):
-  sizes, run = [], judging.run
+  sizes = []
 
-  def counted(problem, system, rate_per_s, n, on_event=None):
-    sizes.append(n)
-    return run(problem, system, rate_per_s, n, on_event)
-  monkeypatch.setattr(judging, 'run', counted)
+  def counted(run):
+    def start(config, requests, *args, **options):
+      place = len(sizes)
+      sizes.append(0)
+
+      def counting():
+        for request in requests:
+          sizes[place] += 1
+          yield request
+      return run(config, counting(), *args, **options)
+    return start
+  for name in ('simulate', 'stream'):
+    monkeypatch.setattr(simulator, name, counted(getattr(simulator, name)))
   monkeypatch.setattr(judging, 'MOST_REQUESTS', 100)
   answer = api.search(devices=2, lengths='fixed:300x20', latency=FAST,
                       slo=slo, requests=25, tolerance=0.5, effort=4.0,

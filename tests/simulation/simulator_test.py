@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import math
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsjax import workload
-from dsjax.analysis import metrics, timeline
+from dsjax.analysis import metrics, recorder, timeline
 from dsjax.config.checks import InputError
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.placement import Slo
@@ -462,6 +463,62 @@ def bare_instance(inst):
           rows=tuple(r.id for r in c.rows), **{'chunks': tuple(
               k._replace(pages=()) for k in c.chunks)} if c.chunks else {}), g)
                      for c, g in inst.inflight))
+
+
+@pytest.mark.parametrize('seed', range(12))
+def test_a_stream_tells_the_records_of_the_whole(seed):
+  config, sent, latency, link = random_run(seed)
+  whole = simulator.simulate(config, sent, latency, link).records
+  told = list(simulator.stream(config, iter(sent), latency, link))
+  assert sorted(told, key=lambda r: r.id) == whole
+
+
+def test_a_stream_takes_requests_one_ahead_and_keeps_none(monkeypatch):
+  monkeypatch.setattr(recorder, 'CHAIN', 50)
+  taken = [0]
+
+  def forever():
+    for n in itertools.count():
+      taken[0] = n
+      yield Request(n, n * 0.2, range(20), Sampling(max_tokens=8))
+
+  told = simulator.stream(
+      plan(PD, max_seqs=64), forever(), Affine(1e-4, 0.005, 1e-4, 1e-6),
+      Link(0.001, 1e-5))
+  collections.deque(itertools.islice(told, 300), 0)
+  tracemalloc.start()
+  last, = collections.deque(itertools.islice(told, 400), 1)
+  peak_bytes = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert taken[0] - last.id < 20
+  assert peak_bytes < 60_000  # 400 records take some 400 kB
+
+
+@pytest.mark.parametrize('change, field', [
+    (dict(id=0), 'Request'), (dict(arrival_s=0.0), 'Request'),
+    (dict(after=0), 'Request.after')])
+def test_a_stream_wants_requests_in_order(change, field):
+  sent = requests((1.0, 5, 5), (2.0, 5, 5))
+  sent[1] = dataclasses.replace(sent[1], **change)
+  with pytest.raises(InputError, match=f'^{field}='):
+    list(simulator.stream(plan(PD), sent, Affine(1e-4, 0.005, 1e-4, 1e-6),
+                          Link(0.001, 1e-5)))
+
+
+def test_instances_that_sleep_are_roused_to_be_compared():
+  """Where requests have ended unseen the least loaded is another."""
+  for seed in range(8):
+    draw = random.Random(seed)
+    arrivals_s = itertools.accumulate(
+        [draw.expovariate(20) for _ in range(60)])
+    sent = requests(*((t, draw.randint(1, 20), draw.randint(2, 60))
+                      for t in arrivals_s))
+    for roles in (['prefill', 'decode', 'decode', 'decode'],
+                  ['colocated'] * 3):
+      run = (plan(roles, num_pages=300), sent,
+             Affine(1e-4, 0.004, 1e-4, 1e-6), Link(0.001, 1e-5))
+      assert [r.instances for r in simulator.simulate(*run).records] == [
+          r.instances for r in simulator.simulate(*run, log=True).records]
 
 
 def test_littles_law():
