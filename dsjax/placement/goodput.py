@@ -38,7 +38,7 @@ class Goodput:
       'beaten' (it fails at beat_per_s; rate_per_s is 0, high_per_s says
       what is known).
     attained: share at the highest rate that attains; 'beaten': at beat_per_s.
-    runs: simulations.
+    runs: rates that were simulated.
     tight: low_per_s and high_per_s are a 95 % interval of the goodput.
       Otherwise runs were too short to show the queues that come now and then,
       and they say what these runs saw.

@@ -62,7 +62,7 @@ class SearchResult:
   Attributes:
     rows: by goodput per device, best first.
     verdict: disaggregate or not, in words.
-    simulations: runs of the simulator.
+    simulations: rates that were simulated, of all placements.
     pruned: candidates that a bound ruled out.
     unfit: plans whose weights and one sequence exceed the memory.
     unmeasured: plans without latencies.

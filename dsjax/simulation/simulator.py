@@ -287,8 +287,7 @@ class _Arrivals:
                                            self.count, more))
       self.count += 1
 
-  def entry(self, request: Request, now_s: float, number: int,
-            more: bool = False) -> tuple:
+  def entry(self, request, now_s, number, more=False):
     """The heap's entry of an arrival."""
     hashes = blocks.resized(
         request.blocks, request.block_tokens, self.size
