@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from dsjax.config.checks import InputError
+from dsjax.placement import search
 from dsjax.placement.goodput import Goodput
 from experiments import coverage
 from experiments.common import cli
@@ -51,7 +52,9 @@ def test_truth_of_runs_that_differ_has_their_spread():
   assert high - low == pytest.approx(2 * half, rel=0.05)
 
 
-def test_files_and_table(tmp_path):
+def test_files_and_table(tmp_path, monkeypatch):
+  monkeypatch.setattr(search, 'measure', lambda problem, candidate: Goodput(
+      3.0, 2.9, 3.1, 'target', 0.9, 1, True))
   console = Console(record=True, width=100)
   options = cli.options(coverage.FLAGS, out=str(tmp_path), **TINY)
   assert coverage.run(options, console) == 0
