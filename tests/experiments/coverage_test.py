@@ -126,7 +126,7 @@ def test_the_same_command_goes_on(tmp_path, monkeypatch):
 
 def test_a_folder_that_was_measured_in_another_way(tmp_path):
   options = cli.options(coverage.FLAGS, out=str(tmp_path), **TINY)
-  coverage.save(tmp_path, options, coverage.Found({}, []))
+  coverage.save(tmp_path, options, coverage.Measured({}, []))
   with pytest.raises(InputError, match='--requests=30: .*20, as in'):
     coverage.run(cli.options(coverage.FLAGS, out=str(tmp_path), **TINY | {
         'requests': 30}), Console())
