@@ -207,7 +207,7 @@ def signs(intervals: Iterable[Interval]) -> list[Sign]:
           if name == first and (second, seed) in lines]
 
 
-class Found(NamedTuple):
+class Measured(NamedTuple):
   """truths: {problem: (goodput, low, high)}. stopped: by what, '' if by
   nothing: Ctrl-C or --minutes."""
 
@@ -216,19 +216,19 @@ class Found(NamedTuple):
   stopped: str = ''
 
 
-Keep = Callable[[Found], None]
+Keep = Callable[[Measured], None]
 
 
-def measure(options, known: Found, keep: Keep, bar: Progress,
+def measure(options, known: Measured, keep: Keep, bar: Progress,
             map: Callable[..., Iterable],
-            clock: Callable[[], float] = time.monotonic) -> Found:
+            clock: Callable[[], float] = time.monotonic) -> Measured:
   """The truth of each problem, then every seed of each, in turn.
 
   known: what is not measured again. keep: called with each that is.
   """
-  found = Found(dict(known.truths), list(known.intervals))
+  measured = Measured(dict(known.truths), list(known.intervals))
   end_s = clock() + 60 * options.minutes
-  names = [name for name in options.problems if name not in found.truths]
+  names = [name for name in options.problems if name not in measured.truths]
   line = bar.add_task('truth', total=len(names), more='')
   try:
     for name in names:
@@ -241,11 +241,11 @@ def measure(options, known: Found, keep: Keep, bar: Progress,
             [(name, rate_per_s, TRUTH_SEED + i)
              for i in range(options.truth_seeds)]))
 
-      found.truths[name] = truth(shares_at, PROBLEMS[name].target,
+      measured.truths[name] = truth(shares_at, PROBLEMS[name].target,
                                  guess.rate_per_s)
-      keep(found)
+      keep(measured)
       bar.advance(line)
-    told = {(line.problem, line.seed) for line in found.intervals}
+    told = {(line.problem, line.seed) for line in measured.intervals}
     tasks = [(name, seed) for seed in range(options.seeds)
              for name in options.problems if (name, seed) not in told]
     line = bar.add_task('intervals', total=len(tasks), more='')
@@ -253,26 +253,26 @@ def measure(options, known: Found, keep: Keep, bar: Progress,
         estimate, options.requests, options.tolerance), tasks)
     for left, ((name, seed), answer) in enumerate(
         zip(tasks, answers, strict=True), 1 - len(tasks)):
-      found.intervals.append(Interval(
+      measured.intervals.append(Interval(
           name, seed, answer.low_per_s, answer.high_per_s,
-          *found.truths[name][1:]))
-      keep(found)
+          *measured.truths[name][1:]))
+      keep(measured)
       bar.advance(line)
       if left and clock() > end_s:
-        return found._replace(stopped='--minutes')
+        return measured._replace(stopped='--minutes')
   except KeyboardInterrupt:
-    return found._replace(stopped='Ctrl-C')
-  return found
+    return measured._replace(stopped='Ctrl-C')
+  return measured
 
 
-def table(found: Found) -> Table:
+def table(measured: Measured) -> Table:
   """A line a problem."""
   out = Table(title='goodput, requests/s: how often 95 % intervals cover it')
   for name in ('problem', 'goodput', 'covered', 'of', 'above', 'below',
                'width'):
     out.add_column(name, justify='left' if name == 'problem' else 'right')
-  for name, (rate, low, high) in found.truths.items():
-    lines = [line for line in found.intervals if line.problem == name]
+  for name, (rate, low, high) in measured.truths.items():
+    lines = [line for line in measured.intervals if line.problem == name]
     widths = [(line.high - line.low) / rate for line in lines]
     out.add_row(
         name, f'{rate:.3g} [{low:.3g}, {high:.3g}]',
@@ -299,27 +299,27 @@ def table_of_signs(lines: list[Sign]) -> Table:
   return out
 
 
-def save(out: pathlib.Path, options, found: Found) -> None:
+def save(out: pathlib.Path, options, measured: Measured) -> None:
   """Writes coverage.csv, verdicts.csv and coverage.json."""
   for name, kind, lines, last in (
-      ('coverage.csv', Interval, found.intervals, 'covered'),
-      ('verdicts.csv', Sign, signs(found.intervals), 'wrong')):
+      ('coverage.csv', Interval, measured.intervals, 'covered'),
+      ('verdicts.csv', Sign, signs(measured.intervals), 'wrong')):
     provenance.save_csv(out / name, (*kind._fields, last), [
         (*line, int(getattr(line, last))) for line in lines])
   provenance.save_json(
       out / 'coverage.json',
-      {'truths': found.truths, 'stopped': found.stopped},
+      {'truths': measured.truths, 'stopped': measured.stopped},
       cli.asked(options, FLAGS), ['sharegpt', 'published'])
 
 
-def read(out: pathlib.Path, options) -> Found:
+def read(out: pathlib.Path, options) -> Measured:
   """What `save` wrote; nothing where it did not.
 
   Raises:
     InputError: it was measured in another way.
   """
   if not (out / 'coverage.json').exists():
-    return Found({}, [])
+    return Measured({}, [])
   written = json.loads((out / 'coverage.json').read_text())
   for name in ('requests', 'tolerance', 'truth_seeds', 'truth_requests'):
     before = written['made_by']['options'][name]
@@ -329,8 +329,8 @@ def read(out: pathlib.Path, options) -> Found:
     lines = [Interval(line['problem'], int(line['seed']),
                       *(float(line[name]) for name in Interval._fields[2:]))
              for line in csv.DictReader(file)]
-  return Found({name: tuple(truth) for name, truth in
-                written['truths'].items()}, lines)
+  return Measured({name: tuple(truth) for name, truth in
+                   written['truths'].items()}, lines)
 
 
 def run(options, console) -> int:
@@ -342,28 +342,28 @@ def run(options, console) -> int:
                  TextColumn('{task.completed}/{task.total} '
                             '{task.fields[more]}'),
                  TimeElapsedColumn(), console=console, transient=True)
-  known, keep = Found({}, []), lambda found: None
+  known, keep = Measured({}, []), lambda measured: None
   if options.out:
     out = pathlib.Path(options.out)
     known, keep = read(out, options), functools.partial(save, out, options)
   tell = terminal.now_and_then(console)
 
-  def kept(found: Found) -> None:
-    keep(found)
-    tell(f'{len(found.truths)} truths, {len(found.intervals)} intervals')
+  def kept(measured: Measured) -> None:
+    keep(measured)
+    tell(f'{len(measured.truths)} truths, {len(measured.intervals)} intervals')
 
   with processes(options.processes) as run_map, bar:
-    found = measure(options, known, kept, bar, run_map)
-  console.print(table(found))
-  if lines := signs(found.intervals):
+    measured = measure(options, known, kept, bar, run_map)
+  console.print(table(measured))
+  if lines := signs(measured.intervals):
     console.print(table_of_signs(lines))
-  if found.stopped:
-    console.print(f'Stopped by {found.stopped}: this is what was known.')
+  if measured.stopped:
+    console.print(f'Stopped by {measured.stopped}: this is what was known.')
   if options.out:
-    keep(found)
+    keep(measured)
     terminal.written(console, options.out, 'coverage.csv', 'verdicts.csv',
                      'coverage.json')
-  return 130 if found.stopped == 'Ctrl-C' else 0
+  return 130 if measured.stopped == 'Ctrl-C' else 0
 
 
 if __name__ == '__main__':

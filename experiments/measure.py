@@ -142,7 +142,7 @@ def fit_file(path, model, device):
       latencies[plan] = fitting.fit_affine(own, pp=plan.pp)
   return profiles.Profile(
       model, device, latencies, source=f'fitted to {pathlib.Path(path).name}',
-      errors={plan: {kind: (r.mape, r.worst) for kind, r in
+      errors={plan: {kind: (error.mape, error.worst) for kind, error in
                      fitting.residuals(latencies[plan], own).items()}
               for plan, own in cells.items()}), cells
 
@@ -187,9 +187,10 @@ def _say(cell):
 
 def show_errors(console, model, cells):
   """The errors of a fit, by kind of step."""
-  for kind, r in fitting.residuals(model, cells).items():
-    console.print(f'  {kind}: mean error {r.mape:.1%} of {r.count} cells, '
-                  f'worst {r.worst:.1%} at {_say(r.cell)}', highlight=False)
+  for kind, error in fitting.residuals(model, cells).items():
+    console.print(f'  {kind}: mean error {error.mape:.1%} of {error.count} '
+                  f'cells, worst {error.worst:.1%} at {_say(error.cell)}',
+                  highlight=False)
 
 
 def show(console, profile, cells, tpot_s, config, model_config):
@@ -210,7 +211,7 @@ def show(console, profile, cells, tpot_s, config, model_config):
         cells[plan], model_config))
     alone = [c for c in cells[plan] if c.kind != 'mixed']
     console.print('  mean error of DistServe Appendix A, five constants: '
-                  + ', '.join(f'{kind} {r.mape:.1%}' for kind, r in
+                  + ', '.join(f'{kind} {error.mape:.1%}' for kind, error in
                               fitting.residuals(paper, alone).items()),
                   highlight=False)
     limit, rows = model.buckets.tokens[-1], model.buckets.rows[-1]
@@ -239,7 +240,7 @@ def show_roofline(console, fitted, cells):
   for plan, own in cells.items():
     model = dataclasses.replace(fitted, tp=plan.tp, pp=plan.pp)
     console.print(f'  plan {plan}: mean error ' + ', '.join(
-        f'{kind} {r.mape:.1%}' for kind, r in
+        f'{kind} {error.mape:.1%}' for kind, error in
         fitting.residuals(model, own).items()), highlight=False)
 
 
@@ -292,12 +293,12 @@ def _draw_decode(axis, model, cells):
 
 
 def _draw_errors(axis, model, cells):
-  for i, (kind, r) in enumerate(fitting.residuals(model, cells).items()):
+  for i, (kind, error) in enumerate(fitting.residuals(model, cells).items()):
     of = [c for c in cells if c.kind == kind]
     axis.plot([1e3 * c.seconds for c in of],
               [100 * (fitting.predict_s(model, c) / c.seconds - 1) for c in of],
               'o', color=f'C{i}', ms=4,
-              label=f'{kind}: mean {r.mape:.1%}, worst {r.worst:.1%}')
+              label=f'{kind}: mean {error.mape:.1%}, worst {error.worst:.1%}')
   axis.axhline(0, color='0.6', lw=0.8)
   axis.set(title='error of the fit', xlabel='measured ms', ylabel='%',
            xscale='log')

@@ -68,7 +68,7 @@ MakeJobs: TypeAlias = Callable[[Sequence[float], int], list[load.Job]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class Outcome:
   """What a run measured. Times in seconds.
 
   Attributes:
@@ -147,7 +147,7 @@ class Overload:
 
 def recovery_s(unloaded: Sequence[Record], after: Sequence[Record]
                ) -> float | None:
-  """When the latency was as before; see Found.recovered_s."""
+  """When the latency was as before; see Outcome.recovered_s."""
   served = [record for record in unloaded if record.token_s]
   slowest = Slo(*(RECOVERED * max(getattr(record, field) for record in served)
                   for field in ('ttft_s', 'tpot_s')))
@@ -163,8 +163,8 @@ def recovery_s(unloaded: Sequence[Record], after: Sequence[Record]
 async def measure(url: str, key: str | None, make: MakeJobs, clients: int,
                   singles: int, full_s: float, factor: float, flood_s: float,
                   recover_s: float,
-                  say: Callable[[str], object] = lambda text: None) -> Found:
-  """All phases against a server: a Found. say: told what goes on.
+                  say: Callable[[str], object] = lambda text: None) -> Outcome:
+  """All phases against a server: an Outcome. say: told what goes on.
 
   Raises:
     InputError: it does not answer single requests.
@@ -183,7 +183,7 @@ async def measure(url: str, key: str | None, make: MakeJobs, clients: int,
     flood, after = await run.flood(rate_per_s, flood_s, recover_s)
   reasons = collections.Counter(r.reason for r in flood.records if r.reason)
   del reasons['HTTP 429']
-  return Found(
+  return Outcome(
       capacity_per_s, {phase: sender.records for phase, sender in zip(
           PHASES, (unloaded, full, flood, after), strict=True)},
       [r.finish_s - r.arrival_s - lag_s for r, lag_s in zip(
@@ -203,7 +203,7 @@ def _ms(values: Sequence[float | None]) -> str:
   return f'{1e3 * p50:.0f} / {1e3 * p99:.0f}' if values else '-'
 
 
-def table(result: Found, slo: Slo) -> Table:
+def table(result: Outcome, slo: Slo) -> Table:
   """A rich Table of the phases."""
   made = Table(title=f'capacity {result.capacity_per_s:.3g} requests/s; TTFT '
                f'{slo.ttft_s:g} s, TPOT {slo.tpot_s:g} s',
@@ -232,7 +232,7 @@ def table(result: Found, slo: Slo) -> Table:
   return made
 
 
-def verdict(result: Found, slo: Slo) -> str:
+def verdict(result: Outcome, slo: Slo) -> str:
   """Sentences: what was aimed at and what came."""
   hits = [metrics.attains(r, slo) for r in result.accepted()]
   share = 100 * sum(hits) / max(1, len(hits))
@@ -253,7 +253,7 @@ def verdict(result: Found, slo: Slo) -> str:
           f'{1e3 * result.lag_s[2]:.1f} ms late at p99.')
 
 
-def save(result: Found, slo: Slo, out: pathlib.Path, title: str,
+def save(result: Outcome, slo: Slo, out: pathlib.Path, title: str,
          options: Any, prompts: str) -> None:
   """Writes records.jsonl, summary.json and report.png to a folder; options:
   of FLAGS. prompts: the file of them."""

@@ -6,9 +6,6 @@ JAX_PLATFORMS=cuda leaves the CPU to others: only tests marked `native` run.
 import gc
 import os
 
-# Modules and tests live to the end: half a million objects, through which the
-# garbage collector looked for a sixth of the suite's time.
-gc.disable()
 # Before JAX starts; processes that tests start have them too.
 os.environ.setdefault('NPROC', '32')  # room for collectives of many devices
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', os.path.join(
@@ -32,6 +29,9 @@ from jax._src.array import ArrayImpl
 
 from tests.common.transfers import guard_reads
 
+# Modules and tests live to the end: half a million objects, through which the
+# garbage collector looked for a sixth of the suite's time.
+gc.disable()
 NATIVE = os.environ.get('JAX_PLATFORMS') in ('cuda', 'gpu')
 if NATIVE:
   # Many processes share the device.

@@ -6,6 +6,7 @@ import inside a function counts too. A new folder must be given a rank.
 """
 
 import ast
+import functools
 import pathlib
 import sys
 
@@ -65,6 +66,11 @@ def _kind(name):
   return 'tool' if name in TOOLS else FOLDERS[folder][1]
 
 
+@functools.cache
+def _tree(path):
+  return ast.parse(path.read_text())
+
+
 def _imports(tree):
   """(line, dotted name) of each import: `from a import b` gives a.b."""
   for node in ast.walk(tree):
@@ -108,7 +114,7 @@ def _file_calls(tree):
 def test_imports_run_downwards(path):
   name = _id(path)
   wrong = [f'{name}:{line}: {why}'
-           for line, imported in _imports(ast.parse(path.read_text()))
+           for line, imported in _imports(_tree(path))
            if (why := _forbidden(name, imported))]
   assert not wrong, '\n'.join(wrong)
 
@@ -117,12 +123,12 @@ def test_imports_run_downwards(path):
 def test_a_pure_layer_touches_no_file(path):
   name = _id(path)
   if _kind(name) in ('pure', 'device') and name not in MAY_OPEN:
-    assert not list(_file_calls(ast.parse(path.read_text())))
+    assert not list(_file_calls(_tree(path)))
 
 
 @pytest.mark.parametrize('path', FILES, ids=_id)
 def test_what_is_public_says_what_it_is(path):
-  tree = ast.parse(path.read_text())
+  tree = _tree(path)
   assert ast.get_docstring(tree), f'{_id(path)} has no docstring'
   kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
   bare = [f'{_id(path)}:{node.lineno}: {node.name} has no docstring'
@@ -153,7 +159,7 @@ def _bare(tree):
 
 @pytest.mark.parametrize('path', FILES, ids=_id)
 def test_what_is_public_is_annotated(path):
-  assert not list(_bare(ast.parse(path.read_text())))
+  assert not list(_bare(_tree(path)))
 
 
 @pytest.mark.parametrize('source, bare', [

@@ -29,12 +29,12 @@ def draw1(data, figure):
   axes = figure.subplots()
   names = [*reported.FIG1, 'chunked']
   x = np.arange(len(names))
-  for at, (label, values) in enumerate((
+  for column, (label, values) in enumerate((
       ('paper', data['paper']),
       ('paper rules', {k: v[0] for k, v in data['rules'].items()}),
       ('ours', {k: v[0] for k, v in data['ours'].items()}
        | {'chunked': data['chunked'][0]}))):
-    bars = axes.bar(x + 0.27 * (at - 1),
+    bars = axes.bar(x + 0.27 * (column - 1),
                     [values.get(n, np.nan) for n in names], 0.25, label=label)
     axes.bar_label(bars, fmt='%.3g', fontsize=8)
   axes.set_xticks(x, [n.replace(' + ', '\n+ ') for n in names])
@@ -65,13 +65,13 @@ def draw3(data, figure):
 def draw4(data, figure):
   for axes, (name, curve) in zip(figure.subplots(1, 2, sharey=True),
                                  data['curves'].items(), strict=True):
-    for at, (which, colour) in enumerate((('intra', 'tab:orange'),
-                                          ('inter', 'tab:blue'))):
+    for column, (which, colour) in enumerate((
+        ('intra', 'tab:orange'), ('inter', 'tab:blue'))):
       axes.plot(data['rates'], curve[which], color=colour,
-                label=f'{which}-op, Eq. {3 - at}')
-      r, means, halves = zip(*((r, *pair[at]) for r, *pair in curve['dots']),
-                             strict=True)
-      axes.errorbar(r, means, halves, fmt='o', color=colour, capsize=3,
+                label=f'{which}-op, Eq. {3 - column}')
+      rates, means, halves = zip(*(
+          (rate, *pair[column]) for rate, *pair in curve['dots']), strict=True)
+      axes.errorbar(rates, means, halves, fmt='o', color=colour, capsize=3,
                     ms=4, label='simulated, 95 %')
     if name == 'paper':
       axes.plot(*reported.FIG4['intra'], '^', color='black',
@@ -114,7 +114,7 @@ def draw10(data, figure):
   colours = dict(zip(STAGES, ('#fdd0a2', 'tab:orange', 'tab:red', '#9ecae1',
                               'tab:blue'), strict=True))
   x = np.arange(len(data['rates']))
-  for at, who in enumerate(('published', 'paper', 'ours')):
+  for column, who in enumerate(('published', 'paper', 'ours')):
     below = np.zeros(len(x))
     for stage in STAGES:
       values = []
@@ -125,13 +125,13 @@ def draw10(data, figure):
                          'migrate': 0, 'decode': 100 - a - b - c}[stage])
         else:
           values.append(data['shares'][f'{who} {rate}'][stage])
-      left.bar(x + 0.28 * (at - 1), values, 0.26, below,
+      left.bar(x + 0.28 * (column - 1), values, 0.26, below,
                color=colours[stage],
-               label=stage.replace('_', ' ') if at == 0 else None)
+               label=stage.replace('_', ' ') if column == 0 else None)
       below += values
     for i in x:
-      left.text(i + 0.28 * (at - 1), 101, names.get(who, 'paper'), fontsize=6,
-                ha='center', rotation=45)
+      left.text(i + 0.28 * (column - 1), 101, names.get(who, 'paper'),
+                fontsize=6, ha='center', rotation=45)
   left.set_xticks(x, data['rates'])
   figure.legend(*left.get_legend_handles_labels(), fontsize=8, ncols=5,
                 loc='outside lower left')
@@ -168,25 +168,25 @@ def draw_end_to_end(data, figure):
   for line, part in zip(figure.subplots(len(parts), 4, squeeze=False), parts,
                         strict=True):
     case = reported.CASES[part['case']]
-    for at, who in enumerate(('paper', 'ours')):
+    for column, who in enumerate(('paper', 'ours')):
       for key, points in part['curves'].items():
         rules, label = key.split('|')
         if rules == who:
-          _draw_system(line[at], line[2 + at], label, points,
+          _draw_system(line[column], line[2 + column], label, points,
                        part['scales'][key])
       for label, (rates, values) in case.curves.items():
-        line[at].plot(rates, values, 'x', ms=5, color=LOOKS[
+        line[column].plot(rates, values, 'x', ms=5, color=LOOKS[
             'vLLM' if label == 'vLLM' else 'chunked']['color'],
                       label=f'published, {label}')
-      line[at].axvline(case.goodput[0], color='tab:blue', ls=':', lw=1,
+      line[column].axvline(case.goodput[0], color='tab:blue', ls=':', lw=1,
                        label='published goodput, DistServe')
-      line[2 + at].axvline(case.scale[0], color='tab:blue', ls=':', lw=1)
+      line[2 + column].axvline(case.scale[0], color='tab:blue', ls=':', lw=1)
       rules = 'paper rules' if who == 'paper' else 'ours'
-      tidy(line[at], f'{case.title}: {rules}', 'requests/s per device',
+      tidy(line[column], f'{case.title}: {rules}', 'requests/s per device',
            '% met both')
-      tidy(line[2 + at], f'{rules}, {case.scale_rate}/s per device',
+      tidy(line[2 + column], f'{rules}, {case.scale_rate}/s per device',
            'scale of both objectives', '% met both')
-      line[2 + at].set_xscale('log')
+      line[2 + column].set_xscale('log')
     for axes in line:
       axes.axhline(90, color='grey', lw=0.8, ls='--')
       axes.set_ylim(0, 103)
@@ -236,10 +236,10 @@ def draw11(data, figure):
 
 def draw_table2(data, figure):
   axes = figure.subplots()
-  for at, name in ((0, 'vLLM'), (2, 'DistServe-Low')):
-    axes.plot([v[at] for v in reported.TABLE2.values()],
-              [v[at + 1] for v in reported.TABLE2.values()], '^', ms=5,
-              color='tab:red' if at == 0 else 'tab:blue',
+  for column, name in ((0, 'vLLM'), (2, 'DistServe-Low')):
+    axes.plot([v[column] for v in reported.TABLE2.values()],
+              [v[column + 1] for v in reported.TABLE2.values()], '^', ms=5,
+              color='tab:red' if column == 0 else 'tab:blue',
               label=f'paper, {name}')
   for name in sorted({p[0] for p in data['points']}):
     axes.plot(*zip(*((p[2], p[3]) for p in data['points'] if p[0] == name),
@@ -258,13 +258,13 @@ def draw_table3(data, figure):
   axes = figure.subplots()
   for y, bar in enumerate(data['bars']):
     title, published, same, best, low, high, theirs, ours = bar
-    for at, value, colour, label, text in (
+    for shift, value, colour, label, text in (
         (-.27, published, 'tab:grey', "published goodput", theirs),
         (0, same, 'tab:blue', "paper's placement, simulated", theirs),
         (.27, best, 'tab:green', 'best found, simulated, 95 %', ours)):
-      axes.barh(y + at, value or 0, 0.24, color=colour, alpha=.6,
+      axes.barh(y + shift, value or 0, 0.24, color=colour, alpha=.6,
                 label=None if y else label)
-      axes.text(.01, y + at, text if value else text + ': ruled out by a '
+      axes.text(.01, y + shift, text if value else text + ': ruled out by a '
                 'bound', fontsize=7, va='center')
     axes.plot((low, high), (y + .27,) * 2, 'k-|', lw=1)
   axes.set_yticks(range(len(data['bars'])), [b[0] for b in data['bars']])

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from dsjax.config.checks import InputError
+from dsjax.placement import search
 from dsjax.placement.goodput import Goodput
 from experiments import coverage
 from experiments.common import cli
@@ -51,7 +52,9 @@ def test_truth_of_runs_that_differ_has_their_spread():
   assert high - low == pytest.approx(2 * half, rel=0.05)
 
 
-def test_files_and_table(tmp_path):
+def test_files_and_table(tmp_path, monkeypatch):
+  monkeypatch.setattr(search, 'measure', lambda problem, candidate: Goodput(
+      3.0, 2.9, 3.1, 'target', 0.9, 1, True))
   console = Console(record=True, width=100)
   options = cli.options(coverage.FLAGS, out=str(tmp_path), **TINY)
   assert coverage.run(options, console) == 0
@@ -123,7 +126,7 @@ def test_the_same_command_goes_on(tmp_path, monkeypatch):
 
 def test_a_folder_that_was_measured_in_another_way(tmp_path):
   options = cli.options(coverage.FLAGS, out=str(tmp_path), **TINY)
-  coverage.save(tmp_path, options, coverage.Found({}, []))
+  coverage.save(tmp_path, options, coverage.Measured({}, []))
   with pytest.raises(InputError, match='--requests=30: .*20, as in'):
     coverage.run(cli.options(coverage.FLAGS, out=str(tmp_path), **TINY | {
         'requests': 30}), Console())

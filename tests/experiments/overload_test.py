@@ -35,7 +35,7 @@ def record(arrival_s, ttft_s=0.1, tpot_s=0.1):
 
 @pytest.fixture(scope='module')
 def flooded():
-  """(Found, the server's metrics, most requests open at a time)."""
+  """(Outcome, the server's metrics, most requests open at a time)."""
   one = Running(limits=dataclasses.replace(LIMITS, max_open=MOST))
   try:
     one.await_status('ready', 'failed')

@@ -17,7 +17,7 @@ from tests.common.results import check_written, made_by
 
 TINY = dict(workloads=['sharegpt'], objectives=['balanced'], requests=30,
             tolerance=0.5, processes=1, orders=['fifo'], instances=2,
-            only=['static', 'chunked'])
+            only=['static', 'colocated'])
 
 
 def run(out, **options):
@@ -38,11 +38,11 @@ def test_lines_table_and_pictures_and_a_run_that_goes_on(tmp_path):
   check_written(text, tmp_path)
   assert made_by(tmp_path)['options']['instances'] == 2
   first = lines(tmp_path)
-  assert [line['policy'] for line in first] == ['static', 'chunked']
+  assert [line['policy'] for line in first] == ['static', 'colocated']
   for line in first:
     assert 0 < float(line['low']) <= float(line['goodput_per_device'])
     assert float(line['goodput_per_device']) <= float(line['high'])
-  code, text = run(tmp_path, only=['static', 'chunked', 'colocated'])
+  code, text = run(tmp_path, only=['static', 'colocated', 'splitwise'])
   assert code == 0 and '1 of 3 cells to measure' in text
   assert lines(tmp_path)[:2] == first and len(lines(tmp_path)) == 3
 

@@ -54,6 +54,7 @@ def test_nothing_is_lost_in_three_seconds_of_faults(tmp_path):
     assert (tmp_path / name).stat().st_size > 0
 
 
+@pytest.mark.deep
 @pytest.mark.usefixtures('_by_work')
 def test_nothing_is_lost_where_processes_die(tmp_path):
   console = Console(record=True, width=120)
@@ -127,7 +128,7 @@ def test_wrong_tokens_under_flips_are_seen(tmp_path, monkeypatch):
     return real(self, command._replace(source_pages=tuple(
         (page + 1) % most for page in command.source_pages)), checksum)
   monkeypatch.setattr(Route, 'start', start)
-  changes = {'set': [*FEW, 'checksum=false']}
+  changes = {'flips': 20, 'requests': 60, 'set': [*FEW, 'checksum=false']}
   assert soak.run(flip(tmp_path, **changes), Console(quiet=True)) == 1
   result = json.loads((tmp_path / 'soak.json').read_text())
   assert result['failed checks'] == ['wrong']

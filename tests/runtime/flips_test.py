@@ -130,7 +130,7 @@ MATRIX = (
     pytest.param('2flexible', PAGES_4, id='pages of 4'),
     pytest.param('2flexible', PAGES_OF_16, marks=DEEP, id='pages of 16'),
     pytest.param('2flexible', dataclasses.replace(
-        PAGES_OF_16, kv_dtype='int8'), id='int8 on pages of 16'),
+        PAGES_OF_16, kv_dtype='int8'), marks=DEEP, id='int8 on pages of 16'),
     pytest.param('flexible_pp2', PAGES_4, marks=DEEP, id='pp'),
     pytest.param('mixed', PAGES_4, marks=DEEP, id='prefill and chunked'))
 

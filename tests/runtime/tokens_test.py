@@ -137,8 +137,10 @@ def test_smollm2_gives_the_goldens_over_two_meshes():
 
 # --- no implicit transfer ----------------------------------
 
+# What others of EVERY have too, each in another mode.
+REPEATED = ('flexible_pp2', 'tp2_tp2', 'colocated_pp2')
 EVERY = pytest.mark.parametrize('mode', [
-    pytest.param(m, marks=[pytest.mark.deep] * (m == 'flexible_pp2'))
+    pytest.param(m, marks=[pytest.mark.deep] * (m in REPEATED))
     for m in MODES if m not in ('2colocated', '2chunked')])
 KV_SIZE = 2 * 4 * 4 * 8 // 2  # elements of the smallest shard that moves
 

@@ -215,7 +215,8 @@ def test_tokens_log_and_records_are_those_of_one_process(pair, one_process):
   check_equal(one_by_one(pair, JOBS), one_process)
 
 
-@pytest.mark.parametrize('mode', ['colocated', 'chunked'])
+@pytest.mark.parametrize('mode', [
+    pytest.param('colocated', marks=pytest.mark.deep), 'chunked'])
 def test_so_they_are_without_hand_offs(mode, one_process):
   with start(serving.MODES[mode][0], CONFIGS[mode]) as server:
     check_equal(one_by_one(server, JOBS), one_process)
