@@ -175,8 +175,17 @@ def _wrong_test(module, names):
   paths = list(ROOT.glob(f'tests/**/{module}.py'))
   if not paths:
     yield f'no {module}.py'
-  elif names and f'def {names[0]}(' not in paths[0].read_text():
+  elif names and not any(f'def {names[0]}(' in path.read_text()
+                         for path in paths):
     yield f'{module} has no {names[0]}'
+
+
+def test_every_case_names_its_test():
+  rows = [line for line in read('docs/cases.md').split('\n')
+          if line.startswith('| ') and not line.startswith('| input |')]
+  assert len(rows) > 60
+  for row in rows:
+    assert re.search(r'`\w+_test\.test_\w+` \|$', row), row
 
 
 # --- files ------------------------------------------------------------------
