@@ -33,14 +33,11 @@ import statistics
 import types
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 
 import dsjax
 from dsjax import workload
 from dsjax.analysis import metrics
-from dsjax.analysis.record import STAGES
 from dsjax.config import checks
 from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig
@@ -52,12 +49,12 @@ from experiments import measure
 from experiments.common import (
   cli,
   machine,
-  pictures,
   provenance,
   report,
   terminal,
 )
 from experiments.common import overrides as configs
+from experiments.common.validate_report import PROFILES, STATS, draw, show
 
 ENGINE = EngineConfig(max_len=192, max_seqs=8, prefill_tokens=128,
                       chunk_tokens=128, prefill_seqs=4)
@@ -65,8 +62,6 @@ QUICK = EngineConfig(max_len=96, max_seqs=4, prefill_tokens=32,
                      chunk_tokens=32, prefill_seqs=2)
 PLACEMENTS = {'disaggregated': 'prefill=1x1,decode=1x1',
               'colocated': 'colocated=1x1,1x1', 'chunked': 'chunked=1x1,1x1'}
-PROFILES = ('bench', 'calibrated')
-STATS = ('mean', 'p50', 'p90', 'p99')
 SHARES, CALIBRATION = (0.3, 0.6, 0.85, 1.2), 0.75  # of a burst's throughput
 TTFT_TIMES, TPOT_TIMES = 2.0, 1.25  # objectives over calibration's medians
 
@@ -287,111 +282,6 @@ def objectives(modes, ttft_s, tpot_s):
                for m in modes)
   return Slo(ttft_s or TTFT_TIMES * most('ttft_s'),
              tpot_s or TPOT_TIMES * most('tpot_s'))
-
-
-# --- what a person looks at -------------------------------------------------
-
-
-def show(console, rows, slo):
-  """Attainment and latencies; then where the seconds are."""
-  table = Table(title=f'Real against simulated; SLO TTFT {slo.ttft_s:.3g} s, '
-                f'TPOT {slo.tpot_s:.3g} s', title_justify='left')
-  for column in ('mode, rate', 'of', 'attained % [95 %]',
-                 *(f'{x} {s}' for x in ('TTFT', 'TPOT') for s in STATS)):
-    table.add_column(column, justify='right')
-  for row in rows:
-    for kind in ('real', *PROFILES):
-      shown = row[kind]
-      share, low, high = (100 * x for x in shown['attainment'])
-      cells = [f'{1e3 * shown[x][s]:.0f}' if kind == 'real' else
-               f'{100 * row["errors"][kind][x][s]:+.0f}%'
-               for x in ('ttft_s', 'tpot_s') for s in STATS]
-      table.add_row(
-          f'{row["mode"]} {row["rate_per_s"]:.2f}/s' if kind == 'real'
-          else '', kind, f'{share:.1f} [{low:.0f}, {high:.0f}]'
-          if kind == 'real' else
-          f'{share:.1f} ({row["errors"][kind]["attainment"]:+.1f})', *cells,
-          end_section=kind == PROFILES[-1])
-  console.print(table)
-  console.print('real in ms; simulated as the error of its statistic')
-  _show_stages(console, rows)
-  _show_steps(console, rows)
-
-
-def _show_stages(console, rows):
-  table = Table(title='Mean ms a request in each stage', title_justify='left')
-  for column in ('mode, rate', 'of', *STAGES):
-    table.add_column(column, justify='right')
-  for row in rows:
-    for kind in ('real', *PROFILES):
-      table.add_row(f'{row["mode"]} {row["rate_per_s"]:.2f}/s'
-                    if kind == 'real' else '', kind,
-                    *(f'{1e3 * row[kind]["stage_s"][s]:.0f}'
-                      for s in STAGES),
-                    end_section=kind == PROFILES[-1])
-  console.print(table)
-
-
-def _show_steps(console, rows):
-  table = Table(title="The real run's own steps against what a profile says "
-                'of the same batches (ratio real / predicted)',
-                title_justify='left')
-  for column in ('mode, rate', 'profile', 'step', 'count', 'real ms',
-                 'predicted', 'ratio', 'overlap', 'alone', 'together'):
-    table.add_column(column, justify='right')
-
-  def number(x):
-    return '' if x is None else f'{x:.2f}'
-  for row in rows:
-    for kind in PROFILES:
-      for s in row['steps'][kind]:
-        table.add_row(f'{row["mode"]} {row["rate_per_s"]:.2f}/s', kind,
-                      s['what'], str(s['count']), f'{1e3 * s["real_s"]:.1f}',
-                      f'{1e3 * s["predicted_s"]:.1f}', number(s['ratio']),
-                      f'{100 * s["overlap"]:.0f}%', number(s['alone']),
-                      number(s['together']))
-  console.print(table)
-  console.print('alone, together: steps in which the other instance was at '
-                'work less or more than half of the time; of a migration, '
-                'whether its pages were read behind a step', soft_wrap=True)
-
-
-def draw(path, rows):
-  """Attainment, TTFT and TPOT, and their errors; a column a mode."""
-  modes = list(dict.fromkeys(r['mode'] for r in rows))
-  figure = Figure(figsize=(6 * len(modes), 12), layout='constrained')
-  axes = figure.subplots(4, len(modes), squeeze=False)
-  for column, mode in zip(axes.T, modes, strict=True):
-    own = sorted((r for r in rows if r['mode'] == mode),
-                 key=lambda r: r['rate_per_s'])
-    rates = [r['rate_per_s'] for r in own]
-    share, low, high = 100 * np.array([r['real']['attainment']
-                                       for r in own]).T
-    column[0].errorbar(rates, share, (share - low, high - share), fmt='ko',
-                       capsize=3, label='real')
-    for kind, style in zip(PROFILES, ('--', '-'), strict=True):
-      column[0].plot(rates, [100 * r[kind]['attainment'][0] for r in own],
-                     style, color='C0', label=f'simulated, {kind}')
-      for axis, name in zip(column[1:3], ('ttft_s', 'tpot_s'), strict=True):
-        for i, s in enumerate(STATS[1:]):
-          axis.plot(rates, [1e3 * r[kind][name][s] for r in own], style,
-                    color=f'C{i}')
-      for i, name in enumerate(('ttft_s', 'tpot_s')):
-        column[3].plot(rates, [100 * r['errors'][kind][name]['mean']
-                               for r in own], style, marker='.',
-                       color=f'C{i}', label=f'{name[:4].upper()}, {kind}')
-    for axis, name in zip(column[1:3], ('ttft_s', 'tpot_s'), strict=True):
-      for i, s in enumerate(STATS[1:]):
-        axis.plot(rates, [1e3 * r['real'][name][s] for r in own], 'o',
-                  color=f'C{i}', label=s)
-      axis.set(ylabel=f'{name[:4].upper()}, ms', yscale='log')
-    column[0].set(title=mode, ylabel='attained both, %', ylim=(-3, 103))
-    column[3].axhspan(-10, 10, color='0.9')
-    column[3].set(xlabel='requests a second', ylabel='error of the mean, %')
-    for axis in column:
-      axis.legend(frameon=False, fontsize=8)
-  figure.suptitle('Real (dots) and simulated (lines; dashed: bench profile)')
-  pictures.save(figure, path)
 
 
 # --- the whole --------------------------------------------------------------
