@@ -66,8 +66,9 @@ MUTATIONS = {
     'a preempted row loses a token': (
         batches, '_preempt', 'batch.tick + 1', 'batch.tick'),
     'a request ends before its last token': (
-        batches, '_advance', "run.move(seq, 'finishing')",
+        batches, 'part', "run.move(seq, 'finishing')",
         "run.move(seq, 'finishing'); "
+        'from dsjax.scheduling.events import Finish; '
         "run.commands.append(Finish(id, 'length'))"),
     'the latest is first': (
         RUN, 'enqueue',
@@ -459,11 +460,12 @@ def test_a_mutation_is_caught(first, name, monkeypatch):
   tried = list(worlds.values())
   if name not in RARE:
     tried = [worlds[WORLD.get(name, first)]]
-  with pytest.raises(world.Violation):
+  with pytest.raises(world.Violation) as caught:
     for faults in range(4):
       for rules, most in tried:
         if faults <= most:
           schedules.search(rules, faults)
+  assert 'NameError' not in str(caught.value)  # of the mutation itself
 
 
 @pytest.mark.parametrize('name', UNNOTICED)
