@@ -248,9 +248,10 @@ def run(options, console):
             interrupts.halt, traces and traces.save, label):
           done.append(dataclasses.replace(point, policy=policy, seed=seed))
           if not console.is_terminal:
+            where = sweep_report.where(point, kind)
             console.print(
-                f'{point.placement}{label} at '
-                f'{sweep_report.where(point, kind)}: '
+                f'{point.placement}{label}'
+                f'{"" if where == "at once" else " at"} {where}: '
                 f'{point.summary.attainment[0]:.0%} met both')
     except KeyboardInterrupt:
       stopped = True

@@ -2,8 +2,14 @@
 
 As on Colab, where jax is there: the first cell installs it, the rest runs in
 the same kernel. What is cloned there is a wheel of this tree here.
+
+  python -m tests.notebook_test 1_two_meshes 2_placement 3_kernels
+
+executes notebooks at full size, with the dsjax that is installed here, and
+stores their outputs. On a quiet machine: the first one compares latencies.
 """
 
+import copy
 import json
 import pathlib
 import subprocess
@@ -141,3 +147,21 @@ def test_a_package_that_changed_under_the_kernel_is_said(monkeypatch):
   monkeypatch.setattr('importlib.metadata.version', lambda name: '99.0')
   with pytest.raises(RuntimeError, match='99.0 is installed: restart'):
     exec(_cells(NOTEBOOKS[0])[INSTALL].source, {})
+
+
+def store(path):
+  """Executes a notebook and writes it with its outputs."""
+  notebook = nbformat.read(path, as_version=4)
+  metadata = copy.deepcopy(notebook.metadata)
+  nbclient.NotebookClient(
+      notebook, timeout=1800, kernel_name='python3', coalesce_streams=True,
+      resources={'metadata': {'path': str(path.parent)}}).execute()
+  notebook.metadata = metadata  # of no machine
+  for cell in notebook.cells:
+    cell.metadata.pop('execution', None)
+  nbformat.write(notebook, path)
+
+
+if __name__ == '__main__':
+  for name in sys.argv[1:]:
+    store(FOLDER / f'{name}.ipynb')

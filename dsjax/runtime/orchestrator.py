@@ -73,7 +73,7 @@ from dsjax.runtime.output import (
 )
 from dsjax.runtime.prompts import Prompt, check_ids, prompt_ids
 from dsjax.runtime.protocols import Engine as AnyEngine
-from dsjax.runtime.protocols import MakeEngine, Report
+from dsjax.runtime.protocols import MakeEngine, Observer, Report
 from dsjax.runtime.replay import Replay
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import Drain
@@ -156,8 +156,8 @@ class Orchestrator:
     except BaseException:
       self._close()
       raise
-    self.log, self.observers = self.loop.log, self.loop.observers
-    self.fleet, self.unfinished = self.loop.fleet, self.loop.unfinished
+    self.log, self.unfinished = self.loop.log, self.loop.unfinished
+    self.fleet = self.loop.fleet
     self.engines, self.routes = self.fleet.engines, self.fleet.routes
     self.scheduler_config = self.loop.scheduler_config
     self.requests: dict[int, RequestOutputState] = {}
@@ -267,6 +267,15 @@ class Orchestrator:
   @property
   def records(self) -> list[Record]:
     return self.loop.recorder.records
+
+  @property
+  def observers(self) -> list[Observer]:
+    """Who hears of each event: a list to be added to, or to be replaced."""
+    return self.loop.observers
+
+  @observers.setter
+  def observers(self, observers: Iterable[Observer]) -> None:
+    self.loop.observers[:] = observers
 
   @property
   def copied_bytes(self) -> int:

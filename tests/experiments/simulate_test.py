@@ -159,7 +159,7 @@ def test_a_trace_without_a_span_is_at_once(tmp_path):
     path.write_text('arrival_s,prompt_len,output_len\n' + '7,30,4\n' * rows)
     code, text, _ = run(f'--lengths={path}', '--process=trace', '--ttft_s=9',
                      f'--out={tmp_path}')
-    assert code == 0 and 'at once: 100% met both' in text
+    assert code == 0 and '1x1 at once: 100% met both' in text
     point, = json.loads((tmp_path / 'summary.json').read_text())['points']
     assert point['x'] == 0 and sum(
         point['summary']['counts'].values()) == rows - rows // 5

@@ -273,6 +273,15 @@ def test_an_observer_that_always_waits_for_its_server_is_refused():
     serves_on(server)
 
 
+def test_a_list_of_observers_may_be_replaced():
+  heard = []
+  with server_of('1p1d') as server:
+    server.observers.append(None)
+    server.observers = (lambda event, _: heard.append(event),)
+    serves_on(server)
+  assert heard == [event for event, _ in server.log]
+
+
 def test_what_an_observer_asks_for_comes_after_what_it_hears(monkeypatch):
   performed, asked = [], []
   with server_of('2colocated') as server:
