@@ -5,7 +5,6 @@ requests are served.
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -23,9 +22,6 @@ from dsjax.simulation import latency, simulator
 # A run lasts this many times what a request may take within its objectives,
 # so that queues of an overloaded system have time to grow past them.
 LIFETIMES = 10
-# Those of a race between candidates: a rate that is passed too easily there
-# costs nothing but time, as the best are measured once more.
-RACE_LIFETIMES = 4
 # Objectives of hours would ask for millions of requests: a run has this many
 # at most, or so many times SearchProblem.most_requests (see Judge).
 MOST_REQUESTS, MOST_TIMES = 4000, 4
@@ -243,9 +239,9 @@ class Judge:
         seconds.mixed_s(pieces, rows, rows * problem.max_len / 2)
         for seconds in system.latencies)
 
-  def length(self, rate_per_s: float, lifetimes: float = LIFETIMES) -> int:
+  def length(self, rate_per_s: float) -> int:
     """Requests of a run at this rate."""
-    asked = rate_per_s * lifetimes * self.life_s
+    asked = rate_per_s * LIFETIMES * self.life_s
     return max(self.least, math.ceil(min(asked, self.most)))
 
   def objectives(self, rate_per_s: float) -> Slo:
@@ -281,17 +277,15 @@ def measure(problem: SearchProblem, task: Task) -> goodput.Goodput:
   system = setup(problem, candidate)
   judge = Judge(problem, system, candidate.phase)
   most = math.ceil(problem.most_requests * task.effort)
-  length = judge.length if task.tight else functools.partial(
-      judge.length, lifetimes=RACE_LIFETIMES)
   best = goodput.search(
       Runs(problem, system, judge.objectives,
-           lambda rate_per_s: max(most, length(rate_per_s))),
+           lambda rate_per_s: max(most, judge.length(rate_per_s))),
       task.target,
       task.start_per_s or max(candidate.guess_per_s, bound / 16),
       1 + problem.tolerance / (2 if task.tight else 1),
       math.ceil(problem.requests * (task.effort if task.tight else 1)),
       most, goodput.Bisection(
           stride=1.1 if task.tight else 1.4, least_per_s=bound / 4**6,
-          most_per_s=bound, full=length,
+          most_per_s=bound, full=judge.length,
           beat_per_s=task.beat_per_s, tight=task.tight))
   return dataclasses.replace(best, high_per_s=min(best.high_per_s, bound))

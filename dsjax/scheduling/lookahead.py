@@ -88,7 +88,8 @@ class Ahead:
     self.ticks: list[int] = []
     self.left: list[tuple[int, int, int]] = []
     self.flight = len(inst.inflight)
-    self.ending = [(after - inst.number, id) for after, id in inst.ending]
+    self.ending = [(max(after - inst.number, -self.flight), id)
+                   for after, id in inst.ending]
     self.rows = self.context = 0
     self._free = prefix_cache.num_free(inst.pool)
     if inst.host:  # what is evicted is to be told
