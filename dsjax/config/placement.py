@@ -106,6 +106,10 @@ class Placement:
   flexible instance does, a policy says while it serves. Roles may be mixed:
   prompts that a prefill instance has done go to any that decodes. Instances
   are numbered in the order of ROLES.
+
+  aligned: prefill and decode instances lie beside each other in a node, as
+  Algorithm 2 puts them, so that KV stays there: see `groups`. It says where
+  instances are, not which: placements are equal without it.
   """
 
   prefill: Sequence[Plan] = ()
@@ -113,6 +117,7 @@ class Placement:
   colocated: Sequence[Plan] = ()
   chunked: Sequence[Plan] = ()
   flexible: Sequence[Plan] = ()
+  aligned: bool = dataclasses.field(default=False, compare=False)
 
   def __post_init__(self) -> None:
     for role in ROLES:
@@ -121,6 +126,8 @@ class Placement:
               and all(isinstance(p, Plan) for p in plans),
               f'Placement.{role}', plans, 'a list of Plan')
       object.__setattr__(self, role, tuple(plans))
+    require(isinstance(self.aligned, bool), 'Placement.aligned', self.aligned,
+            'True or False')
     roles = [ROLES[role] for role, _ in self.instances]
     require(any(r.prefills for r in roles) and any(r.decodes for r in roles)
             and (any(not r.decodes for r in roles)
@@ -135,13 +142,16 @@ class Placement:
 
     role=TPxPP for each instance; a role's further instances follow with commas
     and no name: 'colocated=1x1,1x1', 'prefill=2x1,decode=1x1,1x1'. Where
-    devices are of several kinds, role=TPxPP@KIND.
+    devices are of several kinds, role=TPxPP@KIND. ',aligned' at the end: see
+    Placement.
 
     Raises:
       InputError naming `field`.
     """
     plans, role, kinds = {}, None, tuple(kinds)
-    for item in text.split(','):
+    named, comma, word = text.rpartition(',')
+    aligned = bool(comma) and word.strip() == 'aligned'
+    for item in (named if aligned else text).split(','):
       name, equals, plan = item.strip().rpartition('=')
       role = name if equals else role
       match, shape, example = _read(plan, kinds)
@@ -149,16 +159,29 @@ class Placement:
               f'role={shape}, ... with roles of {tuple(ROLES)}, such as '
               f'prefill=1x1{example},decode=1x1{example}')
       plans.setdefault(role, []).append(Plan.parse(plan, field, kinds))
-    return cls(**plans)
+    return cls(**plans, aligned=aligned)
 
   def __str__(self) -> str:
     return ','.join(f'{role}=' + ','.join(map(str, plans))
-                    for role in ROLES if (plans := getattr(self, role)))
+                    for role in ROLES if (plans := getattr(self, role))
+                    ) + ',aligned' * self.aligned
 
   @property
   def instances(self) -> tuple[tuple[str, Plan], ...]:
     """((role, Plan), ...) in device order."""
     return tuple((role, p) for role in ROLES for p in getattr(self, role))
+
+  @property
+  def groups(self) -> tuple[tuple[int, ...], ...]:
+    """Instances that must share a node: each alone; of an aligned placement
+    prefill and decode instances in as many equal groups as there can be."""
+    n, m = len(self.prefill), len(self.decode)
+    count = math.gcd(n, m) if self.aligned and n and m else 0
+    beside = [(*range(g * n // count, (g + 1) * n // count),
+               *range(n + g * m // count, n + (g + 1) * m // count))
+              for g in range(count)]
+    first = n + m if beside else 0
+    return (*beside, *((i,) for i in range(first, len(self.instances))))
 
   @property
   def names(self) -> tuple[str, ...]:

@@ -42,6 +42,12 @@ class RankedPlacement:
   price: float | None = None
 
   @property
+  def to_serve(self) -> Placement:
+    """The placement, with what `aligned` says, as dsjax.serve takes it."""
+    return dataclasses.replace(self.placement, aligned=self.aligned and (
+        self.placement.mode == 'disaggregated'))
+
+  @property
   def devices(self) -> float:
     """How many devices it counts as."""
     return self.price or self.placement.num_devices

@@ -59,7 +59,7 @@ from dsjax.config.latency import Latency, LinkLike
 from dsjax.config.placement import Placement
 from dsjax.config.request import Request, Sampling
 from dsjax.placement.api import Named, latency_of, links_of
-from dsjax.runtime.cluster import local
+from dsjax.runtime.cluster import starting
 from dsjax.runtime.engine import Engine
 from dsjax.runtime.fleet import build
 from dsjax.runtime.loop import Loop
@@ -120,15 +120,16 @@ class Orchestrator:
       planner: where the policy's resize is asked, so that a long search holds
         up no step: planner_process(), if the policy can be pickled, or any
         other Executor; closing it is the caller's. None: in the loop.
-      cluster: None: instances share this process. 'local': each is a process
-        of its own on this host, which loads the model itself.
+      cluster: None: instances share this process. Else each is a process of
+        its own, which loads the model itself: 'local' on this host, 'ray' or
+        'ray:ADDRESS' where Ray has room, 'hosts:FILE' on those of a file.
 
     Raises:
       InputError: the placement or the config cannot be served.
       RuntimeError: the process of an instance did not start.
     """
     config = config or EngineConfig()
-    check_cluster(cluster)
+    starting.check(cluster)
     require(cluster is None or devices is None, 'devices', devices,
             f'None with cluster={cluster!r}: processes have their own')
     require(isinstance(policy, Policy), 'policy', policy, 'a dsjax.Policy')
@@ -148,7 +149,7 @@ class Orchestrator:
     engines = (
         build(model, placement, config, jax.devices() if devices is None
               else devices, make_engine) if cluster is None else
-        local.build(model, placement, config, make_engine))
+        starting.build(model, placement, config, make_engine, cluster))
     self._close = weakref.finalize(self, _close_all, engines)
     try:
       self.loop = Loop(engines, config, report, keep_events, policy, latencies,
@@ -731,12 +732,6 @@ class Orchestrator:
     if not some:
       time.sleep(self.loop.pause_s)
     return some
-
-
-def check_cluster(cluster: str | None) -> None:
-  """Raises InputError unless this is how instances may be started."""
-  require(cluster in (None, 'local'), 'cluster', cluster, "None or 'local': "
-          'instances on several hosts, or by Ray, are not there yet')
 
 
 def _close_all(engines: Sequence[AnyEngine]) -> None:

@@ -55,9 +55,9 @@ def message_cost(rows, pages):
         Row(id, 1000, 2000, tuple(range(id * pages, id * pages + pages))
             + tuple(range(turn))) for id in range(rows)))
     began = time.thread_time()  # whatever else the cores do
-    data = messages.dump(1, messages.Run(here.shrink(command)))
+    data = messages.dump(1, here.pack(command))
     sent = time.thread_time()
-    there.grow(messages.load(data)[1].command)
+    there.unpack(messages.load(data)[1])
     took['server'].append(sent - began)
     took['instance'].append(time.thread_time() - sent)
     size = len(data)

@@ -113,8 +113,9 @@ SHARED = {
 }
 PREDICTS = Flag('', 'For a policy that predicts: a file that '
                 'experiments.measure wrote of this machine.')
-CLUSTER_FLAG = Flag('', 'local: each instance is a process of its own on this '
-                    'host; else they share this one.')
+CLUSTER_FLAG = Flag('', 'Each instance is a process of its own. local: on this '
+                    'host; ray, or ray:ADDRESS: where Ray has room; '
+                    'hosts:FILE: on the hosts of a file.')
 CACHE = str(ROOT / '.cache' / 'jax')
 # Flags of a Cluster: the field that each gives, and the unit.
 CLUSTER = {'memory_gb': ('memory_bytes', 1e9),
@@ -311,9 +312,9 @@ def cluster_of(options: types.SimpleNamespace) -> str | None:
   Raises:
     InputError: it is not there.
   """
-  from dsjax.runtime.orchestrator import check_cluster
+  from dsjax.runtime.cluster import starting
   with naming('--cluster'):
-    check_cluster(options.cluster or None)
+    starting.check(options.cluster or None)
   return options.cluster or None
 
 

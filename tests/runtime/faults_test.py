@@ -21,11 +21,11 @@ from dsjax.scheduling.events import (
   InstanceDown,
   InstanceUp,
   MigrateFailed,
-  RunPrefill,
   Timer,
 )
 from experiments.verify.faults import COPY, KINDS, Injected, Injector
 from tests.common import serving
+from tests.common.losses import AT
 from tests.common.serving import (
   LONG,
   MIXED,
@@ -106,27 +106,6 @@ def outputs(server, ids):
 
 
 # --- an instance is lost -----------------------------------------------------
-
-# Where a request is -> the instance that is lost.
-AT = {
-    'idle': lambda state: len(state.instances) - 1,
-    'queued': lambda state: _where(state, 'queued', 'instance'),
-    'prefilling': lambda state: next((
-        i for i, inst in enumerate(state.instances)
-        if any(isinstance(c, RunPrefill) for c, _ in inst.inflight)),
-        None),
-    'prefilled': lambda state: _where(state, 'prefilled', 'instance'),
-    'source': lambda state: _where(state, 'migrating', 'instance'),
-    'target': lambda state: _where(state, 'migrating', 'target'),
-    'decoding': lambda state: _where(state, 'decoding', 'instance'),
-    'finishing': lambda state: _where(state, 'finishing', 'instance'),
-}
-
-
-def _where(state, stage, side):
-  return next((getattr(seq, side) for seq in state.seqs.values()
-               if seq.stage == stage), None)
-
 
 # Instances that prefill and decode, each kind compiled apart.
 DEEP_2COLOCATED = pytest.param('2colocated', marks=pytest.mark.deep)

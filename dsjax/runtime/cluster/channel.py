@@ -3,7 +3,8 @@
 It begins with a proof, both ways, that the other side has the key (HMAC, of
 multiprocessing.connection); nothing is encrypted. Two threads read and write,
 so that neither side ever waits for the other: not in the middle of a message,
-nor where the other's buffers are full.
+nor where the other's buffers are full. Each message has a number, the Hello 0:
+one that is lost, comes twice or out of order ends the channel.
 """
 
 import collections
@@ -12,11 +13,9 @@ import os
 import queue
 import secrets
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing import AuthenticationError
 from multiprocessing import connection as mp
 from typing import Any, TypeAlias
 
@@ -25,11 +24,31 @@ from dsjax.runtime.cluster.messages import Hello, Message
 
 LOOPBACK = '127.0.0.1'
 MOST_BYTES = 2**28  # of a message
-GREET_S = 10.0  # that a stranger may take to prove itself
-MOST_GREETED = 8  # strangers at a time
+MOST_GREETED = 64  # strangers at a time: one more, and the oldest must go
+# A peer whose host is gone is noticed by the kernel after about 30 s: idle
+# seconds until it asks, between two questions, how many of these.
+KEEPALIVE = {'TCP_KEEPIDLE': 10, 'TCP_KEEPINTVL': 5, 'TCP_KEEPCNT': 4,
+             'TCP_USER_TIMEOUT': 30_000}  # of Linux; others have some
 CLOSED = 'its process ended, or its socket was cut'
 # What a message is answered by at once; None: it is kept, for `take`.
 Answer: TypeAlias = Callable[[Any], Message | None]
+
+
+def numbered(count: int, data: bytes) -> bytes:
+  """A message with its number before it."""
+  return (count % 2**32).to_bytes(4, 'little') + data
+
+
+def unnumbered(count: int, data: bytes) -> bytes:
+  """The inverse.
+
+  Raises:
+    ValueError: it has another number.
+  """
+  came = int.from_bytes(data[:4], 'little')
+  if came != count % 2**32:
+    raise ValueError(f'message {came} came, {count} was due')
+  return data[4:]
 
 
 class Channel:
@@ -42,14 +61,21 @@ class Channel:
 
   def __init__(self, connection: mp.Connection, incarnation: int,
                answer: Answer = lambda message: None,
-               end: Callable[[str], object] = lambda why: None) -> None:
+               end: Callable[[str], object] = lambda why: None,
+               sent: int = 0, heard: int = 0) -> None:
     """answer: called in the reading thread. end: called there when the other
-    side is gone, with the reason."""
+    side is gone, with the reason. sent, heard: messages so far."""
+    self._sent, self._heard = sent, heard
     self.incarnation, self.heard_s = incarnation, time.monotonic()
     self.ended = ''
     self._connection, self._answer, self._end = connection, answer, end
     self._socket = socket.socket(fileno=os.dup(connection.fileno()))
     self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEPALIVE.items():
+      if hasattr(socket, name):
+        self._socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name),
+                                value)
     self._in: collections.deque[Any] = collections.deque()
     self._news = threading.Event()
     self._out: queue.SimpleQueue[bytes | threading.Event | None] = (
@@ -83,9 +109,9 @@ class Channel:
       taken.append(self._in.popleft())
     return taken
 
-  def wait(self) -> None:
-    """Waits until something has come, or it has ended."""
-    self._news.wait()
+  def wait(self, seconds: float | None = None) -> None:
+    """Waits until something has come, or it has ended; so long at most."""
+    self._news.wait(seconds)
     self._news.clear()
 
   def close(self) -> None:
@@ -96,8 +122,7 @@ class Channel:
 
   def cut(self) -> None:
     """Cuts the connection, as a fault would."""
-    with contextlib.suppress(OSError):  # it has ended by itself
-      self._socket.shutdown(socket.SHUT_RDWR)
+    _shut(self._socket)
 
   def _read(self) -> None:
     why = CLOSED
@@ -105,7 +130,8 @@ class Channel:
       while True:
         data = self._connection.recv_bytes(MOST_BYTES)
         self.heard_s = time.monotonic()
-        incarnation, message = messages.load(data)
+        incarnation, message = messages.load(unnumbered(self._heard, data))
+        self._heard += 1
         if incarnation != self.incarnation:
           continue
         answer = self._answer(message)
@@ -129,7 +155,8 @@ class Channel:
         if isinstance(data, threading.Event):
           data.set()
         else:
-          self._connection.send_bytes(data)
+          self._connection.send_bytes(numbered(self._sent, data))
+          self._sent += 1
     self.cut()  # wakes the reader
     self._reader.join()
     self._socket.close()
@@ -139,21 +166,25 @@ class Channel:
 class Door:
   """Awaits one process, which has the key, on a port of its own.
 
-  The port is open until it has come, or `close`.
+  The port is open until it has come, or `close`. Strangers may take as long as
+  they like to prove themselves, but the oldest makes room for the newest.
 
   Attributes:
     address: 'HOST:PORT'. key: for that process only. channel: None until it
-      has come. failed: why it cannot come, or ''.
+      has come. pid: of the process, then. failed: why it cannot come, or ''.
   """
 
-  def __init__(self, index: int, incarnation: int) -> None:
-    self.key, self.failed = secrets.token_bytes(32), ''
+  def __init__(self, index: int, incarnation: int, host: str = LOOPBACK,
+               port: int = 0, key: bytes = b'') -> None:
+    """host, port: where it listens; 0: any port. key: b'': a new one."""
+    self.key, self.failed = key or secrets.token_bytes(32), ''
     self.channel: Channel | None = None
+    self.pid: int | None = None
     self._index, self._incarnation = index, incarnation
     self._lock, self._closed = threading.Lock(), False
-    self._listens = socket.create_server((LOOPBACK, 0))
+    self._listens = socket.create_server((host, port))
     self.address = '{}:{}'.format(*self._listens.getsockname())
-    self._strangers = threading.Semaphore(MOST_GREETED)
+    self._strangers: collections.deque[socket.socket] = collections.deque()
     threading.Thread(target=self._accept, daemon=True,
                      name='dsjax door').start()
 
@@ -161,53 +192,58 @@ class Door:
     """Lets nobody in any more."""
     with self._lock:
       self._closed = True
-    with contextlib.suppress(OSError):
-      self._listens.shutdown(socket.SHUT_RDWR)  # wakes accept
+      strangers = list(self._strangers)
+    for end in (self._listens, *strangers):  # wakes accept and greetings
+      _shut(end)
 
   def _accept(self) -> None:
     with self._listens, contextlib.suppress(OSError):  # it was shut down
       while True:
         stranger, _ = self._listens.accept()
-        self._strangers.acquire()  # the others wait for their turn
+        with self._lock:
+          self._strangers.append(stranger)
+          several = list(self._strangers)
+          too_many = several if self._closed else several[:-MOST_GREETED]
+        for oldest in too_many:
+          _shut(oldest)
         threading.Thread(target=self._greet, args=(stranger,),
                          daemon=True, name='dsjax greeting').start()
 
   def _greet(self, stranger: socket.socket) -> None:
-    connection = mp.Connection(stranger.detach())
+    connection = mp.Connection(os.dup(stranger.fileno()))
     try:
-      _limit(connection, GREET_S)
       mp.deliver_challenge(connection, self.key)
       mp.answer_challenge(connection, self.key)
-      incarnation, hello = messages.load(connection.recv_bytes(4096))
-      _limit(connection, 0.0)
-    except (AuthenticationError, EOFError, OSError, ValueError, TypeError):
+      incarnation, hello = messages.load(unnumbered(
+          0, connection.recv_bytes(4096)))
+    except Exception:  # of whatever kind: it is not trusted
       connection.close()
       return
     finally:
-      self._strangers.release()
+      with self._lock:
+        self._strangers.remove(stranger)
+      stranger.close()
     self._admit(connection, incarnation, hello)
 
   def _admit(self, connection: mp.Connection, incarnation: int,
              hello: Any) -> None:
     """Lets in who has the key, once."""
-    expected = Hello(messages.VERSION, self._index), self._incarnation
+    expected = Hello(messages.VERSION, self._index, getattr(hello, 'pid', 0))
     with self._lock:
-      if (hello, incarnation) != expected:
-        self.failed = f'{hello} came, {expected[0]} was awaited'
+      if (hello, incarnation) != (expected, self._incarnation):
+        self.failed = f'{hello} came, {expected} was awaited'
       if self._closed or self.failed:
         connection.close()
         return
-      self._closed = True
-      self.channel = Channel(connection, incarnation)
+      self._closed, self.pid = True, expected.pid
+      self.channel = Channel(connection, incarnation, heard=1)
     self.close()
 
 
-def _limit(connection: mp.Connection, seconds: float) -> None:
-  """Its reads and writes fail after so long; 0.0: never."""
-  with socket.socket(fileno=os.dup(connection.fileno())) as known:
-    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-      known.setsockopt(socket.SOL_SOCKET, option,
-                       struct.pack('ll', int(seconds), 0))
+def _shut(end: socket.socket) -> None:
+  """Ends a socket that another thread may read."""
+  with contextlib.suppress(OSError):  # it has ended by itself
+    end.shutdown(socket.SHUT_RDWR)
 
 
 def connect(address: str, key: bytes, index: int, incarnation: int,
@@ -219,6 +255,6 @@ def connect(address: str, key: bytes, index: int, incarnation: int,
   """
   host, port = address.rsplit(':', 1)
   connection = mp.Client((host, int(port)), authkey=key)
-  connection.send_bytes(messages.dump(incarnation, Hello(
-      messages.VERSION, index)))
-  return Channel(connection, incarnation, answer, end)
+  connection.send_bytes(numbered(0, messages.dump(incarnation, Hello(
+      messages.VERSION, index, os.getpid()))))
+  return Channel(connection, incarnation, answer, end, sent=1)

@@ -3,8 +3,13 @@
 Copies of the pages, in pieces of one device each (migration.cut_pieces), are
 offered to jax's transfer server under a number; the other side pulls them onto
 its devices and joins them there. The server checks nothing: a hash of shapes
-and dtypes goes along, and the checksum if asked for. Whoever reaches its port
-may pull: it listens on loopback only.
+and dtypes goes along, and the checksum if asked for. What reaches its port may
+pull: it listens on loopback, unless a host says otherwise.
+
+A puller that dies during a copy keeps that server's buffers for good, and with
+the last of them every later pull waits for ever (jax 0.10.2). So an offer that
+was not pulled to its end is taken back with its server: the next ones are made
+to a new one, whose address is told.
 """
 
 import time
@@ -57,17 +62,16 @@ class Exchange:
   """Of one instance.
 
   Attributes:
-    address: where others pull. offers: numbers of what is offered.
-    pulling, landing: {number: what comes in}.
+    server: makes what is offered next. offers: {number: the server of what is
+    offered}. pulling, landing: {number: what comes in}.
   """
 
-  def __init__(self, engine: Engine) -> None:
-    self.engine = engine
-    self.server = transfer.start_transfer_server(
-        engine.devices[0].client, f'{LOOPBACK}:0', [f'{LOOPBACK}:0'],
-        max_num_parallel_copies=COPIES, transfer_size=COPY_BYTES)
-    self.address = self.server.address()
-    self.offers: set[int] = set()
+  def __init__(self, engine: Engine, host: str = LOOPBACK) -> None:
+    """host: the address of this host that others reach."""
+    self.engine, self.host = engine, host
+    self.server = self._new_server()
+    self.offers: dict[int, Any] = {}
+    self._moved = 0  # times that the server changed, to be told
     self.sending: dict[int, Sending] = {}
     self.pulling: dict[int, Pulling] = {}
     self.landing: dict[int, Landing] = {}
@@ -96,10 +100,20 @@ class Exchange:
         landed = self._join(route, command, config.checksum, parts)
         jax.block_until_ready((landed.land(), landed.arrived))
 
+  def _new_server(self) -> Any:
+    return transfer.start_transfer_server(
+        self.engine.devices[0].client, f'{self.host}:0', [f'{self.host}:0'],
+        max_num_parallel_copies=COPIES, transfer_size=COPY_BYTES)
+
+  @property
+  def address(self) -> str:
+    """Where others pull what is offered next."""
+    return self.server.address()
+
   @property
   def busy(self) -> bool:
     """Whether `poll` may have something to tell."""
-    return bool(self.sending or self.pulling or self.landing)
+    return bool(self.sending or self.pulling or self.landing or self._moved)
 
   # --- the source's side ----------------------------------------------------
 
@@ -111,7 +125,7 @@ class Exchange:
                               asked.command.num_tokens)
       parts += cut
       sums += summed
-    self.offers.add(asked.uuid)
+    self.offers[asked.uuid] = self.server
     self.server.await_pull(asked.uuid, parts)
     self.sending[asked.uuid] = Sending(messages.Offered(
         asked.uuid, sum(x.nbytes for x in parts), _kind(parts), 0), sums)
@@ -124,12 +138,13 @@ class Exchange:
     return migration.cut_pieces(read, route.pieces, self.engine.where), sums
 
   def withdraw(self, asked: messages.Withdraw) -> None:
-    """Takes an offer back, unless it was pulled."""
+    """Ends an offer. One that was not pulled ends with its server, once no
+    other offer is left there."""
     self.sending.pop(asked.uuid, None)
-    if asked.uuid in self.offers:
-      self.offers.discard(asked.uuid)
-      if not asked.pulled:  # the one before is let go of
-        self.server.await_pull(asked.uuid, [])
+    self.offers.pop(asked.uuid, None)
+    if not asked.pulled:
+      self.server = self._new_server()
+      self._moved += 1
 
   # --- the target's side ----------------------------------------------------
 
@@ -192,7 +207,10 @@ class Exchange:
     Raises:
       what an engine raises: the instance is lost.
     """
-    some = False
+    some = bool(self._moved)
+    while self._moved:
+      self._moved -= 1
+      send(messages.Moved(self.address))
     for uuid, sending in list(self.sending.items()):
       if all(map(is_ready, sending.sums)):
         del self.sending[uuid]

@@ -1,8 +1,8 @@
 """Hand-offs between processes, as a fleet sees them.
 
-The source offers copies of the pages under a number that nobody can guess, and
-the target pulls them (exchange.py). Both are told at once; neither waits for
-the server in between.
+The source offers copies of the pages under a number that cannot be guessed,
+and the target pulls them (exchange.py). Both are told at once; neither waits
+for the server in between, unless the source's address is about to change.
 """
 
 import secrets
@@ -32,13 +32,24 @@ class RemoteTransfer:
                ) -> None:
     self.command, self.checksum = command, checksum
     self.bytes, self.start_s = 0, time.perf_counter()
-    self.landed, self._over = False, False
+    self.landed, self._begun = False, False
+    self._withdrawn = source.withdrawn  # before it is offered
     self._uuid, self._ends = uuid, (source, target)
     self._offered: messages.Offered | None = None
     self._arrived: messages.Landed | None = None
     self._why = ''
     for engine in self._ends:
       engine.transfers[uuid] = self
+
+  def begin(self) -> None:
+    """Has the target pull, once, as soon as it is known where: at what the
+    source told after the last offer that was taken back before this one."""
+    source, target = self._ends
+    if source.moved == self._withdrawn and not self._begun:
+      self._begun = True
+      target.send_if_there(messages.Pull(
+          self._uuid, source.index, source.address, self.command,
+          self.checksum))
 
   def hear(self, message: Any) -> None:
     """One of its ends says how far it is."""
@@ -87,11 +98,9 @@ class RemoteTransfer:
 
   def _settle(self, pulled: bool) -> None:
     """Both ends forget it; what was not pulled is taken back."""
-    for engine in self._ends:
-      engine.transfers.pop(self._uuid, None)
-    if not self._over:
-      self._over = True
-      self._ends[0].send_if_there(messages.Withdraw(self._uuid, pulled))
+    source, target = self._ends
+    target.transfers.pop(self._uuid, None)
+    source.end_offer(self._uuid, pulled)
 
 
 class RemoteRoute:
@@ -107,8 +116,7 @@ class RemoteRoute:
     transfer = RemoteTransfer(uuid, source, target, command, checksum)
     try:
       source.send(messages.Offer(uuid, target.index, command, checksum))
-      target.send(messages.Pull(uuid, source.index, source.address, command,
-                                 checksum))
+      transfer.begin()
     except BaseException:
       transfer.drop()
       raise

@@ -1,8 +1,9 @@
 """The process of an instance: `python -m dsjax.runtime.cluster.instance`.
 
-It is started by a server (local.py), connects to it, and owns an engine: it
-does what messages say, in their order, and tells each step as it completes. It
-ends with its connection, so a server that dies leaves none behind.
+It is started for a server (local.py, host.py, on_ray.py), connects to it, and
+owns an engine: it does what messages say, in their order, and tells each step
+as it completes. It ends with its connection, so a server that dies leaves none
+behind.
 
 The key comes in the environment and leaves it at once. What would wait for a
 device is polled, as in a server's own loop; signs of life come from the
@@ -52,8 +53,9 @@ class Instance:
   """An engine, and what it runs.
 
   Attributes:
-    channel: to the server. engine, exchange: once is_built; exchange: None
-      where no KV comes or goes. compiled: programs since it was ready.
+    channel: to the server. host: where other instances reach it. engine,
+      exchange: once is_built; exchange: None where no KV comes or goes.
+    compiled: programs since it was ready.
   """
 
   engine: Engine
@@ -61,8 +63,9 @@ class Instance:
   model: ModelConfig
   config: EngineConfig
 
-  def __init__(self, address: str, key: bytes, index: int,
-               incarnation: int) -> None:
+  def __init__(self, address: str, key: bytes, index: int, incarnation: int,
+               host: str) -> None:
+    self.host = host
     self.running: collections.deque[Running] = collections.deque()
     self.tables = messages.PageTables()
     self.num_logprobs: dict[int, int] = {}  # of requests that want some
@@ -115,7 +118,7 @@ class Instance:
     make = getattr(importlib.import_module(module), name)
     self.engine = make(model, meshes, fields['role'], self.config, capacity)
     if fields['moves']:
-      self.exchange = Exchange(self.engine)
+      self.exchange = Exchange(self.engine, self.host)
     self.is_built = True
     self.channel.send(messages.Built(
         dataclasses.asdict(self.engine.capacity),
@@ -155,7 +158,7 @@ class Instance:
     self.tables.forget(message.id)
 
   def run(self, message: messages.Run) -> None:
-    command = self.tables.grow(message.command)
+    command = self.tables.unpack(message)
     outputs, marks = (self.engine.prefill(command) if isinstance(
         command, RunPrefill) else self.engine.decode(command))
     self.running.append(Running(command, collections.deque(outputs),
@@ -249,11 +252,13 @@ def _text(error: BaseException) -> str:
   return f'{type(error).__name__}: {error}'
 
 
-def main(argv: list[str]) -> None:
-  """Serves until the server ends it. argv: address, index, incarnation."""
-  address, index, incarnation = argv
-  key = bytes.fromhex(os.environ.pop(KEY))
-  instance = Instance(address, key, int(index), int(incarnation))
+def run(address: str, key: bytes, index: int, incarnation: int, host: str
+        ) -> None:
+  """Is the process of an instance: serves until the server ends it.
+
+  address: of the server. host: where other instances reach this one.
+  """
+  instance = Instance(address, key, index, incarnation, host)
   try:
     with jax.transfer_guard('disallow'):
       instance.serve()
@@ -266,6 +271,13 @@ def main(argv: list[str]) -> None:
     instance.channel.flush(FLUSH_S)
   finally:
     os._exit(1)  # no thread of jax is waited for
+
+
+def main(argv: list[str]) -> None:
+  """argv: address, index, incarnation, host."""
+  address, index, incarnation, host = argv
+  run(address, bytes.fromhex(os.environ.pop(KEY)), int(index),
+      int(incarnation), host)
 
 
 if __name__ == '__main__':

@@ -1,38 +1,41 @@
-"""Every instance a process of this host: what each is given, and its start."""
+"""Every instance a process of this host: its start, its cores and devices."""
 
 import contextlib
-import dataclasses
 import glob
 import os
 import re
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
-from dsjax.checkpoints.checkpoint import Model
-from dsjax.config.checks import InputError, naming, require
-from dsjax.config.engine import EngineConfig
+from dsjax.config.checks import require
 from dsjax.config.placement import Placement, Plan
-from dsjax.runtime.cluster import messages
-from dsjax.runtime.cluster.channel import Channel, Door
-from dsjax.runtime.cluster.handoff import LOOK_S
+from dsjax.runtime.cluster.channel import LOOPBACK, Channel, Door
 from dsjax.runtime.cluster.instance import KEY
-from dsjax.runtime.cluster.remote import RemoteEngine
-from dsjax.runtime.migration import hands_off
-from dsjax.runtime.protocols import Engine, MakeEngine
 
 # Settings of this process's jax that instances have too.
 SHARED = ('compilation_cache_dir', 'persistent_cache_min_compile_time_secs',
           'persistent_cache_min_entry_size_bytes',
           'persistent_cache_enable_xla_caches', 'platforms',
           'default_matmul_precision', 'numpy_rank_promotion')
-# Fields of an EngineConfig that processes do not know yet.
-NOT_YET = ('stream_', 'host_')
+
+
+class LocalLauncher:
+  """Starts each instance as a process of this host."""
+
+  def __init__(self, placement: Placement) -> None:
+    self._given = list(zip(environments(placement), split_cores(placement),
+                           strict=True))
+
+  def start(self, index: int, incarnation: int) -> 'LocalProcess':
+    """The process of an incarnation of an instance."""
+    return LocalProcess(index, incarnation, *self._given[index])
+
+  def close(self) -> None:
+    """Nothing of it is left beside the processes."""
 
 
 class LocalProcess:
@@ -42,12 +45,12 @@ class LocalProcess:
                cores: Sequence[int]) -> None:
     """cores: those that it may run on; (): any."""
     self._door = Door(index, incarnation)
-    self._popen = subprocess.Popen(
-        [sys.executable, '-m', 'dsjax.runtime.cluster.instance',
-         self._door.address, str(index), str(incarnation)],
-        env=env | {KEY: self._door.key.hex()}, stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True)  # a Ctrl-C is the server's
+    try:
+      self._popen = popen(self._door.address, index, incarnation, LOOPBACK,
+                          env | {KEY: self._door.key.hex()})
+    except BaseException:  # no port is left open
+      self._door.close()
+      raise
     if cores:
       with contextlib.suppress(OSError):  # it has ended, which is seen later
         os.sched_setaffinity(self._popen.pid, cores)
@@ -79,101 +82,48 @@ class LocalProcess:
       threading.Thread(target=self._popen.wait, daemon=True).start()
 
 
-def build(model: Model, placement: Placement, config: EngineConfig,
-          make_engine: MakeEngine) -> list[Engine]:
-  """An engine an instance, each a process that has built its own.
+def popen(address: str, index: int, incarnation: int, host: str,
+          env: dict[str, str]) -> subprocess.Popen[bytes]:
+  """Starts the process of an instance, which comes to `address` and is reached
+  at `host`."""
+  return subprocess.Popen(
+      [sys.executable, '-m', 'dsjax.runtime.cluster.instance', address,
+       str(index), str(incarnation), host], env=env,
+      stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+      start_new_session=True)  # a Ctrl-C is the server's
 
-  Args:
-    make_engine: what each makes its engine with: of a module, by name.
+
+def jax_settings(names: Sequence[str] = SHARED) -> dict[str, str]:
+  """Jax as it is set here, as environment variables; all devices of the CPU
+  that XLA_FLAGS asks for are left out."""
+  settings = {'XLA_FLAGS': re.sub(
+      r'--xla_force_host_platform_device_count=\d+', '',
+      os.environ.get('XLA_FLAGS', ''))}
+  for name in names:
+    value = jax.config.values.get(f'jax_{name}')
+    if value is not None:
+      settings[f'JAX_{name.upper()}'] = str(value)
+  return settings
+
+
+def device_settings(first: int, count: int) -> dict[str, str]:
+  """Environment variables that give a process the devices of this host from
+  `first` on, and no others.
 
   Raises:
-    InputError: the placement or the config cannot be served, or the model
-      cannot be made again by another process.
-    RuntimeError: a process ended or is silent.
+    InputError: there are not so many GPUs.
   """
-  for name in [field.name for field in dataclasses.fields(config)]:
-    default = getattr(EngineConfig, name)
-    require(not name.startswith(NOT_YET) or getattr(config, name) == default,
-            f'EngineConfig.{name}', getattr(config, name),
-            f"{default} with cluster='local': it is not there yet")
-  require(not any(plan.kind for _, plan in placement.instances), 'Plan.kind',
-          placement, "'': devices of one kind serve")
-  if model.recipe is None:
-    raise InputError(f"model={model.config.name!r}: must be what dsjax.load "
-                     "gave, without a family, with cluster='local': each "
-                     'process loads it again')
-  recipe = model.recipe._asdict()
-  if model.recipe.config is not None:
-    recipe['config'] = dataclasses.asdict(model.recipe.config)
-  name = getattr(make_engine, '__qualname__', '.')
-  require(name.isidentifier() and make_engine.__module__ != '__main__',
-          'make_engine', make_engine, "a class or function of a module that "
-          "others can import, with cluster='local'")
-  capacities = [config.instance(role, plan.pp)
-                for role, plan in placement.instances]
-  moves = [any(hands_off(a, b) or hands_off(b, a)
-               for j, b in enumerate(capacities) if j != i)
-           for i, a in enumerate(capacities)]
-  engines: list[RemoteEngine] = []
-  try:
-    for index, ((role, plan), env, cores) in enumerate(zip(
-        placement.instances, environments(placement),
-        split_cores(placement), strict=True)):
-      fields = {'recipe': recipe, 'role': role,
-                'plan': dataclasses.asdict(plan), 'moves': moves[index],
-                'config': dataclasses.asdict(config), 'capacity': None,
-                'engine': f'{make_engine.__module__}:{name}'}
-      engines.append(RemoteEngine(
-          index, config, fields,
-          lambda incarnation, index=index, env=env, cores=cores: LocalProcess(
-              index, incarnation, env, cores)))
-    _await_built(engines)
-    _introduce(engines, placement)
-  except BaseException:
-    for engine in engines:
-      engine.close()
-    raise
-  return list(engines)
+  gpus = visible_gpus()
+  if gpus is None:
+    return {'JAX_NUM_CPU_DEVICES': str(count)}
+  require(first + count <= len(gpus), 'Placement', f'{first + count} devices',
+          f'at most the {len(gpus)} that exist')
+  return {'CUDA_VISIBLE_DEVICES': ','.join(gpus[first:first + count])}
 
 
-def _await_built(engines: Sequence[RemoteEngine]) -> None:
-  """Waits until each has loaded its weights."""
-  for engine in engines:
-    with saying(engine):
-      while not engine.is_built:
-        engine.check()
-        time.sleep(LOOK_S)
-
-
-@contextlib.contextmanager
-def saying(engine: RemoteEngine) -> Any:
-  """An error from inside says which instance it is about."""
-  what = f'instance {engine.index} ({engine.role})'
-  try:
-    with naming(what):
-      yield
-  except RuntimeError as error:
-    raise RuntimeError(f'{what} did not start: {error}') from error
-
-
-def _introduce(engines: Sequence[RemoteEngine], placement: Placement) -> None:
-  """Says to each who its peers are. The first of each shape begins to compile
-  at once, the others when it is their turn, and find it in the cache."""
-  known = {str(engine.index): {
-      'capacity': dataclasses.asdict(engine.capacity), 'tp': plan.tp}
-           for engine, (_, plan) in zip(engines, placement.instances,
-                                        strict=True)}
-  shapes = set()
-  for engine, (_, plan) in zip(engines, placement.instances, strict=True):
-    others = [other for other in engines if other is not engine]
-    engine.peers = messages.Warm(
-        {str(other.index): known[str(other.index)] for other in others
-         if hands_off(other.capacity, engine.capacity)},
-        {str(other.index): known[str(other.index)] for other in others
-         if hands_off(engine.capacity, other.capacity)})
-    if (engine.capacity, plan) not in shapes:
-      shapes.add((engine.capacity, plan))
-      engine.begin_warm()
+def python_path() -> str:
+  """PYTHONPATH by which another process imports what this one does."""
+  return os.pathsep.join(path or os.getcwd() for path in sys.path)
 
 
 def environments(placement: Placement) -> list[dict[str, str]]:
@@ -183,27 +133,11 @@ def environments(placement: Placement) -> list[dict[str, str]]:
   Raises:
     InputError: more GPUs are asked for than there are.
   """
-  shared = dict(os.environ)
-  shared['PYTHONPATH'] = os.pathsep.join(
-      path or os.getcwd() for path in sys.path)
-  shared['XLA_FLAGS'] = re.sub(
-      r'--xla_force_host_platform_device_count=\d+', '',
-      shared.get('XLA_FLAGS', ''))
-  for name in SHARED:
-    value = jax.config.values.get(f'jax_{name}')
-    if value is not None:
-      shared[f'JAX_{name.upper()}'] = str(value)
-  gpus = visible_gpus()
-  require(gpus is None or placement.num_devices <= len(gpus), 'Placement',
-          f'{placement.num_devices} devices',
-          f'at most the {len(gpus or ())} that exist')
+  shared = (dict(os.environ) | {'PYTHONPATH': python_path()} | jax_settings())
   environments, taken = [], 0
   for _, plan in placement.instances:
-    count = plan.num_devices
-    own = ({'JAX_NUM_CPU_DEVICES': str(count)} if gpus is None else
-           {'CUDA_VISIBLE_DEVICES': ','.join(gpus[taken:taken + count])})
-    environments.append(shared | own)
-    taken += count
+    environments.append(shared | device_settings(taken, plan.num_devices))
+    taken += plan.num_devices
   return environments
 
 

@@ -1,17 +1,28 @@
 """What a server and the process of an instance say to each other: plain data.
 
-As JSON on the wire, by the codec of the event log; nothing is unpickled. Each
-message goes with the incarnation that it is for, or from.
+As JSON on the wire, by the codec of the event log, and of a command the numbers
+behind it; nothing is unpickled. Each message goes with the incarnation that it
+is for, or from.
 """
 
+import array
+import itertools
 import json
+import sys
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 from dsjax.config.checks import require
 from dsjax.scheduling import event_log
-from dsjax.scheduling.events import Migrate, RunDecode, RunPrefill
+from dsjax.scheduling.events import (
+  Chunk,
+  Migrate,
+  Row,
+  RunDecode,
+  RunPrefill,
+)
 
-VERSION = 1  # of the messages: both sides must have the same
+VERSION = 2  # of the messages: both sides must have the same
 
 # --- from the server ---------------------------------------------------------
 
@@ -43,8 +54,21 @@ class Forget(NamedTuple):
 
 
 class Run(NamedTuple):
-  """Run a command. Its pages are as PageTables.shrink gives them."""
-  command: RunPrefill | RunDecode
+  """Run a command, as PageTables.pack gives it.
+
+  prefills: it is a RunPrefill. chunks, rows: how many it has. numbers: int64,
+  least byte first: of each row id, base, until, pages that are as before and
+  pages that are new; of each chunk id, start, stop, last, hit and the same two;
+  then the new pages of all of them.
+  """
+  prefills: bool
+  instance: int
+  number: int
+  tick: int
+  steps: int
+  chunks: int
+  rows: int
+  numbers: bytes = b''
 
 
 class Offer(NamedTuple):
@@ -56,7 +80,7 @@ class Offer(NamedTuple):
 
 
 class Withdraw(NamedTuple):
-  """An offer has ended; pulled: it has been taken."""
+  """An offer has ended; pulled: it has been taken. If not, a Moved answers."""
   uuid: int
   pulled: bool
 
@@ -83,13 +107,43 @@ class Ping(NamedTuple):
   """Answer by a Pong."""
 
 
+# --- to the command of a host, and from there --------------------------------
+
+
+class Start(NamedTuple):
+  """Start the process of an instance, which is to come to `address`, with
+  `count` devices of this host from `first` on. nonce: makes its key.
+  settings: environment variables."""
+  index: int
+  incarnation: int
+  address: str
+  nonce: str
+  first: int
+  count: int
+  settings: dict[str, str]
+
+
+class End(NamedTuple):
+  """Kill it."""
+  index: int
+  incarnation: int
+
+
+class Ended(NamedTuple):
+  """It has ended, or could not start."""
+  index: int
+  incarnation: int
+  code: int
+
+
 # --- from an instance --------------------------------------------------------
 
 
 class Hello(NamedTuple):
-  """The first message of a process."""
+  """The first message of a process; pid: its number at its host."""
   version: int
   index: int
+  pid: int
 
 
 class Failed(NamedTuple):
@@ -142,6 +196,11 @@ class Offered(NamedTuple):
   checksum: int
 
 
+class Moved(NamedTuple):
+  """What is offered from now on is at another address."""
+  address: str
+
+
 class Landed(NamedTuple):
   """What was pulled is in its pages."""
   uuid: int
@@ -174,22 +233,24 @@ class Pong(NamedTuple):
 
 
 FromServer: TypeAlias = (Build | Warm | Admit | Forget | Run | Offer | Withdraw
-                         | Pull | Drop | Count | Ping)
+                         | Pull | Drop | Count | Ping | Start | End)
 FromInstance: TypeAlias = (Hello | Failed | Built | Warmed | Ready | StageDone
-                           | Stepped | Offered | Landed | Broken | Lost
-                           | Counted | Pong)
+                           | Stepped | Offered | Moved | Landed | Broken | Lost
+                           | Counted | Pong | Ended)
 Message: TypeAlias = FromServer | FromInstance
 
 _KINDS = event_log.LOGGED | {kind.__name__: kind for kind in (
     Build, Warm, Admit, Forget, Run, Offer, Withdraw, Pull, Drop, Count, Ping,
-    Hello, Failed, Built, Warmed, Ready, StageDone, Stepped, Offered, Landed,
-    Broken, Lost, Counted, Pong)}
+    Hello, Failed, Built, Warmed, Ready, StageDone, Stepped, Offered, Moved,
+    Landed, Broken, Lost, Counted, Pong, Start, End, Ended)}
 
 
 def dump(incarnation: int, message: Message) -> bytes:
   """A message as it goes over the wire."""
-  return json.dumps([incarnation, event_log.encode(message)],
-                    separators=(',', ':')).encode()
+  encoded = event_log.encode(message)
+  numbers = b'\n' + encoded.pop() if isinstance(message, Run) else b''
+  return json.dumps([incarnation, encoded],
+                    separators=(',', ':')).encode() + numbers
 
 
 def load(data: bytes) -> tuple[int, Any]:
@@ -198,13 +259,17 @@ def load(data: bytes) -> tuple[int, Any]:
   Raises:
     ValueError, TypeError: it is none (an InputError is a ValueError).
   """
-  parts = json.loads(data)
+  text, _, numbers = data.partition(b'\n')
+  parts = json.loads(text)
   require(isinstance(parts, list) and len(parts) == 2
           and isinstance(parts[0], int), 'message', parts,
           '[incarnation, message]')
   message = event_log.decode(parts[1], _KINDS)
-  require(isinstance(message, Message), 'message', message,
+  require(isinstance(message, Message) and (
+      isinstance(message, Run) or not numbers), 'message', message,
           f'of version {VERSION}')
+  if isinstance(message, Run):
+    message = message._replace(numbers=numbers)
   return parts[0], message
 
 
@@ -218,40 +283,80 @@ class PageTables:
   def __init__(self) -> None:
     self._pages: dict[int, tuple[int, ...]] = {}
 
-  def shrink(self, command: RunPrefill | RunDecode) -> RunPrefill | RunDecode:
-    """A command as it is sent: pages are (how many as before, *others)."""
-    return _with_pages(command, self._others)
+  def pack(self, command: RunPrefill | RunDecode) -> Run:
+    """A command as it is sent."""
+    numbers, new = [], []
+    for id, base, until, pages in command.rows:
+      kept = self._kept(id, pages)
+      numbers += id, base, until, kept, len(pages) - kept
+      new += pages[kept:]
+    for id, start, stop, pages, last, hit in command.chunks:
+      kept = self._kept(id, pages)
+      numbers += id, start, stop, last, hit, kept, len(pages) - kept
+      new += pages[kept:]
+    return Run(isinstance(command, RunPrefill), command.instance,
+               command.number, command.tick, command.steps,
+               len(command.chunks), len(command.rows),
+               _swapped(array.array('q', numbers + new)).tobytes())
 
-  def grow(self, command: RunPrefill | RunDecode) -> RunPrefill | RunDecode:
-    """The inverse of shrink, at the other side."""
-    return _with_pages(command, self._whole)
+  def _kept(self, id: int, pages: tuple[int, ...]) -> int:
+    """How many pages are as before; remembers these."""
+    before = self._pages.get(id, ())
+    self._pages[id] = pages
+    if pages[:len(before)] == before:
+      return len(before)
+    return next((i for i, (a, b) in enumerate(zip(before, pages, strict=False))
+                 if a != b), len(pages))
+
+  def unpack(self, run: Run) -> RunPrefill | RunDecode:
+    """The inverse of pack, at the other side.
+
+    Raises:
+      ValueError: it was not packed so.
+    """
+    numbers = array.array('q')
+    numbers.frombytes(run.numbers)
+    values = iter(_swapped(numbers).tolist())
+    of_rows = _lines(values, run.rows, 5)
+    of_chunks = _lines(values, run.chunks, 7)
+    rows = tuple([
+        Row(id, base, until, self._whole(id, kept, count, values))
+        for id, base, until, kept, count in of_rows])
+    chunks = tuple([
+        Chunk(id, start, stop, self._whole(id, kept, count, values),
+              bool(last), hit)
+        for id, start, stop, last, hit, kept, count in of_chunks])
+    if run.prefills:
+      return RunPrefill(run.instance, run.number, chunks, run.tick, rows)
+    return RunDecode(run.instance, run.number, run.tick, run.steps, rows)
 
   def forget(self, id: int) -> None:
     """The request has left."""
     self._pages.pop(id, None)
 
-  def _others(self, id: int, pages: tuple[int, ...]) -> tuple[int, ...]:
-    before = self._pages.get(id, ())
-    self._pages[id] = pages
-    if pages[:len(before)] == before:
-      return (len(before), *pages[len(before):])
-    kept = next((i for i, (a, b) in enumerate(zip(before, pages, strict=False))
-                 if a != b), min(len(before), len(pages)))
-    return (kept, *pages[kept:])
-
-  def _whole(self, id: int, others: tuple[int, ...]) -> tuple[int, ...]:
-    kept, *new = others
-    self._pages[id] = pages = (*self._pages.get(id, ())[:kept], *new)
+  def _whole(self, id: int, kept: int, count: int, values: Iterator[int]
+             ) -> tuple[int, ...]:
+    pages = self._pages.get(id, ())
+    if kept > len(pages):
+      raise ValueError(f'{kept} pages of request {id} are as before, it had '
+                       f'{len(pages)}')
+    if count or kept < len(pages):
+      pages = (*pages[:kept], *itertools.islice(values, count))
+      self._pages[id] = pages
     return pages
 
 
-def _with_pages(command: Any, change: Any) -> Any:
-  """A command whose pages are changed: change(id, pages)."""
-  def changed(items):
-    return tuple([item._replace(pages=change(item.id, item.pages))
-                  for item in items])
+def _lines(values: Iterator[int], count: int, width: int
+           ) -> list[tuple[int, ...]]:
+  """The next `count` times `width` values."""
+  flat = list(itertools.islice(values, count * width))
+  if len(flat) < count * width:
+    raise ValueError('fewer numbers came than were told')
+  return list(zip(*[iter(flat)] * width, strict=True))
 
-  command = command._replace(rows=changed(command.rows))
-  if command.chunks:
-    command = command._replace(chunks=changed(command.chunks))
-  return command
+
+def _swapped(numbers: array.array) -> array.array:
+  """To the order of bytes on the wire, or from there."""
+  if sys.byteorder == 'big':
+    numbers.byteswap()
+  return numbers

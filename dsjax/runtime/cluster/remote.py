@@ -28,6 +28,7 @@ from dsjax.scheduling.events import RunDecode, RunPrefill
 PING_S = 1.0  # from an answer to the next question
 NEWEST = 1000  # stamps of steps that are remembered
 COMES_S = 300.0  # until a process says hello
+LOADS_S = 3600.0  # of loading weights, and of compiling one step
 
 
 class Process(Protocol):
@@ -44,11 +45,21 @@ class Process(Protocol):
   def failed(self) -> str: ...
 
   @property
-  def pid(self) -> int: ...
+  def pid(self) -> int | None: ...
 
   def exit_code(self) -> int | None: ...
 
   def kill(self, wait_s: float = 0.0) -> None: ...
+
+
+class Launcher(Protocol):
+  """Starts the processes of the instances of a placement."""
+
+  def start(self, index: int, incarnation: int) -> Process: ...
+
+  def close(self) -> None:
+    """Ends what it has of its own; may be called twice."""
+    ...
 
 
 class Stamp(NamedTuple):
@@ -99,7 +110,10 @@ class RemoteEngine:
 
   Attributes:
     pid: of its process, or None. incarnation: how many there have been.
-    capacity, devices, address: see Built; known once `is_built`.
+    capacity, devices: see Built; known once `is_built`.
+    address: where its offers were pulled when it last told. withdrawn: offers
+      that were taken back, each of which changes it; moved: how many of these
+      it has told of.
     peers: those that KV comes from, and goes to.
     slot_of, spare: what has been admitted, in slots of no meaning.
     stamps: a Stamp a step, of the newest. held: its last answer to `count`, or
@@ -112,19 +126,20 @@ class RemoteEngine:
   _asked_s: float | None
 
   def __init__(self, index: int, config: EngineConfig, fields: dict[str, Any],
-               launch: Callable[[int], Process]) -> None:
+               launcher: Launcher, siblings: Sequence['RemoteEngine']
+               ) -> None:
     """Starts the first process.
 
     Args:
-      fields: of Build. launch: starts the process of an incarnation.
+      fields: of Build. launcher: closed with the last of its `siblings`.
     """
     self.index, self.role, self.config = index, fields['role'], config
     self.incarnation, self.is_built, self.closed = 0, False, False
     self.devices: tuple[str, ...] = ()
-    self.address = ''
     self.stamps: collections.deque[Stamp] = collections.deque(maxlen=NEWEST)
     self.held: messages.Counted | None = None
-    self._fields, self._launch = fields, launch
+    self._fields, self._launcher = fields, launcher
+    self._siblings = siblings
     self.peers, self._compiles = messages.Warm({}, {}), False
     self._warmed: collections.deque[str] = collections.deque()
     self._process: Process | None = None
@@ -139,13 +154,15 @@ class RemoteEngine:
     self._tables = PageTables()
     self._due: collections.deque[tuple[int, Output]] = collections.deque()
     self._marks: collections.deque[Arriving] = collections.deque()
+    self.address, self.withdrawn, self.moved = '', 0, 0
     self._why, self._bad_input = '', False
     self._ready, self._asked_s = False, None
 
   def _begin(self) -> None:
     self.incarnation += 1
     self._began_s = time.monotonic()
-    self._process, self._channel = self._launch(self.incarnation), None
+    self._channel = None
+    self._process = self._launcher.start(self.index, self.incarnation)
 
   @property
   def pid(self) -> int | None:
@@ -161,9 +178,14 @@ class RemoteEngine:
       self._channel = self._process.channel
       if self._channel is None:
         return
+      self._began_s = time.monotonic()
       self._channel.send(messages.Build(self._fields))
-    for message in self._channel.take():
-      _HEAR[type(message)](self, message)
+    try:
+      for message in self._channel.take():
+        _HEAR[type(message)](self, message)
+    except Exception as error:  # what follows would be as wrong
+      self._why = self._why or f'it said what cannot be: {error!r}'
+      raise
 
   def check(self) -> None:
     """Raises what ended the process, if something has.
@@ -188,8 +210,15 @@ class RemoteEngine:
     elif ended:
       raise RuntimeError(f'its process ended (exit code {code})' if code
                          is not None else ended)
+    elif self._starts and time.monotonic() - self._began_s > LOADS_S:
+      raise RuntimeError(f'its process got no further in {LOADS_S:g} s')
     else:
       self._ping(self._channel)
+
+  @property
+  def _starts(self) -> bool:
+    """Whether it loads or compiles, as it was asked to."""
+    return not self._ready and (self._compiles or not self.is_built)
 
   def _ping(self, channel: Channel) -> None:
     """Asks for a sign of life; raises where there is none."""
@@ -229,7 +258,12 @@ class RemoteEngine:
                          for device in message.devices.values())
     self._shapes, self.is_built = ((0, 0),) * message.shapes, True
     if self._compiles:
+      self._began_s = time.monotonic()
       self.send(self.peers)
+
+  def _on_warmed(self, message: messages.Warmed) -> None:
+    self._warmed.append(message.name)
+    self._began_s = time.monotonic()
 
   def _on_ready(self, message: messages.Ready) -> None:
     self._ready = True
@@ -259,6 +293,11 @@ class RemoteEngine:
     if transfer:  # else it was given up
       transfer.hear(message)
 
+  def _on_moved(self, message: messages.Moved) -> None:
+    self.moved, self.address = self.moved + 1, message.address
+    for transfer in self.transfers.values():
+      transfer.begin()
+
   def _on_lost(self, message: messages.Lost) -> None:
     self._why = message.why
 
@@ -274,7 +313,7 @@ class RemoteEngine:
   def begin_warm(self) -> None:
     """Has it compile; from now on a new process does so by itself."""
     if not self._compiles:
-      self._compiles = True
+      self._compiles, self._began_s = True, time.monotonic()
       self.send(self.peers)
 
   def warm(self) -> Iterator[str]:
@@ -335,6 +374,8 @@ class RemoteEngine:
     self.stop()
     if process:
       process.kill(wait_s=10.0)
+    if all(sibling.closed for sibling in self._siblings):
+      self._launcher.close()
 
   # --- commands -------------------------------------------------------------
 
@@ -361,7 +402,7 @@ class RemoteEngine:
     return self._run(command, len(command.rows))
 
   def _run(self, command: RunPrefill | RunDecode, size: int) -> Dispatched:
-    self.send(messages.Run(self._tables.shrink(command)))
+    self.send(self._tables.pack(command))
     outputs = [Output(Arriving(self, size)) for _ in range(command.steps)]
     marks = [Arriving(self, 1) for _ in range(
         command.steps * (self.capacity.pp - 1))]
@@ -378,6 +419,12 @@ class RemoteEngine:
     """Sequence entries at the end of a RunPrefill's output."""
     return len(command.chunks)
 
+  def end_offer(self, uuid: int, pulled: bool) -> None:
+    """Takes an offer of this process back, or says that it was pulled; once."""
+    if self.transfers.pop(uuid, None):
+      self.withdrawn += not pulled
+      self.send_if_there(messages.Withdraw(uuid, pulled))
+
   def send_if_there(self, message: messages.FromServer) -> None:
     """Sends what an instance that is lost need not know."""
     if self._channel is not None and not self._channel.ended:
@@ -387,11 +434,12 @@ class RemoteEngine:
 _HEAR: dict[type, Callable[[RemoteEngine, Any], None]] = {
     messages.Failed: RemoteEngine._on_failed,
     messages.Built: RemoteEngine._on_built,
-    messages.Warmed: lambda engine, warmed: engine._warmed.append(warmed.name),
+    messages.Warmed: RemoteEngine._on_warmed,
     messages.Ready: RemoteEngine._on_ready,
     messages.StageDone: RemoteEngine._on_stage,
     messages.Stepped: RemoteEngine._on_step,
     messages.Offered: RemoteEngine._on_transfer,
+    messages.Moved: RemoteEngine._on_moved,
     messages.Landed: RemoteEngine._on_transfer,
     messages.Broken: RemoteEngine._on_transfer,
     messages.Lost: RemoteEngine._on_lost,

@@ -1,5 +1,6 @@
 """The door and the channel: who is let in, and what of it comes."""
 
+import contextlib
 import socket
 import time
 from multiprocessing import AuthenticationError
@@ -33,6 +34,12 @@ def enter(door, index=1, incarnation=3, hear=IGNORE):
   return channel.connect(door.address, door.key, index, incarnation, *hear)
 
 
+def greet(connection, version=messages.VERSION):
+  """The Hello of a process that speaks for itself."""
+  connection.send_bytes(channel.numbered(0, messages.dump(
+      3, messages.Hello(version, 1, 9))))
+
+
 def refused(address):
   host, port = address.rsplit(':', 1)
   try:
@@ -59,23 +66,40 @@ def test_who_has_another_key_is_refused(door):
   inside.close()
 
 
-def test_strangers_hold_nobody_up(door, monkeypatch):
-  """Silent ones, and more than are greeted at a time; all are let go."""
-  monkeypatch.setattr(channel, 'GREET_S', 1)
+def test_strangers_hold_no_process_up(door):
+  """Silent ones, and more than are greeted at a time: the oldest are let go,
+  and the others once the process has come."""
   host, port = door.address.rsplit(':', 1)
   silent = [socket.create_connection((host, int(port)))
-            for _ in range(channel.MOST_GREETED + 4)]
-  for stranger in silent:
-    stranger.settimeout(None)
+            for _ in range(3 * channel.MOST_GREETED)]
+  for stranger in silent[:2 * channel.MOST_GREETED]:
     while stranger.recv(4096):
       pass
     stranger.close()
   noise = socket.create_connection((host, int(port)))
   noise.sendall(b'GET / HTTP/1.1\r\n\r\n' * 100)
   noise.close()
+  slow = socket.create_connection((host, int(port)))
+  slow.sendall(b'\0\0')  # of the length of its answer, and nothing follows
   inside = enter(door)
   until(lambda: door.channel)
+  for stranger in (*silent[2 * channel.MOST_GREETED:], slow):
+    with contextlib.suppress(ConnectionResetError):
+      while stranger.recv(4096):
+        pass
+    stranger.close()
+  until(lambda: not door._strangers)
   inside.close()
+
+
+def test_a_peer_whose_host_is_gone_is_noticed_by_the_kernel(pair):
+  """No packet says so: both ends ask, and give up what is not answered."""
+  for end in pair:
+    assert end._socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    for name, value in channel.KEEPALIVE.items():
+      if hasattr(socket, name):
+        assert end._socket.getsockopt(
+            socket.IPPROTO_TCP, getattr(socket, name)) == value
 
 
 @pytest.mark.parametrize('index, incarnation', [(0, 3), (1, 2)])
@@ -89,8 +113,8 @@ def test_who_is_not_awaited_is_told_of(door, index, incarnation):
 def test_another_version_is_told_of(door, monkeypatch):
   host, port = door.address.rsplit(':', 1)
   with mp.Client((host, int(port)), authkey=door.key) as other:
-    other.send_bytes(messages.dump(3, messages.Hello(messages.VERSION + 1, 1)))
-    assert 'version=2' in until(lambda: door.failed)
+    greet(other, messages.VERSION + 1)
+    assert 'version=3' in until(lambda: door.failed)
 
 
 def test_a_door_that_was_closed_lets_nobody_in(door):
@@ -130,13 +154,14 @@ def test_neither_side_waits_for_one_that_does_not_read(door):
   """Much more than the buffers of a socket hold; the rest comes later."""
   host, port = door.address.rsplit(':', 1)
   with mp.Client((host, int(port)), authkey=door.key) as slow:
-    slow.send_bytes(messages.dump(3, messages.Hello(messages.VERSION, 1)))
+    greet(slow)
     here = until(lambda: door.channel)
     large = messages.Warmed('x' * 2**20)
     for _ in range(64):
       here.send(large)
-    for _ in range(64):
-      assert messages.load(slow.recv_bytes()) == (3, large)
+    for count in range(64):
+      assert messages.load(channel.unnumbered(
+          count, slow.recv_bytes())) == (3, large)
 
 
 @pytest.mark.parametrize('said', [b'\x00' * 9, b'[3, ["Nothing"]]',
@@ -144,9 +169,9 @@ def test_neither_side_waits_for_one_that_does_not_read(door):
 def test_what_is_no_message_ends_it(door, said):
   host, port = door.address.rsplit(':', 1)
   with mp.Client((host, int(port)), authkey=door.key) as other:
-    other.send_bytes(messages.dump(3, messages.Hello(messages.VERSION, 1)))
+    greet(other)
     here = until(lambda: door.channel)
-    other.send_bytes(said)
+    other.send_bytes(channel.numbered(1, said))
     assert 'no message' in until(lambda: here.ended)
     with pytest.raises(RuntimeError, match='no message'):
       here.send(messages.Ping())
@@ -160,3 +185,21 @@ def test_the_end_of_one_side_is_the_end_of_the_other(door):
   until(lambda: ends)
   assert inside.ended and here.ended
   inside.wait()  # returns
+
+
+@pytest.mark.parametrize('order', [(2, 1, 3), (1, 1, 2), (1, 3), (0, 1), ()])
+def test_what_is_lost_doubled_or_out_of_order_ends_it(door, order):
+  """Whatever the messages are: a step told twice would be another token."""
+  host, port = door.address.rsplit(':', 1)
+  with mp.Client((host, int(port)), authkey=door.key) as other:
+    greet(other)
+    here = until(lambda: door.channel)
+    for number in order:
+      with contextlib.suppress(ConnectionError):  # it has ended already
+        other.send_bytes(channel.numbered(number, messages.dump(
+            3, messages.Warmed(str(number)))))
+    if not order:
+      other.send_bytes(b'ab')  # not even a number
+    assert 'was due' in until(lambda: here.ended)
+    before = order[:1] if order[:1] == (1,) else ()
+    assert here.take() == [messages.Warmed(str(number)) for number in before]

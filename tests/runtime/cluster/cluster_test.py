@@ -19,7 +19,7 @@ import dsjax
 from dsjax.checkpoints.checkpoint import Recipe
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement, Plan
-from dsjax.runtime.cluster import local, messages, remote
+from dsjax.runtime.cluster import local, messages, remote, starting
 from dsjax.runtime.cluster.instance import KEY
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import (
@@ -27,10 +27,10 @@ from dsjax.scheduling.events import (
   InstanceUp,
   Migrated,
   MigrateFailed,
-  RunPrefill,
   Timer,
 )
 from tests.common import fake_engine, serving
+from tests.common.losses import AT
 from tests.common.serving import (
   LONG,
   MIXED,
@@ -205,7 +205,13 @@ CONFIGS = {
     '1p1d': PAGES_4, 'colocated': SMALL, 'chunked': SMALL,
     'tp2_pp2': dataclasses.replace(
         SMALL, max_seqs=1, decode_page_size=16, num_pages=12,
-        decode_kv_dtype='int8', checksum=True, prefix_cache=True)}
+        decode_kv_dtype='int8', checksum=True, prefix_cache=True),
+    'pp2_tp3': dataclasses.replace(SMALL, page_size=16, num_pages=20,
+                                   decode_page_size=4, checksum=True),
+    'tp1_tp2': dataclasses.replace(SMALL, kv_dtype='bfloat16'),
+    'colocated_pp2': dataclasses.replace(SMALL, kv_dtype='int8'),
+    'chunked_pp2': dataclasses.replace(SMALL, page_size=16, num_pages=5,
+                                       prefix_cache=True)}
 # The last begins as the one before: with a prefix cache less of it moves.
 JOBS = [MIXED[0], MIXED[5], MIXED[10], MIXED[1], MIXED[1]]
 
@@ -215,21 +221,28 @@ def test_tokens_log_and_records_are_those_of_one_process(pair, one_process):
   check_equal(one_by_one(pair, JOBS), one_process)
 
 
-@pytest.mark.parametrize('mode', [
-    pytest.param('colocated', marks=pytest.mark.deep), 'chunked'])
+@pytest.mark.parametrize('mode', ['chunked', *(
+    pytest.param(mode, marks=pytest.mark.deep)
+    for mode in ('colocated', 'colocated_pp2', 'chunked_pp2'))])
 def test_so_they_are_without_hand_offs(mode, one_process):
   with start(serving.MODES[mode][0], CONFIGS[mode]) as server:
     check_equal(one_by_one(server, JOBS), one_process)
-    check_tokens(MIXED[:6], play(server, MIXED[:6]))
+    outputs = play(server, MIXED[:6])
+    if server.config.kv_dtype is None:
+      check_tokens(MIXED[:6], outputs)
     check_held(server)
 
 
-@pytest.mark.parametrize('mode', ['tp2_pp2'])
+@pytest.mark.parametrize('mode', ['tp2_pp2', *(
+    pytest.param(mode, marks=pytest.mark.deep)
+    for mode in ('pp2_tp3', 'tp1_tp2'))])
 def test_so_they_are_with_any_plans_page_sizes_and_dtypes(mode, one_process):
   """From tp=2 to pp=2, pages of 4 to 16, float32 to int8, with checksums."""
-  with start(serving.MODES[mode][0], CONFIGS[mode]) as server:
+  config = CONFIGS[mode]
+  with start(serving.MODES[mode][0], config) as server:
     check_equal(one_by_one(server, JOBS), one_process)
-    assert server.copied_bytes and server.records[-1].cached_tokens
+    assert server.copied_bytes
+    assert bool(server.records[-1].cached_tokens) == config.prefix_cache
     check_held(server)
 
 
@@ -257,21 +270,14 @@ def garble(server, index):
   server.engines[index]._channel._out.put(b'[9]')
 
 
-def _where(state, stage, side):
-  return next((getattr(seq, side) for seq in state.seqs.values()
-               if seq.stage == stage), None)
+def lose(server, index):
+  """The next message to it is lost: the one after it has a wrong number."""
+  server.engines[index]._channel._sent += 1
 
 
-# Where a request is -> the instance that dies.
-AT = {
-    'prefilling': lambda state: next((
-        i for i, instance in enumerate(state.instances)
-        if any(isinstance(c, RunPrefill) for c, _ in instance.inflight)),
-        None),
-    'source': lambda state: _where(state, 'migrating', 'instance'),
-    'target': lambda state: _where(state, 'migrating', 'target'),
-    'decoding': lambda state: _where(state, 'decoding', 'instance'),
-}
+def double(server, index):
+  """The next message has the number of one that came before."""
+  server.engines[index]._channel._sent -= 1
 
 
 @pytest.mark.parametrize('stage', AT)
@@ -291,7 +297,8 @@ def test_nobody_loses_by_a_process_that_is_killed(pair, stage):
   assert InstanceDown in told and InstanceUp in told
 
 
-@pytest.mark.parametrize('harm, index', [(stop, 0), (cut, 1), (garble, 0)])
+@pytest.mark.parametrize('harm, index', [
+    (stop, 0), (cut, 1), (garble, 0), (lose, 1), (double, 0)])
 def test_what_hangs_or_is_cut_off_is_lost(pair, harm, index, monkeypatch):
   ids = [pair.submit(prompt, **params) for prompt, params in WORK]
   until(lambda: any(type(event) is Migrated for event, _ in pair.log), pair)
@@ -324,7 +331,7 @@ def test_a_device_that_hangs_is_lost(pair, monkeypatch):
 def test_a_copy_that_takes_too_long_gives_its_pages_back(pair, monkeypatch):
   """Its source is stopped for a while, and late: the offer is taken back."""
   source, stopped = pair.engines[0], []
-  real = source.send
+  real, before = source.send, source.address
 
   def stop_at_offer(message):
     if isinstance(message, messages.Offer) and not stopped:
@@ -343,6 +350,7 @@ def test_a_copy_that_takes_too_long_gives_its_pages_back(pair, monkeypatch):
     until(lambda: not pair.busy, pair)
   check_tokens(WORK, [pair.output(id) for id in ids])
   assert stopped == [source.pid]  # it was not lost
+  assert source.address not in ('', before)  # its server may be stuck
 
 
 def _spoiled(said, **changes):
@@ -361,7 +369,7 @@ def _spoiled(said, **changes):
 def test_a_hand_off_that_breaks_is_tried_again(pair, monkeypatch, spoiled,
                                                why):
   target, todo = pair.engines[1], [77]
-  real = target.send
+  real = target.send_if_there
 
   def lost_on_the_way(message):
     """A Pull from a source that there is not."""
@@ -373,7 +381,7 @@ def test_a_hand_off_that_breaks_is_tried_again(pair, monkeypatch, spoiled,
     if spoiled:
       patch.setattr(remote, '_HEAR', remote._HEAR | spoiled)
     else:
-      patch.setattr(target, 'send', lost_on_the_way)
+      patch.setattr(target, 'send_if_there', lost_on_the_way)
     check_tokens(WORK, play(pair, WORK, faulty=True))
   told = [event for event, _ in pair.log]
   failed = [event for event in told if isinstance(event, MigrateFailed)]
@@ -474,7 +482,8 @@ def test_an_interrupt_at_start_leaves_no_process():
 
 
 @pytest.mark.parametrize('options, error', [
-    ({'cluster': 'ray'}, "cluster='ray'.*not there yet"),
+    *(({'cluster': name}, 'cluster=.*: must be None') for name in (
+        'rays', 'hosts:', 'ray:', 'local:x', '', 7)),
     ({'cluster': 'local', 'devices': []}, 'devices=.*have their own'),
     ({'cluster': 'local', 'make_engine': lambda *_: None}, 'make_engine='),
 ])
@@ -486,7 +495,7 @@ def test_what_is_not_there_is_refused(options, error):
 
 
 def test_a_field_that_processes_do_not_know_is_refused(monkeypatch):
-  monkeypatch.setattr(local, 'NOT_YET', ('prefix_',))
+  monkeypatch.setattr(starting, 'NOT_YET', ('prefix_',))
   with pytest.raises(InputError, match='EngineConfig.prefix_cache=True'):
     start(config=dataclasses.replace(CONFIG, prefix_cache=True))
 

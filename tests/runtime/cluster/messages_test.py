@@ -1,6 +1,5 @@
 """Messages and page tables: data, without a process."""
 
-import json
 
 import pytest
 from hypothesis import given
@@ -18,14 +17,16 @@ ALL = (
     messages.Warm({'0': {'tp': 1}}, {}),
     messages.Admit(1, (5, 6), 2, {'stop': ['a', 'Row'],
                                   'logit_bias': [[3, 1.5]]}),
-    messages.Forget(1), messages.Run(DECODE), messages.Run(PREFILL),
+    messages.Forget(1), PageTables().pack(DECODE), PageTables().pack(PREFILL),
     messages.Offer(2, 1, MOVE, True), messages.Withdraw(2, False),
     messages.Pull(2, 0, '127.0.0.1:1', MOVE, False), messages.Drop(2),
-    messages.Ping(), messages.Hello(1, 0), messages.Failed(True, 'no'),
+    messages.Ping(), messages.Hello(1, 0, 9), messages.Failed(True, 'no'),
     messages.Built({'role': 'decode'}, 3, '', {'0': 'cpu:0'}),
     messages.Warmed('decode 1'), messages.Ready(), messages.StageDone(),
     messages.Stepped(7, (1, 2), ((0, -1.5, (1,), (-1.5,)),), 1.0, 0.5),
     messages.Offered(2, 8, 9, 10), messages.Landed(2, 9, 10),
+    messages.Moved('127.0.0.1:2'), messages.End(1, 2), messages.Ended(1, 2, -9),
+    messages.Start(1, 2, '10.0.0.1:7000', 'ff', 0, 2, {'A': 'b'}),
     messages.Broken(2, 'why'), messages.Lost('why'),
     messages.Count(), messages.Counted(1, 2, 3, 4), messages.Pong())
 
@@ -66,9 +67,8 @@ def test_pages_arrive_whole(commands):
                    tuple(Row(id, 0, 1, pages) for id, pages in rows[:1]))
         if prefills else
         RunDecode(0, 1, 0, 1, tuple(Row(id, 0, 1, p) for id, p in rows)))
-    _, sent = messages.load(messages.dump(1, messages.Run(
-        here.shrink(command))))
-    assert there.grow(sent.command) == command
+    _, sent = messages.load(messages.dump(1, here.pack(command)))
+    assert there.unpack(sent) == command
     here.forget(leaves)
     there.forget(leaves)
 
@@ -78,10 +78,23 @@ def test_a_long_batch_is_short_on_the_wire():
   rows = tuple(Row(id, 900, 1000, tuple(range(id * 64, id * 64 + 64)))
                for id in range(256))
   here = PageTables()
-  first = messages.dump(1, messages.Run(here.shrink(RunDecode(
-      0, 1, 0, 1, rows))))
+  first = messages.dump(1, here.pack(RunDecode(0, 1, 0, 1, rows)))
   more = tuple(row._replace(pages=(*row.pages, 7)) for row in rows)
-  then = here.shrink(RunDecode(0, 2, 1, 1, more))
-  assert all(row.pages == (64, 7) for row in then.rows)
-  assert len(messages.dump(1, messages.Run(then))) < len(first) / 10
-  json.loads(messages.dump(1, messages.Run(then)))
+  then = messages.dump(1, here.pack(RunDecode(0, 2, 1, 1, more)))
+  assert len(then) < len(first) / 10
+
+
+@pytest.mark.parametrize('changes', [
+    {'numbers': b'1234567'}, {'numbers': b''}, {'rows': 3}, {'chunks': 2}])
+def test_a_command_that_lacks_numbers_is_refused(changes):
+  run = PageTables().pack(DECODE)._replace(**changes)
+  with pytest.raises(ValueError):
+    PageTables().unpack(run)
+
+
+def test_a_command_after_one_that_was_lost_is_refused():
+  """It says that pages are as before, which the other side never had."""
+  here, there = PageTables(), PageTables()
+  here.pack(DECODE)
+  with pytest.raises(ValueError, match='are as before'):
+    there.unpack(here.pack(DECODE))

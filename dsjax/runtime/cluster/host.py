@@ -1,0 +1,101 @@
+"""What runs on each host for a server elsewhere (experiments.host).
+
+It connects to the server that the hosts file names (hosts.py), starts the
+processes of instances that it is told to, and ends them with its connection.
+Then it waits for the next server.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from dsjax.config.checks import InputError
+from dsjax.runtime.cluster import channel, hosts, local, messages
+from dsjax.runtime.cluster.instance import KEY
+
+RETRY_S = 0.5  # from one try to reach the server to the next
+LOOK_S = 0.1  # between two looks at what has ended
+
+
+class Agent:
+  """Starts and ends the processes of one server on this host."""
+
+  def __init__(self, group: hosts.Group, number: int) -> None:
+    """Connects.
+
+    Raises:
+      OSError, EOFError, AuthenticationError: it is not let in.
+    """
+    self.group, self.host = group, group.hosts[number]
+    self.running: dict[tuple[int, int], subprocess.Popen[bytes]] = {}
+    self.channel = channel.connect(
+        f'{group.address}:{group.port + number}', group.key, number, 0,
+        lambda message: None, lambda why: None)
+
+  def serve(self) -> None:
+    """Does what it is told, until the server has gone."""
+    try:
+      while not self.channel.ended:
+        for message in self.channel.take():
+          self._do(message)
+        for key, process in list(self.running.items()):
+          code = process.poll()
+          if code is not None:
+            del self.running[key]
+            self._say(messages.Ended(*key, code))
+        self.channel.wait(LOOK_S)
+    finally:
+      self.channel.close()
+      for process in self.running.values():
+        process.kill()
+      for process in self.running.values():
+        process.wait()
+
+  def _do(self, message: Any) -> None:
+    if isinstance(message, messages.End):
+      process = self.running.get((message.index, message.incarnation))
+      if process:
+        process.kill()
+    elif isinstance(message, messages.Start):
+      try:
+        self._start(message)
+      except (OSError, InputError) as error:
+        print(f'instance {message.index} cannot start: {error}',
+              file=sys.stderr)
+        self._say(messages.Ended(message.index, message.incarnation, 1))
+
+  def _start(self, message: messages.Start) -> None:
+    key = hosts.instance_key(self.group.key, message.nonce)
+    env = (dict(os.environ) | {'PYTHONPATH': local.python_path()}
+           | local.jax_settings() | message.settings
+           | local.device_settings(message.first, message.count)
+           | {KEY: key.hex()})
+    self.running[message.index, message.incarnation] = local.popen(
+        message.address, message.index, message.incarnation,
+        self.host.address, env)
+
+  def _say(self, message: messages.Ended) -> None:
+    if not self.channel.ended:
+      self.channel.send(message)
+
+
+def serve(group: hosts.Group, number: int, say: Callable[[str], object]
+          ) -> None:
+  """Serves one server after another, for ever.
+
+  Raises:
+    AuthenticationError: the server has another key.
+  """
+  while True:
+    try:
+      agent = Agent(group, number)
+    except (OSError, EOFError):  # there is no server yet
+      time.sleep(RETRY_S)
+      continue
+    say(f'serving {group.address}')
+    agent.serve()
+    say(f'{group.address} has gone: {agent.channel.ended}')
+    time.sleep(RETRY_S)

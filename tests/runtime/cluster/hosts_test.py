@@ -1,0 +1,231 @@
+"""Hosts without Ray: the file, who goes where, and two hosts on loopback.
+
+Each host is what is typed there, in a folder of its own; a host that is gone is
+its process group, killed.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import types
+
+import pytest
+
+import dsjax
+from dsjax.config.checks import InputError
+from dsjax.config.placement import Placement, Plan
+from dsjax.runtime.cluster import hosts, local
+from dsjax.scheduling.events import InstanceDown, InstanceUp
+from experiments import host
+from tests.common import fake_engine, serving
+from tests.common.serving import check_tokens, expected_of_fakes, play
+from tests.runtime.cluster.cluster_test import (
+  CONFIG,
+  MODEL,
+  WORK,
+  alive,
+  children,
+  until,
+)
+
+pytestmark = pytest.mark.usefixtures('no_hang')
+
+KEY = '0123456789abcdef' * 4
+TWO = {'a': {'address': '127.0.0.1', 'devices': 1},
+       'b': {'address': '127.0.0.1', 'devices': 1}}
+
+
+def write(folder, secret=KEY, mode=0o600, **fields):
+  """A hosts file and its key; gives the name of the file."""
+  (folder / 'key').write_text(secret + '\n')
+  (folder / 'key').chmod(mode)
+  fields = {'server': '127.0.0.1:7000', 'key': 'key', 'hosts': TWO} | fields
+  (folder / 'hosts.json').write_text(json.dumps(fields))
+  return str(folder / 'hosts.json')
+
+
+def test_a_file_says_what_hosts_there_are(tmp_path):
+  group = hosts.read(write(tmp_path))
+  assert (group.address, group.port, group.key) == (
+      '127.0.0.1', 7000, KEY.encode())
+  assert group.hosts[1] == hosts.Host('b', '127.0.0.1', 1)
+  assert group.number('b') == 1
+  with pytest.raises(InputError, match="host='c': must be one of"):
+    group.number('c')
+
+
+@pytest.mark.parametrize('fields, error', [
+    ({'server': '127.0.0.1'}, 'server=.*HOST:PORT'),
+    ({'server': 7}, 'server=.*HOST:PORT'),
+    ({'server': '127.0.0.1:99999'}, 'server=.*HOST:PORT'),
+    ({'hosts': {}}, 'hosts='), ({'hosts': []}, 'hosts='),
+    ({'hosts': {'a': {'address': 'x'}}}, 'hosts='),
+    ({'hosts': {'a': {'address': 'x', 'devices': 0}}}, 'hosts='),
+    ({'hosts': {'a': {'address': '', 'devices': 1}}}, 'hosts='),
+    ({'more': 1}, "an object of 'server'"), ({'key': ''}, 'key='),
+    ({'key': 'nothing'}, 'key=.*can be read'), ({'key': 7}, 'key=')])
+def test_a_file_that_says_something_else_is_refused(tmp_path, fields, error):
+  with pytest.raises(InputError, match=error):
+    hosts.read(write(tmp_path, **fields))
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{', 'null', '\xff'])
+def test_what_is_no_object_is_refused(tmp_path, text):
+  path = tmp_path / 'hosts.json'
+  path.write_bytes(text.encode('latin1'))
+  with pytest.raises(InputError, match='hosts file'):
+    hosts.read(str(path))
+  with pytest.raises(InputError, match='hosts file'):
+    hosts.read(str(tmp_path / 'none'))
+
+
+def test_a_key_must_be_long_and_its_owners_alone(tmp_path):
+  with pytest.raises(InputError, match='chmod 600'):
+    hosts.read(write(tmp_path, mode=0o640))
+  with pytest.raises(InputError, match='32 at least'):
+    hosts.read(write(tmp_path, secret='short'))
+  assert not stat.S_IMODE((tmp_path / 'key').stat().st_mode) & 0o77
+
+
+@pytest.mark.parametrize('text, devices, places', [
+    ('prefill=1x1,decode=1x1', (1, 1), [(0, 0), (1, 0)]),
+    ('prefill=1x1,decode=1x1', (2, 2), [(0, 0), (0, 1)]),
+    ('prefill=1x1,1x1,decode=1x1,1x1', (2, 2),
+     [(0, 0), (0, 1), (1, 0), (1, 1)]),
+    ('prefill=1x1,1x1,decode=1x1,1x1,aligned', (2, 2),
+     [(0, 0), (1, 0), (0, 1), (1, 1)]),
+    ('prefill=2x1,decode=1x1,1x1,aligned', (3, 4), [(1, 0), (1, 2), (1, 3)]),
+    ('colocated=2x1,1x1', (1, 2), [(1, 0), (0, 0)])])
+def test_instances_are_put_where_there_is_room(text, devices, places):
+  assert hosts.assign(Placement.parse(text), devices) == places
+
+
+@pytest.mark.parametrize('text, devices, error', [
+    ('prefill=4x1,decode=1x1', (2, 2), 'an instance over several hosts'),
+    ('prefill=1x2,decode=1x1', (1, 1, 1), 'an instance over several hosts'),
+    ('prefill=2x1,decode=1x1', (2,), r'fit into hosts of \(2,\)'),
+    ('prefill=1x1,decode=1x1,aligned', (1, 1), 'aligned into one')])
+def test_what_does_not_fit_is_refused(text, devices, error):
+  with pytest.raises(InputError, match=error):
+    hosts.assign(Placement.parse(text), devices)
+
+
+def test_a_key_is_for_one_process():
+  made = {hosts.instance_key(KEY.encode(), nonce) for nonce in ('1', '2')}
+  assert len(made) == 2 and all(len(key) == 32 for key in made)
+
+
+# --- two hosts on loopback ---------------------------------------------------
+
+
+def free_port():
+  """One that nothing listens on."""
+  with socket.create_server(('127.0.0.1', 0)) as listens:
+    return listens.getsockname()[1]
+
+
+def begin(file, name):
+  """What is typed on a host, in a folder of its own."""
+  folder = os.path.join(os.path.dirname(file), name)
+  os.makedirs(folder, exist_ok=True)
+  return subprocess.Popen(
+      [sys.executable, '-m', 'experiments.host', f'--hosts={file}',
+       f'--name={name}'], cwd=folder, stdout=subprocess.PIPE, text=True,
+      start_new_session=True,
+      env=os.environ | {'PYTHONPATH': local.python_path()})
+
+
+@contextlib.contextmanager
+def two_hosts(folder):
+  """The hosts file, and what runs on each host."""
+  file = write(folder, server=f'127.0.0.1:{free_port()}')
+  there = {name: begin(file, name) for name in TWO}
+  try:
+    yield file, there
+  finally:
+    for process in there.values():
+      process.kill()
+      process.communicate()
+
+
+def test_two_hosts_serve_and_one_that_is_gone_costs_no_request(tmp_path):
+  before = children()
+  work = [serving.job(4 + n % 9, 8 + n % 7, n) for n in range(24)]
+  with two_hosts(tmp_path) as (file, there):
+    with dsjax.serve(MODEL, 'colocated=1x1,1x1', CONFIG,
+                     cluster=f'hosts:{file}',
+                     make_engine=fake_engine.FakeEngine) as server:
+      check_tokens(work, play(server, work), expected_of_fakes)
+      ids = [server.submit(prompt, **params) for prompt, params in work]
+      until(lambda: server.state.instances[1].residents, server)
+      gone = server.engines[1].pid
+      os.kill(gone, signal.SIGKILL)  # all that runs there
+      there['b'].kill()
+      until(lambda: not server.busy, server)
+      check_tokens(work, [server.output(id) for id in ids], expected_of_fakes)
+      assert 1 in server.fleet.down
+      there['b'].communicate()
+      there['b'] = begin(file, 'b')  # it comes again
+      until(lambda: not server.fleet.down, server)
+      told = [type(event) for event, _ in server.log]
+      assert InstanceDown in told and InstanceUp in told
+      pids = [engine.pid for engine in server.engines]
+      assert gone not in pids and all(map(alive, pids))
+    until(lambda: not any(map(alive, pids)))
+    assert all(process.poll() is None for process in there.values())
+    with dsjax.serve(MODEL, 'colocated=1x1', CONFIG, cluster=f'hosts:{file}',
+                     make_engine=fake_engine.FakeEngine) as server:
+      check_tokens(work[:4], play(server, work[:4]), expected_of_fakes)
+      pid = server.engines[0].pid
+      there['a'].kill()  # its command only: the process has its server
+      there['a'].wait()
+      check_tokens(work[:4], play(server, work[:4]), expected_of_fakes)
+    until(lambda: not alive(pid))
+  assert children() <= before
+
+
+def test_kv_goes_from_host_to_host(tmp_path):
+  with two_hosts(tmp_path) as (file, _), dsjax.serve(
+      MODEL, Placement(prefill=[Plan()], decode=[Plan()]), CONFIG,
+      cluster=f'hosts:{file}') as server:
+    check_tokens(WORK, play(server, WORK))
+    assert server.copied_bytes
+
+
+def test_another_key_is_refused(tmp_path):
+  port = free_port()
+  file = write(tmp_path, server=f'127.0.0.1:{port}')
+  (tmp_path / 'other').mkdir()
+  other = write(tmp_path / 'other', secret=KEY[::-1],
+                server=f'127.0.0.1:{port}')
+  remote = hosts.RemoteHost(hosts.read(file), 0)
+  try:
+    with begin(other, 'a') as process:
+      assert process.wait() == 1 and 'another key' in process.stdout.read()
+    assert remote.channel() is None
+  finally:
+    remote.close()
+
+
+def test_a_port_that_is_taken_is_one_clear_error(tmp_path):
+  with socket.create_server(('127.0.0.1', 0)) as taken:
+    port = taken.getsockname()[1]
+    file = write(tmp_path, server=f'127.0.0.1:{port}')
+    with pytest.raises(OSError, match='in use'):
+      hosts.HostsLauncher(Placement(colocated=[Plan()]), file)
+
+
+@pytest.mark.parametrize('hosts, name, error', [
+    ('', 'a', '--hosts'), ('hosts.json', '', '--name'),
+    ('hosts.json', 'c', "host='c'"), ('none.json', 'a', 'hosts file')])
+def test_what_is_typed_is_checked(tmp_path, hosts, name, error):
+  write(tmp_path)
+  options = types.SimpleNamespace(
+      hosts=hosts and str(tmp_path / hosts), name=name)
+  with pytest.raises(InputError, match=error):
+    host.run(options, None)
