@@ -2,6 +2,7 @@
 
   python -m experiments.validate --out=out/validate      # about 10 minutes
   python -m experiments.validate --quick --out=out/quick # tiny model, seconds
+  python -m experiments.validate --cluster=local --out=out/processes
 
 Steps are profiled (dsjax.runtime.profiling), then each mode serves the same
 seeded requests at several rates, really and simulated, with the server's own
@@ -16,8 +17,10 @@ CPU devices of one process share its threads (jax 0.10 splits a matrix product
 over them whatever --xla_cpu_multi_thread_eigen says), so instances slow each
 other, which both simulate as contention.Contention. Threads are as many as
 cores here (NPROC=32 of other runners is for collectives, of which
-1x1 has none). Rates, if not given,
-are shares of what a burst really achieves; objectives, if not given, are
+1x1 has none). With --cluster=local each instance is a process, on cores of its
+own where there are enough: nothing is simulated as contention. A link that was
+measured in one process is then only what `bench` starts from. Rates, if not
+given, are shares of what a burst really achieves; objectives, if not given, are
 multiples of medians of the calibration runs, the same for all modes.
 
 Files in --out: summary.json (a row for each mode and rate, kept by Ctrl-C),
@@ -80,7 +83,8 @@ FLAGS = {
     'ttft_s': None, 'tpot_s': None,
     'profile': cli.Flag(None, 'A profile measured before with this engine; '
                         'none: measure now.', str),
-    'rounds': 3, 'seed': 0, 'set': (), 'compilation_cache': cli.CACHE,
+    'cluster': cli.CLUSTER_FLAG, 'rounds': 3, 'seed': 0, 'set': (),
+    'compilation_cache': cli.CACHE,
 }
 
 
@@ -209,7 +213,7 @@ def step_times(profiles, log):
 class Mode:
   """A server of one mode, its runs, and its profiles."""
 
-  def __init__(self, name, loaded, config, profile, seed, bar):
+  def __init__(self, name, loaded, config, profile, seed, bar, cluster):
     self.name, self.loaded, self.config, self.seed = (name, loaded, config,
                                                       seed)
     self.bar = bar
@@ -217,12 +221,12 @@ class Mode:
     task = bar.add_task(f'{name}: compiling')
     self.server = orchestrator.serve(
         loaded, placement, config, report=lambda done, total, _: bar.update(
-            task, completed=done, total=total))
+            task, completed=done, total=total), cluster=cluster)
     measured = profile.latencies[Plan()]
     link = profile.links.get((Plan(), Plan()))
     self.profiles = {'bench': Profiles(
         (measured,) * 2, link if placement.decode else None,
-        profile.contention)}
+        None if cluster else profile.contention)}
 
   def sent(self, rate_per_s, n, seed):
     return requests(self.config, self.loaded.config.vocab_size, rate_per_s, n,
@@ -296,7 +300,7 @@ def run(options, console):
   quick = options.quick
   name = 'tiny' if quick else options.model
   config = configs.override(QUICK if quick else ENGINE, options.set)
-  rates = _checked(options)
+  rates, cluster = _checked(options), cli.cluster_of(options)
   out = pathlib.Path(options.out)
   out.mkdir(parents=True, exist_ok=True)
   # One-device instances have no collectives: threads as many as cores.
@@ -320,7 +324,7 @@ def run(options, console):
       _check_profile(profile, options)
       provenance.save_json(out / 'latency.json', profiles.as_json(profile),
                            *_made_by(options))
-      modes = [Mode(m, loaded, config, profile, options.seed, bar)
+      modes = [Mode(m, loaded, config, profile, options.seed, bar, cluster)
                for m in options.modes]
       for mode in modes:
         mode.prepare(min(size(1e9), 24), size, interrupts.halt)
