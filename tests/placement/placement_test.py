@@ -318,6 +318,8 @@ def test_other_batches_are_tried_of_the_first_few(monkeypatch):
       candidates.saturation(measured(first[0].prefill[0])), 2 * base, 4 * base}
   batches = RankedPlacement(first[0], state.rows[0].goodput, True, 4 * base)
   assert verdict.name(batches) == f'disaggregated ({4 * base} tokens)'
+  assert batches.to_serve.aligned and not first[0].aligned
+  assert str(batches.to_serve) == f'{first[0]},aligned'
 
 
 @pytest.mark.parametrize('late, cluster, slo, words', (

@@ -13,8 +13,10 @@ until it has come, and on one port more for each instance that starts.
 """
 
 import collections
+import contextlib
 import hmac
 import json
+import logging
 import pathlib
 import secrets
 import stat
@@ -30,6 +32,7 @@ from dsjax.runtime.cluster.channel import Channel, Door
 from dsjax.runtime.cluster.handoff import LOOK_S
 from dsjax.runtime.cluster.local import jax_settings
 
+LOG = logging.getLogger(__name__)
 LEAST_KEY = 32  # characters of a key
 # Settings of the server's jax that change numbers; a host has its own others.
 NUMERIC = ('default_matmul_precision', 'numpy_rank_promotion')
@@ -174,6 +177,8 @@ class RemoteHost:
         self.codes[message.index, message.incarnation] = message.code
     if (channel is not None and channel.ended or self._door.failed) and (
         not self.closed):
+      if self._door.failed:
+        LOG.warning('host %s: %s', self.host.name, self._door.failed)
       self._door.close()
       self._door = self._new_door()
       return None
@@ -229,9 +234,10 @@ class HostProcess:
   def kill(self, wait_s: float = 0.0) -> None:
     """Ends it; wait_s: how long to wait for that, at most."""
     self._door.close()
-    if self._agent is None or self._agent.ended:
+    if self._agent is None:
       return
-    self._agent.send(messages.End(*self._key))
+    with contextlib.suppress(RuntimeError):  # it has gone: so has the process
+      self._agent.send(messages.End(*self._key))
     until_s = time.monotonic() + wait_s
     while self.exit_code() is None and time.monotonic() < until_s:
       time.sleep(LOOK_S)

@@ -70,9 +70,10 @@ class RayProcess:
     return self._door.pid
 
   def exit_code(self) -> int | None:
-    """None: it runs, as far as Ray was asked lately; else 1."""
-    now_s = time.monotonic()
-    if self._code is None and now_s - self._asked_s > ASK_S:
+    """1: it ended before it came, as far as Ray was asked lately; None: not so
+    (the end of one that has come is the end of its channel)."""
+    now_s, awaited = time.monotonic(), self._door.channel is None
+    if awaited and self._code is None and now_s - self._asked_s > ASK_S:
       self._asked_s = now_s
       if ray.wait([self._end], timeout=0)[0]:
         self._code = 1
