@@ -48,12 +48,13 @@ ROUNDS = 200
 def message_cost(rows, pages):
   """(microseconds at the server, at an instance, bytes) of a decode command
   for each of whose rows a page is new."""
-  here, there = messages.PageTables(), messages.PageTables()
   took, size = {'server': [], 'instance': []}, 0
-  for turn in range(ROUNDS):
-    command = RunDecode(0, turn, turn, 1, tuple(
-        Row(id, 1000, 2000, tuple(range(id * pages, id * pages + pages))
-            + tuple(range(turn))) for id in range(rows)))
+  before, command = (RunDecode(0, turn, turn, 1, tuple(
+      Row(id, 1000, 2000, tuple(range(id * pages, (id + 1) * pages - 1 + turn)))
+      for id in range(rows))) for turn in (0, 1))
+  for _ in range(ROUNDS):
+    here, there = messages.PageTables(), messages.PageTables()
+    there.unpack(here.pack(before))
     began = time.thread_time()  # whatever else the cores do
     data = messages.dump(1, here.pack(command))
     sent = time.thread_time()
