@@ -69,8 +69,7 @@ class Agent:
 
   def _start(self, message: messages.Start) -> None:
     key = hosts.instance_key(self.group.key, message.nonce)
-    env = (dict(os.environ) | {'PYTHONPATH': local.python_path()}
-           | local.jax_settings() | message.settings
+    env = (dict(os.environ) | local.settings() | message.settings
            | local.device_settings(message.first, message.count)
            | {KEY: key.hex()})
     self.running[message.index, message.incarnation] = local.popen(

@@ -94,16 +94,19 @@ def popen(address: str, index: int, incarnation: int, host: str,
 
 
 def jax_settings(names: Sequence[str] = SHARED) -> dict[str, str]:
-  """Jax as it is set here, as environment variables; all devices of the CPU
-  that XLA_FLAGS asks for are left out."""
-  settings = {'XLA_FLAGS': re.sub(
-      r'--xla_force_host_platform_device_count=\d+', '',
-      os.environ.get('XLA_FLAGS', ''))}
-  for name in names:
-    value = jax.config.values.get(f'jax_{name}')
-    if value is not None:
-      settings[f'JAX_{name.upper()}'] = str(value)
-  return settings
+  """Jax as it is set here, as environment variables."""
+  values = {name: jax.config.values.get(f'jax_{name}') for name in names}
+  return {f'JAX_{name.upper()}': str(value) for name, value in values.items()
+          if value is not None}
+
+
+def settings() -> dict[str, str]:
+  """Environment variables by which a process imports what this one does, and
+  has jax as it is set here, but for the number of devices."""
+  return {'PYTHONPATH': os.pathsep.join(
+      path or os.getcwd() for path in sys.path), 'XLA_FLAGS': re.sub(
+          r'--xla_force_host_platform_device_count=\d+', '',
+          os.environ.get('XLA_FLAGS', ''))} | jax_settings()
 
 
 def device_settings(first: int, count: int) -> dict[str, str]:
@@ -121,11 +124,6 @@ def device_settings(first: int, count: int) -> dict[str, str]:
   return {'CUDA_VISIBLE_DEVICES': ','.join(gpus[first:first + count])}
 
 
-def python_path() -> str:
-  """PYTHONPATH by which another process imports what this one does."""
-  return os.pathsep.join(path or os.getcwd() for path in sys.path)
-
-
 def environments(placement: Placement) -> list[dict[str, str]]:
   """The environment of each instance's process: its devices, and jax as it is
   set here.
@@ -133,7 +131,7 @@ def environments(placement: Placement) -> list[dict[str, str]]:
   Raises:
     InputError: more GPUs are asked for than there are.
   """
-  shared = (dict(os.environ) | {'PYTHONPATH': python_path()} | jax_settings())
+  shared = dict(os.environ) | settings()
   environments, taken = [], 0
   for _, plan in placement.instances:
     environments.append(shared | device_settings(taken, plan.num_devices))

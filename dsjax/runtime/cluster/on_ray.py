@@ -16,7 +16,7 @@ from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Placement
 from dsjax.runtime.cluster import instance
 from dsjax.runtime.cluster.channel import Channel, Door
-from dsjax.runtime.cluster.local import jax_settings, python_path
+from dsjax.runtime.cluster.local import settings
 
 os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
 try:
@@ -174,7 +174,7 @@ class RayLauncher:
     devices = ({'num_gpus': count} if self.resource == 'GPU' else
                {'num_cpus': count} if self.resource == 'CPU' else
                {'resources': {self.resource: count}})
-    env = jax_settings() | {'PYTHONPATH': python_path()}
+    env = settings()
     if self.resource in ('CPU', 'device'):
       env['JAX_NUM_CPU_DEVICES'] = str(count)
     return RayProcess(index, incarnation, {'num_cpus': 0} | devices | {

@@ -137,7 +137,8 @@ def begin(file, name):
       [sys.executable, '-m', 'experiments.host', f'--hosts={file}',
        f'--name={name}'], cwd=folder, stdout=subprocess.PIPE, text=True,
       start_new_session=True,
-      env=os.environ | {'PYTHONPATH': local.python_path()})
+      env=os.environ | {
+          'PYTHONPATH': local.settings()['PYTHONPATH']})
 
 
 @contextlib.contextmanager

@@ -34,7 +34,8 @@ def test_a_node_that_is_killed_costs_no_request():
   done = subprocess.run(
       [sys.executable, '-m', 'tests.runtime.cluster.two_nodes'],
       capture_output=True, text=True, env=os.environ | {
-          'PYTHONPATH': local.python_path(), 'RAY_USAGE_STATS_ENABLED': '0',
+          'PYTHONPATH': local.settings()['PYTHONPATH'],
+          'RAY_USAGE_STATS_ENABLED': '0',
           'RAY_raylet_start_wait_time_s': '300',  # on a loaded machine
           'RAY_AUTH_TOKEN': secrets.token_hex(16)})
   assert not done.returncode, done.stderr[-4000:]
