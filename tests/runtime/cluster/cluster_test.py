@@ -328,28 +328,32 @@ def test_a_device_that_hangs_is_lost(pair, monkeypatch):
   assert pair.output(id).tokens == want(MIXED[0])
 
 
-def test_a_copy_that_takes_too_long_gives_its_pages_back(pair, monkeypatch):
-  """Its source is stopped for a while, and late: the offer is taken back."""
-  source, stopped = pair.engines[0], []
-  real, before = source.send, source.address
+@pytest.mark.parametrize('side, name, kind', [
+    (0, 'send', messages.Offer), (1, 'send_if_there', messages.Pull)])
+def test_a_copy_that_takes_too_long_gives_its_pages_back(
+    pair, monkeypatch, side, name, kind):
+  """Its source or its target is stopped for a while, and late: the offer is
+  taken back."""
+  source, late, stopped = pair.engines[0], pair.engines[side], []
+  real, before = getattr(late, name), source.address
 
-  def stop_at_offer(message):
-    if isinstance(message, messages.Offer) and not stopped:
-      stopped.append(source.pid)
-      stop(pair, 0)
+  def stop_at(message):
+    if isinstance(message, kind) and not stopped:
+      stopped.append(late.pid)
+      stop(pair, side)
     real(message)
 
   with monkeypatch.context() as patch:
-    patch.setattr(source, 'send', stop_at_offer)
+    patch.setattr(late, name, stop_at)
     patch.setattr(pair.fleet, 'config', dataclasses.replace(
         CONFIG, lease_s=0.2))
     ids = [pair.submit(prompt, **params) for prompt, params in WORK]
     until(lambda: any(type(event) is Timer for event, _ in pair.log), pair)
     patch.setattr(pair.fleet, 'config', CONFIG)
-    os.kill(source.pid, signal.SIGCONT)
+    os.kill(late.pid, signal.SIGCONT)
     until(lambda: not pair.busy, pair)
   check_tokens(WORK, [pair.output(id) for id in ids])
-  assert stopped == [source.pid]  # it was not lost
+  assert stopped == [late.pid]  # it was not lost
   assert source.address not in ('', before)  # its server may be stuck
 
 
@@ -439,6 +443,19 @@ def test_one_that_does_not_start_again_stays_lost(fakes, monkeypatch):
     with pytest.raises(RuntimeError, match='Nothing'):
       fakes.restore(1)
   assert 1 in fakes.fleet.down
+
+
+def test_two_servers_know_nothing_of_each_other(fakes):
+  """Each has its own ports and keys; what ends one leaves the other."""
+  work = [serving.job(4 + n % 9, 8 + n % 7, n) for n in range(12)]
+  ids = [fakes.submit(prompt, **params) for prompt, params in work]
+  with start(Placement(colocated=[Plan()]),
+             make_engine=fake_engine.FakeEngine) as other:
+    check_tokens(work, play(other, work), expected_of_fakes)
+    kill(other, 0)
+  until(lambda: not fakes.busy, fakes)
+  check_tokens(work, [fakes.output(id) for id in ids], expected_of_fakes)
+  assert not fakes.faults
 
 
 # --- start and end -----------------------------------------------------------
@@ -562,8 +579,7 @@ def test_instances_end_with_their_server(end):
   script = subprocess.Popen(
       [sys.executable, '-c', SERVED, 'raise' if end == 'raise' else 'serve'],
       stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-      env=os.environ | {'PYTHONPATH': os.pathsep.join(
-          path or os.getcwd() for path in sys.path)})
+      env=os.environ | {'PYTHONPATH': local.settings()['PYTHONPATH']})
   with script:
     pids = list(map(int, script.stdout.readline().split()))
     assert pids and all(map(alive, pids))
