@@ -17,6 +17,8 @@ each of --host_gb, host memory of an instance for what its cache evicts.
             kept of the prompt not computed again (Mooncake's rule, without
             moving what another has kept); rows go where copy and steps are
             predicted to end soonest.
+  global    the same, and what any other instance has kept is copied there
+            first where that is predicted to be sooner (all of Mooncake's).
 With --goodput the rate at which --target of them attain is sought for each
 route and cache, from the first of --rates on: doubled or halved, then bisected
 to 5 %. One run a rate, so its interval is that of `attained`.
@@ -50,9 +52,10 @@ from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Slo
 from dsjax.config.request import Request
 from dsjax.placement import api
-from dsjax.policies import predict
+from dsjax.policies import mooncake, predict
 from dsjax.scheduling.policy import (
   DISTSERVE,
+  Fetch,
   RequestView,
   View,
   others,
@@ -70,7 +73,7 @@ FLAGS = {
     'trace': cli.Flag('', 'A trace with hash_ids instead.'),
     'rates': '2,8',
     'requests': cli.Flag(2000, 'About so many turns at each rate.', low=50),
-    'routes': cli.Flag(['random', 'balanced', 'hits'], 'Of them.'),
+    'routes': cli.Flag(['random', 'balanced', 'hits', 'global'], 'Of them.'),
     'model': cli.Flag('llama-3-8b', 'A name in dsjax.config.zoo; with --real, '
                       'what dsjax.load takes.'),
     'latency': 'tables:h100-80g',
@@ -105,12 +108,21 @@ def hits_hand_off(view: View, request: RequestView, avoid: int) -> int:
       predict.rest_s(view, i, request), i.index)).index
 
 
+def global_route(view: View, request: RequestView) -> int | Fetch:
+  """Where the first token is predicted soonest, whoever has its beginning."""
+  _, choice = mooncake.soonest(view, request)
+  return choice if choice.lender >= 0 else choice.index
+
+
 ROUTES = {
     'random': dataclasses.replace(DISTSERVE, name='random',
                                   route=random_route),
     'balanced': DISTSERVE,
     'hits': dataclasses.replace(DISTSERVE, name='hits', route=hits_route,
-                                hand_off=hits_hand_off)}
+                                hand_off=hits_hand_off),
+    'global': dataclasses.replace(DISTSERVE, name='global', fetches=True,
+                                  route=global_route,
+                                  hand_off=hits_hand_off)}
 
 
 class Line(NamedTuple):

@@ -10,14 +10,17 @@ from rich.console import Console
 
 from dsjax.scheduling import (
   batches,
+  copied,
   flexible,
   host_tier,
   lifecycle,
+  loading,
   prefix_cache,
   recovery,
   residents,
   scheduler,
   streaming,
+  swapping,
 )
 from dsjax.scheduling.events import Arrived
 from experiments import explore
@@ -201,8 +204,9 @@ STREAMED = {
 # Of the second tier; caught in the worlds where there is one.
 HOST = {
     'a slot is evicted while it is read': (
-        host_tier, 'pin', 'prefix_cache.hold(host.slots, hashes)',
-        'host.slots, tuple([host.slots.kept[h].page for h in hashes])'),
+        loading, 'pin', 'prefix_cache.hold(inst.host.slots, hashes)',
+        'inst.host.slots, tuple([inst.host.slots.kept[h].page '
+        'for h in hashes])'),
     'a slot is a hit before its copy has ended': (
         host_tier, 'offload', 'len(pages))\n',
         'len(pages)); slots = prefix_cache.keep(slots, ids, hashes)\n'),
@@ -211,33 +215,89 @@ HOST = {
         "batches.plan(self); "
         "commands.sort(key=lambda c: 'Offload' in repr(c))"),
     'a copy to the host that failed is kept': (
-        host_tier, 'offloaded', '0 if e.failed else len(ids)', 'len(ids)'),
+        copied, 'offloaded', 'not e.failed)', 'True)'),
     'the host of a lost instance is remembered': (
         recovery, '_empty', 'prefix_cache.emptied(inst.host.slots)',
         'inst.host.slots'),
     'a load that failed keeps its slots': (
-        host_tier, 'load_failed', 'prefix_cache.forget(',
+        loading, 'let_go', 'prefix_cache.forget(',
         '(lambda slots, *_: slots)('),
     'what could not be loaded stays a hit': (
-        host_tier, 'load_failed',
-        'prefix_cache.forget(\n      inst.host.slots, slots, hashes)',
-        'prefix_cache.release(\n      inst.host.slots, slots, hashes, 9)'),
+        loading, 'let_go', 'elif whole:', 'else:\n    whole = True\n  if whole '
+        'and not entry.lender >= 0 and seq.done < seq.prompt_len:'),
     'a load that failed counts as whole': (
-        host_tier, 'load_failed', '_taken(inst, seq)',
-        '_taken(inst, seq); seq.done += len(slots) * inst.config.page_size'),
+        copied, 'go_on', '    if whole:', '    if True:'),
     'a load that is cancelled keeps its pages': (
-        host_tier, '_go_on', 'run.drop(seq)', 'run.forget(seq)'),
+        copied, 'go_on', 'run.drop(seq)', 'run.forget(seq)'),
     'a cancel frees what is being loaded': (
         RUN, 'leave', "was in ('migrating', 'loading')", "was == 'migrating'"),
     'a load into other pages': (
-        host_tier, 'load', '// inst.config.page_size\n',
-        '// inst.config.page_size + 1\n'),
+        loading, 'begin', 'seq.pages[seq.done // size:',
+        'seq.pages[seq.done // size + 1:1 + '),
     'the whole of a prompt is loaded': (
-        host_tier, 'hits', '(stop - 1)', 'stop'),
+        loading, '_slots', '(stop - 1)', 'stop'),
     'a load is not counted': (
-        host_tier, '_go_on', 'inst.backlog -= seq.done - start', 'pass'),
+        copied, 'go_on', 'inst.backlog -= tokens', 'pass'),
     'a load that is over is told again': (
-        host_tier, '_copied', 'e.epoch < seq.epoch', 'False'),
+        copied, 'loaded', 'e.epoch < seq.epoch', 'False'),
+}
+# Of preempted rows in host memory; caught in the worlds where they are.
+SWAPPED = {
+    'a row goes without its last page': (
+        swapping, 'swap', 'pages_for(seq.done,', 'pages_for(seq.done - 1,'),
+    'a row comes back before it has gone': (
+        swapping, 'come_back', 'number >= 0', 'False'),
+    'a row that did not get there comes back': (
+        swapping, 'went', 'if failed:', 'if False:'),
+    'a row that is computed after all loses a token': (
+        swapping, 'again', 'seq.prompt_len + 1', 'seq.prompt_len'),
+    'a row that ends keeps its slots': (
+        swapping, 'give_up', 'host_tier.release(inst, slots)', 'pass'),
+    'slots are free while a row goes there': (
+        swapping, 'give_up', 'number < 0', 'True'),
+    'a row in host memory is passed by': (
+        batches, '_pull', 'None if host_tier.waits(inst) else ', ''),
+    'a row that did not come back goes on': (
+        copied, 'go_on', 'elif was_row and whole:', 'elif was_row:'),
+    'a row that comes back gives up its slots too early': (
+        swapping, 'come_back', '(*inst.loading, Loading(id, -1, slots))',
+        '(*inst.loading, Loading(id, -1, slots[1:]))'),
+    'rows of a lost host are remembered': (
+        recovery, '_empty', ',\n          swapped=()', ''),
+    'a lost row loses a token': (
+        recovery, '_known', "'swapped', 'loading'", "'swapped'"),
+    'what did not come back is kept': (
+        copied, 'go_on', 'seq.done = 0', 'pass'),
+}
+# Of what others have kept; caught in the worlds where it is fetched.
+FETCHED = {
+    'what is lent may be evicted': (
+        loading, 'pin', """prefix_cache.hold(
+        lender.pool, _hashes(lender, seq, start, stop))""",
+        """(lender.pool, tuple([lender.pool.kept[h].page for h in
+        _hashes(lender, seq, start, stop)]))"""),
+    'what is lent is never free again': (
+        loading, 'let_go', 'lender.pool = ', 'other = '),
+    'half of a page is fetched': (
+        loading, 'borrows', ' // unit * unit', ''),
+    'hits of half a page': (
+        loading, 'unit_of', 'if not borrows(run, inst, seq):', 'if True:'),
+    'a fetch into other pages': (
+        loading, 'begin', 'seq.pages[seq.done // size:',
+        'seq.pages[seq.done // size + 1:1 + '),
+    'a fetch that failed counts as whole': (
+        recovery, '_again', 'whole=False', 'whole=True'),
+    'a lost instance goes on lending': (
+        recovery, '_end_loans', 'entry.lender == lost.index', 'False'),
+    'what is lent to a lost instance stays lent': (
+        recovery, '_end_loans', 'entry.lender >= 0', 'False'),
+    'a lost lender without Abort': (
+        recovery, '_end_loans', 'run.commands.append', 'str'),
+    'a lease of a fetch without Abort': (
+        recovery, 'timer', 'run.commands.append', 'str'),
+    'what comes from a lost lender is taken for whole': (
+        recovery, '_end_loans', 'copied.go_on(run, seq, whole=False)',
+        'copied.go_on(run, seq, whole=True)'),
 }
 # What no client would notice; random worlds are wide enough to show it.
 UNNOTICED = {
@@ -280,7 +340,8 @@ UNNOTICED = {
 def mutate(name, monkeypatch):
   """Changes a line of the scheduler."""
   owner, function, old, new = (
-      MUTATIONS | KEPT | STREAMED | HOST | UNNOTICED)[name]
+      MUTATIONS | KEPT | STREAMED | HOST | SWAPPED | FETCHED
+      | UNNOTICED)[name]
   before = getattr(owner, function)
   source = textwrap.dedent(inspect.getsource(before))
   assert old in source, source

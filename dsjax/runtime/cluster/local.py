@@ -80,11 +80,12 @@ class LocalProcess:
 
 
 def build(model: Model, placement: Placement, config: EngineConfig,
-          make_engine: MakeEngine) -> list[Engine]:
+          make_engine: MakeEngine, fetches: bool) -> list[Engine]:
   """An engine an instance, each a process that has built its own.
 
   Args:
     make_engine: what each makes its engine with: of a module, by name.
+    fetches: see Policy.
 
   Raises:
     InputError: the placement or the config cannot be served, or the model
@@ -111,7 +112,7 @@ def build(model: Model, placement: Placement, config: EngineConfig,
           "others can import, with cluster='local'")
   capacities = [config.instance(role, plan.pp)
                 for role, plan in placement.instances]
-  moves = [any(hands_off(a, b) or hands_off(b, a)
+  moves = [any(hands_off(a, b, fetches) or hands_off(b, a, fetches)
                for j, b in enumerate(capacities) if j != i)
            for i, a in enumerate(capacities)]
   engines: list[RemoteEngine] = []
@@ -128,7 +129,7 @@ def build(model: Model, placement: Placement, config: EngineConfig,
           lambda incarnation, index=index, env=env, cores=cores: LocalProcess(
               index, incarnation, env, cores)))
     _await_built(engines)
-    _introduce(engines, placement)
+    _introduce(engines, placement, fetches)
   except BaseException:
     for engine in engines:
       engine.close()
@@ -156,7 +157,8 @@ def saying(engine: RemoteEngine) -> Any:
     raise RuntimeError(f'{what} did not start: {error}') from error
 
 
-def _introduce(engines: Sequence[RemoteEngine], placement: Placement) -> None:
+def _introduce(engines: Sequence[RemoteEngine], placement: Placement,
+               fetches: bool) -> None:
   """Says to each who its peers are. The first of each shape begins to compile
   at once, the others when it is their turn, and find it in the cache."""
   known = {str(engine.index): {
@@ -168,9 +170,9 @@ def _introduce(engines: Sequence[RemoteEngine], placement: Placement) -> None:
     others = [other for other in engines if other is not engine]
     engine.peers = messages.Warm(
         {str(other.index): known[str(other.index)] for other in others
-         if hands_off(other.capacity, engine.capacity)},
+         if hands_off(other.capacity, engine.capacity, fetches)},
         {str(other.index): known[str(other.index)] for other in others
-         if hands_off(engine.capacity, other.capacity)})
+         if hands_off(engine.capacity, other.capacity, fetches)})
     if (engine.capacity, plan) not in shapes:
       shapes.add((engine.capacity, plan))
       engine.begin_warm()
