@@ -2,6 +2,7 @@
 
   python -m experiments.soak --out=out/soak       (SmolLM2, ten minutes)
   python -m experiments.soak --quick --minutes=1 --out=out/soak
+  python -m experiments.soak --all --out=out/all  (kept KV comes and goes)
   python -m experiments.soak --flips=60 --out=out/flips   (no faults, flips)
 
 First every job of a small set is served without a fault: its tokens are what
@@ -21,6 +22,10 @@ the same job that none hit, in the same run. Its bound: for each retry the
 longest of lease, stall limit and time until a killed instance is back (a
 process: as long as one took, and until its silence was noticed), plus once
 more the worst latency without a hit.
+
+With --all, KV is streamed, there is host memory, rows are swapped, what other
+instances have kept is fetched, and pages run short; slots of host memory are
+to come back too.
 
 With --cluster=local instances are processes, and faults are real: SIGKILL,
 SIGSTOP and a socket that is cut, beside kills and drains by hand. What each

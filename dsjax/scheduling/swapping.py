@@ -31,9 +31,12 @@ if TYPE_CHECKING:
 
 
 def swap(run: Run, inst: LiveInstance, seq: LiveSeq) -> bool:
-  """A preempted request gives its pages back; whether it goes to the host.
+  """Sends a preempted request to host memory, if it may and that pays.
 
   Only one that has had a token, and lacks the KV of no other but its newest.
+
+  Returns:
+    whether it went; else it still has its pages.
   """
   host = inst.host
   if (host is None or not inst.able.decodes or seq.first_s is None

@@ -33,11 +33,17 @@ _ROLES = ('prefill', 'decode', 'colocated', 'chunked')
  _SPLIT, _FETCH) = range(10)
 
 
+def _lenders(view, index):
+  kv_dtype = view.instances[index].config.kv_dtype
+  return [i for i in view.instances
+          if i.index != index and i.status in ('up', 'draining')
+          and i.config.kv_dtype == kv_dtype]
+
+
 def fetching(view: View, request: RequestView) -> int | Fetch:
   """A route: to the shortest queue, where what any other has kept comes."""
   index = shortest_queue(view, request)
-  lenders = [i for i in view.instances if i.index != index
-             and i.status in ('up', 'draining')]
+  lenders = _lenders(view, index)
   return Fetch(index, max(lenders, key=lambda i: i.hit_tokens(
       request)).index) if lenders else index
 
@@ -65,12 +71,9 @@ def anything(seed: int, waits: bool = True, splits: bool = True,
     seen = request.id, request.prompt_len, *[request.done] * (request.done > 0)
     answer = draw([*[i.index for i in instances] * 4, Refuse('for no reason')],
                   _ROUTE, view, *seen)
-    lenders = [i.index for i in view.instances if i.index != answer
-               and i.status in ('up', 'draining')]
-    if fetches and not (isinstance(answer, Refuse) or request.done
-                        or not lenders):
-      draws = [*[Fetch(answer, i) for i in lenders] * 2, None]
-      fetch = draw(draws, _FETCH, view, *seen)
+    if fetches and not (isinstance(answer, Refuse) or request.done):
+      draws = [Fetch(answer, i.index) for i in _lenders(view, answer)]
+      fetch = draw([*draws * 2, None], _FETCH, view, *seen)
       if fetch:
         return fetch
     cuts = range(request.done + 1, request.prompt_len)

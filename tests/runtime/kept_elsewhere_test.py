@@ -79,7 +79,7 @@ def test_tokens_are_equal_with_all_of_it(mode, config):
     assert swaps(server) and any(c.row for c in commands(server, Load))
     if 'flexible' not in mode:
       assert any(c.more for c in commands(server, Migrate))
-    assert bool(fetches(server)) == (config.kv_dtype is None)
+    assert fetches(server)
     for inst in server.state.instances:
       assert not inst.loading and not inst.host.swapped
 
@@ -227,13 +227,12 @@ def test_a_damaged_fetch_is_computed():
     assert output.record.fetched_tokens == output.record.retries == 0
 
 
-@pytest.mark.parametrize('answer, words', [
-    (0, 'fetches=True'), (7, 'fetches=True'), (None, 'fetches=True')])
-def test_a_fetch_that_cannot_be_is_named(answer, words):
-  def route(view, request):
-    return Fetch(0, answer)
-
-  policy = dataclasses.replace(FETCHING, route=route)
-  with fake_server_of('1p1d', PAGES_4, policy=policy) as server:
-    with pytest.raises(PolicyError, match=words):
+@pytest.mark.parametrize('lender, changes', [
+    (0, {}), (7, {}), (None, {}), (1, {'decode_kv_dtype': 'int8'})])
+def test_a_fetch_that_cannot_be_is_named(lender, changes):
+  policy = dataclasses.replace(
+      FETCHING, route=lambda view, request: Fetch(0, lender))
+  config = dataclasses.replace(PAGES_4, **changes)
+  with fake_server_of('1p1d', config, policy=policy) as server:
+    with pytest.raises(PolicyError, match='fetches=True, from an instance wi'):
       server.generate(tiny.prompt(5), max_tokens=2)
