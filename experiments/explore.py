@@ -169,7 +169,7 @@ def small_worlds():
           'prefill decode', ((1, 7, 0), (5, 2, 0)), 2, num_pages=9,
           page_size=1, host_pages=8, **streams),
       '2 flexible, swaps': _world(
-          'flexible flexible', grow, 2, host_pages=5,
+          'flexible flexible', (*grow, (3, 2, 0)), 1, host_pages=6,
           policy=anything(7, splits=False), **tight),
       '2P1D, fetches': _world('prefill prefill decode', turns[:2], 2,
                               **kept | fetches),

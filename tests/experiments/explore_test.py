@@ -48,6 +48,12 @@ LEAST = {
     '1P1D, host': 9, '1 colocated, host, preemption': 8,
     '1P1D, host, streams': 2,
     '1 chunked, host of one page': 2, '2 colocated, host': 13,
+    '1P1D, swaps': 13, '1P1D, swaps, rows ahead': 26,
+    '1P1D, swaps, prefixes': 11, '1 chunked, swaps': 2,
+    '1P1D, swaps, streams': 49, '2 flexible, swaps': 20,
+    '2P1D, fetches': 39, '1P1D, fetches, smaller pages': 20,
+    '1P1D, fetches, larger pages': 5, '2 colocated, fetches, host': 33,
+    '2 flexible, all': 12, '1P, 2 flexible, all': 11,
     '1P1D, streams': 31, '1P1D, streams, smaller pages': 8,
     '1P1D, streams, larger pages': 5, '1P1D, streams give way': 47,
     '1P1D, streams, pp = 2': 9, '2P1D, streams': 84, '1P2D, streams': 25,
@@ -266,8 +272,6 @@ SWAPPED = {
         recovery, '_empty', ',\n          swapped=()', ''),
     'a lost row loses a token': (
         recovery, '_known', "'swapped', 'loading'", "'swapped'"),
-    'what did not come back is kept': (
-        copied, 'go_on', 'seq.done = 0', 'pass'),
 }
 # Of what others have kept; caught in the worlds where it is fetched.
 FETCHED = {

@@ -115,7 +115,7 @@ def test_any_load_of_fakes(mode, host_pages):
       if inst.host:
         assert inst.host.slots.num_pages == host_pages
         prefix_cache.check(inst.host.slots, ())
-        assert not inst.host.loading and not inst.host.offloads
+        assert not inst.loading and not inst.host.offloads
     if host_pages > 3:
       assert sum(o.record.loaded_tokens for o in outputs) > 0
 

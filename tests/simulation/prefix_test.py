@@ -294,7 +294,7 @@ def test_hits_are_those_of_two_lrus(num_pages, num_slots):
   assert sum(loaded for _, loaded in got) > 0
   host = result.state.instances[0].host
   prefix_cache.check(host.slots, ())
-  assert not host.loading and not host.offloads
+  assert not result.state.instances[0].loading and not host.offloads
 
 
 def test_hits_of_a_trace_of_mooncakes_form_are_those_of_two_lrus(tmp_path):
