@@ -11,7 +11,7 @@ import dataclasses
 
 from dsjax.config.placement import Slo
 from dsjax.policies import static
-from dsjax.policies.predict import decode_s, prefill_s, queue_s
+from dsjax.policies.predict import decode_s, flight_s, prefill_s, queue_s
 from dsjax.scheduling.policy import (
   Because,
   Fetch,
@@ -39,8 +39,8 @@ def soonest(view: View, request: RequestView) -> tuple[float, Fetch]:
     fresh = kept - instance.hit_tokens(request)
     if lender is not None and fresh > 0:
       choices.append((
-          wait_s + view.link.migrate_s(fresh) + instance.latency.prefill_s(
-              ((kept, request.prompt_len),)),
+          wait_s + flight_s(lender) + view.link.migrate_s(fresh)
+          + instance.latency.prefill_s(((kept, request.prompt_len),)),
           Fetch(instance.index, lender.index)))
   return min(choices)
 

@@ -33,6 +33,13 @@ def prefill_s(instance: InstanceView, request: RequestView) -> float:
       ((hit + more, prompt_len),))) if more else alone_s
 
 
+def flight_s(instance: InstanceView) -> float:
+  """Seconds of what is in flight: what is read there comes behind it."""
+  pieces, steps = instance.pieces, instance.num_steps
+  return ((instance.latency.prefill_s(pieces) if pieces else 0.0)
+          + (steps * decode_s(instance) if steps else 0.0))
+
+
 def decode_s(instance: InstanceView, rows: int = 0, tokens: int = 0) -> float:
   """Seconds of a decode step here, with so many rows more, and their tokens.
 

@@ -282,6 +282,12 @@ class InstanceView:
                   for chunk in command.chunks])
 
   @property
+  def num_steps(self) -> int:
+    """Steps of the commands in flight that have no prompts."""
+    return sum([command.steps for command, _ in self._instance.inflight
+                if not command.chunks])
+
+  @property
   def num_rows(self) -> int:
     """Rows of every micro-batch."""
     return sum([batch.size for batch in self._instance.batches])
