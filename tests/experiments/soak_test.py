@@ -60,7 +60,8 @@ def test_nothing_is_lost_with_cache_streams_host_memory_and_fetches(tmp_path):
   console = Console(record=True, width=120)
   assert soak.run(options(
       tmp_path, all=True, placement='prefill=1x1,1x1,decode=1x1', set=[
-          'max_seqs=4', 'num_pages=16', 'transfer_pages=4']), console) == 0
+          'max_seqs=4', 'num_pages=16', 'transfer_pages=4',
+          'stall_s=6.0']), console) == 0
   result = json.loads((tmp_path / 'soak.json').read_text())
   assert result['retries'] > 0 and result['requests']['length'] > 5
   assert all(result['copies'].values()), result['copies']
