@@ -67,6 +67,7 @@ def test_nothing_is_lost_with_cache_streams_host_memory_and_fetches(tmp_path):
   assert all(result['copies'].values()), result['copies']
 
 
+@pytest.mark.deep
 @pytest.mark.usefixtures('_by_work')
 def test_nothing_is_lost_where_processes_die(tmp_path):
   console = Console(record=True, width=120)
