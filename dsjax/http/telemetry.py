@@ -38,7 +38,7 @@ STAGES = ('queued', 'prefilling', 'prefilled', 'migrating', 'decoding',
           'ending')
 _SHOWN = {stage: 'ending' for stage in lifecycle.ENDING} | {
     # Other stages are themselves.
-    'abandoned': 'migrating', 'loading': 'prefilling'}
+    'abandoned': 'migrating', 'loading': 'prefilling', 'swapped': 'queued'}
 RECENT = 500  # finished requests that the live page shows
 
 
