@@ -15,7 +15,8 @@ from dsjax import EngineConfig, Slo
 
 config = Serve(
     engine=EngineConfig(max_len=1024, max_seqs=8, prefill_tokens=256,
-                        prefill_seqs=4, chunk_tokens=128),
+                        prefill_seqs=4, chunk_tokens=128,
+                        prefix_cache=False),
     workload=Workload(lengths='AzureLLMInferenceTrace_conv.csv', requests=48,
                       process='trace', rate_per_s=0.4, max_prompt=768,
                       max_output=64),

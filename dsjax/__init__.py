@@ -27,6 +27,7 @@ from dsjax.placement.search import SearchResult
 from dsjax.scheduling.policy import (
     DISTSERVE,
     Because,
+    Fetch,
     Move,
     Policy,
     PolicyError,
@@ -47,10 +48,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     'Affine', 'AsyncServer', 'Because', 'Border', 'Cluster', 'DISTSERVE',
-    'EngineConfig', 'Hardware', 'InputError', 'Interrupted', 'MixedCluster',
-    'Model', 'ModelConfig', 'Move', 'Orchestrator', 'Output', 'Placement',
-    'Plan', 'Policy', 'PolicyError', 'PrefillBudget', 'Profile', 'Record',
-    'Refuse', 'Request', 'RequestFailed', 'Sampling', 'SearchResult',
+    'EngineConfig', 'Fetch', 'Hardware', 'InputError', 'Interrupted',
+    'MixedCluster', 'Model', 'ModelConfig', 'Move', 'Orchestrator', 'Output',
+    'Placement', 'Plan', 'Policy', 'PolicyError', 'PrefillBudget', 'Profile',
+    'Record', 'Refuse', 'Request', 'RequestFailed', 'Sampling', 'SearchResult',
     'Simulated', 'Slo', 'Split', 'load', 'profile', 'rows', 'search', 'serve',
     'serve_async', 'simulate',
 ]

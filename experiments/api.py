@@ -7,7 +7,9 @@ r"""An OpenAI-compatible server over one placement (extra `serve`).
 
 Model, engine and the first of the placements come from the config, which --set
 changes as in experiments.serve; --set=limits.max_waiting=64 and the like bound
-the service (dsjax.http.service.Limits); --help lists all fields. A key, if
+the service (dsjax.http.service.Limits); --help lists all fields. Prefixes are
+kept, though the comparisons of the configs have no cache;
+--set=engine.prefix_cache=false turns it off. A key, if
 any, is read from the environment variable DSJAX_API_KEY. A live page is at
 http://localhost:8000/.
 With --out, server.log there has the lines of the log too: how far compiling
@@ -68,8 +70,9 @@ def load(name, settings):
   base = configs.load(name)
   require(isinstance(base, Serve), '--config', name,
           'a file whose `config` is a configs.serve.Serve')
-  return configs.override(Api(**{f.name: getattr(base, f.name) for f in
-                                 dataclasses.fields(base)}), settings)
+  fields = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
+  fields['engine'] = dataclasses.replace(base.engine, prefix_cache=True)
+  return configs.override(Api(**fields), settings)
 
 
 def make_service(config, name=None, key=None, log_text=False,

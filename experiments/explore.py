@@ -33,7 +33,7 @@ from dsjax.scheduling import lifecycle, scheduler
 from dsjax.scheduling.policy import DISTSERVE
 from experiments.common import children, cli, policies, provenance, terminal
 from experiments.verify import schedules
-from experiments.verify.anything import anything
+from experiments.verify.anything import FETCHING, anything
 from experiments.verify.world import Violation
 from experiments.verify.worlds import Rules
 
@@ -70,6 +70,7 @@ def small_worlds():
   kept = {'prefix_cache': True, 'num_pages': 4, 'prefill_tokens': 5}
   # The first prompt is in three chunks, the second, which ends with its first
   # token, in two.
+  fetches = {'policy': FETCHING}
   streams, parts = {'stream_kv': True, 'prefill_tokens': 2}, (PIECES, (4, 2, 1))
   return {
       '1P1D': _world('prefill decode', two, 4),
@@ -154,6 +155,39 @@ def small_worlds():
       '2 colocated, host': _world(
           'colocated colocated', ((5, 1, 0, 5), (7, 1, 0, 0), (5, 1, 0, 5)), 2,
           host_pages=2, **kept),
+      '1P1D, swaps': _world('prefill decode', grow, 2, host_pages=6, **tight),
+      '1P1D, swaps, rows ahead': _world(
+          'prefill decode', ((2, 7, 0), (2, 5, 2)), 2, num_pages=5,
+          host_pages=3),
+      '1P1D, swaps, prefixes': _world(
+          'prefill decode', ((3, 5, 0, 2), (4, 5, 2, 2)), 2, host_pages=4,
+          prefix_cache=True, prefill_tokens=5),
+      '1 chunked, swaps': _world(
+          'chunked', ((2, 5, 0), (1, 5, 3)), 2, host_pages=6, num_pages=6,
+          page_size=1),
+      '1P1D, swaps, streams': _world(
+          'prefill decode', ((1, 7, 0), (5, 2, 0)), 2, num_pages=9,
+          page_size=1, host_pages=8, **streams),
+      '2 flexible, swaps': _world(
+          'flexible flexible', (*grow, (3, 2, 0)), 1, host_pages=6,
+          policy=anything(7, splits=False), **tight),
+      '2P1D, fetches': _world('prefill prefill decode', turns[:2], 2,
+                              **kept | fetches),
+      '1P1D, fetches, smaller pages': _world(
+          'prefill decode', turns, 2, page_size=1,
+          **kept | fetches | {'num_pages': 7}),
+      '1P1D, fetches, larger pages': _world(
+          'prefill decode', turns[:2], 2, page_size=4,
+          **kept | fetches | {'num_pages': 3}),
+      '2 colocated, fetches, host': _world(
+          'colocated colocated', again, 2, host_pages=2, **kept | fetches),
+      '2 flexible, all': _world(
+          'flexible flexible', turns[:2], 2, host_pages=3, stream_kv=True,
+          policy=anything(3, fetches=True), **kept | {'prefill_tokens': 3}),
+      '1P, 2 flexible, all': _world(
+          'prefill flexible flexible', turns[:2], 1, host_pages=3,
+          stream_kv=True, policy=anything(5, fetches=True),
+          **kept | {'prefill_tokens': 3}),
       '2 flexible, prefixes': _world('flexible flexible', turns[:2], 2,
                                      policy=anything(0, splits=False),
                                      **kept),

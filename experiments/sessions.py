@@ -17,6 +17,8 @@ each of --host_gb, host memory of an instance for what its cache evicts.
             kept of the prompt not computed again (Mooncake's rule, without
             moving what another has kept); rows go where copy and steps are
             predicted to end soonest.
+  global    the same, and what any other instance has kept is copied there
+            first where that is predicted to be sooner (all of Mooncake's).
 With --goodput the rate at which --target of them attain is sought for each
 route and cache, from the first of --rates on: doubled or halved, then bisected
 to 5 %. One run a rate, so its interval is that of `attained`.
@@ -36,6 +38,7 @@ import functools
 import math
 import pathlib
 import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -50,9 +53,10 @@ from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Slo
 from dsjax.config.request import Request
 from dsjax.placement import api
-from dsjax.policies import predict
+from dsjax.policies import mooncake, predict
 from dsjax.scheduling.policy import (
   DISTSERVE,
+  Fetch,
   RequestView,
   View,
   others,
@@ -70,7 +74,7 @@ FLAGS = {
     'trace': cli.Flag('', 'A trace with hash_ids instead.'),
     'rates': '2,8',
     'requests': cli.Flag(2000, 'About so many turns at each rate.', low=50),
-    'routes': cli.Flag(['random', 'balanced', 'hits'], 'Of them.'),
+    'routes': cli.Flag(['random', 'balanced', 'hits', 'global'], 'Of them.'),
     'model': cli.Flag('llama-3-8b', 'A name in dsjax.config.zoo; with --real, '
                       'what dsjax.load takes.'),
     'latency': 'tables:h100-80g',
@@ -105,12 +109,21 @@ def hits_hand_off(view: View, request: RequestView, avoid: int) -> int:
       predict.rest_s(view, i, request), i.index)).index
 
 
+def global_route(view: View, request: RequestView) -> int | Fetch:
+  """Where the first token is predicted soonest, whoever has its beginning."""
+  _, choice = mooncake.soonest(view, request)
+  return choice if choice.lender >= 0 else choice.index
+
+
 ROUTES = {
     'random': dataclasses.replace(DISTSERVE, name='random',
                                   route=random_route),
     'balanced': DISTSERVE,
     'hits': dataclasses.replace(DISTSERVE, name='hits', route=hits_route,
-                                hand_off=hits_hand_off)}
+                                hand_off=hits_hand_off),
+    'global': dataclasses.replace(DISTSERVE, name='global', fetches=True,
+                                  route=global_route,
+                                  hand_off=hits_hand_off)}
 
 
 class Line(NamedTuple):
@@ -249,17 +262,20 @@ def cache_name(told: Line) -> str:
           'on' if told.cache else 'off')
 
 
-def serve(options: Any, cache: bool, host_gb: float) -> tuple[Line, int]:
-  """Sessions of a served model, turn by turn: (their Line, KV bytes moved)."""
+def serve(options: Any, cache: bool, host_gb: float
+          ) -> tuple[Line, int, float]:
+  """Sessions of a served model, turn by turn: (their Line, KV bytes moved, CPU
+  seconds of this process while they were served)."""
   model = dsjax.load(options.model)
   config = EngineConfig(max_len=512, max_seqs=4, prefill_tokens=256,
                         num_pages=options.pages, prefix_cache=cache,
                         host_bytes=int(1e9 * host_gb))
   draw = np.random.default_rng(options.seed)
-  vocabulary, turns = model.config.vocab_size, set()
+  vocabulary, turns, began_s = model.config.vocab_size, set(), 0.0
   with dsjax.serve(model, 'prefill=1x1,decode=1x1', config) as server:
     system = draw.integers(vocabulary, size=SYSTEM).tolist()
     for count in (1, options.sessions):  # the first one warms up
+      began_s = time.process_time()
       prompts = [list(system) for _ in range(count)]
       for turn in range(TURNS):
         for prompt in prompts:
@@ -268,10 +284,22 @@ def serve(options: Any, cache: bool, host_gb: float) -> tuple[Line, int]:
           prompt += answer.tokens
           if turn:
             turns.add(answer.id)
+    cpu_s = time.process_time() - began_s
     records = server.records[TURNS:]
     moved = server.copied_bytes
   return line(0.0, 'real', cache, host_gb, Slo(options.ttft_s, options.tpot_s),
-              records, turns), moved
+              records, turns), moved, cpu_s
+
+
+def compared(off: Line, on: Line, moved: Sequence[int]) -> str:
+  """A run with a cache against the one without, in turn on one machine.
+
+  moved: KV bytes of both.
+  """
+  less = 1 - on.later_ttft_s / off.later_ttft_s
+  return (f'cache {cache_name(on)}: later TTFT {less:.0%} less, '
+          f'KV bytes {moved[1] / moved[0]:.0%} of those without, '
+          f'{on.cached:.0%} of prompt tokens not computed')
 
 
 def table(lines: Iterable[Line]) -> Table:
@@ -304,15 +332,20 @@ def run(options: Any, console: Any) -> int:
               else ())
   caches = [(False, 0.0), (True, 0.0), *((True, size) for size in sizes_gb)]
   lines: list[Line] = []
+  moves: list[int] = []
   tell, stopped = terminal.now_and_then(console), False
   try:
     if options.real:
       cli.prepare(2)
       for cache, host_gb in caches:
-        told, moved = serve(options, cache, host_gb)
+        told, moved, cpu_s = serve(options, cache, host_gb)
         lines.append(told)
-        console.print(f'cache {"on" if cache else "off"}: {moved / 1e6:.1f} '
-                      'MB of KV moved', highlight=False)
+        moves.append(moved)
+        console.print(f'cache {cache_name(told)}: {moved / 1e6:.1f} MB of KV '
+                      f'moved, {cpu_s:.1f} CPU s', highlight=False)
+      for told, moved in zip(lines[1:], moves[1:], strict=True):
+        console.print(compared(lines[0], told, (moves[0], moved)),
+                      highlight=False)
     elif options.goodput:
       first, *_ = cli.numbers('--rates', options.rates)
       for route in options.routes:

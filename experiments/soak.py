@@ -2,6 +2,7 @@
 
   python -m experiments.soak --out=out/soak       (SmolLM2, ten minutes)
   python -m experiments.soak --quick --minutes=1 --out=out/soak
+  python -m experiments.soak --all --out=out/all  (kept KV comes and goes)
   python -m experiments.soak --flips=60 --out=out/flips   (no faults, flips)
 
 First every job of a small set is served without a fault: its tokens are what
@@ -21,6 +22,10 @@ the same job that none hit, in the same run. Its bound: for each retry the
 longest of lease, stall limit and time until a killed instance is back (a
 process: as long as one took, and until its silence was noticed), plus once
 more the worst latency without a hit.
+
+With --all, KV is streamed, there is host memory, rows are swapped, what other
+instances have kept is fetched, and pages run short; slots of host memory are
+to come back too.
 
 With --cluster=local instances are processes, and faults are real: SIGKILL,
 SIGSTOP and a socket that is cut, beside kills and drains by hand. What each
@@ -52,10 +57,18 @@ from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement
 from dsjax.scheduling import event_log, prefix_cache, scheduler
-from dsjax.scheduling.events import InstanceDown, InstanceUp
+from dsjax.scheduling.events import (
+  InstanceDown,
+  InstanceUp,
+  Load,
+  Migrate,
+  Preempt,
+)
+from dsjax.scheduling.policy import DISTSERVE
 from experiments.common import cli, machine, provenance, terminal
 from experiments.common import overrides as configs
 from experiments.verify import flips, soak_report
+from experiments.verify.anything import FETCHING
 from experiments.verify.faults import COPY, KINDS, Injector
 
 JOBS = 16
@@ -65,6 +78,9 @@ CONFIG = EngineConfig(
     max_len=256, max_seqs=8, prefill_tokens=128, prefill_seqs=4,
     chunk_tokens=64, checksum=True, tries=10, lease_s=5.0, stall_s=20.0,
     silent_s=10.0, restarts=1000)
+# With --all, of each of them: pages run short, and prompts go in chunks.
+ALL = {'stream_kv': True, 'host_bytes': 2**25, 'num_pages': 24,
+       'prefill_tokens': 32}
 QUICK = dataclasses.replace(CONFIG, lease_s=1.0, stall_s=2.0, silent_s=5.0,
                             restart_s=0.2)
 
@@ -75,6 +91,8 @@ FLAGS = {
     'model': cli.Flag('smollm2-135m-instruct', 'See dsjax.load.'),
     'placement': cli.Flag(None, 'prefill=1x1,1x1,decode=1x1,1x1; with --flips '
                           'flexible=1x1,1x1.', str),
+    'all': cli.Flag(False, 'Streamed KV, host memory, swapped rows and fetches '
+                    'too, in few pages.'),
     'flips': cli.Flag(0, 'Role flips, instead of faults.', low=0),
     'requests': cli.Flag(3060, 'With --flips: how many.', low=flips.JOBS),
     'rate': cli.Flag(None, 'Requests a second; 1, with --quick 20.', float,
@@ -140,6 +158,7 @@ class Soak:
     self.replayed, self.differs, self.events = server.state, 0, events
     self.held = 0  # by processes, at the end
     self.lost_s, self.away_s = {}, 0.0  # when; the longest until it was back
+    self.copies = dict.fromkeys(('streamed', 'swapped', 'loaded', 'fetched'), 0)
     server.observers.append(self._observe)
 
   def _observe(self, event, commands):
@@ -147,12 +166,24 @@ class Soak:
     self.replayed, again = scheduler.step(self.server.scheduler_config,
                                           self.replayed, event)
     self.differs += again != commands
+    for command in commands:
+      self.count(command)
     if isinstance(event, InstanceDown):
       self.lost_s[event.instance] = event.time_s
     elif isinstance(event, InstanceUp) and event.instance in self.lost_s:
       self.away_s = max(self.away_s, event.time_s - self.lost_s.pop(
           event.instance))
     self.events.write(json.dumps(event_log.encode((event, commands))) + '\n')
+
+  def count(self, command):
+    """Copies other than plain hand-offs."""
+    kind = ('fetched' if isinstance(command, Migrate) and command.kept else
+            'streamed' if isinstance(command, Migrate) and command.more else
+            'swapped' if isinstance(command, Preempt)
+            and command.cause == 'swap' else
+            'loaded' if isinstance(command, Load) else None)
+    if kind:
+      self.copies[kind] += 1
 
   def reference(self):
     """Serves every job once without a fault, and keeps its tokens."""
@@ -300,8 +331,10 @@ class Soak:
   def leaked(self):
     """Pages and slots that have not come back."""
     scheduler.check(self.server.state)
-    return sum(inst.pool.num_pages - prefix_cache.num_free(inst.pool)
-               for inst in self.server.state.instances) + sum(
+    pools = [pool for inst in self.server.state.instances for pool in (
+        inst.pool, *((inst.host.slots,) if inst.host else ()))]
+    return sum(pool.num_pages - prefix_cache.num_free(pool)
+               for pool in pools) + sum(
                    engine.config.max_seqs - len(engine.spare)
                    for engine in self.server.engines) + self.held
 
@@ -378,7 +411,9 @@ def run(options, console):
   require(options.out, '--out', options.out, 'given: a folder')
   if options.flips:
     return run_flips(options, console)
-  config = configs.override(QUICK if options.quick else CONFIG, options.set)
+  config = QUICK if options.quick else CONFIG
+  config = configs.override(dataclasses.replace(config, **(
+      ALL if options.all else {})), options.set)
   placement = Placement.parse(
       options.placement or 'prefill=1x1,1x1,decode=1x1,1x1', '--placement')
   rate = options.rate or (20.0 if options.quick else 1.0)
@@ -399,7 +434,9 @@ def run(options, console):
           out / 'events.jsonl.gz', 'wt') as events:
     screen.begin('soak', placement, len(jobs))
     with dsjax.serve(model, placement, config, report=screen.warming,
-                     keep_events=1, cluster=cluster) as server, (
+                     keep_events=1, cluster=cluster,
+                     policy=FETCHING if options.all else DISTSERVE
+                     ) as server, (
                          machine.compilations()) as compiled:
       soak, stopped = Soak(server, jobs, options, rate, events), False
       console.print(f'Serving {len(jobs)} jobs without a fault first')

@@ -119,7 +119,8 @@ def serve(options: Any, lengths: Sequence[int]) -> list[Line]:
   for tokens in lengths:
     config = EngineConfig(
         max_len=tokens + options.answer, max_seqs=2,
-        prefill_tokens=min(options.prefill_tokens, tokens))
+        prefill_tokens=min(options.prefill_tokens, tokens),
+        prefix_cache=False)
     with dsjax.serve(model, options.placement, config) as whole, dsjax.serve(
         model, options.placement,
         dataclasses.replace(config, stream_kv=True)) as streamed:

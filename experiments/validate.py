@@ -60,9 +60,9 @@ from experiments.common import overrides as configs
 from experiments.common.validate_report import PROFILES, STATS, draw, show
 
 ENGINE = EngineConfig(max_len=192, max_seqs=8, prefill_tokens=128,
-                      chunk_tokens=128, prefill_seqs=4)
+                      chunk_tokens=128, prefill_seqs=4, prefix_cache=False)
 QUICK = EngineConfig(max_len=96, max_seqs=4, prefill_tokens=32,
-                     chunk_tokens=32, prefill_seqs=2)
+                     chunk_tokens=32, prefill_seqs=2, prefix_cache=False)
 PLACEMENTS = {'disaggregated': 'prefill=1x1,decode=1x1',
               'colocated': 'colocated=1x1,1x1', 'chunked': 'chunked=1x1,1x1'}
 SHARES, CALIBRATION = (0.3, 0.6, 0.85, 1.2), 0.75  # of a burst's throughput

@@ -15,8 +15,9 @@ import dsjax
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = {
     'DISTSERVE', 'Affine', 'AsyncServer', 'Because', 'Border', 'Cluster',
-    'EngineConfig', 'Hardware', 'InputError', 'Interrupted', 'MixedCluster',
-    'Model', 'ModelConfig', 'Move', 'Orchestrator', 'Output', 'Refuse',
+    'EngineConfig', 'Fetch', 'Hardware', 'InputError', 'Interrupted',
+    'MixedCluster', 'Model', 'ModelConfig', 'Move', 'Orchestrator', 'Output',
+    'Refuse',
     'Placement', 'Plan', 'Policy', 'PolicyError', 'PrefillBudget', 'Profile',
     'Record', 'Request', 'RequestFailed', 'Sampling', 'SearchResult',
     'Simulated', 'Slo', 'Split', 'load', 'profile', 'rows', 'search', 'serve',

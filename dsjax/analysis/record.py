@@ -18,8 +18,9 @@ class Record:
   preemptions: times its pages were taken for want of pages. retries: times it
   was taken up again after a fault (a lost instance, a failed hand-off).
   cached_tokens: of the prompt, whose KV was kept when the prefill began that
-  gave the first token; loaded_tokens: of these, those that came from host
-  memory. migrated_tokens: whose KV was moved. reasons: why the policy sent it
+  gave the first token; of these loaded_tokens came from host memory, and
+  fetched_tokens from another instance. migrated_tokens: whose KV was moved
+  between instances. reasons: why the policy sent it
   where it did, where its hooks say so.
   """
 
@@ -38,6 +39,7 @@ class Record:
   cached_tokens: int = 0
   migrated_tokens: int = 0
   loaded_tokens: int = 0
+  fetched_tokens: int = 0
   instances: tuple[int, ...] = ()
   reasons: tuple[str, ...] = ()
   retries: int = 0

@@ -72,7 +72,7 @@ class _Life:
     self.after_prefill = self.after_copy = 'decode_queue'
     self.open = True  # takes tokens
     self.epoch = self.chain = self.last = None
-    self.load = None  # the Load that it waits for
+    self.load = None  # the Load, or the fetch, that it waits for
 
   def is_in(self, chain):
     """Whether it is a row of the chain."""
@@ -184,16 +184,23 @@ class Recorder:
 
   def _migrated(self, event):
     life = self._live.get(event.id)
-    if life and life.stage == 'migrate' and life.epoch == event.epoch:
+    if life and life.load:
+      self._loaded(event)
+    elif life and life.stage == 'migrate' and life.epoch == event.epoch:
       self._enter(life, life.after_copy, event.time_s)
 
-  def _loaded(self, event):
+  def _loaded(self, event, now_s=None):
+    del now_s
     life = self._live.get(event.id)
     if life and life.load and life.load.epoch == event.epoch:
-      more = life.load.num_tokens if isinstance(event, Loaded) else 0
+      more = (0 if isinstance(event, LoadFailed | MigrateFailed | Timer | Abort)
+              else life.load.num_tokens)
       if not life.record.token_s:
         life.record.cached_tokens += life.load.hit + more
-        life.record.loaded_tokens += more
+        if isinstance(life.load, Load):
+          life.record.loaded_tokens += more
+        else:
+          life.record.fetched_tokens += more
       life.load = None
 
   def _prefill_done(self, event):
@@ -281,6 +288,11 @@ class Recorder:
 
   def _migrate(self, command, now_s):
     life = self._live[command.id]
+    if command.kept:
+      life.record.migrated_tokens += command.num_tokens
+      self._use(life, command.target)
+      life.load = command
+      return
     if command.more:  # while its prompt is prefilled
       life.record.migrated_tokens += command.num_tokens
       return
@@ -308,9 +320,11 @@ class Recorder:
 
   def _preempt(self, command, now_s):
     old = self._live[command.id]
-    self._enter(old, 'prefill_queue', now_s)
+    self._enter(old, 'decode_queue' if command.cause == 'swap'
+                else 'prefill_queue', now_s)
     if not old.record.token_s:
-      old.record.cached_tokens = old.record.loaded_tokens = 0
+      old.record.cached_tokens = 0
+      old.record.loaded_tokens = old.record.fetched_tokens = 0
     if command.cause == 'fault':
       old.record.retries += 1
     else:
@@ -397,8 +411,8 @@ _SEEN: dict[type, Callable[..., None]] = {
     Preempt: Recorder._preempt, Finish: Recorder._finish,
     Reject: Recorder._reject, Fail: Recorder._fail,
     InstanceDown: Recorder._instance_down, InstanceUp: Recorder._nothing,
-    Drain: Recorder._nothing, MigrateFailed: Recorder._nothing,
-    Timer: Recorder._nothing, Abort: Recorder._nothing,
+    Drain: Recorder._nothing, MigrateFailed: Recorder._loaded,
+    Timer: Recorder._loaded, Abort: Recorder._loaded,
     Tick: Recorder._nothing, Flip: Recorder._nothing,
     Decided: Recorder._decided,
     Offload: Recorder._nothing, Offloaded: Recorder._nothing,

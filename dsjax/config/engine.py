@@ -24,7 +24,10 @@ class InstanceConfig:
       run in chunks of this size.
     prefill_seqs: most requests in one prefill batch.
     pp: pipeline stages; as many disjoint micro-batches decode in turn.
-    host_pages: of host memory, for what its prefix cache evicts; 0: none.
+    host_pages: of host memory, for what its prefix cache evicts and for rows
+      that are preempted; 0: none.
+    kv_dtype: of its KV cache. Instances of another one do not lend what they
+      have kept.
   """
 
   role: str
@@ -35,6 +38,7 @@ class InstanceConfig:
   prefill_seqs: int
   pp: int = 1
   host_pages: int = 0
+  kv_dtype: str = ''
 
   def __post_init__(self):
     make_plain(self)
@@ -72,6 +76,22 @@ class InstanceConfig:
   def flips(self) -> bool:
     """It may do all of this; a policy says what it does now."""
     return ROLES[self.role].flips
+
+
+def with_host(instance: InstanceConfig, host_bytes: float, page_bytes: int,
+              owner: str) -> InstanceConfig:
+  """An instance with as many pages of host memory as so many bytes hold.
+
+  Raises:
+    InputError: these are fewer than a page's, or too many; it names
+      owner.host_bytes.
+  """
+  require(page_bytes <= host_bytes < page_bytes * 2**31 or not host_bytes,
+          f'{owner}.host_bytes', host_bytes,
+          f'0, or {page_bytes} to {page_bytes * 2**31 - 1}: pages of '
+          f'{page_bytes} bytes')
+  return dataclasses.replace(instance,
+                             host_pages=int(host_bytes // page_bytes))
 
 
 def _buckets(limit, first, factor):
@@ -112,11 +132,12 @@ class EngineConfig:
       join.
     checksum: compare a checksum of the KV on both sides of every migration.
     prefix_cache: full pages stay until their room is needed, for requests
-      that begin with the same tokens.
+      that begin with the same tokens. Comparisons that are to have none, as
+      published baselines, say False.
     stream_kv: the KV of a prompt that runs in chunks goes to its decode
       instance chunk by chunk, not after the last.
-    host_bytes: host memory for what the prefix cache evicts, of each instance
-      that takes prompts; 0: none.
+    host_bytes: host memory of each instance, for what the prefix cache of one
+      that takes prompts evicts, and for rows that are preempted; 0: none.
     attention: implementation of attention and of what reads and writes
       pages: 'xla', 'pallas' (GPU kernels), 'pallas_interpret' (the same
       kernels interpreted on CPU, slowly) or 'mosaic' (attention in kernels
@@ -147,7 +168,7 @@ class EngineConfig:
   kv_dtype: str | None = None
   decode_kv_dtype: str | None = None
   checksum: bool = False
-  prefix_cache: bool = False
+  prefix_cache: bool = True
   stream_kv: bool = False
   host_bytes: int = 0
   attention: str | None = None
@@ -192,9 +213,6 @@ class EngineConfig:
               'True or False')
     require(is_integer(0, 2**63)(self.host_bytes), 'EngineConfig.host_bytes',
             self.host_bytes, 'an integer of 0 or more')
-    require(self.prefix_cache or not self.host_bytes,
-            'EngineConfig.host_bytes', self.host_bytes,
-            '0 without prefix_cache=True')
     self._check_faults()
 
   def _check_faults(self):
@@ -245,4 +263,5 @@ class EngineConfig:
     tokens = (self.chunk_tokens if does.mixes and not does.flips
               else self.prefill_tokens)
     return InstanceConfig(role, pages, size, self.max_seqs, tokens,
-                          self.prefill_seqs, pp)
+                          self.prefill_seqs, pp,
+                          kv_dtype=self.kv_dtype_of(role))

@@ -38,7 +38,7 @@ STAGES = ('queued', 'prefilling', 'prefilled', 'migrating', 'decoding',
           'ending')
 _SHOWN = {stage: 'ending' for stage in lifecycle.ENDING} | {
     # Other stages are themselves.
-    'abandoned': 'migrating', 'loading': 'prefilling'}
+    'abandoned': 'migrating', 'loading': 'prefilling', 'swapped': 'queued'}
 RECENT = 500  # finished requests that the live page shows
 
 
@@ -86,7 +86,8 @@ class Gauges:
     self.hit_tokens = make(count, 'prefix_hit_tokens', 'Of prompts, whose KV '
                            'was kept: not computed (prefill), not moved.',
                            ['instance', 'spared'])
-    self.preemptions = make(count, 'preemptions', 'Requests prefilled again.')
+    self.preemptions = make(count, 'preemptions',
+                            'Requests that lost their pages.')
     self.migrations = make(count, 'migrations', 'KV caches moved.')
     self.kv_bytes = make(count, 'kv_moved_bytes', 'KV moved, bytes.')
     self.kv_seconds = make(count, 'kv_moved_seconds', 'Seconds of moving KV.')
@@ -124,12 +125,15 @@ class Gauges:
       if isinstance(command, Preempt):
         self.preemptions.inc()
       elif isinstance(command, Migrate) and not command.more:
-        self.hit_tokens.labels(str(command.target), 'copy').inc(
-            command.hit - command.sent)
+        if command.kept:
+          tokens, spared = command.hit + command.num_tokens, 'prefill'
+        else:
+          tokens, spared = command.hit - command.sent, 'copy'
+        self.hit_tokens.labels(str(command.target), spared).inc(tokens)
       elif isinstance(command, Offload | Load):
         instance, kind = str(command.instance), type(command).__name__.lower()
         self.host_pages.labels(instance, kind).inc(len(command.pages))
-        if isinstance(command, Load):
+        if isinstance(command, Load) and not command.row:
           self.hit_tokens.labels(instance, 'prefill').inc(
               command.hit + command.num_tokens)
       elif isinstance(command, RunPrefill | RunDecode):

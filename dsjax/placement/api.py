@@ -228,7 +228,7 @@ def simulate(placement: Placement | str, model: str | ModelConfig = 'opt-13b',
              max_len: int | None = None, cut: bool = False,
              max_seqs: int = 256,
              contention: Contention | None = None,
-             policy: Policy = DISTSERVE, prefix_cache: bool = False,
+             policy: Policy = DISTSERVE, prefix_cache: bool = True,
              host_bytes: float = 0.0, stream_kv: bool = False,
              log: bool = False) -> Simulated:
   """Serves a workload in virtual time with the scheduler that serves.
@@ -256,8 +256,9 @@ def simulate(placement: Placement | str, model: str | ModelConfig = 'opt-13b',
     contention: of instances that share cores, such as Profile.contention.
     policy: every choice of the scheduler.
     prefix_cache: pages are kept for requests that begin alike, as their
-      blocks say (Request.blocks: see workload.sessions). host_bytes: of host
-      memory, of each instance that takes prompts, for what it evicts.
+      blocks say (Request.blocks: see workload.sessions); others have none.
+      host_bytes: of host memory of each instance, for what it evicts and for
+      rows that are preempted.
     stream_kv: KV of a prompt in chunks moves chunk by chunk.
     log: keep the event log, which `explain` needs.
 

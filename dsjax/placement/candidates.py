@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from dsjax.config import checks
 from dsjax.config.checks import InputError, require
-from dsjax.config.engine import InstanceConfig
+from dsjax.config.engine import InstanceConfig, with_host
 from dsjax.config.model import ModelConfig
 from dsjax.config.placement import ROLES, Placement, Plan, Slo
 from dsjax.config.request import Request
@@ -58,8 +58,9 @@ class SearchProblem:
     rate_per_s: of the whole cluster; None: what counts is each device.
     policy: that every candidate is judged under.
     prefix_cache: see scheduler.Config; of a workload whose requests say which
-      blocks they have. host_bytes: of host memory for it, of each instance
-      that takes prompts. stream_kv: see scheduler.Config.
+      blocks they have. host_bytes: of host memory of each instance, for what
+      it evicts and for rows that are preempted. stream_kv: see
+      scheduler.Config.
   """
 
   model: ModelConfig
@@ -83,7 +84,7 @@ class SearchProblem:
   strict_effort: float = 0.5
   rate_per_s: float | None = None
   policy: Policy = DISTSERVE
-  prefix_cache: bool = False
+  prefix_cache: bool = True
   host_bytes: float = 0.0
   stream_kv: bool = False
   links: Mapping[tuple[Plan, Plan], latency.Link] = dataclasses.field(
@@ -98,9 +99,6 @@ class SearchProblem:
               'True or False')
     require(checks.is_nonnegative(self.host_bytes), 'SearchProblem.host_bytes',
             self.host_bytes, '0 or more')
-    require(self.prefix_cache or not self.host_bytes,
-            'SearchProblem.host_bytes', self.host_bytes,
-            '0 without prefix_cache=True')
     require(0 < self.target < 1, 'SearchProblem.target', self.target,
             'a share in (0, 1)')
     require(checks.is_positive(self.tolerance), 'SearchProblem.tolerance',
@@ -147,10 +145,9 @@ def instance(problem: SearchProblem, role: str, plan: Plan,
     return None
   page_bytes = problem.page_size * problem.model.kv_bytes_per_token(
       problem.itemsize)
-  return InstanceConfig(role, num_pages, problem.page_size, problem.max_seqs,
-                        prefill_tokens, problem.prefill_seqs, plan.pp,
-                        host_pages=int(problem.host_bytes // page_bytes)
-                        if ROLES[role].prefills else 0)
+  fitted = InstanceConfig(role, num_pages, problem.page_size, problem.max_seqs,
+                          prefill_tokens, problem.prefill_seqs, plan.pp)
+  return with_host(fitted, problem.host_bytes, page_bytes, 'SearchProblem')
 
 
 def plans(problem: SearchProblem, most: int) -> list[Plan]:

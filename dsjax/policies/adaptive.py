@@ -78,7 +78,8 @@ def _per_step(slo: Slo, margin: float) -> Policy:
       prompts = (*instance.prefilling(), *instance.waiting()[:1])
       late = [view.time_s - r.arrival_s > slo.ttft_s for r in prompts]
       tokens = LEAST if any(late) else 0
-    return PrefillBudget(min(tokens, most - instance.turn_rows), False, True)
+    return PrefillBudget(min(tokens, most - instance.turn_rows), False,
+                         instance.config.mixes)
 
   def done_s(instance: InstanceView, request: RequestView) -> float:
     """Predicted seconds until its prompt is done there."""
@@ -102,4 +103,4 @@ def _per_step(slo: Slo, margin: float) -> Policy:
 
   return with_deadlines(dataclasses.replace(
       DISTSERVE, name='adaptive', route=route, batch=batch,
-      hand_off=hand_off), slo)
+      hand_off=hand_off, needs=('latencies', 'link')), slo)

@@ -82,4 +82,5 @@ def policy(slo: Slo, prefills: int = 1, margin: float = 0.7,
     return {}
 
   return dataclasses.replace(base, name='arrow', route=route,
-                             hand_off=hand_off, tick_s=tick_s, resize=resize)
+                             hand_off=hand_off, tick_s=tick_s, resize=resize,
+                             needs=('latencies',))

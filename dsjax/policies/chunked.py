@@ -32,4 +32,4 @@ def policy(slo: Slo, chunk: int | None = None) -> Policy:
 
   return dataclasses.replace(
       DISTSERVE, name='chunked' if chunk is None else f'chunked {chunk}',
-      batch=batch)
+      batch=batch, needs=('mixes', *('latencies',) * (chunk is None)))

@@ -46,4 +46,4 @@ def with_deadlines(policy: Policy, slo: Slo, most_wait: float = 100.0
     return [*aged, *on_time, *late, *waiting[MOST:]]
 
   return dataclasses.replace(policy, name=f'{policy.name} + deadlines',
-                             order=order)
+                             order=order, needs=(*policy.needs, 'latencies'))

@@ -55,4 +55,5 @@ def policy(slo: Slo, least: int = 256) -> Policy:
     return first.index
 
   return dataclasses.replace(chunked.policy(slo), name='dynaserve',
-                             route=route)
+                             route=route,
+                             needs=('mixes', 'latencies', 'link'))

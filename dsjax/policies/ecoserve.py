@@ -45,4 +45,5 @@ def policy(slo: Slo, margin: float = 0.6) -> Policy:
         return member.index
     return min(members, key=queue_s).index
 
-  return dataclasses.replace(base, name='ecoserve', route=route)
+  return dataclasses.replace(base, name='ecoserve', route=route,
+                             needs=('latencies',))

@@ -3,17 +3,18 @@
 Qin et al., FAST 2025, section 4: the prefill instance of the least predicted
 TTFT, the decode instance of the least predicted time between tokens; a request
 whose predictions miss an objective is refused at once. What a prefix cache
-keeps of a prompt at an instance counts in its prediction; that it be copied
-from another prefill instance first, where that is sooner, is left out.
+keeps of a prompt at an instance counts in its prediction; where it is predicted
+to be sooner, what another instance has kept is copied there first.
 """
 
 import dataclasses
 
 from dsjax.config.placement import Slo
 from dsjax.policies import static
-from dsjax.policies.predict import decode_s, prefill_s, queue_s
+from dsjax.policies.predict import decode_s, flight_s, prefill_s, queue_s
 from dsjax.scheduling.policy import (
   Because,
+  Fetch,
   Policy,
   Refuse,
   RequestView,
@@ -22,26 +23,48 @@ from dsjax.scheduling.policy import (
 )
 
 
+def soonest(view: View, request: RequestView) -> tuple[float, Fetch]:
+  """Seconds until a first token, at the instance where they are fewest, and
+  that instance: its lender is -1 where nothing is to be copied first."""
+  lenders = [(i.hits(request)[0], -i.index, i) for i in view.instances
+             if i.status in ('up', 'draining')] if view.knows_link else []
+  choices = []
+  for instance in view.prefills:
+    wait_s = queue_s(instance)
+    choices.append((wait_s + prefill_s(instance, request),
+                    Fetch(instance.index, -1)))
+    kept, _, lender = max([entry for entry in lenders
+                           if entry[2].config.kv_dtype
+                           == instance.config.kv_dtype], default=(0, 0, None))
+    fresh = kept - instance.hit_tokens(request)
+    if lender is not None and fresh > 0:
+      choices.append((
+          wait_s + flight_s(lender) + view.link.migrate_s(fresh)
+          + instance.latency.prefill_s(((kept, request.prompt_len),)),
+          Fetch(instance.index, lender.index)))
+  return min(choices)
+
+
 def policy(slo: Slo, prefills: int = 1, rejects: bool = True) -> Policy:
   """rejects: whether it refuses what would miss an objective."""
   base = static.policy(slo, prefills)
 
   def route(view: View, request: RequestView) -> Because | Refuse:
-    def ttft_s(instance):
-      return queue_s(instance) + prefill_s(instance, request)
-
-    choice = min(view.prefills, key=ttft_s)
+    ttft_s, choice = soonest(view, request)
     if rejects and request.first_s is None:
       waited_s = view.time_s - request.arrival_s
-      if waited_s + ttft_s(choice) > slo.ttft_s:
+      if waited_s + ttft_s > slo.ttft_s:
         return Refuse('its first token would come too late: try again later')
       tokens = request.prompt_len
       # None: all of them are lost, and may come back.
       steps_s = [decode_s(i, 1, tokens) for i in view.decodes]
       if steps_s and min(steps_s) > slo.tpot_s:
         return Refuse('tokens would come too slowly: try again later')
-    return Because(choice.index, f'first token in {ttft_s(choice):.3f} s, '
-                   f'{choice.hit_tokens(request)} tokens kept')
+    kept = view.instances[choice.index].hit_tokens(request)
+    why = f'first token in {ttft_s:.3f} s, {kept} tokens kept'
+    if choice.lender < 0:
+      return Because(choice.index, why)
+    return Because(choice, f'{why}, more at {choice.lender}')
 
   def hand_off(view: View, request: RequestView, avoid: int) -> Because:
     def step_s(instance):
@@ -52,4 +75,5 @@ def policy(slo: Slo, prefills: int = 1, rejects: bool = True) -> Policy:
     return Because(choice.index, f'a step takes {step_s(choice):.4f} s')
 
   return dataclasses.replace(base, name=f'mooncake {prefills}', route=route,
-                             hand_off=hand_off)
+                             hand_off=hand_off, fetches=True,
+                             needs=('latencies',))

@@ -54,4 +54,4 @@ def policy(slo: Slo, prefills: int = 1, tick_s: float = 5.0) -> Policy:
     return {}
 
   return dataclasses.replace(base, name='planner', tick_s=tick_s,
-                             resize=resize)
+                             resize=resize, needs=('latencies',))

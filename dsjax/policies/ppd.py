@@ -50,4 +50,4 @@ def policy(slo: Slo, prefills: int = 1, weight: float = 0.5) -> Policy:
                key=lambda i: rest_s(view, i, request)).index
 
   return dataclasses.replace(base, name=f'ppd {prefills}', route=route,
-                             hand_off=hand_off)
+                             hand_off=hand_off, needs=('latencies', 'link'))

@@ -14,20 +14,30 @@ def queue_s(instance: InstanceView) -> float:
   flight half is left, on average."""
   latency = instance.latency
   return latency.prefill_s(instance.pieces) / 2 + sum(
-      [latency.prefill_s(((_known(instance, request), request.stop),))
+      [latency.prefill_s(((request.done or instance.hit_tokens(request),
+                           request.stop),))
        for request in (*instance.waiting(), *instance.prefilling())])
-
-
-def _known(instance: InstanceView, request: RequestView) -> int:
-  """Tokens of a prompt that are not computed any more, as it is now."""
-  return request.done or instance.hit_tokens(request)
 
 
 def prefill_s(instance: InstanceView, request: RequestView) -> float:
   """Seconds of a request's prefill, alone in its batch; what is kept here of
-  its prompt is left out."""
-  return instance.latency.prefill_s((
-      (_known(instance, request), request.prompt_len),))
+  its prompt is left out, but for the load of what is in host memory, where
+  that is sooner than to compute it. (In queue_s others are computed
+  meanwhile.)"""
+  prompt_len, compute_s = request.prompt_len, instance.latency.prefill_s
+  if request.done:
+    return compute_s(((request.done, prompt_len),))
+  hit, more = instance.hits(request)
+  alone_s = compute_s(((hit, prompt_len),))
+  return min(alone_s, instance.load_s(more) + compute_s(
+      ((hit + more, prompt_len),))) if more else alone_s
+
+
+def flight_s(instance: InstanceView) -> float:
+  """Seconds of what is in flight: what is read there comes behind it."""
+  pieces, steps = instance.pieces, instance.num_steps
+  return ((instance.latency.prefill_s(pieces) if pieces else 0.0)
+          + (steps * decode_s(instance) if steps else 0.0))
 
 
 def decode_s(instance: InstanceView, rows: int = 0, tokens: int = 0) -> float:

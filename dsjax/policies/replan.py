@@ -41,4 +41,5 @@ def policy(slo: Slo, prefills: int = 1, tick_s: float = 5.0) -> Policy:
     return better(placed, slo, view, known, [
         *splits, ('colocated',) * len(known), ('chunked',) * len(known)])
 
-  return dataclasses.replace(placed, tick_s=tick_s, resize=resize)
+  return dataclasses.replace(placed, tick_s=tick_s, resize=resize,
+                             needs=('latencies', 'link'))

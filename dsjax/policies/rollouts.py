@@ -58,7 +58,8 @@ def better(policy: Policy, slo: Slo, view: View,
   if view.load.rate_per_s <= 0 or view.load.output_len <= 1:
     return {}  # nothing is known
   share = functools.partial(
-      attained, policy, slo, tuple([i.config for i in instances]),
+      attained, policy, slo, tuple([dataclasses.replace(
+          i.config, host_pages=0) for i in instances]),
       tuple([settled(i.latency) for i in instances]), view.link,
       rounded(view.load))
   least = share(tuple([i.role for i in instances])) + NOISE

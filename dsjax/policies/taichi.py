@@ -81,4 +81,5 @@ def policy(slo: Slo, prefills: int = 1, large: int = 1024, small: int = 128,
 
   return dataclasses.replace(
       DISTSERVE, name=f'taichi {prefills}', route=route, batch=batch,
-      hand_off=hand_off, tick_s=tick_s, rebalance=rebalance)
+      hand_off=hand_off, tick_s=tick_s, rebalance=rebalance,
+      needs=('mixes', 'latencies'))

@@ -165,13 +165,15 @@ class Fleet:
   """
 
   def __init__(self, engines: Sequence[Engine], config: EngineConfig,
-               prefix_of: PrefixOf, clock: Callable[[], float]) -> None:
+               prefix_of: PrefixOf, clock: Callable[[], float],
+               fetches: bool = False) -> None:
     """Joins instances; `warm` compiles.
 
     Args:
       engines: of this process (build), or of others (cluster/local.py).
       prefix_of: asked when a request comes to an engine that does not have it.
       clock: seconds now, on the clock of the events.
+      fetches: whether instances are joined for it, see Policy.
     """
     self.config, self.prefix_of, self.clock = config, prefix_of, clock
     self.engines = list(engines)
@@ -179,7 +181,7 @@ class Fleet:
     self.routes: dict[tuple[Engine, Engine], Route] = {
         (source, target): source.route_to(target)
         for source in engines for target in engines
-        if hands_off(source.capacity, target.capacity)
+        if hands_off(source.capacity, target.capacity, fetches)
         and target is not source}
     self.hosts = {index: engine.host_memory(config.checksum)
                   for index, engine in enumerate(engines)
@@ -279,11 +281,16 @@ class Fleet:
         self._num_logprobs[id] = prefix.sampling.logprobs
 
   def _migrate(self, command: Migrate) -> None:
-    if not command.more:  # its first token is out
+    if not (command.more or command.kept):  # its first token is out
       self._admit(command.target, command.id)
     route = self.routes[self.engines[command.source],
                         self.engines[command.target]]
     self.transfers.append(route.start(command, self.config.checksum))
+
+  def _load(self, command: Load) -> None:
+    if command.row:
+      self._admit(command.instance, command.id)
+    self.hosts[command.instance].load(command)
 
   def _preempt(self, command: Preempt) -> None:
     self.engines[command.instance].forget(command.id)
@@ -566,7 +573,7 @@ _PERFORM: dict[type, Callable[..., None]] = {
     Migrate: Fleet._migrate,
     Offload: lambda fleet, command: fleet.hosts[command.instance].offload(
         command),
-    Load: lambda fleet, command: fleet.hosts[command.instance].load(command),
+    Load: Fleet._load,
     Preempt: Fleet._preempt,
     Abort: Fleet._abort,
     Flip: lambda fleet, command: None,  # steps of every role are compiled

@@ -67,7 +67,8 @@ class Loop:
     # of those that got their last token by it.
     self._ended: dict[int, list[tuple[int, int]]] = {}
     self._full: dict[int, list[int]] = {}
-    self.fleet = Fleet(engines, config, self._prefix_of, lambda: self.now)
+    self.fleet = Fleet(engines, config, self._prefix_of, lambda: self.now,
+                       policy.fetches)
     self.scheduler_config = scheduler.Config(
         self.fleet.capacities, config.max_len, config.depth,
         run_ahead=config.run_ahead, away=config.away, tries=config.tries,

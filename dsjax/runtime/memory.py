@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsjax.config.checks import require
-from dsjax.config.engine import EngineConfig, InstanceConfig
+from dsjax.config.engine import EngineConfig, InstanceConfig, with_host
 from dsjax.config.model import ModelConfig
 from dsjax.runtime.steps import abstract, abstract_steps, stage_shapes
 from dsjax.scheduling import page_pool
@@ -32,14 +32,14 @@ def size_pages(config: ModelConfig, meshes: Sequence[Mesh], role: str,
     InputError: it does not fit; says by how many bytes.
   """
   capacity = engine_config.instance(role, len(meshes))
-  if engine_config.host_bytes and capacity.prefills:
+  if engine_config.host_bytes:
     page_bytes = sum(
         x.size * x.dtype.itemsize // shapes.num_pages
         for shapes in stage_shapes(config, meshes, role, engine_config,
                                    capacity)
         for x in jax.tree.leaves(abstract(shapes)[1]))
-    capacity = dataclasses.replace(
-        capacity, host_pages=engine_config.host_bytes // page_bytes)
+    capacity = with_host(capacity, engine_config.host_bytes, page_bytes,
+                         'EngineConfig')
   budget = engine_config.memory_bytes or _free_bytes(meshes)
   if budget is None:
     return capacity

@@ -309,9 +309,14 @@ class Peer(NamedTuple):
   where: Where
 
 
-def hands_off(source: InstanceConfig, target: InstanceConfig) -> bool:
-  """Whether KV may go from one instance to another, a different one."""
-  return (source.flips or not source.decodes) and target.decodes
+def hands_off(source: InstanceConfig, target: InstanceConfig, fetches: bool
+              ) -> bool:
+  """Whether KV may go from one instance to another, a different one.
+
+  fetches: see Policy; what is kept goes to any that takes prompts.
+  """
+  return ((source.flips or not source.decodes) and target.decodes
+          or fetches and target.prefills and source.kv_dtype == target.kv_dtype)
 
 
 def nowhere(source: InstanceConfig, target: InstanceConfig, size: int = 1

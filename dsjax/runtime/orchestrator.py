@@ -146,14 +146,17 @@ class Orchestrator:
             f'of instances 0 to {len(placement.instances) - 1}')
     self.model, self.placement, self.config = model, placement, config
     latencies = self._latencies(latency)
+    link = link or self._link(latency)
+    policy.check([role for role, _ in placement.instances], latencies, link)
     engines = (
         build(model, placement, config, jax.devices() if devices is None
               else devices, make_engine) if cluster is None else
-        starting.build(model, placement, config, make_engine, cluster))
+        starting.build(model, placement, config, make_engine, cluster,
+                       policy.fetches))
     self._close = weakref.finalize(self, _close_all, engines)
     try:
       self.loop = Loop(engines, config, report, keep_events, policy, latencies,
-                       link or self._link(latency), planner)
+                       link, planner)
     except BaseException:
       self._close()
       raise

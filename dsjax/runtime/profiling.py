@@ -39,7 +39,7 @@ from dsjax.simulation import contention, fitting, latency, profiles
 STEPS = 4  # decode steps of a timed run: the device takes them in a row
 HOST_TOKENS = 24  # output tokens of the requests that find the host's time
 ENGINE = EngineConfig(max_len=1024, max_seqs=16, prefill_tokens=512,
-                      chunk_tokens=512, prefill_seqs=8)
+                      chunk_tokens=512, prefill_seqs=8, prefix_cache=False)
 Report = Callable[[int, int, str], object]  # (done, total, what)
 Shape = tuple[tuple[tuple[int, int], ...], int, int]  # pieces, rows, context
 

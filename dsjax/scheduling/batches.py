@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 from dsjax.scheduling import (
   choices,
   host_tier,
+  loading,
   prefix_cache,
   residents,
   streaming,
+  swapping,
 )
 from dsjax.scheduling.events import Chunk, Row, RunDecode, RunPrefill
 from dsjax.scheduling.live import LiveBatch, LiveInstance, LiveSeq
@@ -37,13 +39,15 @@ def plan(run: Run) -> None:
   """
   while any([inst.fresh for inst in run.instances]):
     for inst in run.decoders:
+      if inst.fresh and inst.host:
+        swapping.come_back(run, inst)
       if inst.fresh and inst.pulls:
         _pull(run, inst)
     for inst in run.instances:
       if inst.fresh:
         inst.fresh = False
         _issue(run, inst)
-        if inst.host and inst.queue:
+        if inst.queue and (inst.host or run.policy.fetches):
           _fetch(run, inst)
 
 
@@ -52,7 +56,8 @@ def _pull(run: Run, inst: LiveInstance) -> None:
   while inst.pulls:
     pulls = choices.in_order(run, inst, inst.pulls)
     seq = run.seqs[pulls[0]]
-    taken = residents.take_over(run, inst, seq, seq.done)
+    taken = None if host_tier.waits(inst) else residents.take_over(
+        run, inst, seq, seq.done)
     if taken is None:
       if streaming.give_way(run, inst):
         continue
@@ -85,7 +90,9 @@ def _is_stuck(run: Run, inst: LiveInstance) -> bool:
   """Nothing here will free a page by itself: what is here waits to be
   pulled. Two flexible instances could wait for each other so."""
   return not (inst.inflight or inst.prefilling or inst.ending
-              or inst.host and inst.host.loading
+              or inst.loading
+              or any([entry.lender == inst.index for other in run.instances
+                      for entry in other.loading])
               or any([batch.size for batch in inst.batches])
               or any([seq.target_pages and seq.target == inst.index
                       for seq in run.seqs.values()]))
@@ -94,9 +101,9 @@ def _is_stuck(run: Run, inst: LiveInstance) -> bool:
 def _fetch(run: Run, inst: LiveInstance) -> None:
   """Starts the loads of those that come next in the queue, while the
   instance is at work with others."""
-  while inst.queue and not host_tier.is_full(inst):
+  while inst.queue and not loading.is_full(inst):
     waiting = choices.in_order(run, inst, inst.queue)
-    if not (host_tier.loads(run, inst, run.seqs[waiting[0]])
+    if not (loading.loads(run, inst, run.seqs[waiting[0]])
             and _admit(run, inst, run.seqs[waiting[0]], waiting)):
       return
 
@@ -204,13 +211,13 @@ def _candidate(run: Run, inst: LiveInstance, waiting: list[int], budget: int,
 def _admit(run: Run, inst: LiveInstance, seq: LiveSeq, waiting: list[int]
           ) -> bool:
   """Gives the first of those that wait its pages; False: it must wait."""
-  if (inst.host and host_tier.is_full(inst)
-      and host_tier.loads(run, inst, seq)):
+  if host_tier.waits(inst) or (inst.loading and loading.is_full(inst)
+                              and loading.loads(run, inst, seq)):
     return False
   # Where it will decode too: room for its first tick.
   taken = residents.take(
       run, inst, seq, min(seq.prompt_len + inst.decodes, seq.limit - 1),
-      seq.stop, inst.config.page_size, loads=True)
+      seq.stop, loading.unit_of(run, inst, seq), loads=True)
   if taken is None:
     return False
   del waiting[0]
@@ -219,7 +226,7 @@ def _admit(run: Run, inst: LiveInstance, seq: LiveSeq, waiting: list[int]
   seq = run.own(seq.id)
   (seq.pages, seq.done), seq.sent = taken, 0
   inst.backlog -= seq.done
-  if not (inst.host and host_tier.load(run, inst, seq)):
+  if not (inst.loading and loading.begin(run, inst, seq)):
     inst.prefilling.append(seq.id)
   return True
 
@@ -264,6 +271,7 @@ def _decode(run: Run, inst: LiveInstance) -> bool:
   # one after another, not side by side.
   steps = 1
   if (len(inst.batches) == 1 and not inst.queue and not inst.pulls
+      and not host_tier.waits(inst)
       and inst.residents == batch.size + len(inst.ending)):
     steps = min(batch.until() - batch.tick, inst.run_ahead)
   _send(run, inst, RunDecode(inst.index, inst.number, batch.tick, steps,

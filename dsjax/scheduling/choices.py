@@ -15,6 +15,7 @@ from dsjax.scheduling.events import Decided
 from dsjax.scheduling.live import LiveBatch, LiveInstance, LiveSeq
 from dsjax.scheduling.policy import (
   Because,
+  Fetch,
   Move,
   PrefillBudget,
   Refuse,
@@ -78,6 +79,7 @@ def entry(run: Run, seq: LiveSeq) -> tuple[LiveInstance, int] | Refuse:
   of its tokens; or why it is not served."""
   run.rouse(run.open_entries)
   answer, reason = because(run, 'route', RequestView(seq))
+  seq.lender = -1
   if isinstance(answer, Refuse):
     if type(answer.reason) is not str:
       raise run.policy.refuse('route', answer, 'a Refuse with a text')
@@ -86,6 +88,11 @@ def entry(run: Run, seq: LiveSeq) -> tuple[LiveInstance, int] | Refuse:
   if seq.done:  # what may pull from there, see policy.may_go_on
     home = run.instances[seq.instance]
     instances = [i for i in instances if i is home or i.able.decodes] or [home]
+  if isinstance(answer, Fetch):
+    inst = one_of(run, instances, 'route', answer.index)
+    seq.lender = _lender(run, seq, inst, answer)
+    explain(run, seq, 'route', inst, reason)
+    return inst, seq.prompt_len
   if not isinstance(answer, Split):
     inst = one_of(run, instances, 'route', answer)
     explain(run, seq, 'route', inst, reason)
@@ -98,6 +105,19 @@ def entry(run: Run, seq: LiveSeq) -> tuple[LiveInstance, int] | Refuse:
         f'prefills, with tokens between {seq.done} and {seq.prompt_len}')
   explain(run, seq, 'route', inst, reason)
   return inst, stop
+
+
+def _lender(run, seq, inst, answer):
+  """The index of the instance that lends what it has kept, of a Fetch."""
+  lenders = [i.index for i in run.instances
+             if i is not inst and i.status in ('up', 'draining')
+             and i.config.kv_dtype == inst.config.kv_dtype]
+  index = index_of(answer.lender)
+  if seq.done or not run.policy.fetches or index not in lenders:
+    raise run.policy.refuse(
+        'route', answer, 'a Fetch of a whole prompt, by a policy that says '
+        f'fetches=True, from an instance with equal KV: {lenders}')
+  return index
 
 
 def in_order(run: Run, inst: LiveInstance, queue: list[int]) -> list[int]:

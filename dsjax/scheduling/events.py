@@ -200,7 +200,8 @@ class Migrate(NamedTuple):
   hit: tokens before these, which the target has kept of another request, but
   for the `sent` that earlier parts of this hand-off bring. more: a part, read
   behind the commands issued so far; the rest follows once it is made, and only
-  its end is told.
+  its end is told. kept: no hand-off: the source has kept these pages of
+  another request, and the target goes on with the prompt behind them.
   """
   id: int
   epoch: int
@@ -212,10 +213,11 @@ class Migrate(NamedTuple):
   hit: int = 0
   sent: int = 0
   more: bool = False
+  kept: bool = False
 
 
 class Offload(NamedTuple):
-  """Copy pages, which were kept, to slots of host memory.
+  """Copy pages, which were kept, or a preempted row's, to slots of host memory.
 
   They are read before any later command to the instance writes them.
   num_tokens: of these pages.
@@ -231,7 +233,7 @@ class Load(NamedTuple):
   """Copy slots of host memory to pages of a request.
 
   hit: tokens before these whose KV is kept in the instance's memory.
-  num_tokens: of these pages.
+  num_tokens: of these pages. row: it is a row again then, that was swapped.
   """
   id: int
   epoch: int
@@ -240,12 +242,14 @@ class Load(NamedTuple):
   pages: tuple[int, ...]
   num_tokens: int
   hit: int = 0
+  row: bool = False
 
 
 class Preempt(NamedTuple):
   """Request lost its pages on `instance`; it will be prefilled again.
 
-  cause: pages (they ran short) or fault (the instance was lost).
+  cause: pages (they ran short), swap (the same, and they go to host memory,
+  from where it comes back as a row) or fault (the instance was lost).
   """
   id: int
   instance: int

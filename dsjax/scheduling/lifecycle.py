@@ -9,8 +9,8 @@ STAGES = {
     'absent': 'not arrived yet, or ended',
     'queued': 'in the prefill queue of an instance, or waiting for one; owns '
               'no pages',
-    'loading': 'owns pages for its whole prompt; some of them come from host '
-               'memory',
+    'loading': 'owns pages for all its tokens; some of them come from host '
+               'memory, or from what another instance has kept',
     'prefilling': 'owns pages for its whole prompt; some chunks may have run, '
                   'here or, of a split one, elsewhere; streamed, it owns pages '
                   'at its target too',
@@ -20,6 +20,7 @@ STAGES = {
     'decoding': "a row of an instance's batch",
     'finishing': 'its last token is in flight',
     'yielding': 'preempted; its pages wait for the commands in flight',
+    'swapped': 'preempted; its KV is in host memory, or on its way there',
     'leaving': 'a row no more; it is handed off once the commands in flight '
                'are done',
     'over': 'its client has been told; its pages wait for the commands in '
@@ -43,6 +44,7 @@ CAUSES = {
     'Timer': 'the lease of its hand-off ran out',
     'InstanceDown': 'the one that holds it, or the last it could wait for',
     'TargetDown': 'InstanceDown of the one that pulls it',
+    'SourceDown': 'InstanceDown of the one that has kept what comes to it',
     'InstanceUp': 'any',
     'Drain': 'any',
     'Tick': 'any: roles and rows move',
@@ -106,6 +108,22 @@ HOPS = _hops(
     ('Loaded', 'abandoned', 'absent'),
     ('LoadFailed', 'abandoned', 'absent'),
     ('InstanceDown', 'loading', 'queued absent'),
+    # Or another instance has kept it.
+    ('Migrated', 'loading', 'prefilling'),
+    ('MigrateFailed', 'loading', 'prefilling'),
+    ('Timer', 'loading', 'prefilling'),
+    ('SourceDown', 'loading', 'prefilling'),
+    ('SourceDown', 'abandoned', 'absent'),
+    # A preempted row goes to host memory, and comes back.
+    ('plan', 'yielding', 'swapped'),
+    ('PrefillDone', 'yielding', 'swapped'),
+    ('DecodeDone', 'yielding', 'swapped'),
+    ('plan', 'swapped', 'loading'),
+    ('Loaded', 'loading', 'decoding'),
+    ('LoadFailed', 'loading', 'queued absent'),
+    ('Offloaded', 'swapped', 'queued absent'),
+    ('Cancelled', 'swapped', 'absent'),
+    ('InstanceDown', 'swapped', 'queued absent'),
     # A row moves to another instance.
     ('Tick', 'decoding', 'leaving'),
     ('Tick', 'leaving', 'prefilled'),

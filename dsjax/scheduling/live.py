@@ -43,6 +43,7 @@ class LiveSeq:
   blocks: tuple[int, ...] = ()
   hit: int = 0
   sent: int = 0
+  lender: int = -1
 
 
 fields_of = operator.attrgetter(*Seq._fields)
@@ -206,15 +207,15 @@ class LiveInstance:
   """An Instance that changes in place.
 
   block_size: of the hashes of a prefix cache, or 0.
-  latency: what predicts its steps, or None. able: what it may do; prefills,
-  decodes, mixes: what its role of now does.
+  latency, host_link: what predicts its steps, and loads, or None. able: what it
+  may do; prefills, decodes, mixes: what its role of now does.
   fresh: changed since it was planned last. asleep: in a quiet run. value:
   what it is as a value, or None where it has changed since.
   """
 
   __slots__ = (*Instance._fields, 'index', 'config', 'latency', 'able',
                'prefills', 'decodes', 'mixes', 'depth', 'block_size',
-               'run_ahead', 'fresh', 'asleep', 'value', '_depths',
+               'run_ahead', 'fresh', 'asleep', 'value', 'host_link', '_depths',
                '_run_ahead')
 
   def __init__(self, config: Config, index: int, value: Instance):
@@ -224,11 +225,12 @@ class LiveInstance:
     self.fresh = self.asleep = False
     self.block_size = config.block_size if config.prefix_cache else 0
     self.latency = config.latencies[index] if config.latencies else None
+    self.host_link = config.host_link
     self._depths = max(config.prefill_depth, pp), config.depth * pp
     self._run_ahead = config.run_ahead
     (self.pool, batches, queue, prefilling, pulls, self.turn, self.number,
      inflight, ending, self.residents, self.backlog, self.status,
-     role, self.since_s, self.pace, streams, host) = value
+     role, self.since_s, self.pace, streams, host, self.loading) = value
     self.host: Any = host  # a prefix_cache.Host, or None
     self.assign(role)
     self.queue, self.prefilling = list(queue), list(prefilling)
@@ -265,5 +267,6 @@ class LiveInstance:
           tuple(self.queue), tuple(self.prefilling), tuple(self.pulls),
           self.turn, self.number, tuple(self.inflight), tuple(self.ending),
           self.residents, self.backlog, self.status, self.role,
-          self.since_s, self.pace, tuple(self.streams), self.host)
+          self.since_s, self.pace, tuple(self.streams), self.host,
+          self.loading)
     return self.value

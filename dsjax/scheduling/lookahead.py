@@ -9,7 +9,7 @@ import heapq
 import operator
 from typing import TYPE_CHECKING, Any
 
-from dsjax.scheduling import batches, prefix_cache, residents
+from dsjax.scheduling import batches, host_tier, prefix_cache, residents
 from dsjax.scheduling.events import RunDecode
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Ahead:
                    for after, id in inst.ending]
     self.rows = self.context = 0
     self._free = prefix_cache.num_free(inst.pool)
-    if inst.host:  # what is evicted is to be told
+    if inst.host and inst.able.prefills:  # what is evicted is to be told
       self._free -= prefix_cache.num_idle(inst.pool)
 
   def ends(self) -> list[tuple[int, int]]:
@@ -133,7 +133,7 @@ def ahead(run: Run, index: int) -> Ahead | None:
   The instance sleeps from now on, unless that is None.
   """
   inst, depth = run.instances[index], run.config.depth
-  if (inst.asleep or inst.queue or inst.prefilling
+  if (inst.asleep or inst.queue or inst.prefilling or host_tier.waits(inst)
       or len(inst.inflight) < inst.depth):
     return None
   pp = len(inst.batches)

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from dsjax.config.checks import is_positive, require
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.latency import LinkLike
+from dsjax.config.placement import ROLES
 from dsjax.scheduling import prefix_cache
 from dsjax.scheduling.pace import Paced
 
@@ -72,11 +73,20 @@ class Split(NamedTuple):
   tokens: int
 
 
+class Fetch(NamedTuple):
+  """Of a route: the prompt is prefilled at instance `index`, and what
+  instance `lender` has kept of it is copied there first, if that is more than
+  is kept there. The policy says fetches=True."""
+
+  index: int
+  lender: int
+
+
 class Because(NamedTuple):
   """Of a route or a hand_off: an answer, and why. The reason is kept in the
   request's record."""
 
-  answer: int | Split
+  answer: int | Split | Fetch
   reason: str
 
 
@@ -186,7 +196,8 @@ class InstanceView:
     backlog: prompt tokens that wait here or are being prefilled.
     residents: requests that own pages here. free_pages: of its pool.
     num_waiting: requests in its prefill queue. num_pulls: finished prefills
-      whose KV it will pull. num_in_flight: commands. pieces: (start, stop) of
+      whose KV it will pull. num_swapped: rows that wait in its host memory to
+      come back. num_in_flight: commands. pieces: (start, stop) of
     the prompts in them.
   """
 
@@ -256,6 +267,11 @@ class InstanceView:
     return len(self._instance.pulls)
 
   @property
+  def num_swapped(self) -> int:
+    host = self._instance.host
+    return len(host.swapped) if host else 0
+
+  @property
   def num_in_flight(self) -> int:
     return len(self._instance.inflight)
 
@@ -264,6 +280,12 @@ class InstanceView:
     return tuple([(chunk.start, chunk.stop)
                   for command, _ in self._instance.inflight
                   for chunk in command.chunks])
+
+  @property
+  def num_steps(self) -> int:
+    """Steps of the commands in flight that have no prompts."""
+    return sum([command.steps for command, _ in self._instance.inflight
+                if not command.chunks])
 
   @property
   def num_rows(self) -> int:
@@ -285,13 +307,19 @@ class InstanceView:
   def hit_tokens(self, request: RequestView) -> int:
     """Tokens of a prompt that need not be computed here: their KV is kept, in
     the instance's memory or, after these, in its host's."""
-    return sum(self._hits(request))
+    return sum(self.hits(request))
 
   def host_hit_tokens(self, request: RequestView) -> int:
     """Of these, those in host memory: they are to be loaded."""
-    return self._hits(request)[1]
+    return self.hits(request)[1]
 
-  def _hits(self, request: RequestView) -> tuple[int, int]:
+  def load_s(self, tokens: int) -> float:
+    """Predicted seconds to load so many from host memory."""
+    link = self._instance.host_link
+    return link.migrate_s(tokens) if link else 0.0
+
+  def hits(self, request: RequestView) -> tuple[int, int]:
+    """(tokens that are kept in its memory, those after them in its host's)"""
     inst, seq = self._instance, request._request
     size = inst.config.page_size
     hashes = inst.hashes(seq)[:(seq.prompt_len - 1) // size]
@@ -358,7 +386,7 @@ class View:
     decodes: the same, of those that take rows.
     may_prefill, may_decode: all of those that could, whatever their role now:
       what a route or a hand_off may answer.
-    load: of late. link: predicts the seconds of a hand-off.
+    load: of late. link: predicts the seconds of a hand-off, if it is known.
   """
 
   __slots__ = ('_instances', '_now', '_recent', '_link')
@@ -398,6 +426,10 @@ class View:
     return self._views(4)
 
   @property
+  def knows_link(self) -> bool:
+    return self._link is not None
+
+  @property
   def link(self) -> LinkLike:
     return _given(self._link, 'link')
 
@@ -427,7 +459,7 @@ class View:
     return tuple([views[i.index] for i in self._now[place]])
 
 
-Route = Callable[[View, RequestView], int | Split | Refuse | Because]
+Route = Callable[[View, RequestView], int | Split | Fetch | Refuse | Because]
 Order = Callable[[View, InstanceView, Sequence[RequestView]],
                  Sequence[RequestView]]
 Batch = Callable[[View, InstanceView], PrefillBudget]
@@ -437,6 +469,13 @@ Victim = Callable[[View, InstanceView, Sequence[RequestView]], RequestView]
 Resize = Callable[[View], Mapping[int, str]]
 Rebalance = Callable[[View], Iterable[Move]]
 
+NEEDS = {
+    'latencies': 'latencies, as it predicts: simulate has them, serve takes '
+                 'latency=, runners --latency',
+    'link': 'the link between instances, as it predicts hand-offs: a latency '
+            'that was measured with one, or serve(link=)',
+    'mixes': 'flexible or chunked instances only, as prompts and rows share '
+             'its steps'}
 _BACKLOG = attrgetter('backlog', 'residents')
 
 
@@ -455,7 +494,7 @@ def may_go_on(view: View, request: RequestView) -> Sequence[InstanceView]:
 
 
 def _load(instance: InstanceView) -> int:
-  return instance.residents + instance.num_pulls
+  return instance.residents + instance.num_pulls + instance.num_swapped
 
 
 def stays(view: View, request: RequestView) -> bool:
@@ -516,9 +555,10 @@ class Policy:
     name: in tables and errors.
     route: (view, request) -> index of the instance, of view.may_prefill,
       whose queue it joins; or a Split, whose instance is flexible or only
-      prefills; or a Refuse. Asked at its arrival, when it is prefilled again,
-      and at each cut of a Split (done is then above 0): there for the index of
-      one of may_go_on(view, request), or a Split there. Because says why.
+      prefills; or a Fetch; or a Refuse. Asked at its arrival, when it is
+      prefilled again, and at each cut of a Split (done is then above 0): there
+      for the index of one of may_go_on(view, request), or a Split there.
+      Because says why.
     order: (view, instance, waiting) -> the same requests, first to go first.
       waiting: its prefill queue, by arrival, before each of its prefill
       batches; or the finished prefills that it will pull, by their end,
@@ -541,6 +581,9 @@ class Policy:
       role. Nothing that they hold is moved by it.
     rebalance: (view) -> a Move of each row that is to go on elsewhere, from a
       flexible instance to any that decodes.
+    fetches: whether its route may answer a Fetch: instances are then joined
+      for it when a server starts.
+    needs: of NEEDS, what it cannot do without.
   """
 
   name: str = 'distserve'
@@ -553,6 +596,8 @@ class Policy:
   tick_s: float | None = None
   resize: Resize | None = None
   rebalance: Rebalance | None = None
+  fetches: bool = False
+  needs: tuple[str, ...] = ()
 
   def __post_init__(self) -> None:
     require(self.tick_s is None or is_positive(self.tick_s),
@@ -560,6 +605,27 @@ class Policy:
     require(self.tick_s is not None
             or not (self.resize or self.rebalance), 'Policy.tick_s', None,
             'seconds where there is a resize or a rebalance')
+    require(isinstance(self.needs, tuple) and set(self.needs) <= set(NEEDS),
+            'Policy.needs', self.needs, f'a tuple, of {tuple(NEEDS)}')
+
+  def check(self, roles: Sequence[str], latencies: object, link: object
+            ) -> None:
+    """Before a run: whether there is what it needs.
+
+    Args:
+      roles: of the instances. latencies, link: see scheduler.Config.
+
+    Raises:
+      InputError: it names the need.
+    """
+    known = [ROLES[role] for role in roles]
+    apart = len(known) > 1 and not all([
+        role.prefills and role.decodes and not role.flips for role in known])
+    there = {'latencies': latencies is not None,
+             'link': link is not None or not apart,
+             'mixes': all([role.mixes or not role.prefills for role in known])}
+    for need in self.needs:
+      require(there[need], 'policy', self.name, f'given {NEEDS[need]}')
 
   @property
   def is_distserve(self) -> bool:

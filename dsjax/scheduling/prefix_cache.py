@@ -72,15 +72,15 @@ class Host(NamedTuple):
   """What an instance has of host memory: slots, of a page each; see
   host_tier.py.
 
-  slots: as a Cache of pages. loading: (id, slots) of those whose pages come
-  from there. offloads: (number, slots, hashes) of the copies on their way
-  there. number: of the next one.
+  slots: as a Cache of pages. offloads: (number, slots, hashes) of the copies on
+  their way there. number: of the next one. swapped: (id, slots, number) of
+  preempted rows, by arrival; number: of the copy on its way there, or -1.
   """
 
   slots: Cache
-  loading: tuple[tuple[int, tuple[int, ...]], ...] = ()
   offloads: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...] = ()
   number: int = 0
+  swapped: tuple[tuple[int, tuple[int, ...], int], ...] = ()
 
 
 def init(num_pages: int, in_place: bool = False) -> Cache:

@@ -25,8 +25,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dsjax.scheduling import (
+  copied,
   flexible,
   lifecycle,
+  loading,
   prefix_cache,
   residents,
   streaming,
@@ -68,6 +70,7 @@ def instance_down(run: Run, e: InstanceDown) -> None:
   hit = sorted([s.id for s in run.seqs.values()
                 if e.instance in (s.instance, s.target)],
                key=lambda id: run.seqs[id].order)
+  _end_loans(run, inst)
   _empty(run, inst)
   reason = f'instance {e.instance} ({inst.config.role}) was lost'
   for id in hit:
@@ -108,7 +111,8 @@ def timer(run: Run, e: Timer) -> None:
   """The lease of a hand-off ran out: the target is told to stop."""
   seq = run.handed(e)
   if seq is not None:
-    run.commands.append(Abort(seq.id, seq.epoch, seq.target))
+    run.commands.append(Abort(seq.id, seq.epoch, seq.target
+                              if seq.target_pages else seq.instance))
     _again(run, seq, 'the lease of its hand-off ran out')
 
 
@@ -191,7 +195,8 @@ def _known(run, inst, told):
     if seq.stage == 'finishing':
       known[id] = seq.limit
     if seq.done == seq.prompt_len:
-      known[id] += seq.stage in ('prefilled', 'migrating', 'leaving')
+      known[id] += seq.stage in ('prefilled', 'migrating', 'leaving',
+                                 'swapped', 'loading')
     known[id] -= lost[id]
   return known
 
@@ -203,11 +208,25 @@ def _empty(run, inst):
       pool=prefix_cache.emptied(inst.pool), number=inst.number,
       status=inst.status, role=inst.role,
       host=inst.host and inst.host._replace(
-          slots=prefix_cache.emptied(inst.host.slots), loading=(),
-          offloads=()))
+          slots=prefix_cache.emptied(inst.host.slots), offloads=(),
+          swapped=()))
   again = LiveInstance(run.config, inst.index, fresh)
   for field in (*fresh._fields, 'value'):
     setattr(inst, field, getattr(again, field))
+
+
+def _end_loans(run, lost):
+  """What comes to an instance that is lost, or from it, comes no more."""
+  for entry in lost.loading:
+    if entry.lender >= 0:
+      loading.let_go(run, lost, entry, whole=False)
+  run.cause = 'SourceDown'
+  for inst in run.instances:
+    for entry in inst.loading:
+      if entry.lender == lost.index:
+        seq = run.own(entry.id)
+        run.commands.append(Abort(seq.id, seq.epoch, seq.instance))
+        copied.go_on(run, seq, whole=False)
 
 
 def _target_lost(run, seq, reason):
@@ -243,6 +262,9 @@ def _source_lost(run, seq, known, reason):
 
 def _again(run, seq, reason):
   """The hand-off is over and its target may be used anew."""
+  if not seq.target_pages:  # it was none
+    copied.go_on(run, seq, whole=False)
+    return
   target = seq.target
   residents.free_target(run, seq)
   if seq.stage != 'prefilling':

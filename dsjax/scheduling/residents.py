@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from dsjax.scheduling import choices, host_tier, prefix_cache
+from dsjax.scheduling import choices, host_tier, loading, prefix_cache
 from dsjax.scheduling.events import (
   DecodeDone,
   PrefillDone,
@@ -27,7 +27,7 @@ def take(run: Run, inst: LiveInstance, seq: LiveSeq, tokens: int, stop: int,
          ) -> tuple[tuple[int, ...], int] | None:
   """Pages for a new resident holding `tokens` tokens; None: it must wait.
 
-  loads: what its host has of it is to be loaded, where that pays.
+  loads: what its host or its lender has of it is to be copied (loading.py).
 
   Returns:
     (pages, how many of its first `stop` tokens are there already: a multiple
@@ -42,8 +42,8 @@ def take(run: Run, inst: LiveInstance, seq: LiveSeq, tokens: int, stop: int,
   if not need or not choices.admits(run, inst, seq, need):
     return None
   inst.pool, ids = prefix_cache.hold(inst.pool, known[:len(hits)])
-  if loads and inst.host:
-    host_tier.pin(run, inst, seq, hit, stop)
+  if loads and (inst.host or seq.lender >= 0):
+    loading.pin(run, inst, seq, hit)
   more = alloc(run, inst, need)
   inst.residents += 1
   return ids + more, hit
@@ -61,7 +61,7 @@ def take_over(run: Run, inst: LiveInstance, seq: LiveSeq, stop: int
 
 def alloc(run: Run, inst: LiveInstance, count: int) -> tuple[int, ...]:
   """Takes pages; what is evicted for them goes to the host, if there is."""
-  if inst.host:
+  if inst.host and inst.able.prefills:
     host_tier.offload(run, inst, count)
   inst.pool, ids = prefix_cache.alloc(inst.pool, count)
   inst.value = None

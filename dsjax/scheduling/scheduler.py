@@ -27,14 +27,16 @@ from typing import Any
 from dsjax.scheduling import (
   batches,
   choices,
+  copied,
   flexible,
-  host_tier,
   lifecycle,
+  loading,
   lookahead,
   pace,
   recovery,
   residents,
   streaming,
+  swapping,
 )
 from dsjax.scheduling.events import (
   Arrived,
@@ -277,6 +279,9 @@ class Run:
     seq = self.handed(e)
     if seq is None:
       return
+    if not seq.target_pages:
+      copied.go_on(self, seq, whole=True)
+      return
     residents.free(self, seq)
     seq.instance, seq.pages = seq.target, seq.target_pages
     seq.target, seq.target_pages = -1, ()
@@ -289,13 +294,18 @@ class Run:
     batches.join(self, inst, seq)
 
   def handed(self, e: Migrated | MigrateFailed | Timer) -> LiveSeq | None:
-    """The request whose hand-off this is about; None where it is over."""
+    """The request whose hand-off this is about, or that borrows what another
+    instance has kept; None where it is over."""
     seq = self.seqs.get(e.id)
     if seq is None or e.epoch < seq.epoch:
       return None
     if e.epoch > seq.epoch:
       raise ImpossibleEvent(f'{e}: its last hand-off is {seq.epoch}')
-    return self.own(e.id) if seq.target_pages else None
+    if not seq.target_pages:
+      entry = loading.entry_of(self, seq)
+      if entry is None or entry.lender < 0:
+        return None
+    return self.own(e.id)
 
   # --- the ends of a life ---------------------------------------------------
 
@@ -369,6 +379,10 @@ class Run:
     inst = self.touch(seq.instance)
     if was in ('queued', 'prefilling'):
       inst.backlog += seq.done - seq.stop
+    if was == 'swapped':
+      swapping.give_up(self, seq)
+      self.forget(seq)
+      return
     if was == 'queued':
       inst.queue.remove(seq.id)
       self.forget(seq)
@@ -407,6 +421,8 @@ class Run:
 
   def conclude(self, seq: LiveSeq) -> None:
     if seq.stage == 'yielding':
+      if swapping.swap(self, self.instances[seq.instance], seq):
+        return
       self.commands.append(Preempt(seq.id, seq.instance))
       residents.free(self, seq)
       seq.pages, seq.done = (), 0
@@ -519,7 +535,7 @@ _APPLY: dict[type, Callable[..., None]] = {
     Migrated: Run.migrated,
     Tick: flexible.tick,
     **recovery.APPLY,
-    **host_tier.APPLY,
+    **copied.APPLY,
 }
 
 

@@ -39,9 +39,9 @@ class Config:
     policy: every choice, see policy.py.
     latencies: of each instance, link: between two of them, for policies that
       predict; None: such a policy has nothing to go by.
-    prefix_cache: full pages stay for requests that begin alike; what is
-      evicted goes to host memory, where an instance that takes prompts has
-      host_pages.
+    prefix_cache: full pages stay for requests that begin alike; what an
+      instance that takes prompts evicts goes to its host memory, if it has
+      some.
     stream_kv: KV of a prompt in chunks leaves chunk by chunk (streaming.py).
     host_link: between an instance's memory and its host's, to predict what a
       load takes; None: it is taken to pay.
@@ -83,7 +83,8 @@ class Seq(NamedTuple):
   it became one. blocks: the hashes of its full blocks that are known. hit,
   sent: while its KV is streamed to target_pages, the tokens that were kept
   there, and those after them that were sent; sent is -1 where that has ended
-  early: all of it will go over whole.
+  early: all of it will go over whole. lender: the instance that has kept more
+  of its prompt, which is to be copied; -1: none.
   """
 
   id: int
@@ -105,6 +106,19 @@ class Seq(NamedTuple):
   blocks: tuple[int, ...] = ()
   hit: int = 0
   sent: int = 0
+  lender: int = -1
+
+
+class Loading(NamedTuple):
+  """What a request in stage loading, or abandoned while it was, waits for.
+
+  held: until its copy has ended: pages that `lender` has kept, or, where that
+  is -1, slots of its instance's host memory.
+  """
+
+  id: int
+  lender: int
+  held: tuple[int, ...]
 
 
 class Batch(NamedTuple):
@@ -130,7 +144,8 @@ class Instance(NamedTuple):
   since_s: when its oldest command in flight could start. pace: what steps took
   of late over what Config.latencies predict, see pace.Paced. streams: ids in
   stage prefilling elsewhere whose KV comes here meanwhile. host: what it has
-  of host memory, if it has some.
+  of host memory, if it has some. loading: what comes to requests that have
+  pages here, but for hand-offs.
   """
 
   pool: prefix_cache.Pages
@@ -150,6 +165,7 @@ class Instance(NamedTuple):
   pace: tuple[float, float] = (1.0, 1.0)
   streams: tuple[int, ...] = ()
   host: prefix_cache.Host | None = None
+  loading: tuple[Loading, ...] = ()
 
   @property
   def rows(self) -> tuple[Row, ...]:
@@ -186,9 +202,8 @@ def init(config: Config, counted: bool = False) -> State:
     return (page_pool.counted if counted else page_pool.init)(num_pages)
 
   def host(c: InstanceConfig) -> prefix_cache.Host | None:
-    has_some = config.prefix_cache and c.host_pages and c.prefills
     return prefix_cache.Host(prefix_cache.init(
-        c.host_pages, counted)) if has_some else None
+        c.host_pages, counted)) if c.host_pages else None
 
   return State({}, tuple(
       Instance(pool(c.num_pages), (Batch(),) * c.pp, host=host(c),
@@ -276,12 +291,15 @@ def check(state: State) -> None:
     owned = [s.pages for s in state.seqs.values() if s.instance == index]
     owned += [s.target_pages for s in state.seqs.values()
               if s.target == index]
-    prefix_cache.check(inst.pool, owned)
     holders = sum(1 for p in owned if p)
+    owned += [entry.held for other in state.instances
+              for entry in other.loading if entry.lender == index]
+    prefix_cache.check(inst.pool, owned)
     assert inst.residents == holders, f'instance {index}: residents'
     waiting = [state.seqs[i] for i in inst.queue + inst.prefilling]
-    if inst.host:
-      waiting += _check_host(state, index, inst.host)
+    waiting += _check_loading(state, index, inst)
+    for id, *_ in inst.host.swapped if inst.host else ():
+      at(id, 'swapped', index)
     assert inst.backlog == sum(s.stop - s.done for s in waiting), (
         f'instance {index}: backlog')
     streamed = {s.id for s in state.seqs.values()
@@ -304,15 +322,20 @@ def check(state: State) -> None:
         f'request {seq.id} is {seq.stage} but at {places.get(seq.id)}')
 
 
-def _check_host(state, index, host):
+def _check_loading(state, index, inst):
   """Each slot is free, kept, or a copy's; those that load here are known.
 
   Returns:
     the requests that load.
   """
-  prefix_cache.check(host.slots, [slots for _, slots in host.loading] + [
-      slots for _, slots, _ in host.offloads])
-  loading = [state.seqs[id] for id, _ in host.loading]
+  if inst.host:
+    prefix_cache.check(inst.host.slots, [
+        *[entry.held for entry in inst.loading if entry.lender < 0],
+        *[slots for _, slots, _ in inst.host.offloads],
+        *[slots for _, slots, _ in inst.host.swapped]])
+    orders = [state.seqs[id].order for id, *_ in inst.host.swapped]
+    assert orders == sorted(orders), f'instance {index}: swapped by arrival'
+  loading = [state.seqs[entry.id] for entry in inst.loading]
   assert all(s.instance == index and s.stage in ('loading', 'abandoned')
              for s in loading), f'instance {index}: {loading} do not load'
   assert len({s.id for s in loading}) == len(loading)

@@ -22,7 +22,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from dsjax.scheduling import choices, page_pool, residents
+from dsjax.scheduling import choices, host_tier, page_pool, residents
 from dsjax.scheduling.events import Abort, Chunk, Migrate
 from dsjax.scheduling.live import LiveInstance, LiveSeq
 
@@ -52,7 +52,7 @@ def _reserve(run, inst, seq):
   if seq.prompt_len + 1 >= seq.limit or not run.open_decoders:
     return False
   target, reason = choices.preferred(run, seq, -1)
-  if target is inst or target.pulls:
+  if target is inst or target.pulls or host_tier.waits(target):
     return False
   run.touch(target.index)
   taken = residents.take_over(run, target, seq, seq.prompt_len)

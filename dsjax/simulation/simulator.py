@@ -100,7 +100,10 @@ def simulate(config: scheduler.Config, requests: Iterable[Request],
     InputError: bad requests or latencies that do not fit the instances.
   """
   recorder, told = Recorder(), log or on_event is not None
-  run = _Simulation(config, _Arrivals.of(list(requests), config), latencies,
+  requests = list(requests)
+  if not any([request.blocks for request in requests]):
+    config = dataclasses.replace(config, prefix_cache=False)  # nothing can hit
+  run = _Simulation(config, _Arrivals.of(requests, config), latencies,
                     link, recorder, share, leap, told, contention)
   kept: list | None = [] if log else None
   for event, commands in run:
@@ -152,7 +155,9 @@ class _Simulation:
     each = (latencies if isinstance(latencies, Sequence)
             else (latencies,) * len(config.instances))
     _check(config, each, link, share, contention)
-    if config.latencies is None and not config.policy.is_distserve:
+    config.policy.check([c.role for c in config.instances], each, link)
+    predicts = config.host_link is not None or not config.policy.is_distserve
+    if config.latencies is None and predicts:
       config = dataclasses.replace(config, latencies=tuple(each), link=link)
     self.recorder, self.arrivals, self.steps = recorder, arrivals, 0
     run = self.scheduler = scheduler.Run(
@@ -221,8 +226,7 @@ def _check(config, latencies, link, share, contention):
                and any(c.flips for c in config.instances))
   require(link is not None or not hands_off, 'link', link,
           'given where prefill and decode are apart')
-  has_host = config.prefix_cache and any(
-      c.prefills and c.host_pages for c in config.instances)
+  has_host = any(c.host_pages for c in config.instances)
   require(config.host_link is not None or not has_host, 'Config.host_link',
           None, 'given where instances have host_pages')
   require(not contention or all(c.pp == 1 for c in config.instances),

@@ -40,7 +40,8 @@ FLAGS = {
     'requests': cli.Flag(8, 'How many.', low=1),
     'set': (), 'out': cli.Flag(None, 'JSON file for the numbers.', str),
 }
-CONFIG = EngineConfig(max_len=1024, max_seqs=2, prefill_seqs=1)
+CONFIG = EngineConfig(max_len=1024, max_seqs=2, prefill_seqs=1,
+                      prefix_cache=False)
 SHAPES = ((8, 16), (256, 64))  # rows, pages of each
 ROUNDS = 200
 

@@ -52,7 +52,7 @@ FLAGS = {
 
 PROMPT, STEPS, BATCH = 256, 24, 8
 CONFIG = EngineConfig(max_len=512, max_seqs=BATCH, prefill_tokens=1024,
-                      prefill_seqs=BATCH, chunk_tokens=256)
+                      prefill_seqs=BATCH, chunk_tokens=256, prefix_cache=False)
 
 
 def clock(fn):
@@ -300,7 +300,8 @@ def bench_scheduler(results):
 
 def bench_migrate(loaded, results, rounds):
   """KV of 2,048 tokens between two devices."""
-  config = EngineConfig(max_len=2048, max_seqs=2, transfer_pages=128)
+  config = EngineConfig(max_len=2048, max_seqs=2, transfer_pages=128,
+                        prefix_cache=False)
   placement = Placement(prefill=[Plan()], decode=[Plan()])
   with orchestrator.serve(loaded, placement, config) as server:
     route, = server.routes.values()

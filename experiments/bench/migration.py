@@ -54,7 +54,7 @@ FLAGS = {
 
 STEPS, ROWS = 16, 4
 CONFIG = EngineConfig(max_len=512, max_seqs=ROWS + 1, prefill_tokens=64,
-                      prefill_seqs=1, transfer_pages=64)
+                      prefill_seqs=1, transfer_pages=64, prefix_cache=False)
 
 
 def load(name):

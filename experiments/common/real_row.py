@@ -76,7 +76,7 @@ def serve(options: Any, model: Model, text: str, requests: list[Request],
   max_len = max(16, 1 << (longest - 1).bit_length())
   config = EngineConfig(
       max_len=max_len, max_seqs=MAX_SEQS, prefill_seqs=PREFILL_SEQS,
-      prefill_tokens=min(max_len, MOST_PREFILL_TOKENS))
+      prefill_tokens=min(max_len, MOST_PREFILL_TOKENS), prefix_cache=False)
   with dsjax.serve(model, placement, config, latency=latency,
                    policy=policies.load(text, slo)) as server:
     server.run(requests)

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from dsjax.scheduling.policy import (
+  DISTSERVE,
+  Fetch,
   InstanceView,
   Move,
   Policy,
@@ -21,20 +23,41 @@ from dsjax.scheduling.policy import (
   Split,
   View,
   may_go_on,
+  shortest_queue,
 )
 
 T = TypeVar('T')
 _ROLES = ('prefill', 'decode', 'colocated', 'chunked')
 # Numbers of hooks, so that two of them do not answer alike.
 (_ROUTE, _ORDER, _BATCH, _HAND_OFF, _ADMIT, _VICTIM, _RESIZE, _MOVE,
- _SPLIT) = range(9)
+ _SPLIT, _FETCH) = range(10)
 
 
-def anything(seed: int, waits: bool = True, splits: bool = True) -> Policy:
+def _lenders(view, index):
+  kv_dtype = view.instances[index].config.kv_dtype
+  return [i for i in view.instances
+          if i.index != index and i.status in ('up', 'draining')
+          and i.config.kv_dtype == kv_dtype]
+
+
+def fetching(view: View, request: RequestView) -> int | Fetch:
+  """A route: to the shortest queue, where what any other has kept comes."""
+  index = shortest_queue(view, request)
+  lenders = _lenders(view, index)
+  return Fetch(index, max(lenders, key=lambda i: i.hit_tokens(
+      request)).index) if lenders else index
+
+
+FETCHING = dataclasses.replace(DISTSERVE, name='fetching', route=fetching,
+                               fetches=True)
+
+
+def anything(seed: int, waits: bool = True, splits: bool = True,
+             fetches: bool = False) -> Policy:
   """A Policy whose hooks answer what may be answered, another a seed.
 
   waits: it may tell a queue to wait that could go on. splits: it may split a
-  prompt.
+  prompt. fetches: it may have what another instance has kept copied.
   """
 
   def draw(choices: Sequence[T], hook: int, view: View, *seen: int) -> T:
@@ -42,11 +65,17 @@ def anything(seed: int, waits: bool = True, splits: bool = True) -> Policy:
                     for i in view.instances])
     return choices[hash((seed, hook, seen, places)) % 1009 % len(choices)]
 
-  def route(view: View, request: RequestView) -> int | Split | Refuse:
+  def route(view: View, request: RequestView
+            ) -> int | Split | Fetch | Refuse:
     instances = may_go_on(view, request) if request.done else view.may_prefill
     seen = request.id, request.prompt_len, *[request.done] * (request.done > 0)
     answer = draw([*[i.index for i in instances] * 4, Refuse('for no reason')],
                   _ROUTE, view, *seen)
+    if fetches and not (isinstance(answer, Refuse) or request.done):
+      draws = [Fetch(answer, i.index) for i in _lenders(view, answer)]
+      fetch = draw([*draws * 2, None], _FETCH, view, *seen)
+      if fetch:
+        return fetch
     cuts = range(request.done + 1, request.prompt_len)
     if isinstance(answer, Refuse) or not splits or not cuts:
       return answer
@@ -100,6 +129,6 @@ def anything(seed: int, waits: bool = True, splits: bool = True) -> Policy:
 
   policy = Policy(f'anything {seed}', route, order, victim=victim,
                   hand_off=hand_off, tick_s=1.0, resize=resize,
-                  rebalance=rebalance)
+                  rebalance=rebalance, fetches=fetches)
   return (dataclasses.replace(policy, batch=batch, admit=admit) if waits
           else policy)

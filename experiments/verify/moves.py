@@ -24,6 +24,7 @@ from dsjax.scheduling.events import (
   MigrateFailed,
   Offload,
   Offloaded,
+  Preempt,
   PrefillDone,
   Reject,
   RunDecode,
@@ -133,11 +134,14 @@ class Moving:
     need(all([p.id != c.id or p.epoch == c.epoch and p.more
               and p.hit + p.num_tokens <= c.hit for p, *_ in self.copies]),
          '{}: two copies of one request', c)
-    self.pulled(c, after)
     source, target = (self.rules.config.instances[i]
                       for i in (c.source, c.target))
-    need((source.flips or not source.decodes) and target.decodes,
-         '{}: no copy goes from {} to {}', c, source.role, target.role)
+    if c.kept:
+      self.fetched(c, after)
+    else:
+      self.pulled(c, after)
+      need((source.flips or not source.decodes) and target.decodes,
+           '{}: no copy goes from {} to {}', c, source.role, target.role)
     for i, pages in ((c.source, c.source_pages), (c.target, c.target_pages)):
       size = self.rules.config.instances[i].page_size
       need(pages and len(pages) == page_pool.pages_for(c.num_tokens, size),
@@ -148,7 +152,20 @@ class Moving:
       self.read(c.source, c.id, c.source_pages, c.hit + c.num_tokens, c.hit)
     self.copies.append((c, False, self.numbers[c.source]))
 
+  def fetched(self, c, after):
+    """What is kept, and not here, goes to pages that nothing else uses."""
+    seq = after.seqs[c.id]
+    kept = {page for _, page in kept_pages(after.instances[c.source])}
+    size = self.rules.config.instances[c.target].page_size
+    need(seq.instance == c.target != c.source and kept.issuperset(
+        c.source_pages) and c.hit + c.num_tokens < seq.prompt_len
+         and c.num_tokens % size == 0, '{}: is no fetch of {}', c, seq)
+    self.read(c.target, c.id, seq.pages, c.hit)
+    self.admitted(c, after)
+
   def aborted(self, c, after):
+    need(all([p.target == c.target for p, *_ in self.copies
+              if (p.id, p.epoch) == (c.id, c.epoch)]), '{}: of another', c)
     self.copies = [p for p in self.copies
                    if (p[0].id, p[0].epoch) != (c.id, c.epoch)]
 
@@ -160,8 +177,15 @@ class Moving:
     need(used.isdisjoint(c.pages), '{}: after what writes there', c)
     size = self.rules.config.instances[c.instance].page_size
     got = tuple([self.kv[c.instance][page] for page in c.pages])
-    need(all([page and page[2] == size for page in got])
-         and len(c.pages) == len(c.slots), '{}: reads {}', c, got)
+    need(len(c.pages) == len(c.slots), '{}: other slots than pages', c)
+    row = [p.id for p in self.issued[-1:] if type(p) is Preempt
+           and p.cause == 'swap']
+    for id in row:
+      self.read(c.instance, id, c.pages, c.num_tokens)
+      need(c.num_tokens == self.rules.requests[id][0] + self.out[id] - 1,
+           '{}: not all of request {}', c, id)
+    need(row or all([page and page[2] == size for page in got]),
+         '{}: reads {}', c, got)
     self.offloads.append((c, got))
 
   def load(self, c, after):
@@ -169,33 +193,54 @@ class Moving:
     seq, size = after.seqs[c.id], self.rules.config.instances[
         c.instance].page_size
     first, count = c.hit // size, len(c.slots)
-    need(seq.instance == c.instance and count * size == c.num_tokens
+    known = self.rules.requests[c.id][0] + self.out[c.id]
+    need(seq.instance == c.instance
+         and count == page_pool.pages_for(c.num_tokens, size)
          and seq.pages[first:first + count] == c.pages
-         and c.hit + c.num_tokens < seq.prompt_len,
+         and (c.hit + c.num_tokens == known - 1 if c.row else
+              c.hit + c.num_tokens < seq.prompt_len
+              and c.num_tokens % size == 0),
          '{}: other pages than those of {}', c, seq)
     self.read(c.instance, c.id, seq.pages, c.hit)
-    self.admitted(c, after)
+    if not c.row:
+      self.admitted(c, after)
     self.loads.append(c)
 
   def admitted(self, c, after):
     """First come, first served: no request of a prefill queue is passed."""
+    self.waited(c, after)
     if self.rules.config.policy.order:
       return
-    before = self.w.state.instances[c.instance].queue
+    index = c.target if isinstance(c, Migrate) else c.instance
+    before = self.w.state.instances[index].queue
     # Not of those that came since, perhaps after the command was issued.
-    queue = [id for id in after.instances[c.instance].queue if id in before]
+    queue = [id for id in after.instances[index].queue if id in before]
     seqs = self.w.state.seqs  # one that loaded was let in before
     waited = [id for id in after.seqs if id not in seqs
               or seqs[id].stage != 'loading']
     if queue:
       first = after.seqs[queue[0]].order
-      for part in (c,) if isinstance(c, Load) else c.chunks:
+      for part in c.chunks if isinstance(c, RunPrefill) else (c,):
         need(isinstance(part, Chunk) and part.start > part.hit
              or part.id not in waited or after.seqs[part.id].order < first,
              '{}: passes request {} by', c, queue[0])
 
+  def waited(self, c, after):
+    """No row that waits in host memory is passed."""
+    index = c.target if isinstance(c, Migrate) else c.instance
+    known = [{id for id, *_ in w.instances[index].host.swapped}
+             if w.instances[index].host else set()
+             for w in (self.w.state, after)]
+    fresh = (self.w.state.seqs[part.id].stage == 'queued'
+             for part in (c.chunks if isinstance(c, RunPrefill) else (c,))
+             if part.id in self.w.state.seqs)
+    need(not (known[0] & known[1] and (isinstance(c, Migrate) and not c.kept
+                                       or any(fresh))),
+         '{}: passes rows {} by', c, known[0])
+
   def pulled(self, c, after):
     """No finished prefill that waits for this instance is passed."""
+    self.waited(c, after)
     if self.rules.config.policy.order:
       return
     before = self.w.state.instances[c.target].pulls
@@ -388,7 +433,9 @@ class Moving:
     for n, (slot, page) in enumerate(zip(c.slots, c.pages, strict=True)):
       got, name = self.host.get((c.instance, slot)), self.rules.page_of(
           id, first + n, size)
-      need(got and got[:2] == name, '{}: loads {} for {}', c, got, name)
+      least = min(size, c.hit + c.num_tokens - (first + n) * size)
+      need(got and got[:2] == name and got[2] >= least,
+           '{}: loads {} for {}', c, got, name)
       kv[page] = got
     self.events.append(Loaded(self.time_s, id, c.epoch))
 

@@ -51,6 +51,7 @@ def summarize(soak, seconds, compiled):
       'seconds': seconds, 'requests': dict(by), 'not sent': soak.unsent,
       'tokens': sum(r['tokens'] for r in soak.done),
       'faults': dict(collections.Counter(f['what'] for f in soak.faults)),
+      'copies': soak.copies,
       'hit': sum(r['retries'] > 0 for r in soak.done),
       'retries': sum(r['retries'] for r in soak.done),
       'added_s': {'median': statistics.median(added), 'worst': max(added)}
@@ -84,6 +85,8 @@ def table(result):
   shown.add_row('not sent, too many waited', str(result['not sent']))
   shown.add_row('hit by a fault (retries)',
                 f'{result["hit"]} ({result["retries"]})')
+  for what, count in result['copies'].items():
+    shown.add_row(f'copies: {what}', f'{count:,}')
   for name in ('requests with wrong tokens', 'over the bound'):
     shown.add_row(name, str(len(result[name])))
   for name in ('pages and slots leaked', 'programs compiled',

@@ -131,8 +131,10 @@ def _host_mark(inst):
   host = inst.host
   if host is None:
     return 0
-  return hash((_cache_mark(host.slots), host.loading,
-               tuple([entry[1:] for entry in host.offloads])))
+  return hash((_cache_mark(host.slots),
+               tuple([entry[1:] for entry in host.offloads]),
+               tuple([(id, slots, number < 0)
+                      for id, slots, number in host.swapped])))
 
 
 def mark_of(inst):
@@ -142,7 +144,7 @@ def mark_of(inst):
   return hash((
       free_bits(inst), _kept_mark(inst), _host_mark(inst), inst.queue,
       inst.prefilling, inst.pulls, inst.streams, inst.turn, inst.status,
-      inst.role,
+      inst.role, inst.loading,
       tuple([(number - n, id) for n, id in inst.ending]),
       tuple([tuple([(r[0], r[1] + b.tick, r[2] - b.tick, r[3])
                     for r in b.rows]) for b in inst.batches]),

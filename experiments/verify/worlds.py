@@ -156,11 +156,21 @@ class Rules:
     """
     seqs = w.state.seqs
     return hash((w.marks, tuple([
-        (*s[:10], s.tries, s.stop, s.hit, s.sent == -1) for s in (
+        (*s[:10], s.tries, s.stop, s.hit, s.sent == -1, s.lender,
+         s.first_s is None) for s in (
             seqs[id] for id in sorted(seqs))]), w.state.waiting, w.out,
         w.fates, w.faults, tuple([
             (c.id, c.hit, lost, behind(w, c, number))
-            for c, lost, number in w.copies])))
+            for c, lost, number in w.copies]), self._rows_in_hosts(w)))
+
+  def _rows_in_hosts(self, w):
+    """What is in slots of preempted rows; of others their hashes say it."""
+    return tuple([
+        w.host.get((i, slot)) for i, inst in enumerate(w.state.instances)
+        if inst.host for slots in (
+            *[slots for _, slots, _ in inst.host.swapped],
+            *[entry.held for entry in inst.loading if entry.lender < 0])
+        for slot in slots])
 
   def check(self, w: World) -> None:
     """Raises Violation unless all holds that the world alone can show."""
@@ -172,13 +182,21 @@ class Rules:
            '{} lives on: {}', seq, w.fates[seq.id])
     for c, *_ in w.copies:
       seq = now.seqs.get(c.id)
-      need(seq and (seq.epoch, seq.instance, seq.target) == (
-          c.epoch, c.source, c.target)
-           and all([pages[first:first + len(moved)] == moved
-                    for pages, moved, first in (
-                        (seq.pages, c.source_pages, self.skipped(c, c.source)),
-                        (seq.target_pages, c.target_pages,
-                         self.skipped(c, c.target)))]),
+      if c.kept:
+        lent = [entry.held for entry in now.instances[c.target].loading
+                if (entry.id, entry.lender) == (c.id, c.source)]
+        need(seq and (seq.epoch, seq.instance) == (c.epoch, c.target)
+             and lent == [c.source_pages],
+             'pages of {} are not lent to {}', c, seq)
+        pages, sides = seq.pages, ()
+      else:
+        need(seq and (seq.epoch, seq.instance, seq.target) == (
+            c.epoch, c.source, c.target), '{} is not of {}', c, seq)
+        pages = seq.target_pages
+        sides = (seq.pages, c.source_pages, self.skipped(c, c.source)),
+      need(all([whole[first:first + len(moved)] == moved
+                for whole, moved, first in (*sides, (
+                    pages, c.target_pages, self.skipped(c, c.target)))]),
            'pages of {} are not of {} while it runs', c, seq)
     for i, inst in enumerate(now.instances):
       self._in_flight(now, i, inst)
@@ -204,13 +222,17 @@ class Rules:
       last = got and (got[1] + 1) * size // self.config.block_size - 1
       need(got and hash == hash_of(got[0], last),
            'the host of instance {}: {} is kept as {}', i, got, hash)
+    loading = w.state.instances[i].loading
+    ids = sorted([*[c.id for c in w.loads if c.instance == i],
+                  *[c.id for c, *_ in w.copies if c.kept and c.target == i]])
+    need(ids == sorted([entry.id for entry in loading]),
+         'instance {}: {} load, not {}', i, ids, loading)
     if host:
-      ids = sorted([c.id for c in w.loads if c.instance == i])
-      need(ids == sorted([id for id, _ in host.loading]),
-           'instance {}: {} load, not {}', i, ids, host.loading)
       numbers = [c.number for c, _ in w.offloads if c.instance == i]
-      need(numbers == [number for number, *_ in host.offloads],
-           'instance {}: offloads {}, not {}', i, numbers, host.offloads)
+      need(numbers == sorted([
+          *[number for number, *_ in host.offloads],
+          *[number for *_, number in host.swapped if number >= 0]]),
+           'instance {}: offloads {}, not {}', i, numbers, host)
 
   def _in_flight(self, now, i, inst):
     """Commands in flight touch pages of their requests only, and ask for no
@@ -259,15 +281,22 @@ class Rules:
       takes_work = inst.status in ('up', 'draining')
       up['prefill'] |= config.prefills and takes_work
       up['decode'] |= config.decodes and takes_work
-      busy = inst.rows or inst.prefilling or inst.queue or inst.pulls
+      swapped = inst.host.swapped if inst.host else ()
+      busy = (inst.rows or inst.prefilling or inst.queue or inst.pulls
+              or swapped)
+      # Till these copies end there may be no room, or a row's turn is first.
+      copying = any([number >= 0 for *_, number in swapped]) or any(
+          [entry.lender == i for other in now.instances
+           for entry in other.loading])
       need(inst.status in ('up', 'draining')
            or not (busy or inst.residents or inst.inflight),
            'instance {} is {} and has work', i, inst.status)
-      need(not (inst.pulls and inst.streams),
+      need(not ((inst.pulls or swapped) and inst.streams) or copying,
            'instance {}: a stream has the place of what waits', i)
       if not inst.inflight:
         need(not (inst.rows or inst.prefilling), 'instance {} stalled', i)
-        need(inst.residents or not busy, 'instance {} admits nothing', i)
+        need(inst.residents or not busy or copying,
+             'instance {} admits nothing', i)
     for id in now.waiting:
       kind = 'prefill' if now.seqs[id].stage == 'queued' else 'decode'
       need(not up[kind], 'request {} waits though one may serve it', id)

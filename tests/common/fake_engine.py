@@ -185,7 +185,8 @@ class FakeRoute:
 
   def start(self, command, checksum=False):
     # With the first parts of a stream the target has nothing of it yet.
-    for engine in (self.source, self.target)[:2 - command.more]:
+    there = () if command.kept else (self.source, self.target)
+    for engine in there[:2 - command.more]:
       tokens, *_ = engine.requests[command.id]
       # By more: a part of a prompt.
       assert len(tokens) > command.hit + command.num_tokens

@@ -17,6 +17,7 @@ from dsjax.http import routes, socket_server, telemetry
 from dsjax.http.service import Limits, Service
 from dsjax.runtime.orchestrator import serve
 from dsjax.scheduling import prefix_cache, scheduler
+from dsjax.scheduling.policy import DISTSERVE
 from tests.common.fake_engine import FakeEngine
 
 MODEL = checkpoint.load('tiny')
@@ -30,10 +31,11 @@ CHAT = {'model': 'tiny', 'messages': [{'role': 'user', 'content': 'Hi'}]}
 TEXT = {'model': 'tiny', 'prompt': 'Hi'}
 
 
-def make(report, make_engine=FakeEngine, config=CONFIG):
+def make(report, make_engine=FakeEngine, config=CONFIG, policy=DISTSERVE):
   """An Orchestrator of one prefill and one decode instance, both fakes."""
   return serve(MODEL, PLACEMENT, config, devices=jax.devices()[:2],
-               report=report, keep_events=1, make_engine=make_engine)
+               report=report, keep_events=1, make_engine=make_engine,
+               policy=policy)
 
 
 class Running:

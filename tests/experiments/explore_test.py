@@ -10,14 +10,17 @@ from rich.console import Console
 
 from dsjax.scheduling import (
   batches,
+  copied,
   flexible,
   host_tier,
   lifecycle,
+  loading,
   prefix_cache,
   recovery,
   residents,
   scheduler,
   streaming,
+  swapping,
 )
 from dsjax.scheduling.events import Arrived
 from experiments import explore
@@ -45,6 +48,12 @@ LEAST = {
     '1P1D, host': 9, '1 colocated, host, preemption': 8,
     '1P1D, host, streams': 2,
     '1 chunked, host of one page': 2, '2 colocated, host': 13,
+    '1P1D, swaps': 13, '1P1D, swaps, rows ahead': 26,
+    '1P1D, swaps, prefixes': 11, '1 chunked, swaps': 2,
+    '1P1D, swaps, streams': 49, '2 flexible, swaps': 20,
+    '2P1D, fetches': 39, '1P1D, fetches, smaller pages': 20,
+    '1P1D, fetches, larger pages': 5, '2 colocated, fetches, host': 33,
+    '2 flexible, all': 12, '1P, 2 flexible, all': 11,
     '1P1D, streams': 31, '1P1D, streams, smaller pages': 8,
     '1P1D, streams, larger pages': 5, '1P1D, streams give way': 47,
     '1P1D, streams, pp = 2': 9, '2P1D, streams': 84, '1P2D, streams': 25,
@@ -109,7 +118,7 @@ MUTATIONS = {
     'a row that moves loses a token': (
         flexible, 'depart', '+ batch.tick', '+ batch.tick - 1'),
     'a row that moves leaves steps in flight behind': (
-        recovery, '_known', "'migrating', 'leaving')", "'migrating')"),
+        recovery, '_known', "'migrating', 'leaving',", "'migrating',"),
     'two instances wait for each other': (
         batches, '_is_stuck', 'not (', 'False and ('),
     'a hand-off of a request that stays': (
@@ -201,8 +210,9 @@ STREAMED = {
 # Of the second tier; caught in the worlds where there is one.
 HOST = {
     'a slot is evicted while it is read': (
-        host_tier, 'pin', 'prefix_cache.hold(host.slots, hashes)',
-        'host.slots, tuple([host.slots.kept[h].page for h in hashes])'),
+        loading, 'pin', 'prefix_cache.hold(inst.host.slots, hashes)',
+        'inst.host.slots, tuple([inst.host.slots.kept[h].page '
+        'for h in hashes])'),
     'a slot is a hit before its copy has ended': (
         host_tier, 'offload', 'len(pages))\n',
         'len(pages)); slots = prefix_cache.keep(slots, ids, hashes)\n'),
@@ -211,33 +221,87 @@ HOST = {
         "batches.plan(self); "
         "commands.sort(key=lambda c: 'Offload' in repr(c))"),
     'a copy to the host that failed is kept': (
-        host_tier, 'offloaded', '0 if e.failed else len(ids)', 'len(ids)'),
+        copied, 'offloaded', 'not e.failed)', 'True)'),
     'the host of a lost instance is remembered': (
         recovery, '_empty', 'prefix_cache.emptied(inst.host.slots)',
         'inst.host.slots'),
     'a load that failed keeps its slots': (
-        host_tier, 'load_failed', 'prefix_cache.forget(',
+        loading, 'let_go', 'prefix_cache.forget(',
         '(lambda slots, *_: slots)('),
     'what could not be loaded stays a hit': (
-        host_tier, 'load_failed',
-        'prefix_cache.forget(\n      inst.host.slots, slots, hashes)',
-        'prefix_cache.release(\n      inst.host.slots, slots, hashes, 9)'),
+        loading, 'let_go', 'elif whole:', 'else:\n    whole = True\n  if whole '
+        'and not entry.lender >= 0 and seq.done < seq.prompt_len:'),
     'a load that failed counts as whole': (
-        host_tier, 'load_failed', '_taken(inst, seq)',
-        '_taken(inst, seq); seq.done += len(slots) * inst.config.page_size'),
+        copied, 'go_on', '    if whole:', '    if True:'),
     'a load that is cancelled keeps its pages': (
-        host_tier, '_go_on', 'run.drop(seq)', 'run.forget(seq)'),
+        copied, 'go_on', 'run.drop(seq)', 'run.forget(seq)'),
     'a cancel frees what is being loaded': (
         RUN, 'leave', "was in ('migrating', 'loading')", "was == 'migrating'"),
     'a load into other pages': (
-        host_tier, 'load', '// inst.config.page_size\n',
-        '// inst.config.page_size + 1\n'),
+        loading, 'begin', 'seq.pages[seq.done // size:',
+        'seq.pages[seq.done // size + 1:1 + '),
     'the whole of a prompt is loaded': (
-        host_tier, 'hits', '(stop - 1)', 'stop'),
+        loading, '_slots', '(stop - 1)', 'stop'),
     'a load is not counted': (
-        host_tier, '_go_on', 'inst.backlog -= seq.done - start', 'pass'),
+        copied, 'go_on', 'inst.backlog -= tokens', 'pass'),
     'a load that is over is told again': (
-        host_tier, '_copied', 'e.epoch < seq.epoch', 'False'),
+        copied, 'loaded', 'e.epoch < seq.epoch', 'False'),
+}
+# Of preempted rows in host memory; caught in the worlds where they are.
+SWAPPED = {
+    'a row goes without its last page': (
+        swapping, 'swap', 'pages_for(seq.done,', 'pages_for(seq.done - 1,'),
+    'a row comes back before it has gone': (
+        swapping, 'come_back', 'number >= 0', 'False'),
+    'a row that did not get there comes back': (
+        swapping, 'went', 'if failed:', 'if False:'),
+    'a row that is computed after all loses a token': (
+        swapping, 'again', 'seq.prompt_len + 1', 'seq.prompt_len'),
+    'a row that ends keeps its slots': (
+        swapping, 'give_up', 'host_tier.release(inst, slots)', 'pass'),
+    'slots are free while a row goes there': (
+        swapping, 'give_up', 'number < 0', 'True'),
+    'a row in host memory is passed by': (
+        batches, '_pull', 'None if host_tier.waits(inst) else ', ''),
+    'a row that did not come back goes on': (
+        copied, 'go_on', 'elif was_row and whole:', 'elif was_row:'),
+    'a row that comes back gives up its slots too early': (
+        swapping, 'come_back', '(*inst.loading, Loading(id, -1, slots))',
+        '(*inst.loading, Loading(id, -1, slots[1:]))'),
+    'rows of a lost host are remembered': (
+        recovery, '_empty', ',\n          swapped=()', ''),
+    'a lost row loses a token': (
+        recovery, '_known', "'swapped', 'loading'", "'swapped'"),
+}
+# Of what others have kept; caught in the worlds where it is fetched.
+FETCHED = {
+    'what is lent may be evicted': (
+        loading, 'pin', """prefix_cache.hold(
+        lender.pool, _hashes(lender, seq, start, stop))""",
+        """(lender.pool, tuple([lender.pool.kept[h].page for h in
+        _hashes(lender, seq, start, stop)]))"""),
+    'what is lent is never free again': (
+        loading, 'let_go', 'lender.pool = ', 'other = '),
+    'half of a page is fetched': (
+        loading, 'borrows', ' // unit * unit', ''),
+    'hits of half a page': (
+        loading, 'unit_of', 'if not borrows(run, inst, seq):', 'if True:'),
+    'a fetch into other pages': (
+        loading, 'begin', 'seq.pages[seq.done // size:',
+        'seq.pages[seq.done // size + 1:1 + '),
+    'a fetch that failed counts as whole': (
+        recovery, '_again', 'whole=False', 'whole=True'),
+    'a lost instance goes on lending': (
+        recovery, '_end_loans', 'entry.lender == lost.index', 'False'),
+    'what is lent to a lost instance stays lent': (
+        recovery, '_end_loans', 'entry.lender >= 0', 'False'),
+    'a lost lender without Abort': (
+        recovery, '_end_loans', 'run.commands.append', 'str'),
+    'a lease of a fetch without Abort': (
+        recovery, 'timer', 'run.commands.append', 'str'),
+    'what comes from a lost lender is taken for whole': (
+        recovery, '_end_loans', 'copied.go_on(run, seq, whole=False)',
+        'copied.go_on(run, seq, whole=True)'),
 }
 # What no client would notice; random worlds are wide enough to show it.
 UNNOTICED = {
@@ -280,7 +344,8 @@ UNNOTICED = {
 def mutate(name, monkeypatch):
   """Changes a line of the scheduler."""
   owner, function, old, new = (
-      MUTATIONS | KEPT | STREAMED | HOST | UNNOTICED)[name]
+      MUTATIONS | KEPT | STREAMED | HOST | SWAPPED | FETCHED
+      | UNNOTICED)[name]
   before = getattr(owner, function)
   source = textwrap.dedent(inspect.getsource(before))
   assert old in source, source
@@ -335,7 +400,11 @@ def searched(fewer):
 
 @pytest.mark.deep
 def test_every_hop_is_taken():
-  hops, _, _ = searched(lambda name: 1 if 'flexible' in name else 2)
+  hops, _, _ = searched(lambda name: (
+      0 if ', host' in name and '1 ' in name or name in (
+          '1P1D, swaps, prefixes', '1 chunked, swaps', '2 flexible, swaps',
+          '1P1D, fetches, larger pages') else
+      1 if 'flexible' in name else 2))
   assert hops == {(stage, cause, after) for (stage, cause), following
                   in lifecycle.HOPS.items() for after in following}
 
@@ -368,7 +437,7 @@ def test_the_tables_are_total():
   assert {s for s, _ in lifecycle.HOPS} == set(lifecycle.STAGES)
   assert {c for _, c in lifecycle.HOPS} <= set(lifecycle.CAUSES)
   kinds = {kind.__name__ for kind in scheduler._APPLY}
-  assert kinds == set(lifecycle.CAUSES) - {'plan', 'TargetDown'}
+  assert kinds == set(lifecycle.CAUSES) - {'plan', 'TargetDown', 'SourceDown'}
   statuses, events = ({pair[n] for pair in lifecycle.STATUS} for n in (0, 1))
   assert len(lifecycle.STATUS) == len(statuses) * len(events)
   assert set(lifecycle.STATUS.values()) == statuses
@@ -445,6 +514,8 @@ WORLD = {name: world for world, names in {
         'a load that is cancelled keeps its pages',
         'a cancel frees what is being loaded'),
     '1 colocated, host, preemption': ('the whole of a prompt is loaded',),
+    '1P1D, swaps, rows ahead': ('a row that ends keeps its slots',),
+    '1P1D, fetches, smaller pages': ('half of a page is fetched',),
 }.items() for name in names}
 
 
@@ -452,7 +523,9 @@ WORLD = {name: world for world, names in {
     pytest.param(first, name, marks=[pytest.mark.deep] * (name in RARE))
     for first, mutations in (
         ('1P1D', MUTATIONS), ('1P1D, prefixes', KEPT),
-        ('1P1D, streams', STREAMED), ('1P1D, host', HOST))
+        ('1P1D, streams', STREAMED), ('1P1D, host', HOST),
+        ('1P1D, swaps', SWAPPED),
+        ('1P1D, fetches, larger pages', FETCHED))
     for name in mutations])
 def test_a_mutation_is_caught(first, name, monkeypatch):
   mutate(name, monkeypatch)

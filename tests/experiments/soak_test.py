@@ -56,6 +56,19 @@ def test_nothing_is_lost_in_three_seconds_of_faults(tmp_path):
 
 @pytest.mark.deep
 @pytest.mark.usefixtures('_by_work')
+def test_nothing_is_lost_with_cache_streams_host_memory_and_fetches(tmp_path):
+  console = Console(record=True, width=120)
+  assert soak.run(options(
+      tmp_path, all=True, placement='prefill=1x1,1x1,decode=1x1', set=[
+          'max_seqs=4', 'num_pages=16', 'transfer_pages=4',
+          'stall_s=6.0']), console) == 0
+  result = json.loads((tmp_path / 'soak.json').read_text())
+  assert result['retries'] > 0 and result['requests']['length'] > 5
+  assert all(result['copies'].values()), result['copies']
+
+
+@pytest.mark.deep
+@pytest.mark.usefixtures('_by_work')
 def test_nothing_is_lost_where_processes_die(tmp_path):
   console = Console(record=True, width=120)
   assert soak.run(options(tmp_path, cluster='local', faults=100.0, seed=1),

@@ -7,6 +7,9 @@ import time
 import httpx
 import pytest
 
+from dsjax.http import telemetry
+from dsjax.scheduling import lifecycle
+from experiments.common import terminal
 from tests.common import browser
 from tests.common.web import WAIT_S, Running, post, until
 
@@ -113,3 +116,11 @@ def test_it_says_what_is_wrong(chromium, tmp_path):
       until(lambda: 'no answer' in page.value(STATUS))
   finally:
     one.stop()
+
+
+def test_every_stage_of_a_life_is_shown_or_left_out():
+  stages = set(lifecycle.STAGES) - {'absent'}
+  shown = {terminal._STAGE.get(stage, stage) for stage in stages}
+  assert shown <= {None, *terminal.STAGES}
+  assert {telemetry._SHOWN.get(stage, stage) for stage in stages} <= set(
+      telemetry.STAGES)

@@ -29,6 +29,8 @@ import schemathesis
 
 from dsjax.runtime import orchestrator_thread
 from dsjax.scheduling import prefix_cache
+from dsjax.scheduling.policy import DISTSERVE
+from experiments.verify.anything import FETCHING
 from tests.common.web import (
   CONFIG,
   LIMITS,
@@ -312,10 +314,15 @@ def left(running):
 
 
 @pytest.fixture(scope='module', params=[True, pytest.param(
-    False, marks=pytest.mark.deep)], ids=['cache', 'no cache'])
+    False, marks=pytest.mark.deep)], ids=['all on', 'no cache'])
 def running(request):
-  config = dataclasses.replace(CONFIG, prefix_cache=request.param)
-  server = Running(functools.partial(make, config=config),
+  """With cache, streams, host memory and fetches, or none of it."""
+  on = request.param
+  config = dataclasses.replace(
+      CONFIG, prefix_cache=on, stream_kv=on, host_bytes=on * 2**20,
+      num_pages=20 if on else None)
+  server = Running(functools.partial(make, config=config, policy=(
+      FETCHING if on else DISTSERVE)),
                    limits=dataclasses.replace(
                        LIMITS, body_s=BODY_S, keep_alive_s=BODY_S))
   try:
@@ -371,6 +378,11 @@ def test_hostile_requests_leave_nothing_behind(running, share):
     kept = prefix_cache.num_idle(instance.pool)
     assert kept <= instance.pool.num_pages
     assert bool(kept) == running.service.orchestrator.config.prefix_cache
+    assert not instance.loading
+    if instance.host:
+      slots = instance.host.slots
+      assert len(slots.kept) <= slots.num_pages
+      prefix_cache.check(slots, ())
 
 
 def test_its_own_description_holds(running):

@@ -83,6 +83,33 @@ def test_a_name_that_is_none_is_one_clear_error(text, error):
     named(text, SLO)
 
 
+@pytest.mark.parametrize('name, roles, link, words', [
+    ('taichi', ('prefill', 'decode'), LINK, "'taichi 1': must be given flex"),
+    ('chunked:chunk=64', ('colocated',), None, 'chunked 64.*flexible or chun'),
+    ('dynaserve', ('colocated',) * 2, None, 'dynaserve.*flexible or chunked'),
+    ('dynaserve', ('flexible',) * 2, None, 'dynaserve.*the link'),
+    ('ppd', ('flexible',) * 2, None, "'ppd 1': must be given the link"),
+    ('adaptive', ('prefill', 'decode'), None, 'adaptive.*the link')])
+def test_what_a_policy_needs_is_said_at_the_start(name, roles, link, words):
+  policy = named(name, SLO)
+  with pytest.raises(InputError, match=words):
+    policy.check(roles, (STEP,) * len(roles), link)
+  policy.check(('flexible',) * 2, (STEP,) * 2, LINK)
+  policy.check(('chunked',), (STEP,), None)
+
+
+def test_a_run_asks_what_its_policy_needs():
+  config = scheduler.Config((InstanceConfig('colocated', 16, 4, 4, 16, 4),),
+                            32, policy=named('taichi', SLO))
+  with pytest.raises(InputError, match='taichi 1.*flexible or chunked'):
+    simulator.simulate(config, [], STEP)
+  with pytest.raises(InputError, match='mooncake 1.*latencies'):
+    dsjax.serve(dsjax.load('tiny'), 'prefill=1x1,decode=1x1',
+                policy=named('mooncake', SLO))
+  with pytest.raises(InputError, match='Policy.needs=.*latencies'):
+    dataclasses.replace(dsjax.DISTSERVE, needs=('luck',))
+
+
 def test_a_policy_that_predicts_says_what_it_lacks():
   config = scheduler.Config(
       (InstanceConfig('flexible', 16, 4, 4, 16, 4),) * 2, 32,

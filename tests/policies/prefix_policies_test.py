@@ -8,9 +8,10 @@ import pytest
 
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.placement import Slo
+from dsjax.policies import predict
 from dsjax.policies.named import named
-from dsjax.scheduling import scheduler
-from dsjax.scheduling.policy import DISTSERVE
+from dsjax.scheduling import prefix_cache, scheduler
+from dsjax.scheduling.policy import DISTSERVE, RequestView
 from dsjax.simulation import latency, simulator
 from dsjax.workload import sessions
 from experiments.sessions import ROUTES
@@ -79,15 +80,53 @@ def test_deciders_read_what_is_kept_where_a_prompt_would_decode():
                if record.prompt_len >= 90)
 
 
-def test_routes_by_hits_before_balanced_before_random():
-  """Mooncake's order of mean TTFT, without what copies hot blocks."""
+def test_routes_by_all_hits_before_local_before_balanced_before_random():
+  """Mooncake's order of mean TTFT: what others have kept is fetched, or only
+  what is kept there counts, or the queue, or nothing."""
   roles = ('prefill',) * 3 + ('decode',) * 3
   runs = [served(ROUTES[name], roles)
-          for name in ('hits', 'balanced', 'random')]
+          for name in ('global', 'hits', 'balanced', 'random')]
+  assert sum(r.fetched_tokens for r in runs[0]) > 0
+  assert not any(r.fetched_tokens for r in runs[1])
   ttft_s, cached = ([later(records, field) for records in runs]
                     for field in ('ttft_s', 'cached_tokens'))
-  assert ttft_s == sorted(ttft_s) and ttft_s[0] < 0.9 * ttft_s[2]
+  assert ttft_s == sorted(ttft_s) and ttft_s[1] < 0.9 * ttft_s[3]
   assert cached == sorted(cached, reverse=True)
+
+
+def test_mooncake_fetches_and_says_so():
+  slo = Slo(3.0, 0.3)
+  roles = ('prefill',) * 3 + ('decode',) * 2
+  records = served(named('mooncake', slo), roles)
+  fetched = [r for r in records if r.fetched_tokens]
+  assert fetched and all('more at' in ' '.join(r.reasons) for r in fetched)
+  assert not any(r.fetched_tokens for r in served(
+      named('mooncake', slo), roles, cache=False))
+
+
+def test_a_load_counts_in_what_is_predicted():
+  """What is in host memory is neither free nor, if it is sooner, computed."""
+  def predicted(load_s, keeps_in_host):
+    config = scheduler.Config(
+        (InstanceConfig('colocated', 60, 16, 64, 2048, 16, host_pages=500),),
+        max_len=2048, prefix_cache=True, latencies=(STEP,),
+        host_link=latency.Link(load_s, 1e15, 1e3))
+    state = scheduler.init(config)
+    hashes = tuple(range(1, 41))
+    inst = state.instances[0]
+    cache = inst.host.slots if keeps_in_host else inst.pool
+    cache, ids = prefix_cache.alloc(cache, 40)
+    cache = prefix_cache.release(cache, ids, hashes, 40)
+    inst = (inst._replace(host=inst.host._replace(slots=cache))
+            if keeps_in_host else inst._replace(pool=cache))
+    run = scheduler.Run(config, state._replace(instances=(inst,)))
+    request = RequestView(scheduler.Seq(
+        0, 0, 641, 700, 'queued', 0, stop=641, blocks=hashes))
+    return predict.prefill_s(run.view.instances[0], request)
+
+  there, alone_s = predicted(0.0, False), STEP.prefill_s(((0, 641),))
+  assert predicted(0.01, True) == pytest.approx(there + 0.01)
+  assert predicted(9.0, True) == pytest.approx(alone_s)
 
 
 def test_rows_go_where_their_kv_is_kept_but_not_all_to_one():

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures('no_hang')
 
 
 def cached(config=PAGES_4, **changes):
-  return dataclasses.replace(config, prefix_cache=True, **changes)
+  return dataclasses.replace(config, **{'prefix_cache': True} | changes)
 
 
 def session(server, turns=4, first=9, more=4, count=9):
@@ -175,7 +175,7 @@ def test_many_at_once_share_one_system_prompt():
 
 def test_without_it_nothing_is_kept():
   work = [job(20, 5)] * 3
-  with fake_server_of('1p1d') as server:
+  with fake_server_of('1p1d', cached(prefix_cache=False)) as server:
     for output in play(server, work):
       assert output.record.cached_tokens == 0
     assert not any(event.blocks for event, _ in server.log

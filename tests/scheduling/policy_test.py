@@ -518,11 +518,11 @@ def _as_then(entry):
 
 
 def _cut(value):
-  """`more` of hand-offs, `blocks`, `hit` and `sent`, at their defaults."""
+  """`more` of hand-offs, `blocks`, `hit`, `sent`, `kept`, at their defaults."""
   fields = value._asdict()
   if hasattr(value, 'chunks') and value.chunks:
     fields['chunks'] = tuple(map(_cut, value.chunks))
-  later = ('blocks', 'hit', 'sent',
+  later = ('blocks', 'hit', 'sent', 'kept',
            *(('more',) * isinstance(value, Migrate | Migrated)))
   kept = [name for name in fields if name not in later]
   assert all(not fields[name] for name in later if name in fields)

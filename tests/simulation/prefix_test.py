@@ -12,7 +12,8 @@ from dsjax.config.checks import InputError
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.request import Request, Sampling
 from dsjax.scheduling import blocks, event_log, prefix_cache, scheduler
-from dsjax.scheduling.events import Migrate
+from dsjax.scheduling.events import Load, Migrate, Preempt
+from dsjax.scheduling.policy import DISTSERVE, Fetch
 from dsjax.simulation import latency, simulator
 from dsjax.workload import sessions
 
@@ -293,7 +294,7 @@ def test_hits_are_those_of_two_lrus(num_pages, num_slots):
   assert sum(loaded for _, loaded in got) > 0
   host = result.state.instances[0].host
   prefix_cache.check(host.slots, ())
-  assert not host.loading and not host.offloads
+  assert not result.state.instances[0].loading and not host.offloads
 
 
 def test_hits_of_a_trace_of_mooncakes_form_are_those_of_two_lrus(tmp_path):
@@ -321,14 +322,102 @@ def test_hits_of_a_trace_of_mooncakes_form_are_those_of_two_lrus(tmp_path):
   assert 0 < loaded < found < shared_tokens(work)
 
 
-@pytest.mark.parametrize('predicts', [True, False])
 @pytest.mark.parametrize('load_s', [1e-4, 10.0])
-def test_what_is_predicted_to_take_longer_is_computed(predicts, load_s):
+def test_what_is_predicted_to_take_longer_is_computed(load_s):
   work = one_at_a_time(seed=2)
   one = config('colocated', num_pages=60, max_len=320, host_pages=200)
-  one = dataclasses.replace(
-      one, host_link=latency.Link(load_s, 1e15, 1e3),
-      latencies=(STEP,) if predicts else None)
+  one = dataclasses.replace(one, host_link=latency.Link(load_s, 1e15, 1e3))
   result = simulator.simulate(one, work, STEP)
   loaded = sum(record.loaded_tokens for record in result.records)
-  assert bool(loaded) == (load_s < 1 or not predicts)
+  assert bool(loaded) == (load_s < 1)
+
+
+def swapped(load_s, roles=('prefill', 'decode'), **changes):
+  """(Result, causes of preemptions) of rows that outgrow their pages."""
+  work = [Request(n, 0.01 * n, range(100), Sampling(max_tokens=150))
+          for n in range(12)]
+  one = dataclasses.replace(
+      config(*roles, num_pages=60, max_len=320, host_pages=200, **changes),
+      host_link=latency.Link(load_s, 1e15, 1e3))
+  result = simulator.simulate(one, work, STEP, LINK, log=True)
+  return result, [c.cause for _, commands in result.log for c in commands
+                  if type(c) is Preempt]
+
+
+@pytest.mark.parametrize('roles', [('prefill', 'decode'), ('colocated',),
+                                   ('chunked',)], ids=str)
+def test_preempted_rows_are_swapped_where_that_is_predicted_sooner(roles):
+  soon, causes = swapped(1e-5, roles)
+  late, others = swapped(10.0, roles)
+  assert set(causes) == {'swap'} and set(others) == {'pages'}
+  assert all(len(r.token_s) == 150 for r in soon.records + late.records)
+  assert sum(r.preemptions for r in soon.records) == len(causes)
+  done = [c for _, commands in soon.log for c in commands
+          if type(c) is Load]
+  assert len(done) == len(causes) and all(c.row for c in done)
+  prefilled = [sum(chunk.stop - chunk.start for _, commands in run.log
+                   for c in commands for chunk in getattr(c, 'chunks', ()))
+               for run in (soon, late)]
+  assert prefilled[0] == 12 * 100 < prefilled[1]
+  for inst in soon.state.instances:
+    prefix_cache.check(inst.host.slots, ())
+    assert not inst.host.swapped and not inst.loading
+
+
+def test_a_host_without_room_lets_rows_be_computed():
+  _, causes = swapped(1e-5)
+  work = [Request(n, 0.01 * n, range(100), Sampling(max_tokens=150))
+          for n in range(12)]
+  tight = config('prefill', 'decode', num_pages=60, max_len=320, host_pages=9)
+  result = simulator.simulate(tight, work, STEP, LINK, log=True)
+  some = [c.cause for _, commands in result.log for c in commands
+          if type(c) is Preempt]
+  assert set(some) == {'swap', 'pages'} and set(causes) == {'swap'}
+
+
+def test_leaping_swaps_the_same():
+  one = config('prefill', 'decode', num_pages=60, max_len=320, host_pages=200)
+  work = [Request(n, 0.01 * n, range(100), Sampling(max_tokens=150))
+          for n in range(12)]
+  leapt, stepped = (simulator.simulate(one, work, STEP, LINK, leap=leap)
+                    for leap in (True, False))
+  assert leapt.leapt and sum(r.preemptions for r in leapt.records) > 0
+  for a, b in zip(leapt.records, stepped.records, strict=True):
+    assert a.preemptions == b.preemptions
+    assert np.allclose(a.token_s, b.token_s)
+
+
+# --- what other instances have kept -------------------------------------------
+
+
+def test_what_another_has_kept_is_fetched():
+  """Turns that never come back to where they were, fetched and not."""
+  def route(view, request):
+    index = request.id % 2
+    return Fetch(index, 1 - index)
+
+  fetching = dataclasses.replace(DISTSERVE, name='in turns', route=route,
+                                 fetches=True)
+  plain = dataclasses.replace(fetching, name='without',
+                              route=lambda view, request: request.id % 2)
+  work = conversations(8)
+  runs = [simulator.simulate(config('prefill', 'prefill', 'decode',
+                                    policy=policy), work, STEP, LINK,
+                             share=share, log=True)
+          for policy, share in ((plain, 'pair'), (fetching, 'pair'),
+                                (fetching, 'nic'))]
+  without, pair, nic = (run.records for run in runs)
+  assert sum(r.fetched_tokens for r in without) == 0
+  for records in (pair, nic):
+    fetched = sum(r.fetched_tokens for r in records)
+    assert fetched > 0
+    assert sum(r.cached_tokens for r in records) > fetched
+    assert sum(r.cached_tokens for r in records) > sum(
+        r.cached_tokens for r in without)
+  moves = [c for _, commands in runs[1].log for c in commands
+           if type(c) is Migrate and c.kept]
+  assert sum(c.num_tokens for c in moves) == sum(
+      r.fetched_tokens for r in pair)
+  written = json.loads(json.dumps(event_log.encode(tuple(runs[1].log))))
+  one = config('prefill', 'prefill', 'decode', policy=fetching)
+  assert event_log.replay(one, event_log.decode(written)) is None

@@ -30,12 +30,13 @@ def check(cluster: Any) -> None:
 
 
 def build(model: Model, placement: Placement, config: EngineConfig,
-          make_engine: MakeEngine, cluster: str) -> list[Engine]:
+          make_engine: MakeEngine, cluster: str, fetches: bool
+          ) -> list[Engine]:
   """An engine an instance, each a process that has built its own.
 
   Args:
     make_engine: what each makes its engine with: of a module, by name.
-    cluster: what starts them, as `check` takes it.
+    cluster: what starts them, as `check` takes it. fetches: see Policy.
 
   Raises:
     InputError: the placement or the config cannot be served, or the model
@@ -62,7 +63,7 @@ def build(model: Model, placement: Placement, config: EngineConfig,
           f'others can import, with cluster={cluster!r}')
   capacities = [config.instance(role, plan.pp)
                 for role, plan in placement.instances]
-  moves = [any(hands_off(a, b) or hands_off(b, a)
+  moves = [any(hands_off(a, b, fetches) or hands_off(b, a, fetches)
                for j, b in enumerate(capacities) if j != i)
            for i, a in enumerate(capacities)]
   engines: list[RemoteEngine] = []
@@ -75,7 +76,7 @@ def build(model: Model, placement: Placement, config: EngineConfig,
                 'engine': f'{make_engine.__module__}:{name}'}
       engines.append(RemoteEngine(index, config, fields, launcher, engines))
     _await_built(engines)
-    _introduce(engines, placement)
+    _introduce(engines, placement, fetches)
   except BaseException:
     for engine in engines:
       engine.close()
@@ -116,7 +117,8 @@ def saying(engine: RemoteEngine) -> Any:
     raise RuntimeError(f'{what} did not start: {error}') from error
 
 
-def _introduce(engines: Sequence[RemoteEngine], placement: Placement) -> None:
+def _introduce(engines: Sequence[RemoteEngine], placement: Placement,
+               fetches: bool) -> None:
   """Says to each who its peers are. The first of each shape begins to compile
   at once, the others when it is their turn, and find it in the cache."""
   known = {str(engine.index): {
@@ -128,9 +130,9 @@ def _introduce(engines: Sequence[RemoteEngine], placement: Placement) -> None:
     others = [other for other in engines if other is not engine]
     engine.peers = messages.Warm(
         {str(other.index): known[str(other.index)] for other in others
-         if hands_off(other.capacity, engine.capacity)},
+         if hands_off(other.capacity, engine.capacity, fetches)},
         {str(other.index): known[str(other.index)] for other in others
-         if hands_off(engine.capacity, other.capacity)})
+         if hands_off(engine.capacity, other.capacity, fetches)})
     if (engine.capacity, plan) not in shapes:
       shapes.add((engine.capacity, plan))
       engine.begin_warm()

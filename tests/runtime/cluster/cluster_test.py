@@ -513,8 +513,8 @@ def test_what_is_not_there_is_refused(options, error):
 
 def test_a_field_that_processes_do_not_know_is_refused(monkeypatch):
   monkeypatch.setattr(starting, 'NOT_YET', ('prefix_',))
-  with pytest.raises(InputError, match='EngineConfig.prefix_cache=True'):
-    start(config=dataclasses.replace(CONFIG, prefix_cache=True))
+  with pytest.raises(InputError, match='EngineConfig.prefix_cache=False'):
+    start(config=dataclasses.replace(CONFIG, prefix_cache=False))
 
 
 def test_models_that_cannot_be_served_are_refused():
