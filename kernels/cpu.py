@@ -1,13 +1,8 @@
 """The kernels of cpu.cc: products on packed weights, decode attention.
 
-  python -m dsjax.kernels.cpu
-
-compiles them for this machine, where it finds a C++ compiler ($CXX, c++, g++,
-clang++), into the user's cache folder; `make setup` does it. Without them
-everything runs in XLA.
-
-Why: of a matrix that is not packed, XLA's CPU products stream half of what
-memory gives, and its attention gathers each page before it is read.
+`python -m dsjax.kernels.build_cpu` compiles them; `make setup` does it. Why: of
+a matrix that is not packed, XLA's CPU products stream half of what memory
+gives, and its attention gathers each page before it is read.
 """
 
 import ctypes
@@ -16,9 +11,6 @@ import hashlib
 import os
 import pathlib
 import platform
-import shutil
-import subprocess
-import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +21,6 @@ from dsjax.kernels.shapes import Shaped
 SOURCE = pathlib.Path(__file__).with_name('cpu.cc')
 FLAGS = ('-O3', '-std=c++17', '-shared', '-fPIC', '-fno-math-errno')
 DTYPES = (jnp.float32, jnp.bfloat16)  # of weights and of KV
-COMPILERS = ('c++', 'g++', 'clang++')  # but for $CXX
 TARGETS = ('multiply', 'attend')
 
 
@@ -44,34 +35,6 @@ def path() -> pathlib.Path:
       features)).encode()).hexdigest()[:16]
   cache = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
   return pathlib.Path(cache).expanduser() / 'dsjax' / f'cpu-{key}.so'
-
-
-def build() -> str:
-  """Compiles the library unless it is there; what is missing, or ''."""
-  target = path()
-  if target.exists():
-    return ''
-  named = os.environ.get('CXX')
-  compiler = next(filter(None, map(
-      shutil.which, (named,) if named else COMPILERS)), None)
-  if compiler is None:
-    return 'no C++ compiler was found'
-  native = '-march' if platform.machine() in ('x86_64', 'AMD64') else '-mcpu'
-  try:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-      made = pathlib.Path(folder, 'cpu.so')
-      done = subprocess.run(
-          (compiler, *FLAGS, f'{native}=native', '-isystem',
-           jax.ffi.include_dir(), str(SOURCE), '-o', str(made)),
-          capture_output=True, text=True, check=False)
-      if done.returncode:
-        return f'{compiler} failed: {done.stderr.strip()[-500:]}'
-      made.replace(target)
-  except OSError as error:
-    return str(error)
-  library.cache_clear()
-  return ''
 
 
 @functools.cache
@@ -95,7 +58,7 @@ def lacks(call: tuple[Shaped, Shaped] | None = None) -> str:
     call: (queries, keys) of an attention, or None for any op.
   """
   if library() is None:
-    return 'not built here; `python -m dsjax.kernels.cpu` does it'
+    return 'not built here; `python -m dsjax.kernels.build_cpu` does it'
   if call and call[1].dtype not in DTYPES:
     return f'KV of {call[1].dtype}; must be float32 or bfloat16'
   return ''
@@ -134,9 +97,3 @@ def attend(
       q_BNH.astype(jnp.float32), k_KPCH, v_KPCH, table_BM, len_B,
       scale=np.float32(scale), softcap=np.float32(softcap),
       window=np.int64(window)).astype(q_BNH.dtype)
-
-
-if __name__ == '__main__':
-  missing = build()
-  print(f'CPU kernels: {missing}: steps run in XLA' if missing else
-        f'CPU kernels: {path()}')

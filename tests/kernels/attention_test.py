@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.kernels import cpu, tiles
+from dsjax.kernels import build_cpu, tiles
 from dsjax.kernels.decode_attention import TILE, decode_attention
 from dsjax.kernels.kv_write import LARGEST
 from dsjax.kernels.prefill_attention import BLOCK, prefill_attention
@@ -97,7 +97,7 @@ def decode_case(layout, lens, dtype=np.float32, seed=0):
 @pytest.fixture(params=['xla', 'cpu'])
 def decode(request):
   """The operator, as each implementation for CPUs has it."""
-  if request.param == 'cpu' and cpu.build():
+  if request.param == 'cpu' and build_cpu.build():
     pytest.skip('no C++ compiler')
   return functools.partial(decode_jit, impl=request.param)
 

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.kernels import cpu, tiles
+from dsjax.kernels import build_cpu, cpu, tiles
 from dsjax.kernels.decode_attention import decode_attention
 from tests.kernels.attention_test import decode_case, decode_oracle
 
 multiply = jax.jit(cpu.multiply)
-needed = pytest.mark.skipif(bool(cpu.build()), reason='no C++ compiler')
+needed = pytest.mark.skipif(bool(build_cpu.build()), reason='no C++ compiler')
 
 
 def weights(outputs, inputs, dtype=jnp.float32):
@@ -120,11 +120,11 @@ def test_where_it_is_not_built_its_name_says_how(elsewhere):
     ('false', '/false failed'), ('/no/such/thing', 'no C++ compiler')])
 def test_a_compiler_that_fails_is_told(elsewhere, monkeypatch, compiler, says):
   monkeypatch.setenv('CXX', compiler)
-  assert says in cpu.build()
+  assert says in build_cpu.build()
   assert not list(elsewhere.glob('dsjax/*'))
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
   (tmp_path / 'file').touch()
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
-  assert 'file' in cpu.build()
+  assert 'file' in build_cpu.build()

@@ -16,7 +16,7 @@ from dsjax.config import zoo
 from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan
-from dsjax.kernels import cpu
+from dsjax.kernels import build_cpu
 from dsjax.model import products, sharding
 from dsjax.runtime.orchestrator import serve
 from dsjax.runtime.steps import abstract_steps, make_step, stage_shapes
@@ -49,7 +49,7 @@ def test_the_tokens_are_those_of_the_dense_pass(placement, devices):
   assert got == [tiny.greedy(p, 4, CONFIG) for p in prompts]
 
 
-needs_compiler = pytest.mark.skipif(bool(cpu.build()),
+needs_compiler = pytest.mark.skipif(bool(build_cpu.build()),
                                     reason='no C++ compiler')
 OWN = dataclasses.replace(LIMITS, attention='cpu')
 
