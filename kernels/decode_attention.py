@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from dsjax.kernels import paged, shapes, tiles, tuned
+from dsjax.kernels import cpu, paged, shapes, tiles, tuned
 from dsjax.kernels.shapes import Shaped
 
 if TYPE_CHECKING:
@@ -118,7 +118,9 @@ def decode_attention(
   picked = tiles.pick(impl, call=(q_BNH, k_KPCH))
   op: Any = reference
   options: dict[str, Any] = {}
-  if picked != 'xla':
+  if picked == 'cpu':
+    op = cpu.attend
+  elif picked != 'xla':
     op = mosaic_kernel if picked.startswith('mosaic') else kernel
     options = dict(interpret=picked.endswith('interpret'), config=config)
   return op(q_BNH, k_KPCH, v_KPCH, table_BM, len_B,

@@ -123,7 +123,7 @@ def prefill_attention(
   picked = tiles.pick(impl, call=(q_SNH, k_KPCH))
   op: Any = reference
   options: dict[str, Any] = {}
-  if picked != 'xla':
+  if picked not in ('xla', 'cpu'):
     op = mosaic_kernel if picked.startswith('mosaic') else kernel
     options = dict(interpret=picked.endswith('interpret'), config=config)
   return op(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B,

@@ -8,13 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dsjax.kernels import cpu
 from dsjax.kernels.shapes import Shaped
 
 LEAST = 16  # rows, columns and depth of a tensor core's product
 NEVER = -1e30  # finite, so that a fully masked tile gives no NaN
 
 
-IMPLS = ('xla', 'pallas', 'pallas_interpret', 'mosaic', 'mosaic_interpret')
+IMPLS = ('xla', 'cpu', 'pallas', 'pallas_interpret', 'mosaic',
+         'mosaic_interpret')
 HOPPER = ('H100', 'H20', 'H800')  # parts of device kinds; H200, GH200 too
 
 
@@ -40,7 +42,14 @@ def pick(impl: str | None, platform: str | None = None,
   """
   if impl not in (None, *IMPLS):
     raise ValueError(f'impl={impl!r}: must be None or one of {IMPLS}')
-  gpu = (platform or jax.default_backend()) in ('gpu', 'cuda')
+  platform = platform or jax.default_backend()
+  gpu = platform in ('gpu', 'cuda')
+  if impl == 'cpu':
+    lacks = (cpu.lacks(call) if platform == 'cpu' else
+             f'a {platform}; must be a CPU')
+    if lacks:
+      raise ValueError(f'impl={impl!r}: {lacks}')
+    return impl
   if impl == 'xla' or impl is None and not gpu:
     return 'xla'
   if impl in (None, 'mosaic', 'mosaic_interpret'):
@@ -109,7 +118,7 @@ def mosaic_lacks(call: tuple[Shaped, Shaped] | None, kind: str) -> str:
 
 def portable(impl: str | None) -> str | None:
   """The implementation of what reads and writes pages beside attention's."""
-  if impl == 'mosaic_interpret':
+  if impl in ('cpu', 'mosaic_interpret'):
     return 'xla'
   return pick(None, 'gpu') if impl == 'mosaic' else impl
 

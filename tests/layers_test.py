@@ -28,8 +28,8 @@ FOLDERS = {
     'runtime': (6, 'shell'),
     'http': (7, 'shell'),
 }
-TOOLS = {'kernels/bench.py', 'kernels/compiled.py',  # run by people
-         'kernels/timing.py'}
+TOOLS = {'kernels/bench.py', 'kernels/build_cpu.py',  # run by people
+         'kernels/compiled.py', 'kernels/timing.py'}
 EFFECTS = {'asyncio', 'glob', 'io', 'multiprocessing', 'os', 'pathlib',
            'random', 'secrets', 'shutil', 'socket', 'subprocess', 'tempfile',
            'threading', 'time'}
@@ -45,6 +45,7 @@ EXCEPTIONS = {
     'dsjax/simulation/profiles.py': {'pathlib'},  # files of latencies
     'dsjax/simulation/roofline_fit.py': {'jax', 'optax'},  # a descent
     'dsjax/simulation/served_fit.py': {'scipy'},  # least squares
+    'kernels/cpu.py': {'os', 'pathlib'},  # where its library lies
     'kernels/tuned.py': {'pathlib'},  # what kernels.bench --tune wrote
 }
 MAY_OPEN = {name for name, what in EXCEPTIONS.items() if 'pathlib' in what}

@@ -203,10 +203,10 @@ class EngineConfig:
       value = getattr(self, field)
       require(value in (None, *KV_DTYPES), f'EngineConfig.{field}', value,
               f'None or one of {KV_DTYPES}')
-    require(self.attention in (None, 'xla', 'pallas', 'pallas_interpret',
-                               'mosaic'), 'EngineConfig.attention',
-            self.attention, "None, 'xla', 'pallas', 'pallas_interpret' or "
-            "'mosaic'")
+    require(self.attention in (None, 'xla', 'cpu', 'pallas',
+                               'pallas_interpret', 'mosaic'),
+            'EngineConfig.attention', self.attention, "None, 'xla', 'cpu', "
+            "'pallas', 'pallas_interpret' or 'mosaic'")
     for field in ('checksum', 'prefix_cache', 'stream_kv'):
       value = getattr(self, field)
       require(isinstance(value, bool), f'EngineConfig.{field}', value,

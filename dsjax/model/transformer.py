@@ -25,13 +25,13 @@ from dsjax.kernels.kv_write import kv_write, rotary
 from dsjax.kernels.prefill_attention import prefill_attention
 from dsjax.model import kv_cache as kv
 from dsjax.model import sampling, sharding
+from dsjax.model.products import INPUTS, project, rows_of
 
 Params = Mapping[str, Any]  # a tree, or one layer's leaves, by name
 Attend = Callable[..., jax.Array]
 # How arrays are cut over heads: a layer's KV; [S, N, H] and [S, K, H]; not.
 HELD, HEADS, REPLICATED = (PartitionSpec(sharding.AXIS),
                            PartitionSpec(None, sharding.AXIS), PartitionSpec())
-SMALL = 16  # tokens up to which a product reads W first
 ACTIVATIONS = {
     'silu': jax.nn.silu, 'relu': jax.nn.relu,
     'gelu': functools.partial(jax.nn.gelu, approximate=False),
@@ -69,21 +69,6 @@ class Rows:
   slot_B: jax.Array
   live_B: jax.Array
   table_BM: jax.Array
-
-
-def project(w_O__I: jax.Array, x_SI: jax.Array) -> jax.Array:
-  """x W^T for a weight stored output-first, any number of output axes.
-
-  Up to SMALL tokens the weight is the left operand: 1.7 times faster on CPU,
-  which then streams W instead of repacking it.
-  """
-  *out, inner = w_O__I.shape
-  w_OI = w_O__I.reshape(-1, inner)
-  if x_SI.shape[0] <= SMALL:
-    y_SO = jax.lax.dot_general(w_OI, x_SI, (((1,), (1,)), ((), ()))).T
-  else:
-    y_SO = jax.lax.dot_general(x_SI, w_OI, (((1,), (1,)), ((), ())))
-  return y_SO.reshape(x_SI.shape[0], *out)
 
 
 def rms_norm(x_SD: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
@@ -259,7 +244,7 @@ def experts(config: ModelConfig, layer: Params, h_SD: jax.Array,
 def embed(config: ModelConfig, params: Params, token_S: jax.Array,
           pos_S: jax.Array) -> jax.Array:
   """Hidden states before the first layer."""
-  x_SD = params['embed_VD'][token_S] * config.embed_scale
+  x_SD = rows_of(params['embed_VD'], token_S) * config.embed_scale
   if config.positions == 'learned':
     x_SD += params['pos_TD'][pos_S]
   return x_SD
@@ -306,8 +291,8 @@ def run_layers(
     q_SNH, k_SKH, v_SKH = attention_inputs(config, layer, x_SD, turn)
     held = write(held, k_SKH, v_SKH, page_S, offset_S, turn)
     o_SNH = attend(like, q_SNH, *held)
-    o_DI = layer['o_DNH'].reshape(config.d_model, -1)
-    y_SD = project(o_DI, o_SNH.reshape(o_SNH.shape[0], -1))
+    y_SD = project(layer['o_DNH'], o_SNH.reshape(o_SNH.shape[0], -1),
+                   INPUTS['o_DNH'])
     if config.out_bias:
       y_SD += layer['o_bias_D'][None, :]
     attended_SD = add(layer, 'attn', x_SD, y_SD)

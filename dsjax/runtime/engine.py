@@ -26,7 +26,7 @@ from dsjax.checkpoints.orbax_file import Stored
 from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig, InstanceConfig
 from dsjax.config.request import Sampling
-from dsjax.model import sampling, sharding, transformer
+from dsjax.model import products, sampling, sharding, transformer
 from dsjax.model.kv_cache import Cache
 from dsjax.runtime import host_memory, migration
 from dsjax.runtime.arrays import is_sound
@@ -52,10 +52,15 @@ class _Stage:
     self.shapes, self.whole = shapes, sharding.replicated(shapes.mesh)
     place = (params.place if isinstance(params, Stored) else
              functools.partial(sharding.place_params, params=params))
-    self._place = functools.partial(place, shapes.layout, shapes.span,
-                                    shapes.mesh)
+    self._read = functools.partial(place, shapes.layout, shapes.span,
+                                   shapes.mesh)
     self.params: dict[str, Any] | None = self._place()
     self.empty()
+
+  def _place(self) -> dict[str, Any]:
+    params = self._read()
+    return (products.packed_tree(params, self.shapes.mesh)
+            if self.shapes.panels else params)
 
   def empty(self) -> None:
     """Makes cache and slots anew, and puts weights again that were lost."""

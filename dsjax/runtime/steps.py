@@ -14,7 +14,7 @@ from dsjax.config.engine import EngineConfig, InstanceConfig
 from dsjax.config.model import ModelConfig
 from dsjax.kernels import tiles
 from dsjax.model import kv_cache as kv
-from dsjax.model import sampling, sharding, transformer
+from dsjax.model import products, sampling, sharding, transformer
 from dsjax.scheduling import page_pool
 
 
@@ -31,6 +31,7 @@ class Shapes(NamedTuple):
   dtype: str
   kv_dtype: str
   attention: str
+  panels: bool = False  # weights are packed, see products.py
 
   @property
   def model(self) -> ModelConfig:
@@ -56,15 +57,18 @@ def abstract(shapes: Shapes) -> tuple[Any, Any, Any]:
       shapes.span[1] - shapes.span[0]))
   slots = jax.eval_shape(lambda: sampling.init(
       shapes.num_slots, shapes.max_len, shapes.model.vocab_size))
+  whole = sharding.replicated(shapes.mesh)
 
   def shard(tree, to):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=to), tree)
 
-  return (sharding.abstract_params(shapes.layout, shapes.span, shapes.mesh,
-                                   shapes.dtype),
-          shard(cache, sharding.kv(shapes.mesh)),
-          shard(slots, sharding.replicated(shapes.mesh)))
+  params = sharding.abstract_params(shapes.layout, shapes.span, shapes.mesh,
+                                    shapes.dtype)
+  if shapes.panels:
+    params = products.packed_tree(params, shapes.mesh)
+  return (params, shard(cache, sharding.kv(shapes.mesh)),
+          shard(slots, whole))
 
 
 def empty_rows(shapes: Shapes, count: int) -> transformer.Rows:
@@ -174,7 +178,8 @@ def stage_shapes(config: ModelConfig, meshes: Sequence[Mesh], role: str,
                          kv_dtype)
   return [Shapes(layout, span, mesh, capacity.num_pages, capacity.page_size,
                  engine_config.max_seqs, engine_config.max_len,
-                 engine_config.dtype, kv_dtype, attention)
+                 engine_config.dtype, kv_dtype, attention,
+                 attention == 'cpu' and mesh.size == 1)
           for span, mesh in zip(sharding.spans(config.num_layers, len(meshes)),
                                 meshes, strict=True)]
 
@@ -185,7 +190,7 @@ def _attention(config: EngineConfig, model: ModelConfig, device: jax.Device,
   asked, platform = config.attention, device.platform
   require(asked not in ('pallas', 'mosaic')
           or platform in ('gpu', 'cuda'), 'EngineConfig.attention', asked,
-          f"None, 'xla' or 'pallas_interpret' on a {platform}")
+          f"None, 'xla', 'cpu' or 'pallas_interpret' on a {platform}")
   q = jax.ShapeDtypeStruct((1, model.num_heads, model.head_dim), config.dtype)
   k = jax.ShapeDtypeStruct((model.num_kv_heads, 1, page_size, model.head_dim),
                            kv_dtype)

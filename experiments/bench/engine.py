@@ -29,7 +29,7 @@ from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig, InstanceConfig
 from dsjax.config.placement import Placement, Plan
 from dsjax.config.request import Request, Sampling
-from dsjax.model import transformer
+from dsjax.model import products, transformer
 from dsjax.runtime import engine, orchestrator
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import (
@@ -87,7 +87,7 @@ def dense_forward(config, params, k_LBKTH, v_LBKTH, token_BS, pos_B):
   for layer, k_BKTH, v_BKTH in zip(params['layers'], k_LBKTH, v_LBKTH,
                                    strict=True):
     def heads(name, h_AD=None, layer=layer):
-      return transformer.project(layer[name], h_AD)
+      return products.project(layer[name], h_AD)
     h_AD = transformer.rms_norm(x_AD, layer['attn_norm_D'], config.norm_eps)
     q_ANH = transformer.rotary(heads('q_NHD', h_AD), *turn)
     k_AKH = transformer.rotary(heads('k_KHD', h_AD), *turn)
@@ -105,7 +105,7 @@ def dense_forward(config, params, k_LBKTH, v_LBKTH, token_BS, pos_B):
     a_BKXT = jax.nn.softmax(jnp.where(live, s_BKXT, -1e30), -1)
     o_BKXH = jnp.einsum('bkxt,bkth->bkxh', a_BKXT, v_BKTH)
     o_AI = o_BKXH.reshape(B, K, S, -1).swapaxes(1, 2).reshape(B * S, N * H)
-    x_AD += transformer.project(
+    x_AD += products.project(
         layer['o_DNH'].reshape(config.d_model, -1), o_AI)
     h_AD = transformer.rms_norm(x_AD, layer['mlp_norm_D'], config.norm_eps)
     x_AD += heads('down_DF', jax.nn.silu(heads('gate_FD', h_AD))

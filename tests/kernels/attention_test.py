@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.kernels import tiles
+from dsjax.kernels import build_cpu, tiles
 from dsjax.kernels.decode_attention import TILE, decode_attention
 from dsjax.kernels.kv_write import LARGEST
 from dsjax.kernels.prefill_attention import BLOCK, prefill_attention
@@ -27,7 +27,7 @@ LAYOUTS = [(1, 2, 1), (4, 4, 2), (16, 6, 2), (16, 8, 1), (48, 3, 3),
 layouts = pytest.mark.parametrize('layout', LAYOUTS, ids=str)
 
 OPTIONS = ('impl', 'scale', 'softcap', 'window')
-decode = jax.jit(decode_attention, static_argnames=OPTIONS)
+decode_jit = jax.jit(decode_attention, static_argnames=OPTIONS)
 prefill = jax.jit(prefill_attention, static_argnames=OPTIONS)
 
 
@@ -94,8 +94,16 @@ def decode_case(layout, lens, dtype=np.float32, seed=0):
   return (q_BNH, *pools, table_BM, np.array(lens, np.int32)), sequences
 
 
+@pytest.fixture(params=['xla', 'cpu'])
+def decode(request):
+  """The operator, as each implementation for CPUs has it."""
+  if request.param == 'cpu' and build_cpu.build():
+    pytest.skip('no C++ compiler')
+  return functools.partial(decode_jit, impl=request.param)
+
+
 @layouts
-def test_decode_equals_the_loop(layout):
+def test_decode_equals_the_loop(decode, layout):
   args, sequences = decode_case(layout, decode_lens(layout[0]))
   np.testing.assert_allclose(decode(*args), decode_oracle(
       args[0], sequences), rtol=0, atol=ATOL)
@@ -103,7 +111,7 @@ def test_decode_equals_the_loop(layout):
 
 @layouts
 @pytest.mark.parametrize('length', [1, TILE, TILE + 1, REACH])
-def test_decode_when_every_row_is_as_long(layout, length):
+def test_decode_when_every_row_is_as_long(decode, layout, length):
   args, sequences = decode_case(layout, [length] * 2)
   np.testing.assert_allclose(decode(*args), decode_oracle(
       args[0], sequences), rtol=0, atol=ATOL)
@@ -112,7 +120,7 @@ def test_decode_when_every_row_is_as_long(layout, length):
 @pytest.mark.parametrize('layout', [(4, 4, 2), (16, 6, 2), (64, 8, 1)],
                          ids=str)
 @pytest.mark.parametrize('window', [1, 6, 16, 18, TILE + 1, 400])
-def test_decode_under_a_window(layout, window):
+def test_decode_under_a_window(decode, layout, window):
   lens = [1, window - 1, window, window + 1, window + layout[0], 300, REACH,
           window + 2 * layout[0] - 1]  # starts at a page's end
   lens = [min(max(n, 1), REACH) for n in lens]
@@ -156,14 +164,14 @@ def test_decode_reads_no_more_than_the_windows(monkeypatch):
   assert reads(decode_attention, args, 0, monkeypatch) == 7
 
 
-def test_decode_with_a_table_of_one_page():
+def test_decode_with_a_table_of_one_page(decode):
   args, sequences = decode_case((16, 4, 2), [1, 15, 16])
   args = (*args[:3], args[3][:, :1], args[4])
   np.testing.assert_allclose(decode(*args), decode_oracle(
       args[0], sequences), rtol=0, atol=ATOL)
 
 
-def test_decode_of_large_scores_does_not_overflow():
+def test_decode_of_large_scores_does_not_overflow(decode):
   args, sequences = decode_case((16, 4, 2), [1, 20, 300])
   args = (args[0] * np.float32(1e3), *args[1:])
   got = decode(*args)
@@ -171,7 +179,7 @@ def test_decode_of_large_scores_does_not_overflow():
                              rtol=0, atol=1e-2)  # scores of 1e3 +- 1e-3
 
 
-def test_decode_bfloat16_rounds_only_the_result():
+def test_decode_bfloat16_rounds_only_the_result(decode):
   args, sequences = decode_case((16, 4, 2), decode_lens(16), jnp.bfloat16)
   got = decode(*args)
   assert got.dtype == jnp.bfloat16
@@ -182,7 +190,7 @@ def test_decode_bfloat16_rounds_only_the_result():
 
 @pytest.mark.parametrize('softcap, scale', [(1.5, None), (0.0, 0.3),
                                             (2.0, 1.0)])
-def test_decode_with_a_softcap_and_a_scale(softcap, scale):
+def test_decode_with_a_softcap_and_a_scale(decode, softcap, scale):
   args, sequences = decode_case((16, 4, 2), decode_lens(16))
   got = decode(*args, softcap=softcap, scale=scale, window=37)
   np.testing.assert_allclose(got, decode_oracle(
@@ -302,7 +310,7 @@ def test_prefill_of_one_token_is_decode():
   args, _ = decode_case((16, 4, 2), lens)
   start_A = np.arange(len(lens) + 1, dtype=np.int32)
   got = prefill(*args[:4], start_A, args[4] - 1)
-  np.testing.assert_allclose(got, decode(*args), rtol=0, atol=ATOL)
+  np.testing.assert_allclose(got, decode_jit(*args), rtol=0, atol=ATOL)
 
 
 # --- arguments ---------------------------------------------------------------
@@ -315,7 +323,7 @@ def small(op):
   return case[0]
 
 
-both = pytest.mark.parametrize('op', [decode, prefill],
+both = pytest.mark.parametrize('op', [decode_jit, prefill],
                                ids=['decode', 'prefill'])
 
 
@@ -347,7 +355,7 @@ def test_the_head_widths_must_agree(op):
 def test_decode_rows_must_agree():
   *args, len_B = small(decode)
   with pytest.raises(ValueError, match='len_B: B is 1, but 2 in q_BNH'):
-    decode(*args, len_B[:1])
+    decode_jit(*args, len_B[:1])
 
 
 def test_prefill_takes_a_start_more_than_sequences():

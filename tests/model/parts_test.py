@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from dsjax.model import transformer
+from dsjax.model import products, transformer
 from tests.common import tiny
 
 CONFIG = tiny.CONFIG
@@ -23,11 +23,11 @@ def normal(*shape, seed=0):
 
 @pytest.mark.parametrize('shape', [(12, 32), (4, 8, 32)], ids=str)
 @pytest.mark.parametrize(
-    'count', [1, transformer.SMALL, transformer.SMALL + 1, 40])
+    'count', [1, products.SMALL, products.SMALL + 1, 40])
 def test_project_is_a_product_with_the_transpose(shape, count):
   w, x = normal(*shape), normal(count, 32, seed=1)
   want = np.tensordot(x.astype(np.float64), w.astype(np.float64), (1, -1))
-  got = jax.jit(transformer.project)(w, x)
+  got = jax.jit(products.project)(w, x)
   assert got.shape == (count, *shape[:-1])
   np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
 

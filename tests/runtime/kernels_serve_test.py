@@ -1,4 +1,7 @@
-"""The interpreted kernels serve: the tokens are those of the dense pass."""
+"""Steps of other kernels serve: the tokens are those of the dense pass.
+
+The interpreted ones of GPUs, and the CPU's own.
+"""
 
 import dataclasses
 import types
@@ -13,7 +16,8 @@ from dsjax.config import zoo
 from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan
-from dsjax.model import sharding
+from dsjax.kernels import build_cpu
+from dsjax.model import products, sharding
 from dsjax.runtime.orchestrator import serve
 from dsjax.runtime.steps import abstract_steps, make_step, stage_shapes
 from experiments.common import overrides as configs
@@ -45,6 +49,44 @@ def test_the_tokens_are_those_of_the_dense_pass(placement, devices):
   assert got == [tiny.greedy(p, 4, CONFIG) for p in prompts]
 
 
+needs_compiler = pytest.mark.skipif(bool(build_cpu.build()),
+                                    reason='no C++ compiler')
+OWN = dataclasses.replace(LIMITS, attention='cpu')
+
+
+@needs_compiler
+@pytest.mark.parametrize('placement, devices', [
+    (Placement(prefill=[Plan()], decode=[Plan(2)]), (0, 4, 5)),
+    (Placement(prefill=[Plan(1, 2)], decode=[Plan()]), (0, 1, 2)),
+    (Placement(chunked=[Plan()]), (0,))], ids=str)
+def test_the_cpus_own_kernels_serve(placement, devices):
+  prompts, got = answers(placement, devices, OWN)
+  assert got == [tiny.greedy(p, 4, CONFIG) for p in prompts]
+
+
+@needs_compiler
+@pytest.mark.parametrize('tied', [False, True])
+def test_packed_weights_are_those_that_were_loaded(tied):
+  config = dataclasses.replace(CONFIG, tied=tied)
+  params = tiny.params(config)
+  mesh = Mesh(np.array(jax.devices()[:1]), (sharding.AXIS,))
+  stage = sharding.cut(config, 1), (0, config.num_layers), mesh
+  plain = sharding.place_params(*stage, params)
+  packed = products.packed_tree(sharding.place_params(*stage, params), mesh)
+  abstract = products.packed_tree(
+      sharding.abstract_params(*stage, 'float32'), mesh)
+  assert jax.tree.map(lambda x: (x.shape, x.sharding), packed) == jax.tree.map(
+      lambda x: (x.shape, x.sharding), abstract)
+  x_SD = np.eye(config.d_model, dtype=np.float32)
+  for leaf in ('q_NHD', 'up_FD'):
+    np.testing.assert_array_equal(*(products.project(
+        tree['layers'][0][leaf], x_SD) for tree in (plain, packed)))
+  rows = np.array([0, config.vocab_size - 1])
+  np.testing.assert_array_equal(*(products.rows_of(tree['embed_VD'], rows)
+                                  for tree in (plain, packed)))
+  assert isinstance(packed['embed_VD'], products.Panels) == tied
+
+
 def test_the_setting_reaches_the_steps():
   config = configs.override(configs.load('demo'), (
       'engine.attention=pallas_interpret',))
@@ -56,13 +98,13 @@ def test_the_setting_reaches_the_steps():
 
 def test_an_unknown_attention_is_an_error_that_names_the_allowed():
   with pytest.raises(InputError, match="EngineConfig.attention='flash': must "
-                     "be None, 'xla', 'pallas', 'pallas_interpret' or 'mosai"):
+                     "be None, 'xla', 'cpu', 'pallas', 'pallas_interpret' or"):
     EngineConfig(attention='flash')
 
 
 def test_gpu_kernels_on_cpu_are_an_error_before_anything_is_placed():
   with pytest.raises(InputError, match="attention='pallas': must be None, "
-                     "'xla' or 'pallas_interpret' on a cpu"):
+                     "'xla', 'cpu' or 'pallas_interpret' on a cpu"):
     answers(Placement(colocated=[Plan()]), (0,), dataclasses.replace(
         LIMITS, attention='pallas'))
 

@@ -1,0 +1,99 @@
+"""The kernels of cpu.cc: products on packed weights, decode attention.
+
+`python -m dsjax.kernels.build_cpu` compiles them; `make setup` does it. Why: of
+a matrix that is not packed, XLA's CPU products stream half of what memory
+gives, and its attention gathers each page before it is read.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsjax.kernels.shapes import Shaped
+
+SOURCE = pathlib.Path(__file__).with_name('cpu.cc')
+FLAGS = ('-O3', '-std=c++17', '-shared', '-fPIC', '-fno-math-errno')
+DTYPES = (jnp.float32, jnp.bfloat16)  # of weights and of KV
+TARGETS = ('multiply', 'attend')
+
+
+def path() -> pathlib.Path:
+  """Where the library for this source, JAX and processor lies, if built."""
+  info = pathlib.Path('/proc/cpuinfo')
+  features = platform.processor() if not info.exists() else next(
+      (line for line in info.read_text().splitlines()
+       if line.startswith(('flags', 'Features'))), '')
+  key = hashlib.sha256('\n'.join((
+      SOURCE.read_text(), *FLAGS, jax.__version__, platform.machine(),
+      features)).encode()).hexdigest()[:16]
+  cache = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+  return pathlib.Path(cache).expanduser() / 'dsjax' / f'cpu-{key}.so'
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+  """The library, its kernels known to XLA; None where it was not built."""
+  try:
+    loaded = ctypes.CDLL(str(path()))
+  except OSError:
+    return None
+  for name in TARGETS:
+    jax.ffi.register_ffi_target(
+        f'dsjax_{name}', jax.ffi.pycapsule(getattr(loaded, f'dsjax_{name}')),
+        platform='cpu')
+  return loaded
+
+
+def lacks(call: tuple[Shaped, Shaped] | None = None) -> str:
+  """What the kernels need and do not have, a sentence; or ''.
+
+  Args:
+    call: (queries, keys) of an attention, or None for any op.
+  """
+  if library() is None:
+    return 'not built here; `python -m dsjax.kernels.build_cpu` does it'
+  if call and call[1].dtype not in DTYPES:
+    return f'KV of {call[1].dtype}; must be float32 or bfloat16'
+  return ''
+
+
+def panel() -> int:
+  """Outputs that a panel of weights holds."""
+  loaded = library()
+  assert loaded is not None, lacks()
+  return loaded.dsjax_panel()
+
+
+def pack(w_OI: jax.Array) -> jax.Array:
+  """Weights as panels w_QIp of p = panel() outputs; zeros fill the last."""
+  p, (outputs, inputs) = panel(), w_OI.shape
+  padded_OI = jnp.pad(w_OI, ((0, -outputs % p), (0, 0)))
+  return padded_OI.reshape(-1, p, inputs).swapaxes(1, 2)
+
+
+def multiply(x_SI: jax.Array, w_QIp: jax.Array) -> jax.Array:
+  """x W^T: y_SO in x's dtype, O = Q p with what fills the last panel."""
+  Q, _, p = w_QIp.shape
+  out = jax.ShapeDtypeStruct((x_SI.shape[0], Q * p), jnp.float32)
+  return jax.ffi.ffi_call('dsjax_multiply', out)(
+      x_SI.astype(jnp.float32), w_QIp).astype(x_SI.dtype)
+
+
+def attend(
+    q_BNH: jax.Array, k_KPCH: jax.Array, v_KPCH: jax.Array, table_BM: jax.Array,
+    len_B: jax.Array, scale: float, softcap: float, window: int, *_: object
+) -> jax.Array:
+  """Attention of one new token a row: see decode_attention. It reads no page
+  that a row does not need."""
+  out = jax.ShapeDtypeStruct(q_BNH.shape, jnp.float32)
+  return jax.ffi.ffi_call('dsjax_attend', out)(
+      q_BNH.astype(jnp.float32), k_KPCH, v_KPCH, table_BM, len_B,
+      scale=np.float32(scale), softcap=np.float32(softcap),
+      window=np.int64(window)).astype(q_BNH.dtype)

@@ -1,0 +1,130 @@
+"""The kernels of cpu.cc beside numpy, and what happens where they are not.
+
+Decode attention is also checked with the other implementations, in
+attention_test.py.
+"""
+
+import functools
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsjax.kernels import build_cpu, cpu, tiles
+from dsjax.kernels.decode_attention import decode_attention
+from tests.kernels.attention_test import decode_case, decode_oracle
+
+multiply = jax.jit(cpu.multiply)
+needed = pytest.mark.skipif(bool(build_cpu.build()), reason='no C++ compiler')
+
+
+def weights(outputs, inputs, dtype=jnp.float32):
+  rng = np.random.default_rng(outputs)
+  return jnp.asarray(rng.standard_normal((outputs, inputs)), dtype)
+
+
+@needed
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('outputs', [1, 47, 48, 49, 200])
+def test_a_product_is_that_of_float64(outputs, dtype):
+  w_OI = weights(outputs, 37, dtype)
+  w_QIp = cpu.pack(w_OI)
+  rng = np.random.default_rng(0)
+  for count in (1, 2, 5, 6, 7, 8, 9, 15, 16, 33):
+    x_SI = rng.standard_normal((count, 37)).astype(np.float32)
+    want_SO = x_SI.astype(np.float64) @ np.asarray(w_OI, np.float64).T
+    got_SO = multiply(x_SI, w_QIp)
+    np.testing.assert_allclose(got_SO[:, :outputs], want_SO, atol=2e-5)
+    assert not np.any(got_SO[:, outputs:])  # what fills the last panel
+
+
+@needed
+def test_a_row_is_the_same_bits_in_any_batch():
+  w_QIp = cpu.pack(weights(100, 65))
+  x_SI = np.random.default_rng(1).standard_normal((40, 65)).astype(np.float32)
+  got_SO = np.asarray(multiply(x_SI, w_QIp))
+  for row in (0, 7, 8, 39):
+    np.testing.assert_array_equal(multiply(x_SI[row:row + 1], w_QIp)[0],
+                                  got_SO[row])
+
+
+@needed
+@pytest.mark.parametrize('heads', [1, 4, 15, 20, 64, 80])
+def test_heads_of_any_width(heads):
+  rng = np.random.default_rng(heads)
+  q_BNH = rng.standard_normal((2, 6, heads)).astype(np.float32)
+  k_KPCH, v_KPCH = rng.standard_normal((2, 2, 5, 4, heads)).astype(np.float32)
+  table_BM = np.array([[4, 0, 2], [1, 3, 0]], np.int32)
+  args = q_BNH, k_KPCH, v_KPCH, table_BM, np.array([9, 12], np.int32)
+  got, want = [jax.jit(functools.partial(decode_attention, impl=impl))(*args)
+               for impl in ('cpu', 'xla')]
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@needed
+def test_calls_from_many_threads_end_and_are_right():
+  args, sequences = decode_case((16, 6, 2), [300] * 4)
+  step = jax.jit(functools.partial(decode_attention, impl='cpu'))
+  want = decode_oracle(args[0], sequences)
+  wrong = []
+
+  def client():
+    for _ in range(50):
+      if not np.allclose(step(*args), want, atol=1e-5):
+        wrong.append(1)
+
+  threads = [threading.Thread(target=client, daemon=True) for _ in range(8)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join(120)
+  assert not wrong and not any(thread.is_alive() for thread in threads)
+
+
+@needed
+def test_it_takes_no_kv_of_a_byte():
+  args, _ = decode_case((4, 4, 2), [5])
+  byte = jnp.zeros(args[1].shape, jnp.int8)
+  scale = jnp.ones(args[1].shape[:3])
+  with pytest.raises(ValueError, match='KV of int8; must be float32 or bf'):
+    decode_attention(args[0], byte, byte, *args[3:], impl='cpu',
+                     k_scale_KPC=scale, v_scale_KPC=scale)
+
+
+def test_a_gpu_has_none():
+  with pytest.raises(ValueError, match="impl='cpu': a cuda; must be a CPU"):
+    tiles.pick('cpu', 'cuda')
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+  """A user's cache folder where nothing is built."""
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  cpu.library.cache_clear()
+  yield tmp_path
+  monkeypatch.undo()
+  cpu.library.cache_clear()
+  cpu.library()
+
+
+def test_where_it_is_not_built_its_name_says_how(elsewhere):
+  args, _ = decode_case((4, 4, 2), [5])
+  with pytest.raises(ValueError, match='not built here; `python -m dsjax.ker'):
+    decode_attention(*args, impl='cpu')
+  jax.jit(decode_attention)(*args)
+
+
+@pytest.mark.parametrize(('compiler', 'says'), [
+    ('false', '/false failed'), ('/no/such/thing', 'no C++ compiler')])
+def test_a_compiler_that_fails_is_told(elsewhere, monkeypatch, compiler, says):
+  monkeypatch.setenv('CXX', compiler)
+  assert says in build_cpu.build()
+  assert not list(elsewhere.glob('dsjax/*'))
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+  (tmp_path / 'file').touch()
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
+  assert 'file' in build_cpu.build()
