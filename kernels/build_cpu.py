@@ -1,6 +1,6 @@
 """Compiles cpu.cc for this machine, where there is a C++ compiler.
 
-  python -m dsjax.kernels.build_cpu
+  python -m kernels.build_cpu
 
 $CXX, or c++, g++ or clang++. The library goes into the user's cache folder.
 """

@@ -1,6 +1,6 @@
 """The kernels of cpu.cc: products on packed weights, decode attention.
 
-`python -m dsjax.kernels.build_cpu` compiles them; `make setup` does it. Why: of
+`python -m kernels.build_cpu` compiles them; `make setup` does it. Why: of
 a matrix that is not packed, XLA's CPU products stream half of what memory
 gives, and its attention gathers each page before it is read.
 """
@@ -58,7 +58,7 @@ def lacks(call: tuple[Shaped, Shaped] | None = None) -> str:
     call: (queries, keys) of an attention, or None for any op.
   """
   if library() is None:
-    return 'not built here; `python -m dsjax.kernels.build_cpu` does it'
+    return 'not built here; `python -m kernels.build_cpu` does it'
   if call and call[1].dtype not in DTYPES:
     return f'KV of {call[1].dtype}; must be float32 or bfloat16'
   return ''

@@ -516,6 +516,9 @@ WORLD = {name: world for world, names in {
     '1 colocated, host, preemption': ('the whole of a prompt is loaded',),
     '1P1D, swaps, rows ahead': ('a row that ends keeps its slots',),
     '1P1D, fetches, smaller pages': ('half of a page is fetched',),
+    '2P1D, fetches': (
+        'a fetch that failed counts as whole',
+        'what comes from a lost lender is taken for whole'),
 }.items() for name in names}
 
 
@@ -554,9 +557,9 @@ def test_a_schedule_is_shrunk_and_replays(monkeypatch, tmp_path, capsys):
   with monkeypatch.context() as patched:
     mutate('a lease without Abort', patched)
     patched.setattr(explore, 'large_world', lambda seed: (
-        schedules.random_rules(seed, 16), 10))
-    result = explore.explore(('large', '49', 0, ''))
-    rules, _ = explore.large_world(49)
+        schedules.random_rules(seed, 60), 10))
+    result = explore.explore(('large', '67', 0, ''))
+    rules, _ = explore.large_world(67)
     assert explore.report(cli.wide_console(), [result], tmp_path) == 1
     told = capsys.readouterr().out
     assert 'Timer(' in told and 'while it runs' in told

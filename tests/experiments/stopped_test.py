@@ -40,7 +40,7 @@ STOPPED_THERE = {
 # Those that have nothing before they have all.
 NOTHING_TO_KEEP = {
     'api', 'aot.__main__', 'bench.cluster', 'bench.engine', 'bench.http_cost',
-    'bench.migration', 'bench.simulator', 'tokenizer_folder'}
+    'bench.migration', 'bench.simulator', 'host', 'tokenizer_folder'}
 
 
 def stop_at(count, function=None):

@@ -318,7 +318,7 @@ def test_prefill_of_one_token_is_decode():
 
 @functools.cache
 def small(op):
-  case = decode_case((16, 4, 2), [3, 5]) if op is decode else prefill_case(
+  case = decode_case((16, 4, 2), [3, 5]) if op is decode_jit else prefill_case(
       (16, 4, 2), [(2, 0), (5, 0)], 7)
   return case[0]
 
@@ -353,7 +353,7 @@ def test_the_head_widths_must_agree(op):
 
 
 def test_decode_rows_must_agree():
-  *args, len_B = small(decode)
+  *args, len_B = small(decode_jit)
   with pytest.raises(ValueError, match='len_B: B is 1, but 2 in q_BNH'):
     decode_jit(*args, len_B[:1])
 

@@ -111,7 +111,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 def test_where_it_is_not_built_its_name_says_how(elsewhere):
   args, _ = decode_case((4, 4, 2), [5])
-  with pytest.raises(ValueError, match='not built here; `python -m dsjax.ker'):
+  with pytest.raises(ValueError, match='not built here; `python -m kernels'):
     decode_attention(*args, impl='cpu')
   jax.jit(decode_attention)(*args)
 

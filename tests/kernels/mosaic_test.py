@@ -243,7 +243,7 @@ def test_on_a_cpu_it_is_an_error_and_other_ops_have_none():
   with pytest.raises(ValueError, match="impl='mosaic': it has attention only"):
     tiles.pick('mosaic', 'gpu')
   assert [tiles.portable(name) for name in tiles.IMPLS] == [
-      'xla', 'pallas', 'pallas_interpret', 'pallas', 'xla']
+      'xla', 'xla', 'pallas', 'pallas_interpret', 'pallas', 'xla']
 
 
 def test_a_jax_without_it_picks_another(monkeypatch):

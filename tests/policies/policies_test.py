@@ -277,6 +277,9 @@ def test_none_swings_at_a_constant_load(name):
   assert len(late_flips(served(name, 60, requests=900), 7)) <= 1
 
 
+INSTANCE = InstanceConfig('chunked', 500, 16, 4, 2048, 16)
+
+
 @pytest.mark.parametrize('now, other, flips', [
     (.8, .75, False), (.8, .87, False), (.8, .89, True), (.91, .98, False),
     (.93, 1.0, False), (0.0, .1, True)])
@@ -287,8 +290,9 @@ def test_roles_change_for_what_attains_clearly_more(now, other, flips,
   played = []
   monkeypatch.setattr(rollouts, 'attained', lambda *args: (
       played.append(args[-1]), shares[args[-1]])[1])
-  instances = [types.SimpleNamespace(index=index, role='chunked', config=None,
-                                     latency=Paced(STEP)) for index in (0, 1)]
+  instances = [types.SimpleNamespace(
+      index=index, role='chunked', config=INSTANCE, latency=Paced(STEP))
+      for index in (0, 1)]
   view = types.SimpleNamespace(load=Load(9.0, 100.0, 300.0, 50.0), link=LINK)
   answer = rollouts.better(DISTSERVE, SLO, view, instances, list(shares))
   assert answer == ({0: 'prefill', 1: 'decode'} if flips else {})

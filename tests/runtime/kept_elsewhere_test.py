@@ -12,6 +12,7 @@ from dsjax.scheduling.events import (
   Offload,
   Offloaded,
   Preempt,
+  Timer,
 )
 from dsjax.scheduling.policy import Fetch, PolicyError
 from experiments.verify.anything import FETCHING
@@ -188,15 +189,20 @@ def test_a_fetch_that_ends_otherwise(kind, monkeypatch):
       def broken(command, checksum=False):
         if kind == 'raise':
           raise RuntimeError('a fake fault')
+        monkeypatch.setattr(server.fleet, 'config', dataclasses.replace(
+            config, lease_s=1e-9))
         transfer = start(command, checksum)
         transfer.has_arrived = lambda: False
         return transfer
 
       back.start = broken
-      if kind == 'stall':
-        monkeypatch.setattr(server.fleet, 'config', dataclasses.replace(
-            config, lease_s=1e-9))
     id, prompt = fetched(server)
+    if kind == 'stall':
+      for _ in range(100):
+        if any(isinstance(e, Timer) for e, _ in server.log):
+          break
+        server.poll()
+      monkeypatch.setattr(server.fleet, 'config', config)
     if kind == 'source':
       server.kill(1, 0.0)
     elif kind == 'target':

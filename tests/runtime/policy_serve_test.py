@@ -10,6 +10,7 @@ from dsjax.config.checks import InputError
 from dsjax.config.placement import Slo
 from dsjax.policies import named
 from dsjax.scheduling.policy import DISTSERVE, PolicyError
+from dsjax.simulation import latency
 from tests.common import fake_engine, serving
 from tests.common.serving import MODEL, MODES
 
@@ -90,6 +91,9 @@ def test_prompts_are_a_list():
       server.generate_all('abc')
 
 
+LINK = latency.Link(1e-3, 1e9, 100)
+
+
 @pytest.mark.parametrize('down', (0, 1))
 @pytest.mark.parametrize('mode, name', [
     *[('2flexible', name) for name in named.NAMES],
@@ -100,7 +104,7 @@ def test_a_named_policy_waits_for_the_only_instance_of_a_phase(
     mode, name, down):
   with serving.fake_server_of(
       mode, policy=named.named(name, Slo(1.0, 1.0)),
-      latency='roofline:h100-80g') as server:
+      latency='roofline:h100-80g', link=LINK) as server:
     server.kill(down, 60.0)
     server.poll()
     id = server.submit([5, 6, 7], max_tokens=4)
