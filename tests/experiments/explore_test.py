@@ -562,7 +562,7 @@ def test_a_schedule_is_shrunk_and_replays(monkeypatch, tmp_path, capsys):
     rules, _ = explore.large_world(67)
     assert explore.report(cli.wide_console(), [result], tmp_path) == 1
     told = capsys.readouterr().out
-    assert 'Timer(' in told and 'while it runs' in told
+    assert 'Timer(' in told and 'two copies' in told
     again, moves = schedules.read_log(path)
     assert len(moves) <= 8 < 50 < len(result.moves), moves
     assert again.config == rules.config and again.requests == rules.requests
