@@ -43,8 +43,7 @@ def main(full):
   from dsjax.config.placement import Placement, Plan
   from dsjax.config.request import Request, Sampling
   from dsjax.runtime import migration, orchestrator
-  from dsjax.scheduling import page_pool as pools
-  from dsjax.scheduling import scheduler
+  from dsjax.scheduling import prefix_cache, scheduler
   from tests.common import tiny
 
   reads, value = [], ArrayImpl._value.fget
@@ -72,7 +71,7 @@ def main(full):
       assert scheduler.idle(server.state)
       for inst, one in zip(server.state.instances, server.engines,
                            strict=True):
-        assert pools.num_free(inst.pool) == one.capacity.num_pages
+        assert prefix_cache.num_free(inst.pool) == one.capacity.num_pages
       return [server.output(i).tokens for i in range(len(work))], server
 
   def plain(kv_heads):
