@@ -141,7 +141,7 @@ def test_wrong_tokens_under_flips_are_seen(tmp_path, monkeypatch):
     return real(self, command._replace(source_pages=tuple(
         (page + 1) % most for page in command.source_pages)), checksum)
   monkeypatch.setattr(Route, 'start', start)
-  changes = {'flips': 20, 'requests': 60, 'set': [*FEW, 'checksum=false']}
+  changes = {'flips': 4, 'requests': 60, 'set': [*FEW, 'checksum=false']}
   assert soak.run(flip(tmp_path, **changes), Console(quiet=True)) == 1
   result = json.loads((tmp_path / 'soak.json').read_text())
   assert result['failed checks'] == ['wrong']
