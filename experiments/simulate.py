@@ -179,7 +179,7 @@ def _policies(text, slo):
 def _made_by(options):
   """(options, data) as provenance.save_json takes them."""
   return cli.asked(options, FLAGS), [options.lengths, options.latency,
-                                         options.cluster]
+                                      options.cluster]
 
 
 def write(out, points, stopped, options):

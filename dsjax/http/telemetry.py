@@ -36,9 +36,7 @@ SECONDS = (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 30, 60)
 SIZES = tuple(2**i for i in range(13))
 STAGES = ('queued', 'prefilling', 'prefilled', 'migrating', 'decoding',
           'ending')
-_SHOWN = {stage: 'ending' for stage in lifecycle.ENDING} | {
-    # Other stages are themselves.
-    'abandoned': 'migrating', 'loading': 'prefilling', 'swapped': 'queued'}
+_SHOWN = dict.fromkeys(lifecycle.ENDING, 'ending') | lifecycle.SHOWN_AS
 RECENT = 500  # finished requests that the live page shows
 
 

@@ -365,8 +365,7 @@ def simulated(placement: Placement, slo: Slo, records: list[Record],
               config: scheduler.Config, latencies: Sequence[latency.Latency],
               log: list | None = None) -> Simulated:
   """The Simulated of a finished run."""
-  sent = metrics.by_arrival(records)
-  kept = sent[int(WARMUP * len(sent)):]
+  kept = goodput.steady(metrics.by_arrival(records), WARMUP)
   return Simulated(
       placement, slo, records, kept,
       metrics.summarize(kept, slo, placement.num_devices),

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from dsjax.analysis import metrics
 from dsjax.analysis.record import Record
@@ -13,14 +13,21 @@ from dsjax.config.placement import Slo
 # (rate_per_s, n) -> whether each of the first n requests of a steady run at
 # this rate attained.
 HitsAt = Callable[[float, int], list[bool]]
+_Request = TypeVar('_Request')  # a record, or what is known of one
 WARMUP = 0.2  # share of the requests that see an emptier system
+
+
+def steady(requests: list[_Request], warmup: float = WARMUP
+           ) -> list[_Request]:
+  """Of requests in order of arrival, those after the warm-up."""
+  return requests[int(warmup * len(requests)):]
 
 
 def steady_hits(records: Iterable[Record], slo: Slo,
                 warmup: float = WARMUP) -> list[bool]:
   """Whether each request attained, in order of arrival, after the warm-up."""
-  sent = metrics.by_arrival(records)
-  return [metrics.attains(r, slo) for r in sent[int(warmup * len(sent)):]]
+  return [metrics.attains(r, slo)
+          for r in steady(metrics.by_arrival(records), warmup)]
 
 
 @dataclasses.dataclass(frozen=True)

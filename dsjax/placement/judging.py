@@ -169,8 +169,7 @@ class Runs:
     if self.going is None or not self.going.is_ordered:
       return goodput.steady_hits(run(self.problem, self.system, rate_per_s, n),
                                  self.objectives(rate_per_s))
-    hits = self.going.hits(n)
-    return hits[int(goodput.WARMUP * len(hits)):]
+    return goodput.steady(self.going.hits(n))
 
 
 class _Run:

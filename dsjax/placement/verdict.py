@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dsjax.config.placement import Placement
 from dsjax.placement import clusters, judging
 from dsjax.placement.candidates import SearchProblem
-from dsjax.placement.goodput import WARMUP, Goodput
+from dsjax.placement.goodput import Goodput, steady
 from dsjax.placement.judging import Candidate
 from dsjax.scheduling.page_pool import num_free
 from dsjax.scheduling.state import room
@@ -79,8 +79,7 @@ def bottleneck(problem: SearchProblem, row: RankedPlacement) -> str:
   judge = judging.Judge(problem, system)
   n = min(judge.length(rate_per_s), 4 * problem.most_requests)
   shortage = _Shortage(system.config.instances)
-  records = judging.run(problem, system, rate_per_s, n,
-                           shortage)[int(WARMUP * n):]
+  records = steady(judging.run(problem, system, rate_per_s, n, shortage))
   slo = judge.objectives(rate_per_s)
   late = [r for r in records if (r.ttft_s or 0.0) > slo.ttft_s]
   slow = [r for r in records if (r.tpot_s or 0.0) > slo.tpot_s]

@@ -19,6 +19,7 @@ from dsjax.scheduling.policy import (
   Refuse,
   RequestView,
   View,
+  can_lend,
   others,
 )
 
@@ -26,21 +27,23 @@ from dsjax.scheduling.policy import (
 def soonest(view: View, request: RequestView) -> tuple[float, Fetch]:
   """Seconds until a first token, at the instance where they are fewest, and
   that instance: its lender is -1 where nothing is to be copied first."""
-  lenders = [(i.hits(request)[0], -i.index, i) for i in view.instances
-             if i.status in ('up', 'draining')] if view.knows_link else []
+  kept = {i.index: i.hits(request)[0]
+          for i in view.instances} if view.knows_link else {}
   choices = []
   for instance in view.prefills:
     wait_s = queue_s(instance)
     choices.append((wait_s + prefill_s(instance, request),
                     Fetch(instance.index, -1)))
-    kept, _, lender = max([entry for entry in lenders
-                           if entry[2].config.kv_dtype
-                           == instance.config.kv_dtype], default=(0, 0, None))
-    fresh = kept - instance.hit_tokens(request)
-    if lender is not None and fresh > 0:
+    lender = max([i for i in view.instances if kept and can_lend(i, instance)],
+                 key=lambda i: (kept[i.index], -i.index), default=None)
+    if lender is None:
+      continue
+    fresh = kept[lender.index] - instance.hit_tokens(request)
+    if fresh > 0:
       choices.append((
           wait_s + flight_s(lender) + view.link.migrate_s(fresh)
-          + instance.latency.prefill_s(((kept, request.prompt_len),)),
+          + instance.latency.prefill_s((
+              (kept[lender.index], request.prompt_len),)),
           Fetch(instance.index, lender.index)))
   return min(choices)
 

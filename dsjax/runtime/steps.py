@@ -50,8 +50,10 @@ class Shapes(NamedTuple):
     return self.span[1] == self.model.num_layers
 
 
+@functools.cache
 def abstract(shapes: Shapes) -> tuple[Any, Any, Any]:
-  """(params, cache, slots) as sharded ShapeDtypeStructs."""
+  """(params, cache, slots) as sharded ShapeDtypeStructs; made once, as every
+  bucket asks, and not to be changed."""
   cache = jax.eval_shape(lambda: kv.init(
       shapes.model, shapes.num_pages, shapes.page_size, shapes.kv_dtype,
       shapes.span[1] - shapes.span[0]))

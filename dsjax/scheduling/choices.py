@@ -21,6 +21,7 @@ from dsjax.scheduling.policy import (
   Refuse,
   RequestView,
   Split,
+  can_lend,
   index_of,
 )
 
@@ -109,9 +110,7 @@ def entry(run: Run, seq: LiveSeq) -> tuple[LiveInstance, int] | Refuse:
 
 def _lender(run, seq, inst, answer):
   """The index of the instance that lends what it has kept, of a Fetch."""
-  lenders = [i.index for i in run.instances
-             if i is not inst and i.status in ('up', 'draining')
-             and i.config.kv_dtype == inst.config.kv_dtype]
+  lenders = [i.index for i in run.instances if can_lend(i, inst)]
   index = index_of(answer.lender)
   if seq.done or not run.policy.fetches or index not in lenders:
     raise run.policy.refuse(

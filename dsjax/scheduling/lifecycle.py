@@ -29,6 +29,9 @@ STAGES = {
                  'copy',
 }
 ENDING = ('finishing', 'yielding', 'leaving', 'over')
+# Stages that tables and metrics show as another one, but for ENDING.
+SHOWN_AS = {'abandoned': 'migrating', 'loading': 'prefilling',
+            'swapped': 'queued'}
 
 CAUSES = {
     'plan': 'a decision, after any event: admit, pull, decode, preempt',

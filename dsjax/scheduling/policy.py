@@ -485,6 +485,14 @@ def shortest_queue(view: View, request: RequestView) -> int:
   return min(view.prefills, key=_BACKLOG).index
 
 
+def can_lend(lender: Any, instance: Any) -> bool:
+  """Whether a Fetch to an instance may name another as its lender. Both are
+  InstanceViews, or what these show."""
+  return (lender.index != instance.index
+          and lender.status in ('up', 'draining')
+          and lender.config.kv_dtype == instance.config.kv_dtype)
+
+
 def may_go_on(view: View, request: RequestView) -> Sequence[InstanceView]:
   """Where the rest of a split prompt may be prefilled: where its first part
   was, and on those of view.may_prefill that hold rows too."""

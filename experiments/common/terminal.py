@@ -20,9 +20,8 @@ from dsjax.scheduling import lifecycle, prefix_cache
 
 TABLE_S, LINE_S, RATE_S, FIRST_S = 0.25, 5.0, 2.0, 2.0
 STAGES = ('queued', 'prefilling', 'migrating', 'decoding')
-_STAGE = dict.fromkeys(lifecycle.ENDING) | {
-    'prefilled': 'migrating', 'abandoned': 'migrating',
-    'loading': 'prefilling', 'swapped': 'queued'}  # others: themselves
+_STAGE = dict.fromkeys(lifecycle.ENDING) | lifecycle.SHOWN_AS | {
+    'prefilled': 'migrating'}
 
 
 def short(text, limit=70):

@@ -22,6 +22,7 @@ from dsjax.scheduling.policy import (
   RequestView,
   Split,
   View,
+  can_lend,
   may_go_on,
   shortest_queue,
 )
@@ -34,10 +35,7 @@ _ROLES = ('prefill', 'decode', 'colocated', 'chunked')
 
 
 def _lenders(view, index):
-  kv_dtype = view.instances[index].config.kv_dtype
-  return [i for i in view.instances
-          if i.index != index and i.status in ('up', 'draining')
-          and i.config.kv_dtype == kv_dtype]
+  return [i for i in view.instances if can_lend(i, view.instances[index])]
 
 
 def fetching(view: View, request: RequestView) -> int | Fetch:

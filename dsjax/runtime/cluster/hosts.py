@@ -15,7 +15,6 @@ until it has come, and on one port more for each instance that starts.
 import collections
 import contextlib
 import hmac
-import json
 import logging
 import pathlib
 import secrets
@@ -25,7 +24,12 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from dsjax.config.checks import InputError, is_positive_int, require
+from dsjax.config.checks import (
+  InputError,
+  is_positive_int,
+  parse_json,
+  require,
+)
 from dsjax.config.placement import Placement
 from dsjax.runtime.cluster import messages
 from dsjax.runtime.cluster.channel import Channel, Door
@@ -75,10 +79,11 @@ def read(file: str) -> Group:
   """
   path = pathlib.Path(file)
   try:
-    fields = json.loads(path.read_text())
-  except (OSError, ValueError) as error:
-    raise InputError(f'hosts file {file!r}: must be JSON that can be read: '
-                     f'{error}') from None
+    text = path.read_bytes()
+  except OSError as error:
+    raise InputError(f'hosts file {file!r}: cannot be read: '
+                     f'{error.strerror}') from None
+  fields: Any = parse_json(f'hosts file {file!r}', text)
   require(isinstance(fields, dict)
           and set(fields) == {'server', 'key', 'hosts'},
           f'hosts file {file!r}', fields,

@@ -74,7 +74,8 @@ def test_a_file_that_says_something_else_is_refused(tmp_path, fields, error):
     hosts.read(write(tmp_path, **fields))
 
 
-@pytest.mark.parametrize('text', ['', '[]', '{', 'null', '\xff'])
+@pytest.mark.parametrize('text', ['', '[]', '{', 'null', '\xff', '[' * 10**5],
+                         ids=lambda text: text[:9])
 def test_what_is_no_object_is_refused(tmp_path, text):
   path = tmp_path / 'hosts.json'
   path.write_bytes(text.encode('latin1'))
