@@ -14,8 +14,8 @@ are compiled for the three modes together, not 22.
 It should say that every mode answered 16 of 16, that nothing was compiled
 while serving and that all answers are equal token for token; then the tables,
 the verdict and where the files are. On a 2-core CPU machine that did nothing
-else: no clear winner; attained 100 %, 69 % and 75 %; TPOT p90 114, 175 and
-177 ms; TTFT p90 684, 768 and 1,108 ms.
+else: no clear winner; attained 100 %, 88 % and 88 %; TPOT p90 103, 145 and
+156 ms; TTFT p90 658, 774 and 1,053 ms.
 """
 
 from configs.serve import Serve, Workload
