@@ -64,8 +64,9 @@ class LocalProcess:
     return self._door.failed
 
   @property
-  def pid(self) -> int:
-    return self._popen.pid
+  def pid(self) -> int | None:
+    """None once its end was seen: the number may be another's then."""
+    return self._popen.pid if self._popen.returncode is None else None
 
   def exit_code(self) -> int | None:
     """None: it runs."""

@@ -416,6 +416,15 @@ def test_one_that_dies_idle_is_started_again(fakes):
   assert not fakes.busy
 
 
+def test_one_whose_end_was_seen_has_no_pid(fakes):
+  """Its number may be another's by then."""
+  process = fakes.engines[1]._process
+  kill(fakes, 1)
+  until(lambda: fakes.faults and not fakes.fleet.down, fakes)
+  assert process.exit_code() == -signal.SIGKILL
+  assert process.pid is None
+
+
 def test_an_instance_that_is_killed_by_hand_comes_back(fakes):
   fakes.kill(0)
   assert fakes.engines[0].pid is None and fakes.fleet.down == {0: None}
