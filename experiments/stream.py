@@ -2,13 +2,13 @@
 
   python -m experiments.stream
   python -m experiments.stream --across --lengths=8192 --rate=1
-  python -m experiments.stream --real --lengths=96,384
+  python -m experiments.stream --real
 
 At each length of --lengths the same prompts are served with whole hand-offs
 and with streamed KV (engine.stream_kv). Without --rate one comes when the one
 before has ended, so nothing but its own copy delays a second token; with
---rate so many come a second. Simulated on --placement; with --real a few of
-them are served by a model on two devices of this machine, in turn.
+--rate so many come a second. Simulated on --placement; with --real a model
+serves them on two devices of this machine, in turn, one after another.
 
 It prints a table and writes stream.csv: tokens, stream, gap_s (first to second
 token: median) and gap_p99_s, ttft_s, tpot_s (medians), last_s (predicted: the
@@ -19,7 +19,7 @@ prompt tokens). Exit codes: 0; 2 for bad input; 130 by Ctrl-C.
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,13 +35,20 @@ from dsjax.placement import api
 from dsjax.simulation import simulator
 from experiments.common import cli, provenance, terminal
 
+# What is not given: simulated, and with --real, which takes a minute or two.
+SIMULATED = {'lengths': '128,2048,8192', 'requests': 40, 'model': 'llama-3-8b'}
+REAL = {'lengths': '96,384', 'requests': 6, 'model': 'smollm2-135m-instruct'}
 FLAGS = {
-    'lengths': '128,2048,8192',
-    'requests': cli.Flag(40, 'Of each length.', low=1),
+    'lengths': cli.Flag(None, 'Tokens of a prompt, with commas between: '
+                        f'{SIMULATED["lengths"]}; with --real '
+                        f'{REAL["lengths"]}.', str),
+    'requests': cli.Flag(None, f'Of each length: {SIMULATED["requests"]}; with '
+                         f'--real {REAL["requests"]}.', int, low=1),
     'rate': cli.Flag(0.0, 'A second; 0: one after another.', low=0),
     'answer': cli.Flag(16, 'Tokens.', low=2),
-    'model': cli.Flag('llama-3-8b', 'A name in dsjax.config.zoo; with --real, '
-                      'what dsjax.load takes.'),
+    'model': cli.Flag(None, 'A name in dsjax.config.zoo; with --real, what '
+                      f'dsjax.load takes: {SIMULATED["model"]}; '
+                      f'{REAL["model"]}.', str),
     'latency': 'tables:h100-80g',
     'placement': 'prefill=1x1,decode=1x1',
     'across': cli.Flag(False, 'KV moves between nodes, not inside one.'),
@@ -110,13 +117,17 @@ def simulate(options: Any, tokens: int, stream: bool) -> Line:
               + decode.host_s + decode.decode_s(1, tokens + 1))
 
 
-def serve(options: Any, lengths: Sequence[int]) -> list[Line]:
+def serve(options: Any, lengths: Sequence[int],
+          tell: Callable[..., object]) -> Iterator[Line]:
   """The prompts of each length on a served model, with streams and without
-  in turn."""
+  in turn.
+
+  tell: called with a line of progress.
+  """
   model = dsjax.load(options.model)
   draw = np.random.default_rng(options.seed)
-  lines = []
   for tokens in lengths:
+    tell(f'{tokens} tokens: compiling two servers', begins=True)
     config = EngineConfig(
         max_len=tokens + options.answer, max_seqs=2,
         prefill_tokens=min(options.prefill_tokens, tokens),
@@ -124,16 +135,17 @@ def serve(options: Any, lengths: Sequence[int]) -> list[Line]:
     with dsjax.serve(model, options.placement, config) as whole, dsjax.serve(
         model, options.placement,
         dataclasses.replace(config, stream_kv=True)) as streamed:
-      for _ in range(options.requests + 1):  # the first one warms up
+      for n in range(options.requests + 1):  # the first one warms up
+        tell(f'{tokens} tokens: {n} of {options.requests + 1} prompts served, '
+             'with streams and without', begins=not n)
         prompt = draw.integers(model.config.vocab_size, size=tokens).tolist()
         answers = [server.generate(prompt, max_tokens=options.answer,
                                    ignore_eos=True).tokens
                    for server in (whole, streamed)]
         if answers[0] != answers[1]:
           raise AssertionError(f'other tokens with streams: {answers}')
-      lines += [line(tokens, stream, server.records[1:], 0.0) for stream, server
-                in ((False, whole), (True, streamed))]
-  return lines
+      for stream, server in ((False, whole), (True, streamed)):
+        yield line(tokens, stream, server.records[1:], 0.0)
 
 
 def table(lines: Iterable[Line]) -> Table:
@@ -155,19 +167,26 @@ def table(lines: Iterable[Line]) -> Table:
 
 def run(options: Any, console: Any) -> int:
   """Runs, shows and writes."""
+  for name, value in (REAL if options.real else SIMULATED).items():
+    if getattr(options, name) is None:
+      setattr(options, name, value)
   given = cli.numbers('--lengths', options.lengths)
   lengths = list(map(int, given))
   require(lengths == given, '--lengths', options.lengths, 'whole numbers')
   lines: list[Line] = []
-  stopped = False
+  tell, stopped = terminal.now_and_then(console), False
   try:
     if options.real:
+      require(not options.rate, '--rate', options.rate,
+              '0 with --real: one prompt comes after another')
       cli.prepare(2)
-      lines += serve(options, lengths)
+      for told in serve(options, lengths, tell):
+        lines.append(told)
     else:
       for tokens in lengths:
-        lines += [simulate(options, tokens, stream)
-                  for stream in (False, True)]
+        for stream in (False, True):
+          lines.append(simulate(options, tokens, stream))
+          tell(f'{len(lines)} of {2 * len(lengths)} runs done')
   except KeyboardInterrupt:
     stopped = True
   console.print(table(lines))

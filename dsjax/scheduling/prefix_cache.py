@@ -15,6 +15,7 @@ The functions take every kind of pool; one that is no Cache keeps nothing.
 """
 
 import collections
+import heapq
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Self
@@ -139,12 +140,18 @@ def doomed(cache: Pages, count: int) -> list[tuple[int, int]]:
 
 def _oldest(cache, count):
   """(stamp, hash)s of the `count` idle pages that were used longest ago."""
-  stamp, oldest = cache.oldest, []
-  while len(oldest) < count:
-    hash = cache.idle.get(stamp)
+  stamp, oldest, idle = cache.oldest, [], cache.idle
+  # Pages that are hit again and again leave stamps without a page: no more of
+  # them are passed than there are pages to sort instead.
+  most = stamp + count + len(idle)
+  while len(oldest) < count and stamp < most:
+    hash = idle.get(stamp)
     if hash is not None:
       oldest.append((stamp, hash))
     stamp += 1
+  if len(oldest) < count:
+    oldest += heapq.nsmallest(count - len(oldest), [
+        entry for entry in idle.items() if entry[0] >= stamp])
   return oldest
 
 

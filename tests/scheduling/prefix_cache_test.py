@@ -58,6 +58,31 @@ def test_the_last_page_of_the_longest_unused_goes_first():
   assert order(cache) == [22, 21, 11]
 
 
+class Looked(prefix_cache.Table):
+  """Counts what is asked for."""
+
+  looks = 0
+
+  def get(self, key, default=None):
+    self.looks += 1
+    return super().get(key, default)
+
+
+@pytest.mark.parametrize('count', [1, 3])
+def test_an_eviction_does_not_pass_all_hits_since_the_last(count):
+  cache = filled(pool(8)._replace(kept=Looked(), idle=Looked()), [11, 12])
+  for _ in range(1000):
+    cache = prefix_cache.release(*prefix_cache.hold(cache, [12]), [12], 1)
+  cache = filled(cache, [21, 22, 23, 24, 25, 26])
+  cache.idle.looks = 0
+  gone = order(cache)[:count]
+  assert [h for h, _ in prefix_cache.doomed(cache, count)] == gone
+  cache, _ = prefix_cache.alloc(cache, count)
+  assert not set(gone) & set(of(cache)) and len(of(cache)) == 8 - count
+  cache, _ = prefix_cache.alloc(cache, 1)
+  assert cache.idle.looks < 60
+
+
 def test_what_has_owners_is_not_evicted():
   cache = filled(pool(4), [11, 12, 13])
   cache, _ = prefix_cache.hold(cache, [11, 12])
