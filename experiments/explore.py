@@ -227,6 +227,10 @@ def large_world(seed):
         c, host_pages=draw.choice((0, 3, 12))) for c in config.instances]))
   if draw.random() < 0.5:
     config = dataclasses.replace(config, stream_kv=True)
+  if config.prefix_cache and draw.random() < 0.5:
+    config = dataclasses.replace(
+        config, policy=anything(seed, fetches=True) if mode == 'flexible'
+        else FETCHING)
   return Rules(config, requests), faults
 
 

@@ -38,6 +38,8 @@ def plan(run: Run) -> None:
   instance.
   """
   while any([inst.fresh for inst in run.instances]):
+    if run.policy.fetches:
+      _ask_borrowers(run)
     for inst in run.decoders:
       if inst.fresh and inst.host:
         swapping.come_back(run, inst)
@@ -49,6 +51,15 @@ def plan(run: Run) -> None:
         _issue(run, inst)
         if inst.queue and (inst.host or run.policy.fetches):
           _fetch(run, inst)
+
+
+def _ask_borrowers(run: Run) -> None:
+  """Whose lender has changed may find more there, and load it now."""
+  changed = [inst.index for inst in run.instances if inst.fresh]
+  for inst in run.instances:
+    if inst.queue and not inst.fresh and not loading.is_full(inst):
+      ids = inst.queue if run.policy.order else inst.queue[:1]
+      inst.fresh = any([run.seqs[id].lender in changed for id in ids])
 
 
 def _pull(run: Run, inst: LiveInstance) -> None:

@@ -6,7 +6,8 @@ Side by side in one run, on the same cores, SmolLM2-135M in float32:
   (a) an instance's compiled steps against a hand-written plain `jax.jit` loop
       with a dense cache, batch 1 and 8, 256-token prompts;
   (b) the whole server against its bare compiled steps;
-  (c) scheduler.step in microseconds, 256 running and 1,000 waiting;
+  (c) scheduler.step in CPU microseconds, 256 running and 1,000 waiting: without
+      a prefix cache, with one, with 100,000 blocks kept, in host memory too;
   (d) KV migration against a plain `jax.device_put` of equal bytes;
   (e) eight requests end to end, by mode;
   (f) with --peers (extra `peers`), llama.cpp and transformers on the same
@@ -31,12 +32,14 @@ from dsjax.config.placement import Placement, Plan
 from dsjax.config.request import Request, Sampling
 from dsjax.model import products, transformer
 from dsjax.runtime import engine, orchestrator
-from dsjax.scheduling import scheduler
+from dsjax.scheduling import prefix_cache, scheduler
 from dsjax.scheduling.events import (
   Arrived,
   Chunk,
   DecodeDone,
   Migrate,
+  Offload,
+  Offloaded,
   PrefillDone,
   Row,
   RunDecode,
@@ -272,30 +275,96 @@ def bench_modes(loaded, results, rounds):
 # --- the rest ---------------------------------------------------------------
 
 
+RUNNING, WAITING, KEPT, TIMED = 256, 1000, 100_000, 600
+# What is kept when nobody has come yet, in pages and in slots of host memory.
+CASES = {'no prefix cache': None, 'prefix cache': (0, 0),
+         f'{KEPT:,} kept blocks': (KEPT, 0),
+         'and as many in host memory': (KEPT, KEPT)}
+
+
+def filled(pool, hashes):
+  """A pool in which blocks are kept that nobody asks for."""
+  pool, pages = prefix_cache.alloc(pool, len(hashes))
+  return prefix_cache.release(pool, pages, hashes, len(hashes))
+
+
+class Busy:
+  """A colocated instance's scheduler, its rows running, its queue full.
+
+  With blocks kept, each page that a row takes evicts one, which goes to a slot
+  where there are any, and evicts what was there.
+  """
+
+  def __init__(self, kept, running=RUNNING, waiting=WAITING):
+    pages, slots = kept or (0, 0)
+    room = running * (20 if pages else 75)
+    instance = InstanceConfig('colocated', pages + room, 16, running, 8192, 64,
+                              host_pages=slots)
+    self.config = scheduler.Config((instance,), 4096,
+                                   prefix_cache=kept is not None)
+    self.state, self.pending = scheduler.init(self.config), []
+    first, = self.state.instances
+    if pages:
+      first = first._replace(pool=filled(first.pool, range(-pages, 0)))
+    if slots:
+      first = first._replace(host=first.host._replace(
+          slots=filled(first.host.slots, range(-pages - slots, -pages))))
+    self.state = self.state._replace(instances=(first,))
+    for id in range(running + waiting):
+      self.step(Arrived(0.0, id, 300, 900, blocks=tuple(
+          range(id * 100, id * 100 + 18)) if kept is not None else ()))
+    while len(self.state.instances[0].rows) < running:
+      self.next()
+
+  def row_pages(self):
+    """Pages of all rows together."""
+    return sum(len(row.pages) for row in self.state.instances[0].rows)
+
+  def step(self, event):
+    """CPU seconds of a step."""
+    start = time.process_time()
+    self.state, commands = scheduler.step(self.config, self.state, event)
+    taken = time.process_time() - start
+    self.pending += [c for c in commands
+                     if isinstance(c, RunPrefill | RunDecode | Offload)]
+    return taken
+
+  def next(self):
+    """The oldest command is done: CPU seconds of its step, if it decodes."""
+    command = self.pending.pop(0)
+    if isinstance(command, RunDecode):
+      return self.step(DecodeDone(0.0, 0, command.number,
+                                  (0.0,) * command.steps))
+    self.step(Offloaded(0.0, 0, command.number) if isinstance(command, Offload)
+              else PrefillDone(0.0, 0, command.number))
+    return None
+
+
 def bench_scheduler(results):
-  """One DecodeDone at 256 running and 1,000 waiting."""
-  instance = InstanceConfig('colocated', 20_000, 16, 256, 8192, 64)
-  config = scheduler.Config((instance,), 4096)
-  state, pending = scheduler.init(config), []
-  for id in range(1256):
-    state, out = scheduler.step(config, state, Arrived(0., id, 300, 900))
-    pending += [c for c in out if hasattr(c, 'number')]
-  taken = []
-  while len(taken) < 600:
-    c = pending.pop(0)
-    if isinstance(c, RunPrefill):
-      event = PrefillDone(0., 0, c.number)
-    else:
-      event = DecodeDone(0., 0, c.number, (0.,) * c.steps)
-    start = time.perf_counter()
-    state, out = scheduler.step(config, state, event)
-    if len(state.instances[0].rows) == 256:
-      taken.append(time.perf_counter() - start)
-    pending += [c for c in out if hasattr(c, 'number')]
-  assert len(state.instances[0].queue) == 1000
-  print(f'    p99 {np.percentile(taken, 99) * 1e6:.0f} us')
-  add(results, '(c) scheduler.step, 256 running, 1,000 waiting', 'us',
-      statistics.median(taken) * 1e6)
+  """The DecodeDones of busy schedulers, in turn."""
+  busy = {name: Busy(kept) for name, kept in CASES.items()}
+  quiet, taking = ({name: [] for name in CASES} for _ in range(2))
+  for _ in range(TIMED):
+    for name, one in busy.items():
+      before = one.row_pages()
+      while (took_s := one.next()) is None:
+        pass
+      pages = one.row_pages() - before
+      if not pages:
+        quiet[name].append(took_s)
+      elif pages > RUNNING // 2:
+        taking[name].append(took_s / pages)
+  for one in busy.values():
+    assert len(one.state.instances[0].queue) == WAITING
+    scheduler.check(one.state)
+  plain, *_ = CASES
+  print(f'(c) scheduler.step, {RUNNING} running, {WAITING:,} waiting: one in '
+        'which no row takes a page, and by page one in which most do')
+  for name, steps in (('step', quiet), ('page taken', taking)):
+    median = {case: 1e6 * statistics.median(steps[case]) for case in CASES}
+    for case in CASES:
+      add(results, f'(c) {name}, {case}', 'us', median[case], median[plain],
+          plain)
 
 
 def bench_migrate(loaded, results, rounds):

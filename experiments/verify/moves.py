@@ -215,9 +215,9 @@ class Moving:
     before = self.w.state.instances[index].queue
     # Not of those that came since, perhaps after the command was issued.
     queue = [id for id in after.instances[index].queue if id in before]
-    seqs = self.w.state.seqs  # one that loaded was let in before
+    seqs = self.w.state.seqs  # one that loaded, well or not, was let in before
     waited = [id for id in after.seqs if id not in seqs
-              or seqs[id].stage != 'loading']
+              or seqs[id].stage not in ('loading', 'prefilling')]
     if queue:
       first = after.seqs[queue[0]].order
       for part in c.chunks if isinstance(c, RunPrefill) else (c,):

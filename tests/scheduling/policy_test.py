@@ -30,6 +30,7 @@ from dsjax.scheduling.events import (
 from dsjax.scheduling.policy import (
   DISTSERVE,
   Because,
+  Fetch,
   Move,
   Policy,
   PolicyError,
@@ -70,6 +71,25 @@ def _arrive(id, prompt_len=6, max_tokens=4):
 
 
 # --- what each hook decides --------------------------------------------------
+
+
+@pytest.mark.parametrize('order', [None, lambda view, instance, waiting: [
+    *waiting][::-1]])
+def test_what_a_lender_has_kept_just_now_is_fetched_at_once(order):
+  def route(view, request):
+    return Fetch(1, 0) if request.id > 1 else request.id
+
+  config = dataclasses.replace(
+      _config(['prefill', 'prefill', 'decode'], route=route, fetches=True,
+              order=order), prefix_cache=True)
+  # Both are at work; who waits at the second begins as the first one's prompt.
+  events = [Arrived(0.0, 0, 9, 4, blocks=(7, 8)), Arrived(0.0, 1, 9, 4)]
+  events += [Arrived(0.0, 3, 14, 4)] * bool(order) + [
+      Arrived(0.0, 2, 14, 4, blocks=(7, 8, 9))]
+  _, commands = _after(config, *events, PrefillDone(1.0, 0, 0))
+  fetch, = [c for c in commands if isinstance(c, Migrate) and c.kept]
+  assert (fetch.id, fetch.source, fetch.target) == (2, 0, 1)
+  assert fetch.num_tokens == 8
 
 
 def test_route_chooses_the_queue():
