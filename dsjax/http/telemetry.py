@@ -23,7 +23,10 @@ from dsjax.scheduling import lifecycle, prefix_cache
 from dsjax.scheduling.events import (
   Command,
   Event,
+  Fail,
+  Finish,
   Load,
+  Loaded,
   Migrate,
   Migrated,
   Offload,
@@ -54,6 +57,7 @@ class Gauges:
     self.model, self.registry = model, prom.CollectorRegistry()
     self._unlabelled = prom.CollectorRegistry()
     self._last_s: dict[int, float] = {}  # by request: when its newest came
+    self._coming: dict[int, Load | Migrate] = {}  # by request: kept KV
     self.recent = collections.deque(maxlen=RECENT)
     self.num_rejected = 0
     self._server: Orchestrator | None = None
@@ -115,25 +119,32 @@ class Gauges:
   def observe(self, event: Event, commands: Iterable[Command]) -> None:
     """Folds one event and the commands that answered it.
 
-    Batches count when they are issued, so nothing in flight is kept here.
+    Batches count when they are issued, kept KV that is copied when it is there.
     """
     if isinstance(event, Migrated):
       self.migrations.inc()
+    if isinstance(event, Migrated | Loaded):
+      copy = self._coming.get(event.id)
+      if copy and copy.epoch == event.epoch:
+        self._hit(self._coming.pop(event.id), copy.num_tokens)
     for command in commands:
       if isinstance(command, Preempt):
         self.preemptions.inc()
       elif isinstance(command, Migrate) and not command.more:
         if command.kept:
-          tokens, spared = command.hit + command.num_tokens, 'prefill'
+          self._coming[command.id] = command
+          self._hit(command, command.hit)
         else:
-          tokens, spared = command.hit - command.sent, 'copy'
-        self.hit_tokens.labels(str(command.target), spared).inc(tokens)
+          self.hit_tokens.labels(str(command.target), 'copy').inc(
+              command.hit - command.sent)
       elif isinstance(command, Offload | Load):
         instance, kind = str(command.instance), type(command).__name__.lower()
         self.host_pages.labels(instance, kind).inc(len(command.pages))
         if isinstance(command, Load) and not command.row:
-          self.hit_tokens.labels(instance, 'prefill').inc(
-              command.hit + command.num_tokens)
+          self._coming[command.id] = command
+          self._hit(command, command.hit)
+      elif isinstance(command, Finish | Fail):
+        self._coming.pop(command.id, None)
       elif isinstance(command, RunPrefill | RunDecode):
         instance = str(command.instance)
         if command.chunks:
@@ -145,6 +156,12 @@ class Gauges:
           rows = self.decode_rows.labels(instance)
           for _ in range(command.steps):
             rows.observe(len(command.rows))
+
+  def _hit(self, copy: Load | Migrate, tokens: int) -> None:
+    """Counts tokens of a prompt that need not be computed where kept KV comes
+    to."""
+    instance = copy.target if isinstance(copy, Migrate) else copy.instance
+    self.hit_tokens.labels(str(instance), 'prefill').inc(tokens)
 
   def wrote(self, stream: Stream, num_tokens: int) -> None:
     """Folds tokens that a request has just got."""

@@ -7,7 +7,18 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from dsjax.http import telemetry
 from dsjax.http.service import Refused, Service
+from dsjax.scheduling.events import (
+  Cancelled,
+  Finish,
+  Load,
+  Loaded,
+  LoadFailed,
+  Migrate,
+  Migrated,
+  Tick,
+)
 from tests.common.web import Running, complete, metric, paced, until
 
 
@@ -75,3 +86,27 @@ def test_there_are_words_before_anything_is_compiled():
   service = Service(None)
   with pytest.raises(Refused, match='the server is starting: loading the m'):
     service.check_open()
+
+
+def test_kept_kv_that_is_copied_counts_once_it_is_there():
+  gauges = telemetry.Gauges('tiny')
+
+  def hits(event, *commands):
+    gauges.observe(event, commands)
+    return sum(s.value for f in text_string_to_metric_families(
+        gauges.text().decode()) for s in f.samples
+        if s.name == 'dsjax_prefix_hit_tokens_total')
+
+  load = Load(5, 1, 0, (3, 4), (7, 8), 8, hit=4)
+  again = load._replace(epoch=2)
+  fetch = Migrate(6, 1, 1, (0,), 0, (9,), 4, hit=8, kept=True)
+  assert hits(Tick(0.0), load, fetch) == 4 + 8  # in the instance's own memory
+  assert hits(LoadFailed(1.0, 5, 1)) == 12
+  assert hits(Tick(0.0), again) == 12 + 4
+  assert hits(Loaded(2.0, 5, 1)) == 16  # late, of the one that failed
+  assert hits(Migrated(2.0, 6, 1)) == 16 + 4
+  assert hits(Migrated(2.0, 6, 1)) == 20
+  assert hits(Cancelled(3.0, 5), Finish(5, 'cancelled')) == 20
+  assert hits(Loaded(4.0, 5, 2)) == 20
+  assert hits(Tick(4.0), load) + 8 == hits(Loaded(5.0, 5, 1)) == 32
+  assert not gauges._coming
