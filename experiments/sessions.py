@@ -5,7 +5,7 @@
   python -m experiments.sessions --trace=conversation_trace.jsonl --rates=3.4
   python -m experiments.sessions --trace=... --host_gb=64,256
   python -m experiments.sessions --trace=... --rates=4 --goodput
-  python -m experiments.sessions --real --model=smollm2-135m-instruct
+  python -m experiments.sessions --real
 
 Simulated: at each rate the same requests (sessions of --kind, whose turns
 follow the answer before; or a trace in Mooncake's format, its times scaled to
@@ -68,6 +68,7 @@ from experiments.common import cli, provenance, terminal
 KINDS = {'chat': sessions.CHAT, 'agent': sessions.AGENT}
 TURNS, SYSTEM, NEW, ANSWER = 4, 160, 32, 32  # with --real
 TOLERANCE, MOST_RUNS = 1.05, 16  # of --goodput
+SIMULATED, REAL = 'llama-3-8b', 'smollm2-135m-instruct'  # --model not given
 WARMUP = 0.2  # share of the requests that counts in no statistic
 FLAGS = {
     'kind': cli.Flag('chat', f'Of sessions: {" or ".join(KINDS)}.'),
@@ -75,8 +76,8 @@ FLAGS = {
     'rates': '2,8',
     'requests': cli.Flag(2000, 'About so many turns at each rate.', low=50),
     'routes': cli.Flag(['random', 'balanced', 'hits', 'global'], 'Of them.'),
-    'model': cli.Flag('llama-3-8b', 'A name in dsjax.config.zoo; with --real, '
-                      'what dsjax.load takes.'),
+    'model': cli.Flag(None, 'A name in dsjax.config.zoo; with --real, what '
+                      f'dsjax.load takes: {SIMULATED}; {REAL}.', str),
     'latency': 'tables:h100-80g',
     'placement': 'prefill=1x1,1x1,decode=1x1,1x1',
     'page_size': cli.Flag(64, 'Tokens.', low=1),
@@ -262,10 +263,13 @@ def cache_name(told: Line) -> str:
           'on' if told.cache else 'off')
 
 
-def serve(options: Any, cache: bool, host_gb: float
-          ) -> tuple[Line, int, float]:
+def serve(options: Any, cache: bool, host_gb: float,
+          tell: Callable[..., object]) -> tuple[Line, int, float]:
   """Sessions of a served model, turn by turn: (their Line, KV bytes moved, CPU
-  seconds of this process while they were served)."""
+  seconds of this process while they were served).
+
+  tell: called with a line of progress.
+  """
   model = dsjax.load(options.model)
   config = EngineConfig(max_len=512, max_seqs=4, prefill_tokens=256,
                         num_pages=options.pages, prefix_cache=cache,
@@ -278,6 +282,7 @@ def serve(options: Any, cache: bool, host_gb: float
       began_s = time.process_time()
       prompts = [list(system) for _ in range(count)]
       for turn in range(TURNS):
+        tell(f'turn {turn + 1} of {TURNS}')
         for prompt in prompts:
           prompt += draw.integers(vocabulary, size=NEW).tolist()
           answer = server.generate(prompt, max_tokens=ANSWER, ignore_eos=True)
@@ -326,6 +331,8 @@ def run(options: Any, console: Any) -> int:
   require(options.kind in KINDS, '--kind', options.kind, f'of {list(KINDS)}')
   require(0 < options.target < 1, '--target', options.target, 'between 0 and 1')
   require(options.routes, '--routes', '', f'of {list(ROUTES)}')
+  if options.model is None:
+    options.model = REAL if options.real else SIMULATED
   for name in options.routes:
     require(name in ROUTES, '--routes', name, f'of {list(ROUTES)}')
   sizes_gb = (cli.numbers('--host_gb', options.host_gb) if options.host_gb
@@ -338,7 +345,8 @@ def run(options: Any, console: Any) -> int:
     if options.real:
       cli.prepare(2)
       for cache, host_gb in caches:
-        told, moved, cpu_s = serve(options, cache, host_gb)
+        tell(f'cache {"on" if cache else "off"}: compiling', begins=True)
+        told, moved, cpu_s = serve(options, cache, host_gb, tell)
         lines.append(told)
         moves.append(moved)
         console.print(f'cache {cache_name(told)}: {moved / 1e6:.1f} MB of KV '

@@ -1,15 +1,19 @@
 """Conversations with a prefix cache and without: the runner."""
 
 import csv
+import dataclasses
 import json
 import types
 
 import pytest
 from rich.console import Console
 
+import dsjax
 from dsjax.config.checks import InputError
 from experiments import sessions
 from experiments.common import cli
+from tests.common import serving
+from tests.common.fake_engine import FakeEngine
 from tests.common.results import check_written
 
 TINY = dict(requests=60, rates='4', routes=['hits'], page_size=64,
@@ -40,6 +44,23 @@ def test_later_turns_come_sooner_with_a_cache(tmp_path):
              if 'Written' not in line) <= 80
   made = json.loads((tmp_path / 'sessions.json').read_text())['made_by']
   assert made['options']['kind'] == 'chat'
+
+
+def test_a_served_model(tmp_path, monkeypatch):
+  asked = []
+  monkeypatch.setattr(dsjax, 'load', lambda name: (
+      asked.append(name), dataclasses.replace(
+          serving.MODEL, config=dataclasses.replace(
+              serving.MODEL.config, max_len=512)))[1])
+  serve = dsjax.serve
+  monkeypatch.setattr(dsjax, 'serve', lambda *args: serve(
+      *args, make_engine=FakeEngine))
+  code, told = shown(real=True, out=str(tmp_path), sessions=2)
+  assert code == 0 and asked == ['smollm2-135m-instruct'] * 2
+  without, with_it = rows(tmp_path)
+  assert float(without['cached']) == 0 and float(with_it['cached']) > 0.5
+  assert float(with_it['moved']) < float(without['moved']) == 1
+  assert 'cache on: compiling' in told and 'later TTFT' in told
 
 
 def test_a_trace(tmp_path):

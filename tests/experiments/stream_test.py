@@ -8,7 +8,7 @@ from rich.console import Console
 import dsjax
 from dsjax.config.checks import InputError
 from experiments import stream
-from experiments.common import cli
+from experiments.common import cli, terminal
 from tests.common import serving
 from tests.common.fake_engine import FakeEngine
 from tests.common.results import check_written
@@ -42,22 +42,36 @@ def test_the_gap_is_the_last_chunk_and_a_step(tmp_path):
              if 'Written' not in line) <= 80
 
 
-def test_a_served_model(tmp_path, monkeypatch):
-  monkeypatch.setattr(dsjax, 'load', lambda name: serving.MODEL)
+@pytest.mark.parametrize('given', [{}, {'model': 'mine', 'lengths': '40',
+                                        'requests': 2}])
+def test_a_served_model(given, tmp_path, monkeypatch):
+  asked = []
+  monkeypatch.setattr(dsjax, 'load', lambda name: (
+      asked.append(name), serving.MODEL)[1])
   serve = dsjax.serve
   monkeypatch.setattr(dsjax, 'serve', lambda *args: serve(
       *args, make_engine=FakeEngine))
-  code, _ = shown(real=True, lengths='40', prefill_tokens=16, requests=2,
-                  answer=3, out=str(tmp_path))
+  monkeypatch.setattr(terminal, 'FIRST_S', 0)
+  monkeypatch.setitem(stream.REAL, 'lengths', '20,50')
+  code, told = shown(real=True, prefill_tokens=16, answer=3,
+                     out=str(tmp_path), **given)
   assert code == 0
-  whole, streamed = rows(tmp_path)
-  assert (whole['stream'], streamed['stream']) == ('False', 'True')
-  assert whole['moved'] == streamed['moved'] == '1.0'
+  assert asked == [given.get('model', 'smollm2-135m-instruct')]
+  found = rows(tmp_path)
+  assert [row['tokens'] for row in found[::2]] == (
+      ['40'] if given else ['20', '50'])
+  for whole, streamed in zip(found[::2], found[1::2], strict=True):
+    assert (whole['stream'], streamed['stream']) == ('False', 'True')
+    assert whole['moved'] == streamed['moved'] == '1.0'
+  words = ' '.join(told.split())
+  assert f'{found[0]["tokens"]} tokens: compiling two servers' in words
+  assert f'0 of {given.get("requests", 6) + 1} prompts served' in words
 
 
 @pytest.mark.parametrize('options, words', [
     ({'lengths': '0'}, '--lengths'), ({'lengths': '1.5'}, '--lengths'),
-    ({'placement': 'colocated=1x1'}, '--placement')])
+    ({'placement': 'colocated=1x1'}, '--placement'),
+    ({'real': True, 'rate': 1.0}, '--rate')])
 def test_bad_input_is_named(options, words):
   with pytest.raises(InputError, match=words):
     shown(**{'lengths': '100', 'requests': 1} | options)
