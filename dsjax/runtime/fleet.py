@@ -142,6 +142,7 @@ def build(model: Model, placement: Placement, config: EngineConfig,
   meshes = sharding.make_meshes(model.config, placement, devices)
   capacities = [memory.size_pages(model.config, stages, role, config)
                 for role, stages in zip(roles, meshes, strict=True)]
+  memory.check_host(config.host_bytes, len(roles))
   return [make_engine(model, stages, role, config, capacity)
           for role, stages, capacity in zip(roles, meshes, capacities,
                                             strict=True)]

@@ -1,6 +1,7 @@
 """How many pages fit beside the weights and the steps."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,14 @@ def _device_bytes(tree: Any) -> int:
   """Bytes of sharded ShapeDtypeStructs on each of their devices."""
   return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
              for x in jax.tree.leaves(tree))
+
+
+def check_host(host_bytes: int, instances: int) -> None:
+  """Raises InputError unless this machine has so much memory for each."""
+  has = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  require(host_bytes * instances <= has, 'EngineConfig.host_bytes', host_bytes,
+          f'at most {has // instances} bytes, as this machine has {has} for '
+          f'{instances} instances')
 
 
 def size_pages(config: ModelConfig, meshes: Sequence[Mesh], role: str,

@@ -1,6 +1,7 @@
 """Pages that come back from host memory: tokens as without, within a budget."""
 
 import dataclasses
+import os
 
 import jax
 import numpy as np
@@ -93,6 +94,18 @@ def test_a_budget_bounds_it():
     with pytest.raises(InputError, match=f'^EngineConfig.host_bytes={size}: '
                        f'must be 0, or {page_bytes} to'):
       fake_server_of('1p1d', tiered(PAGES_4, size))
+
+
+@pytest.mark.parametrize('mode, instances', [('1p1d', 2), ('2p2d', 4)])
+def test_no_more_than_the_machine_has(mode, instances, monkeypatch):
+  pages = {'SC_PAGE_SIZE': 2**12, 'SC_PHYS_PAGES': 2**10}
+  monkeypatch.setattr(os, 'sysconf', pages.get)
+  most = 2**22 // instances
+  with fake_server_of(mode, tiered(host_bytes=most)):
+    pass
+  with pytest.raises(InputError, match=f'^EngineConfig.host_bytes={most + 1}: '
+                     f'must be at most {most} bytes, as this machine has'):
+    fake_server_of(mode, tiered(host_bytes=most + 1))
 
 
 @pytest.mark.parametrize('mode', ['1p1d', '2p2d', 'colocated', 'chunked',
