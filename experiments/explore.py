@@ -1,6 +1,6 @@
 """Every interleaving of small worlds with their faults, and random large ones.
 
-  python -m experiments.explore                   as in make test-deep
+  python -m experiments.explore                   all small ones, 50 large ones
   python -m experiments.explore --deep            minutes of 2 cores
   python -m experiments.explore --only=1P2D --more=2 --seconds=600 --seeds=0
   python -m experiments.explore --only= --seeds=2000

@@ -43,6 +43,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 import dsjax
@@ -310,7 +311,8 @@ def compared(off: Line, on: Line, moved: Sequence[int]) -> str:
 def table(lines: Iterable[Line]) -> Table:
   """A line a run."""
   out = Table(title='TTFT, ms; cached (+ loaded), moved: of prompt tokens; '
-              'attained, %; cache: + GB of host memory')
+              'attained, %; cache: + GB of host memory', box=box.SIMPLE,
+              collapse_padding=True)
   for name in ('rate', 'route', 'cache', 'TTFT', 'later', 'p90', 'cached',
                'moved', 'attained [95 %]'):
     out.add_column(name, justify='left' if name == 'route' else 'right')

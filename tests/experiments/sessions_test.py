@@ -46,6 +46,14 @@ def test_later_turns_come_sooner_with_a_cache(tmp_path):
   assert made['options']['kind'] == 'chat'
 
 
+def test_the_table_of_all_routes_fits():
+  told = [sessions.Line(9.5, route, True, 256.0, *[0.5] * 4, *[0.345] * 3, 1.0,
+                        0.98, 1.0) for route in sessions.ROUTES]
+  console = Console(record=True, width=100)
+  console.print(sessions.table(told))
+  assert max(map(len, console.export_text().splitlines())) <= 80
+
+
 def test_a_served_model(tmp_path, monkeypatch):
   asked = []
   monkeypatch.setattr(dsjax, 'load', lambda name: (
