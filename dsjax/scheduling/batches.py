@@ -37,9 +37,11 @@ def plan(run: Run) -> None:
   Only what has changed can start anything; one decision may change another
   instance.
   """
+  fetches = run.policy.fetches
+  if fetches:
+    _ask_borrowers(run, [i.index for i in run.instances if i.fresh])
   while any([inst.fresh for inst in run.instances]):
-    if run.policy.fetches:
-      _ask_borrowers(run)
+    pools = [inst.pool for inst in run.instances] if fetches else ()
     for inst in run.decoders:
       if inst.fresh and inst.host:
         swapping.come_back(run, inst)
@@ -49,15 +51,18 @@ def plan(run: Run) -> None:
       if inst.fresh:
         inst.fresh = False
         _issue(run, inst)
-        if inst.queue and (inst.host or run.policy.fetches):
+        if inst.queue and (inst.host or fetches):
           _fetch(run, inst)
+    if fetches:
+      _ask_borrowers(run, [inst.index for inst, pool in zip(
+          run.instances, pools, strict=True) if inst.pool is not pool])
 
 
-def _ask_borrowers(run: Run) -> None:
-  """Whose lender has changed may find more there, and load it now."""
-  changed = [inst.index for inst in run.instances if inst.fresh]
+def _ask_borrowers(run: Run, changed: Sequence[int]) -> None:
+  """Whose lender, one of these, has kept more may load it now; less: may need
+  fewer pages, as hits are no longer cut to pages of both."""
   for inst in run.instances:
-    if inst.queue and not inst.fresh and not loading.is_full(inst):
+    if inst.queue and not inst.fresh:
       ids = inst.queue if run.policy.order else inst.queue[:1]
       inst.fresh = any([run.seqs[id].lender in changed for id in ids])
 

@@ -329,7 +329,8 @@ class Rules:
       run = scheduler.Run(self.config, now)
       for event, stage in self._stale(w, turn):
         self.probed.add((stage, type(event).__name__, 'stale'))
-        need(not run.apply(event), 'not inert: {}', event)
+        answer = run.apply(event)
+        need(not answer, 'not inert: {}, which answers {}', event, answer)
       need(run.freeze() == now, 'a stale event changed the state')
       return
     event, stage = self._wrong(w, turn)
