@@ -39,7 +39,7 @@ PACKAGES = {'pure': {'numpy'}, 'device': {'jax', 'flax', 'numpy'},
             'shell': None, 'tool': None}
 # What else single files may do, and why.
 EXCEPTIONS = {
-    'dsjax/scheduling/prefix_cache.py': {'rpds'},  # maps that are values
+    'dsjax/scheduling/prefix_cache.py': {'immutables'},  # maps that are values
     'dsjax/workload/files.py': {'io', 'pathlib'},  # reads traces, prompts
     'dsjax/simulation/hardware.py': {'pathlib'},  # what DistServe released
     'dsjax/simulation/profiles.py': {'pathlib'},  # files of latencies

@@ -89,10 +89,11 @@ def release(pool: Pool | Counted, pages: Sequence[int]) -> Pool | Counted:
       raise ValueError(f'{len(pages)} pages released, of which only '
                        f'{pool.num_pages - pool.free} are owned')
     return Counted(pool.num_pages, pool.free + len(pages))
-  first, mask = min(pages, default=0), 0
+  first = min(pages, default=0)
+  bits = bytearray((max(pages, default=0) - first >> 3) + 1)
   for page in pages:
-    mask |= 1 << page - first
-  mask <<= first
+    bits[page - first >> 3] |= 1 << (page - first & 7)
+  mask = int.from_bytes(bits, 'little') << first
   if (mask & pool.free or mask >> pool.num_pages
       or mask.bit_count() < len(pages)):
     raise ValueError(f'page {_wrong(pool, pages)} released but not owned')

@@ -20,7 +20,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Self
 
-from rpds import HashTrieMap
+import immutables
 
 from dsjax.scheduling import page_pool
 from dsjax.scheduling.page_pool import Counted, Pool
@@ -36,14 +36,12 @@ class Kept(NamedTuple):
 
 
 class Table(dict[int, Any]):
-  """A HashTrieMap that changes in place, for one who owns the state."""
+  """An immutables.Map that changes in place, for one who owns the state."""
 
-  def insert(self, key: int, value: Any) -> Self:
-    self[key] = value
+  def mutate(self) -> Self:
     return self
 
-  def remove(self, key: int) -> Self:
-    del self[key]
+  def finish(self) -> Self:
     return self
 
 
@@ -89,7 +87,7 @@ def init(num_pages: int, in_place: bool = False) -> Cache:
 
   in_place: what is kept changes in place; for one who owns the state.
   """
-  table = Table if in_place else HashTrieMap
+  table = Table if in_place else immutables.Map
   return Cache(page_pool.init(num_pages), table(), table())
 
 
@@ -122,10 +120,12 @@ def alloc(pages: Pages, count: int) -> tuple[Pages, tuple[int, ...]]:
   if not isinstance(pages, Cache):
     return page_pool.alloc(pages, count)
   lacks = count - page_pool.num_free(pages.pool)
-  if 0 < lacks <= len(pages.idle):
-    pages = _evict(pages, lacks)
-  pool, ids = page_pool.alloc(pages.pool, count)
-  return pages._replace(pool=pool), ids
+  if not 0 < lacks <= len(pages.idle):
+    pool, ids = page_pool.alloc(pages.pool, count)
+    return pages._replace(pool=pool), ids
+  pages, evicted = _evict(pages, lacks)
+  pool, ids = page_pool.alloc(pages.pool, count - lacks)
+  return pages._replace(pool=pool), tuple(sorted((*ids, *evicted)))
 
 
 def doomed(cache: Pages, count: int) -> list[tuple[int, int]]:
@@ -156,14 +156,16 @@ def _oldest(cache, count):
 
 
 def _evict(cache, count):
-  """Forgets the `count` idle pages that were used longest ago."""
-  pool, kept, idle, stamp, _ = cache
+  """Forgets the `count` idle pages that were used longest ago: (cache, these
+  pages, neither kept nor free)."""
+  oldest = _oldest(cache, count)
+  kept, idle = cache.kept.mutate(), cache.idle.mutate()
   evicted = []
-  for stamp, hash in _oldest(cache, count):
+  for stamp, hash in oldest:
     evicted.append(kept[hash].page)
-    kept, idle = kept.remove(hash), idle.remove(stamp)
-  return cache._replace(pool=page_pool.release(pool, evicted), kept=kept,
-                        idle=idle, oldest=stamp + 1)
+    del kept[hash], idle[stamp]
+  return cache._replace(kept=kept.finish(), idle=idle.finish(),
+                        oldest=oldest[-1][0] + 1), evicted
 
 
 def hits(pages: Pages, hashes: Iterable[int]) -> list[Kept]:
@@ -178,14 +180,14 @@ def hold(pages: Pages, hashes: Sequence[int]) -> tuple[Pages, tuple[int, ...]]:
   """Another owner for the kept pages of these hashes: (pool, pages)."""
   if not isinstance(pages, Cache):
     return pages, ()
-  kept, idle, ids = pages.kept, pages.idle, []
+  kept, idle, ids = pages.kept.mutate(), pages.idle.mutate(), []
   for hash in hashes:
     page, owners, stamp = kept[hash]
     if not owners:
-      idle = idle.remove(stamp)
-    kept = kept.insert(hash, Kept(page, owners + 1, -1))
+      del idle[stamp]
+    kept[hash] = Kept(page, owners + 1, -1)
     ids.append(page)
-  return pages._replace(kept=kept, idle=idle), tuple(ids)
+  return pages._replace(kept=kept.finish(), idle=idle.finish()), tuple(ids)
 
 
 def keep(pages: Pages, ids: Iterable[int], hashes: Iterable[int]) -> Pages:
@@ -193,11 +195,11 @@ def keep(pages: Pages, ids: Iterable[int], hashes: Iterable[int]) -> Pages:
   another page with the same tokens is kept already, that one stays."""
   if not isinstance(pages, Cache):
     return pages
-  kept = pages.kept
+  kept = pages.kept.mutate()
   for page, hash in zip(ids, hashes, strict=False):
-    if kept.get(hash) is None:
-      kept = kept.insert(hash, Kept(page, 1, -1))
-  return pages._replace(kept=kept)
+    if hash not in kept:
+      kept[hash] = Kept(page, 1, -1)
+  return pages._replace(kept=kept.finish())
 
 
 def release(pages: Pages, ids: Sequence[int], hashes: Sequence[int],
@@ -212,7 +214,10 @@ def release(pages: Pages, ids: Sequence[int], hashes: Sequence[int],
   """
   if not isinstance(pages, Cache):
     return page_pool.release(pages, ids)
-  pool, kept, idle, oldest, stamp = pages
+  if not hashes:
+    return pages._replace(pool=page_pool.release(pages.pool, ids))
+  pool, _, _, oldest, stamp = pages
+  kept, idle = pages.kept.mutate(), pages.idle.mutate()
   private = []
   for place in range(len(ids) - 1, -1, -1):
     page = ids[place]
@@ -226,25 +231,27 @@ def release(pages: Pages, ids: Sequence[int], hashes: Sequence[int],
       continue
     owners = entry.owners - 1 if entry else 0
     if owners:
-      kept = kept.insert(hash, Kept(page, owners, -1))
+      kept[hash] = Kept(page, owners, -1)
       continue
-    kept = kept.insert(hash, Kept(page, 0, stamp))
-    idle = idle.insert(stamp, hash)
+    kept[hash] = Kept(page, 0, stamp)
+    idle[stamp] = hash
     stamp += 1
-  return Cache(page_pool.release(pool, private), kept, idle, oldest, stamp)
+  return Cache(page_pool.release(pool, private), kept.finish(), idle.finish(),
+               oldest, stamp)
 
 
 def forget(cache: Cache, ids: Iterable[int], hashes: Iterable[int]) -> Cache:
   """An owner gives kept pages back that are no good: they stay only while
   others own them."""
-  pool, kept = cache.pool, cache.kept
+  pool, kept = cache.pool, cache.kept.mutate()
   for page, hash in zip(ids, hashes, strict=True):
     owners = kept[hash].owners - 1
     if owners:
-      kept = kept.insert(hash, Kept(page, owners, -1))
+      kept[hash] = Kept(page, owners, -1)
     else:
-      kept, pool = kept.remove(hash), page_pool.release(pool, (page,))
-  return cache._replace(pool=pool, kept=kept)
+      del kept[hash]
+      pool = page_pool.release(pool, (page,))
+  return cache._replace(pool=pool, kept=kept.finish())
 
 
 def check(pages: Pages, owned: Iterable[Sequence[int]]) -> None:

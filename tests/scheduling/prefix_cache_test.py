@@ -127,12 +127,12 @@ def test_emptied_is_of_the_same_kind():
 
 @pytest.mark.parametrize('change, words', [
     (lambda c: c._replace(pool=page_pool.init(4)), 'owned and free'),
-    (lambda c: c._replace(kept=c.kept.insert(11, Kept(0, 2, -1))),
+    (lambda c: c._replace(kept=c.kept.set(11, Kept(0, 2, -1))),
      'page 0 is kept, not by 2 owners'),
-    (lambda c: c._replace(kept=c.kept.insert(11, Kept(0, 1, 5))), 'stamp 5'),
-    (lambda c: c._replace(idle=c.idle.insert(7, 11)), 'order of idle'),
+    (lambda c: c._replace(kept=c.kept.set(11, Kept(0, 1, 5))), 'stamp 5'),
+    (lambda c: c._replace(idle=c.idle.set(7, 11)), 'order of idle'),
     (lambda c: c._replace(next=0), 'beyond their bounds'),
-    (lambda c: c._replace(kept=c.kept.remove(11)), 'pages leaked'),
+    (lambda c: c._replace(kept=c.kept.delete(11)), 'pages leaked'),
 ])
 def test_check_sees(change, words):
   cache, ids = prefix_cache.hold(filled(pool(4), [11, 12]), [11])
