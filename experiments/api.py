@@ -87,7 +87,7 @@ def make_service(config, name=None, key=None, log_text=False,
     from dsjax.http import routes
   except ImportError as error:
     raise InputError(f'{error}: the server needs the extra `serve`: pip '
-                     "install 'dsjax[serve]'") from error
+                     "install -e '.[serve]'") from error
 
   def make(report):
     model = dsjax.load(config.model, config.engine.dtype,

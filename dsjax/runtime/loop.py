@@ -257,34 +257,50 @@ class Loop:
       RequestFailed: requests wait for instances that are away, and for
         stall_s none was restored.
     """
+    why, is_policy = self._standstill()
+    if is_policy:
+      self.give_up(why)
+      raise PolicyError(why)
+    if why and self._late():
+      raise RequestFailed(why)
+
+  def overdue(self) -> tuple[str, list[int]]:
+    """(why, requests) of those that have waited stall_s while nothing was in
+    flight; of a server to which more may come, which may let these start."""
+    why, _ = self._standstill()
+    return why, self._late() if why else []
+
+  def _late(self) -> list[int]:
+    """Requests that wait for longer than stall_s, with nothing done."""
+    until_s = self.now - self.fleet.config.stall_s
+    return [id for id, state in self.unfinished.items()
+            if max(self.moved_s, state.request.arrival_s) < until_s]
+
+  def _standstill(self) -> tuple[str, bool]:
+    """(why nothing goes on, whether it is the policy that lets nothing start)
+    of requests that wait; '' where something goes on. Warns of instances that
+    are away and that only `restore` starts."""
     if not self.unfinished or self._waits or self.fleet.busy or (
         self.fleet.starting):
-      return
+      return '', False
     down = [index for index, instance in enumerate(self.state.instances)
             if instance.status == 'down']
     if not down:
-      reason = (f'policy {self.scheduler_config.policy.name!r}: nothing is in '
-                f'flight and it lets none of the {len(self.unfinished)} '
-                'requests go on that wait')
-      self.give_up(reason)
-      raise PolicyError(reason)
-    if all(self.fleet.down.get(index) is None for index in down):
-      self._check_away(down)
-
-  def _check_away(self, away: Sequence[int]) -> None:
-    """Warns where nothing goes on without an instance that only `restore`
-    starts; see check_stalled."""
+      return (f'policy {self.scheduler_config.policy.name!r}: nothing is in '
+              f'flight and it lets none of the {len(self.unfinished)} '
+              'requests go on that wait'), True
+    if any(self.fleet.down.get(index) is not None for index in down):
+      return '', False
     since_s = max(self.moved_s, min(
         [state.request.arrival_s for state in self.unfinished.values()]))
     names = ', '.join(f'{index} ({self.fleet.engines[index].role})'
-                      for index in away)
+                      for index in down)
     words = (f'nothing is in flight, and instances are away: {names}; restore '
              'starts one')
     if since_s != self._away_s:
       self._away_s = since_s
       LOG.warning('%d requests wait: %s', len(self.unfinished), words)
-    if self.now - since_s > self.fleet.config.stall_s:
-      raise RequestFailed(f'after {self.now - since_s:.1f} s {words}')
+    return f'after {self.now - since_s:.1f} s {words}', False
 
   def tell(self) -> None:
     """Raises the first of what others raised; the state is whole."""

@@ -153,6 +153,7 @@ class OrchestratorThread:
     self._inbox: queue.Queue[list[Stream] | Stream | None] = (
         queue.Queue())
     self._open: dict[int, Stream] = {}
+    self._overdue: dict[int, str] = {}  # given up: why
     self._stopping = False
     self.thread = threading.Thread(target=self._work, name='orchestrator',
                                    daemon=True)
@@ -288,9 +289,19 @@ class OrchestratorThread:
         server.cancel(item.id)
     if server.poll():  # an idle one too: an instance may be lost
       some, self.moved_s = True, self.clock()
+    elif self._give_up(server):
+      some = True
     if some:
       self._publish(server)
     return True
+
+  def _give_up(self, server: Orchestrator) -> bool:
+    """Fails what has waited stall_s for nothing; whether there was any."""
+    why, ids = server.loop.overdue()
+    for id in ids:
+      self._overdue[id] = why
+      server.cancel(id)
+    return bool(ids)
 
   def _asked(self, wait: bool) -> list[list[Stream] | Stream | None]:
     items = []
@@ -323,6 +334,9 @@ class OrchestratorThread:
       if update.reason:
         del self._open[id]
         record = server.forget(id)
+        if why := self._overdue.pop(id, ''):
+          record.status, record.reason = 'failed', why
+          update = update._replace(reason='error', error=why)
         update = update._replace(record=record)
         if self._observer:
           self._observer.finished(record)

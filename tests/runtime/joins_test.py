@@ -1,5 +1,6 @@
 """Instances that are away at first, join, leave and come back under load."""
 
+import asyncio
 import dataclasses
 import threading
 import time
@@ -8,8 +9,10 @@ import pytest
 
 from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
+from dsjax.runtime.async_server import AsyncServer
 from dsjax.runtime.output import RequestFailed
 from dsjax.scheduling.events import RunDecode, RunPrefill
+from dsjax.scheduling.policy import DISTSERVE
 from tests.common import serving
 from tests.common.serving import MIXED, PAGES_4
 
@@ -111,6 +114,49 @@ def test_one_that_waits_for_what_is_away_is_told_and_not_for_ever(
       assert f'{away[0]} ({server.engines[away[0]].role})' in caplog.text
       assert caplog.text.count('requests wait: nothing is in flight') == 1
       assert not server.requests
+
+
+@pytest.mark.parametrize('mode, away', [
+    ('1p1d', (0,)), ('2p2d', (2, 3)), ('2colocated', (0, 1))])
+def test_a_task_that_waits_for_what_is_away_is_told_and_not_for_ever(
+    mode, away, caplog):
+  """And those that come once it is back are served."""
+  config = dataclasses.replace(PAGES_4, away=away, stall_s=0.2)
+  prompt, params = serving.job(6, 5, ignore_eos=True)
+
+  async def generate(server):
+    return (await server.generate(prompt, **params)).reason
+
+  async def stream(server):
+    return [piece async for piece in server.stream(prompt, **params)]
+
+  async def main():
+    async with AsyncServer(lambda _: serving.fake_server_of(mode, config)
+                           ) as server:
+      for error in await asyncio.gather(
+          *(call(server) for call in (generate, stream) * 3),
+          return_exceptions=True):
+        assert isinstance(error, RequestFailed), error
+        assert 'are away: ' in str(error) and 'restore starts' in str(error)
+      assert not server.orchestrator.requests
+      assert caplog.text.count('requests wait: nothing is in flight') == 1
+      for index in away:
+        await asyncio.to_thread(server.orchestrator.restore, index)
+      assert await generate(server) == 'length'
+  asyncio.run(main())
+
+
+def test_a_task_that_its_policy_never_lets_start_is_told():
+  config = dataclasses.replace(PAGES_4, stall_s=0.2)
+  prompt, params = serving.job(6, 5, ignore_eos=True)
+  policy = dataclasses.replace(DISTSERVE, admit=lambda *_: False)
+
+  async def main():
+    async with AsyncServer(lambda _: serving.fake_server_of(
+        '1p1d', config, policy=policy)) as server:
+      with pytest.raises(RequestFailed, match='lets none of the 1 requests'):
+        await server.generate(prompt, **params)
+  asyncio.run(main())
 
 
 def test_one_that_waits_goes_on_once_what_is_away_has_joined(caplog):
