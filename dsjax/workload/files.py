@@ -81,6 +81,9 @@ def _read(path):
     text = data.decode('utf-16' if utf16 else 'utf-8-sig')
   except UnicodeDecodeError as error:
     raise InputError(f'{path}: is not UTF-8 text: {error}') from error
+  if '\0' in text:
+    raise InputError(f'{path}: is not UTF-8 text: it has zero bytes, as UTF-16 '
+                     'without its mark')
   return text.replace('\r\n', '\n').replace('\r', '\n')
 
 
@@ -333,6 +336,14 @@ def _field(path, line, row, column):
   return value
 
 
+def _check_arrivals(path, line, row, known):
+  """Raises InputError of a row that arrives where the first one does not."""
+  for name in row:
+    if name not in known and row[name] is not None and (
+        _ARRIVAL.fullmatch(_plain(name)) or _TIME_LIKE.search(_plain(name))):
+      raise _bad(path, line, name, row[name], 'in every row, or in none')
+
+
 def read_lengths(path: Path) -> tuple[Entry, ...]:
   """Reads a trace or a sample of lengths; the text may be in gzip.
 
@@ -353,16 +364,20 @@ def read_lengths(path: Path) -> tuple[Entry, ...]:
     also where a column may be an arrival but is not known as one.
   """
   columns: _Columns | None = None
+  names: list[str] = []
   read_time: Callable[..., float] = _time
   times, lengths = [], []
   for line, row in table(path):
     if columns is None:
-      columns = _columns(path, line, list(row))
+      names = list(row)
+      columns = _columns(path, line, names)
       if columns.arrival and _is_date(row.get(columns.arrival)):
         read_time, columns = _date, columns._replace(per_s=1e6)
     if columns.arrival:
       times.append(read_time(path, line, columns.arrival,
                              _field(path, line, row, columns.arrival)))
+    else:
+      _check_arrivals(path, line, row, names)
     lengths.append(tuple(
         _length(path, line, name, _field(path, line, row, name))
         for name in (columns.prompt, columns.output)))
@@ -387,6 +402,8 @@ def read_lengths(path: Path) -> tuple[Entry, ...]:
 _FORMATS = ('one prompt a line, JSON lines or a JSON array of '
             '{"prompt": ...} or {"messages": [...]}, or ShareGPT\'s JSON')
 
+_LIMITS = 'max_tokens', 'max_completion_tokens', 'max_new_tokens'
+
 
 def _prompt(path, line, row):
   text, messages = row.get('prompt'), row.get('messages')
@@ -403,10 +420,10 @@ def _prompt(path, line, row):
       raise _bad(path, line, 'messages', messages,
                  "a list of {'role': string, 'content': string}")
     messages = tuple(messages)
-  limit = row.get('max_tokens')
-  if limit is not None:
-    limit = _length(path, line, 'max_tokens', limit)
-  return Prompt(text, messages, limit)
+  for name in _LIMITS:
+    if row.get(name) is not None:
+      return Prompt(text, messages, _length(path, line, name, row[name]))
+  return Prompt(text, messages, None)
 
 
 def _item_prompt(path, number, item):
@@ -436,10 +453,10 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
 
   Blank lines and lines that begin with # are skipped. A file named .jsonl, or
   one whose first prompt begins with a brace, is JSON lines: {"prompt": string}
-  or {"messages": [{"role", "content"}, ...]}, either with "max_tokens", or
-  conversations of ShareGPT, of which the first human turn is the prompt (a
-  warning counts those without one); other keys are ignored. An array holds
-  such objects or strings.
+  or {"messages": [{"role", "content"}, ...]}, either with "max_tokens" (or
+  max_completion_tokens, max_new_tokens), or conversations of ShareGPT, of which
+  the first human turn is the prompt (a warning counts those without one);
+  other keys are ignored. An array holds such objects or strings.
 
   Returns:
     A tuple of Prompt.

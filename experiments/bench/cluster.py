@@ -13,7 +13,7 @@ One run, of which every figure comes:
   TTFT, TPOT milliseconds, medians of the same requests.
 
 Other programs, and on few cores the server itself, take from both: compare
-within a run.
+within a run. Ctrl-C keeps what was measured.
 """
 
 import statistics
@@ -30,7 +30,8 @@ from dsjax.config.engine import EngineConfig
 from dsjax.runtime.cluster import exchange, messages
 from dsjax.runtime.cluster.channel import LOOPBACK
 from dsjax.scheduling.events import Row, RunDecode
-from experiments.common import cli, provenance
+from experiments.bench import kept
+from experiments.common import cli
 from experiments.common import overrides as configs
 
 FLAGS = {
@@ -108,32 +109,42 @@ def serve(model, config, options, cluster):
           'tpot_ms': statistics.median(r.tpot_s for r in records) * 1e3}
 
 
-def run(options, console):
-  """Measures, prints a table, returns nothing."""
-  config = configs.override(CONFIG, options.set)
-  cli.prepare(2)
+def measure(options, config, results):
+  """Adds to `results` as they come: messages, served, bare_gb_per_s."""
   model = dsjax.load(options.model, config.dtype)
-  costs = {f'{rows}x{pages}': message_cost(rows, pages)
-           for rows, pages in SHAPES}
-  served = {name: serve(model, config, options, cluster)
-            for name, cluster in (('one process', None),
-                                  ('processes', 'local'))}
-  bare = bare_gb_per_s(int(served['processes']['handoff_bytes']),
-                       2 * model.config.num_layers, options.requests)
-  for shape, (here, there, size) in costs.items():
-    console.print(f'A decode command of {shape} pages: {here:.0f} us at the '
-                  f'server, {there:.0f} us at an instance, {size:,} bytes',
-                  highlight=False)
-  table = Table('', *served, 'bare pull')
+  for rows, pages in SHAPES:
+    results['messages'][f'{rows}x{pages}'] = message_cost(rows, pages)
+  for name, cluster in (('one process', None), ('processes', 'local')):
+    results['served'][name] = serve(model, config, options, cluster)
+  results['bare_gb_per_s'] = bare_gb_per_s(
+      int(results['served']['processes']['handoff_bytes']),
+      2 * model.config.num_layers, options.requests)
+
+
+def show(console, results):
+  """Prints what was measured."""
+  say, served = cli.says(console), results['served']
+  for shape, (here, there, size) in results['messages'].items():
+    say(f'A decode command of {shape} pages: {here:.0f} us at the server, '
+        f'{there:.0f} us at an instance, {size:,} bytes')
+  if not served:
+    return
+  table, bare = Table('', *served, 'bare pull'), results['bare_gb_per_s']
   for name in next(iter(served.values())):
     table.add_row(name, *(f'{figures[name]:,.2f}'
                           for figures in served.values()),
-                  f'{bare:.2f}' if name == 'handoff_gb_per_s' else '')
+                  f'{bare:.2f}' if bare and name == 'handoff_gb_per_s' else '')
   console.print(table)
-  if options.out:
-    provenance.save_json(options.out, {
-        'messages': costs, 'served': served, 'bare_gb_per_s': bare},
-                         cli.asked(options, FLAGS))
+
+
+def run(options, console):
+  """Measures, prints a table; returns the exit code."""
+  config = configs.override(CONFIG, options.set)
+  cli.prepare(2)
+  results = {'messages': {}, 'served': {}, 'bare_gb_per_s': None}
+  stopped = kept.until_stopped(measure, options, config, results)
+  show(console, results)
+  return kept.end(console, results, stopped, options, FLAGS)
 
 
 if __name__ == '__main__':

@@ -13,7 +13,7 @@ Side by side in one run, on the same cores, SmolLM2-135M in float32:
   (f) with --peers (extra `peers`), llama.cpp and transformers on the same
       weights and threads.
 Pairs are timed in turn (A B A B ...) and the median of each is reported: on a
-noisy machine only the ratios mean something.
+noisy machine only the ratios mean something. Ctrl-C keeps what was measured.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsjax.checkpoints import checkpoint
-from dsjax.config.checks import require
+from dsjax.config.checks import InputError, require
 from dsjax.config.engine import EngineConfig, InstanceConfig
 from dsjax.config.placement import Placement, Plan
 from dsjax.config.request import Request, Sampling
@@ -45,7 +45,8 @@ from dsjax.scheduling.events import (
   RunDecode,
   RunPrefill,
 )
-from experiments.common import cli, provenance
+from experiments.bench import kept
+from experiments.common import cli
 
 FLAGS = {
     'out': cli.Flag(None, 'JSON file for the numbers.', str), 'rounds': 5,
@@ -179,18 +180,18 @@ class Ours:
     return self.instance.decode(self.last)[0][-1].token_R
 
 
-def bench_steps(loaded, instance, results, rounds):
+def bench_steps(loaded, instance, results, rounds, say):
   for batch in (1, BATCH):
     dense = Dense(loaded, instance.last.params, batch)
     ours = Ours(instance, batch)
     a, b = in_turn(rounds, ours.prefill, dense.prefill)
-    add(results, f'(a) prefill, batch {batch}', 'tokens/s',
+    add(results, say, f'(a) prefill, batch {batch}', 'tokens/s',
         batch * PROMPT / a, batch * PROMPT / b, 'plain jit loop')
     a, b = in_turn(rounds, ours.decode, dense.decode)
-    add(results, f'(a) decode, batch {batch}', 'tokens/s',
+    add(results, say, f'(a) decode, batch {batch}', 'tokens/s',
         batch * STEPS / a, batch * STEPS / b, 'plain jit loop')
     weights = sum(x.nbytes for x in jax.tree.leaves(instance.last.params))
-    print(f'    decode reads the weights at {weights * STEPS / a / 1e9:.1f} '
+    say(f'    decode reads the weights at {weights * STEPS / a / 1e9:.1f} '
           f'GB/s; one sum over an array of their size: '
           f'{read_rate(weights):.1f} GB/s')
 
@@ -225,7 +226,7 @@ def serve_all(server, count, tokens):
   return took
 
 
-def bench_server(loaded, results, rounds):
+def bench_server(loaded, results, rounds, say):
   """A colocated server against the same steps without a server."""
   placement = Placement(colocated=[Plan()])
   with orchestrator.serve(loaded, placement, CONFIG) as server:
@@ -246,12 +247,12 @@ def bench_server(loaded, results, rounds):
         ours.append(a)
         floor.append(b)
     count = BATCH * (STEPS + 1)
-    add(results, '(b) server, colocated, batch 8', 'tokens/s',
+    add(results, say, '(b) server, colocated, batch 8', 'tokens/s',
         count / statistics.median(ours), count / statistics.median(floor),
         'bare steps')
 
 
-def bench_modes(loaded, results, rounds):
+def bench_modes(loaded, results, rounds, say):
   """Eight requests at once, 256-token prompts, 64 output tokens."""
   modes = [Placement(prefill=[Plan()], decode=[Plan()]),
            Placement(colocated=[Plan()]),
@@ -268,7 +269,7 @@ def bench_modes(loaded, results, rounds):
     for server, taken in zip(servers, times, strict=True):
       rate = BATCH * 64 / statistics.median(taken)
       ttft = statistics.median(r.ttft_s for r in server.records[-BATCH:])
-      add(results, f'(e) 8 x (256 + 64), {server.placement.mode}, '
+      add(results, say, f'(e) 8 x (256 + 64), {server.placement.mode}, '
           f'median TTFT {ttft:.2f} s', 'generated tokens/s', rate)
 
 
@@ -340,7 +341,7 @@ class Busy:
     return None
 
 
-def bench_scheduler(results):
+def bench_scheduler(results, say):
   """The DecodeDones of busy schedulers, in turn."""
   busy = {name: Busy(kept) for name, kept in CASES.items()}
   quiet, taking = ({name: [] for name in CASES} for _ in range(2))
@@ -358,16 +359,16 @@ def bench_scheduler(results):
     assert len(one.state.instances[0].queue) == WAITING
     scheduler.check(one.state)
   plain, *_ = CASES
-  print(f'(c) scheduler.step, {RUNNING} running, {WAITING:,} waiting: one in '
-        'which no row\n    takes a page, and by page one in which most do')
+  say(f'(c) scheduler.step, {RUNNING} running, {WAITING:,} waiting: one in '
+      'which no row\n    takes a page, and by page one in which most do')
   for name, steps in (('step', quiet), ('page taken', taking)):
     median = {case: 1e6 * statistics.median(steps[case]) for case in CASES}
     for case in CASES:
-      add(results, f'(c) {name}, {case}', 'us', median[case], median[plain],
-          plain)
+      add(results, say, f'(c) {name}, {case}', 'us', median[case],
+          median[plain], plain)
 
 
-def bench_migrate(loaded, results, rounds):
+def bench_migrate(loaded, results, rounds, say):
   """KV of 2,048 tokens between two devices."""
   config = EngineConfig(max_len=2048, max_seqs=2, transfer_pages=128,
                         prefix_cache=False)
@@ -388,63 +389,78 @@ def bench_migrate(loaded, results, rounds):
         lambda: route.start(command).land(),
         lambda: jax.device_put(plain, jax.devices()[1]),
         lambda: jax.device_put(stacked, jax.devices()[1]))
-    add(results, '(d) migration of 2,048 tokens', 'GB/s', size / ours / 1e9,
-        size / put / 1e9, 'device_put, an array a layer')
-    print(f'    one stacked device_put: {size / stack / 1e9:.1f} GB/s')
+    add(results, say, '(d) migration of 2,048 tokens', 'GB/s',
+        size / ours / 1e9, size / put / 1e9, 'device_put, an array a layer')
+    say(f'    one stacked device_put: {size / stack / 1e9:.1f} GB/s')
 
 
-def add(results, name, unit, value, rival=None, against=''):
+def add(results, say, name, unit, value, rival=None, against=''):
   ratio = value / rival if rival else None
   results.append(dict(name=name, unit=unit, value=value, rival=rival,
                       against=against, ratio=ratio))
-  print(f'{name}: {value:.1f} {unit}' + (
-      f'; {against} {rival:.1f}; ratio {ratio:.2f}' if rival else ''),
-      flush=True)
+  say(f'{name}: {value:.1f} {unit}' + (
+      f'; {against} {rival:.1f}; ratio {ratio:.2f}' if rival else ''))
 
 
-def show(results):
+def show(results, say):
   width = max(len(r['name']) for r in results)
-  print(f'\n{"":{width}}  {"dsjax":>8}  {"rival":>8}  ratio')
+  say(f'\n{"":{width}}  {"dsjax":>8}  {"rival":>8}  ratio')
   for r in results:
     rival, ratio = (f'{r[k]:8.{n}f}' if r[k] else ' ' * 8
                     for k, n in (('rival', 1), ('ratio', 2)))
-    print(f'{r["name"]:{width}}  {r["value"]:8.1f}  {rival}  {ratio[3:]}  '
+    say(f'{r["name"]:{width}}  {r["value"]:8.1f}  {rival}  {ratio[3:]}  '
           f'{r["unit"]}' + (f', {r["against"]}' if r['against'] else ''))
 
 
-def run(options, console):
-  """Runs the parts that are asked for and prints a line each."""
-  del console
-  cli.prepare(2)
-  parts = options.only or list('abcde') + ['f'] * options.peers
-  require(set(parts) <= set('abcdef'), '--only', parts, 'of a,b,c,d,e,f')
-  rounds, results = options.rounds, []
+def measure(parts, rounds, results, say):
+  """Adds a row of each part to `results` as it comes."""
   if 'c' in parts:
-    bench_scheduler(results)
+    bench_scheduler(results, say)
   if set(parts) != {'c'}:
     loaded = checkpoint.load('smollm2-135m-instruct')
   if 'a' in parts or 'f' in parts:
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ('model',))
     instance = engine.Engine(loaded, [mesh], 'colocated', CONFIG)
     for name in instance.warm():
-      print('    compiled', name, flush=True)
+      say('    compiled', name)
   if 'a' in parts:
-    bench_steps(loaded, instance, results, rounds)
+    bench_steps(loaded, instance, results, rounds, say)
   if 'b' in parts:
-    bench_server(loaded, results, rounds)
+    bench_server(loaded, results, rounds, say)
   if 'd' in parts:
-    bench_migrate(loaded, results, rounds)
+    bench_migrate(loaded, results, rounds, say)
   if 'e' in parts:
-    bench_modes(loaded, results, rounds)
+    bench_modes(loaded, results, rounds, say)
   if 'f' in parts:
-    from experiments.bench import peers
+    peers = peers_of(parts)
     peers.bench((1, BATCH), PROMPT, STEPS, lambda n: Ours(instance, n),
                 functools.partial(in_turn, rounds),
-                functools.partial(add, results))
-  show(results)
-  if options.out:
-    provenance.save_json(options.out, {'rows': results},
-                         cli.asked(options, FLAGS))
+                functools.partial(add, results, say))
+
+
+def peers_of(parts):
+  """The module of llama.cpp and transformers; None where not asked for."""
+  if 'f' not in parts:
+    return None
+  try:
+    from experiments.bench import peers
+  except ImportError as error:
+    raise InputError(f'{error}: --peers needs the extra `peers`: pip install '
+                     "-e '.[peers]'") from error
+  return peers
+
+
+def run(options, console):
+  """Runs the parts that are asked for and prints a line each."""
+  cli.prepare(2)
+  parts = options.only or list('abcde') + ['f'] * options.peers
+  require(set(parts) <= set('abcdef'), '--only', parts, 'of a,b,c,d,e,f')
+  peers_of(parts)
+  results, say = [], cli.says(console)
+  stopped = kept.until_stopped(measure, parts, options.rounds, results, say)
+  if results:
+    show(results, say)
+  return kept.end(console, {'rows': results}, stopped, options, FLAGS)
 
 
 if __name__ == '__main__':

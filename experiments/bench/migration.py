@@ -17,7 +17,7 @@ For each pair TPxPP:TPxPP it prints
             where nothing overlaps.
 All are timed in turn and medians reported. CPU devices of one process share
 cores and memory, and meshes of several devices take turns there, so overlap
-shows on one-device instances only.
+shows on one-device instances only. Ctrl-C keeps the pairs that were measured.
 """
 
 import dataclasses
@@ -37,7 +37,8 @@ from dsjax.config.request import Sampling
 from dsjax.model import kv_cache, sharding
 from dsjax.runtime import engine, migration
 from dsjax.scheduling.events import Migrate, Row, RunDecode
-from experiments.common import cli, provenance
+from experiments.bench import kept
+from experiments.common import cli
 from experiments.common import overrides as configs
 
 FLAGS = {
@@ -154,7 +155,7 @@ class Bench:
 
 def run(options, console):
   """Measures every pair and prints a line each."""
-  del console
+  say = cli.says(console)
   cli.prepare(options.devices)
   for pair in options.pairs:
     require(pair.count(':') == 1, '--pairs', pair, 'TPxPP:TPxPP')
@@ -163,24 +164,30 @@ def run(options, console):
   config = dataclasses.replace(CONFIG, max_len=max(512, options.tokens))
   config = configs.override(config, options.set)
   loaded, results = load(options.model), []
-  print(f'{loaded.config.name}, {options.tokens} tokens, '
-        f'{len(jax.devices())} {jax.devices()[0].device_kind} devices')
-  print(f'{"tp x pp":9} {"needed":>8} {"copied":>8} {"ratio":>5} '
-        f'{"copies":>6} {"GB/s":>5} {"share":>5} {"step ms":>7} '
-        f'{"x":>5} {"":12}{"hidden":>7}')
-  for name, placement in zip(options.pairs, pairs, strict=True):
-    row = Bench(loaded, placement, config, options.tokens).run(options.rounds)
-    results.append(dict(pair=name, **row))
-    print(f'{name.replace(":", " > "):9} {row["needed_mb"]:7.1f}M '
+  say(f'{loaded.config.name}, {options.tokens} tokens, '
+      f'{len(jax.devices())} {jax.devices()[0].device_kind} devices')
+  say(f'{"tp x pp":9} {"needed":>8} {"copied":>8} {"ratio":>5} '
+      f'{"copies":>6} {"GB/s":>5} {"share":>5} {"step ms":>7} '
+      f'{"x":>5} {"":12}{"hidden":>7}')
+
+  def measure():
+    for name, placement in zip(options.pairs, pairs, strict=True):
+      row = Bench(loaded, placement, config, options.tokens).run(options.rounds)
+      results.append(dict(pair=name, **row))
+      say(line(name, row))
+  return kept.end(console, {'pairs': results}, kept.until_stopped(measure),
+                  options, FLAGS)
+
+
+def line(name, row):
+  """A row of the table."""
+  least, most = row['slower_range']
+  return (f'{name.replace(":", " > "):9} {row["needed_mb"]:7.1f}M '
           f'{row["copied_mb"]:7.1f}M {row["ratio"]:5.2f} {row["copies"]:6d} '
           f'{row["gb_per_s"]:5.2f} '
           f'{row["gb_per_s"] / row["put_gb_per_s"]:5.2f} '
           f'{row["step_ms"]:7.1f} {row["slower"]:5.2f} '
-          f'[{row["slower_range"][0]:.2f}, {row["slower_range"][1]:.2f}]'
-          f'{row["hidden"]:7.2f}', flush=True)
-    if options.out:
-      provenance.save_json(options.out, {'pairs': results},
-                           cli.asked(options, FLAGS))
+          f'[{least:.2f}, {most:.2f}]{row["hidden"]:7.2f}')
 
 
 if __name__ == '__main__':

@@ -14,7 +14,8 @@ ways in turn, on the same workload:
             batches, queues, pages or records. Once in simpy (extra `bench`)
             and once on a bare heapq; simpy is left out if not installed.
 The yardstick does not know what placement it runs for: it is the price of
-tokens as events. CPU seconds (process_time), the median of --rounds.
+tokens as events. CPU seconds (process_time), the median of --rounds. Ctrl-C
+keeps the cases that were measured.
 """
 
 import cProfile
@@ -35,7 +36,8 @@ from dsjax.config.placement import Slo
 from dsjax.config.request import Request, Sampling
 from dsjax.scheduling import scheduler
 from dsjax.simulation import latency, simulator
-from experiments.common import cli, machine, provenance
+from experiments.bench import kept
+from experiments.common import cli, machine
 
 try:
   import simpy
@@ -193,37 +195,46 @@ def measure(case, n, rounds):
       rate_per_s=case.rate_per_s)
 
 
-def run(options, console):
-  """Runs every case and prints a line each."""
-  del console
-  require(set(options.only) <= set(CASES), '--only', options.only,
-          f'of {list(CASES)}')
-  results, others = {}, machine.Others()
-  print(f'{"requests a CPU second":22}' + ''.join(f'{name:>9}' for name in (
-      'leap', 'step', 'floor', 'heapq', 'simpy')))
-  for name, case in CASES.items():
-    if options.only and name not in options.only:
-      continue
-    r = results[name] = measure(case, options.requests, options.rounds)
-    yardstick = r.get('simpy', float('nan'))
-    print(f'{name:22}{r["leap"]:9.0f}{r["step"]:9.0f}{r["floor"]:9.0f}'
+def lines(name, r):
+  """What a measured case prints."""
+  yardstick = r.get('simpy', float('nan'))
+  return (f'{name:22}{r["leap"]:9.0f}{r["step"]:9.0f}{r["floor"]:9.0f}'
           f'{r["heapq"]:9.0f}{yardstick:9.0f}\n'
           f'  leap {r["leap"] / yardstick:.1f} and floor '
           f'{r["floor"] / yardstick:.1f} of simpy, leap '
           f'{r["leap"] / r["floor"]:.2f} of floor\n'
           f'  a request: {r["steps"]:.1f} steps, {r["leapt"]:.1f} leapt, '
           f'{r["tokens"]:.0f} tokens; {r["batch"]:.1f} decode; '
-          f'{r["attainment"]:.0%} attained', flush=True)
-    if options.profile:
-      profile = cProfile.Profile()
-      sent = requests(case, options.requests)
-      profile.runcall(simulator.simulate, case.config(), sent,
-                      Affine(case.pp), LINK)
-      pstats.Stats(profile).sort_stats('tottime').print_stats(14)
+          f'{r["attainment"]:.0%} attained')
+
+
+def run(options, console):
+  """Runs every case and prints a line each."""
+  say = cli.says(console)
+  require(set(options.only) <= set(CASES), '--only', options.only,
+          f'of {list(CASES)}')
+  results, others = {}, machine.Others()
+  say(f'{"requests a CPU second":22}' + ''.join(f'{name:>9}' for name in (
+      'leap', 'step', 'floor', 'heapq', 'simpy')))
+
+  def measure_all():
+    for name in options.only or CASES:
+      results[name] = measure(CASES[name], options.requests, options.rounds)
+      say(lines(name, results[name]))
+      if options.profile:
+        profile(CASES[name], options.requests)
+  stopped = kept.until_stopped(measure_all)
   cores = others.cores()
-  print('Cores that others used:', '-' if cores is None else f'{cores:.1f}')
-  if options.out:
-    provenance.save_json(options.out, results, cli.asked(options, FLAGS))
+  say('Cores that others used:', '-' if cores is None else f'{cores:.1f}')
+  return kept.end(console, results, stopped, options, FLAGS)
+
+
+def profile(case, n):
+  """Prints where a case of n requests spends its time."""
+  profiler, sent = cProfile.Profile(), requests(case, n)
+  profiler.runcall(simulator.simulate, case.config(), sent, Affine(case.pp),
+                   LINK)
+  pstats.Stats(profiler).sort_stats('tottime').print_stats(14)
 
 
 if __name__ == '__main__':

@@ -3,10 +3,12 @@
 A runner names its flags as data; the same thing has the same flag, and the
 same words in --help, in all of them. Exit codes are 0 for done (--help too),
 1 where a check of the runner found a fault, 2 for bad input, bad flags too,
-and 130 when interrupted.
+and 130 when interrupted. Where the reader of what a runner prints has left
+(`| head`), it goes on, and writes its files.
 """
 
 import contextlib
+import functools
 import math
 import os
 import pathlib
@@ -14,7 +16,7 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from absl import app, flags, logging
@@ -167,11 +169,28 @@ def fields(chosen: flags.FlagValues | types.SimpleNamespace,
           if getattr(chosen, name) is not None}
 
 
+def _print_to_nobody():
+  """Nobody reads standard output any more: what follows goes nowhere."""
+  nowhere = os.open(os.devnull, os.O_WRONLY)
+  os.dup2(nowhere, 1)
+  os.close(nowhere)
+
+
+class _Piped(Console):
+  """A Console that is quiet once its reader has left; rich's own exits."""
+
+  def on_broken_pipe(self) -> None:
+    self.quiet = True
+    _print_to_nobody()
+
+
 def exit_code(run, *args) -> int:
   """What run(*args) returns; 2 for bad input, 130 for Ctrl-C, each with one
   line on stderr."""
   try:
     return run(*args) or 0
+  except BrokenPipeError:  # of a bare print, all of whose lines are there
+    return 0
   except (InputError, PolicyError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
@@ -234,8 +253,12 @@ def main(run, defined: dict[str, Any], config=None,
     if flags.FLAGS.verbosity <= 0:
       logging.set_verbosity(verbosity)
     code = exit_code(all_read, argv[1:])
+    try:
+      if sys.stdout:
+        sys.stdout.flush()
+    except BrokenPipeError:  # else Python tells it as an error at its end
+      _print_to_nobody()
     if code == 130 and _threads_work():
-      sys.stdout.flush()
       os._exit(code)
     sys.exit(code)
 
@@ -262,8 +285,14 @@ def require_folder(field: str, path: pathlib.Path) -> None:
 
 def wide_console() -> Console:
   """A Console; off a terminal, wide enough for the widest tables."""
-  console = Console()
-  return console if console.is_terminal else Console(width=150)
+  console = _Piped()
+  return console if console.is_terminal else _Piped(width=150)
+
+
+def says(console: Console) -> Callable[..., None]:
+  """Prints texts on a Console as they are: no markup, no colours, no wraps."""
+  return functools.partial(console.print, markup=False, highlight=False,
+                           soft_wrap=True)
 
 
 def prepare(num_devices: int, cache: str | None = CACHE,

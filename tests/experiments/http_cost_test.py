@@ -10,6 +10,7 @@ from rich.console import Console
 
 from dsjax.config.checks import InputError
 from experiments.bench import http_cost, sse_client
+from experiments.common import cli
 from tests.common.web import LIMITS, MODEL, make
 
 STREAMS, TOKENS = 3, 24
@@ -77,3 +78,17 @@ def test_measures_are_means_and_a_missing_answer_is_an_error():
       pytest.approx(0.3), pytest.approx((0.5 / 5 + 0.8 / 5) / 2))
   with pytest.raises(InputError, match='answers'):
     http_cost.measures([[1.0, 1.5, 1.6], [1.0]], 6)
+
+
+def test_ctrl_c_keeps_the_rounds_there_are(monkeypatch):
+  alone = http_cost.Cost(0.1, 0.01, {'orchestrator': 1.0})
+
+  def some(*_):
+    yield dict.fromkeys(http_cost.WAYS, alone)
+    raise KeyboardInterrupt
+  monkeypatch.setattr(http_cost, 'rounds', some)
+  console = Console(record=True, width=150)
+  assert http_cost.run(cli.options(
+      http_cost.FLAGS, config='tiny', streams=2), console) == 130
+  told = console.export_text()
+  assert '2 streams of 96 tokens, 1 rounds' in told and 'HTTP adds' in told

@@ -49,7 +49,8 @@ def test_a_file_of_results_is_json_in_a_folder_that_is_made(tmp_path):
     (simulator, {'only': ['colocated'], 'requests': 20, 'rounds': 1})])
 def test_a_bench_writes_its_numbers(tmp_path, bench, changes, capsys):
   path = tmp_path / 'bench.json'
-  bench.run(cli.options(bench.FLAGS, out=str(path), **changes), None)
+  bench.run(cli.options(bench.FLAGS, out=str(path), **changes),
+            cli.wide_console())
   written = json.loads(path.read_text())
   assert written.pop('made_by')['options']['only'] == changes['only']
   assert len(written) == 1
@@ -59,7 +60,7 @@ def test_a_bench_writes_its_numbers(tmp_path, bench, changes, capsys):
 @pytest.mark.parametrize('bench', [engine, simulator])
 def test_a_part_that_a_bench_does_not_have_is_named(bench):
   with pytest.raises(InputError, match='--only=.*nothing'):
-    bench.run(cli.options(bench.FLAGS, only=['nothing']), None)
+    bench.run(cli.options(bench.FLAGS, only=['nothing']), cli.wide_console())
 
 
 # Files that are no results of a run.

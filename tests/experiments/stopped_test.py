@@ -21,6 +21,7 @@ from experiments import (
   soak,
   stream,
 )
+from experiments.bench import cluster, engine, migration, simulator
 from experiments.common import cli
 from tests.common.fake_engine import FakeEngine
 from tests.experiments import policies_test, replan_test
@@ -31,6 +32,7 @@ STOPPED_THERE = {
     'coverage': 'test_ctrl_c_keeps_what_is_known',
     'gpu.__main__':
     'test_a_command_that_is_ended_ends_its_tasks_and_says_what_there_is',
+    'bench.http_cost': 'test_ctrl_c_keeps_the_rounds_there_are',
     'measure': 'test_the_runner_writes_what_was_timed_and_exits_130',
     'place': 'test_what_was_stopped_exits_130',
     'serve': 'test_ctrl_c_keeps_what_there_is',
@@ -39,8 +41,7 @@ STOPPED_THERE = {
     'validate': 'test_rows_files_and_ctrl_c'}
 # Those that have nothing before they have all.
 NOTHING_TO_KEEP = {
-    'api', 'aot.__main__', 'bench.cluster', 'bench.engine', 'bench.http_cost',
-    'bench.migration', 'bench.simulator', 'host', 'tokenizer_folder'}
+    'api', 'aot.__main__', 'host', 'tokenizer_folder'}
 
 
 def stop_at(count, function=None):
@@ -110,7 +111,32 @@ def stop_stream(monkeypatch):
   return stream, dict(lengths='100,200', requests=3), 'stream.csv', 3
 
 
-STOPS = {name.removeprefix('stop_'): function
+def stop_bench_cluster(monkeypatch):
+  monkeypatch.setattr(cluster.dsjax, 'load', lambda *_: None)
+  monkeypatch.setattr(cluster, 'serve', stop_at(1, lambda *_: {'ttft_ms': 1.0}))
+  return cluster, {}, 'bench.json', 10
+
+
+def stop_bench_engine(monkeypatch):
+  monkeypatch.setattr(engine.checkpoint, 'load', stop_at(0))
+  return engine, dict(only=['c', 'd']), 'bench.json', 10
+
+
+def stop_bench_migration(monkeypatch):
+  row = dict.fromkeys(('needed_mb', 'copied_mb', 'ratio', 'gb_per_s', 'hidden',
+                       'put_gb_per_s', 'step_ms', 'slower'), 1.0)
+  monkeypatch.setattr(migration.Bench, '__init__', lambda *_: None)
+  monkeypatch.setattr(migration.Bench, 'run', stop_at(
+      2, lambda *_: row | {'copies': 1, 'slower_range': (1.0, 1.0)}))
+  return migration, dict(model='tiny'), 'bench.json', 20
+
+
+def stop_bench_simulator(monkeypatch):
+  monkeypatch.setattr(simulator, 'measure', stop_at(1, simulator.measure))
+  return simulator, dict(requests=20, rounds=1), 'bench.json', 10
+
+
+STOPS = {name.removeprefix('stop_').replace('bench_', 'bench.'): function
          for name, function in list(globals().items())
          if name.startswith('stop_') and name != 'stop_at'}
 
@@ -119,7 +145,8 @@ def test_every_runner_is_stopped_somewhere():
   assert {*STOPS, *STOPPED_THERE, *NOTHING_TO_KEEP} == {*RUNNERS}
   for name, test in STOPPED_THERE.items():
     module = importlib.import_module(
-        f'tests.experiments.{name.removesuffix(".__main__")}_test')
+        f'tests.experiments.{name.removesuffix(".__main__").split(".")[-1]}'
+        '_test')
     assert '130' in inspect.getsource(getattr(module, test))
 
 
@@ -127,7 +154,8 @@ def test_every_runner_is_stopped_somewhere():
 def test_what_was_done_before_ctrl_c_stays(tmp_path, monkeypatch, name):
   runner, options, kept, lines = STOPS[name](monkeypatch)
   console = Console(record=True, width=120)
-  options = cli.options(runner.FLAGS, out=str(tmp_path), **options)
+  out = tmp_path / 'bench.json' if name.startswith('bench.') else tmp_path
+  options = cli.options(runner.FLAGS, out=str(out), **options)
   assert runner.run(options, console) == 130
   told = console.export_text()
   if kept is None:

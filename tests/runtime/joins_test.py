@@ -121,7 +121,7 @@ def test_one_that_waits_for_what_is_away_is_told_and_not_for_ever(
 def test_a_task_that_waits_for_what_is_away_is_told_and_not_for_ever(
     mode, away, caplog):
   """And those that come once it is back are served."""
-  config = dataclasses.replace(PAGES_4, away=away, stall_s=0.2)
+  config = dataclasses.replace(PAGES_4, away=away, stall_s=1.0)
   prompt, params = serving.job(6, 5, ignore_eos=True)
 
   async def generate(server):
@@ -147,7 +147,7 @@ def test_a_task_that_waits_for_what_is_away_is_told_and_not_for_ever(
 
 
 def test_a_task_that_its_policy_never_lets_start_is_told():
-  config = dataclasses.replace(PAGES_4, stall_s=0.2)
+  config = dataclasses.replace(PAGES_4, stall_s=1.0)
   prompt, params = serving.job(6, 5, ignore_eos=True)
   policy = dataclasses.replace(DISTSERVE, admit=lambda *_: False)
 

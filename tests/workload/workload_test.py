@@ -100,6 +100,10 @@ def test_columns_that_are_not_read_are_named(tmp_path):
     ('prompt_len,output_len\n5,6,7\n', ['line 2', 'more fields']),
     ('prompt_len,outputs\n5,6\n', ['line 2', 'outputs', 'output_len']),
     ('prompt_len,output_len\n', ['at least one row']),
+    *(('{"isl": 1, "osl": 2}\n' + json.dumps({'isl': 1, 'osl': 2, name: 3}),
+       ['line 2', name, 'every row, or in none'])
+      for name in ('arrival_s', 'timestamp', 'started_at', 'epoch')),
+    ('p\0r\0o\0m\0p\0t\0', ['zero bytes', 'UTF-16']),
     ('', ['at least one row']),
     (b'\xff', ['UTF-8']), (b'\xff\xfe', ['at least one row']),
     (b'\xff\xfea', ['is not UTF-8 text']),
@@ -219,6 +223,18 @@ def test_read_prompts_jsonl(tmp_path):
   for name in ('p.jsonl', 'p.txt'):
     assert workload.read_prompts(_write(tmp_path / name, text)) == (
         Prompt('a\nb', None, None), Prompt(None, tuple(chat), 7))
+
+
+@pytest.mark.parametrize('name', (
+    'max_tokens', 'max_completion_tokens', 'max_new_tokens'))
+def test_a_limit_of_an_answer_has_several_names(tmp_path, name):
+  path = tmp_path / 'prompts.jsonl'
+  path.write_text('\n'.join(json.dumps({'prompt': 'Hi', name: limit})
+                            for limit in (5, None)))
+  assert [p.max_tokens for p in workload.read_prompts(path)] == [5, None]
+  path.write_text(json.dumps({'prompt': 'Hi', name: 0}))
+  with pytest.raises(InputError, match=f'{name}=0: must be'):
+    workload.read_prompts(path)
 
 
 def test_read_prompts_of_an_array(tmp_path):
