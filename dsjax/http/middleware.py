@@ -74,7 +74,7 @@ class Gate:
                reject: Callable[[str], None], origins: Sequence[str] = ()
                ) -> None:
     self.app, self.limits, self.reject = app, limits, reject
-    self.key = None if key is None else f'Bearer {key}'.encode()
+    self.key = None if key is None else key.encode()
     self.cors = CORSMiddleware(
         app, allow_origins=[origin.rstrip('/') for origin in origins],
         allow_methods=('GET', 'POST'), allow_headers=('*',),
@@ -155,9 +155,8 @@ class Gate:
       return Response(status_code=204, headers={'Allow': 'GET, HEAD, POST'})
     if self.cors and _is_preflight(scope, headers):  # it has no key
       return self._preflight(scope, self.cors)
-    given = headers.get(b'authorization', b'')
     if (self.key and scope['path'] not in OPEN_PATHS
-        and not hmac.compare_digest(given, self.key)):
+        and not _has_key(headers.get(b'authorization', b''), self.key)):
       return self.turn_away(scope, 401, 'unauthorized', 'authorization: must '
                             'be "Bearer " and the key')
     if headers.get(b'expect', b'100-continue').lower() != b'100-continue':
@@ -165,7 +164,7 @@ class Gate:
                             '100-continue or be left out')
     if headers.get(b'content-encoding', b'identity').lower() != b'identity':
       return self.turn_away(scope, 415, 'media_type', 'content-encoding: must '
-                            'be left out')
+                            'be left out', encoding='identity')
     size = headers.get(b'content-length', b'0')
     if size.isdigit() and int(size[:20]) > self.limits.max_body_bytes:
       return self.turn_away(
@@ -198,6 +197,13 @@ class Gate:
     LOG.info('%s %s %s: %d %s', scope['state']['id'], scope['method'],
              ascii(scope['path'])[1:-1][:80], status, reason)
     return refusal(status, message, **options)
+
+
+def _has_key(given: bytes, key: bytes) -> bool:
+  """Whether a header Authorization has the key; its scheme is of any case
+  (RFC 9110, 11.1)."""
+  scheme, _, rest = given.partition(b' ')
+  return scheme.lower() == b'bearer' and hmac.compare_digest(rest.strip(), key)
 
 
 def _is_preflight(scope: Any, headers: dict[bytes, bytes]) -> bool:
@@ -261,7 +267,8 @@ def _accepts(accept: str, media: str) -> bool:
 
 def refusal(status: int, message: str, param: str | None = None,
             code: str | int | None = None, retry_s: float | None = None,
-            allow: str | None = None) -> Response:
+            allow: str | None = None, encoding: str | None = None
+            ) -> Response:
   """The Response that says no, in OpenAI's shape."""
   kind = _KINDS.get(status, 'invalid_request_error' if status < 500 else
                     'server_error')
@@ -269,6 +276,8 @@ def refusal(status: int, message: str, param: str | None = None,
       'Retry-After': str(math.ceil(retry_s))}
   if allow:
     headers['Allow'] = allow
+  if encoding:
+    headers['Accept-Encoding'] = encoding
   if status == 401:
     headers['WWW-Authenticate'] = 'Bearer'
   return Json(openai_schema.error(message, kind, param, code), status, headers)
@@ -305,9 +314,13 @@ def add_errors(app: fastapi.FastAPI, turn_away: Callable[..., Response]
       message = f'method: must be {allow}'
     elif message == 'Not Found':
       message = f'{ascii(request.url.path)[1:-1][:80]}: no such path'
-      meant = re.sub('/+', '/', request.url.path).rstrip('/')
-      if any(getattr(route, 'path', '') == meant for route in app.routes):
-        message += f'; {meant} is one'
+      paths = {getattr(route, 'path', '') for route in app.routes}
+      plain = re.sub('/+', '/', request.url.path).rstrip('/')
+      # A base URL without /v1, or with it twice.
+      for meant in (plain, f'/v1{plain}', plain.removeprefix('/v1')):
+        if meant in paths:
+          message += f'; {meant} is one'
+          break
     elif message == UNREADABLE:
       message = ('body: must be JSON in UTF-8, with numbers of at most 4,300 '
                  'digits and fewer than 1,000 levels')

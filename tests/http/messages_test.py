@@ -304,16 +304,20 @@ def test_what_is_wrong_with_a_body_is_named(running, content, headers, status,
                       headers=headers)
   assert answer.status_code == status, answer.text
   assert answer.json()['error']['message'].startswith(why)
+  assert answer.headers.get('Accept-Encoding') == (
+      'identity' if 'content-encoding' in why else None)
 
 
 def test_a_wrong_path_is_named(running):
-  answer = post(running, '/chat/completions', CHAT)
+  answer = post(running, '/v1/embeddings', CHAT)
   assert answer.status_code == 404
-  assert answer.json()['error']['message'] == (
-      '/chat/completions: no such path')
+  assert answer.json()['error']['message'] == '/v1/embeddings: no such path'
   for path, meant in (('/v1/models/', '/v1/models'), ('//health', '/health'),
                       ('/v1/models//', '/v1/models'),
-                      ('/v1//completions/', '/v1/completions')):
+                      ('/v1//completions/', '/v1/completions'),
+                      ('/chat/completions', '/v1/chat/completions'),
+                      ('/models', '/v1/models'), ('/v1/health', '/health'),
+                      ('/v1/v1/completions', '/v1/completions')):
     answer = httpx.get(running.url + path)
     assert answer.status_code == 404
     assert answer.json()['error']['message'] == (
