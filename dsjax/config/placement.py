@@ -132,7 +132,7 @@ class Placement:
     require(any(r.prefills for r in roles) and any(r.decodes for r in roles)
             and (any(not r.decodes for r in roles)
                  or all(r.prefills for r in roles)),
-            'Placement', self, 'instances that prefill and instances that '
+            'Placement', str(self), 'instances that prefill and instances that '
             'decode, those that only decode beside some that only prefill')
 
   @classmethod

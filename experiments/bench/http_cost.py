@@ -253,25 +253,26 @@ def run(options: Any, console: Console) -> int:
   bench = Bench(server, [model.tokenizer.encode(t) for t in
                          itertools.islice(texts, options.streams)],
                 options.tokens, options.gap, config.limits)
-  rounds, stopped = [], False
+  measured, stopped = [], False
   client = subprocess.Popen(
       [sys.executable, pathlib.Path(__file__).with_name('sse_client.py')],
-      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+      start_new_session=True)  # Ctrl-C is for this process alone
   try:
     with Progress(console=console, transient=True) as bar:
       task = bar.add_task('rounds', total=options.rounds)
       for costs in rounds(bench, options.rounds, client):
-        rounds.append(costs)
+        measured.append(costs)
         bar.advance(task)
   except KeyboardInterrupt:
     stopped = True
   finally:
     client.stdin.close()
     client.wait()
-  if not rounds:
+  if not measured:
     console.print('Stopped before the first round ended.')
     return 130
-  made, added = table(rounds, options.streams, options.tokens)
+  made, added = table(measured, options.streams, options.tokens)
   console.print(made)
   console.print(f'HTTP adds {1e2 * added["tpot_share"]:.2f} % to TPOT (aim: '
                 f'below 3) and {1e3 * added["ttft_s"]:.2f} ms to TTFT (aim: '

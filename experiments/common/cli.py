@@ -12,6 +12,7 @@ import functools
 import math
 import os
 import pathlib
+import select
 import signal
 import sys
 import threading
@@ -65,6 +66,9 @@ class Flag(NamedTuple):
               list: flags.DEFINE_list, tuple: flags.DEFINE_multi_string}[kind]
       default = list(self.default) if kind is tuple else self.default
       make(name, default, self.help, flag_values=values, **bounds)
+    if kind is list and self.default:
+      flags.register_validator(name, bool, 'must have an item',
+                               flag_values=values)
     if kind is float and self.low is not None:
       flags.register_validator(name, lambda x: x is None or not math.isnan(x),
                                'must be a number', flag_values=values)
@@ -176,6 +180,13 @@ def _print_to_nobody():
   os.close(nowhere)
 
 
+def _nobody_reads():
+  """Whether standard output is a pipe whose reader has left."""
+  poll = select.poll()
+  poll.register(1, 0)
+  return bool(poll.poll(0))
+
+
 class _Piped(Console):
   """A Console that is quiet once its reader has left; rich's own exits."""
 
@@ -189,9 +200,9 @@ def exit_code(run, *args) -> int:
   line on stderr."""
   try:
     return run(*args) or 0
-  except BrokenPipeError:  # of a bare print, all of whose lines are there
-    return 0
   except (InputError, PolicyError, OSError) as error:
+    if isinstance(error, BrokenPipeError) and _nobody_reads():
+      return 0  # a bare print: nothing but its lines was wanted
     print(f'error: {error}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:

@@ -101,6 +101,48 @@ def test_an_out_that_cannot_be_is_told_before_the_run(runner, out):
   assert done.stderr.startswith('error: --out=')
 
 
+@pytest.mark.parametrize('name', RUNNERS)
+def test_a_list_that_has_items_has_one_on_the_command_line_too(name):
+  for flag, value in vars(cli.options(defined(name))).items():
+    if isinstance(value, list) and value:
+      with pytest.raises(flags.Error, match=f'--{flag}=.*must have an item'):
+        cli.parse(defined(name), [f'--{flag}='])
+
+
+PIPED = '''
+import pathlib, sys
+from experiments.common import cli
+
+def run(options, console):
+  done = pathlib.Path(sys.stdin.read())
+  for line in range(LINES):
+    SAY('of what nobody reads')
+  done.write_text('all of it')
+  return 1
+
+sys.argv[1:] = []
+cli.main(run, {})
+'''
+
+
+@pytest.mark.parametrize('say, lines, code, done', (
+    ('console.print', 1, 1, True), ('console.print', 3000, 1, True),
+    ('print', 1, 1, True), ('print', 3000, 0, False)))
+def test_a_run_goes_on_where_its_reader_has_left(tmp_path, say, lines, code,
+                                                 done):
+  program = PIPED.replace('SAY', say).replace('LINES', str(lines))
+  path = tmp_path / 'done'
+  with subprocess.Popen(
+      [sys.executable, '-c', program], text=True, cwd=cli.ROOT,
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+  ) as process:
+    process.stdout.close()
+    process.stdin.write(str(path))
+    process.stdin.close()
+    assert process.stderr.read() == ''
+  assert (process.returncode, path.exists()) == (code, done)
+
+
 LOST = '''
 import gc, signal, sys, time
 from experiments.common import cli

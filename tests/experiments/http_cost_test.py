@@ -1,5 +1,6 @@
 """The HTTP bench on the tiny model: that it measures what it says. No times."""
 
+import functools
 import io
 import pathlib
 import subprocess
@@ -11,6 +12,7 @@ from rich.console import Console
 from dsjax.config.checks import InputError
 from experiments.bench import http_cost, sse_client
 from experiments.common import cli
+from tests.common.fake_engine import FakeEngine
 from tests.common.web import LIMITS, MODEL, make
 
 STREAMS, TOKENS = 3, 24
@@ -87,6 +89,8 @@ def test_ctrl_c_keeps_the_rounds_there_are(monkeypatch):
     yield dict.fromkeys(http_cost.WAYS, alone)
     raise KeyboardInterrupt
   monkeypatch.setattr(http_cost, 'rounds', some)
+  monkeypatch.setattr(http_cost.dsjax, 'serve', functools.partial(
+      http_cost.dsjax.serve, make_engine=FakeEngine))
   console = Console(record=True, width=150)
   assert http_cost.run(cli.options(
       http_cost.FLAGS, config='tiny', streams=2), console) == 130
