@@ -209,7 +209,7 @@ def _search(console, problem, options):
 
     def report(now):
       bar.update(line, completed=now.done, total=now.total, more=str(now))
-      tell(str(now))
+      tell(str(now), bool(now.doing))
 
     return search.search(
         problem, [ALGORITHMS[n] for n in options.algorithms], report, run)

@@ -35,7 +35,8 @@ class Progress(NamedTuple):
   """How far a search is; as text, a line for people: `report=print`.
 
   row: the newest line of the table, if there is a new one. done, total:
-  candidates, judged or ruled out. best: the best line so far.
+  candidates, judged or ruled out. best: the best line so far. doing: what
+  begins now, where it takes long.
   """
 
   row: RankedPlacement | None
@@ -44,12 +45,14 @@ class Progress(NamedTuple):
   total: int
   simulations: int
   best: RankedPlacement | None = None
+  doing: str = ''
 
   def __str__(self) -> str:
     best = (f'; best {self.best.placement}: {self.best.per_device:.3g} '
             'requests/s a device' if self.best else '')
     return (f'{self.done} of {self.total} candidates, {self.pruned} by bounds, '
-            f'{self.simulations} simulations{best}')
+            f'{self.simulations} simulations{best}'
+            + (self.doing and f'; {self.doing}'))
 
 
 Report = Callable[[Progress], object]
@@ -228,11 +231,11 @@ class _Search:
 
   # --- what was tried -------------------------------------------------------
 
-  def tell(self, row: RankedPlacement | None = None) -> None:
+  def tell(self, row: RankedPlacement | None = None, doing: str = '') -> None:
     served = (line for line in self.rows if line.goodput.rate_per_s)
     self.report(Progress(
         row, self.done, self.pruned, self.total, self.simulations,
-        max(served, key=lambda line: line.per_device, default=None)))
+        max(served, key=lambda line: line.per_device, default=None), doing))
 
   def measured(self, tasks: Sequence[Task]
                ) -> Iterator[tuple[Candidate, Goodput]]:
@@ -294,6 +297,10 @@ class _Search:
                     * beat.get(r.placement.mode, 0.0) or None,
                     effort=problem.effort, tight=True,
                     start_per_s=r.goodput.rate_per_s) for r in rows]
+      if tasks:
+        self.tell(doing='now the intervals of '
+                  f'{", ".join(r.placement.mode for r in rows)}, by runs of '
+                  f'{problem.effort:g} times as many requests')
       for candidate, goodput in self.measured(tasks):
         row = self.keep(candidate, goodput)
         if goodput.binds != 'beaten':

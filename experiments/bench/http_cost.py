@@ -42,6 +42,7 @@ from dsjax.http.service import Limits, Service
 from dsjax.http.telemetry import Gauges
 from dsjax.runtime.orchestrator import Orchestrator
 from experiments import api
+from experiments.bench import kept
 from experiments.common import cli
 
 FLAGS = {
@@ -253,22 +254,21 @@ def run(options: Any, console: Console) -> int:
   bench = Bench(server, [model.tokenizer.encode(t) for t in
                          itertools.islice(texts, options.streams)],
                 options.tokens, options.gap, config.limits)
-  measured, stopped = [], False
-  client = subprocess.Popen(
+  measured = []
+
+  def measure(client, bar):
+    task = bar.add_task('rounds', total=options.rounds)
+    for costs in rounds(bench, options.rounds, client):
+      measured.append(costs)
+      bar.advance(task)
+
+  with subprocess.Popen(
       [sys.executable, pathlib.Path(__file__).with_name('sse_client.py')],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-      start_new_session=True)  # Ctrl-C is for this process alone
-  try:
+      start_new_session=True) as client:  # Ctrl-C is for this process alone
     with Progress(console=console, transient=True) as bar:
-      task = bar.add_task('rounds', total=options.rounds)
-      for costs in rounds(bench, options.rounds, client):
-        measured.append(costs)
-        bar.advance(task)
-  except KeyboardInterrupt:
-    stopped = True
-  finally:
-    client.stdin.close()
-    client.wait()
+      stopped = kept.until_stopped(measure, client, bar)
+    client.kill()
   if not measured:
     console.print('Stopped before the first round ended.')
     return 130

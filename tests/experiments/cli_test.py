@@ -134,6 +134,7 @@ def test_a_run_goes_on_where_its_reader_has_left(tmp_path, say, lines, code,
   path = tmp_path / 'done'
   with subprocess.Popen(
       [sys.executable, '-c', program], text=True, cwd=cli.ROOT,
+      env=os.environ | {'PYTHONUNBUFFERED': ''},
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
   ) as process:
     process.stdout.close()

@@ -128,6 +128,12 @@ def test_search():
   assert re.fullmatch(r'\d+ of \d+ candidates, \d+ by bounds, \d+ '
                       r'simulations; best .*=1x1: [0-9.]+ requests/s a device',
                       str(seen[-1]))
+  # What takes long says so as it begins: every mode once, before its line.
+  begun = [n for n, now in enumerate(seen) if now.doing]
+  assert 'the intervals of' in str(seen[begun[0]])
+  assert begun[-1] < len(seen) - 1
+  for mode in ('disaggregated', 'colocated', 'chunked'):
+    assert any(mode in seen[n].doing for n in begun)
   modes = {row.placement.mode for row in answer.rows}
   assert modes == {'disaggregated', 'colocated', 'chunked'}
   with pytest.raises(InputError, match="algorithms='best'"):
