@@ -31,12 +31,14 @@ import sys
 
 import dsjax
 from configs.serve import Serve
-from dsjax.config.checks import InputError, require
-from dsjax.http import telemetry
+from dsjax.config.checks import require
 from dsjax.http.service import Limits, Service
 from dsjax.scheduling.policy import DISTSERVE
 from experiments.common import cli, policies
 from experiments.common import overrides as configs
+
+with cli.needs('serve'):
+  from dsjax.http import routes, socket_server, telemetry
 
 FLAGS = {
     'config': 'demo', 'set': (), 'policy': 'distserve',
@@ -78,16 +80,7 @@ def load(name, settings):
 def make_service(config, name=None, key=None, log_text=False,
                  policy=DISTSERVE, origins=(), latency=None, planner=None,
                  cluster=None):
-  """(application, Service) of an Api; nothing is loaded yet.
-
-  Raises:
-    InputError: the extra `serve` is not installed.
-  """
-  try:
-    from dsjax.http import routes
-  except ImportError as error:
-    raise InputError(f'{error}: the server needs the extra `serve`: pip '
-                     "install -e '.[serve]'") from error
+  """(application, Service) of an Api; nothing is loaded yet."""
 
   def make(report):
     model = dsjax.load(config.model, config.engine.dtype,
@@ -119,7 +112,6 @@ def run(options, console):
         config, options.name, key, options.log_text,
         policies.load(options.policy, config.slo), options.cors,
         options.latency or None, beside, cluster)
-    from dsjax.http import socket_server
     host, port = bound.getsockname()[:2]
     print(f'http://{host}:{port}/ answers once {config.model} is ready',
           flush=True)

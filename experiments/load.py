@@ -37,7 +37,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-import httpx
 import numpy as np
 from rich.console import Console, Group
 
@@ -48,6 +47,9 @@ from dsjax.analysis.record import Record
 from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Slo
 from experiments.common import cli, provenance, report, terminal
+
+with cli.needs('serve'):
+  import httpx
 
 FLAGS = {
     'url': cli.Flag('http://127.0.0.1:8000', 'Server.'),

@@ -36,7 +36,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
-import httpx
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -48,6 +47,9 @@ from dsjax.config.checks import require
 from dsjax.config.placement import Slo
 from experiments import api, load
 from experiments.common import cli, pictures, provenance, report, terminal
+
+with cli.needs('serve'):
+  import httpx
 
 FLAGS = {
     'config': 'demo', 'set': (),

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsjax.checkpoints import checkpoint
-from dsjax.config.checks import InputError, require
+from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig, InstanceConfig
 from dsjax.config.placement import Placement, Plan
 from dsjax.config.request import Request, Sampling
@@ -412,8 +412,8 @@ def show(results, say):
           f'{r["unit"]}' + (f', {r["against"]}' if r['against'] else ''))
 
 
-def measure(parts, rounds, results, say):
-  """Adds a row of each part to `results` as it comes."""
+def measure(parts, rounds, results, say, peers):
+  """Adds a row of each part to `results` as it comes. peers: the module."""
   if 'c' in parts:
     bench_scheduler(results, say)
   if set(parts) != {'c'}:
@@ -432,22 +432,9 @@ def measure(parts, rounds, results, say):
   if 'e' in parts:
     bench_modes(loaded, results, rounds, say)
   if 'f' in parts:
-    peers = peers_of(parts)
     peers.bench((1, BATCH), PROMPT, STEPS, lambda n: Ours(instance, n),
                 functools.partial(in_turn, rounds),
                 functools.partial(add, results, say))
-
-
-def peers_of(parts):
-  """The module of llama.cpp and transformers; None where not asked for."""
-  if 'f' not in parts:
-    return None
-  try:
-    from experiments.bench import peers
-  except ImportError as error:
-    raise InputError(f'{error}: --peers needs the extra `peers`: pip install '
-                     "-e '.[peers]'") from error
-  return peers
 
 
 def run(options, console):
@@ -455,9 +442,13 @@ def run(options, console):
   cli.prepare(2)
   parts = options.only or list('abcde') + ['f'] * options.peers
   require(set(parts) <= set('abcdef'), '--only', parts, 'of a,b,c,d,e,f')
-  peers_of(parts)
+  peers = None
+  if 'f' in parts:
+    with cli.needs('peers'):
+      from experiments.bench import peers
   results, say = [], cli.says(console)
-  stopped = kept.until_stopped(measure, parts, options.rounds, results, say)
+  stopped = kept.until_stopped(measure, parts, options.rounds, results, say,
+                               peers)
   if results:
     show(results, say)
   return kept.end(console, {'rows': results}, stopped, options, FLAGS)

@@ -39,11 +39,14 @@ from dsjax import workload
 from dsjax.config.checks import require
 from dsjax.config.request import Request, Sampling
 from dsjax.http.service import Limits, Service
-from dsjax.http.telemetry import Gauges
 from dsjax.runtime.orchestrator import Orchestrator
 from experiments import api
 from experiments.bench import kept
 from experiments.common import cli
+
+with cli.needs('serve'):
+  from dsjax.http import routes, socket_server
+  from dsjax.http.telemetry import Gauges
 
 FLAGS = {
     'config': 'demo', 'set': (),
@@ -141,7 +144,6 @@ class Bench:
   def served(self, client: subprocess.Popen[str], ways: Sequence[str]
              ) -> dict[str, tuple[Times, dict[str, float]]]:
     """These ways, with a thread of their own: {way: (times, CPU)}."""
-    from dsjax.http import routes, socket_server
     self.server.observers.clear()
     self.server.close = lambda: None  # the service goes, this one stays
     metrics = Gauges('m')

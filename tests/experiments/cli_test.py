@@ -109,6 +109,43 @@ def test_a_list_that_has_items_has_one_on_the_command_line_too(name):
         cli.parse(defined(name), [f'--{flag}='])
 
 
+def test_an_extra_that_is_missing_is_one_line(capsys):
+  with pytest.raises(SystemExit) as ended, cli.needs('serve'):
+    importlib.import_module('no_such_package')
+  assert ended.value.code == 2
+  said = capsys.readouterr().err
+  assert said.startswith("error: No module named 'no_such_package': this")
+  assert said.endswith("`serve`: pip install -e '.[serve]'\n")
+
+
+def outside_of_extras(source):
+  """Modules that the top of a source imports although an extra has them."""
+  extras = {'fastapi', 'h11', 'httpx', 'prometheus_client', 'pydantic', 'ray',
+            'simpy', 'starlette', 'torch', 'transformers', 'uvicorn'}
+  names = [name for node in ast.parse(source).body
+           if isinstance(node, ast.Import | ast.ImportFrom)
+           for name in ([f'{node.module}.{alias.name}' for alias in node.names]
+                        if isinstance(node, ast.ImportFrom) else
+                        [alias.name for alias in node.names])]
+  return [name for name in names
+          if name.split('.')[0] in extras or name.startswith('dsjax.http.')
+          and not name.startswith('dsjax.http.service.')]
+
+
+@pytest.mark.parametrize('name', RUNNERS)
+def test_a_runner_says_which_extra_it_needs(name):
+  path = ROOT / (name.replace('.', '/') + '.py')
+  assert not outside_of_extras(path.read_text())
+
+
+def test_imports_outside_of_extras_are_found():
+  assert outside_of_extras(
+      'import os, httpx\nfrom dsjax.http import routes\n'
+      'from dsjax.http.service import Limits\n'
+      "with cli.needs('serve'):\n  import uvicorn\n") == [
+          'httpx', 'dsjax.http.routes']
+
+
 PIPED = '''
 import pathlib, sys
 from experiments.common import cli
