@@ -118,6 +118,8 @@ def stop_bench_cluster(monkeypatch):
 
 
 def stop_bench_engine(monkeypatch):
+  monkeypatch.setattr(engine, 'bench_scheduler', lambda results, say: (
+      engine.add(results, say, '(c) a step', 'us', 1.0)))
   monkeypatch.setattr(engine.checkpoint, 'load', stop_at(0))
   return engine, dict(only=['c', 'd']), 'bench.json', 10
 
