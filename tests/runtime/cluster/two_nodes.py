@@ -5,6 +5,8 @@ it. The last line that it prints is JSON: what it saw.
 """
 
 import json
+import os
+import signal
 
 import ray
 from ray.cluster_utils import Cluster
@@ -67,11 +69,17 @@ def serve(cluster):
     saw['before'] = [o.tokens == serving.want(one)
                      for o, one in zip(first, work, strict=True)]
     lost = saw['lost'] = raylet(nodes[1])
-    ids = [server.submit(prompt, **params) for prompt, params in work]
     there = [i for i, node in enumerate(saw['nodes']) if node == lost]
-    here.until(lambda: all(server.state.instances[i].residents
+    # Stopped first: what is sent there cannot end before the node is killed.
+    pids = [server.engines[i].pid for i in there]
+    for pid in pids:
+      os.kill(pid, signal.SIGSTOP)
+    ids = [server.submit(prompt, **params) for prompt, params in work]
+    here.until(lambda: any(server.state.instances[i].residents
                            for i in there), server)
     cluster.remove_node(nodes[1], allow_graceful=False)
+    for pid in pids:
+      os.kill(pid, signal.SIGKILL)
     here.until(lambda: not server.busy, server)
     outputs = [server.output(id) for id in ids]
     saw['after'] = [o.tokens == serving.want(one)
