@@ -71,7 +71,7 @@ class Exchange:
     self.engine, self.host = engine, host
     self.server = self._new_server()
     self.offers: dict[int, Any] = {}
-    self._moved = 0  # times that the server changed, to be told
+    self._moved: list[str] = []  # each new address, to be told
     self.sending: dict[int, Sending] = {}
     self.pulling: dict[int, Pulling] = {}
     self.landing: dict[int, Landing] = {}
@@ -144,7 +144,7 @@ class Exchange:
     self.offers.pop(asked.uuid, None)
     if not asked.pulled:
       self.server = self._new_server()
-      self._moved += 1
+      self._moved.append(self.address)
 
   # --- the target's side ----------------------------------------------------
 
@@ -209,8 +209,7 @@ class Exchange:
     """
     some = bool(self._moved)
     while self._moved:
-      self._moved -= 1
-      send(messages.Moved(self.address))
+      send(messages.Moved(self._moved.pop(0)))
     for uuid, sending in list(self.sending.items()):
       if all(map(is_ready, sending.sums)):
         del self.sending[uuid]

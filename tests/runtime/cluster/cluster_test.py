@@ -354,6 +354,7 @@ def test_a_copy_that_takes_too_long_gives_its_pages_back(
     until(lambda: not pair.busy, pair)
   check_tokens(WORK, [pair.output(id) for id in ids])
   assert stopped == [late.pid]  # it was not lost
+  assert not [text for _, text in pair.faults if 'after 30' in text]
   assert source.address not in ('', before)  # its server may be stuck
 
 
@@ -578,6 +579,7 @@ if sys.argv[1] == 'serve':
     server.run([dsjax.Request(i, 1e3 * i, (5, 6), dsjax.Sampling(4))
                 for i in range(9)])
 if sys.argv[1] == 'raise':
+  sys.stdin.read()  # until they have been looked at
   raise SystemExit(3)
 """
 
@@ -587,12 +589,14 @@ def test_instances_end_with_their_server(end):
   """However it ends; one that is not closed too."""
   script = subprocess.Popen(
       [sys.executable, '-c', SERVED, 'raise' if end == 'raise' else 'serve'],
-      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
       env=os.environ | {'PYTHONPATH': local.settings()['PYTHONPATH']})
   with script:
     pids = list(map(int, script.stdout.readline().split()))
     assert pids and all(map(alive, pids))
-    if end != 'raise':
+    if end == 'raise':
+      script.stdin.close()
+    else:
       script.send_signal(getattr(signal, end))
     script.wait()
   until(lambda: not any(map(alive, pids)))

@@ -69,8 +69,13 @@ def test_what_was_not_pulled_ends_with_its_server(source):
   assert given_up() is None  # nothing is kept for the one that was lost
 
 
-def test_each_withdrawal_is_answered(source):
-  """Also that of an offer which never came to be: the server counts them."""
-  for uuid in (5, 6):
-    source.withdraw(messages.Withdraw(uuid, False))
-  assert told(source) == [messages.Moved(source.address)] * 2
+def test_each_withdrawal_is_answered_by_where_the_next_offer_is(source):
+  """Also that of an offer which never came to be; and where another follows
+  before anything is told, what is offered in between is still at the first:
+  the server counts them."""
+  source.withdraw(messages.Withdraw(5, False))
+  offer(source, 7)
+  source.withdraw(messages.Withdraw(6, False))
+  first, second = told(source)
+  assert second == messages.Moved(source.address) != first
+  assert (pull(first.address, 7) == 7).all()
