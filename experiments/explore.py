@@ -34,6 +34,7 @@ from dsjax.scheduling.policy import DISTSERVE
 from experiments.common import children, cli, policies, provenance, terminal
 from experiments.verify import schedules
 from experiments.verify.anything import FETCHING, anything
+from experiments.verify.links import LinkedRules
 from experiments.verify.world import Violation
 from experiments.verify.worlds import Rules
 
@@ -43,14 +44,14 @@ STOPS, LONG, TINY, PIECES = (2, 4, 2), (3, 4, 0), (1, 2, 0), (5, 3, 0)
 
 
 def _world(roles, requests, faults, num_pages=4, max_seqs=2, prefill_tokens=4,
-           pp=1, page_size=2, host_pages=0, **changes):
+           pp=1, page_size=2, host_pages=0, rules=Rules, **changes):
   instances = tuple(InstanceConfig(
       role, num_pages if role != 'prefill' else 4,
       page_size if role != 'prefill' else 2, max_seqs, prefill_tokens, 2, pp,
       host_pages)
                     for role in roles.split())
   options = {'max_len': 9, 'run_ahead': 2, 'tries': 1} | changes
-  return Rules(scheduler.Config(instances, **options), requests), faults
+  return rules(scheduler.Config(instances, **options), requests), faults
 
 
 def small_worlds():
@@ -68,6 +69,8 @@ def small_worlds():
   # The second needs room, the third begins as the first.
   again = ((5, 1, 0, 5), (7, 2, 0, 0), (5, 2, 2, 5))
   kept = {'prefix_cache': True, 'num_pages': 4, 'prefill_tokens': 5}
+  # Of few steps: each message may be late.
+  brief, messages = (TINY, (2, 3, 2)), {'rules': LinkedRules}
   # The first prompt is in three chunks, the second, which ends with its first
   # token, in two.
   fetches = {'policy': FETCHING}
@@ -188,6 +191,17 @@ def small_worlds():
           'prefill flexible flexible', turns[:2], 1, host_pages=3,
           stream_kv=True, policy=anything(5, fetches=True),
           **kept | {'prefill_tokens': 3}),
+      '1P1D, messages': _world('prefill decode', brief[1:], 3, **messages),
+      '1P1D, messages, 2 requests': _world('prefill decode', brief, 1,
+                                           **messages),
+      '1P1D, messages, preemption': _world(
+          'prefill decode', ((1, 3, 0), (1, 3, 2)), 1, num_pages=4,
+          page_size=1, **messages),
+      '1P1D, messages, pp = 2': _world('prefill decode', brief[1:], 2, pp=2,
+                                       **messages),
+      '1P2D, messages': _world('prefill decode decode', brief[1:], 2,
+                               **messages),
+      '1 colocated, messages': _world('colocated', brief, 2, **messages),
       '2 flexible, prefixes': _world('flexible flexible', turns[:2], 2,
                                      policy=anything(0, splits=False),
                                      **kept),
@@ -261,7 +275,7 @@ def rules_of(kind, name, policy='distserve'):
                    else large_world(int(name)))
   if policy in ('', DISTSERVE.name):
     return rules, faults  # the world's own
-  return Rules(dataclasses.replace(
+  return type(rules)(dataclasses.replace(
       rules.config, policy=policies.load(policy)), rules.requests), faults
 
 

@@ -3,12 +3,26 @@
 The serving code knows nothing of it: a method of an Engine (or `copy`: the
 copies of a hand-off to it) is wrapped, does its harm when it is due, and is
 itself again otherwise.
+
+An engine that is a process is made by `engine`, and looks for its orders in a
+folder: a file each, named by instance, method and when it was given.
 """
+
+import functools
+import os
+import pathlib
+import sys
+import tempfile
 
 import jax
 import numpy as np
 
+from dsjax.runtime.cluster import messages
+from dsjax.runtime.engine import Engine
+
 COPY = 'copy'
+FOLDER = 'DSJAX_FAULTS'  # the environment variable that names it
+RELEASED, FIRED = 'released', 'fired'
 # What may be done to which call.
 KINDS = {
     'prefill': ('raise', 'raise after', 'delete', 'delete weights',
@@ -28,19 +42,47 @@ class Injected(RuntimeError):
 
 
 class _Stuck:
-  """An array that is not ready until the injector lets go."""
+  """An array that is not ready until it is `released`."""
 
-  def __init__(self, injector, array):
-    self._injector, self._array, self.size = injector, array, array.size
+  def __init__(self, released, array):
+    self._released, self._array, self.size = released, array, array.size
 
   def is_ready(self):
-    return self._injector.released and self._array.is_ready()
+    return self._released() and self._array.is_ready()
 
   def is_deleted(self):
     return self._array.is_deleted()
 
   def __array__(self, *args, **kwargs):
     return np.asarray(self._array)
+
+
+def harm(engine, what, kind, call, args, released):
+  """Calls a method of an engine, wrongly; what: it, in words. released: see
+  Injector."""
+  if kind == 'raise':
+    raise Injected(f'{what} raises')
+  if kind == 'damage':
+    ids, moved = args
+    return call(ids, jax.tree.map(lambda x: jax.device_put(
+        np.zeros(x.shape, x.dtype), x.sharding), moved))
+  if kind.startswith('delete'):
+    for stage in engine.stages:
+      lost = stage.params if kind == 'delete weights' else (
+          stage.cache, stage.slots)
+      for x in jax.tree.leaves(lost):
+        x.delete()
+  result = call(*args)
+  if kind == 'raise after':
+    raise Injected(f'{what} raises after it was done')
+  if kind == 'twice':
+    result = call(*args)
+  if kind == 'unreadable':
+    result[0][-1].token_R.delete()
+  if kind == 'stall':
+    last = result[0][-1]
+    result[0][-1] = last.replace(token_R=_Stuck(released, last.token_R))
+  return result
 
 
 class Injector:
@@ -52,8 +94,12 @@ class Injector:
   """
 
   def __init__(self, server):
-    self.server, self.fired, self.released = server, [], False
+    self.server, self._fired, self.released = server, [], False
     self._armed = {}  # (instance, method) -> [[kind, calls left, when]]
+
+  @property
+  def fired(self):
+    return self._fired
 
   def __enter__(self):
     return self
@@ -97,47 +143,129 @@ class Injector:
         if when is None and left == 1:
           self._armed[key].remove(fault)
         if when(*args) if when else left == 1:
-          self.fired.append((*key, kind))
+          self._fired.append((*key, kind))
           return self._harm(key, kind, call, args)
       return call(*args)
     return wrapper
 
   def _harm(self, key, kind, call, args):
-    engine, what = self.server.engines[key[0]], f'{key[1]} of instance {key[0]}'
-    if kind == 'raise':
-      raise Injected(f'{what} raises')
-    if kind == 'damage':
-      ids, moved = args
-      return call(ids, jax.tree.map(lambda x: jax.device_put(
-          np.zeros(x.shape, x.dtype), x.sharding), moved))
-    if kind.startswith('delete'):
-      for stage in engine.stages:
-        lost = stage.params if kind == 'delete weights' else (
-            stage.cache, stage.slots)
-        for x in jax.tree.leaves(lost):
-          x.delete()
-    result = call(*args)
-    if kind == 'raise after':
-      raise Injected(f'{what} raises after it was done')
-    if kind == 'twice':
-      result = call(*args)
-    if kind in ('unreadable', 'stall'):
-      spoil = self._spoil_copy if key[1] == COPY else self._spoil_steps
-      result = spoil(kind, result)
-    return result
-
-  def _spoil_copy(self, kind, transfer):
+    what = f'{key[1]} of instance {key[0]}'
+    if key[1] != COPY or kind == 'raise':
+      return harm(self.server.engines[key[0]], what, kind, call, args,
+                  lambda: self.released)
+    transfer = call(*args)
     if kind == 'stall':
       has_arrived = transfer.has_arrived
       transfer.has_arrived = lambda: self.released and has_arrived()
     else:
-      jax.tree.leaves(transfer.moved[0][2])[0].delete()
+      self._spoil(transfer)
     return transfer
 
-  def _spoil_steps(self, kind, result):
-    outs, marks = result
-    if kind == 'unreadable':
-      outs[-1].token_R.delete()
-    else:
-      outs[-1] = outs[-1].replace(token_R=_Stuck(self, outs[-1].token_R))
-    return outs, marks
+  def _spoil(self, transfer):
+    """Its copy cannot be read."""
+    jax.tree.leaves(transfer.moved[0][2])[0].delete()
+
+
+# --- engines that are processes ----------------------------------------------
+
+
+class ProcessInjector(Injector):
+  """An Injector for a server whose engines are processes, made by `engine`.
+
+  What is armed is armed for the process that comes next too. Copies go wrong
+  at the server.
+  """
+
+  def __init__(self, server):
+    self._folder, self._given = pathlib.Path(os.environ[FOLDER]), 0
+    super().__init__(server)
+    self._clear('*')
+
+  def _clear(self, pattern):
+    for path in self._folder.glob(pattern):
+      path.unlink(missing_ok=True)  # it may be fired meanwhile
+
+  @property
+  def fired(self):
+    """In the order in which they happened; those of the server first."""
+    told = sorted(self._folder.glob(f'{FIRED}.*'),
+                  key=lambda path: path.stat().st_mtime_ns)
+    return self._fired + [(int(index), method, kind) for index, method, kind
+                          in (path.read_text().split('|') for path in told)]
+
+  @property
+  def released(self):
+    return (self._folder / RELEASED).exists()
+
+  @released.setter
+  def released(self, value):
+    path = self._folder / RELEASED
+    path.touch() if value else path.unlink(missing_ok=True)
+
+  def arm(self, instance, method, kind, nth=1, when=None):
+    """As of an Injector; `when` for copies only."""
+    if method == COPY:
+      super().arm(instance, method, kind, nth, when)
+      return
+    if when or kind not in KINDS[method]:
+      raise ValueError(f'{kind} of {method}, {when}: one of {KINDS[method]}')
+    self._given += 1
+    _write(self._folder / f'order.{instance}.{method}.{self._given:06}',
+           f'{nth}|{kind}')
+
+  def disarm(self):
+    super().disarm()
+    self._clear('order.*')
+
+  def _spoil(self, transfer):
+    transfer.hear(messages.Broken(0, 'its copy cannot be read'))
+
+
+def inject(server):
+  """An Injector for the engines of a server."""
+  remote = hasattr(server.engines[0], 'pid')
+  return (ProcessInjector if remote else Injector)(server)
+
+
+def orders_in(folder=None):
+  """Servers that are made from now on with `engine` have their orders in this
+  folder, or in a new one."""
+  os.environ[FOLDER] = str(folder or tempfile.mkdtemp(prefix='dsjax-faults-'))
+
+
+def _write(path, text):
+  """At once: who reads it never sees a part."""
+  whole = path.with_name(f'new.{path.name}')
+  whole.write_text(text)
+  whole.rename(path)
+
+
+def engine(model, stages, role, config, capacity):
+  """The Engine of a process that obeys a ProcessInjector; made there. What it
+  compiles before its first request goes right."""
+  made = Engine(model, stages, role, config, capacity)
+  made.has_served = False
+  index = sys.argv[2]  # as cluster/instance.py is started
+  for method in KINDS:
+    if method != COPY:
+      setattr(made, method, functools.partial(
+          _obey, pathlib.Path(os.environ[FOLDER]), index, method, made,
+          getattr(made, method)))
+  return made
+
+
+def _obey(folder, index, method, made, call, *args):
+  """A call, as it was ordered to be."""
+  made.has_served |= method == 'admit'
+  if not made.has_served:
+    return call(*args)
+  for order in sorted(folder.glob(f'order.{index}.{method}.*')):
+    left, kind = order.read_text().split('|')
+    if left == '1':
+      order.unlink()
+      _write(folder / f'{FIRED}.{index}.{order.name}',
+             f'{index}|{method}|{kind}')
+      return harm(made, f'{method} of instance {index}', kind, call, args,
+                  (folder / RELEASED).exists)
+    _write(order, f'{int(left) - 1}|{kind}')
+  return call(*args)

@@ -84,8 +84,8 @@ class Moving:
           self.numbers[c.instance] = c.number
         doubt = _DOUBTS.get(type(c))
         if doubt:
-          doubt(self, c, after)
-        self.issued.append(c)
+          getattr(self, doubt)(c, after)
+        self.issue(c)
     for id in self.stopped:
       need(self.fates[id], 'request {} goes on after its end', id)
     for i, inst in enumerate(after.instances):
@@ -100,6 +100,10 @@ class Moving:
     return World(after, tuple(self.kv), tuple(self.fates), tuple(self.out),
                  tuple(self.copies), faults, marks, self.host,
                  tuple(self.offloads), tuple(self.loads))
+
+  def issue(self, c):
+    """A command goes to its instances."""
+    self.issued.append(c)
 
   def end(self, c, after):
     """A request ends: once, with all its tokens, for a reason that is so."""
@@ -299,17 +303,36 @@ class Moving:
       self.stopped.append(id)
     return out + 1 == eos
 
-  def rows(self, i, c, steps):
-    ended = []
-    for t in range(c.tick, c.tick + steps):
-      for row in c.rows:
-        need(t < row.until, 'tick {} of {}', t, row)
-        position = row.base + t
-        self.read(i, row.id, row.pages, position)
-        self.write(i, row.id, row.pages, position, position + 1)
-        if self.tell(row.id, position + 1):
-          ended.append((row.id, t - c.tick))
-    return tuple(ended)
+  def work(self, i, c, step):
+    """A step of a command at its instance: what it does to pages, and (id,
+    tokens known with it) of each token that it samples."""
+    sampled = []
+    for chunk in c.chunks:
+      known = self.rules.requests[chunk.id][0] + self.out[chunk.id]
+      need(self.fates[chunk.id] or chunk.last == (chunk.stop == known),
+           '{}: {} tokens are known', chunk, known)
+      self.read(i, chunk.id, chunk.pages, chunk.start)
+      self.write(i, chunk.id, chunk.pages, chunk.start, chunk.stop)
+      if chunk.last:
+        sampled.append((chunk.id, chunk.stop))
+    t = c.tick + step
+    for row in c.rows:
+      need(t < row.until, 'tick {} of {}', t, row)
+      position = row.base + t
+      self.read(i, row.id, row.pages, position)
+      self.write(i, row.id, row.pages, position, position + 1)
+      sampled.append((row.id, position + 1))
+    return sampled
+
+  def tell_all(self, sampled, step):
+    """(id, step) of the streams that end with the tokens of a step."""
+    return tuple([(id, step) for id, position in sampled
+                  if self.tell(id, position)])
+
+  def steps(self, i, c, count):
+    """The first steps of a command: (id, step) of the streams that ended."""
+    return sum([self.tell_all(self.work(i, c, step), step)
+                for step in range(count)], ())
 
   # --- moves ----------------------------------------------------------------
 
@@ -326,24 +349,15 @@ class Moving:
 
   def run(self, i):
     c = self.w.state.instances[i].inflight[0][0]
-    if isinstance(c, RunDecode):
-      ended = self.rows(i, c, c.steps)
-      self.events.append(DecodeDone(
-          self.time_s, i, c.number, (self.time_s,) * c.steps, ended,
-          blocks=self.generated(c)))
-      return
-    ended = []
-    for chunk in c.chunks:
-      known = self.rules.requests[chunk.id][0] + self.out[chunk.id]
-      need(self.fates[chunk.id] or chunk.last == (chunk.stop == known),
-           '{}: {} tokens are known', chunk, known)
-      self.read(i, chunk.id, chunk.pages, chunk.start)
-      self.write(i, chunk.id, chunk.pages, chunk.start, chunk.stop)
-      if chunk.last and self.tell(chunk.id, chunk.stop):
-        ended.append(chunk.id)
-    ended += [id for id, _ in self.rows(i, c, 1)]
-    self.events.append(PrefillDone(self.time_s, i, c.number, tuple(ended),
-                                   blocks=self.generated(c)))
+    self.ran(i, c, self.steps(i, c, c.steps))
+
+  def ran(self, i, c, ended):
+    """A command is done."""
+    self.events.append(
+        DecodeDone(self.time_s, i, c.number, (self.time_s,) * c.steps, ended,
+                   blocks=self.generated(c)) if isinstance(c, RunDecode) else
+        PrefillDone(self.time_s, i, c.number, tuple([id for id, _ in ended]),
+                    blocks=self.generated(c)))
 
   def generated(self, c):
     """(id, blocks) of what those that end with a command have generated."""
@@ -357,7 +371,7 @@ class Moving:
 
   def crash(self, i, steps, back=True):
     flying = self.w.state.instances[i].inflight
-    ended = self.rows(i, flying[0][0], steps) if steps else ()
+    ended = self.steps(i, flying[0][0], steps) if steps else ()
     self.events.append(InstanceDown(
         self.time_s, i, (self.time_s,) * steps, ended, back))
     self.changed.add(i)
@@ -466,7 +480,6 @@ class Moving:
     self.copies[n] = c, True, number
 
 
-_DOUBTS = {Migrate: Moving.started, Abort: Moving.aborted,
-           Offload: Moving.offload, Load: Moving.load,
-           RunPrefill: Moving.admitted, Finish: Moving.end,
-           Fail: Moving.end, Reject: Moving.end}
+_DOUBTS = {Migrate: 'started', Abort: 'aborted', Offload: 'offload',
+           Load: 'load', RunPrefill: 'admitted', Finish: 'end', Fail: 'end',
+           Reject: 'end'}

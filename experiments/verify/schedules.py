@@ -17,6 +17,7 @@ from dsjax.config.engine import InstanceConfig
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import Migrate, Preempt, RunDecode, RunPrefill
 from dsjax.scheduling.policy import DISTSERVE, Policy
+from experiments.verify.links import LinkedRules
 from experiments.verify.world import Log, Move, Violation, World, need
 from experiments.verify.worlds import Rules
 
@@ -311,7 +312,8 @@ def write_log(path: pathlib.Path, rules: Rules,
   log, broken = replay(rules, moves)
   config = dataclasses.asdict(rules.config)
   del config['policy']  # code, not data: --replay runs the default
-  lines = [{'config': config, 'requests': rules.requests}]
+  lines = [{'config': config, 'requests': rules.requests,
+            'messages': isinstance(rules, LinkedRules)}]
   lines += [{'move': move, 'events': [str(e) for e, _ in answered],
              'commands': [str(c) for _, commands in answered
                           for c in commands]}
@@ -333,9 +335,9 @@ def read_log(path: pathlib.Path, policy: Policy = DISTSERVE
     instances = tuple(InstanceConfig(**c)
                       for c in config.pop('instances'))
     away = tuple(config.pop('away', ()))
-    return (Rules(scheduler.Config(instances, away=away, policy=policy,
-                                   **config),
-                  lines[0]['requests']),
+    rules = LinkedRules if lines[0].get('messages') else Rules
+    return (rules(scheduler.Config(instances, away=away, policy=policy,
+                                   **config), lines[0]['requests']),
             tuple(tuple(line['move']) for line in lines if 'move' in line))
   except (KeyError, TypeError, IndexError, ValueError) as error:
     raise InputError(f'--replay={path}: must be a log that this command '

@@ -75,7 +75,7 @@ class World(NamedTuple):
   request arrives, '' until it ends. out: tokens told to each client. copies:
   (Migrate, its answer is lost, number of the command of its source that it is
   read behind). faults: left to inject. marks: a hash of each instance, see
-  Rules.key.
+  Rules.key. links, halves: of instances that are processes, see links.py.
   """
 
   state: object
@@ -88,6 +88,8 @@ class World(NamedTuple):
   host: dict[tuple[int, int], tuple] = {}
   offloads: tuple = ()
   loads: tuple = ()
+  links: tuple = ()
+  halves: frozenset = frozenset()
 
 
 def hash_of(id, block):

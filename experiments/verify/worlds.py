@@ -58,6 +58,8 @@ class Rules:
       how many.
   """
 
+  moving = Moving
+
   def __init__(self, config: scheduler.Config,
                requests: Iterable[Iterable[int]]) -> None:
     self.config = config
@@ -140,7 +142,7 @@ class Rules:
     Any exception has this log, as far as it got, as its `log`.
     """
     kind, *rest = move
-    made = Moving(self, w)
+    made = self.moving(self, w)
     try:
       getattr(made, kind)(*rest)
       return made.done(w.faults - cost), made.log

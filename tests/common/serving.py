@@ -19,6 +19,7 @@ from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan
 from dsjax.config.request import Sampling
 from dsjax.model import sampling
+from dsjax.runtime.cluster import messages
 from dsjax.runtime.orchestrator import serve
 from dsjax.scheduling import prefix_cache, scheduler
 from tests.common import fake_engine, tiny
@@ -178,7 +179,8 @@ def check_tidy(server, faulty=False):
   assert scheduler.idle(server.state) and not server.state.seqs
   for i, (one, instance) in enumerate(zip(
       server.engines, server.state.instances, strict=True)):
-    slots = 0 if i in server.fleet.down else one.config.max_seqs
+    empty = i in server.fleet.down and i not in server.fleet.starting
+    slots = 0 if empty else one.config.max_seqs
     assert len(one.spare) == len(set(one.spare)) == slots
     assert not one.slot_of
     pool = instance.pool
@@ -186,6 +188,24 @@ def check_tidy(server, faulty=False):
     prefix_cache.check(pool, ())
     assert instance.residents == instance.backlog == 0
   assert not server.fleet.busy and not server.unfinished
+
+
+def until(true, server=None):
+  """The value of `true` once it is; a server goes on meanwhile."""
+  while not (value := true()):
+    if server:
+      server.poll()
+    time.sleep(1e-3)
+  return value
+
+
+def check_held(server):
+  """No process of a server holds anything, nor has it compiled since it was
+  ready."""
+  answers = [engine.count() for engine in server.engines]
+  until(lambda: all(answer() for answer in answers), server)
+  assert [answer() for answer in answers] == [messages.Counted(0, 0, 0, 0)] * (
+      len(answers))
 
 
 def play(server, work, order=None, between=0, faulty=False):

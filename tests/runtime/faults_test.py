@@ -2,8 +2,11 @@
 
 Tokens are compared with `expected` of tests/serving.py, which knows of no
 instance. Servers are shared by tests: each leaves its own as it found it.
+Modes that end with `, processes` are the same tests over the other fleet,
+where calls go wrong inside the processes.
 """
 
+import contextlib
 import dataclasses
 import functools
 import random
@@ -13,6 +16,7 @@ import pytest
 
 import dsjax
 from dsjax.analysis import timeline
+from dsjax.checkpoints.checkpoint import Recipe
 from dsjax.config.checks import InputError
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import (
@@ -23,13 +27,15 @@ from dsjax.scheduling.events import (
   MigrateFailed,
   Timer,
 )
-from experiments.verify.faults import COPY, KINDS, Injected, Injector
+from experiments.verify import faults
+from experiments.verify.faults import COPY, KINDS, Injected, inject
 from tests.common import serving
 from tests.common.losses import AT
 from tests.common.serving import (
   LONG,
   MIXED,
   PAGES_4,
+  check_held,
   check_survivors,
   check_tokens,
   expected,
@@ -56,13 +62,27 @@ def shared():
     server.close()
 
 
+PROCESSES = ', processes'  # behind a mode
+
+
+def started(mode):
+  """A server of a mode, in one process or many."""
+  name = mode.removesuffix(PROCESSES)
+  config = dataclasses.replace(CONFIG, checksum=name == '1p1d')
+  if name == mode:
+    return server_of(mode, config)
+  faults.orders_in()
+  return dsjax.serve(
+      dataclasses.replace(serving.MODEL, recipe=Recipe(config=serving.CONFIG)),
+      serving.MODES[name][0], config, cluster='local',
+      make_engine=faults.engine)
+
+
 @pytest.fixture
 def server(shared, mode):
   """A server of `mode`, all up and idle; at the end it is so again."""
   if mode not in shared:
-    checked = mode == '1p1d'
-    shared[mode] = server_of(mode, dataclasses.replace(
-        CONFIG, checksum=checked))
+    shared[mode] = started(mode)
   one = shared.pop(mode)  # a test that fails leaves none behind
   one.log.clear()
   one.fleet.faults.clear()
@@ -70,6 +90,8 @@ def server(shared, mode):
   yield one
   settle(one)
   assert replay(one) is None
+  if mode.endswith(PROCESSES):
+    check_held(one)
   one.requests.clear()
   shared[mode] = one
 
@@ -109,13 +131,18 @@ def outputs(server, ids):
 
 # Instances that prefill and decode, each kind compiled apart.
 DEEP_2COLOCATED = pytest.param('2colocated', marks=pytest.mark.deep)
+CHUNKED_PROCESSES = '2chunked, processes'
+DEEP_PROCESSES = pytest.param('2p2d, processes', marks=pytest.mark.deep)
+IN_ONE = ('idle', 'queued', 'prefilling', 'decoding', 'finishing')
 
 
 @pytest.mark.parametrize('mode, stage', [
     *(('2p2d', stage) for stage in AT),
     *(pytest.param(mode, stage, marks=[pytest.mark.deep] * (
-        mode == '2colocated')) for mode in ('2colocated', '2chunked')
-      for stage in ('idle', 'queued', 'prefilling', 'decoding', 'finishing'))])
+        mode == '2colocated')) for mode in (
+            '2colocated', '2chunked', CHUNKED_PROCESSES) for stage in IN_ONE),
+    *(pytest.param('2p2d, processes', stage, marks=pytest.mark.deep)
+      for stage in AT)])
 def test_nobody_loses_by_the_loss_of_an_instance(server, stage):
   if stage == 'idle':
     lost = AT[stage](server.state)
@@ -146,11 +173,12 @@ def test_nobody_loses_by_the_loss_of_an_instance(server, stage):
   assert lost in {i for o in again for i in o.record.instances}
 
 
-@pytest.mark.parametrize('mode', ('2p2d', DEEP_2COLOCATED, '2chunked'))
+@pytest.mark.parametrize('mode', ('2p2d', DEEP_2COLOCATED, '2chunked',
+                                  CHUNKED_PROCESSES, DEEP_PROCESSES))
 def test_any_instance_may_be_lost_at_any_moment(server, mode):
   """And the same again and again, whatever is in flight."""
   rng = random.Random(mode)
-  for _ in range(6):
+  for _ in range(2 if mode == CHUNKED_PROCESSES else 6):
     ids = submit(server, rng.sample(MIXED, 4))
     work = [server.requests[id].request for id in ids]
     left = 3
@@ -165,8 +193,10 @@ def test_any_instance_may_be_lost_at_any_moment(server, mode):
   assert LOST in kinds(server)
 
 
-@pytest.mark.parametrize('stop', (False, True))
-@pytest.mark.parametrize('mode', ('2p2d',))
+@pytest.mark.parametrize('mode, stop', [
+    ('2p2d', False), ('2p2d', True), *(
+        pytest.param('2p2d, processes', stop, marks=pytest.mark.deep)
+        for stop in (False, True))])
 def test_what_was_told_of_a_command_is_not_told_again(server, stop):
   """The instance is lost between two steps of one command."""
   prompt, params = job(8, 12, ignore_eos=True)
@@ -174,9 +204,10 @@ def test_what_was_told_of_a_command_is_not_told_again(server, stop):
   if stop:
     assert tokens.index(tokens[1]) == 1
     params = params | {'stop_token_ids': (tokens[1],)}
-  with Injector(server) as injector:
-    for side in (2, 3):
-      injector.arm(side, 'decode', 'stall')
+  with inject(server) as injector:
+    for side, config in enumerate(server.fleet.capacities):
+      if config.decodes:
+        injector.arm(side, 'decode', 'stall')
     id = server.submit(prompt, **params)
     while not any(queue and len(queue[0].times) >= 2
                   for queue in server.fleet.running):
@@ -193,7 +224,7 @@ def test_what_was_told_of_a_command_is_not_told_again(server, stop):
   assert len(found.record.token_s) == len(found.tokens)
 
 
-@pytest.mark.parametrize('mode', ('2p2d',))
+@pytest.mark.parametrize('mode', ('2p2d', CHUNKED_PROCESSES))
 def test_a_stream_has_no_gap_and_no_repeat(server):
   prompt, params = MIXED[1]
   params = params | {'logprobs': 2}
@@ -230,13 +261,22 @@ CALLS = [(method, kind) for method, every in KINDS.items() for kind in every
          if kind != 'stall']
 
 
-@pytest.mark.parametrize('mode', ('1p1d',))
-@pytest.mark.parametrize('method, kind', CALLS)
+# Those of which a process is lost cost it a start each.
+QUICK = {('prefill', 'raise'), ('decode', 'unreadable'), ('decode', 'twice'),
+         ('gather', 'raise'), ('scatter', 'raise'), ('scatter', 'twice'),
+         ('scatter', 'damage'), ('checksum', 'raise'), (COPY, 'raise'),
+         (COPY, 'unreadable')}
+
+
+@pytest.mark.parametrize('mode, method, kind', [
+    *(('1p1d', *call) for call in CALLS),
+    *(pytest.param('1p1d, processes', *call, marks=[pytest.mark.deep] * (
+        call not in QUICK)) for call in CALLS)])
 def test_any_call_may_go_wrong(server, method, kind):
   sides = (0,) if method in ('prefill', 'gather') else (
       0, 1) if method in ('admit', 'checksum') else (1,)
   for side in sides:
-    with Injector(server) as injector:
+    with inject(server) as injector:
       for nth in (1, 3):
         injector.arm(side, method, kind, nth)
       found = play(server, WORK)
@@ -252,10 +292,12 @@ def test_any_call_may_go_wrong(server, method, kind):
     assert len(server.faults) >= 2
 
 
-@pytest.mark.parametrize('mode', ('2chunked', DEEP_2COLOCATED))
-@pytest.mark.parametrize('kind', ('raise after', 'delete', 'unreadable'))
+@pytest.mark.parametrize('mode, kind', [
+    *(pytest.param(mode, kind, marks=[pytest.mark.deep] * (mode != '2chunked'))
+      for mode in ('2chunked', '2colocated', CHUNKED_PROCESSES)
+      for kind in ('raise after', 'delete', 'unreadable'))])
 def test_a_step_of_mixed_work_may_go_wrong(server, kind):
-  with Injector(server) as injector:
+  with inject(server) as injector:
     for side in (0, 1):
       injector.arm(side, 'prefill', kind, 2)
       injector.arm(side, 'decode', kind, 4)
@@ -265,12 +307,12 @@ def test_a_step_of_mixed_work_may_go_wrong(server, kind):
   assert LOST in kinds(server)
 
 
-@pytest.mark.parametrize('mode', ('2p2d',))
+@pytest.mark.parametrize('mode', ('2p2d', DEEP_PROCESSES))
 def test_a_stalled_copy_gives_its_pages_back(server, monkeypatch):
   """It comes in the end, and writes nothing."""
   monkeypatch.setattr(server.fleet, 'config', dataclasses.replace(
       CONFIG, lease_s=0.3))
-  with Injector(server) as injector:
+  with inject(server) as injector:
     for side in (2, 3):
       injector.arm(side, COPY, 'stall')
     check_tokens(WORK, play(server, WORK))
@@ -282,10 +324,10 @@ def test_a_stalled_copy_gives_its_pages_back(server, monkeypatch):
   assert sum(isinstance(c, Abort) for c in moves) >= 2
 
 
-@pytest.mark.parametrize('mode', ('2p2d',))
+@pytest.mark.parametrize('mode', ('2p2d', DEEP_PROCESSES))
 def test_a_copy_to_an_instance_that_was_lost_never_lands(server):
   """Its pages are somebody else's by then."""
-  with Injector(server) as injector:
+  with inject(server) as injector:
     injector.arm(2, COPY, 'stall')
     ids = submit(server, WORK)
     while not injector.fired:
@@ -298,13 +340,14 @@ def test_a_copy_to_an_instance_that_was_lost_never_lands(server):
   assert not late.landed
 
 
-@pytest.mark.parametrize('mode', ('2p2d', DEEP_2COLOCATED))
-def test_a_stalled_step_loses_its_instance(server, monkeypatch):
+@pytest.mark.parametrize('mode', ('2p2d', DEEP_2COLOCATED,
+                                  CHUNKED_PROCESSES))
+def test_a_stalled_step_loses_its_instance(server, mode, monkeypatch):
   monkeypatch.setattr(server.fleet, 'config', dataclasses.replace(
       CONFIG, stall_s=1.0))
   last = len(server.engines) - 1
-  with Injector(server) as injector:
-    injector.arm(last, 'decode', 'stall', 3)
+  with inject(server) as injector:
+    injector.arm(last, 'decode', 'stall', 1 if 'chunked' in mode else 3)
     check_tokens(WORK, play(server, WORK))
     assert injector.fired and LOST in kinds(server)
     injector.released = True
@@ -312,10 +355,10 @@ def test_a_stalled_step_loses_its_instance(server, monkeypatch):
   assert any('no step for' in text for _, text in server.faults)
 
 
-@pytest.mark.parametrize('mode', ('1p1d',))
+@pytest.mark.parametrize('mode', ('1p1d', '1p1d, processes'))
 def test_what_is_damaged_never_decodes(server):
   """Nor does it without a fault elsewhere: only the copy is done again."""
-  with Injector(server) as injector:
+  with inject(server) as injector:
     injector.arm(1, 'scatter', 'damage')
     found = play(server, WORK)
     check_tokens(WORK, found)
@@ -326,14 +369,14 @@ def test_what_is_damaged_never_decodes(server):
 
 def test_damage_goes_unseen_without_checksums():
   """So the test above sees something."""
-  with server_of('1p1d', CONFIG) as server, Injector(server) as injector:
+  with server_of('1p1d', CONFIG) as server, inject(server) as injector:
     injector.arm(1, 'scatter', 'damage')
     found = play(server, WORK)
   assert any(o.tokens != want(one) for o, one in zip(found, WORK,
                                                      strict=True))
 
 
-@pytest.mark.parametrize('mode', ('2p2d',))
+@pytest.mark.parametrize('mode', ('2p2d', DEEP_PROCESSES))
 def test_a_completion_told_twice_or_late_changes_nothing(server):
   ids, old = submit(server, WORK), []
   while server.busy:
@@ -354,7 +397,7 @@ def test_a_completion_told_twice_or_late_changes_nothing(server):
 
 def test_more_faults_than_tries_end_a_request_and_no_other():
   config = dataclasses.replace(CONFIG, tries=2)
-  with server_of('1p1d', config) as server, Injector(server) as injector:
+  with server_of('1p1d', config) as server, inject(server) as injector:
     ids = submit(server, WORK)
     injector.arm(1, COPY, 'raise', when=lambda c, _: c.id == ids[1])
     drain(server)
@@ -379,7 +422,7 @@ def test_more_faults_than_tries_end_a_request_and_no_other():
 
 def test_an_instance_that_keeps_failing_is_given_up():
   config = dataclasses.replace(CONFIG, restarts=2)
-  with server_of('1p1d', config) as server, Injector(server) as injector:
+  with server_of('1p1d', config) as server, inject(server) as injector:
     injector.arm(1, 'decode', 'raise', when=lambda c: True)
     work = (*WORK, job(30, 1))
     ids = submit(server, work)
@@ -404,7 +447,7 @@ def test_an_instance_that_keeps_failing_is_given_up():
 
 def test_an_instance_that_works_in_between_is_never_given_up():
   config = dataclasses.replace(CONFIG, restarts=1)
-  with server_of('1p1d', config) as server, Injector(server) as injector:
+  with server_of('1p1d', config) as server, inject(server) as injector:
     for _ in range(4):
       injector.arm(1, 'decode', 'unreadable', 6)
       check_tokens(WORK, play(server, WORK))
@@ -413,7 +456,7 @@ def test_an_instance_that_works_in_between_is_never_given_up():
       server.poll()
 
 
-@pytest.mark.parametrize('mode', ('1p1d',))
+@pytest.mark.parametrize('mode', ('1p1d', '1p1d, processes'))
 def test_who_needs_a_lost_instance_waits_for_it(server):
   server.kill(1, back_s=0.2)
   ids = submit(server, WORK)
@@ -451,7 +494,8 @@ def test_an_instance_that_cannot_start_is_tried_again_and_given_up(
 # --- drain, cancel, close ----------------------------------------------------
 
 
-@pytest.mark.parametrize('mode', ('2p2d', DEEP_2COLOCATED))
+@pytest.mark.parametrize('mode', ('2p2d', DEEP_2COLOCATED,
+                                  CHUNKED_PROCESSES, DEEP_PROCESSES))
 def test_a_drained_instance_ends_what_it_has_and_takes_no_more(server):
   last = len(server.engines) - 1
   ids = submit(server, WORK)
@@ -472,13 +516,15 @@ def test_a_drained_instance_ends_what_it_has_and_takes_no_more(server):
 
 
 @pytest.mark.parametrize('seed', range(2))
-@pytest.mark.parametrize('mode', ('2p2d', DEEP_2COLOCATED, '2chunked'))
+@pytest.mark.parametrize('mode', ('2p2d', DEEP_2COLOCATED, '2chunked', *(
+    pytest.param(mode, marks=pytest.mark.deep)
+    for mode in (CHUNKED_PROCESSES, '2p2d, processes'))))
 def test_faults_cancels_and_arrivals_in_any_order(server, mode, seed):
   rng = random.Random(f'{mode}{seed}')
   work = [rng.choice(MIXED + LONG) for _ in range(16)]
   methods = [m for m in KINDS if (m, mode[:2]) != ('checksum', '2p')
              and m != 'checksum']
-  with Injector(server) as injector:
+  with inject(server) as injector:
     ids, left = [], list(work)
     while left or server.busy:
       if left and rng.random() < .3:
@@ -505,7 +551,8 @@ def disturb(server, injector, rng, methods, ids):
   elif draw < .03:
     server.drain(one)
   elif draw < .05:
-    server.restore(one)
+    with contextlib.suppress(RuntimeError):  # a process may be lost at once
+      server.restore(one)
   elif draw < .08:
     method = rng.choice(methods)
     kind = rng.choice([k for k in KINDS[method] if k not in (
@@ -515,7 +562,7 @@ def disturb(server, injector, rng, methods, ids):
 
 def test_closing_does_not_wait_for_what_is_lost_or_stuck():
   config = dataclasses.replace(CONFIG, lease_s=0.2)
-  with server_of('2p2d', config) as server, Injector(server) as injector:
+  with server_of('2p2d', config) as server, inject(server) as injector:
     for side in (2, 3):
       injector.arm(side, COPY, 'stall')
       injector.arm(side, 'decode', 'stall')

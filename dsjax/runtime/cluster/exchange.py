@@ -226,12 +226,9 @@ class Exchange:
         self._connections.pop(pulling.asked.source, None)  # of no more use
         send(messages.Broken(uuid, f'the copy failed: {error}'))
         continue
-      asked, some = pulling.asked, True
+      some = True
       del self.pulling[uuid]
-      landed = self._join(pulling.route, asked.command, asked.checksum,
-                          pulling.parts)
-      landed.land()
-      self.landing[uuid] = Landing(asked, pulling.kind, landed)
+      self._land(pulling, send)
     for uuid, landing in list(self.landing.items()):
       if landing.transfer.is_ready():
         del self.landing[uuid]
@@ -239,6 +236,22 @@ class Exchange:
             landing.transfer.arrived)))
         some = True
     return some
+
+  def _land(self, pulling: Pulling,
+            send: Callable[[messages.FromInstance], None]) -> None:
+    """Writes what has come. Only the hand-off fails, where the engine is
+    sound."""
+    asked = pulling.asked
+    try:
+      landed = self._join(pulling.route, asked.command, asked.checksum,
+                          pulling.parts)
+      landed.land()
+    except Exception as error:
+      if not self.engine.is_sound():
+        raise
+      send(messages.Broken(asked.uuid, f'the copy failed: {error}'))
+    else:
+      self.landing[asked.uuid] = Landing(asked, pulling.kind, landed)
 
 
 def _peer(fields: dict[str, Any], model: ModelConfig, config: EngineConfig

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -35,11 +34,13 @@ from tests.common.serving import (
   LONG,
   MIXED,
   PAGES_4,
+  check_held,
   check_tidy,
   check_tokens,
   expected_of_fakes,
   play,
   server_of,
+  until,
   want,
 )
 
@@ -79,15 +80,6 @@ def children():
   return found
 
 
-def until(true, server=None):
-  """The value of `true` once it is; a server goes on meanwhile."""
-  while not (value := true()):
-    if server:
-      server.poll()
-    time.sleep(1e-3)
-  return value
-
-
 @pytest.fixture(scope='module')
 def shared():
   """Servers by name; a test that fails leaves none behind."""
@@ -115,14 +107,6 @@ def lend(shared, name, make):
   check_held(server)
   server.requests.clear()
   shared[name] = server
-
-
-def check_held(server):
-  """No process holds anything, nor has it compiled since it was ready."""
-  answers = [engine.count() for engine in server.engines]
-  until(lambda: all(answer() for answer in answers), server)
-  assert [answer() for answer in answers] == [messages.Counted(0, 0, 0, 0)] * (
-      len(answers))
 
 
 @pytest.fixture

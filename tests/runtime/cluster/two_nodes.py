@@ -75,19 +75,19 @@ def serve(cluster):
     for pid in pids:
       os.kill(pid, signal.SIGSTOP)
     ids = [server.submit(prompt, **params) for prompt, params in work]
-    here.until(lambda: any(server.state.instances[i].residents
+    serving.until(lambda: any(server.state.instances[i].residents
                            for i in there), server)
     cluster.remove_node(nodes[1], allow_graceful=False)
     for pid in pids:
       os.kill(pid, signal.SIGKILL)
-    here.until(lambda: not server.busy, server)
+    serving.until(lambda: not server.busy, server)
     outputs = [server.output(id) for id in ids]
     saw['after'] = [o.tokens == serving.want(one)
                     for o, one in zip(outputs, work, strict=True)]
     saw['tried_again'] = sum(o.record.retries for o in outputs)
     saw['down'], saw['there'] = sorted(server.fleet.down), there
     cluster.add_node(num_cpus=1, resources={'device': 2})
-    here.until(lambda: not server.fleet.down, server)
+    serving.until(lambda: not server.fleet.down, server)
     saw['again'] = node_of_each(server)
   return saw | {'bundles': [table['state'] for table in (
       ray.util.placement_group_table().values())]}
