@@ -5,6 +5,9 @@
 Every plan of --plans is built on the devices at hand and timed, as
 dsjax.runtime.profiling says.
 
+With --cluster=local instances are processes with cores of their own, as they
+serve: KV is timed over that border.
+
 --hardware=h100-80g also fits the shares of a device's peaks that all plans
 together reach (a Roofline), and --predict=4x1,8x1 adds to the file what other
 plans would take at these shares, so that a search may consider them.
@@ -86,7 +89,7 @@ FLAGS = {
     'points': cli.Flag(4, 'Lengths of each part of the grid, the least and '
                        'the most included.', low=2),
     'tpot_s': 0.1,
-    'compilation_cache': cli.CACHE,
+    'cluster': cli.CLUSTER_FLAG, 'compilation_cache': cli.CACHE,
 }
 
 
@@ -382,14 +385,15 @@ def run(options, console):
   console.print(f'Loading {name}')
   cli.prepare(2 * max(plan.num_devices for plan in plans),
               options.compilation_cache)
-  loaded = dsjax.load(options.model, config.dtype)
+  cluster = cli.cluster_of(options)
+  loaded = dsjax.load(options.model, config.dtype, weights=cluster is None)
   others = machine.Others()
   with terminal.Interrupts() as interrupts, Progress(
       TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
       console=console, transient=True) as bar:
     profile, cells = profiling.measure(
         loaded, plans, config, options.rounds, options.points,
-        reporter(bar, interrupts.halt), name)
+        reporter(bar, interrupts.halt), name, cluster=cluster)
   show(console, profile, cells, tpot_s, config, loaded.config)
   if options.hardware:
     fitted = fit_roofline(cells, config, loaded.config, options.hardware)

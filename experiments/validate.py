@@ -18,8 +18,8 @@ over them whatever --xla_cpu_multi_thread_eigen says), so instances slow each
 other, which both simulate as contention.Contention. Threads are as many as
 cores here (NPROC=32 of other runners is for collectives, of which
 1x1 has none). With --cluster=local each instance is a process, on cores of its
-own where there are enough: nothing is simulated as contention. A link that was
-measured in one process is then only what `bench` starts from. Rates, if not
+own where there are enough: nothing is simulated as contention, and steps and KV
+are profiled in such processes. Rates, if not
 given, are shares of what a burst really achieves; objectives, if not given, are
 multiples of medians of the calibration runs, the same for all modes.
 
@@ -305,7 +305,7 @@ def run(options, console):
   out.mkdir(parents=True, exist_ok=True)
   # One-device instances have no collectives: threads as many as cores.
   cli.prepare(2, options.compilation_cache, threads=os.cpu_count() or 2)
-  loaded = dsjax.load(name, config.dtype)
+  loaded = dsjax.load(name, config.dtype, weights=cluster is None)
   others, rows, slo, stopped = machine.Others(), [], None, False
 
   def size(rate):
@@ -319,7 +319,7 @@ def run(options, console):
       else:
         profile, _ = profiling.measure(
             loaded, (Plan(),), config, options.rounds, 3,
-            measure.reporter(bar, interrupts.halt), name)
+            measure.reporter(bar, interrupts.halt), name, cluster=cluster)
         interrupts.halt()
       _check_profile(profile, options)
       provenance.save_json(out / 'latency.json', profiles.as_json(profile),

@@ -256,6 +256,10 @@ class Transfer:
     self.moved, self._arrays = [], []
     return done
 
+  def wait(self) -> None:
+    """Waits until it has landed, where no fleet looks at it."""
+    jax.block_until_ready(self.land())
+
   def is_ready(self) -> bool:
     """Whether it has landed, and its checksums, if asked for, are there."""
     return self.landed and all(map(is_ready, self.sent + self.arrived))

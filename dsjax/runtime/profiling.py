@@ -8,13 +8,19 @@ own, much on the CPU devices of one process. All cells are timed in turn, round
 after round, and the median of each counts, so that a busy moment spoils no
 single cell. Buckets are part of the result: a batch costs what its compiled
 size costs.
+
+With `cluster` instances are processes, as a server has them: steps are those
+of a process with its own cores, and what KV takes is what it takes over that
+border.
 """
 
+import dataclasses
 import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +32,8 @@ from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan
 from dsjax.config.request import Request, Sampling
 from dsjax.model import kv_cache, sharding
-from dsjax.runtime import engine, migration, orchestrator
+from dsjax.runtime import engine, orchestrator
+from dsjax.runtime.cluster import local, starting
 from dsjax.scheduling.events import (
   Chunk,
   Migrate,
@@ -84,7 +91,7 @@ class Cells:
   depends on it.
   """
 
-  def __init__(self, instance: engine.Engine) -> None:
+  def __init__(self, instance: Any) -> None:
     self.instance = instance
     each = -(-instance.config.max_len // instance.capacity.page_size)
     count = instance.config.max_seqs
@@ -173,17 +180,20 @@ def decode_span(server: orchestrator.Orchestrator,
 
 
 def host_times(model: Model, config: EngineConfig, plan: Plan, bare: Cells,
-               rounds: int) -> list[float]:
+               rounds: int, cluster: str | None = None) -> list[float]:
   """Seconds that the serving loop adds to a decode step, one a round.
 
-  A full batch is served, and the same steps are run bare, in turn.
+  A full batch is served, and the same steps are run bare, in turn. Of two
+  processes one is away: so the other has as many cores as `bare`.
   """
+  plans = [plan] if cluster is None else [plan, plan]
+  config = dataclasses.replace(config, away=() if cluster is None else (1,))
   batch, prompt = config.max_seqs, min(16, config.prefill_tokens)
   tokens = min(HOST_TOKENS, config.max_len - prompt)
   rng = np.random.default_rng(0)
   added = []
-  with orchestrator.serve(model, Placement(colocated=[plan]), config,
-                          report=lambda *_: None) as server:
+  with orchestrator.serve(model, Placement(colocated=plans), config,
+                          report=lambda *_: None, cluster=cluster) as server:
     for i in range(rounds + 1):
       ids = rng.integers(3, model.config.vocab_size, (batch, prompt)).tolist()
       server.log.clear()
@@ -203,11 +213,11 @@ def host_times(model: Model, config: EngineConfig, plan: Plan, bare: Cells,
   return added
 
 
-def transfer_times(source: engine.Engine, target: engine.Engine,
+def transfer_times(source: Any, target: Any,
                    lengths: Sequence[int], rounds: int,
                    tick: Callable[[], object]) -> list[float]:
   """Median seconds of a migration of each length."""
-  route = migration.Route(source, target)
+  route = source.route_to(target)
   route.warm()
 
   def timed(n):
@@ -215,8 +225,7 @@ def transfer_times(source: engine.Engine, target: engine.Engine,
       ids = [tuple(range(-(-n // e.capacity.page_size)))
              for e in (source, target)]
       start = time.perf_counter()
-      moved = route.start(Migrate(0, 1, 0, ids[0], 1, ids[1], n))
-      jax.block_until_ready(moved.land())
+      route.start(Migrate(0, 1, 0, ids[0], 1, ids[1], n)).wait()
       return time.perf_counter() - start
     return run
   return in_rounds([timed(n) for n in lengths], rounds, tick)
@@ -303,18 +312,34 @@ def _ticks(report, what, total):
 class _Profiler:
   """What `measure` was asked; each method times one part of it."""
 
-  def __init__(self, model, config, rounds, points, report, devices, apart):
+  def __init__(self, model, config, rounds, points, report, devices, apart,
+               cluster):
     self.model, self.config, self.rounds = model, config, rounds
     self.grid, self.report = shapes(config, points), report
     self.lengths = spread(config.page_size, config.max_len, points)
     self.devices = devices
     self.apart = devices[apart:]  # for a second instance
-    self.stopped = False
+    self.stopped, self.cluster, self.processes = False, cluster, []
+
+  def start(self, placement):
+    """The engines of a placement, each a process."""
+    made = starting.build(self.model, placement, self.config, engine.Engine,
+                          self.cluster, False)
+    self.processes += made
+    return made
+
+  def close(self):
+    """Ends the processes."""
+    for process in self.processes:
+      process.close()
+    self.processes = []
 
   def engine(self, plan):
-    """A warm Engine that has both kinds of step."""
+    """A warm Engine that has both kinds of step; as a process beside another,
+    so that each has cores of its own."""
     tick = _ticks(self.report, f'{plan}: building', 1)
-    made = build(self.model, plan, 'chunked', self.config, self.devices)
+    made = (self.start(Placement(chunked=[plan, plan]))[0] if self.cluster else
+            build(self.model, plan, 'chunked', self.config, self.devices))
     tick()
     tick = _ticks(self.report, f'{plan}: compiling', len(made.shapes_needed()))
     for _ in made.warm():
@@ -339,7 +364,8 @@ class _Profiler:
     try:
       if not self.stopped:
         tick = _ticks(self.report, f'{plan}: host', 1)
-        host = host_times(self.model, self.config, plan, bare, self.rounds)
+        host = host_times(self.model, self.config, plan, bare, self.rounds,
+                          self.cluster)
         tick()
     except KeyboardInterrupt:
       self.stopped = True
@@ -351,7 +377,14 @@ class _Profiler:
     """The latency.Link to a plan; None where noise hides the bandwidth."""
     tick = _ticks(self.report, f'{plan}: to {to}',
                   (self.rounds + 1) * len(self.lengths))
-    target = build(self.model, to, 'decode', self.config, self.apart)
+    if self.cluster:
+      self.close()
+      source, target = self.start(Placement(prefill=[plan], decode=[to]))
+      for end in (source, target):
+        for _ in end.warm():
+          pass
+    else:
+      target = build(self.model, to, 'decode', self.config, self.apart)
     seconds = transfer_times(source, target, self.lengths, self.rounds, tick)
     if seconds[-1] <= seconds[0]:
       return None
@@ -370,7 +403,8 @@ class _Profiler:
 def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
             rounds: int = 5, points: int = 4, report: Report | None = None,
             name: str | None = None, side_by_side: bool = True,
-            devices: Sequence[jax.Device] | None = None
+            devices: Sequence[jax.Device] | None = None,
+            cluster: str | None = None
             ) -> tuple[profiles.Profile, dict[Plan, list[fitting.Cell]]]:
   """Profiles every plan: the Profile, and what each cell took.
 
@@ -384,6 +418,7 @@ def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
       other, which takes the longest.
     devices: jax.devices() by default; one that is named twice takes two
       instances.
+    cluster: as of dsjax.serve: instances are processes, and none slows another.
 
   Ctrl-C (or `report` raising KeyboardInterrupt) ends it with what was timed:
   a plan counts once a round of its cells is whole.
@@ -400,12 +435,17 @@ def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
   require(config.max_len >= 64, 'EngineConfig.max_len', config.max_len,
           '64 or more to measure')
   most = max(plan.num_devices for plan in plans)
-  devices = devices or jax.devices()
-  require(2 * most <= len(devices), 'plans', plans,
-          f'of at most {len(devices) // 2} devices: migrations need a '
-          'source and a target')
+  kind, devices = 'cpu', devices or ()
+  if cluster is None:
+    devices = devices or jax.devices()
+    require(2 * most <= len(devices), 'plans', plans,
+            f'of at most {len(devices) // 2} devices: migrations need a '
+            'source and a target')
+    kind = devices[0].device_kind
+  elif local.visible_gpus() is not None:
+    kind = 'gpu'  # processes have them, and this one does not look
   work = _Profiler(model, config, rounds, points, report or (lambda *_: None),
-                   devices, most)
+                   devices, most, cluster)
   cells, models, links, shared = {}, {}, {}, None
   for plan in plans:
     try:
@@ -416,18 +456,22 @@ def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
       for to in plans if not work.stopped else ():
         if link := work.link(plan, source, to):
           links[plan, to] = link
-      if plan == Plan() and side_by_side and not work.stopped:
+      if (plan == Plan() and side_by_side and cluster is None
+          and not work.stopped):
         shared = work.contention(bare)
     except KeyboardInterrupt:
       work.stopped = True
+    finally:
+      work.close()
     if work.stopped:
       break
   if not models:
     raise KeyboardInterrupt
   return profiles.Profile(
-      name or model.config.name, devices[0].device_kind, models, links,
+      name or model.config.name, kind, models, links,
       f'dsjax.runtime.profiling, {rounds} rounds, {config.dtype}, '
-      f'jax {jax.__version__}' + ', stopped by Ctrl-C' * work.stopped,
+      f'jax {jax.__version__}' + f', cluster={cluster}' * bool(cluster)
+      + ', stopped by Ctrl-C' * work.stopped,
       shared), cells
 
 

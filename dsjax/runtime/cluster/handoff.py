@@ -17,6 +17,7 @@ if TYPE_CHECKING:
   from dsjax.runtime.cluster.remote import RemoteEngine
 
 LOOK_S = 2e-3  # between two looks while something starts
+GLANCE_S = 5e-5  # between two looks at what is timed
 TRIAL_S = 120.0  # for the first hand-off, which carries nothing
 
 
@@ -76,6 +77,21 @@ class RemoteTransfer:
       raise migration.Damaged('shapes or dtypes arrived that were not sent')
     return True
 
+  def wait(self, seconds: float = TRIAL_S) -> None:
+    """Waits until it has landed, where no fleet looks at it.
+
+    Raises:
+      RuntimeError: it failed, one of its ends did, or nothing came so long.
+    """
+    until_s = time.monotonic() + seconds
+    while not self.has_arrived():
+      for engine in self._ends:
+        engine.check()
+      if time.monotonic() > until_s:
+        raise RuntimeError(f'nothing came in {seconds:g} s')
+      time.sleep(GLANCE_S)
+    self.land()
+
   def land(self) -> None:
     """It has landed by itself."""
     self.landed = True
@@ -130,15 +146,11 @@ class RemoteRoute:
       RuntimeError: they cannot.
     """
     what = f'KV from instance {self.source.index} to {self.target.index}'
-    command = migration.nowhere(self.source.capacity, self.target.capacity)
-    transfer, until_s = self.start(command, checksum), (
-        time.monotonic() + TRIAL_S)
-    while not transfer.has_arrived():
-      for engine in (self.source, self.target):
-        engine.check()
-      if time.monotonic() > until_s:
-        raise RuntimeError(f'{what}: nothing came in {TRIAL_S:g} s')
-      time.sleep(LOOK_S)
-    transfer.land()
+    transfer = self.start(migration.nowhere(
+        self.source.capacity, self.target.capacity), checksum)
+    try:
+      transfer.wait()
+    except RuntimeError as error:
+      raise RuntimeError(f'{what}: {error}') from error
     if checksum:
       transfer.check()

@@ -89,6 +89,17 @@ class Arriving:
   def is_deleted(self) -> bool:
     return False
 
+  def block_until_ready(self) -> 'Arriving':
+    """Waits for it, where no fleet looks at it.
+
+    Raises:
+      RuntimeError: its process ended.
+    """
+    while not self.is_ready():
+      self._engine.check()
+      self._engine.wait(PING_S)
+    return self
+
   def __array__(self, *_: Any, **__: Any) -> np.ndarray:
     if self._values is None:
       raise RuntimeError('its message has not come')
@@ -186,6 +197,11 @@ class RemoteEngine:
     except Exception as error:  # what follows would be as wrong
       self._why = self._why or f'it said what cannot be: {error!r}'
       raise
+
+  def wait(self, seconds: float) -> None:
+    """Waits until something has come, so long at most."""
+    if self._channel:
+      self._channel.wait(seconds)
 
   def check(self) -> None:
     """Raises what ended the process, if something has.
