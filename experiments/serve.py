@@ -59,6 +59,7 @@ class Result:
   extra: dict
   compiled: int
   stopped: bool
+  stamps: dict
 
 
 # --- requests ---------------------------------------------------------------
@@ -158,7 +159,7 @@ def serve_mode(config, mode, placement, model, requests, screen, policy,
            'bubbles': timeline.bubbles(server.log),
            'others_cores': cores}
   return Result(mode, placement, records, server.log, answers, extra,
-                len(compiled), stopped)
+                len(compiled), stopped, server.stamps)
 
 
 def _show_mode(console, result, requests):
@@ -266,7 +267,8 @@ def save(config, results, title, closing, out, options):
     old.unlink()
   for r in results:
     report.save_log(out / f'events-{r.mode}.jsonl', r.log)
-    traces.append((r.mode, timeline.timeline(r.log, r.placement.names)))
+    traces.append((r.mode, timeline.timeline(r.log, r.placement.names,
+                                             r.stamps)))
   provenance.save_trace(out / 'timeline.json', timeline.merge(traces), options,
                         read)
   report.save_figure(out / 'report.png', [(r.mode, r.records)

@@ -3,7 +3,7 @@
 Data in, data out: a caller writes what `timeline` returns with json.dump.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dsjax.analysis import pairing
@@ -18,11 +18,14 @@ from dsjax.scheduling.events import (
   InstanceUp,
   Migrate,
   MigrateFailed,
+  RunDecode,
+  RunPrefill,
 )
 
 Trace = dict[str, Any]  # what json.dump takes
 
 _INSTANCES, _REQUESTS = 1, 2  # "processes" of the trace
+_THERE = 1_000_000  # rows of what instances stamped themselves: behind these
 _STAGE = 1000  # rows of further pipeline stages: instance + 1000 * stage
 _FAULTS = {InstanceDown: 'lost', InstanceUp: 'there again', Drain: 'drained',
            MigrateFailed: 'hand-off failed', Abort: 'hand-off given up',
@@ -66,15 +69,18 @@ def _metadata(instances, names):
 
 
 def _name(row, names):
+  if row >= _THERE:
+    return f'{_name(row - _THERE, names)}, as it says'
   stage, i = divmod(row, _STAGE)
   name = names[i] if i < len(names) else f'instance {i}'
   return f'{name}, stage {stage}' if stage else name
 
 
 def _order(row):
-  """Stages of an instance below one another."""
+  """Stages of an instance below one another, what it says itself last."""
+  there, row = divmod(row, _THERE)
   stage, instance = divmod(row, _STAGE)
-  return instance * _STAGE + stage
+  return instance * _STAGE + (_STAGE - 1 if there else stage)
 
 
 def _request_slices(recorder, spans, us):
@@ -179,8 +185,35 @@ def _fault_marks(log, us):
                'ts': us(event.time_s)}
 
 
+def _stamped(stamps, log, us):
+  """Slices of steps and hand-offs as instances saw them."""
+  issued = {(c.instance, c.number): c for _, commands in log for c in commands
+            if isinstance(c, RunPrefill | RunDecode)}
+  for instance, own in stamps.items():
+    free_s, cpu_s = log[0][0].time_s if log else float('inf'), None
+    own = [stamp for stamp in own if stamp[3] >= free_s]
+    for what, number, began_s, ended_s, used_s in own:
+      args, name = {'request': number}, f'KV {what}'
+      if what == 'step':
+        command = issued.get((instance, number))
+        if command is None:
+          continue  # of another run
+        began_s = max(began_s, free_s)
+        name, free_s = _step_name(command), ended_s
+        args = {'number': number} | ({} if cpu_s is None else {
+            'cpu_ms': round(1e3 * (used_s - cpu_s), 3)})
+        cpu_s = used_s
+      yield {'ph': 'X' if what == 'step' else 'i', 'pid': _INSTANCES,
+             'tid': _THERE + instance, 'cat': 'there', 'name': name,
+             'ts': us(began_s if what == 'step' else ended_s),
+             'args': args} | (
+                 {'dur': us(ended_s) - us(began_s)} if what == 'step' else
+                 {'s': 't'})
+
+
 def timeline(log: Sequence[tuple[Event, Iterable[Command]]],
-             names: Sequence[str] = ()) -> Trace:
+             names: Sequence[str] = (),
+             stamps: Mapping[int, Iterable[Any]] | None = None) -> Trace:
   """Chrome trace of a run, for ui.perfetto.dev or chrome://tracing.
 
   One row an instance, and one for each further pipeline stage, with a slice
@@ -191,6 +224,9 @@ def timeline(log: Sequence[tuple[Event, Iterable[Command]]],
   Args:
     log: in order.
     names: the name of each instance, by number.
+    stamps: (what, number, began_s, ended_s, CPU seconds) of what each process
+      stamped itself (Orchestrator.stamps): a row more, so that both sides of
+      the border are seen. Of other runs' steps there is no slice.
 
   Returns:
     A dict ready for json.dump; times in microseconds from the first event.
@@ -207,6 +243,7 @@ def timeline(log: Sequence[tuple[Event, Iterable[Command]]],
     recorder.observe(event, commands)
   steps = list(_step_slices(log, us))
   steps += _fault_marks(log, us)
+  steps += _stamped(stamps or {}, log, us)
   events: list[dict[str, Any]] = [
       *steps, *_request_slices(recorder, spans, us)]
   events.sort(key=lambda e: e['ts'])  # stable: nesting at one time is kept

@@ -312,6 +312,16 @@ class Orchestrator:
     return self.loop.state
 
   @property
+  def stamps(self) -> dict[int, list[Any]]:
+    """What each instance that is a process has stamped lately (remote.Stamp),
+    in seconds of the clock."""
+    return {index: [stamp._replace(began_s=stamp.began_s - self.origin,
+                                   wall_s=stamp.wall_s - self.origin)
+                    for stamp in list(engine.stamps)]
+            for index, engine in enumerate(self.engines)
+            if hasattr(engine, 'stamps')}
+
+  @property
   def origin(self) -> float:
     """Of the clock, on time.perf_counter."""
     return self.loop.origin

@@ -78,6 +78,26 @@ def test_every_arrow_has_both_ends():
   assert ends[0]['ts'] == 3e6
 
 
+def test_what_instances_stamped_has_rows_of_its_own():
+  """Both sides of the border: what is of another run, or not issued here, is
+  left out; a step begins where the one before ended."""
+  stamps = {1: [('landed', 7, 8.0, 9.0, 0.0), ('step', 9, 12.0, 12.5, 0.5),
+                ('landed', 7, 12.2, 12.9, 0.0), ('step', 0, 13.1, 13.4, 1.0),
+                ('step', 0, 13.1, 14.9, 2.5), ('step', 1, 13.2, 15.4, 3.0)]}
+  there = [e for e in timeline.timeline(LOG, ('a', 'b'), stamps)['traceEvents']
+           if e.get('cat') == 'there']
+  assert [(e['ph'], e['name'], e['ts'], e.get('dur')) for e in there] == [
+      ('i', 'KV landed', 2.9e6, None), ('X', 'decode x1', 3.1e6, 0.3e6),
+      ('X', 'decode x1', 3.4e6, 1.5e6), ('X', 'decode x1', 4.9e6, 0.5e6)]
+  assert [e['args'].get('cpu_ms') for e in there] == [None, None, 1500, 500]
+  row, = {e['tid'] for e in there}
+  rows = {e['tid']: e['args'] for e in timeline.timeline(
+      LOG, ('a', 'b'), stamps)['traceEvents'] if e['name'].startswith('thread')}
+  assert rows[row] == {'sort_index': 1999}
+  assert {'name': 'b, as it says'} in [e['args'] for e in timeline.timeline(
+      LOG, ('a', 'b'), stamps)['traceEvents'] if e['name'] == 'thread_name']
+
+
 def test_requests_nest_their_stages():
   depth, inner = collections.Counter(), []
   for e in timeline.timeline(LOG)['traceEvents']:

@@ -103,7 +103,7 @@ def _check_logs(out, fields):
 def test_a_busy_machine_is_said(monkeypatch):
   def result(mode, cores):
     extra = {'others_cores': cores}
-    return serve.Result(mode, None, [], [], {}, extra, 0, False)
+    return serve.Result(mode, None, [], [], {}, extra, 0, False, {})
 
   assert serve.disturbed([result('a', None), result('b', 0.1)]) == ''
   said = serve.disturbed([result('a', 0.05), result('b', 1.04)])

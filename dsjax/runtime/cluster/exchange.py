@@ -49,13 +49,14 @@ class Pulling(NamedTuple):
   kind: int
   connection: Any
   parts: list[list[Any]]
+  began_s: float
 
 
 class Landing(NamedTuple):
   """What is written to its pages."""
-  asked: messages.Pull
   kind: int
   transfer: migration.Transfer
+  began_s: float
 
 
 class Exchange:
@@ -150,6 +151,7 @@ class Exchange:
 
   def pull(self, asked: messages.Pull) -> None:
     """Begins to pull; `poll` lands it."""
+    began_s = time.perf_counter()
     route = self._from[asked.source]
     like = [self._like(route, batch) for batch in route.batches(asked.command)]
     flat = [x for batch in like for x in batch]
@@ -157,7 +159,7 @@ class Exchange:
     arrays = iter(connection.pull(asked.uuid, flat))
     self.pulling[asked.uuid] = Pulling(
         asked, route, _kind(flat), connection,
-        [[next(arrays) for _ in batch] for batch in like])
+        [[next(arrays) for _ in batch] for batch in like], began_s)
 
   def _connection(self, asked: messages.Pull) -> Any:
     address, known = self._connections.get(asked.source, ('', None))
@@ -213,7 +215,8 @@ class Exchange:
     for uuid, sending in list(self.sending.items()):
       if all(map(is_ready, sending.sums)):
         del self.sending[uuid]
-        send(sending.told._replace(checksum=migration.total(sending.sums)))
+        send(sending.told._replace(checksum=migration.total(sending.sums),
+                                   wall_s=time.perf_counter()))
         some = True
     for uuid, pulling in list(self.pulling.items()):
       arrays = [x for batch in pulling.parts for x in batch]
@@ -233,7 +236,7 @@ class Exchange:
       if landing.transfer.is_ready():
         del self.landing[uuid]
         send(messages.Landed(uuid, landing.kind, migration.total(
-            landing.transfer.arrived)))
+            landing.transfer.arrived), landing.began_s, time.perf_counter()))
         some = True
     return some
 
@@ -251,7 +254,8 @@ class Exchange:
         raise
       send(messages.Broken(asked.uuid, f'the copy failed: {error}'))
     else:
-      self.landing[asked.uuid] = Landing(asked, pulling.kind, landed)
+      self.landing[asked.uuid] = Landing(pulling.kind, landed,
+                                         pulling.began_s)
 
 
 def _peer(fields: dict[str, Any], model: ModelConfig, config: EngineConfig

@@ -42,11 +42,12 @@ FLUSH_S = 10.0  # for the last words
 
 
 class Running(NamedTuple):
-  """A command in flight and what it is to give."""
+  """A command in flight and what it is to give; began_s: when it came."""
 
   command: RunPrefill | RunDecode
   outputs: collections.deque[StepOutput]
   marks: collections.deque[Pending]
+  began_s: float
 
 
 class Instance:
@@ -76,7 +77,8 @@ class Instance:
 
   def answer(self, message: Any) -> messages.Pong | None:
     """In the reading thread: a sign of life."""
-    return messages.Pong() if isinstance(message, messages.Ping) else None
+    return (messages.Pong(time.perf_counter())
+            if isinstance(message, messages.Ping) else None)
 
   def _hear_compiled(self, name: str, *_: Any, **__: Any) -> None:
     self.compiled += name == COMPILED
@@ -158,11 +160,12 @@ class Instance:
     self.tables.forget(message.id)
 
   def run(self, message: messages.Run) -> None:
+    began_s = time.perf_counter()
     command = self.tables.unpack(message)
     outputs, marks = (self.engine.prefill(command) if isinstance(
         command, RunPrefill) else self.engine.decode(command))
     self.running.append(Running(command, collections.deque(outputs),
-                                collections.deque(marks)))
+                                collections.deque(marks), began_s))
 
   def offer(self, message: messages.Offer) -> None:
     self._hand_off(Exchange.offer, message)
@@ -193,13 +196,14 @@ class Instance:
         break
       some = True
       if running.outputs:
-        self._tell(running.command, running.outputs.popleft())
+        self._tell(running, running.outputs.popleft())
       if not running.outputs:
         self.running.popleft()
     return some
 
-  def _tell(self, command: RunPrefill | RunDecode, output: StepOutput) -> None:
+  def _tell(self, running: Running, output: StepOutput) -> None:
     """The tokens of a step: of its rows, then of its chunks."""
+    command = running.command
     token_R = jax.device_get(output.token_R).tolist()
     ids = [row.id for row in command.rows]
     places = list(range(len(ids)))
@@ -210,7 +214,7 @@ class Instance:
     self.channel.send(messages.Stepped(
         command.number, tuple([token_R[place] for place in places]),
         self._logprobs(output, list(zip(places, ids, strict=True))),
-        time.perf_counter(), time.process_time()))
+        running.began_s, time.perf_counter(), time.process_time()))
 
   def _logprobs(self, output: StepOutput, entries: list[tuple[int, int]]
                 ) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ from dsjax.scheduling.events import (
   RunPrefill,
 )
 
-VERSION = 2  # of the messages: both sides must have the same
+VERSION = 3  # of the messages: both sides must have the same
 
 # --- from the server ---------------------------------------------------------
 
@@ -178,22 +178,25 @@ class Stepped(NamedTuple):
   """A step is done.
 
   token_R: of its rows, then of its chunks. logprobs: (r, log-probability, ids
-  and log-probabilities of the most likely) of those that ask. wall_s, cpu_s:
-  time.perf_counter and CPU seconds of the process.
+  and log-probabilities of the most likely) of those that ask. began_s, wall_s:
+  when its command came and it was done, on time.perf_counter; cpu_s: CPU
+  seconds of the process.
   """
   number: int
   token_R: tuple[int, ...]
   logprobs: tuple[tuple[int, float, tuple[int, ...], tuple[float, ...]], ...]
+  began_s: float
   wall_s: float
   cpu_s: float
 
 
 class Offered(NamedTuple):
-  """An offer is there. kind: a hash of shapes and dtypes."""
+  """An offer is there, since wall_s. kind: a hash of shapes and dtypes."""
   uuid: int
   bytes: int
   kind: int
   checksum: int
+  wall_s: float = 0.0
 
 
 class Moved(NamedTuple):
@@ -202,10 +205,13 @@ class Moved(NamedTuple):
 
 
 class Landed(NamedTuple):
-  """What was pulled is in its pages."""
+  """What was pulled is in its pages. began_s, wall_s: when it was asked for,
+  and when it was there."""
   uuid: int
   kind: int
   checksum: int
+  began_s: float = 0.0
+  wall_s: float = 0.0
 
 
 class Broken(NamedTuple):
@@ -229,7 +235,8 @@ class Counted(NamedTuple):
 
 
 class Pong(NamedTuple):
-  """A sign of life."""
+  """A sign of life. wall_s: when it was sent, on time.perf_counter there."""
+  wall_s: float = 0.0
 
 
 FromServer: TypeAlias = (Build | Warm | Admit | Forget | Run | Offer | Withdraw

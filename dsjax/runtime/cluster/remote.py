@@ -26,7 +26,7 @@ from dsjax.runtime.protocols import Dispatched, HostMemory
 from dsjax.scheduling.events import RunDecode, RunPrefill
 
 PING_S = 1.0  # from an answer to the next question
-NEWEST = 1000  # stamps of steps that are remembered
+NEWEST = 10_000  # stamps of steps that are remembered
 COMES_S = 300.0  # until a process says hello
 LOADS_S = 3600.0  # of loading weights, and of compiling one step
 
@@ -63,11 +63,19 @@ class Launcher(Protocol):
 
 
 class Stamp(NamedTuple):
-  """When a step was done, at its instance: time.perf_counter and CPU seconds
-  of the process, which nothing else on the machine adds to."""
+  """When something began and was done at an instance, on the clock
+  time.perf_counter of the server.
 
+  what: 'step' (number: of its command), or 'offered' or 'landed', KV for
+  others or from there (number: of the request). cpu_s: CPU seconds of the
+  process until then, which nothing else on the machine adds to; of steps only.
+  """
+
+  what: str
+  number: int
+  began_s: float
   wall_s: float
-  cpu_s: float
+  cpu_s: float = 0.0
 
 
 class Arriving:
@@ -127,8 +135,9 @@ class RemoteEngine:
       it has told of.
     peers: those that KV comes from, and goes to.
     slot_of, spare: what has been admitted, in slots of no meaning.
-    stamps: a Stamp a step, of the newest. held: its last answer to `count`, or
-      None.
+    stamps: a Stamp of each step and hand-off, of the newest. offset_s: what
+      its clock is behind, by the fastest answer to a ping. held: its last
+      answer to `count`, or None.
   """
 
   capacity: InstanceConfig
@@ -168,6 +177,7 @@ class RemoteEngine:
     self.address, self.withdrawn, self.moved = '', 0, 0
     self._why, self._bad_input = '', False
     self._ready, self._asked_s = False, None
+    self.offset_s, self._pinged_s, self._fastest_s = 0.0, 0.0, float('inf')
 
   def _begin(self) -> None:
     self.incarnation += 1
@@ -241,7 +251,7 @@ class RemoteEngine:
     now_s, asked_s = time.monotonic(), self._asked_s
     if asked_s is None or channel.heard_s >= asked_s:
       if asked_s is None or now_s - asked_s > PING_S:
-        self._asked_s = now_s
+        self._asked_s, self._pinged_s = now_s, time.perf_counter()
         channel.send(messages.Ping())
     elif now_s - asked_s > self.config.silent_s:
       raise RuntimeError(f'its process is silent for {now_s - asked_s:.1f} s')
@@ -302,12 +312,34 @@ class RemoteEngine:
     output.logprob_R, output.top_id_RA = logprob_R, top_id_RA
     output.top_logprob_RA = top_logprob_RA
     output.token_R.put(np.array(message.token_R, np.int32))
-    self.stamps.append(Stamp(message.wall_s, message.cpu_s))
+    self._stamp('step', number, message.began_s, message.wall_s,
+                message.cpu_s)
+
+  def _stamp(self, what: str, number: int, began_s: float, wall_s: float,
+             cpu_s: float = 0.0) -> None:
+    self.stamps.append(Stamp(what, number, began_s + self.offset_s,
+                             wall_s + self.offset_s, cpu_s))
+
+  def _on_pong(self, message: messages.Pong) -> None:
+    """Half of the way to and fro is how wrong it may be: a clock that is
+    nearer than that is the same clock."""
+    now_s = time.perf_counter()
+    took_s = now_s - self._pinged_s
+    if took_s < self._fastest_s:
+      self._fastest_s = took_s
+      offset_s = now_s - took_s / 2 - message.wall_s
+      self.offset_s = offset_s if abs(offset_s) > took_s else 0.0
 
   def _on_transfer(self, message: Any) -> None:
     transfer = self.transfers.get(message.uuid)
     if transfer:  # else it was given up
       transfer.hear(message)
+      if isinstance(message, messages.Offered):
+        self._stamp('offered', transfer.command.id, message.wall_s,
+                    message.wall_s)
+      elif isinstance(message, messages.Landed):
+        self._stamp('landed', transfer.command.id, message.began_s,
+                    message.wall_s)
 
   def _on_moved(self, message: messages.Moved) -> None:
     self.moved, self.address = self.moved + 1, message.address
@@ -460,5 +492,5 @@ _HEAR: dict[type, Callable[[RemoteEngine, Any], None]] = {
     messages.Broken: RemoteEngine._on_transfer,
     messages.Lost: RemoteEngine._on_lost,
     messages.Counted: RemoteEngine._on_counted,
-    messages.Pong: lambda engine, pong: None,  # its channel has the time
+    messages.Pong: RemoteEngine._on_pong,
 }

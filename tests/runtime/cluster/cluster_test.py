@@ -5,12 +5,15 @@ own as it found it, all up and idle. No test waits for a time that passes: what
 is slow is late, and a hang ends by its limit.
 """
 
+import collections
 import dataclasses
+import itertools
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -233,6 +236,45 @@ def test_so_they_are_with_any_plans_page_sizes_and_dtypes(mode, one_process):
 def test_it_serves_many_at_a_time(pair):
   check_tokens(MIXED + LONG, play(pair, MIXED + LONG))
   assert not pair.faults
+
+
+def test_each_step_and_hand_off_is_stamped_where_it_happens(pair):
+  """On the server's clock, between its command and the answer to it."""
+  for engine in pair.engines:
+    engine.stamps.clear()
+  check_tokens(WORK, play(pair, WORK))
+  until(lambda: all(engine._fastest_s < 10 for engine in pair.engines), pair)
+  done = {(e.instance, e.number): len(getattr(e, 'steps_s', (0,)))
+          for e, _ in pair.log if hasattr(e, 'number')}
+  stamped = collections.Counter()
+  for index, own in pair.stamps.items():
+    steps = [s for s in own if s.what == 'step']
+    stamped.update((index, s.number) for s in steps)
+    assert all(s.began_s <= s.wall_s for s in own)
+    for before, after in itertools.pairwise(steps):
+      assert before.wall_s <= after.wall_s and before.cpu_s <= after.cpu_s
+    kind, = {s.what for s in own} - {'step'}
+    assert kind == ('offered', 'landed')[index]
+  assert stamped == done
+  landed = [(s.number, s.wall_s) for s in pair.stamps[1] if s.what == 'landed']
+  moved = [(e.id, e.time_s) for e, _ in pair.log if type(e) is Migrated]
+  for (id, there_s), (same, here_s) in zip(sorted(landed), sorted(moved),
+                                           strict=True):
+    assert id == same and there_s <= here_s
+
+
+def test_clocks_of_other_hosts_are_set_by_the_fastest_answer(fakes):
+  engine = fakes.engines[0]
+  engine._fastest_s, engine._pinged_s = float('inf'), time.perf_counter()
+  engine._on_pong(messages.Pong(time.perf_counter() - 1000))
+  assert engine.offset_s == pytest.approx(1000, abs=60)
+  first = engine.offset_s
+  engine._pinged_s = time.perf_counter() - 60  # a slow one changes nothing
+  engine._on_pong(messages.Pong(7.0))
+  assert engine.offset_s == first
+  engine._fastest_s, engine._pinged_s = 1e9, time.perf_counter() - 1
+  engine._on_pong(messages.Pong(time.perf_counter() - 0.5))
+  assert engine.offset_s == 0.0  # the same clock, as far as one can tell
 
 
 # --- real deaths -------------------------------------------------------------
