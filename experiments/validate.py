@@ -23,6 +23,9 @@ are profiled in such processes. Rates, if not
 given, are shares of what a burst really achieves; objectives, if not given, are
 multiples of medians of the calibration runs, the same for all modes.
 
+--minutes=25 begins no row later than that, and --resume goes on with a folder
+whose rows are not all there: with its profile, rates and objectives.
+
 Files in --out: summary.json (a row for each mode and rate, kept by Ctrl-C),
 validate.png, latency.json (bench), events-MODE-RATE.jsonl.
 
@@ -30,9 +33,11 @@ Exit codes: 0; 2 for bad input; 130 when stopped by Ctrl-C.
 """
 
 import dataclasses
+import math
 import os
 import pathlib
 import statistics
+import time
 import types
 
 import numpy as np
@@ -83,6 +88,8 @@ FLAGS = {
     'ttft_s': None, 'tpot_s': None,
     'profile': cli.Flag(None, 'A profile measured before with this engine; '
                         'none: measure now.', str),
+    'minutes': cli.Flag(None, 'After so many no row begins.', float, low=0.01),
+    'resume': cli.Flag(False, 'Rows that --out has stay.'),
     'cluster': cli.CLUSTER_FLAG, 'rounds': 3, 'seed': 0, 'set': (),
     'compilation_cache': cli.CACHE,
 }
@@ -246,12 +253,15 @@ class Mode:
     self.bar.update(task, completed=len(sent))
     return served
 
-  def prepare(self, n, size, halt):
-    """A burst for the throughput, then a calibration run."""
-    burst = self.serve('burst', self.sent(None, n, self.seed + 1), halt)
-    span = (max(r.finish_s for r in burst.records)
-            - burst.records[0].arrival_s)
-    self.capacity_per_s = n / span
+  def prepare(self, n, size, halt, capacity_per_s):
+    """A burst for the throughput, unless it is known; then a calibration run.
+    """
+    if capacity_per_s is None:
+      burst = self.serve('burst', self.sent(None, n, self.seed + 1), halt)
+      span = (max(r.finish_s for r in burst.records)
+              - burst.records[0].arrival_s)
+      capacity_per_s = n / span
+    self.capacity_per_s = capacity_per_s
     rate = CALIBRATION * self.capacity_per_s
     self.calibration = self.serve(f'calibration {rate:.2f}/s', self.sent(
         rate, size(rate), self.seed + 2), halt)
@@ -307,6 +317,9 @@ def run(options, console):
   cli.prepare(2, options.compilation_cache, threads=os.cpu_count() or 2)
   loaded = dsjax.load(name, config.dtype, weights=cluster is None)
   others, rows, slo, stopped = machine.Others(), [], None, False
+  before = _before(options, out)
+  until_s = (time.monotonic() + 60 * options.minutes if options.minutes
+             else math.inf)
 
   def size(rate):
     return max(8, min(options.requests, round(rate * options.seconds)))
@@ -316,6 +329,8 @@ def run(options, console):
     try:
       if options.profile:
         profile = profiles.load(options.profile)
+      elif before:
+        profile = profiles.load(out / 'latency.json')
       else:
         profile, _ = profiling.measure(
             loaded, (Plan(),), config, options.rounds, 3,
@@ -327,10 +342,20 @@ def run(options, console):
       modes = [Mode(m, loaded, config, profile, options.seed, bar, cluster)
                for m in options.modes]
       for mode in modes:
-        mode.prepare(min(size(1e9), 24), size, interrupts.halt)
-      slo = objectives(modes, options.ttft_s, options.tpot_s)
-      for mode, rate in ((m, r) for m in modes for r in (rates or [
-          share * m.capacity_per_s for share in SHARES])):
+        mode.prepare(min(size(1e9), 24), size, interrupts.halt,
+                     before and before['modes'][mode.name]['capacity_per_s'])
+      slo = (Slo(**before['slo']) if before else
+             objectives(modes, options.ttft_s, options.tpot_s))
+      todo = [(m, rate) for m in modes for rate in (rates or [
+          share * m.capacity_per_s for share in SHARES])]
+      rows = before['rows'] if before else []
+      done = {(row['mode'], row['rate_per_s']) for row in rows}
+      todo = [(m, rate) for m, rate in todo if (m.name, rate) not in done]
+      for row, (mode, rate) in enumerate(todo):
+        if time.monotonic() > until_s:
+          bar.console.print(f'{len(todo) - row} rows are left: --resume goes '
+                            'on.', highlight=False)
+          break
         outcome = mode.row(rate, size(rate), interrupts.halt)
         rows.append(mode.describe(rate, outcome, slo))
         report.save_log(out / f'events-{mode.name}-{rate:.2f}.jsonl',
@@ -349,6 +374,22 @@ def run(options, console):
   draw(out / 'validate.png', rows)
   _close(console, rows, others, out)
   return 130 if stopped else 0
+
+
+def _before(options, out):
+  """What --resume goes on with: a summary.json, or None.
+
+  Raises:
+    InputError: it is not one of these modes.
+  """
+  path = out / 'summary.json'
+  if not options.resume or not path.exists():
+    return None
+  before = profiles.read_json(path)
+  require(isinstance(before, dict) and before.get('rows')
+          and set(before.get('modes', ())) == set(options.modes), '--resume',
+          path, f'what this command wrote of {options.modes}')
+  return before
 
 
 def _checked(options):

@@ -170,6 +170,27 @@ def test_rows_files_and_ctrl_c(tmp_path, profile, monkeypatch):
     assert part in text.getvalue()
 
 
+  halts = validate.terminal.Interrupts
+  monkeypatch.setattr(halts, 'halt', lambda _: None)
+  text = io.StringIO()
+  assert validate.run(options(tmp_path, resume=True),
+                      Console(file=text, width=160)) == 0
+  first, second = json.loads((tmp_path / 'summary.json').read_text())['rows']
+  assert first == row and second['rate_per_s'] != 40.0
+  assert f'{second["rate_per_s"]:.2f}/s:' in text.getvalue()
+  assert '40.00/s:' not in text.getvalue()
+  with pytest.raises(InputError, match='--resume'):
+    validate.run(options(tmp_path, resume=True, modes=['chunked']),
+                 Console(file=text))
+
+
+def test_no_row_begins_later_than_asked(tmp_path, profile):
+  text = io.StringIO()
+  validate.run(options(tmp_path, profile=profile, minutes=1e-9),
+               Console(file=text, width=160))
+  assert '2 rows are left: --resume' in text.getvalue()
+
+
 @pytest.mark.parametrize('change, part', [
     ({'modes': ['both']}, '--modes'), ({'modes': []}, '--modes'),
     ({'rates': 'fast'}, '--rates'), ({'rates': '-1'}, '--rates'),
