@@ -31,8 +31,14 @@ from dsjax.runtime import memory
 from dsjax.runtime.arrays import is_ready
 from dsjax.runtime.cluster import channel, messages
 from dsjax.runtime.cluster.exchange import Exchange
-from dsjax.runtime.protocols import Engine, Pending, StepOutput
-from dsjax.scheduling.events import RunDecode, RunPrefill
+from dsjax.runtime.protocols import (
+  Engine,
+  HostCopy,
+  HostMemory,
+  Pending,
+  StepOutput,
+)
+from dsjax.scheduling.events import Offload, RunDecode, RunPrefill
 
 COMPILED = '/jax/core/compile/backend_compile_duration'
 KEY = 'DSJAX_INSTANCE_KEY'
@@ -55,7 +61,8 @@ class Instance:
 
   Attributes:
     channel: to the server. host: where other instances reach it. engine,
-      exchange: once is_built; exchange: None where no KV comes or goes.
+      exchange, slots: once is_built; exchange: None where no KV comes or goes;
+      slots: None without host memory.
     compiled: programs since it was ready.
   """
 
@@ -72,6 +79,8 @@ class Instance:
     self.num_logprobs: dict[int, int] = {}  # of requests that want some
     self.requests: set[int] = set()
     self.exchange, self.is_built, self.compiled = None, False, 0
+    self.slots: HostMemory | None = None
+    self.copies: dict[HostCopy, int] = {}  # to host memory, or from there
     self.channel = channel.connect(address, key, index, incarnation,
                                    self.answer, _leave)
 
@@ -93,10 +102,11 @@ class Instance:
         some = True
       if self.exchange:
         some |= self.exchange.poll(self.channel.send)
-      some |= self.poll()
+      some |= self.poll() | self.poll_copies()
       if some:
         moved_s = time.perf_counter()
-      elif self.running or (self.exchange and self.exchange.busy):
+      elif (self.running or self.copies
+            or (self.exchange and self.exchange.busy)):
         pause_s = (time.perf_counter() - moved_s) * PAUSE_SHARE
         time.sleep(min(max(pause_s, LEAST_PAUSE_S), MOST_PAUSE_S))
       else:
@@ -121,6 +131,8 @@ class Instance:
     self.engine = make(model, meshes, fields['role'], self.config, capacity)
     if fields['moves']:
       self.exchange = Exchange(self.engine, self.host)
+    if self.engine.capacity.host_pages:
+      self.slots = self.engine.host_memory(self.config.checksum)
     self.is_built = True
     self.channel.send(messages.Built(
         dataclasses.asdict(self.engine.capacity),
@@ -134,6 +146,8 @@ class Instance:
       self.channel.send(messages.Warmed(name))
     if self.exchange:
       self.exchange.warm(message, self.model, self.config)
+    if self.slots:
+      self.slots.warm()
     jax.monitoring.register_event_duration_secs_listener(self._hear_compiled)
     self.channel.send(messages.Ready())
 
@@ -141,7 +155,8 @@ class Instance:
     moving = self.exchange
     self.channel.send(messages.Counted(
         len(self.requests), len(moving.offers) if moving else 0,
-        len(moving.pulling) + len(moving.landing) if moving else 0,
+        len(self.copies) + (len(moving.pulling) + len(moving.landing)
+                            if moving else 0),
         self.compiled))
 
   # --- commands -------------------------------------------------------------
@@ -182,6 +197,15 @@ class Instance:
         raise
       self.channel.send(messages.Broken(message.uuid, _text(error)))
 
+  def copy(self, message: messages.Copy) -> None:
+    assert self.slots is not None
+    command = message.command
+    self.copies[command] = message.number
+    if isinstance(command, Offload):
+      self.slots.offload(command)
+    else:
+      self.slots.load(command)
+
   # --- completions ----------------------------------------------------------
 
   def poll(self) -> bool:
@@ -199,6 +223,20 @@ class Instance:
         self._tell(running, running.outputs.popleft())
       if not running.outputs:
         self.running.popleft()
+    return some
+
+  def poll_copies(self) -> bool:
+    """Tells of copies to host memory, or from there, that are over."""
+    if not self.copies or self.slots is None:
+      return False
+    before, some = self.slots.copied_bytes, False
+    for command, error in self.slots.poll(self.config.lease_s):
+      if error is not None and not self.engine.is_sound():
+        raise error
+      self.channel.send(messages.Copied(
+          self.copies.pop(command), self.slots.copied_bytes - before,
+          _text(error) if error else ''))
+      before, some = self.slots.copied_bytes, True
     return some
 
   def _tell(self, running: Running, output: StepOutput) -> None:
@@ -241,6 +279,7 @@ _DO: dict[type, Any] = {
     messages.Offer: Instance.offer,
     messages.Pull: Instance.pull,
     messages.Withdraw: lambda self, message: self.exchange.withdraw(message),
+    messages.Copy: Instance.copy,
     messages.Drop: lambda self, message: self.exchange.drop(message),
 }
 

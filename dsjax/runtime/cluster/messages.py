@@ -16,7 +16,9 @@ from dsjax.config.checks import require
 from dsjax.scheduling import event_log
 from dsjax.scheduling.events import (
   Chunk,
+  Load,
   Migrate,
+  Offload,
   Row,
   RunDecode,
   RunPrefill,
@@ -97,6 +99,13 @@ class Pull(NamedTuple):
 class Drop(NamedTuple):
   """What is pulled must not be written any more."""
   uuid: int
+
+
+class Copy(NamedTuple):
+  """Copy pages to host memory, or from there: a Copied of this number answers.
+  """
+  number: int
+  command: Offload | Load
 
 
 class Count(NamedTuple):
@@ -214,6 +223,13 @@ class Landed(NamedTuple):
   wall_s: float = 0.0
 
 
+class Copied(NamedTuple):
+  """A copy is over. bytes: that were moved; why: what went wrong, or ''."""
+  number: int
+  bytes: int
+  why: str
+
+
 class Broken(NamedTuple):
   """A hand-off has failed; the instance goes on."""
   uuid: int
@@ -240,14 +256,15 @@ class Pong(NamedTuple):
 
 
 FromServer: TypeAlias = (Build | Warm | Admit | Forget | Run | Offer | Withdraw
-                         | Pull | Drop | Count | Ping | Start | End)
+                         | Pull | Drop | Copy | Count | Ping | Start | End)
 FromInstance: TypeAlias = (Hello | Failed | Built | Warmed | Ready | StageDone
-                           | Stepped | Offered | Moved | Landed | Broken | Lost
-                           | Counted | Pong | Ended)
+                           | Stepped | Offered | Moved | Landed | Copied
+                           | Broken | Lost | Counted | Pong | Ended)
 Message: TypeAlias = FromServer | FromInstance
 
 _KINDS = event_log.LOGGED | {kind.__name__: kind for kind in (
-    Build, Warm, Admit, Forget, Run, Offer, Withdraw, Pull, Drop, Count, Ping,
+    Build, Warm, Admit, Forget, Run, Offer, Withdraw, Pull, Drop, Copy, Count,
+    Ping, Copied,
     Hello, Failed, Built, Warmed, Ready, StageDone, Stepped, Offered, Moved,
     Landed, Broken, Lost, Counted, Pong, Start, End, Ended)}
 

@@ -22,6 +22,7 @@ from dsjax.runtime.cluster import messages
 from dsjax.runtime.cluster.channel import Channel
 from dsjax.runtime.cluster.handoff import LOOK_S, RemoteRoute, RemoteTransfer
 from dsjax.runtime.cluster.messages import PageTables
+from dsjax.runtime.cluster.remote_memory import RemoteHostMemory
 from dsjax.runtime.protocols import Dispatched, HostMemory
 from dsjax.scheduling.events import RunDecode, RunPrefill
 
@@ -144,6 +145,7 @@ class RemoteEngine:
   _shapes: Sequence[tuple[int, int]]
   _channel: Channel | None
   _asked_s: float | None
+  _slots: RemoteHostMemory
 
   def __init__(self, index: int, config: EngineConfig, fields: dict[str, Any],
                launcher: Launcher, siblings: Sequence['RemoteEngine']
@@ -346,6 +348,9 @@ class RemoteEngine:
     for transfer in self.transfers.values():
       transfer.begin()
 
+  def _on_copied(self, message: messages.Copied) -> None:
+    self._slots.hear(message)
+
   def _on_lost(self, message: messages.Lost) -> None:
     self._why = message.why
 
@@ -459,9 +464,10 @@ class RemoteEngine:
     return outputs, marks
 
   def host_memory(self, checksum: bool) -> HostMemory:
-    """Never asked for: its server has refused host_bytes."""
-    del checksum
-    raise InputError('EngineConfig.host_bytes: must be 0 with processes')
+    """The slots that its process has."""
+    del checksum  # of the config, which the process has too
+    self._slots = RemoteHostMemory(self)
+    return self._slots
 
   def sequences(self, command: RunPrefill) -> int:
     """Sequence entries at the end of a RunPrefill's output."""
@@ -490,6 +496,7 @@ _HEAR: dict[type, Callable[[RemoteEngine, Any], None]] = {
     messages.Moved: RemoteEngine._on_moved,
     messages.Landed: RemoteEngine._on_transfer,
     messages.Broken: RemoteEngine._on_transfer,
+    messages.Copied: RemoteEngine._on_copied,
     messages.Lost: RemoteEngine._on_lost,
     messages.Counted: RemoteEngine._on_counted,
     messages.Pong: RemoteEngine._on_pong,

@@ -16,9 +16,6 @@ from dsjax.runtime.cluster.remote import Launcher, RemoteEngine
 from dsjax.runtime.migration import hands_off
 from dsjax.runtime.protocols import Engine, MakeEngine
 
-# Fields of an EngineConfig that processes do not know yet.
-NOT_YET = ('stream_', 'host_')
-
 
 def check(cluster: Any) -> None:
   """Raises InputError unless this says how instances may be started: None, in
@@ -43,11 +40,6 @@ def build(model: Model, placement: Placement, config: EngineConfig,
       cannot be made again by another process.
     RuntimeError: a process ended or is silent.
   """
-  for name in [field.name for field in dataclasses.fields(config)]:
-    default = getattr(EngineConfig, name)
-    require(not name.startswith(NOT_YET) or getattr(config, name) == default,
-            f'EngineConfig.{name}', getattr(config, name),
-            f"{default} with cluster={cluster!r}: it is not there yet")
   require(not any(plan.kind for _, plan in placement.instances), 'Plan.kind',
           placement, "'': devices of one kind serve")
   if model.recipe is None:

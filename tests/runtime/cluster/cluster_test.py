@@ -21,7 +21,7 @@ import dsjax
 from dsjax.checkpoints.checkpoint import Recipe
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement, Plan
-from dsjax.runtime.cluster import local, messages, remote, starting
+from dsjax.runtime.cluster import local, messages, remote
 from dsjax.runtime.cluster.instance import KEY
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import (
@@ -46,6 +46,7 @@ from tests.common.serving import (
   until,
   want,
 )
+from tests.runtime import host_tier_test, stream_test
 
 pytestmark = pytest.mark.usefixtures('no_hang')
 
@@ -230,6 +231,35 @@ def test_so_they_are_with_any_plans_page_sizes_and_dtypes(mode, one_process):
     check_equal(one_by_one(server, JOBS), one_process)
     assert server.copied_bytes
     assert bool(server.records[-1].cached_tokens) == config.prefix_cache
+    check_held(server)
+
+
+def test_so_they_are_with_streams_and_host_memory():
+  """Parts of prompts go over as they are made; what is evicted comes back from
+  the memory of the process's host. Also where processes die."""
+  config = host_tier_test.tiered(stream_test.config_of(CONFIG), checksum=True)
+  with start(config=config) as server:
+    for between in (0, 6):
+      check_tokens(stream_test.WORK, play(server, stream_test.WORK,
+                                          between=between))
+    said = host_tier_test.by_turns(server)
+    asked = [(prompt, {'max_tokens': 4}) for prompt, _ in said]
+    check_tokens(asked, [output for _, output in said])
+    kinds = collections.Counter(
+        type(c).__name__ + '+' * getattr(c, 'more', False)
+        for _, commands in server.log for c in commands)
+    assert kinds['Migrate+'] and kinds['Load'] and kinds['Offload']
+    assert server.host_bytes and not server.faults
+    check_held(server)
+    ids = [server.submit(prompt, **params)
+           for prompt, params in (*stream_test.WORK, *asked)]
+    for index in (0, 1):
+      until(lambda: server.steps % 7 == 0 or not server.busy, server)
+      kill(server, index)
+      until(lambda: server.faults and not server.fleet.down, server)
+    until(lambda: not server.busy, server)
+    check_tokens((*stream_test.WORK, *asked), map(server.output, ids))
+    check_tidy(server, faulty=True)
     check_held(server)
 
 
@@ -545,12 +575,6 @@ def test_what_is_not_there_is_refused(options, error):
   with pytest.raises(InputError, match=error):
     dsjax.serve(MODEL, PAIR, CONFIG, **options)
   assert children() <= before
-
-
-def test_a_field_that_processes_do_not_know_is_refused(monkeypatch):
-  monkeypatch.setattr(starting, 'NOT_YET', ('prefix_',))
-  with pytest.raises(InputError, match='EngineConfig.prefix_cache=False'):
-    start(config=dataclasses.replace(CONFIG, prefix_cache=False))
 
 
 def test_models_that_cannot_be_served_are_refused():

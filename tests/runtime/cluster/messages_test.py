@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from dsjax.runtime.cluster import messages
 from dsjax.runtime.cluster.messages import PageTables
-from dsjax.scheduling.events import Chunk, Migrate, Row, RunDecode, RunPrefill
+from dsjax.scheduling.events import (
+  Chunk,
+  Load,
+  Migrate,
+  Row,
+  RunDecode,
+  RunPrefill,
+)
 
 DECODE = RunDecode(1, 7, 3, 2, (Row(4, 9, 12, (3, 5)), Row(5, 1, 2, ())))
 PREFILL = RunPrefill(0, 8, (Chunk(6, 0, 5, (1, 2), True, 4),), 3, DECODE.rows)
@@ -29,6 +36,8 @@ ALL = (
     messages.Moved('127.0.0.1:2'), messages.End(1, 2), messages.Ended(1, 2, -9),
     messages.Start(1, 2, '10.0.0.1:7000', 'ff', 0, 2, {'A': 'b'}),
     messages.Broken(2, 'why'), messages.Lost('why'),
+    messages.Copy(3, Load(1, 2, 0, (3,), (4,), 0, 4)),
+    messages.Copied(3, 9, 'why'),
     messages.Count(), messages.Counted(1, 2, 3, 4), messages.Pong())
 
 
