@@ -70,6 +70,7 @@ from dsjax.scheduling.events import (
 
 LOG = logging.getLogger(__name__)
 NEWEST = 1000  # faults that are remembered
+AWAY_S = 1.0  # from one poll to the next: what is more does not count
 
 
 class Prefix(NamedTuple):
@@ -191,6 +192,7 @@ class Fleet:
     self.running: list[collections.deque[Running]] = [
         collections.deque() for _ in engines]
     self.moved_s = [0.0] * len(engines)  # when each made progress
+    self.polled_s = 0.0
     self.down: dict[int, float | None] = {}
     self.starting: set[int] = set()
     self.losses = [0] * len(engines)  # in a row
@@ -319,6 +321,7 @@ class Fleet:
     A StepDone for each step, with its tokens, as it completes; an event when
     the last step of a command has completed.
     """
+    self._come_back()
     yield from self._poll_transfers()
     yield from self._poll_hosts()
     yield from self._poll_steps()
@@ -334,6 +337,15 @@ class Fleet:
         event = self.start(index)
         if event:
           yield event
+
+  def _come_back(self) -> None:
+    """Nobody is stuck for as long as nobody looked: this process may have been
+    stopped."""
+    now_s = self.clock()
+    away_s = now_s - self.polled_s - AWAY_S
+    if away_s > 0:
+      self.moved_s = [min(now_s, moved_s + away_s) for moved_s in self.moved_s]
+    self.polled_s = now_s
 
   def _poll_transfers(self) -> Iterator[Event]:
     ended: list[Event] = []

@@ -594,6 +594,29 @@ def test_a_lost_instance_lets_its_memory_go():
         before, rel=0.01)
 
 
+def test_nobody_is_stuck_for_as_long_as_nobody_looked():
+  """A server that was stopped for an hour loses no instance; a step that does
+  not come while it looks does."""
+  config = dataclasses.replace(CONFIG, stall_s=5.0, restart_s=60.0)
+  with serving.fake_server_of('1p1d', config) as server:
+    for engine in server.engines:
+      engine.pace.left = 0
+    server.submit([3, 4], max_tokens=4)
+    server.poll()
+    for _ in range(3):
+      server.loop.origin -= 3600  # of its clock: it is later by so much
+      server.poll()
+      assert not server.faults
+    looks = 0
+    while not server.faults:
+      server.loop.origin -= 0.9
+      server.poll()
+      looks += 1
+    assert looks <= 6 and 'no step for' in server.faults[0][1]
+    for engine in server.engines:
+      engine.pace.left = None
+
+
 @pytest.mark.parametrize('field, value, message', (
     ('tries', -1, 'EngineConfig.tries=-1: must be an integer of 0'),
     ('restarts', 1.5, 'EngineConfig.restarts=1.5'),

@@ -179,6 +179,7 @@ class RemoteEngine:
     self.address, self.withdrawn, self.moved = '', 0, 0
     self._why, self._bad_input = '', False
     self._ready, self._asked_s = False, None
+    self._looked_s, self._away_s = time.monotonic(), 0.0
     self.offset_s, self._pinged_s, self._fastest_s = 0.0, 0.0, float('inf')
 
   def _begin(self) -> None:
@@ -249,13 +250,17 @@ class RemoteEngine:
     return not self._ready and (self._compiles or not self.is_built)
 
   def _ping(self, channel: Channel) -> None:
-    """Asks for a sign of life; raises where there is none."""
+    """Asks for a sign of life; raises where there is none. While this process
+    was stopped, or did not look, none could be heard."""
     now_s, asked_s = time.monotonic(), self._asked_s
+    self._away_s += max(0.0, now_s - self._looked_s - PING_S)
+    self._looked_s = now_s
     if asked_s is None or channel.heard_s >= asked_s:
       if asked_s is None or now_s - asked_s > PING_S:
         self._asked_s, self._pinged_s = now_s, time.perf_counter()
+        self._away_s = 0.0
         channel.send(messages.Ping())
-    elif now_s - asked_s > self.config.silent_s:
+    elif now_s - asked_s - self._away_s > self.config.silent_s:
       raise RuntimeError(f'its process is silent for {now_s - asked_s:.1f} s')
 
   def count(self) -> Callable[[], messages.Counted | None]:

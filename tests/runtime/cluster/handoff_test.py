@@ -10,11 +10,12 @@ import collections
 import dataclasses
 import functools
 import random
+import types
 
 import pytest
 
 from dsjax.config.engine import EngineConfig
-from dsjax.runtime.cluster import messages
+from dsjax.runtime.cluster import messages, remote
 from dsjax.runtime.cluster.remote import RemoteEngine
 from dsjax.scheduling.events import Migrate
 
@@ -192,3 +193,23 @@ def test_something_is_given_up_and_something_lands():
   played = [play(random.Random(seed), 0.1) for seed in range(20)]
   assert any(models.servers for models, *_ in played)
   assert 0 < sum(landed for *_, landed in played) < 6 * 20
+
+
+# --- signs of life ------------------------------------------------------------
+
+
+def test_time_in_which_nobody_looked_is_no_silence(monkeypatch):
+  """A server that was stopped loses no instance when it goes on; one that is
+  silent while it looks is lost."""
+  now_s = [100.0]
+  monkeypatch.setattr(remote, 'time', types.SimpleNamespace(
+      monotonic=lambda: now_s[0], perf_counter=lambda: now_s[0]))
+  engine = Models().engines[1]
+  engine.check()  # asks
+  for later_s in (0.5, 3600.0, *[1.0] * 28):
+    now_s[0] += later_s
+    engine.check()
+  assert CONFIG.silent_s == 30
+  now_s[0] += 1.0
+  with pytest.raises(RuntimeError, match='silent for 36'):
+    engine.check()
