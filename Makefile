@@ -17,7 +17,7 @@ CUDA := 13.5.37
 demo: $(STAMP)
 	@echo 'Serves 16 chats in three modes on two CPU devices: a minute and a half, and'
 	@echo 'one more where nothing is compiled yet (kept in .cache for the next run).'
-	$(BIN)/python -m experiments.serve --config=demo --out=out/demo
+	$(BIN)/python -m experiments.serve --config=demo --cluster=auto --out=out/demo
 
 # A process runs whole files: what one compiles, the other need not.
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -43,7 +43,9 @@ SAMPLES = 3  # answers shown of the first mode
 BUSY_CORES = 0.2  # of other programs: more than this spoils a comparison
 
 FLAGS = {'config': None, 'set': (), 'out': None, 'policy': 'distserve',
-         'latency': cli.PREDICTS, 'cluster': cli.CLUSTER_FLAG,
+         'latency': cli.PREDICTS, 'cluster': cli.CLUSTER_FLAG._replace(
+             help=cli.CLUSTER_FLAG.help + ' auto: local, where each instance '
+             'and the server can have cores of their own.'),
          'compilation_cache': cli.CACHE}
 
 
@@ -303,7 +305,7 @@ def run(options, console):
   require(isinstance(config, Serve), '--config', type(config).__name__,
           'a file whose `config` is a configs.serve.Serve')
   policy = policies.load(options.policy, config.slo)
-  cluster = cli.cluster_of(options)
+  cluster = cli.cluster_of(options, config.num_devices)
   out = pathlib.Path(options.out)
   cli.prepare(config.num_devices, options.compilation_cache)
   make = plan_requests(config)

@@ -10,6 +10,8 @@ One run, of which every figure comes:
   host       microseconds of the server's loop a step, requests one by one;
   hand-off   GB/s of KV from dispatch to landing, requests one by one, and of a
              bare pull of as many bytes by jax's transfer server;
+  copy       milliseconds of a hand-off, and second token: from the first to it,
+             which a slower copy makes later by its own time;
   TTFT, TPOT milliseconds, medians of the same requests.
 
 Other programs, and on few cores the server itself, take from both: compare
@@ -105,6 +107,9 @@ def serve(model, config, options, cluster):
   return {'host_us_per_step': host_s / steps * 1e6,
           'handoff_gb_per_s': copied_bytes / copy_s / 1e9,
           'handoff_bytes': copied_bytes / len(prompts),
+          'copy_ms': copy_s / len(prompts) * 1e3,
+          'second_token_ms': statistics.median(
+              r.token_s[1] - r.token_s[0] for r in records) * 1e3,
           'ttft_ms': statistics.median(r.ttft_s for r in records) * 1e3,
           'tpot_ms': statistics.median(r.tpot_s for r in records) * 1e3}
 

@@ -358,13 +358,23 @@ def cluster_file(options: types.SimpleNamespace,
   return clusters.load(options.cluster, options.latency)
 
 
-def cluster_of(options: types.SimpleNamespace) -> str | None:
+def cluster_of(options: types.SimpleNamespace, devices: int | None = None
+               ) -> str | None:
   """What --cluster says, for dsjax.serve.
+
+  Args:
+    devices: of the placement, where `auto` may be asked for: local, if this
+      host has a core for each device and one for the server, and no GPU.
 
   Raises:
     InputError: it is not there.
   """
-  from dsjax.runtime.cluster import starting
+  from dsjax.runtime.cluster import local, starting
+  if options.cluster == 'auto' and devices is not None:
+    cores = (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
+             else 0)
+    return ('local' if cores > devices and local.visible_gpus() is None
+            else None)
   with naming('--cluster'):
     starting.check(options.cluster or None)
   return options.cluster or None

@@ -20,6 +20,7 @@ from rich.console import Console
 from configs.serve import Serve
 from dsjax.config.checks import InputError, require
 from dsjax.config.engine import EngineConfig
+from dsjax.runtime.cluster import local
 from experiments import api
 from experiments.common import cli, overrides, terminal
 
@@ -467,3 +468,16 @@ def test_compiled_programs_are_found_in_a_copied_folder(tmp_path, monkeypatch):
   cli.prepare(2, str(tmp_path))
   assert changed['jax_compilation_cache_dir'] == str(tmp_path)
   assert changed['jax_persistent_cache_enable_xla_caches'] == 'none'
+
+
+@pytest.mark.parametrize('cores, gpus, cluster', [
+    (2, None, None), (3, None, 'local'), (8, ['0', '1'], None)])
+def test_instances_are_processes_where_each_has_cores(cores, gpus, cluster,
+                                                      monkeypatch):
+  """And the server has one."""
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(cores)))
+  monkeypatch.setattr(local, 'visible_gpus', lambda: gpus)
+  auto = cli.options({'cluster': cli.CLUSTER_FLAG}, cluster='auto')
+  assert cli.cluster_of(auto, 2) == cluster
+  with pytest.raises(InputError, match='--cluster'):  # of other runners
+    cli.cluster_of(auto)
