@@ -351,6 +351,7 @@ def run(options, console):
       rows = before['rows'] if before else []
       done = {(row['mode'], row['rate_per_s']) for row in rows}
       todo = [(m, rate) for m, rate in todo if (m.name, rate) not in done]
+      _write(out, options, name, slo, modes, rows)  # for --resume
       for row, (mode, rate) in enumerate(todo):
         if time.monotonic() > until_s:
           bar.console.print(f'{len(todo) - row} rows are left: --resume goes '
@@ -369,7 +370,7 @@ def run(options, console):
       stopped = True
   if not rows:
     console.print('Stopped before any row was done: nothing to show.')
-    return 130
+    return 130 if stopped else 0
   show(console, rows, slo)
   draw(out / 'validate.png', rows)
   _close(console, rows, others, out)
@@ -386,7 +387,7 @@ def _before(options, out):
   if not options.resume or not path.exists():
     return None
   before = profiles.read_json(path)
-  require(isinstance(before, dict) and before.get('rows')
+  require(isinstance(before, dict) and 'rows' in before
           and set(before.get('modes', ())) == set(options.modes), '--resume',
           path, f'what this command wrote of {options.modes}')
   return before

@@ -21,6 +21,7 @@ from dsjax.simulation.contention import KINDS
 from experiments import measure
 from experiments.common import cli
 from tests.common.results import check_written, made_by
+from tests.runtime.cluster import cluster_test
 
 CONFIG = EngineConfig(max_len=64, max_seqs=2, prefill_tokens=32,
                       chunk_tokens=32, prefill_seqs=2, transfer_pages=4)
@@ -222,6 +223,29 @@ def test_a_live_engine_from_cells_to_files(tmp_path, monkeypatch):
   assert more.latencies[Plan(2, 2)].buckets == model.buckets
   profiles.save(path, more)
   assert profiles.load(path) == more
+
+
+@pytest.mark.deep
+@pytest.mark.usefixtures('no_hang')
+def test_processes_are_timed_as_they_serve():
+  """Steps of one with its own cores, KV over the border; nothing is left."""
+  before = cluster_test.children()
+  halted = []
+
+  def report(done, total, what):
+    if what == f'{Plan()}: host' and done:
+      halted.append(len(cluster_test.children() - before))
+
+  profile, cells = profiling.measure(
+      dsjax.load('tiny', weights=False), (Plan(),), CONFIG, 1, 2, report,
+      cluster='local')
+  assert halted == [2]  # those of the steps; the server's have ended
+  assert set(fitting.residuals(profile.latencies[Plan()], cells[Plan()])) == {
+      'prefill', 'decode', 'mixed'}
+  assert all(c.seconds > 0 for c in cells[Plan()])
+  assert set(profile.links) <= {(Plan(), Plan())}
+  assert profile.contention is None and 'cluster=local' in profile.source
+  assert profile.device == 'cpu' and cluster_test.children() <= before
 
 
 @pytest.mark.parametrize('change, part', [

@@ -147,7 +147,7 @@ def profile(tmp_path_factory):
 def test_rows_files_and_ctrl_c(tmp_path, profile, monkeypatch):
   """Two rates are asked for, and Ctrl-C comes after the first."""
   def halt(_):
-    if (tmp_path / 'summary.json').exists():
+    if (tmp_path / 'events-disaggregated-40.00.jsonl').exists():
       raise KeyboardInterrupt
   monkeypatch.setattr(validate.terminal.Interrupts, 'halt', halt)
   text = io.StringIO()
@@ -186,9 +186,10 @@ def test_rows_files_and_ctrl_c(tmp_path, profile, monkeypatch):
 
 def test_no_row_begins_later_than_asked(tmp_path, profile):
   text = io.StringIO()
-  validate.run(options(tmp_path, profile=profile, minutes=1e-9),
-               Console(file=text, width=160))
+  assert validate.run(options(tmp_path, profile=profile, minutes=1e-9),
+                      Console(file=text, width=160)) == 0
   assert '2 rows are left: --resume' in text.getvalue()
+  assert json.loads((tmp_path / 'summary.json').read_text())['rows'] == []
 
 
 @pytest.mark.parametrize('change, part', [
