@@ -71,6 +71,7 @@ QUICK = EngineConfig(max_len=96, max_seqs=4, prefill_tokens=32,
 PLACEMENTS = {'disaggregated': 'prefill=1x1,decode=1x1',
               'colocated': 'colocated=1x1,1x1', 'chunked': 'chunked=1x1,1x1'}
 SHARES, CALIBRATION = (0.3, 0.6, 0.85, 1.2), 0.75  # of a burst's throughput
+MOST_CALIBRATION = 150  # requests of a calibration run
 TTFT_TIMES, TPOT_TIMES = 2.0, 1.25  # objectives over calibration's medians
 
 
@@ -264,7 +265,7 @@ class Mode:
     self.capacity_per_s = capacity_per_s
     rate = CALIBRATION * self.capacity_per_s
     self.calibration = self.serve(f'calibration {rate:.2f}/s', self.sent(
-        rate, size(rate), self.seed + 2), halt)
+        rate, min(size(rate), MOST_CALIBRATION), self.seed + 2), halt)
     self.profiles['calibrated'] = self.profiles['bench'].calibrated(
         self.calibration.log)
 
