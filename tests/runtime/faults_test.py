@@ -341,13 +341,13 @@ def test_a_copy_to_an_instance_that_was_lost_never_lands(server):
 
 
 @pytest.mark.parametrize('mode', ('2p2d', DEEP_2COLOCATED,
-                                  CHUNKED_PROCESSES))
-def test_a_stalled_step_loses_its_instance(server, mode, monkeypatch):
+                                  '1p1d, processes'))
+def test_a_stalled_step_loses_its_instance(server, monkeypatch):
   monkeypatch.setattr(server.fleet, 'config', dataclasses.replace(
       CONFIG, stall_s=1.0))
   last = len(server.engines) - 1
   with inject(server) as injector:
-    injector.arm(last, 'decode', 'stall', 1 if 'chunked' in mode else 3)
+    injector.arm(last, 'decode', 'stall', 3)
     check_tokens(WORK, play(server, WORK))
     assert injector.fired and LOST in kinds(server)
     injector.released = True
