@@ -134,7 +134,8 @@ def test_ctrl_c_keeps_what_was_timed(monkeypatch, halt_at, plans, links):
 
 
 def test_the_runner_writes_what_was_timed_and_exits_130(tmp_path, monkeypatch):
-  def measured(loaded, plans, config, rounds, points, report, name):
+  def measured(loaded, plans, config, rounds, points, report, name, cluster):
+    assert cluster is None
     model = latency.Affine((1.0, 0.1, 0.0), (1.0, 0.0, 0.1), buckets=(
         latency.Buckets((32,), (1, 2), (1, 2))))
     signal.raise_signal(signal.SIGINT)
