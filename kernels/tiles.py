@@ -27,9 +27,9 @@ def pick(impl: str | None, platform: str | None = None,
 
   Args:
     impl: one of IMPLS, or None: on a GPU 'mosaic' for what `mosaic_lacks`
-      nothing for, or else 'pallas' for heads that Triton can have; 'xla'
-      elsewhere, and where JAX has no Triton lowering any more (a warning says
-      so once).
+      nothing for, or else 'pallas' for heads that Triton can have; on a CPU
+      'cpu' for attention that `cpu.lacks` nothing for; 'xla' elsewhere, and
+      where JAX has no Triton lowering any more (a warning says so once).
     platform: of the devices that run it; None: the default one's.
     call: (queries, keys) of an attention, arrays or their shapes; None for
       another op, which Mosaic has none of.
@@ -44,12 +44,13 @@ def pick(impl: str | None, platform: str | None = None,
     raise ValueError(f'impl={impl!r}: must be None or one of {IMPLS}')
   platform = platform or jax.default_backend()
   gpu = platform in ('gpu', 'cuda')
-  if impl == 'cpu':
+  if impl == 'cpu' or impl is None and call and platform == 'cpu':
     lacks = (cpu.lacks(call) if platform == 'cpu' else
              f'a {platform}; must be a CPU')
-    if lacks:
+    if not lacks:
+      return 'cpu'
+    if impl:
       raise ValueError(f'impl={impl!r}: {lacks}')
-    return impl
   if impl == 'xla' or impl is None and not gpu:
     return 'xla'
   if impl in (None, 'mosaic', 'mosaic_interpret'):

@@ -93,6 +93,20 @@ def test_it_takes_no_kv_of_a_byte():
                      k_scale_KPC=scale, v_scale_KPC=scale)
 
 
+def call(kv):
+  return (jax.ShapeDtypeStruct((4, 6, 80), jnp.float32),
+          jax.ShapeDtypeStruct((2, 8, 16, 80), kv))
+
+
+@needed
+@pytest.mark.parametrize('kv, picked', [
+    ('float32', 'cpu'), ('bfloat16', 'cpu'), ('int8', 'xla'),
+    ('float8_e4m3fn', 'xla')])
+def test_none_picks_it_where_it_can(kv, picked):
+  assert tiles.pick(None, 'cpu', call(kv)) == picked
+  assert tiles.pick(None, 'cpu') == 'xla'  # writes and copies of pages
+
+
 def test_a_gpu_has_none():
   with pytest.raises(ValueError, match="impl='cpu': a cuda; must be a CPU"):
     tiles.pick('cpu', 'cuda')
@@ -113,6 +127,7 @@ def test_where_it_is_not_built_its_name_says_how(elsewhere):
   args, _ = decode_case((4, 4, 2), [5])
   with pytest.raises(ValueError, match='not built here; `python -m kernels'):
     decode_attention(*args, impl='cpu')
+  assert tiles.pick(None, 'cpu', args[:2]) == 'xla'
   jax.jit(decode_attention)(*args)
 
 

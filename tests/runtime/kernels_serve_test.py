@@ -92,8 +92,19 @@ def test_the_setting_reaches_the_steps():
       'engine.attention=pallas_interpret',))
   mesh = Mesh(np.array(jax.devices()[:1]), (sharding.AXIS,))
   shapes = [stage_shapes(CONFIG, [mesh], 'decode', c, c.instance('decode'))[0]
-            for c in (config.engine, EngineConfig())]
+            for c in (config.engine, EngineConfig(attention='xla'))]
   assert [s.attention for s in shapes] == ['pallas_interpret', 'xla']
+  assert not any(s.panels for s in shapes)
+
+
+@needs_compiler
+@pytest.mark.parametrize('tp', [1, 2])
+def test_none_is_the_cpus_own_where_it_is_built(tp):
+  mesh = Mesh(np.array(jax.devices()[:tp]), (sharding.AXIS,))
+  asked = EngineConfig()
+  shapes, = stage_shapes(CONFIG, [mesh], 'decode', asked,
+                         asked.instance('decode'))
+  assert (shapes.attention, shapes.panels) == ('cpu', tp == 1)
 
 
 def test_an_unknown_attention_is_an_error_that_names_the_allowed():
