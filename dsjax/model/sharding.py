@@ -234,7 +234,8 @@ def shard_map(mesh: Mesh | None, op: Callable[..., Any], in_specs: Any,
               out_specs: Any) -> Callable[..., Any]:
   """op on each shard's part of its arguments; itself where nothing is cut.
 
-  For what XLA cannot cut by itself (Pallas kernels). It must not communicate.
+  For what XLA cannot cut by itself: kernels. What it gives of an axis that is
+  not cut has to be the same on every shard.
   """
   if mesh is None or mesh.size == 1:
     return op

@@ -25,7 +25,14 @@ from dsjax.kernels.kv_write import kv_write, rotary
 from dsjax.kernels.prefill_attention import prefill_attention
 from dsjax.model import kv_cache as kv
 from dsjax.model import sampling, sharding
-from dsjax.model.products import INPUTS, project, rows_of
+from dsjax.model.products import (
+  GATE_UP,
+  INPUTS,
+  QKV,
+  project,
+  project_all,
+  rows_of,
+)
 
 Params = Mapping[str, Any]  # a tree, or one layer's leaves, by name
 Attend = Callable[..., jax.Array]
@@ -146,9 +153,7 @@ def attention_inputs(
   Keys are not rotated yet: that is done as they are written.
   """
   h_SD = norm(config, layer, 'attn_norm', x_SD) if config.pre_norms else x_SD
-  q_SNH = project(layer['q_NHD'], h_SD)
-  k_SKH = project(layer['k_KHD'], h_SD)
-  v_SKH = project(layer['v_KHD'], h_SD)
+  q_SNH, k_SKH, v_SKH = project_all(layer, QKV, h_SD)
   if config.qkv_bias:
     q_SNH += layer['q_bias_NH'][None]
     k_SKH += layer['k_bias_KH'][None]
@@ -166,15 +171,15 @@ def feed_forward(config: ModelConfig, layer: Params,
   """down(act(gate h) * up h), or down(act(up h)) without a gate."""
   act = ACTIVATIONS[config.activation]
 
-  def linear(name: str, axes: str, x_SI: jax.Array) -> jax.Array:
-    y_SO = project(layer[f'{name}_{axes}'], x_SI)
+  def biased(leaf: str, y_SO: jax.Array) -> jax.Array:
+    name, axes = leaf.split('_')
     return (y_SO + layer[f'{name}_bias_{axes[0]}'][None, :] if config.mlp_bias
             else y_SO)
 
-  up_SF = linear('up', 'FD', h_SD)
-  h_SF = (act(linear('gate', 'FD', h_SD)) * up_SF if config.gated
-          else act(up_SF))
-  return linear('down', 'DF', h_SF)
+  names = GATE_UP[not config.gated:]
+  *gate, up_SF = map(biased, names, project_all(layer, names, h_SD))
+  h_SF = act(gate[0]) * up_SF if gate else act(up_SF)
+  return biased('down_DF', project(layer['down_DF'], h_SF))
 
 
 def route(config: ModelConfig, router_ED: jax.Array,

@@ -181,7 +181,7 @@ def stage_shapes(config: ModelConfig, meshes: Sequence[Mesh], role: str,
   return [Shapes(layout, span, mesh, capacity.num_pages, capacity.page_size,
                  engine_config.max_seqs, engine_config.max_len,
                  engine_config.dtype, kv_dtype, attention,
-                 attention == 'cpu' and mesh.size == 1)
+                 attention == 'cpu')
           for span, mesh in zip(sharding.spans(config.num_layers, len(meshes)),
                                 meshes, strict=True)]
 

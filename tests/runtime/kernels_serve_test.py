@@ -57,7 +57,7 @@ OWN = dataclasses.replace(LIMITS, attention='cpu')
 @needs_compiler
 @pytest.mark.parametrize('placement, devices', [
     (Placement(prefill=[Plan()], decode=[Plan(2)]), (0, 4, 5)),
-    (Placement(prefill=[Plan(1, 2)], decode=[Plan()]), (0, 1, 2)),
+    (Placement(prefill=[Plan(1, 2)], decode=[Plan(3)]), (0, 1, 2, 3, 4)),
     (Placement(chunked=[Plan()]), (0,))], ids=str)
 def test_the_cpus_own_kernels_serve(placement, devices):
   prompts, got = answers(placement, devices, OWN)
@@ -65,23 +65,32 @@ def test_the_cpus_own_kernels_serve(placement, devices):
 
 
 @needs_compiler
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('tied', [False, True])
-def test_packed_weights_are_those_that_were_loaded(tied):
+@pytest.mark.parametrize('tp', [1, 2, 3])
+def test_packed_weights_are_those_that_were_loaded(tp, tied, dtype):
   config = dataclasses.replace(CONFIG, tied=tied)
-  params = tiny.params(config)
-  mesh = Mesh(np.array(jax.devices()[:1]), (sharding.AXIS,))
-  stage = sharding.cut(config, 1), (0, config.num_layers), mesh
+  params = jax.tree.map(lambda x: x.astype(dtype), tiny.params(config))
+  mesh = Mesh(np.array(jax.devices()[:tp]), (sharding.AXIS,))
+  stage = sharding.cut(config, tp), (0, config.num_layers), mesh
   plain = sharding.place_params(*stage, params)
   packed = products.packed_tree(sharding.place_params(*stage, params), mesh)
   abstract = products.packed_tree(
-      sharding.abstract_params(*stage, 'float32'), mesh)
+      sharding.abstract_params(*stage, dtype), mesh)
   assert jax.tree.map(lambda x: (x.shape, x.sharding), packed) == jax.tree.map(
       lambda x: (x.shape, x.sharding), abstract)
-  x_SD = np.eye(config.d_model, dtype=np.float32)
-  for leaf in ('q_NHD', 'up_FD'):
+  layers = plain['layers'][0], packed['layers'][0]
+  x_SD = np.eye(config.d_model, dtype=dtype)
+  for names in (products.QKV, products.GATE_UP):
+    for want, got in zip(*(products.project_all(layer, names, x_SD)
+                           for layer in layers), strict=True):
+      np.testing.assert_array_equal(want, got)
+  for leaf in ('o_DNH', 'down_DF'):
+    inputs = products.INPUTS.get(leaf, 1)
+    x_SI = np.eye(np.prod(layers[0][leaf].shape[1:]), dtype=dtype)
     np.testing.assert_array_equal(*(products.project(
-        tree['layers'][0][leaf], x_SD) for tree in (plain, packed)))
-  rows = np.array([0, config.vocab_size - 1])
+        layer[leaf], x_SI, inputs) for layer in layers))
+  rows = np.array([0, config.vocab_size // 2, config.vocab_size - 1])
   np.testing.assert_array_equal(*(products.rows_of(tree['embed_VD'], rows)
                                   for tree in (plain, packed)))
   assert isinstance(packed['embed_VD'], products.Panels) == tied
@@ -104,7 +113,7 @@ def test_none_is_the_cpus_own_where_it_is_built(tp):
   asked = EngineConfig()
   shapes, = stage_shapes(CONFIG, [mesh], 'decode', asked,
                          asked.instance('decode'))
-  assert (shapes.attention, shapes.panels) == ('cpu', tp == 1)
+  assert (shapes.attention, shapes.panels) == ('cpu', True)
 
 
 def test_an_unknown_attention_is_an_error_that_names_the_allowed():
