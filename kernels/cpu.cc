@@ -1,7 +1,8 @@
-// Two kernels for XLA's CPU backend, called through its FFI (see cpu.py): a
-// product of rows with weights packed in panels, and decode attention that
-// reads KV pages where they are. Arithmetic is float32, in one order whatever
-// the batch and the threads.
+// Three kernels for XLA's CPU backend, called through its FFI (see cpu.py): a
+// product of rows with weights packed in panels, and attention of decode rows
+// and of prompts, which read KV pages where they are. Arithmetic is float32, in
+// one order whatever the batch and the threads.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -23,6 +24,7 @@ constexpr int kLanes = 16, kVectors = 3, kRows = 8;  // 24 of 32 registers
 constexpr int kLanes = 8, kVectors = 2, kRows = 6;  // 12 of 16
 #endif
 constexpr int kPanel = kLanes * kVectors;
+constexpr int kBlock = 192;  // queries of a prompt that share a kv head
 constexpr float kNever = -1e30f;
 typedef float Vec __attribute__((vector_size(4 * kLanes), aligned(4)));
 typedef int32_t Int __attribute__((vector_size(4 * kLanes), aligned(4)));
@@ -42,9 +44,11 @@ float value(uint16_t x) {
   return y;
 }
 float total(Vec x) {
-  float sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += x[i];
-  return sum;
+  float part[kLanes];
+  std::memcpy(part, &x, sizeof(x));
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+  return part[0];
 }
 
 // e^x for x <= 0, to 2 units in the last place.
@@ -140,12 +144,90 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x_SI,
 template <typename T>
 struct Pages {
   const T* data;
-  int64_t pages, size, width;
+  int64_t heads, pages, size, width;
 
-  const T* at(int64_t head, int64_t page, int64_t offset) const {
-    return data + (((head * pages) + page) * size + offset) * width;
+  const T* at(int64_t head, const int32_t* table, int64_t token) const {
+    const int64_t page = head * pages + table[token / size];
+    return data + (page * size + token % size) * width;
   }
 };
+
+// exp(row - top) of tokens from .. to - 1, zeros elsewhere; their sum.
+float softmax(float* row, int64_t from, int64_t to, int64_t padded) {
+  const int64_t first = from / kLanes * kLanes;
+  const int64_t last = (to + kLanes - 1) / kLanes * kLanes;
+  std::fill(row + first, row + from, kNever);
+  std::fill(row + to, row + last, kNever);
+  float top = kNever;
+  for (int64_t t = from; t < to; ++t) top = std::max(top, row[t]);
+  Vec sum = {};
+  for (int64_t t = first; t < last; t += kLanes) {
+    Vec weight = exp_below(load(row + t) - top);
+    *reinterpret_cast<Vec*>(row + t) = weight;
+    sum += weight;  // e^-87 of what pads: nothing beside the largest, 1
+  }
+  std::fill(row, row + from, 0.0f);
+  std::fill(row + to, row + padded, 0.0f);
+  return total(sum);
+}
+
+// The next queries of a sequence, which come behind `pos` tokens, with the kv
+// head that they share: as products of `rows` with keys and values in panels.
+template <typename T>
+void attend_block(const float* q, Pages<T> keys, Pages<T> values,
+                  const int32_t* table, int64_t head, int64_t heads,
+                  int64_t count, int64_t pos, float scale, float softcap,
+                  int64_t window, float* out) {
+  const int64_t width = keys.width, group = heads / keys.heads;
+  const int64_t begin = window ? std::max<int64_t>(0, pos + 1 - window) : 0;
+  const int64_t tokens = pos + count - begin, all = count * group;
+  const int64_t padded = (tokens + kPanel - 1) / kPanel * kPanel;
+  const int64_t wide = (width + kPanel - 1) / kPanel * kPanel;
+  static thread_local std::vector<float> query, panel, scores, held, result;
+  query.resize(all * width);
+  panel.assign(width * kPanel, 0);
+  scores.resize(all * padded);
+  held.assign(padded * wide, 0);
+  result.resize(all * wide);
+  for (int64_t r = 0; r < all; ++r)
+    for (int64_t h = 0; h < width; ++h)
+      query[r * width + h] = scale * q[
+          (r / group * heads + head * group + r % group) * width + h];
+  auto product = [all](const float* x, const float* w, float* y, int64_t inner,
+                       int64_t stride) {
+    for (int64_t r = 0; r < all; r += kRows)
+      rows<float>(std::min<int64_t>(kRows, all - r), x + r * inner, w,
+                  y + r * stride, inner, stride);
+  };
+  for (int64_t t = 0; t < padded; t += kPanel) {
+    for (int64_t i = 0; i < std::min<int64_t>(kPanel, tokens - t); ++i) {
+      const T* key = keys.at(head, table, begin + t + i);
+      const T* value_of = values.at(head, table, begin + t + i);
+      for (int64_t h = 0; h < width; ++h) {
+        panel[h * kPanel + i] = value(key[h]);
+        held[(h / kPanel * padded + t + i) * kPanel + h % kPanel] =
+            value(value_of[h]);
+      }
+    }
+    product(query.data(), panel.data(), scores.data() + t, width, padded);
+  }
+  if (softcap > 0)
+    for (float& score : scores) score = softcap * std::tanh(score / softcap);
+  std::vector<float> sums(all);
+  for (int64_t r = 0; r < all; ++r) {
+    const int64_t to = pos + r / group + 1;
+    const int64_t from = window ? std::max<int64_t>(0, to - window) : 0;
+    sums[r] = softmax(scores.data() + r * padded, from - begin, to - begin,
+                      padded);
+  }
+  for (int64_t h = 0; h < wide; h += kPanel)
+    product(scores.data(), held.data() + h * padded, result.data() + h, padded,
+            wide);
+  for (int64_t r = 0; r < all; ++r)
+    for (int64_t h = 0; h < width; ++h)
+      out[(r / group * heads + head * group + r % group) * width + h] =
+          result[r * wide + h] / sums[r];
+}
 
 // The queries of one kv head of one row, over tokens first .. last - 1.
 template <typename T>
@@ -156,10 +238,10 @@ void attend(const float* q, Pages<T> keys, Pages<T> values, const int32_t* table
   const int64_t tokens = last - first;
   const int64_t padded = (tokens + kLanes - 1) / kLanes * kLanes;
   static thread_local std::vector<float> scores;
-  scores.assign(group * padded, kNever);
+  scores.resize(group * padded);
   for (int64_t t = 0; t < tokens; ++t) {
     const int64_t token = first + t;
-    const T* key = keys.at(head, table[token / keys.size], token % keys.size);
+    const T* key = keys.at(head, table, token);
     for (int64_t g = 0; g < group; ++g) {
       const float* query = q + g * width;
       Vec sum = {};
@@ -175,22 +257,12 @@ void attend(const float* q, Pages<T> keys, Pages<T> values, const int32_t* table
   std::memset(out, 0, group * width * sizeof(float));
   for (int64_t g = 0; g < group; ++g) {
     float* row = scores.data() + g * padded;
-    float top = kNever;
-    for (int64_t t = 0; t < tokens; ++t) top = std::max(top, row[t]);
-    Vec sum = {};
-    for (int64_t t = 0; t < padded; t += kLanes) {
-      Vec weight = exp_below(load(row + t) - top);
-      *reinterpret_cast<Vec*>(row + t) = weight;
-      sum += weight;
-    }
-    // Of what pads the last vector e^-87 each: nothing beside the largest, 1.
-    const float factor = 1 / total(sum);
+    const float factor = 1 / softmax(row, 0, tokens, padded);
     for (int64_t t = 0; t < tokens; ++t) row[t] *= factor;
   }
   for (int64_t t = 0; t < tokens; ++t) {
     const int64_t token = first + t;
-    const T* held = values.at(head, table[token / keys.size],
-                              token % keys.size);
+    const T* held = values.at(head, table, token);
     for (int64_t g = 0; g < group; ++g) {
       const float weight = scores[g * padded + t];
       float* sum = out + g * width;
@@ -201,37 +273,67 @@ void attend(const float* q, Pages<T> keys, Pages<T> values, const int32_t* table
   }
 }
 
+struct Call {
+  const float* q;
+  const void *k, *v;
+  ffi::Span<const int64_t> held;
+  const int32_t *table, *start, *pos;
+  int64_t rows, batch, heads, entries;
+  float scale, softcap;
+  int64_t window;
+  float* out;
+};
+
+// Sequence b has rows start[b] .. start[b + 1] - 1, behind pos[b] tokens.
 template <typename T>
-void attend_all(ffi::ThreadPool& pool, const float* q, const void* k,
-                const void* v, const int32_t* table, const int32_t* lengths,
-                ffi::Span<const int64_t> sizes, int64_t batch, int64_t heads,
-                int64_t entries, float scale, float softcap, int64_t window,
-                float* out) {
-  const int64_t kv_heads = sizes[0], width = sizes[3];
-  const int64_t group = heads / kv_heads;
-  Pages<T> keys{static_cast<const T*>(k), sizes[1], sizes[2], width};
-  Pages<T> values{static_cast<const T*>(v), sizes[1], sizes[2], width};
-  parallel(pool, batch * kv_heads, [=](int64_t task) {
-    const int64_t row = task / kv_heads, head = task % kv_heads;
-    const int64_t last = lengths[row];
-    const int64_t first = window ? std::max<int64_t>(0, last - window) : 0;
-    const int64_t from = (row * heads + head * group) * width;
-    attend(q + from, keys, values, table + row * entries, head, group, first,
-           last, scale, softcap, out + from);
+void attend_all(ffi::ThreadPool& pool, const Call& call) {
+  const int64_t kv_heads = call.held[0], width = call.held[3];
+  const int64_t group = call.heads / kv_heads;
+  auto pages = [&](const void* data) {
+    return Pages<T>{static_cast<const T*>(data), kv_heads, call.held[1],
+                    call.held[2], width};
+  };
+  const Pages<T> keys = pages(call.k), values = pages(call.v);
+  const int64_t most = std::max<int64_t>(1, kBlock / group);
+  struct Block { int64_t sequence, first, count; };
+  std::vector<Block> blocks;
+  for (int64_t b = 0; b < call.batch; ++b)
+    for (int64_t i = call.start[b]; i < call.start[b + 1]; i += most)
+      blocks.push_back({b, i, std::min<int64_t>(most, call.start[b + 1] - i)});
+  const int64_t tasks = blocks.size() * kv_heads, row = call.heads * width;
+  std::fill(call.out + call.start[call.batch] * row, call.out + call.rows * row,
+            0.0f);
+  parallel(pool, tasks, [=, blocks = std::move(blocks)](int64_t task) {
+    // The last ones see the most tokens, so they go first.
+    const Block& block = blocks[blocks.size() - 1 - task / kv_heads];
+    const int64_t head = task % kv_heads, b = block.sequence;
+    const int64_t pos = call.pos[b] + block.first - call.start[b];
+    const int32_t* table = call.table + b * call.entries;
+    const int64_t at = block.first * row;
+    if (block.count > 1)
+      return attend_block(call.q + at, keys, values, table, head, call.heads,
+                          block.count, pos, call.scale, call.softcap,
+                          call.window, call.out + at);
+    const int64_t from = at + head * group * width;
+    attend(call.q + from, keys, values, table, head, group,
+           call.window ? std::max<int64_t>(0, pos + 1 - call.window) : 0,
+           pos + 1, call.scale, call.softcap, call.out + from);
   });
 }
 
-ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q_BNH,
+ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q_SNH,
                   ffi::AnyBuffer k_KPCH, ffi::AnyBuffer v_KPCH,
-                  ffi::Buffer<ffi::S32> table_BM, ffi::Buffer<ffi::S32> len_B,
-                  ffi::ResultBuffer<ffi::F32> o_BNH, float scale,
+                  ffi::Buffer<ffi::S32> table_BM, ffi::Buffer<ffi::S32> start_A,
+                  ffi::Buffer<ffi::S32> pos_B,
+                  ffi::ResultBuffer<ffi::F32> o_SNH, float scale,
                   float softcap, int64_t window) {
   auto run = k_KPCH.element_type() == ffi::F32 ? attend_all<float>
                                                : attend_all<uint16_t>;
-  run(pool, q_BNH.typed_data(), k_KPCH.untyped_data(), v_KPCH.untyped_data(),
-      table_BM.typed_data(), len_B.typed_data(), k_KPCH.dimensions(),
-      q_BNH.dimensions()[0], q_BNH.dimensions()[1], table_BM.dimensions()[1],
-      scale, softcap, window, o_BNH->typed_data());
+  run(pool, {q_SNH.typed_data(), k_KPCH.untyped_data(), v_KPCH.untyped_data(),
+             k_KPCH.dimensions(), table_BM.typed_data(), start_A.typed_data(),
+             pos_B.typed_data(), q_SNH.dimensions()[0], pos_B.dimensions()[0],
+             q_SNH.dimensions()[1], table_BM.dimensions()[1], scale, softcap,
+             window, o_SNH->typed_data()});
   return ffi::Error::Success();
 }
 
@@ -249,5 +351,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>()
         .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
         .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>()
+        .Arg<ffi::Buffer<ffi::S32>>()
         .Ret<ffi::Buffer<ffi::F32>>().Attr<float>("scale")
         .Attr<float>("softcap").Attr<int64_t>("window"));

@@ -1,4 +1,4 @@
-"""The kernels of cpu.cc: products on packed weights, decode attention.
+"""The kernels of cpu.cc: products on packed weights, and attention.
 
 `python -m kernels.build_cpu` compiles them; `make setup` does it. Why: of
 a matrix that is not packed, XLA's CPU products stream half of what memory
@@ -106,13 +106,23 @@ def multiply(x_SI: jax.Array, w_QIp: jax.Array) -> jax.Array:
 
 
 def attend(
-    q_BNH: jax.Array, k_KPCH: jax.Array, v_KPCH: jax.Array, table_BM: jax.Array,
-    len_B: jax.Array, scale: float, softcap: float, window: int, *_: object
+    q_SNH: jax.Array, k_KPCH: jax.Array, v_KPCH: jax.Array, table_BM: jax.Array,
+    start_A: jax.Array, pos_B: jax.Array, scale: float, softcap: float,
+    window: int, *_: object
 ) -> jax.Array:
-  """Attention of one new token a row: see decode_attention. It reads no page
-  that a row does not need."""
-  out = jax.ShapeDtypeStruct(q_BNH.shape, jnp.float32)
+  """Attention of packed queries: see prefill_attention. It reads no page that
+  they do not need."""
+  out = jax.ShapeDtypeStruct(q_SNH.shape, jnp.float32)
   return jax.ffi.ffi_call('dsjax_attend', out)(
-      q_BNH.astype(jnp.float32), k_KPCH, v_KPCH, table_BM, len_B,
+      q_SNH.astype(jnp.float32), k_KPCH, v_KPCH, table_BM, start_A, pos_B,
       scale=np.float32(scale), softcap=np.float32(softcap),
-      window=np.int64(window)).astype(q_BNH.dtype)
+      window=np.int64(window)).astype(q_SNH.dtype)
+
+
+def attend_rows(
+    q_BNH: jax.Array, k_KPCH: jax.Array, v_KPCH: jax.Array, table_BM: jax.Array,
+    len_B: jax.Array, *options: object
+) -> jax.Array:
+  """Attention of one new token a row: see decode_attention."""
+  start_A = jnp.arange(q_BNH.shape[0] + 1, dtype=jnp.int32)
+  return attend(q_BNH, k_KPCH, v_KPCH, table_BM, start_A, len_B - 1, *options)

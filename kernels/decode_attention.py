@@ -119,7 +119,7 @@ def decode_attention(
   op: Any = reference
   options: dict[str, Any] = {}
   if picked == 'cpu':
-    op = cpu.attend
+    op = cpu.attend_rows
   elif picked != 'xla':
     op = mosaic_kernel if picked.startswith('mosaic') else kernel
     options = dict(interpret=picked.endswith('interpret'), config=config)

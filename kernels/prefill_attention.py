@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from dsjax.kernels import paged, shapes, tiles, tuned
+from dsjax.kernels import cpu, paged, shapes, tiles, tuned
 from dsjax.kernels.shapes import Shaped
 
 if TYPE_CHECKING:
@@ -123,7 +123,9 @@ def prefill_attention(
   picked = tiles.pick(impl, call=(q_SNH, k_KPCH))
   op: Any = reference
   options: dict[str, Any] = {}
-  if picked not in ('xla', 'cpu'):
+  if picked == 'cpu':
+    op = cpu.attend
+  elif picked != 'xla':
     op = mosaic_kernel if picked.startswith('mosaic') else kernel
     options = dict(interpret=picked.endswith('interpret'), config=config)
   return op(q_SNH, k_KPCH, v_KPCH, table_BM, start_A, pos_B,

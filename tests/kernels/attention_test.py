@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.kernels import build_cpu, tiles
+from dsjax.kernels import build_cpu, cpu, tiles
 from dsjax.kernels.decode_attention import TILE, decode_attention
 from dsjax.kernels.kv_write import LARGEST
 from dsjax.kernels.prefill_attention import BLOCK, prefill_attention
@@ -28,7 +28,7 @@ layouts = pytest.mark.parametrize('layout', LAYOUTS, ids=str)
 
 OPTIONS = ('impl', 'scale', 'softcap', 'window')
 decode_jit = jax.jit(decode_attention, static_argnames=OPTIONS)
-prefill = jax.jit(prefill_attention, static_argnames=OPTIONS)
+prefill_jit = jax.jit(prefill_attention, static_argnames=OPTIONS)
 
 
 def paged(rng, lens, K, C, dtype=np.float32):
@@ -95,11 +95,21 @@ def decode_case(layout, lens, dtype=np.float32, seed=0):
 
 
 @pytest.fixture(params=['xla', 'cpu'])
-def decode(request):
-  """The operator, as each implementation for CPUs has it."""
+def impl(request):
+  """Each implementation for CPUs."""
   if request.param == 'cpu' and build_cpu.build():
     pytest.skip('no C++ compiler')
-  return functools.partial(decode_jit, impl=request.param)
+  return request.param
+
+
+@pytest.fixture
+def decode(impl):
+  return functools.partial(decode_jit, impl=impl)
+
+
+@pytest.fixture
+def prefill(impl):
+  return functools.partial(prefill_jit, impl=impl)
 
 
 @layouts
@@ -153,7 +163,8 @@ def reads(op, args, window, monkeypatch):
     return gather(*args)
 
   monkeypatch.setattr(tiles, 'gather', counted)
-  jax.block_until_ready(jax.jit(functools.partial(op, window=window))(*args))
+  op = functools.partial(op, impl='xla', window=window)
+  jax.block_until_ready(jax.jit(op)(*args))
   jax.effects_barrier()
   return len(count) / 2
 
@@ -236,7 +247,7 @@ def prefill_case(layout, packing, size=S, dtype=np.float32, seed=0):
           np.array(starts, np.int32)), sequences
 
 
-def check_prefill(args, sequences, packing, rtol=0, **options):
+def check_prefill(prefill, args, sequences, packing, rtol=0, **options):
   got = np.asarray(prefill(*args, **options), np.float64)
   assert got.shape == args[0].shape
   want = prefill_oracle(args[0], sequences, packing, **options)
@@ -245,33 +256,33 @@ def check_prefill(args, sequences, packing, rtol=0, **options):
 
 @pytest.mark.parametrize('packing', PACKINGS.values(), ids=PACKINGS)
 @pytest.mark.parametrize('layout', [(16, 6, 2), (48, 3, 3)], ids=str)
-def test_prefill_equals_the_loop(layout, packing):
-  check_prefill(*prefill_case(layout, packing), packing)
+def test_prefill_equals_the_loop(prefill, layout, packing):
+  check_prefill(prefill, *prefill_case(layout, packing), packing)
 
 
 @pytest.mark.parametrize('packing', PACKINGS.values(), ids=PACKINGS)
 @pytest.mark.parametrize('window', [1, 7, 16, 65, 300])
-def test_prefill_under_a_window(window, packing):
-  check_prefill(*prefill_case((16, 6, 2), packing), packing, window=window)
+def test_prefill_under_a_window(prefill, window, packing):
+  check_prefill(prefill, *prefill_case((16, 6, 2), packing), packing, window=window)
 
 
 @pytest.mark.parametrize('window', [5, 64, 129])
 @pytest.mark.parametrize('layout', [(4, 4, 2), (64, 8, 1)], ids=str)
-def test_prefill_around_the_end_of_a_window(layout, window):
+def test_prefill_around_the_end_of_a_window(prefill, layout, window):
   packing = [(1, window - 2), (1, window - 1), (1, window),
              (40, max(window - 9, 0))]
-  check_prefill(*prefill_case(layout, packing), packing, window=window)
+  check_prefill(prefill, *prefill_case(layout, packing), packing, window=window)
 
 
-def test_prefill_of_a_block_that_starts_at_the_end_of_a_page():
+def test_prefill_of_a_block_that_starts_at_the_end_of_a_page(prefill):
   packing = [(BLOCK, 33), (BLOCK, 1)]
-  check_prefill(*prefill_case((16, 4, 2), packing), packing, window=3)
+  check_prefill(prefill, *prefill_case((16, 4, 2), packing), packing, window=3)
 
 
 @pytest.mark.parametrize('window', [0, 20])
-def test_prefill_with_a_softcap_and_a_scale(window):
+def test_prefill_with_a_softcap_and_a_scale(prefill, window):
   packing = PACKINGS['earlier context']
-  check_prefill(*prefill_case((16, 4, 2), packing), packing, softcap=1.5,
+  check_prefill(prefill, *prefill_case((16, 4, 2), packing), packing, softcap=1.5,
                 scale=0.7, window=window)
 
 
@@ -282,35 +293,36 @@ def test_prefill_reads_no_more_than_the_windows(monkeypatch):
 
 
 @layouts
-def test_prefill_in_every_layout(layout):
+def test_prefill_in_every_layout(prefill, layout):
   packing = [(70, 62), (1, 330), (0, 0), (3, layout[0] - 1)]
-  check_prefill(*prefill_case(layout, packing, 80), packing)
+  check_prefill(prefill, *prefill_case(layout, packing, 80), packing)
 
 
 @pytest.mark.parametrize('size', [1, 7, BLOCK - 1, BLOCK, BLOCK + 1])
-def test_prefill_of_few_tokens(size):
+def test_prefill_of_few_tokens(prefill, size):
   packing = [(size // 2, 5), (0, 3), (size - size // 2, 130)]
-  check_prefill(*prefill_case((16, 4, 2), packing, size), packing)
+  check_prefill(prefill, *prefill_case((16, 4, 2), packing, size), packing)
 
 
-def test_prefill_of_nothing_gives_garbage_of_the_right_shape():
+def test_prefill_of_nothing_gives_garbage_of_the_right_shape(prefill):
   args, _ = prefill_case((16, 4, 2), [(0, 0), (0, 5)], 7)
   assert prefill(*args).shape == (7, 4, H)
 
 
-def test_prefill_bfloat16_rounds_only_the_result():
+def test_prefill_bfloat16_rounds_only_the_result(prefill):
   packing = PACKINGS['earlier context']
   args, sequences = prefill_case((16, 4, 2), packing, dtype=jnp.bfloat16)
   assert prefill(*args).dtype == jnp.bfloat16
-  check_prefill(args, sequences, packing, rtol=2**-8)
+  check_prefill(prefill, args, sequences, packing, rtol=2**-8)
 
 
-def test_prefill_of_one_token_is_decode():
+def test_prefill_of_one_token_is_decode(prefill):
   lens = [1, 16, 17, 128, 129, 300]
   args, _ = decode_case((16, 4, 2), lens)
   start_A = np.arange(len(lens) + 1, dtype=np.int32)
   got = prefill(*args[:4], start_A, args[4] - 1)
-  np.testing.assert_allclose(got, decode_jit(*args), rtol=0, atol=ATOL)
+  np.testing.assert_allclose(got, decode_jit(*args, impl='xla'), rtol=0,
+                             atol=ATOL)
 
 
 # --- arguments ---------------------------------------------------------------
@@ -323,7 +335,7 @@ def small(op):
   return case[0]
 
 
-both = pytest.mark.parametrize('op', [decode_jit, prefill],
+both = pytest.mark.parametrize('op', [decode_jit, prefill_jit],
                                ids=['decode', 'prefill'])
 
 
@@ -334,8 +346,9 @@ def test_an_unknown_impl_is_an_error_that_names_the_allowed(op):
 
 
 @both
-def test_the_default_impl_on_cpu_is_the_reference(op):
-  np.testing.assert_array_equal(op(*small(op)), op(*small(op), impl='xla'))
+def test_the_default_impl_on_cpu_is_what_is_built(op):
+  np.testing.assert_array_equal(op(*small(op)), op(
+      *small(op), impl='cpu' if cpu.library() else 'xla'))
 
 
 @both
@@ -359,9 +372,9 @@ def test_decode_rows_must_agree():
 
 
 def test_prefill_takes_a_start_more_than_sequences():
-  *args, start_A, pos_B = small(prefill)
+  *args, start_A, pos_B = small(prefill_jit)
   with pytest.raises(ValueError, match='start_A: A must be B . 1 = 3'):
-    prefill(*args, start_A[:-1], pos_B)
+    prefill_jit(*args, start_A[:-1], pos_B)
 
 
 # --- pages of a byte ---------------------------------------------------------
@@ -383,7 +396,8 @@ def test_pages_of_a_byte_are_numbers_times_their_scales(op, rest, dtype):
   q, k, v, k_scale, v_scale = map(jnp.asarray, (q, k, v, k_scale, v_scale))
   got = op(q, k, v, *rest, k_scale_KPC=k_scale, v_scale_KPC=v_scale)
   k32, v32 = k.astype(jnp.float32), v.astype(jnp.float32)
-  want = op(q, k32 * k_scale[..., None], v32 * v_scale[..., None], *rest)
+  want = op(q, k32 * k_scale[..., None], v32 * v_scale[..., None], *rest,
+            impl='xla')
   np.testing.assert_allclose(got, want, atol=1e-6)
   other = op(q, k32 * v_scale[..., None], v32 * k_scale[..., None], *rest)
   assert np.abs(got - other).max() > 1e-2

@@ -1,6 +1,6 @@
 """The kernels of cpu.cc beside numpy, and what happens where they are not.
 
-Decode attention is also checked with the other implementations, in
+Attention is also checked with the other implementations, in
 attention_test.py.
 """
 
@@ -14,6 +14,7 @@ import pytest
 
 from dsjax.kernels import build_cpu, cpu, tiles
 from dsjax.kernels.decode_attention import decode_attention
+from dsjax.kernels.prefill_attention import prefill_attention
 from tests.kernels.attention_test import decode_case, decode_oracle
 
 multiply = jax.jit(cpu.multiply)
@@ -61,6 +62,12 @@ def test_heads_of_any_width(heads):
   got, want = [jax.jit(functools.partial(decode_attention, impl=impl))(*args)
                for impl in ('cpu', 'xla')]
   np.testing.assert_allclose(got, want, atol=1e-5)
+  args = (q_BNH.repeat(4, 0), *args[1:4],  # the last token is of no prompt
+          np.array([0, 3, 7], np.int32), np.array([9, 0], np.int32))
+  got, want = [jax.jit(functools.partial(prefill_attention, impl=impl))(*args)
+               for impl in ('cpu', 'xla')]
+  np.testing.assert_allclose(got[:7], want[:7], atol=1e-5)
+  assert not np.any(got[7])
 
 
 @needed
