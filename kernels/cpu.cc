@@ -88,29 +88,57 @@ void parallel(ffi::ThreadPool& pool, int64_t n,
     std::this_thread::yield();
 }
 
-// y[r, :kPanel] = sum_i x[r, i] w[i, :kPanel], for R rows.
-template <int R, typename W>
-void tile(const float* x, const W* w, float* y, int64_t inner, int64_t width) {
-  Vec sum[R][kVectors] = {};
+// y[r, :n] = sum_i x[r, i] w[i, :n] for R rows, n = V kLanes; added to y if
+// `more`. stride: from a row of w to the next; width: of a row of y.
+template <int R, int V, typename W>
+void tile(const float* x, const W* w, float* y, int64_t inner, int64_t across,
+          int64_t stride, int64_t width, bool more) {
+  Vec sum[R][V] = {};
+  if (more)
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) sum[r][v] = load(y + r * width + v * kLanes);
   for (int64_t i = 0; i < inner; ++i) {
-    const W* row = w + i * kPanel;
-    __builtin_prefetch(row + 24 * kPanel);
-    for (int v = 0; v < kVectors; ++v) {
+    const W* row = w + i * stride;
+    __builtin_prefetch(row + 24 * stride);
+    for (int v = 0; v < V; ++v) {
       Vec weight = load(row + v * kLanes);
-      for (int r = 0; r < R; ++r) sum[r][v] += x[r * inner + i] * weight;
+      for (int r = 0; r < R; ++r) sum[r][v] += x[r * across + i] * weight;
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < kVectors; ++v)
+    for (int v = 0; v < V; ++v)
       *reinterpret_cast<Vec*>(y + r * width + v * kLanes) = sum[r][v];
 }
 
-template <typename W, int R = kRows>
-void rows(int64_t count, const float* x, const W* w, float* y, int64_t inner,
-          int64_t width) {
-  if constexpr (R > 0) {
-    if (count == R) return tile<R>(x, w, y, inner, width);
-    rows<W, R - 1>(count, x, w, y, inner, width);
+// The same of up to kRows rows and kVectors vectors.
+template <typename W, int R = kRows, int V = kVectors>
+void small(int64_t count, int64_t vectors, const float* x, const W* w, float* y,
+           int64_t inner, int64_t across, int64_t stride, int64_t width,
+           bool more) {
+  if constexpr (V > 1)
+    if (vectors < V)
+      return small<W, R, V - 1>(count, vectors, x, w, y, inner, across, stride,
+                                width, more);
+  if constexpr (R > 1)
+    if (count < R)
+      return small<W, R - 1, V>(count, vectors, x, w, y, inner, across, stride,
+                                width, more);
+  tile<R, V>(x, w, y, inner, across, stride, width, more);
+}
+
+// The same of any number of both; across: from a row of x to the next.
+template <typename W>
+void product(int64_t count, int64_t vectors, const float* x, const W* w,
+             float* y, int64_t inner, int64_t across, int64_t stride,
+             int64_t width, bool more = false) {
+  const int64_t parts = (vectors + kVectors - 1) / kVectors;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t v = vectors * part / parts;
+    for (int64_t r = 0; r < count; r += kRows)
+      small<W>(std::min<int64_t>(kRows, count - r),
+               vectors * (part + 1) / parts - v, x + r * across,
+               w + v * kLanes, y + r * width + v * kLanes, inner, across,
+               stride, width, more);
   }
 }
 
@@ -118,10 +146,8 @@ template <typename W>
 void multiply(ffi::ThreadPool& pool, const float* x, const W* w, float* y,
               int64_t count, int64_t panels, int64_t inner) {
   parallel(pool, panels, [=](int64_t p) {
-    for (int64_t r = 0; r < count; r += kRows)
-      rows<W>(std::min<int64_t>(kRows, count - r), x + r * inner,
-              w + p * inner * kPanel, y + r * panels * kPanel + p * kPanel,
-              inner, panels * kPanel);
+    product(count, kVectors, x, w + p * inner * kPanel, y + p * kPanel, inner,
+            inner, kPanel, panels * kPanel);
   });
 }
 
@@ -146,9 +172,21 @@ struct Pages {
   const T* data;
   int64_t heads, pages, size, width;
 
-  const T* at(int64_t head, const int32_t* table, int64_t token) const {
-    const int64_t page = head * pages + table[token / size];
-    return data + (page * size + token % size) * width;
+  // body(first token, how many, where they lie) of each page's, in order. The
+  // next page is on its way when one is read.
+  template <typename Body>
+  void each(int64_t head, const int32_t* table, int64_t from, int64_t to,
+            Body body) const {
+    while (from < to) {
+      const int64_t entry = from / size, skip = from - entry * size;
+      const int64_t count = std::min(to - from, size - skip);
+      const T* base = data + head * pages * size * width;
+      if (from + count < to)
+        for (int64_t i = 0; i < size * width; i += 64 / sizeof(T))
+          __builtin_prefetch(base + table[entry + 1] * size * width + i);
+      body(from, count, base + (table[entry] * size + skip) * width);
+      from += count;
+    }
   }
 };
 
@@ -158,9 +196,11 @@ float softmax(float* row, int64_t from, int64_t to, int64_t padded) {
   const int64_t last = (to + kLanes - 1) / kLanes * kLanes;
   std::fill(row + first, row + from, kNever);
   std::fill(row + to, row + last, kNever);
+  Vec most = Vec{} + kNever, sum = {};
+  for (int64_t t = first; t < last; t += kLanes)
+    most = most > load(row + t) ? most : load(row + t);
   float top = kNever;
-  for (int64_t t = from; t < to; ++t) top = std::max(top, row[t]);
-  Vec sum = {};
+  for (int i = 0; i < kLanes; ++i) top = std::max(top, most[i]);
   for (int64_t t = first; t < last; t += kLanes) {
     Vec weight = exp_below(load(row + t) - top);
     *reinterpret_cast<Vec*>(row + t) = weight;
@@ -171,45 +211,64 @@ float softmax(float* row, int64_t from, int64_t to, int64_t padded) {
   return total(sum);
 }
 
-// The next queries of a sequence, which come behind `pos` tokens, with the kv
-// head that they share: as products of `rows` with keys and values in panels.
+// Queries [count, heads, width] of a sequence, behind `pos` tokens, with the kv
+// head that `group` of them share. One token's scores are dot products; those
+// of more are products with keys in panels.
 template <typename T>
-void attend_block(const float* q, Pages<T> keys, Pages<T> values,
-                  const int32_t* table, int64_t head, int64_t heads,
-                  int64_t count, int64_t pos, float scale, float softcap,
-                  int64_t window, float* out) {
+void attend(const float* q, Pages<T> keys, Pages<T> values,
+            const int32_t* table, int64_t head, int64_t heads, int64_t count,
+            int64_t pos, float scale, float softcap, int64_t window,
+            float* out) {
   const int64_t width = keys.width, group = heads / keys.heads;
   const int64_t begin = window ? std::max<int64_t>(0, pos + 1 - window) : 0;
-  const int64_t tokens = pos + count - begin, all = count * group;
-  const int64_t padded = (tokens + kPanel - 1) / kPanel * kPanel;
-  const int64_t wide = (width + kPanel - 1) / kPanel * kPanel;
+  const int64_t end = pos + count, all = count * group;
+  const int64_t padded = (end - begin + kPanel - 1) / kPanel * kPanel;
+  const int64_t vectors = (width + kLanes - 1) / kLanes;
+  const int64_t wide = vectors * kLanes;
   static thread_local std::vector<float> query, panel, scores, held, result;
-  query.resize(all * width);
-  panel.assign(width * kPanel, 0);
+  query.assign(all * wide, 0);
   scores.resize(all * padded);
-  held.assign(padded * wide, 0);
-  result.resize(all * wide);
+  result.assign(all * wide, 0);
+  auto at = [=](int64_t r) {
+    return (r / group * heads + head * group + r % group) * width;
+  };
   for (int64_t r = 0; r < all; ++r)
     for (int64_t h = 0; h < width; ++h)
-      query[r * width + h] = scale * q[
-          (r / group * heads + head * group + r % group) * width + h];
-  auto product = [all](const float* x, const float* w, float* y, int64_t inner,
-                       int64_t stride) {
-    for (int64_t r = 0; r < all; r += kRows)
-      rows<float>(std::min<int64_t>(kRows, all - r), x + r * inner, w,
-                  y + r * stride, inner, stride);
-  };
-  for (int64_t t = 0; t < padded; t += kPanel) {
-    for (int64_t i = 0; i < std::min<int64_t>(kPanel, tokens - t); ++i) {
-      const T* key = keys.at(head, table, begin + t + i);
-      const T* value_of = values.at(head, table, begin + t + i);
-      for (int64_t h = 0; h < width; ++h) {
-        panel[h * kPanel + i] = value(key[h]);
-        held[(h / kPanel * padded + t + i) * kPanel + h % kPanel] =
-            value(value_of[h]);
+      query[r * wide + h] = scale * q[at(r) + h];
+  if (count > 1) {
+    panel.resize(width * kPanel);
+    held.resize(kPanel * width);
+    int64_t filled = 0;
+    auto flush = [&](int64_t to) {
+      for (int64_t h = 0; h < width; ++h)
+        for (int64_t i = 0; i < kPanel; ++i)
+          panel[h * kPanel + i] = held[i * width + h];
+      product(all, kVectors, query.data(), panel.data(),
+              scores.data() + to - filled, width, wide, kPanel, padded);
+      filled = 0;
+    };
+    keys.each(head, table, begin, end, [&](int64_t t, int64_t n, const T* key) {
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t h = 0; h < width; ++h)
+          held[filled * width + h] = value(key[i * width + h]);
+        if (++filled == kPanel) flush(t + i + 1 - begin);
       }
-    }
-    product(query.data(), panel.data(), scores.data() + t, width, padded);
+    });
+    if (filled) flush(end - begin);
+  } else {
+    const int64_t whole = width - width % kLanes;
+    keys.each(head, table, begin, end, [&](int64_t t, int64_t n, const T* key) {
+      for (int64_t i = 0; i < n; ++i, key += width)
+        for (int64_t r = 0; r < all; ++r) {
+          Vec sum = {};
+          for (int64_t h = 0; h < whole; h += kLanes)
+            sum += load(query.data() + r * wide + h) * load(key + h);
+          float score = total(sum);
+          for (int64_t h = whole; h < width; ++h)
+            score += query[r * wide + h] * value(key[h]);
+          scores[r * padded + t + i - begin] = score;
+        }
+    });
   }
   if (softcap > 0)
     for (float& score : scores) score = softcap * std::tanh(score / softcap);
@@ -220,57 +279,19 @@ void attend_block(const float* q, Pages<T> keys, Pages<T> values,
     sums[r] = softmax(scores.data() + r * padded, from - begin, to - begin,
                       padded);
   }
-  for (int64_t h = 0; h < wide; h += kPanel)
-    product(scores.data(), held.data() + h * padded, result.data() + h, padded,
-            wide);
+  values.each(head, table, begin, end, [&](int64_t t, int64_t n, const T* v) {
+    const float* weight = scores.data() + t - begin;
+    product(all, width / kLanes, weight, v, result.data(), n, padded, width,
+            wide, true);
+    for (int64_t h = width / kLanes * kLanes; h < width; ++h)
+      for (int64_t r = 0; r < all; ++r)
+        for (int64_t i = 0; i < n; ++i)
+          result[r * wide + h] += weight[r * padded + i] *
+                                  value(v[i * width + h]);
+  });
   for (int64_t r = 0; r < all; ++r)
     for (int64_t h = 0; h < width; ++h)
-      out[(r / group * heads + head * group + r % group) * width + h] =
-          result[r * wide + h] / sums[r];
-}
-
-// The queries of one kv head of one row, over tokens first .. last - 1.
-template <typename T>
-void attend(const float* q, Pages<T> keys, Pages<T> values, const int32_t* table,
-            int64_t head, int64_t group, int64_t first, int64_t last,
-            float scale, float softcap, float* out) {
-  const int64_t width = keys.width, whole = width - width % kLanes;
-  const int64_t tokens = last - first;
-  const int64_t padded = (tokens + kLanes - 1) / kLanes * kLanes;
-  static thread_local std::vector<float> scores;
-  scores.resize(group * padded);
-  for (int64_t t = 0; t < tokens; ++t) {
-    const int64_t token = first + t;
-    const T* key = keys.at(head, table, token);
-    for (int64_t g = 0; g < group; ++g) {
-      const float* query = q + g * width;
-      Vec sum = {};
-      for (int64_t h = 0; h < whole; h += kLanes)
-        sum += load(query + h) * load(key + h);
-      float score = total(sum);
-      for (int64_t h = whole; h < width; ++h) score += query[h] * value(key[h]);
-      score *= scale;
-      if (softcap > 0) score = softcap * std::tanh(score / softcap);
-      scores[g * padded + t] = score;
-    }
-  }
-  std::memset(out, 0, group * width * sizeof(float));
-  for (int64_t g = 0; g < group; ++g) {
-    float* row = scores.data() + g * padded;
-    const float factor = 1 / softmax(row, 0, tokens, padded);
-    for (int64_t t = 0; t < tokens; ++t) row[t] *= factor;
-  }
-  for (int64_t t = 0; t < tokens; ++t) {
-    const int64_t token = first + t;
-    const T* held = values.at(head, table, token);
-    for (int64_t g = 0; g < group; ++g) {
-      const float weight = scores[g * padded + t];
-      float* sum = out + g * width;
-      for (int64_t h = 0; h < whole; h += kLanes)
-        *reinterpret_cast<Vec*>(sum + h) += weight * load(held + h);
-      for (int64_t h = whole; h < width; ++h) sum[h] += weight * value(held[h]);
-    }
-  }
+      out[at(r) + h] = result[r * wide + h] / sums[r];
 }
 
 struct Call {
@@ -288,13 +309,12 @@ struct Call {
 template <typename T>
 void attend_all(ffi::ThreadPool& pool, const Call& call) {
   const int64_t kv_heads = call.held[0], width = call.held[3];
-  const int64_t group = call.heads / kv_heads;
   auto pages = [&](const void* data) {
     return Pages<T>{static_cast<const T*>(data), kv_heads, call.held[1],
                     call.held[2], width};
   };
   const Pages<T> keys = pages(call.k), values = pages(call.v);
-  const int64_t most = std::max<int64_t>(1, kBlock / group);
+  const int64_t most = std::max<int64_t>(1, kBlock * kv_heads / call.heads);
   struct Block { int64_t sequence, first, count; };
   std::vector<Block> blocks;
   for (int64_t b = 0; b < call.batch; ++b)
@@ -310,14 +330,8 @@ void attend_all(ffi::ThreadPool& pool, const Call& call) {
     const int64_t pos = call.pos[b] + block.first - call.start[b];
     const int32_t* table = call.table + b * call.entries;
     const int64_t at = block.first * row;
-    if (block.count > 1)
-      return attend_block(call.q + at, keys, values, table, head, call.heads,
-                          block.count, pos, call.scale, call.softcap,
-                          call.window, call.out + at);
-    const int64_t from = at + head * group * width;
-    attend(call.q + from, keys, values, table, head, group,
-           call.window ? std::max<int64_t>(0, pos + 1 - call.window) : 0,
-           pos + 1, call.scale, call.softcap, call.out + from);
+    attend(call.q + at, keys, values, table, head, call.heads, block.count, pos,
+           call.scale, call.softcap, call.window, call.out + at);
   });
 }
 
