@@ -129,7 +129,7 @@ def sample(logits_RV: jax.Array, slots: Slots, slot_R: jax.Array,
 
   def greedy() -> Sampled:
     none = jnp.zeros((R, A), jnp.float32)
-    return Sampled(jnp.argmax(logits_RV, -1).astype(jnp.int32),
+    return Sampled(_best(logits_RV),
                    jnp.zeros(R, jnp.float32), none.astype(jnp.int32), none)
 
   def random() -> Sampled:
@@ -228,8 +228,19 @@ def draw(logits_RV: jax.Array, slots: Slots, slot_R: jax.Array,
 
   gumbel_RV = jax.vmap(noise)(slots.seed_E[slot_R], pos_R)
   score_RV = jnp.where(keep_RV, scaled_RV + gumbel_RV, -jnp.inf)
-  return jnp.argmax(jnp.where(hot_R[:, None] > 0, score_RV, logits_RV),
-                    -1).astype(jnp.int32)
+  return _best(jnp.where(hot_R[:, None] > 0, score_RV, logits_RV))
+
+
+def _best(x_RV: jax.Array) -> jax.Array:
+  """The first of the largest; argmax in two passes on a CPU, where XLA has
+  vectors for those and none for argmax."""
+  def two_passes(x_RV: jax.Array) -> jax.Array:
+    top_R1, V = jnp.max(x_RV, -1, keepdims=True), x_RV.shape[1]
+    return jnp.min(jnp.where(x_RV == top_R1, jnp.arange(V)[None, :], V - 1), -1)
+
+  return jax.lax.platform_dependent(
+      x_RV, cpu=two_passes, default=lambda x_RV: jnp.argmax(x_RV, -1)
+  ).astype(jnp.int32)
 
 
 def _at_least(x_RV: jax.Array, weight_RV: jax.Array,
