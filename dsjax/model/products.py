@@ -49,24 +49,15 @@ def packed_tree(params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
   fastest on a CPU. The tree is taken apart: one group of leaves at a time is
   held twice.
   """
-  groups = []
-  for leaves, names in _groups(params):
-    made = jax.eval_shape(functools.partial(_packed, mesh, names),
-                          [leaves[name] for name in names])
-    parts = tuple(leaves[n].shape[:len(leaves[n].shape) - INPUTS.get(n, 1)]
-                  for n in names)
-    by_inputs = sharding.spec(names[0])[0] is None
-    w_QIp = jax.ShapeDtypeStruct(
-        made.shape, made.dtype,
-        sharding=NamedSharding(mesh, _spec(names[0])))
-    groups.append((leaves, names, Panels(w_QIp, parts, mesh, by_inputs)))
+  groups = [(leaves, names, _abstract(mesh, leaves, names))
+            for leaves, names in _groups(params)]
   real = not isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct)
   if real:
     place = _placer(mesh, [panels.w_QIp for _, _, panels in groups])
   for leaves, names, panels in groups:
     weights = [leaves.pop(name) for name in names]
     if real:
-      panels = panels.replace(w_QIp=place(panels.w_QIp.sharding,
+      panels = panels.replace(w_QIp=place(panels.w_QIp,
                                           _packed(mesh, names, weights)))
     leaves[' '.join(names)] = panels
   return params
@@ -85,42 +76,62 @@ def _groups(params: dict[str, Any]
         yield leaves, names
 
 
-def _spec(leaf: str) -> PartitionSpec:
-  """How panels [Q, I, p] of a leaf lie: its first axis that is cut."""
-  outputs = sharding.spec(leaf)[0]
-  return PartitionSpec(outputs) if outputs else PartitionSpec(
-      None, sharding.AXIS)
+def _spec(by_inputs: bool) -> PartitionSpec:
+  """How panels [Q, I, p] lie."""
+  return PartitionSpec(*(None,) * by_inputs, sharding.AXIS)
+
+
+def _by_inputs(names: tuple[str, ...]) -> bool:
+  return sharding.spec(names[0])[0] is None
+
+
+def _abstract(mesh: Mesh, leaves: Mapping[str, Any],
+              names: tuple[str, ...]) -> Panels:
+  """The Panels of these leaves, nothing traced."""
+  by_inputs, p = _by_inputs(names), cpu.panel()
+  copies = 1 if by_inputs else mesh.size  # of what a shard packs
+  shapes = [leaves[name].shape for name in names]
+  parts = tuple(shape[:len(shape) - INPUTS.get(name, 1)]
+                for name, shape in zip(names, shapes, strict=True))
+  count = sum(-(-math.prod(part) // (copies * p)) for part in parts)
+  inputs = math.prod(shapes[0][len(parts[0]):])
+  return Panels(jax.ShapeDtypeStruct(
+      (count * copies, inputs, p), leaves[names[0]].dtype,
+      sharding=NamedSharding(mesh, _spec(by_inputs))), parts, mesh, by_inputs)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _packed(mesh: Mesh, names: tuple[str, ...],
             weights: list[jax.Array]) -> jax.Array:
+  """The bits of panels, which numpy reads whatever the dtype."""
   def shard(weights: list[jax.Array]) -> jax.Array:
     return jnp.concatenate([cpu.pack(weight.reshape(
         math.prod(weight.shape[:weight.ndim - INPUTS.get(name, 1)]), -1))
         for name, weight in zip(names, weights, strict=True)])
 
-  return sharding.shard_map(
+  panels_QIp = sharding.shard_map(
       mesh, shard, ([sharding.spec(name) for name in names],),
-      _spec(names[0]))(weights)
+      _spec(_by_inputs(names)))(weights)
+  return jax.lax.bitcast_convert_type(
+      panels_QIp, f'uint{panels_QIp.dtype.itemsize * 8}')
 
 
 def _placer(mesh: Mesh, panels: Sequence[jax.ShapeDtypeStruct]) -> Any:
-  """Puts panels, in this order, side by side into cpu.room."""
+  """Puts panels, in this order, side by side into cpu.room. device_put makes no
+  copy of what lies there."""
   sizes = [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
            for x in panels]
   rooms = {device: cpu.room(sizes) for device in mesh.devices.flat}
 
-  def place(sharding: NamedSharding, packed: jax.Array) -> jax.Array:
+  def place(like: jax.ShapeDtypeStruct, packed: jax.Array) -> jax.Array:
     shards = []
     for shard in packed.addressable_shards:
       to = next(rooms[shard.device]).view(packed.dtype).reshape(
           shard.data.shape)
-      bits = shard.data.view(f'uint{packed.dtype.itemsize * 8}')
-      np.copyto(to.view(bits.dtype), np.from_dlpack(bits))
-      shards.append(jax.device_put(to, shard.device))  # is no copy
+      np.copyto(to, np.from_dlpack(shard.data))
+      shards.append(jax.device_put(to.view(like.dtype), shard.device))
     return jax.make_array_from_single_device_arrays(
-        packed.shape, sharding, shards)
+        like.shape, like.sharding, shards)
 
   return place
 

@@ -10,15 +10,22 @@ Side by side in one run, on the same cores, SmolLM2-135M in float32:
       a prefix cache, with one, with 100,000 blocks kept, in host memory too;
   (d) KV migration against a plain `jax.device_put` of equal bytes;
   (e) eight requests end to end, by mode;
-  (f) with --peers (extra `peers`), llama.cpp and transformers on the same
-      weights and threads.
-Pairs are timed in turn (A B A B ...) and the median of each is reported: on a
-noisy machine only the ratios mean something. Ctrl-C keeps what was measured.
+  (f) with --peers, vLLM, llama.cpp and transformers on the same weights and
+      threads, prefill, decode and (e); an environment of theirs is made once;
+  (g) with --ops, where the time of an instance's steps goes.
+Pairs are timed in turn (A B A B ...); the median of each is reported, with its
+quartiles: on a noisy machine only the ratios mean something. Ctrl-C keeps what
+was measured.
 """
 
+import collections
 import contextlib
 import functools
+import gzip
+import json
+import pathlib
 import statistics
+import tempfile
 import time
 
 import jax
@@ -30,7 +37,7 @@ from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig, InstanceConfig
 from dsjax.config.placement import Placement, Plan
 from dsjax.config.request import Request, Sampling
-from dsjax.model import products, transformer
+from dsjax.model import products, sharding, transformer
 from dsjax.runtime import engine, orchestrator
 from dsjax.scheduling import prefix_cache, scheduler
 from dsjax.scheduling.events import (
@@ -46,15 +53,18 @@ from dsjax.scheduling.events import (
   RunPrefill,
 )
 from experiments.bench import kept
-from experiments.common import cli
+from experiments.common import cli, provenance
 
 FLAGS = {
     'out': cli.Flag(None, 'JSON file for the numbers.', str), 'rounds': 5,
-    'peers': cli.Flag(False, 'Also run llama.cpp, transformers.'),
-    'only': cli.Flag([], 'Parts to run, of a,b,c,d,e,f.'),
+    'peers': cli.Flag(False, 'Also run vLLM, llama.cpp, transformers.'),
+    'ops': cli.Flag(False, 'Also print where the time of steps goes.'),
+    'only': cli.Flag([], 'Parts to run, of a,b,c,d,e,f,g.'),
 }
 
-PROMPT, STEPS, BATCH = 256, 24, 8
+MODEL = 'smollm2-135m-instruct'
+PROMPT, STEPS, BATCH, NEW = 256, 24, 8, 64
+REST_S = 0.2  # until the threads of the one before have stopped spinning
 CONFIG = EngineConfig(max_len=512, max_seqs=BATCH, prefill_tokens=1024,
                       prefill_seqs=BATCH, chunk_tokens=256, prefix_cache=False)
 
@@ -67,12 +77,10 @@ def clock(fn):
 
 
 def in_turn(rounds, *fns):
-  """Median seconds of each function, timed A B A B after one warm-up."""
+  """Seconds of each function's rounds, timed A B A B after one warm-up."""
   for fn in fns:
     clock(fn)
-  taken = [[clock(fn) for fn in fns] for _ in range(rounds)]
-  return [statistics.median(row[i] for row in taken)
-          for i in range(len(fns))]
+  return np.array([[clock(fn) for fn in fns] for _ in range(rounds)]).T
 
 
 # --- the hand-written rival -------------------------------------------------
@@ -181,19 +189,22 @@ class Ours:
 
 
 def bench_steps(loaded, instance, results, rounds, say):
+  shapes = instance.shapes
+  plain = sharding.place_params(shapes.layout, shapes.span, shapes.mesh,
+                                loaded.params)
   for batch in (1, BATCH):
-    dense = Dense(loaded, instance.last.params, batch)
+    dense = Dense(loaded, plain, batch)
     ours = Ours(instance, batch)
     a, b = in_turn(rounds, ours.prefill, dense.prefill)
     add(results, say, f'(a) prefill, batch {batch}', 'tokens/s',
-        batch * PROMPT / a, batch * PROMPT / b, 'plain jit loop')
+        batch * PROMPT / a, {'plain jit loop': batch * PROMPT / b})
     a, b = in_turn(rounds, ours.decode, dense.decode)
     add(results, say, f'(a) decode, batch {batch}', 'tokens/s',
-        batch * STEPS / a, batch * STEPS / b, 'plain jit loop')
+        batch * STEPS / a, {'plain jit loop': batch * STEPS / b})
     weights = sum(x.nbytes for x in jax.tree.leaves(instance.last.params))
-    say(f'    decode reads the weights at {weights * STEPS / a / 1e9:.1f} '
-          f'GB/s; one sum over an array of their size: '
-          f'{read_rate(weights):.1f} GB/s')
+    rate = weights * STEPS / np.median(a) / 1e9
+    say(f'    decode reads the weights at {rate:.1f} GB/s; one sum over an '
+          f'array of their size: {read_rate(weights):.1f} GB/s')
 
 
 @functools.cache
@@ -217,13 +228,20 @@ def workload(server, count, tokens):
           for i in range(count)]
 
 
-def serve_all(server, count, tokens):
-  """Seconds until `count` requests, all there at once, are served."""
+def timed_tokens(server, count, tokens):
+  """(seconds, tokens) of `count` requests that are all there at once."""
+  requests = workload(server, count, tokens)
   start = time.perf_counter()
-  server.run(workload(server, count, tokens))
+  server.run(requests)
   took = time.perf_counter() - start
+  found = [list(server.output(request.id).tokens) for request in requests]
   server.requests.clear()
-  return took
+  return took, found
+
+
+def serve_all(server, count, tokens):
+  """Serves `count` requests, all there at once."""
+  timed_tokens(server, count, tokens)
 
 
 def bench_server(loaded, results, rounds, say):
@@ -240,37 +258,94 @@ def bench_server(loaded, results, rounds, say):
       bare.prefill()
       return bare.decode()
 
-    ours, floor = [], []
-    for timed in [False] + [True] * rounds:
-      a, b = serve_all(server, BATCH, STEPS + 1), clock(steps)
-      if timed:
-        ours.append(a)
-        floor.append(b)
+    ours, floor = in_turn(
+        rounds, functools.partial(serve_all, server, BATCH, STEPS + 1), steps)
     count = BATCH * (STEPS + 1)
     add(results, say, '(b) server, colocated, batch 8', 'tokens/s',
-        count / statistics.median(ours), count / statistics.median(floor),
-        'bare steps')
+        count / ours, {'bare steps': count / floor})
+
+
+@contextlib.contextmanager
+def modes(loaded):
+  """A server in each mode, by its name."""
+  placements = [Placement(colocated=[Plan()]), Placement(chunked=[Plan()]),
+                Placement(prefill=[Plan()], decode=[Plan()])]
+  with contextlib.ExitStack() as stack:
+    servers = [stack.enter_context(orchestrator.serve(loaded, p, CONFIG))
+               for p in placements]
+    yield {server.placement.mode: server for server in servers}
 
 
 def bench_modes(loaded, results, rounds, say):
   """Eight requests at once, 256-token prompts, 64 output tokens."""
-  modes = [Placement(prefill=[Plan()], decode=[Plan()]),
-           Placement(colocated=[Plan()]),
-           Placement(chunked=[Plan()])]
-  with contextlib.ExitStack() as stack:
-    servers = [stack.enter_context(orchestrator.serve(loaded, p, CONFIG))
-               for p in modes]
-    times = [[] for _ in servers]
-    for timed in [False] + [True] * rounds:
-      for server, taken in zip(servers, times, strict=True):
-        took = serve_all(server, BATCH, 64)
-        if timed:
-          taken.append(took)
-    for server, taken in zip(servers, times, strict=True):
-      rate = BATCH * 64 / statistics.median(taken)
+  with modes(loaded) as servers:
+    taken = in_turn(rounds, *(
+        functools.partial(serve_all, server, BATCH, NEW)
+        for server in servers.values()))
+    for (mode, server), seconds in zip(servers.items(), taken, strict=True):
       ttft = statistics.median(r.ttft_s for r in server.records[-BATCH:])
-      add(results, say, f'(e) 8 x (256 + 64), {server.placement.mode}, '
-          f'median TTFT {ttft:.2f} s', 'generated tokens/s', rate)
+      add(results, say, f'(e) 8 x (256 + 64), {mode}, median TTFT {ttft:.2f} s',
+          'generated tokens/s', BATCH * NEW / seconds)
+
+
+def bench_peers(loaded, instance, results, rounds, say):
+  """Prefill, decode and eight requests end to end, beside the peers'."""
+  from experiments.bench import peers
+  source, batches = checkpoint.find(MODEL), (1, BATCH)
+  with (tempfile.TemporaryDirectory() as folder, modes(loaded) as servers,
+        peers.opened(loaded, source, pathlib.Path(folder), batches) as rivals):
+    for batch in batches:
+      ours, prompts = Ours(instance, batch), [[1] * PROMPT] * batch
+      for phase, count, rest in (('prefill', PROMPT, ()),
+                                 ('decode', STEPS, (STEPS,))):
+        mine = [('dsjax', functools.partial(clock, getattr(ours, phase)))]
+        taken, _ = beside(rounds, mine, rivals, (phase, batch, prompts, *rest))
+        rates = {name: batch * count / s for name, s in taken.items()}
+        add(results, say, f'(f) {phase}, batch {batch}', 'tokens/s',
+            rates.pop('dsjax'), rates)
+    prompts = [list(r.prompt) for r in workload(servers['chunked'], BATCH, NEW)]
+    told = {}
+
+    def serve(mode):
+      seconds, told[mode] = timed_tokens(servers[mode], BATCH, NEW)
+      return seconds
+
+    taken, tokens = beside(
+        rounds, [(mode, functools.partial(serve, mode)) for mode in servers],
+        rivals, ('serve', BATCH, prompts, NEW))
+    rates = {name: BATCH * NEW / s for name, s in taken.items()}
+    for mode in servers:
+      add(results, say, f'(f) 8 x (256 + 64), {mode}', 'generated tokens/s',
+          rates[mode], {name: rates[name] for name in rates
+                        if name not in servers})
+    for name, found in (told | tokens).items():
+      same = np.equal(found, told['colocated']).mean()
+      say(f'    {same:.0%} of the tokens of {name} are those of colocated')
+
+
+def beside(rounds, mine, rivals, request):
+  """Seconds of ours and of each rival's answer, in turn, after one warm-up.
+
+  Returns:
+    ({name: seconds of each round}, {rival: tokens of the last}).
+  """
+  tokens = {}
+
+  def ask(rival):
+    seconds, found = rival.ask(*request)
+    if found:
+      tokens[rival.name] = found
+    return seconds
+
+  everyone = [*mine, *((r.name, functools.partial(ask, r)) for r in rivals)]
+  taken = {name: [] for name, _ in everyone}
+  for round in range(rounds + 1):
+    for name, run in everyone:
+      seconds = run()
+      if round:
+        taken[name].append(seconds)
+      time.sleep(REST_S)
+  return {name: np.array(s) for name, s in taken.items()}, tokens
 
 
 # --- the rest ---------------------------------------------------------------
@@ -362,10 +437,10 @@ def bench_scheduler(results, say):
   say(f'(c) scheduler.step, {RUNNING} running, {WAITING:,} waiting: one in '
       'which no row\n    takes a page, and by page one in which most do')
   for name, steps in (('step', quiet), ('page taken', taking)):
-    median = {case: 1e6 * statistics.median(steps[case]) for case in CASES}
+    taken = {case: 1e6 * np.array(steps[case]) for case in CASES}
     for case in CASES:
-      add(results, say, f'(c) {name}, {case}', 'us', median[case],
-          median[plain], plain)
+      add(results, say, f'(c) {name}, {case}', 'us', taken[case],
+          {plain: taken[plain]})
 
 
 def bench_migrate(loaded, results, rounds, say):
@@ -390,35 +465,76 @@ def bench_migrate(loaded, results, rounds, say):
         lambda: jax.device_put(plain, jax.devices()[1]),
         lambda: jax.device_put(stacked, jax.devices()[1]))
     add(results, say, '(d) migration of 2,048 tokens', 'GB/s',
-        size / ours / 1e9, size / put / 1e9, 'device_put, an array a layer')
-    say(f'    one stacked device_put: {size / stack / 1e9:.1f} GB/s')
+        size / ours / 1e9, {
+            'device_put, an array a layer': size / put / 1e9,
+            'device_put, one array': size / stack / 1e9})
 
 
-def add(results, say, name, unit, value, rival=None, against=''):
-  ratio = value / rival if rival else None
-  results.append(dict(name=name, unit=unit, value=value, rival=rival,
-                      against=against, ratio=ratio))
-  say(f'{name}: {value:.1f} {unit}' + (
-      f'; {against} {rival:.1f}; ratio {ratio:.2f}' if rival else ''))
+def bench_ops(instance, say):
+  """Where the time of steps goes, by what XLA calls it."""
+  for batch in (1, BATCH):
+    ours = Ours(instance, batch)
+    for phase, steps in (('prefill', len(ours.prefills)), ('decode', STEPS)):
+      run = getattr(ours, phase)
+      clock(run)
+      with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+          wall = clock(run)
+        file, = pathlib.Path(folder).rglob('*.trace.json.gz')
+        events = json.loads(gzip.decompress(file.read_bytes()))['traceEvents']
+      taken, calls = collections.Counter(), collections.Counter()
+      for event in events:
+        if op := event.get('args', {}).get('hlo_op'):
+          kind = op.split('.')[0]
+          taken[kind] += event['dur'] / 1e3 / steps
+          calls[kind] += 1
+      say(f'(g) {phase}, batch {batch}: {wall * 1e3 / steps:.2f} ms a step, '
+            'traced; ms of its own thread and calls a step:')
+      for kind, spent in taken.most_common(8):
+        say(f'    {kind:36} {spent:8.2f}  {calls[kind] / steps:6.0f}')
+
+
+def spread(values):
+  """(median, lower and upper quartile)."""
+  return tuple(np.percentile(values, (50, 25, 75)).tolist())
+
+
+def text(values):
+  """A spread as text."""
+  digits = 0 if values[0] >= 1000 else 1
+  return '{0:,.{n}f} [{1:,.{n}f}, {2:,.{n}f}]'.format(*values, n=digits)
+
+
+def add(results, say, name, unit, values, rivals=()):
+  """Takes note of a row: rounds of ours, and of {rival: rounds}."""
+  ours = spread(values)
+  others = {key: spread(value) for key, value in dict(rivals).items()}
+  ratio = ours[0] / max(x[0] for x in others.values()) if others else None
+  results.append(dict(name=name, unit=unit, value=ours, rivals=others,
+                      ratio=ratio))
+  say('; '.join([f'{name}: {text(ours)} {unit}', *(
+      f'{key} {text(value)}' for key, value in others.items())] + (
+          [f'ratio {ratio:.2f}'] if ratio else [])))
 
 
 def show(results, say):
-  width = max(len(r['name']) for r in results)
-  say(f'\n{"":{width}}  {"dsjax":>8}  {"rival":>8}  ratio')
-  for r in results:
-    rival, ratio = (f'{r[k]:8.{n}f}' if r[k] else ' ' * 8
-                    for k, n in (('rival', 1), ('ratio', 2)))
-    say(f'{r["name"]:{width}}  {r["value"]:8.1f}  {rival}  {ratio[3:]}  '
-          f'{r["unit"]}' + (f', {r["against"]}' if r['against'] else ''))
+  """Prints one table: medians, quartiles, and the ratio to the best rival."""
+  machine = provenance.machine()
+  say(f'\n{machine["cpu"]}, {machine["cores"]} cores; medians [quartiles]')
+  for row in results:
+    say(f'{row["name"]}, {row["unit"]}')
+    for name, value in {'dsjax': row['value'], **row['rivals']}.items():
+      ratio = f'{row["value"][0] / value[0]:6.2f}' if name != 'dsjax' else ''
+      say(f'    {name:28} {text(value):>26} {ratio}')
 
 
-def measure(parts, rounds, results, say, peers):
-  """Adds a row of each part to `results` as it comes. peers: the module."""
+def measure(parts, rounds, results, say):
+  """Adds a row of each part to `results` as it comes."""
   if 'c' in parts:
     bench_scheduler(results, say)
   if set(parts) != {'c'}:
-    loaded = checkpoint.load('smollm2-135m-instruct')
-  if 'a' in parts or 'f' in parts:
+    loaded = checkpoint.load(MODEL)
+  if set(parts) & set('afg'):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ('model',))
     instance = engine.Engine(loaded, [mesh], 'colocated', CONFIG)
     for name in instance.warm():
@@ -432,23 +548,19 @@ def measure(parts, rounds, results, say, peers):
   if 'e' in parts:
     bench_modes(loaded, results, rounds, say)
   if 'f' in parts:
-    peers.bench((1, BATCH), PROMPT, STEPS, lambda n: Ours(instance, n),
-                functools.partial(in_turn, rounds),
-                functools.partial(add, results, say))
+    bench_peers(loaded, instance, results, rounds, say)
+  if 'g' in parts:
+    bench_ops(instance, say)
 
 
 def run(options, console):
   """Runs the parts that are asked for and prints a line each."""
   cli.prepare(2)
-  parts = options.only or list('abcde') + ['f'] * options.peers
-  require(set(parts) <= set('abcdef'), '--only', parts, 'of a,b,c,d,e,f')
-  peers = None
-  if 'f' in parts:
-    with cli.needs('peers'):
-      from experiments.bench import peers
+  parts = options.only or (list('abcde') + ['f'] * options.peers
+                           + ['g'] * options.ops)
+  require(set(parts) <= set('abcdefg'), '--only', parts, 'of a,b,c,d,e,f,g')
   results, say = [], cli.says(console)
-  stopped = kept.until_stopped(measure, parts, options.rounds, results, say,
-                               peers)
+  stopped = kept.until_stopped(measure, parts, options.rounds, results, say)
   if results:
     show(results, say)
   return kept.end(console, {'rows': results}, stopped, options, FLAGS)

@@ -1,21 +1,29 @@
-"""llama.cpp and transformers on the weights, threads and prompts of ours.
+"""llama.cpp, transformers and vLLM on the weights, threads and prompts of ours.
 
-Used by `python -m experiments.bench.engine --peers` (extra `peers`). Each has
-prefill() and decode() like bench_engine's own, so that all are timed in turn.
+Used by `python -m experiments.bench.engine --peers`. Make installs them once,
+into an environment of their own; each runs in a process of its own (peer.py),
+and what is not to be had is said in the table.
 """
 
+import contextlib
+import json
 import pathlib
-import tempfile
+import subprocess
+import threading
 
 import gguf
 import numpy as np
+from safetensors.numpy import save_file
 
-from dsjax.checkpoints import checkpoint
+from dsjax.checkpoints.families import llama
+from experiments.common import cli
 
-THREADS = 2
+ENVIRONMENT = cli.ROOT / '.venv-peers'
+NAMES = ('vllm', 'llama.cpp', 'transformers')
+LONGEST_S = 900  # of one answer; vLLM's first compiles
 
 
-def save_float32(source, target):
+def save_gguf(source, target):
   """Rewrites a GGUF with every tensor dequantised to float32."""
   reader = gguf.GGUFReader(source)
   writer = gguf.GGUFWriter(target, 'llama')
@@ -37,97 +45,84 @@ def save_float32(source, target):
   writer.close()
 
 
-class LlamaCpp:
-  """llama.cpp, float32 weights, native kernels, KV in float16 (its default)."""
-
-  name = 'llama.cpp'
-
-  def __init__(self, path, batch, prompt, steps):
-    import llama_cpp
-    self.api, self.shape = llama_cpp, (batch, prompt, steps)
-    log = llama_cpp.llama_log_callback(lambda *_: None)
-    self.log = log  # keeps the callback alive
-    llama_cpp.llama_log_set(log, None)
-    self.model = llama_cpp.llama_model_load_from_file(
-        str(path).encode(), llama_cpp.llama_model_default_params())
-    params = llama_cpp.llama_context_default_params()
-    params.n_ctx = batch * (prompt + steps + 8)
-    params.n_batch = batch * prompt
-    params.n_ubatch = 512
-    params.n_seq_max = batch
-    params.n_threads = params.n_threads_batch = THREADS
-    self.context = llama_cpp.llama_init_from_model(self.model, params)
-    self.batch = llama_cpp.llama_batch_init(batch * prompt, 0, batch)
-
-  def _run(self, tokens):
-    """tokens: (id, position, sequence, wants logits)."""
-    self.batch.n_tokens = len(tokens)
-    for i, (token, position, sequence, wanted) in enumerate(tokens):
-      self.batch.token[i], self.batch.pos[i] = token, position
-      self.batch.n_seq_id[i], self.batch.seq_id[i][0] = 1, sequence
-      self.batch.logits[i] = wanted
-    assert self.api.llama_decode(self.context, self.batch) == 0
-    self.api.llama_synchronize(self.context)
-
-  def prefill(self):
-    batch, prompt, _ = self.shape
-    self.api.llama_memory_clear(
-        self.api.llama_get_memory(self.context), True)
-    self._run([(1, t, b, t == prompt - 1) for b in range(batch)
-               for t in range(prompt)])
-
-  def decode(self):
-    batch, prompt, steps = self.shape
-    memory = self.api.llama_get_memory(self.context)
-    for b in range(batch):
-      self.api.llama_memory_seq_rm(memory, b, prompt, -1)
-    for step in range(steps):
-      self._run([(1, prompt + step, b, True) for b in range(batch)])
+def save_folder(loaded, folder):
+  """Writes a Llama as a Hugging Face folder, float32."""
+  c, tensors = loaded.config, {}
+  for layer in (None, *range(c.num_layers)):
+    held = loaded.params if layer is None else loaded.params['layers'][layer]
+    for leaf, array in held.items():
+      if leaf != 'layers':
+        flat = np.asarray(array)
+        if flat.ndim > 2:  # of heads
+          flat = flat.reshape(*((c.d_model, -1) if leaf == 'o_DNH' else
+                                (-1, c.d_model)))
+        name = llama.TENSORS[leaf].format(l=layer)
+        tensors[f'model.{name}'] = np.ascontiguousarray(flat)
+  save_file(tensors, folder / 'model.safetensors', {'format': 'pt'})
+  (folder / 'config.json').write_text(json.dumps(dict(
+      architectures=['LlamaForCausalLM'], model_type='llama',
+      hidden_size=c.d_model, intermediate_size=c.d_ff,
+      num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads,
+      num_key_value_heads=c.num_kv_heads, head_dim=c.head_dim,
+      vocab_size=c.vocab_size, max_position_embeddings=c.max_len,
+      rms_norm_eps=c.norm_eps, rope_theta=c.rope_base, hidden_act='silu',
+      tie_word_embeddings=c.tied, dtype='float32', bos_token_id=1,
+      eos_token_id=2)))
 
 
-class Transformers:
-  """transformers' forward loop on torch, float32, sdpa, dynamic cache."""
+class Peer:
+  """A peer's process; `lacks` says why there is none."""
 
-  name = 'transformers'
+  def __init__(self, name, folder, batches):
+    self.name, self.lacks = name, ''
+    with contextlib.ExitStack() as stack:
+      log = stack.enter_context((folder / f'{name}.log').open('w'))
+      self.process = subprocess.Popen(
+          [ENVIRONMENT / 'bin' / 'python', pathlib.Path(__file__).with_name(
+              'peer.py'), name, folder, ','.join(map(str, batches))],
+          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+    self.lacks = self._read().get('error', '')
 
-  def __init__(self, path, batch, prompt, steps):
-    import torch
-    import transformers
-    torch.set_num_threads(THREADS)
-    self.torch, self.steps = torch, steps
-    self.model = transformers.AutoModelForCausalLM.from_pretrained(
-        str(path.parent), gguf_file=path.name, dtype=torch.float32).eval()
-    self.prompt = torch.ones((batch, prompt), dtype=torch.long)
+  def _read(self):
+    late = threading.Timer(LONGEST_S, self.process.kill)
+    late.start()
+    line = self.process.stdout.readline()
+    late.cancel()
+    return json.loads(line) if line else {
+        'error': f'it ended, or gave no answer within {LONGEST_S} s'}
 
-  def prefill(self):
-    with self.torch.inference_mode():
-      out = self.model(self.prompt, use_cache=True, logits_to_keep=1)
-    self.cache = out.past_key_values
-    self.token = out.logits[:, -1:].argmax(-1)
+  def ask(self, *request):
+    """(seconds, tokens) of [what, batch, prompts, steps]."""
+    self.process.stdin.write(json.dumps(request) + '\n')
+    self.process.stdin.flush()
+    answer = self._read()
+    if 'error' in answer:
+      self.lacks = self.lacks or answer['error']
+    return answer.get('seconds', float('nan')), answer.get('tokens')
 
-  def decode(self):
-    extra = self.cache.get_seq_length() - self.prompt.shape[1]
-    if extra:
-      self.cache.crop(-extra)
-    token = self.token
-    with self.torch.inference_mode():
-      for _ in range(self.steps):
-        out = self.model(token, past_key_values=self.cache, use_cache=True)
-        token = out.logits[:, -1:].argmax(-1)
+  def close(self):
+    self.process.kill()
+    self.process.wait()
 
 
-def bench(batches, prompt, steps, make_ours, in_turn, add):
-  """Times every peer in turn with ours at each batch size."""
-  source = checkpoint.find('smollm2-135m-instruct')
-  with tempfile.TemporaryDirectory() as folder:
-    path = pathlib.Path(folder) / 'float32.gguf'
-    save_float32(source, path)
-    for batch in batches:
-      rivals = [LlamaCpp(path, batch, prompt, steps),
-                Transformers(path, batch, prompt, steps)]
-      everyone = [make_ours(batch), *rivals]
-      for phase, count in (('prefill', prompt), ('decode', steps)):
-        took = in_turn(*(getattr(side, phase) for side in everyone))
-        for rival, seconds in zip(rivals, took[1:], strict=True):
-          add(f'(f) {phase}, batch {batch}', 'tokens/s',
-              batch * count / took[0], batch * count / seconds, rival.name)
+@contextlib.contextmanager
+def opened(loaded, source, folder, batches):
+  """The peers, set up where that has not been done.
+
+  Args:
+    source: the GGUF that the model was loaded from. folder: for the weights.
+  """
+  if subprocess.run(['make', '--quiet', '.venv-peers/installed'],
+                    cwd=cli.ROOT, check=False).returncode:
+    raise OSError('make .venv-peers/installed failed')
+  save_folder(loaded, folder)
+  save_gguf(source, folder / 'float32.gguf')
+  with contextlib.ExitStack() as stack:
+    peers = []
+    for name in NAMES:
+      print(f'    starting {name}', flush=True)
+      peers.append(Peer(name, folder, batches))
+      stack.callback(peers[-1].close)
+      if peers[-1].lacks:
+        print(f'    {name}: not to be had: {peers[-1].lacks}', flush=True)
+    yield [peer for peer in peers if not peer.lacks]

@@ -263,7 +263,8 @@ def test_prefill_equals_the_loop(prefill, layout, packing):
 @pytest.mark.parametrize('packing', PACKINGS.values(), ids=PACKINGS)
 @pytest.mark.parametrize('window', [1, 7, 16, 65, 300])
 def test_prefill_under_a_window(prefill, window, packing):
-  check_prefill(prefill, *prefill_case((16, 6, 2), packing), packing, window=window)
+  check_prefill(prefill, *prefill_case((16, 6, 2), packing), packing,
+                window=window)
 
 
 @pytest.mark.parametrize('window', [5, 64, 129])
@@ -282,8 +283,8 @@ def test_prefill_of_a_block_that_starts_at_the_end_of_a_page(prefill):
 @pytest.mark.parametrize('window', [0, 20])
 def test_prefill_with_a_softcap_and_a_scale(prefill, window):
   packing = PACKINGS['earlier context']
-  check_prefill(prefill, *prefill_case((16, 4, 2), packing), packing, softcap=1.5,
-                scale=0.7, window=window)
+  check_prefill(prefill, *prefill_case((16, 4, 2), packing), packing,
+                softcap=1.5, scale=0.7, window=window)
 
 
 def test_prefill_reads_no_more_than_the_windows(monkeypatch):
