@@ -14,6 +14,7 @@ import os
 import pathlib
 import platform
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +122,7 @@ def attend(
 
 def attend_rows(
     q_BNH: jax.Array, k_KPCH: jax.Array, v_KPCH: jax.Array, table_BM: jax.Array,
-    len_B: jax.Array, *options: object
+    len_B: jax.Array, *options: Any
 ) -> jax.Array:
   """Attention of one new token a row: see decode_attention."""
   start_A = jnp.arange(q_BNH.shape[0] + 1, dtype=jnp.int32)

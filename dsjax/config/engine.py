@@ -139,10 +139,12 @@ class EngineConfig:
     host_bytes: host memory of each instance, for what the prefix cache of one
       that takes prompts evicts, and for rows that are preempted; 0: none.
     attention: implementation of attention and of what reads and writes
-      pages: 'xla', 'pallas' (GPU kernels), 'pallas_interpret' (the same
-      kernels interpreted on CPU, slowly) or 'mosaic' (attention in kernels
-      for Hopper GPUs, the rest as 'pallas'; its interpreter moves data
-      implicitly, which serving forbids); None to choose by device and shapes.
+      pages: 'xla', 'cpu' (attention and products in C++, where it was built;
+      weights are packed beside those that were loaded), 'pallas' (GPU
+      kernels), 'pallas_interpret' (the same kernels interpreted on CPU,
+      slowly) or 'mosaic' (attention in kernels for Hopper GPUs, the rest as
+      'pallas'; its interpreter moves data implicitly, which serving forbids);
+      None to choose by device and shapes.
     tries: faults that a request survives; the next one fails it.
     lease_s: that a hand-off may take before its target must stop.
     stall_s: without a step of its oldest command an instance counts as lost.

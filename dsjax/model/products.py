@@ -1,5 +1,6 @@
 """Products with weights, stored output-first or packed for a CPU."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from dsjax.model import sharding
 
 SMALL = 16  # tokens up to which a product reads W first
 # Leaves that read the same rows, so that one product has them all.
-QKV, GATE_UP = ('q_NHD', 'k_KHD', 'v_KHD'), ('gate_FD', 'up_FD')
+QKV, UP_GATE = ('q_NHD', 'k_KHD', 'v_KHD'), ('up_FD', 'gate_FD')
 INPUTS = {'o_DNH': 2}  # input axes of a leaf, where there are several
 
 
@@ -29,7 +30,7 @@ class Panels:
   inputs or by their outputs; each shard's part is packed by itself.
   """
 
-  w_QIp: jax.Array
+  w_QIp: Any  # or its ShapeDtypeStruct
   parts: tuple[tuple[int, ...], ...] = flax.struct.field(pytree_node=False)
   mesh: Mesh = flax.struct.field(pytree_node=False)
   by_inputs: bool = flax.struct.field(pytree_node=False)
@@ -52,13 +53,12 @@ def packed_tree(params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
   groups = [(leaves, names, _abstract(mesh, leaves, names))
             for leaves, names in _groups(params)]
   real = not isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct)
-  if real:
-    place = _placer(mesh, [panels.w_QIp for _, _, panels in groups])
+  rooms = _rooms(mesh, [panels.w_QIp for _, _, panels in groups] * real)
   for leaves, names, panels in groups:
     weights = [leaves.pop(name) for name in names]
     if real:
-      panels = panels.replace(w_QIp=place(panels.w_QIp,
-                                          _packed(mesh, names, weights)))
+      panels = dataclasses.replace(panels, w_QIp=_placed(
+          panels.w_QIp, _packed(mesh, names, weights), rooms))
     leaves[' '.join(names)] = panels
   return params
 
@@ -71,7 +71,7 @@ def _groups(params: dict[str, Any]
   if 'norm_D' in params:
     yield params, heads
   for leaves in params['layers']:
-    for group in (QKV, ('o_DNH',), GATE_UP, ('down_DF',)):
+    for group in (QKV, ('o_DNH',), UP_GATE, ('down_DF',)):
       if names := tuple(name for name in group if name in leaves):
         yield leaves, names
 
@@ -116,24 +116,24 @@ def _packed(mesh: Mesh, names: tuple[str, ...],
       panels_QIp, f'uint{panels_QIp.dtype.itemsize * 8}')
 
 
-def _placer(mesh: Mesh, panels: Sequence[jax.ShapeDtypeStruct]) -> Any:
-  """Puts panels, in this order, side by side into cpu.room. device_put makes no
-  copy of what lies there."""
-  sizes = [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-           for x in panels]
-  rooms = {device: cpu.room(sizes) for device in mesh.devices.flat}
+def _rooms(mesh: Mesh, panels: Sequence[jax.ShapeDtypeStruct]
+           ) -> dict[jax.Device, Iterator[np.ndarray]]:
+  """For each device the places of its panels, side by side in cpu.room."""
+  sizes = [math.prod(like.sharding.shard_shape(like.shape))
+           * like.dtype.itemsize for like in panels]
+  return {device: cpu.room(sizes) for device in mesh.devices.flat}
 
-  def place(like: jax.ShapeDtypeStruct, packed: jax.Array) -> jax.Array:
-    shards = []
-    for shard in packed.addressable_shards:
-      to = next(rooms[shard.device]).view(packed.dtype).reshape(
-          shard.data.shape)
-      np.copyto(to, np.from_dlpack(shard.data))
-      shards.append(jax.device_put(to.view(like.dtype), shard.device))
-    return jax.make_array_from_single_device_arrays(
-        like.shape, like.sharding, shards)
 
-  return place
+def _placed(like: jax.ShapeDtypeStruct, packed: jax.Array,
+            rooms: Mapping[jax.Device, Iterator[np.ndarray]]) -> jax.Array:
+  """Panels, copied to the next place of each room; device_put copies none."""
+  shards = []
+  for shard in packed.addressable_shards:
+    to = next(rooms[shard.device]).view(packed.dtype).reshape(shard.data.shape)
+    np.copyto(to, np.from_dlpack(shard.data))
+    shards.append(jax.device_put(to.view(like.dtype), shard.device))
+  return jax.make_array_from_single_device_arrays(like.shape, like.sharding,
+                                                  shards)
 
 
 def project(weight: Weight, x_SI: jax.Array, inputs: int = 1) -> jax.Array:
@@ -156,7 +156,7 @@ def project(weight: Weight, x_SI: jax.Array, inputs: int = 1) -> jax.Array:
 
 def project_all(leaves: Mapping[str, Any], names: tuple[str, ...],
                 x_SI: jax.Array) -> list[jax.Array]:
-  """`project` of each of these leaves: QKV, GATE_UP or a part of it."""
+  """`project` of each of these leaves: QKV, UP_GATE or a part of it."""
   joint = leaves.get(' '.join(names))
   if isinstance(joint, Panels):
     return _multiply(joint, x_SI)

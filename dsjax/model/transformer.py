@@ -26,9 +26,9 @@ from dsjax.kernels.prefill_attention import prefill_attention
 from dsjax.model import kv_cache as kv
 from dsjax.model import sampling, sharding
 from dsjax.model.products import (
-  GATE_UP,
   INPUTS,
   QKV,
+  UP_GATE,
   project,
   project_all,
   rows_of,
@@ -176,8 +176,8 @@ def feed_forward(config: ModelConfig, layer: Params,
     return (y_SO + layer[f'{name}_bias_{axes[0]}'][None, :] if config.mlp_bias
             else y_SO)
 
-  names = GATE_UP[not config.gated:]
-  *gate, up_SF = map(biased, names, project_all(layer, names, h_SD))
+  names = UP_GATE[:1 + config.gated]
+  up_SF, *gate = map(biased, names, project_all(layer, names, h_SD))
   h_SF = act(gate[0]) * up_SF if gate else act(up_SF)
   return biased('down_DF', project(layer['down_DF'], h_SF))
 

@@ -81,7 +81,7 @@ def test_packed_weights_are_those_that_were_loaded(tp, tied, dtype):
       lambda x: (x.shape, x.sharding), abstract)
   layers = plain['layers'][0], packed['layers'][0]
   x_SD = np.eye(config.d_model, dtype=dtype)
-  for names in (products.QKV, products.GATE_UP):
+  for names in (products.QKV, products.UP_GATE):
     for want, got in zip(*(products.project_all(layer, names, x_SD)
                            for layer in layers), strict=True):
       np.testing.assert_array_equal(want, got)
