@@ -20,7 +20,7 @@ from experiments.common import cli
 
 ENVIRONMENT = cli.ROOT / '.venv-peers'
 NAMES = ('vllm', 'llama.cpp', 'transformers')
-LONGEST_S = 900  # of one answer; vLLM's first compiles
+LONGEST_S = 1800  # of one answer; vLLM compiles when it first starts
 
 
 def save_gguf(source, target):
