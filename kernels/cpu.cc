@@ -83,7 +83,7 @@ void parallel(ffi::ThreadPool& pool, int64_t n,
   };
   // The pool may have more threads than there are cores: for collectives.
   static const int64_t cores = std::thread::hardware_concurrency();
-  const int64_t helpers = std::min({pool.num_threads(), n, cores}) - 1;
+  const int64_t helpers = std::min<int64_t>({pool.num_threads(), n, cores}) - 1;
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(run));
   run();
   while (work->done.load(std::memory_order_acquire) < n)

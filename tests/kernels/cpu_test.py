@@ -51,6 +51,16 @@ def test_a_row_is_the_same_bits_in_any_batch():
                                   got_SO[row])
 
 
+def test_a_room_is_side_by_side_on_huge_pages_and_put_without_a_copy():
+  first, second = cpu.room([100, 4096])
+  assert first.ctypes.data % cpu.HUGE_PAGE == 0
+  assert second.ctypes.data == first.ctypes.data + 128
+  first[:], second[:] = 1, 2
+  assert (first.size, first.sum()) == (100, 100)
+  put = jax.device_put(second.view(np.float32), jax.devices()[3])
+  assert put.unsafe_buffer_pointer() == second.ctypes.data
+
+
 @needed
 @pytest.mark.parametrize('heads', [1, 4, 15, 20, 64, 80])
 def test_heads_of_any_width(heads):
