@@ -16,6 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from dsjax.checkpoints.families import llama
+from dsjax.config.checks import InputError
 from experiments.common import cli
 
 ENVIRONMENT = cli.ROOT / '.venv-peers'
@@ -114,7 +115,7 @@ def opened(loaded, source, folder, batches):
   """
   if subprocess.run(['make', '--quiet', '.venv-peers/installed'],
                     cwd=cli.ROOT, check=False).returncode:
-    raise OSError('make .venv-peers/installed failed')
+    raise InputError("--peers: 'make .venv-peers/installed' failed; see above")
   save_folder(loaded, folder)
   save_gguf(source, folder / 'float32.gguf')
   with contextlib.ExitStack() as stack:
