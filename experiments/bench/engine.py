@@ -24,6 +24,7 @@ import functools
 import gzip
 import json
 import pathlib
+import re
 import statistics
 import tempfile
 import time
@@ -39,6 +40,7 @@ from dsjax.config.placement import Placement, Plan
 from dsjax.config.request import Request, Sampling
 from dsjax.model import products, sharding, transformer
 from dsjax.runtime import engine, orchestrator
+from dsjax.runtime.steps import abstract_step, seqs_bucket
 from dsjax.scheduling import prefix_cache, scheduler
 from dsjax.scheduling.events import (
   Arrived,
@@ -470,12 +472,21 @@ def bench_migrate(loaded, results, rounds, say):
             'device_put, one array': size / stack / 1e9})
 
 
+# Names of calls in HLO, and which kernel each calls.
+CALLS = re.compile(r'(ffi_call[.0-9]*) = .*custom_call_target="(dsjax_\w+)"')
+
+
 def bench_ops(instance, say):
   """Where the time of steps goes, by what XLA calls it."""
   for batch in (1, BATCH):
     ours = Ours(instance, batch)
     for phase, steps in (('prefill', len(ours.prefills)), ('decode', STEPS)):
       run = getattr(ours, phase)
+      tokens = min(batch * PROMPT, CONFIG.prefill_tokens) * (phase == 'prefill')
+      step, args = abstract_step(
+          instance.shapes, tokens, 0 if tokens else batch,
+          seqs_bucket(instance.capacity, tokens))
+      named = dict(CALLS.findall(step.lower(*args).compile().as_text()))
       clock(run)
       with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -485,7 +496,7 @@ def bench_ops(instance, say):
       taken, calls = collections.Counter(), collections.Counter()
       for event in events:
         if op := event.get('args', {}).get('hlo_op'):
-          kind = op.split('.')[0]
+          kind = named.get(op, op.split('.')[0])
           taken[kind] += event['dur'] / 1e3 / steps
           calls[kind] += 1
       say(f'(g) {phase}, batch {batch}: {wall * 1e3 / steps:.1f} ms a step, '
