@@ -5,16 +5,17 @@ as the rows have saved against TPOT; a prompt goes where it is predicted to be
 done first, and its row stays there unless another instance would be faster.
 
 Over time: how many instances only prefill, and whether the others only decode,
-is decided by rollouts. The simulator, which is this scheduler, plays the load
-of late under each choice; the best one is taken if it attains clearly more than
-the present one.
+mix, or mix in short steps (their role is then colocated), is decided by
+rollouts. The simulator, which is this scheduler, plays the load of late under
+each choice; the best one is taken if it attains clearly more than the present
+one.
 """
 
 import dataclasses
 import math
 
 from dsjax.config.placement import Slo
-from dsjax.policies.deadlines import with_deadlines
+from dsjax.policies.deadlines import MOST_WAIT, with_deadlines
 from dsjax.policies.predict import (
   decode_s,
   prefill_s,
@@ -33,7 +34,8 @@ from dsjax.scheduling.policy import (
 )
 
 CATCH_UP = 16  # tokens
-LEAST = 16  # tokens of a late prompt in a step: so nothing waits for ever
+SHORT = 0.75  # of TPOT: the longest of short steps. Prompts overtake sooner.
+LEAST = 16  # tokens of an aged prompt in a step: so nothing waits for ever
 
 
 def policy(slo: Slo, margin: float = 0.95, tick_s: float = 2.0) -> Policy:
@@ -49,7 +51,7 @@ def policy(slo: Slo, margin: float = 0.95, tick_s: float = 2.0) -> Policy:
     if count < 2:
       return {}
     return better(flexible, slo, view, known, [
-        ('chunked',) * count, *(
+        ('chunked',) * count, ('colocated',) * count, *(
             ('prefill',) * n + (others,) * (count - n)
             for n in range(1, count) for others in ('chunked', 'decode'))])
 
@@ -67,7 +69,8 @@ def _per_step(slo: Slo, margin: float) -> Policy:
     now_s = view.time_s
     saved_s = min([(row.first_s or now_s) + row.num_out * tpot_s
                    for row in instance.rows()]) - now_s - tpot_s
-    return tpot_s + (saved_s if saved_s > 0 else saved_s / CATCH_UP)
+    step_s = tpot_s + (saved_s if saved_s > 0 else saved_s / CATCH_UP)
+    return min(step_s, SHORT * tpot_s) if instance.role == 'colocated' else step_s
 
   def batch(view: View, instance: InstanceView) -> PrefillBudget:
     most = instance.config.prefill_tokens
@@ -76,8 +79,8 @@ def _per_step(slo: Slo, margin: float) -> Policy:
     tokens = prompt_tokens(instance, allowed_s(view, instance))
     if tokens < LEAST:
       prompts = (*instance.prefilling(), *instance.waiting()[:1])
-      late = [view.time_s - r.arrival_s > slo.ttft_s for r in prompts]
-      tokens = LEAST if any(late) else 0
+      waited_s = [view.time_s - r.arrival_s for r in prompts]
+      tokens = LEAST if max(waited_s, default=0.0) > MOST_WAIT * slo.ttft_s else 0
     return PrefillBudget(min(tokens, most - instance.turn_rows), False,
                          instance.config.mixes)
 

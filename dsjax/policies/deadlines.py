@@ -14,10 +14,11 @@ from dsjax.config.placement import Slo
 from dsjax.policies.predict import prefill_s
 from dsjax.scheduling.policy import InstanceView, Policy, RequestView, View
 
+MOST_WAIT = 100.0  # times TTFT
 MOST = 256  # requests that are looked at; those behind keep their order
 
 
-def with_deadlines(policy: Policy, slo: Slo, most_wait: float = 100.0
+def with_deadlines(policy: Policy, slo: Slo, most_wait: float = MOST_WAIT
                    ) -> Policy:
   """The policy with this order of its prefill queues.
 

@@ -22,11 +22,12 @@ from dsjax.scheduling.policy import InstanceView, Load, Policy, View
 from dsjax.scheduling.state import Config
 from dsjax.simulation import simulator
 
-STEP = 1.25
-LOADED = 1.1  # times the load of late
+STEP = 1.1
+LOADED = 1.05  # times the load of late
 LIVES = 5  # that a rollout lasts, each as long as objectives allow one
 LEAST, MOST = 200, 800  # requests of it
-NOISE = 0.08  # of a rollout's share: a change of roles must win more
+GRAIN = 0.05  # of the share that a rollout must beat: so answers are shared
+NOISE = 0.05  # of a rollout's share: a change of roles must win more
 
 Roles = tuple[str, ...]
 
@@ -62,28 +63,41 @@ def better(policy: Policy, slo: Slo, view: View,
           i.config, host_pages=0) for i in instances]),
       tuple([settled(i.latency) for i in instances]), view.link,
       rounded(view.load))
-  least = share(tuple([i.role for i in instances])) + NOISE
-  if least >= 1:
+  now = tuple([i.role for i in instances])
+  beat = share(now, 0.0) + NOISE
+  if beat >= 1:
     return {}
-  best = max(choices, key=share)
-  if share(best) <= least:
-    return {}
-  return {i.index: role for i, role in zip(instances, best, strict=True)}
+  best: Roles | None = None
+  for roles in choices:
+    if roles == now:
+      continue
+    attains_more = share(roles, math.floor(beat / GRAIN) * GRAIN)
+    if attains_more > beat:
+      best, beat = roles, attains_more
+  return {} if best is None else {
+      i.index: role for i, role in zip(instances, best, strict=True)}
 
 
 @functools.lru_cache(maxsize=4096)
 def attained(policy: Policy, slo: Slo, configs: tuple[InstanceConfig, ...],
              latencies: tuple[Latency, ...], link: LinkLike, load: Load,
-             roles: Roles) -> float:
-  """The share that attains with these roles, at LOADED times the load."""
+             roles: Roles, least: float) -> float:
+  """The share that attains with these roles, at LOADED times the load; or
+  that of those that ended before it was clear that it is below `least`."""
   sent = requests_like(load, slo)
   fixed = dataclasses.replace(policy, tick_s=ONCE_S, resize=functools.partial(
       _always, tuple(enumerate(roles))))
   longest = max(len(r.prompt) + (r.sampling.max_tokens or 0) for r in sent)
   config = Config(configs, longest, depth=1, policy=fixed)
-  records = simulator.simulate(config, sent, latencies, link).records
-  kept = records[len(records) // 5:]
-  return sum([attains(r, slo) for r in kept]) / len(kept)
+  first = len(sent) // 5  # before it the system fills
+  misses_left, hits = (1 - least) * (len(sent) - first), 0
+  for record in simulator.stream(config, sent, latencies, link):
+    if record.id >= first:
+      hit = attains(record, slo)
+      hits, misses_left = hits + hit, misses_left - (not hit)
+    if misses_left < 0:
+      break
+  return hits / (len(sent) - first)
 
 
 def _always(roles: tuple[tuple[int, str], ...], view: View) -> dict[int, str]:

@@ -166,9 +166,11 @@ def _prefill(run: Run, inst: LiveInstance) -> bool:
   if not budget:
     return False
   rows = batch.row_values() if mixed else ()
-  waiting = choices.in_order(run, inst, inst.queue)
+  waiting: list[int] | None = None  # asked for once those begun are done
   chunks, last = [], []
   while len(chunks) < inst.config.prefill_seqs and budget > 0:
+    if waiting is None and not inst.prefilling:
+      waiting = choices.in_order(run, inst, inst.queue)
     seq = _candidate(run, inst, waiting, budget, bool(chunks) and whole)
     if seq is None:
       break
@@ -203,12 +205,12 @@ def _prefill(run: Run, inst: LiveInstance) -> bool:
   return True
 
 
-def _candidate(run: Run, inst: LiveInstance, waiting: list[int], budget: int,
-              whole: bool) -> LiveSeq | None:
+def _candidate(run: Run, inst: LiveInstance, waiting: list[int] | None,
+              budget: int, whole: bool) -> LiveSeq | None:
   """The next request of a prefill batch, admitted, or None. It may have to
   load first.
 
-  waiting: the ids of its queue, in order.
+  waiting: the ids of its queue, in order; None: of no use yet.
   """
   ids = inst.prefilling or waiting
   if not ids:
@@ -219,7 +221,7 @@ def _candidate(run: Run, inst: LiveInstance, waiting: list[int], budget: int,
            if seq.stage == 'queued' and inst.block_size else seq.done)
     if seq.stop - hit > budget:
       return None
-  if seq.stage == 'queued' and not _admit(run, inst, seq, waiting):
+  if seq.stage == 'queued' and not _admit(run, inst, seq, waiting or []):
     return None
   return run.own(seq.id)
 
