@@ -50,10 +50,12 @@ def policy(slo: Slo, margin: float = 0.95, tick_s: float = 2.0) -> Policy:
     count = len(known)
     if count < 2:
       return {}
+    now = sum([i.role == 'prefill' for i in known])
     return better(flexible, slo, view, known, [
         ('chunked',) * count, ('colocated',) * count, *(
             ('prefill',) * n + (others,) * (count - n)
-            for n in range(1, count) for others in ('chunked', 'decode'))])
+            for n in range(max(1, now - 1), min(count, now + 2))
+            for others in ('decode', 'chunked'))])
 
   return dataclasses.replace(flexible, name='adaptive', tick_s=tick_s,
                              resize=resize)
@@ -70,7 +72,8 @@ def _per_step(slo: Slo, margin: float) -> Policy:
     saved_s = min([(row.first_s or now_s) + row.num_out * tpot_s
                    for row in instance.rows()]) - now_s - tpot_s
     step_s = tpot_s + (saved_s if saved_s > 0 else saved_s / CATCH_UP)
-    return min(step_s, SHORT * tpot_s) if instance.role == 'colocated' else step_s
+    short_s = SHORT * tpot_s if instance.role == 'colocated' else step_s
+    return min(step_s, short_s)
 
   def batch(view: View, instance: InstanceView) -> PrefillBudget:
     most = instance.config.prefill_tokens
@@ -79,8 +82,8 @@ def _per_step(slo: Slo, margin: float) -> Policy:
     tokens = prompt_tokens(instance, allowed_s(view, instance))
     if tokens < LEAST:
       prompts = (*instance.prefilling(), *instance.waiting()[:1])
-      waited_s = [view.time_s - r.arrival_s for r in prompts]
-      tokens = LEAST if max(waited_s, default=0.0) > MOST_WAIT * slo.ttft_s else 0
+      since_s = view.time_s - MOST_WAIT * slo.ttft_s
+      tokens = LEAST if any([r.arrival_s < since_s for r in prompts]) else 0
     return PrefillBudget(min(tokens, most - instance.turn_rows), False,
                          instance.config.mixes)
 

@@ -22,7 +22,7 @@ from dsjax.scheduling.policy import InstanceView, Load, Policy, View
 from dsjax.scheduling.state import Config
 from dsjax.simulation import simulator
 
-STEP = 1.1
+STEP = 1.15
 LOADED = 1.05  # times the load of late
 LIVES = 5  # that a rollout lasts, each as long as objectives allow one
 LEAST, MOST = 200, 800  # requests of it

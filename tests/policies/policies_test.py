@@ -1,10 +1,12 @@
 """Shipped policies: names, safety, progress, and what their papers claim."""
 
+import ast
 import dataclasses
 import functools
 import itertools
 import pathlib
 import random
+import tokenize
 import types
 
 import pytest
@@ -22,7 +24,7 @@ from dsjax.policies.named import NAMES, named
 from dsjax.policies.rollouts import rounded
 from dsjax.scheduling import event_log, scheduler
 from dsjax.scheduling.events import Flip, Migrate, Reject, RunPrefill
-from dsjax.scheduling.pace import Paced
+from dsjax.scheduling.pace import Paced, steps_s
 from dsjax.scheduling.policy import DISTSERVE, Load, PolicyError
 from dsjax.simulation import latency, simulator
 from experiments.common import policies
@@ -69,6 +71,28 @@ def test_a_text_gives_options_and_the_order():
   assert policy.name == 'chunked 64 + deadlines' and policy.order
   assert named('', SLO) is DISTSERVE
   assert named('dynamo:by=load', SLO).name == 'dynamo 1'
+
+
+def code_lines(path):
+  """Lines of code of a file: no docstring, comment, blank line or import."""
+  tree = ast.parse(path.read_text())
+  left = {(node.lineno, node.end_lineno) for node in ast.walk(tree)
+          if isinstance(node, ast.Import | ast.ImportFrom)
+          or isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+          and isinstance(node.value.value, str)}
+  ignored = {line for first, last in left for line in range(first, last + 1)}
+  with path.open() as file:
+    tokens = tokenize.generate_tokens(file.readline)
+    lines = {line for token in tokens if token.string.strip()
+             and token.type != tokenize.COMMENT
+             for line in range(token.start[0], token.end[0] + 1)}
+  return len(lines - ignored)
+
+
+@EACH
+def test_each_is_tens_of_lines(name):
+  assert code_lines(pathlib.Path(static.__file__).with_name(
+      f'{name}.py')) <= 60
 
 
 @pytest.mark.parametrize('text, error', [
@@ -299,6 +323,37 @@ def test_roles_change_for_what_attains_clearly_more(now, other, flips,
   assert (len(played) == 1) == (now > 1 - rollouts.NOISE)
 
 
+LENGTHS = Load(8.0, 300.0, 900.0, 100.0)
+
+
+def share(roles, least, load=LENGTHS):
+  """Of a rollout of the static split on two instances."""
+  config = dataclasses.replace(INSTANCE, role='flexible', num_pages=4000,
+                               max_seqs=64)
+  return rollouts.attained(DISTSERVE, SLO, (config,) * 2, (STEP,) * 2, LINK,
+                           load, roles, least)
+
+
+def test_a_rollout_ends_once_it_cannot_win(monkeypatch):
+  """And tells the same as one that is played to its end, where it can."""
+  played = []
+
+  def stream(*args):
+    for record in simulator.stream(*args):
+      played.append(record)
+      yield record
+
+  monkeypatch.setattr(rollouts, 'simulator', types.SimpleNamespace(
+      stream=stream))
+  roles = ('prefill', 'decode')
+  rollouts.attained.cache_clear()
+  whole, count = share(roles, 0.0), len(played)
+  assert 0.1 < whole < 0.9
+  assert share(roles, whole - 0.01) == whole and len(played) == 2 * count
+  assert share(roles, whole + 0.05) < whole + 0.05
+  assert len(played) < 3 * count - 10
+
+
 def test_arrow_fills_a_decode_instance_up_to_its_places():
   """And no further, however short its steps are."""
   config = scheduler.Config(tuple(
@@ -375,6 +430,35 @@ def test_adaptive_outlasts_every_split_on_a_sine():
   for prefills in (1, 2, 3):
     split, _ = run(f'static:prefills={prefills}', 80 / 1.2)
     assert split.summary.attainment[0] < 0.9
+
+
+def fixed(slo, role):
+  """adaptive's steps, every instance in a role."""
+  return dataclasses.replace(
+      named('adaptive', slo), tick_s=static.ONCE_S,
+      resize=lambda view: {i.index: role for i in view.instances})
+
+
+@pytest.mark.parametrize('role, times', [('colocated', .75), ('chunked', 1.0)])
+def test_adaptive_has_a_role_of_short_steps(role, times):
+  run = simulate(FOUR, 'llama-3-8b', latency='tables:h100-80g', rate_per_s=110,
+                 slo=SLO, requests=300, cut=True, max_len=8192,
+                 policy=fixed(SLO, role), log=True)
+  seconds = sorted(sum(steps_s(run.latencies[c.instance], c))
+                   for c in commands(run, RunPrefill) if len(c.rows) > 1)
+  beside = seconds[len(seconds) * 9 // 10]  # of nine steps in ten, at most
+  assert (beside <= 1.05 * 0.75 * 0.95 * SLO.tpot_s) == (times < 1)
+
+
+def test_late_prompts_of_adaptive_leave_rows_alone():
+  """At a tight TPOT: a few tokens of them in every step would be too many."""
+  slo = Slo(0.43, 0.0115)
+  run = simulate(FOUR, 'llama-3-8b', latency='tables:h100-80g', rate_per_s=70,
+                 slo=slo, requests=600, cut=True, max_len=8192,
+                 policy=fixed(slo, 'chunked'))
+  rows = [r for r in run.records if r.tpot_s is not None]
+  assert sum(r.ttft_s > slo.ttft_s for r in rows) > 0.2 * len(rows)
+  assert sum(r.tpot_s <= slo.tpot_s for r in rows) > 0.8 * len(rows)
 
 
 def test_adaptive_stays_where_nothing_is_better():
