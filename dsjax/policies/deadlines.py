@@ -15,7 +15,7 @@ from dsjax.policies.predict import prefill_s
 from dsjax.scheduling.policy import InstanceView, Policy, RequestView, View
 
 MOST_WAIT = 100.0  # times TTFT
-MOST = 256  # requests that are looked at; those behind keep their order
+MOST = 256  # requests that may attain; those behind them keep their order
 
 
 def with_deadlines(policy: Policy, slo: Slo, most_wait: float = MOST_WAIT
@@ -29,10 +29,12 @@ def with_deadlines(policy: Policy, slo: Slo, most_wait: float = MOST_WAIT
             waiting: Sequence[RequestView]) -> Sequence[RequestView]:
     if waiting[0].stage != 'queued':
       return waiting  # finished prefills: by their end
-    aged, timely, late, end_s = [], [], [], view.time_s
-    for request in waiting[:MOST]:
-      if view.time_s - request.arrival_s > most_wait * slo.ttft_s:
-        aged.append(request)
+    aged, timely, late, rest, end_s = [], [], [], [], view.time_s
+    for request in waiting:
+      waited_s = view.time_s - request.arrival_s
+      if waited_s > slo.ttft_s or len(timely) == MOST:
+        (aged if waited_s > most_wait * slo.ttft_s else
+         late if waited_s > slo.ttft_s else rest).append(request)
         continue
       seconds = prefill_s(instance, request)
       bisect.insort(timely, (seconds, request.order, request))
@@ -44,7 +46,7 @@ def with_deadlines(policy: Policy, slo: Slo, most_wait: float = MOST_WAIT
     on_time = sorted([request for *_, request in timely],
                      key=lambda request: request.order)
     late.sort(key=lambda request: request.order)
-    return [*aged, *on_time, *late, *waiting[MOST:]]
+    return [*aged, *on_time, *rest, *late]
 
   return dataclasses.replace(policy, name=f'{policy.name} + deadlines',
                              order=order, needs=(*policy.needs, 'latencies'))

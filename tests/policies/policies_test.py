@@ -390,6 +390,18 @@ def test_deadlines_put_back_what_cannot_attain():
           > attainment('chunked:chunk=512', 160) + 0.1)
 
 
+def test_deadlines_find_who_is_on_time_behind_hundreds_that_are_late():
+  """Where all that is looked at is late, whoever comes after is late too."""
+  order = with_deadlines(DISTSERVE, SLO).order
+  instance = types.SimpleNamespace(
+      latency=STEP, hits=lambda request: (0, 0), load_s=lambda tokens: 0.0)
+  waiting = [types.SimpleNamespace(
+      order=i, arrival_s=0.0 if i < 300 else 0.95, stage='queued', done=0,
+      prompt_len=100) for i in range(302)]
+  answer = order(types.SimpleNamespace(time_s=1.0), instance, waiting)
+  assert [r.order for r in answer] == [300, 301, *range(300)]
+
+
 def test_deadlines_let_nothing_wait_for_ever():
   slo = Slo(0.05, 1.0)
   policy = with_deadlines(named('colocated', slo), slo, most_wait=10)
