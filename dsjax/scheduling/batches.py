@@ -28,7 +28,7 @@ from dsjax.scheduling.policy import RequestView
 if TYPE_CHECKING:
   from dsjax.scheduling.scheduler import Run
 
-_SIZE = operator.attrgetter('size')
+SIZE = operator.attrgetter('size')
 
 
 def plan(run: Run) -> None:
@@ -74,6 +74,9 @@ def _pull(run: Run, inst: LiveInstance) -> None:
     seq = run.seqs[pulls[0]]
     taken = None if host_tier.waits(inst) else residents.take_over(
         run, inst, seq, seq.done)
+    if taken is None and inst.asleep:
+      run.wake(inst.index)
+      continue
     if taken is None:
       if streaming.give_way(run, inst):
         continue
@@ -167,7 +170,8 @@ def _prefill(run: Run, inst: LiveInstance) -> bool:
     return False
   rows = batch.row_values() if mixed else ()
   waiting: list[int] | None = None  # asked for once those begun are done
-  chunks, last = [], []
+  chunks: list[Chunk] = []
+  last = []
   while len(chunks) < inst.config.prefill_seqs and budget > 0:
     if waiting is None and not inst.prefilling:
       waiting = choices.in_order(run, inst, inst.queue)
@@ -226,7 +230,7 @@ def _candidate(run: Run, inst: LiveInstance, waiting: list[int] | None,
   return run.own(seq.id)
 
 
-def _admit(run: Run, inst: LiveInstance, seq: LiveSeq, waiting: list[int]
+def _admit(run: Run, inst: LiveInstance, seq: Any, waiting: list[int]
           ) -> bool:
   """Gives the first of those that wait its pages; False: it must wait."""
   if host_tier.waits(inst) or (inst.loading and loading.is_full(inst)
@@ -255,6 +259,10 @@ def join(run: Run, inst: LiveInstance, seq: LiveSeq, number: int = -1) -> None:
 
   number: the prefill command in flight whose token a row starts from.
   """
+  if inst.asleep:
+    if inst.asleep.join(run, seq):
+      return
+    run.wake(inst.index)
   if seq.done < seq.prompt_len:
     run.move(seq, 'prefilling')
     inst.prefilling.append(seq.id)
@@ -265,7 +273,7 @@ def join(run: Run, inst: LiveInstance, seq: LiveSeq, number: int = -1) -> None:
     inst.ending.append((number, seq.id))
     return
   run.move(seq, 'decoding')
-  batch = min(inst.batches, key=_SIZE)
+  batch = min(inst.batches, key=SIZE)
   start = seq.prompt_len - batch.tick
   batch.add(row_of(inst, seq, start))
 

@@ -78,7 +78,8 @@ def one_of(run: Run, instances: Sequence[LiveInstance], hook: str, answer: Any
 def entry(run: Run, seq: LiveSeq) -> tuple[LiveInstance, int] | Refuse:
   """The instance that prefills a request, or goes on with it, and up to which
   of its tokens; or why it is not served."""
-  run.rouse(run.open_entries)
+  if len(run.open_entries) > 1:
+    run.rouse(run.open_entries)
   answer, reason = because(run, 'route', RequestView(seq))
   seq.lender = -1
   if isinstance(answer, Refuse):
@@ -152,7 +153,7 @@ def budget(run: Run, inst: LiveInstance, batch: LiveBatch) -> PrefillBudget:
                                               ', without rows'))
 
 
-def admits(run: Run, inst: LiveInstance, seq: LiveSeq, pages: int) -> bool:
+def admits(run: Run, inst: LiveInstance, seq: Any, pages: int) -> bool:
   """Whether a request may take so many free pages now."""
   return ask(run, 'admit', run.view.instances[inst.index], RequestView(seq),
              pages, read=bool)
@@ -167,7 +168,8 @@ def decoder(run: Run, seq: LiveSeq, avoid: int) -> LiveInstance:
 
 def preferred(run: Run, seq: LiveSeq, avoid: int) -> tuple[LiveInstance, str]:
   """The same, and why, for one who may not go by it."""
-  run.rouse(run.open_decoders)
+  if len(run.open_decoders) > 1:
+    run.rouse(run.open_decoders)
   answer, reason = because(run, 'hand_off', RequestView(seq), avoid)
   return one_of(run, run.open_decoders, 'hand_off', answer), reason
 

@@ -180,7 +180,10 @@ class RunPrefill(NamedTuple):
   tick: int = 0
   rows: tuple[Row, ...] = ()
 
-  steps = 1  # not a field: as of every RunPrefill
+  @property
+  def steps(self) -> int:
+    """No field: of every RunPrefill."""
+    return 1
 
 
 class RunDecode(NamedTuple):
@@ -191,7 +194,10 @@ class RunDecode(NamedTuple):
   steps: int
   rows: tuple[Row, ...]
 
-  chunks = ()  # not a field: as of every RunDecode
+  @property
+  def chunks(self) -> tuple[Chunk, ...]:
+    """No field: of every RunDecode."""
+    return ()
 
 
 class Migrate(NamedTuple):

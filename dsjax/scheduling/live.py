@@ -209,7 +209,8 @@ class LiveInstance:
   block_size: of the hashes of a prefix cache, or 0.
   latency, host_link: what predicts its steps, and loads, or None. able: what it
   may do; prefills, decodes, mixes: what its role of now does.
-  fresh: changed since it was planned last. asleep: in a quiet run. value:
+  fresh: changed since it was planned last. asleep: the lookahead.Ahead of its
+  quiet run, or None. value:
   what it is as a value, or None where it has changed since.
   """
 
@@ -222,7 +223,8 @@ class LiveInstance:
     self.index, self.config = index, config.instances[index]
     self.value: Instance | None = value
     self.able, pp = ROLES[self.config.role], self.config.pp
-    self.fresh = self.asleep = False
+    self.fresh = False
+    self.asleep: Any = None
     self.block_size = config.block_size if config.prefix_cache else 0
     self.latency = config.latencies[index] if config.latencies else None
     self.host_link = config.host_link

@@ -58,7 +58,8 @@ def alloc(pool: Pool | Counted, count: int
     raise ValueError(f'{count} pages asked for, {num_free(pool)} free')
   if type(pool) is Counted:
     return Counted(pool.num_pages, pool.free - count), (0,) * count
-  free, pages = pool.free, []
+  free = pool.free
+  pages: list[int] = []
   while count:
     # In a window of few bits arithmetic costs less than in the whole.
     first = (free & -free).bit_length() - 1

@@ -119,13 +119,14 @@ def alloc(pages: Pages, count: int) -> tuple[Pages, tuple[int, ...]]:
   """
   if not isinstance(pages, Cache):
     return page_pool.alloc(pages, count)
-  lacks = count - page_pool.num_free(pages.pool)
-  if not 0 < lacks <= len(pages.idle):
-    pool, ids = page_pool.alloc(pages.pool, count)
-    return pages._replace(pool=pool), ids
-  pages, evicted = _evict(pages, lacks)
-  pool, ids = page_pool.alloc(pages.pool, count - lacks)
-  return pages._replace(pool=pool), tuple(sorted((*ids, *evicted)))
+  cache: Cache = pages
+  lacks = count - page_pool.num_free(cache.pool)
+  if not 0 < lacks <= len(cache.idle):
+    pool, ids = page_pool.alloc(cache.pool, count)
+    return cache._replace(pool=pool), ids
+  cache, evicted = _evict(cache, lacks)
+  pool, ids = page_pool.alloc(cache.pool, count - lacks)
+  return cache._replace(pool=pool), tuple(sorted((*ids, *evicted)))
 
 
 def doomed(cache: Pages, count: int) -> list[tuple[int, int]]:
@@ -172,8 +173,13 @@ def hits(pages: Pages, hashes: Iterable[int]) -> list[Kept]:
   """What is kept of a prompt: the first pages, those of these hashes."""
   if not isinstance(pages, Cache):
     return []
-  entries = map(pages.kept.get, hashes)
-  return list(itertools.takewhile(lambda entry: entry is not None, entries))
+  found: list[Kept] = []
+  for hash in hashes:
+    entry = pages.kept.get(hash)
+    if entry is None:
+      break
+    found.append(entry)
+  return found
 
 
 def hold(pages: Pages, hashes: Sequence[int]) -> tuple[Pages, tuple[int, ...]]:

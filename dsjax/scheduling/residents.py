@@ -6,6 +6,7 @@ Functions of a scheduler.Run, and of its instances.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsjax.scheduling import choices, host_tier, loading, prefix_cache
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
   from dsjax.scheduling.scheduler import Run
 
 
-def take(run: Run, inst: LiveInstance, seq: LiveSeq, tokens: int, stop: int,
+def take(run: Run, inst: LiveInstance, seq: Any, tokens: int, stop: int,
          unit: int, loads: bool = False
          ) -> tuple[tuple[int, ...], int] | None:
   """Pages for a new resident holding `tokens` tokens; None: it must wait.
@@ -34,14 +35,20 @@ def take(run: Run, inst: LiveInstance, seq: LiveSeq, tokens: int, stop: int,
     of `unit`, and not all).
   """
   size = inst.config.page_size
-  known = inst.hashes(seq)[:(stop - 1) // unit * unit // size]
-  hits = prefix_cache.hits(inst.pool, known)
-  hit = len(hits) * size // unit * unit
-  del hits[hit // size:]
+  known: Sequence[int] = ()
+  hits: list[prefix_cache.Kept] = []
+  hit = 0
+  if inst.block_size:
+    known = inst.hashes(seq)[:(stop - 1) // unit * unit // size]
+    hits = prefix_cache.hits(inst.pool, known)
+    hit = len(hits) * size // unit * unit
+    del hits[hit // size:]
   need = room(inst, inst.config, tokens, hits)
   if not need or not choices.admits(run, inst, seq, need):
     return None
-  inst.pool, ids = prefix_cache.hold(inst.pool, known[:len(hits)])
+  ids: tuple[int, ...] = ()
+  if hits:
+    inst.pool, ids = prefix_cache.hold(inst.pool, known[:len(hits)])
   if loads and (inst.host or seq.lender >= 0):
     loading.pin(run, inst, seq, hit)
   more = alloc(run, inst, need)
@@ -49,7 +56,7 @@ def take(run: Run, inst: LiveInstance, seq: LiveSeq, tokens: int, stop: int,
   return ids + more, hit
 
 
-def take_over(run: Run, inst: LiveInstance, seq: LiveSeq, stop: int
+def take_over(run: Run, inst: LiveInstance, seq: Any, stop: int
               ) -> tuple[tuple[int, ...], int] | None:
   """Pages for a request whose KV comes from another instance, as `take`: of
   its first `stop` tokens, what is there is whole pages of both."""

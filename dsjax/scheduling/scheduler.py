@@ -107,20 +107,24 @@ class Run:
   are in the same state.
 
   wake: called with the index of an instance that sleeps in a quiet run before
-  it changes, or is compared with others; it calls follow.
+  it changes in a way that ends it; it calls follow. passed: called with the
+  index as well; how many commands of the run were issued by now, or -1: it was
+  taken further.
+  hops: notes each hop (stage, cause, stage), where it is not None.
   ends_alone: whether requests may end in a quiet run: nothing but what waits
   for their pages is to learn of it at once.
   """
 
   def __init__(self, config: Config, state: State,
-               wake: Callable[[int], None] | None = None):
-    self.config, self.wake = config, wake
+               wake: Callable[[int], object] = bool,
+               passed: Callable[[int], int] | None = None):
+    self.config, self.wake, self.passed = config, wake, passed
     self.seqs: dict[int, Any] = state.seqs
     self.is_shared = True  # seqs is a State's: copied before it changes
     self.arrivals = state.arrivals
     self.waiting = list(state.waiting)
     self.recent = Recent(state.arrived, state.served)
-    self.owned = set()  # ids of those that may change in place
+    self.owned: set[int] = set()  # ids of those that may change in place
     self.instances = [LiveInstance(config, index, value)
                       for index, value in enumerate(state.instances)]
     self.entries = [i for i in self.instances if i.able.prefills]
@@ -130,7 +134,9 @@ class Run:
     self.now: list[Any] = [0.0, [], [], [], []]  # see View
     self.asks_again = self.policy.says_not_yet
     self.ends_alone = True
-    self.commands, self.cause = [], ''
+    self.commands: list[Command] = []
+    self.cause = ''
+    self.hops: set[tuple[str, str, str]] | None = None
     self.roster()
 
   def roster(self) -> None:
@@ -144,7 +150,8 @@ class Run:
 
   def apply(self, event: Event) -> list[Command]:
     """Applies one event; a list of commands. See step."""
-    self.commands = commands = []
+    commands: list[Command] = []
+    self.commands = commands
     self.cause, self.now[0] = type(event).__name__, event.time_s
     if self.asks_again:
       for inst in self.instances:
@@ -196,22 +203,38 @@ class Run:
     if stage not in lifecycle.HOPS.get((seq.stage, self.cause), ()):
       raise ImpossibleEvent(f'request {seq.id}: no hop from {seq.stage} to '
                             f'{stage} by {self.cause}')
+    if self.hops is not None:
+      self.hops.add((seq.stage, self.cause, stage))
     seq.stage = stage
 
   def touch(self, index: int) -> LiveInstance:
     """An instance, to be changed, and planned for the change."""
     inst = self.instances[index]
-    if inst.asleep and self.wake:
+    if inst.asleep and self.passed:
       self.wake(index)
     inst.fresh, inst.value = True, None
     return inst
 
+  def stir(self, index: int) -> LiveInstance:
+    """The same, of one that pulls, or gets a row: it may sleep on."""
+    inst = self.instances[index]
+    if not inst.asleep or inst.able.prefills or inst.host:
+      return self.touch(index)
+    self.rouse((inst,))
+    inst.fresh, inst.value = True, None
+    if inst.asleep:
+      inst.asleep.stirred = True
+    return inst
+
   def rouse(self, instances: Sequence[LiveInstance]) -> None:
-    """Instances are to be compared: none of them sleeps any more."""
-    if len(instances) > 1 and self.wake:
-      for inst in instances:
-        if inst.asleep:
+    """Those that sleep are shown as they are now: what they hold is asked."""
+    for inst in instances:
+      if inst.asleep and self.passed:
+        count = self.passed(inst.index)
+        if count < 0:
           self.wake(inst.index)
+        else:
+          inst.asleep.follow(self, count)
 
   # --- events ---------------------------------------------------------------
 
@@ -288,7 +311,7 @@ class Run:
     if seq.stage == 'abandoned':
       self.drop(seq)
       return
-    inst = self.touch(seq.instance)
+    inst = self.stir(seq.instance)
     if self.config.prefix_cache:
       residents.keep(inst, seq, 0, seq.done)
     batches.join(self, inst, seq)
@@ -309,7 +332,8 @@ class Run:
 
   # --- the ends of a life ---------------------------------------------------
 
-  def complete(self, e: PrefillDone | DecodeDone, kind: type,
+  def complete(self, e: PrefillDone | DecodeDone,
+               kind: type[RunPrefill] | type[RunDecode],
                ended: Sequence[int]) -> tuple[Any, Any]:
     """Takes the oldest command off the instance; it must be this one.
 
@@ -320,7 +344,10 @@ class Run:
     if not 0 <= e.instance < len(self.instances):
       raise ImpossibleEvent(f'{e}: no such instance')
     inst = self.instances[e.instance]
-    command, g = inst.inflight[0] if inst.inflight else (None, -1)
+    command: Any = None
+    g = -1
+    if inst.inflight:
+      command, g = inst.inflight[0]
     if 0 <= e.number < (command.number if command else inst.number):
       return None, None
     if type(command) is not kind or command.number != e.number:
@@ -483,6 +510,7 @@ class Run:
 
     but: one that has just failed at it, or -1. to: where it is wanted, or -1.
     """
+    target: LiveInstance | None
     if seq.done < seq.prompt_len:
       entry = choices.entry(self, seq)
       if isinstance(entry, Refuse):
@@ -500,12 +528,12 @@ class Run:
       self.waiting.append(seq.id)
       return
     target = target or choices.decoder(self, seq, but)
-    self.touch(target.index)
     if target.index == seq.instance:
+      self.touch(target.index)
       seq.target = -1
       batches.join(self, target, seq)
     else:
-      target.pulls.append(seq.id)
+      self.stir(target.index).pulls.append(seq.id)
       seq.target = target.index
 
   def placeable(self, seq: LiveSeq, up: Sequence[LiveInstance],

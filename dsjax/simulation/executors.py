@@ -178,7 +178,7 @@ class Alone:
   def leap(self, run: scheduler.Run, recorder: Recorder) -> None:
     """Leaps over completions from now on, and tells these two of them."""
     self.run, self.recorder = run, recorder
-    run.wake = self.wake
+    run.wake, run.passed = self.wake, self.passed
     self.decoding = [index for index, config in enumerate(run.config.instances)
                      if config.decodes]
 
@@ -278,6 +278,14 @@ class Alone:
         self.loose.remove(index)
         self.expect(index, quiet.due[quiet.done])
 
+  def passed(self, index: int) -> int:
+    """How many commands of a quiet run were issued by now; -1: it was taken
+    further (see wake)."""
+    quiet, (now_s, kind, other, *_) = self.quiet[index], self.top
+    end_s = _end_s(quiet.due[quiet.done - 1]) if quiet.done else -1.0
+    return quiet.done if end_s < now_s or (
+        end_s == now_s and kind == STEP and index < other) else -1
+
   def wake(self, index: int) -> None:
     """Something else happens now to an instance in a quiet run.
 
@@ -309,19 +317,27 @@ class Alone:
     with them."""
     instance, told, due = self.instances[index], quiet.told, quiet.due
     flight, turns = told.flight, len(told.turns)
-    issued = []
+    issued, joined = [], []
     for n, turn in enumerate(told.turns[:count]):
-      rows = self.run.instances[index].batches[turn.index].row_values()
-      issued.append((rows, sum(told.steps[n:count:turns]), _end_s(due[n])))
-      if self.pipelined:
+      issued.append((turn.first, sum(told.steps[n:count:turns]),
+                     _end_s(due[n])))
+    for number, place, id in told.joined:
+      n = number + (place - number) % turns  # its first command
+      if n < count:
+        joined.append((place, id, sum(told.steps[n:count:turns]),
+                       _end_s(due[n])))
+    if self.pipelined:
+      for n, (rows, *_) in enumerate(issued):
         newest = n + (count - 1 - n) // turns * turns
-        instance.note(rows, _end_s(due[flight + newest]))
+        ids = [row[0] for row in rows] + [
+            id for place, id, *_ in joined if place == n]
+        instance.note(ids, _end_s(due[flight + newest]))
     left = [(place, id, sum(told.steps[n + turns:count:turns]))
             for n, place, id in told.left if n < count]
     ended = [(id, _end_s(due[after + flight]))
              for after, id in told.ends() if after + flight < count]
     self.recorder.leapt(index, [times for _, times, _ in due[:count]], issued,
-                        left, ended)
+                        left, ended, joined)
     for id, _ in ended:
       instance.token_s.pop(id, None)
 

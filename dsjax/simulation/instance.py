@@ -35,9 +35,11 @@ class VirtualInstance:
   def __init__(self, seconds: latency.Latency, pp: int) -> None:
     self.seconds, self.host_s = seconds, seconds.host_s
     self.shares = stage_shares(seconds, pp)
-    self.free_s, self.token_s, self.busy_s = [0.0] * pp, {}, 0.0
+    self.free_s, self.busy_s = [0.0] * pp, 0.0
+    self.token_s: dict[int, float] = {}
     self.line = (0, 0.0, 0.0)  # decode_line of the batch size seen last
-    self.due, self.serial = collections.deque(), 0
+    self.due: collections.deque[tuple] = collections.deque()
+    self.serial = 0
 
   def prefill(self, ready_s: float, command: RunPrefill) -> Sequence[float]:
     """Times of the end of a prefill or mixed command."""
@@ -46,7 +48,7 @@ class VirtualInstance:
     if len(self.free_s) > 1:
       self.token_s.update((chunk.id, done_s) for chunk in command.chunks
                           if chunk.last)
-    self.note(command.rows, done_s)
+    self.note([row[0] for row in command.rows], done_s)
     return (done_s,)
 
   def decode(self, ready_s: float, command: RunDecode,
@@ -63,7 +65,7 @@ class VirtualInstance:
       for step_s in steps_s(self.seconds, command):
         ready_s = self.stages(ready_s, step_s)
         times.append(ready_s)
-    self.note(rows, times[-1])
+    self.note([row[0] for row in rows], times[-1])
     return times
 
   def same_rows(self, ready_s: float, batch: int, context: int,
@@ -78,6 +80,7 @@ class VirtualInstance:
     start_s = self.free_s[0]
     if ready_s > start_s:
       start_s = ready_s
+    times: Sequence[float]
     if steps == 1:
       times = (start_s + first_s,)
     else:
@@ -105,7 +108,7 @@ class VirtualInstance:
       return ready_s
     return max(ready_s, max([self.token_s.get(r[0], 0.0) for r in rows]))
 
-  def note(self, rows: Iterable[Row], token_s: float) -> None:
-    """Each row has its newest token at token_s."""
+  def note(self, ids: Iterable[int], token_s: float) -> None:
+    """Rows of these requests have their newest token at token_s."""
     if len(self.free_s) > 1:
-      self.token_s.update(dict.fromkeys([r[0] for r in rows], token_s))
+      self.token_s.update(dict.fromkeys(ids, token_s))

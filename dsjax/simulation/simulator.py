@@ -254,7 +254,8 @@ class _Arrivals:
   @classmethod
   def of(cls, requests: list[Request], config: scheduler.Config) -> Self:
     """Of requests in any order."""
-    seen, followers = set(), {}
+    seen: set[int] = set()
+    followers: dict[int, list[Request]] = {}
     for request in requests:
       _check_request(request)
       require(request.id not in seen, 'Request.id', request.id,

@@ -36,7 +36,7 @@ from dsjax.config.placement import Slo
 from dsjax.config.request import Request, Sampling
 from dsjax.scheduling import scheduler
 from dsjax.simulation import latency, simulator
-from experiments.bench import kept
+from experiments.bench import aisimulate, kept
 from experiments.common import cli, machine
 
 try:
@@ -47,6 +47,8 @@ except ImportError:
 FLAGS = {
     'requests': 5000, 'rounds': 3,
     'profile': cli.Flag(False, 'Where leaping spends time.'),
+    'aisimulate': cli.Flag(None, 'A Python that has it: see aisimulate.py.',
+                           str),
     'only': cli.Flag([], 'Names of cases; all without it.'),
     'out': cli.Flag(None, 'JSON file for the numbers.', str),
 }
@@ -223,6 +225,10 @@ def run(options, console):
       say(lines(name, results[name]))
       if options.profile:
         profile(CASES[name], options.requests)
+    if options.aisimulate:
+      say(aisimulate.compare(
+          options.aisimulate, CASES['1P+1D'].config(),
+          requests(CASES['1P+1D'], options.requests)))
   stopped = kept.until_stopped(measure_all)
   cores = others.cores()
   say('Cores that others used:', '-' if cores is None else f'{cores:.1f}')

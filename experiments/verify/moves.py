@@ -42,15 +42,6 @@ from experiments.verify.world import (
 )
 
 
-class _Traced(scheduler.Run):
-  """Notes every hop."""
-
-  def move(self, seq, stage):
-    hop = seq.stage, self.cause, stage
-    super().move(seq, stage)
-    self.hops.add(hop)
-
-
 class Moving:
   """One move of a world, in place."""
 
@@ -69,7 +60,7 @@ class Moving:
     before = after = w.state
     marks = w.marks
     if self.events:
-      run = _Traced(config, before)
+      run = scheduler.Run(config, before)
       run.hops = self.rules.hops
       for event in self.events:
         self.log.append((event, tuple(run.apply(event))))

@@ -23,6 +23,7 @@ from dsjax.scheduling.events import (
   DecodeDone,
   Finish,
   Migrated,
+  PrefillDone,
   Reject,
   RunDecode,
 )
@@ -439,9 +440,73 @@ def quiet(run, index):
   """A quiet run with eight of its commands told, or None."""
   told = run.quiet(index)
   if told is not None:
-    for _ in range(7):
+    for _ in range(8):
       told.tell()
   return told
+
+
+def test_pulls_and_joins_leave_a_quiet_run_alone():
+  """The commands of other events, and the state behind them, are those of
+  steps while an instance sleeps on."""
+  events, woken = collections.Counter(), 0
+  for seed in range(60):
+    config, sent, latency, link = random_run(seed)
+    if config.instances[0].role != 'prefill':
+      continue
+    log = simulator.simulate(config, sent, latency, link, log=True).log
+    state = scheduler.init(config, counted=True)
+    for n, (event, _) in enumerate(log, 1):
+      state, _ = scheduler.step(config, state, event)
+      if n % 5 == 1:
+        more, ended = sleep_on(config, state, log[n:n + 40])
+        events.update(more)
+        woken += ended
+  assert events[PrefillDone] > 50 and events[Migrated] > 50
+  assert 20 < woken < sum(events.values()) / 5
+
+
+def sleep_on(config, state, log):
+  """(types of the events that the last instance slept through, whether one
+  woke it)"""
+  index, count, woken, through = len(config.instances) - 1, 0, [], []
+
+  def wake(index):
+    live.follow(index, told, count)
+    woken.append(index)
+
+  live = scheduler.Run(config, state, wake, lambda index: count)
+  told = live.quiet(index)
+  for event, commands in log if told else ():
+    if isinstance(event, DecodeDone) and event.instance == index:
+      if not told.tell():
+        break
+      count += 1
+    else:
+      applied = live.apply(event)
+      assert list(map(nameless, applied)) == list(map(nameless, commands))
+      through.append(type(event))
+    state, _ = scheduler.step(config, state, event)
+    if woken:
+      break
+  if told and not woken:
+    live.follow(index, told, count)
+  # It is later told of those that ended here.
+  assert sorted(live.recent.served) == sorted(state.served)
+  assert bare(live.freeze())._replace(served=()) == bare(state)._replace(
+      served=())
+  return through, bool(woken)
+
+
+def nameless(command):
+  """A command with numbers of pages, of rows their ids."""
+  changed = {name: len(getattr(command, name)) for name in command._fields
+             if name.endswith('pages')}
+  if hasattr(command, 'rows'):
+    changed['rows'] = [row.id for row in command.rows]
+  if 'chunks' in command._fields:
+    changed['chunks'] = [c._replace(pages=len(c.pages))
+                         for c in command.chunks]
+  return command._replace(**changed)
 
 
 def bare(state):

@@ -1,0 +1,1 @@
+"""The simulator compiled by mypyc, as an option: `make fast`."""
