@@ -3,8 +3,9 @@
 A runner names its flags as data; the same thing has the same flag, and the
 same words in --help, in all of them. Exit codes are 0 for done (--help too),
 1 where a check of the runner found a fault, 2 for bad input, bad flags too,
-and 130 when interrupted. Where the reader of what a runner prints has left
-(`| head`), it goes on, and writes its files.
+and 130 when interrupted. SIGTERM, and SIGHUP (the terminal is gone) unless it
+is ignored (nohup), are as Ctrl-C. Where the reader of what a runner prints has
+left (`| head`), it goes on, and writes its files.
 """
 
 import contextlib
@@ -173,17 +174,18 @@ def fields(chosen: flags.FlagValues | types.SimpleNamespace,
           if getattr(chosen, name) is not None}
 
 
-def _print_to_nobody():
-  """Nobody reads standard output any more: what follows goes nowhere."""
+def _print_to_nobody(output=1):
+  """Nobody reads an output any more: what follows goes nowhere."""
   nowhere = os.open(os.devnull, os.O_WRONLY)
-  os.dup2(nowhere, 1)
+  os.dup2(nowhere, output)
   os.close(nowhere)
 
 
-def _nobody_reads():
-  """Whether standard output is a pipe whose reader has left."""
+def _nobody_reads(output=1):
+  """Whether an output is a pipe whose reader has left, or a terminal that is
+  gone."""
   poll = select.poll()
-  poll.register(1, 0)
+  poll.register(output, 0)
   return bool(poll.poll(0))
 
 
@@ -229,6 +231,18 @@ def _not_raised(lost):
     threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
   else:
     sys.__unraisablehook__(lost)
+
+
+def _as_ctrl_c(number, frame):
+  """Handles another signal as Ctrl-C would be at this moment."""
+  if number == signal.SIGHUP:
+    for output in (1, 2):
+      if _nobody_reads(output):
+        _print_to_nobody(output)
+  press = signal.getsignal(signal.SIGINT)
+  if not callable(press):  # ignored, as in the background of a shell's script
+    press = signal.default_int_handler
+  press(signal.SIGINT, frame)
 
 
 def _threads_work():
@@ -288,6 +302,9 @@ def main(run, defined: dict[str, Any], config=None,
   def all_read(rest):
     if signal.getsignal(signal.SIGINT) is experiments.stop_importing:
       signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stop in (signal.SIGTERM, signal.SIGHUP):
+      if signal.getsignal(stop) is signal.SIG_DFL:
+        signal.signal(stop, _as_ctrl_c)
     require(not rest, 'arguments', ' '.join(rest), 'flags: --name=value')
     if 'out' in defined and flags.FLAGS.out:
       path = pathlib.Path(flags.FLAGS.out)

@@ -5,6 +5,7 @@ It only reads the orchestrator.
 """
 
 import collections
+import contextlib
 import os
 import signal
 import threading
@@ -96,7 +97,8 @@ class Interrupts:
   def _note(self, *_):
     self.seen = True
     # Not print: a signal may come while the main thread prints.
-    os.write(2, b'stopping after the current step (Ctrl-C again: at once)\n')
+    with contextlib.suppress(OSError):  # closed, or full
+      os.write(2, b'stopping after the current step (Ctrl-C again: at once)\n')
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
   def halt(self):

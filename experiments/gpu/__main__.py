@@ -27,7 +27,6 @@ import datetime
 import io
 import pathlib
 import shutil
-import signal
 import tempfile
 import time
 
@@ -100,6 +99,4 @@ def run(options, console):
 
 
 if __name__ == '__main__':
-  for stop in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: keep what there is
-    signal.signal(stop, signal.default_int_handler)
   cli.main(run, FLAGS)

@@ -6,6 +6,7 @@ import importlib
 import io
 import math
 import os
+import pty
 import re
 import runpy
 import signal
@@ -253,26 +254,28 @@ CHILDREN = '''
 import os, signal
 # A terminal's Ctrl-C, while each process still imports.
 if __name__ == '__mp_main__':
-  os.kill(os.getpid(), signal.SIGINT)
+  os.kill(os.getpid(), signal.STOP)
 
 from experiments.common import children, cli
 
 def work(x):
-  signal.raise_signal(signal.SIGINT)
+  signal.raise_signal(signal.STOP)
   return x + 1
 
 def run(options, console):
   with children.spawned(2) as pool:
     print(list(pool.imap(work, range(4))), flush=True)
-    signal.raise_signal(signal.SIGINT)
+    pool.apply_async(signal.pause)
+    signal.raise_signal(signal.STOP)
 
 if __name__ == '__main__':
   cli.main(run, {})
 '''
 
 
-def test_ctrl_c_is_left_to_the_parent_while_children_import(tmp_path):
-  (tmp_path / 'parent.py').write_text(CHILDREN)
+@pytest.mark.parametrize('stop', ['SIGINT', 'SIGTERM', 'SIGHUP'])
+def test_ctrl_c_is_left_to_the_parent_while_children_import(tmp_path, stop):
+  (tmp_path / 'parent.py').write_text(CHILDREN.replace('STOP', stop))
   done = subprocess.run(
       [sys.executable, tmp_path / 'parent.py'], text=True, timeout=100,
       capture_output=True, check=False, cwd=cli.ROOT,
@@ -285,6 +288,76 @@ def test_every_pool_of_processes_leaves_ctrl_c_to_its_parent():
   uses = [path for path in (cli.ROOT / 'experiments').rglob('*.py')
           if re.search(r'\bPool\(|ProcessPoolExecutor', path.read_text())]
   assert [path.name for path in uses] == ['children.py']
+
+
+ENDED = '''
+import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as after `&` in a script
+signal.signal(signal.SIGHUP, signal.HOW)
+from experiments.common import cli, terminal
+
+def run(options, console):
+  with terminal.Interrupts() as interrupts:
+    signal.raise_signal(signal.FIRST)
+    try:
+      interrupts.halt()
+    except KeyboardInterrupt:
+      print('kept', flush=True)
+  signal.raise_signal(signal.FIRST)
+
+cli.main(run, {})
+'''
+
+
+@pytest.mark.parametrize('first, how, code, said', [
+    ('SIGTERM', 'SIG_DFL', 130, 'kept\n'), ('SIGHUP', 'SIG_DFL', 130, 'kept\n'),
+    ('SIGHUP', 'SIG_IGN', 0, '')])
+def test_a_signal_that_ends_a_runner_is_as_ctrl_c(first, how, code, said):
+  done = subprocess.run(
+      [sys.executable, '-c', ENDED.replace('FIRST', first).replace('HOW', how)],
+      text=True, capture_output=True, check=False, cwd=cli.ROOT, timeout=100)
+  assert (done.returncode, done.stdout) == (code, said), done.stderr
+  assert code == 0 or done.stderr.endswith('stopped\n')
+
+
+def test_no_runner_has_signals_of_its_own_for_that():
+  uses = [path for path in (cli.ROOT / 'experiments').rglob('*.py')
+          if 'signal.SIGHUP' in path.read_text()]
+  assert sorted(path.name for path in uses) == ['children.py', 'cli.py']
+
+
+HUNG_UP = '''
+import fcntl, os, pathlib, signal, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # its terminal
+from experiments.common import cli, terminal
+
+def run(options, console):
+  with terminal.Interrupts() as interrupts:
+    console.print('begun')
+    while not interrupts.seen:
+      signal.pause()
+  console.print('what is shown to nobody')
+  pathlib.Path(os.environ['KEPT']).write_text('all of it')
+  return 130
+
+cli.main(run, {})
+'''
+
+
+def test_what_was_done_stays_where_the_terminal_is_gone(tmp_path):
+  ours, its = pty.openpty()
+  kept = tmp_path / 'kept'
+  with subprocess.Popen(
+      [sys.executable, '-c', HUNG_UP], cwd=cli.ROOT, stdin=its, stdout=its,
+      stderr=its, start_new_session=True,
+      env=os.environ | {'KEPT': str(kept)}) as process:
+    os.close(its)
+    told = b''
+    while b'begun' not in told:
+      told += os.read(ours, 1000)
+    os.close(ours)  # a hang-up
+    assert process.wait(100) == 130
+  assert kept.read_text() == 'all of it'
 
 
 STARTED = '''
