@@ -16,7 +16,7 @@ With --out, server.log there has the lines of the log too: how far compiling
 has come, and "ready" when requests are taken. --cors=* lets the pages of any
 site ask from a browser.
 SIGTERM and Ctrl-C let running requests finish, for limits.drain_s at most; a
-second one does not.
+second one cancels them, a third ends the program whatever it does.
 
 Exit codes: 0; 2 for bad input.
 """
@@ -125,6 +125,21 @@ def run(options, console):
   return 0
 
 
+class _LogFile(logging.FileHandler):
+  """A log that ends, with one line on stderr, where it cannot be written."""
+
+  def handleError(self, record):
+    error = sys.exception()
+    if not isinstance(error, OSError):
+      super().handleError(record)
+      return
+    logging.getLogger('dsjax').removeHandler(self)
+    with contextlib.suppress(OSError):  # it tries to write what is left
+      self.close()
+    print(f'warning: {self.baseFilename} ends here: {error.strerror}',
+          file=sys.stderr)
+
+
 def _log_lines(out):
   """Our own log goes to stderr and a file in `out`, a line with the time
   each."""
@@ -132,7 +147,7 @@ def _log_lines(out):
   if out:
     folder = pathlib.Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    handlers.append(logging.FileHandler(folder / 'server.log', 'w'))
+    handlers.append(_LogFile(folder / 'server.log', 'w'))
   for handler in handlers:
     handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
     ours.addHandler(handler)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import os
 import secrets
 import socket
 import sys
@@ -169,8 +170,8 @@ class _Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-  """Uvicorn that drains at the first SIGTERM or Ctrl-C, and goes at the
-  second."""
+  """Uvicorn that drains at the first SIGTERM or Ctrl-C, cancels what still
+  runs at the second, and ends the program at the third."""
 
   def __init__(self, app: Gate, service: Service) -> None:
     class Connection(_Connection):
@@ -185,7 +186,7 @@ class Server(uvicorn.Server):
         timeout_graceful_shutdown=5)
     super().__init__(config)
     self.service = service
-    self._leaving = False
+    self._asked = 0  # how often it was asked to end
     self._draining: asyncio.Task[None] | None = None
 
   async def startup(self, sockets: list[socket.socket] | None = None
@@ -195,21 +196,29 @@ class Server(uvicorn.Server):
 
   def handle_exit(self, sig: int, frame: Any) -> None:
     del sig, frame
-    if not self._leaving and self.started:
-      self._leaving = True
-      self.loop.call_soon_threadsafe(self.leave)
-    else:
+    self._asked += 1
+    if self._asked > 2:  # a step may hang
+      os._exit(130)
+    if not self.started:
       self.should_exit = self.force_exit = True
+    else:
+      self.loop.call_soon_threadsafe(
+          self.leave, 0.0 if self._asked > 1 else None)
 
-  def leave(self) -> None:
-    """Drains, then ends the server; call it on the event loop."""
-    self._leaving = True
-    self._draining = self.loop.create_task(self._drain())  # kept alive
+  def leave(self, drain_s: float | None = None) -> None:
+    """Drains, then ends the server; call it on the event loop.
 
-  async def _drain(self) -> None:
+    drain_s: in place of the limit.
+    """
+    if self._draining:
+      self._draining.cancel()
+    wait_s = self.service.limits.drain_s if drain_s is None else drain_s
+    self._draining = self.loop.create_task(self._drain(wait_s))  # kept alive
+
+  async def _drain(self, wait_s: float) -> None:
     LOG.info('draining: %d requests, up to %g s', len(self.service.streams),
-             self.service.limits.drain_s)
-    await self.service.drain()
+             wait_s)
+    await self.service.drain(wait_s)
     self.should_exit = True
 
   async def on_tick(self, counter: int) -> bool:

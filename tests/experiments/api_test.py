@@ -1,5 +1,6 @@
 """The server's runner without a server: what it writes beside it."""
 
+import errno
 import logging
 
 from dsjax.http import socket_server
@@ -28,3 +29,24 @@ def test_the_log_is_in_a_file_too(tmp_path, monkeypatch, capsys):
   assert (tmp_path / 'a' / 'server.log').read_text().endswith(' ready\n')
   said = capsys.readouterr()
   assert said.err.endswith(' ready\n') and 'answers once' in said.out
+
+
+def test_a_log_file_that_is_full_ends_with_a_line(tmp_path, capsys,
+                                                  monkeypatch):
+  class Full:
+    def write(self, text):
+      raise OSError(errno.ENOSPC, 'No space left on device')
+
+    flush = close = lambda self: self.write('')
+
+  logger = logging.getLogger('dsjax')
+  handler = api._LogFile(tmp_path / 'server.log')
+  handler.stream.close()
+  handler.stream = Full()
+  monkeypatch.setattr(logger, 'handlers', [handler])
+  monkeypatch.setattr(logger, 'level', logging.INFO)
+  for _ in range(3):
+    logger.info('ready')
+  said = capsys.readouterr().err
+  assert said.startswith('warning: ') and said.count('\n') == 1
+  assert f'{tmp_path}/server.log ends here: No space left' in said

@@ -1,8 +1,10 @@
 """Starting, draining, and what fails on the way."""
 
 import dataclasses
+import signal
 import threading
 import time
+import types
 
 import httpx
 import openai
@@ -131,6 +133,34 @@ def test_draining_lets_running_requests_finish(patience_s):
     server.stop()
 
 
+def test_a_second_signal_cancels_and_a_third_ends_the_program(monkeypatch,
+                                                              caplog):
+  def leave(code):
+    raise SystemExit(code)
+  monkeypatch.setattr('dsjax.http.socket_server.os._exit', leave)
+  server = Running(limits=dataclasses.replace(LIMITS, drain_s=1000.0))
+  try:
+    server.await_status('ready')
+    with openai.OpenAI(base_url=server.url + '/v1', api_key='-', max_retries=0,
+                       timeout=WAIT_S) as client:
+      with paced(server, 4):
+        stream = complete(client, stream=True, max_tokens=240,
+                          extra_body={'ignore_eos': True, 'n': 8})
+        next(stream)
+        server.http.handle_exit(signal.SIGTERM, None)
+        server.http.handle_exit(signal.SIGINT, None)
+        until(lambda: not server.service.orchestrator.unfinished)
+      with pytest.raises(openai.APIError, match='stopped before'):
+        list(stream)
+    server.thread.join(WAIT_S)
+    assert server.service.status == 'stopped'
+    with pytest.raises(SystemExit, match='130'):
+      server.http.handle_exit(signal.SIGINT, None)
+    assert not [r for r in caplog.records if r.levelname == 'ERROR']
+  finally:
+    server.stop()
+
+
 class Stuck:
   """An orchestrator that takes requests and never gets anywhere."""
 
@@ -142,6 +172,7 @@ class Stuck:
     self.state = scheduler.init(self.scheduler_config)
     self.copied_bytes = self.steps = self.copy_s = self.host_s = 0
     self.host_bytes = 0
+    self.loop = types.SimpleNamespace(overdue=lambda: ('', []))
 
   def check(self, *_):
     pass
