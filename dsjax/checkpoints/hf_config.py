@@ -8,7 +8,7 @@ from typing import Any
 
 from dsjax.checkpoints.families import FAMILIES
 from dsjax.checkpoints.family import Family
-from dsjax.checkpoints.files import read_json
+from dsjax.checkpoints.files import is_there, read_json
 from dsjax.checkpoints.hf_keys import Keys
 from dsjax.config.checks import naming, require
 from dsjax.config.model import ModelConfig
@@ -55,7 +55,7 @@ def read_config(
   """
   path = pathlib.Path(path)
   raw, generation = read_json(path / CONFIG), {}
-  if (path / 'generation_config.json').is_file():
+  if is_there(path / 'generation_config.json'):
     generation = read_json(path / 'generation_config.json')
   with naming(path / CONFIG):
     family = _family(raw, families)

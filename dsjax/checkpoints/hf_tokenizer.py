@@ -12,14 +12,14 @@ import pathlib
 from typing import Any
 
 from dsjax.checkpoints.chat_template import ChatTemplate
-from dsjax.checkpoints.files import read_json
+from dsjax.checkpoints.files import is_there, read_json
 from dsjax.checkpoints.tokenizer import (
   Tokenizer,
   Vocabulary,
   byte_level_bytes,
   sentence_bytes,
 )
-from dsjax.config.checks import InputError, naming, require
+from dsjax.config.checks import InputError, check_fetched, naming, require
 
 Keys = dict[str, Any]  # of a JSON object
 Ids = dict[str, int]  # by the text of the token
@@ -115,9 +115,11 @@ def _text(config: Keys, name: str) -> str | None:
 def _template(path: pathlib.Path, config: Keys) -> str | None:
   """The Jinja source of a folder, or None."""
   file = path / 'chat_template.jinja'
-  if file.is_file():
+  if is_there(file):
     try:
-      return file.read_text('utf-8')
+      text = file.read_bytes()
+      check_fetched(file, text[:24])
+      return text.decode()
     except (OSError, UnicodeDecodeError) as error:
       raise InputError(f'{file}: {error}') from error
   source = config.get('chat_template')
@@ -201,12 +203,12 @@ def load_tokenizer(path: str | os.PathLike[str],
       model, or a chat template that does not parse.
   """
   path = pathlib.Path(path)
-  if not (path / _FILE).is_file():
+  if not is_there(path / _FILE):
     return None
   keys = read_json(path / _FILE)
   config: Keys = {}
   for name in _CONFIGS:
-    if (path / name).is_file():
+    if is_there(path / name):
       config |= read_json(path / name)
   with naming(path / _FILE):
     return Tokenizer(_vocabulary(path, keys, config, vocab_size))

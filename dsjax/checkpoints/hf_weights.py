@@ -16,7 +16,7 @@ import numpy as np
 from dsjax.checkpoints import weights
 from dsjax.checkpoints.families import FAMILIES
 from dsjax.checkpoints.family import Family
-from dsjax.checkpoints.files import read_json
+from dsjax.checkpoints.files import is_there, read_json
 from dsjax.checkpoints.hf_config import read_config
 from dsjax.checkpoints.hf_names import Names, Take
 from dsjax.config.checks import InputError, check_fetched, naming, require
@@ -49,11 +49,11 @@ def _open(file: pathlib.Path) -> Any:
 
 def _files(path: pathlib.Path) -> dict[str, pathlib.Path]:
   """{tensor name: file} of a folder."""
-  if (path / _WEIGHTS).is_file():
+  if is_there(path / _WEIGHTS):
     file = path / _WEIGHTS
     with _open(file) as tensors:
       return dict.fromkeys(tensors.keys(), file)
-  if not (path / _INDEX).is_file():
+  if not is_there(path / _INDEX):
     pickles = [f'; {file.name} is a pickle, which is never opened: convert it '
                'to safetensors' for file in sorted(path.iterdir())
                if file.suffix in _PICKLES]

@@ -37,6 +37,15 @@ def test_a_path_is_itself(path):
   assert checkpoint.find(str(gguf_model_test.save(path))) == path
 
 
+def test_a_path_in_the_home_and_one_in_capitals(path, monkeypatch):
+  monkeypatch.setenv('HOME', str(path.parent))  # no shell reads --set=model=~/x
+  saved = gguf_model_test.save(path.with_name('model.GGUF'))
+  assert checkpoint.find('~/model.GGUF') == saved
+  assert checkpoint.find('~') == path.parent
+  with pytest.raises(InputError, match="model='': must be one of"):
+    checkpoint.find('')
+
+
 def test_a_missing_path_is_named(path):
   assert 'no such file' in error_of(path, checkpoint.find)
 
@@ -82,7 +91,8 @@ def test_a_folder_without_a_tokenizer(tmp_path):
   assert model.tokenizer is None and model.config.positions == 'learned'
 
 
-def test_a_folder_with_a_tokenizer(tmp_path):
+def with_a_tokenizer(tmp_path):
+  """A folder of the tiny llama, with a tokenizer."""
   keys, tensors = hf_test.make('llama')
   hf_test.save(tmp_path, keys, tensors)
   vocab = dict(zip('abcdefgh', range(8), strict=True)) | {'ab': 8}
@@ -91,6 +101,11 @@ def test_a_folder_with_a_tokenizer(tmp_path):
       'added_tokens': [], 'pre_tokenizer': {
           'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': True,
           'trim_offsets': True}, 'decoder': None}))
+  return tmp_path
+
+
+def test_a_folder_with_a_tokenizer(tmp_path):
+  with_a_tokenizer(tmp_path)
   model = checkpoint.load(str(tmp_path), 'bfloat16')
   assert model.params['norm_D'].dtype == 'bfloat16'
   assert model.tokenizer.encode('abc') == [8, 2]
@@ -99,6 +114,37 @@ def test_a_folder_with_a_tokenizer(tmp_path):
 
 def test_a_folder_of_something_else(tmp_path):
   assert 'neither config.json' in error_of(tmp_path)
+  for name in ('snapshots', 'refs'):  # of the hub's own cache
+    (tmp_path / name).mkdir()
+  assert error_of(tmp_path).endswith('there is refs, snapshots')
+
+
+@pytest.mark.parametrize('name', [
+    'config.json', 'dsjax.json', 'generation_config.json', 'model.safetensors',
+    'model.safetensors.index.json', 'tokenizer.json', 'tokenizer_config.json',
+    'special_tokens_map.json', 'chat_template.jinja'])
+@pytest.mark.parametrize('folder', [False, True])
+def test_a_link_to_nowhere_and_a_folder_are_not_passed_over(tmp_path, name,
+                                                            folder):
+  with_a_tokenizer(tmp_path)
+  if name.endswith('index.json'):
+    (tmp_path / 'model.safetensors').unlink()
+  file = tmp_path / name
+  file.unlink(missing_ok=True)
+  if folder:
+    file.mkdir()
+  else:
+    file.symlink_to('blob')
+  said = error_of(tmp_path)
+  assert str(file) in said and 'is not a file' in said
+  assert folder or 'link to blob' in said
+
+
+def test_a_template_that_git_lfs_has_is_not_taken_for_one(tmp_path):
+  with_a_tokenizer(tmp_path)
+  (tmp_path / 'chat_template.jinja').write_text(
+      'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n')
+  assert 'a pointer of Git LFS' in error_of(tmp_path)
 
 
 @pytest.mark.parametrize('name', ['model.bin', 'model.pt', 'model'])
