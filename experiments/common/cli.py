@@ -10,6 +10,7 @@ left (`| head`), it goes on, and writes its files.
 
 import contextlib
 import functools
+import io
 import math
 import os
 import pathlib
@@ -289,6 +290,8 @@ def main(run, defined: dict[str, Any], config=None,
   def start(argv):
     if flags.FLAGS.verbosity <= 0:
       logging.set_verbosity(verbosity)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not UTF-8: '?' for the rest
+      sys.stdout.reconfigure(errors='replace')
     code = exit_code(all_read, argv[1:])
     try:
       if sys.stdout:

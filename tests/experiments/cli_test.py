@@ -183,6 +183,16 @@ def test_a_run_goes_on_where_its_reader_has_left(tmp_path, say, lines, code,
   assert (process.returncode, path.exists()) == (code, done)
 
 
+@pytest.mark.parametrize('say', ('console.print', 'print'))
+def test_what_an_output_cannot_say_is_a_question_mark(say):
+  program = f"""from experiments.common import cli
+cli.main(lambda _, console: {say}('caf\\xe9 \\ufffd'), {{}})"""
+  done = subprocess.run(
+      [sys.executable, '-c', program], capture_output=True, check=False,
+      cwd=cli.ROOT, env=os.environ | {'PYTHONIOENCODING': 'latin-1'})
+  assert (done.returncode, done.stdout) == (0, b'caf\xe9 ?\n'), done.stderr
+
+
 LOST = '''
 import gc, signal, sys, time
 from experiments.common import cli
