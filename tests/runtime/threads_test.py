@@ -289,10 +289,14 @@ def test_a_stream_of_a_task_held_past_close_fails():
     async with contextlib.AsyncExitStack() as stack:
       server = await stack.enter_async_context(
           AsyncServer(lambda report: server_of(report=report)))
-      server.orchestrator.engines[1].pace.left = 2
+      pace = server.orchestrator.engines[1].pace
+      pace.left = 2
       stream = server.stream(prompt, **params)
       await anext(stream)
-      await server._thread.close()
+      closing = asyncio.create_task(server._thread.close())
+      await asyncio.sleep(0)  # it is asked to close: what runs may end
+      pace.left = None
+      await closing
       with pytest.raises(RequestFailed, match='the server was closed'):
         async for _ in stream:
           pass
