@@ -132,14 +132,15 @@ def outputs(server, ids):
 # Instances that prefill and decode, each kind compiled apart.
 DEEP_2COLOCATED = pytest.param('2colocated', marks=pytest.mark.deep)
 CHUNKED_PROCESSES = '2chunked, processes'
-DEEP_PROCESSES = pytest.param('2p2d, processes', marks=pytest.mark.deep)
+DEEP_PROCESSES = [pytest.param(mode, marks=pytest.mark.deep)
+                  for mode in (CHUNKED_PROCESSES, '2p2d, processes')]
 IN_ONE = ('idle', 'queued', 'prefilling', 'decoding', 'finishing')
 
 
 @pytest.mark.parametrize('mode, stage', [
     *(('2p2d', stage) for stage in AT),
     *(pytest.param(mode, stage, marks=[pytest.mark.deep] * (
-        mode == '2colocated')) for mode in (
+        mode != '2chunked')) for mode in (
             '2colocated', '2chunked', CHUNKED_PROCESSES) for stage in IN_ONE),
     *(pytest.param('2p2d, processes', stage, marks=pytest.mark.deep)
       for stage in AT)])
@@ -174,7 +175,7 @@ def test_nobody_loses_by_the_loss_of_an_instance(server, stage):
 
 
 @pytest.mark.parametrize('mode', ('2p2d', DEEP_2COLOCATED, '2chunked',
-                                  CHUNKED_PROCESSES, DEEP_PROCESSES))
+                                  *DEEP_PROCESSES))
 def test_any_instance_may_be_lost_at_any_moment(server, mode):
   """And the same again and again, whatever is in flight."""
   rng = random.Random(mode)
@@ -224,7 +225,7 @@ def test_what_was_told_of_a_command_is_not_told_again(server, stop):
   assert len(found.record.token_s) == len(found.tokens)
 
 
-@pytest.mark.parametrize('mode', ('2p2d', CHUNKED_PROCESSES))
+@pytest.mark.parametrize('mode', ('2p2d', DEEP_PROCESSES[0]))
 def test_a_stream_has_no_gap_and_no_repeat(server):
   prompt, params = MIXED[1]
   params = params | {'logprobs': 2}
@@ -307,7 +308,7 @@ def test_a_step_of_mixed_work_may_go_wrong(server, kind):
   assert LOST in kinds(server)
 
 
-@pytest.mark.parametrize('mode', ('2p2d', DEEP_PROCESSES))
+@pytest.mark.parametrize('mode', ('2p2d', DEEP_PROCESSES[1]))
 def test_a_stalled_copy_gives_its_pages_back(server, monkeypatch):
   """It comes in the end, and writes nothing."""
   monkeypatch.setattr(server.fleet, 'config', dataclasses.replace(
@@ -324,7 +325,7 @@ def test_a_stalled_copy_gives_its_pages_back(server, monkeypatch):
   assert sum(isinstance(c, Abort) for c in moves) >= 2
 
 
-@pytest.mark.parametrize('mode', ('2p2d', DEEP_PROCESSES))
+@pytest.mark.parametrize('mode', ('2p2d', DEEP_PROCESSES[1]))
 def test_a_copy_to_an_instance_that_was_lost_never_lands(server):
   """Its pages are somebody else's by then."""
   with inject(server) as injector:
@@ -376,7 +377,7 @@ def test_damage_goes_unseen_without_checksums():
                                                      strict=True))
 
 
-@pytest.mark.parametrize('mode', ('2p2d', DEEP_PROCESSES))
+@pytest.mark.parametrize('mode', ('2p2d', DEEP_PROCESSES[1]))
 def test_a_completion_told_twice_or_late_changes_nothing(server):
   ids, old = submit(server, WORK), []
   while server.busy:
@@ -495,7 +496,7 @@ def test_an_instance_that_cannot_start_is_tried_again_and_given_up(
 
 
 @pytest.mark.parametrize('mode', ('2p2d', DEEP_2COLOCATED,
-                                  CHUNKED_PROCESSES, DEEP_PROCESSES))
+                                  *DEEP_PROCESSES))
 def test_a_drained_instance_ends_what_it_has_and_takes_no_more(server):
   last = len(server.engines) - 1
   ids = submit(server, WORK)
@@ -516,9 +517,8 @@ def test_a_drained_instance_ends_what_it_has_and_takes_no_more(server):
 
 
 @pytest.mark.parametrize('seed', range(2))
-@pytest.mark.parametrize('mode', ('2p2d', DEEP_2COLOCATED, '2chunked', *(
-    pytest.param(mode, marks=pytest.mark.deep)
-    for mode in (CHUNKED_PROCESSES, '2p2d, processes'))))
+@pytest.mark.parametrize('mode', ('2p2d', DEEP_2COLOCATED, '2chunked',
+                                  *DEEP_PROCESSES))
 def test_faults_cancels_and_arrivals_in_any_order(server, mode, seed):
   rng = random.Random(f'{mode}{seed}')
   work = [rng.choice(MIXED + LONG) for _ in range(16)]
