@@ -15,8 +15,8 @@ CUDA := 13.5.37
   aisimulate lint setup aot clean
 
 demo: $(STAMP)
-	@echo 'Serves 16 chats in three modes on two CPU devices: a minute and a half, and'
-	@echo 'one more where nothing is compiled yet (kept in .cache for the next run).'
+	@echo 'Serves 16 chats in three modes on two CPU devices: a minute, a little more where'
+	@echo 'nothing is compiled yet (what is compiled is kept in .cache for the next run).'
 	$(BIN)/python -m experiments.serve --config=demo --cluster=auto --out=out/demo
 
 # A process runs whole files: what one compiles, the other need not.
