@@ -91,7 +91,8 @@ class Loop:
     self.origin, self.moved_s, self.host_s = time.perf_counter(), 0.0, 0.0
     self.closed, self.broken = False, ''
     self._tick_s = 0.0  # when the next Tick is due
-    self._away_s = -1.0  # since when requests wait that the log was told of
+    # Instances that are away, of which the log was told.
+    self._told_of: list[int] = []
     # Events that were asked for, and those that are being applied.
     self._asked: collections.deque[Event] = collections.deque()
     self.planner = planner
@@ -128,6 +129,8 @@ class Loop:
     """Takes a request. more: see events.Arrived."""
     request = output.request
     self._tick()
+    if not self.unfinished:
+      self._told_of = []
     self.unfinished[request.id] = output
     self.event(Arrived(request.arrival_s, request.id, len(request.prompt),
                        request.sampling.max_tokens or 0, more,
@@ -297,8 +300,8 @@ class Loop:
                       for index in down)
     words = (f'nothing is in flight, and instances are away: {names}; restore '
              'starts one')
-    if since_s != self._away_s:
-      self._away_s = since_s
+    if self._told_of != down:  # once for all that wait together
+      self._told_of = down
       LOG.warning('%d requests wait: %s', len(self.unfinished), words)
     return f'after {self.now - since_s:.1f} s {words}', False
 

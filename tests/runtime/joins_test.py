@@ -130,11 +130,16 @@ def test_a_task_that_waits_for_what_is_away_is_told_and_not_for_ever(
   async def stream(server):
     return [piece async for piece in server.stream(prompt, **params)]
 
+  async def later(call, server, seconds):
+    await asyncio.sleep(seconds)
+    return await call(server)
+
   async def main():
     async with AsyncServer(lambda _: serving.fake_server_of(mode, config)
                            ) as server:
       for error in await asyncio.gather(
-          *(call(server) for call in (generate, stream) * 3),
+          *(later(call, server, 0.02 * n)
+            for n, call in enumerate((generate, stream) * 3)),
           return_exceptions=True):
         assert isinstance(error, RequestFailed), error
         assert 'are away: ' in str(error) and 'restore starts' in str(error)
