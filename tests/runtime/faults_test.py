@@ -295,7 +295,7 @@ def test_any_call_may_go_wrong(server, method, kind):
 
 @pytest.mark.parametrize('mode, kind', [
     *(pytest.param(mode, kind, marks=[pytest.mark.deep] * (mode != '2chunked'))
-      for mode in ('2chunked', '2colocated', CHUNKED_PROCESSES)
+      for mode in ('2chunked', '2colocated')
       for kind in ('raise after', 'delete', 'unreadable'))])
 def test_a_step_of_mixed_work_may_go_wrong(server, kind):
   with inject(server) as injector:
@@ -325,7 +325,7 @@ def test_a_stalled_copy_gives_its_pages_back(server, monkeypatch):
   assert sum(isinstance(c, Abort) for c in moves) >= 2
 
 
-@pytest.mark.parametrize('mode', ('2p2d', DEEP_PROCESSES[1]))
+@pytest.mark.parametrize('mode', ('2p2d',))
 def test_a_copy_to_an_instance_that_was_lost_never_lands(server):
   """Its pages are somebody else's by then."""
   with inject(server) as injector:
@@ -377,7 +377,7 @@ def test_damage_goes_unseen_without_checksums():
                                                      strict=True))
 
 
-@pytest.mark.parametrize('mode', ('2p2d', DEEP_PROCESSES[1]))
+@pytest.mark.parametrize('mode', ('2p2d',))
 def test_a_completion_told_twice_or_late_changes_nothing(server):
   ids, old = submit(server, WORK), []
   while server.busy:
