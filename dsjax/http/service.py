@@ -229,13 +229,12 @@ class Service:
   def _retry_s(self) -> float:
     return min(60.0, max(1.0, self._share_s * self.waiting))
 
-  async def drain(self, wait_s: float | None = None) -> None:
-    """Takes no more requests; waits for the running ones, up to wait_s (by
-    default the limit drain_s), and cancels the rest."""
+  async def drain(self, wait_s: float) -> None:
+    """Takes no more requests; waits for the running ones, up to wait_s, and
+    cancels the rest."""
     self._draining = True
     with contextlib.suppress(TimeoutError):
-      async with asyncio.timeout(
-          self.limits.drain_s if wait_s is None else wait_s):
+      async with asyncio.timeout(wait_s):
         await self.runner.emptied()
     for stream in self.streams:
       self.runner.cancel(stream)

@@ -168,15 +168,15 @@ def _multiply(weight: Panels, x_SI: jax.Array) -> list[jax.Array]:
   tp = weight.mesh.size
 
   def shard(x_SI: jax.Array, w_QIp: jax.Array) -> list[jax.Array]:
-    y_SO, found, at = cpu.multiply(x_SI, w_QIp), [], 0
+    y_SO, parts, start = cpu.multiply(x_SI, w_QIp), [], 0
     if weight.by_inputs and tp > 1:
       y_SO = jax.lax.psum(y_SO, sharding.AXIS)
     for first, *others in weight.parts:
       outputs = (first if weight.by_inputs else first // tp, *others)
       size = math.prod(outputs)
-      found.append(y_SO[:, at:at + size].reshape(-1, *outputs))
-      at += size + -size % w_QIp.shape[2]
-    return found
+      parts.append(y_SO[:, start:start + size].reshape(-1, *outputs))
+      start += size + -size % w_QIp.shape[2]
+    return parts
 
   rows, cut = PartitionSpec(), PartitionSpec(None, sharding.AXIS)
   return sharding.shard_map(

@@ -32,9 +32,11 @@ def with_deadlines(policy: Policy, slo: Slo, most_wait: float = MOST_WAIT
     aged, timely, late, rest, end_s = [], [], [], [], view.time_s
     for request in waiting:
       waited_s = view.time_s - request.arrival_s
-      if waited_s > slo.ttft_s or len(timely) == MOST:
-        (aged if waited_s > most_wait * slo.ttft_s else
-         late if waited_s > slo.ttft_s else rest).append(request)
+      if waited_s > slo.ttft_s:
+        (aged if waited_s > most_wait * slo.ttft_s else late).append(request)
+        continue
+      if len(timely) == MOST:
+        rest.append(request)
         continue
       seconds = prefill_s(instance, request)
       bisect.insort(timely, (seconds, request.order, request))

@@ -48,7 +48,7 @@ class VirtualInstance:
     if len(self.free_s) > 1:
       self.token_s.update((chunk.id, done_s) for chunk in command.chunks
                           if chunk.last)
-    self.note([row[0] for row in command.rows], done_s)
+      self.note([row[0] for row in command.rows], done_s)
     return (done_s,)
 
   def decode(self, ready_s: float, command: RunDecode,
@@ -65,7 +65,8 @@ class VirtualInstance:
       for step_s in steps_s(self.seconds, command):
         ready_s = self.stages(ready_s, step_s)
         times.append(ready_s)
-    self.note([row[0] for row in rows], times[-1])
+    if len(self.free_s) > 1:
+      self.note([row[0] for row in rows], times[-1])
     return times
 
   def same_rows(self, ready_s: float, batch: int, context: int,
@@ -109,6 +110,6 @@ class VirtualInstance:
     return max(ready_s, max([self.token_s.get(r[0], 0.0) for r in rows]))
 
   def note(self, ids: Iterable[int], token_s: float) -> None:
-    """Rows of these requests have their newest token at token_s."""
-    if len(self.free_s) > 1:
-      self.token_s.update(dict.fromkeys(ids, token_s))
+    """Rows of these requests have their newest token at token_s; of interest
+    where there are several stages."""
+    self.token_s.update(dict.fromkeys(ids, token_s))

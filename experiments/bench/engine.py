@@ -35,26 +35,21 @@ import numpy as np
 
 from dsjax.checkpoints import checkpoint
 from dsjax.config.checks import require
-from dsjax.config.engine import EngineConfig, InstanceConfig
+from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan
 from dsjax.config.request import Request, Sampling
 from dsjax.model import products, sharding, transformer
 from dsjax.runtime import engine, orchestrator
 from dsjax.runtime.steps import abstract_step, seqs_bucket
-from dsjax.scheduling import prefix_cache, scheduler
 from dsjax.scheduling.events import (
-  Arrived,
   Chunk,
-  DecodeDone,
   Migrate,
-  Offload,
-  Offloaded,
-  PrefillDone,
   Row,
   RunDecode,
   RunPrefill,
 )
-from experiments.bench import kept
+from experiments.bench import kept, scheduler_step
+from experiments.bench.scheduler_step import RUNNING, WAITING
 from experiments.common import cli, provenance
 
 FLAGS = {
@@ -353,96 +348,15 @@ def beside(rounds, mine, rivals, request):
 # --- the rest ---------------------------------------------------------------
 
 
-RUNNING, WAITING, KEPT, TIMED = 256, 1000, 100_000, 320
-# What is kept when nobody has come yet, in pages and in slots of host memory.
-CASES = {'no cache': None, 'cache': (0, 0),
-         f'{KEPT:,} blocks kept': (KEPT, 0),
-         'and in host memory': (KEPT, KEPT)}
-
-
-def filled(pool, hashes):
-  """A pool in which blocks are kept that nobody asks for."""
-  pool, pages = prefix_cache.alloc(pool, len(hashes))
-  return prefix_cache.release(pool, pages, hashes, len(hashes))
-
-
-class Busy:
-  """A colocated instance's scheduler, its rows running, its queue full.
-
-  With blocks kept, each page that a row takes evicts one, which goes to a slot
-  where there are any, and evicts what was there.
-  """
-
-  def __init__(self, kept, running=RUNNING, waiting=WAITING):
-    pages, slots = kept or (0, 0)
-    room = running * (20 if pages else 75)
-    instance = InstanceConfig('colocated', pages + room, 16, running, 8192, 64,
-                              host_pages=slots)
-    self.config = scheduler.Config((instance,), 4096,
-                                   prefix_cache=kept is not None)
-    self.state, self.pending = scheduler.init(self.config), []
-    first, = self.state.instances
-    if pages:
-      first = first._replace(pool=filled(first.pool, range(-pages, 0)))
-    if slots:
-      first = first._replace(host=first.host._replace(
-          slots=filled(first.host.slots, range(-pages - slots, -pages))))
-    self.state = self.state._replace(instances=(first,))
-    for id in range(running + waiting):
-      self.step(Arrived(0.0, id, 300, 900, blocks=tuple(
-          range(id * 100, id * 100 + 18)) if kept is not None else ()))
-    while len(self.state.instances[0].rows) < running:
-      self.next()
-
-  def row_pages(self):
-    """Pages of all rows together."""
-    return sum(len(row.pages) for row in self.state.instances[0].rows)
-
-  def step(self, event):
-    """CPU seconds of a step."""
-    start = time.process_time()
-    self.state, commands = scheduler.step(self.config, self.state, event)
-    taken = time.process_time() - start
-    self.pending += [c for c in commands
-                     if isinstance(c, RunPrefill | RunDecode | Offload)]
-    return taken
-
-  def next(self):
-    """The oldest command is done: CPU seconds of its step, if it decodes."""
-    command = self.pending.pop(0)
-    if isinstance(command, RunDecode):
-      return self.step(DecodeDone(0.0, 0, command.number,
-                                  (0.0,) * command.steps))
-    self.step(Offloaded(0.0, 0, command.number) if isinstance(command, Offload)
-              else PrefillDone(0.0, 0, command.number))
-    return None
-
-
 def bench_scheduler(results, say):
   """The DecodeDones of busy schedulers, in turn."""
-  busy = {name: Busy(kept) for name, kept in CASES.items()}
-  quiet, taking = ({name: [] for name in CASES} for _ in range(2))
-  for _ in range(TIMED):
-    for name, one in busy.items():
-      before = one.row_pages()
-      while (took_s := one.next()) is None:
-        pass
-      pages = one.row_pages() - before
-      if not pages:
-        quiet[name].append(took_s)
-      elif pages > RUNNING // 2:
-        taking[name].append(took_s / pages)
-  for one in busy.values():
-    assert len(one.state.instances[0].queue) == WAITING
-    scheduler.check(one.state)
-  plain, *_ = CASES
   say(f'(c) scheduler.step, {RUNNING} running, {WAITING:,} waiting: one in '
       'which no row\n    takes a page, and by page one in which most do')
-  for name, steps in (('step', quiet), ('page taken', taking)):
-    taken = {case: 1e6 * np.array(steps[case]) for case in CASES}
-    for case in CASES:
-      add(results, say, f'(c) {name}, {case}', 'us', taken[case],
-          {plain: taken[plain]})
+  for name, taken_us in scheduler_step.times_us().items():
+    plain, *_ = taken_us
+    for case, values in taken_us.items():
+      add(results, say, f'(c) {name}, {case}', 'us', values,
+          {plain: taken_us[plain]})
 
 
 def bench_migrate(loaded, results, rounds, say):

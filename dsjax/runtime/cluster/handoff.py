@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 LOOK_S = 2e-3  # between two looks while something starts
 GLANCE_S = 5e-5  # between two looks at what is timed
-TRIAL_S = 120.0  # for the first hand-off, which carries nothing
+TRIAL_S = 120.0  # for a hand-off that no fleet looks at
 
 
 class RemoteTransfer:
@@ -77,19 +77,21 @@ class RemoteTransfer:
       raise migration.Damaged('shapes or dtypes arrived that were not sent')
     return True
 
-  def wait(self, seconds: float = TRIAL_S) -> None:
+  def wait(self, look_s: float = GLANCE_S) -> None:
     """Waits until it has landed, where no fleet looks at it.
 
+    look_s: between two looks.
+
     Raises:
-      RuntimeError: it failed, one of its ends did, or nothing came so long.
+      RuntimeError: it failed, one of its ends did, or nothing came in TRIAL_S.
     """
-    until_s = time.monotonic() + seconds
+    until_s = time.monotonic() + TRIAL_S
     while not self.has_arrived():
       for engine in self._ends:
         engine.check()
       if time.monotonic() > until_s:
-        raise RuntimeError(f'nothing came in {seconds:g} s')
-      time.sleep(GLANCE_S)
+        raise RuntimeError(f'nothing came in {TRIAL_S:g} s')
+      time.sleep(look_s)
     self.land()
 
   def land(self) -> None:
@@ -149,7 +151,7 @@ class RemoteRoute:
     transfer = self.start(migration.nowhere(
         self.source.capacity, self.target.capacity), checksum)
     try:
-      transfer.wait()
+      transfer.wait(LOOK_S)  # both may compile first
     except RuntimeError as error:
       raise RuntimeError(f'{what}: {error}') from error
     if checksum:

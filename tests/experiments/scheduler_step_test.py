@@ -4,12 +4,12 @@ import pytest
 
 from dsjax.scheduling import prefix_cache, scheduler
 from dsjax.scheduling.events import Offload
-from experiments.bench import engine
+from experiments.bench import scheduler_step
 
 
 @pytest.mark.parametrize('kept', [None, (0, 0), (90, 0), (90, 40)])
 def test_a_page_that_is_taken_evicts_one_where_many_are_kept(kept):
-  busy = engine.Busy(kept, running=8, waiting=5)
+  busy = scheduler_step.Busy(kept, running=8, waiting=5)
   evicted, copied = set(), 0
   for _ in range(40):
     before = getattr(busy.state.instances[0].pool, 'kept', {})
