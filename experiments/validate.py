@@ -18,13 +18,14 @@ over them whatever --xla_cpu_multi_thread_eigen says), so instances slow each
 other, which both simulate as contention.Contention. Threads are as many as
 cores here (NPROC=32 of other runners is for collectives, of which
 1x1 has none). With --cluster=local each instance is a process, on cores of its
-own where there are enough: nothing is simulated as contention, and steps and KV
-are profiled in such processes. Rates, if not
-given, are shares of what a burst really achieves; objectives, if not given, are
-multiples of medians of the calibration runs, the same for all modes.
+own where there are enough: steps and KV are profiled in such processes, and so
+is what they still share, the bandwidth of memory. Rates, if not given, are
+shares of what a burst really achieves; objectives, if not given, are multiples
+of medians of the calibration runs, the same for all modes.
 
 --minutes=25 begins no row later than that, and --resume goes on with a folder
-whose rows are not all there: with its profile, rates and objectives.
+whose rows are not all there: with its profile, rates and objectives. With
+--profile too, what the folder has is simulated once more, with that one.
 
 Files in --out: summary.json (a row for each mode and rate, kept by Ctrl-C),
 validate.png, latency.json (bench), events-MODE-RATE.jsonl.
@@ -234,7 +235,7 @@ class Mode:
     link = profile.links.get((Plan(), Plan()))
     self.profiles = {'bench': Profiles(
         (measured,) * 2, link if placement.decode else None,
-        None if cluster else profile.contention)}
+        profile.contention)}
 
   def sent(self, rate_per_s, n, seed):
     return requests(self.config, self.loaded.config.vocab_size, rate_per_s, n,
@@ -269,24 +270,28 @@ class Mode:
     self.profiles['calibrated'] = self.profiles['bench'].calibrated(
         self.calibration.log)
 
-  def row(self, rate_per_s, n, halt):
-    """(sent, Served, {profile: simulated records}) at one rate."""
+  def row(self, rate_per_s, n, slo, halt):
+    """(a row of summary.json, the log) of n requests at one rate."""
     sent = self.sent(rate_per_s, n, self.seed)
     real = self.serve(f'{rate_per_s:.2f}/s', sent, halt)
-    return real, {name: p.simulate(self.server.scheduler_config, sent)
-                  for name, p in self.profiles.items()}
+    return self.compared({
+        'mode': self.name, 'rate_per_s': rate_per_s, 'requests': n,
+        'real': stats(real.records, slo), 'others_cores': real.cores,
+        'host_s_per_step': real.host_s}, sent, real.log, slo), real.log
 
-  def describe(self, rate_per_s, run, slo):
-    """A row of summary.json."""
-    real, simulated = run
-    truth = stats(real.records, slo)
-    out = {name: stats(records, slo) for name, records in simulated.items()}
-    return {'mode': self.name, 'rate_per_s': rate_per_s,
-            'requests': len(real.records), 'real': truth} | out | {
-        'errors': {k: errors(truth, v) for k, v in out.items()},
-        'steps': {k: step_times(p, real.log)
-                  for k, p in self.profiles.items()},
-        'others_cores': real.cores, 'host_s_per_step': real.host_s}
+  def again(self, row, log, slo):
+    """A row of summary.json and the log of its run, simulated once more."""
+    sent = self.sent(row['rate_per_s'], row['requests'], self.seed)
+    return self.compared(row, sent, log, slo)
+
+  def compared(self, row, sent, log, slo):
+    """A row of summary.json: `row`, which has what is real, beside what each
+    profile simulates and what it says of the steps in the log."""
+    simulated = {name: stats(p.simulate(self.server.scheduler_config, sent),
+                             slo) for name, p in self.profiles.items()}
+    return row | simulated | {
+        'errors': {k: errors(row['real'], v) for k, v in simulated.items()},
+        'steps': {k: step_times(p, log) for k, p in self.profiles.items()}}
 
 
 def objectives(modes, ttft_s, tpot_s):
@@ -350,6 +355,13 @@ def run(options, console):
       todo = [(m, rate) for m in modes for rate in (rates or [
           share * m.capacity_per_s for share in SHARES])]
       rows = before['rows'] if before else []
+      if options.profile:
+        by_name = {mode.name: mode for mode in modes}
+        for index, row in enumerate(rows):
+          interrupts.halt()
+          rows[index] = by_name[row['mode']].again(
+              row, report.load_log(_log_path(out, row)), slo)
+          _tell(bar.console, rows[index])
       done = {(row['mode'], row['rate_per_s']) for row in rows}
       todo = [(m, rate) for m, rate in todo if (m.name, rate) not in done]
       _write(out, options, name, slo, modes, rows)  # for --resume
@@ -358,15 +370,11 @@ def run(options, console):
           bar.console.print(f'{len(todo) - row} rows are left: --resume goes '
                             'on.', highlight=False)
           break
-        outcome = mode.row(rate, size(rate), interrupts.halt)
-        rows.append(mode.describe(rate, outcome, slo))
-        report.save_log(out / f'events-{mode.name}-{rate:.2f}.jsonl',
-                        outcome[0].log)
+        made, log = mode.row(rate, size(rate), slo, interrupts.halt)
+        rows.append(made)
+        report.save_log(_log_path(out, made), log)
         _write(out, options, name, slo, modes, rows)
-        bar.console.print(f'{mode.name} {rate:.2f}/s: attained, %: '
-                          + ', '.join(
-                              f'{k} {100 * rows[-1][k]["attainment"][0]:.1f}'
-                              for k in ('real', *PROFILES)), highlight=False)
+        _tell(bar.console, made)
     except KeyboardInterrupt:
       stopped = True
   if not rows:
@@ -376,6 +384,16 @@ def run(options, console):
   draw(out / 'validate.png', rows)
   _close(console, rows, others, out)
   return 130 if stopped else 0
+
+
+def _log_path(out, row):
+  return out / f'events-{row["mode"]}-{row["rate_per_s"]:.2f}.jsonl'
+
+
+def _tell(console, row):
+  console.print(f'{row["mode"]} {row["rate_per_s"]:.2f}/s: attained, %: '
+                + ', '.join(f'{k} {100 * row[k]["attainment"][0]:.1f}'
+                            for k in ('real', *PROFILES)), highlight=False)
 
 
 def _before(options, out):

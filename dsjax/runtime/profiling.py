@@ -1,17 +1,18 @@
 """Times the compiled steps of a live engine and fits latencies to them.
 
 Every plan is built on the devices at hand and timed over a grid of batch x
-length: prefills, later chunks, decode steps, mixed (chunked) steps, migrations
-between each pair of plans, what the serving loop adds to a decode step (host),
-and how two instances of plan 1x1 slow each other: nothing on devices of their
-own, much on the CPU devices of one process. All cells are timed in turn, round
-after round, and the median of each counts, so that a busy moment spoils no
-single cell. Buckets are part of the result: a batch costs what its compiled
-size costs.
+length: prefills, later chunks, decode steps, mixed (chunked) steps, what the
+serving loop adds to a decode step (host), and migrations between each pair of
+plans while the one prefills and the other decodes; and how two instances of
+plan 1x1 slow each other: nothing on devices of their own, much on the CPU
+devices of one process, something in two processes that share a memory. All
+cells are timed in turn, round after round, and the median of each counts, so
+that a busy moment spoils no single cell. Buckets are part of the result: a
+batch costs what its compiled size costs.
 
 With `cluster` instances are processes, as a server has them: steps are those
-of a process with its own cores, and what KV takes is what it takes over that
-border.
+of a process with its own cores while the other one is idle, and what KV takes
+is what it takes over that border.
 """
 
 import dataclasses
@@ -215,18 +216,30 @@ def host_times(model: Model, config: EngineConfig, plan: Plan, bare: Cells,
 
 def transfer_times(source: Any, target: Any,
                    lengths: Sequence[int], rounds: int,
-                   tick: Callable[[], object]) -> list[float]:
-  """Median seconds of a migration of each length."""
+                   tick: Callable[[], object],
+                   config: EngineConfig | None = None) -> list[float]:
+  """Median seconds of a migration of each length.
+
+  config: of both; then each is timed as when they serve: the target decodes,
+    and the source begins its next prefill. None: both are idle.
+  """
   route = source.route_to(target)
   route.warm()
+  cells = typical(config) if config else {}
+  ends = [Cells(end) for end in (source, target)] if config else []
 
   def timed(n):
     def run():
       ids = [tuple(range(-(-n // e.capacity.page_size)))
              for e in (source, target)]
+      busy = [end.run(*cells['decode'])[0] for end in ends[1:]]
       start = time.perf_counter()
-      route.start(Migrate(0, 1, 0, ids[0], 1, ids[1], n)).wait()
-      return time.perf_counter() - start
+      transfer = route.start(Migrate(0, 1, 0, ids[0], 1, ids[1], n))
+      busy += [end.run(*cells['prefill'])[0] for end in ends[:1]]
+      transfer.wait()
+      seconds = time.perf_counter() - start
+      jax.block_until_ready(busy)
+      return seconds
     return run
   return in_rounds([timed(n) for n in lengths], rounds, tick)
 
@@ -234,6 +247,7 @@ def transfer_times(source: Any, target: Any,
 # --- side by side -----------------------------------------------------------
 
 BESIDE_S = 0.2  # least seconds of a step timed beside others
+NOTICED = 1.03  # a factor below this is noise
 
 
 def typical(config: EngineConfig) -> dict[str, Shape]:
@@ -385,7 +399,8 @@ class _Profiler:
           pass
     else:
       target = build(self.model, to, 'decode', self.config, self.apart)
-    seconds = transfer_times(source, target, self.lengths, self.rounds, tick)
+    seconds = transfer_times(source, target, self.lengths, self.rounds, tick,
+                             self.config)
     if seconds[-1] <= seconds[0]:
       return None
     return fitting.fit_link(self.lengths, seconds, kv_cache.bytes_per_token(
@@ -393,11 +408,17 @@ class _Profiler:
         self.model.config.num_layers))
 
   def contention(self, bare):
-    """The Contention of two instances of one device."""
+    """The Contention of two instances of one device; None: there is none."""
     tick = _ticks(self.report, f'{Plan()}: side by side',
                   (self.rounds + 1) * len(contention.KINDS)**2)
-    other = build(self.model, Plan(), 'chunked', self.config, self.apart)
-    return beside(bare, Cells(other), self.config, self.rounds, tick)
+    if self.cluster:
+      other = self.processes[1]  # of the two that `engine` started
+      for _ in other.warm():
+        pass
+    else:
+      other = build(self.model, Plan(), 'chunked', self.config, self.apart)
+    shared = beside(bare, Cells(other), self.config, self.rounds, tick)
+    return shared if max(shared.factors.values()) >= NOTICED else None
 
 
 def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
@@ -418,7 +439,7 @@ def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
       other, which takes the longest.
     devices: jax.devices() by default; one that is named twice takes two
       instances.
-    cluster: as of dsjax.serve: instances are processes, and none slows another.
+    cluster: as of dsjax.serve: instances are processes.
 
   Ctrl-C (or `report` raising KeyboardInterrupt) ends it with what was timed:
   a plan counts once a round of its cells is whole.
@@ -453,12 +474,11 @@ def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
       bare = Cells(source)
       cells[plan] = work.cells(plan, bare)
       models[plan] = work.affine(plan, bare, cells[plan])
+      if plan == Plan() and side_by_side and not work.stopped:
+        shared = work.contention(bare)
       for to in plans if not work.stopped else ():
         if link := work.link(plan, source, to):
           links[plan, to] = link
-      if (plan == Plan() and side_by_side and cluster is None
-          and not work.stopped):
-        shared = work.contention(bare)
     except KeyboardInterrupt:
       work.stopped = True
     finally:

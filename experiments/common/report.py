@@ -42,6 +42,23 @@ def save_log(path, log):
     file.writelines(json.dumps(event_log.encode(pair)) + '\n' for pair in log)
 
 
+def load_log(path):
+  """Reads what save_log wrote.
+
+  Raises:
+    InputError naming the file and the line.
+  """
+  log = []
+  with open(path, encoding='utf-8') as file:
+    for number, line in enumerate(file, 1):
+      try:
+        event, commands = event_log.decode(json.loads(line))
+      except (ValueError, TypeError) as error:  # InputError too
+        raise InputError(f'{path}, line {number}: {error}') from error
+      log.append((event, commands))
+  return log
+
+
 def load_records(path):
   """Reads what save_records wrote.
 

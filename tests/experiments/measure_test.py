@@ -111,7 +111,7 @@ class Faked(profiling._Profiler):
 
 @pytest.mark.parametrize('halt_at, plans, links', [
     ('1x2: compiling', 1, 2), ('1x1: to 1x2', 1, 1), ('1x1: host', 1, 0),
-    ('1x2: host', 2, 2), ('1x1: side by side', 1, 2), ('never', 2, 4),
+    ('1x2: host', 2, 2), ('1x1: side by side', 1, 0), ('never', 2, 4),
     ('1x1: compiling', 0, 0)])
 def test_ctrl_c_keeps_what_was_timed(monkeypatch, halt_at, plans, links):
   monkeypatch.setattr(profiling, '_Profiler', Faked)
@@ -231,9 +231,11 @@ def test_a_live_engine_from_cells_to_files(tmp_path, monkeypatch):
 def test_processes_are_timed_as_they_serve():
   """Steps of one with its own cores, KV over the border; nothing is left."""
   before = cluster_test.children()
-  halted = []
+  halted, beside = [], []
 
   def report(done, total, what):
+    if what == f'{Plan()}: side by side':
+      beside.append((done, total))
     if what == f'{Plan()}: host' and done:
       halted.append(len(cluster_test.children() - before))
 
@@ -245,7 +247,11 @@ def test_processes_are_timed_as_they_serve():
       'prefill', 'decode', 'mixed'}
   assert all(c.seconds > 0 for c in cells[Plan()])
   assert set(profile.links) <= {(Plan(), Plan())}
-  assert profile.contention is None and 'cluster=local' in profile.source
+  pairs = set(itertools.product(KINDS, repeat=2))
+  assert len(beside) == 2 * len(pairs) + 1 and beside[-1] == (32, 32)
+  shared = profile.contention  # None: each has all it needs
+  assert shared is None or set(shared.factors) == pairs
+  assert 'cluster=local' in profile.source
   assert profile.device == 'cpu' and cluster_test.children() <= before
 
 

@@ -169,7 +169,6 @@ def test_rows_files_and_ctrl_c(tmp_path, profile, monkeypatch):
   for part in ('Real against simulated', 'overlap', 'within', '40.00/s:'):
     assert part in text.getvalue()
 
-
   halts = validate.terminal.Interrupts
   monkeypatch.setattr(halts, 'halt', lambda _: None)
   text = io.StringIO()
@@ -179,6 +178,26 @@ def test_rows_files_and_ctrl_c(tmp_path, profile, monkeypatch):
   assert first == row and second['rate_per_s'] != 40.0
   assert f'{second["rate_per_s"]:.2f}/s:' in text.getvalue()
   assert '40.00/s:' not in text.getvalue()
+
+  slower, kept = tmp_path / 'slower.json', profiles.load(profile)
+  profiles.save(slower, dataclasses.replace(
+      kept, latencies={Plan(): SLOW}))
+  text = io.StringIO()
+  assert validate.run(options(tmp_path, resume=True, profile=str(slower)),
+                      Console(file=text, width=160)) == 0
+  again, _ = json.loads((tmp_path / 'summary.json').read_text())['rows']
+  assert text.getvalue().count('40.00/s:') == 1
+  assert again['real'] == row['real']
+  assert again['bench']['tpot_s']['mean'] > row['bench']['tpot_s']['mean']
+  before, after = (of['steps']['bench'][1] for of in (row, again))
+  assert before['real_s'] == after['real_s']
+  assert before['predicted_s'] < after['predicted_s']
+  log = tmp_path / 'events-disaggregated-40.00.jsonl'
+  log.write_text(log.read_text()[:-9])
+  with pytest.raises(InputError, match=f'{log.name}, line'):
+    validate.run(options(tmp_path, resume=True, profile=str(slower)),
+                 Console(file=text))
+
   with pytest.raises(InputError, match='--resume'):
     validate.run(options(tmp_path, resume=True, modes=['chunked']),
                  Console(file=text))
