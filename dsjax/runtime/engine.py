@@ -14,6 +14,7 @@ import collections
 import concurrent.futures
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -80,6 +81,8 @@ class _Stage:
 
 class Engine:
   """The effects of one instance. It makes no choice: commands say it all."""
+
+  news: threading.Event | None = None  # it is looked at
 
   def __init__(self, loaded: Model, meshes: Sequence[Mesh], role: str,
                config: EngineConfig, capacity: InstanceConfig | None = None

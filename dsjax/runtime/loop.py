@@ -117,11 +117,15 @@ class Loop:
     """Whether an event is still to be applied."""
     return bool(self._asked or self._todo)
 
-  @property
-  def pause_s(self) -> float:
-    """Seconds to wait before the next poll, where one found nothing."""
-    pause_s = (self.now - self.moved_s) * PAUSE_SHARE
-    return min(max(pause_s, LEAST_PAUSE_S), MOST_PAUSE_S)
+  def pause(self) -> None:
+    """Waits before the next poll, where one found nothing."""
+    news = self.fleet.engines[0].news
+    if news is None:
+      pause_s = (self.now - self.moved_s) * PAUSE_SHARE
+      time.sleep(min(max(pause_s, LEAST_PAUSE_S), MOST_PAUSE_S))
+    else:
+      news.wait(MOST_PAUSE_S)
+      news.clear()
 
   # --- what is asked --------------------------------------------------------
 

@@ -81,15 +81,15 @@ class LoopThread:
     self.loop.tell()
     return result
 
-  def _drive(self, more: bool) -> float:
-    """Polls; the seconds to pause."""
+  def _drive(self, more: bool) -> None:
+    """Polls, and pauses where nothing was to do."""
     some = self.loop.poll()
     self.loop.tell()
     if some:
-      return 0.0
+      return
     if not more:
       self.loop.check_stalled()
-    return self.loop.pause_s
+    self.loop.pause()
 
   def _beat(self) -> None:
     """Raises where a call in the thread does not return."""

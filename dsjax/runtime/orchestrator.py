@@ -35,7 +35,6 @@ import contextlib
 import dataclasses
 import math
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -743,7 +742,7 @@ class Orchestrator:
     """Handles what has completed; False after a pause, if nothing has."""
     some = self.call(self.loop.poll)
     if not some:
-      time.sleep(self.loop.pause_s)
+      self.loop.pause()
     return some
 
 

@@ -4,6 +4,7 @@
 that compiles nothing. Nothing here does anything.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -109,6 +110,8 @@ class Engine(Protocol):
   Attributes:
     capacity: its capacity. slot_of: slots of the requests that are admitted.
     spare: slots that are free. devices: its devices; str() tells which.
+    news: set when it, or another of its fleet, may have something to tell;
+      None: it is to be looked at.
   """
 
   role: str
@@ -116,6 +119,9 @@ class Engine(Protocol):
   capacity: InstanceConfig
   slot_of: dict[int, int]
   spare: list[int]
+
+  @property
+  def news(self) -> threading.Event | None: ...
 
   @property
   def devices(self) -> Sequence[Any]: ...

@@ -24,13 +24,13 @@ class Job:
   """A function to be called in the thread: once, or until it has an answer.
 
   Attributes:
-    drive: None: once. Else called in between, and gives the seconds to pause;
+    drive: None: once. Else called in between, and pauses where it likes;
       what it raises, the client that has waited longest hears.
     gone: the client has left.
   """
 
   def __init__(self, function: Callable[[], Any],
-               drive: Callable[[], float] | None = None) -> None:
+               drive: Callable[[], object] | None = None) -> None:
     self.function, self.drive, self.gone = function, drive, False
     self.answer: Any = None
     self.error: BaseException | None = None
@@ -97,7 +97,7 @@ class Worker:
     return time.monotonic() - began[0] if began else 0.0
 
   def post(self, function: Callable[[], Any],
-           drive: Callable[[], float] | None = None) -> Job:
+           drive: Callable[[], object] | None = None) -> Job:
     """Asks for a job, in order, and does not wait."""
     job = Job(function, drive)
     self._jobs.put(job)
@@ -133,13 +133,10 @@ def _guarded(jobs: queue.SimpleQueue[Job | None], began: list[float]) -> None:
 
 def _work(jobs: queue.SimpleQueue[Job | None], began: list[float]) -> None:
   waiting: list[Job] = []
-  pause_s = 0.0
   while True:
     job = None
     # Never a get with a time limit: CPython 3.11 waits for ever where a short
     # job runs out between its two looks.
-    if waiting and jobs.empty():
-      time.sleep(pause_s)
     if not waiting or not jobs.empty():
       job = jobs.get()
       if job is None:
@@ -149,7 +146,7 @@ def _work(jobs: queue.SimpleQueue[Job | None], began: list[float]) -> None:
       waiting.append(job)
     waiting[:] = [job for job in waiting if not job.gone]
     if waiting and (job is None or jobs.empty()):
-      pause_s = _drive(waiting)
+      _drive(waiting)
       waiting[:] = [job for job in waiting if not job.look()]
     began.clear()
   for job in waiting:
@@ -157,10 +154,10 @@ def _work(jobs: queue.SimpleQueue[Job | None], began: list[float]) -> None:
       job.fail(RequestFailed('the server was closed'))
 
 
-def _drive(waiting: list[Job]) -> float:
+def _drive(waiting: list[Job]) -> None:
   drive = waiting[0].drive
   try:
-    return drive() if drive else 0.0
+    if drive:
+      drive()
   except BaseException as error:
     waiting.pop(0).fail(error)
-    return 0.0

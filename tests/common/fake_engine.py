@@ -8,6 +8,7 @@ steps an engine completes is up to its Pace, never to the machine.
 """
 
 import dataclasses
+import threading
 import time
 import zlib
 
@@ -23,7 +24,7 @@ class Pace:
   """How many steps an engine may still complete; None: any number."""
 
   def __init__(self):
-    self.left = None
+    self.left, self.lock = None, threading.Lock()
 
 
 class Late:
@@ -35,12 +36,18 @@ class Late:
     self.size = self._values.size
 
   def is_ready(self):
-    if self._looked and not self._ready and self._pace.left != 0:
-      self._ready = True
-      if self._pace.left is not None:
-        self._pace.left -= 1
-    self._looked = True
-    return self._ready
+    with self._pace.lock:
+      if self._looked and not self._ready and self._pace.left != 0:
+        self._ready = True
+        if self._pace.left is not None:
+          self._pace.left -= 1
+      self._looked = True
+      return self._ready
+
+  def block_until_ready(self):
+    while not self.is_ready():
+      time.sleep(1e-4)
+    return self
 
   def is_deleted(self):
     return self._deleted
@@ -89,6 +96,8 @@ def expected(prompt, sampling, eos_ids, vocab_size):
 
 class FakeEngine:
   """Stands for engine.Engine: a maker of engines for `serve`."""
+
+  news = None
 
   def __init__(self, model, meshes, role, config, capacity):
     self.role, self.config, self.capacity = role, config, capacity

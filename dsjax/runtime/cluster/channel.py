@@ -56,6 +56,7 @@ class Channel:
 
   Attributes:
     heard_s: when it last heard something, on time.monotonic.
+    news: set when something has come, or it has ended.
     ended: why it carries nothing any more, or ''.
   """
 
@@ -77,7 +78,7 @@ class Channel:
         self._socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name),
                                 value)
     self._in: collections.deque[Any] = collections.deque()
-    self._news = threading.Event()
+    self.news = threading.Event()
     self._out: queue.SimpleQueue[bytes | threading.Event | None] = (
         queue.SimpleQueue())
     self._reader = threading.Thread(target=self._read, daemon=True,
@@ -110,9 +111,9 @@ class Channel:
     return taken
 
   def wait(self, seconds: float | None = None) -> None:
-    """Waits until something has come, or it has ended; so long at most."""
-    self._news.wait(seconds)
-    self._news.clear()
+    """Waits for news, so long at most."""
+    self.news.wait(seconds)
+    self.news.clear()
 
   def close(self) -> None:
     """Ends it; both threads end too."""
@@ -139,13 +140,13 @@ class Channel:
           self._out.put(messages.dump(self.incarnation, answer))
         else:
           self._in.append(message)
-          self._news.set()
+          self.news.set()
     except (EOFError, OSError):
       pass
     except Exception as error:  # of whatever kind: it is not trusted
       why = f'it sent what is no message: {error}'
     self.ended = self.ended or why
-    self._news.set()
+    self.news.set()
     self._out.put(None)
     self._end(why)
 

@@ -27,8 +27,10 @@ class LocalLauncher:
   """Starts each instance as a process of this host."""
 
   def __init__(self, placement: Placement) -> None:
-    self._given = list(zip(environments(placement), split_cores(placement),
-                           strict=True))
+    self._given = [
+        (env | threads(plan, cores), cores) for env, cores, (_, plan) in zip(
+            environments(placement), split_cores(placement),
+            placement.instances, strict=True)]
 
   def start(self, index: int, incarnation: int) -> 'LocalProcess':
     """The process of an incarnation of an instance."""
@@ -138,6 +140,13 @@ def environments(placement: Placement) -> list[dict[str, str]]:
     environments.append(shared | device_settings(taken, plan.num_devices))
     taken += plan.num_devices
   return environments
+
+
+def threads(plan: Plan, cores: Sequence[int]) -> dict[str, str]:
+  """The environment variable by which an instance of one CPU device has a
+  thread a core: more get into each other's way. Several devices wait for each
+  other in threads, and keep what they have."""
+  return {'NPROC': str(len(cores))} if cores and plan.num_devices == 1 else {}
 
 
 def visible_gpus() -> list[str] | None:

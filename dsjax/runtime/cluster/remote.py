@@ -9,6 +9,7 @@ earlier one can come in: it has another socket, another key, another number.
 
 import collections
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -148,13 +149,15 @@ class RemoteEngine:
   _slots: RemoteHostMemory
 
   def __init__(self, index: int, config: EngineConfig, fields: dict[str, Any],
-               launcher: Launcher, siblings: Sequence['RemoteEngine']
-               ) -> None:
+               launcher: Launcher, siblings: Sequence['RemoteEngine'],
+               news: threading.Event) -> None:
     """Starts the first process.
 
     Args:
       fields: of Build. launcher: closed with the last of its `siblings`.
+      news: of all siblings.
     """
+    self.news = news
     self.index, self.role, self.config = index, fields['role'], config
     self.incarnation, self.is_built, self.closed = 0, False, False
     self.devices: tuple[str, ...] = ()
@@ -202,6 +205,7 @@ class RemoteEngine:
       self._channel = self._process.channel
       if self._channel is None:
         return
+      self._channel.news = self.news
       self._began_s = time.monotonic()
       self._channel.send(messages.Build(self._fields))
     try:

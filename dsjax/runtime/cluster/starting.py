@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -59,6 +60,7 @@ def build(model: Model, placement: Placement, config: EngineConfig,
                for j, b in enumerate(capacities) if j != i)
            for i, a in enumerate(capacities)]
   engines: list[RemoteEngine] = []
+  news = threading.Event()
   launcher = _launcher(cluster, placement)
   try:
     for index, (role, plan) in enumerate(placement.instances):
@@ -66,7 +68,8 @@ def build(model: Model, placement: Placement, config: EngineConfig,
                 'plan': dataclasses.asdict(plan), 'moves': moves[index],
                 'config': dataclasses.asdict(config), 'capacity': None,
                 'engine': f'{make_engine.__module__}:{name}'}
-      engines.append(RemoteEngine(index, config, fields, launcher, engines))
+      engines.append(RemoteEngine(index, config, fields, launcher, engines,
+                                  news))
     _await_built(engines)
     _introduce(engines, placement, fetches)
   except BaseException:
