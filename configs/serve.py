@@ -97,6 +97,11 @@ class Serve:
     return self.placements[0].num_devices
 
   @property
+  def tp(self):
+    """Devices of the widest instance."""
+    return max(placement.tp for placement in self.placements)
+
+  @property
   def modes(self):
     """A name for each placement."""
     counts = collections.Counter(p.mode for p in self.placements)

@@ -102,7 +102,7 @@ def run(options, console):
   _log_lines(options.out)
   config = load(options.config, options.set)
   cluster = cli.cluster_of(options)
-  cli.prepare(config.num_devices, options.compilation_cache)
+  cli.prepare(config.num_devices, options.compilation_cache, config.tp)
   key = os.environ.get('DSJAX_API_KEY') or None
   from dsjax.runtime.planner import planner_process
   planner = planner_process() if options.planner else contextlib.nullcontext()

@@ -384,7 +384,7 @@ def run(options, console):
           'given with --hardware')
   console.print(f'Loading {name}')
   cli.prepare(2 * max(plan.num_devices for plan in plans),
-              options.compilation_cache)
+              options.compilation_cache, max(plan.tp for plan in plans))
   cluster = cli.cluster_of(options)
   loaded = dsjax.load(options.model, config.dtype, weights=cluster is None)
   others = machine.Others()

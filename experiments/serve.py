@@ -307,7 +307,7 @@ def run(options, console):
   policy = policies.load(options.policy, config.slo)
   cluster = cli.cluster_of(options, config.num_devices)
   out = pathlib.Path(options.out)
-  cli.prepare(config.num_devices, options.compilation_cache)
+  cli.prepare(config.num_devices, options.compilation_cache, config.tp)
   make = plan_requests(config)
   if cluster is None:  # else processes have the devices, and this one none
     available = len(jax.devices())

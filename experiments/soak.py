@@ -374,7 +374,7 @@ def run_flips(options, console):
           '--placement', placement, 'two flexible instances or more')
   out = pathlib.Path(options.out)
   out.mkdir(parents=True, exist_ok=True)
-  cli.prepare(placement.num_devices)
+  cli.prepare(placement.num_devices, tp=placement.tp)
   model = dsjax.load('tiny' if options.quick else options.model)
   with terminal.Interrupts() as interrupts:
     result = flips.compare(model, placement, config, options,
@@ -421,7 +421,7 @@ def run(options, console):
   out, seconds = pathlib.Path(options.out), options.minutes * 60
   out.mkdir(parents=True, exist_ok=True)
   cluster = cli.cluster_of(options)
-  cli.prepare(placement.num_devices)
+  cli.prepare(placement.num_devices, tp=placement.tp)
   model = dsjax.load('tiny' if options.quick else options.model,
                      weights=cluster is None)
   jobs = make_jobs(model, config, options.seed)

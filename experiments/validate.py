@@ -15,13 +15,11 @@ Modes are of two 1x1 instances: disaggregated (1 + 1) and chunked (2).
 
 CPU devices of one process share its threads (jax 0.10 splits a matrix product
 over them whatever --xla_cpu_multi_thread_eigen says), so instances slow each
-other, which both simulate as contention.Contention. Threads are as many as
-cores here (NPROC=32 of other runners is for collectives, of which
-1x1 has none). With --cluster=local each instance is a process, on cores of its
-own where there are enough: steps and KV are profiled in such processes, and so
-is what they still share, the bandwidth of memory. Rates, if not given, are
-shares of what a burst really achieves; objectives, if not given, are multiples
-of medians of the calibration runs, the same for all modes.
+other, which both simulate as contention.Contention. With --cluster=local each
+instance is a process, on cores of its own where there are enough: steps and KV
+are profiled in such processes, and so is what they still share. Rates, if not
+given, are shares of what a burst really achieves; objectives, if not given, are
+multiples of medians of the calibration runs, the same for all modes.
 
 --minutes=25 begins no row later than that, and --resume goes on with a folder
 whose rows are not all there: with its profile, rates and objectives. With
@@ -35,7 +33,6 @@ Exit codes: 0; 2 for bad input; 130 when stopped by Ctrl-C.
 
 import dataclasses
 import math
-import os
 import pathlib
 import statistics
 import time
@@ -319,8 +316,7 @@ def run(options, console):
   rates, cluster = _checked(options), cli.cluster_of(options)
   out = pathlib.Path(options.out)
   out.mkdir(parents=True, exist_ok=True)
-  # One-device instances have no collectives: threads as many as cores.
-  cli.prepare(2, options.compilation_cache, threads=os.cpu_count() or 2)
+  cli.prepare(2, options.compilation_cache)
   loaded = dsjax.load(name, config.dtype, weights=cluster is None)
   others, rows, slo, stopped = machine.Others(), [], None, False
   before = _before(options, out)

@@ -194,6 +194,11 @@ class Placement:
     return sum(plan.num_devices for _, plan in self.instances)
 
   @property
+  def tp(self) -> int:
+    """The most devices that one step runs on."""
+    return max(plan.tp for _, plan in self.instances)
+
+  @property
   def mode(self) -> str:
     """disaggregated, colocated, chunked or flexible; mixed for other
     combinations."""

@@ -217,16 +217,15 @@ def host_times(model: Model, config: EngineConfig, plan: Plan, bare: Cells,
 def transfer_times(source: Any, target: Any,
                    lengths: Sequence[int], rounds: int,
                    tick: Callable[[], object],
-                   config: EngineConfig | None = None) -> list[float]:
+                   ends: Sequence[Cells] = ()) -> list[float]:
   """Median seconds of a migration of each length.
 
-  config: of both; then each is timed as when they serve: the target decodes,
-    and the source begins its next prefill. None: both are idle.
+  ends: Cells of both; then each is timed as when they serve: the target
+    decodes, and the source begins its next prefill. (): both are idle.
   """
   route = source.route_to(target)
   route.warm()
-  cells = typical(config) if config else {}
-  ends = [Cells(end) for end in (source, target)] if config else []
+  cells = typical(source.config)
 
   def timed(n):
     def run():
@@ -387,7 +386,7 @@ class _Profiler:
         cells, buckets_of(self.config),
         max(0.0, statistics.median(host)) if host else 0.0, plan.pp)
 
-  def link(self, plan, source, to):
+  def link(self, plan, bare, to):
     """The latency.Link to a plan; None where noise hides the bandwidth."""
     tick = _ticks(self.report, f'{plan}: to {to}',
                   (self.rounds + 1) * len(self.lengths))
@@ -397,10 +396,12 @@ class _Profiler:
       for end in (source, target):
         for _ in end.warm():
           pass
+      bare = Cells(source)
     else:
+      source = bare.instance
       target = build(self.model, to, 'decode', self.config, self.apart)
     seconds = transfer_times(source, target, self.lengths, self.rounds, tick,
-                             self.config)
+                             (bare, Cells(target)))
     if seconds[-1] <= seconds[0]:
       return None
     return fitting.fit_link(self.lengths, seconds, kv_cache.bytes_per_token(
@@ -477,7 +478,7 @@ def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
       if plan == Plan() and side_by_side and not work.stopped:
         shared = work.contention(bare)
       for to in plans if not work.stopped else ():
-        if link := work.link(plan, source, to):
+        if link := work.link(plan, bare, to):
           links[plan, to] = link
     except KeyboardInterrupt:
       work.stopped = True

@@ -247,7 +247,7 @@ def run(options: Any, console: Console) -> int:
   """Measures and prints; returns the exit code."""
   config = api.load(options.config, [
       f'engine.max_seqs={options.streams}', *options.set])
-  cli.prepare(config.num_devices)
+  cli.prepare(config.num_devices, tp=config.tp)
   model = dsjax.load(config.model, config.engine.dtype)
   server = dsjax.serve(model, config.placements[0], config.engine,
                        keep_events=1)

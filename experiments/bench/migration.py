@@ -156,11 +156,11 @@ class Bench:
 def run(options, console):
   """Measures every pair and prints a line each."""
   say = cli.says(console)
-  cli.prepare(options.devices)
   for pair in options.pairs:
     require(pair.count(':') == 1, '--pairs', pair, 'TPxPP:TPxPP')
   pairs = [Placement.parse('prefill={},decode={}'.format(*pair.split(':')),
                            '--pairs') for pair in options.pairs]
+  cli.prepare(options.devices, tp=max(pair.tp for pair in pairs))
   config = dataclasses.replace(CONFIG, max_len=max(512, options.tokens))
   config = configs.override(config, options.set)
   loaded, results = load(options.model), []

@@ -338,16 +338,17 @@ def says(console: Console) -> Callable[..., None]:
                            soft_wrap=True)
 
 
-def prepare(num_devices: int, cache: str | None = CACHE,
-            threads: int = 32) -> None:
+def prepare(num_devices: int, cache: str | None = CACHE, tp: int = 1) -> None:
   """What JAX must know before it starts.
 
   Args:
     num_devices: CPU devices to make, where there is no accelerator.
     cache: folder of compiled programs, or nothing.
-    threads: of the CPU devices together; many leave room for collectives.
+    tp: most devices of one step. Where they wait for each other in
+      collectives, each needs a thread; else a thread a core is fastest.
   """
-  os.environ.setdefault('NPROC', str(threads))
+  if tp > 1:
+    os.environ.setdefault('NPROC', '32')
   import jax  # takes seconds, and runners that only simulate need none
   with contextlib.suppress(RuntimeError):  # it has started: use what is there
     jax.config.update('jax_num_cpu_devices', num_devices)

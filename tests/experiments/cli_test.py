@@ -545,6 +545,15 @@ def test_a_length_of_time_is_a_number_that_ends(value):
   assert cli.parse({'ttft_s': 1.0}, ['--ttft_s=inf']).ttft_s == math.inf
 
 
+@pytest.mark.parametrize('given, tp, threads', [
+    (None, 1, None), (None, 2, '32'), ('3', 1, '3'), ('3', 2, '3')])
+def test_threads_are_as_many_as_cores_but_for_collectives(given, tp, threads,
+                                                          monkeypatch):
+  monkeypatch.setattr(os, 'environ', {'NPROC': given} if given else {})
+  cli.prepare(2, None, tp)
+  assert os.environ.get('NPROC') == threads
+
+
 def test_compiled_programs_are_found_in_a_copied_folder(tmp_path, monkeypatch):
   changed = {}
   monkeypatch.setattr(jax.config, 'update', changed.__setitem__)
