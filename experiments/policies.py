@@ -86,7 +86,7 @@ VARIANTS = {
     'llumnix': ('llumnix',),
     'dynaserve': ('dynaserve',),
     'ppd': ('ppd:prefills={k}',),
-    'planner': ('planner:prefills={k}',),
+    'planner': ('planner:prefills={k}', 'planner:prefills={k}:by=reactive'),
     'replan': ('replan',),
     'adaptive': ('adaptive',),
 }

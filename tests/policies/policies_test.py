@@ -101,6 +101,7 @@ def test_each_is_tens_of_lines(name):
     ('static:slo=2', 'option=value with options'),
     ('static:prefills', 'must be a number'),
     ('dynamo:by=luck', "'length', 'load' or 'either'"),
+    ('planner:by=luck', "by='luck': must be 'floor' or 'reactive'"),
     ('distserve:x=1', 'without options'), ('+dead', 'must be one of')])
 def test_a_name_that_is_none_is_one_clear_error(text, error):
   with pytest.raises(InputError, match=error):
@@ -296,7 +297,8 @@ def late_flips(run, after_s):
           if isinstance(c, Flip) and after_s < event.time_s < last_s]
 
 
-@pytest.mark.parametrize('name', ('arrow', 'planner', 'replan', 'adaptive'))
+@pytest.mark.parametrize('name', (
+    'arrow', 'planner', 'planner:by=reactive', 'replan', 'adaptive'))
 def test_none_swings_at_a_constant_load(name):
   assert len(late_flips(served(name, 60, requests=900), 7)) <= 1
 
@@ -406,6 +408,16 @@ def test_replanning_follows_a_load_that_steps_up():
                      for run in runs)
   assert late_flips(runs[0], 12)
   assert replanned['high'][1] > kept['high'][2] + 0.1  # beyond the intervals
+
+
+def test_the_planner_reacts_to_misses_where_the_other_role_can_spare_one():
+  """Dynamo: up where every instance of a role misses its objective."""
+  slow = served('planner:by=reactive', 90)
+  flips = [c for event, answer in slow.log if event.time_s > 0
+           for c in answer if isinstance(c, Flip)]
+  assert flips and flips[0].role == 'prefill'
+  assert attainment('planner:by=reactive', 90) > attainment('static', 90) + 0.1
+  assert not late_flips(served('planner:by=reactive', 30), 0)
 
 
 def test_ecoserve_is_no_weaker_than_its_parent():
