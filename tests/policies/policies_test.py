@@ -412,12 +412,12 @@ def test_replanning_follows_a_load_that_steps_up():
 
 def test_the_planner_reacts_to_misses_where_the_other_role_can_spare_one():
   """Dynamo: up where every instance of a role misses its objective."""
-  slow = served('planner:by=reactive', 90)
-  flips = [c for event, answer in slow.log if event.time_s > 0
+  name = 'planner:by=reactive:tick_s=1'
+  flips = [c for event, answer in served(name, 90).log if event.time_s > 0
            for c in answer if isinstance(c, Flip)]
   assert flips and flips[0].role == 'prefill'
-  assert attainment('planner:by=reactive', 90) > attainment('static', 90) + 0.1
-  assert not late_flips(served('planner:by=reactive', 30), 0)
+  assert attainment(name, 90) > attainment('static', 90) + 0.1
+  assert not late_flips(served(name, 30), 0)
 
 
 def test_ecoserve_is_no_weaker_than_its_parent():
