@@ -30,14 +30,13 @@ LEAST, MOST = 200, 800  # requests of it
 GRAIN = 0.05  # of the share that a rollout must beat: so answers are shared
 NOISE = 0.05  # of a rollout's share: a change of roles must win more
 TIE = 0.01  # of a share: choices so near to the best are equal
-CLOSE = 0.9  # of the requests
 
 Roles = tuple[str, ...]
 
 
 class Played(NamedTuple):
   """Of a rollout: the share that attains, and the least factor on both
-  objectives at which CLOSE of them would."""
+  objectives at which half of them would."""
 
   share: float
   scale: float
@@ -115,7 +114,7 @@ def played(policy: Policy, slo: Slo, configs: tuple[InstanceConfig, ...],
   hits = sum([scale <= 1 for scale in scales])
   scales.sort()
   return Played(hits / (len(sent) - first),
-                scales[int(CLOSE * len(scales))] if scales else math.inf)
+                scales[len(scales) // 2] if scales else math.inf)
 
 
 def _always(roles: tuple[tuple[int, str], ...], view: View) -> dict[int, str]:
