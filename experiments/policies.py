@@ -3,6 +3,7 @@
   python -m experiments.policies --out=out/policies
   python -m experiments.policies --workloads=sharegpt --only=static,arrow
   python -m experiments.policies --model=llama-3-70b --plan=4x1 --instances=2
+  python -m experiments.policies --grid --minutes=60
 
 Each cell is a workload and a pair of objectives, on --instances flexible
 instances of one --plan. Objectives follow the model: TTFT is f times the
@@ -10,38 +11,40 @@ prefill of a prompt of the 9th decile and 20 ms, TPOT g times a decode step of
 one row, with (f, g) of OBJECTIVES. A policy with settings is measured with
 each of VARIANTS, and the best one counts; with --orders=deadlines also with
 prompts ordered by deadline, as most of what a policy wins over first come
-first served may be its order. All of them see the same requests.
+first served may be its order. All of them see the same requests. --grid
+measures each of GRID, a model and its instances, into the same files; traces
+are read from --traces, and left out, with a word, where they are not there.
 
 Where the rate shifts (--process=sine:low=5:high=45:period_s=60, step:...) or
 the lengths do (--workloads=shift:60:sharegpt+longbench), the goodput is the
 mean rate at which the target attains over a whole period, after one of warm-up,
-and column phases says what attains in each part of it: no phase is to be
-sacrificed. --real serves one row on this machine's CPU devices instead (see
+and what attains in each part of it is told too (column phases): no phase is to
+be sacrificed. --real serves one row on this machine's CPU devices instead (see
 experiments/common/real_row.py).
 
-It prints a table an objective and writes policies.csv as it goes: model,
-cluster, workload, ttft_s, tpot_s, policy, goodput_per_device, low, high, binds
-(what ended the search, see goodput.Goodput), and policies.png and .pdf. Rows
+It prints a table an objective, in each cell the goodput, what ended its search
+(see goodput.Goodput) and the rates between which it is sure. It writes
+policies.csv as it goes (model, cluster, workload, ttft_s, tpot_s, policy,
+goodput_per_device, low, high, binds and more), and policies.png and .pdf. Rows
 that are there already are kept and not measured again, so a run that was ended
 by --minutes or Ctrl-C goes on. Exit codes: 0; 2 for bad input; 130 by Ctrl-C.
 """
 
-import csv
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import pathlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from matplotlib.figure import Figure
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from dsjax.analysis import metrics
 from dsjax.analysis.record import Record
+from dsjax.config import zoo
 from dsjax.config.checks import require
 from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.placement import candidates, goodput, judging
@@ -49,11 +52,19 @@ from dsjax.placement.api import make_problem
 from dsjax.policies.named import DEADLINES as DEADLINES_END
 from experiments.common import (
   cli,
-  pictures,
   policies,
   provenance,
   real_row,
   terminal,
+)
+from experiments.common.policies_report import (
+  Line,
+  draw,
+  key,
+  read,
+  table,
+  title_of,
+  words,
 )
 from experiments.place import processes
 
@@ -73,10 +84,22 @@ VARIANTS = {
                'taichi:prefills={k}:small=512'),
     'ecoserve': ('ecoserve',),
     'llumnix': ('llumnix',),
-    'planner': ('planner:prefills={k}',),
+    'dynaserve': ('dynaserve',),
+    'ppd': ('ppd:prefills={k}',),
+    'planner': ('planner:prefills={k}', 'planner:prefills={k}:by=reactive'),
     'replan': ('replan',),
     'adaptive': ('adaptive',),
 }
+# (model, latency, plan, instances): of --grid.
+GRID = (('llama-3-8b', 'tables:h100-80g', '1x1', 4),
+        ('llama-3-70b', 'tables:h100-80g', '4x1', 2),
+        ('opt-13b', 'published', '1x1', 4),
+        ('opt-66b', 'published', '4x1', 2))
+# Files of workloads that are no mixtures, in --traces.
+TRACES = {'azure-code': 'azure/AzureLLMInferenceTrace_code.csv',
+          'azure-conv': 'azure/AzureLLMInferenceTrace_conv.csv',
+          'mooncake': 'mooncake/conversation_trace.jsonl'}
+MAX_LEN = 8192  # tokens of context, or the model's where that is less
 PERIODS = 2  # of a load that shifts, the first of which is no part of it
 FIFO, DEADLINES = 'fifo', 'deadlines'
 ORDERED = {('adaptive', DEADLINES)}  # it has this order already
@@ -85,8 +108,11 @@ FLAGS = {
     'latency': 'tables:h100-80g',
     'plan': cli.Flag('1x1', 'TPxPP of each instance.'),
     'instances': cli.Flag(4, 'Flexible instances.', low=2, high=64),
-    'workloads': cli.Flag(['sharegpt', 'humaneval', 'longbench'],
-                          'Names or files, as experiments.place --lengths.'),
+    'grid': cli.Flag(False, 'Of GRID instead of these four.'),
+    'workloads': cli.Flag(['sharegpt', 'humaneval', 'longbench', *TRACES],
+                          'Names or files, as experiments.place --lengths; of '
+                          f'--traces {list(TRACES)}.'),
+    'traces': cli.Flag('../shared/traces', 'Folder of traces.'),
     'process': 'poisson',
     'objectives': cli.Flag(list(OBJECTIVES), f'Of {list(OBJECTIVES)}.'),
     'only': cli.Flag([], f'Policies; of {list(VARIANTS)}, or path.py:name.'),
@@ -106,13 +132,15 @@ FLAGS = {
 
 
 class Cell(NamedTuple):
-  """A line's question. objective: of OBJECTIVES. order: fifo or deadlines."""
+  """A line's question. workload: in tables; lengths: as make_problem takes
+  them. objective: of OBJECTIVES. order: fifo or deadlines."""
 
   model: str
   latency: str
   plan: str
   instances: int
   workload: str
+  lengths: str
   process: str
   objective: str
   policy: str
@@ -121,27 +149,8 @@ class Cell(NamedTuple):
   @property
   def load(self) -> str:
     """The workload's name in tables."""
-    name = pathlib.Path(self.workload).stem
-    return name + ('' if self.process == 'poisson' else f' {self.process}')
-
-
-class Line(NamedTuple):
-  """A line of policies.csv; variant: of the policy, the best. phases: of a
-  load that shifts, what attains in each."""
-
-  model: str
-  cluster: str
-  workload: str
-  ttft_s: float
-  tpot_s: float
-  policy: str
-  goodput_per_device: float
-  low: float
-  high: float
-  binds: str
-  objective: str
-  variant: str
-  phases: str = ''
+    return self.workload + (
+        '' if self.process == 'poisson' else f' {self.process}')
 
 
 class Effort(NamedTuple):
@@ -151,6 +160,10 @@ class Effort(NamedTuple):
   tolerance: float
   target: float
   seed: int
+
+  def __str__(self) -> str:
+    return ' '.join(f'{name}={value:g}'
+                    for name, value in self._asdict().items())
 
 
 def label(cell: Cell) -> str:
@@ -163,11 +176,12 @@ def cluster(cell: Cell) -> str:
 
 
 @functools.lru_cache
-def problem_of(model: str, latency: str, workload: str, process: str,
+def problem_of(model: str, latency: str, lengths: str, process: str,
                effort: Effort) -> candidates.SearchProblem:
   """The SearchProblem of a workload, without objectives."""
   return make_problem(
-      model, Slo(1.0, 1.0), workload, latency, cut=True, max_len=8192,
+      model, Slo(1.0, 1.0), lengths, latency, cut=True,
+      max_len=min(MAX_LEN, zoo.config(model).max_len),
       process=process, seed=effort.seed, requests=effort.requests,
       most_requests=4 * effort.requests, tolerance=effort.tolerance)
 
@@ -197,7 +211,7 @@ def variants(cell: Cell) -> list[str]:
 def measure(effort: Effort, cell: Cell) -> Line:
   """The best of a cell's variants. A pure function: any process may run it."""
   plan = Plan.parse(cell.plan, '--plan')
-  problem = problem_of(cell.model, cell.latency, cell.workload, cell.process,
+  problem = problem_of(cell.model, cell.latency, cell.lengths, cell.process,
                        effort)
   slo = objectives(problem, plan, cell.objective)
   problem = dataclasses.replace(problem, slo=slo)
@@ -232,7 +246,7 @@ def measure(effort: Effort, cell: Cell) -> Line:
               round(best.rate_per_s / devices, 4),
               round(best.low_per_s / devices, 4),
               round(best.high_per_s / devices, 4), best.binds, cell.objective,
-              chosen, phases)
+              chosen, phases, str(effort))
 
 
 def whole_periods(problem: candidates.SearchProblem,
@@ -268,93 +282,38 @@ def _goodput(problem: candidates.SearchProblem, task: judging.Task
           beat_per_s=task.beat_per_s))
 
 
+def workloads(options: Any) -> tuple[dict[str, str], list[str]]:
+  """({workload: its lengths}, the traces that are not there)."""
+  found, absent = {}, []
+  for name in options.workloads:
+    if name not in TRACES:
+      found[pathlib.Path(name).stem] = name
+      continue
+    path = pathlib.Path(options.traces, TRACES[name])
+    if path.exists():
+      found[name] = str(path)
+    else:
+      absent.append(f'{name}: no file {path}')
+  return found, absent
+
+
 def cells(options: Any) -> Iterator[Cell]:
-  """What is asked for, workload by workload."""
-  for workload in options.workloads:
-    for objective in options.objectives:
-      for order in options.orders:
-        for policy in options.only or VARIANTS:
-          if (policy, order) in ORDERED and FIFO in options.orders:
-            continue
-          yield Cell(options.model, options.latency, options.plan,
-                     options.instances, workload, options.process, objective,
-                     policy, order)
+  """What is asked for, objective by objective."""
+  systems = GRID if options.grid else [
+      (options.model, options.latency, options.plan, options.instances)]
+  for objective, system, (workload, lengths), order, policy in (
+      itertools.product(
+          options.objectives, systems, workloads(options)[0].items(),
+          options.orders, options.only or VARIANTS)):
+    if (policy, order) not in ORDERED or FIFO not in options.orders:
+      yield Cell(*system, workload, lengths, options.process, objective,
+                 policy, order)
 
 
-def place_of(cell: Cell) -> tuple[str, ...]:
+def place_of(effort: Effort, cell: Cell) -> tuple[str, ...]:
   """Of a cell, what `key` is of its line."""
-  return (cell.model, cluster(cell), cell.load, cell.objective, label(cell))
-
-
-def key(line: Line) -> tuple[str, ...]:
-  """What tells a line from every other."""
-  return (line.model, line.cluster, line.workload, line.objective, line.policy)
-
-
-def read(path: pathlib.Path) -> list[Line]:
-  """The lines of a policies.csv; none where there is no file."""
-  if not path.exists():
-    return []
-  with path.open(newline='') as file:
-    rows = list(csv.DictReader(file))
-  require(all(set(row) == set(Line._fields) for row in rows), '--out', path,
-          f'a folder whose policies.csv has the columns {Line._fields}')
-  numbers = ('ttft_s', 'tpot_s', 'goodput_per_device', 'low', 'high')
-  return [Line(**{name: float(value) if name in numbers else value
-                  for name, value in row.items()}) for row in rows]
-
-
-def table(lines: Iterable[Line], objective: str) -> Table:
-  """Policies down, workloads across; the best of each column in bold."""
-  lines = [line for line in lines if line.objective == objective]
-  workloads = list(dict.fromkeys(line.workload for line in lines))
-  known = {(line.policy, line.workload): line for line in lines}
-  slos = {line.workload: f'{1e3 * line.ttft_s:.0f}/{1e3 * line.tpot_s:.1f}'
-          for line in lines}
-  out = Table(title=f'{objective}: requests/s a device')
-  out.add_column('policy')
-  for workload in workloads:
-    out.add_column(f'{workload[:12]}\n{slos[workload]} ms', justify='right')
-  best = {w: max(line.goodput_per_device for line in lines
-                 if line.workload == w) for w in workloads}
-  for policy in dict.fromkeys(line.policy for line in lines):
-    row = []
-    for workload in workloads:
-      line = known.get((policy, workload))
-      text = f'{line.goodput_per_device:.3g}' if line else '-'
-      row.append(f'[bold]{text}[/bold]' if line and
-                 line.goodput_per_device >= best[workload] else text)
-    out.add_row(policy, *row)
-  return out
-
-
-def draw(out: pathlib.Path, lines: list[Line]) -> None:
-  """A panel a workload: each policy's goodput over that of the best static
-  split, a marker an objective."""
-  workloads = list(dict.fromkeys(line.workload for line in lines))
-  names = list(dict.fromkeys(line.policy for line in lines))[::-1]
-  figure = Figure(figsize=(2.4 + 2.4 * len(workloads),
-                           1.4 + 0.2 * len(names)), layout='constrained')
-  axes = figure.subplots(1, len(workloads), sharey=True, squeeze=False)
-  for panel, workload in zip(axes[0], workloads, strict=True):
-    for number, objective in enumerate(OBJECTIVES):
-      own = {line.policy: line.goodput_per_device for line in lines
-             if (line.workload, line.objective) == (workload, objective)}
-      base = own.get('static')
-      if base:
-        shown = [name for name in names if name in own]
-        panel.plot([own[name] / base for name in shown],
-                   [names.index(name) for name in shown], label=objective,
-                   fillstyle='none', **pictures.look(number) | {
-                       'linestyle': ''})
-    panel.axvline(1.0, color='0.7', linewidth=0.8)
-    panel.set_title(workload, fontsize=9)
-    panel.set_xlabel('times the best static split', fontsize=8)
-  axes[0][0].set_yticks(range(len(names)), names, fontsize=8)
-  handles, texts = axes[0][0].get_legend_handles_labels()
-  figure.legend(handles, texts, fontsize=8, ncols=3,
-                loc='outside upper right')
-  pictures.save(figure, out / 'policies.png')
+  return (cell.model, cluster(cell), cell.load, cell.objective, label(cell),
+          str(effort))
 
 
 def run(options: Any, console: Any) -> int:
@@ -364,24 +323,54 @@ def run(options: Any, console: Any) -> int:
   for name in options.orders:
     require(name in (FIFO, DEADLINES), '--orders', name,
             f'of {[FIFO, DEADLINES]}')
+  found, absent = workloads(options)
+  for text in absent:
+    console.print(f'{text}: left out', soft_wrap=True, highlight=False)
+  require(found, '--workloads', options.workloads, 'one that is there')
+  asked, told = list(cells(options)), cli.asked(options, FLAGS)
   if options.real:
     return real_row.run(options, console, [
-        variants(cell)[0] for cell in cells(options)
-        if cell.objective == options.objectives[0]],
-                        cli.asked(options, FLAGS))
+        variants(cell)[0] for cell in asked if (cell.objective, cell.workload)
+        == (options.objectives[0], next(iter(found)))],
+                        told, next(iter(found.values())))
   effort = Effort(options.requests, options.tolerance, options.target,
                   options.seed)
-  asked = list(cells(options))
   for cell in asked:
     for text in variants(cell):
       policies.load(text)  # a bad one is said here, once
   out = pathlib.Path(options.out)
   out.mkdir(parents=True, exist_ok=True)
-  path = out / 'policies.csv'
-  lines = read(path)
+  lines = read(out / 'policies.csv')
+  stopped = measure_all(options, console, effort, asked, lines)
+  here = {(cell.model, cluster(cell), str(effort)) for cell in asked}
+  shown = [line for line in lines
+           if (line.model, line.cluster, line.effort) in here]
+  for place in dict.fromkeys(map(title_of, shown)):
+    console.print(table([line for line in shown if title_of(line) == place]))
+  for line in shown:
+    if line.phases:
+      console.print(words(line), soft_wrap=True, highlight=False)
+  provenance.save_json(out / 'policies.json', {'stopped': stopped}, told, [
+      *found.values(), *dict.fromkeys(cell.latency for cell in asked)])
+  if shown:
+    draw(out, shown)
+  if stopped:
+    console.print(f'Stopped by {stopped}: this is what was known.')
+  terminal.written(console, out, 'policies.csv', 'policies.json',
+                   *['policies.png'] * bool(shown))
+  return 130 if stopped == 'Ctrl-C' else 0
+
+
+def measure_all(options: Any, console: Any, effort: Effort, asked: list[Cell],
+                lines: list[Line]) -> str:
+  """Measures those of which there is no Line yet, adds and saves each one.
+
+  Returns:
+    What ended it before its end, or ''.
+  """
   known = set(map(key, lines))
-  todo = [cell for cell in asked if place_of(cell) not in known]
-  end_s, stopped = time.monotonic() + 60 * options.minutes, ''
+  todo = [cell for cell in asked if place_of(effort, cell) not in known]
+  end_s, count = time.monotonic() + 60 * options.minutes, 0
   bar = Progress(TextColumn('{task.description}'), BarColumn(),
                  TextColumn('{task.completed}/{task.total}'),
                  TimeElapsedColumn(), console=console, transient=True)
@@ -392,31 +381,17 @@ def run(options: Any, console: Any) -> int:
       task = bar.add_task('cells', total=len(todo))
       for line in run_map(functools.partial(measure, effort), todo):
         lines.append(line)
-        provenance.save_csv(path, Line._fields, lines)
+        provenance.save_csv(pathlib.Path(options.out, 'policies.csv'),
+                            Line._fields, lines)
         bar.advance(task)
         if not console.is_terminal:
-          console.print(f'{line.workload} {line.objective} {line.policy}: '
-                        f'{line.goodput_per_device:.3g}')
-        if time.monotonic() > end_s and len(lines) < len(known) + len(todo):
-          stopped = '--minutes'
-          break
+          console.print(words(line), soft_wrap=True, highlight=False)
+        count += 1
+        if time.monotonic() > end_s and count < len(todo):
+          return '--minutes'
   except KeyboardInterrupt:
-    stopped = 'Ctrl-C'
-  here = {cluster(cell) for cell in asked}
-  shown = [line for line in lines
-           if line.model == options.model and line.cluster in here]
-  for objective in dict.fromkeys(line.objective for line in shown):
-    console.print(table(shown, objective))
-  provenance.save_json(out / 'policies.json', {'stopped': stopped},
-                       cli.asked(options, FLAGS),
-                       [*options.workloads, options.latency])
-  if shown:
-    draw(out, shown)
-  if stopped:
-    console.print(f'Stopped by {stopped}: this is what was known.')
-  terminal.written(console, out, 'policies.csv', 'policies.json',
-                   *['policies.png'] * bool(shown))
-  return 130 if stopped == 'Ctrl-C' else 0
+    return 'Ctrl-C'
+  return ''
 
 
 if __name__ == '__main__':

@@ -15,16 +15,23 @@ It prints a line a segment and policy: the load (requests/s, tokens of prompt
 and output), the roles at its end, the share that attained both objectives with
 its 95 % interval, and flips. Where nothing shifts, flips after the first minute
 should be none. A segment is a phase of the period that shifts (a quarter of a
-sine), or --segment_s. Virtual time stands still while a policy searches; a
+sine), or --segment_s. Below, a line a policy: what attained of all requests
+that came after --warmup_s, and how much more that is than of the best of the
+others, on the same requests, with its 95 % interval. With --predicted=0.8,1.2
+policies are served once with latencies to predict from that are 20 % too short
+and once 20 % too long. Virtual time stands still while a policy searches; a
 server asks in a process of its own (docs/policies.md). Files in --out:
 replan.csv, replan.json, replan.png and .pdf. Exit codes: 0; 2 for bad input;
 130 by Ctrl-C.
 """
 
 import collections
+import contextlib
+import dataclasses
+import itertools
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
@@ -32,10 +39,11 @@ from rich.console import Console
 from rich.table import Table
 
 from dsjax.analysis import metrics
-from dsjax.config.checks import require
+from dsjax.config.checks import InputError, is_number, require
 from dsjax.config.placement import FIRST_ROLE, Placement, Plan, Slo
 from dsjax.placement.api import build, make_problem
 from dsjax.scheduling.events import Flip
+from dsjax.scheduling.pace import Paced
 from dsjax.simulation import simulator
 from experiments.common import cli, pictures, policies, provenance, terminal
 
@@ -54,6 +62,10 @@ FLAGS = {
     'seconds': cli.Flag(180.0, 'Of the load.', low=1.0),
     'segment_s': cli.Flag(None, 'Seconds of a segment, where nothing shifts; '
                           'by default a sixth of all.', float, low=0.1),
+    'warmup_s': cli.Flag(0.0, 'Requests that come before count in no sum.',
+                         low=0.0),
+    'predicted': cli.Flag(['1'], 'Times what steps take, what policies are '
+                          'told that they take.'),
     'ttft_s': 0.192, 'tpot_s': 0.0224, 'seed': 0,
     'out': None,
 }
@@ -80,12 +92,26 @@ class Segment(NamedTuple):
 
 
 class Served(NamedTuple):
-  """A run: the policy, its segments, its records, (second, Flip) of each."""
+  """A run: the policy, its segments, whether each request that counts
+  attained, by arrival; (second, Flip) of each."""
 
   policy: str
   segments: list[Segment]
-  records: list[Any]
+  hits: list[bool]
   flips: list[tuple[float, Flip]]
+
+  @property
+  def attained(self) -> float:
+    """The share of the requests that count."""
+    return metrics.interval(self.hits)[0]
+
+
+def factor(text: str) -> float:
+  """An item of --predicted."""
+  with contextlib.suppress(ValueError):
+    if is_number(0.01, 100)(value := float(text)):
+      return value
+  raise InputError(f'--predicted={text!r}: must be a number from 0.01 to 100')
 
 
 def spans(options: Any, source: Any) -> list[tuple[float, float, str]]:
@@ -122,8 +148,8 @@ def segments(policy: str, parts: Sequence[tuple[float, float, str]],
   return lines
 
 
-def serve(options: Any, text: str) -> Served:
-  """A run under a policy."""
+def serve(options: Any, text: str, predicted: float = 1.0) -> Served:
+  """A run under a policy; predicted: see --predicted."""
   slo = Slo(options.ttft_s, options.tpot_s)
   plan = Plan.parse(options.plan, '--plan')
   problem = make_problem(
@@ -132,6 +158,10 @@ def serve(options: Any, text: str) -> Served:
       policy=policies.load(text, slo))
   config, latencies, link = build(
       problem, Placement(flexible=[plan] * options.instances))
+  if predicted != 1:
+    config = dataclasses.replace(config, link=link, latencies=tuple([
+        Paced(own, predicted, predicted) for own in latencies]))
+    text += f', {predicted:g} times the latencies'
   source: Any = problem.workload
   n = 64
   while True:  # as many requests as come in these seconds
@@ -145,23 +175,46 @@ def serve(options: Any, text: str) -> Served:
   result = simulator.simulate(config, sent, latencies, link, log=True)
   flips = [(event.time_s, command) for event, commands in result.log or ()
            for command in commands if isinstance(command, Flip)]
+  hits = [metrics.attains(r, slo) for r in metrics.by_arrival(result.records)
+          if r.arrival_s >= options.warmup_s]
   return Served(text, segments(text, spans(options, source), result.records,
-                               flips, slo, options.instances),
-                result.records, flips)
+                               flips, slo, options.instances), hits, flips)
 
 
-def attained(run: Served, options: Any) -> float:
-  """The share of all its requests that attained."""
-  return metrics.attainment(run.records, Slo(options.ttft_s, options.tpot_s)
-                            )[0]
-
-
-def best(options: Any, text: str) -> Served:
+def best(options: Any, text: str, predicted: float = 1.0) -> Served:
   """The run of a policy; of one with {k}, the run that attains most."""
   numbers = range(1, options.instances) if '{k}' in text else (1,)
-  return max((serve(options, text.replace('{k}', str(k)))
-              for k in numbers),
-             key=lambda run: attained(run, options))
+  return max((serve(options, text.replace('{k}', str(k)), predicted)
+              for k in numbers), key=lambda run: run.attained)
+
+
+def summary(served: Served, runs: Sequence[Served]) -> dict[str, Any]:
+  """What replan.json says of a run beside others. ahead: share that it attains
+  more than the best of the others, low, high."""
+  told: dict[str, Any] = {
+      'attained': served.attained,
+      'worst': min(s.attained for s in served.segments),
+      'flips': sum(second > 0 for second, _ in served.flips),
+      'flips_after_a_minute': sum(second > 60 for second, _ in served.flips)}
+  rivals = [run for run in runs if run is not served]
+  if rivals:
+    rival = max(rivals, key=lambda run: run.attained)
+    told |= {'rival': rival.policy,
+             'ahead': metrics.difference(served.hits, rival.hits)}
+  return told
+
+
+def words(served: Served, told: Mapping[str, Any]) -> str:
+  """A summary on a line."""
+  line = (f'{served.policy}: {told["attained"]:.1%} of {len(served.hits)} '
+          f'attained, {told["worst"]:.0%} in the worst segment; '
+          f'{told["flips"]} flips, {told["flips_after_a_minute"]} after the '
+          'first minute')
+  if 'ahead' in told:
+    mean, low, high = (100 * share for share in told['ahead'])
+    line += (f'; {mean:+.1f} points [{low:+.1f}, {high:+.1f}] beside '
+             f'{told["rival"]}')
+  return line
 
 
 def table(runs: Sequence[Served]) -> Table:
@@ -214,30 +267,25 @@ def run(options: Any, console: Console) -> int:
   require(options.policies, '--policies', '', 'at least one')
   for text in options.policies:
     policies.load(text.replace('{k}', '1'))  # a bad one is said before a run
+  asked = list(dict.fromkeys(itertools.product(
+      options.policies, map(factor, options.predicted))))
+  require(options.warmup_s < options.seconds, '--warmup_s', options.warmup_s,
+          f'below --seconds={options.seconds:g}')
   runs, stopped = [], False
   try:
-    for text in options.policies:
+    for text, predicted in asked:
       with console.status(f'serving under {text}'):
-        runs.append(best(options, text))
+        runs.append(best(options, text, predicted))
   except KeyboardInterrupt:
     stopped = True
-    console.print(f'Stopped by Ctrl-C: {len(runs)} of {len(options.policies)} '
-                  'policies.')
+    console.print(f'Stopped by Ctrl-C: {len(runs)} of {len(asked)} policies.')
   if not runs:
     return 130
   console.print(table(runs))
-  told = {}
+  told = {served.policy: summary(served, runs) for served in runs}
   for served in runs:
-    late = sum(second > 60 for second, _ in served.flips)
-    flips = sum(second > 0 for second, _ in served.flips)
-    told[served.policy] = {'attained': attained(served, options),
-                           'worst': min(s.attained for s in served.segments),
-                           'flips': flips, 'flips_after_a_minute': late}
-    console.print(
-        f'{served.policy}: {attained(served, options):.1%} of '
-        f'{len(served.records)} attained, {told[served.policy]["worst"]:.0%} '
-        f'in the worst segment; {flips} flips, {late} after the first minute',
-        soft_wrap=True, highlight=False)
+    console.print(words(served, told[served.policy]), soft_wrap=True,
+                  highlight=False)
   if options.out:
     out = pathlib.Path(options.out)
     lines = [line for served in runs for line in served.segments]

@@ -86,14 +86,47 @@ def interval(hits: Sequence[bool]) -> tuple[float, float, float]:
   half = _Z / (1 + _Z**2 / n) * math.sqrt(
       share * (1 - share) / n + _Z**2 / (4 * n * n))
   low, high = middle - half, middle + half
-  for count, t in _BATCHES.items():
-    if n >= _LEAST_BATCH * count:
-      means = [b.mean() for b in np.array_split(np.asarray(hits, float),
-                                                count)]
-      half = t * float(np.std(means, ddof=1)) / math.sqrt(count)
-      low, high = min(low, share - half), max(high, share + half)
+  for half in _halves(hits):
+    low, high = min(low, share - half), max(high, share + half)
   # Rounding may put a bound past a share of 0 or 1.
   return share, max(0.0, min(low, share)), min(1.0, max(high, share))
+
+
+def _halves(values: Sequence[float]) -> list[float]:
+  """Half a 95 % interval of a mean, by each number of batches."""
+  each = np.asarray(values, float)
+  halves = []
+  for count, t in _BATCHES.items():
+    if len(each) >= _LEAST_BATCH * count:
+      means = [b.mean() for b in np.array_split(each, count)]
+      halves.append(t * float(np.std(means, ddof=1)) / math.sqrt(count))
+  return halves
+
+
+def difference(hits: Sequence[bool], others: Sequence[bool]
+               ) -> tuple[float, float, float]:
+  """95 % interval of what one run attains more than another.
+
+  Args:
+    hits, others: of the same requests, in order of time. What one and the
+      other have in common cancels, so it is narrower than of two shares.
+
+  Returns:
+    (mean of hits - others, low, high), in [-1, 1]; (nan, -1, 1) of none.
+
+  Raises:
+    InputError: not as many.
+  """
+  require(len(hits) == len(others), 'difference', len(others),
+          f'as many as {len(hits)}')
+  if not len(hits):
+    return math.nan, -1.0, 1.0
+  each = np.asarray(hits, float) - np.asarray(others, float)
+  mean = float(each.mean())
+  # As if one more differed: that none did is not sure of the next.
+  spread = (float((each**2).sum()) + 1) / len(each) - mean**2
+  half = max([_Z * math.sqrt(spread / len(each)), *_halves(each)])
+  return mean, max(-1.0, mean - half), min(1.0, mean + half)
 
 
 def attainment(records: Iterable[Record],

@@ -1,21 +1,34 @@
 """Dynamo's SLA planner: as many of each role as the load needs.
 
-The rule of its planner: n = ceil(arrivals a second / what an instance serves
-within its objective at the lengths of late), for each role, one change a tick.
+Its floor: n = ceil(arrivals a second / what an instance serves within its
+objective at the lengths of late), for each role, one change a tick.
 Instances are not started and stopped here, so those left over decode; where
 there are too few, the roles share them in proportion. A change needs
 more than half an instance of difference, so that a constant load never makes
 it swing.
+
+Reactive: an instance more where every one of a role is predicted to miss its
+objective, one fewer where every one would meet it by far with the load of one
+more. As one role's gain is the other's loss here, both must hold at once.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
+from dsjax.config.checks import require
 from dsjax.config.placement import Slo
 from dsjax.policies import static
-from dsjax.policies.predict import home_roles, rows_within
+from dsjax.policies.predict import (
+  decode_s,
+  free_tokens,
+  home_roles,
+  queue_s,
+  rows_within,
+)
 from dsjax.scheduling.policy import InstanceView, Load, Policy, View
 
 SWING = 0.65  # instances: more than the half at which a count is rounded
+BY_FAR = 0.8  # of an objective
 LEAST = 32  # tokens of output of late, before which nothing is known
 
 
@@ -33,8 +46,33 @@ def wanted(instance: InstanceView, load: Load, slo: Slo, count: int) -> float:
   return count * prefill / (prefill + decode)
 
 
-def policy(slo: Slo, prefills: int = 1, tick_s: float = 5.0) -> Policy:
-  """prefills: at the start. tick_s: seconds between two plans."""
+def reactive(view: View, slo: Slo) -> float:
+  """How many more instances should prefill: 1, 0 or -1."""
+  alone_s = view.may_prefill[0].latency.prefill_s(
+      ((0, int(view.load.prompt_len)),))
+
+  def more(instances: Sequence[InstanceView]) -> float:
+    """Times the load of each, were there one fewer."""
+    return len(instances) / max(len(instances) - 1, 0.1)
+
+  entries, decoders = view.prefills, view.decodes
+  late = all([queue_s(i) + alone_s > slo.ttft_s for i in entries])
+  slow = all([decode_s(i) > slo.tpot_s for i in decoders])
+  early = all([more(entries) * queue_s(i) < BY_FAR * (slo.ttft_s - alone_s)
+               for i in entries])
+  extra = more(decoders) - 1
+  fast = all([
+      decode_s(i, int(extra * i.num_rows), int(extra * i.context))
+      < BY_FAR * slo.tpot_s and extra * i.context < free_tokens(i)
+      for i in decoders])
+  return (late and fast) - (slow and early)
+
+
+def policy(slo: Slo, prefills: int = 1, tick_s: float = 5.0,
+           by: str = 'floor') -> Policy:
+  """prefills: at the start. tick_s: seconds between two plans. by: floor or
+  reactive."""
+  require(by in ('floor', 'reactive'), 'by', by, "'floor' or 'reactive'")
   base = static.policy(slo, prefills)
 
   def resize(view: View) -> dict[int, str]:
@@ -44,7 +82,8 @@ def policy(slo: Slo, prefills: int = 1, tick_s: float = 5.0) -> Policy:
     now = sum([i.role == 'prefill' for i in flexible])
     if len(flexible) < 2 or view.load.output_len < LEAST:
       return {}
-    need = wanted(flexible[0], view.load, slo, len(flexible))
+    need = (now + reactive(view, slo) if by == 'reactive' else
+            wanted(flexible[0], view.load, slo, len(flexible)))
     if need > now + SWING and now < len(flexible) - 1:
       return {min([i for i in flexible if i.role != 'prefill'],
                   key=lambda i: i.num_rows).index: 'prefill'}

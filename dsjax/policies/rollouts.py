@@ -8,10 +8,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from dsjax.analysis.metrics import attains
+from dsjax.analysis.metrics import slo_scale
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.latency import Latency, LinkLike
 from dsjax.config.placement import Slo
@@ -28,8 +29,17 @@ LIVES = 5  # that a rollout lasts, each as long as objectives allow one
 LEAST, MOST = 200, 800  # requests of it
 GRAIN = 0.05  # of the share that a rollout must beat: so answers are shared
 NOISE = 0.05  # of a rollout's share: a change of roles must win more
+TIE = 0.01  # of a share: choices so near to the best are equal
 
 Roles = tuple[str, ...]
+
+
+class Played(NamedTuple):
+  """Of a rollout: the share that attains, and the least factor on both
+  objectives at which half of them would."""
+
+  share: float
+  scale: float
 
 
 def rounded(load: Load) -> Load:
@@ -49,6 +59,7 @@ def better(policy: Policy, slo: Slo, view: View,
            ) -> dict[int, str]:
   """The roles of the choice that attains most under the load of late.
 
+  Of those that are equal within TIE, the one that is furthest from missing.
   None change unless it attains more than those of now by NOISE: so nothing
   swings at a constant load. Where those of now attain all but NOISE nothing
   else is played.
@@ -58,46 +69,52 @@ def better(policy: Policy, slo: Slo, view: View,
   """
   if view.load.rate_per_s <= 0 or view.load.output_len <= 1:
     return {}  # nothing is known
-  share = functools.partial(
-      attained, policy, slo, tuple([dataclasses.replace(
+  play = functools.partial(
+      played, policy, slo, tuple([dataclasses.replace(
           i.config, host_pages=0) for i in instances]),
       tuple([settled(i.latency) for i in instances]), view.link,
       rounded(view.load))
   now = tuple([i.role for i in instances])
-  beat = share(now, 0.0) + NOISE
-  if beat >= 1:
+  least = play(now, 0.0).share + NOISE
+  if least >= 1:
     return {}
-  best: Roles | None = None
+  found: dict[Roles, Played] = {}
   for roles in choices:
-    if roles == now:
-      continue
-    attains_more = share(roles, math.floor(beat / GRAIN) * GRAIN)
-    if attains_more > beat:
-      best, beat = roles, attains_more
-  return {} if best is None else {
-      i.index: role for i, role in zip(instances, best, strict=True)}
+    most = max([least, *[each.share - TIE for each in found.values()]])
+    if roles != now:
+      each = play(roles, math.floor(most / GRAIN) * GRAIN)
+      if each.share > most:
+        found[roles] = each
+  most = max([each.share - TIE for each in found.values()], default=1.0)
+  best = min([roles for roles in found if found[roles].share >= most],
+             key=lambda roles: found[roles].scale, default=now)
+  return {i.index: role for i, role in zip(instances, best, strict=True)
+          if role != i.role}
 
 
 @functools.lru_cache(maxsize=4096)
-def attained(policy: Policy, slo: Slo, configs: tuple[InstanceConfig, ...],
-             latencies: tuple[Latency, ...], link: LinkLike, load: Load,
-             roles: Roles, least: float) -> float:
-  """The share that attains with these roles, at LOADED times the load; or
-  that of those that ended before it was clear that it is below `least`."""
+def played(policy: Policy, slo: Slo, configs: tuple[InstanceConfig, ...],
+           latencies: tuple[Latency, ...], link: LinkLike, load: Load,
+           roles: Roles, least: float) -> Played:
+  """What comes of these roles, at LOADED times the load; or of those that
+  ended before it was clear that a smaller share than `least` attains."""
   sent = requests_like(load, slo)
   fixed = dataclasses.replace(policy, tick_s=ONCE_S, resize=functools.partial(
       _always, tuple(enumerate(roles))))
   longest = max(len(r.prompt) + (r.sampling.max_tokens or 0) for r in sent)
   config = Config(configs, longest, depth=1, policy=fixed)
   first = len(sent) // 5  # before it the system fills
-  misses_left, hits = (1 - least) * (len(sent) - first), 0
+  misses_left, scales = (1 - least) * (len(sent) - first), []
   for record in simulator.stream(config, sent, latencies, link):
     if record.id >= first:
-      hit = attains(record, slo)
-      hits, misses_left = hits + hit, misses_left - (not hit)
+      scales.append(slo_scale(record, slo))
+      misses_left -= scales[-1] > 1
     if misses_left < 0:
       break
-  return hits / (len(sent) - first)
+  hits = sum([scale <= 1 for scale in scales])
+  scales.sort()
+  return Played(hits / (len(sent) - first),
+                scales[len(scales) // 2] if scales else math.inf)
 
 
 def _always(roles: tuple[tuple[int, str], ...], view: View) -> dict[int, str]:

@@ -51,10 +51,10 @@ class Row(NamedTuple):
   goodput_per_device: float
 
 
-def requests_of(options: Any, model: Model) -> list[Request]:
-  """The requests of the first workload, in the model's vocabulary, each cut to
-  half its context a side."""
-  source = workload.source(options.workloads[0], options.seed, options.process)
+def requests_of(options: Any, model: Model, lengths: str) -> list[Request]:
+  """Requests of these lengths, in the model's vocabulary, each cut to half its
+  context a side."""
+  source = workload.source(lengths, options.seed, options.process)
   if options.rate is None:
     require(workload.wave_of(options.process), '--rate', None,
             'requests a second, with --real')
@@ -109,16 +109,17 @@ def table(rows: list[Row]) -> Table:
 
 
 def run(options: Any, console: Console, texts: list[str],
-        asked: Mapping[str, Any]) -> int:
-  """Serves, shows and writes; texts: a policy each."""
+        asked: Mapping[str, Any], lengths: str) -> int:
+  """Serves, shows and writes; texts: a policy each. lengths: of requests, as
+  workload.source takes them."""
   cli.prepare(options.instances)
   model = dsjax.load(options.model)
-  requests, rows, known = requests_of(options, model), [], {}
+  requests, rows, known = requests_of(options, model, lengths), [], {}
   for text in texts:
     rows.append(serve(options, model, text, requests, known))
   console.print(table(rows))
   out = pathlib.Path(options.out)
-  provenance.save_lines(out, 'real', Row, rows, asked, options.workloads[:1],
+  provenance.save_lines(out, 'real', Row, rows, asked, [lengths],
                         key='rows')
   terminal.written(console, out, 'real.csv', 'real.json')
   return 0 if all(row.equal for row in rows) else 1

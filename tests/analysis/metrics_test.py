@@ -369,6 +369,43 @@ def test_interval_of_sure_success_is_not_a_point():
   assert high == 1 and low == pytest.approx(0.9905, abs=1e-4)
 
 
+def test_difference_of_runs_on_the_same_requests():
+  rng = np.random.default_rng(0)
+  easy = rng.random(2000) < 0.8  # both attain these
+  ours, theirs = easy | (rng.random(2000) < 0.3), easy
+  mean, low, high = metrics.difference(ours, theirs)
+  assert mean == pytest.approx(ours.mean() - theirs.mean())
+  assert 0.03 < low < mean < high < 0.09
+  apart = [metrics.interval(hits) for hits in (ours, theirs)]
+  assert high - low < min(each[2] - each[1] for each in apart)
+  back = metrics.difference(theirs, ours)
+  assert back == pytest.approx((-mean, -high, -low))
+
+
+def test_difference_is_wider_where_it_comes_together():
+  apart = [i % 10 == 0 for i in range(1000)]
+  together = [i < 100 for i in range(1000)]
+  none = [False] * 1000
+  (_, *narrow), (_, *wide) = (metrics.difference(hits, none)
+                              for hits in (apart, together))
+  assert wide[0] < 0 < narrow[0] and wide[1] > narrow[1]
+
+
+def test_equal_runs_do_not_differ_by_much():
+  hits = [i % 7 > 0 for i in range(3000)]
+  mean, low, high = metrics.difference(hits, hits)
+  assert mean == 0 and -0.002 < low < 0 < high < 0.002
+
+
+def test_difference_of_none_and_of_unequal_numbers():
+  mean, low, high = metrics.difference([], [])
+  assert np.isnan(mean) and (low, high) == (-1.0, 1.0)
+  mean, low, high = metrics.difference([True], [False])
+  assert mean == high == 1 and low < 0
+  with pytest.raises(InputError, match='difference=1: must be as many as 2'):
+    metrics.difference([True, True], [True])
+
+
 def test_percentiles():
   assert metrics.percentiles(range(101)) == (50, 90, 99)
   assert metrics.percentiles([1.0, 2.0], (50,)) == (1.5,)

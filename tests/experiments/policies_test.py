@@ -9,6 +9,7 @@ from rich.console import Console
 
 import dsjax
 from dsjax.config.checks import InputError
+from dsjax.policies.named import NAMES
 from dsjax.runtime.engine import Engine
 from experiments import policies
 from experiments.common import cli
@@ -47,11 +48,56 @@ def test_lines_table_and_pictures_and_a_run_that_goes_on(tmp_path):
   assert lines(tmp_path)[:2] == first and len(lines(tmp_path)) == 3
 
 
+def test_lines_of_another_seed_are_others(tmp_path):
+  for seed, count in ((0, 1), (1, 2), (0, 2)):
+    code, _ = run(tmp_path, only=['colocated'], seed=seed)
+    assert code == 0 and len(lines(tmp_path)) == count
+  assert [line['effort'][-6:] for line in lines(tmp_path)] == ['seed=0',
+                                                               'seed=1']
+
+
+def test_traces_are_found_in_their_folder_or_left_out(tmp_path):
+  code, text = run(tmp_path, workloads=['sharegpt', 'azure-conv'],
+                   only=['colocated'], traces=str(tmp_path / 'none'))
+  assert code == 0 and 'azure-conv: no file' in text and 'left out' in text
+  assert [line['workload'] for line in lines(tmp_path)] == ['sharegpt']
+  path = tmp_path / 'traces' / policies.TRACES['azure-conv']
+  path.parent.mkdir(parents=True)
+  path.write_text('TIMESTAMP,ContextTokens,GeneratedTokens\n' + ''.join(
+      f'2023-11-16 18:15:{i:02}.0,{100 + i},{20 + i}\n' for i in range(30)))
+  code, text = run(tmp_path, workloads=['azure-conv'], only=['colocated'],
+                   traces=str(tmp_path / 'traces'))
+  assert code == 0 and 'left out' not in text
+  assert [line['workload'] for line in lines(tmp_path)] == ['sharegpt',
+                                                            'azure-conv']
+  with pytest.raises(InputError, match='--workloads'):
+    run(tmp_path, workloads=['azure-conv'], traces=str(tmp_path / 'none'))
+
+
+def test_the_grid_has_every_model(tmp_path, monkeypatch):
+  monkeypatch.setattr(policies, 'GRID', (
+      ('llama-3-8b', 'tables:h100-80g', '1x1', 2),
+      ('opt-13b', 'published', '1x1', 2)))
+  code, text = run(tmp_path, grid=True)
+  assert code == 0 and 'opt-13b, 2 x 1x1 published, balanced' in ' '.join(
+      text.split())
+  check_written(text, tmp_path)
+  assert [(line['model'], line['policy']) for line in lines(tmp_path)] == [
+      (model, policy) for model in ('llama-3-8b', 'opt-13b')
+      for policy in ('static', 'colocated')]
+  assert all(float(line['goodput_per_device']) > 0 for line in lines(tmp_path))
+
+
+def test_every_shipped_policy_is_measured():
+  assert set(policies.VARIANTS) == set(NAMES)
+
+
 def test_a_load_that_shifts_is_judged_over_whole_periods(tmp_path):
   code, text = run(tmp_path, process='sine:low=1:high=9:period_s=4',
                    only=['static'])
   assert code == 0 and 'sine' in text
   line, = lines(tmp_path)
+  assert line['phases'] in ' '.join(text.split())
   assert line['workload'] == 'sharegpt sine:low=1:high=9:period_s=4'
   assert float(line['goodput_per_device']) > 0
   names = [part.rpartition(' ')[0] for part in line['phases'].split(', ')]
@@ -93,7 +139,8 @@ def test_minutes_end_it_and_what_was_known_is_kept(tmp_path):
 
 def test_the_best_variant_counts():
   cell = policies.Cell('llama-3-8b', 'tables:h100-80g', '1x1', 3, 'sharegpt',
-                       'poisson', 'balanced', 'static', 'deadlines')
+                       'sharegpt', 'poisson', 'balanced', 'static',
+                       'deadlines')
   assert policies.variants(cell) == ['static:prefills=1+deadlines',
                                      'static:prefills=2+deadlines']
 

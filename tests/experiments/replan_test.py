@@ -44,6 +44,34 @@ def test_a_line_a_segment_and_policy(tmp_path):
   assert 'in the worst segment; 0 flips, 0 after the first minute' in text
 
 
+def test_each_is_compared_with_the_best_other_on_the_same_requests(tmp_path):
+  code, text = run(tmp_path, policies=['colocated', 'static:prefills=1',
+                                       'chunked'], warmup_s=2.0)
+  told = json.loads((tmp_path / 'replan.json').read_text())['policies']
+  assert code == 0 and set(told) == {'colocated', 'static:prefills=1',
+                                     'chunked'}
+  best, second, _ = sorted(told, key=lambda name: -told[name]['attained'])
+  assert told[best]['rival'] == second
+  assert {told[name]['rival'] for name in told if name != best} == {best}
+  for own in told.values():
+    mean, low, high = own['ahead']
+    assert low <= mean <= high
+    assert mean == pytest.approx(
+        own['attained'] - told[own['rival']]['attained'])
+  lines = ' '.join(text.split())
+  sent = len(replan.serve(cli.options(replan.FLAGS, **TINY), 'colocated').hits)
+  assert 'points [' in lines and f'of {sent} attained' not in lines
+
+
+def test_policies_may_be_told_wrong_latencies(tmp_path):
+  """Where steps were 50 times as long, no first token would be on time."""
+  code, text = run(tmp_path, policies=['mooncake'], predicted=['1', '50'])
+  told = json.loads((tmp_path / 'replan.json').read_text())['policies']
+  assert code == 0 and told['mooncake']['attained'] > 0.5
+  assert told['mooncake, 50 times the latencies']['attained'] == 0
+  assert 'beside mooncake' in text
+
+
 def test_segments_where_nothing_shifts_and_where_lengths_do():
   even = cli.options(replan.FLAGS, seconds=12.0, segment_s=5.0)
 
@@ -71,6 +99,9 @@ def test_flips_are_counted_but_those_of_the_start():
     (dict(policies=['static:prefills={q}']), 'prefills'),
     (dict(policies=['static:prefills={k}{']), 'prefills'),
     (dict(policies=[]), '--policies'),
+    (dict(predicted=['0']), "--predicted='0': must be a number from 0.01"),
+    (dict(predicted=['1', 'x']), "--predicted='x'"),
+    (dict(warmup_s=6.0), '--warmup_s=6.0: must be below --seconds=6'),
     (dict(lengths='shift:1e-9:sharegpt+longbench'), 'lengths=.*0.1 s')])
 def test_bad_input_names_the_flag(tmp_path, options, error):
   with pytest.raises(InputError, match=error):

@@ -101,6 +101,7 @@ def test_each_is_tens_of_lines(name):
     ('static:slo=2', 'option=value with options'),
     ('static:prefills', 'must be a number'),
     ('dynamo:by=luck', "'length', 'load' or 'either'"),
+    ('planner:by=luck', "by='luck': must be 'floor' or 'reactive'"),
     ('distserve:x=1', 'without options'), ('+dead', 'must be one of')])
 def test_a_name_that_is_none_is_one_clear_error(text, error):
   with pytest.raises(InputError, match=error):
@@ -296,12 +297,26 @@ def late_flips(run, after_s):
           if isinstance(c, Flip) and after_s < event.time_s < last_s]
 
 
-@pytest.mark.parametrize('name', ('arrow', 'planner', 'replan', 'adaptive'))
+@pytest.mark.parametrize('name', (
+    'arrow', 'planner', 'planner:by=reactive', 'replan', 'adaptive'))
 def test_none_swings_at_a_constant_load(name):
   assert len(late_flips(served(name, 60, requests=900), 7)) <= 1
 
 
 INSTANCE = InstanceConfig('chunked', 500, 16, 4, 2048, 16)
+
+
+def choice(monkeypatch, known):
+  """What two that mix become where rollouts tell {roles: (share, scale)}, and
+  what was played."""
+  played = []
+  monkeypatch.setattr(rollouts, 'played', lambda *args: (
+      played.append(args[-2]), rollouts.Played(*known[args[-2]]))[1])
+  instances = [types.SimpleNamespace(
+      index=index, role='chunked', config=INSTANCE, latency=Paced(STEP))
+      for index in (0, 1)]
+  view = types.SimpleNamespace(load=Load(9.0, 100.0, 300.0, 50.0), link=LINK)
+  return rollouts.better(DISTSERVE, SLO, view, instances, list(known)), played
 
 
 @pytest.mark.parametrize('now, other, flips', [
@@ -310,48 +325,64 @@ INSTANCE = InstanceConfig('chunked', 500, 16, 4, 2048, 16)
 def test_roles_change_for_what_attains_clearly_more(now, other, flips,
                                                     monkeypatch):
   """By more than the noise of a rollout; and none is played in vain."""
-  shares = {('chunked',) * 2: now, ('prefill', 'decode'): other}
-  played = []
-  monkeypatch.setattr(rollouts, 'attained', lambda *args: (
-      played.append(args[-2]), shares[args[-2]])[1])
-  instances = [types.SimpleNamespace(
-      index=index, role='chunked', config=INSTANCE, latency=Paced(STEP))
-      for index in (0, 1)]
-  view = types.SimpleNamespace(load=Load(9.0, 100.0, 300.0, 50.0), link=LINK)
-  answer = rollouts.better(DISTSERVE, SLO, view, instances, list(shares))
+  answer, played = choice(monkeypatch, {
+      ('chunked',) * 2: (now, .9), ('prefill', 'decode'): (other, .9)})
   assert answer == ({0: 'prefill', 1: 'decode'} if flips else {})
   assert (len(played) == 1) == (now > 1 - rollouts.NOISE)
+
+
+@pytest.mark.parametrize('reverse', [False, True])
+@pytest.mark.parametrize('split, mixing, chosen', [
+    ((.9, .8), (.9, .9), 'decode'), ((.9, .9), (.9, .8), 'chunked'),
+    ((.895, .8), (.9, .9), 'decode'), ((.88, .8), (.9, .9), 'chunked'),
+    ((.9, .8), (.905, .9), 'decode')])
+def test_of_equal_choices_the_one_furthest_from_missing_is_taken(
+    split, mixing, chosen, reverse, monkeypatch):
+  """Wherever it is in the list."""
+  known = [(('prefill', 'decode'), split), (('prefill', 'chunked'), mixing)]
+  answer, _ = choice(monkeypatch, {
+      ('chunked',) * 2: (.5, 2.0),
+      **dict(known[::-1] if reverse else known)})
+  assert answer == {0: 'prefill'} | (
+      {1: 'decode'} if chosen == 'decode' else {})
 
 
 LENGTHS = Load(8.0, 300.0, 900.0, 100.0)
 
 
-def share(roles, least, load=LENGTHS):
-  """Of a rollout of the static split on two instances."""
+def played(roles, least, load=LENGTHS):
+  """A rollout of the static split on two instances."""
   config = dataclasses.replace(INSTANCE, role='flexible', num_pages=4000,
                                max_seqs=64)
-  return rollouts.attained(DISTSERVE, SLO, (config,) * 2, (STEP,) * 2, LINK,
-                           load, roles, least)
+  return rollouts.played(DISTSERVE, SLO, (config,) * 2, (STEP,) * 2, LINK,
+                         load, roles, least)
 
 
 def test_a_rollout_ends_once_it_cannot_win(monkeypatch):
   """And tells the same as one that is played to its end, where it can."""
-  played = []
+  seen = []
 
   def stream(*args):
     for record in simulator.stream(*args):
-      played.append(record)
+      seen.append(record)
       yield record
 
   monkeypatch.setattr(rollouts, 'simulator', types.SimpleNamespace(
       stream=stream))
   roles = ('prefill', 'decode')
-  rollouts.attained.cache_clear()
-  whole, count = share(roles, 0.0), len(played)
-  assert 0.1 < whole < 0.9
-  assert share(roles, whole - 0.01) == whole and len(played) == 2 * count
-  assert share(roles, whole + 0.05) < whole + 0.05
-  assert len(played) < 3 * count - 10
+  rollouts.played.cache_clear()
+  whole, count = played(roles, 0.0), len(seen)
+  assert 0.1 < whole.share < 0.9
+  assert played(roles, whole.share - 0.01) == whole and len(seen) == 2 * count
+  assert played(roles, whole.share + 0.05).share < whole.share + 0.05
+  assert len(seen) < 3 * count - 10
+
+
+def test_a_rollout_tells_how_near_its_requests_came():
+  """At twice the load the same roles come nearer to missing."""
+  light, heavy = (played(('prefill', 'decode'), 0.0, LENGTHS._replace(
+      rate_per_s=rate)) for rate in (1.0, 4.0))
+  assert light.share == 1 and light.scale < min(1.0, heavy.scale)
 
 
 def test_arrow_fills_a_decode_instance_up_to_its_places():
@@ -377,6 +408,16 @@ def test_replanning_follows_a_load_that_steps_up():
                      for run in runs)
   assert late_flips(runs[0], 12)
   assert replanned['high'][1] > kept['high'][2] + 0.1  # beyond the intervals
+
+
+def test_the_planner_reacts_to_misses_where_the_other_role_can_spare_one():
+  """Dynamo: up where every instance of a role misses its objective."""
+  name = 'planner:by=reactive:tick_s=1'
+  flips = [c for event, answer in served(name, 90).log if event.time_s > 0
+           for c in answer if isinstance(c, Flip)]
+  assert flips and flips[0].role == 'prefill'
+  assert attainment(name, 90) > attainment('static', 90) + 0.1
+  assert not late_flips(served(name, 30), 0)
 
 
 def test_ecoserve_is_no_weaker_than_its_parent():
