@@ -128,12 +128,12 @@ class Dense:
   """The rival's loop; the cache is exactly as long as it needs to be."""
 
   def __init__(self, loaded, params, batch):
-    c = loaded.config
-    self.step = jax.jit(functools.partial(dense_forward, c),
+    config = loaded.config
+    self.step = jax.jit(functools.partial(dense_forward, config),
                         donate_argnums=(1, 2))
-    shape = (batch, c.num_kv_heads, PROMPT + STEPS + 1, c.head_dim)
+    shape = (batch, config.num_kv_heads, PROMPT + STEPS + 1, config.head_dim)
     self.params = params
-    self.kv = [tuple(jnp.zeros(shape) for _ in range(c.num_layers))
+    self.kv = [tuple(jnp.zeros(shape) for _ in range(config.num_layers))
                for _ in range(2)]
     self.prompt = jnp.ones((batch, PROMPT), jnp.int32)
     self.zero = jnp.zeros(batch, jnp.int32)
@@ -231,9 +231,9 @@ def timed_tokens(server, count, tokens):
   start = time.perf_counter()
   server.run(requests)
   took = time.perf_counter() - start
-  found = [list(server.output(request.id).tokens) for request in requests]
+  answers = [list(server.output(request.id).tokens) for request in requests]
   server.requests.clear()
-  return took, found
+  return took, answers
 
 
 def serve_all(server, count, tokens):
@@ -315,8 +315,8 @@ def bench_peers(loaded, instance, results, rounds, say):
       add(results, say, f'(f) 8 x (256 + 64), {mode}', 'generated tokens/s',
           rates[mode], {name: rates[name] for name in rates
                         if name not in servers})
-    for name, found in (told | tokens).items():
-      same = np.equal(found, told['colocated']).mean()
+    for name, answers in (told | tokens).items():
+      same = np.equal(answers, told['colocated']).mean()
       say(f'    {same:.0%} of the tokens of {name} are those of colocated')
 
 
@@ -329,9 +329,9 @@ def beside(rounds, mine, rivals, request):
   tokens = {}
 
   def ask(rival):
-    seconds, found = rival.ask(*request)
-    if found:
-      tokens[rival.name] = found
+    seconds, answers = rival.ask(*request)
+    if answers:
+      tokens[rival.name] = answers
     return seconds
 
   everyone = [*mine, *((r.name, functools.partial(ask, r)) for r in rivals)]
