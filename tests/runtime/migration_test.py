@@ -132,10 +132,10 @@ def engine(plan, first, seed, limits=LIMITS, role='decode'):
   return made, values
 
 
-def contents(one):
+def contents(inst):
   """(k, v) as [2, L, places, P, C, H], float32."""
   parts = [[], []]
-  for stage in one.stages:
+  for stage in inst.stages:
     scales = (stage.cache.k_scale_KPC, stage.cache.v_scale_KPC)
     for part, arrays, scale in zip(parts, (
         stage.cache.k_KPCH, stage.cache.v_KPCH), scales, strict=True):
@@ -338,14 +338,14 @@ def test_two_hand_offs_in_flight_do_not_mix():
 # --- checksums ---------------------------------------------------------------
 
 
-def checksum(one, ids, num_tokens):
-  sums = one.checksum(one.gather(ids), np.int32(0), np.int32(num_tokens))
+def checksum(inst, ids, num_tokens):
+  sums = inst.checksum(inst.gather(ids), np.int32(0), np.int32(num_tokens))
   return sum(int(s) for s in sums) % 2**32
 
 
-def fill(one, values, size):
+def fill(inst, values, size):
   """Puts tokens [L, 2, K, T, H] into pages 0, 1, ... of an Engine."""
-  held = np.maximum(one.where[0].kv_heads, 0)
+  held = np.maximum(inst.where[0].kv_heads, 0)
 
   def put(part, layer, like):
     x = np.asarray(like).copy()
@@ -353,7 +353,7 @@ def fill(one, values, size):
       x[:, t // size, t % size] = values[layer, part][held, t]
     return jax.device_put(x, like.sharding)
 
-  for stage, span in zip(one.stages, one.where[1], strict=True):
+  for stage, span in zip(inst.stages, inst.where[1], strict=True):
     parts = stage.cache.k_KPCH, stage.cache.v_KPCH
     stage.cache = kv.Cache(*(
         tuple(map(put, [i] * len(part), range(*span), part))
@@ -367,13 +367,13 @@ def test_a_checksum_knows_no_layout_and_sees_every_change():
   for plan, size in (((1, 1), 4), ((3, 1), 4), ((4, 1), 8), ((2, 2), 4),
                      ((1, 3), 2)):
     limits = dataclasses.replace(LIMITS, page_size=size, num_pages=16)
-    one, _ = engine(plan, 0, 1, limits)
+    inst, _ = engine(plan, 0, 1, limits)
     other, _ = engine((1, 1), 7, 1, limits)
-    fill(one, values, size)
+    fill(inst, values, size)
     fill(other, values, size)
     ids = tuple(range(-(-14 // size)))
-    sums |= {checksum(one, ids, 14), checksum(other, ids, 14)}
-    changed.add(checksum(one, ids, 13))
+    sums |= {checksum(inst, ids, 14), checksum(other, ids, 14)}
+    changed.add(checksum(inst, ids, 13))
   assert len(sums) == len(changed) == 1 and sums != changed
 
 

@@ -69,9 +69,9 @@ def main(full):
       assert reads and max(reads) <= 2 * config.max_seqs, reads
       scheduler.check(server.state)
       assert scheduler.idle(server.state)
-      for inst, one in zip(server.state.instances, server.engines,
-                           strict=True):
-        assert prefix_cache.num_free(inst.pool) == one.capacity.num_pages
+      for inst, engine in zip(server.state.instances, server.engines,
+                              strict=True):
+        assert prefix_cache.num_free(inst.pool) == engine.capacity.num_pages
       return [server.output(i).tokens for i in range(len(work))], server
 
   def plain(kv_heads):

@@ -247,6 +247,6 @@ def test_the_meshes_are_those_asked_for():
     found = [[d.id for d in e.shapes.mesh.devices.flat]
              for e in server.engines]
     assert found == [[4, 5], [1]]
-    for one in server.engines:
-      for x in jax.tree.leaves(one.last.cache):
-        assert x.sharding == sharding.kv(one.shapes.mesh)
+    for engine in server.engines:
+      for x in jax.tree.leaves(engine.last.cache):
+        assert x.sharding == sharding.kv(engine.shapes.mesh)
