@@ -401,7 +401,7 @@ def searched(fewer):
   return hops, probed, total
 
 
-@pytest.mark.deep
+@pytest.mark.slow
 def test_every_hop_is_taken():
   hops, _, _ = searched(lambda name: (
       0 if ', host' in name and '1 ' in name or name in (

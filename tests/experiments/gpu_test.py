@@ -362,7 +362,7 @@ def begin(out, only=()):
   return told, parts
 
 
-@pytest.mark.deep
+@pytest.mark.slow
 def test_all_parts_run_on_a_cpu_and_eight_files_come_back(tmp_path):
   out = tmp_path / 'out'
   _, parts = begin(out)

@@ -226,7 +226,7 @@ def test_a_live_engine_from_cells_to_files(tmp_path, monkeypatch):
   assert profiles.load(path) == more
 
 
-@pytest.mark.deep
+@pytest.mark.slow
 @pytest.mark.usefixtures('no_hang')
 def test_processes_are_timed_as_they_serve():
   """Steps of one with its own cores, KV over the border; nothing is left."""

@@ -54,7 +54,7 @@ def test_nothing_is_lost_in_three_seconds_of_faults(tmp_path):
     assert (tmp_path / name).stat().st_size > 0
 
 
-@pytest.mark.deep
+@pytest.mark.slow
 @pytest.mark.usefixtures('_by_work')
 def test_nothing_is_lost_with_cache_streams_host_memory_and_fetches(tmp_path):
   console = Console(record=True, width=120)
@@ -67,7 +67,7 @@ def test_nothing_is_lost_with_cache_streams_host_memory_and_fetches(tmp_path):
   assert all(result['copies'].values()), result['copies']
 
 
-@pytest.mark.deep
+@pytest.mark.slow
 @pytest.mark.usefixtures('_by_work')
 def test_nothing_is_lost_where_processes_die(tmp_path):
   console = Console(record=True, width=120)

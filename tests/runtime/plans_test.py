@@ -1,6 +1,6 @@
 """Any plan to any plan: tokens, checksums, host reads, pages.
 
-  python -m tests.runtime.plans_test          # the sample of `make test-deep`
+  python -m tests.runtime.plans_test          # the sample of `.ci/run`
   python -m tests.runtime.plans_test --full   # all pairs of 15 plans: minutes
 
 It needs 48 CPU devices, so it runs in a process of its own.
@@ -21,7 +21,7 @@ SAMPLE = (((1, 3), (4, 1), 2), ((2, 1), (3, 2), 8), ((3, 2), (8, 1), 2),
           ((4, 1), (1, 3), 8), ((8, 1), (2, 2), 2))
 
 
-@pytest.mark.deep
+@pytest.mark.slow
 def test_a_sample_of_plans():
   env = dict(os.environ, NPROC='64')  # 0.10 can deadlock with few threads
   done = subprocess.run(

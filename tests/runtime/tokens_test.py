@@ -121,7 +121,7 @@ def goldens(*names):
     return [g for g in json.load(file) if g['name'] in names]
 
 
-@pytest.mark.deep
+@pytest.mark.slow
 def test_smollm2_gives_the_goldens_over_two_meshes():
   model = checkpoint.load('smollm2-135m-instruct')
   config = EngineConfig(max_len=64, max_seqs=1, prefill_tokens=16,
