@@ -358,6 +358,7 @@ for page, blocks in json.load(sys.stdin).items():
 '''
 
 
+@pytest.mark.slow
 def test_every_block_runs():
   """On the tiny model and small shapes, a page's blocks after each other."""
   pages = {page: blocks(read(page)) for page in PAGES}

@@ -31,3 +31,9 @@ def deep(*values):
   """Each as a parameter that is deep: what others of a list stand for."""
   return [pytest.param(*(value if isinstance(value, tuple) else (value,)),
                        marks=pytest.mark.deep) for value in values]
+
+
+def one_in(every, values):
+  """The parameters of a list that only samples something, as thinned."""
+  return [deep(value)[0] if number % every else value
+          for number, value in enumerate(values)]

@@ -185,6 +185,7 @@ def test_plans():
       measure.parse_plans(bad)
 
 
+@pytest.mark.slow  # examples/placement_from_measurements.py profiles too
 def test_a_live_engine_from_cells_to_files(tmp_path, monkeypatch):
   monkeypatch.setattr(profiling, 'BESIDE_S', 0.01)
   loaded = dsjax.load('tiny')

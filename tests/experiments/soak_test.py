@@ -134,6 +134,7 @@ def test_tokens_are_equal_through_sixty_flips(tmp_path):
   assert live['hand_offs'] > 5 and live['longest_pause_s'] > 0
 
 
+@pytest.mark.slow
 def test_wrong_tokens_under_flips_are_seen(tmp_path, monkeypatch):
   """What is handed off are other pages than the row's."""
   def start(self, command, checksum=False, real=Route.start):

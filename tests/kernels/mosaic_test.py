@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dsjax import kernels
 from dsjax.kernels import decode_attention, mosaic, paged, tiles
 from tests.common import gpu
+from tests.common.samples import deep
 from tests.kernels import kernels_test
 from tests.kernels.kernels_test import Case, check_decode, check_prefill
 
@@ -48,14 +49,16 @@ PREFILL = [
 
 
 @pytest.mark.native
-@pytest.mark.parametrize('case, lens', DECODE, ids=range(len(DECODE)))
+@pytest.mark.parametrize('case, lens', [*DECODE[:-1], *deep(DECODE[-1])],
+                         ids=range(len(DECODE)))
 def test_decode_equals_the_reference(case, lens):
   with gpu.racing():
     check_decode(case, lens, **RUN)
 
 
 @pytest.mark.native
-@pytest.mark.parametrize('case, packing', PREFILL, ids=range(len(PREFILL)))
+@pytest.mark.parametrize('case, packing', [*PREFILL[:-1], *deep(PREFILL[-1])],
+                         ids=range(len(PREFILL)))
 def test_prefill_equals_the_reference(case, packing):
   with gpu.racing():
     check_prefill(case, packing, **RUN)
@@ -123,6 +126,7 @@ def test_a_mutant_is_caught(old, new, case, says, monkeypatch):
 
 
 @pytest.mark.native
+@pytest.mark.deep
 @pytest.mark.parametrize('case', [TILES, NARROW, SPLIT, PAIR, BLOCKS],
                          ids=range(5))
 def test_what_mutants_are_made_of_is_right(case):
