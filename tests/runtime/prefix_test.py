@@ -94,7 +94,7 @@ def tiny_params(count):
   return Sampling(max_tokens=count)
 
 
-@pytest.mark.parametrize('mode', ['2p2d', 'chunked', '2flexible'])
+@pytest.mark.parametrize('mode', ['2p2d', '2flexible', *deep('chunked')])
 def test_tokens_are_equal_with_what_is_kept_evicted_and_preempted(mode):
   stem = tiny.prompt(14, 3)
   work = [((*stem[:n], *prompt[:20]), params) for n, (prompt, params) in zip(
