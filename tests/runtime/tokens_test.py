@@ -25,7 +25,7 @@ from dsjax.runtime import migration
 from dsjax.runtime.orchestrator import serve
 from dsjax.scheduling.events import Migrate
 from tests.common import tiny
-from tests.common.samples import one_in, thinned
+from tests.common.samples import deep, one_in, thinned
 from tests.common.serving import (
   CONFIG,
   EACH_MODE,
@@ -56,7 +56,8 @@ MATRIX = (('1p1d', PAGES_4), ('1p1d', PAGES_16), ('2p2d', PAGES_4),
           ('chunked', PAGES_4), ('chunked', PAGES_16))
 ALL_MODES, SOME_MODES = (pytest.mark.parametrize(
     'mode, config', rows, ids=lambda v: v if isinstance(v, str) else
-    f'pages of {v.page_size}') for rows in (MATRIX, one_in(2, MATRIX)))
+    f'pages of {v.page_size}') for rows in ((*MATRIX[:3], *MATRIX[4::2], *deep(*MATRIX[3::2])),
+                   one_in(2, MATRIX)))
 
 
 @ALL_MODES
@@ -141,7 +142,8 @@ def test_smollm2_gives_the_goldens_over_two_meshes():
 # --- no implicit transfer ----------------------------------
 
 # What others of EVERY have too, each in another mode.
-REPEATED = ('flexible_pp2', 'tp2_tp2', 'colocated_pp2')
+REPEATED = ('flexible_pp2', 'tp2_tp2', 'colocated_pp2', '2p2d', 'tp2_tp1',
+            '2flexible')
 EVERY = pytest.mark.parametrize('mode', [
     pytest.param(m, marks=[pytest.mark.deep] * (m in REPEATED))
     for m in MODES if m not in ('2colocated', '2chunked')])
