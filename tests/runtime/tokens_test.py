@@ -143,7 +143,7 @@ def test_smollm2_gives_the_goldens_over_two_meshes():
 
 # What others of EVERY have too, each in another mode.
 REPEATED = ('flexible_pp2', 'tp2_tp2', 'colocated_pp2', '2p2d', 'tp2_tp1',
-            '2flexible')
+            'tp1_tp2', 'chunked_pp2', '2flexible')
 EVERY = pytest.mark.parametrize('mode', [
     pytest.param(m, marks=[pytest.mark.deep] * (m in REPEATED))
     for m in MODES if m not in ('2colocated', '2chunked')])

@@ -16,6 +16,7 @@ from dsjax.scheduling.events import Load, Migrate, Preempt
 from dsjax.scheduling.policy import DISTSERVE, Fetch
 from dsjax.simulation import latency, simulator
 from dsjax.workload import sessions
+from tests.common.samples import thinned
 
 STEP = latency.Affine((0.005, 1e-4, 1e-9), (0.008, 1e-6, 1e-5))
 LINK = latency.Link(1e-4, 1e9, 1e3)
@@ -133,12 +134,11 @@ def test_unbounded_it_finds_all_that_is_shared():
           == shared_tokens(work))
 
 
-@pytest.mark.parametrize('roles', [
+@thinned('roles, pages', 2, [
     ('colocated',), ('chunked',) * 2, ('prefill', 'decode'),
-    ('prefill',) * 2 + ('decode',) * 2], ids=str)
-@pytest.mark.parametrize('num_pages, host_pages', [
-    (600, 0), (4000, 0), (600, 500)])
-def test_leaping_finds_the_same(roles, num_pages, host_pages):
+    ('prefill',) * 2 + ('decode',) * 2], [(600, 0), (4000, 0), (600, 500)])
+def test_leaping_finds_the_same(roles, pages):
+  num_pages, host_pages = pages
   work = conversations(20 if host_pages else 12)
   asked = config(*roles, num_pages=num_pages, host_pages=host_pages)
   leapt = simulator.simulate(asked, work, STEP, LINK)

@@ -340,7 +340,7 @@ def double(server, index):
 
 
 @pytest.mark.parametrize('stage', [pytest.param(
-    stage, marks=[pytest.mark.slow] * (stage not in ('target', 'decoding')))
+    stage, marks=[pytest.mark.slow] * (stage != 'target'))
     for stage in AT])
 def test_nobody_loses_by_a_process_that_is_killed(pair, stage):
   ids = [pair.submit(prompt, **params) for prompt, params in WORK]
@@ -359,8 +359,8 @@ def test_nobody_loses_by_a_process_that_is_killed(pair, stage):
 
 
 @pytest.mark.parametrize('harm, index', [
-    (stop, 0), (lose, 1), *(pytest.param(*harm, marks=pytest.mark.slow)
-                            for harm in ((cut, 1), (garble, 0), (double, 0)))])
+    (stop, 0), *(pytest.param(*harm, marks=pytest.mark.slow) for harm in (
+        (cut, 1), (garble, 0), (lose, 1), (double, 0)))])
 def test_what_hangs_or_is_cut_off_is_lost(pair, harm, index, monkeypatch):
   ids = [pair.submit(prompt, **params) for prompt, params in WORK]
   until(lambda: any(type(event) is Migrated for event, _ in pair.log), pair)
@@ -640,7 +640,8 @@ if sys.argv[1] == 'raise':
 """
 
 
-@pytest.mark.parametrize('end', ['SIGKILL', 'SIGINT', 'raise'])
+@pytest.mark.parametrize('end', ['SIGKILL', 'SIGINT', pytest.param(
+    'raise', marks=pytest.mark.slow)])
 def test_instances_end_with_their_server(end):
   """However it ends; one that is not closed too."""
   script = subprocess.Popen(
