@@ -334,8 +334,8 @@ def test_every_address_of_the_repository_is_that_of_the_project():
   project = tomllib.loads(read('pyproject.toml'))['project']
   for page in (*PAGES, *(path.relative_to(ROOT) for path in
                          ROOT.glob('experiments/colabs/*.ipynb'))):
-    for found in re.findall(r'https://github\.com/[\w.-]+/dsjax', read(page)):
-      assert found == project['urls']['Repository'], page
+    for address in re.findall(r'https://github\.com/[\w.-]+/dsjax', read(page)):
+      assert address == project['urls']['Repository'], page
 
 
 def test_the_readme_is_short():
@@ -358,6 +358,7 @@ for page, blocks in json.load(sys.stdin).items():
 '''
 
 
+@pytest.mark.slow
 def test_every_block_runs():
   """On the tiny model and small shapes, a page's blocks after each other."""
   pages = {page: blocks(read(page)) for page in PAGES}

@@ -43,8 +43,8 @@ def test_a_role_of_ones_own_serves(placement):
   with dsjax.serve(serving.MODEL, placement, engine, devices=jax.devices()[:2],
                    make_engine=FakeEngine) as server:
     # It prefills in pieces, as every instance that mixes does.
-    assert [one.prefill_tokens for one in server.scheduler_config.instances
-            ] == [48, 16]
+    assert [instance.prefill_tokens for instance in
+            server.scheduler_config.instances] == [48, 16]
     outputs = serving.play(server, serving.MIXED)
   serving.check_tokens(serving.MIXED, outputs, serving.expected_of_fakes)
 

@@ -101,24 +101,25 @@ def stage_steps(config, meshes, role, stage, num_pages):
         dtype='bfloat16', max_seqs=size if role == 'decode' else 64,
         prefill_tokens=size if role == 'prefill' else 2048)
     limits = asked.instance(role, len(meshes))
-    s = steps.stage_shapes(model, meshes, role, asked, limits)[stage]
-    (fn, args), = steps.abstract_steps(s, limits)
-    yield Step(f'{role} {size}{of}', s.mesh, fn, args, args[1],
-               len(range(*s.span)))
+    shapes = steps.stage_shapes(model, meshes, role, asked, limits)[stage]
+    (fn, args), = steps.abstract_steps(shapes, limits)
+    yield Step(f'{role} {size}{of}', shapes.mesh, fn, args, args[1],
+               len(range(*shapes.span)))
     if model is config:
-      largest, cache = s, args[1]
-  s, layers = largest, len(range(*largest.span))
+      largest, cache = shapes, args[1]
+  shapes, layers = largest, len(range(*largest.span))
   ids = jax.ShapeDtypeStruct((PAGES,), 'int32')
   if role == 'prefill':
     for name, to in ((f'pack {PAGES}', (None, None)),
-                     ('pack to int8', (2 * s.page_size, 'int8'))):
-      yield Step(name + of, s.mesh, steps.make_step(s, 'gather', to),
+                     ('pack to int8', (2 * shapes.page_size, 'int8'))):
+      yield Step(name + of, shapes.mesh, steps.make_step(shapes, 'gather', to),
                  (cache, ids), layers=layers)
     return
   pages = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
       (x.shape[0], PAGES, *x.shape[2:]), x.dtype, sharding=x.sharding), cache)
-  yield Step(f'unpack {PAGES}{of}', s.mesh, steps.make_step(s, 'scatter'),
-             (cache, ids, pages), cache, layers)
+  yield Step(f'unpack {PAGES}{of}', shapes.mesh,
+             steps.make_step(shapes, 'scatter'), (cache, ids, pages), cache,
+             layers)
 
 
 def pieces(source, target):

@@ -70,12 +70,12 @@ class LlamaCpp:
     memory = self.api.llama_get_memory(self.contexts[batch])
     for b, prompt in enumerate(prompts):
       self.api.llama_memory_seq_rm(memory, b, len(prompt), -1)
-    found = [tokens or [1] * batch]
+    answers = [tokens or [1] * batch]
     for step in range(steps):
-      found.append(self._run(batch, [
+      answers.append(self._run(batch, [
           (token, len(prompts[b]) + step, b, True)
-          for b, token in enumerate(found[-1])]))
-    return found
+          for b, token in enumerate(answers[-1])]))
+    return answers
 
   def serve(self, batch, prompts, steps):
     return self.decode(batch, prompts, steps - 1, self.prefill(batch, prompts))
@@ -106,12 +106,12 @@ class Transformers:
     extra = cache.get_seq_length() - len(prompts[0])
     if extra:
       cache.crop(-extra)
-    found = [token]
+    answers = [token]
     with self.torch.inference_mode():
       for _ in range(steps):
-        out = self.model(found[-1], past_key_values=cache, use_cache=True)
-        found.append(out.logits[:, -1:].argmax(-1))
-    return [token.flatten().tolist() for token in found]
+        out = self.model(answers[-1], past_key_values=cache, use_cache=True)
+        answers.append(out.logits[:, -1:].argmax(-1))
+    return [token.flatten().tolist() for token in answers]
 
   def serve(self, batch, prompts, steps):
     self.prefill(batch, prompts)
@@ -169,12 +169,12 @@ def main(name, folder, batches):
   for line in sys.stdin:
     what, batch, prompts, *steps = json.loads(line)
     start = time.perf_counter()
-    found = getattr(peer, what)(batch, prompts, *steps)
+    answers = getattr(peer, what)(batch, prompts, *steps)
     seconds = time.perf_counter() - start
     if what == 'decode':
       seconds -= 2 * getattr(peer, 'first_s', 0)  # vLLM's: see there
     tell(seconds=seconds, tokens=[list(row) for row in zip(
-        *found, strict=True)] if what == 'serve' else None)
+        *answers, strict=True)] if what == 'serve' else None)
 
 
 if __name__ == '__main__':

@@ -48,27 +48,27 @@ def save_gguf(source, target):
 
 def save_folder(loaded, folder):
   """Writes a Llama as a Hugging Face folder, float32."""
-  c, tensors = loaded.config, {}
-  for layer in (None, *range(c.num_layers)):
+  config, tensors = loaded.config, {}
+  for layer in (None, *range(config.num_layers)):
     held = loaded.params if layer is None else loaded.params['layers'][layer]
     for leaf, array in held.items():
       if leaf != 'layers':
         flat = np.asarray(array)
         if flat.ndim > 2:  # of heads
-          flat = flat.reshape(*((c.d_model, -1) if leaf == 'o_DNH' else
-                                (-1, c.d_model)))
+          flat = flat.reshape(*((config.d_model, -1) if leaf == 'o_DNH' else
+                                (-1, config.d_model)))
         name = llama.TENSORS[leaf].format(l=layer)
         tensors[f'model.{name}'] = np.ascontiguousarray(flat)
   save_file(tensors, folder / 'model.safetensors', {'format': 'pt'})
   (folder / 'config.json').write_text(json.dumps(dict(
       architectures=['LlamaForCausalLM'], model_type='llama',
-      hidden_size=c.d_model, intermediate_size=c.d_ff,
-      num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads,
-      num_key_value_heads=c.num_kv_heads, head_dim=c.head_dim,
-      vocab_size=c.vocab_size, max_position_embeddings=c.max_len,
-      rms_norm_eps=c.norm_eps, rope_theta=c.rope_base, hidden_act='silu',
-      tie_word_embeddings=c.tied, dtype='float32', bos_token_id=1,
-      eos_token_id=2)))
+      hidden_size=config.d_model, intermediate_size=config.d_ff,
+      num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
+      num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim,
+      vocab_size=config.vocab_size, max_position_embeddings=config.max_len,
+      rms_norm_eps=config.norm_eps, rope_theta=config.rope_base,
+      hidden_act='silu', tie_word_embeddings=config.tied, dtype='float32',
+      bos_token_id=1, eos_token_id=2)))
 
 
 class Peer:

@@ -88,18 +88,18 @@ def times_us():
   busy = {name: Busy(kept) for name, kept in CASES.items()}
   quiet, taking = ({name: [] for name in CASES} for _ in range(2))
   for _ in range(TIMED):
-    for name, one in busy.items():
-      before = one.row_pages()
-      while (took_s := one.next()) is None:
+    for name, each in busy.items():
+      before = each.row_pages()
+      while (took_s := each.next()) is None:
         pass
-      pages = one.row_pages() - before
+      pages = each.row_pages() - before
       if not pages:
         quiet[name].append(took_s)
       elif pages > RUNNING // 2:
         taking[name].append(took_s / pages)
-  for one in busy.values():
-    assert len(one.state.instances[0].queue) == WAITING
-    scheduler.check(one.state)
+  for each in busy.values():
+    assert len(each.state.instances[0].queue) == WAITING
+    scheduler.check(each.state)
   return {name: {case: 1e6 * np.array(seconds)
                  for case, seconds in cases.items()}
           for name, cases in (('step', quiet), ('page taken', taking))}

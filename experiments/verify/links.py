@@ -276,27 +276,27 @@ class LinkedRules(Rules):
         for inst in start.state.instances]))
 
   def moves(self, w: World) -> list[tuple[tuple, int]]:
-    found = [(move, cost) for move, cost in super().moves(w)
-             if move[0] in SAME]
+    possible = [(move, cost) for move, cost in super().moves(w)
+                if move[0] in SAME]
     for i, (inst, link) in enumerate(zip(w.state.instances, w.links,
                                          strict=True)):
       if inst.status not in ('up', 'draining'):
         continue
-      found += [((kind, i), 0) for kind, may in (
+      possible += [((kind, i), 0) for kind, may in (
           ('hear', link.down), ('run', link.todo), ('hears', link.up),
           ('noticed', link.spoiled or link.dead and not link.up)) if may]
-      found += [(('come', i, *hand_off(c)), 0) for c in link.pulls
-                if hand_off(c) in w.links[c.source].ready]
+      possible += [(('come', i, *hand_off(c)), 0) for c in link.pulls
+                   if hand_off(c) in w.links[c.source].ready]
       if w.faults:
-        found += [(('breaks', i, *hand_off(c)), 1) for c in link.pulls]
-        found += [((kind, i), 1) for kind in ('crash', 'die')
-                  if not link.dead]
-        found += [((kind, i, way), 1) for way in WAYS for kind, least in (
+        possible += [(('breaks', i, *hand_off(c)), 1) for c in link.pulls]
+        possible += [((kind, i), 1) for kind in ('crash', 'die')
+                     if not link.dead]
+        possible += [((kind, i, way), 1) for way in WAYS for kind, least in (
             ('lost', 1), ('doubled', 1), ('passed', 2))
-                  if len(getattr(link, way)) >= least and not link.spoiled]
+                     if len(getattr(link, way)) >= least and not link.spoiled]
     if w.faults:
-      found += [(('lease', c.id), 1) for c, *_ in w.copies]
-    return found
+      possible += [(('lease', c.id), 1) for c, *_ in w.copies]
+    return possible
 
   def key(self, w: World) -> int:
     live = {hand_off(c) for c, *_ in w.copies}

@@ -70,13 +70,13 @@ class Moving:
     self.numbers = [inst.number - 1 for inst in before.instances]
     for _, commands in self.log:
       self.issued = []
-      for c in commands:
-        if isinstance(c, RunPrefill | RunDecode):
-          self.numbers[c.instance] = c.number
-        doubt = _DOUBTS.get(type(c))
+      for command in commands:
+        if isinstance(command, RunPrefill | RunDecode):
+          self.numbers[command.instance] = command.number
+        doubt = _DOUBTS.get(type(command))
         if doubt:
-          getattr(self, doubt)(c, after)
-        self.issue(c)
+          getattr(self, doubt)(command, after)
+        self.issue(command)
     for id in self.stopped:
       need(self.fates[id], 'request {} goes on after its end', id)
     for i, inst in enumerate(after.instances):
@@ -339,21 +339,21 @@ class Moving:
     self.arrive(second)
 
   def run(self, i):
-    c = self.w.state.instances[i].inflight[0][0]
-    self.ran(i, c, self.steps(i, c, c.steps))
+    command = self.w.state.instances[i].inflight[0][0]
+    self.ran(i, command, self.steps(i, command, command.steps))
 
-  def ran(self, i, c, ended):
+  def ran(self, i, command, ended):
     """A command is done."""
+    told, blocks = (self.time_s, i, command.number), self.generated(command)
     self.events.append(
-        DecodeDone(self.time_s, i, c.number, (self.time_s,) * c.steps, ended,
-                   blocks=self.generated(c)) if isinstance(c, RunDecode) else
-        PrefillDone(self.time_s, i, c.number, tuple([id for id, _ in ended]),
-                    blocks=self.generated(c)))
+        DecodeDone(*told, (self.time_s,) * command.steps, ended, blocks=blocks)
+        if isinstance(command, RunDecode) else
+        PrefillDone(*told, tuple([id for id, _ in ended]), blocks=blocks))
 
-  def generated(self, c):
+  def generated(self, command):
     """(id, blocks) of what those that end with a command have generated."""
     blocks = []
-    for id in [part.id for part in c.chunks + c.rows]:
+    for id in [part.id for part in command.chunks + command.rows]:
       prompt, most, eos, _ = self.rules.requests[id]
       more = self.rules.blocks(id, prompt, prompt + self.out[id] - 1)
       if more and self.out[id] == (eos or most) != self.w.out[id]:
@@ -416,11 +416,12 @@ class Moving:
     self.failed(id, part, 'checksum')
 
   def offloaded(self, i, number, failed=False):
-    n, = [n for n, (c, _) in enumerate(self.offloads)
-          if (c.instance, c.number) == (i, number)]
-    c, got = self.offloads.pop(n)
-    self.host = self.host | {(i, slot): None if failed else page
-                             for slot, page in zip(c.slots, got, strict=True)}
+    n, = [n for n, (command, _) in enumerate(self.offloads)
+          if (command.instance, command.number) == (i, number)]
+    command, got = self.offloads.pop(n)
+    self.host = self.host | {
+        (i, slot): None if failed else page
+        for slot, page in zip(command.slots, got, strict=True)}
     self.events.append(Offloaded(self.time_s, i, number, failed))
 
   def offload_failed(self, i, number):
@@ -431,34 +432,34 @@ class Moving:
     return self.loads.pop(n)
 
   def loaded(self, id):
-    c = self.loading(id)
-    size, kv = self.rules.config.instances[c.instance].page_size, self.pages_of(
-        c.instance)
-    first = c.hit // size
-    for n, (slot, page) in enumerate(zip(c.slots, c.pages, strict=True)):
-      got, name = self.host.get((c.instance, slot)), self.rules.page_of(
+    load = self.loading(id)
+    size = self.rules.config.instances[load.instance].page_size
+    kv, first = self.pages_of(load.instance), load.hit // size
+    for n, (slot, page) in enumerate(zip(load.slots, load.pages, strict=True)):
+      got, name = self.host.get((load.instance, slot)), self.rules.page_of(
           id, first + n, size)
-      least = min(size, c.hit + c.num_tokens - (first + n) * size)
+      least = min(size, load.hit + load.num_tokens - (first + n) * size)
       need(got and got[:2] == name and got[2] >= least,
-           '{}: loads {} for {}', c, got, name)
+           '{}: loads {} for {}', load, got, name)
       kv[page] = got
-    self.events.append(Loaded(self.time_s, id, c.epoch))
+    self.events.append(Loaded(self.time_s, id, load.epoch))
 
   def load_failed(self, id):
-    c = self.loading(id)
-    self.events.append(LoadFailed(self.time_s, id, c.epoch))
+    load = self.loading(id)
+    self.events.append(LoadFailed(self.time_s, id, load.epoch))
 
   def bad_load(self, id):
     """It is there, and its checksum does not fit."""
-    c = self.loading(id)
-    kv = self.pages_of(c.instance)
-    for page in c.pages:
+    load = self.loading(id)
+    kv = self.pages_of(load.instance)
+    for page in load.pages:
       kv[page] = DAMAGED
     read = {(other.instance, slot) for other in self.loads
             for slot in other.slots}
-    self.host = self.host | {(c.instance, slot): DAMAGED for slot in c.slots
-                             if (c.instance, slot) not in read}
-    self.events.append(LoadFailed(self.time_s, id, c.epoch, 'checksum'))
+    self.host = self.host | {
+        (load.instance, slot): DAMAGED for slot in load.slots
+        if (load.instance, slot) not in read}
+    self.events.append(LoadFailed(self.time_s, id, load.epoch, 'checksum'))
 
   def lease(self, id, part=-1):
     c, *_ = self.copies[self.copy(id, part)]

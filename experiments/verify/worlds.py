@@ -90,51 +90,52 @@ class Rules:
 
   def moves(self, w: World) -> list[tuple[Move, int]]:
     """(move, faults that it costs) of everything that may happen next."""
-    found, faults = [], w.faults
+    possible, faults = [], w.faults
     if None in w.fates:
       id = w.fates.index(None)
-      found.append((('arrive', id), 0))
+      possible.append((('arrive', id), 0))
       if id + 1 < len(w.fates):
-        found.append((('burst', id, id + 1), 0))
+        possible.append((('burst', id, id + 1), 0))
     for i, inst in enumerate(w.state.instances):
       if inst.inflight:
-        found.append((('run', i), 0))
+        possible.append((('run', i), 0))
       if inst.status == 'down':
-        found.append((('up', i), 0))
+        possible.append((('up', i), 0))
         if faults:
-          found.append((('gone', i), 1))
+          possible.append((('gone', i), 1))
       elif faults and inst.status == 'gone':
-        found.append((('up', i), 1))
+        possible.append((('up', i), 1))
       elif faults:
         steps = inst.inflight[0][0].steps if inst.inflight else 1
-        found += [(('crash', i, n), 1) for n in range(steps)]
-        found.append((('gone', i), 1))
-        found.append((('drain' if inst.status == 'up' else 'up', i), 1))
+        possible += [(('crash', i, n), 1) for n in range(steps)]
+        possible.append((('gone', i), 1))
+        possible.append((('drain' if inst.status == 'up' else 'up', i), 1))
     for c, lost, number in w.copies:
       which = (c.id, c.hit) if c.more else (c.id,)
       if lost:
-        found.append((('lease', *which), 0))
+        possible.append((('lease', *which), 0))
         continue
       read = not behind(w, c, number)
       last = c.more or all([p.id != c.id or p is c for p, *_ in w.copies])
       if read and last:
-        found.append((('copied', *which), 0))
+        possible.append((('copied', *which), 0))
       if faults:
         kinds = ('failed', 'damaged', 'lease', 'lose')[:4 if read else 1]
-        found += [((kind, *which), 1) for kind in kinds]
+        possible += [((kind, *which), 1) for kind in kinds]
     for c, _ in w.offloads:
-      found.append((('offloaded', c.instance, c.number), 0))
+      possible.append((('offloaded', c.instance, c.number), 0))
       if faults:
-        found.append((('offload_failed', c.instance, c.number), 1))
+        possible.append((('offload_failed', c.instance, c.number), 1))
     for c in w.loads:
-      found.append((('loaded', c.id), 0))
+      possible.append((('loaded', c.id), 0))
       if faults:
-        found += [((kind, c.id), 1) for kind in ('load_failed', 'bad_load')]
+        possible += [((kind, c.id), 1) for kind in ('load_failed', 'bad_load')]
     if faults:
-      found += [(('cancel', id), 1) for id, f in enumerate(w.fates) if f == '']
+      possible += [(('cancel', id), 1)
+                   for id, fate in enumerate(w.fates) if fate == '']
       if self.config.policy.tick_s is not None:
-        found.append((('tick',), 1))
-    return found
+        possible.append((('tick',), 1))
+    return possible
 
   def apply(self, w: World, move: Move, cost: int) -> tuple[World, Log]:
     """(the world after a move, [(event, commands)] of it). Raises Violation.
@@ -346,7 +347,7 @@ class Rules:
   def _stale(self, w, turn):
     """(event, stage of its request or status of its instance)s: late ones,
     those that are told twice."""
-    now, found, count = w.state, [], len(w.fates)
+    now, stale, count = w.state, [], len(w.fates)
     for n in range(min(count, PROBED)):  # of many requests some, in turn
       id = (turn * PROBED + n) % count if count > PROBED else n
       fate, seq = w.fates[id], now.seqs.get(id)
@@ -356,18 +357,18 @@ class Rules:
         stage, epoch = seq.stage, seq.epoch - (
             seq.stage in COPIED or bool(seq.target_pages))
       kind = HAND_OFF[(turn + id) % len(HAND_OFF)]
-      found.append((kind(NO_CLOCK, id, epoch), stage))
+      stale.append((kind(NO_CLOCK, id, epoch), stage))
       if fate != '' and stage in ('absent', 'over', 'abandoned'):
-        found.append((Cancelled(NO_CLOCK, id), stage))
+        stale.append((Cancelled(NO_CLOCK, id), stage))
     for i, inst in enumerate(now.instances):
       number = inst.inflight[0][0].number if inst.inflight else inst.number
       if number:
         kind = (PrefillDone, DecodeDone)[(turn + i) % 2]
-        found.append((kind(NO_CLOCK, i, number - 1), inst.status))
+        stale.append((kind(NO_CLOCK, i, number - 1), inst.status))
       again = {'up': InstanceUp, 'draining': Drain,
                'down': InstanceDown, 'gone': Drain}[inst.status]
-      found.append((again(NO_CLOCK, i), inst.status))
-    return found
+      stale.append((again(NO_CLOCK, i), inst.status))
+    return stale
 
   def _wrong(self, w, turn):
     """(event, stage or status): what cannot have happened."""

@@ -223,10 +223,10 @@ def test_what_did_not_end_by_itself_has_its_own_causes():
   log = [(Arrived(0.0, 0, 8, 1), (Reject(0, 'too long'),)),
          (Arrived(0.0, 1, 8, 1), ())]
   fold = attribution.of_log(log)
-  found = attribution.attribute(fold.records, fold.parts(), Slo(1, 1))
-  assert found.causes['rejected'] == found.causes['failed'] == 1
-  assert sum(found.causes.values()) == len(found.misses) == 2
-  assert 'see their reasons' in found.advice
+  told = attribution.attribute(fold.records, fold.parts(), Slo(1, 1))
+  assert told.causes['rejected'] == told.causes['failed'] == 1
+  assert sum(told.causes.values()) == len(told.misses) == 2
+  assert 'see their reasons' in told.advice
 
 
 # --- simulated runs whose bottleneck is known --------------------------------
@@ -281,11 +281,11 @@ APART_ROLES = ('prefill', 'decode')
     ('interference', dict(roles=('chunked',), late=SLOW_PREFILL, n=20,
                           gap_s=0.2, out=20, slo=Slo(1, 0.013)))))
 def test_a_known_bottleneck_gets_the_advice(cause, arguments):
-  found = run(**arguments)
-  assert len(found.misses) >= 3
-  assert max(found.fixes, key=found.fixes.get) == cause, found
-  assert max(found.causes, key=found.causes.get) == cause, found
-  assert found.advice.startswith(attribution._CHANGE[cause][0])
+  told = run(**arguments)
+  assert len(told.misses) >= 3
+  assert max(told.fixes, key=told.fixes.get) == cause, told
+  assert max(told.causes, key=told.causes.get) == cause, told
+  assert told.advice.startswith(attribution._CHANGE[cause][0])
 
 
 def test_no_misses():

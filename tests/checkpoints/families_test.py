@@ -28,6 +28,8 @@ from dsjax.runtime import orchestrator
 
 FOLDERS = pathlib.Path(__file__).parents[1] / 'goldens' / 'families'
 NAMES = sorted(path.name for path in FOLDERS.iterdir())
+# All that they have another has too, or another test compares their logits.
+ALIKE = ('gemma', 'llama_yarn', 'mixtral', 'olmo2', 'phi3', 'qwen2', 'qwen3')
 B, C, T, SIZE = 2, 4, 40, 24  # sequences, page, tokens a slot, packed axis
 FIRST, OTHER = 11, 9  # tokens of the first chunk, of the other sequence
 ATOL = 5e-5
@@ -129,7 +131,9 @@ admit = jax.jit(sampling.admit)
 
 
 @pytest.mark.native
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=[pytest.mark.deep] * (name in ALIKE))
+    for name in NAMES])
 def test_a_family_gives_the_logits_of_transformers(name):
   config, params, tokens, logits_TV, prompt_len = load(name)
   run = Run(config, params, tokens, prompt_len)

@@ -394,8 +394,8 @@ def family(arch):
 @pytest.mark.parametrize('arch', sorted(FAMILIES))
 def test_other_families_are_read(path, arch):
   config, params, keys, tensors = family(arch)
-  found, loaded = checkpoint.load_gguf(save(path, keys, tensors))
-  assert found == config
+  read, loaded = checkpoint.load_gguf(save(path, keys, tensors))
+  assert read == config
   for (name, want), (other, got) in zip(leaves(params), leaves(loaded),
                                         strict=True):
     assert name == other
@@ -431,17 +431,17 @@ def test_experts_need_to_know_how_many_are_used(path):
 
 def divisors(factor, length, low=1.0, high=4.0, width=H, base=1e4):
   """rope_freqs as llama.cpp's converter writes it for llama3."""
-  found = []
+  factors = []
   for i in range(width // 2):
     wavelength = 2 * np.pi * base**(2 * i / width)
     if wavelength < length / high:
-      found.append(1.0)
+      factors.append(1.0)
     elif wavelength > length / low:
-      found.append(factor)
+      factors.append(factor)
     else:
       smooth = (length / wavelength - low) / (high - low)
-      found.append(1 / ((1 - smooth) / factor + smooth))
-  return np.array(found, np.float32)
+      factors.append(1 / ((1 - smooth) / factor + smooth))
+  return np.array(factors, np.float32)
 
 
 def test_divisors_are_read_as_they_stand(path):

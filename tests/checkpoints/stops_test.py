@@ -40,9 +40,9 @@ def test_stream_holds_half_an_emoji_until_it_is_whole(smollm):
 def naive_stop(stops, text):
   """(text before the stop string that is complete first, whether one is)."""
   for end in range(1, len(text) + 1):
-    found = [len(s) for s in stops if text[:end].endswith(s)]
-    if found:
-      return text[:end - max(found)], True
+    lengths = [len(s) for s in stops if text[:end].endswith(s)]
+    if lengths:
+      return text[:end - max(lengths)], True
   return text, False
 
 

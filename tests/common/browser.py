@@ -74,12 +74,12 @@ class Browser:
       message['sessionId'] = self._session
     os.write(self._out, json.dumps(message).encode() + b'\0')
     while True:
-      found = self._read()
-      if found.get('method') == 'Runtime.exceptionThrown':
-        self.errors.append(found['params']['exceptionDetails'])
-      if found.get('id') == self._count:
-        assert 'error' not in found, found
-        return found['result']
+      answer = self._read()
+      if answer.get('method') == 'Runtime.exceptionThrown':
+        self.errors.append(answer['params']['exceptionDetails'])
+      if answer.get('id') == self._count:
+        assert 'error' not in answer, answer
+        return answer['result']
 
   def _read(self):
     end_s = time.monotonic() + WAIT_S
@@ -99,10 +99,10 @@ class Browser:
 
   def value(self, expression):
     """What a JavaScript expression gives, as JSON."""
-    found = self.call('Runtime.evaluate', expression=expression,
-                      returnByValue=True)
-    assert 'exceptionDetails' not in found, found
-    return found['result'].get('value')
+    answer = self.call('Runtime.evaluate', expression=expression,
+                       returnByValue=True)
+    assert 'exceptionDetails' not in answer, answer
+    return answer['result'].get('value')
 
   def screenshot(self, path):
     """Writes what is seen to a PNG."""

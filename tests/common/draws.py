@@ -30,8 +30,8 @@ def normal_logits(seed=0, scale=1.0):
 def slots_of(*params, tokens=(), prompt_len=0):
   """Slots whose first ones hold requests with these parameters."""
   slots = sampling.init(E, MAX_LEN, V)
-  for slot, one in enumerate(params):
-    row = sampling.slot_row(tokens, prompt_len, one, MAX_LEN, V)
+  for slot, request in enumerate(params):
+    row = sampling.slot_row(tokens, prompt_len, request, MAX_LEN, V)
     slots = admit(slots, slot, row)
   return slots
 

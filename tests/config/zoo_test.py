@@ -49,14 +49,14 @@ def count(config):
 
 @pytest.mark.parametrize('name', zoo.NAMES)
 def test_parameters_are_as_many_as_published(name):
-  found = count(zoo.config(name))
+  counted = count(zoo.config(name))
   published = PUBLISHED[name]
   if name.startswith('opt'):  # published tables have two rows more
-    assert found == pytest.approx(published, rel=0.01)
+    assert counted == pytest.approx(published, rel=0.01)
   elif name.endswith('-kv'):  # what it keeps of a token is exact
-    assert found == pytest.approx(published, rel=0.08)
+    assert counted == pytest.approx(published, rel=0.08)
   else:
-    assert found == published
+    assert counted == published
 
 
 def test_every_model_is_checked():

@@ -24,6 +24,7 @@ from dsjax.config.engine import EngineConfig
 from dsjax.runtime.cluster import local
 from experiments import api
 from experiments.common import cli, overrides, terminal
+from tests.common.samples import deep
 
 ROOT = cli.ROOT / 'experiments'
 # {module: how it starts} of every program.
@@ -283,7 +284,7 @@ if __name__ == '__main__':
 '''
 
 
-@pytest.mark.parametrize('stop', ['SIGINT', 'SIGTERM', 'SIGHUP'])
+@pytest.mark.parametrize('stop', ['SIGINT', 'SIGTERM', *deep('SIGHUP')])
 def test_ctrl_c_is_left_to_the_parent_while_children_import(tmp_path, stop):
   (tmp_path / 'parent.py').write_text(CHILDREN.replace('STOP', stop))
   done = subprocess.run(

@@ -173,11 +173,12 @@ def items(target, names):
 @pytest.fixture
 def begun(monkeypatch):
   """Command lines with which a task begins anew."""
-  found = []
-  monkeypatch.setattr(os, 'execv', lambda path, argv: found.append(argv[1:]))
+  begun_with = []
+  monkeypatch.setattr(
+      os, 'execv', lambda path, argv: begun_with.append(argv[1:]))
   monkeypatch.setattr(sys, 'orig_argv', ['python', '-m', 'x', '--seconds=9',
                                          '--task=t'])
-  return found
+  return begun_with
 
 
 def test_a_task_whose_device_is_lost_begins_anew(tmp_path, monkeypatch, begun):
@@ -350,28 +351,28 @@ def begin(out, only=()):
       cache=str(KEPT) if KEPT.exists() else ''), console)
   told = console.file.getvalue()
   assert code == 0, told + (out / 'log.txt').read_text()
-  found = {part: lines.read(out / f'{part}.jsonl')
+  parts = {part: lines.read(out / f'{part}.jsonl')
            for part in only or tasks.PARTS}
   assert {f.name for f in out.iterdir()} == {
-      'log.txt', 'cache.tar.gz', *(f'{part}.jsonl' for part in found)}
-  assert not [row for part in found.values() for row in part
+      'log.txt', 'cache.tar.gz', *(f'{part}.jsonl' for part in parts)}
+  assert not [row for part in parts.values() for row in part
               if 'skipped' in row or row['ok'] is False]
-  assert all(rows[0]['what'] == 'machine' for rows in found.values())
-  assert all(part in told[-12000:] for part in found)
-  return told, found
+  assert all(rows[0]['what'] == 'machine' for rows in parts.values())
+  assert all(part in told[-12000:] for part in parts)
+  return told, parts
 
 
-@pytest.mark.deep
+@pytest.mark.slow
 def test_all_parts_run_on_a_cpu_and_eight_files_come_back(tmp_path):
   out = tmp_path / 'out'
-  _, found = begin(out)
+  _, parts = begin(out)
   sizes = [f.stat().st_size for f in out.iterdir()]
   assert len(sizes) <= 8 and max(sizes) < 16 * 2**20
-  assert {row['task'] for row in found['right']} == {
+  assert {row['task'] for row in parts['right']} == {
       'run', 'kernels', 'families', 'sanitizer', 'registers'}
   with pytest.raises(InputError, match='must be results of a GPU'):
     ingest.run(out, Console(file=io.StringIO()), tmp_path)
-  assert {row['mode'] for row in found['simulate'] if 'mode' in row} == {
+  assert {row['mode'] for row in parts['simulate'] if 'mode' in row} == {
       'colocated', 'chunked'}
   KEPT.parent.mkdir(exist_ok=True)
   shutil.copy(out / 'cache.tar.gz', KEPT)

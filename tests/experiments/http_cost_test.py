@@ -35,22 +35,22 @@ def rounds():
       [sys.executable, pathlib.Path(sse_client.__file__)],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
   try:
-    found = list(http_cost.rounds(bench, 2, client))
+    measured = list(http_cost.rounds(bench, 2, client))
   finally:
     client.stdin.close()
     client.wait()
-  yield bench, found, asked
+  yield bench, measured, asked
   assert not bench.server.records and not bench.server.busy
   bench.server.close()
 
 
 def test_every_way_serves_the_same_streams(rounds):
-  bench, found, asked = rounds
+  bench, measured, asked = rounds
   want = {(tuple(ids), bench._sampling(i))
           for i, ids in enumerate(bench.prompts)}
   assert {(tuple(ids), sampling) for ids, sampling in asked} == want
   assert len(asked) == 2 * len(http_cost.WAYS) * STREAMS
-  for costs in found:
+  for costs in measured:
     assert set(costs) == set(http_cost.WAYS)
     for ttft_s, tpot_s, cpu_s in costs.values():
       assert 0 < ttft_s < 60 and 0 < tpot_s < 60
@@ -59,8 +59,8 @@ def test_every_way_serves_the_same_streams(rounds):
 
 
 def test_the_table_tells_what_http_adds(rounds):
-  _, found, _ = rounds
-  made, added = http_cost.table(found, STREAMS, TOKENS)
+  _, measured, _ = rounds
+  made, added = http_cost.table(measured, STREAMS, TOKENS)
   out = io.StringIO()
   Console(file=out, width=150).print(made)
   assert 'CPU us a token, client' in out.getvalue()

@@ -61,8 +61,8 @@ async def run(todo, answer, pause_s=0.0):
 
 def ask(answer, n=1, kind='completion', pause_s=0.0, **options):
   todo = load.jobs(kind, 'm', (0.0,) * n, **{'prompts': [PROMPT]} | options)
-  one, seen = asyncio.run(run(todo, answer, pause_s))
-  return one.records, seen
+  sender, seen = asyncio.run(run(todo, answer, pause_s))
+  return sender.records, seen
 
 
 def test_what_is_sent():
@@ -169,10 +169,11 @@ def test_errors_count_and_arrivals_do_not_wait(tmp_path):
   # One after another they would take 1.6 s: all were sent before any answer.
   assert len(seen) == 8 and max(r.arrival_s for r in records) == 0
   out = io.StringIO()
-  one = load.Load(None)
-  one.records, one.lag_s = records, [0.0] * 8
-  summary = load.show(Console(file=out, width=100), one, 'title', cli.options(
-      load.FLAGS, ttft_s=30.0, tpot_s=30.0, devices=2, out=str(tmp_path)))
+  sender = load.Load(None)
+  sender.records, sender.lag_s = records, [0.0] * 8
+  summary = load.show(
+      Console(file=out, width=100), sender, 'title', cli.options(
+          load.FLAGS, ttft_s=30.0, tpot_s=30.0, devices=2, out=str(tmp_path)))
   check_written(out.getvalue(), tmp_path)
   assert summary.attainment[0] == 6 / 8 and summary.num_devices == 2
   assert 'Errors: 2 HTTP 429' in out.getvalue()

@@ -185,6 +185,7 @@ def test_plans():
       measure.parse_plans(bad)
 
 
+@pytest.mark.slow  # examples/placement_from_measurements.py profiles too
 def test_a_live_engine_from_cells_to_files(tmp_path, monkeypatch):
   monkeypatch.setattr(profiling, 'BESIDE_S', 0.01)
   loaded = dsjax.load('tiny')
@@ -193,12 +194,12 @@ def test_a_live_engine_from_cells_to_files(tmp_path, monkeypatch):
   assert tuple(profile.latencies) == tuple(cells) == plans
   assert set(profile.links) <= {(a, b) for a in plans for b in plans}
   assert profile.latencies[Plan(1, 2)].pp == 2
-  model, found = profile.latencies[Plan()], cells[Plan()]
+  model, timed = profile.latencies[Plan()], cells[Plan()]
   assert (profile.model, model.pp) == ('tiny', 1)
   assert model.buckets == latency.Buckets((32,), (1, 2), (1, 2))
   assert model.mixed is not None and model.host_s >= 0
-  assert all(c.seconds > 0 for c in found)
-  assert set(fitting.residuals(model, found)) == {'prefill', 'decode', 'mixed'}
+  assert all(c.seconds > 0 for c in timed)
+  assert set(fitting.residuals(model, timed)) == {'prefill', 'decode', 'mixed'}
   assert set(profile.contention.factors) == set(itertools.product(
       KINDS, repeat=2))
   out = tmp_path / 'out'
@@ -207,7 +208,7 @@ def test_a_live_engine_from_cells_to_files(tmp_path, monkeypatch):
   rows = [json.loads(line) for line in
           next((tmp_path / 'out').glob('cells-*.jsonl')).read_text()
           .splitlines()]
-  assert len(rows) == 2 * len(found) and rows[0]['fitted_s'] > 0
+  assert len(rows) == 2 * len(timed) and rows[0]['fitted_s'] > 0
   assert next((tmp_path / 'out').glob('*.png')).stat().st_size > 10_000
   text = io.StringIO()
   measure.show(Console(file=text, width=100), profile, cells, 0.1, CONFIG,
@@ -226,7 +227,7 @@ def test_a_live_engine_from_cells_to_files(tmp_path, monkeypatch):
   assert profiles.load(path) == more
 
 
-@pytest.mark.deep
+@pytest.mark.slow
 @pytest.mark.usefixtures('no_hang')
 def test_processes_are_timed_as_they_serve():
   """Steps of one with its own cores, KV over the border; nothing is left."""
@@ -285,9 +286,9 @@ def test_steps_timed_elsewhere_are_fitted(tmp_path):
   assert (profile.model, profile.device) == ('llama-3-8b', 'h100-80g')
   assert profile.source == 'fitted to cells.csv'
   for plan in (Plan(), Plan(2, 1)):
-    found = profile.latencies[plan]
-    assert found.prefill == pytest.approx(truth.prefill, rel=1e-4)
-    assert found.decode == pytest.approx(truth.decode, rel=1e-4)
+    fitted = profile.latencies[plan]
+    assert fitted.prefill == pytest.approx(truth.prefill, rel=1e-4)
+    assert fitted.decode == pytest.approx(truth.decode, rel=1e-4)
     assert profile.errors[plan]['decode'][1] < 1e-6
   assert 'plan 2x1' in text.getvalue() and 'mean error 0.0%' in text.getvalue()
 

@@ -36,60 +36,60 @@ def record(arrival_s, ttft_s=0.1, tpot_s=0.1):
 @pytest.fixture(scope='module')
 def flooded():
   """(Outcome, the server's metrics, most requests open at a time)."""
-  one = Running(limits=dataclasses.replace(LIMITS, max_open=MOST))
+  server = Running(limits=dataclasses.replace(LIMITS, max_open=MOST))
   try:
-    one.await_status('ready', 'failed')
+    server.await_status('ready', 'failed')
     opened = []
-    submit = one.service.submit
+    submit = server.service.submit
 
     def watched(*args):
       call = submit(*args)
-      opened.append(len(one.service.streams))
+      opened.append(len(server.service.streams))
       return call
-    one.service.submit = watched
-    found = asyncio.run(overload.measure(
-        one.url, None, make, 2 * MOST, 3, 0.7, 5.0, 1.5, 0.7))
-    all_back(one)
+    server.service.submit = watched
+    outcome = asyncio.run(overload.measure(
+        server.url, None, make, 2 * MOST, 3, 0.7, 5.0, 1.5, 0.7))
+    all_back(server)
     # After it the server answers as before.
-    assert post(one, '/v1/completions', {
+    assert post(server, '/v1/completions', {
         'model': 'tiny', 'prompt': 'Why?'}).status_code == 200
-    yield found, metric(one, 'requests_rejected_total'), max(opened)
+    yield outcome, metric(server, 'requests_rejected_total'), max(opened)
   finally:
-    one.stop()
+    server.stop()
 
 
 def test_what_is_too_much_is_refused_and_the_rest_served(flooded):
-  found, rejected, most_open = flooded
+  outcome, rejected, most_open = flooded
   assert most_open == MOST
-  assert not found.other
-  flood = found.records['flood']
-  assert len(flood) > len(found.accepted()) > 0
+  assert not outcome.other
+  flood = outcome.records['flood']
+  assert len(flood) > len(outcome.accepted()) > 0
   assert all(r.status == 'length' and len(r.token_s) == 40
-             for r in found.accepted())
+             for r in outcome.accepted())
   # Each 429 says when to come back, and the server counted each.
-  assert found.with_retry == len(found.refused_s) == (
-      len(flood) - len(found.accepted()))
+  assert outcome.with_retry == len(outcome.refused_s) == (
+      len(flood) - len(outcome.accepted()))
   assert rejected == sum(r.reason == 'HTTP 429' for records in
-                         found.records.values() for r in records)
-  assert found.capacity_per_s > 0 and len(found.records['unloaded']) == 3
-  assert {r.status for r in found.records['after']} <= {'length', 'rejected'}
+                         outcome.records.values() for r in records)
+  assert outcome.capacity_per_s > 0 and len(outcome.records['unloaded']) == 3
+  assert {r.status for r in outcome.records['after']} <= {'length', 'rejected'}
 
 
 def test_the_table_the_verdict_and_the_files(flooded, tmp_path):
-  found, *_ = flooded
+  outcome, *_ = flooded
   out = io.StringIO()
-  Console(file=out, width=150).print(overload.table(found, SLO))
+  Console(file=out, width=150).print(overload.table(outcome, SLO))
   assert '100 % ' in out.getvalue()
-  assert f'{len(found.refused_s)} were sent away with 429' in (
-      overload.verdict(found, SLO))
-  overload.save(found, SLO, tmp_path, 'title', cli.options(overload.FLAGS),
+  assert f'{len(outcome.refused_s)} were sent away with 429' in (
+      overload.verdict(outcome, SLO))
+  overload.save(outcome, SLO, tmp_path, 'title', cli.options(overload.FLAGS),
                 str(load.PROMPTS))
   summary = json.loads((tmp_path / 'summary.json').read_text())
-  assert summary['attained'] == summary['accepted'] == len(found.accepted())
+  assert summary['attained'] == summary['accepted'] == len(outcome.accepted())
   made = made_by(tmp_path)
   assert made['options']['factor'] == 3.0 and 'prompts.jsonl' in made['data']
   lines = (tmp_path / 'records.jsonl').read_text().splitlines()
-  assert len(lines) == sum(map(len, found.records.values()))
+  assert len(lines) == sum(map(len, outcome.records.values()))
   assert (tmp_path / 'report.png').stat().st_size > 10_000
 
 

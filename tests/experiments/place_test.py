@@ -31,13 +31,13 @@ def test_it_writes_a_table_a_figure_and_a_verdict(tmp_path):
   check_written(done.text, tmp_path / 'out')
   assert set(made_by(tmp_path / 'out')['data']) == {
       'longbench', 'published', 'cluster.json'}
-  found = json.loads((tmp_path / 'out' / 'placement.json').read_text())
-  row = found['rows'][0]
+  written = json.loads((tmp_path / 'out' / 'placement.json').read_text())
+  row = written['rows'][0]
   assert row['placement'] == 'prefill=1x1,decode=1x1'
   assert row['placement'].split(',')[0] in done.text
   assert 0 < row['low'] <= row['per_device'] <= row['high']
-  assert found['verdict'] in done.text.replace('\n', ' ')
-  assert found['strict'][0]['per_device'] <= row['per_device']
+  assert written['verdict'] in done.text.replace('\n', ' ')
+  assert written['strict'][0]['per_device'] <= row['per_device']
   assert 'What binds the best disaggregated placement' in done.text
   assert (tmp_path / 'out' / 'placement.png').read_bytes()[:4] == b'\x89PNG'
   # What serves takes the printed text.

@@ -20,9 +20,9 @@ def test_a_result_says_how_it_was_made(tmp_path):
   trace.write_text('a,b\n')
   provenance.save_json(tmp_path / 'x.json', {'answer': 'ναι'}, {'seed': 3},
                        ['sharegpt', trace, None])
-  found = json.loads((tmp_path / 'x.json').read_text(encoding='utf-8'))
-  assert list(found) == ['made_by', 'answer'] and found['answer'] == 'ναι'
-  made = found['made_by']
+  written = json.loads((tmp_path / 'x.json').read_text(encoding='utf-8'))
+  assert list(written) == ['made_by', 'answer'] and written['answer'] == 'ναι'
+  made = written['made_by']
   assert made['dsjax'] == dsjax.__version__ and made['options'] == {'seed': 3}
   assert made['data'] == {
       'sharegpt': 'built in',

@@ -103,9 +103,9 @@ def off(engine, model, plans, where, rate_per_s, n=100):
 def test_vllm_is_the_released_simulators():
   # DistServe's constants times 1.4 and 1.2 are 17 % off in TTFT and 18 % in
   # TPOT, up to 47 %.
-  found = [off('vllm', model, [Plan(tp)], Placement(colocated=[Plan(tp)]), rate)
-           for model, tp, rate in VLLM]
-  for column in zip(*found, strict=True):
+  rows = [off('vllm', model, [Plan(tp)], Placement(colocated=[Plan(tp)]), rate)
+          for model, tp, rate in VLLM]
+  for column in zip(*rows, strict=True):
     assert max(map(abs, column)) < .04
     assert statistics.mean(map(abs, column)) < .02
 

@@ -112,8 +112,8 @@ def test_figure_4s_constants_are_the_profiles():
 def test_figure_5_by_hand():
   curves = figures.figure5(QUICK)['curves']
   ms = 7.16619 + 5.798e-4 * 128 * 256 + .158311 * 128
-  found = curves['profile intra'][1]
-  assert found == pytest.approx((ms, 128e3 / ms))
+  point = curves['profile intra'][1]
+  assert point == pytest.approx((ms, 128e3 / ms))
   assert 8 not in curves['profile intra']
   ms += 7  # a hop for each stage after the first
   assert curves['profile inter'][8] == pytest.approx((ms, 8 * 128e3 / ms))
@@ -124,19 +124,20 @@ def test_figure_1_keeps_to_the_bounds_of_a_device():
   # 512 tokens of prefill, with what a batch saves at most: its constant.
   each_s = (.101912 * 512 + 7.12226e-6 * 512**2) / 1e3
   both_s = each_s + 63 * .0385070e-3
-  for found in (data['ours'], data['rules']):
-    alone = found['prefill only'][0]
+  for rates in (data['ours'], data['rules']):
+    alone = rates['prefill only'][0]
     assert 0 < alone < 1 / each_s
-    assert 0 < found['colocated'][0] < min(alone, 1 / both_s)
-    pair = found['2 prefill + 1 decode'][0]
-    assert pair <= found['decode only'][0] / 3 * 1.25
+    assert 0 < rates['colocated'][0] < min(alone, 1 / both_s)
+    pair = rates['2 prefill + 1 decode'][0]
+    assert pair <= rates['decode only'][0] / 3 * 1.25
   assert [row[1] for row in data['rows'][:4]] == [1.6, 5.6, 10.0, 3.3]
 
 
 def test_constants_of_the_two_rules():
   def ms(engine, realigned, rules, plan=PLAN):
-    one = comparison.latency_of('opt-13b', engine, realigned, rules)(plan)
-    return [1e3 * x for x in (*one.prefill, *one.decode, *one.decode_large)]
+    model = comparison.latency_of('opt-13b', engine, realigned, rules)(plan)
+    return [1e3 * x for x in (
+        *model.prefill, *model.decode, *model.decode_large)]
 
   paper, ours = Rules('paper'), Rules('ours')
   # 1 ms of a stage; 0.1 us of Ray a token; vLLM's own constants.
@@ -169,9 +170,9 @@ def test_constants_of_the_two_rules():
 
 
 def test_paper_rules_lift_memory_and_transfers():
-  one = comparison.build(Rules('paper'), ask(), 'x', CASE.placement)
-  assert {i.num_pages for i in one.config.instances} == {comparison.AMPLE}
-  assert isinstance(one.link, judging.Instant) and one.devices == 3
+  system = comparison.build(Rules('paper'), ask(), 'x', CASE.placement)
+  assert {i.num_pages for i in system.config.instances} == {comparison.AMPLE}
+  assert isinstance(system.link, judging.Instant) and system.devices == 3
   ours = comparison.build(Rules('ours'), ask(), 'x', CASE.placement)
   prefill, decode = ours.config.instances
   assert prefill.num_pages > decode.num_pages > 0
@@ -227,22 +228,22 @@ def test_figure_8s_vllm_of_opt_66b():
   case, rules = reported.CASES['66b'], Rules('paper', quick=True)
   make, longest = comparison.requests(case, rules, QUICK.lengths_dir)
   for realigned in (True, False):
-    one = comparison.problem(case.model, case.slo, make, longest,
-                             comparison.latency_of(case.model, 'vllm',
-                                                   realigned, rules))
+    problem = comparison.problem(
+        case.model, case.slo, make, longest,
+        comparison.latency_of(case.model, 'vllm', realigned, rules))
     rates[realigned], *_ = comparison.best_rate(
-        rules, comparison.vllm(rules, case, one), make, case.slo,
+        rules, comparison.vllm(rules, case, problem), make, case.slo,
         case.per_gpu, case.scale_rate, 1.2)
   assert .25 < rates[True] < .55 < rates[False] < .9
 
 
 def test_run_sizes():
-  one = comparison.build(Rules('paper'), ask(), 'x', CASE.placement)
-  assert comparison.count(Rules('paper'), one, 2.0, CASE.slo, 100) == 300
+  system = comparison.build(Rules('paper'), ask(), 'x', CASE.placement)
+  assert comparison.count(Rules('paper'), system, 2.0, CASE.slo, 100) == 300
   # 6 requests/s for ten times 200 tokens of 0.1 s.
-  assert comparison.count(Rules('ours'), one, 2.0, CASE.slo, 100) == 1200
-  assert comparison.count(Rules('ours'), one, .01, CASE.slo, 100) == 400
-  assert comparison.count(Rules('ours', quick=True), one, 2.0, CASE.slo,
+  assert comparison.count(Rules('ours'), system, 2.0, CASE.slo, 100) == 1200
+  assert comparison.count(Rules('ours'), system, .01, CASE.slo, 100) == 400
+  assert comparison.count(Rules('ours', quick=True), system, 2.0, CASE.slo,
                           100) == 120
 
 
@@ -251,15 +252,15 @@ def record(ttft_s, tpot_s):
 
 
 def test_the_papers_criterion_judges_the_objectives_apart():
-  found = [record(1, 9), record(9, 1), record(1, 1), record(9, 1)]
-  assert comparison.apart(found, Slo(2, 2)) == [True, False, True, False]
+  records = [record(1, 9), record(9, 1), record(1, 1), record(9, 1)]
+  assert comparison.apart(records, Slo(2, 2)) == [True, False, True, False]
 
 
 def test_a_scale_of_a_run_is_its_90th_percentile(monkeypatch):
-  found = [record(1.0 * i, 0.1) for i in range(1, 11)]
-  monkeypatch.setattr(comparison, 'records', lambda *_: found)
-  one = comparison.System('x', 1, None, None, None)
-  args = Rules('paper'), one, None, 1.0, Slo(10.0, 10.0), 10
+  records = [record(1.0 * i, 0.1) for i in range(1, 11)]
+  monkeypatch.setattr(comparison, 'records', lambda *_: records)
+  system = comparison.System('x', 1, None, None, None)
+  args = Rules('paper'), system, None, 1.0, Slo(10.0, 10.0), 10
   assert comparison.scale_at(*args) == pytest.approx(0.9)
   assert comparison.scales(*args, (.5, .9, 1.0)) == [(.5, .5), (.9, .9),
                                                      (1.0, 1.0)]

@@ -60,8 +60,8 @@ def test_all_modes(tmp_path, capsys):
   assert said.count('0 programs compiled while serving') == 3
   assert 'All 4 answers are equal token for token in all modes' in said
   assert 'TTFT p90 ms' in said and ' answer ' in said
-  found = rows(out / 'records.jsonl')
-  assert [r['mode'] for r in found] == [m for m in modes for _ in PROMPTS]
+  records = rows(out / 'records.jsonl')
+  assert [r['mode'] for r in records] == [m for m in modes for _ in PROMPTS]
   assert len(report.load_records(out / 'records.jsonl')) == 12
   assert all(a['text'] is not None for a in rows(out / 'answers.jsonl'))
   summary = json.loads((out / 'summary.json').read_text())
@@ -144,9 +144,9 @@ def test_ctrl_c_keeps_what_there_is(tmp_path, capsys, monkeypatch):
                'workload.process=uniform') == 130
   said = ' '.join(capsys.readouterr().out.split())
   assert 'Stopped early, in disaggregated.' in said
-  found = rows(tmp_path / 'out' / 'records.jsonl')
-  assert 2 <= len(found) < 50
-  assert sum(r['status'] == 'length' for r in found) >= 2
+  records = rows(tmp_path / 'out' / 'records.jsonl')
+  assert 2 <= len(records) < 50
+  assert sum(r['status'] == 'length' for r in records) >= 2
   assert (tmp_path / 'out' / 'report.png').exists()
   assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

@@ -36,11 +36,11 @@ def test_rates_of_two_placements_with_timelines(tmp_path):
                       '--rates=2,1', '--timeline', f'--out={tmp_path}')
   assert code == 0
   check_written(text, tmp_path)
-  found = json.loads((tmp_path / 'summary.json').read_text())
-  assert [(p['placement'], p['x']) for p in found['points']] == [
+  written = json.loads((tmp_path / 'summary.json').read_text())
+  assert [(p['placement'], p['x']) for p in written['points']] == [
       ('prefill=1x1,decode=1x1', 1), ('prefill=1x1,decode=1x1', 2),
       ('colocated=1x1', 1), ('colocated=1x1', 2)]
-  for p in found['points']:
+  for p in written['points']:
     assert p['advice'] == 'no misses' or p['advice'] in text
     share, low, high = p['summary']['attainment']
     assert low <= share <= high
@@ -102,11 +102,11 @@ def test_a_cluster_of_several_kinds_as_in_a_search(tmp_path):
       '--model=llama-3-8b', '--rates=2', f'--cluster={path}',
       f'--placement={"/".join(placements)}', f'--out={tmp_path / "out"}')
   assert code == 0, error
-  found = json.loads((tmp_path / 'out' / 'summary.json').read_text())
-  assert [p['placement'] for p in found['points']] == list(placements)
+  written = json.loads((tmp_path / 'out' / 'summary.json').read_text())
+  assert [p['placement'] for p in written['points']] == list(placements)
   assert 'my.json' in made_by(tmp_path / 'out')['data']
   # The border between the two takes longer than a link inside either.
-  crossing, _ = (p['summary'] for p in found['points'])
+  crossing, _ = (p['summary'] for p in written['points'])
   assert crossing['stage_s']['migrate'] > 0.02
   for flag in ('--memory_gb=40', '--placement=colocated=1x1',
                '--placement=colocated=4x1@slow'):
@@ -149,8 +149,8 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
   text, _ = process.communicate(timeout=60)
   assert process.returncode == 130, text
   assert 'Stopped by Ctrl-C' in text
-  found = json.loads((tmp_path / 'summary.json').read_text())
-  assert found['stopped'] and 1 <= len(found['points']) < 300
+  written = json.loads((tmp_path / 'summary.json').read_text())
+  assert written['stopped'] and 1 <= len(written['points']) < 300
 
 
 def test_a_trace_without_a_span_is_at_once(tmp_path):

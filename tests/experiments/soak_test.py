@@ -54,7 +54,7 @@ def test_nothing_is_lost_in_three_seconds_of_faults(tmp_path):
     assert (tmp_path / name).stat().st_size > 0
 
 
-@pytest.mark.deep
+@pytest.mark.slow
 @pytest.mark.usefixtures('_by_work')
 def test_nothing_is_lost_with_cache_streams_host_memory_and_fetches(tmp_path):
   console = Console(record=True, width=120)
@@ -67,7 +67,7 @@ def test_nothing_is_lost_with_cache_streams_host_memory_and_fetches(tmp_path):
   assert all(result['copies'].values()), result['copies']
 
 
-@pytest.mark.deep
+@pytest.mark.slow
 @pytest.mark.usefixtures('_by_work')
 def test_nothing_is_lost_where_processes_die(tmp_path):
   console = Console(record=True, width=120)
@@ -134,6 +134,7 @@ def test_tokens_are_equal_through_sixty_flips(tmp_path):
   assert live['hand_offs'] > 5 and live['longest_pause_s'] > 0
 
 
+@pytest.mark.slow
 def test_wrong_tokens_under_flips_are_seen(tmp_path, monkeypatch):
   """What is handed off are other pages than the row's."""
   def start(self, command, checksum=False, real=Route.start):

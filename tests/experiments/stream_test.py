@@ -57,14 +57,14 @@ def test_a_served_model(given, tmp_path, monkeypatch):
                      out=str(tmp_path), **given)
   assert code == 0
   assert asked == [given.get('model', 'smollm2-135m-instruct')]
-  found = rows(tmp_path)
-  assert [row['tokens'] for row in found[::2]] == (
+  lines = rows(tmp_path)
+  assert [row['tokens'] for row in lines[::2]] == (
       ['40'] if given else ['20', '50'])
-  for whole, streamed in zip(found[::2], found[1::2], strict=True):
+  for whole, streamed in zip(lines[::2], lines[1::2], strict=True):
     assert (whole['stream'], streamed['stream']) == ('False', 'True')
     assert whole['moved'] == streamed['moved'] == '1.0'
   words = ' '.join(told.split())
-  assert f'{found[0]["tokens"]} tokens: compiling two servers' in words
+  assert f'{lines[0]["tokens"]} tokens: compiling two servers' in words
   assert f'0 of {given.get("requests", 6) + 1} prompts served' in words
 
 

@@ -42,12 +42,12 @@ def chromium():
 
 @pytest.fixture
 def running():
-  one = Running()
+  server = Running()
   try:
-    one.await_status('ready', 'failed')
-    yield one
+    server.await_status('ready', 'failed')
+    yield server
   finally:
-    one.stop()
+    server.stop()
 
 
 def test_the_page_shows_requests_that_move(chromium, running, tmp_path):
@@ -70,16 +70,16 @@ def test_the_page_shows_requests_that_move(chromium, running, tmp_path):
     assert idle['ttft'] == 'none yet' and not idle['dots']
     for thread in threads:
       thread.start()
-    stages, places, points, found = {}, {}, 0, idle
+    stages, places, points, shown = {}, {}, 0, idle
     try:
       end_s = time.monotonic() + WAIT_S
       while time.monotonic() < end_s and not (
           points and any({'queued', 'decoding'} <= s or
                          {'prefilled', 'decoding'} <= s
                          for s in stages.values())):
-        found = look()
-        points = max(points, found['points'])
-        for id, stage, place in found['dots']:
+        shown = look()
+        points = max(points, shown['points'])
+        for id, stage, place in shown['dots']:
           stages.setdefault(id, set()).add(stage)
           places.setdefault(id, set()).add(place)
         time.sleep(0.02)
@@ -88,13 +88,13 @@ def test_the_page_shows_requests_that_move(chromium, running, tmp_path):
       stop.set()
       for thread in threads:
         thread.join(WAIT_S)
-    assert found['model'] == 'tiny' and found['status'].startswith('ready')
-    assert found['boxes'] == ['prefill 0', 'decode 1']
-    assert all('of 64 pages' in text for text in found['pages'])
+    assert shown['model'] == 'tiny' and shown['status'].startswith('ready')
+    assert shown['boxes'] == ['prefill 0', 'decode 1']
+    assert all('of 64 pages' in text for text in shown['pages'])
     moved = [id for id, seen in stages.items() if 'decoding' in seen
              and seen & {'queued', 'prefilled'}]
     assert moved and all(len(places[id]) > 1 for id in moved)
-    assert points and 'objective' in found['ttft'] + look()['ttft']
+    assert points and 'objective' in shown['ttft'] + look()['ttft']
     assert not page.errors
     assert (tmp_path / 'live.png').stat().st_size > 10_000
     # They leave the page when they end.
@@ -102,20 +102,20 @@ def test_the_page_shows_requests_that_move(chromium, running, tmp_path):
 
 
 def test_it_says_what_is_wrong(chromium, tmp_path):
-  one = Running(key='secret')
+  server = Running(key='secret')
   try:
     with browser.Browser(chromium, tmp_path) as page:
-      page.open(one.url)
+      page.open(server.url)
       until(lambda: 'needs the key' in page.value(STATUS))
-      one.await_status('ready')
+      server.await_status('ready')
       page.open('about:blank')
-      page.open(one.url + '/#key=secret')
+      page.open(server.url + '/#key=secret')
       until(lambda: 'ready' in page.value(STATUS))
-      assert httpx.get(one.url + '/live').status_code == 401
-      one.stop()
+      assert httpx.get(server.url + '/live').status_code == 401
+      server.stop()
       until(lambda: 'no answer' in page.value(STATUS))
   finally:
-    one.stop()
+    server.stop()
 
 
 def test_every_stage_of_a_life_is_shown_or_left_out():

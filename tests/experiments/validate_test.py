@@ -101,25 +101,25 @@ def test_calibration_finds_what_a_device_alone_did_not_show(
       mixed=tuple(1.6 * x for x in SLOW.mixed))
   far = dataclasses.replace(LINK, base_s=0.02, bytes_per_s=5e5)
   bench = validate.Profiles((SLOW,) * 2, LINK)
-  found = bench.calibrated(simulated(roles, truth, far).log)
+  calibrated = bench.calibrated(simulated(roles, truth, far).log)
   if roles[0] == 'prefill':
-    assert found.latencies[0].prefill == pytest.approx(truth.prefill)
-    assert found.latencies[0].decode == SLOW.decode  # it ran none
-    assert found.latencies[1].decode == pytest.approx(truth.decode)
-    assert found.link.base_s == pytest.approx(far.base_s)
-    assert found.link.bytes_per_s == pytest.approx(far.bytes_per_s)
+    assert calibrated.latencies[0].prefill == pytest.approx(truth.prefill)
+    assert calibrated.latencies[0].decode == SLOW.decode  # it ran none
+    assert calibrated.latencies[1].decode == pytest.approx(truth.decode)
+    assert calibrated.link.base_s == pytest.approx(far.base_s)
+    assert calibrated.link.bytes_per_s == pytest.approx(far.bytes_per_s)
   else:
-    assert found.latencies[0] == found.latencies[1]
-    assert found.latencies[0].mixed == pytest.approx(truth.mixed)
+    assert calibrated.latencies[0] == calibrated.latencies[1]
+    assert calibrated.latencies[0].mixed == pytest.approx(truth.mixed)
   config, slo = plan(*roles), Slo(0.5, 0.1)
   real = validate.stats(simulator.simulate(
       config, sent(20.), truth, far).records, slo)
   errors = [validate.errors(real, validate.stats(
-      p.simulate(config, sent(20.)), slo)) for p in (bench, found)]
+      p.simulate(config, sent(20.)), slo)) for p in (bench, calibrated)]
   assert abs(errors[1]['ttft_s']['mean']) < 1e-6
   assert abs(errors[1]['tpot_s']['p99']) < 1e-6
   assert errors[0]['tpot_s']['mean'] < -0.2  # the profile is too fast
-  rows = validate.step_times(found, simulated(roles, truth, far, 20.).log)
+  rows = validate.step_times(calibrated, simulated(roles, truth, far, 20.).log)
   for r in rows:
     assert r['ratio'] == pytest.approx(1.0, abs=(
         0.1 if r['what'] == 'migrate' else 1e-6))  # some wait for a prefill

@@ -55,9 +55,9 @@ def test_tokens_count_as_they_come(running, client):
 
 def test_every_sample_names_the_model(running, client):
   complete(client)
-  found = samples(running)
-  assert found and all(labels['model'] == 'tiny' for _, labels, _ in found)
-  build, = [labels for name, labels, _ in found if name == 'dsjax_build_info']
+  values = samples(running)
+  assert values and all(labels['model'] == 'tiny' for _, labels, _ in values)
+  build, = [labels for name, labels, _ in values if name == 'dsjax_build_info']
   assert build['mode'] == 'disaggregated' and build['platform'] == 'cpu'
   assert re.match(r'\d+\.\d+', build['version']) and build['jax']
 

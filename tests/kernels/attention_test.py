@@ -16,6 +16,7 @@ from dsjax.kernels import build_cpu, cpu, tiles
 from dsjax.kernels.decode_attention import TILE, decode_attention
 from dsjax.kernels.kv_write import LARGEST
 from dsjax.kernels.prefill_attention import BLOCK, prefill_attention
+from tests.common.samples import thinned
 
 H = 8
 REACH = 336  # tokens a table covers; no multiple of a tile of many pages
@@ -119,17 +120,15 @@ def test_decode_equals_the_loop(decode, layout):
       args[0], sequences), rtol=0, atol=ATOL)
 
 
-@layouts
-@pytest.mark.parametrize('length', [1, TILE, TILE + 1, REACH])
+@thinned('layout, length', 3, LAYOUTS, [1, TILE, TILE + 1, REACH])
 def test_decode_when_every_row_is_as_long(decode, layout, length):
   args, sequences = decode_case(layout, [length] * 2)
   np.testing.assert_allclose(decode(*args), decode_oracle(
       args[0], sequences), rtol=0, atol=ATOL)
 
 
-@pytest.mark.parametrize('layout', [(4, 4, 2), (16, 6, 2), (64, 8, 1)],
-                         ids=str)
-@pytest.mark.parametrize('window', [1, 6, 16, 18, TILE + 1, 400])
+@thinned('window, layout', 2, [1, 6, 16, 18, TILE + 1, 400],
+         [(4, 4, 2), (16, 6, 2), (64, 8, 1)])
 def test_decode_under_a_window(decode, layout, window):
   lens = [1, window - 1, window, window + 1, window + layout[0], 300, REACH,
           window + 2 * layout[0] - 1]  # starts at a page's end
@@ -140,8 +139,7 @@ def test_decode_under_a_window(decode, layout, window):
       decode_oracle(args[0], sequences, window=window), rtol=0, atol=ATOL)
 
 
-@pytest.mark.parametrize('C', [1, 2, 5])
-@pytest.mark.parametrize('span', [1, 2, 3, 4, 5, 6, 7, 12, 40])
+@thinned('span, C', 2, [1, 2, 3, 4, 5, 6, 7, 12, 40], [1, 2, 5])
 def test_clip_keeps_the_pages_of_a_span(C, span):
   table_BM = np.arange(20, dtype=np.int32)[None].repeat(3 * C, 0)
   first_B = 2 * C + np.arange(3 * C)
@@ -260,8 +258,7 @@ def test_prefill_equals_the_loop(prefill, layout, packing):
   check_prefill(prefill, *prefill_case(layout, packing), packing)
 
 
-@pytest.mark.parametrize('packing', PACKINGS.values(), ids=PACKINGS)
-@pytest.mark.parametrize('window', [1, 7, 16, 65, 300])
+@thinned('window, packing', 4, [1, 7, 16, 65, 300], PACKINGS)
 def test_prefill_under_a_window(prefill, window, packing):
   check_prefill(prefill, *prefill_case((16, 6, 2), packing), packing,
                 window=window)

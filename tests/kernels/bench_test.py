@@ -81,8 +81,8 @@ def test_tuning_finds_the_fastest_and_leaves_out_what_does_not_run():
     config.check(Shape((2, 64, 128), 'bfloat16'),
                  Shape((2, 9, 16, 128), 'bfloat16'), A100)
 
-  found = timing.tune(decode_attention.TuningConfig(), check, build)
-  assert (found.block_tokens, found.splits, found.num_warps) == (32, 6, 4)
+  best = timing.tune(decode_attention.TuningConfig(), check, build)
+  assert (best.block_tokens, best.splits, best.num_warps) == (32, 6, 4)
 
 
 def printed(*args):

@@ -5,6 +5,7 @@ XLA references: on the poisoned pools and with the tolerance of kernels_test.
 import dataclasses
 import importlib.util
 import inspect
+import itertools
 import sys
 import types
 
@@ -17,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dsjax import kernels
 from dsjax.kernels import decode_attention, mosaic, paged, tiles
 from tests.common import gpu
+from tests.common.samples import deep
 from tests.kernels import kernels_test
 from tests.kernels.kernels_test import Case, check_decode, check_prefill
 
@@ -47,14 +49,16 @@ PREFILL = [
 
 
 @pytest.mark.native
-@pytest.mark.parametrize('case, lens', DECODE, ids=range(len(DECODE)))
+@pytest.mark.parametrize('case, lens', [*DECODE[:2], *deep(*DECODE[2:])],
+                         ids=range(len(DECODE)))
 def test_decode_equals_the_reference(case, lens):
   with gpu.racing():
     check_decode(case, lens, **RUN)
 
 
 @pytest.mark.native
-@pytest.mark.parametrize('case, packing', PREFILL, ids=range(len(PREFILL)))
+@pytest.mark.parametrize('case, packing', [*PREFILL[:-1], *deep(PREFILL[-1])],
+                         ids=range(len(PREFILL)))
 def test_prefill_equals_the_reference(case, packing):
   with gpu.racing():
     check_prefill(case, packing, **RUN)
@@ -122,6 +126,7 @@ def test_a_mutant_is_caught(old, new, case, says, monkeypatch):
 
 
 @pytest.mark.native
+@pytest.mark.deep
 @pytest.mark.parametrize('case', [TILES, NARROW, SPLIT, PAIR, BLOCKS],
                          ids=range(5))
 def test_what_mutants_are_made_of_is_right(case):
@@ -279,9 +284,12 @@ def test_a_config_of_another_shape_or_kernel_is_an_error(config, says):
 
 
 @pytest.mark.parametrize('H', [64, 128, 192, 256])
-@pytest.mark.parametrize('C', [8, 16, 32, 64, 128])
-@pytest.mark.parametrize('group', [1, 7, 64, 128])
-def test_the_heuristic_suits_every_shape(group, C, H):
+def test_the_heuristic_suits_every_shape(H):
+  for group, C in itertools.product((1, 7, 64, 128), (8, 16, 32, 64, 128)):
+    check_heuristic(group, C, H)
+
+
+def check_heuristic(group, C, H):
   (q, k), limits = call(H, C, group), paged.device(H100)
   if tiles.mosaic_lacks((q, k), H100):
     group, C = min(group, 64), min(C, 64)

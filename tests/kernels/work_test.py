@@ -35,9 +35,9 @@ class Counted:
                  else np.asarray(i) for i in index)
 
   def __getitem__(self, index):
-    found = self.array[self._at(index)]
-    self.total[0] += found.nbytes
-    return jnp.asarray(found)
+    part = self.array[self._at(index)]
+    self.total[0] += part.nbytes
+    return jnp.asarray(part)
 
   def __setitem__(self, index, value):
     at = self._at(index)

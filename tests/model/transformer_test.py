@@ -155,16 +155,16 @@ def continuation(tokens, params, count):
 
 @pytest.mark.parametrize('length', [1, 7, 8, 9, 63, 64, 65, 127, 128])
 def test_prefill_of_a_whole_prompt(length):
-  tokens, one = tiny.prompt(length), Instance()
-  one.admit(0, tokens)
-  out = one.prefill((0, 0, length, True))
+  tokens, inst = tiny.prompt(length), Instance()
+  inst.admit(0, tokens)
+  out = inst.prefill((0, 0, length, True))
   check_sampled(out, 0, tokens)
-  assert one.tokens(0, 0, length + 1) == [*tokens, out.token_R[0]]
+  assert inst.tokens(0, 0, length + 1) == [*tokens, out.token_R[0]]
 
 
 def test_forward_gives_the_logits_of_every_position():
-  tokens, one = tiny.prompt(50), Instance()
-  table_1M, pos_S = one.table_EM[:1], np.arange(50)
+  tokens, inst = tiny.prompt(50), Instance()
+  table_1M, pos_S = inst.table_EM[:1], np.arange(50)
 
   def attend(_, q, k, v):
     return prefill_attention(q, k, v, jnp.asarray(table_1M),
@@ -178,8 +178,8 @@ def test_forward_gives_the_logits_of_every_position():
         attend)
     return transformer.head(CONFIG, params, x_SD)
 
-  got_SV = logits(one.params, one.cache, i32(tokens),
-                  table_1M[0, pos_S // one.page_size])
+  got_SV = logits(inst.params, inst.cache, i32(tokens),
+                  table_1M[0, pos_S // inst.page_size])
   assert got_SV.dtype == jnp.float32
   np.testing.assert_allclose(got_SV, tiny.dense_logits(tokens), rtol=0,
                              atol=ATOL)
@@ -188,22 +188,22 @@ def test_forward_gives_the_logits_of_every_position():
 @functools.cache
 def whole(length):
   """An instance whose slot 0 was prefilled in one go, and its Sampled."""
-  one = Instance()
-  one.admit(0, tiny.prompt(length))
-  return one, one.prefill((0, 0, length, True))
+  inst = Instance()
+  inst.admit(0, tiny.prompt(length))
+  return inst, inst.prefill((0, 0, length, True))
 
 
 @pytest.mark.parametrize('chunk', [1, 3, 8, 15, 16, 40, 64, 69])
 def test_prefill_in_chunks_is_prefill_of_the_whole(chunk):
-  tokens, one = tiny.prompt(70), Instance(seed=chunk)
-  one.admit(2, tokens)
+  tokens, inst = tiny.prompt(70), Instance(seed=chunk)
+  inst.admit(2, tokens)
   for first in range(0, 70, chunk):
     end = min(first + chunk, 70)
-    out = one.prefill((2, first, end, end == 70),
-                      size=SIZE if chunk > 16 else 16)
-    assert one.tokens(2, 70, 71) == [out.token_R[0] if end == 70 else 0]
+    out = inst.prefill((2, first, end, end == 70),
+                       size=SIZE if chunk > 16 else 16)
+    assert inst.tokens(2, 70, 71) == [out.token_R[0] if end == 70 else 0]
   check_sampled(out, 0, tokens)
-  for got, want in zip(one.kv_of(2, 70), whole(70)[0].kv_of(0, 70),
+  for got, want in zip(inst.kv_of(2, 70), whole(70)[0].kv_of(0, 70),
                        strict=True):
     np.testing.assert_allclose(got, want, rtol=0, atol=ATOL)
 
@@ -211,33 +211,33 @@ def test_prefill_in_chunks_is_prefill_of_the_whole(chunk):
 @pytest.mark.parametrize('lengths', [
     (30, 1, 64, 33), (1, 1, 1, 1), (64, 63, 1), (5,), (65, 2, 61)], ids=str)
 def test_a_packed_batch_is_each_alone(lengths):
-  one = Instance()
+  inst = Instance()
   slots = [3, 0, 5, 1][:len(lengths)]
   for slot, length in zip(slots, lengths, strict=True):
-    one.admit(slot, tiny.prompt(length, slot))
-  out = one.prefill(*((slot, 0, length, True) for slot, length in zip(
+    inst.admit(slot, tiny.prompt(length, slot))
+  out = inst.prefill(*((slot, 0, length, True) for slot, length in zip(
       slots, lengths, strict=True)))
   for row, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
     check_sampled(out, row, tiny.prompt(length, slot))
-    assert one.tokens(slot, length, length + 1) == [out.token_R[row]]
+    assert inst.tokens(slot, length, length + 1) == [out.token_R[row]]
 
 
 def test_chunks_at_different_places_share_a_batch():
-  one, a, b, c = Instance(), *(tiny.prompt(n) for n in (60, 20, 33))
+  inst, a, b, c = Instance(), *(tiny.prompt(n) for n in (60, 20, 33))
   for slot, tokens in enumerate((a, b, c)):
-    one.admit(slot, tokens)
-  one.prefill((0, 0, 37, False), (2, 0, 9, False))
-  out = one.prefill((2, 9, 33, True), (1, 0, 20, True), (0, 37, 60, True))
+    inst.admit(slot, tokens)
+  inst.prefill((0, 0, 37, False), (2, 0, 9, False))
+  out = inst.prefill((2, 9, 33, True), (1, 0, 20, True), (0, 37, 60, True))
   for row, tokens in enumerate((c, b, a)):
     check_sampled(out, row, tokens)
 
 
 def test_a_chunk_that_is_not_last_samples_nothing():
-  one = Instance()
-  one.admit(0, tiny.prompt(20))
-  before = one.slots
-  one.prefill((0, 0, 20, False))
-  jax.tree.map(np.testing.assert_array_equal, one.slots, before)
+  inst = Instance()
+  inst.admit(0, tiny.prompt(20))
+  before = inst.slots
+  inst.prefill((0, 0, 20, False))
+  jax.tree.map(np.testing.assert_array_equal, inst.slots, before)
 
 
 def changed(before, after):
@@ -248,17 +248,17 @@ def changed(before, after):
 
 
 def test_prefill_writes_its_positions_only():
-  one = Instance()
-  one.admit(4, tiny.prompt(30))
-  before = one.cache
-  one.prefill((4, 0, 13, False))
-  table = one.table_EM[4]
-  assert changed(before, one.cache) == {(table[t // 8], t % 8)
-                                        for t in range(13)}
-  before = one.cache
-  one.prefill((4, 13, 30, True))
-  assert changed(before, one.cache) == {(table[t // 8], t % 8)
-                                        for t in range(13, 30)}
+  inst = Instance()
+  inst.admit(4, tiny.prompt(30))
+  before = inst.cache
+  inst.prefill((4, 0, 13, False))
+  table = inst.table_EM[4]
+  assert changed(before, inst.cache) == {(table[t // 8], t % 8)
+                                         for t in range(13)}
+  before = inst.cache
+  inst.prefill((4, 13, 30, True))
+  assert changed(before, inst.cache) == {(table[t // 8], t % 8)
+                                         for t in range(13, 30)}
 
 
 # --- decode ------------------------------------------------------------------
@@ -266,12 +266,12 @@ def test_prefill_writes_its_positions_only():
 
 def started(prompts, params=LOGPROBS, **kwargs):
   """An instance with these prompts prefilled in slots 0, 1, ..."""
-  one = Instance(**kwargs)
+  inst = Instance(**kwargs)
   for slot, tokens in enumerate(prompts):
-    one.admit(slot, tokens, params)
-  one.prefill(*((slot, 0, len(tokens), True)
-                for slot, tokens in enumerate(prompts)))
-  return one
+    inst.admit(slot, tokens, params)
+  inst.prefill(*((slot, 0, len(tokens), True)
+                 for slot, tokens in enumerate(prompts)))
+  return inst
 
 
 PROMPTS = tuple(tiny.prompt(n, seed=1) for n in (1, 8, 31, 62))
@@ -284,25 +284,25 @@ def ends(prompts=PROMPTS):
   return {slot: len(tokens) for slot, tokens in enumerate(prompts)}
 
 
-def streams(one, prompts=PROMPTS, count=STEPS + 1):
-  return [one.tokens(slot, len(tokens), len(tokens) + count)
+def streams(inst, prompts=PROMPTS, count=STEPS + 1):
+  return [inst.tokens(slot, len(tokens), len(tokens) + count)
           for slot, tokens in enumerate(prompts)]
 
 
 @pytest.mark.parametrize('params', [Sampling(), DRAW, PENALIZED], ids=[
     'greedy', 'seeded', 'penalized'])
 def test_decode_continues_as_the_dense_pass(params):
-  one = started(PROMPTS, params)
-  one.decode(ends(), STEPS, need=sampling.mode(params))
-  assert streams(one) == [continuation(tokens, params, STEPS + 1)
-                          for tokens in PROMPTS]
+  inst = started(PROMPTS, params)
+  inst.decode(ends(), STEPS, need=sampling.mode(params))
+  assert streams(inst) == [continuation(tokens, params, STEPS + 1)
+                           for tokens in PROMPTS]
 
 
 def test_decode_gives_the_log_probabilities_of_the_dense_pass():
-  one = started(PROMPTS)
-  out = one.decode(ends(), STEPS)
+  inst = started(PROMPTS)
+  out = inst.decode(ends(), STEPS)
   for slot, tokens in enumerate(PROMPTS):
-    tokens = (*tokens, *streams(one)[slot])
+    tokens = (*tokens, *streams(inst)[slot])
     logits = tiny.dense_logits(tokens[:-1])[-STEPS:]
     check_logprobs(out.top_id_RA[:, slot], out.top_logprob_RA[:, slot],
                    logits)
@@ -317,75 +317,75 @@ def test_the_tiny_model_does_not_repeat_one_token():
 
 @pytest.mark.parametrize('page_size', [4, 32, 128])
 def test_the_page_size_changes_no_token(page_size):
-  one = started(PROMPTS, DRAW, page_size=page_size)
-  one.decode(ends(), STEPS, need=sampling.RANDOM)
-  assert streams(one) == [continuation(tokens, DRAW, STEPS + 1)
-                          for tokens in PROMPTS]
+  inst = started(PROMPTS, DRAW, page_size=page_size)
+  inst.decode(ends(), STEPS, need=sampling.RANDOM)
+  assert streams(inst) == [continuation(tokens, DRAW, STEPS + 1)
+                           for tokens in PROMPTS]
 
 
 def test_other_pages_change_no_bit():
-  one, other = (started(PROMPTS, seed=seed) for seed in (1, 2))
-  assert (one.table_EM != other.table_EM).any()
-  jax.tree.map(np.testing.assert_array_equal, one.decode(ends(), STEPS),
+  inst, other = (started(PROMPTS, seed=seed) for seed in (1, 2))
+  assert (inst.table_EM != other.table_EM).any()
+  jax.tree.map(np.testing.assert_array_equal, inst.decode(ends(), STEPS),
                other.decode(ends(), STEPS))
 
 
 def test_the_order_of_rows_changes_no_token():
-  one, other = started(PROMPTS, DRAW), started(PROMPTS, DRAW)
-  one.decode(ends(), STEPS)
+  inst, other = started(PROMPTS, DRAW), started(PROMPTS, DRAW)
+  inst.decode(ends(), STEPS)
   for step in range(STEPS):
     at = {slot: pos + step for slot, pos in ends().items()}
     other.decode(dict(sorted(at.items(), key=lambda x: (x[0] * step) % 5)))
-  assert streams(one) == streams(other)
+  assert streams(inst) == streams(other)
 
 
 def test_decode_returns_the_rows_one_position_on():
-  one = started(PROMPTS)
-  rows = one.rows(ends())
-  _, _, after, out = one.decode_fn(one.params, one.cache, one.slots, rows,
-                                   sampling.GREEDY)
+  inst = started(PROMPTS)
+  rows = inst.rows(ends())
+  _, _, after, out = inst.decode_fn(inst.params, inst.cache, inst.slots, rows,
+                                    sampling.GREEDY)
   want = dataclasses.replace(rows, pos_B=rows.pos_B + 1)
   jax.tree.map(np.testing.assert_array_equal, after, want)
   assert out.token_R.shape == (B,)
 
 
 def test_decode_writes_its_positions_only():
-  one = started(PROMPTS)
-  before = one.cache
-  one.decode({1: 8, 3: 62})
-  assert changed(before, one.cache) == {
-      (one.table_EM[slot, pos // 8], pos % 8) for slot, pos in (
+  inst = started(PROMPTS)
+  before = inst.cache
+  inst.decode({1: 8, 3: 62})
+  assert changed(before, inst.cache) == {
+      (inst.table_EM[slot, pos // 8], pos % 8) for slot, pos in (
           (1, 8), (3, 62))}
 
 
 def test_padding_rows_write_nothing():
-  one = started(PROMPTS)
-  before = one.cache, one.slots
+  inst = started(PROMPTS)
+  before = inst.cache, inst.slots
   for need in (sampling.GREEDY, sampling.RANDOM, sampling.FULL):
-    one.decode({}, need=need)
-  jax.tree.map(np.testing.assert_array_equal, (one.cache, one.slots), before)
+    inst.decode({}, need=need)
+  jax.tree.map(np.testing.assert_array_equal, (inst.cache, inst.slots), before)
 
 
 def test_padding_rows_beside_live_ones_write_nothing():
-  one = started(PROMPTS)
-  before = one.slots
-  one.decode({2: 31})
+  inst = started(PROMPTS)
+  before = inst.slots
+  inst.decode({2: 31})
   kept = np.array([0, 1, 3, 4, 5])
   jax.tree.map(lambda x, old: np.testing.assert_array_equal(
-      x[kept], old[kept]), one.slots, before)
-  assert one.tokens(2, 0, 33) == [*PROMPTS[2],
-                                  *continuation(PROMPTS[2], Sampling(), 2)]
+      x[kept], old[kept]), inst.slots, before)
+  assert inst.tokens(2, 0, 33) == [*PROMPTS[2],
+                                   *continuation(PROMPTS[2], Sampling(), 2)]
 
 
 def test_a_request_prefilled_again_goes_on_as_before():
   """Preemption: prompt and output so far come back as one prompt."""
   for params in (DRAW, PENALIZED):
     want = continuation(PROMPTS[2], params, STEPS + 1)
-    one, so_far = Instance(), (*PROMPTS[2], *want[:10])
-    one.admit(5, so_far, params, prompt_len=len(PROMPTS[2]))
-    one.prefill((5, 0, len(so_far), True))
-    one.decode({5: len(so_far)}, STEPS - 10)
-    assert one.tokens(5, 31, 31 + STEPS + 1) == want
+    inst, so_far = Instance(), (*PROMPTS[2], *want[:10])
+    inst.admit(5, so_far, params, prompt_len=len(PROMPTS[2]))
+    inst.prefill((5, 0, len(so_far), True))
+    inst.decode({5: len(so_far)}, STEPS - 10)
+    assert inst.tokens(5, 31, 31 + STEPS + 1) == want
 
 
 # --- chunked mode ------------------------------------------------------------
@@ -395,8 +395,8 @@ def test_a_request_prefilled_again_goes_on_as_before():
 def test_rows_beside_chunks_are_decode_and_prefill_apart(params):
   together, apart = (started(PROMPTS[:2], params) for _ in range(2))
   tokens = tiny.prompt(70)
-  for one in (together, apart):
-    one.admit(4, tokens, params)
+  for inst in (together, apart):
+    inst.admit(4, tokens, params)
   at = {0: 1, 1: 8}
   for first, end in ((0, 33), (33, 70)):
     out = together.prefill((4, first, end, end == 70), at=at)
@@ -416,20 +416,20 @@ def test_rows_beside_chunks_are_decode_and_prefill_apart(params):
 
 
 def test_padding_rows_beside_chunks_write_nothing():
-  one = started(PROMPTS)
-  one.admit(5, tiny.prompt(9))
-  before = one.cache, one.slots
-  one.prefill((5, 0, 9, False), at={})
-  assert changed(before[0], one.cache) == {
-      (one.table_EM[5, t // 8], t % 8) for t in range(9)}
-  jax.tree.map(np.testing.assert_array_equal, one.slots, before[1])
+  inst = started(PROMPTS)
+  inst.admit(5, tiny.prompt(9))
+  before = inst.cache, inst.slots
+  inst.prefill((5, 0, 9, False), at={})
+  assert changed(before[0], inst.cache) == {
+      (inst.table_EM[5, t // 8], t % 8) for t in range(9)}
+  jax.tree.map(np.testing.assert_array_equal, inst.slots, before[1])
 
 
 def test_rows_beside_chunks_go_one_position_on():
-  one = started(PROMPTS)
-  rows = one.rows(ends())
-  _, _, after, _ = one.prefill_fn(
-      one.params, one.cache, one.slots, one.packed([(5, 0, 3, False)]),
+  inst = started(PROMPTS)
+  rows = inst.rows(ends())
+  _, _, after, _ = inst.prefill_fn(
+      inst.params, inst.cache, inst.slots, inst.packed([(5, 0, 3, False)]),
       size=SIZE, need=sampling.FULL, rows=rows)
   want = dataclasses.replace(rows, pos_B=rows.pos_B + 1)
   jax.tree.map(np.testing.assert_array_equal, after, want)
@@ -440,12 +440,12 @@ def test_rows_beside_chunks_go_one_position_on():
 
 @pytest.mark.parametrize('step', ['prefill', 'decode'])
 def test_an_unknown_impl_is_an_error(step):
-  one = Instance()
+  inst = Instance()
   with pytest.raises(ValueError, match="impl='cuda'.*'pallas_interpret'"):
     if step == 'prefill':
-      one.prefill_fn(one.params, one.cache, one.slots,
-                     one.packed([(0, 0, 3, True)]), size=16, need=0,
-                     impl='cuda')
+      inst.prefill_fn(inst.params, inst.cache, inst.slots,
+                      inst.packed([(0, 0, 3, True)]), size=16, need=0,
+                      impl='cuda')
     else:
-      one.decode_fn(one.params, one.cache, one.slots, one.rows({0: 3}), 0,
-                    impl='cuda')
+      inst.decode_fn(inst.params, inst.cache, inst.slots, inst.rows({0: 3}), 0,
+                     impl='cuda')

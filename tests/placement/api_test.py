@@ -15,6 +15,7 @@ from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.config.request import Request, Sampling
 from dsjax.placement import api, judging
 from dsjax.simulation import latency, profiles, simulator
+from tests.common.samples import deep
 
 FAST = latency.Affine((0.01, 1e-5, 0.0), (0.01, 1e-7, 1e-5))
 SPLIT = 'prefill=1x1,decode=1x1'
@@ -181,7 +182,8 @@ def test_what_a_trace_without_a_span_takes():
       simulate(lengths=entries, process='trace', rate_per_s=2.0)
 
 
-@pytest.mark.parametrize('algorithms', [('low', 'colocated'), ('high',)])
+@pytest.mark.parametrize('algorithms', [
+    ('low', 'colocated'), *deep((('high',),))])
 def test_outputs_of_one_token_leave_decode_without_work(algorithms):
   answer = api.search(devices=2, lengths=[(100, 1), (200, 1)], latency=FAST,
                       slo=Slo(0.25, 1e-9), requests=20, tolerance=0.5,
@@ -194,7 +196,7 @@ def test_outputs_of_one_token_leave_decode_without_work(algorithms):
 
 
 @pytest.mark.parametrize('slo', [
-    Slo(math.inf, math.inf), Slo(math.inf, 0.05), Slo(1.0, math.inf)])
+    Slo(math.inf, math.inf), *deep(Slo(math.inf, 0.05), Slo(1.0, math.inf))])
 def test_loose_objectives_are_bounded_work(monkeypatch, slo):
   sizes = []
 

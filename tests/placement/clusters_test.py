@@ -16,6 +16,7 @@ from dsjax.placement.clusters import Border, Cluster, MixedCluster
 from dsjax.simulation import latency, roofline
 from dsjax.simulation.hardware import HARDWARE, Hardware, Shares
 from tests.common import tiny
+from tests.common.samples import deep
 
 GPU = Hardware('own', 1e14, 1e12, 40e9, 3e10, 1e10, shares=Shares(0.5, 0.5))
 # One prefills fast and decodes slowly, the other the reverse.
@@ -42,7 +43,7 @@ def ask(cluster, algorithm=('low', 'colocated'), **changes):
                     algorithms=algorithm, **changes)
 
 
-@pytest.mark.parametrize('algorithm', ('low', 'high'))
+@pytest.mark.parametrize('algorithm', ('low', *deep('high')))
 def test_each_phase_goes_to_the_devices_that_suit_it(algorithm):
   answer = ask(mixed(), (algorithm, 'colocated'))
   best = answer.rows[0].placement

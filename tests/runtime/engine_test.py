@@ -259,10 +259,10 @@ def snapshot(host):
 
 def changed_pages(before, after):
   """Ids of pages of any layer that differ."""
-  found = set()
+  pages = set()
   for x, y in zip(*map(jax.tree.leaves, (before, after)), strict=True):
-    found.update(np.nonzero((x != y).any((0, 2, 3)))[0].tolist())
-  return found
+    pages.update(np.nonzero((x != y).any((0, 2, 3)))[0].tolist())
+  return pages
 
 
 def written(host, act):
@@ -391,13 +391,13 @@ def commands_of(c, role):
                  max_seqs=2, chunk_tokens=20)),
     ids=('tests', 'small', 'odd'))
 def test_every_possible_batch_has_a_warm_shape(limits, role):
-  one = engine(role, limits)
-  warm = set(one.shapes_needed())
+  inst = engine(role, limits)
+  warm = set(inst.shapes_needed())
   for counts, rows in commands_of(limits, role):
     chunks = [Chunk(i, 0, n, (), True) for i, n in enumerate(counts)]
-    size = one._size(chunks)
-    assert size >= sum(counts) and one._seqs_bucket(size) >= len(counts)
-    count = next(n for n in one._mixed_rows() if n >= rows) if rows else 0
+    size = inst._size(chunks)
+    assert size >= sum(counts) and inst._seqs_bucket(size) >= len(counts)
+    count = next(n for n in inst._mixed_rows() if n >= rows) if rows else 0
     assert (size, count) in warm
 
 
@@ -406,8 +406,8 @@ def test_every_possible_batch_has_a_warm_shape(limits, role):
     ('colocated', {(32, 0), (48, 0), (0, 1), (0, 2), (0, 3)}),
     ('chunked', {(32, 0), (0, 1), (0, 2), (0, 3), (32, 1), (32, 3)})))
 def test_shapes_needed(role, want):
-  found = engine(role).shapes_needed()
-  assert set(found) == want and len(found) == len(want)
+  shapes = engine(role).shapes_needed()
+  assert set(shapes) == want and len(shapes) == len(want)
 
 
 # --- memory ------------------------------------------------------------------
@@ -419,14 +419,14 @@ def meshes_of(tp, pp):
   return made
 
 
-def held_bytes(one):
+def held_bytes(inst):
   """Bytes of weights, slots and a page on the fullest device."""
   def each(tree):
     return sum(x.addressable_shards[0].data.nbytes
                for x in jax.tree.leaves(tree))
 
   return max((each((s.params, s.slots)), each(s.cache) // s.shapes.num_pages)
-             for s in one.stages)
+             for s in inst.stages)
 
 
 @pytest.mark.parametrize('role, plan', (
@@ -439,9 +439,9 @@ def test_pages_are_what_memory_leaves(plan, role):
                                kv_dtype='float8_e4m3fn')
   meshes = meshes_of(*plan)
   all_of_them = limits.max_seqs * limits.max_len // limits.page_size
-  one = Engine(TINY, meshes, role, limits)
-  assert one.capacity.num_pages == all_of_them  # a CPU does not say
-  fixed, page = held_bytes(one)
+  inst = Engine(TINY, meshes, role, limits)
+  assert inst.capacity.num_pages == all_of_them  # a CPU does not say
+  fixed, page = held_bytes(inst)
   rich, poor = (memory.size_pages(CONFIG, meshes, role, dataclasses.replace(
       limits, memory_bytes=fixed + n)).num_pages
       for n in (10**7, 200_000))
@@ -471,16 +471,16 @@ def test_an_accelerator_says_what_is_free(monkeypatch):
   stats = says(dict(bytes_limit=budget + 7, bytes_in_use=7))
   monkeypatch.setattr(memory, '_free_bytes', lambda _: free([stats]))
   want = dataclasses.replace(limits, memory_bytes=budget)
-  found = memory.size_pages(CONFIG, meshes, 'decode', limits)
-  assert found == memory.size_pages(CONFIG, meshes, 'decode', want)
-  assert found.num_pages < limits.instance('decode', 1).num_pages
+  sized = memory.size_pages(CONFIG, meshes, 'decode', limits)
+  assert sized == memory.size_pages(CONFIG, meshes, 'decode', want)
+  assert sized.num_pages < limits.instance('decode', 1).num_pages
 
 
 @pytest.mark.parametrize('plan', ((1, 1), (2, 2)), ids=str)
 def test_what_does_not_fit_says_by_how_much_before_it_loads(plan):
   meshes = meshes_of(*plan)
-  one = Engine(TINY, meshes, 'decode', LIMITS)
-  weights = held_bytes(one)[0]
+  inst = Engine(TINY, meshes, 'decode', LIMITS)
+  weights = held_bytes(inst)[0]
   unread = checkpoint.Model(CONFIG, None)  # loading would fail
   with pytest.raises(InputError, match=(
       r'EngineConfig.memory_bytes=.* bytes more for the weights of stage')):
@@ -506,10 +506,10 @@ def test_the_papers_placements_of_published_shapes(name, plans):
     tp, pp = plan
     mesh = Mesh(np.array(jax.devices()[:tp]), (sharding.AXIS,))
     stages = [mesh] * pp  # of other devices, where they run
-    one = limits.instance(role, pp)
+    asked = limits.instance(role, pp)
     total = 0
-    for s in steps.stage_shapes(config, stages, role, limits, one):
-      (step, args), = steps.abstract_steps(s, one)
+    for s in steps.stage_shapes(config, stages, role, limits, asked):
+      (step, args), = steps.abstract_steps(s, asked)
       out = jax.eval_shape(step, *args)
       assert jax.tree.map(lambda x: (x.shape, x.dtype), out[0]) == (
           jax.tree.map(lambda x: (x.shape, x.dtype), args[1]))

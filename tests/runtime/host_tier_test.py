@@ -13,6 +13,7 @@ from dsjax.runtime import host_memory
 from dsjax.scheduling import prefix_cache
 from dsjax.scheduling.events import Load, LoadFailed, Offload
 from tests.common import tiny
+from tests.common.samples import deep
 from tests.common.serving import (
   LONG,
   MIXED,
@@ -55,12 +56,12 @@ def commands(server, kind):
 
 
 @pytest.mark.parametrize('mode, config', [
-    ('colocated', PAGES_4), ('chunked', PAGES_16), ('1p1d', PAGES_4),
+    ('chunked', PAGES_16), ('colocated_pp2', PAGES_4),
     ('1p1d', dataclasses.replace(PAGES_4, page_size=2, num_pages=40,
                                  decode_page_size=4)),
-    ('tp2_tp1', PAGES_4),
     ('tp1_tp2', dataclasses.replace(PAGES_4, kv_dtype='int8')),
-    ('colocated_pp2', PAGES_4), ('2flexible', PAGES_4)])
+    *deep(*((mode, PAGES_4) for mode in (
+        'colocated', '1p1d', 'tp2_tp1', '2flexible')))])
 def test_tokens_are_equal_and_nothing_compiles(mode, config):
   plain = dataclasses.replace(config, prefix_cache=False)
   with server_of(mode, plain) as server:

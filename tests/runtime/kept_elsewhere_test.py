@@ -18,6 +18,7 @@ from dsjax.scheduling.policy import Fetch, PolicyError
 from experiments.verify.anything import FETCHING
 from experiments.verify.faults import Injector
 from tests.common import tiny
+from tests.common.samples import deep
 from tests.common.serving import (
   LONG,
   MIXED,
@@ -59,10 +60,10 @@ def fetches(server):
 
 @pytest.mark.parametrize('mode, config', [
     ('2p2d', ALL),
-    ('tp1_tp2', dataclasses.replace(ALL, kv_dtype='int8')),
     ('1p1d', dataclasses.replace(ALL, page_size=2, num_pages=32,
                                  decode_page_size=4)),
-    ('2flexible', ALL)])
+    *deep(('2flexible', ALL),
+          ('tp1_tp2', dataclasses.replace(ALL, kv_dtype='int8')))])
 def test_tokens_are_equal_with_all_of_it(mode, config):
   if config.kv_dtype:
     plain = dataclasses.replace(config, prefix_cache=False, stream_kv=False,

@@ -22,6 +22,7 @@ from dsjax.runtime.orchestrator import serve
 from dsjax.runtime.steps import abstract_steps, make_step, stage_shapes
 from experiments.common import overrides as configs
 from tests.common import gpu, tiny
+from tests.common.samples import deep, thinned
 
 CONFIG = tiny.UNTIED
 MODEL = checkpoint.Model(CONFIG, tiny.params(CONFIG))
@@ -43,7 +44,7 @@ def answers(placement, devices, limits=LIMITS):
 
 @pytest.mark.parametrize('placement, devices', [
     (Placement(prefill=[Plan(2)], decode=[Plan(1)]), (4, 5, 1)),
-    (Placement(chunked=[Plan()]), (0,))], ids=('tp2_tp1', 'chunked'))
+    *deep((Placement(chunked=[Plan()]), (0,)))], ids=('tp2_tp1', 'chunked'))
 def test_the_tokens_are_those_of_the_dense_pass(placement, devices):
   prompts, got = answers(placement, devices)
   assert got == [tiny.greedy(p, 4, CONFIG) for p in prompts]
@@ -56,18 +57,18 @@ OWN = dataclasses.replace(LIMITS, attention='cpu')
 
 @needs_compiler
 @pytest.mark.parametrize('placement, devices', [
-    (Placement(prefill=[Plan()], decode=[Plan(2)]), (0, 4, 5)),
     (Placement(prefill=[Plan(1, 2)], decode=[Plan(3)]), (0, 1, 2, 3, 4)),
-    (Placement(chunked=[Plan()]), (0,))], ids=str)
+    (Placement(chunked=[Plan()]), (0,)),
+    *deep((Placement(prefill=[Plan()], decode=[Plan(2)]), (0, 4, 5)))],
+                         ids=str)
 def test_the_cpus_own_kernels_serve(placement, devices):
   prompts, got = answers(placement, devices, OWN)
   assert got == [tiny.greedy(p, 4, CONFIG) for p in prompts]
 
 
 @needs_compiler
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('tied', [False, True])
-@pytest.mark.parametrize('tp', [1, 2, 3])
+@thinned('tp, tied, dtype', 5, [1, 2, 3], [False, True],
+         ['float32', 'bfloat16'])
 def test_packed_weights_are_those_that_were_loaded(tp, tied, dtype):
   config = dataclasses.replace(CONFIG, tied=tied)
   params = jax.tree.map(lambda x: x.astype(dtype), tiny.params(config))
@@ -143,7 +144,8 @@ def test_float8_pages_serve():
              for a, b in zip(x, y, strict=True)) >= 8
 
 
-@pytest.mark.parametrize('kv_dtype', ['bfloat16', 'int8', 'float8_e4m3fn'])
+@pytest.mark.parametrize('kv_dtype', ['bfloat16', *deep(
+    'int8', 'float8_e4m3fn')])
 def test_every_step_lowers_for_cuda(kv_dtype):
   config = dataclasses.replace(zoo.config('llama-3-8b'), num_layers=2)
   limits = EngineConfig(num_pages=64, dtype='bfloat16', max_seqs=4,

@@ -1,6 +1,6 @@
 """Any plan to any plan: tokens, checksums, host reads, pages.
 
-  python -m tests.runtime.plans_test          # the sample of `make test-deep`
+  python -m tests.runtime.plans_test          # the sample of `.ci/run`
   python -m tests.runtime.plans_test --full   # all pairs of 15 plans: minutes
 
 It needs 48 CPU devices, so it runs in a process of its own.
@@ -21,7 +21,7 @@ SAMPLE = (((1, 3), (4, 1), 2), ((2, 1), (3, 2), 8), ((3, 2), (8, 1), 2),
           ((4, 1), (1, 3), 8), ((8, 1), (2, 2), 2))
 
 
-@pytest.mark.deep
+@pytest.mark.slow
 def test_a_sample_of_plans():
   env = dict(os.environ, NPROC='64')  # 0.10 can deadlock with few threads
   done = subprocess.run(
@@ -69,9 +69,9 @@ def main(full):
       assert reads and max(reads) <= 2 * config.max_seqs, reads
       scheduler.check(server.state)
       assert scheduler.idle(server.state)
-      for inst, one in zip(server.state.instances, server.engines,
-                           strict=True):
-        assert prefix_cache.num_free(inst.pool) == one.capacity.num_pages
+      for inst, engine in zip(server.state.instances, server.engines,
+                              strict=True):
+        assert prefix_cache.num_free(inst.pool) == engine.capacity.num_pages
       return [server.output(i).tokens for i in range(len(work))], server
 
   def plain(kv_heads):

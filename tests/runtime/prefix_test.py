@@ -10,6 +10,7 @@ from dsjax.config.request import Request, Sampling
 from dsjax.scheduling.events import Migrate, RunPrefill
 from dsjax.scheduling.prefix_cache import num_idle
 from tests.common import tiny
+from tests.common.samples import deep
 from tests.common.serving import (
   LONG,
   MIXED,
@@ -55,12 +56,12 @@ def full(tokens, size):
 
 
 @pytest.mark.parametrize('mode, config', [
-    ('chunked', PAGES_16), ('1p1d', PAGES_4), ('colocated_pp2', PAGES_4),
+    ('chunked', PAGES_16), ('colocated_pp2', PAGES_4),
     ('1p1d', dataclasses.replace(PAGES_4, decode_page_size=2, num_pages=40)),
-    ('tp1_tp2', dataclasses.replace(PAGES_4, kv_dtype='int8')),
-    pytest.param('1p1d', dataclasses.replace(
-        PAGES_4, page_size=2, num_pages=40, decode_page_size=4),
-                 marks=pytest.mark.deep)])
+    *deep(('1p1d', PAGES_4),
+          ('tp1_tp2', dataclasses.replace(PAGES_4, kv_dtype='int8')),
+          ('1p1d', dataclasses.replace(PAGES_4, page_size=2, num_pages=40,
+                                       decode_page_size=4)))])
 def test_a_turn_computes_and_moves_what_is_new(mode, config):
   config = cached(config, checksum=True)
   sizes = [config.page_size, config.decode_page_size or config.page_size]
@@ -93,7 +94,7 @@ def tiny_params(count):
   return Sampling(max_tokens=count)
 
 
-@pytest.mark.parametrize('mode', ['2p2d', 'chunked', '2flexible'])
+@pytest.mark.parametrize('mode', ['2p2d', '2flexible', *deep('chunked')])
 def test_tokens_are_equal_with_what_is_kept_evicted_and_preempted(mode):
   stem = tiny.prompt(14, 3)
   work = [((*stem[:n], *prompt[:20]), params) for n, (prompt, params) in zip(

@@ -13,6 +13,7 @@ from dsjax.scheduling.events import Migrate, Migrated, MigrateFailed, Timer
 from experiments.verify.faults import COPY, Injector
 from tests.common import tiny
 from tests.common.fake_engine import PAGE_BYTES
+from tests.common.samples import deep
 from tests.common.serving import (
   HOT,
   PAGES_4,
@@ -51,9 +52,10 @@ def migrates(server):
 
 @pytest.mark.parametrize('mode, config', [
     ('1p1d', dataclasses.replace(PAGES_4, checksum=True, prefix_cache=True)),
-    ('1p1d', PAGES_16), ('pp2_tp3', PAGES_4),
+    ('pp2_tp3', PAGES_4),
     ('1p1d', dataclasses.replace(PAGES_4, decode_page_size=2, num_pages=40)),
-    ('1p1d', dataclasses.replace(PAGES_2, decode_page_size=4))])
+    *deep(('1p1d', PAGES_16),
+          ('1p1d', dataclasses.replace(PAGES_2, decode_page_size=4)))])
 def test_tokens_are_those_of_whole_hand_offs(mode, config):
   with server_of(mode, config_of(config)) as server:
     with compilations() as names:

@@ -25,6 +25,7 @@ from dsjax.runtime import migration
 from dsjax.runtime.orchestrator import serve
 from dsjax.scheduling.events import Migrate
 from tests.common import tiny
+from tests.common.samples import deep, one_in, thinned
 from tests.common.serving import (
   CONFIG,
   EACH_MODE,
@@ -50,14 +51,16 @@ pytestmark = pytest.mark.usefixtures('no_hang')
 
 # --- token equality ----------------------------------------------------------
 
-MATRIX = pytest.mark.parametrize('mode, config', (
-    ('1p1d', PAGES_4), ('1p1d', PAGES_16), ('2p2d', PAGES_4),
-    ('colocated', PAGES_4), ('colocated', PAGES_16),
-    ('chunked', PAGES_4), ('chunked', PAGES_16)),
-    ids=lambda v: v if isinstance(v, str) else f'pages of {v.page_size}')
+MATRIX = (('1p1d', PAGES_4), ('1p1d', PAGES_16), ('2p2d', PAGES_4),
+          ('colocated', PAGES_4), ('colocated', PAGES_16),
+          ('chunked', PAGES_4), ('chunked', PAGES_16))
+MANY = (*MATRIX[:3], *MATRIX[4::2], *deep(*MATRIX[3::2]))
+MANY_MODES, SOME_MODES = (pytest.mark.parametrize(
+    'mode, config', rows, ids=lambda v: v if isinstance(v, str) else
+    f'pages of {v.page_size}') for rows in (MANY, one_in(2, MATRIX)))
 
 
-@MATRIX
+@MANY_MODES
 def test_tokens_are_equal_in_every_order(mode, config):
   with server_of(mode, config) as server:
     backwards = list(range(len(MIXED)))[::-1]
@@ -66,7 +69,7 @@ def test_tokens_are_equal_in_every_order(mode, config):
     check_tokens(MIXED, play(server, MIXED, between=40))
 
 
-@MATRIX
+@SOME_MODES
 def test_tokens_are_equal_through_preemption(mode, config):
   with server_of(mode, config) as server:
     work = LONG + MIXED[2:6] + LONG
@@ -75,16 +78,17 @@ def test_tokens_are_equal_through_preemption(mode, config):
     assert preemptions(outputs) > 0
 
 
-@EACH_MODE
-@pytest.mark.parametrize('depth, run_ahead', ((1, 1), (1, 6), (3, 2)))
-def test_tokens_are_equal_at_every_depth(mode, depth, run_ahead):
+@thinned('mode, ahead', 2, ('1p1d', 'colocated', 'chunked'),
+         ((1, 1), (1, 6), (3, 2)))
+def test_tokens_are_equal_at_every_depth(mode, ahead):
+  depth, run_ahead = ahead
   config = dataclasses.replace(PAGES_4, depth=depth, run_ahead=run_ahead)
   with server_of(mode, config) as server:
     work = MIXED[:9] + LONG
     check_tokens(work, play(server, work, between=depth))
 
 
-@MATRIX
+@SOME_MODES
 def test_cancelled_neighbours_change_no_token(mode, config):
   rng = random.Random(1)
   with server_of(mode, config) as server:
@@ -121,7 +125,7 @@ def goldens(*names):
     return [g for g in json.load(file) if g['name'] in names]
 
 
-@pytest.mark.deep
+@pytest.mark.slow
 def test_smollm2_gives_the_goldens_over_two_meshes():
   model = checkpoint.load('smollm2-135m-instruct')
   config = EngineConfig(max_len=64, max_seqs=1, prefill_tokens=16,
@@ -138,7 +142,8 @@ def test_smollm2_gives_the_goldens_over_two_meshes():
 # --- no implicit transfer ----------------------------------
 
 # What others of EVERY have too, each in another mode.
-REPEATED = ('flexible_pp2', 'tp2_tp2', 'colocated_pp2')
+REPEATED = ('flexible_pp2', 'tp2_tp2', 'colocated_pp2', '2p2d', 'tp2_tp1',
+            'tp1_tp2', 'chunked_pp2', '2flexible')
 EVERY = pytest.mark.parametrize('mode', [
     pytest.param(m, marks=[pytest.mark.deep] * (m in REPEATED))
     for m in MODES if m not in ('2colocated', '2chunked')])
@@ -247,6 +252,6 @@ def test_the_meshes_are_those_asked_for():
     found = [[d.id for d in e.shapes.mesh.devices.flat]
              for e in server.engines]
     assert found == [[4, 5], [1]]
-    for one in server.engines:
-      for x in jax.tree.leaves(one.last.cache):
-        assert x.sharding == sharding.kv(one.shapes.mesh)
+    for engine in server.engines:
+      for x in jax.tree.leaves(engine.last.cache):
+        assert x.sharding == sharding.kv(engine.shapes.mesh)

@@ -33,12 +33,12 @@ ROWS = [Row(0, 4, 8, (0,)), Row(1, 4, 8, (1,))]
 
 
 def test_micro_batches_take_turns_one_step_at_a_time():
-  zero, one = ROWS
+  first, second = ROWS
   state = play(staged(depth=1), [
-      (copied(0), RunDecode(1, 0, 0, 1, (zero,))),
-      (copied(1), RunDecode(1, 1, 0, 1, (one,))),
-      (decoded(1, 0), RunDecode(1, 2, 1, 1, (zero,))),
-      (decoded(1, 1), RunDecode(1, 3, 1, 1, (one,))),
+      (copied(0), RunDecode(1, 0, 0, 1, (first,))),
+      (copied(1), RunDecode(1, 1, 0, 1, (second,))),
+      (decoded(1, 0), RunDecode(1, 2, 1, 1, (first,))),
+      (decoded(1, 1), RunDecode(1, 3, 1, 1, (second,))),
       # Its end is known as its last step starts; the other goes on.
       *((decoded(1, n), RunDecode(1, n + 2, n // 2 + 1, 1, (ROWS[n % 2],)))
         for n in range(2, 14)),
@@ -48,50 +48,50 @@ def test_micro_batches_take_turns_one_step_at_a_time():
 
 
 def test_each_micro_batch_has_depth_commands_in_flight():
-  zero, one = ROWS
+  first, second = ROWS
   play(staged(depth=2), [
       # The other is empty: nothing to take turns with.
-      (copied(0), RunDecode(1, 0, 0, 1, (zero,)),
-       RunDecode(1, 1, 1, 1, (zero,))),
+      (copied(0), RunDecode(1, 0, 0, 1, (first,)),
+       RunDecode(1, 1, 1, 1, (first,))),
       # Then the first is waited for, or 0, 0, 1, 1 would go on for ever.
-      (copied(1), RunDecode(1, 2, 0, 1, (one,))),
-      (decoded(1, 0), RunDecode(1, 3, 2, 1, (zero,)),
-       RunDecode(1, 4, 1, 1, (one,))),
-      (decoded(1, 1), RunDecode(1, 5, 3, 1, (zero,))),
-      (decoded(1, 2), RunDecode(1, 6, 2, 1, (one,)))], before=TWO)
+      (copied(1), RunDecode(1, 2, 0, 1, (second,))),
+      (decoded(1, 0), RunDecode(1, 3, 2, 1, (first,)),
+       RunDecode(1, 4, 1, 1, (second,))),
+      (decoded(1, 1), RunDecode(1, 5, 3, 1, (first,))),
+      (decoded(1, 2), RunDecode(1, 6, 2, 1, (second,)))], before=TWO)
 
 
 def test_a_request_joins_the_micro_batch_with_the_fewest_rows():
   state, _ = state_after(staged(depth=1), *TWO, copied(0), copied(1),
                          arrive(2, 4, 9), prefilled(0, 2), copied(2),
                          arrive(3, 4, 9), prefilled(0, 3), copied(3))
-  zero, two = state.instances[1].batches
-  assert [r.id for r in zero.rows] == [0, 2]
+  first, two = state.instances[1].batches
+  assert [r.id for r in first.rows] == [0, 2]
   assert [r.id for r in two.rows] == [1, 3]
   _, (command,) = scheduler.step(staged(depth=1), state, decoded(1, 0))
   # Its first tick is the micro-batch's second.
   assert command == RunDecode(1, 2, 1, 1, (ROWS[0], Row(2, 3, 9, (2,))))
-  assert zero.tick == two.tick == 1
+  assert first.tick == two.tick == 1
 
 
 def test_an_ended_row_keeps_its_pages_until_every_micro_batch_is_done():
-  config, one = staged(depth=1), ROWS[1]
-  story = [(copied(1), RunDecode(1, 1, 0, 1, (one,))),
+  config, second = staged(depth=1), ROWS[1]
+  story = [(copied(1), RunDecode(1, 1, 0, 1, (second,))),
            (cancel(0), Finish(0, 'cancelled')), (decoded(1, 0),)]
   before = [*TWO, copied(0)]
   assert free(play(config, story, before)) == [8, 6]
-  story.append((decoded(1, 1), RunDecode(1, 2, 1, 1, (one,))))
+  story.append((decoded(1, 1), RunDecode(1, 2, 1, 1, (second,))))
   assert free(play(config, story, before)) == [8, 7]
 
 
 def test_preemption_takes_the_latest_arrival_of_any_micro_batch():
   config = pair({'page_size': 2}, {'page_size': 2, 'num_pages': 5, 'pp': 2},
                 depth=1)
-  zero, one = Row(0, 2, 2, (0, 1)), Row(1, 2, 2, (2, 3))
+  first, second = Row(0, 2, 2, (0, 1)), Row(1, 2, 2, (2, 3))
   play(config, [
-      (copied(0), RunDecode(1, 1, 0, 1, (zero,))),
-      (decoded(1, 0), RunDecode(1, 2, 1, 1, (one,))),
-      (decoded(1, 1), RunDecode(1, 3, 1, 1, (zero,))),
+      (copied(0), RunDecode(1, 1, 0, 1, (first,))),
+      (decoded(1, 0), RunDecode(1, 2, 1, 1, (second,))),
+      (decoded(1, 1), RunDecode(1, 3, 1, 1, (first,))),
       (decoded(1, 2), RunDecode(1, 4, 2, 1, (Row(1, 2, 4, (2, 3, 4)),))),
       (decoded(1, 3),),  # no page for request 0; 4 is still in flight
       (decoded(1, 4), Preempt(1, 1),

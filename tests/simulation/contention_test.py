@@ -67,10 +67,10 @@ def test_what_several_others_take_adds_up():
 
 @pytest.mark.parametrize('mode', ROLES)
 def test_without_slowing_it_is_the_run_without_contention(mode):
-  for one, other in zip(run(mode, 20.0).records,
-                        run(mode, 20.0, Contention({})).records, strict=True):
-    assert one.token_s == pytest.approx(other.token_s, abs=1e-9)
-    assert one.stage_s == pytest.approx(other.stage_s, abs=1e-9)
+  runs = run(mode, 20.0), run(mode, 20.0, Contention({}))
+  for record, other in zip(*(made.records for made in runs), strict=True):
+    assert record.token_s == pytest.approx(other.token_s, abs=1e-9)
+    assert record.stage_s == pytest.approx(other.stage_s, abs=1e-9)
 
 
 @pytest.mark.parametrize('mode', ROLES)
@@ -95,18 +95,18 @@ def test_contention_is_found_in_a_served_run(mode):
       ALONE, decode=tuple(1.2 * x for x in ALONE.decode))
   bench = validate.Profiles((ALONE,) * 2, LINK)
   log = run(mode, 8.0, truth, real, log=True).log
-  found = bench.calibrated(log)
+  calibrated = bench.calibrated(log)
   seen = {(s.kind, other) for s in calibration.observe(log)[0]
           for other in s.beside_s}
   assert len(seen) > 1
   if mode == 'disaggregated':
     for pair in seen:
-      assert found.contention.factors[pair] == pytest.approx(
+      assert calibrated.contention.factors[pair] == pytest.approx(
           truth.factors[pair], rel=0.02)
   slo = Slo(0.2, 0.03)
   there = validate.stats(run(mode, 24.0, truth, real).records, slo)
   errors = [validate.errors(there, validate.stats(
-      p.simulate(plan(mode), sent(24.0)), slo)) for p in (bench, found)]
+      p.simulate(plan(mode), sent(24.0)), slo)) for p in (bench, calibrated)]
   for name in ('ttft_s', 'tpot_s'):
     assert abs(errors[1][name]['mean']) < 0.03
     assert errors[0][name]['mean'] < -0.15

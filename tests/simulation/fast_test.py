@@ -61,13 +61,13 @@ def folder(tmp_path):
 
 
 def test_a_compiled_module_comes_first(folder):
-  one = finder.Finder(folder / 'compiled')
-  spec = one.find_spec('package.one', [str(folder / 'package')])
+  modules = finder.Finder(folder / 'compiled')
+  spec = modules.find_spec('package.one', [str(folder / 'package')])
   assert spec.origin == str(folder / 'compiled/package/one') + (
       importlib.machinery.EXTENSION_SUFFIXES[0])
   assert isinstance(spec.loader, importlib.machinery.ExtensionFileLoader)
-  assert one.find_spec('package.two', [str(folder / 'package')]) is None
-  assert one.find_spec('one') is None
+  assert modules.find_spec('package.two', [str(folder / 'package')]) is None
+  assert modules.find_spec('one') is None
 
 
 def test_a_source_that_has_changed_is_an_error(folder):

@@ -56,22 +56,22 @@ AFFINES = st.builds(
     (32, 128, 512, 1024, 8192), (1, 4, 32), (8, 32))]))
 def test_noiseless_data_give_the_constants_back(truth, buckets):
   truth = dataclasses.replace(truth, buckets=buckets)
-  found = fitting.fit_affine(grid(truth), buckets)
+  fitted = fitting.fit_affine(grid(truth), buckets)
   for field in ('prefill', 'decode', 'mixed', 'piece_s'):
-    assert getattr(found, field) == pytest.approx(
+    assert getattr(fitted, field) == pytest.approx(
         getattr(truth, field), rel=1e-3)
   assert all(r.worst < 1e-6 for r in fitting.residuals(
-      found, grid(truth)).values())
+      fitted, grid(truth)).values())
 
 
 @settings(deadline=None, max_examples=40)
 @given(AFFINES, st.integers(0, 2**30))
 def test_noise_of_five_percent_moves_predictions_less(truth, seed):
   exact = grid(truth)
-  found = fitting.fit_affine(noisy(exact, seed))
+  fitted = fitting.fit_affine(noisy(exact, seed))
   # What is predicted lies nearer to the truth than what was measured; which
   # constant says it is not certain, as batch and context go together.
-  for kind, r in fitting.residuals(found, exact).items():
+  for kind, r in fitting.residuals(fitted, exact).items():
     assert r.mape < 0.04 and r.worst < 0.12, kind
 
 
@@ -80,12 +80,12 @@ def test_noise_of_five_percent_bounds_the_constants():
   cells = grid(truth, (1, 2, 8, 16, 32, 64, 80, 96, 128, 160, 192), False)
   errors = []
   for seed in range(20):
-    found = fitting.fit_affine(noisy(cells, seed))
+    fitted = fitting.fit_affine(noisy(cells, seed))
     errors.append([abs(a / b - 1) for a, b in (
-        (found.prefill[0], truth.prefill[0]),
-        (found.prefill[1], truth.prefill[1]),
-        (found.decode[0], truth.decode[0]),
-        (found.decode[1], truth.decode[1]))])
+        (fitted.prefill[0], truth.prefill[0]),
+        (fitted.prefill[1], truth.prefill[1]),
+        (fitted.decode[0], truth.decode[0]),
+        (fitted.decode[1], truth.decode[1]))])
   # A and B of each phase, of a fit by relative error to U(-5 %, 5 %) noise.
   assert np.max(errors) < 0.12
 
@@ -93,12 +93,13 @@ def test_noise_of_five_percent_bounds_the_constants():
 def test_the_split_is_found():
   truth = Affine((1, 1, 1), (20., 6e-4, 0.04), (7., 6e-4, 0.16), 64)
   cells = grid(truth, (1, 8, 32, 64, 96, 128, 192), False)
-  found = fitting.fit_affine(cells)
-  assert found.split == 64
-  assert found.decode == pytest.approx(truth.decode, rel=1e-3)
-  assert found.decode_large == pytest.approx(truth.decode_large, rel=1e-3)
-  one = dataclasses.replace(truth, decode_large=None, split=None)
-  assert fitting.fit_affine(grid(one, (1, 8, 32, 64, 96), False)).split is None
+  fitted = fitting.fit_affine(cells)
+  assert fitted.split == 64
+  assert fitted.decode == pytest.approx(truth.decode, rel=1e-3)
+  assert fitted.decode_large == pytest.approx(truth.decode_large, rel=1e-3)
+  plain = dataclasses.replace(truth, decode_large=None, split=None)
+  cells = grid(plain, (1, 8, 32, 64, 96), False)
+  assert fitting.fit_affine(cells).split is None
 
 
 @settings(deadline=None)
@@ -116,28 +117,28 @@ def test_nonnegative_is_what_projected_gradients_find():
   rng = np.random.default_rng(0)
   for _ in range(5):
     x, y = rng.uniform(0, 1, (20, 4)), rng.uniform(0.5, 1.5, 20)
-    found, error = fitting.nonnegative(x, y)
+    fitted, error = fitting.nonnegative(x, y)
     scaled = x / y[:, None]
     rival = np.zeros(4)
     rate = 1 / np.linalg.norm(scaled, 2)**2
     for _ in range(5000):
       rival = np.maximum(rival - rate * (scaled.T @ (scaled @ rival - 1)), 0)
     assert error == pytest.approx(((scaled @ rival - 1)**2).sum(), rel=1e-3)
-    assert found == pytest.approx(rival, abs=1e-2)
+    assert fitted == pytest.approx(rival, abs=1e-2)
 
 
 def test_times_that_fall_with_size_give_zeros_and_a_large_residual():
   cells = [fitting.Cell(((0, n),), 0, 0, 1 / n) for n in LENGTHS]
   cells += [fitting.Cell((), b, b * n, 1 / (b * n)) for b in (1, 4, 16)
             for n in LENGTHS]
-  found = fitting.fit_affine(cells)
-  assert min(*found.prefill, *found.decode) >= 0
-  wrong = fitting.residuals(found, cells)
+  fitted = fitting.fit_affine(cells)
+  assert min(*fitted.prefill, *fitted.decode) >= 0
+  wrong = fitting.residuals(fitted, cells)
   assert wrong['prefill'].mape > 0.3 and wrong['decode'].mape > 0.3
   assert wrong['prefill'].worst >= wrong['prefill'].mape
   # The worst cell is named.
   r = wrong['decode']
-  assert abs(found.decode_s(r.cell.batch, r.cell.context)
+  assert abs(fitted.decode_s(r.cell.batch, r.cell.context)
              / r.cell.seconds - 1) == pytest.approx(r.worst)
 
 
@@ -164,11 +165,11 @@ def test_shares_are_found(plans, link):
       (Roofline(zoo.config(name), hardware.HARDWARE['a100-80g'], plan.tp,
                 plan.pp, shares=truth)) for plan in plans
       for name in ('opt-13b', 'llama-3-8b')]
-  found = fit_shares([
+  fitted = fit_shares([
       (dataclasses.replace(model, shares=Shares(message_s=2e-6)), grid(model))
       for model in measured])
-  assert found.link == pytest.approx(link, rel=0.02)
-  assert found._replace(link=0.4) == pytest.approx(truth, rel=0.02)
+  assert fitted.link == pytest.approx(link, rel=0.02)
+  assert fitted._replace(link=0.4) == pytest.approx(truth, rel=0.02)
 
 
 @pytest.mark.parametrize('slower', [1, 5000])
@@ -182,9 +183,9 @@ def test_two_plans_measured_predict_a_third(slower):
   cells = {plan: noisy(grid(model), 0) for plan, model in plans.items()}
   wanted = Plan(4, 2)
   measured = {plan: cells[plan] for plan in plans if plan != wanted}
-  found = fit_shares([(plans[plan], own) for plan, own in measured.items()])
-  assert found[:2] == pytest.approx(truth.shares[:2], rel=0.05)
-  fitted = dataclasses.replace(truth, shares=found)
+  fitted = fit_shares([(plans[plan], own) for plan, own in measured.items()])
+  assert fitted[:2] == pytest.approx(truth.shares[:2], rel=0.05)
+  fitted = dataclasses.replace(truth, shares=fitted)
   exact = dataclasses.replace(fitted, tp=wanted.tp, pp=wanted.pp)
   model = affine_of(fitted, wanted, measured[Plan()], Buckets())
   assert model.pp == 2
@@ -197,8 +198,8 @@ def test_two_plans_measured_predict_a_third(slower):
 def test_link():
   truth = latency.Link(1e-3, 5e9, 4096)
   n = (16, 64, 256, 1024)
-  found = fitting.fit_link(n, [truth.migrate_s(x) for x in n], 4096)
-  assert dataclasses.astuple(found) == pytest.approx(
+  fitted = fitting.fit_link(n, [truth.migrate_s(x) for x in n], 4096)
+  assert dataclasses.astuple(fitted) == pytest.approx(
       dataclasses.astuple(truth))
   with pytest.raises(InputError, match='longer'):
     fitting.fit_link(n, (1.0, 0.9, 0.8, 0.7), 4096)

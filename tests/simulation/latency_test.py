@@ -58,11 +58,11 @@ def test_chunks_add_up_to_the_prompt_but_for_their_overhead():
 
 
 def test_further_pieces():
-  one = dataclasses.replace(SIMPLE, piece_s=0.25)
+  model = dataclasses.replace(SIMPLE, piece_s=0.25)
   pieces = ((0, 10), (0, 5), (3, 4))
-  assert one.prefill_s(pieces) == SIMPLE.prefill_s(pieces) + 0.5
-  assert one.prefill_s(pieces[:1]) == SIMPLE.prefill_s(pieces[:1])
-  assert one.mixed_s(pieces, 2, 30) == pytest.approx(
+  assert model.prefill_s(pieces) == SIMPLE.prefill_s(pieces) + 0.5
+  assert model.prefill_s(pieces[:1]) == SIMPLE.prefill_s(pieces[:1])
+  assert model.mixed_s(pieces, 2, 30) == pytest.approx(
       SIMPLE.mixed_s(pieces, 2, 30) + 0.5)
 
 
@@ -73,23 +73,23 @@ def test_two_pieces_of_batches():
 
 
 def test_sizes_round_up_to_what_is_compiled():
-  one = dataclasses.replace(SIMPLE, buckets=Buckets((32, 64), (1, 4), (8,)))
-  assert one.prefill_s(((0, 33),)) == pytest.approx(1 + 6.4 + 0.01 * 33**2)
-  assert one.prefill_s(((0, 65),)) == SIMPLE.prefill_s(((0, 65),))
-  assert one.decode_s(2, 10) == SIMPLE.decode_s(4, 10)
-  fitted = dataclasses.replace(one, mixed=(1.0, 0.1, 0.0, 0.0))
+  model = dataclasses.replace(SIMPLE, buckets=Buckets((32, 64), (1, 4), (8,)))
+  assert model.prefill_s(((0, 33),)) == pytest.approx(1 + 6.4 + 0.01 * 33**2)
+  assert model.prefill_s(((0, 65),)) == SIMPLE.prefill_s(((0, 65),))
+  assert model.decode_s(2, 10) == SIMPLE.decode_s(4, 10)
+  fitted = dataclasses.replace(model, mixed=(1.0, 0.1, 0.0, 0.0))
   assert fitted.mixed_s(((0, 10),), 2, 5) == pytest.approx(1 + 0.1 * (32 + 8))
 
 
 @given(AFFINES, PIECES, st.integers(0, 20), st.integers(0, 5000))
-def test_a_mixed_step_lies_between_either_and_both(one, pieces, batch, each):
+def test_a_mixed_step_lies_between_either_and_both(model, pieces, batch, each):
   context = batch * each
-  prefill_s, decode_s = one.prefill_s(pieces), one.decode_s(batch, context)
-  mixed_s = one.mixed_s(pieces, batch, context)
+  prefill_s, decode_s = model.prefill_s(pieces), model.decode_s(batch, context)
+  mixed_s = model.mixed_s(pieces, batch, context)
   assert mixed_s <= prefill_s + decode_s + 1e-9
   if not pieces or not batch:
     assert mixed_s == prefill_s + decode_s
-  elif one.buckets == Buckets():
+  elif model.buckets == Buckets():
     assert mixed_s >= max(prefill_s, decode_s) - 1e-9
 
 
@@ -98,13 +98,13 @@ def test_a_mixed_step_lies_between_either_and_both(one, pieces, batch, each):
        st.sampled_from([1, 2]))
 def test_roofline_is_monotone_and_shares_the_weights(
     config, pieces, batch, each, tp, pp):
-  one, context = Roofline(config, A100, tp, pp), batch * each
-  parts = one.prefill_s(pieces), one.decode_s(batch, context)
-  mixed_s = one.mixed_s(pieces, batch, context)
+  model, context = Roofline(config, A100, tp, pp), batch * each
+  parts = model.prefill_s(pieces), model.decode_s(batch, context)
+  mixed_s = model.mixed_s(pieces, batch, context)
   assert max(parts) - 1e-12 <= mixed_s <= sum(parts) * (1 + 1e-9)
-  assert mixed_s <= one.mixed_s((*pieces, (0, 9)), batch, context)
+  assert mixed_s <= model.mixed_s((*pieces, (0, 9)), batch, context)
   if batch:
-    a, b = one.decode_line(batch)
+    a, b = model.decode_line(batch)
     assert parts[1] == pytest.approx(a + b * context, rel=1e-12)
 
 
@@ -164,12 +164,12 @@ def test_experts_touched():
 
 
 def test_a_lone_token_of_13b_reads_its_weights():
-  one = Roofline(zoo.config('opt-13b'), A100)
-  floor_s = one.decode_s(1, 1)
+  model = Roofline(zoo.config('opt-13b'), A100)
+  floor_s = model.decode_s(1, 1)
   # All weights but the embedding of positions, at the memory's rate.
   assert floor_s == pytest.approx(2 * 12.85e9 / 2.039e12, rel=0.02)
   assert floor_s < hardware.published('opt-13b', Plan()).decode_s(1, 1)
-  assert one.prefill_s(((0, 512),)) < hardware.published(
+  assert model.prefill_s(((0, 512),)) < hardware.published(
       'opt-13b', Plan(), realigned=False).prefill_s(((0, 512),))
 
 
@@ -201,14 +201,14 @@ def test_shares_of_the_peaks_and_messages():
 
 def test_appendix_a():
   config = ModelConfig('x', 2, 8, 2, 2, 4, 16, 32, 64)
-  one = latency.appendix_a(config, (1e-3, 2e-3, 0.5, 3e-3, 4e-3), block=4)
+  model = latency.appendix_a(config, (1e-3, 2e-3, 0.5, 3e-3, 4e-3), block=4)
   h, m, t, t2 = 8, 16, 5 + 7, 25 + 49
-  assert one.prefill_s(((0, 5), (0, 7))) == pytest.approx(
+  assert model.prefill_s(((0, 5), (0, 7))) == pytest.approx(
       1e-3 * (4 * t * h * h + 2 * t * h * m) + 2e-3 * 3 * h * t2 / 4 + 0.5)
-  assert one.decode_s(3, 100) == pytest.approx(
+  assert model.decode_s(3, 100) == pytest.approx(
       3e-3 * (4 * h * h + 2 * h * m) + 4e-3 * 3 * h * 100)
   two = latency.appendix_a(config, (1e-3, 2e-3, 0.5, 3e-3, 4e-3), 4, tp=2)
-  assert two.decode_s(1, 9) == pytest.approx(one.decode_s(1, 9) / 2)
+  assert two.decode_s(1, 9) == pytest.approx(model.decode_s(1, 9) / 2)
 
 
 def test_scale_follows_its_rules():
@@ -255,9 +255,9 @@ def test_published_is_what_the_files_say(engine, factors):
           hardware.published(model, plan, engine=engine)
         continue
       for realigned in (True, False):
-        one = hardware.published(model, plan, realigned, engine=engine)
+        timed = hardware.published(model, plan, realigned, engine=engine)
         for got, x, factor in zip(
-            (one.prefill, one.decode, one.decode_large), ms,
+            (timed.prefill, timed.decode, timed.decode_large), ms,
             (factors[0], factors[1], factors[1]), strict=True):
           assert got == pytest.approx([
               v * 1e-3 / (1.0 if realigned else factor) for v in x], rel=1e-12)
@@ -279,11 +279,11 @@ def test_published_by_hand():
        + .000592934466077393 * 47000 + .060726861260369455 * 94,
        20.206356173691958 + .0004907727036234946 * 47500
        + .1200031385587413 * 95)):
-    one = hardware.published('opt-13b', Plan(), engine=engine, host_s=2e-3)
-    assert one.prefill_s(((0, 512),)) == pytest.approx(prefill * 1e-3)
-    assert one.decode_s(94, 47000) == pytest.approx(few * 1e-3)
-    assert one.decode_s(95, 47500) == pytest.approx(many * 1e-3)
-    assert one.host_s == 2e-3
+    model = hardware.published('opt-13b', Plan(), engine=engine, host_s=2e-3)
+    assert model.prefill_s(((0, 512),)) == pytest.approx(prefill * 1e-3)
+    assert model.decode_s(94, 47000) == pytest.approx(few * 1e-3)
+    assert model.decode_s(95, 47500) == pytest.approx(many * 1e-3)
+    assert model.host_s == 2e-3
   piped = hardware.published('opt-66b', Plan(4, 2), engine='vllm')
   assert piped.pp == 2 and piped.decode_s(1, 1) == pytest.approx(
       hardware.published('opt-66b', Plan(4, 1), engine='vllm').decode_s(1, 1)
@@ -312,20 +312,20 @@ def test_published_is_no_faster_than_the_peaks(engine):
 @settings(deadline=None, max_examples=20)
 @given(st.floats(0.1, 10), st.floats(1e-3, 1), st.floats(1e-7, 1e-3))
 def test_saturation_is_the_first_length_of_enough_throughput(a, b, c):
-  one = Affine((a, b, c), (1, 0, 0))
-  found = latency.saturation_tokens(one, limit=4000)
-  rates = [n / one.prefill_s(((0, n),)) for n in range(1, 4001)]
+  model = Affine((a, b, c), (1, 0, 0))
+  tokens = latency.saturation_tokens(model, limit=4000)
+  rates = [n / model.prefill_s(((0, n),)) for n in range(1, 4001)]
   exact = next(n for n, r in enumerate(rates, 1) if r >= 0.95 * max(rates))
   # The best rate is looked for on a grid of 2 %.
-  assert found == pytest.approx(exact, rel=0.02, abs=1)
+  assert tokens == pytest.approx(exact, rel=0.02, abs=1)
 
 
 def test_saturation_in_closed_form():
-  one = Affine((9.0, 1.0, 0.0), (1, 0, 0))  # rate n / (9 + n)
+  model = Affine((9.0, 1.0, 0.0), (1, 0, 0))  # rate n / (9 + n)
   best = 10**6 / (9 + 10**6)
-  assert latency.saturation_tokens(one, 0.9, 10**6) == math.ceil(
+  assert latency.saturation_tokens(model, 0.9, 10**6) == math.ceil(
       9 * 0.9 * best / (1 - 0.9 * best))
-  bucketed = dataclasses.replace(one, buckets=Buckets((32, 64, 128)))
+  bucketed = dataclasses.replace(model, buckets=Buckets((32, 64, 128)))
   assert latency.saturation_tokens(bucketed, 0.95, 128) == 122  # of 128
   many = Affine((9.0, 1.0, 0.1), (1, 0, 0))
   assert (latency.saturation_tokens(many, prompt_len=8)

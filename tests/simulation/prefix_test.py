@@ -16,6 +16,7 @@ from dsjax.scheduling.events import Load, Migrate, Preempt
 from dsjax.scheduling.policy import DISTSERVE, Fetch
 from dsjax.simulation import latency, simulator
 from dsjax.workload import sessions
+from tests.common.samples import thinned
 
 STEP = latency.Affine((0.005, 1e-4, 1e-9), (0.008, 1e-6, 1e-5))
 LINK = latency.Link(1e-4, 1e9, 1e3)
@@ -133,17 +134,16 @@ def test_unbounded_it_finds_all_that_is_shared():
           == shared_tokens(work))
 
 
-@pytest.mark.parametrize('roles', [
+@thinned('roles, pages', 2, [
     ('colocated',), ('chunked',) * 2, ('prefill', 'decode'),
-    ('prefill',) * 2 + ('decode',) * 2], ids=str)
-@pytest.mark.parametrize('num_pages, host_pages', [
-    (600, 0), (4000, 0), (600, 500)])
-def test_leaping_finds_the_same(roles, num_pages, host_pages):
+    ('prefill',) * 2 + ('decode',) * 2], [(600, 0), (4000, 0), (600, 500)])
+def test_leaping_finds_the_same(roles, pages):
+  num_pages, host_pages = pages
   work = conversations(20 if host_pages else 12)
-  one = config(*roles, num_pages=num_pages, host_pages=host_pages)
-  leapt = simulator.simulate(one, work, STEP, LINK)
-  stepped = simulator.simulate(one, work, STEP, LINK, leap=False)
-  logged = simulator.simulate(one, work, STEP, LINK, log=True)
+  asked = config(*roles, num_pages=num_pages, host_pages=host_pages)
+  leapt = simulator.simulate(asked, work, STEP, LINK)
+  stepped = simulator.simulate(asked, work, STEP, LINK, leap=False)
+  logged = simulator.simulate(asked, work, STEP, LINK, log=True)
   assert leapt.leapt and not logged.leapt
   for other in (stepped, logged):
     assert [(r.cached_tokens, r.loaded_tokens) for r in other.records] == [
@@ -151,7 +151,7 @@ def test_leaping_finds_the_same(roles, num_pages, host_pages):
     assert np.allclose([r.finish_s for r in other.records],
                        [r.finish_s for r in leapt.records])
   written = json.loads(json.dumps(event_log.encode(tuple(logged.log))))
-  assert event_log.replay(one, event_log.decode(written)) is None
+  assert event_log.replay(asked, event_log.decode(written)) is None
   for inst in logged.state.instances:
     prefix_cache.check(inst.pool, ())
     assert prefix_cache.num_free(inst.pool) == num_pages
@@ -286,9 +286,9 @@ class TwoTiers(Lru):
 def test_hits_are_those_of_two_lrus(num_pages, num_slots):
   work = one_at_a_time(seed=num_pages + num_slots)
   oracle = TwoTiers(num_pages, num_slots)
-  one = config('colocated', num_pages=num_pages, max_len=320, depth=1,
-               host_pages=num_slots)
-  result = simulator.simulate(one, work, STEP)
+  asked = config('colocated', num_pages=num_pages, max_len=320, depth=1,
+                 host_pages=num_slots)
+  result = simulator.simulate(asked, work, STEP)
   got = [(r.cached_tokens, r.loaded_tokens) for r in result.records]
   assert got == [oracle.serve(request) for request in work]
   assert sum(loaded for _, loaded in got) > 0
@@ -318,16 +318,16 @@ def test_hits_of_a_trace_of_mooncakes_form_are_those_of_two_lrus(tmp_path):
   assert got == [oracle.serve(dataclasses.replace(
       request, blocks=blocks.resized(request.blocks, 512, 16)))
                  for request in work]
-  found, loaded = map(sum, zip(*got, strict=True))
-  assert 0 < loaded < found < shared_tokens(work)
+  hits, loaded = map(sum, zip(*got, strict=True))
+  assert 0 < loaded < hits < shared_tokens(work)
 
 
 @pytest.mark.parametrize('load_s', [1e-4, 10.0])
 def test_what_is_predicted_to_take_longer_is_computed(load_s):
   work = one_at_a_time(seed=2)
-  one = config('colocated', num_pages=60, max_len=320, host_pages=200)
-  one = dataclasses.replace(one, host_link=latency.Link(load_s, 1e15, 1e3))
-  result = simulator.simulate(one, work, STEP)
+  asked = config('colocated', num_pages=60, max_len=320, host_pages=200)
+  asked = dataclasses.replace(asked, host_link=latency.Link(load_s, 1e15, 1e3))
+  result = simulator.simulate(asked, work, STEP)
   loaded = sum(record.loaded_tokens for record in result.records)
   assert bool(loaded) == (load_s < 1)
 
@@ -336,10 +336,10 @@ def swapped(load_s, roles=('prefill', 'decode'), **changes):
   """(Result, causes of preemptions) of rows that outgrow their pages."""
   work = [Request(n, 0.01 * n, range(100), Sampling(max_tokens=150))
           for n in range(12)]
-  one = dataclasses.replace(
+  asked = dataclasses.replace(
       config(*roles, num_pages=60, max_len=320, host_pages=200, **changes),
       host_link=latency.Link(load_s, 1e15, 1e3))
-  result = simulator.simulate(one, work, STEP, LINK, log=True)
+  result = simulator.simulate(asked, work, STEP, LINK, log=True)
   return result, [c.cause for _, commands in result.log for c in commands
                   if type(c) is Preempt]
 
@@ -376,10 +376,10 @@ def test_a_host_without_room_lets_rows_be_computed():
 
 
 def test_leaping_swaps_the_same():
-  one = config('prefill', 'decode', num_pages=60, max_len=320, host_pages=200)
+  asked = config('prefill', 'decode', num_pages=60, max_len=320, host_pages=200)
   work = [Request(n, 0.01 * n, range(100), Sampling(max_tokens=150))
           for n in range(12)]
-  leapt, stepped = (simulator.simulate(one, work, STEP, LINK, leap=leap)
+  leapt, stepped = (simulator.simulate(asked, work, STEP, LINK, leap=leap)
                     for leap in (True, False))
   assert leapt.leapt and sum(r.preemptions for r in leapt.records) > 0
   for a, b in zip(leapt.records, stepped.records, strict=True):
@@ -419,5 +419,5 @@ def test_what_another_has_kept_is_fetched():
   assert sum(c.num_tokens for c in moves) == sum(
       r.fetched_tokens for r in pair)
   written = json.loads(json.dumps(event_log.encode(tuple(runs[1].log))))
-  one = config('prefill', 'prefill', 'decode', policy=fetching)
-  assert event_log.replay(one, event_log.decode(written)) is None
+  asked = config('prefill', 'prefill', 'decode', policy=fetching)
+  assert event_log.replay(asked, event_log.decode(written)) is None

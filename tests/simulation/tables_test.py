@@ -130,9 +130,9 @@ def test_the_roofline_with_its_shares_is_near_the_tables(
     gpu, prefill, decode, bare):
   """And at the peaks it is far off, always too fast."""
   pairs = compared(gpu)
-  found = errors(pairs, hardware.HARDWARE[gpu].shares)
-  assert found['prefill'][0] < prefill and found['decode'][0] < decode
-  assert max(worst for _, worst in found.values()) < 0.55
+  fitted = errors(pairs, hardware.HARDWARE[gpu].shares)
+  assert fitted['prefill'][0] < prefill and fitted['decode'][0] < decode
+  assert max(worst for _, worst in fitted.values()) < 0.55
   assert min(mean for mean, _ in errors(pairs, Shares()).values()) > bare
   assert all(fitting.predict_s(model, cell) < cell.seconds
              for model, cells in pairs for cell in cells)
@@ -141,9 +141,9 @@ def test_the_roofline_with_its_shares_is_near_the_tables(
 @pytest.mark.parametrize('gpu', ['a100-80g', 'h100-80g', 'b200-180g'])
 def test_the_shares_are_what_the_tables_give(gpu):
   given = hardware.HARDWARE[gpu].shares
-  found = fit_shares([(dataclasses.replace(model, shares=Shares(
+  fitted = fit_shares([(dataclasses.replace(model, shares=Shares(
       message_s=given.message_s)), cells) for model, cells in compared(gpu)])
-  assert found == pytest.approx(given, rel=0.1)
+  assert fitted == pytest.approx(given, rel=0.1)
 
 
 @pytest.mark.parametrize('gpu', profiles.tables())

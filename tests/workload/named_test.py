@@ -57,9 +57,9 @@ def test_numpys_integers_and_times_out_of_order_are_read():
   assert lengths_of([tuple(pair) for pair in pairs]) == (
       Entry(None, 4, 5), Entry(None, 6, 7))
   late, early = Entry(np.float32(2.5), 4, 5), Entry(np.int64(1), 6, 7)
-  found = lengths_of([late, early])
-  assert found == (early, late)
-  assert {type(x) for entry in found for x in entry} == {int, float}
+  drawn = lengths_of([late, early])
+  assert drawn == (early, late)
+  assert {type(x) for entry in drawn for x in entry} == {int, float}
 
 
 @pytest.mark.parametrize('lengths', ['sharegtp', 'fixed:0x3', 'fixed:3', [],

@@ -32,9 +32,9 @@ def close(sample, mean, errors=5):
 @given(st.floats(0.1, 50), st.floats(0.4, 3), st.integers(0, 2**30))
 def test_fit_finds_rate_and_burstiness(rate, cv, seed):
   times = workload.arrivals('gamma', rate, 20000, seed, cv)
-  found = traffic.fit([Entry(t, 5, 2) for t in times])
-  assert found.rate_per_s == pytest.approx(rate, rel=0.15)
-  assert found.cv == pytest.approx(cv, rel=0.2)
+  arrived = traffic.fit([Entry(t, 5, 2) for t in times])
+  assert arrived.rate_per_s == pytest.approx(rate, rel=0.15)
+  assert arrived.cv == pytest.approx(cv, rel=0.2)
 
 
 @settings(deadline=None, max_examples=6)
@@ -50,9 +50,9 @@ def test_resampling_keeps_pairs_rate_and_burstiness(seed):
   shapes = [(len(r.prompt), r.sampling.max_tokens) for r in requests]
   assert set(shapes) == set(pairs)
   assert close([p for p, _ in shapes], np.mean([p for p, _ in pairs]))
-  found = gaps([r.arrival_s for r in requests])
-  assert close(found, 1 / history.rate_per_s)
-  assert found.std() / found.mean() == pytest.approx(history.cv, rel=0.3)
+  arrived = gaps([r.arrival_s for r in requests])
+  assert close(arrived, 1 / history.rate_per_s)
+  assert arrived.std() / arrived.mean() == pytest.approx(history.cv, rel=0.3)
   # Another rate: the same lengths, the same arrivals in another unit.
   fast, _ = traffic.resample(history, 3000, 2 * history.rate_per_s, seed)
   assert [len(r.prompt) for r in fast] == [p for p, _ in shapes]
@@ -149,8 +149,8 @@ def test_varied_poisson_has_each_segments_rate():
   at, cycles = times % 25, times[-1] / 25
   assert not ((at > 10) & (at < 15)).any()
   for low, high, count in ((0, 10, 20), (15, 25, 80)):
-    found = ((at >= low) & (at < high)).sum()
-    assert abs(found - count * cycles) < 5 * (count * cycles)**0.5
+    arrived = ((at >= low) & (at < high)).sum()
+    assert abs(arrived - count * cycles) < 5 * (count * cycles)**0.5
   constant = traffic.vary(unit[:50], ((7.0, 4.0),))
   assert constant == pytest.approx([t / 4 for t in unit[:50]])
 

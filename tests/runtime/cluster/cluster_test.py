@@ -209,7 +209,8 @@ def test_tokens_log_and_records_are_those_of_one_process(pair, one_process):
   check_equal(one_by_one(pair, JOBS), one_process)
 
 
-@pytest.mark.parametrize('mode', ['chunked', *(
+@pytest.mark.parametrize('mode', [pytest.param(
+    'chunked', marks=pytest.mark.slow), *(
     pytest.param(mode, marks=pytest.mark.deep)
     for mode in ('colocated', 'colocated_pp2', 'chunked_pp2'))])
 def test_so_they_are_without_hand_offs(mode, one_process):
@@ -221,7 +222,8 @@ def test_so_they_are_without_hand_offs(mode, one_process):
     check_held(server)
 
 
-@pytest.mark.parametrize('mode', ['tp2_pp2', *(
+@pytest.mark.parametrize('mode', [pytest.param(
+    'tp2_pp2', marks=pytest.mark.slow), *(
     pytest.param(mode, marks=pytest.mark.deep)
     for mode in ('pp2_tp3', 'tp1_tp2'))])
 def test_so_they_are_with_any_plans_page_sizes_and_dtypes(mode, one_process):
@@ -234,6 +236,7 @@ def test_so_they_are_with_any_plans_page_sizes_and_dtypes(mode, one_process):
     check_held(server)
 
 
+@pytest.mark.slow
 def test_so_they_are_with_streams_and_host_memory():
   """Parts of prompts go over as they are made; what is evicted comes back from
   the memory of the process's host. Also where processes die."""
@@ -336,7 +339,9 @@ def double(server, index):
   server.engines[index]._channel._sent -= 1
 
 
-@pytest.mark.parametrize('stage', AT)
+@pytest.mark.parametrize('stage', [pytest.param(
+    stage, marks=[pytest.mark.slow] * (stage != 'target'))
+    for stage in AT])
 def test_nobody_loses_by_a_process_that_is_killed(pair, stage):
   ids = [pair.submit(prompt, **params) for prompt, params in WORK]
   lost = None
@@ -354,7 +359,8 @@ def test_nobody_loses_by_a_process_that_is_killed(pair, stage):
 
 
 @pytest.mark.parametrize('harm, index', [
-    (stop, 0), (cut, 1), (garble, 0), (lose, 1), (double, 0)])
+    (stop, 0), *(pytest.param(*harm, marks=pytest.mark.slow) for harm in (
+        (cut, 1), (garble, 0), (lose, 1), (double, 0)))])
 def test_what_hangs_or_is_cut_off_is_lost(pair, harm, index, monkeypatch):
   ids = [pair.submit(prompt, **params) for prompt, params in WORK]
   until(lambda: any(type(event) is Migrated for event, _ in pair.log), pair)
@@ -634,7 +640,8 @@ if sys.argv[1] == 'raise':
 """
 
 
-@pytest.mark.parametrize('end', ['SIGKILL', 'SIGINT', 'raise'])
+@pytest.mark.parametrize('end', ['SIGKILL', 'SIGINT', pytest.param(
+    'raise', marks=pytest.mark.slow)])
 def test_instances_end_with_their_server(end):
   """However it ends; one that is not closed too."""
   script = subprocess.Popen(

@@ -190,6 +190,7 @@ def test_two_hosts_serve_and_one_that_is_gone_costs_no_request(tmp_path):
   assert children() <= before
 
 
+@pytest.mark.slow
 def test_kv_goes_from_host_to_host(tmp_path):
   with two_hosts(tmp_path) as (file, _), dsjax.serve(
       MODEL, Placement(prefill=[Plan()], decode=[Plan()]), CONFIG,
