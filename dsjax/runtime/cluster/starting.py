@@ -64,7 +64,7 @@ def build(model: Model, placement: Placement, config: EngineConfig,
   launcher = _launcher(cluster, placement)
   try:
     for index, (role, plan) in enumerate(placement.instances):
-      fields = {'recipe': recipe, 'role': role,
+      fields = {'recipe': recipe, 'model': repr(model.config), 'role': role,
                 'plan': dataclasses.asdict(plan), 'moves': moves[index],
                 'config': dataclasses.asdict(config), 'capacity': None,
                 'engine': f'{make_engine.__module__}:{name}'}

@@ -14,6 +14,7 @@ import types
 
 import pytest
 
+from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
 from dsjax.runtime.cluster import messages, remote
 from dsjax.runtime.cluster.remote import RemoteEngine
@@ -29,6 +30,7 @@ class Queues:
   def __init__(self):
     self.down, self.up, self.said = (collections.deque() for _ in range(3))
     self.ended, self.heard_s, self.failed, self.pid = '', 0.0, '', 1
+    self.missing = ''
     self.channel = self
 
   def send(self, message):
@@ -211,5 +213,54 @@ def test_time_in_which_nobody_looked_is_no_silence(monkeypatch):
     engine.check()
   assert CONFIG.silent_s == 30
   now_s[0] += 1.0
-  with pytest.raises(RuntimeError, match='silent for 36'):
+  with pytest.raises(RuntimeError, match='silent for 30.5 s'):
     engine.check()
+
+
+def test_an_answer_that_came_while_nobody_looked_is_one(monkeypatch):
+  now_s = [100.0]
+  monkeypatch.setattr(remote, 'time', types.SimpleNamespace(
+      monotonic=lambda: now_s[0], perf_counter=lambda: now_s[0]))
+  models = Models()
+  engine, queues = models.engines[1], models.queues(1)
+  engine.check()
+  assert list(queues.down) == [messages.Ping()]
+  queues.heard_s, now_s[0] = 103.0, 3700.0
+  engine.check()
+  assert list(queues.down) == [messages.Ping()] * 2  # asks again
+
+
+def test_a_process_that_does_not_come_is_late_for_as_long_as_one_looked(
+    monkeypatch):
+  now_s = [100.0]
+  monkeypatch.setattr(remote, 'time', types.SimpleNamespace(
+      monotonic=lambda: now_s[0], perf_counter=lambda: now_s[0]))
+  launcher = Launcher()
+  launcher.queues.channel = None
+  launcher.queues.missing = ': b is not there'
+  engine = RemoteEngine(0, CONFIG, {'role': 'prefill'}, launcher, [])
+  for later_s in (3600.0, *[1.0] * int(remote.COMES_S - 1)):
+    now_s[0] += later_s
+    engine.check()
+  now_s[0] += 1.0
+  with pytest.raises(RuntimeError, match='not come in 300 s: b is not there'):
+    engine.check()
+
+
+def test_instances_with_other_weights_are_refused():
+  """Under one name there may be another model elsewhere, or later."""
+  models = Models()
+  first, second = models.engines
+  second._siblings = [first]
+  for engine in (first, second):
+    engine._fields = engine._fields | {'capacity': None}
+  built = messages.Built(dataclasses.asdict(CONFIG.instance('decode')), 1, '',
+                         {}, weights=0)
+  first._on_built(built)
+  first.check()
+  second._on_built(built._replace(weights=8))
+  with pytest.raises(InputError, match='other weights'):
+    second.check()
+  first._on_built(built._replace(weights=8))  # another process of it
+  with pytest.raises(InputError, match='other weights'):
+    first.check()
