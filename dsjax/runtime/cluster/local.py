@@ -16,6 +16,7 @@ import jax
 
 from dsjax.config.checks import require
 from dsjax.config.placement import Placement, Plan
+from dsjax.runtime.cluster import begin
 from dsjax.runtime.cluster.channel import LOOPBACK, Channel, Door
 from dsjax.runtime.cluster.instance import KEY
 from dsjax.runtime.worker import Worker
@@ -25,19 +26,6 @@ SHARED = ('compilation_cache_dir', 'persistent_cache_min_compile_time_secs',
           'persistent_cache_min_entry_size_bytes',
           'persistent_cache_enable_xla_caches', 'platforms',
           'default_matmul_precision', 'numpy_rank_promotion')
-# What the process of an instance does first, before jax is imported. On Linux
-# the kernel kills it with the thread that started it: where it is stopped, or
-# hangs, it would not see the end of its socket.
-BEGIN = """
-import os, sys
-if sys.platform == 'linux':
-  import ctypes
-  ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
-  if os.getppid() != {parent}:
-    sys.exit('who started this instance is gone')
-from dsjax.runtime.cluster import instance
-instance.main(sys.argv[1:])
-"""
 
 
 class LocalLauncher:
@@ -110,8 +98,8 @@ def popen(address: str, index: int, incarnation: int, host: str,
   at `host`. It ends with this process, not with the thread that calls."""
   starts, start = _starts(os.getpid()), functools.partial(
       subprocess.Popen,
-      [sys.executable, '-c', BEGIN.format(parent=os.getpid()), address,
-       str(index), str(incarnation), host], env=env,
+      [sys.executable, '-P', begin.__file__, address, str(index),
+       str(incarnation), host, str(os.getpid())], env=env,
       stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
       start_new_session=True)  # a Ctrl-C is the server's
   return starts.wait(starts.post(start), lambda: None)

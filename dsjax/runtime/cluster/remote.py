@@ -8,6 +8,7 @@ earlier one can come in: it has another socket, another key, another number.
 """
 
 import collections
+import contextlib
 import dataclasses
 import threading
 import time
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from dsjax.config import checks
 from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig, InstanceConfig
 from dsjax.config.request import MAX_LOGPROBS, Sampling
@@ -395,14 +397,26 @@ class RemoteEngine:
 
   def warm(self) -> Iterator[str]:
     """Waits until everything is compiled; yields the name of each step."""
-    self.begin_warm()
+    with self.naming():
+      self.begin_warm()
     while not self._ready:
-      self.check()
+      with self.naming():
+        self.check()
       while self._warmed:
         yield self._warmed.popleft()
       time.sleep(LOOK_S)
     yield from self._warmed
     self._warmed.clear()
+
+  @contextlib.contextmanager
+  def naming(self) -> Iterator[None]:
+    """What ends its start, from inside, says which instance it is about."""
+    what = f'instance {self.index} ({self.role})'
+    try:
+      with checks.naming(what):
+        yield
+    except RuntimeError as error:
+      raise RuntimeError(f'{what} did not start: {error}') from error
 
   def route_to(self, target: 'RemoteEngine') -> RemoteRoute:
     """How KV goes from this engine to another."""

@@ -247,6 +247,19 @@ def test_a_process_that_does_not_come_is_late_for_as_long_as_one_looked(
     engine.check()
 
 
+def test_one_that_ends_while_it_compiles_is_named():
+  models = Models()
+  engine = models.engines[1]
+  engine.peers = messages.Warm({}, {})
+  warming = engine.warm()
+  models.queues(1).said.append(messages.Warmed('decode 1'))
+  assert next(warming) == 'decode 1'
+  models.queues(1).ended = 'its process ended'
+  with pytest.raises(RuntimeError, match=r'instance 1 \(decode\) did not start'
+                     ': its process ended'):
+    next(warming)
+
+
 def test_instances_with_other_weights_are_refused():
   """Under one name there may be another model elsewhere, or later."""
   models = Models()
