@@ -23,7 +23,14 @@ import dsjax
 from dsjax.checkpoints.checkpoint import Recipe
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement, Plan
-from dsjax.runtime.cluster import channel, instance, local, messages, remote
+from dsjax.runtime.cluster import (
+  begin,
+  channel,
+  instance,
+  local,
+  messages,
+  remote,
+)
 from dsjax.runtime.cluster.instance import KEY
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import (
@@ -676,6 +683,12 @@ def test_an_instance_ends_with_its_socket_and_not_with_a_thread(tmp_path):
   assert isinstance(until(here.take)[0], messages.Pong)
   here.cut()
   assert started[0].wait() == 0
+
+
+def test_an_instance_whose_server_has_gone_before_it_begins_ends():
+  done = subprocess.run([sys.executable, '-P', begin.__file__, 'address', '0',
+                         '1', 'host', '1'], capture_output=True, text=True)
+  assert done.returncode == 1 and 'is gone' in done.stderr
 
 
 def test_an_instance_ends_though_nobody_reads_what_it_says(monkeypatch):
