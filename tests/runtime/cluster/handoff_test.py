@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import functools
 import random
+import threading
 import types
 
 import pytest
@@ -77,7 +78,8 @@ class Models:
     self.offers, self.pulls, self.pulled, self.dropped = {}, {}, set(), set()
     for index, role in enumerate(('prefill', 'decode')):
       self.engines.append(RemoteEngine(index, CONFIG, {'role': role},
-                                       self.launchers[index], []))
+                                       self.launchers[index], [],
+                                       threading.Event()))
       self.come(index)
 
   def come(self, index):
@@ -238,7 +240,8 @@ def test_a_process_that_does_not_come_is_late_for_as_long_as_one_looked(
   launcher = Launcher()
   launcher.queues.channel = None
   launcher.queues.missing = ': b is not there'
-  engine = RemoteEngine(0, CONFIG, {'role': 'prefill'}, launcher, [])
+  engine = RemoteEngine(0, CONFIG, {'role': 'prefill'}, launcher, [],
+                        threading.Event())
   for later_s in (3600.0, *[1.0] * int(remote.COMES_S - 1)):
     now_s[0] += later_s
     engine.check()
