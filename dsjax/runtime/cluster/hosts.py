@@ -104,8 +104,10 @@ def read(file: str) -> Group:
           'where others reach it, "devices": how many it has} by name')
   made = tuple([Host(name, **host) for name, host in hosts.items()])
   addresses = [ipaddress.ip_address(host.address) for host in made]
-  require(len(set(addresses)) == len(made), f'{file}: hosts',
-          [host.address for host in made], 'of another address each')
+  require(len(set(addresses)) == len(made)
+          and len({address.version for address in addresses}) == 1,
+          f'{file}: hosts', [host.address for host in made],
+          'of another address each, all of IPv4 or all of IPv6')
   # Of the file too: hosts that read another one would not agree on who is who.
   key = hmac.digest(_read_key(path, fields['key']), repr(
       (address, int(port), made)).encode(), 'sha256')

@@ -275,6 +275,17 @@ def test_what_is_no_message_ends_it(door, said):
       here.send(messages.Ping())
 
 
+@pytest.mark.parametrize('length', [channel.MOST_BYTES + 1, -5])
+def test_a_message_of_no_possible_length_ends_it(door, length):
+  """Before any of it is read, or memory is taken for it."""
+  host, port = door.address.rsplit(':', 1)
+  with mp.Client((host, int(port)), authkey=door.key) as other:
+    greet(other)
+    here = until(lambda: door.channel)
+    os.write(other.fileno(), length.to_bytes(4, 'big', signed=True))
+    until(lambda: here.ended)
+
+
 def test_the_end_of_one_side_is_the_end_of_the_other(door):
   ends = []
   inside = enter(door, hear=(lambda message: None, ends.append))

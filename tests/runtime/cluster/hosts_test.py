@@ -75,6 +75,8 @@ def test_a_file_says_what_hosts_there_are(tmp_path):
     ({'hosts': {'a': {'address': '::1', 'devices': 1},
                 'b': {'address': '0:0:0:0:0:0:0:1', 'devices': 1}}},
      'of another address each'),
+    ({'hosts': TWO | {'b': {'address': '::1', 'devices': 1}}},
+     'all of IPv4 or all of IPv6'),
     ({'hosts': {'a': {'address': '127.0.0.1', 'devices': True}}}, 'hosts='),
     ({'key': 'a\0b'}, 'key=.*can be read'), ({'key': '.'}, 'key=.*can be read'),
     ({'hosts': {}}, 'hosts='), ({'hosts': []}, 'hosts='),
