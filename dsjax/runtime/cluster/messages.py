@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jaxlib
 
 from dsjax.config.checks import require
 from dsjax.config.version import __version__
@@ -29,7 +30,8 @@ from dsjax.scheduling.events import (
 
 VERSION = 4  # of the messages
 # Both sides must have the same: hand-offs are jax's, and have no version.
-VERSIONS = f'dsjax {__version__}, messages {VERSION}, jax {jax.__version__}'
+VERSIONS = (f'dsjax {__version__}, messages {VERSION}, jax {jax.__version__}, '
+            f'jaxlib {jaxlib.__version__}')
 
 # --- from the server ---------------------------------------------------------
 
