@@ -21,7 +21,7 @@ FLAGS = {
 
 
 def run(options, console):
-  """Serves until it is interrupted; 1: the server has another key."""
+  """Serves until it is interrupted; 1: the server has another key or file."""
   for flag in ('hosts', 'name'):
     require(getattr(options, flag), f'--{flag}', '', 'given')
   group = hosts.read(options.hosts)
@@ -30,7 +30,8 @@ def run(options, console):
     host.serve(group, number, lambda said: console.print(
         said, highlight=False))
   except AuthenticationError:
-    console.print(f'{group.address} has another key', style='red')
+    console.print(f'{group.address} has another key or another file of hosts, '
+                  'or is no server', style='red')
   return 1
 
 

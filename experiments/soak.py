@@ -418,9 +418,11 @@ def run(options, console):
       options.placement or 'prefill=1x1,1x1,decode=1x1,1x1', '--placement')
   rate = options.rate or (20.0 if options.quick else 1.0)
   require(rate > 0, '--rate', rate, 'requests/s above 0')
+  cluster = cli.cluster_of(options)
+  require(cluster in (None, 'local'), '--cluster', cluster,
+          'local: what is killed are processes of this host')
   out, seconds = pathlib.Path(options.out), options.minutes * 60
   out.mkdir(parents=True, exist_ok=True)
-  cluster = cli.cluster_of(options)
   cli.prepare(placement.num_devices, tp=placement.tp)
   model = dsjax.load('tiny' if options.quick else options.model,
                      weights=cluster is None)

@@ -41,14 +41,32 @@ def check_fetched(source: object, begin: bytes) -> None:
                      'which `git lfs pull` fetches')
 
 
-def parse_json(source: object, text: str | bytes) -> object:
-  """The value of a JSON text. Raises InputError that names its source."""
+def parse_json(source: object, text: str | bytes, unique: bool = False
+               ) -> object:
+  """The value of a JSON text. unique: no name of an object comes twice.
+
+  Raises:
+    InputError: it is none; names its source.
+  """
   try:
-    return json.loads(text)
+    return json.loads(text, object_pairs_hook=_unique if unique else None)
   except (ValueError, RecursionError) as error:
     check_fetched(source, (text if isinstance(text, bytes) else
                            text[:24].encode(errors='replace'))[:24])
     raise InputError(f'{source}: is not JSON: {error}') from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """An object of JSON.
+
+  Raises:
+    ValueError: a name comes twice.
+  """
+  made = dict(pairs)
+  if len(made) < len(pairs):
+    names = [name for name, _ in pairs]
+    raise ValueError(f'{max(names, key=names.count)!r} is given twice')
+  return made
 
 
 def plain(value: Any) -> Any:

@@ -36,6 +36,7 @@ from dsjax.config.request import Sampling
 from dsjax.model import sharding
 from dsjax.runtime import memory
 from dsjax.runtime.arrays import is_ready
+from dsjax.runtime.looks import Looks
 from dsjax.runtime.migration import hands_off
 from dsjax.runtime.output import Logprobs
 from dsjax.runtime.protocols import (
@@ -70,7 +71,6 @@ from dsjax.scheduling.events import (
 
 LOG = logging.getLogger(__name__)
 NEWEST = 1000  # faults that are remembered
-AWAY_S = 1.0  # from one poll to the next: what is more does not count
 
 
 class Prefix(NamedTuple):
@@ -192,7 +192,7 @@ class Fleet:
     self.running: list[collections.deque[Running]] = [
         collections.deque() for _ in engines]
     self.moved_s = [0.0] * len(engines)  # when each made progress
-    self.polled_s = 0.0
+    self._looks = Looks(0.0)
     self.down: dict[int, float | None] = {}
     self.starting: set[int] = set()
     self.losses = [0] * len(engines)  # in a row
@@ -339,13 +339,13 @@ class Fleet:
           yield event
 
   def _come_back(self) -> None:
-    """Nobody is stuck for as long as nobody looked: this process may have been
-    stopped."""
-    now_s = self.clock()
-    away_s = now_s - self.polled_s - AWAY_S
-    if away_s > 0:
+    """Nothing is late for as long as nobody looked."""
+    now_s, clock_s = self.clock(), time.perf_counter()
+    away_s = self._looks.away_s(now_s)
+    if away_s:
       self.moved_s = [min(now_s, moved_s + away_s) for moved_s in self.moved_s]
-    self.polled_s = now_s
+      for transfer in self.transfers:
+        transfer.start_s = min(clock_s, transfer.start_s + away_s)
 
   def _poll_transfers(self) -> Iterator[Event]:
     ended: list[Event] = []

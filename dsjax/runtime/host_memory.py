@@ -22,6 +22,7 @@ import numpy as np
 
 from dsjax.model import sharding
 from dsjax.runtime.arrays import is_ready
+from dsjax.runtime.looks import Looks
 from dsjax.runtime.migration import Damaged, batches
 from dsjax.runtime.protocols import HostCopy, Pending
 from dsjax.scheduling.events import Load, Offload
@@ -79,6 +80,7 @@ class HostMemory:
     self.places = [sharding.kv(mesh) for mesh in engine.where[2]]
     self.sums: dict[int, int] = {}  # by slot
     self.copies: list[_Copy] = []
+    self._looks = Looks(time.perf_counter())
 
   @property
   def page_bytes(self) -> int:
@@ -116,15 +118,18 @@ class HostMemory:
            ) -> Iterator[tuple[HostCopy, BaseException | None]]:
     """Takes every copy as far as it will go; yields those that are over, with
     what went wrong or None."""
+    now_s = time.perf_counter()
+    away_s = self._looks.away_s(now_s)
     for copy in list(self.copies):
       if copy not in self.copies:
         continue  # given up meanwhile
+      copy.start_s = min(now_s, copy.start_s + away_s)
       error: BaseException | None = None
       try:
         over = self._advance(copy)
       except BaseException as raised:  # whatever jax raises for a broken copy
         over, error = True, raised
-      took_s = time.perf_counter() - copy.start_s
+      took_s = now_s - copy.start_s
       if not over and took_s > lease_s:
         over, error = True, TimeoutError(f'no end after {took_s:.1f} s')
       if over:

@@ -77,11 +77,11 @@ class Worker:
     thread: daemon, until `stop`.
   """
 
-  def __init__(self) -> None:
+  def __init__(self, name: str = 'dsjax server') -> None:
     self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
     self._began: list[float] = []  # of what it is doing now
     self.thread = threading.Thread(
-        target=_guarded, args=(self._jobs, self._began), name='dsjax server',
+        target=_guarded, args=(self._jobs, self._began), name=name,
         daemon=True)
     self.thread.start()
 

@@ -78,6 +78,12 @@ def test_nothing_is_lost_where_processes_die(tmp_path):
   assert not {what for what in result['faults'] if ':' in what}
 
 
+def test_processes_of_other_hosts_are_not_killed_here(tmp_path):
+  """By their numbers, which are those of others on this host."""
+  with pytest.raises(InputError, match='--cluster=.*local'):
+    soak.run(options(tmp_path, cluster='hosts:hosts.json'), None)
+
+
 @pytest.mark.usefixtures('_by_work')
 def test_wrong_tokens_are_seen(tmp_path, monkeypatch):
   """A request that goes on elsewhere forgets what it had said."""

@@ -1,7 +1,9 @@
 """Pages that come back from host memory: tokens as without, within a budget."""
 
+import collections
 import dataclasses
 import os
+import types
 
 import jax
 import numpy as np
@@ -191,6 +193,22 @@ def test_a_load_that_takes_too_long_is_given_up(monkeypatch):
     assert commands(server, Offload)
     assert not server.state.instances[0].host.slots.kept
     assert 'no end after' in server.faults[0][1]
+
+
+def test_time_in_which_nobody_looked_makes_no_copy_late(monkeypatch):
+  now_s = [100.0]
+  monkeypatch.setattr(host_memory, 'time', types.SimpleNamespace(
+      perf_counter=lambda: now_s[0]))
+  monkeypatch.setattr(host_memory.HostMemory, '_advance', lambda *_: False)
+  host = object.__new__(host_memory.HostMemory)
+  host._looks = host_memory.Looks(now_s[0])
+  host.copies = [host_memory._Copy('copy', now_s[0], collections.deque())]
+  for later_s in (3600.0, *[1.0] * 29):
+    now_s[0] += later_s
+    assert not list(host.poll(30.0))
+  now_s[0] += 1.0
+  (command, error), = host.poll(30.0)
+  assert command == 'copy' and 'no end after 31.0 s' in str(error)
 
 
 def test_what_did_not_reach_the_host_is_not_there():

@@ -16,6 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing import AuthenticationError
 from multiprocessing import connection as mp
 from typing import Any, TypeAlias
 
@@ -25,6 +26,7 @@ from dsjax.runtime.cluster.messages import Hello, Message
 LOOPBACK = '127.0.0.1'
 MOST_BYTES = 2**28  # of a message
 MOST_GREETED = 64  # strangers at a time: one more, and the oldest must go
+GREETS_S = 60.0  # until a server that can be reached has greeted a process
 # A peer whose host is gone is noticed by the kernel after about 30 s: idle
 # seconds until it asks, between two questions, how many of these.
 KEEPALIVE = {'TCP_KEEPIDLE': 10, 'TCP_KEEPINTVL': 5, 'TCP_KEEPCNT': 4,
@@ -101,7 +103,8 @@ class Channel:
     """Waits until all is sent, so long at most."""
     sent = threading.Event()
     self._out.put(sent)
-    sent.wait(seconds)
+    if not self.ended:
+      sent.wait(seconds)
 
   def take(self) -> list[Any]:
     """The messages that have come since the last call."""
@@ -164,6 +167,16 @@ class Channel:
     self._connection.close()
 
 
+def listen(host: str, port: int = 0) -> socket.socket:
+  """Listens on an address of this host; port 0: any.
+
+  Raises:
+    OSError: it is none, or its port is taken.
+  """
+  return socket.create_server((host, port), family=(
+      socket.AF_INET6 if ':' in host else socket.AF_INET))
+
+
 class Door:
   """Awaits one process, which has the key, on a port of its own.
 
@@ -183,7 +196,7 @@ class Door:
     self.pid: int | None = None
     self._index, self._incarnation = index, incarnation
     self._lock, self._closed = threading.Lock(), False
-    self._listens = socket.create_server((host, port))
+    self._listens = listen(host, port)
     self.address = '{}:{}'.format(*self._listens.getsockname())
     self._strangers: collections.deque[socket.socket] = collections.deque()
     threading.Thread(target=self._accept, daemon=True,
@@ -200,7 +213,10 @@ class Door:
   def _accept(self) -> None:
     with self._listens, contextlib.suppress(OSError):  # it was shut down
       while True:
-        stranger, _ = self._listens.accept()
+        try:
+          stranger, _ = self._listens.accept()
+        except ConnectionError:  # it has gone already
+          continue
         with self._lock:
           self._strangers.append(stranger)
           several = list(self._strangers)
@@ -229,12 +245,18 @@ class Door:
   def _admit(self, connection: mp.Connection, incarnation: int,
              hello: Any) -> None:
     """Lets in who has the key, once."""
-    expected = Hello(messages.VERSION, self._index, getattr(hello, 'pid', 0))
+    expected = Hello(messages.VERSIONS, self._index, getattr(hello, 'pid', 0))
     with self._lock:
       if (hello, incarnation) != (expected, self._incarnation):
         self.failed = f'{hello} came, {expected} was awaited'
+      if isinstance(hello, Hello) and hello.versions != messages.VERSIONS:
+        self.failed = (f'its versions are {hello.versions}, those of the '
+                       f'server {messages.VERSIONS}')
       if self._closed or self.failed:
-        connection.close()
+        with contextlib.suppress(OSError), connection:  # it may have gone
+          connection.send_bytes(numbered(0, messages.dump(
+              self._incarnation, messages.Refused(
+                  self.failed or 'another has come'))))
         return
       self._closed, self.pid = True, expected.pid
       self.channel = Channel(connection, incarnation, heard=1)
@@ -252,10 +274,28 @@ def connect(address: str, key: bytes, index: int, incarnation: int,
   """The channel of a process to its server.
 
   Raises:
-    OSError, EOFError, AuthenticationError: it is not let in.
+    OSError, EOFError: nobody is there, or greets it in GREETS_S.
+    AuthenticationError: who is there has another key, or is no server.
   """
   host, port = address.rsplit(':', 1)
-  connection = mp.Client((host, int(port)), authkey=key)
-  connection.send_bytes(numbered(0, messages.dump(incarnation, Hello(
-      messages.VERSION, index, os.getpid()))))
+  server = socket.create_connection((host, int(port)), GREETS_S)
+  server.settimeout(None)
+  late = threading.Timer(GREETS_S, _shut, (server,))
+  late.daemon = True
+  connection = mp.Connection(os.dup(server.fileno()))
+  try:
+    late.start()
+    mp.answer_challenge(connection, key)
+    mp.deliver_challenge(connection, key)
+    connection.send_bytes(numbered(0, messages.dump(incarnation, Hello(
+        messages.VERSIONS, index, os.getpid()))))
+  except AssertionError as error:  # so Python 3.11 says what 3.12 does
+    connection.close()
+    raise AuthenticationError(str(error)) from error
+  except BaseException:
+    connection.close()
+    raise
+  finally:
+    late.cancel()
+    server.close()
   return Channel(connection, incarnation, answer, end, sent=1)

@@ -102,8 +102,9 @@ class Exchange:
         jax.block_until_ready((landed.land(), landed.arrived))
 
   def _new_server(self) -> Any:
+    host = f'[{self.host}]:0' if ':' in self.host else f'{self.host}:0'
     return transfer.start_transfer_server(
-        self.engine.devices[0].client, f'{self.host}:0', [f'{self.host}:0'],
+        self.engine.devices[0].client, host, [host],
         max_num_parallel_copies=COPIES, transfer_size=COPY_BYTES)
 
   @property

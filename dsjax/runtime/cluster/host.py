@@ -38,7 +38,9 @@ class Agent:
   def serve(self) -> None:
     """Does what it is told, until the server has gone."""
     try:
-      while not self.channel.ended:
+      ended = ''
+      while not ended:
+        ended = self.channel.ended  # all that came before it is heard
         for message in self.channel.take():
           self._do(message)
         for key, process in list(self.running.items()):
@@ -55,6 +57,9 @@ class Agent:
         process.wait()
 
   def _do(self, message: Any) -> None:
+    if isinstance(message, messages.Refused):
+      raise InputError(f'{self.group.address} does not let this host in: '
+                       f'{message.why}')
     if isinstance(message, messages.End):
       process = self.running.get((message.index, message.incarnation))
       if process:
@@ -86,14 +91,28 @@ def serve(group: hosts.Group, number: int, say: Callable[[str], object]
   """Serves one server after another, for ever.
 
   Raises:
-    AuthenticationError: the server has another key.
+    AuthenticationError: the server has another key or file.
+    InputError: it has other versions, or this host another address.
   """
+  host, said = group.hosts[number], ''
+  try:
+    channel.listen(host.address).close()
+  except OSError as error:
+    raise InputError(
+        f'{group.file}: hosts: {host.name}: address={host.address!r}: must be '
+        f'an address of this host: {error}') from error
   while True:
     try:
       agent = Agent(group, number)
-    except (OSError, EOFError):  # there is no server yet
+    except (OSError, EOFError) as error:  # there is no server yet
+      why = f'waiting for {group.address}, port {group.port + number}: ' + (
+          str(error) or 'it lets nobody in')
+      if why != said:
+        say(why)
+      said = why
       time.sleep(RETRY_S)
       continue
+    said = ''
     say(f'serving {group.address}')
     agent.serve()
     say(f'{group.address} has gone: {agent.channel.ended}')

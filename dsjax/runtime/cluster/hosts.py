@@ -12,12 +12,14 @@ With n hosts the server listens on ports 7000 to 7000 + n - 1, one for each
 until it has come, and on one port more for each instance that starts.
 """
 
-import collections
 import contextlib
 import hmac
+import ipaddress
 import logging
 import pathlib
+import re
 import secrets
+import shlex
 import stat
 import sys
 import time
@@ -83,23 +85,43 @@ def read(file: str) -> Group:
   except OSError as error:
     raise InputError(f'hosts file {file!r}: cannot be read: '
                      f'{error.strerror}') from None
-  fields: Any = parse_json(f'hosts file {file!r}', text)
+  fields: Any = parse_json(f'hosts file {file!r}', text, unique=True)
   require(isinstance(fields, dict)
           and set(fields) == {'server', 'key', 'hosts'},
           f'hosts file {file!r}', fields,
           "an object of 'server', 'key' and 'hosts'")
-  address, _, port = str(fields['server']).rpartition(':')
-  require(address and port.isdigit() and 0 < int(port) < 2**16,
-          f'{file}: server', fields['server'], 'HOST:PORT of the server')
-  hosts = fields['hosts']
+  server, hosts = fields['server'], fields['hosts']
+  address, _, port = str(server).rpartition(':')
+  address = re.sub(r'^\[(.*)]$', r'\1', address)
+  require(_is_address(address) and re.fullmatch('[0-9]{1,5}', port)
+          and 0 < int(port) < 2**16, f'{file}: server', server,
+          'ADDRESS:PORT of the server, an IP address that each host reaches')
   require(isinstance(hosts, dict) and hosts and all(
       isinstance(host, dict) and set(host) == {'address', 'devices'}
-      and isinstance(host['address'], str) and host['address']
-      and is_positive_int(host['devices']) for host in hosts.values()),
-          f'{file}: hosts', hosts, 'an object of {"address": where others '
-          'reach it, "devices": how many it has} by name')
-  return Group(file, address, int(port), _read_key(path, fields['key']), tuple(
-      Host(name, **host) for name, host in hosts.items()))
+      and _is_address(host['address']) and is_positive_int(host['devices'])
+      for host in hosts.values()),
+          f'{file}: hosts', hosts, 'an object of {"address": the IP address '
+          'where others reach it, "devices": how many it has} by name')
+  made = tuple([Host(name, **host) for name, host in hosts.items()])
+  addresses = [ipaddress.ip_address(host.address) for host in made]
+  require(len(set(addresses)) == len(made)
+          and len({address.version for address in addresses}) == 1,
+          f'{file}: hosts', [host.address for host in made],
+          'of another address each, all of IPv4 or all of IPv6')
+  # Of the file too: hosts that read another one would not agree on who is who.
+  key = hmac.digest(_read_key(path, fields['key']), repr(
+      (address, int(port), made)).encode(), 'sha256')
+  return Group(file, address, int(port), key, made)
+
+
+def _is_address(text: Any) -> bool:
+  """Whether this is an IP address by which others can reach a host. A name may
+  be another address elsewhere, often a loopback one on the host itself."""
+  try:
+    return isinstance(text, str) and not ipaddress.ip_address(
+        text).is_unspecified
+  except ValueError:
+    return False
 
 
 def _read_key(path: pathlib.Path, name: Any) -> bytes:
@@ -109,9 +131,9 @@ def _read_key(path: pathlib.Path, name: Any) -> bytes:
   file = path.parent / name
   try:
     key, mode = file.read_bytes().strip(), file.stat().st_mode
-  except OSError as error:
+  except (OSError, ValueError) as error:
     raise InputError(f'{path}: key={name!r}: must be a file that can be read: '
-                     f'{error.strerror}') from None
+                     f'{error}') from None
   require(not mode & (stat.S_IRWXG | stat.S_IRWXO), f'{path}: key', name,
           'a file that only its owner may read: chmod 600')
   require(len(key) >= LEAST_KEY, f'{path}: key', f'{len(key)} characters',
@@ -155,6 +177,12 @@ def instance_key(key: bytes, nonce: str) -> bytes:
   return hmac.digest(key, nonce.encode(), 'sha256')
 
 
+def typed(group: Group, host: Host) -> str:
+  """What is to be typed on a host."""
+  return (f'python -m experiments.host --hosts={shlex.quote(group.file)} '
+          f'--name={shlex.quote(host.name)}')
+
+
 class RemoteHost:
   """A host, as the server sees it: it comes, may go, and come again.
 
@@ -179,7 +207,8 @@ class RemoteHost:
     channel = self._door.channel
     if channel is not None:
       for message in channel.take():
-        self.codes[message.index, message.incarnation] = message.code
+        if isinstance(message, messages.Ended):
+          self.codes[message.index, message.incarnation] = message.code
     if (channel is not None and channel.ended or self._door.failed) and (
         not self.closed):
       if self._door.failed:
@@ -226,6 +255,12 @@ class HostProcess:
     return self._door.failed
 
   @property
+  def missing(self) -> str:
+    group, host = self._remote.group, self._remote.host
+    return '' if self._agent else (
+        f': nothing has come from {host.address}: {typed(group, host)}')
+
+  @property
   def pid(self) -> int | None:
     return self._door.pid
 
@@ -255,24 +290,31 @@ class HostsLauncher:
     """Listens for the hosts, and prints what to type on each.
 
     Raises:
-      InputError: the file says nothing of use, or instances do not fit.
-      OSError: a port is taken.
+      InputError: the file says nothing of use, instances do not fit, or this
+        is not the server that it names.
     """
-    self.group = read(file)
-    self._places = assign(placement, [h.devices for h in self.group.hosts])
+    group = self.group = read(file)
+    self._places = assign(placement, [h.devices for h in group.hosts])
     self._plans = [plan for _, plan in placement.instances]
+    ports = len(group.hosts) + len(self._plans)
+    require(group.port + ports <= 2**16, f'{file}: server', group.port,
+            f'a port of {2**16 - ports} at most: one for each host and each '
+            'instance follows')
     self.hosts: list[RemoteHost] = []
     try:
       for number in range(len(self.group.hosts)):
         self.hosts.append(RemoteHost(self.group, number))
+    except OSError as error:
+      self.close()
+      raise InputError(
+          f'{file}: server={group.address!r}: must be an address of this host '
+          f'with ports from {group.port} on that are free: {error}') from error
     except BaseException:
       self.close()
       raise
-    used = collections.Counter(host for host, _ in self._places)
-    for number in used:
-      host = self.group.hosts[number]
-      print(f'on {host.address}: python -m experiments.host --hosts={file} '
-            f'--name={host.name}', file=sys.stderr)
+    for number in sorted({host for host, _ in self._places}):
+      host = group.hosts[number]
+      print(f'on {host.address}: {typed(group, host)}', file=sys.stderr)
 
   def start(self, index: int, incarnation: int) -> HostProcess:
     """The process of an incarnation of an instance."""

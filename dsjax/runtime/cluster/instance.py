@@ -1,9 +1,9 @@
-"""The process of an instance: `python -m dsjax.runtime.cluster.instance`.
+"""The process of an instance.
 
 It is started for a server (local.py, host.py, on_ray.py), connects to it, and
 owns an engine: it does what messages say, in their order, and tells each step
 as it completes. It ends with its connection, so a server that dies leaves none
-behind.
+behind; on Linux it ends with what started it even where it is stopped.
 
 The key comes in the environment and leaves it at once. A thread waits for the
 steps, and wakes the loop as the channel does: a loop that looks again and again
@@ -20,12 +20,13 @@ import queue
 import sys
 import threading
 import time
+import zlib
 from typing import Any, NamedTuple
 
 import jax
 
-from dsjax.checkpoints.checkpoint import Recipe
-from dsjax.config.checks import InputError
+from dsjax.checkpoints.checkpoint import Model, Recipe
+from dsjax.config.checks import InputError, require
 from dsjax.config.engine import EngineConfig, InstanceConfig
 from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Plan
@@ -50,6 +51,7 @@ KEY = 'DSJAX_INSTANCE_KEY'
 PAUSE_SHARE, LEAST_PAUSE_S, MOST_PAUSE_S = 1 / 16, 2e-5, 1e-3
 AT_MOST_S = 0.05  # without a look at steps in flight
 FLUSH_S = 10.0  # for the last words
+SAMPLED = 100  # weights of each array, of which a hash is made
 
 
 class Running(NamedTuple):
@@ -128,6 +130,8 @@ class Instance:
     if recipe.config is not None:
       recipe = recipe._replace(config=ModelConfig(**fields['recipe']['config']))
     model, plan = recipe.make(), Plan(**fields['plan'])
+    require(repr(model.config) == fields['model'], 'model', model.config,
+            f"what the server has under this name: {fields['model']}")
     self.model, self.config = model.config, EngineConfig(**fields['config'])
     meshes = sharding.stage_meshes(model.config, plan, jax.devices())
     capacity = (InstanceConfig(**fields['capacity']) if fields['capacity'] else
@@ -145,7 +149,8 @@ class Instance:
         dataclasses.asdict(self.engine.capacity),
         len(self.engine.shapes_needed()),
         self.exchange.address if self.exchange else '',
-        {str(i): str(d) for i, d in enumerate(self.engine.devices)}))
+        {str(i): str(d) for i, d in enumerate(self.engine.devices)},
+        _sampled(model)))
 
   def warm(self, message: messages.Warm) -> None:
     """Compiles everything that it can run."""
@@ -304,9 +309,22 @@ _DO: dict[type, Any] = {
 
 def _leave(why: str) -> None:
   """The server is gone: nothing is left to do."""
-  if why != channel.CLOSED:
-    print(f'an instance ends: {why}', file=sys.stderr)
-  os._exit(0)
+  try:
+    if why != channel.CLOSED:
+      print(f'an instance ends: {why}', file=sys.stderr)
+  finally:  # nobody may read what is printed
+    os._exit(0)
+
+
+def _sampled(model: Model) -> int:
+  """A hash of some of a model's weights, which another model under the same
+  name has not; 0: its stages read them by themselves."""
+  total = 0
+  for leaf in jax.tree.leaves(model.params if isinstance(model.params, dict)
+                              else {}):
+    some = leaf.reshape(-1)[::leaf.size // SAMPLED + 1]
+    total = zlib.crc32(some.tobytes(), total)
+  return total
 
 
 def _text(error: BaseException) -> str:
@@ -339,7 +357,3 @@ def main(argv: list[str]) -> None:
   address, index, incarnation, host = argv
   run(address, bytes.fromhex(os.environ.pop(KEY)), int(index),
       int(incarnation), host)
-
-
-if __name__ == '__main__':
-  main(sys.argv[1:])

@@ -1,7 +1,10 @@
 """Every instance a process of this host: its start, its cores and devices."""
 
 import contextlib
+import functools
 import glob
+import importlib.metadata
+import itertools
 import os
 import re
 import subprocess
@@ -13,8 +16,10 @@ import jax
 
 from dsjax.config.checks import require
 from dsjax.config.placement import Placement, Plan
+from dsjax.runtime.cluster import begin
 from dsjax.runtime.cluster.channel import LOOPBACK, Channel, Door
 from dsjax.runtime.cluster.instance import KEY
+from dsjax.runtime.worker import Worker
 
 # Settings of this process's jax that instances have too.
 SHARED = ('compilation_cache_dir', 'persistent_cache_min_compile_time_secs',
@@ -42,6 +47,8 @@ class LocalLauncher:
 
 class LocalProcess:
   """A process of this host: a remote.Process."""
+
+  missing = ''
 
   def __init__(self, index: int, incarnation: int, env: dict[str, str],
                cores: Sequence[int]) -> None:
@@ -88,12 +95,21 @@ class LocalProcess:
 def popen(address: str, index: int, incarnation: int, host: str,
           env: dict[str, str]) -> subprocess.Popen[bytes]:
   """Starts the process of an instance, which comes to `address` and is reached
-  at `host`."""
-  return subprocess.Popen(
-      [sys.executable, '-m', 'dsjax.runtime.cluster.instance', address,
-       str(index), str(incarnation), host], env=env,
+  at `host`. It ends with this process, not with the thread that calls."""
+  starts, start = _starts(os.getpid()), functools.partial(
+      subprocess.Popen,
+      [sys.executable, '-P', begin.__file__, address, str(index),
+       str(incarnation), host, str(os.getpid())], env=env,
       stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
       start_new_session=True)  # a Ctrl-C is the server's
+  return starts.wait(starts.post(start), lambda: None)
+
+
+@functools.cache
+def _starts(pid: int) -> Worker:
+  """A thread of this process that lasts as long as it does."""
+  del pid  # one that was forked has no threads of the other
+  return Worker('dsjax starts')
 
 
 def jax_settings(names: Sequence[str] = SHARED) -> dict[str, str]:
@@ -154,14 +170,24 @@ def visible_gpus() -> list[str] | None:
 
   Asked without starting jax, which would take their memory.
   """
-  if (jax.config.values['jax_platforms'] or '').startswith('cpu'):
+  if not _has_cuda() or (
+      jax.config.values['jax_platforms'] or '').startswith('cpu'):
     return None
   listed = os.environ.get('CUDA_VISIBLE_DEVICES')
-  if listed is not None:
-    return [name for name in listed.split(',') if name] or None
+  if listed is not None:  # up to the first that is none, such as -1
+    return list(itertools.takewhile(
+        re.compile(r'\d+|(GPU|MIG)-.+').fullmatch,
+        map(str.strip, listed.split(',')))) or None
   there = [path for path in glob.glob('/dev/nvidia*')
            if re.fullmatch(r'/dev/nvidia\d+', path)]
   return [str(i) for i in range(len(there))] or None
+
+
+@functools.cache
+def _has_cuda() -> bool:
+  """Whether the jax that is installed can use GPUs."""
+  return any('cuda' in plugin.name for plugin in
+             importlib.metadata.entry_points(group='jax_plugins'))
 
 
 def split_cores(placement: Placement) -> list[list[int]]:

@@ -12,7 +12,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
+import jaxlib
+
 from dsjax.config.checks import require
+from dsjax.config.version import __version__
 from dsjax.scheduling import event_log
 from dsjax.scheduling.events import (
   Chunk,
@@ -24,14 +28,17 @@ from dsjax.scheduling.events import (
   RunPrefill,
 )
 
-VERSION = 3  # of the messages: both sides must have the same
+VERSION = 4  # of the messages
+# Both sides must have the same: hand-offs are jax's, and have no version.
+VERSIONS = (f'dsjax {__version__}, messages {VERSION}, jax {jax.__version__}, '
+            f'jaxlib {jaxlib.__version__}')
 
 # --- from the server ---------------------------------------------------------
 
 
 class Build(NamedTuple):
-  """What the instance is, to be made: recipe, engine, role, plan, config, and
-  the capacity that it had before, or None."""
+  """What the instance is, to be made: recipe, model (its config, as repr),
+  engine, role, plan, config, and the capacity that it had before, or None."""
   fields: dict[str, Any]
 
 
@@ -116,6 +123,11 @@ class Ping(NamedTuple):
   """Answer by a Pong."""
 
 
+class Refused(NamedTuple):
+  """Who said hello is not let in, and why: there is no other message."""
+  why: str
+
+
 # --- to the command of a host, and from there --------------------------------
 
 
@@ -150,7 +162,7 @@ class Ended(NamedTuple):
 
 class Hello(NamedTuple):
   """The first message of a process; pid: its number at its host."""
-  version: int
+  versions: str
   index: int
   pid: int
 
@@ -163,11 +175,13 @@ class Failed(NamedTuple):
 
 class Built(NamedTuple):
   """It is built: capacity has the fields of its InstanceConfig; shapes: how
-  many steps are to be compiled; address: of its offers, or ''."""
+  many steps are to be compiled; address: of its offers, or ''; weights: a hash
+  of some of them."""
   capacity: dict[str, Any]
   shapes: int
   address: str
   devices: dict[str, str]
+  weights: int = 0
 
 
 class Warmed(NamedTuple):
@@ -256,7 +270,8 @@ class Pong(NamedTuple):
 
 
 FromServer: TypeAlias = (Build | Warm | Admit | Forget | Run | Offer | Withdraw
-                         | Pull | Drop | Copy | Count | Ping | Start | End)
+                         | Pull | Drop | Copy | Count | Ping | Refused | Start
+                         | End)
 FromInstance: TypeAlias = (Hello | Failed | Built | Warmed | Ready | StageDone
                            | Stepped | Offered | Moved | Landed | Copied
                            | Broken | Lost | Counted | Pong | Ended)
@@ -264,7 +279,7 @@ Message: TypeAlias = FromServer | FromInstance
 
 _KINDS = event_log.LOGGED | {kind.__name__: kind for kind in (
     Build, Warm, Admit, Forget, Run, Offer, Withdraw, Pull, Drop, Copy, Count,
-    Ping, Copied,
+    Ping, Refused, Copied,
     Hello, Failed, Built, Warmed, Ready, StageDone, Stepped, Offered, Moved,
     Landed, Broken, Lost, Counted, Pong, Start, End, Ended)}
 

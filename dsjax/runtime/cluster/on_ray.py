@@ -44,6 +44,8 @@ class Runner:
 class RayProcess:
   """The process of an instance as an actor: a remote.Process."""
 
+  missing = ''
+
   def __init__(self, index: int, incarnation: int, options: dict[str, Any]
                ) -> None:
     self._door = Door(index, incarnation, ray.util.get_node_ip_address())

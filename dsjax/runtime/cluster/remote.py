@@ -8,6 +8,7 @@ earlier one can come in: it has another socket, another key, another number.
 """
 
 import collections
+import contextlib
 import dataclasses
 import threading
 import time
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from dsjax.config import checks
 from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig, InstanceConfig
 from dsjax.config.request import MAX_LOGPROBS, Sampling
@@ -24,6 +26,7 @@ from dsjax.runtime.cluster.channel import Channel
 from dsjax.runtime.cluster.handoff import LOOK_S, RemoteRoute, RemoteTransfer
 from dsjax.runtime.cluster.messages import PageTables
 from dsjax.runtime.cluster.remote_memory import RemoteHostMemory
+from dsjax.runtime.looks import Looks
 from dsjax.runtime.protocols import Dispatched, HostMemory
 from dsjax.scheduling.events import RunDecode, RunPrefill
 
@@ -38,6 +41,7 @@ class Process(Protocol):
 
   Attributes:
     channel: None until it has come. failed: why it cannot come, or ''.
+    missing: what it waits for before it can come, or ''.
   """
 
   @property
@@ -45,6 +49,9 @@ class Process(Protocol):
 
   @property
   def failed(self) -> str: ...
+
+  @property
+  def missing(self) -> str: ...
 
   @property
   def pid(self) -> int | None: ...
@@ -139,7 +146,7 @@ class RemoteEngine:
     slot_of, spare: what has been admitted, in slots of no meaning.
     stamps: a Stamp of each step and hand-off, of the newest. offset_s: what
       its clock is behind, by the fastest answer to a ping. held: its last
-      answer to `count`, or None.
+      answer to `count`, or None. weights: see Built.
   """
 
   capacity: InstanceConfig
@@ -163,6 +170,7 @@ class RemoteEngine:
     self.devices: tuple[str, ...] = ()
     self.stamps: collections.deque[Stamp] = collections.deque(maxlen=NEWEST)
     self.held: messages.Counted | None = None
+    self.weights: int | None = None
     self._fields, self._launcher = fields, launcher
     self._siblings = siblings
     self.peers, self._compiles = messages.Warm({}, {}), False
@@ -182,7 +190,7 @@ class RemoteEngine:
     self.address, self.withdrawn, self.moved = '', 0, 0
     self._why, self._bad_input = '', False
     self._ready, self._asked_s = False, None
-    self._looked_s, self._away_s = time.monotonic(), 0.0
+    self._looks = Looks(time.monotonic())
     self.offset_s, self._pinged_s, self._fastest_s = 0.0, 0.0, float('inf')
 
   def _begin(self) -> None:
@@ -231,6 +239,8 @@ class RemoteEngine:
     if process is None:
       raise RuntimeError('it was not started')
     code, ended = process.exit_code(), self._channel and self._channel.ended
+    away_s = self._looks.away_s(time.monotonic())
+    self._began_s += away_s
     self.hear()  # all that it said before it ended
     if self._why:
       raise (InputError if self._bad_input else RuntimeError)(self._why)
@@ -239,33 +249,33 @@ class RemoteEngine:
         raise RuntimeError(process.failed or (
             f'its process ended before it came (exit code {code})'))
       if time.monotonic() - self._began_s > COMES_S:
-        raise RuntimeError(f'its process did not come in {COMES_S:g} s')
+        raise RuntimeError(f'its process did not come in {COMES_S:g} s'
+                           + process.missing)
     elif ended:
       raise RuntimeError(f'its process ended (exit code {code})' if code
                          is not None else ended)
     elif self._starts and time.monotonic() - self._began_s > LOADS_S:
       raise RuntimeError(f'its process got no further in {LOADS_S:g} s')
     else:
-      self._ping(self._channel)
+      self._ping(self._channel, away_s)
 
   @property
   def _starts(self) -> bool:
     """Whether it loads or compiles, as it was asked to."""
     return not self._ready and (self._compiles or not self.is_built)
 
-  def _ping(self, channel: Channel) -> None:
-    """Asks for a sign of life; raises where there is none. While this process
-    was stopped, or did not look, none could be heard."""
+  def _ping(self, channel: Channel, away_s: float) -> None:
+    """Asks for a sign of life; raises where there is none."""
     now_s, asked_s = time.monotonic(), self._asked_s
-    self._away_s += max(0.0, now_s - self._looked_s - PING_S)
-    self._looked_s = now_s
     if asked_s is None or channel.heard_s >= asked_s:
       if asked_s is None or now_s - asked_s > PING_S:
         self._asked_s, self._pinged_s = now_s, time.perf_counter()
-        self._away_s = 0.0
         channel.send(messages.Ping())
-    elif now_s - asked_s - self._away_s > self.config.silent_s:
-      raise RuntimeError(f'its process is silent for {now_s - asked_s:.1f} s')
+      return
+    self._asked_s = asked_s + away_s
+    silent_s = now_s - self._asked_s
+    if silent_s > self.config.silent_s:
+      raise RuntimeError(f'its process is silent for {silent_s:.1f} s')
 
   def count(self) -> Callable[[], messages.Counted | None]:
     """Asks what it holds; what gives the answer, once it has come."""
@@ -288,6 +298,13 @@ class RemoteEngine:
     self._why, self._bad_input = message.why, message.bad_input
 
   def _on_built(self, message: messages.Built) -> None:
+    known = [engine.weights for engine in (self, *self._siblings)]
+    if set(known) - {None, message.weights}:
+      self._why, self._bad_input = (
+          'its model has other weights than that of an instance before it: '
+          'where each loads it from there must be the same', True)
+      return
+    self.weights = message.weights
     self.capacity = InstanceConfig(**message.capacity)
     self.address = message.address
     self._fields = self._fields | {'capacity': message.capacity}  # for ever
@@ -380,14 +397,26 @@ class RemoteEngine:
 
   def warm(self) -> Iterator[str]:
     """Waits until everything is compiled; yields the name of each step."""
-    self.begin_warm()
+    with self.naming():
+      self.begin_warm()
     while not self._ready:
-      self.check()
+      with self.naming():
+        self.check()
       while self._warmed:
         yield self._warmed.popleft()
       time.sleep(LOOK_S)
     yield from self._warmed
     self._warmed.clear()
+
+  @contextlib.contextmanager
+  def naming(self) -> Iterator[None]:
+    """What ends its start, from inside, says which instance it is about."""
+    what = f'instance {self.index} ({self.role})'
+    try:
+      with checks.naming(what):
+        yield
+    except RuntimeError as error:
+      raise RuntimeError(f'{what} did not start: {error}') from error
 
   def route_to(self, target: 'RemoteEngine') -> RemoteRoute:
     """How KV goes from this engine to another."""

@@ -1,6 +1,5 @@
 """What each instance is given to build, wherever its process is started."""
 
-import contextlib
 import dataclasses
 import threading
 import time
@@ -8,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsjax.checkpoints.checkpoint import Model
-from dsjax.config.checks import InputError, naming, require
+from dsjax.config.checks import InputError, require
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement
 from dsjax.runtime.cluster import hosts, local, messages
@@ -64,7 +63,7 @@ def build(model: Model, placement: Placement, config: EngineConfig,
   launcher = _launcher(cluster, placement)
   try:
     for index, (role, plan) in enumerate(placement.instances):
-      fields = {'recipe': recipe, 'role': role,
+      fields = {'recipe': recipe, 'model': repr(model.config), 'role': role,
                 'plan': dataclasses.asdict(plan), 'moves': moves[index],
                 'config': dataclasses.asdict(config), 'capacity': None,
                 'engine': f'{make_engine.__module__}:{name}'}
@@ -95,21 +94,10 @@ def _launcher(cluster: str, placement: Placement) -> Launcher:
 def _await_built(engines: Sequence[RemoteEngine]) -> None:
   """Waits until each has loaded its weights."""
   for engine in engines:
-    with saying(engine):
+    with engine.naming():
       while not engine.is_built:
         engine.check()
         time.sleep(LOOK_S)
-
-
-@contextlib.contextmanager
-def saying(engine: RemoteEngine) -> Any:
-  """An error from inside says which instance it is about."""
-  what = f'instance {engine.index} ({engine.role})'
-  try:
-    with naming(what):
-      yield
-  except RuntimeError as error:
-    raise RuntimeError(f'{what} did not start: {error}') from error
 
 
 def _introduce(engines: Sequence[RemoteEngine], placement: Placement,

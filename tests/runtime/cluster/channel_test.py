@@ -1,6 +1,8 @@
 """The door and the channel: who is let in, and what of it comes."""
 
+import concurrent.futures
 import contextlib
+import os
 import socket
 import time
 from multiprocessing import AuthenticationError
@@ -34,10 +36,10 @@ def enter(door, index=1, incarnation=3, hear=IGNORE):
   return channel.connect(door.address, door.key, index, incarnation, *hear)
 
 
-def greet(connection, version=messages.VERSION):
+def greet(connection, versions=messages.VERSIONS):
   """The Hello of a process that speaks for itself."""
   connection.send_bytes(channel.numbered(0, messages.dump(
-      3, messages.Hello(version, 1, 9))))
+      3, messages.Hello(versions, 1, 9))))
 
 
 def refused(address):
@@ -110,11 +112,107 @@ def test_who_is_not_awaited_is_told_of(door, index, incarnation):
   until(lambda: inside.ended)
 
 
-def test_another_version_is_told_of(door, monkeypatch):
+def test_another_version_is_told_of_on_both_sides(door):
   host, port = door.address.rsplit(':', 1)
   with mp.Client((host, int(port)), authkey=door.key) as other:
-    greet(other, messages.VERSION + 1)
-    assert 'version=3' in until(lambda: door.failed)
+    greet(other, 'dsjax 9')
+    why = until(lambda: door.failed)
+    assert why.startswith('its versions are dsjax 9, those of the server dsjax')
+    assert messages.load(channel.unnumbered(0, other.recv_bytes())) == (
+        3, messages.Refused(why))
+  assert f'messages {messages.VERSION}, jax 0.' in messages.VERSIONS
+
+
+# What listens on the port of a server, and is none.
+
+
+def silent(stranger):
+  """Says nothing."""
+
+
+def other_words(stranger):
+  mp.Connection(os.dup(stranger.fileno())).send_bytes(b'hello')
+
+
+def one_that_leaves(stranger):
+  stranger.close()
+
+
+def long_words(stranger):
+  stranger.sendall(b'SSH-2.0-OpenSSH_9.2\r\n')
+
+
+@pytest.mark.parametrize('says, error', [
+    (silent, EOFError), (one_that_leaves, (ConnectionError, EOFError)),
+    (long_words, OSError), (other_words, AuthenticationError)])
+def test_a_process_is_not_held_up_by_who_is_no_server(monkeypatch, says,
+                                                      error):
+  if says is silent:
+    monkeypatch.setattr(channel, 'GREETS_S', 0.2)
+  with socket.create_server(('127.0.0.1', 0)) as listens:
+    entering = concurrent.futures.ThreadPoolExecutor(1).submit(
+        channel.connect, '{}:{}'.format(*listens.getsockname()), b'x' * 32, 1,
+        3, *IGNORE)
+    stranger, _ = listens.accept()
+    with stranger:
+      says(stranger)
+      with pytest.raises(error):
+        entering.result()
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason='no IPv6 here')
+def test_it_may_listen_on_an_address_of_ipv6():
+  door = channel.Door(1, 3, '::1')
+  inside = enter(door)
+  here = until(lambda: door.channel)
+  here.send(messages.Ready())
+  assert until(inside.take) == [messages.Ready()]
+  inside.close()
+
+
+def test_one_that_has_gone_before_it_is_accepted_closes_no_door(monkeypatch):
+  listens, gone = socket.create_server(('127.0.0.1', 0)), [True]
+
+  class Refuses:
+    """The kernel tells of the first one that it has gone."""
+
+    def __init__(self, *_, **__):
+      self.getsockname, self.shutdown = listens.getsockname, listens.shutdown
+
+    def __enter__(self):
+      return listens.__enter__()
+
+    def __exit__(self, *error):
+      return listens.__exit__(*error)
+
+    def accept(self):
+      if gone and gone.pop():
+        raise ConnectionAbortedError
+      return listens.accept()
+
+  monkeypatch.setattr(channel.socket, 'create_server', Refuses)
+  door = channel.Door(1, 3)
+  inside = enter(door)
+  until(lambda: door.channel)
+  inside.close()
+
+
+def test_a_second_process_with_the_same_key_is_not_let_in(door):
+  """Of two that prove it at a time one comes in."""
+  host, port = door.address.rsplit(':', 1)
+  ends = [mp.Client((host, int(port)), authkey=door.key) for _ in range(2)]
+  for end in ends:
+    with contextlib.suppress(OSError):  # the other has come in
+      greet(end)
+  here = until(lambda: door.channel)
+  here.send(messages.Ready())
+  said = []
+  for end in ends:
+    with contextlib.suppress(ConnectionError, EOFError):
+      _, message = messages.load(end.recv_bytes()[4:])
+      said.append(message)
+    end.close()
+  assert said.count(messages.Ready()) == 1
 
 
 def test_a_door_that_was_closed_lets_nobody_in(door):
@@ -175,6 +273,17 @@ def test_what_is_no_message_ends_it(door, said):
     assert 'no message' in until(lambda: here.ended)
     with pytest.raises(RuntimeError, match='no message'):
       here.send(messages.Ping())
+
+
+@pytest.mark.parametrize('length', [channel.MOST_BYTES + 1, -5])
+def test_a_message_of_no_possible_length_ends_it(door, length):
+  """Before any of it is read, or memory is taken for it."""
+  host, port = door.address.rsplit(':', 1)
+  with mp.Client((host, int(port)), authkey=door.key) as other:
+    greet(other)
+    here = until(lambda: door.channel)
+    os.write(other.fileno(), length.to_bytes(4, 'big', signed=True))
+    until(lambda: here.ended)
 
 
 def test_the_end_of_one_side_is_the_end_of_the_other(door):

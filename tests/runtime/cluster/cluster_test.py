@@ -13,7 +13,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import types
 
 import pytest
 
@@ -21,7 +23,14 @@ import dsjax
 from dsjax.checkpoints.checkpoint import Recipe
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement, Plan
-from dsjax.runtime.cluster import local, messages, remote
+from dsjax.runtime.cluster import (
+  begin,
+  channel,
+  instance,
+  local,
+  messages,
+  remote,
+)
 from dsjax.runtime.cluster.instance import KEY
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import (
@@ -643,7 +652,7 @@ if sys.argv[1] == 'raise':
 @pytest.mark.parametrize('end', ['SIGKILL', 'SIGINT', pytest.param(
     'raise', marks=pytest.mark.slow)])
 def test_instances_end_with_their_server(end):
-  """However it ends; one that is not closed too."""
+  """However it ends; one that is not closed too, and one that is stopped."""
   script = subprocess.Popen(
       [sys.executable, '-c', SERVED, 'raise' if end == 'raise' else 'serve'],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -651,12 +660,62 @@ def test_instances_end_with_their_server(end):
   with script:
     pids = list(map(int, script.stdout.readline().split()))
     assert pids and all(map(alive, pids))
+    if end == 'SIGKILL':
+      for pid in pids:
+        os.kill(pid, signal.SIGSTOP)  # it sees the end of nothing
     if end == 'raise':
       script.stdin.close()
     else:
       script.send_signal(getattr(signal, end))
     script.wait()
   until(lambda: not any(map(alive, pids)))
+
+
+def test_an_instance_ends_with_its_socket_and_not_with_a_thread(tmp_path):
+  """What started it may be a thread that ends; nobody need kill it."""
+  door, started, end = channel.Door(4, 2), [], threading.Event()
+
+  def begin():
+    started.append(local.popen(door.address, 4, 2, channel.LOOPBACK,
+                               os.environ | local.settings() | {
+                                   KEY: door.key.hex()}))
+    end.wait()
+
+  thread = threading.Thread(target=begin)
+  thread.start()
+  here = until(lambda: door.channel)
+  end.set()
+  until(lambda: not os.path.exists(f'/proc/self/task/{thread.native_id}'))
+  here.send(messages.Ping())
+  assert isinstance(until(here.take)[0], messages.Pong)
+  here.cut()
+  assert started[0].wait() == 0
+
+
+def test_an_instance_whose_server_has_gone_before_it_begins_ends():
+  done = subprocess.run([sys.executable, '-P', begin.__file__, 'address', '0',
+                         '1', 'host', '1'], capture_output=True, text=True)
+  assert done.returncode == 1 and 'is gone' in done.stderr
+
+
+def test_an_instance_ends_though_nobody_reads_what_it_says(monkeypatch):
+  ended = []
+  monkeypatch.setattr(instance.os, '_exit', ended.append)
+  with monkeypatch.context() as patch, open(os.devnull) as unwritable:
+    patch.setattr(sys, 'stderr', unwritable)
+    with pytest.raises(OSError):
+      instance._leave('it sent what is no message')
+  assert ended == [0]
+
+
+def test_an_instance_refuses_a_model_of_another_shape():
+  """As where a folder elsewhere has another model under the same name."""
+  fields = {'recipe': Recipe(config=serving.CONFIG)._asdict() | {
+      'config': dataclasses.asdict(serving.CONFIG)}, 'plan': {},
+            'model': repr(dataclasses.replace(serving.CONFIG, num_layers=1))}
+  with pytest.raises(InputError, match='model=.*the server has'):
+    instance.Instance.build(object.__new__(instance.Instance),
+                            messages.Build(fields))
 
 
 # --- what each is given ------------------------------------------------------
@@ -680,6 +739,24 @@ def test_instances_share_no_gpu(monkeypatch):
   monkeypatch.setattr(local, 'visible_gpus', lambda: ['0', '1'])
   with pytest.raises(InputError, match='at most the 2 that exist'):
     local.environments(placement)
+
+
+@pytest.mark.parametrize('listed, names', [
+    (None, ['0', '1']), ('', None), ('-1', None), ('NoDevFiles', None),
+    ('0', ['0']), ('3, 1', ['3', '1']), ('1,-1,0', ['1']),
+    ('GPU-8932f937-d72c,MIG-7', ['GPU-8932f937-d72c', 'MIG-7'])])
+def test_gpus_are_those_that_cuda_would_show(monkeypatch, listed, names):
+  monkeypatch.setattr(local, 'jax', types.SimpleNamespace(
+      config=types.SimpleNamespace(values={'jax_platforms': None})))
+  monkeypatch.setattr(local.glob, 'glob', lambda _: [
+      '/dev/nvidia0', '/dev/nvidia1', '/dev/nvidiactl'])
+  monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+  if listed is not None:
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', listed)
+  monkeypatch.setattr(local, '_has_cuda', lambda: True)
+  assert local.visible_gpus() == names
+  monkeypatch.setattr(local, '_has_cuda', lambda: False)  # jax of a CPU
+  assert local.visible_gpus() is None
 
 
 def test_a_cpu_instance_has_its_own_number_of_devices(monkeypatch):

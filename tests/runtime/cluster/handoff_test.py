@@ -10,10 +10,12 @@ import collections
 import dataclasses
 import functools
 import random
+import threading
 import types
 
 import pytest
 
+from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
 from dsjax.runtime.cluster import messages, remote
 from dsjax.runtime.cluster.remote import RemoteEngine
@@ -29,6 +31,7 @@ class Queues:
   def __init__(self):
     self.down, self.up, self.said = (collections.deque() for _ in range(3))
     self.ended, self.heard_s, self.failed, self.pid = '', 0.0, '', 1
+    self.missing = ''
     self.channel = self
 
   def send(self, message):
@@ -75,7 +78,8 @@ class Models:
     self.offers, self.pulls, self.pulled, self.dropped = {}, {}, set(), set()
     for index, role in enumerate(('prefill', 'decode')):
       self.engines.append(RemoteEngine(index, CONFIG, {'role': role},
-                                       self.launchers[index], []))
+                                       self.launchers[index], [],
+                                       threading.Event()))
       self.come(index)
 
   def come(self, index):
@@ -211,5 +215,68 @@ def test_time_in_which_nobody_looked_is_no_silence(monkeypatch):
     engine.check()
   assert CONFIG.silent_s == 30
   now_s[0] += 1.0
-  with pytest.raises(RuntimeError, match='silent for 36'):
+  with pytest.raises(RuntimeError, match='silent for 30.5 s'):
     engine.check()
+
+
+def test_an_answer_that_came_while_nobody_looked_is_one(monkeypatch):
+  now_s = [100.0]
+  monkeypatch.setattr(remote, 'time', types.SimpleNamespace(
+      monotonic=lambda: now_s[0], perf_counter=lambda: now_s[0]))
+  models = Models()
+  engine, queues = models.engines[1], models.queues(1)
+  engine.check()
+  assert list(queues.down) == [messages.Ping()]
+  queues.heard_s, now_s[0] = 103.0, 3700.0
+  engine.check()
+  assert list(queues.down) == [messages.Ping()] * 2  # asks again
+
+
+def test_a_process_that_does_not_come_is_late_for_as_long_as_one_looked(
+    monkeypatch):
+  now_s = [100.0]
+  monkeypatch.setattr(remote, 'time', types.SimpleNamespace(
+      monotonic=lambda: now_s[0], perf_counter=lambda: now_s[0]))
+  launcher = Launcher()
+  launcher.queues.channel = None
+  launcher.queues.missing = ': b is not there'
+  engine = RemoteEngine(0, CONFIG, {'role': 'prefill'}, launcher, [],
+                        threading.Event())
+  for later_s in (3600.0, *[1.0] * int(remote.COMES_S - 1)):
+    now_s[0] += later_s
+    engine.check()
+  now_s[0] += 1.0
+  with pytest.raises(RuntimeError, match='not come in 300 s: b is not there'):
+    engine.check()
+
+
+def test_one_that_ends_while_it_compiles_is_named():
+  models = Models()
+  engine = models.engines[1]
+  engine.peers = messages.Warm({}, {})
+  warming = engine.warm()
+  models.queues(1).said.append(messages.Warmed('decode 1'))
+  assert next(warming) == 'decode 1'
+  models.queues(1).ended = 'its process ended'
+  with pytest.raises(RuntimeError, match=r'instance 1 \(decode\) did not start'
+                     ': its process ended'):
+    next(warming)
+
+
+def test_instances_with_other_weights_are_refused():
+  """Under one name there may be another model elsewhere, or later."""
+  models = Models()
+  first, second = models.engines
+  second._siblings = [first]
+  for engine in (first, second):
+    engine._fields = engine._fields | {'capacity': None}
+  built = messages.Built(dataclasses.asdict(CONFIG.instance('decode')), 1, '',
+                         {}, weights=0)
+  first._on_built(built)
+  first.check()
+  second._on_built(built._replace(weights=8))
+  with pytest.raises(InputError, match='other weights'):
+    second.check()
+  first._on_built(built._replace(weights=8))  # another process of it
+  with pytest.raises(InputError, match='other weights'):
+    first.check()

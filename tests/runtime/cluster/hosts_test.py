@@ -5,6 +5,7 @@ its process group, killed.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -19,7 +20,8 @@ import pytest
 import dsjax
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement, Plan
-from dsjax.runtime.cluster import hosts, local
+from dsjax.runtime.cluster import host as runtime_host
+from dsjax.runtime.cluster import hosts, local, messages
 from dsjax.scheduling.events import InstanceDown, InstanceUp
 from experiments import host
 from tests.common import fake_engine, serving
@@ -36,7 +38,7 @@ pytestmark = pytest.mark.usefixtures('no_hang')
 
 KEY = '0123456789abcdef' * 4
 TWO = {'a': {'address': '127.0.0.1', 'devices': 1},
-       'b': {'address': '127.0.0.1', 'devices': 1}}
+       'b': {'address': '127.0.0.2', 'devices': 1}}
 
 
 def write(folder, secret=KEY, mode=0o600, **fields):
@@ -50,21 +52,36 @@ def write(folder, secret=KEY, mode=0o600, **fields):
 
 def test_a_file_says_what_hosts_there_are(tmp_path):
   group = hosts.read(write(tmp_path))
-  assert (group.address, group.port, group.key) == (
-      '127.0.0.1', 7000, KEY.encode())
-  assert group.hosts[1] == hosts.Host('b', '127.0.0.1', 1)
-  assert group.number('b') == 1
+  assert (group.address, group.port) == ('127.0.0.1', 7000)
+  assert group.hosts[1] == hosts.Host('b', '127.0.0.2', 1)
+  assert group.number('b') == 1 and len(group.key) == 32
+  for text in ('[::1]:7000', '::1:7000'):
+    other = hosts.read(write(tmp_path, server=text))
+    assert (other.address, other.port) == ('::1', 7000)
   with pytest.raises(InputError, match="host='c': must be one of"):
     group.number('c')
 
 
 @pytest.mark.parametrize('fields, error', [
-    ({'server': '127.0.0.1'}, 'server=.*HOST:PORT'),
-    ({'server': 7}, 'server=.*HOST:PORT'),
-    ({'server': '127.0.0.1:99999'}, 'server=.*HOST:PORT'),
+    *(({'server': server}, 'server=.*ADDRESS:PORT') for server in (
+        '127.0.0.1', 7, None, '127.0.0.1:99999', '127.0.0.1:0', '127.0.0.1:',
+        '127.0.0.1:-1', '127.0.0.1:\xb2', '127.0.0.1:\u0663', '127.0.0.1: 7',
+        '0.0.0.0:7', '[::]:7', 'a.example:7', 'localhost:7', ':7')),
+    *(({'hosts': {'a': {'address': address, 'devices': 1}}},
+       'hosts=.*the IP address') for address in (
+           'b.example', '0.0.0.0', '::', '127.1', 2130706433, None, [])),
+    ({'hosts': TWO | {'c': {'address': '127.0.0.2', 'devices': 1}}},
+     'of another address each'),
+    ({'hosts': {'a': {'address': '::1', 'devices': 1},
+                'b': {'address': '0:0:0:0:0:0:0:1', 'devices': 1}}},
+     'of another address each'),
+    ({'hosts': TWO | {'b': {'address': '::1', 'devices': 1}}},
+     'all of IPv4 or all of IPv6'),
+    ({'hosts': {'a': {'address': '127.0.0.1', 'devices': True}}}, 'hosts='),
+    ({'key': 'a\0b'}, 'key=.*can be read'), ({'key': '.'}, 'key=.*can be read'),
     ({'hosts': {}}, 'hosts='), ({'hosts': []}, 'hosts='),
-    ({'hosts': {'a': {'address': 'x'}}}, 'hosts='),
-    ({'hosts': {'a': {'address': 'x', 'devices': 0}}}, 'hosts='),
+    ({'hosts': {'a': {'address': '127.0.0.1'}}}, 'hosts='),
+    ({'hosts': {'a': {'address': '127.0.0.1', 'devices': 0}}}, 'hosts='),
     ({'hosts': {'a': {'address': '', 'devices': 1}}}, 'hosts='),
     ({'more': 1}, "an object of 'server'"), ({'key': ''}, 'key='),
     ({'key': 'nothing'}, 'key=.*can be read'), ({'key': 7}, 'key=')])
@@ -82,6 +99,24 @@ def test_what_is_no_object_is_refused(tmp_path, text):
     hosts.read(str(path))
   with pytest.raises(InputError, match='hosts file'):
     hosts.read(str(tmp_path / 'none'))
+
+
+def test_a_host_that_is_given_twice_is_refused(tmp_path):
+  file = write(tmp_path)
+  text = (tmp_path / 'hosts.json').read_text()
+  (tmp_path / 'hosts.json').write_text(text.replace('"b"', '"a"'))
+  with pytest.raises(InputError, match="hosts file .*'a' is given twice"):
+    hosts.read(file)
+
+
+def test_a_key_is_of_one_file(tmp_path):
+  """Hosts whose files differ would not agree on who is who."""
+  keys = {hosts.read(write(tmp_path, **fields)).key for fields in (
+      {}, {'hosts': dict(reversed(TWO.items()))}, {'server': '127.0.0.1:7001'},
+      {'secret': KEY[::-1]},
+      {'hosts': TWO | {'b': {'address': '127.0.0.2', 'devices': 2}}})}
+  assert len(keys) == 5
+  assert hosts.read(write(tmp_path)).key in keys
 
 
 def test_a_key_must_be_long_and_its_owners_alone(tmp_path):
@@ -183,10 +218,9 @@ def test_two_hosts_serve_and_one_that_is_gone_costs_no_request(tmp_path):
                      make_engine=fake_engine.FakeEngine) as server:
       check_tokens(work[:4], play(server, work[:4]), expected_of_fakes)
       pid = server.engines[0].pid
-      there['a'].kill()  # its command only: the process has its server
-      there['a'].wait()
-      check_tokens(work[:4], play(server, work[:4]), expected_of_fakes)
-    until(lambda: not alive(pid))
+      os.kill(pid, signal.SIGSTOP)  # it does not see that anything has ended
+      there['a'].kill()
+      until(lambda: not alive(pid))
   assert children() <= before
 
 
@@ -214,12 +248,80 @@ def test_another_key_is_refused(tmp_path):
     remote.close()
 
 
+def test_a_host_that_is_refused_says_why(tmp_path):
+  """It is another than that which was awaited on this port."""
+  port = free_port()
+  group = hosts.read(write(tmp_path, server=f'127.0.0.1:{port}'))
+  remote = hosts.RemoteHost(group, 0)
+  try:
+    agent = runtime_host.Agent(group._replace(port=port - 1), 1)
+    with pytest.raises(InputError, match='not let this host in: .*was awaited'):
+      agent.serve()
+    until(lambda: remote._door.failed)
+    assert remote.channel() is None and not remote._door.failed
+    agent = runtime_host.Agent(group, 0)  # the right one still comes in
+    until(remote.channel)
+    agent.channel.close()
+  finally:
+    remote.close()
+
+
+def test_a_host_that_is_another_one_says_so(tmp_path):
+  """What is meant for host b was typed on host a."""
+  group = hosts.read(write(tmp_path, hosts=TWO | {
+      'b': {'address': '192.0.2.1', 'devices': 1}}))
+  with pytest.raises(InputError, match='hosts: b: address=.*of this host'):
+    runtime_host.serve(group, 1, print)
+
+
+def test_a_host_says_what_it_waits_for_once(tmp_path, monkeypatch):
+  group, said = hosts.read(write(
+      tmp_path, server=f'127.0.0.1:{free_port()}')), []
+  tries = itertools.count()
+
+  def rest(_):
+    if next(tries) == 2:
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(runtime_host, 'time', types.SimpleNamespace(sleep=rest))
+  with pytest.raises(KeyboardInterrupt):
+    runtime_host.serve(group, 1, said.append)
+  assert len(said) == 1 and f'port {group.port + 1}: ' in said[0]
+  assert 'refused' in said[0]
+
+
+def test_what_a_host_sends_that_is_none_of_its_words_is_passed_over(tmp_path):
+  port = free_port()
+  group = hosts.read(write(tmp_path, server=f'127.0.0.1:{port}'))
+  remote = hosts.RemoteHost(group, 0)
+  try:
+    agent = runtime_host.Agent(group, 0)
+    until(remote.channel)
+    agent.channel.send(messages.Ready())
+    agent.channel.send(messages.Ended(3, 1, 7))
+    until(lambda: remote.channel() and remote.codes)
+    assert remote.codes == {(3, 1): 7}
+    agent.channel.close()
+  finally:
+    remote.close()
+
+
 def test_a_port_that_is_taken_is_one_clear_error(tmp_path):
   with socket.create_server(('127.0.0.1', 0)) as taken:
     port = taken.getsockname()[1]
     file = write(tmp_path, server=f'127.0.0.1:{port}')
-    with pytest.raises(OSError, match='in use'):
+    with pytest.raises(InputError, match='server=.*of this host.*in use'):
       hosts.HostsLauncher(Placement(colocated=[Plan()]), file)
+
+
+@pytest.mark.parametrize('server, error', [
+    ('192.0.2.1:7000', 'server=.*of this host'),  # of nobody, by RFC 5737
+    ('127.0.0.1:65533', 'server=65533: must be a port of 65532 at most')])
+def test_a_server_that_cannot_listen_where_it_is_to_is_refused(
+    tmp_path, server, error):
+  with pytest.raises(InputError, match=error):
+    hosts.HostsLauncher(Placement(colocated=[Plan()] * 2),
+                        write(tmp_path, server=server))
 
 
 @pytest.mark.parametrize('hosts, name, error', [

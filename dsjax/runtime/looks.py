@@ -1,0 +1,21 @@
+"""How long nobody looked at what may be late.
+
+Whoever stops this process (SIGSTOP, a debugger, a machine that sleeps) stops
+what would tell it that something has happened: that time is no delay.
+"""
+
+AWAY_S = 1.0  # from one look to the next: what is more does not count
+
+
+class Looks:
+  """The looks at something, on any clock."""
+
+  def __init__(self, now_s: float) -> None:
+    self._last_s = now_s
+
+  def away_s(self, now_s: float) -> float:
+    """Seconds since the last look that do not count: to be added to when what
+    is awaited began. This is the next look."""
+    away_s = max(0.0, now_s - self._last_s - AWAY_S)
+    self._last_s = now_s
+    return away_s
