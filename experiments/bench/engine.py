@@ -61,6 +61,7 @@ FLAGS = {
 
 MODEL = 'smollm2-135m-instruct'
 PROMPT, STEPS, BATCH, NEW = 256, 24, 8, 64
+MOVED = 256, 512, 1024, 2048  # tokens
 REST_S = 0.2  # until the threads of the one before have stopped spinning
 CONFIG = EngineConfig(max_len=512, max_seqs=BATCH, prefill_tokens=1024,
                       prefill_seqs=BATCH, chunk_tokens=256, prefix_cache=False)
@@ -373,7 +374,7 @@ def bench_migrate(loaded, results, rounds, say):
       shape = (loaded.config.num_kv_heads, pages, config.page_size,
                loaded.config.head_dim)
       layers = 2 * loaded.config.num_layers
-      plain = jax.device_put([jnp.ones(shape)] * layers, here)
+      plain = [jax.device_put(jnp.ones(shape), here) for _ in range(layers)]
       stacked = jax.device_put(jnp.ones((layers, *shape)), here)
       ours, put, stack = in_turn(
           rounds,
