@@ -144,7 +144,7 @@ def gather(pools: Sequence[jax.Array], page_m: jax.Array, room_B: jax.Array
 
 
 def scatter(pools: Sequence[jax.Array], page_m: jax.Array, room_B: jax.Array
-            ) -> list[jax.Array]:
+            ) -> Sequence[jax.Array]:
   """The pools with pages page_m as gather wrote them to room_B, in place.
 
   As many ids below P lead page_m as in gather's, or none, and pages have the

@@ -219,7 +219,7 @@ class Transfer:
 
   route: 'Route'
   command: Migrate
-  moved: list[tuple[Sequence[int], list[Any]]]
+  moved: Sequence[tuple[Sequence[int], list[Any]]]
   bytes: int
   start_s: float
   checksum: bool = False
