@@ -109,6 +109,7 @@ def pools(pages, seed):
 
 
 def room_of(size):
+  assert cpu.library()  # its kernels are known from then on
   room, = cpu.room([size])
   return room, jax.device_put(room, jax.devices()[0])
 
