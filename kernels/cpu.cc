@@ -1,7 +1,7 @@
-// Three kernels for XLA's CPU backend, called through its FFI (see cpu.py): a
-// product of rows with weights packed in panels, and attention of decode rows
-// and of prompts, which read KV pages where they are. Arithmetic is float32, in
-// one order whatever the batch and the threads.
+// Kernels for XLA's CPU backend, called through its FFI (see cpu.py): a product
+// of rows with weights packed in panels; attention of decode rows and of
+// prompts, which read KV pages where they are; copies of pages. Arithmetic is
+// float32, in one order whatever the batch and the threads.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -11,6 +11,10 @@
 #include <memory>
 #include <thread>
 #include <vector>
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #include "xla/ffi/api/ffi.h"
 
@@ -353,6 +357,81 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q_SNH,
   return ffi::Error::Success();
 }
 
+// As memcpy, past the caches where the processor can: a line that is written
+// whole is not read first. `fence` makes it seen.
+void copy(char* to, const char* from, int64_t bytes) {
+#ifdef __SSE2__
+  if (bytes % 16 == 0 && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+    for (int64_t i = 0; i < bytes; i += 16)
+      _mm_stream_si128(
+          reinterpret_cast<__m128i*>(to + i),
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    return;
+  }
+#endif
+  std::memcpy(to, from, bytes);
+}
+void fence() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
+// Copies pages ids[0], ids[1], ... of every pool, up to an id that is none's,
+// to `room` or back: [heads, ids, bytes of a page] of each pool in turn.
+template <typename Pool>
+ffi::Error copy_pages(ffi::ThreadPool& threads,
+                      const ffi::Buffer<ffi::S32>& ids, ffi::AnyBuffer room,
+                      size_t pools, Pool pool, bool back) {
+  struct Run { char* pages; char* room; int64_t bytes; };
+  std::vector<Run> runs;  // a head of a pool each
+  const int32_t *first = ids.typed_data(), *last = first + ids.element_count();
+  char* at = static_cast<char*>(room.untyped_data());
+  const char* end = at + room.size_bytes();
+  for (size_t i = 0; i < pools; ++i) {
+    const ffi::AnyBuffer x = pool(i);
+    const int64_t heads = x.dimensions()[0], pages = x.dimensions()[1];
+    last = std::find_if(first, last, [=](int32_t id) {
+      return id < 0 || id >= pages;
+    });
+    const int64_t bytes = x.size_bytes() / (heads * pages);
+    if (heads * (last - first) * bytes > end - at)
+      return ffi::Error::InvalidArgument("more pages than there is room for");
+    for (int64_t head = 0; head < heads; ++head) {
+      runs.push_back({static_cast<char*>(x.untyped_data()) +
+                      head * pages * bytes, at, bytes});
+      at += (last - first) * bytes;
+    }
+  }
+  const int64_t tasks = runs.size();
+  parallel(threads, tasks, [=, runs = std::move(runs)](int64_t i) {
+    const auto [pages, room, bytes] = runs[i];
+    for (const int32_t* id = first; id < last; ++id) {
+      char *page = pages + *id * bytes, *place = room + (id - first) * bytes;
+      copy(back ? page : place, back ? place : page, bytes);
+    }
+    fence();
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error Gather(ffi::ThreadPool threads, ffi::Buffer<ffi::S32> ids,
+                  ffi::AnyBuffer room, ffi::RemainingArgs pools,
+                  ffi::ResultBuffer<ffi::S32> done) {
+  *done->typed_data() = 1;
+  return copy_pages(threads, ids, room, pools.size(), [&](size_t i) {
+    return *pools.get<ffi::AnyBuffer>(i);
+  }, false);
+}
+
+ffi::Error Scatter(ffi::ThreadPool threads, ffi::Buffer<ffi::S32> ids,
+                   ffi::AnyBuffer room, ffi::RemainingArgs,  // their aliases
+                   ffi::RemainingRets pools) {
+  return copy_pages(threads, ids, room, pools.size(), [&](size_t i) {
+    return **pools.get<ffi::AnyBuffer>(i);
+  }, true);
+}
+
 }  // namespace
 
 extern "C" int dsjax_panel() { return kPanel; }
@@ -370,3 +449,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Arg<ffi::Buffer<ffi::S32>>()
         .Ret<ffi::Buffer<ffi::F32>>().Attr<float>("scale")
         .Attr<float>("softcap").Attr<int64_t>("window"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    dsjax_gather, Gather,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::S32>>()
+        .Arg<ffi::AnyBuffer>().RemainingArgs()
+        .Ret<ffi::Buffer<ffi::S32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    dsjax_scatter, Scatter,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::S32>>()
+        .Arg<ffi::AnyBuffer>().RemainingArgs().RemainingRets());

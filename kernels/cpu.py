@@ -1,8 +1,9 @@
-"""The kernels of cpu.cc: products on packed weights, and attention.
+"""The kernels of cpu.cc: products on packed weights, attention, pages.
 
 `python -m kernels.build_cpu` compiles them; `make setup` does it. Why: of
 a matrix that is not packed, XLA's CPU products stream half of what memory
-gives, and its attention gathers each page before it is read.
+gives, its attention gathers each page before it is read, and its copies of
+pages are a loop a layer.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ SOURCE = pathlib.Path(__file__).with_name('cpu.cc')
 FLAGS = ('-O3', '-std=c++17', '-shared', '-fPIC', '-fno-math-errno')
 DTYPES = (jnp.float32, jnp.bfloat16)  # of weights and of KV
 HUGE_PAGE = 1 << 21
-TARGETS = ('multiply', 'attend')
+TARGETS = ('multiply', 'attend', 'gather', 'scatter')
 
 
 def path() -> pathlib.Path:
@@ -127,3 +128,29 @@ def attend_rows(
   """Attention of one new token a row: see decode_attention."""
   start_A = jnp.arange(q_BNH.shape[0] + 1, dtype=jnp.int32)
   return attend(q_BNH, k_KPCH, v_KPCH, table_BM, start_A, len_B - 1, *options)
+
+
+def gather(pools: Sequence[jax.Array], page_m: jax.Array, room_B: jax.Array
+           ) -> jax.Array:
+  """Pages page_m of each pool [K, P, C, ...], written to bytes that others
+  read; an array of one number that is ready when they are there.
+
+  XLA takes room_B for what is only read. So it is memory that its owner keeps,
+  as landing.Landing, and nothing else may use it meanwhile. What follows an id
+  of P or more in page_m is left out.
+  """
+  return jax.ffi.ffi_call('dsjax_gather', jax.ShapeDtypeStruct(
+      (1,), jnp.int32))(page_m, room_B, *pools)
+
+
+def scatter(pools: Sequence[jax.Array], page_m: jax.Array, room_B: jax.Array
+            ) -> Sequence[jax.Array]:
+  """The pools with pages page_m as gather wrote them to room_B, in place.
+
+  As many ids below P lead page_m as in gather's, or none, and pages have the
+  same bytes.
+  """
+  return jax.ffi.ffi_call(
+      'dsjax_scatter', [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pools],
+      input_output_aliases={i + 2: i for i in range(len(pools))})(
+          page_m, room_B, *pools)

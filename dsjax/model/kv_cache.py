@@ -17,6 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dsjax.config.model import ModelConfig
+from dsjax.kernels import cpu
 from dsjax.kernels.kv_write import largest, quantize
 from dsjax.kernels.page_copy import pack, unpack
 
@@ -111,12 +112,17 @@ def gather_pages(cache: Cache, page_m: jax.Array, page_size: int | None = None,
   return Cache(keys, values, k_scales, v_scales)
 
 
-def scatter_pages(cache: Cache, page_m: jax.Array, pages: Cache,
+def scatter_pages(cache: Cache, page_m: jax.Array, pages: Cache | jax.Array,
                   impl: str | None = None) -> Cache:
   """Writes `pages` (as gathered) to page_m; ids of P, all last, are dropped.
 
-  impl: of page_copy.unpack.
+  Args:
+    pages: a Cache, or the bytes that cpu.gather wrote.
+    impl: of page_copy.unpack.
   """
+  if not isinstance(pages, Cache):
+    arrays, form = jax.tree.flatten(cache)
+    return jax.tree.unflatten(form, cpu.scatter(arrays, page_m, pages))
   return jax.tree.map(
       lambda x_KPC, new_KmC: unpack(x_KPC, page_m, new_KmC, impl), cache,
       pages)

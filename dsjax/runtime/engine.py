@@ -31,6 +31,7 @@ from dsjax.model import products, sampling, sharding, transformer
 from dsjax.model.kv_cache import Cache
 from dsjax.runtime import host_memory, migration
 from dsjax.runtime.arrays import is_sound
+from dsjax.runtime.landing import Landings
 from dsjax.runtime.memory import size_pages
 from dsjax.runtime.protocols import Dispatched, Pending
 from dsjax.runtime.steps import (
@@ -43,6 +44,7 @@ from dsjax.runtime.steps import (
   seqs_bucket,
   stage_shapes,
 )
+from dsjax.scheduling import page_pool
 from dsjax.scheduling.events import Chunk, Row, RunDecode, RunPrefill
 
 
@@ -107,6 +109,10 @@ class Engine:
     self.where = (self.stages[0].shapes.layout, tuple(
         s.shapes.span for s in self.stages), tuple(meshes))
     self.shapes, self.last = self.stages[0].shapes, self.stages[-1]
+    self.landings = Landings(sum(
+        x.nbytes // self.capacity.num_pages
+        for x in jax.tree.leaves(self.stages[0].cache)) * page_pool.pages_for(
+            config.max_len, self.capacity.page_size))
     self._vacate()
 
   def _vacate(self) -> None:
@@ -380,19 +386,25 @@ class Engine:
   # --- pages ----------------------------------------------------------------
 
   def gather(self, ids: Sequence[int], page_size: int | None = None,
-             dtype: str | None = None) -> list[Cache]:
+             dtype: str | None = None, *room: jax.Array) -> list[Any]:
     """Reads pages, as a cache of that page size and dtype would hold them.
 
-    ids: as many as one of the buckets. Returns a Cache a stage.
+    Args:
+      ids: as many as one of the buckets.
+      room: of a Landing, which they are written to as they are.
+
+    Returns:
+      a Cache a stage; with a room, an array that is ready when they are there.
     """
     key = ('gather', (page_size, dtype))
     page_m = np.array(ids, np.int32)
-    return [stage.step(key, stage.cache, stage.put(page_m))
+    return [stage.step(key, stage.cache, stage.put(page_m), *room)
             for stage in self.stages]
 
-  def scatter(self, ids: Sequence[int], moved: Sequence[Cache]
+  def scatter(self, ids: Sequence[int], moved: Sequence[Cache | jax.Array]
               ) -> list[jax.Array]:
-    """Writes pages (a Cache a stage); ids of num_pages, all last, are dropped.
+    """Writes pages (a Cache a stage, or a Landing's room); ids of num_pages,
+    all last, are dropped.
 
     Returns an array a stage that is ready when they are in place.
     """

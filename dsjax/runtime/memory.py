@@ -1,4 +1,4 @@
-"""How many pages fit beside the weights and the steps."""
+"""How many pages fit beside the weights, the steps and a hand-off."""
 
 import dataclasses
 import os
@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig, InstanceConfig, with_host
 from dsjax.config.model import ModelConfig
+from dsjax.runtime.landing import KEPT
 from dsjax.runtime.steps import abstract, abstract_steps, stage_shapes
 from dsjax.scheduling import page_pool
 
@@ -35,7 +36,8 @@ def size_pages(config: ModelConfig, meshes: Sequence[Mesh], role: str,
   """The InstanceConfig of an instance, with the pages that fit in memory.
 
   Nothing is allocated; the largest steps are compiled for the temporaries
-  that they need, if memory bounds the pages.
+  that they need, if memory bounds the pages. An instance that hands off, or is
+  handed to, has room for the copy of max_len tokens too.
 
   Raises:
     InputError: it does not fit; says by how many bytes.
@@ -54,6 +56,8 @@ def size_pages(config: ModelConfig, meshes: Sequence[Mesh], role: str,
     return capacity
   least = page_pool.pages_for(engine_config.max_len, capacity.page_size)
   asked = engine_config.num_pages or least
+  copied = KEPT * least if capacity.flips or (
+      capacity.prefills != capacity.decodes) else 0
 
   def check(need: int, what: str, stage: int) -> None:
     require(need <= budget, 'EngineConfig.memory_bytes', budget,
@@ -73,6 +77,7 @@ def size_pages(config: ModelConfig, meshes: Sequence[Mesh], role: str,
 
   def fitted() -> InstanceConfig:  # at most what all sequences can use
     room = min((budget - f) // e for f, e in zip(fixed, each, strict=True))
+    room = max(room - copied, asked)  # the last check says if it is too little
     return dataclasses.replace(
         capacity, num_pages=min(room, capacity.num_pages))
 
@@ -82,8 +87,9 @@ def size_pages(config: ModelConfig, meshes: Sequence[Mesh], role: str,
     fixed[i] += max(step.lower(*args).compile().memory_analysis()
                     .temp_size_in_bytes for step, args in
                     abstract_steps(shapes, tried))
-    check(fixed[i] + asked * each[i],
-          f'weights, temporaries and {asked} pages', i)
+    check(fixed[i] + (asked + copied) * each[i], 'weights, temporaries and '
+          f'{asked + copied} pages'
+          + f', {copied} of a hand-off,' * bool(copied), i)
   return fitted()
 
 

@@ -7,6 +7,9 @@ them on the target device. Pages are re-cut and numbers converted on the
 source, before the copy, so that no more is copied than the target keeps.
 (`jax.device_put` between meshes of unequal shard shapes reads the whole
 array on the host, so it is never asked to reshard.)
+
+From one CPU device to another whose pages have the same bytes, they go through
+memory of both (landing.py), in one program on either side.
 """
 
 import collections
@@ -26,6 +29,7 @@ from dsjax.config.engine import EngineConfig, InstanceConfig
 from dsjax.model import kv_cache as kv
 from dsjax.model import sharding
 from dsjax.runtime.arrays import is_ready
+from dsjax.runtime.landing import Landing
 from dsjax.runtime.protocols import Pending
 from dsjax.scheduling import page_pool
 from dsjax.scheduling.events import Migrate
@@ -206,7 +210,8 @@ class Transfer:
 
   Attributes:
     route, command: what goes where.
-    moved: (target pages, first token, Caches) of each batch, until it lands.
+    moved: (target pages, Caches) of each batch, until it lands; with a
+      landing, what is ready when that holds them in place of the Caches.
     bytes: copied between devices, the last batch's padding included.
     start_s: when it was dispatched, on time.perf_counter.
     sent, arrived: checksums of each stage and batch, when asked for.
@@ -214,16 +219,17 @@ class Transfer:
 
   route: 'Route'
   command: Migrate
-  moved: list[tuple[list[int], int, list[kv.Cache]]]
+  moved: Sequence[tuple[Sequence[int], list[Any]]]
   bytes: int
   start_s: float
   checksum: bool = False
   sent: list[Pending] = dataclasses.field(default_factory=list)
+  landing: Landing | None = None
   arrived: list[Pending] = dataclasses.field(default_factory=list)
   landed: bool = False
 
   def __post_init__(self) -> None:
-    self._arrays = jax.tree.leaves([tree for *_, tree in self.moved])
+    self._arrays = jax.tree.leaves([tree for _, tree in self.moved])
     self._left = list(self._arrays)
 
   def has_arrived(self) -> bool:
@@ -246,12 +252,19 @@ class Transfer:
       arrays that are ready when the pages are in place.
     """
     target, done, self.landed = self.route.target, [], True
-    for ids, first, caches in self.moved:
+    landing, self.landing = self.landing, None
+    for ids, caches in self.moved:
+      if landing:
+        jax.block_until_ready(caches)  # at once, if it has arrived
+        caches = [landing.on(target.devices[0])]
       done += target.scatter(ids, caches)
-      if self.checksum:
-        most = target.capacity.num_pages - 1
+    if landing:
+      target.landings.give(landing, done)
+    if self.checksum:
+      most = target.capacity.num_pages - 1
+      for batch in self.route.batches(self.command):
         self.arrived += target.checksum(
-            target.gather([min(p, most) for p in ids]), first,
+            target.gather([min(p, most) for p in batch.target]), batch.first,
             self.command.num_tokens)
     self.moved, self._arrays = [], []
     return done
@@ -270,7 +283,10 @@ class Transfer:
 
   def drop(self) -> None:
     """Gives it up: it writes nothing any more."""
+    if self.landing:
+      self.route.target.landings.give(self.landing, self._arrays)
     self.moved, self._arrays, self._left = [], [], []
+    self.landing = None
 
 
 def total(sums: Sequence[Pending]) -> int:
@@ -345,6 +361,8 @@ class Route:
     self.each = tuple(self.tokens // size for size in sizes)
     self.buckets = tuple(sorted({
         max(1, n // self.each[0]) for n in source.config.page_buckets}))
+    self.shares = _shares(source, target)
+    self.most = page_pool.pages_for(target.config.max_len, sizes[1])
 
   def batches(self, command: Migrate) -> list[Batch]:
     """The copies that a Migrate takes."""
@@ -369,17 +387,36 @@ class Route:
 
   def start(self, command: Migrate, checksum: bool = False) -> Transfer:
     """Dispatches the copies of a Migrate: a Transfer, which is to land."""
+    if self.shares:
+      return self._start_shared(command, checksum)
     began, stop = time.perf_counter(), command.num_tokens
     moving, sent, copied = [], [], 0
     for batch in self.batches(command):
       read = self.read(batch)
       moved, size_bytes = move(read, self.pieces, self.source.where,
                                self.target.where)
-      moving.append((batch.target, batch.first, moved))
+      moving.append((batch.target, moved))
       if checksum:
         sent += self.source.checksum(read, batch.first, stop)
       copied += size_bytes
     return Transfer(self, command, moving, copied, began, checksum, sent)
+
+  def _start_shared(self, command: Migrate, checksum: bool) -> Transfer:
+    """As start, through a Landing: in one batch, whatever its size."""
+    began, source, target = time.perf_counter(), self.source, self.target
+    landing = target.landings.take()
+    here, there = (
+        [*pages, *[engine.capacity.num_pages] * (self.most - len(pages))]
+        for engine, pages in ((source, command.source_pages),
+                              (target, command.target_pages)))
+    read = source.gather(here, None, None, landing.on(source.devices[0]))
+    sent = [share for batch in self.batches(command) for share in
+            source.checksum(self.read(batch), batch.first, command.num_tokens)
+            ] if checksum else []
+    return Transfer(self, command, [(there, read)],
+                    target.landings.size // self.most
+                    * len(command.source_pages), began, checksum, sent,
+                    landing)
 
   def nowhere(self, size: int) -> Migrate:
     """A Migrate of `size` x self.tokens tokens that writes no page."""
@@ -387,7 +424,18 @@ class Route:
 
   def warm(self, checksum: bool = False) -> None:
     """Copies pages nowhere in each size, so that nothing compiles later."""
-    for size in self.buckets:
+    for size in self.buckets if checksum or not self.shares else (1,):
       transfer = self.start(self.nowhere(size), checksum)
       done = transfer.land()
       jax.block_until_ready((done, transfer.sent, transfer.arrived))
+
+
+def _shares(source: Any, target: Any) -> bool:
+  """Whether pages go from one CPU device to another of this process as they
+  are."""
+  meshes = [*source.where[2], *target.where[2]]
+  return (len(source.where[2]) == len(target.where[2]) == 1
+          and all(mesh.size == 1 for mesh in meshes)
+          and source.shapes.attention == target.shapes.attention == 'cpu'
+          and source.shapes.kv_dtype == target.shapes.kv_dtype
+          and source.capacity.page_size == target.capacity.page_size)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from dsjax.config.checks import InputError, require
 from dsjax.config.engine import EngineConfig, InstanceConfig
 from dsjax.config.model import ModelConfig
-from dsjax.kernels import tiles
+from dsjax.kernels import cpu, tiles
 from dsjax.model import kv_cache as kv
 from dsjax.model import products, sampling, sharding, transformer
 from dsjax.scheduling import page_pool
@@ -131,7 +131,9 @@ def make_step(shapes: Shapes, kind: str, size: Any = 0) -> Callable[..., Any]:
 
   heads, every = moved.spec, whole.spec
 
-  def gather(cache, page_m):
+  def gather(cache, page_m, room_B=None):
+    if room_B is not None:
+      return cpu.gather(jax.tree.leaves(cache), page_m, room_B)
     return sharding.shard_map(
         shapes.mesh, lambda cache, page_m: kv.gather_pages(
             cache, page_m, *size, impl=portable),

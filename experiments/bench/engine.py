@@ -62,6 +62,7 @@ FLAGS = {
 
 MODEL = 'smollm2-135m-instruct'
 PROMPT, STEPS, BATCH, NEW = 256, 24, 8, 64
+MOVED = 256, 512, 1024, 2048  # tokens
 REST_S = 0.2  # until the threads of the one before have stopped spinning
 CONFIG = EngineConfig(max_len=512, max_seqs=BATCH, prefill_tokens=1024,
                       prefill_seqs=BATCH, chunk_tokens=256, prefix_cache=False)
@@ -289,30 +290,31 @@ def bench_scheduler(results, say):
 
 
 def bench_migrate(loaded, results, rounds, say):
-  """KV of 2,048 tokens between two devices."""
-  config = EngineConfig(max_len=2048, max_seqs=2, transfer_pages=128,
-                        prefix_cache=False)
+  """KV of prompts between two devices, from dispatch until it is in place."""
+  config = EngineConfig(max_len=max(MOVED), max_seqs=2, prefix_cache=False)
   placement = Placement(prefill=[Plan()], decode=[Plan()])
+  here, there = jax.devices()[:2]
   with orchestrator.serve(loaded, placement, config) as server:
     route, = server.routes.values()
-    pages = 2048 // config.page_size
-    command = Migrate(0, 1, 0, tuple(range(pages)), 1,
-                      tuple(range(pages)), 2048)
-    shape = (loaded.config.num_kv_heads, pages, config.page_size,
-             loaded.config.head_dim)
-    layers = 2 * loaded.config.num_layers
-    plain = jax.device_put([jnp.ones(shape)] * layers, jax.devices()[0])
-    stacked = jax.device_put(jnp.ones((layers, *shape)), jax.devices()[0])
-    size = stacked.nbytes
-    ours, put, stack = in_turn(
-        rounds,
-        lambda: route.start(command).land(),
-        lambda: jax.device_put(plain, jax.devices()[1]),
-        lambda: jax.device_put(stacked, jax.devices()[1]))
-    add(results, say, '(d) migration of 2,048 tokens', 'GB/s',
-        size / ours / 1e9, {
-            'device_put, an array a layer': size / put / 1e9,
-            'device_put, one array': size / stack / 1e9})
+    for tokens in MOVED:
+      pages = tokens // config.page_size
+      command = Migrate(0, 1, 0, tuple(range(pages)), 1,
+                        tuple(range(pages)), tokens)
+      shape = (loaded.config.num_kv_heads, pages, config.page_size,
+               loaded.config.head_dim)
+      layers = 2 * loaded.config.num_layers
+      plain = [jax.device_put(jnp.ones(shape), here) for _ in range(layers)]
+      stacked = jax.device_put(jnp.ones((layers, *shape)), here)
+      ours, put, stack = in_turn(
+          rounds,
+          lambda command=command: route.start(command).land(),
+          lambda plain=plain: jax.device_put(plain, there),
+          lambda stacked=stacked: jax.device_put(stacked, there))
+      size = stacked.nbytes
+      add(results, say, f'(d) migration of {tokens:,} tokens', 'GB/s',
+          size / ours / 1e9, {
+              'device_put, an array a layer': size / put / 1e9,
+              'device_put, one array': size / stack / 1e9})
 
 
 # Names of calls in HLO, and which kernel each calls.

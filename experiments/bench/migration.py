@@ -6,7 +6,7 @@ For each pair TPxPP:TPxPP it prints
   needed    bytes of the request's pages, once;
   copied    bytes sent from device to device, and the ratio: 1.00 unless kv
             heads are replicated on the target;
-  copies    arrays sent;
+  copies    arrays sent (1: in memory of both, see runtime/landing.py);
   GB/s      copied bytes over the time from dispatch to the last page in
             place, and its share of what a plain `jax.device_put` of the same
             pieces to the same devices has (no gather, no scatter);
@@ -106,7 +106,7 @@ class Bench:
       device = source.where[2][stage].devices.flat[shard]
       for _ in range(*piece.layers):
         for shape, dtype in shapes:
-          arrays.append(jax.device_put(np.zeros(
+          arrays.append(jax.device_put(np.ones(  # no page of zeros
               (len(piece.heads), pages, *shape), dtype), device))
           to.append(target.where[2][to_stage].devices.flat[to_shard])
     return arrays, to
@@ -143,9 +143,8 @@ class Bench:
     return dict(
         needed_mb=needed / 1e6, copied_mb=transfer.bytes / 1e6,
         ratio=transfer.bytes / needed,
-        copies=len(self.pieces) * len(migration.batches(
-            -(-self.command.num_tokens // self.route.tokens),
-            self.route.buckets)),
+        copies=1 if self.route.shares else len(self.pieces) * len(
+            self.route.batches(self.command)),
         gb_per_s=transfer.bytes / move / 1e9,
         put_gb_per_s=sum(x.nbytes for x in self.pieces) / put / 1e9,
         step_ms=alone / STEPS * 1e3, slower=statistics.median(slower),

@@ -163,7 +163,7 @@ class Injector:
 
   def _spoil(self, transfer):
     """Its copy cannot be read."""
-    jax.tree.leaves(transfer.moved[0][2])[0].delete()
+    jax.tree.leaves(transfer.moved[0][1])[0].delete()
 
 
 # --- engines that are processes ----------------------------------------------

@@ -100,6 +100,51 @@ def test_calls_from_many_threads_end_and_are_right():
   assert not wrong and not any(thread.is_alive() for thread in threads)
 
 
+def pools(pages, seed):
+  """Of one cache: keys of bytes, their scales, values of float32."""
+  rng = np.random.default_rng(seed)
+  return [rng.integers(-99, 99, (2, pages, *rest)).astype(dtype)
+          for rest, dtype in (((4, 8), np.int8), ((4,), np.float32),
+                              ((4, 8), np.float32))]
+
+
+def room_of(size):
+  assert cpu.library()  # its kernels are known from then on
+  room, = cpu.room([size])
+  return room, jax.device_put(room, jax.devices()[0])
+
+
+@needed
+def test_pages_go_to_a_room_and_back_in_place():
+  """Those of its ids, up to the first that is none's, and no other."""
+  have, want, ids = pools(6, 0), pools(9, 1), [3, 0, 5]
+  memory, room = room_of(3 * 2 * (32 + 16 + 128) + 64)
+  done = jax.jit(cpu.gather)(have, np.array([*ids, 6, 1], np.int32), room)
+  np.testing.assert_array_equal(done, [1])
+  np.testing.assert_array_equal(memory[:-64], np.concatenate([
+      x[:, ids].reshape(-1).view(np.uint8) for x in have]))
+  assert not np.any(memory[-64:])
+  held = [jnp.array(x) for x in want]
+  where = [x.unsafe_buffer_pointer() for x in held]
+  for to in ([8, 2, 7, 9, 0], [9] * 5):  # to nowhere
+    held = jax.jit(cpu.scatter, donate_argnums=0)(
+        held, np.array(to, np.int32), room)
+    assert [x.unsafe_buffer_pointer() for x in held] == where
+    for x, from_, got in zip(want, have, held, strict=True):
+      x[:, [8, 2, 7]] = from_[:, ids]
+      np.testing.assert_array_equal(got, x)
+
+
+@needed
+@pytest.mark.parametrize('op', (cpu.gather, cpu.scatter))
+def test_more_pages_than_there_is_room_for_are_an_error(op):
+  have, (_, room) = pools(6, 0), room_of(2 * 2 * (32 + 16 + 128))
+  jax.block_until_ready(jax.jit(op)(have, np.array([1, 2], np.int32), room))
+  with pytest.raises(jax.errors.JaxRuntimeError, match='more pages than'):
+    jax.block_until_ready(jax.jit(op)(have, np.array([1, 2, 3], np.int32),
+                                      room))
+
+
 @needed
 def test_it_takes_no_kv_of_a_byte():
   args, _ = decode_case((4, 4, 2), [5])

@@ -452,6 +452,28 @@ def test_pages_are_what_memory_leaves(plan, role):
   assert fitted.stages[0].cache.k_KPCH[0].shape[1] == poor
 
 
+@pytest.mark.parametrize('role, copied', (
+    ('prefill', 16), ('decode', 16), ('flexible', 16), ('colocated', 0)))
+def test_a_hand_off_has_room_beside_the_pages(role, copied, monkeypatch):
+  limits, meshes = dataclasses.replace(LIMITS, num_pages=None), meshes_of(1, 1)
+  one = Engine(TINY, meshes, role, limits)
+  fixed, page = held_bytes(one)
+  fixed += max(step.lower(*args).compile().memory_analysis().temp_size_in_bytes
+               for step, args in steps.abstract_steps(one.shapes, one.capacity))
+
+  def pages(n, less=0):
+    return memory.size_pages(CONFIG, meshes, role, dataclasses.replace(
+        limits, memory_bytes=fixed + n * page - less)).num_pages
+
+  assert pages(21 + copied) == 21
+  with pytest.raises(InputError, match=(
+      r'=\d+: .* 1 bytes more for the weights, temporaries and '
+      f'{16 + copied} pages')):  # max_len takes 16
+    pages(16 + copied, 1)
+  monkeypatch.setattr(memory, 'KEPT', 0)
+  assert pages(21 + copied) == 21 + copied
+
+
 def says(*stats):
   """A mesh of devices that report these memory_stats."""
   return types.SimpleNamespace(devices=np.array([

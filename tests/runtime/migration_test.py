@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from dsjax.checkpoints import checkpoint
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan
+from dsjax.kernels import build_cpu
 from dsjax.model import kv_cache as kv
 from dsjax.model import sharding
 from dsjax.runtime import migration
 from dsjax.runtime.engine import Engine
+from dsjax.runtime.landing import Landings
 from dsjax.runtime.migration import Piece
 from dsjax.scheduling.events import Migrate
 from tests.common import tiny
@@ -196,7 +198,7 @@ def check_route(source, target, sent, num_tokens=(3, 26), tolerance=0.0,
     read = len(host_reads)
     with jax.transfer_guard('disallow'):
       transfer = route.start(c, checksum=True)
-      jax.block_until_ready([tree for *_, tree in transfer.moved])
+      jax.block_until_ready([tree for _, tree in transfer.moved])
       assert transfer.has_arrived() and not transfer.is_ready()
       done = transfer.land()
       jax.block_until_ready((done, transfer.sent, transfer.arrived))
@@ -240,6 +242,7 @@ def test_dtypes_may_differ(dtypes, tolerance):
   source, sent = engine((2, 1), 0, 1, limits, 'prefill')
   target, _ = engine((1, 2), 4, 2, limits)
   transfer = check_route(source, target, sent, (26,), tolerance)
+  assert not transfer.route.shares
   assert transfer.bytes == 32 * kv.bytes_per_token(CONFIG, dtypes[1], 3)
 
 
@@ -277,7 +280,7 @@ class Array:
 
 
 def transfer_of(*states, **fields):
-  moved = [((), 0, Array(state)) for state in states]
+  moved = [((), Array(state)) for state in states]
   return migration.Transfer(None, None, moved, 0, 0.0, **fields)
 
 
@@ -296,22 +299,89 @@ def test_a_transfer_is_ready_once_it_landed_and_its_checksums_are_there():
   assert transfer_of(landed=True, sent=[Array('ready')]).is_ready()
 
 
-def test_until_it_lands_a_hand_off_has_written_nothing():
+# --- memory of two devices ---------------------------------------------------
+
+needed = pytest.mark.skipif(bool(build_cpu.build()), reason='no C++ compiler')
+# With a gather, copies and a scatter; and through memory of both.
+BOTH_WAYS = pytest.mark.parametrize('plans', (
+    ((1, 1), (2, 1)), pytest.param(((1, 1), (1, 1)), marks=needed)), ids=str)
+
+
+@needed
+@pytest.mark.parametrize('kind', ('float32', 'bfloat16'))
+def test_pages_of_equal_bytes_go_through_memory_of_both(kind):
+  limits = dataclasses.replace(LIMITS, kv_dtype=kind)
+  source, sent = engine((1, 1), 0, 1, limits)
+  target, _ = engine((1, 1), 4, 2, limits)
+  transfer = check_route(source, target, sent, (1, 4, 26, 32),
+                         2**-6 if kind == 'bfloat16' else 0.0)
+  assert transfer.route.shares
+  assert transfer.bytes == 32 * kv.bytes_per_token(CONFIG, kind, 3)
+
+
+@needed
+@pytest.mark.parametrize('plans, more', (
+    (((2, 1), (2, 1)), {}), (((1, 2), (1, 2)), {}),
+    (((1, 1), (1, 1)), dict(decode_page_size=8)),
+    (((1, 1), (1, 1)), dict(decode_kv_dtype='bfloat16')),
+    (((1, 1), (1, 1)), dict(kv_dtype='int8')),
+    (((1, 1), (1, 1)), dict(attention='xla'))))
+def test_other_pages_do_not(plans, more):
+  limits = dataclasses.replace(LIMITS, **more)
+  source, target = (engine(plan, 4 * i, i, limits, role)[0] for i, (plan, role)
+                    in enumerate(zip(plans, ('prefill', 'decode'),
+                                     strict=True)))
+  assert not migration.Route(source, target).shares
+
+
+@needed
+def test_the_memory_is_kept_once_nothing_uses_it():
   source, sent = engine((1, 1), 0, 1)
-  target, _ = engine((2, 1), 4, 2)
+  target, _ = engine((1, 1), 4, 2)
+  route, c = migration.Route(source, target), command((0, 1), (3, 4), 8)
+  first, second = route.start(c), route.start(c)
+  used = first.landing, second.landing
+  assert used[0] is not used[1]  # both in flight
+  jax.block_until_ready((second.land(), first.land()))
+  assert target.landings.kept == [used[0]]
+  third = route.start(c)
+  assert third.landing is used[0]
+  third.drop()  # what it began is read by nobody
+  jax.block_until_ready(third.moved)
+  assert target.landings.kept == [used[0]]
+  had = contents(target)
+  third.land()
+  np.testing.assert_array_equal(contents(target), had)
+
+
+def test_memory_that_is_in_use_is_nobody_elses():
+  landings = Landings(100)
+  one = landings.take()
+  for state in ('late', 'deleted'):
+    landings.give(one, [Array('ready'), Array(state)])
+    assert landings.take() is not one
+  landings.give(one, [Array('ready')])
+  assert landings.take() is one and landings.take() is not one
+
+
+@BOTH_WAYS
+def test_until_it_lands_a_hand_off_has_written_nothing(plans):
+  source, sent = engine(plans[0], 0, 1)
+  target, _ = engine(plans[1], 4, 2)
   had, route = contents(target), migration.Route(source, target)
   c = command((0, 1, 2), (3, 4, 5), 12)
   transfer = route.start(c)
-  jax.block_until_ready([tree for *_, tree in transfer.moved])
+  jax.block_until_ready([tree for _, tree in transfer.moved])
   np.testing.assert_array_equal(contents(target), had)
   transfer.land()
   check_arrived(c, sent, target, had)
 
 
-def test_the_source_may_reuse_its_pages_once_the_copy_is_dispatched():
+@BOTH_WAYS
+def test_the_source_may_reuse_its_pages_once_the_copy_is_dispatched(plans):
   """A later operation on the source does not change what arrives."""
-  source, sent = engine((1, 2), 0, 1)
-  target, _ = engine((2, 1), 4, 2)
+  source, sent = engine(plans[0], 0, 1)
+  target, _ = engine(plans[1], 4, 2)
   had, route = contents(target), migration.Route(source, target)
   c = command(range(8), range(1, 9), 32)
   transfer = route.start(c)
@@ -322,9 +392,10 @@ def test_the_source_may_reuse_its_pages_once_the_copy_is_dispatched():
   check_arrived(c, sent, target, had)
 
 
-def test_two_hand_offs_in_flight_do_not_mix():
-  source, sent = engine((2, 1), 0, 1)
-  target, _ = engine((1, 2), 4, 2)
+@BOTH_WAYS
+def test_two_hand_offs_in_flight_do_not_mix(plans):
+  source, sent = engine(plans[0], 0, 1)
+  target, _ = engine(plans[1], 4, 2)
   had, route = contents(target), migration.Route(source, target)
   first = command((0, 1, 2, 3), (8, 7, 6, 5), 16)
   second = command((4, 5), (0, 1), 8)

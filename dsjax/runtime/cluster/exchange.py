@@ -187,7 +187,7 @@ class Exchange:
   def _join(self, route: migration.Route, command: Any, checksum: bool,
             parts: Sequence[list[jax.Array]]) -> migration.Transfer:
     """The Transfer of parts that are here."""
-    moved = [(batch.target, batch.first, migration.join_pieces(
+    moved = [(batch.target, migration.join_pieces(
         pulled, route.pieces, self.engine.where))
              for batch, pulled in zip(route.batches(command), parts,
                                       strict=True)]
