@@ -11,6 +11,7 @@ once what wrote it is done.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -65,3 +66,14 @@ class Landings:
     """Takes one back, which `last` still uses; keeps the newest."""
     landing.last = last
     self.kept = [landing, *self.kept][:KEPT]
+
+
+def shares(source: Any, target: Any) -> bool:
+  """Whether pages go from one engine to another through a Landing: as they
+  are, from one CPU device of this process to another."""
+  meshes = [*source.where[2], *target.where[2]]  # a Peer has none
+  return (len(source.where[2]) == len(target.where[2]) == 1
+          and all(mesh.size == 1 for mesh in meshes)
+          and source.shapes.attention == target.shapes.attention == 'cpu'
+          and source.shapes.kv_dtype == target.shapes.kv_dtype
+          and source.capacity.page_size == target.capacity.page_size)

@@ -29,7 +29,7 @@ from dsjax.config.engine import EngineConfig, InstanceConfig
 from dsjax.model import kv_cache as kv
 from dsjax.model import sharding
 from dsjax.runtime.arrays import is_ready
-from dsjax.runtime.landing import Landing
+from dsjax.runtime.landing import Landing, shares
 from dsjax.runtime.protocols import Pending
 from dsjax.scheduling import page_pool
 from dsjax.scheduling.events import Migrate
@@ -359,10 +359,12 @@ class Route:
     sizes = source.capacity.page_size, target.capacity.page_size
     self.tokens = math.lcm(*sizes)  # of the least that both sides can cut
     self.each = tuple(self.tokens // size for size in sizes)
+    # What a request can have, in self.tokens.
+    self.most = page_pool.pages_for(source.config.max_len, self.tokens)
     self.buckets = tuple(sorted({
-        max(1, n // self.each[0]) for n in source.config.page_buckets}))
-    self.shares = _shares(source, target)
-    self.most = page_pool.pages_for(target.config.max_len, sizes[1])
+        min(self.most, max(1, n // self.each[0]))
+        for n in source.config.page_buckets}))
+    self.shares = shares(source, target)
 
   def batches(self, command: Migrate) -> list[Batch]:
     """The copies that a Migrate takes."""
@@ -428,14 +430,3 @@ class Route:
       transfer = self.start(self.nowhere(size), checksum)
       done = transfer.land()
       jax.block_until_ready((done, transfer.sent, transfer.arrived))
-
-
-def _shares(source: Any, target: Any) -> bool:
-  """Whether pages go from one CPU device to another of this process as they
-  are."""
-  meshes = [*source.where[2], *target.where[2]]
-  return (len(source.where[2]) == len(target.where[2]) == 1
-          and all(mesh.size == 1 for mesh in meshes)
-          and source.shapes.attention == target.shapes.attention == 'cpu'
-          and source.shapes.kv_dtype == target.shapes.kv_dtype
-          and source.capacity.page_size == target.capacity.page_size)

@@ -308,9 +308,10 @@ BOTH_WAYS = pytest.mark.parametrize('plans', (
 
 
 @needed
-@pytest.mark.parametrize('kind', ('float32', 'bfloat16'))
-def test_pages_of_equal_bytes_go_through_memory_of_both(kind):
-  limits = dataclasses.replace(LIMITS, kv_dtype=kind)
+@pytest.mark.parametrize('kind, most', (('float32', 64), ('bfloat16', 4)))
+def test_pages_of_equal_bytes_go_through_memory_of_both(kind, most):
+  """Also where a copy could be longer than a request."""
+  limits = dataclasses.replace(LIMITS, kv_dtype=kind, transfer_pages=most)
   source, sent = engine((1, 1), 0, 1, limits)
   target, _ = engine((1, 1), 4, 2, limits)
   transfer = check_route(source, target, sent, (1, 4, 26, 32),
