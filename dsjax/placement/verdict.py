@@ -76,7 +76,7 @@ def bottleneck(problem: SearchProblem, row: RankedPlacement) -> str:
     return 'nothing is served'
   system = judging.setup(problem, Candidate(
       row.placement, row.prefill_tokens, row.aligned, math.inf))
-  judge = judging.Judge(problem, system)
+  judge = judging.Judge(problem, system, rate_per_s)
   n = min(judge.length(rate_per_s), 4 * problem.most_requests)
   shortage = _Shortage(system.config.instances)
   records = steady(judging.run(problem, system, rate_per_s, n, shortage))

@@ -148,7 +148,23 @@ def test_no_rate_passes_a_tight_search_on_its_first_requests():
   best = goodput.search(hits_at, 0.9, 6.0, 1.05, 400, 6400, Bisection(
       stride=1.1, tight=True))
   assert best.low_per_s <= 5.0 <= best.high_per_s < 6.0
-  assert set(sizes) == {400, 6400}
+  assert set(sizes) == {400, 800, 1600, 3200, 6400}
+
+
+def test_a_look_before_the_end_must_be_surer_in_a_tight_search():
+  """Of 400 requests 85 % attain, of all that follow all."""
+  sizes = []
+
+  def hits_at(rate, n):
+    sizes.append(n)
+    return [i >= 400 or i % 20 > 2 for i in range(n)] if rate < 5 else (
+        [False] * n)
+
+  best = goodput.search(hits_at, 0.9, 4.0, 1.05, 1600, 3200, Bisection(
+      stride=1.1, tight=True, looks_from=400))
+  assert best.low_per_s > 4.6
+  # What fails beyond doubt ends at once.
+  assert sizes.count(400) > sizes.count(800) == sizes.count(3200) > 0
 
 
 @pytest.mark.parametrize('start, bounds, misses', [
