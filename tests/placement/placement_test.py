@@ -287,7 +287,7 @@ def test_what_still_runs_counts_as_a_hit_until_a_rate_may_pass(monkeypatch):
         max_tokens=150 if i % 10 == 9 else 4)) for i, arrival_s in enumerate(
             workload.arrivals('poisson', rate_per_s, n, seed=3))]
 
-  p = problem(workload=long_tail)
+  p = problem(workload=long_tail, slo=Slo(0.2, 0.02))
   candidate = search.candidate(p, Placement(colocated=[Plan()]))
   system = judging.setup(p, candidate)
   judge = judging.Judge(p, system, 100.0)
