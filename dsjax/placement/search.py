@@ -255,10 +255,12 @@ class _Search:
     self.rows = [r for r in self.rows if _key(r) != _key(row)] + [row]
     return row
 
-  def best(self) -> list[RankedPlacement]:
-    """The best line of each mode that serves anything."""
+  def best(self, tight: bool = False) -> list[RankedPlacement]:
+    """The best line of each mode that serves anything; tight: with an
+    interval, where one has."""
     best: dict[str, RankedPlacement] = {}
-    for row in _sorted(self.rows):
+    for row in sorted(_sorted(self.rows),
+                      key=lambda row: tight and not row.goodput.tight):
       if row.goodput.rate_per_s:
         best.setdefault(row.placement.mode, row)
     return list(best.values())
@@ -316,11 +318,11 @@ class _Search:
                     problem.strict, effort=problem.strict_effort,
                     tight=problem.strict_effort > 1,
                     start_per_s=0.7 * r.goodput.rate_per_s)
-               for r in self.best()]
+               for r in self.best(tight=True)]
       for candidate, goodput in self.measured(tasks):
         self.strict.append(_row(candidate, goodput))
         self.tell()
-    rows = self.best()
+    rows = self.best(tight=True)
     binds = functools.partial(bottleneck, problem)
     for row, words in zip(rows, self.map(binds, rows), strict=True):
       self.bottlenecks[row.placement.mode] = words

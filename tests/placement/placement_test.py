@@ -455,6 +455,18 @@ def test_verdict(rows, begins):
   assert re.match(begins, verdict.verdict(rows))
 
 
+def test_a_verdict_is_of_what_has_an_interval():
+  rough, other = row('disaggregated', 4.0), row('colocated', 2.0)
+  sure = row('disaggregated', 3.0, prefill=[Plan(2)], decode=[Plan(1)])
+  rows = [rough, *(dataclasses.replace(each, goodput=dataclasses.replace(
+      each.goodput, tight=True)) for each in (sure, other))]
+  assert 'serves 1.00 ' in verdict.verdict(rows)
+  state = search._Search(problem(), None, map)
+  state.rows = rows
+  assert {*state.best()} == {rows[0], rows[2]}
+  assert {*state.best(tight=True)} == {*rows[1:]}
+
+
 def test_the_verdict_counts_copies():
   rows = (row('disaggregated', 3.0),)
   p = problem(rate_per_s=5.0, cluster=Cluster(1, 3))
