@@ -285,8 +285,11 @@ def _fitted(axis, number, measured, fitted, label):
 
 
 def _legend(axis):
-  if axis.get_legend_handles_labels()[0]:
-    axis.legend(frameon=False, fontsize=8)
+  count = len(axis.get_legend_handles_labels()[0])
+  if count > 4:  # above the lines
+    axis.set_ylim(top=axis.get_ylim()[1] * (1.1 + 0.06 * math.ceil(count / 3)))
+  if count:
+    axis.legend(frameon=False, fontsize=8, ncols=3 if count > 4 else 1)
 
 
 def _draw_decode(axis, model, cells):
