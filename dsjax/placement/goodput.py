@@ -18,6 +18,9 @@ WARMUP = 0.2  # share of the requests that see an emptier system
 # A tight search looks at a run many times; to end it in between, an interval so
 # many times as wide must fail.
 LOOKS = 2
+# Rates that fail one below the other, before steps down grow: perhaps none
+# attains.
+FALLS = 6
 
 
 def steady(requests: list[_Request], warmup: float = WARMUP
@@ -181,12 +184,14 @@ class _Judge:
 
 def _bracket(judge, rate, bisection):
   """(highest rate that attains, lowest that does not), None where unknown."""
-  low, high = bisection.beat_per_s, None
+  low, high, fell, stride = bisection.beat_per_s, None, 0, bisection.stride
   while True:
     if judge(rate):
       low = rate
     else:
-      high = rate
+      high, fell = rate, fell + 1
+      if fell > FALLS:
+        stride *= stride
     if low is not None and high is not None:
       return low, high
     if (low is not None and rate >= bisection.most_per_s
@@ -194,7 +199,7 @@ def _bracket(judge, rate, bisection):
       return low, high
     rate = (min(rate * bisection.stride, bisection.most_per_s)
             if high is None else
-            max(rate / bisection.stride, bisection.least_per_s))
+            max(rate / stride, bisection.least_per_s))
 
 
 def _tighten(judge, ratio, bisection):

@@ -139,7 +139,7 @@ def draw10(data, figure):
                 fontsize=6, ha='center', rotation=45)
   left.set_xticks(x, data['rates'])
   figure.legend(*left.get_legend_handles_labels(), fontsize=8, ncols=5,
-                loc='outside lower left')
+                loc='outside lower right')
   left.set_ylim(0, 112)
   tidy(left, 'Fig. 10a: where a request spends its time, OPT-175B',
        'requests/s per device', '% of time')

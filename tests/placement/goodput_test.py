@@ -50,6 +50,16 @@ def test_goodput_says_when_nothing_or_everything_attains():
   assert always.high_per_s == math.inf
 
 
+def test_that_no_rate_attains_is_found_in_a_few_runs():
+  bounds = Bisection(stride=1.4, least_per_s=1e-4)
+  never = goodput.search(lambda rate, n: [False] * n, 0.9, 1.0,
+                         bisection=bounds)
+  assert (never.binds, never.high_per_s) == ('floor', 1e-4)
+  assert never.runs <= 11  # 29 in steps of 1.4
+  far = goodput.search(coin(0.003), 0.9, 1.0, bisection=bounds)
+  assert far.rate_per_s == pytest.approx(0.003, rel=0.05)
+
+
 def test_one_rate_is_enough_to_be_beaten():
   calls = []
 
