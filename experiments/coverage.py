@@ -36,7 +36,7 @@ from typing import NamedTuple
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from dsjax.config.checks import require
+from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Placement, Slo
 from dsjax.placement import candidates, goodput, judging, search
 from dsjax.placement.api import make_problem
@@ -66,9 +66,11 @@ PROBLEMS = {
 PAIRS = (('kv-limit', 'colocated'), ('colocated', 'chunked'),
          ('pipeline', 'two-links'))
 SLO = Slo(0.25, 0.1)
+TRUTH_SEED = 10_000  # the first of the truth's seeds
 FLAGS = {
     'problems': cli.Flag(list(PROBLEMS), f'Of {list(PROBLEMS)}.'),
-    'seeds': cli.Flag(40, 'Intervals of each problem.', low=1),
+    'seeds': cli.Flag(40, 'Intervals of each problem.', low=1,
+                      high=TRUTH_SEED),
     'truth_seeds': cli.Flag(20, 'Long runs at each rate of the truth.',
                             low=3),
     'truth_requests': cli.Flag(10000, 'Of each of them.', low=100),
@@ -78,7 +80,8 @@ FLAGS = {
     'processes': cli.Flag(os.cpu_count() or 1, 'Beside each other.', low=1),
     'out': None,
 }
-TRUTH_SEED = 10_000  # the first of the truth's seeds
+# What a folder and the command that goes on with it have in common.
+SAME = ('requests', 'tolerance', 'truth_seeds', 'truth_requests')
 # Of the truth's rates: until one attains and one does not, and at the end.
 STRIDE, RATIO = 1.1, 1.01
 
@@ -316,28 +319,39 @@ def read(out: pathlib.Path, options) -> Measured:
   """What `save` wrote; nothing where it did not.
 
   Raises:
-    InputError: it was measured in another way.
+    InputError: it was measured in another way, or the files are others.
   """
   if not (out / 'coverage.json').exists():
     return Measured({}, [])
-  written = json.loads((out / 'coverage.json').read_text())
-  for name in ('requests', 'tolerance', 'truth_seeds', 'truth_requests'):
-    before = written['made_by']['options'][name]
-    require(before == getattr(options, name), f'--{name}',
-            getattr(options, name), f'{before}, as in {out}, or another --out')
-  with open(out / 'coverage.csv', newline='') as file:
-    lines = [Interval(line['problem'], int(line['seed']),
-                      *(float(line[name]) for name in Interval._fields[2:]))
-             for line in csv.DictReader(file)]
-  return Measured({name: tuple(truth) for name, truth in
-                   written['truths'].items()}, lines)
+  try:
+    written = json.loads((out / 'coverage.json').read_text())
+    before = written['made_by']['options']
+    asked = [before[name] for name in SAME]
+    with open(out / 'coverage.csv', newline='') as file:
+      lines = [Interval(line['problem'], int(line['seed']),
+                        *(float(line[name]) for name in Interval._fields[2:]))
+               for line in csv.DictReader(file)]
+    truths = {name: (float(rate), float(low), float(high))
+              for name, (rate, low, high) in written['truths'].items()}
+  except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    raise InputError(f'--out={out}: its coverage.json and coverage.csv cannot '
+                     f'be gone on from: {error!r}') from error
+  for name, value in zip(SAME, asked, strict=True):
+    require(value == getattr(options, name), f'--{name}',
+            getattr(options, name), f'{value}, as in {out}, or another --out')
+  known = {*truths} | {line.problem for line in lines}
+  require(known <= {*PROBLEMS}, f'{out}: problem', sorted(known),
+          f'of {list(PROBLEMS)}')
+  return Measured(truths, lines)
 
 
 def run(options, console) -> int:
   """Measures, shows and writes."""
   for name in options.problems:
     require(name in PROBLEMS, '--problems', name, f'of {list(PROBLEMS)}')
-  require(options.problems, '--problems', '', f'some of {list(PROBLEMS)}')
+  require(options.problems and len(set(options.problems)) == len(
+      options.problems), '--problems', ','.join(options.problems),
+          f'some of {list(PROBLEMS)}, each once')
   bar = Progress(TextColumn('{task.description}'), BarColumn(),
                  TextColumn('{task.completed}/{task.total} '
                             '{task.fields[more]}'),

@@ -264,19 +264,32 @@ def draw(path, profile, cells):
 
 def _draw_prefill(axis, model, cells):
   alone = [c for c in cells if c.kind == 'prefill' and c.pieces[0][0] == 0]
-  for count, colour in zip(sorted({len(c.pieces) for c in alone}),
-                           ('C0', 'C1', 'C2', 'C3'), strict=False):
+  for i, count in enumerate(sorted({len(c.pieces) for c in alone})):
     of = sorted((latency.sums(c.pieces)[0], c.seconds) for c in alone
                 if len(c.pieces) == count)
-    axis.plot(*zip(*((n, 1e3 * s) for n, s in of), strict=True), 'o',
-              color=colour, label=f'{count} prompts' if count > 1 else
-              '1 prompt')
     n = np.unique(np.geomspace(of[0][0], of[-1][0], 200).astype(int))
-    axis.plot(n, [1e3 * model.prefill_s(((0, x // count),) * count)
-                  for x in n.tolist()], color=colour, lw=1)
+    _fitted(axis, i, [(x, 1e3 * s) for x, s in of], [
+        (x, 1e3 * model.prefill_s(((0, x // count),) * count))
+        for x in n.tolist()], f'{count} prompt{"s" * (count > 1)}')
   axis.set(title='prefill', xlabel='tokens of the batch')
   axis.set_ylim(bottom=0)
-  axis.legend(frameon=False, fontsize=8)
+  _legend(axis)
+
+
+def _fitted(axis, number, measured, fitted, label):
+  """Points and a line through others, told apart in grey; a legend has both."""
+  look = pictures.look(number)
+  axis.plot(*zip(*measured, strict=True), **look | {'linestyle': ''})
+  axis.plot(*zip(*fitted, strict=True), **look | {'marker': ''}, lw=1)
+  axis.plot([], [], **look, lw=1, label=label)
+
+
+def _legend(axis):
+  count = len(axis.get_legend_handles_labels()[0])
+  if count > 4:  # above the lines
+    axis.set_ylim(top=axis.get_ylim()[1] * (1.1 + 0.06 * math.ceil(count / 3)))
+  if count:
+    axis.legend(frameon=False, fontsize=8, ncols=3 if count > 4 else 1)
 
 
 def _draw_decode(axis, model, cells):
@@ -284,15 +297,13 @@ def _draw_decode(axis, model, cells):
   for i, batch in enumerate(sizes):
     of = sorted((c.context / batch, c.seconds) for c in cells
                 if c.kind == 'decode' and c.batch == batch)
-    axis.plot(*zip(*((n, 1e3 * s) for n, s in of), strict=True), 'o',
-              color=f'C{i % 10}', label=f'{batch} rows' if batch > 1 else
-              '1 row')
-    each = np.linspace(of[0][0], of[-1][0], 50)
-    axis.plot(each, [1e3 * model.decode_s(batch, batch * x) for x in each],
-              color=f'C{i % 10}', lw=1)
+    _fitted(axis, i, [(n, 1e3 * s) for n, s in of], [
+        (x, 1e3 * model.decode_s(batch, batch * x))
+        for x in np.linspace(of[0][0], of[-1][0], 50).tolist()],
+            f'{batch} row{"s" * (batch > 1)}')
   axis.set(title='decode', xlabel='context of a row, tokens')
   axis.set_ylim(bottom=0)
-  axis.legend(frameon=False, fontsize=8)
+  _legend(axis)
 
 
 def _draw_errors(axis, model, cells):
@@ -300,7 +311,7 @@ def _draw_errors(axis, model, cells):
     of = [c for c in cells if c.kind == kind]
     axis.plot([1e3 * c.seconds for c in of],
               [100 * (fitting.predict_s(model, c) / c.seconds - 1) for c in of],
-              'o', color=f'C{i}', ms=4,
+              **pictures.look(i) | {'linestyle': ''}, ms=4,
               label=f'{kind}: mean {error.mape:.1%}, worst {error.worst:.1%}')
   axis.axhline(0, color='0.6', lw=0.8)
   axis.set(title='error of the fit', xlabel='measured ms', ylabel='%',
@@ -308,7 +319,7 @@ def _draw_errors(axis, model, cells):
   axis.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
   axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f'{x:g}'))
   axis.xaxis.set_minor_formatter(NullFormatter())
-  axis.legend(frameon=False, fontsize=8)
+  _legend(axis)
 
 
 def write(out, profile, cells, options):

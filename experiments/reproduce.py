@@ -3,7 +3,7 @@
   python -m experiments.reproduce --figure=all --out=out/reproduce
 
 Prints for each a table (paper | paper rules | ours | why they differ) and
-writes FIGURE.png and FIGURE.json. The published values are in
+writes FIGURE.png, FIGURE.pdf and FIGURE.json. The published values are in
 experiments/paper/reported.py, the two sets of rules in comparison.py, the
 figures in figures.py (1, 3, 4, 5, 10, 12) and end_to_end.py (8, 9, 11, tables
 2 and 3, and 'rules': from one set of rules to the other, a rule at a time).
@@ -13,18 +13,16 @@ Table, picture and file say what lengths they are of. Ctrl-C
 keeps what is finished. Exit codes: 0; 2 for bad input; 130 by Ctrl-C.
 """
 
-import io
 import pathlib
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
-from PIL import Image
 from rich.table import Table
 
 from dsjax.config.checks import require
-from experiments.common import cli, provenance, terminal
+from experiments.common import cli, pictures, provenance, terminal
 from experiments.paper import comparison, end_to_end, figures
 
 FIGURES = {name: (figures.FIGURES | end_to_end.FIGURES)[name] for name in (
@@ -93,17 +91,14 @@ def show(console, name, data, took_s):
 
 
 def save(out, name, data, draw, options, read):
-  """NAME.json and NAME.png.
+  """NAME.json, NAME.png and NAME.pdf.
 
   options: a dict, see cli.asked. read: files of data.
   """
   figure = Figure(figsize=(11, 4), layout='constrained')
   draw(data, figure)
   figure.supxlabel(f'Lengths: {data["data"]}', fontsize=7, x=0.01, ha='left')
-  picture = io.BytesIO()
-  figure.savefig(picture, dpi=80)
-  Image.open(picture).convert('RGB').quantize(48).save(
-      out / f'{name}.png', optimize=True)
+  pictures.save(figure, out / f'{name}.png', colours=48)
   provenance.save_json(out / f'{name}.json', data, options, read)
 
 
@@ -147,8 +142,8 @@ def run(values, console):
     stopped = True
     console.print('Stopped; what is finished stays.')
   if done:
-    console.print(f'Written to {out}: ' + ', '.join(
-        f'{name}.png, {name}.json' for name in done), soft_wrap=True)
+    terminal.written(console, out, *(
+        f'{name}.{kind}' for name in done for kind in ('png', 'json')))
   return 130 if stopped else 0
 
 

@@ -153,10 +153,10 @@ def problem(options, cluster, policy, seed):
 
 def _seeds(texts):
   """The seeds of the flag, each once."""
-  require(texts and all(text.isdecimal() for text in texts)
-          and len(set(texts)) == len(texts), '--seeds', ','.join(texts),
+  seeds = [int(text) for text in texts if text.isdecimal() and len(text) < 19]
+  require(texts and len(set(seeds)) == len(texts), '--seeds', ','.join(texts),
           'different integers, 0 or more, with commas between')
-  return [int(text) for text in texts]
+  return seeds
 
 
 def _policies(text, slo):

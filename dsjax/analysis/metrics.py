@@ -92,7 +92,7 @@ def interval(hits: Sequence[bool]) -> tuple[float, float, float]:
   return share, max(0.0, min(low, share)), min(1.0, max(high, share))
 
 
-def _halves(values: Sequence[float]) -> list[float]:
+def _halves(values: Sequence[float] | np.ndarray) -> list[float]:
   """Half a 95 % interval of a mean, by each number of batches."""
   each = np.asarray(values, float)
   halves = []

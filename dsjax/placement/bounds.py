@@ -145,6 +145,28 @@ def ttft_guess_per_s(seconds: latency.Latency, instance: InstanceConfig,
   return float(low)
 
 
+def tpot_guess_per_s(seconds: latency.Latency, instance: InstanceConfig,
+                     lengths: Lengths, tpot_s: float) -> float:
+  """A rate at which decode steps take tpot_s, or memory is full: no bound.
+
+  Of steps of equal rows with a mean context each. It says what to simulate
+  first.
+  """
+  steps = sum(o - 1 for _, o in lengths) / len(lengths)
+  if not steps:
+    return math.inf
+  context = mean_context(lengths)
+  held = instance.num_pages * instance.page_size / context
+  rows_per_s = 0.0
+  for rows in range(1, max(1, int(
+      min(held, instance.max_seqs) / instance.pp)) + 1):
+    fixed, slope = seconds.decode_line(rows)
+    step_s = fixed + slope * rows * context + seconds.host_s
+    if step_s <= tpot_s:
+      rows_per_s = max(rows_per_s, rows / max(step_s, 1e-9))
+  return instance.pp * rows_per_s / steps
+
+
 def link_per_s(link: latency.LinkLike, pairs: int,
                lengths: Lengths) -> float:
   """Requests a second that `pairs` links can move at most."""

@@ -15,6 +15,12 @@ from dsjax.config.placement import Slo
 HitsAt = Callable[[float, int], list[bool]]
 _Request = TypeVar('_Request')  # a record, or what is known of one
 WARMUP = 0.2  # share of the requests that see an emptier system
+# A tight search looks at a run many times; to end it in between, an interval so
+# many times as wide must fail.
+LOOKS = 2
+# Rates that fail one below the other, before steps down grow: perhaps none
+# attains.
+FALLS = 6
 
 
 def steady(requests: list[_Request], warmup: float = WARMUP
@@ -74,6 +80,8 @@ class Bisection:
     tight: no rate passes before it has had the most requests, and rates are
       tried until low_per_s and high_per_s are within `ratio` of those that
       cannot be told.
+    looks_from: tight: a rate may fail from so many requests on, if it is
+      LOOKS times as sure where it has neither `requests` nor the most.
   """
 
   stride: float = 4.0
@@ -82,6 +90,7 @@ class Bisection:
   full: Callable[[float], int] | None = None
   beat_per_s: float | None = None
   tight: bool = False
+  looks_from: int | None = None
 
 
 def search(hits_at: HitsAt, target: float, start_per_s: float,
@@ -106,7 +115,7 @@ def search(hits_at: HitsAt, target: float, start_per_s: float,
   least = most_requests if bisection.tight else requests
   full = bisection.full or (lambda rate: least)
   judge = _Judge(hits_at, target, requests, most_requests,
-                 lambda rate: max(least, full(rate)), bisection.tight)
+                 lambda rate: max(least, full(rate)), bisection)
   beat_per_s, most_per_s = bisection.beat_per_s, bisection.most_per_s
   if beat_per_s is not None:
     if beat_per_s > most_per_s or not judge(beat_per_s):
@@ -137,9 +146,11 @@ class _Verdict(NamedTuple):
 class _Judge:
   """Says whether a rate attains; remembers in `tried` its _Verdict of each."""
 
-  def __init__(self, hits_at, target, requests, most_requests, full, tight):
+  def __init__(self, hits_at, target, requests, most_requests, full,
+               bisection):
     self.hits_at, self.target, self.full = hits_at, target, full
-    self.tight = tight
+    self.tight = bisection.tight
+    self.first = self.tight and bisection.looks_from or requests
     self.requests, self.most, self.runs = requests, most_requests, 0
     self.tried = {}
 
@@ -149,13 +160,15 @@ class _Judge:
     return self.tried[rate].share >= self.target
 
   def sample(self, rate):
-    full, n = self.full(rate), self.requests
+    full, n = self.full(rate), self.first
     most = max(self.most, full)
+    stops = (self.requests, most) if self.tight else (most,)
     self.runs += 1
     while True:
       hits = self.hits_at(rate, n)
       share, low, high = metrics.interval(hits)
-      if high < self.target:
+      wide = LOOKS if self.tight and n not in stops else 1
+      if share + wide * (high - share) < self.target:
         return _Verdict(-1, share, False)
       first, second = (metrics.interval(half) for half in (
           hits[:len(hits) // 2], hits[len(hits) // 2:]))
@@ -166,17 +179,19 @@ class _Judge:
         return _Verdict(1, share, False)
       if n >= most:
         return _Verdict(0, second[0] if falls else share, falls)
-      n = min(most, max(2 * n, full if self.tight else 0))
+      n = min(2 * n, *(stop for stop in stops if stop > n))
 
 
 def _bracket(judge, rate, bisection):
   """(highest rate that attains, lowest that does not), None where unknown."""
-  low, high = bisection.beat_per_s, None
+  low, high, fell, stride = bisection.beat_per_s, None, 0, bisection.stride
   while True:
     if judge(rate):
       low = rate
     else:
-      high = rate
+      high, fell = rate, fell + 1
+      if fell > FALLS:
+        stride *= stride
     if low is not None and high is not None:
       return low, high
     if (low is not None and rate >= bisection.most_per_s
@@ -184,7 +199,7 @@ def _bracket(judge, rate, bisection):
       return low, high
     rate = (min(rate * bisection.stride, bisection.most_per_s)
             if high is None else
-            max(rate / bisection.stride, bisection.least_per_s))
+            max(rate / stride, bisection.least_per_s))
 
 
 def _tighten(judge, ratio, bisection):

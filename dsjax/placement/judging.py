@@ -7,7 +7,7 @@ requests are served.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from dsjax.analysis import metrics
@@ -22,9 +22,10 @@ from dsjax.simulation import latency, simulator
 # A run lasts this many times what a request may take within its objectives,
 # so that queues of an overloaded system have time to grow past them.
 LIFETIMES = 10
-# Objectives of hours would ask for millions of requests: a run has this many
-# at most, or so many times SearchProblem.most_requests (see Judge).
-MOST_REQUESTS, MOST_TIMES = 4000, 4
+# Objectives of hours would ask for millions of requests: where a candidate's
+# runs would have more than LONGEST times as many, they have this many at most,
+# or so many times SearchProblem.most_requests (see Judge).
+MOST_REQUESTS, MOST_TIMES, LONGEST = 4000, 4, 4
 
 
 class Instant:
@@ -146,17 +147,17 @@ class Runs:
 
   The first run at a rate is as long as is asked. Where more is asked for, one
   run then goes on from where it was each time: the first n requests are those
-  of a longer run, whose later requests come as well. Where requests wait for
-  others, or are in no order, each n is a run of its own.
+  of a longer run, whose later requests come as well. While no rate passes yet
+  it does not wait for the last of the n: what still runs once twice as many
+  have come counts as a hit, which hides no rate that fails. Where requests
+  wait for others, or are in no order, each n is a run of its own.
   """
 
-  def __init__(self, problem: SearchProblem, system: Setup,
-               objectives: Callable[[float], Slo],
-               most: Callable[[float], int]) -> None:
-    """objectives, most: what requests must meet at a rate, and how many there
-    may be."""
-    self.problem, self.system = problem, system
-    self.objectives, self.most = objectives, most
+  def __init__(self, problem: SearchProblem, system: Setup, judge: 'Judge',
+               most: int) -> None:
+    """most: requests of a run at most, unless the judge wants more."""
+    self.problem, self.system, self.judge = problem, system, judge
+    self.least_most = most
     self.rate_per_s: float | None = None
     self.going: _Run | None = None
 
@@ -168,8 +169,12 @@ class Runs:
       self.going = _Run(self, rate_per_s, n)
     if self.going is None or not self.going.is_ordered:
       return goodput.steady_hits(run(self.problem, self.system, rate_per_s, n),
-                                 self.objectives(rate_per_s))
+                                 self.judge.objectives(rate_per_s))
     return goodput.steady(self.going.hits(n))
+
+  def most(self, rate_per_s: float) -> int:
+    """Requests of a run at a rate at most."""
+    return max(self.least_most, self.judge.length(rate_per_s))
 
 
 class _Run:
@@ -203,36 +208,46 @@ class _Run:
                            self.rate_per_s, min(2 * len(requests), most))
 
   def hits(self, n):
-    """Whether each of the first n requests attained."""
-    slo, ids = self.runs.objectives(self.rate_per_s), self.ids
+    """Whether each of the first n requests attained; see Runs."""
+    judge, ids = self.runs.judge, self.ids
+    slo = judge.objectives(self.rate_per_s)
+    passes = n >= judge.length(self.rate_per_s)
     while self.done < n:
       if self.done < len(ids) and ids[self.done] in self.attained:
         self.done += 1
         continue
+      if not passes and len(ids) >= 2 * n:
+        break
       record = next(self.records, None)
       if record is None:
         break
       self.attained[record.id] = metrics.attains(record, slo)
-    return [self.attained[id] for id in ids[:n]]
+    return [self.attained[id] if passes else self.attained.get(id, True)
+            for id in ids[:n]]
 
 
 class Judge:
   """How long a run must be, and what its requests must meet.
 
-  A run lasts LIFETIMES of what a request may take. Where that is more than
-  `most` requests (objectives are loose, or inf), it has `most`, and objectives
-  are those of which LIFETIMES fit into it, so that a queue that grows still
-  shows; but no less than what a busy instance takes.
+  A run lasts LIFETIMES of what a request may take. Where objectives are loose,
+  or inf, that is too much at the highest rate of a candidate: then it has
+  `most` requests, and objectives are those of which LIFETIMES fit into it, so
+  that a queue that grows still shows; but no less than what a busy instance
+  takes.
   """
 
   def __init__(self, problem: SearchProblem, system: Setup,
-               phase: str = '') -> None:
+               bound_per_s: float, phase: str = '') -> None:
+    """bound_per_s: no rate above it."""
     outputs = [o for _, o in candidates.lengths(problem, 256)]
     self.slo, self.least = system.slo, problem.requests
-    self.most = max(MOST_REQUESTS, MOST_TIMES * problem.most_requests)
     self.mean = sum(outputs) / len(outputs)
     self.life_s = problem.slo.ttft_s if phase == 'prefill' else max(
         problem.slo.ttft_s, problem.slo.tpot_s * self.mean)
+    self.most = max(MOST_REQUESTS, MOST_TIMES * problem.most_requests)
+    asked = bound_per_s * LIFETIMES * self.life_s
+    if asked <= LONGEST * self.most:
+      self.most = max(self.most, math.ceil(asked))
     rows, pieces = problem.max_seqs, ((0, problem.max_len),)
     self.busy_s = 2 * max(
         seconds.mixed_s(pieces, rows, rows * problem.max_len / 2)
@@ -274,17 +289,16 @@ def measure(problem: SearchProblem, task: Task) -> goodput.Goodput:
   if not bound:
     return goodput.Goodput(0.0, 0.0, 0.0, 'floor', 0.0, 0)
   system = setup(problem, candidate)
-  judge = Judge(problem, system, candidate.phase)
+  judge = Judge(problem, system, bound, candidate.phase)
   most = math.ceil(problem.most_requests * task.effort)
   best = goodput.search(
-      Runs(problem, system, judge.objectives,
-           lambda rate_per_s: max(most, judge.length(rate_per_s))),
-      task.target,
+      Runs(problem, system, judge, most), task.target,
       task.start_per_s or max(candidate.guess_per_s, bound / 16),
       1 + problem.tolerance / (2 if task.tight else 1),
       math.ceil(problem.requests * (task.effort if task.tight else 1)),
       most, goodput.Bisection(
           stride=1.1 if task.tight else 1.4, least_per_s=bound / 4**6,
           most_per_s=bound, full=judge.length,
-          beat_per_s=task.beat_per_s, tight=task.tight))
+          beat_per_s=task.beat_per_s, tight=task.tight,
+          looks_from=problem.requests))
   return dataclasses.replace(best, high_per_s=min(best.high_per_s, bound))

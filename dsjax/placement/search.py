@@ -8,7 +8,6 @@ much.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -26,9 +25,10 @@ from dsjax.simulation import latency
 # Candidates judged against one incumbent at a time. A constant, so that the
 # answer does not depend on how many processes there are.
 WAVE = 4
-# Placements of a mode that other batches are tried for: these changed the
-# goodput by up to 15 %, so what was second may be first.
-RETRIED = 3
+# Placements of a mode that other batches are tried for, and how near the best
+# they must be: these changed the goodput by up to 15 %, so what was second may
+# be first.
+RETRIED, NEAR = 3, 1.2
 
 
 class Progress(NamedTuple):
@@ -160,18 +160,20 @@ class _Search:
            ) -> tuple[Candidate, Goodput] | None:
     """In waves against the best so far, the most promising first.
 
-    A candidate that fails at the rate that equals the best is beaten by that
-    run; one that cannot reach it by its bound is not run.
+    A candidate that fails at a rate half the tolerance above the best is beaten
+    by that run: rates are not known better. One that cannot reach that by its
+    bound is not run.
     """
     best, wave = None, WAVE // 2
     order = sorted(contenders, key=lambda c: (
         -c.guess_per_s / c.devices, -c.bound_per_device, str(c)))
     self.total += len(order)
     while order:
-      hopeful = [c for c in order if c.bound_per_device > incumbent]
+      beat = incumbent * (1 + self.problem.tolerance / 2)
+      hopeful = [c for c in order if c.bound_per_device > beat]
       self.pruned += len(order) - len(hopeful)
       self.done += len(order) - len(hopeful)
-      tasks = [Task(c, self.problem.target, incumbent * c.devices or None)
+      tasks = [Task(c, self.problem.target, beat * c.devices or None)
                for c in hopeful[:wave]]
       order, wave = hopeful[wave:], WAVE
       for candidate, goodput in self.measured(tasks):
@@ -212,9 +214,11 @@ class _Search:
         *self.instance(role, plan, tokens), self.lengths))
 
   def guess_per_s(self, role: str, plan: Plan, tokens: int | None) -> float:
-    if role == 'decode':
-      return math.inf
     problem = self.problem
+    if role == 'decode':
+      return self.once(('guess', role, plan), lambda: bounds.tpot_guess_per_s(
+          *self.instance(role, plan, tokens), self.lengths,
+          problem.slo.tpot_s))
     return self.once(('guess', role, plan), lambda: bounds.ttft_guess_per_s(
         *self.instance(role, plan, tokens), self.lengths, problem.slo.ttft_s,
         problem.target))
@@ -251,10 +255,12 @@ class _Search:
     self.rows = [r for r in self.rows if _key(r) != _key(row)] + [row]
     return row
 
-  def best(self) -> list[RankedPlacement]:
-    """The best line of each mode that serves anything."""
+  def best(self, tight: bool = False) -> list[RankedPlacement]:
+    """The best line of each mode that serves anything; tight: with an
+    interval, where one has."""
     best: dict[str, RankedPlacement] = {}
-    for row in _sorted(self.rows):
+    for row in sorted(_sorted(self.rows),
+                      key=lambda row: tight and not row.goodput.tight):
       if row.goodput.rate_per_s:
         best.setdefault(row.placement.mode, row)
     return list(best.values())
@@ -285,7 +291,8 @@ class _Search:
     tight: dict[str, tuple] = {}
     for best in self.best():
       same = [row for row in _sorted(self.rows)
-              if row.placement.mode == best.placement.mode]
+              if row.placement.mode == best.placement.mode
+              and NEAR * row.per_device >= best.per_device]
       if not best.placement.chunked:
         self.race([self.again(row, size) for row in same[:RETRIED]
                    for size in self.sizes(row.placement)], best.per_device)
@@ -311,11 +318,11 @@ class _Search:
                     problem.strict, effort=problem.strict_effort,
                     tight=problem.strict_effort > 1,
                     start_per_s=0.7 * r.goodput.rate_per_s)
-               for r in self.best()]
+               for r in self.best(tight=True)]
       for candidate, goodput in self.measured(tasks):
         self.strict.append(_row(candidate, goodput))
         self.tell()
-    rows = self.best()
+    rows = self.best(tight=True)
     binds = functools.partial(bottleneck, problem)
     for row, words in zip(rows, self.map(binds, rows), strict=True):
       self.bottlenecks[row.placement.mode] = words

@@ -76,7 +76,7 @@ def bottleneck(problem: SearchProblem, row: RankedPlacement) -> str:
     return 'nothing is served'
   system = judging.setup(problem, Candidate(
       row.placement, row.prefill_tokens, row.aligned, math.inf))
-  judge = judging.Judge(problem, system)
+  judge = judging.Judge(problem, system, rate_per_s)
   n = min(judge.length(rate_per_s), 4 * problem.most_requests)
   shortage = _Shortage(system.config.instances)
   records = steady(judging.run(problem, system, rate_per_s, n, shortage))
@@ -159,10 +159,11 @@ def verdict(rows: Sequence[RankedPlacement],
   of one placement over the upper end of the other, to the reverse.
 
   Args:
-    rows: best first.
+    rows: best first. Those with an interval go before those without.
   """
   def best(disaggregated):
-    return next((r for r in rows if (r.placement.mode == 'disaggregated')
+    return next((r for r in sorted(rows, key=lambda r: not r.goodput.tight)
+                 if (r.placement.mode == 'disaggregated')
                  == disaggregated and r.goodput.rate_per_s > 0), None)
 
   split, together = best(True), best(False)

@@ -17,9 +17,11 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from dsjax.analysis import metrics
 from dsjax.config import zoo
+from dsjax.config.checks import InputError, parse_json, require
 from dsjax.config.placement import Plan, Slo
 from dsjax.config.request import Request
 from dsjax.scheduling import scheduler
@@ -53,11 +55,26 @@ def lines(sent: Sequence[Request]) -> list[str]:
   return out
 
 
-def theirs(python: str, sent: Sequence[Request]) -> tuple[float, dict]:
+def check(python: str, sent: int) -> None:
+  """Raises InputError where a Python lacks it, or so few requests are sent
+  that no tenth can be told from all."""
+  try:
+    found = subprocess.run(
+        [python, '-c', 'import importlib.util as u, sys; '
+         'sys.exit(u.find_spec("aisimulate") is None)'], check=False,
+        stderr=subprocess.DEVNULL).returncode == 0
+  except OSError:
+    found = False
+  require(found, '--aisimulate', python,
+          'a Python that has AISimulate: make aisimulate')
+  require(sent >= 10, '--requests', sent, '10 or more with --aisimulate')
+
+
+def theirs(python: str, sent: Sequence[Request]) -> tuple[float, Any]:
   """CPU seconds of a run of AISimulate and its summary.
 
   Raises:
-    CalledProcessError: it failed.
+    InputError: it failed, or answered something else.
   """
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
@@ -69,11 +86,15 @@ def theirs(python: str, sent: Sequence[Request]) -> tuple[float, dict]:
     answer = subprocess.run(
         [python, '-m', 'aisimulate', 'predict', '--config',
          str(folder / 'config.yaml'), '--format', 'json', '--output-dir',
-         str(folder / 'out')], check=True, stdout=subprocess.PIPE, text=True)
+         str(folder / 'out')], check=False, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
   took_s = (after.ru_utime + after.ru_stime - before.ru_utime
             - before.ru_stime)
-  return took_s, json.loads(answer.stdout)
+  if answer.returncode:
+    last = (answer.stderr.strip().splitlines() or ['no message'])[-1]
+    raise InputError(f'--aisimulate={python!r}: ended with code '
+                     f'{answer.returncode}: {last}')
+  return took_s, parse_json('AISimulate', answer.stdout)
 
 
 def ours(config: scheduler.Config, sent: Sequence[Request]
@@ -95,6 +116,9 @@ def compare(python: str, config: scheduler.Config, sent: Sequence[Request]
   first_s, _ = theirs(python, sent[:few])
   took_s, told = theirs(python, sent)
   our_s, summary = ours(config, sent)
+  if took_s <= first_s:
+    return (f'AISimulate took {took_s:.1f} s for {len(sent)} requests and '
+            f'{first_s:.1f} for {few}: more --requests tell its rate')
   rate, our_rate = (len(sent) - few) / (took_s - first_s), len(sent) / our_s
   return (f'AISimulate {rate:.0f} requests a CPU second beyond its start '
           f'({took_s:.1f} s in all, {first_s:.1f} for {few}), ours '

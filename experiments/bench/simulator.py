@@ -215,6 +215,8 @@ def run(options, console):
   say = cli.says(console)
   require(set(options.only) <= set(CASES), '--only', options.only,
           f'of {list(CASES)}')
+  if options.aisimulate:
+    aisimulate.check(options.aisimulate, options.requests)
   results, others = {}, machine.Others()
   say(f'{"requests a CPU second":22}' + ''.join(f'{name:>9}' for name in (
       'leap', 'step', 'floor', 'heapq', 'simpy')))

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import datetime
 import hashlib
+import io
 import json
 import math
 import os
@@ -94,7 +95,7 @@ def save_json(path: str | os.PathLike[str], result: Mapping[str, Any],
   A folder that is missing is made: what was measured is not lost for it.
   """
   _write(path, json.dumps(finite({KEY: made_by(options, read), **result}),
-                          indent=1, ensure_ascii=False))
+                          indent=1, ensure_ascii=False) + '\n')
 
 
 def save_trace(path: str | os.PathLike[str], trace: Mapping[str, Any],
@@ -102,18 +103,17 @@ def save_trace(path: str | os.PathLike[str], trace: Mapping[str, Any],
                read: Iterable[str | os.PathLike[str] | None] = ()) -> None:
   """Writes a timeline, and last, where viewers pass it over, made_by."""
   _write(path, json.dumps({**trace, 'otherData': {
-      KEY: finite(made_by(options, read))}}))
+      KEY: finite(made_by(options, read))}}) + '\n')
 
 
 def save_csv(path: str | os.PathLike[str], columns: Sequence[str],
              rows: Iterable[Sequence[Any]]) -> None:
   """Writes a table. A folder that is missing is made."""
-  file = pathlib.Path(path)
-  file.parent.mkdir(parents=True, exist_ok=True)
-  with file.open('w', newline='', encoding='utf-8') as stream:
-    writer = csv.writer(stream)
-    writer.writerow(columns)
-    writer.writerows(rows)
+  text = io.StringIO()
+  writer = csv.writer(text)
+  writer.writerow(columns)
+  writer.writerows(rows)
+  _write(path, text.getvalue())
 
 
 def save_lines(out: pathlib.Path, name: str, kind: type[NamedTuple],
@@ -128,6 +128,17 @@ def save_lines(out: pathlib.Path, name: str, kind: type[NamedTuple],
 
 
 def _write(path, text):
+  """Writes a file whole, or leaves what was there: a runner that goes on from
+  its results may be killed while it writes them."""
   file = pathlib.Path(path)
   file.parent.mkdir(parents=True, exist_ok=True)
-  file.write_text(text + '\n', encoding='utf-8')
+  if file.exists() and not file.is_file():  # such as /dev/stdout
+    file.write_text(text, encoding='utf-8', newline='')
+    return
+  file = file.resolve()
+  part = file.with_name(f'{file.name}.{os.getpid()}')
+  try:
+    part.write_text(text, encoding='utf-8', newline='')
+    part.replace(file)
+  finally:
+    part.unlink(missing_ok=True)

@@ -276,8 +276,10 @@ def verdict(results):
 # --- figure -----------------------------------------------------------------
 
 _MODES = ('disaggregated', 'colocated', 'chunked')
-STAGE_COLOURS = dict(zip(STAGES, (
-    '#f5d2a0', '#e0912f', '#c2417c', '#a8cdea', '#3a86c8'), strict=True))
+STAGE_LOOKS = {stage: {'color': colour, 'hatch': hatch, 'edgecolor': 'white'}
+               for stage, colour, hatch in zip(STAGES, (
+                   '#f5d2a0', '#e0912f', '#c2417c', '#a8cdea', '#3a86c8'),
+                   pictures.HATCHES, strict=False)}
 _BELOW = {'loc': 'upper center', 'bbox_to_anchor': (0.5, -0.17), 'ncols': 5,
           'frameon': False, 'fontsize': 8, 'handlelength': 2.4,
           'columnspacing': 1.2}
@@ -354,8 +356,7 @@ def _stage_bars(axes, results):
     left, parts = 0.0, []
     for stage in STAGES:
       mean_s = sum(r.stage_s[stage] for r in done) / max(1, len(done))
-      axes.barh(y, mean_s, left=left, height=0.55,
-                color=STAGE_COLOURS[stage],
+      axes.barh(y, mean_s, left=left, height=0.55, **STAGE_LOOKS[stage],
                 label=stage.replace('_', ' ') if y == 0 else None)
       left += mean_s
       parts.append(f'{1e3 * mean_s:,.3g}' if mean_s < 1 else

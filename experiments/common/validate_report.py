@@ -94,21 +94,23 @@ def draw(path, rows):
                      style, color='C0', label=f'simulated, {kind}')
       for axis, name in zip(column[1:3], ('ttft_s', 'tpot_s'), strict=True):
         for i, stat in enumerate(STATS[1:]):
-          axis.plot(rates, [1e3 * r[kind][name][stat] for r in own], style,
-                    color=f'C{i}')
+          axis.plot(rates, [1e3 * r[kind][name][stat] for r in own],
+                    **pictures.look(i) | {'linestyle': style}, ms=3)
       for i, name in enumerate(('ttft_s', 'tpot_s')):
         column[3].plot(rates, [100 * r['errors'][kind][name]['mean']
-                               for r in own], style, marker='.',
-                       color=f'C{i}', label=f'{name[:4].upper()}, {kind}')
+                               for r in own], ms=4,
+                       **pictures.look(i) | {'linestyle': style},
+                       label=f'{name[:4].upper()}, {kind}')
     for axis, name in zip(column[1:3], ('ttft_s', 'tpot_s'), strict=True):
       for i, stat in enumerate(STATS[1:]):
-        axis.plot(rates, [1e3 * r['real'][name][stat] for r in own], 'o',
-                  color=f'C{i}', label=stat)
+        axis.plot(rates, [1e3 * r['real'][name][stat] for r in own],
+                  **pictures.look(i) | {'linestyle': ''}, ms=7, label=stat)
       axis.set(ylabel=f'{name[:4].upper()}, ms', yscale='log')
     column[0].set(title=mode, ylabel='attained both, %', ylim=(-3, 103))
     column[3].axhspan(-10, 10, color='0.9')
     column[3].set(xlabel='requests a second', ylabel='error of the mean, %')
     for axis in column:
       axis.legend(frameon=False, fontsize=8)
-  figure.suptitle('Real (dots) and simulated (lines; dashed: bench profile)')
+  figure.suptitle('Real (large marks) and simulated (lines; dashed: bench '
+                  'profile)')
   pictures.save(figure, path)

@@ -180,5 +180,5 @@ def draw(rows, machine, path):
   right.legend(frameon=False)
   figure.suptitle(described(machine))
   path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=110)
+  figure.savefig(path, dpi=150)
   return True

@@ -3,6 +3,8 @@
 draw(data, figure): data as computed, figure a matplotlib Figure.
 """
 
+import itertools
+
 import numpy as np
 
 from dsjax.analysis.record import STAGES
@@ -15,6 +17,9 @@ LOOKS = {label: pictures.look(number) for number, labels in enumerate((
     ("vLLM's plan, DistServe's engine", 'colocated'),
     ('tuned colocated', 'vLLM++'), ('tuned chunked',), ('DistServe-High',)))
          for label in labels}
+PUBLISHED = {'vLLM': '+'}  # marks of published points; others have x
+STAGE_LOOKS = {stage: pictures.fill(number) for number, stage in
+               enumerate(STAGES)}
 
 
 def tidy(axes, title, x, y):
@@ -35,7 +40,8 @@ def draw1(data, figure):
       ('ours', {k: v[0] for k, v in data['ours'].items()}
        | {'chunked': data['chunked'][0]}))):
     bars = axes.bar(x + 0.27 * (column - 1),
-                    [values.get(n, np.nan) for n in names], 0.25, label=label)
+                    [values.get(n, np.nan) for n in names], 0.25, label=label,
+                    **pictures.fill(column))
     axes.bar_label(bars, fmt='%.3g', fontsize=8)
   axes.set_xticks(x, [n.replace(' + ', '\n+ ') for n in names])
   axes.legend()
@@ -47,16 +53,17 @@ def draw3(data, figure):
   left, right = figure.subplots(1, 2)
   for i, n in enumerate(data['prefill']):
     for name, style in (('published', '-'), ('roofline', ':')):
-      left.plot(data['batches'], data['prefill'][n][name], style,
-                color=f'C{i}', label=f'{n} tokens' if style == '-' else None)
-      right.plot(data['wide'], data['decode'][n][name], style, color=f'C{i}',
+      look = pictures.look(i) | {'linestyle': style}
+      left.plot(data['batches'], data['prefill'][n][name], **look, ms=3,
+                label=f'{n} tokens' if style == '-' else None)
+      right.plot(data['wide'], data['decode'][n][name], **look, ms=3,
                  label=f'context {n}' if style == '-' else None)
     batch, value = reported.FIG3[n]
-    left.plot(batch, value, 'o', color=f'C{i}')
+    left.plot(batch, value, **pictures.look(i), ms=9, fillstyle='none')
   for axes, title in ((left, 'Fig. 3a: prefill'), (right, 'Fig. 3b: decode')):
     axes.set_xscale('log', base=2)
     axes.set_ylim(bottom=0)
-    axes.legend(title='line: profile, dotted: roofline,\ndot: the paper'
+    axes.legend(title='line: profile, dotted: roofline,\nhollow: the paper'
                 if axes is left else 'line: profile\ndotted: roofline',
                 fontsize=8, title_fontsize=8)
     tidy(axes, title + ' of OPT-13B on one A100', 'batch', 'tokens/s')
@@ -65,14 +72,14 @@ def draw3(data, figure):
 def draw4(data, figure):
   for axes, (name, curve) in zip(figure.subplots(1, 2, sharey=True),
                                  data['curves'].items(), strict=True):
-    for column, (which, colour) in enumerate((
-        ('intra', 'tab:orange'), ('inter', 'tab:blue'))):
-      axes.plot(data['rates'], curve[which], color=colour,
+    for column, which in enumerate(('intra', 'inter')):
+      look = pictures.look(column)
+      axes.plot(data['rates'], curve[which], **look | {'marker': ''},
                 label=f'{which}-op, Eq. {3 - column}')
       rates, means, halves = zip(*(
           (rate, *pair[column]) for rate, *pair in curve['dots']), strict=True)
-      axes.errorbar(rates, means, halves, fmt='o', color=colour, capsize=3,
-                    ms=4, label='simulated, 95 %')
+      axes.errorbar(rates, means, halves, **look | {'linestyle': ''},
+                    capsize=3, ms=4, label=f'{which}-op, simulated, 95 %')
     if name == 'paper':
       axes.plot(*reported.FIG4['intra'], '^', color='black',
                 label='paper: intra-op is above')
@@ -91,11 +98,11 @@ def draw5(data, figure):
   left, right = figure.subplots(1, 2)
   for name, points in data['curves'].items():
     source, kind = name.split()
-    style = ('-o' if source == 'profile' else ':s')
-    colour = 'tab:orange' if kind == 'intra' else 'tab:blue'
+    look = pictures.look(('intra', 'inter').index(kind)) | {
+        'linestyle': '-' if source == 'profile' else ':'}
     for axes, at in ((left, 0), (right, 1)):
-      axes.plot(list(points), [v[at] for v in points.values()], style,
-                color=colour, ms=4, label=f'{kind}-op, {source}')
+      axes.plot(list(points), [v[at] for v in points.values()], **look,
+                ms=4, label=f'{kind}-op, {source}')
   left.plot(list(reported.FIG5_INTRA_MS), reported.FIG5_INTRA_MS.values(), 'k^',
             label='paper, intra-op')
   for mark, (kind, x) in zip('v^', reported.FIG5_TOKENS.items(), strict=True):
@@ -111,8 +118,6 @@ def draw5(data, figure):
 def draw10(data, figure):
   left, right = figure.subplots(1, 2, width_ratios=(3, 2))
   names = {'paper': 'rules', 'ours': 'ours'}
-  colours = dict(zip(STAGES, ('#fdd0a2', 'tab:orange', 'tab:red', '#9ecae1',
-                              'tab:blue'), strict=True))
   x = np.arange(len(data['rates']))
   for column, who in enumerate(('published', 'paper', 'ours')):
     below = np.zeros(len(x))
@@ -126,7 +131,7 @@ def draw10(data, figure):
         else:
           values.append(data['shares'][f'{who} {rate}'][stage])
       left.bar(x + 0.28 * (column - 1), values, 0.26, below,
-               color=colours[stage],
+               **STAGE_LOOKS[stage],
                label=stage.replace('_', ' ') if column == 0 else None)
       below += values
     for i in x:
@@ -134,14 +139,14 @@ def draw10(data, figure):
                 fontsize=6, ha='center', rotation=45)
   left.set_xticks(x, data['rates'])
   figure.legend(*left.get_legend_handles_labels(), fontsize=8, ncols=5,
-                loc='outside lower left')
+                loc='outside lower right')
   left.set_ylim(0, 112)
   tidy(left, 'Fig. 10a: where a request spends its time, OPT-175B',
        'requests/s per device', '% of time')
-  for name, values in (('9 links', data['kv']),
-                       ('one link, with waiting', data['copies'])):
-    right.plot([1e3 * v for v in values],
-               np.linspace(0, 100, len(values)), label=f'ours, {name}')
+  for number, (name, values) in enumerate((
+      ('9 links', data['kv']), ('one link, with waiting', data['copies']))):
+    right.plot([1e3 * v for v in values], np.linspace(0, 100, len(values)),
+               **pictures.look(number) | {'marker': ''}, label=f'ours, {name}')
   right.plot([1e3 * k for k in reported.FIG10_CDF], reported.FIG10_CDF.values(),
              'k^', label='paper')
   right.set_xscale('log')
@@ -153,8 +158,9 @@ def draw12(data, figure):
   axes = figure.subplots()
   axes.plot(list(reported.FIG12), reported.FIG12.values(), 'k--^',
             label="paper's draft, 96 cores, seconds")
-  for name, points in data['spent'].items():
-    axes.plot(list(points), [v[0] for v in points.values()], '-o',
+  for number, (name, points) in enumerate(data['spent'].items()):
+    axes.plot(list(points), [v[0] for v in points.values()],
+              **pictures.look(number) | {'linestyle': '-'},
               label=f'ours, {name}, CPU seconds')
   axes.set_xscale('log', base=2)
   axes.set_yscale('log')
@@ -175,9 +181,9 @@ def draw_end_to_end(data, figure):
           _draw_system(line[column], line[2 + column], label, points,
                        part['scales'][key])
       for label, (rates, values) in case.curves.items():
-        line[column].plot(rates, values, 'x', ms=5, color=LOOKS[
-            'vLLM' if label == 'vLLM' else 'chunked']['color'],
-                      label=f'published, {label}')
+        line[column].plot(rates, values, PUBLISHED.get(label, 'x'), ms=5,
+                          color=LOOKS[label if label in LOOKS else 'chunked'][
+                              'color'], label=f'published, {label}')
       line[column].axvline(case.goodput[0], color='tab:blue', ls=':', lw=1,
                        label='published goodput, DistServe')
       line[2 + column].axvline(case.scale[0], color='tab:blue', ls=':', lw=1)
@@ -224,8 +230,8 @@ def draw11(data, figure):
                       ms=3, capsize=2, label=label, alpha=0.8,
                       **LOOKS[label])
     for name, values in reported.FIG11.items():
-      axes.plot(reported.FIG11_RATES, values, 'x', color=LOOKS[name]['color'],
-                label=f'published draft, {name}')
+      axes.plot(reported.FIG11_RATES, values, PUBLISHED.get(name, 'x'),
+                color=LOOKS[name]['color'], label=f'published draft, {name}')
     axes.axhline(90, color='grey', lw=0.8, ls='--')
     axes.set_ylim(0, 103)
     axes.legend(fontsize=7)
@@ -238,13 +244,14 @@ def draw_table2(data, figure):
   axes = figure.subplots()
   for column, name in ((0, 'vLLM'), (2, 'DistServe-Low')):
     axes.plot([v[column] for v in reported.TABLE2.values()],
-              [v[column + 1] for v in reported.TABLE2.values()], '^', ms=5,
+              [v[column + 1] for v in reported.TABLE2.values()],
+              'v' if column == 0 else '^', ms=5,
               color='tab:red' if column == 0 else 'tab:blue',
               label=f'paper, {name}')
-  for name in sorted({p[0] for p in data['points']}):
+  for mark, name in zip(itertools.cycle('osDPX*hp'), sorted(
+      {p[0] for p in data['points']}), strict=False):
     axes.plot(*zip(*((p[2], p[3]) for p in data['points'] if p[0] == name),
-                   strict=True), 'o' if 'trace' in name else 'x'
-              if 'bench' in name else 's', mfc='none',
+                   strict=True), mark, mfc='none',
               color='tab:red' if 'vLLM' in name or 'colocated' in name else
               'tab:green' if 'chunked' in name else 'tab:blue',
               label=f'our simulator, {name}')
@@ -258,11 +265,12 @@ def draw_table3(data, figure):
   axes = figure.subplots()
   for y, bar in enumerate(data['bars']):
     title, published, same, best, low, high, theirs, ours = bar
-    for shift, value, colour, label, text in (
-        (-.27, published, 'tab:grey', "published goodput", theirs),
-        (0, same, 'tab:blue', "paper's placement, simulated", theirs),
-        (.27, best, 'tab:green', 'best found, simulated, 95 %', ours)):
-      axes.barh(y + shift, value or 0, 0.24, color=colour, alpha=.6,
+    for number, (value, label, text) in enumerate((
+        (published, 'published goodput', theirs),
+        (same, "paper's placement, simulated", theirs),
+        (best, 'best found, simulated, 95 %', ours))):
+      shift = .27 * (number - 1)
+      axes.barh(y + shift, value or 0, 0.24, **pictures.fill(number),
                 label=None if y else label)
       axes.text(.01, y + shift, text if value else text + ': ruled out by a '
                 'bound', fontsize=7, va='center')

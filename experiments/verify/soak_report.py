@@ -110,11 +110,11 @@ def draw(path, soak):
   figure = Figure(figsize=(10, 7), layout='constrained')
   top, middle, low = figure.subplots(
       3, 1, sharex=True, height_ratios=(3, 1.5, 1))
-  for name, colour, keep in (
-      ('no fault hit it', '#9db4c8', lambda r: not r['retries']),
-      ('a fault hit it', '#c0392b', lambda r: r['retries'])):
+  for name, mark, colour, keep in (
+      ('no fault hit it', '.', '#9db4c8', lambda r: not r['retries']),
+      ('a fault hit it', 'x', '#c0392b', lambda r: r['retries'])):
     chosen = [r for r in soak.done if keep(r) and r['status'] != 'cancelled']
-    top.plot([r['s'] for r in chosen], [r['latency_s'] for r in chosen], '.',
+    top.plot([r['s'] for r in chosen], [r['latency_s'] for r in chosen], mark,
              color=colour, label=f'{name} ({len(chosen)})', markersize=5)
   top.set_ylabel('latency, s')
   top.legend(frameon=False, loc='upper right', ncols=2)

@@ -132,6 +132,24 @@ def test_a_folder_that_was_measured_in_another_way(tmp_path):
         'requests': 30}), Console())
 
 
-def test_problems_that_there_are_not():
+@pytest.mark.parametrize('problems', [['kv'], [], ['strict', 'strict']])
+def test_problems_that_there_are_not(problems):
   with pytest.raises(InputError, match='--problems=.*kv-limit'):
-    coverage.run(cli.options(coverage.FLAGS, problems=['kv']), Console())
+    coverage.run(cli.options(coverage.FLAGS, problems=problems), Console())
+
+
+@pytest.mark.parametrize('name, text', [
+    ('coverage.json', '{"made_by": {"opti'), ('coverage.json', '[]'),
+    ('coverage.json', '{"made_by": {"options": {}}, "truths": {}}'),
+    ('coverage.csv', 'problem,seed\nkv-limit,0\n'), ('coverage.csv', None),
+    ('coverage.csv', 'problem,seed,low,high,truth_low,truth_high\n'
+                     'kv,0,1,2,1,2\n')])
+def test_files_that_are_not_its_own_are_told(tmp_path, name, text):
+  options = cli.options(coverage.FLAGS, out=str(tmp_path), **TINY)
+  coverage.save(tmp_path, options, coverage.Measured({}, []))
+  if text is None:
+    (tmp_path / name).unlink()
+  else:
+    (tmp_path / name).write_text(text)
+  with pytest.raises(InputError, match=str(tmp_path)):
+    coverage.run(options, Console())

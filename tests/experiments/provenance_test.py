@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import pathlib
 import subprocess
 import sys
 
@@ -42,6 +43,31 @@ def test_a_file_of_results_is_json_in_a_folder_that_is_made(tmp_path):
   read = json.loads(path.read_text(), parse_constant=refuse)
   assert read['rows'] == [None, [1.5, None]]
   assert read['made_by']['options'] == {'ttft_s': None}
+
+
+@pytest.mark.parametrize('save', [
+    lambda path: provenance.save_json(path, {'new': 1}, {}),
+    lambda path: provenance.save_trace(path, {'new': 1}, {}),
+    lambda path: provenance.save_csv(path, ['new'], [[1]])])
+def test_a_write_that_ends_early_leaves_what_was_there(
+    tmp_path, monkeypatch, save):
+  path, write = tmp_path / 'x', pathlib.Path.write_text
+  path.write_text('old')
+
+  def killed(self, text, **options):
+    write(self, text[:len(text) // 2], **options)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(pathlib.Path, 'write_text', killed)
+  with pytest.raises(KeyboardInterrupt):
+    save(path)
+  assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
+  monkeypatch.setattr(pathlib.Path, 'write_text', write)
+  link = tmp_path / 'link'
+  link.symlink_to(path)
+  save(link)
+  assert link.is_symlink() and 'new' in path.read_text()
+  save('/dev/null')
 
 
 @pytest.mark.parametrize('bench, changes', [

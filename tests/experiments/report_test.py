@@ -14,6 +14,7 @@ from dsjax.analysis.record import STAGES, Record
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Slo
 from experiments.common import pictures, report
+from tests.common.legible import alike
 
 SLO = Slo(ttft_s=1.0, tpot_s=0.1)
 
@@ -164,6 +165,20 @@ def test_a_mode_keeps_its_look_which_is_told_apart_in_grey():
   assert len({look['color'] for look in both.values()}) == 3
   drawn = [pictures.look(n) for n in range(7)]
   assert len({(look['marker'], look['linestyle']) for look in drawn}) == 7
+
+
+def test_what_differs_by_colour_alone_is_found():
+  """The check of tests/experiments/conftest.py, of every picture drawn."""
+  axes = report.Figure().subplots()
+  for number, label in enumerate('abc'):
+    axes.plot([1], [2], **pictures.look(number), label=label)
+    axes.bar([number], [1], label=f'bar {label}', **pictures.fill(number))
+  axes.plot([1], [2], color='red')  # without a label
+  assert alike(axes.figure) == []
+  axes.plot([1], [2], **pictures.look(1) | {'color': 'red'}, label='d')
+  axes.bar([3], [1], label='bar d')
+  axes.errorbar([1], [2], [1], **pictures.look(2), label='e')
+  assert alike(axes.figure) == [('b', 'd'), ('bar a', 'bar d'), ('c', 'e')]
 
 
 def test_cdf_is_of_all_requests_sent():

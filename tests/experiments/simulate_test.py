@@ -278,7 +278,8 @@ def test_an_interval_of_runs_is_of_what_differs_between_them():
   assert share == 0.8 and low < 0.01 and high == 1  # t of 3: 0.8 +- 0.86
 
 
-@pytest.mark.parametrize('seeds', [[], ['1', '1'], ['-1'], ['x'], ['1.5']])
+@pytest.mark.parametrize('seeds', [
+    [], ['1', '1'], ['-1'], ['x'], ['1.5'], ['1', '01'], ['9' * 5000]])
 def test_seeds_are_different_integers(seeds):
   with pytest.raises(InputError, match='--seeds='):
     simulate.run(cli.options(simulate.FLAGS, rates='4', seeds=seeds),

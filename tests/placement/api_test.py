@@ -238,11 +238,17 @@ def test_a_tight_objective_is_judged_as_it_is():
   problem = api.make_problem(lengths='fixed:300x20', latency=FAST)
   system = judging.setup(problem, judging.Candidate(
       Placement(colocated=[Plan()]), None, False, math.inf))
-  judge = judging.Judge(problem, system)
-  assert judge.objectives(5.0) == problem.slo
   # 20 tokens of 0.1 s, ten times.
-  assert judge.length(50.0) == 50 * 10 * 2
+  judge = judging.Judge(problem, system, 500.0)
+  for rate_per_s in (5.0, 50.0, 500.0):
+    assert judge.objectives(rate_per_s) == problem.slo
+    assert judge.length(rate_per_s) == max(
+        problem.requests, rate_per_s * 10 * 2)
   assert judge.length(0.1) == problem.requests
+  # More than LONGEST times the most requests: loose at such rates.
+  loose = judging.Judge(problem, system, 3000.0)
+  assert loose.length(3000.0) == loose.most
+  assert loose.objectives(3000.0).tpot_s < problem.slo.tpot_s
 
 
 def test_a_profile_of_another_model_is_refused(tmp_path):

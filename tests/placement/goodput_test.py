@@ -50,6 +50,16 @@ def test_goodput_says_when_nothing_or_everything_attains():
   assert always.high_per_s == math.inf
 
 
+def test_that_no_rate_attains_is_found_in_a_few_runs():
+  bounds = Bisection(stride=1.4, least_per_s=1e-4)
+  never = goodput.search(lambda rate, n: [False] * n, 0.9, 1.0,
+                         bisection=bounds)
+  assert (never.binds, never.high_per_s) == ('floor', 1e-4)
+  assert never.runs <= 11  # 29 in steps of 1.4
+  far = goodput.search(coin(0.003), 0.9, 1.0, bisection=bounds)
+  assert far.rate_per_s == pytest.approx(0.003, rel=0.05)
+
+
 def test_one_rate_is_enough_to_be_beaten():
   calls = []
 
@@ -148,7 +158,23 @@ def test_no_rate_passes_a_tight_search_on_its_first_requests():
   best = goodput.search(hits_at, 0.9, 6.0, 1.05, 400, 6400, Bisection(
       stride=1.1, tight=True))
   assert best.low_per_s <= 5.0 <= best.high_per_s < 6.0
-  assert set(sizes) == {400, 6400}
+  assert set(sizes) == {400, 800, 1600, 3200, 6400}
+
+
+def test_a_look_before_the_end_must_be_surer_in_a_tight_search():
+  """Of 400 requests 85 % attain, of all that follow all."""
+  sizes = []
+
+  def hits_at(rate, n):
+    sizes.append(n)
+    return [i >= 400 or i % 20 > 2 for i in range(n)] if rate < 5 else (
+        [False] * n)
+
+  best = goodput.search(hits_at, 0.9, 4.0, 1.05, 1600, 3200, Bisection(
+      stride=1.1, tight=True, looks_from=400))
+  assert best.low_per_s > 4.6
+  # What fails beyond doubt ends at once.
+  assert sizes.count(400) > sizes.count(800) == sizes.count(3200) > 0
 
 
 @pytest.mark.parametrize('start, bounds, misses', [

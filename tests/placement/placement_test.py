@@ -13,6 +13,7 @@ from dsjax.config import zoo
 from dsjax.config.checks import InputError
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.placement import Placement, Plan, Slo
+from dsjax.config.request import Request, Sampling
 from dsjax.placement import (
   algorithms,
   api,
@@ -225,6 +226,21 @@ def test_memory_bounds_decode():
       seconds, large, [(74, 51)]) == pytest.approx(256 / 0.01 / 50)
 
 
+def test_a_guess_of_decode_is_where_steps_take_the_objective_or_memory_ends():
+  seconds = latency.Affine((0.0, 0.0, 0.0), (0.01, 0.0, 1e-3))
+  ample = InstanceConfig('decode', 10**6, 1, 256, 64, 4)
+  lengths = [(74, 51)] * 9
+  # Ten rows take 20 ms; a request has 50 steps.
+  assert bounds.tpot_guess_per_s(seconds, ample, lengths, 0.02) == (
+      pytest.approx(10 / 0.02 / 50))
+  # 500 tokens hold five rows of 99.5, whose steps take 15 ms.
+  small = dataclasses.replace(ample, num_pages=500)
+  assert bounds.tpot_guess_per_s(seconds, small, lengths, 0.02) == (
+      pytest.approx(5 / 0.015 / 50))
+  assert bounds.tpot_guess_per_s(seconds, ample, lengths, 0.01) == 0
+  assert bounds.tpot_guess_per_s(seconds, ample, [(9, 1)], 0.02) == math.inf
+
+
 def test_share_that_an_idle_machine_meets():
   seconds = latency.Affine((0.0, 1e-3, 0.0), (0.01, 0.0, 0.0))
   instance = seconds, InstanceConfig('colocated', 1000, 16, 16, 512, 4)
@@ -245,6 +261,50 @@ def test_what_an_idle_machine_misses_is_not_simulated():
   assert state.race([state.candidate(Placement(
       colocated=[Plan()]))]) is None
   assert (state.pruned, state.simulations) == (1, 0)
+
+
+def test_a_race_is_won_by_half_the_tolerance(monkeypatch):
+  tasks = []
+
+  def measure(problem, task):
+    tasks.append(task)
+    rate = 2.0 * task.candidate.devices
+    return goodput.Goodput(rate, rate, rate, 'target', 0.9, 1)
+
+  monkeypatch.setattr(judging, 'measure', measure)
+  p = problem(tolerance=0.2)
+  state = search._Search(p, None, map)
+  state.race([state.candidate(Placement(colocated=[plan]))._replace(
+      bound_per_s=9.9) for plan in (Plan(1), Plan(2), Plan(3))])
+  assert [t.beat_per_s for t in tasks] == [
+      None, None, pytest.approx(2.2 * tasks[2].candidate.devices)]
+
+
+def test_what_still_runs_counts_as_a_hit_until_a_rate_may_pass(monkeypatch):
+  """Every tenth answer is long. Of 60 requests the last is known late."""
+  def long_tail(rate_per_s, n):
+    return [Request(i, arrival_s, range(60), Sampling(
+        max_tokens=150 if i % 10 == 9 else 4)) for i, arrival_s in enumerate(
+            workload.arrivals('poisson', rate_per_s, n, seed=3))]
+
+  p = problem(workload=long_tail, slo=Slo(0.2, 0.02))
+  candidate = search.candidate(p, Placement(colocated=[Plan()]))
+  system = judging.setup(p, candidate)
+  judge = judging.Judge(p, system, 100.0)
+  rate_per_s = 40.0
+  full = judge.length(rate_per_s)
+  assert 120 < full < 1000
+  runs = judging.Runs(p, system, judge, 4 * full)
+  runs(rate_per_s, 60)  # the first is a run of its own
+  every = goodput.steady_hits(judging.run(
+      p, system, rate_per_s, 4 * full), p.slo, warmup=0.0)
+  early = runs(rate_per_s, 60)
+  assert len(runs.going.ids) <= 2 * 60 + 1
+  assert runs.going.done < 60  # not all had ended
+  assert len(early) == 48 and all(
+      told >= hit for told, hit in zip(early, every[12:60], strict=True))
+  monkeypatch.setattr(judge, 'length', lambda rate_per_s: 60)
+  assert runs(rate_per_s, 60) == every[12:60] != early
 
 
 def test_processes_do_not_change_the_answer(answer):
@@ -304,12 +364,27 @@ def test_the_best_are_measured_tightly_and_at_both_targets(answer):
     assert 0 < low <= row.per_device <= high < 2 * low
 
 
-def test_other_batches_are_tried_of_the_first_few(monkeypatch):
+def keep_known(self, candidate, goodput, keep=search._Search.keep):
+  """A line of what was beaten as if half as much as the best were known."""
+  if goodput.binds == 'beaten':
+    goodput = dataclasses.replace(goodput, binds='target',
+                                  rate_per_s=goodput.high_per_s / 2)
+  return keep(self, candidate, goodput)
+
+
+@pytest.mark.parametrize('near', [1.2, 1e9])
+def test_other_batches_are_tried_of_the_first_few(monkeypatch, near):
   monkeypatch.setattr(search, 'RETRIED', 2)
+  monkeypatch.setattr(search, 'NEAR', near)
+  monkeypatch.setattr(search._Search, 'keep', keep_known)
   state = search._Search(problem(strict=None, effort=1.0), None, map)
   algorithms.low_affinity(state)
   base, race, tried = state.tokens(Plan()), state.race, []
-  first = [row.placement for row in search._sorted(state.rows)[:2]]
+  rows = search._sorted(state.rows)[:2]
+  assert 0 < 1.2 * rows[1].per_device < rows[0].per_device
+  first = [row.placement for row in rows
+           if row.per_device > rows[0].per_device / near]
+  assert len(first) == (1 if near == 1.2 else 2)
   state.race = lambda some, least: tried.extend(some) or race(some, least)
   state.finish()
   assert [(c.placement, c.prefill_tokens) for c in tried] == [
@@ -378,6 +453,18 @@ def row(mode, rate, spread=0.02, **plans):
      'No clear winner: disaggregated serves 1.0')))
 def test_verdict(rows, begins):
   assert re.match(begins, verdict.verdict(rows))
+
+
+def test_a_verdict_is_of_what_has_an_interval():
+  rough, other = row('disaggregated', 4.0), row('colocated', 2.0)
+  sure = row('disaggregated', 3.0, prefill=[Plan(2)], decode=[Plan(1)])
+  rows = [rough, *(dataclasses.replace(each, goodput=dataclasses.replace(
+      each.goodput, tight=True)) for each in (sure, other))]
+  assert 'serves 1.00 ' in verdict.verdict(rows)
+  state = search._Search(problem(), None, map)
+  state.rows = rows
+  assert {*state.best()} == {rows[0], rows[2]}
+  assert {*state.best(tight=True)} == {*rows[1:]}
 
 
 def test_the_verdict_counts_copies():
