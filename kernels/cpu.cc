@@ -247,7 +247,7 @@ void attend(const float* q, Pages<T> keys, Pages<T> values,
   const int64_t padded = (end - begin + kPanel - 1) / kPanel * kPanel;
   const int64_t vectors = (width + kLanes - 1) / kLanes;
   const int64_t wide = vectors * kLanes;
-  static thread_local std::vector<float> query, panel, scores, result;
+  static thread_local std::vector<float> query, panel, scores, held, result;
   query.assign(all * wide, 0);
   scores.resize(all * padded);
   result.assign(all * wide, 0);
@@ -261,8 +261,11 @@ void attend(const float* q, Pages<T> keys, Pages<T> values,
     panel.resize(width * kPanel);
     int64_t filled = 0;
     auto flush = [&](int64_t to) {
-      product(all, kVectors, query.data(), panel.data(),
-              scores.data() + to - filled, width, wide, kPanel, padded);
+      const int64_t t = begin + to - filled;  // no row before `r` sees it
+      const int64_t r = std::max<int64_t>(0, t - pos) * group / kRows * kRows;
+      product(all - r, kVectors, query.data() + r * wide, panel.data(),
+              scores.data() + r * padded + to - filled, width, wide, kPanel,
+              padded);
       filled = 0;
     };
     keys.each(head, table, begin, end, [&](int64_t t, int64_t n, const T* key) {
@@ -297,16 +300,31 @@ void attend(const float* q, Pages<T> keys, Pages<T> values,
     sums[r] = softmax(scores.data() + r * padded, from - begin, to - begin,
                       padded);
   }
-  values.each(head, table, begin, end, [&](int64_t t, int64_t n, const T* v) {
-    const float* weight = scores.data() + t - begin;
-    product(all, width / kLanes, weight, v, result.data(), n, padded, width,
-            wide, true);
-    for (int64_t h = width / kLanes * kLanes; h < width; ++h)
-      for (int64_t r = 0; r < all; ++r)
-        for (int64_t i = 0; i < n; ++i)
-          result[r * wide + h] += weight[r * padded + i] *
-                                  value(v[i * width + h]);
-  });
+  auto weigh = [&](int64_t t, int64_t n, const auto* v) {
+    for (int64_t r = 0; r < all; r += kRows) {
+      const int64_t rows = std::min<int64_t>(kRows, all - r);
+      const int64_t seen = std::min(n, pos + (r + rows - 1) / group + 1 - t);
+      const float* weight = scores.data() + r * padded + t - begin;
+      float* to = result.data() + r * wide;
+      product(rows, width / kLanes, weight, v, to, seen, padded, width, wide,
+              true);
+      for (int64_t h = width / kLanes * kLanes; h < width; ++h)
+        for (int64_t k = 0; k < rows; ++k)
+          for (int64_t i = 0; i < seen; ++i)
+            to[k * wide + h] += weight[k * padded + i] *
+                                value(v[i * width + h]);
+    }
+  };
+  if (count > 1) {
+    held.resize((end - begin) * width);
+    values.each(head, table, begin, end, [&](int64_t t, int64_t n, const T* v) {
+      std::transform(v, v + n * width, held.data() + (t - begin) * width,
+                     [](T x) { return value(x); });
+    });
+    weigh(begin, end - begin, held.data());
+  } else {
+    values.each(head, table, begin, end, weigh);
+  }
   for (int64_t r = 0; r < all; ++r)
     for (int64_t h = 0; h < width; ++h)
       out[at(r) + h] = result[r * wide + h] / sums[r];
