@@ -14,6 +14,7 @@ from rich.console import Console
 
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan
+from dsjax.runtime import weights
 from dsjax.scheduling import event_log, scheduler
 from experiments import serve
 from experiments.common import cli, machine, report, terminal
@@ -49,8 +50,12 @@ def rows(path):
   return [json.loads(line) for line in lines]
 
 
-def test_all_modes(tmp_path, capsys):
+def test_all_modes(tmp_path, capsys, monkeypatch):
+  place, placed = weights._place, []
+  monkeypatch.setattr(weights, '_place', lambda shapes, params: (
+      placed.append(shapes) or place(shapes, params)))
   assert start(tmp_path, 'sampling.temperature=0.8') == 0
+  assert len(placed) == 1  # six instances, one copy
   told, out = capsys.readouterr().out, tmp_path / 'out'
   check_written(told, out)
   said = ' '.join(told.split())
