@@ -59,7 +59,7 @@ def packed_tree(params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     weights = [leaves.pop(name) for name in names]
     if real:
       panels = dataclasses.replace(panels, w_QIp=_packed(
-          panels.w_QIp, names, weights, rooms))
+          mesh, panels.w_QIp, names, weights, rooms))
     leaves[' '.join(names)] = panels
   return params
 
@@ -101,12 +101,13 @@ def _abstract(mesh: Mesh, leaves: Mapping[str, Any],
       sharding=NamedSharding(mesh, _spec(by_inputs))), parts, mesh, by_inputs)
 
 
-def _packed(like: jax.ShapeDtypeStruct, names: tuple[str, ...],
+def _packed(mesh: Mesh, like: jax.ShapeDtypeStruct, names: tuple[str, ...],
             weights: list[jax.Array], rooms: Sequence[Iterator[np.ndarray]]
             ) -> jax.Array:
   """Panels of these weights, in the next place of each device's room."""
   shards, p, bits = [], like.shape[2], f'uint{like.dtype.itemsize * 8}'
-  parts = zip(*map(sharding.on_host, weights), strict=True)
+  parts = zip(*(sharding.on_host(mesh, weight) for weight in weights),
+              strict=True)
   for room, leaves in zip(rooms, parts, strict=True):
     to_QIp = next(room).view(bits).reshape(
         like.sharding.shard_shape(like.shape))

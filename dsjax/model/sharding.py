@@ -220,11 +220,11 @@ def spec(leaf: str) -> PartitionSpec:
   return PartitionSpec(*axes[:axes.index(AXIS) + 1])
 
 
-def on_host(x: jax.Array) -> list[np.ndarray]:
-  """An array's part of each device of its mesh. Of CPU devices no copies."""
+def on_host(mesh: Mesh, x: jax.Array) -> list[np.ndarray]:
+  """The part of each device of an array's mesh. Of CPU devices no copies."""
   held = {shard.device: shard.data for shard in x.addressable_shards}
   with jax.transfer_guard_device_to_host('allow'):  # it is meant to
-    return [np.asarray(held[device]) for device in x.sharding.mesh.devices.flat]
+    return [np.asarray(held[device]) for device in mesh.devices.flat]
 
 
 def from_host(like: jax.ShapeDtypeStruct,

@@ -43,7 +43,7 @@ class _Held:
   def __init__(self, shapes: Shapes, params: Mapping[str, Any] | Stored
                ) -> None:
     self.source = params  # kept: its id is in the key
-    self.parts = [sharding.on_host(x)
+    self.parts = [sharding.on_host(shapes.mesh, x)
                   for x in jax.tree.leaves(_place(shapes, params))]
 
   def put(self, shapes: Shapes) -> dict[str, Any]:
