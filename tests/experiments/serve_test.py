@@ -1,5 +1,6 @@
 """The runner from end to end on a tiny model, and what it says to bad input."""
 
+import gc
 import json
 import pathlib
 import signal
@@ -51,9 +52,11 @@ def rows(path):
 
 
 def test_all_modes(tmp_path, capsys, monkeypatch):
-  place, placed = weights._place, []
-  monkeypatch.setattr(weights, '_place', lambda shapes, params: (
-      placed.append(shapes) or place(shapes, params)))
+  place, placing, placed = weights._place, weights.placing, []
+  monkeypatch.setattr(weights, '_place', lambda *args: (
+      placed.append(args) or place(*args)))
+  monkeypatch.setattr(weights, 'placing', lambda *args: (
+      gc.collect() and None) or placing(*args))
   assert start(tmp_path, 'sampling.temperature=0.8') == 0
   assert len(placed) == 1  # six instances, one copy
   told, out = capsys.readouterr().out, tmp_path / 'out'
