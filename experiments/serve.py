@@ -129,8 +129,11 @@ def _check_length(config, model, request):
 
 
 def serve_mode(config, mode, placement, model, requests, screen, policy,
-               latency, cluster=None):
+               latency, cluster, engines):
   """Runs the requests in one mode: a Result, checked.
+
+  engines: a list of those of the mode before, stopped, whose weights are read
+  on; then of this one's.
 
   Raises:
     KeyboardInterrupt: while it warmed up.
@@ -140,6 +143,7 @@ def serve_mode(config, mode, placement, model, requests, screen, policy,
   with dsjax.serve(model, placement, config.engine,
                    report=screen.warming, policy=policy,
                    latency=latency, cluster=cluster) as server:
+    engines[:] = server.engines
     with machine.compilations() as compiled:
       stopped, others = False, machine.Others()
       try:
@@ -150,6 +154,8 @@ def serve_mode(config, mode, placement, model, requests, screen, policy,
       finally:
         screen.served()
       cores = others.cores()
+  for engine in engines:
+    engine.stop()
   scheduler.check(server.state)
   first = event_log.replay(server.scheduler_config, server.log)
   assert first is None, f'{mode}: log entry {first} replays otherwise'
@@ -203,13 +209,13 @@ def serve_modes(config, model, requests, console, policy=DISTSERVE,
     a Result for each mode; when stopped by Ctrl-C, of those that began to
     serve.
   """
-  results = []
+  results, engines = [], []
   with terminal.Interrupts() as interrupts, terminal.Screen(
       console, interrupts.halt) as screen:
     for mode, placement in zip(config.modes, config.placements, strict=True):
       try:
         result = serve_mode(config, mode, placement, model, requests, screen,
-                            policy, latency, cluster)
+                            policy, latency, cluster, engines)
       except KeyboardInterrupt:
         break
       results.append(result)

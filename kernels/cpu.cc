@@ -10,10 +10,11 @@
 #include <functional>
 #include <memory>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #ifdef __SSE2__
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
 #include "xla/ffi/api/ffi.h"
@@ -29,6 +30,8 @@ constexpr int kLanes = 8, kVectors = 2, kRows = 6;  // 12 of 16
 #endif
 constexpr int kPanel = kLanes * kVectors;
 constexpr int kBlock = 192;  // queries of a prompt that share a kv head
+constexpr int64_t kPart = 8 * kRows;  // rows of a product that are one task
+constexpr int64_t kHeld = 1 << 18;  // numbers of rows that stay in a core's L2
 constexpr float kNever = -1e30f;
 typedef float Vec __attribute__((vector_size(4 * kLanes), aligned(4)));
 typedef int32_t Int __attribute__((vector_size(4 * kLanes), aligned(4)));
@@ -37,7 +40,12 @@ typedef uint32_t Word __attribute__((vector_size(4 * kLanes), aligned(4)));
 
 Vec load(const float* at) { return *reinterpret_cast<const Vec*>(at); }
 Vec load(const uint16_t* at) {  // bfloat16
+#ifdef __AVX512F__  // GCC 12 would widen it by halves
+  Word bits = reinterpret_cast<Word>(_mm512_cvtepu16_epi32(
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))));
+#else
   Word bits = __builtin_convertvector(*reinterpret_cast<const Half*>(at), Word);
+#endif
   return reinterpret_cast<Vec>(bits << 16);
 }
 float value(float x) { return x; }
@@ -95,65 +103,73 @@ void parallel(ffi::ThreadPool& pool, int64_t n,
 }
 
 // y[r, :n] = sum_i x[r, i] w[i, :n] for R rows, n = V kLanes; added to y if
-// `more`. stride: from a row of w to the next; width: of a row of y.
-template <int R, int V, typename W>
-void tile(const float* x, const W* w, float* y, int64_t inner, int64_t across,
-          int64_t stride, int64_t width, bool more) {
-  Vec sum[R][V] = {};
+// `more`. across, width: from a row of x, of y, to the next; stride: of w. It
+// prefetches `ahead` meanwhile, `step` on an i. No loops over the sums, row by
+// row: GCC 12 would keep some of them in memory.
+template <int R, int V, typename W, size_t... I>
+void tile(std::index_sequence<I...>, const W* w, const float* x, float* y,
+          int64_t inner, int64_t across, int64_t stride, int64_t width,
+          bool more, const W* ahead, int64_t step) {
+  Vec sum[R * V];
   if (more)
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) sum[r][v] = load(y + r * width + v * kLanes);
-  for (int64_t i = 0; i < inner; ++i) {
-    const W* row = w + i * stride;
-    __builtin_prefetch(row + 24 * stride);
-    for (int v = 0; v < V; ++v) {
-      Vec weight = load(row + v * kLanes);
-      for (int r = 0; r < R; ++r) sum[r][v] += x[r * across + i] * weight;
-    }
+    ((sum[I] = load(y + I / V * width + I % V * kLanes)), ...);
+  else
+    ((sum[I] = Vec{}), ...);
+  for (int64_t i = 0; i < inner; ++i, w += stride, ahead += step) {
+    __builtin_prefetch(ahead);
+    ((sum[I] += x[I / V * across + i] * load(w + I % V * kLanes)), ...);
   }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v)
-      *reinterpret_cast<Vec*>(y + r * width + v * kLanes) = sum[r][v];
+  ((*reinterpret_cast<Vec*>(y + I / V * width + I % V * kLanes) = sum[I]), ...);
 }
 
 // The same of up to kRows rows and kVectors vectors.
-template <typename W, int R = kRows, int V = kVectors>
-void small(int64_t count, int64_t vectors, const float* x, const W* w, float* y,
-           int64_t inner, int64_t across, int64_t stride, int64_t width,
-           bool more) {
+template <typename W, int R = kRows, int V = kVectors, typename... Rest>
+void small(int64_t count, int64_t vectors, const W* w, Rest... rest) {
   if constexpr (V > 1)
-    if (vectors < V)
-      return small<W, R, V - 1>(count, vectors, x, w, y, inner, across, stride,
-                                width, more);
+    if (vectors < V) return small<W, R, V - 1>(count, vectors, w, rest...);
   if constexpr (R > 1)
-    if (count < R)
-      return small<W, R - 1, V>(count, vectors, x, w, y, inner, across, stride,
-                                width, more);
-  tile<R, V>(x, w, y, inner, across, stride, width, more);
+    if (count < R) return small<W, R - 1, V>(count, vectors, w, rest...);
+  tile<R, V, W>(std::make_index_sequence<R * V>(), w, rest...);
 }
 
-// The same of any number of both; across: from a row of x to the next.
+// The same of any number of both. next: the weights that are read after these,
+// brought here by the first tiles; or null, as of what is read only once.
 template <typename W>
 void product(int64_t count, int64_t vectors, const float* x, const W* w,
              float* y, int64_t inner, int64_t across, int64_t stride,
-             int64_t width, bool more = false) {
+             int64_t width, bool more = false, const W* next = nullptr) {
+  constexpr int64_t line = 64 / sizeof(W);
   const int64_t parts = (vectors + kVectors - 1) / kVectors;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t v = vectors * part / parts;
-    for (int64_t r = 0; r < count; r += kRows)
+    const W* here = w + v * kLanes;
+    for (int64_t r = 0; r < count; r += kRows) {
+      const bool early = next && r < kVectors * kRows;
       small<W>(std::min<int64_t>(kRows, count - r),
-               vectors * (part + 1) / parts - v, x + r * across,
-               w + v * kLanes, y + r * width + v * kLanes, inner, across,
-               stride, width, more);
+               vectors * (part + 1) / parts - v, here, x + r * across,
+               y + r * width + v * kLanes, inner, across, stride, width, more,
+               early ? next + r / kRows * inner * line : here + 24 * stride,
+               early ? line : stride);
+    }
   }
 }
 
+// A task is a few rows and a panel. Those of a group of rows that stay in the
+// cache come panel by panel, so that a panel is read once a group.
 template <typename W>
 void multiply(ffi::ThreadPool& pool, const float* x, const W* w, float* y,
               int64_t count, int64_t panels, int64_t inner) {
-  parallel(pool, panels, [=](int64_t p) {
-    product(count, kVectors, x, w + p * inner * kPanel, y + p * kPanel, inner,
-            inner, kPanel, panels * kPanel);
+  const int64_t parts = (count + kPart - 1) / kPart;
+  const int64_t group = std::max<int64_t>(1, kHeld / inner / kPart);
+  parallel(pool, parts * panels, [=](int64_t task) {
+    const int64_t first = task / (group * panels) * group;
+    const int64_t size = std::min(group, parts - first);
+    const int64_t at = task - first * panels, p = at / size;
+    const int64_t row = (first + at % size) * kPart, width = panels * kPanel;
+    const W* panel = w + p * inner * kPanel;
+    product(std::min(kPart, count - row), kVectors, x + row * inner, panel,
+            y + row * width + p * kPanel, inner, inner, kPanel, width, false,
+            size > 1 && p + 1 < panels ? panel + inner * kPanel : nullptr);
   });
 }
 
@@ -243,20 +259,19 @@ void attend(const float* q, Pages<T> keys, Pages<T> values,
       query[r * wide + h] = scale * q[at(r) + h];
   if (count > 1) {
     panel.resize(width * kPanel);
-    held.resize(kPanel * width);
     int64_t filled = 0;
     auto flush = [&](int64_t to) {
-      for (int64_t h = 0; h < width; ++h)
-        for (int64_t i = 0; i < kPanel; ++i)
-          panel[h * kPanel + i] = held[i * width + h];
-      product(all, kVectors, query.data(), panel.data(),
-              scores.data() + to - filled, width, wide, kPanel, padded);
+      const int64_t t = begin + to - filled;  // no row before `r` sees it
+      const int64_t r = std::max<int64_t>(0, t - pos) * group / kRows * kRows;
+      product(all - r, kVectors, query.data() + r * wide, panel.data(),
+              scores.data() + r * padded + to - filled, width, wide, kPanel,
+              padded);
       filled = 0;
     };
     keys.each(head, table, begin, end, [&](int64_t t, int64_t n, const T* key) {
-      for (int64_t i = 0; i < n; ++i) {
+      for (int64_t i = 0; i < n; ++i, key += width) {
         for (int64_t h = 0; h < width; ++h)
-          held[filled * width + h] = value(key[i * width + h]);
+          panel[h * kPanel + filled] = value(key[h]);
         if (++filled == kPanel) flush(t + i + 1 - begin);
       }
     });
@@ -285,16 +300,31 @@ void attend(const float* q, Pages<T> keys, Pages<T> values,
     sums[r] = softmax(scores.data() + r * padded, from - begin, to - begin,
                       padded);
   }
-  values.each(head, table, begin, end, [&](int64_t t, int64_t n, const T* v) {
-    const float* weight = scores.data() + t - begin;
-    product(all, width / kLanes, weight, v, result.data(), n, padded, width,
-            wide, true);
-    for (int64_t h = width / kLanes * kLanes; h < width; ++h)
-      for (int64_t r = 0; r < all; ++r)
-        for (int64_t i = 0; i < n; ++i)
-          result[r * wide + h] += weight[r * padded + i] *
-                                  value(v[i * width + h]);
-  });
+  auto weigh = [&](int64_t t, int64_t n, const auto* v) {
+    for (int64_t r = 0; r < all; r += kRows) {
+      const int64_t rows = std::min<int64_t>(kRows, all - r);
+      const int64_t seen = std::min(n, pos + (r + rows - 1) / group + 1 - t);
+      const float* weight = scores.data() + r * padded + t - begin;
+      float* to = result.data() + r * wide;
+      product(rows, width / kLanes, weight, v, to, seen, padded, width, wide,
+              true);
+      for (int64_t h = width / kLanes * kLanes; h < width; ++h)
+        for (int64_t k = 0; k < rows; ++k)
+          for (int64_t i = 0; i < seen; ++i)
+            to[k * wide + h] += weight[k * padded + i] *
+                                value(v[i * width + h]);
+    }
+  };
+  if (count > 1) {
+    held.resize((end - begin) * width);
+    values.each(head, table, begin, end, [&](int64_t t, int64_t n, const T* v) {
+      std::transform(v, v + n * width, held.data() + (t - begin) * width,
+                     [](T x) { return value(x); });
+    });
+    weigh(begin, end - begin, held.data());
+  } else {
+    values.each(head, table, begin, end, weigh);
+  }
   for (int64_t r = 0; r < all; ++r)
     for (int64_t h = 0; h < width; ++h)
       out[at(r) + h] = result[r * wide + h] / sums[r];

@@ -77,11 +77,13 @@ def panel() -> int:
   return loaded.dsjax_panel()
 
 
-def pack(w_OI: jax.Array) -> jax.Array:
-  """Weights as panels w_QIp of p = panel() outputs; zeros fill the last."""
-  p, (outputs, inputs) = panel(), w_OI.shape
-  padded_OI = jnp.pad(w_OI, ((0, -outputs % p), (0, 0)))
-  return padded_OI.reshape(-1, p, inputs).swapaxes(1, 2)
+def pack(w_OI: np.ndarray, to_QIp: np.ndarray) -> None:
+  """Copies weights to panels of p = panel() outputs, where zeros are."""
+  (outputs, inputs), p = w_OI.shape, to_QIp.shape[2]
+  whole, rest = divmod(outputs, p)
+  to_QpI = to_QIp.swapaxes(1, 2)
+  to_QpI[:whole] = w_OI[:outputs - rest].reshape(whole, p, inputs)
+  to_QpI[whole:whole + 1, :rest] = w_OI[outputs - rest:]
 
 
 def room(sizes: Sequence[int]) -> Iterator[np.ndarray]:

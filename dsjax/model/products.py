@@ -1,7 +1,6 @@
 """Products with weights, stored output-first or packed for a CPU."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -53,12 +52,14 @@ def packed_tree(params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
   groups = [(leaves, names, _abstract(mesh, leaves, names))
             for leaves, names in _groups(params)]
   real = not isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct)
-  rooms = _rooms(mesh, [panels.w_QIp for _, _, panels in groups] * real)
+  sizes = [math.prod(panels.w_QIp.sharding.shard_shape(panels.w_QIp.shape))
+           * panels.w_QIp.dtype.itemsize for _, _, panels in groups]
+  rooms = [cpu.room(sizes) for _ in range(mesh.size * real)]
   for leaves, names, panels in groups:
     weights = [leaves.pop(name) for name in names]
     if real:
-      panels = dataclasses.replace(panels, w_QIp=_placed(
-          panels.w_QIp, _packed(mesh, names, weights), rooms))
+      panels = dataclasses.replace(panels, w_QIp=_packed(
+          mesh, panels.w_QIp, names, weights, rooms))
     leaves[' '.join(names)] = panels
   return params
 
@@ -100,40 +101,22 @@ def _abstract(mesh: Mesh, leaves: Mapping[str, Any],
       sharding=NamedSharding(mesh, _spec(by_inputs))), parts, mesh, by_inputs)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _packed(mesh: Mesh, names: tuple[str, ...],
-            weights: list[jax.Array]) -> jax.Array:
-  """The bits of panels, which numpy reads whatever the dtype."""
-  def shard(weights: list[jax.Array]) -> jax.Array:
-    return jnp.concatenate([cpu.pack(weight.reshape(
-        math.prod(weight.shape[:weight.ndim - INPUTS.get(name, 1)]), -1))
-        for name, weight in zip(names, weights, strict=True)])
-
-  panels_QIp = sharding.shard_map(
-      mesh, shard, ([sharding.spec(name) for name in names],),
-      _spec(_by_inputs(names)))(weights)
-  return jax.lax.bitcast_convert_type(
-      panels_QIp, f'uint{panels_QIp.dtype.itemsize * 8}')
-
-
-def _rooms(mesh: Mesh, panels: Sequence[jax.ShapeDtypeStruct]
-           ) -> dict[jax.Device, Iterator[np.ndarray]]:
-  """For each device the places of its panels, side by side in cpu.room."""
-  sizes = [math.prod(like.sharding.shard_shape(like.shape))
-           * like.dtype.itemsize for like in panels]
-  return {device: cpu.room(sizes) for device in mesh.devices.flat}
-
-
-def _placed(like: jax.ShapeDtypeStruct, packed: jax.Array,
-            rooms: Mapping[jax.Device, Iterator[np.ndarray]]) -> jax.Array:
-  """Panels, copied to the next place of each room; device_put copies none."""
-  shards = []
-  for shard in packed.addressable_shards:
-    to = next(rooms[shard.device]).view(packed.dtype).reshape(shard.data.shape)
-    np.copyto(to, np.from_dlpack(shard.data))
-    shards.append(jax.device_put(to.view(like.dtype), shard.device))
-  return jax.make_array_from_single_device_arrays(like.shape, like.sharding,
-                                                  shards)
+def _packed(mesh: Mesh, like: jax.ShapeDtypeStruct, names: tuple[str, ...],
+            weights: list[jax.Array], rooms: Sequence[Iterator[np.ndarray]]
+            ) -> jax.Array:
+  """Panels of these weights, in the next place of each device's room."""
+  shards, p, bits = [], like.shape[2], f'uint{like.dtype.itemsize * 8}'
+  parts = zip(*(sharding.on_host(mesh, weight) for weight in weights),
+              strict=True)
+  for room, leaves in zip(rooms, parts, strict=True):
+    to_QIp = next(room).view(bits).reshape(
+        like.sharding.shard_shape(like.shape))
+    shards.append(to_QIp.view(like.dtype))
+    for name, leaf in zip(names, leaves, strict=True):
+      outputs = math.prod(leaf.shape[:leaf.ndim - INPUTS.get(name, 1)])
+      cpu.pack(leaf.view(bits).reshape(outputs, -1), to_QIp)
+      to_QIp = to_QIp[-(-outputs // p):]
+  return sharding.from_host(like, shards)
 
 
 def project(weight: Weight, x_SI: jax.Array, inputs: int = 1) -> jax.Array:

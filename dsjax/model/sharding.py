@@ -220,6 +220,23 @@ def spec(leaf: str) -> PartitionSpec:
   return PartitionSpec(*axes[:axes.index(AXIS) + 1])
 
 
+def on_host(mesh: Mesh, x: jax.Array) -> list[np.ndarray]:
+  """The part of each device of an array's mesh. Of CPU devices no copies."""
+  held = {shard.device: shard.data for shard in x.addressable_shards}
+  with jax.transfer_guard_device_to_host('allow'):  # it is meant to
+    return [np.asarray(held[device]) for device in mesh.devices.flat]
+
+
+def from_host(like: jax.ShapeDtypeStruct,
+              parts: Sequence[np.ndarray]) -> jax.Array:
+  """The inverse of on_host. A CPU device has the parts themselves, where they
+  begin at a multiple of 64 bytes, which nothing may write to any more."""
+  return jax.make_array_from_single_device_arrays(
+      like.shape, like.sharding, [
+          jax.device_put(part, device) for part, device in zip(
+              parts, like.sharding.mesh.devices.flat, strict=True)])
+
+
 def kv(mesh: Mesh) -> NamedSharding:
   """Cache arrays and migrating pages: split by kv head."""
   return NamedSharding(mesh, PartitionSpec(AXIS))

@@ -12,7 +12,6 @@ overlap in the stages because every dispatch is asynchronous.
 
 import collections
 import concurrent.futures
-import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -23,13 +22,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsjax.checkpoints.checkpoint import Model
-from dsjax.checkpoints.orbax_file import Stored
 from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig, InstanceConfig
 from dsjax.config.request import Sampling
-from dsjax.model import products, sampling, sharding, transformer
+from dsjax.model import sampling, sharding, transformer
 from dsjax.model.kv_cache import Cache
-from dsjax.runtime import host_memory, migration
+from dsjax.runtime import host_memory, migration, weights
 from dsjax.runtime.arrays import is_sound
 from dsjax.runtime.landing import Landings
 from dsjax.runtime.memory import size_pages
@@ -53,17 +51,9 @@ class _Stage:
 
   def __init__(self, shapes: Shapes, params: Any) -> None:
     self.shapes, self.whole = shapes, sharding.replicated(shapes.mesh)
-    place = (params.place if isinstance(params, Stored) else
-             functools.partial(sharding.place_params, params=params))
-    self._read = functools.partial(place, shapes.layout, shapes.span,
-                                   shapes.mesh)
+    self._place = weights.placing(shapes, params)
     self.params: dict[str, Any] | None = self._place()
     self.empty()
-
-  def _place(self) -> dict[str, Any]:
-    params = self._read()
-    return (products.packed_tree(params, self.shapes.mesh)
-            if self.shapes.panels else params)
 
   def empty(self) -> None:
     """Makes cache and slots anew, and puts weights again that were lost."""

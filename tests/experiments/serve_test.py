@@ -1,5 +1,6 @@
 """The runner from end to end on a tiny model, and what it says to bad input."""
 
+import gc
 import json
 import pathlib
 import signal
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan
+from dsjax.runtime import weights
 from dsjax.scheduling import event_log, scheduler
 from experiments import serve
 from experiments.common import cli, machine, report, terminal
@@ -49,8 +51,14 @@ def rows(path):
   return [json.loads(line) for line in lines]
 
 
-def test_all_modes(tmp_path, capsys):
+def test_all_modes(tmp_path, capsys, monkeypatch):
+  place, placing, placed = weights._place, weights.placing, []
+  monkeypatch.setattr(weights, '_place', lambda *args: (
+      placed.append(args) or place(*args)))
+  monkeypatch.setattr(weights, 'placing', lambda *args: (
+      gc.collect() and None) or placing(*args))
   assert start(tmp_path, 'sampling.temperature=0.8') == 0
+  assert len(placed) == 1  # six instances, one copy
   told, out = capsys.readouterr().out, tmp_path / 'out'
   check_written(told, out)
   said = ' '.join(told.split())

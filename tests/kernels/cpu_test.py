@@ -23,7 +23,14 @@ needed = pytest.mark.skipif(bool(build_cpu.build()), reason='no C++ compiler')
 
 def weights(outputs, inputs, dtype=jnp.float32):
   rng = np.random.default_rng(outputs)
-  return jnp.asarray(rng.standard_normal((outputs, inputs)), dtype)
+  return rng.standard_normal((outputs, inputs)).astype(dtype)
+
+
+def packed(w_OI):
+  p, (outputs, inputs) = cpu.panel(), w_OI.shape
+  to_QIp = np.zeros((-(-outputs // p), inputs, p), w_OI.dtype)
+  cpu.pack(w_OI, to_QIp)
+  return to_QIp
 
 
 @needed
@@ -31,7 +38,7 @@ def weights(outputs, inputs, dtype=jnp.float32):
 @pytest.mark.parametrize('outputs', [1, 47, 48, 49, 200])
 def test_a_product_is_that_of_float64(outputs, dtype):
   w_OI = weights(outputs, 37, dtype)
-  w_QIp = cpu.pack(w_OI)
+  w_QIp = packed(w_OI)
   rng = np.random.default_rng(0)
   for count in (1, 2, 5, 6, 7, 8, 9, 15, 16, 33):
     x_SI = rng.standard_normal((count, 37)).astype(np.float32)
@@ -42,11 +49,14 @@ def test_a_product_is_that_of_float64(outputs, dtype):
 
 
 @needed
-def test_a_row_is_the_same_bits_in_any_batch():
-  w_QIp = cpu.pack(weights(100, 65))
-  x_SI = np.random.default_rng(1).standard_normal((40, 65)).astype(np.float32)
+@pytest.mark.parametrize('inputs', [65, 1536, 9000])
+def test_a_row_is_the_same_bits_in_any_batch(inputs):
+  """300: of several tasks, in one group of them, in three, and each its own."""
+  w_QIp = packed(weights(100, inputs))
+  x_SI = np.random.default_rng(1).standard_normal((300, inputs)).astype(
+      np.float32)
   got_SO = np.asarray(multiply(x_SI, w_QIp))
-  for row in (0, 7, 8, 39):
+  for row in range(300):
     np.testing.assert_array_equal(multiply(x_SI[row:row + 1], w_QIp)[0],
                                   got_SO[row])
 
