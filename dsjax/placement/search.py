@@ -29,6 +29,9 @@ WAVE = 4
 # they must be: these changed the goodput by up to 15 %, so what was second may
 # be first.
 RETRIED, NEAR = 3, 1.2
+# Bounds are of the first SAMPLE lengths of the workload, whose mean is that of
+# all within some hundredths: an interval may pass its bound by so much.
+SAMPLE, SLACK = 1024, 1.1
 
 
 class Progress(NamedTuple):
@@ -95,7 +98,7 @@ class _Search:
 
   def __init__(self, problem: SearchProblem, report: Report | None,
                map: Callable[..., Iterable]) -> None:
-    self.problem, self.lengths = problem, candidates.lengths(problem, 1024)
+    self.problem, self.lengths = problem, candidates.lengths(problem, SAMPLE)
     self.report, self.map = report or (lambda _: None), map
     self.simulations = self.pruned = self.done = self.total = 0
     self.unfit: set[Plan] = set()
@@ -300,7 +303,7 @@ class _Search:
       rows = [r for r in self.best() if _key(r) not in tight.values()]
       beat = {r.placement.mode: r.per_device for r in self.rows
               if _key(r) in tight.values()}
-      tasks = [Task(self.again(r), problem.target, r.devices
+      tasks = [Task(_slack(self.again(r)), problem.target, r.devices
                     * beat.get(r.placement.mode, 0.0) or None,
                     effort=problem.effort, tight=True,
                     start_per_s=r.goodput.rate_per_s) for r in rows]
@@ -391,8 +394,13 @@ def measure(problem: SearchProblem, candidate: Candidate) -> Goodput:
   """The Goodput of a Candidate, as a search ends with its best."""
   rough = judging.measure(problem, Task(candidate, problem.target))
   return judging.measure(problem, Task(
-      candidate, problem.target, effort=problem.effort, tight=True,
+      _slack(candidate), problem.target, effort=problem.effort, tight=True,
       start_per_s=rough.rate_per_s or None))
+
+
+def _slack(candidate: Candidate) -> Candidate:
+  """With a bound that holds whatever the lengths are."""
+  return candidate._replace(bound_per_s=SLACK * candidate.bound_per_s)
 
 
 def _row(candidate: Candidate, goodput: Goodput) -> RankedPlacement:

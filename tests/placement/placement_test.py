@@ -263,6 +263,29 @@ def test_what_an_idle_machine_misses_is_not_simulated():
   assert (state.pruned, state.simulations) == (1, 0)
 
 
+def test_an_interval_may_pass_a_bound_that_is_of_a_sample(monkeypatch):
+  tasks = []
+
+  def measure(problem, task):
+    tasks.append(task)
+    return goodput.Goodput(3.0, 3.0, 3.0, 'cap', 1.0, 1, task.tight)
+
+  monkeypatch.setattr(judging, 'measure', measure)
+  monkeypatch.setattr(search, 'bottleneck', lambda *_: '')
+  p = problem(strict=None)
+  candidate = search.candidate(p, Placement(colocated=[Plan()]))
+  search.measure(p, candidate)
+  state = search._Search(p, None, map)
+  state.race([candidate])
+  state.finish()
+  bounds = {tight: {t.candidate.bound_per_s for t in tasks
+                    if t.tight == tight and not t.candidate.prefill_tokens}
+            for tight in (False, True)}
+  assert bounds[False] == {candidate.bound_per_s}
+  loosened, = bounds[True]
+  assert 1.05 < loosened / candidate.bound_per_s < 1.2
+
+
 def test_a_race_is_won_by_half_the_tolerance(monkeypatch):
   tasks = []
 
