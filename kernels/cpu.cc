@@ -104,32 +104,42 @@ void parallel(ffi::ThreadPool& pool, int64_t n,
 
 // y[r, :n] = sum_i x[r, i] w[i, :n] for R rows, n = V kLanes; added to y if
 // `more`. across, width: from a row of x, of y, to the next; stride: of w. It
-// prefetches `ahead` meanwhile, `step` on an i. No loops over the sums, row by
-// row: GCC 12 would keep some of them in memory.
-template <int R, int V, typename W, size_t... I>
+// prefetches `ahead` meanwhile, `step` on an i. No loops over the sums, and row
+// by row: GCC 12 would keep some in memory. `once`: vector by vector, as weights
+// that come from memory come late.
+template <int R, int V, bool once, typename W, size_t... I>
 void tile(std::index_sequence<I...>, const W* w, const float* x, float* y,
           int64_t inner, int64_t across, int64_t stride, int64_t width,
           bool more, const W* ahead, int64_t step) {
+  constexpr int r[] = {(once ? I % R : I / V)...};
+  constexpr int v[] = {(once ? I / R : I % V) * kLanes...};
   Vec sum[R * V];
   if (more)
-    ((sum[I] = load(y + I / V * width + I % V * kLanes)), ...);
+    ((sum[I] = load(y + r[I] * width + v[I])), ...);
   else
     ((sum[I] = Vec{}), ...);
   for (int64_t i = 0; i < inner; ++i, w += stride, ahead += step) {
     __builtin_prefetch(ahead);
-    ((sum[I] += x[I / V * across + i] * load(w + I % V * kLanes)), ...);
+    ((sum[I] += x[r[I] * across + i] * load(w + v[I])), ...);
   }
-  ((*reinterpret_cast<Vec*>(y + I / V * width + I % V * kLanes) = sum[I]), ...);
+  ((*reinterpret_cast<Vec*>(y + r[I] * width + v[I]) = sum[I]), ...);
 }
 
 // The same of up to kRows rows and kVectors vectors.
 template <typename W, int R = kRows, int V = kVectors, typename... Rest>
-void small(int64_t count, int64_t vectors, const W* w, Rest... rest) {
+void small(int64_t count, int64_t vectors, bool once, const W* w,
+           Rest... rest) {
   if constexpr (V > 1)
-    if (vectors < V) return small<W, R, V - 1>(count, vectors, w, rest...);
+    if (vectors < V)
+      return small<W, R, V - 1>(count, vectors, once, w, rest...);
   if constexpr (R > 1)
-    if (count < R) return small<W, R - 1, V>(count, vectors, w, rest...);
-  tile<R, V, W>(std::make_index_sequence<R * V>(), w, rest...);
+    if (count < R)
+      return small<W, R - 1, V>(count, vectors, once, w, rest...);
+  const auto sums = std::make_index_sequence<R * V>();
+  if (R < kRows || once)
+    tile<R, V, true, W>(sums, w, rest...);
+  else
+    tile<R, V, R < kRows, W>(sums, w, rest...);
 }
 
 // The same of any number of both. next: the weights that are read after these,
@@ -146,7 +156,8 @@ void product(int64_t count, int64_t vectors, const float* x, const W* w,
     for (int64_t r = 0; r < count; r += kRows) {
       const bool early = next && r < kVectors * kRows;
       small<W>(std::min<int64_t>(kRows, count - r),
-               vectors * (part + 1) / parts - v, here, x + r * across,
+               vectors * (part + 1) / parts - v, count <= kRows, here,
+               x + r * across,
                y + r * width + v * kLanes, inner, across, stride, width, more,
                early ? next + r / kRows * inner * line : here + 24 * stride,
                early ? line : stride);
