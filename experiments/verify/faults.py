@@ -12,7 +12,6 @@ import functools
 import os
 import pathlib
 import sys
-import tempfile
 
 import jax
 import numpy as np
@@ -227,10 +226,10 @@ def inject(server):
   return (ProcessInjector if remote else Injector)(server)
 
 
-def orders_in(folder=None):
+def orders_in(folder):
   """Servers that are made from now on with `engine` have their orders in this
-  folder, or in a new one."""
-  os.environ[FOLDER] = str(folder or tempfile.mkdtemp(prefix='dsjax-faults-'))
+  folder; an Injector gives them to servers of the last one."""
+  os.environ[FOLDER] = str(folder)
 
 
 def _write(path, text):

@@ -60,7 +60,8 @@ LOST, FAILED = InstanceDown, MigrateFailed
 
 
 @pytest.fixture(scope='module')
-def shared():
+def shared(tmp_path_factory):
+  faults.orders_in(tmp_path_factory.mktemp('orders'))  # of all of them
   servers = {}
   yield servers
   for server in servers.values():
@@ -76,7 +77,6 @@ def started(mode):
   config = dataclasses.replace(CONFIG, checksum=name == '1p1d')
   if name == mode:
     return server_of(mode, config)
-  faults.orders_in()
   return dsjax.serve(
       dataclasses.replace(serving.MODEL, recipe=Recipe(config=serving.CONFIG)),
       serving.MODES[name][0], config, cluster='local',
