@@ -370,6 +370,9 @@ def _stage_bars(axes, results):
     axes.legend(**_BELOW)
 
 
+_LOST = 'x+1234'  # a marker a mode, of requests that got no token
+
+
 def over_time(axes, results, field, limit_s):
   """A latency by arrival time; at the top, those that got no token.
 
@@ -383,7 +386,8 @@ def over_time(axes, results, field, limit_s):
               **pictures.look(numbers[mode]) | {'linestyle': ''},
               markersize=3, label=mode)
     if lost:
-      axes.plot(lost, [0.97] * len(lost), 'x', color='#b02a1c', markersize=4,
+      axes.plot(lost, [0.97] * len(lost), color='#b02a1c', linestyle='',
+                marker=_LOST[numbers[mode] % len(_LOST)], markersize=5,
                 label=f'{mode}: no token',
                 transform=axes.get_xaxis_transform())
   if math.isfinite(limit_s):

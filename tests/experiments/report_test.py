@@ -181,6 +181,15 @@ def test_what_differs_by_colour_alone_is_found():
   assert alike(axes.figure) == [('b', 'd'), ('bar a', 'bar d'), ('c', 'e')]
 
 
+def test_requests_without_a_token_are_told_apart_too():
+  axes = report.Figure().subplots()
+  lost = Record(1, 2.0, 8, 2, status='rejected')
+  report.over_time(axes, [(mode, [_record(0), lost]) for mode in (
+      'flood', 'after', 'other')], 'ttft_s', SLO.ttft_s)
+  assert 'after: no token' in [line.get_label() for line in axes.lines]
+  assert alike(axes.figure) == []
+
+
 def test_cdf_is_of_all_requests_sent():
   figure = report.Figure()
   axes = figure.subplots()
