@@ -125,7 +125,7 @@ def difference(hits: Sequence[bool], others: Sequence[bool]
   mean = float(each.mean())
   # As if one more differed: that none did is not sure of the next.
   spread = (float((each**2).sum()) + 1) / len(each) - mean**2
-  half = max([_Z * math.sqrt(spread / len(each)), *_halves(each)])
+  half = max([_Z * math.sqrt(spread / len(each)), *_halves(each.tolist())])
   return mean, max(-1.0, mean - half), min(1.0, mean + half)
 
 
