@@ -2,13 +2,12 @@
 
 Every plan is built on the devices at hand and timed over a grid of batch x
 length: prefills, later chunks, decode steps, mixed (chunked) steps, what the
-serving loop adds to a decode step (host), and migrations between each pair of
-plans while the one prefills and the other decodes; and how two instances of
-plan 1x1 slow each other: nothing on devices of their own, much on the CPU
-devices of one process, something in two processes that share a memory. All
-cells are timed in turn, round after round, and the median of each counts, so
-that a busy moment spoils no single cell. Buckets are part of the result: a
-batch costs what its compiled size costs.
+serving loop adds to a decode step (host), migrations between each pair of
+plans, and how two instances of plan 1x1 slow each other: nothing on devices of
+their own, much on the CPU devices of one process. All cells are timed in turn,
+round after round, and the median of each counts, so that a busy moment spoils
+no single cell. Buckets are part of the result: a batch costs what its compiled
+size costs.
 
 With `cluster` instances are processes, as a server has them: steps are those
 of a process with its own cores while the other one is idle, and what KV takes
@@ -216,29 +215,18 @@ def host_times(model: Model, config: EngineConfig, plan: Plan, bare: Cells,
 
 def transfer_times(source: Any, target: Any,
                    lengths: Sequence[int], rounds: int,
-                   tick: Callable[[], object],
-                   ends: Sequence[Cells] = ()) -> list[float]:
-  """Median seconds of a migration of each length.
-
-  ends: Cells of both; then each is timed as when they serve: the target
-    decodes, and the source begins its next prefill. (): both are idle.
-  """
+                   tick: Callable[[], object]) -> list[float]:
+  """Median seconds of a migration of each length, between idle instances."""
   route = source.route_to(target)
   route.warm()
-  cells = typical(source.config)
 
   def timed(n):
     def run():
       ids = [tuple(range(-(-n // e.capacity.page_size)))
              for e in (source, target)]
-      busy = [end.run(*cells['decode'])[0] for end in ends[1:]]
       start = time.perf_counter()
-      transfer = route.start(Migrate(0, 1, 0, ids[0], 1, ids[1], n))
-      busy += [end.run(*cells['prefill'])[0] for end in ends[:1]]
-      transfer.wait()
-      seconds = time.perf_counter() - start
-      jax.block_until_ready(busy)
-      return seconds
+      route.start(Migrate(0, 1, 0, ids[0], 1, ids[1], n)).wait()
+      return time.perf_counter() - start
     return run
   return in_rounds([timed(n) for n in lengths], rounds, tick)
 
@@ -386,7 +374,7 @@ class _Profiler:
         cells, buckets_of(self.config),
         max(0.0, statistics.median(host)) if host else 0.0, plan.pp)
 
-  def link(self, plan, bare, to):
+  def link(self, plan, source, to):
     """The latency.Link to a plan; None where noise hides the bandwidth."""
     tick = _ticks(self.report, f'{plan}: to {to}',
                   (self.rounds + 1) * len(self.lengths))
@@ -396,12 +384,9 @@ class _Profiler:
       for end in (source, target):
         for _ in end.warm():
           pass
-      bare = Cells(source)
     else:
-      source = bare.instance
       target = build(self.model, to, 'decode', self.config, self.apart)
-    seconds = transfer_times(source, target, self.lengths, self.rounds, tick,
-                             (bare, Cells(target)))
+    seconds = transfer_times(source, target, self.lengths, self.rounds, tick)
     if seconds[-1] <= seconds[0]:
       return None
     return fitting.fit_link(self.lengths, seconds, kv_cache.bytes_per_token(
@@ -478,7 +463,7 @@ def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
       if plan == Plan() and side_by_side and not work.stopped:
         shared = work.contention(bare)
       for to in plans if not work.stopped else ():
-        if link := work.link(plan, bare, to):
+        if link := work.link(plan, source, to):
           links[plan, to] = link
     except KeyboardInterrupt:
       work.stopped = True

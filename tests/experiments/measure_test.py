@@ -101,7 +101,7 @@ class Faked(profiling._Profiler):
     self.report(0, 1, f'{plan}: steps')
     return [fitting.Cell(((0, 8),), 0, 0, 1.0), fitting.Cell((), 1, 8, 1.0)]
 
-  def link(self, plan, bare, to):
+  def link(self, plan, source, to):
     self.report(0, 1, f'{plan}: to {to}')
     return latency.Link(0.0, 1.0, 1.0)
 
