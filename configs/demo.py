@@ -27,5 +27,5 @@ config = Serve(
                         run_ahead=1, prefix_cache=False),
     workload=Workload(requests=16, rate_per_s=2.0, seed=1),
     sampling=Sampling(max_tokens=32),
-    slo=Slo(ttft_s=0.75, tpot_s=0.075),
+    slo=Slo(ttft_s=0.75, tpot_s=0.06),
 )
