@@ -14,8 +14,8 @@ are compiled for the three modes together, not 22.
 It should say that every mode answered 16 of 16, that nothing was compiled
 while serving and that all answers are equal token for token; then the tables,
 the verdict and where the files are. On a 2-core CPU machine that did nothing
-else: no clear winner; attained 100 %, 75 % and 81 %; TPOT p90 53, 81 and
-81 ms; TTFT p90 437, 519 and 553 ms.
+else: no clear winner; attained 100 %, 69 % and 63 %; TPOT p90 47, 70 and
+70 ms; TTFT p90 414, 542 and 515 ms.
 """
 
 from configs.serve import Serve, Workload

@@ -69,8 +69,7 @@ def bare(tmp_path_factory):
 
 
 @pytest.mark.parametrize('path', [
-    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (
-        path.stem != '3_kernels'))
+    pytest.param(path, id=path.stem, marks=pytest.mark.slow)
     for path in NOTEBOOKS])
 @pytest.mark.filterwarnings('ignore')
 def test_runs_where_dsjax_is_not_installed(path, bare, wheel, tmp_path,

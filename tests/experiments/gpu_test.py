@@ -68,6 +68,7 @@ def test_what_crashes_hangs_or_fails_costs_only_itself(tmp_path):
   assert outcomes['goes'].ok and not outcomes['hangs'].ok
 
 
+@pytest.mark.slow
 def test_a_task_that_writes_nothing_or_leaves_children_is_ended(tmp_path):
   silent = tasks.Task('tune', 'silent', 5, own=(sys.executable, '-c', ''))
   family = tasks.Task('tune', 'family', 5, own=(

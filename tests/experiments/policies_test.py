@@ -74,6 +74,7 @@ def test_traces_are_found_in_their_folder_or_left_out(tmp_path):
     run(tmp_path, workloads=['azure-conv'], traces=str(tmp_path / 'none'))
 
 
+@pytest.mark.slow
 def test_the_grid_has_every_model(tmp_path, monkeypatch):
   monkeypatch.setattr(policies, 'GRID', (
       ('llama-3-8b', 'tables:h100-80g', '1x1', 2),

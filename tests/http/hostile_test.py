@@ -338,7 +338,7 @@ def text_of(running, **more):
   return answer.json()['choices'][0]['text']
 
 
-@pytest.mark.parametrize('share', [4, pytest.param(
+@pytest.mark.parametrize('share', [8, pytest.param(
     2, marks=pytest.mark.deep)])
 def test_hostile_requests_leave_nothing_behind(running, share):
   assert sum(KINDS.values()) == 2000

@@ -222,6 +222,7 @@ def test_loose_objectives_are_bounded_work(monkeypatch, slo):
   assert answer.rows[0].per_device > 10
 
 
+@pytest.mark.slow
 def test_a_queue_that_grows_misses_objectives_that_are_loose():
   # One prompt at a time, a second each; two a second is a queue that grows.
   single = latency.Affine((1.0, 0.0, 0.0), (1e-3, 0.0, 0.0))

@@ -298,7 +298,8 @@ def late_flips(run, after_s):
 
 
 @pytest.mark.parametrize('name', (
-    'arrow', 'planner', 'planner:by=reactive', 'replan', 'adaptive'))
+    'arrow', 'planner', 'planner:by=reactive', 'replan',
+    pytest.param('adaptive', marks=pytest.mark.slow)))
 def test_none_swings_at_a_constant_load(name):
   assert len(late_flips(served(name, 60, requests=900), 7)) <= 1
 

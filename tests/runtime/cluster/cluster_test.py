@@ -368,8 +368,8 @@ def test_nobody_loses_by_a_process_that_is_killed(pair, stage):
 
 
 @pytest.mark.parametrize('harm, index', [
-    (stop, 0), *(pytest.param(*harm, marks=pytest.mark.slow) for harm in (
-        (cut, 1), (garble, 0), (lose, 1), (double, 0)))])
+    pytest.param(*harm, marks=pytest.mark.slow) for harm in (
+        (stop, 0), (cut, 1), (garble, 0), (lose, 1), (double, 0))])
 def test_what_hangs_or_is_cut_off_is_lost(pair, harm, index, monkeypatch):
   ids = [pair.submit(prompt, **params) for prompt, params in WORK]
   until(lambda: any(type(event) is Migrated for event, _ in pair.log), pair)
@@ -649,8 +649,8 @@ if sys.argv[1] == 'raise':
 """
 
 
-@pytest.mark.parametrize('end', ['SIGKILL', 'SIGINT', pytest.param(
-    'raise', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('end', ['SIGKILL', *(
+    pytest.param(end, marks=pytest.mark.slow) for end in ('SIGINT', 'raise'))])
 def test_instances_end_with_their_server(end):
   """However it ends; one that is not closed too, and one that is stopped."""
   script = subprocess.Popen(

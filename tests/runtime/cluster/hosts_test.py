@@ -189,6 +189,7 @@ def two_hosts(folder):
       process.communicate()
 
 
+@pytest.mark.slow
 def test_two_hosts_serve_and_one_that_is_gone_costs_no_request(tmp_path):
   before = children()
   work = [serving.job(4 + n % 9, 8 + n % 7, n) for n in range(24)]
