@@ -398,6 +398,7 @@ def test_arrow_fills_a_decode_instance_up_to_its_places():
   assert [r.instances[-1] for r in records] == [1] * 4 + [2] * 3
 
 
+@pytest.mark.slow
 def test_replanning_follows_a_load_that_steps_up():
   """DistServe: the split of the light load fails the heavy one."""
   process = 'step:low=10:high=90:period_s=24'
