@@ -284,17 +284,17 @@ def _goodput(problem: candidates.SearchProblem, task: judging.Task
 
 def workloads(options: Any) -> tuple[dict[str, str], list[str]]:
   """({workload: its lengths}, the traces that are not there)."""
-  found, absent = {}, []
+  there, absent = {}, []
   for name in options.workloads:
     if name not in TRACES:
-      found[pathlib.Path(name).stem] = name
+      there[pathlib.Path(name).stem] = name
       continue
     path = pathlib.Path(options.traces, TRACES[name])
     if path.exists():
-      found[name] = str(path)
+      there[name] = str(path)
     else:
       absent.append(f'{name}: no file {path}')
-  return found, absent
+  return there, absent
 
 
 def cells(options: Any) -> Iterator[Cell]:
@@ -323,16 +323,16 @@ def run(options: Any, console: Any) -> int:
   for name in options.orders:
     require(name in (FIFO, DEADLINES), '--orders', name,
             f'of {[FIFO, DEADLINES]}')
-  found, absent = workloads(options)
+  there, absent = workloads(options)
   for text in absent:
     console.print(f'{text}: left out', soft_wrap=True, highlight=False)
-  require(found, '--workloads', options.workloads, 'one that is there')
+  require(there, '--workloads', options.workloads, 'one that is there')
   asked, told = list(cells(options)), cli.asked(options, FLAGS)
   if options.real:
     return real_row.run(options, console, [
         variants(cell)[0] for cell in asked if (cell.objective, cell.workload)
-        == (options.objectives[0], next(iter(found)))],
-                        told, next(iter(found.values())))
+        == (options.objectives[0], next(iter(there)))],
+                        told, next(iter(there.values())))
   effort = Effort(options.requests, options.tolerance, options.target,
                   options.seed)
   for cell in asked:
@@ -351,7 +351,7 @@ def run(options: Any, console: Any) -> int:
     if line.phases:
       console.print(words(line), soft_wrap=True, highlight=False)
   provenance.save_json(out / 'policies.json', {'stopped': stopped}, told, [
-      *found.values(), *dict.fromkeys(cell.latency for cell in asked)])
+      *there.values(), *dict.fromkeys(cell.latency for cell in asked)])
   if shown:
     draw(out, shown)
   if stopped:

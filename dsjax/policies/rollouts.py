@@ -75,19 +75,19 @@ def better(policy: Policy, slo: Slo, view: View,
       tuple([settled(i.latency) for i in instances]), view.link,
       rounded(view.load))
   now = tuple([i.role for i in instances])
-  least = play(now, 0.0).share + NOISE
+  least = play(now, 0.0).share + NOISE  # that is worth a change
   if least >= 1:
     return {}
-  found: dict[Roles, Played] = {}
+  ahead: dict[Roles, Played] = {}
   for roles in choices:
-    most = max([least, *[each.share - TIE for each in found.values()]])
-    if roles != now:
-      each = play(roles, math.floor(most / GRAIN) * GRAIN)
-      if each.share > most:
-        found[roles] = each
-  most = max([each.share - TIE for each in found.values()], default=1.0)
-  best = min([roles for roles in found if found[roles].share >= most],
-             key=lambda roles: found[roles].scale, default=now)
+    if roles == now:
+      continue
+    outcome = play(roles, math.floor(least / GRAIN) * GRAIN)
+    if outcome.share > least:
+      ahead[roles] = outcome
+      least = max(least, outcome.share - TIE)
+  best = min([roles for roles in ahead if ahead[roles].share >= least],
+             key=lambda roles: ahead[roles].scale, default=now)
   return {i.index: role for i, role in zip(instances, best, strict=True)
           if role != i.role}
 

@@ -173,13 +173,13 @@ def hits(pages: Pages, hashes: Iterable[int]) -> list[Kept]:
   """What is kept of a prompt: the first pages, those of these hashes."""
   if not isinstance(pages, Cache):
     return []
-  found: list[Kept] = []
+  entries: list[Kept] = []
   for hash in hashes:
     entry = pages.kept.get(hash)
     if entry is None:
       break
-    found.append(entry)
-  return found
+    entries.append(entry)
+  return entries
 
 
 def hold(pages: Pages, hashes: Sequence[int]) -> tuple[Pages, tuple[int, ...]]:

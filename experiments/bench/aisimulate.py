@@ -59,13 +59,13 @@ def check(python: str, sent: int) -> None:
   """Raises InputError where a Python lacks it, or so few requests are sent
   that no tenth can be told from all."""
   try:
-    found = subprocess.run(
+    has_it = subprocess.run(
         [python, '-c', 'import importlib.util as u, sys; '
          'sys.exit(u.find_spec("aisimulate") is None)'], check=False,
         stderr=subprocess.DEVNULL).returncode == 0
   except OSError:
-    found = False
-  require(found, '--aisimulate', python,
+    has_it = False
+  require(has_it, '--aisimulate', python,
           'a Python that has AISimulate: make aisimulate')
   require(sent >= 10, '--requests', sent, '10 or more with --aisimulate')
 
