@@ -151,14 +151,6 @@ def problem(options, cluster, policy, seed):
       policy=policy, cluster=cluster)
 
 
-def _seeds(texts):
-  """The seeds of the flag, each once."""
-  seeds = [int(text) for text in texts if text.isdecimal() and len(text) < 19]
-  require(texts and len(set(seeds)) == len(texts), '--seeds', ','.join(texts),
-          'different integers, 0 or more, with commas between')
-  return seeds
-
-
 def _policies(text, slo):
   """{what it is called: Policy} of the flag; one alone needs no name."""
   texts = text.split(',')
@@ -226,7 +218,7 @@ def run(options, console):
   """Simulates, shows and writes; returns the exit code."""
   varied, kind = settings(options)
   cluster, placements = _cluster(options)
-  drawn, named = _seeds(options.seeds), _policies(
+  drawn, named = cli.seeds(options.seeds), _policies(
       options.policy, Slo(options.ttft_s, options.tpot_s))
   problems = {(name, seed): problem(options, cluster, policy, seed)
               for name, policy in named.items() for seed in drawn}

@@ -21,12 +21,16 @@ are profiled in such processes, and so is what they still share. Rates, if not
 given, are shares of what a burst really achieves; objectives, if not given, are
 multiples of medians of the calibration runs, the same for all modes.
 
+With --seeds=0,1,2,3,4 the requests of a row are of five workloads, served one
+after another: intervals are of the five runs, and so is that of how far the
+simulated share is from the real one, run by run.
+
 --minutes=25 begins no row later than that, and --resume goes on with a folder
 whose rows are not all there: with its profile, rates and objectives. With
 --profile too, what the folder has is simulated once more, with that one.
 
 Files in --out: summary.json (a row for each mode and rate, kept by Ctrl-C),
-validate.png, latency.json (bench), events-MODE-RATE.jsonl.
+validate.png, latency.json (bench), events-MODE-RATE-SEED.jsonl.
 
 Exit codes: 0; 2 for bad input; 130 when stopped by Ctrl-C.
 """
@@ -60,6 +64,7 @@ from experiments.common import (
   terminal,
 )
 from experiments.common import overrides as configs
+from experiments.common.seeds import half_width
 from experiments.common.validate_report import PROFILES, STATS, draw, show
 
 ENGINE = EngineConfig(max_len=192, max_seqs=8, prefill_tokens=128,
@@ -70,6 +75,8 @@ PLACEMENTS = {'disaggregated': 'prefill=1x1,decode=1x1',
               'colocated': 'colocated=1x1,1x1', 'chunked': 'chunked=1x1,1x1'}
 SHARES, CALIBRATION = (0.3, 0.6, 0.85, 1.2), 0.75  # of a burst's throughput
 MOST_CALIBRATION = 150  # requests of a calibration run
+LEAST = 8  # requests of a run
+UNSEEN = 2 ** 20  # seed of the burst, next to the calibration's
 TTFT_TIMES, TPOT_TIMES = 2.0, 1.25  # objectives over calibration's medians
 
 
@@ -83,13 +90,15 @@ FLAGS = {
                       f'shares {SHARES} of what a burst achieves.', str),
     'seconds': cli.Flag(40.0, 'Arrivals of a run last about this long.',
                         low=1e-3),
-    'requests': cli.Flag(150, 'Most of a run.', low=8),
+    'requests': cli.Flag(150, 'Most of a row, of all its seeds together.',
+                         low=LEAST),
+    'seeds': cli.Flag(['0'], 'Of the workloads of a row, with commas between.'),
     'ttft_s': None, 'tpot_s': None,
     'profile': cli.Flag(None, 'A profile measured before with this engine; '
                         'none: measure now.', str),
     'minutes': cli.Flag(None, 'After so many no row begins.', float, low=0.01),
     'resume': cli.Flag(False, 'Rows that --out has stay.'),
-    'cluster': cli.CLUSTER_FLAG, 'rounds': 3, 'seed': 0, 'set': (),
+    'cluster': cli.CLUSTER_FLAG, 'rounds': 3, 'set': (),
     'compilation_cache': cli.CACHE,
 }
 
@@ -153,36 +162,54 @@ class Profiles:
     return Profiles(models, link, contention)
 
 
-def stats(records, slo):
-  """{attainment: (share, low, high), ttft_s: {...}, tpot_s, stage_s}."""
+def stats(runs, slo):
+  """What runs of different seeds, each a list of records, say together.
+
+  Returns:
+    {attainment: (share, low, high), shares: one a run, ttft_s: {...}, tpot_s,
+    stage_s}.
+  """
+  records = [r for run in runs for r in run]
   summary = metrics.summarize(records, slo, 2)
+  attainment = summary.attainment
+  shares = [metrics.summarize(run, slo, 2).attainment[0] for run in runs]
+  if len(runs) > 1:
+    half = half_width(shares)
+    attainment = (attainment[0], max(0.0, attainment[0] - half),
+                  min(1.0, attainment[0] + half))
 
   def of(values, percentiles):
     return dict(zip(STATS, (statistics.mean(values), *percentiles),
                     strict=True))
-  return {'attainment': summary.attainment,
+  return {'attainment': attainment, 'shares': shares,
           'ttft_s': of([r.ttft_s for r in records], summary.ttft_s),
           'tpot_s': of([r.tpot_s for r in records], summary.tpot_s),
           'stage_s': summary.stage_s}
 
 
 def errors(real, simulated):
-  """attainment in points and {ttft_s, tpot_s: {statistic: relative}}."""
+  """attainment and half_width (of the runs' differences; None: one run) in
+  points, and {ttft_s, tpot_s: {statistic: relative}}."""
+  apart = [100 * (s - r) for s, r in zip(simulated['shares'], real['shares'],
+                                         strict=True)]
   return {'attainment': 100 * (simulated['attainment'][0]
-                               - real['attainment'][0])} | {
+                               - real['attainment'][0]),
+          'half_width': half_width(apart) if len(apart) > 1 else None} | {
       name: {k: simulated[name][k] / real[name][k] - 1 for k in STATS}
       for name in ('ttft_s', 'tpot_s')}
 
 
-def step_times(profiles, log):
-  """Rows that compare a real run's own steps with what profiles predict.
+def step_times(profiles, logs):
+  """Rows that compare the own steps of real runs with what profiles predict.
 
   Returns:
     [{what, count, real_s, predicted_s: mean seconds; ratio: of the sums;
     overlap: share of the time with another instance at work; alone, together:
     the ratio of steps that overlap less or more than half; nan: none}].
   """
-  steps, copies = calibration.observe(log)
+  observed = [calibration.observe(log) for log in logs]
+  steps = [step for own, _ in observed for step in own]
+  copies = [copy for _, own in observed for copy in own]
   rows = []
 
   def add(what, compared):
@@ -219,9 +246,9 @@ def step_times(profiles, log):
 class Mode:
   """A server of one mode, its runs, and its profiles."""
 
-  def __init__(self, name, loaded, config, profile, seed, bar, cluster):
-    self.name, self.loaded, self.config, self.seed = (name, loaded, config,
-                                                      seed)
+  def __init__(self, name, loaded, config, profile, seeds, bar, cluster):
+    self.name, self.loaded, self.config = name, loaded, config
+    self.seeds = seeds
     self.bar = bar
     placement = Placement.parse(PLACEMENTS[name])
     task = bar.add_task(f'{name}: compiling')
@@ -256,39 +283,56 @@ class Mode:
     """A burst for the throughput, unless it is known; then a calibration run.
     """
     if capacity_per_s is None:
-      burst = self.serve('burst', self.sent(None, n, self.seed + 1), halt)
+      burst = self.serve('burst', self.sent(None, n, UNSEEN), halt)
       span = (max(r.finish_s for r in burst.records)
               - burst.records[0].arrival_s)
       capacity_per_s = n / span
     self.capacity_per_s = capacity_per_s
     rate = CALIBRATION * self.capacity_per_s
     self.calibration = self.serve(f'calibration {rate:.2f}/s', self.sent(
-        rate, min(size(rate), MOST_CALIBRATION), self.seed + 2), halt)
+        rate, min(size(rate), MOST_CALIBRATION), UNSEEN + 1), halt)
     self.profiles['calibrated'] = self.profiles['bench'].calibrated(
         self.calibration.log)
 
-  def row(self, rate_per_s, n, slo, halt):
-    """(a row of summary.json, the log) of n requests at one rate."""
-    sent = self.sent(rate_per_s, n, self.seed)
-    real = self.serve(f'{rate_per_s:.2f}/s', sent, halt)
+  def row(self, rate_per_s, n, slo, halt, logged):
+    """A row of summary.json: n requests of all seeds at one rate.
+
+    Args:
+      logged: called with (seed, log) of each run.
+    """
+    each = max(LEAST, math.ceil(n / len(self.seeds)))
+    workloads = self.workloads(rate_per_s, each)
+    runs = []
+    for seed, sent in zip(self.seeds, workloads, strict=True):
+      runs.append(self.serve(f'{rate_per_s:.2f}/s, seed {seed}', sent, halt))
+      logged(seed, runs[-1].log)
+    cores = [run.cores for run in runs if run.cores is not None]
     return self.compared({
-        'mode': self.name, 'rate_per_s': rate_per_s, 'requests': n,
-        'real': stats(real.records, slo), 'others_cores': real.cores,
-        'host_s_per_step': real.host_s}, sent, real.log, slo), real.log
+        'mode': self.name, 'rate_per_s': rate_per_s,
+        'requests': each * len(runs), 'seeds': self.seeds,
+        'real': stats([run.records for run in runs], slo),
+        'others_cores': max(cores, default=None),
+        'host_s_per_step': statistics.mean(run.host_s for run in runs)},
+        workloads, [run.log for run in runs], slo)
 
-  def again(self, row, log, slo):
-    """A row of summary.json and the log of its run, simulated once more."""
-    sent = self.sent(row['rate_per_s'], row['requests'], self.seed)
-    return self.compared(row, sent, log, slo)
+  def again(self, row, logs, slo):
+    """A row of summary.json and the logs of its runs, simulated once more."""
+    return self.compared(row, self.workloads(
+        row['rate_per_s'], row['requests'] // len(self.seeds)), logs, slo)
 
-  def compared(self, row, sent, log, slo):
+  def workloads(self, rate_per_s, n):
+    """n requests of each seed."""
+    return [self.sent(rate_per_s, n, seed) for seed in self.seeds]
+
+  def compared(self, row, workloads, logs, slo):
     """A row of summary.json: `row`, which has what is real, beside what each
-    profile simulates and what it says of the steps in the log."""
-    simulated = {name: stats(p.simulate(self.server.scheduler_config, sent),
-                             slo) for name, p in self.profiles.items()}
+    profile simulates and what it says of the steps in the logs."""
+    simulated = {name: stats([p.simulate(self.server.scheduler_config, sent)
+                              for sent in workloads], slo)
+                 for name, p in self.profiles.items()}
     return row | simulated | {
         'errors': {k: errors(row['real'], v) for k, v in simulated.items()},
-        'steps': {k: step_times(p, log) for k, p in self.profiles.items()}}
+        'steps': {k: step_times(p, logs) for k, p in self.profiles.items()}}
 
 
 def objectives(modes, ttft_s, tpot_s):
@@ -314,6 +358,7 @@ def run(options, console):
   name = 'tiny' if quick else options.model
   config = configs.override(QUICK if quick else ENGINE, options.set)
   rates, cluster = _checked(options), cli.cluster_of(options)
+  seeds = cli.seeds(options.seeds)
   out = pathlib.Path(options.out)
   out.mkdir(parents=True, exist_ok=True)
   cli.prepare(2, options.compilation_cache)
@@ -324,7 +369,7 @@ def run(options, console):
              else math.inf)
 
   def size(rate):
-    return max(8, min(options.requests, round(rate * options.seconds)))
+    return max(LEAST, min(options.requests, round(rate * options.seconds)))
   with terminal.Interrupts() as interrupts, Progress(
       TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
       console=console) as bar:
@@ -341,7 +386,7 @@ def run(options, console):
       _check_profile(profile, options)
       provenance.save_json(out / 'latency.json', profiles.as_json(profile),
                            *_made_by(options))
-      modes = [Mode(m, loaded, config, profile, options.seed, bar, cluster)
+      modes = [Mode(m, loaded, config, profile, seeds, bar, cluster)
                for m in options.modes]
       for mode in modes:
         mode.prepare(min(size(1e9), 24), size, interrupts.halt,
@@ -355,8 +400,9 @@ def run(options, console):
         by_name = {mode.name: mode for mode in modes}
         for index, row in enumerate(rows):
           interrupts.halt()
-          rows[index] = by_name[row['mode']].again(
-              row, report.load_log(_log_path(out, row)), slo)
+          rows[index] = by_name[row['mode']].again(row, [
+              report.load_log(_log_path(out, row['mode'], row['rate_per_s'],
+                                        seed)) for seed in seeds], slo)
           _tell(bar.console, rows[index])
       done = {(row['mode'], row['rate_per_s']) for row in rows}
       todo = [(m, rate) for m, rate in todo if (m.name, rate) not in done]
@@ -366,11 +412,12 @@ def run(options, console):
           bar.console.print(f'{len(todo) - row} rows are left: --resume goes '
                             'on.', highlight=False)
           break
-        made, log = mode.row(rate, size(rate), slo, interrupts.halt)
-        rows.append(made)
-        report.save_log(_log_path(out, made), log)
+        rows.append(mode.row(
+            rate, size(rate), slo, interrupts.halt,
+            lambda seed, log, mode=mode, rate=rate: report.save_log(
+                _log_path(out, mode.name, rate, seed), log)))
         _write(out, options, name, slo, modes, rows)
-        _tell(bar.console, made)
+        _tell(bar.console, rows[-1])
     except KeyboardInterrupt:
       stopped = True
   if not rows:
@@ -382,8 +429,8 @@ def run(options, console):
   return 130 if stopped else 0
 
 
-def _log_path(out, row):
-  return out / f'events-{row["mode"]}-{row["rate_per_s"]:.2f}.jsonl'
+def _log_path(out, mode, rate_per_s, seed):
+  return out / f'events-{mode}-{rate_per_s:.2f}-{seed}.jsonl'
 
 
 def _tell(console, row):
@@ -405,6 +452,9 @@ def _before(options, out):
   require(isinstance(before, dict) and 'rows' in before
           and set(before.get('modes', ())) == set(options.modes), '--resume',
           path, f'what this command wrote of {options.modes}')
+  seeds = cli.seeds(options.seeds)
+  require(all(row.get('seeds') == seeds for row in before['rows']), '--seeds',
+          seeds, f'those of the rows of {path}')
   return before
 
 

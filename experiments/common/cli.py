@@ -416,6 +416,18 @@ def token_budgets(field: str, texts: list[str], rows: int) -> tuple[int, ...]:
   return tuple(sorted(set(map(int, texts))))
 
 
+def seeds(texts: list[str]) -> list[int]:
+  """Those of --seeds, each once.
+
+  Raises:
+    InputError.
+  """
+  drawn = [int(text) for text in texts if text.isdecimal() and len(text) < 19]
+  require(texts and len(set(drawn)) == len(texts), '--seeds', ','.join(texts),
+          'different integers, 0 or more, with commas between')
+  return drawn
+
+
 def numbers(field: str, text: str) -> list[float]:
   """Rising positive numbers of a text with commas.
 

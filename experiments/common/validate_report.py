@@ -29,12 +29,19 @@ def show(console, rows, slo):
           f'{row["mode"]} {row["rate_per_s"]:.2f}/s' if kind == 'real'
           else '', kind, f'{share:.1f} [{low:.0f}, {high:.0f}]'
           if kind == 'real' else
-          f'{share:.1f} ({row["errors"][kind]["attainment"]:+.1f})', *cells,
+          f'{share:.1f} ({_points(row["errors"][kind])})', *cells,
           end_section=kind == PROFILES[-1])
   console.print(table)
   console.print('real in ms; simulated as the error of its statistic')
   _show_stages(console, rows)
   _show_steps(console, rows)
+
+
+def _points(error):
+  """How far the simulated share is from the real one, with its interval."""
+  half = error['half_width']
+  return f'{error["attainment"]:+.1f}' + (
+      '' if half is None else f' ± {half:.1f}')
 
 
 def _show_stages(console, rows):

@@ -3,17 +3,19 @@
 import dataclasses
 import io
 import json
+import statistics
 
 import pytest
 from rich.console import Console
 
+from dsjax.analysis import record
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Plan, Slo
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import Arrived, DecodeDone, Row, RunDecode
 from dsjax.simulation import calibration, fitting, latency, profiles, simulator
 from experiments import validate
-from experiments.common import cli
+from experiments.common import cli, report
 from tests.common.results import check_written, made_by
 
 LINK = latency.Link(0.01, 1e6, 1e3)
@@ -112,14 +114,15 @@ def test_calibration_finds_what_a_device_alone_did_not_show(
     assert calibrated.latencies[0] == calibrated.latencies[1]
     assert calibrated.latencies[0].mixed == pytest.approx(truth.mixed)
   config, slo = plan(*roles), Slo(0.5, 0.1)
-  real = validate.stats(simulator.simulate(
-      config, sent(20.), truth, far).records, slo)
+  real = validate.stats([simulator.simulate(
+      config, sent(20.), truth, far).records], slo)
   errors = [validate.errors(real, validate.stats(
-      p.simulate(config, sent(20.)), slo)) for p in (bench, calibrated)]
+      [p.simulate(config, sent(20.))], slo)) for p in (bench, calibrated)]
   assert abs(errors[1]['ttft_s']['mean']) < 1e-6
   assert abs(errors[1]['tpot_s']['p99']) < 1e-6
   assert errors[0]['tpot_s']['mean'] < -0.2  # the profile is too fast
-  rows = validate.step_times(calibrated, simulated(roles, truth, far, 20.).log)
+  log = simulated(roles, truth, far, 20.).log
+  rows = validate.step_times(calibrated, [log])
   for r in rows:
     assert r['ratio'] == pytest.approx(1.0, abs=(
         0.1 if r['what'] == 'migrate' else 1e-6))  # some wait for a prefill
@@ -147,7 +150,7 @@ def profile(tmp_path_factory):
 def test_rows_files_and_ctrl_c(tmp_path, profile, monkeypatch):
   """Two rates are asked for, and Ctrl-C comes after the first."""
   def halt(_):
-    if (tmp_path / 'events-disaggregated-40.00.jsonl').exists():
+    if (tmp_path / 'events-disaggregated-40.00-0.jsonl').exists():
       raise KeyboardInterrupt
   monkeypatch.setattr(validate.terminal.Interrupts, 'halt', halt)
   text = io.StringIO()
@@ -163,7 +166,7 @@ def test_rows_files_and_ctrl_c(tmp_path, profile, monkeypatch):
   assert [s['what'] for s in row['steps']['bench']] == [
       'prefill', 'decode', 'migrate']
   assert (tmp_path / 'validate.png').stat().st_size > 10_000
-  assert (tmp_path / 'events-disaggregated-40.00.jsonl').exists()
+  assert (tmp_path / 'events-disaggregated-40.00-0.jsonl').exists()
   assert list(made_by(tmp_path)['data']) == ['latency.json']
   check_written(text.getvalue(), tmp_path)
   for part in ('Real against simulated', 'overlap', 'within', '40.00/s:'):
@@ -192,15 +195,63 @@ def test_rows_files_and_ctrl_c(tmp_path, profile, monkeypatch):
   before, after = (of['steps']['bench'][1] for of in (row, again))
   assert before['real_s'] == after['real_s']
   assert before['predicted_s'] < after['predicted_s']
-  log = tmp_path / 'events-disaggregated-40.00.jsonl'
+  log = tmp_path / 'events-disaggregated-40.00-0.jsonl'
   log.write_text(log.read_text()[:-9])
   with pytest.raises(InputError, match=f'{log.name}, line'):
     validate.run(options(tmp_path, resume=True, profile=str(slower)),
                  Console(file=text))
 
+  with pytest.raises(InputError, match='--seeds'):
+    validate.run(options(tmp_path, resume=True, seeds=['0', '1']),
+                 Console(file=text))
   with pytest.raises(InputError, match='--resume'):
     validate.run(options(tmp_path, resume=True, modes=['chunked']),
                  Console(file=text))
+
+
+def test_a_row_of_two_seeds(tmp_path, profile):
+  """Runs of the two, each with its log, and intervals of them."""
+  text = io.StringIO()
+  assert validate.run(options(
+      tmp_path, profile=profile, rates='50', seeds=['0', '3'], requests=24,
+      seconds=1.0), Console(file=text, width=160)) == 0
+  row, = json.loads((tmp_path / 'summary.json').read_text())['rows']
+  assert (row['requests'], row['seeds']) == (24, [0, 3])
+  logs = [report.load_log(tmp_path / f'events-disaggregated-50.00-{seed}.jsonl')
+          for seed in (0, 3)]
+  prompts = [[event.prompt_len for event, _ in log
+              if type(event) is Arrived] for log in logs]
+  assert [len(own) for own in prompts] == [12, 12]
+  assert prompts[0] != prompts[1]
+  steps, _ = calibration.observe(logs[1])
+  decodes = sum(s.cell.kind == 'decode' for s in steps)
+  assert row['steps']['bench'][1]['count'] > decodes > 0
+  assert ' ± ' in text.getvalue()
+
+
+def test_intervals_are_of_the_runs():
+  """Shares 1/2, 3/4 and 1/4 of three runs: t of two degrees is 4.303."""
+  slo = Slo(1.0, 1.0)
+
+  def run(hits):
+    firsts = [i + (0.5 if i < hits else 2.0) for i in range(4)]
+    return [record.Record(i, float(i), 1, 2, [first, first + 0.5],
+                          finish_s=first + 0.5, status='length')
+            for i, first in enumerate(firsts)]
+  real = validate.stats([run(2), run(3), run(1)], slo)
+  assert real['shares'] == [0.5, 0.75, 0.25]
+  assert real['attainment'] == pytest.approx((0.5, 0.0, 1.0))
+  close = validate.stats([run(2), run(2), run(3)] * 3, slo)
+  half = 2.306 * statistics.stdev([0.5, 0.5, 0.75] * 3) / 3
+  assert close['attainment'] == pytest.approx(
+      (7 / 12, 7 / 12 - half, 7 / 12 + half), abs=1e-3)
+  shifted = validate.stats([run(3), run(4), run(2)], slo)
+  apart = validate.errors(real, shifted)
+  assert apart['attainment'] == pytest.approx(25)
+  assert apart['half_width'] == pytest.approx(0, abs=1e-9)
+  alone = validate.errors(*(validate.stats([run(hits)], slo)
+                            for hits in (4, 2)))
+  assert (alone['attainment'], alone['half_width']) == (-50, None)
 
 
 def test_no_row_begins_later_than_asked(tmp_path, profile):
@@ -215,6 +266,7 @@ def test_no_row_begins_later_than_asked(tmp_path, profile):
     ({'modes': ['both']}, '--modes'), ({'modes': []}, '--modes'),
     ({'rates': 'fast'}, '--rates'), ({'rates': '-1'}, '--rates'),
     ({'ttft_s': 0.0}, '--ttft_s'),
+    ({'seeds': ['0', '0']}, '--seeds'), ({'seeds': []}, '--seeds'),
     ({'profile': '/no/such'}, 'cannot be read')])
 def test_bad_flags(tmp_path, change, part):
   with pytest.raises(InputError, match=part):
