@@ -18,6 +18,8 @@ from dsjax.placement import candidates, goodput
 from dsjax.placement.candidates import SearchProblem
 from dsjax.scheduling import scheduler
 from dsjax.simulation import latency, simulator
+from dsjax.workload.named import Source
+from dsjax.workload.requests import exactly
 
 # A run lasts this many times what a request may take within its objectives,
 # so that queues of an overloaded system have time to grow past them.
@@ -110,6 +112,8 @@ def setup(problem: SearchProblem, candidate: Candidate) -> Setup:
   """
   config, latencies, link = candidates.build(problem, candidate.placement,
                                   candidate.prefill_tokens, candidate.aligned)
+  if isinstance(problem.workload, Source):  # of no request's blocks are known
+    config = dataclasses.replace(config, prefix_cache=False)
   slo, instant = problem.slo, Instant()
   if candidate.phase == 'prefill':
     config = dataclasses.replace(config, instances=config.instances[:1])
@@ -137,8 +141,8 @@ def _requests(problem, system, rate_per_s, n):
   """n requests at a rate, as this Setup has them."""
   requests = problem.workload(rate_per_s, n)
   if system.output_len:
-    requests = [dataclasses.replace(r, sampling=dataclasses.replace(
-        r.sampling, max_tokens=system.output_len)) for r in requests]
+    sampling = exactly(system.output_len)
+    requests = [dataclasses.replace(r, sampling=sampling) for r in requests]
   return requests
 
 

@@ -7,6 +7,7 @@ difference between two rates is then not noise of the sample).
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -140,9 +141,14 @@ def from_lengths(entries: Sequence[Entry], n: int,
     prompt = range(p)
     if vocab_size is not None:
       prompt = tuple(rng.integers(vocab_size, size=p).tolist())
-    requests.append(Request(i, arrival_s, prompt,
-                            Sampling(max_tokens=o, ignore_eos=True)))
+    requests.append(Request(i, arrival_s, prompt, exactly(o)))
   return requests, clipped
+
+
+@functools.lru_cache(2**14)  # its checks take longer than all else here
+def exactly(num_tokens: int) -> Sampling:
+  """The Sampling of an output of so many tokens."""
+  return Sampling(max_tokens=num_tokens, ignore_eos=True)
 
 
 def check_requests(field: str, given: Sequence[object]) -> list[Request]:

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from dsjax.config.checks import is_integer, is_number, require
-from dsjax.config.request import Request, Sampling
+from dsjax.config.request import Request
 from dsjax.workload.files import Path, read_lengths
+from dsjax.workload.requests import exactly
 from dsjax.workload.traffic import BLOCK, read_hash_ids
 
 _SPAN = 2**32  # hashes of a session
@@ -90,7 +91,7 @@ def requests(kind: Sessions, starts_s: Sequence[float], seed: int = 0
       id = len(made)
       made.append(Request(
           id, start_s if before is None else thinks_s[turn], range(prompt),
-          Sampling(max_tokens=output, ignore_eos=True),
+          exactly(output),
           _blocks(kind, session, context), kind.block_tokens, before))
       before = id
   return made
@@ -133,7 +134,7 @@ def read_trace(path: Path, speed: float = 1.0, most: int | None = None,
       continue
     made.append(Request(
         len(made), (entry.arrival_s or 0.0) / speed, range(entry.prompt_len),
-        Sampling(max_tokens=entry.output_len, ignore_eos=True),
+        exactly(entry.output_len),
         tuple(ids[:entry.prompt_len // BLOCK]), BLOCK))
     if len(made) == most:
       break
