@@ -271,6 +271,20 @@ class Judge:
                min(self.slo.tpot_s, max(life_s / self.mean, self.busy_s)))
 
 
+def loosened(problem: SearchProblem, candidate: Candidate,
+             rate_per_s: float) -> str:
+  """What a candidate was to meet at a rate, in words; '' where that is what
+  the problem asks for."""
+  judge = Judge(problem, setup(problem, candidate), candidate.bound_per_s)
+  slo = judge.objectives(rate_per_s)
+  if slo == problem.slo:
+    return ''
+  return (' Runs that last as long as these objectives ask for would have '
+          f'{rate_per_s * LIFETIMES * judge.life_s:.2g} requests at '
+          f'{rate_per_s:.3g}/s, so {candidate.placement} was to meet a TTFT of '
+          f'{slo.ttft_s:.3g} s and a TPOT of {slo.tpot_s:.3g} s there.')
+
+
 class Task(NamedTuple):
   """A Candidate to measure, and how.
 

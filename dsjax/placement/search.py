@@ -372,6 +372,11 @@ class _Search:
     rows = _sorted(self.rows)
     words = ('Stopped before a placement was judged.'
              if stopped and not rows else verdict(rows, self.problem))
+    for row in self.best(tight=True)[:1]:
+      judged = self.again(row)
+      words += judging.loosened(
+          self.problem, _slack(judged) if row.goodput.tight else judged,
+          row.goodput.rate_per_s)
     return SearchResult(
         rows, words, self.simulations, self.pruned,
         tuple(sorted(self.unfit, key=repr)),

@@ -220,6 +220,11 @@ def test_loose_objectives_are_bounded_work(monkeypatch, slo):
   # Four times 100, and four times more for the best of each mode.
   assert max(sizes) <= 1600 and sum(sizes) < 60_000
   assert answer.rows[0].per_device > 10
+  # It says what it judged by: a tenth of what 100 requests take, and no less
+  # than what a busy instance does.
+  met = re.search(r'was to meet a TTFT of (\S+) s and a TPOT of (\S+) s',
+                  answer.verdict)
+  assert met and all(map(math.isfinite, map(float, met.groups())))
 
 
 @pytest.mark.slow
@@ -237,12 +242,14 @@ def test_a_queue_that_grows_misses_objectives_that_are_loose():
 
 def test_a_tight_objective_is_judged_as_it_is():
   problem = api.make_problem(lengths='fixed:300x20', latency=FAST)
-  system = judging.setup(problem, judging.Candidate(
-      Placement(colocated=[Plan()]), None, False, math.inf))
+  candidate = judging.Candidate(
+      Placement(colocated=[Plan()]), None, False, 500.0)
+  system = judging.setup(problem, candidate)
   # 20 tokens of 0.1 s, ten times.
   judge = judging.Judge(problem, system, 500.0)
   for rate_per_s in (5.0, 50.0, 500.0):
     assert judge.objectives(rate_per_s) == problem.slo
+    assert not judging.loosened(problem, candidate, rate_per_s)
     assert judge.length(rate_per_s) == max(
         problem.requests, rate_per_s * 10 * 2)
   assert judge.length(0.1) == problem.requests
