@@ -30,6 +30,7 @@ served: experiments.serve --set=placements=. Objectives may be inf. Exit codes:
 """
 
 import contextlib
+import gc
 import math
 import os
 import pathlib
@@ -58,6 +59,7 @@ from experiments.common import (
   provenance,
   terminal,
 )
+from experiments.fast import finder
 
 MAX_SEQS = candidates.SearchProblem.max_seqs
 CLUSTER = dict(nodes=('nodes', 1), devices=('devices_per_node', 1),
@@ -175,7 +177,7 @@ def processes(count):
   if count == 1:
     yield map
     return
-  with children.spawned(count) as pool:
+  with children.spawned(count, gc.set_threshold, (finder.OBJECTS,)) as pool:
     yield pool.imap
 
 

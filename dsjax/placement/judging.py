@@ -131,10 +131,10 @@ def setup(problem: SearchProblem, candidate: Candidate) -> Setup:
 
 def run(problem: SearchProblem, system: Setup, rate_per_s: float, n: int,
         on_event: simulator.OnEvent | None = None) -> list[Record]:
-  """The records of n requests at a rate."""
+  """The records of n requests at a rate; on_event: see simulate, live."""
   return simulator.simulate(
       system.config, _requests(problem, system, rate_per_s, n),
-      system.latencies, system.link, on_event=on_event).records
+      system.latencies, system.link, on_event=on_event, live=True).records
 
 
 def _requests(problem, system, rate_per_s, n):

@@ -176,8 +176,9 @@ class _Search:
       hopeful = [c for c in order if c.bound_per_device > beat]
       self.pruned += len(order) - len(hopeful)
       self.done += len(order) - len(hopeful)
+      # What takes longest begins first, so that processes end together.
       tasks = [Task(c, self.problem.target, beat * c.devices or None)
-               for c in hopeful[:wave]]
+               for c in sorted(hopeful[:wave], key=lambda c: -c.guess_per_s)]
       order, wave = hopeful[wave:], WAVE
       for candidate, goodput in self.measured(tasks):
         self.done += 1

@@ -125,22 +125,22 @@ class _Shortage:
     self.configs, self.now_s, self.short_s = configs, 0.0, 0.0
     self.short = False
 
-  def __call__(self, state, event, commands):
+  def __call__(self, run, event, commands):
     del commands
     self.short_s += (event.time_s - self.now_s) * self.short
     self.now_s = event.time_s
     self.short = any(
-        _refused(state, instance, config) for instance, config in zip(
-            state.instances, self.configs, strict=True))
+        _refused(run, instance, config) for instance, config in zip(
+            run.instances, self.configs, strict=True))
 
 
-def _refused(state, instance, config):
+def _refused(run, instance, config):
   """Whether something waits for pages or a place on an instance."""
   waiting = instance.queue if config.prefills else instance.pulls
   if not waiting:
     return False
   # As policy.leave_room_to_grow.
-  need = room(instance, config, state.seqs[waiting[0]].prompt_len + 1)
+  need = room(instance, config, run.seqs[waiting[0]].prompt_len + 1)
   spare = instance.residents if config.decodes else 0
   return not need or num_free(instance.pool) < need + spare
 

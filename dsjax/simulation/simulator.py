@@ -32,7 +32,7 @@ import heapq
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from dsjax.analysis.record import Record
 from dsjax.analysis.recorder import Recorder
@@ -46,8 +46,7 @@ from dsjax.simulation.instance import stage_shares
 
 IDLE_TICKS = 1000
 # Called with (state, event, commands) after each event.
-OnEvent = Callable[
-    [scheduler.State, events.Event, Sequence[events.Command]], object]
+OnEvent = Callable[[Any, events.Event, Sequence[events.Command]], object]
 
 
 class Result(NamedTuple):
@@ -76,7 +75,8 @@ def simulate(config: scheduler.Config, requests: Iterable[Request],
              link: latency.LinkLike | None = None, log: bool = False,
              leap: bool = True, share: str = 'pair',
              on_event: OnEvent | None = None,
-             contention: Contention | None = None) -> Result:
+             contention: Contention | None = None,
+             live: bool = False) -> Result:
   """Serves a workload in virtual time.
 
   Quiet runs are leapt over (see executors.py), but not with a log, on_event,
@@ -95,6 +95,8 @@ def simulate(config: scheduler.Config, requests: Iterable[Request],
       where all copies from one source, and all to one target, queue.
     contention: of the instances, each of one stage; None: each has a device
       of its own.
+    live: on_event gets the scheduler.Run, to look at while it is called, and
+      no scheduler.State; pages have no names then.
 
   Raises:
     InputError: bad requests or latencies that do not fit the instances.
@@ -104,13 +106,15 @@ def simulate(config: scheduler.Config, requests: Iterable[Request],
   if not any([request.blocks for request in requests]):
     config = dataclasses.replace(config, prefix_cache=False)  # nothing can hit
   run = _Simulation(config, _Arrivals.of(requests, config), latencies,
-                    link, recorder, share, leap, told, contention)
+                    link, recorder, share, leap, told, contention,
+                    named=log or told and not live)
   kept: list | None = [] if log else None
   for event, commands in run:
     if kept is not None:
       kept.append((event, tuple(commands)))
     if on_event is not None:
-      on_event(run.scheduler.freeze(), event, tuple(commands))
+      on_event(run.scheduler if live else run.scheduler.freeze(), event,
+               tuple(commands))
   return Result(recorder.records, kept, run.steps, run.executor.leapt,
                 run.executor.busy_s, run.copies.link_s, run.scheduler.freeze())
 
@@ -146,12 +150,12 @@ _FINISH = operator.attrgetter('finish_s', 'id')
 class _Simulation:
   """A run in virtual time; iterating over it takes it on, event by event.
 
-  told: of every event somebody is told: nothing is leapt over, and pages have
-  names.
+  told: of every event somebody is told: nothing is leapt over. named: pages
+  have names.
   """
 
   def __init__(self, config, arrivals, latencies, link, recorder, share,
-               leap=True, told=False, contention=None):
+               leap=True, told=False, contention=None, named=False):
     each = (latencies if isinstance(latencies, Sequence)
             else (latencies,) * len(config.instances))
     _check(config, each, link, share, contention)
@@ -161,7 +165,7 @@ class _Simulation:
       config = dataclasses.replace(config, latencies=tuple(each), link=link)
     self.recorder, self.arrivals, self.steps = recorder, arrivals, 0
     run = self.scheduler = scheduler.Run(
-        config, scheduler.init(config, counted=not told))
+        config, scheduler.init(config, counted=not named))
     self.copies = executors.Copies(link, share, arrivals.heap,
                                    config.host_link)
     if contention:

@@ -20,7 +20,7 @@ FOLDER = pathlib.Path(__file__).parent / 'dsjax_fast_modules'
 MANIFEST = 'manifest.json'
 # New objects before the garbage collector looks for cycles, of which a
 # simulation makes none: a tenth of its time by default (700).
-OBJECTS = 50_000
+OBJECTS = 500_000
 
 
 def digest(source: pathlib.Path) -> str:
