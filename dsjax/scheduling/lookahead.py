@@ -156,32 +156,26 @@ class Ahead:
     with one that was in flight."""
     return self.ending + [(n, id) for n, _, id in self.left]
 
-  def more(self) -> int:
-    """Steps of the next command; 0: there is something to decide."""
+  def tell(self, ask: bool = False) -> bool:
+    """Tells another command; False where there is something to decide. ask:
+    tells none, only whether there is one."""
     if self.stirred:
       self.look()
-    number = len(self.steps)
-    turn = self.turns[number % len(self.turns)]
+    number, turns = len(self.steps), self.turns
+    place = number % len(turns)
+    turn = turns[place]
     due, end, tick = turn.due, turn.end, turn.tick
     size = len(due)
-    if (end < 0 or due[tick % size] - turn.full > self._free
-        or number >= MOST):
-      return 0
+    want = due[tick % size] - turn.full
+    if end < 0 or want > self._free or number >= MOST:
+      return False
     steps, most = 1, self._most
     while steps < most and tick + steps < end and not due[
         (tick + steps) % size]:
       steps += 1
-    return steps if self._may_end or tick + steps < end else 0
-
-  def tell(self) -> bool:
-    """Tells another command; False where there is something to decide."""
-    steps, number = self.more(), len(self.steps)
-    if not steps:
-      return False
-    place = number % len(self.turns)
-    turn = self.turns[place]
-    tick, due = turn.tick, turn.due
-    want, turn.full = due[tick % len(due)] - turn.full, 0
+    if ask or not self._may_end and tick + steps >= end:
+      return self._may_end or tick + steps < end
+    turn.full = 0
     self._free -= want
     self.steps.append(steps)
     self.ticks.append(tick)
@@ -312,7 +306,7 @@ def ahead(run: Run, index: int) -> Ahead | None:
       run.seqs[id].stage != 'finishing' for _, id in inst.ending])):
     return None
   told = Ahead(inst, [Turn(run, inst, g) for g in order], may_end)
-  if not told.more():
+  if not told.tell(ask=True):
     return None
   inst.asleep = told
   return told

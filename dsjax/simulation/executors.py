@@ -80,10 +80,14 @@ class Copies:
     source, target = command.source, command.target
     keys = (((source, target),) if self.share == 'pair'
             else (('from', source), ('to', target)))
-    start_s = max(ready_s, *[self.free_s.get(key, 0.0) for key in keys])
-    done_s = start_s + self.link.migrate_s(command.num_tokens)
-    self.free_s.update(dict.fromkeys(keys, done_s))
-    self.link_s += done_s - start_s
+    for key in keys:
+      free_s = self.free_s.get(key, 0.0)
+      if free_s > ready_s:
+        ready_s = free_s
+    done_s = ready_s + self.link.migrate_s(command.num_tokens)
+    for key in keys:
+      self.free_s[key] = done_s
+    self.link_s += done_s - ready_s
     if not command.more:
       heapq.heappush(self.heap, (
           done_s, MIGRATED, command.id, command.epoch,
@@ -168,7 +172,7 @@ class Alone:
                closed_form: bool) -> None:
     self.instances = [VirtualInstance(seconds, config.pp) for seconds, config in
                       zip(latencies, configs, strict=True)]
-    self.pipelined = [i for i in self.instances if len(i.free_s) > 1]
+    self.pipelined = [i for i in self.instances if i.is_pipelined]
     self.copies, self.heap = copies, copies.heap
     self.closed_form, self.leapt = closed_form, 0
     self.decoding: list[int] = []  # instances that may begin a quiet run
@@ -210,7 +214,8 @@ class Alone:
         for instance in self.pipelined:
           instance.token_s.pop(command.id, None)
     for index in self.decoding:
-      self.open(index)
+      if index not in self.quiet:
+        self.open(index)
 
   def next(self) -> events.Event | None:
     """The next event; None at the end of the run."""
@@ -281,7 +286,7 @@ class Alone:
   def passed(self, index: int) -> int:
     """How many commands of a quiet run were issued by now; -1: it was taken
     further (see wake)."""
-    quiet, (now_s, kind, other, *_) = self.quiet[index], self.top
+    quiet, (now_s, kind, other, _, _) = self.quiet[index], self.top
     end_s = _end_s(quiet.due[quiet.done - 1]) if quiet.done else -1.0
     return quiet.done if end_s < now_s or (
         end_s == now_s and kind == STEP and index < other) else -1
@@ -292,7 +297,7 @@ class Alone:
     It may have gone beyond: the end of another's run came before the event
     that it was taken to.
     """
-    quiet, (now_s, kind, other, *_) = self.quiet[index], self.top
+    quiet, (now_s, kind, other, _, _) = self.quiet[index], self.top
     find = (bisect.bisect_right if kind == STEP and index < other
             else bisect.bisect_left)
     if index in self.loose:
@@ -304,8 +309,7 @@ class Alone:
     """Ends a quiet run at its completion `count`."""
     instance, quiet = self.instances[index], self.quiet.pop(index)
     told, due = quiet.told, quiet.due
-    free_s, instance.busy_s = quiet.marks[count]
-    instance.free_s = list(free_s)
+    instance.free_s, instance.busy_s = quiet.marks[count]
     instance.due = collections.deque(due[count:count + told.flight])
     self.leapt += count
     if count:
@@ -358,30 +362,31 @@ class _QuietRun:
   def __init__(self, instance, live, told):
     self.told, self.is_over = told, False
     self.due, self.number = list(instance.due), live.number
-    self.done, self.marks = 0, [(tuple(instance.free_s), instance.busy_s)]
+    self.done, self.marks = 0, [(instance.free_s, instance.busy_s)]
     self.token_s = [instance.after(0.0, live.batches[turn.index].rows.values())
                     for turn in told.turns] if live.config.pp > 1 else [0.0]
 
   def advance(self, instance, index, bound):
     """Completes what is due before `bound`; whether that was all."""
-    due, told, number = self.due, self.told, self.number
+    due, told, number, marks = self.due, self.told, self.number, self.marks
     host_s, count, token_s = instance.host_s, len(told.turns), self.token_s
+    steps, until_s = told.steps, bound[0]
     while True:
       n = self.done
       now_s = due[n][1][-1]
-      if now_s >= bound[0] and bound < (now_s, STEP, index):
+      if now_s >= until_s and bound < (now_s, STEP, index):
         return False
-      if len(told.steps) <= n and not told.tell():
+      if len(steps) <= n and not told.tell():
         self.is_over = True
         return True
-      place = n % count
-      ready_s = max(now_s + host_s, token_s[place])
-      times = instance.same_rows(ready_s, told.rows, told.context,
-                                 told.steps[n])
-      if count > 1 or len(instance.free_s) > 1:
+      place, ready_s = n % count, now_s + host_s
+      if token_s[place] > ready_s:
+        ready_s = token_s[place]
+      times = instance.same_rows(ready_s, told.rows, told.context, steps[n])
+      if count > 1 or instance.is_pipelined:
         token_s[place] = times[-1]
       due.append((number + n, times, True))
-      self.marks.append((tuple(instance.free_s), instance.busy_s))
+      marks.append((instance.free_s, instance.busy_s))
       self.done = n + 1
 
 

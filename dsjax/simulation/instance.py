@@ -25,7 +25,7 @@ class VirtualInstance:
   """When each stage of an instance is free, and when rows have tokens.
 
   Attributes:
-    free_s: when each stage is free.
+    free_s: when each stage is free. is_pipelined: there are several.
     token_s: id -> when its newest token is there (pp > 1 only).
     busy_s: seconds of its stages at work, summed.
     due: what is in flight: (number, times of its steps, whether it decodes).
@@ -35,7 +35,8 @@ class VirtualInstance:
   def __init__(self, seconds: latency.Latency, pp: int) -> None:
     self.seconds, self.host_s = seconds, seconds.host_s
     self.shares = stage_shares(seconds, pp)
-    self.free_s, self.busy_s = [0.0] * pp, 0.0
+    self.free_s, self.busy_s = (0.0,) * pp, 0.0
+    self.is_pipelined = pp > 1
     self.token_s: dict[int, float] = {}
     self.line = (0, 0.0, 0.0)  # decode_line of the batch size seen last
     self.due: collections.deque[tuple] = collections.deque()
@@ -45,7 +46,7 @@ class VirtualInstance:
     """Times of the end of a prefill or mixed command."""
     total_s, = steps_s(self.seconds, command)
     done_s = self.stages(self.after(ready_s, command.rows), total_s)
-    if len(self.free_s) > 1:
+    if self.is_pipelined:
       self.token_s.update((chunk.id, done_s) for chunk in command.chunks
                           if chunk.last)
       self.note([row[0] for row in command.rows], done_s)
@@ -65,7 +66,7 @@ class VirtualInstance:
       for step_s in steps_s(self.seconds, command):
         ready_s = self.stages(ready_s, step_s)
         times.append(ready_s)
-    if len(self.free_s) > 1:
+    if self.is_pipelined:
       self.note([row[0] for row in rows], times[-1])
     return times
 
@@ -76,7 +77,7 @@ class VirtualInstance:
       self.line = (batch, *self.seconds.decode_line(batch))
     _, fixed_s, token_s = self.line
     first_s = fixed_s + token_s * context
-    if len(self.free_s) > 1:
+    if self.is_pipelined:
       return (self.stages(ready_s, first_s),)
     start_s = self.free_s[0]
     if ready_s > start_s:
@@ -88,24 +89,26 @@ class VirtualInstance:
       more_s = token_s * batch / 2
       times = [start_s + n * first_s + more_s * n * (n - 1)
                for n in range(1, steps + 1)]
-    self.free_s[0] = done_s = times[-1]
+    done_s = times[-1]
+    self.free_s = (done_s,)
     self.busy_s += done_s - start_s
     return times
 
   def stages(self, ready_s: float, total_s: float) -> float:
     """Sends one step through the stages; when it leaves the last."""
-    free_s = self.free_s
+    left_s = []
     self.busy_s += total_s
-    for stage, part in enumerate(self.shares):
-      if free_s[stage] > ready_s:
-        ready_s = free_s[stage]
+    for stage_s, part in zip(self.free_s, self.shares, strict=True):
+      if stage_s > ready_s:
+        ready_s = stage_s
       ready_s += part * total_s
-      free_s[stage] = ready_s
+      left_s.append(ready_s)
+    self.free_s = tuple(left_s)
     return ready_s
 
   def after(self, ready_s: float, rows: Collection[Row]) -> float:
     """No sooner than the newest token of each row has left the last stage."""
-    if len(self.free_s) == 1 or not rows:
+    if not self.is_pipelined or not rows:
       return ready_s
     return max(ready_s, max([self.token_s.get(r[0], 0.0) for r in rows]))
 
