@@ -80,11 +80,11 @@ class _Life:
     self.last: int | None = None
     self.load: Any = None  # the Load, or the fetch, that it waits for
 
-  def is_in(self, chain):
+  def is_in(self, chain: _Chain) -> bool:
     """Whether it is a row of the chain."""
     return self.chain is chain and self.last is None
 
-  def tell(self, stop=None):
+  def tell(self, stop: int | None = None) -> None:
     """Moves the tokens of completed steps, those before `stop`, over."""
     if self.chain is not None and self.open:
       last, shed = self.last if stop is None else stop, self.chain.shed
@@ -93,7 +93,7 @@ class _Life:
       self.record.token_s += more
       self.first += len(more)
 
-  def close(self, stop=None):
+  def close(self, stop: int | None = None) -> None:
     """Takes no more tokens."""
     self.tell(stop)
     self.open = False
@@ -185,7 +185,7 @@ class Recorder:
 
   # --- events ---------------------------------------------------------------
 
-  def _arrived(self, event):
+  def _arrived(self, event: Arrived) -> None:
     require(event.id not in self._records, 'Arrived.id', event.id,
             'an id not seen before')
     record = Record(event.id, event.time_s, event.prompt_len,
@@ -197,7 +197,7 @@ class Recorder:
     if event.id in self._live:
       self._live[event.id].close()
 
-  def _migrated(self, event):
+  def _migrated(self, event: Migrated) -> None:
     life = self._live.get(event.id)
     if life and life.load:
       self._loaded(event)
@@ -218,7 +218,7 @@ class Recorder:
           life.record.fetched_tokens += more
       life.load = None
 
-  def _prefill_done(self, event):
+  def _prefill_done(self, event: PrefillDone) -> None:
     if self._over(event):
       return
     lasts, chain, _ = self._pending[event.instance].popleft()
@@ -235,13 +235,14 @@ class Recorder:
                                and life.chain is chain):
         life.close()
 
-  def _decode_done(self, event):
+  def _decode_done(self, event: DecodeDone) -> None:
     if self._over(event):
       return
     _, chain, steps = self._pending[event.instance].popleft()
     self._told(chain, event.steps_s or (event.time_s,) * steps, event.ended)
 
-  def _told(self, chain, steps_s, ended):
+  def _told(self, chain: _Chain, steps_s: Sequence[float],
+            ended: Sequence[tuple[int, int]]) -> None:
     """Steps of a chain completed; some requests ended at one of them."""
     self._shed(chain)
     before = chain.shed + len(chain.times)
@@ -251,7 +252,7 @@ class Recorder:
       if life is not None and life.chain is chain:
         life.close(before + step + 1)
 
-  def _shed(self, chain):
+  def _shed(self, chain: _Chain) -> None:
     """Tells a long chain's times to the records, before more steps complete:
     one that never ends would grow for ever."""
     if len(chain.times) > CHAIN:
@@ -261,7 +262,7 @@ class Recorder:
       chain.shed += len(chain.times)
       chain.times.clear()
 
-  def _over(self, event):
+  def _over(self, event: PrefillDone | DecodeDone) -> bool:
     """A completion told before, or of a command lost with its instance."""
     pending = self._pending[event.instance]
     newest = self._newest.get(event.instance)
@@ -279,13 +280,13 @@ class Recorder:
 
   # --- commands -------------------------------------------------------------
 
-  def _decode(self, command, now_s):
+  def _decode(self, command: RunDecode, now_s: float) -> None:
     self._newest[command.instance] = command.number
     self._pending[command.instance].append((
         (), self._rows(command.instance, command.rows, now_s, command.steps),
          command.steps))
 
-  def _prefill(self, command, now_s):
+  def _prefill(self, command: RunPrefill, now_s: float) -> None:
     self._newest[command.instance] = command.number
     lasts = []
     for chunk in command.chunks:
@@ -301,7 +302,7 @@ class Recorder:
                        ) if command.rows else None
     self._pending[command.instance].append((lasts, chain, 1))
 
-  def _migrate(self, command, now_s):
+  def _migrate(self, command: Migrate, now_s: float) -> None:
     life = self._live[command.id]
     if command.kept:
       life.record.migrated_tokens += command.num_tokens
@@ -346,14 +347,14 @@ class Recorder:
       old.record.preemptions += 1
     self._again(old)
 
-  def _again(self, old):
+  def _again(self, old: _Life) -> _Life:
     """A request has left its chain: another life of it begins."""
     self._live[old.record.id] = new = _Life(old.record, old.since_s)
     new.open, new.stage = old.open, old.stage
     old.close()
     return new
 
-  def _finish(self, command, now_s):
+  def _finish(self, command: Finish, now_s: float) -> None:
     self._end(command.id, command.reason, now_s)
 
   def _reject(self, command, now_s):
@@ -363,7 +364,8 @@ class Recorder:
   def _fail(self, command, now_s):
     self._end(command.id, 'failed', now_s, command.reason)
 
-  def _rows(self, instance, rows, now_s, steps):
+  def _rows(self, instance: int, rows: Sequence[Row], now_s: float,
+            steps: int) -> _Chain:
     """The chain that a command continues, with those who join and leave it."""
     live = self._live
     chain = live[rows[0].id].chain or _Chain()
@@ -388,7 +390,8 @@ class Recorder:
     chain.issued += steps
     return chain
 
-  def _join(self, life, instance, chain, now_s, after=0):
+  def _join(self, life: _Life, instance: int, chain: _Chain, now_s: float,
+            after: int = 0) -> None:
     life.chain, life.first = chain, chain.issued - after
     self._use(life, instance)
     if life.stage == 'prefill':
@@ -397,17 +400,18 @@ class Recorder:
     else:
       self._enter(life, 'decode', now_s)
 
-  def _use(self, life, instance):
+  def _use(self, life: _Life, instance: int) -> None:
     if instance not in life.record.instances:
       life.record.instances += (instance,)
 
-  def _enter(self, life, stage, now_s):
+  def _enter(self, life: _Life, stage: Any, now_s: float) -> None:
     life.record.stage_s[life.stage] += now_s - life.since_s
     if self._on_span:
       self._on_span(life.record.id, life.stage, life.since_s, now_s)
     life.stage, life.since_s = stage, now_s
 
-  def _end(self, id, status, now_s, reason=''):
+  def _end(self, id: int, status: Any, now_s: float,
+           reason: str = '') -> None:
     life = self._live.pop(id)
     life.close()
     life.chain = None  # which may still have it: a cycle would wait for gc

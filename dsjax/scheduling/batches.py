@@ -378,7 +378,7 @@ def _preempt(run: Run, inst: LiveInstance) -> None:
   run.leave(seq, 'yielding')
 
 
-def _following(inst):
+def _following(inst: LiveInstance) -> int | None:
   """The next micro-batch in turn that has rows, or None."""
   if inst.batches[inst.turn].size:
     return inst.turn

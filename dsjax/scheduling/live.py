@@ -124,7 +124,7 @@ class LiveBatch:
     self.size += 1
     self.value = self.places = None
 
-  def _note(self, id, until):
+  def _note(self, id: int, until: int) -> None:
     if until in self.due:
       self.due[until].append(id)
     else:

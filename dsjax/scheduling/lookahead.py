@@ -235,14 +235,14 @@ class Ahead:
     self._issue(run, count)
     run.commands, run.cause, inst.asleep = commands, cause, self
 
-  def _issue(self, run, count):
+  def _issue(self, run: Run, count: int) -> None:
     """Takes the pages of commands up to `count`."""
     total = sum(self.wants[self._issued:count])
     self._issued, self._inst.number = count, self.first + count
     if total:
       self._ids += residents.alloc(run, self._inst, total)
 
-  def _part(self, run, number, place, id):
+  def _part(self, run: Run, number: int, place: int, id: int) -> None:
     """A row leaves behind a command, with pages up to its limit."""
     inst, turn, seq = self._inst, self.turns[place], run.own(id)
     batch = inst.batches[turn.index]
@@ -251,7 +251,7 @@ class Ahead:
                - len(seq.pages))
     batches.part(run, inst, batch, id)
 
-  def _give(self, seq, count):
+  def _give(self, seq: LiveSeq, count: int) -> None:
     if count > 0:
       seq.pages += tuple(self._ids[-count:])
       del self._ids[-count:]

@@ -41,6 +41,8 @@ from dsjax.scheduling.events import (
   RunDecode,
   RunPrefill,
 )
+from dsjax.scheduling.live import LiveInstance
+from dsjax.scheduling.lookahead import Ahead
 from dsjax.simulation import latency
 from dsjax.simulation.contention import Contention, Devices
 from dsjax.simulation.instance import VirtualInstance, work
@@ -52,7 +54,8 @@ _NEVER = (float('inf'),)
 NO_LINK = latency.Link(base_s=0.0, bytes_per_s=1.0, kv_bytes=1.0)
 
 
-def _done(index, number, times, decode):
+def _done(index: int, number: int, times: Sequence[float],
+          decode: bool) -> events.Event:
   """The event of a command that is done."""
   if decode:
     return DecodeDone(times[-1], index, number, tuple(times))
@@ -359,14 +362,17 @@ class _QuietRun:
 
   __slots__ = ('told', 'is_over', 'due', 'done', 'marks', 'token_s', 'number')
 
-  def __init__(self, instance, live, told):
+  def __init__(self, instance: VirtualInstance, live: LiveInstance,
+               told: Ahead) -> None:
     self.told, self.is_over = told, False
-    self.due, self.number = list(instance.due), live.number
-    self.done, self.marks = 0, [(instance.free_s, instance.busy_s)]
+    self.due: list[tuple[int, Sequence[float], bool]] = list(instance.due)
+    self.number, self.done = live.number, 0
+    self.marks = [(instance.free_s, instance.busy_s)]
     self.token_s = [instance.after(0.0, live.batches[turn.index].rows.values())
                     for turn in told.turns] if live.config.pp > 1 else [0.0]
 
-  def advance(self, instance, index, bound):
+  def advance(self, instance: VirtualInstance, index: int,
+              bound: tuple) -> bool:
     """Completes what is due before `bound`; whether that was all."""
     due, told, number, marks = self.due, self.told, self.number, self.marks
     host_s, count, token_s = instance.host_s, len(told.turns), self.token_s
@@ -390,6 +396,6 @@ class _QuietRun:
       self.done = n + 1
 
 
-def _end_s(due):
+def _end_s(due: tuple[int, Sequence[float], bool]) -> float:
   """When a command is done."""
   return due[1][-1]

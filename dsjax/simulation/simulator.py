@@ -154,8 +154,12 @@ class _Simulation:
   have names.
   """
 
-  def __init__(self, config, arrivals, latencies, link, recorder, share,
-               leap=True, told=False, contention=None, named=False):
+  def __init__(self, config: scheduler.Config, arrivals: '_Arrivals',
+               latencies: latency.Latency | Sequence[latency.Latency],
+               link: latency.LinkLike | None, recorder: Recorder, share: str,
+               leap: bool = True, told: bool = False,
+               contention: Contention | None = None,
+               named: bool = False) -> None:
     each = (latencies if isinstance(latencies, Sequence)
             else (latencies,) * len(config.instances))
     _check(config, each, link, share, contention)
@@ -168,13 +172,14 @@ class _Simulation:
         config, scheduler.init(config, counted=not named))
     self.copies = executors.Copies(link, share, arrivals.heap,
                                    config.host_link)
+    self.executor: executors.Alone | executors.Shared
     if contention:
       self.executor = executors.Shared(each, self.copies, contention)
     else:
-      self.executor = executors.Alone(config.instances, each, self.copies,
-                                      leap)
+      alone = self.executor = executors.Alone(config.instances, each,
+                                              self.copies, leap)
       if leap and not told and config.policy.is_distserve:
-        self.executor.leap(run, recorder)
+        alone.leap(run, recorder)
         run.ends_alone = not arrivals.followers
     self.ticks = _Ticks(config, self.copies.heap)
 
@@ -202,7 +207,7 @@ class _Ticks:
   start; it is asked IDLE_TICKS times more.
   """
 
-  def __init__(self, config, heap):
+  def __init__(self, config: scheduler.Config, heap: list[tuple]) -> None:
     self.tick_s, self.heap, self.idle = config.policy.tick_s, heap, 0
     if self.tick_s is not None:
       self.push(0)
@@ -296,14 +301,15 @@ class _Arrivals:
                                            self.count, more))
       self.count += 1
 
-  def entry(self, request, now_s, number, more=False):
+  def entry(self, request: Request, now_s: float, number: int,
+            more: bool = False) -> tuple:
     """The heap's entry of an arrival."""
     hashes = blocks.resized(
         request.blocks, request.block_tokens, self.size
     ) if self.size and request.blocks else ()
     return (now_s, executors.ARRIVED, number, 0, Arrived(
-        now_s, request.id, len(request.prompt), request.sampling.max_tokens,
-        more, hashes))
+        now_s, request.id, len(request.prompt),
+        request.sampling.max_tokens or 0, more, hashes))
 
   def follow(self, commands: Iterable[events.Command], now_s: float) -> None:
     """Those that wait for requests that these commands end."""
