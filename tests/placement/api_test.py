@@ -259,6 +259,21 @@ def test_a_tight_objective_is_judged_as_it_is():
   assert loose.objectives(3000.0).tpot_s < problem.slo.tpot_s
 
 
+def test_a_prefix_cache_is_simulated_where_requests_may_hit():
+  problem = api.make_problem(lengths='fixed:300x20', latency=FAST, requests=40,
+                             most_requests=80, tolerance=0.5)
+  own = dataclasses.replace(
+      problem, workload=lambda rate_per_s, n: problem.workload(rate_per_s, n))
+  candidate = judging.Candidate(Placement(colocated=[Plan()]), None, False,
+                                20.0, guess_per_s=10.0)
+  caches, answers = zip(*[
+      (judging.setup(p, candidate).config.prefix_cache,
+       judging.measure(p, judging.Task(candidate, 0.9)))
+      for p in (problem, own)], strict=True)
+  assert caches == (False, True)
+  assert answers[0] == answers[1] and answers[0].rate_per_s > 0
+
+
 def test_a_profile_of_another_model_is_refused(tmp_path):
   path = tmp_path / 'latency.json'
   profile = profiles.Profile('llama-3-8b', 'd', {Plan(): FAST})

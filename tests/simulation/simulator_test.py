@@ -530,6 +530,22 @@ def bare_instance(inst):
                      for c, g in inst.inflight))
 
 
+@pytest.mark.parametrize('seed', range(4))
+def test_the_live_run_shows_what_its_states_do(seed):
+  run, looks = random_run(seed), []
+  for live in (False, True):
+    seen: list[tuple] = []
+
+    def look(state, event, commands, seen=seen):
+      del commands
+      seen.append((event, [
+          (i.residents, page_pool.num_free(i.pool), list(i.queue),
+           list(i.pulls)) for i in state.instances]))
+    records = simulator.simulate(*run, on_event=look, live=live).records
+    looks.append((seen, records))
+  assert looks[0] == looks[1]
+
+
 @pytest.mark.parametrize('seed', range(12))
 def test_a_stream_tells_the_records_of_the_whole(seed):
   config, sent, latency, link = random_run(seed)
