@@ -14,7 +14,7 @@ config = Serve(
     model='tiny',
     engine=EngineConfig(max_len=1536, max_seqs=2, prefill_tokens=64,
                         prefill_seqs=4, chunk_tokens=64, least_tokens=64,
-                        prefix_cache=False),
+                        least_rows=2, prefix_cache=False),
     workload=Workload(requests=8, rate_per_s=20.0),
     sampling=Sampling(max_tokens=12),
     slo=Slo(ttft_s=0.5, tpot_s=0.05),

@@ -120,7 +120,7 @@ class EngineConfig:
       chunks of it). prefill_seqs: most prompts in a batch.
     chunk_tokens: token budget of a step in the chunked role.
     least_tokens: of the smallest prefill that is compiled; the next is twice
-      as large, and so on.
+      as large, and so on. least_rows: the same of a decode batch.
     depth, run_ahead: see scheduler.Config.
     transfer_pages: most pages a migration copies at a time.
     dtype: of weights: float32 or bfloat16.
@@ -163,6 +163,7 @@ class EngineConfig:
   prefill_seqs: int = 8
   chunk_tokens: int = 256
   least_tokens: int = 32
+  least_rows: int = 1
   depth: int = 2
   run_ahead: int | None = None
   transfer_pages: int = 64
@@ -186,8 +187,8 @@ class EngineConfig:
   def __post_init__(self):
     make_plain(self)
     for field in ('max_len', 'page_size', 'max_seqs', 'prefill_tokens',
-                  'prefill_seqs', 'chunk_tokens', 'least_tokens', 'depth',
-                  'transfer_pages'):
+                  'prefill_seqs', 'chunk_tokens', 'least_tokens', 'least_rows',
+                  'depth', 'transfer_pages'):
       value = getattr(self, field)
       require(is_integer(1, 2**31 - 1)(value), f'EngineConfig.{field}', value,
               'an integer of 1 or more')
@@ -243,7 +244,7 @@ class EngineConfig:
   @property
   def row_buckets(self) -> tuple[int, ...]:
     """Decode batch sizes that are compiled."""
-    return _buckets(self.max_seqs, 1, 2)
+    return _buckets(self.max_seqs, self.least_rows, 2)
 
   def token_buckets(self, limit: int) -> tuple[int, ...]:
     """Packed prefill sizes that are compiled, up to `limit`."""

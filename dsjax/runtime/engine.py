@@ -116,8 +116,8 @@ class Engine:
     return seqs_bucket(self.capacity, tokens)
 
   def _mixed_rows(self) -> list[int]:
-    full = self.config.max_seqs
-    return sorted({-(-full // 4), full})
+    buckets = self.config.row_buckets
+    return sorted({max(buckets[0], -(-buckets[-1] // 4)), buckets[-1]})
 
   def shapes_needed(self) -> list[tuple[int, int]]:
     """(packed tokens, decode rows) of every step this role can run."""

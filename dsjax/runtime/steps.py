@@ -176,14 +176,15 @@ def stage_shapes(config: ModelConfig, meshes: Sequence[Mesh], role: str,
                  ) -> list[Shapes]:
   """The Shapes of each stage of an instance."""
   layout = sharding.cut(config, meshes[0].size)
-  kv_dtype = engine_config.kv_dtype_of(role)
-  attention = _attention(engine_config, layout.padded,
-                         meshes[0].devices.flat[0], capacity.page_size,
-                         kv_dtype)
+  kv_dtype, device = engine_config.kv_dtype_of(role), meshes[0].devices.flat[0]
+  attention = _attention(engine_config, layout.padded, device,
+                         capacity.page_size, kv_dtype)
+  # Also beside XLA's attention, of KV that the CPU's own does not take.
+  panels = attention == 'cpu' or engine_config.attention is None and (
+      device.platform == 'cpu' and not cpu.lacks())
   return [Shapes(layout, span, mesh, capacity.num_pages, capacity.page_size,
                  engine_config.max_seqs, engine_config.max_len,
-                 engine_config.dtype, kv_dtype, attention,
-                 attention == 'cpu')
+                 engine_config.dtype, kv_dtype, attention, panels)
           for span, mesh in zip(sharding.spans(config.num_layers, len(meshes)),
                                 meshes, strict=True)]
 

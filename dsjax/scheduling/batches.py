@@ -123,7 +123,7 @@ def _fetch(run: Run, inst: LiveInstance) -> None:
   while inst.queue and not loading.is_full(inst):
     waiting = choices.in_order(run, inst, inst.queue)
     if not (loading.loads(run, inst, run.seqs[waiting[0]])
-            and _admit(run, inst, run.seqs[waiting[0]], waiting)):
+            and _admit(run, inst, run.seqs[waiting[0]])):
       return
 
 
@@ -169,13 +169,13 @@ def _prefill(run: Run, inst: LiveInstance) -> bool:
   if not budget:
     return False
   rows = batch.row_values() if mixed else ()
-  waiting: list[int] | None = None  # asked for once those begun are done
+  ordered: list[int] | None = None  # asked for once those begun are done
   chunks: list[Chunk] = []
   last = []
   while len(chunks) < inst.config.prefill_seqs and budget > 0:
-    if waiting is None and not inst.prefilling:
-      waiting = choices.in_order(run, inst, inst.queue)
-    seq = _candidate(run, inst, waiting, budget, bool(chunks) and whole)
+    if ordered is None and run.policy.order and not inst.prefilling:
+      ordered = list(choices.in_order(run, inst, inst.queue))
+    seq = _candidate(run, inst, ordered, budget, bool(chunks) and whole)
     if seq is None:
       break
     if seq.stage == 'loading':
@@ -209,14 +209,15 @@ def _prefill(run: Run, inst: LiveInstance) -> bool:
   return True
 
 
-def _candidate(run: Run, inst: LiveInstance, waiting: list[int] | None,
+def _candidate(run: Run, inst: LiveInstance, ordered: list[int] | None,
               budget: int, whole: bool) -> LiveSeq | None:
   """The next request of a prefill batch, admitted, or None. It may have to
   load first.
 
-  waiting: the ids of its queue, in order; None: of no use yet.
+  ordered: the ids of its queue as the policy has them; None: by arrival, or of
+  no use yet.
   """
-  ids = inst.prefilling or waiting
+  ids = inst.prefilling or (inst.queue if ordered is None else ordered)
   if not ids:
     return None
   seq = run.seqs[ids[0]]
@@ -225,13 +226,15 @@ def _candidate(run: Run, inst: LiveInstance, waiting: list[int] | None,
            if seq.stage == 'queued' and inst.block_size else seq.done)
     if seq.stop - hit > budget:
       return None
-  if seq.stage == 'queued' and not _admit(run, inst, seq, waiting or []):
-    return None
+  if seq.stage == 'queued':
+    if not _admit(run, inst, seq):
+      return None
+    if ordered:
+      del ordered[0]
   return run.own(seq.id)
 
 
-def _admit(run: Run, inst: LiveInstance, seq: Any, waiting: list[int]
-          ) -> bool:
+def _admit(run: Run, inst: LiveInstance, seq: Any) -> bool:
   """Gives the first of those that wait its pages; False: it must wait."""
   if host_tier.waits(inst) or (inst.loading and loading.is_full(inst)
                               and loading.loads(run, inst, seq)):
@@ -242,9 +245,7 @@ def _admit(run: Run, inst: LiveInstance, seq: Any, waiting: list[int]
       seq.stop, loading.unit_of(run, inst, seq), loads=True)
   if taken is None:
     return False
-  del waiting[0]
-  if waiting is not inst.queue:
-    inst.queue.remove(seq.id)
+  inst.own_queue().remove(seq.id)
   seq = run.own(seq.id)
   (seq.pages, seq.done), seq.sent = taken, 0
   inst.backlog -= seq.done

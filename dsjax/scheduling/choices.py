@@ -120,7 +120,8 @@ def _lender(run, seq, inst, answer):
   return index
 
 
-def in_order(run: Run, inst: LiveInstance, queue: list[int]) -> list[int]:
+def in_order(run: Run, inst: LiveInstance, queue: Sequence[int]
+             ) -> Sequence[int]:
   """The ids of a queue in the policy's order; itself where that is its own:
   by arrival, or, of finished prefills, by their end."""
   if run.policy.order is None or len(queue) < 2:

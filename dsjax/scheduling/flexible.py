@@ -45,7 +45,7 @@ def send_off(run: Run, inst: LiveInstance, prompts: bool, pulls: bool) -> None:
   """Finds another place for what waits at an instance, without pages."""
   for id in list(inst.queue) if prompts else ():
     seq = run.own(id)
-    inst.queue.remove(id)
+    inst.own_queue().remove(id)
     inst.backlog -= seq.stop
     run.enqueue(seq)
   while pulls and streaming.give_way(run, inst):

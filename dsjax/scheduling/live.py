@@ -235,7 +235,8 @@ class LiveInstance:
      role, self.since_s, self.pace, streams, host, self.loading) = value
     self.host: Any = host  # a prefix_cache.Host, or None
     self.assign(role)
-    self.queue, self.prefilling = list(queue), list(prefilling)
+    self.queue: Sequence[int] = queue  # see own_queue
+    self.prefilling = list(prefilling)
     self.pulls, self.ending = list(pulls), list(ending)
     self.streams = list(streams)
     self.inflight = collections.deque(inflight)
@@ -250,6 +251,12 @@ class LiveInstance:
     self.mixes = does.mixes
     self.depth = self._depths[does.decodes]
     self.run_ahead = self._run_ahead or (1 if does.prefills else RUN_AHEAD)
+
+  def own_queue(self) -> list[int]:
+    """Its queue, to be changed: until then it is the value's, not copied."""
+    if not isinstance(self.queue, list):
+      self.queue = list(self.queue)
+    return self.queue
 
   def hashes(self, seq: Any) -> Sequence[int]:
     """Of a request's full pages here, those that are known."""

@@ -411,7 +411,7 @@ class Run:
       self.forget(seq)
       return
     if was == 'queued':
-      inst.queue.remove(seq.id)
+      inst.own_queue().remove(seq.id)
       self.forget(seq)
       return
     self.move(seq, stage)
@@ -492,8 +492,8 @@ class Run:
     self.touch(inst.index)
     inst.backlog += seq.stop
     # By arrival: a preempted request keeps its place.
-    queue, seqs = inst.queue, self.seqs
-    bisect.insort(queue, seq.id, key=lambda id: seqs[id].order)
+    seqs = self.seqs
+    bisect.insort(inst.own_queue(), seq.id, key=lambda id: seqs[id].order)
     seq.instance = inst.index
 
   def turn_away(self, seq: LiveSeq, reason: str) -> None:

@@ -9,7 +9,8 @@ Side by side in one run, on the same cores, SmolLM2-135M in float32:
   (c) scheduler.step in CPU microseconds, 256 running and 1,000 waiting: without
       a prefix cache, with one, with 100,000 blocks kept, in host memory too;
   (d) KV migration against a plain `jax.device_put` of equal bytes;
-  (e) eight requests end to end, by mode;
+  (e) eight requests end to end, by mode; disaggregated, and with as many once
+      more and again, beside what its slower phase alone makes of one core;
   (f) with --peers, vLLM, llama.cpp and transformers on the same weights and
       threads, prefill, decode and (e); an environment of theirs is made once;
   (g) with --ops, where the time of an instance's steps goes.
@@ -23,6 +24,7 @@ import contextlib
 import functools
 import gzip
 import json
+import os
 import pathlib
 import re
 import statistics
@@ -62,6 +64,7 @@ FLAGS = {
 
 MODEL = 'smollm2-135m-instruct'
 PROMPT, STEPS, BATCH, NEW = 256, 24, 8, 64
+MORE = 4  # times as many requests
 MOVED = 256, 512, 1024, 2048  # tokens
 REST_S = 0.2  # until the threads of the one before have stopped spinning
 CONFIG = EngineConfig(max_len=512, max_seqs=BATCH, prefill_tokens=1024,
@@ -85,24 +88,25 @@ def in_turn(rounds, *fns):
 # --- ours -------------------------------------------------------------------
 
 
-def commands(batch):
+def commands(batch, steps):
   """The RunPrefill and RunDecode of `batch` prompts, as a scheduler would."""
-  pages = -(-(PROMPT + STEPS + 1) // CONFIG.page_size)
+  pages = -(-(PROMPT + steps + 1) // CONFIG.page_size)
   rows = [tuple(range(b * pages, (b + 1) * pages)) for b in range(batch)]
   each = max(1, CONFIG.prefill_tokens // PROMPT)
   chunks = [Chunk(b, 0, PROMPT, rows[b], True) for b in range(batch)]
   prefills = [RunPrefill(0, 0, tuple(chunks[i:i + each]))
               for i in range(0, batch, each)]
-  decode = RunDecode(0, 0, 0, STEPS, tuple(
-      Row(b, PROMPT, STEPS, rows[b]) for b in range(batch)))
+  decode = RunDecode(0, 0, 0, steps, tuple(
+      Row(b, PROMPT, steps, rows[b]) for b in range(batch)))
   return prefills, decode
 
 
 class Ours:
   """An instance driven by hand-made commands: no scheduler, no server."""
 
-  def __init__(self, instance, batch):
-    self.instance, (self.prefills, self.last) = instance, commands(batch)
+  def __init__(self, instance, batch, steps=STEPS):
+    self.instance = instance
+    self.prefills, self.last = commands(batch, steps)
     for id in range(batch):
       instance.forget(id)
     for id in range(batch):
@@ -213,6 +217,61 @@ def bench_modes(loaded, results, rounds, say):
       ttft = statistics.median(r.ttft_s for r in server.records[-BATCH:])
       add(results, say, f'(e) 8 x (256 + 64), {mode}, median TTFT {ttft:.2f} s',
           'generated tokens/s', BATCH * NEW / seconds)
+    if hasattr(os, 'sched_setaffinity'):
+      bench_phases(loaded, servers['disaggregated'], results, rounds, say)
+
+
+@contextlib.contextmanager
+def one_core():
+  """Holds all threads of this process to one core."""
+  def hold(cores):
+    for thread in pathlib.Path('/proc/self/task').iterdir():
+      with contextlib.suppress(ProcessLookupError):  # it has ended
+        os.sched_setaffinity(int(thread.name), cores)
+
+  before = os.sched_getaffinity(0)
+  hold({min(before)})
+  try:
+    yield
+  finally:
+    hold(before)
+
+
+def bench_phases(loaded, server, results, rounds, say):
+  """A disaggregated server beside the slower of its phases alone: as if the
+  other took no time and the KV none to move.
+
+  Phases alone have one core, as each has its share of two here. The server has
+  both, and an instance may use one that the other leaves idle. Prompts that
+  are there at once cannot decode before the first is done: with more of them
+  that is a smaller part.
+  """
+  alone = {}
+  for index, role in enumerate(('prefill', 'decode')):
+    instance = engine.Engine(loaded, [server.engines[index].where[2][0]], role,
+                             CONFIG)
+    for _ in instance.warm():
+      pass
+    alone[role] = getattr(Ours(instance, BATCH, NEW - 1), role)
+
+  def held(phase):
+    with one_core():
+      return jax.block_until_ready(phase())
+
+  counts = BATCH, MORE * BATCH
+  taken = in_turn(
+      rounds, *(functools.partial(serve_all, server, count, NEW)
+                for count in counts),
+      *(functools.partial(held, phase) for phase in alone.values()))
+  phases = {role: BATCH * NEW / seconds for role, seconds in zip(
+      alone, taken[len(counts):], strict=True)}
+  slower = min(phases, key=lambda role: np.median(phases[role]))
+  for count, seconds in zip(counts, taken, strict=False):
+    add(results, say, f'(e) {count} x (256 + 64), disaggregated',
+        'generated tokens/s', count * NEW / seconds,
+        {f'{slower} alone, one core': phases[slower]})
+  say('    alone on one core: ' + ', '.join(
+      f'{role} {np.median(rate):.1f}' for role, rate in phases.items()))
 
 
 def bench_peers(loaded, instance, results, rounds, say):
@@ -282,7 +341,9 @@ def bench_scheduler(results, say):
   """The DecodeDones of busy schedulers, in turn."""
   say(f'(c) scheduler.step, {RUNNING} running, {WAITING:,} waiting: one in '
       'which no row\n    takes a page, and by page one in which most do')
-  for name, taken_us in scheduler_step.times_us().items():
+  busy = {name: scheduler_step.Busy(blocks)
+          for name, blocks in scheduler_step.CASES.items()}
+  for name, taken_us in scheduler_step.times_us(busy).items():
     plain, *_ = taken_us
     for case, values in taken_us.items():
       add(results, say, f'(c) {name}, {case}', 'us', values,

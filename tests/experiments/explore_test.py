@@ -84,8 +84,9 @@ MUTATIONS = {
         "run.commands.append(Finish(id, 'length'))"),
     'the latest is first': (
         RUN, 'enqueue',
-        'bisect.insort(queue, seq.id, key=lambda id: seqs[id].order)',
-        'queue.insert(0, seq.id)'),
+        'bisect.insort(inst.own_queue(), seq.id, '
+        'key=lambda id: seqs[id].order)',
+        'inst.own_queue().insert(0, seq.id)'),
     'a pull passes the first by': (
         batches, '_pull', 'pulls[0]', 'pulls[-1]'),
     'room is not noticed': (RUN, 'touch', 'inst.fresh, ', ''),

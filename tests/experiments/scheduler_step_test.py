@@ -27,3 +27,14 @@ def test_a_page_that_is_taken_evicts_one_where_many_are_kept(kept):
     on_the_way = [slot for _, ids, _ in inst.host.offloads for slot in ids]
     assert len(inst.host.slots.kept) + len(on_the_way) == slots
     assert max(inst.host.slots.kept) > -pages  # they came from pages
+
+
+@pytest.mark.parametrize('what, count, want', [
+    ('rows', 16, (16, 1000, 0)), ('waiting', 30, (256, 30, 0)),
+    ('blocks kept', 20_000, (256, 1000, 20_000))])
+def test_one_thing_grows_at_a_time(what, count, want):
+  busy = scheduler_step.busy_with(what, count)
+  inst, = busy.state.instances
+  kept = getattr(inst.pool, 'kept', ())
+  others = sum(hash < 0 for hash in kept)  # nobody asks for them
+  assert (len(inst.rows), len(inst.queue), others) == want

@@ -193,6 +193,7 @@ def _gguf(path, architecture):
     ('engine.max_seqs=two', "engine.max_seqs='two': must be an integer"),
     ('engine.max_seqs=0', 'EngineConfig.max_seqs=0: must be an integer of 1'),
     ('engine.least_tokens=0', 'EngineConfig.least_tokens=0: must be an'),
+    ('engine.least_rows=0', 'EngineConfig.least_rows=0: must be an'),
     ('engine.dtype=int8', "must be 'float32' or 'bfloat16'"),
     ('sampling.max_tokens=0', 'Sampling.max_tokens=0: must be an integer of'),
     ('sampling.ignore_eos=maybe', 'must be true or false'),

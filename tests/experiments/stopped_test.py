@@ -21,7 +21,13 @@ from experiments import (
   soak,
   stream,
 )
-from experiments.bench import cluster, engine, migration, simulator
+from experiments.bench import (
+  cluster,
+  engine,
+  migration,
+  scheduler_step,
+  simulator,
+)
 from experiments.common import cli
 from tests.common.fake_engine import FakeEngine
 from tests.experiments import policies_test, replan_test
@@ -131,6 +137,14 @@ def stop_bench_migration(monkeypatch):
   monkeypatch.setattr(migration.Bench, 'run', stop_at(
       2, lambda *_: row | {'copies': 1, 'slower_range': (1.0, 1.0)}))
   return migration, dict(model='tiny'), 'bench.json', 20
+
+
+def stop_bench_scheduler_step(monkeypatch):
+  monkeypatch.setattr(scheduler_step, 'GROWTH', {
+      'rows': (4, 8), 'waiting': (0,), 'blocks kept': (0,)})
+  monkeypatch.setattr(scheduler_step, 'times_us', stop_at(
+      2, scheduler_step.times_us))
+  return scheduler_step, {}, 'bench.json', 20
 
 
 def stop_bench_simulator(monkeypatch):

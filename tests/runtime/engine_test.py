@@ -388,8 +388,10 @@ def commands_of(c, role):
     LIMITS, EngineConfig(max_len=64, prefill_tokens=16, prefill_seqs=4,
                          chunk_tokens=24, max_seqs=6),
     EngineConfig(max_len=64, prefill_tokens=70, prefill_seqs=8,
-                 max_seqs=2, chunk_tokens=20)),
-    ids=('tests', 'small', 'odd'))
+                 max_seqs=2, chunk_tokens=20),
+    EngineConfig(max_len=64, prefill_tokens=16, prefill_seqs=4,
+                 chunk_tokens=24, max_seqs=6, least_rows=4)),
+    ids=('tests', 'small', 'odd', 'rows'))
 def test_every_possible_batch_has_a_warm_shape(limits, role):
   inst = engine(role, limits)
   warm = set(inst.shapes_needed())
@@ -408,6 +410,11 @@ def test_every_possible_batch_has_a_warm_shape(limits, role):
 def test_shapes_needed(role, want):
   shapes = engine(role).shapes_needed()
   assert set(shapes) == want and len(shapes) == len(want)
+
+
+def test_no_decode_batch_below_least_rows_is_compiled():
+  shapes = engine('chunked', dataclasses.replace(LIMITS, least_rows=2))
+  assert {n for _, n in shapes.shapes_needed()} == {0, 2, 3}
 
 
 # --- memory ------------------------------------------------------------------

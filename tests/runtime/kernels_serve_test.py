@@ -108,13 +108,14 @@ def test_the_setting_reaches_the_steps():
 
 
 @needs_compiler
-@pytest.mark.parametrize('tp', [1, 2])
-def test_none_is_the_cpus_own_where_it_is_built(tp):
+@pytest.mark.parametrize('tp, kv_dtype, picked', [
+    (1, None, 'cpu'), (2, None, 'cpu'), (1, 'int8', 'xla')])
+def test_none_is_the_cpus_own_where_it_is_built(tp, kv_dtype, picked):
   mesh = Mesh(np.array(jax.devices()[:tp]), (sharding.AXIS,))
-  asked = EngineConfig()
+  asked = EngineConfig(kv_dtype=kv_dtype)
   shapes, = stage_shapes(CONFIG, [mesh], 'decode', asked,
                          asked.instance('decode'))
-  assert (shapes.attention, shapes.panels) == ('cpu', True)
+  assert (shapes.attention, shapes.panels) == (picked, True)
 
 
 def test_an_unknown_attention_is_an_error_that_names_the_allowed():

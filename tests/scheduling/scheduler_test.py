@@ -200,6 +200,15 @@ def test_arrivals_go_to_the_shortest_queue_in_tokens():
   assert [i.queue for i in state.instances] == [(2, 6), (3, 4, 5), ()]
 
 
+def test_a_step_copies_no_queue_that_does_not_change():
+  config = config_of(instance('colocated', max_seqs=1), depth=1)
+  before, _ = state_after(config, arrive(0, 4, 9), arrive(1, 4, 2),
+                          arrive(2, 4, 2), prefilled(0, 0))
+  after, commands = scheduler.step(config, before, decoded(0, 1))
+  assert commands and before.instances[0].queue == (1, 2)
+  assert after.instances[0].queue is before.instances[0].queue
+
+
 def test_finished_prefills_go_to_the_least_loaded_decode_instance():
   config = config_of(instance('prefill'), instance('decode'),
                      instance('decode'))
