@@ -184,9 +184,10 @@ def draw_end_to_end(data, figure):
         line[column].plot(rates, values, PUBLISHED.get(label, 'x'), ms=5,
                           color=LOOKS[label if label in LOOKS else 'chunked'][
                               'color'], label=f'published, {label}')
-      line[column].axvline(case.goodput[0], color='tab:blue', ls=':', lw=1,
-                       label='published goodput, DistServe')
-      line[2 + column].axvline(case.scale[0], color='tab:blue', ls=':', lw=1)
+      for axes, value in ((line[column], case.goodput[0]),
+                          (line[2 + column], case.scale[0])):
+        axes.axvline(value, color=LOOKS['DistServe']['color'], ls=':', lw=1,
+                     label='published, DistServe at 90 %')
       rules = 'paper rules' if who == 'paper' else 'ours'
       tidy(line[column], f'{case.title}: {rules}', 'requests/s per device',
            '% met both')
@@ -196,7 +197,15 @@ def draw_end_to_end(data, figure):
     for axes in line:
       axes.axhline(90, color='grey', lw=0.8, ls='--')
       axes.set_ylim(0, 103)
-    line[1].legend(fontsize=6, loc='lower left')
+  _legend_below(figure)
+
+
+def _legend_below(figure):
+  """One legend for all that is drawn, where it hides nothing."""
+  labels = {label: handle for axes in figure.axes for handle, label in zip(
+      *axes.get_legend_handles_labels(), strict=True)}
+  figure.legend(labels.values(), labels, fontsize=8, ncols=5,
+                loc='outside lower right')
 
 
 def _draw_system(left, right, label, points, scales):
@@ -234,10 +243,10 @@ def draw11(data, figure):
                 color=LOOKS[name]['color'], label=f'published draft, {name}')
     axes.axhline(90, color='grey', lw=0.8, ls='--')
     axes.set_ylim(0, 103)
-    axes.legend(fontsize=7)
     tidy(axes, 'Fig. 11: ablation, OPT-66B ShareGPT, 0.4 s and 0.1 s: '
          + ('paper rules' if who == 'paper' else 'ours'),
          'requests/s per device', '% met both')
+  _legend_below(figure)
 
 
 def draw_table2(data, figure):
@@ -272,10 +281,14 @@ def draw_table3(data, figure):
       shift = .27 * (number - 1)
       axes.barh(y + shift, value or 0, 0.24, **pictures.fill(number),
                 label=None if y else label)
-      axes.text(.01, y + shift, text if value else text + ': ruled out by a '
-                'bound', fontsize=7, va='center')
+      # Behind the bar and its interval, so that neither hides a letter.
+      end = max(value or 0, high if number == 2 else 0)
+      axes.annotate(text if value else text + ': ruled out by a bound',
+                    (end, y + shift), (4, 0), textcoords='offset points',
+                    fontsize=7, va='center')
     axes.plot((low, high), (y + .27,) * 2, 'k-|', lw=1)
   axes.set_yticks(range(len(data['bars'])), [b[0] for b in data['bars']])
   axes.invert_yaxis()
+  axes.set_xlim(right=1.2 * axes.get_xlim()[1])
   axes.legend(fontsize=8, loc='lower right')
   tidy(axes, 'Table 3: placements', 'goodput, requests/s per device', '')

@@ -4,14 +4,16 @@ import json
 import pathlib
 
 import pytest
+from matplotlib.figure import Figure
 
 from dsjax.analysis.record import Record
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Plan, Slo
 from dsjax.placement import judging
 from experiments import reproduce
-from experiments.paper import comparison, end_to_end, figures, reported
+from experiments.paper import comparison, end_to_end, figures, plots, reported
 from experiments.paper.comparison import Rules
+from tests.common.legible import alike, hidden
 from tests.common.programs import ended
 from tests.common.results import check_written, made_by
 
@@ -296,6 +298,38 @@ def test_between_the_rules_each_step_is_its_own(monkeypatch):
                       ('paper', False, False), ('ours', False, True),
                       ('ours', False, False)]
   assert {len(row) - 1 for row in data['rows']} == {len(data['columns'])}
+
+
+def _curves(labels, rates):
+  """As end_to_end and figure11 have them, over all of the axes."""
+  return {f'{who}|{label}': [(rate, .01 + .98 * i / len(rates), 0, 1)
+                             for i, rate in enumerate(rates)]
+          for who in ('paper', 'ours') for label in labels}
+
+
+@pytest.mark.parametrize('name', ('8', '11', 'table3'))
+def test_nothing_is_hidden_in_a_picture(name):
+  plans = 'prefill=3x3,decode=4x3', 'prefill=4x1,decode=4x1'
+  labels = [x for x in (*end_to_end.SYSTEMS, 'tuned colocated',
+                        'tuned chunked') if x in plots.LOOKS]
+  data = {
+      '8': {'parts': [{
+          'case': case, 'curves': _curves(labels, reported.CASES[case].rates),
+          'scales': {f'{who}|{label}': [(.3, 0), (10, 1)]
+                     for who in ('paper', 'ours') for label in labels}}
+          for case in ('13b', '66b', '175b')]},
+      '11': {'curves': _curves(end_to_end.variants(), reported.FIG11_RATES)},
+      'table3': {'bars': [
+          ('chatbot', value, same, value, .5 * value, 1.5 * value, *plans)
+          for value, same in ((3.0, 2.0), (1.0, None), (.2, .2), (.1, .1))]},
+  }[name]
+  figure = Figure(figsize=(11, 4), layout='constrained')
+  reproduce.FIGURES[name][1](data, figure)
+  assert not hidden(figure) and not alike(figure)
+  if name != 'table3':
+    legend, = figure.legends
+    named = {text.get_text() for text in legend.get_texts()}
+    assert named >= set(labels if name == '8' else end_to_end.variants())
 
 
 def test_reported_are_consistent():
