@@ -202,8 +202,10 @@ def draw_end_to_end(data, figure):
 
 def _legend_below(figure):
   """One legend for all that is drawn, where it hides nothing."""
-  labels = {label: handle for axes in figure.axes for handle, label in zip(
-      *axes.get_legend_handles_labels(), strict=True)}
+  labels: dict = {}
+  for axes in figure.axes:
+    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+      labels.setdefault(label, handle)
   figure.legend(labels.values(), labels, fontsize=8, ncols=5,
                 loc='outside lower right')
 
@@ -213,7 +215,7 @@ def _draw_system(left, right, label, points, scales):
   look = LOOKS[label]
   left.plot(rates, [100 * s for s in shares], ms=3, label=label, **look)
   left.fill_between(rates, [100 * x for x in lows], [100 * x for x in highs],
-                    color=look['color'], alpha=0.12, lw=0)
+                    color=look['color'], alpha=0.12, lw=0, label='95 %')
   right.plot(*zip(*((f, 100 * s) for f, s in scales), strict=True), ms=3,
              **look)
 
@@ -272,21 +274,20 @@ def draw_table2(data, figure):
 
 def draw_table3(data, figure):
   axes = figure.subplots()
-  for y, bar in enumerate(data['bars']):
-    title, published, same, best, low, high, theirs, ours = bar
-    for number, (value, label, text) in enumerate((
-        (published, 'published goodput', theirs),
-        (same, "paper's placement, simulated", theirs),
-        (best, 'best found, simulated, 95 %', ours))):
-      shift = .27 * (number - 1)
-      axes.barh(y + shift, value or 0, 0.24, **pictures.fill(number),
+  for y, (_, published, same, best, theirs, ours) in enumerate(data['bars']):
+    for number, (label, text, value, *interval) in enumerate((
+        ('published goodput', theirs, published),
+        ("paper's placement, simulated, 95 %", theirs, *same),
+        ('best found, simulated, 95 %', ours, *best))):
+      at = y + .27 * (number - 1)
+      axes.barh(at, value, 0.24, **pictures.fill(number),
                 label=None if y else label)
+      # An interval without an upper end is drawn as long as twice the bar.
+      interval = [min(x, 2 * value) for x in interval]
+      axes.plot(interval, [at] * len(interval), 'k-|', lw=1)
       # Behind the bar and its interval, so that neither hides a letter.
-      end = max(value or 0, high if number == 2 else 0)
-      axes.annotate(text if value else text + ': ruled out by a bound',
-                    (end, y + shift), (4, 0), textcoords='offset points',
-                    fontsize=7, va='center')
-    axes.plot((low, high), (y + .27,) * 2, 'k-|', lw=1)
+      axes.annotate(text, (max(value, *interval, 0), at), (4, 0), fontsize=7,
+                    textcoords='offset points', va='center')
   axes.set_yticks(range(len(data['bars'])), [b[0] for b in data['bars']])
   axes.invert_yaxis()
   axes.set_xlim(right=1.2 * axes.get_xlim()[1])

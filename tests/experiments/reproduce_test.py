@@ -1,6 +1,7 @@
 """The paper's figures: what the equations say, and the runner's answers."""
 
 import json
+import math
 import pathlib
 
 import pytest
@@ -239,6 +240,17 @@ def test_figure_8s_vllm_of_opt_66b():
   assert .25 < rates[True] < .55 < rates[False] < .9
 
 
+def test_table_3_measures_the_papers_placement_whatever_the_search_did():
+  data = end_to_end.table3(QUICK)
+  (row,), (bar,) = data['rows'], data['bars']
+  theirs, best = bar[2], bar[3]
+  for rate, low, high in (theirs, best):
+    assert 0 < low <= rate <= high
+  assert row[1] == bar[4] == str(CASE.placement)
+  assert row[2] == figures.span(theirs)
+  assert row[3] == f'{bar[5]}: {figures.span(best)}'
+
+
 def test_run_sizes():
   system = comparison.build(Rules('paper'), ask(), 'x', CASE.placement)
   assert comparison.count(Rules('paper'), system, 2.0, CASE.slo, 100) == 300
@@ -320,8 +332,9 @@ def test_nothing_is_hidden_in_a_picture(name):
           for case in ('13b', '66b', '175b')]},
       '11': {'curves': _curves(end_to_end.variants(), reported.FIG11_RATES)},
       'table3': {'bars': [
-          ('chatbot', value, same, value, .5 * value, 1.5 * value, *plans)
-          for value, same in ((3.0, 2.0), (1.0, None), (.2, .2), (.1, .1))]},
+          ('chatbot', value, (same, .5 * same, same),
+           (value, .5 * value, math.inf), *plans)
+          for value, same in ((3.0, 2.0), (1.0, 0.0), (.2, .2), (.1, .1))]},
   }[name]
   figure = Figure(figsize=(11, 4), layout='constrained')
   reproduce.FIGURES[name][1](data, figure)
