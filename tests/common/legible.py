@@ -35,11 +35,12 @@ def hidden(figure):
   """What lies under a legend of its axes, or under another's words.
 
   Returns:
-    Labels of lines and bars with a point under the legend; texts that
-    another text or the end of an interval lies on.
+    Labels of lines with a point under the legend; texts that a legend,
+    another text or a point of a line lies on.
   """
   figure.canvas.draw()
-  found = []
+  found = [text.get_text() for text in figure.texts for legend in figure.legends
+           if legend.get_window_extent().overlaps(text.get_window_extent())]
   for axes in figure.axes:
     legend, texts = axes.get_legend(), list(axes.texts)
     boxes = [text.get_window_extent() for text in texts]

@@ -5,14 +5,20 @@ import math
 import pathlib
 
 import pytest
-from matplotlib.figure import Figure
 
 from dsjax.analysis.record import Record
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Plan, Slo
-from dsjax.placement import judging
+from dsjax.placement import goodput, judging
 from experiments import reproduce
-from experiments.paper import comparison, end_to_end, figures, plots, reported
+from experiments.paper import (
+  causes,
+  comparison,
+  end_to_end,
+  figures,
+  plots,
+  reported,
+)
 from experiments.paper.comparison import Rules
 from tests.common.legible import alike, hidden
 from tests.common.programs import ended
@@ -312,6 +318,48 @@ def test_between_the_rules_each_step_is_its_own(monkeypatch):
   assert {len(row) - 1 for row in data['rows']} == {len(data['columns'])}
 
 
+def test_of_a_cause_one_thing_is_changed(monkeypatch):
+  # A run's requests, tokens of a prefill batch, whether 50,000 tokens are a
+  # step's, the lengths of its first prompts and which of them count as met.
+  seen = []
+  late = [record(9, 1), record(1, 9), record(1, 1)] * 500
+
+  def records(system, make, rate, n):
+    seen.append((n, system.config.instances[0].prefill_tokens,
+                 isinstance(system.latencies[-1], comparison.Turns),
+                 {len(r.prompt) for r in make(1.0, 3)} == {171}))
+    return late[:n]
+
+  def search(hits_at, target, start, *args):
+    hits = hits_at(start, None)
+    return goodput.Goodput(sum(hits) / len(hits), 0, 1, 'target', 1, 1)
+  monkeypatch.setattr(comparison, 'records', records)
+  monkeypatch.setattr(causes.goodput, 'search', search)
+  monkeypatch.setitem(reported.CASES, '13b', CASE._replace(slo=Slo(2, 2)))
+  options = QUICK._replace(quick=False)
+  rates = [causes.rate_of(options, '13b', 'DistServe', change, 0)
+           for change in (causes.Change(), *(
+               x for *_, changes in causes.CHECKED for x in changes))]
+  usual = 300, 8192, True, False
+  assert seen[0] == usual and rates[0] == pytest.approx(2 / 3)
+  changed = {frozenset(i for i in range(4) if run[i] != usual[i])
+             for run in seen}
+  assert changed == {frozenset(), *map(frozenset, ((0,), (1,), (2,), (3,)))}
+  assert rates[1] == pytest.approx(1 / 3)  # the same request meets both
+  assert seen[2][0] == 1500  # long runs
+  assert {run[0] for run in seen} == {300, 1000, 1500}
+
+
+def test_a_row_of_causes_is_of_its_seeds(monkeypatch):
+  monkeypatch.setattr(causes, 'rate_of', lambda options, name, label, change,
+                      seed: seed + bool(change.text))
+  data = causes.causes(QUICK._replace(quick=False, seed=3))
+  assert len(data['rows']) == sum(len(c) for *_, c in causes.CHECKED)
+  assert data['rows'][0][1:] == (2.3, '4.5 (3 to 6)', '5.5 (4 to 7)')
+  assert data['bars'][0][1:] == (2.3, 4.5, 3, 6)
+  assert len(data['bars']) == len(data['rows']) + len(causes.CHECKED)
+
+
 def _curves(labels, rates):
   """As end_to_end and figure11 have them, over all of the axes."""
   return {f'{who}|{label}': [(rate, .01 + .98 * i / len(rates), 0, 1)
@@ -319,8 +367,8 @@ def _curves(labels, rates):
           for who in ('paper', 'ours') for label in labels}
 
 
-@pytest.mark.parametrize('name', ('8', '11', 'table3'))
-def test_nothing_is_hidden_in_a_picture(name):
+@pytest.mark.parametrize('name', ('8', '11', 'causes', 'table3'))
+def test_nothing_is_hidden_in_a_picture(tmp_path, name):
   plans = 'prefill=3x3,decode=4x3', 'prefill=4x1,decode=4x1'
   labels = [x for x in (*end_to_end.SYSTEMS, 'tuned colocated',
                         'tuned chunked') if x in plots.LOOKS]
@@ -331,15 +379,23 @@ def test_nothing_is_hidden_in_a_picture(name):
                      for who in ('paper', 'ours') for label in labels}}
           for case in ('13b', '66b', '175b')]},
       '11': {'curves': _curves(end_to_end.variants(), reported.FIG11_RATES)},
+      'causes': {'bars': [(f'chatbot, OPT-66B: vLLM: {i} requests', .2, value,
+                           .9 * value, 1.1 * value)
+                          for i, value in enumerate(17 * [2.0, .1])]},
       'table3': {'bars': [
           ('chatbot', value, (same, .5 * same, same),
            (value, .5 * value, math.inf), *plans)
           for value, same in ((3.0, 2.0), (1.0, 0.0), (.2, .2), (.1, .1))]},
   }[name]
-  figure = Figure(figsize=(11, 4), layout='constrained')
-  reproduce.FIGURES[name][1](data, figure)
+  drawn = []
+  def draw(data, figure):
+    reproduce.FIGURES[name][1](data, figure)
+    drawn.append(figure)
+  reproduce.save(tmp_path, name, data | {'data': comparison.data_of(
+      ('sharegpt', 'humaneval'), pathlib.Path('x'))}, draw, {}, [])
+  figure, = drawn
   assert not hidden(figure) and not alike(figure)
-  if name != 'table3':
+  if name in ('8', '11'):
     legend, = figure.legends
     named = {text.get_text() for text in legend.get_texts()}
     assert named >= set(labels if name == '8' else end_to_end.variants())
