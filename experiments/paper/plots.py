@@ -4,6 +4,7 @@ draw(data, figure): data as computed, figure a matplotlib Figure.
 """
 
 import itertools
+import math
 
 import numpy as np
 
@@ -138,8 +139,6 @@ def draw10(data, figure):
       left.text(i + 0.28 * (column - 1), 101, names.get(who, 'paper'),
                 fontsize=6, ha='center', rotation=45)
   left.set_xticks(x, data['rates'])
-  figure.legend(*left.get_legend_handles_labels(), fontsize=8, ncols=5,
-                loc='outside lower right')
   left.set_ylim(0, 112)
   tidy(left, 'Fig. 10a: where a request spends its time, OPT-175B',
        'requests/s per device', '% of time')
@@ -150,8 +149,8 @@ def draw10(data, figure):
   right.plot([1e3 * k for k in reported.FIG10_CDF], reported.FIG10_CDF.values(),
              'k^', label='paper')
   right.set_xscale('log')
-  right.legend(fontsize=8)
   tidy(right, 'Fig. 10b: KV transfer time', 'ms', '% of requests')
+  _legend_above(figure)
 
 
 def draw12(data, figure):
@@ -298,11 +297,13 @@ def draw_table3(data, figure):
       at = y + .27 * (number - 1)
       axes.barh(at, value, 0.24, **pictures.fill(number),
                 label=None if y else label)
-      # An interval without an upper end is drawn as long as twice the bar.
-      interval = [min(x, 2 * value) for x in interval]
-      axes.plot(interval, [at] * len(interval), 'k-|', lw=1)
+      # One without an upper end is drawn as long as twice the bar, with a >.
+      ends = [2 * value if math.isinf(x) else x for x in interval]
+      axes.plot(ends, [at] * len(ends), 'k-|', lw=1)
+      if math.inf in interval:
+        axes.plot(ends[-1:], [at], 'k>', ms=6)
       # Behind the bar and its interval, so that neither hides a letter.
-      axes.annotate(text, (max(value, *interval, 0), at), (4, 0), fontsize=7,
+      axes.annotate(text, (max(value, *ends, 0), at), (6, 0), fontsize=7,
                     textcoords='offset points', va='center')
   axes.set_yticks(range(len(data['bars'])), [b[0] for b in data['bars']])
   axes.invert_yaxis()

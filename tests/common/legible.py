@@ -38,7 +38,8 @@ def hidden(figure):
     Labels of lines with a point under the legend; texts that a legend,
     another text or a point of a line lies on.
   """
-  figure.canvas.draw()
+  for _ in range(2):  # the layout takes its room after it was drawn
+    figure.canvas.draw()
   found = [text.get_text() for text in figure.texts for legend in figure.legends
            if legend.get_window_extent().overlaps(text.get_window_extent())]
   for axes in figure.axes:
