@@ -1,5 +1,6 @@
 """Whether a picture says the same without its colours."""
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
 
@@ -38,8 +39,7 @@ def hidden(figure):
     Labels of lines with a point under the legend; texts that a legend,
     another text or a point of a line lies on.
   """
-  for _ in range(2):  # the layout takes its room after it was drawn
-    figure.canvas.draw()
+  FigureCanvasAgg(figure).draw()
   found = [text.get_text() for text in figure.texts for legend in figure.legends
            if legend.get_window_extent().overlaps(text.get_window_extent())]
   for axes in figure.axes:
