@@ -111,7 +111,8 @@ WHY = ("The rows that say vLLM have vLLM's own released profile, in which "
        'the memory, add 1 ms x pp to each stage of a prefill, fix tp and use '
        f'short runs: the mean of {SEEDS} seeds, the least and the most. Ours '
        'has the real KV memory, long runs, and tunes the baselines on '
-       "DistServe's constants.")
+       "DistServe's constants. What each of these does: --figure=rules and "
+       'causes.')
 
 
 def figure8(options):
