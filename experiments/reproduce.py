@@ -84,7 +84,7 @@ def show(console, name, data, took_s):
   out = Table(title=f'{title}  ({took_s:.0f} s)', title_justify='left')
   out.add_column('')
   for column in data.get('columns', ('paper', 'paper rules', 'ours')):
-    out.add_column(column, justify='right')
+    out.add_column(column, justify='right', overflow='fold')
   for row in data['rows']:
     out.add_row(*map(_cell, row))
   console.print(out)

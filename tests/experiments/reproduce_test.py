@@ -1,10 +1,12 @@
 """The paper's figures: what the equations say, and the runner's answers."""
 
+import io
 import json
 import math
 import pathlib
 
 import pytest
+from rich.console import Console
 
 from dsjax.analysis.record import Record
 from dsjax.config.checks import InputError
@@ -69,6 +71,21 @@ def test_what_lengths_a_table_is_of_is_said_everywhere(tmp_path):
   reproduce.save(tmp_path, 'x', {'data': texts['without']},
                  lambda data, figure: drawn.append(figure), {}, [])
   assert texts['without'] in drawn[0].get_supxlabel()
+
+
+def test_a_table_of_80_columns_leaves_nothing_out():
+  where = 'prefill=2x2,2x2,decode=4x2'
+  text = io.StringIO()
+  reproduce.show(Console(file=text, width=80), 'table3', {
+      'columns': ('paper', "paper's, simulated", 'best found'), 'data': '',
+      'why': '', 'rows': [('chatbot, OPT-66B', where, '0.6 [0.529, 0.655]',
+                           f'{where} (4062 tokens): 0.919 [0.816, 1.01]')]}, 1)
+  lines = text.getvalue().splitlines()
+  assert max(map(len, lines)) <= 80
+  cells = [[cell.strip() for cell in line.split('│')[1:-1]]
+           for line in lines if line.startswith('│')]
+  joined = [''.join(parts) for parts in zip(*cells, strict=True)]
+  assert joined[1] == where and joined[3].startswith(where)
 
 
 def test_every_figure_says_its_lengths():
