@@ -150,21 +150,23 @@ def draw(path, rows, title, unit='device'):
               **looks[mode], linestyle=':' if beaten else '-',
               label=None if mode in seen or beaten else mode)
     seen |= set() if beaten else {mode}
-    if row.goodput.tight:
-      axes.plot([low, min(high, 2 * row.per_device)], [y, y], color='black',
-                marker='|')
+    if row.goodput.tight:  # without an upper end: twice the bar, and a >
+      end = high if math.isfinite(high) else 2 * row.per_device
+      axes.plot([low, end], [y, y], color='black', marker='|')
+      if end != high:
+        axes.plot([end], [y], color='black', marker='>', ms=7)
   axes.set_yticks(range(len(rows)), [
       str(r.placement) + (f' ({r.prefill_tokens})'
                                      if r.prefill_tokens else '')
       for r in rows])
   axes.invert_yaxis()
   axes.set_xlim(left=0)
-  axes.set_xlabel(f'goodput, requests/s per {unit} (simulated); dotted: at '
-                  'most')
+  axes.set_xlabel(f'goodput, requests/s per {unit} (simulated), 95 %; dotted: '
+                  'at most')
   axes.set_title(title, fontsize=9)
   axes.spines[['top', 'right']].set_visible(False)
   if seen:
-    axes.legend(fontsize=8, frameon=False, loc='lower right')
+    figure.legend(fontsize=8, loc='outside lower right', ncols=len(seen))
   pictures.save(figure, path)
 
 

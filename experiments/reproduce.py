@@ -5,8 +5,9 @@
 Prints for each a table (paper | paper rules | ours | why they differ) and
 writes FIGURE.png, FIGURE.pdf and FIGURE.json. The published values are in
 experiments/paper/reported.py, the two sets of rules in comparison.py, the
-figures in figures.py (1, 3, 4, 5, 10, 12) and end_to_end.py (8, 9, 11, tables
-2 and 3, and 'rules': from one set of rules to the other, a rule at a time).
+figures in figures.py (1, 3, 4, 5, 10, 12), end_to_end.py (8, 9, 11, tables 2
+and 3, and 'rules': from one set of rules to the other, a rule at a time) and
+causes.py ('causes': from the published values to the paper's rules).
 Everything is simulated on the constants that DistServe released for A100s;
 nothing here ran on a GPU. --quick takes seconds and its figures say little.
 Table, picture and file say what lengths they are of. Ctrl-C
@@ -23,17 +24,18 @@ from rich.table import Table
 
 from dsjax.config.checks import require
 from experiments.common import cli, pictures, provenance, terminal
-from experiments.paper import comparison, end_to_end, figures
+from experiments.paper import causes, comparison, end_to_end, figures
 
-FIGURES = {name: (figures.FIGURES | end_to_end.FIGURES)[name] for name in (
-    '1', '3', '4', '5', '8', '9', 'rules', '10', '11', '12', 'table2',
-    'table3')}
+FIGURES = {name: (figures.FIGURES | end_to_end.FIGURES | causes.FIGURES)[name]
+           for name in ('1', '3', '4', '5', '8', '9', 'rules', 'causes', '10',
+                        '11', '12', 'table2', 'table3')}
 
 
 # The data sets of a figure's requests; of those not named, all are equal.
 DATA = dict.fromkeys(('8', '10', '11', '12', 'table2'), ('sharegpt',)) | {
     '9': ('humaneval', 'longbench'), 'rules': ('sharegpt', 'longbench'),
-    'table3': ('sharegpt', 'humaneval', 'longbench')}
+    **dict.fromkeys(('causes', 'table3'), (
+        'sharegpt', 'humaneval', 'longbench'))}
 
 
 class Options(NamedTuple):
@@ -82,7 +84,7 @@ def show(console, name, data, took_s):
   out = Table(title=f'{title}  ({took_s:.0f} s)', title_justify='left')
   out.add_column('')
   for column in data.get('columns', ('paper', 'paper rules', 'ours')):
-    out.add_column(column, justify='right')
+    out.add_column(column, justify='right', overflow='fold')
   for row in data['rows']:
     out.add_row(*map(_cell, row))
   console.print(out)

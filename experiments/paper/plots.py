@@ -4,6 +4,7 @@ draw(data, figure): data as computed, figure a matplotlib Figure.
 """
 
 import itertools
+import math
 
 import numpy as np
 
@@ -138,8 +139,6 @@ def draw10(data, figure):
       left.text(i + 0.28 * (column - 1), 101, names.get(who, 'paper'),
                 fontsize=6, ha='center', rotation=45)
   left.set_xticks(x, data['rates'])
-  figure.legend(*left.get_legend_handles_labels(), fontsize=8, ncols=5,
-                loc='outside lower right')
   left.set_ylim(0, 112)
   tidy(left, 'Fig. 10a: where a request spends its time, OPT-175B',
        'requests/s per device', '% of time')
@@ -150,8 +149,8 @@ def draw10(data, figure):
   right.plot([1e3 * k for k in reported.FIG10_CDF], reported.FIG10_CDF.values(),
              'k^', label='paper')
   right.set_xscale('log')
-  right.legend(fontsize=8)
   tidy(right, 'Fig. 10b: KV transfer time', 'ms', '% of requests')
+  _legend_above(figure)
 
 
 def draw12(data, figure):
@@ -184,9 +183,10 @@ def draw_end_to_end(data, figure):
         line[column].plot(rates, values, PUBLISHED.get(label, 'x'), ms=5,
                           color=LOOKS[label if label in LOOKS else 'chunked'][
                               'color'], label=f'published, {label}')
-      line[column].axvline(case.goodput[0], color='tab:blue', ls=':', lw=1,
-                       label='published goodput, DistServe')
-      line[2 + column].axvline(case.scale[0], color='tab:blue', ls=':', lw=1)
+      for axes, value in ((line[column], case.goodput[0]),
+                          (line[2 + column], case.scale[0])):
+        axes.axvline(value, color=LOOKS['DistServe']['color'], ls=':', lw=1,
+                     label='published, DistServe at 90 %')
       rules = 'paper rules' if who == 'paper' else 'ours'
       tidy(line[column], f'{case.title}: {rules}', 'requests/s per device',
            '% met both')
@@ -196,7 +196,17 @@ def draw_end_to_end(data, figure):
     for axes in line:
       axes.axhline(90, color='grey', lw=0.8, ls='--')
       axes.set_ylim(0, 103)
-    line[1].legend(fontsize=6, loc='lower left')
+  _legend_above(figure)
+
+
+def _legend_above(figure):
+  """One legend for all that is drawn; below is what the lengths are."""
+  labels: dict = {}
+  for axes in figure.axes:
+    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+      labels.setdefault(label, handle)
+  figure.legend(labels.values(), labels, fontsize=8, ncols=5,
+                loc='outside upper right')
 
 
 def _draw_system(left, right, label, points, scales):
@@ -204,7 +214,7 @@ def _draw_system(left, right, label, points, scales):
   look = LOOKS[label]
   left.plot(rates, [100 * s for s in shares], ms=3, label=label, **look)
   left.fill_between(rates, [100 * x for x in lows], [100 * x for x in highs],
-                    color=look['color'], alpha=0.12, lw=0)
+                    color=look['color'], alpha=0.12, lw=0, label='95 %')
   right.plot(*zip(*((f, 100 * s) for f, s in scales), strict=True), ms=3,
              **look)
 
@@ -216,6 +226,22 @@ def draw_rules(data, figure):
               **pictures.look(number))
   axes.legend(fontsize=8)
   tidy(axes, "Between the paper's rules and ours", '', 'requests/s per device')
+
+
+def draw_causes(data, figure):
+  figure.set_size_inches(11, 1.2 + 0.3 * len(data['bars']))
+  axes = figure.subplots()
+  for y, (_, published, mean, low, high) in enumerate(data['bars']):
+    axes.barh(y, mean, 0.6, **pictures.fill(0),
+              label=None if y else 'simulated; the least and the most seed')
+    axes.plot((low, high), (y, y), 'k-|', lw=1)
+    axes.plot([published], [y], 'D', color=pictures.COLOURS[1],
+              label=None if y else 'published')
+  axes.set_yticks(range(len(data['bars'])), [b[0] for b in data['bars']])
+  axes.invert_yaxis()
+  axes.legend(fontsize=8, loc='lower right')
+  tidy(axes, "Between the paper's values and its rules, a change at a time",
+       'requests/s per device', '')
 
 
 def draw11(data, figure):
@@ -234,10 +260,10 @@ def draw11(data, figure):
                 color=LOOKS[name]['color'], label=f'published draft, {name}')
     axes.axhline(90, color='grey', lw=0.8, ls='--')
     axes.set_ylim(0, 103)
-    axes.legend(fontsize=7)
     tidy(axes, 'Fig. 11: ablation, OPT-66B ShareGPT, 0.4 s and 0.1 s: '
          + ('paper rules' if who == 'paper' else 'ours'),
-         'requests/s per device', '% met both')
+         'requests/s per device', '% met both, with 95 %')
+  _legend_above(figure)
 
 
 def draw_table2(data, figure):
@@ -263,19 +289,24 @@ def draw_table2(data, figure):
 
 def draw_table3(data, figure):
   axes = figure.subplots()
-  for y, bar in enumerate(data['bars']):
-    title, published, same, best, low, high, theirs, ours = bar
-    for number, (value, label, text) in enumerate((
-        (published, 'published goodput', theirs),
-        (same, "paper's placement, simulated", theirs),
-        (best, 'best found, simulated, 95 %', ours))):
-      shift = .27 * (number - 1)
-      axes.barh(y + shift, value or 0, 0.24, **pictures.fill(number),
+  for y, (_, published, same, best, theirs, ours) in enumerate(data['bars']):
+    for number, (label, text, value, *interval) in enumerate((
+        ('published goodput', theirs, published),
+        ("paper's placement, simulated, 95 %", theirs, *same),
+        ('best found, simulated, 95 %', ours, *best))):
+      at = y + .27 * (number - 1)
+      axes.barh(at, value, 0.24, **pictures.fill(number),
                 label=None if y else label)
-      axes.text(.01, y + shift, text if value else text + ': ruled out by a '
-                'bound', fontsize=7, va='center')
-    axes.plot((low, high), (y + .27,) * 2, 'k-|', lw=1)
+      # One without an upper end is drawn as long as twice the bar, with a >.
+      ends = [2 * value if math.isinf(x) else x for x in interval]
+      axes.plot(ends, [at] * len(ends), 'k-|', lw=1)
+      if math.inf in interval:
+        axes.plot(ends[-1:], [at], 'k>', ms=6)
+      # Behind the bar and its interval, so that neither hides a letter.
+      axes.annotate(text, (max(value, *ends, 0), at), (6, 0), fontsize=7,
+                    textcoords='offset points', va='center')
   axes.set_yticks(range(len(data['bars'])), [b[0] for b in data['bars']])
   axes.invert_yaxis()
+  axes.set_xlim(right=1.2 * axes.get_xlim()[1])
   axes.legend(fontsize=8, loc='lower right')
   tidy(axes, 'Table 3: placements', 'goodput, requests/s per device', '')

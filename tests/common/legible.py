@@ -1,5 +1,6 @@
 """Whether a picture says the same without its colours."""
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
 
@@ -29,3 +30,32 @@ def alike(figure):
         if first != label:
           pairs.append((first, label))
   return pairs
+
+
+def hidden(figure):
+  """What lies under a legend of its axes, or under another's words.
+
+  Returns:
+    Labels of lines with a point under the legend; texts that a legend,
+    another text or a point of a line lies on.
+  """
+  FigureCanvasAgg(figure).draw()
+  found = [text.get_text() for text in figure.texts for legend in figure.legends
+           if legend.get_window_extent().overlaps(text.get_window_extent())]
+  for axes in figure.axes:
+    legend, texts = axes.get_legend(), list(axes.texts)
+    boxes = [text.get_window_extent() for text in texts]
+    for line in axes.lines:
+      points = axes.transData.transform(line.get_xydata()) if (
+          line.get_transform() == axes.transData) else ()
+      if legend and any(legend.get_window_extent().contains(*point)
+                        for point in points):
+        found.append(line.get_label())
+      found += [text.get_text() for text, box in zip(texts, boxes, strict=True)
+                if any(box.contains(*point) for point in points)]
+    found += [a.get_text() for i, a in enumerate(texts)
+              for j in range(i) if boxes[i].overlaps(boxes[j])]
+    if legend:
+      found += [text.get_text() for text, box in zip(texts, boxes, strict=True)
+                if legend.get_window_extent().overlaps(box)]
+  return found

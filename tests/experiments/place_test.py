@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 
 import pytest
 from rich.console import Console
@@ -15,6 +16,7 @@ from dsjax.placement.search import SearchResult
 from dsjax.placement.verdict import RankedPlacement
 from experiments import place
 from experiments.common import cli
+from tests.common.legible import hidden
 from tests.common.programs import ended
 from tests.common.results import check_written, made_by
 
@@ -76,6 +78,24 @@ def test_the_table_fits_80_columns():
       'prefill=2x4,2x4,2x4,decode=4x2,4x2'), 0.9))
   lines = text.getvalue().splitlines()
   assert max(map(len, lines)) == 80 and any('samples' in x for x in lines)
+
+
+def test_a_picture_hides_nothing_and_draws_whole_intervals(monkeypatch):
+  drawn = []
+  monkeypatch.setattr(place.pictures, 'save', lambda figure, _: drawn.append(
+      figure))
+  place.draw('x', [RankedPlacement(Placement.parse(where), Goodput(
+      rate, low, high, 'samples', .9, 1, True)) for where, rate, low, high in (
+          ('colocated=1x1', 2.0, 1.0, 3.0), ('chunked=1x1', 1.9, 1.0, math.inf),
+          ('prefill=1x1,decode=1x1', 2.0, 0.0, 8.0))], 'title')
+  figure, = drawn
+  axes, = figure.axes
+  assert not hidden(figure) and not axes.get_legend()
+  legend, = figure.legends
+  assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+  ends = [tuple(line.get_xdata()) for line in axes.lines]
+  assert ends == [(1.0, 3.0), (1.0, 3.8), (3.8,), (0.0, 4.0)]
+  assert axes.lines[2].get_marker() == '>'
 
 
 def test_what_was_stopped_exits_130(capsys, monkeypatch):

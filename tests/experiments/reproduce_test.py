@@ -1,17 +1,28 @@
 """The paper's figures: what the equations say, and the runner's answers."""
 
+import io
 import json
+import math
 import pathlib
 
 import pytest
+from rich.console import Console
 
 from dsjax.analysis.record import Record
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Plan, Slo
-from dsjax.placement import judging
+from dsjax.placement import goodput, judging
 from experiments import reproduce
-from experiments.paper import comparison, end_to_end, figures, reported
+from experiments.paper import (
+  causes,
+  comparison,
+  end_to_end,
+  figures,
+  plots,
+  reported,
+)
 from experiments.paper.comparison import Rules
+from tests.common.legible import alike, hidden
 from tests.common.programs import ended
 from tests.common.results import check_written, made_by
 
@@ -60,6 +71,21 @@ def test_what_lengths_a_table_is_of_is_said_everywhere(tmp_path):
   reproduce.save(tmp_path, 'x', {'data': texts['without']},
                  lambda data, figure: drawn.append(figure), {}, [])
   assert texts['without'] in drawn[0].get_supxlabel()
+
+
+def test_a_table_of_80_columns_leaves_nothing_out():
+  where = 'prefill=2x2,2x2,decode=4x2'
+  text = io.StringIO()
+  reproduce.show(Console(file=text, width=80), 'table3', {
+      'columns': ('paper', "paper's, simulated", 'best found'), 'data': '',
+      'why': '', 'rows': [('chatbot, OPT-66B', where, '0.6 [0.529, 0.655]',
+                           f'{where} (4062 tokens): 0.919 [0.816, 1.01]')]}, 1)
+  lines = text.getvalue().splitlines()
+  assert max(map(len, lines)) <= 80
+  cells = [[cell.strip() for cell in line.split('│')[1:-1]]
+           for line in lines if line.startswith('│')]
+  joined = [''.join(parts) for parts in zip(*cells, strict=True)]
+  assert joined[1] == where and joined[3].startswith(where)
 
 
 def test_every_figure_says_its_lengths():
@@ -237,6 +263,17 @@ def test_figure_8s_vllm_of_opt_66b():
   assert .25 < rates[True] < .55 < rates[False] < .9
 
 
+def test_table_3_measures_the_papers_placement_whatever_the_search_did():
+  data = end_to_end.table3(QUICK)
+  (row,), (bar,) = data['rows'], data['bars']
+  theirs, best = bar[2], bar[3]
+  for rate, low, high in (theirs, best):
+    assert 0 < low <= rate <= high
+  assert row[1] == bar[4] == str(CASE.placement)
+  assert row[2] == figures.span(theirs)
+  assert row[3] == f'{bar[5]}: {figures.span(best)}'
+
+
 def test_run_sizes():
   system = comparison.build(Rules('paper'), ask(), 'x', CASE.placement)
   assert comparison.count(Rules('paper'), system, 2.0, CASE.slo, 100) == 300
@@ -296,6 +333,89 @@ def test_between_the_rules_each_step_is_its_own(monkeypatch):
                       ('paper', False, False), ('ours', False, True),
                       ('ours', False, False)]
   assert {len(row) - 1 for row in data['rows']} == {len(data['columns'])}
+
+
+def test_of_a_cause_one_thing_is_changed(monkeypatch):
+  # A run's requests, tokens of a prefill batch, whether 50,000 tokens are a
+  # step's, the lengths of its first prompts and which of them count as met.
+  seen = []
+  late = [record(9, 1), record(1, 9), record(1, 1)] * 500
+
+  def records(system, make, rate, n):
+    seen.append((n, system.config.instances[0].prefill_tokens,
+                 isinstance(system.latencies[-1], comparison.Turns),
+                 {len(r.prompt) for r in make(1.0, 3)} == {171}))
+    return late[:n]
+
+  def search(hits_at, target, start, *args):
+    hits = hits_at(start, None)
+    return goodput.Goodput(sum(hits) / len(hits), 0, 1, 'target', 1, 1)
+  monkeypatch.setattr(comparison, 'records', records)
+  monkeypatch.setattr(causes.goodput, 'search', search)
+  monkeypatch.setitem(reported.CASES, '13b', CASE._replace(slo=Slo(2, 2)))
+  options = QUICK._replace(quick=False)
+  rates = [causes.rate_of(options, '13b', 'DistServe', change, 0)
+           for change in (causes.Change(), *(
+               x for *_, changes in causes.CHECKED for x in changes))]
+  usual = 300, 8192, True, False
+  assert seen[0] == usual and rates[0] == pytest.approx(2 / 3)
+  changed = {frozenset(i for i in range(4) if run[i] != usual[i])
+             for run in seen}
+  assert changed == {frozenset(), *map(frozenset, ((0,), (1,), (2,), (3,)))}
+  assert rates[1] == pytest.approx(1 / 3)  # the same request meets both
+  assert seen[2][0] == 1500  # long runs
+  assert {run[0] for run in seen} == {300, 1000, 1500}
+
+
+def test_a_row_of_causes_is_of_its_seeds(monkeypatch):
+  monkeypatch.setattr(causes, 'rate_of', lambda options, name, label, change,
+                      seed: seed + bool(change.text))
+  data = causes.causes(QUICK._replace(quick=False, seed=3))
+  assert len(data['rows']) == sum(len(c) for *_, c in causes.CHECKED)
+  assert data['rows'][0][1:] == (2.3, '4.5 (3 to 6)', '5.5 (4 to 7)')
+  assert data['bars'][0][1:] == (2.3, 4.5, 3, 6)
+  assert len(data['bars']) == len(data['rows']) + len(causes.CHECKED)
+
+
+def _curves(labels, rates):
+  """As end_to_end and figure11 have them, over all of the axes."""
+  return {f'{who}|{label}': [(rate, .01 + .98 * i / len(rates), 0, 1)
+                             for i, rate in enumerate(rates)]
+          for who in ('paper', 'ours') for label in labels}
+
+
+@pytest.mark.parametrize('name', ('8', '11', 'causes', 'table3'))
+def test_nothing_is_hidden_in_a_picture(tmp_path, name):
+  plans = 'prefill=3x3,decode=4x3', 'prefill=4x1,decode=4x1'
+  labels = [x for x in (*end_to_end.SYSTEMS, 'tuned colocated',
+                        'tuned chunked') if x in plots.LOOKS]
+  data = {
+      '8': {'parts': [{
+          'case': case, 'curves': _curves(labels, reported.CASES[case].rates),
+          'scales': {f'{who}|{label}': [(.3, 0), (10, 1)]
+                     for who in ('paper', 'ours') for label in labels}}
+          for case in ('13b', '66b', '175b')]},
+      '11': {'curves': _curves(end_to_end.variants(), reported.FIG11_RATES)},
+      'causes': {'bars': [(f'chatbot, OPT-66B: vLLM: {i} requests', .2, value,
+                           .9 * value, 1.1 * value)
+                          for i, value in enumerate(17 * [2.0, .1])]},
+      'table3': {'bars': [
+          ('chatbot', value, (same, .5 * same, same),
+           (value, .5 * value, math.inf), *plans)
+          for value, same in ((3.0, 2.0), (1.0, 0.0), (.2, .2), (.1, .1))]},
+  }[name]
+  drawn = []
+  def draw(data, figure):
+    reproduce.FIGURES[name][1](data, figure)
+    drawn.append(figure)
+  reproduce.save(tmp_path, name, data | {'data': comparison.data_of(
+      ('sharegpt', 'humaneval'), pathlib.Path('x'))}, draw, {}, [])
+  figure, = drawn
+  assert not hidden(figure) and not alike(figure)
+  if name in ('8', '11'):
+    legend, = figure.legends
+    named = {text.get_text() for text in legend.get_texts()}
+    assert named >= set(labels if name == '8' else end_to_end.variants())
 
 
 def test_reported_are_consistent():
