@@ -4,6 +4,7 @@ import importlib
 import inspect
 import math
 import typing
+from collections.abc import Callable
 from typing import Any
 
 from dsjax.config.checks import is_integer, is_nonnegative, require
@@ -15,12 +16,12 @@ NAMES = ('adaptive', 'arrow', 'chunked', 'colocated', 'dynamo', 'dynaserve',
          'ecoserve', 'llm_d', 'llumnix', 'mooncake', 'planner', 'ppd',
          'replan', 'splitwise', 'static', 'taichi')
 DEADLINES = '+deadlines'
-# type of an option -> test, and what is allowed
-_ALLOWED = {
-    int: (is_integer(0, math.inf), 'an integer of 0 or more'),
-    float: (is_nonnegative, 'a number of 0 or more'),
-    bool: (('True', 'False').__contains__, 'True or False'),
-    str: (str.isidentifier, 'a word')}
+# Of an option: type -> how it is read, a test, what is allowed.
+_KINDS: dict[Any, tuple[Callable, Callable, str]] = {
+    int: (int, is_integer(0, math.inf), 'an integer of 0 or more'),
+    float: (float, is_nonnegative, 'a number of 0 or more'),
+    bool: (('False', 'True').index, is_integer(0, 1), 'True or False'),
+    str: (str, str.isidentifier, 'a word')}
 
 
 def named(text: str, slo: Slo) -> Policy:
@@ -63,10 +64,10 @@ def _value(field: str, text: str, kind: Any) -> Any:
     InputError.
   """
   kind = next(iter(typing.get_args(kind)), kind)
-  test, allowed = _ALLOWED[kind]
+  read, test, allowed = _KINDS[kind]
   try:
-    value = text == 'True' if kind is bool else kind(text)
-  except (ValueError, OverflowError):
+    value = read(text)
+  except ValueError:
     value = None
-  require(test(text if kind is bool else value), field, text, allowed)
-  return value
+  require(value is not None and test(value), field, text, allowed)
+  return kind(value)
