@@ -97,7 +97,11 @@ def _check(**fields):
       kinds = _KINDS[name]
       require(isinstance(value, kinds) or value is None
               and name in ('cluster', 'contention'), name, value,
+              'a Contention, such as that of a Profile'
+              if name == 'contention' else
               ' or '.join(f'a dsjax.{kind.__name__}' for kind in kinds))
+    elif name in ('aligned', 'cut', 'log'):
+      require(isinstance(value, bool), name, value, 'True or False')
     else:
       require(is_positive_int(value) or value is None
               and name in ('depth', 'run_ahead', 'max_len'), name, value,
@@ -287,7 +291,7 @@ def simulate(placement: Placement | str, model: str | ModelConfig = 'opt-13b',
   """
   _check(slo=slo, policy=policy, cluster=cluster, contention=contention,
          requests=requests, chunk=chunk, depth=depth, run_ahead=run_ahead,
-         max_len=max_len, max_seqs=max_seqs)
+         max_len=max_len, max_seqs=max_seqs, aligned=aligned, cut=cut, log=log)
   kinds = cluster.kinds if cluster else ('',)
   placement = (Placement.parse(placement, kinds=kinds)
                if isinstance(placement, str) else placement)
@@ -472,7 +476,7 @@ def search(model: str | ModelConfig = 'opt-13b', *,
     InputError: bad input, or nothing that fits can meet the objectives.
   """
   _check(slo=slo, policy=policy, cluster=cluster, requests=requests,
-         max_len=max_len, max_seqs=max_seqs)
+         max_len=max_len, max_seqs=max_seqs, cut=cut)
   require(isinstance(algorithms, tuple | list) and algorithms, 'algorithms',
           algorithms, f'some of {sorted(ALGORITHMS)}')
   require(isinstance(chunks, tuple | list) and chunks and all(

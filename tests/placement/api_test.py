@@ -145,7 +145,9 @@ def test_search():
     (dict(policy='distserve'), 'policy='), (dict(slo=(0.1, 0.1)), 'slo='),
     (dict(placement=5), 'placement=5'), (dict(depth=0), 'depth=0'),
     (dict(run_ahead=1.5), 'run_ahead=1.5'), (dict(cluster=5), 'cluster=5'),
-    (dict(contention='x'), "contention='x'"), (dict(max_len='x'), 'max_len='),
+    (dict(contention='x'), "contention='x': must be a Contention, such as"),
+    (dict(max_len='x'), 'max_len='), (dict(aligned='x'), "aligned='x'"),
+    (dict(log=1), 'log=1'), (dict(cut=None), 'cut=None: must be True or'),
     (dict(max_seqs=0), 'max_seqs=0'), (dict(requests=0), 'requests=0'),
     (dict(chunk=True), 'chunk=True')])
 def test_what_simulate_is_given_is_named(change, text):
@@ -157,7 +159,7 @@ def test_what_simulate_is_given_is_named(change, text):
 @pytest.mark.parametrize('change, text', [
     (dict(algorithms=()), r'algorithms=\(\)'), (dict(chunks=(0,)), 'chunks='),
     (dict(algorithms='low'), "algorithms='low'"), (dict(slo=1), 'slo=1'),
-    (dict(policy=None), 'policy=None')])
+    (dict(policy=None), 'policy=None'), (dict(cut='no'), "cut='no'")])
 def test_what_search_is_given_is_named(change, text):
   with pytest.raises(InputError, match=text):
     dsjax.search(**change)
