@@ -404,11 +404,15 @@ def test_a_field_of_a_policy_is_checked_at_once(field, value, allowed):
     dataclasses.replace(DISTSERVE, **{field: value})
 
 
-def test_a_hook_that_raises_is_named():
+@pytest.mark.parametrize('error, text', [
+    (KeyError('cost'), "KeyError: 'cost'"), (StopIteration(), 'StopIteration'),
+    (SystemExit(3), 'SystemExit: 3'), (GeneratorExit(), 'GeneratorExit'),
+    (RecursionError('deep'), 'RecursionError: deep')])
+def test_a_hook_that_raises_is_named(error, text):
   def fails(view, request):
-    raise KeyError('cost')
+    raise error
 
-  with pytest.raises(PolicyError, match="hook route: raised KeyError: 'cost'"):
+  with pytest.raises(PolicyError, match=f'hook route: raised {text}'):
     _after(_config(PAIR, route=fails), _arrive(0))
 
 
