@@ -117,3 +117,12 @@ def test_serve_says_what_it_wants(arguments, field):
   model = dsjax.load('tiny') if model == 'a model' else model
   with pytest.raises(dsjax.InputError, match=f'^{field}: must be a'):
     dsjax.serve(model, *others)
+
+
+@pytest.mark.parametrize('arguments, field', [
+    ((None,), 'model=None'), ((5,), 'model=5'), ((['tiny'],), 'model='),
+    (('tiny', 'float8'), "dtype='float8'"), (('tiny', None), 'dtype=None'),
+    (('tiny', 'float32', 'llama'), "family='llama'")])
+def test_load_says_what_it_wants(arguments, field):
+  with pytest.raises(dsjax.InputError, match=f'^{field}.*: must be '):
+    dsjax.load(*arguments)
