@@ -44,8 +44,12 @@ def ask(run: Run, hook: str, *args: Any,
 
 def several(run: Run, hook: str, most: int, *args: Any) -> list[Any]:
   """What a hook answers one after another; no more than most + 1."""
-  return ask(run, hook, *args, read=lambda answer: list(
-      itertools.islice(answer, most + 1)))
+  def read(answer: Any) -> list[Any]:
+    if isinstance(answer, set | frozenset):  # else no run would replay
+      raise TypeError('a set has no order: must be a list')
+    return list(itertools.islice(answer, most + 1))
+
+  return ask(run, hook, *args, read=read)
 
 
 def because(run: Run, hook: str, *args: Any) -> tuple[Any, str]:

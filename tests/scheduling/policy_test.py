@@ -348,6 +348,9 @@ TICKED = (Tick(2.0),)
     ('rebalance', [Move(0, 1)], FREE, TICKED, 'a Move of a row'),
     ('rebalance', [Move(0, 0)], FREE, (*DONE, *TICKED), 'a Move of a row'),
     ('rebalance', [(0, 1)], FREE, (*DONE, *TICKED), 'a Move of a row'),
+    ('rebalance', {Move(0, 1)}, FREE, TICKED, 'a set has no order'),
+    ('order', {1, 2}, PAIR, (_arrive(0), _arrive(1), _arrive(2), DONE[1]),
+     'a set has no order'),
     ('rebalance', 5, FREE, TICKED, 'not iterable')])
 def test_an_answer_that_cannot_be_carried_out(hook, answer, roles, events,
                                               text):
