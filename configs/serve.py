@@ -5,7 +5,15 @@ import dataclasses
 import math
 import pathlib
 
-from dsjax.config.checks import naming, require
+from dsjax.config.checks import (
+    is_integer,
+    is_nonnegative,
+    is_number,
+    is_positive,
+    is_positive_int,
+    naming,
+    require,
+)
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.config.request import Sampling
@@ -57,11 +65,15 @@ class Workload:
       wave_of(self.process)
     for field in ('requests', 'max_prompt', 'max_output'):
       value = getattr(self, field)
-      require(value is None or value > 0, f'workload.{field}', value,
-              'an integer of 1 or more')
+      require(value is None or is_positive_int(value), f'workload.{field}',
+              value, 'None or an integer of 1 or more')
     rate = self.rate_per_s
-    require(rate is None or math.isfinite(rate) and rate > 0,
-            'workload.rate_per_s', rate, 'a number above 0')
+    require(rate is None or is_positive(rate), 'workload.rate_per_s', rate,
+            'None or a number above 0')
+    require(is_number(0.01, 100)(self.cv), 'workload.cv', self.cv,
+            'a number from 0.01 to 100')
+    require(is_integer(0, math.inf)(self.seed), 'workload.seed', self.seed,
+            'an integer, 0 or more')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +101,8 @@ class Serve:
     sizes = [p.num_devices for p in self.placements]
     require(sizes and len(set(sizes)) == 1, 'placements', sizes,
             'one or more, of equally many devices')
-    require(math.isfinite(self.warmup_s) and self.warmup_s >= 0, 'warmup_s',
-            self.warmup_s, 'seconds, 0 or more')
+    require(is_nonnegative(self.warmup_s), 'warmup_s', self.warmup_s,
+            'seconds, 0 or more')
 
   @property
   def num_devices(self):

@@ -113,7 +113,7 @@ def run(options, console):
         policies.load(options.policy, config.slo), options.cors,
         options.latency or None, beside, cluster)
     host, port = bound.getsockname()[:2]
-    print(f'http://{host}:{port}/ answers once {config.model} is ready',
+    print(f'http://{host}:{port}/ answers once {config.model} is loaded',
           flush=True)
     if not key and not host.startswith('127.'):
       print('warning: anyone who reaches this address may use it: set '

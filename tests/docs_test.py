@@ -21,6 +21,7 @@ import pytest
 import dsjax
 from configs.serve import Serve
 from dsjax.http.service import Limits
+from tests import layers_test
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', *sorted(
@@ -215,6 +216,22 @@ def test_the_tree_of_the_readme_is_the_tree():
   layers = {f'dsjax/{path.parent.name}' for path in
             ROOT.glob('dsjax/*/__init__.py')}
   assert sorted(listed_folders(read('README.md'))) == sorted(top | layers)
+
+
+def layers(text):
+  """(folder, kind) of each row of a table of layers."""
+  return re.findall(r'^\| `(?:dsjax/)?(\w+)/` \| (\w+) \|', text, re.MULTILINE)
+
+
+def test_the_layers_are_told_from_the_lowest():
+  known = {folder: kind for folder, (_, kind) in layers_test.FOLDERS.items()}
+  told = layers(read('docs/design.md'))
+  assert dict(told) == known
+  ranks = [layers_test.FOLDERS[folder][0] for folder, _ in told]
+  assert ranks == sorted(ranks)
+  pure, = re.findall(r'pure folders \(([^)]*)\)', read('CONTRIBUTING.md'))
+  assert set(re.findall(r'`(\w+)`', pure)) == {
+      folder for folder, kind in known.items() if kind == 'pure'}
 
 
 # --- commands ---------------------------------------------------------------

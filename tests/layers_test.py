@@ -8,7 +8,6 @@ import inside a function counts too. A new folder must be given a rank.
 import ast
 import functools
 import pathlib
-import sys
 
 import pytest
 
@@ -30,22 +29,34 @@ FOLDERS = {
 }
 TOOLS = {'kernels/bench.py', 'kernels/build_cpu.py',  # run by people
          'kernels/compiled.py', 'kernels/timing.py'}
-EFFECTS = {'asyncio', 'glob', 'io', 'multiprocessing', 'os', 'pathlib',
-           'random', 'secrets', 'shutil', 'socket', 'subprocess', 'tempfile',
-           'threading', 'time'}
+# Of the standard library what has no effect; all else is asked for by file.
+HARMLESS = {'__future__', 'bisect', 'collections', 'contextlib', 'dataclasses',
+            'functools', 'hashlib', 'heapq', 'itertools', 'json', 'math',
+            'operator', 're', 'statistics', 'sys', 'typing', 'warnings'}
 FILE_METHODS = {'read_text', 'read_bytes', 'write_text', 'write_bytes'}
-# Packages from outside beside the standard library; None: any, and effects.
+# Of numpy, and of datetime's classes: files, a clock, a state of the process.
+NUMPY_FILES = {'load', 'save', 'savez', 'savez_compressed', 'loadtxt',
+               'savetxt', 'genfromtxt', 'fromfile', 'memmap'}
+NUMPY_RANDOM = {'default_rng', 'Generator', 'SeedSequence', 'PCG64'}
+CLOCKS = {'now', 'utcnow', 'today'}
+# Packages from outside beside HARMLESS; None: any, and effects.
 PACKAGES = {'pure': {'numpy'}, 'device': {'jax', 'flax', 'numpy'},
             'shell': None, 'tool': None}
 # What else single files may do, and why.
 EXCEPTIONS = {
     'dsjax/scheduling/prefix_cache.py': {'immutables'},  # maps that are values
-    'dsjax/workload/files.py': {'io', 'pathlib'},  # reads traces, prompts
-    'dsjax/simulation/hardware.py': {'pathlib'},  # what DistServe released
+    # Reads traces and prompts.
+    'dsjax/workload/files.py': {'codecs', 'csv', 'datetime', 'gzip', 'io',
+                                'pathlib', 'zlib'},
+    'dsjax/workload/served.py': {'datetime'},  # dates in a log
+    'dsjax/policies/named.py': {'importlib', 'inspect'},  # a module by name
+    'dsjax/simulation/hardware.py': {'csv', 'pathlib'},  # DistServe's data
     'dsjax/simulation/profiles.py': {'pathlib'},  # files of latencies
     'dsjax/simulation/roofline_fit.py': {'jax', 'optax'},  # a descent
     'dsjax/simulation/served_fit.py': {'scipy'},  # least squares
-    'kernels/cpu.py': {'os', 'pathlib'},  # where its library lies
+    # Where its library lies, and for what machine it is.
+    'kernels/cpu.py': {'ctypes', 'mmap', 'os', 'pathlib', 'platform'},
+    'kernels/tiles.py': {'importlib'},  # whether a GPU's plug-in is there
     'kernels/tuned.py': {'pathlib'},  # what kernels.bench --tune wrote
 }
 MAY_OPEN = {name for name, what in EXCEPTIONS.items() if 'pathlib' in what}
@@ -95,20 +106,23 @@ def _forbidden(name, imported):
       ok = '/'.join(rest[:2]) + '.py' not in TOOLS
   else:
     packages = PACKAGES[kind]
-    pure = top in sys.stdlib_module_names and top not in EFFECTS
-    ok = bool(top) and (packages is None or pure or top in packages
+    ok = bool(top) and (packages is None or top in HARMLESS | packages
                         or top in EXCEPTIONS.get(name, ()))
   return None if ok else f'{kind} {name} may not import {imported}'
 
 
-def _file_calls(tree):
-  """(line, name) of each call that looks like file access."""
+def _effects(tree):
+  """(line, name) of each call that looks like access to a file, a clock or
+  numpy's one stream of random numbers."""
   for node in ast.walk(tree):
     if isinstance(node, ast.Call):
-      function = getattr(node.func, 'id', '')
-      method = getattr(node.func, 'attr', '')
-      if function == 'open' or method in FILE_METHODS:
-        yield node.lineno, function or method
+      name = ast.unparse(node.func)
+      *owner, last = name.split('.')
+      if (name == 'open' or last in FILE_METHODS
+          or owner == ['np'] and last in NUMPY_FILES
+          or owner == ['np', 'random'] and last not in NUMPY_RANDOM
+          or owner[-1:] in (['datetime'], ['date']) and last in CLOCKS):
+        yield node.lineno, name
 
 
 @pytest.mark.parametrize('path', FILES, ids=_id)
@@ -124,7 +138,7 @@ def test_imports_run_downwards(path):
 def test_a_pure_layer_touches_no_file(path):
   name = _id(path)
   if _kind(name) in ('pure', 'device') and name not in MAY_OPEN:
-    assert not list(_file_calls(_tree(path)))
+    assert not list(_effects(_tree(path)))
 
 
 @pytest.mark.parametrize('path', FILES, ids=_id)
@@ -187,6 +201,9 @@ SHELL, KERNEL = 'dsjax/runtime/engine.py', 'kernels/tiles.py'
     (HOST, 'from dsjax.workload import files', ['dsjax.workload.files']),
     (HOST, 'from dsjax.analysis import metrics', ['dsjax.analysis.metrics']),
     (HOST, 'import pathlib', ['pathlib']),
+    (HOST, 'import gzip, signal', ['gzip', 'signal']),
+    (HOST, 'from concurrent import futures', ['concurrent.futures']),
+    (HOST, 'from importlib import resources', ['importlib.resources']),
     (HOST, 'import dsjax', ['dsjax']),
     (HOST, 'from . import live', ['..live']),
     ('dsjax/workload/files.py', 'import pathlib, io', []),
@@ -215,9 +232,17 @@ def test_the_rules_themselves(name, source, wrong):
 
 @pytest.mark.parametrize('source', [
     "open('x')", 'def f(path):\n  return path.read_text()',
-    "pathlib.Path('x').write_bytes(b'')"])
-def test_file_access_is_seen(source):
-  assert len(list(_file_calls(ast.parse(source)))) == 1
+    "pathlib.Path('x').write_bytes(b'')", "np.load('x.npy')",
+    'datetime.datetime.now()', 'date.today()', 'np.random.normal(2)'])
+def test_an_effect_is_seen(source):
+  assert len(list(_effects(ast.parse(source)))) == 1
+
+
+@pytest.mark.parametrize('source', [
+    'self.open(3)', 'np.random.default_rng(0).normal(2)', 'np.floor(2.5)',
+    'datetime.datetime.fromisoformat(x)', 'json.load(x)'])
+def test_what_has_no_effect_is_let_through(source):
+  assert not list(_effects(ast.parse(source)))
 
 
 def test_a_folder_without_a_rank_is_named():

@@ -104,3 +104,25 @@ def test_what_simulates_loads_no_jax():
       capture_output=True)
   assert done.returncode == 0, done.stderr
   assert done.stdout.startswith('colocated=1x1: ')
+
+
+@pytest.mark.parametrize('arguments, field', [
+    (('tiny', 'prefill=1x1,decode=1x1'), "model='tiny'"),
+    ((None, 'prefill=1x1,decode=1x1'), 'model=None'),
+    (('a model', 5), 'placement=5'),
+    (('a model', 'colocated=1x1', {}), 'config={}'),
+    (('a model', 'colocated=1x1', 'fast'), "config='fast'")])
+def test_serve_says_what_it_wants(arguments, field):
+  model, *others = arguments
+  model = dsjax.load('tiny') if model == 'a model' else model
+  with pytest.raises(dsjax.InputError, match=f'^{field}: must be a'):
+    dsjax.serve(model, *others)
+
+
+@pytest.mark.parametrize('arguments, field', [
+    ((None,), 'model=None'), ((5,), 'model=5'), ((['tiny'],), 'model='),
+    (('tiny', 'float8'), "dtype='float8'"), (('tiny', None), 'dtype=None'),
+    (('tiny', 'float32', 'llama'), "family='llama'")])
+def test_load_says_what_it_wants(arguments, field):
+  with pytest.raises(dsjax.InputError, match=f'^{field}.*: must be '):
+    dsjax.load(*arguments)

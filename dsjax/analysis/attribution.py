@@ -162,7 +162,7 @@ class _Step(NamedTuple):
 
 
 class Fold:
-  """Folds a run's events and commands, as metrics.Recorder does, into Parts.
+  """Folds a run's events and commands, as recorder.Recorder does, into Parts.
 
   The same for simulated runs (simulate(..., on_event=lambda state, event,
   commands: fold.observe(event, commands))) and for the log of a real one. A

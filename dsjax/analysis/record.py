@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Self
 
+from dsjax.config.checks import require
+
 STAGES = ('prefill_queue', 'prefill', 'migrate', 'decode_queue', 'decode')
 
 
@@ -89,5 +91,14 @@ class Record:
 
 
 def rows(items: Iterable) -> list[dict[str, Any]]:
-  """The row() of each Record or Output: `pandas.DataFrame(rows(records))`."""
-  return [item.row() for item in items]
+  """The row() of each Record or Output: `pandas.DataFrame(rows(records))`.
+
+  Raises:
+    InputError: one is neither.
+  """
+  require(isinstance(items, Iterable), 'rows', items, 'Records or Outputs')
+  each = list(items)
+  for item in each:
+    require(callable(getattr(item, 'row', None)), 'rows', item,
+            'one of Records or Outputs')
+  return [item.row() for item in each]

@@ -130,6 +130,10 @@ def load(name_or_path: str | os.PathLike[str], dtype: str = 'float32',
   Raises:
     InputError: as find, load_gguf, load_hf, load_orbax and their tokenizers.
   """
+  require(isinstance(name_or_path, str | os.PathLike), 'model', name_or_path,
+          'a name, or the path of a .gguf file or of a folder')
+  require(family is None or isinstance(family, Family), 'family', family,
+          'None or a Family')
   recipe = None
   if family is None:
     named = str(name_or_path) in (*MODELS, tiny.CONFIG.name) or str(

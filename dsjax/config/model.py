@@ -126,13 +126,19 @@ class ModelConfig:
             f'empty or {self.num_layers} integers of 0 or more')
     require(is_nonnegative(self.norm_eps), 'ModelConfig.norm_eps',
             self.norm_eps, '0 or above')
+    for field in ('rope_base', 'rope_local_base', 'rope_gain', 'attn_scale',
+                  'embed_scale', 'residual_scale', 'logit_scale'):
+      value = getattr(self, field)
+      require(is_positive(value) or value is None
+              and getattr(ModelConfig, field) is None, f'ModelConfig.{field}',
+              value, 'a number above 0')
     for field in ('attn_softcap', 'logit_softcap'):
       value = getattr(self, field)
       require(is_nonnegative(value), f'ModelConfig.{field}', value,
               '0 (none) or above')
     require(is_integer(0, 2**31 - 1)(self.num_experts),
             'ModelConfig.num_experts', self.num_experts, '0 or more')
-    require(0 <= self.experts_per_token <= self.num_experts
+    require(is_integer(0, self.num_experts)(self.experts_per_token)
             and bool(self.num_experts) == bool(self.experts_per_token),
             'ModelConfig.experts_per_token', self.experts_per_token,
             f'1 to num_experts={self.num_experts}, 0 without experts')

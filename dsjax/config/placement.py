@@ -84,6 +84,7 @@ class Plan:
     Raises:
       InputError naming `field`.
     """
+    require(isinstance(text, str), field, text, 'a plan TPxPP, such as 2x1')
     match, shape, example = _read(text, tuple(kinds))
     require(match, field, text, f'a plan {shape}, such as 2x1{example}')
     assert match
@@ -148,6 +149,7 @@ class Placement:
     Raises:
       InputError naming `field`.
     """
+    require(isinstance(text, str), field, text, 'role=TPxPP, ...')
     plans, role, kinds = {}, None, tuple(kinds)
     named, comma, word = text.rpartition(',')
     aligned = bool(comma) and word.strip() == 'aligned'

@@ -71,11 +71,12 @@ def latency_of(named: Named, config: ModelConfig,
     return named.of(config)
   if isinstance(named, Hardware):
     return profiles.of_hardware(named, config, host_ms / 1e3)
-  if isinstance(named, latency.Latency):
-    return functools.partial(_same, named)
-  require(callable(named), 'latency', named, 'a name, a file, a Profile, '
-          'a function of a Plan, or what has prefill_s, decode_s and so on')
-  return named
+  if isinstance(named, latency.Latency) and not isinstance(named, type):
+    return functools.partial(_probed, functools.partial(_same, named))
+  require(callable(named) and not isinstance(named, type), 'latency', named,
+          'a name, a file, a Profile, a function of a Plan, or what has '
+          'prefill_s, decode_s and so on')
+  return functools.partial(_probed, named)
 
 
 def links_of(named: Named) -> dict[tuple[Plan, Plan], latency.Link]:
@@ -96,7 +97,11 @@ def _check(**fields):
       kinds = _KINDS[name]
       require(isinstance(value, kinds) or value is None
               and name in ('cluster', 'contention'), name, value,
+              'a Contention, such as that of a Profile'
+              if name == 'contention' else
               ' or '.join(f'a dsjax.{kind.__name__}' for kind in kinds))
+    elif name in ('aligned', 'cut', 'log'):
+      require(isinstance(value, bool), name, value, 'True or False')
     else:
       require(is_positive_int(value) or value is None
               and name in ('depth', 'run_ahead', 'max_len'), name, value,
@@ -128,6 +133,25 @@ def _known(cluster: AnyCluster, latency: Named, config: ModelConfig,
 
 def _same(every: latency.Latency, plan: Plan) -> latency.Latency | None:
   return every if every.pp == plan.pp else None
+
+
+def _probed(of_plan: candidates.LatencyOf, plan: Plan
+            ) -> latency.Latency | None:
+  """A caller's own latency, whose seconds are looked at: a simulation could
+  not go on with what are none."""
+  own = of_plan(plan)
+  if own is None or isinstance(own, latency.Affine):
+    return own
+  require(isinstance(own, latency.Latency), f'latency({plan})', own,
+          'None, or what has prefill_s, decode_s and so on')
+  seconds = {'host_s': own.host_s}
+  for size in (1, 512):
+    seconds |= {f'prefill_s(((0, {size}),))': own.prefill_s(((0, size),)),
+                f'decode_s(1, {size})': own.decode_s(1, size)}
+  for name, value in seconds.items():
+    require(is_nonnegative(value), f'latency.{name}', value,
+            'seconds, 0 or more')
+  return own
 
 
 def make_problem(model: str | ModelConfig = 'opt-13b', slo: Slo = SLO,
@@ -267,7 +291,7 @@ def simulate(placement: Placement | str, model: str | ModelConfig = 'opt-13b',
   """
   _check(slo=slo, policy=policy, cluster=cluster, contention=contention,
          requests=requests, chunk=chunk, depth=depth, run_ahead=run_ahead,
-         max_len=max_len, max_seqs=max_seqs)
+         max_len=max_len, max_seqs=max_seqs, aligned=aligned, cut=cut, log=log)
   kinds = cluster.kinds if cluster else ('',)
   placement = (Placement.parse(placement, kinds=kinds)
                if isinstance(placement, str) else placement)
@@ -452,7 +476,7 @@ def search(model: str | ModelConfig = 'opt-13b', *,
     InputError: bad input, or nothing that fits can meet the objectives.
   """
   _check(slo=slo, policy=policy, cluster=cluster, requests=requests,
-         max_len=max_len, max_seqs=max_seqs)
+         max_len=max_len, max_seqs=max_seqs, cut=cut)
   require(isinstance(algorithms, tuple | list) and algorithms, 'algorithms',
           algorithms, f'some of {sorted(ALGORITHMS)}')
   require(isinstance(chunks, tuple | list) and chunks and all(

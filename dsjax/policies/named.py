@@ -2,9 +2,12 @@
 
 import importlib
 import inspect
+import math
+import typing
+from collections.abc import Callable
 from typing import Any
 
-from dsjax.config.checks import InputError, require
+from dsjax.config.checks import is_integer, is_nonnegative, require
 from dsjax.config.placement import Slo
 from dsjax.policies.deadlines import with_deadlines
 from dsjax.scheduling.policy import DISTSERVE, Policy
@@ -13,6 +16,12 @@ NAMES = ('adaptive', 'arrow', 'chunked', 'colocated', 'dynamo', 'dynaserve',
          'ecoserve', 'llm_d', 'llumnix', 'mooncake', 'planner', 'ppd',
          'replan', 'splitwise', 'static', 'taichi')
 DEADLINES = '+deadlines'
+# Of an option: type -> how it is read, a test, what is allowed.
+_KINDS: dict[Any, tuple[Callable, Callable, str]] = {
+    int: (int, is_integer(0, math.inf), 'an integer of 0 or more'),
+    float: (float, is_nonnegative, 'a number of 0 or more'),
+    bool: (('False', 'True').index, is_integer(0, 1), 'True or False'),
+    str: (str, str.isidentifier, 'a word')}
 
 
 def named(text: str, slo: Slo) -> Policy:
@@ -36,27 +45,29 @@ def named(text: str, slo: Slo) -> Policy:
     require(name in NAMES, 'policy', text,
             f'one of {(DISTSERVE.name, *NAMES)}, or path.py:name')
     make = importlib.import_module(f'dsjax.policies.{name}').policy
+    kinds = dict(typing.get_type_hints(make))
     known = list(inspect.signature(make).parameters)[1:]  # slo is first
     given: dict[str, Any] = {}
     for option in options:
       key, _, value = option.partition('=')
-      require(key in known, f'policy {name}', option,
-              f'option=value with options of {known}')
-      given[key] = _value(f'policy {name}: {key}', value)
+      require(key in known and key not in given, f'policy {name}', option,
+              f'option=value with options of {known}, each once')
+      given[key] = _value(f'policy {name}: {key}', value, kinds[key])
     policy = make(slo, **given)
   return with_deadlines(policy, slo) if base != text else policy
 
 
-def _value(field: str, text: str) -> Any:
-  """A number, a truth or a word."""
-  if text in ('True', 'False'):
-    return text == 'True'
-  for kind in (int, float):
-    try:
-      return kind(text)
-    except ValueError:
-      continue
-  if not text.isidentifier():
-    raise InputError(f'{field}={text!r}: must be a number, True, False or a '
-                     'word')
-  return text
+def _value(field: str, text: str, kind: Any) -> Any:
+  """The value of an option of this type.
+
+  Raises:
+    InputError.
+  """
+  kind = next(iter(typing.get_args(kind)), kind)
+  read, test, allowed = _KINDS[kind]
+  try:
+    value = read(text)
+  except ValueError:
+    value = None
+  require(value is not None and test(value), field, text, allowed)
+  return kind(value)

@@ -97,7 +97,7 @@ class AsyncServer:
                   whole.logprobs)
 
 
-def serve_async(model: Model, placement: Placement,
+def serve_async(model: Model, placement: Placement | str,
                 config: EngineConfig | None = None, **options: Any
                 ) -> AsyncServer:
   """An AsyncServer of a model over a placement; arguments as of `serve`.

@@ -766,10 +766,14 @@ def serve(model: Model, placement: Placement | str,
   JAX has not started, a machine without accelerators gets as many CPU devices
   as the placement asks for. The placement may be its text.
   """
+  require(isinstance(model, Model), 'model', model,
+          'a Model, such as dsjax.load returns')
   if isinstance(placement, str):
     placement = Placement.parse(placement)
   require(isinstance(placement, Placement), 'placement', placement,
           'a Placement or its text')
+  require(config is None or isinstance(config, EngineConfig), 'config', config,
+          'a dsjax.EngineConfig')
   with contextlib.suppress(RuntimeError):  # it has started: use what is there
     if options.get('cluster') is None and (
         jax.config.values['jax_num_cpu_devices'] < placement.num_devices):

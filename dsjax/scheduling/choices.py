@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dsjax.config.checks import plain
 from dsjax.config.placement import ROLES
 from dsjax.scheduling.events import Decided
 from dsjax.scheduling.live import LiveBatch, LiveInstance, LiveSeq
@@ -37,14 +38,18 @@ def ask(run: Run, hook: str, *args: Any,
   try:
     answer = getattr(run.policy, hook)(run.view, *args)
     return read(answer) if read else answer
-  except Exception as error:
+  except (Exception, SystemExit, GeneratorExit) as error:
     raise run.policy.failed(hook, error) from error
 
 
 def several(run: Run, hook: str, most: int, *args: Any) -> list[Any]:
   """What a hook answers one after another; no more than most + 1."""
-  return ask(run, hook, *args, read=lambda answer: list(
-      itertools.islice(answer, most + 1)))
+  def read(answer: Any) -> list[Any]:
+    if isinstance(answer, set | frozenset):  # else no run would replay
+      raise TypeError('a set has no order: must be a list')
+    return list(itertools.islice(answer, most + 1))
+
+  return ask(run, hook, *args, read=read)
 
 
 def because(run: Run, hook: str, *args: Any) -> tuple[Any, str]:
@@ -120,6 +125,14 @@ def _lender(run, seq, inst, answer):
   return index
 
 
+def _id(request: Any) -> int:
+  """The id of what a hook answers as a request; -1 for what has none."""
+  try:
+    return index_of(request.id)
+  except Exception:  # a hook's own object may raise anything
+    return -1
+
+
 def in_order(run: Run, inst: LiveInstance, queue: Sequence[int]
              ) -> Sequence[int]:
   """The ids of a queue in the policy's order; itself where that is its own:
@@ -128,10 +141,7 @@ def in_order(run: Run, inst: LiveInstance, queue: Sequence[int]
     return queue
   answer = several(run, 'order', len(queue), run.view.instances[inst.index],
                    tuple([RequestView(run.seqs[id]) for id in queue]))
-  try:
-    ids = [request.id for request in answer]
-  except AttributeError:
-    ids = []
+  ids = [_id(request) for request in answer]
   if sorted(ids) != sorted(queue):
     raise run.policy.refuse('order', answer, 'the requests that wait, each '
                             f'once: {sorted(queue)}')
@@ -156,8 +166,11 @@ def budget(run: Run, inst: LiveInstance, batch: LiveBatch) -> PrefillBudget:
 
 def admits(run: Run, inst: LiveInstance, seq: Any, pages: int) -> bool:
   """Whether a request may take so many free pages now."""
-  return ask(run, 'admit', run.view.instances[inst.index], RequestView(seq),
-             pages, read=bool)
+  answer = ask(run, 'admit', run.view.instances[inst.index], RequestView(seq),
+               pages)
+  if type(plain(answer)) is not bool:
+    raise run.policy.refuse('admit', answer, 'True or False')
+  return bool(answer)
 
 
 def decoder(run: Run, seq: LiveSeq, avoid: int) -> LiveInstance:
@@ -192,10 +205,11 @@ def victim(run: Run, inst: LiveInstance) -> int:
   residents = [id for b in inst.batches for id in b.rows] + inst.prefilling
   answer = ask(run, 'victim', run.view.instances[inst.index],
                tuple([RequestView(run.seqs[id]) for id in residents]))
-  if getattr(answer, 'id', None) not in residents:
+  id = _id(answer)
+  if id not in residents:
     raise run.policy.refuse('victim', answer, 'one of the requests that it '
                             f'was given, itself: {residents}')
-  return answer.id
+  return id
 
 
 def roles(run: Run, answer: Any) -> dict[int, str]:
@@ -206,7 +220,8 @@ def roles(run: Run, answer: Any) -> dict[int, str]:
     given = {-1: ''}
   flexible = [i.index for i in run.instances if i.able.flips]
   if not (given.keys() <= set(flexible)
-          and all([role in GIVEN for role in given.values()])):
+          and all([type(role) is str and role in GIVEN
+                   for role in given.values()])):
     raise run.policy.refuse('resize', answer, '{index: role}, indices of '
                             f'{flexible}, roles of {GIVEN}')
   return {index: role for index, role in given.items()

@@ -41,7 +41,7 @@ def index_of(answer: Any) -> int:
     return answer
   try:
     return -1 if isinstance(answer, bool) else operator.index(answer)
-  except TypeError:
+  except Exception:  # a hook's own object may raise anything
     return -1
 
 
@@ -114,6 +114,8 @@ NEEDS = {
             'that was measured with one, or serve(link=)',
     'mixes': 'flexible or chunked instances only, as prompts and rows share '
              'its steps'}
+HOOKS = ('route', 'order', 'batch', 'hand_off', 'admit', 'victim', 'resize',
+         'rebalance')
 _BACKLOG = attrgetter('backlog', 'residents')
 
 
@@ -246,6 +248,13 @@ class Policy:
   needs: tuple[str, ...] = ()
 
   def __post_init__(self) -> None:
+    require(type(self.name) is str, 'Policy.name', self.name, 'a text')
+    for hook in HOOKS:
+      require(callable(getattr(self, hook))
+              or getattr(self, hook) is None and getattr(Policy, hook) is None,
+              f'Policy.{hook}', getattr(self, hook), 'a function')
+    require(type(self.fetches) is bool, 'Policy.fetches', self.fetches,
+            'True or False')
     require(self.tick_s is None or is_positive(self.tick_s),
             'Policy.tick_s', self.tick_s, 'None or seconds above 0')
     require(self.tick_s is not None
@@ -285,14 +294,17 @@ class Policy:
     return (self.admit is not leave_room_to_grow
             or self.batch is not fill_budget)
 
-  def failed(self, hook: str, error: Exception) -> PolicyError:
+  def failed(self, hook: str, error: BaseException) -> PolicyError:
     """The error that says what a hook raised."""
     return PolicyError(f'policy {self.name!r}, hook {hook}: raised '
                        f'{type(error).__name__}: {error}')
 
   def refuse(self, hook: str, answer: Any, allowed: str) -> PolicyError:
     """The error that says what a hook answered and what it may answer."""
-    text = repr(answer)
+    try:
+      text = repr(answer)
+    except Exception:  # its own
+      text = f'a {type(answer).__name__}'
     text = text if len(text) <= 80 else f'{text[:80]} ...'
     return PolicyError(f'policy {self.name!r}, hook {hook}: answered {text}: '
                        f'must be {allowed}')

@@ -4,7 +4,7 @@ The tokens of a full page, and all before them, are known by one number: its
 hash (blocks.py). A `Cache` is a pool that remembers, of some pages, the hash;
 a request whose prompt begins with the same tokens takes such a page instead of
 computing it. A kept page has as many owners as requests hold it. Without an
-owner it is idle: free for whoever needs room, the one that was used longest
+owner it is idle: free for others, the one that was used longest
 ago first, and of one request its last page before the first.
 
 Nothing writes to a kept page: it is full, and the page that a request writes

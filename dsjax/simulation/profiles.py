@@ -211,7 +211,7 @@ def named(kind: str, config: ModelConfig,
   require(pathlib.Path(kind).is_file(), 'latency', kind,
           f"'published', {TABLES!r} and one of {sorted(tables())}, "
           f'{ROOFLINE!r} and one of {sorted(hardware.HARDWARE)}, or a file of '
-          'measured latencies')
+          'measured latencies; there is no file of this name')
   try:
     return load(kind).of(config)
   except InputError as error:

@@ -25,6 +25,7 @@ from dsjax.config.request import Request, Sampling
 from dsjax.workload.files import Entry
 
 KINDS = ('poisson', 'gamma', 'uniform', 'burst', 'trace')
+MOST = 10**7  # requests: more fill the memory
 MOST_ARRIVAL_S = 1e8  # a clock's time of day is more
 _ARRIVALS, _LENGTHS, _TOKENS = range(3)  # streams of one seed
 
@@ -71,7 +72,8 @@ def arrivals(kind: str, rate_per_s: float | None, n: int, seed: int = 0,
     InputError.
   """
   require(kind in KINDS, 'arrivals.kind', kind, f'one of {KINDS}')
-  require(is_positive_int(n), 'arrivals.n', n, 'an integer of 1 or more')
+  require(is_integer(1, MOST)(n), 'arrivals.n', n,
+          f'an integer from 1 to {MOST}, the most requests')
   if rate_per_s is not None or kind not in ('burst', 'trace'):
     require(is_positive(rate_per_s), 'arrivals.rate_per_s', rate_per_s,
             'a number above 0')

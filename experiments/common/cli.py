@@ -260,8 +260,21 @@ def _read_flags(argv):
   except flags.Error as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
+  except BrokenPipeError:  # of --help
+    _print_to_nobody()
   except SystemExit:  # --help, which absl takes for a failure
-    sys.exit(0)
+    _flush()
+  sys.exit(0)
+
+
+def _flush():
+  """What is printed so far, where it is read: else Python tells it as an
+  error at its end."""
+  try:
+    if sys.stdout:
+      sys.stdout.flush()
+  except BrokenPipeError:
+    _print_to_nobody()
 
 
 def main(run, defined: dict[str, Any], config=None,
@@ -293,11 +306,7 @@ def main(run, defined: dict[str, Any], config=None,
     if isinstance(sys.stdout, io.TextIOWrapper):  # not UTF-8: '?' for the rest
       sys.stdout.reconfigure(errors='replace')
     code = exit_code(all_read, argv[1:])
-    try:
-      if sys.stdout:
-        sys.stdout.flush()
-    except BrokenPipeError:  # else Python tells it as an error at its end
-      _print_to_nobody()
+    _flush()
     if code == 130 and _threads_work():
       os._exit(code)
     sys.exit(code)

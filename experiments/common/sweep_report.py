@@ -78,7 +78,7 @@ def told(points, kind, target):
           if point.summary.attainment[0] >= target and not point.unsteady]
   end = min if kind == 'scale' else max
   lines.append(
-      f'{target:.0%} met both objectives at '
+      f'{target:.0%} or more met both objectives at '
       + (f'{kind} {end(good):.4g}, the '
          f'{"tightest" if kind == "scale" else "highest"} tried that did'
          if good else f'no {kind} tried'))

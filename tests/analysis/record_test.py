@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dsjax.analysis.record import STAGES, Record, rows
+from dsjax.config.checks import InputError
 
 DONE = Record(3, 1.0, 10, 4, token_s=[1.5, 1.75, 2.0], finish_s=2.0,
               status='length', instances=(0, 2), migrated_tokens=10)
@@ -26,3 +27,9 @@ def test_rows_have_the_same_columns_and_come_back():
   assert Record.of_row(made[0] | {'mode': 'chunked'}) == DONE
   with pytest.raises(KeyError, match='prompt_len'):
     Record.of_row({'id': 1, 'arrival_s': 0.0})
+
+
+@pytest.mark.parametrize('items', [None, 'ab', DONE, [DONE, None], [{}]])
+def test_what_has_no_rows_is_named(items):
+  with pytest.raises(InputError, match='^rows=.*Records or Outputs'):
+    rows(items)

@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from configs.serve import Serve, Workload
+from dsjax.config import zoo
 from dsjax.config.checks import (
     InputError,
     is_integer,
@@ -18,7 +20,9 @@ from dsjax.config.engine import EngineConfig, InstanceConfig
 from dsjax.config.placement import Plan, Slo
 from dsjax.config.request import Request, Sampling
 from dsjax.http.service import Limits
-from dsjax.placement.clusters import Cluster
+from dsjax.placement.clusters import Border, Cluster
+from dsjax.simulation import hardware
+from dsjax.simulation.latency import Affine, Link
 
 
 @pytest.mark.parametrize('test, good, bad', [
@@ -98,6 +102,29 @@ def test_what_is_no_integer_is_refused(value):
                lambda v: Limits(max_waiting=v)):
     with pytest.raises(InputError, match='must be'):
       make(value)
+
+
+MADE = (
+    Sampling(), Plan(), Slo(0.5, 0.25), EngineConfig(), Limits(),
+    InstanceConfig('decode', 8, 16, 4, 32, 2), zoo.config('qwen3-30b-a3b'),
+    Cluster(), Border(1.0, 1.0), Link(1e-3, 1e6, 100.0),
+    hardware.HARDWARE['a100-80g'],
+    Affine((0.01, 1e-4, 0.0), (0.01, 1e-6, 1e-4)), Workload(), Serve())
+
+
+@pytest.mark.parametrize('record', MADE, ids=lambda r: type(r).__name__)
+def test_a_field_that_is_a_number_takes_nothing_else(record):
+  """In every class alike, and the error names the field."""
+  fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+  numbers = {name: value for name, value in fields.items()
+             if type(value) in (int, float)}
+  assert numbers
+  for name, value in numbers.items():
+    wrong = [math.nan, -math.inf, True, '1', [1], 1j, np.array(1)]
+    wrong += [10**400] if type(value) is float else [1.5, math.inf]
+    for bad in wrong:
+      with pytest.raises(InputError, match=rf'{name}=.*must be'):
+        dataclasses.replace(record, **{name: bad})
 
 
 def test_an_integer_beyond_every_float_is_no_number():

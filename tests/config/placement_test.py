@@ -40,6 +40,13 @@ def test_a_bad_placement_names_its_field_and_the_roles(text):
     Placement.parse(text, '--placement')
 
 
+@pytest.mark.parametrize('kind', [Plan, Placement])
+@pytest.mark.parametrize('text', [None, 5, b'1x1', ['1x1']])
+def test_what_is_no_text_is_named(kind, text):
+  with pytest.raises(InputError, match='^--it=.*: must be .*TPxPP'):
+    kind.parse(text, '--it')
+
+
 def test_half_a_placement_is_none():
   with pytest.raises(InputError, match='instances that prefill and'):
     Placement.parse('prefill=1x1')

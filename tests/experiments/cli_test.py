@@ -184,6 +184,23 @@ def test_a_run_goes_on_where_its_reader_has_left(tmp_path, say, lines, code,
   assert (process.returncode, path.exists()) == (code, done)
 
 
+@pytest.mark.parametrize('more', ('', '; program.__doc__ = "line\\n" * 9000'))
+def test_help_ends_where_its_reader_has_left(more):
+  """However long it is."""
+  program = f"""import sys
+from experiments.common import cli
+program = sys.modules['__main__']{more}
+sys.argv[1:] = ['--help']
+cli.main(None, {{}})"""
+  with subprocess.Popen(
+      [sys.executable, '-c', program], text=True, cwd=cli.ROOT,
+      env=os.environ | {'PYTHONUNBUFFERED': ''},
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    process.stdout.close()
+    assert process.stderr.read() == ''
+  assert process.returncode == 0
+
+
 @pytest.mark.parametrize('say', ('console.print', 'print'))
 def test_what_an_output_cannot_say_is_a_question_mark(say):
   program = f"""from experiments.common import cli

@@ -145,9 +145,12 @@ def test_search():
     (dict(policy='distserve'), 'policy='), (dict(slo=(0.1, 0.1)), 'slo='),
     (dict(placement=5), 'placement=5'), (dict(depth=0), 'depth=0'),
     (dict(run_ahead=1.5), 'run_ahead=1.5'), (dict(cluster=5), 'cluster=5'),
-    (dict(contention='x'), "contention='x'"), (dict(max_len='x'), 'max_len='),
+    (dict(contention='x'), "contention='x': must be a Contention, such as"),
+    (dict(max_len='x'), 'max_len='), (dict(aligned='x'), "aligned='x'"),
+    (dict(log=1), 'log=1'), (dict(cut=None), 'cut=None: must be True or'),
     (dict(max_seqs=0), 'max_seqs=0'), (dict(requests=0), 'requests=0'),
-    (dict(chunk=True), 'chunk=True')])
+    (dict(chunk=True), 'chunk=True'),
+    (dict(latency='nowhere.json'), "='nowhere.json'.*no file of this name")])
 def test_what_simulate_is_given_is_named(change, text):
   with pytest.raises(InputError, match=text):
     dsjax.simulate(**dict(placement='colocated=1x1', rate_per_s=1.0,
@@ -157,7 +160,7 @@ def test_what_simulate_is_given_is_named(change, text):
 @pytest.mark.parametrize('change, text', [
     (dict(algorithms=()), r'algorithms=\(\)'), (dict(chunks=(0,)), 'chunks='),
     (dict(algorithms='low'), "algorithms='low'"), (dict(slo=1), 'slo=1'),
-    (dict(policy=None), 'policy=None')])
+    (dict(policy=None), 'policy=None'), (dict(cut='no'), "cut='no'")])
 def test_what_search_is_given_is_named(change, text):
   with pytest.raises(InputError, match=text):
     dsjax.search(**change)
@@ -374,3 +377,42 @@ def test_numpys_numbers_are_taken():
     for wrong in (True, np.bool_(True), np.array(5), '5'):
       with pytest.raises(dsjax.InputError, match=f'{name}='):
         dsjax.simulate('prefill=1x1,decode=1x1', **given | {name: wrong})
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+  """A latency of one's own; what its steps take may be no seconds."""
+
+  step_s: object
+  host_s: object = 0.0
+  pp: int = 1
+
+  def prefill_s(self, pieces):
+    return self.step_s
+
+  def decode_line(self, batch):
+    return self.step_s, 0.0
+
+  def decode_s(self, batch, context):
+    return self.step_s
+
+  def mixed_s(self, pieces, batch, context):
+    return self.step_s
+
+
+@pytest.mark.parametrize('own', [
+    *map(Constant, (math.nan, math.inf, -1.0, 'fast', None, (1.0,))),
+    Constant(0.01, math.nan), lambda plan: Constant(-1.0),
+    lambda plan: 'fast', Constant])
+def test_seconds_that_are_none_are_named(own):
+  for ask in (lambda: dsjax.simulate(SPLIT, rate_per_s=1.0, requests=20,
+                                     latency=own),
+              lambda: dsjax.search(devices=2, latency=own)):
+    with pytest.raises(InputError, match=r'^latency.*=.*must be '):
+      ask()
+
+
+def test_a_latency_of_ones_own_is_simulated():
+  result = dsjax.simulate(SPLIT, rate_per_s=1.0, requests=20,
+                          latency=Constant(np.float64(0.01)))
+  assert result.summary.attainment[0] == 1.0

@@ -5,10 +5,12 @@ import dataclasses
 import hashlib
 import json
 import random
+import types
 
 import numpy as np
 import pytest
 
+from dsjax.config.checks import InputError
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.placement import ROLES, Placement, Plan, Role
 from dsjax.config.request import Request, Sampling
@@ -286,6 +288,23 @@ def test_victim_is_the_policys():
 PAIR, BOTH = ('prefill', 'decode'), ('colocated',)
 FREE = ('flexible',) * 2
 DONE = (_arrive(0), PrefillDone(1.0, 0, 0))
+
+
+class Unreadable:
+  """Whatever is asked of it raises."""
+
+  @property
+  def id(self):
+    raise RuntimeError('no id')
+
+  def __repr__(self):
+    raise RuntimeError('no text')
+
+  def __index__(self):
+    raise RuntimeError('no integer')
+
+
+UNREADABLE = Unreadable()
 TICKED = (Tick(2.0),)
 
 
@@ -300,13 +319,20 @@ TICKED = (Tick(2.0),)
     ('batch', PrefillBudget(4, rows=True), BOTH, DONE[:1], 'without rows'),
     ('order', (), PAIR, (_arrive(0), _arrive(1), _arrive(2), DONE[1]),
      r'the requests that wait, each once: \[1, 2\]'),
+    ('order', (UNREADABLE,) * 2, PAIR, (
+        _arrive(0), _arrive(1), _arrive(2), DONE[1]), 'each once'),
+    ('order', (types.SimpleNamespace(id=1.0), types.SimpleNamespace(id=2)),
+     PAIR, (_arrive(0), _arrive(1), _arrive(2), DONE[1]), 'each once'),
     ('order', 7, PAIR, (_arrive(0), _arrive(1), _arrive(2), DONE[1]),
      'not iterable'),
     ('order', (n for n in [1 / 1, 2]), PAIR, (
         _arrive(0), _arrive(1), _arrive(2), DONE[1]), 'each once'),
     ('route', np.array([0, 1]), PAIR, DONE[:1], 'answered array'),
     ('route', True, BOTH, DONE[:1], 'answered True'),
-    ('admit', np.array([1, 2]), PAIR, DONE[:1], 'raised ValueError'),
+    ('route', UNREADABLE, PAIR, DONE[:1], 'answered a Unreadable: must be'),
+    ('admit', np.array([1, 2]), PAIR, DONE[:1], 'answered array.*True or F'),
+    ('admit', None, PAIR, DONE[:1], 'answered None: must be True or False'),
+    ('admit', 'no', PAIR, DONE[:1], "answered 'no': must be True or False"),
     ('batch', PrefillBudget(9, 'x'), BOTH, DONE[:1], '0 to 16 tokens'),
     ('batch', PrefillBudget(9, False, np.ones(2)), BOTH, DONE[:1],
      'without rows'),
@@ -317,10 +343,14 @@ TICKED = (Tick(2.0),)
     ('hand_off', Because(0, 'so'), PAIR, DONE, r'answered 0: must be .*\[1\]'),
     ('resize', {0: 'decode'}, BOTH, TICKED, r'indices of \[\]'),
     ('resize', {1: 'flexible'}, FREE, TICKED, "roles of .'prefill', 'decode'"),
+    ('resize', {0: np.ones(2)}, FREE, TICKED, 'must be {index: role}'),
     ('resize', 5, FREE, TICKED, 'answered 5: must be {index: role}'),
     ('rebalance', [Move(0, 1)], FREE, TICKED, 'a Move of a row'),
     ('rebalance', [Move(0, 0)], FREE, (*DONE, *TICKED), 'a Move of a row'),
     ('rebalance', [(0, 1)], FREE, (*DONE, *TICKED), 'a Move of a row'),
+    ('rebalance', {Move(0, 1)}, FREE, TICKED, 'a set has no order'),
+    ('order', {1, 2}, PAIR, (_arrive(0), _arrive(1), _arrive(2), DONE[1]),
+     'a set has no order'),
     ('rebalance', 5, FREE, TICKED, 'not iterable')])
 def test_an_answer_that_cannot_be_carried_out(hook, answer, roles, events,
                                               text):
@@ -366,11 +396,26 @@ def test_integers_of_numpy_are_integers():
   assert type(command.chunks[0].stop) is int
 
 
-def test_a_hook_that_raises_is_named():
-  def fails(view, request):
-    raise KeyError('cost')
+@pytest.mark.parametrize('field, value, allowed', [
+    ('name', 3, 'a text'), ('fetches', 1, 'True or False'),
+    ('needs', ['link'], 'a tuple'), ('tick_s', True, 'None or seconds'),
+    ('order', 'short', 'a function'), ('resize', 5, 'a function'),
+    *[(hook, None, 'a function')
+      for hook in ('route', 'batch', 'hand_off', 'admit', 'victim')]])
+def test_a_field_of_a_policy_is_checked_at_once(field, value, allowed):
+  with pytest.raises(InputError, match=f'^Policy.{field}=.*be {allowed}'):
+    dataclasses.replace(DISTSERVE, **{field: value})
 
-  with pytest.raises(PolicyError, match="hook route: raised KeyError: 'cost'"):
+
+@pytest.mark.parametrize('error, text', [
+    (KeyError('cost'), "KeyError: 'cost'"), (StopIteration(), 'StopIteration'),
+    (SystemExit(3), 'SystemExit: 3'), (GeneratorExit(), 'GeneratorExit'),
+    (RecursionError('deep'), 'RecursionError: deep')])
+def test_a_hook_that_raises_is_named(error, text):
+  def fails(view, request):
+    raise error
+
+  with pytest.raises(PolicyError, match=f'hook route: raised {text}'):
     _after(_config(PAIR, route=fails), _arrive(0))
 
 

@@ -329,7 +329,8 @@ def test_burst_and_trace_arrivals():
 @pytest.mark.parametrize('change', [
     {'rate_per_s': 0}, {'rate_per_s': -1}, {'rate_per_s': math.nan},
     {'rate_per_s': math.inf}, {'rate_per_s': None}, {'rate_per_s': '2'},
-    {'n': 0}, {'n': 2.0}, {'n': True}, {'seed': -1}, {'seed': None},
+    {'n': 0}, {'n': 2.0}, {'n': True}, {'n': 10**14}, {'seed': -1},
+    {'seed': None},
     {'cv': 0}, {'cv': math.nan}, {'kind': 'often'}, {'kind': 'trace'},
     {'kind': 'trace', 'entries': LENGTHS},
     {'kind': 'trace', 'entries': [Entry(0.0, 1, 1)]},
