@@ -321,12 +321,13 @@ class Batch(NamedTuple):
 
 class Peer(NamedTuple):
   """An engine of another process, as a Route needs it; `where` has no
-  meshes."""
+  meshes. by_kernel: see Engine."""
 
   role: str
   config: EngineConfig
   capacity: InstanceConfig
   where: Where
+  by_kernel: bool
 
 
 def hands_off(source: InstanceConfig, target: InstanceConfig, fetches: bool
@@ -407,18 +408,28 @@ class Route:
     """As start, through a Landing: in one batch, whatever its size."""
     began, source, target = time.perf_counter(), self.source, self.target
     landing = target.landings.take()
-    here, there = (
-        [*pages, *[engine.capacity.num_pages] * (self.most - len(pages))]
-        for engine, pages in ((source, command.source_pages),
-                              (target, command.target_pages)))
-    read = source.gather(here, None, None, landing.on(source.devices[0]))
+    read = self.read_shared(command, landing)
     sent = [share for batch in self.batches(command) for share in
             source.checksum(self.read(batch), batch.first, command.num_tokens)
             ] if checksum else []
-    return Transfer(self, command, [(there, read)],
-                    target.landings.size // self.most
-                    * len(command.source_pages), began, checksum, sent,
-                    landing)
+    return Transfer(self, command, [(self.filled(
+        command.target_pages, target), read)], self.bytes_shared(
+            command, target), began, checksum, sent, landing)
+
+  def read_shared(self, command: Migrate, landing: Landing) -> list[Any]:
+    """Dispatches the reading of the source's pages; what is ready then."""
+    source = self.source
+    return source.gather(self.filled(command.source_pages, source), None, None,
+                         landing.on(source.devices[0]))
+
+  def filled(self, pages: Sequence[int], end: Any) -> list[int]:
+    """As many ids as a Landing has room for; `end`: of which pages."""
+    return [*pages, *[end.capacity.num_pages] * (self.most - len(pages))]
+
+  def bytes_shared(self, command: Migrate, end: Any) -> int:
+    """Bytes of a Migrate in a Landing; `end`: the source or the target, an
+    Engine."""
+    return end.landings.size // self.most * len(command.source_pages)
 
   def nowhere(self, size: int) -> Migrate:
     """A Migrate of `size` x self.tokens tokens that writes no page."""

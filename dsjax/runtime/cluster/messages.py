@@ -28,7 +28,7 @@ from dsjax.scheduling.events import (
   RunPrefill,
 )
 
-VERSION = 4  # of the messages
+VERSION = 5  # of the messages
 # Both sides must have the same: hand-offs are jax's, and have no version.
 VERSIONS = (f'dsjax {__version__}, messages {VERSION}, jax {jax.__version__}, '
             f'jaxlib {jaxlib.__version__}')
@@ -176,12 +176,13 @@ class Failed(NamedTuple):
 class Built(NamedTuple):
   """It is built: capacity has the fields of its InstanceConfig; shapes: how
   many steps are to be compiled; address: of its offers, or ''; weights: a hash
-  of some of them."""
+  of some of them; by_kernel: see Engine."""
   capacity: dict[str, Any]
   shapes: int
   address: str
   devices: dict[str, str]
   weights: int = 0
+  by_kernel: bool = False
 
 
 class Warmed(NamedTuple):
