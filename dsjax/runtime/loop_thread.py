@@ -8,7 +8,7 @@ from dsjax.runtime.loop import Loop
 from dsjax.runtime.worker import Job, Worker
 from dsjax.scheduling.policy import PolicyError
 
-MEANWHILE_S = 0.02  # between two calls of what a client wants called
+MEANWHILE_S = 0.05  # between two calls of what a client wants called
 
 
 class LoopThread:

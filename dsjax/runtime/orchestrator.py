@@ -651,7 +651,7 @@ class Orchestrator:
     """Replays a workload, each request at its arrival time from now on.
 
     Open loop: arrivals never wait for answers. on_poll() is called here, at
-    first and some fifty times a second. Returns the records of these requests.
+    first and some twenty times a second. Returns the records of these requests.
     An interrupt cancels those that have not ended.
 
     Raises:

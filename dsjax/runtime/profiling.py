@@ -11,7 +11,9 @@ size costs.
 
 With `cluster` instances are processes, as a server has them: steps are those
 of a process with its own cores while the other one is idle, and what KV takes
-is what it takes over that border.
+is what it takes over that border. On CPUs, what else takes of their cores is
+found from CPU seconds: hand-offs of both ends, and the server, if it has no
+core of its own.
 """
 
 import dataclasses
@@ -44,6 +46,7 @@ from dsjax.scheduling.events import (
 from dsjax.simulation import contention, fitting, latency, profiles
 
 STEPS = 4  # decode steps of a timed run: the device takes them in a row
+HAND_OFFS = 8  # of each length, of which CPU seconds are taken
 HOST_TOKENS = 24  # output tokens of the requests that find the host's time
 ENGINE = EngineConfig(max_len=1024, max_seqs=16, prefill_tokens=512,
                       chunk_tokens=512, prefill_seqs=8, prefix_cache=False)
@@ -180,8 +183,10 @@ def decode_span(server: orchestrator.Orchestrator,
 
 
 def host_times(model: Model, config: EngineConfig, plan: Plan, bare: Cells,
-               rounds: int, cluster: str | None = None) -> list[float]:
-  """Seconds that the serving loop adds to a decode step, one a round.
+               rounds: int, cluster: str | None = None
+               ) -> tuple[list[float], list[float]]:
+  """(seconds that the serving loop adds to a decode step, CPU seconds of this
+  process a step), one a round.
 
   A full batch is served, and the same steps are run bare, in turn. Of two
   processes one is away: so the other has as many cores as `bare`.
@@ -191,16 +196,20 @@ def host_times(model: Model, config: EngineConfig, plan: Plan, bare: Cells,
   batch, prompt = config.max_seqs, min(16, config.prefill_tokens)
   tokens = min(HOST_TOKENS, config.max_len - prompt)
   rng = np.random.default_rng(0)
-  added = []
+  added, taken = [], []
   with orchestrator.serve(model, Placement(colocated=plans), config,
                           report=lambda *_: None, cluster=cluster) as server:
     for i in range(rounds + 1):
       ids = rng.integers(3, model.config.vocab_size, (batch, prompt)).tolist()
       server.log.clear()
+      before_s, before = time.process_time(), server.steps
       server.run([Request(i * batch + row, 0.0, tuple(prompt_ids),
                           Sampling(max_tokens=tokens, ignore_eos=True))
                   for row, prompt_ids in enumerate(ids)])
+      cpu_s = time.process_time() - before_s
       span = decode_span(server, batch)
+      if i:
+        taken.append(cpu_s / max(1, server.steps - before))
       if span is None:
         continue
       step_s, first, steps = span
@@ -210,7 +219,7 @@ def host_times(model: Model, config: EngineConfig, plan: Plan, bare: Cells,
           for _ in range(3))
       if i:
         added.append(step_s - bare_s)
-  return added
+  return added, taken
 
 
 def transfer_times(source: Any, target: Any,
@@ -229,6 +238,31 @@ def transfer_times(source: Any, target: Any,
       return time.perf_counter() - start
     return run
   return in_rounds([timed(n) for n in lengths], rounds, tick)
+
+
+def hand_off_cpu(source: Any, target: Any, lengths: Sequence[int]
+                 ) -> list[tuple[float, float]]:
+  """(a, b) of the source and of the target, which are processes: a + b tokens
+  CPU seconds of each that a hand-off takes.
+
+  Of some in a row: what an end does once it was told of counts with the next.
+  """
+  route, taken = source.route_to(target), []
+  for n in lengths:
+    ids = [tuple(range(-(-n // e.capacity.page_size)))
+           for e in (source, target)]
+    told = []
+    for _ in range(HAND_OFFS + 1):
+      route.start(Migrate(0, 1, 0, ids[0], 1, ids[1], n)).wait()
+      told.append([end.stamps[-1].cpu_s for end in (source, target)])
+    taken.append([(last - first) / HAND_OFFS
+                  for first, last in zip(told[0], told[-1], strict=True)])
+  lines = []
+  for seconds in zip(*taken, strict=True):
+    (base_s, token_s), _ = fitting.nonnegative(
+        [(1.0, float(n)) for n in lengths], list(seconds))
+    lines.append((float(base_s), float(token_s)))
+  return lines
 
 
 # --- side by side -----------------------------------------------------------
@@ -321,6 +355,8 @@ class _Profiler:
     self.devices = devices
     self.apart = devices[apart:]  # for a second instance
     self.stopped, self.cluster, self.processes = False, cluster, []
+    self.server_s = 0.0
+    self.hand_off: list[tuple[float, float]] = []
 
   def start(self, placement):
     """The engines of a placement, each a process."""
@@ -361,15 +397,18 @@ class _Profiler:
 
   def affine(self, plan, bare, cells):
     """The latency.Affine of a plan, with the host's time."""
-    host = []
+    host, taken = [], []
     try:
       if not self.stopped:
         tick = _ticks(self.report, f'{plan}: host', 1)
-        host = host_times(self.model, self.config, plan, bare, self.rounds,
-                          self.cluster)
+        host, taken = host_times(self.model, self.config, plan, bare,
+                                 self.rounds, self.cluster)
         tick()
     except KeyboardInterrupt:
       self.stopped = True
+    if taken and self.cluster and not local.has_own_core(
+        Placement(colocated=[plan, plan])):
+      self.server_s = statistics.median(taken)
     return fitting.fit_affine(
         cells, buckets_of(self.config),
         max(0.0, statistics.median(host)) if host else 0.0, plan.pp)
@@ -387,6 +426,8 @@ class _Profiler:
     else:
       target = build(self.model, to, 'decode', self.config, self.apart)
     seconds = transfer_times(source, target, self.lengths, self.rounds, tick)
+    if self.cluster and local.visible_gpus() is None and plan == to == Plan():
+      self.hand_off = hand_off_cpu(source, target, self.lengths)
     if seconds[-1] <= seconds[0]:
       return None
     return fitting.fit_link(self.lengths, seconds, kv_cache.bytes_per_token(
@@ -403,8 +444,16 @@ class _Profiler:
         pass
     else:
       other = build(self.model, Plan(), 'chunked', self.config, self.apart)
-    shared = beside(bare, Cells(other), self.config, self.rounds, tick)
-    return shared if max(shared.factors.values()) >= NOTICED else None
+    return beside(bare, Cells(other), self.config, self.rounds, tick)
+
+  def shared(self, factors):
+    """The whole Contention; None: instances share nothing. factors: of
+    `contention`, or None where it was not measured."""
+    read_s, write_s = self.hand_off or ((0.0, 0.0),) * 2
+    made = contention.Contention(factors.factors if factors else {},
+                                 self.server_s, read_s, write_s)
+    some = max(made.factors.values(), default=1.0) >= NOTICED
+    return made if some or any((made.server_s, *read_s, *write_s)) else None
 
 
 def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
@@ -478,7 +527,7 @@ def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
       f'dsjax.runtime.profiling, {rounds} rounds, {config.dtype}, '
       f'jax {jax.__version__}' + f', cluster={cluster}' * bool(cluster)
       + ', stopped by Ctrl-C' * work.stopped,
-      shared), cells
+      work.shared(shared)), cells
 
 
 def profile(model: Model, plans: Sequence[Plan] = (Plan(),),

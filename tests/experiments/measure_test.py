@@ -13,8 +13,9 @@ from rich.progress import Progress
 import dsjax
 from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
-from dsjax.config.placement import Plan
+from dsjax.config.placement import Placement, Plan
 from dsjax.runtime import profiling
+from dsjax.runtime.cluster import local
 from dsjax.scheduling.events import DecodeDone, PrefillDone, Row, RunDecode
 from dsjax.simulation import fitting, latency, profiles
 from dsjax.simulation.contention import KINDS
@@ -250,8 +251,11 @@ def test_processes_are_timed_as_they_serve():
   assert set(profile.links) <= {(Plan(), Plan())}
   pairs = set(itertools.product(KINDS, repeat=2))
   assert len(beside) == 2 * len(pairs) + 1 and beside[-1] == (32, 32)
-  shared = profile.contention  # None: each has all it needs
-  assert shared is None or set(shared.factors) == pairs
+  shared = profile.contention
+  assert set(shared.factors) == pairs
+  assert all(sum(line) > 0 for line in (shared.read_s, shared.write_s))
+  assert bool(shared.server_s) != local.has_own_core(
+      Placement(chunked=[Plan(), Plan()]))
   assert 'cluster=local' in profile.source
   assert profile.device == 'cpu' and cluster_test.children() <= before
 

@@ -282,7 +282,8 @@ class Exchange:
         if sending.parts:
           self.offers[uuid].await_pull(uuid, sending.parts)
         send(sending.told._replace(checksum=migration.total(sending.sums),
-                                   wall_s=time.perf_counter()))
+                                   wall_s=time.perf_counter(),
+                                   cpu_s=time.process_time()))
         some = True
     for uuid, pulling in list(self.pulling.items()):
       arrays = [x for batch in pulling.parts for x in batch]
@@ -302,7 +303,8 @@ class Exchange:
       if landing.transfer.is_ready():
         del self.landing[uuid]
         send(messages.Landed(uuid, landing.kind, migration.total(
-            landing.transfer.arrived), landing.began_s, time.perf_counter()))
+            landing.transfer.arrived), landing.began_s, time.perf_counter(),
+                             time.process_time()))
         some = True
     return some
 

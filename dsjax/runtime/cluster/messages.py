@@ -215,12 +215,14 @@ class Stepped(NamedTuple):
 
 
 class Offered(NamedTuple):
-  """An offer is there, since wall_s. kind: a hash of shapes and dtypes."""
+  """An offer is there, since wall_s. kind: a hash of shapes and dtypes. cpu_s:
+  CPU seconds of the process."""
   uuid: int
   bytes: int
   kind: int
   checksum: int
   wall_s: float = 0.0
+  cpu_s: float = 0.0
 
 
 class Moved(NamedTuple):
@@ -230,12 +232,13 @@ class Moved(NamedTuple):
 
 class Landed(NamedTuple):
   """What was pulled is in its pages. began_s, wall_s: when it was asked for,
-  and when it was there."""
+  and when it was there. cpu_s: as of Offered."""
   uuid: int
   kind: int
   checksum: int
   began_s: float = 0.0
   wall_s: float = 0.0
+  cpu_s: float = 0.0
 
 
 class Copied(NamedTuple):

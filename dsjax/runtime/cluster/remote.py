@@ -77,7 +77,7 @@ class Stamp(NamedTuple):
 
   what: 'step' (number: of its command), or 'offered' or 'landed', KV for
   others or from there (number: of the request). cpu_s: CPU seconds of the
-  process until then, which nothing else on the machine adds to; of steps only.
+  process until then, which nothing else on the machine adds to.
   """
 
   what: str
@@ -345,7 +345,7 @@ class RemoteEngine:
                 message.cpu_s)
 
   def _stamp(self, what: str, number: int, began_s: float, wall_s: float,
-             cpu_s: float = 0.0) -> None:
+             cpu_s: float) -> None:
     self.stamps.append(Stamp(what, number, began_s + self.offset_s,
                              wall_s + self.offset_s, cpu_s))
 
@@ -365,10 +365,10 @@ class RemoteEngine:
       transfer.hear(message)
       if isinstance(message, messages.Offered):
         self._stamp('offered', transfer.command.id, message.wall_s,
-                    message.wall_s)
+                    message.wall_s, message.cpu_s)
       elif isinstance(message, messages.Landed):
         self._stamp('landed', transfer.command.id, message.began_s,
-                    message.wall_s)
+                    message.wall_s, message.cpu_s)
 
   def _on_moved(self, message: messages.Moved) -> None:
     self.moved, self.address = self.moved + 1, message.address
