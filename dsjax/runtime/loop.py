@@ -43,7 +43,7 @@ LOG = logging.getLogger(__name__)
 # The pause between polls that found nothing: a share of the wait so far, so
 # that a long step is not interrupted and a short one not noticed late.
 PAUSE_SHARE, LEAST_PAUSE_S, MOST_PAUSE_S = 1 / 16, 5e-5, 2e-3
-MOST_WAIT_S = 0.02  # where what happens wakes the loop: for what is late
+MOST_WAIT_S = 0.05  # where what happens wakes the loop: for what is late
 MOST_ASKED = 100  # events that observers ask for while one is applied
 
 

@@ -117,7 +117,7 @@ class Faked(profiling._Profiler):
 def test_ctrl_c_keeps_what_was_timed(monkeypatch, halt_at, plans, links):
   monkeypatch.setattr(profiling, '_Profiler', Faked)
   monkeypatch.setattr(profiling, 'Cells', lambda engine: None)
-  monkeypatch.setattr(profiling, 'host_times', lambda *_: [0.25])
+  monkeypatch.setattr(profiling, 'host_times', lambda *_: ([0.25], []))
 
   def report(done, total, what):
     del done, total
