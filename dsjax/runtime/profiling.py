@@ -2,12 +2,12 @@
 
 Every plan is built on the devices at hand and timed over a grid of batch x
 length: prefills, later chunks, decode steps, mixed (chunked) steps, what the
-serving loop adds to a decode step (host), migrations between each pair of
-plans, and how two instances of plan 1x1 slow each other: nothing on devices of
-their own, much on the CPU devices of one process. All cells are timed in turn,
-round after round, and the median of each counts, so that a busy moment spoils
-no single cell. Buckets are part of the result: a batch costs what its compiled
-size costs.
+serving loop adds to a step of an idle server (host), migrations between each
+pair of plans, and how two instances of plan 1x1 slow each other: nothing on
+devices of their own, much on the CPU devices of one process. All cells are
+timed in turn, round after round, and the median of each counts, so that a busy
+moment spoils no single cell. Buckets are part of the result: a batch costs what
+its compiled size costs.
 
 With `cluster` instances are processes, as a server has them: steps are those
 of a process with its own cores while the other one is idle, and what KV takes
@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dsjax.analysis import pairing
+from dsjax.analysis.record import Record
 from dsjax.checkpoints.checkpoint import Model
 from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig
@@ -35,6 +35,7 @@ from dsjax.config.placement import Placement, Plan
 from dsjax.config.request import Request, Sampling
 from dsjax.model import kv_cache, sharding
 from dsjax.runtime import engine, orchestrator
+from dsjax.runtime.arrays import is_ready
 from dsjax.runtime.cluster import local, starting
 from dsjax.scheduling.events import (
   Chunk,
@@ -48,6 +49,7 @@ from dsjax.simulation import contention, fitting, latency, profiles
 STEPS = 4  # decode steps of a timed run: the device takes them in a row
 HAND_OFFS = 8  # of each length, of which CPU seconds are taken
 HOST_TOKENS = 24  # output tokens of the requests that find the host's time
+ALONE = 5  # requests a round, one by one
 ENGINE = EngineConfig(max_len=1024, max_seqs=16, prefill_tokens=512,
                       chunk_tokens=512, prefill_seqs=8, prefix_cache=False)
 Report = Callable[[int, int, str], object]  # (done, total, what)
@@ -105,7 +107,7 @@ class Cells:
       instance.admit(id, [1] * (instance.config.max_len // 2), 1, Sampling())
 
   def run(self, pieces: tuple, batch: int,
-          each: int) -> tuple[jax.Array, int]:
+          each: int) -> tuple[Any, int]:
     """Dispatches a cell; returns (arrays to wait for, steps)."""
     rows = tuple(Row(r, each - 1, STEPS, self.pages[r])
                  for r in range(batch))
@@ -120,12 +122,20 @@ class Cells:
     outs, _ = self.instance.prefill(RunPrefill(0, 0, chunks, 0, rows))
     return outs[-1].token_R, 1
 
-  def seconds(self, pieces: tuple, batch: int, each: int) -> float:
-    """Seconds of a step of a cell, waited for."""
+  def seconds(self, pieces: tuple, batch: int, each: int,
+              count: int = 1) -> float:
+    """Seconds of a step of a cell, of `count` in a row behind one more, as an
+    instance takes them that has something to do. Where the host is what takes
+    longer, what it takes."""
     start = time.perf_counter()
-    out, steps = self.run(pieces, batch, each)
-    jax.block_until_ready(out)
-    return (time.perf_counter() - start) / steps
+    (first, steps), *others = (self.run(pieces, batch, each)
+                               for _ in range(count + 1))
+    behind = not is_ready(first)
+    jax.block_until_ready(first)
+    if behind:
+      start = time.perf_counter()
+    jax.block_until_ready(others[-1][0])
+    return (time.perf_counter() - start) / (count + (not behind)) / steps
 
 
 def context_of(pieces: tuple, batch: int, each: int) -> float:
@@ -166,30 +176,15 @@ def in_rounds(timed: Sequence[Callable[[], float]], rounds: int,
 # --- what else takes time ---------------------------------------------------
 
 
-def decode_span(server: orchestrator.Orchestrator,
-                batch: int) -> tuple[float, int, int] | None:
-  """(seconds a step, first step's context of a row, steps) of the decodes of
-  all `batch` requests together in a server's log; None: there are none."""
-  times, first = [], 0
-  for ended in pairing.ended(server.log):
-    command = ended.command
-    if (isinstance(ended, pairing.Execution) and isinstance(command, RunDecode)
-        and len(command.rows) == batch):
-      first = first or command.rows[0].base + command.tick + 1
-      times += ended.steps_s
-  if len(times) < 3:
-    return None
-  return (times[-1] - times[0]) / (len(times) - 1), first, len(times)
-
-
 def host_times(model: Model, config: EngineConfig, plan: Plan, bare: Cells,
                rounds: int, cluster: str | None = None
                ) -> tuple[list[float], list[float]]:
-  """(seconds that the serving loop adds to a decode step, CPU seconds of this
-  process a step), one a round.
+  """(seconds until a step of an idle server runs, CPU seconds of this process
+  a step), one a round.
 
-  A full batch is served, and the same steps are run bare, in turn. Of two
-  processes one is away: so the other has as many cores as `bare`.
+  The first is the time to the first token of a prompt that comes alone, less
+  that prefill run bare, in turn. Of two processes one is away: so the other
+  has as many cores as `bare`. The second is of a full batch that is served.
   """
   plans = [plan] if cluster is None else [plan, plan]
   config = dataclasses.replace(config, away=() if cluster is None else (1,))
@@ -199,26 +194,25 @@ def host_times(model: Model, config: EngineConfig, plan: Plan, bare: Cells,
   added, taken = [], []
   with orchestrator.serve(model, Placement(colocated=plans), config,
                           report=lambda *_: None, cluster=cluster) as server:
+
+    def serve(count: int, most: int) -> list[Record]:
+      ids = rng.integers(3, model.config.vocab_size, (count, prompt)).tolist()
+      first = server.next_id
+      return server.run([Request(
+          first + row, 0.0, tuple(prompt_ids),
+          Sampling(max_tokens=most, ignore_eos=True))
+              for row, prompt_ids in enumerate(ids)])
+
     for i in range(rounds + 1):
-      ids = rng.integers(3, model.config.vocab_size, (batch, prompt)).tolist()
-      server.log.clear()
       before_s, before = time.process_time(), server.steps
-      server.run([Request(i * batch + row, 0.0, tuple(prompt_ids),
-                          Sampling(max_tokens=tokens, ignore_eos=True))
-                  for row, prompt_ids in enumerate(ids)])
+      serve(batch, tokens)
       cpu_s = time.process_time() - before_s
-      span = decode_span(server, batch)
+      steps = server.steps - before
+      alone = [(serve(1, 1)[0].ttft_s or 0.0)
+               - bare.seconds(((0, prompt),), 0, 0) for _ in range(ALONE)]
       if i:
-        taken.append(cpu_s / max(1, server.steps - before))
-      if span is None:
-        continue
-      step_s, first, steps = span
-      bare_s = statistics.median(
-          bare.seconds((), batch, min(first + steps // 2,
-                                      config.max_len - STEPS))
-          for _ in range(3))
-      if i:
-        added.append(step_s - bare_s)
+        taken.append(cpu_s / steps)
+        added.append(statistics.median(alone))
   return added, taken
 
 
@@ -300,12 +294,9 @@ def beside(mine: Cells, theirs: Cells, config: EngineConfig, rounds: int,
     repeats = max(1, math.ceil(BESIDE_S / alone_s))
     # Twice as slow, and some more, so that the other one never runs dry.
     busy = theirs.run(*cell_beside)[0]
-    for _ in range(math.ceil(3 * repeats * alone_s / each_s)):
+    for _ in range(math.ceil(3 * (repeats + 1) * alone_s / each_s)):
       busy = theirs.run(*cell_beside)[0]
-    start = time.perf_counter()
-    for _ in range(repeats):
-      jax.block_until_ready(mine.run(*cell)[0])
-    seconds = (time.perf_counter() - start) / repeats
+    seconds = mine.seconds(*cell, repeats) * (1 if cell[0] else STEPS)
     jax.block_until_ready(busy)
     tick()
     return seconds / alone_s

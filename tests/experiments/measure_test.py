@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import signal
+import types
 
 import pytest
 from rich.console import Console
@@ -16,7 +17,6 @@ from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan
 from dsjax.runtime import profiling
 from dsjax.runtime.cluster import local
-from dsjax.scheduling.events import DecodeDone, PrefillDone, Row, RunDecode
 from dsjax.simulation import fitting, latency, profiles
 from dsjax.simulation.contention import KINDS
 from experiments import measure
@@ -166,17 +166,42 @@ def test_each_part_is_told_as_it_begins():
   assert console.file.getvalue() == 'a: 0 of 20\nb: 0 of 3\n'
 
 
-def test_a_span_of_decodes_in_a_log():
-  rows = tuple(Row(i, 10, 9, ()) for i in range(2))
-  log = [(PrefillDone(0., 0, 1), (RunDecode(0, 2, 3, 2, rows),)),
-         (DecodeDone(2., 0, 2, (1., 2.)),
-          (RunDecode(0, 3, 5, 2, rows),)),
-         (DecodeDone(4., 0, 3, (3., 4.)),
-          (RunDecode(0, 4, 7, 1, rows[:1]),)),
-         (DecodeDone(9., 0, 4, (9.,)), ())]
-  server = type('Server', (), {'log': log})
-  assert profiling.decode_span(server, 2) == (1.0, 14, 4)
-  assert profiling.decode_span(server, 3) is None
+class Timed:
+  """An instance with a clock of its own: a command takes host_s to dispatch,
+  and its steps step_s each on a device."""
+
+  config, capacity = CONFIG, CONFIG.instance('chunked')
+
+  def __init__(self, monkeypatch, host_s, step_s):
+    self.host_s, self.step_s, self.now_s, self.free_s = host_s, step_s, 0.0, 0.0
+    monkeypatch.setattr(profiling, 'time', types.SimpleNamespace(
+        perf_counter=lambda: self.now_s))
+    monkeypatch.setattr(profiling, 'is_ready',
+                        lambda end_s: end_s <= self.now_s)
+    monkeypatch.setattr(profiling.jax, 'block_until_ready', self.wait)
+
+  def admit(self, *_):
+    pass
+
+  def wait(self, end_s):
+    self.now_s = max(self.now_s, end_s)
+
+  def decode(self, command):
+    self.now_s += self.host_s
+    self.free_s = max(self.free_s, self.now_s) + command.steps * self.step_s
+    return [types.SimpleNamespace(token_R=self.free_s)], []
+
+
+@pytest.mark.parametrize('host_s, step_s, want', [
+    (0.5, 1.0, 1.0), (0.0, 1.0, 1.0), (12.0, 1.0, 4.0)])
+@pytest.mark.parametrize('count', (1, 3))
+def test_a_step_is_timed_behind_another(monkeypatch, host_s, step_s, want,
+                                        count):
+  """What dispatching takes is in it only where the device waits for that."""
+  cells = profiling.Cells(Timed(monkeypatch, host_s, step_s))
+  took_s = cells.seconds((), 2, 8, count)
+  assert took_s == pytest.approx(want if host_s < 1 else (
+      (host_s * (count + 1) + 4 * step_s) / (count + 1) / 4))
 
 
 def test_plans():
