@@ -136,8 +136,9 @@ def serve(server, sent, tick=None):
   server.log.clear()
   first, host, steps = server.next_id, server.host_s, server.steps
   others = machine.Others()
-  records = server.run([dataclasses.replace(r, id=first + r.id)
-                        for r in sent], on_poll=tick)
+  with machine.settled():
+    records = server.run([dataclasses.replace(r, id=first + r.id)
+                          for r in sent], on_poll=tick)
   return Served(records=records, log=list(server.log), cores=others.cores(),
                 host_s=(server.host_s - host) / max(1, server.steps - steps))
 

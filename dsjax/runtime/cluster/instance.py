@@ -15,6 +15,7 @@ which touches no device.
 import collections
 import contextlib
 import dataclasses
+import gc
 import importlib
 import os
 import queue
@@ -164,6 +165,8 @@ class Instance:
     if self.slots:
       self.slots.warm()
     jax.monitoring.register_event_duration_secs_listener(self._hear_compiled)
+    gc.collect()
+    gc.freeze()  # all there is stays: to look at it again takes two steps' time
     self.channel.send(messages.Ready())
 
   def count(self, message: messages.Count) -> None:

@@ -154,6 +154,7 @@ def test_memory_is_lent_until_it_was_pulled():
   source.offer(messages.Offer(2, 0, c, False))
   assert source.lent[2] is not first  # it is not read yet
   source.withdraw(messages.Withdraw(2, False))  # somebody may read it
+  assert not landings.kept
   source.withdraw(messages.Withdraw(1, True))
   assert landings.take() is first and landings.take() is not first
   assert not source.lent and not source.busy or told(source)
