@@ -504,7 +504,9 @@ def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
         shared = work.contention(bare)
       for to in plans if not work.stopped else ():
         if link := work.link(plan, source, to):
-          links[plan, to] = link
+          # What comes before it starts is the host's.
+          links[plan, to] = dataclasses.replace(link, base_s=max(
+              0.0, link.base_s - models[plan].host_s))
     except KeyboardInterrupt:
       work.stopped = True
     finally:
