@@ -2,8 +2,9 @@
 
 CPU devices of a process share its memory. So pages go from a pool to a Landing
 and from there to another device's pool: two copies, where three take a gather,
-a copy between devices and a scatter. Between processes each side has one, and
-its bytes are what is pulled. A Landing is kept, as the first touch of new
+a copy between devices and a scatter. So it is between processes of a host that
+share one (cluster/shared_memory.py); else each side has its own, and bytes are
+what is pulled. A Landing is kept, as the first touch of new
 memory costs more than the copy.
 
 XLA takes a Landing for an operand that is only read; the order of who writes
@@ -11,7 +12,7 @@ and who reads it is the Transfer's affair, which holds it alone, and reads it
 once what wrote it is done.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,8 +29,9 @@ PART_BYTES = 4 * 2**20
 class Landing:
   """`size` bytes; `last`: what has to be ready before they are used anew."""
 
-  def __init__(self, size: int) -> None:
-    self._memory, = cpu.room([size])
+  def __init__(self, size: int, memory: np.ndarray | None = None) -> None:
+    """memory: of so many bytes; None: new."""
+    self._memory = next(cpu.room([size])) if memory is None else memory
     self._on: dict[jax.Device, jax.Array] = {}
     self.last: Sequence[Pending] = ()
 
@@ -65,10 +67,15 @@ class Landing:
 
 
 class Landings:
-  """Those of one target."""
+  """Those of one engine.
+
+  Attributes:
+    make: of their size, a new one. keeps: how many at most.
+  """
 
   def __init__(self, size: int) -> None:
-    self.size = size
+    self.size, self.keeps = size, KEPT
+    self.make: Callable[[int], Landing] = Landing
     self.kept: list[Landing] = []
 
   def take(self) -> Landing:
@@ -77,12 +84,12 @@ class Landings:
       if landing.is_free():
         self.kept.remove(landing)
         return landing
-    return Landing(self.size)
+    return self.make(self.size)
 
   def give(self, landing: Landing, last: Sequence[Pending]) -> None:
     """Takes one back, which `last` still uses; keeps the newest."""
     landing.last = last
-    self.kept = [landing, *self.kept][:KEPT]
+    self.kept = [landing, *self.kept][:self.keeps]
 
 
 def part_sizes(size: int) -> list[int]:

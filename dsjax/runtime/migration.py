@@ -215,6 +215,7 @@ class Transfer:
     bytes: copied between devices, the last batch's padding included.
     start_s: when it was dispatched, on time.perf_counter.
     sent, arrived: checksums of each stage and batch, when asked for.
+    lent: the landing is not the target's.
   """
 
   route: 'Route'
@@ -227,6 +228,7 @@ class Transfer:
   landing: Landing | None = None
   arrived: list[Pending] = dataclasses.field(default_factory=list)
   landed: bool = False
+  lent: bool = False
 
   def __post_init__(self) -> None:
     self._arrays = jax.tree.leaves([tree for _, tree in self.moved])
@@ -258,7 +260,7 @@ class Transfer:
         jax.block_until_ready(caches)  # at once, if it has arrived
         caches = [landing.on(target.devices[0])]
       done += target.scatter(ids, caches)
-    if landing:
+    if landing and not self.lent:
       target.landings.give(landing, done)
     if self.checksum:
       most = target.capacity.num_pages - 1
@@ -321,13 +323,14 @@ class Batch(NamedTuple):
 
 class Peer(NamedTuple):
   """An engine of another process, as a Route needs it; `where` has no
-  meshes. by_kernel: see Engine."""
+  meshes. by_kernel: see Engine. memory: see messages.Built."""
 
   role: str
   config: EngineConfig
   capacity: InstanceConfig
   where: Where
   by_kernel: bool
+  memory: str = ''
 
 
 def hands_off(source: InstanceConfig, target: InstanceConfig, fetches: bool

@@ -4,7 +4,8 @@ Copies of the pages, in pieces of one device each (migration.cut_pieces), few
 arrays a piece (parcels.py), are offered to jax's transfer server under a
 number; the other side pulls them onto its devices and joins them there. Where a
 kernel copies pages at both ends, it is the bytes of a Landing that are offered,
-and one of the target that they are copied to. The server checks nothing: a hash
+and one of the target that they are copied to; on one host, only where the
+source's Landing is (shared_memory.py). The server checks nothing: a hash
 of shapes and dtypes goes along, and the checksum if asked for. What reaches its
 port may pull: it listens on loopback, unless a host says otherwise.
 
@@ -29,7 +30,7 @@ from dsjax.config.model import ModelConfig
 from dsjax.model import kv_cache, sharding
 from dsjax.runtime import migration
 from dsjax.runtime.arrays import is_ready
-from dsjax.runtime.cluster import messages, parcels
+from dsjax.runtime.cluster import messages, parcels, shared_memory
 from dsjax.runtime.cluster.channel import LOOPBACK
 from dsjax.runtime.engine import Engine
 from dsjax.runtime.landing import Landing, part_sizes
@@ -71,8 +72,9 @@ class Exchange:
 
   Attributes:
     server: makes what is offered next. offers: {number: the server of what is
-    offered}; lent: {number: the Landing that is offered}. pulling, landing:
-    {number: what comes in}.
+    offered}; lent: {number: (the Landing that is offered, what is ready once it
+    was read though it was pulled before)}. pulling, landing: {number: what
+    comes in}.
   """
 
   def __init__(self, engine: Engine, host: str = LOOPBACK,
@@ -81,9 +83,15 @@ class Exchange:
     """host: the address of this host that others reach. awaited: told what
     `poll` is to be called after."""
     self.engine, self.host, self.awaited = engine, host, awaited
+    self.memory = ''  # see Built
+    if getattr(engine, 'by_kernel', False):
+      self.memory = shared_memory.of_host()
+    if self.memory:
+      engine.landings.make = shared_memory.Own
+      engine.landings.keeps = shared_memory.KEPT
     self.server = self._new_server()
     self.offers: dict[int, Any] = {}
-    self.lent: dict[int, Landing] = {}
+    self.lent: dict[int, tuple[Landing, Sequence[Pending]]] = {}
     self._moved: list[str] = []  # each new address, to be told
     self.sending: dict[int, Sending] = {}
     self.pulling: dict[int, Pulling] = {}
@@ -91,6 +99,8 @@ class Exchange:
     self._from: dict[int, migration.Route] = {}
     self._to: dict[int, migration.Route] = {}
     self._connections: dict[int, tuple[str, Any]] = {}
+    self._opened: dict[int, shared_memory.Opened] = {}
+    self._reading: list[tuple[shared_memory.Shared, int, list[Any]]] = []
 
   def warm(self, peers: messages.Warm, model: ModelConfig,
            config: EngineConfig) -> None:
@@ -115,6 +125,8 @@ class Exchange:
         command = route.nowhere(size)
         parts = [[jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
                   for x in batch] for batch in self._like(route, command)]
+        if self._maps(route):
+          parts = [[]]
         landed = self._join(route, command, config.checksum, parts)
         jax.block_until_ready((landed.land(), landed.arrived))
 
@@ -132,7 +144,7 @@ class Exchange:
   @property
   def busy(self) -> bool:
     """Whether `poll` may have something to tell."""
-    return bool(self.sending or self.landing or self.looks)
+    return bool(self.sending or self.landing or self.looks or self._reading)
 
   @property
   def looks(self) -> bool:
@@ -152,18 +164,32 @@ class Exchange:
                               asked.command.num_tokens)
       parts += cut
       sums += summed
+    size = sum(x.nbytes for x in parts)
+    kind = _kind(parts)
     if landing:
-      parts = landing.parts(route.bytes_shared(asked.command, self.engine),
-                            self.engine.devices[0])
-      self.lent[asked.uuid] = landing
+      size, device = (route.bytes_shared(asked.command, self.engine),
+                      self.engine.devices[0])
+      kind = _kind(self._bytes_like(route, asked.command))
+      if self._maps(route) and isinstance(landing, shared_memory.Own):
+        parts = [jax.device_put(landing.where(asked.uuid), device)]
+        self.lent[asked.uuid] = landing, [shared_memory.Unread(
+            landing, asked.uuid)]
+      else:
+        parts = landing.parts(size, device)
+        self.lent[asked.uuid] = landing, ()
     else:
       self.server.await_pull(asked.uuid, parts)
     self.offers[asked.uuid] = self.server
     self.sending[asked.uuid] = Sending(messages.Offered(
-        asked.uuid, sum(x.nbytes for x in parts), _kind(parts), 0), sums, read,
-                                       parts if landing else ())
+        asked.uuid, size, kind, 0), sums, read, parts if landing else ())
     for array in (*read, *sums):
       self.awaited(array)
+
+  def _maps(self, route: migration.Route) -> bool:
+    """Whether KV goes through memory that both ends have."""
+    peer = (route.source if isinstance(route.source, migration.Peer)
+            else route.target)
+    return route.shares and peer.memory == self.memory != ''
 
   def _cut(self, route: migration.Route, batch: migration.Batch,
            checksum: bool, stop: int = 0
@@ -179,9 +205,9 @@ class Exchange:
     other offer is left there."""
     self.sending.pop(asked.uuid, None)
     self.offers.pop(asked.uuid, None)
-    landing = self.lent.pop(asked.uuid, None)
-    if asked.pulled and landing:  # else somebody may read it
-      self.engine.landings.give(landing, ())
+    lent = self.lent.pop(asked.uuid, None)
+    if asked.pulled and lent:  # else somebody may read it
+      self.engine.landings.give(*lent)
     if not asked.pulled:
       self.server = self._new_server()
       self._moved.append(self.address)
@@ -197,7 +223,8 @@ class Exchange:
     connection = self._connection(asked)
     arrays = iter(connection.pull(asked.uuid, flat))
     self.pulling[asked.uuid] = Pulling(
-        asked, route, _kind(flat), connection,
+        asked, route, _kind(self._bytes_like(route, asked.command)
+                            if route.shares else flat), connection,
         [[next(arrays) for _ in batch] for batch in like], began_s)
 
   def _connection(self, asked: messages.Pull) -> Any:
@@ -211,12 +238,22 @@ class Exchange:
             ) -> list[list[jax.ShapeDtypeStruct]]:
     """What the source offers: of each batch, or of its Landing."""
     if route.shares:
-      to = SingleDeviceSharding(self.engine.devices[0])
-      return [[jax.ShapeDtypeStruct((size,), np.uint8, sharding=to) for size in
-               part_sizes(route.bytes_shared(command, self.engine))]]
+      return [self._bytes([shared_memory.WHERE.size])
+              if self._maps(route)
+              else self._bytes_like(route, command)]
     return [[x for cut in _by_piece(route, self._cut_like(route, batch))
              for x in parcels.packed_like(cut)]
             for batch in route.batches(command)]
+
+  def _bytes_like(self, route: migration.Route, command: Any
+                  ) -> list[jax.ShapeDtypeStruct]:
+    """The parts of a Landing."""
+    return self._bytes(part_sizes(route.bytes_shared(command, self.engine)))
+
+  def _bytes(self, sizes: Sequence[int]) -> list[jax.ShapeDtypeStruct]:
+    to = SingleDeviceSharding(self.engine.devices[0])
+    return [jax.ShapeDtypeStruct((size,), np.uint8, sharding=to)
+            for size in sizes]
 
   def _cut_like(self, route: migration.Route, batch: migration.Batch
                 ) -> list[jax.ShapeDtypeStruct]:
@@ -234,15 +271,18 @@ class Exchange:
     return like
 
   def _join(self, route: migration.Route, command: Any, checksum: bool,
-            parts: Sequence[list[jax.Array]]) -> migration.Transfer:
-    """The Transfer of parts that are here."""
+            parts: Sequence[list[jax.Array]], lent: Landing | None = None
+            ) -> migration.Transfer:
+    """The Transfer of parts that are here, or of a source's Landing."""
     now_s = time.perf_counter()
     if route.shares:
-      landing = self.engine.landings.take()
-      landing.fill(parts[0])
+      landing = lent or self.engine.landings.take()
+      if not lent:
+        landing.fill(parts[0])
       there = route.filled(command.target_pages, self.engine)
       return migration.Transfer(route, command, [(there, [])], 0, now_s,
-                                checksum, landing=landing)
+                                checksum, landing=landing,
+                                lent=lent is not None)
     moved = [(batch.target, migration.join_pieces(
         self._unpacked(route, batch, packed), route.pieces, self.engine.where))
              for batch, packed in zip(route.batches(command), parts,
@@ -285,6 +325,11 @@ class Exchange:
                                    wall_s=time.perf_counter(),
                                    cpu_s=time.process_time()))
         some = True
+    for reading in list(self._reading):
+      landing, mark, done = reading
+      if all(map(is_ready, done)):
+        landing.mark_1[0] = mark
+        self._reading.remove(reading)
     for uuid, pulling in list(self.pulling.items()):
       arrays = [x for batch in pulling.parts for x in batch]
       try:
@@ -314,9 +359,11 @@ class Exchange:
     sound."""
     asked = pulling.asked
     try:
+      lent, mark = (self._open(asked.source, pulling.parts[0][0])
+                    if self._maps(pulling.route) else (None, 0))
       landed = self._join(pulling.route, asked.command, asked.checksum,
-                          pulling.parts)
-      landed.land()
+                          pulling.parts, lent)
+      done = landed.land()
     except Exception as error:
       if not self.engine.is_sound():
         raise
@@ -324,8 +371,18 @@ class Exchange:
     else:
       self.landing[asked.uuid] = Written(pulling.kind, landed,
                                          pulling.began_s)
-      for array in landed.arrived:
+      if lent:
+        self._reading.append((lent, mark, done))
+      waits: list[Any] = [*(done if lent else ()), *landed.arrived]
+      for array in waits:
         self.awaited(array)
+
+  def _open(self, source: int, where: Any
+            ) -> tuple[shared_memory.Shared, int]:
+    """A source's Landing, and its mark."""
+    opened = self._opened.setdefault(source, shared_memory.Opened(
+        self.engine.landings.size))
+    return opened.open(np.from_dlpack(where).tobytes())
 
 
 def _peer(fields: dict[str, Any], model: ModelConfig, config: EngineConfig
@@ -334,7 +391,8 @@ def _peer(fields: dict[str, Any], model: ModelConfig, config: EngineConfig
   capacity = InstanceConfig(**fields['capacity'])
   return migration.Peer(capacity.role, config, capacity, (
       sharding.cut(model, fields['tp']),
-      sharding.spans(model.num_layers, capacity.pp), ()), fields['by_kernel'])
+      sharding.spans(model.num_layers, capacity.pp), ()),
+                        fields['by_kernel'], fields['memory'])
 
 
 def _by_piece(route: migration.Route, parts: Sequence[Any]

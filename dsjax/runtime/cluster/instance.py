@@ -154,7 +154,8 @@ class Instance:
         self.exchange.address if self.exchange else '',
         {str(i): str(d) for i, d in enumerate(self.engine.devices)},
         _sampled(model),
-        self.exchange.engine.by_kernel if self.exchange else False))
+        self.exchange.engine.by_kernel if self.exchange else False,
+        self.exchange.memory if self.exchange else ''))
 
   def warm(self, message: messages.Warm) -> None:
     """Compiles everything that it can run."""

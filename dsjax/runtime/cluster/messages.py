@@ -176,13 +176,15 @@ class Failed(NamedTuple):
 class Built(NamedTuple):
   """It is built: capacity has the fields of its InstanceConfig; shapes: how
   many steps are to be compiled; address: of its offers, or ''; weights: a hash
-  of some of them; by_kernel: see Engine."""
+  of some of them; by_kernel: see Engine; memory: the same for those that can
+  open each other's (shared_memory.of_host), or ''."""
   capacity: dict[str, Any]
   shapes: int
   address: str
   devices: dict[str, str]
   weights: int = 0
   by_kernel: bool = False
+  memory: str = ''
 
 
 class Warmed(NamedTuple):

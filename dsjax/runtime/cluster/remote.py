@@ -142,7 +142,7 @@ class RemoteEngine:
     address: where its offers were pulled when it last told. withdrawn: offers
       that were taken back, each of which changes it; moved: how many of these
       it has told of.
-    peers: those that KV comes from, and goes to. by_kernel: see Built.
+    peers: those that KV comes from, and goes to. by_kernel, memory: see Built.
     slot_of, spare: what has been admitted, in slots of no meaning.
     stamps: a Stamp of each step and hand-off, of the newest. offset_s: what
       its clock is behind, by the fastest answer to a ping. held: its last
@@ -171,7 +171,7 @@ class RemoteEngine:
     self.stamps: collections.deque[Stamp] = collections.deque(maxlen=NEWEST)
     self.held: messages.Counted | None = None
     self.weights: int | None = None
-    self.by_kernel = False
+    self.by_kernel, self.memory = False, ''
     self._fields, self._launcher = fields, launcher
     self._siblings = siblings
     self.peers, self._compiles = messages.Warm({}, {}), False
@@ -307,7 +307,8 @@ class RemoteEngine:
       return
     self.weights = message.weights
     self.capacity = InstanceConfig(**message.capacity)
-    self.address, self.by_kernel = message.address, message.by_kernel
+    self.address = message.address
+    self.by_kernel, self.memory = message.by_kernel, message.memory
     self._fields = self._fields | {'capacity': message.capacity}  # for ever
     self.devices = tuple(f'{device}, process {self.pid}'
                          for device in message.devices.values())

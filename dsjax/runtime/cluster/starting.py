@@ -106,7 +106,7 @@ def _introduce(engines: Sequence[RemoteEngine], placement: Placement,
   at once, the others when it is their turn, and find it in the cache."""
   known = {str(engine.index): {
       'capacity': dataclasses.asdict(engine.capacity), 'tp': plan.tp,
-      'by_kernel': engine.by_kernel}
+      'by_kernel': engine.by_kernel, 'memory': engine.memory}
            for engine, (_, plan) in zip(engines, placement.instances,
                                         strict=True)}
   shapes = set()

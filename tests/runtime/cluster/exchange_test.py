@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from dsjax.runtime.cluster import messages, parcels
+from dsjax.runtime.cluster import messages, parcels, shared_memory
 from dsjax.runtime.cluster.exchange import Exchange
 from tests.runtime import migration_test as pages
 
@@ -87,15 +87,16 @@ def test_each_withdrawal_is_answered_by_where_the_next_offer_is(source):
 # --- pages --------------------------------------------------------------------
 
 
-def introduced(plans, **more):
+def introduced(plans, maps=True, **more):
   """(source, what it holds, target): Exchanges of two engines that know each
-  other."""
+  other; maps: as of one host."""
   limits = dataclasses.replace(pages.LIMITS, **more)
   source, sent = pages.engine(plans[0], 0, 1, limits, 'prefill')
   target, _ = pages.engine(plans[1], 4, 2, limits, 'decode')
   ends = Exchange(source), Exchange(target)
   known = [{'0': {'capacity': dataclasses.asdict(end.engine.capacity),
-                  'tp': plan[0], 'by_kernel': end.engine.by_kernel}}
+                  'tp': plan[0], 'by_kernel': end.engine.by_kernel,
+                  'memory': end.memory if maps else ''}}
            for end, plan in zip(ends, plans, strict=True)]
   with jax.transfer_guard('disallow'):
     ends[0].warm(messages.Warm({}, known[1]), pages.CONFIG, limits)
@@ -115,12 +116,16 @@ def hand_off(source, target, command, uuid):
       source.poll(told.append)
       target.poll(told.append)
       assert time.monotonic() < until_s, 'it does not come'
-  source.withdraw(messages.Withdraw(uuid, True))
+    source.withdraw(messages.Withdraw(uuid, True))
+    while target.busy:
+      target.poll(told.append)
+      assert time.monotonic() < until_s, 'it is not read'
   return told
 
 
 @pytest.mark.parametrize('plans, more, most', [
     pytest.param(((1, 1), (1, 1)), {}, 1, marks=pages.needed),
+    pytest.param(((1, 1), (1, 1)), {'maps': False}, 1, marks=pages.needed),
     (((1, 1), (1, 1)), dict(attention='xla'), 4),  # batches of its 7 pages
     (((1, 1), (1, 1)), dict(decode_page_size=8), 5),
     (((1, 1), (1, 1)), dict(kv_dtype='int8'), 8),  # numbers and scales
@@ -147,12 +152,12 @@ def test_pages_arrive_in_few_arrays(monkeypatch, plans, more, most):
 
 @pages.needed
 def test_memory_is_lent_until_it_was_pulled():
-  source, _, target = introduced(((1, 1), (1, 1)))
+  source, _, target = introduced(((1, 1), (1, 1)), maps=False)
   landings, c = source.engine.landings, pages.command((5, 0), (1, 2), 8)
   source.offer(messages.Offer(1, 0, c, False))
-  first, = source.lent.values()
+  (first, _), = source.lent.values()
   source.offer(messages.Offer(2, 0, c, False))
-  assert source.lent[2] is not first  # it is not read yet
+  assert source.lent[2][0] is not first  # it is not read yet
   source.withdraw(messages.Withdraw(2, False))  # somebody may read it
   assert not landings.kept
   source.withdraw(messages.Withdraw(1, True))
@@ -161,6 +166,50 @@ def test_memory_is_lent_until_it_was_pulled():
   landings.give(first, ())
   hand_off(source, target, c, 3)
   assert landings.take() is first
+
+
+@pages.needed
+def test_memory_of_both_is_used_anew_once_it_was_read():
+  """Not once its target has told that what is read has its place: a step of
+  the target may come before that."""
+  source, sent, target = introduced(((1, 1), (1, 1)))
+  landings, c = source.engine.landings, pages.command((5, 0), (1, 2), 8)
+  source.offer(messages.Offer(1, 0, c, False))
+  (first, _), = source.lent.values()
+  source.withdraw(messages.Withdraw(1, True))
+  assert landings.take() is not first and not first.is_free()
+  first.mark_1[0] = 1
+  assert landings.take() is first
+  landings.give(first, ())
+  for uuid in (2, 3):  # the same memory, opened once
+    had = pages.contents(target.engine)
+    hand_off(source, target, c, uuid)
+    pages.check_arrived(c, sent, target.engine, had)
+    assert first.mark_1[0] == uuid and landings.kept == [first]
+  opened = target._opened[0]
+  assert len(opened._known) == 1 and not target.engine.landings.kept[1:]
+
+
+def test_memory_of_a_process_that_is_gone_is_not_opened():
+  """Nor another file that has its number by now."""
+  own, opened = shared_memory.Own(100), shared_memory.Opened(100)
+  pid, file, inode, mark = shared_memory.WHERE.unpack(own.where(7).tobytes())
+  mine, told = opened.open(own.where(7).tobytes())
+  own._memory[:] = 5
+  assert told == mark == 7 and (mine._memory == 5).all()
+  with pytest.raises(RuntimeError, match='is another'):
+    opened.open(shared_memory.WHERE.pack(pid, file, inode + 1, 8))
+  with pytest.raises(OSError):
+    opened.open(shared_memory.WHERE.pack(2**22 + 1, file, inode, 8))
+  later = [shared_memory.Own(100) for _ in range(shared_memory.KEPT)]
+  for other in later:
+    opened.open(other.where(9).tobytes())
+  assert len(opened._known) == shared_memory.KEPT
+  assert (mine._memory == 5).all()  # who has it keeps it
+  del own
+  gc.collect()
+  with pytest.raises((OSError, RuntimeError)):
+    opened.open(shared_memory.WHERE.pack(pid, file, inode, 8))
 
 
 def test_arrays_are_packed_by_dtype_and_size(monkeypatch):
