@@ -1,5 +1,6 @@
 """The profiler: its grid, its clock, and one pass over a live tiny engine."""
 
+import collections
 import dataclasses
 import io
 import itertools
@@ -167,17 +168,17 @@ def test_each_part_is_told_as_it_begins():
 
 
 class Timed:
-  """An instance with a clock of its own: a command takes host_s to dispatch,
-  and its steps step_s each on a device."""
+  """An instance with a clock of its own: a command takes host_s until it
+  begins, and its steps step_s each on a device."""
 
   config, capacity = CONFIG, CONFIG.instance('chunked')
 
-  def __init__(self, monkeypatch, host_s, step_s):
+  def __init__(self, monkeypatch, host_s, step_s, is_process):
     self.host_s, self.step_s, self.now_s, self.free_s = host_s, step_s, 0.0, 0.0
+    if is_process:
+      self.stamps = collections.deque()
     monkeypatch.setattr(profiling, 'time', types.SimpleNamespace(
         perf_counter=lambda: self.now_s))
-    monkeypatch.setattr(profiling, 'is_ready',
-                        lambda end_s: end_s <= self.now_s)
     monkeypatch.setattr(profiling.jax, 'block_until_ready', self.wait)
 
   def admit(self, *_):
@@ -188,20 +189,26 @@ class Timed:
 
   def decode(self, command):
     self.now_s += self.host_s
-    self.free_s = max(self.free_s, self.now_s) + command.steps * self.step_s
+    self.free_s = max(self.free_s, self.now_s)
+    for _ in range(command.steps):
+      self.free_s += self.step_s
+      if hasattr(self, 'stamps'):
+        self.stamps.append(types.SimpleNamespace(wall_s=self.free_s))
     return [types.SimpleNamespace(token_R=self.free_s)], []
 
 
-@pytest.mark.parametrize('host_s, step_s, want', [
-    (0.5, 1.0, 1.0), (0.0, 1.0, 1.0), (12.0, 1.0, 4.0)])
 @pytest.mark.parametrize('count', (1, 3))
-def test_a_step_is_timed_behind_another(monkeypatch, host_s, step_s, want,
-                                        count):
-  """What dispatching takes is in it only where the device waits for that."""
-  cells = profiling.Cells(Timed(monkeypatch, host_s, step_s))
+@pytest.mark.parametrize('host_s, is_process', [
+    (0.5, False), (0.5, True), (0.0, True), (99.0, True)])
+def test_steps_of_a_process_are_timed_behind_another(
+    monkeypatch, host_s, is_process, count):
+  """Else what dispatching takes is in them; never is it all."""
+  cells = profiling.Cells(Timed(monkeypatch, host_s, 1.0, is_process))
   took_s = cells.seconds((), 2, 8, count)
-  assert took_s == pytest.approx(want if host_s < 1 else (
-      (host_s * (count + 1) + 4 * step_s) / (count + 1) / 4))
+  want = 1.0 if is_process else (host_s + 4.0 * count) / count / 4
+  if host_s > 9:  # the device waits for the host
+    want = host_s / 4
+  assert took_s == pytest.approx(want)
 
 
 def test_plans():
