@@ -228,11 +228,19 @@ def show(console, profile, cells, tpot_s, config, model_config):
     console.print(f'KV {a} to {b}: '
                   f'{1e3 * link.base_s:.3f} ms + '
                   f'{link.bytes_per_s / 1e9:.2f} GB/s', highlight=False)
-  if profile.contention:
+  shared = profile.contention
+  if shared and (shared.server_s or any(shared.read_s + shared.write_s)):
+    console.print(f'Of cores: the server {1e3 * shared.server_s:.3f} ms a '
+                  'step; a hand-off ' + ', '.join(
+                      f'{1e3 * a:.3f} ms + {1e6 * b:.2f} us a token {what}'
+                      for what, (a, b) in (('of its source', shared.read_s),
+                                           ('of its target', shared.write_s))
+                  ), highlight=False, soft_wrap=True)
+  if shared and shared.factors:
     console.print('A step of two 1x1 instances side by side, over one alone: '
                   + ', '.join(f'{kind} beside {other} {x:.2f}' for
                               (kind, other), x in
-                              profile.contention.factors.items()),
+                              shared.factors.items()),
                   highlight=False, soft_wrap=True)
 
 

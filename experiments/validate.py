@@ -11,7 +11,10 @@ scheduler.Config. Two profiles are simulated:
               side by side;
   calibrated  the same, moved onto the steps of one served run (fit.observe,
               fit.calibrate) whose rate is not among the validated ones.
-Modes are of two 1x1 instances: disaggregated (1 + 1) and chunked (2).
+Modes are of two 1x1 instances: disaggregated (1 + 1) and chunked (2). A machine
+that others share is a tenth faster or slower from one hour to the next: before
+and after each run a few steps of the idle instances are timed, and both
+profiles count at that pace (pace.py).
 
 CPU devices of one process share its threads (jax 0.10 splits a matrix product
 over them whatever --xla_cpu_multi_thread_eigen says), so instances slow each
@@ -59,6 +62,7 @@ from experiments import measure
 from experiments.common import (
   cli,
   machine,
+  pace,
   provenance,
   report,
   terminal,
@@ -76,6 +80,7 @@ PLACEMENTS = {'disaggregated': 'prefill=1x1,decode=1x1',
 SHARES, CALIBRATION = (0.3, 0.6, 0.85, 1.2), 0.75  # of a burst's throughput
 MOST_CALIBRATION = 150  # requests of a calibration run
 LEAST = 8  # requests of a run
+PACE_S = 15.0  # for which the pace of a machine is taken to hold
 UNSEEN = 2 ** 20  # seed of the burst, next to the calibration's
 TTFT_TIMES, TPOT_TIMES = 2.0, 1.25  # objectives over calibration's medians
 
@@ -131,8 +136,9 @@ def serve(server, sent, tick=None):
   server.log.clear()
   first, host, steps = server.next_id, server.host_s, server.steps
   others = machine.Others()
-  records = server.run([dataclasses.replace(r, id=first + r.id)
-                        for r in sent], on_poll=tick)
+  with machine.settled():
+    records = server.run([dataclasses.replace(r, id=first + r.id)
+                          for r in sent], on_poll=tick)
   return Served(records=records, log=list(server.log), cores=others.cores(),
                 host_s=(server.host_s - host) / max(1, server.steps - steps))
 
@@ -141,9 +147,16 @@ class Profiles:
   """A latency for each instance, a link, and how instances slow each other:
   what simulate takes."""
 
-  def __init__(self, latencies, link, contention=None):
+  def __init__(self, latencies, link, contention=None, pace=None):
+    """pace: of the machine (pace.of) when they were found; None: 1."""
     self.latencies, self.link = latencies, link
-    self.contention = contention
+    self.contention, self.pace = contention, pace or {}
+
+  def at(self, now):
+    """These at another pace."""
+    times = {kind: x / self.pace.get(kind, 1.0) for kind, x in now.items()}
+    return Profiles([pace.scaled(m, times) for m in self.latencies],
+                    self.link, self.contention, now)
 
   def simulate(self, plan, sent):
     return simulator.simulate(plan, sent, self.latencies, self.link,
@@ -159,7 +172,7 @@ class Profiles:
         for i, m in enumerate(self.latencies))
     link = self.link and calibration.calibrate_link(self.link, copies,
                                                     self.latencies[0].host_s)
-    return Profiles(models, link, contention)
+    return Profiles(models, link, contention, self.pace)
 
 
 def stats(runs, slo):
@@ -257,6 +270,7 @@ class Mode:
             task, completed=done, total=total), cluster=cluster)
     measured = profile.latencies[Plan()]
     link = profile.links.get((Plan(), Plan()))
+    self.measured, self.paced_s = measured, -math.inf
     self.profiles = {'bench': Profiles(
         (measured,) * 2, link if placement.decode else None,
         profile.contention)}
@@ -264,6 +278,15 @@ class Mode:
   def sent(self, rate_per_s, n, seed):
     return requests(self.config, self.loaded.config.vocab_size, rate_per_s, n,
                     seed)
+
+  def pace(self):
+    """How fast the machine is now, from steps of the idle instances; what they
+    told a moment ago counts."""
+    if time.monotonic() > self.paced_s + PACE_S:
+      self.last_pace = self.server.call(
+          pace.of, self.server.engines, self.measured, self.config)
+      self.paced_s = time.monotonic()
+    return self.last_pace
 
   def serve(self, label, sent, halt):
     """A Served with progress."""
@@ -288,11 +311,11 @@ class Mode:
               - burst.records[0].arrival_s)
       capacity_per_s = n / span
     self.capacity_per_s = capacity_per_s
-    rate = CALIBRATION * self.capacity_per_s
+    rate, before = CALIBRATION * self.capacity_per_s, self.pace()
     self.calibration = self.serve(f'calibration {rate:.2f}/s', self.sent(
         rate, min(size(rate), MOST_CALIBRATION), UNSEEN + 1), halt)
-    self.profiles['calibrated'] = self.profiles['bench'].calibrated(
-        self.calibration.log)
+    self.profiles['calibrated'] = self.profiles['bench'].at(
+        pace.mean([before, self.pace()])).calibrated(self.calibration.log)
 
   def row(self, rate_per_s, n, slo, halt, logged):
     """A row of summary.json: n requests of all seeds at one rate.
@@ -302,14 +325,16 @@ class Mode:
     """
     each = max(LEAST, math.ceil(n / len(self.seeds)))
     workloads = self.workloads(rate_per_s, each)
-    runs = []
+    runs, paces = [], [self.pace()]
     for seed, sent in zip(self.seeds, workloads, strict=True):
       runs.append(self.serve(f'{rate_per_s:.2f}/s, seed {seed}', sent, halt))
       logged(seed, runs[-1].log)
+      paces.append(self.pace())
     cores = [run.cores for run in runs if run.cores is not None]
     return self.compared({
         'mode': self.name, 'rate_per_s': rate_per_s,
         'requests': each * len(runs), 'seeds': self.seeds,
+        'pace': pace.mean(paces),
         'real': stats([run.records for run in runs], slo),
         'others_cores': max(cores, default=None),
         'host_s_per_step': statistics.mean(run.host_s for run in runs)},
@@ -327,12 +352,14 @@ class Mode:
   def compared(self, row, workloads, logs, slo):
     """A row of summary.json: `row`, which has what is real, beside what each
     profile simulates and what it says of the steps in the logs."""
+    own = {name: p.at(row.get('pace', {}))
+           for name, p in self.profiles.items()}
     simulated = {name: stats([p.simulate(self.server.scheduler_config, sent)
                               for sent in workloads], slo)
-                 for name, p in self.profiles.items()}
+                 for name, p in own.items()}
     return row | simulated | {
         'errors': {k: errors(row['real'], v) for k, v in simulated.items()},
-        'steps': {k: step_times(p, logs) for k, p in self.profiles.items()}}
+        'steps': {k: step_times(p, logs) for k, p in own.items()}}
 
 
 def objectives(modes, ttft_s, tpot_s):

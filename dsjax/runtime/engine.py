@@ -72,7 +72,12 @@ class _Stage:
 
 
 class Engine:
-  """The effects of one instance. It makes no choice: commands say it all."""
+  """The effects of one instance. It makes no choice: commands say it all.
+
+  Attributes:
+    by_kernel: whether a kernel reads and writes all its pages at once, to
+      memory that this process shares.
+  """
 
   news: threading.Event | None = None  # it is looked at
 
@@ -99,6 +104,8 @@ class Engine:
     self.where = (self.stages[0].shapes.layout, tuple(
         s.shapes.span for s in self.stages), tuple(meshes))
     self.shapes, self.last = self.stages[0].shapes, self.stages[-1]
+    self.by_kernel = len(meshes) == meshes[0].size == 1 and (
+        self.shapes.attention == 'cpu')
     self.landings = Landings(sum(
         x.nbytes // self.capacity.num_pages
         for x in jax.tree.leaves(self.stages[0].cache)) * page_pool.pages_for(

@@ -6,6 +6,7 @@ through orchestrator.py, which also tells the life of a request.
 
 import collections
 import logging
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
@@ -42,6 +43,7 @@ LOG = logging.getLogger(__name__)
 # The pause between polls that found nothing: a share of the wait so far, so
 # that a long step is not interrupted and a short one not noticed late.
 PAUSE_SHARE, LEAST_PAUSE_S, MOST_PAUSE_S = 1 / 16, 5e-5, 2e-3
+MOST_WAIT_S = 0.05  # where what happens wakes the loop: for what is late
 MOST_ASKED = 100  # events that observers ask for while one is applied
 
 
@@ -52,7 +54,8 @@ class Loop:
     fleet: the instances. state: the scheduler's, of scheduler_config.
     log, observers: see Orchestrator. recorder: a Record a request.
     unfinished: {id: RequestOutputState} of requests that have not ended.
-    host_s: host seconds of polls that found work.
+    host_s: host seconds of polls that found work. next_s: when something is to
+    be asked of it that nobody will wake it for.
     deciding: whether a hook of the policy may be running.
     closed: whether it serves no more; broken: why it was given up.
   """
@@ -89,6 +92,7 @@ class Loop:
         maxlen=keep_events)
     self.observers: list[Observer] = []
     self.origin, self.moved_s, self.host_s = time.perf_counter(), 0.0, 0.0
+    self.next_s = math.inf
     self.closed, self.broken = False, ''
     self._tick_s = 0.0  # when the next Tick is due
     # Instances that are away, of which the log was told.
@@ -124,8 +128,15 @@ class Loop:
       pause_s = (self.now - self.moved_s) * PAUSE_SHARE
       time.sleep(min(max(pause_s, LEAST_PAUSE_S), MOST_PAUSE_S))
     else:
-      news.wait(MOST_PAUSE_S)
+      next_s, self.next_s = self.next_s, math.inf
+      news.wait(min(MOST_WAIT_S, max(0.0, next_s - self.now)))
       news.clear()
+
+  def wake(self) -> None:
+    """Ends a pause, from any thread: something is asked."""
+    news = self.fleet.engines[0].news
+    if news is not None:
+      news.set()
 
   # --- what is asked --------------------------------------------------------
 

@@ -8,7 +8,7 @@ from dsjax.runtime.loop import Loop
 from dsjax.runtime.worker import Job, Worker
 from dsjax.scheduling.policy import PolicyError
 
-MEANWHILE_S = 5e-3  # between two calls of what a client wants called
+MEANWHILE_S = 0.05  # between two calls of what a client wants called
 
 
 class LoopThread:
@@ -40,7 +40,12 @@ class LoopThread:
 
   def post(self, function: Callable[[], Any]) -> Job:
     """Asks for a call in the thread and does not wait for it."""
-    return self.worker.post(function)
+    return self._woken(self.worker.post(function))
+
+  def _woken(self, job: Job) -> Job:
+    """A job, for which the thread ends its pause."""
+    self.loop.wake()
+    return job
 
   def until(self, answer: Callable[[], Any],
             more: Callable[[], bool] = lambda: False,
@@ -55,8 +60,8 @@ class LoopThread:
       PolicyError: nothing is in flight, and the policy lets nothing start.
     """
     self.check_may_wait()
-    job = self.worker.post(lambda: self._whole(answer),
-                           lambda: self._drive(more()))
+    job = self._woken(self.worker.post(lambda: self._whole(answer),
+                                       lambda: self._drive(more())))
     if meanwhile is None:
       return self.worker.wait(job, self._beat)
     return self.worker.wait(job, lambda: (self._beat(), meanwhile()),

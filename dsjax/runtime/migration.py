@@ -215,6 +215,7 @@ class Transfer:
     bytes: copied between devices, the last batch's padding included.
     start_s: when it was dispatched, on time.perf_counter.
     sent, arrived: checksums of each stage and batch, when asked for.
+    lent: the landing is not the target's.
   """
 
   route: 'Route'
@@ -227,6 +228,7 @@ class Transfer:
   landing: Landing | None = None
   arrived: list[Pending] = dataclasses.field(default_factory=list)
   landed: bool = False
+  lent: bool = False
 
   def __post_init__(self) -> None:
     self._arrays = jax.tree.leaves([tree for _, tree in self.moved])
@@ -258,7 +260,7 @@ class Transfer:
         jax.block_until_ready(caches)  # at once, if it has arrived
         caches = [landing.on(target.devices[0])]
       done += target.scatter(ids, caches)
-    if landing:
+    if landing and not self.lent:
       target.landings.give(landing, done)
     if self.checksum:
       most = target.capacity.num_pages - 1
@@ -321,12 +323,14 @@ class Batch(NamedTuple):
 
 class Peer(NamedTuple):
   """An engine of another process, as a Route needs it; `where` has no
-  meshes."""
+  meshes. by_kernel: see Engine. memory: see messages.Built."""
 
   role: str
   config: EngineConfig
   capacity: InstanceConfig
   where: Where
+  by_kernel: bool
+  memory: str = ''
 
 
 def hands_off(source: InstanceConfig, target: InstanceConfig, fetches: bool
@@ -407,18 +411,28 @@ class Route:
     """As start, through a Landing: in one batch, whatever its size."""
     began, source, target = time.perf_counter(), self.source, self.target
     landing = target.landings.take()
-    here, there = (
-        [*pages, *[engine.capacity.num_pages] * (self.most - len(pages))]
-        for engine, pages in ((source, command.source_pages),
-                              (target, command.target_pages)))
-    read = source.gather(here, None, None, landing.on(source.devices[0]))
+    read = self.read_shared(command, landing)
     sent = [share for batch in self.batches(command) for share in
             source.checksum(self.read(batch), batch.first, command.num_tokens)
             ] if checksum else []
-    return Transfer(self, command, [(there, read)],
-                    target.landings.size // self.most
-                    * len(command.source_pages), began, checksum, sent,
-                    landing)
+    return Transfer(self, command, [(self.filled(
+        command.target_pages, target), read)], self.bytes_shared(
+            command, target), began, checksum, sent, landing)
+
+  def read_shared(self, command: Migrate, landing: Landing) -> list[Any]:
+    """Dispatches the reading of the source's pages; what is ready then."""
+    source = self.source
+    return source.gather(self.filled(command.source_pages, source), None, None,
+                         landing.on(source.devices[0]))
+
+  def filled(self, pages: Sequence[int], end: Any) -> list[int]:
+    """As many ids as a Landing has room for; `end`: of which pages."""
+    return [*pages, *[end.capacity.num_pages] * (self.most - len(pages))]
+
+  def bytes_shared(self, command: Migrate, end: Any) -> int:
+    """Bytes of a Migrate in a Landing; `end`: the source or the target, an
+    Engine."""
+    return end.landings.size // self.most * len(command.source_pages)
 
   def nowhere(self, size: int) -> Migrate:
     """A Migrate of `size` x self.tokens tokens that writes no page."""

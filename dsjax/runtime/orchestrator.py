@@ -651,8 +651,8 @@ class Orchestrator:
     """Replays a workload, each request at its arrival time from now on.
 
     Open loop: arrivals never wait for answers. on_poll() is called here, at
-    first and every few milliseconds. Returns the records of these requests. An
-    interrupt cancels those that have not ended.
+    first and some twenty times a second. Returns the records of these requests.
+    An interrupt cancels those that have not ended.
 
     Raises:
       InputError: a request that cannot be queued here, before any is.
@@ -688,6 +688,7 @@ class Orchestrator:
     """Queues what is due; True once all that `run` asked for has ended."""
     for request, more in replay.arrive(self.now):
       self._enqueue(request, more)
+    self.loop.next_s = min(self.loop.next_s, replay.next_s)
     others = bool(self.unfinished)
     return True if replay.ended(self.unfinished) and (
         others or not self.busy) else None

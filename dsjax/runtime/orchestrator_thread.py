@@ -204,12 +204,18 @@ class OrchestratorThread:
     if not self.streams:
       self.moved_s = self.clock()  # idle until now
     self.streams.update(streams)
-    self._inbox.put(streams)
+    self._ask(streams)
     return Call(streams, wake, self.cancel)
 
   def cancel(self, stream: Stream) -> None:
     """Asks for the end of a request; one that has ended is left alone."""
-    self._inbox.put(stream)
+    self._ask(stream)
+
+  def _ask(self, what: list[Stream] | Stream | None) -> None:
+    """Has the thread take something, soon."""
+    self._inbox.put(what)
+    if self.orchestrator:
+      self.orchestrator.loop.wake()
 
   async def emptied(self) -> None:
     """Waits until no request is left, or all is lost."""
@@ -223,7 +229,7 @@ class OrchestratorThread:
   async def close(self) -> None:
     """Cancels everything and waits for the thread to end."""
     self._stopping = True
-    self._inbox.put(None)
+    self._ask(None)
     await asyncio.to_thread(self.thread.join, 60.0)
 
   def _deliver(self, updates: Sequence[tuple[Stream, Update]]) -> None:

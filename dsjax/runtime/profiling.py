@@ -2,16 +2,18 @@
 
 Every plan is built on the devices at hand and timed over a grid of batch x
 length: prefills, later chunks, decode steps, mixed (chunked) steps, what the
-serving loop adds to a decode step (host), migrations between each pair of
-plans, and how two instances of plan 1x1 slow each other: nothing on devices of
-their own, much on the CPU devices of one process. All cells are timed in turn,
-round after round, and the median of each counts, so that a busy moment spoils
-no single cell. Buckets are part of the result: a batch costs what its compiled
-size costs.
+serving loop adds to a step of an idle server (host), migrations between each
+pair of plans, and how two instances of plan 1x1 slow each other: nothing on
+devices of their own, much on the CPU devices of one process. All cells are
+timed in turn, round after round, and the median of each counts, so that a busy
+moment spoils no single cell. Buckets are part of the result: a batch costs what
+its compiled size costs.
 
 With `cluster` instances are processes, as a server has them: steps are those
 of a process with its own cores while the other one is idle, and what KV takes
-is what it takes over that border.
+is what it takes over that border. On CPUs, what else takes of their cores is
+found from CPU seconds: hand-offs of both ends, and the server, if it has no
+core of its own.
 """
 
 import dataclasses
@@ -25,7 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dsjax.analysis import pairing
+from dsjax.analysis.record import Record
 from dsjax.checkpoints.checkpoint import Model
 from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig
@@ -44,7 +46,9 @@ from dsjax.scheduling.events import (
 from dsjax.simulation import contention, fitting, latency, profiles
 
 STEPS = 4  # decode steps of a timed run: the device takes them in a row
+HAND_OFFS = 8  # of each length, of which CPU seconds are taken
 HOST_TOKENS = 24  # output tokens of the requests that find the host's time
+ALONE = 5  # requests a round, one by one
 ENGINE = EngineConfig(max_len=1024, max_seqs=16, prefill_tokens=512,
                       chunk_tokens=512, prefill_seqs=8, prefix_cache=False)
 Report = Callable[[int, int, str], object]  # (done, total, what)
@@ -102,7 +106,7 @@ class Cells:
       instance.admit(id, [1] * (instance.config.max_len // 2), 1, Sampling())
 
   def run(self, pieces: tuple, batch: int,
-          each: int) -> tuple[jax.Array, int]:
+          each: int) -> tuple[Any, int]:
     """Dispatches a cell; returns (arrays to wait for, steps)."""
     rows = tuple(Row(r, each - 1, STEPS, self.pages[r])
                  for r in range(batch))
@@ -117,12 +121,24 @@ class Cells:
     outs, _ = self.instance.prefill(RunPrefill(0, 0, chunks, 0, rows))
     return outs[-1].token_R, 1
 
-  def seconds(self, pieces: tuple, batch: int, each: int) -> float:
-    """Seconds of a step of a cell, waited for."""
+  def seconds(self, pieces: tuple, batch: int, each: int,
+              count: int = 1) -> float:
+    """Seconds of a step of a cell, of `count` commands in a row.
+
+    An instance that is a process says itself when each step was done: so they
+    are behind one more command, and what it takes to begin is not in them. Of
+    what is seen from here it is at most half.
+    """
+    stamps = getattr(self.instance, 'stamps', None)
+    several = count + (stamps is not None)
     start = time.perf_counter()
-    out, steps = self.run(pieces, batch, each)
+    out, steps = [self.run(pieces, batch, each) for _ in range(several)][-1]
     jax.block_until_ready(out)
-    return (time.perf_counter() - start) / steps
+    seen_s = (time.perf_counter() - start) / several / steps
+    if stamps is None:
+      return seen_s
+    ended_s = [stamp.wall_s for stamp in stamps][-1 - count * steps:]
+    return max((ended_s[-1] - ended_s[0]) / (count * steps), seen_s / 2)
 
 
 def context_of(pieces: tuple, batch: int, each: int) -> float:
@@ -163,54 +179,44 @@ def in_rounds(timed: Sequence[Callable[[], float]], rounds: int,
 # --- what else takes time ---------------------------------------------------
 
 
-def decode_span(server: orchestrator.Orchestrator,
-                batch: int) -> tuple[float, int, int] | None:
-  """(seconds a step, first step's context of a row, steps) of the decodes of
-  all `batch` requests together in a server's log; None: there are none."""
-  times, first = [], 0
-  for ended in pairing.ended(server.log):
-    command = ended.command
-    if (isinstance(ended, pairing.Execution) and isinstance(command, RunDecode)
-        and len(command.rows) == batch):
-      first = first or command.rows[0].base + command.tick + 1
-      times += ended.steps_s
-  if len(times) < 3:
-    return None
-  return (times[-1] - times[0]) / (len(times) - 1), first, len(times)
-
-
 def host_times(model: Model, config: EngineConfig, plan: Plan, bare: Cells,
-               rounds: int, cluster: str | None = None) -> list[float]:
-  """Seconds that the serving loop adds to a decode step, one a round.
+               rounds: int, cluster: str | None = None
+               ) -> tuple[list[float], list[float]]:
+  """(seconds until a step of an idle server runs, CPU seconds of this process
+  a step), one a round.
 
-  A full batch is served, and the same steps are run bare, in turn. Of two
-  processes one is away: so the other has as many cores as `bare`.
+  The first is the time to the first token of a prompt that comes alone, less
+  that prefill run bare, in turn. Of two processes one is away: so the other
+  has as many cores as `bare`. The second is of a full batch that is served.
   """
   plans = [plan] if cluster is None else [plan, plan]
   config = dataclasses.replace(config, away=() if cluster is None else (1,))
   batch, prompt = config.max_seqs, min(16, config.prefill_tokens)
   tokens = min(HOST_TOKENS, config.max_len - prompt)
   rng = np.random.default_rng(0)
-  added = []
+  added, taken = [], []
   with orchestrator.serve(model, Placement(colocated=plans), config,
                           report=lambda *_: None, cluster=cluster) as server:
+
+    def serve(count: int, most: int) -> list[Record]:
+      ids = rng.integers(3, model.config.vocab_size, (count, prompt)).tolist()
+      first = server.next_id
+      return server.run([Request(
+          first + row, 0.0, tuple(prompt_ids),
+          Sampling(max_tokens=most, ignore_eos=True))
+              for row, prompt_ids in enumerate(ids)])
+
     for i in range(rounds + 1):
-      ids = rng.integers(3, model.config.vocab_size, (batch, prompt)).tolist()
-      server.log.clear()
-      server.run([Request(i * batch + row, 0.0, tuple(prompt_ids),
-                          Sampling(max_tokens=tokens, ignore_eos=True))
-                  for row, prompt_ids in enumerate(ids)])
-      span = decode_span(server, batch)
-      if span is None:
-        continue
-      step_s, first, steps = span
-      bare_s = statistics.median(
-          bare.seconds((), batch, min(first + steps // 2,
-                                      config.max_len - STEPS))
-          for _ in range(3))
+      before_s, before = time.process_time(), server.steps
+      serve(batch, tokens)
+      cpu_s = time.process_time() - before_s
+      steps = server.steps - before
+      alone = [(serve(1, 1)[0].ttft_s or 0.0)
+               - bare.seconds(((0, prompt),), 0, 0) for _ in range(ALONE)]
       if i:
-        added.append(step_s - bare_s)
-  return added
+        taken.append(cpu_s / steps)
+        added.append(statistics.median(alone))
+  return added, taken
 
 
 def transfer_times(source: Any, target: Any,
@@ -229,6 +235,31 @@ def transfer_times(source: Any, target: Any,
       return time.perf_counter() - start
     return run
   return in_rounds([timed(n) for n in lengths], rounds, tick)
+
+
+def hand_off_cpu(source: Any, target: Any, lengths: Sequence[int]
+                 ) -> list[tuple[float, float]]:
+  """(a, b) of the source and of the target, which are processes: a + b tokens
+  CPU seconds of each that a hand-off takes.
+
+  Of some in a row: what an end does once it was told of counts with the next.
+  """
+  route, taken = source.route_to(target), []
+  for n in lengths:
+    ids = [tuple(range(-(-n // e.capacity.page_size)))
+           for e in (source, target)]
+    told = []
+    for _ in range(HAND_OFFS + 1):
+      route.start(Migrate(0, 1, 0, ids[0], 1, ids[1], n)).wait()
+      told.append([end.stamps[-1].cpu_s for end in (source, target)])
+    taken.append([(last - first) / HAND_OFFS
+                  for first, last in zip(told[0], told[-1], strict=True)])
+  lines = []
+  for seconds in zip(*taken, strict=True):
+    (base_s, token_s), _ = fitting.nonnegative(
+        [(1.0, float(n)) for n in lengths], list(seconds))
+    lines.append((float(base_s), float(token_s)))
+  return lines
 
 
 # --- side by side -----------------------------------------------------------
@@ -266,12 +297,9 @@ def beside(mine: Cells, theirs: Cells, config: EngineConfig, rounds: int,
     repeats = max(1, math.ceil(BESIDE_S / alone_s))
     # Twice as slow, and some more, so that the other one never runs dry.
     busy = theirs.run(*cell_beside)[0]
-    for _ in range(math.ceil(3 * repeats * alone_s / each_s)):
+    for _ in range(math.ceil(3 * (repeats + 1) * alone_s / each_s)):
       busy = theirs.run(*cell_beside)[0]
-    start = time.perf_counter()
-    for _ in range(repeats):
-      jax.block_until_ready(mine.run(*cell)[0])
-    seconds = (time.perf_counter() - start) / repeats
+    seconds = mine.seconds(*cell, repeats) * (1 if cell[0] else STEPS)
     jax.block_until_ready(busy)
     tick()
     return seconds / alone_s
@@ -321,6 +349,8 @@ class _Profiler:
     self.devices = devices
     self.apart = devices[apart:]  # for a second instance
     self.stopped, self.cluster, self.processes = False, cluster, []
+    self.server_s = 0.0
+    self.hand_off: list[tuple[float, float]] = []
 
   def start(self, placement):
     """The engines of a placement, each a process."""
@@ -361,15 +391,18 @@ class _Profiler:
 
   def affine(self, plan, bare, cells):
     """The latency.Affine of a plan, with the host's time."""
-    host = []
+    host, taken = [], []
     try:
       if not self.stopped:
         tick = _ticks(self.report, f'{plan}: host', 1)
-        host = host_times(self.model, self.config, plan, bare, self.rounds,
-                          self.cluster)
+        host, taken = host_times(self.model, self.config, plan, bare,
+                                 self.rounds, self.cluster)
         tick()
     except KeyboardInterrupt:
       self.stopped = True
+    if taken and self.cluster and not local.has_own_core(
+        Placement(colocated=[plan, plan])):
+      self.server_s = statistics.median(taken)
     return fitting.fit_affine(
         cells, buckets_of(self.config),
         max(0.0, statistics.median(host)) if host else 0.0, plan.pp)
@@ -387,6 +420,8 @@ class _Profiler:
     else:
       target = build(self.model, to, 'decode', self.config, self.apart)
     seconds = transfer_times(source, target, self.lengths, self.rounds, tick)
+    if self.cluster and local.visible_gpus() is None and plan == to == Plan():
+      self.hand_off = hand_off_cpu(source, target, self.lengths)
     if seconds[-1] <= seconds[0]:
       return None
     return fitting.fit_link(self.lengths, seconds, kv_cache.bytes_per_token(
@@ -403,8 +438,16 @@ class _Profiler:
         pass
     else:
       other = build(self.model, Plan(), 'chunked', self.config, self.apart)
-    shared = beside(bare, Cells(other), self.config, self.rounds, tick)
-    return shared if max(shared.factors.values()) >= NOTICED else None
+    return beside(bare, Cells(other), self.config, self.rounds, tick)
+
+  def shared(self, factors):
+    """The whole Contention; None: instances share nothing. factors: of
+    `contention`, or None where it was not measured."""
+    read_s, write_s = self.hand_off or ((0.0, 0.0),) * 2
+    made = contention.Contention(factors.factors if factors else {},
+                                 self.server_s, read_s, write_s)
+    some = max(made.factors.values(), default=1.0) >= NOTICED
+    return made if some or any((made.server_s, *read_s, *write_s)) else None
 
 
 def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
@@ -464,7 +507,9 @@ def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
         shared = work.contention(bare)
       for to in plans if not work.stopped else ():
         if link := work.link(plan, source, to):
-          links[plan, to] = link
+          # What comes before it starts is the host's.
+          links[plan, to] = dataclasses.replace(link, base_s=max(
+              0.0, link.base_s - models[plan].host_s))
     except KeyboardInterrupt:
       work.stopped = True
     finally:
@@ -478,7 +523,7 @@ def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
       f'dsjax.runtime.profiling, {rounds} rounds, {config.dtype}, '
       f'jax {jax.__version__}' + f', cluster={cluster}' * bool(cluster)
       + ', stopped by Ctrl-C' * work.stopped,
-      shared), cells
+      work.shared(shared)), cells
 
 
 def profile(model: Model, plans: Sequence[Plan] = (Plan(),),

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 from collections.abc import Container, Iterator, Sequence
 
 from dsjax.config.request import Request
@@ -20,6 +21,12 @@ class Replay:
     self.start_s = start_s
     self.todo = collections.deque(requests)
     self._left = collections.deque(requests)  # the first has not ended
+
+  @property
+  def next_s(self) -> float:
+    """When the next one arrives, on the clock of the server."""
+    return (self.start_s + self.todo[0].arrival_s if self.todo
+            else math.inf)
 
   def arrive(self, now_s: float) -> Iterator[tuple[Request, bool]]:
     """Takes off what has arrived: (Request, whether another follows at once).

@@ -5,6 +5,12 @@ one process, parts of one accelerator), what a step takes depends on what the
 others do meanwhile. This is processor sharing: a step is work, in seconds of
 a device left alone, and progresses at a rate that changes whenever another
 instance starts, ends or changes the kind of its step.
+
+Where instances are processes with cores of their own, two things still take of
+these. A server without a core of its own works at the end of each step: beside
+an instance that is idle it costs nothing, else all instances alike. And a
+hand-off is read, sent, pulled and written by threads of its two ends: where an
+end is at work, both take turns, and each is as much later.
 """
 
 import collections
@@ -13,8 +19,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dsjax.config.checks import is_number, require
-from dsjax.simulation.latency import Pieces
+from dsjax.config.checks import is_nonnegative, is_number, require
+from dsjax.simulation.latency import Pieces, check_constants
 
 KINDS = ('prefill', 'decode', 'mixed', 'single')
 
@@ -35,9 +41,16 @@ class Contention:
     factors: {(kind, other): factor}, each 1 or more: seconds of a step of
       `kind` beside steps of `other` on another instance, over its seconds
       alone; 1 where it is not named. What several others take adds up.
+    server_s: seconds of a core that the server takes for a step, of those of
+      the instances.
+    read_s, write_s: (a, b): a + b tokens seconds of a core that a hand-off
+      takes of its source, and of its target.
   """
 
   factors: dict[tuple[str, str], float]
+  server_s: float = 0.0
+  read_s: tuple[float, float] = (0.0, 0.0)
+  write_s: tuple[float, float] = (0.0, 0.0)
 
   def __post_init__(self):
     for pair, factor in self.factors.items():
@@ -46,6 +59,11 @@ class Contention:
               pair, f'pairs of {KINDS}')
       require(is_number(1, math.inf)(factor),
               f'Contention.factors.{">".join(pair)}', factor, '1 or more')
+    require(is_nonnegative(self.server_s), 'Contention.server_s',
+            self.server_s, 'seconds, 0 or more')
+    for field in ('read_s', 'write_s'):
+      object.__setattr__(self, field, check_constants(
+          f'Contention.{field}', getattr(self, field), 2))
 
   def factor(self, kind: str, others: Iterable[str]) -> float:
     """Seconds of a step beside these, over its seconds alone."""
@@ -93,6 +111,22 @@ class Devices:
         and queue[0].ready_s <= self.now_s):
       self.started[index] = queue[0]
 
+  def share(self, index: int, seconds: float) -> float:
+    """Something else takes so long of an instance's core: the step under way
+    ends later by it. Returns by how much the other does: 0.0 beside none."""
+    work = self.started.get(index)
+    if work is None:
+      return 0.0
+    work.left_s += seconds
+    return seconds
+
+  def _serve(self) -> None:
+    """The server takes its part, at the end of a step."""
+    count = len(self.queues)
+    if len(self.started) == count and self.contention.server_s:
+      for index in self.started:
+        self.share(index, self.contention.server_s / count)
+
   def factors(self) -> dict[int, float]:
     """{instance: what slows it now}, of those at work."""
     kinds = {i: work.kind for i, work in sorted(self.started.items())}
@@ -131,8 +165,10 @@ class Devices:
       work.at += 1
       if work.at < len(work.steps):
         work.left_s = work.steps[work.at]
+        self._serve()
         continue
       self.queues[index].popleft()
       del self.started[index]
       self.look(index)
+      self._serve()
       return index, work.tag, work.times

@@ -142,7 +142,7 @@ class Shared:
       elif isinstance(command, Migrate):
         ready_s = now_s + self.latencies[command.source].host_s
         if self.copies.link.beside and not command.more:
-          self.copies.send(command, ready_s)
+          self._send(command, ready_s)
         else:
           self.devices.add(command.source, command, None, [0.0], ready_s)
       elif isinstance(command, Offload | Load):
@@ -160,7 +160,17 @@ class Shared:
       if type(command) is not Migrate:
         return _done(index, command.number, times,
                      type(command) is RunDecode)
-      self.copies.send(command, times[-1])
+      self._send(command, times[-1])
+
+  def _send(self, command: Migrate, ready_s: float) -> None:
+    """Sends pages that are read by `ready_s`, by threads that share cores."""
+    contention = self.devices.contention
+    for index, (base_s, token_s) in (
+        (command.source, contention.read_s),
+        (command.target, contention.write_s)):
+      ready_s += self.devices.share(
+          index, base_s + token_s * command.num_tokens)
+    self.copies.send(command, ready_s)
 
 
 class Alone:

@@ -60,7 +60,9 @@ def sums(pieces: Pieces) -> tuple[int, int]:
   return tokens, squares
 
 
-def _constants(name, values, count):
+def check_constants(name: str, values: Sequence[float], count: int
+                    ) -> tuple[float, ...]:
+  """So many numbers of 0 or more. Raises InputError naming them."""
   require(isinstance(values, (tuple, list)) and len(values) == count
           and all(is_nonnegative(v) for v in values), name, values,
           f'{count} numbers, each 0 or more')
@@ -113,7 +115,7 @@ class Affine:
                          ('mixed', 4)):
       value = getattr(self, field)
       if value is not None or field in ('prefill', 'decode'):
-        object.__setattr__(self, field, _constants(
+        object.__setattr__(self, field, check_constants(
             f'Affine.{field}', value, count))
     require((self.split is None) == (self.decode_large is None)
             and (self.split is None or is_positive_int(self.split)),
@@ -185,7 +187,7 @@ def appendix_a(config: ModelConfig, constants: Sequence[float],
   Args:
     constants: (C1, ..., C5), seconds.
   """
-  c1, c2, c3, c4, c5 = _constants('appendix_a.constants', constants, 5)
+  c1, c2, c3, c4, c5 = check_constants('appendix_a.constants', constants, 5)
   (_, b, s), (w, t) = appendix_a_features(config, block, tp)
   return Affine((c3, c1 * b, c2 * s), (c4 * w, c5 * t, 0.0), host_s=host_s)
 

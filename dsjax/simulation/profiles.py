@@ -75,8 +75,11 @@ def as_json(profile: Profile) -> dict[str, Any]:
                 for (a, b), link in profile.links.items()},
   }
   if profile.contention:
+    shared = dataclasses.asdict(profile.contention)
     data['contention'] = {'>'.join(pair): factor for pair, factor in
-                          profile.contention.factors.items()}
+                          shared.pop('factors').items()} | {
+        field: value for field, value in shared.items()
+        if value not in (0.0, (0.0, 0.0))}
   if profile.errors:
     data['errors'] = {str(plan): kinds
                       for plan, kinds in profile.errors.items()}
@@ -129,9 +132,12 @@ def load(path: str | pathlib.Path) -> Profile:
         path, f'links.{name}', Link, value)
   contention = data.get('contention')
   if contention is not None:
+    others = {f.name for f in dataclasses.fields(Contention)} - {'factors'}
+    values = _fields(path, 'contention', contention)
     contention = _made(path, 'contention', Contention, {'factors': {
-        tuple(name.split('>')): factor for name, factor in _fields(
-            path, 'contention', contention).items()}})
+        tuple(name.split('>')): factor for name, factor in values.items()
+        if name not in others}} | {
+            name: values[name] for name in others & values.keys()})
   errors = {Plan.parse(name, f'{path}: errors'): _errors(
       path, f'errors.{name}', kinds) for name, kinds in _fields(
           path, 'errors', data.get('errors', {})).items()}

@@ -1,10 +1,12 @@
 """The profiler: its grid, its clock, and one pass over a live tiny engine."""
 
+import collections
 import dataclasses
 import io
 import itertools
 import json
 import signal
+import types
 
 import pytest
 from rich.console import Console
@@ -13,9 +15,9 @@ from rich.progress import Progress
 import dsjax
 from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
-from dsjax.config.placement import Plan
+from dsjax.config.placement import Placement, Plan
 from dsjax.runtime import profiling
-from dsjax.scheduling.events import DecodeDone, PrefillDone, Row, RunDecode
+from dsjax.runtime.cluster import local
 from dsjax.simulation import fitting, latency, profiles
 from dsjax.simulation.contention import KINDS
 from experiments import measure
@@ -116,7 +118,7 @@ class Faked(profiling._Profiler):
 def test_ctrl_c_keeps_what_was_timed(monkeypatch, halt_at, plans, links):
   monkeypatch.setattr(profiling, '_Profiler', Faked)
   monkeypatch.setattr(profiling, 'Cells', lambda engine: None)
-  monkeypatch.setattr(profiling, 'host_times', lambda *_: [0.25])
+  monkeypatch.setattr(profiling, 'host_times', lambda *_: ([0.25], []))
 
   def report(done, total, what):
     del done, total
@@ -165,17 +167,48 @@ def test_each_part_is_told_as_it_begins():
   assert console.file.getvalue() == 'a: 0 of 20\nb: 0 of 3\n'
 
 
-def test_a_span_of_decodes_in_a_log():
-  rows = tuple(Row(i, 10, 9, ()) for i in range(2))
-  log = [(PrefillDone(0., 0, 1), (RunDecode(0, 2, 3, 2, rows),)),
-         (DecodeDone(2., 0, 2, (1., 2.)),
-          (RunDecode(0, 3, 5, 2, rows),)),
-         (DecodeDone(4., 0, 3, (3., 4.)),
-          (RunDecode(0, 4, 7, 1, rows[:1]),)),
-         (DecodeDone(9., 0, 4, (9.,)), ())]
-  server = type('Server', (), {'log': log})
-  assert profiling.decode_span(server, 2) == (1.0, 14, 4)
-  assert profiling.decode_span(server, 3) is None
+class Timed:
+  """An instance with a clock of its own: a command takes host_s until it
+  begins, and its steps step_s each on a device."""
+
+  config, capacity = CONFIG, CONFIG.instance('chunked')
+
+  def __init__(self, monkeypatch, host_s, step_s, is_process):
+    self.host_s, self.step_s, self.now_s, self.free_s = host_s, step_s, 0.0, 0.0
+    if is_process:
+      self.stamps = collections.deque()
+    monkeypatch.setattr(profiling, 'time', types.SimpleNamespace(
+        perf_counter=lambda: self.now_s))
+    monkeypatch.setattr(profiling.jax, 'block_until_ready', self.wait)
+
+  def admit(self, *_):
+    pass
+
+  def wait(self, end_s):
+    self.now_s = max(self.now_s, end_s)
+
+  def decode(self, command):
+    self.now_s += self.host_s
+    self.free_s = max(self.free_s, self.now_s)
+    for _ in range(command.steps):
+      self.free_s += self.step_s
+      if hasattr(self, 'stamps'):
+        self.stamps.append(types.SimpleNamespace(wall_s=self.free_s))
+    return [types.SimpleNamespace(token_R=self.free_s)], []
+
+
+@pytest.mark.parametrize('count', (1, 3))
+@pytest.mark.parametrize('host_s, is_process', [
+    (0.5, False), (0.5, True), (0.0, True), (99.0, True)])
+def test_steps_of_a_process_are_timed_behind_another(
+    monkeypatch, host_s, is_process, count):
+  """Else what dispatching takes is in them; never is it all."""
+  cells = profiling.Cells(Timed(monkeypatch, host_s, 1.0, is_process))
+  took_s = cells.seconds((), 2, 8, count)
+  want = 1.0 if is_process else (host_s + 4.0 * count) / count / 4
+  if host_s > 9:  # the device waits for the host
+    want = host_s / 4
+  assert took_s == pytest.approx(want)
 
 
 def test_plans():
@@ -250,8 +283,11 @@ def test_processes_are_timed_as_they_serve():
   assert set(profile.links) <= {(Plan(), Plan())}
   pairs = set(itertools.product(KINDS, repeat=2))
   assert len(beside) == 2 * len(pairs) + 1 and beside[-1] == (32, 32)
-  shared = profile.contention  # None: each has all it needs
-  assert shared is None or set(shared.factors) == pairs
+  shared = profile.contention
+  assert set(shared.factors) == pairs
+  assert all(sum(line) > 0 for line in (shared.read_s, shared.write_s))
+  assert bool(shared.server_s) != local.has_own_core(
+      Placement(chunked=[Plan(), Plan()]))
   assert 'cluster=local' in profile.source
   assert profile.device == 'cpu' and cluster_test.children() <= before
 

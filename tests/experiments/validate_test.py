@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import statistics
+import types
 
 import pytest
 from rich.console import Console
@@ -11,11 +12,12 @@ from rich.console import Console
 from dsjax.analysis import record
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Plan, Slo
+from dsjax.runtime import profiling
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import Arrived, DecodeDone, Row, RunDecode
 from dsjax.simulation import calibration, fitting, latency, profiles, simulator
 from experiments import validate
-from experiments.common import cli, report
+from experiments.common import cli, pace, report
 from tests.common.results import check_written, made_by
 
 LINK = latency.Link(0.01, 1e6, 1e3)
@@ -271,3 +273,46 @@ def test_no_row_begins_later_than_asked(tmp_path, profile):
 def test_bad_flags(tmp_path, change, part):
   with pytest.raises(InputError, match=part):
     validate.run(options(tmp_path, **change), Console(file=io.StringIO()))
+
+
+# --- the pace of a machine ----------------------------------------------------
+
+
+def engines_at(monkeypatch, **times):
+  """Idle engines whose steps take so many times what SLOW says, by kind."""
+  class Paced:
+    def __init__(self, engine):
+      engine.slot_of[0] = 0
+
+    def seconds(self, pieces, batch, each):
+      cell = fitting.Cell(pieces, batch, profiling.context_of(
+          pieces, batch, each), 1.0)
+      return times[cell.kind] * fitting.predict_s(SLOW, cell)
+
+  monkeypatch.setattr(profiling, 'Cells', Paced)
+  return [types.SimpleNamespace(
+      capacity=validate.QUICK.instance(role), slot_of=(slots := {}),
+      forget=slots.pop) for role in ('prefill', 'decode', 'chunked')]
+
+
+def test_the_pace_of_a_machine_is_that_of_steps_it_runs(monkeypatch):
+  engines = engines_at(monkeypatch, prefill=1.5, decode=0.8, mixed=2.0)
+  of = pace.of(engines, SLOW, validate.QUICK)
+  assert of == pytest.approx({'prefill': 1.5, 'decode': 0.8, 'mixed': 2.0})
+  assert not any(engine.slot_of for engine in engines)
+  assert set(pace.of(engines[:1], SLOW, validate.QUICK)) == {'prefill'}
+  assert pace.mean([of, {'prefill': 0.5, 'decode': 0.8, 'mixed': 1.0}]) == (
+      pytest.approx({'prefill': 1.0, 'decode': 0.8, 'mixed': 1.5}))
+
+
+def test_profiles_are_simulated_at_the_pace_of_a_run():
+  """Also those that were found at another one."""
+  found = validate.Profiles((SLOW,) * 2, LINK, pace={'prefill': 2.0})
+  now = found.at({'prefill': 3.0, 'decode': 0.5})
+  model = now.latencies[0]
+  pieces = ((0, 20), (0, 12))
+  assert model.prefill_s(pieces) == pytest.approx(1.5 * SLOW.prefill_s(pieces))
+  assert model.decode_s(4, 80) == pytest.approx(0.5 * SLOW.decode_s(4, 80))
+  assert model.mixed == SLOW.mixed  # nothing is known
+  assert now.at({'prefill': 3.0}).latencies[0] == model
+  assert found.at({}).latencies[0] == SLOW and now.link is LINK

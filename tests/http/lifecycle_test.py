@@ -172,7 +172,8 @@ class Stuck:
     self.state = scheduler.init(self.scheduler_config)
     self.copied_bytes = self.steps = self.copy_s = self.host_s = 0
     self.host_bytes = 0
-    self.loop = types.SimpleNamespace(overdue=lambda: ('', []))
+    self.loop = types.SimpleNamespace(overdue=lambda: ('', []),
+                                      wake=lambda: None)
 
   def check(self, *_):
     pass

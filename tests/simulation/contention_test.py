@@ -9,8 +9,22 @@ import pytest
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Plan, Slo
 from dsjax.scheduling import scheduler
-from dsjax.scheduling.events import DecodeDone, RunDecode
-from dsjax.simulation import calibration, fitting, latency, profiles, simulator
+from dsjax.scheduling.events import (
+  DecodeDone,
+  Migrate,
+  Migrated,
+  PrefillDone,
+  RunDecode,
+  RunPrefill,
+)
+from dsjax.simulation import (
+  calibration,
+  executors,
+  fitting,
+  latency,
+  profiles,
+  simulator,
+)
 from dsjax.simulation.contention import KINDS, Contention, Devices, kind_of
 from experiments import validate
 
@@ -129,6 +143,74 @@ def test_a_step_of_one_row_is_a_kind_of_its_own():
   lone = [s for s in steps if s.kind == 'single' and s.overlap > 0]
   assert lone and all(s.cell.seconds == pytest.approx(fitting.predict_s(
       ALONE, s.cell)) for s in lone)  # SHARED names 'decode' only
+
+
+# --- the server and hand-offs -------------------------------------------------
+
+
+def test_a_server_without_a_core_takes_its_part_where_all_are_at_work():
+  devices = Devices(Contention({}, server_s=0.2), 2)
+  devices.add(0, 'a', 'decode', [1.0, 1.0], 0.0)
+  devices.add(1, 'b', 'decode', [2.0], 0.5)
+  devices.add(0, 'c', 'decode', [3.0], 0.0)
+  # a's first step ends at 1: both are at work, and each is 0.1 later. Its
+  # other one ends at 2.1; behind it comes c, so both are at work again. b has
+  # 2.5 + 0.2, behind which nothing comes, so that the server has its core.
+  assert devices.until(9.0) == (0, 'a', pytest.approx([1.0, 2.1]))
+  assert devices.until(9.0) == (1, 'b', [pytest.approx(2.7)])
+  assert devices.until(9.0) == (0, 'c', [pytest.approx(5.2)])
+  assert sum(devices.busy_s) == pytest.approx(5.2 + 2.2)
+
+
+def hand_off(beside, contention):
+  """(when KV of 10 tokens has arrived, when the target's step ends that began
+  with it, when the source's next one does) of a hand-off after 1 s."""
+  copies = executors.Copies(LINK, 'pair', [])
+  shared = executors.Shared((ALONE,) * 2, copies, contention)
+  shared.devices.add(0, RunPrefill(0, 0, (), 0, ()), 'prefill', [1.0], 0.0)
+  if beside:
+    shared.devices.add(1, RunDecode(1, 0, 0, 1, ()), 'decode', [4.0], 0.0)
+  assert isinstance(shared.next(), PrefillDone)
+  shared.perform([Migrate(0, 0, 0, (), 1, (), 10)], 1.0)
+  shared.devices.add(0, RunPrefill(0, 1, (), 0, ()), 'prefill', [4.0], 1.0)
+  ends = {type(event): event.time_s for event in iter(shared.next, None)}
+  return ends[Migrated], ends.get(DecodeDone), ends[PrefillDone]
+
+
+@pytest.mark.parametrize('beside', (False, True))
+def test_a_hand_off_takes_its_part_of_both_ends(beside):
+  """Beside a step both are later; an end that is idle has time for it."""
+  taken = Contention({}, read_s=(0.2, 0.01), write_s=(0.1, 0.02))
+  free = hand_off(beside, Contention({}))
+  assert free == pytest.approx((1.02, 4.0 if beside else None, 5.0))
+  read_s, write_s = 0.3, 0.3 * beside
+  assert hand_off(beside, taken) == pytest.approx((
+      1.02 + read_s + write_s, 4.0 + write_s if beside else None,
+      5.0 + read_s))
+
+
+@pytest.mark.parametrize('field, value', [
+    ('server_s', -1.0), ('server_s', float('nan')), ('read_s', (1.0,)),
+    ('write_s', (0.0, -1.0))])
+def test_bad_parts_of_cores_are_named(field, value):
+  with pytest.raises(InputError, match=f'Contention.{field}'):
+    Contention({}, **{field: value})
+
+
+def test_a_file_keeps_what_is_shared(tmp_path):
+  for shared in (SHARED, dataclasses.replace(
+      SHARED, server_s=5e-4, read_s=(1e-3, 2e-6), write_s=(3e-3, 0.0)),
+                 Contention({}, write_s=(0.0, 1e-6))):
+    profiles.save(tmp_path / 'a', profiles.Profile(
+        'm', 'cpu', {Plan(): ALONE}, contention=shared))
+    assert profiles.load(tmp_path / 'a').contention == shared
+  text = (tmp_path / 'a').read_text().replace('"write_s": [', '"write_s": [1,')
+  (tmp_path / 'a').write_text(text)
+  with pytest.raises(InputError, match='write_s'):
+    profiles.load(tmp_path / 'a')
+
+
+# --- bad input ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize('factors, part', [

@@ -1,10 +1,11 @@
 """A socket between a server and the process of an instance.
 
 It begins with a proof, both ways, that the other side has the key (HMAC, of
-multiprocessing.connection); nothing is encrypted. Two threads read and write,
-so that neither side ever waits for the other: not in the middle of a message,
-nor where the other's buffers are full. Each message has a number, the Hello 0:
-one that is lost, comes twice or out of order ends the channel.
+multiprocessing.connection); nothing is encrypted. Neither side ever waits for
+the other: one thread reads, and what the socket does not take at once another
+one writes: a thread that wakes takes time from the steps of its core. Each
+message has a number, the Hello 0: one that is lost, comes twice or out of order
+ends the channel.
 """
 
 import collections
@@ -13,6 +14,7 @@ import os
 import queue
 import secrets
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -53,6 +55,11 @@ def unnumbered(count: int, data: bytes) -> bytes:
   return data[4:]
 
 
+def framed(data: bytes) -> bytes:
+  """As a multiprocessing.connection sends it, and reads it."""
+  return struct.pack('!i', len(data)) + data
+
+
 class Channel:
   """Sends and receives the messages of one incarnation.
 
@@ -69,6 +76,7 @@ class Channel:
     """answer: called in the reading thread. end: called there when the other
     side is gone, with the reason. sent, heard: messages so far."""
     self._sent, self._heard = sent, heard
+    self._sending, self._left = threading.Lock(), 0  # for the thread to write
     self.incarnation, self.heard_s = incarnation, time.monotonic()
     self.ended = ''
     self._connection, self._answer, self._end = connection, answer, end
@@ -90,14 +98,27 @@ class Channel:
                      name='dsjax writer').start()
 
   def send(self, message: Message) -> None:
-    """Sends a message, later, in order.
+    """Sends a message, now or later, in order.
 
     Raises:
       RuntimeError: the other side is gone.
     """
     if self.ended:
       raise RuntimeError(self.ended)
-    self._out.put(messages.dump(self.incarnation, message))
+    self.put(messages.dump(self.incarnation, message))
+
+  def put(self, data: bytes) -> None:
+    """Sends the bytes of a message; lost where the other side is gone."""
+    with self._sending:
+      frame = framed(numbered(self._sent, data))
+      self._sent += 1
+      done = 0
+      if not self._left and hasattr(socket, 'MSG_DONTWAIT'):
+        with contextlib.suppress(OSError):  # it is full, or the reader tells
+          done = self._socket.send(frame, socket.MSG_DONTWAIT)
+      if done < len(frame):
+        self._left += 1
+        self._out.put(frame[done:])
 
   def flush(self, seconds: float) -> None:
     """Waits until all is sent, so long at most."""
@@ -140,7 +161,7 @@ class Channel:
           continue
         answer = self._answer(message)
         if answer is not None:
-          self._out.put(messages.dump(self.incarnation, answer))
+          self.put(messages.dump(self.incarnation, answer))
         else:
           self._in.append(message)
           self.news.set()
@@ -159,8 +180,9 @@ class Channel:
         if isinstance(data, threading.Event):
           data.set()
         else:
-          self._connection.send_bytes(numbered(self._sent, data))
-          self._sent += 1
+          self._socket.sendall(data)
+          with self._sending:
+            self._left -= 1
     self.cut()  # wakes the reader
     self._reader.join()
     self._socket.close()

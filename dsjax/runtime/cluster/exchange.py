@@ -1,10 +1,13 @@
 """KV between processes: an instance's offers, and what it pulls.
 
-Copies of the pages, in pieces of one device each (migration.cut_pieces), are
-offered to jax's transfer server under a number; the other side pulls them onto
-its devices and joins them there. The server checks nothing: a hash of shapes
-and dtypes goes along, and the checksum if asked for. What reaches its port may
-pull: it listens on loopback, unless a host says otherwise.
+Copies of the pages, in pieces of one device each (migration.cut_pieces), few
+arrays a piece (parcels.py), are offered to jax's transfer server under a
+number; the other side pulls them onto its devices and joins them there. Where a
+kernel copies pages at both ends, it is the bytes of a Landing that are offered,
+and one of the target that they are copied to; on one host, only where the
+source's Landing is (shared_memory.py). The server checks nothing: a hash
+of shapes and dtypes goes along, and the checksum if asked for. What reaches its
+port may pull: it listens on loopback, unless a host says otherwise.
 
 A puller that dies during a copy keeps that server's buffers for good, and with
 the last of them every later pull waits for ever (jax 0.10.2). So an offer that
@@ -27,9 +30,10 @@ from dsjax.config.model import ModelConfig
 from dsjax.model import kv_cache, sharding
 from dsjax.runtime import migration
 from dsjax.runtime.arrays import is_ready
-from dsjax.runtime.cluster import messages
+from dsjax.runtime.cluster import messages, parcels, shared_memory
 from dsjax.runtime.cluster.channel import LOOPBACK
 from dsjax.runtime.engine import Engine
+from dsjax.runtime.landing import Landing, part_sizes
 from dsjax.runtime.protocols import Pending
 
 # Else a server takes 24 buffers of 256 MiB; these were no slower.
@@ -37,13 +41,17 @@ COPIES, COPY_BYTES = 4, 4 * 2**20
 
 
 class Sending(NamedTuple):
-  """An offer whose checksum is still computed."""
+  """An offer whose checksum is still computed; parts: of a Landing, to be
+  offered once `read` is ready."""
   told: messages.Offered
   sums: list[Pending]
+  read: Sequence[Pending]
+  parts: Sequence[jax.Array]
 
 
 class Pulling(NamedTuple):
-  """What is being pulled: for each batch its arrays."""
+  """What is being pulled: for each batch its arrays, or the parts of a
+  Landing."""
   asked: messages.Pull
   route: migration.Route
   kind: int
@@ -52,7 +60,7 @@ class Pulling(NamedTuple):
   began_s: float
 
 
-class Landing(NamedTuple):
+class Written(NamedTuple):
   """What is written to its pages."""
   kind: int
   transfer: migration.Transfer
@@ -64,21 +72,35 @@ class Exchange:
 
   Attributes:
     server: makes what is offered next. offers: {number: the server of what is
-    offered}. pulling, landing: {number: what comes in}.
+    offered}; lent: {number: (the Landing that is offered, what is ready once it
+    was read though it was pulled before)}. pulling, landing: {number: what
+    comes in}.
   """
 
-  def __init__(self, engine: Engine, host: str = LOOPBACK) -> None:
-    """host: the address of this host that others reach."""
-    self.engine, self.host = engine, host
+  def __init__(self, engine: Engine, host: str = LOOPBACK,
+               awaited: Callable[[Pending], object] = lambda array: None
+               ) -> None:
+    """host: the address of this host that others reach. awaited: told what
+    `poll` is to be called after."""
+    self.engine, self.host, self.awaited = engine, host, awaited
+    self.memory = ''  # see Built
+    if getattr(engine, 'by_kernel', False):
+      self.memory = shared_memory.of_host()
+    if self.memory:
+      engine.landings.make = shared_memory.Own
+      engine.landings.keeps = shared_memory.KEPT
     self.server = self._new_server()
     self.offers: dict[int, Any] = {}
+    self.lent: dict[int, tuple[Landing, Sequence[Pending]]] = {}
     self._moved: list[str] = []  # each new address, to be told
     self.sending: dict[int, Sending] = {}
     self.pulling: dict[int, Pulling] = {}
-    self.landing: dict[int, Landing] = {}
+    self.landing: dict[int, Written] = {}
     self._from: dict[int, migration.Route] = {}
     self._to: dict[int, migration.Route] = {}
     self._connections: dict[int, tuple[str, Any]] = {}
+    self._opened: dict[int, shared_memory.Opened] = {}
+    self._reading: list[tuple[shared_memory.Shared, int, list[Any]]] = []
 
   def warm(self, peers: messages.Warm, model: ModelConfig,
            config: EngineConfig) -> None:
@@ -89,15 +111,22 @@ class Exchange:
       for index, of in fields.items():
         routes[int(index)] = migration.Route(*make(_peer(of, model, config)))
     for route in self._to.values():
-      for size in route.buckets:
-        batch, = route.batches(route.nowhere(size))
-        jax.block_until_ready(self._cut(route, batch, config.checksum))
+      if route.shares:
+        landing = self.engine.landings.take()
+        jax.block_until_ready(route.read_shared(route.nowhere(1), landing))
+        self.engine.landings.give(landing, ())
+      if config.checksum or not route.shares:
+        for size in route.buckets:
+          batch, = route.batches(route.nowhere(size))
+          jax.block_until_ready(self._cut(route, batch, config.checksum))
     for route in self._from.values():
-      for size in route.buckets:
+      for size in (route.buckets if config.checksum or not route.shares
+                   else (1,)):
         command = route.nowhere(size)
         parts = [[jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
-                  for x in self._like(route, batch)]
-                 for batch in route.batches(command)]
+                  for x in batch] for batch in self._like(route, command)]
+        if self._maps(route):
+          parts = [[]]
         landed = self._join(route, command, config.checksum, parts)
         jax.block_until_ready((landed.land(), landed.arrived))
 
@@ -115,35 +144,70 @@ class Exchange:
   @property
   def busy(self) -> bool:
     """Whether `poll` may have something to tell."""
-    return bool(self.sending or self.pulling or self.landing or self._moved)
+    return bool(self.sending or self.landing or self.looks or self._reading)
+
+  @property
+  def looks(self) -> bool:
+    """Whether it may have something to tell that nothing awaits."""
+    return bool(self.pulling or self._moved)
 
   # --- the source's side ----------------------------------------------------
 
   def offer(self, asked: messages.Offer) -> None:
     """Reads the pages and offers them; `poll` tells."""
     route, parts, sums = self._to[asked.target], [], []
-    for batch in route.batches(asked.command):
+    landing = self.engine.landings.take() if route.shares else None
+    read = route.read_shared(asked.command, landing) if landing else []
+    for batch in (route.batches(asked.command)
+                  if asked.checksum or not landing else ()):
       cut, summed = self._cut(route, batch, asked.checksum,
                               asked.command.num_tokens)
       parts += cut
       sums += summed
+    size = sum(x.nbytes for x in parts)
+    kind = _kind(parts)
+    if landing:
+      size, device = (route.bytes_shared(asked.command, self.engine),
+                      self.engine.devices[0])
+      kind = _kind(self._bytes_like(route, asked.command))
+      if self._maps(route) and isinstance(landing, shared_memory.Own):
+        parts = [jax.device_put(landing.where(asked.uuid), device)]
+        self.lent[asked.uuid] = landing, [shared_memory.Unread(
+            landing, asked.uuid)]
+      else:
+        parts = landing.parts(size, device)
+        self.lent[asked.uuid] = landing, ()
+    else:
+      self.server.await_pull(asked.uuid, parts)
     self.offers[asked.uuid] = self.server
-    self.server.await_pull(asked.uuid, parts)
     self.sending[asked.uuid] = Sending(messages.Offered(
-        asked.uuid, sum(x.nbytes for x in parts), _kind(parts), 0), sums)
+        asked.uuid, size, kind, 0), sums, read, parts if landing else ())
+    for array in (*read, *sums):
+      self.awaited(array)
+
+  def _maps(self, route: migration.Route) -> bool:
+    """Whether KV goes through memory that both ends have."""
+    peer = (route.source if isinstance(route.source, migration.Peer)
+            else route.target)
+    return route.shares and peer.memory == self.memory != ''
 
   def _cut(self, route: migration.Route, batch: migration.Batch,
            checksum: bool, stop: int = 0
            ) -> tuple[list[jax.Array], list[Pending]]:
     read = route.read(batch)
     sums = (self.engine.checksum(read, batch.first, stop) if checksum else [])
-    return migration.cut_pieces(read, route.pieces, self.engine.where), sums
+    return [x for cut in _by_piece(route, migration.cut_pieces(
+        read, route.pieces, self.engine.where)) for x in parcels.pack(cut)
+            ], sums
 
   def withdraw(self, asked: messages.Withdraw) -> None:
     """Ends an offer. One that was not pulled ends with its server, once no
     other offer is left there."""
     self.sending.pop(asked.uuid, None)
     self.offers.pop(asked.uuid, None)
+    lent = self.lent.pop(asked.uuid, None)
+    if asked.pulled and lent:  # else somebody may read it
+      self.engine.landings.give(*lent)
     if not asked.pulled:
       self.server = self._new_server()
       self._moved.append(self.address)
@@ -154,12 +218,13 @@ class Exchange:
     """Begins to pull; `poll` lands it."""
     began_s = time.perf_counter()
     route = self._from[asked.source]
-    like = [self._like(route, batch) for batch in route.batches(asked.command)]
+    like = self._like(route, asked.command)
     flat = [x for batch in like for x in batch]
     connection = self._connection(asked)
     arrays = iter(connection.pull(asked.uuid, flat))
     self.pulling[asked.uuid] = Pulling(
-        asked, route, _kind(flat), connection,
+        asked, route, _kind(self._bytes_like(route, asked.command)
+                            if route.shares else flat), connection,
         [[next(arrays) for _ in batch] for batch in like], began_s)
 
   def _connection(self, asked: messages.Pull) -> Any:
@@ -169,9 +234,30 @@ class Exchange:
       self._connections[asked.source] = asked.address, known
     return known
 
-  def _like(self, route: migration.Route, batch: migration.Batch
-            ) -> list[jax.ShapeDtypeStruct]:
-    """What the source offers of a batch."""
+  def _like(self, route: migration.Route, command: Any
+            ) -> list[list[jax.ShapeDtypeStruct]]:
+    """What the source offers: of each batch, or of its Landing."""
+    if route.shares:
+      return [self._bytes([shared_memory.WHERE.size])
+              if self._maps(route)
+              else self._bytes_like(route, command)]
+    return [[x for cut in _by_piece(route, self._cut_like(route, batch))
+             for x in parcels.packed_like(cut)]
+            for batch in route.batches(command)]
+
+  def _bytes_like(self, route: migration.Route, command: Any
+                  ) -> list[jax.ShapeDtypeStruct]:
+    """The parts of a Landing."""
+    return self._bytes(part_sizes(route.bytes_shared(command, self.engine)))
+
+  def _bytes(self, sizes: Sequence[int]) -> list[jax.ShapeDtypeStruct]:
+    to = SingleDeviceSharding(self.engine.devices[0])
+    return [jax.ShapeDtypeStruct((size,), np.uint8, sharding=to)
+            for size in sizes]
+
+  def _cut_like(self, route: migration.Route, batch: migration.Batch
+                ) -> list[jax.ShapeDtypeStruct]:
+    """What the source cuts of a batch."""
     like = []
     for piece in route.pieces:
       stage, shard = piece.target
@@ -185,14 +271,31 @@ class Exchange:
     return like
 
   def _join(self, route: migration.Route, command: Any, checksum: bool,
-            parts: Sequence[list[jax.Array]]) -> migration.Transfer:
-    """The Transfer of parts that are here."""
+            parts: Sequence[list[jax.Array]], lent: Landing | None = None
+            ) -> migration.Transfer:
+    """The Transfer of parts that are here, or of a source's Landing."""
+    now_s = time.perf_counter()
+    if route.shares:
+      landing = lent or self.engine.landings.take()
+      if not lent:
+        landing.fill(parts[0])
+      there = route.filled(command.target_pages, self.engine)
+      return migration.Transfer(route, command, [(there, [])], 0, now_s,
+                                checksum, landing=landing,
+                                lent=lent is not None)
     moved = [(batch.target, migration.join_pieces(
-        pulled, route.pieces, self.engine.where))
-             for batch, pulled in zip(route.batches(command), parts,
+        self._unpacked(route, batch, packed), route.pieces, self.engine.where))
+             for batch, packed in zip(route.batches(command), parts,
                                       strict=True)]
-    return migration.Transfer(route, command, moved, 0, time.perf_counter(),
-                              checksum)
+    return migration.Transfer(route, command, moved, 0, now_s, checksum)
+
+  def _unpacked(self, route: migration.Route, batch: migration.Batch,
+                packed: Sequence[jax.Array]) -> list[jax.Array]:
+    """What the source has cut of a batch."""
+    arrays, left = [], iter(packed)
+    for cut in _by_piece(route, self._cut_like(route, batch)):
+      arrays += parcels.unpack([next(left) for _ in parcels.groups(cut)], cut)
+    return arrays
 
   def drop(self, asked: messages.Drop) -> None:
     """What has not landed never will. A connection that brought nothing may
@@ -214,11 +317,19 @@ class Exchange:
     while self._moved:
       send(messages.Moved(self._moved.pop(0)))
     for uuid, sending in list(self.sending.items()):
-      if all(map(is_ready, sending.sums)):
+      if all(map(is_ready, [*sending.read, *sending.sums])):
         del self.sending[uuid]
+        if sending.parts:
+          self.offers[uuid].await_pull(uuid, sending.parts)
         send(sending.told._replace(checksum=migration.total(sending.sums),
-                                   wall_s=time.perf_counter()))
+                                   wall_s=time.perf_counter(),
+                                   cpu_s=time.process_time()))
         some = True
+    for reading in list(self._reading):
+      landing, mark, done = reading
+      if all(map(is_ready, done)):
+        landing.mark_1[0] = mark
+        self._reading.remove(reading)
     for uuid, pulling in list(self.pulling.items()):
       arrays = [x for batch in pulling.parts for x in batch]
       try:
@@ -237,7 +348,8 @@ class Exchange:
       if landing.transfer.is_ready():
         del self.landing[uuid]
         send(messages.Landed(uuid, landing.kind, migration.total(
-            landing.transfer.arrived), landing.began_s, time.perf_counter()))
+            landing.transfer.arrived), landing.began_s, time.perf_counter(),
+                             time.process_time()))
         some = True
     return some
 
@@ -247,16 +359,30 @@ class Exchange:
     sound."""
     asked = pulling.asked
     try:
+      lent, mark = (self._open(asked.source, pulling.parts[0][0])
+                    if self._maps(pulling.route) else (None, 0))
       landed = self._join(pulling.route, asked.command, asked.checksum,
-                          pulling.parts)
-      landed.land()
+                          pulling.parts, lent)
+      done = landed.land()
     except Exception as error:
       if not self.engine.is_sound():
         raise
       send(messages.Broken(asked.uuid, f'the copy failed: {error}'))
     else:
-      self.landing[asked.uuid] = Landing(pulling.kind, landed,
+      self.landing[asked.uuid] = Written(pulling.kind, landed,
                                          pulling.began_s)
+      if lent:
+        self._reading.append((lent, mark, done))
+      waits: list[Any] = [*(done if lent else ()), *landed.arrived]
+      for array in waits:
+        self.awaited(array)
+
+  def _open(self, source: int, where: Any
+            ) -> tuple[shared_memory.Shared, int]:
+    """A source's Landing, and its mark."""
+    opened = self._opened.setdefault(source, shared_memory.Opened(
+        self.engine.landings.size))
+    return opened.open(np.from_dlpack(where).tobytes())
 
 
 def _peer(fields: dict[str, Any], model: ModelConfig, config: EngineConfig
@@ -265,7 +391,19 @@ def _peer(fields: dict[str, Any], model: ModelConfig, config: EngineConfig
   capacity = InstanceConfig(**fields['capacity'])
   return migration.Peer(capacity.role, config, capacity, (
       sharding.cut(model, fields['tp']),
-      sharding.spans(model.num_layers, capacity.pp), ()))
+      sharding.spans(model.num_layers, capacity.pp), ()),
+                        fields['by_kernel'], fields['memory'])
+
+
+def _by_piece(route: migration.Route, parts: Sequence[Any]
+              ) -> list[Sequence[Any]]:
+  """What cut_pieces gave, a piece each: all of it is of one device."""
+  layers = [len(range(*piece.layers)) for piece in route.pieces]
+  each, cut, start = len(parts) // sum(layers), [], 0
+  for count in layers:
+    cut.append(parts[start:start + count * each])
+    start += count * each
+  return cut
 
 
 def _kind(arrays: Sequence[Any]) -> int:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
   from dsjax.runtime.cluster.remote import RemoteEngine
 
 LOOK_S = 2e-3  # between two looks while something starts
-GLANCE_S = 5e-5  # between two looks at what is timed
 TRIAL_S = 120.0  # for a hand-off that no fleet looks at
 
 
@@ -77,10 +76,8 @@ class RemoteTransfer:
       raise migration.Damaged('shapes or dtypes arrived that were not sent')
     return True
 
-  def wait(self, look_s: float = GLANCE_S) -> None:
+  def wait(self) -> None:
     """Waits until it has landed, where no fleet looks at it.
-
-    look_s: between two looks.
 
     Raises:
       RuntimeError: it failed, one of its ends did, or nothing came in TRIAL_S.
@@ -91,7 +88,8 @@ class RemoteTransfer:
         engine.check()
       if time.monotonic() > until_s:
         raise RuntimeError(f'nothing came in {TRIAL_S:g} s')
-      time.sleep(look_s)
+      self._ends[0].news.wait(LOOK_S)  # of both ends
+      self._ends[0].news.clear()
     self.land()
 
   def land(self) -> None:
@@ -151,7 +149,7 @@ class RemoteRoute:
     transfer = self.start(migration.nowhere(
         self.source.capacity, self.target.capacity), checksum)
     try:
-      transfer.wait(LOOK_S)  # both may compile first
+      transfer.wait()  # both may compile first
     except RuntimeError as error:
       raise RuntimeError(f'{what}: {error}') from error
     if checksum:

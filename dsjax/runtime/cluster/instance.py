@@ -7,13 +7,15 @@ behind; on Linux it ends with what started it even where it is stopped.
 
 The key comes in the environment and leaves it at once. A thread waits for the
 steps, and wakes the loop as the channel does: a loop that looks again and again
-takes some 8 % of a core that steps have too. Copies are looked at. Signs of
-life come from the channel's reading thread, which touches no device.
+takes some 8 % of a core that steps have too. What is pulled is looked at, as
+are copies to host memory. Signs of life come from the channel's reading thread,
+which touches no device.
 """
 
 import collections
 import contextlib
 import dataclasses
+import gc
 import importlib
 import os
 import queue
@@ -48,7 +50,7 @@ from dsjax.scheduling.events import Offload, RunDecode, RunPrefill
 COMPILED = '/jax/core/compile/backend_compile_duration'
 KEY = 'DSJAX_INSTANCE_KEY'
 # Pauses between two looks at copies in flight, as of the server's loop.
-PAUSE_SHARE, LEAST_PAUSE_S, MOST_PAUSE_S = 1 / 16, 2e-5, 1e-3
+PAUSE_SHARE, LEAST_PAUSE_S, MOST_PAUSE_S = 1 / 16, 2e-5, 4e-3
 AT_MOST_S = 0.05  # without a look at steps in flight
 FLUSH_S = 10.0  # for the last words
 SAMPLED = 100  # weights of each array, of which a hash is made
@@ -115,11 +117,12 @@ class Instance:
       some |= self.poll() | self.poll_copies()
       if some:
         moved_s = time.perf_counter()
-      elif self.copies or (self.exchange and self.exchange.busy):
+      elif self.copies or (self.exchange and self.exchange.looks):
         pause_s = (time.perf_counter() - moved_s) * PAUSE_SHARE
-        time.sleep(min(max(pause_s, LEAST_PAUSE_S), MOST_PAUSE_S))
+        self.channel.wait(min(max(pause_s, LEAST_PAUSE_S), MOST_PAUSE_S))
       else:
-        self.channel.wait(AT_MOST_S if self.running else None)
+        waits = self.running or (self.exchange and self.exchange.busy)
+        self.channel.wait(AT_MOST_S if waits else None)
 
   # --- its life -------------------------------------------------------------
 
@@ -141,7 +144,7 @@ class Instance:
     make = getattr(importlib.import_module(module), name)
     self.engine = make(model, meshes, fields['role'], self.config, capacity)
     if fields['moves']:
-      self.exchange = Exchange(self.engine, self.host)
+      self.exchange = Exchange(self.engine, self.host, self.awaited.put)
     if self.engine.capacity.host_pages:
       self.slots = self.engine.host_memory(self.config.checksum)
     self.is_built = True
@@ -150,7 +153,9 @@ class Instance:
         len(self.engine.shapes_needed()),
         self.exchange.address if self.exchange else '',
         {str(i): str(d) for i, d in enumerate(self.engine.devices)},
-        _sampled(model)))
+        _sampled(model),
+        self.exchange.engine.by_kernel if self.exchange else False,
+        self.exchange.memory if self.exchange else ''))
 
   def warm(self, message: messages.Warm) -> None:
     """Compiles everything that it can run."""
@@ -161,6 +166,8 @@ class Instance:
     if self.slots:
       self.slots.warm()
     jax.monitoring.register_event_duration_secs_listener(self._hear_compiled)
+    gc.collect()
+    gc.freeze()  # all there is stays: to look at it again takes two steps' time
     self.channel.send(messages.Ready())
 
   def count(self, message: messages.Count) -> None:

@@ -190,6 +190,16 @@ def _has_cuda() -> bool:
              importlib.metadata.entry_points(group='jax_plugins'))
 
 
+def has_own_core(placement: Placement) -> bool:
+  """Whether the server has a core that no instance of the placement has: on
+  GPUs it need not, and where cores are not known it is taken to."""
+  if visible_gpus() is not None or not hasattr(os, 'sched_getaffinity'):
+    return True
+  cores = len(os.sched_getaffinity(0))
+  return cores > placement.num_devices and (
+      cores % placement.num_devices > 0)
+
+
 def split_cores(placement: Placement) -> list[list[int]]:
   """Cores of each instance on the CPU, none shared: in parts of equal size for
   each device. [] for each where they are too few, or devices are GPUs."""

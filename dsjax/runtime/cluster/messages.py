@@ -28,7 +28,7 @@ from dsjax.scheduling.events import (
   RunPrefill,
 )
 
-VERSION = 4  # of the messages
+VERSION = 5  # of the messages
 # Both sides must have the same: hand-offs are jax's, and have no version.
 VERSIONS = (f'dsjax {__version__}, messages {VERSION}, jax {jax.__version__}, '
             f'jaxlib {jaxlib.__version__}')
@@ -176,12 +176,15 @@ class Failed(NamedTuple):
 class Built(NamedTuple):
   """It is built: capacity has the fields of its InstanceConfig; shapes: how
   many steps are to be compiled; address: of its offers, or ''; weights: a hash
-  of some of them."""
+  of some of them; by_kernel: see Engine; memory: the same for those that can
+  open each other's (shared_memory.of_host), or ''."""
   capacity: dict[str, Any]
   shapes: int
   address: str
   devices: dict[str, str]
   weights: int = 0
+  by_kernel: bool = False
+  memory: str = ''
 
 
 class Warmed(NamedTuple):
@@ -214,12 +217,14 @@ class Stepped(NamedTuple):
 
 
 class Offered(NamedTuple):
-  """An offer is there, since wall_s. kind: a hash of shapes and dtypes."""
+  """An offer is there, since wall_s. kind: a hash of shapes and dtypes. cpu_s:
+  CPU seconds of the process."""
   uuid: int
   bytes: int
   kind: int
   checksum: int
   wall_s: float = 0.0
+  cpu_s: float = 0.0
 
 
 class Moved(NamedTuple):
@@ -229,12 +234,13 @@ class Moved(NamedTuple):
 
 class Landed(NamedTuple):
   """What was pulled is in its pages. began_s, wall_s: when it was asked for,
-  and when it was there."""
+  and when it was there. cpu_s: as of Offered."""
   uuid: int
   kind: int
   checksum: int
   began_s: float = 0.0
   wall_s: float = 0.0
+  cpu_s: float = 0.0
 
 
 class Copied(NamedTuple):

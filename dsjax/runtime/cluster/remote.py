@@ -77,7 +77,7 @@ class Stamp(NamedTuple):
 
   what: 'step' (number: of its command), or 'offered' or 'landed', KV for
   others or from there (number: of the request). cpu_s: CPU seconds of the
-  process until then, which nothing else on the machine adds to; of steps only.
+  process until then, which nothing else on the machine adds to.
   """
 
   what: str
@@ -142,7 +142,7 @@ class RemoteEngine:
     address: where its offers were pulled when it last told. withdrawn: offers
       that were taken back, each of which changes it; moved: how many of these
       it has told of.
-    peers: those that KV comes from, and goes to.
+    peers: those that KV comes from, and goes to. by_kernel, memory: see Built.
     slot_of, spare: what has been admitted, in slots of no meaning.
     stamps: a Stamp of each step and hand-off, of the newest. offset_s: what
       its clock is behind, by the fastest answer to a ping. held: its last
@@ -171,6 +171,7 @@ class RemoteEngine:
     self.stamps: collections.deque[Stamp] = collections.deque(maxlen=NEWEST)
     self.held: messages.Counted | None = None
     self.weights: int | None = None
+    self.by_kernel, self.memory = False, ''
     self._fields, self._launcher = fields, launcher
     self._siblings = siblings
     self.peers, self._compiles = messages.Warm({}, {}), False
@@ -307,6 +308,7 @@ class RemoteEngine:
     self.weights = message.weights
     self.capacity = InstanceConfig(**message.capacity)
     self.address = message.address
+    self.by_kernel, self.memory = message.by_kernel, message.memory
     self._fields = self._fields | {'capacity': message.capacity}  # for ever
     self.devices = tuple(f'{device}, process {self.pid}'
                          for device in message.devices.values())
@@ -344,7 +346,7 @@ class RemoteEngine:
                 message.cpu_s)
 
   def _stamp(self, what: str, number: int, began_s: float, wall_s: float,
-             cpu_s: float = 0.0) -> None:
+             cpu_s: float) -> None:
     self.stamps.append(Stamp(what, number, began_s + self.offset_s,
                              wall_s + self.offset_s, cpu_s))
 
@@ -364,10 +366,10 @@ class RemoteEngine:
       transfer.hear(message)
       if isinstance(message, messages.Offered):
         self._stamp('offered', transfer.command.id, message.wall_s,
-                    message.wall_s)
+                    message.wall_s, message.cpu_s)
       elif isinstance(message, messages.Landed):
         self._stamp('landed', transfer.command.id, message.began_s,
-                    message.wall_s)
+                    message.wall_s, message.cpu_s)
 
   def _on_moved(self, message: messages.Moved) -> None:
     self.moved, self.address = self.moved + 1, message.address

@@ -105,7 +105,8 @@ def _introduce(engines: Sequence[RemoteEngine], placement: Placement,
   """Says to each who its peers are. The first of each shape begins to compile
   at once, the others when it is their turn, and find it in the cache."""
   known = {str(engine.index): {
-      'capacity': dataclasses.asdict(engine.capacity), 'tp': plan.tp}
+      'capacity': dataclasses.asdict(engine.capacity), 'tp': plan.tp,
+      'by_kernel': engine.by_kernel, 'memory': engine.memory}
            for engine, (_, plan) in zip(engines, placement.instances,
                                         strict=True)}
   shapes = set()

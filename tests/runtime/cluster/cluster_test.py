@@ -335,7 +335,7 @@ def cut(server, index):
 
 
 def garble(server, index):
-  server.engines[index]._channel._out.put(b'[9]')
+  server.engines[index]._channel.put(b'[9]')
 
 
 def lose(server, index):
@@ -726,8 +726,12 @@ def test_instances_share_no_core(monkeypatch):
   monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {7, *range(12)})
   assert local.split_cores(placement) == [
       [0, 1, 2, 3], [4, 5], [6, 7, 8, 9]]
+  assert local.has_own_core(placement)
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(10)))
+  assert not local.has_own_core(placement)
   monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {0, 1, 2})
   assert local.split_cores(placement) == [[], [], []]
+  assert not local.has_own_core(placement)
 
 
 def test_instances_share_no_gpu(monkeypatch):
@@ -736,6 +740,7 @@ def test_instances_share_no_gpu(monkeypatch):
   assert [env['CUDA_VISIBLE_DEVICES']
           for env in local.environments(placement)] == ['4,5', 'GPU-a']
   assert local.split_cores(placement) == [[], []]
+  assert local.has_own_core(placement)
   monkeypatch.setattr(local, 'visible_gpus', lambda: ['0', '1'])
   with pytest.raises(InputError, match='at most the 2 that exist'):
     local.environments(placement)
