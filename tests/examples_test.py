@@ -81,6 +81,7 @@ def test_policy_of_ones_own(tmp_path):
   assert out.count('8 tokens of ') == 2
 
 
+@pytest.mark.slow
 def test_placement_from_measurements(tmp_path):
   out = said('placement_from_measurements', tmp_path)
   assert out.count('met both objectives') == 3

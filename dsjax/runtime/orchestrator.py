@@ -3,8 +3,8 @@
 The life of a request:
 
 1. `submit` (or `generate`, `stream`, `generate_all`, `run`) makes token ids
-   and a Sampling of what the client gave and checks both, once. `enqueue`
-   gives the request a RequestOutputState and tells the scheduler: Arrived.
+   and a Sampling of what the client gave and checks both, once (requests.py).
+   It gives the request a RequestOutputState and tells the scheduler: Arrived.
 2. The scheduler, a pure function, answers every event with commands that carry
    every page id. The loop (loop.py) logs both, tells the recorder and the
    observers, and then has the fleet perform the commands, in order.
@@ -32,7 +32,6 @@ blocks while a mesh has work.
 """
 
 import contextlib
-import dataclasses
 import math
 import threading
 import weakref
@@ -70,16 +69,14 @@ from dsjax.runtime.output import (
   Update,
   raise_unless_served,
 )
-from dsjax.runtime.prompts import Prompt, check_ids, prompt_ids
+from dsjax.runtime.prompts import Prompt
 from dsjax.runtime.protocols import Engine as AnyEngine
 from dsjax.runtime.protocols import MakeEngine, Observer, Report
 from dsjax.runtime.replay import Replay
+from dsjax.runtime.requests import Requests, listed
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import Drain
 from dsjax.scheduling.policy import DISTSERVE, Policy
-from dsjax.workload import check_requests
-
-PARAMETERS = tuple(field.name for field in dataclasses.fields(Sampling))
 
 
 class Orchestrator:
@@ -163,9 +160,8 @@ class Orchestrator:
     self.fleet = self.loop.fleet
     self.engines, self.routes = self.fleet.engines, self.fleet.routes
     self.scheduler_config = self.loop.scheduler_config
-    self.requests: dict[int, RequestOutputState] = {}
-    self.seen: set[int] = set()
-    self.next_id, self.closing = 0, False
+    self._asked = Requests(model, self.loop)
+    self.requests, self.seen = self._asked.states, self._asked.seen
     self._thread = LoopThread(self.loop, config.stall_s)
     self._stop = weakref.finalize(self, self._thread.worker.stop)
 
@@ -204,7 +200,7 @@ class Orchestrator:
       self._close()
       return
     try:
-      self.call(self._cancel_all)
+      self.call(self._asked.cancel_all)
       until_s = self.now + self.config.lease_s
       self._thread.until(lambda: self.loop.settled(until_s))
     finally:
@@ -218,11 +214,6 @@ class Orchestrator:
     if self.unfinished:
       self.loop.give_up('the server was closed')
     self.loop.closed = True
-
-  def _cancel_all(self) -> None:
-    self.closing = True
-    for id in list(self.unfinished):
-      self.loop.cancel(id)
 
   def fail(self, reason: str) -> None:
     """Fails every request and closes, at once."""
@@ -248,14 +239,7 @@ class Orchestrator:
     It waits a moment, so that the client finds it done.
     """
     self._thread.give_time(
-        self._thread.post(lambda: self._forget_all(ids, keep)))
-
-  def _forget_all(self, ids: Sequence[int], keep: bool) -> None:
-    for id in ids:
-      if id in self.unfinished or not keep:
-        self.loop.cancel(id)
-        self.requests.pop(id, None)
-    self.loop.log_raised()  # its client has an error already
+        self._thread.post(lambda: self._asked.drop(ids, keep)))
 
   @property
   def thread(self) -> threading.Thread:
@@ -337,7 +321,12 @@ class Orchestrator:
   @property
   def is_open(self) -> bool:
     """Whether it takes requests."""
-    return not (self.closed or self.closing)
+    return self._asked.is_open
+
+  @property
+  def next_id(self) -> int:
+    """Of the next request that is given none."""
+    return self._asked.next_id
 
   @property
   def busy(self) -> bool:
@@ -354,34 +343,14 @@ class Orchestrator:
     Raises:
       InputError: bad prompt (see prompts.prompt_ids) or parameters.
     """
-    ids = prompt_ids(self.model, prompt)
-    for name in params:
-      require(name in PARAMETERS, 'parameter', name, f'one of {PARAMETERS}')
-    sampling = Sampling(**params)
-    if sampling.max_tokens is None:
-      room = max(1, scheduler.longest(self.scheduler_config) - len(ids))
-      sampling = dataclasses.replace(sampling, max_tokens=room)
-    self._check_sampling(sampling)
-    return ids, sampling
+    return self._asked.prepare(prompt, **params)
 
   def check(self, prompt: Sequence[int], sampling: Sampling) -> None:
     """Raises InputError unless these ids and this Sampling suit the model.
 
     Whether they fit is the scheduler's to say (scheduler.never_fits).
     """
-    check_ids(self.model, prompt)
-    self._check_sampling(sampling)
-
-  def _check_sampling(self, sampling: Sampling) -> None:
-    size = self.model.config.vocab_size
-    require(isinstance(sampling, Sampling), 'Request.sampling', sampling,
-            'a Sampling')
-    require(sampling.max_tokens is not None, 'Sampling.max_tokens', None,
-            'set in a workload')
-    require(all(t < size for t, _ in sampling.logit_bias),
-            'Sampling.logit_bias', sampling.logit_bias, f'ids below {size}')
-    require(not sampling.stop or self.model.tokenizer is not None,
-            'Sampling.stop', sampling.stop, 'empty without a tokenizer')
+    self._asked.check(prompt, sampling)
 
   def submit(self, prompt: Prompt, arrival_s: float | None = None,
              **params: Any) -> int:
@@ -405,27 +374,9 @@ class Orchestrator:
     """Queues a request, and adds its id to `ids` before anything can fail."""
     require(arrival_s is None or is_number(-math.inf, math.inf)(arrival_s),
             'arrival_s', arrival_s, 'seconds, or None for now')
-    self._check_open()
-    self.call(self._queue, ids, [self.prepare(prompt, **params)], arrival_s)
-
-  def _queue(self, ids: list[int],
-             requests: Sequence[tuple[tuple[int, ...], Sampling]],
-             arrival_s: float | None = None, refuse: bool = True) -> None:
-    """Queues requests that arrive together, and adds their ids to `ids`.
-
-    Raises:
-      InputError, RequestFailed: one cannot be served, if it is to refuse.
-    """
-    now = self.now if arrival_s is None else arrival_s
-    for index, (prompt, sampling) in enumerate(requests):
-      ids.append(self.next_id)
-      self._enqueue(Request(ids[-1], now, prompt, sampling),
-                    more=index + 1 < len(requests))
-      state = self.requests[ids[-1]]
-      if state.error and refuse and not (state.refused and len(requests) > 1):
-        raise (state.failure if state.failure and len(requests) == 1
-               else InputError(state.error if len(requests) == 1 else
-                               f'prompts[{index}]: {state.error}'))
+    self._asked.check_open()
+    self.call(self._asked.queue, ids, [self.prepare(prompt, **params)],
+              arrival_s)
 
   def enqueue(self, request: Request, more: bool = False) -> None:
     """Queues a Request that `check` has passed.
@@ -436,32 +387,7 @@ class Orchestrator:
     Raises:
       InputError: the server is closed, or has served this id.
     """
-    self.call(self._enqueue, request, more)
-
-  def _enqueue(self, request: Request, more: bool = False) -> None:
-    self._check_new(request)
-    ends = set(request.sampling.stop_token_ids)
-    if not request.sampling.ignore_eos:
-      ends.update(self.model.config.eos_ids)
-    output = self.requests[request.id] = RequestOutputState(
-        request, ends, self.model.tokenizer)
-    self.seen.add(request.id)
-    self.next_id = max(self.next_id, request.id + 1)
-    self.loop.arrive(output, more)
-
-  def _check_open(self) -> None:
-    require(self.is_open, 'server', self.loop.broken or 'closed', 'open')
-
-  def _check_new(self, request: Request) -> None:
-    self._check_open()
-    self.loop.check_room()
-    require(is_integer(0, math.inf)(request.id), 'Request.id', request.id,
-            'an integer of 0 or more')
-    require(request.id not in self.seen, 'Request.id', request.id,
-            'new to this server')
-    require(is_number(-math.inf, math.inf)(request.arrival_s),
-            f'request {request.id}: Request.arrival_s', request.arrival_s,
-            'seconds')
+    self.call(self._asked.enqueue, request, more)
 
   def cancel(self, id: int) -> None:
     """Ends a request now; one that has ended is left alone.
@@ -479,16 +405,7 @@ class Orchestrator:
     Raises:
       InputError: there is none of this id any more.
     """
-    return self.call(self._take, ids)
-
-  def _take(self, ids: Iterable[int]) -> list[tuple[int, Update]]:
-    states = [(id, self._known(id)) for id in ids]
-    return [(id, state.take()) for id, state in states if state.has_news]
-
-  def _known(self, id: int) -> RequestOutputState:
-    require(is_integer(0, math.inf)(id) and id in self.requests, 'id', id,
-            'that of a request whose output has not been taken')
-    return self.requests[id]
+    return self.call(self._asked.take, ids)
 
   def output(self, id: int) -> Output:
     """The finished request's Output; drops it from the server's memory.
@@ -497,21 +414,9 @@ class Orchestrator:
       InputError: it has not ended, which loses nothing; or there is none of
         this id any more.
     """
-    output = self.call(self._output, plain(id))
+    output = self.call(self._asked.output, plain(id))
     self.requests.pop(id, None)  # not before it is here
     return output
-
-  def _output(self, id: int) -> Output:
-    state = self._known(id)
-    require(state.finished, 'id', id, 'that of a request that has ended: this '
-            'one is running')
-    request = state.request
-    lost = Record(id, request.arrival_s, len(request.prompt),
-                  request.sampling.max_tokens or 0, status='failed',
-                  reason=state.error or '')  # given up before it was told of
-    record = next((r for r in reversed(self.records) if r.id == id), lost)
-    return Output(id, state.text, tuple(state.tokens), record.status, record,
-                  tuple(state.logprobs))
 
   def forget(self, id: int) -> Record:
     """Drops all memory of a request that has ended; returns its Record.
@@ -519,28 +424,7 @@ class Orchestrator:
     Raises:
       InputError: as output.
     """
-    return self.call(self._forget, id)
-
-  def _forget(self, id: int) -> Record:
-    require(self._known(id).finished, 'id', id,
-            'that of a request that has ended: this one is running')
-    del self.requests[id]
-    self.seen.discard(id)
-    return self.loop.recorder.forget(id)
-
-  def _collect(self, ids: Sequence[int], outputs: list[Output]) -> bool | None:
-    """True once all of these have ended, and their outputs are in `outputs`."""
-    for id in ids:
-      if not self._known(id).finished:
-        return None
-    outputs += self._take_outputs(ids)
-    return True
-
-  def _take_outputs(self, ids: Sequence[int]) -> list[Output]:
-    outputs = [self._output(id) for id in ids]
-    for id in ids:
-      del self.requests[id]
-    return outputs
+    return self.call(self._asked.forget, id)
 
   def generate(self, prompt: Prompt, **params: Any) -> Output:
     """Serves one request to its end. Any number of threads may.
@@ -553,7 +437,7 @@ class Orchestrator:
     outputs: list[Output] = []
     try:
       self._submit(ids, prompt, params)
-      self._thread.until(lambda: self._collect(ids, outputs))
+      self._thread.until(lambda: self._asked.collect(ids, outputs))
     except BaseException:
       self._drop(ids)
       raise
@@ -609,10 +493,10 @@ class Orchestrator:
     self._thread.check_may_wait()
     require(errors in ('raise', 'return'), 'errors', errors,
             "'raise' or 'return'")
-    prompts = _listed('prompts', prompts, 'a list of prompts')
+    prompts = listed('prompts', prompts, 'a list of prompts')
     allowed = f'parameters by name, as many as the prompts, {len(prompts)}'
     each = ([{}] * len(prompts) if sampling is None
-            else _listed('sampling', sampling, allowed))
+            else listed('sampling', sampling, allowed))
     require(len(each) == len(prompts) and all(
         isinstance(own, Mapping) and all(isinstance(name, str) for name in own)
         for own in each), 'sampling', sampling, allowed)
@@ -620,14 +504,15 @@ class Orchestrator:
     for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
       with naming(f'prompts[{index}]'):
         requests.append(self.prepare(prompt, **{**params, **own}))
-    self._check_open()
+    self._asked.check_open()
     ids: list[int] = []
     outputs: list[Output] = []
     try:
-      self.call(self._queue, ids, requests, None, errors == 'raise')
-      self._thread.until(lambda: self._collect(ids, outputs))
+      self.call(self._asked.queue, ids, requests, None, errors == 'raise')
+      self._thread.until(lambda: self._asked.collect(ids, outputs))
     except KeyboardInterrupt:
-      raise Interrupted(self.call(self._end_all, ids, outputs)) from None
+      raise Interrupted(
+          self.call(self._asked.end_all, ids, outputs)) from None
     except BaseException:
       self._drop(ids)
       raise
@@ -635,16 +520,6 @@ class Orchestrator:
       for output in outputs:
         raise_unless_served(output, self.is_open, outputs)
     return outputs
-
-  def _end_all(self, ids: Sequence[int], outputs: Sequence[Output]
-               ) -> Sequence[Output]:
-    """Cancels the requests that have not ended; the outputs of all, unless
-    there are `outputs` already."""
-    for id in ids:
-      self.loop.cancel(id)
-    self.loop.log_raised()  # its client hears of the Ctrl-C
-    return outputs or self._take_outputs(
-        [id for id in ids if id in self.requests])
 
   def run(self, requests: Iterable[Request],
           on_poll: Callable[[], object] | None = None) -> list[Record]:
@@ -658,40 +533,19 @@ class Orchestrator:
       InputError: a request that cannot be queued here, before any is.
     """
     self._thread.check_may_wait()
-    ordered = self._check_workload(requests)
+    ordered = self._asked.check_workload(requests)
     replay = Replay(ordered, self.now)
     try:
       if on_poll:
-        self.call(self._replayed, replay)
+        self.call(self._asked.replayed, replay)
         on_poll()
-      self._thread.until(lambda: self._replayed(replay),
+      self._thread.until(lambda: self._asked.replayed(replay),
                          lambda: bool(replay.todo), on_poll)
     except BaseException:
       self._drop([r.id for r in ordered], keep=True)
       raise
     ids = {r.id for r in ordered}
     return [r for r in self.records if r.id in ids]
-
-  def _check_workload(self, requests: Iterable[Request]) -> list[Request]:
-    """The requests, checked, by arrival."""
-    listed = check_requests('requests', _listed('requests', requests,
-                                                'a list of Requests'))
-    for index, request in enumerate(listed):
-      with naming(f'requests[{index}], request {request.id}'):
-        self._check_new(request)
-        require(request.after is None, 'Request.after', request.after,
-                'None: a server sends each at its time (simulate knows more)')
-        self.check(request.prompt, request.sampling)
-    return sorted(listed, key=lambda r: r.arrival_s)
-
-  def _replayed(self, replay: Replay) -> bool | None:
-    """Queues what is due; True once all that `run` asked for has ended."""
-    for request, more in replay.arrive(self.now):
-      self._enqueue(request, more)
-    self.loop.next_s = min(self.loop.next_s, replay.next_s)
-    others = bool(self.unfinished)
-    return True if replay.ended(self.unfinished) and (
-        others or not self.busy) else None
 
   # --- faults ---------------------------------------------------------------
 
@@ -750,13 +604,6 @@ class Orchestrator:
 def _close_all(engines: Sequence[AnyEngine]) -> None:
   for engine in engines:
     engine.close()
-
-
-def _listed(field: str, values: Iterable[Any], allowed: str) -> list[Any]:
-  """What may be given once only, as a list."""
-  require(isinstance(values, Iterable) and not isinstance(values, str | bytes)
-          and getattr(values, 'ndim', 1), field, values, allowed)
-  return list(values)
 
 
 def serve(model: Model, placement: Placement | str,

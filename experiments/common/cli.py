@@ -363,7 +363,9 @@ def prepare(num_devices: int, cache: str | None = CACHE, tp: int = 1) -> None:
     jax.config.update('jax_num_cpu_devices', num_devices)
   if cache:
     jax.config.update('jax_compilation_cache_dir', cache)
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+    least = 'jax_persistent_cache_min_compile_time_secs'
+    if least.upper() not in os.environ:
+      jax.config.update(least, 0.2)
     # Else the folder's path is part of each key, and a copied one is empty.
     jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
 

@@ -31,7 +31,7 @@ def prompt(length, seed=0):
 
 
 def norm(x_SD, gain_D, eps):
-  mean_S = np.array([np.mean(x_D * x_D) for x_D in x_SD])
+  mean_S = np.mean(x_SD * x_SD, axis=-1)
   return x_SD / np.sqrt(mean_S + eps)[:, None] * gain_D
 
 
@@ -46,15 +46,16 @@ def rotate(x_SNH, rope_base):
 
 
 def attention(q_SNH, k_SKH, v_SKH):
-  """Full causal attention, a query and a head at a time."""
+  """Full causal attention, a head at a time."""
   S, N, H = q_SNH.shape
-  group = N // k_SKH.shape[1]
+  group, seen_ST = N // k_SKH.shape[1], np.tri(S, dtype=bool)
   out_SNH = np.zeros(q_SNH.shape)
-  for s in range(S):
-    for n in range(N):
-      score_T = k_SKH[:s + 1, n // group] @ q_SNH[s, n] / np.sqrt(H)
-      weight_T = np.exp(score_T - score_T.max())
-      out_SNH[s, n] = weight_T @ v_SKH[:s + 1, n // group] / weight_T.sum()
+  for n in range(N):
+    score_ST = q_SNH[:, n] @ k_SKH[:, n // group].T / np.sqrt(H)
+    score_ST = np.where(seen_ST, score_ST, -np.inf)
+    weight_ST = np.exp(score_ST - score_ST.max(axis=-1, keepdims=True))
+    out_SNH[:, n] = weight_ST @ v_SKH[:, n // group]
+    out_SNH[:, n] /= weight_ST.sum(axis=-1, keepdims=True)
   return out_SNH
 
 

@@ -580,6 +580,19 @@ def test_compiled_programs_are_found_in_a_copied_folder(tmp_path, monkeypatch):
   assert changed['jax_persistent_cache_enable_xla_caches'] == 'none'
 
 
+@pytest.mark.parametrize('said', [True, False])
+def test_programs_are_kept_from_the_seconds_on_that_the_environment_says(
+    said, tmp_path, monkeypatch):
+  least, changed = 'jax_persistent_cache_min_compile_time_secs', {}
+  monkeypatch.setattr(jax.config, 'update', changed.__setitem__)
+  if said:
+    monkeypatch.setenv(least.upper(), '0')
+  else:
+    monkeypatch.delenv(least.upper(), raising=False)
+  cli.prepare(2, str(tmp_path))
+  assert (least in changed) != said
+
+
 @pytest.mark.parametrize('cores, gpus, cluster', [
     (2, None, None), (3, None, 'local'), (8, ['0', '1'], None)])
 def test_instances_are_processes_where_each_has_cores(cores, gpus, cluster,

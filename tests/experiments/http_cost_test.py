@@ -22,12 +22,12 @@ STREAMS, TOKENS = 3, 24
 def rounds():
   """(a bench of little steps, two rounds of it, [what was asked for, ...])."""
   server, asked = make(lambda *_: None), []
-  enqueue = server._enqueue
+  enqueue = server._asked.enqueue
 
   def noted(request, *args, **kwargs):
     asked.append((request.prompt, request.sampling))
     return enqueue(request, *args, **kwargs)
-  server._enqueue = noted
+  server._asked.enqueue = noted
   bench = http_cost.Bench(server, [MODEL.tokenizer.encode(f'Why {i}?')
                                    for i in range(STREAMS)], TOKENS, 0.01,
                           LIMITS)

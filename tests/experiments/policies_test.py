@@ -16,7 +16,8 @@ from experiments.common import cli
 from tests.common import fake_engine
 from tests.common.results import check_written, made_by
 
-TINY = dict(workloads=['sharegpt'], objectives=['balanced'], requests=30,
+# Of little prompts and answers: a tenth of the seconds of a real workload.
+TINY = dict(workloads=['fixed:100x10'], objectives=['balanced'], requests=30,
             tolerance=0.5, processes=1, orders=['fifo'], instances=2,
             only=['static', 'colocated'])
 
@@ -57,10 +58,10 @@ def test_lines_of_another_seed_are_others(tmp_path):
 
 
 def test_traces_are_found_in_their_folder_or_left_out(tmp_path):
-  code, text = run(tmp_path, workloads=['sharegpt', 'azure-conv'],
+  code, text = run(tmp_path, workloads=['fixed:100x10', 'azure-conv'],
                    only=['colocated'], traces=str(tmp_path / 'none'))
   assert code == 0 and 'azure-conv: no file' in text and 'left out' in text
-  assert [line['workload'] for line in lines(tmp_path)] == ['sharegpt']
+  assert [line['workload'] for line in lines(tmp_path)] == ['fixed:100x10']
   path = tmp_path / 'traces' / policies.TRACES['azure-conv']
   path.parent.mkdir(parents=True)
   path.write_text('TIMESTAMP,ContextTokens,GeneratedTokens\n' + ''.join(
@@ -68,7 +69,7 @@ def test_traces_are_found_in_their_folder_or_left_out(tmp_path):
   code, text = run(tmp_path, workloads=['azure-conv'], only=['colocated'],
                    traces=str(tmp_path / 'traces'))
   assert code == 0 and 'left out' not in text
-  assert [line['workload'] for line in lines(tmp_path)] == ['sharegpt',
+  assert [line['workload'] for line in lines(tmp_path)] == ['fixed:100x10',
                                                             'azure-conv']
   with pytest.raises(InputError, match='--workloads'):
     run(tmp_path, workloads=['azure-conv'], traces=str(tmp_path / 'none'))
@@ -99,7 +100,7 @@ def test_a_load_that_shifts_is_judged_over_whole_periods(tmp_path):
   assert code == 0 and 'sine' in text
   line, = lines(tmp_path)
   assert line['phases'] in ' '.join(text.split())
-  assert line['workload'] == 'sharegpt sine:low=1:high=9:period_s=4'
+  assert line['workload'] == 'fixed:100x10 sine:low=1:high=9:period_s=4'
   assert float(line['goodput_per_device']) > 0
   names = [part.rpartition(' ')[0] for part in line['phases'].split(', ')]
   assert names == ['rising high', 'falling high', 'falling low', 'rising low']

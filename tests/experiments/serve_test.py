@@ -52,6 +52,7 @@ def rows(path):
 
 
 def test_all_modes(tmp_path, capsys, monkeypatch):
+  gc.freeze()  # what other tests have left is not looked through
   place, placing, placed = weights._place, weights.placing, []
   monkeypatch.setattr(weights, '_place', lambda *args: (
       placed.append(args) or place(*args)))

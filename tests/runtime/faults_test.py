@@ -268,7 +268,7 @@ CALLS = [(method, kind) for method, every in KINDS.items() for kind in every
          if kind != 'stall']
 
 
-# Those of which a process is lost cost it a start each.
+# Those of which a process is lost cost it a start each, and are deep.
 QUICK = {('prefill', 'raise'), ('decode', 'twice'),
          ('gather', 'raise'), ('scatter', 'raise'), ('scatter', 'twice'),
          ('scatter', 'damage'), ('checksum', 'raise'), (COPY, 'raise'),
@@ -277,8 +277,9 @@ QUICK = {('prefill', 'raise'), ('decode', 'twice'),
 
 @pytest.mark.parametrize('mode, method, kind', [
     *(('1p1d', *call) for call in CALLS),
-    *(pytest.param('1p1d, processes', *call, marks=[pytest.mark.deep] * (
-        call not in QUICK)) for call in CALLS)])
+    *(pytest.param('1p1d, processes', *call, marks=pytest.mark.slow
+                   if call in QUICK else pytest.mark.deep)
+      for call in CALLS)])
 def test_any_call_may_go_wrong(server, method, kind):
   sides = (0,) if method in ('prefill', 'gather') else (
       0, 1) if method in ('admit', 'checksum') else (1,)
@@ -362,7 +363,7 @@ def test_a_stalled_step_loses_its_instance(server, monkeypatch):
   assert any('no step for' in text for _, text in server.faults)
 
 
-@pytest.mark.parametrize('mode', ('1p1d', '1p1d, processes'))
+@pytest.mark.parametrize('mode', ('1p1d', SLOW_PROCESSES))
 def test_what_is_damaged_never_decodes(server):
   """Nor does it without a fault elsewhere: only the copy is done again."""
   with inject(server) as injector:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import os
 import types
 
@@ -111,6 +112,13 @@ def test_no_more_than_the_machine_has(mode, instances, monkeypatch):
     fake_server_of(mode, tiered(host_bytes=most + 1))
 
 
+@functools.cache
+def page_bytes():
+  """Bytes of a slot."""
+  with server_of('colocated', tiered()) as server:
+    return server.fleet.hosts[0].page_bytes
+
+
 @pytest.mark.parametrize('mode', ['1p1d', '2p2d', 'colocated', 'chunked',
                                   '2flexible'])
 @pytest.mark.parametrize('host_pages', [3, 1000])
@@ -119,9 +127,7 @@ def test_any_load_of_fakes(mode, host_pages):
   work = [((*stem[:n], *prompt[:20]), params) for n, (prompt, params) in zip(
       (14, 9, 12, 14, 3, 14, 8, 14, 12, 4, 14, 8), MIXED, strict=True)]
   work += LONG
-  with server_of('colocated', tiered()) as server:
-    page_bytes = server.fleet.hosts[0].page_bytes
-  with fake_server_of(mode, tiered(host_bytes=host_pages * page_bytes)
+  with fake_server_of(mode, tiered(host_bytes=host_pages * page_bytes())
                       ) as server:
     for order in (None, list(range(len(work)))[::-1]) * 2:
       outputs = play(server, work, order, between=3)

@@ -374,6 +374,7 @@ def test_an_engine_that_never_returns_is_an_error_and_no_hang(monkeypatch):
 
 
 def test_a_dropped_server_ends_its_thread():
+  gc.freeze()  # what other tests have left is not looked through
   server = server_of('1p1d')
   server.generate(PROMPT, **PARAMS)
   thread = server.thread

@@ -179,7 +179,7 @@ def test_a_ctrl_c_in_close_fails_those_that_wait(stage, name, monkeypatch):
     while not server.steps:
       server.poll()
     monkeypatch.setattr(*(
-        (server, '_cancel_all') if stage == 'cancels' else
+        (server._asked, 'cancel_all') if stage == 'cancels' else
         (server.loop, 'settled')), interrupted)
     with pytest.raises(KeyboardInterrupt):
       server.close()

@@ -44,6 +44,7 @@ def held(model):
 
 @kinds
 def test_there_is_one_copy_of_each_cut(attention):
+  gc.freeze()  # what other tests have left is not looked through
   model = checkpoint.Model(CONFIG, tiny.params(CONFIG) | {})
   one, two, cut = (engine(model, attention, *devices)
                    for devices in ((0,), (1,), (2, 3)))

@@ -118,9 +118,9 @@ def test_contention_is_found_in_a_served_run(mode):
       assert calibrated.contention.factors[pair] == pytest.approx(
           truth.factors[pair], rel=0.02)
   slo = Slo(0.2, 0.03)
-  there = validate.stats(run(mode, 24.0, truth, real).records, slo)
+  there = validate.stats([run(mode, 24.0, truth, real).records], slo)
   errors = [validate.errors(there, validate.stats(
-      p.simulate(plan(mode), sent(24.0)), slo)) for p in (bench, calibrated)]
+      [p.simulate(plan(mode), sent(24.0))], slo)) for p in (bench, calibrated)]
   for name in ('ttft_s', 'tpot_s'):
     assert abs(errors[1][name]['mean']) < 0.03
     assert errors[0][name]['mean'] < -0.15
