@@ -47,6 +47,7 @@ from dsjax.simulation import contention, fitting, latency, profiles
 
 STEPS = 4  # decode steps of a timed run: the device takes them in a row
 HAND_OFFS = 8  # of each length, of which CPU seconds are taken
+LINK_ROUNDS = 10  # at least: a hand-off takes milliseconds
 HOST_TOKENS = 24  # output tokens of the requests that find the host's time
 ALONE = 5  # requests a round, one by one
 ENGINE = EngineConfig(max_len=1024, max_seqs=16, prefill_tokens=512,
@@ -409,8 +410,9 @@ class _Profiler:
 
   def link(self, plan, source, to):
     """The latency.Link to a plan; None where noise hides the bandwidth."""
+    rounds = max(self.rounds, LINK_ROUNDS)
     tick = _ticks(self.report, f'{plan}: to {to}',
-                  (self.rounds + 1) * len(self.lengths))
+                  (rounds + 1) * len(self.lengths))
     if self.cluster:
       self.close()
       source, target = self.start(Placement(prefill=[plan], decode=[to]))
@@ -419,7 +421,7 @@ class _Profiler:
           pass
     else:
       target = build(self.model, to, 'decode', self.config, self.apart)
-    seconds = transfer_times(source, target, self.lengths, self.rounds, tick)
+    seconds = transfer_times(source, target, self.lengths, rounds, tick)
     if self.cluster and local.visible_gpus() is None and plan == to == Plan():
       self.hand_off = hand_off_cpu(source, target, self.lengths)
     if seconds[-1] <= seconds[0]:
