@@ -92,8 +92,7 @@ def test_wrong_tokens_are_seen(tmp_path, monkeypatch):
     return prefix and prefix._replace(
         tokens=prefix.tokens[:prefix.prompt_len])
   monkeypatch.setattr(loop.Loop, '_prefix_of', prefix_of)
-  assert soak.run(options(tmp_path, cancel=0.0, minutes=0.03),
-                  Console(quiet=True)) == 1
+  assert soak.run(options(tmp_path, cancel=0.0), Console(quiet=True)) == 1
   failed = json.loads((tmp_path / 'soak.json').read_text())['failed checks']
   assert 'tokens' in failed
 
