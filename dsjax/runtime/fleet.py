@@ -339,7 +339,7 @@ class Fleet:
           yield event
 
   def _come_back(self) -> None:
-    """Nothing is late for as long as nobody looked."""
+    """Time in which the loop did not look makes nothing late."""
     now_s, clock_s = self.clock(), time.perf_counter()
     away_s = self._looks.away_s(now_s)
     if away_s:

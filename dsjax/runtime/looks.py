@@ -1,7 +1,7 @@
-"""How long nobody looked at what may be late.
+"""How long a process has not looked at what may be late.
 
-Whoever stops this process (SIGSTOP, a debugger, a machine that sleeps) stops
-what would tell it that something has happened: that time is no delay.
+A process that is stopped (SIGSTOP, a debugger, a machine that sleeps) cannot
+see that something has happened: that time is no delay.
 """
 
 AWAY_S = 1.0  # from one look to the next: what is more does not count

@@ -55,7 +55,7 @@ class Loop:
     log, observers: see Orchestrator. recorder: a Record a request.
     unfinished: {id: RequestOutputState} of requests that have not ended.
     host_s: host seconds of polls that found work. next_s: when something is to
-    be asked of it that nobody will wake it for.
+    be asked of it that nothing will wake it for.
     deciding: whether a hook of the policy may be running.
     closed: whether it serves no more; broken: why it was given up.
   """

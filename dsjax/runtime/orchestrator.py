@@ -607,12 +607,22 @@ def _close_all(engines: Sequence[AnyEngine]) -> None:
 
 
 def serve(model: Model, placement: Placement | str,
-          config: EngineConfig | None = None, **options: Any) -> Orchestrator:
-  """An Orchestrator for a model over a placement; options as its __init__.
+          config: EngineConfig | None = None,
+          devices: Sequence[jax.Device] | None = None,
+          report: Report | None = None, keep_events: int | None = None,
+          make_engine: MakeEngine = Engine, policy: Policy = DISTSERVE,
+          latency: Named | None = None, link: LinkLike | None = None,
+          planner: Executor | None = None,
+          cluster: str | None = None) -> Orchestrator:
+  """An Orchestrator for a model over a placement.
 
   `with dsjax.serve(model, placement) as server: server.generate('Hi')`. If
   JAX has not started, a machine without accelerators gets as many CPU devices
-  as the placement asks for. The placement may be its text.
+  as the placement asks for.
+
+  Args:
+    placement: a Placement or its text, such as 'prefill=2x1,decode=1x1'.
+    the rest: see Orchestrator.__init__, which also says what is raised.
   """
   require(isinstance(model, Model), 'model', model,
           'a Model, such as dsjax.load returns')
@@ -623,7 +633,8 @@ def serve(model: Model, placement: Placement | str,
   require(config is None or isinstance(config, EngineConfig), 'config', config,
           'a dsjax.EngineConfig')
   with contextlib.suppress(RuntimeError):  # it has started: use what is there
-    if options.get('cluster') is None and (
+    if cluster is None and (
         jax.config.values['jax_num_cpu_devices'] < placement.num_devices):
       jax.config.update('jax_num_cpu_devices', placement.num_devices)
-  return Orchestrator(model, placement, config, **options)
+  return Orchestrator(model, placement, config, devices, report, keep_events,
+                      make_engine, policy, latency, link, planner, cluster)

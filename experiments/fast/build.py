@@ -15,9 +15,6 @@ import sys
 import sysconfig
 import tempfile
 
-import setuptools
-from mypyc.build import mypycify
-
 from experiments.fast import finder
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -37,6 +34,9 @@ FLAGS = ('--follow-imports=skip', '--ignore-missing-imports')
 
 def build(site: pathlib.Path) -> None:
   """Compiles MODULES and installs them and the finder in a site-packages."""
+  import setuptools  # only .venv-fast has both
+  from mypyc.build import mypycify
+
   sources = {f'dsjax.{folder}.{name}': f'dsjax/{folder}/{name}.py'
              for folder, names in MODULES.items() for name in names}
   target = site / 'dsjax_fast_modules'
@@ -61,6 +61,8 @@ def build(site: pathlib.Path) -> None:
 
 
 if __name__ == '__main__':
+  if sys.argv[1:]:  # --help: it takes nothing
+    sys.exit(__doc__)
   if sys.prefix == sys.base_prefix:
     sys.exit('Run `make fast`: it makes an environment of its own first.')
   build(pathlib.Path(sysconfig.get_path('purelib')))

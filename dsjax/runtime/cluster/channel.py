@@ -225,7 +225,7 @@ class Door:
                      name='dsjax door').start()
 
   def close(self) -> None:
-    """Lets nobody in any more."""
+    """Takes no more connections."""
     with self._lock:
       self._closed = True
       strangers = list(self._strangers)
@@ -296,7 +296,7 @@ def connect(address: str, key: bytes, index: int, incarnation: int,
   """The channel of a process to its server.
 
   Raises:
-    OSError, EOFError: nobody is there, or greets it in GREETS_S.
+    OSError, EOFError: no process is there, or none greets it in GREETS_S.
     AuthenticationError: who is there has another key, or is no server.
   """
   host, port = address.rsplit(':', 1)

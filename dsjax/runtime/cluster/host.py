@@ -106,7 +106,7 @@ def serve(group: hosts.Group, number: int, say: Callable[[str], object]
       agent = Agent(group, number)
     except (OSError, EOFError) as error:  # there is no server yet
       why = f'waiting for {group.address}, port {group.port + number}: ' + (
-          str(error) or 'it lets nobody in')
+          str(error) or 'it takes no connection')
       if why != said:
         say(why)
       said = why

@@ -319,7 +319,7 @@ def _leave(why: str) -> None:
   try:
     if why != channel.CLOSED:
       print(f'an instance ends: {why}', file=sys.stderr)
-  finally:  # nobody may read what is printed
+  finally:  # what reads its output may be gone
     os._exit(0)
 
 
