@@ -60,7 +60,7 @@ class Workload:
   max_prompt: int | None = None
   max_output: int | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     with naming('workload'):
       wave_of(self.process)
     for field in ('requests', 'max_prompt', 'max_output'):
@@ -97,7 +97,7 @@ class Serve:
   slo: Slo = Slo(ttft_s=2.0, tpot_s=0.15)
   warmup_s: float = 0.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     sizes = [p.num_devices for p in self.placements]
     require(sizes and len(set(sizes)) == 1, 'placements', sizes,
             'one or more, of equally many devices')
@@ -105,16 +105,16 @@ class Serve:
             'seconds, 0 or more')
 
   @property
-  def num_devices(self):
+  def num_devices(self) -> int:
     return self.placements[0].num_devices
 
   @property
-  def tp(self):
+  def tp(self) -> int:
     """Devices of the widest instance."""
     return max(placement.tp for placement in self.placements)
 
   @property
-  def modes(self):
+  def modes(self) -> tuple[str, ...]:
     """A name for each placement."""
     counts = collections.Counter(p.mode for p in self.placements)
     return tuple(

@@ -198,7 +198,7 @@ class _Piped(Console):
     _print_to_nobody()
 
 
-def exit_code(run, *args) -> int:
+def exit_code(run: Callable[..., int | None], *args: Any) -> int:
   """What run(*args) returns; 2 for bad input, 130 for Ctrl-C, each with one
   line on stderr."""
   try:
@@ -277,8 +277,8 @@ def _flush():
     _print_to_nobody()
 
 
-def main(run, defined: dict[str, Any], config=None,
-         verbosity: int = logging.WARNING) -> None:
+def main(run: Callable[[Any, Console], int | None], defined: dict[str, Any],
+         config: Any = None, verbosity: int = logging.WARNING) -> None:
   """Runs a program: run(options, console) returns its exit code, or None.
 
   Args:

@@ -5,6 +5,7 @@ import gc
 import os
 import pathlib
 import time
+from collections.abc import Iterator
 
 import jax.monitoring
 
@@ -37,10 +38,10 @@ def _started():
 class Others:
   """Cores that other processes use, from its making on; Linux only."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     self._busy, self._start_s = _busy_s(), time.perf_counter()
 
-  def cores(self):
+  def cores(self) -> float | None:
     """Mean cores taken by others so far; None where it cannot be known."""
     now, span_s = _busy_s(), time.perf_counter() - self._start_s
     if now is None or self._busy is None or span_s < 0.1:
@@ -50,7 +51,7 @@ class Others:
 
 
 @contextlib.contextmanager
-def settled():
+def settled() -> Iterator[None]:
   """What is there stays meanwhile: the collector does not look at it, which
   takes 90 ms of a server's core after some 800 steps."""
   gc.collect()
@@ -62,7 +63,7 @@ def settled():
 
 
 @contextlib.contextmanager
-def compilations():
+def compilations() -> Iterator[list[float]]:
   """A list that grows with each program that is compiled."""
   seen = []
 

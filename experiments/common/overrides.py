@@ -11,20 +11,23 @@ import runpy
 import textwrap
 import types
 import typing
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Placement
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'configs'
+T = TypeVar('T')  # a dataclass
 
 
-def names():
+def names() -> list[str]:
   """Names that load() knows."""
   return sorted(path.stem for path in CONFIGS.glob('*.py')
                 if path.stem != 'serve')
 
 
-def load(name):
+def load(name: str | pathlib.Path) -> Any:
   """The `config` of a file: a path that ends in .py, or a name in configs/.
 
   Raises:
@@ -50,7 +53,7 @@ def load(name):
   return config
 
 
-def override(config, settings):
+def override(config: T, settings: Iterable[str]) -> T:
   """A config with fields changed.
 
   Args:
@@ -136,7 +139,7 @@ def _parse(text, kind, path, separators=',:'):
 # --- what there is to change --------------------------------------------------
 
 
-def describe(config):
+def describe(config: Any) -> str:
   """The fields that override() knows: type, default and meaning of each.
 
   The meaning is what the `Attributes:` of its dataclass's docstring say.
@@ -177,7 +180,7 @@ def _text(value):
   return str(value).removeprefix(f'{CONFIGS.parent}/')
 
 
-def meanings(kind):
+def meanings(kind: type[Any]) -> dict[str, str]:
   """{field: what the Attributes of a dataclass's docstring say of it}.
 
   `a, b: words` speaks of both.

@@ -7,15 +7,21 @@ by how much: before and after what is compared with a simulation.
 
 import dataclasses
 import statistics
+from collections.abc import Iterable, Mapping, Sequence
 
+from dsjax.config.engine import EngineConfig
+from dsjax.config.latency import Latency
 from dsjax.runtime import profiling
+from dsjax.runtime.protocols import Engine
 from dsjax.simulation import fitting
 from dsjax.simulation.contention import kind_of
+from dsjax.simulation.latency import Affine
 
 ROUNDS = 3
 
 
-def of(engines, model, config):
+def of(engines: Iterable[Engine], model: Latency, config: EngineConfig
+       ) -> dict[str, float]:
   """{kind of step: seconds now over what `model` predicts} of idle engines,
   which keep nothing in a prefix cache; the kinds that they have, a single row
   counted with decode.
@@ -41,13 +47,13 @@ def of(engines, model, config):
   return {kind: statistics.mean(of) for kind, of in ratios.items()}
 
 
-def mean(paces):
+def mean(paces: Sequence[Mapping[str, float]]) -> dict[str, float]:
   """Of several, by kind."""
   return {kind: statistics.mean(pace[kind] for pace in paces)
           for kind in paces[0]}
 
 
-def scaled(model, pace):
+def scaled(model: Affine, pace: Mapping[str, float]) -> Affine:
   """An Affine whose kinds of step take so many times as long; as it is where
   nothing is known."""
   def times(constants, kind):

@@ -7,24 +7,34 @@ save_* write. The timeline of a run is in dsjax.analysis.
 import bisect
 import json
 import math
+import pathlib
 import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 from rich.console import Group
 from rich.table import Table
 
-from dsjax.analysis.metrics import slo_scale
+from dsjax.analysis.metrics import Summary, slo_scale
 from dsjax.analysis.record import STAGES, Record
 from dsjax.config.checks import InputError
+from dsjax.config.placement import Slo
 from dsjax.scheduling import event_log
+from dsjax.scheduling.events import Command, Event
 from dsjax.workload import json_lines
 from experiments.common import pictures
+
+# Of an event log: an event, and the commands that answer it.
+Entry: TypeAlias = tuple[Event, tuple[Command, ...]]
 
 # --- records ----------------------------------------------------------------
 
 
-def save_records(path, records, modes=None):
+def save_records(path: str | pathlib.Path, records: Iterable[Record],
+                 modes: Sequence[str] | None = None) -> None:
   """Writes the row of each Record as a line of JSON.
 
   Args:
@@ -36,13 +46,13 @@ def save_records(path, records, modes=None):
       file.write(json.dumps(row | r.row()) + '\n')
 
 
-def save_log(path, log):
+def save_log(path: str | pathlib.Path, log: Iterable[Entry]) -> None:
   """Writes an event log: a line of JSON for each (event, commands)."""
   with open(path, 'w') as file:
     file.writelines(json.dumps(event_log.encode(pair)) + '\n' for pair in log)
 
 
-def load_log(path):
+def load_log(path: str | pathlib.Path) -> list[Entry]:
   """Reads what save_log wrote.
 
   Raises:
@@ -59,7 +69,7 @@ def load_log(path):
   return log
 
 
-def load_records(path):
+def load_records(path: str | pathlib.Path) -> list[Record]:
   """Reads what save_records wrote.
 
   Raises:
@@ -126,7 +136,8 @@ def _scaled(key, factor):
                            if extra.get(key) is not None else '-')
 
 
-def tables(results):
+def tables(results: Sequence[tuple[str, Summary, Mapping[str, Any]]]
+           ) -> Group:
   """Comparison of modes, a column each.
 
   Args:
@@ -224,7 +235,8 @@ def _unsteady(results):
   return text
 
 
-def verdict(results):
+def verdict(results: Sequence[tuple[str, Summary, Mapping[str, Any]]]
+            ) -> str:
   """Which mode won, by how much and why, in a sentence or more.
 
   By goodput per device; no winner where the intervals overlap, or where the
@@ -373,7 +385,8 @@ def _stage_bars(axes, results):
 _LOST = 'x+1234'  # a marker a mode, of requests that got no token
 
 
-def over_time(axes, results, field, limit_s):
+def over_time(axes: Axes, results: Sequence[tuple[str, Sequence[Record]]],
+              field: str, limit_s: float) -> None:
   """A latency by arrival time; at the top, those that got no token.
 
   results: [(mode, records), ...]. field: ttft_s or tpot_s.
@@ -399,7 +412,9 @@ def over_time(axes, results, field, limit_s):
   axes.legend(**_BELOW)
 
 
-def save_figure(path, results, slo, title=''):
+def save_figure(path: str | pathlib.Path,
+                results: Sequence[tuple[str, Sequence[Record]]], slo: Slo,
+                title: str = '') -> None:
   """Draws the latencies, attainment and stages of each mode to a PNG.
 
   Records of a client have no stages: TTFT over time is drawn instead.

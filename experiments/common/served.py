@@ -2,7 +2,11 @@
 
 import pathlib
 import re
+import types
+from collections.abc import Mapping
+from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from dsjax.config.placement import Placement, Plan
@@ -50,7 +54,8 @@ def _show(console, fit, kept, held):
                   'another plan.', style='yellow')
 
 
-def run(options, console, path, asked):
+def run(options: types.SimpleNamespace, console: Console, path: str,
+        asked: Mapping[str, Any]) -> int:
   """Fits, shows, and writes the file that --latency takes; 0."""
   placement = Placement.parse(options.placement, '--placement')
   requests, empty = read_served(path)

@@ -8,16 +8,26 @@ import dataclasses
 import itertools
 import math
 import statistics
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeAlias
+
+from rich.progress import Progress
 
 from dsjax.analysis import attribution, metrics
 from dsjax.analysis.record import Record
 from dsjax.config.checks import require
-from dsjax.config.placement import Slo
+from dsjax.config.placement import Placement, Slo
 from dsjax.placement import candidates
 from dsjax.placement.api import build, no_load, simulated
-from dsjax.scheduling.events import Finish, Reject
+from dsjax.scheduling import scheduler
+from dsjax.scheduling.events import Command, Event, Finish, Reject
 from dsjax.simulation import simulator
 from experiments.common import seeds
+
+# Called with (name, placement, config, event log) of a run.
+Save: TypeAlias = Callable[[str, Placement, scheduler.Config,
+                            list[tuple[Event, tuple[Command, ...]]]], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +123,8 @@ def _point(placement, x, rate, slo, outcome, built):
           if instance.prefills))
 
 
-def interval_of_runs(hits):
+def interval_of_runs(hits: Sequence[Sequence[bool]]
+                     ) -> tuple[float, float, float]:
   """(share, low, high) of independent runs, whether each request attained.
 
   Student's t over the runs' shares, or the interval of all requests where that
@@ -126,7 +137,7 @@ def interval_of_runs(hits):
       high, share + half))
 
 
-def pooled(points):
+def pooled(points: Sequence[Point]) -> Point:
   """The Points of one system at one x, a seed each, as one.
 
   Its interval is of the seeds' shares; its percentiles are of all requests.
@@ -149,7 +160,7 @@ def pooled(points):
              for size in first.tried})
 
 
-def by_system(points, kind):
+def by_system(points: Iterable[Point], kind: str) -> list[Point]:
   """The Points of all seeds, pooled, by system and x."""
   groups = {}
   for point in points:
@@ -166,8 +177,11 @@ def _best(points):
   return dataclasses.replace(chosen, tried=shares if len(points) > 1 else {})
 
 
-def simulate(options, asked, placements, settings, kind, progress, halt, save,
-             label=''):
+def simulate(options: types.SimpleNamespace, asked: candidates.SearchProblem,
+             placements: Sequence[Placement],
+             settings: Sequence[tuple[float | None, float]], kind: str,
+             progress: Progress, halt: Callable[[], object],
+             save: Save | None, label: str = '') -> Iterator[Point]:
   """Yields the Points of every placement, in order.
 
   Args:

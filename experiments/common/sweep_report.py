@@ -6,12 +6,16 @@ All of it is of Points, see experiments.common.sweep.
 import dataclasses
 import itertools
 import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from dsjax.analysis import attribution, metrics
 from experiments.common import pictures
+from experiments.common.sweep import Point
 
 # Colour and hatch of each cause: told apart in grey too.
 LOOKS = dict(zip(attribution.ALL, (
@@ -28,12 +32,12 @@ def _ms(values_s):
                   for value_s in values_s)
 
 
-def where(point, kind):
+def where(point: Point, kind: str) -> str:
   """The rate or the scale of a Point."""
   return f'{point.x:.4g}' if point.x or kind == 'scale' else 'at once'
 
 
-def tables(points, kind):
+def tables(points: Sequence[Point], kind: str) -> tuple[Table, Table]:
   """Two rich tables of the Points of one placement, 80 columns at most."""
   first = kind if kind == 'scale' else 'req/s'
   met = Table(title=points[0].system, title_justify='left')
@@ -59,7 +63,7 @@ def tables(points, kind):
   return met, gaps
 
 
-def told(points, kind, target):
+def told(points: Sequence[Point], kind: str, target: float) -> list[str]:
   """Lines under a placement's table: each point's advice, the best rate."""
   lines = []
   for point in points:
@@ -88,7 +92,8 @@ def told(points, kind, target):
 # --- picture ------------------------------------------------------------------
 
 
-def draw(path, points, kind, label, target, title):
+def draw(path: str | pathlib.Path, points: Sequence[Point], kind: str,
+         label: str, target: float, title: str) -> None:
   """Attainment of each placement, and under it why requests missed."""
   systems = list(dict.fromkeys(point.system for point in points))
   figure = Figure(figsize=(8.5, 3.6 + 1.9 * len(systems)),
@@ -172,7 +177,7 @@ def _misses(axes, points, width, system, most):
 # --- files --------------------------------------------------------------------
 
 
-def facts(point):
+def facts(point: Point) -> dict[str, Any]:
   """What summary.json says of a Point."""
   return {
       'placement': point.placement, 'policy': point.policy,
@@ -184,7 +189,7 @@ def facts(point):
       'advice': point.attribution.advice}
 
 
-def row(point):
+def row(point: Point) -> dict[str, Any]:
   """A line of points.csv."""
   summary = point.summary
   share, low, high = summary.attainment

@@ -10,13 +10,16 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
+from typing import Any, Self
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from dsjax.config.placement import Placement
 from dsjax.scheduling import lifecycle, prefix_cache
 
 TABLE_S, LINE_S, RATE_S, FIRST_S = 0.25, 5.0, 2.0, 2.0
@@ -25,13 +28,14 @@ _STAGE = dict.fromkeys(lifecycle.ENDING) | lifecycle.SHOWN_AS | {
     'prefilled': 'migrating'}
 
 
-def short(text, limit=70):
+def short(text: str, limit: int = 70) -> str:
   """One line of at most `limit` characters, printable ones only."""
   text = ' '.join(''.join(c if c.isprintable() else ' ' for c in text).split())
   return text if len(text) <= limit else text[:limit - 1] + '…'
 
 
-def written(console, folder, *names):
+def written(console: Console, folder: str | os.PathLike[str],
+            *names: str) -> None:
   """One line: every file that a run wrote, a PDF beside each picture too."""
   files = [file for name in names for file in (
       (name, f'{name[:-4]}.pdf') if name.endswith('.png') else (name,))]
@@ -39,7 +43,7 @@ def written(console, folder, *names):
                 highlight=False)
 
 
-def counts(server):
+def counts(server: Any) -> list[dict[str, int]]:
   """Requests per instance and stage, and pages in use.
 
   A request that waits for its KV to be pulled counts as migrating, at the
@@ -60,7 +64,9 @@ def counts(server):
   return rows
 
 
-def now_and_then(console, every_s=10.0, clock=time.monotonic):
+def now_and_then(console: Console, every_s: float = 10.0,
+                 clock: Callable[[], float] = time.monotonic
+                 ) -> Callable[..., None]:
   """A function that prints a line of progress, after FIRST_S seconds and then
   every `every_s`; `begins`: of a new part, at once. On a terminal, where a bar
   moves, it prints none."""
@@ -81,16 +87,16 @@ class Interrupts:
   The second one is Python's own KeyboardInterrupt.
   """
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.seen = False
 
-  def __enter__(self):
+  def __enter__(self) -> Self:
     self._usable = threading.current_thread() is threading.main_thread()
     if self._usable:
       self._old = signal.signal(signal.SIGINT, self._note)
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     if self._usable:
       signal.signal(signal.SIGINT, self._old)
 
@@ -101,7 +107,7 @@ class Interrupts:
       os.write(2, b'stopping after the current step (Ctrl-C again: at once)\n')
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-  def halt(self):
+  def halt(self) -> None:
     """Raises KeyboardInterrupt if Ctrl-C was pressed."""
     if self.seen:
       raise KeyboardInterrupt
@@ -115,15 +121,15 @@ class Screen:
     halt: called often; raises KeyboardInterrupt when the run is to stop.
   """
 
-  def __init__(self, console, halt):
+  def __init__(self, console: Console, halt: Callable[[], object]) -> None:
     self.console, self.halt = console, halt
     self._shown, self._every = None, LINE_S
     self._next_s = 0.0
 
-  def __enter__(self):
+  def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     self._stop()
 
   def _start(self, shown):
@@ -138,7 +144,7 @@ class Screen:
 
   # --- warming up -----------------------------------------------------------
 
-  def begin(self, mode, placement, total):
+  def begin(self, mode: str, placement: Placement, total: int) -> None:
     """A mode begins; `total` requests will be sent."""
     self.mode, self.placement, self.total = mode, placement, total
     self.began_s, self._next_s = time.perf_counter(), 0.0
@@ -153,7 +159,7 @@ class Screen:
     else:
       self.console.print(f'{mode}: compiling')
 
-  def warming(self, done, total, name):
+  def warming(self, done: int, total: int, name: str) -> None:
     """The orchestrator's report while it compiles."""
     self.halt()
     self._bar.update(self._task, completed=done, total=total, description=name)
@@ -168,7 +174,7 @@ class Screen:
 
   # --- serving --------------------------------------------------------------
 
-  def serving(self, server):
+  def serving(self, server: Any) -> None:
     """Called between polls: shows the state a few times a second."""
     self.halt()
     now_s = time.perf_counter()
@@ -189,7 +195,7 @@ class Screen:
     elif now_s > self._began_s:
       self.console.print(self._line(server, now_s, rate), soft_wrap=True)
 
-  def served(self):
+  def served(self) -> None:
     """The mode is over: the table goes."""
     self._stop()
 

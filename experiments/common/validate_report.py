@@ -1,17 +1,24 @@
 """Tables and pictures of what experiments.validate measured."""
 
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 from matplotlib.figure import Figure
+from rich.console import Console
 from rich.table import Table
 
 from dsjax.analysis.record import STAGES
+from dsjax.config.placement import Slo
 from experiments.common import pictures
 
 PROFILES = ('bench', 'calibrated')
 STATS = ('mean', 'p50', 'p90', 'p99')
 
 
-def show(console, rows, slo):
+def show(console: Console, rows: Sequence[Mapping[str, Any]],
+         slo: Slo) -> None:
   """Attainment and latencies; then where the seconds are."""
   table = Table(title=f'Real against simulated; SLO TTFT {slo.ttft_s:.3g} s, '
                 f'TPOT {slo.tpot_s:.3g} s', title_justify='left')
@@ -83,7 +90,7 @@ def _show_steps(console, rows):
                 'whether its pages were read behind a step', soft_wrap=True)
 
 
-def draw(path, rows):
+def draw(path: str | pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
   """Attainment, TTFT and TPOT, and their errors; a column a mode."""
   modes = list(dict.fromkeys(r['mode'] for r in rows))
   figure = Figure(figsize=(6 * len(modes), 12), layout='constrained')
