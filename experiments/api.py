@@ -28,17 +28,23 @@ import os
 import pathlib
 import socket
 import sys
+import types
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
+
+from rich.console import Console
 
 import dsjax
 from configs.serve import Serve
 from dsjax.config.checks import require
 from dsjax.http.service import Limits, Service
-from dsjax.scheduling.policy import DISTSERVE
+from dsjax.scheduling.policy import DISTSERVE, Policy
 from experiments.common import cli, policies
 from experiments.common import overrides as configs
 
 with cli.needs('serve'):
   from dsjax.http import routes, socket_server, telemetry
+  from dsjax.http.middleware import Gate
 
 FLAGS = {
     'config': 'demo', 'set': (), 'policy': 'distserve',
@@ -63,7 +69,7 @@ class Api(Serve):
   limits: Limits = Limits()
 
 
-def load(name, settings):
+def load(name: str, settings: Iterable[str]) -> Api:
   """The Api of a config and its changes.
 
   Raises:
@@ -77,9 +83,11 @@ def load(name, settings):
   return configs.override(Api(**fields), settings)
 
 
-def make_service(config, name=None, key=None, log_text=False,
-                 policy=DISTSERVE, origins=(), latency=None, planner=None,
-                 cluster=None):
+def make_service(config: Api, name: str | None = None, key: str | None = None,
+                 log_text: bool = False, policy: Policy = DISTSERVE,
+                 origins: Sequence[str] = (), latency: str | None = None,
+                 planner: Executor | None = None, cluster: str | None = None
+                 ) -> tuple[Gate, Service]:
   """(application, Service) of an Api; nothing is loaded yet."""
 
   def make(report):
@@ -96,7 +104,7 @@ def make_service(config, name=None, key=None, log_text=False,
                          log_text, origins), service
 
 
-def run(options, console):
+def run(options: types.SimpleNamespace, console: Console) -> int:
   """Serves until a signal; returns the exit code."""
   del console
   _log_lines(options.out)

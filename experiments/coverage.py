@@ -30,9 +30,11 @@ import os
 import pathlib
 import statistics
 import time
+import types
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -222,8 +224,8 @@ class Measured(NamedTuple):
 Keep = Callable[[Measured], None]
 
 
-def measure(options, known: Measured, keep: Keep, bar: Progress,
-            map: Callable[..., Iterable],
+def measure(options: types.SimpleNamespace, known: Measured, keep: Keep,
+            bar: Progress, map: Callable[..., Iterable],
             clock: Callable[[], float] = time.monotonic) -> Measured:
   """The truth of each problem, then every seed of each, in turn.
 
@@ -302,7 +304,8 @@ def table_of_signs(lines: list[Sign]) -> Table:
   return out
 
 
-def save(out: pathlib.Path, options, measured: Measured) -> None:
+def save(out: pathlib.Path, options: types.SimpleNamespace,
+         measured: Measured) -> None:
   """Writes coverage.csv, verdicts.csv and coverage.json."""
   for name, kind, lines, last in (
       ('coverage.csv', Interval, measured.intervals, 'covered'),
@@ -315,7 +318,7 @@ def save(out: pathlib.Path, options, measured: Measured) -> None:
       cli.asked(options, FLAGS), ['sharegpt', 'published'])
 
 
-def read(out: pathlib.Path, options) -> Measured:
+def read(out: pathlib.Path, options: types.SimpleNamespace) -> Measured:
   """What `save` wrote; nothing where it did not.
 
   Raises:
@@ -345,7 +348,7 @@ def read(out: pathlib.Path, options) -> Measured:
   return Measured(truths, lines)
 
 
-def run(options, console) -> int:
+def run(options: types.SimpleNamespace, console: Console) -> int:
   """Measures, shows and writes."""
   for name in options.problems:
     require(name in PROBLEMS, '--problems', name, f'of {list(PROBLEMS)}')

@@ -21,9 +21,12 @@ import multiprocessing
 import pathlib
 import random
 import time
+import types
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from rich import box
+from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -54,7 +57,7 @@ def _world(roles, requests, faults, num_pages=4, max_seqs=2, prefill_tokens=4,
   return rules(scheduler.Config(instances, **options), requests), faults
 
 
-def small_worlds():
+def small_worlds() -> dict[str, tuple[Rules, int]]:
   """{name: (Rules, faults)}: what is explored to the end.
 
   Instances of a few pages; where rows outgrow them the world is called
@@ -208,7 +211,7 @@ def small_worlds():
   }
 
 
-def large_world(seed):
+def large_world(seed: int) -> tuple[Rules, int]:
   """(Rules, faults) of a seed: 6 to 8 instances of one mode, 60 requests."""
   draw = random.Random(seed)
   mode = draw.choice(('prefill', 'prefill', 'colocated', 'chunked', 'flexible'))
@@ -269,7 +272,8 @@ class Result(NamedTuple):
   moves: tuple = ()
 
 
-def rules_of(kind, name, policy='distserve'):
+def rules_of(kind: str, name: str, policy: str = 'distserve'
+             ) -> tuple[Rules, int]:
   """(Rules, faults) of a job."""
   rules, faults = (small_worlds()[name] if kind == 'small'
                    else large_world(int(name)))
@@ -279,7 +283,8 @@ def rules_of(kind, name, policy='distserve'):
       rules.config, policy=policies.load(policy)), rules.requests), faults
 
 
-def explore(job, halt=None):
+def explore(job: tuple[str, str, int, str],
+            halt: Callable[[int], object] | None = None) -> Result:
   """The Result of a job: (small | large, name or seed, more faults, policy)."""
   kind, name, more, policy = job
   rules, faults = rules_of(kind, name, policy)
@@ -312,7 +317,7 @@ FLAGS = {
 }
 
 
-def run(options, console):
+def run(options: types.SimpleNamespace, console: Console) -> int:
   """Explores, or replays a log; returns the exit code."""
   if options.table:
     print(lifecycle.drawing())
@@ -433,7 +438,8 @@ def _table(results):
   return table
 
 
-def report(console, results, out, policy='distserve'):
+def report(console: Console, results: Iterable[Result], out: pathlib.Path,
+           policy: str = 'distserve') -> int:
   """Shrinks and writes the first violation; the exit status."""
   broken = next((r for r in results if r.violation), None)
   if broken is None:

@@ -8,7 +8,10 @@ the processes of instances as that one says, and ends them when it is gone. Then
 it waits for the next one, until Ctrl-C.
 """
 
+import types
 from multiprocessing import AuthenticationError
+
+from rich.console import Console
 
 from dsjax.config.checks import require
 from dsjax.runtime.cluster import host, hosts
@@ -20,7 +23,7 @@ FLAGS = {
 }
 
 
-def run(options, console):
+def run(options: types.SimpleNamespace, console: Console) -> int:
   """Serves until it is interrupted; 1: the server has another key or file."""
   for flag in ('hosts', 'name'):
     require(getattr(options, flag), f'--{flag}', '', 'given')

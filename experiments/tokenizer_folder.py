@@ -11,6 +11,8 @@ ids.
 
 import json
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders
@@ -26,7 +28,7 @@ FLAGS = {'model': cli.Flag('smollm2-135m-instruct', 'Name or .gguf file.'),
          'out': 'out/tokenizer'}
 
 
-def write(meta, out):
+def write(meta: Mapping[str, Any], out: pathlib.Path) -> tokenizers.Tokenizer:
   """Writes tokenizer.json and tokenizer_config.json of a GGUF's metadata.
 
   Returns:
@@ -54,7 +56,7 @@ def write(meta, out):
   return bpe
 
 
-def run(model, out):
+def run(model: str, out: pathlib.Path) -> None:
   """Writes the folder and checks it."""
   path = checkpoint.find(model)
   require(path.suffix == '.gguf', '--model', str(path), 'a .gguf file')
