@@ -41,15 +41,21 @@ import math
 import pathlib
 import re
 import statistics
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 import dsjax
 from dsjax.config.checks import InputError, naming, require
+from dsjax.config.engine import EngineConfig
+from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Plan
 from dsjax.runtime import profiling
 from dsjax.simulation import (
@@ -105,7 +111,7 @@ def _number(where, row, name, whole=True):
   return value
 
 
-def read_cells(path):
+def read_cells(path: str | pathlib.Path) -> dict[Plan, list[fitting.Cell]]:
   """{Plan: Cells} of a CSV (see above).
 
   Raises:
@@ -136,7 +142,8 @@ def read_cells(path):
   return cells
 
 
-def fit_file(path, model, device):
+def fit_file(path: str | pathlib.Path, model: str, device: str
+             ) -> tuple[profiles.Profile, dict[Plan, list[fitting.Cell]]]:
   """(Profile, {Plan: Cells}) of steps that were timed elsewhere."""
   cells = read_cells(path)
   latencies = {}
@@ -150,7 +157,9 @@ def fit_file(path, model, device):
               for plan, own in cells.items()}), cells
 
 
-def fit_roofline(cells, config, model_config, name):
+def fit_roofline(cells: Mapping[Plan, Sequence[fitting.Cell]],
+                 config: EngineConfig, model_config: ModelConfig,
+                 name: str) -> roofline.Roofline:
   """The Roofline of the device `name` that the cells of all plans reach."""
   peaks = roofline.Roofline(
       model_config, hardware.HARDWARE[name],
@@ -161,7 +170,10 @@ def fit_roofline(cells, config, model_config, name):
       for plan, own in cells.items()]))
 
 
-def predict(profile, cells, fitted, plans):
+def predict(profile: profiles.Profile,
+            cells: Mapping[Plan, Sequence[fitting.Cell]],
+            fitted: roofline.Roofline, plans: Sequence[Plan]
+            ) -> profiles.Profile:
   """The Profile with Affines of further plans, from a Roofline."""
   measured = list(profile.latencies.values())
   host_s = statistics.median(model.host_s for model in measured)
@@ -188,7 +200,8 @@ def _say(cell):
   return ' + '.join(parts)
 
 
-def show_errors(console, model, cells):
+def show_errors(console: Console, model: latency.Latency,
+                cells: Sequence[fitting.Cell]) -> None:
   """The errors of a fit, by kind of step."""
   for kind, error in fitting.residuals(model, cells).items():
     console.print(f'  {kind}: mean error {error.mape:.1%} of {error.count} '
@@ -196,7 +209,9 @@ def show_errors(console, model, cells):
                   highlight=False)
 
 
-def show(console, profile, cells, tpot_s, config, model_config):
+def show(console: Console, profile: profiles.Profile,
+         cells: Mapping[Plan, Sequence[fitting.Cell]], tpot_s: float,
+         config: EngineConfig, model_config: ModelConfig) -> None:
   """Tables: every cell, and what follows from the fits."""
   max_len = config.max_len
   for plan, model in profile.latencies.items():
@@ -244,7 +259,8 @@ def show(console, profile, cells, tpot_s, config, model_config):
                   highlight=False, soft_wrap=True)
 
 
-def show_roofline(console, fitted, cells):
+def show_roofline(console: Console, fitted: roofline.Roofline,
+                  cells: Mapping[Plan, Sequence[fitting.Cell]]) -> None:
   """The shares of a Roofline, and its error for each measured plan."""
   console.print(f'Shares of the peaks of {fitted.hardware.name}: '
                 f'{fitted.shares}', highlight=False)
@@ -255,7 +271,8 @@ def show_roofline(console, fitted, cells):
         fitting.residuals(model, own).items()), highlight=False)
 
 
-def draw(path, profile, cells):
+def draw(path: str | pathlib.Path, profile: profiles.Profile,
+         cells: Mapping[Plan, Sequence[fitting.Cell]]) -> None:
   """Measured (dots) against fitted (lines), a row of panels a plan."""
   figure = Figure(figsize=(13, 3.8 * len(cells)), layout='constrained')
   axes = figure.subplots(len(cells), 3, squeeze=False)
@@ -330,7 +347,9 @@ def _draw_errors(axis, model, cells):
   _legend(axis)
 
 
-def write(out, profile, cells, options):
+def write(out: str | pathlib.Path, profile: profiles.Profile,
+          cells: Mapping[Plan, Sequence[fitting.Cell]],
+          options: Mapping[str, Any]) -> tuple[str, str, str]:
   """Writes the three files; returns their names, the profile's first.
 
   options: a dict, see cli.asked.
@@ -351,7 +370,7 @@ def write(out, profile, cells, options):
   return names
 
 
-def parse_plans(texts):
+def parse_plans(texts: Sequence[str]) -> tuple[Plan, ...]:
   """Plans of 'TPxPP' texts. Raises InputError."""
   plans = tuple(Plan.parse(text, '--plans') for text in texts)
   require(len(set(plans)) == len(plans), '--plans', texts,
@@ -359,7 +378,8 @@ def parse_plans(texts):
   return plans
 
 
-def reporter(bar, halt):
+def reporter(bar: Progress, halt: Callable[[], object]
+             ) -> Callable[[int, int, str], None]:
   """What profiling reports to: a task of a rich Progress for each part.
 
   halt: raises KeyboardInterrupt to stop.
@@ -376,7 +396,7 @@ def reporter(bar, halt):
   return report
 
 
-def run(options, console):
+def run(options: types.SimpleNamespace, console: Console) -> int:
   """Measures, or reads, then shows and writes."""
   require(options.out, '--out', options.out, 'a folder')
   name, path = pathlib.Path(options.model).name, getattr(options, 'from')

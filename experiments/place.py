@@ -35,8 +35,11 @@ import math
 import os
 import pathlib
 import time
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from matplotlib.figure import Figure
+from rich.console import Console
 from rich.progress import (
   BarColumn,
   Progress,
@@ -50,6 +53,7 @@ from dsjax.config.placement import Slo
 from dsjax.placement import candidates, clusters, search
 from dsjax.placement.api import ALGORITHMS, make_problem, note
 from dsjax.placement.clusters import Cluster
+from dsjax.placement.verdict import RankedPlacement
 from dsjax.simulation import profiles
 from experiments.common import (
   children,
@@ -120,7 +124,8 @@ def _cells(row):
           row.goodput.binds)
 
 
-def table(rows, target, unit='device'):
+def table(rows: Iterable[RankedPlacement], target: float,
+          unit: str = 'device') -> Table:
   """A rich table of RankedPlacements; unit: what goodput counts per."""
   out = Table(width=80, title=f'requests/s per {unit}, {target:.0%} met '
               'both objectives')
@@ -133,7 +138,8 @@ def table(rows, target, unit='device'):
   return out
 
 
-def draw(path, rows, title, unit='device'):
+def draw(path: str | pathlib.Path, rows: Sequence[RankedPlacement], title: str,
+         unit: str = 'device') -> None:
   """Bars of goodput per device with their intervals, best on top."""
   figure = Figure(figsize=(8, 1.2 + 0.35 * len(rows)), layout='constrained')
   axes = figure.subplots()
@@ -171,7 +177,7 @@ def draw(path, rows, title, unit='device'):
 
 
 @contextlib.contextmanager
-def processes(count):
+def processes(count: int) -> Iterator[Callable[..., Iterable]]:
   """A map of so many processes; of this one alone if it is one.
 
   They leave Ctrl-C to the parent, and end with it.
@@ -252,7 +258,7 @@ def _show(console, answer, options, took, unit):
       soft_wrap=True)
 
 
-def run(options, console):
+def run(options: types.SimpleNamespace, console: Console) -> int:
   """Searches, shows and writes."""
   problem = _problem(options)
   start = time.perf_counter()

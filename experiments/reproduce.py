@@ -14,12 +14,15 @@ Table, picture and file say what lengths they are of. Ctrl-C
 keeps what is finished. Exit codes: 0; 2 for bad input; 130 by Ctrl-C.
 """
 
+import os
 import pathlib
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+import types
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
+from rich.console import Console
 from rich.table import Table
 
 from dsjax.config.checks import require
@@ -61,7 +64,7 @@ FLAGS = {
 }
 
 
-def names_of(text):
+def names_of(text: str) -> list[str]:
   """The figures that --figure names.
 
   Raises:
@@ -78,7 +81,8 @@ def _cell(value):
   return '-' if value is None else str(value)
 
 
-def show(console, name, data, took_s):
+def show(console: Console, name: str, data: Mapping[str, Any], took_s: float
+         ) -> None:
   """The table of a figure and why it differs from the paper's."""
   title = f'figure {name}' if name.isdigit() else name
   out = Table(title=f'{title}  ({took_s:.0f} s)', title_justify='left')
@@ -92,7 +96,10 @@ def show(console, name, data, took_s):
   console.print(f'Why they differ: {data["why"]}\n', highlight=False)
 
 
-def save(out, name, data, draw, options, read):
+def save(out: pathlib.Path, name: str, data: dict[str, Any],
+         draw: Callable[[dict[str, Any], Figure], object],
+         options: Mapping[str, Any],
+         read: Iterable[str | os.PathLike[str] | None]) -> None:
   """NAME.json, NAME.png and NAME.pdf.
 
   options: a dict, see cli.asked. read: files of data.
@@ -113,7 +120,7 @@ def _read(name, options):
   return read
 
 
-def run(values, console):
+def run(values: types.SimpleNamespace, console: Console) -> int:
   """Computes, draws and shows what --figure names."""
   names, out = names_of(values.figure), pathlib.Path(values.out)
   require(not out.exists() or out.is_dir(), '--out', values.out, 'a folder')
