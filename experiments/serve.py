@@ -17,6 +17,9 @@ Ctrl-C keeps what there is. Exit codes: see experiments.common.cli.
 import dataclasses
 import json
 import pathlib
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -25,10 +28,13 @@ import dsjax
 from configs.serve import Serve
 from dsjax import workload
 from dsjax.analysis import attribution, metrics, timeline
+from dsjax.checkpoints.checkpoint import Model
 from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Placement
+from dsjax.config.request import Request
+from dsjax.runtime.protocols import Engine
 from dsjax.scheduling import event_log, scheduler
-from dsjax.scheduling.policy import DISTSERVE
+from dsjax.scheduling.policy import DISTSERVE, Policy
 from experiments.common import (
   cli,
   machine,
@@ -67,7 +73,8 @@ class Result:
 # --- requests ---------------------------------------------------------------
 
 
-def plan_requests(config):
+def plan_requests(config: Serve
+                  ) -> Callable[[Model], tuple[list[Request], int]]:
   """Reads and checks everything that needs no model.
 
   Returns:
@@ -128,8 +135,10 @@ def _check_length(config, model, request):
 # --- serving ----------------------------------------------------------------
 
 
-def serve_mode(config, mode, placement, model, requests, screen, policy,
-               latency, cluster, engines):
+def serve_mode(config: Serve, mode: str, placement: Placement, model: Model,
+               requests: Sequence[Request], screen: terminal.Screen,
+               policy: Policy, latency: str | None, cluster: str | None,
+               engines: list[Engine]) -> Result:
   """Runs the requests in one mode: a Result, checked.
 
   engines: a list of those of the mode before, stopped, whose weights are read
@@ -187,7 +196,7 @@ def _show_samples(console, result):
                   highlight=False)
 
 
-def tokens_agree(results):
+def tokens_agree(results: Sequence[Result]) -> str:
   """A sentence on whether the modes gave the same tokens."""
   first, *others = results
   shared = set(first.answers).intersection(*(r.answers for r in others))
@@ -201,8 +210,10 @@ def tokens_agree(results):
   return f'All {len(shared)} answers are equal token for token in all modes.'
 
 
-def serve_modes(config, model, requests, console, policy=DISTSERVE,
-                latency=None, cluster=None):
+def serve_modes(config: Serve, model: Model, requests: Sequence[Request],
+                console: Console, policy: Policy = DISTSERVE,
+                latency: str | None = None, cluster: str | None = None
+                ) -> list[Result]:
   """Runs the requests in every mode of a config, in turn.
 
   Returns:
@@ -227,7 +238,7 @@ def serve_modes(config, model, requests, console, policy=DISTSERVE,
   return results
 
 
-def disturbed(results):
+def disturbed(results: Iterable[Result]) -> str:
   """A warning where other programs took cores from a mode, else ''."""
   busy = [f'{r.extra["others_cores"]:.1f} in {r.mode}' for r in results
           if (r.extra['others_cores'] or 0.0) > BUSY_CORES]
@@ -238,7 +249,8 @@ def disturbed(results):
 # --- results ----------------------------------------------------------------
 
 
-def compare(config, results):
+def compare(config: Serve, results: Iterable[Result]
+            ) -> list[tuple[str, metrics.Summary, dict[str, Any]]]:
   """[(mode, Summary, extra), ...], as report.tables takes it."""
   return [(r.mode, metrics.summarize(r.records, config.slo, config.num_devices,
                                      config.warmup_s),
@@ -246,7 +258,7 @@ def compare(config, results):
           for r in results]
 
 
-def attributed(config, result):
+def attributed(config: Serve, result: Result) -> dict[str, Any]:
   """Why requests of a mode missed, after the warm-up: a dict for JSON."""
   fold = attribution.of_log(result.log)
   start_s = min((r.arrival_s for r in result.records), default=0.0)
@@ -257,7 +269,8 @@ def attributed(config, result):
           'advice': why.advice}
 
 
-def save(config, results, title, closing, out, options):
+def save(config: Serve, results: Sequence[Result], title: str, closing: str,
+         out: pathlib.Path, options: Mapping[str, Any]) -> None:
   """Writes every file of a run into the folder `out`; options: a dict."""
   compared = compare(config, results)
   read = [config.workload.lengths or config.workload.prompts]
@@ -302,7 +315,7 @@ def _title(config, requests, cut, devices):
           f'. SLO: TTFT {config.slo.ttft_s:g} s, TPOT {config.slo.tpot_s:g} s')
 
 
-def run(options, console):
+def run(options: types.SimpleNamespace, console: Console) -> int:
   """Serves, shows, checks and writes; returns the exit code."""
   require(options.config, '--config', options.config,
           f'given: one of {configs.names()}')

@@ -40,7 +40,10 @@ import dataclasses
 import math
 import pathlib
 import re
+import types
+from collections.abc import Sequence
 
+from rich.console import Console
 from rich.progress import Progress
 
 from dsjax import workload
@@ -49,8 +52,9 @@ from dsjax.config.checks import require
 from dsjax.config.placement import Placement, Slo
 from dsjax.placement import candidates, clusters
 from dsjax.placement.api import make_problem, note
-from dsjax.placement.clusters import Cluster
-from dsjax.scheduling import event_log
+from dsjax.placement.clusters import AnyCluster, Cluster
+from dsjax.scheduling import event_log, scheduler
+from dsjax.scheduling.policy import Policy
 from dsjax.simulation import profiles
 from experiments.common import (
   cli,
@@ -97,7 +101,8 @@ FLAGS = {
 # --- what is asked ------------------------------------------------------------
 
 
-def settings(options):
+def settings(options: types.SimpleNamespace
+             ) -> tuple[list[tuple[float | None, float]], str]:
   """((rate, scale), ...), and what varies: 'rate' or 'scale'."""
   require(not (options.rates and options.scales), '--scales', options.scales,
           'given with --rate, not with --rates')
@@ -136,7 +141,8 @@ def _cluster(options):
   return cluster, placements
 
 
-def problem(options, cluster, policy, seed):
+def problem(options: types.SimpleNamespace, cluster: AnyCluster,
+            policy: Policy, seed: int) -> candidates.SearchProblem:
   """The SearchProblem of a command line.
 
   Raises:
@@ -174,7 +180,8 @@ def _made_by(options):
                                       options.cluster]
 
 
-def write(out, points, stopped, options):
+def write(out: pathlib.Path, points: Sequence[sweep.Point], stopped: bool,
+          options: types.SimpleNamespace) -> None:
   """Writes records.jsonl (a run once), points.csv and summary.json."""
   runs = {(point.system, point.seed, point.rate_per_s, point.batch): point
           for point in points}
@@ -198,23 +205,25 @@ def write(out, points, stopped, options):
 class Traces:
   """Writes the event log of each run, and all of them as one timeline."""
 
-  def __init__(self, out, options):
+  def __init__(self, out: pathlib.Path, options: types.SimpleNamespace
+               ) -> None:
     self.out, self.traces, self.options = out, [], options
     for old in out.glob('events-*.jsonl'):
       old.unlink()
 
-  def save(self, name, placed, config, log):
+  def save(self, name: str, placed: Placement, config: scheduler.Config,
+           log: Sequence[report.Entry]) -> None:
     assert event_log.replay(config, log) is None, f'{name}: no replay'
     stem = re.sub('[^a-z0-9.]+', '-', name)
     report.save_log(self.out / f'events-{stem}.jsonl', log)
     self.traces.append((name, timeline.timeline(log, placed.names)))
 
-  def close(self):
+  def close(self) -> None:
     provenance.save_trace(self.out / 'timeline.json',
                           timeline.merge(self.traces), *_made_by(self.options))
 
 
-def run(options, console):
+def run(options: types.SimpleNamespace, console: Console) -> int:
   """Simulates, shows and writes; returns the exit code."""
   varied, kind = settings(options)
   cluster, placements = _cluster(options)

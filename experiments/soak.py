@@ -46,18 +46,25 @@ import pathlib
 import random
 import signal
 import time
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TextIO
 
 import jax
 from absl import logging
+from rich.console import Console
 
 import dsjax
 from configs.serve import PROMPTS
 from dsjax import workload
+from dsjax.checkpoints.checkpoint import Model
 from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement
+from dsjax.runtime.orchestrator import Orchestrator
 from dsjax.scheduling import event_log, prefix_cache, scheduler
 from dsjax.scheduling.events import (
+  Command,
   InstanceDown,
   InstanceUp,
   Load,
@@ -114,7 +121,8 @@ class Sent:
   leaves_s: float | None
 
 
-def make_jobs(model, config, seed):
+def make_jobs(model: Model, config: EngineConfig, seed: int
+              ) -> list[tuple[list[int], dict[str, Any]]]:
   """[(prompt ids, parameters)]: the demo's chats, greedy and drawn in turn."""
   rng, jobs = random.Random(seed), []
   for i, p in enumerate(workload.read_prompts(str(PROMPTS))):
@@ -127,13 +135,13 @@ def make_jobs(model, config, seed):
   return jobs[:JOBS]
 
 
-def rss_mb():
+def rss_mb() -> float:
   """Resident memory of this process."""
   with open('/proc/self/statm') as file:
     return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 1e6
 
 
-def arrays_mb():
+def arrays_mb() -> float:
   """What jax arrays hold on devices."""
   return sum(x.nbytes for x in jax.live_arrays()) / 1e6
 
@@ -147,7 +155,10 @@ class Soak:
       once it is settled, after.
   """
 
-  def __init__(self, server, jobs, options, rate, events):
+  def __init__(self, server: Orchestrator,
+               jobs: Sequence[tuple[Sequence[int], Mapping[str, Any]]],
+               options: types.SimpleNamespace, rate: float,
+               events: TextIO) -> None:
     self.server, self.jobs, self.options = server, jobs, options
     self.rate, self.rng = rate, random.Random(options.seed)
     self.injector, self.sent = Injector(server), {}
@@ -175,7 +186,7 @@ class Soak:
           event.instance))
     self.events.write(json.dumps(event_log.encode((event, commands))) + '\n')
 
-  def count(self, command):
+  def count(self, command: Command) -> None:
     """Copies other than plain hand-offs."""
     kind = ('fetched' if isinstance(command, Migrate) and command.kept else
             'streamed' if isinstance(command, Migrate) and command.more else
@@ -185,7 +196,7 @@ class Soak:
     if kind:
       self.copies[kind] += 1
 
-  def reference(self):
+  def reference(self) -> None:
     """Serves every job once without a fault, and keeps its tokens."""
     ids = [self.server.submit(p, **params) for p, params in self.jobs]
     while self.server.busy:
@@ -195,11 +206,11 @@ class Soak:
         self.server.forget, ids))
     self.arrays_mb = self.arrays()
 
-  def arrays(self):
+  def arrays(self) -> float:
     """MB of this process's arrays; of processes they are not known."""
     return 0.0 if self.options.cluster else arrays_mb()
 
-  def run(self, seconds, show):
+  def run(self, seconds: float, show: Callable[[], object]) -> None:
     """Serves under faults; show() is called between polls."""
     self.origin = self.server.now
     per_s = self.options.faults / 60
@@ -219,10 +230,10 @@ class Soak:
       show()
 
   @property
-  def now(self):
+  def now(self) -> float:
     return self.server.now - self.origin
 
-  def turn(self):
+  def turn(self) -> None:
     """One poll, and what clients do meanwhile."""
     self.server.poll()
     for id, sent in list(self.sent.items()):
@@ -239,7 +250,7 @@ class Soak:
       self.note(fault[0], f'{fault[1]}: {fault[2]}')
     self.seen = len(self.injector.fired)
 
-  def arrive(self):
+  def arrive(self) -> None:
     """A request, unless too many wait."""
     if len(self.sent) >= MOST_WAITING:
       self.unsent += 1
@@ -250,7 +261,7 @@ class Soak:
     prompt, params = self.jobs[job]
     self.sent[self.server.submit(prompt, **params)] = Sent(job, leaves_s)
 
-  def break_process(self):
+  def break_process(self) -> None:
     """One fault of a process, at random."""
     index = self.rng.randrange(len(self.server.engines))
     engine, away_s = self.server.engines[index], self.rng.uniform(
@@ -270,7 +281,7 @@ class Soak:
       os.kill(engine.pid, getattr(signal, what))
     self.note(index, what)
 
-  def break_something(self):
+  def break_something(self) -> None:
     """One fault, at random."""
     if self.options.cluster:
       self.break_process()
@@ -297,11 +308,11 @@ class Soak:
         self.injector.arm(index, what, rng.choice(KINDS[what]),
                           rng.randint(1, 3))
 
-  def note(self, index, what):
+  def note(self, index: int, what: str) -> None:
     """A fault has happened."""
     self.faults.append({'s': self.now, 'instance': index, 'what': what})
 
-  def end(self, id):
+  def end(self, id: int) -> None:
     """A request has ended: checks its tokens and forgets it."""
     job, got = self.sent.pop(id).job, tuple(self.server.requests[id].tokens)
     record, want = self.server.forget(id), self.want[job]
@@ -314,7 +325,7 @@ class Soak:
         'latency_s': record.finish_s - record.arrival_s,
         'retries': record.retries, 'tokens': len(got)})
 
-  def settle(self):
+  def settle(self) -> None:
     """The end: no more faults, everything starts again, every request ends."""
     self.injector.disarm()
     self.injector.released = True
@@ -328,7 +339,7 @@ class Soak:
     self.memory.append((self.now, rss_mb()))
     self.arrays_mb = self.arrays_mb, self.arrays()
 
-  def leaked(self):
+  def leaked(self) -> int:
     """Pages and slots that have not come back."""
     scheduler.check(self.server.state)
     pools = [pool for inst in self.server.state.instances for pool in (
@@ -338,7 +349,7 @@ class Soak:
                    engine.config.max_seqs - len(engine.spare)
                    for engine in self.server.engines) + self.held
 
-  def ask(self):
+  def ask(self) -> None:
     """Asks each process what it holds, and how often it has compiled."""
     answers = [engine.count() for engine in self.server.engines]
     while not all(answer() for answer in answers):
@@ -365,7 +376,7 @@ class _Lines:
           highlight=False)
 
 
-def run_flips(options, console):
+def run_flips(options: types.SimpleNamespace, console: Console) -> int:
   """Everything with --flips; the exit code."""
   config = configs.override(flips.CONFIG, options.set)
   placement = Placement.parse(options.placement or 'flexible=1x1,1x1',
@@ -406,7 +417,7 @@ class _Progress:
                          highlight=False)
 
 
-def run(options, console):
+def run(options: types.SimpleNamespace, console: Console) -> int:
   """Everything; the exit code."""
   require(options.out, '--out', options.out, 'given: a folder')
   if options.flips:
