@@ -44,20 +44,28 @@ import pathlib
 import statistics
 import time
 import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 import dsjax
 from dsjax import workload
-from dsjax.analysis import metrics
+from dsjax.analysis import metrics, pairing
+from dsjax.analysis.record import Record
+from dsjax.checkpoints.checkpoint import Model
 from dsjax.config import checks
 from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.config.request import Request, Sampling
 from dsjax.runtime import orchestrator, profiling
+from dsjax.scheduling import scheduler
 from dsjax.simulation import calibration, fitting, profiles, simulator
+from dsjax.simulation.contention import Contention
+from dsjax.simulation.latency import Affine, Link
 from experiments import measure
 from experiments.common import (
   cli,
@@ -111,7 +119,8 @@ FLAGS = {
 # --- one run, real and simulated --------------------------------------------
 
 
-def requests(config, vocab_size, rate_per_s, n, seed):
+def requests(config: EngineConfig, vocab_size: int, rate_per_s: float | None,
+             n: int, seed: int) -> list[Request]:
   """n requests of seeded lengths; rate None: all at once."""
   rng = np.random.default_rng([seed, 7])
   top = config.max_len
@@ -131,7 +140,8 @@ class Served(types.SimpleNamespace):
   """A real run: records, log, cores of other programs, host_s a step."""
 
 
-def serve(server, sent, tick=None):
+def serve(server: orchestrator.Orchestrator, sent: Iterable[Request],
+          tick: Callable[[], object] | None = None) -> Served:
   """Runs requests on a server that may have run others: a Served."""
   server.log.clear()
   first, host, steps = server.next_id, server.host_s, server.steps
@@ -147,22 +157,25 @@ class Profiles:
   """A latency for each instance, a link, and how instances slow each other:
   what simulate takes."""
 
-  def __init__(self, latencies, link, contention=None, pace=None):
+  def __init__(self, latencies: Sequence[Affine], link: Link | None,
+               contention: Contention | None = None,
+               pace: Mapping[str, float] | None = None) -> None:
     """pace: of the machine (pace.of) when they were found; None: 1."""
     self.latencies, self.link = latencies, link
     self.contention, self.pace = contention, pace or {}
 
-  def at(self, now):
+  def at(self, now: Mapping[str, float]) -> 'Profiles':
     """These at another pace."""
     times = {kind: x / self.pace.get(kind, 1.0) for kind, x in now.items()}
     return Profiles([pace.scaled(m, times) for m in self.latencies],
                     self.link, self.contention, now)
 
-  def simulate(self, plan, sent):
+  def simulate(self, plan: scheduler.Config, sent: Iterable[Request]
+               ) -> list[Record]:
     return simulator.simulate(plan, sent, self.latencies, self.link,
                               contention=self.contention).records
 
-  def calibrated(self, log):
+  def calibrated(self, log: pairing.Log) -> 'Profiles':
     """These on the steps of a served run; like roles share their steps."""
     steps, copies = calibration.observe(log)
     apart = bool(copies)  # else instances are alike
@@ -175,7 +188,7 @@ class Profiles:
     return Profiles(models, link, contention, self.pace)
 
 
-def stats(runs, slo):
+def stats(runs: Sequence[Sequence[Record]], slo: Slo) -> dict[str, Any]:
   """What runs of different seeds, each a list of records, say together.
 
   Returns:
@@ -200,7 +213,8 @@ def stats(runs, slo):
           'stage_s': summary.stage_s}
 
 
-def errors(real, simulated):
+def errors(real: Mapping[str, Any], simulated: Mapping[str, Any]
+           ) -> dict[str, Any]:
   """attainment and half_width (of the runs' differences; None: one run) in
   points, and {ttft_s, tpot_s: {statistic: relative}}."""
   apart = [100 * (s - r) for s, r in zip(simulated['shares'], real['shares'],
@@ -212,7 +226,8 @@ def errors(real, simulated):
       for name in ('ttft_s', 'tpot_s')}
 
 
-def step_times(profiles, logs):
+def step_times(profiles: Profiles, logs: Iterable[pairing.Log]
+               ) -> list[dict[str, Any]]:
   """Rows that compare the own steps of real runs with what profiles predict.
 
   Returns:
@@ -259,7 +274,9 @@ def step_times(profiles, logs):
 class Mode:
   """A server of one mode, its runs, and its profiles."""
 
-  def __init__(self, name, loaded, config, profile, seeds, bar, cluster):
+  def __init__(self, name: str, loaded: Model, config: EngineConfig,
+               profile: profiles.Profile, seeds: Sequence[int], bar: Progress,
+               cluster: str | None) -> None:
     self.name, self.loaded, self.config = name, loaded, config
     self.seeds = seeds
     self.bar = bar
@@ -275,11 +292,12 @@ class Mode:
         (measured,) * 2, link if placement.decode else None,
         profile.contention)}
 
-  def sent(self, rate_per_s, n, seed):
+  def sent(self, rate_per_s: float | None, n: int, seed: int
+           ) -> list[Request]:
     return requests(self.config, self.loaded.config.vocab_size, rate_per_s, n,
                     seed)
 
-  def pace(self):
+  def pace(self) -> dict[str, float]:
     """How fast the machine is now, from steps of the idle instances; what they
     told a moment ago counts."""
     if time.monotonic() > self.paced_s + PACE_S:
@@ -288,7 +306,8 @@ class Mode:
       self.paced_s = time.monotonic()
     return self.last_pace
 
-  def serve(self, label, sent, halt):
+  def serve(self, label: str, sent: Sequence[Request],
+            halt: Callable[[], object]) -> Served:
     """A Served with progress."""
     task = self.bar.add_task(f'{self.name}: {label}', total=len(sent))
     first = self.server.next_id
@@ -302,7 +321,9 @@ class Mode:
     self.bar.update(task, completed=len(sent))
     return served
 
-  def prepare(self, n, size, halt, capacity_per_s):
+  def prepare(self, n: int, size: Callable[[float], int],
+              halt: Callable[[], object], capacity_per_s: float | None
+              ) -> None:
     """A burst for the throughput, unless it is known; then a calibration run.
     """
     if capacity_per_s is None:
@@ -317,7 +338,10 @@ class Mode:
     self.profiles['calibrated'] = self.profiles['bench'].at(
         pace.mean([before, self.pace()])).calibrated(self.calibration.log)
 
-  def row(self, rate_per_s, n, slo, halt, logged):
+  def row(self, rate_per_s: float, n: int, slo: Slo,
+          halt: Callable[[], object],
+          logged: Callable[[int, list[report.Entry]], object]
+          ) -> dict[str, Any]:
     """A row of summary.json: n requests of all seeds at one rate.
 
     Args:
@@ -340,16 +364,19 @@ class Mode:
         'host_s_per_step': statistics.mean(run.host_s for run in runs)},
         workloads, [run.log for run in runs], slo)
 
-  def again(self, row, logs, slo):
+  def again(self, row: dict[str, Any], logs: Sequence[pairing.Log], slo: Slo
+            ) -> dict[str, Any]:
     """A row of summary.json and the logs of its runs, simulated once more."""
     return self.compared(row, self.workloads(
         row['rate_per_s'], row['requests'] // len(self.seeds)), logs, slo)
 
-  def workloads(self, rate_per_s, n):
+  def workloads(self, rate_per_s: float, n: int) -> list[list[Request]]:
     """n requests of each seed."""
     return [self.sent(rate_per_s, n, seed) for seed in self.seeds]
 
-  def compared(self, row, workloads, logs, slo):
+  def compared(self, row: dict[str, Any],
+               workloads: Sequence[Sequence[Request]],
+               logs: Sequence[pairing.Log], slo: Slo) -> dict[str, Any]:
     """A row of summary.json: `row`, which has what is real, beside what each
     profile simulates and what it says of the steps in the logs."""
     own = {name: p.at(row.get('pace', {}))
@@ -362,7 +389,8 @@ class Mode:
         'steps': {k: step_times(p, logs) for k, p in own.items()}}
 
 
-def objectives(modes, ttft_s, tpot_s):
+def objectives(modes: Sequence[Mode], ttft_s: float | None,
+               tpot_s: float | None) -> Slo:
   """A Slo; what is not given follows from the calibration runs."""
   def most(name):
     return max(statistics.median(getattr(r, name)
@@ -375,7 +403,7 @@ def objectives(modes, ttft_s, tpot_s):
 # --- the whole --------------------------------------------------------------
 
 
-def run(options, console):
+def run(options: types.SimpleNamespace, console: Console) -> int:
   """Profiles, serves, simulates and shows; returns the exit code.
 
   Args:
