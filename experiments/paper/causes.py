@@ -5,13 +5,13 @@ of a distance to the published value it explains. SEEDS short runs each.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dsjax import workload
 from dsjax.analysis import metrics
 from dsjax.placement import goodput
 from experiments.paper import comparison, end_to_end, plots, reported
-from experiments.paper.comparison import Rules
+from experiments.paper.comparison import Rules, System
 
 SEEDS = 4
 
@@ -49,7 +49,7 @@ CHECKED = (
     ('longbench', 'DistServe', (JOINT, LONG)))
 
 
-def changed(system, change):
+def changed(system: System, change: Change) -> System:
   """The System with what the change says of it."""
   if not change.turns:
     system = system._replace(latencies=[x.affine for x in system.latencies])
@@ -62,7 +62,8 @@ def changed(system, change):
   return system
 
 
-def rate_of(options, name, label, change, seed):
+def rate_of(options: Any, name: str, label: str, change: Change, seed: int
+            ) -> float:
   """Goodput per device of a system of SYSTEMS, changed."""
   case, rules = reported.CASES[name], Rules('paper', seed, options.quick)
   make, longest = comparison.requests(case, rules, options.lengths_dir)
@@ -87,7 +88,7 @@ def rate_of(options, name, label, change, seed):
           least_per_s=case.scale_rate / 64)).rate_per_s
 
 
-def causes(options):
+def causes(options: Any) -> dict[str, Any]:
   """Goodput as the paper's rules have it, and with each change."""
   rows, bars = [], []
   seeds = range(options.seed, options.seed + (1 if options.quick else SEEDS))

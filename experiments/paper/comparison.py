@@ -20,18 +20,23 @@ workloads.
 
 import dataclasses
 import math
-from typing import NamedTuple
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from dsjax import workload
 from dsjax.analysis import metrics
+from dsjax.analysis.record import Record
 from dsjax.config import zoo
 from dsjax.config.checks import InputError
-from dsjax.config.placement import Placement, Plan
+from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.placement import candidates, goodput, judging
-from dsjax.placement.candidates import SearchProblem
+from dsjax.placement.candidates import LatencyOf, SearchProblem, Workload
 from dsjax.placement.clusters import Cluster
 from dsjax.simulation import hardware, simulator
 from dsjax.simulation.latency import Affine
+from dsjax.workload import Source
+from experiments.paper.reported import Case
 
 # What the released simulator adds to a step, to its tokens of context, and to
 # each stage of a prefill times its stages; tokens of one of its decode steps.
@@ -58,10 +63,10 @@ class Turns:
 
   affine: Affine
 
-  def __getattr__(self, name):
+  def __getattr__(self, name: str) -> Any:
     return getattr(self.affine, name)
 
-  def decode_s(self, batch, context):
+  def decode_s(self, batch: int, context: float) -> float:
     turns = max(1.0, context / STEP_TOKENS)
     return (turns * self.affine.decode_s(batch / turns, context / turns)
             + (turns - 1) * self.affine.host_s)
@@ -77,7 +82,9 @@ class System(NamedTuple):
   link: object
 
 
-def latency_of(model, engine='distserve', realigned=True, rules=None):
+def latency_of(model: str, engine: str = 'distserve', realigned: bool = True,
+               rules: Rules | None = None
+               ) -> Callable[[Plan], Affine | None]:
   """Plan -> seconds of its steps, or None where nothing is known.
 
   OPT-175B has no public profile: OPT-66B's constants of the same tp are
@@ -119,7 +126,9 @@ def latency_of(model, engine='distserve', realigned=True, rules=None):
   return find
 
 
-def problem(model, slo, make, longest, seconds, nodes=1, devices=8, **kwargs):
+def problem(model: str, slo: Slo, make: Workload, longest: int,
+            seconds: LatencyOf, nodes: int = 1, devices: int = 8,
+            **kwargs: Any) -> SearchProblem:
   """A SearchProblem on A100-80GB nodes; seconds: a latency_of."""
   return SearchProblem(
       zoo.config(model), Cluster(nodes, devices, reads_beside=True), slo, make,
@@ -129,13 +138,13 @@ def problem(model, slo, make, longest, seconds, nodes=1, devices=8, **kwargs):
 SHAREGPT = 'sharegpt_lengths_distserve.csv'
 
 
-def lengths_of(name, lengths_dir):
+def lengths_of(name: str, lengths_dir: pathlib.Path) -> str:
   """What workload.source takes: the measured file if there, or a mixture."""
   path = lengths_dir / SHAREGPT
   return str(path) if name == 'sharegpt' and path.is_file() else name
 
 
-def data_of(names, lengths_dir):
+def data_of(names: Iterable[str], lengths_dir: pathlib.Path) -> str:
   """What lengths figures of these cases' data sets are of, in words."""
   texts = []
   for name in names:
@@ -148,12 +157,13 @@ def data_of(names, lengths_dir):
   return '; '.join(texts) or 'equal requests'
 
 
-def fixed(prompt_len, output_len, seed):
+def fixed(prompt_len: int, output_len: int, seed: int) -> Source:
   """(rate_per_s, n) -> n equal requests, Poisson arrivals."""
   return workload.source(f'fixed:{prompt_len}x{output_len}', seed)
 
 
-def build(rules, ask, label, where, chunk=None):
+def build(rules: Rules, ask: SearchProblem, label: str, where: Placement,
+          chunk: int | None = None) -> System:
   """A System: what a placement has under the rules.
 
   Args:
@@ -182,7 +192,8 @@ def build(rules, ask, label, where, chunk=None):
                       for instance in config.instances)), late, link)
 
 
-def records(system, make, rate_per_device, n):
+def records(system: System, make: Workload, rate_per_device: float, n: int
+            ) -> list[Record]:
   """Records of n requests at a rate."""
   sent = make(rate_per_device * system.devices, n)
   # Turns is not a line in the context, so each step is added up.
@@ -192,7 +203,8 @@ def records(system, make, rate_per_device, n):
       leap=straight).records)
 
 
-def count(rules, system, rate_per_device, slo, per_gpu):
+def count(rules: Rules, system: System, rate_per_device: float, slo: Slo,
+          per_gpu: int) -> int:
   """Requests of a run: the paper's, or ten lifetimes, from 400 to 1,500."""
   if rules.name == 'paper':
     n = per_gpu * system.devices
@@ -202,12 +214,14 @@ def count(rules, system, rate_per_device, slo, per_gpu):
   return min(n, 120 if rules.quick else 1500)
 
 
-def steady(rules, sent):
+def steady(rules: Rules, sent: list[Record]) -> list[Record]:
   """The records that count: without our rules' warm-up."""
   return sent if rules.name == 'paper' else sent[len(sent) // 5:]
 
 
-def curve(rules, system, make, rates, slo, per_gpu):
+def curve(rules: Rules, system: System, make: Workload,
+          rates: Iterable[float], slo: Slo, per_gpu: int
+          ) -> list[tuple[float, float, float, float]]:
   """[(rate per device, share, low, high)] of joint attainment."""
   out = []
   for rate in rates:
@@ -217,7 +231,9 @@ def curve(rules, system, make, rates, slo, per_gpu):
   return out
 
 
-def scales(rules, system, make, rate, slo, per_gpu, factors):
+def scales(rules: Rules, system: System, make: Workload, rate: float,
+           slo: Slo, per_gpu: int, factors: Iterable[float]
+           ) -> list[tuple[float, float]]:
   """[(factor on both objectives, share attained)] of one run."""
   n = count(rules, system, rate, slo, per_gpu)
   needs = [metrics.slo_scale(r, slo) for r in steady(
@@ -225,7 +241,8 @@ def scales(rules, system, make, rate, slo, per_gpu, factors):
   return [(f, sum(x <= f for x in needs) / len(needs)) for f in factors]
 
 
-def scale_at(rules, system, make, rate, slo, per_gpu):
+def scale_at(rules: Rules, system: System, make: Workload, rate: float,
+             slo: Slo, per_gpu: int) -> float:
   """The least factor on both objectives at which 90 % attain."""
   n = count(rules, system, rate, slo, per_gpu)
   needs = sorted(metrics.slo_scale(r, slo) for r in steady(
@@ -233,7 +250,7 @@ def scale_at(rules, system, make, rate, slo, per_gpu):
   return needs[math.ceil(TARGET * len(needs)) - 1]
 
 
-def apart(seen, slo):
+def apart(seen: Sequence[Record], slo: Slo) -> list[bool]:
   """Hits of the objective that fewer requests meet: P90s judged apart."""
   only = (dataclasses.replace(slo, tpot_s=1e9),
           dataclasses.replace(slo, ttft_s=1e9))
@@ -241,7 +258,9 @@ def apart(seen, slo):
              key=sum)
 
 
-def best_rate(rules, system, make, slo, per_gpu, start=0.5, ratio=1.08):
+def best_rate(rules: Rules, system: System, make: Workload, slo: Slo,
+              per_gpu: int, start: float = 0.5, ratio: float = 1.08
+              ) -> tuple[float, float, float]:
   """(goodput, low, high) per device; paper's rules have no interval."""
   def hits_at(rate, n):
     n = count(rules, system, rate, slo, per_gpu)
@@ -255,7 +274,10 @@ def best_rate(rules, system, make, slo, per_gpu, start=0.5, ratio=1.08):
   return best.rate_per_s, best.low_per_s, best.high_per_s
 
 
-def tuned(rules, ask, make, slo, per_gpu, role, plans, chunks=(512, 1024)):
+def tuned(rules: Rules, ask: SearchProblem, make: Workload, slo: Slo,
+          per_gpu: int, role: str, plans: Iterable[Plan],
+          chunks: Sequence[int] = (512, 1024)
+          ) -> tuple[tuple[float, float, float], str, System]:
   """The best colocated or chunked System of a few plans, and its goodput."""
   out = []
   for plan in plans:
@@ -271,22 +293,23 @@ def tuned(rules, ask, make, slo, per_gpu, role, plans, chunks=(512, 1024)):
   return max(out, key=lambda x: x[0][0])
 
 
-def distserve(rules, case, ask):
+def distserve(rules: Rules, case: Case, ask: SearchProblem) -> System:
   return build(rules, ask, 'DistServe', case.placement)
 
 
-def vllm(rules, case, ask):
+def vllm(rules: Rules, case: Case, ask: SearchProblem) -> System:
   """The colocated baseline at the paper's fixed tp."""
   return build(rules, ask, 'vLLM', Placement(colocated=[Plan(case.tp)]))
 
 
-def mii(rules, case, ask):
+def mii(rules: Rules, case: Case, ask: SearchProblem) -> System:
   """Chunked prefill at the paper's fixed tp, budget 512 (an assumption)."""
   where = Placement(chunked=[Plan(case.tp)])
   return build(rules, ask, 'chunked', where, 512)
 
 
-def requests(case, rules, lengths_dir):
+def requests(case: Case, rules: Rules, lengths_dir: pathlib.Path
+             ) -> tuple[Source, int]:
   """(make, longest) of a case."""
   make = workload.source(lengths_of(case.lengths, lengths_dir), rules.seed)
   return make, make.longest

@@ -2,15 +2,19 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
+from typing import Any
 
 from dsjax.analysis import metrics
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement, Plan
 from dsjax.placement import algorithms, search
+from dsjax.placement.candidates import Workload
 from dsjax.placement.verdict import RankedPlacement
 from experiments.paper import comparison, plots, reported
-from experiments.paper.comparison import Rules
+from experiments.paper.comparison import Rules, System
 from experiments.paper.figures import rules_of, span
+from experiments.paper.reported import Case
 
 FACTORS_SCALE = (.3, .4, .5, .6, .7, .8, .9, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0,
                  10.0)
@@ -30,7 +34,9 @@ SYSTEMS = {
     'chunked': (comparison.mii, 'distserve', True)}
 
 
-def systems(rules, case, make, longest, options):
+def systems(rules: Rules, case: Case, make: Workload, longest: int,
+            options: Any
+            ) -> list[tuple[System, tuple[float, float, float], str]]:
   """[(System, goodput, plan)] of a case: SYSTEMS, and tuned ones."""
   def ask(engine, realigned):
     return comparison.problem(case.model, case.slo, make, longest,
@@ -64,7 +70,7 @@ def systems(rules, case, make, longest, options):
   return out
 
 
-def end_to_end(options, name):
+def end_to_end(options: Any, name: str) -> dict[str, Any]:
   """What Figs. 8 and 9 say of a case, under both rules."""
   case = reported.CASES[name]
   make, longest = comparison.requests(case, rules_of(options)[0],
@@ -115,14 +121,14 @@ WHY = ("The rows that say vLLM have vLLM's own released profile, in which "
        'causes.')
 
 
-def figure8(options):
+def figure8(options: Any) -> dict[str, Any]:
   parts = [end_to_end(options, name) for name in (
       ('13b',) if options.quick else ('13b', '66b', '175b'))]
   return {'parts': parts, 'rows': [r for p in parts for r in _rows(p)],
           'why': WHY + ' OPT-175B: constants scaled from OPT-66B.'}
 
 
-def figure9(options):
+def figure9(options: Any) -> dict[str, Any]:
   parts = [end_to_end(options, name) for name in (
       ('humaneval',) if options.quick else ('humaneval', 'longbench'))]
   return {'parts': parts, 'rows': [r for p in parts for r in _rows(p)],
@@ -133,7 +139,7 @@ def figure9(options):
 # --- one rule at a time ------------------------------------------------------
 
 
-def rules_apart(options):
+def rules_apart(options: Any) -> dict[str, Any]:
   """Goodput of Figs. 8 and 9 between the paper's rules and ours."""
   rows, (paper, ours) = [], rules_of(options)
   for name in ('13b',) if options.quick else ('13b', '66b', 'longbench'):
@@ -169,7 +175,7 @@ PAIRS = (((4, 1), (2, 2)), ((4, 1), (4, 1)), ((4, 1), (3, 2)),
 HIGH = (((4, 2), (2, 2)), ((4, 2), (8, 1)), ((8, 2), (4, 2)))
 
 
-def variants():
+def variants() -> dict[str, list[Placement]]:
   """Name -> placements of which the best is taken.
 
   High affinity may also use more devices than a node for both together.
@@ -184,7 +190,9 @@ def variants():
           'DistServe-High': pairs(PAIRS + HIGH)}
 
 
-def best_of(rules, options, make, longest, name, places):
+def best_of(rules: Rules, options: Any, make: Workload, longest: int,
+            name: str, places: Sequence[Placement]
+            ) -> tuple[tuple[float, float, float], str, System]:
   engine = 'vllm' if name.startswith('vLLM') else 'distserve'
   ask = comparison.problem(
       'opt-66b', reported.FIG11_SLO, make, longest,
@@ -202,7 +210,7 @@ def best_of(rules, options, make, longest, name, places):
   return max(tried, key=lambda f: f[0][0])
 
 
-def figure11(options):
+def figure11(options: Any) -> dict[str, Any]:
   case = reported.CASES['66b']
   make, longest = comparison.requests(case, rules_of(options)[0],
                                       options.lengths_dir)
@@ -268,7 +276,7 @@ def _attained(options, seed, who, rate_per_s, n):
       system, make, rate_per_s / system.devices, n), case.slo)[0]
 
 
-def table2(options):
+def table2(options: Any) -> dict[str, Any]:
   columns = 'measured', 'their simulator', 'our simulator'
   rows = [(f'paper, {rate}/s: vLLM; DistServe-Low, % met', f'{v[0]}; {v[2]}',
            f'{v[1]}; {v[3]}', None) for rate, v in reported.TABLE2.items()]
@@ -331,7 +339,7 @@ def _per_device(row):
   return row.per_device, *row.interval_per_device
 
 
-def table3(options):
+def table3(options: Any) -> dict[str, Any]:
   rows, bars = [], []
   for name in ('13b',) if options.quick else SEARCHED:
     case = reported.CASES[name]

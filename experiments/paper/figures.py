@@ -7,6 +7,8 @@ what its function in experiments.paper.plots needs. options: reproduce.Options.
 
 import math
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,12 +25,12 @@ from experiments.paper.comparison import Rules
 ONE = Plan(1, 1)
 
 
-def rules_of(options):
+def rules_of(options: Any) -> tuple[Rules, Rules]:
   return (Rules('paper', options.seed, options.quick),
           Rules('ours', options.seed, options.quick))
 
 
-def span(best):
+def span(best: tuple[float, float, float]) -> str:
   """'rate [low, high]' of a best_rate; open ends are not bounded."""
   rate, low, high = best
   return f'{rate:.3g} [{low:.3g}, {high:.3g}]'
@@ -52,7 +54,7 @@ def _alone(rules, ask, phase):
                       latencies=[judging.Instant(), system.latencies[1]])
 
 
-def figure1(options):
+def figure1(options: Any) -> dict[str, Any]:
   prompt, output = reported.FIG1_LENGTHS
   slo = reported.FIG1_SLO
   columns = []
@@ -101,7 +103,7 @@ def _tokens(late, batches, length):
   return [b * length / late.prefill_s(((0, length),) * b) for b in batches]
 
 
-def figure3(options):
+def figure3(options: Any) -> dict[str, Any]:
   del options
   published = hardware.published('opt-13b', ONE, realigned=False)
   model = roofline.Roofline(zoo.config('opt-13b'),
@@ -134,7 +136,8 @@ def figure3(options):
 # --- Figure 4 ----------------------------------------------------------------
 
 
-def fit4(crossover_per_s, rate_per_s, ttft_s):
+def fit4(crossover_per_s: float, rate_per_s: float, ttft_s: float
+         ) -> tuple[float, float]:
   """(D, K) of Eqs. 2 and 3 that have this crossover and intra-op TTFT.
 
   D as a function of K gives the crossover at that rate (it scales as 1 / D);
@@ -153,14 +156,15 @@ def fit4(crossover_per_s, rate_per_s, ttft_s):
   return service(k), k
 
 
-def mean_interval(values):
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
   """(mean, half of its 95 % interval) by means of ten batches."""
   means = [b.mean() for b in np.array_split(np.asarray(values), 10)]
   return float(np.mean(values)), 2.262157 * float(
       np.std(means, ddof=1)) / math.sqrt(10)
 
 
-def simulated4(rate_per_s, service_s, pp, n, seed):
+def simulated4(rate_per_s: float, service_s: float, pp: int, n: int, seed: int
+               ) -> tuple[float, float]:
   """Mean TTFT of n equal prompts, one at a time, and half its interval."""
   late = latency.Affine((service_s, 0, 0), (0, 0, 0), pp=pp)
   config = scheduler.Config((InstanceConfig(
@@ -170,7 +174,7 @@ def simulated4(rate_per_s, service_s, pp, n, seed):
   return mean_interval([r.ttft_s for r in records[n // 10:]])
 
 
-def speedup4():
+def speedup4() -> tuple[float, float]:
   """(D, K): K of the 13B profile at 512 tokens; D from OPT-66B's tp 2."""
   def late(model, tp):
     return hardware.published(model, Plan(tp, 1), realigned=False)
@@ -179,7 +183,7 @@ def speedup4():
   return k * late('opt-66b', 2).prefill_s(piece), k
 
 
-def figure4(options):
+def figure4(options: Any) -> dict[str, Any]:
   rates, curves = np.linspace(.1, 5, 50).tolist(), {}
   fitted = fit4(reported.FIG4['crossover_per_s'], *reported.FIG4['intra'])
   n = 1000 if options.quick else 5000
@@ -231,7 +235,7 @@ def _at(curve, name, rates, rate):
 # --- Figure 5 ----------------------------------------------------------------
 
 
-def figure5(options):
+def figure5(options: Any) -> dict[str, Any]:
   del options
   batch = reported.FIG5_BATCH
   context = batch * reported.FIG5_INPUT
@@ -274,7 +278,7 @@ def _side_by_side(link, plan, num_tokens):
                         - link.base_s) / plan.num_devices
 
 
-def figure10(options):
+def figure10(options: Any) -> dict[str, Any]:
   case = reported.CASES['175b']
   make, longest = comparison.requests(case, rules_of(options)[0],
                                       options.lengths_dir)
@@ -332,7 +336,7 @@ def _seconds(options, algorithm, devices):
   return time.process_time() - before, answer.simulations
 
 
-def figure12(options):
+def figure12(options: Any) -> dict[str, Any]:
   limit_s = 5 if options.quick else 20
   spent = {}
   for name, algorithm in (('algorithm 1', algorithms.high_affinity),

@@ -5,8 +5,12 @@ draw(data, figure): data as computed, figure a matplotlib Figure.
 
 import itertools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from dsjax.analysis.record import STAGES
 from experiments.common import pictures
@@ -23,7 +27,7 @@ STAGE_LOOKS = {stage: pictures.fill(number) for number, stage in
                enumerate(STAGES)}
 
 
-def tidy(axes, title, x, y):
+def tidy(axes: Axes, title: str, x: str, y: str) -> None:
   axes.set_title(title, fontsize=10)
   axes.set_xlabel(x)
   axes.set_ylabel(y)
@@ -31,7 +35,7 @@ def tidy(axes, title, x, y):
   axes.spines[['top', 'right']].set_visible(False)
 
 
-def draw1(data, figure):
+def draw1(data: Mapping[str, Any], figure: Figure) -> None:
   axes = figure.subplots()
   names = [*reported.FIG1, 'chunked']
   x = np.arange(len(names))
@@ -50,7 +54,7 @@ def draw1(data, figure):
        'TPOT 0.04 s for 90 %', '', 'goodput, requests/s per device')
 
 
-def draw3(data, figure):
+def draw3(data: Mapping[str, Any], figure: Figure) -> None:
   left, right = figure.subplots(1, 2)
   for i, n in enumerate(data['prefill']):
     for name, style in (('published', '-'), ('roofline', ':')):
@@ -70,7 +74,7 @@ def draw3(data, figure):
     tidy(axes, title + ' of OPT-13B on one A100', 'batch', 'tokens/s')
 
 
-def draw4(data, figure):
+def draw4(data: Mapping[str, Any], figure: Figure) -> None:
   for axes, (name, curve) in zip(figure.subplots(1, 2, sharey=True),
                                  data['curves'].items(), strict=True):
     for column, which in enumerate(('intra', 'inter')):
@@ -95,7 +99,7 @@ def draw4(data, figure):
          'mean TTFT, s')
 
 
-def draw5(data, figure):
+def draw5(data: Mapping[str, Any], figure: Figure) -> None:
   left, right = figure.subplots(1, 2)
   for name, points in data['curves'].items():
     source, kind = name.split()
@@ -116,7 +120,7 @@ def draw5(data, figure):
          'GPUs', y)
 
 
-def draw10(data, figure):
+def draw10(data: Mapping[str, Any], figure: Figure) -> None:
   left, right = figure.subplots(1, 2, width_ratios=(3, 2))
   names = {'paper': 'rules', 'ours': 'ours'}
   x = np.arange(len(data['rates']))
@@ -153,7 +157,7 @@ def draw10(data, figure):
   _legend_above(figure)
 
 
-def draw12(data, figure):
+def draw12(data: Mapping[str, Any], figure: Figure) -> None:
   axes = figure.subplots()
   axes.plot(list(reported.FIG12), reported.FIG12.values(), 'k--^',
             label="paper's draft, 96 cores, seconds")
@@ -167,7 +171,7 @@ def draw12(data, figure):
   tidy(axes, 'Fig. 12: time of a placement search, OPT-13B', 'GPUs', 's')
 
 
-def draw_end_to_end(data, figure):
+def draw_end_to_end(data: Mapping[str, Any], figure: Figure) -> None:
   parts = data['parts']
   figure.set_size_inches(13, 3.1 * len(parts))
   for line, part in zip(figure.subplots(len(parts), 4, squeeze=False), parts,
@@ -219,7 +223,7 @@ def _draw_system(left, right, label, points, scales):
              **look)
 
 
-def draw_rules(data, figure):
+def draw_rules(data: Mapping[str, Any], figure: Figure) -> None:
   axes = figure.subplots()
   for number, row in enumerate(data['rows']):
     axes.plot(data['columns'], list(map(float, row[1:])), label=row[0],
@@ -228,7 +232,7 @@ def draw_rules(data, figure):
   tidy(axes, "Between the paper's rules and ours", '', 'requests/s per device')
 
 
-def draw_causes(data, figure):
+def draw_causes(data: Mapping[str, Any], figure: Figure) -> None:
   figure.set_size_inches(11, 1.2 + 0.3 * len(data['bars']))
   axes = figure.subplots()
   for y, (_, published, mean, low, high) in enumerate(data['bars']):
@@ -244,7 +248,7 @@ def draw_causes(data, figure):
        'requests/s per device', '')
 
 
-def draw11(data, figure):
+def draw11(data: Mapping[str, Any], figure: Figure) -> None:
   for axes, who in zip(figure.subplots(1, 2, sharey=True), ('paper', 'ours'),
                        strict=True):
     for key, points in data['curves'].items():
@@ -266,7 +270,7 @@ def draw11(data, figure):
   _legend_above(figure)
 
 
-def draw_table2(data, figure):
+def draw_table2(data: Mapping[str, Any], figure: Figure) -> None:
   axes = figure.subplots()
   for column, name in ((0, 'vLLM'), (2, 'DistServe-Low')):
     axes.plot([v[column] for v in reported.TABLE2.values()],
@@ -287,7 +291,7 @@ def draw_table2(data, figure):
        'simulated, %')
 
 
-def draw_table3(data, figure):
+def draw_table3(data: Mapping[str, Any], figure: Figure) -> None:
   axes = figure.subplots()
   for y, (_, published, same, best, theirs, ours) in enumerate(data['bars']):
     for number, (label, text, value, *interval) in enumerate((

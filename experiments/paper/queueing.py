@@ -12,6 +12,7 @@ derived where they stand.
 """
 
 import fractions
+from collections.abc import Sequence
 
 from dsjax.config.checks import is_nonnegative, is_positive, require
 
@@ -30,7 +31,7 @@ def _stable(load):
   require(load < 1, 'load', load, 'below 1, or the queue grows for ever')
 
 
-def load(rate_per_s, service_s, servers=1):
+def load(rate_per_s: float, service_s: float, servers: int = 1) -> float:
   """rho = R D / c: the share of time each of c servers works (any law).
 
   Above 1 there is no steady state. Units: none.
@@ -42,14 +43,14 @@ def load(rate_per_s, service_s, servers=1):
   return rate_per_s * service_s / servers
 
 
-def md1_wait_s(rate_per_s, service_s):
+def md1_wait_s(rate_per_s: float, service_s: float) -> float:
   """Mean wait W = R D^2 / (2 (1 - R D)) of M/D/1; R D < 1 [P eq. 1]."""
   rho = load(rate_per_s, service_s)
   _stable(rho)
   return rate_per_s * service_s**2 / (2 * (1 - rho))
 
 
-def md1_ttft_s(rate_per_s, service_s):
+def md1_ttft_s(rate_per_s: float, service_s: float) -> float:
   """TTFT = D + R D^2 / (2 (1 - R D)): prefill of equal prompts [P eq. 1].
 
   Poisson arrivals, no batching, R D < 1. Seconds.
@@ -57,7 +58,7 @@ def md1_ttft_s(rate_per_s, service_s):
   return service_s + md1_wait_s(rate_per_s, service_s)
 
 
-def md1_wait_cdf(rate_per_s, service_s, wait_s):
+def md1_wait_cdf(rate_per_s: float, service_s: float, wait_s: float) -> float:
   """P(W <= t) of M/D/1 (Erlang 1909; Crommelin 1932).
 
   (1 - rho) sum_{k <= t / D} e^{-x} x^k / k! with x = R (k D - t) <= 0. The
@@ -90,7 +91,8 @@ def md1_wait_cdf(rate_per_s, service_s, wait_s):
   return min(1.0, max(0.0, (1 - rho) * float(total / grid)))
 
 
-def mdc_ttft_bounds_s(rate_per_s, service_s, servers):
+def mdc_ttft_bounds_s(rate_per_s: float, service_s: float, servers: int
+                      ) -> tuple[float, float]:
   """(low, high) of mean TTFT of c servers that share Poisson arrivals.
 
   low: D + max(0, W - (c - 1) D / (2 c)), W the wait at one server of service
@@ -104,7 +106,8 @@ def mdc_ttft_bounds_s(rate_per_s, service_s, servers):
           md1_ttft_s(rate_per_s / servers, service_s))
 
 
-def pipeline_ttft_s(rate_per_s, service_s, stages=2):
+def pipeline_ttft_s(rate_per_s: float, service_s: float,
+                    stages: int = 2) -> float:
   """TTFT = D + R (D/p)^2 / (2 (1 - R D/p)): p equal stages [P eq. 2].
 
   At p = 2, D + R D^2 / (4 (2 - R D)). Requests queue at stage 1 only [F], if
@@ -115,7 +118,8 @@ def pipeline_ttft_s(rate_per_s, service_s, stages=2):
   return service_s + md1_wait_s(rate_per_s, service_s / stages)
 
 
-def tensor_ttft_s(rate_per_s, service_s, speedup):
+def tensor_ttft_s(rate_per_s: float, service_s: float, speedup: float
+                  ) -> float:
   """TTFT = D/K + R D^2 / (2 K (K - R D)): tensor parallel [P eq. 3].
 
   K: how much faster the shards run together (1 < K < 2 of two). R D < K.
@@ -124,7 +128,8 @@ def tensor_ttft_s(rate_per_s, service_s, speedup):
   return md1_ttft_s(rate_per_s, service_s / speedup)
 
 
-def crossover_rate_per_s(service_s, speedup, stages=2):
+def crossover_rate_per_s(service_s: float, speedup: float,
+                         stages: int = 2) -> float:
   """The rate at which pipeline and tensor TTFT are equal [P 3.1, Fig. 4].
 
   Below it tensor parallelism is faster, above it the pipeline. By bisection
@@ -143,7 +148,7 @@ def crossover_rate_per_s(service_s, speedup, stages=2):
   return low
 
 
-def dd1_time_s(interval_s, service_s, n):
+def dd1_time_s(interval_s: float, service_s: float, n: int) -> float:
   """Sojourn of the n-th request (from 0) of D/D/1: D + n max(0, D - 1/R).
 
   Arrivals every interval_s; exact at any load.
@@ -153,7 +158,8 @@ def dd1_time_s(interval_s, service_s, n):
   return service_s + n * max(0.0, service_s - interval_s)
 
 
-def batch_ttft_bound_s(rate_per_s, fixed_s, each_s):
+def batch_ttft_bound_s(rate_per_s: float, fixed_s: float, each_s: float
+                       ) -> float:
   """Upper bound of mean TTFT where a batch takes all that waits [I].
 
   Poisson, equal prompts, a batch of b takes tau + alpha b: min(phi0, phi1),
@@ -171,7 +177,8 @@ def batch_ttft_bound_s(rate_per_s, fixed_s, each_s):
              + each_s / 2 * (rho + 2) / (1 - rho**2))
 
 
-def mean_context(prompt_lens, output_lens):
+def mean_context(prompt_lens: Sequence[int], output_lens: Sequence[int]
+                 ) -> float:
   """Mean tokens c attended by a decoding row: E[p o]/E[o] + E[o^2]/(2 E[o]).
 
   Weighted by how long each request decodes; lengths pair up.
@@ -183,8 +190,9 @@ def mean_context(prompt_lens, output_lens):
           / total + sum(o * o for o in output_lens) / (2 * total))
 
 
-def decode_tpot_s(rate_per_s, output_len, fixed_s, row_s, token_s=0.0,
-                  context=0.0):
+def decode_tpot_s(rate_per_s: float, output_len: float, fixed_s: float,
+                  row_s: float, token_s: float = 0.0,
+                  context: float = 0.0) -> float:
   """Fluid TPOT = A / (1 - R o (g + beta c)) of continuous batching.
 
   A step of B rows takes A + (g + beta c) B: A = fixed_s, g = row_s, beta =

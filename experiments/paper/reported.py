@@ -35,7 +35,7 @@ class Case(NamedTuple):
   curves: dict
 
   @property
-  def placement(self):
+  def placement(self) -> Placement:
     return Placement(prefill=self.plans[:1], decode=self.plans[1:])
 
 

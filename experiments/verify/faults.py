@@ -12,12 +12,18 @@ import functools
 import os
 import pathlib
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from dsjax.checkpoints.checkpoint import Model
+from dsjax.config.engine import EngineConfig, InstanceConfig
 from dsjax.runtime.cluster import messages
 from dsjax.runtime.engine import Engine
+from dsjax.runtime.orchestrator import Orchestrator
 
 COPY = 'copy'
 FOLDER = 'DSJAX_FAULTS'  # the environment variable that names it
@@ -56,7 +62,8 @@ class _Stuck:
     return np.asarray(self._array)
 
 
-def harm(engine, what, kind, call, args, released):
+def harm(engine: Engine, what: str, kind: str, call: Callable[..., Any],
+         args: tuple, released: Callable[[], bool]) -> Any:
   """Calls a method of an engine, wrongly; what: it, in words. released: see
   Injector."""
   if kind == 'raise':
@@ -92,21 +99,22 @@ class Injector:
     released: what is stuck may go on, late.
   """
 
-  def __init__(self, server):
+  def __init__(self, server: Orchestrator) -> None:
     self.server, self._fired, self.released = server, [], False
     self._armed = {}  # (instance, method) -> [[kind, calls left, when]]
 
   @property
-  def fired(self):
+  def fired(self) -> list[tuple[int, str, str]]:
     return self._fired
 
-  def __enter__(self):
+  def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     self.disarm()
 
-  def arm(self, instance, method, kind, nth=1, when=None):
+  def arm(self, instance: int, method: str, kind: str, nth: int = 1,
+          when: Callable[..., bool] | None = None) -> None:
     """The nth call of `method` at `instance` from now on goes wrong, once.
 
     when: instead of once, every call for whose arguments this is true.
@@ -120,7 +128,7 @@ class Injector:
         setattr(owner, name, self._wrapped(key, getattr(owner, name)))
     self._armed[key].append([kind, nth, when])
 
-  def disarm(self):
+  def disarm(self) -> None:
     """Every call is itself again."""
     for key in self._armed:
       for owner, name in self._owners(*key):
@@ -175,7 +183,7 @@ class ProcessInjector(Injector):
   at the server.
   """
 
-  def __init__(self, server):
+  def __init__(self, server: Orchestrator) -> None:
     self._folder, self._given = pathlib.Path(os.environ[FOLDER]), 0
     super().__init__(server)
     self._clear('*')
@@ -185,7 +193,7 @@ class ProcessInjector(Injector):
       path.unlink(missing_ok=True)  # it may be fired meanwhile
 
   @property
-  def fired(self):
+  def fired(self) -> list[tuple[int, str, str]]:
     """In the order in which they happened; those of the server first."""
     told = sorted(self._folder.glob(f'{FIRED}.*'),
                   key=lambda path: path.stat().st_mtime_ns)
@@ -193,15 +201,16 @@ class ProcessInjector(Injector):
                           in (path.read_text().split('|') for path in told)]
 
   @property
-  def released(self):
+  def released(self) -> bool:
     return (self._folder / RELEASED).exists()
 
   @released.setter
-  def released(self, value):
+  def released(self, value: bool) -> None:
     path = self._folder / RELEASED
     path.touch() if value else path.unlink(missing_ok=True)
 
-  def arm(self, instance, method, kind, nth=1, when=None):
+  def arm(self, instance: int, method: str, kind: str, nth: int = 1,
+          when: Callable[..., bool] | None = None) -> None:
     """As of an Injector; `when` for copies only."""
     if method == COPY:
       super().arm(instance, method, kind, nth, when)
@@ -212,7 +221,7 @@ class ProcessInjector(Injector):
     _write(self._folder / f'order.{instance}.{method}.{self._given:06}',
            f'{nth}|{kind}')
 
-  def disarm(self):
+  def disarm(self) -> None:
     super().disarm()
     self._clear('order.*')
 
@@ -220,13 +229,13 @@ class ProcessInjector(Injector):
     transfer.hear(messages.Broken(0, 'its copy cannot be read'))
 
 
-def inject(server):
+def inject(server: Orchestrator) -> Injector:
   """An Injector for the engines of a server."""
   remote = hasattr(server.engines[0], 'pid')
   return (ProcessInjector if remote else Injector)(server)
 
 
-def orders_in(folder):
+def orders_in(folder: pathlib.Path) -> None:
   """Servers that are made from now on with `engine` have their orders in this
   folder; an Injector gives them to servers of the last one."""
   os.environ[FOLDER] = str(folder)
@@ -239,7 +248,8 @@ def _write(path, text):
   whole.rename(path)
 
 
-def engine(model, stages, role, config, capacity):
+def engine(model: Model, stages: Sequence[Mesh], role: str,
+           config: EngineConfig, capacity: InstanceConfig) -> Engine:
   """The Engine of a process that obeys a ProcessInjector; made there. What it
   compiles before its first request goes right."""
   made = Engine(model, stages, role, config, capacity)

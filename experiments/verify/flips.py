@@ -13,13 +13,19 @@ import contextlib
 import dataclasses
 import random
 import time
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 
 import dsjax
+from dsjax.checkpoints.checkpoint import Model
 from dsjax.config.engine import EngineConfig
+from dsjax.config.placement import Placement
 from dsjax.scheduling import prefix_cache, scheduler
 from dsjax.scheduling.events import Flip, Migrate
+from dsjax.scheduling.policy import Policy
 from experiments.common import machine
 
 CONFIG = EngineConfig(max_len=32, max_seqs=8, prefill_tokens=64,
@@ -30,7 +36,7 @@ LIVE = 2  # times the places of all instances
 CALM = 10  # one in so many requests is served without flips first
 
 
-def restless(flips, count):
+def restless(flips: int, count: int) -> Policy:
   """A policy that flips so often in `count` requests; a function of what it
   sees, so that the log replays."""
   def resize(view):
@@ -52,7 +58,8 @@ def restless(flips, count):
                              resize=resize, rebalance=rebalance)
 
 
-def make_jobs(vocab_size, config, seed):
+def make_jobs(vocab_size: int, config: EngineConfig, seed: int
+              ) -> list[tuple[list[int], dict[str, Any]]]:
   """[(prompt ids, parameters)]: short ones, greedy and drawn in turn."""
   draw, jobs = random.Random(seed), []
   for n in range(JOBS):
@@ -64,7 +71,9 @@ def make_jobs(vocab_size, config, seed):
   return jobs
 
 
-def serve(model, placement, config, policy, jobs, count, show):
+def serve(model: Model, placement: Placement, config: EngineConfig,
+          policy: Policy, jobs: Sequence[tuple[list[int], dict[str, Any]]],
+          count: int, show: Any) -> dict[str, Any]:
   """A dict of what `count` requests for these jobs, in turn, came to."""
   seen = {'flips': 0, 'hand_offs': 0}
 
@@ -104,7 +113,8 @@ def serve(model, placement, config, policy, jobs, count, show):
             time.perf_counter() - began}
 
 
-def compare(model, placement, config, options, show):
+def compare(model: Model, placement: Placement, config: EngineConfig,
+            options: types.SimpleNamespace, show: Any) -> dict[str, Any]:
   """The dict of a whole comparison; 'failed checks' names those that did."""
   jobs = make_jobs(model.config.vocab_size, config, options.seed)
   count = options.requests
@@ -121,7 +131,7 @@ def compare(model, placement, config, options, show):
   return {'without flips': calm, 'with flips': live, 'failed checks': failed}
 
 
-def table(result):
+def table(result: Mapping[str, Any]) -> Table:
   """A rich Table of a comparison."""
   shown = Table('', 'without flips', 'with flips')
   calm, live = result['without flips'], result['with flips']

@@ -12,10 +12,12 @@ that has a number too: then the instance is lost. Only hand-offs of whole
 prompts are modelled.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dsjax.runtime.cluster import channel
 from dsjax.scheduling.events import (
+  Abort,
+  Command,
   InstanceDown,
   Migrate,
   Migrated,
@@ -23,6 +25,7 @@ from dsjax.scheduling.events import (
   RunDecode,
   RunPrefill,
 )
+from dsjax.scheduling.state import State
 from experiments.verify.moves import Moving
 from experiments.verify.world import World, need
 from experiments.verify.worlds import Rules
@@ -71,7 +74,7 @@ def is_due(count: int, number: int) -> bool:
   return True
 
 
-def hand_off(c):
+def hand_off(c: Migrate | Abort) -> tuple[int, int]:
   """Which hand-off a command is of."""
   return c.id, c.epoch
 
@@ -79,29 +82,30 @@ def hand_off(c):
 class LinkedMoving(Moving):
   """One move of a world of messages, in place."""
 
-  def __init__(self, rules, w):
+  def __init__(self, rules: Any, w: World) -> None:
     super().__init__(rules, w)
     self.links, self.halves = list(w.links), w.halves
 
-  def done(self, faults):
+  def done(self, faults: int) -> World:
     w = super().done(faults)
     live = {hand_off(c) for c, *_ in w.copies}
     return w._replace(links=tuple(self.links), halves=frozenset([
         half for half in self.halves if half[0] in live]))
 
-  def change(self, i, **changes):
+  def change(self, i: int, **changes: Any) -> None:
     self.links[i] = self.links[i]._replace(**changes)
 
   # --- the server -------------------------------------------------------------
 
-  def send(self, i, kind, c):
+  def send(self, i: int, kind: str, c: RunPrefill | RunDecode | Migrate
+           ) -> None:
     """What is sent to a process that has ended is sent nowhere."""
     link = self.links[i]
     if not link.dead:
       self.change(i, down=(*link.down, (link.sent, kind, c)),
                   sent=link.sent + 1)
 
-  def issue(self, c):
+  def issue(self, c: Command) -> None:
     super().issue(c)
     if isinstance(c, RunPrefill | RunDecode):
       self.send(c.instance, 'run', c)
@@ -109,17 +113,17 @@ class LinkedMoving(Moving):
       self.send(c.source, 'offer', c)
       self.send(c.target, 'pull', c)
 
-  def aborted(self, c, after):
+  def aborted(self, c: Abort | Migrate, after: State | None) -> None:
     for p in [p for p, *_ in self.copies if hand_off(p) == hand_off(c)]:
       self.drop(p)
     super().aborted(c, after)
 
-  def drop(self, c):
+  def drop(self, c: Migrate) -> None:
     """A hand-off is given up."""
     self.send(c.target, 'drop', c)
     self.send(c.source, 'withdraw', c)
 
-  def hears(self, i):
+  def hears(self, i: int) -> None:
     """The server takes a message; what it cannot be loses the instance."""
     link = self.links[i]
     (number, kind, *said), up = link.up[0], link.up[1:]
@@ -132,7 +136,8 @@ class LinkedMoving(Moving):
     else:
       self.moved(kind, *said)
 
-  def stepped(self, i, number, sampled):
+  def stepped(self, i: int, number: int, sampled: tuple[tuple[int, int], ...]
+              ) -> None:
     """A step is told: a token of each of its rows."""
     link, flying = self.links[i], self.w.state.instances[i].inflight
     if not flying or flying[0][0].number != number:
@@ -148,7 +153,7 @@ class LinkedMoving(Moving):
       self.change(i, steps=0, ended=())
       self.ran(i, command, ended)
 
-  def moved(self, half, which):
+  def moved(self, half: str, which: tuple[int, int]) -> None:
     """One end of a hand-off says how far it is."""
     flying = [p for p in self.copies if hand_off(p[0]) == which]
     for p in flying:  # else it was given up
@@ -163,7 +168,7 @@ class LinkedMoving(Moving):
         self.copies.remove(p)
         self.events.append(Migrated(self.time_s, *which))
 
-  def crash(self, i, steps=0, back=True):
+  def crash(self, i: int, steps: int = 0, back: bool = True) -> None:
     """The server loses an instance, and kills what is left of it."""
     del steps  # those that were told
     link = self.links[i]
@@ -176,18 +181,18 @@ class LinkedMoving(Moving):
       self.drop(p[0])
       self.copies.remove(p)
 
-  def up(self, i):
+  def up(self, i: int) -> None:
     super().up(i)
     if self.w.state.instances[i].status in ('down', 'gone'):  # else drained
       self.links[i] = Link()
 
   # --- the process ------------------------------------------------------------
 
-  def say(self, i, *message):
+  def say(self, i: int, *message: Any) -> None:
     link = self.links[i]
     self.change(i, up=(*link.up, (link.said, *message)), said=link.said + 1)
 
-  def hear(self, i):
+  def hear(self, i: int) -> None:
     """The process takes a message; one that is not due ends it."""
     link = self.links[i]
     (number, kind, c), down = link.down[0], link.down[1:]
@@ -208,7 +213,7 @@ class LinkedMoving(Moving):
       self.change(i, pulls=tuple([p for p in link.pulls
                                   if hand_off(p) != hand_off(c)]))
 
-  def run(self, i):
+  def run(self, i: int) -> None:
     """The process does what is next, and tells."""
     link = self.links[i]
     (kind, c), todo = link.todo[0], link.todo[1:]
@@ -225,42 +230,42 @@ class LinkedMoving(Moving):
       self.change(i, ready=link.ready | {hand_off(c)})
       self.say(i, 'offered', hand_off(c))
 
-  def come(self, i, *which):
+  def come(self, i: int, *which: int) -> None:
     """A pull has come: it is written behind what was begun before."""
     link = self.links[i]
     c, = [c for c in link.pulls if hand_off(c) == which]
     self.change(i, pulls=tuple([p for p in link.pulls if p is not c]),
                 todo=(*link.todo, ('land', c)))
 
-  def breaks(self, i, *which):
+  def breaks(self, i: int, *which: int) -> None:
     """A pull fails."""
     link = self.links[i]
     self.change(i, pulls=tuple([p for p in link.pulls
                                 if hand_off(p) != which]))
     self.say(i, 'broken', which)
 
-  def die(self, i):
+  def die(self, i: int) -> None:
     """The process ends; what it said before is still on its way."""
     self.change(i, down=(), todo=(), pulls=(), offers=frozenset(),
                 ready=frozenset(), dead=True)
 
   # --- what happens to messages -----------------------------------------------
 
-  def spoil(self, i, way, changed):
+  def spoil(self, i: int, way: str, changed: tuple) -> None:
     self.change(i, spoiled=True, **{way: changed})
 
-  def lost(self, i, way):
+  def lost(self, i: int, way: str) -> None:
     self.spoil(i, way, getattr(self.links[i], way)[1:])
 
-  def doubled(self, i, way):
+  def doubled(self, i: int, way: str) -> None:
     queue = getattr(self.links[i], way)
     self.spoil(i, way, queue[:1] + queue)
 
-  def passed(self, i, way):
+  def passed(self, i: int, way: str) -> None:
     first, second, *others = getattr(self.links[i], way)
     self.spoil(i, way, (second, first, *others))
 
-  def noticed(self, i):
+  def noticed(self, i: int) -> None:
     self.crash(i)
 
 

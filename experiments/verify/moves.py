@@ -4,12 +4,16 @@ Rules (worlds.py) says which moves there are, and Rules.apply makes one.
 """
 
 
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
 from dsjax.scheduling import page_pool, scheduler
 from dsjax.scheduling.events import (
   Abort,
   Arrived,
   Cancelled,
   Chunk,
+  Command,
   DecodeDone,
   Drain,
   Fail,
@@ -32,6 +36,7 @@ from dsjax.scheduling.events import (
   Tick,
   Timer,
 )
+from dsjax.scheduling.state import State
 from experiments.verify.world import (
   DAMAGED,
   World,
@@ -45,7 +50,7 @@ from experiments.verify.world import (
 class Moving:
   """One move of a world, in place."""
 
-  def __init__(self, rules, w):
+  def __init__(self, rules: Any, w: World) -> None:
     self.rules, self.w, self.time_s = rules, w, rules.time_s
     self.events, self.log, self.stopped = [], [], []
     self.kv, self.changed = list(w.kv), set()
@@ -54,7 +59,7 @@ class Moving:
     self.host, self.offloads = w.host, list(w.offloads)
     self.loads = list(w.loads)
 
-  def done(self, faults):
+  def done(self, faults: int) -> World:
     """Steps the scheduler, performs Abort and ends, doubts."""
     w, config = self.w, self.rules.config
     before = after = w.state
@@ -92,11 +97,11 @@ class Moving:
                  tuple(self.copies), faults, marks, self.host,
                  tuple(self.offloads), tuple(self.loads))
 
-  def issue(self, c):
+  def issue(self, c: Command) -> None:
     """A command goes to its instances."""
     self.issued.append(c)
 
-  def end(self, c, after):
+  def end(self, c: Finish | Fail | Reject, after: State) -> None:
     """A request ends: once, with all its tokens, for a reason that is so."""
     need(self.fates[c.id] == '', '{}: ended {} before', c, self.fates[c.id])
     _, most, eos, _ = self.rules.requests[c.id]
@@ -125,7 +130,7 @@ class Moving:
           self.rules.config, *self.rules.requests[c.id][:2]),
            '{}: it fits', c)
 
-  def started(self, c, after):
+  def started(self, c: Migrate, after: State) -> None:
     need(all([p.id != c.id or p.epoch == c.epoch and p.more
               and p.hit + p.num_tokens <= c.hit for p, *_ in self.copies]),
          '{}: two copies of one request', c)
@@ -147,7 +152,7 @@ class Moving:
       self.read(c.source, c.id, c.source_pages, c.hit + c.num_tokens, c.hit)
     self.copies.append((c, False, self.numbers[c.source]))
 
-  def fetched(self, c, after):
+  def fetched(self, c: Migrate, after: State) -> None:
     """What is kept, and not here, goes to pages that nothing else uses."""
     seq = after.seqs[c.id]
     kept = {page for _, page in kept_pages(after.instances[c.source])}
@@ -158,13 +163,13 @@ class Moving:
     self.read(c.target, c.id, seq.pages, c.hit)
     self.admitted(c, after)
 
-  def aborted(self, c, after):
+  def aborted(self, c: Abort | Migrate, after: State | None) -> None:
     need(all([p.target == c.target for p, *_ in self.copies
               if (p.id, p.epoch) == (c.id, c.epoch)]), '{}: of another', c)
     self.copies = [p for p in self.copies
                    if (p[0].id, p[0].epoch) != (c.id, c.epoch)]
 
-  def offload(self, c, after):
+  def offload(self, c: Offload, after: State) -> None:
     """It reads full pages before what is issued later writes them."""
     used = {page for other in self.issued if isinstance(
         other, RunPrefill | RunDecode) and other.instance == c.instance
@@ -183,7 +188,7 @@ class Moving:
          '{}: reads {}', c, got)
     self.offloads.append((c, got))
 
-  def load(self, c, after):
+  def load(self, c: Load, after: State) -> None:
     """It writes pages that nothing else uses."""
     seq, size = after.seqs[c.id], self.rules.config.instances[
         c.instance].page_size
@@ -201,7 +206,7 @@ class Moving:
       self.admitted(c, after)
     self.loads.append(c)
 
-  def admitted(self, c, after):
+  def admitted(self, c: RunPrefill | Migrate | Load, after: State) -> None:
     """First come, first served: no request of a prefill queue is passed."""
     self.waited(c, after)
     if self.rules.config.policy.order:
@@ -220,7 +225,7 @@ class Moving:
              or part.id not in waited or after.seqs[part.id].order < first,
              '{}: passes request {} by', c, queue[0])
 
-  def waited(self, c, after):
+  def waited(self, c: RunPrefill | Migrate | Load, after: State) -> None:
     """No row that waits in host memory is passed."""
     index = c.target if isinstance(c, Migrate) else c.instance
     known = [{id for id, *_ in w.instances[index].host.swapped}
@@ -233,7 +238,7 @@ class Moving:
                                        or any(fresh))),
          '{}: passes rows {} by', c, known[0])
 
-  def pulled(self, c, after):
+  def pulled(self, c: Migrate, after: State) -> None:
     """No finished prefill that waits for this instance is passed."""
     self.waited(c, after)
     if self.rules.config.policy.order:
@@ -247,13 +252,14 @@ class Moving:
 
   # --- what commands do to pages and clients --------------------------------
 
-  def pages_of(self, i):
+  def pages_of(self, i: int) -> list[tuple | None]:
     if i not in self.changed:
       self.changed.add(i)
       self.kv[i] = list(self.kv[i])
     return self.kv[i]
 
-  def read(self, i, id, ids, stop, start=0):
+  def read(self, i: int, id: int, ids: Sequence[int], stop: int,
+           start: int = 0) -> None:
     """Tokens [start, stop) are read; `ids` begin with the page of start."""
     kv, size = self.kv[i], self.rules.config.instances[i].page_size
     for k, page in self.places(id, ids, start, stop, size):
@@ -262,7 +268,8 @@ class Moving:
       need(got and got[:2] == name and got[2] >= want,
            'instance {}: read {} for {} tokens of {}', i, got, want, name)
 
-  def write(self, i, id, ids, start, stop, skipped=0):
+  def write(self, i: int, id: int, ids: Sequence[int], start: int, stop: int,
+            skipped: int = 0) -> None:
     """Tokens [start, stop) are written; `ids` begin with the page of
     `skipped`."""
     kv, size = self.pages_of(i), self.rules.config.instances[i].page_size
@@ -274,14 +281,15 @@ class Moving:
         kv[page] = (*self.rules.page_of(id, k, size),
                     min(size, stop - k * size))
 
-  def places(self, id, ids, start, stop, size):
+  def places(self, id: int, ids: Sequence[int], start: int, stop: int,
+             size: int) -> Iterator[tuple[int, int]]:
     """(block, page) of tokens [start, stop) of a request."""
     first, after = start // size, page_pool.pages_for(stop, size)
     need(after - first <= len(ids), 'request {}: no page for {} in {}', id,
          stop, ids)
     return zip(range(first, after), ids, strict=False)
 
-  def tell(self, id, position):
+  def tell(self, id: int, position: int) -> bool:
     """A token is told; True where the stream ends with it."""
     prompt, _, eos, _ = self.rules.requests[id]
     out = self.out[id]
@@ -294,7 +302,8 @@ class Moving:
       self.stopped.append(id)
     return out + 1 == eos
 
-  def work(self, i, c, step):
+  def work(self, i: int, c: RunPrefill | RunDecode, step: int
+           ) -> list[tuple[int, int]]:
     """A step of a command at its instance: what it does to pages, and (id,
     tokens known with it) of each token that it samples."""
     sampled = []
@@ -315,34 +324,37 @@ class Moving:
       sampled.append((row.id, position + 1))
     return sampled
 
-  def tell_all(self, sampled, step):
+  def tell_all(self, sampled: Iterable[tuple[int, int]], step: int
+               ) -> tuple[tuple[int, int], ...]:
     """(id, step) of the streams that end with the tokens of a step."""
     return tuple([(id, step) for id, position in sampled
                   if self.tell(id, position)])
 
-  def steps(self, i, c, count):
+  def steps(self, i: int, c: RunPrefill | RunDecode, count: int
+            ) -> tuple[tuple[int, int], ...]:
     """The first steps of a command: (id, step) of the streams that ended."""
     return sum([self.tell_all(self.work(i, c, step), step)
                 for step in range(count)], ())
 
   # --- moves ----------------------------------------------------------------
 
-  def arrive(self, id, more=False):
+  def arrive(self, id: int, more: bool = False) -> None:
     self.fates[id] = ''
     prompt_len, limit = self.rules.requests[id][:2]
     self.events.append(Arrived(self.time_s, id, prompt_len, limit, more,
                                self.rules.blocks(id, 0, prompt_len)))
 
-  def burst(self, first, second):
+  def burst(self, first: int, second: int) -> None:
     """Two arrive at once."""
     self.arrive(first, more=True)
     self.arrive(second)
 
-  def run(self, i):
+  def run(self, i: int) -> None:
     command = self.w.state.instances[i].inflight[0][0]
     self.ran(i, command, self.steps(i, command, command.steps))
 
-  def ran(self, i, command, ended):
+  def ran(self, i: int, command: RunPrefill | RunDecode,
+          ended: tuple[tuple[int, int], ...]) -> None:
     """A command is done."""
     told, blocks = (self.time_s, i, command.number), self.generated(command)
     self.events.append(
@@ -350,7 +362,8 @@ class Moving:
         if isinstance(command, RunDecode) else
         PrefillDone(*told, tuple([id for id, _ in ended]), blocks=blocks))
 
-  def generated(self, command):
+  def generated(self, command: RunPrefill | RunDecode
+                ) -> tuple[tuple[int, tuple[int, ...]], ...]:
     """(id, blocks) of what those that end with a command have generated."""
     blocks = []
     for id in [part.id for part in command.chunks + command.rows]:
@@ -360,7 +373,7 @@ class Moving:
         blocks.append((id, more))
     return tuple(blocks)
 
-  def crash(self, i, steps, back=True):
+  def crash(self, i: int, steps: int, back: bool = True) -> None:
     flying = self.w.state.instances[i].inflight
     ended = self.steps(i, flying[0][0], steps) if steps else ()
     self.events.append(InstanceDown(
@@ -372,28 +385,28 @@ class Moving:
     self.offloads = [p for p in self.offloads if p[0].instance != i]
     self.loads = [c for c in self.loads if c.instance != i]
 
-  def gone(self, i):
+  def gone(self, i: int) -> None:
     self.crash(i, 0, False)
 
-  def up(self, i):
+  def up(self, i: int) -> None:
     self.events.append(InstanceUp(self.time_s, i))
 
-  def drain(self, i):
+  def drain(self, i: int) -> None:
     self.events.append(Drain(self.time_s, i))
 
-  def tick(self):
+  def tick(self) -> None:
     self.events.append(Tick(self.time_s))
 
-  def cancel(self, id):
+  def cancel(self, id: int) -> None:
     self.stopped.append(id)
     self.events.append(Cancelled(self.time_s, id))
 
-  def copy(self, id, part):
+  def copy(self, id: int, part: int) -> int:
     """Which of the copies: a part is known by its first token."""
     return next(n for n, (c, *_) in enumerate(self.copies)
                 if c.id == id and (c.hit if c.more else -1) == part)
 
-  def copied(self, id, part=-1):
+  def copied(self, id: int, part: int = -1) -> None:
     c, *_ = self.copies.pop(self.copy(id, part))
     stop = c.hit + c.num_tokens
     self.read(c.source, id, c.source_pages, stop, c.hit)
@@ -401,13 +414,14 @@ class Moving:
     if not c.more:
       self.events.append(Migrated(self.time_s, id, c.epoch))
 
-  def failed(self, id, part=-1, reason='the copy failed'):
+  def failed(self, id: int, part: int = -1, reason: str = 'the copy failed'
+             ) -> None:
     """With it every part of its hand-off is given up."""
     c, *_ = self.copies[self.copy(id, part)]
     self.aborted(c, None)
     self.events.append(MigrateFailed(self.time_s, id, c.epoch, reason))
 
-  def damaged(self, id, part=-1):
+  def damaged(self, id: int, part: int = -1) -> None:
     """It arrived, and its checksum does not fit."""
     c, *_ = self.copies[self.copy(id, part)]
     kv = self.pages_of(c.target)
@@ -415,7 +429,7 @@ class Moving:
       kv[page] = DAMAGED
     self.failed(id, part, 'checksum')
 
-  def offloaded(self, i, number, failed=False):
+  def offloaded(self, i: int, number: int, failed: bool = False) -> None:
     n, = [n for n, (command, _) in enumerate(self.offloads)
           if (command.instance, command.number) == (i, number)]
     command, got = self.offloads.pop(n)
@@ -424,14 +438,14 @@ class Moving:
         for slot, page in zip(command.slots, got, strict=True)}
     self.events.append(Offloaded(self.time_s, i, number, failed))
 
-  def offload_failed(self, i, number):
+  def offload_failed(self, i: int, number: int) -> None:
     self.offloaded(i, number, True)
 
-  def loading(self, id):
+  def loading(self, id: int) -> Load:
     n, = [n for n, c in enumerate(self.loads) if c.id == id]
     return self.loads.pop(n)
 
-  def loaded(self, id):
+  def loaded(self, id: int) -> None:
     load = self.loading(id)
     size = self.rules.config.instances[load.instance].page_size
     kv, first = self.pages_of(load.instance), load.hit // size
@@ -444,11 +458,11 @@ class Moving:
       kv[page] = got
     self.events.append(Loaded(self.time_s, id, load.epoch))
 
-  def load_failed(self, id):
+  def load_failed(self, id: int) -> None:
     load = self.loading(id)
     self.events.append(LoadFailed(self.time_s, id, load.epoch))
 
-  def bad_load(self, id):
+  def bad_load(self, id: int) -> None:
     """It is there, and its checksum does not fit."""
     load = self.loading(id)
     kv = self.pages_of(load.instance)
@@ -461,11 +475,11 @@ class Moving:
         if (load.instance, slot) not in read}
     self.events.append(LoadFailed(self.time_s, id, load.epoch, 'checksum'))
 
-  def lease(self, id, part=-1):
+  def lease(self, id: int, part: int = -1) -> None:
     c, *_ = self.copies[self.copy(id, part)]
     self.events.append(Timer(self.time_s, id, c.epoch))
 
-  def lose(self, id, part=-1):
+  def lose(self, id: int, part: int = -1) -> None:
     """It may write for ever, and will never answer."""
     n = self.copy(id, part)
     c, _, number = self.copies[n]

@@ -2,16 +2,21 @@
 
 import collections
 import json
+import pathlib
 import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from configs.serve import PROMPTS
+from dsjax.config.engine import EngineConfig
 from experiments.common import pictures, provenance
 
 
-def added_latency(done, config, back_s):
+def added_latency(done: Sequence[Mapping[str, Any]], config: EngineConfig,
+                  back_s: float) -> tuple[list[float], list[int]]:
   """(added seconds of each request that a fault hit, those over the bound)."""
   calm = collections.defaultdict(list)
   for r in done:
@@ -29,7 +34,7 @@ def added_latency(done, config, back_s):
   return added, over
 
 
-def growth_mb_per_min(memory):
+def growth_mb_per_min(memory: Sequence[tuple[float, float]]) -> float | None:
   """Slope of the memory after the first third, by least squares; None of
   too few samples."""
   late = memory[len(memory) // 3:]
@@ -39,7 +44,8 @@ def growth_mb_per_min(memory):
   return fit.slope * 60
 
 
-def summarize(soak, seconds, compiled):
+def summarize(soak: Any, seconds: float, compiled: Sequence[float]
+              ) -> dict[str, Any]:
   """What the table shows, as a dict; 'failed checks' names those that did."""
   by = collections.Counter(r['status'] for r in soak.done)
   back_s = soak.options.back_s
@@ -71,7 +77,7 @@ def summarize(soak, seconds, compiled):
   return result
 
 
-def table(result):
+def table(result: Mapping[str, Any]) -> Table:
   """A rich Table of a result."""
   shown = Table(show_header=False)
   shown.add_column()
@@ -105,7 +111,7 @@ def table(result):
   return shown
 
 
-def draw(path, soak):
+def draw(path: pathlib.Path, soak: Any) -> None:
   """Latencies, faults and memory over time, to a PNG."""
   figure = Figure(figsize=(10, 7), layout='constrained')
   top, middle, low = figure.subplots(
@@ -139,7 +145,8 @@ def draw(path, soak):
   pictures.save(figure, path)
 
 
-def save(out, soak, result, options):
+def save(out: pathlib.Path, soak: Any, result: Mapping[str, Any],
+         options: Mapping[str, Any]) -> None:
   """Writes every file but the event log; options: a dict."""
   provenance.save_json(out / 'soak.json', result, options, [PROMPTS])
   for name, rows in (('requests', soak.done), ('faults', soak.faults)):

@@ -21,10 +21,12 @@ from dsjax.scheduling import prefix_cache
 from dsjax.scheduling.events import (
   Loaded,
   LoadFailed,
+  Migrate,
   Migrated,
   MigrateFailed,
   Timer,
 )
+from dsjax.scheduling.state import Instance
 
 
 class Violation(AssertionError):
@@ -92,23 +94,23 @@ class World(NamedTuple):
   halves: frozenset = frozenset()
 
 
-def hash_of(id, block):
+def hash_of(id: int, block: int) -> int:
   """Of a block, and all before it."""
   return 1 + 1000 * block + (0 if id == ALIKE else id + 1)
 
 
-def behind(w, c, number):
+def behind(w: World, c: Migrate, number: int) -> int:
   """Commands that are to run before a copy reads: those up to `number`."""
   flying = w.state.instances[c.source].inflight
   return max(0, number + 1 - flying[0][0].number) if flying else 0
 
 
-def free_bits(inst):
+def free_bits(inst: Instance) -> int:
   """The bits of the pages that nobody owns, and that are not kept."""
   return getattr(inst.pool, 'pool', inst.pool).free
 
 
-def kept_pages(inst):
+def kept_pages(inst: Instance) -> list[tuple[int, int]]:
   """[(hash, page)] of what is kept."""
   if type(inst.pool) is not prefix_cache.Cache:
     return []
@@ -139,7 +141,7 @@ def _host_mark(inst):
                       for id, slots, number in host.swapped])))
 
 
-def mark_of(inst):
+def mark_of(inst: Instance) -> int:
   """A hash of an instance, see Rules.key."""
   ticks = [b.tick for b in inst.batches]
   number = inst.number
