@@ -40,7 +40,11 @@ import sys
 import tempfile
 import threading
 import time
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+from rich.console import Console
 from rich.progress import Progress
 
 from dsjax.config.checks import InputError, require
@@ -53,13 +57,15 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 LIMIT_S = 300  # of one step
 
 
-def environment(dump):
+def environment(dump: str) -> dict[str, str]:
   """What a child runs in. XLA and Mosaic write each kernel's PTX to `dump`."""
   return os.environ | compiled.environment(dump) | {
       'JAX_PLATFORMS': 'cpu', 'TF_CPP_MIN_LOG_LEVEL': '3'}
 
 
-def child(model, gpu, start, running, command=None):
+def child(model: str, gpu: str, start: int,
+          running: list[subprocess.Popen[str]],
+          command: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
   """Rows of a model's steps from number `start` on, as they come.
 
   Ends early if the child does; raises RuntimeError with the last line that it
@@ -96,7 +102,9 @@ def child(model, gpu, start, running, command=None):
                          f'exit code {process.returncode}: {lines[-1][:300]}')
 
 
-def compile_all(model, gpu, running, report, command=None):
+def compile_all(model: str, gpu: str, running: list[subprocess.Popen[str]],
+                report: Callable[[], object],
+                command: Sequence[str] | None = None) -> list[dict[str, Any]]:
   """A row of every step of a model; of one that crashes, its error."""
   names, rows = aot_steps.names(model), []
   while len(rows) < len(names) and running is not None:
@@ -113,7 +121,8 @@ def compile_all(model, gpu, running, report, command=None):
   return rows
 
 
-def compile_pairs(console, pairs, jobs):
+def compile_pairs(console: Console, pairs: Sequence[tuple[str, str]],
+                  jobs: int) -> list[dict[str, Any]]:
   """Rows of all (model, gpu), `jobs` children at a time."""
   total, running = sum(len(aot_steps.names(m)) for m, _ in pairs), []
   with Progress(console=console, transient=True) as progress:
@@ -139,7 +148,8 @@ def compile_pairs(console, pairs, jobs):
           process.kill()
 
 
-def run(console, pairs, jobs, update):
+def run(console: Console, pairs: Sequence[tuple[str, str]], jobs: int,
+        update: bool) -> int:
   """Compiles for each (model, gpu); prints; the exit code."""
   began = time.perf_counter()
   rows = compile_pairs(console, pairs, jobs)
@@ -170,7 +180,7 @@ FLAGS = {
 }
 
 
-def main(options, console):
+def main(options: types.SimpleNamespace, console: Console) -> int:
   """Compiles what the flags name; returns the exit code."""
   for name, allowed in (('models', aot_steps.SETUPS),
                         ('gpus', aot_steps.GPUS)):

@@ -6,6 +6,8 @@ import json
 import math
 import pathlib
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
 
 from rich import box
 from rich.console import Group
@@ -21,22 +23,24 @@ MEASURED = ('registers', 'spilled', 'shared')  # of a kernel, also on a GPU
 FOLDER = pathlib.Path(__file__).parent
 GOLDEN = FOLDER.parents[1] / 'tests' / 'goldens' / 'aot.json'
 MOST = 0.9  # of a device's memory
+# What `kernel_key` makes of a kernel.
+KernelKey: TypeAlias = tuple[str, str, str, str, int]
 
 
-def collectives(text):
+def collectives(text: str) -> dict[str, int]:
   """{kind: how many} in the text of an optimised HLO module."""
   kinds = re.findall(rf' ({"|".join(KINDS)})(?:-start)?\(', text)
   return dict(sorted(collections.Counter(kinds).items()))
 
 
-def copies(text, least):
+def copies(text: str, least: int) -> int:
   """Copies of arrays of `least` numbers or more in an optimised module."""
   shapes = re.findall(r'= \(?\w+\[([\d,]*)\][^=]* copy(?:-start)?\(', text)
   return sum(math.prod(int(n) for n in shape.split(',') if n) >= least
              for shape in shapes)
 
 
-def kernels(of_names):
+def kernels(of_names: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   """Of {name: compiled.Kernel}: our kernels, and who else spills.
 
   Returns:
@@ -51,13 +55,13 @@ def kernels(of_names):
               if k.spilled and name not in ours})
 
 
-def device_bytes(gpu):
+def device_bytes(gpu: str) -> int:
   """Memory of a described GPU."""
   path = FOLDER / 'gpus' / f'{gpu}.txtpb'
   return int(re.search(r'device_memory_size: (\d+)', path.read_text())[1])
 
 
-def must_hold(row):
+def must_hold(row: Mapping[str, Any]) -> list[str]:
   """What is wrong with a row whatever the versions: sentences."""
   if 'error' in row:
     return [row['error']]
@@ -78,7 +82,7 @@ def must_hold(row):
   return faults
 
 
-def differences(row, want):
+def differences(row: Mapping[str, Any], want: Mapping[str, Any]) -> list[str]:
   """How a row differs from the golden one: sentences."""
   changes = []
   for field in sorted(row.keys() | want.keys()):
@@ -90,18 +94,20 @@ def differences(row, want):
   return changes
 
 
-def golden():
+def golden() -> dict[str, Any]:
   """The golden table: versions and rows."""
   return json.loads(GOLDEN.read_text()) if GOLDEN.exists() else dict(
       versions=None, rows=[])
 
 
-def kernel_key(gpu, model, name, kernel):
+def kernel_key(gpu: str, model: str, name: str, kernel: Mapping[str, Any]
+               ) -> KernelKey:
   """What tells kernels apart."""
   return gpu, model, name, kernel['grid'], kernel['threads']
 
 
-def measured(path=FOLDER / 'measured.json'):
+def measured(path: pathlib.Path = FOLDER / 'measured.json'
+             ) -> tuple[dict[KernelKey, dict[str, Any]], str]:
   """({kernel_key: kernel}, machine) of what experiments.gpu --ingest wrote;
   nothing where no GPU has."""
   if not path.exists():
@@ -111,19 +117,21 @@ def measured(path=FOLDER / 'measured.json'):
           for row in written['rows']}, written['machine']
 
 
-def beside(kernel, real, field):
+def beside(kernel: Mapping[str, Any], real: Mapping[str, Any] | None,
+           field: str) -> str:
   """A field as compiled, and as measured where that differs."""
   if real is None or real[field] == kernel[field]:
     return str(kernel[field])
   return f'{kernel[field]} ({real[field]})'
 
 
-def key(row):
+def key(row: Mapping[str, Any]) -> tuple[str, str, str]:
   """What tells rows apart."""
   return row['gpu'], row['model'], row['step']
 
 
-def faults(rows, golden):
+def faults(rows: Iterable[Mapping[str, Any]],
+           golden: Iterable[Mapping[str, Any]] | None) -> list[str]:
   """Sentences that begin with the row's key; golden: rows, or None."""
   known = {key(row): row for row in golden or ()}
   texts = []
@@ -137,12 +145,13 @@ def faults(rows, golden):
   return texts
 
 
-def merge(kept, rows):
+def merge(kept: Iterable[dict[str, Any]], rows: Iterable[dict[str, Any]]
+          ) -> list[dict[str, Any]]:
   """Golden rows, with those of this run in place of their predecessors."""
   return list(({key(r): r for r in kept} | {key(r): r for r in rows}).values())
 
 
-def save(path, golden):
+def save(path: pathlib.Path, golden: Mapping[str, Any]) -> None:
   """Writes a golden table, a line a row."""
   rows = ',\n'.join(json.dumps(row) for row in golden['rows'])
   path.write_text(f'{{"versions": {json.dumps(golden["versions"])},\n'
@@ -184,7 +193,9 @@ def _kernel_cells(row, real):
     yield f"XLA's {name}", '', '', '', '', str(spilled)
 
 
-def tables(rows, real=None):
+def tables(rows: Iterable[Mapping[str, Any]],
+           real: tuple[Mapping[KernelKey, Mapping[str, Any]], str] | None = None
+           ) -> Group:
   """Of each GPU and model a table of its steps and one of their kernels.
 
   real: what `measured` gives; None: what it gives.

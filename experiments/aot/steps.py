@@ -11,9 +11,11 @@ import json
 import math
 import re
 import sys
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from dsjax.config.engine import EngineConfig
+from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Plan
 from dsjax.kernels import compiled
 from experiments.aot import report as aot_report
@@ -52,7 +54,7 @@ class Step(NamedTuple):
   layers: int = 0
 
 
-def names(model):
+def names(model: str) -> list[str]:
   """The names of a model's steps, in order."""
   steps = []
   for role in ('prefill', 'decode'):
@@ -65,7 +67,7 @@ def names(model):
   return [*steps, 'pieces']
 
 
-def steps(model, gpu):
+def steps(model: str, gpu: str) -> Iterator[Step]:
   """The Steps of a model on a described GPU."""
   import jax
   import numpy as np
@@ -86,7 +88,8 @@ def steps(model, gpu):
   yield from pieces(sides['prefill'], sides['decode'])
 
 
-def stage_steps(config, meshes, role, stage, num_pages):
+def stage_steps(config: ModelConfig, meshes: Sequence[Any], role: str,
+                stage: int, num_pages: int) -> Iterator[Step]:
   """The Steps of one stage of an instance, as `names` has them."""
   import dataclasses
 
@@ -122,7 +125,8 @@ def stage_steps(config, meshes, role, stage, num_pages):
              layers)
 
 
-def pieces(source, target):
+def pieces(source: tuple[Any, ...], target: tuple[Any, ...]
+           ) -> Iterator[Step]:
   """One Step: all cuts and joins of heads that a migration does."""
   import jax
 
@@ -156,7 +160,7 @@ def pieces(source, target):
       heads(each[0]), [[heads(n) for n in parts] for parts in sorted(joins)]))
 
 
-def compile_step(step, gpu, dump):
+def compile_step(step: Step, gpu: str, dump: str) -> dict[str, Any]:
   """What a Step is made of."""
   import jax
   lowered, made, kernels = compiled.compile_step(
@@ -183,13 +187,13 @@ def _size(x):
   return math.prod(x.sharding.shard_shape(x.shape))
 
 
-def versions():
+def versions() -> dict[str, str]:
   """What a golden table holds for."""
   return {name: importlib.metadata.version(name)
           for name in ('jax', 'nvidia-cuda-nvcc')}
 
 
-def main(model, gpu, start, dump):
+def main(model: str, gpu: str, start: str, dump: str) -> None:
   for step, name in list(zip(steps(model, gpu), names(model),
                              strict=True))[int(start):]:
     if step.name != name:

@@ -20,11 +20,15 @@ within a run. Ctrl-C keeps what was measured.
 
 import statistics
 import time
+import types
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import transfer
 from jax.sharding import SingleDeviceSharding
+from rich.console import Console
 from rich.table import Table
 
 import dsjax
@@ -49,7 +53,7 @@ SHAPES = ((8, 16), (256, 64))  # rows, pages of each
 ROUNDS = 200
 
 
-def message_cost(rows, pages):
+def message_cost(rows: int, pages: int) -> tuple[float, ...]:
   """(microseconds at the server, at an instance, bytes) of a decode command
   for each of whose rows a page is new."""
   took, size = {'server': [], 'instance': []}, 0
@@ -69,7 +73,7 @@ def message_cost(rows, pages):
   return (*(statistics.median(s) * 1e6 for s in took.values()), size)
 
 
-def bare_gb_per_s(num_bytes, arrays, rounds):
+def bare_gb_per_s(num_bytes: int, arrays: int, rounds: int) -> float:
   """GB/s of a pull of so many bytes from this process to itself."""
   device = jax.local_devices(backend='cpu')[0]
   server = transfer.start_transfer_server(
@@ -90,7 +94,9 @@ def bare_gb_per_s(num_bytes, arrays, rounds):
   return size * 4 * arrays / statistics.median(took) / 1e9
 
 
-def serve(model, config, options, cluster):
+def serve(model: dsjax.Model, config: EngineConfig,
+          options: types.SimpleNamespace, cluster: str | None
+          ) -> dict[str, float]:
   """Serves requests one by one: figures by name."""
   rng = np.random.default_rng(0)
   prompts = rng.integers(3, model.config.vocab_size - 1,
@@ -114,7 +120,8 @@ def serve(model, config, options, cluster):
           'tpot_ms': statistics.median(r.tpot_s for r in records) * 1e3}
 
 
-def measure(options, config, results):
+def measure(options: types.SimpleNamespace, config: EngineConfig,
+            results: dict[str, Any]) -> None:
   """Adds to `results` as they come: messages, served, bare_gb_per_s."""
   model = dsjax.load(options.model, config.dtype)
   for rows, pages in SHAPES:
@@ -126,7 +133,7 @@ def measure(options, config, results):
       2 * model.config.num_layers, options.requests)
 
 
-def show(console, results):
+def show(console: Console, results: Mapping[str, Any]) -> None:
   """Prints what was measured."""
   say, served = cli.says(console), results['served']
   for shape, (here, there, size) in results['messages'].items():
@@ -142,7 +149,7 @@ def show(console, results):
   console.print(table)
 
 
-def run(options, console):
+def run(options: types.SimpleNamespace, console: Console) -> int:
   """Measures, prints a table; returns the exit code."""
   config = configs.override(CONFIG, options.set)
   cli.prepare(2)

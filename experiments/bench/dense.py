@@ -1,14 +1,21 @@
 """A hand-written decoder, the rival of an instance's compiled steps."""
 
 import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from dsjax.config.model import ModelConfig
 from dsjax.model import products, transformer
 
 
-def dense_forward(config, params, k_LBKTH, v_LBKTH, token_BS, pos_B):
+def dense_forward(
+    config: ModelConfig, params: Mapping[str, Any],
+    k_LBKTH: Sequence[jax.Array], v_LBKTH: Sequence[jax.Array],
+    token_BS: jax.Array, pos_B: jax.Array
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...], jax.Array]:
   """A plain decoder over a dense cache: no pages, no packing, no buckets."""
   B, S = token_BS.shape
   N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
@@ -52,7 +59,8 @@ def dense_forward(config, params, k_LBKTH, v_LBKTH, token_BS, pos_B):
 class Dense:
   """The rival's loop; the cache is exactly as long as it needs to be."""
 
-  def __init__(self, config, params, batch, prompt, steps):
+  def __init__(self, config: ModelConfig, params: Mapping[str, Any],
+               batch: int, prompt: int, steps: int) -> None:
     self.steps = steps
     self.step = jax.jit(functools.partial(dense_forward, config),
                         donate_argnums=(1, 2))
@@ -63,12 +71,12 @@ class Dense:
     self.prompt = jnp.ones((batch, prompt), jnp.int32)
     self.zero = jnp.zeros(batch, jnp.int32)
 
-  def prefill(self):
+  def prefill(self) -> jax.Array:
     *self.kv, self.token = self.step(self.params, *self.kv, self.prompt,
                                      self.zero)
     return self.token
 
-  def decode(self):
+  def decode(self) -> jax.Array:
     pos = self.zero + self.prompt.shape[1]
     for _ in range(self.steps):
       *self.kv, self.token = self.step(self.params, *self.kv,

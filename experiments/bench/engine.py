@@ -30,10 +30,15 @@ import re
 import statistics
 import tempfile
 import time
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
+from rich.console import Console
 
 from dsjax.checkpoints import checkpoint
 from dsjax.config.checks import require
@@ -71,14 +76,14 @@ CONFIG = EngineConfig(max_len=512, max_seqs=BATCH, prefill_tokens=1024,
                       prefill_seqs=BATCH, chunk_tokens=256, prefix_cache=False)
 
 
-def clock(fn):
+def clock(fn: Callable[[], object]) -> float:
   """Seconds of one call, its arrays ready."""
   start = time.perf_counter()
   jax.block_until_ready(fn())
   return time.perf_counter() - start
 
 
-def in_turn(rounds, *fns):
+def in_turn(rounds: int, *fns: Callable[[], object]) -> np.ndarray:
   """Seconds of each function's rounds, timed A B A B after one warm-up."""
   for fn in fns:
     clock(fn)
@@ -88,7 +93,7 @@ def in_turn(rounds, *fns):
 # --- ours -------------------------------------------------------------------
 
 
-def commands(batch, steps):
+def commands(batch: int, steps: int) -> tuple[list[RunPrefill], RunDecode]:
   """The RunPrefill and RunDecode of `batch` prompts, as a scheduler would."""
   pages = -(-(PROMPT + steps + 1) // CONFIG.page_size)
   rows = [tuple(range(b * pages, (b + 1) * pages)) for b in range(batch)]
@@ -104,7 +109,8 @@ def commands(batch, steps):
 class Ours:
   """An instance driven by hand-made commands: no scheduler, no server."""
 
-  def __init__(self, instance, batch, steps=STEPS):
+  def __init__(self, instance: engine.Engine, batch: int, steps: int = STEPS
+               ) -> None:
     self.instance = instance
     self.prefills, self.last = commands(batch, steps)
     for id in range(batch):
@@ -112,14 +118,16 @@ class Ours:
     for id in range(batch):
       instance.admit(id, [1] * PROMPT, PROMPT, Sampling())
 
-  def prefill(self):
+  def prefill(self) -> list[jax.Array]:
     return [self.instance.prefill(c)[0][0].token_R for c in self.prefills]
 
-  def decode(self):
+  def decode(self) -> jax.Array:
     return self.instance.decode(self.last)[0][-1].token_R
 
 
-def bench_steps(loaded, instance, results, rounds, say):
+def bench_steps(loaded: checkpoint.Model, instance: engine.Engine,
+                results: list[dict[str, Any]], rounds: int,
+                say: Callable[..., None]) -> None:
   shapes = instance.shapes
   plain = sharding.place_params(shapes.layout, shapes.span, shapes.mesh,
                                 loaded.params)
@@ -139,7 +147,7 @@ def bench_steps(loaded, instance, results, rounds, say):
 
 
 @functools.cache
-def read_rate(size):
+def read_rate(size: int) -> float:
   """GB/s of reading `size` bytes once with every core: the floor."""
   x = jnp.ones(size // 4)
   total = jax.jit(jnp.max)
@@ -150,7 +158,8 @@ def read_rate(size):
 # --- the whole server -------------------------------------------------------
 
 
-def workload(server, count, tokens):
+def workload(server: orchestrator.Orchestrator, count: int, tokens: int
+             ) -> list[Request]:
   rng = np.random.default_rng(0)
   first = server.next_id
   return [Request(first + i, 0.0,
@@ -159,7 +168,8 @@ def workload(server, count, tokens):
           for i in range(count)]
 
 
-def timed_tokens(server, count, tokens):
+def timed_tokens(server: orchestrator.Orchestrator, count: int, tokens: int
+                 ) -> tuple[float, list[list[int]]]:
   """(seconds, tokens) of `count` requests that are all there at once."""
   requests = workload(server, count, tokens)
   start = time.perf_counter()
@@ -170,12 +180,14 @@ def timed_tokens(server, count, tokens):
   return took, answers
 
 
-def serve_all(server, count, tokens):
+def serve_all(server: orchestrator.Orchestrator, count: int, tokens: int
+              ) -> None:
   """Serves `count` requests, all there at once."""
   timed_tokens(server, count, tokens)
 
 
-def bench_server(loaded, results, rounds, say):
+def bench_server(loaded: checkpoint.Model, results: list[dict[str, Any]],
+                 rounds: int, say: Callable[..., None]) -> None:
   """A colocated server against the same steps without a server."""
   placement = Placement(colocated=[Plan()])
   with orchestrator.serve(loaded, placement, CONFIG) as server:
@@ -197,7 +209,8 @@ def bench_server(loaded, results, rounds, say):
 
 
 @contextlib.contextmanager
-def modes(loaded):
+def modes(loaded: checkpoint.Model
+          ) -> Iterator[dict[str, orchestrator.Orchestrator]]:
   """A server in each mode, by its name."""
   placements = [Placement(colocated=[Plan()]), Placement(chunked=[Plan()]),
                 Placement(prefill=[Plan()], decode=[Plan()])]
@@ -207,7 +220,8 @@ def modes(loaded):
     yield {server.placement.mode: server for server in servers}
 
 
-def bench_modes(loaded, results, rounds, say):
+def bench_modes(loaded: checkpoint.Model, results: list[dict[str, Any]],
+                rounds: int, say: Callable[..., None]) -> None:
   """Eight requests at once, 256-token prompts, 64 output tokens."""
   with modes(loaded) as servers:
     taken = in_turn(rounds, *(
@@ -222,7 +236,7 @@ def bench_modes(loaded, results, rounds, say):
 
 
 @contextlib.contextmanager
-def one_core():
+def one_core() -> Iterator[None]:
   """Holds all threads of this process to one core."""
   def hold(cores):
     for thread in pathlib.Path('/proc/self/task').iterdir():
@@ -237,7 +251,9 @@ def one_core():
     hold(before)
 
 
-def bench_phases(loaded, server, results, rounds, say):
+def bench_phases(loaded: checkpoint.Model, server: orchestrator.Orchestrator,
+                 results: list[dict[str, Any]], rounds: int,
+                 say: Callable[..., None]) -> None:
   """A disaggregated server beside the slower of its phases alone: as if the
   other took no time and the KV none to move.
 
@@ -274,7 +290,9 @@ def bench_phases(loaded, server, results, rounds, say):
       f'{role} {np.median(rate):.1f}' for role, rate in phases.items()))
 
 
-def bench_peers(loaded, instance, results, rounds, say):
+def bench_peers(loaded: checkpoint.Model, instance: engine.Engine,
+                results: list[dict[str, Any]], rounds: int,
+                say: Callable[..., None]) -> None:
   """Prefill, decode and eight requests end to end, beside the peers'."""
   from experiments.bench import peers
   source, batches = checkpoint.find(MODEL), (1, BATCH)
@@ -309,7 +327,9 @@ def bench_peers(loaded, instance, results, rounds, say):
       say(f'    {same:.0%} of the tokens of {name} are those of colocated')
 
 
-def beside(rounds, mine, rivals, request):
+def beside(rounds: int, mine: Sequence[tuple[str, Callable[[], float]]],
+           rivals: Sequence[Any], request: Sequence[Any]
+           ) -> tuple[dict[str, np.ndarray], dict[str, list[list[int]]]]:
   """Seconds of ours and of each rival's answer, in turn, after one warm-up.
 
   Returns:
@@ -337,7 +357,8 @@ def beside(rounds, mine, rivals, request):
 # --- the rest ---------------------------------------------------------------
 
 
-def bench_scheduler(results, say):
+def bench_scheduler(results: list[dict[str, Any]], say: Callable[..., None]
+                    ) -> None:
   """The DecodeDones of busy schedulers, in turn."""
   say(f'(c) scheduler.step, {RUNNING} running, {WAITING:,} waiting: one in '
       'which no row\n    takes a page, and by page one in which most do')
@@ -350,7 +371,8 @@ def bench_scheduler(results, say):
           {plain: taken_us[plain]})
 
 
-def bench_migrate(loaded, results, rounds, say):
+def bench_migrate(loaded: checkpoint.Model, results: list[dict[str, Any]],
+                  rounds: int, say: Callable[..., None]) -> None:
   """KV of prompts between two devices, from dispatch until it is in place."""
   config = EngineConfig(max_len=max(MOVED), max_seqs=2, prefix_cache=False)
   placement = Placement(prefill=[Plan()], decode=[Plan()])
@@ -382,7 +404,7 @@ def bench_migrate(loaded, results, rounds, say):
 CALLS = re.compile(r'(ffi_call[.0-9]*) = .*custom_call_target="(dsjax_\w+)"')
 
 
-def bench_ops(instance, say):
+def bench_ops(instance: engine.Engine, say: Callable[..., None]) -> None:
   """Where the time of steps goes, by what XLA calls it."""
   for batch in (1, BATCH):
     ours = Ours(instance, batch)
@@ -411,18 +433,20 @@ def bench_ops(instance, say):
         say(f'    {kind:36} {spent:8.2f}  {calls[kind] / steps:6.0f}')
 
 
-def spread(values):
+def spread(values: ArrayLike) -> tuple[float, ...]:
   """(median, lower and upper quartile)."""
   return tuple(np.percentile(values, (50, 25, 75)).tolist())
 
 
-def text(values):
+def text(values: Sequence[float]) -> str:
   """A spread as text."""
   digits = 0 if values[0] >= 1000 else 1
   return '{0:,.{n}f} [{1:,.{n}f}, {2:,.{n}f}]'.format(*values, n=digits)
 
 
-def add(results, say, name, unit, values, rivals=()):
+def add(results: list[dict[str, Any]], say: Callable[..., None], name: str,
+        unit: str, values: ArrayLike,
+        rivals: Mapping[str, ArrayLike] | tuple[()] = ()) -> None:
   """Takes note of a row: rounds of ours, and of {rival: rounds}."""
   ours = spread(values)
   others = {key: spread(value) for key, value in dict(rivals).items()}
@@ -433,7 +457,8 @@ def add(results, say, name, unit, values, rivals=()):
       + (f', ratio {ratio:.2f}' if ratio else ''))
 
 
-def show(results, say):
+def show(results: Sequence[Mapping[str, Any]], say: Callable[..., None]
+         ) -> None:
   """Prints one table: medians, quartiles, and the ratio to the best rival."""
   machine = provenance.machine()
   say(f'\n{machine["cpu"]}, {machine["cores"]} cores: medians, quartiles, '
@@ -445,7 +470,8 @@ def show(results, say):
       say(f'    {name:30}{text(value):>28}{ratio}')
 
 
-def measure(parts, rounds, results, say):
+def measure(parts: Sequence[str], rounds: int, results: list[dict[str, Any]],
+            say: Callable[..., None]) -> None:
   """Adds a row of each part to `results` as it comes."""
   if 'c' in parts:
     bench_scheduler(results, say)
@@ -470,7 +496,7 @@ def measure(parts, rounds, results, say):
     bench_ops(instance, say)
 
 
-def run(options, console):
+def run(options: types.SimpleNamespace, console: Console) -> int:
   """Runs the parts that are asked for and prints a line each."""
   cli.prepare(2)
   parts = options.only or (list('abcde') + ['f'] * options.peers

@@ -23,9 +23,13 @@ shows on one-device instances only. Ctrl-C keeps the pairs that were measured.
 import dataclasses
 import statistics
 import time
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
 
 import dsjax
 from dsjax.checkpoints.weights import random_params
@@ -36,6 +40,7 @@ from dsjax.config.placement import Placement
 from dsjax.config.request import Sampling
 from dsjax.model import kv_cache, sharding
 from dsjax.runtime import engine, migration
+from dsjax.runtime.protocols import StepOutput
 from dsjax.scheduling.events import Migrate, Row, RunDecode
 from experiments.bench import kept
 from experiments.common import cli
@@ -58,7 +63,7 @@ CONFIG = EngineConfig(max_len=512, max_seqs=ROWS + 1, prefill_tokens=64,
                       prefill_seqs=1, transfer_pages=64, prefix_cache=False)
 
 
-def load(name):
+def load(name: str) -> dsjax.Model:
   """The Model; 'tiny' is random weights of a small shape."""
   if name != 'tiny':
     return dsjax.load(name)
@@ -66,7 +71,7 @@ def load(name):
   return dsjax.Model(shape, random_params(shape, 0))
 
 
-def clock(fn):
+def clock(fn: Callable[[], object]) -> float:
   start = time.perf_counter()
   jax.block_until_ready(fn())
   return time.perf_counter() - start
@@ -75,7 +80,8 @@ def clock(fn):
 class Bench:
   """Two instances and a request of `tokens` tokens on its way."""
 
-  def __init__(self, loaded, placement, config, tokens):
+  def __init__(self, loaded: dsjax.Model, placement: Placement,
+               config: EngineConfig, tokens: int) -> None:
     meshes = sharding.make_meshes(loaded.config, placement, jax.devices())
     source, self.target = (
         engine.Engine(loaded, stages, role, config)
@@ -111,13 +117,14 @@ class Bench:
           to.append(target.where[2][to_stage].devices.flat[to_shard])
     return arrays, to
 
-  def move(self):
+  def move(self) -> list[jax.Array]:
     return self.route.start(self.command).land()
 
-  def put(self):
+  def put(self) -> list[jax.Array]:
     return jax.device_put(self.pieces, self.to)
 
-  def decode(self, moving=False):
+  def decode(self, moving: bool = False
+             ) -> tuple[list[StepOutput], list[jax.Array]]:
     """STEPS decode steps; moving: each followed by a migration."""
     outs, done = [], []
     for step in range(STEPS):
@@ -126,7 +133,7 @@ class Bench:
         done += self.move()
     return outs, done
 
-  def run(self, rounds):
+  def run(self, rounds: int) -> dict[str, Any]:
     """A row of the table."""
     fns = (self.move, self.put, self.decode, lambda: self.decode(True))
     for fn in fns:
@@ -152,7 +159,7 @@ class Bench:
         hidden=1 - (both - alone) / (STEPS * move))
 
 
-def run(options, console):
+def run(options: types.SimpleNamespace, console: Console) -> int:
   """Measures every pair and prints a line each."""
   say = cli.says(console)
   for pair in options.pairs:
@@ -178,7 +185,7 @@ def run(options, console):
                   options, FLAGS)
 
 
-def line(name, row):
+def line(name: str, row: Mapping[str, Any]) -> str:
   """A row of the table."""
   least, most = row['slower_range']
   return (f'{name.replace(":", " > "):9} {row["needed_mb"]:7.1f}M '

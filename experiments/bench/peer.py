@@ -12,6 +12,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
+from typing import Any
 
 THREADS = 2
 os.environ |= {
@@ -27,7 +29,7 @@ os.environ |= {
 class LlamaCpp:
   """llama.cpp, float32 weights, native kernels, KV in float16 (its default)."""
 
-  def __init__(self, folder, batches):
+  def __init__(self, folder: str, batches: Sequence[int]) -> None:
     import llama_cpp
     import numpy as np
     self.api, self.np = llama_cpp, np
@@ -59,14 +61,15 @@ class LlamaCpp:
         context, i), (self.vocab,)).argmax())
             for i, row in enumerate(rows) if row[3]]
 
-  def prefill(self, batch, prompts):
+  def prefill(self, batch: int, prompts: Sequence[Sequence[int]]) -> list[int]:
     self.api.llama_memory_clear(
         self.api.llama_get_memory(self.contexts[batch]), True)
     return self._run(batch, [
         (token, at, b, at == len(prompt) - 1)
         for b, prompt in enumerate(prompts) for at, token in enumerate(prompt)])
 
-  def decode(self, batch, prompts, steps, tokens=None):
+  def decode(self, batch: int, prompts: Sequence[Sequence[int]], steps: int,
+             tokens: list[int] | None = None) -> list[list[int]]:
     memory = self.api.llama_get_memory(self.contexts[batch])
     for b, prompt in enumerate(prompts):
       self.api.llama_memory_seq_rm(memory, b, len(prompt), -1)
@@ -77,14 +80,15 @@ class LlamaCpp:
           for b, token in enumerate(answers[-1])]))
     return answers
 
-  def serve(self, batch, prompts, steps):
+  def serve(self, batch: int, prompts: Sequence[Sequence[int]], steps: int
+            ) -> list[list[int]]:
     return self.decode(batch, prompts, steps - 1, self.prefill(batch, prompts))
 
 
 class Transformers:
   """transformers' forward loop on torch, float32, sdpa, dynamic cache."""
 
-  def __init__(self, folder, batches):
+  def __init__(self, folder: str, batches: Sequence[int]) -> None:
     del batches
     import torch
     import transformers
@@ -93,7 +97,7 @@ class Transformers:
     self.model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32).eval()
 
-  def prefill(self, batch, prompts):
+  def prefill(self, batch: int, prompts: Sequence[Sequence[int]]) -> Any:
     with self.torch.inference_mode():
       out = self.model(self.torch.tensor(prompts), use_cache=True,
                        logits_to_keep=1)
@@ -101,7 +105,8 @@ class Transformers:
     self.held[batch] = out.past_key_values, token
     return token
 
-  def decode(self, batch, prompts, steps):
+  def decode(self, batch: int, prompts: Sequence[Sequence[int]], steps: int
+             ) -> list[list[int]]:
     cache, token = self.held[batch]
     extra = cache.get_seq_length() - len(prompts[0])
     if extra:
@@ -113,7 +118,8 @@ class Transformers:
         answers.append(out.logits[:, -1:].argmax(-1))
     return [token.flatten().tolist() for token in answers]
 
-  def serve(self, batch, prompts, steps):
+  def serve(self, batch: int, prompts: Sequence[Sequence[int]], steps: int
+            ) -> list[list[int]]:
     self.prefill(batch, prompts)
     return self.decode(batch, prompts, steps - 1)
 
@@ -125,7 +131,7 @@ class Vllm:
   to serve `steps` more, less that.
   """
 
-  def __init__(self, folder, batches):
+  def __init__(self, folder: str, batches: Sequence[int]) -> None:
     import vllm
     self.api = vllm
     self.model = vllm.LLM(
@@ -133,7 +139,8 @@ class Vllm:
         max_model_len=512, max_num_seqs=max(batches), seed=0,
         max_num_batched_tokens=1024, enable_prefix_caching=False)
 
-  def serve(self, batch, prompts, steps):
+  def serve(self, batch: int, prompts: Sequence[Sequence[int]], steps: int
+            ) -> list[tuple[int, ...]]:
     del batch
     out = self.model.generate(
         [{'prompt_token_ids': prompt} for prompt in prompts],
@@ -142,10 +149,11 @@ class Vllm:
         use_tqdm=False)
     return list(zip(*(row.outputs[0].token_ids for row in out), strict=True))
 
-  def prefill(self, batch, prompts):
+  def prefill(self, batch: int, prompts: Sequence[Sequence[int]]) -> None:
     self.serve(batch, prompts, 1)
 
-  def decode(self, batch, prompts, steps):
+  def decode(self, batch: int, prompts: Sequence[Sequence[int]], steps: int
+             ) -> list[tuple[int, ...]]:
     start = time.perf_counter()
     self.serve(batch, prompts, 1)
     self.first_s = time.perf_counter() - start
@@ -155,7 +163,7 @@ class Vllm:
 PEERS = {'llama.cpp': LlamaCpp, 'transformers': Transformers, 'vllm': Vllm}
 
 
-def main(name, folder, batches):
+def main(name: str, folder: str, batches: str) -> None:
   told, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
 
   def tell(**answer):

@@ -10,11 +10,14 @@ import json
 import pathlib
 import subprocess
 import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import gguf
 import numpy as np
 from safetensors.numpy import save_file
 
+from dsjax.checkpoints.checkpoint import Model
 from dsjax.checkpoints.families import llama
 from dsjax.config.checks import InputError
 from experiments.common import cli
@@ -24,7 +27,7 @@ NAMES = ('vllm', 'llama.cpp', 'transformers')
 LONGEST_S = 1800  # of one answer; vLLM compiles when it first starts
 
 
-def save_gguf(source, target):
+def save_gguf(source: pathlib.Path, target: pathlib.Path) -> None:
   """Rewrites a GGUF with every tensor dequantised to float32."""
   reader = gguf.GGUFReader(source)
   writer = gguf.GGUFWriter(target, 'llama')
@@ -46,7 +49,7 @@ def save_gguf(source, target):
   writer.close()
 
 
-def save_folder(loaded, folder):
+def save_folder(loaded: Model, folder: pathlib.Path) -> None:
   """Writes a Llama as a Hugging Face folder, float32."""
   config, tensors = loaded.config, {}
   for layer in (None, *range(config.num_layers)):
@@ -74,7 +77,8 @@ def save_folder(loaded, folder):
 class Peer:
   """A peer's process; `lacks` says why there is none."""
 
-  def __init__(self, name, folder, batches):
+  def __init__(self, name: str, folder: pathlib.Path, batches: Sequence[int]
+               ) -> None:
     self.name, self.lacks = name, ''
     with contextlib.ExitStack() as stack:
       log = stack.enter_context((folder / f'{name}.log').open('w'))
@@ -92,7 +96,7 @@ class Peer:
     return json.loads(line) if line else {
         'error': f'it ended, or gave no answer within {LONGEST_S} s'}
 
-  def ask(self, *request):
+  def ask(self, *request: Any) -> tuple[float, list[list[int]] | None]:
     """(seconds, tokens) of [what, batch, prompts, steps]."""
     self.process.stdin.write(json.dumps(request) + '\n')
     self.process.stdin.flush()
@@ -101,13 +105,14 @@ class Peer:
       self.lacks = self.lacks or answer['error']
     return answer.get('seconds', float('nan')), answer.get('tokens')
 
-  def close(self):
+  def close(self) -> None:
     self.process.kill()
     self.process.wait()
 
 
 @contextlib.contextmanager
-def opened(loaded, source, folder, batches):
+def opened(loaded: Model, source: pathlib.Path, folder: pathlib.Path,
+           batches: Sequence[int]) -> Iterator[list[Peer]]:
   """The peers, set up where that has not been done.
 
   Args:

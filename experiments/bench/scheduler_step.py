@@ -12,15 +12,19 @@ caches.
 
 import pathlib
 import time
+import types
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from rich.console import Console
 
 from dsjax.config.engine import InstanceConfig
 from dsjax.scheduling import prefix_cache, scheduler
 from dsjax.scheduling.events import (
   Arrived,
   DecodeDone,
+  Event,
   Offload,
   Offloaded,
   PrefillDone,
@@ -42,7 +46,8 @@ CASES = {'no cache': None, 'cache': (0, 0),
          'and in host memory': (KEPT, KEPT)}
 
 
-def filled(pool, hashes):
+def filled(pool: prefix_cache.Pages, hashes: Sequence[int]
+           ) -> prefix_cache.Pages:
   """A pool in which blocks are kept that nobody asks for."""
   pool, pages = prefix_cache.alloc(pool, len(hashes))
   return prefix_cache.release(pool, pages, hashes, len(hashes))
@@ -55,7 +60,8 @@ class Busy:
   where there are any, and evicts what was there.
   """
 
-  def __init__(self, blocks, running=RUNNING, waiting=WAITING):
+  def __init__(self, blocks: tuple[int, int] | None, running: int = RUNNING,
+               waiting: int = WAITING) -> None:
     pages, slots = blocks or (0, 0)
     self.running, self.waiting = running, waiting
     room = running * (20 if pages else 75)
@@ -77,11 +83,11 @@ class Busy:
     while len(self.state.instances[0].rows) < running:
       self.next()
 
-  def row_pages(self):
+  def row_pages(self) -> int:
     """Pages of all rows together."""
     return sum(len(row.pages) for row in self.state.instances[0].rows)
 
-  def step(self, event):
+  def step(self, event: Event) -> float:
     """CPU seconds of a step."""
     start = time.process_time()
     self.state, commands = scheduler.step(self.config, self.state, event)
@@ -90,7 +96,7 @@ class Busy:
                      if isinstance(c, RunPrefill | RunDecode | Offload)]
     return taken
 
-  def next(self):
+  def next(self) -> float | None:
     """The oldest command is done: CPU seconds of its step, if it decodes."""
     command = self.pending.pop(0)
     if isinstance(command, RunDecode):
@@ -101,7 +107,7 @@ class Busy:
     return None
 
 
-def times_us(busy):
+def times_us(busy: Mapping[str, Busy]) -> dict[str, dict[str, np.ndarray]]:
   """CPU us of DecodeDones of {name: Busy}, in turn: by name, 'step' those in
   which no row takes a page, and 'page taken' by page those in which most
   do."""
@@ -124,14 +130,16 @@ def times_us(busy):
           for name, cases in (('step', quiet), ('page taken', taking))}
 
 
-def busy_with(what, count):
+def busy_with(what: str, count: int) -> Busy:
   """A Busy with so many of what GROWTH names."""
   if what == 'blocks kept':
     return Busy((count, 0))
   return Busy(None, **{{'rows': 'running'}.get(what, what): count})
 
 
-def draw(path, panels):
+def draw(path: pathlib.Path,
+         panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]
+         ) -> None:
   """A panel for each of GROWTH: us over how many there are."""
   figure = Figure(figsize=(8, 3), layout='constrained')
   for axes, (what, lines) in zip(figure.subplots(1, len(panels), sharey=True,
@@ -153,7 +161,7 @@ def draw(path, panels):
   pictures.save(figure, path, 64)
 
 
-def run(options, console):
+def run(options: types.SimpleNamespace, console: Console) -> int:
   """Measures every panel, prints a line a point, and draws them."""
   panels = {}
 

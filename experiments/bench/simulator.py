@@ -24,14 +24,19 @@ import heapq
 import pstats
 import statistics
 import time
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from dsjax import workload
 from dsjax.analysis import metrics
 from dsjax.analysis.record import Record
 from dsjax.config.checks import require
 from dsjax.config.engine import InstanceConfig
+from dsjax.config.latency import Pieces
 from dsjax.config.placement import Slo
 from dsjax.config.request import Request, Sampling
 from dsjax.scheduling import scheduler
@@ -61,18 +66,18 @@ class Affine:
   pp: int = 1
   host_s: float = 5e-4
 
-  def prefill_s(self, pieces):
+  def prefill_s(self, pieces: Pieces) -> float:
     return 0.012 + sum([1.3e-4 * (stop - start) + 4e-9 * (
         stop * stop - start * start) for start, stop in pieces])
 
-  def decode_line(self, batch):
+  def decode_line(self, batch: int) -> tuple[float, float]:
     return 0.014 + 8e-5 * batch, 5e-7
 
-  def decode_s(self, batch, context):
+  def decode_s(self, batch: int, context: float) -> float:
     a, b = self.decode_line(batch)
     return a + b * context
 
-  def mixed_s(self, pieces, batch, context):
+  def mixed_s(self, pieces: Pieces, batch: int, context: float) -> float:
     return (self.prefill_s(pieces) + 8e-5 * batch + 5e-7 * context)
 
 
@@ -89,7 +94,7 @@ class Case:
   pp: int = 1
   mean_prompt: float = 200
 
-  def config(self):
+  def config(self) -> scheduler.Config:
     return scheduler.Config(tuple(
         InstanceConfig(role, 4096, 16, 256,
                             512 if role == 'chunked' else 2048, 16, self.pp)
@@ -107,7 +112,7 @@ CASES = {
 }
 
 
-def requests(case, n, seed=0):
+def requests(case: Case, n: int, seed: int = 0) -> list[Request]:
   """Poisson arrivals of lognormal lengths (sigma 0.8), cut at 4,000."""
   rng = np.random.default_rng(seed)
   arrival_s = workload.arrivals('poisson', case.rate_per_s, n, seed)
@@ -118,7 +123,7 @@ def requests(case, n, seed=0):
           for i, (t, p, o) in enumerate(zip(arrival_s, *lens, strict=True))]
 
 
-def simpy_tokens(sent):
+def simpy_tokens(sent: Iterable[Request]) -> None:
   """One simpy event a generated token."""
   env = simpy.Environment()
 
@@ -132,7 +137,7 @@ def simpy_tokens(sent):
   env.run()
 
 
-def heap_tokens(sent):
+def heap_tokens(sent: Iterable[Request]) -> None:
   """One heapq event a generated token."""
   heap = [(r.arrival_s, r.id, r.sampling.max_tokens) for r in sent]
   heapq.heapify(heap)
@@ -145,7 +150,7 @@ def heap_tokens(sent):
       pop(heap)
 
 
-def floor(sent, events):
+def floor(sent: Sequence[Request], events: int) -> list[Record]:
   """`events` heap events a request, and its Record; nothing is decided."""
   heap = [(r.arrival_s, r.id, 0) for r in sent]
   heapq.heapify(heap)
@@ -165,14 +170,15 @@ def floor(sent, events):
   return records
 
 
-def clock(fn, *args, **options):
+def clock(fn: Callable[..., Any], *args: Any, **options: Any
+          ) -> tuple[float, Any]:
   """(CPU seconds of a call, its answer)."""
   start = time.process_time()
   answer = fn(*args, **options)
   return time.process_time() - start, answer
 
 
-def measure(case, n, rounds):
+def measure(case: Case, n: int, rounds: int) -> dict[str, float]:
   """Requests a CPU second by way of running, and what the run was like."""
   sent, config = requests(case, n), case.config()
   args = (config, sent, Affine(case.pp), LINK)
@@ -197,7 +203,7 @@ def measure(case, n, rounds):
       rate_per_s=case.rate_per_s)
 
 
-def lines(name, r):
+def lines(name: str, r: Mapping[str, float]) -> str:
   """What a measured case prints."""
   yardstick = r.get('simpy', float('nan'))
   return (f'{name:22}{r["leap"]:9.0f}{r["step"]:9.0f}{r["floor"]:9.0f}'
@@ -210,7 +216,7 @@ def lines(name, r):
           f'{r["attainment"]:.0%} attained')
 
 
-def run(options, console):
+def run(options: types.SimpleNamespace, console: Console) -> int:
   """Runs every case and prints a line each."""
   say = cli.says(console)
   require(set(options.only) <= set(CASES), '--only', options.only,
@@ -237,7 +243,7 @@ def run(options, console):
   return kept.end(console, results, stopped, options, FLAGS)
 
 
-def profile(case, n):
+def profile(case: Case, n: int) -> None:
   """Prints where a case of n requests spends its time."""
   profiler, sent = cProfile.Profile(), requests(case, n)
   profiler.runcall(simulator.simulate, case.config(), sent, Affine(case.pp),

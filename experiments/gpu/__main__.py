@@ -29,6 +29,8 @@ import pathlib
 import shutil
 import tempfile
 import time
+import types
+from collections.abc import Collection
 
 from rich.console import Console
 
@@ -46,14 +48,14 @@ FLAGS = {
 }
 
 
-def stages(only):
+def stages(only: Collection[str]) -> list[list[tasks.Task]]:
   """The tasks of these parts, stage by stage."""
   kept = [[t for t in stage if not only or t.part in only]
           for stage in tasks.STAGES]
   return [stage for stage in kept if stage]
 
 
-def run(options, console):
+def run(options: types.SimpleNamespace, console: Console) -> int:
   """Runs the tasks, or takes results in; returns the exit code."""
   for part in options.only:
     require(part in tasks.PARTS, '--only', part, f'of {list(tasks.PARTS)}')

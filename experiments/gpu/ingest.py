@@ -11,6 +11,10 @@ import json
 import pathlib
 import re
 import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
 
 from dsjax.config.checks import InputError, require
 from dsjax.kernels import cases, compiled, mosaic, paged, tuned
@@ -28,7 +32,8 @@ CONFIGS = {module.__name__.rsplit('.', 1)[1]: module.TuningConfig
                for op in ('decode', 'prefill')}
 
 
-def run(folder, console, root=ROOT):
+def run(folder: pathlib.Path, console: Console, root: pathlib.Path = ROOT
+        ) -> int:
   """Takes in the files of `folder`; the exit code.
 
   Raises:
@@ -54,7 +59,8 @@ def run(folder, console, root=ROOT):
   return 0
 
 
-def machine_of(rows, folder):
+def machine_of(rows: Mapping[str, Sequence[Mapping[str, Any]]],
+               folder: pathlib.Path) -> dict[str, str]:
   """The machine that all parts name, each in the line that the run begins
   with.
 
@@ -81,13 +87,14 @@ def machine_of(rows, folder):
   return first
 
 
-def short(device):
+def short(device: str) -> str:
   """'h100' of 'NVIDIA H100 80GB HBM3'."""
   words = re.findall('[a-z0-9]+', device.lower().replace('nvidia', ''))
   return words[0] if words else 'gpu'
 
 
-def profile(rows, machine):
+def profile(rows: Iterable[Mapping[str, Any]], machine: Mapping[str, str]
+            ) -> tuple[str, str | None]:
   """(path, text) of the measured profile; no text where there is none."""
   text = next((row['profile'] for row in rows
                if isinstance(row.get('profile'), str)), None)
@@ -106,7 +113,8 @@ def profile(rows, machine):
             f'{fitted.model}.json'), path.read_text()
 
 
-def configs(rows, machine, root):
+def configs(rows: Iterable[Mapping[str, Any]], machine: Mapping[str, str],
+            root: pathlib.Path) -> tuple[str, str | None]:
   """(path, text) of kernels/tuned.json with the kept configs added.
 
   Raises:
@@ -137,7 +145,8 @@ class Empty:
   """No config at all."""
 
 
-def registers(rows, machine):
+def registers(rows: Iterable[Mapping[str, Any]], machine: Mapping[str, str]
+              ) -> dict[str, Any] | None:
   """What experiments/aot/measured.json holds; None: no kernel was compiled."""
   kernels = []
   for row in rows:
@@ -155,7 +164,7 @@ def registers(rows, machine):
   return dict(gpu=chip, machine=pages.described(machine), rows=kernels)
 
 
-def inserted(root, name, text):
+def inserted(root: pathlib.Path, name: str, text: str) -> tuple[str, str]:
   """(name, a file's text with `text` between the two comments).
 
   Raises:

@@ -8,12 +8,13 @@ import jax
 
 from dsjax.kernels import cases, paged, tiles, timing
 from experiments.gpu import child, rates
+from experiments.gpu.lines import Lines, Target
 
 TINY = cases.Case('decode', 'tiny', (4, 2, 64), ((1, 40),) * 2)
 MODELS = ('llama-3-8b', 'opt-13b')
 
 
-def wanted(tiny):
+def wanted(tiny: bool) -> list[cases.Case]:
   """dsjax.kernels.cases.Cases in order of worth."""
   if tiny:
     return [TINY._replace(impl='xla'), TINY._replace(
@@ -21,7 +22,7 @@ def wanted(tiny):
   return cases.wanted(MODELS, list(cases.OPS), tiles.device_kind())
 
 
-def run(target, lines):
+def run(target: Target, lines: Lines) -> None:
   """A line a case; the last says the median share of each op."""
   reached = rates.measure(target.tiny)
   lines.write('rates', **reached._asdict(), figure=(

@@ -8,16 +8,18 @@ import dataclasses
 import pathlib
 import tempfile
 
+from dsjax.checkpoints.checkpoint import Model
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Plan
 from dsjax.runtime import profiling
 from dsjax.simulation import fitting, profiles
 from experiments.gpu import card, child
+from experiments.gpu.lines import Lines, Target
 
 MODEL = 'llama-3-8b'
 
 
-def engine(tiny):
+def engine(tiny: bool) -> EngineConfig:
   """The EngineConfig that is profiled, and then served and simulated."""
   if tiny:
     return EngineConfig(max_len=96, max_seqs=4, num_pages=32,
@@ -27,13 +29,13 @@ def engine(tiny):
       chunk_tokens=512, prefill_seqs=4, dtype='bfloat16')
 
 
-def model(tiny):
+def model(tiny: bool) -> Model:
   """What is profiled."""
   return (card.random_model(card.TINY, 'float32') if tiny
           else card.published(MODEL))
 
 
-def run(target, lines):
+def run(target: Target, lines: Lines) -> None:
   """Measures; the profile and every cell go into the part's file."""
   profile, cells = profiling.measure(
       model(target.tiny), (Plan(),), engine(target.tiny),

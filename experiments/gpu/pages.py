@@ -4,8 +4,11 @@ Results may be damaged, or by anyone: text is made fit for a table's cell, and
 a line without the numbers that a row needs has no row.
 """
 
+import pathlib
 import re
 import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -14,29 +17,30 @@ from experiments.aot import report as aot_report
 MOST = 1e15  # of a number that is one
 
 
-def cell(text):
+def cell(text: str) -> str:
   """Text in a table's cell: one line, no bars, no comments, no markup."""
   return re.sub(r'\s+', ' ', re.sub(r'[^ -~]|[|<>`\\*]', ' ', text)).strip()[
       :300]
 
 
-def number(x):
+def number(x: Any) -> bool:
   """Whether this is a finite number, of some sense."""
   return type(x) in (int, float) and abs(x) < MOST
 
 
-def has(row, *names):
+def has(row: Mapping[str, Any], *names: str) -> bool:
   """Whether a line has these numbers."""
   return all(number(row.get(name)) for name in names)
 
 
-def described(machine):
+def described(machine: Mapping[str, str]) -> str:
   """The machine in words."""
   return (f'{machine["device"]}, driver {machine["driver"]}, jax '
           f'{machine["jax"]}, Python {machine["python"]}, {machine["date"]}')
 
 
-def verdicts(rows):
+def verdicts(rows: Mapping[str, Sequence[Mapping[str, Any]]]
+             ) -> dict[str, str]:
   """{part: 'N right, M wrong', or 'measured'} of what was judged."""
   words = {}
   for part, of_part in rows.items():
@@ -49,7 +53,8 @@ def verdicts(rows):
   return words
 
 
-def summary(rows, machine):
+def summary(rows: Mapping[str, Sequence[Mapping[str, Any]]],
+            machine: Mapping[str, str]) -> str:
   """The README's table: a line a part."""
   out = [f'On one {described(machine)}:', '', '| part | verdict | figures |',
          '|---|---|---|']
@@ -61,7 +66,7 @@ def summary(rows, machine):
   return '\n'.join(out)
 
 
-def table(head, rows):
+def table(head: str, rows: Sequence[Sequence[str]]) -> list[str]:
   """Lines of a table, with an empty one after it; none without rows."""
   if not rows:
     return []
@@ -69,12 +74,12 @@ def table(head, rows):
           *(f'| {" | ".join(row)} |' for row in rows), '']
 
 
-def scaled(x, factor, digits):
+def scaled(x: Any, factor: float, digits: int) -> str:
   """A number that may be missing."""
   return f'{factor * x:.{digits}f}' if number(x) else '-'
 
 
-def kernels(rows):
+def kernels(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
   """Of each kernel that was timed, beside what else does its work."""
   for row in rows:
     if 'op' in row and has(row, 'seconds', 'share'):
@@ -85,7 +90,7 @@ def kernels(rows):
                         1e6, 1) for n in ('cudnn', 'xla', 'JAX paged')))
 
 
-def steps(rows):
+def steps(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
   """Of each step that was timed, beside its floor."""
   for row in rows:
     if 'op' not in row and has(row, 'seconds', 'least_s', 'share', 'host_s'):
@@ -94,7 +99,7 @@ def steps(rows):
              scaled(row['host_s'], 1e3, 2), scaled(row.get('torch_s'), 1e3, 2))
 
 
-def served(row):
+def served(row: Mapping[str, Any]) -> tuple[float, ...] | None:
   """(attained, low, high; simulated; TTFT's error, TPOT's) of a rate that was
   served and simulated, shares of one; None: it is no such line."""
   try:
@@ -106,7 +111,8 @@ def served(row):
       row, 'requests', 'rate_per_s')) else None
 
 
-def differences(measured):
+def differences(measured: Mapping[str, Any] | None
+                ) -> Iterator[tuple[str, ...]]:
   """Of kernels whose registers, spills or shared memory are not those that
   `make aot` finds."""
   golden = {aot_report.kernel_key(row['gpu'], row['model'], name, kernel):
@@ -120,7 +126,9 @@ def differences(measured):
           aot_report.beside(want, row, n) for n in aot_report.MEASURED))
 
 
-def details(rows, machine, measured):
+def details(rows: Mapping[str, Sequence[Mapping[str, Any]]],
+            machine: Mapping[str, str], measured: Mapping[str, Any] | None
+            ) -> str:
   """Tables of docs/gpu.md: kernels, steps, hand-offs, simulation, faults."""
   speed = rows['speed']
   out = [f'On one {described(machine)}.', '']
@@ -147,7 +155,8 @@ def details(rows, machine, measured):
   return '\n'.join(out).rstrip()
 
 
-def draw(rows, machine, path):
+def draw(rows: Mapping[str, Sequence[Mapping[str, Any]]],
+         machine: Mapping[str, str], path: pathlib.Path) -> bool:
   """Shares of the floor, and real against simulated; whether there is any."""
   shares = {}
   for row in rows['speed']:

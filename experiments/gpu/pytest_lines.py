@@ -11,6 +11,7 @@ import os
 import pathlib
 import threading
 import time
+from collections.abc import Generator
 
 import pytest
 
@@ -22,13 +23,13 @@ LAST = 0.85  # of the time, after which no test begins
 MOST = 0.95  # after which none goes on, nor one that took a third of it
 
 
-def pytest_configure(config):
+def pytest_configure(config: pytest.Config) -> None:
   os.environ.setdefault(BEGAN, str(time.time()))
   if not hasattr(config, 'workerinput'):  # pytest-xdist's workers only test
     config.pluginmanager.register(Outcomes())
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
   items.sort(key=lambda item: item.callspec.params.get('seed', 0)
              if item.get_closest_marker('sweep') else -1)
 
@@ -44,7 +45,8 @@ def _hang(name, seconds):
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
+def pytest_runtest_protocol(item: pytest.Item
+                            ) -> Generator[None, object, object]:
   seconds = float(os.environ['DSJAX_GPU_SECONDS'])
   left_s = MOST * seconds - (time.time() - float(os.environ[BEGAN]))
   limit_s = max(min(left_s, seconds / 3), 1)
@@ -57,7 +59,7 @@ def pytest_runtest_protocol(item):
     timer.cancel()
 
 
-def pytest_runtest_setup():
+def pytest_runtest_setup() -> None:
   gone_s = time.time() - float(os.environ[BEGAN])
   if gone_s > LAST * float(os.environ['DSJAX_GPU_SECONDS']):
     pytest.skip('out of time')
@@ -66,11 +68,11 @@ def pytest_runtest_setup():
 class Outcomes:
   """Counts tests; writes a line for each that fails, and one for all."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.lines = _lines()
     self.counts = collections.Counter()
 
-  def pytest_runtest_logreport(self, report):
+  def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
     """A test has ended, or its set-up has failed."""
     late = report.skipped and 'out of time' in str(report.longrepr)
     if report.when == 'call' or report.outcome != 'passed':
@@ -81,11 +83,11 @@ class Outcomes:
       self.lines.write(report.nodeid, False, seconds=report.duration,
                        says=str(report.longrepr)[-1500:])
 
-  def shown(self):
+  def shown(self) -> str:
     """The counts in words."""
     return ', '.join(f'{n} {what}' for what, n in self.counts.items())
 
-  def pytest_sessionfinish(self, exitstatus):
+  def pytest_sessionfinish(self, exitstatus: int | pytest.ExitCode) -> None:
     """All tests have ended."""
     self.lines.write('all', self.counts['passed'] > 0 and exitstatus == 0,
                      figure=self.shown() or 'no tests',

@@ -13,12 +13,13 @@ import jax
 
 from dsjax.kernels import bench, cases, compiled, paged, tiles
 from experiments.gpu import child
+from experiments.gpu.lines import Lines, Target
 
 MODELS = ('llama-3-8b', 'opt-13b')
 DESCRIBED = 'H100'
 
 
-def run(target, lines):
+def run(target: Target, lines: Lines) -> None:
   """A line a kernel, which must not spill."""
   with tempfile.TemporaryDirectory() as dump:
     os.environ.update(compiled.environment(dump))
@@ -39,7 +40,8 @@ def run(target, lines):
     lines.write('all', figure=f'{len(spilled)} kernels, {sum(spilled)} spill')
 
 
-def compile_all(target, lines, kind, dump):
+def compile_all(target: Target, lines: Lines, kind: str, dump: str
+                ) -> list[bool]:
   """Whether each kernel spills."""
   limits, spilled = paged.device(kind), []
   wanted = [c for model in MODELS[:1 if target.tiny else None]

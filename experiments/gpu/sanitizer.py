@@ -13,8 +13,10 @@ import re
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 from experiments.gpu import child
+from experiments.gpu.lines import Lines, Target
 
 # What each says at its end where it has looked and found nothing; its options.
 # Calls of the driver that JAX tries, and may fail, are no fault.
@@ -23,7 +25,7 @@ TOOLS = {'memcheck': ('ERROR SUMMARY: 0 errors', '--report-api-errors', 'no'),
 BARE = 'DSJAX_GPU_BARE'
 
 
-def cases(lines):
+def cases(lines: Lines) -> None:
   """Runs every kernel once, natively, and looks at the results."""
   import jax
   import numpy as np
@@ -73,14 +75,14 @@ def cases(lines):
         for x in jax.tree.leaves(kept)))
 
 
-def normal_q(*shape):
+def normal_q(*shape: int) -> Any:
   """Queries, the same for every implementation."""
   import numpy as np
   return np.asarray(np.random.default_rng(1).standard_normal(shape),
                     'bfloat16')
 
 
-def run(target, lines):
+def run(target: Target, lines: Lines) -> None:
   """The cases under each tool; without the tools, the cases alone."""
   if os.environ.get(BARE):
     cases(lines)
@@ -97,7 +99,7 @@ def run(target, lines):
   lines.write('all', figure=', '.join(verdicts))
 
 
-def under(tool, target, lines, name):
+def under(tool: str, target: Target, lines: Lines, name: str) -> str:
   """A line for the cases under a tool; its verdict in words."""
   try:
     done = subprocess.run(
@@ -118,7 +120,7 @@ def under(tool, target, lines, name):
                        None: 'did not run'}[ok]
 
 
-def judged(name, code, says):
+def judged(name: str, code: int, says: str) -> bool | None:
   """Whether a tool found nothing; None where it could not look at all, as
   where the driver does not let it."""
   if not re.search('(ERROR|RACECHECK) SUMMARY', says) or (

@@ -7,16 +7,21 @@ starts again, and errors of the device come late.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+from dsjax.checkpoints.checkpoint import Model
 from dsjax.config.engine import EngineConfig
+from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Placement
 from dsjax.runtime import orchestrator
 from dsjax.scheduling import prefix_cache, scheduler
 from experiments.common import machine
 from experiments.gpu import card, child
+from experiments.gpu.lines import Lines, Target
 from experiments.verify.faults import Injector
 
 MODES = {'disaggregated': 'prefill=1x1,decode=1x1',
@@ -27,7 +32,7 @@ FAULTS = (('prefill', 'raise after'), ('decode', 'raise after'),
           ('scatter', 'raise after'))
 
 
-def engine(tiny):
+def engine(tiny: bool) -> EngineConfig:
   """The EngineConfig of all servers."""
   return EngineConfig(
       max_len=128 if tiny else 512, page_size=16, max_seqs=4,
@@ -36,7 +41,7 @@ def engine(tiny):
       tries=50, restarts=50, restart_s=0.0)
 
 
-def prompts(config, tiny):
+def prompts(config: ModelConfig, tiny: bool) -> list[tuple[list[int], int]]:
   """Token ids of prompts of many lengths, and how many tokens each gives."""
   rng = np.random.default_rng(0)
   longest = 100 if tiny else 400
@@ -44,7 +49,10 @@ def prompts(config, tiny):
           for n in (1, 15, 16, 17, 33, longest // 2, longest)]
 
 
-def outputs(server, work, between=lambda polls: None):
+def outputs(server: orchestrator.Orchestrator,
+            work: Sequence[tuple[Sequence[int], int]],
+            between: Callable[[int], object] = lambda polls: None
+            ) -> list[tuple[int, ...]]:
   """Tokens of each prompt, all of them served together.
 
   between: called between two polls, with how many there were.
@@ -59,7 +67,7 @@ def outputs(server, work, between=lambda polls: None):
   return [server.output(id).tokens for id in ids]
 
 
-def tidy(server):
+def tidy(server: orchestrator.Orchestrator) -> bool:
   """Whether every page and slot has come back."""
   scheduler.check(server.state)
   return scheduler.idle(server.state) and all(
@@ -67,14 +75,14 @@ def tidy(server):
       for i in server.state.instances)
 
 
-def same(got, want):
+def same(got: Sequence[Sequence[int]], want: Sequence[Sequence[int]]) -> float:
   """Share of tokens that are equal, position by position."""
   pairs = [(x, y) for a, b in zip(got, want, strict=True)
            for x, y in zip(a, b, strict=True)]
   return sum(x == y for x, y in pairs) / len(pairs)
 
 
-def variants(tiny):
+def variants(tiny: bool) -> list[tuple[str, str, dict[str, Any], float]]:
   """[(name, placement, changes to the engine, least share of tokens)]."""
   split = MODES['disaggregated']
   made = [(f'disaggregated, {kv} at decode', split, dict(decode_kv_dtype=kv),
@@ -88,7 +96,7 @@ def variants(tiny):
                   dict(decode_page_size=32), 1.0)]
 
 
-def run(target, lines):
+def run(target: Target, lines: Lines) -> None:
   """All variants, then faults."""
   jax.config.update('jax_default_matmul_precision', 'highest')
   config = card.TINY if target.tiny else card.SMALL
@@ -122,7 +130,9 @@ def run(target, lines):
   lines.write('all', figure=f'{right} of {total} variants')
 
 
-def faults(model, plain, work, want, lines):
+def faults(model: Model, plain: EngineConfig,
+           work: Sequence[tuple[Sequence[int], int]],
+           want: Sequence[Sequence[int]], lines: Lines) -> None:
   """An instance is killed, and calls go wrong: the same tokens come."""
   with orchestrator.serve(
       model, MODES['disaggregated'], plain, devices=card.device_twice(),

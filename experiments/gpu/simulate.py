@@ -8,7 +8,11 @@ TPOT within 10 %. What is profiled, served and simulated is one EngineConfig.
 import pathlib
 import statistics
 import tempfile
+from collections.abc import Mapping
+from typing import Any
 
+from dsjax.checkpoints.checkpoint import Model
+from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.runtime import orchestrator
 from dsjax.simulation import profiles
@@ -21,7 +25,7 @@ BURST = 32  # requests
 POINTS, RELATIVE = 3.0, 0.10
 
 
-def profile(path):
+def profile(path: pathlib.Path) -> profiles.Profile | None:
   """The Profile in the file of the part `measure`; None: there is none."""
   texts = [row['profile'] for row in lines.read(path) if 'profile' in row]
   if not texts:
@@ -32,7 +36,7 @@ def profile(path):
     return profiles.load(file)
 
 
-def run(target, file):
+def run(target: lines.Target, file: lines.Lines) -> None:
   """Serves and simulates; a line a mode and rate."""
   measured = profile(target.path.with_name('measure.jsonl'))
   if measured is None:
@@ -57,7 +61,10 @@ def run(target, file):
                f'TPOT {worst[1]:.0%}')
 
 
-def serve(mode, server, simulated, config, model, file, target, until):
+def serve(mode: str, server: orchestrator.Orchestrator,
+          simulated: validate.Profiles, config: EngineConfig, model: Model,
+          file: lines.Lines, target: lines.Target, until: float
+          ) -> list[dict[str, Any]]:
   """The rows of a mode. until: share of the task's time that may be gone."""
   def sent(rate_per_s, count, seed):
     return validate.requests(config, model.config.vocab_size, rate_per_s,
@@ -94,7 +101,8 @@ def serve(mode, server, simulated, config, model, file, target, until):
   return rows
 
 
-def judged(truth, ours):
+def judged(truth: Mapping[str, Any], ours: Mapping[str, Any]
+           ) -> dict[str, Any]:
   """The errors, and whether they are as near as is aimed at."""
   errors = validate.errors(truth, ours)
   _, low, high = truth['attainment']

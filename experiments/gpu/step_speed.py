@@ -8,27 +8,35 @@ decode step of the same layers in torch, where torch is.
 
 import statistics
 import time
+from collections.abc import Iterable
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
+from dsjax.checkpoints.checkpoint import Model
 from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
+from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Plan
 from dsjax.model import kv_cache
 from dsjax.runtime import profiling
+from dsjax.runtime.engine import Engine
 from dsjax.simulation.hardware import Hardware
 from dsjax.simulation.roofline import Roofline
 from experiments.gpu import card, child, rates
+from experiments.gpu.lines import Lines, Target
 
 ROUNDS = 5
 # Rows of the largest decode batch: what fits beside the weights in 80 GB.
 MODELS = {'llama-3-8b': 64, 'opt-13b': 16}
 PAGES = 64  # a row; what pages hold means nothing, and rows may share them
 CONTEXT = 1024  # tokens of each decode row
+# (what, pieces, batch, context of a row).
+TimedStep: TypeAlias = tuple[str, tuple[tuple[int, int], ...], int, int]
 
 
-def engine(rows, tiny):
+def engine(rows: int, tiny: bool) -> EngineConfig:
   """The EngineConfig that holds `rows` rows."""
   if tiny:
     return EngineConfig(max_len=64, max_seqs=2, num_pages=16,
@@ -38,7 +46,7 @@ def engine(rows, tiny):
       chunk_tokens=2048, prefill_seqs=4, dtype='bfloat16')
 
 
-def steps(config):
+def steps(config: EngineConfig) -> list[TimedStep]:
   """(what, pieces, batch, context of a row) of each timed step."""
   top, context = config.prefill_tokens, min(CONTEXT, config.max_len // 2)
   timed = [(f'decode {rows} rows of {context}', (), rows, context)
@@ -49,7 +57,8 @@ def steps(config):
                       (f'prefill 1 x {top}', ((0, top),), 0, 0)]
 
 
-def buckets(config, timed):
+def buckets(config: EngineConfig, timed: Iterable[TimedStep]
+            ) -> list[tuple[int, int]]:
   """(packed tokens, rows) of the compiled steps that these need."""
   needed = set()
   for _, pieces, batch, _ in timed:
@@ -60,7 +69,7 @@ def buckets(config, timed):
   return sorted(needed)
 
 
-def run(target, lines):
+def run(target: Target, lines: Lines) -> None:
   """Each model's steps, then its hand-off."""
   reached = rates.measure(target.tiny)
   shares = []
@@ -79,7 +88,8 @@ def run(target, lines):
                 'the floor')
 
 
-def time_steps(model, config, reached, lines):
+def time_steps(model: Model, config: EngineConfig, reached: rates.Rates,
+               lines: Lines) -> list[float]:
   """Shares of the floor that a model's steps reach; a line each."""
   instance = profiling.build(model, Plan(), 'colocated', config,
                              jax.devices())
@@ -109,7 +119,8 @@ def time_steps(model, config, reached, lines):
   return shares
 
 
-def once(cells, pieces, batch, context):
+def once(cells: profiling.Cells, pieces: tuple[tuple[int, int], ...],
+         batch: int, context: int) -> tuple[float, float]:
   """(seconds a step, the host's part: until it is dispatched)."""
   began = time.perf_counter()
   out, count = cells.run(pieces, batch, context)
@@ -118,7 +129,8 @@ def once(cells, pieces, batch, context):
   return (time.perf_counter() - began) / count, host_s / count
 
 
-def hand_off(model, config, source, reached, lines):
+def hand_off(model: Model, config: EngineConfig, source: Engine,
+             reached: rates.Rates, lines: Lines) -> None:
   """A hand-off to a second instance of the device, in bytes a second."""
   lengths = profiling.spread(config.page_size, config.max_len // 2, 3)
   target = profiling.build(model, Plan(), 'decode', config,
@@ -133,7 +145,8 @@ def hand_off(model, config, source, reached, lines):
                 of_a_copy=moved / seconds / (reached.bytes_per_s / 2))
 
 
-def torch_decode_s(config, batch, context, layers=4):
+def torch_decode_s(config: ModelConfig, batch: int, context: int,
+                   layers: int = 4) -> float | None:
   """Seconds of a decode step of these shapes in torch, in a CUDA graph.
 
   `layers` of the layers are run and scaled; the head is not. KV is dense.
@@ -152,7 +165,8 @@ def torch_decode_s(config, batch, context, layers=4):
     return None
 
 
-def torch_layers_s(torch, config, batch, context, layers, where):
+def torch_layers_s(torch: Any, config: ModelConfig, batch: int, context: int,
+                   layers: int, where: str) -> float:
   """See torch_decode_s; where: 'cuda', or 'cpu' without a graph."""
   D, N, K, H, F = (config.d_model, config.num_heads, config.num_kv_heads,
                    config.head_dim, config.d_ff)

@@ -12,9 +12,10 @@ import jax
 
 from dsjax.kernels import cases, paged, tiles, timing, tuned
 from experiments.gpu import child
+from experiments.gpu.lines import Lines, Target
 
 
-def run(target, lines):
+def run(target: Target, lines: Lines) -> None:
   """A line a case: the heuristic's config and seconds, the tuned ones."""
   if target.tiny:
     fastest = timing.tune(
