@@ -89,14 +89,14 @@ def serve(mode: str, server: orchestrator.Orchestrator,
     slo = slo or Slo(*(factor * statistics.median(
         getattr(r, name) for r in real.records) for name, factor in (
             ('ttft_s', validate.TTFT_TIMES), ('tpot_s', validate.TPOT_TIMES))))
-    truth = validate.stats(real.records, slo)
-    ours = validate.stats(simulated.simulate(server.scheduler_config, wanted),
-                          slo)
+    truth = validate.stats([real.records], slo)
+    ours = validate.stats([simulated.simulate(server.scheduler_config,
+                                              wanted)], slo)
     rows.append(judged(truth, ours))
     file.write(
         f'{mode}, {rate:.2f}/s', None, mode=mode, rate_per_s=rate,
         requests=len(wanted), real=truth, simulated=ours,
-        steps=validate.step_times(simulated, real.log),
+        steps=validate.step_times(simulated, [real.log]),
         host_s_per_step=real.host_s, **rows[-1])
   return rows
 
