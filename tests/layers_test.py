@@ -61,6 +61,8 @@ EXCEPTIONS = {
 }
 MAY_OPEN = {name for name, what in EXCEPTIONS.items() if 'pathlib' in what}
 FILES = sorted([*ROOT.glob('dsjax/*/**/*.py'), *ROOT.glob('kernels/*.py')])
+RUNNERS = sorted([*ROOT.glob('experiments/**/*.py'),
+                  *ROOT.glob('configs/*.py')])
 OURS = {'dsjax', 'kernels', 'experiments', 'configs', 'examples', 'tests'}
 
 
@@ -172,7 +174,7 @@ def _bare(tree):
   yield from visit(tree.body, False)
 
 
-@pytest.mark.parametrize('path', FILES, ids=_id)
+@pytest.mark.parametrize('path', [*FILES, *RUNNERS], ids=_id)
 def test_what_is_public_is_annotated(path):
   assert not list(_bare(_tree(path)))
 
