@@ -16,6 +16,7 @@ from dsjax.runtime.orchestrator_thread import (
 )
 from dsjax.runtime.output import Output, Update, joined, raise_unless_served
 from dsjax.runtime.prompts import Prompt
+from dsjax.runtime.protocols import Report
 
 
 class AsyncServer:
@@ -105,5 +106,7 @@ def serve_async(model: Model, placement: Placement | str,
   `async with dsjax.serve_async(model, placement) as server:
   await server.generate('Hi')`.
   """
-  return AsyncServer(lambda report: serve(
-      model, placement, config, **{'report': report, **options}))
+  def start(report: Report) -> Orchestrator:
+    given: dict[str, Any] = {'report': report, **options}
+    return serve(model, placement, config, **given)
+  return AsyncServer(start)
