@@ -57,6 +57,7 @@ def test_serve_offline(tmp_path):
   assert out.count('instances [0, 1], KV of ') == 4
 
 
+@pytest.mark.slow
 def test_serve_http(tmp_path):
   server = start('serve_http', tmp_path, 'tiny', '0')
   url = server.stdout.readline().strip()
@@ -75,6 +76,7 @@ def test_serve_http(tmp_path):
   assert server.returncode == 0, error
 
 
+@pytest.mark.slow
 def test_policy_of_ones_own(tmp_path):
   out = said('policy_of_ones_own', tmp_path)
   assert out.count('met both objectives') == 2

@@ -107,6 +107,7 @@ def test_every_hop_is_taken():
                   in lifecycle.HOPS.items() for after in following}
 
 
+@pytest.mark.slow
 def test_every_stage_is_doubted():
   _, probed, total = searched(lambda name: (
       0 if ', host' in name and '1 ' in name else

@@ -44,6 +44,7 @@ def rounds():
   bench.server.close()
 
 
+@pytest.mark.slow
 def test_every_way_serves_the_same_streams(rounds):
   bench, measured, asked = rounds
   want = {(tuple(ids), bench._sampling(i))
@@ -58,6 +59,7 @@ def test_every_way_serves_the_same_streams(rounds):
     assert set(costs['HTTP'].cpu_s) == {'orchestrator', 'event loop', 'client'}
 
 
+@pytest.mark.slow
 def test_the_table_tells_what_http_adds(rounds):
   _, measured, _ = rounds
   made, added = http_cost.table(measured, STREAMS, TOKENS)

@@ -58,6 +58,7 @@ def flooded():
     server.stop()
 
 
+@pytest.mark.slow
 def test_what_is_too_much_is_refused_and_the_rest_served(flooded):
   outcome, rejected, most_open = flooded
   assert most_open == MOST
@@ -75,6 +76,7 @@ def test_what_is_too_much_is_refused_and_the_rest_served(flooded):
   assert {r.status for r in outcome.records['after']} <= {'length', 'rejected'}
 
 
+@pytest.mark.slow
 def test_the_table_the_verdict_and_the_files(flooded, tmp_path):
   outcome, *_ = flooded
   out = io.StringIO()

@@ -330,6 +330,7 @@ def test_what_still_runs_counts_as_a_hit_until_a_rate_may_pass(monkeypatch):
   assert runs(rate_per_s, 60) == every[12:60] != early
 
 
+@pytest.mark.slow
 def test_processes_do_not_change_the_answer(answer):
   with multiprocessing.get_context('spawn').Pool(2) as pool:
     assert search.search(problem(), map=pool.imap) == answer
