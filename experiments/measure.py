@@ -76,6 +76,7 @@ from experiments.common import (
 )
 from experiments.common import overrides as configs
 
+FEWEST = 3  # sizes of a kind of step, to know how time grows with them
 FLAGS = {
     'model': cli.Flag('smollm2-135m-instruct', 'See dsjax.load.'),
     'out': None,
@@ -198,6 +199,21 @@ def _say(cell):
   if cell.batch:
     parts.append(f'{cell.batch} rows of {cell.context / cell.batch:.0f}')
   return ' + '.join(parts)
+
+
+def warn_of_few(console: Console, plan: Plan,
+                cells: Sequence[fitting.Cell]) -> None:
+  """Says where a fit had too little to tell how time grows with a step's
+  size: fewer sizes that differ than its line or curve has constants."""
+  for what, sizes in (
+      ('lengths of prompts', {cell.pieces for cell in cells
+                              if cell.kind == 'prefill'}),
+      ('rows and contexts', {(cell.batch, cell.context) for cell in cells
+                             if cell.kind == 'decode'})):
+    if len(sizes) < FEWEST:
+      console.print(f'plan {plan}: {len(sizes)} different {what}: steps of '
+                    f'others are a guess, give {FEWEST} or more',
+                    style='yellow')
 
 
 def show_errors(console: Console, model: latency.Latency,
@@ -409,6 +425,7 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
     profile, cells = fit_file(path, name, options.hardware or 'own')
     for plan, model in profile.latencies.items():
       console.print(f'plan {plan}')
+      warn_of_few(console, plan, cells[plan])
       show_errors(console, model, cells[plan])
     terminal.written(console, options.out, *write(
         options.out, profile, cells, cli.asked(options, FLAGS)))

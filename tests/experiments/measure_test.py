@@ -332,6 +332,20 @@ def test_steps_timed_elsewhere_are_fitted(tmp_path):
 HEAD = 'tokens,batch,context,seconds'
 
 
+@pytest.mark.parametrize('rows, few', [
+    (STEPS, []), (STEPS[:1] + STEPS[3:], ['1 different lengths of prompts']),
+    (STEPS[:5], ['2 different rows and contexts']),
+    (STEPS[1:4], ['2 different lengths', '1 different rows'])])
+def test_too_few_sizes_are_said(rows, few):
+  text = io.StringIO()
+  measure.warn_of_few(Console(file=text, width=200), Plan(), [
+      fitting.Cell(((0, n),) if n else (), batch, context, 1.0)
+      for n, batch, context in rows])
+  said = text.getvalue().splitlines()
+  assert [part in line for part, line in zip(few, said, strict=True)] == [
+      True] * len(few)
+
+
 @pytest.mark.parametrize('text, part', [
     ('', 'columns'), ('tokens,batch,seconds\n1,1,1', 'columns'),
     (HEAD, 'rows=0'), (f'{HEAD}\n8,0,0,0', 'line 2: seconds=0'),
