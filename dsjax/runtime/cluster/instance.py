@@ -213,15 +213,7 @@ class Instance:
       self.channel.news.set()
 
   def offer(self, message: messages.Offer) -> None:
-    """Reads the pages. A step that follows would hold up all that is told of
-    them, so an idle engine waits: that step would be behind the read anyway."""
     self._hand_off(Exchange.offer, message)
-    assert self.exchange is not None
-    sending = self.exchange.sending.get(message.uuid)
-    if sending and not self.running:
-      with contextlib.suppress(RuntimeError):  # the loop meets it too
-        jax.block_until_ready((*sending.read, *sending.sums))
-      self.exchange.poll(self.channel.send)
 
   def pull(self, message: messages.Pull) -> None:
     self._hand_off(Exchange.pull, message)

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from dsjax.config.placement import Placement, Plan
-from dsjax.runtime.cluster import instance, local, messages
+from dsjax.runtime.cluster import instance, local
 from tests.common.fake_engine import Late, Pace
 
 pytestmark = pytest.mark.usefixtures('no_hang')
@@ -47,26 +47,6 @@ def test_so_does_one_that_failed_and_the_next_is_awaited(waits):
   waits.channel.news.clear()
   waits.awaited.put(Late([1], Pace()))
   waits.channel.news.wait()
-
-
-@pytest.mark.parametrize('running', (False, True))
-def test_what_is_offered_is_told_before_the_next_step(monkeypatch, running):
-  """Where nothing runs: the read is waited for. Else the loop goes on."""
-  events = []
-  idle = instance.Instance.__new__(instance.Instance)
-  idle.running = [None] * running
-  idle.channel = types.SimpleNamespace(send=events.append)
-  read = types.SimpleNamespace(
-      block_until_ready=lambda: events.append('read'))
-
-  def offer(exchange, message):
-    exchange.sending[message.uuid] = types.SimpleNamespace(
-        read=[read], sums=[])
-  monkeypatch.setattr(instance.Exchange, 'offer', offer)
-  idle.exchange = types.SimpleNamespace(
-      sending={}, poll=lambda send: send('told'))
-  idle.offer(messages.Offer(5, 1, None, False))
-  assert events == ([] if running else ['read', 'told'])
 
 
 def test_a_thread_a_core_but_for_devices_that_wait_for_each_other():
