@@ -3,7 +3,7 @@
   python -m experiments.serve --config=tiny --out=out/tiny
 
 prints the same tables as the demo, of a model that says nothing: only that
-everything runs is to be read from it. About 16 s on a 2-core CPU machine the
+everything runs is to be read from it. About 15 s on a 2-core CPU machine the
 first time, most of it compilation.
 """
 
