@@ -263,6 +263,7 @@ def test_figure_8s_vllm_of_opt_66b():
   assert .25 < rates[True] < .55 < rates[False] < .9
 
 
+@pytest.mark.slow
 def test_table_3_measures_the_papers_placement_whatever_the_search_did():
   data = end_to_end.table3(QUICK)
   (row,), (bar,) = data['rows'], data['bars']

@@ -1,6 +1,8 @@
 """Real against simulated: the log read back, calibration, the runner."""
 
+import contextlib
 import dataclasses
+import gc
 import io
 import json
 import statistics
@@ -139,6 +141,12 @@ def test_requests_are_the_same_at_every_rate_but_for_time():
             <= validate.QUICK.max_len)
 
 
+@pytest.fixture
+def hasty(monkeypatch):
+  """Nothing is collected before a run: all that other tests have left."""
+  monkeypatch.setattr(validate.machine, 'settled', contextlib.nullcontext)
+
+
 @pytest.fixture(scope='module')
 def profile(tmp_path_factory):
   path = tmp_path_factory.mktemp('profile') / 'latency.json'
@@ -149,6 +157,7 @@ def profile(tmp_path_factory):
   return str(path)
 
 
+@pytest.mark.usefixtures('hasty')
 def test_rows_files_and_ctrl_c(tmp_path, profile, monkeypatch):
   """Two rates are asked for, and Ctrl-C comes after the first."""
   def halt(_):
@@ -211,6 +220,7 @@ def test_rows_files_and_ctrl_c(tmp_path, profile, monkeypatch):
                  Console(file=text))
 
 
+@pytest.mark.usefixtures('hasty')
 def test_a_row_of_two_seeds(tmp_path, profile):
   """Runs of the two, each with its log, and intervals of them."""
   text = io.StringIO()
@@ -256,6 +266,7 @@ def test_intervals_are_of_the_runs():
   assert (alone['attainment'], alone['half_width']) == (-50, None)
 
 
+@pytest.mark.usefixtures('hasty')
 def test_no_row_begins_later_than_asked(tmp_path, profile):
   text = io.StringIO()
   assert validate.run(options(tmp_path, profile=profile, minutes=1e-9),
@@ -273,6 +284,12 @@ def test_no_row_begins_later_than_asked(tmp_path, profile):
 def test_bad_flags(tmp_path, change, part):
   with pytest.raises(InputError, match=part):
     validate.run(options(tmp_path, **change), Console(file=io.StringIO()))
+
+
+def test_what_is_there_stays_while_it_is_served():
+  with validate.machine.settled():
+    assert gc.get_freeze_count() > 0
+  assert gc.get_freeze_count() == 0
 
 
 # --- the pace of a machine ----------------------------------------------------
