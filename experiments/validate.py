@@ -198,7 +198,8 @@ def stats(runs: Sequence[Sequence[Record]], slo: Slo) -> dict[str, Any]:
   records = [r for run in runs for r in run]
   summary = metrics.summarize(records, slo, 2)
   attainment = summary.attainment
-  shares = [metrics.summarize(run, slo, 2).attainment[0] for run in runs]
+  shares = [statistics.mean(metrics.attains(r, slo) for r in run)
+            for run in runs]
   if len(runs) > 1:
     half = half_width(shares)
     attainment = (attainment[0], max(0.0, attainment[0] - half),

@@ -22,7 +22,8 @@ from dsjax.kernels import cpu
 from dsjax.runtime.protocols import Pending
 
 KEPT = 1  # of a target; memory.py counts them
-# Of an array that is pulled: malloc gives larger ones new memory each time.
+# Of an array that is pulled: malloc gives larger ones new memory each time, and
+# their pull is slower.
 PART_BYTES = 4 * 2**20
 
 

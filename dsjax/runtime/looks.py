@@ -4,7 +4,14 @@ A process that is stopped (SIGSTOP, a debugger, a machine that sleeps) cannot
 see that something has happened: that time is no delay.
 """
 
+PAUSE_SHARE = 1 / 16
 AWAY_S = 1.0  # from one look to the next: what is more does not count
+
+
+def pause_s(waited_s: float, least_s: float, most_s: float) -> float:
+  """Until the next look at what nothing tells of: a share of the wait so far,
+  so that a long step is not interrupted and a short one not noticed late."""
+  return min(max(waited_s * PAUSE_SHARE, least_s), most_s)
 
 
 class Looks:

@@ -19,6 +19,7 @@ from dsjax.analysis.recorder import Recorder
 from dsjax.config.engine import EngineConfig
 from dsjax.config.latency import Latency, LinkLike
 from dsjax.runtime.fleet import Fleet, Prefix, StepDone
+from dsjax.runtime.looks import pause_s
 from dsjax.runtime.output import RequestFailed, RequestOutputState
 from dsjax.runtime.protocols import Engine, Observer, Report
 from dsjax.scheduling import blocks, planning, scheduler
@@ -40,9 +41,8 @@ from dsjax.scheduling.events import (
 from dsjax.scheduling.policy import Policy, PolicyError
 
 LOG = logging.getLogger(__name__)
-# The pause between polls that found nothing: a share of the wait so far, so
-# that a long step is not interrupted and a short one not noticed late.
-PAUSE_SHARE, LEAST_PAUSE_S, MOST_PAUSE_S = 1 / 16, 5e-5, 2e-3
+# Between polls that found nothing.
+LEAST_PAUSE_S, MOST_PAUSE_S = 5e-5, 2e-3
 MOST_WAIT_S = 0.05  # where what happens wakes the loop: for what is late
 MOST_ASKED = 100  # events that observers ask for while one is applied
 
@@ -125,8 +125,7 @@ class Loop:
     """Waits before the next poll, where one found nothing."""
     news = self.fleet.engines[0].news
     if news is None:
-      pause_s = (self.now - self.moved_s) * PAUSE_SHARE
-      time.sleep(min(max(pause_s, LEAST_PAUSE_S), MOST_PAUSE_S))
+      time.sleep(pause_s(self.now - self.moved_s, LEAST_PAUSE_S, MOST_PAUSE_S))
     else:
       next_s, self.next_s = self.next_s, math.inf
       news.wait(min(MOST_WAIT_S, max(0.0, next_s - self.now)))

@@ -409,12 +409,10 @@ class Route:
 
   def _start_shared(self, command: Migrate, checksum: bool) -> Transfer:
     """As start, through a Landing: in one batch, whatever its size."""
-    began, source, target = time.perf_counter(), self.source, self.target
+    began, target = time.perf_counter(), self.target
     landing = target.landings.take()
     read = self.read_shared(command, landing)
-    sent = [share for batch in self.batches(command) for share in
-            source.checksum(self.read(batch), batch.first, command.num_tokens)
-            ] if checksum else []
+    sent = self.sums(command) if checksum else []
     return Transfer(self, command, [(self.filled(
         command.target_pages, target), read)], self.bytes_shared(
             command, target), began, checksum, sent, landing)
@@ -424,6 +422,12 @@ class Route:
     source = self.source
     return source.gather(self.filled(command.source_pages, source), None, None,
                          landing.on(source.devices[0]))
+
+  def sums(self, command: Migrate) -> list[Pending]:
+    """Checksums of the source's pages, of each batch."""
+    return [share for batch in self.batches(command) for share in
+            self.source.checksum(self.read(batch), batch.first,
+                                 command.num_tokens)]
 
   def filled(self, pages: Sequence[int], end: Any) -> list[int]:
     """As many ids as a Landing has room for; `end`: of which pages."""

@@ -115,10 +115,12 @@ class Exchange:
         landing = self.engine.landings.take()
         jax.block_until_ready(route.read_shared(route.nowhere(1), landing))
         self.engine.landings.give(landing, ())
-      if config.checksum or not route.shares:
-        for size in route.buckets:
-          batch, = route.batches(route.nowhere(size))
+      for command in map(route.nowhere, route.buckets):
+        if not route.shares:
+          batch, = route.batches(command)
           jax.block_until_ready(self._cut(route, batch, config.checksum))
+        elif config.checksum:
+          jax.block_until_ready(route.sums(command))
     for route in self._from.values():
       for size in (route.buckets if config.checksum or not route.shares
                    else (1,)):
@@ -155,20 +157,15 @@ class Exchange:
 
   def offer(self, asked: messages.Offer) -> None:
     """Reads the pages and offers them; `poll` tells."""
-    route, parts, sums = self._to[asked.target], [], []
-    landing = self.engine.landings.take() if route.shares else None
-    read = route.read_shared(asked.command, landing) if landing else []
-    for batch in (route.batches(asked.command)
-                  if asked.checksum or not landing else ()):
-      cut, summed = self._cut(route, batch, asked.checksum,
-                              asked.command.num_tokens)
-      parts += cut
-      sums += summed
-    size = sum(x.nbytes for x in parts)
-    kind = _kind(parts)
-    if landing:
-      size, device = (route.bytes_shared(asked.command, self.engine),
-                      self.engine.devices[0])
+    route, parts = self._to[asked.target], []
+    sums: list[Pending] = []
+    read: Sequence[Pending] = ()
+    if route.shares:
+      landing, device = self.engine.landings.take(), self.engine.devices[0]
+      read = route.read_shared(asked.command, landing)
+      if asked.checksum:
+        sums = route.sums(asked.command)
+      size = route.bytes_shared(asked.command, self.engine)
       kind = _kind(self._bytes_like(route, asked.command))
       if self._maps(route) and isinstance(landing, shared_memory.Own):
         parts = [jax.device_put(landing.where(asked.uuid), device)]
@@ -178,10 +175,16 @@ class Exchange:
         parts = landing.parts(size, device)
         self.lent[asked.uuid] = landing, ()
     else:
+      for batch in route.batches(asked.command):
+        cut, summed = self._cut(route, batch, asked.checksum,
+                                asked.command.num_tokens)
+        parts += cut
+        sums += summed
+      size, kind = sum(x.nbytes for x in parts), _kind(parts)
       self.server.await_pull(asked.uuid, parts)
     self.offers[asked.uuid] = self.server
     self.sending[asked.uuid] = Sending(messages.Offered(
-        asked.uuid, size, kind, 0), sums, read, parts if landing else ())
+        asked.uuid, size, kind, 0), sums, read, parts if route.shares else ())
     for array in (*read, *sums):
       self.awaited(array)
 

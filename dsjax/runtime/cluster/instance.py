@@ -38,6 +38,7 @@ from dsjax.runtime import memory
 from dsjax.runtime.arrays import is_ready
 from dsjax.runtime.cluster import channel, messages
 from dsjax.runtime.cluster.exchange import Exchange
+from dsjax.runtime.looks import pause_s
 from dsjax.runtime.protocols import (
   Engine,
   HostCopy,
@@ -50,7 +51,7 @@ from dsjax.scheduling.events import Offload, RunDecode, RunPrefill
 COMPILED = '/jax/core/compile/backend_compile_duration'
 KEY = 'DSJAX_INSTANCE_KEY'
 # Pauses between two looks at copies in flight, as of the server's loop.
-PAUSE_SHARE, LEAST_PAUSE_S, MOST_PAUSE_S = 1 / 16, 2e-5, 4e-3
+LEAST_PAUSE_S, MOST_PAUSE_S = 2e-5, 4e-3
 AT_MOST_S = 0.05  # without a look at steps in flight
 FLUSH_S = 10.0  # for the last words
 SAMPLED = 100  # weights of each array, of which a hash is made
@@ -118,8 +119,8 @@ class Instance:
       if some:
         moved_s = time.perf_counter()
       elif self.copies or (self.exchange and self.exchange.looks):
-        pause_s = (time.perf_counter() - moved_s) * PAUSE_SHARE
-        self.channel.wait(min(max(pause_s, LEAST_PAUSE_S), MOST_PAUSE_S))
+        self.channel.wait(pause_s(time.perf_counter() - moved_s,
+                                  LEAST_PAUSE_S, MOST_PAUSE_S))
       else:
         waits = self.running or (self.exchange and self.exchange.busy)
         self.channel.wait(AT_MOST_S if waits else None)

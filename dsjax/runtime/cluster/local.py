@@ -195,9 +195,8 @@ def has_own_core(placement: Placement) -> bool:
   GPUs it need not, and where cores are not known it is taken to."""
   if visible_gpus() is not None or not hasattr(os, 'sched_getaffinity'):
     return True
-  cores = len(os.sched_getaffinity(0))
-  return cores > placement.num_devices and (
-      cores % placement.num_devices > 0)
+  taken = sum(map(len, split_cores(placement)))
+  return 0 < taken < len(os.sched_getaffinity(0))
 
 
 def split_cores(placement: Placement) -> list[list[int]]:

@@ -11,13 +11,14 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-PARCEL_BYTES = 4 * 2**20  # a pull of larger arrays is slower
+from dsjax.runtime.landing import PART_BYTES
+
 Groups: TypeAlias = tuple[tuple[int, ...], ...]
 
 
 def groups(like: Sequence[Any]) -> Groups:
   """Places of the arrays that go into one: they have one dtype, and
-  PARCEL_BYTES at most where they are several.
+  PART_BYTES at most where they are several.
 
   Args:
     like: arrays, or their ShapeDtypeStructs.
@@ -26,8 +27,8 @@ def groups(like: Sequence[Any]) -> Groups:
   last: dict[Any, tuple[list[int], int]] = {}  # by dtype, with its bytes
   for place, x in enumerate(like):
     size = math.prod(x.shape) * x.dtype.itemsize
-    group, held = last.get(x.dtype, ([], PARCEL_BYTES + 1))
-    if held + size > PARCEL_BYTES:
+    group, held = last.get(x.dtype, ([], PART_BYTES + 1))
+    if held + size > PART_BYTES:
       group, held = [], 0
       made.append(group)
     group.append(place)

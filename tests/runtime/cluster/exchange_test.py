@@ -214,7 +214,7 @@ def test_memory_of_a_process_that_is_gone_is_not_opened():
 
 def test_arrays_are_packed_by_dtype_and_size(monkeypatch):
   """And come back as they were."""
-  monkeypatch.setattr(parcels, 'PARCEL_BYTES', 100)
+  monkeypatch.setattr(parcels, 'PART_BYTES', 100)
   rng = np.random.default_rng(0)
   arrays = [jax.device_put(rng.integers(0, 99, shape).astype(dtype),
                            jax.devices()[1])
