@@ -152,8 +152,8 @@ def draw(path: pathlib.Path,
                     fillstyle='none', **pictures.look(number))
     axes.set_xticks(range(len(points)), [f'{int(n):,}' for n in points])
     axes.set_xlabel(what)
-    axes.set_ylim(0)
     axes.spines[['top', 'right']].set_visible(False)
+  figure.axes[0].set_ylim(0)  # of all, once all is drawn
   figure.axes[0].set_ylabel('CPU us')
   figure.axes[0].legend(fontsize=8, frameon=False)
   figure.suptitle(f'scheduler.step; {RUNNING} rows, {WAITING:,} waiting, no '
