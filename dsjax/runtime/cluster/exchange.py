@@ -4,10 +4,11 @@ Copies of the pages, in pieces of one device each (migration.cut_pieces), few
 arrays a piece (parcels.py), are offered to jax's transfer server under a
 number; the other side pulls them onto its devices and joins them there. Where a
 kernel copies pages at both ends, it is the bytes of a Landing that are offered,
-and one of the target that they are copied to; on one host, only where the
-source's Landing is (shared_memory.py). The server checks nothing: a hash
-of shapes and dtypes goes along, and the checksum if asked for. What reaches its
-port may pull: it listens on loopback, unless a host says otherwise.
+and one of the target that they are copied to. On one host the target reads the
+source's Landing (shared_memory.py): messages say where it is, as a pull waits
+for the step that runs. That server checks nothing: a hash of shapes and dtypes
+goes along, and the checksum if asked for. What reaches its port may pull: it
+listens on loopback, unless a host says otherwise.
 
 A puller that dies during a copy keeps that server's buffers for good, and with
 the last of them every later pull waits for ever (jax 0.10.2). So an offer that
@@ -125,10 +126,9 @@ class Exchange:
       for size in (route.buckets if config.checksum or not route.shares
                    else (1,)):
         command = route.nowhere(size)
-        parts = [[jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
-                  for x in batch] for batch in self._like(route, command)]
-        if self._maps(route):
-          parts = [[]]
+        parts = [[] if self._maps(route) else [
+            jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
+            for x in batch] for batch in self._like(route, command)]
         landed = self._join(route, command, config.checksum, parts)
         jax.block_until_ready((landed.land(), landed.arrived))
 
@@ -158,21 +158,22 @@ class Exchange:
   def offer(self, asked: messages.Offer) -> None:
     """Reads the pages and offers them; `poll` tells."""
     route, parts = self._to[asked.target], []
+    where: tuple[int, ...] = ()
     sums: list[Pending] = []
     read: Sequence[Pending] = ()
     if route.shares:
-      landing, device = self.engine.landings.take(), self.engine.devices[0]
+      landing = self.engine.landings.take()
       read = route.read_shared(asked.command, landing)
       if asked.checksum:
         sums = route.sums(asked.command)
       size = route.bytes_shared(asked.command, self.engine)
       kind = _kind(self._bytes_like(route, asked.command))
       if self._maps(route) and isinstance(landing, shared_memory.Own):
-        parts = [jax.device_put(landing.where(asked.uuid), device)]
+        where = landing.where()
         self.lent[asked.uuid] = landing, [shared_memory.Unread(
             landing, asked.uuid)]
       else:
-        parts = landing.parts(size, device)
+        parts = landing.parts(size, self.engine.devices[0])
         self.lent[asked.uuid] = landing, ()
     else:
       for batch in route.batches(asked.command):
@@ -184,7 +185,8 @@ class Exchange:
       self.server.await_pull(asked.uuid, parts)
     self.offers[asked.uuid] = self.server
     self.sending[asked.uuid] = Sending(messages.Offered(
-        asked.uuid, size, kind, 0), sums, read, parts if route.shares else ())
+        asked.uuid, size, kind, 0, where=where), sums, read,
+                                        parts if route.shares else ())
     for array in (*read, *sums):
       self.awaited(array)
 
@@ -218,9 +220,17 @@ class Exchange:
   # --- the target's side ----------------------------------------------------
 
   def pull(self, asked: messages.Pull) -> None:
-    """Begins to pull; `poll` lands it."""
+    """Begins to pull; `poll` lands it.
+
+    Raises:
+      what goes wrong where nothing is to be pulled: then it is not landed.
+    """
     began_s = time.perf_counter()
     route = self._from[asked.source]
+    if asked.where:
+      self._land(asked, route, _kind(self._bytes_like(route, asked.command)),
+                 began_s, [], self._open(asked.source, asked.where))
+      return
     like = self._like(route, asked.command)
     flat = [x for batch in like for x in batch]
     connection = self._connection(asked)
@@ -241,9 +251,7 @@ class Exchange:
             ) -> list[list[jax.ShapeDtypeStruct]]:
     """What the source offers: of each batch, or of its Landing."""
     if route.shares:
-      return [self._bytes([shared_memory.WHERE.size])
-              if self._maps(route)
-              else self._bytes_like(route, command)]
+      return [self._bytes_like(route, command)]
     return [[x for cut in _by_piece(route, self._cut_like(route, batch))
              for x in parcels.packed_like(cut)]
             for batch in route.batches(command)]
@@ -251,12 +259,9 @@ class Exchange:
   def _bytes_like(self, route: migration.Route, command: Any
                   ) -> list[jax.ShapeDtypeStruct]:
     """The parts of a Landing."""
-    return self._bytes(part_sizes(route.bytes_shared(command, self.engine)))
-
-  def _bytes(self, sizes: Sequence[int]) -> list[jax.ShapeDtypeStruct]:
     to = SingleDeviceSharding(self.engine.devices[0])
-    return [jax.ShapeDtypeStruct((size,), np.uint8, sharding=to)
-            for size in sizes]
+    return [jax.ShapeDtypeStruct((size,), np.uint8, sharding=to) for size in
+            part_sizes(route.bytes_shared(command, self.engine))]
 
   def _cut_like(self, route: migration.Route, batch: migration.Batch
                 ) -> list[jax.ShapeDtypeStruct]:
@@ -346,7 +351,13 @@ class Exchange:
         continue
       some = True
       del self.pulling[uuid]
-      self._land(pulling, send)
+      try:
+        self._land(pulling.asked, pulling.route, pulling.kind, pulling.began_s,
+                   pulling.parts)
+      except Exception as error:  # only the hand-off fails
+        if not self.engine.is_sound():
+          raise
+        send(messages.Broken(uuid, f'the copy failed: {error}'))
     for uuid, landing in list(self.landing.items()):
       if landing.transfer.is_ready():
         del self.landing[uuid]
@@ -356,36 +367,24 @@ class Exchange:
         some = True
     return some
 
-  def _land(self, pulling: Pulling,
-            send: Callable[[messages.FromInstance], None]) -> None:
-    """Writes what has come. Only the hand-off fails, where the engine is
-    sound."""
-    asked = pulling.asked
-    try:
-      lent, mark = (self._open(asked.source, pulling.parts[0][0])
-                    if self._maps(pulling.route) else (None, 0))
-      landed = self._join(pulling.route, asked.command, asked.checksum,
-                          pulling.parts, lent)
-      done = landed.land()
-    except Exception as error:
-      if not self.engine.is_sound():
-        raise
-      send(messages.Broken(asked.uuid, f'the copy failed: {error}'))
-    else:
-      self.landing[asked.uuid] = Written(pulling.kind, landed,
-                                         pulling.began_s)
-      if lent:
-        self._reading.append((lent, mark, done))
-      waits: list[Any] = [*(done if lent else ()), *landed.arrived]
-      for array in waits:
-        self.awaited(array)
+  def _land(self, asked: messages.Pull, route: migration.Route, kind: int,
+            began_s: float, parts: Sequence[list[Any]],
+            lent: shared_memory.Shared | None = None) -> None:
+    """Writes what has come, or what a source's Landing has."""
+    landed = self._join(route, asked.command, asked.checksum, parts, lent)
+    done = landed.land()
+    self.landing[asked.uuid] = Written(kind, landed, began_s)
+    waits: list[Any] = [*landed.arrived]
+    if lent:
+      self._reading.append((lent, asked.uuid, done))
+      waits += done
+    for array in waits:
+      self.awaited(array)
 
-  def _open(self, source: int, where: Any
-            ) -> tuple[shared_memory.Shared, int]:
-    """A source's Landing, and its mark."""
-    opened = self._opened.setdefault(source, shared_memory.Opened(
-        self.engine.landings.size))
-    return opened.open(np.from_dlpack(where).tobytes())
+  def _open(self, source: int, where: tuple[int, ...]) -> shared_memory.Shared:
+    """A source's Landing."""
+    return self._opened.setdefault(source, shared_memory.Opened(
+        self.engine.landings.size)).open(where)
 
 
 def _peer(fields: dict[str, Any], model: ModelConfig, config: EngineConfig

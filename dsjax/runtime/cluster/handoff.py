@@ -2,7 +2,8 @@
 
 The source offers copies of the pages under a number that cannot be guessed,
 and the target pulls them (exchange.py). Both are told at once; neither waits
-for the server in between, unless the source's address is about to change.
+for the server in between, unless the source's address is about to change. Where
+both have the same memory the target is told once they are there, and where.
 """
 
 import secrets
@@ -10,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dsjax.runtime import migration
-from dsjax.runtime.cluster import messages
+from dsjax.runtime.cluster import messages, shared_memory
 from dsjax.scheduling.events import Migrate
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class RemoteTransfer:
     self.command, self.checksum = command, checksum
     self.bytes, self.start_s = 0, time.perf_counter()
     self.landed, self._begun = False, False
+    self._maps = shared_memory.maps(source, target)
     self._withdrawn = source.withdrawn  # before it is offered
     self._uuid, self._ends = uuid, (source, target)
     self._offered: messages.Offered | None = None
@@ -43,18 +45,23 @@ class RemoteTransfer:
 
   def begin(self) -> None:
     """Has the target pull, once, as soon as it is known where: at what the
-    source told after the last offer that was taken back before this one."""
+    source told after the last offer that was taken back before this one, or
+    in the memory that it told of."""
     source, target = self._ends
-    if source.moved == self._withdrawn and not self._begun:
+    where = self._offered.where if self._offered else ()
+    is_known = (where != () if self._maps else
+                source.moved == self._withdrawn)
+    if is_known and not self._begun:
       self._begun = True
       target.send_if_there(messages.Pull(
           self._uuid, source.index, source.address, self.command,
-          self.checksum))
+          self.checksum, where))
 
   def hear(self, message: Any) -> None:
     """One of its ends says how far it is."""
     if isinstance(message, messages.Offered):
       self._offered, self.bytes = message, message.bytes
+      self.begin()
     elif isinstance(message, messages.Landed):
       self._arrived = message
     else:

@@ -28,7 +28,7 @@ from dsjax.scheduling.events import (
   RunPrefill,
 )
 
-VERSION = 5  # of the messages
+VERSION = 6  # of the messages
 # Both sides must have the same: hand-offs are jax's, and have no version.
 VERSIONS = (f'dsjax {__version__}, messages {VERSION}, jax {jax.__version__}, '
             f'jaxlib {jaxlib.__version__}')
@@ -95,12 +95,14 @@ class Withdraw(NamedTuple):
 
 
 class Pull(NamedTuple):
-  """Pull what the instance `source` offers, and write it to its pages."""
+  """Pull what the instance `source` offers, and write it to its pages; where:
+  as of Offered, then nothing is pulled."""
   uuid: int
   source: int
   address: str
   command: Migrate
   checksum: bool
+  where: tuple[int, ...] = ()
 
 
 class Drop(NamedTuple):
@@ -218,13 +220,15 @@ class Stepped(NamedTuple):
 
 class Offered(NamedTuple):
   """An offer is there, since wall_s. kind: a hash of shapes and dtypes. cpu_s:
-  CPU seconds of the process."""
+  CPU seconds of the process. where: in memory that the target has too
+  (shared_memory.Own.where), or ()."""
   uuid: int
   bytes: int
   kind: int
   checksum: int
   wall_s: float = 0.0
   cpu_s: float = 0.0
+  where: tuple[int, ...] = ()
 
 
 class Moved(NamedTuple):

@@ -11,16 +11,15 @@ import collections
 import mmap
 import os
 import pathlib
-import struct
 import weakref
+from typing import Any
 
 import numpy as np
 
-from dsjax.runtime.landing import Landing
+from dsjax.runtime.landing import Landing, shares
 
 BEFORE = 4096  # bytes before those of the hand-off; the mark is the first 8
 KEPT = 4  # of a source, and open at each of its targets
-WHERE = struct.Struct('<QQQQ')  # process, file there, its inode, mark
 
 
 def of_host() -> str:
@@ -32,6 +31,12 @@ def of_host() -> str:
     return ''
   return (' '.join((boot, *names, str(os.getuid())))
           if hasattr(os, 'memfd_create') else '')
+
+
+def maps(source: Any, target: Any) -> bool:
+  """Whether KV goes from one RemoteEngine to another through memory that both
+  have."""
+  return shares(source, target) and source.memory == target.memory != ''
 
 
 class Shared(Landing):
@@ -52,10 +57,9 @@ class Own(Shared):
     os.ftruncate(self._file, BEFORE + size)
     super().__init__(size, self._file)
 
-  def where(self, mark: int) -> np.ndarray:
-    """Bytes by which a target finds it, and what it is to mark it with."""
-    return np.frombuffer(WHERE.pack(
-        os.getpid(), self._file, os.fstat(self._file).st_ino, mark), np.uint8)
+  def where(self) -> tuple[int, int, int]:
+    """Where a target finds it: process, file there, and its inode."""
+    return os.getpid(), self._file, os.fstat(self._file).st_ino
 
 
 class Unread:
@@ -81,17 +85,16 @@ class Opened:
     self._known: collections.OrderedDict[tuple[int, ...], Shared] = (
         collections.OrderedDict())
 
-  def open(self, where: bytes) -> tuple[Shared, int]:
-    """(the landing, its mark) that Own.where tells.
+  def open(self, where: tuple[int, ...]) -> Shared:
+    """The landing that is where Own.where tells.
 
     Raises:
       OSError: its process is gone, or may not be looked into.
       RuntimeError: it is another file by now.
     """
-    *key, mark = WHERE.unpack(where)
-    landing = self._known.get(tuple(key))
+    landing = self._known.get(where)
     if landing is None:
-      pid, number, inode = key
+      pid, number, inode = where
       file = os.open(f'/proc/{pid}/fd/{number}', os.O_RDWR)
       try:
         if os.fstat(file).st_ino != inode:
@@ -99,8 +102,8 @@ class Opened:
         landing = Shared(self._size, file)
       finally:
         os.close(file)
-      self._known[tuple(key)] = landing
-    self._known.move_to_end(tuple(key))
+      self._known[where] = landing
+    self._known.move_to_end(where)
     while len(self._known) > KEPT:
       self._known.popitem(last=False)
-    return landing, mark
+    return landing

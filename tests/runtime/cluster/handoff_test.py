@@ -68,11 +68,12 @@ class Launcher:
 class Models:
   """A server's two engines, and the instances that they stand for.
 
-  offers: {uuid: the address it is at}. pulls: {uuid: the address it is pulled
-  from}, until it has come or is dropped.
+  maps: both have the same memory. offers: {uuid: the address it is at}. pulls:
+  {uuid: the address it is pulled from}, until it has come or is dropped.
   """
 
-  def __init__(self):
+  def __init__(self, maps=False):
+    self.maps = maps
     self.launchers = [Launcher(), Launcher()]
     self.engines, self.servers = [], 0
     self.offers, self.pulls, self.pulled, self.dropped = {}, {}, set(), set()
@@ -87,7 +88,8 @@ class Models:
     engine, queues = self.engines[index], self.queues(index)
     engine.hear()
     queues.said.append(messages.Built(dataclasses.asdict(
-        CONFIG.instance(engine.role)), 1, f'at {self.servers}', {}))
+        CONFIG.instance(engine.role)), 1, f'at {self.servers}', {},
+        by_kernel=self.maps, memory='of both' * self.maps))
     engine.hear()
     queues.down.clear()
 
@@ -117,7 +119,8 @@ class Models:
     up = self.queues(index).up
     if isinstance(message, messages.Offer):
       self.offers[message.uuid] = f'at {self.servers}'
-      up.append(messages.Offered(message.uuid, 8, 1, 0))
+      up.append(messages.Offered(message.uuid, 8, 1, 0,
+                                 where=(1, message.uuid) * self.maps))
     elif isinstance(message, messages.Withdraw):
       self.offers.pop(message.uuid, None)
       if not message.pulled:
@@ -125,7 +128,9 @@ class Models:
         up.append(messages.Moved(f'at {self.servers}'))
     elif isinstance(message, messages.Pull):
       assert message.uuid not in self.dropped, 'pulled after it was given up'
-      self.pulls[message.uuid] = message.address
+      assert message.where == (1, message.uuid) * self.maps
+      self.pulls[message.uuid] = self.offers.get(
+          message.uuid) if self.maps else message.address
     else:
       self.dropped.add(message.uuid)
       self.pulls.pop(message.uuid, None)
@@ -158,7 +163,7 @@ def lose_source(rng, models, flying):
 
 def play(rng, give_up, count=6):
   """Hand-offs, some of which are given up, until nothing is left to do."""
-  models, flying, landed = Models(), [], 0
+  models, flying, landed = Models(maps=rng.random() < 0.5), [], 0
   source, target = models.engines
   while True:
     for transfer in [t for t in flying if t.has_arrived()]:
