@@ -265,7 +265,8 @@ def hand_off_cpu(source: Any, target: Any, lengths: Sequence[int]
 
 # --- side by side -----------------------------------------------------------
 
-BESIDE_S = 0.2  # least seconds of a step timed beside others
+BESIDE_S = 0.2  # least seconds of a step timed alone, and beside others
+BESIDE_ROUNDS = 5  # at least: what else runs counts as a factor
 NOTICED = 1.03  # a factor below this is noise
 
 
@@ -286,27 +287,30 @@ def beside(mine: Cells, theirs: Cells, config: EngineConfig, rounds: int,
   other instance has steps of each kind to do; the median of the ratios of
   each round counts. A first round, which compiles, is not counted.
   """
-  cells = typical(config)
+  cells, pairs = typical(config), list(itertools.product(contention.KINDS,
+                                                         repeat=2))
 
-  def alone(bare, cell):
-    return bare.seconds(*cell) * (1 if cell[0] else STEPS)
+  def command_s(bare, kind, repeats=1):
+    pieces = cells[kind][0]
+    return bare.seconds(*cells[kind], repeats) * (1 if pieces else STEPS)
 
-  def ratio(kind, kind_beside):
-    cell, cell_beside = cells[kind], cells[kind_beside]
-    alone_s = alone(mine, cell)
-    each_s = alone(theirs, cell_beside)
-    repeats = max(1, math.ceil(BESIDE_S / alone_s))
-    # Twice as slow, and some more, so that the other one never runs dry.
-    busy = theirs.run(*cell_beside)[0]
-    for _ in range(math.ceil(3 * (repeats + 1) * alone_s / each_s)):
-      busy = theirs.run(*cell_beside)[0]
-    seconds = mine.seconds(*cell, repeats) * (1 if cell[0] else STEPS)
-    jax.block_until_ready(busy)
-    tick()
-    return seconds / alone_s
+  def one_round():
+    repeats = {kind: math.ceil(BESIDE_S / command_s(mine, kind))
+               for kind in cells}
+    alone_s = {kind: command_s(mine, kind, repeats[kind]) for kind in cells}
+    other_s = {kind: command_s(theirs, kind) for kind in cells}
+    ratios = []
+    for kind, other in pairs:
+      # Twice as slow, and some more, so that the other one never runs dry.
+      lasts_s = 3 * (repeats[kind] + 1) * alone_s[kind]
+      for _ in range(1 + math.ceil(lasts_s / other_s[other])):
+        busy = theirs.run(*cells[other])[0]
+      ratios.append(command_s(mine, kind, repeats[kind]) / alone_s[kind])
+      jax.block_until_ready(busy)
+      tick()
+    return ratios
 
-  pairs = list(itertools.product(contention.KINDS, repeat=2))
-  ratios = [[ratio(*pair) for pair in pairs] for _ in range(rounds + 1)]
+  ratios = [one_round() for _ in range(rounds + 1)]
   return contention.Contention({
       (kind, other): max(1.0, statistics.median(ratio))
       for (kind, other), ratio in zip(pairs, zip(*ratios[1:], strict=True),
@@ -432,15 +436,16 @@ class _Profiler:
 
   def contention(self, bare):
     """The Contention of two instances of one device; None: there is none."""
+    rounds = max(self.rounds, BESIDE_ROUNDS)
     tick = _ticks(self.report, f'{Plan()}: side by side',
-                  (self.rounds + 1) * len(contention.KINDS)**2)
+                  (rounds + 1) * len(contention.KINDS)**2)
     if self.cluster:
       other = self.processes[1]  # of the two that `engine` started
       for _ in other.warm():
         pass
     else:
       other = build(self.model, Plan(), 'chunked', self.config, self.apart)
-    return beside(bare, Cells(other), self.config, self.rounds, tick)
+    return beside(bare, Cells(other), self.config, rounds, tick)
 
   def shared(self, factors):
     """The whole Contention; None: instances share nothing. factors: of
