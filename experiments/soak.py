@@ -245,10 +245,21 @@ class Soak:
     for index, back_s in list(self.away.items()):
       if self.now >= back_s:
         del self.away[index]
-        self.server.restore(index)
+        self.restore(index)
     for fault in self.injector.fired[self.seen:]:
       self.note(fault[0], f'{fault[1]}: {fault[2]}')
     self.seen = len(self.injector.fired)
+
+  def restore(self, index: int) -> bool:
+    """Whether the instance is there; a fault may have hit it as it started,
+    and it is tried again."""
+    try:
+      self.server.restore(index)
+    except RuntimeError as error:
+      self.note(index, f'not started: {error}')
+      self.away[index] = self.now + self.options.back_s
+      return False
+    return True
 
   def arrive(self) -> None:
     """A request, unless too many wait."""
@@ -273,8 +284,10 @@ class Soak:
     elif what == 'drained':
       self.server.drain(index)
       self.away[index] = self.now + away_s
-    elif engine.pid is None:
-      return  # it is to be started again
+    elif engine.pid is None or (
+        what == 'SIGSTOP'
+        and self.server.state.instances[index].status == 'down'):
+      return  # to be started again; or it is given up only after 300 s
     elif what == 'cut off':
       engine.cut()
     else:
@@ -329,9 +342,10 @@ class Soak:
     """The end: no more faults, everything starts again, every request ends."""
     self.injector.disarm()
     self.injector.released = True
-    self.away.clear()
     for index in range(len(self.server.engines)):
-      self.server.restore(index)
+      if not self.restore(index):  # by the last fault
+        self.server.restore(index)
+    self.away.clear()
     while self.sent or self.server.busy:
       self.turn()
     if self.options.cluster:

@@ -1,5 +1,6 @@
 """The soak, for some hundred steps: what it checks, it sees."""
 
+import io
 import itertools
 import json
 
@@ -10,9 +11,11 @@ from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
 from dsjax.runtime import loop
 from dsjax.runtime.migration import Route
+from dsjax.runtime.orchestrator import Orchestrator
 from experiments import soak
 from experiments.common import cli
 from experiments.verify import soak_report
+from tests.common import serving
 from tests.common.results import check_written, made_by
 
 pytestmark = pytest.mark.usefixtures('no_hang')
@@ -76,6 +79,31 @@ def test_nothing_is_lost_where_processes_die(tmp_path):
   result = json.loads((tmp_path / 'soak.json').read_text())
   assert sum(result['faults'].values()) > 1
   assert not {what for what in result['faults'] if ':' in what}
+
+
+def test_one_that_does_not_start_is_tried_again(tmp_path, monkeypatch):
+  """As where a fault hits it while it starts; the run goes on, and ends."""
+  server, real, refused = serving.fake_server_of(), Orchestrator.restore, []
+
+  def restore(self, instance):
+    if len(refused) < 2:
+      refused.append(instance)
+      raise RuntimeError('it did not come')
+    real(self, instance)
+  monkeypatch.setattr(Orchestrator, 'restore', restore)
+  with server:
+    run = soak.Soak(server, [([5], {'max_tokens': 2})],
+                    options(tmp_path, back_s=0.0), 1.0, io.StringIO())
+    run.reference()
+    run.origin, run.away = server.now, {1: 0.0}
+    server.drain(1)
+    run.turn()
+    assert run.away and server.state.instances[1].status == 'draining'
+    run.settle()
+    assert [inst.status for inst in server.state.instances] == ['up', 'up']
+  assert refused == [1, 0] and not run.away
+  assert [fault['what'] for fault in run.faults] == [
+      'not started: it did not come'] * 2
 
 
 def test_processes_of_other_hosts_are_not_killed_here(tmp_path):
