@@ -171,7 +171,8 @@ template <typename W>
 void multiply(ffi::ThreadPool& pool, const float* x, const W* w, float* y,
               int64_t count, int64_t panels, int64_t inner) {
   const int64_t parts = (count + kPart - 1) / kPart;
-  const int64_t group = std::max<int64_t>(1, kHeld / inner / kPart);
+  const int64_t group =
+      std::max<int64_t>(1, kHeld / kPart / std::max<int64_t>(1, inner));
   parallel(pool, parts * panels, [=](int64_t task) {
     const int64_t first = task / (group * panels) * group;
     const int64_t size = std::min(group, parts - first);
@@ -205,6 +206,12 @@ struct Pages {
   const T* data;
   int64_t heads, pages, size, width;
 
+  // An id that no page has is taken for one that a page has.
+  const T* at(int64_t head, int64_t id) const {
+    id = std::clamp<int64_t>(id, 0, pages - 1);
+    return data + (head * pages + id) * size * width;
+  }
+
   // body(first token, how many, where they lie) of each page's, in order. The
   // next page is on its way when one is read.
   template <typename Body>
@@ -213,11 +220,10 @@ struct Pages {
     while (from < to) {
       const int64_t entry = from / size, skip = from - entry * size;
       const int64_t count = std::min(to - from, size - skip);
-      const T* base = data + head * pages * size * width;
       if (from + count < to)
         for (int64_t i = 0; i < size * width; i += 64 / sizeof(T))
-          __builtin_prefetch(base + table[entry + 1] * size * width + i);
-      body(from, count, base + (table[entry] * size + skip) * width);
+          __builtin_prefetch(at(head, table[entry + 1]) + i);
+      body(from, count, at(head, table[entry]) + skip * width);
       from += count;
     }
   }
@@ -302,7 +308,7 @@ void attend(const float* q, Pages<T> keys, Pages<T> values,
         }
     });
   }
-  if (softcap > 0)
+  if (softcap)
     for (float& score : scores) score = softcap * std::tanh(score / softcap);
   std::vector<float> sums(all);
   for (int64_t r = 0; r < all; ++r) {
@@ -352,7 +358,9 @@ struct Call {
   float* out;
 };
 
-// Sequence b has rows start[b] .. start[b + 1] - 1, behind pos[b] tokens.
+// Sequence b has rows start[b] .. start[b + 1] - 1, behind pos[b] tokens. Where
+// they are more than there are rows, or tokens in its table, numbers are wrong;
+// no other memory is read or written.
 template <typename T>
 void attend_all(ffi::ThreadPool& pool, const Call& call) {
   const int64_t kv_heads = call.held[0], width = call.held[3];
@@ -362,23 +370,28 @@ void attend_all(ffi::ThreadPool& pool, const Call& call) {
   };
   const Pages<T> keys = pages(call.k), values = pages(call.v);
   const int64_t most = std::max<int64_t>(1, kBlock * kv_heads / call.heads);
-  struct Block { int64_t sequence, first, count; };
+  const int64_t tokens = call.entries * keys.size;
+  struct Block { int64_t sequence, first, count, pos; };
   std::vector<Block> blocks;
-  for (int64_t b = 0; b < call.batch; ++b)
-    for (int64_t i = call.start[b]; i < call.start[b + 1]; i += most)
-      blocks.push_back({b, i, std::min<int64_t>(most, call.start[b + 1] - i)});
+  int64_t end = 0;
+  for (int64_t b = 0; b < call.batch; ++b) {
+    const int64_t begin = std::clamp<int64_t>(call.start[b], end, call.rows);
+    end = std::clamp<int64_t>(call.start[b + 1], begin,
+                              std::min(call.rows, begin + tokens));
+    const int64_t pos =
+        std::clamp<int64_t>(call.pos[b], 0, tokens - (end - begin));
+    for (int64_t i = begin; i < end; i += most)
+      blocks.push_back({b, i, std::min(most, end - i), pos + i - begin});
+  }
   const int64_t tasks = blocks.size() * kv_heads, row = call.heads * width;
-  std::fill(call.out + call.start[call.batch] * row, call.out + call.rows * row,
-            0.0f);
+  std::fill(call.out + end * row, call.out + call.rows * row, 0.0f);
   parallel(pool, tasks, [=, blocks = std::move(blocks)](int64_t task) {
     // The last ones see the most tokens, so they go first.
     const Block& block = blocks[blocks.size() - 1 - task / kv_heads];
-    const int64_t head = task % kv_heads, b = block.sequence;
-    const int64_t pos = call.pos[b] + block.first - call.start[b];
-    const int32_t* table = call.table + b * call.entries;
-    const int64_t at = block.first * row;
-    attend(call.q + at, keys, values, table, head, call.heads, block.count, pos,
-           call.scale, call.softcap, call.window, call.out + at);
+    const int64_t head = task % kv_heads, at = block.first * row;
+    const int32_t* table = call.table + block.sequence * call.entries;
+    attend(call.q + at, keys, values, table, head, call.heads, block.count,
+           block.pos, call.scale, call.softcap, call.window, call.out + at);
   });
 }
 
