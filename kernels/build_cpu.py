@@ -2,7 +2,8 @@
 
   python -m dsjax.kernels.build_cpu
 
-$CXX with its options, or c++, g++ or clang++. The library goes into the user's cache folder.
+$CXX with its options, or c++, g++ or clang++. The library goes into the user's
+cache folder.
 """
 
 import ctypes
