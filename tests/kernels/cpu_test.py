@@ -29,6 +29,11 @@ def weights(outputs, inputs, dtype=jnp.float32):
   return rng.standard_normal((outputs, inputs)).astype(dtype)
 
 
+def test_it_is_built_where_there_is_a_compiler():
+  """Else all that needs it is left out, and nothing says that it is broken."""
+  assert build_cpu.build() in ('', 'no C++ compiler was found')
+
+
 def packed(w_OI):
   p, (outputs, inputs) = cpu.panel(), w_OI.shape
   to_QIp = np.zeros((-(-outputs // p), inputs, p), w_OI.dtype)
