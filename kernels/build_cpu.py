@@ -1,13 +1,16 @@
 """Compiles cpu.cc for this machine, where there is a C++ compiler.
 
-  python -m kernels.build_cpu
+  python -m dsjax.kernels.build_cpu
 
-$CXX, or c++, g++ or clang++. The library goes into the user's cache folder.
+$CXX with its options, or c++, g++ or clang++. The library goes into the user's
+cache folder.
 """
 
+import ctypes
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -21,27 +24,27 @@ COMPILERS = ('c++', 'g++', 'clang++')
 
 def build() -> str:
   """Compiles the library unless it is there; what is missing, or ''."""
-  target = cpu.path()
-  if target.exists():
+  if cpu.library():
     return ''
-  named = os.environ.get('CXX')
-  compiler = next(filter(None, map(
-      shutil.which, (named,) if named else COMPILERS)), None)
-  if compiler is None:
-    return 'no C++ compiler was found'
   native = '-march' if platform.machine() in ('x86_64', 'AMD64') else '-mcpu'
   try:
+    command = shlex.split(os.environ.get('CXX', '')) or [
+        *filter(shutil.which, COMPILERS)][:1]
+    if not command or not shutil.which(command[0]):
+      return 'no C++ compiler was found'
+    target = cpu.path()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
       made = pathlib.Path(folder, 'cpu.so')
       done = subprocess.run(
-          (compiler, *cpu.FLAGS, f'{native}=native', '-isystem',
+          (*command, *cpu.FLAGS, f'{native}=native', '-isystem',
            jax.ffi.include_dir(), str(cpu.SOURCE), '-o', str(made)),
           capture_output=True, text=True, check=False)
       if done.returncode:
-        return f'{compiler} failed: {done.stderr.strip()[-500:]}'
+        return f'{command[0]} failed: {done.stderr.strip()[-500:]}'
+      ctypes.CDLL(str(made))  # raises what keeps it from being loaded
       made.replace(target)
-  except OSError as error:
+  except (OSError, RuntimeError, ValueError) as error:  # no home, open quotes
     return str(error)
   cpu.library.cache_clear()
   return ''

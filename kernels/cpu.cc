@@ -96,7 +96,7 @@ void parallel(ffi::ThreadPool& pool, int64_t n,
   // The pool may have more threads than there are cores: for collectives.
   static const int64_t cores = std::thread::hardware_concurrency();
   const int64_t helpers = std::min<int64_t>({pool.num_threads(), n, cores}) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(run));
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(decltype(run)(run));
   run();
   while (work->done.load(std::memory_order_acquire) < n)
     std::this_thread::yield();
@@ -105,8 +105,8 @@ void parallel(ffi::ThreadPool& pool, int64_t n,
 // y[r, :n] = sum_i x[r, i] w[i, :n] for R rows, n = V kLanes; added to y if
 // `more`. across, width: from a row of x, of y, to the next; stride: of w. It
 // prefetches `ahead` meanwhile, `step` on an i. No loops over the sums, and row
-// by row: GCC 12 would keep some in memory. `once`: vector by vector, as weights
-// that come from memory come late.
+// by row: GCC 12 would keep some in memory. `once`: vector by vector, as
+// weights that come from memory come late.
 template <int R, int V, bool once, typename W, size_t... I>
 void tile(std::index_sequence<I...>, const W* w, const float* x, float* y,
           int64_t inner, int64_t across, int64_t stride, int64_t width,
@@ -167,36 +167,31 @@ void product(int64_t count, int64_t vectors, const float* x, const W* w,
 
 // A task is a few rows and a panel. Those of a group of rows that stay in the
 // cache come panel by panel, so that a panel is read once a group.
-template <typename W>
-void multiply(ffi::ThreadPool& pool, const float* x, const W* w, float* y,
-              int64_t count, int64_t panels, int64_t inner) {
-  const int64_t parts = (count + kPart - 1) / kPart;
-  const int64_t group = std::max<int64_t>(1, kHeld / inner / kPart);
-  parallel(pool, parts * panels, [=](int64_t task) {
-    const int64_t first = task / (group * panels) * group;
-    const int64_t size = std::min(group, parts - first);
-    const int64_t at = task - first * panels, p = at / size;
-    const int64_t row = (first + at % size) * kPart, width = panels * kPanel;
-    const W* panel = w + p * inner * kPanel;
-    product(std::min(kPart, count - row), kVectors, x + row * inner, panel,
-            y + row * width + p * kPanel, inner, inner, kPanel, width, false,
-            size > 1 && p + 1 < panels ? panel + inner * kPanel : nullptr);
-  });
-}
-
 ffi::Error Multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x_SI,
-                    ffi::AnyBuffer w_OIp, ffi::ResultBuffer<ffi::F32> y_SO) {
-  const int64_t count = x_SI.dimensions()[0];
-  const int64_t panels = w_OIp.dimensions()[0], inner = w_OIp.dimensions()[1];
-  if (w_OIp.dimensions()[2] != kPanel || x_SI.dimensions()[1] != inner)
+                    ffi::AnyBuffer w_QIp, ffi::ResultBuffer<ffi::F32> y_SO) {
+  const int64_t count = x_SI.dimensions()[0], panels = w_QIp.dimensions()[0];
+  const int64_t inner = w_QIp.dimensions()[1], width = panels * kPanel;
+  if (w_QIp.dimensions()[2] != kPanel || x_SI.dimensions()[1] != inner)
     return ffi::Error::InvalidArgument("panels of another build or size");
-  if (w_OIp.element_type() == ffi::F32)
-    multiply(pool, x_SI.typed_data(), w_OIp.typed_data<float>(),
-             y_SO->typed_data(), count, panels, inner);
-  else
-    multiply(pool, x_SI.typed_data(),
-             static_cast<const uint16_t*>(w_OIp.untyped_data()),
-             y_SO->typed_data(), count, panels, inner);
+  const int64_t parts = (count + kPart - 1) / kPart;
+  const int64_t group =
+      std::max<int64_t>(1, kHeld / kPart / std::max<int64_t>(1, inner));
+  auto run = [&](auto number) {
+    const auto* w = static_cast<const decltype(number)*>(w_QIp.untyped_data());
+    parallel(pool, parts * panels, [&](int64_t task) {
+      const int64_t first = task / (group * panels) * group;
+      const int64_t size = std::min(group, parts - first);
+      const int64_t at = task - first * panels, p = at / size;
+      const int64_t row = (first + at % size) * kPart;
+      const auto* panel = w + p * inner * kPanel;
+      product(std::min(kPart, count - row), kVectors,
+              x_SI.typed_data() + row * inner, panel,
+              y_SO->typed_data() + row * width + p * kPanel, inner, inner,
+              kPanel, width, false,
+              size > 1 && p + 1 < panels ? panel + inner * kPanel : nullptr);
+    });
+  };
+  w_QIp.element_type() == ffi::F32 ? run(0.0f) : run(uint16_t{});
   return ffi::Error::Success();
 }
 
@@ -204,6 +199,12 @@ template <typename T>
 struct Pages {
   const T* data;
   int64_t heads, pages, size, width;
+
+  // An id that no page has is taken for one that a page has.
+  const T* at(int64_t head, int64_t id) const {
+    id = std::clamp<int64_t>(id, 0, pages - 1);
+    return data + (head * pages + id) * size * width;
+  }
 
   // body(first token, how many, where they lie) of each page's, in order. The
   // next page is on its way when one is read.
@@ -213,11 +214,10 @@ struct Pages {
     while (from < to) {
       const int64_t entry = from / size, skip = from - entry * size;
       const int64_t count = std::min(to - from, size - skip);
-      const T* base = data + head * pages * size * width;
       if (from + count < to)
         for (int64_t i = 0; i < size * width; i += 64 / sizeof(T))
-          __builtin_prefetch(base + table[entry + 1] * size * width + i);
-      body(from, count, base + (table[entry] * size + skip) * width);
+          __builtin_prefetch(at(head, table[entry + 1]) + i);
+      body(from, count, at(head, table[entry]) + skip * width);
       from += count;
     }
   }
@@ -302,7 +302,7 @@ void attend(const float* q, Pages<T> keys, Pages<T> values,
         }
     });
   }
-  if (softcap > 0)
+  if (softcap)
     for (float& score : scores) score = softcap * std::tanh(score / softcap);
   std::vector<float> sums(all);
   for (int64_t r = 0; r < all; ++r) {
@@ -341,60 +341,50 @@ void attend(const float* q, Pages<T> keys, Pages<T> values,
       out[at(r) + h] = result[r * wide + h] / sums[r];
 }
 
-struct Call {
-  const float* q;
-  const void *k, *v;
-  ffi::Span<const int64_t> held;
-  const int32_t *table, *start, *pos;
-  int64_t rows, batch, heads, entries;
-  float scale, softcap;
-  int64_t window;
-  float* out;
-};
-
-// Sequence b has rows start[b] .. start[b + 1] - 1, behind pos[b] tokens.
-template <typename T>
-void attend_all(ffi::ThreadPool& pool, const Call& call) {
-  const int64_t kv_heads = call.held[0], width = call.held[3];
-  auto pages = [&](const void* data) {
-    return Pages<T>{static_cast<const T*>(data), kv_heads, call.held[1],
-                    call.held[2], width};
-  };
-  const Pages<T> keys = pages(call.k), values = pages(call.v);
-  const int64_t most = std::max<int64_t>(1, kBlock * kv_heads / call.heads);
-  struct Block { int64_t sequence, first, count; };
-  std::vector<Block> blocks;
-  for (int64_t b = 0; b < call.batch; ++b)
-    for (int64_t i = call.start[b]; i < call.start[b + 1]; i += most)
-      blocks.push_back({b, i, std::min<int64_t>(most, call.start[b + 1] - i)});
-  const int64_t tasks = blocks.size() * kv_heads, row = call.heads * width;
-  std::fill(call.out + call.start[call.batch] * row, call.out + call.rows * row,
-            0.0f);
-  parallel(pool, tasks, [=, blocks = std::move(blocks)](int64_t task) {
-    // The last ones see the most tokens, so they go first.
-    const Block& block = blocks[blocks.size() - 1 - task / kv_heads];
-    const int64_t head = task % kv_heads, b = block.sequence;
-    const int64_t pos = call.pos[b] + block.first - call.start[b];
-    const int32_t* table = call.table + b * call.entries;
-    const int64_t at = block.first * row;
-    attend(call.q + at, keys, values, table, head, call.heads, block.count, pos,
-           call.scale, call.softcap, call.window, call.out + at);
-  });
-}
-
+// Sequence b has rows start[b] .. start[b + 1] - 1, behind pos[b] tokens. Where
+// they are more than there are rows, or tokens in its table, numbers are wrong;
+// no other memory is read or written.
 ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q_SNH,
                   ffi::AnyBuffer k_KPCH, ffi::AnyBuffer v_KPCH,
                   ffi::Buffer<ffi::S32> table_BM, ffi::Buffer<ffi::S32> start_A,
                   ffi::Buffer<ffi::S32> pos_B,
                   ffi::ResultBuffer<ffi::F32> o_SNH, float scale,
                   float softcap, int64_t window) {
-  auto run = k_KPCH.element_type() == ffi::F32 ? attend_all<float>
-                                               : attend_all<uint16_t>;
-  run(pool, {q_SNH.typed_data(), k_KPCH.untyped_data(), v_KPCH.untyped_data(),
-             k_KPCH.dimensions(), table_BM.typed_data(), start_A.typed_data(),
-             pos_B.typed_data(), q_SNH.dimensions()[0], pos_B.dimensions()[0],
-             q_SNH.dimensions()[1], table_BM.dimensions()[1], scale, softcap,
-             window, o_SNH->typed_data()});
+  const auto shape = k_KPCH.dimensions();
+  const int64_t rows = q_SNH.dimensions()[0], heads = q_SNH.dimensions()[1];
+  const int64_t row = heads * shape[3], kv_heads = shape[0];
+  const int64_t entries = table_BM.dimensions()[1], tokens = entries * shape[2];
+  const int64_t most = std::max<int64_t>(1, kBlock * kv_heads / heads);
+  struct Block { const int32_t* table; int64_t first, count, pos; };
+  std::vector<Block> blocks;
+  int64_t end = 0;
+  for (int64_t b = 0; b < pos_B.dimensions()[0]; ++b) {
+    const int32_t* start = start_A.typed_data() + b;
+    const int64_t begin = std::clamp<int64_t>(start[0], end, rows);
+    end = std::clamp<int64_t>(start[1], begin, std::min(rows, begin + tokens));
+    const int64_t pos = std::clamp<int64_t>(pos_B.typed_data()[b], 0,
+                                            tokens - (end - begin));
+    for (int64_t i = begin; i < end; i += most)
+      blocks.push_back({table_BM.typed_data() + b * entries, i,
+                        std::min(most, end - i), pos + i - begin});
+  }
+  float* out = o_SNH->typed_data();
+  std::fill(out + end * row, out + rows * row, 0.0f);
+  auto run = [&](auto number) {
+    auto pages = [&](const ffi::AnyBuffer& x) {
+      return Pages<decltype(number)>{
+          static_cast<const decltype(number)*>(x.untyped_data()), kv_heads,
+          shape[1], shape[2], shape[3]};
+    };
+    parallel(pool, blocks.size() * kv_heads, [&](int64_t task) {
+      // The last ones see the most tokens, so they go first.
+      const Block& block = blocks[blocks.size() - 1 - task / kv_heads];
+      attend(q_SNH.typed_data() + block.first * row, pages(k_KPCH),
+             pages(v_KPCH), block.table, task % kv_heads, heads, block.count,
+             block.pos, scale, softcap, window, out + block.first * row);
+    });
+  };
+  k_KPCH.element_type() == ffi::F32 ? run(0.0f) : run(uint16_t{});
   return ffi::Error::Success();
 }
 
@@ -444,9 +434,8 @@ ffi::Error copy_pages(ffi::ThreadPool& threads,
       at += (last - first) * bytes;
     }
   }
-  const int64_t tasks = runs.size();
-  parallel(threads, tasks, [=, runs = std::move(runs)](int64_t i) {
-    const auto [pages, room, bytes] = runs[i];
+  parallel(threads, runs.size(), [&](int64_t i) {
+    const auto& [pages, room, bytes] = runs[i];
     for (const int32_t* id = first; id < last; ++id) {
       char *page = pages + *id * bytes, *place = room + (id - first) * bytes;
       copy(back ? page : place, back ? place : page, bytes);

@@ -1,7 +1,7 @@
 """The kernels of cpu.cc: products on packed weights, attention, pages.
 
-`python -m kernels.build_cpu` compiles them; `make setup` does it. Why: of
-a matrix that is not packed, XLA's CPU products stream half of what memory
+`python -m dsjax.kernels.build_cpu` compiles them; `make setup` does it. Why:
+of a matrix that is not packed, XLA's CPU products stream half of what memory
 gives, its attention gathers each page before it is read, and its copies of
 pages are a loop a layer.
 """
@@ -31,7 +31,11 @@ TARGETS = ('multiply', 'attend', 'gather', 'scatter')
 
 
 def path() -> pathlib.Path:
-  """Where the library for this source, JAX and processor lies, if built."""
+  """Where the library for this source, JAX and processor lies, if built.
+
+  Raises:
+    OSError, RuntimeError: the source is not there; the user has no home.
+  """
   info = pathlib.Path('/proc/cpuinfo')
   features = platform.processor() if not info.exists() else next(
       (line for line in info.read_text().splitlines()
@@ -48,7 +52,7 @@ def library() -> ctypes.CDLL | None:
   """The library, its kernels known to XLA; None where it was not built."""
   try:
     loaded = ctypes.CDLL(str(path()))
-  except OSError:
+  except (OSError, RuntimeError):  # RuntimeError: the user has no home
     return None
   for name in TARGETS:
     jax.ffi.register_ffi_target(
@@ -64,7 +68,7 @@ def lacks(call: tuple[Shaped, Shaped] | None = None) -> str:
     call: (queries, keys) of an attention, or None for any op.
   """
   if library() is None:
-    return 'not built here; `python -m kernels.build_cpu` does it'
+    return 'not built here; `python -m dsjax.kernels.build_cpu` does it'
   if call and call[1].dtype not in DTYPES:
     return f'KV of {call[1].dtype}; must be float32 or bfloat16'
   return ''
@@ -102,7 +106,13 @@ def room(sizes: Sequence[int]) -> Iterator[np.ndarray]:
 
 
 def multiply(x_SI: jax.Array, w_QIp: jax.Array) -> jax.Array:
-  """x W^T: y_SO in x's dtype, O = Q p with what fills the last panel."""
+  """x W^T: y_SO in x's dtype, O = Q p with what fills the last panel.
+
+  Raises:
+    ValueError: weights of a dtype that it does not take.
+  """
+  if w_QIp.dtype not in DTYPES:
+    raise ValueError(f'weights of {w_QIp.dtype}; must be float32 or bfloat16')
   Q, _, p = w_QIp.shape
   out = jax.ShapeDtypeStruct((x_SI.shape[0], Q * p), jnp.float32)
   return jax.ffi.ffi_call('dsjax_multiply', out)(

@@ -111,10 +111,7 @@ def decode_attention(
       does not suit shapes or device.
   """
   shapes.check(q_BNH=q_BNH, k_KPCH=k_KPCH, table_BM=table_BM, len_B=len_B)
-  shapes.check(k_KPCH=k_KPCH, v_KPCH=v_KPCH)
-  if k_scale_KPC is not None:
-    shapes.check(k_KPCH=k_KPCH, k_scale_KPC=k_scale_KPC,
-                 v_scale_KPC=v_scale_KPC)
+  shapes.check_kv(q_BNH, k_KPCH, v_KPCH, k_scale_KPC, v_scale_KPC)
   picked = tiles.pick(impl, call=(q_BNH, k_KPCH))
   op: Any = reference
   options: dict[str, Any] = {}

@@ -114,12 +114,10 @@ def prefill_attention(
       does not suit shapes or device.
   """
   shapes.check(q_SNH=q_SNH, k_KPCH=k_KPCH, table_BM=table_BM, pos_B=pos_B)
-  shapes.check(k_KPCH=k_KPCH, v_KPCH=v_KPCH, start_A=start_A)
+  shapes.check(start_A=start_A)
+  shapes.check_kv(q_SNH, k_KPCH, v_KPCH, k_scale_KPC, v_scale_KPC)
   if start_A.shape[0] != pos_B.shape[0] + 1:
     raise ValueError(f'start_A: A must be B + 1 = {pos_B.shape[0] + 1}')
-  if k_scale_KPC is not None:
-    shapes.check(k_KPCH=k_KPCH, k_scale_KPC=k_scale_KPC,
-                 v_scale_KPC=v_scale_KPC)
   picked = tiles.pick(impl, call=(q_SNH, k_KPCH))
   op: Any = reference
   options: dict[str, Any] = {}

@@ -30,3 +30,17 @@ def check(**arrays: Any) -> dict[str, int]:
       if known != size:
         raise ValueError(f'{name}: {letter} is {size}, but {known} in {first}')
   return {letter: size for letter, (_, size) in sizes.items()}
+
+
+def check_kv(q: Shaped, k_KPCH: Shaped, v_KPCH: Shaped,
+             k_scale_KPC: Shaped | None, v_scale_KPC: Shaped | None) -> None:
+  """Raises ValueError unless keys and values agree, and queries [., N, H] have
+  as many heads for each of theirs."""
+  check(k_KPCH=k_KPCH, v_KPCH=v_KPCH)
+  if k_scale_KPC is not None:
+    check(k_KPCH=k_KPCH, k_scale_KPC=k_scale_KPC, v_scale_KPC=v_scale_KPC)
+  if k_KPCH.dtype != v_KPCH.dtype:
+    raise ValueError(f'v_KPCH: of {v_KPCH.dtype}, but keys of {k_KPCH.dtype}')
+  (_, N, _), K = q.shape, k_KPCH.shape[0]
+  if N == 0 or N % K:
+    raise ValueError(f'{N} query heads; must be a multiple of K = {K}')

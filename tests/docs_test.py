@@ -239,7 +239,8 @@ def test_the_layers_are_told_from_the_lowest():
 
 def source(module):
   """The file of a module that `python -m` runs, or None."""
-  path = ROOT.joinpath(*module.split('.'))
+  path = ROOT.joinpath(*re.sub(r'^dsjax\.kernels\b', 'kernels', module)
+                       .split('.'))
   for file in (path.with_suffix('.py'), path / '__main__.py'):
     if file.is_file():
       return file

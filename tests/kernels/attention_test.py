@@ -197,8 +197,8 @@ def test_decode_bfloat16_rounds_only_the_result(decode):
       rtol=2**-8, atol=ATOL)
 
 
-@pytest.mark.parametrize('softcap, scale', [(1.5, None), (0.0, 0.3),
-                                            (2.0, 1.0)])
+@pytest.mark.parametrize('softcap, scale', [(1.5, None), (-1.5, 0.3),
+                                            (0.0, 0.3), (2.0, 1.0)])
 def test_decode_with_a_softcap_and_a_scale(decode, softcap, scale):
   args, sequences = decode_case((16, 4, 2), decode_lens(16))
   got = decode(*args, softcap=softcap, scale=scale, window=37)
@@ -361,6 +361,21 @@ def test_the_head_widths_must_agree(op):
   q, *rest = small(op)
   with pytest.raises(ValueError, match='k_KPCH: H is 8, but 4 in q_.NH'):
     op(q[..., :4], *rest)
+
+
+@both
+@pytest.mark.parametrize('heads', [0, 1, 3])
+def test_kv_heads_have_equally_many_queries(op, heads):
+  q, *rest = small(op)
+  with pytest.raises(ValueError, match=f'^{heads} query heads; must be a mul'):
+    op(q[:, :heads], *rest)
+
+
+@both
+def test_keys_and_values_are_of_one_dtype(op):
+  q, k, v, *rest = small(op)
+  with pytest.raises(ValueError, match='v_KPCH: of bfloat16, but keys of fl'):
+    op(q, k, v.astype(jnp.bfloat16), *rest)
 
 
 def test_decode_rows_must_agree():

@@ -5,6 +5,8 @@ attention_test.py.
 """
 
 import functools
+import pathlib
+import shlex
 import threading
 
 import jax
@@ -18,12 +20,18 @@ from dsjax.kernels.prefill_attention import prefill_attention
 from tests.kernels.attention_test import decode_case, decode_oracle
 
 multiply = jax.jit(cpu.multiply)
+BUILT = cpu.path()
 needed = pytest.mark.skipif(bool(build_cpu.build()), reason='no C++ compiler')
 
 
 def weights(outputs, inputs, dtype=jnp.float32):
   rng = np.random.default_rng(outputs)
   return rng.standard_normal((outputs, inputs)).astype(dtype)
+
+
+def test_it_is_built_where_there_is_a_compiler():
+  """Else all that needs it is left out, and nothing says that it is broken."""
+  assert build_cpu.build() in ('', 'no C++ compiler was found')
 
 
 def packed(w_OI):
@@ -49,7 +57,7 @@ def test_a_product_is_that_of_float64(outputs, dtype):
 
 
 @needed
-@pytest.mark.parametrize('inputs', [65, 1536, 9000])
+@pytest.mark.parametrize('inputs', [0, 65, 1536, 9000])
 def test_a_row_is_the_same_bits_in_any_batch(inputs):
   """300: of several tasks, in one group of them, in three, and each its own."""
   w_QIp = packed(weights(100, inputs))
@@ -88,6 +96,36 @@ def test_heads_of_any_width(heads):
                for impl in ('cpu', 'xla')]
   np.testing.assert_allclose(got[:7], want[:7], atol=1e-5)
   assert not np.any(got[7])
+
+
+@needed
+def test_what_is_no_page_and_no_token_reads_a_page():
+  """Ids and lengths that are wrong, where memory beside the pool is others'."""
+  args, _ = decode_case((4, 4, 2), [9, 5, 1, 8])
+  q_BNH, k_KPCH, v_KPCH, table_BM, len_B = args
+  last, width = k_KPCH.shape[1] - 1, table_BM.shape[1] * 4
+  table_BM[0, :3] = last, 0, 7
+  wrong_BM, wrong_B = table_BM.copy(), len_B.copy()
+  wrong_BM[0, :2] = last + 1, -1
+  wrong_B[1:3], len_B[1:3] = (0, width + 9), (1, width)
+  table_BM[2], wrong_BM[2] = 3, 3
+  k_KPCH[:, 3] = v_KPCH[:, 3] = k_KPCH[:, 7] = v_KPCH[:, 7] = 1
+  for each in (k_KPCH, v_KPCH):
+    each[:, [0, last]] = 2
+  step = jax.jit(functools.partial(decode_attention, impl='cpu'))
+  np.testing.assert_array_equal(step(q_BNH, k_KPCH, v_KPCH, wrong_BM, wrong_B),
+                                step(*args))
+  step = jax.jit(functools.partial(prefill_attention, impl='cpu'))
+  rest = k_KPCH, v_KPCH, table_BM
+  for start_A, pos_B, right_A, right_B in (
+      ([0, 1, 9], [0, 3], [0, 1, 4], [0, 3]),  # more rows than there are
+      ([0, 1, 0], [0, 3], [0, 1, 1], [0, 3]),
+      ([-3, 1, 4], [-9, width], [0, 1, 4], [0, width - 3])):
+    wrong, right = ([np.array(x, np.int32) for x in (start, pos)] for start, pos
+                    in ((start_A, pos_B), (right_A, right_B)))
+    np.testing.assert_array_equal(
+        step(q_BNH, *(x[:2] if x is table_BM else x for x in rest), *wrong),
+        step(q_BNH, *(x[:2] if x is table_BM else x for x in rest), *right))
 
 
 @needed
@@ -156,6 +194,13 @@ def test_more_pages_than_there_is_room_for_are_an_error(op):
 
 
 @needed
+def test_it_takes_no_weights_of_another_dtype():
+  w_QIp = packed(weights(9, 5)).astype(np.float16)
+  with pytest.raises(ValueError, match='weights of float16; must be float32'):
+    multiply(np.zeros((2, 5), np.float32), w_QIp)
+
+
+@needed
 def test_it_takes_no_kv_of_a_byte():
   args, _ = decode_case((4, 4, 2), [5])
   byte = jnp.zeros(args[1].shape, jnp.int8)
@@ -197,14 +242,15 @@ def elsewhere(tmp_path, monkeypatch):
 
 def test_where_it_is_not_built_its_name_says_how(elsewhere):
   args, _ = decode_case((4, 4, 2), [5])
-  with pytest.raises(ValueError, match='not built here; `python -m kernels'):
+  with pytest.raises(ValueError, match='not built here; `python -m dsjax'):
     decode_attention(*args, impl='cpu')
   assert tiles.pick(None, 'cpu', args[:2]) == 'xla'
   jax.jit(decode_attention)(*args)
 
 
 @pytest.mark.parametrize(('compiler', 'says'), [
-    ('false', '/false failed'), ('/no/such/thing', 'no C++ compiler')])
+    ('false', 'false failed'), ('/no/such/thing', 'no C++ compiler'),
+    ('true', 'cpu.so: cannot open'), ('c++ "', 'No closing quotation')])
 def test_a_compiler_that_fails_is_told(elsewhere, monkeypatch, compiler, says):
   monkeypatch.setenv('CXX', compiler)
   assert says in build_cpu.build()
@@ -214,4 +260,33 @@ def test_a_compiler_that_fails_is_told(elsewhere, monkeypatch, compiler, says):
 def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
   (tmp_path / 'file').touch()
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
+  cpu.library.cache_clear()
   assert 'file' in build_cpu.build()
+
+
+def test_who_has_no_home_has_none_built(monkeypatch):
+  def no_home(path):
+    raise RuntimeError('no home')
+
+  monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+  monkeypatch.setattr(pathlib.Path, 'expanduser', no_home)
+  cpu.library.cache_clear()
+  assert 'not built' in cpu.lacks() and build_cpu.build() == 'no home'
+  monkeypatch.undo()
+  cpu.library.cache_clear()
+
+
+@needed
+def test_what_cannot_be_loaded_is_built_again(elsewhere, monkeypatch):
+  """And $CXX has options; its compiler here copies a file."""
+  monkeypatch.setattr(jax.ffi, 'register_ffi_target', lambda *_, **__: None)
+  cpu.path().parent.mkdir()
+  cpu.path().touch()  # as a full disk leaves it, or another system
+  for file, says in ((elsewhere / 'none', 'sh failed'), (cpu.SOURCE, 'cpu.so'),
+                     (BUILT, '')):
+    script = f'for to; do :; done; cp {file} "$to"'
+    monkeypatch.setenv('CXX', shlex.join(('sh', '-c', script)))
+    told = build_cpu.build()
+    assert says in told and bool(told) == bool(says)
+    assert bool(cpu.library()) == (not says)
+  assert [*cpu.path().parent.iterdir()] == [cpu.path()]
