@@ -11,7 +11,7 @@ import dataclasses
 
 from dsjax.config.placement import Slo
 from dsjax.policies import chunked
-from dsjax.policies.predict import home_roles
+from dsjax.policies.roles import home_roles
 from dsjax.policies.rollouts import better
 from dsjax.scheduling.policy import (
   DISTSERVE,

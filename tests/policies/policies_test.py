@@ -63,7 +63,7 @@ def test_every_policy_of_the_folder_has_a_name():
   folder = pathlib.Path(static.__file__).parent
   files = {path.stem for path in folder.glob('*.py')}
   assert set(NAMES) == files - {'__init__', 'deadlines', 'named', 'predict',
-                                'rollouts'}
+                                'roles', 'rollouts'}
 
 
 def test_a_text_gives_options_and_the_order():
