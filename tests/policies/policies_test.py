@@ -284,6 +284,17 @@ def test_taichi_is_its_parents_at_the_ends():
   assert not commands(together, Migrate)
 
 
+@pytest.mark.parametrize('parent', ['static:prefills=2', 'chunked:chunk=512'])
+def test_taichi_is_no_less_than_its_parents(parent):
+  """TaiChi: at balanced objectives, where neither parent holds any more. The
+  interval of what it attains above the other, on the same requests."""
+  ours, other = ([metrics.attains(r, SLO) for r in metrics.by_arrival(
+      served(name, 114, 2400).kept)]
+                 for name in ('taichi:prefills=1:small=512', parent))
+  mean, low, high = metrics.difference(ours, other)
+  assert mean > 0 and low > -0.1 and high > 0.1
+
+
 def test_ecoserve_fills_one_member_after_another():
   """EcoServe: prompts come to one in turn, where they would take turns."""
   targets = [c.instance for c in commands(served('ecoserve', 20), RunPrefill)]
