@@ -304,9 +304,18 @@ def test_ecoserve_fills_one_member_after_another():
   assert same > 0.6 and same + following > 0.95
 
 
-def test_llumnix_moves_rows_and_evens_out_loads():
-  run = served('llumnix', 60)
-  assert commands(run, Migrate)
+def test_llumnix_moves_rows_until_loads_are_even():
+  """And no further: the least loaded never becomes the most."""
+  assert commands(served('llumnix', 60), Migrate)
+  policy = dataclasses.replace(named('llumnix', SLO),
+                               route=lambda view, request: 0)
+  config = scheduler.Config(
+      (InstanceConfig('flexible', 400, 16, 16, 512, 16),) * 2, 1024, depth=1,
+      policy=policy)
+  sent = [Request(i, 0.01 * i, [1] * 90, Sampling(max_tokens=500))
+          for i in range(8)]
+  run = simulator.simulate(config, sent, STEP, LINK, log=True)
+  assert [c.target for c in commands(run, Migrate)] == [1] * 4
 
 
 def late_flips(run, after_s):
