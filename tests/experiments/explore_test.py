@@ -329,3 +329,22 @@ def test_shipped_policies_are_explored_in_the_worlds_that_they_can_serve(
   told = capsys.readouterr().out
   assert 'worlds are left out: ' in told and 'flexible or chunked' in told
   assert jobs and {kind for kind, *_ in jobs} == {'large'}
+
+
+@pytest.mark.parametrize('page', ['docs/policies.md', 'docs/extending.md',
+                                  'examples/policy_of_ones_own.py'])
+def test_policies_of_the_pages_are_explored(page, tmp_path):
+  """They say so: also where one instance is left, and where none flips."""
+  text, name = pathlib.Path(page).read_text(), 'patient'
+  path = tmp_path / 'mine.py'
+  if page.endswith('.md'):
+    block = next(block for block in text.split('```python\n')[1:]
+                 if '\npolicy = dataclasses' in block)
+    text, name = block.split('\nprint(')[0].split('\nfor ')[0], 'policy'
+  path.write_text(text)
+  jobs = [('large', str(seed)) for seed in range(4)] + [
+      ('small', '2 flexible, swaps')]
+  for job in jobs:
+    result = explore.explore((*job, 0, f'{path}:{name}'), lambda n: n > 4000)
+    assert not result.violation, (job, result.violation)
+    assert result.transitions > 100
