@@ -178,6 +178,20 @@ def test_each_is_explored_with_faults(name):
 
 
 @EACH
+def test_each_is_explored_where_no_role_may_change(name):
+  """Rows of such instances may not move, and there is nothing to resize."""
+  done = 0
+  for seed in (0, 4):
+    rules, faults = large_world(seed)
+    try:
+      rules = schedules.under(rules, named(name, SLO))
+    except InputError:
+      continue  # it needs instances that mix
+    done += schedules.walk(rules, faults, seed)
+  assert done > 100
+
+
+@EACH
 def test_each_serves_a_heavy_load_to_its_end_and_replays(name):
   """Nobody waits for ever, and the log alone says what happens again."""
   instances = (InstanceConfig('flexible', 64, 16, 8, 256, 8),) * 3
