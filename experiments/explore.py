@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from dsjax.config.checks import require
+from dsjax.config.checks import InputError, require
 from dsjax.config.engine import InstanceConfig
 from dsjax.scheduling import lifecycle, scheduler
 from dsjax.scheduling.policy import DISTSERVE
@@ -274,13 +274,17 @@ class Result(NamedTuple):
 
 def rules_of(kind: str, name: str, policy: str = 'distserve'
              ) -> tuple[Rules, int]:
-  """(Rules, faults) of a job."""
+  """(Rules, faults) of a job.
+
+  Raises:
+    InputError: the world lacks what the policy needs.
+  """
   rules, faults = (small_worlds()[name] if kind == 'small'
                    else large_world(int(name)))
-  if policy in ('', DISTSERVE.name):
-    return rules, faults  # the world's own
-  return type(rules)(dataclasses.replace(
-      rules.config, policy=policies.load(policy)), rules.requests), faults
+  if policy not in ('', DISTSERVE.name):  # else the world's own
+    rules = schedules.under(rules, policies.load(policy))
+    rules.timed = kind == 'large'
+  return rules, faults
 
 
 def explore(job: tuple[str, str, int, str],
@@ -328,7 +332,7 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
     lines = schedules.story(rules, moves)
     print('\n'.join(lines))
     return int(lines[-1] != schedules.NOTHING)
-  results, stopped = _explore(console, _jobs(options), options)
+  results, stopped = _explore(console, _jobs(console, options), options)
   out = pathlib.Path(options.out)
   out.mkdir(parents=True, exist_ok=True)
   provenance.save_json(out / 'results.json', {
@@ -346,8 +350,9 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
   return report(console, results, out, options.policy) or 130 * stopped
 
 
-def _jobs(options):
-  """[(kind, name, more faults)] of what was asked for."""
+def _jobs(console, options):
+  """[(kind, name, more faults, policy)] of what was asked for and the policy
+  can do."""
   names = [n for n in small_worlds()
            if options.only is None or options.only and n.startswith(
                options.only)]
@@ -358,9 +363,22 @@ def _jobs(options):
   if seeds is None:
     seeds = 500 if options.deep else 50
   policies.load(options.policy)  # a bad one is said here, once
-  return ([('small', name, more, options.policy) for name in names]
+  jobs = ([('small', name, more, options.policy) for name in names]
           + [('large', str(options.first_seed + n), 0, options.policy)
              for n in range(seeds)])
+  left, reason = [], ''
+  for job in jobs:
+    try:
+      rules_of(job[0], job[1], options.policy)
+      left.append(job)
+    except InputError as error:
+      reason = str(error)
+  if reason:
+    console.print(f'{len(jobs) - len(left)} of {len(jobs)} worlds are left '
+                  f'out: {reason}', soft_wrap=True, highlight=False)
+  require(left, '--policy', options.policy, 'one that can serve one of these '
+          f'worlds ({reason})')
+  return left
 
 
 def _begin(counts, stop):

@@ -4,6 +4,9 @@ Per request and step: prompts by deadline; into a step go as many prompt tokens
 as the rows have saved against TPOT; a prompt goes where it is predicted to be
 done first, and its row stays there unless another instance would be faster.
 
+Rows leave an instance that becomes one that prefills: what a few of them allow
+a step would hold up all prompts.
+
 Over time: how many instances only prefill, and whether the others only decode,
 mix, or mix in short steps (their role is then colocated), is decided by
 rollouts. The simulator, which is this scheduler, plays the load of late under
@@ -22,6 +25,7 @@ from dsjax.policies.predict import (
   prompt_tokens,
   queue_s,
 )
+from dsjax.policies.roles import leave_prefills
 from dsjax.policies.rollouts import better
 from dsjax.scheduling.policy import (
   DISTSERVE,
@@ -58,7 +62,7 @@ def policy(slo: Slo, margin: float = 0.95, tick_s: float = 2.0) -> Policy:
             for others in ('decode', 'chunked'))])
 
   return dataclasses.replace(flexible, name='adaptive', tick_s=tick_s,
-                             resize=resize)
+                             resize=resize, rebalance=leave_prefills)
 
 
 def _per_step(slo: Slo, margin: float) -> Policy:

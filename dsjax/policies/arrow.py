@@ -17,10 +17,10 @@ from dsjax.policies import static
 from dsjax.policies.predict import (
   decode_s,
   free_tokens,
-  home_roles,
   prefill_s,
   queue_s,
 )
+from dsjax.policies.roles import home_roles
 from dsjax.scheduling.policy import (
   InstanceView,
   Policy,

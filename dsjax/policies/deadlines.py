@@ -2,8 +2,10 @@
 
 Moore and Hodgson's rule on predicted seconds: by TTFT deadline; where the sum
 passes one, the longest prompt so far goes to the back, and is served when
-nothing else is on time, or once it has waited `most_wait` objectives: so
-nothing waits for ever.
+nothing else is on time. Once it has waited `most_wait` objectives it takes its
+turn ahead of those on time: so nothing waits for ever. But only one does, and
+only while few of the requests that are being served have waited so long. With
+all of them ahead, those on time would be late, and would come back as these.
 """
 
 import bisect
@@ -15,6 +17,7 @@ from dsjax.policies.predict import prefill_s
 from dsjax.scheduling.policy import InstanceView, Policy, RequestView, View
 
 MOST_WAIT = 100.0  # times TTFT
+SHARE = 1 / 32  # of what is served, that has waited for so long
 MOST = 256  # requests that may attain; those behind them keep their order
 
 
@@ -23,8 +26,18 @@ def with_deadlines(policy: Policy, slo: Slo, most_wait: float = MOST_WAIT
   """The policy with this order of its prefill queues.
 
   Args:
-    most_wait: times TTFT after which a request goes first, whatever it is.
+    most_wait: times TTFT after which a request takes its turn, whatever it is.
   """
+  most_wait_s = most_wait * slo.ttft_s
+
+  def few(view: View) -> bool:
+    """Whether one more that has waited for long may be served."""
+    served = [request for i in view.instances
+              for request in (*i.prefilling(), *i.pulls(), *i.rows())]
+    aged = sum([(request.first_s or view.time_s) - request.arrival_s
+                > most_wait_s for request in served])
+    return aged <= SHARE * len(served)
+
   def order(view: View, instance: InstanceView,
             waiting: Sequence[RequestView]) -> Sequence[RequestView]:
     if waiting[0].stage != 'queued':
@@ -33,7 +46,7 @@ def with_deadlines(policy: Policy, slo: Slo, most_wait: float = MOST_WAIT
     for request in waiting:
       waited_s = view.time_s - request.arrival_s
       if waited_s > slo.ttft_s:
-        (aged if waited_s > most_wait * slo.ttft_s else late).append(request)
+        (aged if waited_s > most_wait_s else late).append(request)
         continue
       if len(timely) == MOST:
         rest.append(request)
@@ -48,7 +61,8 @@ def with_deadlines(policy: Policy, slo: Slo, most_wait: float = MOST_WAIT
     on_time = sorted([request for *_, request in timely],
                      key=lambda request: request.order)
     late.sort(key=lambda request: request.order)
-    return [*aged, *on_time, *rest, *late]
+    turns = 1 if aged and few(view) else 0
+    return [*aged[:turns], *on_time, *rest, *aged[turns:], *late]
 
   return dataclasses.replace(policy, name=f'{policy.name} + deadlines',
                              order=order, needs=(*policy.needs, 'latencies'))

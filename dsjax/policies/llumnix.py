@@ -34,8 +34,8 @@ def policy(slo: Slo, tick_s: float = 0.5) -> Policy:
     return min(view.prefills, key=load).index
 
   def rebalance(view: View) -> list[Move]:
-    ranked = sorted(view.may_decode, key=load)
-    if not ranked:  # lost, and may come back
+    ranked = sorted([i for i in view.may_decode if i.flips], key=load)
+    if not ranked:  # none may move a row, or they are lost and may come back
       return []
     least, most = ranked[0], ranked[-1]
     gap = load(most) - load(least)

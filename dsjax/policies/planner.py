@@ -21,10 +21,10 @@ from dsjax.policies import static
 from dsjax.policies.predict import (
   decode_s,
   free_tokens,
-  home_roles,
   queue_s,
   rows_within,
 )
+from dsjax.policies.roles import home_roles
 from dsjax.scheduling.policy import InstanceView, Load, Policy, View
 
 SWING = 0.65  # instances: more than the half at which a count is rounded

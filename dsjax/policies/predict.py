@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-from dsjax.config.checks import require
 from dsjax.scheduling.policy import InstanceView, RequestView, View
 
 MOST_ROWS = 4096  # of a batch that is asked for
@@ -95,13 +94,3 @@ def rows_within(instance: InstanceView, tpot_s: float, tokens: float) -> int:
   held = int(config.num_pages * config.page_size / max(tokens, 1))
   return most(lambda rows: instance.latency.decode_s(rows, rows * tokens)
               <= tpot_s, min(MOST_ROWS, config.max_seqs, held))
-
-
-def home_roles(view: View, prefills: int, others: str = 'decode'
-               ) -> dict[int, str]:
-  """The first `prefills` flexible instances prefill, the others decode."""
-  flexible = [i.index for i in view.instances if i.flips]
-  require(not flexible or 0 <= prefills <= len(flexible), 'prefills', prefills,
-          f'0 to {len(flexible)}, the flexible instances')
-  return {index: 'prefill' if n < prefills else others
-          for n, index in enumerate(flexible)}

@@ -11,7 +11,7 @@ import dataclasses
 
 from dsjax.config.placement import Slo
 from dsjax.policies import chunked
-from dsjax.policies.predict import home_roles
+from dsjax.policies.roles import home_roles
 from dsjax.policies.rollouts import better
 from dsjax.scheduling.policy import (
   DISTSERVE,
@@ -36,6 +36,8 @@ def policy(slo: Slo, prefills: int = 1, tick_s: float = 5.0) -> Policy:
     if view.time_s == 0:
       return home_roles(view, prefills)
     known = [i for i in view.may_prefill if i.flips]
+    if len(known) < 2:
+      return {}
     splits = [('prefill',) * n + ('decode',) * (len(known) - n)
               for n in range(1, len(known))]
     return better(placed, slo, view, known, [

@@ -8,7 +8,7 @@ too, where nothing is flexible.
 import dataclasses
 
 from dsjax.config.placement import Slo
-from dsjax.policies.predict import home_roles
+from dsjax.policies.roles import home_roles
 from dsjax.scheduling.policy import DISTSERVE, Policy, View
 
 ONCE_S = 1e9  # a tick at the start and no more

@@ -61,8 +61,9 @@ def policy(slo: Slo, prefills: int = 1, large: int = 1024, small: int = 128,
     return min(choices, key=lambda i: i.residents + i.num_pulls).index
 
   def rebalance(view: View) -> list[Move]:
-    heavy = [i for i in view.may_decode if leans(i)]
-    light = [i for i in view.may_decode if not leans(i)]
+    flexible = [i for i in view.may_decode if i.flips]
+    heavy = [i for i in flexible if leans(i)]
+    light = [i for i in flexible if not leans(i)]
     if not heavy or not light:
       return []
     moves = []

@@ -17,11 +17,15 @@ from dsjax.config.engine import InstanceConfig
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import Migrate, Preempt, RunDecode, RunPrefill
 from dsjax.scheduling.policy import DISTSERVE, Policy
+from dsjax.simulation.latency import Affine, Link
 from experiments.verify.links import LinkedRules
 from experiments.verify.world import Log, Move, Violation, World, need
 from experiments.verify.worlds import Rules
 
 NOTHING = 'nothing broke'
+STEP = Affine((0.01, 1e-4, 0.0), (0.01, 1e-6, 1e-4), host_s=0.001,
+              mixed=(0.01, 1e-4, 0.0, 1e-6))
+LINK = Link(1e-3, 1e6, 100)
 _EVERY = 4096  # transitions between two calls of halt
 
 
@@ -108,7 +112,7 @@ def wander(rules: Rules, faults: int, seed: int, slow_copies: bool = False,
     Violation.
   """
   draw, w, path = random.Random(seed), rules.first(faults), []
-  turns = _Turns()
+  turns, rules.timed = _Turns(), timed
   rate, press = draw.choice((0.02, 0.1, 0.3)), draw.choice((0.0, 0.5))
   try:
     while True:
@@ -137,7 +141,8 @@ def wander(rules: Rules, faults: int, seed: int, slow_copies: bool = False,
       turns.take(w, log, after)
       if again:
         need((after, log) == rules.apply(w, move, cost),
-             'the same event, another answer')
+             'the same event, another answer: a hook may keep nothing from '
+             'one call for the next')
         need(repr(w) == again, 'the state that was given has changed')
       yield Moved(w, move, log, after)
       w = after
@@ -221,6 +226,23 @@ def _violation(error, moves):
   return violation
 
 
+def under(rules: Rules, policy: Policy) -> Rules:
+  """The same world under a policy, which may predict: it is told of steps and
+  of a link as small as these worlds.
+
+  Raises:
+    InputError: the world lacks what the policy needs.
+  """
+  config = rules.config
+  if policy is not DISTSERVE:
+    latencies = tuple([dataclasses.replace(STEP, pp=instance.pp)
+                       for instance in config.instances])
+    policy.check([i.role for i in config.instances], latencies, LINK)
+    config = dataclasses.replace(config, policy=policy, latencies=latencies,
+                                 link=LINK)
+  return type(rules)(config, rules.requests)
+
+
 # --- replay and shrinking ----------------------------------------------------
 
 
@@ -229,7 +251,8 @@ def replay(rules: Rules,
   """Runs a schedule, then what has arrived without faults to the end.
 
   Moves that are not possible when it is their turn are left out; requests may
-  arrive in any order.
+  arrive in any order. Events of Rules that are timed say the number of their
+  move.
 
   Returns:
     ([(move, its log), ...], what broke or '').
@@ -249,6 +272,8 @@ def replay(rules: Rules,
         rules.over(w)
         return log, ''
       log.append((move, []))
+      if rules.timed:
+        rules.time_s = float(len(log))
       w, answered = rules.apply(w, move, may.get(move, 0))
       log[-1] = (move, answered)
       rules.check(w)
@@ -311,9 +336,11 @@ def write_log(path: pathlib.Path, rules: Rules,
   """Writes a schedule so that --replay runs it: JSON lines."""
   log, broken = replay(rules, moves)
   config = dataclasses.asdict(rules.config)
-  del config['policy']  # code, not data: --replay runs the default
+  for field in ('policy', 'latencies', 'link'):  # code, not data: see under
+    del config[field]
   lines = [{'config': config, 'requests': rules.requests,
-            'messages': isinstance(rules, LinkedRules)}]
+            'messages': isinstance(rules, LinkedRules),
+            'timed': rules.timed}]
   lines += [{'move': move, 'events': [str(e) for e, _ in answered],
              'commands': [str(c) for _, commands in answered
                           for c in commands]}
@@ -335,10 +362,12 @@ def read_log(path: pathlib.Path, policy: Policy = DISTSERVE
     instances = tuple(InstanceConfig(**c)
                       for c in config.pop('instances'))
     away = tuple(config.pop('away', ()))
-    rules = LinkedRules if lines[0].get('messages') else Rules
-    return (rules(scheduler.Config(instances, away=away, policy=policy,
-                                   **config), lines[0]['requests']),
-            tuple(tuple(line['move']) for line in lines if 'move' in line))
+    made = LinkedRules if lines[0].get('messages') else Rules
+    rules = under(made(scheduler.Config(instances, away=away, **config),
+                       lines[0]['requests']), policy)
+    rules.timed = lines[0].get('timed', False)
+    return rules, tuple([tuple(line['move']) for line in lines
+                         if 'move' in line])
   except (KeyError, TypeError, IndexError, ValueError) as error:
     raise InputError(f'--replay={path}: must be a log that this command '
                      f'wrote ({error!r})') from error

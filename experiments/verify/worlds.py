@@ -52,7 +52,7 @@ class Rules:
   Attributes:
     time_s: of the next events. Only DistServe's own choices may not look at
       it; for other policies it stands still where worlds are explored to the
-      end, and counts moves on a random walk.
+      end, and counts moves on a random walk (timed).
     hops: every (stage, cause, stage) that was taken. probed: every (stage,
       kind of event) that was tried where it is stale or impossible. probes:
       how many.
@@ -66,6 +66,7 @@ class Rules:
     self.requests = tuple((*request, 0)[:4] for request in requests)
     self.hops, self.probed, self.probes = set(), set(), 0
     self.time_s = NO_CLOCK if config.policy is DISTSERVE else 0.0
+    self.timed = False
 
   def first(self, faults: int) -> World:
     """The world before anything happens."""
@@ -327,8 +328,9 @@ class Rules:
     self.probes += 1
     turn, now = self.probes // 2, w.state
     if self.probes % 2:
-      if self.config.policy.says_not_yet:
-        return
+      policy = self.config.policy
+      if policy.says_not_yet or self.timed and policy.order:
+        return  # it may answer what it did not when less time had passed
       run = scheduler.Run(self.config, now)
       for event, stage in self._stale(w, turn):
         self.probed.add((stage, type(event).__name__, 'stale'))
@@ -357,17 +359,17 @@ class Rules:
         stage, epoch = seq.stage, seq.epoch - (
             seq.stage in COPIED or bool(seq.target_pages))
       kind = HAND_OFF[(turn + id) % len(HAND_OFF)]
-      stale.append((kind(NO_CLOCK, id, epoch), stage))
+      stale.append((kind(self.time_s, id, epoch), stage))
       if fate != '' and stage in ('absent', 'over', 'abandoned'):
-        stale.append((Cancelled(NO_CLOCK, id), stage))
+        stale.append((Cancelled(self.time_s, id), stage))
     for i, inst in enumerate(now.instances):
       number = inst.inflight[0][0].number if inst.inflight else inst.number
       if number:
         kind = (PrefillDone, DecodeDone)[(turn + i) % 2]
-        stale.append((kind(NO_CLOCK, i, number - 1), inst.status))
+        stale.append((kind(self.time_s, i, number - 1), inst.status))
       again = {'up': InstanceUp, 'draining': Drain,
                'down': InstanceDown, 'gone': Drain}[inst.status]
-      stale.append((again(NO_CLOCK, i), inst.status))
+      stale.append((again(self.time_s, i), inst.status))
     return stale
 
   def _wrong(self, w, turn):
@@ -376,27 +378,27 @@ class Rules:
     if now.seqs and kind in (0, 1, 2, 3, 8, 9):
       seq = now.seqs[list(now.seqs)[turn // 10 % len(now.seqs)]]
       if kind == 0 and seq.stage == 'prefilling' and seq.target_pages:
-        return Migrated(NO_CLOCK, seq.id, seq.epoch), seq.stage
+        return Migrated(self.time_s, seq.id, seq.epoch), seq.stage
       if kind == 3:
-        return Arrived(NO_CLOCK, seq.id, 1, 1), seq.stage
+        return Arrived(self.time_s, seq.id, 1, 1), seq.stage
       late = HAND_OFF[kind % 5]  # 8 and 9: of a load
-      return late(NO_CLOCK, seq.id, seq.epoch + 1), seq.stage
+      return late(self.time_s, seq.id, seq.epoch + 1), seq.stage
     i = turn // 10 % len(now.instances)
     inst, stranger = now.instances[i], len(self.requests)
     command = inst.inflight[0][0] if inst.inflight else None
-    steps = (NO_CLOCK,) * (command.steps if command else 1)
+    steps = (self.time_s,) * (command.steps if command else 1)
     prefill = (isinstance(command, RunPrefill) if command
                else turn // 30 % 2)
     if command and kind == 5:  # the other kind
       other = DecodeDone if prefill else PrefillDone
-      event = other(NO_CLOCK, i, command.number)
+      event = other(self.time_s, i, command.number)
     elif command and kind == 6:  # all of it is out: so it is done
-      event = InstanceDown(NO_CLOCK, i, steps)
+      event = InstanceDown(self.time_s, i, steps)
     elif command and kind == 7:  # it samples nothing of this request
-      event = (PrefillDone(NO_CLOCK, i, command.number, (stranger,))
+      event = (PrefillDone(self.time_s, i, command.number, (stranger,))
                if prefill else DecodeDone(
-                   NO_CLOCK, i, command.number, steps, ((stranger, 0),)))
+                   self.time_s, i, command.number, steps, ((stranger, 0),)))
     else:  # not issued yet
       done = PrefillDone if prefill else DecodeDone
-      event = done(NO_CLOCK, i, inst.number)
+      event = done(self.time_s, i, inst.number)
     return event, inst.status

@@ -1,6 +1,7 @@
 """Every interleaving of small worlds, random large ones; what they can see."""
 
 import pathlib
+import types
 
 import pytest
 from rich.console import Console
@@ -276,3 +277,74 @@ def test_a_log_that_is_none_is_one_clear_error(text, tmp_path):
   (tmp_path / 'log').write_text(text)
   with pytest.raises(schedules.InputError, match='--replay'):
     schedules.read_log(tmp_path / 'log')
+
+
+def written(tmp_path, body):
+  """--policy of a file of one's own, whose hook `order` this is."""
+  path = tmp_path / 'mine.py'
+  path.write_text(
+      'import dataclasses\nimport dsjax\nkept = []\n'
+      f'def order(view, instance, waiting):\n  {body}\n'
+      "policy = dataclasses.replace(dsjax.DISTSERVE, name='m', order=order)\n")
+  return f'{path}:policy'
+
+
+def test_a_policy_may_look_at_the_time(tmp_path):
+  """Also at that of a stale event, where it may find that more may start."""
+  policy = written(tmp_path, 'return sorted(waiting, key=lambda r: (view.time_s'
+                   ' - r.arrival_s <= 9.0, r.prompt_len))')
+  for job in (('small', '1 chunked, preemption'), ('large', '12')):
+    result = explore.explore((*job, 0, policy))
+    assert not result.violation and result.transitions > 100
+
+
+def test_what_breaks_after_a_time_is_shrunk_and_replays(tmp_path):
+  policy = written(tmp_path, 'return waiting * (1 + (view.time_s > 9))')
+  result = explore.explore(('large', '1', 0, policy))
+  assert 'hook order: answered' in result.violation
+  assert explore.report(cli.wide_console(), [result], tmp_path, policy) == 1
+  again, moves = schedules.read_log(tmp_path / 'violation.jsonl',
+                                    explore.policies.load(policy))
+  assert 0 < len(moves) < len(result.moves)
+  assert 'hook order: answered' in schedules.replay(again, moves)[1]
+
+
+def test_a_policy_that_keeps_something_is_told_so(tmp_path):
+  policy = written(tmp_path, 'kept.append(0); return waiting[::-1] '
+                   'if len(kept) % 2 else waiting')
+  broken = [explore.explore(('large', str(seed), 0, policy)).violation
+            for seed in (1, 2)]
+  assert any('keep nothing from one call' in text for text in broken)
+
+
+def test_shipped_policies_are_explored_in_the_worlds_that_they_can_serve(
+    tmp_path, capsys):
+  """They predict; chunked needs instances that mix."""
+  for policy in ('static+deadlines', 'adaptive'):
+    rules, faults = explore.rules_of('large', '3', policy)
+    assert schedules.walk(rules, faults, 3) > 100
+  jobs = explore._jobs(cli.wide_console(), types.SimpleNamespace(
+      policy='chunked:chunk=64', only='1P1D', seeds=4, first_seed=0, more=0,
+      deep=False))
+  told = capsys.readouterr().out
+  assert 'worlds are left out: ' in told and 'flexible or chunked' in told
+  assert jobs and {kind for kind, *_ in jobs} == {'large'}
+
+
+@pytest.mark.parametrize('page', ['docs/policies.md', 'docs/extending.md',
+                                  'examples/policy_of_ones_own.py'])
+def test_policies_of_the_pages_are_explored(page, tmp_path):
+  """They say so: also where one instance is left, and where none flips."""
+  text, name = pathlib.Path(page).read_text(), 'patient'
+  path = tmp_path / 'mine.py'
+  if page.endswith('.md'):
+    block = next(block for block in text.split('```python\n')[1:]
+                 if '\npolicy = dataclasses' in block)
+    text, name = block.split('\nprint(')[0].split('\nfor ')[0], 'policy'
+  path.write_text(text)
+  jobs = [('large', str(seed)) for seed in range(4)] + [
+      ('small', '2 flexible, swaps')]
+  for job in jobs:
+    result = explore.explore((*job, 0, f'{path}:{name}'), lambda n: n > 4000)
+    assert not result.violation, (job, result.violation)
+    assert result.transitions > 100

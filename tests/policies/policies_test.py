@@ -21,6 +21,7 @@ from dsjax.placement.api import simulate
 from dsjax.policies import rollouts, static
 from dsjax.policies.deadlines import with_deadlines
 from dsjax.policies.named import NAMES, named
+from dsjax.policies.roles import leave_prefills
 from dsjax.policies.rollouts import rounded
 from dsjax.scheduling import event_log, scheduler
 from dsjax.scheduling.events import Flip, Migrate, Reject, RunPrefill
@@ -63,7 +64,7 @@ def test_every_policy_of_the_folder_has_a_name():
   folder = pathlib.Path(static.__file__).parent
   files = {path.stem for path in folder.glob('*.py')}
   assert set(NAMES) == files - {'__init__', 'deadlines', 'named', 'predict',
-                                'rollouts'}
+                                'roles', 'rollouts'}
 
 
 def test_a_text_gives_options_and_the_order():
@@ -177,6 +178,20 @@ def test_each_is_explored_with_faults(name):
 
 
 @EACH
+def test_each_is_explored_where_no_role_may_change(name):
+  """Rows of such instances may not move, and there is nothing to resize."""
+  done = 0
+  for seed in (0, 4):
+    rules, faults = large_world(seed)
+    try:
+      rules = schedules.under(rules, named(name, SLO))
+    except InputError:
+      continue  # it needs instances that mix
+    done += schedules.walk(rules, faults, seed)
+  assert done > 100
+
+
+@EACH
 def test_each_serves_a_heavy_load_to_its_end_and_replays(name):
   """Nobody waits for ever, and the log alone says what happens again."""
   instances = (InstanceConfig('flexible', 64, 16, 8, 256, 8),) * 3
@@ -283,6 +298,17 @@ def test_taichi_is_its_parents_at_the_ends():
   assert not commands(together, Migrate)
 
 
+@pytest.mark.parametrize('parent', ['static:prefills=2', 'chunked:chunk=512'])
+def test_taichi_is_no_less_than_its_parents(parent):
+  """TaiChi: at balanced objectives, where neither parent holds any more. The
+  interval of what it attains above the other, on the same requests."""
+  ours, other = ([metrics.attains(r, SLO) for r in metrics.by_arrival(
+      served(name, 114, 2400).kept)]
+                 for name in ('taichi:prefills=1:small=512', parent))
+  mean, low, high = metrics.difference(ours, other)
+  assert mean > 0 and low > -0.1 and high > 0.1
+
+
 def test_ecoserve_fills_one_member_after_another():
   """EcoServe: prompts come to one in turn, where they would take turns."""
   targets = [c.instance for c in commands(served('ecoserve', 20), RunPrefill)]
@@ -292,9 +318,18 @@ def test_ecoserve_fills_one_member_after_another():
   assert same > 0.6 and same + following > 0.95
 
 
-def test_llumnix_moves_rows_and_evens_out_loads():
-  run = served('llumnix', 60)
-  assert commands(run, Migrate)
+def test_llumnix_moves_rows_until_loads_are_even():
+  """And no further: the least loaded never becomes the most."""
+  assert commands(served('llumnix', 60), Migrate)
+  policy = dataclasses.replace(named('llumnix', SLO),
+                               route=lambda view, request: 0)
+  config = scheduler.Config(
+      (InstanceConfig('flexible', 400, 16, 16, 512, 16),) * 2, 1024, depth=1,
+      policy=policy)
+  sent = [Request(i, 0.01 * i, [1] * 90, Sampling(max_tokens=500))
+          for i in range(8)]
+  run = simulator.simulate(config, sent, STEP, LINK, log=True)
+  assert [c.target for c in commands(run, Migrate)] == [1] * 4
 
 
 def late_flips(run, after_s):
@@ -452,6 +487,49 @@ def test_deadlines_find_who_is_on_time_behind_hundreds_that_are_late():
   assert [r.order for r in answer] == [300, 301, *range(300)]
 
 
+def waiting_at(age_s, served_ages=()):
+  """Where requests of these ages that wait come in the order, of objectives of
+  1 s; served_ages: of those whose prompts are being prefilled."""
+  def requests(ages):
+    return [types.SimpleNamespace(
+        order=n, arrival_s=1000.0 - age, stage='queued', done=0, first_s=None,
+        prompt_len=100) for n, age in enumerate(ages)]
+
+  served = requests(served_ages)
+  instance = types.SimpleNamespace(
+      latency=STEP, hits=lambda request: (0, 0), load_s=lambda tokens: 0.0,
+      prefilling=lambda: served, pulls=lambda: (), rows=lambda: ())
+  view = types.SimpleNamespace(time_s=1000.0, instances=(instance,))
+  order = with_deadlines(DISTSERVE, Slo(1.0, 1.0)).order
+  return [r.order for r in order(view, instance, requests(age_s))]
+
+
+def test_of_those_that_have_waited_for_long_one_goes_first():
+  """Others when few of what is being served are such."""
+  ages = (300, 200, 50, .5, .4)
+  assert waiting_at(ages) == [0, 3, 4, 1, 2]
+  assert waiting_at(ages, [200]) == [3, 4, 0, 1, 2]
+  assert waiting_at(ages, [200] + [.5] * 30) == [3, 4, 0, 1, 2]
+  assert waiting_at(ages, [200] + [.5] * 31) == [0, 3, 4, 1, 2]
+  assert waiting_at(ages[:3], [200]) == [0, 1, 2]
+
+
+def test_deadlines_hold_where_more_comes_than_can_attain():
+  """What was put back must not take the place of what is on time, all at once,
+  once it has waited for long: no share of requests would attain any more."""
+  slo = Slo(0.1, 1.0)
+  config = scheduler.Config(
+      (InstanceConfig('colocated', 2000, 16, 64, 512, 16),), 2048, depth=1,
+      policy=with_deadlines(named('colocated', slo), slo, most_wait=40))
+  sent = [Request(i, 0.04 * i, [1] * 400, Sampling(max_tokens=2))
+          for i in range(400)]
+  records = simulator.simulate(config, sent, STEP).records
+  before, after = (
+      sum(r.ttft_s <= slo.ttft_s for r in records if low <= r.arrival_s < high)
+      for low, high in ((0, 4), (12, 16)))
+  assert 30 < before < 90 and after > 0.8 * before
+
+
 def test_deadlines_let_nothing_wait_for_ever():
   slo = Slo(0.05, 1.0)
   policy = with_deadlines(named('colocated', slo), slo, most_wait=10)
@@ -463,6 +541,37 @@ def test_deadlines_let_nothing_wait_for_ever():
 
 
 # --- adaptive -----------------------------------------------------------------
+
+
+def flipped(pages):
+  """Three that mix, of so many pages, of which at 1 s one becomes an instance
+  that prefills: the run, and the seconds at which it handed rows over."""
+  policy = dataclasses.replace(
+      DISTSERVE, name='flipped', tick_s=1.0, rebalance=leave_prefills,
+      resize=lambda view: {0: 'prefill', 1: 'decode', 2: 'decode'}
+      if view.time_s else {})
+  config = scheduler.Config(
+      (InstanceConfig('flexible', pages, 16, 16, 512, 16),) * 3, 1024,
+      depth=1, policy=policy)
+  sent = [Request(i, 0.05 * i, [1] * 90, Sampling(max_tokens=100))
+          for i in range(12)]
+  run = simulator.simulate(config, sent, STEP, LINK, log=True)
+  return run, [event.time_s for event, answer in run.log for c in answer
+               if isinstance(c, Migrate)]
+
+
+def test_rows_leave_an_instance_that_becomes_one_that_prefills():
+  run, moved_s = flipped(400)
+  assert moved_s and all(1 <= second < 1.1 for second in moved_s)
+  homes, ends = ([r.instances[end] for r in run.records] for end in (0, -1))
+  assert [homes.count(i) for i in range(3)] == [4, 4, 4]
+  assert len(moved_s) == 4 and [ends.count(i) for i in range(3)] == [0, 6, 6]
+
+
+def test_rows_stay_where_the_others_have_no_room():
+  run, moved_s = flipped(50)
+  assert len(moved_s) < 4
+  assert {len(r.token_s) for r in run.records} == {100}
 
 
 @pytest.mark.deep
