@@ -2,8 +2,8 @@
 
   python -m experiments.explore                   all small ones, 50 large ones
   python -m experiments.explore --deep            minutes of 2 cores
-  python -m experiments.explore --only=1P2D --more=2 --seconds=600 --seeds=0
-  python -m experiments.explore --only= --seeds=2000
+  python -m experiments.explore --only=1P2D --more=2 --seconds=600 --worlds=0
+  python -m experiments.explore --only= --worlds=2000
   python -m experiments.explore --replay=FILE     what it wrote of a violation
   python -m experiments.explore --table           the tables of docs/faults.md
 
@@ -304,12 +304,12 @@ def explore(job: tuple[str, str, int, str],
 
 FLAGS = {
     'policy': 'distserve',
-    'deep': cli.Flag(False, 'Two faults more on every path, 500 seeds.'),
+    'deep': cli.Flag(False, 'Two faults more on every path, 500 worlds.'),
     'more': cli.Flag(0, 'More faults on a path.', low=0),
     'seconds': cli.Flag(100.0, 'CPU seconds of one small world.', low=0.1),
-    'seeds': cli.Flag(None, 'Random large worlds.', int, low=0),
+    'worlds': cli.Flag(None, 'Random large worlds.', int, low=0),
     'first_seed': cli.Flag(0, 'The first of them.', low=0),
-    'only': cli.Flag(None, 'Small worlds whose names begin so.', str),
+    'only': cli.Flag(None, 'Small worlds whose names begin so.', list),
     'processes': cli.Flag(2, 'At a time.', low=1),
     'out': 'out/explore',
     'replay': cli.Flag(None, 'A log to run again.', str),
@@ -349,18 +349,18 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
 def _jobs(options):
   """[(kind, name, more faults)] of what was asked for."""
   names = [n for n in small_worlds()
-           if options.only is None or options.only and n.startswith(
-               options.only)]
+           if options.only is None
+           or n.startswith(tuple(options.only))]
   require(names or not options.only, '--only', options.only,
           f'how one of these begins: {list(small_worlds())}')
   more = options.more + 2 * options.deep
-  seeds = options.seeds
-  if seeds is None:
-    seeds = 500 if options.deep else 50
+  worlds = options.worlds
+  if worlds is None:
+    worlds = 500 if options.deep else 50
   policies.load(options.policy)  # a bad one is said here, once
   return ([('small', name, more, options.policy) for name in names]
           + [('large', str(options.first_seed + n), 0, options.policy)
-             for n in range(seeds)])
+             for n in range(worlds)])
 
 
 def _begin(counts, stop):

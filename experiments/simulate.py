@@ -24,8 +24,8 @@ With several --seeds, table and picture show their mean with an interval of the
 seeds' shares. A chunked placement runs at each point with every budget of
 --chunks, and the one that attains most is shown; prefill batches of the others
 stop where they saturate the plan (column batch). --per_device multiplies rates
-by their devices. --latency and --cluster=FILE are as in experiments.place; in a
-cluster of several kinds a placement is role=TPxPP@KIND, .... --process=trace
+by their devices. --latency and --machines=FILE are as in experiments.place; on
+devices of several kinds a placement is role=TPxPP@KIND, .... --process=trace
 without a rate uses the trace's own times,
 sine:low=5:high=45:period_s=60 and step:... their own rates (a rate is their
 mean); with these, and with lengths that shift, each phase's share is printed
@@ -78,7 +78,7 @@ FLAGS = {
     'per_device': cli.Flag(False, 'Rates are for each device.'),
     'ttft_s': 0.25, 'tpot_s': 0.1, 'target': 0.9, 'lengths': 'sharegpt',
     'process': 'poisson', 'cv': 1.0, 'latency': 'published', 'host_ms': 2.0,
-    'cluster': cli.cluster_flag(cli.CLUSTER), **dict.fromkeys(cli.CLUSTER),
+    'machines': cli.machines_flag(cli.CLUSTER), **dict.fromkeys(cli.CLUSTER),
     'policy': cli.Flag('distserve', 'A shipped one (docs/policies.md), or '
                        'path.py:name; several with commas between.'),
     'aligned': cli.Flag(True, 'KV moves inside a node.'),
@@ -125,7 +125,7 @@ def settings(options: types.SimpleNamespace
 
 def _cluster(options):
   """(the cluster, the placements) of a command line."""
-  cluster = cli.cluster_file(options, cli.CLUSTER)
+  cluster = cli.machines(options, cli.CLUSTER)
   placements = [
       Placement.parse(text, '--placement', cluster.kinds if cluster else ('',))
       for text in options.placement.split('/')]
@@ -177,7 +177,7 @@ def _policies(text, slo):
 def _made_by(options):
   """(options, data) as provenance.save_json takes them."""
   return cli.asked(options, FLAGS), [options.lengths, options.latency,
-                                      options.cluster]
+                                      options.machines]
 
 
 def write(out: pathlib.Path, points: Sequence[sweep.Point], stopped: bool,

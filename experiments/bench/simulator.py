@@ -1,6 +1,6 @@
 """How many requests a CPU second the simulator serves, beside a yardstick.
 
-  python -m experiments.bench.simulator [--requests=5000] [--profile]
+  python -m experiments.bench.simulator [--requests=5000] [--cprofile]
 
 A 13B-like model (affine latencies of the size of OPT-13B on an A100) under
 Poisson arrivals of lognormal lengths, ShareGPT-like. Each case runs three
@@ -51,7 +51,7 @@ except ImportError:
 
 FLAGS = {
     'requests': 5000, 'rounds': 3,
-    'profile': cli.Flag(False, 'Where leaping spends time.'),
+    'cprofile': cli.Flag(False, 'Where leaping spends time.'),
     'aisimulate': cli.Flag(None, 'A Python that has it: see aisimulate.py.',
                            str),
     'only': cli.Flag([], 'Names of cases; all without it.'),
@@ -231,7 +231,7 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
     for name in options.only or CASES:
       results[name] = measure(CASES[name], options.requests, options.rounds)
       say(lines(name, results[name]))
-      if options.profile:
+      if options.cprofile:
         profile(CASES[name], options.requests)
     if options.aisimulate:
       say(aisimulate.compare(

@@ -98,6 +98,8 @@ SHARED = {
     'lengths': Flag(None, f'One of {sorted(traffic.MIXTURES)}, '
                     'fixed:PROMPTxOUTPUT (tokens), a file, mix:NAME+NAME, or '
                     'shift:SECONDS:NAME+NAME, so long of each in turn.', str),
+    'traces': Flag(None, 'Folder of the traces that docs/reproduction.md '
+                   'names. What is not there is left out.', str),
     'process': Flag(None, f'Of arrivals, one of {workload.PROCESSES}, or '
                     'sine:low=5:high=45:period_s=60, or step:... (requests a '
                     'second).', str),
@@ -370,24 +372,24 @@ def prepare(num_devices: int, cache: str | None = CACHE, tp: int = 1) -> None:
     jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
 
 
-def cluster_flag(names: Iterable[str]) -> Flag:
-  """--cluster=FILE, in place of the flags of these names."""
-  return Flag(None, 'A JSON file, in place of the flags --'
-              + ', --'.join(names) + '.', str)
+def machines_flag(names: Iterable[str]) -> Flag:
+  """--machines=FILE, in place of the flags of these names."""
+  return Flag(None, 'A JSON file of what there is (docs/placement.md), in '
+              f'place of the flags --{", --".join(names)}.', str)
 
 
-def cluster_file(options: types.SimpleNamespace,
+def machines(options: types.SimpleNamespace,
                  names: Iterable[str]) -> Any:
-  """The cluster of the JSON file that --cluster names; None without it.
+  """The cluster of the JSON file that --machines names; None without it.
 
   names: of the flags that say the same, and are not given beside it.
   """
-  if not options.cluster:
+  if not options.machines:
     return None
   given = [name for name in names if options[name].present]
-  require(not given, '--cluster', options.cluster,
+  require(not given, '--machines', options.machines,
           f'without --{", --".join(given)}')
-  return clusters.load(options.cluster, options.latency)
+  return clusters.load(options.machines, options.latency)
 
 
 def cluster_of(options: types.SimpleNamespace, devices: int | None = None

@@ -135,25 +135,25 @@ def problem(model: str, slo: Slo, make: Workload, longest: int,
       seconds, TARGET, max_len=max(longest, 2048), strict=None, **kwargs)
 
 
-SHAREGPT = 'sharegpt_lengths_distserve.csv'
+SHAREGPT = 'sharegpt_lengths_distserve.csv'  # in traces/lengths
 
 
-def lengths_of(name: str, lengths_dir: pathlib.Path) -> str:
+def lengths_of(name: str, traces: pathlib.Path) -> str:
   """What workload.source takes: the measured file if there, or a mixture."""
-  path = lengths_dir / SHAREGPT
+  path = traces / 'lengths' / SHAREGPT
   return str(path) if name == 'sharegpt' and path.is_file() else name
 
 
-def data_of(names: Iterable[str], lengths_dir: pathlib.Path) -> str:
+def data_of(names: Iterable[str], traces: pathlib.Path) -> str:
   """What lengths figures of these cases' data sets are of, in words."""
   texts = []
   for name in names:
-    if lengths_of(name, lengths_dir) != name:
+    if lengths_of(name, traces) != name:
       texts.append(f'{SHAREGPT}, as the paper sampled it')
       continue
     texts.append(f'a mixture with the published means of {name}')
     if name == 'sharegpt':
-      texts[-1] += f' ({SHAREGPT} is not in {lengths_dir})'
+      texts[-1] += f' ({SHAREGPT} is not in {traces}/lengths)'
   return '; '.join(texts) or 'equal requests'
 
 
@@ -308,9 +308,9 @@ def mii(rules: Rules, case: Case, ask: SearchProblem) -> System:
   return build(rules, ask, 'chunked', where, 512)
 
 
-def requests(case: Case, rules: Rules, lengths_dir: pathlib.Path
+def requests(case: Case, rules: Rules, traces: pathlib.Path
              ) -> tuple[Source, int]:
   """(make, longest) of a case."""
-  make = workload.source(lengths_of(case.lengths, lengths_dir), rules.seed)
+  make = workload.source(lengths_of(case.lengths, traces), rules.seed)
   return make, make.longest
 

@@ -281,7 +281,7 @@ def _side_by_side(link, plan, num_tokens):
 def figure10(options: Any) -> dict[str, Any]:
   case = reported.CASES['175b']
   make, longest = comparison.requests(case, rules_of(options)[0],
-                                      options.lengths_dir)
+                                      options.traces)
   shares, rows = {}, []
   rates = (.03, .16, .28) if options.quick else tuple(reported.FIG10)
   for rules in rules_of(options):
@@ -324,7 +324,7 @@ def figure10(options: Any) -> dict[str, Any]:
 def _seconds(options, algorithm, devices):
   case = reported.CASES['13b']
   make, longest = comparison.requests(case, rules_of(options)[0],
-                                      options.lengths_dir)
+                                      options.traces)
   ask = comparison.problem(
       case.model, case.slo, make, longest, comparison.latency_of(case.model),
       1, devices,

@@ -6,6 +6,7 @@ import importlib
 import io
 import math
 import os
+import pathlib
 import pty
 import re
 import runpy
@@ -60,6 +61,24 @@ def test_the_same_flag_has_the_same_type_everywhere(name):
       assert kind is cli.SHARED[flag].kind, flag
 
 
+def test_a_flag_of_several_runners_has_one_type():
+  kinds = {}
+  for name in RUNNERS:
+    for flag, value in defined(name).items():
+      value = cli.SHARED[flag] if not isinstance(value, cli.Flag) else value
+      kinds.setdefault(flag, {}).setdefault(
+          value.kind or type(value.default), []).append(name)
+  assert not {flag: of for flag, of in kinds.items() if len(of) > 1}
+
+
+@pytest.mark.parametrize('name', RUNNERS)
+def test_no_default_is_a_path_outside_the_checkout(name):
+  for flag, value in vars(cli.options(defined(name))).items():
+    assert not str(value).startswith(('..', '~')), flag
+    assert not str(value).startswith('/') or cli.ROOT in pathlib.Path(
+        value).parents, flag
+
+
 def test_a_command_line_is_read():
   values = cli.parse({
       'rate': None, 'seed': 0, 'set': (), 'deep': cli.Flag(False, 'Far.'),
@@ -81,8 +100,8 @@ def test_a_bad_flag_is_an_error(text):
 
 @pytest.mark.parametrize('words, code, says', [
     (('--sed=1',), 2, "error: Unknown command line flag 'sed'"),
-    (('--seeds=-1',), 2, 'error: flag --seeds=-1'),
-    (('--seeds=x',), 2, 'error: flag --seeds=x'),
+    (('--worlds=-1',), 2, 'error: flag --worlds=-1'),
+    (('--worlds=x',), 2, 'error: flag --worlds=x'),
     (('7',), 2, "error: arguments='7': must be flags"),
     (('--help',), 0, ''), (('--table',), 0, '')])
 def test_the_exit_code_of_a_command_line(words, code, says):
