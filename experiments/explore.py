@@ -2,8 +2,8 @@
 
   python -m experiments.explore                   all small ones, 50 large ones
   python -m experiments.explore --deep            minutes of 2 cores
-  python -m experiments.explore --only=1P2D --more=2 --seconds=600 --worlds=0
-  python -m experiments.explore --only= --worlds=2000
+  python -m experiments.explore --small=1P2D --more=2 --seconds=600 --large=0
+  python -m experiments.explore --small= --large=2000
   python -m experiments.explore --replay=FILE     what it wrote of a violation
   python -m experiments.explore --table           the tables of docs/faults.md
 
@@ -307,9 +307,10 @@ FLAGS = {
     'deep': cli.Flag(False, 'Two faults more on every path, 500 worlds.'),
     'more': cli.Flag(0, 'More faults on a path.', low=0),
     'seconds': cli.Flag(100.0, 'CPU seconds of one small world.', low=0.1),
-    'worlds': cli.Flag(None, 'Random large worlds.', int, low=0),
+    'large': cli.Flag(None, 'Random large worlds.', int, low=0),
     'first_seed': cli.Flag(0, 'The first of them.', low=0),
-    'only': cli.Flag(None, 'Small worlds whose names begin so.', list),
+    'small': cli.Flag(None, 'Small worlds whose names begin so; empty: none.',
+                      str),
     'processes': cli.Flag(2, 'At a time.', low=1),
     'out': 'out/explore',
     'replay': cli.Flag(None, 'A log to run again.', str),
@@ -349,18 +350,18 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
 def _jobs(options):
   """[(kind, name, more faults)] of what was asked for."""
   names = [n for n in small_worlds()
-           if options.only is None
-           or n.startswith(tuple(options.only))]
-  require(names or not options.only, '--only', options.only,
+           if options.small is None or options.small and n.startswith(
+               options.small)]
+  require(names or not options.small, '--small', options.small,
           f'how one of these begins: {list(small_worlds())}')
   more = options.more + 2 * options.deep
-  worlds = options.worlds
-  if worlds is None:
-    worlds = 500 if options.deep else 50
+  large = options.large
+  if large is None:
+    large = 500 if options.deep else 50
   policies.load(options.policy)  # a bad one is said here, once
   return ([('small', name, more, options.policy) for name in names]
           + [('large', str(options.first_seed + n), 0, options.policy)
-             for n in range(worlds)])
+             for n in range(large)])
 
 
 def _begin(counts, stop):

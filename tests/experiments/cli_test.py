@@ -100,8 +100,8 @@ def test_a_bad_flag_is_an_error(text):
 
 @pytest.mark.parametrize('words, code, says', [
     (('--sed=1',), 2, "error: Unknown command line flag 'sed'"),
-    (('--worlds=-1',), 2, 'error: flag --worlds=-1'),
-    (('--worlds=x',), 2, 'error: flag --worlds=x'),
+    (('--large=-1',), 2, 'error: flag --large=-1'),
+    (('--large=x',), 2, 'error: flag --large=x'),
     (('7',), 2, "error: arguments='7': must be flags"),
     (('--help',), 0, ''), (('--table',), 0, '')])
 def test_the_exit_code_of_a_command_line(words, code, says):
