@@ -1,7 +1,7 @@
 """Policies side by side: goodput per device, on the same requests.
 
   python -m experiments.policies --out=out/policies
-  python -m experiments.policies --workloads=sharegpt --only=static,arrow
+  python -m experiments.policies --lengths=sharegpt --only=static,arrow
   python -m experiments.policies --model=llama-3-70b --plan=4x1 --instances=2
   python -m experiments.policies --grid --minutes=60
 
@@ -16,7 +16,7 @@ measures each of GRID, a model and its instances, into the same files; traces
 are read from --traces, and left out, with a word, where they are not there.
 
 Where the rate shifts (--process=sine:low=5:high=45:period_s=60, step:...) or
-the lengths do (--workloads=shift:60:sharegpt+longbench), the goodput is the
+the lengths do (--lengths=shift:60:sharegpt+longbench), the goodput is the
 mean rate at which the target attains over a whole period, after one of warm-up,
 and what attains in each part of it is told too (column phases): no phase is to
 be sacrificed. --real serves one row on this machine's CPU devices instead (see
@@ -109,10 +109,10 @@ FLAGS = {
     'plan': cli.Flag('1x1', 'TPxPP of each instance.'),
     'instances': cli.Flag(4, 'Flexible instances.', low=2, high=64),
     'grid': cli.Flag(False, 'Of GRID instead of these four.'),
-    'workloads': cli.Flag(['sharegpt', 'humaneval', 'longbench', *TRACES],
-                          'Names or files, as experiments.place --lengths; of '
-                          f'--traces {list(TRACES)}.'),
-    'traces': cli.Flag('../shared/traces', 'Folder of traces.'),
+    'lengths': cli.Flag(','.join(['sharegpt', 'humaneval', 'longbench',
+                                  *TRACES]), 'As experiments.place --lengths, '
+                        f'with commas between; of --traces {list(TRACES)}.'),
+    'traces': 'traces',
     'process': 'poisson',
     'objectives': cli.Flag(list(OBJECTIVES), f'Of {list(OBJECTIVES)}.'),
     'only': cli.Flag([], f'Policies; of {list(VARIANTS)}, or path.py:name.'),
@@ -285,7 +285,7 @@ def _goodput(problem: candidates.SearchProblem, task: judging.Task
 def workloads(options: Any) -> tuple[dict[str, str], list[str]]:
   """({workload: its lengths}, the traces that are not there)."""
   there, absent = {}, []
-  for name in options.workloads:
+  for name in options.lengths.split(','):
     if name not in TRACES:
       there[pathlib.Path(name).stem] = name
       continue
@@ -326,7 +326,7 @@ def run(options: Any, console: Any) -> int:
   there, absent = workloads(options)
   for text in absent:
     console.print(f'{text}: left out', soft_wrap=True, highlight=False)
-  require(there, '--workloads', options.workloads, 'one that is there')
+  require(there, '--lengths', options.lengths, 'one that is there')
   asked, told = list(cells(options)), cli.asked(options, FLAGS)
   if options.real:
     return real_row.run(options, console, [
