@@ -41,8 +41,9 @@ from dsjax.http.service import Limits, Service
 from dsjax.scheduling.policy import DISTSERVE, Policy
 from experiments.common import cli, policies
 from experiments.common import overrides as configs
+from experiments.common.extras import needs
 
-with cli.needs('serve'):
+with needs('serve'):
   from dsjax.http import routes, socket_server, telemetry
   from dsjax.http.middleware import Gate
 

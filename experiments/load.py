@@ -47,8 +47,9 @@ from dsjax.analysis.record import Record
 from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Slo
 from experiments.common import cli, provenance, report, terminal
+from experiments.common.extras import needs
 
-with cli.needs('serve'):
+with needs('serve'):
   import httpx
 
 FLAGS = {

@@ -47,8 +47,9 @@ from dsjax.config.checks import require
 from dsjax.config.placement import Slo
 from experiments import api, load
 from experiments.common import cli, pictures, provenance, report, terminal
+from experiments.common.extras import needs
 
-with cli.needs('serve'):
+with needs('serve'):
   import httpx
 
 FLAGS = {

@@ -203,4 +203,6 @@ def main(model: str, gpu: str, start: str, dump: str) -> None:
 
 
 if __name__ == '__main__':
+  if len(sys.argv) != 5:
+    sys.exit(__doc__)
   main(*sys.argv[1:])

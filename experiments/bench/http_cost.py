@@ -43,8 +43,9 @@ from dsjax.runtime.orchestrator import Orchestrator
 from experiments import api
 from experiments.bench import kept
 from experiments.common import cli
+from experiments.common.extras import needs
 
-with cli.needs('serve'):
+with needs('serve'):
   from dsjax.http import routes, socket_server
   from dsjax.http.telemetry import Gauges
 

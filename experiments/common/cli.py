@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from absl import app, flags, logging
@@ -213,18 +213,6 @@ def exit_code(run: Callable[..., int | None], *args: Any) -> int:
   except KeyboardInterrupt:
     print('stopped', file=sys.stderr)
     return 130
-
-
-@contextlib.contextmanager
-def needs(extra: str) -> Iterator[None]:
-  """Around imports of an extra's packages: where one is missing, the program
-  ends with the line that installs it, and exit code 2."""
-  try:
-    yield
-  except ModuleNotFoundError as error:
-    print(f'error: {error}: this needs the extra `{extra}`: pip install -e '
-          f"'.[{extra}]'", file=sys.stderr)
-    sys.exit(2)
 
 
 def _not_raised(lost):

@@ -24,7 +24,7 @@ from dsjax.config.checks import InputError, require
 from dsjax.config.engine import EngineConfig
 from dsjax.runtime.cluster import local
 from experiments import api
-from experiments.common import cli, overrides, terminal
+from experiments.common import cli, extras, overrides, terminal
 from tests.common.samples import deep
 
 ROOT = cli.ROOT / 'experiments'
@@ -132,7 +132,7 @@ def test_a_list_that_has_items_has_one_on_the_command_line_too(name):
 
 
 def test_an_extra_that_is_missing_is_one_line(capsys):
-  with pytest.raises(SystemExit) as ended, cli.needs('serve'):
+  with pytest.raises(SystemExit) as ended, extras.needs('serve'):
     importlib.import_module('no_such_package')
   assert ended.value.code == 2
   said = capsys.readouterr().err
@@ -164,7 +164,7 @@ def test_imports_outside_of_extras_are_found():
   assert outside_of_extras(
       'import os, httpx\nfrom dsjax.http import routes\n'
       'from dsjax.http.service import Limits\n'
-      "with cli.needs('serve'):\n  import uvicorn\n") == [
+      "with extras.needs('serve'):\n  import uvicorn\n") == [
           'httpx', 'dsjax.http.routes']
 
 
@@ -513,6 +513,16 @@ def help_of(path, monkeypatch, capsys):
       delattr(flags.FLAGS, flag)
   words = ast.get_docstring(ast.parse(path.read_text()), clean=False)
   return words, capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', [
+    name for name in STARTS if name.startswith(('goldens.', 'fast.'))])
+def test_help_of_what_needs_other_packages_is_no_traceback(name):
+  done = subprocess.run(
+      [sys.executable, '-m', f'experiments.{name}', '--help'], text=True,
+      capture_output=True, check=False, cwd=cli.ROOT)
+  assert done.returncode == 0 or 'needs the extra `peers`' in done.stderr
+  assert 'Traceback' not in done.stderr
 
 
 @pytest.mark.parametrize('name', [*RUNNERS, *TASKS])
