@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from absl import app, flags, logging
@@ -215,6 +215,26 @@ def exit_code(run: Callable[..., int | None], *args: Any) -> int:
     return 130
 
 
+@contextlib.contextmanager
+def naming_flags(chosen: flags.FlagValues | types.SimpleNamespace,
+                 defined: dict[str, Any]) -> Iterator[None]:
+  """An InputError that begins with a flag's name, or with what one flag
+  alone says (a file), says which flag that is."""
+  try:
+    yield
+  except InputError as error:
+    text = str(error)
+    told = [name for name, value in asked(chosen, defined).items()
+            if isinstance(value, str) and value
+            and text.startswith(tuple(f'{part}{end}' for end in ':,'
+                                      for part in value.split(',')))]
+    if text.split('=')[0] in defined:
+      raise InputError(f'--{text}') from error
+    if len(told) != 1:
+      raise
+    raise InputError(f'--{told[0]}={text}') from error
+
+
 def _not_raised(lost):
   """Ctrl-C once more, where Python drops it: in a callback of the garbage
   collector (jax has one), a weak reference or a __del__."""
@@ -312,7 +332,8 @@ def main(run: Callable[[Any, Console], int | None], defined: dict[str, Any],
       path = pathlib.Path(flags.FLAGS.out)
       is_file = isinstance(defined['out'], Flag)  # of the runner's own
       require_folder('--out', path.parent if is_file else path)
-    return run(flags.FLAGS, wide_console())
+    with naming_flags(flags.FLAGS, defined):
+      return run(flags.FLAGS, wide_console())
   app.run(start, flags_parser=_read_flags)
 
 

@@ -450,6 +450,21 @@ def test_exit_codes(capsys):
   assert cli.exit_code(lambda: None) == 0 and cli.exit_code(lambda: 1) == 1
 
 
+@pytest.mark.parametrize('said, told', [
+    ('a.json: is not JSON', '--latency=a.json: is not JSON'),
+    ("rates='x': must be", "--rates='x': must be"),
+    ('c.csv, line 2: no', '--lengths=c.csv, line 2: no'),
+    ('d.csv: both flags', 'd.csv: both flags'),
+    ('workload.rate=0: must', 'workload.rate=0: must')])
+def test_an_error_names_its_flag(said, told):
+  defined = dict(latency='a.json', rates='1', lengths='b.csv,c.csv',
+                 placement='d.csv', traces='d.csv')
+  with pytest.raises(InputError) as raised, cli.naming_flags(
+      cli.options(defined), defined):
+    raise InputError(said)
+  assert str(raised.value) == told
+
+
 @pytest.mark.parametrize('config', [Serve(), api.Api(), EngineConfig()],
                          ids=lambda c: type(c).__name__)
 def test_help_has_every_field_with_its_meaning(config):
