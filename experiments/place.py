@@ -10,8 +10,8 @@ like (any model's shape against the GPU's rates), or a file that
 experiments.measure wrote.
 Lengths are a mixture of dsjax.workload.traffic (sharegpt, humaneval,
 longbench) or a file of dsjax.workload (CSV, JSONL). The cluster is --nodes and
-so on, or a JSON file with the fields of dsjax.Cluster, or of
-dsjax.MixedCluster for nodes of several kinds (docs/placement.md).
+so on, or with --machines a JSON file with the fields of dsjax.Cluster, or of a
+MixedCluster for nodes of several kinds (docs/placement.md).
 
 It prints a table of the best placements (of the best of each kind with a 95 %
 interval: experiments.coverage measures that it holds), what binds them and a
