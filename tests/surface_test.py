@@ -143,6 +143,13 @@ def test_serve_says_what_it_wants(arguments, field):
     dsjax.serve(model, *others)
 
 
+def test_serve_async_says_what_it_wants_before_it_is_entered():
+  with pytest.raises(dsjax.InputError, match="^model='tiny': must be a Model"):
+    dsjax.serve_async('tiny', 'colocated=1x1')
+  with pytest.raises(dsjax.InputError, match="^option='polcy': must be one of"):
+    dsjax.serve_async(dsjax.load('tiny'), 'colocated=1x1', polcy=None)
+
+
 @pytest.mark.parametrize('arguments, field', [
     ((None,), 'model=None'), ((5,), 'model=5'), ((['tiny'],), 'model='),
     (('tiny', 'float8'), "dtype='float8'"), (('tiny', None), 'dtype=None'),

@@ -5,11 +5,16 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Unpack
 
 from dsjax.checkpoints.checkpoint import Model
-from dsjax.config.checks import InputError
+from dsjax.config.checks import InputError, require
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement
 from dsjax.config.request import SamplingFields
-from dsjax.runtime.orchestrator import Orchestrator, ServeOptions, serve
+from dsjax.runtime.orchestrator import (
+  Orchestrator,
+  ServeOptions,
+  check_served,
+  serve,
+)
 from dsjax.runtime.orchestrator_thread import (
   Call,
   MakeOrchestrator,
@@ -109,6 +114,10 @@ def serve_async(model: Model, placement: Placement | str,
   `async with dsjax.serve_async(model, placement) as server:
   await server.generate('Hi')`.
   """
+  placement = check_served(model, placement, config)
+  for name in options:
+    require(name in ServeOptions.__annotations__, 'option', name,
+            f'one of {tuple(ServeOptions.__annotations__)}')
   def start(report: Report) -> Orchestrator:
     given: ServeOptions = {'report': report, **options}
     return serve(model, placement, config, **given)

@@ -627,6 +627,24 @@ class ServeOptions(TypedDict, total=False):
   cluster: str | None
 
 
+def check_served(model: Model, placement: Placement | str,
+                 config: EngineConfig | None) -> Placement:
+  """The Placement of what `serve` is given.
+
+  Raises:
+    InputError.
+  """
+  require(isinstance(model, Model), 'model', model,
+          'a Model, such as dsjax.load returns')
+  if isinstance(placement, str):
+    placement = Placement.parse(placement)
+  require(isinstance(placement, Placement), 'placement', placement,
+          'a Placement or its text')
+  require(config is None or isinstance(config, EngineConfig), 'config', config,
+          'a dsjax.EngineConfig')
+  return placement
+
+
 def serve(model: Model, placement: Placement | str,
           config: EngineConfig | None = None,
           devices: Sequence[jax.Device] | None = None,
@@ -645,14 +663,7 @@ def serve(model: Model, placement: Placement | str,
     placement: a Placement or its text, such as 'prefill=2x1,decode=1x1'.
     the rest: see Orchestrator.__init__, which also says what is raised.
   """
-  require(isinstance(model, Model), 'model', model,
-          'a Model, such as dsjax.load returns')
-  if isinstance(placement, str):
-    placement = Placement.parse(placement)
-  require(isinstance(placement, Placement), 'placement', placement,
-          'a Placement or its text')
-  require(config is None or isinstance(config, EngineConfig), 'config', config,
-          'a dsjax.EngineConfig')
+  placement = check_served(model, placement, config)
   with contextlib.suppress(RuntimeError):  # it has started: use what is there
     if cluster is None and (
         jax.config.values['jax_num_cpu_devices'] < placement.num_devices):
