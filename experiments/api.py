@@ -155,7 +155,8 @@ class _LogFile(logging.FileHandler):
 def _log_lines(out):
   """Our own log goes to stderr and a file in `out`, a line with the time
   each."""
-  ours, handlers = logging.getLogger('dsjax'), [logging.StreamHandler()]
+  ours = logging.getLogger('dsjax')
+  handlers: list[logging.Handler] = [logging.StreamHandler()]
   if out:
     folder = pathlib.Path(out)
     folder.mkdir(parents=True, exist_ok=True)

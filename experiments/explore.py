@@ -23,7 +23,7 @@ import random
 import time
 import types
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -53,7 +53,8 @@ def _world(roles, requests, faults, num_pages=4, max_seqs=2, prefill_tokens=4,
       page_size if role != 'prefill' else 2, max_seqs, prefill_tokens, 2, pp,
       host_pages)
                     for role in roles.split())
-  options = {'max_len': 9, 'run_ahead': 2, 'tries': 1} | changes
+  options: dict[str, Any] = {'max_len': 9, 'run_ahead': 2, 'tries': 1}
+  options |= changes
   return rules(scheduler.Config(instances, **options), requests), faults
 
 

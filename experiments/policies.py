@@ -192,6 +192,7 @@ def objectives(problem: candidates.SearchProblem, plan: Plan, name: str
   seconds = problem.latency_of(plan)
   require(seconds is not None, '--plan', plan, 'a plan with latencies: '
           f'{candidates.names(candidates.measured(problem))}')
+  assert seconds
   prompts = sorted(p for p, _ in candidates.lengths(problem, 1000))
   times, steps = OBJECTIVES[name]
   longest = prompts[len(prompts) * 9 // 10]
@@ -217,15 +218,16 @@ def measure(effort: Effort, cell: Cell) -> Line:
   problem = dataclasses.replace(problem, slo=slo)
   placement = Placement(flexible=[plan] * cell.instances)
   seconds = problem.latency_of(plan)
+  assert seconds  # or there were no objectives
   batch = candidates.batch_tokens(problem, seconds)
   prompts = [p for p, _ in candidates.lengths(problem, 1000)]
   # No faster than every device prefilling the largest batches.
   bound_per_s = (cell.instances * batch / seconds.prefill_s(((0, batch),))
                  / (sum(prompts) / len(prompts)))
   best, chosen = goodput.Goodput(0.0, 0.0, 0.0, 'floor', 0.0, 0), ''
+  candidate = judging.Candidate(placement, batch, True, bound_per_s,
+                                guess_per_s=bound_per_s / 4)
   for text in variants(cell):
-    candidate = judging.Candidate(placement, batch, True, bound_per_s,
-                                  guess_per_s=bound_per_s / 4)
     rates = _goodput(
         dataclasses.replace(problem, policy=policies.load(text, slo)),
         judging.Task(candidate, effort.target,
@@ -233,12 +235,12 @@ def measure(effort: Effort, cell: Cell) -> Line:
     if rates.rate_per_s > best.rate_per_s:
       best, chosen = rates, text
   phases = ''
-  if problem.workload.phases and chosen:
+  if phases_of(problem) and chosen:
     records = whole_periods(dataclasses.replace(
         problem, policy=policies.load(chosen, slo)), candidate,
         best.rate_per_s)
     phases = ', '.join(f'{name} {share:.0%}' for name, (share, *_) in
-                       metrics.by_phase(records, slo, *problem.workload.phases
+                       metrics.by_phase(records, slo, *phases_of(problem)
                                         ).items())
   devices = placement.num_devices
   return Line(cell.model, cluster(cell), cell.load,
@@ -249,12 +251,17 @@ def measure(effort: Effort, cell: Cell) -> Line:
               chosen, phases, str(effort))
 
 
+def phases_of(problem: candidates.SearchProblem) -> Any:
+  """The Phases of a load that shifts; None of any other."""
+  return getattr(problem.workload, 'phases', None)
+
+
 def whole_periods(problem: candidates.SearchProblem,
                   candidate: judging.Candidate, rate_per_s: float
                   ) -> list[Record]:
   """The records of a whole period of a load that shifts, after one that warms
   up, at this mean rate."""
-  period_s = problem.workload.phases.period_s
+  period_s = phases_of(problem).period_s
   n = math.ceil(PERIODS * period_s * rate_per_s) + 1
   records = judging.run(problem, judging.setup(problem, candidate),
                         rate_per_s, n)
@@ -266,7 +273,7 @@ def _goodput(problem: candidates.SearchProblem, task: judging.Task
              ) -> goodput.Goodput:
   """judging.measure; of a load that shifts, over whole periods: a part of one
   says nothing of the whole."""
-  if not problem.workload.phases:
+  if not phases_of(problem):
     return judging.measure(problem, task)
 
   def hits_at(rate_per_s: float, n: int) -> list[bool]:
@@ -306,8 +313,8 @@ def cells(options: Any) -> Iterator[Cell]:
           options.objectives, systems, workloads(options)[0].items(),
           options.orders, options.only or VARIANTS)):
     if (policy, order) not in ORDERED or FIFO not in options.orders:
-      yield Cell(*system, workload, lengths, options.process, objective,
-                 policy, order)
+      yield Cell._make((*system, workload, lengths, options.process, objective,
+                        policy, order))
 
 
 def place_of(effort: Effort, cell: Cell) -> tuple[str, ...]:

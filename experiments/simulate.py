@@ -212,7 +212,7 @@ class Traces:
       old.unlink()
 
   def save(self, name: str, placed: Placement, config: scheduler.Config,
-           log: Sequence[report.Entry]) -> None:
+           log: list[report.Entry]) -> None:
     assert event_log.replay(config, log) is None, f'{name}: no replay'
     stem = re.sub('[^a-z0-9.]+', '-', name)
     report.save_log(self.out / f'events-{stem}.jsonl', log)
@@ -236,7 +236,7 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
   out = pathlib.Path(options.out) if options.out else None
   if out:
     out.mkdir(parents=True, exist_ok=True)
-  traces = Traces(out, options) if options.timeline else None
+  traces = Traces(out, options) if out and options.timeline else None
   done, stopped = [], False
   with terminal.Interrupts() as interrupts, Progress(
       console=console, transient=True) as progress:
@@ -246,7 +246,7 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
             f' seed {seed}' if len(drawn) > 1 else '')
         for point in sweep.simulate(
             options, asked, placements, varied, kind, progress,
-            interrupts.halt, traces and traces.save, label):
+            interrupts.halt, traces.save if traces else None, label):
           done.append(dataclasses.replace(point, policy=policy, seed=seed))
           if not console.is_terminal:
             where = sweep_report.where(point, kind)
@@ -258,7 +258,8 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
       stopped = True
   shown = sweep.by_system(done, kind)
   asked = next(iter(problems.values()))
-  _show(console, shown, kind, options.target, asked.workload.phases)
+  _show(console, shown, kind, options.target,
+        getattr(asked.workload, 'phases', None))
   for words in filter(None, (note(asked), profiles.caveat(options.latency))):
     console.print(words, soft_wrap=True)
   if stopped:

@@ -80,8 +80,9 @@ def line(tokens: int, stream: bool, records: Iterable[Record], last_s: float
   served = [r for r in records if len(r.token_s) > 1]
   gaps_s = [r.itl_s[0] for r in served]
   moved = sum(r.migrated_tokens for r in served)
+  gap_s, gap_p99_s = map(float, np.quantile(gaps_s, (0.5, 0.99)))
   return Line(
-      tokens, stream, *map(float, np.quantile(gaps_s, (0.5, 0.99))),
+      tokens, stream, gap_s, gap_p99_s,
       float(np.median([r.ttft_s or 0.0 for r in served])),
       float(np.median([r.tpot_s or 0.0 for r in served])), last_s,
       moved / (tokens * len(served)))

@@ -262,7 +262,7 @@ def step_times(profiles: Profiles, logs: Iterable[pairing.Log]
                        + step.idle * model.host_s, step.overlap))
     if compared:
       add(kind, compared)
-  if copies:
+  if copies and profiles.link:
     add('migrate', [(c.seconds, profiles.link.migrate_s(c.num_tokens)
                      + profiles.latencies[0].host_s, float(c.behind))
                     for c in copies])
@@ -476,7 +476,7 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
         _tell(bar.console, rows[-1])
     except KeyboardInterrupt:
       stopped = True
-  if not rows:
+  if not rows or slo is None:
     console.print('Stopped before any row was done: nothing to show.')
     return 130 if stopped else 0
   show(console, rows, slo)

@@ -55,6 +55,10 @@ class Flag(NamedTuple):
   def define(self, name: str, values: flags.FlagValues) -> None:
     """Makes it a flag of absl."""
     kind, bounds = self.kind or type(self.default), {}
+    make: dict[type, Callable[..., Any]] = {
+        bool: flags.DEFINE_bool, int: flags.DEFINE_integer,
+        float: flags.DEFINE_float, str: flags.DEFINE_string,
+        list: flags.DEFINE_list, tuple: flags.DEFINE_multi_string}
     if kind in (int, float):
       high = self.high
       if kind is float and self.low is not None and high is None:
@@ -63,11 +67,8 @@ class Flag(NamedTuple):
     if self.choices:
       flags.DEFINE_enum(name, self.default, self.choices, self.help, values)
     else:
-      make = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer,
-              float: flags.DEFINE_float, str: flags.DEFINE_string,
-              list: flags.DEFINE_list, tuple: flags.DEFINE_multi_string}[kind]
       default = list(self.default) if kind is tuple else self.default
-      make(name, default, self.help, flag_values=values, **bounds)
+      make[kind](name, default, self.help, flag_values=values, **bounds)
     if kind is list and self.default:
       flags.register_validator(name, bool, 'must have an item',
                                flag_values=values)

@@ -183,7 +183,7 @@ def _write(path, rows):
 def main(argv: list[str]) -> None:
   del argv
   path = pathlib.Path(
-      importlib.metadata.distribution(_WHEEL).locate_file(_FILE))
+      str(importlib.metadata.distribution(_WHEEL).locate_file(_FILE)))
   source = {'pretrained_model_name_or_path': str(path.parent),
             'gguf_file': path.name}
   tokenizer = transformers.AutoTokenizer.from_pretrained(**source)

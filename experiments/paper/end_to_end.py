@@ -223,7 +223,7 @@ def figure11(options: Any) -> dict[str, Any]:
       best[f'{rules.name}|{name}'] = (*rate, where)
       curves[f'{rules.name}|{name}'] = comparison.curve(
           rules, system, make, rates, reported.FIG11_SLO, 25)
-  rows = []
+  rows: list[tuple] = []
   for name in variants():
     ours, theirs = best[f'ours|{name}'], best[f'paper|{name}']
     rows.append((f'{name} goodput per GPU', {'vLLM++': '= vLLM'}.get(name),
@@ -278,8 +278,9 @@ def _attained(options, seed, who, rate_per_s, n):
 
 def table2(options: Any) -> dict[str, Any]:
   columns = 'measured', 'their simulator', 'our simulator'
-  rows = [(f'paper, {rate}/s: vLLM; DistServe-Low, % met', f'{v[0]}; {v[2]}',
-           f'{v[1]}; {v[3]}', None) for rate, v in reported.TABLE2.items()]
+  rows: list[tuple] = [
+      (f'paper, {rate}/s: vLLM; DistServe-Low, % met', f'{v[0]}; {v[2]}',
+       f'{v[1]}; {v[3]}', None) for rate, v in reported.TABLE2.items()]
   points = []
   for (who, rate, n), (real, theirs) in reported.TRACES.items():
     if options.quick and n > 100:

@@ -10,7 +10,7 @@ import json
 import pathlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dsjax.config.checks import InputError
 from dsjax.config.engine import InstanceConfig
@@ -312,8 +312,9 @@ def write_log(path: pathlib.Path, rules: Rules,
   log, broken = replay(rules, moves)
   config = dataclasses.asdict(rules.config)
   del config['policy']  # code, not data: --replay runs the default
-  lines = [{'config': config, 'requests': rules.requests,
-            'messages': isinstance(rules, LinkedRules)}]
+  lines: list[dict[str, Any]] = [{
+      'config': config, 'requests': rules.requests,
+      'messages': isinstance(rules, LinkedRules)}]
   lines += [{'move': move, 'events': [str(e) for e, _ in answered],
              'commands': [str(c) for _, commands in answered
                           for c in commands]}
