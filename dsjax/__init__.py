@@ -8,6 +8,10 @@
   print(dsjax.search(devices=3).verdict)
 
 What simulates loads no jax; what serves does so at its first use.
+
+What fewer need has its own home: what hooks of a policy see and answer is in
+dsjax.scheduling.policy, devices of several kinds in dsjax.placement.clusters,
+hardware and latencies in dsjax.simulation.
 """
 
 import importlib
@@ -21,22 +25,9 @@ from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.config.request import Request, Sampling
 from dsjax.config.version import __version__ as __version__
-from dsjax.placement.api import Simulated, search, simulate
-from dsjax.placement.clusters import Border, Cluster, MixedCluster
-from dsjax.placement.search import SearchResult
-from dsjax.scheduling.policy import (
-    DISTSERVE,
-    Because,
-    Fetch,
-    Move,
-    Policy,
-    PolicyError,
-    PrefillBudget,
-    Refuse,
-    Split,
-)
-from dsjax.simulation.hardware import Hardware
-from dsjax.simulation.latency import Affine
+from dsjax.placement.api import search, simulate
+from dsjax.placement.clusters import Cluster
+from dsjax.scheduling.policy import DISTSERVE, Policy, PolicyError
 from dsjax.simulation.profiles import Profile
 
 if TYPE_CHECKING:
@@ -47,13 +38,11 @@ if TYPE_CHECKING:
   from dsjax.runtime.profiling import profile
 
 __all__ = [
-    'Affine', 'AsyncServer', 'Because', 'Border', 'Cluster', 'DISTSERVE',
-    'EngineConfig', 'Fetch', 'Hardware', 'InputError', 'Interrupted',
-    'MixedCluster', 'Model', 'ModelConfig', 'Move', 'Orchestrator', 'Output',
-    'Placement', 'Plan', 'Policy', 'PolicyError', 'PrefillBudget', 'Profile',
-    'Record', 'Refuse', 'Request', 'RequestFailed', 'Sampling', 'SearchResult',
-    'Simulated', 'Slo', 'Split', 'load', 'profile', 'rows', 'search', 'serve',
-    'serve_async', 'simulate',
+    'AsyncServer', 'Cluster', 'DISTSERVE', 'EngineConfig', 'InputError',
+    'Interrupted', 'Model', 'ModelConfig', 'Orchestrator', 'Output',
+    'Placement', 'Plan', 'Policy', 'PolicyError', 'Profile', 'Record',
+    'Request', 'RequestFailed', 'Sampling', 'Slo', 'load', 'profile', 'rows',
+    'search', 'serve', 'serve_async', 'simulate',
 ]
 
 # What needs jax is imported when it is first asked for: it takes seconds.

@@ -38,11 +38,14 @@ import dsjax
 from configs.serve import Serve
 from dsjax.config.checks import require
 from dsjax.http.service import Limits, Service
+from dsjax.placement.api import Named
 from dsjax.scheduling.policy import DISTSERVE, Policy
+from dsjax.simulation import profiles
 from experiments.common import cli, policies
 from experiments.common import overrides as configs
+from experiments.common.extras import needs
 
-with cli.needs('serve'):
+with needs('serve'):
   from dsjax.http import routes, socket_server, telemetry
   from dsjax.http.middleware import Gate
 
@@ -85,7 +88,7 @@ def load(name: str, settings: Iterable[str]) -> Api:
 
 def make_service(config: Api, name: str | None = None, key: str | None = None,
                  log_text: bool = False, policy: Policy = DISTSERVE,
-                 origins: Sequence[str] = (), latency: str | None = None,
+                 origins: Sequence[str] = (), latency: Named | None = None,
                  planner: Executor | None = None, cluster: str | None = None
                  ) -> tuple[Gate, Service]:
   """(application, Service) of an Api; nothing is loaded yet."""
@@ -110,6 +113,7 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
   _log_lines(options.out)
   config = load(options.config, options.set)
   cluster = cli.cluster_of(options)
+  latency = profiles.load(options.latency) if options.latency else None
   cli.prepare(config.num_devices, options.compilation_cache, config.tp)
   key = os.environ.get('DSJAX_API_KEY') or None
   from dsjax.runtime.planner import planner_process
@@ -119,7 +123,7 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
     served, service = make_service(
         config, options.name, key, options.log_text,
         policies.load(options.policy, config.slo), options.cors,
-        options.latency or None, beside, cluster)
+        latency, beside, cluster)
     host, port = bound.getsockname()[:2]
     print(f'http://{host}:{port}/ answers once {config.model} is loaded',
           flush=True)
@@ -151,7 +155,8 @@ class _LogFile(logging.FileHandler):
 def _log_lines(out):
   """Our own log goes to stderr and a file in `out`, a line with the time
   each."""
-  ours, handlers = logging.getLogger('dsjax'), [logging.StreamHandler()]
+  ours = logging.getLogger('dsjax')
+  handlers: list[logging.Handler] = [logging.StreamHandler()]
   if out:
     folder = pathlib.Path(out)
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,8 @@
 
   python -m experiments.explore                   all small ones, 50 large ones
   python -m experiments.explore --deep            minutes of 2 cores
-  python -m experiments.explore --only=1P2D --more=2 --seconds=600 --seeds=0
-  python -m experiments.explore --only= --seeds=2000
+  python -m experiments.explore --small=1P2D --more=2 --seconds=600 --large=0
+  python -m experiments.explore --small= --large=2000
   python -m experiments.explore --replay=FILE     what it wrote of a violation
   python -m experiments.explore --table           the tables of docs/faults.md
 
@@ -23,7 +23,7 @@ import random
 import time
 import types
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -53,7 +53,8 @@ def _world(roles, requests, faults, num_pages=4, max_seqs=2, prefill_tokens=4,
       page_size if role != 'prefill' else 2, max_seqs, prefill_tokens, 2, pp,
       host_pages)
                     for role in roles.split())
-  options = {'max_len': 9, 'run_ahead': 2, 'tries': 1} | changes
+  options: dict[str, Any] = {'max_len': 9, 'run_ahead': 2, 'tries': 1}
+  options |= changes
   return rules(scheduler.Config(instances, **options), requests), faults
 
 
@@ -308,12 +309,13 @@ def explore(job: tuple[str, str, int, str],
 
 FLAGS = {
     'policy': 'distserve',
-    'deep': cli.Flag(False, 'Two faults more on every path, 500 seeds.'),
+    'deep': cli.Flag(False, 'Two faults more on every path, 500 worlds.'),
     'more': cli.Flag(0, 'More faults on a path.', low=0),
     'seconds': cli.Flag(100.0, 'CPU seconds of one small world.', low=0.1),
-    'seeds': cli.Flag(None, 'Random large worlds.', int, low=0),
+    'large': cli.Flag(None, 'Random large worlds.', int, low=0),
     'first_seed': cli.Flag(0, 'The first of them.', low=0),
-    'only': cli.Flag(None, 'Small worlds whose names begin so.', str),
+    'small': cli.Flag(None, 'Small worlds whose names begin so; empty: none.',
+                      str),
     'processes': cli.Flag(2, 'At a time.', low=1),
     'out': 'out/explore',
     'replay': cli.Flag(None, 'A log to run again.', str),
@@ -354,18 +356,18 @@ def _jobs(console, options):
   """[(kind, name, more faults, policy)] of what was asked for and the policy
   can do."""
   names = [n for n in small_worlds()
-           if options.only is None or options.only and n.startswith(
-               options.only)]
-  require(names or not options.only, '--only', options.only,
+           if options.small is None or options.small and n.startswith(
+               options.small)]
+  require(names or not options.small, '--small', options.small,
           f'how one of these begins: {list(small_worlds())}')
   more = options.more + 2 * options.deep
-  seeds = options.seeds
-  if seeds is None:
-    seeds = 500 if options.deep else 50
+  large = options.large
+  if large is None:
+    large = 500 if options.deep else 50
   policies.load(options.policy)  # a bad one is said here, once
   jobs = ([('small', name, more, options.policy) for name in names]
           + [('large', str(options.first_seed + n), 0, options.policy)
-             for n in range(seeds)])
+             for n in range(large)])
   left, reason = [], ''
   for job in jobs:
     try:

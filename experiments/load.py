@@ -47,8 +47,9 @@ from dsjax.analysis.record import Record
 from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Slo
 from experiments.common import cli, provenance, report, terminal
+from experiments.common.extras import needs
 
-with cli.needs('serve'):
+with needs('serve'):
   import httpx
 
 FLAGS = {
@@ -94,7 +95,7 @@ class Job:
 
 def jobs(kind: str, model: str, arrivals_s: Sequence[float],
          prompts: Sequence[workload.Prompt] = (),
-         entries: Sequence[workload.Entry] = (), max_tokens: int = 64,
+         entries: Sequence[workload.Entry] = (), max_tokens: int | None = 64,
          seed: int = 0, vocab: int = 1000,
          extra: dict[str, Any] | None = None) -> list[Job]:
   """A Job for each arrival time.

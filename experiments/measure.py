@@ -100,7 +100,8 @@ FLAGS = {
 }
 
 
-def _number(where, row, name, whole=True):
+def _number(where: str, row: Mapping[str, str], name: str, whole: bool = True
+            ) -> Any:
   """A number of a row of a CSV, 0 or more."""
   try:
     value = (int if whole else float)(row[name])

@@ -43,12 +43,13 @@ from rich.table import Table
 from dsjax import workload
 from dsjax.analysis import metrics
 from dsjax.analysis.record import Record
-from dsjax.config.checks import require
+from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Slo
 from experiments import api, load
 from experiments.common import cli, pictures, provenance, report, terminal
+from experiments.common.extras import needs
 
-with cli.needs('serve'):
+with needs('serve'):
   import httpx
 
 FLAGS = {
@@ -124,8 +125,8 @@ class Overload:
     sender = load.Load(self.client)
     await asyncio.gather(*(self._loop(sender, lambda: sender.now < seconds)
                            for _ in range(clients)))
-    ends = sorted(r.finish_s for r in sender.records
-                  if r.status in ('stop', 'length'))
+    ends = sorted(r.finish_s for r in sender.records if r.finish_s is not None
+                  and r.status in ('stop', 'length'))
     require(len(ends) >= 3, 'answers while full', len(ends),
             '3 or more; let --full last longer')
     return sender, (len(ends) - 1) / (ends[-1] - ends[0])
@@ -189,7 +190,8 @@ async def measure(url: str, key: str | None, make: MakeJobs, clients: int,
       capacity_per_s, {phase: sender.records for phase, sender in zip(
           PHASES, (unloaded, full, flood, after), strict=True)},
       [r.finish_s - r.arrival_s - lag_s for r, lag_s in zip(
-          flood.records, flood.lag_s, strict=True) if r.reason == 'HTTP 429'],
+          flood.records, flood.lag_s, strict=True)
+       if r.finish_s is not None and r.reason == 'HTTP 429'],
       sum((flood.retry_after[r.id] or '').isdigit()
           and flood.retry_after[r.id] != '0' for r in flood.records
           if r.reason == 'HTTP 429'),
@@ -201,7 +203,7 @@ async def measure(url: str, key: str | None, make: MakeJobs, clients: int,
 
 
 def _ms(values: Sequence[float | None]) -> str:
-  p50, _, p99 = metrics.percentiles(values)
+  p50, _, p99 = metrics.percentiles([x for x in values if x is not None])
   return f'{1e3 * p50:.0f} / {1e3 * p99:.0f}' if values else '-'
 
 
@@ -308,13 +310,14 @@ def serving(config: str, settings: Sequence[str],
       command, cwd=cli.ROOT, stdout=subprocess.PIPE, stderr=log,
       text=True) as process:
     try:
+      assert process.stdout  # a pipe
       line = process.stdout.readline()
       address = re.match(r'(http://\S+)/ ', line)
-      if not address:
+      if address is None:
         process.wait()
         log.seek(0)
-        require(False, 'experiments.api', log.read().strip()[-500:],
-                'able to start')
+        raise InputError(f'experiments.api={log.read().strip()[-500:]!r}: must '
+                         'be able to start')
       url, status = address[1], {'status': 'starting'}
       while status['status'] == 'starting':
         say(status.get('progress') or 'starting')

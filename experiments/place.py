@@ -10,8 +10,8 @@ like (any model's shape against the GPU's rates), or a file that
 experiments.measure wrote.
 Lengths are a mixture of dsjax.workload.traffic (sharegpt, humaneval,
 longbench) or a file of dsjax.workload (CSV, JSONL). The cluster is --nodes and
-so on, or a JSON file with the fields of dsjax.Cluster, or of
-dsjax.MixedCluster for nodes of several kinds (docs/placement.md).
+so on, or with --machines a JSON file with the fields of dsjax.Cluster, or of a
+MixedCluster for nodes of several kinds (docs/placement.md).
 
 It prints a table of the best placements (of the best of each kind with a 95 %
 interval: experiments.coverage measures that it holds), what binds them and a
@@ -72,7 +72,7 @@ CLUSTER = dict(nodes=('nodes', 1), devices=('devices_per_node', 1),
 
 FLAGS = {
     'model': cli.Flag('opt-13b', 'A name in dsjax.config.zoo.'),
-    'cluster': cli.cluster_flag(CLUSTER),
+    'machines': cli.machines_flag(CLUSTER),
     'nodes': cli.Flag(1, 'Nodes.', low=1),
     'devices': cli.Flag(candidates.DEVICES, 'Devices a node.', low=1),
     **dict.fromkeys(cli.CLUSTER),
@@ -104,7 +104,7 @@ FLAGS = {
 
 def _cluster(options):
   """The cluster of the flags, or of the file."""
-  return cli.cluster_file(options, CLUSTER) or Cluster.of(
+  return cli.machines(options, CLUSTER) or Cluster.of(
       options.latency, **cli.fields(options, CLUSTER))
 
 
@@ -286,7 +286,7 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
       'rows': _json(answer.rows), 'strict_target': options.strict,
       'strict': _json(answer.strict), 'note': note(problem)},
                        cli.asked(options, FLAGS),
-                       [options.lengths, *latencies, options.cluster])
+                       [options.lengths, *latencies, options.machines])
   terminal.written(console, out, 'placement.json', 'placement.png')
   return code
 

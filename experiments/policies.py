@@ -1,7 +1,7 @@
 """Policies side by side: goodput per device, on the same requests.
 
   python -m experiments.policies --out=out/policies
-  python -m experiments.policies --workloads=sharegpt --only=static,arrow
+  python -m experiments.policies --lengths=sharegpt --only=static,arrow
   python -m experiments.policies --model=llama-3-70b --plan=4x1 --instances=2
   python -m experiments.policies --grid --minutes=60
 
@@ -16,7 +16,7 @@ measures each of GRID, a model and its instances, into the same files; traces
 are read from --traces, and left out, with a word, where they are not there.
 
 Where the rate shifts (--process=sine:low=5:high=45:period_s=60, step:...) or
-the lengths do (--workloads=shift:60:sharegpt+longbench), the goodput is the
+the lengths do (--lengths=shift:60:sharegpt+longbench), the goodput is the
 mean rate at which the target attains over a whole period, after one of warm-up,
 and what attains in each part of it is told too (column phases): no phase is to
 be sacrificed. --real serves one row on this machine's CPU devices instead (see
@@ -109,10 +109,10 @@ FLAGS = {
     'plan': cli.Flag('1x1', 'TPxPP of each instance.'),
     'instances': cli.Flag(4, 'Flexible instances.', low=2, high=64),
     'grid': cli.Flag(False, 'Of GRID instead of these four.'),
-    'workloads': cli.Flag(['sharegpt', 'humaneval', 'longbench', *TRACES],
-                          'Names or files, as experiments.place --lengths; of '
-                          f'--traces {list(TRACES)}.'),
-    'traces': cli.Flag('../shared/traces', 'Folder of traces.'),
+    'lengths': cli.Flag(','.join(['sharegpt', 'humaneval', 'longbench',
+                                  *TRACES]), 'As experiments.place --lengths, '
+                        f'with commas between; of --traces {list(TRACES)}.'),
+    'traces': 'traces',
     'process': 'poisson',
     'objectives': cli.Flag(list(OBJECTIVES), f'Of {list(OBJECTIVES)}.'),
     'only': cli.Flag([], f'Policies; of {list(VARIANTS)}, or path.py:name.'),
@@ -192,6 +192,7 @@ def objectives(problem: candidates.SearchProblem, plan: Plan, name: str
   seconds = problem.latency_of(plan)
   require(seconds is not None, '--plan', plan, 'a plan with latencies: '
           f'{candidates.names(candidates.measured(problem))}')
+  assert seconds
   prompts = sorted(p for p, _ in candidates.lengths(problem, 1000))
   times, steps = OBJECTIVES[name]
   longest = prompts[len(prompts) * 9 // 10]
@@ -217,15 +218,16 @@ def measure(effort: Effort, cell: Cell) -> Line:
   problem = dataclasses.replace(problem, slo=slo)
   placement = Placement(flexible=[plan] * cell.instances)
   seconds = problem.latency_of(plan)
+  assert seconds  # or there were no objectives
   batch = candidates.batch_tokens(problem, seconds)
   prompts = [p for p, _ in candidates.lengths(problem, 1000)]
   # No faster than every device prefilling the largest batches.
   bound_per_s = (cell.instances * batch / seconds.prefill_s(((0, batch),))
                  / (sum(prompts) / len(prompts)))
   best, chosen = goodput.Goodput(0.0, 0.0, 0.0, 'floor', 0.0, 0), ''
+  candidate = judging.Candidate(placement, batch, True, bound_per_s,
+                                guess_per_s=bound_per_s / 4)
   for text in variants(cell):
-    candidate = judging.Candidate(placement, batch, True, bound_per_s,
-                                  guess_per_s=bound_per_s / 4)
     rates = _goodput(
         dataclasses.replace(problem, policy=policies.load(text, slo)),
         judging.Task(candidate, effort.target,
@@ -233,12 +235,12 @@ def measure(effort: Effort, cell: Cell) -> Line:
     if rates.rate_per_s > best.rate_per_s:
       best, chosen = rates, text
   phases = ''
-  if problem.workload.phases and chosen:
+  if phases_of(problem) and chosen:
     records = whole_periods(dataclasses.replace(
         problem, policy=policies.load(chosen, slo)), candidate,
         best.rate_per_s)
     phases = ', '.join(f'{name} {share:.0%}' for name, (share, *_) in
-                       metrics.by_phase(records, slo, *problem.workload.phases
+                       metrics.by_phase(records, slo, *phases_of(problem)
                                         ).items())
   devices = placement.num_devices
   return Line(cell.model, cluster(cell), cell.load,
@@ -249,12 +251,17 @@ def measure(effort: Effort, cell: Cell) -> Line:
               chosen, phases, str(effort))
 
 
+def phases_of(problem: candidates.SearchProblem) -> Any:
+  """The Phases of a load that shifts; None of any other."""
+  return getattr(problem.workload, 'phases', None)
+
+
 def whole_periods(problem: candidates.SearchProblem,
                   candidate: judging.Candidate, rate_per_s: float
                   ) -> list[Record]:
   """The records of a whole period of a load that shifts, after one that warms
   up, at this mean rate."""
-  period_s = problem.workload.phases.period_s
+  period_s = phases_of(problem).period_s
   n = math.ceil(PERIODS * period_s * rate_per_s) + 1
   records = judging.run(problem, judging.setup(problem, candidate),
                         rate_per_s, n)
@@ -266,7 +273,7 @@ def _goodput(problem: candidates.SearchProblem, task: judging.Task
              ) -> goodput.Goodput:
   """judging.measure; of a load that shifts, over whole periods: a part of one
   says nothing of the whole."""
-  if not problem.workload.phases:
+  if not phases_of(problem):
     return judging.measure(problem, task)
 
   def hits_at(rate_per_s: float, n: int) -> list[bool]:
@@ -285,7 +292,7 @@ def _goodput(problem: candidates.SearchProblem, task: judging.Task
 def workloads(options: Any) -> tuple[dict[str, str], list[str]]:
   """({workload: its lengths}, the traces that are not there)."""
   there, absent = {}, []
-  for name in options.workloads:
+  for name in options.lengths.split(','):
     if name not in TRACES:
       there[pathlib.Path(name).stem] = name
       continue
@@ -306,8 +313,8 @@ def cells(options: Any) -> Iterator[Cell]:
           options.objectives, systems, workloads(options)[0].items(),
           options.orders, options.only or VARIANTS)):
     if (policy, order) not in ORDERED or FIFO not in options.orders:
-      yield Cell(*system, workload, lengths, options.process, objective,
-                 policy, order)
+      yield Cell._make((*system, workload, lengths, options.process, objective,
+                        policy, order))
 
 
 def place_of(effort: Effort, cell: Cell) -> tuple[str, ...]:
@@ -326,7 +333,7 @@ def run(options: Any, console: Any) -> int:
   there, absent = workloads(options)
   for text in absent:
     console.print(f'{text}: left out', soft_wrap=True, highlight=False)
-  require(there, '--workloads', options.workloads, 'one that is there')
+  require(there, '--lengths', options.lengths, 'one that is there')
   asked, told = list(cells(options)), cli.asked(options, FLAGS)
   if options.real:
     return real_row.run(options, console, [

@@ -46,7 +46,7 @@ class Options(NamedTuple):
 
   seed: int
   quick: bool
-  lengths_dir: pathlib.Path
+  traces: pathlib.Path
   validate: pathlib.Path | None
   tell: Callable = print
 
@@ -56,9 +56,7 @@ FLAGS = {
                        'with commas.'),
     'quick': cli.Flag(False, 'Seconds each; says little.'),
     'out': 'out/reproduce', 'seed': 0,
-    'lengths_dir': cli.Flag('../shared/traces/lengths', 'Folder with '
-                            'sharegpt_lengths_distserve.csv; a mixture is '
-                            'used where it is not there.'),
+    'traces': 'traces',
     'validate': cli.Flag('out/validate/summary.json', 'What '
                          'experiments.validate wrote, for table2.'),
 }
@@ -113,7 +111,7 @@ def save(out: pathlib.Path, name: str, data: dict[str, Any],
 
 def _read(name, options):
   """The data that a figure is of."""
-  read = [comparison.lengths_of(data, options.lengths_dir)
+  read = [comparison.lengths_of(data, options.traces)
           for data in DATA.get(name, ())]
   if name == 'table2' and options.validate.is_file():
     read.append(options.validate)
@@ -124,9 +122,9 @@ def run(values: types.SimpleNamespace, console: Console) -> int:
   """Computes, draws and shows what --figure names."""
   names, out = names_of(values.figure), pathlib.Path(values.out)
   require(not out.exists() or out.is_dir(), '--out', values.out, 'a folder')
-  folder = pathlib.Path(values.lengths_dir)
-  require(folder.is_dir() or values.lengths_dir == FLAGS['lengths_dir'].default,
-          '--lengths_dir', values.lengths_dir, 'a folder')
+  folder = pathlib.Path(values.traces)
+  require(folder.is_dir() or values.traces == FLAGS['traces'],
+          '--traces', values.traces, 'a folder')
   out.mkdir(parents=True, exist_ok=True)
   options = Options(values.seed, values.quick, folder,
                     pathlib.Path(values.validate))
@@ -142,7 +140,7 @@ def run(values: types.SimpleNamespace, console: Console) -> int:
           now_and_then(line)
         compute, draw = FIGURES[name]
         data = compute(options._replace(tell=tell)) | {
-            'data': comparison.data_of(DATA.get(name, ()), options.lengths_dir)}
+            'data': comparison.data_of(DATA.get(name, ()), options.traces)}
       save(out, name, data, draw, cli.asked(values, FLAGS),
            _read(name, options))
       show(console, name, data, time.perf_counter() - start)

@@ -93,7 +93,7 @@ def plan_requests(config: Serve
   drawn = made and (made.mixture or made.parts)
   n = w.requests or (100 if drawn else len(entries))
   times = workload.arrivals_of(
-      w.process, w.rate_per_s, n, w.seed, w.cv, entries)
+      w.process, w.rate_per_s, n, w.seed, w.cv, made.entries if made else None)
 
   def make(model):
     if made is None:

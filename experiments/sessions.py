@@ -1,16 +1,16 @@
 """What a prefix cache is worth: conversations served with one and without.
 
-  python -m experiments.sessions --kind=chat --rates=2,8
-  python -m experiments.sessions --kind=agent
-  python -m experiments.sessions --trace=conversation_trace.jsonl --rates=3.4
-  python -m experiments.sessions --trace=... --host_gb=64,256
-  python -m experiments.sessions --trace=... --rates=4 --goodput
+  python -m experiments.sessions --lengths=chat --rates=2,8
+  python -m experiments.sessions --lengths=agent
+  python -m experiments.sessions --lengths=conversation_trace.jsonl --rates=3.4
+  python -m experiments.sessions --lengths=... --host_gb=64,256
+  python -m experiments.sessions --lengths=... --rates=4 --goodput
   python -m experiments.sessions --real
 
-Simulated: at each rate the same requests (sessions of --kind, whose turns
-follow the answer before; or a trace in Mooncake's format, its times scaled to
-the rate) under each of ROUTES, each without a cache and with one, and with
-each of --host_gb, host memory of an instance for what its cache evicts.
+Simulated: at each rate the same requests (sessions, whose turns follow the
+answer before; or a trace in Mooncake's format, its times scaled to the rate)
+under each of ROUTES, each without a cache and with one, and with each of
+--host_gb, host memory of an instance for what its cache evicts.
   random    any prefill instance;
   balanced  the one with the fewest prompt tokens waiting;
   hits      the one where the first token is predicted soonest, what it has
@@ -72,8 +72,8 @@ TOLERANCE, MOST_RUNS = 1.05, 16  # of --goodput
 SIMULATED, REAL = 'llama-3-8b', 'smollm2-135m-instruct'  # --model not given
 WARMUP = 0.2  # share of the requests that counts in no statistic
 FLAGS = {
-    'kind': cli.Flag('chat', f'Of sessions: {" or ".join(KINDS)}.'),
-    'trace': cli.Flag('', 'A trace with hash_ids instead.'),
+    'lengths': cli.Flag('chat', f'Of sessions: {", ".join(KINDS)}, or a trace '
+                        'with hash_ids.'),
     'rates': '2,8',
     'requests': cli.Flag(2000, 'About so many turns at each rate.', low=50),
     'routes': cli.Flag(['random', 'balanced', 'hits', 'global'], 'Of them.'),
@@ -149,14 +149,15 @@ class Line(NamedTuple):
 
 def workload(options: Any, rate_per_s: float) -> list[Request]:
   """The requests of a rate."""
-  if options.trace:
-    known = sessions.read_trace(options.trace)
+  kind = KINDS.get(options.lengths)
+  if kind is None:
+    known = sessions.read_trace(options.lengths)
     span_s = known[-1].arrival_s
-    require(span_s > 0, '--trace', options.trace, 'one that takes some time')
+    require(span_s > 0, '--lengths', options.lengths,
+            'a trace that takes some time')
     speed = rate_per_s * span_s / len(known)
     return [dataclasses.replace(request, arrival_s=request.arrival_s / speed)
             for request in known[:options.requests]]
-  kind = KINDS[options.kind]
   count = -(-options.requests // kind.turns)
   gaps = np.random.default_rng([options.seed, 3]).exponential(
       kind.turns / rate_per_s, count)
@@ -330,7 +331,8 @@ def table(lines: Iterable[Line]) -> Table:
 
 def run(options: Any, console: Any) -> int:
   """Runs, shows and writes."""
-  require(options.kind in KINDS, '--kind', options.kind, f'of {list(KINDS)}')
+  require(options.lengths in KINDS or pathlib.Path(options.lengths).is_file(),
+          '--lengths', options.lengths, f'of {list(KINDS)}, or a file')
   require(0 < options.target < 1, '--target', options.target, 'between 0 and 1')
   require(options.routes, '--routes', '', f'of {list(ROUTES)}')
   if options.model is None:
@@ -380,7 +382,7 @@ def run(options: Any, console: Any) -> int:
   if options.out:
     provenance.save_lines(
         pathlib.Path(options.out), 'sessions', Line, lines, cli.asked(
-            options, FLAGS), [options.trace or options.kind, options.latency])
+            options, FLAGS), [options.lengths, options.latency])
     terminal.written(console, options.out, 'sessions.csv', 'sessions.json')
   return 130 if stopped else 0
 

@@ -24,8 +24,8 @@ With several --seeds, table and picture show their mean with an interval of the
 seeds' shares. A chunked placement runs at each point with every budget of
 --chunks, and the one that attains most is shown; prefill batches of the others
 stop where they saturate the plan (column batch). --per_device multiplies rates
-by their devices. --latency and --cluster=FILE are as in experiments.place; in a
-cluster of several kinds a placement is role=TPxPP@KIND, .... --process=trace
+by their devices. --latency and --machines=FILE are as in experiments.place; on
+devices of several kinds a placement is role=TPxPP@KIND, .... --process=trace
 without a rate uses the trace's own times,
 sine:low=5:high=45:period_s=60 and step:... their own rates (a rate is their
 mean); with these, and with lengths that shift, each phase's share is printed
@@ -78,7 +78,7 @@ FLAGS = {
     'per_device': cli.Flag(False, 'Rates are for each device.'),
     'ttft_s': 0.25, 'tpot_s': 0.1, 'target': 0.9, 'lengths': 'sharegpt',
     'process': 'poisson', 'cv': 1.0, 'latency': 'published', 'host_ms': 2.0,
-    'cluster': cli.cluster_flag(cli.CLUSTER), **dict.fromkeys(cli.CLUSTER),
+    'machines': cli.machines_flag(cli.CLUSTER), **dict.fromkeys(cli.CLUSTER),
     'policy': cli.Flag('distserve', 'A shipped one (docs/policies.md), or '
                        'path.py:name; several with commas between.'),
     'aligned': cli.Flag(True, 'KV moves inside a node.'),
@@ -125,7 +125,7 @@ def settings(options: types.SimpleNamespace
 
 def _cluster(options):
   """(the cluster, the placements) of a command line."""
-  cluster = cli.cluster_file(options, cli.CLUSTER)
+  cluster = cli.machines(options, cli.CLUSTER)
   placements = [
       Placement.parse(text, '--placement', cluster.kinds if cluster else ('',))
       for text in options.placement.split('/')]
@@ -177,7 +177,7 @@ def _policies(text, slo):
 def _made_by(options):
   """(options, data) as provenance.save_json takes them."""
   return cli.asked(options, FLAGS), [options.lengths, options.latency,
-                                      options.cluster]
+                                      options.machines]
 
 
 def write(out: pathlib.Path, points: Sequence[sweep.Point], stopped: bool,
@@ -212,7 +212,7 @@ class Traces:
       old.unlink()
 
   def save(self, name: str, placed: Placement, config: scheduler.Config,
-           log: Sequence[report.Entry]) -> None:
+           log: list[report.Entry]) -> None:
     assert event_log.replay(config, log) is None, f'{name}: no replay'
     stem = re.sub('[^a-z0-9.]+', '-', name)
     report.save_log(self.out / f'events-{stem}.jsonl', log)
@@ -236,7 +236,7 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
   out = pathlib.Path(options.out) if options.out else None
   if out:
     out.mkdir(parents=True, exist_ok=True)
-  traces = Traces(out, options) if options.timeline else None
+  traces = Traces(out, options) if out and options.timeline else None
   done, stopped = [], False
   with terminal.Interrupts() as interrupts, Progress(
       console=console, transient=True) as progress:
@@ -246,7 +246,7 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
             f' seed {seed}' if len(drawn) > 1 else '')
         for point in sweep.simulate(
             options, asked, placements, varied, kind, progress,
-            interrupts.halt, traces and traces.save, label):
+            interrupts.halt, traces.save if traces else None, label):
           done.append(dataclasses.replace(point, policy=policy, seed=seed))
           if not console.is_terminal:
             where = sweep_report.where(point, kind)
@@ -258,7 +258,8 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
       stopped = True
   shown = sweep.by_system(done, kind)
   asked = next(iter(problems.values()))
-  _show(console, shown, kind, options.target, asked.workload.phases)
+  _show(console, shown, kind, options.target,
+        getattr(asked.workload, 'phases', None))
   for words in filter(None, (note(asked), profiles.caveat(options.latency))):
     console.print(words, soft_wrap=True)
   if stopped:

@@ -86,8 +86,8 @@ CONFIG = EngineConfig(
     chunk_tokens=64, checksum=True, tries=10, lease_s=5.0, stall_s=20.0,
     silent_s=10.0, restarts=1000)
 # With --all, of each of them: pages run short, and prompts go in chunks.
-ALL = {'stream_kv': True, 'host_bytes': 2**25, 'num_pages': 24,
-       'prefill_tokens': 32}
+ALL: dict[str, Any] = {'stream_kv': True, 'host_bytes': 2**25, 'num_pages': 24,
+                       'prefill_tokens': 32}
 QUICK = dataclasses.replace(CONFIG, lease_s=1.0, stall_s=2.0, silent_s=5.0,
                             restart_s=0.2)
 
@@ -125,8 +125,9 @@ def make_jobs(model: Model, config: EngineConfig, seed: int
               ) -> list[tuple[list[int], dict[str, Any]]]:
   """[(prompt ids, parameters)]: the demo's chats, greedy and drawn in turn."""
   rng, jobs = random.Random(seed), []
+  tokenizer: Any = model.tokenizer  # SmolLM2 has one
   for i, p in enumerate(workload.read_prompts(str(PROMPTS))):
-    ids = model.tokenizer.chat(list(p.messages) if p.messages else
+    ids = tokenizer.chat(list(p.messages) if p.messages else
                                [{'role': 'user', 'content': p.text}])
     tokens = rng.randint(4, 48)
     if len(ids) + tokens <= config.max_len:
@@ -202,7 +203,7 @@ class Soak:
     while self.server.busy:
       self.server.poll()
     self.want = [tuple(self.server.requests[id].tokens) for id in ids]
-    self.leaves_s = max(r.finish_s - r.arrival_s for r in map(
+    self.leaves_s = max((r.finish_s or 0.0) - r.arrival_s for r in map(
         self.server.forget, ids))
     self.arrays_mb = self.arrays()
 
@@ -275,8 +276,8 @@ class Soak:
   def break_process(self) -> None:
     """One fault of a process, at random."""
     index = self.rng.randrange(len(self.server.engines))
-    engine, away_s = self.server.engines[index], self.rng.uniform(
-        0, self.options.back_s)
+    engine: Any = self.server.engines[index]  # a RemoteEngine
+    away_s = self.rng.uniform(0, self.options.back_s)
     what = self.rng.choice(('SIGKILL', 'SIGKILL', 'SIGSTOP', 'cut off',
                             'killed', 'drained'))
     if what == 'killed':
@@ -335,7 +336,7 @@ class Soak:
     self.done.append({
         'id': id, 'job': job, 'status': record.status,
         'reason': record.reason, 's': record.arrival_s - self.origin,
-        'latency_s': record.finish_s - record.arrival_s,
+        'latency_s': (record.finish_s or 0.0) - record.arrival_s,
         'retries': record.retries, 'tokens': len(got)})
 
   def settle(self) -> None:
@@ -365,7 +366,8 @@ class Soak:
 
   def ask(self) -> None:
     """Asks each process what it holds, and how often it has compiled."""
-    answers = [engine.count() for engine in self.server.engines]
+    engines: list[Any] = self.server.engines  # RemoteEngines
+    answers = [engine.count() for engine in engines]
     while not all(answer() for answer in answers):
       self.server.poll()
     self.held = sum(sum(answer()) for answer in answers)

@@ -1,10 +1,10 @@
 """What streamed KV is worth: how soon the second token of a long prompt comes.
 
   python -m experiments.stream
-  python -m experiments.stream --across --lengths=8192 --rate=1
+  python -m experiments.stream --across --prompt_lens=8192 --rate=1
   python -m experiments.stream --real
 
-At each length of --lengths the same prompts are served with whole hand-offs
+At each of --prompt_lens the same prompts are served with whole hand-offs
 and with streamed KV (engine.stream_kv). Without --rate one comes when the one
 before has ended, so nothing but its own copy delays a second token; with
 --rate so many come a second. Simulated on --placement; with --real a model
@@ -36,12 +36,14 @@ from dsjax.simulation import simulator
 from experiments.common import cli, provenance, terminal
 
 # What is not given: simulated, and with --real, which takes a minute or two.
-SIMULATED = {'lengths': '128,2048,8192', 'requests': 40, 'model': 'llama-3-8b'}
-REAL = {'lengths': '96,384', 'requests': 6, 'model': 'smollm2-135m-instruct'}
+SIMULATED = {'prompt_lens': '128,2048,8192', 'requests': 40,
+             'model': 'llama-3-8b'}
+REAL = {'prompt_lens': '96,384', 'requests': 6,
+        'model': 'smollm2-135m-instruct'}
 FLAGS = {
-    'lengths': cli.Flag(None, 'Tokens of a prompt, with commas between: '
-                        f'{SIMULATED["lengths"]}; with --real '
-                        f'{REAL["lengths"]}.', str),
+    'prompt_lens': cli.Flag(None, 'Tokens of a prompt, with commas between: '
+                            f'{SIMULATED["prompt_lens"]}; with --real '
+                            f'{REAL["prompt_lens"]}.', str),
     'requests': cli.Flag(None, f'Of each length: {SIMULATED["requests"]}; with '
                          f'--real {REAL["requests"]}.', int, low=1),
     'rate': cli.Flag(0.0, 'A second; 0: one after another.', low=0),
@@ -78,8 +80,9 @@ def line(tokens: int, stream: bool, records: Iterable[Record], last_s: float
   served = [r for r in records if len(r.token_s) > 1]
   gaps_s = [r.itl_s[0] for r in served]
   moved = sum(r.migrated_tokens for r in served)
+  gap_s, gap_p99_s = map(float, np.quantile(gaps_s, (0.5, 0.99)))
   return Line(
-      tokens, stream, *map(float, np.quantile(gaps_s, (0.5, 0.99))),
+      tokens, stream, gap_s, gap_p99_s,
       float(np.median([r.ttft_s or 0.0 for r in served])),
       float(np.median([r.tpot_s or 0.0 for r in served])), last_s,
       moved / (tokens * len(served)))
@@ -170,9 +173,10 @@ def run(options: Any, console: Any) -> int:
   for name, value in (REAL if options.real else SIMULATED).items():
     if getattr(options, name) is None:
       setattr(options, name, value)
-  given = cli.numbers('--lengths', options.lengths)
+  given = cli.numbers('--prompt_lens', options.prompt_lens)
   lengths = list(map(int, given))
-  require(lengths == given, '--lengths', options.lengths, 'whole numbers')
+  require(lengths == given, '--prompt_lens', options.prompt_lens,
+          'whole numbers')
   lines: list[Line] = []
   tell, stopped = terminal.now_and_then(console), False
   try:

@@ -30,7 +30,7 @@ simulated share is from the real one, run by run.
 
 --minutes=25 begins no row later than that, and --resume goes on with a folder
 whose rows are not all there: with its profile, rates and objectives. With
---profile too, what the folder has is simulated once more, with that one.
+--latency too, what the folder has is simulated once more, with that one.
 
 Files in --out: summary.json (a row for each mode and rate, kept by Ctrl-C),
 validate.png, latency.json (bench), events-MODE-RATE-SEED.jsonl.
@@ -107,8 +107,8 @@ FLAGS = {
                          low=LEAST),
     'seeds': cli.Flag(['0'], 'Of the workloads of a row, with commas between.'),
     'ttft_s': None, 'tpot_s': None,
-    'profile': cli.Flag(None, 'A profile measured before with this engine; '
-                        'none: measure now.', str),
+    'latency': cli.Flag(None, 'A file that experiments.measure wrote of this '
+                        'engine; none: measure now.', str),
     'minutes': cli.Flag(None, 'After so many no row begins.', float, low=0.01),
     'resume': cli.Flag(False, 'Rows that --out has stay.'),
     'cluster': cli.CLUSTER_FLAG, 'rounds': 3, 'set': (),
@@ -262,7 +262,7 @@ def step_times(profiles: Profiles, logs: Iterable[pairing.Log]
                        + step.idle * model.host_s, step.overlap))
     if compared:
       add(kind, compared)
-  if copies:
+  if copies and profiles.link:
     add('migrate', [(c.seconds, profiles.link.migrate_s(c.num_tokens)
                      + profiles.latencies[0].host_s, float(c.behind))
                     for c in copies])
@@ -430,8 +430,8 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
       TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
       console=console) as bar:
     try:
-      if options.profile:
-        profile = profiles.load(options.profile)
+      if options.latency:
+        profile = profiles.load(options.latency)
       elif before:
         profile = profiles.load(out / 'latency.json')
       else:
@@ -452,7 +452,7 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
       todo = [(m, rate) for m in modes for rate in (rates or [
           share * m.capacity_per_s for share in SHARES])]
       rows = before['rows'] if before else []
-      if options.profile:
+      if options.latency:
         by_name = {mode.name: mode for mode in modes}
         for index, row in enumerate(rows):
           interrupts.halt()
@@ -476,7 +476,7 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
         _tell(bar.console, rows[-1])
     except KeyboardInterrupt:
       stopped = True
-  if not rows:
+  if not rows or slo is None:
     console.print('Stopped before any row was done: nothing to show.')
     return 130 if stopped else 0
   show(console, rows, slo)
@@ -528,17 +528,17 @@ def _checked(options):
 
 def _check_profile(profile, options):
   plan = Plan()
-  require(plan in profile.latencies, '--profile', options.profile,
+  require(plan in profile.latencies, '--latency', options.latency,
           'a profile of plan 1x1')
   require((plan, plan) in profile.links
-          or 'disaggregated' not in options.modes, '--profile',
-          options.profile, 'one with a link 1x1>1x1 (where the machine '
+          or 'disaggregated' not in options.modes, '--latency',
+          options.latency, 'one with a link 1x1>1x1 (where the machine '
           'was too noisy to fit it, measure again)')
 
 
 def _made_by(options):
   """(options, data) as provenance.save_json takes them."""
-  return cli.asked(options, FLAGS), [options.profile]
+  return cli.asked(options, FLAGS), [options.latency]
 
 
 def _write(out, options, name, slo, modes, rows):

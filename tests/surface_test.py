@@ -1,27 +1,28 @@
 """What `import dsjax` offers: names, words, types, and how fast."""
 
 import ast
+import dataclasses
 import inspect
 import pathlib
 import shutil
 import subprocess
 import sys
 import tomllib
+from typing import Any
 
 import pytest
 
 import dsjax
+from dsjax.config.request import SamplingFields
+from dsjax.runtime.orchestrator import ServeOptions
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = {
-    'DISTSERVE', 'Affine', 'AsyncServer', 'Because', 'Border', 'Cluster',
-    'EngineConfig', 'Fetch', 'Hardware', 'InputError', 'Interrupted',
-    'MixedCluster', 'Model', 'ModelConfig', 'Move', 'Orchestrator', 'Output',
-    'Refuse',
-    'Placement', 'Plan', 'Policy', 'PolicyError', 'PrefillBudget', 'Profile',
-    'Record', 'Request', 'RequestFailed', 'Sampling', 'SearchResult',
-    'Simulated', 'Slo', 'Split', 'load', 'profile', 'rows', 'search', 'serve',
-    'serve_async', 'simulate'}
+    'AsyncServer', 'Cluster', 'DISTSERVE', 'EngineConfig', 'InputError',
+    'Interrupted', 'Model', 'ModelConfig', 'Orchestrator', 'Output',
+    'Placement', 'Plan', 'Policy', 'PolicyError', 'Profile', 'Record',
+    'Request', 'RequestFailed', 'Sampling', 'Slo', 'load', 'profile', 'rows',
+    'search', 'serve', 'serve_async', 'simulate'}
 
 
 def test_the_names_are_these():
@@ -86,6 +87,29 @@ def test_each_has_words_and_types(name):
     assert not bare
 
 
+def test_parameters_by_name_are_those_that_are_taken():
+  fields = {f.name for f in dataclasses.fields(dsjax.Sampling)}
+  assert set(SamplingFields.__annotations__) == fields
+  first = ['model', 'placement', 'config']
+  assert [*first, *ServeOptions.__annotations__] == list(
+      inspect.signature(dsjax.serve).parameters)
+  assert list(inspect.signature(dsjax.serve).parameters) == list(
+      inspect.signature(dsjax.Orchestrator).parameters)
+
+
+@pytest.mark.parametrize('name', sorted(NAMES))
+def test_no_parameter_may_be_anything(name):
+  value = getattr(dsjax, name)
+  members = [value] if inspect.isfunction(value) else [
+      member for member_name, member in inspect.getmembers(
+          value, inspect.isfunction) if not member_name.startswith('_')]
+  for function in members:
+    if function.__name__ == 'call':  # a function's arguments
+      continue
+    for parameter in inspect.signature(function).parameters.values():
+      assert parameter.annotation is not Any, (function, parameter)
+
+
 def test_type_checkers_see_what_is_lazy():
   tree = ast.parse((ROOT / 'dsjax' / '__init__.py').read_text())
   seen = {}
@@ -117,6 +141,13 @@ def test_serve_says_what_it_wants(arguments, field):
   model = dsjax.load('tiny') if model == 'a model' else model
   with pytest.raises(dsjax.InputError, match=f'^{field}: must be a'):
     dsjax.serve(model, *others)
+
+
+def test_serve_async_says_what_it_wants_before_it_is_entered():
+  with pytest.raises(dsjax.InputError, match="^model='tiny': must be a Model"):
+    dsjax.serve_async('tiny', 'colocated=1x1')
+  with pytest.raises(dsjax.InputError, match="^option='polcy': must be one of"):
+    dsjax.serve_async(dsjax.load('tiny'), 'colocated=1x1', polcy=None)
 
 
 @pytest.mark.parametrize('arguments, field', [

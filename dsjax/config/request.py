@@ -1,7 +1,8 @@
 """A request, and how its tokens are chosen."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypedDict
 
 import numpy as np
 
@@ -102,6 +103,26 @@ class Sampling:
     for field, test, allowed in tests:
       value = getattr(self, field)
       require(test(value), f'Sampling.{field}', value, allowed)
+
+
+class SamplingFields(TypedDict, total=False):
+  """Fields of a Sampling by name, as `generate` and the like take them."""
+
+  max_tokens: int | None
+  temperature: float
+  top_k: int
+  top_p: float
+  min_p: float
+  repetition_penalty: float
+  presence_penalty: float
+  frequency_penalty: float
+  logit_bias: Mapping[int, float] | Iterable[tuple[int, float]]
+  seed: int
+  logprobs: int | None
+  stop: str | Iterable[str]
+  stop_token_ids: Iterable[int]
+  ignore_eos: bool
+  min_tokens: int
 
 
 def _pairs(bias):

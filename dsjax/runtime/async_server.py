@@ -2,13 +2,19 @@
 
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Unpack
 
 from dsjax.checkpoints.checkpoint import Model
-from dsjax.config.checks import InputError
+from dsjax.config.checks import InputError, require
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement
-from dsjax.runtime.orchestrator import Orchestrator, serve
+from dsjax.config.request import SamplingFields
+from dsjax.runtime.orchestrator import (
+  Orchestrator,
+  ServeOptions,
+  check_served,
+  serve,
+)
 from dsjax.runtime.orchestrator_thread import (
   Call,
   MakeOrchestrator,
@@ -49,7 +55,8 @@ class AsyncServer:
                          ) from self._thread.failure
     return self._thread.orchestrator
 
-  async def generate(self, prompt: Prompt, **params: Any) -> Output:
+  async def generate(self, prompt: Prompt, **params: Unpack[SamplingFields]
+                     ) -> Output:
     """Serves one request to its end; see Orchestrator.generate.
 
     Raises:
@@ -67,7 +74,8 @@ class AsyncServer:
     raise_unless_served(output, self._thread.is_open)
     return output
 
-  async def stream(self, prompt: Prompt, **params: Any) -> AsyncIterator[str]:
+  async def stream(self, prompt: Prompt, **params: Unpack[SamplingFields]
+                   ) -> AsyncIterator[str]:
     """Yields pieces of text as they come; errors as those of generate, also
     where the request was cancelled elsewhere."""
     updates, call = [], self._submit(prompt, params)
@@ -82,7 +90,7 @@ class AsyncServer:
     raise_unless_served(self._output(updates), self._thread.is_open,
                         whole=True)
 
-  def _submit(self, prompt: Prompt, params: dict[str, Any]) -> Call:
+  def _submit(self, prompt: Prompt, params: SamplingFields) -> Call:
     return self._thread.submit(
         [self.orchestrator.prepare(prompt, **params)], time.perf_counter())
 
@@ -99,14 +107,18 @@ class AsyncServer:
 
 
 def serve_async(model: Model, placement: Placement | str,
-                config: EngineConfig | None = None, **options: Any
-                ) -> AsyncServer:
+                config: EngineConfig | None = None,
+                **options: Unpack[ServeOptions]) -> AsyncServer:
   """An AsyncServer of a model over a placement; arguments as of `serve`.
 
   `async with dsjax.serve_async(model, placement) as server:
   await server.generate('Hi')`.
   """
+  placement = check_served(model, placement, config)
+  for name in options:
+    require(name in ServeOptions.__annotations__, 'option', name,
+            f'one of {tuple(ServeOptions.__annotations__)}')
   def start(report: Report) -> Orchestrator:
-    given: dict[str, Any] = {'report': report, **options}
+    given: ServeOptions = {'report': report, **options}
     return serve(model, placement, config, **given)
   return AsyncServer(start)

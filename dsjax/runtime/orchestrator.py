@@ -37,7 +37,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from typing import Any
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import jax
 
@@ -55,7 +55,7 @@ from dsjax.config.checks import (
 from dsjax.config.engine import EngineConfig
 from dsjax.config.latency import Latency, LinkLike
 from dsjax.config.placement import Placement
-from dsjax.config.request import Request, Sampling
+from dsjax.config.request import Request, Sampling, SamplingFields
 from dsjax.placement.api import Named, latency_of, links_of
 from dsjax.runtime.cluster import starting
 from dsjax.runtime.engine import Engine
@@ -77,6 +77,8 @@ from dsjax.runtime.requests import Requests, listed
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import Drain
 from dsjax.scheduling.policy import DISTSERVE, Policy
+
+T = TypeVar('T')
 
 
 class Orchestrator:
@@ -224,7 +226,7 @@ class Orchestrator:
 
   # --- the thread -----------------------------------------------------------
 
-  def call(self, function: Callable[..., Any], *args: Any) -> Any:
+  def call(self, function: Callable[..., T], *args: Any) -> T:
     """Calls a function in the server's thread, between two transitions.
 
     What observers raised meanwhile is raised after it, or logged where the
@@ -334,7 +336,7 @@ class Orchestrator:
 
   # --- requests -------------------------------------------------------------
 
-  def prepare(self, prompt: Prompt, **params: Any
+  def prepare(self, prompt: Prompt, **params: Unpack[SamplingFields]
               ) -> tuple[tuple[int, ...], Sampling]:
     """Checked token ids and Sampling of a request.
 
@@ -353,7 +355,7 @@ class Orchestrator:
     self._asked.check(prompt, sampling)
 
   def submit(self, prompt: Prompt, arrival_s: float | None = None,
-             **params: Any) -> int:
+             **params: Unpack[SamplingFields]) -> int:
     """Queues a request; returns its id. See Sampling for the parameters.
 
     Raises:
@@ -369,7 +371,7 @@ class Orchestrator:
       raise
 
   def _submit(self, ids: list[int], prompt: Prompt,
-              params: Mapping[str, Any], arrival_s: float | None = None
+              params: SamplingFields, arrival_s: float | None = None
               ) -> None:
     """Queues a request, and adds its id to `ids` before anything can fail."""
     require(arrival_s is None or is_number(-math.inf, math.inf)(arrival_s),
@@ -426,7 +428,8 @@ class Orchestrator:
     """
     return self.call(self._asked.forget, id)
 
-  def generate(self, prompt: Prompt, **params: Any) -> Output:
+  def generate(self, prompt: Prompt, **params: Unpack[SamplingFields]
+               ) -> Output:
     """Serves one request to its end. Any number of threads may.
 
     Raises:
@@ -445,7 +448,8 @@ class Orchestrator:
     raise_unless_served(output, self.is_open)
     return output
 
-  def stream(self, prompt: Prompt, **params: Any) -> Iterator[str]:
+  def stream(self, prompt: Prompt, **params: Unpack[SamplingFields]
+             ) -> Iterator[str]:
     """Yields pieces of text as they come; leaving early cancels.
 
     Raises:
@@ -475,8 +479,9 @@ class Orchestrator:
     return (finished, pieces) if finished or pieces else None
 
   def generate_all(self, prompts: Iterable[Prompt],
-                   sampling: Sequence[Mapping[str, Any]] | None = None,
-                   errors: str = 'raise', **params: Any) -> list[Output]:
+                   sampling: Sequence[SamplingFields] | None = None,
+                   errors: str = 'raise', **params: Unpack[SamplingFields]
+                   ) -> list[Output]:
     """Serves many requests to their ends, all at once: an Output each, in
     the order of the prompts.
 
@@ -495,15 +500,17 @@ class Orchestrator:
             "'raise' or 'return'")
     prompts = listed('prompts', prompts, 'a list of prompts')
     allowed = f'parameters by name, as many as the prompts, {len(prompts)}'
-    each = ([{}] * len(prompts) if sampling is None
-            else listed('sampling', sampling, allowed))
+    each: list[SamplingFields] = (
+        [{} for _ in prompts] if sampling is None
+        else listed('sampling', sampling, allowed))
     require(len(each) == len(prompts) and all(
         isinstance(own, Mapping) and all(isinstance(name, str) for name in own)
         for own in each), 'sampling', sampling, allowed)
     requests = []
     for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
       with naming(f'prompts[{index}]'):
-        requests.append(self.prepare(prompt, **{**params, **own}))
+        both: SamplingFields = {**params, **own}
+        requests.append(self.prepare(prompt, **both))
     self._asked.check_open()
     ids: list[int] = []
     outputs: list[Output] = []
@@ -606,6 +613,38 @@ def _close_all(engines: Sequence[AnyEngine]) -> None:
     engine.close()
 
 
+class ServeOptions(TypedDict, total=False):
+  """What `serve` takes beside model, placement and config."""
+
+  devices: Sequence[jax.Device] | None
+  report: Report | None
+  keep_events: int | None
+  make_engine: MakeEngine
+  policy: Policy
+  latency: Named | None
+  link: LinkLike | None
+  planner: Executor | None
+  cluster: str | None
+
+
+def check_served(model: Model, placement: Placement | str,
+                 config: EngineConfig | None) -> Placement:
+  """The Placement of what `serve` is given.
+
+  Raises:
+    InputError.
+  """
+  require(isinstance(model, Model), 'model', model,
+          'a Model, such as dsjax.load returns')
+  if isinstance(placement, str):
+    placement = Placement.parse(placement)
+  require(isinstance(placement, Placement), 'placement', placement,
+          'a Placement or its text')
+  require(config is None or isinstance(config, EngineConfig), 'config', config,
+          'a dsjax.EngineConfig')
+  return placement
+
+
 def serve(model: Model, placement: Placement | str,
           config: EngineConfig | None = None,
           devices: Sequence[jax.Device] | None = None,
@@ -624,14 +663,7 @@ def serve(model: Model, placement: Placement | str,
     placement: a Placement or its text, such as 'prefill=2x1,decode=1x1'.
     the rest: see Orchestrator.__init__, which also says what is raised.
   """
-  require(isinstance(model, Model), 'model', model,
-          'a Model, such as dsjax.load returns')
-  if isinstance(placement, str):
-    placement = Placement.parse(placement)
-  require(isinstance(placement, Placement), 'placement', placement,
-          'a Placement or its text')
-  require(config is None or isinstance(config, EngineConfig), 'config', config,
-          'a dsjax.EngineConfig')
+  placement = check_served(model, placement, config)
   with contextlib.suppress(RuntimeError):  # it has started: use what is there
     if cluster is None and (
         jax.config.values['jax_num_cpu_devices'] < placement.num_devices):

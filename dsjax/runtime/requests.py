@@ -239,6 +239,7 @@ class Requests:
 
 def listed(field: str, values: Iterable[Any], allowed: str) -> list[Any]:
   """What may be given once only, as a list."""
-  require(isinstance(values, Iterable) and not isinstance(values, str | bytes)
-          and getattr(values, 'ndim', 1), field, values, allowed)
+  require(isinstance(values, Iterable) and getattr(values, 'ndim', 1)
+          and not isinstance(values, str | bytes | dict | set),
+          field, values, allowed)
   return list(values)

@@ -7,7 +7,7 @@ not carry out, is a PolicyError that names the hook.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsjax.config.checks import plain
@@ -214,12 +214,15 @@ def victim(run: Run, inst: LiveInstance) -> int:
 
 def roles(run: Run, answer: Any) -> dict[int, str]:
   """{index: role} of an answer of resize, of those whose role changes."""
-  try:
-    given = {index_of(index): role for index, role in dict(answer).items()}
-  except (TypeError, ValueError):
-    given = {-1: ''}
+  most = len(run.instances)
+  try:  # a hook's own object may raise anything, and may have no end
+    pairs = list(itertools.islice(
+        answer.items() if isinstance(answer, Mapping) else answer, most + 1))
+    given = {index_of(index): role for index, role in pairs}
+  except Exception:
+    pairs, given = [], {-1: ''}
   flexible = [i.index for i in run.instances if i.able.flips]
-  if not (given.keys() <= set(flexible)
+  if not (len(pairs) <= most and given.keys() <= set(flexible)
           and all([type(role) is str and role in GIVEN
                    for role in given.values()])):
     raise run.policy.refuse('resize', answer, '{index: role}, indices of '

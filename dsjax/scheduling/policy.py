@@ -299,7 +299,7 @@ class Policy:
     return PolicyError(f'policy {self.name!r}, hook {hook}: raised '
                        f'{type(error).__name__}: {error}')
 
-  def refuse(self, hook: str, answer: Any, allowed: str) -> PolicyError:
+  def refuse(self, hook: str, answer: object, allowed: str) -> PolicyError:
     """The error that says what a hook answered and what it may answer."""
     try:
       text = repr(answer)

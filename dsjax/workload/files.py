@@ -216,8 +216,8 @@ def _columns(path, line: int, names: list[str]) -> _Columns:
   arrival, prompt, output = (chosen[x] for x in ('arrival', 'prompt', 'output'))
   if prompt is None or output is None:
     raise InputError(
-        f'{path}, line {line}: columns {", ".join(map(str, names))}: must '
-        'include the tokens of prompt and output, such as prompt_len, '
+        f'{path}, line {line}: columns {", ".join(map(str, names))[:100]}: '
+        'must include the tokens of prompt and output, such as prompt_len, '
         'output_len, and may include arrival_s')
   unclear = [name for name in rest if _TIME_LIKE.search(_plain(name))]
   if arrival is None and unclear:

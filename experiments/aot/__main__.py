@@ -87,6 +87,7 @@ def child(model: str, gpu: str, start: int,
 
       timer = threading.Timer(LIMIT_S, stop)
       timer.start()
+      assert process.stdout  # a pipe
       for line in process.stdout:
         timer.cancel()
         timer = threading.Timer(LIMIT_S, stop)
@@ -153,7 +154,8 @@ def run(console: Console, pairs: Sequence[tuple[str, str]], jobs: int,
   """Compiles for each (model, gpu); prints; the exit code."""
   began = time.perf_counter()
   rows = compile_pairs(console, pairs, jobs)
-  golden, versions = aot_report.golden(), aot_steps.versions()
+  versions = aot_steps.versions()
+  golden: dict[str, Any] = aot_report.golden()
   if update:
     kept = golden['rows'] if golden['versions'] == versions else []
     golden = dict(versions=versions, rows=aot_report.merge(kept, rows))

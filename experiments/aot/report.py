@@ -58,7 +58,9 @@ def kernels(of_names: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def device_bytes(gpu: str) -> int:
   """Memory of a described GPU."""
   path = FOLDER / 'gpus' / f'{gpu}.txtpb'
-  return int(re.search(r'device_memory_size: (\d+)', path.read_text())[1])
+  found = re.search(r'device_memory_size: (\d+)', path.read_text())
+  assert found, path
+  return int(found[1])
 
 
 def must_hold(row: Mapping[str, Any]) -> list[str]:
@@ -87,7 +89,7 @@ def differences(row: Mapping[str, Any], want: Mapping[str, Any]) -> list[str]:
   changes = []
   for field in sorted(row.keys() | want.keys()):
     value, was = row.get(field), want.get(field)
-    close = (field.endswith('_bytes') and None not in (value, was)
+    close = (field.endswith('_bytes') and value is not None and was is not None
              and abs(value - was) <= TOLERANCE * was)
     if value != was and not close:
       changes.append(f'{field} is {value}, was {was}')

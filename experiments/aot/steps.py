@@ -47,10 +47,10 @@ class Step(NamedTuple):
   """
 
   name: str
-  mesh: object
-  fn: object
+  mesh: Any
+  fn: Any
   args: tuple
-  cache: object = None
+  cache: Any = None
   layers: int = 0
 
 
@@ -98,6 +98,8 @@ def stage_steps(config: ModelConfig, meshes: Sequence[Any], role: str,
   from dsjax.runtime import steps
   of = f' stage {stage}' if len(meshes) > 1 else ''
   short = dataclasses.replace(config, num_layers=SHORT * len(meshes))
+  largest: Any = None  # the shapes of `config`, and its cache
+  cache: Any = None
   for model, size in zip((config, short), SIZES[role], strict=True):
     asked = EngineConfig(
         max_len=2048, num_pages=num_pages, transfer_pages=PAGES,
@@ -203,4 +205,6 @@ def main(model: str, gpu: str, start: str, dump: str) -> None:
 
 
 if __name__ == '__main__':
+  if len(sys.argv) != 5:
+    sys.exit(__doc__)
   main(*sys.argv[1:])

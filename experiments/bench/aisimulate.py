@@ -102,6 +102,7 @@ def ours(config: scheduler.Config, sent: Sequence[Request]
   """CPU seconds of a run of ours and its summary."""
   seconds = profiles.named('tables:h100-80g', zoo.config('llama-3.1-8b'))(
       Plan(1, 1))
+  assert seconds  # in the tables
   start_s = time.process_time()
   link = latency.Link(2e-4, 25e9, 131_072)
   records = simulator.simulate(config, sent, seconds, link).records

@@ -116,8 +116,8 @@ def serve(model: dsjax.Model, config: EngineConfig,
           'copy_ms': copy_s / len(prompts) * 1e3,
           'second_token_ms': statistics.median(
               r.token_s[1] - r.token_s[0] for r in records) * 1e3,
-          'ttft_ms': statistics.median(r.ttft_s for r in records) * 1e3,
-          'tpot_ms': statistics.median(r.tpot_s for r in records) * 1e3}
+          'ttft_ms': statistics.median(r.ttft_s or 0.0 for r in records) * 1e3,
+          'tpot_ms': statistics.median(r.tpot_s or 0.0 for r in records) * 1e3}
 
 
 def measure(options: types.SimpleNamespace, config: EngineConfig,

@@ -27,7 +27,7 @@ def dense_forward(
   ks, vs = [], []
   for layer, k_BKTH, v_BKTH in zip(params['layers'], k_LBKTH, v_LBKTH,
                                    strict=True):
-    def heads(name, h_AD=None, layer=layer):
+    def heads(name, h_AD, layer=layer):
       return products.project(layer[name], h_AD)
     h_AD = transformer.rms_norm(x_AD, layer['attn_norm_D'], config.norm_eps)
     q_ANH = transformer.rotary(heads('q_NHD', h_AD), *turn)
@@ -66,8 +66,9 @@ class Dense:
                         donate_argnums=(1, 2))
     shape = (batch, config.num_kv_heads, prompt + steps + 1, config.head_dim)
     self.params = params
-    self.kv = [tuple(jnp.zeros(shape) for _ in range(config.num_layers))
-               for _ in range(2)]
+    self.kv: list[Any] = [
+        tuple(jnp.zeros(shape) for _ in range(config.num_layers))
+        for _ in range(2)]
     self.prompt = jnp.ones((batch, prompt), jnp.int32)
     self.zero = jnp.zeros(batch, jnp.int32)
 

@@ -129,8 +129,9 @@ def bench_steps(loaded: checkpoint.Model, instance: engine.Engine,
                 results: list[dict[str, Any]], rounds: int,
                 say: Callable[..., None]) -> None:
   shapes = instance.shapes
+  params: Any = loaded.params
   plain = sharding.place_params(shapes.layout, shapes.span, shapes.mesh,
-                                loaded.params)
+                                params)
   for batch in (1, BATCH):
     dense = Dense(loaded.config, plain, batch, PROMPT, STEPS)
     ours = Ours(instance, batch)
@@ -191,8 +192,8 @@ def bench_server(loaded: checkpoint.Model, results: list[dict[str, Any]],
   """A colocated server against the same steps without a server."""
   placement = Placement(colocated=[Plan()])
   with orchestrator.serve(loaded, placement, CONFIG) as server:
-    instance = engine.Engine(
-        loaded, [server.engines[0].shapes.mesh], 'colocated', CONFIG)
+    served: Any = server.engines[0]
+    instance = engine.Engine(loaded, [served.shapes.mesh], 'colocated', CONFIG)
     for _ in instance.warm():
       pass
     bare = Ours(instance, BATCH)
@@ -228,7 +229,7 @@ def bench_modes(loaded: checkpoint.Model, results: list[dict[str, Any]],
         functools.partial(serve_all, server, BATCH, NEW)
         for server in servers.values()))
     for (mode, server), seconds in zip(servers.items(), taken, strict=True):
-      ttft = statistics.median(r.ttft_s for r in server.records[-BATCH:])
+      ttft = statistics.median(r.ttft_s or 0.0 for r in server.records[-BATCH:])
       add(results, say, f'(e) 8 x (256 + 64), {mode}, median TTFT {ttft:.2f} s',
           'generated tokens/s', BATCH * NEW / seconds)
     if hasattr(os, 'sched_setaffinity'):
@@ -264,8 +265,8 @@ def bench_phases(loaded: checkpoint.Model, server: orchestrator.Orchestrator,
   """
   alone = {}
   for index, role in enumerate(('prefill', 'decode')):
-    instance = engine.Engine(loaded, [server.engines[index].where[2][0]], role,
-                             CONFIG)
+    served: Any = server.engines[index]
+    instance = engine.Engine(loaded, [served.where[2][0]], role, CONFIG)
     for _ in instance.warm():
       pass
     alone[role] = getattr(Ours(instance, BATCH, NEW - 1), role)
@@ -435,7 +436,7 @@ def bench_ops(instance: engine.Engine, say: Callable[..., None]) -> None:
 
 def spread(values: ArrayLike) -> tuple[float, ...]:
   """(median, lower and upper quartile)."""
-  return tuple(np.percentile(values, (50, 25, 75)).tolist())
+  return tuple(np.percentile(np.asarray(values), (50, 25, 75)).tolist())
 
 
 def text(values: Sequence[float]) -> str:
@@ -475,8 +476,10 @@ def measure(parts: Sequence[str], rounds: int, results: list[dict[str, Any]],
   """Adds a row of each part to `results` as it comes."""
   if 'c' in parts:
     bench_scheduler(results, say)
-  if set(parts) != {'c'}:
-    loaded = checkpoint.load(MODEL)
+  if set(parts) == {'c'}:
+    return
+  loaded = checkpoint.load(MODEL)
+  instance: Any = None  # of the parts that need one
   if set(parts) & set('afg'):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ('model',))
     instance = engine.Engine(loaded, [mesh], 'colocated', CONFIG)

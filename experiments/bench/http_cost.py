@@ -43,8 +43,9 @@ from dsjax.runtime.orchestrator import Orchestrator
 from experiments import api
 from experiments.bench import kept
 from experiments.common import cli
+from experiments.common.extras import needs
 
-with cli.needs('serve'):
+with needs('serve'):
   from dsjax.http import routes, socket_server
   from dsjax.http.telemetry import Gauges
 
@@ -251,9 +252,11 @@ def run(options: Any, console: Console) -> int:
   model = dsjax.load(config.model, config.engine.dtype)
   server = dsjax.serve(model, config.placements[0], config.engine,
                        keep_events=1)
-  texts = itertools.cycle(p.text or p.messages[-1]['content'] for p in
-                          workload.read_prompts(config.workload.prompts))
-  bench = Bench(server, [model.tokenizer.encode(t) for t in
+  tokenizer: Any = model.tokenizer  # the demo's model has one
+  prompts: list[Any] = list(workload.read_prompts(config.workload.prompts))
+  texts = itertools.cycle(p.text or p.messages[-1]['content']
+                          for p in prompts)
+  bench = Bench(server, [tokenizer.encode(t) for t in
                          itertools.islice(texts, options.streams)],
                 options.tokens, options.gap, config.limits)
   measured = []

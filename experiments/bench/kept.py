@@ -19,7 +19,7 @@ def until_stopped(measure: Callable[..., object], *args: Any) -> bool:
 
 
 def end(console: Console, results: Mapping[str, Any], stopped: bool,
-        options: Any, defined: Mapping[str, Any]) -> int:
+        options: Any, defined: dict[str, Any]) -> int:
   """Writes to --out what there is, says if it is not all; the exit code.
 
   options, defined: see cli.asked.

@@ -186,4 +186,6 @@ def main(name: str, folder: str, batches: str) -> None:
 
 
 if __name__ == '__main__':
+  if len(sys.argv) != 4:
+    sys.exit(__doc__)
   main(*sys.argv[1:])

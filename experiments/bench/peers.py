@@ -52,8 +52,9 @@ def save_gguf(source: pathlib.Path, target: pathlib.Path) -> None:
 def save_folder(loaded: Model, folder: pathlib.Path) -> None:
   """Writes a Llama as a Hugging Face folder, float32."""
   config, tensors = loaded.config, {}
+  params: Any = loaded.params
   for layer in (None, *range(config.num_layers)):
-    held = loaded.params if layer is None else loaded.params['layers'][layer]
+    held = params if layer is None else params['layers'][layer]
     for leaf, array in held.items():
       if leaf != 'layers':
         flat = np.asarray(array)
@@ -91,6 +92,7 @@ class Peer:
   def _read(self):
     late = threading.Timer(LONGEST_S, self.process.kill)
     late.start()
+    assert self.process.stdout  # a pipe
     line = self.process.stdout.readline()
     late.cancel()
     return json.loads(line) if line else {
@@ -98,6 +100,7 @@ class Peer:
 
   def ask(self, *request: Any) -> tuple[float, list[list[int]] | None]:
     """(seconds, tokens) of [what, batch, prompts, steps]."""
+    assert self.process.stdin  # a pipe
     self.process.stdin.write(json.dumps(request) + '\n')
     self.process.stdin.flush()
     answer = self._read()

@@ -14,6 +14,7 @@ import pathlib
 import time
 import types
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -46,8 +47,7 @@ CASES = {'no cache': None, 'cache': (0, 0),
          'and in host memory': (KEPT, KEPT)}
 
 
-def filled(pool: prefix_cache.Pages, hashes: Sequence[int]
-           ) -> prefix_cache.Pages:
+def filled(pool: prefix_cache.Pages, hashes: Sequence[int]) -> Any:
   """A pool in which blocks are kept that nobody asks for."""
   pool, pages = prefix_cache.alloc(pool, len(hashes))
   return prefix_cache.release(pool, pages, hashes, len(hashes))
@@ -73,7 +73,7 @@ class Busy:
     first, = self.state.instances
     if pages:
       first = first._replace(pool=filled(first.pool, range(-pages, 0)))
-    if slots:
+    if slots and first.host:
       first = first._replace(host=first.host._replace(
           slots=filled(first.host.slots, range(-pages - slots, -pages))))
     self.state = self.state._replace(instances=(first,))

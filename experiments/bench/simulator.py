@@ -1,6 +1,6 @@
 """How many requests a CPU second the simulator serves, beside a yardstick.
 
-  python -m experiments.bench.simulator [--requests=5000] [--profile]
+  python -m experiments.bench.simulator [--requests=5000] [--cprofile]
 
 A 13B-like model (affine latencies of the size of OPT-13B on an A100) under
 Poisson arrivals of lognormal lengths, ShareGPT-like. Each case runs three
@@ -51,7 +51,7 @@ except ImportError:
 
 FLAGS = {
     'requests': 5000, 'rounds': 3,
-    'profile': cli.Flag(False, 'Where leaping spends time.'),
+    'cprofile': cli.Flag(False, 'Where leaping spends time.'),
     'aisimulate': cli.Flag(None, 'A Python that has it: see aisimulate.py.',
                            str),
     'only': cli.Flag([], 'Names of cases; all without it.'),
@@ -125,6 +125,7 @@ def requests(case: Case, n: int, seed: int = 0) -> list[Request]:
 
 def simpy_tokens(sent: Iterable[Request]) -> None:
   """One simpy event a generated token."""
+  assert simpy
   env = simpy.Environment()
 
   def live(request):
@@ -155,7 +156,8 @@ def floor(sent: Sequence[Request], events: int) -> list[Record]:
   heap = [(r.arrival_s, r.id, 0) for r in sent]
   heapq.heapify(heap)
   pop, replace, records = heapq.heappop, heapq.heapreplace, []
-  times = [0.02 * i for i in range(max(r.sampling.max_tokens for r in sent))]
+  most = [r.sampling.max_tokens or 0 for r in sent]
+  times = [0.02 * i for i in range(max(most))]
   while heap:
     now_s, id, n = heap[0]
     if n < events:
@@ -164,8 +166,8 @@ def floor(sent: Sequence[Request], events: int) -> list[Record]:
     pop(heap)
     request = sent[id]
     record = Record(id, request.arrival_s, len(request.prompt),
-                    request.sampling.max_tokens)
-    record.token_s += times[:request.sampling.max_tokens]
+                    most[id])
+    record.token_s += times[:most[id]]
     records.append(record)
   return records
 
@@ -182,9 +184,10 @@ def measure(case: Case, n: int, rounds: int) -> dict[str, float]:
   """Requests a CPU second by way of running, and what the run was like."""
   sent, config = requests(case, n), case.config()
   args = (config, sent, Affine(case.pp), LINK)
-  ways = {'leap': lambda: simulator.simulate(*args),
-          'step': lambda: simulator.simulate(*args, leap=False),
-          'heapq': lambda: heap_tokens(sent)}
+  ways: dict[str, Callable[[], Any]] = {
+      'leap': lambda: simulator.simulate(*args),
+      'step': lambda: simulator.simulate(*args, leap=False),
+      'heapq': lambda: heap_tokens(sent)}
   if simpy:
     ways['simpy'] = lambda: simpy_tokens(sent)
   result = ways['leap']()
@@ -231,7 +234,7 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
     for name in options.only or CASES:
       results[name] = measure(CASES[name], options.requests, options.rounds)
       say(lines(name, results[name]))
-      if options.profile:
+      if options.cprofile:
         profile(CASES[name], options.requests)
     if options.aisimulate:
       say(aisimulate.compare(

@@ -55,6 +55,10 @@ class Flag(NamedTuple):
   def define(self, name: str, values: flags.FlagValues) -> None:
     """Makes it a flag of absl."""
     kind, bounds = self.kind or type(self.default), {}
+    make: dict[type, Callable[..., Any]] = {
+        bool: flags.DEFINE_bool, int: flags.DEFINE_integer,
+        float: flags.DEFINE_float, str: flags.DEFINE_string,
+        list: flags.DEFINE_list, tuple: flags.DEFINE_multi_string}
     if kind in (int, float):
       high = self.high
       if kind is float and self.low is not None and high is None:
@@ -63,11 +67,8 @@ class Flag(NamedTuple):
     if self.choices:
       flags.DEFINE_enum(name, self.default, self.choices, self.help, values)
     else:
-      make = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer,
-              float: flags.DEFINE_float, str: flags.DEFINE_string,
-              list: flags.DEFINE_list, tuple: flags.DEFINE_multi_string}[kind]
       default = list(self.default) if kind is tuple else self.default
-      make(name, default, self.help, flag_values=values, **bounds)
+      make[kind](name, default, self.help, flag_values=values, **bounds)
     if kind is list and self.default:
       flags.register_validator(name, bool, 'must have an item',
                                flag_values=values)
@@ -98,6 +99,8 @@ SHARED = {
     'lengths': Flag(None, f'One of {sorted(traffic.MIXTURES)}, '
                     'fixed:PROMPTxOUTPUT (tokens), a file, mix:NAME+NAME, or '
                     'shift:SECONDS:NAME+NAME, so long of each in turn.', str),
+    'traces': Flag(None, 'Folder of the traces that docs/reproduction.md '
+                   'names. What is not there is left out.', str),
     'process': Flag(None, f'Of arrivals, one of {workload.PROCESSES}, or '
                     'sine:low=5:high=45:period_s=60, or step:... (requests a '
                     'second).', str),
@@ -214,15 +217,23 @@ def exit_code(run: Callable[..., int | None], *args: Any) -> int:
 
 
 @contextlib.contextmanager
-def needs(extra: str) -> Iterator[None]:
-  """Around imports of an extra's packages: where one is missing, the program
-  ends with the line that installs it, and exit code 2."""
+def naming_flags(chosen: flags.FlagValues | types.SimpleNamespace,
+                 defined: dict[str, Any]) -> Iterator[None]:
+  """An InputError that begins with a flag's name, or with what one flag
+  alone says (a file), says which flag that is."""
   try:
     yield
-  except ModuleNotFoundError as error:
-    print(f'error: {error}: this needs the extra `{extra}`: pip install -e '
-          f"'.[{extra}]'", file=sys.stderr)
-    sys.exit(2)
+  except InputError as error:
+    text = str(error)
+    told = [name for name, value in asked(chosen, defined).items()
+            if isinstance(value, str) and value
+            and text.startswith(tuple(f'{part}{end}' for end in ':,'
+                                      for part in value.split(',')))]
+    if text.split('=')[0] in defined:
+      raise InputError(f'--{text}') from error
+    if len(told) != 1:
+      raise
+    raise InputError(f'--{told[0]}={text}') from error
 
 
 def _not_raised(lost):
@@ -322,7 +333,8 @@ def main(run: Callable[[Any, Console], int | None], defined: dict[str, Any],
       path = pathlib.Path(flags.FLAGS.out)
       is_file = isinstance(defined['out'], Flag)  # of the runner's own
       require_folder('--out', path.parent if is_file else path)
-    return run(flags.FLAGS, wide_console())
+    with naming_flags(flags.FLAGS, defined):
+      return run(flags.FLAGS, wide_console())
   app.run(start, flags_parser=_read_flags)
 
 
@@ -370,24 +382,24 @@ def prepare(num_devices: int, cache: str | None = CACHE, tp: int = 1) -> None:
     jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
 
 
-def cluster_flag(names: Iterable[str]) -> Flag:
-  """--cluster=FILE, in place of the flags of these names."""
-  return Flag(None, 'A JSON file, in place of the flags --'
-              + ', --'.join(names) + '.', str)
+def machines_flag(names: Iterable[str]) -> Flag:
+  """--machines=FILE, in place of the flags of these names."""
+  return Flag(None, 'A JSON file of what there is (docs/placement.md), in '
+              f'place of the flags --{", --".join(names)}.', str)
 
 
-def cluster_file(options: types.SimpleNamespace,
+def machines(options: types.SimpleNamespace,
                  names: Iterable[str]) -> Any:
-  """The cluster of the JSON file that --cluster names; None without it.
+  """The cluster of the JSON file that --machines names; None without it.
 
   names: of the flags that say the same, and are not given beside it.
   """
-  if not options.cluster:
+  if not options.machines:
     return None
   given = [name for name in names if options[name].present]
-  require(not given, '--cluster', options.cluster,
+  require(not given, '--machines', options.machines,
           f'without --{", --".join(given)}')
-  return clusters.load(options.cluster, options.latency)
+  return clusters.load(options.machines, options.latency)
 
 
 def cluster_of(options: types.SimpleNamespace, devices: int | None = None

@@ -67,9 +67,10 @@ def compilations() -> Iterator[list[float]]:
   """A list that grows with each program that is compiled."""
   seen = []
 
-  def note(name, seconds, **_):
-    if name == '/jax/core/compile/backend_compile_duration':
-      seen.append(seconds)
+  def note(event: str, duration_secs: float, **kwargs: str | int) -> None:
+    del kwargs
+    if event == '/jax/core/compile/backend_compile_duration':
+      seen.append(duration_secs)
   jax.monitoring.register_event_duration_secs_listener(note)
   try:
     yield seen

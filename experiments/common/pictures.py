@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from typing import Any
 
 from matplotlib.figure import Figure
 from PIL import Image
@@ -13,14 +14,14 @@ MARKERS, DASHES = 'osD^vPX', ('-', '--', '-.', ':')
 HATCHES = ('', '//', '..', 'xx', '\\\\', '--', 'oo')
 
 
-def look(number: int) -> dict[str, str]:
+def look(number: int) -> dict[str, Any]:
   """Colour, marker and dashes of the line with this number; they recur."""
   return {'color': COLOURS[number % len(COLOURS)],
           'marker': MARKERS[number % len(MARKERS)],
           'linestyle': DASHES[number % len(DASHES)]}
 
 
-def fill(number: int) -> dict[str, str]:
+def fill(number: int) -> dict[str, Any]:
   """Colour and hatch of the bars with this number; they recur."""
   return {'facecolor': COLOURS[number % len(COLOURS)] + '80',
           'edgecolor': COLOURS[number % len(COLOURS)],

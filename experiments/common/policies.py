@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import runpy
 import sys
+from typing import Any
 
 from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Slo
@@ -43,7 +44,7 @@ def load(text: str, slo: Slo = SLO) -> Policy:
   folder = str(pathlib.Path(path).resolve().parent)
   sys.path.insert(0, folder)  # what lies beside it, as for a script
   try:
-    policy = runpy.run_path(path).get(name)
+    policy: Any = runpy.run_path(path).get(name)
   except (Exception, SystemExit) as error:
     raise InputError(f'--policy={text}: {path} cannot be run: '
                      f'{type(error).__name__}: {error}') from error

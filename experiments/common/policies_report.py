@@ -61,8 +61,8 @@ def read(path: pathlib.Path) -> list[Line]:
   require(all(set(row) == set(Line._fields) for row in rows), '--out', path,
           f'a folder whose policies.csv has the columns {Line._fields}')
   numbers = ('ttft_s', 'tpot_s', 'goodput_per_device', 'low', 'high')
-  return [Line(**{name: float(value) if name in numbers else value
-                  for name, value in row.items()}) for row in rows]
+  return [Line._make([float(row[name]) if name in numbers else row[name]
+                      for name in Line._fields]) for row in rows]
 
 
 def table(lines: Sequence[Line]) -> Table:

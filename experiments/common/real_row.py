@@ -85,10 +85,11 @@ def serve(options: Any, model: Model, text: str, requests: list[Request],
   first = known or answers
   known.update(first)
   summary = metrics.summarize(server.records, slo, options.instances)
-  return Row(text, len(server.records), sum(map(len, answers.values())),
-             all(answers[id] == first[id] for id in answers.keys() & first),
-             *summary.attainment, *summary.ttft_s[:2], *summary.tpot_s[:2],
-             summary.goodput_per_s_device)
+  return Row._make((
+      text, len(server.records), sum(map(len, answers.values())),
+      all(answers[id] == first[id] for id in answers.keys() & first),
+      *summary.attainment, *summary.ttft_s[:2], *summary.tpot_s[:2],
+      summary.goodput_per_s_device))
 
 
 def table(rows: list[Row]) -> Table:

@@ -215,7 +215,7 @@ def _why(best, other):
                              ('TPOT', slow.tpot_share, STAGES[2:]),
                              key=lambda x: x[1])
   more_s = {s: slow.stage_s[s] - fast.stage_s[s] for s in stages}
-  stage = max(stages, key=more_s.get)
+  stage = max(stages, key=lambda name: more_s[name])
   text = f' {name} misses {which} more often ({_percent(share)} meet it)'
   if more_s[stage] > 0:
     text += (f': a request spends {_number(1e3 * more_s[stage])} ms more in '
@@ -292,9 +292,9 @@ STAGE_LOOKS = {stage: {'color': colour, 'hatch': hatch, 'edgecolor': 'white'}
                for stage, colour, hatch in zip(STAGES, (
                    '#f5d2a0', '#e0912f', '#c2417c', '#a8cdea', '#3a86c8'),
                    pictures.HATCHES, strict=False)}
-_BELOW = {'loc': 'upper center', 'bbox_to_anchor': (0.5, -0.17), 'ncols': 5,
-          'frameon': False, 'fontsize': 8, 'handlelength': 2.4,
-          'columnspacing': 1.2}
+_BELOW: dict[str, Any] = {
+    'loc': 'upper center', 'bbox_to_anchor': (0.5, -0.17), 'ncols': 5,
+    'frameon': False, 'fontsize': 8, 'handlelength': 2.4, 'columnspacing': 1.2}
 
 
 def _numbers(modes):
@@ -396,7 +396,7 @@ def over_time(axes: Axes, results: Sequence[tuple[str, Sequence[Record]]],
     seen = [r for r in records if r.token_s]
     lost = [r.arrival_s for r in records if not r.token_s]
     axes.plot([r.arrival_s for r in seen], [getattr(r, field) for r in seen],
-              **pictures.look(numbers[mode]) | {'linestyle': ''},
+              **(pictures.look(numbers[mode]) | {'linestyle': ''}),
               markersize=3, label=mode)
     if lost:
       axes.plot(lost, [0.97] * len(lost), color='#b02a1c', linestyle='',

@@ -10,5 +10,5 @@ def half_width(values: Sequence[float]) -> float:
   from scipy import stats  # takes a second to import
 
   count = len(values)
-  return (stats.t.ppf(0.975, count - 1) * statistics.stdev(values)
+  return (float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(values)
           / math.sqrt(count))

@@ -10,7 +10,7 @@ import math
 import statistics
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from rich.progress import Progress
 
@@ -212,11 +212,11 @@ def simulate(options: types.SimpleNamespace, asked: candidates.SearchProblem,
                     f'{f"{total:g} requests/s" if total else "its times"}')
     outcomes = []
     for built in variants[placement]:
-      log = [] if save else None
+      log: list[Any] | None = [] if save else None
       outcomes.append(_run(
           built, asked.workload(total, options.requests), halt,
           lambda ended: progress.advance(task, ended), log))
-      if save:
+      if save and log is not None:
         config = built[0]
         save(f'{placement}{label}' + (f' at {total:g}' if total else '') + (
             f' chunk {config.instances[0].prefill_tokens}'

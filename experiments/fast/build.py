@@ -62,7 +62,8 @@ def build(site: pathlib.Path) -> None:
 
 if __name__ == '__main__':
   if sys.argv[1:]:  # --help: it takes nothing
-    sys.exit(__doc__)
+    print(__doc__)
+    sys.exit(0 if sys.argv[1:] == ['--help'] else 2)
   if sys.prefix == sys.base_prefix:
     sys.exit('Run `make fast`: it makes an environment of its own first.')
   build(pathlib.Path(sysconfig.get_path('purelib')))

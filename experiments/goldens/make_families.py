@@ -20,9 +20,13 @@ import pathlib
 import shutil
 
 import numpy as np
-import torch
-import transformers
 from absl import app, flags
+
+from experiments.common.extras import needs
+
+with needs('peers'):
+  import torch
+  import transformers
 
 _OUT = flags.DEFINE_string('out', 'tests/goldens/families',
                            'folder to write to')

@@ -22,11 +22,15 @@ import pathlib
 import random
 import tempfile
 
-import gguf
-import llama_cpp
-import torch
-import transformers
 from absl import app, flags
+
+from experiments.common.extras import needs
+
+with needs('peers'):
+  import gguf
+  import llama_cpp
+  import torch
+  import transformers
 
 _OUT = flags.DEFINE_string('out', 'tests/goldens', 'folder to write to')
 _MIN_MARGIN = flags.DEFINE_float('min_margin', 0.01, 'smallest margin allowed')
@@ -179,7 +183,7 @@ def _write(path, rows):
 def main(argv: list[str]) -> None:
   del argv
   path = pathlib.Path(
-      importlib.metadata.distribution(_WHEEL).locate_file(_FILE))
+      str(importlib.metadata.distribution(_WHEEL).locate_file(_FILE)))
   source = {'pretrained_model_name_or_path': str(path.parent),
             'gguf_file': path.name}
   tokenizer = transformers.AutoTokenizer.from_pretrained(**source)

@@ -14,8 +14,12 @@ import json
 import pathlib
 import random
 
-import sentencepiece
 from absl import app, flags
+
+from experiments.common.extras import needs
+
+with needs('peers'):
+  import sentencepiece
 
 _OUT = flags.DEFINE_string('out', 'tests/goldens/sentencepiece.json',
                            'file to write')

@@ -49,10 +49,11 @@ def run(folder: pathlib.Path, console: Console, root: pathlib.Path = ROOT
           measured, indent=1) + '\n'),
       inserted(root, 'README.md', pages.summary(rows, machine)),
       inserted(root, 'docs/gpu.md', pages.details(rows, machine, measured))])
-  written = [name for name, text in files.items() if text]
-  for name in written:
+  texts = {name: str(text) for name, text in files.items() if text}
+  written = list(texts)
+  for name, text in texts.items():
     (root / name).parent.mkdir(parents=True, exist_ok=True)
-    (root / name).write_text(files[name])
+    (root / name).write_text(text)
   if pages.draw(rows, machine, root / 'docs' / 'figures' / 'gpu.png'):
     written.append('docs/figures/gpu.png')
   console.print('wrote ' + ', '.join(written), soft_wrap=True)
@@ -79,7 +80,7 @@ def machine_of(rows: Mapping[str, Sequence[Mapping[str, Any]]],
               and all(isinstance(x, str) for x in machine.values()),
               '--ingest', f'{part}.jsonl: results of {machine}',
               'results of a GPU')
-      machines.append({n: pages.cell(x) for n, x in machine.items()})
+      machines.append({n: pages.cell(str(x)) for n, x in machine.items()})
   first, *others = machines
   for machine in others:
     require(all(machine[n] == first[n] for n in NAMED if n != 'date'),

@@ -118,7 +118,9 @@ def differences(measured: Mapping[str, Any] | None
   golden = {aot_report.kernel_key(row['gpu'], row['model'], name, kernel):
             kernel for row in aot_report.golden()['rows']
             for name, kernel in row.get('kernels', {}).items()}
-  for row in measured['rows'] if measured else ():
+  if measured is None:
+    return
+  for row in measured['rows']:
     want = golden.get(aot_report.kernel_key(
         measured['gpu'], row['model'], row['kernel'], row))
     if want and any(want[n] != row[n] for n in aot_report.MEASURED):

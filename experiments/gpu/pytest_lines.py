@@ -30,8 +30,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-  items.sort(key=lambda item: item.callspec.params.get('seed', 0)
-             if item.get_closest_marker('sweep') else -1)
+  def seed(item: pytest.Function) -> int:
+    return (int(str(item.callspec.params.get('seed', 0)))
+            if item.get_closest_marker('sweep') else -1)
+
+  items.sort(key=seed)
 
 
 def _lines():

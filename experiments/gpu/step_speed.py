@@ -49,8 +49,9 @@ def engine(rows: int, tiny: bool) -> EngineConfig:
 def steps(config: EngineConfig) -> list[TimedStep]:
   """(what, pieces, batch, context of a row) of each timed step."""
   top, context = config.prefill_tokens, min(CONTEXT, config.max_len // 2)
-  timed = [(f'decode {rows} rows of {context}', (), rows, context)
-           for rows in sorted({1, min(8, config.max_seqs), config.max_seqs})]
+  timed: list[TimedStep] = [
+      (f'decode {rows} rows of {context}', (), rows, context)
+      for rows in sorted({1, min(8, config.max_seqs), config.max_seqs})]
   return timed + [(f'prefill {count} x {top // 4 // count}',
                    ((0, top // 4 // count),) * count, 0, 0)
                   for count in (1, 2)] + [

@@ -66,7 +66,7 @@ def rate_of(options: Any, name: str, label: str, change: Change, seed: int
             ) -> float:
   """Goodput per device of a system of SYSTEMS, changed."""
   case, rules = reported.CASES[name], Rules('paper', seed, options.quick)
-  make, longest = comparison.requests(case, rules, options.lengths_dir)
+  make, longest = comparison.requests(case, rules, options.traces)
   if change.lengths:
     make = workload.source(change.lengths, seed)
   form, engine, realigned = end_to_end.SYSTEMS[label]

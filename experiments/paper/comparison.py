@@ -29,10 +29,12 @@ from dsjax.analysis import metrics
 from dsjax.analysis.record import Record
 from dsjax.config import zoo
 from dsjax.config.checks import InputError
+from dsjax.config.latency import LinkLike
 from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.placement import candidates, goodput, judging
 from dsjax.placement.candidates import LatencyOf, SearchProblem, Workload
 from dsjax.placement.clusters import Cluster
+from dsjax.scheduling import scheduler
 from dsjax.simulation import hardware, simulator
 from dsjax.simulation.latency import Affine
 from dsjax.workload import Source
@@ -61,14 +63,15 @@ class Turns:
   a token of each row takes context / STEP_TOKENS steps.
   """
 
-  affine: Affine
+  affine: Any  # an Affine
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self.affine, name)
 
   def decode_s(self, batch: int, context: float) -> float:
     turns = max(1.0, context / STEP_TOKENS)
-    return (turns * self.affine.decode_s(batch / turns, context / turns)
+    rows: Any = batch / turns  # a share of a batch, as in the release
+    return (turns * self.affine.decode_s(rows, context / turns)
             + (turns - 1) * self.affine.host_s)
 
 
@@ -77,9 +80,9 @@ class System(NamedTuple):
 
   label: str
   devices: int
-  config: object
-  latencies: list
-  link: object
+  config: scheduler.Config
+  latencies: list[Any]
+  link: LinkLike | None
 
 
 def latency_of(model: str, engine: str = 'distserve', realigned: bool = True,
@@ -135,25 +138,25 @@ def problem(model: str, slo: Slo, make: Workload, longest: int,
       seconds, TARGET, max_len=max(longest, 2048), strict=None, **kwargs)
 
 
-SHAREGPT = 'sharegpt_lengths_distserve.csv'
+SHAREGPT = 'sharegpt_lengths_distserve.csv'  # in traces/lengths
 
 
-def lengths_of(name: str, lengths_dir: pathlib.Path) -> str:
+def lengths_of(name: str, traces: pathlib.Path) -> str:
   """What workload.source takes: the measured file if there, or a mixture."""
-  path = lengths_dir / SHAREGPT
+  path = traces / 'lengths' / SHAREGPT
   return str(path) if name == 'sharegpt' and path.is_file() else name
 
 
-def data_of(names: Iterable[str], lengths_dir: pathlib.Path) -> str:
+def data_of(names: Iterable[str], traces: pathlib.Path) -> str:
   """What lengths figures of these cases' data sets are of, in words."""
   texts = []
   for name in names:
-    if lengths_of(name, lengths_dir) != name:
+    if lengths_of(name, traces) != name:
       texts.append(f'{SHAREGPT}, as the paper sampled it')
       continue
     texts.append(f'a mixture with the published means of {name}')
     if name == 'sharegpt':
-      texts[-1] += f' ({SHAREGPT} is not in {lengths_dir})'
+      texts[-1] += f' ({SHAREGPT} is not in {traces}/lengths)'
   return '; '.join(texts) or 'equal requests'
 
 
@@ -172,15 +175,17 @@ def build(rules: Rules, ask: SearchProblem, label: str, where: Placement,
   """
   if rules.name == 'paper':
     # Weights must fit, KV need not: the original enforces none.
+    assert isinstance(ask.cluster, Cluster)
     ask = dataclasses.replace(ask, cluster=dataclasses.replace(
         ask.cluster, memory_bytes=1e15))
   config, late, link = candidates.build(ask, where, chunk, aligned=True)
   released = rules.name == 'paper'
   if released:
     late, link = [Turns(x) for x in late], judging.Instant()
-  changes = dict(num_pages=AMPLE, max_seqs=1024, prefill_seqs=128,
-                 prefill_tokens=8192) if released else dict(
-                     prefill_tokens=ask.max_len)
+  changes: dict[str, Any] = {'prefill_tokens': ask.max_len}
+  if released:
+    changes = dict(num_pages=AMPLE, max_seqs=1024, prefill_seqs=128,
+                   prefill_tokens=8192)
   if chunk:
     changes.update(prefill_tokens=chunk, max_seqs=256)
   # A prompt that arrives waits for what is in flight, so run-ahead, which
@@ -282,7 +287,8 @@ def tuned(rules: Rules, ask: SearchProblem, make: Workload, slo: Slo,
   out = []
   for plan in plans:
     for chunk in chunks if role == 'chunked' else (None,):
-      where = Placement(**{role: [plan]})
+      of_role: dict[str, Any] = {role: [plan]}
+      where = Placement(**of_role)
       try:
         system = build(rules, ask, f'tuned {role}', where, chunk)
       except InputError:
@@ -308,9 +314,9 @@ def mii(rules: Rules, case: Case, ask: SearchProblem) -> System:
   return build(rules, ask, 'chunked', where, 512)
 
 
-def requests(case: Case, rules: Rules, lengths_dir: pathlib.Path
+def requests(case: Case, rules: Rules, traces: pathlib.Path
              ) -> tuple[Source, int]:
   """(make, longest) of a case."""
-  make = workload.source(lengths_of(case.lengths, lengths_dir), rules.seed)
+  make = workload.source(lengths_of(case.lengths, traces), rules.seed)
   return make, make.longest
 

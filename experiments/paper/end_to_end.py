@@ -54,7 +54,7 @@ def systems(rules: Rules, case: Case, make: Workload, longest: int,
   # A run of the paper's is so short that its seed decides.
   seeds = SEEDS if rules.name == 'paper' and not options.quick else 1
   works = [comparison.requests(case, rules._replace(seed=rules.seed + i),
-                               options.lengths_dir)[0] for i in range(seeds)]
+                               options.traces)[0] for i in range(seeds)]
   out = []
   for label, (form, engine, realigned) in SYSTEMS.items():
     options.tell(f'{case.title}, {rules.name} rules, {label}')
@@ -74,7 +74,7 @@ def end_to_end(options: Any, name: str) -> dict[str, Any]:
   """What Figs. 8 and 9 say of a case, under both rules."""
   case = reported.CASES[name]
   make, longest = comparison.requests(case, rules_of(options)[0],
-                                      options.lengths_dir)
+                                      options.traces)
   rates = case.rates[::3] if options.quick else case.rates
   data = {'case': name, 'curves': {}, 'scales': {}, 'scale_at': {},
           'goodput': {}}
@@ -144,7 +144,7 @@ def rules_apart(options: Any) -> dict[str, Any]:
   rows, (paper, ours) = [], rules_of(options)
   for name in ('13b',) if options.quick else ('13b', '66b', 'longbench'):
     case = reported.CASES[name]
-    make, longest = comparison.requests(case, paper, options.lengths_dir)
+    make, longest = comparison.requests(case, paper, options.traces)
     for label in ('DistServe', 'vLLM'):
       options.tell(f'{case.title}, {label}')
       form, engine, _ = SYSTEMS[label]
@@ -213,7 +213,7 @@ def best_of(rules: Rules, options: Any, make: Workload, longest: int,
 def figure11(options: Any) -> dict[str, Any]:
   case = reported.CASES['66b']
   make, longest = comparison.requests(case, rules_of(options)[0],
-                                      options.lengths_dir)
+                                      options.traces)
   best, curves = {}, {}
   rates = reported.FIG11_RATES[::3] if options.quick else reported.FIG11_RATES
   for rules in rules_of(options):
@@ -223,7 +223,7 @@ def figure11(options: Any) -> dict[str, Any]:
       best[f'{rules.name}|{name}'] = (*rate, where)
       curves[f'{rules.name}|{name}'] = comparison.curve(
           rules, system, make, rates, reported.FIG11_SLO, 25)
-  rows = []
+  rows: list[tuple] = []
   for name in variants():
     ours, theirs = best[f'ours|{name}'], best[f'paper|{name}']
     rows.append((f'{name} goodput per GPU', {'vLLM++': '= vLLM'}.get(name),
@@ -265,7 +265,7 @@ def _validated(path):
 def _attained(options, seed, who, rate_per_s, n):
   """Percent of n requests that meet both objectives of a released trace."""
   case, rules = reported.CASES['13b'], Rules('paper', seed, options.quick)
-  make, longest = comparison.requests(case, rules, options.lengths_dir)
+  make, longest = comparison.requests(case, rules, options.traces)
   ask = comparison.problem(
       case.model, case.slo, make, longest,
       comparison.latency_of(case.model, who.lower(), rules=rules))
@@ -278,8 +278,9 @@ def _attained(options, seed, who, rate_per_s, n):
 
 def table2(options: Any) -> dict[str, Any]:
   columns = 'measured', 'their simulator', 'our simulator'
-  rows = [(f'paper, {rate}/s: vLLM; DistServe-Low, % met', f'{v[0]}; {v[2]}',
-           f'{v[1]}; {v[3]}', None) for rate, v in reported.TABLE2.items()]
+  rows: list[tuple] = [
+      (f'paper, {rate}/s: vLLM; DistServe-Low, % met', f'{v[0]}; {v[2]}',
+       f'{v[1]}; {v[3]}', None) for rate, v in reported.TABLE2.items()]
   points = []
   for (who, rate, n), (real, theirs) in reported.TRACES.items():
     if options.quick and n > 100:
@@ -317,7 +318,7 @@ def _searched(options, name):
   case = reported.CASES[name]
   nodes, devices, plans = SEARCHED[name]
   make, longest = comparison.requests(case, Rules('ours', options.seed),
-                                      options.lengths_dir)
+                                      options.traces)
   ask = comparison.problem(
       case.model, case.slo, make, longest, comparison.latency_of(case.model),
       nodes, devices,

@@ -57,6 +57,7 @@ def _alone(rules, ask, phase):
 def figure1(options: Any) -> dict[str, Any]:
   prompt, output = reported.FIG1_LENGTHS
   slo = reported.FIG1_SLO
+  make = comparison.fixed(prompt, output, options.seed)
   columns = []
   for rules in rules_of(options):
     rates = {}
@@ -66,8 +67,8 @@ def figure1(options: Any) -> dict[str, Any]:
       engine = ('vllm' if together and rules.name == 'paper'
                 else 'distserve')
       first = name == 'prefill only'
-      make = comparison.fixed(prompt, 1 if first else output, options.seed)
-      ask = comparison.problem('opt-13b', slo, make, 2048,
+      sent = comparison.fixed(prompt, 1 if first else output, options.seed)
+      ask = comparison.problem('opt-13b', slo, sent, 2048,
                                comparison.latency_of('opt-13b', engine,
                                                      rules=rules))
       if together:
@@ -78,15 +79,15 @@ def figure1(options: Any) -> dict[str, Any]:
       else:
         system = _alone(rules, ask, name)
       judged = Slo(1e9, slo.tpot_s) if name == 'decode only' else slo
-      rates[name] = comparison.best_rate(rules, system, make, judged, 100, 4.0)
+      rates[name] = comparison.best_rate(rules, system, sent, judged, 100, 4.0)
     columns.append(rates)
   ask = comparison.problem('opt-13b', slo, make, 2048,
                            comparison.latency_of('opt-13b'))
   options.tell('ours, chunked')
-  make = comparison.fixed(prompt, output, options.seed)
   chunked = comparison.tuned(rules, ask, make, slo, 100, 'chunked', [ONE])
-  rows = [(name, value, f'{columns[0][name][0]:.3g}', span(columns[1][name]))
-          for name, value in reported.FIG1.items()]
+  rows: list[tuple] = [
+      (name, value, f'{columns[0][name][0]:.3g}', span(columns[1][name]))
+      for name, value in reported.FIG1.items()]
   rows.append((f'chunked ({chunked[1]})', None, None, span(chunked[0])))
   return {'rows': rows, 'paper': reported.FIG1, 'ours': columns[1],
           'rules': columns[0], 'chunked': chunked[0],
@@ -115,7 +116,7 @@ def figure3(options: Any) -> dict[str, Any]:
   decode = {n: {name: [b / late.decode_s(b, b * n) for b in wide]
                 for name, late in (('published', published),
                                    ('roofline', model))} for n in reported.FIG3}
-  rows = []
+  rows: list[tuple] = []
   for n, (batch, value) in reported.FIG3.items():
     i = batches.index(batch)
     rows.append((f'prefill, {n} tokens, batch {batch}, tokens/s', value,
@@ -171,7 +172,7 @@ def simulated4(rate_per_s: float, service_s: float, pp: int, n: int, seed: int
       'prefill', comparison.AMPLE, 16, 4096, 512, 1, pp),), 1024)
   sent = comparison.fixed(512, 1, seed)(rate_per_s, n)
   records = simulator.simulate(config, sent, [late]).records
-  return mean_interval([r.ttft_s for r in records[n // 10:]])
+  return mean_interval([r.ttft_s or 0.0 for r in records[n // 10:]])
 
 
 def speedup4() -> tuple[float, float]:
@@ -281,8 +282,8 @@ def _side_by_side(link, plan, num_tokens):
 def figure10(options: Any) -> dict[str, Any]:
   case = reported.CASES['175b']
   make, longest = comparison.requests(case, rules_of(options)[0],
-                                      options.lengths_dir)
-  shares, rows = {}, []
+                                      options.traces)
+  shares, rows, counted, system = {}, [], [], None
   rates = (.03, .16, .28) if options.quick else tuple(reported.FIG10)
   for rules in rules_of(options):
     ask = comparison.problem(
@@ -298,6 +299,7 @@ def figure10(options: Any) -> dict[str, Any]:
           r.stage_s[s] / sum(r.stage_s.values()) for r in counted]))
           for s in STAGES}
   copies = sorted(r.stage_s['migrate'] for r in counted)
+  assert system
   kv = [_side_by_side(system.link, case.plans[0], r.prompt_len)
         for r in counted]
   for rate in rates:
@@ -324,7 +326,7 @@ def figure10(options: Any) -> dict[str, Any]:
 def _seconds(options, algorithm, devices):
   case = reported.CASES['13b']
   make, longest = comparison.requests(case, rules_of(options)[0],
-                                      options.lengths_dir)
+                                      options.traces)
   ask = comparison.problem(
       case.model, case.slo, make, longest, comparison.latency_of(case.model),
       1, devices,

@@ -159,7 +159,7 @@ def draw10(data: Mapping[str, Any], figure: Figure) -> None:
 
 def draw12(data: Mapping[str, Any], figure: Figure) -> None:
   axes = figure.subplots()
-  axes.plot(list(reported.FIG12), reported.FIG12.values(), 'k--^',
+  axes.plot(list(reported.FIG12), list(reported.FIG12.values()), 'k--^',
             label="paper's draft, 96 cores, seconds")
   for number, (name, points) in enumerate(data['spent'].items()):
     axes.plot(list(points), [v[0] for v in points.values()],

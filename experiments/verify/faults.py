@@ -248,12 +248,17 @@ def _write(path, text):
   whole.rename(path)
 
 
+class Obedient(Engine):
+  """has_served: whether it had a request."""
+
+  has_served = False
+
+
 def engine(model: Model, stages: Sequence[Mesh], role: str,
            config: EngineConfig, capacity: InstanceConfig) -> Engine:
   """The Engine of a process that obeys a ProcessInjector; made there. What it
   compiles before its first request goes right."""
-  made = Engine(model, stages, role, config, capacity)
-  made.has_served = False
+  made = Obedient(model, stages, role, config, capacity)
   index = sys.argv[2]  # as cluster/instance.py is started
   for method in KINDS:
     if method != COPY:

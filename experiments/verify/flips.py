@@ -25,7 +25,7 @@ from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement
 from dsjax.scheduling import prefix_cache, scheduler
 from dsjax.scheduling.events import Flip, Migrate
-from dsjax.scheduling.policy import Policy
+from dsjax.scheduling.policy import Move, Policy
 from experiments.common import machine
 
 CONFIG = EngineConfig(max_len=32, max_seqs=8, prefill_tokens=64,
@@ -52,7 +52,7 @@ def restless(flips: int, count: int) -> Policy:
     few, many = by_rows[0], by_rows[-1]
     if many.num_rows - few.num_rows < 3:
       return []
-    return [dsjax.Move(many.rows()[-1].id, few.index)]
+    return [Move(many.rows()[-1].id, few.index)]
 
   return dataclasses.replace(dsjax.DISTSERVE, name='restless', tick_s=0.01,
                              resize=resize, rebalance=rebalance)

@@ -115,7 +115,7 @@ class Moving:
       event, = self.events
       need(isinstance(event, Cancelled) and event.id == c.id,
            '{} by {}', c, event)
-    elif reason == 'Fail':
+    elif isinstance(c, Fail):
       seq = self.w.state.seqs.get(c.id)
       left = [config for inst, config in zip(
           after.instances, self.rules.config.instances, strict=True)
@@ -126,7 +126,7 @@ class Moving:
            or not any([config.decodes for config in left]),
            '{}: it could go on', c)
     else:
-      need(c.refused or scheduler.never_fits(
+      need(isinstance(c, Reject) and c.refused or scheduler.never_fits(
           self.rules.config, *self.rules.requests[c.id][:2]),
            '{}: it fits', c)
 
@@ -228,9 +228,9 @@ class Moving:
   def waited(self, c: RunPrefill | Migrate | Load, after: State) -> None:
     """No row that waits in host memory is passed."""
     index = c.target if isinstance(c, Migrate) else c.instance
-    known = [{id for id, *_ in w.instances[index].host.swapped}
-             if w.instances[index].host else set()
-             for w in (self.w.state, after)]
+    known = [{id for id, *_ in host.swapped} if host else set()
+             for host in (self.w.state.instances[index].host,
+                          after.instances[index].host)]
     fresh = (self.w.state.seqs[part.id].stage == 'queued'
              for part in (c.chunks if isinstance(c, RunPrefill) else (c,))
              if part.id in self.w.state.seqs)

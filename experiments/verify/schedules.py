@@ -10,7 +10,7 @@ import json
 import pathlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dsjax.config.checks import InputError
 from dsjax.config.engine import InstanceConfig
@@ -338,9 +338,9 @@ def write_log(path: pathlib.Path, rules: Rules,
   config = dataclasses.asdict(rules.config)
   for field in ('policy', 'latencies', 'link'):  # code, not data: see under
     del config[field]
-  lines = [{'config': config, 'requests': rules.requests,
-            'messages': isinstance(rules, LinkedRules),
-            'timed': rules.timed}]
+  lines: list[dict[str, Any]] = [{
+      'config': config, 'requests': rules.requests,
+      'messages': isinstance(rules, LinkedRules), 'timed': rules.timed}]
   lines += [{'move': move, 'events': [str(e) for e, _ in answered],
              'commands': [str(c) for _, commands in answered
                           for c in commands]}

@@ -26,7 +26,7 @@ from dsjax.scheduling.events import (
   MigrateFailed,
   Timer,
 )
-from dsjax.scheduling.state import Instance
+from dsjax.scheduling.state import Instance, State
 
 
 class Violation(AssertionError):
@@ -58,7 +58,7 @@ class _NoClock:
   __add__ = __radd__ = __sub__ = __rsub__ = __float__ = __bool__ = _looked
 
 
-NO_CLOCK = _NoClock()
+NO_CLOCK: Any = _NoClock()
 HAND_OFF = (Migrated, MigrateFailed, Timer, Loaded, LoadFailed)
 COPIED = ('migrating', 'loading', 'abandoned')
 DAMAGED = ('damaged', 0, 0)
@@ -80,14 +80,14 @@ class World(NamedTuple):
   Rules.key. links, halves: of instances that are processes, see links.py.
   """
 
-  state: object
+  state: State
   kv: tuple
   fates: tuple
   out: tuple
   copies: tuple
   faults: int
   marks: tuple
-  host: dict[tuple[int, int], tuple] = {}
+  host: dict[tuple[int, int], tuple | None] = {}
   offloads: tuple = ()
   loads: tuple = ()
   links: tuple = ()
@@ -107,7 +107,8 @@ def behind(w: World, c: Migrate, number: int) -> int:
 
 def free_bits(inst: Instance) -> int:
   """The bits of the pages that nobody owns, and that are not kept."""
-  return getattr(inst.pool, 'pool', inst.pool).free
+  pool = inst.pool
+  return (pool.pool if isinstance(pool, prefix_cache.Cache) else pool).free
 
 
 def kept_pages(inst: Instance) -> list[tuple[int, int]]:

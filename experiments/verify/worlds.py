@@ -5,6 +5,7 @@ an instance dies), lets it happen (moves.py), and what must hold then. Nothing
 here chooses a move: schedules.py does.
 """
 
+import math
 from collections.abc import Iterable
 
 from dsjax.scheduling import prefix_cache, scheduler
@@ -149,7 +150,7 @@ class Rules:
       getattr(made, kind)(*rest)
       return made.done(w.faults - cost), made.log
     except Exception as error:
-      error.log = made.log
+      vars(error)['log'] = made.log
       raise
 
   def key(self, w: World) -> int:
@@ -192,10 +193,12 @@ class Rules:
         need(seq and (seq.epoch, seq.instance) == (c.epoch, c.target)
              and lent == [c.source_pages],
              'pages of {} are not lent to {}', c, seq)
+        assert seq  # as needed
         pages, sides = seq.pages, ()
       else:
         need(seq and (seq.epoch, seq.instance, seq.target) == (
             c.epoch, c.source, c.target), '{} is not of {}', c, seq)
+        assert seq  # as needed
         pages = seq.target_pages
         sides = (seq.pages, c.source_pages, self.skipped(c, c.source)),
       need(all([whole[first:first + len(moved)] == moved
@@ -252,7 +255,7 @@ class Rules:
     for command, _ in inst.inflight:
       rows, parts = command.rows, command.rows
       if isinstance(command, RunDecode):
-        most = config.run_ahead if c.pp == 1 else 1
+        most = (config.run_ahead or math.inf) if c.pp == 1 else 1
         need(rows and c.decodes and 0 < command.steps <= most,
              '{}: of {} to {} steps', command, 1, most)
       else:

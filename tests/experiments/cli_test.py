@@ -6,6 +6,7 @@ import importlib
 import io
 import math
 import os
+import pathlib
 import pty
 import re
 import runpy
@@ -23,7 +24,7 @@ from dsjax.config.checks import InputError, require
 from dsjax.config.engine import EngineConfig
 from dsjax.runtime.cluster import local
 from experiments import api
-from experiments.common import cli, overrides, terminal
+from experiments.common import cli, extras, overrides, terminal
 from tests.common.samples import deep
 
 ROOT = cli.ROOT / 'experiments'
@@ -60,6 +61,24 @@ def test_the_same_flag_has_the_same_type_everywhere(name):
       assert kind is cli.SHARED[flag].kind, flag
 
 
+def test_a_flag_of_several_runners_has_one_type():
+  kinds = {}
+  for name in RUNNERS:
+    for flag, value in defined(name).items():
+      value = cli.SHARED[flag] if not isinstance(value, cli.Flag) else value
+      kinds.setdefault(flag, {}).setdefault(
+          value.kind or type(value.default), []).append(name)
+  assert not {flag: of for flag, of in kinds.items() if len(of) > 1}
+
+
+@pytest.mark.parametrize('name', RUNNERS)
+def test_no_default_is_a_path_outside_the_checkout(name):
+  for flag, value in vars(cli.options(defined(name))).items():
+    assert not str(value).startswith(('..', '~')), flag
+    assert not str(value).startswith('/') or cli.ROOT in pathlib.Path(
+        value).parents, flag
+
+
 def test_a_command_line_is_read():
   values = cli.parse({
       'rate': None, 'seed': 0, 'set': (), 'deep': cli.Flag(False, 'Far.'),
@@ -81,8 +100,8 @@ def test_a_bad_flag_is_an_error(text):
 
 @pytest.mark.parametrize('words, code, says', [
     (('--sed=1',), 2, "error: Unknown command line flag 'sed'"),
-    (('--seeds=-1',), 2, 'error: flag --seeds=-1'),
-    (('--seeds=x',), 2, 'error: flag --seeds=x'),
+    (('--large=-1',), 2, 'error: flag --large=-1'),
+    (('--large=x',), 2, 'error: flag --large=x'),
     (('7',), 2, "error: arguments='7': must be flags"),
     (('--help',), 0, ''), (('--table',), 0, '')])
 def test_the_exit_code_of_a_command_line(words, code, says):
@@ -113,7 +132,7 @@ def test_a_list_that_has_items_has_one_on_the_command_line_too(name):
 
 
 def test_an_extra_that_is_missing_is_one_line(capsys):
-  with pytest.raises(SystemExit) as ended, cli.needs('serve'):
+  with pytest.raises(SystemExit) as ended, extras.needs('serve'):
     importlib.import_module('no_such_package')
   assert ended.value.code == 2
   said = capsys.readouterr().err
@@ -145,7 +164,7 @@ def test_imports_outside_of_extras_are_found():
   assert outside_of_extras(
       'import os, httpx\nfrom dsjax.http import routes\n'
       'from dsjax.http.service import Limits\n'
-      "with cli.needs('serve'):\n  import uvicorn\n") == [
+      "with extras.needs('serve'):\n  import uvicorn\n") == [
           'httpx', 'dsjax.http.routes']
 
 
@@ -431,6 +450,21 @@ def test_exit_codes(capsys):
   assert cli.exit_code(lambda: None) == 0 and cli.exit_code(lambda: 1) == 1
 
 
+@pytest.mark.parametrize('said, told', [
+    ('a.json: is not JSON', '--latency=a.json: is not JSON'),
+    ("rates='x': must be", "--rates='x': must be"),
+    ('c.csv, line 2: no', '--lengths=c.csv, line 2: no'),
+    ('d.csv: both flags', 'd.csv: both flags'),
+    ('workload.rate=0: must', 'workload.rate=0: must')])
+def test_an_error_names_its_flag(said, told):
+  defined = dict(latency='a.json', rates='1', lengths='b.csv,c.csv',
+                 placement='d.csv', traces='d.csv')
+  with pytest.raises(InputError) as raised, cli.naming_flags(
+      cli.options(defined), defined):
+    raise InputError(said)
+  assert str(raised.value) == told
+
+
 @pytest.mark.parametrize('config', [Serve(), api.Api(), EngineConfig()],
                          ids=lambda c: type(c).__name__)
 def test_help_has_every_field_with_its_meaning(config):
@@ -494,6 +528,16 @@ def help_of(path, monkeypatch, capsys):
       delattr(flags.FLAGS, flag)
   words = ast.get_docstring(ast.parse(path.read_text()), clean=False)
   return words, capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', [
+    name for name in STARTS if name.startswith(('goldens.', 'fast.'))])
+def test_help_of_what_needs_other_packages_is_no_traceback(name):
+  done = subprocess.run(
+      [sys.executable, '-m', f'experiments.{name}', '--help'], text=True,
+      capture_output=True, check=False, cwd=cli.ROOT)
+  assert done.returncode == 0 or 'needs the extra `peers`' in done.stderr
+  assert 'Traceback' not in done.stderr
 
 
 @pytest.mark.parametrize('name', [*RUNNERS, *TASKS])

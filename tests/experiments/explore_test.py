@@ -68,14 +68,14 @@ def test_small_worlds(name):
 
 
 def test_the_runner_says_how_its_files_were_made(tmp_path):
-  options = cli.options(explore.FLAGS, out=str(tmp_path), seconds=0.5, seeds=0,
-                        only='1 chunked', processes=1)
+  options = cli.options(explore.FLAGS, out=str(tmp_path), seconds=0.5, large=0,
+                        small='1 chunked', processes=1)
   console = Console(record=True)
   assert explore.run(options, console) == 0
   told = console.export_text()
   assert ' 0 violations' in ' '.join(told.split())
   check_written(told, tmp_path)
-  assert made_by(tmp_path)['options']['only'] == '1 chunked'
+  assert made_by(tmp_path)['options']['small'] == '1 chunked'
 
 
 def test_a_million_transitions():

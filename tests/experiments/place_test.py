@@ -27,7 +27,7 @@ SMALL = ('--model=opt-13b', '--lengths=longbench', '--ttft_s=1',
 def test_it_writes_a_table_a_figure_and_a_verdict(tmp_path):
   cluster = tmp_path / 'cluster.json'
   cluster.write_text(json.dumps({'nodes': 1, 'devices_per_node': 2}))
-  done = ended(place, *SMALL, '--algorithms=low', f'--cluster={cluster}',
+  done = ended(place, *SMALL, '--algorithms=low', f'--machines={cluster}',
                f'--out={tmp_path / "out"}')
   assert done.code == 0, done.error
   check_written(done.text, tmp_path / 'out')
@@ -58,7 +58,7 @@ def test_it_writes_a_table_a_figure_and_a_verdict(tmp_path):
     ('--model=llama-3-8b', 'opt-13b, opt-66b'), ('--cv=nan', 'cv=nan'),
     ('--strict=2', 'SearchProblem.strict=2'), ('--rate=inf', 'rate_per_s=inf'),
     ('--hand_off_ms=nan', 'hand_off_s=nan'),
-    ('--cluster=nowhere.json', 'without --devices')))
+    ('--machines=nowhere.json', 'without --devices')))
 def test_bad_input_is_one_clear_error(flag, message, capsys):
   options = cli.parse(place.FLAGS, ['--devices=2', *flag.split()])
   assert cli.exit_code(place.run, options, Console(file=io.StringIO())) == 2

@@ -17,7 +17,7 @@ from tests.common import fake_engine
 from tests.common.results import check_written, made_by
 
 # Of little prompts and answers: a tenth of the seconds of a real workload.
-TINY = dict(workloads=['fixed:100x10'], objectives=['balanced'], requests=30,
+TINY = dict(lengths='fixed:100x10', objectives=['balanced'], requests=30,
             tolerance=0.5, processes=1, orders=['fifo'], instances=2,
             only=['static', 'colocated'])
 
@@ -58,7 +58,7 @@ def test_lines_of_another_seed_are_others(tmp_path):
 
 
 def test_traces_are_found_in_their_folder_or_left_out(tmp_path):
-  code, text = run(tmp_path, workloads=['fixed:100x10', 'azure-conv'],
+  code, text = run(tmp_path, lengths='fixed:100x10,azure-conv',
                    only=['colocated'], traces=str(tmp_path / 'none'))
   assert code == 0 and 'azure-conv: no file' in text and 'left out' in text
   assert [line['workload'] for line in lines(tmp_path)] == ['fixed:100x10']
@@ -66,13 +66,13 @@ def test_traces_are_found_in_their_folder_or_left_out(tmp_path):
   path.parent.mkdir(parents=True)
   path.write_text('TIMESTAMP,ContextTokens,GeneratedTokens\n' + ''.join(
       f'2023-11-16 18:15:{i:02}.0,{100 + i},{20 + i}\n' for i in range(30)))
-  code, text = run(tmp_path, workloads=['azure-conv'], only=['colocated'],
+  code, text = run(tmp_path, lengths='azure-conv', only=['colocated'],
                    traces=str(tmp_path / 'traces'))
   assert code == 0 and 'left out' not in text
   assert [line['workload'] for line in lines(tmp_path)] == ['fixed:100x10',
                                                             'azure-conv']
-  with pytest.raises(InputError, match='--workloads'):
-    run(tmp_path, workloads=['azure-conv'], traces=str(tmp_path / 'none'))
+  with pytest.raises(InputError, match='--lengths'):
+    run(tmp_path, lengths='azure-conv', traces=str(tmp_path / 'none'))
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_a_row_is_served_on_this_machine(tmp_path, monkeypatch, make_engine):
       dsjax.serve, make_engine=make_engine))
   code, text = run(
       tmp_path, real=True, model='tiny', rate=40.0, requests=50,
-      workloads=['fixed:24x6'], only=['static', 'colocated'], ttft_s=60.0,
+      lengths='fixed:24x6', only=['static', 'colocated'], ttft_s=60.0,
       tpot_s=60.0)
   assert code == 0 and 'seconds on this machine' in text
   check_written(text, tmp_path)
@@ -151,7 +151,7 @@ def test_the_best_variant_counts():
     (dict(objectives=['fast']), '--objectives'),
     (dict(orders=['lifo']), '--orders'),
     (dict(only=['luck']), 'policy'), (dict(plan='3x1'), '--plan'),
-    (dict(workloads=['nowhere']), 'lengths')])
+    (dict(lengths='nowhere'), 'lengths')])
 def test_bad_input_names_the_flag(tmp_path, options, error):
   with pytest.raises(InputError, match=error):
     run(tmp_path, **options)

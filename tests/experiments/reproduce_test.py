@@ -53,11 +53,12 @@ def test_what_lengths_a_table_is_of_is_said_everywhere(tmp_path):
   texts = {}
   for name in ('with', 'without'):
     folder = tmp_path / name
-    folder.mkdir()
+    (folder / 'lengths').mkdir(parents=True)
     if name == 'with':
-      (folder / comparison.SHAREGPT).write_text('prompt_len,output_len\n9,2\n')
+      (folder / 'lengths' / comparison.SHAREGPT).write_text(
+          'prompt_len,output_len\n9,2\n')
     code, text, _ = ended(
-        reproduce, '--figure=table2', '--quick', f'--lengths_dir={folder}',
+        reproduce, '--figure=table2', '--quick', f'--traces={folder}',
         f'--out={folder}', f'--validate={folder / "none"}')
     assert code == 0
     texts[name] = json.loads((folder / 'table2.json').read_text())['data']
@@ -94,7 +95,7 @@ def test_every_figure_says_its_lengths():
 
 
 @pytest.mark.parametrize('flag, message', (
-    ('--lengths_dir=nowhere', '--lengths_dir'),
+    ('--traces=nowhere', '--traces'),
     ('--figure=2', "--figure='2'"), ('--out=pyproject.toml', '--out'),
     ('--validate=pyproject.toml', '--validate=pyproject.toml')))
 def test_bad_input_is_one_clear_error(tmp_path, flag, message):
@@ -230,7 +231,7 @@ def test_vllm_has_its_own_profile_wherever_it_is_named(monkeypatch):
     return 1.0, .9, 1.1
   monkeypatch.setattr(comparison, 'best_rate', best_rate)
   make, longest = comparison.requests(reported.CASES['66b'], Rules('ours'),
-                                      QUICK.lengths_dir)
+                                      QUICK.traces)
   for rules in (Rules('paper'), Rules('ours')):
     end_to_end.systems(rules, reported.CASES['66b'], make, longest, QUICK)
     for name, places in end_to_end.variants().items():
@@ -252,7 +253,7 @@ def test_figure_8s_vllm_of_opt_66b():
   # the paper has 0.347, and its released simulator says 0.36.
   rates = {}
   case, rules = reported.CASES['66b'], Rules('paper', quick=True)
-  make, longest = comparison.requests(case, rules, QUICK.lengths_dir)
+  make, longest = comparison.requests(case, rules, QUICK.traces)
   for realigned in (True, False):
     problem = comparison.problem(
         case.model, case.slo, make, longest,

@@ -43,7 +43,7 @@ def test_later_turns_come_sooner_with_a_cache(tmp_path):
   assert max(len(line) for line in told.splitlines()
              if 'Written' not in line) <= 80
   made = json.loads((tmp_path / 'sessions.json').read_text())['made_by']
-  assert made['options']['kind'] == 'chat'
+  assert made['options']['lengths'] == 'chat'
 
 
 def test_the_table_of_all_routes_fits():
@@ -77,7 +77,7 @@ def test_a_trace(tmp_path):
       timestamp=1000 * n, input_length=1100, output_length=5,
       hash_ids=[0, n % 4, 100 + n])) for n in range(40)))
   code, _ = shown(out=str(tmp_path / 'out'), **TINY | {
-      'trace': str(path), 'host_gb': '1'})
+      'lengths': str(path), 'host_gb': '1'})
   assert code == 0
   _, with_it, tiered = rows(tmp_path / 'out')
   assert (tiered['host_gb'], tiered['loaded']) == ('1.0', '0.0')
@@ -86,8 +86,8 @@ def test_a_trace(tmp_path):
 
 
 @pytest.mark.parametrize('options, words', [
-    ({'kind': 'talk'}, '--kind=.*agent'), ({'routes': ['none']}, '--routes'),
-    ({'routes': []}, '--routes'),
+    ({'lengths': 'talk'}, '--lengths=.*agent'),
+    ({'routes': ['none']}, '--routes'), ({'routes': []}, '--routes'),
     ({'rates': '0'}, '--rates'), ({'target': 1.0}, '--target'),
     ({'host_gb': '-1'}, '--host_gb'),
     ({'placement': 'prefill=1'}, '--placement')])
@@ -103,7 +103,7 @@ def test_the_rate_that_is_sustained(tmp_path):
       hash_ids=[*(n % 3 * 100 + block for block in range(15)), 1000 + n]))
       for n in range(60)))
   code, told = shown(out=str(tmp_path), **TINY | {
-      'trace': str(path), 'goodput': True, 'rates': '3'})
+      'lengths': str(path), 'goodput': True, 'rates': '3'})
   assert code == 0
   best = {}
   for cache in ('False', 'True'):

@@ -99,7 +99,7 @@ def test_a_cluster_of_several_kinds_as_in_a_search(tmp_path):
       'links': {'fast>slow': {'bytes_per_s': 1e9}}}))
   placements = ('prefill=1x1@fast,decode=1x1@slow', 'colocated=1x1@slow')
   code, text, error = run(
-      '--model=llama-3-8b', '--rates=2', f'--cluster={path}',
+      '--model=llama-3-8b', '--rates=2', f'--machines={path}',
       f'--placement={"/".join(placements)}', f'--out={tmp_path / "out"}')
   assert code == 0, error
   written = json.loads((tmp_path / 'out' / 'summary.json').read_text())
@@ -111,7 +111,7 @@ def test_a_cluster_of_several_kinds_as_in_a_search(tmp_path):
   for flag in ('--memory_gb=40', '--placement=colocated=1x1',
                '--placement=colocated=4x1@slow'):
     code, _, error = run('--model=llama-3-8b', '--rate=2',
-                         f'--cluster={path}', flag)
+                         f'--machines={path}', flag)
     assert code == 2 and flag.split('=')[0] in error
 
 

@@ -26,7 +26,7 @@ def rows(path):
 
 
 def test_the_gap_is_the_last_chunk_and_a_step(tmp_path):
-  code, told = shown(out=str(tmp_path), lengths='100,8192', requests=3,
+  code, told = shown(out=str(tmp_path), prompt_lens='100,8192', requests=3,
                      across=True)
   assert code == 0
   short, short_too, whole, streamed = rows(tmp_path)
@@ -42,7 +42,7 @@ def test_the_gap_is_the_last_chunk_and_a_step(tmp_path):
              if 'Written' not in line) <= 80
 
 
-@pytest.mark.parametrize('given', [{}, {'model': 'mine', 'lengths': '40',
+@pytest.mark.parametrize('given', [{}, {'model': 'mine', 'prompt_lens': '40',
                                         'requests': 2}])
 def test_a_served_model(given, tmp_path, monkeypatch):
   asked = []
@@ -52,7 +52,7 @@ def test_a_served_model(given, tmp_path, monkeypatch):
   monkeypatch.setattr(dsjax, 'serve', lambda *args: serve(
       *args, make_engine=FakeEngine))
   monkeypatch.setattr(terminal, 'FIRST_S', 0)
-  monkeypatch.setitem(stream.REAL, 'lengths', '20,50')
+  monkeypatch.setitem(stream.REAL, 'prompt_lens', '20,50')
   code, told = shown(real=True, prefill_tokens=16, answer=3,
                      out=str(tmp_path), **given)
   assert code == 0
@@ -69,9 +69,10 @@ def test_a_served_model(given, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('options, words', [
-    ({'lengths': '0'}, '--lengths'), ({'lengths': '1.5'}, '--lengths'),
+    ({'prompt_lens': '0'}, '--prompt_lens'),
+    ({'prompt_lens': '1.5'}, '--prompt_lens'),
     ({'placement': 'colocated=1x1'}, '--placement'),
     ({'real': True, 'rate': 1.0}, '--rate')])
 def test_bad_input_is_named(options, words):
   with pytest.raises(InputError, match=words):
-    shown(**{'lengths': '100', 'requests': 1} | options)
+    shown(**{'prompt_lens': '100', 'requests': 1} | options)

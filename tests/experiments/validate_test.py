@@ -165,7 +165,7 @@ def test_rows_files_and_ctrl_c(tmp_path, profile, monkeypatch):
       raise KeyboardInterrupt
   monkeypatch.setattr(validate.terminal.Interrupts, 'halt', halt)
   text = io.StringIO()
-  assert validate.run(options(tmp_path, profile=profile),
+  assert validate.run(options(tmp_path, latency=profile),
                       Console(file=text, width=160)) == 130
   row, = json.loads((tmp_path / 'summary.json').read_text())['rows']
   assert (row['mode'], row['rate_per_s'], row['requests']) == (
@@ -197,7 +197,7 @@ def test_rows_files_and_ctrl_c(tmp_path, profile, monkeypatch):
   profiles.save(slower, dataclasses.replace(
       kept, latencies={Plan(): SLOW}))
   text = io.StringIO()
-  assert validate.run(options(tmp_path, resume=True, profile=str(slower)),
+  assert validate.run(options(tmp_path, resume=True, latency=str(slower)),
                       Console(file=text, width=160)) == 0
   again, _ = json.loads((tmp_path / 'summary.json').read_text())['rows']
   assert text.getvalue().count('40.00/s:') == 1
@@ -209,7 +209,7 @@ def test_rows_files_and_ctrl_c(tmp_path, profile, monkeypatch):
   log = tmp_path / 'events-disaggregated-40.00-0.jsonl'
   log.write_text(log.read_text()[:-9])
   with pytest.raises(InputError, match=f'{log.name}, line'):
-    validate.run(options(tmp_path, resume=True, profile=str(slower)),
+    validate.run(options(tmp_path, resume=True, latency=str(slower)),
                  Console(file=text))
 
   with pytest.raises(InputError, match='--seeds'):
@@ -225,7 +225,7 @@ def test_a_row_of_two_seeds(tmp_path, profile):
   """Runs of the two, each with its log, and intervals of them."""
   text = io.StringIO()
   assert validate.run(options(
-      tmp_path, profile=profile, rates='50', seeds=['0', '3'], requests=24,
+      tmp_path, latency=profile, rates='50', seeds=['0', '3'], requests=24,
       seconds=1.0), Console(file=text, width=160)) == 0
   row, = json.loads((tmp_path / 'summary.json').read_text())['rows']
   assert (row['requests'], row['seeds']) == (24, [0, 3])
@@ -269,7 +269,7 @@ def test_intervals_are_of_the_runs():
 @pytest.mark.usefixtures('hasty')
 def test_no_row_begins_later_than_asked(tmp_path, profile):
   text = io.StringIO()
-  assert validate.run(options(tmp_path, profile=profile, minutes=1e-9),
+  assert validate.run(options(tmp_path, latency=profile, minutes=1e-9),
                       Console(file=text, width=160)) == 0
   assert '2 rows are left: --resume' in text.getvalue()
   assert json.loads((tmp_path / 'summary.json').read_text())['rows'] == []
@@ -280,7 +280,7 @@ def test_no_row_begins_later_than_asked(tmp_path, profile):
     ({'rates': 'fast'}, '--rates'), ({'rates': '-1'}, '--rates'),
     ({'ttft_s': 0.0}, '--ttft_s'),
     ({'seeds': ['0', '0']}, '--seeds'), ({'seeds': []}, '--seeds'),
-    ({'profile': '/no/such'}, 'cannot be read')])
+    ({'latency': '/no/such'}, 'cannot be read')])
 def test_bad_flags(tmp_path, change, part):
   with pytest.raises(InputError, match=part):
     validate.run(options(tmp_path, **change), Console(file=io.StringIO()))

@@ -85,6 +85,7 @@ def test_a_prompt_may_be_text_messages_or_ids_and_sampling_for_all(server):
     ([[3]], {'sampling': ['x']}, "sampling=.'x'"), (None, {}, 'prompts=None'),
     ([[3]], {'sampling': [{1: 2}]}, 'sampling='), ('ab', {}, "prompts='ab'"),
     ([[3]], {'sampling': 'x'}, "sampling='x'"), (b'a', {}, "prompts=b'a'"),
+    ({'a': 1}, {}, 'prompts=.*a list'), ({'a', 'b'}, {}, 'prompts=.*a list'),
     ([[3]], {'errors': 'ignore'}, "errors='ignore': must be 'raise' or")))
 def test_a_bad_request_is_an_error_before_any_is_queued(
     server, prompts, options, message):

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 import random
 import types
@@ -308,6 +309,12 @@ UNREADABLE = Unreadable()
 TICKED = (Tick(2.0),)
 
 
+class _Broken(collections.UserDict):
+
+  def __getitem__(self, key):
+    raise RuntimeError('broken')
+
+
 @pytest.mark.parametrize('hook, answer, roles, events, text', [
     ('route', 1, PAIR, DONE[:1], r'answered 1: must be .*\[0\]'),
     ('route', None, PAIR, DONE[:1], 'answered None'),
@@ -345,6 +352,8 @@ TICKED = (Tick(2.0),)
     ('resize', {1: 'flexible'}, FREE, TICKED, "roles of .'prefill', 'decode'"),
     ('resize', {0: np.ones(2)}, FREE, TICKED, 'must be {index: role}'),
     ('resize', 5, FREE, TICKED, 'answered 5: must be {index: role}'),
+    ('resize', itertools.cycle([(0, 'decode')]), FREE, TICKED, 'must be {inde'),
+    ('resize', _Broken(a=1), FREE, TICKED, 'must be {index: role}'),
     ('rebalance', [Move(0, 1)], FREE, TICKED, 'a Move of a row'),
     ('rebalance', [Move(0, 0)], FREE, (*DONE, *TICKED), 'a Move of a row'),
     ('rebalance', [(0, 1)], FREE, (*DONE, *TICKED), 'a Move of a row'),
