@@ -17,6 +17,7 @@ from dsjax.config.checks import (
     InputError,
     is_nonnegative,
     naming,
+    naming_file,
     parse_json,
     require,
 )
@@ -214,15 +215,10 @@ def named(kind: str, config: ModelConfig,
   if kind.startswith(TABLES):
     return functools.partial(
         _of_table, _table_of(kind, config).latencies, host_s)
-  require(pathlib.Path(kind).is_file(), 'latency', kind,
-          f"'published', {TABLES!r} and one of {sorted(tables())}, "
-          f'{ROOFLINE!r} and one of {sorted(hardware.HARDWARE)}, or a file of '
-          'measured latencies; there is no file of this name')
-  try:
+  with naming_file(
+      'latency', kind, f"'published', {TABLES!r} or {ROOFLINE!r} and one of "
+      f'{sorted(hardware.HARDWARE)}, or a file that experiments.measure wrote'):
     return load(kind).of(config)
-  except InputError as error:
-    raise error if kind in str(error) else InputError(
-        f'{kind}: {error}') from error
 
 
 def of_hardware(device: hardware.Hardware, config: ModelConfig,

@@ -14,6 +14,7 @@ import io
 import math
 import os
 import pathlib
+import re
 import select
 import signal
 import sys
@@ -322,8 +323,34 @@ def main(run: Callable[[Any, Console], int | None], defined: dict[str, Any],
       path = pathlib.Path(flags.FLAGS.out)
       is_file = isinstance(defined['out'], Flag)  # of the runner's own
       require_folder('--out', path.parent if is_file else path)
-    return run(flags.FLAGS, wide_console())
+    with naming_flags(flags.FLAGS, defined):
+      return run(flags.FLAGS, wide_console())
   app.run(start, flags_parser=_read_flags)
+
+
+@contextlib.contextmanager
+def naming_flags(chosen: flags.FlagValues | types.SimpleNamespace,
+                 defined: Iterable[str]) -> Iterator[None]:
+  """An InputError about what a flag says, or about a file that a flag names,
+  begins with the flag.
+
+  defined: names of the runner's own flags.
+  """
+  try:
+    yield
+  except InputError as error:
+    text = str(error)
+    if re.split('[=:[]', text, maxsplit=1)[0] in defined:
+      raise InputError(f'--{text}') from error
+    for name in defined:
+      value = getattr(chosen, name)
+      for own in value if isinstance(value, list) else [value]:
+        begin = own and re.match(
+            f"([a-z_]+=)?'?{re.escape(str(own))}'?[:,=]", text)
+        if begin:
+          raise InputError(
+              f'--{name}{": " if begin[1] else "="}{text}') from error
+    raise
 
 
 def require_folder(field: str, path: pathlib.Path) -> None:
