@@ -390,6 +390,11 @@ class _Search:
           f'{candidates.names(candidates.measured(problem))}: ask for as many '
           "devices as one of these takes, or for latency='roofline:a100-80g' "
           'and the like, which knows every plan')
+    for plan in usable:
+      require(self.capacity_per_s('colocated', plan, None)
+              < plan.pp / bounds.LEAST_S, f'latency({plan})',
+              self.seconds(plan),
+              'steps that take some time: in 0 s every rate is served')
     middle = sorted(i for i, _ in self.lengths)[len(self.lengths) // 2]
     latencies = [self.seconds(plan) for plan in usable]
     for field, asked_s, floor_s in (

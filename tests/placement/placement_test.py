@@ -114,6 +114,13 @@ def test_an_impossible_objective_names_the_floor(slo, field):
     search.search(problem(slo=slo))
 
 
+@pytest.mark.parametrize('step_s', (0.0, 1e-13))
+def test_steps_that_take_no_time_are_refused(step_s):
+  own = latency.Affine((step_s, 0.0, 0.0), (step_s, 0.0, 0.0))
+  with pytest.raises(InputError, match=r'latency\(1x1\)=.*take some time'):
+    search.search(problem(latency_of=lambda plan: own))
+
+
 @pytest.mark.parametrize('changes, field', (
     (dict(target=1.0), 'SearchProblem.target'),
     (dict(tolerance=0), 'tolerance'),
