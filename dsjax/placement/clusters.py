@@ -201,6 +201,20 @@ def unit(cluster: AnyCluster) -> str:
           else 'unit of price')
 
 
+def latencies(cluster: AnyCluster, named: Any) -> list[Any]:
+  """What tells the steps of a cluster's kinds, each once: latencies of their
+  own, or `named`."""
+  return list(dict.fromkeys(own.latency or named
+                            for own in cluster.kinds.values()))
+
+
+def holds(cluster: AnyCluster) -> str:
+  """The devices of a cluster, in words."""
+  return ', '.join(f'{own.nodes} x {own.devices_per_node}'
+                   + (f' of {name}' if name else '')
+                   for name, own in cluster.kinds.items())
+
+
 # --- files --------------------------------------------------------------------
 
 

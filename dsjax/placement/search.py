@@ -64,10 +64,11 @@ class Progress(NamedTuple):
   simulations: int
   best: RankedPlacement | None = None
   doing: str = ''
+  unit: str = 'device'  # what goodput counts per
 
   def __str__(self) -> str:
     best = (f'; best {self.best.placement}: {self.best.per_device:.3g} '
-            'requests/s a device' if self.best else '')
+            f'requests/s a {self.unit}' if self.best else '')
     return (f'{self.done} of {self.total} candidates, {self.pruned} by bounds, '
             f'{self.simulations} simulations{best}'
             + (self.doing and f'; {self.doing}'))
@@ -259,7 +260,8 @@ class _Search:
     served = (line for line in self.rows if line.goodput.rate_per_s)
     self.report(Progress(
         row, self.done, len(self.ruled_out), self.total, self.simulations,
-        max(served, key=lambda line: line.per_device, default=None), doing))
+        max(served, key=lambda line: line.per_device, default=None), doing,
+        clusters.unit(self.problem.cluster)))
 
   def measured(self, tasks: Sequence[Task]
                ) -> Iterator[tuple[Candidate, Goodput]]:

@@ -87,14 +87,17 @@ def test_a_picture_hides_nothing_and_draws_whole_intervals(monkeypatch):
   place.draw('x', [RankedPlacement(Placement.parse(where), Goodput(
       rate, low, high, 'samples', .9, 1, True)) for where, rate, low, high in (
           ('colocated=1x1', 2.0, 1.0, 3.0), ('chunked=1x1', 1.9, 1.0, math.inf),
-          ('prefill=1x1,decode=1x1', 2.0, 0.0, 8.0))], 'title')
+          ('prefill=1x1,1x1,1x1,decode=1x1', 2.0, 0.0, 8.0))], 'title',
+             'unit of price')
   figure, = drawn
   axes, = figure.axes
   assert not hidden(figure) and not axes.get_legend()
+  words = axes.xaxis.label.get_window_extent()
+  assert words.x0 >= 0 and words.x1 <= figure.bbox.width
   legend, = figure.legends
   assert not legend.get_window_extent().overlaps(axes.get_window_extent())
   ends = [tuple(line.get_xdata()) for line in axes.lines]
-  assert ends == [(1.0, 3.0), (1.0, 3.8), (3.8,), (0.0, 4.0)]
+  assert ends == [(1.0, 3.0), (1.0, 3.8), (3.8,), (0.0, 2.0)]
   assert axes.lines[2].get_marker() == '>'
 
 
