@@ -267,6 +267,8 @@ def load(path: str, latency: object = None) -> AnyCluster:
   borders: dict[tuple[str, str], Border] = {}
   for name, value in links.items():
     where = f'{path}: links.{name}'
+    require(re.fullmatch(f'{KIND}>{KIND}', name), f'{path}: links', name,
+            "'KIND>KIND', from prefill's to decode's")
     given = _object(where, value, _names(Border))
     if 'bytes_per_s' not in given:
       raise InputError(f'{where}.bytes_per_s: must be present')

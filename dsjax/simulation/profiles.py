@@ -96,13 +96,13 @@ def read_json(path: str | pathlib.Path) -> Any:
   """What a JSON file holds.
 
   Raises:
-    InputError naming the file.
+    InputError naming the file; also where an object has a name twice.
   """
   try:
     text = pathlib.Path(path).read_bytes()
   except OSError as error:
     raise InputError(f'{path}: cannot be read: {error.strerror}') from error
-  return parse_json(path, text)
+  return parse_json(path, text, unique=True)
 
 
 def load(path: str | pathlib.Path) -> Profile:

@@ -115,6 +115,8 @@ def test_what_was_stopped_exits_130(capsys, monkeypatch):
     ('{"nodes": 0}', 'Cluster.nodes=0'), ('{"nodes": "2"}', 'Cluster.nodes='),
     ('{"nodes": true}', 'Cluster.nodes='), ('{"gpus": 2}', "one of .'nodes'"),
     ('[1]', 'an object'), ('{', 'is not JSON'),
+    ('{"nodes": 1, "nodes": 2}', "nodes.*twice"),
+    ('{"kinds": {"a": {}}, "links": {"a-b": {}}}', "links='a-b'.*'KIND>KIND'"),
     ('{"memory_bytes": -1}', 'Cluster.memory_bytes=-1'),
     ('{"hand_off_s": null}', 'Cluster.hand_off_s=None')))
 def test_bad_cluster_files(tmp_path, text, message):
