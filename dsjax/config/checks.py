@@ -41,8 +41,9 @@ def naming_file(field: str, path: str, allowed: str) -> Iterator[None]:
     text = str(error)
     text = (text.removeprefix(path) if text.startswith((f'{path}:', f'{path},'))
             else f': {text}')
+    named = path if '.' in path or '/' in path else repr(path)
     raise InputError(
-        f'{field}={path!r}{text}; {field} must be {allowed}') from error
+        f'{field}={named}{text}; {field} must be {allowed}') from error
 
 
 def check_fetched(source: object, begin: bytes) -> None:
