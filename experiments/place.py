@@ -167,8 +167,8 @@ def draw(path: str | pathlib.Path, rows: Sequence[RankedPlacement], title: str,
       for r in rows])
   axes.invert_yaxis()
   axes.set_xlim(left=0)
-  axes.set_xlabel(f'goodput, requests/s per {unit} (simulated), 95 %; dotted: '
-                  'at most')
+  axes.set_xlabel(f'goodput, requests/s per {unit} (simulated)\n'
+                  '95 % intervals; dotted: at most')
   axes.set_title(title, fontsize=9)
   axes.spines[['top', 'right']].set_visible(False)
   if seen:
@@ -264,9 +264,9 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
   start = time.perf_counter()
   answer = _search(console, problem, options)
   took = time.perf_counter() - start
-  unit, latencies = clusters.unit(problem.cluster), sorted({
-      own.latency or options.latency for own in problem.cluster.kinds.values()
-      if isinstance(own.latency or '', str)})
+  unit, latencies = clusters.unit(problem.cluster), [
+      each for each in clusters.latencies(problem.cluster, options.latency)
+      if isinstance(each, str)]
   _show(console, answer, options, took, unit)
   for words in filter(None, (note(problem), *map(profiles.caveat, latencies))):
     console.print(words, soft_wrap=True)

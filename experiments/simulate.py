@@ -42,6 +42,7 @@ import pathlib
 import re
 import types
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -137,7 +138,7 @@ def _cluster(options):
       **cli.fields(options, cli.CLUSTER))
   for placement in placements:
     require(clusters.fits(cluster, placement), '--placement', str(placement),
-            'of devices that the cluster has')
+            f'of devices that the cluster has: {clusters.holds(cluster)}')
   return cluster, placements
 
 
@@ -174,14 +175,15 @@ def _policies(text, slo):
 # --- files --------------------------------------------------------------------
 
 
-def _made_by(options):
+def _made_by(options, latencies):
   """(options, data) as provenance.save_json takes them."""
-  return cli.asked(options, FLAGS), [options.lengths, options.latency,
-                                      options.machines]
+  return cli.asked(options, FLAGS), [
+      options.lengths, *(x for x in latencies if isinstance(x, str)),
+      options.machines]
 
 
 def write(out: pathlib.Path, points: Sequence[sweep.Point], stopped: bool,
-          options: types.SimpleNamespace) -> None:
+          options: types.SimpleNamespace, latencies: Sequence[Any]) -> None:
   """Writes records.jsonl (a run once), points.csv and summary.json."""
   runs = {(point.system, point.seed, point.rate_per_s, point.batch): point
           for point in points}
@@ -199,15 +201,16 @@ def write(out: pathlib.Path, points: Sequence[sweep.Point], stopped: bool,
     writer.writerows(rows)
   provenance.save_json(out / 'summary.json', {
       'stopped': stopped, 'points': list(map(sweep_report.facts, points))},
-                       *_made_by(options))
+                       *_made_by(options, latencies))
 
 
 class Traces:
   """Writes the event log of each run, and all of them as one timeline."""
 
-  def __init__(self, out: pathlib.Path, options: types.SimpleNamespace
-               ) -> None:
-    self.out, self.traces, self.options = out, [], options
+  def __init__(self, out: pathlib.Path, options: types.SimpleNamespace,
+               latencies: Sequence[Any]) -> None:
+    self.out, self.traces = out, []
+    self.made_by = _made_by(options, latencies)
     for old in out.glob('events-*.jsonl'):
       old.unlink()
 
@@ -220,7 +223,7 @@ class Traces:
 
   def close(self) -> None:
     provenance.save_trace(self.out / 'timeline.json',
-                          timeline.merge(self.traces), *_made_by(self.options))
+                          timeline.merge(self.traces), *self.made_by)
 
 
 def run(options: types.SimpleNamespace, console: Console) -> int:
@@ -236,7 +239,8 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
   out = pathlib.Path(options.out) if options.out else None
   if out:
     out.mkdir(parents=True, exist_ok=True)
-  traces = Traces(out, options) if out and options.timeline else None
+  latencies = clusters.latencies(cluster, options.latency)
+  traces = Traces(out, options, latencies) if out and options.timeline else None
   done, stopped = [], False
   with terminal.Interrupts() as interrupts, Progress(
       console=console, transient=True) as progress:
@@ -260,13 +264,14 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
   asked = next(iter(problems.values()))
   _show(console, shown, kind, options.target,
         getattr(asked.workload, 'phases', None))
-  for words in filter(None, (note(asked), profiles.caveat(options.latency))):
+  for words in filter(None, (note(asked), *(
+      profiles.caveat(each) for each in latencies if isinstance(each, str)))):
     console.print(words, soft_wrap=True)
   if stopped:
     console.print(f'Stopped by Ctrl-C: {len(done)} of '
                   f'{len(varied) * len(placements) * len(problems)} points.')
   if out and done:
-    _save(options, out, done, shown, kind, stopped, traces, console)
+    _save(options, latencies, out, done, shown, kind, stopped, traces, console)
   return 130 if stopped else 0
 
 
@@ -285,8 +290,9 @@ def _show(console, points, kind, target, phases):
           soft_wrap=True, highlight=False)
 
 
-def _save(options, out, done, shown, kind, stopped, traces, console):
-  write(out, done, stopped, options)
+def _save(options, latencies, out, done, shown, kind, stopped, traces,
+          console):
+  write(out, done, stopped, options, latencies)
   label = ('objectives, as a multiple of those in the title'
            if kind == 'scale' else 'requests a second'
            + (' and device' if options.per_device else ''))
@@ -296,10 +302,11 @@ def _save(options, out, done, shown, kind, stopped, traces, console):
       out / 'simulate.png', shown, kind, label, options.target,
       f'{options.model}, {pathlib.Path(options.lengths).name}, '
       f'{options.process} arrivals{fixed}; TTFT {options.ttft_s:g} s, TPOT '
-      f'{options.tpot_s:g} s\nsimulated, {options.latency} latencies, '
-      f'{options.requests} requests a point'
+      f'{options.tpot_s:g} s\nsimulated, {options.requests} requests a point'
       + (f' and seed, {len(options.seeds)} seeds' if len(options.seeds) > 1
-         else '') + ', 95 % intervals')
+         else '') + ', 95 % intervals\nlatencies: ' + ', '.join(
+             each if isinstance(each, str) else each.name
+             for each in latencies))
   names = ['records.jsonl', 'points.csv', 'summary.json', 'simulate.png']
   if traces:
     traces.close()

@@ -31,6 +31,21 @@ def naming(where: object) -> Iterator[None]:
     raise InputError(f'{where}: {error}') from error
 
 
+@contextlib.contextmanager
+def naming_file(field: str, path: str, allowed: str) -> Iterator[None]:
+  """An InputError about a file says first which field names the file, and last
+  what else the field may be."""
+  try:
+    yield
+  except InputError as error:
+    text = str(error)
+    text = (text.removeprefix(path) if text.startswith((f'{path}:', f'{path},'))
+            else f': {text}')
+    named = path if '.' in path or '/' in path else repr(path)
+    raise InputError(
+        f'{field}={named}{text}; {field} must be {allowed}') from error
+
+
 def check_fetched(source: object, begin: bytes) -> None:
   """Raises InputError of a file that Git LFS would have to fetch first.
 

@@ -17,6 +17,7 @@ from dsjax.config.placement import Slo
 from dsjax.simulation import latency
 
 Lengths = Sequence[tuple[int, int]]  # (prompt, output) tokens of requests
+LEAST_S = 1e-9  # no request and no step is taken to cost less
 
 
 def mean_context(lengths: Lengths) -> float:
@@ -117,7 +118,7 @@ def capacity_per_s(seconds: latency.Latency, instance: InstanceConfig,
       work_s += prefill_work_s(seconds, instance, lengths)
     if instance.decodes:
       work_s += decode_work_s(seconds, instance, lengths)
-  return float(instance.pp / max(work_s, 1e-9))
+  return float(instance.pp / max(work_s, LEAST_S))
 
 
 def ttft_guess_per_s(seconds: latency.Latency, instance: InstanceConfig,
@@ -163,7 +164,7 @@ def tpot_guess_per_s(seconds: latency.Latency, instance: InstanceConfig,
     fixed, slope = seconds.decode_line(rows)
     step_s = fixed + slope * rows * context + seconds.host_s
     if step_s <= tpot_s:
-      rows_per_s = max(rows_per_s, rows / max(step_s, 1e-9))
+      rows_per_s = max(rows_per_s, rows / max(step_s, LEAST_S))
   return instance.pp * rows_per_s / steps
 
 
@@ -171,7 +172,7 @@ def link_per_s(link: latency.LinkLike, pairs: int,
                lengths: Lengths) -> float:
   """Requests a second that `pairs` links can move at most."""
   mean_s = sum(link.migrate_s(i) for i, _ in lengths) / len(lengths)
-  return pairs / max(mean_s, 1e-9)
+  return pairs / max(mean_s, LEAST_S)
 
 
 def _prefill_floor_s(seconds, instance, tokens):

@@ -201,6 +201,20 @@ def unit(cluster: AnyCluster) -> str:
           else 'unit of price')
 
 
+def latencies(cluster: AnyCluster, named: Any) -> list[Any]:
+  """What tells the steps of a cluster's kinds, each once: latencies of their
+  own, or `named`."""
+  return list(dict.fromkeys(own.latency or named
+                            for own in cluster.kinds.values()))
+
+
+def holds(cluster: AnyCluster) -> str:
+  """The devices of a cluster, in words."""
+  return ', '.join(f'{own.nodes} x {own.devices_per_node}'
+                   + (f' of {name}' if name else '')
+                   for name, own in cluster.kinds.items())
+
+
 # --- files --------------------------------------------------------------------
 
 
@@ -253,6 +267,8 @@ def load(path: str, latency: object = None) -> AnyCluster:
   borders: dict[tuple[str, str], Border] = {}
   for name, value in links.items():
     where = f'{path}: links.{name}'
+    require(re.fullmatch(f'{KIND}>{KIND}', name), f'{path}: links', name,
+            "'KIND>KIND', from prefill's to decode's")
     given = _object(where, value, _names(Border))
     if 'bytes_per_s' not in given:
       raise InputError(f'{where}.bytes_per_s: must be present')

@@ -8,7 +8,14 @@ much.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import (
+  Callable,
+  Collection,
+  Hashable,
+  Iterable,
+  Iterator,
+  Sequence,
+)
 from typing import Any, NamedTuple
 
 from dsjax.config.checks import InputError, require
@@ -19,7 +26,12 @@ from dsjax.placement.algorithms import Algorithm, colocated, low_affinity
 from dsjax.placement.candidates import SearchProblem
 from dsjax.placement.goodput import Goodput
 from dsjax.placement.judging import Candidate, Task
-from dsjax.placement.verdict import RankedPlacement, bottleneck, verdict
+from dsjax.placement.verdict import (
+  RankedPlacement,
+  best_of,
+  bottleneck,
+  verdict,
+)
 from dsjax.simulation import latency
 
 # Candidates judged against one incumbent at a time. A constant, so that the
@@ -29,6 +41,9 @@ WAVE = 4
 # they must be: these changed the goodput by up to 15 %, so what was second may
 # be first.
 RETRIED, NEAR = 3, 1.2
+# Lines of a mode that are raced again where the best one's interval is below
+# what they were beaten at.
+RIVALS = 3
 # Bounds are of the first SAMPLE lengths of the workload, whose mean is that of
 # all within some hundredths: an interval may pass its bound by so much.
 SAMPLE, SLACK = 1024, 1.1
@@ -49,10 +64,11 @@ class Progress(NamedTuple):
   simulations: int
   best: RankedPlacement | None = None
   doing: str = ''
+  unit: str = 'device'  # what goodput counts per
 
   def __str__(self) -> str:
     best = (f'; best {self.best.placement}: {self.best.per_device:.3g} '
-            'requests/s a device' if self.best else '')
+            f'requests/s a {self.unit}' if self.best else '')
     return (f'{self.done} of {self.total} candidates, {self.pruned} by bounds, '
             f'{self.simulations} simulations{best}'
             + (self.doing and f'; {self.doing}'))
@@ -100,7 +116,8 @@ class _Search:
                map: Callable[..., Iterable]) -> None:
     self.problem, self.lengths = problem, candidates.lengths(problem, SAMPLE)
     self.report, self.map = report or (lambda _: None), map
-    self.simulations = self.pruned = self.done = self.total = 0
+    self.simulations = self.done = self.total = 0
+    self.ruled_out: list[Candidate] = []  # by their bounds
     self.unfit: set[Plan] = set()
     self.unmeasured: set[Plan] = set()
     self.reasons: list[str] = []  # why an algorithm had no candidates
@@ -174,7 +191,7 @@ class _Search:
     while order:
       beat = incumbent * (1 + self.problem.tolerance / 2)
       hopeful = [c for c in order if c.bound_per_device > beat]
-      self.pruned += len(order) - len(hopeful)
+      self.ruled_out += [c for c in order if c.bound_per_device <= beat]
       self.done += len(order) - len(hopeful)
       # What takes longest begins first, so that processes end together.
       tasks = [Task(c, self.problem.target, beat * c.devices or None)
@@ -242,8 +259,9 @@ class _Search:
   def tell(self, row: RankedPlacement | None = None, doing: str = '') -> None:
     served = (line for line in self.rows if line.goodput.rate_per_s)
     self.report(Progress(
-        row, self.done, self.pruned, self.total, self.simulations,
-        max(served, key=lambda line: line.per_device, default=None), doing))
+        row, self.done, len(self.ruled_out), self.total, self.simulations,
+        max(served, key=lambda line: line.per_device, default=None), doing,
+        clusters.unit(self.problem.cluster)))
 
   def measured(self, tasks: Sequence[Task]
                ) -> Iterator[tuple[Candidate, Goodput]]:
@@ -259,15 +277,32 @@ class _Search:
     self.rows = [r for r in self.rows if _key(r) != _key(row)] + [row]
     return row
 
-  def best(self, tight: bool = False) -> list[RankedPlacement]:
-    """The best line of each mode that serves anything; tight: with an
-    interval, where one has."""
-    best: dict[str, RankedPlacement] = {}
-    for row in sorted(_sorted(self.rows),
-                      key=lambda row: tight and not row.goodput.tight):
-      if row.goodput.rate_per_s:
-        best.setdefault(row.placement.mode, row)
-    return list(best.values())
+  def best(self) -> list[RankedPlacement]:
+    """The best line of each mode that serves anything."""
+    return list(best_of(
+        (row for row in _sorted(self.rows) if row.goodput.rate_per_s),
+        lambda row: row.placement.mode).values())
+
+  def rival(self, best: RankedPlacement, judged: Collection[tuple]
+            ) -> Candidate | None:
+    """What may serve more than the best line of a mode, which has an interval:
+    what was ruled out when a rough line was thought to serve more.
+
+    judged: keys of lines that long runs have told of.
+    """
+    above, mode = best.interval_per_device[1], best.placement.mode
+    hopes = [(row.per_device or row.interval_per_device[1]
+              * row.goodput.attained / self.problem.target, self.again(row))
+             for row in self.rows
+             if row.placement.mode == mode and _key(row) not in judged
+             and (row.per_device > best.per_device
+                  or row.interval_per_device[1] > above)]
+    hopes += [(each.guess_per_s / each.devices, each)
+              for each in self.ruled_out
+              if each.placement.mode == mode and not each.phase
+              and each.bound_per_device > above]
+    return max(hopes, key=lambda hope: (hope[0], str(hope[1])),
+               default=(0.0, None))[1]
 
   def sizes(self, placement: Placement) -> list[int]:
     """Tokens of a prefill batch that are worth a try beside what suits it:
@@ -285,14 +320,9 @@ class _Search:
                           row.aligned)
 
   def finish(self) -> None:
-    """Other batches for the first few of each mode, then of each the best:
-    tight, then the second target.
-
-    A tight estimate may fall below a line that was second; then that one is
-    raced against it with as many requests, twice at most.
-    """
+    """Other batches for the first few of each mode, then of each the best: its
+    interval, then the second target."""
     problem = self.problem
-    tight: dict[str, tuple] = {}
     for best in self.best():
       same = [row for row in _sorted(self.rows)
               if row.placement.mode == best.placement.mode
@@ -300,36 +330,53 @@ class _Search:
       if not best.placement.chunked:
         self.race([self.again(row, size) for row in same[:RETRIED]
                    for size in self.sizes(row.placement)], best.per_device)
-    for _ in range(3):
-      rows = [r for r in self.best() if _key(r) not in tight.values()]
-      beat = {r.placement.mode: r.per_device for r in self.rows
-              if _key(r) in tight.values()}
-      tasks = [Task(_slack(self.again(r)), problem.target, r.devices
-                    * beat.get(r.placement.mode, 0.0) or None,
-                    effort=problem.effort, tight=True,
-                    start_per_s=r.goodput.rate_per_s) for r in rows]
-      if tasks:
-        self.tell(doing='now the intervals of '
-                  f'{", ".join(r.placement.mode for r in rows)}, by runs of '
-                  f'{problem.effort:g} times as many requests')
-      for candidate, goodput in self.measured(tasks):
-        row = self.keep(candidate, goodput)
-        if goodput.binds != 'beaten':
-          tight[row.placement.mode] = _key(row)
-        self.tell(row)
+    self.intervals()
     if problem.strict:
       tasks = [Task(self.again(r)._replace(bound_per_s=r.goodput.rate_per_s),
                     problem.strict, effort=problem.strict_effort,
                     tight=problem.strict_effort > 1,
                     start_per_s=0.7 * r.goodput.rate_per_s)
-               for r in self.best(tight=True)]
+               for r in self.best()]
       for candidate, goodput in self.measured(tasks):
         self.strict.append(_row(candidate, goodput))
         self.tell()
-    rows = self.best(tight=True)
+    rows = self.best()
     binds = functools.partial(bottleneck, problem)
     for row, words in zip(rows, self.map(binds, rows), strict=True):
       self.bottlenecks[row.placement.mode] = words
+
+  def intervals(self) -> None:
+    """An interval of the best line of each mode.
+
+    Where that is below what others were beaten at, the most promising of them
+    are raced against it by runs as long, one after another.
+    """
+    problem, judged = self.problem, set()
+    for _ in range(1 + RIVALS):
+      tasks = []
+      for best in best_of(
+          (row for row in _sorted(self.rows)
+           if row.goodput.rate_per_s or row.goodput.tight),
+          lambda row: row.placement.mode).values():
+        rival = (self.rival(best, judged) if best.goodput.tight
+                 else self.again(best))
+        if rival is not None:
+          tasks.append(Task(
+              _slack(rival), problem.target, best.goodput.tight
+              and best.per_device * rival.devices or None,
+              effort=problem.effort, tight=True,
+              start_per_s=best.goodput.rate_per_s))
+      if not tasks:
+        return
+      self.tell(doing='now the intervals of '
+                f'{", ".join(t.candidate.placement.mode for t in tasks)}, by '
+                f'runs of {problem.effort:g} times as many requests')
+      for candidate, goodput in self.measured(tasks):
+        row = self.keep(candidate, goodput)
+        judged.add(_key(row))
+        self.ruled_out = [c for c in self.ruled_out
+                          if _key(_row(c, goodput)) != _key(row)]
+        self.tell(row)
 
   def check_floor(self) -> None:
     """Raises InputError where no placement can meet what is asked."""
@@ -345,6 +392,11 @@ class _Search:
           f'{candidates.names(candidates.measured(problem))}: ask for as many '
           "devices as one of these takes, or for latency='roofline:a100-80g' "
           'and the like, which knows every plan')
+    for plan in usable:
+      require(self.capacity_per_s('colocated', plan, None)
+              < plan.pp / bounds.LEAST_S, f'latency({plan})',
+              self.seconds(plan),
+              'steps that take some time: in 0 s every rate is served')
     middle = sorted(i for i, _ in self.lengths)[len(self.lengths) // 2]
     latencies = [self.seconds(plan) for plan in usable]
     for field, asked_s, floor_s in (
@@ -373,13 +425,13 @@ class _Search:
     rows = _sorted(self.rows)
     words = ('Stopped before a placement was judged.'
              if stopped and not rows else verdict(rows, self.problem))
-    for row in self.best(tight=True)[:1]:
+    for row in self.best()[:1]:
       judged = self.again(row)
       words += judging.loosened(
           self.problem, _slack(judged) if row.goodput.tight else judged,
           row.goodput.rate_per_s)
     return SearchResult(
-        rows, words, self.simulations, self.pruned,
+        rows, words, self.simulations, len(self.ruled_out),
         tuple(sorted(self.unfit, key=repr)),
         tuple(sorted(self.unmeasured, key=repr)), _sorted(self.strict),
         self.bottlenecks, stopped)

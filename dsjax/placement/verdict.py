@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 from dsjax.config.placement import Placement
 from dsjax.placement import clusters, judging
@@ -151,6 +151,20 @@ def name(row: RankedPlacement) -> str:
                                if row.prefill_tokens else '')
 
 
+def best_of(rows: Iterable[RankedPlacement],
+            kind: Callable[[RankedPlacement], Hashable]
+            ) -> dict[Hashable, RankedPlacement]:
+  """The best line of each kind: one with an interval, where the kind has one.
+
+  Args:
+    rows: best first.
+  """
+  best: dict[Hashable, RankedPlacement] = {}
+  for row in sorted(rows, key=lambda row: not row.goodput.tight):
+    best.setdefault(kind(row), row)
+  return best
+
+
 def verdict(rows: Sequence[RankedPlacement],
             problem: SearchProblem | None = None) -> str:
   """Disaggregate or not, by how much, and how sure that is.
@@ -159,14 +173,11 @@ def verdict(rows: Sequence[RankedPlacement],
   of one placement over the upper end of the other, to the reverse.
 
   Args:
-    rows: best first. Those with an interval go before those without.
+    rows: best first. See best_of.
   """
-  def best(disaggregated):
-    return next((r for r in sorted(rows, key=lambda r: not r.goodput.tight)
-                 if (r.placement.mode == 'disaggregated')
-                 == disaggregated and r.goodput.rate_per_s > 0), None)
-
-  split, together = best(True), best(False)
+  best = best_of((row for row in rows if row.goodput.rate_per_s),
+                 lambda row: row.placement.mode == 'disaggregated')
+  split, together = best.get(True), best.get(False)
   first, *others = sorted(
       (row for row in (together, split) if row is not None),
       key=lambda row: -row.per_device) or (None,)

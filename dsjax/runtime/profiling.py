@@ -303,7 +303,8 @@ def beside(mine: Cells, theirs: Cells, config: EngineConfig, rounds: int,
     for kind, other in pairs:
       # Twice as slow, and some more, so that the other one never runs dry.
       lasts_s = 3 * (repeats[kind] + 1) * alone_s[kind]
-      for _ in range(1 + math.ceil(lasts_s / other_s[other])):
+      busy = theirs.run(*cells[other])[0]
+      for _ in range(math.ceil(lasts_s / other_s[other])):
         busy = theirs.run(*cells[other])[0]
       ratios.append(command_s(mine, kind, repeats[kind]) / alone_s[kind])
       jax.block_until_ready(busy)

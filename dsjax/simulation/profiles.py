@@ -17,6 +17,7 @@ from dsjax.config.checks import (
     InputError,
     is_nonnegative,
     naming,
+    naming_file,
     parse_json,
     require,
 )
@@ -95,13 +96,13 @@ def read_json(path: str | pathlib.Path) -> Any:
   """What a JSON file holds.
 
   Raises:
-    InputError naming the file.
+    InputError naming the file; also where an object has a name twice.
   """
   try:
     text = pathlib.Path(path).read_bytes()
   except OSError as error:
     raise InputError(f'{path}: cannot be read: {error.strerror}') from error
-  return parse_json(path, text)
+  return parse_json(path, text, unique=True)
 
 
 def load(path: str | pathlib.Path) -> Profile:
@@ -214,15 +215,10 @@ def named(kind: str, config: ModelConfig,
   if kind.startswith(TABLES):
     return functools.partial(
         _of_table, _table_of(kind, config).latencies, host_s)
-  require(pathlib.Path(kind).is_file(), 'latency', kind,
-          f"'published', {TABLES!r} and one of {sorted(tables())}, "
-          f'{ROOFLINE!r} and one of {sorted(hardware.HARDWARE)}, or a file of '
-          'measured latencies; there is no file of this name')
-  try:
+  with naming_file(
+      'latency', kind, f"'published', {TABLES!r} or {ROOFLINE!r} and one of "
+      f'{sorted(hardware.HARDWARE)}, or a file that experiments.measure wrote'):
     return load(kind).of(config)
-  except InputError as error:
-    raise error if kind in str(error) else InputError(
-        f'{kind}: {error}') from error
 
 
 def of_hardware(device: hardware.Hardware, config: ModelConfig,

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 from dsjax.config.checks import (
-    InputError,
     is_integer,
     is_number,
     is_positive,
+    naming_file,
     plain,
     require,
 )
@@ -60,14 +60,9 @@ def lengths_of(lengths: Lengths, n: int = SAMPLE,
     return traffic.draw(lengths, n, seed)
   if sizes := _FIXED.fullmatch(lengths):
     return (Entry(None, *map(int, sizes.groups())),)
-  try:
+  with naming_file('lengths', lengths, f'{", ".join(sorted(traffic.MIXTURES))}'
+                   ', fixed:PROMPTxOUTPUT, or a file of lengths'):
     return read_lengths(lengths)
-  except InputError as error:
-    if '.' in lengths or '/' in lengths:
-      raise
-    raise InputError(f'lengths={lengths!r}: must be one of '
-                     f"{sorted(traffic.MIXTURES)}, 'fixed:PROMPTxOUTPUT', or "
-                     'a file of lengths') from error
 
 
 def _entry(where: str, given: Any) -> Entry:

@@ -14,6 +14,7 @@ import io
 import math
 import os
 import pathlib
+import re
 import select
 import signal
 import sys
@@ -165,7 +166,7 @@ def options(defined: dict[str, Any], **changes: Any) -> types.SimpleNamespace:
 
 
 def asked(chosen: flags.FlagValues | types.SimpleNamespace,
-          defined: dict[str, Any]) -> dict[str, Any]:
+          defined: Iterable[str]) -> dict[str, Any]:
   """{name: value} of a runner's own flags."""
   return {name: getattr(chosen, name) for name in defined}
 
@@ -214,26 +215,6 @@ def exit_code(run: Callable[..., int | None], *args: Any) -> int:
   except KeyboardInterrupt:
     print('stopped', file=sys.stderr)
     return 130
-
-
-@contextlib.contextmanager
-def naming_flags(chosen: flags.FlagValues | types.SimpleNamespace,
-                 defined: dict[str, Any]) -> Iterator[None]:
-  """An InputError that begins with a flag's name, or with what one flag
-  alone says (a file), says which flag that is."""
-  try:
-    yield
-  except InputError as error:
-    text = str(error)
-    told = [name for name, value in asked(chosen, defined).items()
-            if isinstance(value, str) and value
-            and text.startswith(tuple(f'{part}{end}' for end in ':,'
-                                      for part in value.split(',')))]
-    if text.split('=')[0] in defined:
-      raise InputError(f'--{text}') from error
-    if len(told) != 1:
-      raise
-    raise InputError(f'--{told[0]}={text}') from error
 
 
 def _not_raised(lost):
@@ -336,6 +317,34 @@ def main(run: Callable[[Any, Console], int | None], defined: dict[str, Any],
     with naming_flags(flags.FLAGS, defined):
       return run(flags.FLAGS, wide_console())
   app.run(start, flags_parser=_read_flags)
+
+
+@contextlib.contextmanager
+def naming_flags(chosen: flags.FlagValues | types.SimpleNamespace,
+                 defined: Iterable[str]) -> Iterator[None]:
+  """An InputError about what a flag says, or about a file that a flag names,
+  begins with the flag, if it is no other's too.
+
+  defined: names of the runner's own flags.
+  """
+  try:
+    yield
+  except InputError as error:
+    text = str(error)
+    if re.split('[=:[]', text, maxsplit=1)[0] in defined:
+      raise InputError(f'--{text}') from error
+    told = {}
+    for name, value in asked(chosen, defined).items():
+      parts = ([value, *value.split(',')] if isinstance(value, str) else
+               value if isinstance(value, list) else [])
+      for part in filter(None, map(str, parts)):
+        begin = re.match(f"([a-z_]+=)?'?{re.escape(part)}'?[:,=]", text)
+        if begin:
+          told[name] = ': ' if begin[1] else '='
+    if len(told) == 1:
+      (name, between), = told.items()
+      raise InputError(f'--{name}{between}{text}') from error
+    raise
 
 
 def require_folder(field: str, path: pathlib.Path) -> None:

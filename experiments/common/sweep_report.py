@@ -96,7 +96,8 @@ def draw(path: str | pathlib.Path, points: Sequence[Point], kind: str,
          label: str, target: float, title: str) -> None:
   """Attainment of each placement, and under it why requests missed."""
   systems = list(dict.fromkeys(point.system for point in points))
-  figure = Figure(figsize=(8.5, 3.6 + 1.9 * len(systems)),
+  lines = math.ceil(len(systems) / 2)  # of the legend
+  figure = Figure(figsize=(8.5, 3.6 + 1.9 * len(systems) + 0.2 * lines),
                   layout='constrained')
   top, *below = figure.subplots(
       1 + len(systems), 1, height_ratios=[3] + [1.6] * len(systems),
@@ -113,13 +114,14 @@ def draw(path: str | pathlib.Path, points: Sequence[Point], kind: str,
     _attained(top, own, aside, pictures.look(number), system)
     _misses(axes, own, width, system, most)
   top.axhline(100 * target, color='black', linestyle='--', linewidth=1)
-  top.annotate(f'target {target:.0%}', (0, 100 * target), (4, -10),
+  top.annotate(f'target\n{target:.0%}', (1, 100 * target), (3, 0),
                xycoords=('axes fraction', 'data'), fontsize=8,
-               textcoords='offset points')
+               textcoords='offset points', va='center')
   top.set_ylim(-2, 104)
   top.set_ylabel('requests that met\nboth objectives, %')
   hollow = any(point.unsteady for point in points)
-  top.legend(fontsize=8, frameon=False, loc='best', title_fontsize=8,
+  top.legend(fontsize=8, frameon=False, loc='upper left', ncols=2,
+             bbox_to_anchor=(0, -0.04), title_fontsize=8, alignment='left',
              title='hollow: queues grew or drifted' if hollow else None)
   below[-1].set_xlabel(label)
   below[-1].set_xticks(xs, [f'{x:.3g}' for x in xs])

@@ -13,6 +13,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -121,6 +122,54 @@ def test_an_out_that_cannot_be_is_told_before_the_run(runner, out):
       text=True, capture_output=True, check=False, cwd=cli.ROOT, timeout=60)
   assert (done.returncode, done.stdout) == (2, '')
   assert done.stderr.startswith('error: --out=')
+
+
+LATENCY, LENGTHS = 'tables:.*measure wrote', 'sharegpt, fixed:PROMPTxOUTPUT'
+
+
+@pytest.mark.parametrize('runner, flag, given, says', [
+    ('simulate', 'latency', '--rate=1', LATENCY),
+    ('simulate', 'lengths', '--rate=1', LENGTHS),
+    ('simulate', 'machines', '--rate=1', 'JSON|an object|one of|read'),
+    ('simulate', 'policy', '--rate=1', 'distserve.*path.py:name'),
+    ('simulate', 'placement', '--rate=1', 'role=TPxPP'),
+    ('simulate', 'model', '--rate=1', 'llama-3-8b'),
+    ('place', 'latency', '', LATENCY), ('place', 'lengths', '', LENGTHS),
+    ('place', 'machines', '', 'JSON|an object|one of|read'),
+    ('replan', 'latency', '', LATENCY), ('replan', 'lengths', '', LENGTHS),
+    ('sessions', 'latency', '', LATENCY),
+    ('sessions', 'lengths', '', 'columns|row|read|UTF-8|object|or a file'),
+    ('stream', 'latency', '', LATENCY),
+    ('measure', 'from', '--out=out', 'columns|read|line'),
+    ('load', 'prompts', '', 'prompt|read')])
+def test_a_bad_file_is_told_with_its_flag(runner, flag, given, says, tmp_path,
+                                          monkeypatch):
+  """And with what else the flag may be. One file is missing, one is a folder;
+  others hold nothing, bytes, or JSON of another kind."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'folder').mkdir()
+  for name, data in (('empty.csv', b''), ('bytes.csv', b'\x9c\xff'),
+                     ('list.json', b'[1]'), ('other.json', b'{"a": 1}')):
+    (tmp_path / name).write_bytes(data)
+  module = importlib.import_module(f'experiments.{runner}')
+  for name in ('nowhere', 'nowhere.json', *os.listdir(tmp_path)):
+    options = cli.parse(module.FLAGS, [*given.split(), f'--{flag}={name}'])
+    with pytest.raises(InputError) as error:
+      with cli.naming_flags(options, module.FLAGS):
+        module.run(options, Console(file=io.StringIO()))
+    text = str(error.value)
+    assert re.match(f"--{flag}='?{name}'?[:,= ]", text), text
+    assert re.search(says, text) and '\n' not in text, text
+
+
+def test_a_flag_of_another_name_is_told_as_well():
+  options = types.SimpleNamespace(workloads=['chat', 'x.csv'], seed=1)
+  for text, told in (("lengths='x.csv': bad", "--workloads: lengths='x.csv': "),
+                     ('x.csv, line 2: bad', '--workloads=x.csv, line 2: '),
+                     ('seed=1: bad', '--seed=1: '), ('y.csv: 1', 'y.csv: ')):
+    with pytest.raises(InputError, match=f'^{re.escape(told)}'):
+      with cli.naming_flags(options, ('workloads', 'seed')):
+        raise InputError(text)
 
 
 @pytest.mark.parametrize('name', RUNNERS)

@@ -87,14 +87,17 @@ def test_a_picture_hides_nothing_and_draws_whole_intervals(monkeypatch):
   place.draw('x', [RankedPlacement(Placement.parse(where), Goodput(
       rate, low, high, 'samples', .9, 1, True)) for where, rate, low, high in (
           ('colocated=1x1', 2.0, 1.0, 3.0), ('chunked=1x1', 1.9, 1.0, math.inf),
-          ('prefill=1x1,decode=1x1', 2.0, 0.0, 8.0))], 'title')
+          ('prefill=1x1,1x1,1x1,decode=1x1', 2.0, 0.0, 8.0))], 'title',
+             'unit of price')
   figure, = drawn
   axes, = figure.axes
   assert not hidden(figure) and not axes.get_legend()
+  words = axes.xaxis.label.get_window_extent()
+  assert words.x0 >= 0 and words.x1 <= figure.bbox.width
   legend, = figure.legends
   assert not legend.get_window_extent().overlaps(axes.get_window_extent())
   ends = [tuple(line.get_xdata()) for line in axes.lines]
-  assert ends == [(1.0, 3.0), (1.0, 3.8), (3.8,), (0.0, 4.0)]
+  assert ends == [(1.0, 3.0), (1.0, 3.8), (3.8,), (0.0, 2.0)]
   assert axes.lines[2].get_marker() == '>'
 
 
@@ -112,6 +115,8 @@ def test_what_was_stopped_exits_130(capsys, monkeypatch):
     ('{"nodes": 0}', 'Cluster.nodes=0'), ('{"nodes": "2"}', 'Cluster.nodes='),
     ('{"nodes": true}', 'Cluster.nodes='), ('{"gpus": 2}', "one of .'nodes'"),
     ('[1]', 'an object'), ('{', 'is not JSON'),
+    ('{"nodes": 1, "nodes": 2}', "nodes.*twice"),
+    ('{"kinds": {"a": {}}, "links": {"a-b": {}}}', "links='a-b'.*'KIND>KIND'"),
     ('{"memory_bytes": -1}', 'Cluster.memory_bytes=-1'),
     ('{"hand_off_s": null}', 'Cluster.hand_off_s=None')))
 def test_bad_cluster_files(tmp_path, text, message):

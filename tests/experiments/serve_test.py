@@ -204,7 +204,7 @@ def _gguf(path, architecture):
     ('workload.rate_per_s=nan',
      'rate_per_s=nan: must be None or a number above 0'),
     ('workload.process=daily', "workload: process='daily': must be one of"),
-    ('workload.lengths=web', "lengths='web': must be one of"),
+    ('workload.lengths=web', "lengths='web': cannot be"),
     ('workload.prompts=/nowhere.txt', '/nowhere.txt: cannot be read'),
     ('workload.lengths=/nowhere.csv', '/nowhere.csv: cannot be read'),
     ('placements=prefill=1x1', 'must be instances that prefill and'),

@@ -21,6 +21,7 @@ from dsjax.scheduling.event_log import decode
 from dsjax.scheduling.events import RunDecode
 from experiments import simulate
 from experiments.common import cli, report, sweep, sweep_report
+from tests.common.legible import alike, hidden
 from tests.common.programs import ended
 from tests.common.results import check_written, made_by
 
@@ -91,7 +92,10 @@ def test_a_trace_at_its_own_times(tmp_path):
       (i / 4, 50 + i) for i in range(30)]
 
 
-def test_a_cluster_of_several_kinds_as_in_a_search(tmp_path):
+def test_a_cluster_of_several_kinds_as_in_a_search(tmp_path, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(sweep_report.pictures, 'save',
+                      lambda figure, _: drawn.append(figure))
   path = tmp_path / 'my.json'
   path.write_text(json.dumps({'kinds': {
       'fast': {'devices_per_node': 2, 'latency': 'tables:h100-80g'},
@@ -104,7 +108,11 @@ def test_a_cluster_of_several_kinds_as_in_a_search(tmp_path):
   assert code == 0, error
   written = json.loads((tmp_path / 'out' / 'summary.json').read_text())
   assert [p['placement'] for p in written['points']] == list(placements)
-  assert 'my.json' in made_by(tmp_path / 'out')['data']
+  assert {'my.json', 'tables:h100-80g', 'tables:a100-80g'} <= set(
+      made_by(tmp_path / 'out')['data'])
+  figure, = drawn
+  assert figure._suptitle.get_text().endswith(
+      'latencies: tables:h100-80g, tables:a100-80g')
   # The border between the two takes longer than a link inside either.
   crossing, _ = (p['summary'] for p in written['points'])
   assert crossing['stage_s']['migrate'] > 0.02
@@ -113,6 +121,7 @@ def test_a_cluster_of_several_kinds_as_in_a_search(tmp_path):
     code, _, error = run('--model=llama-3-8b', '--rate=2',
                          f'--machines={path}', flag)
     assert code == 2 and flag.split('=')[0] in error
+  assert error.endswith(': 1 x 2 of fast, 1 x 2 of slow\n')
 
 
 @pytest.mark.parametrize('flag, message', (
@@ -164,6 +173,28 @@ def test_a_trace_without_a_span_is_at_once(tmp_path):
     assert point['x'] == 0 and sum(
         point['summary']['counts'].values()) == rows - rows // 5
     assert (tmp_path / 'simulate.png').read_bytes()[:4] == b'\x89PNG'
+
+
+def test_a_picture_of_many_lines_hides_nothing(tmp_path, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(sweep_report.pictures, 'save',
+                      lambda figure, _: drawn.append(figure))
+  code, _, error = run(
+      '--placement=prefill=1x1,1x1,decode=1x1/colocated=1x1/chunked=1x1,1x1',
+      '--policy=distserve,arrow', '--rates=1,3,30', '--seeds=0,1',
+      f'--out={tmp_path}')
+  assert code == 0, error
+  figure, = drawn
+  top, *_ = figure.axes
+  assert not hidden(figure) and not alike(figure)
+  assert len(top.get_legend().get_texts()) == 6
+  inside = top.get_window_extent()
+  for outside in (top.get_legend(), *top.texts):
+    assert not outside.get_window_extent().overlaps(inside)
+  for each in (top.get_legend(), *top.texts, figure._suptitle):
+    left, low, right, high = each.get_window_extent().extents
+    assert 0 <= left < right <= figure.bbox.width and low > 0, each
+    assert high <= figure.bbox.height
 
 
 def test_tables_fit_80_columns_and_label_their_percentiles():

@@ -150,7 +150,8 @@ def test_search():
     (dict(log=1), 'log=1'), (dict(cut=None), 'cut=None: must be True or'),
     (dict(max_seqs=0), 'max_seqs=0'), (dict(requests=0), 'requests=0'),
     (dict(chunk=True), 'chunk=True'),
-    (dict(latency='nowhere.json'), "='nowhere.json'.*no file of this name")])
+    (dict(latency='nowhere.json'),
+     "=nowhere.json: cannot be read.*published")])
 def test_what_simulate_is_given_is_named(change, text):
   with pytest.raises(InputError, match=text):
     dsjax.simulate(**dict(placement='colocated=1x1', rate_per_s=1.0,

@@ -134,14 +134,16 @@ def test_goodput_counts_by_price(price, winner):
   problem = api.make_problem(
       MODEL, Slo(2.0, 0.5), 'fixed:200x20', cluster=cluster, requests=60,
       tolerance=0.3, max_seqs=16)
-  state = search._Search(problem, None, map)
+  told: list[search.Progress] = []
+  state = search._Search(problem, told.append, map)
   tried = [state.candidate(Placement(colocated=[Plan(kind=kind)]))
            for kind in 'ab']
   assert [c.devices for c in tried] == [price, 1.0]
   best, _ = state.race(tried)
   assert best.placement == Placement(colocated=[Plan(kind=winner)])
-  assert clusters.unit(cluster) == ('device' if price == 1 else
-                                    'unit of price')
+  unit = 'device' if price == 1 else 'unit of price'
+  assert clusters.unit(cluster) == unit
+  assert str(told[-1]).endswith(f' requests/s a {unit}')
   assert clusters.price(cluster, Plan(1, 3, 'a'), Plan(2, 1, 'b')) == (
       3 * price + 2)
 
@@ -228,7 +230,7 @@ def without(*at, **put):
      'Hardware.shares.compute=0: must be above 0'),
     (without('kinds', 'slow', 'latency', cores=2), "Hardware: field='cores'"),
     (without('links', **{'fast-slow': {'bytes_per_s': 1}}),
-     r"MixedCluster.links=\('fast-slow', ''\)"),
+     "links='fast-slow': must be 'KIND>KIND'"),
     (without('links', **{'fast>fast': {'bytes_per_s': 1}}),
      r"MixedCluster.links=\('fast', 'fast'\)"),
     (without('links', 'fast>slow', 'bytes_per_s'), 'bytes_per_s: must be pre'),

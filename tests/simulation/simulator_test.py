@@ -135,6 +135,16 @@ def test_copies_of_one_moment_begin_in_one_step():
   assert len(command.rows) == 2
 
 
+@pytest.mark.parametrize('apart_s, tpot_s', [
+    (0.0, (2.72, 2.72)), (1e-9, (2.11, 3.72))])
+def test_copies_that_begin_one_by_one_cost_the_second_a_step(apart_s, tpot_s):
+  """A nanosecond apart, they are planned as those of one moment once were."""
+  result = simulator.simulate(
+      plan(('prefill', 'prefill', 'decode')),
+      requests((0, 10, 2), (apart_s, 10, 2)), Affine(), Link())
+  assert [r.tpot_s for r in result.records] == pytest.approx(tpot_s)
+
+
 def test_a_copy_delays_no_step_of_its_target():
   # A decodes commands of a step, in flight when B's copy lands at 2.5.
   result = simulator.simulate(

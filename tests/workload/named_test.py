@@ -71,7 +71,7 @@ def test_bad_lengths_name_what_there_is(lengths):
 
 
 def test_a_missing_file_is_named():
-  with pytest.raises(InputError, match='^no/file.csv: cannot be read'):
+  with pytest.raises(InputError, match='^lengths=no/file.csv: cannot be read'):
     lengths_of('no/file.csv')
 
 
