@@ -50,6 +50,7 @@ from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.placement import candidates, goodput, judging
 from dsjax.placement.api import make_problem
 from dsjax.policies.named import DEADLINES as DEADLINES_END
+from dsjax.workload import source
 from experiments.common import (
   cli,
   policies,
@@ -334,6 +335,8 @@ def run(options: Any, console: Any) -> int:
   for text in absent:
     console.print(f'{text}: left out', soft_wrap=True, highlight=False)
   require(there, '--lengths', options.lengths, 'one that is there')
+  for lengths in there.values():
+    source(lengths, options.seed, options.process)  # a bad one is said here
   asked, told = list(cells(options)), cli.asked(options, FLAGS)
   if options.real:
     return real_row.run(options, console, [

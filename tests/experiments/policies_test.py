@@ -151,7 +151,8 @@ def test_the_best_variant_counts():
     (dict(objectives=['fast']), '--objectives'),
     (dict(orders=['lifo']), '--orders'),
     (dict(only=['luck']), 'policy'), (dict(plan='3x1'), '--plan'),
-    (dict(lengths='nowhere'), 'lengths')])
+    (dict(lengths='nowhere'), 'lengths'),
+    (dict(lengths='fixed:100x10,,nowhere'), 'lengths')])
 def test_bad_input_names_the_flag(tmp_path, options, error):
   with pytest.raises(InputError, match=error):
     run(tmp_path, **options)
