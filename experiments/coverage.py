@@ -71,7 +71,7 @@ SLO = Slo(0.25, 0.1)
 TRUTH_SEED = 10_000  # the first of the truth's seeds
 FLAGS = {
     'problems': cli.Flag(list(PROBLEMS), f'Of {list(PROBLEMS)}.'),
-    'intervals': cli.Flag(40, 'Intervals of each problem.', low=1,
+    'seeds': cli.Flag(40, 'Intervals of each problem, a seed each.', low=1,
                       high=TRUTH_SEED),
     'truth_seeds': cli.Flag(20, 'Long runs at each rate of the truth.',
                             low=3),
@@ -251,7 +251,7 @@ def measure(options: types.SimpleNamespace, known: Measured, keep: Keep,
       keep(measured)
       bar.advance(line)
     told = {(line.problem, line.seed) for line in measured.intervals}
-    tasks = [(name, seed) for seed in range(options.intervals)
+    tasks = [(name, seed) for seed in range(options.seeds)
              for name in options.problems if (name, seed) not in told]
     line = bar.add_task('intervals', total=len(tasks), more='')
     answers = map(functools.partial(

@@ -14,7 +14,7 @@ from experiments import coverage
 from experiments.common import cli
 from tests.common.results import check_written
 
-TINY = dict(problems=['kv-limit'], intervals=1, truth_seeds=3,
+TINY = dict(problems=['kv-limit'], seeds=1, truth_seeds=3,
             truth_requests=60, requests=20, tolerance=0.5, processes=1)
 
 
