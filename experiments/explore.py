@@ -16,13 +16,13 @@ written to --out, one JSON line a move; the exit code is then 1.
 """
 
 import dataclasses
-import functools
 import multiprocessing
 import pathlib
 import random
 import time
 import types
 from collections.abc import Callable, Iterable
+from concurrent import futures
 from typing import Any, NamedTuple
 
 from rich import box
@@ -419,18 +419,12 @@ def _explore(console, jobs, options):
   with terminal.Interrupts() as interrupts, bar, children.spawned(
       options.processes, _begin, (counts, stop)) as pool:
     line = bar.add_task('starting', total=None)
-    ended = pool.imap_unordered(functools.partial(_work, options.seconds),
-                                jobs)
+    tasks = {pool.submit(_work, options.seconds, job) for job in jobs}
     if not console.is_terminal:
       console.print(f'Exploring {len(jobs)} worlds')
-    while True:
-      try:
-        result = ended.next(timeout=0.5)
-      except multiprocessing.TimeoutError:
-        result = None
-      except StopIteration:
-        return results, interrupts.seen
-      if result:
+    while tasks:
+      ended, tasks = futures.wait(tasks, 0.5, futures.FIRST_COMPLETED)
+      for result in filter(None, [task.result() for task in ended]):
         results.append(result)
         if result.kind == 'small' and not console.is_terminal:
           console.print(f'{result.name}: {result.transitions:,} transitions')
@@ -438,6 +432,7 @@ def _explore(console, jobs, options):
         stop.set()
       bar.update(line, description=f'{len(results)} of {len(jobs)} worlds, '
                  f'{counts.value:,} transitions')
+    return results, interrupts.seen
 
 
 def _table(results):

@@ -186,7 +186,7 @@ def processes(count: int) -> Iterator[Callable[..., Iterable]]:
     yield map
     return
   with children.spawned(count, gc.set_threshold, (finder.OBJECTS,)) as pool:
-    yield pool.imap
+    yield pool.map
 
 
 def _problem(options):

@@ -159,16 +159,16 @@ class Profiles:
 
   def __init__(self, latencies: Sequence[Affine], link: Link | None,
                contention: Contention | None = None,
-               pace: Mapping[str, float] | None = None) -> None:
-    """pace: of the machine (pace.of) when they were found; None: 1."""
+               typical_s: Mapping[str, float] | None = None) -> None:
+    """typical_s: what pace.of told when they were found; None: not known."""
     self.latencies, self.link = latencies, link
-    self.contention, self.pace = contention, pace or {}
+    self.contention, self.typical_s = contention, typical_s or {}
 
-  def at(self, now: Mapping[str, float]) -> 'Profiles':
-    """These at another pace."""
-    times = {kind: x / self.pace.get(kind, 1.0) for kind, x in now.items()}
+  def at(self, now_s: Mapping[str, float]) -> 'Profiles':
+    """These where typical steps take so long."""
+    times = pace.times(now_s, self.typical_s)
     return Profiles([pace.scaled(m, times) for m in self.latencies],
-                    self.link, self.contention, now)
+                    self.link, self.contention, now_s)
 
   def simulate(self, plan: scheduler.Config, sent: Iterable[Request]
                ) -> list[Record]:
@@ -185,7 +185,7 @@ class Profiles:
         for i, m in enumerate(self.latencies))
     link = self.link and calibration.calibrate_link(self.link, copies,
                                                     self.latencies[0].host_s)
-    return Profiles(models, link, contention, self.pace)
+    return Profiles(models, link, contention, self.typical_s)
 
 
 def stats(runs: Sequence[Sequence[Record]], slo: Slo) -> dict[str, Any]:
@@ -288,10 +288,10 @@ class Mode:
             task, completed=done, total=total), cluster=cluster)
     measured = profile.latencies[Plan()]
     link = profile.links.get((Plan(), Plan()))
-    self.measured, self.paced_s = measured, -math.inf
+    self.paced_s = -math.inf
     self.profiles = {'bench': Profiles(
         (measured,) * 2, link if placement.decode else None,
-        profile.contention)}
+        profile.contention, profile.typical_s)}
 
   def sent(self, rate_per_s: float | None, n: int, seed: int
            ) -> list[Request]:
@@ -299,11 +299,11 @@ class Mode:
                     seed)
 
   def pace(self) -> dict[str, float]:
-    """How fast the machine is now, from steps of the idle instances; what they
-    told a moment ago counts."""
+    """Seconds of typical steps of the idle instances now; what they told a
+    moment ago counts."""
     if time.monotonic() > self.paced_s + PACE_S:
       self.last_pace = self.server.call(
-          pace.of, self.server.engines, self.measured, self.config)
+          pace.of, self.server.engines, self.config)
       self.paced_s = time.monotonic()
     return self.last_pace
 
@@ -359,7 +359,7 @@ class Mode:
     return self.compared({
         'mode': self.name, 'rate_per_s': rate_per_s,
         'requests': each * len(runs), 'seeds': self.seeds,
-        'pace': pace.mean(paces),
+        'typical_s': pace.mean(paces),
         'real': stats([run.records for run in runs], slo),
         'others_cores': max(cores, default=None),
         'host_s_per_step': statistics.mean(run.host_s for run in runs)},
@@ -380,7 +380,7 @@ class Mode:
                logs: Sequence[pairing.Log], slo: Slo) -> dict[str, Any]:
     """A row of summary.json: `row`, which has what is real, beside what each
     profile simulates and what it says of the steps in the logs."""
-    own = {name: p.at(row.get('pace', {}))
+    own = {name: p.at(row.get('typical_s', {}))
            for name, p in self.profiles.items()}
     simulated = {name: stats([p.simulate(self.server.scheduler_config, sent)
                               for sent in workloads], slo)

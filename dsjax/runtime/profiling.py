@@ -2,12 +2,12 @@
 
 Every plan is built on the devices at hand and timed over a grid of batch x
 length: prefills, later chunks, decode steps, mixed (chunked) steps, what the
-serving loop adds to a step of an idle server (host), migrations between each
-pair of plans, and how two instances of plan 1x1 slow each other: nothing on
-devices of their own, much on the CPU devices of one process. All cells are
-timed in turn, round after round, and the median of each counts, so that a busy
-moment spoils no single cell. Buckets are part of the result: a batch costs what
-its compiled size costs.
+serving loop adds between two steps (host), migrations between each pair of
+plans, and how two instances of plan 1x1 slow each other: nothing on devices of
+their own, much on the CPU devices of one process. All cells are timed in turn,
+round after round, and the median of each counts, so that a busy moment spoils
+no single cell. Buckets are part of the result: a batch costs what its compiled
+size costs.
 
 With `cluster` instances are processes, as a server has them: steps are those
 of a process with its own cores while the other one is idle, and what KV takes
@@ -21,7 +21,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -46,10 +46,11 @@ from dsjax.scheduling.events import (
 from dsjax.simulation import contention, fitting, latency, profiles
 
 STEPS = 4  # decode steps of a timed run: the device takes them in a row
+COMMANDS = 24  # decode steps of a timed run of commands
 HAND_OFFS = 8  # of each length, of which CPU seconds are taken
 LINK_ROUNDS = 10  # at least: a hand-off takes milliseconds
 HOST_TOKENS = 24  # output tokens of the requests that find the host's time
-ALONE = 5  # requests a round, one by one
+WAITING = 8  # prompts that wait for one before them
 ENGINE = EngineConfig(max_len=1024, max_seqs=16, prefill_tokens=512,
                       chunk_tokens=512, prefill_seqs=8, prefix_cache=False)
 Report = Callable[[int, int, str], object]  # (done, total, what)
@@ -106,14 +107,15 @@ class Cells:
     for id in range(count):
       instance.admit(id, [1] * (instance.config.max_len // 2), 1, Sampling())
 
-  def run(self, pieces: tuple, batch: int,
-          each: int) -> tuple[Any, int]:
-    """Dispatches a cell; returns (arrays to wait for, steps)."""
+  def run(self, pieces: tuple, batch: int, each: int, steps: int = STEPS
+          ) -> tuple[Any, int]:
+    """Dispatches a cell, with so many decode steps if it is of those; returns
+    (arrays to wait for, steps)."""
     rows = tuple(Row(r, each - 1, STEPS, self.pages[r])
                  for r in range(batch))
     if not pieces:
-      outs, _ = self.instance.decode(RunDecode(0, 0, 0, STEPS, rows))
-      return outs[-1].token_R, STEPS
+      outs, _ = self.instance.decode(RunDecode(0, 0, 0, steps, rows))
+      return outs[-1].token_R, steps
     size = self.instance.capacity.page_size
     chunks = tuple(
         Chunk(batch + i, start, stop,
@@ -140,6 +142,21 @@ class Cells:
       return seen_s
     ended_s = [stamp.wall_s for stamp in stamps][-1 - count * steps:]
     return max((ended_s[-1] - ended_s[0]) / (count * steps), seen_s / 2)
+
+
+  def command_s(self, batch: int, each: int, steps: int, count: int) -> float:
+    """Seconds of a command of decode steps of an instance that is a process,
+    where each of `count` comes while the one before it runs, as a server sends
+    them."""
+    before = None
+    for _ in range(count + 1):
+      out, _ = self.run((), batch, each, steps)
+      if before is not None:
+        jax.block_until_ready(before)
+      before = out
+    jax.block_until_ready(before)
+    ended_s = [stamp.wall_s for stamp in self.instance.stamps]
+    return (ended_s[-1] - ended_s[-1 - count * steps]) / count
 
 
 def context_of(pieces: tuple, batch: int, each: int) -> float:
@@ -180,18 +197,19 @@ def in_rounds(timed: Sequence[Callable[[], float]], rounds: int,
 # --- what else takes time ---------------------------------------------------
 
 
-def host_times(model: Model, config: EngineConfig, plan: Plan, bare: Cells,
-               rounds: int, cluster: str | None = None
-               ) -> tuple[list[float], list[float]]:
-  """(seconds until a step of an idle server runs, CPU seconds of this process
-  a step), one a round.
+def host_times(model: Model, config: EngineConfig, plan: Plan, rounds: int,
+               cluster: str | None = None) -> tuple[list[float], list[float]]:
+  """(seconds from the end of a step until the next runs, CPU seconds of this
+  process a step), one a round.
 
-  The first is the time to the first token of a prompt that comes alone, less
-  that prefill run bare, in turn. Of two processes one is away: so the other
-  has as many cores as `bare`. The second is of a full batch that is served.
+  The first is of prompts that wait for each other, each a step: what they take
+  one after another, less that prefill run bare, in turn. Of two processes one
+  is away: so the other has as many cores as one that runs alone. The second is
+  of a full batch that is served.
   """
   plans = [plan] if cluster is None else [plan, plan]
-  config = dataclasses.replace(config, away=() if cluster is None else (1,))
+  config = dataclasses.replace(config, prefill_seqs=1,
+                               away=() if cluster is None else (1,))
   batch, prompt = config.max_seqs, min(16, config.prefill_tokens)
   tokens = min(HOST_TOKENS, config.max_len - prompt)
   rng = np.random.default_rng(0)
@@ -207,16 +225,23 @@ def host_times(model: Model, config: EngineConfig, plan: Plan, bare: Cells,
           Sampling(max_tokens=most, ignore_eos=True))
               for row, prompt_ids in enumerate(ids)])
 
+    def bare_s() -> float:
+      cells = Cells(server.engines[0])
+      seconds = cells.seconds(((0, prompt),), 0, 0, WAITING)
+      for id in list(cells.instance.slot_of):
+        cells.instance.forget(id)
+      return seconds
+
     for i in range(rounds + 1):
       before_s, before = time.process_time(), server.steps
       serve(batch, tokens)
       cpu_s = time.process_time() - before_s
       steps = server.steps - before
-      alone = [(serve(1, 1)[0].ttft_s or 0.0)
-               - bare.seconds(((0, prompt),), 0, 0) for _ in range(ALONE)]
+      ended_s = [record.token_s[0] for record in serve(WAITING + 1, 1)]
+      each_s = statistics.median(np.diff(sorted(ended_s)))
       if i:
         taken.append(cpu_s / steps)
-        added.append(statistics.median(alone))
+        added.append(float(each_s) - server.call(bare_s))
   return added, taken
 
 
@@ -267,6 +292,7 @@ def hand_off_cpu(source: Any, target: Any, lengths: Sequence[int]
 
 BESIDE_S = 0.2  # least seconds of a step timed alone, and beside others
 BESIDE_ROUNDS = 5  # at least: what else runs counts as a factor
+TYPICAL_ROUNDS = 9  # at least
 NOTICED = 1.03  # a factor below this is noise
 
 
@@ -277,6 +303,31 @@ def typical(config: EngineConfig) -> dict[str, Shape]:
   return {'prefill': (((0, tokens),), 0, 0), 'decode': ((), rows, each),
           'mixed': (((0, tokens),), max(1, rows // 2), each),
           'single': ((), 1, each)}
+
+
+def typical_s(bare: Cells, config: EngineConfig, kinds: Iterable[str],
+              rounds: int) -> dict[str, float]:
+  """{kind: median seconds} of a typical step of each of some kinds, of an idle
+  instance."""
+  cells = typical(config)
+  return {kind: statistics.median(bare.seconds(*cells[kind])
+                                  for _ in range(rounds)) for kind in kinds}
+
+
+def dispatch_s(bare: Cells, config: EngineConfig, rounds: int
+               ) -> tuple[float, float]:
+  """(a, b): a + b steps seconds that a process, whose steps and dispatches have
+  one core, takes more for a command which comes while another runs."""
+  _, batch, each = typical(config)['decode']
+
+  def more_s(steps):
+    return bare.command_s(batch, each, steps, COMMANDS // steps) - (
+        steps * bare.seconds((), batch, each, COMMANDS // STEPS))
+
+  one_s, several_s = (statistics.median(more_s(steps) for _ in range(rounds))
+                      for steps in (1, STEPS))
+  step_s = min(max(0.0, (several_s - one_s) / (STEPS - 1)), max(0.0, one_s))
+  return max(0.0, one_s - step_s), step_s
 
 
 def beside(mine: Cells, theirs: Cells, config: EngineConfig, rounds: int,
@@ -357,6 +408,8 @@ class _Profiler:
     self.stopped, self.cluster, self.processes = False, cluster, []
     self.server_s = 0.0
     self.hand_off: list[tuple[float, float]] = []
+    self.typical_s: dict[str, float] = {}
+    self.command_s = 0.0, 0.0
 
   def start(self, placement):
     """The engines of a placement, each a process."""
@@ -395,14 +448,14 @@ class _Profiler:
     return [fitting.Cell(shape[0], shape[1], context_of(*shape), seconds)
             for shape, seconds in zip(self.grid, medians, strict=True)]
 
-  def affine(self, plan, bare, cells):
+  def affine(self, plan, cells):
     """The latency.Affine of a plan, with the host's time."""
     host, taken = [], []
     try:
       if not self.stopped:
         tick = _ticks(self.report, f'{plan}: host', 1)
-        host, taken = host_times(self.model, self.config, plan, bare,
-                                 self.rounds, self.cluster)
+        host, taken = host_times(self.model, self.config, plan, self.rounds,
+                                 self.cluster)
         tick()
     except KeyboardInterrupt:
       self.stopped = True
@@ -453,9 +506,11 @@ class _Profiler:
     `contention`, or None where it was not measured."""
     read_s, write_s = self.hand_off or ((0.0, 0.0),) * 2
     made = contention.Contention(factors.factors if factors else {},
-                                 self.server_s, read_s, write_s)
+                                 self.server_s, read_s, write_s,
+                                 self.command_s)
     some = max(made.factors.values(), default=1.0) >= NOTICED
-    return made if some or any((made.server_s, *read_s, *write_s)) else None
+    return made if some or any((made.server_s, *read_s, *write_s,
+                                *made.command_s)) else None
 
 
 def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
@@ -510,7 +565,12 @@ def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
       source = work.engine(plan)
       bare = Cells(source)
       cells[plan] = work.cells(plan, bare)
-      models[plan] = work.affine(plan, bare, cells[plan])
+      models[plan] = work.affine(plan, cells[plan])
+      if plan == Plan() and not work.stopped:
+        work.typical_s = typical_s(bare, config, contention.KINDS,
+                                   max(rounds, TYPICAL_ROUNDS))
+        if cluster and local.visible_gpus() is None:
+          work.command_s = dispatch_s(bare, config, max(rounds, TYPICAL_ROUNDS))
       if plan == Plan() and side_by_side and not work.stopped:
         shared = work.contention(bare)
       for to in plans if not work.stopped else ():
@@ -531,7 +591,7 @@ def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
       f'dsjax.runtime.profiling, {rounds} rounds, {config.dtype}, '
       f'jax {jax.__version__}' + f', cluster={cluster}' * bool(cluster)
       + ', stopped by Ctrl-C' * work.stopped,
-      work.shared(shared)), cells
+      work.shared(shared), typical_s=work.typical_s), cells
 
 
 def profile(model: Model, plans: Sequence[Plan] = (Plan(),),

@@ -6,8 +6,9 @@ others do meanwhile. This is processor sharing: a step is work, in seconds of
 a device left alone, and progresses at a rate that changes whenever another
 instance starts, ends or changes the kind of its step.
 
-Where instances are processes with cores of their own, two things still take of
-these. A server without a core of its own works at the end of each step: beside
+Where instances are processes with cores of their own, three things still take
+of these. An instance dispatches a command while the one before it runs. A
+server without a core of its own works at the end of each step: beside
 an instance that is idle it costs nothing, else all instances alike. And a
 hand-off is read, sent, pulled and written by threads of its two ends: where an
 end is at work, both take turns, and each is as much later.
@@ -45,12 +46,15 @@ class Contention:
       the instances.
     read_s, write_s: (a, b): a + b tokens seconds of a core that a hand-off
       takes of its source, and of its target.
+    command_s: (a, b): a + b steps seconds of a core that an instance takes for
+      a command that comes while another runs.
   """
 
   factors: dict[tuple[str, str], float]
   server_s: float = 0.0
   read_s: tuple[float, float] = (0.0, 0.0)
   write_s: tuple[float, float] = (0.0, 0.0)
+  command_s: tuple[float, float] = (0.0, 0.0)
 
   def __post_init__(self):
     for pair, factor in self.factors.items():
@@ -61,7 +65,7 @@ class Contention:
               f'Contention.factors.{">".join(pair)}', factor, '1 or more')
     require(is_nonnegative(self.server_s), 'Contention.server_s',
             self.server_s, 'seconds, 0 or more')
-    for field in ('read_s', 'write_s'):
+    for field in ('read_s', 'write_s', 'command_s'):
       object.__setattr__(self, field, check_constants(
           f'Contention.{field}', getattr(self, field), 2))
 

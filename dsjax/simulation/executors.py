@@ -137,6 +137,9 @@ class Shared:
     for command in commands:
       if isinstance(command, RunDecode | RunPrefill):
         seconds = self.latencies[command.instance]
+        base_s, step_s = self.devices.contention.command_s
+        self.devices.share(command.instance, base_s + step_s * (
+            command.steps if isinstance(command, RunDecode) else 1))
         self.devices.add(command.instance, command, *work(seconds, command),
                          now_s + seconds.host_s)
       elif isinstance(command, Migrate):

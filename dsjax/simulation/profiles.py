@@ -16,6 +16,7 @@ from dsjax.config import zoo
 from dsjax.config.checks import (
     InputError,
     is_nonnegative,
+    is_positive,
     naming,
     naming_file,
     parse_json,
@@ -24,7 +25,7 @@ from dsjax.config.checks import (
 from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Plan
 from dsjax.simulation import hardware, roofline
-from dsjax.simulation.contention import Contention
+from dsjax.simulation.contention import KINDS, Contention
 from dsjax.simulation.latency import Affine, Buckets, Latency, Link
 
 TABLES, ROOFLINE, PEAKS = 'tables:', 'roofline:', 'roofline-peaks:'
@@ -38,7 +39,9 @@ class Profile:
   latencies: {Plan: Affine}. links: {(Plan, Plan): Link}, prefill's plan to
   decode's. source: what measured it, in words. contention: of instances of
   one device each, side by side; None: not measured. errors: of the fit, by
-  plan and kind of step, relative: (their mean, the worst).
+  plan and kind of step, relative: (their mean, the worst). typical_s: {kind of
+  step: seconds} of one that an idle instance of one device ran then, by which
+  a machine is seen to be slower or faster later.
   """
 
   model: str
@@ -50,6 +53,7 @@ class Profile:
   contention: Contention | None = None
   errors: dict[Plan, dict[str, tuple[float, float]]] = dataclasses.field(
       default_factory=dict)
+  typical_s: dict[str, float] = dataclasses.field(default_factory=dict)
 
   def of(self, config: ModelConfig) -> Callable[[Plan], Affine | None]:
     """Its latencies by plan, None where it has none.
@@ -84,6 +88,8 @@ def as_json(profile: Profile) -> dict[str, Any]:
   if profile.errors:
     data['errors'] = {str(plan): kinds
                       for plan, kinds in profile.errors.items()}
+  if profile.typical_s:
+    data['typical_s'] = profile.typical_s
   return data
 
 
@@ -112,7 +118,8 @@ def load(path: str | pathlib.Path) -> Profile:
     InputError naming the file and the field.
   """
   data = _fields(path, '', read_json(path), ('model', 'device', 'latencies'),
-                 ('links', 'source', 'contention', 'errors', 'made_by'))
+                 ('links', 'source', 'contention', 'errors', 'typical_s',
+                  'made_by'))
   for field in ('model', 'device', 'source'):
     if not isinstance(data.get(field, ''), str):
       raise InputError(f'{path}: {field}={data[field]!r}: must be text')
@@ -142,8 +149,14 @@ def load(path: str | pathlib.Path) -> Profile:
   errors = {Plan.parse(name, f'{path}: errors'): _errors(
       path, f'errors.{name}', kinds) for name, kinds in _fields(
           path, 'errors', data.get('errors', {})).items()}
+  typical_s = _fields(path, 'typical_s', data.get('typical_s', {}))
+  for kind, seconds in typical_s.items():
+    with naming(str(path)):
+      require(kind in KINDS, 'typical_s', kind, f'one of {KINDS}')
+      require(is_positive(seconds),
+              f'typical_s.{kind}', seconds, 'seconds, more than 0')
   return Profile(data['model'], data['device'], latencies, links,
-                 data.get('source', ''), contention, errors)
+                 data.get('source', ''), contention, errors, typical_s)
 
 
 # --- by name ------------------------------------------------------------------

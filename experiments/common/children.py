@@ -1,8 +1,11 @@
 """Processes that a runner starts, while signals that stop it are its own."""
 
+import concurrent.futures
+import contextlib
 import signal
-from collections.abc import Callable
-from multiprocessing import context, pool, resource_tracker
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import context, resource_tracker
 from typing import Any
 
 STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
@@ -19,17 +22,39 @@ class _Spawn(context.SpawnContext):
   Process = _Child
 
 
+class _Pool(concurrent.futures.ProcessPoolExecutor):
+  """Starts its processes, at its first tasks, with signals blocked."""
+
+  def submit(self, *args: Any, **kwargs: Any) -> Any:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+      return super().submit(*args, **kwargs)
+    finally:
+      signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
 def spawned(count: int, begin: Callable[..., object] | None = None,
-            args: tuple[Any, ...] = ()) -> pool.Pool:
-  """A Pool of so many processes, in which begin(*args) is called first.
+            args: tuple[Any, ...] = ()
+            ) -> Iterator[concurrent.futures.Executor]:
+  """So many processes, in which begin(*args) is called first. They are killed
+  at the end of the block, whatever they do.
 
   A terminal sends Ctrl-C to all of them, as `timeout` and batch systems do
   SIGTERM. They inherit that it is blocked, so that none of them hears it, even
   while it still imports; it reaches the parent after they have been started.
+
+  Raises:
+    ChildProcessError: one of them was killed by something else.
   """
   resource_tracker.ensure_running()  # which would let it through again
-  before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+  pool = _Pool(count, _Spawn(), begin, args)
   try:
-    return _Spawn().Pool(count, begin, args)
+    yield pool
+  except BrokenProcessPool as error:
+    raise ChildProcessError('one of the processes of this run was killed; is '
+                            'there memory for all of them?') from error
   finally:
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for process in list((pool._processes or {}).values()):
+      process.kill()
+    pool.shutdown(cancel_futures=True)

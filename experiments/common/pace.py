@@ -2,7 +2,9 @@
 
 The same step takes a tenth more or less from one hour to the next where others
 share the host. A few steps of idle instances, timed as the profile's were, tell
-by how much: before and after what is compared with a simulation.
+by how much: before and after what is compared with a simulation. They are
+compared with what the same steps took then, not with what was fitted, which is
+off by some for each of them.
 """
 
 import dataclasses
@@ -10,47 +12,44 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from dsjax.config.engine import EngineConfig
-from dsjax.config.latency import Latency
 from dsjax.runtime import profiling
 from dsjax.runtime.protocols import Engine
-from dsjax.simulation import fitting
-from dsjax.simulation.contention import kind_of
 from dsjax.simulation.latency import Affine
 
 ROUNDS = 3
 
 
-def of(engines: Iterable[Engine], model: Latency, config: EngineConfig
-       ) -> dict[str, float]:
-  """{kind of step: seconds now over what `model` predicts} of idle engines,
-  which keep nothing in a prefix cache; the kinds that they have, a single row
-  counted with decode.
-
-  Args:
-    engines: of 1x1, each with the latency `model`.
-  """
-  ratios = {}
+def of(engines: Iterable[Engine], config: EngineConfig) -> dict[str, float]:
+  """{kind of step: seconds of a typical one} of idle engines of plan 1x1, which
+  keep nothing in a prefix cache; the kinds that they have."""
+  taken = []
   for engine in engines:
     does = engine.capacity
     has = {'prefill': does.prefills, 'decode': does.decodes,
            'single': does.decodes, 'mixed': does.mixes}
-    cells = profiling.Cells(engine)
-    for shape in profiling.typical(config).values():
-      cell = fitting.Cell(shape[0], shape[1], profiling.context_of(*shape), 1.0)
-      if has[kind_of(cell.pieces, cell.batch)]:
-        seconds = statistics.median(cells.seconds(*shape)
-                                    for _ in range(ROUNDS))
-        ratios.setdefault(cell.kind, []).append(
-            seconds / fitting.predict_s(model, cell))
+    taken.append(profiling.typical_s(
+        profiling.Cells(engine), config, [k for k in has if has[k]], ROUNDS))
     for id in list(engine.slot_of):
       engine.forget(id)
-  return {kind: statistics.mean(of) for kind, of in ratios.items()}
+  return mean(taken)
 
 
 def mean(paces: Sequence[Mapping[str, float]]) -> dict[str, float]:
   """Of several, by kind."""
-  return {kind: statistics.mean(pace[kind] for pace in paces)
-          for kind in paces[0]}
+  kinds = dict.fromkeys(kind for pace in paces for kind in pace)
+  return {kind: statistics.mean(pace[kind] for pace in paces if kind in pace)
+          for kind in kinds}
+
+
+def times(now_s: Mapping[str, float], then_s: Mapping[str, float]
+          ) -> dict[str, float]:
+  """{kind: how many times as long its steps take now as then}, of the kinds
+  that are known of both; a single row counts with decode."""
+  ratios: dict[str, list[float]] = {}
+  for kind in now_s.keys() & then_s.keys():
+    ratios.setdefault('decode' if kind == 'single' else kind, []).append(
+        now_s[kind] / then_s[kind])
+  return {kind: statistics.mean(own) for kind, own in ratios.items()}
 
 
 def scaled(model: Affine, pace: Mapping[str, float]) -> Affine:

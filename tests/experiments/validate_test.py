@@ -314,18 +314,25 @@ def engines_at(monkeypatch, **times):
 
 def test_the_pace_of_a_machine_is_that_of_steps_it_runs(monkeypatch):
   engines = engines_at(monkeypatch, prefill=1.5, decode=0.8, mixed=2.0)
-  of = pace.of(engines, SLOW, validate.QUICK)
-  assert of == pytest.approx({'prefill': 1.5, 'decode': 0.8, 'mixed': 2.0})
+  now_s = pace.of(engines, validate.QUICK)
   assert not any(engine.slot_of for engine in engines)
-  assert set(pace.of(engines[:1], SLOW, validate.QUICK)) == {'prefill'}
-  assert pace.mean([of, {'prefill': 0.5, 'decode': 0.8, 'mixed': 1.0}]) == (
-      pytest.approx({'prefill': 1.0, 'decode': 0.8, 'mixed': 1.5}))
+  assert set(pace.of(engines[:1], validate.QUICK)) == {'prefill'}
+  then_s = pace.of(engines_at(monkeypatch, prefill=1.0, decode=1.0, mixed=1.0),
+                   validate.QUICK)
+  assert set(then_s) == {'prefill', 'decode', 'single', 'mixed'}
+  assert pace.times(now_s, then_s) == pytest.approx(
+      {'prefill': 1.5, 'decode': 0.8, 'mixed': 2.0})
+  assert pace.times({'prefill': 1.0, 'decode': 3.0, 'single': 2.0},
+                    {'decode': 2.0, 'single': 2.0}) == {'decode': 1.25}
+  assert pace.mean([{'prefill': 0.5}, {'prefill': 1.5, 'mixed': 1.0}]) == (
+      {'prefill': 1.0, 'mixed': 1.0})
 
 
 def test_profiles_are_simulated_at_the_pace_of_a_run():
   """Also those that were found at another one."""
-  found = validate.Profiles((SLOW,) * 2, LINK, pace={'prefill': 2.0})
-  now = found.at({'prefill': 3.0, 'decode': 0.5})
+  found = validate.Profiles((SLOW,) * 2, LINK, typical_s={
+      'prefill': 2.0, 'decode': 1.0})
+  now = found.at({'prefill': 3.0, 'decode': 0.5, 'mixed': 7.0})
   model = now.latencies[0]
   pieces = ((0, 20), (0, 12))
   assert model.prefill_s(pieces) == pytest.approx(1.5 * SLOW.prefill_s(pieces))

@@ -375,7 +375,8 @@ PROFILE = Profile(
         Plan(1, 2): dataclasses.replace(SIMPLE, pp=2)},
     {(Plan(), Plan(1, 2)): Link(0.5, 1e9, 64)}, 'a test',
     Contention({('prefill', 'decode'): 1.5}),
-    {Plan(): {'prefill': (0.02, 0.1), 'mixed': (0.03, 0.2)}})
+    {Plan(): {'prefill': (0.02, 0.1), 'mixed': (0.03, 0.2)}},
+    {'prefill': 0.5, 'single': 0.25})
 
 
 def test_files_keep_everything(tmp_path):
@@ -407,6 +408,8 @@ def test_files_keep_everything(tmp_path):
     (lambda d: d['contention'].update({'prefill>swap': 2.0}),
      ['contention', 'swap']),
     (lambda d: d.update(errors=[]), ['errors', 'object']),
+    (lambda d: d.update(typical_s={'step': 1.0}), ['typical_s', 'mixed']),
+    (lambda d: d.update(typical_s={'mixed': 0}), ['typical_s.mixed=0']),
     (lambda d: d['errors'].update({'x': {}}), ['errors', 'TPxPP']),
     (lambda d: d['errors']['1x1'].update(swap=[0, 0]),
      ['errors.1x1.swap', 'not known']),
