@@ -262,8 +262,10 @@ def show(console: Console, profile: profiles.Profile,
                   f'{link.bytes_per_s / 1e9:.2f} GB/s', highlight=False)
   shared = profile.contention
   if shared and (shared.server_s or any(shared.read_s + shared.write_s)):
+    base_s, step_s = shared.command_s
     console.print(f'Of cores: the server {1e3 * shared.server_s:.3f} ms a '
-                  'step; a hand-off ' + ', '.join(
+                  f'step; a command {1e3 * base_s:.3f} ms + '
+                  f'{1e3 * step_s:.3f} ms a step; a hand-off ' + ', '.join(
                       f'{1e3 * a:.3f} ms + {1e6 * b:.2f} us a token {what}'
                       for what, (a, b) in (('of its source', shared.read_s),
                                            ('of its target', shared.write_s))

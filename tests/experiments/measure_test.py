@@ -119,6 +119,7 @@ def test_ctrl_c_keeps_what_was_timed(monkeypatch, halt_at, plans, links):
   monkeypatch.setattr(profiling, '_Profiler', Faked)
   monkeypatch.setattr(profiling, 'Cells', lambda engine: None)
   monkeypatch.setattr(profiling, 'host_times', lambda *_: ([0.25], []))
+  monkeypatch.setattr(profiling, 'typical_s', lambda *_: {'prefill': 0.5})
 
   def report(done, total, what):
     del done, total
@@ -133,6 +134,7 @@ def test_ctrl_c_keeps_what_was_timed(monkeypatch, halt_at, plans, links):
   assert len(profile.latencies) == len(cells) == plans
   assert len(profile.links) == links
   assert ('stopped by Ctrl-C' in profile.source) == (halt_at != 'never')
+  assert bool(profile.typical_s) == (halt_at != '1x1: host')
 
 
 def test_the_runner_writes_what_was_timed_and_exits_130(tmp_path, monkeypatch):

@@ -189,9 +189,21 @@ def test_a_hand_off_takes_its_part_of_both_ends(beside):
       5.0 + read_s))
 
 
+def test_a_command_takes_its_part_of_a_step_that_runs():
+  """An idle instance has time for it."""
+  shared = executors.Shared((ALONE,) * 2, executors.Copies(LINK, 'pair', []),
+                            Contention({}, command_s=(0.1, 0.02)))
+  shared.devices.add(0, RunDecode(0, 0, 0, 1, ()), 'decode', [4.0], 0.0)
+  shared.perform([RunDecode(0, 1, 1, 5, ()), RunDecode(1, 0, 0, 1, ())], 0.0)
+  ends = [(event.instance, event.time_s) for event in iter(shared.next, None)
+          if event.number == 0]
+  assert dict(ends) == {0: pytest.approx(4.2), 1: pytest.approx(
+      ALONE.decode_s(0, 0))}
+
+
 @pytest.mark.parametrize('field, value', [
     ('server_s', -1.0), ('server_s', float('nan')), ('read_s', (1.0,)),
-    ('write_s', (0.0, -1.0))])
+    ('write_s', (0.0, -1.0)), ('command_s', (0.0, 1.0, 2.0))])
 def test_bad_parts_of_cores_are_named(field, value):
   with pytest.raises(InputError, match=f'Contention.{field}'):
     Contention({}, **{field: value})
@@ -199,7 +211,8 @@ def test_bad_parts_of_cores_are_named(field, value):
 
 def test_a_file_keeps_what_is_shared(tmp_path):
   for shared in (SHARED, dataclasses.replace(
-      SHARED, server_s=5e-4, read_s=(1e-3, 2e-6), write_s=(3e-3, 0.0)),
+      SHARED, server_s=5e-4, read_s=(1e-3, 2e-6), write_s=(3e-3, 0.0),
+      command_s=(1e-3, 2e-4)),
                  Contention({}, write_s=(0.0, 1e-6))):
     profiles.save(tmp_path / 'a', profiles.Profile(
         'm', 'cpu', {Plan(): ALONE}, contention=shared))
