@@ -65,7 +65,7 @@ def test_files_and_table(tmp_path, monkeypatch):
                            'truth_high', 'covered']
   assert all(float(row['low']) < float(row['high']) for row in rows)
   written = json.loads((tmp_path / 'coverage.json').read_text())
-  assert written['made_by']['options']['intervals'] == 1
+  assert written['made_by']['options']['seeds'] == 1
   assert set(written['truths']) == {'kv-limit'} and not written['stopped']
   told = console.export_text()
   assert 'kv-limit' in told
@@ -79,7 +79,7 @@ def test_time_that_is_up_keeps_what_is_known(tmp_path, monkeypatch):
                       0.9 - task[1] / 100 + task[2] / 1e6)
   console = Console(record=True, width=100)
   options = cli.options(coverage.FLAGS, out=str(tmp_path), **TINY | {
-      'intervals': 40, 'minutes': 0.0})
+      'seeds': 40, 'minutes': 0.0})
   assert coverage.run(options, console) == 0
   assert 'Stopped by --minutes' in console.export_text()
   assert len((tmp_path / 'coverage.csv').read_text().splitlines()) == 2
@@ -96,7 +96,7 @@ def test_ctrl_c_keeps_what_is_known(tmp_path, monkeypatch):
                       0.9 - task[1] / 100 + task[2] / 1e6)
   console = Console(record=True, width=100)
   options = cli.options(coverage.FLAGS, out=str(tmp_path), **TINY | {
-      'intervals': 40})
+      'seeds': 40})
   assert coverage.run(options, console) == 130
   assert 'Stopped by Ctrl-C' in console.export_text()
   assert len((tmp_path / 'coverage.csv').read_text().splitlines()) == 4
@@ -113,7 +113,7 @@ def test_the_same_command_goes_on(tmp_path, monkeypatch):
   monkeypatch.setattr(coverage, 'share', lambda n, task:
                       0.9 - task[1] / 100 + task[2] / 1e6)
   options = cli.options(coverage.FLAGS, out=str(tmp_path), **TINY | {
-      'intervals': 2, 'minutes': 0.0})
+      'seeds': 2, 'minutes': 0.0})
   assert coverage.run(options, Console()) == 0
   first = (tmp_path / 'coverage.csv').read_text().splitlines()
   assert coverage.run(options, Console()) == 0

@@ -324,7 +324,7 @@ def test_shipped_policies_are_explored_in_the_worlds_that_they_can_serve(
     rules, faults = explore.rules_of('large', '3', policy)
     assert schedules.walk(rules, faults, 3) > 100
   jobs = explore._jobs(cli.wide_console(), types.SimpleNamespace(
-      policy='chunked:chunk=64', only='1P1D', seeds=4, first_seed=0, more=0,
+      policy='chunked:chunk=64', small='1P1D', large=4, first_seed=0, more=0,
       deep=False))
   told = capsys.readouterr().out
   assert 'worlds are left out: ' in told and 'flexible or chunked' in told

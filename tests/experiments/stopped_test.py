@@ -114,7 +114,7 @@ def stop_soak(monkeypatch):
 
 def stop_stream(monkeypatch):
   monkeypatch.setattr(stream, 'simulate', stop_at(2, stream.simulate))
-  return stream, dict(lengths='100,200', requests=3), 'stream.csv', 3
+  return stream, dict(prompt_lens='100,200', requests=3), 'stream.csv', 3
 
 
 def stop_bench_cluster(monkeypatch):
