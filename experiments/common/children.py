@@ -49,6 +49,9 @@ def spawned(count: int, begin: Callable[..., object] | None = None,
   """
   resource_tracker.ensure_running()  # which would let it through again
   pool = _Pool(count, _Spawn(), begin, args)
+  # All of them at the first task: the end of one that comes later is not seen
+  # before another task ends.
+  pool._safe_to_dynamically_spawn_children = False
   try:
     yield pool
   except BrokenProcessPool as error:

@@ -362,8 +362,8 @@ def work(x):
 
 def run(options, console):
   with children.spawned(2) as pool:
-    print(list(pool.imap(work, range(4))), flush=True)
-    pool.apply_async(signal.pause)
+    print(list(pool.map(work, range(4))), flush=True)
+    pool.submit(signal.pause)
     signal.raise_signal(signal.STOP)
 
 if __name__ == '__main__':
