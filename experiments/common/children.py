@@ -23,7 +23,13 @@ class _Spawn(context.SpawnContext):
 
 
 class _Pool(concurrent.futures.ProcessPoolExecutor):
-  """Starts its processes, at its first tasks, with signals blocked."""
+  """Starts its processes, at its first task, with signals blocked."""
+
+  def __init__(self, *args: Any) -> None:
+    super().__init__(*args)
+    # Else they come one by one, and the end of one is not seen before another
+    # task ends.
+    self._safe_to_dynamically_spawn_children = False
 
   def submit(self, *args: Any, **kwargs: Any) -> Any:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
@@ -49,9 +55,6 @@ def spawned(count: int, begin: Callable[..., object] | None = None,
   """
   resource_tracker.ensure_running()  # which would let it through again
   pool = _Pool(count, _Spawn(), begin, args)
-  # All of them at the first task: the end of one that comes later is not seen
-  # before another task ends.
-  pool._safe_to_dynamically_spawn_children = False
   try:
     yield pool
   except BrokenProcessPool as error:
