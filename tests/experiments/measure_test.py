@@ -264,8 +264,9 @@ def test_a_live_engine_from_cells_to_files(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('no_hang')
-def test_processes_are_timed_as_they_serve():
+def test_processes_are_timed_as_they_serve(monkeypatch):
   """Steps of one with its own cores, KV over the border; nothing is left."""
+  monkeypatch.setattr(profiling, 'BESIDE_ROUNDS', 1)
   before = cluster_test.children()
   halted, beside = [], []
 
@@ -288,6 +289,8 @@ def test_processes_are_timed_as_they_serve():
   shared = profile.contention
   assert set(shared.factors) == pairs
   assert all(sum(line) > 0 for line in (shared.read_s, shared.write_s))
+  assert all(x >= 0 for x in shared.command_s)
+  assert set(profile.typical_s) == set(KINDS)
   assert bool(shared.server_s) != local.has_own_core(
       Placement(chunked=[Plan(), Plan()]))
   assert 'cluster=local' in profile.source
