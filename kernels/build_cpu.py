@@ -24,7 +24,7 @@ COMPILERS = ('c++', 'g++', 'clang++')
 
 def build() -> str:
   """Compiles the library unless it is there; what is missing, or ''."""
-  if cpu.library():
+  if cpu.loaded():
     return ''
   native = '-march' if platform.machine() in ('x86_64', 'AMD64') else '-mcpu'
   try:
@@ -46,7 +46,7 @@ def build() -> str:
       made.replace(target)
   except (OSError, RuntimeError, ValueError) as error:  # no home, open quotes
     return str(error)
-  cpu.library.cache_clear()
+  cpu.loaded.cache_clear()
   return ''
 
 

@@ -48,17 +48,17 @@ def path() -> pathlib.Path:
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def loaded() -> ctypes.CDLL | None:
   """The library, its kernels known to XLA; None where it was not built."""
   try:
-    loaded = ctypes.CDLL(str(path()))
+    library = ctypes.CDLL(str(path()))
   except (OSError, RuntimeError):  # RuntimeError: the user has no home
     return None
   for name in TARGETS:
     jax.ffi.register_ffi_target(
-        f'dsjax_{name}', jax.ffi.pycapsule(getattr(loaded, f'dsjax_{name}')),
+        f'dsjax_{name}', jax.ffi.pycapsule(getattr(library, f'dsjax_{name}')),
         platform='cpu')
-  return loaded
+  return library
 
 
 def lacks(call: tuple[Shaped, Shaped] | None = None) -> str:
@@ -67,7 +67,7 @@ def lacks(call: tuple[Shaped, Shaped] | None = None) -> str:
   Args:
     call: (queries, keys) of an attention, or None for any op.
   """
-  if library() is None:
+  if loaded() is None:
     return 'not built here; `python -m dsjax.kernels.build_cpu` does it'
   if call and call[1].dtype not in DTYPES:
     return f'KV of {call[1].dtype}; must be float32 or bfloat16'
@@ -76,9 +76,9 @@ def lacks(call: tuple[Shaped, Shaped] | None = None) -> str:
 
 def panel() -> int:
   """Outputs that a panel of weights holds."""
-  loaded = library()
-  assert loaded is not None, lacks()
-  return loaded.dsjax_panel()
+  library = loaded()
+  assert library is not None, lacks()
+  return library.dsjax_panel()
 
 
 def pack(w_OI: np.ndarray, to_QIp: np.ndarray) -> None:

@@ -104,6 +104,7 @@ class Engine:
     self.where = (self.stages[0].shapes.layout, tuple(
         s.shapes.span for s in self.stages), tuple(meshes))
     self.shapes, self.last = self.stages[0].shapes, self.stages[-1]
+    self.memory = ''  # of a process: see messages.Built
     self.by_kernel = len(meshes) == meshes[0].size == 1 and (
         self.shapes.attention == 'cpu')
     self.landings = Landings(sum(

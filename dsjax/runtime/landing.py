@@ -111,3 +111,9 @@ def shares(source: Any, target: Any) -> bool:
   return (source.by_kernel and target.by_kernel
           and source.capacity.kv_dtype == target.capacity.kv_dtype
           and source.capacity.page_size == target.capacity.page_size)
+
+
+def maps(source: Any, target: Any) -> bool:
+  """Whether they do so through one Landing that both have: of two processes of
+  a host."""
+  return shares(source, target) and source.memory == target.memory != ''

@@ -29,7 +29,7 @@ from dsjax.config.engine import EngineConfig, InstanceConfig
 from dsjax.model import kv_cache as kv
 from dsjax.model import sharding
 from dsjax.runtime.arrays import is_ready
-from dsjax.runtime.landing import Landing, shares
+from dsjax.runtime.landing import Landing, maps, shares
 from dsjax.runtime.protocols import Pending
 from dsjax.scheduling import page_pool
 from dsjax.scheduling.events import Migrate
@@ -368,7 +368,7 @@ class Route:
     self.buckets = tuple(sorted({
         min(self.most, max(1, n // self.each[0]))
         for n in source.config.page_buckets}))
-    self.shares = shares(source, target)
+    self.shares, self.maps = shares(source, target), maps(source, target)
 
   def batches(self, command: Migrate) -> list[Batch]:
     """The copies that a Migrate takes."""

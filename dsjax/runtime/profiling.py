@@ -16,12 +16,13 @@ found from CPU seconds: hand-offs of both ends, and the server, if it has no
 core of its own.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -159,6 +160,14 @@ class Cells:
     return (ended_s[-1] - ended_s[-1 - count * steps]) / count
 
 
+@contextlib.contextmanager
+def cells_of(instance: Any) -> Iterator[Cells]:
+  """Cells of an idle instance of a server, which has its slots back then."""
+  yield Cells(instance)
+  for id in list(instance.slot_of):
+    instance.forget(id)
+
+
 def context_of(pieces: tuple, batch: int, each: int) -> float:
   """Tokens that the decode rows of a cell attend to, in a mean step."""
   return batch * (each + (0 if pieces else (STEPS - 1) / 2))
@@ -226,11 +235,8 @@ def host_times(model: Model, config: EngineConfig, plan: Plan, rounds: int,
               for row, prompt_ids in enumerate(ids)])
 
     def bare_s() -> float:
-      cells = Cells(server.engines[0])
-      seconds = cells.seconds(((0, prompt),), 0, 0, WAITING)
-      for id in list(cells.instance.slot_of):
-        cells.instance.forget(id)
-      return seconds
+      with cells_of(server.engines[0]) as cells:
+        return cells.seconds(((0, prompt),), 0, 0, WAITING)
 
     for i in range(rounds + 1):
       before_s, before = time.process_time(), server.steps

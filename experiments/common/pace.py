@@ -27,10 +27,9 @@ def of(engines: Iterable[Engine], config: EngineConfig) -> dict[str, float]:
     does = engine.capacity
     has = {'prefill': does.prefills, 'decode': does.decodes,
            'single': does.decodes, 'mixed': does.mixes}
-    taken.append(profiling.typical_s(
-        profiling.Cells(engine), config, [k for k in has if has[k]], ROUNDS))
-    for id in list(engine.slot_of):
-      engine.forget(id)
+    with profiling.cells_of(engine) as cells:
+      taken.append(profiling.typical_s(
+          cells, config, [kind for kind in has if has[kind]], ROUNDS))
   return mean(taken)
 
 

@@ -346,7 +346,7 @@ def test_an_unknown_impl_is_an_error_that_names_the_allowed(op):
 @both
 def test_the_default_impl_on_cpu_is_what_is_built(op):
   np.testing.assert_array_equal(op(*small(op)), op(
-      *small(op), impl='cpu' if cpu.library() else 'xla'))
+      *small(op), impl='cpu' if cpu.loaded() else 'xla'))
 
 
 @both

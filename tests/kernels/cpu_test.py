@@ -157,7 +157,7 @@ def pools(pages, seed):
 
 
 def room_of(size):
-  assert cpu.library()  # its kernels are known from then on
+  assert cpu.loaded()  # its kernels are known from then on
   room, = cpu.room([size])
   return room, jax.device_put(room, jax.devices()[0])
 
@@ -233,11 +233,11 @@ def test_a_gpu_has_none():
 def elsewhere(tmp_path, monkeypatch):
   """A user's cache folder where nothing is built."""
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-  cpu.library.cache_clear()
+  cpu.loaded.cache_clear()
   yield tmp_path
   monkeypatch.undo()
-  cpu.library.cache_clear()
-  cpu.library()
+  cpu.loaded.cache_clear()
+  cpu.loaded()
 
 
 def test_where_it_is_not_built_its_name_says_how(elsewhere):
@@ -260,7 +260,7 @@ def test_a_compiler_that_fails_is_told(elsewhere, monkeypatch, compiler, says):
 def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
   (tmp_path / 'file').touch()
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
-  cpu.library.cache_clear()
+  cpu.loaded.cache_clear()
   assert 'file' in build_cpu.build()
 
 
@@ -270,10 +270,10 @@ def test_who_has_no_home_has_none_built(monkeypatch):
 
   monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
   monkeypatch.setattr(pathlib.Path, 'expanduser', no_home)
-  cpu.library.cache_clear()
+  cpu.loaded.cache_clear()
   assert 'not built' in cpu.lacks() and build_cpu.build() == 'no home'
   monkeypatch.undo()
-  cpu.library.cache_clear()
+  cpu.loaded.cache_clear()
 
 
 @needed
@@ -288,5 +288,5 @@ def test_what_cannot_be_loaded_is_built_again(elsewhere, monkeypatch):
     monkeypatch.setenv('CXX', shlex.join(('sh', '-c', script)))
     told = build_cpu.build()
     assert says in told and bool(told) == bool(says)
-    assert bool(cpu.library()) == (not says)
+    assert bool(cpu.loaded()) == (not says)
   assert [*cpu.path().parent.iterdir()] == [cpu.path()]

@@ -6,7 +6,7 @@ number; the other side pulls them onto its devices and joins them there. Where a
 kernel copies pages at both ends, it is the bytes of a Landing that are offered,
 and one of the target that they are copied to. On one host the target reads the
 source's Landing (shared_memory.py): messages say where it is, as a pull waits
-for the step that runs. That server checks nothing: a hash of shapes and dtypes
+for the step that runs. jax's server checks nothing: a hash of shapes and dtypes
 goes along, and the checksum if asked for. What reaches its port may pull: it
 listens on loopback, unless a host says otherwise.
 
@@ -88,6 +88,7 @@ class Exchange:
     if getattr(engine, 'by_kernel', False):
       self.memory = shared_memory.of_host()
     if self.memory:
+      engine.memory = self.memory
       engine.landings.make = shared_memory.Own
       engine.landings.keeps = shared_memory.KEPT
     self.server = self._new_server()
@@ -126,7 +127,7 @@ class Exchange:
       for size in (route.buckets if config.checksum or not route.shares
                    else (1,)):
         command = route.nowhere(size)
-        parts = [[] if self._maps(route) else [
+        parts = [[] if route.maps else [
             jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
             for x in batch] for batch in self._like(route, command)]
         landed = self._join(route, command, config.checksum, parts)
@@ -168,7 +169,7 @@ class Exchange:
         sums = route.sums(asked.command)
       size = route.bytes_shared(asked.command, self.engine)
       kind = _kind(self._bytes_like(route, asked.command))
-      if self._maps(route) and isinstance(landing, shared_memory.Own):
+      if route.maps and isinstance(landing, shared_memory.Own):
         where = landing.where()
         self.lent[asked.uuid] = landing, [shared_memory.Unread(
             landing, asked.uuid)]
@@ -189,12 +190,6 @@ class Exchange:
                                         parts if route.shares else ())
     for array in (*read, *sums):
       self.awaited(array)
-
-  def _maps(self, route: migration.Route) -> bool:
-    """Whether KV goes through memory that both ends have."""
-    peer = (route.source if isinstance(route.source, migration.Peer)
-            else route.target)
-    return route.shares and peer.memory == self.memory != ''
 
   def _cut(self, route: migration.Route, batch: migration.Batch,
            checksum: bool, stop: int = 0

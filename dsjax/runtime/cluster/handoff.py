@@ -10,8 +10,8 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Any
 
-from dsjax.runtime import migration
-from dsjax.runtime.cluster import messages, shared_memory
+from dsjax.runtime import landing, migration
+from dsjax.runtime.cluster import messages
 from dsjax.scheduling.events import Migrate
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class RemoteTransfer:
     self.command, self.checksum = command, checksum
     self.bytes, self.start_s = 0, time.perf_counter()
     self.landed, self._begun = False, False
-    self._maps = shared_memory.maps(source, target)
+    self._maps = landing.maps(source, target)
     self._withdrawn = source.withdrawn  # before it is offered
     self._uuid, self._ends = uuid, (source, target)
     self._offered: messages.Offered | None = None

@@ -12,11 +12,10 @@ import mmap
 import os
 import pathlib
 import weakref
-from typing import Any
 
 import numpy as np
 
-from dsjax.runtime.landing import Landing, shares
+from dsjax.runtime.landing import Landing
 
 BEFORE = 4096  # bytes before those of the hand-off; the mark is the first 8
 KEPT = 4  # of a source, and open at each of its targets
@@ -31,12 +30,6 @@ def of_host() -> str:
     return ''
   return (' '.join((boot, *names, str(os.getuid())))
           if hasattr(os, 'memfd_create') else '')
-
-
-def maps(source: Any, target: Any) -> bool:
-  """Whether KV goes from one RemoteEngine to another through memory that both
-  have."""
-  return shares(source, target) and source.memory == target.memory != ''
 
 
 class Shared(Landing):

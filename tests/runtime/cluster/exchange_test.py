@@ -111,7 +111,7 @@ def hand_off(source, target, command, uuid):
   with jax.transfer_guard('disallow'):
     source.offer(messages.Offer(uuid, 0, command, True))
     asked = messages.Pull(uuid, 0, source.address, command, True)
-    maps = source.memory and source._maps(source._to[0])
+    maps = source._to[0].maps
     if not maps:
       target.pull(asked)
     until_s = time.monotonic() + 60
