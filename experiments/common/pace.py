@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from dsjax.config.engine import EngineConfig
-from dsjax.runtime import profiling
+from dsjax.runtime import grid
 from dsjax.runtime.protocols import Engine
 from dsjax.simulation.latency import Affine
 
@@ -27,8 +27,8 @@ def of(engines: Iterable[Engine], config: EngineConfig) -> dict[str, float]:
     does = engine.capacity
     has = {'prefill': does.prefills, 'decode': does.decodes,
            'single': does.decodes, 'mixed': does.mixes}
-    with profiling.cells_of(engine) as cells:
-      taken.append(profiling.typical_s(
+    with grid.cells_of(engine) as cells:
+      taken.append(grid.typical_s(
           cells, config, [kind for kind in has if has[kind]], ROUNDS))
   return mean(taken)
 

@@ -20,7 +20,7 @@ from dsjax.config.engine import EngineConfig
 from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Plan
 from dsjax.model import kv_cache
-from dsjax.runtime import profiling
+from dsjax.runtime import grid, profiling
 from dsjax.runtime.engine import Engine
 from dsjax.simulation.hardware import Hardware
 from dsjax.simulation.roofline import Roofline
@@ -103,12 +103,12 @@ def time_steps(model: Model, config: EngineConfig, reached: rates.Rates,
   floor = Roofline(model.config, Hardware(
       'here', reached.flops_per_s, reached.bytes_per_s, 1.0, 1.0, 1.0, ''),
       itemsize=item, kv_itemsize=item)
-  cells, shares = profiling.Cells(instance), []
+  cells, shares = grid.Cells(instance), []
   for what, pieces, batch, context in timed:
     took = [once(cells, pieces, batch, context) for _ in range(ROUNDS + 1)]
     step_s, host_s = (statistics.median(x) for x in zip(*took[1:],
                                                         strict=True))
-    least_s = floor.mixed_s(pieces, batch, profiling.context_of(
+    least_s = floor.mixed_s(pieces, batch, grid.context_of(
         pieces, batch, context))
     shares.append(least_s / step_s)
     lines.write(f'{model.config.name}: {what}', None, seconds=step_s,
@@ -120,7 +120,7 @@ def time_steps(model: Model, config: EngineConfig, reached: rates.Rates,
   return shares
 
 
-def once(cells: profiling.Cells, pieces: tuple[tuple[int, int], ...],
+def once(cells: grid.Cells, pieces: tuple[tuple[int, int], ...],
          batch: int, context: int) -> tuple[float, float]:
   """(seconds a step, the host's part: until it is dispatched)."""
   began = time.perf_counter()
@@ -133,7 +133,7 @@ def once(cells: profiling.Cells, pieces: tuple[tuple[int, int], ...],
 def hand_off(model: Model, config: EngineConfig, source: Engine,
              reached: rates.Rates, lines: Lines) -> None:
   """A hand-off to a second instance of the device, in bytes a second."""
-  lengths = profiling.spread(config.page_size, config.max_len // 2, 3)
+  lengths = grid.spread(config.page_size, config.max_len // 2, 3)
   target = profiling.build(model, Plan(), 'decode', config,
                            card.device_twice())
   took = profiling.transfer_times(source, target, lengths, 3, lambda: None)

@@ -16,7 +16,7 @@ import dsjax
 from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan
-from dsjax.runtime import profiling
+from dsjax.runtime import grid, profiling
 from dsjax.runtime.cluster import local
 from dsjax.simulation import fitting, latency, profiles
 from dsjax.simulation.contention import KINDS
@@ -36,7 +36,7 @@ CONFIG = EngineConfig(max_len=64, max_seqs=2, prefill_tokens=32,
     (EngineConfig(max_len=64, max_seqs=1, prefill_tokens=8,
                   chunk_tokens=8), 2)])
 def test_every_cell_of_the_grid_can_run(config, points):
-  cells = profiling.shapes(config, points)
+  cells = grid.shapes(config, points)
   assert len(cells) == len(set(cells))
   kinds = {fitting.Cell(p, b, c, 1.0).kind for p, b, c in cells}
   assert {'prefill', 'decode'} <= kinds
@@ -46,7 +46,7 @@ def test_every_cell_of_the_grid_can_run(config, points):
     assert tokens + batch * bool(pieces) <= config.prefill_tokens
     assert batch + len(pieces) <= config.max_seqs
     assert all(0 <= start < stop <= config.max_len for start, stop in pieces)
-    assert each + profiling.STEPS <= config.max_len
+    assert each + grid.STEPS <= config.max_len
     assert (each > 0) == (batch > 0)
   for kind in kinds:
     assert sum(fitting.Cell(p, b, c, 1.0).kind == kind
@@ -54,9 +54,9 @@ def test_every_cell_of_the_grid_can_run(config, points):
 
 
 def test_spread():
-  assert profiling.spread(16, 1024, 4) == [16, 64, 256, 1024]
-  assert profiling.spread(16, 16, 4) == [16]
-  assert profiling.spread(20, 5, 3) == [5]
+  assert grid.spread(16, 1024, 4) == [16, 64, 256, 1024]
+  assert grid.spread(16, 16, 4) == [16]
+  assert grid.spread(20, 5, 3) == [5]
 
 
 def test_rounds_are_in_turn_and_the_first_is_not_counted():
@@ -68,7 +68,7 @@ def test_rounds_are_in_turn_and_the_first_is_not_counted():
       seen.append(name)
       return next(values)
     return run
-  medians = profiling.in_rounds([timed('a', a), timed('b', b)], 3,
+  medians = grid.in_rounds([timed('a', a), timed('b', b)], 3,
                               lambda: ticks.append(1))
   assert medians == [2, 8]
   assert seen == ['a', 'b'] * 4 and len(ticks) == 8
@@ -83,12 +83,12 @@ def test_rounds_that_are_whole_survive_ctrl_c():
         raise KeyboardInterrupt
     return tick
   timed = [iter([99, 3, 1]).__next__, iter([99, 7, 9]).__next__]
-  with pytest.raises(profiling.Stopped) as stopped:
-    profiling.in_rounds(timed, 5, halted(5))
+  with pytest.raises(grid.Stopped) as stopped:
+    grid.in_rounds(timed, 5, halted(5))
   assert stopped.value.medians == [2, 7]
   with pytest.raises(KeyboardInterrupt) as nothing:
-    profiling.in_rounds([iter([99, 1]).__next__] * 2, 5, halted(2))
-  assert not isinstance(nothing.value, profiling.Stopped)
+    grid.in_rounds([iter([99, 1]).__next__] * 2, 5, halted(2))
+  assert not isinstance(nothing.value, grid.Stopped)
 
 
 class Faked(profiling._Profiler):
@@ -179,9 +179,9 @@ class Timed:
     self.host_s, self.step_s, self.now_s, self.free_s = host_s, step_s, 0.0, 0.0
     if is_process:
       self.stamps = collections.deque()
-    monkeypatch.setattr(profiling, 'time', types.SimpleNamespace(
+    monkeypatch.setattr(grid, 'time', types.SimpleNamespace(
         perf_counter=lambda: self.now_s))
-    monkeypatch.setattr(profiling.jax, 'block_until_ready', self.wait)
+    monkeypatch.setattr(grid.jax, 'block_until_ready', self.wait)
 
   def admit(self, *_):
     pass
@@ -205,7 +205,7 @@ class Timed:
 def test_steps_of_a_process_are_timed_behind_another(
     monkeypatch, host_s, is_process, count):
   """Else what dispatching takes is in them; never is it all."""
-  cells = profiling.Cells(Timed(monkeypatch, host_s, 1.0, is_process))
+  cells = grid.Cells(Timed(monkeypatch, host_s, 1.0, is_process))
   took_s = cells.seconds((), 2, 8, count)
   want = 1.0 if is_process else (host_s + 4.0 * count) / count / 4
   if host_s > 9:  # the device waits for the host

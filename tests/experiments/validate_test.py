@@ -14,7 +14,7 @@ from rich.console import Console
 from dsjax.analysis import record
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Plan, Slo
-from dsjax.runtime import profiling
+from dsjax.runtime import grid
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import Arrived, DecodeDone, Row, RunDecode
 from dsjax.simulation import calibration, fitting, latency, profiles, simulator
@@ -302,11 +302,11 @@ def engines_at(monkeypatch, **times):
       engine.slot_of[0] = 0
 
     def seconds(self, pieces, batch, each):
-      cell = fitting.Cell(pieces, batch, profiling.context_of(
+      cell = fitting.Cell(pieces, batch, grid.context_of(
           pieces, batch, each), 1.0)
       return times[cell.kind] * fitting.predict_s(SLOW, cell)
 
-  monkeypatch.setattr(profiling, 'Cells', Paced)
+  monkeypatch.setattr(grid, 'Cells', Paced)
   return [types.SimpleNamespace(
       capacity=validate.QUICK.instance(role), slot_of=(slots := {}),
       forget=slots.pop) for role in ('prefill', 'decode', 'chunked')]
