@@ -38,12 +38,12 @@ def shapes(config: EngineConfig, points: int) -> list[Shape]:
             if s + n <= config.max_len]
   contexts = spread(min(16, room), room, points)
   cells += [((), b, c) for b in config.row_buckets for c in contexts]
-  cells += [(((s, s + n),), b, c) for s in (0, starts[0])
-            for n in lengths for b in sorted({-(-rows // 4), rows})
-            if n + b <= limit and s + n <= config.max_len
-            and b < rows  # a row is left for the prompt
-            for c in (contexts[0], contexts[-1])]
-  return cells
+  # A row is left for the prompt, and rows take of what a step may hold.
+  mixed = [(((s, s + min(n, limit - b)),), b, c) for s in (0, starts[0])
+           for n in lengths for b in (-(-rows // 4), rows - 1)
+           if 0 < b < min(rows, limit) and s + n <= config.max_len
+           for c in (contexts[0], contexts[-1])]
+  return list(dict.fromkeys(cells + mixed))
 
 
 class Cells:

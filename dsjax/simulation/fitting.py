@@ -3,9 +3,11 @@
 The linear forms are solved exactly: of every subset of the constants, the
 least-squares solution that has none below 0 and the smallest error is the
 non-negative optimum (its support is one of the subsets; at most five
-constants, so 31).
+constants, so 31). Then each compiled size costs what its cells took, not what
+the line says of it.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -105,15 +107,20 @@ def nonnegative(
   return best / size, least
 
 
-def _up(cell, buckets):
-  rows = buckets.mixed_rows if cell.pieces else buckets.rows
+def _up(cell, buckets, costs=None):
+  """(tokens, rows) that a cell counts as."""
   tokens = latency.sums(cell.pieces)[0]
-  return (latency.round_up(tokens, buckets.tokens),
-          latency.round_up(cell.batch, rows))
+  costs = costs or latency.Costs()
+  if not cell.batch:
+    return latency.round_up(tokens, buckets.tokens, costs.tokens), 0
+  if not tokens:
+    return 0, latency.round_up(cell.batch, buckets.rows)
+  return (latency.round_up(tokens, buckets.tokens, costs.mixed_tokens),
+          latency.round_up(cell.batch, buckets.mixed_rows, costs.mixed_rows))
 
 
-def _prefill_row(cell, buckets):
-  return (1.0, _up(cell, buckets)[0], latency.sums(cell.pieces)[1],
+def _prefill_row(cell, buckets, costs=None):
+  return (1.0, _up(cell, buckets, costs)[0], latency.sums(cell.pieces)[1],
           len(cell.pieces) - 1)
 
 
@@ -121,14 +128,40 @@ def _decode_row(cell, buckets):
   return 1.0, cell.context, _up(cell, buckets)[1]
 
 
-def _mixed_row(cell, buckets):
-  return (1.0, sum(_up(cell, buckets)), latency.sums(cell.pieces)[1],
+def _mixed_row(cell, buckets, costs=None):
+  return (1.0, sum(_up(cell, buckets, costs)), latency.sums(cell.pieces)[1],
           cell.context)
 
 
-def _solve(cells, row, buckets):
-  return nonnegative([row(c, buckets) for c in cells],
-                     [c.seconds for c in cells])
+def _solve(cells, row, buckets, *costs):
+  constants, error = nonnegative([row(c, buckets, *costs) for c in cells],
+                                 [c.seconds for c in cells])
+  return tuple(map(float, constants)), error
+
+
+PASSES = 4  # of a line, and of what buckets cost beside it
+
+
+def _with_costs(model, cells, field):
+  """The Affine with what each bucket costs by its cells, in a field of Costs:
+  what they take more than predicted goes to their bucket. One without cells
+  stays as it is, and so do all where the line is flat."""
+  of = latency.BUCKETS_OF[field]
+  sizes = getattr(model.buckets, of)
+  slope = (model.mixed if field.startswith('mixed') else model.prefill)[1]
+  if not slope:
+    return model
+  costs = list(getattr(model.costs, field) or sizes)
+  for i, size in enumerate(sizes):
+    own = [c for c in cells if size == latency.round_up(
+        c.batch if of == 'mixed_rows' else latency.sums(c.pieces)[0], sizes)]
+    if own:
+      squares = [c.seconds**-2 for c in own]  # relative errors count
+      more_s = np.average([c.seconds - predict_s(model, c) for c in own],
+                          weights=squares)
+      costs[i] = max(0.0, float(costs[i] + more_s / slope))
+  return dataclasses.replace(
+      model, costs=model.costs._replace(**{field: tuple(costs)}))
 
 
 LEAST_BATCHES, LEAST_GAIN = 2, 0.5
@@ -169,20 +202,26 @@ def fit_affine(cells: Sequence[Cell], buckets: latency.Buckets | None = None,
              for kind in ('prefill', 'decode', 'mixed')}
   for kind in ('prefill', 'decode'):
     require(by_kind[kind], 'cells', len(cells), f'some of kind {kind}')
-  (*prefill, piece_s), _ = _solve(by_kind['prefill'], _prefill_row, buckets)
-  small, large, split = _fit_decode(by_kind['decode'], buckets)
-  mixed = None
+  decode, large, split = _fit_decode(by_kind['decode'], buckets)
+  model = latency.Affine((0.0,) * 3, decode, large, split, None, host_s, pp,
+                         buckets)
+  for _ in range(PASSES):
+    (*prefill, piece_s), _ = _solve(by_kind['prefill'], _prefill_row, buckets,
+                                    model.costs)
+    model = _with_costs(dataclasses.replace(
+        model, prefill=tuple(prefill), piece_s=piece_s), by_kind['prefill'],
+                        'tokens')
   if by_kind['mixed']:
     # What a further piece costs is known from the prefills; a cell keeps at
     # least half of its seconds, whatever that takes away.
-    rest = [c._replace(seconds=max(c.seconds / 2, c.seconds - piece_s * (
+    rest = [c._replace(seconds=max(c.seconds / 2, c.seconds - model.piece_s * (
         len(c.pieces) - 1))) for c in by_kind['mixed']]
-    mixed, _ = _solve(rest, _mixed_row, buckets)
-  return latency.Affine(
-      tuple(map(float, prefill)), tuple(map(float, small)),
-      None if large is None else tuple(map(float, large)), split,
-      None if mixed is None else tuple(map(float, mixed)), host_s, pp,
-      buckets, float(piece_s))
+    for _ in range(PASSES):
+      mixed, _ = _solve(rest, _mixed_row, buckets, model.costs)
+      model = dataclasses.replace(model, mixed=mixed)
+      for field in ('mixed_tokens', 'mixed_rows'):
+        model = _with_costs(model, by_kind['mixed'], field)
+  return model
 
 
 def fit_appendix_a(cells: Sequence[Cell], config: ModelConfig,

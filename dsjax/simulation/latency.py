@@ -44,10 +44,28 @@ class Buckets(NamedTuple):
   mixed_rows: tuple[int, ...] = ()
 
 
-def round_up(size: int, buckets: Sequence[int]) -> int:
-  """The bucket that a size costs; itself above the largest."""
+class Costs(NamedTuple):
+  """Tokens or rows of a line that a step of each bucket costs, as measured:
+  a kernel is better at some sizes than at others. Empty: the bucket's size.
+
+  tokens of a prefill; tokens and rows of a mixed step.
+  """
+
+  tokens: tuple[float, ...] = ()
+  mixed_tokens: tuple[float, ...] = ()
+  mixed_rows: tuple[float, ...] = ()
+
+
+BUCKETS_OF = {'tokens': 'tokens', 'mixed_tokens': 'tokens',
+              'mixed_rows': 'mixed_rows'}  # field of Costs: of Buckets
+
+
+def round_up(size: int, buckets: Sequence[int],
+             costs: Sequence[float] = ()) -> float:
+  """What a size costs: its bucket, or what that costs; itself above the
+  largest."""
   index = bisect_left(buckets, size)
-  return buckets[index] if index < len(buckets) else size
+  return (costs or buckets)[index] if index < len(buckets) else size
 
 
 def sums(pieces: Pieces) -> tuple[int, int]:
@@ -98,6 +116,7 @@ class Affine:
     piece_s: seconds of each piece after the first, prefill or mixed (its own
       blocks of attention, its row of the output head).
     buckets: tokens and rows round up to these.
+    costs: tokens and rows of the lines that each bucket costs.
   """
 
   prefill: tuple[float, ...]
@@ -109,6 +128,7 @@ class Affine:
   pp: int = 1
   buckets: Buckets = Buckets()
   piece_s: float = 0.0
+  costs: Costs = Costs()
 
   def __post_init__(self):
     for field, count in (('prefill', 3), ('decode', 3), ('decode_large', 3),
@@ -128,6 +148,14 @@ class Affine:
               and list(sizes) == sorted(set(sizes)),
               f'Affine.buckets.{field}', sizes, 'growing sizes')
     object.__setattr__(self, 'buckets', Buckets(*map(tuple, self.buckets)))
+    require(len(self.costs) == 3, 'Affine.costs', self.costs,
+            f'of {", ".join(Costs._fields)}')
+    for (field, of), costs in zip(BUCKETS_OF.items(), self.costs, strict=True):
+      sizes = getattr(self.buckets, of)
+      require(len(costs) in (0, len(sizes)) and all(map(
+          is_nonnegative, costs)), f'Affine.costs.{field}', costs,
+              f'none, or one for each of buckets.{of}={sizes}, 0 or more')
+    object.__setattr__(self, 'costs', Costs(*map(tuple, self.costs)))
     require(is_nonnegative(self.piece_s), 'Affine.piece_s', self.piece_s,
             'seconds, 0 or more')
     check_common(self)
@@ -138,8 +166,8 @@ class Affine:
       return 0.0
     tokens, squares = sums(pieces)
     a, b, c = self.prefill
-    return (a + b * round_up(tokens, self.buckets.tokens) + c * squares
-            + self.piece_s * (len(pieces) - 1))
+    n = round_up(tokens, self.buckets.tokens, self.costs.tokens)
+    return a + b * n + c * squares + self.piece_s * (len(pieces) - 1)
 
   def decode_line(self, batch: int) -> tuple[float, float]:
     """(a, b): a step of `batch` rows takes a + b context."""
@@ -161,8 +189,9 @@ class Affine:
     if not pieces or not batch:
       return self.prefill_s(pieces) + self.decode_s(batch, context)
     tokens, squares = sums(pieces)
-    n = (round_up(tokens, self.buckets.tokens)
-         + round_up(batch, self.buckets.mixed_rows))
+    buckets, costs = self.buckets, self.costs
+    n = (round_up(tokens, buckets.tokens, costs.mixed_tokens)
+         + round_up(batch, buckets.mixed_rows, costs.mixed_rows))
     more = self.piece_s * (len(pieces) - 1)
     if self.mixed is not None:
       a, b, c, d = self.mixed

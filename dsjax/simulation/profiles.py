@@ -26,7 +26,7 @@ from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Plan
 from dsjax.simulation import hardware, roofline
 from dsjax.simulation.contention import KINDS, Contention
-from dsjax.simulation.latency import Affine, Buckets, Latency, Link
+from dsjax.simulation.latency import Affine, Buckets, Costs, Latency, Link
 
 TABLES, ROOFLINE, PEAKS = 'tables:', 'roofline:', 'roofline-peaks:'
 _FOLDER = pathlib.Path(__file__).with_name('tables')
@@ -74,7 +74,8 @@ def as_json(profile: Profile) -> dict[str, Any]:
       'model': profile.model, 'device': profile.device,
       'source': profile.source,
       'latencies': {str(plan): dataclasses.asdict(x) | {
-          'buckets': x.buckets._asdict()}
+          'buckets': x.buckets._asdict(),
+          'costs': {k: v for k, v in x.costs._asdict().items() if v}}
                     for plan, x in profile.latencies.items()},
       'links': {f'{a}>{b}': dataclasses.asdict(link)
                 for (a, b), link in profile.links.items()},
@@ -339,13 +340,15 @@ def _made(path, where, kind, value):
   needed = [f.name for f in fields if f.default is dataclasses.MISSING]
   value = dict(_fields(path, where, value, needed, [
       f.name for f in fields if f.name not in needed]))
-  if 'buckets' in value:
-    buckets = _fields(path, f'{where}.buckets', value['buckets'],
-                    Buckets._fields, ())
-    for name, sizes in buckets.items():
-      if not isinstance(sizes, list):
-        raise InputError(f'{path}: {where}.buckets.{name}={sizes!r}: must be '
-                         'a list')
-    value['buckets'] = Buckets(**{k: tuple(v) for k, v in buckets.items()})
+  for field, lists, needed in (('buckets', Buckets, Buckets._fields),
+                               ('costs', Costs, ())):
+    if field in value:
+      own = _fields(path, f'{where}.{field}', value[field], needed,
+                    lists._fields)
+      for name, sizes in own.items():
+        if not isinstance(sizes, list):
+          raise InputError(f'{path}: {where}.{field}.{name}={sizes!r}: must be '
+                           'a list')
+      value[field] = lists(**{k: tuple(v) for k, v in own.items()})
   with naming(f'{path}: {where}'):
     return kind(**value)

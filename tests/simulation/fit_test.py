@@ -12,7 +12,7 @@ from dsjax.config.checks import InputError
 from dsjax.config.placement import Plan
 from dsjax.simulation import fitting, hardware, latency
 from dsjax.simulation.hardware import Shares
-from dsjax.simulation.latency import Affine, Buckets
+from dsjax.simulation.latency import Affine, Buckets, Costs
 from dsjax.simulation.roofline import Roofline
 from dsjax.simulation.roofline_fit import affine_of, fit_shares
 from tests.common import tiny
@@ -73,6 +73,21 @@ def test_noise_of_five_percent_moves_predictions_less(truth, seed):
   # constant says it is not certain, as batch and context go together.
   for kind, r in fitting.residuals(fitted, exact).items():
     assert r.mape < 0.04 and r.worst < 0.12, kind
+
+
+def test_each_compiled_size_costs_what_its_steps_took():
+  buckets = Buckets((32, 128, 512, 1024, 8192), (1, 4, 32), (8, 32))
+  truth = Affine((1e-2, 2e-4, 1e-8), (1e-2, 1e-6, 1e-4),
+                 mixed=(1e-2, 2e-4, 1e-8, 1e-6), buckets=buckets,
+                 piece_s=1e-3, costs=Costs((40, 120, 600, 950, 8192),
+                                           (30, 150, 500, 1024, 8192),
+                                           (2, 60)))
+  cells = grid(truth)
+  for own in (buckets, Buckets()):  # a line alone cannot say it
+    fitted = fitting.fit_affine(cells, own)
+    errors = fitting.residuals(fitted, cells)
+    for kind in ('prefill', 'mixed'):
+      assert (errors[kind].worst < 0.01) == (own is buckets), (own, kind)
 
 
 def test_noise_of_five_percent_bounds_the_constants():

@@ -19,7 +19,7 @@ from dsjax.config.placement import Plan
 from dsjax.simulation import hardware, latency, profiles, roofline
 from dsjax.simulation.contention import Contention
 from dsjax.simulation.hardware import Shares
-from dsjax.simulation.latency import Affine, Buckets, Link
+from dsjax.simulation.latency import Affine, Buckets, Costs, Link
 from dsjax.simulation.profiles import Profile
 from dsjax.simulation.roofline import Roofline
 from tests.common import tiny
@@ -79,6 +79,10 @@ def test_sizes_round_up_to_what_is_compiled():
   assert model.decode_s(2, 10) == SIMPLE.decode_s(4, 10)
   fitted = dataclasses.replace(model, mixed=(1.0, 0.1, 0.0, 0.0))
   assert fitted.mixed_s(((0, 10),), 2, 5) == pytest.approx(1 + 0.1 * (32 + 8))
+  known = dataclasses.replace(fitted, costs=Costs((40, 60), (35, 65), (5,)))
+  assert known.prefill_s(((0, 33),)) == pytest.approx(1 + 6.0 + 0.01 * 33**2)
+  assert known.prefill_s(((0, 65),)) == SIMPLE.prefill_s(((0, 65),))
+  assert known.mixed_s(((0, 10),), 2, 5) == pytest.approx(1 + 0.1 * (35 + 5))
 
 
 @given(AFFINES, PIECES, st.integers(0, 20), st.integers(0, 5000))
@@ -358,6 +362,10 @@ def test_link():
     (lambda: Affine((1, 2, 3), (1, 2, 3), host_s=-1), 'Affine.host_s'),
     (lambda: Affine((1, 2, 3), (1, 2, 3), buckets=Buckets((4, 2))),
      'buckets.tokens'),
+    (lambda: Affine((1, 2, 3), (1, 2, 3), buckets=Buckets((2, 4)),
+                    costs=Costs((2,))), r'Affine.costs.tokens.*\(2, 4\)'),
+    (lambda: Affine((1, 2, 3), (1, 2, 3), buckets=Buckets((2,)),
+                    costs=Costs((), (-1,))), 'Affine.costs.mixed_tokens'),
     (lambda: Roofline(MOE, A100, shares=Shares(link=0)), 'shares.link'),
     (lambda: Roofline(MOE, A100, shares=Shares(layer_s=-1)), 'shares.layer_s'),
     (lambda: Link(0, 0, 1), 'Link.bytes_per_s')])
@@ -371,7 +379,7 @@ PROFILE = Profile(
         Plan(): dataclasses.replace(
             SIMPLE, decode_large=(1, 2, 3), split=7, mixed=(1, 2, 3, 4),
             host_s=0.25, buckets=Buckets((32,), (1, 2), (2,)),
-            piece_s=0.125),
+            piece_s=0.125, costs=Costs((40.5,), mixed_rows=(3,))),
         Plan(1, 2): dataclasses.replace(SIMPLE, pp=2)},
     {(Plan(), Plan(1, 2)): Link(0.5, 1e9, 64)}, 'a test',
     Contention({('prefill', 'decode'): 1.5}),
@@ -398,6 +406,8 @@ def test_files_keep_everything(tmp_path):
      ['latencies.1x1.prefil', 'not known']),
     (lambda d: d['latencies']['1x1']['buckets'].update(rows=3),
      ['latencies.1x1.buckets.rows', 'list']),
+    (lambda d: d['latencies']['1x1']['costs'].update(tokens=3),
+     ['latencies.1x1.costs.tokens', 'list']),
     (lambda d: d['latencies']['1x1']['buckets'].update(rows=['a']),
      ['latencies.1x1', 'buckets.rows']),
     (lambda d: d['latencies']['1x2'].update(pp=1), ['latencies.1x2.pp']),
