@@ -167,6 +167,22 @@ def typical(config: EngineConfig) -> dict[str, Shape]:
           'single': ((), 1, each)}
 
 
+def of_several_sizes(config: EngineConfig) -> dict[str, list[Shape]]:
+  """{kind: its cells of the least, a middle and the largest size that are
+  compiled}, half of the context full."""
+  def three(sizes):
+    return sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]})
+  each = config.max_len // 2
+  tokens = three([size for size in config.token_buckets(config.prefill_tokens)
+                  if size <= config.max_len])
+  few = max(1, min(config.max_seqs // 4, tokens[0] // 2))  # rows of a mixed one
+  rows = three([size for size in config.row_buckets if size > 1] or [1])
+  return {'prefill': [(((0, size),), 0, 0) for size in tokens],
+          'decode': [((), size, each) for size in rows],
+          'mixed': [(((0, size - few),), few, each) for size in tokens],
+          'single': [((), 1, each)]}
+
+
 def typical_s(bare: Cells, config: EngineConfig, kinds: Iterable[str],
               rounds: int) -> dict[str, float]:
   """{kind: median seconds} of a typical step of each of some kinds, of an idle

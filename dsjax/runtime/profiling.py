@@ -43,6 +43,7 @@ from dsjax.runtime.grid import (
   cells_of,
   context_of,
   in_rounds,
+  of_several_sizes,
   shapes,
   spread,
   typical,
@@ -156,8 +157,8 @@ def hand_off_cpu(source: Any, target: Any, lengths: Sequence[int]
 
 # --- side by side -----------------------------------------------------------
 
-BESIDE_S = 0.2  # least seconds of a step timed alone, and beside others
-BESIDE_ROUNDS = 5  # at least: what else runs counts as a factor
+BESIDE_S = 0.1  # least seconds of a step timed alone, and beside others
+BESIDE_ROUNDS = 3  # at least, of several sizes each
 TYPICAL_ROUNDS = 9  # at least
 NOTICED = 1.03  # a factor below this is noise
 
@@ -182,39 +183,41 @@ def beside(mine: Cells, theirs: Cells, config: EngineConfig, rounds: int,
            tick: Callable[[], object]) -> contention.Contention:
   """The Contention of two instances of one stage, driven as Cells.
 
-  A typical step of each kind is timed again and again, alone and while the
-  other instance has steps of each kind to do; the median of the ratios of
-  each round counts. A first round, which compiles, is not counted.
+  A step of each size of each kind is timed again and again, alone and while
+  the other instance has steps of each kind to do, of all sizes in turn: short
+  prompts slow others more than long ones. Of a kind the mean ratio of its
+  sizes counts, and of the rounds the median. A first round, which compiles, is
+  not counted.
   """
-  cells, pairs = typical(config), list(itertools.product(contention.KINDS,
-                                                         repeat=2))
+  cells = of_several_sizes(config)
+  pairs = [(kind, other) for kind in cells for other in cells]
 
-  def command_s(bare, kind, repeats=1):
-    pieces = cells[kind][0]
-    return bare.seconds(*cells[kind], repeats) * (1 if pieces else STEPS)
+  def command_s(bare, cell, repeats=1):
+    return bare.seconds(*cell, repeats) * (1 if cell[0] else STEPS)
 
   def one_round():
-    repeats = {kind: math.ceil(BESIDE_S / command_s(mine, kind))
+    other_s = {kind: sum(command_s(theirs, cell) for cell in cells[kind])
                for kind in cells}
-    alone_s = {kind: command_s(mine, kind, repeats[kind]) for kind in cells}
-    other_s = {kind: command_s(theirs, kind) for kind in cells}
-    ratios = []
-    for kind, other in pairs:
-      # Twice as slow, and some more, so that the other one never runs dry.
-      lasts_s = 3 * (repeats[kind] + 1) * alone_s[kind]
-      busy = theirs.run(*cells[other])[0]
-      for _ in range(math.ceil(lasts_s / other_s[other])):
-        busy = theirs.run(*cells[other])[0]
-      ratios.append(command_s(mine, kind, repeats[kind]) / alone_s[kind])
-      jax.block_until_ready(busy)
-      tick()
-    return ratios
+    timed = [(kind, cell, math.ceil(BESIDE_S / command_s(mine, cell)))
+             for kind in cells for cell in cells[kind]]
+    alone_s = [command_s(mine, cell, repeats) for _, cell, repeats in timed]
+    ratios = {pair: [] for pair in pairs}
+    for (kind, cell, repeats), seconds in zip(timed, alone_s, strict=True):
+      for other in cells:
+        # Twice as slow, and some more, so that the other one never runs dry.
+        lasts_s = 3 * (repeats + 1) * seconds
+        for _ in range(math.ceil(lasts_s / other_s[other])):
+          for own in cells[other]:
+            busy = theirs.run(*own)[0]
+        ratios[kind, other].append(command_s(mine, cell, repeats) / seconds)
+        jax.block_until_ready(busy)
+    tick()
+    return {pair: statistics.mean(ratio) for pair, ratio in ratios.items()}
 
-  ratios = [one_round() for _ in range(rounds + 1)]
+  counted = [one_round() for _ in range(rounds + 1)][1:]
   return contention.Contention({
-      (kind, other): max(1.0, statistics.median(ratio))
-      for (kind, other), ratio in zip(pairs, zip(*ratios[1:], strict=True),
-                                      strict=True)})
+      pair: max(1.0, statistics.median(ratio[pair] for ratio in counted))
+      for pair in pairs})
 
 
 # --- the whole --------------------------------------------------------------
@@ -338,9 +341,9 @@ class _Profiler:
 
   def contention(self, bare):
     """The Contention of two instances of one device; None: there is none."""
-    rounds = max(self.rounds, BESIDE_ROUNDS)
+    rounds = max(self.rounds // 2, BESIDE_ROUNDS)
     tick = _ticks(self.report, f'{Plan()}: side by side',
-                  (rounds + 1) * len(contention.KINDS)**2)
+                  rounds + 1)
     if self.cluster:
       other = self.processes[1]  # of the two that `engine` started
       for _ in other.warm():
