@@ -205,7 +205,7 @@ def beside(mine: Cells, theirs: Cells, config: EngineConfig, rounds: int,
     for (kind, cell, repeats), seconds in zip(timed, alone_s, strict=True):
       for other in cells:
         # Twice as slow, and some more, so that the other one never runs dry.
-        lasts_s = 3 * (repeats + 1) * seconds
+        lasts_s, busy = 3 * (repeats + 1) * seconds, None
         for _ in range(math.ceil(lasts_s / other_s[other])):
           for own in cells[other]:
             busy = theirs.run(*own)[0]
