@@ -25,7 +25,7 @@ if TYPE_CHECKING:
   from dsjax.scheduling.scheduler import Run
 
 # Commands of a quiet run: at its end the recorder is told of them.
-MOST = 128
+MOST = 512
 
 
 class Turn:
