@@ -32,7 +32,7 @@ class Record:
   max_tokens: int
   token_s: list[float] = dataclasses.field(default_factory=list)
   stage_s: dict[str, float] = dataclasses.field(
-      default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+      default_factory=dict.fromkeys(STAGES, 0.0).copy)
   finish_s: float | None = None
   # running | stop | length | cancelled | rejected | refused | failed
   status: str = 'running'

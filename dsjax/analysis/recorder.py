@@ -1,6 +1,7 @@
 """Records of requests from the events and commands of a run."""
 
 import collections
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -168,9 +169,10 @@ class Recorder:
               for rows, steps, now_s in turns]
     for _, chain, _ in pending:
       self._shed(chain)
-    for n, steps_s in enumerate(done):
+    issued = itertools.cycle([((), chain, 0) for chain in chains])
+    pending.extend(itertools.islice(issued, len(done)))
+    for steps_s in done:
       pending.popleft()[1].times.extend(steps_s)
-      pending.append(((), chains[n % len(chains)], 0))
     self._newest[instance] += len(done)
     for turn, id, after, now_s in joined:
       chain, life = chains[turn], self._live[id]

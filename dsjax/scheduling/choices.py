@@ -153,12 +153,14 @@ def budget(run: Run, inst: LiveInstance, batch: LiveBatch) -> PrefillBudget:
   answer = ask(run, 'batch', run.view.instances[inst.index])
   most = inst.config.prefill_tokens
   if type(answer) is PrefillBudget:
-    tokens, whole, rows = answer
+    given, whole, rows = answer
+    tokens = index_of(given)
     if rows is True and inst.able.mixes:
       most -= batch.size
-    if (0 <= index_of(tokens) <= most and type(whole) is bool
+    if (0 <= tokens <= most and type(whole) is bool
         and (rows is False or rows is True and inst.able.mixes)):
-      return PrefillBudget(index_of(tokens), whole, rows)
+      return (answer if type(given) is int else
+              PrefillBudget(tokens, whole, rows))
   raise run.policy.refuse('batch', answer, 'a PrefillBudget of 0 to '
                           f'{most} tokens' + ('' if inst.able.mixes else
                                               ', without rows'))

@@ -1,7 +1,6 @@
 """The scheduler's state as it changes in place; state.py has it as a value."""
 
 import collections
-import dataclasses
 import heapq
 import operator
 from collections.abc import Sequence
@@ -20,30 +19,27 @@ from dsjax.scheduling.state import (
 )
 
 
-@dataclasses.dataclass(slots=True, eq=False)
 class LiveSeq:
   """A Seq that changes in place: the same fields in the same order."""
 
-  id: int
-  order: int
-  prompt_len: int
-  limit: int
-  stage: str
-  instance: int
-  pages: tuple[int, ...] = ()
-  done: int = 0
-  target: int = -1
-  target_pages: tuple[int, ...] = ()
-  epoch: int = 0
-  tries: int = 0
-  arrival_s: float = 0.0
-  input_len: int = 0
-  first_s: float | None = None
-  stop: int = 0
-  blocks: tuple[int, ...] = ()
-  hit: int = 0
-  sent: int = 0
-  lender: int = -1
+  __slots__ = Seq._fields
+
+  def __init__(
+      self, id: int, order: int, prompt_len: int, limit: int, stage: str,
+      instance: int, pages: tuple[int, ...] = (), done: int = 0,
+      target: int = -1, target_pages: tuple[int, ...] = (), epoch: int = 0,
+      tries: int = 0, arrival_s: float = 0.0, input_len: int = 0,
+      first_s: float | None = None, stop: int = 0,
+      blocks: tuple[int, ...] = (), hit: int = 0, sent: int = 0,
+      lender: int = -1):
+    self.id, self.order, self.prompt_len = id, order, prompt_len
+    self.limit, self.stage, self.instance = limit, stage, instance
+    self.pages, self.done, self.target = pages, done, target
+    self.target_pages, self.epoch, self.tries = target_pages, epoch, tries
+    self.arrival_s, self.input_len, self.first_s = (
+        arrival_s, input_len, first_s)
+    self.stop, self.blocks, self.hit = stop, blocks, hit
+    self.sent, self.lender = sent, lender
 
 
 fields_of = operator.attrgetter(*Seq._fields)

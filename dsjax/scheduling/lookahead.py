@@ -25,7 +25,7 @@ if TYPE_CHECKING:
   from dsjax.scheduling.scheduler import Run
 
 # Commands of a quiet run: at its end the recorder is told of them.
-MOST = 128
+MOST = 512
 
 
 class Turn:
@@ -156,6 +156,13 @@ class Ahead:
     with one that was in flight."""
     return self.ending + [(n, id) for n, _, id in self.left]
 
+  def _end(self, place: int, most: int) -> int:
+    """The command of the end at a place in `ends`; `most` behind the last."""
+    if place < len(self.ending):
+      return self.ending[place][0]
+    place -= len(self.ending)
+    return self.left[place][0] if place < len(self.left) else most
+
   def tell(self, ask: bool = False) -> bool:
     """Tells another command; False where there is something to decide. ask:
     tells none, only whether there is one."""
@@ -213,11 +220,9 @@ class Ahead:
     inst, first, flight = self._inst, self.first, self.flight
     commands, cause, inst.asleep = run.commands, run.cause, None
     run.commands = []
-    ends = self.ends()
     while True:
       # A row leaves behind its command; its end is told with a completion.
-      settles = (ends[self._settled][0] + flight
-                 if self._settled < len(ends) else count)
+      settles = self._end(self._settled, count - flight) + flight
       leaves = (self.left[self._parted][0]
                 if self._parted < len(self.left) else count)
       if settles >= count and leaves >= count:

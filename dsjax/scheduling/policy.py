@@ -19,11 +19,20 @@ The same value serves, simulates, is searched with and is explored for faults.
 import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 from dsjax.config.checks import is_positive, require
 from dsjax.config.placement import ROLES
+from dsjax.scheduling.distserve import (
+  PrefillBudget,
+  fill_budget,
+  latest_arrival,
+  least_loaded,
+  leave_room_to_grow,
+  shortest_queue,
+)
+from dsjax.scheduling.distserve import others as others
+from dsjax.scheduling.distserve import stays as stays
 from dsjax.scheduling.views import InstanceView, Load, RequestView, View
 
 __all__ = ('Because', 'DISTSERVE', 'Fetch', 'InstanceView', 'Load', 'Move',
@@ -43,21 +52,6 @@ def index_of(answer: Any) -> int:
     return -1 if isinstance(answer, bool) else operator.index(answer)
   except Exception:  # a hook's own object may raise anything
     return -1
-
-
-class PrefillBudget(NamedTuple):
-  """What the next step of an instance may hold of prompts.
-
-  Attributes:
-    tokens: most prompt tokens; 0: none now, the rows decode.
-    whole: a prompt joins others only where all of it fits.
-    rows: the rows whose turn it is take a decode step in it too, where the
-      instance mixes.
-  """
-
-  tokens: int
-  whole: bool = True
-  rows: bool = False
 
 
 class Refuse(NamedTuple):
@@ -116,13 +110,6 @@ NEEDS = {
              'its steps'}
 HOOKS = ('route', 'order', 'batch', 'hand_off', 'admit', 'victim', 'resize',
          'rebalance')
-_BACKLOG = attrgetter('backlog', 'residents')
-
-
-def shortest_queue(view: View, request: RequestView) -> int:
-  """The instance with the fewest prompt tokens to go (DistServe 4.3)."""
-  del request
-  return min(view.prefills, key=_BACKLOG).index
 
 
 def can_lend(lender: Any, instance: Any) -> bool:
@@ -139,60 +126,6 @@ def may_go_on(view: View, request: RequestView) -> Sequence[InstanceView]:
   home = view.instances[request.instance]
   return [i for i in view.may_prefill if i is home or i.config.decodes] or [
       home]
-
-
-def _load(instance: InstanceView) -> int:
-  return instance.residents + instance.num_pulls + instance.num_swapped
-
-
-def stays(view: View, request: RequestView) -> bool:
-  """Whether it was prefilled where rows decode too."""
-  home = view.instances[request.instance]
-  return home.decodes and home in view.may_decode
-
-
-def others(instances: Sequence[InstanceView], avoid: int
-           ) -> Sequence[InstanceView]:
-  """Without the one that has just failed, if any are left."""
-  if avoid < 0:
-    return instances
-  return [i for i in instances if i.index != avoid] or instances
-
-
-def least_loaded(view: View, request: RequestView, avoid: int) -> int:
-  """Where it was prefilled, if that decodes too; else the decode instance with
-  the fewest requests, there or on their way."""
-  if stays(view, request):
-    return request.instance
-  return min(others(view.decodes, avoid), key=_load).index
-
-
-def fill_budget(view: View, instance: InstanceView) -> PrefillBudget:
-  """Prompts before rows: as many whole ones as L_m takes, or, on an instance
-  that mixes, what the rows of the step leave of its token budget. One that has
-  become a prefill instance mixes until the rows that it still has are gone."""
-  del view
-  tokens = instance.config.prefill_tokens
-  if instance.mixes or (instance.flips and instance.role == 'prefill'
-                        and instance.turn_rows):
-    return PrefillBudget(tokens - instance.turn_rows, False, True)
-  return PrefillBudget(tokens)
-
-
-def leave_room_to_grow(view: View, instance: InstanceView,
-                       request: RequestView, pages: int) -> bool:
-  """Where rows grow, each resident keeps a page to grow into: an admission
-  would else preempt one at once, or itself again and again."""
-  del view, request
-  spare = instance.residents if instance.decodes else 0
-  return instance.free_pages >= pages + spare
-
-
-def latest_arrival(view: View, instance: InstanceView,
-                   residents: Sequence[RequestView]) -> RequestView:
-  """The one that came last has the least to lose."""
-  del view, instance
-  return max(residents, key=attrgetter('order'))
 
 
 @dataclasses.dataclass(frozen=True)

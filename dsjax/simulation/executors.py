@@ -337,23 +337,25 @@ class Alone:
     with them."""
     instance, told, due = self.instances[index], quiet.told, quiet.due
     flight, turns = told.flight, len(told.turns)
-    issued, joined = [], []
-    for n, turn in enumerate(told.turns[:count]):
-      issued.append((turn.first, sum(told.steps[n:count:turns]),
-                     _end_s(due[n])))
+    # Steps that a turn issues from a command on.
+    rest = [0] * (count + turns)
+    for n in range(count - 1, -1, -1):
+      rest[n] = told.steps[n] + rest[n + turns]
+    issued = [(turn.first, rest[n], _end_s(due[n]))
+              for n, turn in enumerate(told.turns[:count])]
+    joined = []
     for number, place, id in told.joined:
       n = number + (place - number) % turns  # its first command
       if n < count:
-        joined.append((place, id, sum(told.steps[n:count:turns]),
-                       _end_s(due[n])))
+        joined.append((place, id, rest[n], _end_s(due[n])))
     if self.pipelined:
       for n, (rows, *_) in enumerate(issued):
         newest = n + (count - 1 - n) // turns * turns
         ids = [row[0] for row in rows] + [
             id for place, id, *_ in joined if place == n]
         instance.note(ids, _end_s(due[flight + newest]))
-    left = [(place, id, sum(told.steps[n + turns:count:turns]))
-            for n, place, id in told.left if n < count]
+    left = [(place, id, rest[n + turns]) for n, place, id in told.left
+            if n < count]
     ended = [(id, _end_s(due[after + flight]))
              for after, id in told.ends() if after + flight < count]
     self.recorder.leapt(index, [times for _, times, _ in due[:count]], issued,

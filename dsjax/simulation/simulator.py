@@ -109,12 +109,12 @@ def simulate(config: scheduler.Config, requests: Iterable[Request],
                     link, recorder, share, leap, told, contention,
                     named=log or told and not live)
   kept: list | None = [] if log else None
-  for event, commands in run:
+  while run.advance():
     if kept is not None:
-      kept.append((event, tuple(commands)))
+      kept.append((run.event, tuple(run.commands)))
     if on_event is not None:
-      on_event(run.scheduler if live else run.scheduler.freeze(), event,
-               tuple(commands))
+      on_event(run.scheduler if live else run.scheduler.freeze(), run.event,
+               tuple(run.commands))
   return Result(recorder.records, kept, run.steps, run.executor.leapt,
                 run.executor.busy_s, run.copies.link_s, run.scheduler.freeze())
 
@@ -138,7 +138,7 @@ def stream(config: scheduler.Config, requests: Iterable[Request],
   ended: list[Record] = []
   run = _Simulation(config, _Arrivals(_in_order(requests), config), latencies,
                     link, Recorder(on_end=ended.append), share)
-  for _ in run:
+  while run.advance():
     if ended:
       yield from sorted(ended, key=_FINISH)
       ended.clear()
@@ -148,11 +148,14 @@ _FINISH = operator.attrgetter('finish_s', 'id')
 
 
 class _Simulation:
-  """A run in virtual time; iterating over it takes it on, event by event.
+  """A run in virtual time; `advance` takes it on, event by event.
 
   told: of every event somebody is told: nothing is leapt over. named: pages
-  have names.
+  have names. event, commands: the newest one, and what answered it.
   """
+
+  event: events.Event
+  commands: list[events.Command]
 
   def __init__(self, config: scheduler.Config, arrivals: '_Arrivals',
                latencies: latency.Latency | Sequence[latency.Latency],
@@ -183,21 +186,23 @@ class _Simulation:
         run.ends_alone = not arrivals.followers
     self.ticks = _Ticks(config, self.copies.heap)
 
-  def __iter__(self) -> Iterator[tuple[events.Event, list[events.Command]]]:
-    executor, arrivals, run = self.executor, self.arrivals, self.scheduler
-    observe = self.recorder.observe
-    while (event := executor.next()) is not None:
-      if type(event) is Arrived:
-        arrivals.push()
-      commands = run.apply(event)
-      self.steps += 1
-      if type(event) is Tick:
-        self.ticks.follow(event, run)
-      observe(event, commands)
-      executor.perform(commands, event.time_s)
-      if arrivals.followers:
-        arrivals.follow(commands, event.time_s)
-      yield event, commands
+  def advance(self) -> bool:
+    """Takes it to the next event; False at the end."""
+    event, arrivals = self.executor.next(), self.arrivals
+    if event is None:
+      return False
+    if type(event) is Arrived:
+      arrivals.push()
+    commands = self.scheduler.apply(event)
+    self.event, self.commands = event, commands
+    self.steps += 1
+    if type(event) is Tick:
+      self.ticks.follow(event, self.scheduler)
+    self.recorder.observe(event, commands)
+    self.executor.perform(commands, event.time_s)
+    if arrivals.followers:
+      arrivals.follow(commands, event.time_s)
+    return True
 
 
 class _Ticks:

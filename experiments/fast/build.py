@@ -23,8 +23,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 MODULES = {
     'analysis': ('recorder',),
     'scheduling': (
-        'batches', 'choices', 'host_tier', 'live', 'lookahead', 'pace',
-        'page_pool', 'prefix_cache', 'residents', 'scheduler', 'state',
+        'batches', 'choices', 'distserve', 'host_tier', 'live', 'lookahead',
+        'pace', 'page_pool', 'prefix_cache', 'residents', 'scheduler', 'state',
         'streaming', 'views'),
     'simulation': ('executors', 'instance', 'simulator'),
 }
