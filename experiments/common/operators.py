@@ -95,6 +95,8 @@ def quiet() -> Iterator[None]:
 
 def load_tables(asked: Asked) -> Tables:
   """Raises InputError: no package, or none of its names, with those it has."""
+  require(not asked.tables or pathlib.Path(asked.tables).is_dir(), '--tables',
+          asked.tables, 'a folder')
   try:
     sdk, common, database = (
         importlib.import_module(f'aiconfigurator_core.sdk{name}')
