@@ -14,7 +14,6 @@ from rich.console import Console
 
 from dsjax.checkpoints import hf_config
 from dsjax.config import zoo
-from dsjax.config.checks import InputError
 from dsjax.config.placement import Plan
 from dsjax.simulation import fitting, latency, profiles
 from experiments import measure
