@@ -16,6 +16,12 @@ plans would take at these shares, so that a search may consider them.
 tokens (of a prompt), batch, context (of its rows, all together), seconds, and
 plan where it is not 1x1. --model then only names the model.
 
+--from=aiconfigurator:h200_sxm --model=qwen2.5-7b --plans=1x1,2x1 sums the
+operators that NVIDIA measured on that GPU, of the engine --engine, and fits
+the sums (experiments.common.operators; docs/placement.md). It wants
+`pip install -e '.[tables]'`. --model is a name of dsjax.config.zoo or a folder
+with a config.json.
+
 --from=records.csv --placement=prefill=2x1,decode=1x1 fits what clients saw of a
 run that this placement served, on any engine: arrival, tokens of prompt and
 output, times of the first and the last token, under the names that load
@@ -69,6 +75,7 @@ from dsjax.simulation import (
 from experiments.common import (
   cli,
   machine,
+  operators,
   pictures,
   provenance,
   served,
@@ -81,7 +88,15 @@ FLAGS = {
     'model': cli.Flag('smollm2-135m-instruct', 'See dsjax.load.'),
     'out': None,
     'from': cli.Flag('', 'A CSV of steps timed elsewhere, to fit; with '
-                     '--placement, requests as their clients saw them.'),
+                     '--placement, requests as their clients saw them; or '
+                     'aiconfigurator:GPU, such as aiconfigurator:h200_sxm.'),
+    'engine': cli.Flag('vllm', 'Whose operators, with aiconfigurator:GPU.',
+                       choices=tuple(operators.ENGINES)),
+    'version': cli.Flag('current', 'Of that engine.'),
+    'weights': cli.Flag('bfloat16', 'As they are stored there, such as '
+                        'fp8_static.'),
+    'kv': cli.Flag('bfloat16', 'As it is stored there, such as fp8.'),
+    'tables': cli.Flag('', 'A folder of other tables of that package.'),
     'placement': cli.Flag('', 'That served the requests of --from.'),
     **dict.fromkeys(cli.CLUSTER),
     'batch_tokens': cli.Flag(2048, 'Of its prefill batches, or of its chunked '
@@ -157,6 +172,27 @@ def fit_file(path: str | pathlib.Path, model: str, device: str
       errors={plan: {kind: (error.mape, error.worst) for kind, error in
                      fitting.residuals(latencies[plan], own).items()}
               for plan, own in cells.items()}), cells
+
+
+def sum_operators(options: types.SimpleNamespace, console: Console,
+                  system: str) -> tuple[
+                      profiles.Profile, Mapping[Plan, list[fitting.Cell]]]:
+  """(Profile, {Plan: Cells}) of operators measured on a GPU; shows errors."""
+  plans = parse_plans(options.plans)
+  profile, cells, held = operators.fit_operators(
+      operators.Asked(system, options.engine, options.version,
+                      options.weights, options.kv, options.tables),
+      options.model, plans, options.hardware or system)
+  for plan in plans:
+    if plan not in cells:
+      console.print(f'plan {plan}: left out, its weights have no room',
+                    style='yellow')
+      continue
+    for what, own in (('', cells[plan]), (', sizes not fitted to', held[plan])):
+      console.print(f'plan {plan}{what}', highlight=False)
+      show_errors(console, profile.latencies[plan], own)
+  console.print(profile.source, highlight=False, soft_wrap=True)
+  return profile, cells
 
 
 def fit_roofline(cells: Mapping[Plan, Sequence[fitting.Cell]],
@@ -425,11 +461,15 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
   if path:
     require(not options.predict, '--predict', options.predict,
             'left out with --from')
-    profile, cells = fit_file(path, name, options.hardware or 'own')
-    for plan, model in profile.latencies.items():
-      console.print(f'plan {plan}')
-      warn_of_few(console, plan, cells[plan])
-      show_errors(console, model, cells[plan])
+    if path.startswith(operators.START):
+      profile, cells = sum_operators(options, console,
+                                     path.removeprefix(operators.START))
+    else:
+      profile, cells = fit_file(path, name, options.hardware or 'own')
+      for plan, model in profile.latencies.items():
+        console.print(f'plan {plan}')
+        warn_of_few(console, plan, cells[plan])
+        show_errors(console, model, cells[plan])
     terminal.written(console, options.out, *write(
         options.out, profile, cells, cli.asked(options, FLAGS)))
     return 0

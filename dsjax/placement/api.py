@@ -123,7 +123,8 @@ def _known(cluster: AnyCluster, latency: Named, config: ModelConfig,
   links = {}
   for kind, own in cluster.kinds.items():
     named = latency if own.latency is None else own.latency
-    with naming(f'MixedCluster.kinds.{kind}') if kind else nullcontext():
+    with nullcontext() if own.latency is None else naming(
+        f'MixedCluster.kinds.{kind}' if kind else 'Cluster'):
       each[kind] = latency_of(named, config, host_ms)
     links |= {tuple(dataclasses.replace(plan, kind=kind) for plan in pair): link
               for pair, link in links_of(named).items()}

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 from collections.abc import (
   Callable,
-  Collection,
   Hashable,
   Iterable,
   Iterator,
@@ -125,6 +124,9 @@ class _Search:
     self.strict: list[RankedPlacement] = []
     self.bottlenecks: dict[str, str] = {}
     self.known: dict[Hashable, Any] = {}
+    # What long runs have told of, and what other batches were tried for.
+    self.judged: set[tuple] = set()
+    self.retried: set[tuple] = set()
     longest = max(i + o for i, o in self.lengths)
     require(longest <= problem.max_len, 'SearchProblem.max_len',
             problem.max_len, f'the longest request ({longest}) or more')
@@ -283,18 +285,14 @@ class _Search:
         (row for row in _sorted(self.rows) if row.goodput.rate_per_s),
         lambda row: row.placement.mode).values())
 
-  def rival(self, best: RankedPlacement, judged: Collection[tuple]
-            ) -> Candidate | None:
+  def rival(self, best: RankedPlacement) -> Candidate | None:
     """What may serve more than the best line of a mode, which has an interval:
-    what was ruled out when a rough line was thought to serve more.
-
-    judged: keys of lines that long runs have told of.
-    """
+    what was ruled out when a rough line was thought to serve more."""
     above, mode = best.interval_per_device[1], best.placement.mode
     hopes = [(row.per_device or row.interval_per_device[1]
               * row.goodput.attained / self.problem.target, self.again(row))
              for row in self.rows
-             if row.placement.mode == mode and _key(row) not in judged
+             if row.placement.mode == mode and _key(row) not in self.judged
              and (row.per_device > best.per_device
                   or row.interval_per_device[1] > above)]
     hopes += [(each.guess_per_s / each.devices, each)
@@ -323,14 +321,10 @@ class _Search:
     """Other batches for the first few of each mode, then of each the best: its
     interval, then the second target."""
     problem = self.problem
-    for best in self.best():
-      same = [row for row in _sorted(self.rows)
-              if row.placement.mode == best.placement.mode
-              and NEAR * row.per_device >= best.per_device]
-      if not best.placement.chunked:
-        self.race([self.again(row, size) for row in same[:RETRIED]
-                   for size in self.sizes(row.placement)], best.per_device)
+    self.retry(RETRIED)
     self.intervals()
+    if self.retry(1):  # what was raced again may have won
+      self.intervals()
     if problem.strict:
       tasks = [Task(self.again(r)._replace(bound_per_s=r.goodput.rate_per_s),
                     problem.strict, effort=problem.strict_effort,
@@ -345,20 +339,37 @@ class _Search:
     for row, words in zip(rows, self.map(binds, rows), strict=True):
       self.bottlenecks[row.placement.mode] = words
 
+  def retry(self, most: int) -> bool:
+    """Races other batches of the first lines of each mode, so many of them;
+    whether one serves more than the best."""
+    won = False
+    for best in self.best():
+      same = [row for row in _sorted(self.rows)
+              if row.placement.mode == best.placement.mode
+              and not row.placement.chunked
+              and NEAR * row.per_device >= best.per_device][:most]
+      new = [row for row in same
+             if (row.placement, row.aligned) not in self.retried]
+      self.retried |= {(row.placement, row.aligned) for row in new}
+      won |= bool(new and self.race(
+          [self.again(row, size) for row in new
+           for size in self.sizes(row.placement)], best.per_device))
+    return won
+
   def intervals(self) -> None:
     """An interval of the best line of each mode.
 
     Where that is below what others were beaten at, the most promising of them
     are raced against it by runs as long, one after another.
     """
-    problem, judged = self.problem, set()
+    problem = self.problem
     for _ in range(1 + RIVALS):
       tasks = []
       for best in best_of(
           (row for row in _sorted(self.rows)
            if row.goodput.rate_per_s or row.goodput.tight),
           lambda row: row.placement.mode).values():
-        rival = (self.rival(best, judged) if best.goodput.tight
+        rival = (self.rival(best) if best.goodput.tight
                  else self.again(best))
         if rival is not None:
           tasks.append(Task(
@@ -373,7 +384,7 @@ class _Search:
                 f'runs of {problem.effort:g} times as many requests')
       for candidate, goodput in self.measured(tasks):
         row = self.keep(candidate, goodput)
-        judged.add(_key(row))
+        self.judged.add(_key(row))
         self.ruled_out = [c for c in self.ruled_out
                           if _key(_row(c, goodput)) != _key(row)]
         self.tell(row)

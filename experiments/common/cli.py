@@ -330,7 +330,9 @@ def naming_flags(chosen: flags.FlagValues | types.SimpleNamespace,
   try:
     yield
   except InputError as error:
-    text = str(error)
+    text, file = str(error), getattr(chosen, 'machines', None)
+    if file and re.match('(Mixed)?Cluster[.:]', text):
+      raise InputError(f'--machines={file}: {text}') from error
     if re.split('[=:[]', text, maxsplit=1)[0] in defined:
       raise InputError(f'--{text}') from error
     told = {}

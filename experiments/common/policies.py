@@ -35,6 +35,8 @@ def load(text: str, slo: Slo = SLO) -> Policy:
   Raises:
     InputError: no such file or policy, or `name` in it is no Policy.
   """
+  require(text, '--policy', text, 'a name, distserve for the default, or '
+          'path.py:name')
   path, _, name = text.rpartition(':')
   if not path.endswith('.py') or not name:
     policy = named(text, slo)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from dsjax.analysis.record import STAGES
 from experiments.common import pictures
@@ -163,10 +164,12 @@ def draw12(data: Mapping[str, Any], figure: Figure) -> None:
             label="paper's draft, 96 cores, seconds")
   for number, (name, points) in enumerate(data['spent'].items()):
     axes.plot(list(points), [v[0] for v in points.values()],
-              **pictures.look(number) | {'linestyle': '-'},
+              **pictures.look(number) | {'linestyle': '-:'[number]},
               label=f'ours, {name}, CPU seconds')
   axes.set_xscale('log', base=2)
+  axes.set_xticks(list(reported.FIG12), [str(gpus) for gpus in reported.FIG12])
   axes.set_yscale('log')
+  axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f'{x:g}'))
   axes.legend()
   tidy(axes, 'Fig. 12: time of a placement search, OPT-13B', 'GPUs', 's')
 

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib
 import io
+import json
 import math
 import os
 import pathlib
@@ -162,6 +163,36 @@ def test_a_bad_file_is_told_with_its_flag(runner, flag, given, says, tmp_path,
     text = str(error.value)
     assert re.match(f"--{flag}='?{name}'?[:,= ]", text), text
     assert re.search(says, text) and '\n' not in text, text
+
+
+@pytest.mark.parametrize('runner', ('place', 'simulate'))
+@pytest.mark.parametrize('data, flags, says', [
+    ({'latency': 'tables:x'}, (), "--machines={}: Cluster: latency='tables:x'"),
+    ({'kinds': {'odd': {'latency': 'nowhere.json'}}}, (),
+     '--machines={}: MixedCluster.kinds.odd: latency=nowhere.json: '),
+    ({'kinds': {'odd': {'price': -1}}}, (), '--machines={}: kinds.odd: '),
+    ({'nodes': 2}, ('--latency=tables:x',), "--latency='tables:x': must be ")])
+def test_a_latency_of_a_file_of_machines_is_told_with_the_file(
+    runner, data, flags, says, tmp_path):
+  module = importlib.import_module(f'experiments.{runner}')
+  path = tmp_path / 'my.json'
+  path.write_text(json.dumps(data))
+  kind = '@odd' if 'kinds' in data else ''
+  given = [f'--placement=colocated=1x1{kind}', '--rate=1']
+  options = cli.parse(module.FLAGS, [f'--machines={path}', *flags, *(
+      given if runner == 'simulate' else ())])
+  with pytest.raises(InputError) as error:
+    with cli.naming_flags(options, module.FLAGS):
+      module.run(options, Console(file=io.StringIO()))
+  assert str(error.value).startswith(says.format(path))
+
+
+@pytest.mark.parametrize('text', ('', 'static,'))
+def test_an_empty_policy_is_none(text):
+  module = importlib.import_module('experiments.simulate')
+  options = cli.parse(module.FLAGS, ['--rate=1', f'--policy={text}'])
+  with pytest.raises(InputError, match="^--policy='': must be a name"):
+    module.run(options, Console(file=io.StringIO()))
 
 
 def test_a_flag_of_another_name_is_told_as_well():
