@@ -33,6 +33,7 @@ from dsjax.scheduling.events import RunDecode, RunPrefill
 PING_S = 1.0  # from an answer to the next question
 NEWEST = 10_000  # stamps of steps that are remembered
 COMES_S = 300.0  # until a process says hello
+LEAST_S = 10.0  # until it may count as silent before it has said hello
 LOADS_S = 3600.0  # of loading weights, and of compiling one step
 
 
@@ -41,7 +42,8 @@ class Process(Protocol):
 
   Attributes:
     channel: None until it has come. failed: why it cannot come, or ''.
-    missing: what it waits for before it can come, or ''.
+    missing: what it waits for before it can come, or ''. heard_s: when it was
+    begun or last said something, on time.monotonic; None: it waits to begin.
   """
 
   @property
@@ -52,6 +54,9 @@ class Process(Protocol):
 
   @property
   def missing(self) -> str: ...
+
+  @property
+  def heard_s(self) -> float | None: ...
 
   @property
   def pid(self) -> int | None: ...
@@ -196,7 +201,7 @@ class RemoteEngine:
 
   def _begin(self) -> None:
     self.incarnation += 1
-    self._began_s = time.monotonic()
+    self._began_s = self._word_s = time.monotonic()
     self._channel = None
     self._process = self._launcher.start(self.index, self.incarnation)
 
@@ -252,6 +257,9 @@ class RemoteEngine:
       if time.monotonic() - self._began_s > COMES_S:
         raise RuntimeError(f'its process did not come in {COMES_S:g} s'
                            + process.missing)
+      if process.heard_s is not None:
+        self._word_s = max(self._word_s + away_s, process.heard_s)
+        self._check_silence(self._word_s, max(self.config.silent_s, LEAST_S))
     elif ended:
       raise RuntimeError(f'its process ended (exit code {code})' if code
                          is not None else ended)
@@ -274,8 +282,11 @@ class RemoteEngine:
         channel.send(messages.Ping())
       return
     self._asked_s = asked_s + away_s
-    silent_s = now_s - self._asked_s
-    if silent_s > self.config.silent_s:
+    self._check_silence(self._asked_s, self.config.silent_s)
+
+  def _check_silence(self, since_s: float, most_s: float) -> None:
+    silent_s = time.monotonic() - since_s
+    if silent_s > most_s:
       raise RuntimeError(f'its process is silent for {silent_s:.1f} s')
 
   def count(self) -> Callable[[], messages.Counted | None]:

@@ -119,4 +119,5 @@ def _introduce(engines: Sequence[RemoteEngine], placement: Placement,
          if hands_off(engine.capacity, other.capacity, fetches)})
     if (engine.capacity, plan) not in shapes:
       shapes.add((engine.capacity, plan))
-      engine.begin_warm()
+      with engine.naming():
+        engine.begin_warm()

@@ -31,7 +31,6 @@ from dsjax.runtime.cluster import (
   messages,
   remote,
 )
-from dsjax.runtime.cluster.instance import KEY
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import (
   InstanceDown,
@@ -488,6 +487,22 @@ def test_one_that_dies_idle_is_started_again(fakes):
   assert not fakes.busy
 
 
+def test_one_that_is_stopped_while_it_starts_is_begun_again(
+    fakes, monkeypatch):
+  """It says nothing before it has come, where one that loads does."""
+  engine = fakes.engines[1]
+  with monkeypatch.context() as patch:
+    patch.setattr(remote, 'LEAST_S', 0.5)
+    patch.setattr(engine, 'config', dataclasses.replace(CONFIG, silent_s=0.5))
+    kill(fakes, 1)
+    until(lambda: fakes.fleet.starting and engine.pid, fakes)
+    stopped = engine.pid
+    stop(fakes, 1)
+    until(lambda: any('silent' in text for _, text in fakes.faults), fakes)
+  until(lambda: not fakes.fleet.down, fakes)
+  assert not alive(stopped)
+
+
 def test_one_whose_end_was_seen_has_no_pid(fakes):
   """Its number may be another's by then."""
   process = fakes.engines[1]._process
@@ -627,7 +642,7 @@ def test_a_key_is_in_no_command_line():
     engine = server.engines[0]
     with open(f'/proc/{engine.pid}/cmdline') as file:
       assert engine._process._door.key.hex() not in file.read()
-    assert KEY not in os.environ
+    assert begin.KEY not in os.environ
 
 
 SERVED = """
@@ -671,17 +686,40 @@ def test_instances_end_with_their_server(end):
   until(lambda: not any(map(alive, pids)))
 
 
+STOPPED = """
+import os, signal, sys
+from dsjax.runtime.cluster import local
+
+process = local._popen(['sleep', '1000'], dict(os.environ))
+os.kill(process.pid, signal.SIGSTOP)
+print(process.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='the kernel of Linux')
+def test_one_that_is_stopped_before_its_first_line_ends_with_its_server():
+  with subprocess.Popen(
+      [sys.executable, '-c', STOPPED], stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE, env=os.environ | {
+          'PYTHONPATH': local.settings()['PYTHONPATH']}) as script:
+    pid = int(script.stdout.readline())
+    assert alive(pid)
+    script.kill()
+  until(lambda: not alive(pid))
+
+
 def test_an_instance_ends_with_its_socket_and_not_with_a_thread(tmp_path):
   """What started it may be a thread that ends; nobody need kill it."""
   door, started, end = channel.Door(4, 2), [], threading.Event()
 
-  def begin():
+  def start_one():
     started.append(local.popen(door.address, 4, 2, channel.LOOPBACK,
                                os.environ | local.settings() | {
-                                   KEY: door.key.hex()}))
+                                   begin.KEY: door.key.hex()}))
     end.wait()
 
-  thread = threading.Thread(target=begin)
+  thread = threading.Thread(target=start_one)
   thread.start()
   here = until(lambda: door.channel)
   end.set()
