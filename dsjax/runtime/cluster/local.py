@@ -22,7 +22,6 @@ from dsjax.config.checks import require
 from dsjax.config.placement import Placement, Plan
 from dsjax.runtime.cluster import begin
 from dsjax.runtime.cluster.channel import LOOPBACK, Channel, Door
-from dsjax.runtime.worker import Worker
 
 # Settings of this process's jax that instances have too.
 SHARED = ('compilation_cache_dir', 'persistent_cache_min_compile_time_secs',
@@ -102,11 +101,9 @@ class LocalProcess:
 def popen(address: str, index: int, incarnation: int, host: str,
           env: dict[str, str]) -> subprocess.Popen[bytes]:
   """Starts the process of an instance, which comes to `address` and is reached
-  at `host`. It ends with this process, not with the thread that calls."""
-  starts, start = _starts(os.getpid()), functools.partial(
-      _popen, [sys.executable, '-P', begin.__file__, address, str(index),
-               str(incarnation), host, str(os.getpid())], env)
-  return starts.wait(starts.post(start), lambda: None)
+  at `host`. It ends with the thread that calls."""
+  return _popen([sys.executable, '-P', begin.__file__, address, str(index),
+                 str(incarnation), host, str(os.getpid())], env)
 
 
 def _popen(command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -133,13 +130,6 @@ def _kill_with(end: int, pid: int) -> None:
     fcntl.fcntl(end, fcntl.F_SETOWN, pid)
     fcntl.fcntl(end, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(end, fcntl.F_SETFL, os.O_ASYNC)
-
-
-@functools.cache
-def _starts(pid: int) -> Worker:
-  """A thread of this process that lasts as long as it does."""
-  del pid  # one that was forked has no threads of the other
-  return Worker('dsjax starts')
 
 
 def jax_settings(names: Sequence[str] = SHARED) -> dict[str, str]:

@@ -28,6 +28,7 @@ from dsjax.runtime.cluster.messages import PageTables
 from dsjax.runtime.cluster.remote_memory import RemoteHostMemory
 from dsjax.runtime.looks import Looks
 from dsjax.runtime.protocols import Dispatched, HostMemory
+from dsjax.runtime.worker import call_lasting
 from dsjax.scheduling.events import RunDecode, RunPrefill
 
 PING_S = 1.0  # from an answer to the next question
@@ -157,13 +158,14 @@ class RemoteEngine:
   capacity: InstanceConfig
   _shapes: Sequence[tuple[int, int]]
   _channel: Channel | None
+  _process: Process | None
   _asked_s: float | None
   _slots: RemoteHostMemory
 
   def __init__(self, index: int, config: EngineConfig, fields: dict[str, Any],
                launcher: Launcher, siblings: Sequence['RemoteEngine'],
                news: threading.Event) -> None:
-    """Starts the first process.
+    """`start` begins the first process.
 
     Args:
       fields: of Build. launcher: closed with the last of its `siblings`.
@@ -181,12 +183,11 @@ class RemoteEngine:
     self._siblings = siblings
     self.peers, self._compiles = messages.Warm({}, {}), False
     self._warmed: collections.deque[str] = collections.deque()
-    self._process: Process | None = None
     self._vacate()
-    self._begin()
 
   def _vacate(self) -> None:
     """Knows of no process, and of nothing that one holds."""
+    self._process = self._channel = None
     self.slot_of: dict[int, int] = {}
     self.spare = list(range(self.config.max_seqs))
     self.transfers: dict[int, RemoteTransfer] = {}
@@ -202,8 +203,13 @@ class RemoteEngine:
   def _begin(self) -> None:
     self.incarnation += 1
     self._began_s = self._word_s = time.monotonic()
-    self._channel = None
+    # The kernel ends a process with the thread that has started it.
+    call_lasting(self._begin_process)
+
+  def _begin_process(self) -> None:
     self._process = self._launcher.start(self.index, self.incarnation)
+    if self.closed:  # meanwhile, by another thread
+      self.stop()
 
   @property
   def pid(self) -> int | None:
@@ -446,7 +452,6 @@ class RemoteEngine:
   def stop(self) -> None:
     """Kills the process; nothing of it comes in any more."""
     process, channel = self._process, self._channel
-    self._process = self._channel = None
     self._vacate()
     self.spare = []
     if process:
@@ -466,8 +471,6 @@ class RemoteEngine:
     if self._process is None:
       self._vacate()
       self._begin()
-      if self.closed:  # meanwhile, by another thread
-        self.stop()
     self.check()
     self._warmed.clear()
     return self._ready

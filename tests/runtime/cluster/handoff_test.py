@@ -81,6 +81,7 @@ class Models:
       self.engines.append(RemoteEngine(index, CONFIG, {'role': role},
                                        self.launchers[index], [],
                                        threading.Event()))
+      self.engines[index]._begin()
       self.come(index)
 
   def come(self, index):
@@ -247,6 +248,7 @@ def test_a_process_that_does_not_come_is_late_for_as_long_as_one_looked(
   launcher.queues.missing = ': b is not there'
   engine = RemoteEngine(0, CONFIG, {'role': 'prefill'}, launcher, [],
                         threading.Event())
+  engine._begin()
   for later_s in (3600.0, *[1.0] * int(remote.COMES_S - 1)):
     now_s[0] += later_s
     engine.check()
@@ -264,6 +266,7 @@ def test_a_process_that_has_begun_and_says_nothing_is_silent(monkeypatch):
   launcher.queues.channel, launcher.queues.heard_s = None, 100.0
   engine = RemoteEngine(0, CONFIG, {'role': 'prefill'}, launcher, [],
                         threading.Event())
+  engine._begin()
   for later_s in (3600.0, *[1.0] * 29):  # away, then looking
     now_s[0] += later_s
     engine.check()
