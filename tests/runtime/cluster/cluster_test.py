@@ -359,6 +359,27 @@ def test_nobody_loses_by_a_process_that_is_killed(pair, stage):
   assert InstanceDown in told and InstanceUp in told
 
 
+def test_a_client_may_leave_in_any_stage(pair):
+  """Of each one leaves; the others have their tokens, nothing is held."""
+  todo = {'queued', 'prefilling', 'prefilled', 'migrating', 'decoding'}
+  for _ in range(20):
+    if not todo:
+      break
+    ids, left = [pair.submit(prompt, **params) for prompt, params in WORK], []
+    while pair.busy:
+      pair.poll()
+      for seq in list(pair.state.seqs.values()):
+        if seq.stage in todo and seq.id in ids:
+          todo.discard(seq.stage)
+          pair.cancel(seq.id)
+          left.append(seq.id)
+    outputs = [pair.output(id) for id in ids]
+    kept = [n for n, id in enumerate(ids) if id not in left]
+    check_tokens([WORK[n] for n in kept], [outputs[n] for n in kept])
+    check_held(pair)
+  assert not todo - {'prefilled'} and not pair.faults
+
+
 @pytest.mark.parametrize('harm, index', [
     pytest.param(*harm, marks=pytest.mark.slow) for harm in (
         (stop, 0), (cut, 1), (garble, 0), (lose, 1), (double, 0))])
