@@ -38,6 +38,7 @@ whose roles stay (experiments.verify.flips). Only soak.json is written then.
 Ctrl-C keeps what there is. Exit codes: see experiments.common.cli.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -365,11 +366,17 @@ class Soak:
                    for engine in self.server.engines) + self.held
 
   def ask(self) -> None:
-    """Asks each process what it holds, and how often it has compiled."""
+    """Asks each process what it holds, and how often it has compiled: once all
+    are there, as the end of one may be seen late."""
     engines: list[Any] = self.server.engines  # RemoteEngines
-    answers = [engine.count() for engine in engines]
-    while not all(answer() for answer in answers):
+    answers: list[Any] = []
+    while not answers or not all(answer() for answer in answers):
       self.server.poll()
+      if self.server.fleet.down:
+        answers = []
+      elif not answers:
+        with contextlib.suppress(RuntimeError):  # one has just ended
+          answers = [engine.count() for engine in engines]
     self.held = sum(sum(answer()) for answer in answers)
 
 

@@ -148,7 +148,8 @@ class EngineConfig:
     tries: faults that a request survives; the next one fails it.
     lease_s: that a hand-off may take before its target must stop.
     stall_s: without a step of its oldest command an instance counts as lost.
-    silent_s: without an answer its process does (of a cluster).
+    silent_s: without an answer its process does (of a cluster), or without a
+      word (then 10 s at least) one that starts.
     restarts: how often in a row, without a command completed between, a
       lost instance is started again, empty; then it is given up.
     restart_s: how long after its loss.

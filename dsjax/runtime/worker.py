@@ -7,6 +7,8 @@ makes a server safe from threads: jobs are done one after another. Nothing of
 what it does may move data implicitly.
 """
 
+import functools
+import os
 import queue
 import threading
 import time
@@ -124,6 +126,19 @@ class Worker:
     self._jobs.put(None)
     if not self.is_here and self.thread.is_alive():
       self.thread.join(1.0)  # longer only where a call never returns
+
+
+def call_lasting(function: Callable[[], Any]) -> Any:
+  """Calls it in a thread that lasts as long as this process; what it returns,
+  or raises. A Ctrl-C ends the wait, and not the call."""
+  worker = _lasting(os.getpid())
+  return worker.wait(worker.post(function), lambda: None)
+
+
+@functools.cache
+def _lasting(pid: int) -> Worker:
+  del pid  # one that was forked has no threads of the other
+  return Worker('dsjax starts')
 
 
 def _guarded(jobs: queue.SimpleQueue[Job | None], began: list[float]) -> None:

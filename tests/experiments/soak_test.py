@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import types
 
 import pytest
 from rich.console import Console
@@ -191,3 +192,25 @@ def test_wrong_tokens_under_flips_are_seen(tmp_path, monkeypatch):
 def test_bad_input_is_refused(tmp_path, changes, message):
   with pytest.raises(InputError, match=message):
     soak.run(options(**{'out': tmp_path} | changes), Console(quiet=True))
+
+
+def test_what_processes_hold_is_asked_once_all_are_there():
+  """The end of one may be seen late, also between question and answer."""
+  fleet = types.SimpleNamespace(down={1: 0.0})
+  events = iter([lambda: None, fleet.down.clear,  # it comes, and is lost again
+                 lambda: fleet.down.update({0: 0.0}), fleet.down.clear])
+  asked = []
+
+  def count():
+    assert not fleet.down
+    asked.append(len(asked))
+    if len(asked) == 2:
+      raise RuntimeError('it is not there')  # nobody knows yet
+    return {1: lambda: None}.get(len(asked), lambda: (1, 2))
+
+  server = types.SimpleNamespace(
+      fleet=fleet, poll=lambda: next(events, lambda: None)(),
+      engines=[types.SimpleNamespace(count=count)])
+  run = types.SimpleNamespace(server=server, held=0)
+  soak.Soak.ask(run)
+  assert run.held == 3 and len(asked) == 3

@@ -74,13 +74,13 @@ class Stop(BaseException):
   """What no `except Exception` stops."""
 
 
-def at_line(count, call):
-  """Calls it, and raises Stop at the line of this number that it runs in the
-  library; whether there was one."""
+def at_line(count, call, folder='/dsjax/runtime/'):
+  """Calls it, and raises Stop at the line of this number that it runs in a
+  folder of the library; whether there was one."""
   left = [count]
 
   def trace(frame, event, _):
-    if '/dsjax/runtime/' not in frame.f_code.co_filename:
+    if folder not in frame.f_code.co_filename:
       return None
     if event == 'line' and left[0] >= 0:
       left[0] -= 1

@@ -15,20 +15,20 @@ import queue
 import secrets
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing import AuthenticationError
 from multiprocessing import connection as mp
 from typing import Any, TypeAlias
 
-from dsjax.runtime.cluster import messages
+from dsjax.runtime.cluster import begin, messages
 from dsjax.runtime.cluster.messages import Hello, Message
 
 LOOPBACK = '127.0.0.1'
 MOST_BYTES = 2**28  # of a message
 MOST_GREETED = 64  # strangers at a time: one more, and the oldest must go
-GREETS_S = 60.0  # until a server that can be reached has greeted a process
+FULL_S = 0.05  # until the next try where this process has no file left
 # A peer whose host is gone is noticed by the kernel after about 30 s: idle
 # seconds until it asks, between two questions, how many of these.
 KEEPALIVE = {'TCP_KEEPIDLE': 10, 'TCP_KEEPINTVL': 5, 'TCP_KEEPCNT': 4,
@@ -147,7 +147,7 @@ class Channel:
 
   def cut(self) -> None:
     """Cuts the connection, as a fault would."""
-    _shut(self._socket)
+    begin.shut(self._socket)
 
   def _read(self) -> None:
     why = CLOSED
@@ -199,15 +199,36 @@ def listen(host: str, port: int = 0) -> socket.socket:
       socket.AF_INET6 if ':' in host else socket.AF_INET))
 
 
+def claim(host: str, port: int) -> socket.socket | None:
+  """A port's name, for what is returned: on Linux no other process of this
+  host has it meanwhile, whether somebody listens there or not.
+
+  Raises:
+    OSError: another has it.
+  """
+  if sys.platform != 'linux':
+    return None
+  name = socket.socket(socket.AF_UNIX)
+  try:
+    name.bind(f'\0dsjax {host} {port}')
+  except BaseException:
+    name.close()
+    raise
+  return name
+
+
 class Door:
   """Awaits one process, which has the key, on a port of its own.
 
   The port is open until it has come, or `close`. Strangers may take as long as
-  they like to prove themselves, but the oldest makes room for the newest.
+  they like to prove themselves, but the oldest makes room for the newest. Who
+  has the key may load for a while before it says Hello.
 
   Attributes:
     address: 'HOST:PORT'. key: for that process only. channel: None until it
       has come. pid: of the process, then. failed: why it cannot come, or ''.
+    heard_s: when one that has the key last said something, on time.monotonic,
+      or None.
   """
 
   def __init__(self, index: int, incarnation: int, host: str = LOOPBACK,
@@ -216,11 +237,13 @@ class Door:
     self.key, self.failed = key or secrets.token_bytes(32), ''
     self.channel: Channel | None = None
     self.pid: int | None = None
+    self.heard_s: float | None = None
     self._index, self._incarnation = index, incarnation
     self._lock, self._closed = threading.Lock(), False
     self._listens = listen(host, port)
     self.address = '{}:{}'.format(*self._listens.getsockname())
     self._strangers: collections.deque[socket.socket] = collections.deque()
+    self._known: list[socket.socket] = []  # strangers no more, but not in yet
     threading.Thread(target=self._accept, daemon=True,
                      name='dsjax door').start()
 
@@ -228,41 +251,66 @@ class Door:
     """Takes no more connections."""
     with self._lock:
       self._closed = True
-      strangers = list(self._strangers)
-    for end in (self._listens, *strangers):  # wakes accept and greetings
-      _shut(end)
+      ends = self._listens, *self._strangers, *self._known
+    for end in ends:  # wakes accept and greetings
+      begin.shut(end)
 
   def _accept(self) -> None:
-    with self._listens, contextlib.suppress(OSError):  # it was shut down
-      while True:
+    with self._listens:
+      while not self._closed:
         try:
           stranger, _ = self._listens.accept()
         except ConnectionError:  # it has gone already
+          continue
+        except OSError:  # it was shut down, or there are no files left
+          if not self._closed:
+            time.sleep(FULL_S)
           continue
         with self._lock:
           self._strangers.append(stranger)
           several = list(self._strangers)
           too_many = several if self._closed else several[:-MOST_GREETED]
         for oldest in too_many:
-          _shut(oldest)
+          begin.shut(oldest)
         threading.Thread(target=self._greet, args=(stranger,),
                          daemon=True, name='dsjax greeting').start()
 
   def _greet(self, stranger: socket.socket) -> None:
-    connection = mp.Connection(os.dup(stranger.fileno()))
+    try:
+      connection = mp.Connection(os.dup(stranger.fileno()))
+    except OSError:  # there are no files left: it may come again
+      self._let_go(stranger)
+      return
     try:
       mp.deliver_challenge(connection, self.key)
       mp.answer_challenge(connection, self.key)
+      with self._lock:
+        self._strangers.remove(stranger)
+        self._known.append(stranger)
+        if self._closed:
+          begin.shut(stranger)
       incarnation, hello = messages.load(unnumbered(
-          0, connection.recv_bytes(4096)))
+          0, self._hear_hello(connection)))
     except Exception:  # of whatever kind: it is not trusted
       connection.close()
       return
     finally:
-      with self._lock:
-        self._strangers.remove(stranger)
-      stranger.close()
+      self._let_go(stranger)
     self._admit(connection, incarnation, hello)
+
+  def _let_go(self, stranger: socket.socket) -> None:
+    with self._lock:
+      (self._known if stranger in self._known else self._strangers).remove(
+          stranger)
+    stranger.close()
+
+  def _hear_hello(self, connection: mp.Connection) -> bytes:
+    """The first message that is more than a sign of life."""
+    data = begin.LOADING
+    while data == begin.LOADING:
+      self.heard_s = time.monotonic()
+      data = connection.recv_bytes(4096)
+    return data
 
   def _admit(self, connection: mp.Connection, incarnation: int,
              hello: Any) -> None:
@@ -285,39 +333,17 @@ class Door:
     self.close()
 
 
-def _shut(end: socket.socket) -> None:
-  """Ends a socket that another thread may read."""
-  with contextlib.suppress(OSError):  # it has ended by itself
-    end.shutdown(socket.SHUT_RDWR)
-
-
-def connect(address: str, key: bytes, index: int, incarnation: int,
+def connect(connection: mp.Connection, index: int, incarnation: int,
             answer: Answer, end: Callable[[str], object]) -> Channel:
-  """The channel of a process to its server.
+  """The channel of a process to the server that it has entered (begin.py).
 
   Raises:
-    OSError, EOFError: no process is there, or none greets it in GREETS_S.
-    AuthenticationError: who is there has another key, or is no server.
+    OSError: the server has gone.
   """
-  host, port = address.rsplit(':', 1)
-  server = socket.create_connection((host, int(port)), GREETS_S)
-  server.settimeout(None)
-  late = threading.Timer(GREETS_S, _shut, (server,))
-  late.daemon = True
-  connection = mp.Connection(os.dup(server.fileno()))
   try:
-    late.start()
-    mp.answer_challenge(connection, key)
-    mp.deliver_challenge(connection, key)
     connection.send_bytes(numbered(0, messages.dump(incarnation, Hello(
         messages.VERSIONS, index, os.getpid()))))
-  except AssertionError as error:  # so Python 3.11 says what 3.12 does
-    connection.close()
-    raise AuthenticationError(str(error)) from error
   except BaseException:
     connection.close()
     raise
-  finally:
-    late.cancel()
-    server.close()
   return Channel(connection, incarnation, answer, end, sent=1)

@@ -13,8 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dsjax.config.checks import InputError
-from dsjax.runtime.cluster import channel, hosts, local, messages
-from dsjax.runtime.cluster.instance import KEY
+from dsjax.runtime.cluster import begin, channel, hosts, local, messages
 
 RETRY_S = 0.5  # from one try to reach the server to the next
 LOOK_S = 0.1  # between two looks at what has ended
@@ -32,8 +31,8 @@ class Agent:
     self.group, self.host = group, group.hosts[number]
     self.running: dict[tuple[int, int], subprocess.Popen[bytes]] = {}
     self.channel = channel.connect(
-        f'{group.address}:{group.port + number}', group.key, number, 0,
-        lambda message: None, lambda why: None)
+        begin.enter(f'{group.address}:{group.port + number}', group.key),
+        number, 0, lambda message: None, lambda why: None)
 
   def serve(self) -> None:
     """Does what it is told, until the server has gone."""
@@ -76,7 +75,7 @@ class Agent:
     key = hosts.instance_key(self.group.key, message.nonce)
     env = (dict(os.environ) | local.settings() | message.settings
            | local.device_settings(message.first, message.count)
-           | {KEY: key.hex()})
+           | {begin.KEY: key.hex()})
     self.running[message.index, message.incarnation] = local.popen(
         message.address, message.index, message.incarnation,
         self.host.address, env)

@@ -34,7 +34,7 @@ from dsjax.config.checks import (
 )
 from dsjax.config.placement import Placement
 from dsjax.runtime.cluster import messages
-from dsjax.runtime.cluster.channel import Channel, Door
+from dsjax.runtime.cluster.channel import Channel, Door, claim
 from dsjax.runtime.cluster.handoff import LOOK_S
 from dsjax.runtime.cluster.local import jax_settings
 
@@ -237,6 +237,7 @@ class HostProcess:
     self._door = Door(start.index, start.incarnation, remote.group.address,
                       port, instance_key(remote.group.key, start.nonce))
     self._agent: Channel | None = None  # that was told to start it
+    self._told_s: float | None = None  # when
 
   @property
   def _key(self) -> tuple[int, int]:
@@ -246,7 +247,7 @@ class HostProcess:
   def channel(self) -> Channel | None:
     agent = self._remote.channel()
     if self._agent is None and agent is not None:
-      self._agent = agent
+      self._agent, self._told_s = agent, time.monotonic()
       agent.send(self._start._replace(address=self._door.address))
     return self._door.channel
 
@@ -263,6 +264,10 @@ class HostProcess:
   @property
   def pid(self) -> int | None:
     return self._door.pid
+
+  @property
+  def heard_s(self) -> float | None:
+    return self._door.heard_s or self._told_s
 
   def exit_code(self) -> int | None:
     """None: it runs, or waits for its host; -1: its host is gone."""
@@ -301,7 +306,12 @@ class HostsLauncher:
             f'a port of {2**16 - ports} at most: one for each host and each '
             'instance follows')
     self.hosts: list[RemoteHost] = []
+    self._claims: list[Any] = []
     try:
+      # Ports are not listened on all the time: another server on them would
+      # leave an instance of this one none to come to when it starts again.
+      for port in range(group.port, group.port + ports):
+        self._claims.append(claim(group.address, port))
       for number in range(len(self.group.hosts)):
         self.hosts.append(RemoteHost(self.group, number))
     except OSError as error:
@@ -328,3 +338,7 @@ class HostsLauncher:
     """Lets the hosts go."""
     for host in self.hosts:
       host.close()
+    while self._claims:
+      name = self._claims.pop()
+      if name:
+        name.close()

@@ -1,15 +1,14 @@
 """The process of an instance.
 
-It is started for a server (local.py, host.py, on_ray.py), connects to it, and
+It is started for a server (begin.py, on_ray.py), which it has entered, and
 owns an engine: it does what messages say, in their order, and tells each step
 as it completes. It ends with its connection, so a server that dies leaves none
-behind; on Linux it ends with what started it even where it is stopped.
+behind.
 
-The key comes in the environment and leaves it at once. A thread waits for the
-steps, and wakes the loop as the channel does: a loop that looks again and again
-takes some 8 % of a core that steps have too. What is pulled is looked at, as
-are copies to host memory. Signs of life come from the channel's reading thread,
-which touches no device.
+A thread waits for the steps, and wakes the loop as the channel does: a loop
+that looks again and again takes some 8 % of a core that steps have too. What is
+pulled is looked at, as are copies to host memory. Signs of life come from the
+channel's reading thread, which touches no device.
 """
 
 import collections
@@ -23,6 +22,7 @@ import sys
 import threading
 import time
 import zlib
+from multiprocessing import connection as mp
 from typing import Any, NamedTuple
 
 import jax
@@ -49,7 +49,6 @@ from dsjax.runtime.protocols import (
 from dsjax.scheduling.events import Offload, RunDecode, RunPrefill
 
 COMPILED = '/jax/core/compile/backend_compile_duration'
-KEY = 'DSJAX_INSTANCE_KEY'
 # Pauses between two looks at copies in flight, as of the server's loop.
 LEAST_PAUSE_S, MOST_PAUSE_S = 2e-5, 4e-3
 AT_MOST_S = 0.05  # without a look at steps in flight
@@ -81,7 +80,7 @@ class Instance:
   model: ModelConfig
   config: EngineConfig
 
-  def __init__(self, address: str, key: bytes, index: int, incarnation: int,
+  def __init__(self, connection: mp.Connection, index: int, incarnation: int,
                host: str) -> None:
     self.host = host
     self.running: collections.deque[Running] = collections.deque()
@@ -91,8 +90,8 @@ class Instance:
     self.exchange, self.is_built, self.compiled = None, False, 0
     self.slots: HostMemory | None = None
     self.copies: dict[HostCopy, int] = {}  # to host memory, or from there
-    self.channel = channel.connect(address, key, index, incarnation,
-                                   self.answer, _leave)
+    self.channel = channel.connect(connection, index, incarnation, self.answer,
+                                   _leave)
     self.awaited: queue.SimpleQueue[Pending] = queue.SimpleQueue()
     threading.Thread(target=self._await, daemon=True,
                      name='dsjax waiter').start()
@@ -339,13 +338,14 @@ def _text(error: BaseException) -> str:
   return f'{type(error).__name__}: {error}'
 
 
-def run(address: str, key: bytes, index: int, incarnation: int, host: str
+def run(connection: mp.Connection, index: int, incarnation: int, host: str
         ) -> None:
   """Is the process of an instance: serves until the server ends it.
 
-  address: of the server. host: where other instances reach this one.
+  connection: to the server, which it has entered. host: where other instances
+  reach this one.
   """
-  instance = Instance(address, key, index, incarnation, host)
+  instance = Instance(connection, index, incarnation, host)
   try:
     with jax.transfer_guard('disallow'):
       instance.serve()
@@ -358,10 +358,3 @@ def run(address: str, key: bytes, index: int, incarnation: int, host: str
     instance.channel.flush(FLUSH_S)
   finally:
     os._exit(1)  # no thread of jax is waited for
-
-
-def main(argv: list[str]) -> None:
-  """argv: address, index, incarnation, host."""
-  address, index, incarnation, host = argv
-  run(address, bytes.fromhex(os.environ.pop(KEY)), int(index),
-      int(incarnation), host)

@@ -1,15 +1,19 @@
 """Every instance a process of this host: its start, its cores and devices."""
 
 import contextlib
+import fcntl
 import functools
 import glob
 import importlib.metadata
 import itertools
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Sequence
 
 import jax
@@ -18,8 +22,6 @@ from dsjax.config.checks import require
 from dsjax.config.placement import Placement, Plan
 from dsjax.runtime.cluster import begin
 from dsjax.runtime.cluster.channel import LOOPBACK, Channel, Door
-from dsjax.runtime.cluster.instance import KEY
-from dsjax.runtime.worker import Worker
 
 # Settings of this process's jax that instances have too.
 SHARED = ('compilation_cache_dir', 'persistent_cache_min_compile_time_secs',
@@ -53,10 +55,10 @@ class LocalProcess:
   def __init__(self, index: int, incarnation: int, env: dict[str, str],
                cores: Sequence[int]) -> None:
     """cores: those that it may run on; (): any."""
-    self._door = Door(index, incarnation)
+    self._door, self._began_s = Door(index, incarnation), time.monotonic()
     try:
       self._popen = popen(self._door.address, index, incarnation, LOOPBACK,
-                          env | {KEY: self._door.key.hex()})
+                          env | {begin.KEY: self._door.key.hex()})
     except BaseException:  # no port is left open
       self._door.close()
       raise
@@ -77,6 +79,10 @@ class LocalProcess:
     """None once its end was seen: the number may be another's then."""
     return self._popen.pid if self._popen.returncode is None else None
 
+  @property
+  def heard_s(self) -> float:
+    return self._door.heard_s or self._began_s
+
   def exit_code(self) -> int | None:
     """None: it runs."""
     return self._popen.poll()
@@ -95,21 +101,35 @@ class LocalProcess:
 def popen(address: str, index: int, incarnation: int, host: str,
           env: dict[str, str]) -> subprocess.Popen[bytes]:
   """Starts the process of an instance, which comes to `address` and is reached
-  at `host`. It ends with this process, not with the thread that calls."""
-  starts, start = _starts(os.getpid()), functools.partial(
-      subprocess.Popen,
-      [sys.executable, '-P', begin.__file__, address, str(index),
-       str(incarnation), host, str(os.getpid())], env=env,
-      stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-      start_new_session=True)  # a Ctrl-C is the server's
-  return starts.wait(starts.post(start), lambda: None)
+  at `host`. It ends with the thread that calls."""
+  return _popen([sys.executable, '-P', begin.__file__, address, str(index),
+                 str(incarnation), host, str(os.getpid())], env)
 
 
-@functools.cache
-def _starts(pid: int) -> Worker:
-  """A thread of this process that lasts as long as it does."""
-  del pid  # one that was forked has no threads of the other
-  return Worker('dsjax starts')
+def _popen(command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
+  """Starts a process of a session of its own: a Ctrl-C is the server's."""
+  end, held = os.pipe()  # nothing ever goes through it
+  try:
+    process = subprocess.Popen(
+        command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        pass_fds=(end,), start_new_session=True)
+    _kill_with(end, process.pid)
+    weakref.finalize(process, os.close, held)
+  except BaseException:
+    os.close(held)
+    raise
+  finally:
+    os.close(end)
+  return process
+
+
+def _kill_with(end: int, pid: int) -> None:
+  """Has Linux kill a process that holds this end of a pipe, once nobody holds
+  the other: also where it was stopped before its first line."""
+  if hasattr(fcntl, 'F_SETSIG'):
+    fcntl.fcntl(end, fcntl.F_SETOWN, pid)
+    fcntl.fcntl(end, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(end, fcntl.F_SETFL, os.O_ASYNC)
 
 
 def jax_settings(names: Sequence[str] = SHARED) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Placement
-from dsjax.runtime.cluster import instance
+from dsjax.runtime.cluster import begin, instance
 from dsjax.runtime.cluster.channel import Channel, Door
 from dsjax.runtime.cluster.local import settings
 
@@ -37,7 +37,7 @@ class Runner:
 
   def run(self, address: str, key: bytes, index: int, incarnation: int) -> None:
     """Serves until the server ends it."""
-    instance.run(address, key, index, incarnation,
+    instance.run(begin.enter(address, key), index, incarnation,
                  ray.util.get_node_ip_address())
 
 
@@ -70,6 +70,10 @@ class RayProcess:
   @property
   def pid(self) -> int | None:
     return self._door.pid
+
+  @property
+  def heard_s(self) -> float | None:
+    return self._door.heard_s
 
   def exit_code(self) -> int | None:
     """1: it ended before it came, as far as Ray was asked lately; None: not so

@@ -28,11 +28,13 @@ from dsjax.runtime.cluster.messages import PageTables
 from dsjax.runtime.cluster.remote_memory import RemoteHostMemory
 from dsjax.runtime.looks import Looks
 from dsjax.runtime.protocols import Dispatched, HostMemory
+from dsjax.runtime.worker import call_lasting
 from dsjax.scheduling.events import RunDecode, RunPrefill
 
 PING_S = 1.0  # from an answer to the next question
 NEWEST = 10_000  # stamps of steps that are remembered
 COMES_S = 300.0  # until a process says hello
+LEAST_S = 10.0  # until it may count as silent before it has said hello
 LOADS_S = 3600.0  # of loading weights, and of compiling one step
 
 
@@ -41,7 +43,8 @@ class Process(Protocol):
 
   Attributes:
     channel: None until it has come. failed: why it cannot come, or ''.
-    missing: what it waits for before it can come, or ''.
+    missing: what it waits for before it can come, or ''. heard_s: when it was
+    begun or last said something, on time.monotonic; None: it waits to begin.
   """
 
   @property
@@ -52,6 +55,9 @@ class Process(Protocol):
 
   @property
   def missing(self) -> str: ...
+
+  @property
+  def heard_s(self) -> float | None: ...
 
   @property
   def pid(self) -> int | None: ...
@@ -152,13 +158,14 @@ class RemoteEngine:
   capacity: InstanceConfig
   _shapes: Sequence[tuple[int, int]]
   _channel: Channel | None
+  _process: Process | None
   _asked_s: float | None
   _slots: RemoteHostMemory
 
   def __init__(self, index: int, config: EngineConfig, fields: dict[str, Any],
                launcher: Launcher, siblings: Sequence['RemoteEngine'],
                news: threading.Event) -> None:
-    """Starts the first process.
+    """`start` begins the first process.
 
     Args:
       fields: of Build. launcher: closed with the last of its `siblings`.
@@ -176,12 +183,11 @@ class RemoteEngine:
     self._siblings = siblings
     self.peers, self._compiles = messages.Warm({}, {}), False
     self._warmed: collections.deque[str] = collections.deque()
-    self._process: Process | None = None
     self._vacate()
-    self._begin()
 
   def _vacate(self) -> None:
     """Knows of no process, and of nothing that one holds."""
+    self._process = self._channel = None
     self.slot_of: dict[int, int] = {}
     self.spare = list(range(self.config.max_seqs))
     self.transfers: dict[int, RemoteTransfer] = {}
@@ -196,9 +202,14 @@ class RemoteEngine:
 
   def _begin(self) -> None:
     self.incarnation += 1
-    self._began_s = time.monotonic()
-    self._channel = None
+    self._began_s = self._word_s = time.monotonic()
+    # The kernel ends a process with the thread that has started it.
+    call_lasting(self._begin_process)
+
+  def _begin_process(self) -> None:
     self._process = self._launcher.start(self.index, self.incarnation)
+    if self.closed:  # meanwhile, by another thread
+      self.stop()
 
   @property
   def pid(self) -> int | None:
@@ -252,6 +263,9 @@ class RemoteEngine:
       if time.monotonic() - self._began_s > COMES_S:
         raise RuntimeError(f'its process did not come in {COMES_S:g} s'
                            + process.missing)
+      if process.heard_s is not None:
+        self._word_s = max(self._word_s + away_s, process.heard_s)
+        self._check_silence(self._word_s, max(self.config.silent_s, LEAST_S))
     elif ended:
       raise RuntimeError(f'its process ended (exit code {code})' if code
                          is not None else ended)
@@ -274,8 +288,11 @@ class RemoteEngine:
         channel.send(messages.Ping())
       return
     self._asked_s = asked_s + away_s
-    silent_s = now_s - self._asked_s
-    if silent_s > self.config.silent_s:
+    self._check_silence(self._asked_s, self.config.silent_s)
+
+  def _check_silence(self, since_s: float, most_s: float) -> None:
+    silent_s = time.monotonic() - since_s
+    if silent_s > most_s:
       raise RuntimeError(f'its process is silent for {silent_s:.1f} s')
 
   def count(self) -> Callable[[], messages.Counted | None]:
@@ -435,7 +452,6 @@ class RemoteEngine:
   def stop(self) -> None:
     """Kills the process; nothing of it comes in any more."""
     process, channel = self._process, self._channel
-    self._process = self._channel = None
     self._vacate()
     self.spare = []
     if process:
@@ -455,8 +471,6 @@ class RemoteEngine:
     if self._process is None:
       self._vacate()
       self._begin()
-      if self.closed:  # meanwhile, by another thread
-        self.stop()
     self.check()
     self._warmed.clear()
     return self._ready

@@ -69,6 +69,9 @@ def build(model: Model, placement: Placement, config: EngineConfig,
                 'engine': f'{make_engine.__module__}:{name}'}
       engines.append(RemoteEngine(index, config, fields, launcher, engines,
                                   news))
+    for engine in engines:  # all are known by now: an interrupt closes them
+      with engine.naming():
+        engine.start()
     _await_built(engines)
     _introduce(engines, placement, fetches)
   except BaseException:
@@ -119,4 +122,5 @@ def _introduce(engines: Sequence[RemoteEngine], placement: Placement,
          if hands_off(engine.capacity, other.capacity, fetches)})
     if (engine.capacity, plan) not in shapes:
       shapes.add((engine.capacity, plan))
-      engine.begin_warm()
+      with engine.naming():
+        engine.begin_warm()

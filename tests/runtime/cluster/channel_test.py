@@ -2,15 +2,17 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import os
 import socket
+import threading
 import time
 from multiprocessing import AuthenticationError
 from multiprocessing import connection as mp
 
 import pytest
 
-from dsjax.runtime.cluster import channel, messages
+from dsjax.runtime.cluster import begin, channel, messages
 
 pytestmark = pytest.mark.usefixtures('no_hang')
 IGNORE = (lambda message: None, lambda why: None)
@@ -33,7 +35,8 @@ def door():
 
 
 def enter(door, index=1, incarnation=3, hear=IGNORE):
-  return channel.connect(door.address, door.key, index, incarnation, *hear)
+  return channel.connect(begin.enter(door.address, door.key), index,
+                         incarnation, *hear)
 
 
 def greet(connection, versions=messages.VERSIONS):
@@ -62,7 +65,7 @@ def test_it_listens_on_loopback_until_it_is_entered(door):
 
 def test_who_has_another_key_is_refused(door):
   with pytest.raises(AuthenticationError):
-    channel.connect(door.address, b'x' * 32, 1, 3, *IGNORE)
+    begin.enter(door.address, b'x' * 32)
   inside = enter(door)  # the right one still comes in
   until(lambda: door.channel)
   inside.close()
@@ -92,6 +95,38 @@ def test_strangers_hold_no_process_up(door):
     stranger.close()
   until(lambda: not door._strangers)
   inside.close()
+
+
+def test_one_that_loads_says_so_and_strangers_do_not_crowd_it_out(
+    door, monkeypatch):
+  """It has the key: the door waits for it, however many come meanwhile."""
+  monkeypatch.setattr(begin.os, '_exit', lambda code: None)  # of this process
+  host, port = door.address.rsplit(':', 1)
+  loading = begin.Loading(begin.enter(door.address, door.key))
+  before = until(lambda: door.heard_s)
+  strangers = [socket.create_connection((host, int(port)))
+               for _ in range(2 * channel.MOST_GREETED)]
+  for stranger in strangers[:channel.MOST_GREETED]:  # the oldest must go
+    while stranger.recv(4096):
+      pass
+  until(lambda: door.heard_s > before)
+  inside = channel.connect(loading.end(), 1, 3, *IGNORE)
+  here = until(lambda: door.channel)
+  inside.send(messages.Ready())
+  assert until(here.take) == [messages.Ready()]
+  for stranger in strangers:
+    stranger.close()
+  inside.close()
+
+
+def test_one_that_loads_ends_with_its_server(door, monkeypatch):
+  ended = []
+  monkeypatch.setattr(begin.os, '_exit', ended.append)
+  loading = begin.Loading(begin.enter(door.address, door.key))
+  until(lambda: door.heard_s)
+  door.close()
+  until(lambda: ended)
+  loading.end().close()
 
 
 def test_a_peer_whose_host_is_gone_is_noticed_by_the_kernel(pair):
@@ -148,11 +183,10 @@ def long_words(stranger):
 def test_a_process_is_not_held_up_by_who_is_no_server(monkeypatch, says,
                                                       error):
   if says is silent:
-    monkeypatch.setattr(channel, 'GREETS_S', 0.2)
+    monkeypatch.setattr(begin, 'GREETS_S', 0.2)
   with socket.create_server(('127.0.0.1', 0)) as listens:
     entering = concurrent.futures.ThreadPoolExecutor(1).submit(
-        channel.connect, '{}:{}'.format(*listens.getsockname()), b'x' * 32, 1,
-        3, *IGNORE)
+        begin.enter, '{}:{}'.format(*listens.getsockname()), b'x' * 32)
     stranger, _ = listens.accept()
     with stranger:
       says(stranger)
@@ -170,11 +204,14 @@ def test_it_may_listen_on_an_address_of_ipv6():
   inside.close()
 
 
-def test_one_that_has_gone_before_it_is_accepted_closes_no_door(monkeypatch):
+@pytest.mark.parametrize('error', [
+    ConnectionAbortedError(), OSError(errno.EMFILE, 'too many open files')])
+def test_a_connection_that_is_not_accepted_closes_no_door(monkeypatch, error):
   listens, gone = socket.create_server(('127.0.0.1', 0)), [True]
 
   class Refuses:
-    """The kernel tells of the first one that it has gone."""
+    """The kernel tells of the first one that it has gone, or of this process
+    that it has too many files."""
 
     def __init__(self, *_, **__):
       self.getsockname, self.shutdown = listens.getsockname, listens.shutdown
@@ -187,11 +224,29 @@ def test_one_that_has_gone_before_it_is_accepted_closes_no_door(monkeypatch):
 
     def accept(self):
       if gone and gone.pop():
-        raise ConnectionAbortedError
+        raise error
       return listens.accept()
 
   monkeypatch.setattr(channel.socket, 'create_server', Refuses)
   door = channel.Door(1, 3)
+  inside = enter(door)
+  until(lambda: door.channel)
+  inside.close()
+
+
+def test_one_for_which_no_file_is_left_is_let_go(door, monkeypatch):
+  real, full = os.dup, [True]
+
+  def dup(file):
+    if threading.current_thread().name == 'dsjax greeting' and full:
+      full.pop()
+      raise OSError(errno.EMFILE, 'too many open files')
+    return real(file)
+
+  monkeypatch.setattr(os, 'dup', dup)
+  with pytest.raises((OSError, EOFError)):
+    begin.enter(door.address, door.key)
+  assert not door._strangers
   inside = enter(door)
   until(lambda: door.channel)
   inside.close()

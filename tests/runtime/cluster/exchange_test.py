@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import os
 import time
 import types
 import weakref
@@ -215,6 +216,19 @@ def test_memory_of_a_process_that_is_gone_is_not_opened():
   gc.collect()
   with pytest.raises((OSError, RuntimeError)):
     opened.open((pid, file, inode))
+
+
+def test_where_such_files_are_forbidden_nothing_is_shared(monkeypatch):
+  """As in a sandbox: then KV is pulled."""
+  assert shared_memory.of_host()
+
+  def forbidden(name):
+    raise PermissionError(name)
+
+  monkeypatch.setattr(os, 'memfd_create', forbidden)
+  assert shared_memory.of_host() == ''
+  monkeypatch.delattr(os, 'memfd_create')
+  assert shared_memory.of_host() == ''
 
 
 def test_arrays_are_packed_by_dtype_and_size(monkeypatch):

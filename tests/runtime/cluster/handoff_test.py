@@ -81,6 +81,7 @@ class Models:
       self.engines.append(RemoteEngine(index, CONFIG, {'role': role},
                                        self.launchers[index], [],
                                        threading.Event()))
+      self.engines[index]._begin()
       self.come(index)
 
   def come(self, index):
@@ -243,15 +244,38 @@ def test_a_process_that_does_not_come_is_late_for_as_long_as_one_looked(
   monkeypatch.setattr(remote, 'time', types.SimpleNamespace(
       monotonic=lambda: now_s[0], perf_counter=lambda: now_s[0]))
   launcher = Launcher()
-  launcher.queues.channel = None
+  launcher.queues.channel = launcher.queues.heard_s = None
   launcher.queues.missing = ': b is not there'
   engine = RemoteEngine(0, CONFIG, {'role': 'prefill'}, launcher, [],
                         threading.Event())
+  engine._begin()
   for later_s in (3600.0, *[1.0] * int(remote.COMES_S - 1)):
     now_s[0] += later_s
     engine.check()
   now_s[0] += 1.0
   with pytest.raises(RuntimeError, match='not come in 300 s: b is not there'):
+    engine.check()
+
+
+def test_a_process_that_has_begun_and_says_nothing_is_silent(monkeypatch):
+  """While it loads it says so; after `silent_s` without a word it is lost."""
+  now_s = [100.0]
+  monkeypatch.setattr(remote, 'time', types.SimpleNamespace(
+      monotonic=lambda: now_s[0], perf_counter=lambda: now_s[0]))
+  launcher = Launcher()
+  launcher.queues.channel, launcher.queues.heard_s = None, 100.0
+  engine = RemoteEngine(0, CONFIG, {'role': 'prefill'}, launcher, [],
+                        threading.Event())
+  engine._begin()
+  for later_s in (3600.0, *[1.0] * 29):  # away, then looking
+    now_s[0] += later_s
+    engine.check()
+  launcher.queues.heard_s = now_s[0]
+  for _ in range(30):
+    now_s[0] += 1.0
+    engine.check()
+  now_s[0] += 1.0
+  with pytest.raises(RuntimeError, match='silent for 31.0 s'):
     engine.check()
 
 

@@ -315,6 +315,26 @@ def test_a_port_that_is_taken_is_one_clear_error(tmp_path):
       hosts.HostsLauncher(Placement(colocated=[Plan()]), file)
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='names of Linux')
+@pytest.mark.parametrize('later', [0, 2])
+def test_a_second_server_on_the_same_ports_is_refused(tmp_path, later):
+  """Also once its hosts have come, when nobody listens there: an instance of
+  the first may start again at any time."""
+  port = free_port()
+  file = write(tmp_path, server=f'127.0.0.1:{port}')
+  (tmp_path / 'other').mkdir()
+  other = write(tmp_path / 'other', server=f'127.0.0.1:{port + later}')
+  first = hosts.HostsLauncher(Placement(colocated=[Plan()] * 2), file)
+  try:
+    for remote in first.hosts:
+      remote._door.close()  # as when it has come
+    with pytest.raises(InputError, match='server=.*of this host.*in use'):
+      hosts.HostsLauncher(Placement(colocated=[Plan()]), other)
+  finally:
+    first.close()
+  hosts.HostsLauncher(Placement(colocated=[Plan()]), other).close()
+
+
 @pytest.mark.parametrize('server, error', [
     ('192.0.2.1:7000', 'server=.*of this host'),  # of nobody, by RFC 5737
     ('127.0.0.1:65533', 'server=65533: must be a port of 65532 at most')])
