@@ -2,15 +2,20 @@
 
 Moore and Hodgson's rule on predicted seconds: by TTFT deadline; where the sum
 passes one, the longest prompt so far goes to the back, and is served when
-nothing else is on time. Once it has waited `most_wait` objectives it takes its
-turn ahead of those on time: so nothing waits for ever. But only one does, and
-only while few of the requests that are being served have waited so long. With
-all of them ahead, those on time would be late, and would come back as these.
+nothing else is on time. Seconds are those beside the rows, with as many prompt
+tokens a step as the policy lets in: with those of a prompt alone, prompts that
+miss would be kept, and all behind them would be late.
+
+Once one has waited `most_wait` objectives it takes its turn ahead of those on
+time: so nothing waits for ever. But only one does, and only while few of the
+requests that are being served have waited so long. With all of them ahead,
+those on time would be late, and would come back as these.
 """
 
 import bisect
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 from dsjax.config.placement import Slo
 from dsjax.policies.predict import prefill_s
@@ -18,6 +23,7 @@ from dsjax.scheduling.policy import InstanceView, Policy, RequestView, View
 
 MOST_WAIT = 100.0  # times TTFT
 SHARE = 1 / 32  # of what is served, that has waited for so long
+LEAST = 16  # tokens of a step: where none may go now, some soon may
 MOST = 256  # requests that may attain; those behind them keep their order
 
 
@@ -38,11 +44,25 @@ def with_deadlines(policy: Policy, slo: Slo, most_wait: float = MOST_WAIT
                 > most_wait_s for request in served])
     return aged <= SHARE * len(served)
 
+  def prefill_time(view: View, instance: InstanceView
+                   ) -> Callable[[RequestView], float]:
+    """What predicts the seconds of a prompt there."""
+    rows = instance.turn_rows
+    tokens, _, mixes = policy.batch(view, instance) if rows else (0, 0, False)
+    if not mixes:
+      return functools.partial(prefill_s, instance)
+    tokens = max(tokens, LEAST)
+    token_s = instance.latency.mixed_s(
+        ((0, tokens),), rows, instance.context) / tokens
+    return lambda request: token_s * (
+        request.prompt_len - (request.done or instance.hit_tokens(request)))
+
   def order(view: View, instance: InstanceView,
             waiting: Sequence[RequestView]) -> Sequence[RequestView]:
     if waiting[0].stage != 'queued':
       return waiting  # finished prefills: by their end
     aged, timely, late, rest, end_s = [], [], [], [], view.time_s
+    seconds_of = prefill_time(view, instance)
     for request in waiting:
       waited_s = view.time_s - request.arrival_s
       if waited_s > slo.ttft_s:
@@ -51,7 +71,7 @@ def with_deadlines(policy: Policy, slo: Slo, most_wait: float = MOST_WAIT
       if len(timely) == MOST:
         rest.append(request)
         continue
-      seconds = prefill_s(instance, request)
+      seconds = seconds_of(request)
       bisect.insort(timely, (seconds, request.order, request))
       end_s += seconds
       if end_s > request.arrival_s + slo.ttft_s:

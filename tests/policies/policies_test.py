@@ -26,7 +26,12 @@ from dsjax.policies.rollouts import rounded
 from dsjax.scheduling import event_log, scheduler
 from dsjax.scheduling.events import Flip, Migrate, Reject, RunPrefill
 from dsjax.scheduling.pace import Paced, steps_s
-from dsjax.scheduling.policy import DISTSERVE, Load, PolicyError
+from dsjax.scheduling.policy import (
+  DISTSERVE,
+  Load,
+  PolicyError,
+  PrefillBudget,
+)
 from dsjax.simulation import latency, simulator
 from experiments.common import policies
 from experiments.explore import large_world
@@ -479,7 +484,8 @@ def test_deadlines_find_who_is_on_time_behind_hundreds_that_are_late():
   """Where all that is looked at is late, whoever comes after is late too."""
   order = with_deadlines(DISTSERVE, SLO).order
   instance = types.SimpleNamespace(
-      latency=STEP, hits=lambda request: (0, 0), load_s=lambda tokens: 0.0)
+      latency=STEP, turn_rows=0, hits=lambda request: (0, 0),
+      load_s=lambda tokens: 0.0)
   waiting = [types.SimpleNamespace(
       order=i, arrival_s=0.0 if i < 300 else 0.95, stage='queued', done=0,
       prompt_len=100) for i in range(302)]
@@ -497,7 +503,8 @@ def waiting_at(age_s, served_ages=()):
 
   served = requests(served_ages)
   instance = types.SimpleNamespace(
-      latency=STEP, hits=lambda request: (0, 0), load_s=lambda tokens: 0.0,
+      latency=STEP, turn_rows=0, hits=lambda request: (0, 0),
+      load_s=lambda tokens: 0.0,
       prefilling=lambda: served, pulls=lambda: (), rows=lambda: ())
   view = types.SimpleNamespace(time_s=1000.0, instances=(instance,))
   order = with_deadlines(DISTSERVE, Slo(1.0, 1.0)).order
@@ -512,6 +519,22 @@ def test_of_those_that_have_waited_for_long_one_goes_first():
   assert waiting_at(ages, [200] + [.5] * 30) == [3, 4, 0, 1, 2]
   assert waiting_at(ages, [200] + [.5] * 31) == [0, 3, 4, 1, 2]
   assert waiting_at(ages[:3], [200]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize('rows, expected', [(0, [0, 1, 2]), (8, [1, 2, 0])])
+def test_deadlines_know_what_rows_leave_of_a_step(rows, expected):
+  """400 tokens are done in time alone, and not in steps of 20 tokens."""
+  policy = dataclasses.replace(
+      DISTSERVE, batch=lambda view, instance: PrefillBudget(20, False, True))
+  instance = types.SimpleNamespace(
+      latency=STEP, turn_rows=rows, context=100 * rows, load_s=lambda _: 0.0,
+      hits=lambda request: (0, 0), hit_tokens=lambda request: 0)
+  waiting = [types.SimpleNamespace(
+      order=n, arrival_s=1.0, stage='queued', done=0, prompt_len=tokens)
+      for n, tokens in enumerate((400, 100, 100))]
+  order = with_deadlines(policy, Slo(0.2, 1.0)).order
+  answer = order(types.SimpleNamespace(time_s=1.0), instance, waiting)
+  assert [r.order for r in answer] == expected
 
 
 def test_deadlines_hold_where_more_comes_than_can_attain():
