@@ -185,9 +185,10 @@ def beside(mine: Cells, theirs: Cells, config: EngineConfig, rounds: int,
 
   A step of each size of each kind is timed again and again, alone and while
   the other instance has steps of each kind to do, of all sizes in turn: short
-  prompts slow others more than long ones. Of a kind the mean ratio of its
-  sizes counts, and of the rounds the median. A first round, which compiles, is
-  not counted.
+  prompts slow others more than long ones. The mean ratio of a kind's sizes and
+  of the rounds counts, as what a step takes beside another changes within
+  seconds where the memory is also others', between few values: a served run
+  has some of each. A first round, which compiles, is not counted.
   """
   cells = of_several_sizes(config)
   pairs = [(kind, other) for kind in cells for other in cells]
@@ -216,7 +217,7 @@ def beside(mine: Cells, theirs: Cells, config: EngineConfig, rounds: int,
 
   counted = [one_round() for _ in range(rounds + 1)][1:]
   return contention.Contention({
-      pair: max(1.0, statistics.median(ratio[pair] for ratio in counted))
+      pair: max(1.0, statistics.mean(ratio[pair] for ratio in counted))
       for pair in pairs})
 
 
