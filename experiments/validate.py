@@ -14,7 +14,8 @@ scheduler.Config. Two profiles are simulated:
 Modes are of two 1x1 instances: disaggregated (1 + 1) and chunked (2). A machine
 that others share is a tenth faster or slower from one hour to the next: before
 and after each run a few steps of the idle instances are timed, and both
-profiles count at that pace (pace.py).
+profiles count at that pace (pace.py); so are steps of one beside the other's,
+which is how much instances slow each other by the bench profile.
 
 CPU devices of one process share its threads (jax 0.10 splits a matrix product
 over them whatever --xla_cpu_multi_thread_eigen says), so instances slow each
@@ -164,11 +165,16 @@ class Profiles:
     self.latencies, self.link = latencies, link
     self.contention, self.typical_s = contention, typical_s or {}
 
-  def at(self, now_s: Mapping[str, float]) -> 'Profiles':
-    """These where typical steps take so long."""
-    times = pace.times(now_s, self.typical_s)
+  def at(self, now_s: Mapping[str, float],
+         beside: Mapping[tuple[str, str], float] | None = None) -> 'Profiles':
+    """These where typical steps take so long, and beside others so many times
+    as long; what is not given stays."""
+    times, contention = pace.times(now_s, self.typical_s), self.contention
+    if contention and beside:
+      contention = dataclasses.replace(
+          contention, factors={**contention.factors, **beside})
     return Profiles([pace.scaled(m, times) for m in self.latencies],
-                    self.link, self.contention, now_s)
+                    self.link, contention, now_s)
 
   def simulate(self, plan: scheduler.Config, sent: Iterable[Request]
                ) -> list[Record]:
@@ -298,12 +304,15 @@ class Mode:
     return requests(self.config, self.loaded.config.vocab_size, rate_per_s, n,
                     seed)
 
-  def pace(self) -> dict[str, float]:
-    """Seconds of typical steps of the idle instances now; what they told a
-    moment ago counts."""
+  def pace(self) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
+    """(seconds of typical steps of the idle instances now, how many times as
+    long they take beside each other); what they told a moment ago counts."""
     if time.monotonic() > self.paced_s + PACE_S:
-      self.last_pace = self.server.call(
-          pace.of, self.server.engines, self.config)
+      engines = self.server.engines
+      self.last_pace = (
+          self.server.call(pace.of, engines, self.config),
+          self.server.call(pace.beside, engines, self.config)
+          if self.profiles['bench'].contention else {})
       self.paced_s = time.monotonic()
     return self.last_pace
 
@@ -337,7 +346,8 @@ class Mode:
     self.calibration = self.serve(f'calibration {rate:.2f}/s', self.sent(
         rate, min(size(rate), MOST_CALIBRATION), UNSEEN + 1), halt)
     self.profiles['calibrated'] = self.profiles['bench'].at(
-        pace.mean([before, self.pace()])).calibrated(self.calibration.log)
+        pace.mean([before[0], self.pace()[0]])).calibrated(
+            self.calibration.log)
 
   def row(self, rate_per_s: float, n: int, slo: Slo,
           halt: Callable[[], object],
@@ -359,7 +369,9 @@ class Mode:
     return self.compared({
         'mode': self.name, 'rate_per_s': rate_per_s,
         'requests': each * len(runs), 'seeds': self.seeds,
-        'typical_s': pace.mean(paces),
+        'typical_s': pace.mean([steps for steps, _ in paces]),
+        'beside': {'>'.join(pair): ratio for pair, ratio in pace.mean(
+            [beside for _, beside in paces]).items()},
         'real': stats([run.records for run in runs], slo),
         'others_cores': max(cores, default=None),
         'host_s_per_step': statistics.mean(run.host_s for run in runs)},
@@ -380,7 +392,10 @@ class Mode:
                logs: Sequence[pairing.Log], slo: Slo) -> dict[str, Any]:
     """A row of summary.json: `row`, which has what is real, beside what each
     profile simulates and what it says of the steps in the logs."""
-    own = {name: p.at(row.get('typical_s', {}))
+    beside = {tuple(pair.split('>')): ratio
+              for pair, ratio in row.get('beside', {}).items()}
+    own = {name: p.at(row.get('typical_s', {}),
+                      beside if name == 'bench' else None)
            for name, p in self.profiles.items()}
     simulated = {name: stats([p.simulate(self.server.scheduler_config, sent)
                               for sent in workloads], slo)

@@ -18,7 +18,6 @@ core of its own.
 
 import dataclasses
 import itertools
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +33,7 @@ from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan
 from dsjax.config.request import Request, Sampling
 from dsjax.model import kv_cache, sharding
-from dsjax.runtime import engine, orchestrator
+from dsjax.runtime import engine, orchestrator, side_by_side
 from dsjax.runtime.cluster import local, starting
 from dsjax.runtime.grid import (
   STEPS,
@@ -43,7 +42,6 @@ from dsjax.runtime.grid import (
   cells_of,
   context_of,
   in_rounds,
-  of_several_sizes,
   shapes,
   spread,
   typical,
@@ -157,7 +155,6 @@ def hand_off_cpu(source: Any, target: Any, lengths: Sequence[int]
 
 # --- side by side -----------------------------------------------------------
 
-BESIDE_S = 0.1  # least seconds of a step timed alone, and beside others
 BESIDE_ROUNDS = 3  # at least, of several sizes each
 TYPICAL_ROUNDS = 9  # at least
 NOTICED = 1.03  # a factor below this is noise
@@ -177,48 +174,6 @@ def dispatch_s(bare: Cells, config: EngineConfig, rounds: int
                       for steps in (1, STEPS))
   step_s = min(max(0.0, (several_s - one_s) / (STEPS - 1)), max(0.0, one_s))
   return max(0.0, one_s - step_s), step_s
-
-
-def beside(mine: Cells, theirs: Cells, config: EngineConfig, rounds: int,
-           tick: Callable[[], object]) -> contention.Contention:
-  """The Contention of two instances of one stage, driven as Cells.
-
-  A step of each size of each kind is timed again and again, alone and while
-  the other instance has steps of each kind to do, of all sizes in turn: short
-  prompts slow others more than long ones. The mean ratio of a kind's sizes and
-  of the rounds counts, as what a step takes beside another changes within
-  seconds where the memory is also others', between few values: a served run
-  has some of each. A first round, which compiles, is not counted.
-  """
-  cells = of_several_sizes(config)
-  pairs = [(kind, other) for kind in cells for other in cells]
-
-  def command_s(bare, cell, repeats=1):
-    return bare.seconds(*cell, repeats) * (1 if cell[0] else STEPS)
-
-  def one_round():
-    other_s = {kind: sum(command_s(theirs, cell) for cell in cells[kind])
-               for kind in cells}
-    timed = [(kind, cell, math.ceil(BESIDE_S / command_s(mine, cell)))
-             for kind in cells for cell in cells[kind]]
-    alone_s = [command_s(mine, cell, repeats) for _, cell, repeats in timed]
-    ratios = {pair: [] for pair in pairs}
-    for (kind, cell, repeats), seconds in zip(timed, alone_s, strict=True):
-      for other in cells:
-        # Twice as slow, and some more, so that the other one never runs dry.
-        lasts_s, busy = 3 * (repeats + 1) * seconds, None
-        for _ in range(math.ceil(lasts_s / other_s[other])):
-          for own in cells[other]:
-            busy = theirs.run(*own)[0]
-        ratios[kind, other].append(command_s(mine, cell, repeats) / seconds)
-        jax.block_until_ready(busy)
-    tick()
-    return {pair: statistics.mean(ratio) for pair, ratio in ratios.items()}
-
-  counted = [one_round() for _ in range(rounds + 1)][1:]
-  return contention.Contention({
-      pair: max(1.0, statistics.mean(ratio[pair] for ratio in counted))
-      for pair in pairs})
 
 
 # --- the whole --------------------------------------------------------------
@@ -351,7 +306,7 @@ class _Profiler:
         pass
     else:
       other = build(self.model, Plan(), 'chunked', self.config, self.apart)
-    return beside(bare, Cells(other), self.config, rounds, tick)
+    return side_by_side.measure(bare, Cells(other), self.config, rounds, tick)
 
   def shared(self, factors):
     """The whole Contention; None: instances share nothing. factors: of

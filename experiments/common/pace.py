@@ -4,19 +4,29 @@ The same step takes a tenth more or less from one hour to the next where others
 share the host. A few steps of idle instances, timed as the profile's were, tell
 by how much: before and after what is compared with a simulation. They are
 compared with what the same steps took then, not with what was fitted, which is
-off by some for each of them.
+off by some for each of them. How much two instances slow each other changes
+too, by more and within seconds, so that is timed anew.
 """
 
 import dataclasses
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from dsjax.config.engine import EngineConfig
-from dsjax.runtime import grid
+from dsjax.runtime import grid, side_by_side
 from dsjax.runtime.protocols import Engine
 from dsjax.simulation.latency import Affine
 
 ROUNDS = 3
+Kind = TypeVar('Kind', str, side_by_side.Pair)
+
+
+def kinds(engine: Engine) -> dict[str, bool]:
+  """Which kinds of step an engine has."""
+  does = engine.capacity
+  return {'prefill': does.prefills, 'decode': does.decodes,
+          'single': does.decodes, 'mixed': does.mixes}
 
 
 def of(engines: Iterable[Engine], config: EngineConfig) -> dict[str, float]:
@@ -24,20 +34,35 @@ def of(engines: Iterable[Engine], config: EngineConfig) -> dict[str, float]:
   keep nothing in a prefix cache; the kinds that they have."""
   taken = []
   for engine in engines:
-    does = engine.capacity
-    has = {'prefill': does.prefills, 'decode': does.decodes,
-           'single': does.decodes, 'mixed': does.mixes}
+    has = kinds(engine)
     with grid.cells_of(engine) as cells:
       taken.append(grid.typical_s(
           cells, config, [kind for kind in has if has[kind]], ROUNDS))
   return mean(taken)
 
 
-def mean(paces: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def beside(engines: Sequence[Engine], config: EngineConfig
+           ) -> dict[side_by_side.Pair, float]:
+  """{(kind, other): how many times as long it takes beside the other} of two
+  idle engines of plan 1x1, of the kinds that they have: of one size, beside
+  all sizes of the other in turn."""
+  sizes = grid.of_several_sizes(config)
+  cells = [{kind: sizes[kind] for kind, has in kinds(engine).items() if has}
+           for engine in engines]
+  middle = [{kind: own[len(own) // 2:][:1] for kind, own in each.items()}
+            for each in cells]
+  with grid.cells_of(engines[0]) as first, grid.cells_of(engines[1]) as second:
+    taken = side_by_side.ratios(first, middle[0], second, cells[1])
+    if engines[0].capacity.role != engines[1].capacity.role:
+      taken |= side_by_side.ratios(second, middle[1], first, cells[0])
+  return {pair: max(1.0, ratio) for pair, ratio in taken.items()}
+
+
+def mean(paces: Sequence[Mapping[Kind, float]]) -> dict[Kind, float]:
   """Of several, by kind."""
-  kinds = dict.fromkeys(kind for pace in paces for kind in pace)
+  known = dict.fromkeys(kind for pace in paces for kind in pace)
   return {kind: statistics.mean(pace[kind] for pace in paces if kind in pace)
-          for kind in kinds}
+          for kind in known}
 
 
 def times(now_s: Mapping[str, float], then_s: Mapping[str, float]

@@ -18,6 +18,7 @@ from dsjax.runtime import grid
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import Arrived, DecodeDone, Row, RunDecode
 from dsjax.simulation import calibration, fitting, latency, profiles, simulator
+from dsjax.simulation.contention import Contention
 from experiments import validate
 from experiments.common import cli, pace, report
 from tests.common.results import check_written, made_by
@@ -326,6 +327,58 @@ def test_the_pace_of_a_machine_is_that_of_steps_it_runs(monkeypatch):
                     {'decode': 2.0, 'single': 2.0}) == {'decode': 1.25}
   assert pace.mean([{'prefill': 0.5}, {'prefill': 1.5, 'mixed': 1.0}]) == (
       {'prefill': 1.0, 'mixed': 1.0})
+
+
+class Side:
+  """Cells whose steps take twice as long beside a decode step, and three times
+  beside a prompt: while the other has commands that were not waited for."""
+
+  def __init__(self, engine):
+    self.engine, self.asked = engine, []
+    engine.side = self
+
+  def run(self, pieces, batch, each):
+    self.asked.append(bool(pieces))
+    return self, 1  # what is waited for
+
+  def block_until_ready(self):
+    self.asked = []
+
+  def seconds(self, pieces, batch, each, count=1):
+    del pieces, batch, each, count
+    other = self.engine.other.side
+    return 0.05 * (1 + (1 + other.asked[-1] if other.asked else 0))
+
+
+def sides(monkeypatch, *roles):
+  monkeypatch.setattr(grid, 'Cells', Side)
+  engines = [types.SimpleNamespace(
+      capacity=validate.QUICK.instance(role), slot_of={}) for role in roles]
+  engines[0].other, engines[1].other = engines[1], engines[0]
+  return engines
+
+
+def test_how_much_instances_slow_each_other_is_timed_anew(monkeypatch):
+  apart = pace.beside(sides(monkeypatch, 'prefill', 'decode'), validate.QUICK)
+  assert apart == pytest.approx({
+      ('prefill', 'decode'): 2.0, ('prefill', 'single'): 2.0,
+      ('decode', 'prefill'): 3.0, ('single', 'prefill'): 3.0})
+  alike = pace.beside(sides(monkeypatch, *['chunked'] * 2), validate.QUICK)
+  kinds = ('prefill', 'decode', 'single', 'mixed')
+  assert alike == pytest.approx({
+      (kind, other): 3.0 if other in ('prefill', 'mixed') else 2.0
+      for kind in kinds for other in kinds})
+
+
+def test_what_was_timed_anew_counts_and_the_rest_stays():
+  found = validate.Profiles((SLOW,) * 2, LINK, Contention(
+      {('decode', 'decode'): 1.5, ('prefill', 'decode'): 1.25}, 1e-3))
+  now = found.at({}, {('decode', 'decode'): 1.125})
+  assert now.contention == Contention(
+      {('decode', 'decode'): 1.125, ('prefill', 'decode'): 1.25}, 1e-3)
+  assert found.at({}).contention == found.contention
+  alone = validate.Profiles((SLOW,) * 2, LINK)
+  assert alone.at({}, {('decode', 'decode'): 2.0}).contention is None
 
 
 def test_profiles_are_simulated_at_the_pace_of_a_run():
