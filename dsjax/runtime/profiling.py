@@ -299,7 +299,7 @@ class _Profiler:
     """The Contention of two instances of one device; None: there is none."""
     rounds = max(self.rounds // 2, BESIDE_ROUNDS)
     tick = _ticks(self.report, f'{Plan()}: side by side',
-                  rounds + 1)
+                  (rounds + 1) * side_by_side.count(self.config))
     if self.cluster:
       other = self.processes[1]  # of the two that `engine` started
       for _ in other.warm():

@@ -19,7 +19,8 @@ def _command_s(bare: Cells, cell: Shape, repeats: int = 1) -> float:
 
 
 def ratios(mine: Cells, own: Mapping[str, Sequence[Shape]], theirs: Cells,
-           others: Mapping[str, Sequence[Shape]]) -> dict[Pair, float]:
+           others: Mapping[str, Sequence[Shape]],
+           tick: Callable[[], object] = lambda: None) -> dict[Pair, float]:
   """{(kind, other): how many times as long the own cells of a kind take, on
   average, beside the other instance's of a kind, of all sizes in turn}."""
   other_s = {kind: sum(_command_s(theirs, cell) for cell in cells)
@@ -38,7 +39,14 @@ def ratios(mine: Cells, own: Mapping[str, Sequence[Shape]], theirs: Cells,
         found.setdefault((kind, other), []).append(
             _command_s(mine, cell, repeats) / alone_s)
         jax.block_until_ready(busy)
+        tick()
   return {pair: statistics.mean(own) for pair, own in found.items()}
+
+
+def count(config: EngineConfig) -> int:
+  """How often a round of `measure` ticks."""
+  cells = of_several_sizes(config)
+  return len(cells) * sum(map(len, cells.values()))
 
 
 def measure(mine: Cells, theirs: Cells, config: EngineConfig, rounds: int,
@@ -52,7 +60,6 @@ def measure(mine: Cells, theirs: Cells, config: EngineConfig, rounds: int,
   """
   cells, counted = of_several_sizes(config), []
   for _ in range(rounds + 1):
-    counted.append(ratios(mine, cells, theirs, cells))
-    tick()
+    counted.append(ratios(mine, cells, theirs, cells, tick))
   return Contention({pair: max(1.0, statistics.mean(
       each[pair] for each in counted[1:])) for pair in counted[0]})
