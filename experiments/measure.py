@@ -456,7 +456,8 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
   require(options.out, '--out', options.out, 'a folder')
   name, path = pathlib.Path(options.model).name, getattr(options, 'from')
   if options.placement:
-    require(path, '--from', path, 'a file of requests, with --placement')
+    require(path and not path.startswith(operators.START), '--from', path,
+            'a file of requests, with --placement')
     return served.run(options, console, path, cli.asked(options, FLAGS))
   if path:
     require(not options.predict, '--predict', options.predict,

@@ -137,6 +137,8 @@ def _slots(database, common, asked):
   if not slots:
     known = {system: [name for name in ENGINES if of(system, name)]
              for system in sorted(common.SupportedSystems)}
+    require(any(known.values()) or not asked.tables, '--tables', asked.tables,
+            f'a folder of tables of {PACKAGE}')
     require(known.get(asked.system), '--from', START + asked.system,
             f'{START}GPU, GPU one of '
             f'{[system for system, names in known.items() if names]}')
@@ -269,8 +271,8 @@ def fit_floor(cells: Sequence[fitting.Cell], pp: int) -> latency.Affine:
     return sum((fitting.predict_s(model, cell) / cell.seconds - 1)**2
                for cell in cells if cell.kind == 'prefill')
   return min((fitting.fit_affine(cells, latency.Buckets(
-      tokens=(floor,) if floor else ()), pp=pp) for floor in FLOORS),
-             key=error)
+      tokens=(floor,) if floor else ()), pp=pp, compiled=False)
+              for floor in FLOORS), key=error)
 
 
 def fit_operators(asked: Asked, model: str, plans: Sequence[Plan], device: str
@@ -289,6 +291,10 @@ def fit_operators(asked: Asked, model: str, plans: Sequence[Plan], device: str
       does not know its operators.
   """
   config = model_config(model)
+  for plan in plans:
+    require(config.num_layers % plan.pp == 0, '--plans', str(plan),
+            f'of stages that divide the {config.num_layers} layers of '
+            f'{config.name}')
   tables = load_tables(asked)
   fitting_plans = [plan for plan in plans
                    if _capacity(tables, config, plan) > 0]
