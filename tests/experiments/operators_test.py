@@ -51,8 +51,9 @@ class Engine:
 
 
 def slots(system, engine, systems_paths=None):
-  return {} if systems_paths else {('h100_sxm', 'vllm'): {'current': '0.24.0', 'next': '0.27.0'},
-          ('gb300', 'sglang'): {'current': '0.5.14'}}.get((system, engine))
+  return {} if systems_paths else {
+      ('h100_sxm', 'vllm'): {'current': '0.24.0', 'next': '0.27.0'},
+      ('gb300', 'sglang'): {'current': '0.5.14'}}.get((system, engine))
 
 
 @pytest.fixture
