@@ -310,8 +310,6 @@ def test_a_race_is_won_by_half_the_tolerance(monkeypatch):
       None, None, pytest.approx(2.2 * tasks[2].candidate.devices)]
 
 
-# Of a placement: requests/s a device that a short run shows, or the share that
-# attains at the rate where it is beaten; and what long runs show.
 def test_other_batches_are_tried_of_what_won_by_long_runs(monkeypatch):
   """A short run says more of another, which is no reason to try its."""
   state = search._Search(problem(), None, map)
@@ -330,6 +328,8 @@ def test_other_batches_are_tried_of_what_won_by_long_runs(monkeypatch):
   assert set(tried) == {best.placement, rough.placement}
 
 
+# Of a placement: requests/s a device that a short run shows, or the share that
+# attains at the rate where it is beaten; and what long runs show.
 NOISY = {'prefill=1x1,decode=1x1': (2.7, 2.5),
          'prefill=1x1,decode=2x1': (0.86, 2.8),
          'prefill=2x1,decode=1x1': (0.4, 2.0),
