@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dsjax.checkpoints import hf_config
-from dsjax.config import zoo
 from dsjax.config.checks import InputError, require
 from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Plan
@@ -156,10 +155,7 @@ def model_config(model: str) -> ModelConfig:
   Raises:
     InputError: neither, or a shape whose operators were not measured.
   """
-  if model in zoo.NAMES or not pathlib.Path(model).is_dir():
-    config = zoo.config(model)
-  else:
-    config = hf_config.read_config(model)[0]
+  config = hf_config.named(model)
   for ok, what in (
       (config.norm == 'rms' and config.pre_norms and not config.post_norms,
        'RMS norms of inputs only'),

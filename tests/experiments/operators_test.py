@@ -15,8 +15,9 @@ from rich.console import Console
 from dsjax.checkpoints import hf_config
 from dsjax.config import zoo
 from dsjax.config.placement import Plan
+from dsjax.scheduling.policy import DISTSERVE
 from dsjax.simulation import fitting, latency, profiles
-from experiments import measure
+from experiments import measure, place, simulate
 from experiments.common import cli, operators
 
 # Below 192 tokens a prefill costs as much as one of 192.
@@ -183,6 +184,13 @@ def test_a_model_of_ones_own(tmp_path, package):
   profile = profiles.load(next((tmp_path / 'out').glob('latency-*.json')))
   assert profile.model == 'my-model'
   assert Engine.asked[0]['config'].d_model == 3072
+  # What reads the file takes the folder as well.
+  flags = [f'--model={own}', f'--out={tmp_path}',
+           f'--latency={next((tmp_path / "out").glob("latency-*.json"))}']
+  for found in (place._problem(cli.parse(place.FLAGS, flags)), simulate.problem(
+      cli.parse(simulate.FLAGS, flags), None, DISTSERVE, 0)):
+    assert found.model.d_model == 3072
+    assert found.latency_of(Plan()) == profile.latencies[Plan()]
 
 
 def test_the_package_is_missing(tmp_path, monkeypatch, capsys):
