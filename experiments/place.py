@@ -199,8 +199,8 @@ def _problem(options):
   return make_problem(
       hf_config.named(options.model), Slo(options.ttft_s, options.tpot_s),
       options.lengths, options.latency, cluster=_cluster(options),
-      process=options.process, cv=options.cv, seed=options.seed, host_ms=options.host_ms,
-      cut=options.cut, max_seqs=MAX_SEQS, target=options.target,
+      process=options.process, cv=options.cv, seed=options.seed,
+      host_ms=options.host_ms, cut=options.cut, max_seqs=MAX_SEQS, target=options.target,
       chunks=cli.token_budgets('--chunks', options.chunks, MAX_SEQS),
       requests=options.requests, most_requests=4 * options.requests,
       tolerance=options.tolerance, replicas=options.replicas,
