@@ -345,6 +345,13 @@ def read(out: pathlib.Path, options: types.SimpleNamespace) -> Measured:
   known = {*truths} | {line.problem for line in lines}
   require(known <= {*PROBLEMS}, f'{out}: problem', sorted(known),
           f'of {list(PROBLEMS)}')
+  for line in lines:
+    require(truths.get(line.problem, ())[1:] == (
+        line.truth_low, line.truth_high), f'{out}/coverage.csv: {line.problem}',
+            f'{line.truth_low}, {line.truth_high}',
+            'the truth of coverage.json, as the same run wrote both')
+  require(len({line[:2] for line in lines}) == len(lines),
+          f'{out}/coverage.csv: lines', len(lines), 'of a seed each')
   return Measured(truths, lines)
 
 

@@ -83,6 +83,7 @@ from experiments.common import (
 )
 from experiments.common import overrides as configs
 
+MOST = 10**12  # of a number in a CSV, and of 1 / seconds
 FEWEST = 3  # sizes of a kind of step, to know how time grows with them
 FLAGS = {
     'model': cli.Flag('smollm2-135m-instruct', 'See dsjax.load.'),
@@ -117,14 +118,13 @@ FLAGS = {
 
 def _number(where: str, row: Mapping[str, str], name: str, whole: bool = True
             ) -> Any:
-  """A number of a row of a CSV, 0 or more."""
+  """A number of a row of a CSV, 0 to MOST."""
   try:
     value = (int if whole else float)(row[name])
   except (TypeError, ValueError):
     value = None
-  require(value is not None and 0 <= value < math.inf, f'{where}: {name}',
-          row[name], 'a whole number of 0 or more' if whole else
-          'a number of 0 or more')
+  require(value is not None and 0 <= value <= MOST, f'{where}: {name}',
+          row[name], f'a {"whole " * whole}number from 0 to {MOST:g}')
   return value
 
 
@@ -143,16 +143,23 @@ def read_cells(path: str | pathlib.Path) -> dict[Plan, list[fitting.Cell]]:
   require(set(columns) <= set(reader.fieldnames or ()), f'{path}: columns',
           reader.fieldnames, f'{columns}, and plan if there are several; of '
           'what clients saw --placement says what served it')
+  names = reader.fieldnames or ()
+  require(len(names) == len(set(names)), f'{path}: columns', names,
+          'of different names')
   cells = {}
   for row in reader:
     where = f'{path}: line {reader.line_num}'
+    require(None not in row, where, row.get(None), 'as long as the first line')
     plan = Plan.parse(row.get('plan') or '1x1', f'{where}: plan')
     tokens, batch = (_number(where, row, name) for name in columns[:2])
     context, seconds = (_number(where, row, name, False)
                         for name in columns[2:])
     require(tokens or batch, f'{where}: tokens', tokens,
             'above 0 where batch is 0')
-    require(seconds > 0, f'{where}: seconds', seconds, 'above 0')
+    require(batch or not context, f'{where}: context', context,
+            '0 where batch is 0: it is of rows of decode')
+    require(seconds >= 1 / MOST, f'{where}: seconds', seconds,
+            f'{1 / MOST:g} or more')
     cells.setdefault(plan, []).append(fitting.Cell(
         ((0, tokens),) if tokens else (), batch, context, seconds))
   require(cells, f'{path}: rows', 0, 'at least one')
@@ -456,7 +463,8 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
   require(options.out, '--out', options.out, 'a folder')
   name, path = pathlib.Path(options.model).name, getattr(options, 'from')
   if options.placement:
-    require(path, '--from', path, 'a file of requests, with --placement')
+    require(path and not path.startswith(operators.START), '--from', path,
+            'a file of requests, with --placement')
     return served.run(options, console, path, cli.asked(options, FLAGS))
   if path:
     require(not options.predict, '--predict', options.predict,

@@ -48,6 +48,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from dsjax.checkpoints import hf_config
 from dsjax.config.checks import require
 from dsjax.config.placement import Slo
 from dsjax.placement import candidates, clusters, search
@@ -71,7 +72,8 @@ CLUSTER = dict(nodes=('nodes', 1), devices=('devices_per_node', 1),
 
 
 FLAGS = {
-    'model': cli.Flag('opt-13b', 'A name in dsjax.config.zoo.'),
+    'model': cli.Flag('opt-13b', 'A name in dsjax.config.zoo, or a folder '
+                      'with a config.json.'),
     'machines': cli.machines_flag(CLUSTER),
     'nodes': cli.Flag(1, 'Nodes.', low=1),
     'devices': cli.Flag(candidates.DEVICES, 'Devices a node.', low=1),
@@ -195,10 +197,11 @@ def _problem(options):
       name in ALGORITHMS for name in options.algorithms), '--algorithms',
           ','.join(options.algorithms), f'some of {sorted(ALGORITHMS)}')
   return make_problem(
-      options.model, Slo(options.ttft_s, options.tpot_s), options.lengths,
-      options.latency, cluster=_cluster(options), process=options.process,
-      cv=options.cv, seed=options.seed, host_ms=options.host_ms,
-      cut=options.cut, max_seqs=MAX_SEQS, target=options.target,
+      hf_config.named(options.model), Slo(options.ttft_s, options.tpot_s),
+      options.lengths, options.latency, cluster=_cluster(options),
+      process=options.process, cv=options.cv, seed=options.seed,
+      host_ms=options.host_ms, cut=options.cut, max_seqs=MAX_SEQS,
+      target=options.target,
       chunks=cli.token_budgets('--chunks', options.chunks, MAX_SEQS),
       requests=options.requests, most_requests=4 * options.requests,
       tolerance=options.tolerance, replicas=options.replicas,

@@ -49,6 +49,7 @@ from rich.progress import Progress
 
 from dsjax import workload
 from dsjax.analysis import metrics, timeline
+from dsjax.checkpoints import hf_config
 from dsjax.config.checks import require
 from dsjax.config.placement import Placement, Slo
 from dsjax.placement import candidates, clusters
@@ -68,7 +69,8 @@ from experiments.common import (
 )
 
 FLAGS = {
-    'model': cli.Flag('opt-13b', 'A name in dsjax.config.zoo.'),
+    'model': cli.Flag('opt-13b', 'A name in dsjax.config.zoo, or a folder '
+                      'with a config.json.'),
     'placement': cli.Flag('prefill=2x1,decode=1x1', "role=TPxPP, ...; several "
                           "with '/' between."),
     'rates': None,
@@ -150,8 +152,8 @@ def problem(options: types.SimpleNamespace, cluster: AnyCluster,
     InputError.
   """
   return make_problem(
-      options.model, Slo(options.ttft_s, options.tpot_s), options.lengths,
-      options.latency, process=options.process, cv=options.cv,
+      hf_config.named(options.model), Slo(options.ttft_s, options.tpot_s),
+      options.lengths, options.latency, process=options.process, cv=options.cv,
       seed=seed, host_ms=options.host_ms, target=options.target,
       cut=options.cut, chunks=cli.token_budgets(
           '--chunks', options.chunks, candidates.SearchProblem.max_seqs),

@@ -10,6 +10,7 @@ from dsjax.checkpoints.families import FAMILIES
 from dsjax.checkpoints.family import Family
 from dsjax.checkpoints.files import is_there, read_json
 from dsjax.checkpoints.hf_keys import Keys
+from dsjax.config import zoo
 from dsjax.config.checks import naming, require
 from dsjax.config.model import ModelConfig
 
@@ -70,3 +71,15 @@ def read_config(
         for key in ('bos_token_id', 'eos_token_id'))
     return dataclasses.replace(config, bos_id=bos[0] if bos else None,
                                eos_ids=tuple(eos)), family
+
+
+def named(model: str) -> ModelConfig:
+  """The ModelConfig of a name of config.zoo, or of a folder with a
+  config.json.
+
+  Raises:
+    InputError: neither.
+  """
+  if model in zoo.NAMES or not pathlib.Path(model).is_dir():
+    return zoo.config(model)
+  return read_config(model)[0]

@@ -344,7 +344,9 @@ class _Search:
     whether one serves more than the best."""
     won = False
     for best in self.best():
-      same = [row for row in _sorted(self.rows)
+      # A short run may say more of another: the best goes first all the same.
+      same = [row for row in (best, *_sorted(
+          row for row in self.rows if row is not best))
               if row.placement.mode == best.placement.mode
               and not row.placement.chunked
               and NEAR * row.per_device >= best.per_device][:most]

@@ -186,13 +186,16 @@ def _fit_decode(cells, buckets):
 
 
 def fit_affine(cells: Sequence[Cell], buckets: latency.Buckets | None = None,
-               host_s: float = 0.0, pp: int = 1) -> latency.Affine:
+               host_s: float = 0.0, pp: int = 1, compiled: bool = True
+               ) -> latency.Affine:
   """The Affine nearest to measured steps, by relative error.
 
   Args:
     cells: prefills and decodes; without mixed ones, mixed steps follow from
       the other two.
     buckets: of the engine that was measured.
+    compiled: each bucket is a size of its own, and costs what its cells took;
+      else what the line says of it.
 
   Raises:
     InputError: no cell of prefill or of decode, or seconds not above 0.
@@ -208,9 +211,9 @@ def fit_affine(cells: Sequence[Cell], buckets: latency.Buckets | None = None,
   for _ in range(PASSES):
     (*prefill, piece_s), _ = _solve(by_kind['prefill'], _prefill_row, buckets,
                                     model.costs)
-    model = _with_costs(dataclasses.replace(
-        model, prefill=tuple(prefill), piece_s=piece_s), by_kind['prefill'],
-                        'tokens')
+    model = dataclasses.replace(model, prefill=tuple(prefill), piece_s=piece_s)
+    if compiled:
+      model = _with_costs(model, by_kind['prefill'], 'tokens')
   if by_kind['mixed']:
     # What a further piece costs is known from the prefills; a cell keeps at
     # least half of its seconds, whatever that takes away.
@@ -219,7 +222,7 @@ def fit_affine(cells: Sequence[Cell], buckets: latency.Buckets | None = None,
     for _ in range(PASSES):
       mixed, _ = _solve(rest, _mixed_row, buckets, model.costs)
       model = dataclasses.replace(model, mixed=mixed)
-      for field in ('mixed_tokens', 'mixed_rows'):
+      for field in ('mixed_tokens', 'mixed_rows') if compiled else ():
         model = _with_costs(model, by_kind['mixed'], field)
   return model
 

@@ -62,10 +62,12 @@ BUCKETS_OF = {'tokens': 'tokens', 'mixed_tokens': 'tokens',
 
 def round_up(size: int, buckets: Sequence[int],
              costs: Sequence[float] = ()) -> float:
-  """What a size costs: its bucket, or what that costs; itself above the
-  largest."""
+  """What a size costs: its bucket, or what that costs. Above the largest
+  itself, and what the largest costs beyond its own size."""
   index = bisect_left(buckets, size)
-  return (costs or buckets)[index] if index < len(buckets) else size
+  if index < len(buckets):
+    return (costs or buckets)[index]
+  return size + costs[-1] - buckets[-1] if costs else size
 
 
 def sums(pieces: Pieces) -> tuple[int, int]:

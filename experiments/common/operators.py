@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dsjax.checkpoints import hf_config
-from dsjax.config import zoo
 from dsjax.config.checks import InputError, require
 from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Plan
@@ -137,6 +136,8 @@ def _slots(database, common, asked):
   if not slots:
     known = {system: [name for name in ENGINES if of(system, name)]
              for system in sorted(common.SupportedSystems)}
+    require(any(known.values()) or not asked.tables, '--tables', asked.tables,
+            f'a folder of tables of {PACKAGE}')
     require(known.get(asked.system), '--from', START + asked.system,
             f'{START}GPU, GPU one of '
             f'{[system for system, names in known.items() if names]}')
@@ -154,10 +155,7 @@ def model_config(model: str) -> ModelConfig:
   Raises:
     InputError: neither, or a shape whose operators were not measured.
   """
-  if model in zoo.NAMES or not pathlib.Path(model).is_dir():
-    config = zoo.config(model)
-  else:
-    config = hf_config.read_config(model)[0]
+  config = hf_config.named(model)
   for ok, what in (
       (config.norm == 'rms' and config.pre_norms and not config.post_norms,
        'RMS norms of inputs only'),
@@ -269,8 +267,8 @@ def fit_floor(cells: Sequence[fitting.Cell], pp: int) -> latency.Affine:
     return sum((fitting.predict_s(model, cell) / cell.seconds - 1)**2
                for cell in cells if cell.kind == 'prefill')
   return min((fitting.fit_affine(cells, latency.Buckets(
-      tokens=(floor,) if floor else ()), pp=pp) for floor in FLOORS),
-             key=error)
+      tokens=(floor,) if floor else ()), pp=pp, compiled=False)
+              for floor in FLOORS), key=error)
 
 
 def fit_operators(asked: Asked, model: str, plans: Sequence[Plan], device: str
@@ -289,6 +287,10 @@ def fit_operators(asked: Asked, model: str, plans: Sequence[Plan], device: str
       does not know its operators.
   """
   config = model_config(model)
+  for plan in plans:
+    require(config.num_layers % plan.pp == 0, '--plans', str(plan),
+            f'of stages that divide the {config.num_layers} layers of '
+            f'{config.name}')
   tables = load_tables(asked)
   fitting_plans = [plan for plan in plans
                    if _capacity(tables, config, plan) > 0]

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dsjax.checkpoints import hf_config
 from dsjax.config.placement import Placement, Plan
 from dsjax.placement import candidates
 from dsjax.placement.api import make_problem
@@ -64,7 +65,7 @@ def run(options: types.SimpleNamespace, console: Console, path: str,
   cluster = Cluster.of(options.hardware and f'roofline:{options.hardware}',
                        **cli.fields(options, cli.CLUSTER))
   problem = make_problem(
-      options.model, latency=_unknown, cluster=cluster,
+      hf_config.named(options.model), latency=_unknown, cluster=cluster,
       lengths=[files.Entry(None, r.prompt_len, r.output_len)
                for r in requests],
       max_len=max(r.prompt_len + r.output_len for r in requests),

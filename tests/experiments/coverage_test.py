@@ -153,3 +153,20 @@ def test_files_that_are_not_its_own_are_told(tmp_path, name, text):
     (tmp_path / name).write_text(text)
   with pytest.raises(InputError, match=str(tmp_path)):
     coverage.run(options, Console())
+
+
+@pytest.mark.parametrize('lines, part', [
+    (['kv-limit,0,1,2,1.5,1'], '1.5, 1.0'),  # cut: 1.75,1
+    (['kv-limit,0,1,2,1.5,1.75,1'] * 2, 'of a seed each'),
+    (['strict,0,1,2,1.5,1.75,1'], 'strict')])
+def test_lines_that_no_run_wrote_are_told(tmp_path, lines, part):
+  options = cli.options(coverage.FLAGS, out=str(tmp_path), **TINY)
+  own = coverage.Measured({'kv-limit': (1.6, 1.5, 1.75)},
+                          [line('kv-limit', 1.0, 2.0, 1.5, 1.75)])
+  coverage.save(tmp_path, options, own)
+  assert coverage.read(tmp_path, options) == own
+  path = tmp_path / 'coverage.csv'
+  first = path.read_text().splitlines()[0]
+  path.write_text('\n'.join([first, *lines]))
+  with pytest.raises(InputError, match=f'coverage.csv: .*{part}'):
+    coverage.read(tmp_path, options)

@@ -361,6 +361,12 @@ def test_too_few_sizes_are_said(rows, few):
     (f'{HEAD}\n8.5,0,0,1', "line 2: tokens='8.5'"),
     (f'{HEAD}\n8,-1,0,1', "line 2: batch='-1'"),
     (f'{HEAD}\n8,1', "line 2: context=''"),
+    (f'{HEAD}\n8,1,9,1,7', r"line 2=\['7'\]: must be as long"),
+    (f'{HEAD},tokens\n8,1,9,1,7', 'columns=.*different names'),
+    (f'{HEAD}\n8,0,9,1', 'line 2: context=9.0: must be 0 where'),
+    (f'{HEAD}\n{10**23},0,0,1', 'line 2: tokens=.*0 to 1e'),
+    (f'{HEAD}\n8,1,1e300,1', 'line 2: context=.*0 to 1e'),
+    (f'{HEAD}\n8,0,0,1e-320', 'line 2: seconds=1e-320: must be 1e-12'),
     (f'{HEAD},plan\n8,0,0,1,3', 'line 2: plan'),
     (f'{HEAD}\n8,0,0,1', 'plan 1x1: .*kind decode')])
 def test_a_csv_that_cannot_be_fitted(tmp_path, text, part):

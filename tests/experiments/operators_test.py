@@ -15,8 +15,9 @@ from rich.console import Console
 from dsjax.checkpoints import hf_config
 from dsjax.config import zoo
 from dsjax.config.placement import Plan
+from dsjax.scheduling.policy import DISTSERVE
 from dsjax.simulation import fitting, latency, profiles
-from experiments import measure
+from experiments import measure, place, simulate
 from experiments.common import cli, operators
 
 # Below 192 tokens a prefill costs as much as one of 192.
@@ -51,9 +52,9 @@ class Engine:
 
 
 def slots(system, engine, systems_paths=None):
-  del systems_paths
-  return {('h100_sxm', 'vllm'): {'current': '0.24.0', 'next': '0.27.0'},
-          ('gb300', 'sglang'): {'current': '0.5.14'}}.get((system, engine))
+  return {} if systems_paths else {
+      ('h100_sxm', 'vllm'): {'current': '0.24.0', 'next': '0.27.0'},
+      ('gb300', 'sglang'): {'current': '0.5.14'}}.get((system, engine))
 
 
 @pytest.fixture
@@ -152,7 +153,11 @@ def test_a_plan_without_room_is_left_out(tmp_path, package, capsys):
     (['--weights=int3'], ["--weights='int3'", "'fp8_static'"]),
     (['--kv=int3'], ["--kv='int3'", "'fp8'"]),
     (['--tables=/nowhere'], ["--tables='/nowhere'", 'a folder']),
+    (['--tables=.'], ["--tables='.'", 'tables of aiconfigurator-core']),
     (['--plans=3x1'], ['--plans=3x1', 'heads are not divisible']),
+    (['--plans=1x3'], ["--plans='1x3'", 'divide the 32 layers']),
+    (['--placement=colocated=1x1'], ["--from='aiconfigurator:h100_sxm'",
+                                     'a file of requests']),
     (['--model=opt-13b'], ["--model='opt-13b'", 'RMS norms']),
     (['--model=gemma-2-2b'], ['--model=', 'RMS norms of inputs only']),
     (['--model=mistral-7b'], ['--model=', 'no windows']),
@@ -179,6 +184,13 @@ def test_a_model_of_ones_own(tmp_path, package):
   profile = profiles.load(next((tmp_path / 'out').glob('latency-*.json')))
   assert profile.model == 'my-model'
   assert Engine.asked[0]['config'].d_model == 3072
+  # What reads the file takes the folder as well.
+  flags = [f'--model={own}', f'--out={tmp_path}',
+           f'--latency={next((tmp_path / "out").glob("latency-*.json"))}']
+  for found in (place._problem(cli.parse(place.FLAGS, flags)), simulate.problem(
+      cli.parse(simulate.FLAGS, flags), None, DISTSERVE, 0)):
+    assert found.model.d_model == 3072
+    assert found.latency_of(Plan()) == profile.latencies[Plan()]
 
 
 def test_the_package_is_missing(tmp_path, monkeypatch, capsys):
@@ -203,6 +215,18 @@ def test_the_config_of_each_shape_reads_back(tmp_path, name):
                 'head_dim', 'd_ff', 'vocab_size', 'max_len', 'tied', 'qk_norm',
                 'qkv_bias', 'num_experts', 'experts_per_token'):
     assert getattr(read, field) == getattr(config, field)
+
+
+def test_prefills_grow_beyond_the_least_that_they_cost():
+  """The least is a line's, not a mean of what shorter prompts took: with that
+  a longer prompt would be faster."""
+  cells = [fitting.Cell(((0, n),), 0, 0, 1.1 * TRUTH.prefill_s(((0, n),))
+                        if n < 192 else TRUTH.prefill_s(((0, n),)))
+           for n in (32, 64, 128, 256, 512, 1024, 2048)]
+  fitted = operators.fit_floor([*cells, fitting.Cell((), 1, 500, 0.01)], 1)
+  assert fitted.buckets.tokens and fitted.costs == latency.Costs()
+  seconds = [fitted.prefill_s(((0, n),)) for n in range(1, 600)]
+  assert seconds == sorted(seconds)
 
 
 def test_sizes_held_out_are_not_those_that_are_fitted():

@@ -310,6 +310,24 @@ def test_a_race_is_won_by_half_the_tolerance(monkeypatch):
       None, None, pytest.approx(2.2 * tasks[2].candidate.devices)]
 
 
+def test_other_batches_are_tried_of_what_won_by_long_runs(monkeypatch):
+  """A short run says more of another, which is no reason to try its."""
+  state = search._Search(problem(), None, map)
+  best, rough = (RankedPlacement(
+      Placement(colocated=[Plan(tp)]), goodput.Goodput(
+          tp * per_s, tp * per_s, 9.0, 'target', 1.0, 1, tight), True)
+                 for tp, per_s, tight in ((1, 2.0, True), (2, 2.1, False)))
+  state.rows, tried = [rough, best], []
+  monkeypatch.setattr(state, 'race', lambda contenders, beat: tried.extend(
+      contender.placement for contender in contenders))
+  state.retry(1)
+  assert set(tried) == {best.placement}
+  state.retry(1)
+  assert set(tried) == {best.placement}
+  state.retry(2)
+  assert set(tried) == {best.placement, rough.placement}
+
+
 # Of a placement: requests/s a device that a short run shows, or the share that
 # attains at the rate where it is beaten; and what long runs show.
 NOISY = {'prefill=1x1,decode=1x1': (2.7, 2.5),

@@ -90,6 +90,20 @@ def test_each_compiled_size_costs_what_its_steps_took():
       assert (errors[kind].worst < 0.01) == (own is buckets), (own, kind)
 
 
+@pytest.mark.parametrize('seed', range(8))
+def test_what_is_larger_than_all_compiled_sizes_takes_longer(seed):
+  """Noise goes to the largest size's own costs, and none is faster beyond."""
+  buckets = Buckets((32, 128, 512), (1, 4), (2, 4))
+  truth = Affine((1e-2, 2e-4, 0), (1e-2, 1e-6, 1e-4), buckets=buckets,
+                 mixed=(1e-2, 2e-4, 0, 1e-6))
+  fitted = fitting.fit_affine(noisy(grid(truth), seed), buckets)
+  assert fitted.costs.tokens
+  for steps in ([fitted.prefill_s(((0, n),)) for n in range(500, 600)],
+                [fitted.mixed_s(((0, n),), 4, 100) for n in range(500, 600)],
+                [fitted.mixed_s(((0, 9),), b, 100) for b in range(3, 20)]):
+    assert steps == sorted(steps)
+
+
 def test_noise_of_five_percent_bounds_the_constants():
   truth = hardware.published('opt-13b', Plan())
   cells = grid(truth, (1, 2, 8, 16, 32, 64, 80, 96, 128, 160, 192), False)

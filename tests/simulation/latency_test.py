@@ -81,7 +81,10 @@ def test_sizes_round_up_to_what_is_compiled():
   assert fitted.mixed_s(((0, 10),), 2, 5) == pytest.approx(1 + 0.1 * (32 + 8))
   known = dataclasses.replace(fitted, costs=Costs((40, 60), (35, 65), (5,)))
   assert known.prefill_s(((0, 33),)) == pytest.approx(1 + 6.0 + 0.01 * 33**2)
-  assert known.prefill_s(((0, 65),)) == SIMPLE.prefill_s(((0, 65),))
+  # The largest, 64, costs 60: so beyond it 4 less too.
+  for stop in (65, 1000):
+    assert known.prefill_s(((0, stop),)) == pytest.approx(
+        SIMPLE.prefill_s(((0, stop),)) - 0.1 * 4)
   assert known.mixed_s(((0, 10),), 2, 5) == pytest.approx(1 + 0.1 * (35 + 5))
 
 
