@@ -11,7 +11,7 @@ from dsjax.checkpoints.family import Family
 from dsjax.checkpoints.files import is_there, read_json
 from dsjax.checkpoints.hf_keys import Keys
 from dsjax.config import zoo
-from dsjax.config.checks import naming, require
+from dsjax.config.checks import naming, naming_file, require
 from dsjax.config.model import ModelConfig
 
 CONFIG = 'config.json'
@@ -78,8 +78,10 @@ def named(model: str) -> ModelConfig:
   config.json.
 
   Raises:
-    InputError: neither.
+    InputError: neither, or a config.json that is not read; `model` is named.
   """
   if model in zoo.NAMES or not pathlib.Path(model).is_dir():
     return zoo.config(model)
-  return read_config(model)[0]
+  with naming_file('model', model, f'one of {sorted(zoo.NAMES)}, or a '
+                   'folder with a config.json'):
+    return read_config(model)[0]

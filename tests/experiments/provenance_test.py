@@ -93,8 +93,8 @@ def test_a_part_that_a_bench_does_not_have_is_named(bench):
 # Files that are no results of a run.
 OTHERS = {'common/provenance.py', 'gpu/ingest.py', 'gpu/simulate.py',
           'tokenizer_folder.py', 'aot/report.py', 'bench/aisimulate.py',
-          'bench/peers.py', 'fast/build.py', 'verify/faults.py',
-          'verify/schedules.py',
+          'bench/peers.py', 'common/operators.py', 'fast/build.py',
+          'verify/faults.py', 'verify/schedules.py',
           *(f'goldens/make_{what}.py'
             for what in ('families', 'goldens', 'sentencepiece'))}
 EXPERIMENTS = cli.ROOT / 'experiments'
