@@ -25,7 +25,7 @@ def ratios(mine: Cells, own: Mapping[str, Sequence[Shape]], theirs: Cells,
   average, beside the other instance's of a kind, of all sizes in turn}."""
   other_s = {kind: sum(_command_s(theirs, cell) for cell in cells)
              for kind, cells in others.items()}
-  found: dict[Pair, list[float]] = {}
+  slowed: dict[Pair, list[float]] = {}
   for kind, cells in own.items():
     for cell in cells:
       repeats = math.ceil(LEAST_S / _command_s(mine, cell))
@@ -36,11 +36,11 @@ def ratios(mine: Cells, own: Mapping[str, Sequence[Shape]], theirs: Cells,
         for _ in range(math.ceil(lasts_s / other_s[other])):
           for shape in beside:
             busy = theirs.run(*shape)[0]
-        found.setdefault((kind, other), []).append(
+        slowed.setdefault((kind, other), []).append(
             _command_s(mine, cell, repeats) / alone_s)
         jax.block_until_ready(busy)
         tick()
-  return {pair: statistics.mean(own) for pair, own in found.items()}
+  return {pair: statistics.mean(times) for pair, times in slowed.items()}
 
 
 def count(config: EngineConfig) -> int:
