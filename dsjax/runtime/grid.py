@@ -99,7 +99,6 @@ class Cells:
     ended_s = [stamp.wall_s for stamp in stamps][-1 - count * steps:]
     return max((ended_s[-1] - ended_s[0]) / (count * steps), seen_s / 2)
 
-
   def command_s(self, batch: int, each: int, steps: int, count: int) -> float:
     """Seconds of a command of decode steps of an instance that is a process,
     where each of `count` comes while the one before it runs, as a server sends

@@ -47,9 +47,7 @@ from dsjax.runtime.grid import (
   typical,
   typical_s,
 )
-from dsjax.scheduling.events import (
-  Migrate,
-)
+from dsjax.scheduling.events import Migrate
 from dsjax.simulation import contention, fitting, latency, profiles
 
 COMMANDS = 24  # decode steps of a timed run of commands

@@ -22,11 +22,11 @@ ROUNDS = 3
 Kind = TypeVar('Kind', str, side_by_side.Pair)
 
 
-def kinds(engine: Engine) -> dict[str, bool]:
-  """Which kinds of step an engine has."""
+def kinds(engine: Engine) -> list[str]:
+  """The kinds of step that an engine has."""
   does = engine.capacity
-  return {'prefill': does.prefills, 'decode': does.decodes,
-          'single': does.decodes, 'mixed': does.mixes}
+  return (['prefill'] * does.prefills + ['decode', 'single'] * does.decodes
+          + ['mixed'] * does.mixes)
 
 
 def of(engines: Iterable[Engine], config: EngineConfig) -> dict[str, float]:
@@ -34,10 +34,8 @@ def of(engines: Iterable[Engine], config: EngineConfig) -> dict[str, float]:
   keep nothing in a prefix cache; the kinds that they have."""
   taken = []
   for engine in engines:
-    has = kinds(engine)
     with grid.cells_of(engine) as cells:
-      taken.append(grid.typical_s(
-          cells, config, [kind for kind in has if has[kind]], ROUNDS))
+      taken.append(grid.typical_s(cells, config, kinds(engine), ROUNDS))
   return mean(taken)
 
 
@@ -47,8 +45,7 @@ def beside(engines: Sequence[Engine], config: EngineConfig
   idle engines of plan 1x1, of the kinds that they have: of one size, beside
   all sizes of the other in turn."""
   sizes = grid.of_several_sizes(config)
-  cells = [{kind: sizes[kind] for kind, has in kinds(engine).items() if has}
-           for engine in engines]
+  cells = [{kind: sizes[kind] for kind in kinds(engine)} for engine in engines]
   middle = [{kind: own[len(own) // 2:][:1] for kind, own in each.items()}
             for each in cells]
   with grid.cells_of(engines[0]) as first, grid.cells_of(engines[1]) as second:
