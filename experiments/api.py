@@ -18,7 +18,7 @@ site ask from a browser.
 SIGTERM and Ctrl-C let running requests finish, for limits.drain_s at most; a
 second one cancels them, a third ends the program whatever it does.
 
-Exit codes: 0; 2 for bad input.
+Exit codes: 0; 2 for bad input, and where an instance does not start.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from rich.console import Console
 
 import dsjax
 from configs.serve import Serve
-from dsjax.config.checks import require
+from dsjax.config.checks import InputError, StartError, require
 from dsjax.http.service import Limits, Service
 from dsjax.placement.api import Named
 from dsjax.scheduling.policy import DISTSERVE, Policy
@@ -118,8 +118,7 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
   key = os.environ.get('DSJAX_API_KEY') or None
   from dsjax.runtime.planner import planner_process
   planner = planner_process() if options.planner else contextlib.nullcontext()
-  with planner as beside, socket.create_server(
-      (options.host, options.port)) as bound:
+  with planner as beside, _bound(options.host, options.port) as bound:
     served, service = make_service(
         config, options.name, key, options.log_text,
         policies.load(options.policy, config.slo), options.cors,
@@ -131,10 +130,22 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
       print('warning: anyone who reaches this address may use it: set '
             'DSJAX_API_KEY', file=sys.stderr)
     error = socket_server.run(served, service, bound)
+  if isinstance(service.runner.failure, InputError | StartError):
+    raise service.runner.failure
   if error:
     print(f'error: {error}', file=sys.stderr)
     return 2
   return 0
+
+
+def _bound(host: str, port: int) -> socket.socket:
+  """A socket that listens for clients."""
+  try:
+    return socket.create_server((host, port))
+  except OSError as error:
+    raise InputError(
+        f'--host={host} --port={port}: must be an address of this host and a '
+        f'port of it that is free: {error}') from error
 
 
 class _LogFile(logging.FileHandler):

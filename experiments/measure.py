@@ -489,10 +489,10 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
   further = parse_plans(options.predict) if options.predict else ()
   require(options.hardware or not further, '--predict', options.predict,
           'given with --hardware')
+  cluster = cli.cluster_of(options)
   console.print(f'Loading {name}')
   cli.prepare(2 * max(plan.num_devices for plan in plans),
               options.compilation_cache, max(plan.tp for plan in plans))
-  cluster = cli.cluster_of(options)
   loaded = dsjax.load(options.model, config.dtype, weights=cluster is None)
   others = machine.Others()
   with terminal.Interrupts() as interrupts, Progress(

@@ -14,6 +14,10 @@ class InputError(ValueError):
   """Bad input from outside: names the field and what it may be."""
 
 
+class StartError(RuntimeError):
+  """An instance that is a process did not start: says which one, and why."""
+
+
 def require(ok: object, field: str, value: object, allowed: object) -> None:
   """Raises InputError naming the field, its value and the allowed values."""
   if not ok:

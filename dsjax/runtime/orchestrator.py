@@ -124,7 +124,7 @@ class Orchestrator:
 
     Raises:
       InputError: the placement or the config cannot be served.
-      RuntimeError: the process of an instance did not start.
+      StartError: the process of an instance did not start.
     """
     config = config or EngineConfig()
     starting.check(cluster)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
 from dsjax.analysis.record import Record
+from dsjax.config.checks import InputError, StartError
 from dsjax.config.request import Request, Sampling
 from dsjax.runtime.orchestrator import Orchestrator
 from dsjax.runtime.output import Update, joined
@@ -277,7 +278,10 @@ class OrchestratorThread:
     except _Stop:
       self._say(self._become, 'stopped')
     except BaseException as error:  # every client that waits must hear of it
-      LOG.exception('the orchestrator failed')
+      told = isinstance(error, InputError | StartError) and (
+          not self.orchestrator)  # in words for a user
+      LOG.error('not started: %s' if told else 'the orchestrator failed: %s',
+                error, exc_info=not told)
       if self.orchestrator:
         self.orchestrator.fail(f'{type(error).__name__}: {error}')
       self._say(self._become, 'failed', error)

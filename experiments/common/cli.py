@@ -28,7 +28,7 @@ from rich.console import Console
 
 import experiments
 from dsjax import workload
-from dsjax.config.checks import InputError, naming, require
+from dsjax.config.checks import InputError, StartError, require
 from dsjax.placement import clusters
 from dsjax.scheduling.policy import PolicyError
 from dsjax.simulation import profiles
@@ -203,11 +203,11 @@ class _Piped(Console):
 
 
 def exit_code(run: Callable[..., int | None], *args: Any) -> int:
-  """What run(*args) returns; 2 for bad input, 130 for Ctrl-C, each with one
-  line on stderr."""
+  """What run(*args) returns; 2 for bad input and for an instance that does not
+  start, 130 for Ctrl-C, each with one line on stderr."""
   try:
     return run(*args) or 0
-  except (InputError, PolicyError, OSError) as error:
+  except (InputError, StartError, PolicyError, OSError) as error:
     if isinstance(error, BrokenPipeError) and _nobody_reads():
       return 0  # a bare print: nothing but its lines was wanted
     print(f'error: {error}', file=sys.stderr)
@@ -422,7 +422,7 @@ def cluster_of(options: types.SimpleNamespace, devices: int | None = None
       host has a core for each device and one for the server, and no GPU.
 
   Raises:
-    InputError: it is not there.
+    InputError: it says nothing that there is, or its file does not.
   """
   from dsjax.runtime.cluster import local, starting
   if options.cluster == 'auto' and devices is not None:
@@ -430,8 +430,7 @@ def cluster_of(options: types.SimpleNamespace, devices: int | None = None
              else 0)
     return ('local' if cores > devices and local.visible_gpus() is None
             else None)
-  with naming('--cluster'):
-    starting.check(options.cluster or None)
+  starting.check(options.cluster or None)
   return options.cluster or None
 
 

@@ -2,18 +2,30 @@
 
 import errno
 import logging
+import socket
 
+import pytest
+
+import dsjax
+from dsjax.config.checks import InputError, StartError
 from dsjax.http import socket_server
 from experiments import api
 from experiments.common import cli
 
 
-def test_the_log_is_in_a_file_too(tmp_path, monkeypatch, capsys):
-  logger, served = logging.getLogger('dsjax'), []
+@pytest.fixture
+def logger(monkeypatch):
+  """That of a process which has written nothing yet."""
+  logger = logging.getLogger('dsjax')
   monkeypatch.setattr(logger, 'handlers', [])
   monkeypatch.setattr(logger, 'propagate', True)
   monkeypatch.setattr(logger, 'level', logging.NOTSET)
   monkeypatch.setattr(cli, 'prepare', lambda *_: None)
+  return logger
+
+
+def test_the_log_is_in_a_file_too(tmp_path, logger, monkeypatch, capsys):
+  served = []
 
   def serve(app, service, bound):
     served.append((app, service))
@@ -50,3 +62,31 @@ def test_a_log_file_that_is_full_ends_with_a_line(tmp_path, capsys,
   said = capsys.readouterr().err
   assert said.startswith('warning: ') and said.count('\n') == 1
   assert f'{tmp_path}/server.log ends here: No space left' in said
+
+
+@pytest.mark.parametrize('error', [
+    InputError('model=7: must be a name'), StartError('instance 0: no'),
+    TypeError('ours')])
+def test_what_fails_at_the_start_is_one_line_unless_it_is_a_mistake_of_ours(
+    error, logger, monkeypatch, capsys):
+  def load(*_, **__):
+    raise error
+
+  monkeypatch.setattr(dsjax, 'load', load)
+  options = cli.options(api.FLAGS, config='tiny', port=0)
+  assert cli.exit_code(api.run, options, None) == 2
+  said = capsys.readouterr().err
+  ours = isinstance(error, TypeError)
+  assert ('Traceback' in said) == ours
+  assert said.count('error: ') == 1 and said.endswith(
+      f'error: {"TypeError: " * ours}{error}\n')
+
+
+def test_an_address_that_cannot_be_bound_is_told_with_its_flags(logger):
+  with socket.create_server(('127.0.0.1', 0)) as taken:
+    port = taken.getsockname()[1]
+    for host in ('127.0.0.1', '192.0.2.1', 'no.host.example'):
+      options = cli.options(api.FLAGS, config='tiny', port=port, host=host)
+      with pytest.raises(InputError, match=f'^--host={host} --port={port}: '
+                         'must be an address of this host and a port'):
+        api.run(options, None)

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import io
 import json
+import logging
 import math
 import os
 import pathlib
@@ -21,8 +22,9 @@ import pytest
 from absl import app, flags
 from rich.console import Console
 
+import dsjax
 from configs.serve import Serve
-from dsjax.config.checks import InputError, require
+from dsjax.config.checks import InputError, StartError, require
 from dsjax.config.engine import EngineConfig
 from dsjax.runtime.cluster import local
 from experiments import api
@@ -163,6 +165,35 @@ def test_a_bad_file_is_told_with_its_flag(runner, flag, given, says, tmp_path,
     text = str(error.value)
     assert re.match(f"--{flag}='?{name}'?[:,= ]", text), text
     assert re.search(says, text) and '\n' not in text, text
+
+
+@pytest.mark.parametrize('runner', ['api', 'measure', 'serve', 'soak',
+                                    'validate'])
+def test_a_bad_cluster_is_told_before_anything_is_loaded(runner, tmp_path,
+                                                         monkeypatch):
+  """Also where the file of its hosts says something else."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(dsjax, 'load', None)
+  monkeypatch.setattr(cli, 'prepare', lambda *_, **__: None)
+  logger = logging.getLogger('dsjax')
+  monkeypatch.setattr(logger, 'handlers', [])
+  monkeypatch.setattr(logger, 'propagate', True)
+  (tmp_path / 'list.json').write_text('[1]')
+  module = importlib.import_module(f'experiments.{runner}')
+  for cluster, says in (
+      ('rays', "must be None, 'local'"), ('hosts:', "must be None, 'local'"),
+      ('hosts:none.json', 'none.json: cannot be read'),
+      ('hosts:list.json', r"list.json=.*must be an object of 'server'")):
+    options = cli.parse(module.FLAGS, [f'--cluster={cluster}'] + (
+        ['--config=tiny', '--port=0'] if runner == 'api' else
+        ['--config=tiny', '--out=out'] if runner == 'serve' else
+        ['--out=out'] + ['--model=tiny'] * (runner == 'measure')))
+    with pytest.raises(InputError) as error:
+      with cli.naming_flags(options, module.FLAGS):
+        module.run(options, Console(file=io.StringIO()))
+    assert re.match(f"--cluster='{cluster}': {says}", str(error.value)), (
+        str(error.value))
+  assert os.listdir(tmp_path) == ['list.json']
 
 
 @pytest.mark.parametrize('runner', ('place', 'simulate'))
@@ -526,9 +557,14 @@ def test_exit_codes(capsys):
 
   def lost():
     raise FileNotFoundError('no file')
-  assert [cli.exit_code(f) for f in (bad, stop, lost)] == [2, 130, 2]
+
+  def unreached():
+    raise StartError('instance 0 did not start')
+  assert [cli.exit_code(f) for f in (bad, stop, lost, unreached)] == [
+      2, 130, 2, 2]
   assert capsys.readouterr().err.splitlines() == [
-      'error: field=1: must be another', 'stopped', 'error: no file']
+      'error: field=1: must be another', 'stopped', 'error: no file',
+      'error: instance 0 did not start']
   assert cli.exit_code(lambda: None) == 0 and cli.exit_code(lambda: 1) == 1
 
 
@@ -728,5 +764,5 @@ def test_instances_are_processes_where_each_has_cores(cores, gpus, cluster,
   monkeypatch.setattr(local, 'visible_gpus', lambda: gpus)
   auto = cli.options({'cluster': cli.CLUSTER_FLAG}, cluster='auto')
   assert cli.cluster_of(auto, 2) == cluster
-  with pytest.raises(InputError, match='--cluster'):  # of other runners
+  with pytest.raises(InputError, match='^cluster='):  # of other runners
     cli.cluster_of(auto)

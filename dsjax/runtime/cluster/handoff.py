@@ -10,6 +10,7 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Any
 
+from dsjax.config.checks import StartError
 from dsjax.runtime import landing, migration
 from dsjax.runtime.cluster import messages
 from dsjax.scheduling.events import Migrate
@@ -150,7 +151,7 @@ class RemoteRoute:
     compiles, the processes have.
 
     Raises:
-      RuntimeError: they cannot.
+      StartError: they cannot.
     """
     what = f'KV from instance {self.source.index} to {self.target.index}'
     transfer = self.start(migration.nowhere(
@@ -158,6 +159,6 @@ class RemoteRoute:
     try:
       transfer.wait()  # both may compile first
     except RuntimeError as error:
-      raise RuntimeError(f'{what}: {error}') from error
+      raise StartError(f'{what}: {error}') from error
     if checksum:
       transfer.check()

@@ -83,12 +83,12 @@ def read(file: str) -> Group:
   try:
     text = path.read_bytes()
   except OSError as error:
-    raise InputError(f'hosts file {file!r}: cannot be read: '
+    raise InputError(f'{file}: cannot be read: '
                      f'{error.strerror}') from None
-  fields: Any = parse_json(f'hosts file {file!r}', text, unique=True)
+  fields: Any = parse_json(file, text, unique=True)
   require(isinstance(fields, dict)
           and set(fields) == {'server', 'key', 'hosts'},
-          f'hosts file {file!r}', fields,
+          file, fields,
           "an object of 'server', 'key' and 'hosts'")
   server, hosts = fields['server'], fields['hosts']
   address, _, port = str(server).rpartition(':')

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from dsjax.config import checks
-from dsjax.config.checks import InputError
+from dsjax.config.checks import InputError, StartError
 from dsjax.config.engine import EngineConfig, InstanceConfig
 from dsjax.config.request import MAX_LOGPROBS, Sampling
 from dsjax.runtime.cluster import messages
@@ -435,7 +435,7 @@ class RemoteEngine:
       with checks.naming(what):
         yield
     except RuntimeError as error:
-      raise RuntimeError(f'{what} did not start: {error}') from error
+      raise StartError(f'{what} did not start: {error}') from error
 
   def route_to(self, target: 'RemoteEngine') -> RemoteRoute:
     """How KV goes from this engine to another."""

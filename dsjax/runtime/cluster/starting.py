@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsjax.checkpoints.checkpoint import Model
-from dsjax.config.checks import InputError, require
+from dsjax.config.checks import InputError, naming, require
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement
 from dsjax.runtime.cluster import hosts, local, messages
@@ -19,11 +19,15 @@ from dsjax.runtime.protocols import Engine, MakeEngine
 
 def check(cluster: Any) -> None:
   """Raises InputError unless this says how instances may be started: None, in
-  this process; 'local'; 'ray' or 'ray:ADDRESS'; 'hosts:FILE'."""
+  this process; 'local'; 'ray' or 'ray:ADDRESS'; 'hosts:FILE', a file that says
+  what hosts.read takes."""
   kind, _, rest = (cluster if isinstance(cluster, str) else '').partition(':')
   require(cluster is None or cluster in ('local', 'ray')
           or kind in ('ray', 'hosts') and rest, 'cluster', cluster,
           "None, 'local', 'ray', 'ray:ADDRESS' or 'hosts:FILE'")
+  if kind == 'hosts':
+    with naming(f'cluster={cluster!r}'):
+      hosts.read(rest)
 
 
 def build(model: Model, placement: Placement, config: EngineConfig,
@@ -38,7 +42,7 @@ def build(model: Model, placement: Placement, config: EngineConfig,
   Raises:
     InputError: the placement or the config cannot be served, or the model
       cannot be made again by another process.
-    RuntimeError: a process ended or is silent.
+    StartError: a process ended or is silent.
   """
   require(not any(plan.kind for _, plan in placement.instances), 'Plan.kind',
           placement, "'': devices of one kind serve")
@@ -90,7 +94,8 @@ def _launcher(cluster: str, placement: Placement) -> Launcher:
     from dsjax.runtime.cluster import on_ray
     return on_ray.RayLauncher(placement, rest)
   if kind == 'hosts':
-    return hosts.HostsLauncher(placement, rest)
+    with naming(f'cluster={cluster!r}'):
+      return hosts.HostsLauncher(placement, rest)
   return local.LocalLauncher(placement)
 
 

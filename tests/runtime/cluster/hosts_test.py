@@ -95,9 +95,9 @@ def test_a_file_that_says_something_else_is_refused(tmp_path, fields, error):
 def test_what_is_no_object_is_refused(tmp_path, text):
   path = tmp_path / 'hosts.json'
   path.write_bytes(text.encode('latin1'))
-  with pytest.raises(InputError, match='hosts file'):
+  with pytest.raises(InputError, match='^.*/hosts.json[:=]'):
     hosts.read(str(path))
-  with pytest.raises(InputError, match='hosts file'):
+  with pytest.raises(InputError, match='/none: cannot be read'):
     hosts.read(str(tmp_path / 'none'))
 
 
@@ -105,7 +105,7 @@ def test_a_host_that_is_given_twice_is_refused(tmp_path):
   file = write(tmp_path)
   text = (tmp_path / 'hosts.json').read_text()
   (tmp_path / 'hosts.json').write_text(text.replace('"b"', '"a"'))
-  with pytest.raises(InputError, match="hosts file .*'a' is given twice"):
+  with pytest.raises(InputError, match="hosts.json: .*'a' is given twice"):
     hosts.read(file)
 
 
@@ -347,7 +347,8 @@ def test_a_server_that_cannot_listen_where_it_is_to_is_refused(
 
 @pytest.mark.parametrize('hosts, name, error', [
     ('', 'a', '--hosts'), ('hosts.json', '', '--name'),
-    ('hosts.json', 'c', "host='c'"), ('none.json', 'a', 'hosts file')])
+    ('hosts.json', 'c', "host='c'"),
+    ('none.json', 'a', 'none.json: cannot be read')])
 def test_what_is_typed_is_checked(tmp_path, hosts, name, error):
   write(tmp_path)
   options = types.SimpleNamespace(
