@@ -298,7 +298,7 @@ class Orchestrator:
 
   @property
   def stamps(self) -> dict[int, list[Any]]:
-    """What each instance that is a process has stamped lately (remote.Stamp),
+    """What each instance that is a process has stamped lately (stamps.Stamp),
     in seconds of the clock."""
     return {index: [stamp._replace(began_s=stamp.began_s - self.origin,
                                    wall_s=stamp.wall_s - self.origin)

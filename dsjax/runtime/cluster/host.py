@@ -59,7 +59,9 @@ class Agent:
     if isinstance(message, messages.Refused):
       raise InputError(f'{self.group.address} does not let this host in: '
                        f'{message.why}')
-    if isinstance(message, messages.End):
+    if isinstance(message, messages.Ping):  # here: one that hangs is silent
+      self._say(messages.Pong(time.perf_counter()))
+    elif isinstance(message, messages.End):
       process = self.running.get((message.index, message.incarnation))
       if process:
         process.kill()
@@ -80,7 +82,7 @@ class Agent:
         message.address, message.index, message.incarnation,
         self.host.address, env)
 
-  def _say(self, message: messages.Ended) -> None:
+  def _say(self, message: messages.FromInstance) -> None:
     if not self.channel.ended:
       self.channel.send(message)
 

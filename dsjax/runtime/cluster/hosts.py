@@ -37,6 +37,7 @@ from dsjax.runtime.cluster import messages
 from dsjax.runtime.cluster.channel import Channel, Door, claim
 from dsjax.runtime.cluster.handoff import LOOK_S
 from dsjax.runtime.cluster.local import jax_settings
+from dsjax.runtime.cluster.watch import Watch
 
 LOG = logging.getLogger(__name__)
 LEAST_KEY = 32  # characters of a key
@@ -184,15 +185,17 @@ def typed(group: Group, host: Host) -> str:
 
 
 class RemoteHost:
-  """A host, as the server sees it: it comes, may go, and come again.
+  """A host, as the server sees it: it comes, may go, and come again. One whose
+  command answers no ping, as where it is stopped, is gone.
 
   Attributes:
     codes: {(index, incarnation): exit code} of processes that have ended.
   """
 
-  def __init__(self, group: Group, number: int) -> None:
-    self.group, self.number = group, number
-    self.host = group.hosts[number]
+  def __init__(self, group: Group, number: int, silent_s: float) -> None:
+    """silent_s: as of EngineConfig."""
+    self.group, self.number, self.silent_s = group, number, silent_s
+    self.host, self._watch = group.hosts[number], Watch()
     self.codes: dict[tuple[int, int], int] = {}
     self.closed = False
     self._door = self._new_door()
@@ -209,14 +212,25 @@ class RemoteHost:
       for message in channel.take():
         if isinstance(message, messages.Ended):
           self.codes[message.index, message.incarnation] = message.code
+      self._check(channel)
     if (channel is not None and channel.ended or self._door.failed) and (
         not self.closed):
       if self._door.failed:
         LOG.warning('host %s: %s', self.host.name, self._door.failed)
       self._door.close()
-      self._door = self._new_door()
+      self._door, self._watch = self._new_door(), Watch()
       return None
     return channel
+
+  def _check(self, channel: Channel) -> None:
+    """Ends the channel of one that says nothing."""
+    self._watch.look()
+    try:
+      self._watch.ping(channel, self.silent_s)
+    except RuntimeError as error:
+      if not channel.ended:
+        LOG.warning('host %s: %s', self.host.name, error)
+        channel.close()
 
   def close(self) -> None:
     """Lets it go: it ends what it has started."""
@@ -228,7 +242,7 @@ class RemoteHost:
 
 
 class HostProcess:
-  """A process of another host: a remote.Process. It starts when the host is
+  """A process of another host: a processes.Process. It starts when the host is
   there."""
 
   def __init__(self, remote: RemoteHost, port: int, start: messages.Start
@@ -291,8 +305,11 @@ class HostProcess:
 class HostsLauncher:
   """Starts instances on the hosts of a file."""
 
-  def __init__(self, placement: Placement, file: str) -> None:
+  def __init__(self, placement: Placement, file: str, silent_s: float
+               ) -> None:
     """Listens for the hosts, and prints what to type on each.
+
+    silent_s: see RemoteHost.
 
     Raises:
       InputError: the file says nothing of use, instances do not fit, or this
@@ -313,7 +330,7 @@ class HostsLauncher:
       for port in range(group.port, group.port + ports):
         self._claims.append(claim(group.address, port))
       for number in range(len(self.group.hosts)):
-        self.hosts.append(RemoteHost(self.group, number))
+        self.hosts.append(RemoteHost(group, number, silent_s))
     except OSError as error:
       self.close()
       raise InputError(

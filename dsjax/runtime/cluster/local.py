@@ -48,7 +48,7 @@ class LocalLauncher:
 
 
 class LocalProcess:
-  """A process of this host: a remote.Process."""
+  """A process of this host: a processes.Process."""
 
   missing = ''
 

@@ -28,7 +28,7 @@ from dsjax.scheduling.events import (
   RunPrefill,
 )
 
-VERSION = 6  # of the messages
+VERSION = 7  # of the messages
 # Both sides must have the same: hand-offs are jax's, and have no version.
 VERSIONS = (f'dsjax {__version__}, messages {VERSION}, jax {jax.__version__}, '
             f'jaxlib {jaxlib.__version__}')

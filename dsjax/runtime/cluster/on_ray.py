@@ -42,7 +42,7 @@ class Runner:
 
 
 class RayProcess:
-  """The process of an instance as an actor: a remote.Process."""
+  """The process of an instance as an actor: a processes.Process."""
 
   missing = ''
 

@@ -13,130 +13,26 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
-
-import numpy as np
+from typing import Any
 
 from dsjax.config import checks
 from dsjax.config.checks import InputError, StartError
 from dsjax.config.engine import EngineConfig, InstanceConfig
-from dsjax.config.request import MAX_LOGPROBS, Sampling
+from dsjax.config.request import Sampling
 from dsjax.runtime.cluster import messages
 from dsjax.runtime.cluster.channel import Channel
 from dsjax.runtime.cluster.handoff import LOOK_S, RemoteRoute, RemoteTransfer
 from dsjax.runtime.cluster.messages import PageTables
+from dsjax.runtime.cluster.outputs import Due
+from dsjax.runtime.cluster.processes import Launcher, Process
 from dsjax.runtime.cluster.remote_memory import RemoteHostMemory
-from dsjax.runtime.looks import Looks
+from dsjax.runtime.cluster.stamps import Clock, Stamp
+from dsjax.runtime.cluster.watch import Watch
 from dsjax.runtime.protocols import Dispatched, HostMemory
 from dsjax.runtime.worker import call_lasting
 from dsjax.scheduling.events import RunDecode, RunPrefill
 
-PING_S = 1.0  # from an answer to the next question
 NEWEST = 10_000  # stamps of steps that are remembered
-COMES_S = 300.0  # until a process says hello
-LEAST_S = 10.0  # until it may count as silent before it has said hello
-LOADS_S = 3600.0  # of loading weights, and of compiling one step
-
-
-class Process(Protocol):
-  """A process that was started for an instance, however that was done.
-
-  Attributes:
-    channel: None until it has come. failed: why it cannot come, or ''.
-    missing: what it waits for before it can come, or ''. heard_s: when it was
-    begun or last said something, on time.monotonic; None: it waits to begin.
-  """
-
-  @property
-  def channel(self) -> Channel | None: ...
-
-  @property
-  def failed(self) -> str: ...
-
-  @property
-  def missing(self) -> str: ...
-
-  @property
-  def heard_s(self) -> float | None: ...
-
-  @property
-  def pid(self) -> int | None: ...
-
-  def exit_code(self) -> int | None: ...
-
-  def kill(self, wait_s: float = 0.0) -> None: ...
-
-
-class Launcher(Protocol):
-  """Starts the processes of the instances of a placement."""
-
-  def start(self, index: int, incarnation: int) -> Process: ...
-
-  def close(self) -> None:
-    """Ends what it has of its own; may be called twice."""
-    ...
-
-
-class Stamp(NamedTuple):
-  """When something began and was done at an instance, on the clock
-  time.perf_counter of the server.
-
-  what: 'step' (number: of its command), or 'offered' or 'landed', KV for
-  others or from there (number: of the request). cpu_s: CPU seconds of the
-  process until then, which nothing else on the machine adds to.
-  """
-
-  what: str
-  number: int
-  began_s: float
-  wall_s: float
-  cpu_s: float = 0.0
-
-
-class Arriving:
-  """An array that is ready when its message has come."""
-
-  def __init__(self, engine: 'RemoteEngine', size: int) -> None:
-    self.size, self._engine = size, engine
-    self._values: np.ndarray | None = None
-
-  def put(self, values: np.ndarray) -> None:
-    """Its message has come."""
-    self._values = values
-
-  def is_ready(self) -> bool:
-    if self._values is None:
-      self._engine.hear()
-    return self._values is not None
-
-  def is_deleted(self) -> bool:
-    return False
-
-  def block_until_ready(self) -> 'Arriving':
-    """Waits for it, where no fleet looks at it.
-
-    Raises:
-      RuntimeError: its process ended.
-    """
-    while not self.is_ready():
-      self._engine.check()
-      self._engine.wait(PING_S)
-    return self
-
-  def __array__(self, *_: Any, **__: Any) -> np.ndarray:
-    if self._values is None:
-      raise RuntimeError('its message has not come')
-    return self._values
-
-
-@dataclasses.dataclass
-class Output:
-  """What a step samples: a StepOutput. The others are there with token_R."""
-
-  token_R: Arriving
-  logprob_R: Any = None
-  top_id_RA: Any = None
-  top_logprob_RA: Any = None
 
 
 class RemoteEngine:
@@ -150,16 +46,15 @@ class RemoteEngine:
       it has told of.
     peers: those that KV comes from, and goes to. by_kernel, memory: see Built.
     slot_of, spare: what has been admitted, in slots of no meaning.
-    stamps: a Stamp of each step and hand-off, of the newest. offset_s: what
-      its clock is behind, by the fastest answer to a ping. held: its last
-      answer to `count`, or None. weights: see Built.
+    stamps: a Stamp of each step and hand-off, of the newest. clock: that of
+      its process. held: its last answer to `count`, or None. weights: see
+      Built.
   """
 
   capacity: InstanceConfig
   _shapes: Sequence[tuple[int, int]]
   _channel: Channel | None
   _process: Process | None
-  _asked_s: float | None
   _slots: RemoteHostMemory
 
   def __init__(self, index: int, config: EngineConfig, fields: dict[str, Any],
@@ -192,17 +87,14 @@ class RemoteEngine:
     self.spare = list(range(self.config.max_seqs))
     self.transfers: dict[int, RemoteTransfer] = {}
     self._tables = PageTables()
-    self._due: collections.deque[tuple[int, Output]] = collections.deque()
-    self._marks: collections.deque[Arriving] = collections.deque()
+    self._due = Due(self)
     self.address, self.withdrawn, self.moved = '', 0, 0
     self._why, self._bad_input = '', False
-    self._ready, self._asked_s = False, None
-    self._looks = Looks(time.monotonic())
-    self.offset_s, self._pinged_s, self._fastest_s = 0.0, 0.0, float('inf')
+    self._ready, self._watch, self.clock = False, Watch(), Clock()
 
   def _begin(self) -> None:
     self.incarnation += 1
-    self._began_s = self._word_s = time.monotonic()
+    self._watch = Watch()
     # The kernel ends a process with the thread that has started it.
     call_lasting(self._begin_process)
 
@@ -226,7 +118,7 @@ class RemoteEngine:
       if self._channel is None:
         return
       self._channel.news = self.news
-      self._began_s = time.monotonic()
+      self._watch.begin()
       self._channel.send(messages.Build(self._fields))
     try:
       for message in self._channel.take():
@@ -251,8 +143,7 @@ class RemoteEngine:
     if process is None:
       raise RuntimeError('it was not started')
     code, ended = process.exit_code(), self._channel and self._channel.ended
-    away_s = self._looks.away_s(time.monotonic())
-    self._began_s += away_s
+    self._watch.look()
     self.hear()  # all that it said before it ended
     if self._why:
       raise (InputError if self._bad_input else RuntimeError)(self._why)
@@ -260,40 +151,14 @@ class RemoteEngine:
       if code is not None or process.failed:
         raise RuntimeError(process.failed or (
             f'its process ended before it came (exit code {code})'))
-      if time.monotonic() - self._began_s > COMES_S:
-        raise RuntimeError(f'its process did not come in {COMES_S:g} s'
-                           + process.missing)
-      if process.heard_s is not None:
-        self._word_s = max(self._word_s + away_s, process.heard_s)
-        self._check_silence(self._word_s, max(self.config.silent_s, LEAST_S))
+      self._watch.check_comes(process, self.config.silent_s)
     elif ended:
       raise RuntimeError(f'its process ended (exit code {code})' if code
                          is not None else ended)
-    elif self._starts and time.monotonic() - self._began_s > LOADS_S:
-      raise RuntimeError(f'its process got no further in {LOADS_S:g} s')
     else:
-      self._ping(self._channel, away_s)
-
-  @property
-  def _starts(self) -> bool:
-    """Whether it loads or compiles, as it was asked to."""
-    return not self._ready and (self._compiles or not self.is_built)
-
-  def _ping(self, channel: Channel, away_s: float) -> None:
-    """Asks for a sign of life; raises where there is none."""
-    now_s, asked_s = time.monotonic(), self._asked_s
-    if asked_s is None or channel.heard_s >= asked_s:
-      if asked_s is None or now_s - asked_s > PING_S:
-        self._asked_s, self._pinged_s = now_s, time.perf_counter()
-        channel.send(messages.Ping())
-      return
-    self._asked_s = asked_s + away_s
-    self._check_silence(self._asked_s, self.config.silent_s)
-
-  def _check_silence(self, since_s: float, most_s: float) -> None:
-    silent_s = time.monotonic() - since_s
-    if silent_s > most_s:
-      raise RuntimeError(f'its process is silent for {silent_s:.1f} s')
+      if not self._ready and (self._compiles or not self.is_built):
+        self._watch.check_loads()
+      self._watch.ping(self._channel, self.config.silent_s)
 
   def count(self) -> Callable[[], messages.Counted | None]:
     """Asks what it holds; what gives the answer, once it has come."""
@@ -331,62 +196,39 @@ class RemoteEngine:
                          for device in message.devices.values())
     self._shapes, self.is_built = ((0, 0),) * message.shapes, True
     if self._compiles:
-      self._began_s = time.monotonic()
+      self._watch.begin()
       self.send(self.peers)
 
   def _on_warmed(self, message: messages.Warmed) -> None:
     self._warmed.append(message.name)
-    self._began_s = time.monotonic()
+    self._watch.begin()
 
   def _on_ready(self, message: messages.Ready) -> None:
     self._ready = True
 
   def _on_stage(self, message: messages.StageDone) -> None:
-    self._marks.popleft().put(np.zeros(1, np.int32))
+    self._due.put_stage()
 
   def _on_step(self, message: messages.Stepped) -> None:
-    number, output = self._due.popleft()
-    if message.number != number:
-      raise RuntimeError(f'a step of command {message.number} came, one of '
-                         f'{number} was due')
-    size = len(message.token_R)
-    logprob_R = np.zeros(size, np.float32)
-    top_id_RA = np.zeros((size, MAX_LOGPROBS), np.int32)
-    top_logprob_RA = np.zeros((size, MAX_LOGPROBS), np.float32)
-    for r, logprob, ids, logprobs in message.logprobs:
-      logprob_R[r] = logprob
-      top_id_RA[r, :len(ids)], top_logprob_RA[r, :len(ids)] = ids, logprobs
-    output.logprob_R, output.top_id_RA = logprob_R, top_id_RA
-    output.top_logprob_RA = top_logprob_RA
-    output.token_R.put(np.array(message.token_R, np.int32))
-    self._stamp('step', number, message.began_s, message.wall_s,
-                message.cpu_s)
+    self._due.put_step(message)
+    self._stamp('step', message.number, message.began_s, message)
 
-  def _stamp(self, what: str, number: int, began_s: float, wall_s: float,
-             cpu_s: float) -> None:
-    self.stamps.append(Stamp(what, number, began_s + self.offset_s,
-                             wall_s + self.offset_s, cpu_s))
+  def _stamp(self, what: str, number: int, began_s: float, message: Any
+             ) -> None:
+    self.stamps.append(self.clock.stamp(what, number, began_s, message.wall_s,
+                                        message.cpu_s))
 
   def _on_pong(self, message: messages.Pong) -> None:
-    """Half of the way to and fro is how wrong it may be: a clock that is
-    nearer than that is the same clock."""
-    now_s = time.perf_counter()
-    took_s = now_s - self._pinged_s
-    if took_s < self._fastest_s:
-      self._fastest_s = took_s
-      offset_s = now_s - took_s / 2 - message.wall_s
-      self.offset_s = offset_s if abs(offset_s) > took_s else 0.0
+    self.clock.hear(self._watch.pinged_s, message.wall_s)
 
   def _on_transfer(self, message: Any) -> None:
     transfer = self.transfers.get(message.uuid)
     if transfer:  # else it was given up
       transfer.hear(message)
       if isinstance(message, messages.Offered):
-        self._stamp('offered', transfer.command.id, message.wall_s,
-                    message.wall_s, message.cpu_s)
+        self._stamp('offered', transfer.command.id, message.wall_s, message)
       elif isinstance(message, messages.Landed):
-        self._stamp('landed', transfer.command.id, message.began_s,
-                    message.wall_s, message.cpu_s)
+        self._stamp('landed', transfer.command.id, message.began_s, message)
 
   def _on_moved(self, message: messages.Moved) -> None:
     self.moved, self.address = self.moved + 1, message.address
@@ -411,7 +253,8 @@ class RemoteEngine:
   def begin_warm(self) -> None:
     """Has it compile; from now on a new process does so by itself."""
     if not self._compiles:
-      self._compiles, self._began_s = True, time.monotonic()
+      self._compiles = True
+      self._watch.begin()
       self.send(self.peers)
 
   def warm(self) -> Iterator[str]:
@@ -510,12 +353,7 @@ class RemoteEngine:
 
   def _run(self, command: RunPrefill | RunDecode, size: int) -> Dispatched:
     self.send(self._tables.pack(command))
-    outputs = [Output(Arriving(self, size)) for _ in range(command.steps)]
-    marks = [Arriving(self, 1) for _ in range(
-        command.steps * (self.capacity.pp - 1))]
-    self._due.extend((command.number, output) for output in outputs)
-    self._marks.extend(marks)
-    return outputs, marks
+    return self._due.add(command, size, self.capacity.pp)
 
   def host_memory(self, checksum: bool) -> HostMemory:
     """The slots that its process has."""

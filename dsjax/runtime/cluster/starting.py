@@ -12,7 +12,8 @@ from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement
 from dsjax.runtime.cluster import hosts, local, messages
 from dsjax.runtime.cluster.handoff import LOOK_S
-from dsjax.runtime.cluster.remote import Launcher, RemoteEngine
+from dsjax.runtime.cluster.processes import Launcher
+from dsjax.runtime.cluster.remote import RemoteEngine
 from dsjax.runtime.migration import hands_off
 from dsjax.runtime.protocols import Engine, MakeEngine
 
@@ -64,7 +65,7 @@ def build(model: Model, placement: Placement, config: EngineConfig,
            for i, a in enumerate(capacities)]
   engines: list[RemoteEngine] = []
   news = threading.Event()
-  launcher = _launcher(cluster, placement)
+  launcher = _launcher(cluster, placement, config)
   try:
     for index, (role, plan) in enumerate(placement.instances):
       fields = {'recipe': recipe, 'model': repr(model.config), 'role': role,
@@ -86,7 +87,8 @@ def build(model: Model, placement: Placement, config: EngineConfig,
   return list(engines)
 
 
-def _launcher(cluster: str, placement: Placement) -> Launcher:
+def _launcher(cluster: str, placement: Placement, config: EngineConfig
+              ) -> Launcher:
   """What starts the processes of a placement."""
   kind, _, rest = cluster.partition(':')
   if kind == 'ray':
@@ -95,7 +97,7 @@ def _launcher(cluster: str, placement: Placement) -> Launcher:
     return on_ray.RayLauncher(placement, rest)
   if kind == 'hosts':
     with naming(f'cluster={cluster!r}'):
-      return hosts.HostsLauncher(placement, rest)
+      return hosts.HostsLauncher(placement, rest, config.silent_s)
   return local.LocalLauncher(placement)
 
 

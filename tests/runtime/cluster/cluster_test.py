@@ -23,6 +23,8 @@ from dsjax.runtime.cluster import (
   local,
   messages,
   remote,
+  stamps,
+  watch,
 )
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import (
@@ -277,7 +279,8 @@ def test_each_step_and_hand_off_is_stamped_where_it_happens(pair):
   for engine in pair.engines:
     engine.stamps.clear()
   check_tokens(WORK, play(pair, WORK))
-  until(lambda: all(engine._fastest_s < 10 for engine in pair.engines), pair)
+  until(lambda: all(engine.clock.fastest_s < 10 for engine in pair.engines),
+        pair)
   done = {(e.instance, e.number): len(getattr(e, 'steps_s', (0,)))
           for e, _ in pair.log if hasattr(e, 'number')}
   stamped = collections.Counter()
@@ -297,18 +300,18 @@ def test_each_step_and_hand_off_is_stamped_where_it_happens(pair):
     assert id == same and there_s <= here_s
 
 
-def test_clocks_of_other_hosts_are_set_by_the_fastest_answer(fakes):
-  engine = fakes.engines[0]
-  engine._fastest_s, engine._pinged_s = float('inf'), time.perf_counter()
-  engine._on_pong(messages.Pong(time.perf_counter() - 1000))
-  assert engine.offset_s == pytest.approx(1000, abs=60)
-  first = engine.offset_s
-  engine._pinged_s = time.perf_counter() - 60  # a slow one changes nothing
-  engine._on_pong(messages.Pong(7.0))
-  assert engine.offset_s == first
-  engine._fastest_s, engine._pinged_s = 1e9, time.perf_counter() - 1
-  engine._on_pong(messages.Pong(time.perf_counter() - 0.5))
-  assert engine.offset_s == 0.0  # the same clock, as far as one can tell
+def test_clocks_of_other_hosts_are_set_by_the_fastest_answer():
+  clock, now_s = stamps.Clock(), time.perf_counter
+  clock.hear(now_s(), now_s() - 1000)
+  assert clock.offset_s == pytest.approx(1000, abs=60)
+  assert clock.stamp('step', 1, 5.0, 6.0, 7.0) == stamps.Stamp(
+      'step', 1, 5.0 + clock.offset_s, 6.0 + clock.offset_s, 7.0)
+  first = clock.offset_s
+  clock.hear(now_s() - 60, 7.0)  # a slow one changes nothing
+  assert clock.offset_s == first
+  clock.fastest_s = 1e9
+  clock.hear(now_s() - 1, now_s() - 0.5)
+  assert clock.offset_s == 0.0  # the same clock, as far as one can tell
 
 
 # --- real deaths -------------------------------------------------------------
@@ -506,7 +509,7 @@ def test_one_that_is_stopped_while_it_starts_is_begun_again(
   """It says nothing before it has come, where one that loads does."""
   engine = fakes.engines[1]
   with monkeypatch.context() as patch:
-    patch.setattr(remote, 'LEAST_S', 0.5)
+    patch.setattr(watch, 'LEAST_S', 0.5)
     patch.setattr(engine, 'config', dataclasses.replace(CONFIG, silent_s=0.5))
     kill(fakes, 1)
     until(lambda: fakes.fleet.starting and engine.pid, fakes)

@@ -17,7 +17,7 @@ import pytest
 
 from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
-from dsjax.runtime.cluster import messages, remote
+from dsjax.runtime.cluster import messages, watch
 from dsjax.runtime.cluster.remote import RemoteEngine
 from dsjax.scheduling.events import Migrate
 
@@ -212,7 +212,7 @@ def test_time_in_which_nobody_looked_is_no_silence(monkeypatch):
   """A server that was stopped loses no instance when it goes on; one that is
   silent while it looks is lost."""
   now_s = [100.0]
-  monkeypatch.setattr(remote, 'time', types.SimpleNamespace(
+  monkeypatch.setattr(watch, 'time', types.SimpleNamespace(
       monotonic=lambda: now_s[0], perf_counter=lambda: now_s[0]))
   engine = Models().engines[1]
   engine.check()  # asks
@@ -227,7 +227,7 @@ def test_time_in_which_nobody_looked_is_no_silence(monkeypatch):
 
 def test_an_answer_that_came_while_nobody_looked_is_one(monkeypatch):
   now_s = [100.0]
-  monkeypatch.setattr(remote, 'time', types.SimpleNamespace(
+  monkeypatch.setattr(watch, 'time', types.SimpleNamespace(
       monotonic=lambda: now_s[0], perf_counter=lambda: now_s[0]))
   models = Models()
   engine, queues = models.engines[1], models.queues(1)
@@ -241,7 +241,7 @@ def test_an_answer_that_came_while_nobody_looked_is_one(monkeypatch):
 def test_a_process_that_does_not_come_is_late_for_as_long_as_one_looked(
     monkeypatch):
   now_s = [100.0]
-  monkeypatch.setattr(remote, 'time', types.SimpleNamespace(
+  monkeypatch.setattr(watch, 'time', types.SimpleNamespace(
       monotonic=lambda: now_s[0], perf_counter=lambda: now_s[0]))
   launcher = Launcher()
   launcher.queues.channel = launcher.queues.heard_s = None
@@ -249,7 +249,7 @@ def test_a_process_that_does_not_come_is_late_for_as_long_as_one_looked(
   engine = RemoteEngine(0, CONFIG, {'role': 'prefill'}, launcher, [],
                         threading.Event())
   engine._begin()
-  for later_s in (3600.0, *[1.0] * int(remote.COMES_S - 1)):
+  for later_s in (3600.0, *[1.0] * int(watch.COMES_S - 1)):
     now_s[0] += later_s
     engine.check()
   now_s[0] += 1.0
@@ -260,7 +260,7 @@ def test_a_process_that_does_not_come_is_late_for_as_long_as_one_looked(
 def test_a_process_that_has_begun_and_says_nothing_is_silent(monkeypatch):
   """While it loads it says so; after `silent_s` without a word it is lost."""
   now_s = [100.0]
-  monkeypatch.setattr(remote, 'time', types.SimpleNamespace(
+  monkeypatch.setattr(watch, 'time', types.SimpleNamespace(
       monotonic=lambda: now_s[0], perf_counter=lambda: now_s[0]))
   launcher = Launcher()
   launcher.queues.channel, launcher.queues.heard_s = None, 100.0

@@ -13,6 +13,8 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
+import time
 import types
 
 import pytest
@@ -21,7 +23,7 @@ import dsjax
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement, Plan
 from dsjax.runtime.cluster import host as runtime_host
-from dsjax.runtime.cluster import hosts, local, messages
+from dsjax.runtime.cluster import hosts, local, messages, watch
 from dsjax.scheduling.events import InstanceDown, InstanceUp
 from experiments import host
 from tests.common import fake_engine, serving
@@ -36,6 +38,7 @@ from tests.runtime.cluster.cluster_test import (
 
 pytestmark = pytest.mark.usefixtures('no_hang')
 
+SILENT_S = 30.0
 KEY = '0123456789abcdef' * 4
 TWO = {'a': {'address': '127.0.0.1', 'devices': 1},
        'b': {'address': '127.0.0.2', 'devices': 1}}
@@ -240,7 +243,7 @@ def test_another_key_is_refused(tmp_path):
   (tmp_path / 'other').mkdir()
   other = write(tmp_path / 'other', secret=KEY[::-1],
                 server=f'127.0.0.1:{port}')
-  remote = hosts.RemoteHost(hosts.read(file), 0)
+  remote = hosts.RemoteHost(hosts.read(file), 0, SILENT_S)
   try:
     with begin(other, 'a') as process:
       assert process.wait() == 1 and 'another key' in process.stdout.read()
@@ -253,7 +256,7 @@ def test_a_host_that_is_refused_says_why(tmp_path):
   """It is another than that which was awaited on this port."""
   port = free_port()
   group = hosts.read(write(tmp_path, server=f'127.0.0.1:{port}'))
-  remote = hosts.RemoteHost(group, 0)
+  remote = hosts.RemoteHost(group, 0, SILENT_S)
   try:
     agent = runtime_host.Agent(group._replace(port=port - 1), 1)
     with pytest.raises(InputError, match='not let this host in: .*was awaited'):
@@ -294,7 +297,7 @@ def test_a_host_says_what_it_waits_for_once(tmp_path, monkeypatch):
 def test_what_a_host_sends_that_is_none_of_its_words_is_passed_over(tmp_path):
   port = free_port()
   group = hosts.read(write(tmp_path, server=f'127.0.0.1:{port}'))
-  remote = hosts.RemoteHost(group, 0)
+  remote = hosts.RemoteHost(group, 0, SILENT_S)
   try:
     agent = runtime_host.Agent(group, 0)
     until(remote.channel)
@@ -307,12 +310,49 @@ def test_what_a_host_sends_that_is_none_of_its_words_is_passed_over(tmp_path):
     remote.close()
 
 
+@pytest.mark.parametrize('answers', [True, False])
+def test_a_host_that_is_stopped_is_gone_and_may_come_again(
+    tmp_path, monkeypatch, answers):
+  """Its socket stays open, and nothing answers: the kernel's part is done."""
+  now_s = [100.0]
+  monkeypatch.setattr(watch, 'time', types.SimpleNamespace(
+      monotonic=lambda: now_s[0], perf_counter=time.perf_counter))
+  group = hosts.read(write(tmp_path, server=f'127.0.0.1:{free_port()}'))
+  remote = hosts.RemoteHost(group, 0, SILENT_S)
+  try:
+    agent = runtime_host.Agent(group, 0)
+    serves = threading.Thread(target=agent.serve)
+    if answers:
+      serves.start()
+    first = until(remote.channel)
+    first.heard_s = 0.0  # of the other clock
+    for later_s in (3600.0, *[1.0] * 29):  # away, then looking
+      now_s[0] += later_s
+      assert remote.channel()
+      if answers:
+        until(lambda: first.heard_s)
+        first.heard_s = now_s[0]
+    now_s[0] += 1.0
+    assert (remote.channel() is first) == answers
+    assert bool(first.ended) != answers
+    if not answers:
+      until(lambda: agent.channel.ended)
+      again = runtime_host.Agent(group, 0)
+      assert until(remote.channel) is not first
+      again.channel.close()
+  finally:
+    agent.channel.close()
+    remote.close()
+    if answers:
+      serves.join()
+
+
 def test_a_port_that_is_taken_is_one_clear_error(tmp_path):
   with socket.create_server(('127.0.0.1', 0)) as taken:
     port = taken.getsockname()[1]
     file = write(tmp_path, server=f'127.0.0.1:{port}')
     with pytest.raises(InputError, match='server=.*of this host.*in use'):
-      hosts.HostsLauncher(Placement(colocated=[Plan()]), file)
+      hosts.HostsLauncher(Placement(colocated=[Plan()]), file, SILENT_S)
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='names of Linux')
@@ -324,15 +364,15 @@ def test_a_second_server_on_the_same_ports_is_refused(tmp_path, later):
   file = write(tmp_path, server=f'127.0.0.1:{port}')
   (tmp_path / 'other').mkdir()
   other = write(tmp_path / 'other', server=f'127.0.0.1:{port + later}')
-  first = hosts.HostsLauncher(Placement(colocated=[Plan()] * 2), file)
+  first = hosts.HostsLauncher(Placement(colocated=[Plan()] * 2), file, SILENT_S)
   try:
     for remote in first.hosts:
       remote._door.close()  # as when it has come
     with pytest.raises(InputError, match='server=.*of this host.*in use'):
-      hosts.HostsLauncher(Placement(colocated=[Plan()]), other)
+      hosts.HostsLauncher(Placement(colocated=[Plan()]), other, SILENT_S)
   finally:
     first.close()
-  hosts.HostsLauncher(Placement(colocated=[Plan()]), other).close()
+  hosts.HostsLauncher(Placement(colocated=[Plan()]), other, SILENT_S).close()
 
 
 @pytest.mark.parametrize('server, error', [
@@ -342,7 +382,7 @@ def test_a_server_that_cannot_listen_where_it_is_to_is_refused(
     tmp_path, server, error):
   with pytest.raises(InputError, match=error):
     hosts.HostsLauncher(Placement(colocated=[Plan()] * 2),
-                        write(tmp_path, server=server))
+                        write(tmp_path, server=server), SILENT_S)
 
 
 @pytest.mark.parametrize('hosts, name, error', [

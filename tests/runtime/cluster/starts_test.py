@@ -21,7 +21,7 @@ from dsjax.runtime.cluster import (
   instance,
   local,
   messages,
-  remote,
+  watch,
 )
 from tests.common import fake_engine, serving
 from tests.common.serving import until
@@ -84,7 +84,7 @@ def test_an_interrupt_at_any_line_of_a_start_leaves_nothing(monkeypatch):
     return starts(['sleep', '1000'], env)
 
   monkeypatch.setattr(local, '_popen', begin_other)
-  monkeypatch.setattr(remote, 'COMES_S', 1.0)
+  monkeypatch.setattr(watch, 'COMES_S', 1.0)
   for line in range(0, 400, 3):
     try:
       assert at_line(line, lambda: start(
