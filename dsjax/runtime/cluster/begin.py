@@ -87,7 +87,11 @@ def main() -> None:
     ctypes.CDLL(None).prctl(PDEATHSIG, SIGKILL)
     if os.getppid() != int(parent):
       sys.exit('who started this instance is gone')
-  loading = Loading(enter(address, bytes.fromhex(os.environ.pop(KEY))))
+  try:
+    connection = enter(address, bytes.fromhex(os.environ.pop(KEY)))
+  except (OSError, EOFError, AuthenticationError) as error:
+    sys.exit(f'instance {index} cannot come to {address}: {error}')
+  loading = Loading(connection)
   from dsjax.runtime.cluster import instance
   instance.run(loading.end(), int(index), int(incarnation), host)
 

@@ -239,6 +239,18 @@ def test_an_instance_whose_server_has_gone_before_it_begins_ends():
   assert done.returncode == 1 and 'is gone' in done.stderr
 
 
+def test_an_instance_whose_server_lets_nobody_in_says_so_in_one_line():
+  with socket.create_server((channel.LOOPBACK, 0)) as listens:
+    address = '{}:{}'.format(*listens.getsockname())
+  process = subprocess.run(
+      [sys.executable, '-P', begin.__file__, address, '4', '1', 'host',
+       str(os.getpid())], capture_output=True, text=True,
+      env=os.environ | {begin.KEY: '00' * 32})
+  assert process.returncode == 1
+  assert process.stderr.startswith(f'instance 4 cannot come to {address}: ')
+  assert process.stderr.count('\n') == 1
+
+
 def test_an_instance_ends_though_nobody_reads_what_it_says(monkeypatch):
   ended = []
   monkeypatch.setattr(instance.os, '_exit', ended.append)
