@@ -108,12 +108,15 @@ class RayLauncher:
         new one of this host.
 
     Raises:
-      InputError: there is no room for what must be in one node.
-      ConnectionError: no cluster is there.
+      InputError: no cluster is there, or no room for what must be in one node.
     """
     self._owns = not ray.is_initialized()
     if self._owns and address:
-      ray.init(address, log_to_driver=False)
+      try:
+        ray.init(address, log_to_driver=False)
+      except (ConnectionError, SystemExit) as error:  # Ray exits
+        raise InputError(f"cluster='ray:{address}': must be the address of a "
+                         f'Ray cluster that is there: {error}') from error
     elif self._owns:
       ray.init('local', log_to_driver=False, include_dashboard=False,
                num_cpus=max(os.cpu_count() or 1, placement.num_devices))

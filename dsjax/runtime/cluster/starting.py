@@ -1,6 +1,7 @@
 """What each instance is given to build, wherever its process is started."""
 
 import dataclasses
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -17,11 +18,13 @@ from dsjax.runtime.cluster.remote import RemoteEngine
 from dsjax.runtime.migration import hands_off
 from dsjax.runtime.protocols import Engine, MakeEngine
 
+REACH_S = 10.0  # until a connection to Ray is there
+
 
 def check(cluster: Any) -> None:
   """Raises InputError unless this says how instances may be started: None, in
-  this process; 'local'; 'ray' or 'ray:ADDRESS'; 'hosts:FILE', a file that says
-  what hosts.read takes."""
+  this process; 'local'; 'ray' or 'ray:ADDRESS', where somebody listens if it is
+  HOST:PORT; 'hosts:FILE', a file that says what hosts.read takes."""
   kind, _, rest = (cluster if isinstance(cluster, str) else '').partition(':')
   require(cluster is None or cluster in ('local', 'ray')
           or kind in ('ray', 'hosts') and rest, 'cluster', cluster,
@@ -29,6 +32,13 @@ def check(cluster: Any) -> None:
   if kind == 'hosts':
     with naming(f'cluster={cluster!r}'):
       hosts.read(rest)
+  host, colon, port = rest.rpartition(':')
+  if kind == 'ray' and colon and port.isdecimal() and '/' not in host:
+    try:  # Ray itself would look for minutes, and then end this process
+      socket.create_connection((host.strip('[]'), int(port)), REACH_S).close()
+    except (OSError, OverflowError) as error:
+      raise InputError(f'cluster={cluster!r}: must be the address of a Ray '
+                       f'cluster that is there: {error}') from error
 
 
 def build(model: Model, placement: Placement, config: EngineConfig,

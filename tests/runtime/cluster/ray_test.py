@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import os
+import re
 import secrets
+import socket
 import subprocess
 import sys
 
@@ -12,7 +14,7 @@ import pytest
 import dsjax
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement
-from dsjax.runtime.cluster import local
+from dsjax.runtime.cluster import local, starting
 from tests.runtime.cluster.cluster_test import CONFIG, MODEL
 
 HAS_RAY = importlib.util.find_spec('ray') is not None
@@ -23,6 +25,18 @@ pytestmark = pytest.mark.usefixtures('no_hang')
 def test_without_ray_one_clear_error_says_what_to_install():
   with pytest.raises(InputError, match=r"pip install 'dsjax\[cluster\]'"):
     dsjax.serve(MODEL, 'colocated=1x1', CONFIG, cluster='ray')
+
+
+@pytest.mark.parametrize('address', ['127.0.0.1:{}', '[::1]:{}',
+                                     'no.host.example:{}', '127.0.0.1:99999'])
+def test_a_cluster_that_is_not_there_is_told_before_ray_looks_for_it(address):
+  with socket.create_server(('127.0.0.1', 0)) as listens:
+    port = listens.getsockname()[1]
+    starting.check(f'ray:127.0.0.1:{port}')
+  address = address.format(port)
+  with pytest.raises(InputError, match=re.escape(
+      f"cluster='ray:{address}': must be the address of a Ray cluster")):
+    starting.check(f'ray:{address}')
 
 
 @pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed: pip install "
