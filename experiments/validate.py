@@ -45,28 +45,22 @@ import pathlib
 import statistics
 import time
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 import dsjax
-from dsjax import workload
-from dsjax.analysis import metrics, pairing
-from dsjax.analysis.record import Record
+from dsjax.analysis import pairing
 from dsjax.checkpoints.checkpoint import Model
 from dsjax.config import checks
 from dsjax.config.checks import require
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan, Slo
-from dsjax.config.request import Request, Sampling
+from dsjax.config.request import Request
 from dsjax.runtime import orchestrator, profiling
-from dsjax.scheduling import scheduler
-from dsjax.simulation import calibration, fitting, profiles, simulator
-from dsjax.simulation.contention import Contention
-from dsjax.simulation.latency import Affine, Link
+from dsjax.simulation import profiles
 from experiments import measure
 from experiments.common import (
   cli,
@@ -77,8 +71,15 @@ from experiments.common import (
   terminal,
 )
 from experiments.common import overrides as configs
-from experiments.common.seeds import half_width
-from experiments.common.validate_report import PROFILES, STATS, draw, show
+from experiments.common.served_profiles import Profiles, step_times
+from experiments.common.served_runs import (
+  Served,
+  errors,
+  requests,
+  serve,
+  stats,
+)
+from experiments.common.validate_report import PROFILES, draw, show
 
 ENGINE = EngineConfig(max_len=192, max_seqs=8, prefill_tokens=128,
                       chunk_tokens=128, prefill_seqs=4, prefix_cache=False)
@@ -115,164 +116,6 @@ FLAGS = {
     'cluster': cli.CLUSTER_FLAG, 'rounds': 3, 'set': (),
     'compilation_cache': cli.CACHE,
 }
-
-
-# --- one run, real and simulated --------------------------------------------
-
-
-def requests(config: EngineConfig, vocab_size: int, rate_per_s: float | None,
-             n: int, seed: int) -> list[Request]:
-  """n requests of seeded lengths; rate None: all at once."""
-  rng = np.random.default_rng([seed, 7])
-  top = config.max_len
-  prompts = np.clip(rng.lognormal(np.log(top / 5), 0.6, n), 4,
-                    top * 5 // 8).astype(int)
-  outputs = np.clip(rng.lognormal(np.log(top / 12), 0.5, n), 4,
-                    top // 4).astype(int)
-  times = workload.arrivals('poisson' if rate_per_s else 'burst', rate_per_s, n,
-                         seed)
-  ids = [tuple(rng.integers(3, vocab_size, p).tolist()) for p in prompts]
-  return [Request(i, t, p, Sampling(max_tokens=int(o),
-                                    ignore_eos=True))
-          for i, (t, p, o) in enumerate(zip(times, ids, outputs, strict=True))]
-
-
-class Served(types.SimpleNamespace):
-  """A real run: records, log, cores of other programs, host_s a step."""
-
-
-def serve(server: orchestrator.Orchestrator, sent: Iterable[Request],
-          tick: Callable[[], object] | None = None) -> Served:
-  """Runs requests on a server that may have run others: a Served."""
-  server.log.clear()
-  first, host, steps = server.next_id, server.host_s, server.steps
-  others = machine.Others()
-  with machine.settled():
-    records = server.run([dataclasses.replace(r, id=first + r.id)
-                          for r in sent], on_poll=tick)
-  return Served(records=records, log=list(server.log), cores=others.cores(),
-                host_s=(server.host_s - host) / max(1, server.steps - steps))
-
-
-class Profiles:
-  """A latency for each instance, a link, and how instances slow each other:
-  what simulate takes."""
-
-  def __init__(self, latencies: Sequence[Affine], link: Link | None,
-               contention: Contention | None = None,
-               typical_s: Mapping[str, float] | None = None) -> None:
-    """typical_s: what pace.of told when they were found; None: not known."""
-    self.latencies, self.link = latencies, link
-    self.contention, self.typical_s = contention, typical_s or {}
-
-  def at(self, now_s: Mapping[str, float],
-         beside: Mapping[tuple[str, str], float] | None = None) -> 'Profiles':
-    """These where typical steps take so long, and beside others so many times
-    as long; what is not given stays."""
-    times, contention = pace.times(now_s, self.typical_s), self.contention
-    if contention and beside:
-      contention = dataclasses.replace(
-          contention, factors={**contention.factors, **beside})
-    return Profiles([pace.scaled(m, times) for m in self.latencies],
-                    self.link, contention, now_s)
-
-  def simulate(self, plan: scheduler.Config, sent: Iterable[Request]
-               ) -> list[Record]:
-    return simulator.simulate(plan, sent, self.latencies, self.link,
-                              contention=self.contention).records
-
-  def calibrated(self, log: pairing.Log) -> 'Profiles':
-    """These on the steps of a served run; like roles share their steps."""
-    steps, copies = calibration.observe(log)
-    apart = bool(copies)  # else instances are alike
-    contention = calibration.fit_contention(self.latencies, steps)
-    models = tuple(calibration.calibrate(m, [
-        s for s in steps if s.instance == i or not apart], contention)
-        for i, m in enumerate(self.latencies))
-    link = self.link and calibration.calibrate_link(self.link, copies,
-                                                    self.latencies[0].host_s)
-    return Profiles(models, link, contention, self.typical_s)
-
-
-def stats(runs: Sequence[Sequence[Record]], slo: Slo) -> dict[str, Any]:
-  """What runs of different seeds, each a list of records, say together.
-
-  Returns:
-    {attainment: (share, low, high), shares: one a run, ttft_s: {...}, tpot_s,
-    stage_s}.
-  """
-  records = [r for run in runs for r in run]
-  summary = metrics.summarize(records, slo, 2)
-  attainment = summary.attainment
-  shares = [statistics.mean(metrics.attains(r, slo) for r in run)
-            for run in runs]
-  if len(runs) > 1:
-    half = half_width(shares)
-    attainment = (attainment[0], max(0.0, attainment[0] - half),
-                  min(1.0, attainment[0] + half))
-
-  def of(values, percentiles):
-    return dict(zip(STATS, (statistics.mean(values), *percentiles),
-                    strict=True))
-  return {'attainment': attainment, 'shares': shares,
-          'ttft_s': of([r.ttft_s for r in records], summary.ttft_s),
-          'tpot_s': of([r.tpot_s for r in records], summary.tpot_s),
-          'stage_s': summary.stage_s}
-
-
-def errors(real: Mapping[str, Any], simulated: Mapping[str, Any]
-           ) -> dict[str, Any]:
-  """attainment and half_width (of the runs' differences; None: one run) in
-  points, and {ttft_s, tpot_s: {statistic: relative}}."""
-  apart = [100 * (s - r) for s, r in zip(simulated['shares'], real['shares'],
-                                         strict=True)]
-  return {'attainment': 100 * (simulated['attainment'][0]
-                               - real['attainment'][0]),
-          'half_width': half_width(apart) if len(apart) > 1 else None} | {
-      name: {k: simulated[name][k] / real[name][k] - 1 for k in STATS}
-      for name in ('ttft_s', 'tpot_s')}
-
-
-def step_times(profiles: Profiles, logs: Iterable[pairing.Log]
-               ) -> list[dict[str, Any]]:
-  """Rows that compare the own steps of real runs with what profiles predict.
-
-  Returns:
-    [{what, count, real_s, predicted_s: mean seconds; ratio: of the sums;
-    overlap: share of the time with another instance at work; alone, together:
-    the ratio of steps that overlap less or more than half; nan: none}].
-  """
-  observed = [calibration.observe(log) for log in logs]
-  steps = [step for own, _ in observed for step in own]
-  copies = [copy for _, own in observed for copy in own]
-  rows = []
-
-  def add(what, compared):
-    def ratio(chosen):
-      expected = sum(p for _, p, _ in chosen)
-      return sum(s for s, _, _ in chosen) / expected if chosen else None
-    rows.append({
-        'what': what, 'count': len(compared),
-        'real_s': statistics.mean(s for s, _, _ in compared),
-        'predicted_s': statistics.mean(p for _, p, _ in compared),
-        'ratio': ratio(compared),
-        'overlap': statistics.mean(o for _, _, o in compared),
-        'alone': ratio([f for f in compared if f[2] < 0.5]),
-        'together': ratio([f for f in compared if f[2] >= 0.5])})
-  for kind in ('prefill', 'mixed', 'decode'):
-    compared = []
-    for step in (s for s in steps if s.cell.kind == kind):
-      model = profiles.latencies[step.instance]
-      compared.append((step.cell.seconds,
-                       fitting.predict_s(model, step.cell)
-                       + step.idle * model.host_s, step.overlap))
-    if compared:
-      add(kind, compared)
-  if copies and profiles.link:
-    add('migrate', [(c.seconds, profiles.link.migrate_s(c.num_tokens)
-                     + profiles.latencies[0].host_s, float(c.behind))
-                    for c in copies])
-  return rows
 
 
 # --- one mode ---------------------------------------------------------------

@@ -20,7 +20,7 @@ from dsjax.scheduling.events import Arrived, DecodeDone, Row, RunDecode
 from dsjax.simulation import calibration, fitting, latency, profiles, simulator
 from dsjax.simulation.contention import Contention
 from experiments import validate
-from experiments.common import cli, pace, report
+from experiments.common import cli, pace, report, validate_report
 from tests.common.results import check_written, made_by
 
 LINK = latency.Link(0.01, 1e6, 1e3)
@@ -174,7 +174,7 @@ def test_rows_files_and_ctrl_c(tmp_path, profile, monkeypatch):
   for kind in ('real', *validate.PROFILES):
     share, low, high = row[kind]['attainment']
     assert 0 <= low <= share <= high <= 1
-    assert set(row[kind]['ttft_s']) == set(validate.STATS)
+    assert set(row[kind]['ttft_s']) == set(validate_report.STATS)
   assert [s['what'] for s in row['steps']['bench']] == [
       'prefill', 'decode', 'migrate']
   assert (tmp_path / 'validate.png').stat().st_size > 10_000
