@@ -33,7 +33,8 @@ process holds at the end is checked too.
 
 With --flips no fault comes: roles of flexible instances flip that often while
 --requests are served, and their tokens are compared with those of a server
-whose roles stay (experiments.verify.flips). Only soak.json is written then.
+whose roles stay (experiments.verify.flips), by processes with --cluster. Only
+soak.json is written then.
 
 Ctrl-C keeps what there is. Exit codes: see experiments.common.cli.
 """
@@ -406,13 +407,15 @@ def run_flips(options: types.SimpleNamespace, console: Console) -> int:
                               '--placement')
   require(placement.mode == 'flexible' and len(placement.instances) > 1,
           '--placement', placement, 'two flexible instances or more')
+  cluster = cli.cluster_of(options)
   out = pathlib.Path(options.out)
   out.mkdir(parents=True, exist_ok=True)
   cli.prepare(placement.num_devices, tp=placement.tp)
-  model = dsjax.load('tiny' if options.quick else options.model)
+  model = dsjax.load('tiny' if options.quick else options.model,
+                     weights=cluster is None)
   with terminal.Interrupts() as interrupts:
     result = flips.compare(model, placement, config, options,
-                           _Progress(console, interrupts.halt))
+                           _Progress(console, interrupts.halt), cluster)
   console.print(flips.table(result))
   provenance.save_json(out / 'soak.json', result, cli.asked(options, FLAGS))
   bad = result['failed checks']

@@ -23,6 +23,7 @@ import dsjax
 from dsjax.checkpoints.checkpoint import Model
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement
+from dsjax.runtime.orchestrator import Orchestrator
 from dsjax.scheduling import prefix_cache, scheduler
 from dsjax.scheduling.events import Flip, Migrate
 from dsjax.scheduling.policy import Move, Policy
@@ -73,7 +74,8 @@ def make_jobs(vocab_size: int, config: EngineConfig, seed: int
 
 def serve(model: Model, placement: Placement, config: EngineConfig,
           policy: Policy, jobs: Sequence[tuple[list[int], dict[str, Any]]],
-          count: int, show: Any) -> dict[str, Any]:
+          count: int, show: Any, cluster: str | None = None
+          ) -> dict[str, Any]:
   """A dict of what `count` requests for these jobs, in turn, came to."""
   seen = {'flips': 0, 'hand_offs': 0}
 
@@ -85,7 +87,7 @@ def serve(model: Model, placement: Placement, config: EngineConfig,
   with contextlib.ExitStack() as stack:
     server = stack.enter_context(dsjax.serve(
         model, placement, config, policy=policy, keep_events=1,
-        report=show.warming))
+        report=show.warming, cluster=cluster))
     compiled = stack.enter_context(machine.compilations())
     server.observers.append(observe)
     most = LIVE * config.max_seqs * len(server.engines)
@@ -103,22 +105,37 @@ def serve(model: Model, placement: Placement, config: EngineConfig,
           pauses += record.itl_s
         show(len(tokens), count, seen['flips'])
     scheduler.check(server.state)
-    leaked = sum(inst.pool.num_pages - prefix_cache.num_free(inst.pool)
-                 for inst in server.state.instances) + sum(
-                     config.max_seqs - len(e.spare) for e in server.engines)
+    held, elsewhere = asked(server) if cluster else (0, 0)
+    leaked = held + sum(inst.pool.num_pages - prefix_cache.num_free(inst.pool)
+                        for inst in server.state.instances) + sum(
+                            config.max_seqs - len(e.spare)
+                            for e in server.engines)
     return {'requests': len(tokens), 'tokens': tokens, 'lost': len(lost),
-            'leaked': leaked, 'compiled': len(compiled), **seen,
+            'leaked': leaked, 'compiled': len(compiled) + elsewhere, **seen,
             'faults': len(server.faults),
             'longest_pause_s': max(pauses), 'seconds':
             time.perf_counter() - began}
 
 
+def asked(server: Orchestrator) -> tuple[int, int]:
+  """(what processes hold still, programs that they have compiled since they
+  were ready)."""
+  engines: list[Any] = server.engines  # RemoteEngines
+  answers = [engine.count() for engine in engines]
+  while not all(answer() for answer in answers):
+    server.poll()
+  counted = [answer() for answer in answers]
+  return (sum(c.requests + c.offers + c.pulls for c in counted),
+          sum(c.compiled for c in counted))
+
+
 def compare(model: Model, placement: Placement, config: EngineConfig,
-            options: types.SimpleNamespace, show: Any) -> dict[str, Any]:
+            options: types.SimpleNamespace, show: Any,
+            cluster: str | None = None) -> dict[str, Any]:
   """The dict of a whole comparison; 'failed checks' names those that did."""
   jobs = make_jobs(model.config.vocab_size, config, options.seed)
   count = options.requests
-  calm, live = (serve(model, placement, config, policy, jobs, n, show)
+  calm, live = (serve(model, placement, config, policy, jobs, n, show, cluster)
                 for policy, n in (
                     (dsjax.DISTSERVE, max(len(jobs), count // CALM)),
                     (restless(options.flips, count), count)))

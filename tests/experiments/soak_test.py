@@ -15,7 +15,7 @@ from dsjax.runtime.migration import Route
 from dsjax.runtime.orchestrator import Orchestrator
 from experiments import soak
 from experiments.common import cli
-from experiments.verify import soak_report
+from experiments.verify import flips, soak_report
 from tests.common import serving
 from tests.common.results import check_written, made_by
 
@@ -167,6 +167,23 @@ def test_tokens_are_equal_through_sixty_flips(tmp_path):
   live = json.loads((tmp_path / 'soak.json').read_text())['with flips']
   assert live['flips'] >= 60 and live['requests'] == 300
   assert live['hand_offs'] > 5 and live['longest_pause_s'] > 0
+
+
+@pytest.mark.slow
+def test_roles_of_processes_flip_too(tmp_path, monkeypatch):
+  """And what they hold, or compile, counts: here it is as if they did."""
+  def more(server, real=flips.asked):
+    assert all(engine.pid for engine in server.engines)
+    held, compiled = real(server)
+    return held + 1, compiled + 1
+
+  monkeypatch.setattr(flips, 'asked', more)
+  assert soak.run(flip(tmp_path, flips=4, requests=60, cluster='local'),
+                  Console(quiet=True)) == 1
+  result = json.loads((tmp_path / 'soak.json').read_text())
+  live = result['with flips']
+  assert result['failed checks'] == ['leaked', 'compiled']
+  assert live['flips'] >= 4 and live['leaked'] == live['compiled'] == 1
 
 
 @pytest.mark.slow
