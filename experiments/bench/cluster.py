@@ -33,7 +33,7 @@ from rich.table import Table
 
 import dsjax
 from dsjax.config.engine import EngineConfig
-from dsjax.runtime.cluster import exchange, messages
+from dsjax.runtime.cluster import exchange, messages, page_tables
 from dsjax.runtime.cluster.channel import LOOPBACK
 from dsjax.scheduling.events import Row, RunDecode
 from experiments.bench import kept
@@ -61,7 +61,7 @@ def message_cost(rows: int, pages: int) -> tuple[float, ...]:
       Row(id, 1000, 2000, tuple(range(id * pages, (id + 1) * pages - 1 + turn)))
       for id in range(rows))) for turn in (0, 1))
   for _ in range(ROUNDS):
-    here, there = messages.PageTables(), messages.PageTables()
+    here, there = page_tables.PageTables(), page_tables.PageTables()
     there.unpack(here.pack(before))
     began = time.thread_time()  # whatever else the cores do
     data = messages.dump(1, here.pack(command))

@@ -36,7 +36,7 @@ from dsjax.config.request import Sampling
 from dsjax.model import sharding
 from dsjax.runtime import memory
 from dsjax.runtime.arrays import is_ready
-from dsjax.runtime.cluster import channel, messages
+from dsjax.runtime.cluster import channel, messages, page_tables
 from dsjax.runtime.cluster.exchange import Exchange
 from dsjax.runtime.looks import pause_s
 from dsjax.runtime.protocols import (
@@ -84,7 +84,7 @@ class Instance:
                host: str) -> None:
     self.host = host
     self.running: collections.deque[Running] = collections.deque()
-    self.tables = messages.PageTables()
+    self.tables = page_tables.PageTables()
     self.num_logprobs: dict[int, int] = {}  # of requests that want some
     self.requests: set[int] = set()
     self.exchange, self.is_built, self.compiled = None, False, 0

@@ -22,8 +22,8 @@ from dsjax.config.request import Sampling
 from dsjax.runtime.cluster import messages
 from dsjax.runtime.cluster.channel import Channel
 from dsjax.runtime.cluster.handoff import LOOK_S, RemoteRoute, RemoteTransfer
-from dsjax.runtime.cluster.messages import PageTables
 from dsjax.runtime.cluster.outputs import Due
+from dsjax.runtime.cluster.page_tables import PageTables
 from dsjax.runtime.cluster.processes import Launcher, Process
 from dsjax.runtime.cluster.remote_memory import RemoteHostMemory
 from dsjax.runtime.cluster.stamps import Clock, Stamp

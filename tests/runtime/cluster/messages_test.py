@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsjax.runtime.cluster import messages
-from dsjax.runtime.cluster.messages import PageTables
+from dsjax.runtime.cluster.page_tables import PageTables
 from dsjax.scheduling.events import (
   Chunk,
   Load,
