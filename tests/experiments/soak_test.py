@@ -110,7 +110,7 @@ def test_one_that_does_not_start_is_tried_again(tmp_path, monkeypatch):
 def test_processes_of_other_hosts_are_not_killed_here(tmp_path):
   """By their numbers, which are those of others on this host."""
   with pytest.raises(InputError, match='--cluster=.*local'):
-    soak.run(options(tmp_path, cluster='hosts:hosts.json'), None)
+    soak.run(options(tmp_path, cluster='ray'), None)
 
 
 @pytest.mark.usefixtures('_by_work')
