@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import functools
+import pickle
 
 import pytest
 from rich.console import Console
@@ -92,6 +93,32 @@ def test_the_grid_has_every_model(tmp_path, monkeypatch):
 
 def test_every_shipped_policy_is_measured():
   assert set(policies.VARIANTS) == set(NAMES)
+
+
+def test_every_shipped_policy_has_cells_of_both_orders():
+  asked = {policies.label(cell) for cell in policies.cells(
+      cli.options(policies.FLAGS, lengths='sharegpt'))}
+  assert asked == {f'{name}{end}' for name in NAMES
+                   for end in ('', '+deadlines')} - {'adaptive+deadlines'}
+
+
+def test_a_file_s_policy_has_cells_of_both_orders(tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text('import dataclasses, dsjax\n'
+                  'def last(view, instance, waiting):\n'
+                  '  return waiting[::-1]\n'
+                  'policy = dataclasses.replace(dsjax.DISTSERVE, order=last)\n')
+  for end, order in (('', 'last'), ('+deadlines', 'order')):
+    loaded = policies.policies.load(f'{path}:policy{end}')
+    assert loaded.order and loaded.order.__name__ == order
+    again = pickle.loads(pickle.dumps(loaded))
+    assert again.order.__name__ == order
+  code, text = run(tmp_path / 'out', only=[f'{path}:policy'],
+                   orders=['fifo', 'deadlines'])
+  assert code == 0
+  assert [line['policy'] for line in lines(tmp_path / 'out')] == [
+      f'{path}:policy', f'{path}:policy+deadlines']
+  assert '│ mine.py:policy+deadlines' in text
 
 
 def test_a_load_that_shifts_is_judged_over_whole_periods(tmp_path):

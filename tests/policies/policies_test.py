@@ -115,7 +115,10 @@ def test_each_is_tens_of_lines(name):
     ('static:prefills=1:prefills=2', 'each once'),
     ('dynamo:by=luck', "'length', 'load' or 'either'"),
     ('planner:by=luck', "by='luck': must be 'floor' or 'reactive'"),
-    ('distserve:x=1', 'without options'), ('+dead', 'must be one of')])
+    ('distserve:x=1', 'without options'), ('+dead', 'must be one of'),
+    ('static+deadlines:prefills=2', r'\+deadlines comes last'),
+    ('static+deadlines+deadlines', r'\+deadlines comes last'),
+    ('replan:deadlines=False+deadlines', 'each once')])
 def test_a_name_that_is_none_is_one_clear_error(text, error):
   with pytest.raises(InputError, match=error):
     named(text, SLO)
@@ -209,6 +212,43 @@ def test_each_serves_a_heavy_load_to_its_end_and_replays(name):
   assert all(len(r.token_s) == r.max_tokens for r in result.records
              if r.status == 'length')
   assert event_log.replay(config, result.log) is None
+
+
+@EACH
+def test_each_serves_by_deadlines_as_well(name):
+  """Some prompts go ahead of earlier ones, and the run ends and replays."""
+  options = ':rejects=False' if name == 'mooncake' else ''
+  policy = named(f'{name}{options}+deadlines', SLO)
+  assert policy.name.count('deadlines') == (name != 'adaptive')
+  moved = 0
+
+  def order(view, instance, waiting):
+    nonlocal moved
+    answer = policy.order(view, instance, waiting)
+    moved += list(answer) != list(waiting)
+    return answer
+
+  config = scheduler.Config(
+      (InstanceConfig('flexible', 64, 16, 8, 256, 8),) * 3, 600, depth=1,
+      policy=dataclasses.replace(policy, order=order),
+      latencies=(STEP,) * 3, link=LINK)
+  sent = [Request(i, 0.02 * i, range(20 + 37 * i % 300), Sampling(
+      max_tokens=1 + 11 * i % 60)) for i in range(70)]
+  result = simulator.simulate(config, sent, STEP, LINK, log=True)
+  assert {r.status for r in result.records} == {'length'} and moved
+  config = dataclasses.replace(config, policy=policy)
+  assert event_log.replay(config, result.log) is None
+
+
+def test_replan_searches_with_the_order_that_serves(monkeypatch):
+  seen = []
+  monkeypatch.setattr(rollouts, 'played', lambda policy, *args: (
+      seen.append(policy.order), rollouts.Played(1.0, 0.5))[1])
+  served.__wrapped__('replan:tick_s=1', 60, 200)
+  assert set(seen) == {None}
+  seen.clear()
+  served.__wrapped__('replan:tick_s=1+deadlines', 60, 200)
+  assert seen and None not in seen
 
 
 # --- what their papers claim -------------------------------------------------
