@@ -485,6 +485,30 @@ def test_arrow_fills_a_decode_instance_up_to_its_places():
   assert [r.instances[-1] for r in records] == [1] * 4 + [2] * 3
 
 
+def test_arrow_adds_a_decode_instance_where_places_run_out():
+  """However short the steps of the one that is full are."""
+  config = scheduler.Config(
+      (InstanceConfig('flexible', 500, 16, 4, 2048, 16),) * 3, max_len=512,
+      policy=named('arrow:prefills=2', Slo(1.0, 1.0)))
+  sent = [Request(id, id / 2, [1] * 20, Sampling(max_tokens=400))
+          for id in range(7)]
+  run = simulator.simulate(config, sent, STEP, LINK, log=True)
+  assert [(c.instance, c.role) for event, answer in run.log for c in answer
+          if isinstance(c, Flip) and event.time_s > 0] == [(0, 'decode')]
+  assert {r.instances[-1] for r in run.records} == {0, 2}
+
+
+@pytest.mark.parametrize('prefills', (1, 2, 3))
+def test_arrow_is_above_each_split_at_a_tight_ttft(prefills):
+  """Arrow: more within the objectives than roles that stay. The interval of
+  what it attains above the split, on the same requests."""
+  slo = Slo(0.106, 0.0448)
+  ours, split = ([metrics.attains(r, slo) for r in metrics.by_arrival(
+      served(name, 120, 1200, slo).kept)]
+                 for name in ('arrow', f'static:prefills={prefills}'))
+  assert metrics.difference(ours, split)[1] > 0
+
+
 @pytest.mark.slow
 def test_replanning_follows_a_load_that_steps_up():
   """DistServe: the split of the light load fails the heavy one."""
