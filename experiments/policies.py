@@ -88,7 +88,7 @@ VARIANTS = {
     'dynaserve': ('dynaserve',),
     'ppd': ('ppd:prefills={k}',),
     'planner': ('planner:prefills={k}', 'planner:prefills={k}:by=reactive'),
-    'replan': ('replan',),
+    'replan': ('replan:prefills={k}',),
     'adaptive': ('adaptive',),
 }
 # (model, latency, plan, instances): of --grid.

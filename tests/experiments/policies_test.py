@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import functools
+import importlib
+import inspect
 import pickle
 
 import pytest
@@ -164,6 +166,15 @@ def test_minutes_end_it_and_what_was_known_is_kept(tmp_path):
   code, text = run(tmp_path, minutes=0.0)
   assert code == 0 and 'Stopped by --minutes' in text
   assert len(lines(tmp_path)) == 1
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_start_of_a_policy_is_tried(name):
+  """Of one that changes roles later, a bad start would count for it."""
+  make = importlib.import_module(f'dsjax.policies.{name}').policy
+  starts = 'prefills' in inspect.signature(make).parameters
+  assert all(('prefills={k}' in text) == starts
+             for text in policies.VARIANTS[name])
 
 
 def test_the_best_variant_counts():
