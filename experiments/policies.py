@@ -81,14 +81,14 @@ VARIANTS = {
     'llm_d': ('llm_d:prefills={k}:least=256', 'llm_d:prefills={k}:least=1024'),
     'dynamo': ('dynamo:prefills={k}',),
     'arrow': ('arrow:prefills={k}',),
-    'taichi': ('taichi:prefills={k}:small=256',
-               'taichi:prefills={k}:small=512'),
+    'taichi': tuple(f'taichi:prefills={{k}}:small={small}'
+                    for small in (0, 256, 512)),
     'ecoserve': ('ecoserve',),
     'llumnix': ('llumnix',),
     'dynaserve': ('dynaserve',),
     'ppd': ('ppd:prefills={k}',),
     'planner': ('planner:prefills={k}', 'planner:prefills={k}:by=reactive'),
-    'replan': ('replan',),
+    'replan': ('replan:prefills={k}',),
     'adaptive': ('adaptive',),
 }
 # (model, latency, plan, instances): of --grid.

@@ -29,32 +29,36 @@ def named(text: str, slo: Slo) -> Policy:
 
   Args:
     text: NAME, or NAME:option=value:... with options of the file's `policy`;
-      and +deadlines behind it for that order of its queues. 'distserve', or
-      nothing, is the default.
+      and +deadlines behind it for that order of its queues, which `adaptive`
+      has already. 'distserve', or nothing, is the default.
     slo: the objectives that it is made for.
 
   Raises:
     InputError.
   """
   base = text.removesuffix(DEADLINES)
+  ordered = base != text
   name, *options = base.split(':')
   if name in ('', DISTSERVE.name):
     require(not options, 'policy', text, f'{DISTSERVE.name!r} without options')
     policy = DISTSERVE
   else:
     require(name in NAMES, 'policy', text,
-            f'one of {(DISTSERVE.name, *NAMES)}, or path.py:name')
+            f'one of {(DISTSERVE.name, *NAMES)}, or path.py:name; '
+            f'{DEADLINES} comes last')
     make = importlib.import_module(f'dsjax.policies.{name}').policy
     kinds = dict(typing.get_type_hints(make))
     known = list(inspect.signature(make).parameters)[1:]  # slo is first
     given: dict[str, Any] = {}
+    if ordered and 'deadlines' in known:
+      given['deadlines'] = True
     for option in options:
       key, _, value = option.partition('=')
       require(key in known and key not in given, f'policy {name}', option,
               f'option=value with options of {known}, each once')
       given[key] = _value(f'policy {name}: {key}', value, kinds[key])
     policy = make(slo, **given)
-  return with_deadlines(policy, slo) if base != text else policy
+  return with_deadlines(policy, slo) if ordered and not policy.order else policy
 
 
 def _value(field: str, text: str, kind: Any) -> Any:

@@ -11,6 +11,7 @@ import dataclasses
 
 from dsjax.config.placement import Slo
 from dsjax.policies import chunked
+from dsjax.policies.deadlines import with_deadlines
 from dsjax.policies.roles import home_roles
 from dsjax.policies.rollouts import better
 from dsjax.scheduling.policy import (
@@ -22,8 +23,13 @@ from dsjax.scheduling.policy import (
 )
 
 
-def policy(slo: Slo, prefills: int = 1, tick_s: float = 5.0) -> Policy:
-  """prefills: at the start. tick_s: seconds between two searches."""
+def policy(slo: Slo, prefills: int = 1, tick_s: float = 5.0,
+           deadlines: bool = False) -> Policy:
+  """Args:
+    prefills: at the start. tick_s: seconds between two searches.
+    deadlines: whether prompts are ordered by deadline, in what the search
+      plays as well.
+  """
   mixing = chunked.policy(slo)
 
   def batch(view: View, instance: InstanceView) -> PrefillBudget:
@@ -31,6 +37,8 @@ def policy(slo: Slo, prefills: int = 1, tick_s: float = 5.0) -> Policy:
     return base.batch(view, instance)
 
   placed = dataclasses.replace(DISTSERVE, name='replan', batch=batch)
+  if deadlines:
+    placed = with_deadlines(placed, slo)
 
   def resize(view: View) -> dict[int, str]:
     if view.time_s == 0:

@@ -9,7 +9,8 @@ from typing import Any
 from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Slo
 from dsjax.placement.api import SLO
-from dsjax.policies.named import named
+from dsjax.policies.deadlines import with_deadlines
+from dsjax.policies.named import DEADLINES, named
 from dsjax.scheduling.policy import DISTSERVE, Policy
 
 
@@ -29,7 +30,8 @@ def load(text: str, slo: Slo = SLO) -> Policy:
   run.
 
   Args:
-    text: as policies.named takes it, or 'path.py:name'.
+    text: as policies.named takes it, or 'path.py:name', and +deadlines behind
+      it for that order in place of the file's own.
     slo: the objectives that a shipped one is made for.
 
   Raises:
@@ -37,7 +39,8 @@ def load(text: str, slo: Slo = SLO) -> Policy:
   """
   require(text, '--policy', text, 'a name, distserve for the default, or '
           'path.py:name')
-  path, _, name = text.rpartition(':')
+  base = text.removesuffix(DEADLINES)
+  path, _, name = base.rpartition(':')
   if not path.endswith('.py') or not name:
     policy = named(text, slo)
     return policy if policy is DISTSERVE else _loaded(policy, text, slo)
@@ -54,6 +57,7 @@ def load(text: str, slo: Slo = SLO) -> Policy:
     sys.path.remove(folder)
   require(isinstance(policy, Policy), '--policy', text,
           f'the name of a dsjax.Policy in {path}')
+  policy = policy if base == text else with_deadlines(policy, slo)
   return _loaded(policy, text, slo)
 
 

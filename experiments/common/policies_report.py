@@ -44,6 +44,12 @@ def title_of(line: Line) -> tuple[str, ...]:
   return (line.model, line.cluster, line.objective)
 
 
+def shown(policy: str) -> str:
+  """A policy's name where there is little room: path.py:name without the
+  folder."""
+  return policy.rpartition('/')[2]
+
+
 def words(line: Line) -> str:
   """A Line on a line."""
   return (f'{line.model} {line.workload} {line.objective} {line.policy}: '
@@ -90,7 +96,7 @@ def table(lines: Sequence[Line]) -> Table:
       text = f'{goodput:.3g} {line.binds}'
       row.append((f'[bold]{text}[/bold]' if goodput >= best[workload] else text)
                  + f'\n\\[{line.low:.3g}, {line.high:.3g}]')
-    out.add_row(policy, *row)
+    out.add_row(shown(policy), *row)
   return out
 
 
@@ -125,7 +131,7 @@ def draw(out: pathlib.Path, lines: list[Line]) -> None:
     panel.axvline(1.0, color='0.7', linewidth=0.8)
     panel.set_title(f'{model}\n{workload}', fontsize=9)
     panel.set_xlabel('times the best static split', fontsize=8)
-    panel.set_yticks(range(len(names)), names, fontsize=8)
+    panel.set_yticks(range(len(names)), map(shown, names), fontsize=8)
   labelled = {text: handle for panel in axes.flat for handle, text in zip(
       *panel.get_legend_handles_labels(), strict=True)}
   figure.legend(labelled.values(), labelled.keys(), fontsize=8, ncols=3,

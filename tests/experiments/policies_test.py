@@ -3,6 +3,9 @@
 import csv
 import dataclasses
 import functools
+import importlib
+import inspect
+import pickle
 
 import pytest
 from rich.console import Console
@@ -94,6 +97,32 @@ def test_every_shipped_policy_is_measured():
   assert set(policies.VARIANTS) == set(NAMES)
 
 
+def test_every_shipped_policy_has_cells_of_both_orders():
+  asked = {policies.label(cell) for cell in policies.cells(
+      cli.options(policies.FLAGS, lengths='sharegpt'))}
+  assert asked == {f'{name}{end}' for name in NAMES
+                   for end in ('', '+deadlines')} - {'adaptive+deadlines'}
+
+
+def test_a_file_s_policy_has_cells_of_both_orders(tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text('import dataclasses, dsjax\n'
+                  'def last(view, instance, waiting):\n'
+                  '  return waiting[::-1]\n'
+                  'policy = dataclasses.replace(dsjax.DISTSERVE, order=last)\n')
+  for end, order in (('', 'last'), ('+deadlines', 'order')):
+    loaded = policies.policies.load(f'{path}:policy{end}')
+    assert loaded.order and loaded.order.__name__ == order
+    again = pickle.loads(pickle.dumps(loaded))
+    assert again.order.__name__ == order
+  code, text = run(tmp_path / 'out', only=[f'{path}:policy'],
+                   orders=['fifo', 'deadlines'])
+  assert code == 0
+  assert [line['policy'] for line in lines(tmp_path / 'out')] == [
+      f'{path}:policy', f'{path}:policy+deadlines']
+  assert '│ mine.py:policy+deadlines' in text
+
+
 def test_a_load_that_shifts_is_judged_over_whole_periods(tmp_path):
   code, text = run(tmp_path, process='sine:low=1:high=9:period_s=4',
                    only=['static'])
@@ -137,6 +166,15 @@ def test_minutes_end_it_and_what_was_known_is_kept(tmp_path):
   code, text = run(tmp_path, minutes=0.0)
   assert code == 0 and 'Stopped by --minutes' in text
   assert len(lines(tmp_path)) == 1
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_start_of_a_policy_is_tried(name):
+  """Of one that changes roles later, a bad start would count for it."""
+  make = importlib.import_module(f'dsjax.policies.{name}').policy
+  starts = 'prefills' in inspect.signature(make).parameters
+  assert all(('prefills={k}' in text) == starts
+             for text in policies.VARIANTS[name])
 
 
 def test_the_best_variant_counts():
