@@ -52,14 +52,14 @@ def policy(slo: Slo, margin: float = 0.925, tick_s: float = 2.0) -> Policy:
 
   def resize(view: View) -> dict[int, str]:
     known = [i for i in view.may_prefill if i.flips]
-    count = len(known)
-    if count < 2:
+    if (count := len(known)) < 2:
       return {}
     now = sum([i.role == 'prefill' for i in known])
     return better(flexible, slo, view, known, [
         ('chunked',) * count, ('colocated',) * count, *(
             ('prefill',) * n + (others,) * (count - n)
-            for n in range(max(1, now - 1), min(count, now + 2))
+            for n in sorted({1, count // 2, now - 1, now, now + 1})
+            if 0 < n < count
             for others in ('decode', 'chunked'))])
 
   return dataclasses.replace(flexible, name='adaptive', tick_s=tick_s,
@@ -100,10 +100,9 @@ def _per_step(slo: Slo, margin: float) -> Policy:
     alone_s = queue_s(instance) + prefill_s(instance, request)
     if not instance.num_rows:
       return alone_s
-    tpot_s = aim_s(instance)
-    tokens = prompt_tokens(instance, tpot_s)
+    tokens = prompt_tokens(instance, step_s := aim_s(instance))
     steps = (instance.backlog + request.prompt_len) / max(tokens, 0.1)
-    return max(alone_s, steps * tpot_s)
+    return max(alone_s, steps * step_s)
 
   def route(view: View, request: RequestView) -> int:
     return min(view.prefills, key=lambda i: (done_s(i, request), i.index)).index

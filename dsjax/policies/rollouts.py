@@ -2,6 +2,10 @@
 
 The load is rounded to steps of STEP first: so a constant load asks one
 question only, and the answer is a function of the view.
+
+A rollout begins with as many rows as the load has in the long run: to fill an
+empty system with long outputs takes longer than a rollout, and until then
+steps have room for prompts that they will not have.
 """
 
 import dataclasses
@@ -98,18 +102,26 @@ def played(policy: Policy, slo: Slo, configs: tuple[InstanceConfig, ...],
            roles: Roles, least: float) -> Played:
   """What comes of these roles, at LOADED times the load; or of those that
   ended before it was clear that a smaller share than `least` attains."""
-  sent = requests_like(load, slo)
+  sent, rows = requests_like(load, slo)
   fixed = dataclasses.replace(policy, tick_s=ONCE_S, resize=functools.partial(
       _always, tuple(enumerate(roles))))
   longest = max(len(r.prompt) + (r.sampling.max_tokens or 0) for r in sent)
   config = Config(configs, longest, depth=1, policy=fixed)
-  first = len(sent) // 5  # before it the system fills
-  misses_left, scales = (1 - least) * (len(sent) - first), []
+  first = rows + (len(sent) - rows) // 5  # those before it do not count
+  most, scales, ended = (1 - least) * (len(sent) - first), [], set()
+  missed: set[int] = set()
+  due = sorted([(r.arrival_s + slo.ttft_s + slo.tpot_s * (
+      r.sampling.max_tokens or 1), r.id) for r in sent[first:]], reverse=True)
   for record in simulator.stream(config, sent, latencies, link):
+    ended.add(record.id)
     if record.id >= first:
       scales.append(slo_scale(record, slo))
-      misses_left -= scales[-1] > 1
-    if misses_left < 0:
+      if scales[-1] > 1:
+        missed.add(record.id)
+    while due and due[-1][0] < record.finish_s:  # missed, if it still runs
+      if (late := due.pop()[1]) not in ended:
+        missed.add(late)
+    if len(missed) > most:
       break
   hits = sum([scale <= 1 for scale in scales])
   scales.sort()
@@ -123,9 +135,15 @@ def _always(roles: tuple[tuple[int, str], ...], view: View) -> dict[int, str]:
 
 
 @functools.lru_cache(maxsize=64)
-def requests_like(load: Load, slo: Slo) -> list[Request]:
+def requests_like(load: Load, slo: Slo) -> tuple[list[Request], int]:
   """Requests at LOADED times a load's rate, Poisson. Lengths are lognormal:
-  prompts of its mean and 9th decile, outputs of its mean."""
+  prompts of its mean and 9th decile, outputs of its mean.
+
+  Returns:
+    them, and how many of the first are the rows of a system that has served
+    this load for long at its TPOT: what is left of an output that runs at a
+    random time. They come at 0, with prompts of one token.
+  """
   life_s = slo.ttft_s + slo.tpot_s * load.output_len
   rate_per_s = LOADED * load.rate_per_s
   n = int(min(max(LIVES * life_s * load.rate_per_s, LEAST), MOST))
@@ -138,5 +156,11 @@ def requests_like(load: Load, slo: Slo) -> list[Request]:
           (load.prompt_len, min(spread, 1.5), 8 * load.longest),
           (load.output_len, 0.8, 8 * load.output_len))]
   times = np.cumsum(rng.exponential(1 / rate_per_s, n)).tolist()
-  return [Request(i, times[i], range(prompts[i]),
-                  Sampling(max_tokens=outputs[i] + 1)) for i in range(n)]
+  rows = min(int(rate_per_s * slo.tpot_s * load.output_len), MOST)
+  lengths = np.array(outputs)
+  left = (rng.choice(lengths, rows, p=lengths / lengths.sum())
+          * rng.random(rows)).astype(int).tolist()
+  sizes = [(0.0, 1, size) for size in left] + list(
+      zip(times, prompts, outputs, strict=True))
+  return [Request(i, time_s, range(prompt), Sampling(max_tokens=output + 1))
+          for i, (time_s, prompt, output) in enumerate(sizes)], rows
