@@ -28,7 +28,6 @@ from dsjax.scheduling.state import Config
 from dsjax.simulation import simulator
 
 STEP = 1.15
-LOADED = 1.05  # times the load of late
 LIVES = 5  # that a rollout lasts, each as long as objectives allow one
 LEAST, MOST = 200, 800  # requests of it
 GRAIN = 0.05  # of the share that a rollout must beat: so answers are shared
@@ -100,28 +99,31 @@ def better(policy: Policy, slo: Slo, view: View,
 def played(policy: Policy, slo: Slo, configs: tuple[InstanceConfig, ...],
            latencies: tuple[Latency, ...], link: LinkLike, load: Load,
            roles: Roles, least: float) -> Played:
-  """What comes of these roles, at LOADED times the load; or of those that
-  ended before it was clear that a smaller share than `least` attains."""
+  """What comes of these roles under the load; or of those that ended before
+  it was clear that a smaller share than `least` attains."""
   sent, rows = requests_like(load, slo)
   fixed = dataclasses.replace(policy, tick_s=ONCE_S, resize=functools.partial(
       _always, tuple(enumerate(roles))))
   longest = max(len(r.prompt) + (r.sampling.max_tokens or 0) for r in sent)
   config = Config(configs, longest, depth=1, policy=fixed)
   first = rows + (len(sent) - rows) // 5  # those before it do not count
-  most, scales, ended = (1 - least) * (len(sent) - first), [], set()
-  missed: set[int] = set()
+  most_missed = (1 - least) * (len(sent) - first)
   due = sorted([(r.arrival_s + slo.ttft_s + slo.tpot_s * (
       r.sampling.max_tokens or 1), r.id) for r in sent[first:]], reverse=True)
+  scales: list[float] = []
+  ended, missed = set(), set()
   for record in simulator.stream(config, sent, latencies, link):
     ended.add(record.id)
     if record.id >= first:
       scales.append(slo_scale(record, slo))
       if scales[-1] > 1:
         missed.add(record.id)
-    while due and due[-1][0] < record.finish_s:  # missed, if it still runs
-      if (late := due.pop()[1]) not in ended:
-        missed.add(late)
-    if len(missed) > most:
+    now_s = record.finish_s or 0.0
+    while due and due[-1][0] < now_s:
+      _, id = due.pop()
+      if id not in ended:
+        missed.add(id)  # it will
+    if len(missed) > most_missed:
       break
   hits = sum([scale <= 1 for scale in scales])
   scales.sort()
@@ -136,8 +138,8 @@ def _always(roles: tuple[tuple[int, str], ...], view: View) -> dict[int, str]:
 
 @functools.lru_cache(maxsize=64)
 def requests_like(load: Load, slo: Slo) -> tuple[list[Request], int]:
-  """Requests at LOADED times a load's rate, Poisson. Lengths are lognormal:
-  prompts of its mean and 9th decile, outputs of its mean.
+  """Requests at a load's rate, Poisson. Lengths are lognormal: prompts of its
+  mean and 9th decile, outputs of its mean.
 
   Returns:
     them, and how many of the first are the rows of a system that has served
@@ -145,7 +147,6 @@ def requests_like(load: Load, slo: Slo) -> tuple[list[Request], int]:
     random time. They come at 0, with prompts of one token.
   """
   life_s = slo.ttft_s + slo.tpot_s * load.output_len
-  rate_per_s = LOADED * load.rate_per_s
   n = int(min(max(LIVES * life_s * load.rate_per_s, LEAST), MOST))
   rng = np.random.default_rng(0)
   spread = math.log(max(load.longest / load.prompt_len, 1.01)) / 1.28
@@ -155,8 +156,8 @@ def requests_like(load: Load, slo: Slo) -> tuple[list[Request], int]:
       for mean, sigma, most in (
           (load.prompt_len, min(spread, 1.5), 8 * load.longest),
           (load.output_len, 0.8, 8 * load.output_len))]
-  times = np.cumsum(rng.exponential(1 / rate_per_s, n)).tolist()
-  rows = min(int(rate_per_s * slo.tpot_s * load.output_len), MOST)
+  times = np.cumsum(rng.exponential(1 / load.rate_per_s, n)).tolist()
+  rows = min(int(load.rate_per_s * slo.tpot_s * load.output_len), MOST)
   lengths = np.array(outputs)
   left = (rng.choice(lengths, rows, p=lengths / lengths.sum())
           * rng.random(rows)).astype(int).tolist()
