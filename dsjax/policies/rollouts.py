@@ -65,18 +65,19 @@ def better(policy: Policy, slo: Slo, view: View,
   Of those that are equal within TIE, the one that is furthest from missing.
   None change unless it attains more than those of now by NOISE: so nothing
   swings at a constant load. Where those of now attain all but NOISE nothing
-  else is played.
+  else is played. A change is played once more with the load as it is: a step
+  more of two lengths at once is more than the noise of what they are told by.
 
   Args:
     policy: of each step. instances: those that get roles. choices: of them.
   """
   if view.load.rate_per_s <= 0 or view.load.output_len <= 1:
     return {}  # nothing is known
-  play = functools.partial(
+  play_load = functools.partial(
       played, policy, slo, tuple([dataclasses.replace(
           i.config, host_pages=0) for i in instances]),
-      tuple([settled(i.latency) for i in instances]), view.link,
-      rounded(view.load))
+      tuple([settled(i.latency) for i in instances]), view.link)
+  play = functools.partial(play_load, rounded(view.load))
   now = tuple([i.role for i in instances])
   least = play(now, 0.0).share + NOISE  # that is worth a change
   if least >= 1:
@@ -91,6 +92,9 @@ def better(policy: Policy, slo: Slo, view: View,
       least = max(least, outcome.share - TIE)
   best = min([roles for roles in ahead if ahead[roles].share >= least],
              key=lambda roles: ahead[roles].scale, default=now)
+  if best != now and (play_load(view.load, best, 0.0).share
+                      <= play_load(view.load, now, 0.0).share + NOISE):
+    return {}
   return {i.index: role for i, role in zip(instances, best, strict=True)
           if role != i.role}
 
