@@ -65,8 +65,8 @@ def better(policy: Policy, slo: Slo, view: View,
   Of those that are equal within TIE, the one that is furthest from missing.
   None change unless it attains more than those of now by NOISE: so nothing
   swings at a constant load. Where those of now attain all but NOISE nothing
-  else is played. A change is played once more with the load as it is: a step
-  more of two lengths at once is more than the noise of what they are told by.
+  else is played. A change is played once more with the load as it is: where
+  the rate and the lengths are all rounded up, the load is far too high.
 
   Args:
     policy: of each step. instances: those that get roles. choices: of them.
