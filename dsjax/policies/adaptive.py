@@ -42,23 +42,24 @@ SHORT = 0.75  # of TPOT: the longest of short steps. Prompts overtake sooner.
 LEAST = 16  # tokens of an aged prompt in a step: so nothing waits for ever
 
 
-def policy(slo: Slo, margin: float = 0.95, tick_s: float = 2.0) -> Policy:
+def policy(slo: Slo, margin: float = 0.925, tick_s: float = 2.0) -> Policy:
   """Args:
-    margin: share of TPOT that steps are made for.
+    margin: share of what the step of a lone row leaves of TPOT that steps are
+      made for. What varies, and is predicted wrong, are the prompts in it.
     tick_s: seconds between two looks at the roles.
   """
   flexible = _per_step(slo, margin)
 
   def resize(view: View) -> dict[int, str]:
     known = [i for i in view.may_prefill if i.flips]
-    count = len(known)
-    if count < 2:
+    if (count := len(known)) < 2:
       return {}
     now = sum([i.role == 'prefill' for i in known])
     return better(flexible, slo, view, known, [
         ('chunked',) * count, ('colocated',) * count, *(
             ('prefill',) * n + (others,) * (count - n)
-            for n in range(max(1, now - 1), min(count, now + 2))
+            for n in sorted({1, count // 2, now - 1, now, now + 1})
+            if 0 < n < count
             for others in ('decode', 'chunked'))])
 
   return dataclasses.replace(flexible, name='adaptive', tick_s=tick_s,
@@ -67,12 +68,15 @@ def policy(slo: Slo, margin: float = 0.95, tick_s: float = 2.0) -> Policy:
 
 def _per_step(slo: Slo, margin: float) -> Policy:
   """Order, batch, route and hand-off."""
-  tpot_s = margin * slo.tpot_s
+  def aim_s(instance: InstanceView) -> float:
+    """Seconds that steps are made for."""
+    lone_s = instance.latency.decode_s(1, 1) + instance.latency.host_s
+    return slo.tpot_s - (1 - margin) * max(0.0, slo.tpot_s - lone_s)
 
   def allowed_s(view: View, instance: InstanceView) -> float:
     """Seconds that the rows allow a step; one that is late makes up for it
     over CATCH_UP tokens."""
-    now_s = view.time_s
+    now_s, tpot_s = view.time_s, aim_s(instance)
     saved_s = min([(row.first_s or now_s) + row.num_out * tpot_s
                    for row in instance.rows()]) - now_s - tpot_s
     step_s = tpot_s + (saved_s if saved_s > 0 else saved_s / CATCH_UP)
@@ -96,9 +100,9 @@ def _per_step(slo: Slo, margin: float) -> Policy:
     alone_s = queue_s(instance) + prefill_s(instance, request)
     if not instance.num_rows:
       return alone_s
-    tokens = prompt_tokens(instance, tpot_s)
+    tokens = prompt_tokens(instance, step_s := aim_s(instance))
     steps = (instance.backlog + request.prompt_len) / max(tokens, 0.1)
-    return max(alone_s, steps * tpot_s)
+    return max(alone_s, steps * step_s)
 
   def route(view: View, request: RequestView) -> int:
     return min(view.prefills, key=lambda i: (done_s(i, request), i.index)).index
@@ -108,7 +112,8 @@ def _per_step(slo: Slo, margin: float) -> Policy:
              for i in others(view.decodes, avoid)}
     best = min(steps, key=steps.__getitem__)
     home_s = steps.get(request.instance, math.inf)
-    stays = home_s <= max(0.8 * tpot_s, 1.1 * steps[best])
+    stays = home_s <= max(0.8 * aim_s(view.instances[request.instance]),
+                          1.1 * steps[best])
     return request.instance if stays else best
 
   return with_deadlines(dataclasses.replace(

@@ -2,6 +2,10 @@
 
 The load is rounded to steps of STEP first: so a constant load asks one
 question only, and the answer is a function of the view.
+
+A rollout begins with as many rows as the load has in the long run: to fill an
+empty system with long outputs takes longer than a rollout, and until then
+steps have room for prompts that they will not have.
 """
 
 import dataclasses
@@ -24,7 +28,6 @@ from dsjax.scheduling.state import Config
 from dsjax.simulation import simulator
 
 STEP = 1.15
-LOADED = 1.05  # times the load of late
 LIVES = 5  # that a rollout lasts, each as long as objectives allow one
 LEAST, MOST = 200, 800  # requests of it
 GRAIN = 0.05  # of the share that a rollout must beat: so answers are shared
@@ -62,18 +65,19 @@ def better(policy: Policy, slo: Slo, view: View,
   Of those that are equal within TIE, the one that is furthest from missing.
   None change unless it attains more than those of now by NOISE: so nothing
   swings at a constant load. Where those of now attain all but NOISE nothing
-  else is played.
+  else is played. A change is played once more with the load as it is: where
+  the rate and the lengths are all rounded up, the load is far too high.
 
   Args:
     policy: of each step. instances: those that get roles. choices: of them.
   """
   if view.load.rate_per_s <= 0 or view.load.output_len <= 1:
     return {}  # nothing is known
-  play = functools.partial(
+  play_load = functools.partial(
       played, policy, slo, tuple([dataclasses.replace(
           i.config, host_pages=0) for i in instances]),
-      tuple([settled(i.latency) for i in instances]), view.link,
-      rounded(view.load))
+      tuple([settled(i.latency) for i in instances]), view.link)
+  play = functools.partial(play_load, rounded(view.load))
   now = tuple([i.role for i in instances])
   least = play(now, 0.0).share + NOISE  # that is worth a change
   if least >= 1:
@@ -88,6 +92,9 @@ def better(policy: Policy, slo: Slo, view: View,
       least = max(least, outcome.share - TIE)
   best = min([roles for roles in ahead if ahead[roles].share >= least],
              key=lambda roles: ahead[roles].scale, default=now)
+  if best != now and (play_load(view.load, best, 0.0).share
+                      <= play_load(view.load, now, 0.0).share + NOISE):
+    return {}
   return {i.index: role for i, role in zip(instances, best, strict=True)
           if role != i.role}
 
@@ -96,20 +103,31 @@ def better(policy: Policy, slo: Slo, view: View,
 def played(policy: Policy, slo: Slo, configs: tuple[InstanceConfig, ...],
            latencies: tuple[Latency, ...], link: LinkLike, load: Load,
            roles: Roles, least: float) -> Played:
-  """What comes of these roles, at LOADED times the load; or of those that
-  ended before it was clear that a smaller share than `least` attains."""
-  sent = requests_like(load, slo)
+  """What comes of these roles under the load; or of those that ended before
+  it was clear that a smaller share than `least` attains."""
+  sent, rows = requests_like(load, slo)
   fixed = dataclasses.replace(policy, tick_s=ONCE_S, resize=functools.partial(
       _always, tuple(enumerate(roles))))
   longest = max(len(r.prompt) + (r.sampling.max_tokens or 0) for r in sent)
   config = Config(configs, longest, depth=1, policy=fixed)
-  first = len(sent) // 5  # before it the system fills
-  misses_left, scales = (1 - least) * (len(sent) - first), []
+  first = rows + (len(sent) - rows) // 5  # those before it do not count
+  most_missed = (1 - least) * (len(sent) - first)
+  due = sorted([(r.arrival_s + slo.ttft_s + slo.tpot_s * (
+      r.sampling.max_tokens or 1), r.id) for r in sent[first:]], reverse=True)
+  scales: list[float] = []
+  ended, missed = set(), set()
   for record in simulator.stream(config, sent, latencies, link):
+    ended.add(record.id)
     if record.id >= first:
       scales.append(slo_scale(record, slo))
-      misses_left -= scales[-1] > 1
-    if misses_left < 0:
+      if scales[-1] > 1:
+        missed.add(record.id)
+    now_s = record.finish_s or 0.0
+    while due and due[-1][0] < now_s:
+      _, id = due.pop()
+      if id not in ended:
+        missed.add(id)  # it will
+    if len(missed) > most_missed:
       break
   hits = sum([scale <= 1 for scale in scales])
   scales.sort()
@@ -123,11 +141,16 @@ def _always(roles: tuple[tuple[int, str], ...], view: View) -> dict[int, str]:
 
 
 @functools.lru_cache(maxsize=64)
-def requests_like(load: Load, slo: Slo) -> list[Request]:
-  """Requests at LOADED times a load's rate, Poisson. Lengths are lognormal:
-  prompts of its mean and 9th decile, outputs of its mean."""
+def requests_like(load: Load, slo: Slo) -> tuple[list[Request], int]:
+  """Requests at a load's rate, Poisson. Lengths are lognormal: prompts of its
+  mean and 9th decile, outputs of its mean.
+
+  Returns:
+    them, and how many of the first are the rows of a system that has served
+    this load for long at its TPOT: what is left of an output that runs at a
+    random time. They come at 0, with prompts of one token.
+  """
   life_s = slo.ttft_s + slo.tpot_s * load.output_len
-  rate_per_s = LOADED * load.rate_per_s
   n = int(min(max(LIVES * life_s * load.rate_per_s, LEAST), MOST))
   rng = np.random.default_rng(0)
   spread = math.log(max(load.longest / load.prompt_len, 1.01)) / 1.28
@@ -137,6 +160,12 @@ def requests_like(load: Load, slo: Slo) -> list[Request]:
       for mean, sigma, most in (
           (load.prompt_len, min(spread, 1.5), 8 * load.longest),
           (load.output_len, 0.8, 8 * load.output_len))]
-  times = np.cumsum(rng.exponential(1 / rate_per_s, n)).tolist()
-  return [Request(i, times[i], range(prompts[i]),
-                  Sampling(max_tokens=outputs[i] + 1)) for i in range(n)]
+  times = np.cumsum(rng.exponential(1 / load.rate_per_s, n)).tolist()
+  rows = min(int(load.rate_per_s * slo.tpot_s * load.output_len), MOST)
+  lengths = np.array(outputs)
+  left = (rng.choice(lengths, rows, p=lengths / lengths.sum())
+          * rng.random(rows)).astype(int).tolist()
+  sizes = [(0.0, 1, size) for size in left] + list(
+      zip(times, prompts, outputs, strict=True))
+  return [Request(i, time_s, range(prompt), Sampling(max_tokens=output + 1))
+          for i, (time_s, prompt, output) in enumerate(sizes)], rows

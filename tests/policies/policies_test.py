@@ -18,7 +18,7 @@ from dsjax.config.engine import InstanceConfig
 from dsjax.config.placement import Slo
 from dsjax.config.request import Request, Sampling
 from dsjax.placement.api import simulate
-from dsjax.policies import rollouts, static
+from dsjax.policies import adaptive, rollouts, static
 from dsjax.policies.deadlines import with_deadlines
 from dsjax.policies.named import NAMES, named
 from dsjax.policies.roles import leave_prefills
@@ -399,7 +399,7 @@ def late_flips(run, after_s):
     'arrow', 'planner', 'planner:by=reactive', 'replan',
     pytest.param('adaptive', marks=pytest.mark.slow)))
 def test_none_swings_at_a_constant_load(name):
-  assert len(late_flips(served(name, 60, requests=900), 7)) <= 1
+  assert len(late_flips(served(name, 60, requests=900), 12)) <= 1
 
 
 INSTANCE = InstanceConfig('chunked', 500, 16, 4, 2048, 16)
@@ -482,6 +482,57 @@ def test_a_rollout_tells_how_near_its_requests_came():
   light, heavy = (played(('prefill', 'decode'), 0.0, LENGTHS._replace(
       rate_per_s=rate)) for rate in (1.0, 4.0))
   assert light.share == 1 and light.scale < min(1.0, heavy.scale)
+
+
+def test_a_rollout_begins_with_the_rows_of_a_full_system(monkeypatch):
+  """So it tells what comes of a load in the long run, not of its start."""
+  load = Load(7.0, 300.0, 900.0, 300.0)
+  sent, rows = rollouts.requests_like(load, SLO)
+  assert rows == int(7.0 * 300 * SLO.tpot_s) == 46
+  assert {(r.arrival_s, len(r.prompt)) for r in sent[:rows]} == {(0.0, 1)}
+  left, whole = (sum(r.sampling.max_tokens for r in part) / len(part)
+                 for part in (sent[:rows], sent[rows:]))
+  assert 0.6 * whole < left < 1.3 * whole
+  full = played(('chunked',) * 2, 0.0, load)
+  rollouts.played.cache_clear()
+  monkeypatch.setattr(rollouts, 'requests_like',
+                      lambda load, slo: (sent[rows:], 0))
+  assert played(('chunked',) * 2, 0.0, load).share > full.share + 0.03
+
+
+def test_requests_that_run_for_too_long_have_missed_in_a_rollout(monkeypatch):
+  """So one of slow rows ends before they do."""
+  seen = []
+
+  def stream(*args):
+    for record in simulator.stream(*args):
+      seen.append(record.id)
+      yield record
+
+  monkeypatch.setattr(rollouts, 'simulator', types.SimpleNamespace(
+      stream=stream))
+  load = Load(20.0, 300.0, 900.0, 300.0)
+  sent, rows = rollouts.requests_like(load, SLO)
+  counted = (len(sent) - rows) * 4 // 5
+  first = len(sent) - counted
+  assert played(('prefill', 'decode'), 0.5, load).share < 0.5
+  assert sum(id >= first for id in seen) < 0.5 * counted
+
+
+def test_a_change_is_played_with_the_load_as_it_is(monkeypatch):
+  """What is better under the rounded load only is not taken."""
+  now, other = ('chunked',) * 2, ('prefill', 'decode')
+  shares = {(True, now): .8, (True, other): .9, (False, now): .85}
+  for exact, flips in ((.89, False), (.91, True)):
+    known = {**shares, (False, other): exact}
+    monkeypatch.setattr(rollouts, 'played', lambda *args, known=known: (
+        rollouts.Played(known[args[-3] == rounded(args[-3]), args[-2]], .9)))
+    instances = [types.SimpleNamespace(
+        index=index, role='chunked', config=INSTANCE, latency=Paced(STEP))
+        for index in (0, 1)]
+    view = types.SimpleNamespace(load=Load(9.0, 100.0, 300.0, 50.0), link=LINK)
+    answer = rollouts.better(DISTSERVE, SLO, view, instances, [now, other])
+    assert answer == ({0: 'prefill', 1: 'decode'} if flips else {})
 
 
 def test_arrow_fills_a_decode_instance_up_to_its_places():
@@ -724,6 +775,33 @@ def test_late_prompts_of_adaptive_leave_rows_alone():
   rows = [r for r in run.records if r.tpot_s is not None]
   assert sum(r.ttft_s > slo.ttft_s for r in rows) > 0.2 * len(rows)
   assert sum(r.tpot_s <= slo.tpot_s for r in rows) > 0.8 * len(rows)
+
+
+@pytest.mark.parametrize('tpot_s', [0.011, 0.015, 0.03])
+def test_adaptive_keeps_back_a_share_of_what_prompts_may_take(tpot_s):
+  """Not of TPOT: where rows alone take most of it that would be too much."""
+  row = types.SimpleNamespace(first_s=0.0, num_out=1, arrival_s=0.0)
+  instance = types.SimpleNamespace(
+      config=dataclasses.replace(INSTANCE, prefill_tokens=30_000), num_rows=1,
+      turn_rows=1, context=0, role='chunked', rows=lambda: (row,),
+      latency=latency.Affine((0.01, 1e-6, 0.0), (0.01, 0.0, 1e-6),
+                             mixed=(0.01, 1e-6, 0.0, 0.0)))
+  tokens = named('adaptive', Slo(1.0, tpot_s)).batch(
+      types.SimpleNamespace(time_s=0.0), instance).tokens
+  assert 0.9 < tokens * 1e-6 / (tpot_s - 0.01) < 0.93
+
+
+@pytest.mark.parametrize('now, asked', [
+    ('CCCC', '12'), ('PCCC', '12'), ('PPDD', '123'), ('PPPD', '123')])
+def test_adaptive_asks_for_one_prefill_instance_more_or_less_and_for_half(
+    now, asked, monkeypatch):
+  names = {'P': 'prefill', 'D': 'decode', 'C': 'chunked'}
+  monkeypatch.setattr(adaptive, 'better', lambda *args: args[-1])
+  view = types.SimpleNamespace(may_prefill=[types.SimpleNamespace(
+      flips=True, role=names[role]) for role in now])
+  choices = named('adaptive', SLO).resize(view)
+  assert {str(roles.count('prefill')) for roles in choices} == {'0', *asked}
+  assert len(choices) == 2 + 2 * len(asked)
 
 
 def test_adaptive_stays_where_nothing_is_better():
