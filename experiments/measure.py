@@ -432,10 +432,11 @@ def write(out: str | pathlib.Path, profile: profiles.Profile,
   return names
 
 
-def parse_plans(texts: Sequence[str]) -> tuple[Plan, ...]:
+def parse_plans(texts: Sequence[str], field: str = '--plans'
+                ) -> tuple[Plan, ...]:
   """Plans of 'TPxPP' texts. Raises InputError."""
-  plans = tuple(Plan.parse(text, '--plans') for text in texts)
-  require(len(set(plans)) == len(plans), '--plans', texts,
+  plans = tuple(Plan.parse(text, field) for text in texts)
+  require(len(set(plans)) == len(plans), field, texts,
           'different ones')
   return plans
 
@@ -486,7 +487,7 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
           'seconds above 0')
   config = configs.override(profiling.ENGINE, options.set)
   plans = parse_plans(options.plans)
-  further = parse_plans(options.predict) if options.predict else ()
+  further = parse_plans(options.predict, '--predict') if options.predict else ()
   require(options.hardware or not further, '--predict', options.predict,
           'given with --hardware')
   console.print(f'Loading {name}')

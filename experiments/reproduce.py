@@ -72,6 +72,7 @@ def names_of(text: str) -> list[str]:
   for name in names:
     require(name in FIGURES, '--figure', name,
             f"'all', or of {', '.join(FIGURES)}")
+  require(len(set(names)) == len(names), '--figure', text, 'each once')
   return names
 
 

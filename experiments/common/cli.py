@@ -70,9 +70,13 @@ class Flag(NamedTuple):
     else:
       default = list(self.default) if kind is tuple else self.default
       make[kind](name, default, self.help, flag_values=values, **bounds)
-    if kind is list and self.default:
-      flags.register_validator(name, bool, 'must have an item',
-                               flag_values=values)
+    if kind is list:
+      flags.register_validator(
+          name, lambda items: len(set(items)) == len(items),
+          'must have each item once', flag_values=values)
+      if self.default:
+        flags.register_validator(name, bool, 'must have an item',
+                                 flag_values=values)
     if kind is float and self.low is not None:
       flags.register_validator(name, lambda x: x is None or not math.isnan(x),
                                'must be a number', flag_values=values)
@@ -445,9 +449,10 @@ def token_budgets(field: str, texts: list[str], rows: int) -> tuple[int, ...]:
     InputError naming `field`.
   """
   require(texts and all(size.isdecimal() and int(size) > rows
-                        for size in texts), field, ','.join(texts),
-          f'integers above {rows}, the rows that share them')
-  return tuple(sorted(set(map(int, texts))))
+                        for size in texts)
+          and len(set(map(int, texts))) == len(texts), field, ','.join(texts),
+          f'different integers above {rows}, the rows that share them')
+  return tuple(sorted(map(int, texts)))
 
 
 def seeds(texts: list[str]) -> list[int]:
@@ -463,7 +468,7 @@ def seeds(texts: list[str]) -> list[int]:
 
 
 def numbers(field: str, text: str) -> list[float]:
-  """Rising positive numbers of a text with commas.
+  """Different positive numbers of a text with commas, rising.
 
   Raises:
     InputError naming `field`.
@@ -472,6 +477,7 @@ def numbers(field: str, text: str) -> list[float]:
     parsed = [float(part) for part in text.split(',')]
   except ValueError:
     parsed = []
-  require(parsed and all(0 < x < math.inf for x in parsed), field, text,
-          'numbers above 0 with commas between')
-  return sorted(set(parsed))
+  require(parsed and all(0 < x < math.inf for x in parsed)
+          and len(set(parsed)) == len(parsed), field, text,
+          'different numbers above 0 with commas between')
+  return sorted(parsed)

@@ -28,7 +28,7 @@ MODULES = {
         'streaming', 'views'),
     'simulation': ('executors', 'instance', 'simulator'),
 }
-# Types are read of dsjax alone, compiled or not; what else is imported has none.
+# Types are read of all of dsjax, also of what stays plain, and of nothing else.
 CONFIG = '''[mypy]
 follow_imports = skip
 ignore_missing_imports = True
