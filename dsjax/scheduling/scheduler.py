@@ -492,8 +492,11 @@ class Run:
     self.touch(inst.index)
     inst.backlog += seq.stop
     # By arrival: a preempted request keeps its place.
-    seqs = self.seqs
-    bisect.insort(inst.own_queue(), seq.id, key=lambda id: seqs[id].order)
+    queue, seqs = inst.own_queue(), self.seqs
+    if not queue or seqs[queue[-1]].order < seq.order:
+      queue.append(seq.id)
+    else:
+      bisect.insort(queue, seq.id, key=lambda id: seqs[id].order)
     seq.instance = inst.index
 
   def turn_away(self, seq: LiveSeq, reason: str) -> None:
@@ -520,7 +523,8 @@ class Run:
     else:
       if not self.placeable(seq, self.open_decoders, self.decoders):
         return
-      target = next((i for i in self.open_decoders if i.index == to), None)
+      target = (next((i for i in self.open_decoders if i.index == to), None)
+                if to >= 0 else None)
     if seq.stage != 'prefilled':
       self.move(seq, 'prefilled')
     if target is None and not self.open_decoders:
