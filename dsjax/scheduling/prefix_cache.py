@@ -18,7 +18,7 @@ import collections
 import heapq
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, final
 
 import immutables
 
@@ -45,6 +45,7 @@ class Table(dict[int, Any]):
     return self
 
 
+@final
 class Cache(NamedTuple):
   """A pool, and what is kept.
 
