@@ -351,7 +351,7 @@ def _cover(run: Run, inst: LiveInstance, batch: LiveBatch) -> bool:
     short = batch.short()
   if short:
     extend(run, inst, [(batch, id) for id in batch.renew(
-        run.seqs, inst.config.page_size)])
+        run.seqs, inst.page_size)])
   return True
 
 
@@ -399,7 +399,7 @@ def _following(inst: LiveInstance) -> int | None:
 def row_of(inst: LiveInstance, seq: Any, start: int) -> Row:
   """A request's Row: `until` is the first tick that its pages or its limit
   do not cover."""
-  until, last = len(seq.pages) * inst.config.page_size, seq.limit - 1
+  until, last = len(seq.pages) * inst.page_size, seq.limit - 1
   if until > last:
     until = last
   return Row(seq.id, start, until - start, seq.pages)

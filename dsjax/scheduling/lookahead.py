@@ -44,7 +44,7 @@ class Turn:
                'first', 'before', '_ends', '_count')
 
   def __init__(self, run: Run, inst: LiveInstance, index: int):
-    self.index, size = index, inst.config.page_size
+    self.index, size = index, inst.page_size
     batch = inst.batches[index]
     self.tick, self.rows = batch.tick, batch.size
     # A row wants a page when it is due and then every page_size ticks, until
@@ -253,7 +253,7 @@ class Ahead:
     inst, turn, seq = self._inst, self.turns[place], run.own(id)
     batch = inst.batches[turn.index]
     turn.had(number, batch.row_values())
-    self._give(seq, page_pool.pages_for(seq.limit - 1, inst.config.page_size)
+    self._give(seq, page_pool.pages_for(seq.limit - 1, inst.page_size)
                - len(seq.pages))
     batches.part(run, inst, batch, id)
 
@@ -265,7 +265,7 @@ class Ahead:
   def close(self, run: Run, index: int) -> None:
     """Ends at what was followed: rows get their pages, and the commands in
     flight are others."""
-    inst, count, size = self._inst, self._issued, self._inst.config.page_size
+    inst, count, size = self._inst, self._issued, self._inst.page_size
     turns, inflight = self.turns, inst.inflight
     inst.asleep = None
     if not count:

@@ -39,7 +39,7 @@ def follow(run: Run, inst: LiveInstance, chunks: Iterable[Chunk]) -> None:
     if (chunk.last or seq.stop < seq.prompt_len or seq.sent < 0
         or not (seq.target_pages or _reserve(run, inst, seq))):
       continue
-    sizes = inst.config.page_size, run.instances[seq.target].config.page_size
+    sizes = inst.page_size, run.instances[seq.target].page_size
     unit = math.lcm(*sizes)
     stop, sent = chunk.stop // unit * unit, seq.sent
     if stop > seq.hit + sent:
@@ -88,7 +88,7 @@ def copy(run: Run, seq: LiveSeq, hit: int, sent: int, stop: int,
 def _pages(pages: tuple[int, ...], inst: LiveInstance, start: int, stop: int
            ) -> tuple[int, ...]:
   """Those of tokens [start, stop): there may be room for tokens to come."""
-  size = inst.config.page_size
+  size = inst.page_size
   return pages[start // size:page_pool.pages_for(stop, size)]
 
 

@@ -23,6 +23,7 @@ waits for its end here as there).
 import bisect
 import collections
 import heapq
+import itertools
 import operator
 from collections.abc import Iterable, Sequence
 
@@ -344,8 +345,9 @@ class Alone:
     flight, turns = told.flight, len(told.turns)
     # Steps that a turn issues from a command on.
     rest = [0] * (count + turns)
-    for n in range(count - 1, -1, -1):
-      rest[n] = told.steps[n] + rest[n + turns]
+    for place in range(turns):
+      rest[place:count:turns] = list(itertools.accumulate(
+          told.steps[place:count:turns][::-1]))[::-1]
     issued = [(turn.first, rest[n], due[n][-1])
               for n, turn in enumerate(told.turns[:count])]
     joined = []
