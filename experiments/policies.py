@@ -414,4 +414,4 @@ def measure_all(options: Any, console: Any, effort: Effort, asked: list[Cell],
 
 
 if __name__ == '__main__':
-  cli.main(run, FLAGS)
+  cli.main(run, FLAGS, simulates=True)

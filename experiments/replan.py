@@ -305,4 +305,4 @@ def run(options: Any, console: Console) -> int:
 
 
 if __name__ == '__main__':
-  cli.main(run, FLAGS)
+  cli.main(run, FLAGS, simulates=True)

@@ -156,4 +156,4 @@ def run(values: types.SimpleNamespace, console: Console) -> int:
 
 
 if __name__ == '__main__':
-  cli.main(run, FLAGS)
+  cli.main(run, FLAGS, simulates=True)

@@ -325,4 +325,4 @@ def _save(options, latencies, out, done, shown, kind, stopped, traces,
 
 
 if __name__ == '__main__':
-  cli.main(run, FLAGS)
+  cli.main(run, FLAGS, simulates=True)

@@ -10,6 +10,7 @@ left (`| head`), it goes on, and writes its files.
 
 import contextlib
 import functools
+import gc
 import io
 import math
 import os
@@ -34,6 +35,7 @@ from dsjax.scheduling.policy import PolicyError
 from dsjax.simulation import profiles
 from dsjax.workload import traffic
 from experiments.common import overrides
+from experiments.fast import finder
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -274,7 +276,8 @@ def _flush():
 
 
 def main(run: Callable[[Any, Console], int | None], defined: dict[str, Any],
-         config: Any = None, verbosity: int = logging.WARNING) -> None:
+         config: Any = None, verbosity: int = logging.WARNING,
+         simulates: bool = False) -> None:
   """Runs a program: run(options, console) returns its exit code, or None.
 
   Args:
@@ -282,7 +285,11 @@ def main(run: Callable[[Any, Console], int | None], defined: dict[str, Any],
     config: None, or the dataclass whose fields --set changes; --help lists
       them.
     verbosity: of absl's logging, unless the command line asks for more.
+    simulates: it does nothing else; garbage is looked for seldom then: of
+      cycles a simulation makes none, and a server would wait for long.
   """
+  if simulates:
+    gc.set_threshold(finder.OBJECTS)
   sys.unraisablehook = _not_raised
   for name, value in defined.items():
     _flag(name, value).define(name, flags.FLAGS)

@@ -234,6 +234,17 @@ def test_what_is_asked_for_twice_is_told(runner, given):
     module.run(cli.parse(module.FLAGS, given), Console(quiet=True))
 
 
+@pytest.mark.parametrize('simulates, count', [(True, 500_000), (False, 700)])
+def test_garbage_is_looked_for_seldom_where_all_is_simulated(
+    simulates, count):
+  done = subprocess.run(
+      [sys.executable, '-c', 'import gc\nfrom experiments.common import cli\n'
+       'def run(options, console):\n  print(gc.get_threshold()[0])\n'
+       f'cli.main(run, {{}}, simulates={simulates})'],
+      capture_output=True, text=True, timeout=120)
+  assert (done.returncode, done.stdout) == (0, f'{count}\n'), done.stderr
+
+
 def test_an_extra_that_is_missing_is_one_line(capsys):
   with pytest.raises(SystemExit) as ended, extras.needs('serve'):
     importlib.import_module('no_such_package')
