@@ -277,7 +277,7 @@ class Alone:
     if len(instance.due) == 1:
       self.expect(index, command.number, times)
 
-  def expect(self, index: int, number: int, times: Sequence[float]) -> None:
+  def expect(self, index: int, number: int, times: list[float]) -> None:
     """Puts an instance's next completion to be seen on the heap."""
     instance = self.instances[index]
     instance.serial += 1
@@ -385,7 +385,7 @@ class _QuietRun:
   def __init__(self, instance: VirtualInstance, live: LiveInstance,
                told: Ahead) -> None:
     self.told, self.is_over = told, False
-    self.due: list[Sequence[float]] = [times for _, times, _ in instance.due]
+    self.due: list[list[float]] = [times for _, times, _ in instance.due]
     self.done = 0
     self.free_s, self.busy_s = [instance.free_s], [instance.busy_s]
     self.token_s = [instance.after(0.0, live.batches[turn.index].rows.values())
