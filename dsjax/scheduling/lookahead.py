@@ -160,9 +160,9 @@ class Ahead:
     with one that was in flight."""
     return self.ending + [(n, id) for n, _, id in self.left]
 
-  def tell(self, ask: bool = False) -> bool:
-    """Tells another command; False where there is something to decide. ask:
-    tells none, only whether there is one."""
+  def tell(self, ask: bool = False) -> int:
+    """Tells another command: its steps, 0 where there is something to decide.
+    ask: tells none, only whether there is one."""
     if self.stirred:
       self.look()
     number, turns = len(self.steps), self.turns
@@ -172,13 +172,13 @@ class Ahead:
     size = len(due)
     want = due[tick % size] - turn.full
     if end < 0 or want > self._free or number >= MOST:
-      return False
+      return 0
     steps, most = 1, self._most
     while steps < most and tick + steps < end and not due[
         (tick + steps) % size]:
       steps += 1
     if ask or not self._may_end and tick + steps >= end:
-      return self._may_end or tick + steps < end
+      return steps if self._may_end or tick + steps < end else 0
     turn.full = 0
     self._free -= want
     self.steps.append(steps)
@@ -190,7 +190,7 @@ class Ahead:
     while turn.end == turn.tick:
       self.left.append((number, place, turn.leave()))
       self.ended.append(number)
-    return True
+    return steps
 
   def join(self, run: Run, seq: LiveSeq) -> bool:
     """A request becomes a row, from the next command on; False: not in this

@@ -73,13 +73,12 @@ from dsjax.scheduling.state import (
   check,
   idle,
   init,
-  longest,
   never_fits,
 )
 
 __all__ = ('RUN_AHEAD', 'Batch', 'Config', 'ImpossibleEvent', 'Instance',
-           'Run', 'Seq', 'State', 'check', 'idle', 'init', 'longest',
-           'never_fits', 'step')
+           'Run', 'Seq', 'State', 'check', 'idle', 'init', 'never_fits',
+           'step')
 
 
 def step(config: Config, state: State, event: Event

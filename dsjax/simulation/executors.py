@@ -396,19 +396,20 @@ class _QuietRun:
     """Completes what is due before `bound`; whether that was all."""
     due, told, free_s, busy_s = self.due, self.told, self.free_s, self.busy_s
     host_s, count, token_s = instance.host_s, len(told.turns), self.token_s
-    n, steps, until_s = self.done, told.steps, bound[0]
+    n, until_s = self.done, bound[0]
     while True:
       now_s = due[n][-1]
       if now_s >= until_s and bound < (now_s, STEP, index):
         self.done = n
         return False
-      if not told.tell():
+      steps = told.tell()
+      if not steps:
         self.done, self.is_over = n, True
         return True
       place, ready_s = n % count, now_s + host_s
       if token_s[place] > ready_s:
         ready_s = token_s[place]
-      times = instance.same_rows(ready_s, told.rows, told.context, steps[n])
+      times = instance.same_rows(ready_s, told.rows, told.context, steps)
       if count > 1 or instance.is_pipelined:
         token_s[place] = times[-1]
       due.append(times)
