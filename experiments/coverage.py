@@ -14,9 +14,10 @@ intervals of one seed call the wrong one of two placements the better.
 
 It prints a table and writes coverage.csv (problem, seed, low, high, truth_low,
 truth_high, covered), verdicts.csv and coverage.json, as it goes. It takes over
-an hour on two cores; --minutes ends it earlier, and Ctrl-C does, with what is
-known. The same command goes on where one was ended: what its folder holds is
-kept.
+an hour on two cores; --minutes ends it earlier, after the run or interval that
+is being measured then, and Ctrl-C does at once, with what is known. The same
+command goes on where one was ended, in the middle of a truth too: what its
+folder holds is kept.
 Columns: goodput, requests/s; covered, of how many seeds, and above and below,
 the intervals that lie wholly there; width, the middle one's, as a share of the
 goodput. Exit codes: 0; 2 for bad input; 130 by Ctrl-C.
@@ -31,8 +32,8 @@ import pathlib
 import statistics
 import time
 import types
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -78,7 +79,7 @@ FLAGS = {
     'truth_requests': cli.Flag(10000, 'Of each of them.', low=100),
     'requests': cli.Flag(200, 'As experiments.place --requests.', low=20),
     'tolerance': cli.Flag(0.1, 'As experiments.place --tolerance.'),
-    'minutes': cli.Flag(600.0, 'At most, for the intervals.', low=0.0),
+    'minutes': cli.Flag(600.0, 'At most, for truths and intervals.', low=0.0),
     'processes': cli.Flag(os.cpu_count() or 1, 'Beside each other.', low=1),
     'out': None,
 }
@@ -213,15 +214,40 @@ def signs(intervals: Iterable[Interval]) -> list[Sign]:
 
 
 class Measured(NamedTuple):
-  """truths: {problem: (goodput, low, high)}. stopped: by what, '' if by
-  nothing: Ctrl-C or --minutes."""
+  """truths: {problem: (goodput, low, high)}. begun: of those that are not
+  known yet, {problem: {rate: shares of its long runs so far}}, the rate that
+  it began at first. stopped: by what, '' if by nothing: Ctrl-C or --minutes.
+  """
 
   truths: dict[str, tuple[float, float, float]]
   intervals: list[Interval]
+  begun: dict[str, dict[float, list[float]]]
   stopped: str = ''
 
 
 Keep = Callable[[Measured], None]
+
+
+class TimeIsUp(Exception):
+  """The minutes are over."""
+
+
+def in_time(map: Callable[..., Iterable], clock: Callable[[], float],
+            seconds: float) -> Callable[..., Iterator]:
+  """A map whose answers end with TimeIsUp; one of all its calls is given at
+  least, so that every command comes further."""
+  end_s, spent = clock() + seconds, False
+
+  def answers(function: Callable[[Any], Any], tasks: Sequence) -> Iterator:
+    nonlocal spent
+    answered = None
+    for _ in tasks:
+      if spent and clock() > end_s:
+        raise TimeIsUp
+      spent, answered = True, answered or iter(map(function, tasks))
+      yield next(answered)
+
+  return answers
 
 
 def measure(options: types.SimpleNamespace, known: Measured, keep: Keep,
@@ -231,40 +257,49 @@ def measure(options: types.SimpleNamespace, known: Measured, keep: Keep,
 
   known: what is not measured again. keep: called with each that is.
   """
-  measured = Measured(dict(known.truths), list(known.intervals))
-  end_s = clock() + 60 * options.minutes
+  measured = Measured(dict(known.truths), list(known.intervals), {
+      name: {rate: list(shares) for rate, shares in rates.items()}
+      for name, rates in known.begun.items()})
+  answers = in_time(map, clock, 60 * options.minutes)
+  interval = functools.partial(estimate, options.requests, options.tolerance)
   names = [name for name in options.problems if name not in measured.truths]
   line = bar.add_task('truth', total=len(names), more='')
   try:
     for name in names:
       bar.update(line, more=name)
-      guess = estimate(options.requests, options.tolerance, (name, TRUTH_SEED))
+      rates = measured.begun.setdefault(name, {})
+      if not rates:
+        guess, = answers(interval, [(name, TRUTH_SEED)])
+        rates[guess.rate_per_s] = []
 
-      def shares_at(rate_per_s, name=name):
-        return list(map(
+      def shares_at(rate_per_s, name=name, rates=rates):
+        shares = rates.setdefault(rate_per_s, [])
+        for each in answers(
             functools.partial(share, options.truth_requests),
             [(name, rate_per_s, TRUTH_SEED + i)
-             for i in range(options.truth_seeds)]))
+             for i in range(len(shares), options.truth_seeds)]):
+          shares.append(each)
+          keep(measured)
+        return shares
 
       measured.truths[name] = truth(shares_at, PROBLEMS[name].target,
-                                 guess.rate_per_s)
+                                    next(iter(rates)))
+      del measured.begun[name]
       keep(measured)
       bar.advance(line)
     told = {(line.problem, line.seed) for line in measured.intervals}
     tasks = [(name, seed) for seed in range(options.seeds)
              for name in options.problems if (name, seed) not in told]
     line = bar.add_task('intervals', total=len(tasks), more='')
-    answers = map(functools.partial(
-        estimate, options.requests, options.tolerance), tasks)
-    for left, ((name, seed), answer) in enumerate(
-        zip(tasks, answers, strict=True), 1 - len(tasks)):
+    for (name, seed), answer in zip(tasks, answers(interval, tasks),
+                                    strict=True):
       measured.intervals.append(Interval(
           name, seed, answer.low_per_s, answer.high_per_s,
           *measured.truths[name][1:]))
       keep(measured)
       bar.advance(line)
-      if left and clock() > end_s:
-        return measured._replace(stopped='--minutes')
+  except TimeIsUp:
+    return measured._replace(stopped='--minutes')
   except KeyboardInterrupt:
     return measured._replace(stopped='Ctrl-C')
   return measured
@@ -314,7 +349,9 @@ def save(out: pathlib.Path, options: types.SimpleNamespace,
         (*line, int(getattr(line, last))) for line in lines])
   provenance.save_json(
       out / 'coverage.json',
-      {'truths': measured.truths, 'stopped': measured.stopped},
+      {'truths': measured.truths, 'stopped': measured.stopped,
+       'begun': {name: list(rates.items())
+                 for name, rates in measured.begun.items()}},
       cli.asked(options, FLAGS), ['sharegpt', 'published'])
 
 
@@ -325,7 +362,7 @@ def read(out: pathlib.Path, options: types.SimpleNamespace) -> Measured:
     InputError: it was measured in another way, or the files are others.
   """
   if not (out / 'coverage.json').exists():
-    return Measured({}, [])
+    return Measured({}, [], {})
   try:
     written = json.loads((out / 'coverage.json').read_text())
     before = written['made_by']['options']
@@ -336,13 +373,16 @@ def read(out: pathlib.Path, options: types.SimpleNamespace) -> Measured:
                for line in csv.DictReader(file)]
     truths = {name: (float(rate), float(low), float(high))
               for name, (rate, low, high) in written['truths'].items()}
+    begun = {name: {float(rate): [float(each) for each in shares]
+                    for rate, shares in rates}
+             for name, rates in written.get('begun', {}).items()}
   except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
     raise InputError(f'--out={out}: its coverage.json and coverage.csv cannot '
                      f'be gone on from: {error!r}') from error
   for name, value in zip(SAME, asked, strict=True):
     require(value == getattr(options, name), f'--{name}',
             getattr(options, name), f'{value}, as in {out}, or another --out')
-  known = {*truths} | {line.problem for line in lines}
+  known = {*truths, *begun} | {line.problem for line in lines}
   require(known <= {*PROBLEMS}, f'{out}: problem', sorted(known),
           f'of {list(PROBLEMS)}')
   for line in lines:
@@ -352,7 +392,7 @@ def read(out: pathlib.Path, options: types.SimpleNamespace) -> Measured:
             'the truth of coverage.json, as the same run wrote both')
   require(len({line[:2] for line in lines}) == len(lines),
           f'{out}/coverage.csv: lines', len(lines), 'of a seed each')
-  return Measured(truths, lines)
+  return Measured(truths, lines, begun)
 
 
 def run(options: types.SimpleNamespace, console: Console) -> int:
@@ -366,7 +406,7 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
                  TextColumn('{task.completed}/{task.total} '
                             '{task.fields[more]}'),
                  TimeElapsedColumn(), console=console, transient=True)
-  known, keep = Measured({}, []), lambda measured: None
+  known, keep = Measured({}, [], {}), lambda measured: None
   if options.out:
     out = pathlib.Path(options.out)
     known, keep = read(out, options), functools.partial(save, out, options)
@@ -391,4 +431,4 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
 
 
 if __name__ == '__main__':
-  cli.main(run, FLAGS)
+  cli.main(run, FLAGS, simulates=True)

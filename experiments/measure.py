@@ -27,7 +27,8 @@ run that this placement served, on any engine: arrival, tokens of prompt and
 output, times of the first and the last token, under the names that load
 generators give them (dsjax.workload.served), CSV or JSON lines. --model is a
 name of dsjax.config.zoo; --hardware, --memory_gb, --batch_tokens and
---max_seqs say what the engine had. The last 30 % of the requests are held out.
+--max_seqs say what the engine had, --weights and --kv how it stored numbers
+(of a file of steps too). The last 30 % of the requests are held out.
 
 Files in --out: latency-DEVICE-MODEL.json (dsjax.simulation.profiles.load reads
 it), cells-DEVICE-MODEL.jsonl (every cell, measured and fitted),
@@ -84,6 +85,9 @@ from experiments.common import (
 from experiments.common import overrides as configs
 
 MOST = 10**12  # of a number in a CSV, and of 1 / seconds
+# Bytes of a number, by its name in --weights and --kv.
+BYTES = {'float32': 4.0, 'float16': 2.0, 'bfloat16': 2.0, 'fp8': 1.0,
+         'fp8_static': 1.0, 'int8': 1.0, 'int4': 0.5}
 FEWEST = 3  # sizes of a kind of step, to know how time grows with them
 FLAGS = {
     'model': cli.Flag('smollm2-135m-instruct', 'See dsjax.load.'),
@@ -94,8 +98,8 @@ FLAGS = {
     'engine': cli.Flag('vllm', 'Whose operators, with aiconfigurator:GPU.',
                        choices=tuple(operators.ENGINES)),
     'version': cli.Flag('current', 'Of that engine.'),
-    'weights': cli.Flag('bfloat16', 'As they are stored there, such as '
-                        'fp8_static.'),
+    'weights': cli.Flag('bfloat16', 'As they are stored where --from was '
+                        'measured, such as fp8_static.'),
     'kv': cli.Flag('bfloat16', 'As it is stored there, such as fp8.'),
     'tables': cli.Flag('', 'A folder of other tables of that package.'),
     'placement': cli.Flag('', 'That served the requests of --from.'),
@@ -164,6 +168,18 @@ def read_cells(path: str | pathlib.Path) -> dict[Plan, list[fitting.Cell]]:
         ((0, tokens),) if tokens else (), batch, context, seconds))
   require(cells, f'{path}: rows', 0, 'at least one')
   return cells
+
+
+def stored(options: types.SimpleNamespace) -> tuple[float, float]:
+  """Bytes of a weight and of a number of KV, as --weights and --kv say.
+
+  Raises:
+    InputError: a name that is not known.
+  """
+  for flag in ('weights', 'kv'):
+    name = getattr(options, flag)
+    require(name in BYTES, f'--{flag}', name, f'one of {list(BYTES)}')
+  return BYTES[options.weights], BYTES[options.kv]
 
 
 def fit_file(path: str | pathlib.Path, model: str, device: str
@@ -432,10 +448,11 @@ def write(out: str | pathlib.Path, profile: profiles.Profile,
   return names
 
 
-def parse_plans(texts: Sequence[str]) -> tuple[Plan, ...]:
+def parse_plans(texts: Sequence[str], field: str = '--plans'
+                ) -> tuple[Plan, ...]:
   """Plans of 'TPxPP' texts. Raises InputError."""
-  plans = tuple(Plan.parse(text, '--plans') for text in texts)
-  require(len(set(plans)) == len(plans), '--plans', texts,
+  plans = tuple(Plan.parse(text, field) for text in texts)
+  require(len(set(plans)) == len(plans), field, texts,
           'different ones')
   return plans
 
@@ -465,7 +482,8 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
   if options.placement:
     require(path and not path.startswith(operators.START), '--from', path,
             'a file of requests, with --placement')
-    return served.run(options, console, path, cli.asked(options, FLAGS))
+    return served.run(options, console, path, stored(options),
+                      cli.asked(options, FLAGS))
   if path:
     require(not options.predict, '--predict', options.predict,
             'left out with --from')
@@ -473,7 +491,10 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
       profile, cells = sum_operators(options, console,
                                      path.removeprefix(operators.START))
     else:
+      weight, kv = stored(options)
       profile, cells = fit_file(path, name, options.hardware or 'own')
+      profile = dataclasses.replace(profile, bytes_per_weight=weight,
+                                    bytes_per_kv=kv)
       for plan, model in profile.latencies.items():
         console.print(f'plan {plan}')
         warn_of_few(console, plan, cells[plan])
@@ -486,7 +507,7 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
           'seconds above 0')
   config = configs.override(profiling.ENGINE, options.set)
   plans = parse_plans(options.plans)
-  further = parse_plans(options.predict) if options.predict else ()
+  further = parse_plans(options.predict, '--predict') if options.predict else ()
   require(options.hardware or not further, '--predict', options.predict,
           'given with --hardware')
   cluster = cli.cluster_of(options)

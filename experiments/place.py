@@ -295,4 +295,4 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
 
 
 if __name__ == '__main__':
-  cli.main(run, FLAGS)
+  cli.main(run, FLAGS, simulates=True)

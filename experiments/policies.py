@@ -291,9 +291,18 @@ def _goodput(problem: candidates.SearchProblem, task: judging.Task
 
 
 def workloads(options: Any) -> tuple[dict[str, str], list[str]]:
-  """({workload: its lengths}, the traces that are not there)."""
+  """({workload: its lengths}, the traces that are not there).
+
+  Raises:
+    InputError: two workloads have the same name.
+  """
   there, absent = {}, []
-  for name in options.lengths.split(','):
+  names = options.lengths.split(',')
+  called = [name if name in TRACES else pathlib.Path(name).stem
+            for name in names]
+  require(len(set(called)) == len(called), '--lengths', options.lengths,
+          'workloads of different names')
+  for name in names:
     if name not in TRACES:
       there[pathlib.Path(name).stem] = name
       continue
@@ -405,4 +414,4 @@ def measure_all(options: Any, console: Any, effort: Effort, asked: list[Cell],
 
 
 if __name__ == '__main__':
-  cli.main(run, FLAGS)
+  cli.main(run, FLAGS, simulates=True)

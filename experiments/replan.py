@@ -267,8 +267,10 @@ def run(options: Any, console: Console) -> int:
   require(options.policies, '--policies', '', 'at least one')
   for text in options.policies:
     policies.load(text.replace('{k}', '1'))  # a bad one is said before a run
-  asked = list(dict.fromkeys(itertools.product(
-      options.policies, map(factor, options.predicted))))
+  factors = [factor(text) for text in options.predicted]
+  require(len(set(factors)) == len(factors), '--predicted',
+          ','.join(options.predicted), 'different numbers')
+  asked = list(itertools.product(options.policies, factors))
   require(options.warmup_s < options.seconds, '--warmup_s', options.warmup_s,
           f'below --seconds={options.seconds:g}')
   runs, stopped = [], False
@@ -303,4 +305,4 @@ def run(options: Any, console: Console) -> int:
 
 
 if __name__ == '__main__':
-  cli.main(run, FLAGS)
+  cli.main(run, FLAGS, simulates=True)

@@ -72,6 +72,7 @@ def names_of(text: str) -> list[str]:
   for name in names:
     require(name in FIGURES, '--figure', name,
             f"'all', or of {', '.join(FIGURES)}")
+  require(len(set(names)) == len(names), '--figure', text, 'each once')
   return names
 
 
@@ -155,4 +156,4 @@ def run(values: types.SimpleNamespace, console: Console) -> int:
 
 
 if __name__ == '__main__':
-  cli.main(run, FLAGS)
+  cli.main(run, FLAGS, simulates=True)

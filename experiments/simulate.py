@@ -36,7 +36,6 @@ timeline.json (for ui.perfetto.dev) and events-NAME.jsonl, which replays.
 """
 
 import csv
-import dataclasses
 import math
 import pathlib
 import re
@@ -96,6 +95,7 @@ FLAGS = {
     'requests': cli.Flag(400, 'Simulated at each point.', low=20),
     'seeds': cli.Flag(['0'], 'Of workloads: every point is simulated with '
                       'each; with commas between.'),
+    'processes': cli.Flag(1, 'Beside each other.', low=1),
     'timeline': cli.Flag(False, 'Write timelines and event logs.'),
     'out': None,
 }
@@ -243,30 +243,37 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
     out.mkdir(parents=True, exist_ok=True)
   latencies = clusters.latencies(cluster, options.latency)
   traces = Traces(out, options, latencies) if out and options.timeline else None
+  asked = [task for (policy, seed), each in problems.items()
+           for task in sweep.tasks(
+               options, each, placements, varied, kind, bool(traces),
+               (f' under {policy}' if policy else '') + (
+                   f' seed {seed}' if len(drawn) > 1 else ''),
+               {'policy': policy, 'seed': seed})]
   done, stopped = [], False
   with terminal.Interrupts() as interrupts, Progress(
       console=console, transient=True) as progress:
     try:
-      for (policy, seed), asked in problems.items():
-        label = (f' under {policy}' if policy else '') + (
-            f' seed {seed}' if len(drawn) > 1 else '')
-        for point in sweep.simulate(
-            options, asked, placements, varied, kind, progress,
-            interrupts.halt, traces.save if traces else None, label):
-          done.append(dataclasses.replace(point, policy=policy, seed=seed))
+      for task, answer in sweep.simulate_all(
+          asked, min(options.processes, len(asked)), progress,
+          interrupts.halt):
+        if traces:
+          for name, config, log in answer.logs:
+            traces.save(name, task.placement, config, log)
+        for point in answer.points:
+          done.append(point)
           if not console.is_terminal:
             where = sweep_report.where(point, kind)
             console.print(
-                f'{point.placement}{label}'
+                f'{point.placement}{task.label}'
                 f'{"" if where == "at once" else " at"} {where}: '
                 f'{point.summary.attainment[0]:.0%} met both')
     except KeyboardInterrupt:
       stopped = True
   shown = sweep.by_system(done, kind)
-  asked = next(iter(problems.values()))
+  first = next(iter(problems.values()))
   _show(console, shown, kind, options.target,
-        getattr(asked.workload, 'phases', None))
-  for words in filter(None, (note(asked), *(
+        getattr(first.workload, 'phases', None))
+  for words in filter(None, (note(first), *(
       profiles.caveat(each) for each in latencies if isinstance(each, str)))):
     console.print(words, soft_wrap=True)
   if stopped:
@@ -318,4 +325,4 @@ def _save(options, latencies, out, done, shown, kind, stopped, traces,
 
 
 if __name__ == '__main__':
-  cli.main(run, FLAGS)
+  cli.main(run, FLAGS, simulates=True)

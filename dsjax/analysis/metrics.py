@@ -8,6 +8,7 @@ that their client cancelled are left out.
 
 import collections
 import dataclasses
+import itertools
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -26,7 +27,7 @@ _LEAST_BATCH = 20  # requests
 _Z = 1.959964
 
 
-def percentiles(values: Sequence[float],
+def percentiles(values: Sequence[float] | np.ndarray,
                 quantiles: Sequence[float] = QUANTILES) -> tuple[float, ...]:
   """Percentiles by linear interpolation; nan of no values.
 
@@ -206,6 +207,16 @@ def _mean(values):
   return sum(values) / len(values) if values else math.nan
 
 
+def _gaps(times: Sequence[Sequence[float]]) -> np.ndarray:
+  """Between successive tokens, of all requests; times: of a token or more of
+  each."""
+  counts = [len(each) for each in times]
+  gaps = np.diff(np.fromiter(itertools.chain.from_iterable(times), float,
+                             sum(counts)))
+  # From the last token of a request to the first of the next is none.
+  return np.delete(gaps, np.cumsum(counts, dtype=int)[:-1] - 1)
+
+
 def summarize(records: Sequence[Record], slo: Slo, num_devices: int,
               warmup_s: float = 0.0) -> Summary:
   """Summary of a run.
@@ -243,7 +254,7 @@ def summarize(records: Sequence[Record], slo: Slo, num_devices: int,
       ttft_s=percentiles([r.token_s[0] - r.arrival_s for r in seen]),
       tpot_s=percentiles([r.tpot_s or 0.0 for r in seen
                           if len(r.token_s) > 1]),
-      itl_s=percentiles([gap for r in seen for gap in r.itl_s]),
+      itl_s=percentiles(_gaps([r.token_s for r in seen])),
       second_s=percentiles([r.token_s[1] - r.token_s[0] for r in seen
                             if len(r.token_s) > 1]),
       attainment=interval(hits),

@@ -169,11 +169,15 @@ class Recorder:
               for rows, steps, now_s in turns]
     for _, chain, _ in pending:
       self._shed(chain)
-    issued = itertools.cycle([((), chain, 0) for chain in chains])
-    pending.extend(itertools.islice(issued, len(done)))
-    for steps_s in done:
+    count, flight, turn_count = len(done), len(pending), len(chains)
+    for steps_s in done[:flight]:
       pending.popleft()[1].times.extend(steps_s)
-    self._newest[instance] += len(done)
+    for place, chain in enumerate(chains):  # of those that were never in flight
+      chain.times.extend(itertools.chain.from_iterable(
+          done[flight + place::turn_count]))
+    pending.extend([((), chains[n % turn_count], 0)
+                    for n in range(max(count - flight, 0), count)])
+    self._newest[instance] += count
     for turn, id, after, now_s in joined:
       chain, life = chains[turn], self._live[id]
       self._join(life, instance, chain, now_s, after)

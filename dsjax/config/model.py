@@ -205,6 +205,6 @@ class ModelConfig:
     rotates = self.rotated[layer] if self.rotated else True
     return self.window(layer), rotates and self.positions == 'rope'
 
-  def kv_bytes_per_token(self, itemsize: int = 4) -> int:
+  def kv_bytes_per_token(self, itemsize: float = 4) -> float:
     """Bytes of keys and values one token keeps over all layers."""
     return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize

@@ -27,7 +27,6 @@ from dsjax.http.service import Limits, Service, too_long
 from dsjax.runtime import prompts
 from dsjax.runtime.orchestrator_thread import Call, Gone
 from dsjax.runtime.output import joined
-from dsjax.scheduling import scheduler
 
 LOG = logging.getLogger(__name__)
 LONG_TEXT = 2000  # characters; a longer one is tokenized beside the loop
@@ -99,7 +98,7 @@ class Completions:
     server = self.service.started()
     prompts_ids = [await self.ids(p, body.template_options)
                    for p in body.prompts]
-    context = scheduler.longest(server.scheduler_config)
+    context = server.scheduler_config.longest
     seed = secrets.randbits(32) if body.seed is None else body.seed
     wanted = [(ids, sampling) for ids in prompts_ids
               for sampling in body.sampling(context - len(ids), seed,

@@ -193,7 +193,7 @@ class Service:
     for prompt, sampling in requests:
       server.check(prompt, sampling)
       most = sampling.max_tokens or (
-          scheduler.longest(server.scheduler_config) - len(prompt))
+          server.scheduler_config.longest - len(prompt))
       why = scheduler.never_fits(server.scheduler_config, len(prompt), most)
       if why:
         raise too_long(server.config.max_len, why)

@@ -38,6 +38,7 @@ from dsjax.simulation.contention import Contention
 from dsjax.simulation.hardware import Hardware
 from dsjax.simulation.latency import Link
 from dsjax.simulation.profiles import Profile
+from dsjax.simulation.roofline import Roofline
 from dsjax.workload import named as workload
 from dsjax.workload.files import Entry
 from dsjax.workload.requests import check_requests
@@ -79,11 +80,11 @@ def latency_of(named: Named, config: ModelConfig,
   return functools.partial(_probed, named)
 
 
-def links_of(named: Named) -> dict[tuple[Plan, Plan], latency.Link]:
-  """The links that were measured with latencies."""
+def profile_of(named: Named) -> Profile | None:
+  """The Profile that latencies are of: a file's or itself; None: of none."""
   if isinstance(named, str) and profiles.is_file(named):
-    named = profiles.load(named)
-  return named.links if isinstance(named, Profile) else {}
+    return profiles.load(named)
+  return named if isinstance(named, Profile) else None
 
 
 _KINDS = {'slo': (Slo,), 'policy': (Policy,),
@@ -117,19 +118,28 @@ def _of_kinds(known: Mapping[str, candidates.LatencyOf],
 
 def _known(cluster: AnyCluster, latency: Named, config: ModelConfig,
            host_ms: float) -> tuple[
-               candidates.LatencyOf, dict[tuple[Plan, Plan], Link]]:
-  """(latency_of, links) of the plans of a cluster."""
+               candidates.LatencyOf, dict[tuple[Plan, Plan], Link],
+               tuple[float, float]]:
+  """(latency_of, links) of the plans of a cluster, and the bytes of a weight
+  and of a number of KV."""
   each: dict[str, candidates.LatencyOf] = {}
-  links = {}
+  links, stored = {}, {}
   for kind, own in cluster.kinds.items():
     named = latency if own.latency is None else own.latency
     with nullcontext() if own.latency is None else naming(
         f'MixedCluster.kinds.{kind}' if kind else 'Cluster'):
       each[kind] = latency_of(named, config, host_ms)
+    profile = profile_of(named)
     links |= {tuple(dataclasses.replace(plan, kind=kind) for plan in pair): link
-              for pair, link in links_of(named).items()}
+              for pair, link in (profile.links if profile else {}).items()}
+    stored[kind] = ((profile.bytes_per_weight, profile.bytes_per_kv) if profile
+                    else (named.itemsize, named.kv_itemsize)
+                    if isinstance(named, Roofline) else (2, 2))
+  require(len(set(stored.values())) == 1, 'MixedCluster.kinds', stored,
+          'of latencies with the same bytes of a weight and of a number of KV')
   return (functools.partial(_of_kinds, each)
-          if isinstance(cluster, MixedCluster) else each['']), links
+          if isinstance(cluster, MixedCluster) else each['']), links, next(
+              iter(stored.values()))
 
 
 def _same(every: latency.Latency, plan: Plan) -> latency.Latency | None:
@@ -187,9 +197,10 @@ def make_problem(model: str | ModelConfig = 'opt-13b', slo: Slo = SLO,
             + f' ({source.beyond(context)} of {len(source.entries)} requests '
             'are longer): cut=True (--cut) cuts them')
   cluster = cluster or Cluster.of(latency)
-  known, links = _known(cluster, latency, config, host_ms)
+  known, links, (weight, kv) = _known(cluster, latency, config, host_ms)
+  stored: dict[str, Any] = {'itemsize': weight, 'kv_itemsize': kv}
   return SearchProblem(config, cluster, slo, source, known, links=links,
-                       max_len=max_len or source.longest, **more)
+                       max_len=max_len or source.longest, **stored | more)
 
 
 # --- simulate -----------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What a placement search is asked, and which plans and instances fit it."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from dsjax.config import checks
@@ -43,8 +44,8 @@ class SearchProblem:
       cluster's.
     target: share of requests that must meet both objectives.
     chunks: token budgets tried for chunked placements.
-    max_len, page_size, max_seqs, prefill_seqs, itemsize: of the instances;
-      itemsize is of weights and KV.
+    max_len, page_size, max_seqs, prefill_seqs: of the instances. itemsize,
+      kv_itemsize: bytes of a weight, and of a number of KV.
     requests, most_requests: simulated at first, and at most, at one rate;
       more where a run would be shorter than LIFETIMES.
     tolerance: rates differ by this share where bisection ends.
@@ -74,7 +75,8 @@ class SearchProblem:
   page_size: int = 16
   max_seqs: int = 256
   prefill_seqs: int = 32
-  itemsize: int = 2
+  itemsize: float = 2
+  kv_itemsize: float = 2
   requests: int = 400
   most_requests: int = 3200
   tolerance: float = 0.05
@@ -107,7 +109,7 @@ class SearchProblem:
             self.replicas, 'an integer of 1 or more')
     require(self.strict is None or 0 < self.strict < 1, 'SearchProblem.strict',
             self.strict, 'None or a share in (0, 1)')
-    for field in ('effort', 'strict_effort'):
+    for field in ('effort', 'strict_effort', 'itemsize', 'kv_itemsize'):
       value = getattr(self, field)
       require(checks.is_positive(value), f'SearchProblem.{field}', value,
               'above 0')
@@ -131,7 +133,7 @@ def kv_tokens(problem: SearchProblem, plan: Plan) -> int:
   share = layers / config.num_layers / plan.tp
   heads = -(-config.num_kv_heads // plan.tp)
   weights_bytes = roofline.num_params(config) * problem.itemsize * share
-  token_bytes = 2 * layers * heads * config.head_dim * problem.itemsize
+  token_bytes = 2 * layers * heads * config.head_dim * problem.kv_itemsize
   return max(0, int((memory_bytes - weights_bytes) // token_bytes))
 
 
@@ -143,8 +145,8 @@ def instance(problem: SearchProblem, role: str, plan: Plan,
                   problem.max_seqs * longest)
   if num_pages < longest:
     return None
-  page_bytes = problem.page_size * problem.model.kv_bytes_per_token(
-      problem.itemsize)
+  page_bytes = math.ceil(problem.page_size * problem.model.kv_bytes_per_token(
+      problem.kv_itemsize))
   fitted = InstanceConfig(role, num_pages, problem.page_size, problem.max_seqs,
                           prefill_tokens, problem.prefill_seqs, plan.pp)
   return with_host(fitted, problem.host_bytes, page_bytes, 'SearchProblem')
@@ -253,7 +255,7 @@ def link_of(problem: SearchProblem, aligned: bool,
   aligned: inside a node where both are of one kind, and then those that were
   measured, where all were.
   """
-  kv_bytes = problem.model.kv_bytes_per_token(problem.itemsize)
+  kv_bytes = problem.model.kv_bytes_per_token(problem.kv_itemsize)
   pairs = [(source, target) for source in placement.prefill
            for role, target in placement.instances if ROLES[role].decodes
            ] or [placement.instances[0][1:] * 2]
@@ -269,7 +271,7 @@ def link_of(problem: SearchProblem, aligned: bool,
 def host_link_of(problem: SearchProblem, placement: Placement) -> latency.Link:
   """Between an instance and host memory, each device by a link of its own:
   that of the slowest instance."""
-  kv_bytes = problem.model.kv_bytes_per_token(problem.itemsize)
+  kv_bytes = problem.model.kv_bytes_per_token(problem.kv_itemsize)
   each = [(plan.num_devices, clusters.nodes_of(problem.cluster, plan))
           for _, plan in placement.instances]
   return max([latency.Link(

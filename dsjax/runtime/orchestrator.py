@@ -56,7 +56,7 @@ from dsjax.config.engine import EngineConfig
 from dsjax.config.latency import Latency, LinkLike
 from dsjax.config.placement import Placement
 from dsjax.config.request import Request, Sampling, SamplingFields
-from dsjax.placement.api import Named, latency_of, links_of
+from dsjax.placement.api import Named, latency_of, profile_of
 from dsjax.runtime.cluster import starting
 from dsjax.runtime.engine import Engine
 from dsjax.runtime.fleet import build
@@ -182,7 +182,8 @@ class Orchestrator:
 
   def _link(self, named: Named | None) -> LinkLike | None:
     """The link that was measured with latencies, if one was."""
-    return next(iter(links_of(named).values()), None) if named else None
+    profile = profile_of(named) if named else None
+    return next(iter(profile.links.values()), None) if profile else None
 
   def __enter__(self) -> 'Orchestrator':
     return self

@@ -396,7 +396,11 @@ def measure(model: Model, plans: Sequence[Plan], config: EngineConfig = ENGINE,
       f'dsjax.runtime.profiling, {rounds} rounds, {config.dtype}, '
       f'jax {jax.__version__}' + f', cluster={cluster}' * bool(cluster)
       + ', stopped by Ctrl-C' * work.stopped,
-      work.shared(shared), typical_s=work.typical_s), cells
+      work.shared(shared), typical_s=work.typical_s,
+      bytes_per_weight=np.dtype(config.dtype).itemsize,
+      bytes_per_kv=kv_cache.bytes_per_token(
+          model.config, config.kv_dtype_of('decode'), model.config.num_layers
+      ) / model.config.kv_bytes_per_token(1)), cells
 
 
 def profile(model: Model, plans: Sequence[Plan] = (Plan(),),

@@ -19,7 +19,6 @@ from dsjax.runtime.loop import Loop
 from dsjax.runtime.output import Output, RequestOutputState, Update
 from dsjax.runtime.prompts import Prompt, check_ids, prompt_ids
 from dsjax.runtime.replay import Replay
-from dsjax.scheduling import scheduler
 from dsjax.workload import check_requests
 
 PARAMETERS = tuple(field.name for field in dataclasses.fields(Sampling))
@@ -63,7 +62,7 @@ class Requests:
       require(name in PARAMETERS, 'parameter', name, f'one of {PARAMETERS}')
     sampling = Sampling(**params)
     if sampling.max_tokens is None:
-      room = max(1, scheduler.longest(self.loop.scheduler_config) - len(ids))
+      room = max(1, self.loop.scheduler_config.longest - len(ids))
       sampling = dataclasses.replace(sampling, max_tokens=room)
     self._check_sampling(sampling)
     return ids, sampling

@@ -40,7 +40,7 @@ def plan(run: Run) -> None:
   fetches = run.policy.fetches
   if fetches:
     _ask_borrowers(run, [i.index for i in run.instances if i.fresh])
-  while any([inst.fresh for inst in run.instances]):
+  while _is_fresh(run.instances):
     pools = [inst.pool for inst in run.instances] if fetches else ()
     for inst in run.decoders:
       if inst.fresh and inst.host:
@@ -56,6 +56,14 @@ def plan(run: Run) -> None:
     if fetches:
       _ask_borrowers(run, [inst.index for inst, pool in zip(
           run.instances, pools, strict=True) if inst.pool is not pool])
+
+
+def _is_fresh(instances: Sequence[LiveInstance]) -> bool:
+  """Whether one has changed since it was planned."""
+  for inst in instances:
+    if inst.fresh:
+      return True
+  return False
 
 
 def _ask_borrowers(run: Run, changed: Sequence[int]) -> None:
@@ -343,7 +351,7 @@ def _cover(run: Run, inst: LiveInstance, batch: LiveBatch) -> bool:
     short = batch.short()
   if short:
     extend(run, inst, [(batch, id) for id in batch.renew(
-        run.seqs, inst.config.page_size)])
+        run.seqs, inst.page_size)])
   return True
 
 
@@ -391,7 +399,7 @@ def _following(inst: LiveInstance) -> int | None:
 def row_of(inst: LiveInstance, seq: Any, start: int) -> Row:
   """A request's Row: `until` is the first tick that its pages or its limit
   do not cover."""
-  until, last = len(seq.pages) * inst.config.page_size, seq.limit - 1
+  until, last = len(seq.pages) * inst.page_size, seq.limit - 1
   if until > last:
     until = last
   return Row(seq.id, start, until - start, seq.pages)

@@ -170,6 +170,8 @@ def admits(run: Run, inst: LiveInstance, seq: Any, pages: int) -> bool:
   """Whether a request may take so many free pages now."""
   answer = ask(run, 'admit', run.view.instances[inst.index], RequestView(seq),
                pages)
+  if type(answer) is bool:
+    return answer
   if type(plain(answer)) is not bool:
     raise run.policy.refuse('admit', answer, 'True or False')
   return bool(answer)

@@ -54,7 +54,7 @@ def offload(run: Run, inst: LiveInstance, count: int) -> None:
     host = host._replace(offloads=(*host.offloads, (number, ids, hashes)),
                          number=number + 1)
     run.commands.append(Offload(
-        inst.index, number, pages, ids, len(ids) * inst.config.page_size))
+        inst.index, number, pages, ids, len(ids) * inst.page_size))
   inst.host, inst.value = host._replace(slots=slots), None
 
 

@@ -202,7 +202,7 @@ class LiveBatch:
 class LiveInstance:
   """An Instance that changes in place.
 
-  block_size: of the hashes of a prefix cache, or 0.
+  page_size: of its config. block_size: of the hashes of a prefix cache, or 0.
   latency, host_link: what predicts its steps, and loads, or None. able: what it
   may do; prefills, decodes, mixes: what its role of now does.
   fresh: changed since it was planned last. asleep: the lookahead.Ahead of its
@@ -211,9 +211,9 @@ class LiveInstance:
   """
 
   __slots__ = (*Instance._fields, 'index', 'config', 'latency', 'able',
-               'prefills', 'decodes', 'mixes', 'depth', 'block_size',
-               'run_ahead', 'fresh', 'asleep', 'value', 'host_link', '_depths',
-               '_run_ahead')
+               'prefills', 'decodes', 'mixes', 'depth', 'page_size',
+               'block_size', 'run_ahead', 'fresh', 'asleep', 'value',
+               'host_link', '_depths', '_run_ahead')
 
   def __init__(self, config: Config, index: int, value: Instance):
     self.index, self.config = index, config.instances[index]
@@ -221,6 +221,7 @@ class LiveInstance:
     self.able, pp = ROLES[self.config.role], self.config.pp
     self.fresh = False
     self.asleep: Any = None
+    self.page_size = self.config.page_size
     self.block_size = config.block_size if config.prefix_cache else 0
     self.latency = config.latencies[index] if config.latencies else None
     self.host_link = config.host_link
@@ -258,7 +259,7 @@ class LiveInstance:
     """Of a request's full pages here, those that are known."""
     if not (self.block_size and seq.blocks):
       return ()
-    return blocks.of_pages(seq.blocks, self.config.page_size, self.block_size)
+    return blocks.of_pages(seq.blocks, self.page_size, self.block_size)
 
   def home(self, id: int) -> LiveBatch:
     """The micro-batch of a decoding request."""

@@ -58,7 +58,7 @@ def borrows(run: Run, inst: LiveInstance, seq: Any) -> int:
   if seq.lender < 0:
     return 0
   lender = run.instances[seq.lender]
-  unit = math.lcm(inst.config.page_size, lender.config.page_size)
+  unit = math.lcm(inst.page_size, lender.page_size)
   stop = _kept(lender, seq) // unit * unit
   return stop if stop > _kept(inst, seq) else 0
 
@@ -66,15 +66,15 @@ def borrows(run: Run, inst: LiveInstance, seq: Any) -> int:
 def unit_of(run: Run, inst: LiveInstance, seq: Any) -> int:
   """Tokens of which a request's hits are a multiple: of a page; if it borrows
   what follows, of a page of both."""
-  size = inst.config.page_size
+  size = inst.page_size
   if not borrows(run, inst, seq):
     return size
-  return math.lcm(size, run.instances[seq.lender].config.page_size)
+  return math.lcm(size, run.instances[seq.lender].page_size)
 
 
 def _kept(inst, seq):
   """Tokens of a prompt that an instance has kept."""
-  size = inst.config.page_size
+  size = inst.page_size
   return size * len(prefix_cache.hits(
       inst.pool, inst.hashes(seq)[:(seq.stop - 1) // size]))
 
@@ -82,7 +82,7 @@ def _kept(inst, seq):
 def _slots(run, inst, seq, start, stop):
   """The hashes of the slots that are worth loading, behind token `start`; not
   all of the first `stop` tokens are needed."""
-  size = inst.config.page_size
+  size = inst.page_size
   hashes = inst.hashes(seq)[start // size:(stop - 1) // size]
   hashes = hashes[:len(prefix_cache.hits(inst.host.slots, hashes))]
   return hashes if hashes and _pays(
@@ -127,7 +127,7 @@ def begin(run: Run, inst: LiveInstance, seq: LiveSeq) -> bool:
   _, index, held = inst.loading[-1]
   seq.epoch += 1
   run.move(seq, 'loading')
-  tokens, size = _tokens(run, inst, inst.loading[-1]), inst.config.page_size
+  tokens, size = _tokens(run, inst, inst.loading[-1]), inst.page_size
   pages = seq.pages[seq.done // size:(seq.done + tokens) // size]
   run.commands.append(
       Load(seq.id, seq.epoch, inst.index, held, pages, tokens, seq.done)
@@ -139,11 +139,11 @@ def begin(run: Run, inst: LiveInstance, seq: LiveSeq) -> bool:
 
 def _tokens(run, inst, entry):
   source = run.instances[entry.lender] if entry.lender >= 0 else inst
-  return len(entry.held) * source.config.page_size
+  return len(entry.held) * source.page_size
 
 
 def _hashes(inst, seq, start, stop) -> Sequence[int]:
-  size = inst.config.page_size
+  size = inst.page_size
   return inst.hashes(seq)[start // size:stop // size]
 
 

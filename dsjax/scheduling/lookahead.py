@@ -44,7 +44,7 @@ class Turn:
                'first', 'before', '_ends', '_count')
 
   def __init__(self, run: Run, inst: LiveInstance, index: int):
-    self.index, size = index, inst.config.page_size
+    self.index, size = index, inst.page_size
     batch = inst.batches[index]
     self.tick, self.rows = batch.tick, batch.size
     # A row wants a page when it is due and then every page_size ticks, until
@@ -110,30 +110,34 @@ class Ahead:
 
   Attributes:
     turns: the micro-batches in turn.
-    steps, ticks, wants: of each command that was told; wants: pages.
+    steps, ticks: of each command that was told. wants: pages of all commands
+      before each of them, and of all.
     left: (command, place of its turn, id) of each row that leaves behind a
       command, at its limit. joined: the same of each that joins before one.
-    flight: commands that were in flight. ending: (command, id) of requests
-      that end with one of these; counted from the first one told, so below 0.
+    flight: commands that were in flight, oldest: the number of the first.
+    ending: (command, id) of requests that end with one of these; counted from
+      the first one told, so below 0. ended: the commands of `ends`.
     rows, context: of the command told last.
     stirred: the instance has changed, as Run.stir says.
   """
 
   __slots__ = ('turns', 'steps', 'ticks', 'wants', 'left', 'joined', 'flight',
-               'ending', 'rows', 'context', 'stirred', 'first', '_inst',
-               '_free', '_most', '_may_end', '_ids', '_issued', '_parted',
-               '_settled')
+               'oldest', 'ending', 'ended', 'rows', 'context', 'stirred',
+               'first', '_inst', '_free', '_most', '_may_end', '_ids',
+               '_issued', '_parted', '_settled')
 
   def __init__(self, inst: LiveInstance, turns: list[Turn], may_end: bool):
     self.turns, self._may_end, self._inst = turns, may_end, inst
     self.steps: list[int] = []
     self.ticks: list[int] = []
-    self.wants: list[int] = []
+    self.wants = [0]
     self.left: list[tuple[int, int, int]] = []
     self.joined: list[tuple[int, int, int]] = []
     self.flight, self.first = len(inst.inflight), inst.number
     self.ending = [(max(after - inst.number, -self.flight), id)
                    for after, id in inst.ending]
+    self.oldest, self.ended = self.first - self.flight, [
+        after for after, _ in self.ending]
     self.rows = self.context = 0
     # What was followed: commands, of them those issued, those in `left`,
     # requests that ended; pages that are some row's, by now.
@@ -156,16 +160,9 @@ class Ahead:
     with one that was in flight."""
     return self.ending + [(n, id) for n, _, id in self.left]
 
-  def _end(self, place: int, most: int) -> int:
-    """The command of the end at a place in `ends`; `most` behind the last."""
-    if place < len(self.ending):
-      return self.ending[place][0]
-    place -= len(self.ending)
-    return self.left[place][0] if place < len(self.left) else most
-
-  def tell(self, ask: bool = False) -> bool:
-    """Tells another command; False where there is something to decide. ask:
-    tells none, only whether there is one."""
+  def tell(self, ask: bool = False) -> int:
+    """Tells another command: its steps, 0 where there is something to decide.
+    ask: tells none, only whether there is one."""
     if self.stirred:
       self.look()
     number, turns = len(self.steps), self.turns
@@ -175,33 +172,36 @@ class Ahead:
     size = len(due)
     want = due[tick % size] - turn.full
     if end < 0 or want > self._free or number >= MOST:
-      return False
+      return 0
     steps, most = 1, self._most
     while steps < most and tick + steps < end and not due[
         (tick + steps) % size]:
       steps += 1
     if ask or not self._may_end and tick + steps >= end:
-      return self._may_end or tick + steps < end
+      return steps if self._may_end or tick + steps < end else 0
     turn.full = 0
     self._free -= want
     self.steps.append(steps)
     self.ticks.append(tick)
-    self.wants.append(want)
+    self.wants.append(self.wants[number] + want)
     self.rows, self.context = turn.rows, turn.context
     turn.tick = tick + steps
     turn.context += steps * turn.rows
     while turn.end == turn.tick:
       self.left.append((number, place, turn.leave()))
-    return True
+      self.ended.append(number)
+    return steps
 
   def join(self, run: Run, seq: LiveSeq) -> bool:
     """A request becomes a row, from the next command on; False: not in this
     quiet run. It was followed to the last command told."""
     inst, number = self._inst, len(self.steps)
     batch = min(inst.batches, key=batches.SIZE)
-    place = next((place for place, turn in enumerate(self.turns)
-                  if inst.batches[turn.index] is batch), -1)
-    if (place < 0 or not batch.size or seq.done < seq.prompt_len
+    place = 0
+    while place < len(self.turns) and (
+        inst.batches[self.turns[place].index] is not batch):
+      place += 1
+    if (place == len(self.turns) or not batch.size or seq.done < seq.prompt_len
         or seq.prompt_len + 1 >= seq.limit):
       return False
     turn = self.turns[place]
@@ -217,32 +217,33 @@ class Ahead:
   def follow(self, run: Run, count: int) -> None:
     """Comes to command `count`: see the function of that name. Rows do not
     have their pages yet, nor commands in flight changed."""
-    inst, first, flight = self._inst, self.first, self.flight
+    inst, oldest, flight = self._inst, self.oldest, self.flight
+    ended, left = self.ended, self.left
     commands, cause, inst.asleep = run.commands, run.cause, None
     run.commands = []
     while True:
       # A row leaves behind its command; its end is told with a completion.
-      settles = self._end(self._settled, count - flight) + flight
-      leaves = (self.left[self._parted][0]
-                if self._parted < len(self.left) else count)
+      settles = (ended[self._settled] + flight
+                 if self._settled < len(ended) else count)
+      leaves = left[self._parted][0] if self._parted < len(left) else count
       if settles >= count and leaves >= count:
         break
       if settles <= leaves:
         self._issue(run, settles)
         run.cause, before = 'DecodeDone', len(inst.ending)
-        run.settle(inst, first - flight + settles)
+        run.settle(inst, oldest + settles)
         self._settled += before - len(inst.ending)
       else:
         self._issue(run, leaves + 1)
         run.cause = 'plan'
-        self._part(run, *self.left[self._parted])
+        self._part(run, *left[self._parted])
         self._parted += 1
     self._issue(run, count)
     run.commands, run.cause, inst.asleep = commands, cause, self
 
   def _issue(self, run: Run, count: int) -> None:
     """Takes the pages of commands up to `count`."""
-    total = sum(self.wants[self._issued:count])
+    total = self.wants[count] - self.wants[self._issued]
     self._issued, self._inst.number = count, self.first + count
     if total:
       self._ids += residents.alloc(run, self._inst, total)
@@ -252,7 +253,7 @@ class Ahead:
     inst, turn, seq = self._inst, self.turns[place], run.own(id)
     batch = inst.batches[turn.index]
     turn.had(number, batch.row_values())
-    self._give(seq, page_pool.pages_for(seq.limit - 1, inst.config.page_size)
+    self._give(seq, page_pool.pages_for(seq.limit - 1, inst.page_size)
                - len(seq.pages))
     batches.part(run, inst, batch, id)
 
@@ -264,7 +265,7 @@ class Ahead:
   def close(self, run: Run, index: int) -> None:
     """Ends at what was followed: rows get their pages, and the commands in
     flight are others."""
-    inst, count, size = self._inst, self._issued, self._inst.config.page_size
+    inst, count, size = self._inst, self._issued, self._inst.page_size
     turns, inflight = self.turns, inst.inflight
     inst.asleep = None
     if not count:

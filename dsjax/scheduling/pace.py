@@ -46,14 +46,16 @@ class Paced:
 
 def steps_s(latency: Latency, command: RunPrefill | RunDecode) -> list[float]:
   """Seconds of each step of a command, on a device left alone."""
-  rows, batch = command.rows, len(command.rows)
+  rows, pieces = command.rows, tuple([
+      (chunk.start, chunk.stop) for chunk in command.chunks])
+  if not rows:
+    return [latency.prefill_s(pieces)]
+  batch = len(rows)
   context = sum([row[1] for row in rows]) + batch * (command.tick + 1)
-  if isinstance(command, RunDecode):
-    return [latency.decode_s(batch, context + n * batch)
-            for n in range(command.steps)]
-  pieces = tuple([(chunk.start, chunk.stop) for chunk in command.chunks])
-  return [latency.mixed_s(pieces, batch, context) if rows
-          else latency.prefill_s(pieces)]
+  if pieces:
+    return [latency.mixed_s(pieces, batch, context)]
+  return [latency.decode_s(batch, context + n * batch)
+          for n in range(command.steps)]
 
 
 def corrected(pace: tuple[float, float], latency: Latency,

@@ -67,11 +67,13 @@ def alloc(pool: Pool | Counted, count: int
   Raises:
     ValueError: fewer than `count` pages are free.
   """
-  if count > num_free(pool):
-    raise ValueError(f'{count} pages asked for, {num_free(pool)} free')
-  if type(pool) is Counted:
-    return Counted(pool.num_pages, pool.free - count), (0,) * count
   free = pool.free
+  if type(pool) is Counted:
+    if count > free:
+      raise _too_few(pool, count)
+    return Counted(pool.num_pages, free - count), (0,) * count
+  if count > free.bit_count():
+    raise _too_few(pool, count)
   pages: list[int] = []
   while count:
     # In a window of few bits arithmetic costs less than in the whole.
@@ -90,6 +92,10 @@ def alloc(pool: Pool | Counted, count: int
       count -= 1
     free ^= taken << first
   return Pool(pool.num_pages, free), tuple(pages)
+
+
+def _too_few(pool: Pool | Counted, count: int) -> ValueError:
+  return ValueError(f'{count} pages asked for, {num_free(pool)} free')
 
 
 def release(pool: Pool | Counted, pages: Sequence[int]) -> Pool | Counted:

@@ -18,7 +18,7 @@ import collections
 import heapq
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, final
 
 import immutables
 
@@ -45,6 +45,7 @@ class Table(dict[int, Any]):
     return self
 
 
+@final
 class Cache(NamedTuple):
   """A pool, and what is kept.
 
@@ -93,7 +94,7 @@ def init(num_pages: int, in_place: bool = False) -> Cache:
 
 def emptied(pages: Pages) -> Pages:
   """A pool of the same kind and size with every page free."""
-  if isinstance(pages, Cache):
+  if type(pages) is Cache:
     return init(pages.num_pages, type(pages.kept) is Table)
   make = page_pool.counted if type(pages) is Counted else page_pool.init
   return make(pages.num_pages)
@@ -101,14 +102,16 @@ def emptied(pages: Pages) -> Pages:
 
 def num_free(pages: Pages) -> int:
   """How many pages can be had."""
-  if isinstance(pages, Cache):
+  if type(pages) is Counted:  # of most simulations
+    return pages.free
+  if type(pages) is Cache:
     return page_pool.num_free(pages.pool) + len(pages.idle)
   return page_pool.num_free(pages)
 
 
 def num_idle(pages: Pages) -> int:
   """How many are kept without an owner."""
-  return len(pages.idle) if isinstance(pages, Cache) else 0
+  return len(pages.idle) if type(pages) is Cache else 0
 
 
 def alloc(pages: Pages, count: int) -> tuple[Pages, tuple[int, ...]]:
@@ -117,7 +120,7 @@ def alloc(pages: Pages, count: int) -> tuple[Pages, tuple[int, ...]]:
   Raises:
     ValueError: fewer can be had.
   """
-  if not isinstance(pages, Cache):
+  if type(pages) is not Cache:
     return page_pool.alloc(pages, count)
   cache: Cache = pages
   lacks = count - page_pool.num_free(cache.pool)
@@ -131,7 +134,7 @@ def alloc(pages: Pages, count: int) -> tuple[Pages, tuple[int, ...]]:
 
 def doomed(cache: Pages, count: int) -> list[tuple[int, int]]:
   """(hash, page)s that alloc would evict for `count` pages, in order."""
-  if not isinstance(cache, Cache):
+  if type(cache) is not Cache:
     return []
   lacks = count - page_pool.num_free(cache.pool)
   if not 0 < lacks <= len(cache.idle):
@@ -171,7 +174,7 @@ def _evict(cache, count):
 
 def hits(pages: Pages, hashes: Iterable[int]) -> list[Kept]:
   """What is kept of a prompt: the first pages, those of these hashes."""
-  if not isinstance(pages, Cache):
+  if type(pages) is not Cache:
     return []
   entries: list[Kept] = []
   for hash in hashes:
@@ -184,7 +187,7 @@ def hits(pages: Pages, hashes: Iterable[int]) -> list[Kept]:
 
 def hold(pages: Pages, hashes: Sequence[int]) -> tuple[Pages, tuple[int, ...]]:
   """Another owner for the kept pages of these hashes: (pool, pages)."""
-  if not isinstance(pages, Cache):
+  if type(pages) is not Cache:
     return pages, ()
   kept, idle, ids = pages.kept.mutate(), pages.idle.mutate(), []
   for hash in hashes:
@@ -199,7 +202,7 @@ def hold(pages: Pages, hashes: Sequence[int]) -> tuple[Pages, tuple[int, ...]]:
 def keep(pages: Pages, ids: Iterable[int], hashes: Iterable[int]) -> Pages:
   """Remembers pages, of one owner, that are full and will not change. Where
   another page with the same tokens is kept already, that one stays."""
-  if not isinstance(pages, Cache):
+  if type(pages) is not Cache:
     return pages
   kept = pages.kept.mutate()
   for page, hash in zip(ids, hashes, strict=False):
@@ -218,7 +221,7 @@ def release(pages: Pages, ids: Sequence[int], hashes: Sequence[int],
   Raises:
     ValueError: a page is out of range, free already or named twice.
   """
-  if not isinstance(pages, Cache):
+  if type(pages) is not Cache:
     return page_pool.release(pages, ids)
   if not hashes:
     return pages._replace(pool=page_pool.release(pages.pool, ids))
@@ -263,7 +266,7 @@ def forget(cache: Cache, ids: Iterable[int], hashes: Iterable[int]) -> Cache:
 def check(pages: Pages, owned: Iterable[Sequence[int]]) -> None:
   """Raises AssertionError unless every page is in one place: free, in one of
   `owned`, or kept, with as many owners as have it in `owned`."""
-  if not isinstance(pages, Cache):
+  if type(pages) is not Cache:
     page_pool.check(pages, owned)
     return
   owners = collections.Counter(itertools.chain.from_iterable(owned))

@@ -34,7 +34,7 @@ def take(run: Run, inst: LiveInstance, seq: Any, tokens: int, stop: int,
     (pages, how many of its first `stop` tokens are there already: a multiple
     of `unit`, and not all).
   """
-  size = inst.config.page_size
+  size = inst.page_size
   known: Sequence[int] = ()
   hits: list[prefix_cache.Kept] = []
   hit = 0
@@ -60,8 +60,8 @@ def take_over(run: Run, inst: LiveInstance, seq: Any, stop: int
               ) -> tuple[tuple[int, ...], int] | None:
   """Pages for a request whose KV comes from another instance, as `take`: of
   its first `stop` tokens, what is there is whole pages of both."""
-  sizes = (run.instances[seq.instance].config.page_size,
-           inst.config.page_size)
+  sizes = (run.instances[seq.instance].page_size,
+           inst.page_size)
   return take(run, inst, seq, min(seq.prompt_len + 1, seq.limit - 1), stop,
               math.lcm(*sizes))
 
@@ -79,7 +79,7 @@ def free(run: Run, seq: LiveSeq) -> None:
   """A request gives its pages back; what is full of them is kept."""
   inst = run.touch(seq.instance)
   inst.pool = prefix_cache.release(inst.pool, seq.pages, inst.hashes(seq),
-                                   seq.done // inst.config.page_size)
+                                   seq.done // inst.page_size)
   inst.residents -= 1
 
 
@@ -97,7 +97,7 @@ def free_target(run: Run, seq: LiveSeq) -> None:
 
 def keep(inst: LiveInstance, seq: Any, start: int, stop: int) -> None:
   """Full pages of tokens [start, stop) are there: others may have them."""
-  size = inst.config.page_size
+  size = inst.page_size
   pages = slice(start // size, stop // size)
   inst.pool = prefix_cache.keep(inst.pool, seq.pages[pages],
                                 inst.hashes(seq)[pages])

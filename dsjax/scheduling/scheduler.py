@@ -73,13 +73,12 @@ from dsjax.scheduling.state import (
   check,
   idle,
   init,
-  longest,
   never_fits,
 )
 
 __all__ = ('RUN_AHEAD', 'Batch', 'Config', 'ImpossibleEvent', 'Instance',
-           'Run', 'Seq', 'State', 'check', 'idle', 'init', 'longest',
-           'never_fits', 'step')
+           'Run', 'Seq', 'State', 'check', 'idle', 'init', 'never_fits',
+           'step')
 
 
 def step(config: Config, state: State, event: Event
@@ -492,8 +491,11 @@ class Run:
     self.touch(inst.index)
     inst.backlog += seq.stop
     # By arrival: a preempted request keeps its place.
-    seqs = self.seqs
-    bisect.insort(inst.own_queue(), seq.id, key=lambda id: seqs[id].order)
+    queue, seqs = inst.own_queue(), self.seqs
+    if not queue or seqs[queue[-1]].order < seq.order:
+      queue.append(seq.id)
+    else:
+      bisect.insort(queue, seq.id, key=lambda id: seqs[id].order)
     seq.instance = inst.index
 
   def turn_away(self, seq: LiveSeq, reason: str) -> None:
@@ -520,7 +522,8 @@ class Run:
     else:
       if not self.placeable(seq, self.open_decoders, self.decoders):
         return
-      target = next((i for i in self.open_decoders if i.index == to), None)
+      target = (next((i for i in self.open_decoders if i.index == to), None)
+                if to >= 0 else None)
     if seq.stage != 'prefilled':
       self.move(seq, 'prefilled')
     if target is None and not self.open_decoders:

@@ -66,6 +66,12 @@ class Config:
     """Tokens of a block, whose hash an arrival tells."""
     return blocks.size_for([c.page_size for c in self.instances])
 
+  @functools.cached_property
+  def longest(self) -> int:
+    """Most tokens of prompt and output together that every pool can hold."""
+    return min([self.max_len, *(
+        c.num_pages * c.page_size + 1 for c in self.instances)])
+
 
 class ImpossibleEvent(ValueError):
   """An event that no run of this state can see: an internal error."""
@@ -217,12 +223,6 @@ def idle(state: State) -> bool:
   return not state.seqs and not any(i.inflight for i in state.instances)
 
 
-def longest(config: Config) -> int:
-  """Most tokens of prompt and output together that every pool can hold."""
-  return min([config.max_len, *(
-      c.num_pages * c.page_size + 1 for c in config.instances)])
-
-
 def never_fits(config: Config, prompt_len: int, max_tokens: int
                ) -> str | None:
   """Why a request can never be served, in plain words, or None."""
@@ -230,6 +230,8 @@ def never_fits(config: Config, prompt_len: int, max_tokens: int
   if prompt_len < 1 or max_tokens < 1:
     return (f'prompt of {prompt_len} tokens and max_tokens={max_tokens}: both '
             'must be 1 or more')
+  if limit <= config.longest:
+    return None
   if limit > config.max_len:
     return (f'prompt of {prompt_len} tokens and max_tokens={max_tokens} exceed '
             f'the context of {config.max_len} tokens')

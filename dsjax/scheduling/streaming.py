@@ -39,7 +39,7 @@ def follow(run: Run, inst: LiveInstance, chunks: Iterable[Chunk]) -> None:
     if (chunk.last or seq.stop < seq.prompt_len or seq.sent < 0
         or not (seq.target_pages or _reserve(run, inst, seq))):
       continue
-    sizes = inst.config.page_size, run.instances[seq.target].config.page_size
+    sizes = inst.page_size, run.instances[seq.target].page_size
     unit = math.lcm(*sizes)
     stop, sent = chunk.stop // unit * unit, seq.sent
     if stop > seq.hit + sent:
@@ -78,15 +78,18 @@ def copy(run: Run, seq: LiveSeq, hit: int, sent: int, stop: int,
   """Sends tokens up to stop of a request that has pages at its target, but
   for the hit + sent that are there, or on their way."""
   start = hit + sent
-  # Either side may have room for tokens to come.
-  read, given = (
-      pages[start // size:page_pool.pages_for(stop, size)]
-      for pages, size in (
-          (seq.pages, run.instances[seq.instance].config.page_size),
-          (seq.target_pages, run.instances[seq.target].config.page_size)))
   run.commands.append(Migrate(
-      seq.id, seq.epoch, seq.instance, read, seq.target, given, stop - start,
-      start, sent, more))
+      seq.id, seq.epoch, seq.instance,
+      _pages(seq.pages, run.instances[seq.instance], start, stop),
+      seq.target, _pages(seq.target_pages, run.instances[seq.target],
+                         start, stop), stop - start, start, sent, more))
+
+
+def _pages(pages: tuple[int, ...], inst: LiveInstance, start: int, stop: int
+           ) -> tuple[int, ...]:
+  """Those of tokens [start, stop): there may be room for tokens to come."""
+  size = inst.page_size
+  return pages[start // size:page_pool.pages_for(stop, size)]
 
 
 def end(run: Run, seq: LiveSeq) -> None:

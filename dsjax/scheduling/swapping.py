@@ -42,7 +42,7 @@ def swap(run: Run, inst: LiveInstance, seq: LiveSeq) -> bool:
   if (host is None or not inst.able.decodes or seq.first_s is None
       or seq.done + 1 != seq.prompt_len):
     return False
-  count = page_pool.pages_for(seq.done, inst.config.page_size)
+  count = page_pool.pages_for(seq.done, inst.page_size)
   if count > prefix_cache.num_free(host.slots) or not _pays(run, inst, seq):
     return False
   slots, ids = prefix_cache.alloc(host.slots, count)
@@ -67,8 +67,8 @@ def _pays(run, inst, seq):
   if link is None or inst.latency is None:
     return True
   again_s = min([entry.latency.prefill_s(((len(prefix_cache.hits(
-      entry.pool, entry.hashes(seq)[:seq.done // entry.config.page_size]))
-      * entry.config.page_size, seq.prompt_len),))
+      entry.pool, entry.hashes(seq)[:seq.done // entry.page_size]))
+      * entry.page_size, seq.prompt_len),))
       for entry in run.open_entries], default=float('inf'))
   if run.config.link is not None and not inst.able.prefills:
     again_s += run.config.link.migrate_s(seq.done)
@@ -79,7 +79,7 @@ def come_back(run: Run, inst: LiveInstance) -> None:
   """Starts the loads of swapped rows for which there is room, in order."""
   while inst.host.swapped and not loading.is_full(inst):
     id, slots, number = inst.host.swapped[0]
-    seq, size = run.seqs[id], inst.config.page_size
+    seq, size = run.seqs[id], inst.page_size
     if number >= 0:
       return
     taken = residents.take(run, inst, seq, seq.done + 1, seq.done, size)

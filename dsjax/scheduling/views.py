@@ -233,7 +233,7 @@ class InstanceView:
   def hits(self, request: RequestView) -> tuple[int, int]:
     """(tokens that are kept in its memory, those after them in its host's)"""
     inst, seq = self._instance, request._request
-    size = inst.config.page_size
+    size = inst.page_size
     hashes = inst.hashes(seq)[:(seq.prompt_len - 1) // size]
     count = len(prefix_cache.hits(inst.pool, hashes))
     more = (len(prefix_cache.hits(inst.host.slots, hashes[count:]))
@@ -301,7 +301,7 @@ class View:
     load: of late. link: predicts the seconds of a hand-off, if it is known.
   """
 
-  __slots__ = ('_instances', '_now', '_recent', '_link')
+  __slots__ = ('_instances', '_now', '_recent', '_link', '_shown')
 
   def __init__(self, instances: Sequence[Any], requests: dict[int, Any],
                now: list[Any], recent: Any, link: LinkLike | None):
@@ -312,6 +312,8 @@ class View:
     """
     self._instances = tuple([InstanceView(i, requests) for i in instances])
     self._now, self._recent, self._link = now, recent, link
+    # Of each list of `now`: it, and its views.
+    self._shown: list[Any] = [(None, ())] * len(now)
 
   @property
   def instances(self) -> tuple[InstanceView, ...]:
@@ -367,5 +369,9 @@ class View:
     return (sum(ended) + sum(running)) / len(ended) if ended else 1.0
 
   def _views(self, place: int) -> tuple[InstanceView, ...]:
-    views = self._instances
-    return tuple([views[i.index] for i in self._now[place]])
+    known, views = self._shown[place]
+    if known is not self._now[place]:
+      known, each = self._now[place], self._instances
+      views = tuple([each[i.index] for i in known])
+      self._shown[place] = known, views
+    return views

@@ -23,6 +23,8 @@ waits for its end here as there).
 import bisect
 import collections
 import heapq
+import itertools
+import operator
 from collections.abc import Iterable, Sequence
 
 from dsjax.analysis.recorder import Recorder
@@ -49,7 +51,7 @@ from dsjax.simulation.instance import VirtualInstance, work
 
 # Order of events of one moment; SENT is none: a part of a hand-off may go.
 TICK, ARRIVED, MIGRATED, COPIED, SENT, STEP = range(6)
-_NEVER = (float('inf'),)
+_NEVER, _LAST = (float('inf'),), operator.itemgetter(-1)
 # Where nothing migrates.
 NO_LINK = latency.Link(base_s=0.0, bytes_per_s=1.0, kv_bytes=1.0)
 
@@ -257,7 +259,8 @@ class Alone:
         self.close(index, quiet.done)
       number, times, decode = instance.due.popleft()
       if instance.due:
-        self.expect(index, instance.due[0])
+        following, ends, _ = instance.due[0]
+        self.expect(index, following, ends)
       return _done(index, number, times, decode)
     return None
 
@@ -272,13 +275,13 @@ class Alone:
       times = instance.prefill(ready_s, command)
     instance.due.append((command.number, times, decode))
     if len(instance.due) == 1:
-      self.expect(index, instance.due[0])
+      self.expect(index, command.number, times)
 
-  def expect(self, index: int, due: tuple) -> None:
+  def expect(self, index: int, number: int, times: list[float]) -> None:
     """Puts an instance's next completion to be seen on the heap."""
     instance = self.instances[index]
     instance.serial += 1
-    heapq.heappush(self.heap, (due[1][-1], STEP, index, due[0],
+    heapq.heappush(self.heap, (times[-1], STEP, index, number,
                                instance.serial))
 
   # --- quiet runs -----------------------------------------------------------
@@ -297,13 +300,14 @@ class Alone:
       if quiet.advance(self.instances[index], index,
                        self.heap[0] if self.heap else _NEVER):
         self.loose.remove(index)
-        self.expect(index, quiet.due[quiet.done])
+        self.expect(index, quiet.told.oldest + quiet.done,
+                    quiet.due[quiet.done])
 
   def passed(self, index: int) -> int:
     """How many commands of a quiet run were issued by now; -1: it was taken
     further (see wake)."""
     quiet, (now_s, kind, other, _, _) = self.quiet[index], self.top
-    end_s = _end_s(quiet.due[quiet.done - 1]) if quiet.done else -1.0
+    end_s = quiet.due[quiet.done - 1][-1] if quiet.done else -1.0
     return quiet.done if end_s < now_s or (
         end_s == now_s and kind == STEP and index < other) else -1
 
@@ -318,15 +322,17 @@ class Alone:
             else bisect.bisect_left)
     if index in self.loose:
       self.loose.remove(index)
-    self.close(index, find(quiet.due, now_s, 0, quiet.done, key=_end_s))
-    self.expect(index, self.instances[index].due[0])
+    self.close(index, find(quiet.due, now_s, 0, quiet.done, key=_LAST))
+    number, times, _ = self.instances[index].due[0]
+    self.expect(index, number, times)
 
   def close(self, index: int, count: int) -> None:
     """Ends a quiet run at its completion `count`."""
     instance, quiet = self.instances[index], self.quiet.pop(index)
-    told, due = quiet.told, quiet.due
-    instance.free_s, instance.busy_s = quiet.marks[count]
-    instance.due = collections.deque(due[count:count + told.flight])
+    told, last = quiet.told, count + quiet.told.flight
+    instance.free_s, instance.busy_s = quiet.free_s[count], quiet.busy_s[count]
+    instance.due = collections.deque([
+        (told.oldest + n, quiet.due[n], True) for n in range(count, last)])
     self.leapt += count
     if count:
       self.tell(index, quiet, count)
@@ -339,27 +345,27 @@ class Alone:
     flight, turns = told.flight, len(told.turns)
     # Steps that a turn issues from a command on.
     rest = [0] * (count + turns)
-    for n in range(count - 1, -1, -1):
-      rest[n] = told.steps[n] + rest[n + turns]
-    issued = [(turn.first, rest[n], _end_s(due[n]))
+    for place in range(turns):
+      rest[place:count:turns] = list(itertools.accumulate(
+          told.steps[place:count:turns][::-1]))[::-1]
+    issued = [(turn.first, rest[n], due[n][-1])
               for n, turn in enumerate(told.turns[:count])]
     joined = []
     for number, place, id in told.joined:
       n = number + (place - number) % turns  # its first command
       if n < count:
-        joined.append((place, id, rest[n], _end_s(due[n])))
+        joined.append((place, id, rest[n], due[n][-1]))
     if self.pipelined:
       for n, (rows, *_) in enumerate(issued):
         newest = n + (count - 1 - n) // turns * turns
         ids = [row[0] for row in rows] + [
             id for place, id, *_ in joined if place == n]
-        instance.note(ids, _end_s(due[flight + newest]))
+        instance.note(ids, due[flight + newest][-1])
     left = [(place, id, rest[n + turns]) for n, place, id in told.left
             if n < count]
-    ended = [(id, _end_s(due[after + flight]))
+    ended = [(id, due[after + flight][-1])
              for after, id in told.ends() if after + flight < count]
-    self.recorder.leapt(index, [times for _, times, _ in due[:count]], issued,
-                        left, ended, joined)
+    self.recorder.leapt(index, due[:count], issued, left, ended, joined)
     for id, _ in ended:
       instance.token_s.pop(id, None)
 
@@ -368,49 +374,45 @@ class _QuietRun:
   """A quiet run of an instance, as far as it was followed.
 
   told: its commands, of scheduler.Run.quiet; is_over: no more can be told.
-  due: (number, times of its steps, True) of the commands in flight when it
-  began and of those issued since. done: how many have completed; each was
-  answered by one. marks: before each of these answers and after the last,
-  free_s and busy_s of the instance. token_s: of each turn, when its newest
-  tokens are there (pp > 1 only).
+  due: times of the steps of the commands in flight when it began and of those
+  issued since. done: how many have completed; each was answered by one.
+  free_s, busy_s: of the instance, before each of these answers and after the
+  last. token_s: of each turn, when its newest tokens are there (pp > 1 only).
   """
 
-  __slots__ = ('told', 'is_over', 'due', 'done', 'marks', 'token_s', 'number')
+  __slots__ = ('told', 'is_over', 'due', 'done', 'free_s', 'busy_s', 'token_s')
 
   def __init__(self, instance: VirtualInstance, live: LiveInstance,
                told: Ahead) -> None:
     self.told, self.is_over = told, False
-    self.due: list[tuple[int, Sequence[float], bool]] = list(instance.due)
-    self.number, self.done = live.number, 0
-    self.marks = [(instance.free_s, instance.busy_s)]
+    self.due: list[list[float]] = [times for _, times, _ in instance.due]
+    self.done = 0
+    self.free_s, self.busy_s = [instance.free_s], [instance.busy_s]
     self.token_s = [instance.after(0.0, live.batches[turn.index].rows.values())
                     for turn in told.turns] if live.config.pp > 1 else [0.0]
 
   def advance(self, instance: VirtualInstance, index: int,
               bound: tuple) -> bool:
     """Completes what is due before `bound`; whether that was all."""
-    due, told, number, marks = self.due, self.told, self.number, self.marks
+    due, told, free_s, busy_s = self.due, self.told, self.free_s, self.busy_s
     host_s, count, token_s = instance.host_s, len(told.turns), self.token_s
-    steps, until_s = told.steps, bound[0]
+    n, until_s = self.done, bound[0]
     while True:
-      n = self.done
-      now_s = due[n][1][-1]
+      now_s = due[n][-1]
       if now_s >= until_s and bound < (now_s, STEP, index):
+        self.done = n
         return False
-      if len(steps) <= n and not told.tell():
-        self.is_over = True
+      steps = told.tell()
+      if not steps:
+        self.done, self.is_over = n, True
         return True
       place, ready_s = n % count, now_s + host_s
       if token_s[place] > ready_s:
         ready_s = token_s[place]
-      times = instance.same_rows(ready_s, told.rows, told.context, steps[n])
+      times = instance.same_rows(ready_s, told.rows, told.context, steps)
       if count > 1 or instance.is_pipelined:
         token_s[place] = times[-1]
-      due.append((number + n, times, True))
-      marks.append((instance.free_s, instance.busy_s))
-      self.done = n + 1
-
-
-def _end_s(due: tuple[int, Sequence[float], bool]) -> float:
-  """When a command is done."""
-  return due[1][-1]
+      due.append(times)
+      free_s.append(instance.free_s)
+      busy_s.append(instance.busy_s)
+      n += 1

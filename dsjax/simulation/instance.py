@@ -1,7 +1,7 @@
 """An instance in virtual time: what its commands take, stage by stage."""
 
 import collections
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 from dsjax.scheduling.events import Row, RunDecode, RunPrefill
 from dsjax.scheduling.pace import steps_s
@@ -42,7 +42,7 @@ class VirtualInstance:
     self.due: collections.deque[tuple] = collections.deque()
     self.serial = 0
 
-  def prefill(self, ready_s: float, command: RunPrefill) -> Sequence[float]:
+  def prefill(self, ready_s: float, command: RunPrefill) -> list[float]:
     """Times of the end of a prefill or mixed command."""
     total_s, = steps_s(self.seconds, command)
     done_s = self.stages(self.after(ready_s, command.rows), total_s)
@@ -50,10 +50,10 @@ class VirtualInstance:
       self.token_s.update((chunk.id, done_s) for chunk in command.chunks
                           if chunk.last)
       self.note([row[0] for row in command.rows], done_s)
-    return (done_s,)
+    return [done_s]
 
   def decode(self, ready_s: float, command: RunDecode,
-             closed_form: bool) -> Sequence[float]:
+             closed_form: bool) -> list[float]:
     """Completion time of each step of a decode command."""
     rows = command.rows
     ready_s = self.after(ready_s, rows)
@@ -71,20 +71,19 @@ class VirtualInstance:
     return times
 
   def same_rows(self, ready_s: float, batch: int, context: int,
-                steps: int) -> Sequence[float]:
+                steps: int) -> list[float]:
     """Times of decode steps of the same rows, in closed form."""
     if self.line[0] != batch:
       self.line = (batch, *self.seconds.decode_line(batch))
     _, fixed_s, token_s = self.line
     first_s = fixed_s + token_s * context
     if self.is_pipelined:
-      return (self.stages(ready_s, first_s),)
+      return [self.stages(ready_s, first_s)]
     start_s = self.free_s[0]
     if ready_s > start_s:
       start_s = ready_s
-    times: Sequence[float]
     if steps == 1:
-      times = (start_s + first_s,)
+      times = [start_s + first_s]
     else:
       more_s = token_s * batch / 2
       times = [start_s + n * first_s + more_s * n * (n - 1)

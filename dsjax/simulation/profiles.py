@@ -16,6 +16,7 @@ from dsjax.config import zoo
 from dsjax.config.checks import (
     InputError,
     is_nonnegative,
+    is_number,
     is_positive,
     naming,
     naming_file,
@@ -29,6 +30,7 @@ from dsjax.simulation.contention import KINDS, Contention
 from dsjax.simulation.latency import Affine, Buckets, Costs, Latency, Link
 
 TABLES, ROOFLINE, PEAKS = 'tables:', 'roofline:', 'roofline-peaks:'
+STORED = ('bytes_per_weight', 'bytes_per_kv')
 _FOLDER = pathlib.Path(__file__).with_name('tables')
 
 
@@ -41,7 +43,9 @@ class Profile:
   one device each, side by side; None: not measured. errors: of the fit, by
   plan and kind of step, relative: (their mean, the worst). typical_s: {kind of
   step: seconds} of one that an idle instance of one device ran then, by which
-  a machine is seen to be slower or faster later.
+  a machine is seen to be slower or faster later. bytes_per_weight,
+  bytes_per_kv: of a number as the engine stores it, which memory and hand-offs
+  are counted with.
   """
 
   model: str
@@ -54,6 +58,8 @@ class Profile:
   errors: dict[Plan, dict[str, tuple[float, float]]] = dataclasses.field(
       default_factory=dict)
   typical_s: dict[str, float] = dataclasses.field(default_factory=dict)
+  bytes_per_weight: float = 2.0
+  bytes_per_kv: float = 2.0
 
   def of(self, config: ModelConfig) -> Callable[[Plan], Affine | None]:
     """Its latencies by plan, None where it has none.
@@ -91,6 +97,7 @@ def as_json(profile: Profile) -> dict[str, Any]:
                       for plan, kinds in profile.errors.items()}
   if profile.typical_s:
     data['typical_s'] = profile.typical_s
+  data |= {field: getattr(profile, field) for field in STORED}
   return data
 
 
@@ -120,7 +127,7 @@ def load(path: str | pathlib.Path) -> Profile:
   """
   data = _fields(path, '', read_json(path), ('model', 'device', 'latencies'),
                  ('links', 'source', 'contention', 'errors', 'typical_s',
-                  'made_by'))
+                  *STORED, 'made_by'))
   for field in ('model', 'device', 'source'):
     if not isinstance(data.get(field, ''), str):
       raise InputError(f'{path}: {field}={data[field]!r}: must be text')
@@ -156,8 +163,13 @@ def load(path: str | pathlib.Path) -> Profile:
       require(kind in KINDS, 'typical_s', kind, f'one of {KINDS}')
       require(is_positive(seconds),
               f'typical_s.{kind}', seconds, 'seconds, more than 0')
+  with naming(str(path)):
+    for field in STORED:
+      require(is_number(0.25, 8)(data.get(field, 2)), field, data.get(field),
+              'bytes of a number, 0.25 to 8')
   return Profile(data['model'], data['device'], latencies, links,
-                 data.get('source', ''), contention, errors, typical_s)
+                 data.get('source', ''), contention, errors, typical_s,
+                 **{field: data[field] for field in STORED if field in data})
 
 
 # --- by name ------------------------------------------------------------------

@@ -255,4 +255,4 @@ def profile(case: Case, n: int) -> None:
 
 
 if __name__ == '__main__':
-  cli.main(run, FLAGS)
+  cli.main(run, FLAGS, simulates=True)

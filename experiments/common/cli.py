@@ -10,6 +10,7 @@ left (`| head`), it goes on, and writes its files.
 
 import contextlib
 import functools
+import gc
 import io
 import math
 import os
@@ -34,6 +35,7 @@ from dsjax.scheduling.policy import PolicyError
 from dsjax.simulation import profiles
 from dsjax.workload import traffic
 from experiments.common import overrides
+from experiments.fast import finder
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -70,9 +72,13 @@ class Flag(NamedTuple):
     else:
       default = list(self.default) if kind is tuple else self.default
       make[kind](name, default, self.help, flag_values=values, **bounds)
-    if kind is list and self.default:
-      flags.register_validator(name, bool, 'must have an item',
-                               flag_values=values)
+    if kind is list:
+      flags.register_validator(
+          name, lambda items: len(set(items)) == len(items),
+          'must have each item once', flag_values=values)
+      if self.default:
+        flags.register_validator(name, bool, 'must have an item',
+                                 flag_values=values)
     if kind is float and self.low is not None:
       flags.register_validator(name, lambda x: x is None or not math.isnan(x),
                                'must be a number', flag_values=values)
@@ -270,7 +276,8 @@ def _flush():
 
 
 def main(run: Callable[[Any, Console], int | None], defined: dict[str, Any],
-         config: Any = None, verbosity: int = logging.WARNING) -> None:
+         config: Any = None, verbosity: int = logging.WARNING,
+         simulates: bool = False) -> None:
   """Runs a program: run(options, console) returns its exit code, or None.
 
   Args:
@@ -278,7 +285,11 @@ def main(run: Callable[[Any, Console], int | None], defined: dict[str, Any],
     config: None, or the dataclass whose fields --set changes; --help lists
       them.
     verbosity: of absl's logging, unless the command line asks for more.
+    simulates: it does nothing else; garbage is looked for seldom then: of
+      cycles a simulation makes none, and a server would wait for long.
   """
+  if simulates:
+    gc.set_threshold(finder.OBJECTS)
   sys.unraisablehook = _not_raised
   for name, value in defined.items():
     _flag(name, value).define(name, flags.FLAGS)
@@ -444,9 +455,10 @@ def token_budgets(field: str, texts: list[str], rows: int) -> tuple[int, ...]:
     InputError naming `field`.
   """
   require(texts and all(size.isdecimal() and int(size) > rows
-                        for size in texts), field, ','.join(texts),
-          f'integers above {rows}, the rows that share them')
-  return tuple(sorted(set(map(int, texts))))
+                        for size in texts)
+          and len(set(map(int, texts))) == len(texts), field, ','.join(texts),
+          f'different integers above {rows}, the rows that share them')
+  return tuple(sorted(map(int, texts)))
 
 
 def seeds(texts: list[str]) -> list[int]:
@@ -462,7 +474,7 @@ def seeds(texts: list[str]) -> list[int]:
 
 
 def numbers(field: str, text: str) -> list[float]:
-  """Rising positive numbers of a text with commas.
+  """Different positive numbers of a text with commas, rising.
 
   Raises:
     InputError naming `field`.
@@ -471,6 +483,7 @@ def numbers(field: str, text: str) -> list[float]:
     parsed = [float(part) for part in text.split(',')]
   except ValueError:
     parsed = []
-  require(parsed and all(0 < x < math.inf for x in parsed), field, text,
-          'numbers above 0 with commas between')
-  return sorted(set(parsed))
+  require(parsed and all(0 < x < math.inf for x in parsed)
+          and len(set(parsed)) == len(parsed), field, text,
+          'different numbers above 0 with commas between')
+  return sorted(parsed)

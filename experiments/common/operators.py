@@ -311,7 +311,9 @@ def fit_operators(asked: Asked, model: str, plans: Sequence[Plan], device: str
       config.name, device, latencies, source=_source(tables, asked, config),
       errors={plan: {kind: (error.mape, error.worst) for kind, error in
                      fitting.residuals(latencies[plan], cells).items()}
-              for plan, cells in fitted.items()}), fitted, held
+              for plan, cells in fitted.items()},
+      bytes_per_weight=tables.bytes_per_weight,
+      bytes_per_kv=tables.bytes_per_kv), fitted, held
 
 
 def _source(tables, asked, config):

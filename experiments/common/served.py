@@ -56,9 +56,13 @@ def _show(console, fit, kept, held):
 
 
 def run(options: types.SimpleNamespace, console: Console, path: str,
-        asked: Mapping[str, Any]) -> int:
-  """Fits, shows, and writes the file that --latency takes; 0."""
-  placement = Placement.parse(options.placement, '--placement')
+        stored: tuple[float, float], asked: Mapping[str, Any]) -> int:
+  """Fits, shows, and writes the file that --latency takes; 0.
+
+  stored: bytes of a weight, and of a number of KV.
+  """
+  placement, (weight, kv) = Placement.parse(
+      options.placement, '--placement'), stored
   requests, empty = read_served(path)
   if empty:
     console.print(f'{empty} rows without tokens are left out.')
@@ -69,7 +73,7 @@ def run(options: types.SimpleNamespace, console: Console, path: str,
       lengths=[files.Entry(None, r.prompt_len, r.output_len)
                for r in requests],
       max_len=max(r.prompt_len + r.output_len for r in requests),
-      max_seqs=options.max_seqs)
+      max_seqs=options.max_seqs, itemsize=weight, kv_itemsize=kv)
   config, _, link = candidates.build(problem, placement, options.batch_tokens,
                                      aligned=True)
   with console.status('fitting'):
@@ -83,7 +87,8 @@ def run(options: types.SimpleNamespace, console: Console, path: str,
           f'fitted to {len(requests) - held} requests of '
           f'{pathlib.Path(path).name} that {placement} served; {held} held '
           f'out: {_errors(fit)}' + ''.join(
-              f'; plan {plan} ran no {phase}' for plan, phase in fit.unseen)))
+              f'; plan {plan} ran no {phase}' for plan, phase in fit.unseen)),
+      bytes_per_weight=weight, bytes_per_kv=kv)
   out = pathlib.Path(options.out)
   out.mkdir(parents=True, exist_ok=True)
   slug = '-'.join(re.sub('[^a-z0-9.]+', '-', x.lower()).strip('-')

@@ -4,13 +4,15 @@ What experiments.simulate asks for, run after run: each is a Point, and those
 that differ only in the seed of their workload are pooled into one.
 """
 
+import concurrent.futures
 import dataclasses
+import gc
 import itertools
 import math
 import statistics
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 from rich.progress import Progress
 
@@ -21,13 +23,12 @@ from dsjax.config.placement import Placement, Slo
 from dsjax.placement import candidates
 from dsjax.placement.api import build, no_load, simulated
 from dsjax.scheduling import scheduler
-from dsjax.scheduling.events import Command, Event, Finish, Reject
+from dsjax.scheduling.events import Finish, Reject
 from dsjax.simulation import simulator
-from experiments.common import seeds
+from experiments.common import children, seeds
+from experiments.fast import finder
 
-# Called with (name, placement, config, event log) of a run.
-Save: TypeAlias = Callable[[str, Placement, scheduler.Config,
-                            list[tuple[Event, tuple[Command, ...]]]], object]
+POLL_S = 0.2  # between two looks at Ctrl-C while processes are at work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _check_floor(built, records, slo, target):
             f'system {target:.0%} of the requests take up to that long')
 
 
-def _run(built, requests, halt, tick, log=None):
+def _run(built, requests, halt, tick, log):
   """Simulates: (records, Parts of each).
 
   Args:
@@ -177,58 +178,149 @@ def _best(points):
   return dataclasses.replace(chosen, tried=shares if len(points) > 1 else {})
 
 
-def simulate(options: types.SimpleNamespace, asked: candidates.SearchProblem,
-             placements: Sequence[Placement],
-             settings: Sequence[tuple[float | None, float]], kind: str,
-             progress: Progress, halt: Callable[[], object],
-             save: Save | None, label: str = '') -> Iterator[Point]:
-  """Yields the Points of every placement, in order.
+class Task(NamedTuple):
+  """A placement at one rate, with every budget of a chunked one.
+
+  rate: requests a second, None for a trace's own. scales: of the objectives.
+  kind: what varies, 'rate' or 'scale'. logs: whether event logs are kept.
+  label: what else tells a run from others, ' seed 1'. told: of its Points, by
+  field.
+  """
+
+  asked: candidates.SearchProblem
+  placement: Placement
+  rate: float | None
+  scales: tuple[float, ...]
+  kind: str
+  logs: bool
+  label: str
+  told: dict[str, Any]
+  options: types.SimpleNamespace
+
+  @property
+  def total(self) -> float | None:
+    """Requests a second of the whole placement."""
+    return self.rate and self.rate * (
+        self.placement.num_devices if self.options.per_device else 1)
+
+  @property
+  def requests(self) -> int:
+    """Of all its runs."""
+    return self.options.requests * (
+        len(self.asked.chunks) if self.placement.chunked else 1)
+
+  def __str__(self) -> str:
+    return f'{self.placement}{self.label} at ' + (
+        f'{self.total:g} requests/s' if self.total else 'its times')
+
+
+class Answer(NamedTuple):
+  """What came of a Task. logs: (name, Config, event log) of each run."""
+
+  points: list[Point]
+  logs: list[tuple[str, scheduler.Config, list]]
+
+
+# Options of experiments.simulate that its tasks go by.
+_OPTIONS = ('aligned', 'depth', 'run_ahead', 'requests', 'ttft_s', 'tpot_s',
+            'per_device')
+
+
+def _variants(asked, placement, options):
+  """What api.build makes of a placement: with each budget of a chunked one."""
+  return [build(asked, placement, chunk, options.aligned, options.depth,
+                options.run_ahead)
+          for chunk in (asked.chunks if placement.chunked
+                        else (candidates.CHUNK,))]
+
+
+def tasks(options: Any, asked: candidates.SearchProblem,
+          placements: Sequence[Placement],
+          settings: Sequence[tuple[float | None, float]], kind: str,
+          logs: bool, label: str, told: dict[str, Any]) -> list[Task]:
+  """The Tasks of every placement, in order.
 
   Args:
     options: of experiments.simulate. asked: the SearchProblem.
     settings: ((requests a second, scale of the objectives), ...).
-    kind: what varies, 'rate' or 'scale'.
-    progress: of rich. halt: raises KeyboardInterrupt to stop.
-    save: called with (name, placement, config, log) of each run, or None.
-    label: what else tells a run from others, ' seed 1'.
+    kind, logs, label, told: see Task.
+
+  Raises:
+    InputError: a placement does not fit, or cannot meet an objective.
   """
-  variants = {placement: [
-      build(asked, placement, chunk, options.aligned, options.depth,
-            options.run_ahead)
-      for chunk in (asked.chunks if placement.chunked
-                    else (candidates.CHUNK,))] for placement in placements}
+  own = types.SimpleNamespace(
+      **{name: getattr(options, name) for name in _OPTIONS})
   rates = list(dict.fromkeys(rate for rate, _ in settings))
   sample = [Record(request.id, 0.0, len(request.prompt), 1) for request in
             asked.workload(rates[0] or None, options.requests)]
   widest = max(scale for _, scale in settings)
-  every = [built for each in variants.values() for built in each]
-  _check_floor(every, sample, Slo(widest * options.ttft_s,
-                                  widest * options.tpot_s), options.target)
-  task = progress.add_task('', total=len(every) * len(rates) * len(sample))
-  for placement, rate in itertools.product(placements, rates):
-    devices = placement.num_devices if options.per_device else 1
-    total = rate and rate * devices
-    progress.update(task, description=f'{placement}{label} at '
-                    f'{f"{total:g} requests/s" if total else "its times"}')
-    outcomes = []
-    for built in variants[placement]:
-      log: list[Any] | None = [] if save else None
-      outcomes.append(_run(
-          built, asked.workload(total, options.requests), halt,
-          lambda ended: progress.advance(task, ended), log))
-      if save and log is not None:
-        config = built[0]
-        save(f'{placement}{label}' + (f' at {total:g}' if total else '') + (
-            f' chunk {config.instances[0].prefill_tokens}'
-            if len(variants[placement]) > 1 else ''), placement, config, log)
-    records = outcomes[0][0]
-    last_s = max(record.arrival_s for record in records)
-    # A trace at its own times; 0 where all come at once.
-    seen = rate or (len(records) / last_s / devices if last_s else 0.0)
-    for scale in (scale for own, scale in settings if own == rate):
-      slo = Slo(scale * options.ttft_s, scale * options.tpot_s)
-      x = scale if kind == 'scale' else seen
-      yield dataclasses.replace(_best([
-          _point(placement, x, total, slo, outcome, built)
-          for built, outcome in zip(variants[placement], outcomes,
-                                    strict=True)]), scale=scale)
+  _check_floor([built for placement in placements
+                for built in _variants(asked, placement, own)], sample,
+               Slo(widest * options.ttft_s, widest * options.tpot_s),
+               options.target)
+  return [Task(asked, placement, rate, tuple(
+      [scale for other, scale in settings if other == rate]), kind, logs,
+               label, told, own)
+          for placement, rate in itertools.product(placements, rates)]
+
+
+def simulate(task: Task, halt: Callable[[], object] = bool,
+             tick: Callable[[int], object] = bool) -> Answer:
+  """Simulates a Task.
+
+  Args:
+    halt: called at each event; raises KeyboardInterrupt to stop.
+    tick: called with the requests that ended at an event.
+  """
+  asked, placement, options = task.asked, task.placement, task.options
+  outcomes, logs = [], []
+  variants = _variants(asked, placement, options)
+  for built in variants:
+    log: list[Any] | None = [] if task.logs else None
+    outcomes.append(_run(built, asked.workload(task.total, options.requests),
+                         halt, tick, log))
+    if log is not None:
+      config = built[0]
+      logs.append((f'{placement}{task.label}' + (
+          f' at {task.total:g}' if task.total else '') + (
+              f' chunk {config.instances[0].prefill_tokens}'
+              if len(variants) > 1 else ''), config, log))
+  records = outcomes[0][0]
+  last_s = max(record.arrival_s for record in records)
+  devices = placement.num_devices if options.per_device else 1
+  # A trace at its own times; 0 where all come at once.
+  seen = task.rate or (len(records) / last_s / devices if last_s else 0.0)
+  points = []
+  for scale in task.scales:
+    slo = Slo(scale * options.ttft_s, scale * options.tpot_s)
+    points.append(dataclasses.replace(_best([
+        _point(placement, scale if task.kind == 'scale' else seen, task.total,
+               slo, outcome, built)
+        for built, outcome in zip(variants, outcomes, strict=True)]),
+                                      scale=scale, **task.told))
+  return Answer(points, logs)
+
+
+def simulate_all(asked: Sequence[Task], processes: int, progress: Progress,
+                 halt: Callable[[], object]) -> Iterator[tuple[Task, Answer]]:
+  """The Tasks with their Answers, in order.
+
+  Args:
+    processes: beside each other. halt: raises KeyboardInterrupt to stop.
+  """
+  bar = progress.add_task('', total=sum(task.requests for task in asked))
+  if processes == 1:
+    for task in asked:
+      progress.update(bar, description=str(task))
+      yield task, simulate(task, halt,
+                           lambda ended: progress.advance(bar, ended))
+    return
+  with children.spawned(processes, gc.set_threshold,
+                        (finder.OBJECTS,)) as pool:
+    futures = [pool.submit(simulate, task) for task in asked]
+    for task, future in zip(asked, futures, strict=True):
+      progress.update(bar, description=str(task))
+      while not concurrent.futures.wait([future], POLL_S).done:
+        halt()
+      yield task, future.result()
+      progress.advance(bar, task.requests)

@@ -474,3 +474,15 @@ def test_each_phase_has_a_share_of_its_own():
   assert [share for share, *_ in shares.values()] == [1.0, 0.0]
   empty = metrics.by_phase(records[:1], SLO, 100.0, ('calm', 'busy'))
   assert math.isnan(empty['busy'][0])
+
+
+@pytest.mark.parametrize('counts', [
+    (), (0,), (1,), (1, 0, 1), (3,), (2, 1, 0, 5, 1), (40, 1, 2)])
+def test_gaps_between_tokens_are_of_one_request_each(counts):
+  rng = np.random.default_rng(0)
+  records = [Record(i, 0.0, 8, 50, token_s=np.cumsum(rng.random(n)).tolist(),
+                    finish_s=60.0, status='length')
+             for i, n in enumerate(counts)]
+  summary = metrics.summarize(records, SLO, 1)
+  np.testing.assert_array_equal(summary.itl_s, metrics.percentiles(
+      [gap for record in records for gap in record.itl_s]))

@@ -40,10 +40,7 @@ MUTATIONS = {
         'from dsjax.scheduling.events import Finish; '
         "run.commands.append(Finish(id, 'length'))"),
     'the latest is first': (
-        RUN, 'enqueue',
-        'bisect.insort(inst.own_queue(), seq.id, '
-        'key=lambda id: seqs[id].order)',
-        'inst.own_queue().insert(0, seq.id)'),
+        RUN, 'enqueue', 'queue.append(seq.id)', 'queue.insert(0, seq.id)'),
     'a pull passes the first by': (
         batches, '_pull', 'pulls[0]', 'pulls[-1]'),
     'room is not noticed': (RUN, 'touch', 'inst.fresh, ', ''),
@@ -132,7 +129,7 @@ KEPT = {
     'a hit that the source has no page for': (
         residents, 'take_over', 'math.lcm(*sizes)', 'sizes[1]'),
     'other pages than those that are missing': (
-        streaming, 'copy', 'pages[start // size:', 'pages[0:'),
+        streaming, '_pages', 'pages[start // size:', 'pages[0:'),
     'an answer is kept as another': (
         residents, 'learn', 'blocks += more', 'blocks += more[1:]'),
     'what a lost instance kept is remembered': (
@@ -285,7 +282,7 @@ UNNOTICED = {
         batches, '_advance', 'inst.turn = (g + 1) % len(inst.batches)',
         'inst.turn = g'),
     'a copy to a page too many': (
-        streaming, 'copy', 'pages_for(stop, size)',
+        streaming, '_pages', 'pages_for(stop, size)',
         'pages_for(stop + 1, size)'),
     'a stop is told as a length': (RUN, 'ended', "'stop'", "'length'"),
     'a stop at the first token is told as a length': (

@@ -244,6 +244,38 @@ def test_a_list_that_has_items_has_one_on_the_command_line_too(name):
         cli.parse(defined(name), [f'--{flag}='])
 
 
+@pytest.mark.parametrize('name', RUNNERS)
+def test_a_list_has_each_item_once(name):
+  for flag, value in vars(cli.options(defined(name))).items():
+    if isinstance(value, list):
+      with pytest.raises(flags.Error, match=f'--{flag}=.*each item once'):
+        cli.parse(defined(name), [f'--{flag}=a,b,a'])
+
+
+@pytest.mark.parametrize('runner, given', [
+    ('simulate', ['--rates=2,2']), ('simulate', ['--rate=1', '--scales=1,1.0']),
+    ('simulate', ['--rate=1', '--seeds=7,07']),
+    ('simulate', ['--rate=1', '--policy=arrow,arrow']),
+    ('simulate', ['--rate=1', '--placement=colocated=1x1/colocated=1x1']),
+    ('place', ['--chunks=512,0512']), ('replan', ['--predicted=1,1.0']),
+    ('reproduce', ['--figure=8,8']), ('policies', ['--lengths=a.csv,b/a.csv'])])
+def test_what_is_asked_for_twice_is_told(runner, given):
+  module = importlib.import_module(f'experiments.{runner}')
+  with pytest.raises(InputError, match=given[-1].partition('=')[0] + '='):
+    module.run(cli.parse(module.FLAGS, given), Console(quiet=True))
+
+
+@pytest.mark.parametrize('simulates, count', [(True, 500_000), (False, 700)])
+def test_garbage_is_looked_for_seldom_where_all_is_simulated(
+    simulates, count):
+  done = subprocess.run(
+      [sys.executable, '-c', 'import gc\nfrom experiments.common import cli\n'
+       'def run(options, console):\n  print(gc.get_threshold()[0])\n'
+       f'cli.main(run, {{}}, simulates={simulates})'],
+      capture_output=True, text=True, timeout=120)
+  assert (done.returncode, done.stdout) == (0, f'{count}\n'), done.stderr
+
+
 def test_an_extra_that_is_missing_is_one_line(capsys):
   with pytest.raises(SystemExit) as ended, extras.needs('serve'):
     importlib.import_module('no_such_package')
@@ -681,8 +713,8 @@ def test_help_keeps_every_percent_sign(tmp_path, monkeypatch, capsys):
 
 
 def test_numbers():
-  assert cli.numbers('--rates', '3,1,2,1') == [1, 2, 3]
-  for text in ('', '0,1', 'nan', '1,x', 'inf'):
+  assert cli.numbers('--rates', '3,1,2') == [1, 2, 3]
+  for text in ('', '0,1', 'nan', '1,x', 'inf', '2,2', '2,1,2.0'):
     with pytest.raises(InputError, match='--rates'):
       cli.numbers('--rates', text)
 

@@ -1,5 +1,6 @@
 """How often intervals of goodput hold."""
 
+import contextlib
 import csv
 import json
 
@@ -72,17 +73,47 @@ def test_files_and_table(tmp_path, monkeypatch):
   check_written(told, tmp_path)
 
 
-def test_time_that_is_up_keeps_what_is_known(tmp_path, monkeypatch):
+@pytest.mark.parametrize('processes', [1, 2])
+def test_minutes_end_truths_too_and_the_command_goes_on(
+    tmp_path, monkeypatch, processes):
+  asked = []
+
+  def answered(task):
+    asked.append(task)
+    return task
+
   monkeypatch.setattr(coverage, 'estimate', lambda requests, tolerance, task:
-                      Goodput(3.0, 2.9, 3.1, 'target', 0.9, 1, True))
+                      answered(task) and Goodput(3.0, 2.9, 3.1, 'target', 0.9,
+                                                 1, True))
   monkeypatch.setattr(coverage, 'share', lambda n, task:
-                      0.9 - task[1] / 100 + task[2] / 1e6)
-  console = Console(record=True, width=100)
-  options = cli.options(coverage.FLAGS, out=str(tmp_path), **TINY | {
-      'seeds': 40, 'minutes': 0.0})
-  assert coverage.run(options, console) == 0
-  assert 'Stopped by --minutes' in console.export_text()
-  assert len((tmp_path / 'coverage.csv').read_text().splitlines()) == 2
+                      0.9 - answered(task)[1] / 100 + task[2] / 1e6)
+  if processes > 1:  # which come further than what is read of them
+    monkeypatch.setattr(coverage, 'processes', lambda count:
+                        contextlib.nullcontext(lambda function, tasks: iter(
+                            list(map(function, tasks)))))
+
+  def run(minutes, out):
+    console = Console(record=True, width=100)
+    options = cli.options(coverage.FLAGS, out=str(out), **TINY | {
+        'minutes': minutes})
+    assert coverage.run(options, console) == 0
+    return console.export_text(), json.loads(
+        (out / 'coverage.json').read_text())
+
+  _, whole = run(600.0, tmp_path / 'whole')
+  count, out = len(set(asked)), tmp_path / 'parts'
+  asked.clear()
+  told, written = run(0.0, out)
+  assert 'Stopped by --minutes' in told and not written['truths']
+  assert written['begun'] == {'kv-limit': [[3.0, []]]}
+  for _ in range(count - 1):
+    told, written = run(0.0, out)
+  assert written['truths'] == whole['truths'] and not written['begun']
+  assert (out / 'coverage.csv').read_text() == (
+      tmp_path / 'whole' / 'coverage.csv').read_text()
+  assert not written['stopped']
+  if processes == 1:
+    assert len(asked) == count
 
 
 def test_ctrl_c_keeps_what_is_known(tmp_path, monkeypatch):
@@ -113,8 +144,9 @@ def test_the_same_command_goes_on(tmp_path, monkeypatch):
   monkeypatch.setattr(coverage, 'share', lambda n, task:
                       0.9 - task[1] / 100 + task[2] / 1e6)
   options = cli.options(coverage.FLAGS, out=str(tmp_path), **TINY | {
-      'seeds': 2, 'minutes': 0.0})
-  assert coverage.run(options, Console()) == 0
+      'seeds': 2})
+  one = cli.options(coverage.FLAGS, out=str(tmp_path), **TINY)
+  assert coverage.run(one, Console()) == 0
   first = (tmp_path / 'coverage.csv').read_text().splitlines()
   assert coverage.run(options, Console()) == 0
   lines = (tmp_path / 'coverage.csv').read_text().splitlines()
@@ -126,7 +158,7 @@ def test_the_same_command_goes_on(tmp_path, monkeypatch):
 
 def test_a_folder_that_was_measured_in_another_way(tmp_path):
   options = cli.options(coverage.FLAGS, out=str(tmp_path), **TINY)
-  coverage.save(tmp_path, options, coverage.Measured({}, []))
+  coverage.save(tmp_path, options, coverage.Measured({}, [], {}))
   with pytest.raises(InputError, match='--requests=30: .*20, as in'):
     coverage.run(cli.options(coverage.FLAGS, out=str(tmp_path), **TINY | {
         'requests': 30}), Console())
@@ -146,7 +178,7 @@ def test_problems_that_there_are_not(problems):
                      'kv,0,1,2,1,2\n')])
 def test_files_that_are_not_its_own_are_told(tmp_path, name, text):
   options = cli.options(coverage.FLAGS, out=str(tmp_path), **TINY)
-  coverage.save(tmp_path, options, coverage.Measured({}, []))
+  coverage.save(tmp_path, options, coverage.Measured({}, [], {}))
   if text is None:
     (tmp_path / name).unlink()
   else:
@@ -162,7 +194,8 @@ def test_files_that_are_not_its_own_are_told(tmp_path, name, text):
 def test_lines_that_no_run_wrote_are_told(tmp_path, lines, part):
   options = cli.options(coverage.FLAGS, out=str(tmp_path), **TINY)
   own = coverage.Measured({'kv-limit': (1.6, 1.5, 1.75)},
-                          [line('kv-limit', 1.0, 2.0, 1.5, 1.75)])
+                          [line('kv-limit', 1.0, 2.0, 1.5, 1.75)],
+                          {'strict': {1.3: [0.9, 0.91], 1.4: []}})
   coverage.save(tmp_path, options, own)
   assert coverage.read(tmp_path, options) == own
   path = tmp_path / 'coverage.csv'

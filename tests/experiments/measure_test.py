@@ -231,6 +231,7 @@ def test_a_live_engine_from_cells_to_files(tmp_path, monkeypatch):
   assert profile.latencies[Plan(1, 2)].pp == 2
   model, timed = profile.latencies[Plan()], cells[Plan()]
   assert (profile.model, model.pp) == ('tiny', 1)
+  assert (profile.bytes_per_weight, profile.bytes_per_kv) == (4, 4)
   assert model.buckets == latency.Buckets((32,), (1, 2), (1, 2))
   assert model.mixed is not None and model.host_s >= 0
   assert all(c.seconds > 0 for c in timed)
@@ -322,11 +323,12 @@ def test_steps_timed_elsewhere_are_fitted(tmp_path):
   text = io.StringIO()
   options = cli.parse(measure.FLAGS, [
       f'--from={path}', '--model=llama-3-8b', f'--out={tmp_path / "out"}',
-      '--hardware=h100-80g'])
+      '--hardware=h100-80g', '--weights=fp8_static'])
   assert cli.exit_code(measure.run, options, Console(file=text)) == 0
   profile = profiles.load(next((tmp_path / 'out').glob('latency-*.json')))
   assert (profile.model, profile.device) == ('llama-3-8b', 'h100-80g')
   assert profile.source == 'fitted to cells.csv'
+  assert (profile.bytes_per_weight, profile.bytes_per_kv) == (1, 2)
   for plan in (Plan(), Plan(2, 1)):
     fitted = profile.latencies[plan]
     assert fitted.prefill == pytest.approx(truth.prefill, rel=1e-4)
@@ -392,11 +394,12 @@ def test_what_clients_saw_becomes_a_file(tmp_path, capsys):
   text = io.StringIO()
   options = cli.parse(measure.FLAGS, [
       f'--from={path}', '--placement=colocated=1x1', '--model=opt-13b',
-      f'--out={tmp_path / "out"}'])
+      f'--out={tmp_path / "out"}', '--kv=fp8'])
   assert cli.exit_code(measure.run, options, Console(file=text)) == 0
   assert 'TTFT p50' in text.getvalue() and 'TPOT p95' in text.getvalue()
   written, = (tmp_path / 'out').glob('latency-*.json')
   fitted = profiles.load(written)
+  assert (fitted.bytes_per_weight, fitted.bytes_per_kv) == (2, 1)
   assert fitted.model == 'opt-13b' and 'held out: TTFT p50' in fitted.source
   assert fitted.latencies[Plan()].prefill_s(((0, 200),)) == pytest.approx(
       truth.prefill_s(((0, 200),)), rel=0.1)
@@ -411,6 +414,8 @@ def test_what_clients_saw_becomes_a_file(tmp_path, capsys):
     (['--from=none.csv', '--placement=1x1'], '--placement='),
     (['--from={}', '--placement=colocated=1x1'], '40 or more'),
     (['--from={}'], '--placement says what served it'),
+    (['--from={}', '--placement=colocated=1x1', '--kv=nf3'],
+     "--kv='nf3': must be one of ['float32'"),
     (['--from={}', '--placement=colocated=1x1', '--model=tiny-none'],
      'tiny-none')))
 def test_bad_records_are_one_clear_error(flags, message, tmp_path, capsys):

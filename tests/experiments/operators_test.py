@@ -129,6 +129,7 @@ def test_experts_and_fp8_by_the_names_of_the_package(tmp_path, package):
   assert profile.device == 'h100-80g'
   assert 'vLLM 0.27.0' in profile.source and 'power law' in profile.source
   assert 'fp8_static weights, fp8 KV' in profile.source
+  assert (profile.bytes_per_weight, profile.bytes_per_kv) == (1, 1)
 
 
 def test_a_plan_without_room_is_left_out(tmp_path, package, capsys):

@@ -149,7 +149,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
   rates = ','.join(str(1 + i / 100) for i in range(300))
   process = subprocess.Popen(
       [sys.executable, '-m', 'experiments.simulate', '--lengths=humaneval',
-       '--placement=prefill=1x1,decode=1x1', f'--rates=1,{rates}',
+       '--placement=prefill=1x1,decode=1x1', f'--rates={rates}',
        f'--out={tmp_path}'],
       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
   first = process.stdout.readline()
@@ -244,7 +244,8 @@ def test_each_mode_runs_with_the_batches_that_suit_it(tmp_path):
   assert 'met both with chunks of 300: ' in text
 
 
-@pytest.mark.parametrize('chunks', ['256', '512,x', '512.5', '-512'])
+@pytest.mark.parametrize('chunks', ['256', '512,x', '512.5', '-512',
+                                    '512,0512'])
 def test_a_chunk_that_decode_rows_fill_is_refused(chunks):
   options = cli.parse(simulate.FLAGS, ['--rate=1', f'--chunks={chunks}'])
   with pytest.raises(InputError, match='--chunks='):
@@ -299,6 +300,36 @@ def test_seeds_and_policies_are_swept_into_one_tidy_table(tmp_path):
   assert len(re.findall('colocated=1x1 under late *\n', text)) == 1
   shares = [float(r['attained']) for r in rows[1:half:2]]
   assert f'{sum(shares) / 3:.0%}' in text
+
+
+def test_processes_beside_each_other_change_nothing(tmp_path):
+  written = []
+  for processes in (1, 2):
+    out = tmp_path / str(processes)
+    code, text, _ = run(
+        '--placement=prefill=1x1,decode=1x1/chunked=1x1', '--rates=1,6',
+        '--chunks=512,1024', '--seeds=0,3', '--timeline',
+        f'--processes={processes}', f'--out={out}')
+    assert code == 0
+    written.append((text.replace(str(out), 'out'), [
+        (out / name).read_text() for name in (
+            'points.csv', 'records.jsonl', *sorted(
+                file.name for file in out.glob('events-*.jsonl')))]))
+  assert written[0] == written[1] and len(written[0][1]) == 14
+
+
+def test_ctrl_c_ends_processes_too(tmp_path):
+  rates = ','.join(str(1 + i / 100) for i in range(300))
+  process = subprocess.Popen(
+      [sys.executable, '-m', 'experiments.simulate', '--lengths=humaneval',
+       '--placement=prefill=1x1,decode=1x1', f'--rates={rates}',
+       '--processes=2', f'--out={tmp_path}'],
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  assert 'met both' in process.stdout.readline()
+  os.kill(process.pid, signal.SIGINT)
+  text, _ = process.communicate(timeout=60)
+  assert process.returncode == 130, text
+  assert 'Stopped by Ctrl-C' in text
 
 
 def test_an_interval_of_runs_is_of_what_differs_between_them():

@@ -13,8 +13,11 @@ from dsjax.config import zoo
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.config.request import Request, Sampling
-from dsjax.placement import api, judging
-from dsjax.simulation import latency, profiles, simulator
+from dsjax.placement import api, candidates, judging
+from dsjax.placement.clusters import Cluster, MixedCluster
+from dsjax.simulation import latency, profiles, roofline, simulator
+from dsjax.simulation.hardware import HARDWARE
+from dsjax.simulation.roofline import Roofline
 from tests.common.samples import deep
 
 FAST = latency.Affine((0.01, 1e-5, 0.0), (0.01, 1e-7, 1e-5))
@@ -289,6 +292,32 @@ def test_a_profile_of_another_model_is_refused(tmp_path):
         call(form)
       assert form is profile or str(path) in str(error.value)
   assert simulate(latency=profile, model='llama-3-8b').records
+
+
+@pytest.mark.parametrize('weight, kv', [(2, 2), (1, 2), (2, 1), (4, 4)])
+def test_memory_and_hand_offs_go_by_the_bytes_of_a_profile(
+    tmp_path, weight, kv):
+  profile = profiles.Profile('opt-13b', 'd', {Plan(): FAST},
+                             bytes_per_weight=weight, bytes_per_kv=kv)
+  profiles.save(tmp_path / 'a.json', profile)
+  own = zoo.config('opt-13b')
+  for form in (profile, str(tmp_path / 'a.json'), Roofline(
+      own, HARDWARE['a100-80g'], itemsize=weight, kv_itemsize=kv)):
+    problem = api.make_problem(latency=form, lengths='fixed:300x5')
+    room = (candidates.USABLE * problem.cluster.memory_bytes
+            - candidates.RESERVE_BYTES - roofline.num_params(own) * weight)
+    token = 2 * own.num_layers * own.d_model * kv
+    assert candidates.kv_tokens(problem, Plan()) == room // token
+    placement = Placement.parse('prefill=1x1,decode=1x1')
+    assert candidates.link_of(problem, True, placement).kv_bytes == token
+
+
+def test_kv_of_one_cluster_is_stored_alike():
+  of = {kind: dataclasses.replace(Cluster(), latency=profiles.Profile(
+      'opt-13b', 'd', {Plan(): FAST}, bytes_per_kv=size))
+        for kind, size in (('a', 2), ('b', 1))}
+  with pytest.raises(InputError, match='MixedCluster.kinds.*same bytes'):
+    api.make_problem(cluster=MixedCluster(of))
 
 
 def test_measured_links_are_used_inside_a_node():

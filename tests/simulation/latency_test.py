@@ -387,7 +387,7 @@ PROFILE = Profile(
     {(Plan(), Plan(1, 2)): Link(0.5, 1e9, 64)}, 'a test',
     Contention({('prefill', 'decode'): 1.5}),
     {Plan(): {'prefill': (0.02, 0.1), 'mixed': (0.03, 0.2)}},
-    {'prefill': 0.5, 'single': 0.25})
+    {'prefill': 0.5, 'single': 0.25}, 1, 1.03125)
 
 
 def test_files_keep_everything(tmp_path):
@@ -398,6 +398,7 @@ def test_files_keep_everything(tmp_path):
 @pytest.mark.parametrize('change, parts', [
     (lambda d: d.pop('model'), ['model', 'present']),
     (lambda d: d.update(extra=1), ['extra', 'not known']),
+    (lambda d: d.update(bytes_per_kv='fp8'), ['bytes_per_kv', '0.25 to 8']),
     (lambda d: d.update(device=3), ['device', 'text']),
     (lambda d: d.update(latencies=[]), ['latencies', 'object']),
     (lambda d: d['latencies'].update({'1by1': {}}), ['1by1', 'TPxPP']),
