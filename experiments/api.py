@@ -23,6 +23,7 @@ Exit codes: 0; 2 for bad input, and where an instance does not start.
 
 import contextlib
 import dataclasses
+import ipaddress
 import logging
 import os
 import pathlib
@@ -39,6 +40,7 @@ from configs.serve import Serve
 from dsjax.config.checks import InputError, StartError, require
 from dsjax.http.service import Limits, Service
 from dsjax.placement.api import Named
+from dsjax.runtime.cluster import channel
 from dsjax.scheduling.policy import DISTSERVE, Policy
 from dsjax.simulation import profiles
 from experiments.common import cli, policies
@@ -124,9 +126,10 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
         policies.load(options.policy, config.slo), options.cors,
         latency, beside, cluster)
     host, port = bound.getsockname()[:2]
-    print(f'http://{host}:{port}/ answers once {config.model} is loaded',
+    address = f'[{host}]' if ':' in host else host
+    print(f'http://{address}:{port}/ answers once {config.model} is loaded',
           flush=True)
-    if not key and not host.startswith('127.'):
+    if not key and not ipaddress.ip_address(host).is_loopback:
       print('warning: anyone who reaches this address may use it: set '
             'DSJAX_API_KEY', file=sys.stderr)
     error = socket_server.run(served, service, bound)
@@ -140,9 +143,10 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
 
 def _bound(host: str, port: int) -> socket.socket:
   """A socket that listens for clients."""
+  require(host, '--host', host, 'an address of this host, or 0.0.0.0 for all')
   try:
-    return socket.create_server((host, port))
-  except OSError as error:
+    return channel.listen(host, port)
+  except (OSError, UnicodeError) as error:
     raise InputError(
         f'--host={host} --port={port}: must be an address of this host and a '
         f'port of it that is free: {error}') from error

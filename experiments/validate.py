@@ -22,8 +22,9 @@ over them whatever --xla_cpu_multi_thread_eigen says), so instances slow each
 other, which both simulate as contention.Contention. With --cluster=local each
 instance is a process, on cores of its own where there are enough: steps and KV
 are profiled in such processes, and so is what they still share. Rates, if not
-given, are shares of what a burst really achieves; objectives, if not given, are
-multiples of medians of the calibration runs, the same for all modes.
+given, are shares of what a burst really achieves, below 1: beyond it the queue
+grows for as long as a run lasts, and so does every error. Objectives, if not
+given, are multiples of medians of the calibration runs, the same for all modes.
 
 With --seeds=0,1,2,3,4 the requests of a row are of five workloads, served one
 after another: intervals are of the five runs, and so is that of how far the
@@ -87,7 +88,7 @@ QUICK = EngineConfig(max_len=96, max_seqs=4, prefill_tokens=32,
                      chunk_tokens=32, prefill_seqs=2, prefix_cache=False)
 PLACEMENTS = {'disaggregated': 'prefill=1x1,decode=1x1',
               'colocated': 'colocated=1x1,1x1', 'chunked': 'chunked=1x1,1x1'}
-SHARES, CALIBRATION = (0.3, 0.6, 0.85, 1.2), 0.75  # of a burst's throughput
+SHARES, CALIBRATION = (0.3, 0.5, 0.7, 0.9), 0.75  # of a burst's throughput
 MOST_CALIBRATION = 150  # requests of a calibration run
 LEAST = 8  # requests of a run
 PACE_S = 15.0  # for which the pace of a machine is taken to hold

@@ -47,6 +47,8 @@ class InstanceConfig:
             'an integer of 0 or more')
     require(self.role in ROLES, 'InstanceConfig.role', self.role,
             f'one of {tuple(ROLES)}')
+    require(self.kv_dtype in ('', *KV_DTYPES), 'InstanceConfig.kv_dtype',
+            self.kv_dtype, f"'' or one of {KV_DTYPES}")
     for field in ('num_pages', 'page_size', 'max_seqs', 'prefill_tokens',
                   'prefill_seqs', 'pp'):
       value = getattr(self, field)

@@ -44,6 +44,7 @@ from dsjax.simulation import executors, latency
 from dsjax.simulation.contention import Contention
 from dsjax.simulation.instance import stage_shares
 
+LEAST_TICK_S = 1e-3  # else there are ticks and nothing else
 IDLE_TICKS = 1000
 # Called with (state, event, commands) after each event.
 OnEvent = Callable[[Any, events.Event, Sequence[events.Command]], object]
@@ -246,6 +247,8 @@ def _check(config, latencies, link, share, contention):
   require(not contention or all(c.pp == 1 for c in config.instances),
           'contention', contention, 'None where an instance has '
           'several stages')
+  require((config.policy.tick_s or 1.0) >= LEAST_TICK_S, 'Policy.tick_s',
+          config.policy.tick_s, f'{LEAST_TICK_S} or more where it is simulated')
   for seconds, instance in zip(latencies, config.instances, strict=True):
     pp = instance.pp
     require(seconds.pp == pp and len(stage_shares(seconds, pp)) == pp,

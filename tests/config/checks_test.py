@@ -104,6 +104,11 @@ def test_what_is_no_integer_is_refused(value):
       make(value)
 
 
+def test_an_instance_has_a_dtype_of_a_cache():
+  with pytest.raises(InputError, match="kv_dtype='float64': must be .*int8"):
+    InstanceConfig('decode', 8, 16, 4, 32, 2, kv_dtype='float64')
+
+
 MADE = (
     Sampling(), Plan(), Slo(0.5, 0.25), EngineConfig(), Limits(),
     InstanceConfig('decode', 8, 16, 4, 32, 2), zoo.config('qwen3-30b-a3b'),

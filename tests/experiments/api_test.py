@@ -85,8 +85,26 @@ def test_what_fails_at_the_start_is_one_line_unless_it_is_a_mistake_of_ours(
 def test_an_address_that_cannot_be_bound_is_told_with_its_flags(logger):
   with socket.create_server(('127.0.0.1', 0)) as taken:
     port = taken.getsockname()[1]
-    for host in ('127.0.0.1', '192.0.2.1', 'no.host.example'):
+    for host in ('127.0.0.1', '192.0.2.1', '::2', 'a..b', 'é..b', 'a' * 300):
       options = cli.options(api.FLAGS, config='tiny', port=port, host=host)
       with pytest.raises(InputError, match=f'^--host={host} --port={port}: '
                          'must be an address of this host and a port'):
         api.run(options, None)
+
+
+def test_an_empty_host_is_not_all_of_them(logger):
+  options = cli.options(api.FLAGS, config='tiny', port=0, host='')
+  with pytest.raises(InputError, match="^--host='': must be an address"):
+    api.run(options, None)
+
+
+def test_the_address_of_ipv6_is_told_in_brackets(logger, monkeypatch, capsys):
+  try:
+    socket.create_server(('::1', 0), family=socket.AF_INET6).close()
+  except OSError:
+    pytest.skip('no IPv6 here')
+  monkeypatch.setattr(socket_server, 'run', lambda *_: None)
+  options = cli.options(api.FLAGS, config='tiny', port=0, host='::1')
+  assert cli.exit_code(api.run, options, None) == 0
+  said = capsys.readouterr()
+  assert said.out.startswith('http://[::1]:') and not said.err

@@ -107,8 +107,9 @@ def test_one_that_does_not_start_is_tried_again(tmp_path, monkeypatch):
       'not started: it did not come'] * 2
 
 
-def test_processes_of_other_hosts_are_not_killed_here(tmp_path):
+def test_processes_of_other_hosts_are_not_killed_here(tmp_path, monkeypatch):
   """By their numbers, which are those of others on this host."""
+  monkeypatch.setattr(soak.cli, 'cluster_of', lambda options: options.cluster)
   with pytest.raises(InputError, match='--cluster=.*local'):
     soak.run(options(tmp_path, cluster='ray'), None)
 

@@ -596,6 +596,14 @@ def test_a_stream_wants_requests_in_order(change, field):
                           Link(0.001, 1e-5)))
 
 
+def test_ticks_are_not_endless():
+  config = plan(PD)
+  config = dataclasses.replace(config, policy=dataclasses.replace(
+      config.policy, tick_s=1e-6))
+  with pytest.raises(InputError, match='^Policy.tick_s=1e-06: .*0.001'):
+    simulator.simulate(config, requests((0, 10, 1)), Affine(), Link())
+
+
 def test_instances_that_sleep_are_roused_to_be_compared():
   """Where requests have ended unseen the least loaded is another."""
   for seed in range(8):

@@ -194,9 +194,11 @@ def listen(host: str, port: int = 0) -> socket.socket:
 
   Raises:
     OSError: it is none, or its port is taken.
+    UnicodeError: it is no name.
   """
-  return socket.create_server((host, port), family=(
-      socket.AF_INET6 if ':' in host else socket.AF_INET))
+  family = socket.AF_INET6 if ':' in host else socket.AF_INET
+  *_, address = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0]
+  return socket.create_server(address[:2], family=family)
 
 
 def claim(host: str, port: int) -> socket.socket | None:
