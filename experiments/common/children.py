@@ -2,7 +2,10 @@
 
 import concurrent.futures
 import contextlib
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import context, resource_tracker
@@ -20,6 +23,20 @@ class _Child(context.SpawnProcess):
 
 class _Spawn(context.SpawnContext):
   Process = _Child
+
+
+def _begin(begin: Callable[..., object] | None, args: tuple[Any, ...]) -> None:
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+  if begin:
+    begin(*args)
+
+
+def _end_with_parent() -> None:
+  """Else a process waits for ever for tasks of one that was killed."""
+  parent = multiprocessing.parent_process()
+  if parent:
+    parent.join()
+    os._exit(1)
 
 
 class _Pool(concurrent.futures.ProcessPoolExecutor):
@@ -44,7 +61,7 @@ def spawned(count: int, begin: Callable[..., object] | None = None,
             args: tuple[Any, ...] = ()
             ) -> Iterator[concurrent.futures.Executor]:
   """So many processes, in which begin(*args) is called first. They are killed
-  at the end of the block, whatever they do.
+  at the end of the block, whatever they do, and end if their parent is killed.
 
   A terminal sends Ctrl-C to all of them, as `timeout` and batch systems do
   SIGTERM. They inherit that it is blocked, so that none of them hears it, even
@@ -53,8 +70,13 @@ def spawned(count: int, begin: Callable[..., object] | None = None,
   Raises:
     ChildProcessError: one of them was killed by something else.
   """
-  resource_tracker.ensure_running()  # which would let it through again
-  pool = _Pool(count, _Spawn(), begin, args)
+  # The tracker would let it through again, and a hang-up would end it.
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+  try:
+    resource_tracker.ensure_running()
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+  pool = _Pool(count, _Spawn(), _begin, (begin, args))
   try:
     yield pool
   except BrokenProcessPool as error:

@@ -476,6 +476,35 @@ def test_ctrl_c_is_left_to_the_parent_while_children_import(tmp_path, stop):
       130, '[1, 2, 3, 4]\n', 'stopped\n')
 
 
+LEFT = '''
+import os, signal
+from multiprocessing import resource_tracker
+from experiments.common import children
+
+if __name__ == '__main__':
+  with children.spawned(2) as pool:
+    list(pool.map(abs, range(4)))
+    os.kill(WHOM, signal.HOW)
+    list(pool.map(abs, range(4)))
+'''
+
+
+@pytest.mark.parametrize('whom, how, code', [
+    ('os.getpid()', 'SIGKILL', -9),
+    ('resource_tracker._resource_tracker._pid', 'SIGHUP', 0)])
+def test_processes_end_with_a_parent_that_is_killed_and_hear_no_hang_up(
+    whom, how, code, tmp_path):
+  """They have its output open, so all of it is read once they have ended."""
+  (tmp_path / 'parent.py').write_text(
+      LEFT.replace('WHOM', whom).replace('HOW', how))
+  done = subprocess.run(
+      [sys.executable, tmp_path / 'parent.py'], text=True, timeout=100,
+      capture_output=True, check=False, cwd=cli.ROOT,
+      env=os.environ | {'PYTHONPATH': str(cli.ROOT)})
+  assert done.returncode == code
+  assert code or not done.stderr
+
+
 def test_every_pool_of_processes_leaves_ctrl_c_to_its_parent():
   uses = [path for path in (cli.ROOT / 'experiments').rglob('*.py')
           if re.search(r'\bPool\(|ProcessPoolExecutor', path.read_text())]
@@ -519,7 +548,7 @@ def test_no_runner_has_signals_of_its_own_for_that():
 
 
 HUNG_UP = '''
-import fcntl, os, pathlib, signal, termios
+import fcntl, os, pathlib, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # its terminal
 from experiments.common import cli, terminal
 
@@ -527,7 +556,7 @@ def run(options, console):
   with terminal.Interrupts() as interrupts:
     console.print('begun')
     while not interrupts.seen:
-      signal.pause()
+      time.sleep(0.01)  # signal.pause would miss one that comes before it
   console.print('what is shown to nobody')
   pathlib.Path(os.environ['KEPT']).write_text('all of it')
   return 130
@@ -548,7 +577,10 @@ def test_what_was_done_stays_where_the_terminal_is_gone(tmp_path):
     while b'begun' not in told:
       told += os.read(ours, 1000)
     os.close(ours)  # a hang-up
-    assert process.wait(100) == 130
+    try:
+      assert process.wait(100) == 130
+    finally:
+      process.kill()
   assert kept.read_text() == 'all of it'
 
 
