@@ -474,7 +474,8 @@ def seeds(texts: list[str]) -> list[int]:
 
 
 def numbers(field: str, text: str) -> list[float]:
-  """Different positive numbers of a text with commas, rising.
+  """Different positive numbers of a text with commas, rising; files and tables
+  name them by six digits.
 
   Raises:
     InputError naming `field`.
@@ -484,6 +485,6 @@ def numbers(field: str, text: str) -> list[float]:
   except ValueError:
     parsed = []
   require(parsed and all(0 < x < math.inf for x in parsed)
-          and len(set(parsed)) == len(parsed), field, text,
-          'different numbers above 0 with commas between')
+          and len({f'{x:g}' for x in parsed}) == len(parsed), field, text,
+          'numbers above 0 with commas between that differ in six digits')
   return sorted(parsed)

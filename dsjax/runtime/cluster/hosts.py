@@ -103,6 +103,9 @@ def read(file: str) -> Group:
       for host in hosts.values()),
           f'{file}: hosts', hosts, 'an object of {"address": the IP address '
           'where others reach it, "devices": how many it has} by name')
+  most = 2**16 - 1 - len(hosts)
+  require(int(port) <= most, f'{file}: server', server,
+          f'a port of {most} at most: one for each host follows')
   made = tuple([Host(name, **host) for name, host in hosts.items()])
   addresses = [ipaddress.ip_address(host.address) for host in made]
   require(len(set(addresses)) == len(made)

@@ -377,7 +377,8 @@ def test_a_second_server_on_the_same_ports_is_refused(tmp_path, later):
 
 @pytest.mark.parametrize('server, error', [
     ('192.0.2.1:7000', 'server=.*of this host'),  # of nobody, by RFC 5737
-    ('127.0.0.1:65533', 'server=65533: must be a port of 65532 at most')])
+    ('127.0.0.1:65533', 'server=65533: must be a port of 65532 at most'),
+    ('127.0.0.1:65535', "server='127.0.0.1:65535': must be a port of 65533")])
 def test_a_server_that_cannot_listen_where_it_is_to_is_refused(
     tmp_path, server, error):
   with pytest.raises(InputError, match=error):
