@@ -253,8 +253,8 @@ def test_a_list_has_each_item_once(name):
 
 
 @pytest.mark.parametrize('runner, given', [
-    ('simulate', ['--rates=2,2']),
-    ('simulate', ['--rates=1,1.0000001']), ('simulate', ['--rate=1', '--scales=1,1.0']),
+    ('simulate', ['--rates=2,2']), ('simulate', ['--rates=1,1.0000001']),
+    ('simulate', ['--rate=1', '--scales=1,1.0']),
     ('simulate', ['--rate=1', '--seeds=7,07']),
     ('simulate', ['--rate=1', '--policy=arrow,arrow']),
     ('simulate', ['--rate=1', '--placement=colocated=1x1/colocated=1x1']),
