@@ -126,9 +126,8 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
         policies.load(options.policy, config.slo), options.cors,
         latency, beside, cluster)
     host, port = bound.getsockname()[:2]
-    address = f'[{host}]' if ':' in host else host
-    print(f'http://{address}:{port}/ answers once {config.model} is loaded',
-          flush=True)
+    print(f'http://{channel.bracketed(host)}:{port}/ answers once '
+          f'{config.model} is loaded', flush=True)
     if not key and not ipaddress.ip_address(host).is_loopback:
       print('warning: anyone who reaches this address may use it: set '
             'DSJAX_API_KEY', file=sys.stderr)

@@ -30,7 +30,6 @@ served: experiments.serve --set=placements=. Objectives may be inf. Exit codes:
 """
 
 import contextlib
-import gc
 import math
 import os
 import pathlib
@@ -64,7 +63,6 @@ from experiments.common import (
   provenance,
   terminal,
 )
-from experiments.fast import finder
 
 MAX_SEQS = candidates.SearchProblem.max_seqs
 CLUSTER = dict(nodes=('nodes', 1), devices=('devices_per_node', 1),
@@ -187,7 +185,7 @@ def processes(count: int) -> Iterator[Callable[..., Iterable]]:
   if count == 1:
     yield map
     return
-  with children.spawned(count, gc.set_threshold, (finder.OBJECTS,)) as pool:
+  with children.simulating(count) as pool:
     yield pool.map
 
 

@@ -39,7 +39,6 @@ soak.json is written then.
 Ctrl-C keeps what there is. Exit codes: see experiments.common.cli.
 """
 
-import contextlib
 import dataclasses
 import gzip
 import json
@@ -79,6 +78,7 @@ from experiments.common import overrides as configs
 from experiments.verify import flips, soak_report
 from experiments.verify.anything import FETCHING
 from experiments.verify.faults import COPY, KINDS, Injector
+from experiments.verify.held import counted
 
 JOBS = 16
 SAMPLE_S = 2.0  # between two looks at the memory
@@ -367,18 +367,8 @@ class Soak:
                    for engine in self.server.engines) + self.held
 
   def ask(self) -> None:
-    """Asks each process what it holds, and how often it has compiled: once all
-    are there, as the end of one may be seen late."""
-    engines: list[Any] = self.server.engines  # RemoteEngines
-    answers: list[Any] = []
-    while not answers or not all(answer() for answer in answers):
-      self.server.poll()
-      if self.server.fleet.down:
-        answers = []
-      elif not answers:
-        with contextlib.suppress(RuntimeError):  # one has just ended
-          answers = [engine.count() for engine in engines]
-    self.held = sum(sum(answer()) for answer in answers)
+    """Asks each process what it holds, and how often it has compiled."""
+    self.held = sum(map(sum, counted(self.server)))
 
 
 class _Lines:

@@ -2,14 +2,15 @@
 
 import concurrent.futures
 import contextlib
-import multiprocessing
-import os
+import gc
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import context, resource_tracker
 from typing import Any
+
+from dsjax.runtime.orphans import end_with_parent
+from experiments.fast import finder
 
 STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
@@ -26,17 +27,9 @@ class _Spawn(context.SpawnContext):
 
 
 def _begin(begin: Callable[..., object] | None, args: tuple[Any, ...]) -> None:
-  threading.Thread(target=_end_with_parent, daemon=True).start()
+  end_with_parent()
   if begin:
     begin(*args)
-
-
-def _end_with_parent() -> None:
-  """Else a process waits for ever for tasks of one that was killed."""
-  parent = multiprocessing.parent_process()
-  if parent:
-    parent.join()
-    os._exit(1)
 
 
 class _Pool(concurrent.futures.ProcessPoolExecutor):
@@ -86,3 +79,11 @@ def spawned(count: int, begin: Callable[..., object] | None = None,
     for process in list((pool._processes or {}).values()):
       process.kill()
     pool.shutdown(cancel_futures=True)
+
+
+def simulating(count: int
+               ) -> contextlib.AbstractContextManager[
+                   concurrent.futures.Executor]:
+  """As `spawned`, of processes that do nothing but simulate: they look for
+  garbage as seldom as a runner that does (cli.main)."""
+  return spawned(count, gc.set_threshold, (finder.OBJECTS,))

@@ -61,8 +61,8 @@ def run(options: types.SimpleNamespace, console: Console, path: str,
 
   stored: bytes of a weight, and of a number of KV.
   """
-  placement, (weight, kv) = Placement.parse(
-      options.placement, '--placement'), stored
+  placement = Placement.parse(options.placement, '--placement')
+  weight, kv = stored
   requests, empty = read_served(path)
   if empty:
     console.print(f'{empty} rows without tokens are left out.')

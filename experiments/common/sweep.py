@@ -6,7 +6,6 @@ that differ only in the seed of their workload are pooled into one.
 
 import concurrent.futures
 import dataclasses
-import gc
 import itertools
 import math
 import statistics
@@ -26,7 +25,6 @@ from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import Finish, Reject
 from dsjax.simulation import simulator
 from experiments.common import children, seeds
-from experiments.fast import finder
 
 POLL_S = 0.2  # between two looks at Ctrl-C while processes are at work
 
@@ -315,8 +313,7 @@ def simulate_all(asked: Sequence[Task], processes: int, progress: Progress,
       yield task, simulate(task, halt,
                            lambda ended: progress.advance(bar, ended))
     return
-  with children.spawned(processes, gc.set_threshold,
-                        (finder.OBJECTS,)) as pool:
+  with children.simulating(processes) as pool:
     futures = [pool.submit(simulate, task) for task in asked]
     for task, future in zip(asked, futures, strict=True):
       progress.update(bar, description=str(task))

@@ -23,11 +23,11 @@ import dsjax
 from dsjax.checkpoints.checkpoint import Model
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement
-from dsjax.runtime.orchestrator import Orchestrator
 from dsjax.scheduling import prefix_cache, scheduler
 from dsjax.scheduling.events import Flip, Migrate
 from dsjax.scheduling.policy import Move, Policy
 from experiments.common import machine
+from experiments.verify.held import counted
 
 CONFIG = EngineConfig(max_len=32, max_seqs=8, prefill_tokens=64,
                       prefill_seqs=8, least_tokens=64, checksum=True)
@@ -105,28 +105,17 @@ def serve(model: Model, placement: Placement, config: EngineConfig,
           pauses += record.itl_s
         show(len(tokens), count, seen['flips'])
     scheduler.check(server.state)
-    held, elsewhere = asked(server) if cluster else (0, 0)
-    leaked = held + sum(inst.pool.num_pages - prefix_cache.num_free(inst.pool)
-                        for inst in server.state.instances) + sum(
-                            config.max_seqs - len(e.spare)
-                            for e in server.engines)
+    told = counted(server) if cluster else []
+    leaked = sum(c.requests + c.offers + c.pulls for c in told)
+    leaked += sum(inst.pool.num_pages - prefix_cache.num_free(inst.pool)
+                  for inst in server.state.instances)
+    leaked += sum(config.max_seqs - len(e.spare) for e in server.engines)
     return {'requests': len(tokens), 'tokens': tokens, 'lost': len(lost),
-            'leaked': leaked, 'compiled': len(compiled) + elsewhere, **seen,
+            'leaked': leaked, 'compiled': len(compiled) + sum(
+                c.compiled for c in told), **seen,
             'faults': len(server.faults),
             'longest_pause_s': max(pauses), 'seconds':
             time.perf_counter() - began}
-
-
-def asked(server: Orchestrator) -> tuple[int, int]:
-  """(what processes hold still, programs that they have compiled since they
-  were ready)."""
-  engines: list[Any] = server.engines  # RemoteEngines
-  answers = [engine.count() for engine in engines]
-  while not all(answer() for answer in answers):
-    server.poll()
-  counted = [answer() for answer in answers]
-  return (sum(c.requests + c.offers + c.pulls for c in counted),
-          sum(c.compiled for c in counted))
 
 
 def compare(model: Model, placement: Placement, config: EngineConfig,

@@ -189,6 +189,11 @@ class Channel:
     self._connection.close()
 
 
+def bracketed(host: str) -> str:
+  """An address as it is written before a port: IPv6 in brackets."""
+  return f'[{host}]' if ':' in host else host
+
+
 def listen(host: str, port: int = 0) -> socket.socket:
   """Listens on an address of this host; port 0: any.
 

@@ -32,7 +32,7 @@ from dsjax.model import kv_cache, sharding
 from dsjax.runtime import migration
 from dsjax.runtime.arrays import is_ready
 from dsjax.runtime.cluster import messages, parcels, shared_memory
-from dsjax.runtime.cluster.channel import LOOPBACK
+from dsjax.runtime.cluster.channel import LOOPBACK, bracketed
 from dsjax.runtime.engine import Engine
 from dsjax.runtime.landing import Landing, part_sizes
 from dsjax.runtime.protocols import Pending
@@ -134,7 +134,7 @@ class Exchange:
         jax.block_until_ready((landed.land(), landed.arrived))
 
   def _new_server(self) -> Any:
-    host = f'[{self.host}]:0' if ':' in self.host else f'{self.host}:0'
+    host = f'{bracketed(self.host)}:0'
     return transfer.start_transfer_server(
         self.engine.devices[0].client, host, [host],
         max_num_parallel_copies=COPIES, transfer_size=COPY_BYTES)
