@@ -10,7 +10,6 @@ from dsjax.config.placement import ROLES
 from dsjax.scheduling import blocks
 from dsjax.scheduling.events import Row
 from dsjax.scheduling.state import (
-  RECENT,
   RUN_AHEAD,
   Batch,
   Config,
@@ -43,30 +42,6 @@ class LiveSeq:
 
 
 fields_of = operator.attrgetter(*Seq._fields)
-
-
-class Recent:
-  """What arrived and what was served of late, see State: each a State's tuple
-  until it changes."""
-
-  __slots__ = ('arrived', 'served')
-
-  def __init__(self, arrived: tuple[tuple[float, int], ...],
-               served: tuple[tuple[int, int], ...]):
-    self.arrived: Any = arrived
-    self.served: Any = served
-
-  def add_arrived(self, entry: tuple[float, int]) -> None:
-    """One has arrived."""
-    if type(self.arrived) is tuple:
-      self.arrived = collections.deque(self.arrived, RECENT)
-    self.arrived.append(entry)
-
-  def add_served(self, entry: tuple[int, int]) -> None:
-    """One has had its last token."""
-    if type(self.served) is tuple:
-      self.served = collections.deque(self.served, RECENT)
-    self.served.append(entry)
 
 
 class LiveBatch:

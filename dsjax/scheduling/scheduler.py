@@ -58,10 +58,10 @@ from dsjax.scheduling.events import (
 from dsjax.scheduling.live import (
   LiveInstance,
   LiveSeq,
-  Recent,
   fields_of,
 )
 from dsjax.scheduling.policy import Refuse, View
+from dsjax.scheduling.recent import Recent
 from dsjax.scheduling.state import (
   RUN_AHEAD,
   Batch,
@@ -122,7 +122,7 @@ class Run:
     self.is_shared = True  # seqs is a State's: copied before it changes
     self.arrivals = state.arrivals
     self.waiting = list(state.waiting)
-    self.recent = Recent(state.arrived, state.served)
+    self.recent = Recent(state.arrived, state.ended)
     self.owned: set[int] = set()  # ids of those that may change in place
     self.instances = [LiveInstance(config, index, value)
                       for index, value in enumerate(state.instances)]
@@ -173,7 +173,7 @@ class Run:
     self.is_shared = True
     return State(seqs, tuple([i.freeze() for i in self.instances]),
                  self.arrivals, tuple(self.waiting),
-                 tuple(self.recent.arrived), tuple(self.recent.served))
+                 tuple(self.recent.arrived), tuple(self.recent.ended.values()))
 
   @property
   def view(self) -> View:
@@ -377,7 +377,7 @@ class Run:
     row = (self.instances[seq.instance].home(seq.id) if
            seq.stage == 'decoding' else None)
     known = (row.rows[seq.id][1] + row.tick if row else seq.prompt_len)
-    self.recent.add_served((seq.order, known - seq.input_len + 1))
+    self.recent.add_ended(seq.order, known - seq.input_len + 1)
     self.commands.append(Finish(seq.id, reason))
     self.leave(seq, 'over')
 
@@ -458,7 +458,7 @@ class Run:
       self.offer(seq, to=seq.target)
       return
     if seq.stage == 'finishing':
-      self.recent.add_served((seq.order, seq.limit - seq.input_len))
+      self.recent.add_ended(seq.order, seq.limit - seq.input_len)
       self.commands.append(Finish(seq.id, 'length'))
     self.drop(seq)
 

@@ -14,9 +14,9 @@ from dsjax.config.placement import FIRST_ROLE
 from dsjax.scheduling import blocks, lifecycle, page_pool, prefix_cache
 from dsjax.scheduling.events import Row
 from dsjax.scheduling.policy import DISTSERVE, Policy
+from dsjax.scheduling.recent import Ended
 
 RUN_AHEAD = 4
-RECENT = 256  # requests that the load is told from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,8 +183,7 @@ class State(NamedTuple):
   """Everything the scheduler knows; a value (never change `seqs` in place).
 
   waiting: ids of those that need an instance while none of its kind is up.
-  arrived: (time, prompt tokens) of the newest RECENT requests. served: (order,
-  tokens generated) of the newest RECENT to end by themselves.
+  arrived, ended: of late, see recent.Recent.
   """
 
   seqs: dict[int, Seq]
@@ -192,7 +191,7 @@ class State(NamedTuple):
   arrivals: int = 0
   waiting: tuple[int, ...] = ()
   arrived: tuple[tuple[float, int], ...] = ()
-  served: tuple[tuple[int, int], ...] = ()
+  ended: tuple[Ended, ...] = ()
 
 
 def init(config: Config, counted: bool = False) -> State:

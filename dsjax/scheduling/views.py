@@ -1,12 +1,13 @@
 """What a policy may see: read-only views of requests and instances."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from dsjax.config.engine import InstanceConfig
 from dsjax.config.latency import LinkLike
 from dsjax.scheduling import prefix_cache
 from dsjax.scheduling.pace import Paced
+from dsjax.scheduling.recent import Load, Recent
 
 
 class RequestView:
@@ -270,23 +271,6 @@ def _given(value: Any, field: str) -> Any:
   return value
 
 
-class Load(NamedTuple):
-  """What has come of late; the newest requests count.
-
-  Attributes:
-    rate_per_s: arrivals a second; 0 before the second one.
-    prompt_len, longest: tokens of their prompts, mean and 9th decile.
-    output_len: tokens of an output, by the requests that came last: all that
-      they have had so far over the number of them that ended, as those that
-      end first are short. 1 before the first.
-  """
-
-  rate_per_s: float
-  prompt_len: float
-  longest: float
-  output_len: float
-
-
 class View:
   """All that a policy may see.
 
@@ -304,9 +288,9 @@ class View:
   __slots__ = ('_instances', '_now', '_recent', '_link', '_shown')
 
   def __init__(self, instances: Sequence[Any], requests: dict[int, Any],
-               now: list[Any], recent: Any, link: LinkLike | None):
+               now: list[Any], recent: Recent, link: LinkLike | None):
     """now: time, instances that take prompts, that take rows, that could do
-    either; kept current. recent: what arrived and was served, see live.Recent.
+    either; kept current. recent: what came of late, see recent.Recent.
 
     Not the Run itself: a cycle would keep every state of a log alive.
     """
@@ -349,24 +333,8 @@ class View:
 
   @property
   def load(self) -> Load:
-    arrived, served = self._recent.arrived, self._recent.served
-    lengths = sorted([prompt_len for _, prompt_len in arrived]) or [1]
-    span_s = arrived[-1][0] - arrived[0][0] if arrived else 0.0
-    return Load((len(arrived) - 1) / span_s if span_s > 0 else 0.0,
-                sum(lengths) / len(lengths), lengths[len(lengths) * 9 // 10],
-                self._output_len(served))
-
-  def _output_len(self, served: Sequence[tuple[int, int]]) -> float:
-    """See Load. The requests that came last: as many as there are rows and
-    as are remembered of those that ended."""
-    if not served:
-      return 1.0
-    rows = [(row.order, row.num_out) for i in self._instances
-            for row in i.rows()]
-    first = max([*rows, *served])[0] + 1 - len(served) - len(rows)
-    ended = [tokens for order, tokens in served if order >= first]
-    running = [tokens for order, tokens in rows if order >= first]
-    return (sum(ended) + sum(running)) / len(ended) if ended else 1.0
+    return self._recent.load(self.time_s, [
+        (row.order, row.num_out) for i in self._instances for row in i.rows()])
 
   def _views(self, place: int) -> tuple[InstanceView, ...]:
     known, views = self._shown[place]

@@ -23,9 +23,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 MODULES = {
     'analysis': ('recorder',),
     'scheduling': (
-        'batches', 'choices', 'distserve', 'host_tier', 'live', 'lookahead',
-        'pace', 'page_pool', 'prefix_cache', 'residents', 'scheduler', 'state',
-        'streaming', 'views'),
+        'batches', 'choices', 'distserve', 'host_tier', 'live',
+        'lookahead', 'pace', 'page_pool', 'prefix_cache', 'recent', 'residents',
+        'scheduler', 'state', 'streaming', 'views'),
     'simulation': ('executors', 'instance', 'simulator'),
 }
 # Types are read of these too, which hold what was checked or is the scheduler's
