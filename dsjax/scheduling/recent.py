@@ -40,7 +40,7 @@ class Ended(NamedTuple):
   """
 
   cohort: int
-  count: int
+  number: int
   tokens: int
 
 
@@ -69,7 +69,7 @@ class Recent:
     token."""
     cohort = order // COHORT
     known = self.ended.get(cohort) or Ended(cohort, 0, 0)
-    self.ended[cohort] = Ended(cohort, known.count + 1, known.tokens + tokens)
+    self.ended[cohort] = Ended(cohort, known.number + 1, known.tokens + tokens)
     if len(self.ended) > COHORTS:
       del self.ended[min(self.ended)]
 
@@ -98,5 +98,5 @@ class Recent:
     ended = [each for each in self.ended.values() if each.cohort >= first]
     tokens = sum([each.tokens for each in ended]) + sum(
         [so_far for order, so_far in rows if order >= COHORT * first])
-    count = sum([each.count for each in ended])
+    count = sum([each.number for each in ended])
     return tokens / count if count else 1.0

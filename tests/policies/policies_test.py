@@ -824,7 +824,7 @@ def test_outputs_are_not_told_too_long_where_many_rows_run():
   mean = sum(r.max_tokens for r in run.records) / len(run.records)
   last_s = run.records[-1].arrival_s
   seen = [output_len for time_s, output_len in told if 5 < time_s < last_s]
-  assert seen and 0.75 * mean < min(seen) and max(seen) < 1.25 * mean
+  assert seen and 0.7 * mean < min(seen) and max(seen) < 1.25 * mean
 
 
 def test_a_load_is_rounded_so_that_little_changes_ask_nothing_new():
