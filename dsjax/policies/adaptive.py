@@ -73,15 +73,22 @@ def _per_step(slo: Slo, margin: float) -> Policy:
     lone_s = instance.latency.decode_s(1, 1) + instance.latency.host_s
     return slo.tpot_s - (1 - margin) * max(0.0, slo.tpot_s - lone_s)
 
-  def allowed_s(view: View, instance: InstanceView) -> float:
-    """Seconds that the rows allow a step; one that is late makes up for it
-    over CATCH_UP tokens."""
+  def allowed_s(view: View, instance: InstanceView, least: int = 0) -> float:
+    """Seconds that the rows of at least so many tokens allow a step; one that
+    is late makes up for it over CATCH_UP tokens."""
     now_s, tpot_s = view.time_s, aim_s(instance)
     saved_s = min([(row.first_s or now_s) + row.num_out * tpot_s
-                   for row in instance.rows()]) - now_s - tpot_s
+                   for row in instance.rows() if row.num_out >= least],
+                  default=now_s + tpot_s) - now_s - tpot_s
     step_s = tpot_s + (saved_s if saved_s > 0 else saved_s / CATCH_UP)
     short_s = SHORT * tpot_s if instance.role == 'colocated' else step_s
     return min(step_s, short_s)
+
+  def waits_s(view: View, instance: InstanceView) -> float:
+    """How long the oldest prompt there has waited."""
+    prompts = (*instance.prefilling(), *instance.waiting()[:1])
+    return view.time_s - min([r.arrival_s for r in prompts],
+                             default=view.time_s)
 
   def batch(view: View, instance: InstanceView) -> PrefillBudget:
     most = instance.config.prefill_tokens
@@ -89,9 +96,11 @@ def _per_step(slo: Slo, margin: float) -> Policy:
       return PrefillBudget(most)
     tokens = prompt_tokens(instance, allowed_s(view, instance))
     if tokens < LEAST:
-      prompts = (*instance.prefilling(), *instance.waiting()[:1])
-      since_s = view.time_s - MOST_WAIT * slo.ttft_s
-      tokens = LEAST if any([r.arrival_s < since_s for r in prompts]) else 0
+      waits = waits_s(view, instance) / slo.ttft_s / MOST_WAIT
+      tokens = 0 if waits < 1 else prompt_tokens(
+          instance, allowed_s(view, instance, CATCH_UP))
+      if tokens < LEAST:
+        tokens = LEAST if waits > 4 else 0
     return PrefillBudget(min(tokens, most - instance.turn_rows), False,
                          instance.config.mixes)
 
