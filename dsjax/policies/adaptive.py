@@ -20,6 +20,8 @@ import math
 from dsjax.config.placement import Slo
 from dsjax.policies.deadlines import MOST_WAIT, with_deadlines
 from dsjax.policies.predict import (
+  CATCH_UP,
+  allowed_s,
   decode_s,
   prefill_s,
   prompt_tokens,
@@ -37,9 +39,8 @@ from dsjax.scheduling.policy import (
   others,
 )
 
-CATCH_UP = 16  # tokens
 SHORT = 0.75  # of TPOT: the longest of short steps. Prompts overtake sooner.
-LEAST = 16  # tokens of an aged prompt in a step: so nothing waits for ever
+LEAST = 16  # tokens of a step. An old prompt has as many, whatever rows allow.
 
 
 def policy(slo: Slo, margin: float = 0.925, tick_s: float = 2.0) -> Policy:
@@ -73,34 +74,25 @@ def _per_step(slo: Slo, margin: float) -> Policy:
     lone_s = instance.latency.decode_s(1, 1) + instance.latency.host_s
     return slo.tpot_s - (1 - margin) * max(0.0, slo.tpot_s - lone_s)
 
-  def allowed_s(view: View, instance: InstanceView, least: int = 0) -> float:
-    """Seconds that the rows of at least so many tokens allow a step; one that
-    is late makes up for it over CATCH_UP tokens."""
-    now_s, tpot_s = view.time_s, aim_s(instance)
-    saved_s = min([(row.first_s or now_s) + row.num_out * tpot_s
-                   for row in instance.rows() if row.num_out >= least],
-                  default=now_s + tpot_s) - now_s - tpot_s
-    step_s = tpot_s + (saved_s if saved_s > 0 else saved_s / CATCH_UP)
-    short_s = SHORT * tpot_s if instance.role == 'colocated' else step_s
-    return min(step_s, short_s)
-
-  def waits_s(view: View, instance: InstanceView) -> float:
-    """How long the oldest prompt there has waited."""
-    prompts = (*instance.prefilling(), *instance.waiting()[:1])
-    return view.time_s - min([r.arrival_s for r in prompts],
-                             default=view.time_s)
+  def allowed(view: View, instance: InstanceView, least: int = 0) -> int:
+    """Prompt tokens that rows of at least `least` tokens allow a step."""
+    tpot_s = aim_s(instance)
+    step_s = allowed_s(view, instance, tpot_s, least)
+    return prompt_tokens(instance, min(step_s, SHORT * tpot_s) if
+                         instance.role == 'colocated' else step_s)
 
   def batch(view: View, instance: InstanceView) -> PrefillBudget:
     most = instance.config.prefill_tokens
     if not instance.num_rows:
       return PrefillBudget(most)
-    tokens = prompt_tokens(instance, allowed_s(view, instance))
+    tokens = allowed(view, instance)
     if tokens < LEAST:
-      waits = waits_s(view, instance) / slo.ttft_s / MOST_WAIT
-      tokens = 0 if waits < 1 else prompt_tokens(
-          instance, allowed_s(view, instance, CATCH_UP))
+      prompts = (*instance.prefilling(), *instance.waiting()[:1])
+      waited_s = max([view.time_s - r.arrival_s for r in prompts], default=0)
+      most_s = MOST_WAIT * slo.ttft_s
+      tokens = allowed(view, instance, CATCH_UP) if waited_s > most_s else 0
       if tokens < LEAST:
-        tokens = LEAST if waits > 4 else 0
+        tokens = LEAST if waited_s > 4 * most_s else 0
     return PrefillBudget(min(tokens, most - instance.turn_rows), False,
                          instance.config.mixes)
 

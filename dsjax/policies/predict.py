@@ -6,6 +6,7 @@ from dsjax.scheduling.policy import InstanceView, RequestView, View
 
 MOST_ROWS = 4096  # of a batch that is asked for
 GRAIN = 16  # tokens
+CATCH_UP = 16  # tokens over which a row makes up for what it is late
 
 
 def queue_s(instance: InstanceView) -> float:
@@ -86,6 +87,17 @@ def prompt_tokens(instance: InstanceView, step_s: float) -> int:
   return GRAIN * most(
       lambda count: latency.mixed_s(((0, GRAIN * count),), rows, tokens)
       <= step_s, (instance.config.prefill_tokens - rows) // GRAIN)
+
+
+def allowed_s(view: View, instance: InstanceView, tpot_s: float,
+              least: int = 0) -> float:
+  """Seconds that the rows with at least so many tokens allow a step: tpot_s,
+  and what all of them have saved; a row that is late makes up for it over
+  CATCH_UP tokens."""
+  saved_s = min([(row.first_s or view.time_s) + row.num_out * tpot_s
+                 for row in instance.rows() if row.num_out >= least],
+                default=view.time_s + tpot_s) - view.time_s - tpot_s
+  return tpot_s + (saved_s if saved_s > 0 else saved_s / CATCH_UP)
 
 
 def rows_within(instance: InstanceView, tpot_s: float, tokens: float) -> int:
