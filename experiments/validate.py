@@ -61,7 +61,7 @@ from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.config.request import Request
 from dsjax.runtime import orchestrator, profiling
-from dsjax.simulation import profiles
+from dsjax.simulation import contention, profiles
 from experiments import measure
 from experiments.common import (
   cli,
@@ -214,8 +214,8 @@ class Mode:
         'mode': self.name, 'rate_per_s': rate_per_s,
         'requests': each * len(runs), 'seeds': self.seeds,
         'typical_s': pace.mean([steps for steps, _ in paces]),
-        'beside': {'>'.join(pair): ratio for pair, ratio in pace.mean(
-            [beside for _, beside in paces]).items()},
+        'beside': contention.by_name(pace.mean(
+            [beside for _, beside in paces])),
         'real': stats([run.records for run in runs], slo),
         'others_cores': max(cores, default=None),
         'host_s_per_step': statistics.mean(run.host_s for run in runs)},
@@ -236,8 +236,7 @@ class Mode:
                logs: Sequence[pairing.Log], slo: Slo) -> dict[str, Any]:
     """A row of summary.json: `row`, which has what is real, beside what each
     profile simulates and what it says of the steps in the logs."""
-    beside = {tuple(pair.split('>')): ratio
-              for pair, ratio in row.get('beside', {}).items()}
+    beside = contention.by_pair(row.get('beside', {}))
     own = {name: p.at(row.get('typical_s', {}),
                       beside if name == 'bench' else None)
            for name, p in self.profiles.items()}
