@@ -16,7 +16,7 @@ import dsjax
 from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan
-from dsjax.runtime import grid, profiling, side_by_side
+from dsjax.runtime import grid, profiling, slowing
 from dsjax.runtime.cluster import local
 from dsjax.simulation import fitting, latency, profiles
 from dsjax.simulation.contention import KINDS
@@ -222,7 +222,7 @@ def test_plans():
 
 @pytest.mark.slow  # examples/placement_from_measurements.py profiles too
 def test_a_live_engine_from_cells_to_files(tmp_path, monkeypatch):
-  monkeypatch.setattr(side_by_side, 'LEAST_S', 0.01)
+  monkeypatch.setattr(slowing, 'LEAST_S', 0.01)
   loaded = dsjax.load('tiny')
   plans = (Plan(), Plan(1, 2))
   profile, cells = profiling.measure(loaded, plans, CONFIG, 1, 2)
@@ -286,7 +286,7 @@ def test_processes_are_timed_as_they_serve(monkeypatch):
   assert all(c.seconds > 0 for c in cells[Plan()])
   assert set(profile.links) <= {(Plan(), Plan())}
   pairs = set(itertools.product(KINDS, repeat=2))
-  total = 2 * side_by_side.count(CONFIG)
+  total = 2 * slowing.count(CONFIG)
   assert len(beside) == total + 1 and beside[-1] == (total, total)
   shared = profile.contention
   assert set(shared.factors) == pairs
