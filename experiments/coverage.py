@@ -44,7 +44,8 @@ from dsjax.config.placement import Placement, Slo
 from dsjax.placement import candidates, goodput, judging, search
 from dsjax.placement.api import make_problem
 from dsjax.placement.goodput import Goodput
-from experiments.common import children, cli, provenance, seeds, terminal
+from experiments.common import cli, provenance, seeds, terminal
+from experiments.common.children import processes
 
 
 class Case(NamedTuple):
@@ -441,7 +442,7 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
     keep(measured)
     tell(f'{len(measured.truths)} truths, {len(measured.intervals)} intervals')
 
-  with children.processes(options.processes) as run_map, bar:
+  with processes(options.processes) as run_map, bar:
     measured = measure(options, known, kept, bar, run_map)
   console.print(table(measured))
   if lines := signs(measured.intervals):

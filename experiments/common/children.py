@@ -91,7 +91,10 @@ def simulating(count: int
 
 @contextlib.contextmanager
 def processes(count: int) -> Iterator[Callable[..., Iterable]]:
-  """A map of so many `simulating` processes; of this one alone if it is one."""
+  """A map of so many processes; of this one alone if it is one.
+
+  They leave Ctrl-C to the parent, and end with it.
+  """
   if count == 1:
     yield map
     return

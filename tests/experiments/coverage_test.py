@@ -13,7 +13,7 @@ from dsjax.config.checks import InputError
 from dsjax.placement import search
 from dsjax.placement.goodput import Goodput
 from experiments import coverage
-from experiments.common import children, cli
+from experiments.common import cli
 from tests.common.results import check_written
 
 TINY = dict(problems=['kv-limit'], seeds=1, truth_seeds=3,
@@ -89,7 +89,7 @@ def test_minutes_end_truths_too_and_the_command_goes_on(
   monkeypatch.setattr(coverage, 'share', lambda n, task:
                       0.9 - answered(task)[1] / 100 + task[2] / 1e6)
   if processes > 1:  # which come further than what is read of them
-    monkeypatch.setattr(children, 'processes', lambda count:
+    monkeypatch.setattr(coverage, 'processes', lambda count:
                         contextlib.nullcontext(lambda function, tasks: iter(
                             list(map(function, tasks)))))
 
