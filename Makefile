@@ -126,7 +126,7 @@ fast: .venv-fast/installed
 test-fast: fast
 	.venv-fast/bin/python $(PYTEST) -k 'not mutant' \
 	  $(wildcard tests/scheduling/[a-v]*_test.py) \
-	  $(patsubst %,tests/simulation/%_test.py,fast simulator prefix)
+	  $(patsubst %,tests/simulation/%_test.py,fast simulator quiet prefix)
 
 .venv-fast/installed: $(STAMP)
 	$(PYTHON) -m venv --without-pip --clear .venv-fast

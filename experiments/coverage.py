@@ -39,13 +39,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from dsjax.config.checks import InputError, require
+from dsjax.config.checks import InputError, is_number, is_positive, require
 from dsjax.config.placement import Placement, Slo
 from dsjax.placement import candidates, goodput, judging, search
 from dsjax.placement.api import make_problem
 from dsjax.placement.goodput import Goodput
 from experiments.common import cli, provenance, seeds, terminal
-from experiments.place import processes
+from experiments.common.children import processes
 
 
 class Case(NamedTuple):
@@ -373,26 +373,52 @@ def read(out: pathlib.Path, options: types.SimpleNamespace) -> Measured:
                for line in csv.DictReader(file)]
     truths = {name: (float(rate), float(low), float(high))
               for name, (rate, low, high) in written['truths'].items()}
-    begun = {name: {float(rate): [float(each) for each in shares]
-                    for rate, shares in rates}
+    begun = {name: [(float(rate), [float(each) for each in shares])
+                    for rate, shares in rates]
              for name, rates in written.get('begun', {}).items()}
-  except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError, OSError,
+          OverflowError, RecursionError, csv.Error) as error:
     raise InputError(f'--out={out}: its coverage.json and coverage.csv cannot '
                      f'be gone on from: {error!r}') from error
   for name, value in zip(SAME, asked, strict=True):
     require(value == getattr(options, name), f'--{name}',
             getattr(options, name), f'{value}, as in {out}, or another --out')
-  known = {*truths, *begun} | {line.problem for line in lines}
-  require(known <= {*PROBLEMS}, f'{out}: problem', sorted(known),
-          f'of {list(PROBLEMS)}')
+  _check(out, options, truths, begun, lines)
+  return Measured(truths, lines, {
+      name: dict(rates) for name, rates in begun.items()})
+
+
+def _check(out, options, truths, begun, lines):
+  """Raises InputError, naming the file, for what no run writes."""
+  for name, known in (('coverage.json', {*truths, *begun}),
+                      ('coverage.csv', {line.problem for line in lines})):
+    require(known <= {*PROBLEMS}, f'{out}/{name}: problem', sorted(known),
+            f'of {list(PROBLEMS)}')
+  for name, (rate, low, high) in truths.items():
+    require(0 <= low <= rate <= high < math.inf and rate > 0,
+            f'{out}/coverage.json: truths.{name}', [rate, low, high],
+            'a rate above 0 within its interval')
+  for name, rates in begun.items():
+    require(name not in truths, f'{out}/coverage.json: begun', name,
+            'a problem without a truth')
+    require(len(dict(rates)) == len(rates), f'{out}/coverage.json: begun.'
+            f'{name}', [rate for rate, _ in rates], 'each rate once')
+    for rate, shares in rates:
+      require(is_positive(rate) and len(shares) <= options.truth_seeds
+              and all(map(is_number(0, 1), shares)),
+              f'{out}/coverage.json: begun.{name}', [rate, shares],
+              f'a rate above 0 and {options.truth_seeds} shares at most')
   for line in lines:
+    require(0 <= line.seed < TRUTH_SEED and 0 <= line.low <= line.high,
+            f'{out}/coverage.csv: {line.problem}',
+            f'{line.seed}, {line.low}, {line.high}',
+            f'a seed below {TRUTH_SEED} and an interval')
     require(truths.get(line.problem, ())[1:] == (
         line.truth_low, line.truth_high), f'{out}/coverage.csv: {line.problem}',
             f'{line.truth_low}, {line.truth_high}',
             'the truth of coverage.json, as the same run wrote both')
   require(len({line[:2] for line in lines}) == len(lines),
           f'{out}/coverage.csv: lines', len(lines), 'of a seed each')
-  return Measured(truths, lines, begun)
 
 
 def run(options: types.SimpleNamespace, console: Console) -> int:

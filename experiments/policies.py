@@ -52,6 +52,7 @@ from dsjax.placement.api import make_problem
 from dsjax.policies.named import DEADLINES as DEADLINES_END
 from dsjax.workload import source
 from experiments.common import (
+  children,
   cli,
   policies,
   provenance,
@@ -67,7 +68,6 @@ from experiments.common.policies_report import (
   title_of,
   words,
 )
-from experiments.place import processes
 
 OBJECTIVES = {'balanced': (5.0, 3.5), 'ttft': (2.5, 7.0), 'tpot': (12.0, 1.8)}
 CHUNKS = ('', ':chunk=256', ':chunk=512', ':chunk=1024', ':chunk=2048')
@@ -396,7 +396,7 @@ def measure_all(options: Any, console: Any, effort: Effort, asked: list[Cell],
   if not console.is_terminal:
     console.print(f'{len(todo)} of {len(asked)} cells to measure')
   try:
-    with processes(options.processes) as run_map, bar:
+    with children.processes(options.processes) as run_map, bar:
       task = bar.add_task('cells', total=len(todo))
       for line in run_map(functools.partial(measure, effort), todo):
         lines.append(line)

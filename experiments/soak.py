@@ -397,6 +397,8 @@ def run_flips(options: types.SimpleNamespace, console: Console) -> int:
                               '--placement')
   require(placement.mode == 'flexible' and len(placement.instances) > 1,
           '--placement', placement, 'two flexible instances or more')
+  require(options.flips <= options.requests, '--flips', options.flips,
+          f'at most --requests, {options.requests}')
   cluster = cli.cluster_of(options)
   out = pathlib.Path(options.out)
   out.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan
 from dsjax.config.request import Request, Sampling
 from dsjax.model import kv_cache, sharding
-from dsjax.runtime import engine, orchestrator, side_by_side
+from dsjax.runtime import engine, orchestrator, slowing
 from dsjax.runtime.cluster import local, starting
 from dsjax.runtime.grid import (
   STEPS,
@@ -297,14 +297,14 @@ class _Profiler:
     """The Contention of two instances of one device; None: there is none."""
     rounds = max(self.rounds // 2, BESIDE_ROUNDS)
     tick = _ticks(self.report, f'{Plan()}: side by side',
-                  (rounds + 1) * side_by_side.count(self.config))
+                  (rounds + 1) * slowing.count(self.config))
     if self.cluster:
       other = self.processes[1]  # of the two that `engine` started
       for _ in other.warm():
         pass
     else:
       other = build(self.model, Plan(), 'chunked', self.config, self.apart)
-    return side_by_side.measure(bare, Cells(other), self.config, rounds, tick)
+    return slowing.measure(bare, Cells(other), self.config, rounds, tick)
 
   def shared(self, factors):
     """The whole Contention; None: instances share nothing. factors: of

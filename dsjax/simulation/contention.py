@@ -17,7 +17,7 @@ end is at work, both take turns, and each is as much later.
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dsjax.config.checks import is_nonnegative, is_number, require
@@ -62,7 +62,7 @@ class Contention:
               and all(kind in KINDS for kind in pair), 'Contention.factors',
               pair, f'pairs of {KINDS}')
       require(is_number(1, math.inf)(factor),
-              f'Contention.factors.{">".join(pair)}', factor, '1 or more')
+              f'Contention.factors.{_name(*pair)}', factor, '1 or more')
     require(is_nonnegative(self.server_s), 'Contention.server_s',
             self.server_s, 'seconds, 0 or more')
     for field in ('read_s', 'write_s', 'command_s'):
@@ -72,6 +72,24 @@ class Contention:
   def factor(self, kind: str, others: Iterable[str]) -> float:
     """Seconds of a step beside these, over its seconds alone."""
     return 1 + sum(self.factors.get((kind, other), 1.0) - 1 for other in others)
+
+
+def _name(kind: str, other: str) -> str:
+  return f'{kind}>{other}'
+
+
+def by_name(pairs: Mapping[tuple[str, str], float]) -> dict[str, float]:
+  """{(kind, other): factor} as files have it: {'kind>other': factor}."""
+  return {_name(*pair): factor for pair, factor in pairs.items()}
+
+
+def by_pair(names: Mapping[str, float]) -> dict[tuple[str, str], float]:
+  """What `by_name` made, read again; a name without > is a pair with ''."""
+  pairs: dict[tuple[str, str], float] = {}
+  for name, factor in names.items():
+    kind, _, other = name.partition('>')
+    pairs[kind, other] = factor
+  return pairs
 
 
 class _Work:

@@ -26,7 +26,7 @@ from dsjax.config.checks import (
 from dsjax.config.model import ModelConfig
 from dsjax.config.placement import Plan
 from dsjax.simulation import hardware, roofline
-from dsjax.simulation.contention import KINDS, Contention
+from dsjax.simulation.contention import KINDS, Contention, by_name, by_pair
 from dsjax.simulation.latency import Affine, Buckets, Costs, Latency, Link
 
 TABLES, ROOFLINE, PEAKS = 'tables:', 'roofline:', 'roofline-peaks:'
@@ -88,8 +88,7 @@ def as_json(profile: Profile) -> dict[str, Any]:
   }
   if profile.contention:
     shared = dataclasses.asdict(profile.contention)
-    data['contention'] = {'>'.join(pair): factor for pair, factor in
-                          shared.pop('factors').items()} | {
+    data['contention'] = by_name(shared.pop('factors')) | {
         field: value for field, value in shared.items()
         if value not in (0.0, (0.0, 0.0))}
   if profile.errors:
@@ -150,9 +149,9 @@ def load(path: str | pathlib.Path) -> Profile:
   if contention is not None:
     others = {f.name for f in dataclasses.fields(Contention)} - {'factors'}
     values = _fields(path, 'contention', contention)
-    contention = _made(path, 'contention', Contention, {'factors': {
-        tuple(name.split('>')): factor for name, factor in values.items()
-        if name not in others}} | {
+    contention = _made(path, 'contention', Contention, {'factors': by_pair({
+        name: factor for name, factor in values.items()
+        if name not in others})} | {
             name: values[name] for name in others & values.keys()})
   errors = {Plan.parse(name, f'{path}: errors'): _errors(
       path, f'errors.{name}', kinds) for name, kinds in _fields(

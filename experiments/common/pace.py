@@ -14,12 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from dsjax.config.engine import EngineConfig
-from dsjax.runtime import grid, side_by_side
+from dsjax.runtime import grid, slowing
 from dsjax.runtime.protocols import Engine
 from dsjax.simulation.latency import Affine
 
 ROUNDS = 3
-Kind = TypeVar('Kind', str, side_by_side.Pair)
+Kind = TypeVar('Kind', str, slowing.Pair)
 
 
 def kinds(engine: Engine) -> list[str]:
@@ -40,7 +40,7 @@ def of(engines: Iterable[Engine], config: EngineConfig) -> dict[str, float]:
 
 
 def beside(engines: Sequence[Engine], config: EngineConfig
-           ) -> dict[side_by_side.Pair, float]:
+           ) -> dict[slowing.Pair, float]:
   """{(kind, other): how many times as long it takes beside the other} of two
   idle engines of plan 1x1, of the kinds that they have: of one size, beside
   all sizes of the other in turn."""
@@ -49,9 +49,9 @@ def beside(engines: Sequence[Engine], config: EngineConfig
   middle = [{kind: own[len(own) // 2:][:1] for kind, own in each.items()}
             for each in cells]
   with grid.cells_of(engines[0]) as first, grid.cells_of(engines[1]) as second:
-    taken = side_by_side.ratios(first, middle[0], second, cells[1])
+    taken = slowing.ratios(first, middle[0], second, cells[1])
     if engines[0].capacity.role != engines[1].capacity.role:
-      taken |= side_by_side.ratios(second, middle[1], first, cells[0])
+      taken |= slowing.ratios(second, middle[1], first, cells[0])
   return {pair: max(1.0, ratio) for pair, ratio in taken.items()}
 
 

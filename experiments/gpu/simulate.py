@@ -17,6 +17,7 @@ from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.runtime import orchestrator
 from dsjax.simulation import profiles
 from experiments import validate
+from experiments.common import served_profiles, served_runs
 from experiments.gpu import card, child, lines, measure
 
 MODES = {'colocated': 'colocated=1x1', 'chunked': 'chunked=1x1'}
@@ -43,7 +44,7 @@ def run(target: lines.Target, file: lines.Lines) -> None:
     file.write('profile', False, says='no profile: run the part measure')
     return
   config, model = measure.engine(target.tiny), measure.model(target.tiny)
-  simulated = validate.Profiles((measured.latencies[Plan()],), None)
+  simulated = served_profiles.Profiles((measured.latencies[Plan()],), None)
   rows = []
   for number, (mode, text) in enumerate(MODES.items()):
     with orchestrator.serve(
@@ -62,17 +63,17 @@ def run(target: lines.Target, file: lines.Lines) -> None:
 
 
 def serve(mode: str, server: orchestrator.Orchestrator,
-          simulated: validate.Profiles, config: EngineConfig, model: Model,
-          file: lines.Lines, target: lines.Target, until: float
+          simulated: served_profiles.Profiles, config: EngineConfig,
+          model: Model, file: lines.Lines, target: lines.Target, until: float
           ) -> list[dict[str, Any]]:
   """The rows of a mode. until: share of the task's time that may be gone."""
   def sent(rate_per_s, count, seed):
-    return validate.requests(config, model.config.vocab_size, rate_per_s,
-                             count, seed)
+    return served_runs.requests(config, model.config.vocab_size, rate_per_s,
+                                count, seed)
 
   count = 8 if target.tiny else BURST
-  validate.serve(server, sent(None, count, 1))  # what is slow once
-  burst = validate.serve(server, sent(None, count, 1)).records
+  served_runs.serve(server, sent(None, count, 1))  # what is slow once
+  burst = served_runs.serve(server, sent(None, count, 1)).records
   capacity_per_s = count / (max(r.finish_s for r in burst)
                             - burst[0].arrival_s)
   slo, rows = None, []
@@ -85,18 +86,18 @@ def serve(mode: str, server: orchestrator.Orchestrator,
     if left_s < 1:
       file.write(f'{mode}, {rate:.2f}/s', None, skipped='out of time')
       continue
-    real = validate.serve(server, wanted)
+    real = served_runs.serve(server, wanted)
     slo = slo or Slo(*(factor * statistics.median(
         getattr(r, name) for r in real.records) for name, factor in (
             ('ttft_s', validate.TTFT_TIMES), ('tpot_s', validate.TPOT_TIMES))))
-    truth = validate.stats([real.records], slo)
-    ours = validate.stats([simulated.simulate(server.scheduler_config,
-                                              wanted)], slo)
+    truth = served_runs.stats([real.records], slo)
+    ours = served_runs.stats([simulated.simulate(
+        server.scheduler_config, wanted)], slo)
     rows.append(judged(truth, ours))
     file.write(
         f'{mode}, {rate:.2f}/s', None, mode=mode, rate_per_s=rate,
         requests=len(wanted), real=truth, simulated=ours,
-        steps=validate.step_times(simulated, [real.log]),
+        steps=served_profiles.step_times(simulated, [real.log]),
         host_s_per_step=real.host_s, **rows[-1])
   return rows
 
@@ -104,7 +105,7 @@ def serve(mode: str, server: orchestrator.Orchestrator,
 def judged(truth: Mapping[str, Any], ours: Mapping[str, Any]
            ) -> dict[str, Any]:
   """The errors, and whether they are as near as is aimed at."""
-  errors = validate.errors(truth, ours)
+  errors = served_runs.errors(truth, ours)
   _, low, high = truth['attainment']
   return {'errors': errors, 'near': (
       (abs(errors['attainment']) <= POINTS

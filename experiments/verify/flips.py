@@ -38,8 +38,12 @@ CALM = 10  # one in so many requests is served without flips first
 
 
 def restless(flips: int, count: int) -> Policy:
-  """A policy that flips so often in `count` requests; a function of what it
-  sees, so that the log replays."""
+  """A policy that flips so often in `count` requests, of which there are as
+  many at least; a function of what it sees, so that the log replays.
+
+  It is asked at every arrival: between two that are further apart several
+  instances would be due, and one that is due twice flips once.
+  """
   def resize(view):
     seen = [request.order for i in view.instances for request in (
         *i.waiting(), *i.prefilling(), *i.pulls(), *i.rows())]
@@ -55,7 +59,7 @@ def restless(flips: int, count: int) -> Policy:
       return []
     return [Move(many.rows()[-1].id, few.index)]
 
-  return dataclasses.replace(dsjax.DISTSERVE, name='restless', tick_s=0.01,
+  return dataclasses.replace(dsjax.DISTSERVE, name='restless', tick_s=1e-9,
                              resize=resize, rebalance=rebalance)
 
 

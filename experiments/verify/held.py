@@ -9,14 +9,17 @@ from dsjax.runtime.orchestrator import Orchestrator
 
 def counted(server: Orchestrator) -> list[Counted]:
   """What each process holds, and how often it has compiled: once all are
-  there, as the end of one may be seen late."""
+  there that come back, as the end of one may be seen late."""
   engines: list[Any] = server.engines  # RemoteEngines
-  answers: list[Any] = []
-  while not answers or not all(answer() for answer in answers):
+  down, answers = server.fleet.down, {}
+  while True:
     server.poll()
-    if server.fleet.down:
-      answers = []
-    elif not answers:
+    there = [i for i in range(len(engines)) if i not in down]
+    if any(back_s is not None for back_s in down.values()):
+      answers = {}  # it comes back, and is asked then
+    elif list(answers) != there:
+      answers = {}
       with contextlib.suppress(RuntimeError):  # one has just ended
-        answers = [engine.count() for engine in engines]
-  return [answer() for answer in answers]
+        answers = {i: engines[i].count() for i in there}
+    elif all(answer() for answer in answers.values()):
+      return [answer() for answer in answers.values()]

@@ -1,7 +1,6 @@
-"""What all runners share: flags by name, errors, exit codes, help."""
+"""What all runners share: flags by name, errors, exit codes."""
 
 import ast
-import dataclasses
 import importlib
 import io
 import json
@@ -9,35 +8,22 @@ import logging
 import math
 import os
 import pathlib
-import pty
 import re
-import runpy
-import signal
 import subprocess
 import sys
 import types
 
 import jax
 import pytest
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 
 import dsjax
-from configs.serve import Serve
 from dsjax.config.checks import InputError, StartError, require
-from dsjax.config.engine import EngineConfig
 from dsjax.runtime.cluster import local
-from experiments import api
-from experiments.common import cli, extras, overrides, terminal
+from experiments.common import cli, extras, terminal
+from tests.common.runners import ROOT, RUNNERS
 
-ROOT = cli.ROOT / 'experiments'
-# {module: how it starts} of every program.
-STARTS = {'.'.join(path.relative_to(ROOT).with_suffix('').parts): start
-          for path in sorted(ROOT.rglob('*.py'))
-          for _, mark, start in [path.read_text().partition(
-              "if __name__ == '__main__':")] if mark}
-RUNNERS = [name for name, start in STARTS.items() if 'cli.main(' in start]
-TASKS = [name for name, start in STARTS.items() if 'child.main(' in start]
 # Former names of flags that SHARED has by another name.
 FORMER = {'ttft', 'tpot', 'num', 'most', 'arrivals', 'cache'}
 
@@ -313,230 +299,6 @@ def test_imports_outside_of_extras_are_found():
           'httpx', 'dsjax.http.routes']
 
 
-PIPED = '''
-import pathlib, sys
-from experiments.common import cli
-
-def run(options, console):
-  done = pathlib.Path(sys.stdin.read())
-  for line in range(LINES):
-    SAY('of what nobody reads')
-  done.write_text('all of it')
-  return 1
-
-sys.argv[1:] = []
-cli.main(run, {})
-'''
-
-
-@pytest.mark.parametrize('say, lines, code, done', (
-    ('console.print', 1, 1, True), ('console.print', 3000, 1, True),
-    ('print', 1, 1, True), ('print', 3000, 0, False)))
-def test_a_run_goes_on_where_its_reader_has_left(tmp_path, say, lines, code,
-                                                 done):
-  program = PIPED.replace('SAY', say).replace('LINES', str(lines))
-  path = tmp_path / 'done'
-  with subprocess.Popen(
-      [sys.executable, '-c', program], text=True, cwd=cli.ROOT,
-      env=os.environ | {'PYTHONUNBUFFERED': ''},
-      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-  ) as process:
-    process.stdout.close()
-    process.stdin.write(str(path))
-    process.stdin.close()
-    assert process.stderr.read() == ''
-  assert (process.returncode, path.exists()) == (code, done)
-
-
-@pytest.mark.parametrize('more', ('', '; program.__doc__ = "line\\n" * 9000'))
-def test_help_ends_where_its_reader_has_left(more):
-  """However long it is."""
-  program = f"""import sys
-from experiments.common import cli
-program = sys.modules['__main__']{more}
-sys.argv[1:] = ['--help']
-cli.main(None, {{}})"""
-  with subprocess.Popen(
-      [sys.executable, '-c', program], text=True, cwd=cli.ROOT,
-      env=os.environ | {'PYTHONUNBUFFERED': ''},
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-    process.stdout.close()
-    assert process.stderr.read() == ''
-  assert process.returncode == 0
-
-
-@pytest.mark.parametrize('say', ('console.print', 'print'))
-def test_what_an_output_cannot_say_is_a_question_mark(say):
-  program = f"""from experiments.common import cli
-cli.main(lambda _, console: {say}('caf\\xe9 \\ufffd'), {{}})"""
-  done = subprocess.run(
-      [sys.executable, '-c', program], capture_output=True, check=False,
-      cwd=cli.ROOT, env=os.environ | {'PYTHONIOENCODING': 'latin-1'})
-  assert (done.returncode, done.stdout) == (0, b'caf\xe9 ?\n'), done.stderr
-
-
-LOST = '''
-import gc, signal, sys, time
-from experiments.common import cli
-
-def once(phase, info):
-  gc.callbacks.remove(once)
-  signal.raise_signal(signal.SIGINT)
-  for _ in range(10):  # where Python looks for signals
-    pass
-
-def run(options, console):
-  gc.callbacks.append(once)
-  gc.collect()
-  for _ in range(600):  # as runners poll; one long sleep may miss it
-    time.sleep(0.05)
-
-sys.argv[1:] = []
-cli.main(run, {})
-'''
-
-
-def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost():
-  done = subprocess.run([sys.executable, '-c', LOST], text=True, timeout=50,
-                        capture_output=True, check=False, cwd=cli.ROOT)
-  assert (done.returncode, done.stderr) == (130, 'stopped\n')
-
-
-INTERRUPTED = '''
-import signal
-try:
-  signal.raise_signal(signal.SIGINT)
-except KeyboardInterrupt:
-  raise ImportError('stopped halfway') from None
-'''
-
-
-@pytest.mark.parametrize('name', [*RUNNERS, *TASKS])
-def test_ctrl_c_during_the_imports_is_one_line(tmp_path, name):
-  (tmp_path / 'numpy.py').write_text(INTERRUPTED)
-  done = subprocess.run(
-      [sys.executable, '-m', f'experiments.{name.removesuffix(".__main__")}'],
-      text=True, capture_output=True, check=False, cwd=cli.ROOT,
-      env=os.environ | {'PYTHONPATH': str(tmp_path)})
-  assert (done.returncode, done.stderr) == (130, 'stopped\n')
-
-
-COMPILES = '''
-import concurrent.futures, threading
-from experiments.common import cli
-
-def run(options, console):
-  print('known')
-  concurrent.futures.ThreadPoolExecutor(1).submit(threading.Event().wait)
-  raise KeyboardInterrupt
-
-cli.main(run, {})
-'''
-
-
-def test_ctrl_c_does_not_wait_for_a_thread_that_nothing_stops():
-  done = subprocess.run([sys.executable, '-c', COMPILES], text=True,
-                        capture_output=True, check=False, cwd=cli.ROOT,
-                        timeout=100)
-  assert (done.returncode, done.stdout, done.stderr) == (
-      130, 'known\n', 'stopped\n')
-
-
-ENDED = '''
-import signal
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # as after `&` in a script
-signal.signal(signal.SIGHUP, signal.HOW)
-from experiments.common import cli, terminal
-
-def run(options, console):
-  with terminal.Interrupts() as interrupts:
-    signal.raise_signal(signal.FIRST)
-    try:
-      interrupts.halt()
-    except KeyboardInterrupt:
-      print('kept', flush=True)
-  signal.raise_signal(signal.FIRST)
-
-cli.main(run, {})
-'''
-
-
-@pytest.mark.parametrize('first, how, code, said', [
-    ('SIGTERM', 'SIG_DFL', 130, 'kept\n'), ('SIGHUP', 'SIG_DFL', 130, 'kept\n'),
-    ('SIGHUP', 'SIG_IGN', 0, '')])
-def test_a_signal_that_ends_a_runner_is_as_ctrl_c(first, how, code, said):
-  done = subprocess.run(
-      [sys.executable, '-c', ENDED.replace('FIRST', first).replace('HOW', how)],
-      text=True, capture_output=True, check=False, cwd=cli.ROOT, timeout=100)
-  assert (done.returncode, done.stdout) == (code, said), done.stderr
-  assert code == 0 or done.stderr.endswith('stopped\n')
-
-
-def test_no_runner_has_signals_of_its_own_for_that():
-  uses = [path for path in (cli.ROOT / 'experiments').rglob('*.py')
-          if 'signal.SIGHUP' in path.read_text()]
-  assert sorted(path.name for path in uses) == ['children.py', 'cli.py']
-
-
-HUNG_UP = '''
-import fcntl, os, pathlib, termios, time
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # its terminal
-from experiments.common import cli, terminal
-
-def run(options, console):
-  with terminal.Interrupts() as interrupts:
-    console.print('begun')
-    while not interrupts.seen:
-      time.sleep(0.01)  # signal.pause would miss one that comes before it
-  console.print('what is shown to nobody')
-  pathlib.Path(os.environ['KEPT']).write_text('all of it')
-  return 130
-
-cli.main(run, {})
-'''
-
-
-def test_what_was_done_stays_where_the_terminal_is_gone(tmp_path):
-  ours, its = pty.openpty()
-  kept = tmp_path / 'kept'
-  with subprocess.Popen(
-      [sys.executable, '-c', HUNG_UP], cwd=cli.ROOT, stdin=its, stdout=its,
-      stderr=its, start_new_session=True,
-      env=os.environ | {'KEPT': str(kept)}) as process:
-    os.close(its)
-    told = b''
-    while b'begun' not in told:
-      told += os.read(ours, 1000)
-    os.close(ours)  # a hang-up
-    try:
-      assert process.wait(100) == 130
-    finally:
-      process.kill()
-  assert kept.read_text() == 'all of it'
-
-
-STARTED = '''
-from experiments.common import cli
-
-def run(options, console):
-  import signal
-  try:
-    signal.raise_signal(signal.SIGINT)
-  except KeyboardInterrupt:
-    return 7
-
-cli.main(run, {})
-'''
-
-
-def test_ctrl_c_is_the_runner_s_once_it_runs():
-  # As `python -m experiments.NAME` starts: argv is '-m' at first.
-  start = f"import sys; sys.argv = ['-m']; import experiments{STARTED}"
-  done = subprocess.run([sys.executable, '-c', start], text=True,
-                        capture_output=True, check=False, cwd=cli.ROOT)
-  assert (done.returncode, done.stderr) == (7, '')
-
-
 def test_options_knows_only_what_is_defined():
   assert cli.options({'seed': 3}).seed == 3
   with pytest.raises(InputError, match='sed'):
@@ -578,103 +340,6 @@ def test_an_error_names_its_flag(said, told):
   assert str(raised.value) == told
 
 
-@pytest.mark.parametrize('config', [Serve(), api.Api(), EngineConfig()],
-                         ids=lambda c: type(c).__name__)
-def test_help_has_every_field_with_its_meaning(config):
-  lines = overrides.describe(config).splitlines()
-  fields = [line.split(':')[0].strip() for line in lines
-            if not line.startswith('      ')]
-  assert len(fields) == len(set(fields)) > 20
-  missing = [field for i, line in enumerate(lines)
-             if not line.startswith('      ')
-             for field in [line.split(':')[0].strip()]
-             if i + 1 == len(lines) or not lines[i + 1].startswith('      ')]
-  assert not missing
-  for line in lines:  # every field can be set to what is shown
-    if not line.startswith('      '):
-      field, _, value = line.strip().partition(': ')
-      value = value.partition(' = ')[2].strip("'")
-      if not field.endswith('prompts'):  # of the checkout
-        assert overrides.override(config, [f'{field}={value}']) == config
-
-
-def test_meanings_are_those_of_the_docstring():
-  @dataclasses.dataclass
-  class Config:
-    """Some words on width: not these.
-
-    Attributes:
-      width, height: in tokens; None: as
-        many as fit. depth: of it; size: all.
-    """
-    width: int | None = None
-    height: int | None = None
-    depth: int = 1
-    size: int = 1
-    bare: int = 1
-  assert overrides.meanings(Config) == {
-      'width': 'in tokens; None: as many as fit.',
-      'height': 'in tokens; None: as many as fit.', 'depth': 'of it',
-      'size': 'all.'}
-
-
-def test_the_program_s_help_lists_flags_and_fields():
-  done = subprocess.run(
-      [sys.executable, '-m', 'experiments.measure', '--help'], text=True,
-      capture_output=True, check=False, cwd=cli.ROOT)
-  for part in ('--rounds: Timed rounds', 'prefill_tokens: int = 512',
-               'L_m, tokens of a prefill batch', '--tpot_s'):
-    assert part in done.stdout
-
-
-def help_of(path, monkeypatch, capsys):
-  """(docstring, what --help says) of a program, run in this process."""
-  before = set(flags.FLAGS)
-  monkeypatch.setattr(app, 'run', lambda *_, **__: app.usage(
-      writeto_stdout=True))
-  monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)
-  monkeypatch.setattr(sys, 'argv', [str(path)])
-  try:
-    runpy.run_path(str(path), run_name='__main__')
-  finally:
-    for flag in set(flags.FLAGS) - before:
-      delattr(flags.FLAGS, flag)
-  words = ast.get_docstring(ast.parse(path.read_text()), clean=False)
-  return words, capsys.readouterr().out
-
-
-@pytest.mark.parametrize('name', [
-    name for name in STARTS if name.startswith(('goldens.', 'fast.'))])
-def test_help_of_what_needs_other_packages_is_no_traceback(name):
-  done = subprocess.run(
-      [sys.executable, '-m', f'experiments.{name}', '--help'], text=True,
-      capture_output=True, check=False, cwd=cli.ROOT)
-  assert done.returncode == 0 or 'needs the extra `peers`' in done.stderr
-  assert 'Traceback' not in done.stderr
-
-
-@pytest.mark.parametrize('name', [*RUNNERS, *TASKS])
-def test_every_program_s_help_is_its_docstring(name, monkeypatch, capsys):
-  words, told = help_of(ROOT / f'{name.replace(".", "/")}.py', monkeypatch,
-                        capsys)
-  assert words in told
-
-
-def test_commands_of_a_docstring_keep_their_lines():
-  for folder in ('experiments', 'examples'):
-    for path in sorted((cli.ROOT / folder).rglob('*.py')):
-      words = ast.get_docstring(ast.parse(path.read_text())) or ''
-      assert max(map(len, words.split('\n'))) <= 80, path
-
-
-def test_help_keeps_every_percent_sign(tmp_path, monkeypatch, capsys):
-  path = tmp_path / 'x.py'
-  path.write_text('"""95 % should, 9 %% and %s"""\n'
-                  'from experiments.common import cli\ncli.main(None, {})\n')
-  words, told = help_of(path, monkeypatch, capsys)
-  assert words in told
-
-
 def test_numbers():
   assert cli.numbers('--rates', '3,1,2') == [1, 2, 3]
   for text in ('', '0,1', 'nan', '1,x', 'inf', '2,2', '2,1,2.0'):
@@ -696,20 +361,6 @@ def test_progress_is_a_plain_line_now_and_then_off_a_terminal():
       tell(f'{number}')
     tell('next', begins=True)
     assert console.file.getvalue().split() == lines
-
-
-def test_ctrl_c_that_waits_for_a_step_says_so_at_once(capfd):
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  try:
-    with terminal.Interrupts() as interrupts:
-      signal.raise_signal(signal.SIGINT)
-      assert 'stopping after the current step' in capfd.readouterr().err
-      with pytest.raises(KeyboardInterrupt):
-        interrupts.halt()
-      with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
-  finally:
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize('value', ['inf', 'nan', '0'])

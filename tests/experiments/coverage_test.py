@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import math
 
 import numpy as np
 import pytest
@@ -175,7 +176,8 @@ def test_problems_that_there_are_not(problems):
     ('coverage.json', '{"made_by": {"options": {}}, "truths": {}}'),
     ('coverage.csv', 'problem,seed\nkv-limit,0\n'), ('coverage.csv', None),
     ('coverage.csv', 'problem,seed,low,high,truth_low,truth_high\n'
-                     'kv,0,1,2,1,2\n')])
+                     'kv,0,1,2,1,2\n'),
+    ('coverage.csv', 'x' * 200_000)])
 def test_files_that_are_not_its_own_are_told(tmp_path, name, text):
   options = cli.options(coverage.FLAGS, out=str(tmp_path), **TINY)
   coverage.save(tmp_path, options, coverage.Measured({}, [], {}))
@@ -190,6 +192,9 @@ def test_files_that_are_not_its_own_are_told(tmp_path, name, text):
 @pytest.mark.parametrize('lines, part', [
     (['kv-limit,0,1,2,1.5,1'], '1.5, 1.0'),  # cut: 1.75,1
     (['kv-limit,0,1,2,1.5,1.75,1'] * 2, 'of a seed each'),
+    (['kv-limit,0,3,2,1.5,1.75,1'], 'an interval'),
+    (['kv-limit,0,1,nan,1.5,1.75,1'], 'an interval'),
+    (['kv-limit,-1,1,2,1.5,1.75,1'], 'a seed'),
     (['strict,0,1,2,1.5,1.75,1'], 'strict')])
 def test_lines_that_no_run_wrote_are_told(tmp_path, lines, part):
   options = cli.options(coverage.FLAGS, out=str(tmp_path), **TINY)
@@ -203,3 +208,33 @@ def test_lines_that_no_run_wrote_are_told(tmp_path, lines, part):
   path.write_text('\n'.join([first, *lines]))
   with pytest.raises(InputError, match=f'coverage.csv: .*{part}'):
     coverage.read(tmp_path, options)
+
+
+@pytest.mark.parametrize('changes, part', [
+    ({'begun': {'strict': {'1.3': []}}}, 'gone on from'),
+    ({'begun': {'strict': 1.3}}, 'gone on from'),
+    ({'begun': {'strict': [[1.3]]}}, 'gone on from'),
+    ({'begun': {'strict': [[1.3, 0.9]]}}, 'gone on from'),
+    ({'begun': {'strict': [[10**400, []]]}}, 'gone on from'),
+    ({'begun': {'stric': []}}, 'problem'),
+    ({'begun': {'kv-limit': []}}, 'a problem without a truth'),
+    ({'begun': {'strict': [[0, []]]}}, 'begun.strict.*above 0'),
+    ({'begun': {'strict': [[-1.3, []]]}}, 'begun.strict.*above 0'),
+    ({'begun': {'strict': [[math.inf, []]]}}, 'begun.strict.*above 0'),
+    ({'begun': {'strict': [[1.3, []], [1.3, [.9]]]}}, 'each rate once'),
+    ({'begun': {'strict': [[1.3, [90]]]}}, 'begun.strict.*shares'),
+    ({'begun': {'strict': [[1.3, [math.nan]]]}}, 'begun.strict.*shares'),
+    ({'begun': {'strict': [[1.3, [.9] * 4]]}}, 'begun.strict.*3 shares'),
+    ({'truths': {'kv-limit': [1.6, 1.5]}}, 'gone on from'),
+    ({'truths': {'kv-limit': [1.4, 1.5, 1.75]}}, 'truths.kv-limit.*within'),
+    ({'truths': {'kv-limit': [0, 0, 1.75]}}, 'truths.kv-limit.*above 0')])
+def test_what_was_begun_and_no_run_wrote_is_told(tmp_path, changes, part):
+  """One error that names the file, before anything is measured."""
+  options = cli.options(coverage.FLAGS, out=str(tmp_path), **TINY)
+  coverage.save(tmp_path, options, coverage.Measured(
+      {'kv-limit': (1.6, 1.5, 1.75)}, [], {'strict': {1.3: [0.9]}}))
+  path = tmp_path / 'coverage.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+  with pytest.raises(InputError, match=part) as told:
+    coverage.run(options, Console())
+  assert str(tmp_path) in str(told.value) and 'coverage.json' in str(told.value)

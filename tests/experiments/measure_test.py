@@ -16,14 +16,14 @@ import dsjax
 from dsjax.config.checks import InputError
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement, Plan
-from dsjax.runtime import grid, profiling, side_by_side
+from dsjax.runtime import grid, profiling, slowing
 from dsjax.runtime.cluster import local
 from dsjax.simulation import fitting, latency, profiles
 from dsjax.simulation.contention import KINDS
 from experiments import measure
 from experiments.common import cli
+from tests.common import processes
 from tests.common.results import check_written, made_by
-from tests.runtime.cluster import cluster_test
 
 CONFIG = EngineConfig(max_len=64, max_seqs=2, prefill_tokens=32,
                       chunk_tokens=32, prefill_seqs=2, transfer_pages=4)
@@ -222,7 +222,7 @@ def test_plans():
 
 @pytest.mark.slow  # examples/placement_from_measurements.py profiles too
 def test_a_live_engine_from_cells_to_files(tmp_path, monkeypatch):
-  monkeypatch.setattr(side_by_side, 'LEAST_S', 0.01)
+  monkeypatch.setattr(slowing, 'LEAST_S', 0.01)
   loaded = dsjax.load('tiny')
   plans = (Plan(), Plan(1, 2))
   profile, cells = profiling.measure(loaded, plans, CONFIG, 1, 2)
@@ -268,14 +268,14 @@ def test_a_live_engine_from_cells_to_files(tmp_path, monkeypatch):
 def test_processes_are_timed_as_they_serve(monkeypatch):
   """Steps of one with its own cores, KV over the border; nothing is left."""
   monkeypatch.setattr(profiling, 'BESIDE_ROUNDS', 1)
-  before = cluster_test.children()
+  before = processes.children()
   halted, beside = [], []
 
   def report(done, total, what):
     if what == f'{Plan()}: side by side':
       beside.append((done, total))
     if what == f'{Plan()}: host' and done:
-      halted.append(len(cluster_test.children() - before))
+      halted.append(len(processes.children() - before))
 
   profile, cells = profiling.measure(
       dsjax.load('tiny', weights=False), (Plan(),), CONFIG, 1, 2, report,
@@ -286,7 +286,7 @@ def test_processes_are_timed_as_they_serve(monkeypatch):
   assert all(c.seconds > 0 for c in cells[Plan()])
   assert set(profile.links) <= {(Plan(), Plan())}
   pairs = set(itertools.product(KINDS, repeat=2))
-  total = 2 * side_by_side.count(CONFIG)
+  total = 2 * slowing.count(CONFIG)
   assert len(beside) == total + 1 and beside[-1] == (total, total)
   shared = profile.contention
   assert set(shared.factors) == pairs
@@ -296,7 +296,7 @@ def test_processes_are_timed_as_they_serve(monkeypatch):
   assert bool(shared.server_s) != local.has_own_core(
       Placement(chunked=[Plan(), Plan()]))
   assert 'cluster=local' in profile.source
-  assert profile.device == 'cpu' and cluster_test.children() <= before
+  assert profile.device == 'cpu' and processes.children() <= before
 
 
 @pytest.mark.parametrize('change, part', [

@@ -1,5 +1,6 @@
 """The soak, for some hundred steps: what it checks, it sees."""
 
+import functools
 import io
 import itertools
 import json
@@ -15,7 +16,7 @@ from dsjax.runtime.migration import Route
 from dsjax.runtime.orchestrator import Orchestrator
 from experiments import soak
 from experiments.common import cli
-from experiments.verify import flips, soak_report
+from experiments.verify import flips, held, soak_report
 from tests.common import serving
 from tests.common.results import check_written, made_by
 
@@ -171,6 +172,12 @@ def test_tokens_are_equal_through_sixty_flips(tmp_path):
   assert live['hand_offs'] > 5 and live['longest_pause_s'] > 0
 
 
+def test_roles_flip_as_often_as_asked_whatever_is_sent_at_once(tmp_path):
+  """Here all places are taken, and left, within a few flips."""
+  assert soak.run(flip(tmp_path, flips=60, requests=60),
+                  Console(quiet=True)) == 0
+
+
 @pytest.mark.slow
 def test_roles_of_processes_flip_too(tmp_path, monkeypatch):
   """And what they hold, or compile, counts: here it is as if they did."""
@@ -207,6 +214,7 @@ def test_wrong_tokens_under_flips_are_seen(tmp_path, monkeypatch):
     ({'out': ''}, '--out'), ({'flips': 1, 'placement': 'colocated=1x1,1x1'},
                              'two flexible'),
     ({'flips': 1, 'placement': 'flexible=1x1'}, 'two flexible'),
+    ({'flips': 101, 'requests': 100, 'placement': None}, 'flips=101'),
     ({'set': ['lease=3']}, 'lease_s'),
     ({'rate': -1.0}, '--rate'), ({'placement': 'x'}, 'placement')))
 def test_bad_input_is_refused(tmp_path, changes, message):
@@ -234,3 +242,23 @@ def test_what_processes_hold_is_asked_once_all_are_there():
   run = types.SimpleNamespace(server=server, held=0)
   soak.Soak.ask(run)
   assert run.held == 3 and len(asked) == 3
+
+
+def test_what_is_lost_for_good_is_not_waited_for():
+  """Before it is asked, and between question and answer."""
+  fleet, asked = types.SimpleNamespace(down={0: None}), []
+  polls = iter(range(5))
+
+  def poll():
+    if next(polls) == 2:
+      fleet.down[1] = None
+
+  def count(index, answer):
+    asked.append(index)
+    return lambda: answer
+
+  server = types.SimpleNamespace(fleet=fleet, poll=poll, engines=[
+      types.SimpleNamespace(count=functools.partial(count, *told))
+      for told in enumerate([None, None, (1, 2)])])
+  assert held.counted(server) == [(1, 2)]
+  assert set(asked) == {1, 2}

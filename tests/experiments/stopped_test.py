@@ -30,8 +30,8 @@ from experiments.bench import (
 )
 from experiments.common import cli
 from tests.common.fake_engine import FakeEngine
+from tests.common.runners import RUNNERS
 from tests.experiments import policies_test, replan_test
-from tests.experiments.cli_test import RUNNERS
 
 # Runners whose own tests stop them: {name: the test}.
 STOPPED_THERE = {

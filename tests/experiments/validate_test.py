@@ -20,7 +20,14 @@ from dsjax.scheduling.events import Arrived, DecodeDone, Row, RunDecode
 from dsjax.simulation import calibration, fitting, latency, profiles, simulator
 from dsjax.simulation.contention import Contention
 from experiments import validate
-from experiments.common import cli, pace, report, validate_report
+from experiments.common import (
+  cli,
+  pace,
+  report,
+  served_profiles,
+  served_runs,
+  validate_report,
+)
 from tests.common.results import check_written, made_by
 
 LINK = latency.Link(0.01, 1e6, 1e3)
@@ -43,7 +50,7 @@ def plan(*roles):
 
 
 def sent(rate, n=40):
-  return validate.requests(validate.QUICK, 100, rate, n, 3)
+  return served_runs.requests(validate.QUICK, 100, rate, n, 3)
 
 
 def simulated(roles, models, link=LINK, rate=12.0):
@@ -107,7 +114,7 @@ def test_calibration_finds_what_a_device_alone_did_not_show(
         for c in (SLOW.prefill, SLOW.decode)),
       mixed=tuple(1.6 * x for x in SLOW.mixed))
   far = dataclasses.replace(LINK, base_s=0.02, bytes_per_s=5e5)
-  bench = validate.Profiles((SLOW,) * 2, LINK)
+  bench = served_profiles.Profiles((SLOW,) * 2, LINK)
   calibrated = bench.calibrated(simulated(roles, truth, far).log)
   if roles[0] == 'prefill':
     assert calibrated.latencies[0].prefill == pytest.approx(truth.prefill)
@@ -119,15 +126,15 @@ def test_calibration_finds_what_a_device_alone_did_not_show(
     assert calibrated.latencies[0] == calibrated.latencies[1]
     assert calibrated.latencies[0].mixed == pytest.approx(truth.mixed)
   config, slo = plan(*roles), Slo(0.5, 0.1)
-  real = validate.stats([simulator.simulate(
+  real = served_runs.stats([simulator.simulate(
       config, sent(20.), truth, far).records], slo)
-  errors = [validate.errors(real, validate.stats(
+  errors = [served_runs.errors(real, served_runs.stats(
       [p.simulate(config, sent(20.))], slo)) for p in (bench, calibrated)]
   assert abs(errors[1]['ttft_s']['mean']) < 1e-6
   assert abs(errors[1]['tpot_s']['p99']) < 1e-6
   assert errors[0]['tpot_s']['mean'] < -0.2  # the profile is too fast
   log = simulated(roles, truth, far, 20.).log
-  rows = validate.step_times(calibrated, [log])
+  rows = served_profiles.step_times(calibrated, [log])
   for r in rows:
     assert r['ratio'] == pytest.approx(1.0, abs=(
         0.1 if r['what'] == 'migrate' else 1e-6))  # some wait for a prefill
@@ -251,18 +258,18 @@ def test_intervals_are_of_the_runs():
     return [record.Record(i, float(i), 1, 2, [first, first + 0.5],
                           finish_s=first + 0.5, status='length')
             for i, first in enumerate(firsts)]
-  real = validate.stats([run(2), run(3), run(1)], slo)
+  real = served_runs.stats([run(2), run(3), run(1)], slo)
   assert real['shares'] == [0.5, 0.75, 0.25]
   assert real['attainment'] == pytest.approx((0.5, 0.0, 1.0))
-  close = validate.stats([run(2), run(2), run(3)] * 3, slo)
+  close = served_runs.stats([run(2), run(2), run(3)] * 3, slo)
   half = 2.306 * statistics.stdev([0.5, 0.5, 0.75] * 3) / 3
   assert close['attainment'] == pytest.approx(
       (7 / 12, 7 / 12 - half, 7 / 12 + half), abs=1e-3)
-  shifted = validate.stats([run(3), run(4), run(2)], slo)
-  apart = validate.errors(real, shifted)
+  shifted = served_runs.stats([run(3), run(4), run(2)], slo)
+  apart = served_runs.errors(real, shifted)
   assert apart['attainment'] == pytest.approx(25)
   assert apart['half_width'] == pytest.approx(0, abs=1e-9)
-  alone = validate.errors(*(validate.stats([run(hits)], slo)
+  alone = served_runs.errors(*(served_runs.stats([run(hits)], slo)
                             for hits in (4, 2)))
   assert (alone['attainment'], alone['half_width']) == (-50, None)
 
@@ -371,19 +378,19 @@ def test_how_much_instances_slow_each_other_is_timed_anew(monkeypatch):
 
 
 def test_what_was_timed_anew_counts_and_the_rest_stays():
-  found = validate.Profiles((SLOW,) * 2, LINK, Contention(
+  found = served_profiles.Profiles((SLOW,) * 2, LINK, Contention(
       {('decode', 'decode'): 1.5, ('prefill', 'decode'): 1.25}, 1e-3))
   now = found.at({}, {('decode', 'decode'): 1.125})
   assert now.contention == Contention(
       {('decode', 'decode'): 1.125, ('prefill', 'decode'): 1.25}, 1e-3)
   assert found.at({}).contention == found.contention
-  alone = validate.Profiles((SLOW,) * 2, LINK)
+  alone = served_profiles.Profiles((SLOW,) * 2, LINK)
   assert alone.at({}, {('decode', 'decode'): 2.0}).contention is None
 
 
 def test_profiles_are_simulated_at_the_pace_of_a_run():
   """Also those that were found at another one."""
-  found = validate.Profiles((SLOW,) * 2, LINK, typical_s={
+  found = served_profiles.Profiles((SLOW,) * 2, LINK, typical_s={
       'prefill': 2.0, 'decode': 1.0})
   now = found.at({'prefill': 3.0, 'decode': 0.5, 'mixed': 7.0})
   model = now.latencies[0]

@@ -27,6 +27,7 @@ from dsjax.simulation import (
 )
 from dsjax.simulation.contention import KINDS, Contention, Devices, kind_of
 from experiments import validate
+from experiments.common import served_profiles, served_runs
 
 LINK = latency.Link(0.01, 1e6, 1e3)
 ALONE = latency.Affine((0.02, 3e-4, 1e-7), (0.01, 2e-5, 1e-3),
@@ -41,7 +42,7 @@ def plan(mode):
 
 
 def sent(rate, n=60):
-  return validate.requests(validate.QUICK, 100, rate, n, 3)
+  return served_runs.requests(validate.QUICK, 100, rate, n, 3)
 
 
 def run(mode, rate, contention=None, model=ALONE, **options):
@@ -107,7 +108,7 @@ def test_contention_is_found_in_a_served_run(mode):
       b == 'prefill') for a, b in itertools.product(KINDS, KINDS)})
   real = dataclasses.replace(
       ALONE, decode=tuple(1.2 * x for x in ALONE.decode))
-  bench = validate.Profiles((ALONE,) * 2, LINK)
+  bench = served_profiles.Profiles((ALONE,) * 2, LINK)
   log = run(mode, 8.0, truth, real, log=True).log
   calibrated = bench.calibrated(log)
   seen = {(s.kind, other) for s in calibration.observe(log)[0]
@@ -118,8 +119,8 @@ def test_contention_is_found_in_a_served_run(mode):
       assert calibrated.contention.factors[pair] == pytest.approx(
           truth.factors[pair], rel=0.02)
   slo = Slo(0.2, 0.03)
-  there = validate.stats([run(mode, 24.0, truth, real).records], slo)
-  errors = [validate.errors(there, validate.stats(
+  there = served_runs.stats([run(mode, 24.0, truth, real).records], slo)
+  errors = [served_runs.errors(there, served_runs.stats(
       [p.simulate(plan(mode), sent(24.0))], slo)) for p in (bench, calibrated)]
   for name in ('ttft_s', 'tpot_s'):
     assert abs(errors[1][name]['mean']) < 0.03

@@ -22,7 +22,7 @@ IS_COMPILED = not executors.__file__.endswith('.py')
 LOGS = """
 import hashlib, sys
 from dsjax.simulation import executors, simulator
-from tests.simulation.simulator_test import random_run
+from tests.common.simulated import random_run
 seen = hashlib.sha256()
 for seed in range(24):
   run = random_run(seed)

@@ -17,24 +17,22 @@ to a new one, whose address is told.
 """
 
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import transfer
-from jax.sharding import SingleDeviceSharding
 
 from dsjax.config.engine import EngineConfig, InstanceConfig
 from dsjax.config.model import ModelConfig
-from dsjax.model import kv_cache, sharding
+from dsjax.model import sharding
 from dsjax.runtime import migration
 from dsjax.runtime.arrays import is_ready
-from dsjax.runtime.cluster import messages, parcels, shared_memory
+from dsjax.runtime.cluster import messages, offered, shared_memory
 from dsjax.runtime.cluster.channel import LOOPBACK, bracketed
 from dsjax.runtime.engine import Engine
-from dsjax.runtime.landing import Landing, part_sizes
+from dsjax.runtime.landing import Landing
 from dsjax.runtime.protocols import Pending
 
 # Else a server takes 24 buffers of 256 MiB; these were no slower.
@@ -120,7 +118,8 @@ class Exchange:
       for command in map(route.nowhere, route.buckets):
         if not route.shares:
           batch, = route.batches(command)
-          jax.block_until_ready(self._cut(route, batch, config.checksum))
+          jax.block_until_ready(offered.cut(self.engine, route, batch,
+                                            config.checksum))
         elif config.checksum:
           jax.block_until_ready(route.sums(command))
     for route in self._from.values():
@@ -129,7 +128,8 @@ class Exchange:
         command = route.nowhere(size)
         parts = [[] if route.maps else [
             jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
-            for x in batch] for batch in self._like(route, command)]
+            for x in batch] for batch in offered.like(self.engine, route,
+                                                      command)]
         landed = self._join(route, command, config.checksum, parts)
         jax.block_until_ready((landed.land(), landed.arrived))
 
@@ -168,7 +168,7 @@ class Exchange:
       if asked.checksum:
         sums = route.sums(asked.command)
       size = route.bytes_shared(asked.command, self.engine)
-      kind = _kind(self._bytes_like(route, asked.command))
+      kind = offered.kind(offered.bytes_like(self.engine, route, asked.command))
       if route.maps and isinstance(landing, shared_memory.Own):
         where = landing.where()
         self.lent[asked.uuid] = landing, [shared_memory.Unread(
@@ -178,11 +178,11 @@ class Exchange:
         self.lent[asked.uuid] = landing, ()
     else:
       for batch in route.batches(asked.command):
-        cut, summed = self._cut(route, batch, asked.checksum,
-                                asked.command.num_tokens)
+        cut, summed = offered.cut(self.engine, route, batch, asked.checksum,
+                                  asked.command.num_tokens)
         parts += cut
         sums += summed
-      size, kind = sum(x.nbytes for x in parts), _kind(parts)
+      size, kind = sum(x.nbytes for x in parts), offered.kind(parts)
       self.server.await_pull(asked.uuid, parts)
     self.offers[asked.uuid] = self.server
     self.sending[asked.uuid] = Sending(messages.Offered(
@@ -190,15 +190,6 @@ class Exchange:
                                         parts if route.shares else ())
     for array in (*read, *sums):
       self.awaited(array)
-
-  def _cut(self, route: migration.Route, batch: migration.Batch,
-           checksum: bool, stop: int = 0
-           ) -> tuple[list[jax.Array], list[Pending]]:
-    read = route.read(batch)
-    sums = (self.engine.checksum(read, batch.first, stop) if checksum else [])
-    return [x for cut in _by_piece(route, migration.cut_pieces(
-        read, route.pieces, self.engine.where)) for x in parcels.pack(cut)
-            ], sums
 
   def withdraw(self, asked: messages.Withdraw) -> None:
     """Ends an offer. One that was not pulled ends with its server, once no
@@ -223,17 +214,17 @@ class Exchange:
     began_s = time.perf_counter()
     route = self._from[asked.source]
     if asked.where:
-      self._land(asked, route, _kind(self._bytes_like(route, asked.command)),
-                 began_s, [], self._open(asked.source, asked.where))
+      like = offered.bytes_like(self.engine, route, asked.command)
+      self._land(asked, route, offered.kind(like), began_s, [],
+                 self._open(asked.source, asked.where))
       return
-    like = self._like(route, asked.command)
-    flat = [x for batch in like for x in batch]
+    batches = offered.like(self.engine, route, asked.command)
+    flat = [x for batch in batches for x in batch]
     connection = self._connection(asked)
     arrays = iter(connection.pull(asked.uuid, flat))
     self.pulling[asked.uuid] = Pulling(
-        asked, route, _kind(self._bytes_like(route, asked.command)
-                            if route.shares else flat), connection,
-        [[next(arrays) for _ in batch] for batch in like], began_s)
+        asked, route, offered.kind(flat), connection,
+        [[next(arrays) for _ in batch] for batch in batches], began_s)
 
   def _connection(self, asked: messages.Pull) -> Any:
     address, known = self._connections.get(asked.source, ('', None))
@@ -241,37 +232,6 @@ class Exchange:
       known = self.server.connect(asked.address)
       self._connections[asked.source] = asked.address, known
     return known
-
-  def _like(self, route: migration.Route, command: Any
-            ) -> list[list[jax.ShapeDtypeStruct]]:
-    """What the source offers: of each batch, or of its Landing."""
-    if route.shares:
-      return [self._bytes_like(route, command)]
-    return [[x for cut in _by_piece(route, self._cut_like(route, batch))
-             for x in parcels.packed_like(cut)]
-            for batch in route.batches(command)]
-
-  def _bytes_like(self, route: migration.Route, command: Any
-                  ) -> list[jax.ShapeDtypeStruct]:
-    """The parts of a Landing."""
-    to = SingleDeviceSharding(self.engine.devices[0])
-    return [jax.ShapeDtypeStruct((size,), np.uint8, sharding=to) for size in
-            part_sizes(route.bytes_shared(command, self.engine))]
-
-  def _cut_like(self, route: migration.Route, batch: migration.Batch
-                ) -> list[jax.ShapeDtypeStruct]:
-    """What the source cuts of a batch."""
-    like = []
-    for piece in route.pieces:
-      stage, shard = piece.target
-      span, mesh = self.engine.where[1][stage], self.engine.where[2][stage]
-      layers = kv_cache.by_layer(self.engine.stages[stage].cache)
-      to = SingleDeviceSharding(mesh.devices.flat[shard])
-      like += [jax.ShapeDtypeStruct(
-          (len(piece.places), len(batch.target), *x.shape[2:]), x.dtype,
-          sharding=to) for layer in range(*piece.layers)
-               for x in layers[layer - span[0]]]
-    return like
 
   def _join(self, route: migration.Route, command: Any, checksum: bool,
             parts: Sequence[list[jax.Array]], lent: Landing | None = None
@@ -287,18 +247,10 @@ class Exchange:
                                 checksum, landing=landing,
                                 lent=lent is not None)
     moved = [(batch.target, migration.join_pieces(
-        self._unpacked(route, batch, packed), route.pieces, self.engine.where))
-             for batch, packed in zip(route.batches(command), parts,
-                                      strict=True)]
+        offered.unpacked(self.engine, route, batch, packed), route.pieces,
+        self.engine.where)) for batch, packed in zip(
+            route.batches(command), parts, strict=True)]
     return migration.Transfer(route, command, moved, 0, now_s, checksum)
-
-  def _unpacked(self, route: migration.Route, batch: migration.Batch,
-                packed: Sequence[jax.Array]) -> list[jax.Array]:
-    """What the source has cut of a batch."""
-    arrays, left = [], iter(packed)
-    for cut in _by_piece(route, self._cut_like(route, batch)):
-      arrays += parcels.unpack([next(left) for _ in parcels.groups(cut)], cut)
-    return arrays
 
   def drop(self, asked: messages.Drop) -> None:
     """What has not landed never will. A connection that brought nothing may
@@ -390,20 +342,3 @@ def _peer(fields: dict[str, Any], model: ModelConfig, config: EngineConfig
       sharding.cut(model, fields['tp']),
       sharding.spans(model.num_layers, capacity.pp), ()),
                         fields['by_kernel'], fields['memory'])
-
-
-def _by_piece(route: migration.Route, parts: Sequence[Any]
-              ) -> list[Sequence[Any]]:
-  """What cut_pieces gave, a piece each: all of it is of one device."""
-  layers = [len(range(*piece.layers)) for piece in route.pieces]
-  each, cut, start = len(parts) // sum(layers), [], 0
-  for count in layers:
-    cut.append(parts[start:start + count * each])
-    start += count * each
-  return cut
-
-
-def _kind(arrays: Sequence[Any]) -> int:
-  """A hash of shapes and dtypes."""
-  return zlib.crc32(repr([(tuple(x.shape), str(x.dtype)) for x in arrays]
-                         ).encode())

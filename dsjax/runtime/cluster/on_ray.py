@@ -14,7 +14,7 @@ from typing import Any
 
 from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Placement
-from dsjax.runtime.cluster import begin, instance
+from dsjax.runtime.cluster import begin, instance, ray_address
 from dsjax.runtime.cluster.channel import Channel, Door
 from dsjax.runtime.cluster.local import settings
 
@@ -115,8 +115,7 @@ class RayLauncher:
       try:
         ray.init(address, log_to_driver=False)
       except (ConnectionError, SystemExit) as error:  # Ray exits
-        raise InputError(f"cluster='ray:{address}': must be the address of a "
-                         f'Ray cluster that is there: {error}') from error
+        raise ray_address.absent(address, error) from error
     elif self._owns:
       ray.init('local', log_to_driver=False, include_dashboard=False,
                num_cpus=max(os.cpu_count() or 1, placement.num_devices))

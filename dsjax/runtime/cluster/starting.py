@@ -1,7 +1,6 @@
 """What each instance is given to build, wherever its process is started."""
 
 import dataclasses
-import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -11,14 +10,12 @@ from dsjax.checkpoints.checkpoint import Model
 from dsjax.config.checks import InputError, naming, require
 from dsjax.config.engine import EngineConfig
 from dsjax.config.placement import Placement
-from dsjax.runtime.cluster import hosts, local, messages
+from dsjax.runtime.cluster import hosts, local, messages, ray_address
 from dsjax.runtime.cluster.handoff import LOOK_S
 from dsjax.runtime.cluster.processes import Launcher
 from dsjax.runtime.cluster.remote import RemoteEngine
 from dsjax.runtime.migration import hands_off
 from dsjax.runtime.protocols import Engine, MakeEngine
-
-REACH_S = 10.0  # until a connection to Ray is there
 
 
 def check(cluster: Any) -> None:
@@ -32,13 +29,8 @@ def check(cluster: Any) -> None:
   if kind == 'hosts':
     with naming(f'cluster={cluster!r}'):
       hosts.read(rest)
-  host, colon, port = rest.rpartition(':')
-  if kind == 'ray' and colon and port.isdecimal() and '/' not in host:
-    try:  # Ray itself would look for minutes, and then end this process
-      socket.create_connection((host.strip('[]'), int(port)), REACH_S).close()
-    except (OSError, OverflowError) as error:
-      raise InputError(f'cluster={cluster!r}: must be the address of a Ray '
-                       f'cluster that is there: {error}') from error
+  if kind == 'ray':
+    ray_address.check(rest)
 
 
 def build(model: Model, placement: Placement, config: EngineConfig,

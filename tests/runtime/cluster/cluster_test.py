@@ -11,21 +11,11 @@ import itertools
 import os
 import signal
 import time
-import types
 
 import pytest
 
-import dsjax
-from dsjax.checkpoints.checkpoint import Recipe
-from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement, Plan
-from dsjax.runtime.cluster import (
-  local,
-  messages,
-  remote,
-  stamps,
-  watch,
-)
+from dsjax.runtime.cluster import messages, remote, stamps, watch
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.events import (
   InstanceDown,
@@ -36,6 +26,7 @@ from dsjax.scheduling.events import (
 )
 from tests.common import fake_engine, serving
 from tests.common.losses import AT
+from tests.common.processes import CONFIG, WORK, alive, start
 from tests.common.serving import (
   LONG,
   MIXED,
@@ -52,39 +43,6 @@ from tests.common.serving import (
 from tests.runtime import host_tier_test, stream_test
 
 pytestmark = pytest.mark.usefixtures('no_hang')
-
-MODEL = dataclasses.replace(serving.MODEL, recipe=Recipe(
-    config=serving.CONFIG))
-CONFIG = dataclasses.replace(PAGES_4, tries=50, restarts=50, restart_s=0.0)
-WORK = MIXED[:6] + LONG[:2]
-PAIR = Placement(prefill=[Plan()], decode=[Plan()])
-
-
-def start(placement=PAIR, config=CONFIG, model=MODEL, **options):
-  return dsjax.serve(model, placement, config, cluster='local', **options)
-
-
-def alive(pid):
-  """Whether a process is there, and no zombie."""
-  try:
-    with open(f'/proc/{pid}/stat') as file:
-      return file.read().rsplit(') ', 1)[1][0] not in 'ZX'
-  except FileNotFoundError:
-    return False
-
-
-def children():
-  """Processes that this one has started and that run."""
-  found = set()
-  for name in filter(str.isdigit, os.listdir('/proc')):
-    try:
-      with open(f'/proc/{name}/stat') as file:
-        state, parent = file.read().rsplit(') ', 1)[1].split()[:2]
-    except (FileNotFoundError, ProcessLookupError):
-      continue
-    if int(parent) == os.getpid() and state != 'Z':
-      found.add(int(name))
-  return found
 
 
 @pytest.fixture(scope='module')
@@ -569,60 +527,3 @@ def test_two_servers_know_nothing_of_each_other(fakes):
   until(lambda: not fakes.busy, fakes)
   check_tokens(work, [fakes.output(id) for id in ids], expected_of_fakes)
   assert not fakes.faults
-
-
-# --- what each is given ------------------------------------------------------
-
-
-def test_instances_share_no_core(monkeypatch):
-  placement = Placement(prefill=[Plan(2)], decode=[Plan(), Plan(1, 2)])
-  monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {7, *range(12)})
-  assert local.split_cores(placement) == [
-      [0, 1, 2, 3], [4, 5], [6, 7, 8, 9]]
-  assert local.has_own_core(placement)
-  monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(10)))
-  assert not local.has_own_core(placement)
-  monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {0, 1, 2})
-  assert local.split_cores(placement) == [[], [], []]
-  assert not local.has_own_core(placement)
-
-
-def test_instances_share_no_gpu(monkeypatch):
-  placement = Placement(prefill=[Plan(2)], decode=[Plan()])
-  monkeypatch.setattr(local, 'visible_gpus', lambda: ['4', '5', 'GPU-a', '7'])
-  assert [env['CUDA_VISIBLE_DEVICES']
-          for env in local.environments(placement)] == ['4,5', 'GPU-a']
-  assert local.split_cores(placement) == [[], []]
-  assert local.has_own_core(placement)
-  monkeypatch.setattr(local, 'visible_gpus', lambda: ['0', '1'])
-  with pytest.raises(InputError, match='at most the 2 that exist'):
-    local.environments(placement)
-
-
-@pytest.mark.parametrize('listed, names', [
-    (None, ['0', '1']), ('', None), ('-1', None), ('NoDevFiles', None),
-    ('0', ['0']), ('3, 1', ['3', '1']), ('1,-1,0', ['1']),
-    ('GPU-8932f937-d72c,MIG-7', ['GPU-8932f937-d72c', 'MIG-7'])])
-def test_gpus_are_those_that_cuda_would_show(monkeypatch, listed, names):
-  monkeypatch.setattr(local, 'jax', types.SimpleNamespace(
-      config=types.SimpleNamespace(values={'jax_platforms': None})))
-  monkeypatch.setattr(local.glob, 'glob', lambda _: [
-      '/dev/nvidia0', '/dev/nvidia1', '/dev/nvidiactl'])
-  monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
-  if listed is not None:
-    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', listed)
-  monkeypatch.setattr(local, '_has_cuda', lambda: True)
-  assert local.visible_gpus() == names
-  monkeypatch.setattr(local, '_has_cuda', lambda: False)  # jax of a CPU
-  assert local.visible_gpus() is None
-
-
-def test_a_cpu_instance_has_its_own_number_of_devices(monkeypatch):
-  monkeypatch.setenv('XLA_FLAGS', '--a --xla_force_host_platform_device_count=8'
-                     ' --b')
-  prefill, decode = local.environments(Placement(
-      prefill=[Plan(2, 2)], decode=[Plan()]))
-  assert (prefill['JAX_NUM_CPU_DEVICES'], decode['JAX_NUM_CPU_DEVICES']) == (
-      '4', '1')
-  assert prefill['XLA_FLAGS'].split() == ['--a', '--b']
-  assert prefill['JAX_PLATFORMS'] == 'cpu'

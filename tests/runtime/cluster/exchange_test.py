@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from dsjax.runtime.cluster import messages, parcels, shared_memory
+from dsjax.runtime.cluster import messages, offered, parcels, shared_memory
 from dsjax.runtime.cluster.exchange import Exchange
 from tests.runtime import migration_test as pages
 
@@ -140,16 +140,16 @@ def test_pages_arrive_in_few_arrays(monkeypatch, plans, more, most):
   source's memory; else one a batch, piece and dtype."""
   source, sent, target = introduced(plans, **more)
   pulled, had = [], pages.contents(target.engine)
-  real, c = Exchange._like, pages.command((5, 0, 3, 1, 7, 8, 2),
-                                          (1, 0, 3, 5, 8, 2, 4), 26)
+  real, c = offered.like, pages.command((5, 0, 3, 1, 7, 8, 2),
+                                        (1, 0, 3, 5, 8, 2, 4), 26)
   if 'decode_page_size' in more:
     c = pages.command(c.source_pages, (1, 0, 3, 5), 26)
-  monkeypatch.setattr(Exchange, '_like', lambda *args: (
+  monkeypatch.setattr(offered, 'like', lambda *args: (
       pulled.append(real(*args)) or pulled[-1]))
   for uuid in (1, 2):
-    offered, landed = hand_off(source, target, c, uuid)
-    assert offered.kind == landed.kind
-    assert offered.checksum == landed.checksum != 0
+    read, landed = hand_off(source, target, c, uuid)
+    assert read.kind == landed.kind
+    assert read.checksum == landed.checksum != 0
     assert (most > 0) <= sum(map(len, pulled.pop() if pulled else [])) <= most
   if 'kv_dtype' not in more:
     pages.check_arrived(c, sent, target.engine, had)

@@ -27,14 +27,8 @@ from dsjax.runtime.cluster import hosts, local, messages, watch
 from dsjax.scheduling.events import InstanceDown, InstanceUp
 from experiments import host
 from tests.common import fake_engine, serving
+from tests.common.processes import CONFIG, MODEL, WORK, alive, children
 from tests.common.serving import check_tokens, expected_of_fakes, play, until
-from tests.runtime.cluster.cluster_test import (
-  CONFIG,
-  MODEL,
-  WORK,
-  alive,
-  children,
-)
 
 pytestmark = pytest.mark.usefixtures('no_hang')
 

@@ -15,7 +15,7 @@ import dsjax
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement
 from dsjax.runtime.cluster import local, starting
-from tests.runtime.cluster.cluster_test import CONFIG, MODEL
+from tests.common.processes import CONFIG, MODEL
 
 HAS_RAY = importlib.util.find_spec('ray') is not None
 pytestmark = pytest.mark.usefixtures('no_hang')

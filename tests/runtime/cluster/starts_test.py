@@ -24,15 +24,8 @@ from dsjax.runtime.cluster import (
   watch,
 )
 from tests.common import fake_engine, serving
+from tests.common.processes import CONFIG, MODEL, PAIR, alive, children, start
 from tests.common.serving import until
-from tests.runtime.cluster.cluster_test import (
-  CONFIG,
-  MODEL,
-  PAIR,
-  alive,
-  children,
-  start,
-)
 from tests.runtime.interrupts_test import at_line
 
 pytestmark = pytest.mark.usefixtures('no_hang')
@@ -152,7 +145,7 @@ SERVED = """
 import dataclasses, os, signal, sys
 import dsjax
 from tests.common import fake_engine
-from tests.runtime.cluster import cluster_test as here
+from tests.common import processes as here
 
 server = here.start(here.Placement(colocated=[here.Plan()]),
                     make_engine=fake_engine.FakeEngine)

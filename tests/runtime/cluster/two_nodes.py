@@ -13,8 +13,8 @@ from ray.cluster_utils import Cluster
 
 import dsjax
 from dsjax.config.checks import InputError
+from tests.common import processes as here
 from tests.common import serving
-from tests.runtime.cluster import cluster_test as here
 
 PLACEMENT = 'prefill=1x1,1x1,decode=1x1,1x1,aligned'
 TOO_LARGE = ('colocated=3x1', 'prefill=2x1,decode=1x1,aligned')
