@@ -164,3 +164,35 @@ def test_wrong_latencies_are_corrected_by_what_steps_took(factor):
   state = simulator.simulate(config, sent, STEP, LINK, log=True).state
   for instance in state.instances:
     assert instance.pace == pytest.approx((1 / factor, 1 / factor), rel=0.05)
+
+
+def _step(rows, waited_s, now_s=100.0):
+  """What adaptive lets into the next step of an instance whose rows have had
+  so many tokens and have saved so many seconds, beside a prompt that waits."""
+  steps = latency.Affine((0.01, 1e-4, 0.0), (0.015, 1e-6, 1e-4), host_s=0.001,
+                         mixed=(0.02, 1e-5, 0.0, 1e-6))
+  instance = types.SimpleNamespace(
+      latency=steps, role='chunked', config=InstanceConfig(
+          'flexible', 400, 16, 16, 512, 16), num_rows=len(rows),
+      turn_rows=len(rows), context=100 * len(rows),
+      rows=lambda: [types.SimpleNamespace(
+          num_out=tokens, first_s=now_s + saved_s - tokens * SLO.tpot_s)
+          for tokens, saved_s in rows],
+      prefilling=lambda: (), waiting=lambda: (types.SimpleNamespace(
+          arrival_s=now_s - waited_s),))
+  return named('adaptive', SLO).batch(
+      types.SimpleNamespace(time_s=now_s), instance).tokens
+
+
+AGED_S = 101 * SLO.ttft_s
+
+
+@pytest.mark.parametrize('rows, waited_s, tokens', [
+    ([(50, 0.9)], 0.1, 496),  # the row has saved a lot
+    ([(50, 0.9), (1, 0.0)], 0.1, 0),  # one that has just begun: nothing
+    ([(50, 0.9), (1, 0.0)], AGED_S, 496),  # it makes up for one step
+    ([(50, -0.3), (1, 0.0)], AGED_S, 0),  # nothing is saved
+    ([(50, -0.3), (1, 0.0)], 4 * AGED_S, adaptive.LEAST)])
+def test_an_old_prompt_takes_what_rows_that_have_run_for_some_time_have_saved(
+    rows, waited_s, tokens):
+  assert _step(rows, waited_s) == tokens
