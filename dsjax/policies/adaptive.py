@@ -87,7 +87,7 @@ def _per_step(slo: Slo, margin: float) -> Policy:
       return PrefillBudget(most)
     tokens = allowed(view, instance)
     if tokens < LEAST:
-      prompts = (*instance.prefilling(), *instance.waiting()[:1])
+      prompts = (*instance.prefilling(), *instance.waiting(1))
       waited_s = max([view.time_s - r.arrival_s for r in prompts], default=0)
       most_s = MOST_WAIT * slo.ttft_s
       tokens = allowed(view, instance, CATCH_UP) if waited_s > most_s else 0

@@ -6,17 +6,23 @@ from dsjax.scheduling.policy import InstanceView, RequestView, View
 
 MOST_ROWS = 4096  # of a batch that is asked for
 GRAIN = 16  # tokens
+LISTED = 64  # prompts that are looked at one by one
 CATCH_UP = 16  # tokens over which a row makes up for what it is late
 
 
 def queue_s(instance: InstanceView) -> float:
   """Seconds of the prompts that wait here or are being prefilled; of those in
-  flight half is left, on average."""
+  flight half is left, on average. Of a queue longer than LISTED, what is behind
+  these counts by its tokens."""
   latency = instance.latency
-  return latency.prefill_s(instance.pieces) / 2 + sum(
-      [latency.prefill_s(((request.done or instance.hit_tokens(request),
-                           request.stop),))
-       for request in (*instance.waiting(), *instance.prefilling())])
+  listed = (*instance.waiting(LISTED), *instance.prefilling())
+  seconds = sum([latency.prefill_s(((
+      request.done or instance.hit_tokens(request), request.stop),))
+      for request in listed])
+  if instance.num_waiting > LISTED:
+    tokens = sum([request.stop - request.done for request in listed])
+    seconds *= max(1.0, instance.backlog / tokens)
+  return latency.prefill_s(instance.pieces) / 2 + seconds
 
 
 def prefill_s(instance: InstanceView, request: RequestView) -> float:

@@ -252,9 +252,9 @@ class InstanceView:
     """Requests that own pages here and have prompt tokens left to prefill."""
     return self._views(self._instance.prefilling)
 
-  def waiting(self) -> tuple[RequestView, ...]:
-    """Requests in its prefill queue, by arrival."""
-    return self._views(self._instance.queue)
+  def waiting(self, most: int | None = None) -> tuple[RequestView, ...]:
+    """Requests in its prefill queue, by arrival; the first `most` of them."""
+    return self._views(self._instance.queue[:most])
 
   def pulls(self) -> tuple[RequestView, ...]:
     """Finished prefills whose KV it will pull, by their end."""

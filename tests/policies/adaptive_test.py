@@ -178,7 +178,7 @@ def _step(rows, waited_s, now_s=100.0):
       rows=lambda: [types.SimpleNamespace(
           num_out=tokens, first_s=now_s + saved_s - tokens * SLO.tpot_s)
           for tokens, saved_s in rows],
-      prefilling=lambda: (), waiting=lambda: (types.SimpleNamespace(
+      prefilling=lambda: (), waiting=lambda most: (types.SimpleNamespace(
           arrival_s=now_s - waited_s),))
   return named('adaptive', SLO).batch(
       types.SimpleNamespace(time_s=now_s), instance).tokens
