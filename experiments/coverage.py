@@ -45,7 +45,7 @@ from dsjax.placement import candidates, goodput, judging, search
 from dsjax.placement.api import make_problem
 from dsjax.placement.goodput import Goodput
 from experiments.common import cli, provenance, seeds, terminal
-from experiments.place import processes
+from experiments.common.children import processes
 
 
 class Case(NamedTuple):

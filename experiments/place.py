@@ -29,13 +29,12 @@ served: experiments.serve --set=placements=. Objectives may be inf. Exit codes:
 0; 2 for bad input, and where no placement could be judged; 130 by Ctrl-C.
 """
 
-import contextlib
 import math
 import os
 import pathlib
 import time
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -176,19 +175,6 @@ def draw(path: str | pathlib.Path, rows: Sequence[RankedPlacement], title: str,
   pictures.save(figure, path)
 
 
-@contextlib.contextmanager
-def processes(count: int) -> Iterator[Callable[..., Iterable]]:
-  """A map of so many processes; of this one alone if it is one.
-
-  They leave Ctrl-C to the parent, and end with it.
-  """
-  if count == 1:
-    yield map
-    return
-  with children.simulating(count) as pool:
-    yield pool.map
-
-
 def _problem(options):
   """The Problem of the flags."""
   require(options.algorithms and all(
@@ -215,7 +201,7 @@ def _search(console, problem, options):
                  TextColumn('{task.fields[more]}'), TimeElapsedColumn(),
                  console=console, transient=True)
   tell = terminal.now_and_then(console)
-  with processes(options.processes) as run, bar:
+  with children.processes(options.processes) as run, bar:
     line = bar.add_task('searching', total=None, more='')
 
     def report(now):

@@ -4,7 +4,7 @@ import concurrent.futures
 import contextlib
 import gc
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import context, resource_tracker
 from typing import Any
@@ -87,3 +87,16 @@ def simulating(count: int
   """As `spawned`, of processes that do nothing but simulate: they look for
   garbage as seldom as a runner that does (cli.main)."""
   return spawned(count, gc.set_threshold, (finder.OBJECTS,))
+
+
+@contextlib.contextmanager
+def processes(count: int) -> Iterator[Callable[..., Iterable]]:
+  """A map of so many processes; of this one alone if it is one.
+
+  They leave Ctrl-C to the parent, and end with it.
+  """
+  if count == 1:
+    yield map
+    return
+  with simulating(count) as pool:
+    yield pool.map
