@@ -34,27 +34,21 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
 import pathlib
-import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
 from dsjax.analysis import metrics
 from dsjax.analysis.record import Record
-from dsjax.config import zoo
 from dsjax.config.checks import require
 from dsjax.config.placement import Placement, Plan, Slo
 from dsjax.placement import candidates, goodput, judging
-from dsjax.placement.api import make_problem
 from dsjax.policies.named import DEADLINES as DEADLINES_END
 from dsjax.workload import source
 from experiments.common import (
-  children,
   cli,
   policies,
+  policy_cells,
   provenance,
   real_row,
   terminal,
@@ -67,6 +61,11 @@ from experiments.common.policies_report import (
   table,
   title_of,
   words,
+)
+from experiments.common.policy_cells import (
+  cluster_name,
+  measure_all,
+  workloads,
 )
 
 OBJECTIVES = {'balanced': (5.0, 3.5), 'ttft': (2.5, 7.0), 'tpot': (12.0, 1.8)}
@@ -96,11 +95,6 @@ GRID = (('llama-3-8b', 'tables:h100-80g', '1x1', 4),
         ('llama-3-70b', 'tables:h100-80g', '4x1', 2),
         ('opt-13b', 'published', '1x1', 4),
         ('opt-66b', 'published', '4x1', 2))
-# Files of workloads that are no mixtures, in --traces.
-TRACES = {'azure-code': 'azure/AzureLLMInferenceTrace_code.csv',
-          'azure-conv': 'azure/AzureLLMInferenceTrace_conv.csv',
-          'mooncake': 'mooncake/conversation_trace.jsonl'}
-MAX_LEN = 8192  # tokens of context, or the model's where that is less
 PERIODS = 2  # of a load that shifts, the first of which is no part of it
 FIFO, DEADLINES = 'fifo', 'deadlines'
 ORDERED = {('adaptive', DEADLINES)}  # it has this order already
@@ -110,10 +104,6 @@ FLAGS = {
     'plan': cli.Flag('1x1', 'TPxPP of each instance.'),
     'instances': cli.Flag(4, 'Flexible instances.', low=2, high=64),
     'grid': cli.Flag(False, 'Of GRID instead of these four.'),
-    'lengths': cli.Flag(','.join(['sharegpt', 'humaneval', 'longbench',
-                                  *TRACES]), 'As experiments.place --lengths, '
-                        f'with commas between; of --traces {list(TRACES)}.'),
-    'traces': 'traces',
     'process': 'poisson',
     'objectives': cli.Flag(list(OBJECTIVES), f'Of {list(OBJECTIVES)}.'),
     'only': cli.Flag([], f'Policies; of {list(VARIANTS)}, or path.py:name.'),
@@ -126,9 +116,8 @@ FLAGS = {
                      'machine.'),
     'rate': cli.Flag(None, 'With --real: requests a second.', float),
     'ttft_s': 2.0, 'tpot_s': 0.15,
-    'minutes': cli.Flag(600.0, 'At most.', low=0.0),
-    'processes': cli.Flag(os.cpu_count() or 1, 'Beside each other.', low=1),
     'out': 'out/policies',
+    **policy_cells.FLAGS,
 }
 
 
@@ -173,17 +162,14 @@ def label(cell: Cell) -> str:
 
 
 def cluster(cell: Cell) -> str:
-  return f'{cell.instances} x {cell.plan} {cell.latency}'
+  return cluster_name(cell.instances, cell.plan, cell.latency)
 
 
-@functools.lru_cache
 def problem_of(model: str, latency: str, lengths: str, process: str,
                effort: Effort) -> candidates.SearchProblem:
   """The SearchProblem of a workload, without objectives."""
-  return make_problem(
-      model, Slo(1.0, 1.0), lengths, latency, cut=True,
-      max_len=min(MAX_LEN, zoo.config(model).max_len),
-      process=process, seed=effort.seed, requests=effort.requests,
+  return policy_cells.problem_of(
+      model, latency, lengths, process, effort.seed, requests=effort.requests,
       most_requests=4 * effort.requests, tolerance=effort.tolerance)
 
 
@@ -290,30 +276,6 @@ def _goodput(problem: candidates.SearchProblem, task: judging.Task
           beat_per_s=task.beat_per_s))
 
 
-def workloads(options: Any) -> tuple[dict[str, str], list[str]]:
-  """({workload: its lengths}, the traces that are not there).
-
-  Raises:
-    InputError: two workloads have the same name.
-  """
-  there, absent = {}, []
-  names = options.lengths.split(',')
-  called = [name if name in TRACES else pathlib.Path(name).stem
-            for name in names]
-  require(len(set(called)) == len(called), '--lengths', options.lengths,
-          'workloads of different names')
-  for name in names:
-    if name not in TRACES:
-      there[pathlib.Path(name).stem] = name
-      continue
-    path = pathlib.Path(options.traces, TRACES[name])
-    if path.exists():
-      there[name] = str(path)
-    else:
-      absent.append(f'{name}: no file {path}')
-  return there, absent
-
-
 def cells(options: Any) -> Iterator[Cell]:
   """What is asked for, objective by objective."""
   systems = GRID if options.grid else [
@@ -360,7 +322,11 @@ def run(options: Any, console: Any) -> int:
   out = pathlib.Path(options.out)
   out.mkdir(parents=True, exist_ok=True)
   lines = read(out / 'policies.csv')
-  stopped = measure_all(options, console, effort, asked, lines)
+  known = set(map(key, lines))
+  stopped = measure_all(
+      options, console, functools.partial(measure, effort),
+      [cell for cell in asked if place_of(effort, cell) not in known],
+      len(asked), lines, out / 'policies.csv', words)
   here = {(cell.model, cluster(cell), str(effort)) for cell in asked}
   shown = [line for line in lines
            if (line.model, line.cluster, line.effort) in here]
@@ -378,39 +344,6 @@ def run(options: Any, console: Any) -> int:
   terminal.written(console, out, 'policies.csv', 'policies.json',
                    *['policies.png'] * bool(shown))
   return 130 if stopped == 'Ctrl-C' else 0
-
-
-def measure_all(options: Any, console: Any, effort: Effort, asked: list[Cell],
-                lines: list[Line]) -> str:
-  """Measures those of which there is no Line yet, adds and saves each one.
-
-  Returns:
-    What ended it before its end, or ''.
-  """
-  known = set(map(key, lines))
-  todo = [cell for cell in asked if place_of(effort, cell) not in known]
-  end_s, count = time.monotonic() + 60 * options.minutes, 0
-  bar = Progress(TextColumn('{task.description}'), BarColumn(),
-                 TextColumn('{task.completed}/{task.total}'),
-                 TimeElapsedColumn(), console=console, transient=True)
-  if not console.is_terminal:
-    console.print(f'{len(todo)} of {len(asked)} cells to measure')
-  try:
-    with children.processes(options.processes) as run_map, bar:
-      task = bar.add_task('cells', total=len(todo))
-      for line in run_map(functools.partial(measure, effort), todo):
-        lines.append(line)
-        provenance.save_csv(pathlib.Path(options.out, 'policies.csv'),
-                            Line._fields, lines)
-        bar.advance(task)
-        if not console.is_terminal:
-          console.print(words(line), soft_wrap=True, highlight=False)
-        count += 1
-        if time.monotonic() > end_s and count < len(todo):
-          return '--minutes'
-  except KeyboardInterrupt:
-    return 'Ctrl-C'
-  return ''
 
 
 if __name__ == '__main__':

@@ -4,12 +4,12 @@ import csv
 import itertools
 import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from dsjax.config.checks import require
+from dsjax.config.checks import InputError, require
 from experiments.common import pictures
 
 
@@ -58,17 +58,25 @@ def words(line: Line) -> str:
           + (f'; {line.phases}' if line.phases else ''))
 
 
-def read(path: pathlib.Path) -> list[Line]:
-  """The lines of a policies.csv; none where there is no file."""
+def read(path: pathlib.Path, kind: Any = Line, flag: str = '--out'
+         ) -> list[Any]:
+  """The lines of a .csv; none where there is no file.
+
+  Args:
+    kind: of a line, a NamedTuple of numbers and texts. flag: that names the
+      folder.
+  """
   if not path.exists():
     return []
   with path.open(newline='') as file:
     rows = list(csv.DictReader(file))
-  require(all(set(row) == set(Line._fields) for row in rows), '--out', path,
-          f'a folder whose policies.csv has the columns {Line._fields}')
-  numbers = ('ttft_s', 'tpot_s', 'goodput_per_device', 'low', 'high')
-  return [Line._make([float(row[name]) if name in numbers else row[name]
-                      for name in Line._fields]) for row in rows]
+  require(all(set(row) == set(kind._fields) for row in rows), flag, path,
+          f'a folder whose {path.name} has the columns {kind._fields}')
+  try:
+    return [kind(**{name: kind.__annotations__[name](text)
+                    for name, text in row.items()}) for row in rows]
+  except ValueError as error:
+    raise InputError(f'{flag}: {path}: {error}') from error
 
 
 def table(lines: Sequence[Line]) -> Table:

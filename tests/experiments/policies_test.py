@@ -65,7 +65,7 @@ def test_traces_are_found_in_their_folder_or_left_out(tmp_path):
                    only=['colocated'], traces=str(tmp_path / 'none'))
   assert code == 0 and 'azure-conv: no file' in text and 'left out' in text
   assert [line['workload'] for line in lines(tmp_path)] == ['fixed:100x10']
-  path = tmp_path / 'traces' / policies.TRACES['azure-conv']
+  path = tmp_path / 'traces' / policies.policy_cells.TRACES['azure-conv']
   path.parent.mkdir(parents=True)
   path.write_text('TIMESTAMP,ContextTokens,GeneratedTokens\n' + ''.join(
       f'2023-11-16 18:15:{i:02}.0,{100 + i},{20 + i}\n' for i in range(30)))

@@ -12,6 +12,7 @@ from rich.console import Console
 import dsjax
 from dsjax.analysis.record import Record
 from experiments import (
+  equal_rates,
   explore,
   load,
   overload,
@@ -31,7 +32,7 @@ from experiments.bench import (
 from experiments.common import cli
 from tests.common.fake_engine import FakeEngine
 from tests.common.runners import RUNNERS
-from tests.experiments import policies_test, replan_test
+from tests.experiments import equal_rates_test, policies_test, replan_test
 
 # Runners whose own tests stop them: {name: the test}.
 STOPPED_THERE = {
@@ -60,6 +61,13 @@ def stop_at(count, function=None):
       raise KeyboardInterrupt
     return function(*args, **kwargs)
   return stopped
+
+
+def stop_equal_rates(monkeypatch):
+  monkeypatch.setattr(equal_rates, 'rivals_of', lambda _:
+                      equal_rates_test.THREE)
+  monkeypatch.setattr(equal_rates, 'measure', stop_at(2, equal_rates.measure))
+  return equal_rates, equal_rates_test.TINY, 'equal_rates.csv', 3
 
 
 def stop_load(monkeypatch):
