@@ -28,6 +28,7 @@ from dsjax.scheduling.state import Config
 from dsjax.simulation import simulator
 
 STEP = 1.15
+CV_STEP = 1.5  # of the spread of outputs, which is known less well
 LIVES = 5  # that a rollout lasts, each as long as objectives allow one
 LEAST, MOST = 200, 800  # requests of it
 GRAIN = 0.05  # of the share that a rollout must beat: so answers are shared
@@ -46,9 +47,10 @@ class Played(NamedTuple):
 
 
 def rounded(load: Load) -> Load:
-  """A load in steps of STEP."""
-  return Load(*[STEP ** round(math.log(max(value, 1e-6), STEP))
-                for value in load])
+  """A load in steps of STEP, or of CV_STEP."""
+  steps = [STEP] * (len(load) - 1) + [CV_STEP]
+  return Load(*[step ** round(math.log(max(value, 1e-6), step))
+                for value, step in zip(load, steps, strict=True)])
 
 
 def settled(latency: Paced) -> Paced:
@@ -143,7 +145,7 @@ def _always(roles: tuple[tuple[int, str], ...], view: View) -> dict[int, str]:
 @functools.lru_cache(maxsize=64)
 def requests_like(load: Load, slo: Slo) -> tuple[list[Request], int]:
   """Requests at a load's rate, Poisson. Lengths are lognormal: prompts of its
-  mean and 9th decile, outputs of its mean.
+  mean and 9th decile, outputs of its mean and spread.
 
   Returns:
     them, and how many of the first are the rows of a system that has served
@@ -154,12 +156,13 @@ def requests_like(load: Load, slo: Slo) -> tuple[list[Request], int]:
   n = int(min(max(LIVES * life_s * load.rate_per_s, LEAST), MOST))
   rng = np.random.default_rng(0)
   spread = math.log(max(load.longest / load.prompt_len, 1.01)) / 1.28
+  output_spread = math.sqrt(math.log(1 + min(max(load.output_cv, 0.1), 3)**2))
   prompts, outputs = [
       np.clip(np.exp(rng.normal(math.log(mean) - sigma**2 / 2, sigma, n)), 1,
               most).astype(int).tolist()
       for mean, sigma, most in (
           (load.prompt_len, min(spread, 1.5), 8 * load.longest),
-          (load.output_len, 0.8, 8 * load.output_len))]
+          (load.output_len, output_spread, 16 * load.output_len))]
   times = np.cumsum(rng.exponential(1 / load.rate_per_s, n)).tolist()
   rows = min(int(load.rate_per_s * slo.tpot_s * load.output_len), MOST)
   lengths = np.array(outputs)

@@ -7,6 +7,7 @@ outputs would be told too long as soon as short ones were forgotten.
 """
 
 import collections
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,17 +25,21 @@ class Load(NamedTuple):
     output_len: tokens of an output, by the requests that came last: all that
       they have had so far over the number of them that ended. 1 before the
       first has ended.
+    output_cv: standard deviation of these tokens over their mean; 1 before
+      some have ended.
   """
 
   rate_per_s: float
   prompt_len: float
   longest: float
   output_len: float
+  output_cv: float = 1.0
 
 
 class Ended(NamedTuple):
   """Of COHORT requests that came one after another, those that ended by
-  themselves: how many, and the tokens that they generated, together.
+  themselves: how many, and the tokens that they generated, and the squares of
+  these, together.
 
   cohort: counts from 0.
   """
@@ -42,6 +47,7 @@ class Ended(NamedTuple):
   cohort: int
   number: int
   tokens: int
+  squares: int
 
 
 class Recent:
@@ -68,8 +74,9 @@ class Recent:
     """The request of this place in the order of arrivals has had its last
     token."""
     cohort = order // COHORT
-    known = self.ended.get(cohort) or Ended(cohort, 0, 0)
-    self.ended[cohort] = Ended(cohort, known.number + 1, known.tokens + tokens)
+    known = self.ended.get(cohort) or Ended(cohort, 0, 0, 0)
+    self.ended[cohort] = Ended(cohort, known.number + 1, known.tokens + tokens,
+                               known.squares + tokens * tokens)
     if len(self.ended) > COHORTS:
       del self.ended[min(self.ended)]
 
@@ -84,19 +91,24 @@ class Recent:
     span_s = time_s - arrived[0][0] if arrived else 0.0
     return Load((len(arrived) - 1) / span_s if span_s > 0 else 0.0,
                 sum(lengths) / len(lengths), lengths[len(lengths) * 9 // 10],
-                self._output_len(rows))
+                *self._outputs(rows))
 
-  def _output_len(self, rows: Sequence[tuple[int, int]]) -> float:
-    """See Load. Of those that came last: as many as run, and as many again, or
-    RECENT."""
+  def _outputs(self, rows: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """output_len and output_cv. Of those that came last: as many as run, and
+    as many again, or RECENT."""
     if not self.ended:
-      return 1.0
+      return 1.0, 1.0
     newest = max([order for order, _ in rows] + [COHORT * max(self.ended)])
     first = max(0, newest - len(rows) - max(len(rows), RECENT)) // COHORT
     if len(self.ended) == COHORTS:
       first = max(first, min(self.ended))  # those before it are forgotten
     ended = [each for each in self.ended.values() if each.cohort >= first]
-    tokens = sum([each.tokens for each in ended]) + sum(
-        [so_far for order, so_far in rows if order >= COHORT * first])
-    count = sum([each.number for each in ended])
-    return tokens / count if count else 1.0
+    number = sum([each.number for each in ended])
+    if not number:
+      return 1.0, 1.0
+    running = [so_far for order, so_far in rows if order >= COHORT * first]
+    mean = (sum([each.tokens for each in ended]) + sum(running)) / number
+    square = (sum([each.squares for each in ended])
+              + sum([so_far * so_far for so_far in running])) / number
+    return mean, (math.sqrt(max(0.0, square / mean**2 - 1))
+                  if number >= COHORT else 1.0)
