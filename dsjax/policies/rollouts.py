@@ -33,6 +33,7 @@ LIVES = 5  # that a rollout lasts, each as long as objectives allow one
 LEAST, MOST = 200, 800  # requests of it
 GRAIN = 0.05  # of the share that a rollout must beat: so answers are shared
 NOISE = 0.05  # of a rollout's share: a change of roles must win more
+SETTLES = 20  # times that a step is predicted from the rows that it makes
 TIE = 0.01  # of a share: choices so near to the best are equal
 
 Roles = tuple[str, ...]
@@ -107,7 +108,8 @@ def played(policy: Policy, slo: Slo, configs: tuple[InstanceConfig, ...],
            roles: Roles, least: float) -> Played:
   """What comes of these roles under the load; or of those that ended before
   it was clear that a smaller share than `least` attains."""
-  sent, rows = requests_like(load, slo)
+  sent, rows = requests_like(load, slo, settled_token_s(
+      load, slo, latencies, roles))
   fixed = dataclasses.replace(policy, tick_s=ONCE_S, resize=functools.partial(
       _always, tuple(enumerate(roles))))
   longest = max(len(r.prompt) + (r.sampling.max_tokens or 0) for r in sent)
@@ -142,15 +144,40 @@ def _always(roles: tuple[tuple[int, str], ...], view: View) -> dict[int, str]:
   return dict(roles)
 
 
+def settled_token_s(load: Load, slo: Slo, latencies: Sequence[Latency], roles: Roles
+            ) -> float:
+  """Seconds that a row takes a token in the long run, TPOT at most.
+
+  The least at which as many rows as it makes (Little's law) take so long a
+  step, beside the prompts of instances that mix.
+  """
+  prefills = sum([role != 'decode' for role in roles])
+  busy = load.rate_per_s / max(prefills, 1)  # prompts a second of each
+  homes = [(latency, min(busy * latency.prefill_s(((0, int(load.prompt_len)),)),
+                         0.9) if role != 'decode' else 0.0)
+           for latency, role in zip(latencies, roles, strict=True)
+           if role != 'prefill']
+  seconds = 0.0
+  for _ in range(SETTLES):
+    rows = max(1, round(load.rate_per_s * load.output_len * seconds
+                        / len(homes)))
+    context = rows * (load.prompt_len + load.output_len / 2)
+    seconds = min(slo.tpot_s, sum([
+        (latency.decode_s(rows, context) + latency.host_s) / (1 - share)
+        for latency, share in homes]) / len(homes))
+  return seconds
+
+
 @functools.lru_cache(maxsize=64)
-def requests_like(load: Load, slo: Slo) -> tuple[list[Request], int]:
+def requests_like(load: Load, slo: Slo, token_s: float
+                  ) -> tuple[list[Request], int]:
   """Requests at a load's rate, Poisson. Lengths are lognormal: prompts of its
   mean and 9th decile, outputs of its mean and spread.
 
   Returns:
     them, and how many of the first are the rows of a system that has served
-    this load for long at its TPOT: what is left of an output that runs at a
-    random time. They come at 0, with prompts of one token.
+    this load for long, where a token takes token_s: what is left of an output
+    that runs at a random time. They come at 0, with prompts of one token.
   """
   life_s = slo.ttft_s + slo.tpot_s * load.output_len
   n = int(min(max(LIVES * life_s * load.rate_per_s, LEAST), MOST))
@@ -164,7 +191,7 @@ def requests_like(load: Load, slo: Slo) -> tuple[list[Request], int]:
           (load.prompt_len, min(spread, 1.5), 8 * load.longest),
           (load.output_len, output_spread, 16 * load.output_len))]
   times = np.cumsum(rng.exponential(1 / load.rate_per_s, n)).tolist()
-  rows = min(int(load.rate_per_s * slo.tpot_s * load.output_len), MOST)
+  rows = min(int(load.rate_per_s * token_s * load.output_len), MOST)
   lengths = np.array(outputs)
   left = (rng.choice(lengths, rows, p=lengths / lengths.sum())
           * rng.random(rows)).astype(int).tolist()

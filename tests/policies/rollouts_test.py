@@ -95,7 +95,7 @@ def test_a_rollout_tells_how_near_its_requests_came():
 def test_a_rollout_begins_with_the_rows_of_a_full_system(monkeypatch):
   """So it tells what comes of a load in the long run, not of its start."""
   load = Load(7.0, 300.0, 900.0, 300.0)
-  sent, rows = rollouts.requests_like(load, SLO)
+  sent, rows = rollouts.requests_like(load, SLO, SLO.tpot_s)
   assert rows == int(7.0 * 300 * SLO.tpot_s) == 46
   assert {(r.arrival_s, len(r.prompt)) for r in sent[:rows]} == {(0.0, 1)}
   left, whole = (sum(r.sampling.max_tokens for r in part) / len(part)
@@ -104,7 +104,7 @@ def test_a_rollout_begins_with_the_rows_of_a_full_system(monkeypatch):
   full = played(('chunked',) * 2, 0.0, load)
   rollouts.played.cache_clear()
   monkeypatch.setattr(rollouts, 'requests_like',
-                      lambda load, slo: (sent[rows:], 0))
+                      lambda *args: (sent[rows:], 0))
   assert played(('chunked',) * 2, 0.0, load).share > full.share + 0.03
 
 
@@ -120,7 +120,7 @@ def test_requests_that_run_for_too_long_have_missed_in_a_rollout(monkeypatch):
   monkeypatch.setattr(rollouts, 'simulator', types.SimpleNamespace(
       stream=stream))
   load = Load(20.0, 300.0, 900.0, 300.0)
-  sent, rows = rollouts.requests_like(load, SLO)
+  sent, rows = rollouts.requests_like(load, SLO, SLO.tpot_s)
   counted = (len(sent) - rows) * 4 // 5
   first = len(sent) - counted
   assert played(('prefill', 'decode'), 0.5, load).share < 0.5
