@@ -21,7 +21,7 @@ is `ahead` or `behind` where the interval excludes 0, else `level`. The interval
 of each seed is that of metrics.difference; as seeds are independent, half
 widths add by their squares. The best rival is the one that attained most in
 these very runs, which favours the rivals. Each interval stands for itself: of
-40 cells that are level, one is behind by chance.
+40 cells that are level, up to one is behind by chance.
 
 Lines of several efforts in --cells count together. Loads that shift are left
 out (experiments.replan), and so are workloads that --lengths does not name and
@@ -37,7 +37,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dsjax.config.checks import require
+from dsjax.config.checks import naming, require
 from dsjax.policies.named import DEADLINES
 from experiments.common import (
   cli,
@@ -111,7 +111,8 @@ def run(options: Any, console: Console) -> int:
   if absent:
     console.print(f'{", ".join(absent)}: left out, not of --lengths or without '
                   'a file', soft_wrap=True, highlight=False)
-  asked = list(cells(rivals, options.policies, there, effort))
+  with naming(f'--cells={options.cells}'):
+    asked = list(cells(rivals, options.policies, there, effort))
   require(asked, '--lengths', options.lengths,
           f'a workload of --cells that is there: not {", ".join(absent)}')
   out = pathlib.Path(options.out)

@@ -126,8 +126,8 @@ def summary(policy: str, lines: Sequence[Line]) -> str:
   return (f'{policy}, {len(lines)} cells: '
           + ', '.join(f'{n} {name}' for name, n in counts(lines).items())
           + (f': {", ".join(behind)}' if behind else '')
-          + f'. Were all level, {0.025 * len(lines):.1f} would be behind by '
-          'chance.')
+          + f'. Were all level, up to {0.025 * len(lines):.1f} would be behind '
+          'by chance.')
 
 
 def draw(path: pathlib.Path, lines: Sequence[Line]) -> None:
@@ -163,12 +163,13 @@ def draw(path: pathlib.Path, lines: Sequence[Line]) -> None:
     panel.set_title(shown(policy) + f', {objective}', fontsize=8)
     panel.spines[['top', 'right']].set_visible(False)
   figure.supylabel('points ahead of the best of the others', fontsize=8)
-  figure.legend(handles=[Line2D(
-      [], [], label=f'{model}, {cluster}', markersize=4,
-      **looks[model, cluster] | {'linestyle': ''})
-      for model, cluster in systems], fontsize=6, frameon=False,
-                loc='outside lower center', ncols=min(2, len(systems)),
-                handletextpad=0.2, columnspacing=0.8)
+  handles = [Line2D([], [], label=f'{model}, {cluster}', markersize=4,
+                    **looks[model, cluster] | {'linestyle': ''})
+             for model, cluster in systems]
+  handles.append(Line2D([], [], label='hollow: level', markersize=4, marker='o',
+                        color='0.4', linestyle='', fillstyle='none'))
+  figure.legend(handles=handles, fontsize=6, frameon=False, handletextpad=0.2,
+                columnspacing=0.8, loc='outside lower center', ncols=2)
   pictures.save(figure, path)
 
 

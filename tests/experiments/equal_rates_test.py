@@ -6,8 +6,8 @@ import json
 import pytest
 from rich.console import Console
 
-from dsjax.analysis import metrics
 from dsjax.config.checks import InputError
+from dsjax.scheduling.events import Finish, Tick
 from experiments import equal_rates
 from experiments.common import cli, equal_rates_report, policies_report, seeds
 from experiments.common import equal_rates as measuring
@@ -146,53 +146,55 @@ def test_seeds_come_together_as_independent_means():
   assert seeds.together([(0.9, 0.7, 1.0)]) == pytest.approx((0.9, 0.7, 1.1))
 
 
-def test_no_batch_straddles_two_seeds():
-  """What one seed gains and another loses is not told as noise of batches:
-  each is even in itself."""
-  gains, losses = ([True] * 400, [False] * 400), ([False] * 400, [True] * 400)
-  each = [metrics.difference(*gains), metrics.difference(*losses)]
-  mean, low, high = seeds.together(each)
-  together = metrics.difference(*(a + b for a, b in zip(gains, losses,
-                                                        strict=True)))
-  assert mean == together[0] == 0 and high - low < 0.1
-  assert together[2] - together[1] > 1
+def test_no_batch_holds_two_seeds(monkeypatch):
+  """What is won on one seed and lost on the other is even within each, so
+  batches of both together, half of them won, would be noise that is not."""
+  fake({'static:prefills=1+deadlines': (0, 0), 'chunked+deadlines': (10, 0),
+        'colocated': (0, 10)}, monkeypatch)
+  answer = measuring.measure(cell())
+  assert answer.ahead == 0 and answer.high - answer.low < 0.1
 
 
-def test_flips_after_the_warm_up_and_the_same_requests(monkeypatch):
-  """Both seen from outside; those of the start are no flips."""
-  asked, sent = cell(rate_per_s=20.0), []
-  run_it = measuring.judging.run
+def test_all_see_the_same_requests_of_a_seed(monkeypatch):
+  asked, sent, run_it = cell(rate_per_s=20.0), [], measuring.judging.run
 
-  def seen(problem, system, rate_per_s, n, on_event):
-    def count(state, event, commands):
-      times.extend([event.time_s for c in commands
-                    if isinstance(c, measuring.Flip)])
-      on_event(state, event, commands)
-    times = []
-    records = run_it(problem, system, rate_per_s, n, count)
-    sent.append((times, [(r.arrival_s, r.prompt_len) for r in records]))
+  def seen(*args):
+    records = run_it(*args)
+    sent.append([(r.arrival_s, r.prompt_len) for r in records])
     return records
   monkeypatch.setattr(measuring.judging, 'run', seen)
-  served = measuring.serve(asked, 'static:prefills=1', 7)
-  (times, first), = sent
-  assert len(first) == 400 and len(served.hits) == 300
-  assert times and max(times) == 0 and served.flips == 0  # of the start
-  measuring.serve(asked, 'colocated', 7)
-  assert sent[1][1] == first
-  measuring.serve(asked, 'colocated', 8)
-  assert sent[2][1] != first
-  every = asked.effort._replace(warmup=0.0, seconds=40.0)
-  assert len(measuring.serve(asked._replace(effort=every), 'colocated', 7
-                             ).hits) == 800
+  every = asked._replace(effort=asked.effort._replace(warmup=0.0, seconds=40.0))
+  hits = [measuring.serve(which, text, seed).hits for which, text, seed in (
+      (asked, 'static:prefills=1', 7), (asked, 'colocated', 7),
+      (asked, 'colocated', 8), (every, 'colocated', 7))]
+  assert sent[0] == sent[1] != sent[2]
+  # All of --requests but a quarter; where --seconds take more, these.
+  assert [(len(own), len(those)) for own, those in zip(
+      sent, hits, strict=True)] == [(400, 300)] * 3 + [(800, 800)]
+
+
+def test_flips_count_from_the_warm_up_to_the_last_arrival(monkeypatch):
+  def flipping(problem, system, rate_per_s, n, on_event):
+    records = run_it(problem, system, rate_per_s, n)
+    first, last = records[n // 4].arrival_s, records[-1].arrival_s
+    for time_s in (0.0, first - 1e-3, first + 1e-3, last - 1e-3, last + 1e-3):
+      flip = measuring.Flip(0, 'decode')
+      on_event(None, Tick(time_s), (flip, Finish(1, 'stop')))
+    return records
+  run_it = measuring.judging.run
+  monkeypatch.setattr(measuring.judging, 'run', flipping)
+  assert measuring.serve(cell(), 'colocated', 7).flips == 2
 
 
 @pytest.mark.parametrize('lines, options, error', [
-    (None, {}, '--cells='), ([], {}, '--cells=.*lines with .deadlines'),
+    (None, {}, '--cells=.*policies.csv of'),
+    ([], {}, '--cells=.*lines with .deadlines'),
     ([line('chunked', 9.0)], {}, '--cells=.*lines with .deadlines'),
     ([line('colocated+deadlines', 9.0)], {}, '--cells=.*not under test'),
     ([line('chunked+deadlines', 'x')], {}, '--cells: .*float'),
-    ([line('chunked+deadlines', 9.0, cluster='none')], {}, 'cluster='),
-    (LINES, dict(policies=['luck']), '--policies: policy='),
+    ([line('chunked+deadlines', 9.0, cluster='none')], {},
+     '--cells=.*cluster='),
+    (LINES, dict(policies=['colocated', 'luck']), '--policies: policy='),
     (LINES, dict(policies=[]), '--policies='),
     (LINES, dict(seeds=['7', '07']), '--seeds=.*different'),
     (LINES, dict(seeds=['7', '00']), '--seeds=.*without .0.: these chose'),
