@@ -14,6 +14,8 @@ from dsjax.scheduling.events import Flip
 from experiments.common import policies, policies_report, policy_cells, seeds
 from experiments.common.equal_rates_report import JOIN, Line, verdict
 
+SETTINGS = ('all', 'best')
+
 
 class Effort(NamedTuple):
   """How a cell is measured; see FLAGS."""
@@ -57,8 +59,10 @@ class Served(NamedTuple):
 
 
 def cells(lines: Sequence[policies_report.Line], tested: Sequence[str],
-          there: Mapping[str, str], effort: Effort) -> Iterator[Cell]:
-  """What the rivals' lines ask of each policy under test."""
+          there: Mapping[str, str], effort: Effort, settings: str = 'all'
+          ) -> Iterator[Cell]:
+  """What the rivals' lines ask of each policy under test; settings: of the
+  rivals, of SETTINGS."""
   groups = collections.defaultdict(list)
   for line in lines:
     if line.workload in there:
@@ -68,7 +72,10 @@ def cells(lines: Sequence[policies_report.Line], tested: Sequence[str],
     instances, plan, _ = policy_cells.cluster_of(own[0].cluster)
     rate_per_s = (max(line.goodput_per_device for line in own)
                   * instances * plan.num_devices)
-    rivals = JOIN.join(dict.fromkeys(line.variant for line in own))
+    rivals = JOIN.join(dict.fromkeys(
+        text for line in own for text in (
+            [line.variant] if settings == 'best' else
+            policy_cells.variants(line.policy, instances))))
     for policy in tested:
       yield Cell(*place, round(rate_per_s, 4), policy, rivals, effort,
                  there[own[0].workload])

@@ -15,7 +15,7 @@ from tests.common.results import check_written, made_by
 from tests.experiments import policies_test
 
 TINY = dict(lengths='fixed:100x10', policies=['colocated'], requests=50,
-            seconds=1.0, seeds=['7', '8'], processes=1)
+            seconds=1.0, seeds=['7', '8'], processes=1, settings='best')
 CLUSTER = '2 x 1x1 tables:h100-80g'
 
 
@@ -78,6 +78,18 @@ def test_the_rate_and_the_rivals_are_of_lines_of_the_others_with_the_order(
   assert sum(told['verdicts']['colocated'].values()) == 1
 
 
+def test_rivals_may_have_all_their_settings(tmp_path):
+  code, text = run(tmp_path, settings='all')
+  own, = found(tmp_path)
+  rivals = own['rivals'].split('; ')
+  assert code == 0 and rivals == ['static:prefills=1+deadlines', *[
+      f'chunked{chunk}+deadlines' for chunk in (
+          '', ':chunk=256', ':chunk=512', ':chunk=1024', ':chunk=2048')]]
+  best = max(zip(map(float, own['shares'].split('; ')), rivals, strict=True),
+             key=lambda pair: pair[0])
+  assert own['rival'] == best[1] and f'{best[0]:.1%}*' in text
+
+
 def test_a_run_that_goes_on_measures_nothing_again(tmp_path):
   run(tmp_path)
   first = found(tmp_path)
@@ -110,7 +122,7 @@ def cell(**more):
   effort = measuring.Effort(400, 1.0, 0.25, (7, 8))
   return next(measuring.cells(
       [x for x in LINES if '+' in x.policy][:2], ['colocated'],
-      {'fixed:100x10': 'fixed:100x10'}, effort))._replace(**more)
+      {'fixed:100x10': 'fixed:100x10'}, effort, 'best'))._replace(**more)
 
 
 def fake(shares, monkeypatch):
