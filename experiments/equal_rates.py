@@ -14,6 +14,8 @@ estimates is mostly too high). At this rate the rivals and the policy under test
 serve the same requests, once with each of --seeds, in virtual time. Seeds of
 --cells are refused: they chose the rate. A run has as many requests as come in
 --seconds, and --requests at least; the first --warmup of them do not count.
+Settings that attain 20 points less than the best rival in a run of a quarter of
+the length are left out, but for the best of each policy.
 
 It prints a table a model and cluster: what each attained (a rival with its best
 setting here; all are in the files), how many points the policy under test is

@@ -20,7 +20,8 @@ class Line(NamedTuple):
   """A line of equal_rates.csv: a question (its first fields up to `effort`,
   which says how it was measured) and its answer.
 
-  rate_per_s: of the whole cluster. rivals, shares: what each of them attained.
+  rate_per_s: of the whole cluster. rivals, shares: what each of them attained,
+  nan of those that were not run in full (see equal_rates.contenders).
   attained: by `policy`. rival: the best of the rivals. ahead, low, high: share
   that `policy` attains more than that one, over all seeds; of_seeds: in each.
   flips: of roles, after the warm-up.

@@ -1,6 +1,7 @@
 """The runner that compares policies at equal rates, cell by cell."""
 
 import csv
+import io
 import json
 
 import pytest
@@ -85,9 +86,9 @@ def test_rivals_may_have_all_their_settings(tmp_path):
   assert code == 0 and rivals == ['static:prefills=1+deadlines', *[
       f'chunked{chunk}+deadlines' for chunk in (
           '', ':chunk=256', ':chunk=512', ':chunk=1024', ':chunk=2048')]]
-  best = max(zip(map(float, own['shares'].split('; ')), rivals, strict=True),
-             key=lambda pair: pair[0])
-  assert own['rival'] == best[1] and f'{best[0]:.1%}*' in text
+  shares = dict(zip(rivals, map(float, own['shares'].split('; ')), strict=True))
+  best = max(share for share in shares.values() if share >= 0)  # not nan
+  assert shares[own['rival']] == best and f'{best:.1%}*' in text
 
 
 def test_a_run_that_goes_on_measures_nothing_again(tmp_path):
@@ -126,11 +127,19 @@ def cell(**more):
 
 
 def fake(shares, monkeypatch):
-  """Runs that attain such shares, evenly: {policy: (one of seed 7, of 8)}."""
+  """Runs that attain such shares, evenly: {policy: (one of seed 7, of 8)}.
+
+  Returns:
+    The list of what will be run: (policy, seed, requests, seconds).
+  """
+  asked = []
+
   def serve(cell, text, seed):
+    asked.append((text, seed, cell.effort.requests, cell.effort.seconds))
     every = shares[text][seed - 7]
     return measuring.Served([n % 10 < every for n in range(300)], 1)
   monkeypatch.setattr(measuring, 'serve', serve)
+  return asked
 
 
 @pytest.mark.parametrize('own, verdict', [
@@ -148,6 +157,33 @@ def test_the_verdict_is_beside_the_best_over_all_seeds(monkeypatch, own,
   assert answer.verdict == verdict and answer.flips == 2
   assert answer.of_seeds.startswith(f'7: {own[0] / 10 - 0.8:+.4f} [')
   assert equal_rates_report.key(answer) == cell().key
+
+
+def test_settings_that_are_far_below_have_a_short_run_only(monkeypatch):
+  shares = {'static:prefills=1+deadlines': (4, 4), 'chunked+deadlines': (6, 9),
+            'static:prefills=2+deadlines': (3, 9), 'colocated': (9, 9),
+            'chunked:chunk=256+deadlines': (9, 9),
+            'chunked:chunk=512+deadlines': (8, 10)}
+  asked = fake(shares, monkeypatch)
+  answer = measuring.measure(cell(rivals='; '.join(
+      text for text in shares if text != 'colocated')))
+  assert answer.shares == '0.4; nan; nan; 0.9; 0.9'
+  assert [(text, seed) for text, seed, n, seconds in asked
+          if (n, seconds) == (100, 0.25)] == [
+              (text, 7) for text in shares if text != 'colocated']
+  assert [text for text, _, *size in asked if size == [400, 1.0]] == [
+      text for text in (
+          'static:prefills=1+deadlines', 'chunked:chunk=256+deadlines',
+          'chunked:chunk=512+deadlines', 'colocated') for _ in '78']
+  assert '40.0%' in shown(answer) and '90.0%*' in shown(answer)
+  assert 'nan' not in shown(answer)
+
+
+def shown(line):
+  """The table of a line."""
+  console = Console(record=True, width=150, file=io.StringIO())
+  console.print(equal_rates_report.table([line]))
+  return console.export_text()
 
 
 def test_seeds_come_together_as_independent_means():
