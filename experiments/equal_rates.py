@@ -5,23 +5,28 @@
 
 --cells is a folder that experiments.policies wrote. Each model, cluster,
 workload and objectives in it that have lines with +deadlines are a cell. Its
-rivals are these lines, each with its best setting there, but for those of a
-policy that is in --policies. The cell's rate is the highest goodput of the
-rivals, so the best of them attains about the target (rather less: the highest
-of several estimates is mostly too high). At this rate the rivals and the policy
-under test serve the same requests, once with each of --seeds, in virtual time.
-Seeds of --cells are refused: they chose settings and rate. A run has as many
-requests as come in --seconds, and --requests at least; of them the first
---warmup count in nothing.
+rivals are the policies of these lines, but for those in --policies, each with
+all the settings that experiments.policies tries: the best in --cells was that
+of short runs, and another may attain far more here (--settings=best takes that
+one only, in less time). The cell's rate is the highest goodput of the lines, so
+the best rival attains about the target (rather less: the highest of several
+estimates is mostly too high). At this rate the rivals and the policy under test
+serve the same requests, once with each of --seeds, in virtual time. Seeds of
+--cells are refused: they chose the rate. A run has as many requests as come in
+--seconds, and --requests at least; the first --warmup of them do not count.
+Settings that attain 20 points less than the best rival in a run of a quarter of
+the length are left out, but for the best of each policy.
 
-It prints a table a model and cluster: what each attained, how many points the
-policy under test is ahead of the best rival over all seeds, with the 95 %
-interval, and its flips between the first and the last request that count. It
-is `ahead` or `behind` where the interval excludes 0, else `level`. The interval
-of each seed is that of metrics.difference; as seeds are independent, half
-widths add by their squares. The best rival is the one that attained most in
-these very runs, which favours the rivals. Each interval stands for itself: of
-40 cells that are level, up to one is behind by chance.
+It prints a table a model and cluster: what each attained (a rival with its best
+setting here; all are in the files), how many points the policy under test is
+ahead of the best rival over all seeds, with the 95 % interval, and its flips
+between the first and the last request that count. It is `ahead` or `behind`
+where the interval excludes 0, else `level`. The interval of each seed is that
+of metrics.difference; as seeds are independent, half widths add by their
+squares. The best rival is the one that attained most in these very runs. This
+favours the rivals: a policy that is level with the best of them may be `behind`
+for it. Each interval stands for itself, too: of 40 level cells, up to one is
+behind by chance.
 
 Lines of several efforts in --cells count together. Loads that shift are left
 out (experiments.replan), and so are workloads that --lengths does not name and
@@ -47,7 +52,7 @@ from experiments.common import (
   provenance,
   terminal,
 )
-from experiments.common.equal_rates import Effort, cells, measure
+from experiments.common.equal_rates import SETTINGS, Effort, cells, measure
 from experiments.common.equal_rates_report import (
   Line,
   counts,
@@ -64,6 +69,8 @@ FLAGS = {
     'cells': cli.Flag('out/policies', 'Folder that experiments.policies '
                       'wrote.'),
     'policies': cli.Flag(['adaptive'], 'As --policy, with commas between.'),
+    'settings': cli.Flag('all', 'Of the rivals: all that experiments.policies '
+                         'tries, or the best in --cells.', choices=SETTINGS),
     'seeds': cli.Flag(['31', '32'], 'Runs of each cell, a seed each.'),
     'seconds': cli.Flag(60.0, 'Of a run, at least.', low=1.0),
     'requests': cli.Flag(2000, 'Of a run, at least.', low=50),
@@ -112,7 +119,8 @@ def run(options: Any, console: Console) -> int:
     console.print(f'{", ".join(absent)}: left out, not of --lengths or without '
                   'a file', soft_wrap=True, highlight=False)
   with naming(f'--cells={options.cells}'):
-    asked = list(cells(rivals, options.policies, there, effort))
+    asked = list(cells(rivals, options.policies, there, effort,
+                       options.settings))
   require(asked, '--lengths', options.lengths,
           f'a workload of --cells that is there: not {", ".join(absent)}')
   out = pathlib.Path(options.out)

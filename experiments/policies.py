@@ -63,33 +63,13 @@ from experiments.common.policies_report import (
   words,
 )
 from experiments.common.policy_cells import (
+  VARIANTS,
   cluster_name,
   measure_all,
   workloads,
 )
 
 OBJECTIVES = {'balanced': (5.0, 3.5), 'ttft': (2.5, 7.0), 'tpot': (12.0, 1.8)}
-CHUNKS = ('', ':chunk=256', ':chunk=512', ':chunk=1024', ':chunk=2048')
-# What is tried of a policy; {k} stands for 1 to all instances but one.
-VARIANTS = {
-    'static': ('static:prefills={k}',),
-    'colocated': ('colocated',),
-    'chunked': tuple(f'chunked{chunk}' for chunk in CHUNKS),
-    'splitwise': ('splitwise:prefills={k}',),
-    'mooncake': ('mooncake:prefills={k}',),
-    'llm_d': ('llm_d:prefills={k}:least=256', 'llm_d:prefills={k}:least=1024'),
-    'dynamo': ('dynamo:prefills={k}',),
-    'arrow': ('arrow:prefills={k}',),
-    'taichi': tuple(f'taichi:prefills={{k}}:small={small}'
-                    for small in (0, 256, 512)),
-    'ecoserve': ('ecoserve',),
-    'llumnix': ('llumnix',),
-    'dynaserve': ('dynaserve',),
-    'ppd': ('ppd:prefills={k}',),
-    'planner': ('planner:prefills={k}', 'planner:prefills={k}:by=reactive'),
-    'replan': ('replan:prefills={k}',),
-    'adaptive': ('adaptive',),
-}
 # (model, latency, plan, instances): of --grid.
 GRID = (('llama-3-8b', 'tables:h100-80g', '1x1', 4),
         ('llama-3-70b', 'tables:h100-80g', '4x1', 2),
@@ -190,10 +170,7 @@ def objectives(problem: candidates.SearchProblem, plan: Plan, name: str
 
 def variants(cell: Cell) -> list[str]:
   """The policies, as policies.load takes them, that a cell tries."""
-  texts = VARIANTS.get(cell.policy, (cell.policy,))
-  end = DEADLINES_END if cell.order == DEADLINES else ''
-  return [text.format(k=k) + end for text in texts
-          for k in (range(1, cell.instances) if '{k}' in text else (1,))]
+  return policy_cells.variants(label(cell), cell.instances)
 
 
 def measure(effort: Effort, cell: Cell) -> Line:

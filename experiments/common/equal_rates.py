@@ -12,7 +12,15 @@ from dsjax.config.placement import Placement, Slo
 from dsjax.placement import goodput, judging
 from dsjax.scheduling.events import Flip
 from experiments.common import policies, policies_report, policy_cells, seeds
-from experiments.common.equal_rates_report import JOIN, Line, verdict
+from experiments.common.equal_rates_report import (
+  JOIN,
+  Line,
+  name_of,
+  verdict,
+)
+
+SETTINGS = ('all', 'best')
+SHORT, FAR = 4, 0.2  # see contenders
 
 
 class Effort(NamedTuple):
@@ -57,8 +65,10 @@ class Served(NamedTuple):
 
 
 def cells(lines: Sequence[policies_report.Line], tested: Sequence[str],
-          there: Mapping[str, str], effort: Effort) -> Iterator[Cell]:
-  """What the rivals' lines ask of each policy under test."""
+          there: Mapping[str, str], effort: Effort, settings: str = 'all'
+          ) -> Iterator[Cell]:
+  """What the rivals' lines ask of each policy under test; settings: of the
+  rivals, of SETTINGS."""
   groups = collections.defaultdict(list)
   for line in lines:
     if line.workload in there:
@@ -68,7 +78,10 @@ def cells(lines: Sequence[policies_report.Line], tested: Sequence[str],
     instances, plan, _ = policy_cells.cluster_of(own[0].cluster)
     rate_per_s = (max(line.goodput_per_device for line in own)
                   * instances * plan.num_devices)
-    rivals = JOIN.join(dict.fromkeys(line.variant for line in own))
+    rivals = JOIN.join(dict.fromkeys(
+        text for line in own for text in (
+            [line.variant] if settings == 'best' else
+            policy_cells.variants(line.policy, instances))))
     for policy in tested:
       yield Cell(*place, round(rate_per_s, 4), policy, rivals, effort,
                  there[own[0].workload])
@@ -98,14 +111,38 @@ def serve(cell: Cell, text: str, seed: int) -> Served:
                     for time_s in flips))
 
 
+def share(run: Served) -> float:
+  """That attained."""
+  return metrics.interval(run.hits)[0]
+
+
+def contenders(cell: Cell) -> list[str]:
+  """The rivals that are run in full: of each policy the best setting in one run
+  of a SHORT-th of the length, and those less than FAR below the best of all
+  there. Others are overloaded, which takes most of the time."""
+  rivals, effort = cell.rivals.split(JOIN), cell.effort
+  if len(set(map(name_of, rivals))) == len(rivals):
+    return rivals
+  short = cell._replace(effort=effort._replace(
+      requests=effort.requests // SHORT, seconds=effort.seconds / SHORT))
+  shares = {text: share(serve(short, text, effort.seeds[0]))
+            for text in rivals}
+  least: dict[str, float] = {}
+  for text in rivals:
+    name = name_of(text)
+    least[name] = max(least.get(name, 0.0), shares[text])
+  near = max(shares.values()) - FAR
+  return [text for text in rivals
+          if shares[text] >= min(near, least[name_of(text)])]
+
+
 def measure(cell: Cell) -> Line:
   """A cell's line. A pure function: any process may run it."""
-  rivals, drawn = cell.rivals.split(JOIN), cell.effort.seeds
+  rivals, drawn = contenders(cell), cell.effort.seeds
   runs = {text: [serve(cell, text, seed) for seed in drawn]
           for text in (*rivals, cell.policy)}
-  shares = {text: round(statistics.fmean(
-      metrics.interval(run.hits)[0] for run in own), 4)
-      for text, own in runs.items()}
+  shares = {text: round(statistics.fmean(map(share, own)), 4)
+            for text, own in runs.items()}
   rival, own = max(rivals, key=shares.__getitem__), runs[cell.policy]
   each = [metrics.difference(a.hits, b.hits)
           for a, b in zip(own, runs[rival], strict=True)]
@@ -115,4 +152,5 @@ def measure(cell: Cell) -> Line:
   return Line(
       *cell[:-2], str(cell.effort), shares[cell.policy], rival, ahead, low,
       high, verdict(low, high), sum(run.flips for run in own),
-      JOIN.join(of_seeds), JOIN.join(str(shares[text]) for text in rivals))
+      JOIN.join(of_seeds), JOIN.join(str(shares.get(text, math.nan))
+                                     for text in cell.rivals.split(JOIN)))

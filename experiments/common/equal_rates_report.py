@@ -20,7 +20,8 @@ class Line(NamedTuple):
   """A line of equal_rates.csv: a question (its first fields up to `effort`,
   which says how it was measured) and its answer.
 
-  rate_per_s: of the whole cluster. rivals, shares: what each of them attained.
+  rate_per_s: of the whole cluster. rivals, shares: what each of them attained,
+  nan of those that were not run in full (see equal_rates.contenders).
   attained: by `policy`. rival: the best of the rivals. ahead, low, high: share
   that `policy` attains more than that one, over all seeds; of_seeds: in each.
   flips: of roles, after the warm-up.
@@ -83,23 +84,23 @@ def words(line: Line) -> str:
 
 
 def table(lines: Sequence[Line]) -> Table:
-  """Of one model, cluster and policy: a row a cell, a column a rival; the best
-  rival has a star."""
+  """Of one model, cluster and policy: a row a cell, a column a rival with its
+  best setting; the best rival has a star."""
   first, rows = lines[0], []
   for line in lines:
     rows.append(own := {})
     for rival, share in zip(line.rivals.split(JOIN), line.shares.split(JOIN),
                             strict=True):
-      text = f'{float(share):.1%}' + '*' * (rival == line.rival)
-      name = shown(name_of(rival))
-      own[name] = f'{own[name]}\n{text}' if name in own else text
+      name = name_of(rival)
+      own[name] = max(own.get(name, 0.0), float(share))
   names = list(dict.fromkeys(name for own in rows for name in own))
   out = Table(title=f'{first.model}, {first.cluster}: share that attained at '
               f'the same rate; * the best but {shown(first.policy)}, and the '
               'points ahead of it')
   out.add_column('objective')
   out.add_column('workload')
-  for name in ('ms', 'requests/s', shown(first.policy), *names, 'points ahead'):
+  for name in ('ms', 'requests/s', *map(shown, (first.policy, *names)),
+               'points ahead'):
     out.add_column(name, justify='right')
   out.add_column('verdict')
   out.add_column('flips', justify='right')
@@ -108,8 +109,9 @@ def table(lines: Sequence[Line]) -> Table:
         line.objective, line.workload,
         f'{1e3 * line.ttft_s:.0f}/{1e3 * line.tpot_s:.1f}',
         f'{line.rate_per_s:.4g}', f'{line.attained:.1%}',
-        *(own.get(name, '-') for name in names), points(line), line.verdict,
-        str(line.flips))
+        *(f'{own[name]:.1%}' + '*' * (name == name_of(line.rival))
+          if name in own else '-' for name in names),
+        points(line), line.verdict, str(line.flips))
   return out
 
 

@@ -17,9 +17,31 @@ from dsjax.config.checks import require
 from dsjax.config.placement import Plan, Slo
 from dsjax.placement import candidates
 from dsjax.placement.api import make_problem
+from dsjax.policies.named import DEADLINES
 from experiments.common import cli, provenance
 from experiments.common.children import processes
 
+CHUNKS = ('', ':chunk=256', ':chunk=512', ':chunk=1024', ':chunk=2048')
+# What is tried of a policy; {k} stands for 1 to all instances but one.
+VARIANTS = {
+    'static': ('static:prefills={k}',),
+    'colocated': ('colocated',),
+    'chunked': tuple(f'chunked{chunk}' for chunk in CHUNKS),
+    'splitwise': ('splitwise:prefills={k}',),
+    'mooncake': ('mooncake:prefills={k}',),
+    'llm_d': ('llm_d:prefills={k}:least=256', 'llm_d:prefills={k}:least=1024'),
+    'dynamo': ('dynamo:prefills={k}',),
+    'arrow': ('arrow:prefills={k}',),
+    'taichi': tuple(f'taichi:prefills={{k}}:small={small}'
+                    for small in (0, 256, 512)),
+    'ecoserve': ('ecoserve',),
+    'llumnix': ('llumnix',),
+    'dynaserve': ('dynaserve',),
+    'ppd': ('ppd:prefills={k}',),
+    'planner': ('planner:prefills={k}', 'planner:prefills={k}:by=reactive'),
+    'replan': ('replan:prefills={k}',),
+    'adaptive': ('adaptive',),
+}
 # Files of workloads that are no mixtures, in --traces.
 TRACES = {'azure-code': 'azure/AzureLLMInferenceTrace_code.csv',
           'azure-conv': 'azure/AzureLLMInferenceTrace_conv.csv',
@@ -60,6 +82,15 @@ def problem_of(model: str, latency: str, lengths: str, process: str, seed: int,
       model, Slo(1.0, 1.0), lengths, latency, cut=True,
       max_len=min(MAX_LEN, zoo.config(model).max_len),
       process=process, seed=seed, **more)
+
+
+def variants(policy: str, instances: int) -> list[str]:
+  """What is tried of a policy, as policies.load takes it, for the policy's
+  name in tables."""
+  name = policy.removesuffix(DEADLINES)
+  return [text.format(k=k) + policy[len(name):]
+          for text in VARIANTS.get(name, (name,))
+          for k in (range(1, instances) if '{k}' in text else (1,))]
 
 
 def workloads(options: Any) -> tuple[dict[str, str], list[str]]:

@@ -1,6 +1,7 @@
 """The runner that compares policies at equal rates, cell by cell."""
 
 import csv
+import io
 import json
 
 import pytest
@@ -15,7 +16,7 @@ from tests.common.results import check_written, made_by
 from tests.experiments import policies_test
 
 TINY = dict(lengths='fixed:100x10', policies=['colocated'], requests=50,
-            seconds=1.0, seeds=['7', '8'], processes=1)
+            seconds=1.0, seeds=['7', '8'], processes=1, settings='best')
 CLUSTER = '2 x 1x1 tables:h100-80g'
 
 
@@ -78,6 +79,18 @@ def test_the_rate_and_the_rivals_are_of_lines_of_the_others_with_the_order(
   assert sum(told['verdicts']['colocated'].values()) == 1
 
 
+def test_rivals_may_have_all_their_settings(tmp_path):
+  code, text = run(tmp_path, settings='all')
+  own, = found(tmp_path)
+  rivals = own['rivals'].split('; ')
+  assert code == 0 and rivals == ['static:prefills=1+deadlines', *[
+      f'chunked{chunk}+deadlines' for chunk in (
+          '', ':chunk=256', ':chunk=512', ':chunk=1024', ':chunk=2048')]]
+  shares = dict(zip(rivals, map(float, own['shares'].split('; ')), strict=True))
+  best = max(share for share in shares.values() if share >= 0)  # not nan
+  assert shares[own['rival']] == best and f'{best:.1%}*' in text
+
+
 def test_a_run_that_goes_on_measures_nothing_again(tmp_path):
   run(tmp_path)
   first = found(tmp_path)
@@ -110,15 +123,23 @@ def cell(**more):
   effort = measuring.Effort(400, 1.0, 0.25, (7, 8))
   return next(measuring.cells(
       [x for x in LINES if '+' in x.policy][:2], ['colocated'],
-      {'fixed:100x10': 'fixed:100x10'}, effort))._replace(**more)
+      {'fixed:100x10': 'fixed:100x10'}, effort, 'best'))._replace(**more)
 
 
 def fake(shares, monkeypatch):
-  """Runs that attain such shares, evenly: {policy: (one of seed 7, of 8)}."""
+  """Runs that attain such shares, evenly: {policy: (one of seed 7, of 8)}.
+
+  Returns:
+    The list of what will be run: (policy, seed, requests, seconds).
+  """
+  asked = []
+
   def serve(cell, text, seed):
+    asked.append((text, seed, cell.effort.requests, cell.effort.seconds))
     every = shares[text][seed - 7]
     return measuring.Served([n % 10 < every for n in range(300)], 1)
   monkeypatch.setattr(measuring, 'serve', serve)
+  return asked
 
 
 @pytest.mark.parametrize('own, verdict', [
@@ -136,6 +157,33 @@ def test_the_verdict_is_beside_the_best_over_all_seeds(monkeypatch, own,
   assert answer.verdict == verdict and answer.flips == 2
   assert answer.of_seeds.startswith(f'7: {own[0] / 10 - 0.8:+.4f} [')
   assert equal_rates_report.key(answer) == cell().key
+
+
+def test_settings_that_are_far_below_have_a_short_run_only(monkeypatch):
+  shares = {'static:prefills=1+deadlines': (4, 4), 'chunked+deadlines': (6, 9),
+            'static:prefills=2+deadlines': (3, 9), 'colocated': (9, 9),
+            'chunked:chunk=256+deadlines': (9, 9),
+            'chunked:chunk=512+deadlines': (8, 10)}
+  asked = fake(shares, monkeypatch)
+  answer = measuring.measure(cell(rivals='; '.join(
+      text for text in shares if text != 'colocated')))
+  assert answer.shares == '0.4; nan; nan; 0.9; 0.9'
+  assert [(text, seed) for text, seed, n, seconds in asked
+          if (n, seconds) == (100, 0.25)] == [
+              (text, 7) for text in shares if text != 'colocated']
+  assert [text for text, _, *size in asked if size == [400, 1.0]] == [
+      text for text in (
+          'static:prefills=1+deadlines', 'chunked:chunk=256+deadlines',
+          'chunked:chunk=512+deadlines', 'colocated') for _ in '78']
+  assert '40.0%' in shown(answer) and '90.0%*' in shown(answer)
+  assert 'nan' not in shown(answer)
+
+
+def shown(line):
+  """The table of a line."""
+  console = Console(record=True, width=150, file=io.StringIO())
+  console.print(equal_rates_report.table([line]))
+  return console.export_text()
 
 
 def test_seeds_come_together_as_independent_means():
