@@ -87,12 +87,14 @@ def most(fits: Callable[[int], bool], limit: int) -> int:
 
 def prompt_tokens(instance: InstanceView, step_s: float) -> int:
   """Most prompt tokens that a step takes beside the rows within step_s, in
-  multiples of GRAIN."""
+  multiples of GRAIN; of a prompt that goes on where it is now."""
   rows, tokens = instance.turn_rows, instance.context
   latency = instance.latency
+  start = max([request.done for request in instance.prefilling()], default=0)
   return GRAIN * most(
-      lambda count: latency.mixed_s(((0, GRAIN * count),), rows, tokens)
-      <= step_s, (instance.config.prefill_tokens - rows) // GRAIN)
+      lambda count: latency.host_s + latency.mixed_s(
+          ((start, start + GRAIN * count),), rows, tokens) <= step_s,
+      (instance.config.prefill_tokens - rows) // GRAIN)
 
 
 def allowed_s(view: View, instance: InstanceView, tpot_s: float,

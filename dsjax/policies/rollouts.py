@@ -144,8 +144,8 @@ def _always(roles: tuple[tuple[int, str], ...], view: View) -> dict[int, str]:
   return dict(roles)
 
 
-def settled_token_s(load: Load, slo: Slo, latencies: Sequence[Latency], roles: Roles
-            ) -> float:
+def settled_token_s(load: Load, slo: Slo, latencies: Sequence[Latency],
+                    roles: Roles) -> float:
   """Seconds that a row takes a token in the long run, TPOT at most.
 
   The least at which as many rows as it makes (Little's law) take so long a

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 RECENT = 256  # requests that the load is told from, at least
 COHORT = 32  # requests that came one after another
-COHORTS = 128  # of which something ended, that are remembered
+COHORTS = 256  # of which something ended, that are remembered
+
+LIVES = 4  # of a request: in less, too few of those that are long have ended
 
 
 class Load(NamedTuple):
@@ -95,11 +97,12 @@ class Recent:
 
   def _outputs(self, rows: Sequence[tuple[int, int]]) -> tuple[float, float]:
     """output_len and output_cv. Of those that came last: as many as run, and
-    as many again, or RECENT."""
+    LIVES times as many, or RECENT."""
     if not self.ended:
       return 1.0, 1.0
     newest = max([order for order, _ in rows] + [COHORT * max(self.ended)])
-    first = max(0, newest - len(rows) - max(len(rows), RECENT)) // COHORT
+    asked = len(rows) + max(LIVES * len(rows), RECENT)
+    first = max(0, newest - asked) // COHORT
     if len(self.ended) == COHORTS:
       first = max(first, min(self.ended))  # those before it are forgotten
     ended = [each for each in self.ended.values() if each.cohort >= first]
