@@ -18,7 +18,11 @@ import dataclasses
 import math
 
 from dsjax.config.placement import Slo
-from dsjax.policies.deadlines import MOST_WAIT, with_deadlines
+from dsjax.policies.deadlines import (
+  MOST_WAIT,
+  timely_tokens,
+  with_deadlines,
+)
 from dsjax.policies.predict import (
   CATCH_UP,
   allowed_s,
@@ -43,7 +47,7 @@ SHORT = 0.75  # of TPOT: the longest of short steps. Prompts overtake sooner.
 LEAST = 16  # tokens of a step. An old prompt has as many, whatever rows allow.
 
 
-def policy(slo: Slo, margin: float = 0.925, tick_s: float = 2.0) -> Policy:
+def policy(slo: Slo, margin: float = 0.975, tick_s: float = 2.0) -> Policy:
   """Args:
     margin: share of what the step of a lone row leaves of TPOT that steps are
       made for. What varies, and is predicted wrong, are the prompts in it.
@@ -84,7 +88,10 @@ def _per_step(slo: Slo, margin: float) -> Policy:
   def batch(view: View, instance: InstanceView) -> PrefillBudget:
     most = instance.config.prefill_tokens
     if not instance.num_rows:
-      return PrefillBudget(most)
+      full = all([decode_s(i, 1) + i.latency.host_s > aim_s(i)
+                  for i in view.decodes])
+      return PrefillBudget(min(most, timely_tokens(
+          view, instance, slo.ttft_s)) if full else most)
     tokens = allowed(view, instance)
     if tokens < LEAST:
       prompts = (*instance.prefilling(), *instance.waiting(1))

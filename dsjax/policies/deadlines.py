@@ -27,6 +27,16 @@ LEAST = 16  # tokens of a step: where none may go now, some soon may
 MOST = 256  # requests that may attain; those behind them keep their order
 
 
+def timely_tokens(view: View, instance: InstanceView, ttft_s: float) -> int:
+  """Tokens of the prompts there that have begun, may still be on time, or have
+  waited so long that they may take their turn."""
+  begun = sum([request.stop - request.done
+               for request in instance.prefilling()])
+  return begun + sum([
+      request.stop for request in instance.waiting()
+      if not ttft_s < view.time_s - request.arrival_s <= MOST_WAIT * ttft_s])
+
+
 def with_deadlines(policy: Policy, slo: Slo, most_wait: float = MOST_WAIT
                    ) -> Policy:
   """The policy with this order of its prefill queues.

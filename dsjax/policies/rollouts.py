@@ -1,7 +1,8 @@
 """Rollouts: the simulator plays the load of late, before a decision.
 
-The load is rounded to steps of STEP first: so a constant load asks one
-question only, and the answer is a function of the view.
+The lengths are rounded to steps of STEP, and the rate is between two that are
+played: so a constant load asks few questions, an answer does not jump where the
+load changes a little, and it is a function of the view.
 
 A rollout begins with as many rows as the load has in the long run: to fill an
 empty system with long outputs takes longer than a rollout, and until then
@@ -11,7 +12,7 @@ steps have room for prompts that they will not have.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,9 +32,10 @@ STEP = 1.15
 CV_STEP = 1.5  # of the spread of outputs, which is known less well
 LIVES = 5  # that a rollout lasts, each as long as objectives allow one
 LEAST, MOST = 200, 800  # requests of it
-GRAIN = 0.05  # of the share that a rollout must beat: so answers are shared
+GRAIN = 0.05  # of the share that a rollout must beat
 NOISE = 0.05  # of a rollout's share: a change of roles must win more
 SETTLES = 20  # times that a step is predicted from the rows that it makes
+MOST_CV, MOST_LEN = 3, 16  # of lengths: spread, and times their mean
 TIE = 0.01  # of a share: choices so near to the best are equal
 
 Roles = tuple[str, ...]
@@ -47,11 +49,19 @@ class Played(NamedTuple):
   scale: float
 
 
-def rounded(load: Load) -> Load:
-  """A load in steps of STEP, or of CV_STEP."""
-  steps = [STEP] * (len(load) - 1) + [CV_STEP]
-  return Load(*[step ** round(math.log(max(value, 1e-6), step))
-                for value, step in zip(load, steps, strict=True)])
+def rounded(load: Load) -> tuple[Load, Load, float]:
+  """Two loads in steps of STEP (of spread: CV_STEP), a lighter and a heavier
+  one, and how near to the second it is: from 0 to 1.
+
+  Where lengths are rounded up the rate is lower, and the other way round."""
+  lengths = [step ** round(math.log(max(value, 1e-6), step)) for value, step in
+             zip(load[1:], (STEP, STEP, CV_STEP, CV_STEP), strict=True)]
+  rate_per_s = load.rate_per_s * math.sqrt(
+      load.prompt_len / lengths[0] * load.output_len / lengths[1])
+  place = math.log(rate_per_s, STEP)
+  light = math.floor(place)
+  return (Load(STEP**light, *lengths), Load(STEP**(light + 1), *lengths),
+          place - light)
 
 
 def settled(latency: Paced) -> Paced:
@@ -68,8 +78,7 @@ def better(policy: Policy, slo: Slo, view: View,
   Of those that are equal within TIE, the one that is furthest from missing.
   None change unless it attains more than those of now by NOISE: so nothing
   swings at a constant load. Where those of now attain all but NOISE nothing
-  else is played. A change is played once more with the load as it is: where
-  the rate and the lengths are all rounded up, the load is far too high.
+  else is played. A change is played once more with the load as it is.
 
   Args:
     policy: of each step. instances: those that get roles. choices: of them.
@@ -80,7 +89,7 @@ def better(policy: Policy, slo: Slo, view: View,
       played, policy, slo, tuple([dataclasses.replace(
           i.config, host_pages=0) for i in instances]),
       tuple([settled(i.latency) for i in instances]), view.link)
-  play = functools.partial(play_load, rounded(view.load))
+  play = functools.partial(between, play_load, *rounded(view.load))
   now = tuple([i.role for i in instances])
   least = play(now, 0.0).share + NOISE  # that is worth a change
   if least >= 1:
@@ -89,7 +98,7 @@ def better(policy: Policy, slo: Slo, view: View,
   for roles in choices:
     if roles == now:
       continue
-    outcome = play(roles, math.floor(least / GRAIN) * GRAIN)
+    outcome = play(roles, least)
     if outcome.share > least:
       ahead[roles] = outcome
       least = max(least, outcome.share - TIE)
@@ -100,6 +109,23 @@ def better(policy: Policy, slo: Slo, view: View,
     return {}
   return {i.index: role for i, role in zip(instances, best, strict=True)
           if role != i.role}
+
+
+def between(play_load: Callable[[Load, Roles, float], Played], light: Load,
+            heavy: Load, weight: float, roles: Roles, least: float) -> Played:
+  """What comes of a load between two, of which the second one has this
+  weight; or of one of these, where it is clear that a smaller share than
+  `least` attains."""
+  def grain(share: float) -> float:  # so that answers are shared
+    return math.floor(min(max(share, 0.0), 1.0) / GRAIN) * GRAIN
+
+  more = (1.0, 1.0)
+  if weight > 0:
+    more = play_load(heavy, roles, grain((least - 1 + weight) / weight))
+  less = play_load(light, roles, grain(
+      (least - weight * more[0]) / (1 - weight)))
+  return Played(*[weight * high + (1 - weight) * low
+                  for high, low in zip(more, less, strict=True)])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -171,8 +197,8 @@ def settled_token_s(load: Load, slo: Slo, latencies: Sequence[Latency],
 @functools.lru_cache(maxsize=64)
 def requests_like(load: Load, slo: Slo, token_s: float
                   ) -> tuple[list[Request], int]:
-  """Requests at a load's rate, Poisson. Lengths are lognormal: prompts of its
-  mean and 9th decile, outputs of its mean and spread.
+  """Requests at a load's rate, Poisson. Lengths are lognormal, of its means
+  and spreads.
 
   Returns:
     them, and how many of the first are the rows of a system that has served
@@ -182,14 +208,11 @@ def requests_like(load: Load, slo: Slo, token_s: float
   life_s = slo.ttft_s + slo.tpot_s * load.output_len
   n = int(min(max(LIVES * life_s * load.rate_per_s, LEAST), MOST))
   rng = np.random.default_rng(0)
-  spread = math.log(max(load.longest / load.prompt_len, 1.01)) / 1.28
-  output_spread = math.sqrt(math.log(1 + min(max(load.output_cv, 0.1), 3)**2))
   prompts, outputs = [
       np.clip(np.exp(rng.normal(math.log(mean) - sigma**2 / 2, sigma, n)), 1,
-              most).astype(int).tolist()
-      for mean, sigma, most in (
-          (load.prompt_len, min(spread, 1.5), 8 * load.longest),
-          (load.output_len, output_spread, 16 * load.output_len))]
+              MOST_LEN * mean).astype(int).tolist()
+      for mean, sigma in ((load.prompt_len, sigma_of(load.prompt_cv)),
+                          (load.output_len, sigma_of(load.output_cv)))]
   times = np.cumsum(rng.exponential(1 / load.rate_per_s, n)).tolist()
   rows = min(int(load.rate_per_s * token_s * load.output_len), MOST)
   lengths = np.array(outputs)
@@ -199,3 +222,9 @@ def requests_like(load: Load, slo: Slo, token_s: float
       zip(times, prompts, outputs, strict=True))
   return [Request(i, time_s, range(prompt), Sampling(max_tokens=output + 1))
           for i, (time_s, prompt, output) in enumerate(sizes)], rows
+
+
+def sigma_of(cv: float) -> float:
+  """The sigma of lognormal lengths with this standard deviation over the
+  mean."""
+  return math.sqrt(math.log(1 + min(max(cv, 0.05), MOST_CV)**2))

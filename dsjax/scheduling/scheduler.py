@@ -173,7 +173,8 @@ class Run:
     self.is_shared = True
     return State(seqs, tuple([i.freeze() for i in self.instances]),
                  self.arrivals, tuple(self.waiting),
-                 tuple(self.recent.arrived), tuple(self.recent.ended.values()))
+                 tuple(self.recent.arrived.values()),
+                 tuple(self.recent.ended.values()))
 
   @property
   def view(self) -> View:
@@ -249,7 +250,7 @@ class Run:
           'absent', -1, arrival_s=e.time_s, input_len=e.prompt_len,
           blocks=e.blocks)
       self.owned.add(e.id)
-      self.recent.add_arrived((e.time_s, e.prompt_len))
+      self.recent.add_arrived(self.arrivals, e.time_s, e.prompt_len)
       self.arrivals += 1
       self.enqueue(seq)
     for inst in self.entries:  # the first of a burst may be at another one
@@ -377,7 +378,7 @@ class Run:
     row = (self.instances[seq.instance].home(seq.id) if
            seq.stage == 'decoding' else None)
     known = (row.rows[seq.id][1] + row.tick if row else seq.prompt_len)
-    self.recent.add_ended(seq.order, known - seq.input_len + 1)
+    self.recent.add_ended(seq.order, self.now[0], known - seq.input_len + 1)
     self.commands.append(Finish(seq.id, reason))
     self.leave(seq, 'over')
 
@@ -458,7 +459,7 @@ class Run:
       self.offer(seq, to=seq.target)
       return
     if seq.stage == 'finishing':
-      self.recent.add_ended(seq.order, seq.limit - seq.input_len)
+      self.recent.add_ended(seq.order, self.now[0], seq.limit - seq.input_len)
       self.commands.append(Finish(seq.id, 'length'))
     self.drop(seq)
 

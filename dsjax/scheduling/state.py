@@ -14,7 +14,7 @@ from dsjax.config.placement import FIRST_ROLE
 from dsjax.scheduling import blocks, lifecycle, page_pool, prefix_cache
 from dsjax.scheduling.events import Row
 from dsjax.scheduling.policy import DISTSERVE, Policy
-from dsjax.scheduling.recent import Ended
+from dsjax.scheduling.recent import Cohort
 
 RUN_AHEAD = 4
 
@@ -190,8 +190,8 @@ class State(NamedTuple):
   instances: tuple[Instance, ...]
   arrivals: int = 0
   waiting: tuple[int, ...] = ()
-  arrived: tuple[tuple[float, int], ...] = ()
-  ended: tuple[Ended, ...] = ()
+  arrived: tuple[Cohort, ...] = ()
+  ended: tuple[Cohort, ...] = ()
 
 
 def init(config: Config, counted: bool = False) -> State:

@@ -4,7 +4,7 @@ import bisect
 
 import pytest
 
-from dsjax.scheduling.recent import COHORT, COHORTS, RECENT, Recent
+from dsjax.scheduling.recent import COHORT, COHORTS, LEAST, Recent
 
 SHORT, LONG = 20, 380  # tokens of every other output
 MEAN = (SHORT + LONG) / 2
@@ -16,14 +16,14 @@ def after(recent, sent, rows_at_once, length_of=lambda n: (SHORT, LONG)[n % 2]):
   token = rows_at_once / MEAN
   ends = sorted((n + token * length_of(n), n) for n in range(sent))
   for _, n in ends[:bisect.bisect(ends, (sent, -1))]:
-    recent.add_ended(n, length_of(n))
+    recent.add_ended(n, 0.0, length_of(n))
   return recent.load(float(sent), [
       (n, int((sent - n) / token)) for end, n in ends if end > sent])
 
 
 @pytest.mark.parametrize('rows', [10, 100, 400, 1800])
 def test_outputs_are_told_however_many_run(rows):
-  load = after(Recent((), ()), 20 * max(rows, RECENT), rows)
+  load = after(Recent((), ()), 20 * max(rows, LEAST), rows)
   assert load.output_len == pytest.approx(MEAN, rel=0.15)
 
 
@@ -36,16 +36,16 @@ def test_outputs_are_not_told_too_short_while_the_first_run():
 def test_outputs_of_before_are_forgotten():
   recent = Recent((), ())
   after(recent, 4000, 100)
-  for n in range(4000, 4000 + RECENT + 2 * COHORT):
-    recent.add_ended(n, 7)
+  for n in range(4000, 4000 + LEAST + 2 * COHORT):
+    recent.add_ended(n, 0.0, 7)
   assert recent.load(0.0, []).output_len == 7
 
 
 def test_a_few_cohorts_are_remembered_and_old_ones_do_not_come_back():
   recent = Recent((), ())
   for n in range(0, 3 * COHORT * COHORTS, COHORT):
-    recent.add_ended(n, 5)
-  recent.add_ended(0, 5000)
+    recent.add_ended(n, 0.0, 5)
+  recent.add_ended(0, 0.0, 5000)
   assert min(recent.ended) == 2 * COHORTS and len(recent.ended) == COHORTS
   again = Recent((), tuple(recent.ended.values()))
   assert again.ended == recent.ended
@@ -55,19 +55,43 @@ def test_a_few_cohorts_are_remembered_and_old_ones_do_not_come_back():
 def test_nothing_is_known_of_outputs_before_one_has_ended():
   assert Recent((), ()).load(1.0, [(0, 50)]).output_len == 1
   recent = Recent((), ())
-  recent.add_ended(0, 9)
+  recent.add_ended(0, 0.0, 9)
   assert recent.load(1.0, [(40 * COHORT, 50)]).output_len == 1
+
+
+def test_the_spread_of_outputs_is_told():
+  load = after(Recent((), ()), 6000, 100)
+  assert load.output_cv == pytest.approx((LONG - SHORT) / 2 / MEAN, rel=0.2)
+  assert after(Recent((), ()), 20, 4).output_cv == 1  # of too few
 
 
 def test_the_rate_is_of_now_so_it_falls_when_requests_stop():
   recent = Recent((), ())
-  for n in range(2 * RECENT):
-    recent.add_arrived((n / 10, 100 if n % 10 else 1000))
-  last_s = (2 * RECENT - 1) / 10
+  for n in range(4 * LEAST):
+    recent.add_arrived(n, n / 100, 100 if n % 10 else 1000)
+  last_s = (4 * LEAST - 1) / 100
   load = recent.load(last_s, [])
-  assert load.rate_per_s == pytest.approx(10)
-  assert load.prompt_len == pytest.approx(190, rel=0.05)
-  assert load.longest == 1000
-  later_s = last_s + RECENT / 10
-  assert recent.load(later_s, []).rate_per_s == pytest.approx(5, rel=0.01)
-  assert Recent(((1.0, 5),), ()).load(1.0, []).rate_per_s == 0
+  assert load.rate_per_s == pytest.approx(100, rel=0.01)
+  assert load.prompt_len == pytest.approx(190, rel=0.01)
+  assert load.prompt_cv == pytest.approx(270 / 190, rel=0.01)
+  assert recent.load(2 * last_s, []).rate_per_s < 35
+  again = Recent(tuple(recent.arrived.values()), ())
+  assert again.load(last_s, []) == load
+
+
+@pytest.mark.parametrize('rate, later', [(10, LEAST), (100, 1200)])
+def test_arrivals_of_before_are_forgotten(rate, later):
+  """After ten seconds, and as many requests as are looked at."""
+  recent = Recent((), ())
+  for n in range(3000):
+    recent.add_arrived(n, n / rate, 7 if n < 3000 - later - 2 * COHORT else 50)
+  assert recent.load(3000 / rate, []).prompt_len == 50
+  assert recent.load(3000 / rate, []).rate_per_s == pytest.approx(
+      rate, rel=0.01)
+
+
+def test_before_the_second_request_there_is_no_rate():
+  recent = Recent((), ())
+  assert recent.load(1.0, []).rate_per_s == 0
+  recent.add_arrived(0, 1.0, 5)
+  assert recent.load(1.0, []).rate_per_s == 0
