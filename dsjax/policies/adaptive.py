@@ -27,6 +27,7 @@ from dsjax.policies.predict import (
   CATCH_UP,
   allowed_s,
   decode_s,
+  has_room,
   prefill_s,
   prompt_tokens,
   queue_s,
@@ -80,26 +81,22 @@ def _per_step(slo: Slo, margin: float) -> Policy:
 
   def allowed(view: View, instance: InstanceView, least: int = 0) -> int:
     """Prompt tokens that rows of at least `least` tokens allow a step."""
-    tpot_s = aim_s(instance)
-    step_s = allowed_s(view, instance, tpot_s, least)
-    return prompt_tokens(instance, min(step_s, SHORT * tpot_s) if
-                         instance.role == 'colocated' else step_s)
+    step_s = allowed_s(view, instance, tpot_s := aim_s(instance), least)
+    short_s = SHORT * tpot_s if instance.role == 'colocated' else step_s
+    return prompt_tokens(instance, min(step_s, short_s))
 
   def batch(view: View, instance: InstanceView) -> PrefillBudget:
     most = instance.config.prefill_tokens
     if not instance.num_rows:
-      full = all([decode_s(i, 1) + i.latency.host_s > aim_s(i)
-                  for i in view.decodes])
-      return PrefillBudget(min(most, timely_tokens(
-          view, instance, slo.ttft_s)) if full else most)
+      return PrefillBudget(most if has_room(view, aim_s) else min(
+          most, timely_tokens(view, instance, slo.ttft_s)))
     tokens = allowed(view, instance)
     if tokens < LEAST:
       prompts = (*instance.prefilling(), *instance.waiting(1))
       waited_s = max([view.time_s - r.arrival_s for r in prompts], default=0)
       most_s = MOST_WAIT * slo.ttft_s
       tokens = allowed(view, instance, CATCH_UP) if waited_s > most_s else 0
-      if tokens < LEAST:
-        tokens = LEAST if waited_s > 4 * most_s else 0
+      tokens = max(tokens, LEAST) if waited_s > 4 * most_s else tokens
     return PrefillBudget(min(tokens, most - instance.turn_rows), False,
                          instance.config.mixes)
 

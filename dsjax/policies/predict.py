@@ -57,6 +57,12 @@ def decode_s(instance: InstanceView, rows: int = 0, tokens: int = 0) -> float:
       instance.context + sum([r.prompt_len for r in coming]) + tokens)
 
 
+def has_room(view: View, most_s: Callable[[InstanceView], float]) -> bool:
+  """Whether an instance has steps within most_s(instance), with a row more."""
+  return any([decode_s(i, 1) + i.latency.host_s <= most_s(i)
+              for i in view.decodes])
+
+
 def rest_s(view: View, instance: InstanceView, request: RequestView) -> float:
   """Seconds of a finished prefill from now on, if it decodes here: its copy,
   less what is kept here, and steps for as many tokens as others have had.

@@ -127,11 +127,12 @@ def test_adaptive_keeps_back_a_share_of_what_prompts_may_take(tpot_s):
   instance = types.SimpleNamespace(
       config=dataclasses.replace(INSTANCE, prefill_tokens=30_000), num_rows=1,
       turn_rows=1, context=0, role='chunked', rows=lambda: (row,),
+      prefilling=lambda: (),
       latency=latency.Affine((0.01, 1e-6, 0.0), (0.01, 0.0, 1e-6),
                              mixed=(0.01, 1e-6, 0.0, 0.0)))
   tokens = named('adaptive', Slo(1.0, tpot_s)).batch(
       types.SimpleNamespace(time_s=0.0), instance).tokens
-  assert 0.9 < tokens * 1e-6 / (tpot_s - 0.01) < 0.93
+  assert 0.95 < tokens * 1e-6 / (tpot_s - 0.01) < 0.98
 
 
 @pytest.mark.parametrize('now, asked', [
@@ -196,3 +197,20 @@ AGED_S = 101 * SLO.ttft_s
 def test_an_old_prompt_takes_what_rows_that_have_run_for_some_time_have_saved(
     rows, waited_s, tokens):
   assert _step(rows, waited_s) == tokens
+
+
+@pytest.mark.parametrize('rows, tokens', [
+    (10, 512),  # there is room for their rows: the late one goes as well
+    (200, 130)])  # there is none: what has begun, is on time, or is very old
+def test_late_prompts_wait_while_rows_have_no_room(rows, tokens):
+  steps = latency.Affine((0.01, 1e-4, 0.0), (0.01, 0.0, 1e-4), host_s=0.001)
+  decodes = types.SimpleNamespace(
+      latency=steps, num_rows=rows, context=0, pulls=lambda: ())
+  waiting = [types.SimpleNamespace(arrival_s=100 - waited_s, stop=size)
+             for waited_s, size in ((AGED_S, 10), (0.3, 400), (0.1, 20))]
+  instance = types.SimpleNamespace(
+      latency=steps, role='prefill', num_rows=0, config=dataclasses.replace(
+          INSTANCE, prefill_tokens=512), waiting=lambda: waiting,
+      prefilling=lambda: [types.SimpleNamespace(stop=150, done=50)])
+  view = types.SimpleNamespace(time_s=100.0, decodes=(decodes,))
+  assert named('adaptive', SLO).batch(view, instance).tokens == tokens

@@ -196,5 +196,11 @@ def test_rows_of_a_rollout_are_those_of_the_steps_that_they_take(rate, rows):
   roles = ('prefill', 'decode')
   token_s = rollouts.settled_token_s(load, SLO, (STEP,) * 2, roles)
   assert int(rate * 300 * token_s) == rows
-  mixed_s = rollouts.settled_token_s(load, SLO, (STEP,) * 2, ('chunked',) * 2)
-  assert mixed_s != token_s
+
+
+def test_rows_of_a_rollout_take_longer_beside_prompts():
+  load = Load(1.0, 300.0, 300.0)
+  alone_s, mixed_s = (
+      rollouts.settled_token_s(load, SLO, (STEP,) * 2, ('prefill', role))
+      for role in ('decode', 'chunked'))
+  assert alone_s < mixed_s < SLO.tpot_s
