@@ -32,6 +32,7 @@ STEP = 1.15
 CV_STEP = 1.5  # of the spread of outputs, which is known less well
 LIVES = 5  # that a rollout lasts, each as long as objectives allow one
 LEAST, MOST = 200, 800  # requests of it
+KNOWN = 2  # lives of requests, before which nothing is decided
 GRAIN = 0.05  # of the share that a rollout must beat
 NOISE = 0.05  # of a rollout's share: a change of roles must win more
 SETTLES = 20  # times that a step is predicted from the rows that it makes
@@ -55,7 +56,7 @@ def rounded(load: Load) -> tuple[Load, Load, float]:
 
   Where lengths are rounded up the rate is lower, and the other way round."""
   lengths = [step ** round(math.log(max(value, 1e-6), step)) for value, step in
-             zip(load[1:], (STEP, STEP, CV_STEP, CV_STEP), strict=True)]
+             zip(load[1:5], (STEP, STEP, CV_STEP, CV_STEP), strict=True)]
   rate_per_s = load.rate_per_s * math.sqrt(
       load.prompt_len / lengths[0] * load.output_len / lengths[1])
   place = math.log(rate_per_s, STEP)
@@ -83,8 +84,8 @@ def better(policy: Policy, slo: Slo, view: View,
   Args:
     policy: of each step. instances: those that get roles. choices: of them.
   """
-  if view.load.rate_per_s <= 0 or view.load.output_len <= 1:
-    return {}  # nothing is known
+  if view.load.rate_per_s <= 0 or view.load.lives < KNOWN:
+    return {}  # too little is known
   play_load = functools.partial(
       played, policy, slo, tuple([dataclasses.replace(
           i.config, host_pages=0) for i in instances]),

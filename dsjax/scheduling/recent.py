@@ -28,6 +28,8 @@ class Load(NamedTuple):
       number of them that ended. 1 before the first has ended.
     prompt_cv, output_cv: standard deviation of these tokens over their mean;
       1 before there are enough.
+    lives: of those requests, that ended over that run: outputs are told the
+      better the larger it is, from about 2 on.
   """
 
   rate_per_s: float
@@ -35,6 +37,7 @@ class Load(NamedTuple):
   output_len: float
   prompt_cv: float = 1.0
   output_cv: float = 1.0
+  lives: float = 0.0
 
 
 class Cohort(NamedTuple):
@@ -86,22 +89,24 @@ class Recent:
       number += prompts[-1].number
     span_s = time_s - prompts[-1].time_s if prompts else 0.0
     prompt_len, prompt_cv = _lengths(prompts, ())
-    output_len, output_cv = self._outputs(rows)
+    ended, running = self._outputs(rows)
+    output_len, output_cv = _lengths(ended, running)
     return Load((number - 1) / span_s if span_s > 0 else 0.0,
-                prompt_len, output_len, prompt_cv, output_cv)
+                prompt_len, output_len, prompt_cv, output_cv,
+                sum([cohort.number for cohort in ended]) / max(1, len(running)))
 
-  def _outputs(self, rows: Sequence[tuple[int, int]]) -> tuple[float, float]:
-    """output_len and output_cv. Of those that came last: as many as run, and
-    LIVES times as many, or LEAST."""
+  def _outputs(self, rows: Sequence[tuple[int, int]]
+               ) -> tuple[list[Cohort], list[int]]:
+    """What ended, and tokens so far of what runs, of those that came last: as
+    many as run, and LIVES times as many, or LEAST."""
     newest = max([order for order, _ in rows]
                  + [COHORT * place for place in self.ended], default=0)
     asked = len(rows) + max(LIVES * len(rows), LEAST)
     first = max(0, newest - asked) // COHORT
     if len(self.ended) == COHORTS:
       first = max(first, min(self.ended))  # those before it are forgotten
-    return _lengths(
-        [cohort for cohort in self.ended.values() if cohort.place >= first],
-        [so_far for order, so_far in rows if order >= COHORT * first])
+    return ([cohort for cohort in self.ended.values() if cohort.place >= first],
+            [so_far for order, so_far in rows if order >= COHORT * first])
 
 
 def _add(cohorts: dict[int, Cohort], order: int, time_s: float, tokens: int

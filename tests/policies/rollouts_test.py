@@ -14,7 +14,7 @@ from dsjax.simulation import simulator
 from tests.common.policy_runs import INSTANCE, LINK, SLO, STEP
 
 
-def choice(monkeypatch, known):
+def choice(monkeypatch, known, lives=2.0):
   """What two that mix become where rollouts tell {roles: (share, scale)}, and
   what was played."""
   played = []
@@ -23,7 +23,8 @@ def choice(monkeypatch, known):
   instances = [types.SimpleNamespace(
       index=index, role='chunked', config=INSTANCE, latency=Paced(STEP))
       for index in (0, 1)]
-  view = types.SimpleNamespace(load=Load(9.0, 100.0, 50.0), link=LINK)
+  view = types.SimpleNamespace(
+      load=Load(9.0, 100.0, 50.0, lives=lives), link=LINK)
   return rollouts.better(DISTSERVE, SLO, view, instances, list(known)), played
 
 
@@ -37,6 +38,13 @@ def test_roles_change_for_what_attains_clearly_more(now, other, flips,
       ('chunked',) * 2: (now, .9), ('prefill', 'decode'): (other, .9)})
   assert answer == ({0: 'prefill', 1: 'decode'} if flips else {})
   assert (set(played) == {('chunked',) * 2}) == (now > 1 - rollouts.NOISE)
+
+
+def test_nothing_changes_before_outputs_are_known(monkeypatch):
+  """At first those that have ended are few and tell little."""
+  assert choice(monkeypatch, {
+      ('chunked',) * 2: (.1, .9), ('prefill', 'decode'): (.9, .9)},
+      lives=1.9) == ({}, [])
 
 
 @pytest.mark.parametrize('reverse', [False, True])
@@ -131,7 +139,7 @@ def test_requests_that_run_for_too_long_have_missed_in_a_rollout(monkeypatch):
 def test_a_change_is_played_with_the_load_as_it_is(monkeypatch):
   """What is better under the rounded load only is not taken."""
   now, other = ('chunked',) * 2, ('prefill', 'decode')
-  load = Load(9.0, 100.0, 50.0)
+  load = Load(9.0, 100.0, 50.0, lives=2.0)
   shares = {(True, now): .8, (True, other): .9, (False, now): .85}
   for exact, flips in ((.89, False), (.91, True)):
     known = {**shares, (False, other): exact}

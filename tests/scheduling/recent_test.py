@@ -62,7 +62,9 @@ def test_nothing_is_known_of_outputs_before_one_has_ended():
 def test_the_spread_of_outputs_is_told():
   load = after(Recent((), ()), 6000, 100)
   assert load.output_cv == pytest.approx((LONG - SHORT) / 2 / MEAN, rel=0.2)
+  assert load.lives == pytest.approx(5, rel=0.3)
   assert after(Recent((), ()), 20, 4).output_cv == 1  # of too few
+  assert after(Recent((), ()), 1000, 1000).lives < 1
 
 
 def test_the_rate_is_of_now_so_it_falls_when_requests_stop():
