@@ -9,7 +9,7 @@ would be told too long as soon as short ones were forgotten.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 COHORT = 32  # requests that came one after another
 COHORTS = 256  # that are remembered
@@ -57,22 +57,34 @@ class Cohort(NamedTuple):
 
 
 class Recent:
-  """What arrived and what ended of late, {place: Cohort}: a State has the
-  Cohorts."""
+  """What arrived and what ended of late: Cohorts, by place once something is
+  added; until then those of a State, not copied."""
 
-  __slots__ = ('arrived', 'ended')
+  __slots__ = ('_arrived', '_ended')
 
-  def __init__(self, arrived: Sequence[Cohort], ended: Sequence[Cohort]):
-    self.arrived = {cohort.place: cohort for cohort in arrived}
-    self.ended = {cohort.place: cohort for cohort in ended}
+  def __init__(self, arrived: tuple[Cohort, ...], ended: tuple[Cohort, ...]):
+    self._arrived: Any = arrived
+    self._ended: Any = ended
+
+  @property
+  def arrived(self) -> tuple[Cohort, ...]:
+    return _values(self._arrived)
+
+  @property
+  def ended(self) -> tuple[Cohort, ...]:
+    return _values(self._ended)
 
   def add_arrived(self, order: int, time_s: float, prompt_len: int) -> None:
     """The request of this place in the order of arrivals has come."""
-    _add(self.arrived, order, time_s, prompt_len)
+    if type(self._arrived) is tuple:
+      self._arrived = {cohort.place: cohort for cohort in self._arrived}
+    _add(self._arrived, order, time_s, prompt_len)
 
   def add_ended(self, order: int, time_s: float, tokens: int) -> None:
     """It has had its last token, and so many in all."""
-    _add(self.ended, order, time_s, tokens)
+    if type(self._ended) is tuple:
+      self._ended = {cohort.place: cohort for cohort in self._ended}
+    _add(self._ended, order, time_s, tokens)
 
   def load(self, time_s: float, rows: Sequence[tuple[int, int]]) -> Load:
     """What has come until now.
@@ -82,11 +94,11 @@ class Recent:
     """
     prompts: list[Cohort] = []
     number = 0
-    for place in sorted(self.arrived, reverse=True):
-      if number >= LEAST and self.arrived[place].time_s < time_s - SPAN_S:
+    for cohort in sorted(self.arrived, reverse=True):
+      if number >= LEAST and cohort.time_s < time_s - SPAN_S:
         break
-      prompts.append(self.arrived[place])
-      number += prompts[-1].number
+      prompts.append(cohort)
+      number += cohort.number
     span_s = time_s - prompts[-1].time_s if prompts else 0.0
     prompt_len, prompt_cv = _lengths(prompts, ())
     ended, running = self._outputs(rows)
@@ -99,14 +111,19 @@ class Recent:
                ) -> tuple[list[Cohort], list[int]]:
     """What ended, and tokens so far of what runs, of those that came last: as
     many as run, and LIVES times as many, or LEAST."""
+    known = self.ended
     newest = max([order for order, _ in rows]
-                 + [COHORT * place for place in self.ended], default=0)
+                 + [COHORT * cohort.place for cohort in known], default=0)
     asked = len(rows) + max(LIVES * len(rows), LEAST)
     first = max(0, newest - asked) // COHORT
-    if len(self.ended) == COHORTS:
-      first = max(first, min(self.ended))  # those before it are forgotten
-    return ([cohort for cohort in self.ended.values() if cohort.place >= first],
+    if len(known) == COHORTS:  # those before it are forgotten
+      first = max(first, min([cohort.place for cohort in known]))
+    return ([cohort for cohort in known if cohort.place >= first],
             [so_far for order, so_far in rows if order >= COHORT * first])
+
+
+def _values(cohorts: Any) -> tuple[Cohort, ...]:
+  return cohorts if type(cohorts) is tuple else tuple(cohorts.values())
 
 
 def _add(cohorts: dict[int, Cohort], order: int, time_s: float, tokens: int

@@ -173,8 +173,7 @@ class Run:
     self.is_shared = True
     return State(seqs, tuple([i.freeze() for i in self.instances]),
                  self.arrivals, tuple(self.waiting),
-                 tuple(self.recent.arrived.values()),
-                 tuple(self.recent.ended.values()))
+                 self.recent.arrived, self.recent.ended)
 
   @property
   def view(self) -> View:

@@ -46,8 +46,9 @@ def test_a_few_cohorts_are_remembered_and_old_ones_do_not_come_back():
   for n in range(0, 3 * COHORT * COHORTS, COHORT):
     recent.add_ended(n, 0.0, 5)
   recent.add_ended(0, 0.0, 5000)
-  assert min(recent.ended) == 2 * COHORTS and len(recent.ended) == COHORTS
-  again = Recent((), tuple(recent.ended.values()))
+  assert min(recent.ended).place == 2 * COHORTS
+  assert len(recent.ended) == COHORTS
+  again = Recent((), recent.ended)
   assert again.ended == recent.ended
   assert again.load(0.0, []) == recent.load(0.0, [])
 
@@ -77,7 +78,7 @@ def test_the_rate_is_of_now_so_it_falls_when_requests_stop():
   assert load.prompt_len == pytest.approx(190, rel=0.01)
   assert load.prompt_cv == pytest.approx(270 / 190, rel=0.01)
   assert recent.load(2 * last_s, []).rate_per_s < 35
-  again = Recent(tuple(recent.arrived.values()), ())
+  again = Recent(recent.arrived, ())
   assert again.load(last_s, []) == load
 
 
