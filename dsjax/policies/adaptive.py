@@ -48,7 +48,7 @@ SHORT = 0.75  # of TPOT: the longest of short steps. Prompts overtake sooner.
 LEAST = 16  # tokens of a step. An old prompt has as many, whatever rows allow.
 
 
-def policy(slo: Slo, margin: float = 0.975, tick_s: float = 2.0) -> Policy:
+def policy(slo: Slo, margin: float = 0.99, tick_s: float = 2.0) -> Policy:
   """Args:
     margin: share of what the step of a lone row leaves of TPOT that steps are
       made for. What varies, and is predicted wrong, are the prompts in it.
@@ -64,7 +64,8 @@ def policy(slo: Slo, margin: float = 0.975, tick_s: float = 2.0) -> Policy:
     return better(flexible, slo, view, known, [
         ('chunked',) * count, ('colocated',) * count, *(
             ('prefill',) * n + (others,) * (count - n)
-            for n in sorted({1, count // 2, now - 1, now, now + 1})
+            for n in sorted({1, *(count * k // 4 for k in (1, 2, 3)),
+                             now - 1, now, now + 1})
             if 0 < n < count
             for others in ('decode', 'chunked'))])
 
