@@ -44,9 +44,9 @@ class Cohort(NamedTuple):
   """Of COHORT requests that came one after another, those that have arrived,
   or those that ended by themselves.
 
-  place: of it, counts from 0. time_s: when the first of them arrived, or ended.
-  number: how many. tokens, squares: of their prompts, or of what they
-  generated, the sum of them and of their squares.
+  place: of it, counts from 0. time_s: when the first of them arrived; 0 of
+  those that ended. number: how many. tokens, squares: of their prompts, or of
+  what they generated, the sum of them and of their squares.
   """
 
   place: int
@@ -80,11 +80,11 @@ class Recent:
       self._arrived = {cohort.place: cohort for cohort in self._arrived}
     _add(self._arrived, order, time_s, prompt_len)
 
-  def add_ended(self, order: int, time_s: float, tokens: int) -> None:
+  def add_ended(self, order: int, tokens: int) -> None:
     """It has had its last token, and so many in all."""
     if type(self._ended) is tuple:
       self._ended = {cohort.place: cohort for cohort in self._ended}
-    _add(self._ended, order, time_s, tokens)
+    _add(self._ended, order, 0.0, tokens)
 
   def load(self, time_s: float, rows: Sequence[tuple[int, int]]) -> Load:
     """What has come until now.

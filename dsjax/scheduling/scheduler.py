@@ -377,7 +377,7 @@ class Run:
     row = (self.instances[seq.instance].home(seq.id) if
            seq.stage == 'decoding' else None)
     known = (row.rows[seq.id][1] + row.tick if row else seq.prompt_len)
-    self.recent.add_ended(seq.order, self.now[0], known - seq.input_len + 1)
+    self.recent.add_ended(seq.order, known - seq.input_len + 1)
     self.commands.append(Finish(seq.id, reason))
     self.leave(seq, 'over')
 
@@ -458,7 +458,7 @@ class Run:
       self.offer(seq, to=seq.target)
       return
     if seq.stage == 'finishing':
-      self.recent.add_ended(seq.order, self.now[0], seq.limit - seq.input_len)
+      self.recent.add_ended(seq.order, seq.limit - seq.input_len)
       self.commands.append(Finish(seq.id, 'length'))
     self.drop(seq)
 

@@ -16,7 +16,7 @@ def after(recent, sent, rows_at_once, length_of=lambda n: (SHORT, LONG)[n % 2]):
   token = rows_at_once / MEAN
   ends = sorted((n + token * length_of(n), n) for n in range(sent))
   for _, n in ends[:bisect.bisect(ends, (sent, -1))]:
-    recent.add_ended(n, 0.0, length_of(n))
+    recent.add_ended(n, length_of(n))
   return recent.load(float(sent), [
       (n, int((sent - n) / token)) for end, n in ends if end > sent])
 
@@ -37,15 +37,15 @@ def test_outputs_of_before_are_forgotten():
   recent = Recent((), ())
   after(recent, 4000, 100)
   for n in range(4000, 4000 + LEAST + 2 * COHORT):
-    recent.add_ended(n, 0.0, 7)
+    recent.add_ended(n, 7)
   assert recent.load(0.0, []).output_len == 7
 
 
 def test_a_few_cohorts_are_remembered_and_old_ones_do_not_come_back():
   recent = Recent((), ())
   for n in range(0, 3 * COHORT * COHORTS, COHORT):
-    recent.add_ended(n, 0.0, 5)
-  recent.add_ended(0, 0.0, 5000)
+    recent.add_ended(n, 5)
+  recent.add_ended(0, 5000)
   assert min(recent.ended).place == 2 * COHORTS
   assert len(recent.ended) == COHORTS
   again = Recent((), recent.ended)
@@ -56,7 +56,7 @@ def test_a_few_cohorts_are_remembered_and_old_ones_do_not_come_back():
 def test_nothing_is_known_of_outputs_before_one_has_ended():
   assert Recent((), ()).load(1.0, [(0, 50)]).output_len == 1
   recent = Recent((), ())
-  recent.add_ended(0, 0.0, 9)
+  recent.add_ended(0, 9)
   assert recent.load(1.0, [(40 * COHORT, 50)]).output_len == 1
 
 

@@ -112,9 +112,9 @@ def sleep_on(config, state, log):
   if told and not woken:
     live.follow(index, told, count)
   # It is later told of those that ended here.
-  assert sorted(live.recent.served) == sorted(state.served)
-  assert bare(live.freeze())._replace(served=()) == bare(state)._replace(
-      served=())
+  assert sorted(live.recent.ended) == sorted(state.ended)
+  assert bare(live.freeze())._replace(ended=()) == bare(state)._replace(
+      ended=())
   return through, bool(woken)
 
 
