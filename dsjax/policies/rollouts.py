@@ -84,13 +84,14 @@ def better(policy: Policy, slo: Slo, view: View,
   Args:
     policy: of each step. instances: those that get roles. choices: of them.
   """
-  if view.load.rate_per_s <= 0 or view.load.lives < KNOWN:
+  load = view.load
+  if load.rate_per_s <= 0 or load.lives < KNOWN:
     return {}  # too little is known
   play_load = functools.partial(
       played, policy, slo, tuple([dataclasses.replace(
           i.config, host_pages=0) for i in instances]),
       tuple([settled(i.latency) for i in instances]), view.link)
-  play = functools.partial(between, play_load, *rounded(view.load))
+  play = functools.partial(between, play_load, *rounded(load))
   now = tuple([i.role for i in instances])
   least = play(now, 0.0).share + NOISE  # that is worth a change
   if least >= 1:
@@ -105,8 +106,8 @@ def better(policy: Policy, slo: Slo, view: View,
       least = max(least, outcome.share - TIE)
   best = min([roles for roles in ahead if ahead[roles].share >= least],
              key=lambda roles: ahead[roles].scale, default=now)
-  if best != now and (play_load(view.load, best, 0.0).share
-                      <= play_load(view.load, now, 0.0).share + NOISE):
+  if best != now and (play_load(load, best, 0.0).share
+                      <= play_load(load, now, 0.0).share + NOISE):
     return {}
   return {i.index: role for i, role in zip(instances, best, strict=True)
           if role != i.role}

@@ -76,15 +76,11 @@ class Recent:
 
   def add_arrived(self, order: int, time_s: float, prompt_len: int) -> None:
     """The request of this place in the order of arrivals has come."""
-    if type(self._arrived) is tuple:
-      self._arrived = {cohort.place: cohort for cohort in self._arrived}
-    _add(self._arrived, order, time_s, prompt_len)
+    self._arrived = _added(self._arrived, order, time_s, prompt_len)
 
   def add_ended(self, order: int, tokens: int) -> None:
     """It has had its last token, and so many in all."""
-    if type(self._ended) is tuple:
-      self._ended = {cohort.place: cohort for cohort in self._ended}
-    _add(self._ended, order, 0.0, tokens)
+    self._ended = _added(self._ended, order, 0.0, tokens)
 
   def load(self, time_s: float, rows: Sequence[tuple[int, int]]) -> Load:
     """What has come until now.
@@ -94,7 +90,7 @@ class Recent:
     """
     prompts: list[Cohort] = []
     number = 0
-    for cohort in sorted(self.arrived, reverse=True):
+    for cohort in reversed(self.arrived):  # they came in this order
       if number >= LEAST and cohort.time_s < time_s - SPAN_S:
         break
       prompts.append(cohort)
@@ -126,8 +122,11 @@ def _values(cohorts: Any) -> tuple[Cohort, ...]:
   return cohorts if type(cohorts) is tuple else tuple(cohorts.values())
 
 
-def _add(cohorts: dict[int, Cohort], order: int, time_s: float, tokens: int
-         ) -> None:
+def _added(cohorts: Any, order: int, time_s: float, tokens: int
+           ) -> dict[int, Cohort]:
+  """The Cohorts by place, with a request more."""
+  if type(cohorts) is tuple:
+    cohorts = {cohort.place: cohort for cohort in cohorts}
   place = order // COHORT
   known = cohorts.get(place) or Cohort(place, time_s)
   cohorts[place] = Cohort(
@@ -135,6 +134,7 @@ def _add(cohorts: dict[int, Cohort], order: int, time_s: float, tokens: int
       known.squares + tokens * tokens)
   if len(cohorts) > COHORTS:
     del cohorts[min(cohorts)]
+  return cohorts
 
 
 def _lengths(whole: Sequence[Cohort], begun: Sequence[int]

@@ -117,8 +117,8 @@ def table(lines: Sequence[Line]) -> Table:
 
 def counts(lines: Sequence[Line]) -> dict[str, int]:
   """{verdict: cells}."""
-  found = [line.verdict for line in lines]
-  return {name: found.count(name) for name in VERDICTS}
+  verdicts = [line.verdict for line in lines]
+  return {name: verdicts.count(name) for name in VERDICTS}
 
 
 def summary(policy: str, lines: Sequence[Line]) -> str:
@@ -175,9 +175,9 @@ def draw(path: pathlib.Path, lines: Sequence[Line]) -> None:
   pictures.save(figure, path)
 
 
-def _interval(panel, line: Line, look: Mapping[str, object], at: float) -> None:
+def _interval(panel, line: Line, look: Mapping[str, object], x: float) -> None:
   """A marker and its interval."""
   panel.errorbar(
-      at, 100 * line.ahead, markersize=4, elinewidth=0.9, capsize=1.5,
+      x, 100 * line.ahead, markersize=4, elinewidth=0.9, capsize=1.5,
       yerr=[[100 * (line.ahead - line.low)], [100 * (line.high - line.ahead)]],
       fillstyle='none' if line.verdict == 'level' else 'full', **look)

@@ -68,10 +68,10 @@ def cluster_of(name: str) -> tuple[int, Plan, str]:
   Raises:
     InputError.
   """
-  found = re.fullmatch(r'(\d+) x (\S+) (.+)', name)
-  require(found, 'cluster', name, cluster_name(4, '1x1', 'LATENCY'))
-  assert found
-  return int(found[1]), Plan.parse(found[2], 'cluster'), found[3]
+  parts = re.fullmatch(r'(\d+) x (\S+) (.+)', name)
+  require(parts, 'cluster', name, cluster_name(4, '1x1', 'LATENCY'))
+  assert parts
+  return int(parts[1]), Plan.parse(parts[2], 'cluster'), parts[3]
 
 
 @functools.lru_cache
