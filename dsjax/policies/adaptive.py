@@ -8,8 +8,9 @@ Rows leave an instance that becomes one that prefills: what a few of them allow
 a step would hold up all prompts.
 
 Over time: how many instances only prefill, and whether the others only decode,
-mix, or mix in short steps (their role is then colocated), is decided by
-rollouts. The simulator, which is this scheduler, plays the load of late under
+mix, or mix and lend (their role is then colocated), is decided by rollouts.
+Rows lend a prompt what nearly all of them save before they end: it is done
+sooner, and those that end earlier are late. The simulator, which is this scheduler, plays the load of late under
 each choice; the best one is taken if it attains clearly more than the present
 one.
 """
@@ -28,6 +29,7 @@ from dsjax.policies.predict import (
   allowed_s,
   decode_s,
   has_room,
+  least_output,
   prefill_s,
   prompt_tokens,
   queue_s,
@@ -44,7 +46,6 @@ from dsjax.scheduling.policy import (
   others,
 )
 
-SHORT = 0.75  # of TPOT: the longest of short steps. Prompts overtake sooner.
 LEAST = 16  # tokens of a step. An old prompt has as many, whatever rows allow.
 
 
@@ -82,9 +83,9 @@ def _per_step(slo: Slo, margin: float) -> Policy:
 
   def allowed(view: View, instance: InstanceView, least: int = 0) -> int:
     """Prompt tokens that rows of at least `least` tokens allow a step."""
-    step_s = allowed_s(view, instance, tpot_s := aim_s(instance), least)
-    short_s = SHORT * tpot_s if instance.role == 'colocated' else step_s
-    return prompt_tokens(instance, min(step_s, short_s))
+    lent = least_output(view.load) if instance.role == 'colocated' else 0.0
+    return prompt_tokens(instance, allowed_s(
+        view, instance, aim_s(instance), least, lent))
 
   def batch(view: View, instance: InstanceView) -> PrefillBudget:
     most = instance.config.prefill_tokens

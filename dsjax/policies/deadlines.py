@@ -18,7 +18,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 from dsjax.config.placement import Slo
-from dsjax.policies.predict import prefill_s
+from dsjax.policies.predict import mixed_s, prefill_s
 from dsjax.scheduling.policy import InstanceView, Policy, RequestView, View
 
 MOST_WAIT = 100.0  # times TTFT
@@ -57,13 +57,12 @@ def with_deadlines(policy: Policy, slo: Slo, most_wait: float = MOST_WAIT
   def prefill_time(view: View, instance: InstanceView
                    ) -> Callable[[RequestView], float]:
     """What predicts the seconds of a prompt there."""
-    rows = instance.turn_rows
-    tokens, _, mixes = policy.batch(view, instance) if rows else (0, 0, False)
+    tokens, _, mixes = (policy.batch(view, instance) if instance.turn_rows
+                        else (0, 0, False))
     if not mixes:
       return functools.partial(prefill_s, instance)
     tokens = max(tokens, LEAST)
-    token_s = instance.latency.mixed_s(
-        ((0, tokens),), rows, instance.context) / tokens
+    token_s = mixed_s(instance, tokens) / tokens
     return lambda request: token_s * (
         request.prompt_len - (request.done or instance.hit_tokens(request)))
 

@@ -1,13 +1,16 @@
 """What policies predict, in seconds, from the latency of an instance."""
 
+import math
 from collections.abc import Callable
 
-from dsjax.scheduling.policy import InstanceView, RequestView, View
+from dsjax.scheduling.policy import InstanceView, Load, RequestView, View
 
 MOST_ROWS = 4096  # of a batch that is asked for
 GRAIN = 16  # tokens
 LISTED = 64  # prompts that are looked at one by one
 CATCH_UP = 16  # tokens over which a row makes up for what it is late
+MOST_CV = 3  # of lengths
+RARE = 1.645  # standard deviations below the mean: one of twenty is there
 
 
 def queue_s(instance: InstanceView) -> float:
@@ -91,24 +94,45 @@ def most(fits: Callable[[int], bool], limit: int) -> int:
   return low
 
 
+def mixed_s(instance: InstanceView, tokens: int) -> float:
+  """Seconds of a step with so many prompt tokens beside the rows; of a prompt
+  that goes on where it is now."""
+  start = max([request.done for request in instance.prefilling()], default=0)
+  latency = instance.latency
+  return latency.host_s + latency.mixed_s(
+      ((start, start + tokens),), instance.turn_rows, instance.context)
+
+
 def prompt_tokens(instance: InstanceView, step_s: float) -> int:
   """Most prompt tokens that a step takes beside the rows within step_s, in
-  multiples of GRAIN; of a prompt that goes on where it is now."""
-  rows, tokens = instance.turn_rows, instance.context
-  latency = instance.latency
-  start = max([request.done for request in instance.prefilling()], default=0)
+  multiples of GRAIN."""
   return GRAIN * most(
-      lambda count: latency.host_s + latency.mixed_s(
-          ((start, start + GRAIN * count),), rows, tokens) <= step_s,
-      (instance.config.prefill_tokens - rows) // GRAIN)
+      lambda count: mixed_s(instance, GRAIN * count) <= step_s,
+      (instance.config.prefill_tokens - instance.turn_rows) // GRAIN)
+
+
+def sigma_of(cv: float) -> float:
+  """The sigma of lognormal lengths with this standard deviation over the
+  mean."""
+  return math.sqrt(math.log(1 + min(max(cv, 0.05), MOST_CV)**2))
+
+
+def least_output(load: Load) -> float:
+  """Tokens that all outputs but one of twenty have, of lognormal lengths."""
+  sigma = sigma_of(load.output_cv)
+  return load.output_len * math.exp(-sigma * (sigma / 2 + RARE))
 
 
 def allowed_s(view: View, instance: InstanceView, tpot_s: float,
-              least: int = 0) -> float:
+              least: int = 0, sure: float = 0.0) -> float:
   """Seconds that the rows with at least so many tokens allow a step: tpot_s,
   and what all of them have saved; a row that is late makes up for it over
-  CATCH_UP tokens."""
+  CATCH_UP tokens. Those with fewer than `sure` tokens have saved also what they
+  will up to there, in steps without prompts."""
+  alone_s = instance.latency.host_s + decode_s(instance)
+  token_s = max(0.0, tpot_s - alone_s) if sure else 0.0
   saved_s = min([(row.first_s or view.time_s) + row.num_out * tpot_s
+                 + max(0.0, sure - row.num_out) * token_s
                  for row in instance.rows() if row.num_out >= least],
                 default=view.time_s + tpot_s) - view.time_s - tpot_s
   return tpot_s + (saved_s if saved_s > 0 else saved_s / CATCH_UP)

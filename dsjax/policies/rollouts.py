@@ -22,6 +22,7 @@ from dsjax.config.engine import InstanceConfig
 from dsjax.config.latency import Latency, LinkLike
 from dsjax.config.placement import Slo
 from dsjax.config.request import Request, Sampling
+from dsjax.policies.predict import sigma_of
 from dsjax.policies.static import ONCE_S
 from dsjax.scheduling.pace import Paced
 from dsjax.scheduling.policy import InstanceView, Load, Policy, View
@@ -32,11 +33,11 @@ STEP = 1.15
 CV_STEP = 1.5  # of the spread of outputs, which is known less well
 LIVES = 5  # that a rollout lasts, each as long as objectives allow one
 LEAST, MOST = 200, 800  # requests of it
-KNOWN = 2  # lives of requests, before which nothing is decided
+KNOWN = 0.75  # lives of requests, before which nothing is decided
 GRAIN = 0.05  # of the share that a rollout must beat
 NOISE = 0.05  # of a rollout's share: a change of roles must win more
 SETTLES = 20  # times that a step is predicted from the rows that it makes
-MOST_CV, MOST_LEN = 3, 16  # of lengths: spread, and times their mean
+MOST_LEN = 16  # times the mean of lengths
 TIE = 0.01  # of a share: choices so near to the best are equal
 
 Roles = tuple[str, ...]
@@ -177,22 +178,22 @@ def settled_token_s(load: Load, slo: Slo, latencies: Sequence[Latency],
   """Seconds that a row takes a token in the long run, TPOT at most.
 
   The least at which as many rows as it makes (Little's law) take so long a
-  step, beside the prompts of instances that mix.
+  step, with as many tokens of prompts as arrive meanwhile where they are mixed.
   """
-  prefills = sum([role != 'decode' for role in roles])
-  busy = load.rate_per_s / max(prefills, 1)  # prompts a second of each
-  homes = [(latency, min(busy * latency.prefill_s(((0, int(load.prompt_len)),)),
-                         0.9) if role != 'decode' else 0.0)
-           for latency, role in zip(latencies, roles, strict=True)
-           if role != 'prefill']
+  homes = [(latency, role != 'decode') for latency, role
+           in zip(latencies, roles, strict=True) if role != 'prefill']
+  tokens_per_s = load.rate_per_s * load.prompt_len / max(
+      sum([role != 'decode' for role in roles]), 1)
   seconds = 0.0
   for _ in range(SETTLES):
     rows = max(1, round(load.rate_per_s * load.output_len * seconds
                         / len(homes)))
     context = rows * (load.prompt_len + load.output_len / 2)
+    piece = ((0, round(tokens_per_s * seconds)),)
     seconds = min(slo.tpot_s, sum([
-        (latency.decode_s(rows, context) + latency.host_s) / (1 - share)
-        for latency, share in homes]) / len(homes))
+        latency.host_s + (latency.mixed_s(piece, rows, context) if mixes
+                          and piece[0][1] else latency.decode_s(rows, context))
+        for latency, mixes in homes]) / len(homes))
   return seconds
 
 
@@ -225,8 +226,3 @@ def requests_like(load: Load, slo: Slo, token_s: float
   return [Request(i, time_s, range(prompt), Sampling(max_tokens=output + 1))
           for i, (time_s, prompt, output) in enumerate(sizes)], rows
 
-
-def sigma_of(cv: float) -> float:
-  """The sigma of lognormal lengths with this standard deviation over the
-  mean."""
-  return math.sqrt(math.log(1 + min(max(cv, 0.05), MOST_CV)**2))

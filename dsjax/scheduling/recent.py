@@ -1,10 +1,14 @@
 """The load of late: what arrived, and what was generated.
 
-Both are summed by COHORT requests that arrived one after another. Lengths of
-outputs are told by the requests that came last, those that run and those that
-ended: of all that end, those that end first are short. So ends are counted by
-the order of arrivals, and of many times as many requests as run, or outputs
-would be told too long as soon as short ones were forgotten.
+Both are summed by COHORT requests that arrived one after another. What arrived
+is told from as many of the newest requests as came alike: an even load is
+known well, and a shift soon.
+
+Lengths of outputs are told by the requests that came last, those that run and
+those that ended: of all that end, those that end first are short. So ends are
+counted by the order of arrivals, and of many times as many requests as run, or
+outputs would be told too long as soon as short ones were forgotten. Of those
+that run, half is still to come, on average.
 """
 
 import math
@@ -13,9 +17,10 @@ from typing import Any, NamedTuple
 
 COHORT = 32  # requests that came one after another
 COHORTS = 256  # that are remembered
-LEAST = 256  # requests that the load is told from, at least
-SPAN_S = 10.0  # of the arrivals that it is told from, if these are enough
-LIVES = 4  # of a request: in less, too few of those that are long have ended
+NEWEST, MOST = 4, 64  # cohorts that arrivals are told from
+CHANCE = 3.0  # standard errors that two halves of these may be apart
+LEAST = 256  # requests that outputs are told from, at least
+LIVES = 8  # of a request: in less, too few of those that are long have ended
 
 
 class Load(NamedTuple):
@@ -24,12 +29,11 @@ class Load(NamedTuple):
   Attributes:
     rate_per_s: arrivals a second up to now; 0 before the second one.
     prompt_len: tokens of their prompts, mean. output_len: tokens of an output,
-      by the requests that came last: all that they have had so far over the
-      number of them that ended. 1 before the first has ended.
+      mean; 1 before the first has ended.
     prompt_cv, output_cv: standard deviation of these tokens over their mean;
       1 before there are enough.
-    lives: of those requests, that ended over that run: outputs are told the
-      better the larger it is, from about 2 on.
+    lives: how many times as many tokens as those outputs that run will have,
+      those have that ended: the larger, the better outputs are known.
   """
 
   rate_per_s: float
@@ -88,20 +92,13 @@ class Recent:
     Args:
       rows: (place in the order of arrivals, tokens so far) of those that run.
     """
-    prompts: list[Cohort] = []
-    number = 0
-    for cohort in reversed(self.arrived):  # they came in this order
-      if number >= LEAST and cohort.time_s < time_s - SPAN_S:
-        break
-      prompts.append(cohort)
-      number += cohort.number
-    span_s = time_s - prompts[-1].time_s if prompts else 0.0
+    prompts = alike(self.arrived, time_s)
     prompt_len, prompt_cv = _lengths(prompts, ())
     ended, running = self._outputs(rows)
     output_len, output_cv = _lengths(ended, running)
-    return Load((number - 1) / span_s if span_s > 0 else 0.0,
-                prompt_len, output_len, prompt_cv, output_cv,
-                sum([cohort.number for cohort in ended]) / max(1, len(running)))
+    tokens = sum([cohort.tokens for cohort in ended])
+    return Load(_rate_per_s(prompts, time_s), prompt_len, output_len, prompt_cv,
+                output_cv, tokens / max(1, 2 * sum(running)))
 
   def _outputs(self, rows: Sequence[tuple[int, int]]
                ) -> tuple[list[Cohort], list[int]]:
@@ -137,15 +134,41 @@ def _added(cohorts: Any, order: int, time_s: float, tokens: int
   return cohorts
 
 
+def alike(arrived: Sequence[Cohort], time_s: float) -> Sequence[Cohort]:
+  """The newest of them: NEWEST, and twice as many as long as the older half
+  came at the rate of the newer one and with prompts as long, but for chance."""
+  count = NEWEST
+  while count < min(MOST, len(arrived)):
+    newer, older = arrived[-count:], arrived[-2 * count:-count]
+    number = sum([cohort.number for cohort in older])
+    apart = CHANCE * math.sqrt(2 / number)
+    rates = (_rate_per_s(newer, time_s), _rate_per_s(older, newer[0].time_s))
+    (mean, cv), (other, other_cv) = _lengths(newer, ()), _lengths(older, ())
+    if (not 1 / (1 + apart) <= rates[0] / max(rates[1], 1e-9) <= 1 + apart
+        or abs(mean - other) > apart * max(cv * mean, other_cv * other)):
+      break
+    count *= 2
+  return arrived[-count:]
+
+
+def _rate_per_s(cohorts: Sequence[Cohort], time_s: float) -> float:
+  """Arrivals a second until then, of cohorts that came one after another."""
+  span_s = time_s - cohorts[0].time_s if cohorts else 0.0
+  number = sum([cohort.number for cohort in cohorts])
+  return (number - 1) / span_s if span_s > 0 else 0.0
+
+
 def _lengths(whole: Sequence[Cohort], begun: Sequence[int]
              ) -> tuple[float, float]:
-  """Mean and cv of lengths, some of which are known in part only. Those in
-  part add what they have had, as the whole ones are those that were short."""
-  number = sum([cohort.number for cohort in whole])
-  if not number:
+  """Mean and cv of lengths; of some, what they have had so far is known. Seen
+  at a random time these have had any share of their lengths: half, in the
+  mean, and a third of their squares."""
+  ended = sum([cohort.number for cohort in whole])
+  if not ended:
     return 1.0, 1.0
-  mean = (sum([cohort.tokens for cohort in whole]) + sum(begun)) / number
+  number = ended + len(begun)
+  mean = (sum([cohort.tokens for cohort in whole]) + 2 * sum(begun)) / number
   square = (sum([cohort.squares for cohort in whole])
-            + sum([tokens * tokens for tokens in begun])) / number
+            + 3 * sum([tokens * tokens for tokens in begun])) / number
   cv = math.sqrt(max(0.0, square / mean**2 - 1))
-  return mean, cv if number >= COHORT else 1.0
+  return mean, cv if ended >= COHORT else 1.0
