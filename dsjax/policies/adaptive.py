@@ -10,9 +10,9 @@ a step would hold up all prompts.
 Over time: how many instances only prefill, and whether the others only decode,
 mix, or mix and lend (their role is then colocated), is decided by rollouts.
 Rows lend a prompt what nearly all of them save before they end: it is done
-sooner, and those that end earlier are late. The simulator, which is this scheduler, plays the load of late under
-each choice; the best one is taken if it attains clearly more than the present
-one.
+sooner, and those that end earlier are late. The simulator, which is this
+scheduler, plays the load of late under each choice; the best one is taken if it
+attains clearly more than the present one.
 """
 
 import dataclasses

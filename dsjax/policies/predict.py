@@ -129,8 +129,9 @@ def allowed_s(view: View, instance: InstanceView, tpot_s: float,
   and what all of them have saved; a row that is late makes up for it over
   CATCH_UP tokens. Those with fewer than `sure` tokens have saved also what they
   will up to there, in steps without prompts."""
-  alone_s = instance.latency.host_s + decode_s(instance)
-  token_s = max(0.0, tpot_s - alone_s) if sure else 0.0
+  latency = instance.latency
+  token_s = max(0.0, tpot_s - latency.host_s - latency.decode_s(
+      instance.num_rows, instance.context)) if sure else 0.0
   saved_s = min([(row.first_s or view.time_s) + row.num_out * tpot_s
                  + max(0.0, sure - row.num_out) * token_s
                  for row in instance.rows() if row.num_out >= least],

@@ -12,11 +12,12 @@ from dsjax.config.request import Request, Sampling
 from dsjax.placement.api import simulate
 from dsjax.policies import adaptive, static
 from dsjax.policies.named import named
+from dsjax.policies.predict import least_output
 from dsjax.policies.roles import leave_prefills
 from dsjax.scheduling import scheduler
-from dsjax.scheduling.events import Migrate, RunPrefill
-from dsjax.scheduling.pace import Paced, steps_s
-from dsjax.scheduling.policy import DISTSERVE
+from dsjax.scheduling.events import Migrate
+from dsjax.scheduling.pace import Paced
+from dsjax.scheduling.policy import DISTSERVE, Load
 from dsjax.simulation import latency, simulator
 from tests.common.policy_runs import (
   FOUR,
@@ -25,7 +26,6 @@ from tests.common.policy_runs import (
   SLO,
   STEP,
   attainment,
-  commands,
   late_flips,
   served,
 )
@@ -98,17 +98,6 @@ def fixed(slo, role):
       resize=lambda view: {i.index: role for i in view.instances})
 
 
-@pytest.mark.parametrize('role, times', [('colocated', .75), ('chunked', 1.0)])
-def test_adaptive_has_a_role_of_short_steps(role, times):
-  run = simulate(FOUR, 'llama-3-8b', latency='tables:h100-80g', rate_per_s=110,
-                 slo=SLO, requests=300, cut=True, max_len=8192,
-                 policy=fixed(SLO, role), log=True)
-  seconds = sorted(sum(steps_s(run.latencies[c.instance], c))
-                   for c in commands(run, RunPrefill) if len(c.rows) > 1)
-  beside = seconds[len(seconds) * 9 // 10]  # of nine steps in ten, at most
-  assert (beside <= 1.05 * 0.75 * 0.95 * SLO.tpot_s) == (times < 1)
-
-
 def test_late_prompts_of_adaptive_leave_rows_alone():
   """At a tight TPOT: a few tokens of them in every step would be too many."""
   slo = Slo(0.43, 0.0115)
@@ -168,13 +157,13 @@ def test_wrong_latencies_are_corrected_by_what_steps_took(factor):
     assert instance.pace == pytest.approx((1 / factor, 1 / factor), rel=0.05)
 
 
-def _step(rows, waited_s, now_s=100.0):
+def _step(rows, waited_s, role='chunked', now_s=100.0):
   """What adaptive lets into the next step of an instance whose rows have had
   so many tokens and have saved so many seconds, beside a prompt that waits."""
   steps = latency.Affine((0.01, 1e-4, 0.0), (0.015, 1e-6, 1e-4), host_s=0.001,
                          mixed=(0.02, 1e-5, 0.0, 1e-6))
   instance = types.SimpleNamespace(
-      latency=steps, role='chunked', config=InstanceConfig(
+      latency=steps, role=role, config=InstanceConfig(
           'flexible', 400, 16, 16, 512, 16), num_rows=len(rows),
       turn_rows=len(rows), context=100 * len(rows),
       rows=lambda: [types.SimpleNamespace(
@@ -183,7 +172,8 @@ def _step(rows, waited_s, now_s=100.0):
       prefilling=lambda: (), waiting=lambda most: (types.SimpleNamespace(
           arrival_s=now_s - waited_s),))
   return named('adaptive', SLO).batch(
-      types.SimpleNamespace(time_s=now_s), instance).tokens
+      types.SimpleNamespace(time_s=now_s, load=Load(1.0, 100.0, 100.0)),
+      instance).tokens
 
 
 AGED_S = 101 * SLO.ttft_s
@@ -198,6 +188,14 @@ AGED_S = 101 * SLO.ttft_s
 def test_an_old_prompt_takes_what_rows_that_have_run_for_some_time_have_saved(
     rows, waited_s, tokens):
   assert _step(rows, waited_s) == tokens
+
+
+def test_rows_of_a_colocated_instance_lend_what_nearly_all_will_save():
+  """Of outputs of 100 tokens, cv 1, all but one of twenty have 18."""
+  begun, longer = [(1, 0.0)], [(20, 0.0)]
+  assert _step(begun, 0.1) == _step(longer, 0.1, 'colocated')
+  assert _step(begun, 0.1, 'colocated') > 10 * _step(begun, 0.1)
+  assert least_output(Load(1.0, 100.0, 100.0)) == pytest.approx(18, rel=0.02)
 
 
 @pytest.mark.parametrize('rows, tokens', [

@@ -71,7 +71,8 @@ def test_deadlines_know_what_rows_leave_of_a_step(rows, expected):
       DISTSERVE, batch=lambda view, instance: PrefillBudget(20, False, True))
   instance = types.SimpleNamespace(
       latency=STEP, turn_rows=rows, context=100 * rows, load_s=lambda _: 0.0,
-      hits=lambda request: (0, 0), hit_tokens=lambda request: 0)
+      hits=lambda request: (0, 0), hit_tokens=lambda request: 0,
+      prefilling=lambda: ())
   waiting = [types.SimpleNamespace(
       order=n, arrival_s=1.0, stage='queued', done=0, prompt_len=tokens)
       for n, tokens in enumerate((400, 100, 100))]

@@ -44,7 +44,7 @@ def test_nothing_changes_before_outputs_are_known(monkeypatch):
   """At first those that have ended are few and tell little."""
   assert choice(monkeypatch, {
       ('chunked',) * 2: (.1, .9), ('prefill', 'decode'): (.9, .9)},
-      lives=1.9) == ({}, [])
+      lives=0.7) == ({}, [])
 
 
 @pytest.mark.parametrize('reverse', [False, True])

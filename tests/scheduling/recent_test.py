@@ -1,10 +1,18 @@
 """The load that policies are told."""
 
 import bisect
+import random
 
 import pytest
 
-from dsjax.scheduling.recent import COHORT, COHORTS, LEAST, Recent
+from dsjax.scheduling.recent import (
+  COHORT,
+  COHORTS,
+  LEAST,
+  MOST,
+  Recent,
+  alike,
+)
 
 SHORT, LONG = 20, 380  # tokens of every other output
 MEAN = (SHORT + LONG) / 2
@@ -30,7 +38,51 @@ def test_outputs_are_told_however_many_run(rows):
 def test_outputs_are_not_told_too_short_while_the_first_run():
   rows = 1000
   load = after(Recent((), ()), rows, rows)  # only short ones have ended
-  assert load.output_len == pytest.approx(MEAN, rel=0.4)
+  assert load.output_len > 5 * SHORT
+  assert load.lives < 0.1  # and that little is known is told
+
+
+def test_outputs_that_run_are_not_told_twice():
+  """All are as long: those that run have had half of it, on average."""
+  load = after(Recent((), ()), 3000, 300, lambda n: int(MEAN))
+  assert load.output_len == pytest.approx(MEAN, rel=0.03)
+  assert load.output_cv < 0.4
+
+
+@pytest.mark.parametrize('before_s, since', [(1 / 10, 1 / 90), (1 / 90, 1 / 10)])
+def test_a_rate_that_shifts_is_told_soon(before_s, since):
+  """And one that does not by many requests."""
+  recent = Recent((), ())
+  time_s = 0.0
+  for n in range(2000):
+    time_s += before_s
+    recent.add_arrived(n, time_s, 100)
+  load = recent.load(time_s, [])
+  assert load.rate_per_s == pytest.approx(1 / before_s, rel=0.01)
+  for n in range(2000, 2000 + 6 * COHORT):
+    time_s += since
+    recent.add_arrived(n, time_s, 100)
+  load = recent.load(time_s, [])
+  assert load.rate_per_s == pytest.approx(1 / since, rel=0.25)
+
+
+def test_prompts_that_become_longer_are_told_soon():
+  recent = Recent((), ())
+  for n in range(2000):
+    recent.add_arrived(n, n / 10, 100 + n % 50)
+  for n in range(2000, 2000 + 6 * COHORT):
+    recent.add_arrived(n, n / 10, 1000 + n % 500)
+  assert recent.load(220.0, []).prompt_len > 900
+
+
+def test_an_even_load_is_told_by_many_requests():
+  recent = Recent((), ())
+  rng = random.Random(0)
+  time_s = 0.0
+  for n in range(4000):
+    time_s += rng.expovariate(20)
+    recent.add_arrived(n, time_s, 100)
+  assert len(alike(recent.arrived, time_s)) == MOST
 
 
 def test_outputs_of_before_are_forgotten():
