@@ -83,9 +83,9 @@ def _per_step(slo: Slo, margin: float) -> Policy:
 
   def allowed(view: View, instance: InstanceView, least: int = 0) -> int:
     """Prompt tokens that rows of at least `least` tokens allow a step."""
-    lent = least_output(view.load) if instance.role == 'colocated' else 0.0
+    sure = least_output(view.load) if instance.role == 'colocated' else 0.0
     return prompt_tokens(instance, allowed_s(
-        view, instance, aim_s(instance), least, lent))
+        view, instance, aim_s(instance), least, sure))
 
   def batch(view: View, instance: InstanceView) -> PrefillBudget:
     most = instance.config.prefill_tokens

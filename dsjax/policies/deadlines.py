@@ -18,7 +18,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 from dsjax.config.placement import Slo
-from dsjax.policies.predict import mixed_s, prefill_s
+from dsjax.policies.predict import mixed_time, prefill_s
 from dsjax.scheduling.policy import InstanceView, Policy, RequestView, View
 
 MOST_WAIT = 100.0  # times TTFT
@@ -62,7 +62,7 @@ def with_deadlines(policy: Policy, slo: Slo, most_wait: float = MOST_WAIT
     if not mixes:
       return functools.partial(prefill_s, instance)
     tokens = max(tokens, LEAST)
-    token_s = mixed_s(instance, tokens) / tokens
+    token_s = mixed_time(instance)(tokens) / tokens
     return lambda request: token_s * (
         request.prompt_len - (request.done or instance.hit_tokens(request)))
 

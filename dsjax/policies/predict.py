@@ -94,20 +94,22 @@ def most(fits: Callable[[int], bool], limit: int) -> int:
   return low
 
 
-def mixed_s(instance: InstanceView, tokens: int) -> float:
-  """Seconds of a step with so many prompt tokens beside the rows; of a prompt
-  that goes on where it is now."""
+def mixed_time(instance: InstanceView) -> Callable[[int], float]:
+  """What predicts the seconds of a step with so many prompt tokens beside the
+  rows; of a prompt that goes on where it is now."""
+  rows, context, latency = (
+      instance.turn_rows, instance.context, instance.latency)
   start = max([request.done for request in instance.prefilling()], default=0)
-  latency = instance.latency
-  return latency.host_s + latency.mixed_s(
-      ((start, start + tokens),), instance.turn_rows, instance.context)
+  return lambda tokens: latency.host_s + latency.mixed_s(
+      ((start, start + tokens),), rows, context)
 
 
 def prompt_tokens(instance: InstanceView, step_s: float) -> int:
   """Most prompt tokens that a step takes beside the rows within step_s, in
   multiples of GRAIN."""
+  seconds_of = mixed_time(instance)
   return GRAIN * most(
-      lambda count: mixed_s(instance, GRAIN * count) <= step_s,
+      lambda count: seconds_of(GRAIN * count) <= step_s,
       (instance.config.prefill_tokens - instance.turn_rows) // GRAIN)
 
 

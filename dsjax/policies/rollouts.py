@@ -33,7 +33,7 @@ STEP = 1.15
 CV_STEP = 1.5  # of the spread of outputs, which is known less well
 LIVES = 5  # that a rollout lasts, each as long as objectives allow one
 LEAST, MOST = 200, 800  # requests of it
-KNOWN = 0.75  # lives of requests, before which nothing is decided
+KNOWN = 0.75  # of Load.lives: with fewer nothing is decided
 GRAIN = 0.05  # of the share that a rollout must beat
 NOISE = 0.05  # of a rollout's share: a change of roles must win more
 SETTLES = 20  # times that a step is predicted from the rows that it makes
@@ -225,4 +225,3 @@ def requests_like(load: Load, slo: Slo, token_s: float
       zip(times, prompts, outputs, strict=True))
   return [Request(i, time_s, range(prompt), Sampling(max_tokens=output + 1))
           for i, (time_s, prompt, output) in enumerate(sizes)], rows
-
