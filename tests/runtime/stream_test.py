@@ -83,8 +83,7 @@ def test_tokens_of_a_cache_in_bytes_are_those_of_whole_hand_offs():
 
 @pytest.mark.parametrize('kind', ('raise', 'unreadable', 'damage', 'stall'))
 def test_a_part_that_goes_wrong_goes_over_with_the_whole(kind, monkeypatch):
-  tries = int(kind == 'stall')  # its lease may end after its prefill
-  config = config_of(tries=tries, checksum=True)
+  config = config_of(tries=1, checksum=True)  # the prompt may have ended first
   with server_of('1p1d', config) as server, Injector(server) as injector:
     injector.arm(1, 'scatter' if kind == 'damage' else COPY, kind)
     if kind == 'stall':

@@ -21,13 +21,15 @@ class Watch:
   before it.
 
   Attributes:
-    pinged_s: when it was last asked for a sign of life, on time.perf_counter.
+    asked_s: when it was last asked for a sign of life, on time.monotonic, put
+      off by the time in which nobody looked; None: not yet.
+    pinged_s: the same, on time.perf_counter, not put off.
   """
 
   def __init__(self) -> None:
     self._began_s = self._word_s = time.monotonic()
     self._looks, self._away_s = Looks(self._began_s), 0.0
-    self._asked_s: float | None = None
+    self.asked_s: float | None = None
     self.pinged_s = 0.0
 
   def begin(self) -> None:
@@ -56,14 +58,14 @@ class Watch:
 
   def ping(self, channel: Channel, silent_s: float) -> None:
     """Asks for a sign of life; raises RuntimeError where there is none."""
-    now_s, asked_s = time.monotonic(), self._asked_s
+    now_s, asked_s = time.monotonic(), self.asked_s
     if asked_s is None or channel.heard_s >= asked_s:
       if asked_s is None or now_s - asked_s > PING_S:
-        self._asked_s, self.pinged_s = now_s, time.perf_counter()
+        self.asked_s, self.pinged_s = now_s, time.perf_counter()
         channel.send(messages.Ping())
       return
-    self._asked_s = asked_s + self._away_s
-    _check_silence(self._asked_s, silent_s)
+    self.asked_s = asked_s + self._away_s
+    _check_silence(self.asked_s, silent_s)
 
 
 def _check_silence(since_s: float, most_s: float) -> None:

@@ -23,7 +23,7 @@ import dsjax
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement, Plan
 from dsjax.runtime.cluster import host as runtime_host
-from dsjax.runtime.cluster import hosts, local, messages, watch
+from dsjax.runtime.cluster import channel, hosts, local, messages, watch
 from dsjax.scheduling.events import InstanceDown, InstanceUp
 from experiments import host
 from tests.common import fake_engine, serving
@@ -308,9 +308,12 @@ def test_what_a_host_sends_that_is_none_of_its_words_is_passed_over(tmp_path):
 def test_a_host_that_is_stopped_is_gone_and_may_come_again(
     tmp_path, monkeypatch, answers):
   """Its socket stays open, and nothing answers: the kernel's part is done."""
-  now_s = [100.0]
-  monkeypatch.setattr(watch, 'time', types.SimpleNamespace(
-      monotonic=lambda: now_s[0], perf_counter=time.perf_counter))
+  now_s, reads = [100.0], itertools.count()
+  clock = types.SimpleNamespace(  # no two reads of it are alike
+      monotonic=lambda: now_s[0] + 1e-6 * next(reads), sleep=time.sleep,
+      perf_counter=time.perf_counter)
+  monkeypatch.setattr(watch, 'time', clock)
+  monkeypatch.setattr(channel, 'time', clock)
   group = hosts.read(write(tmp_path, server=f'127.0.0.1:{free_port()}'))
   remote = hosts.RemoteHost(group, 0, SILENT_S)
   try:
@@ -319,14 +322,13 @@ def test_a_host_that_is_stopped_is_gone_and_may_come_again(
     if answers:
       serves.start()
     first = until(remote.channel)
-    first.heard_s = 0.0  # of the other clock
-    for later_s in (3600.0, *[1.0] * 29):  # away, then looking
+    for later_s in (0.0, 3600.0, *[1.0] * 28):  # away, then looking
       now_s[0] += later_s
       assert remote.channel()
-      if answers:
-        until(lambda: first.heard_s)
-        first.heard_s = now_s[0]
-    now_s[0] += 1.0
+      if answers:  # before the clock goes on
+        until(lambda: first.heard_s >= remote._watch.asked_s)
+    assert (remote._watch.asked_s > 3720.0) == answers  # again and again
+    now_s[0] += 1.0  # silent for 30 s and 1e-6 for each read of the clock
     assert (remote.channel() is first) == answers
     assert bool(first.ended) != answers
     if not answers:
