@@ -22,8 +22,8 @@ import pytest
 import dsjax
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Placement, Plan
-from dsjax.runtime.cluster import host as runtime_host
 from dsjax.runtime.cluster import channel, hosts, local, messages, watch
+from dsjax.runtime.cluster import host as runtime_host
 from dsjax.scheduling.events import InstanceDown, InstanceUp
 from experiments import host
 from tests.common import fake_engine, serving
