@@ -129,15 +129,16 @@ def allowed_s(view: View, instance: InstanceView, tpot_s: float,
               least: int = 0, sure: float = 0.0) -> float:
   """Seconds that the rows with at least so many tokens allow a step: tpot_s,
   and what all of them have saved; a row that is late makes up for it over
-  CATCH_UP tokens. Those with fewer than `sure` tokens have saved also what they
-  will up to there, in steps without prompts."""
+  CATCH_UP tokens. One that cannot, in steps without prompts, does not count.
+  Those with fewer than `sure` tokens have saved also what they will up to
+  there, in such steps."""
   latency = instance.latency
   token_s = max(0.0, tpot_s - latency.host_s - latency.decode_s(
-      instance.num_rows, instance.context)) if sure else 0.0
-  saved_s = min([(row.first_s or view.time_s) + row.num_out * tpot_s
-                 + max(0.0, sure - row.num_out) * token_s
-                 for row in instance.rows() if row.num_out >= least],
-                default=view.time_s + tpot_s) - view.time_s - tpot_s
+      instance.num_rows, instance.context))
+  saved = [(row.first_s or view.time_s) + (row.num_out - 1) * tpot_s
+           + max(0.0, sure - row.num_out) * token_s - view.time_s
+           for row in instance.rows() if row.num_out >= least]
+  saved_s = min([s for s in saved if s >= -CATCH_UP * token_s], default=0.0)
   return tpot_s + (saved_s if saved_s > 0 else saved_s / CATCH_UP)
 
 
