@@ -91,7 +91,7 @@ def _per_step(slo: Slo, margin: float) -> Policy:
     most = instance.config.prefill_tokens
     if not instance.num_rows:
       return PrefillBudget(most if has_room(view, aim_s) else min(
-          most, timely_tokens(view, instance, slo.ttft_s)))
+          most, timely_tokens(view, instance, slo)))
     tokens = allowed(view, instance)
     if tokens < LEAST:
       prompts = (*instance.prefilling(), *instance.waiting(1))

@@ -15,6 +15,8 @@ those on time would be late, and would come back as these.
 import bisect
 import dataclasses
 import functools
+import math
+import operator
 from collections.abc import Callable, Sequence
 
 from dsjax.config.placement import Slo
@@ -24,17 +26,31 @@ from dsjax.scheduling.policy import InstanceView, Policy, RequestView, View
 MOST_WAIT = 100.0  # times TTFT
 SHARE = 1 / 32  # of what is served, that has waited for so long
 LEAST = 16  # tokens of a step: where none may go now, some soon may
+by_order = operator.attrgetter('order')
 MOST = 256  # requests that may attain; those behind them keep their order
 
 
-def timely_tokens(view: View, instance: InstanceView, ttft_s: float) -> int:
+def due_s(request: RequestView, slo: Slo) -> float:
+  """When its prefill must be done: of one that was preempted, when its next
+  token is due."""
+  if request.first_s is None:
+    return request.arrival_s + slo.ttft_s
+  if request.first_s - request.arrival_s > slo.ttft_s:
+    return -math.inf  # it was late already
+  return request.first_s + slo.tpot_s * (
+      request.prompt_len - request.input_len)
+
+
+def timely_tokens(view: View, instance: InstanceView, slo: Slo) -> int:
   """Tokens of the prompts there that have begun, may still be on time, or have
   waited so long that they may take their turn."""
+  most_wait_s = MOST_WAIT * slo.ttft_s
   begun = sum([request.stop - request.done
                for request in instance.prefilling()])
   return begun + sum([
       request.stop for request in instance.waiting()
-      if not ttft_s < view.time_s - request.arrival_s <= MOST_WAIT * ttft_s])
+      if view.time_s <= due_s(request, slo)
+      or view.time_s - request.arrival_s > most_wait_s])
 
 
 def with_deadlines(policy: Policy, slo: Slo, most_wait: float = MOST_WAIT
@@ -72,24 +88,26 @@ def with_deadlines(policy: Policy, slo: Slo, most_wait: float = MOST_WAIT
       return waiting  # finished prefills: by their end
     aged, timely, late, rest, end_s = [], [], [], [], view.time_s
     seconds_of = prefill_time(view, instance)
-    for request in waiting:
-      waited_s = view.time_s - request.arrival_s
-      if waited_s > slo.ttft_s:
+    by_due = sorted([(due_s(r, slo), r.order, r) for r in waiting])
+    for due, _, request in by_due:
+      if view.time_s > due:
+        waited_s = view.time_s - request.arrival_s
         (aged if waited_s > most_wait_s else late).append(request)
         continue
       if len(timely) == MOST:
         rest.append(request)
         continue
       seconds = seconds_of(request)
-      bisect.insort(timely, (seconds, request.order, request))
+      bisect.insort(timely, (seconds, request.order, due, request))
       end_s += seconds
-      if end_s > request.arrival_s + slo.ttft_s:
-        seconds, _, longest = timely.pop()
+      if end_s > due:
+        seconds, *_, longest = timely.pop()
         end_s -= seconds
         late.append(longest)
-    on_time = sorted([request for *_, request in timely],
-                     key=lambda request: request.order)
-    late.sort(key=lambda request: request.order)
+    on_time = [request for *_, request in sorted(
+        [(due, order, request) for _, order, due, request in timely])]
+    aged.sort(key=by_order)
+    late.sort(key=by_order)
     turns = 1 if aged and few(view) else 0
     return [*aged[:turns], *on_time, *rest, *aged[turns:], *late]
 
