@@ -20,11 +20,17 @@ import operator
 from collections.abc import Callable, Sequence
 
 from dsjax.config.placement import Slo
-from dsjax.policies.predict import mixed_time, prefill_s
+from dsjax.policies.predict import (
+  LISTED,
+  mixed_time,
+  prefill_s,
+  prompt_tokens,
+)
 from dsjax.scheduling.policy import InstanceView, Policy, RequestView, View
 
 MOST_WAIT = 100.0  # times TTFT
 SHARE = 1 / 32  # of what is served, that has waited for so long
+APART = 0.5
 LEAST = 16  # tokens of a step: where none may go now, some soon may
 by_order = operator.attrgetter('order')
 MOST = 256  # requests that may attain; those behind them keep their order
@@ -51,6 +57,28 @@ def timely_tokens(view: View, instance: InstanceView, slo: Slo) -> int:
       request.stop for request in instance.waiting()
       if view.time_s <= due_s(request, slo)
       or view.time_s - request.arrival_s > most_wait_s])
+
+
+def punctual_tokens(view: View, instance: InstanceView, slo: Slo) -> int:
+  """Tokens of a step that leaves the prompt that is due first on time, those
+  of that prompt at least. All that are on time go together where those left
+  out take less than APART of a step without prompts, which the next step costs
+  them."""
+  dues = sorted([(due, request.stop - (request.done
+                                       or instance.hit_tokens(request)))
+                 for request in (*instance.prefilling(),
+                                 *instance.waiting(LISTED))
+                 if (due := due_s(request, slo)) >= view.time_s])
+  if not dues:
+    return instance.config.prefill_tokens
+  first_s, tokens = dues[0]
+  tokens = max(tokens, prompt_tokens(instance, first_s - view.time_s))
+  together = sum([count for _, count in dues])
+  seconds_of = mixed_time(instance)
+  if together > tokens and (seconds_of(together) - seconds_of(tokens)
+                            < APART * seconds_of(0)):
+    return together
+  return tokens
 
 
 def with_deadlines(policy: Policy, slo: Slo, most_wait: float = MOST_WAIT
