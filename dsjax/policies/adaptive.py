@@ -91,8 +91,11 @@ def _per_step(slo: Slo, margin: float) -> Policy:
   def batch(view: View, instance: InstanceView) -> PrefillBudget:
     most = instance.config.prefill_tokens
     if not instance.num_rows:
-      return PrefillBudget(most if has_room(view, aim_s) else min(
-          most, timely_tokens(view, instance, slo)))
+      if has_room(view, aim_s) or not any([i.num_rows for i in view.decodes]):
+        return PrefillBudget(most)
+      timely = timely_tokens(view, instance, slo, any(
+          [i.prefills for i in view.decodes]))
+      return PrefillBudget(min(most, timely))
     tokens = allowed(view, instance)
     if tokens < LEAST:
       prompts = (*instance.prefilling(), *instance.waiting(1))
@@ -104,17 +107,20 @@ def _per_step(slo: Slo, margin: float) -> Policy:
     return PrefillBudget(min(tokens, most - instance.turn_rows), False,
                          instance.config.mixes)
 
-  def done_s(instance: InstanceView, request: RequestView) -> float:
-    """Predicted seconds until its prompt is done there."""
-    alone_s = queue_s(instance) + prefill_s(instance, request)
-    if not instance.num_rows:
-      return alone_s
-    tokens = prompt_tokens(instance, step_s := aim_s(instance))
-    steps = (instance.backlog + request.prompt_len) / max(tokens, 0.1)
-    return max(alone_s, steps * step_s)
-
   def route(view: View, request: RequestView) -> int:
-    return min(view.prefills, key=lambda i: (done_s(i, request), i.index)).index
+    mixing = [prompt_tokens(i, aim_s(i)) for i in view.prefills if i.num_rows]
+    tokens = max(LEAST, sum(mixing) / max(1, len(mixing)))  # of a step
+
+    def done_s(instance: InstanceView) -> float:
+      """Predicted seconds until its prompt is done there. Rows change sooner
+      than a queue: all instances that have some are predicted alike."""
+      alone_s = queue_s(instance) + prefill_s(instance, request)
+      steps = (instance.backlog + request.prompt_len) / tokens
+      return max(alone_s, steps * aim_s(instance)) if instance.num_rows else (
+          alone_s)
+
+    return min(view.prefills,
+               key=lambda i: (done_s(i), i.residents, i.index)).index
 
   def hand_off(view: View, request: RequestView, avoid: int) -> int:
     steps = {i.index: decode_s(i, 1, request.prompt_len)

@@ -47,14 +47,16 @@ def due_s(request: RequestView, slo: Slo) -> float:
       request.prompt_len - request.input_len)
 
 
-def timely_tokens(view: View, instance: InstanceView, slo: Slo) -> int:
-  """Tokens of the prompts there that have begun, may still be on time, or have
-  waited so long that they may take their turn."""
+def timely_tokens(view: View, instance: InstanceView, slo: Slo, waiting: bool
+                  ) -> int:
+  """Tokens of the prompts there that have begun; where waiting, also of those
+  that wait and may still be on time, or have waited so long that they may take
+  their turn."""
   most_wait_s = MOST_WAIT * slo.ttft_s
   begun = sum([request.stop - request.done
                for request in instance.prefilling()])
   return begun + sum([
-      request.stop for request in instance.waiting()
+      request.stop for request in (instance.waiting() if waiting else ())
       if view.time_s <= due_s(request, slo)
       or view.time_s - request.arrival_s > most_wait_s])
 
