@@ -26,6 +26,7 @@ from dsjax.policies.predict import sigma_of
 from dsjax.policies.static import ONCE_S
 from dsjax.scheduling.pace import Paced
 from dsjax.scheduling.policy import InstanceView, Load, Policy, View
+from dsjax.scheduling.running import Running
 from dsjax.scheduling.state import Config
 from dsjax.simulation import simulator
 
@@ -38,6 +39,7 @@ GRAIN = 0.05  # of the share that a rollout must beat
 NOISE = 0.05  # of a rollout's share: a change of roles must win more
 SETTLES = 20  # times that a step is predicted from the rows that it makes
 MOST_LEN = 16  # times the mean of lengths
+DRAWN = 1000  # lengths that rows are drawn from
 TIE = 0.01  # of a share: choices so near to the best are equal
 
 Roles = tuple[str, ...]
@@ -137,21 +139,25 @@ def played(policy: Policy, slo: Slo, configs: tuple[InstanceConfig, ...],
            roles: Roles, least: float) -> Played:
   """What comes of these roles under the load; or of those that ended before
   it was clear that a smaller share than `least` attains."""
-  sent, rows = requests_like(load, slo, settled_token_s(
-      load, slo, latencies, roles))
+  token_s = settled_token_s(load, slo, latencies, roles)
+  sent = requests_like(load, slo)
+  rows = rows_like(load, token_s, [
+      index for index, role in enumerate(roles) if role != 'prefill'])
   fixed = dataclasses.replace(policy, tick_s=ONCE_S, resize=functools.partial(
       _always, tuple(enumerate(roles))))
-  longest = max(len(r.prompt) + (r.sampling.max_tokens or 0) for r in sent)
+  longest = max([len(r.prompt) + (r.sampling.max_tokens or 0) for r in sent]
+                + [r.prompt_len + r.so_far + r.more for r in rows])
   config = Config(configs, longest, depth=1, policy=fixed)
-  first = rows + (len(sent) - rows) // 5  # those before it do not count
+  first = len(sent) // 5  # those before it do not count
   most_missed = (1 - least) * (len(sent) - first)
   due = sorted([(r.arrival_s + slo.ttft_s + slo.tpot_s * (
       r.sampling.max_tokens or 1), r.id) for r in sent[first:]], reverse=True)
   scales: list[float] = []
   ended, missed = set(), set()
-  for record in simulator.stream(config, sent, latencies, link):
+  for record in simulator.stream(config, sent, latencies, link,
+                                 rows=rows):
     ended.add(record.id)
-    if record.id >= first:
+    if first <= record.id < len(sent):
       scales.append(slo_scale(record, slo))
       if scales[-1] > 1:
         missed.add(record.id)
@@ -198,30 +204,45 @@ def settled_token_s(load: Load, slo: Slo, latencies: Sequence[Latency],
 
 
 @functools.lru_cache(maxsize=64)
-def requests_like(load: Load, slo: Slo, token_s: float
-                  ) -> tuple[list[Request], int]:
-  """Requests at a load's rate, Poisson. Lengths are lognormal, of its means
-  and spreads.
-
-  Returns:
-    them, and how many of the first are the rows of a system that has served
-    this load for long, where a token takes token_s: what is left of an output
-    that runs at a random time. They come at 0, with prompts of one token.
-  """
+def requests_like(load: Load, slo: Slo) -> list[Request]:
+  """Requests at a load's rate, Poisson, with lengths of its means and
+  spreads."""
   life_s = slo.ttft_s + slo.tpot_s * load.output_len
-  n = int(min(max(LIVES * life_s * load.rate_per_s, LEAST), MOST))
+  count = int(min(max(LIVES * life_s * load.rate_per_s, LEAST), MOST))
   rng = np.random.default_rng(0)
+  prompts, outputs = _lengths_like(load, rng, count)
+  times = np.cumsum(rng.exponential(1 / load.rate_per_s, count)).tolist()
+  return [Request(i, time_s, range(prompt), Sampling(max_tokens=output + 1))
+          for i, (time_s, prompt, output) in enumerate(
+              zip(times, prompts.tolist(), outputs.tolist(), strict=True))]
+
+
+def rows_like(load: Load, token_s: float, homes: Sequence[int]
+              ) -> list[Running]:
+  """The rows of a system that has served this load for long, in turn on the
+  instances that are their homes, where a token takes token_s. One that runs at
+  a random time is the likelier the longer its output is."""
+  count = min(int(load.rate_per_s * token_s * load.output_len), MOST)
+  rng = np.random.default_rng(1)
+  prompts, outputs = _lengths_like(load, rng, max(DRAWN, count))
+  drawn = rng.choice(len(outputs), count, p=outputs / outputs.sum())
+  rows = []
+  for number, (place, share) in enumerate(
+      zip(drawn.tolist(), rng.random(count).tolist(), strict=True)):
+    so_far = 1 + int(share * outputs[place])
+    rows.append(Running(MOST + number, homes[number % len(homes)],
+                        int(prompts[place]), so_far,
+                        int(outputs[place]) + 1 - int(share * outputs[place]),
+                        -so_far * token_s))
+  return rows
+
+
+def _lengths_like(load: Load, rng: np.random.Generator, count: int
+                  ) -> tuple[np.ndarray, np.ndarray]:
+  """Lengths of prompts and of outputs: lognormal."""
   prompts, outputs = [
-      np.clip(np.exp(rng.normal(math.log(mean) - sigma**2 / 2, sigma, n)), 1,
-              MOST_LEN * mean).astype(int).tolist()
+      np.clip(np.exp(rng.normal(math.log(mean) - sigma**2 / 2, sigma, count)),
+              1, MOST_LEN * mean).astype(int)
       for mean, sigma in ((load.prompt_len, sigma_of(load.prompt_cv)),
                           (load.output_len, sigma_of(load.output_cv)))]
-  times = np.cumsum(rng.exponential(1 / load.rate_per_s, n)).tolist()
-  rows = min(int(load.rate_per_s * token_s * load.output_len), MOST)
-  lengths = np.array(outputs)
-  left = (rng.choice(lengths, rows, p=lengths / lengths.sum())
-          * rng.random(rows)).astype(int).tolist()
-  sizes = [(0.0, 1, size) for size in left] + list(
-      zip(times, prompts, outputs, strict=True))
-  return [Request(i, time_s, range(prompt), Sampling(max_tokens=output + 1))
-          for i, (time_s, prompt, output) in enumerate(sizes)], rows
+  return prompts, outputs

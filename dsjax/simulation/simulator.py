@@ -38,8 +38,9 @@ from dsjax.analysis.record import Record
 from dsjax.analysis.recorder import Recorder
 from dsjax.config.checks import require
 from dsjax.config.request import Request
-from dsjax.scheduling import blocks, events, scheduler
+from dsjax.scheduling import blocks, events, running, scheduler
 from dsjax.scheduling.events import Arrived, Finish, Tick
+from dsjax.scheduling.running import Running
 from dsjax.simulation import executors, latency
 from dsjax.simulation.contention import Contention
 from dsjax.simulation.instance import stage_shares
@@ -123,7 +124,8 @@ def simulate(config: scheduler.Config, requests: Iterable[Request],
 def stream(config: scheduler.Config, requests: Iterable[Request],
            latencies: latency.Latency | Sequence[latency.Latency],
            link: latency.LinkLike | None = None,
-           share: str = 'pair') -> Iterator[Record]:
+           share: str = 'pair', rows: Iterable[Running] = ()
+           ) -> Iterator[Record]:
   """The records of `simulate`, each as its request ends.
 
   Memory does not grow with the number of requests: these are taken as they
@@ -132,6 +134,7 @@ def stream(config: scheduler.Config, requests: Iterable[Request],
   Args:
     requests: by arrival, with growing ids, none after another; they may go on
       for ever.
+    rows: that run already, at second 0; there are records of them too.
 
   Raises:
     InputError: as simulate; of a request once it would arrive.
@@ -139,6 +142,7 @@ def stream(config: scheduler.Config, requests: Iterable[Request],
   ended: list[Record] = []
   run = _Simulation(config, _Arrivals(_in_order(requests), config), latencies,
                     link, Recorder(on_end=ended.append), share)
+  run.begin(rows)
   while run.advance():
     if ended:
       yield from sorted(ended, key=_FINISH)
@@ -186,6 +190,12 @@ class _Simulation:
         alone.leap(run, recorder)
         run.ends_alone = not arrivals.followers
     self.ticks = _Ticks(config, self.copies.heap)
+
+  def begin(self, rows: Iterable[Running]) -> None:
+    """Puts rows on the instances, before the first event."""
+    for event, commands in running.begin(self.scheduler, rows):
+      self.recorder.observe(event, commands)
+      self.executor.perform(commands, 0.0)
 
   def advance(self) -> bool:
     """Takes it to the next event; False at the end."""
