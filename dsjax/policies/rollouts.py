@@ -39,6 +39,9 @@ GRAIN = 0.05  # of the share that a rollout must beat
 NOISE = 0.05  # of a rollout's share: a change of roles must win more
 SETTLES = 20  # times that a step is predicted from the rows that it makes
 MOST_LEN = 16  # times the mean of lengths
+QUEUED = 0.5  # of TTFT: arrivals of so long wait already
+TRIES = 3  # times that a change is played once more, each of other requests
+CUTS = 8
 DRAWN = 1000  # lengths that rows are drawn from
 TIE = 0.01  # of a share: choices so near to the best are equal
 
@@ -60,12 +63,14 @@ def rounded(load: Load) -> tuple[Load, Load, float]:
   Where lengths are rounded up the rate is lower, and the other way round."""
   lengths = [step ** round(math.log(max(value, 1e-6), step)) for value, step in
              zip(load[1:5], (STEP, STEP, CV_STEP, CV_STEP), strict=True)]
+  longest = STEP ** math.ceil(math.log(max(load.longest, 1), STEP))
   rate_per_s = load.rate_per_s * math.sqrt(
       load.prompt_len / lengths[0] * load.output_len / lengths[1])
   place = math.log(rate_per_s, STEP)
   light = math.floor(place)
-  return (Load(STEP**light, *lengths), Load(STEP**(light + 1), *lengths),
-          place - light)
+  light_load, heavy_load = [
+      Load(STEP**step, *lengths, longest=longest) for step in (light, light + 1)]
+  return light_load, heavy_load, place - light
 
 
 def settled(latency: Paced) -> Paced:
@@ -82,7 +87,7 @@ def better(policy: Policy, slo: Slo, view: View,
   Of those that are equal within TIE, the one that is furthest from missing.
   None change unless it attains more than those of now by NOISE: so nothing
   swings at a constant load. Where those of now attain all but NOISE nothing
-  else is played. A change is played once more with the load as it is.
+  else is played. A change is played TRIES times more, with the load as it is.
 
   Args:
     policy: of each step. instances: those that get roles. choices: of them.
@@ -109,9 +114,10 @@ def better(policy: Policy, slo: Slo, view: View,
       least = max(least, outcome.share - TIE)
   best = min([roles for roles in ahead if ahead[roles].share >= least],
              key=lambda roles: ahead[roles].scale, default=now)
-  if best != now and (play_load(load, best, 0.0).share
-                      <= play_load(load, now, 0.0).share + NOISE):
-    return {}
+  for seed in range(TRIES if best != now else 0):
+    share = play_load(load, now, 0.0, seed).share + NOISE
+    if play_load(load, best, share, seed).share <= share:
+      return {}
   return {i.index: role for i, role in zip(instances, best, strict=True)
           if role != i.role}
 
@@ -136,12 +142,12 @@ def between(play_load: Callable[[Load, Roles, float], Played], light: Load,
 @functools.lru_cache(maxsize=4096)
 def played(policy: Policy, slo: Slo, configs: tuple[InstanceConfig, ...],
            latencies: tuple[Latency, ...], link: LinkLike, load: Load,
-           roles: Roles, least: float) -> Played:
+           roles: Roles, least: float, seed: int = 0) -> Played:
   """What comes of these roles under the load; or of those that ended before
   it was clear that a smaller share than `least` attains."""
   token_s = settled_token_s(load, slo, latencies, roles)
-  sent = requests_like(load, slo)
-  rows = rows_like(load, token_s, [
+  sent = requests_like(load, slo, seed)
+  rows = rows_like(load, seed, token_s, [
       index for index, role in enumerate(roles) if role != 'prefill'])
   fixed = dataclasses.replace(policy, tick_s=ONCE_S, resize=functools.partial(
       _always, tuple(enumerate(roles))))
@@ -204,26 +210,27 @@ def settled_token_s(load: Load, slo: Slo, latencies: Sequence[Latency],
 
 
 @functools.lru_cache(maxsize=64)
-def requests_like(load: Load, slo: Slo) -> list[Request]:
+def requests_like(load: Load, slo: Slo, seed: int) -> list[Request]:
   """Requests at a load's rate, Poisson, with lengths of its means and
   spreads."""
   life_s = slo.ttft_s + slo.tpot_s * load.output_len
   count = int(min(max(LIVES * life_s * load.rate_per_s, LEAST), MOST))
-  rng = np.random.default_rng(0)
+  rng = np.random.default_rng([seed, 0])
   prompts, outputs = _lengths_like(load, rng, count)
-  times = np.cumsum(rng.exponential(1 / load.rate_per_s, count)).tolist()
+  times = np.maximum(0.0, np.cumsum(rng.exponential(
+      1 / load.rate_per_s, count)) - QUEUED * slo.ttft_s).tolist()
   return [Request(i, time_s, range(prompt), Sampling(max_tokens=output + 1))
           for i, (time_s, prompt, output) in enumerate(
               zip(times, prompts.tolist(), outputs.tolist(), strict=True))]
 
 
-def rows_like(load: Load, token_s: float, homes: Sequence[int]
+def rows_like(load: Load, seed: int, token_s: float, homes: Sequence[int]
               ) -> list[Running]:
   """The rows of a system that has served this load for long, in turn on the
   instances that are their homes, where a token takes token_s. One that runs at
   a random time is the likelier the longer its output is."""
   count = min(int(load.rate_per_s * token_s * load.output_len), MOST)
-  rng = np.random.default_rng(1)
+  rng = np.random.default_rng([seed, 1])
   prompts, outputs = _lengths_like(load, rng, max(DRAWN, count))
   drawn = rng.choice(len(outputs), count, p=outputs / outputs.sum())
   rows = []
@@ -239,10 +246,17 @@ def rows_like(load: Load, token_s: float, homes: Sequence[int]
 
 def _lengths_like(load: Load, rng: np.random.Generator, count: int
                   ) -> tuple[np.ndarray, np.ndarray]:
-  """Lengths of prompts and of outputs: lognormal."""
-  prompts, outputs = [
-      np.clip(np.exp(rng.normal(math.log(mean) - sigma**2 / 2, sigma, count)),
-              1, MOST_LEN * mean).astype(int)
-      for mean, sigma in ((load.prompt_len, sigma_of(load.prompt_cv)),
-                          (load.output_len, sigma_of(load.output_cv)))]
-  return prompts, outputs
+  """Lengths of prompts and of outputs: lognormal, no prompt longer than the
+  longest of the load."""
+  lengths = []
+  for mean, cv, longest in (
+      (load.prompt_len, load.prompt_cv, load.longest),
+      (load.output_len, load.output_cv, 0.0)):
+    sigma = sigma_of(cv)
+    drawn = np.exp(rng.normal(-sigma**2 / 2, sigma, count))
+    most = max(longest, mean) if longest else MOST_LEN * mean
+    scale = mean
+    for _ in range(CUTS):  # what is cut off is made up for by the others
+      scale *= mean / np.minimum(scale * drawn, most).mean()
+    lengths.append(np.clip(scale * drawn, 1, most).astype(int))
+  return lengths[0], lengths[1]

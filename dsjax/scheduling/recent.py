@@ -34,6 +34,7 @@ class Load(NamedTuple):
       1 before there are enough.
     lives: how many times as many tokens as those outputs that run will have,
       those have that ended: the larger, the better outputs are known.
+    longest: tokens of the longest of these prompts; 0 before the first.
   """
 
   rate_per_s: float
@@ -42,6 +43,7 @@ class Load(NamedTuple):
   prompt_cv: float = 1.0
   output_cv: float = 1.0
   lives: float = 0.0
+  longest: float = 0.0
 
 
 class Cohort(NamedTuple):
@@ -50,7 +52,7 @@ class Cohort(NamedTuple):
 
   place: of it, counts from 0. time_s: when the first of them arrived; 0 of
   those that ended. number: how many. tokens, squares: of their prompts, or of
-  what they generated, the sum of them and of their squares.
+  what they generated, the sum of them and of their squares, and the longest.
   """
 
   place: int
@@ -58,6 +60,7 @@ class Cohort(NamedTuple):
   number: int = 0
   tokens: int = 0
   squares: int = 0
+  longest: int = 0
 
 
 class Recent:
@@ -98,7 +101,8 @@ class Recent:
     output_len, output_cv = _lengths(ended, running)
     tokens = sum([cohort.tokens for cohort in ended])
     return Load(_rate_per_s(prompts, time_s), prompt_len, output_len, prompt_cv,
-                output_cv, tokens / max(1, 2 * sum(running)))
+                output_cv, tokens / max(1, 2 * sum(running)),
+                max([cohort.longest for cohort in prompts], default=0))
 
   def _outputs(self, rows: Sequence[tuple[int, int]]
                ) -> tuple[list[Cohort], list[int]]:
@@ -128,7 +132,7 @@ def _added(cohorts: Any, order: int, time_s: float, tokens: int
   known = cohorts.get(place) or Cohort(place, time_s)
   cohorts[place] = Cohort(
       place, known.time_s, known.number + 1, known.tokens + tokens,
-      known.squares + tokens * tokens)
+      known.squares + tokens * tokens, max(known.longest, tokens))
   if len(cohorts) > COHORTS:
     del cohorts[min(cohorts)]
   return cohorts
