@@ -91,11 +91,8 @@ def _per_step(slo: Slo, margin: float) -> Policy:
   def batch(view: View, instance: InstanceView) -> PrefillBudget:
     most = instance.config.prefill_tokens
     if not instance.num_rows:
-      if has_room(view, aim_s) or not any([i.num_rows for i in view.decodes]):
-        return PrefillBudget(most)
-      timely = timely_tokens(view, instance, slo, any(
-          [i.prefills for i in view.decodes]))
-      return PrefillBudget(min(most, timely))
+      return PrefillBudget(most if has_room(view, aim_s) else min(
+          most, timely_tokens(view, instance, slo)))
     tokens = allowed(view, instance)
     if tokens < LEAST:
       prompts = (*instance.prefilling(), *instance.waiting(1))
@@ -116,8 +113,7 @@ def _per_step(slo: Slo, margin: float) -> Policy:
       than a queue: all instances that have some are predicted alike."""
       alone_s = queue_s(instance) + prefill_s(instance, request)
       steps = (instance.backlog + request.prompt_len) / tokens
-      return max(alone_s, steps * aim_s(instance)) if instance.num_rows else (
-          alone_s)
+      return max(alone_s, steps * aim_s(instance) * bool(instance.num_rows))
 
     return min(view.prefills,
                key=lambda i: (done_s(i), i.residents, i.index)).index

@@ -30,10 +30,10 @@ from dsjax.scheduling.policy import InstanceView, Policy, RequestView, View
 
 MOST_WAIT = 100.0  # times TTFT
 SHARE = 1 / 32  # of what is served, that has waited for so long
-APART = 0.5
+APART = 0.5  # of a step without prompts
 LEAST = 16  # tokens of a step: where none may go now, some soon may
-by_order = operator.attrgetter('order')
 MOST = 256  # requests that may attain; those behind them keep their order
+ORDER = operator.attrgetter('order')
 
 
 def due_s(request: RequestView, slo: Slo) -> float:
@@ -47,18 +47,17 @@ def due_s(request: RequestView, slo: Slo) -> float:
       request.prompt_len - request.input_len)
 
 
-def timely_tokens(view: View, instance: InstanceView, slo: Slo, waiting: bool
-                  ) -> int:
-  """Tokens of the prompts there that have begun; where waiting, also of those
-  that wait and may still be on time, or have waited so long that they may take
-  their turn."""
-  most_wait_s = MOST_WAIT * slo.ttft_s
-  begun = sum([request.stop - request.done
-               for request in instance.prefilling()])
+def timely_tokens(view: View, instance: InstanceView, slo: Slo) -> int:
+  """Tokens of the prompts there that have begun; where an instance both
+  prefills and decodes also of those that wait and may still be on time, or
+  have waited so long that they may take their turn."""
+  begun = sum([r.stop - r.done for r in instance.prefilling()])
+  waiting = (instance.waiting() if any([i.prefills for i in view.decodes])
+             else ())
   return begun + sum([
-      request.stop for request in (instance.waiting() if waiting else ())
+      request.stop for request in waiting
       if view.time_s <= due_s(request, slo)
-      or view.time_s - request.arrival_s > most_wait_s])
+      or view.time_s - request.arrival_s > MOST_WAIT * slo.ttft_s])
 
 
 def punctual_tokens(view: View, instance: InstanceView, slo: Slo) -> int:
@@ -136,8 +135,8 @@ def with_deadlines(policy: Policy, slo: Slo, most_wait: float = MOST_WAIT
         late.append(longest)
     on_time = [request for *_, request in sorted(
         [(due, order, request) for _, order, due, request in timely])]
-    aged.sort(key=by_order)
-    late.sort(key=by_order)
+    aged.sort(key=ORDER)
+    late.sort(key=ORDER)
     turns = 1 if aged and few(view) else 0
     return [*aged[:turns], *on_time, *rest, *aged[turns:], *late]
 

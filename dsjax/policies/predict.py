@@ -61,9 +61,11 @@ def decode_s(instance: InstanceView, rows: int = 0, tokens: int = 0) -> float:
 
 
 def has_room(view: View, most_s: Callable[[InstanceView], float]) -> bool:
-  """Whether an instance has steps within most_s(instance), with a row more."""
+  """Whether an instance has steps within most_s(instance), with a row more, or
+  there are no rows."""
   return any([decode_s(i, 1) + i.latency.host_s <= most_s(i)
-              for i in view.decodes])
+              for i in view.decodes]) or not any(
+                  [i.num_rows for i in view.decodes])
 
 
 def rest_s(view: View, instance: InstanceView, request: RequestView) -> float:

@@ -68,9 +68,9 @@ def rounded(load: Load) -> tuple[Load, Load, float]:
       load.prompt_len / lengths[0] * load.output_len / lengths[1])
   place = math.log(rate_per_s, STEP)
   light = math.floor(place)
-  light_load, heavy_load = [
-      Load(STEP**step, *lengths, longest=longest) for step in (light, light + 1)]
-  return light_load, heavy_load, place - light
+  lighter, heavier = [Load(STEP**step, *lengths, longest=longest)
+                      for step in (light, light + 1)]
+  return lighter, heavier, place - light
 
 
 def settled(latency: Paced) -> Paced:

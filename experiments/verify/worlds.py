@@ -283,6 +283,9 @@ class Rules:
   def _moving(self, now):
     """Progress: everything that can go on does, with what is there."""
     up = {'prefill': False, 'decode': False}
+    # A policy may hold prompts back while something runs that will end.
+    held_back = self.config.policy.says_not_yet and any(
+        [inst.inflight for inst in now.instances])
     for i, inst in enumerate(now.instances):
       config = self.config.instances[i]
       takes_work = inst.status in ('up', 'draining')
@@ -302,7 +305,7 @@ class Rules:
            'instance {}: a stream has the place of what waits', i)
       if not inst.inflight:
         need(not (inst.rows or inst.prefilling), 'instance {} stalled', i)
-        need(inst.residents or not busy or copying,
+        need(inst.residents or not busy or copying or held_back,
              'instance {} admits nothing', i)
     for id in now.waiting:
       kind = 'prefill' if now.seqs[id].stage == 'queued' else 'decode'
