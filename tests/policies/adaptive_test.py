@@ -116,7 +116,7 @@ def test_adaptive_keeps_back_a_share_of_what_prompts_may_take(tpot_s):
   instance = types.SimpleNamespace(
       config=dataclasses.replace(INSTANCE, prefill_tokens=30_000), num_rows=1,
       turn_rows=1, context=0, role='chunked', rows=lambda: (row,),
-      prefilling=lambda: (),
+      prefilling=lambda: (), waiting=lambda most: (),
       latency=latency.Affine((0.01, 1e-6, 0.0), (0.01, 0.0, 1e-6),
                              mixed=(0.01, 1e-6, 0.0, 0.0)))
   tokens = named('adaptive', Slo(1.0, tpot_s)).batch(
@@ -169,8 +169,9 @@ def _step(rows, waited_s, role='chunked', now_s=100.0):
       rows=lambda: [types.SimpleNamespace(
           num_out=tokens, first_s=now_s + saved_s - tokens * SLO.tpot_s)
           for tokens, saved_s in rows],
-      prefilling=lambda: (), waiting=lambda most: (types.SimpleNamespace(
-          arrival_s=now_s - waited_s),))
+      prefilling=lambda: (), hit_tokens=lambda request: 0,
+      waiting=lambda most: (types.SimpleNamespace(
+          arrival_s=now_s - waited_s, first_s=None, done=0, stop=496),))
   return named('adaptive', SLO).batch(
       types.SimpleNamespace(time_s=now_s, load=Load(1.0, 100.0, 100.0)),
       instance).tokens
@@ -183,8 +184,9 @@ AGED_S = 101 * SLO.ttft_s
     ([(50, 0.9)], 0.1, 496),  # the row has saved a lot
     ([(50, 0.9), (1, 0.0)], 0.1, 0),  # one that has just begun: nothing
     ([(50, 0.9), (1, 0.0)], AGED_S, 496),  # it makes up for one step
-    ([(50, -0.3), (1, 0.0)], AGED_S, 0),  # nothing is saved
-    ([(50, -0.3), (1, 0.0)], 4 * AGED_S, adaptive.LEAST)])
+    ([(50, -0.05), (1, 0.0)], AGED_S, 0),  # nothing is saved
+    ([(50, -0.05), (1, 0.0)], 4 * AGED_S, adaptive.LEAST),
+    ([(50, -0.3), (50, 0.9)], 0.1, 496)])  # one that will miss holds up none
 def test_an_old_prompt_takes_what_rows_that_have_run_for_some_time_have_saved(
     rows, waited_s, tokens):
   assert _step(rows, waited_s) == tokens
@@ -198,14 +200,17 @@ def test_rows_of_a_colocated_instance_lend_what_nearly_all_will_save():
   assert least_output(Load(1.0, 100.0, 100.0)) == pytest.approx(18, rel=0.02)
 
 
-@pytest.mark.parametrize('rows, tokens', [
-    (10, 512),  # there is room for their rows: the late one goes as well
-    (200, 130)])  # there is none: what has begun, is on time, or is very old
-def test_late_prompts_wait_while_rows_have_no_room(rows, tokens):
+@pytest.mark.parametrize('rows, mixes, tokens', [
+    (0, False, 512), (10, False, 512),  # there is room for their rows
+    (200, True, 130),  # none: what has begun, is on time, or is very old
+    (200, False, 100)])  # on time it may be later, too: what has begun
+def test_prompts_wait_while_rows_have_no_room(rows, mixes, tokens):
   steps = latency.Affine((0.01, 1e-4, 0.0), (0.01, 0.0, 1e-4), host_s=0.001)
   decodes = types.SimpleNamespace(
-      latency=steps, num_rows=rows, context=0, pulls=lambda: ())
-  waiting = [types.SimpleNamespace(arrival_s=100 - waited_s, stop=size)
+      latency=steps, num_rows=rows, context=0, pulls=lambda: (),
+      prefills=mixes)
+  waiting = [types.SimpleNamespace(
+      arrival_s=100 - waited_s, stop=size, first_s=None)
              for waited_s, size in ((AGED_S, 10), (0.3, 400), (0.1, 20))]
   instance = types.SimpleNamespace(
       latency=steps, role='prefill', num_rows=0, config=dataclasses.replace(

@@ -31,7 +31,7 @@ def test_deadlines_find_who_is_on_time_behind_hundreds_that_are_late():
       load_s=lambda tokens: 0.0)
   waiting = [types.SimpleNamespace(
       order=i, arrival_s=0.0 if i < 300 else 0.95, stage='queued', done=0,
-      prompt_len=100) for i in range(302)]
+      first_s=None, prompt_len=100) for i in range(302)]
   answer = order(types.SimpleNamespace(time_s=1.0), instance, waiting)
   assert [r.order for r in answer] == [300, 301, *range(300)]
 
@@ -74,7 +74,8 @@ def test_deadlines_know_what_rows_leave_of_a_step(rows, expected):
       hits=lambda request: (0, 0), hit_tokens=lambda request: 0,
       prefilling=lambda: ())
   waiting = [types.SimpleNamespace(
-      order=n, arrival_s=1.0, stage='queued', done=0, prompt_len=tokens)
+      order=n, arrival_s=1.0, stage='queued', done=0, first_s=None,
+      prompt_len=tokens)
       for n, tokens in enumerate((400, 100, 100))]
   order = with_deadlines(policy, Slo(0.2, 1.0)).order
   answer = order(types.SimpleNamespace(time_s=1.0), instance, waiting)

@@ -14,12 +14,15 @@ from dsjax.simulation import simulator
 from tests.common.policy_runs import INSTANCE, LINK, SLO, STEP
 
 
+LOAD, ROLES = 5, 6  # places of them in the arguments of rollouts.played
+
+
 def choice(monkeypatch, known, lives=2.0):
   """What two that mix become where rollouts tell {roles: (share, scale)}, and
   what was played."""
   played = []
   monkeypatch.setattr(rollouts, 'played', lambda *args: (
-      played.append(args[-2]), rollouts.Played(*known[args[-2]]))[1])
+      played.append(args[ROLES]), rollouts.Played(*known[args[ROLES]]))[1])
   instances = [types.SimpleNamespace(
       index=index, role='chunked', config=INSTANCE, latency=Paced(STEP))
       for index in (0, 1)]
@@ -78,8 +81,8 @@ def test_a_rollout_ends_once_it_cannot_win(monkeypatch):
   """And tells the same as one that is played to its end, where it can."""
   seen = []
 
-  def stream(*args):
-    for record in simulator.stream(*args):
+  def stream(*args, rows):
+    for record in simulator.stream(*args, rows=rows):
       seen.append(record)
       yield record
 
@@ -103,54 +106,72 @@ def test_a_rollout_tells_how_near_its_requests_came():
 
 def test_a_rollout_begins_with_the_rows_of_a_full_system(monkeypatch):
   """So it tells what comes of a load in the long run, not of its start."""
-  load = Load(7.0, 300.0, 300.0)
-  sent, rows = rollouts.requests_like(load, SLO, SLO.tpot_s)
-  assert rows == int(7.0 * 300 * SLO.tpot_s) == 46
-  assert {(r.arrival_s, len(r.prompt)) for r in sent[:rows]} == {(0.0, 1)}
-  left, whole = (sum(r.sampling.max_tokens for r in part) / len(part)
-                 for part in (sent[:rows], sent[rows:]))
-  assert 0.6 * whole < left < 1.3 * whole
+  load = Load(4.0, 300.0, 300.0)
+  rows = rollouts.rows_like(load, 0, 2 * SLO.tpot_s, [1, 2])
+  assert len(rows) == int(4.0 * 300 * 2 * SLO.tpot_s) == 52
+  assert [row.instance for row in rows] == [1, 2] * 26
+  assert min(row.id for row in rows) >= rollouts.MOST
+  so_far, more, prompt_len = (
+      sum(getattr(row, name) for row in rows) / len(rows)
+      for name in ('so_far', 'more', 'prompt_len'))
+  # Of lengths whose cv is 1 the mean of those that run at a time is twice that
+  # of all, and half of it is over.
+  assert 180 < so_far < 450 and 180 < more < 450 and 200 < prompt_len < 450
+  assert all(row.first_s == -row.so_far * 2 * SLO.tpot_s for row in rows)
   full = played(('chunked',) * 2, 0.0, load)
   rollouts.played.cache_clear()
-  monkeypatch.setattr(rollouts, 'requests_like',
-                      lambda *args: (sent[rows:], 0))
+  monkeypatch.setattr(rollouts, 'rows_like', lambda *args: [])
   assert played(('chunked',) * 2, 0.0, load).share > full.share + 0.03
+
+
+def test_some_of_the_requests_of_a_rollout_wait_already():
+  sent = rollouts.requests_like(LENGTHS, SLO, 0)
+  at_once = [r for r in sent if r.arrival_s == 0]
+  assert len(at_once) == pytest.approx(
+      8.0 * rollouts.QUEUED * SLO.ttft_s, abs=3)
+  assert [r.arrival_s for r in sent] == sorted([r.arrival_s for r in sent])
+  assert sent != rollouts.requests_like(LENGTHS, SLO, 1)
 
 
 def test_requests_that_run_for_too_long_have_missed_in_a_rollout(monkeypatch):
   """So one of slow rows ends before they do."""
   seen = []
 
-  def stream(*args):
-    for record in simulator.stream(*args):
+  def stream(*args, rows):
+    for record in simulator.stream(*args, rows=rows):
       seen.append(record.id)
       yield record
 
   monkeypatch.setattr(rollouts, 'simulator', types.SimpleNamespace(
       stream=stream))
   load = Load(20.0, 300.0, 300.0)
-  sent, rows = rollouts.requests_like(load, SLO, SLO.tpot_s)
-  counted = (len(sent) - rows) * 4 // 5
-  first = len(sent) - counted
+  count = len(rollouts.requests_like(load, SLO, 0))
+  first = count // 5
   assert played(('prefill', 'decode'), 0.5, load).share < 0.5
-  assert sum(id >= first for id in seen) < 0.5 * counted
+  assert sum(first <= id < count for id in seen) < 0.5 * (count - first)
 
 
-def test_a_change_is_played_with_the_load_as_it_is(monkeypatch):
-  """What is better under the rounded load only is not taken."""
+@pytest.mark.parametrize('exact, flips', [
+    ([.89] * 3, False), ([.91] * 3, True), ([.91, .91, .89], False)])
+def test_a_change_is_played_with_the_load_as_it_is(exact, flips, monkeypatch):
+  """What is better under the rounded load only is not taken, nor what is
+  better with some requests only."""
   now, other = ('chunked',) * 2, ('prefill', 'decode')
   load = Load(9.0, 100.0, 50.0, lives=2.0)
-  shares = {(True, now): .8, (True, other): .9, (False, now): .85}
-  for exact, flips in ((.89, False), (.91, True)):
-    known = {**shares, (False, other): exact}
-    monkeypatch.setattr(rollouts, 'played', lambda *args, known=known: (
-        rollouts.Played(known[args[-3] != load, args[-2]], .9)))
-    instances = [types.SimpleNamespace(
-        index=index, role='chunked', config=INSTANCE, latency=Paced(STEP))
-        for index in (0, 1)]
-    view = types.SimpleNamespace(load=load, link=LINK)
-    answer = rollouts.better(DISTSERVE, SLO, view, instances, [now, other])
-    assert answer == ({0: 'prefill', 1: 'decode'} if flips else {})
+
+  def tell(*args):
+    of_now = args[ROLES] == now
+    if args[LOAD] != load:
+      return rollouts.Played(.8 if of_now else .9, .9)
+    return rollouts.Played(.85 if of_now else exact[args[-1]], .9)
+
+  monkeypatch.setattr(rollouts, 'played', tell)
+  instances = [types.SimpleNamespace(
+      index=index, role='chunked', config=INSTANCE, latency=Paced(STEP))
+      for index in (0, 1)]
+  view = types.SimpleNamespace(load=load, link=LINK)
+  answer = rollouts.better(DISTSERVE, SLO, view, instances, [now, other])
+  assert answer == ({0: 'prefill', 1: 'decode'} if flips else {})
 
 
 def test_a_load_is_between_two_so_that_little_changes_ask_nothing_new():
@@ -188,13 +209,23 @@ def test_what_comes_of_a_load_is_between_what_comes_of_two(weight, share):
 
 @pytest.mark.parametrize('cv', [0.2, 1.0, 2.0])
 def test_lengths_of_a_rollout_have_the_mean_and_the_spread_of_the_load(cv):
-  sent, rows = rollouts.requests_like(
-      Load(50.0, 400.0, 400.0, cv, cv), SLO, SLO.tpot_s)
-  for lengths in ([len(r.prompt) for r in sent[rows:]],
-                  [r.sampling.max_tokens for r in sent[rows:]]):
+  sent = rollouts.requests_like(Load(50.0, 400.0, 400.0, cv, cv), SLO, 0)
+  for lengths in ([len(r.prompt) for r in sent],
+                  [r.sampling.max_tokens for r in sent]):
     assert statistics.mean(lengths) == pytest.approx(400, rel=0.25)
     assert (statistics.pstdev(lengths) / statistics.mean(lengths)
             == pytest.approx(cv, rel=0.3))
+
+
+@pytest.mark.parametrize('longest', [400, 500, 2000])
+def test_no_prompt_of_a_rollout_is_longer_than_those_of_the_load(longest):
+  """The others are longer for it, so that the mean is that of the load."""
+  load = Load(50.0, 400.0, 400.0, 1.0, 1.0, longest=longest)
+  lengths = [len(r.prompt) for r in rollouts.requests_like(load, SLO, 0)]
+  assert max(lengths) <= longest
+  assert statistics.mean(lengths) == pytest.approx(400, rel=0.1)
+  lighter, heavier, _ = rounded(load)
+  assert longest <= lighter.longest == heavier.longest <= 1.16 * longest
 
 
 @pytest.mark.parametrize('rate, rows', [(1.0, 3), (6.0, 39)])
