@@ -26,9 +26,9 @@ from dsjax.policies.predict import sigma_of
 from dsjax.policies.static import ONCE_S
 from dsjax.scheduling.pace import Paced
 from dsjax.scheduling.policy import InstanceView, Load, Policy, View
-from dsjax.scheduling.running import Running
 from dsjax.scheduling.state import Config
 from dsjax.simulation import simulator
+from dsjax.simulation.running import Running
 
 STEP = 1.15
 CV_STEP = 1.5  # of the spread of outputs, which is known less well

@@ -38,12 +38,12 @@ from dsjax.analysis.record import Record
 from dsjax.analysis.recorder import Recorder
 from dsjax.config.checks import require
 from dsjax.config.request import Request
-from dsjax.scheduling import blocks, events, running, scheduler
+from dsjax.scheduling import blocks, events, scheduler
 from dsjax.scheduling.events import Arrived, Finish, Tick
-from dsjax.scheduling.running import Running
-from dsjax.simulation import executors, latency
+from dsjax.simulation import executors, latency, running
 from dsjax.simulation.contention import Contention
 from dsjax.simulation.instance import stage_shares
+from dsjax.simulation.running import Running
 
 LEAST_TICK_S = 1e-3  # else there are ticks and nothing else
 IDLE_TICKS = 1000

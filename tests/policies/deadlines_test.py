@@ -9,11 +9,11 @@ from dsjax.config.engine import InstanceConfig
 from dsjax.config.placement import Slo
 from dsjax.config.request import Request, Sampling
 from dsjax.placement.api import simulate
-from dsjax.policies.deadlines import with_deadlines
+from dsjax.policies.deadlines import due_s, punctual_tokens, with_deadlines
 from dsjax.policies.named import named
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.policy import DISTSERVE, PrefillBudget
-from dsjax.simulation import simulator
+from dsjax.simulation import latency, simulator
 from tests.common.policy_runs import SLO, STEP, attainment
 
 
@@ -80,6 +80,67 @@ def test_deadlines_know_what_rows_leave_of_a_step(rows, expected):
   order = with_deadlines(policy, Slo(0.2, 1.0)).order
   answer = order(types.SimpleNamespace(time_s=1.0), instance, waiting)
   assert [r.order for r in answer] == expected
+
+
+def request_of(age_s, **changes):
+  """One of 100 tokens that waits at 1,000 s, so old."""
+  fields = dict(order=0, arrival_s=1000.0 - age_s, stage='queued', done=0,
+                stop=100, first_s=None, input_len=100, prompt_len=100)
+  return types.SimpleNamespace(**fields | changes)
+
+
+@pytest.mark.parametrize('first_s, emitted, due', [
+    (None, 0, 992.0),  # when its first token must be there
+    (991.5, 40, 995.5),  # a preempted one: when its 41st must
+    (993.0, 40, -float('inf'))])  # that was late already
+def test_a_preempted_request_is_due_when_its_next_token_is(
+    first_s, emitted, due):
+  request = request_of(10, first_s=first_s, prompt_len=100 + emitted)
+  assert due_s(request, Slo(2.0, 0.1)) == pytest.approx(due)
+
+
+def test_a_preempted_request_that_is_on_time_goes_before_what_is_late():
+  order = with_deadlines(DISTSERVE, Slo(2.0, 0.1)).order
+  waiting = [request_of(10, order=0), request_of(
+      9, order=1, first_s=992.0, prompt_len=190),
+      request_of(0.5, order=2), request_of(9, order=3, first_s=992.0,
+                                           prompt_len=170)]
+  instance = types.SimpleNamespace(
+      latency=STEP, turn_rows=0, hits=lambda request: (0, 0),
+      load_s=lambda tokens: 0.0)
+  view = types.SimpleNamespace(time_s=1000.0)
+  # Due at 992, 1001, 1001.5 and 999.
+  assert [r.order for r in order(view, instance, waiting)] == [1, 2, 0, 3]
+
+
+@pytest.mark.parametrize('ages, tokens', [
+    ((0.1,), 128), ((0.1, 0.1), 128),  # what is left of TTFT takes 128 tokens
+    ((0.17,), 100), ((0.17, 0.1), 100),  # the first one is late in any case
+    ((0.3,), 512), ((), 512), ((0.3, 0.1), 128)])  # late ones wait for nobody
+def test_a_step_leaves_the_prompt_that_is_due_first_on_time(ages, tokens):
+  """Prompts of 100 tokens, a millisecond each."""
+  assert punctual(ages, token_s=1e-3) == tokens
+
+
+def test_prompts_go_together_where_that_costs_less_than_a_step_of_rows():
+  """One more step takes 10 ms, and half of that is what two prompts take."""
+  assert punctual((0.19, 0.1, 0.1), token_s=2e-5) == 300
+  assert punctual((0.19, 0.1, 0.1), token_s=3e-5) == 100
+
+
+def punctual(ages, token_s):
+  """Tokens of the next step where prompts of these ages wait beside a row;
+  TTFT is .25 s, or .2 where steps are short."""
+  row_s = 0.01
+  steps = latency.Affine((row_s, token_s, 0.0), (row_s, 0.0, 0.0),
+                         mixed=(row_s, token_s, 0.0, 0.0))
+  instance = types.SimpleNamespace(
+      latency=steps, turn_rows=1, context=100, prefilling=lambda: (),
+      config=InstanceConfig('flexible', 400, 16, 16, 512, 16),
+      hit_tokens=lambda request: 0,
+      waiting=lambda most: [request_of(age_s) for age_s in ages])
+  slo = Slo(0.25 if token_s == 1e-3 else 0.2, 0.1)
+  return punctual_tokens(types.SimpleNamespace(time_s=1000.0), instance, slo)
 
 
 def test_deadlines_hold_where_more_comes_than_can_attain():

@@ -13,7 +13,6 @@ from dsjax.scheduling.policy import DISTSERVE, Load
 from dsjax.simulation import simulator
 from tests.common.policy_runs import INSTANCE, LINK, SLO, STEP
 
-
 LOAD, ROLES = 5, 6  # places of them in the arguments of rollouts.played
 
 

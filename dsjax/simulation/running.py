@@ -7,6 +7,7 @@ output. To fill an empty one takes as long as the longest outputs.
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from dsjax.config.checks import require
 from dsjax.scheduling import page_pool, prefix_cache, residents
 from dsjax.scheduling.events import Arrived, Command, Event, Migrated
 from dsjax.scheduling.live import LiveSeq
@@ -37,6 +38,9 @@ def begin(run: Any, rows: Iterable[Running]
   Returns:
     (event, commands) of each, an Arrived that commands nothing, and a
     Migrated at second 0.
+
+  Raises:
+    InputError: one cannot be a row of its instance.
   """
   placed = [row for row in rows if _place(run, row)]
   for row in placed:  # at its source too, which its hand-off gives back
@@ -52,6 +56,13 @@ def begin(run: Any, rows: Iterable[Running]
 
 def _place(run: Any, row: Running) -> bool:
   """Whether a request has pages, for its KV and for its next token."""
+  decoders = [inst.index for inst in run.decoders]
+  require(row.instance in decoders, 'Running.instance', row.instance,
+          f'one of {decoders}, those that decode')
+  tokens = row.prompt_len, row.so_far, row.more
+  require(min(tokens) >= 1 and sum(tokens) <= run.config.max_len, 'Running',
+          row, f'of 1 token or more each, {run.config.max_len} at most in all')
+  require(row.id not in run.seqs, 'Running.id', row.id, 'of no other row')
   inst = run.instances[row.instance]
   known = row.prompt_len + row.so_far - 1
   pages = page_pool.pages_for(known + 1, inst.page_size)
