@@ -25,7 +25,8 @@ def test_rows_that_run_already_by_hand():
 def test_what_runs_already_is_sound_and_leaves_nothing():
   config = plan(('flexible',) * 2, num_pages=40)
   run = scheduler.Run(config, scheduler.init(config))
-  told = begin(run, [ROW._replace(id=n, instance=n % 2, more=40) for n in range(6)])
+  told = begin(run, [ROW._replace(id=n, instance=n % 2, more=40)
+                     for n in range(6)])
   scheduler.check(run.freeze())
   assert {e.id for e, _ in told} == set(range(6)) and run.commands
   assert [i.residents for i in run.instances] == [3, 3]
