@@ -63,12 +63,13 @@ def rounded(load: Load) -> tuple[Load, Load, float]:
   Where lengths are rounded up the rate is lower, and the other way round."""
   lengths = [step ** round(math.log(max(value, 1e-6), step)) for value, step in
              zip(load[1:5], (STEP, STEP, CV_STEP, CV_STEP), strict=True)]
-  longest = STEP ** math.ceil(math.log(max(load.longest, 1), STEP))
+  longest = math.ceil(STEP ** math.ceil(
+      math.log(max(load.longest_prompt, 1), STEP)))
   rate_per_s = load.rate_per_s * math.sqrt(
       load.prompt_len / lengths[0] * load.output_len / lengths[1])
   place = math.log(rate_per_s, STEP)
   light = math.floor(place)
-  lighter, heavier = [Load(STEP**step, *lengths, longest=longest)
+  lighter, heavier = [Load(STEP**step, *lengths, longest_prompt=longest)
                       for step in (light, light + 1)]
   return lighter, heavier, place - light
 
@@ -250,8 +251,8 @@ def _lengths_like(load: Load, rng: np.random.Generator, count: int
   longest of the load."""
   lengths = []
   for mean, cv, longest in (
-      (load.prompt_len, load.prompt_cv, load.longest),
-      (load.output_len, load.output_cv, 0.0)):
+      (load.prompt_len, load.prompt_cv, load.longest_prompt),
+      (load.output_len, load.output_cv, 0)):
     sigma = sigma_of(cv)
     drawn = np.exp(rng.normal(-sigma**2 / 2, sigma, count))
     most = max(longest, mean) if longest else MOST_LEN * mean

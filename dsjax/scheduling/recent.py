@@ -34,7 +34,7 @@ class Load(NamedTuple):
       1 before there are enough.
     lives: how many times as many tokens as those outputs that run will have,
       those have that ended: the larger, the better outputs are known.
-    longest: tokens of the longest of these prompts; 0 before the first.
+    longest_prompt: tokens, of these prompts; 0 before the first.
   """
 
   rate_per_s: float
@@ -43,7 +43,7 @@ class Load(NamedTuple):
   prompt_cv: float = 1.0
   output_cv: float = 1.0
   lives: float = 0.0
-  longest: float = 0.0
+  longest_prompt: int = 0
 
 
 class Cohort(NamedTuple):

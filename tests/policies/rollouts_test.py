@@ -219,12 +219,13 @@ def test_lengths_of_a_rollout_have_the_mean_and_the_spread_of_the_load(cv):
 @pytest.mark.parametrize('longest', [400, 500, 2000])
 def test_no_prompt_of_a_rollout_is_longer_than_those_of_the_load(longest):
   """The others are longer for it, so that the mean is that of the load."""
-  load = Load(50.0, 400.0, 400.0, 1.0, 1.0, longest=longest)
+  load = Load(50.0, 400.0, 400.0, 1.0, 1.0, longest_prompt=longest)
   lengths = [len(r.prompt) for r in rollouts.requests_like(load, SLO, 0)]
   assert max(lengths) <= longest
   assert statistics.mean(lengths) == pytest.approx(400, rel=0.1)
   lighter, heavier, _ = rounded(load)
-  assert longest <= lighter.longest == heavier.longest <= 1.16 * longest
+  assert lighter.longest_prompt == heavier.longest_prompt
+  assert longest <= lighter.longest_prompt <= 1.16 * longest
 
 
 @pytest.mark.parametrize('rate, rows', [(1.0, 3), (6.0, 39)])

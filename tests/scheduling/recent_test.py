@@ -150,3 +150,12 @@ def test_before_the_second_request_there_is_no_rate():
   assert recent.load(1.0, []).rate_per_s == 0
   recent.add_arrived(0, 1.0, 5)
   assert recent.load(1.0, []).rate_per_s == 0
+
+
+def test_the_longest_prompt_is_that_of_the_newest():
+  """Not of those that came before the load shifted."""
+  recent = Recent((), ())
+  assert recent.load(0.0, ()).longest_prompt == 0
+  for n in range(20 * COHORT):
+    recent.add_arrived(n, float(n), 5000 if n < 10 * COHORT else 100 + n % 7)
+  assert recent.load(20.0 * COHORT, ()).longest_prompt == 106
