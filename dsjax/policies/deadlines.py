@@ -62,24 +62,27 @@ def timely_tokens(view: View, instance: InstanceView, slo: Slo) -> int:
 
 def punctual_tokens(view: View, instance: InstanceView, slo: Slo) -> int:
   """Tokens of a step that leaves the prompt that is due first on time, those
-  of that prompt at least. All that are on time go together where those left
-  out take less than APART of a step without prompts, which the next step costs
-  them."""
-  dues = sorted([(due, request.stop - (request.done
-                                       or instance.hit_tokens(request)))
-                 for request in (*instance.prefilling(),
-                                 *instance.waiting(LISTED))
-                 if (due := due_s(request, slo)) >= view.time_s])
-  if not dues:
+  of that prompt at least.
+
+  Each step more costs one of the rows. So all that are on time go together
+  where a prompt takes less than a step of the rows, on average, or where what
+  would be left out takes less than APART of one.
+  """
+  timely = sorted([(due, request.stop, request.stop - (
+      request.done or instance.hit_tokens(request)))
+      for request in (*instance.prefilling(), *instance.waiting(LISTED))
+      if (due := due_s(request, slo)) >= view.time_s])
+  if not timely:
     return instance.config.prefill_tokens
-  first_s, tokens = dues[0]
+  first_s, _, tokens = timely[0]
   tokens = max(tokens, prompt_tokens(instance, first_s - view.time_s))
-  together = sum([count for _, count in dues])
+  together = sum([count for *_, count in timely])
   seconds_of = mixed_time(instance)
-  if together > tokens and (seconds_of(together) - seconds_of(tokens)
-                            < APART * seconds_of(0)):
-    return together
-  return tokens
+  mean = sum([stop for _, stop, _ in timely]) // len(timely)
+  left_s = seconds_of(together) - seconds_of(tokens)
+  rows_s = seconds_of(0)
+  apart = left_s > APART * rows_s and seconds_of(mean) > 2 * rows_s
+  return tokens if apart else max(tokens, together)
 
 
 def with_deadlines(policy: Policy, slo: Slo, most_wait: float = MOST_WAIT

@@ -122,10 +122,14 @@ def test_a_step_leaves_the_prompt_that_is_due_first_on_time(ages, tokens):
   assert punctual(ages, token_s=1e-3) == tokens
 
 
-def test_prompts_go_together_where_that_costs_less_than_a_step_of_rows():
-  """One more step takes 10 ms, and half of that is what two prompts take."""
-  assert punctual((0.19, 0.1, 0.1), token_s=2e-5) == 300
-  assert punctual((0.19, 0.1, 0.1), token_s=3e-5) == 100
+@pytest.mark.parametrize('ages, token_s, tokens', [
+    # A prompt takes 9 ms, a step of the rows 10; one is left out, or two.
+    ((0.19, 0.1), 9e-5, 200), ((0.19, 0.1, 0.1), 9e-5, 300),
+    # It takes 11 ms, and what is left out of two 4.4 ms, or 7.9 ms.
+    ((0.1715, 0.1), 1.1e-4, 200), ((0.175, 0.1), 1.1e-4, 128)])
+def test_prompts_go_together_where_that_costs_less_than_a_step_of_rows(
+    ages, token_s, tokens):
+  assert punctual(ages, token_s) == tokens
 
 
 def punctual(ages, token_s):
