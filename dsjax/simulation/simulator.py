@@ -193,9 +193,11 @@ class _Simulation:
 
   def begin(self, rows: Iterable[Running]) -> None:
     """Puts rows on the instances, before the first event."""
-    for event, commands in running.begin(self.scheduler, rows):
+    told = running.begin(self.scheduler, rows)
+    for event, commands in told:
       self.recorder.observe(event, commands)
-      self.executor.perform(commands, 0.0)
+    # At once: the scheduler has all of them in flight already.
+    self.executor.perform([c for _, commands in told for c in commands], 0.0)
 
   def advance(self) -> bool:
     """Takes it to the next event; False at the end."""
