@@ -74,6 +74,12 @@ def test_rows_that_cannot_be_are_refused(changes, named):
                           rows=[ROW, ROW]))
 
 
+def test_no_request_has_the_id_of_a_row():
+  with pytest.raises(InputError, match=r'Request\.id=0: must be of no row'):
+    list(simulator.stream(plan(PD), requests((9, 10, 3)), Affine(), Link(),
+                          rows=[ROW._replace(id=0)]))
+
+
 def test_no_row_begins_where_an_instance_is_away():
   config = plan(('prefill', 'decode', 'decode'), away=(1,))
   with pytest.raises(InputError, match=r'Running\.instance=1: .* \[2\]'):
