@@ -118,28 +118,32 @@ def with_deadlines(policy: Policy, slo: Slo, most_wait: float = MOST_WAIT
             waiting: Sequence[RequestView]) -> Sequence[RequestView]:
     if waiting[0].stage != 'queued':
       return waiting  # finished prefills: by their end
-    aged, timely, late, rest, end_s = [], [], [], [], view.time_s
-    seconds_of = prefill_time(view, instance)
-    by_due = sorted([(due_s(r, slo), r.order, r) for r in waiting])
-    for due, _, request in by_due:
-      if view.time_s > due:
-        waited_s = view.time_s - request.arrival_s
-        (aged if waited_s > most_wait_s else late).append(request)
-        continue
+    now_s, seconds_of = view.time_s, prefill_time(view, instance)
+    aged, soon, late, rest = [], [], [], []  # each by arrival, as `waiting` is
+    for request in waiting:
+      due = due_s(request, slo)
+      if due >= now_s:
+        soon.append((due, request.order, request))
+      elif now_s - request.arrival_s > most_wait_s:
+        aged.append(request)
+      else:
+        late.append(request)
+    timely, put_back, end_s = [], [], now_s
+    for due, place, request in sorted(soon):
       if len(timely) == MOST:
         rest.append(request)
         continue
       seconds = seconds_of(request)
-      bisect.insort(timely, (seconds, request.order, due, request))
+      bisect.insort(timely, (seconds, place, due, request))
       end_s += seconds
       if end_s > due:
         seconds, *_, longest = timely.pop()
         end_s -= seconds
-        late.append(longest)
+        put_back.append(longest)
     on_time = [request for *_, request in sorted(
-        [(due, order, request) for _, order, due, request in timely])]
-    aged.sort(key=ORDER)
-    late.sort(key=ORDER)
+        [(due, place, request) for _, place, due, request in timely])]
+    if put_back:
+      late = sorted(late + put_back, key=ORDER)
     turns = 1 if aged and few(view) else 0
     return [*aged[:turns], *on_time, *rest, *aged[turns:], *late]
 

@@ -148,8 +148,7 @@ def played(policy: Policy, slo: Slo, configs: tuple[InstanceConfig, ...],
   it was clear that a smaller share than `least` attains."""
   token_s = settled_token_s(load, slo, latencies, roles)
   sent = requests_like(load, slo, seed)
-  rows = rows_like(load, seed, token_s, [
-      index for index, role in enumerate(roles) if role != 'prefill'])
+  rows = rows_like(load, seed, token_s, homes_of(roles))
   fixed = dataclasses.replace(policy, tick_s=ONCE_S, resize=functools.partial(
       _always, tuple(enumerate(roles))))
   longest = max([len(r.prompt) + (r.sampling.max_tokens or 0) for r in sent]
@@ -186,6 +185,12 @@ def _always(roles: tuple[tuple[int, str], ...], view: View) -> dict[int, str]:
   return dict(roles)
 
 
+def homes_of(roles: Roles) -> list[int]:
+  """Those that decode; all where none is to, as those that did are lost."""
+  return [index for index, role in enumerate(roles)
+          if role != 'prefill'] or list(range(len(roles)))
+
+
 def settled_token_s(load: Load, slo: Slo, latencies: Sequence[Latency],
                     roles: Roles) -> float:
   """Seconds that a row takes a token in the long run, TPOT at most.
@@ -193,8 +198,8 @@ def settled_token_s(load: Load, slo: Slo, latencies: Sequence[Latency],
   The least at which as many rows as it makes (Little's law) take so long a
   step, with as many tokens of prompts as arrive meanwhile where they are mixed.
   """
-  homes = [(latency, role != 'decode') for latency, role
-           in zip(latencies, roles, strict=True) if role != 'prefill']
+  homes = [(latencies[index], roles[index] != 'decode')
+           for index in homes_of(roles)]
   tokens_per_s = load.rate_per_s * load.prompt_len / max(
       sum([role != 'decode' for role in roles]), 1)
   seconds = 0.0

@@ -4,13 +4,15 @@ A system that has served for long is full of them, each somewhere in its
 output. To fill an empty one takes as long as the longest outputs.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from dsjax.config.checks import require
+from dsjax.config.checks import is_number, require
 from dsjax.scheduling import page_pool, prefix_cache, residents
 from dsjax.scheduling.events import Arrived, Command, Event, Migrated
 from dsjax.scheduling.live import LiveSeq
+from dsjax.scheduling.state import never_fits
 
 
 class Running(NamedTuple):
@@ -33,7 +35,7 @@ def begin(run: Any, rows: Iterable[Running]
           ) -> list[tuple[Event, list[Command]]]:
   """Puts rows on instances of a scheduler.Run, as if each had just been handed
   off there. Those are left out for which there is no page to grow into, or no
-  seat.
+  seat, or that an instance could not hold to their end.
 
   Returns:
     (event, commands) of each, an Arrived that commands nothing, and a
@@ -56,13 +58,18 @@ def begin(run: Any, rows: Iterable[Running]
 
 def _place(run: Any, row: Running) -> bool:
   """Whether a request has pages, for its KV and for its next token."""
-  decoders = [inst.index for inst in run.decoders]
+  decoders = [inst.index for inst in run.open_decoders]
   require(row.instance in decoders, 'Running.instance', row.instance,
           f'one of {decoders}, those that decode')
   tokens = row.prompt_len, row.so_far, row.more
-  require(min(tokens) >= 1 and sum(tokens) <= run.config.max_len, 'Running',
-          row, f'of 1 token or more each, {run.config.max_len} at most in all')
+  require(all([type(count) is int for count in tokens]) and min(tokens) >= 1
+          and sum(tokens) <= run.config.max_len, 'Running', row,
+          f'of 1 token or more each, {run.config.max_len} at most in all')
+  require(is_number(-math.inf, 0)(row.first_s), 'Running.first_s', row.first_s,
+          'seconds, 0 or less')
   require(row.id not in run.seqs, 'Running.id', row.id, 'of no other row')
+  if never_fits(run.config, row.prompt_len, row.so_far + row.more):
+    return False
   inst = run.instances[row.instance]
   known = row.prompt_len + row.so_far - 1
   pages = page_pool.pages_for(known + 1, inst.page_size)

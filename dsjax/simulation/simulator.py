@@ -140,8 +140,10 @@ def stream(config: scheduler.Config, requests: Iterable[Request],
     InputError: as simulate; of a request once it would arrive.
   """
   ended: list[Record] = []
-  run = _Simulation(config, _Arrivals(_in_order(requests), config), latencies,
-                    link, Recorder(on_end=ended.append), share)
+  rows = list(rows)
+  sent = _in_order(requests, {row.id for row in rows})
+  run = _Simulation(config, _Arrivals(sent, config), latencies, link,
+                    Recorder(on_end=ended.append), share)
   run.begin(rows)
   while run.advance():
     if ended:
@@ -193,9 +195,11 @@ class _Simulation:
 
   def begin(self, rows: Iterable[Running]) -> None:
     """Puts rows on the instances, before the first event."""
-    for event, commands in running.begin(self.scheduler, rows):
+    told = running.begin(self.scheduler, rows)
+    for event, commands in told:
       self.recorder.observe(event, commands)
-      self.executor.perform(commands, 0.0)
+    # At once: the scheduler has all of them in flight already.
+    self.executor.perform([c for _, commands in told for c in commands], 0.0)
 
   def advance(self) -> bool:
     """Takes it to the next event; False at the end."""
@@ -347,14 +351,16 @@ def _check_request(request):
           None, 'set in a workload')
 
 
-def _in_order(requests):
-  """The requests, each checked against the one before."""
+def _in_order(requests, taken):
+  """The requests, each checked against the one before, and ids of rows."""
   last, block_tokens = (-math.inf, -math.inf), None
   for request in requests:
     _check_request(request)
     place = request.arrival_s, request.id
     require(place[0] >= last[0] and place[1] > last[1], 'Request', place,
             f'no earlier than, and with a greater id than, {last}: by arrival')
+    require(request.id not in taken, 'Request.id', request.id,
+            'of no row that runs already')
     require(request.after is None, 'Request.after', request.after,
             'None where records are streamed')
     if request.blocks:

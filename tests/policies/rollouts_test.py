@@ -123,6 +123,12 @@ def test_a_rollout_begins_with_the_rows_of_a_full_system(monkeypatch):
   assert played(('chunked',) * 2, 0.0, load).share > full.share + 0.03
 
 
+def test_instances_that_all_prefill_decode_as_well():
+  """So it is where those that decoded are lost."""
+  none = played(('prefill',) * 2, 0.0)
+  assert 0 < none.share < played(('chunked',) * 2, 0.0).share
+
+
 def test_some_of_the_requests_of_a_rollout_wait_already():
   sent = rollouts.requests_like(LENGTHS, SLO, 0)
   at_once = [r for r in sent if r.arrival_s == 0]
