@@ -157,7 +157,7 @@ def test_wrong_latencies_are_corrected_by_what_steps_took(factor):
     assert instance.pace == pytest.approx((1 / factor, 1 / factor), rel=0.05)
 
 
-def _step(rows, waited_s, role='chunked', now_s=100.0):
+def _step(rows, waited_s, role='chunked', now_s=100.0, size=496):
   """What adaptive lets into the next step of an instance whose rows have had
   so many tokens and have saved so many seconds, beside a prompt that waits."""
   steps = latency.Affine((0.01, 1e-4, 0.0), (0.015, 1e-6, 1e-4), host_s=0.001,
@@ -171,7 +171,7 @@ def _step(rows, waited_s, role='chunked', now_s=100.0):
           for tokens, saved_s in rows],
       prefilling=lambda: (), hit_tokens=lambda request: 0,
       waiting=lambda most: (types.SimpleNamespace(
-          arrival_s=now_s - waited_s, first_s=None, done=0, stop=496),))
+          arrival_s=now_s - waited_s, first_s=None, done=0, stop=size),))
   return named('adaptive', SLO).batch(
       types.SimpleNamespace(time_s=now_s, load=Load(1.0, 100.0, 100.0)),
       instance).tokens
@@ -192,6 +192,33 @@ def test_an_old_prompt_takes_what_rows_that_have_run_for_some_time_have_saved(
   assert _step(rows, waited_s) == tokens
 
 
+@pytest.mark.parametrize('size, tokens', [(100, 100), (5, adaptive.LEAST)])
+def test_a_step_is_no_longer_than_the_prompt_that_is_due_first_can_bear(
+    size, tokens):
+  assert _step([(50, 0.9)], 0.19, size=size) == tokens
+
+
+@pytest.mark.parametrize('rows, token_s, waits, residents, chosen', [
+    ((3, 3), 1e-5, 0, (5, 2), 1),  # of equal ones the one with fewer
+    ((0, 3), 1e-3, 0, (5, 2), 0),  # beside rows few of its tokens go
+    ((3, 0), 1e-5, 100, (5, 5), 0)])  # or many: sooner than behind another
+def test_a_prompt_goes_where_it_is_done_first(
+    rows, token_s, waits, residents, chosen):
+  steps = latency.Affine((0.01, 1e-4, 0.0), (0.01, 0.0, 0.0),
+                         mixed=(0.01, token_s, 0.0, 0.0))
+  queue = [types.SimpleNamespace(done=0, stop=waits)] if waits else []
+  prefills = [types.SimpleNamespace(
+      index=n, latency=steps, num_rows=rows[n], turn_rows=rows[n], context=0,
+      config=InstanceConfig('flexible', 400, 16, 16, 512, 16), pieces=(),
+      prefilling=lambda: (), waiting=lambda most, n=n: queue * n,
+      hits=lambda request: (0, 0), hit_tokens=lambda request: 0,
+      num_waiting=n * len(queue), backlog=n * waits, residents=residents[n])
+              for n in (0, 1)]
+  request = types.SimpleNamespace(done=0, prompt_len=100)
+  assert named('adaptive', SLO).route(
+      types.SimpleNamespace(prefills=prefills), request) == chosen
+
+
 def test_rows_of_a_colocated_instance_lend_what_nearly_all_will_save():
   """Of outputs of 100 tokens, cv 1, all but one of twenty have 18."""
   begun, longer = [(1, 0.0)], [(20, 0.0)]
@@ -200,12 +227,13 @@ def test_rows_of_a_colocated_instance_lend_what_nearly_all_will_save():
   assert least_output(Load(1.0, 100.0, 100.0)) == pytest.approx(18, rel=0.02)
 
 
-@pytest.mark.parametrize('rows, mixes, tokens', [
-    (0, False, 512), (10, False, 512),  # there is room for their rows
-    (200, True, 130),  # none: what has begun, is on time, or is very old
-    (200, False, 100)])  # on time it may be later, too: what has begun
-def test_prompts_wait_while_rows_have_no_room(rows, mixes, tokens):
-  steps = latency.Affine((0.01, 1e-4, 0.0), (0.01, 0.0, 1e-4), host_s=0.001)
+@pytest.mark.parametrize('rows, mixes, lone_s, tokens', [
+    (0, False, 0.01, 512), (10, False, 0.01, 512),  # room for their rows
+    (0, False, 1.0, 512), (1, False, 1.0, 100),  # never: else all would wait
+    (200, True, 0.01, 130),  # none: what has begun, is on time, or is very old
+    (200, False, 0.01, 100)])  # on time it may be later, too: what has begun
+def test_prompts_wait_while_rows_have_no_room(rows, mixes, lone_s, tokens):
+  steps = latency.Affine((0.01, 1e-4, 0.0), (lone_s, 0.0, 1e-4), host_s=0.001)
   decodes = types.SimpleNamespace(
       latency=steps, num_rows=rows, context=0, pulls=lambda: (),
       prefills=mixes)

@@ -113,6 +113,33 @@ def test_a_preempted_request_that_is_on_time_goes_before_what_is_late():
   assert [r.order for r in order(view, instance, waiting)] == [1, 2, 0, 3]
 
 
+@pytest.mark.parametrize('ages, expected', [
+    # Preempted, due at 1,000.5 s; arrived before it, due at 1,001 s.
+    ([(1.0, None), (0.9, 999.5)], [1, 0]),
+    ([(9.0, None), (1.0, None), (8.0, None)], [1, 0, 2])])
+def test_what_is_on_time_goes_by_its_deadline_and_what_is_late_by_arrival(
+    ages, expected):
+  order = with_deadlines(DISTSERVE, Slo(2.0, 0.1)).order
+  waiting = [request_of(age_s, order=n, first_s=first_s, prompt_len=(
+      110 if first_s else 100)) for n, (age_s, first_s) in enumerate(ages)]
+  instance = types.SimpleNamespace(
+      latency=STEP, turn_rows=0, hits=lambda request: (0, 0),
+      load_s=lambda tokens: 0.0)
+  answer = order(types.SimpleNamespace(time_s=1000.0), instance, waiting)
+  assert [r.order for r in answer] == expected
+
+
+def test_what_is_put_back_is_late_in_its_place_by_arrival():
+  order = with_deadlines(DISTSERVE, Slo(2.0, 0.1)).order
+  waiting = [request_of(0.5, order=0, prompt_len=10**5),
+             request_of(9.0, order=1), request_of(0.5, order=2)]
+  instance = types.SimpleNamespace(
+      latency=STEP, turn_rows=0, hits=lambda request: (0, 0),
+      load_s=lambda tokens: 0.0)
+  answer = order(types.SimpleNamespace(time_s=1000.0), instance, waiting)
+  assert [r.order for r in answer] == [2, 0, 1]
+
+
 @pytest.mark.parametrize('ages, tokens', [
     ((0.1,), 128), ((0.1, 0.1), 128),  # what is left of TTFT takes 128 tokens
     ((0.17,), 100), ((0.17, 0.1), 100),  # the first one is late in any case
@@ -132,7 +159,12 @@ def test_prompts_go_together_where_that_costs_less_than_a_step_of_rows(
   assert punctual(ages, token_s) == tokens
 
 
-def punctual(ages, token_s):
+def test_what_is_done_of_a_prompt_takes_no_step():
+  assert punctual((0.19,), token_s=1e-4, done=60) == 40
+  assert punctual((0.19,), token_s=1e-4, hit=80) == 20
+
+
+def punctual(ages, token_s, done=0, hit=0):
   """Tokens of the next step where prompts of these ages wait beside a row;
   TTFT is .25 s, or .2 where steps are short."""
   row_s = 0.01
@@ -141,8 +173,8 @@ def punctual(ages, token_s):
   instance = types.SimpleNamespace(
       latency=steps, turn_rows=1, context=100, prefilling=lambda: (),
       config=InstanceConfig('flexible', 400, 16, 16, 512, 16),
-      hit_tokens=lambda request: 0,
-      waiting=lambda most: [request_of(age_s) for age_s in ages])
+      hit_tokens=lambda request: hit,
+      waiting=lambda most: [request_of(age_s, done=done) for age_s in ages])
   slo = Slo(0.25 if token_s == 1e-3 else 0.2, 0.1)
   return punctual_tokens(types.SimpleNamespace(time_s=1000.0), instance, slo)
 

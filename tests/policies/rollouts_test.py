@@ -6,6 +6,7 @@ import types
 
 import pytest
 
+from dsjax.config.placement import Slo
 from dsjax.policies import rollouts
 from dsjax.policies.rollouts import rounded
 from dsjax.scheduling.pace import Paced
@@ -130,12 +131,13 @@ def test_instances_that_all_prefill_decode_as_well():
 
 
 def test_some_of_the_requests_of_a_rollout_wait_already():
-  sent = rollouts.requests_like(LENGTHS, SLO, 0)
+  slo = Slo(10.0, SLO.tpot_s)
+  sent = rollouts.requests_like(LENGTHS, slo, 0)
   at_once = [r for r in sent if r.arrival_s == 0]
   assert len(at_once) == pytest.approx(
-      8.0 * rollouts.QUEUED * SLO.ttft_s, abs=3)
+      8.0 * rollouts.QUEUED * slo.ttft_s, abs=12)
   assert [r.arrival_s for r in sent] == sorted([r.arrival_s for r in sent])
-  assert sent != rollouts.requests_like(LENGTHS, SLO, 1)
+  assert sent != rollouts.requests_like(LENGTHS, slo, 1)
 
 
 def test_requests_that_run_for_too_long_have_missed_in_a_rollout(monkeypatch):

@@ -33,8 +33,9 @@ def test_what_runs_already_is_sound_and_leaves_nothing():
   scheduler.check(run.freeze())
   assert {e.id for e, _ in told} == set(range(6)) and run.commands
   assert [i.residents for i in run.instances] == [3, 3]
-  assert {(seq.stage, seq.first_s, seq.prompt_len, len(seq.pages))
-          for seq in run.seqs.values()} == {('decoding', -1.0, 12, 4)}
+  assert {(seq.stage, seq.first_s, seq.input_len, seq.prompt_len,
+           len(seq.pages)) for seq in run.seqs.values()
+          } == {('decoding', -1.0, 10, 12, 4)}
 
 
 def test_what_runs_already_may_be_leapt_over():
