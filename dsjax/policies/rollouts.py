@@ -39,8 +39,9 @@ GRAIN = 0.05  # of the share that a rollout must beat
 NOISE = 0.05  # of a rollout's share: a change of roles must win more
 SETTLES = 20  # times that a step is predicted from the rows that it makes
 MOST_LEN = 16  # times the mean of lengths
-QUEUED = 0.5  # of TTFT: arrivals of so long wait already
-TRIES = 3  # times that a change is played once more, each of other requests
+UNCOUNTED = 5  # one of so many requests, the first, does not count
+QUEUED = 0.5  # of TTFT: arrivals of so long wait already, of those at most
+DRAWS = 3  # of requests, by which a change is to be better
 CUTS = 8
 DRAWN = 1000  # lengths that rows are drawn from
 TIE = 0.01  # of a share: choices so near to the best are equal
@@ -86,9 +87,9 @@ def better(policy: Policy, slo: Slo, view: View,
   """The roles of the choice that attains most under the load of late.
 
   Of those that are equal within TIE, the one that is furthest from missing.
-  None change unless it attains more than those of now by NOISE: so nothing
-  swings at a constant load. Where those of now attain all but NOISE nothing
-  else is played. A change is played TRIES times more, with the load as it is.
+  None change unless it attains more than those of now by NOISE, with each of
+  DRAWS draws of requests, and with the load as it is: so nothing swings at a
+  constant load. Where those of now attain all but NOISE nothing else is played.
 
   Args:
     policy: of each step. instances: those that get roles. choices: of them.
@@ -100,7 +101,9 @@ def better(policy: Policy, slo: Slo, view: View,
       played, policy, slo, tuple([dataclasses.replace(
           i.config, host_pages=0) for i in instances]),
       tuple([settled(i.latency) for i in instances]), view.link)
-  play = functools.partial(between, play_load, *rounded(load))
+  plays = [functools.partial(between, functools.partial(
+      play_load, seed=seed), *rounded(load)) for seed in range(DRAWS)]
+  play = plays[0]
   now = tuple([i.role for i in instances])
   least = play(now, 0.0).share + NOISE  # that is worth a change
   if least >= 1:
@@ -115,10 +118,11 @@ def better(policy: Policy, slo: Slo, view: View,
       least = max(least, outcome.share - TIE)
   best = min([roles for roles in ahead if ahead[roles].share >= least],
              key=lambda roles: ahead[roles].scale, default=now)
-  for seed in range(TRIES if best != now else 0):
-    share = play_load(load, now, 0.0, seed).share + NOISE
-    if play_load(load, best, share, seed).share <= share:
-      return {}
+  if best != now:
+    as_it_is = functools.partial(play_load, load)
+    for again in (*plays[1:], as_it_is):  # the dearest last
+      if again(best, least := again(now, 0.0).share + NOISE).share <= least:
+        return {}
   return {i.index: role for i, role in zip(instances, best, strict=True)
           if role != i.role}
 
@@ -154,7 +158,7 @@ def played(policy: Policy, slo: Slo, configs: tuple[InstanceConfig, ...],
   longest = max([len(r.prompt) + (r.sampling.max_tokens or 0) for r in sent]
                 + [r.prompt_len + r.so_far + r.more for r in rows])
   config = Config(configs, longest, depth=1, policy=fixed)
-  first = len(sent) // 5  # those before it do not count
+  first = len(sent) // UNCOUNTED
   most_missed = (1 - least) * (len(sent) - first)
   due = sorted([(r.arrival_s + slo.ttft_s + slo.tpot_s * (
       r.sampling.max_tokens or 1), r.id) for r in sent[first:]], reverse=True)
@@ -223,8 +227,9 @@ def requests_like(load: Load, slo: Slo, seed: int) -> list[Request]:
   count = int(min(max(LIVES * life_s * load.rate_per_s, LEAST), MOST))
   rng = np.random.default_rng([seed, 0])
   prompts, outputs = _lengths_like(load, rng, count)
-  times = np.maximum(0.0, np.cumsum(rng.exponential(
-      1 / load.rate_per_s, count)) - QUEUED * slo.ttft_s).tolist()
+  times = np.cumsum(rng.exponential(1 / load.rate_per_s, count))
+  waited_s = min(QUEUED * slo.ttft_s, times[count // UNCOUNTED])
+  times = np.maximum(0.0, times - waited_s).tolist()
   return [Request(i, time_s, range(prompt), Sampling(max_tokens=output + 1))
           for i, (time_s, prompt, output) in enumerate(
               zip(times, prompts.tolist(), outputs.tolist(), strict=True))]

@@ -21,7 +21,7 @@ def choice(monkeypatch, known, lives=2.0):
   """What two that mix become where rollouts tell {roles: (share, scale)}, and
   what was played."""
   played = []
-  monkeypatch.setattr(rollouts, 'played', lambda *args: (
+  monkeypatch.setattr(rollouts, 'played', lambda *args, seed=0: (
       played.append(args[ROLES]), rollouts.Played(*known[args[ROLES]]))[1])
   instances = [types.SimpleNamespace(
       index=index, role='chunked', config=INSTANCE, latency=Paced(STEP))
@@ -138,6 +138,9 @@ def test_some_of_the_requests_of_a_rollout_wait_already():
       8.0 * rollouts.QUEUED * slo.ttft_s, abs=12)
   assert [r.arrival_s for r in sent] == sorted([r.arrival_s for r in sent])
   assert sent != rollouts.requests_like(LENGTHS, slo, 1)
+  # With any objective those that count come later.
+  sent = rollouts.requests_like(LENGTHS, Slo(1e4, SLO.tpot_s), 0)
+  assert sum(r.arrival_s == 0 for r in sent) == len(sent) // 5 + 1
 
 
 def test_requests_that_run_for_too_long_have_missed_in_a_rollout(monkeypatch):
@@ -158,19 +161,21 @@ def test_requests_that_run_for_too_long_have_missed_in_a_rollout(monkeypatch):
   assert sum(first <= id < count for id in seen) < 0.5 * (count - first)
 
 
-@pytest.mark.parametrize('exact, flips', [
-    ([.89] * 3, False), ([.91] * 3, True), ([.91, .91, .89], False)])
-def test_a_change_is_played_with_the_load_as_it_is(exact, flips, monkeypatch):
+@pytest.mark.parametrize('exact, other_draw, flips', [
+    (.89, .9, False), (.91, .9, True), (.91, .8, False)])
+def test_a_change_is_played_with_the_load_as_it_is_and_other_requests(
+    exact, other_draw, flips, monkeypatch):
   """What is better under the rounded load only is not taken, nor what is
   better with some requests only."""
   now, other = ('chunked',) * 2, ('prefill', 'decode')
   load = Load(9.0, 100.0, 50.0, lives=2.0)
 
-  def tell(*args):
+  def tell(*args, seed=0):
     of_now = args[ROLES] == now
     if args[LOAD] != load:
-      return rollouts.Played(.8 if of_now else .9, .9)
-    return rollouts.Played(.85 if of_now else exact[args[-1]], .9)
+      share = other_draw if seed == 2 else .9
+      return rollouts.Played(.8 if of_now else share, .9)
+    return rollouts.Played(.85 if of_now else exact, .9)
 
   monkeypatch.setattr(rollouts, 'played', tell)
   instances = [types.SimpleNamespace(
