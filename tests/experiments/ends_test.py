@@ -177,7 +177,8 @@ def test_no_runner_has_signals_of_its_own_for_that():
 
 
 HUNG_UP = '''
-import fcntl, os, pathlib, termios, time
+import fcntl, os, pathlib, signal, termios, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever nohup left
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # its terminal
 from experiments.common import cli, terminal
 

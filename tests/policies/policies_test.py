@@ -206,7 +206,7 @@ def test_each_serves_by_deadlines_as_well(name):
 
 def test_replan_searches_with_the_order_that_serves(monkeypatch):
   seen = []
-  monkeypatch.setattr(rollouts, 'played', lambda policy, *args: (
+  monkeypatch.setattr(rollouts, 'played', lambda policy, *args, seed=0: (
       seen.append(policy.order), rollouts.Played(1.0, 0.5))[1])
   served.__wrapped__('replan:tick_s=1', 60, 200)
   assert set(seen) == {None}
