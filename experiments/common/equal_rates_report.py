@@ -171,7 +171,8 @@ def draw(path: pathlib.Path, lines: Sequence[Line]) -> None:
   handles.append(Line2D([], [], label='hollow: level', markersize=4, marker='o',
                         color='0.4', linestyle='', fillstyle='none'))
   figure.legend(handles=handles, fontsize=6, frameon=False, handletextpad=0.2,
-                columnspacing=0.8, loc='outside lower center', ncols=2)
+                columnspacing=0.8, loc='outside lower center',
+                ncols=len(tested))
   pictures.save(figure, path)
 
 
