@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dsjax.config.placement import Slo
 from dsjax.policies.predict import (
   LISTED,
+  known_tokens,
   mixed_time,
   prefill_s,
   prompt_tokens,
@@ -68,8 +69,8 @@ def punctual_tokens(view: View, instance: InstanceView, slo: Slo) -> int:
   where a prompt takes less than a step of the rows, on average, or where what
   would be left out takes less than APART of one.
   """
-  timely = sorted([(due, request.stop, request.stop - (
-      request.done or instance.hit_tokens(request)))
+  timely = sorted([
+      (due, request.stop, request.stop - known_tokens(instance, request))
       for request in (*instance.prefilling(), *instance.waiting(LISTED))
       if (due := due_s(request, slo)) >= view.time_s])
   if not timely:
@@ -112,7 +113,7 @@ def with_deadlines(policy: Policy, slo: Slo, most_wait: float = MOST_WAIT
     tokens = max(tokens, LEAST)
     token_s = mixed_time(instance)(tokens) / tokens
     return lambda request: token_s * (
-        request.prompt_len - (request.done or instance.hit_tokens(request)))
+        request.prompt_len - known_tokens(instance, request))
 
   def order(view: View, instance: InstanceView,
             waiting: Sequence[RequestView]) -> Sequence[RequestView]:

@@ -20,12 +20,16 @@ def queue_s(instance: InstanceView) -> float:
   latency = instance.latency
   listed = (*instance.waiting(LISTED), *instance.prefilling())
   seconds = sum([latency.prefill_s(((
-      request.done or instance.hit_tokens(request), request.stop),))
-      for request in listed])
+      known_tokens(instance, request), request.stop),)) for request in listed])
   if instance.num_waiting > LISTED:
     tokens = sum([request.stop - request.done for request in listed])
     seconds *= max(1.0, instance.backlog / tokens)
   return latency.prefill_s(instance.pieces) / 2 + seconds
+
+
+def known_tokens(instance: InstanceView, request: RequestView) -> int:
+  """Tokens of a prompt that are done, or kept there."""
+  return request.done or instance.hit_tokens(request)
 
 
 def prefill_s(instance: InstanceView, request: RequestView) -> float:

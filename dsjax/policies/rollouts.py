@@ -40,9 +40,9 @@ NOISE = 0.05  # of a rollout's share: a change of roles must win more
 SETTLES = 20  # times that a step is predicted from the rows that it makes
 MOST_LEN = 16  # times the mean of lengths
 UNCOUNTED = 5  # one of so many requests, the first, does not count
-QUEUED = 0.5  # of TTFT: arrivals of so long wait already, of those at most
+QUEUED = 0.5  # of TTFT, whose arrivals wait already: no more than do not count
 DRAWS = 3  # of requests, by which a change is to be better
-CUTS = 8
+CUTS = 8  # times that lengths are made longer for what is cut off them
 DRAWN = 1000  # lengths that rows are drawn from
 TIE = 0.01  # of a share: choices so near to the best are equal
 
@@ -101,9 +101,9 @@ def better(policy: Policy, slo: Slo, view: View,
       played, policy, slo, tuple([dataclasses.replace(
           i.config, host_pages=0) for i in instances]),
       tuple([settled(i.latency) for i in instances]), view.link)
-  plays = [functools.partial(between, functools.partial(
-      play_load, seed=seed), *rounded(load)) for seed in range(DRAWS)]
-  play = plays[0]
+  near = rounded(load)
+  play, *others = [functools.partial(between, functools.partial(
+      play_load, seed=seed), *near) for seed in range(DRAWS)]
   now = tuple([i.role for i in instances])
   least = play(now, 0.0).share + NOISE  # that is worth a change
   if least >= 1:
@@ -120,7 +120,7 @@ def better(policy: Policy, slo: Slo, view: View,
              key=lambda roles: ahead[roles].scale, default=now)
   if best != now:
     as_it_is = functools.partial(play_load, load)
-    for again in (*plays[1:], as_it_is):  # the dearest last
+    for again in (*others, as_it_is):  # the dearest last
       if again(best, least := again(now, 0.0).share + NOISE).share <= least:
         return {}
   return {i.index: role for i, role in zip(instances, best, strict=True)
@@ -250,8 +250,7 @@ def rows_like(load: Load, seed: int, token_s: float, homes: Sequence[int]
     so_far = 1 + int(share * outputs[place])
     rows.append(Running(MOST + number, homes[number % len(homes)],
                         int(prompts[place]), so_far,
-                        int(outputs[place]) + 1 - int(share * outputs[place]),
-                        -so_far * token_s))
+                        int(outputs[place]) + 2 - so_far, -so_far * token_s))
   return rows
 
 

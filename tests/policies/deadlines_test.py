@@ -16,6 +16,11 @@ from dsjax.scheduling.policy import DISTSERVE, PrefillBudget
 from dsjax.simulation import latency, simulator
 from tests.common.policy_runs import SLO, STEP, attainment
 
+# An instance without rows.
+IDLE = types.SimpleNamespace(
+    latency=STEP, turn_rows=0, hits=lambda request: (0, 0),
+    load_s=lambda tokens: 0.0)
+
 
 def test_deadlines_put_back_what_cannot_attain():
   """The order alone lifts a baseline beyond its capacity."""
@@ -26,13 +31,10 @@ def test_deadlines_put_back_what_cannot_attain():
 def test_deadlines_find_who_is_on_time_behind_hundreds_that_are_late():
   """Where all that is looked at is late, whoever comes after is late too."""
   order = with_deadlines(DISTSERVE, SLO).order
-  instance = types.SimpleNamespace(
-      latency=STEP, turn_rows=0, hits=lambda request: (0, 0),
-      load_s=lambda tokens: 0.0)
   waiting = [types.SimpleNamespace(
       order=i, arrival_s=0.0 if i < 300 else 0.95, stage='queued', done=0,
       first_s=None, prompt_len=100) for i in range(302)]
-  answer = order(types.SimpleNamespace(time_s=1.0), instance, waiting)
+  answer = order(types.SimpleNamespace(time_s=1.0), IDLE, waiting)
   assert [r.order for r in answer] == [300, 301, *range(300)]
 
 
@@ -105,12 +107,9 @@ def test_a_preempted_request_that_is_on_time_goes_before_what_is_late():
       9, order=1, first_s=992.0, prompt_len=190),
       request_of(0.5, order=2), request_of(9, order=3, first_s=992.0,
                                            prompt_len=170)]
-  instance = types.SimpleNamespace(
-      latency=STEP, turn_rows=0, hits=lambda request: (0, 0),
-      load_s=lambda tokens: 0.0)
   view = types.SimpleNamespace(time_s=1000.0)
   # Due at 992, 1001, 1001.5 and 999.
-  assert [r.order for r in order(view, instance, waiting)] == [1, 2, 0, 3]
+  assert [r.order for r in order(view, IDLE, waiting)] == [1, 2, 0, 3]
 
 
 @pytest.mark.parametrize('ages, expected', [
@@ -122,10 +121,7 @@ def test_what_is_on_time_goes_by_its_deadline_and_what_is_late_by_arrival(
   order = with_deadlines(DISTSERVE, Slo(2.0, 0.1)).order
   waiting = [request_of(age_s, order=n, first_s=first_s, prompt_len=(
       110 if first_s else 100)) for n, (age_s, first_s) in enumerate(ages)]
-  instance = types.SimpleNamespace(
-      latency=STEP, turn_rows=0, hits=lambda request: (0, 0),
-      load_s=lambda tokens: 0.0)
-  answer = order(types.SimpleNamespace(time_s=1000.0), instance, waiting)
+  answer = order(types.SimpleNamespace(time_s=1000.0), IDLE, waiting)
   assert [r.order for r in answer] == expected
 
 
@@ -133,10 +129,7 @@ def test_what_is_put_back_is_late_in_its_place_by_arrival():
   order = with_deadlines(DISTSERVE, Slo(2.0, 0.1)).order
   waiting = [request_of(0.5, order=0, prompt_len=10**5),
              request_of(9.0, order=1), request_of(0.5, order=2)]
-  instance = types.SimpleNamespace(
-      latency=STEP, turn_rows=0, hits=lambda request: (0, 0),
-      load_s=lambda tokens: 0.0)
-  answer = order(types.SimpleNamespace(time_s=1000.0), instance, waiting)
+  answer = order(types.SimpleNamespace(time_s=1000.0), IDLE, waiting)
   assert [r.order for r in answer] == [2, 0, 1]
 
 
