@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -131,13 +132,18 @@ def test_cores_of_others(monkeypatch):
 
 def test_what_a_process_has_started_is_its_own():
   """While it runs and when it has ended: the seconds of an instance."""
-  before = sum(machine._started())
+  before_s = sum(machine._started())
   with subprocess.Popen([sys.executable, '-c', 'while True: pass']) as busy:
-    while sum(machine._started()) < before + 0.3:
-      pass
-    _, running = machine._busy_s()
-    busy.kill()
-  assert machine._busy_s()[1] >= running
+    try:
+      while sum(machine._started()) < before_s + 0.3:
+        pass
+      running_s = machine._busy_s()[1]
+      own_s = sum(os.times()[:4])
+    finally:
+      busy.kill()
+  ended_s = machine._busy_s()[1]
+  assert running_s > own_s + 0.2
+  assert ended_s > running_s - 0.1  # sums of clocks' ticks
 
 
 def test_ctrl_c_keeps_what_there_is(tmp_path, capsys, monkeypatch):
