@@ -16,24 +16,26 @@ attains clearly more than the present one.
 """
 
 import dataclasses
+import functools
 import math
 
 from dsjax.config.placement import Slo
 from dsjax.policies.deadlines import (
   MOST_WAIT,
+  fitting_tokens,
+  on_time,
   punctual_tokens,
-  timely_tokens,
   with_deadlines,
 )
 from dsjax.policies.predict import (
   CATCH_UP,
   allowed_s,
+  apart_s,
   decode_s,
-  has_room,
   least_output,
   prefill_s,
   prompt_tokens,
-  queue_s,
+  room,
 )
 from dsjax.policies.roles import leave_prefills
 from dsjax.policies.rollouts import better
@@ -48,6 +50,7 @@ from dsjax.scheduling.policy import (
 )
 
 LEAST = 16  # tokens of a step. An old prompt has as many, whatever rows allow.
+GROWS = 0.95  # as `margin`, for rows: what they have grows until they end
 
 
 def policy(slo: Slo, margin: float = 0.99, tick_s: float = 2.0) -> Policy:
@@ -77,10 +80,10 @@ def policy(slo: Slo, margin: float = 0.99, tick_s: float = 2.0) -> Policy:
 
 def _per_step(slo: Slo, margin: float) -> Policy:
   """Order, batch, route and hand-off."""
-  def aim_s(instance: InstanceView) -> float:
+  def aim_s(instance: InstanceView, share: float = margin) -> float:
     """Seconds that steps are made for."""
     lone_s = instance.latency.decode_s(1, 1) + instance.latency.host_s
-    return slo.tpot_s - (1 - margin) * max(0.0, slo.tpot_s - lone_s)
+    return slo.tpot_s - (1 - share) * max(0.0, slo.tpot_s - lone_s)
 
   def allowed(view: View, instance: InstanceView, least: int = 0) -> int:
     """Prompt tokens that rows of at least `least` tokens allow a step."""
@@ -91,8 +94,9 @@ def _per_step(slo: Slo, margin: float) -> Policy:
   def batch(view: View, instance: InstanceView) -> PrefillBudget:
     most = instance.config.prefill_tokens
     if not instance.num_rows:
-      return PrefillBudget(most if has_room(view, aim_s) else min(
-          most, timely_tokens(view, instance, slo)))
+      return PrefillBudget(min(most, fitting_tokens(
+          view, instance, slo, room(
+              view, instance, functools.partial(aim_s, share=GROWS)))))
     tokens = allowed(view, instance)
     if tokens < LEAST:
       prompts = (*instance.prefilling(), *instance.waiting(1))
@@ -109,14 +113,19 @@ def _per_step(slo: Slo, margin: float) -> Policy:
     tokens = max(LEAST, sum(mixing) / max(1, len(mixing)))  # of a step
 
     def done_s(instance: InstanceView) -> float:
-      """Predicted seconds until its prompt is done there. Rows change sooner
-      than a queue: all instances that have some are predicted alike."""
-      alone_s = queue_s(instance) + prefill_s(instance, request)
-      steps = (instance.backlog + request.prompt_len) / tokens
+      """Predicted seconds until its prompt is done there, behind those that
+      are on time. Rows change sooner than a queue: all instances that have some
+      are predicted alike."""
+      ahead = (*instance.prefilling(), *on_time(view, instance, slo))
+      flight_s = instance.latency.prefill_s(instance.pieces) / 2
+      alone_s = flight_s + apart_s(instance, ahead) + prefill_s(
+          instance, request)
+      steps = (sum([r.stop - r.done for r in ahead])
+               + request.prompt_len) / tokens
       return max(alone_s, steps * aim_s(instance) * bool(instance.num_rows))
 
     return min(view.prefills,
-               key=lambda i: (done_s(i), i.residents, i.index)).index
+               key=lambda i: (done_s(i), i.backlog, i.residents, i.index)).index
 
   def hand_off(view: View, request: RequestView, avoid: int) -> int:
     steps = {i.index: decode_s(i, 1, request.prompt_len)

@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 
 from dsjax.config.placement import Slo
 from dsjax.policies.predict import (
-  LISTED,
   known_tokens,
   mixed_time,
   prefill_s,
@@ -48,17 +47,24 @@ def due_s(request: RequestView, slo: Slo) -> float:
       request.prompt_len - request.input_len)
 
 
-def timely_tokens(view: View, instance: InstanceView, slo: Slo) -> int:
-  """Tokens of the prompts there that have begun; where an instance both
-  prefills and decodes also of those that wait and may still be on time, or
-  have waited so long that they may take their turn."""
+def on_time(view: View, instance: InstanceView, slo: Slo
+            ) -> list[RequestView]:
+  """The prompts that wait there and may still be on time, by arrival; MOST that
+  came last are looked at."""
+  return [request for request in instance.newest(MOST)
+          if view.time_s <= due_s(request, slo)]
+
+
+def fitting_tokens(view: View, instance: InstanceView, slo: Slo, room: int
+                   ) -> int:
+  """Tokens of the prompts there that have begun, and of as many that wait as
+  there is room for, those on time first."""
   begun = sum([r.stop - r.done for r in instance.prefilling()])
-  waiting = (instance.waiting() if any([i.prefills for i in view.decodes])
-             else ())
-  return begun + sum([
-      request.stop for request in waiting
-      if view.time_s <= due_s(request, slo)
-      or view.time_s - request.arrival_s > MOST_WAIT * slo.ttft_s])
+  room = max(room, 0)
+  soon = on_time(view, instance, slo)
+  late = [request for request in instance.waiting(room)
+          if view.time_s > due_s(request, slo)]
+  return begun + sum([request.stop for request in (*soon, *late)[:room]])
 
 
 def punctual_tokens(view: View, instance: InstanceView, slo: Slo) -> int:
@@ -71,7 +77,7 @@ def punctual_tokens(view: View, instance: InstanceView, slo: Slo) -> int:
   """
   timely = sorted([
       (due, request.stop, request.stop - known_tokens(instance, request))
-      for request in (*instance.prefilling(), *instance.waiting(LISTED))
+      for request in (*instance.prefilling(), *on_time(view, instance, slo))
       if (due := due_s(request, slo)) >= view.time_s])
   if not timely:
     return instance.config.prefill_tokens

@@ -1,7 +1,7 @@
 """What policies predict, in seconds, from the latency of an instance."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from dsjax.scheduling.policy import InstanceView, Load, RequestView, View
 
@@ -17,14 +17,19 @@ def queue_s(instance: InstanceView) -> float:
   """Seconds of the prompts that wait here or are being prefilled; of those in
   flight half is left, on average. Of a queue longer than LISTED, what is behind
   these counts by its tokens."""
-  latency = instance.latency
   listed = (*instance.waiting(LISTED), *instance.prefilling())
-  seconds = sum([latency.prefill_s(((
-      known_tokens(instance, request), request.stop),)) for request in listed])
+  seconds = apart_s(instance, listed)
   if instance.num_waiting > LISTED:
     tokens = sum([request.stop - request.done for request in listed])
     seconds *= max(1.0, instance.backlog / tokens)
-  return latency.prefill_s(instance.pieces) / 2 + seconds
+  return instance.latency.prefill_s(instance.pieces) / 2 + seconds
+
+
+def apart_s(instance: InstanceView, requests: Sequence[RequestView]) -> float:
+  """Seconds of the prompts of these here, one after another."""
+  return sum([instance.latency.prefill_s(((
+      known_tokens(instance, request), request.stop),))
+              for request in requests])
 
 
 def known_tokens(instance: InstanceView, request: RequestView) -> int:
@@ -64,12 +69,53 @@ def decode_s(instance: InstanceView, rows: int = 0, tokens: int = 0) -> float:
       instance.context + sum([r.prompt_len for r in coming]) + tokens)
 
 
-def has_room(view: View, most_s: Callable[[InstanceView], float]) -> bool:
-  """Whether an instance has steps within most_s(instance), with a row more, or
-  there are no rows."""
-  return any([decode_s(i, 1) + i.latency.host_s <= most_s(i)
-              for i in view.decodes]) or not any(
-                  [i.num_rows for i in view.decodes])
+def room(view: View, instance: InstanceView,
+         most_s: Callable[[InstanceView], float]) -> int:
+  """Prompts that may begin there now, up to LISTED for each instance that
+  decodes: with as many rows the most of them a second take most_s(instance) a
+  token at most. LISTED where there are no rows; negative where there are too
+  many.
+
+  A row waits for its first step: for its copy, for half of a step that it does
+  not join, and, where all places are taken, for an end for each row that comes
+  before it. A short output has few tokens to make up for that. Rows that end
+  while a prompt is computed make room for its row.
+  """
+  if not any([i.num_rows for i in view.decodes]):
+    return LISTED
+  load = view.load
+  prompt_len = max(1, round(load.prompt_len))
+  output_len = max(1.0, load.output_len)
+  copy_s = view.link.migrate_s(prompt_len)
+  prompt_s = instance.latency.prefill_s(((0, prompt_len),))
+
+  def attain_per_s(home: InstanceView, more: int) -> float:
+    """Rows that end a second and attain it, with so many rows more."""
+    rows, places = home.num_rows + len(home.pulls()), home.config.max_seqs
+    without = max(0, rows + more - places)
+    more -= without
+    step_s = home.latency.host_s + decode_s(
+        home, more, more * (home.context // max(1, home.num_rows)))
+    saved_s = most_s(home) - step_s  # a token
+    if saved_s <= 0:
+      return 0.0
+    waits_s = without * step_s * output_len / places
+    if home.index != instance.index:
+      waits_s += copy_s + step_s / 2
+    return (rows + more) / step_s * longer(load, waits_s / saved_s)
+
+  def rows_more(home: InstanceView) -> int:
+    ends = round(home.num_rows * prompt_s / output_len
+                 / decode_s(home)) if home.num_rows else 0
+
+    def fits(more: int) -> bool:
+      share = attain_per_s(home, more - ends)
+      return 0 < share >= attain_per_s(home, more - ends - 1)
+
+    return most(fits, LISTED)
+
+  begun = sum([len(i.prefilling()) for i in view.instances])
+  return sum(map(rows_more, view.decodes)) - begun
 
 
 def rest_s(view: View, instance: InstanceView, request: RequestView) -> float:
@@ -129,6 +175,13 @@ def least_output(load: Load) -> float:
   """Tokens that all outputs but one of twenty have, of lognormal lengths."""
   sigma = sigma_of(load.output_cv)
   return load.output_len * math.exp(-sigma * (sigma / 2 + RARE))
+
+
+def longer(load: Load, tokens: float) -> float:
+  """The share of outputs that have more tokens, of lognormal lengths."""
+  sigma = sigma_of(load.output_cv)
+  place = math.log(max(tokens, 1e-9) / max(load.output_len, 1.0)) / sigma
+  return math.erfc((place + sigma / 2) / math.sqrt(2)) / 2
 
 
 def allowed_s(view: View, instance: InstanceView, tpot_s: float,

@@ -34,7 +34,8 @@ STEP = 1.15
 CV_STEP = 1.5  # of the spread of outputs, which is known less well
 LIVES = 5  # that a rollout lasts, each as long as objectives allow one
 LEAST, MOST = 200, 800  # requests of it
-KNOWN = 0.75  # of Load.lives: with fewer nothing is decided
+LITTLE = 0.25  # of Load.lives: with fewer nothing is decided
+KNOWN = 0.75  # of Load.lives: with fewer a change must win as much more
 GRAIN = 0.05  # of the share that a rollout must beat
 NOISE = 0.05  # of a rollout's share: a change of roles must win more
 SETTLES = 20  # times that a step is predicted from the rows that it makes
@@ -95,34 +96,38 @@ def better(policy: Policy, slo: Slo, view: View,
     policy: of each step. instances: those that get roles. choices: of them.
   """
   load = view.load
-  if load.rate_per_s <= 0 or load.lives < KNOWN:
+  if load.rate_per_s <= 0 or load.lives < LITTLE:
     return {}  # too little is known
   play_load = functools.partial(
       played, policy, slo, tuple([dataclasses.replace(
           i.config, host_pages=0) for i in instances]),
       tuple([settled(i.latency) for i in instances]), view.link)
   near = rounded(load)
-  play, *others = [functools.partial(between, functools.partial(
+  plays = [functools.partial(between, functools.partial(
       play_load, seed=seed), *near) for seed in range(DRAWS)]
   now = tuple([i.role for i in instances])
-  least = play(now, 0.0).share + NOISE  # that is worth a change
-  if least >= 1:
+  now_share = plays[0](now, 0.0).share
+  if now_share + NOISE >= 1:
     return {}
   ahead: dict[Roles, Played] = {}
+  least = now_share + NOISE / 2
   for roles in choices:
     if roles == now:
       continue
-    outcome = play(roles, least)
+    outcome = plays[0](roles, least)
     if outcome.share > least:
       ahead[roles] = outcome
       least = max(least, outcome.share - TIE)
   best = min([roles for roles in ahead if ahead[roles].share >= least],
              key=lambda roles: ahead[roles].scale, default=now)
-  if best != now:
-    as_it_is = functools.partial(play_load, load)
-    for again in (*others, as_it_is):  # the dearest last
-      if again(best, least := again(now, 0.0).share + NOISE).share <= least:
-        return {}
+  gains = []
+  for play in (*plays, functools.partial(play_load, load)):  # the dearest last
+    share = play(now, 0.0).share
+    gains.append(play(best, share).share - share)
+    if gains[-1] <= 0:
+      return {}
+  if sum(gains) / len(gains) <= NOISE * max(1.0, KNOWN / load.lives):
+    return {}
   return {i.index: role for i, role in zip(instances, best, strict=True)
           if role != i.role}
 

@@ -256,6 +256,10 @@ class InstanceView:
     """Requests in its prefill queue, by arrival; the first `most` of them."""
     return self._views(self._instance.queue[:most])
 
+  def newest(self, most: int) -> tuple[RequestView, ...]:
+    """Of those that wait so many that came last, by arrival."""
+    return self._views(self._instance.queue[-most:])
+
   def pulls(self) -> tuple[RequestView, ...]:
     """Finished prefills whose KV it will pull, by their end."""
     return self._views(self._instance.pulls)

@@ -116,7 +116,7 @@ def test_adaptive_keeps_back_a_share_of_what_prompts_may_take(tpot_s):
   instance = types.SimpleNamespace(
       config=dataclasses.replace(INSTANCE, prefill_tokens=30_000), num_rows=1,
       turn_rows=1, context=0, role='chunked', rows=lambda: (row,),
-      prefilling=lambda: (), waiting=lambda most: (),
+      prefilling=lambda: (), waiting=lambda most: (), newest=lambda most: (),
       latency=latency.Affine((0.01, 1e-6, 0.0), (0.01, 0.0, 1e-6),
                              mixed=(0.01, 1e-6, 0.0, 0.0)))
   tokens = named('adaptive', Slo(1.0, tpot_s)).batch(
@@ -162,6 +162,11 @@ def _step(rows, waited_s, role='chunked', now_s=100.0, size=496):
   so many tokens and have saved so many seconds, beside a prompt that waits."""
   steps = latency.Affine((0.01, 1e-4, 0.0), (0.015, 1e-6, 1e-4), host_s=0.001,
                          mixed=(0.02, 1e-5, 0.0, 1e-6))
+
+  def waiting(most):
+    return (types.SimpleNamespace(
+        arrival_s=now_s - waited_s, first_s=None, done=0, stop=size),)
+
   instance = types.SimpleNamespace(
       latency=steps, role=role, config=InstanceConfig(
           'flexible', 400, 16, 16, 512, 16), num_rows=len(rows),
@@ -170,8 +175,7 @@ def _step(rows, waited_s, role='chunked', now_s=100.0, size=496):
           num_out=tokens, first_s=now_s + saved_s - tokens * SLO.tpot_s)
           for tokens, saved_s in rows],
       prefilling=lambda: (), hit_tokens=lambda request: 0,
-      waiting=lambda most: (types.SimpleNamespace(
-          arrival_s=now_s - waited_s, first_s=None, done=0, stop=size),))
+      waiting=waiting, newest=waiting)
   return named('adaptive', SLO).batch(
       types.SimpleNamespace(time_s=now_s, load=Load(1.0, 100.0, 100.0)),
       instance).tokens
@@ -198,25 +202,28 @@ def test_a_step_is_no_longer_than_the_prompt_that_is_due_first_can_bear(
   assert _step([(50, 0.9)], 0.19, size=size) == tokens
 
 
-@pytest.mark.parametrize('rows, token_s, waits, residents, chosen', [
-    ((3, 3), 1e-5, 0, (5, 2), 1),  # of equal ones the one with fewer
-    ((0, 3), 1e-3, 0, (5, 2), 0),  # beside rows few of its tokens go
-    ((3, 0), 1e-5, 100, (5, 5), 0)])  # or many: sooner than behind another
+@pytest.mark.parametrize('rows, token_s, ages, residents, chosen', [
+    ((3, 3), 1e-5, (), (5, 2), 1),  # of equal ones the one with fewer
+    ((0, 3), 1e-3, (), (5, 2), 0),  # beside rows few of its tokens go
+    ((3, 0), 1e-5, (0.1,), (5, 5), 0),  # or many: sooner than behind another
+    ((3, 0), 1e-3, (0.3,), (5, 5), 1),  # which does not come first if late
+    ((0, 0), 1e-5, (0.3,), (1, 9), 0)])  # of equal ones with fewer tokens
 def test_a_prompt_goes_where_it_is_done_first(
-    rows, token_s, waits, residents, chosen):
+    rows, token_s, ages, residents, chosen):
+  """Beside one of 100 tokens that waits at the second instance."""
   steps = latency.Affine((0.01, 1e-4, 0.0), (0.01, 0.0, 0.0),
                          mixed=(0.01, token_s, 0.0, 0.0))
-  queue = [types.SimpleNamespace(done=0, stop=waits)] if waits else []
+  queue = [types.SimpleNamespace(done=0, stop=100, first_s=None,
+                                 arrival_s=10.0 - age_s) for age_s in ages]
   prefills = [types.SimpleNamespace(
       index=n, latency=steps, num_rows=rows[n], turn_rows=rows[n], context=0,
       config=InstanceConfig('flexible', 400, 16, 16, 512, 16), pieces=(),
-      prefilling=lambda: (), waiting=lambda most, n=n: queue * n,
+      prefilling=lambda: (), newest=lambda most, n=n: queue * n,
       hits=lambda request: (0, 0), hit_tokens=lambda request: 0,
-      num_waiting=n * len(queue), backlog=n * waits, residents=residents[n])
-              for n in (0, 1)]
+      backlog=100 * n * len(queue), residents=residents[n]) for n in (0, 1)]
   request = types.SimpleNamespace(done=0, prompt_len=100)
-  assert named('adaptive', SLO).route(
-      types.SimpleNamespace(prefills=prefills), request) == chosen
+  assert named('adaptive', SLO).route(types.SimpleNamespace(
+      time_s=10.0, prefills=prefills), request) == chosen
 
 
 def test_rows_of_a_colocated_instance_lend_what_nearly_all_will_save():
@@ -227,22 +234,24 @@ def test_rows_of_a_colocated_instance_lend_what_nearly_all_will_save():
   assert least_output(Load(1.0, 100.0, 100.0)) == pytest.approx(18, rel=0.02)
 
 
-@pytest.mark.parametrize('rows, mixes, lone_s, tokens', [
-    (0, False, 0.01, 512), (10, False, 0.01, 512),  # room for their rows
-    (0, False, 1.0, 512), (1, False, 1.0, 100),  # never: else all would wait
-    (200, True, 0.01, 130),  # none: what has begun, is on time, or is very old
-    (200, False, 0.01, 100)])  # on time it may be later, too: what has begun
-def test_prompts_wait_while_rows_have_no_room(rows, mixes, lone_s, tokens):
-  steps = latency.Affine((0.01, 1e-4, 0.0), (lone_s, 0.0, 1e-4), host_s=0.001)
-  decodes = types.SimpleNamespace(
-      latency=steps, num_rows=rows, context=0, pulls=lambda: (),
-      prefills=mixes)
+@pytest.mark.parametrize('rows, lone_s, tokens', [
+    (0, 0.01, 230), (10, 0.01, 230),  # room for their rows
+    (0, 1.0, 230), (1, 1.0, 100),  # never: else all would wait
+    (200, 0.01, 100),  # none: what has begun
+    (102, 0.01, 120)])  # for one more, which is on time
+def test_prompts_wait_while_rows_have_no_room(rows, lone_s, tokens):
+  steps = latency.Affine((0.01, 1e-6, 0.0), (lone_s, 0.0, 1e-4), host_s=0.001)
   waiting = [types.SimpleNamespace(
       arrival_s=100 - waited_s, stop=size, first_s=None)
-             for waited_s, size in ((AGED_S, 10), (0.3, 400), (0.1, 20))]
-  instance = types.SimpleNamespace(
-      latency=steps, role='prefill', num_rows=0, config=dataclasses.replace(
-          INSTANCE, prefill_tokens=512), waiting=lambda: waiting,
-      prefilling=lambda: [types.SimpleNamespace(stop=150, done=50)])
-  view = types.SimpleNamespace(time_s=100.0, decodes=(decodes,))
-  assert named('adaptive', SLO).batch(view, instance).tokens == tokens
+             for waited_s, size in ((0.3, 110), (0.1, 20))]
+  prefills, decodes = [types.SimpleNamespace(
+      latency=steps, role=role, index=index, num_rows=rows * index, context=0,
+      config=dataclasses.replace(INSTANCE, prefill_tokens=512, max_seqs=400),
+      waiting=lambda most: waiting[:most], newest=lambda most: waiting[-most:],
+      pulls=lambda: (), prefilling=lambda index=index: [
+          types.SimpleNamespace(stop=150, done=50)] * (1 - index))
+      for index, role in enumerate(('prefill', 'decode'))]
+  view = types.SimpleNamespace(
+      time_s=100.0, instances=(prefills, decodes), decodes=(decodes,),
+      link=LINK, load=Load(1.0, 100.0, 1e4))
+  assert named('adaptive', SLO).batch(view, prefills).tokens == tokens

@@ -9,7 +9,12 @@ from dsjax.config.engine import InstanceConfig
 from dsjax.config.placement import Slo
 from dsjax.config.request import Request, Sampling
 from dsjax.placement.api import simulate
-from dsjax.policies.deadlines import due_s, punctual_tokens, with_deadlines
+from dsjax.policies.deadlines import (
+  due_s,
+  fitting_tokens,
+  punctual_tokens,
+  with_deadlines,
+)
 from dsjax.policies.named import named
 from dsjax.scheduling import scheduler
 from dsjax.scheduling.policy import DISTSERVE, PrefillBudget
@@ -167,9 +172,24 @@ def punctual(ages, token_s, done=0, hit=0):
       latency=steps, turn_rows=1, context=100, prefilling=lambda: (),
       config=InstanceConfig('flexible', 400, 16, 16, 512, 16),
       hit_tokens=lambda request: hit,
-      waiting=lambda most: [request_of(age_s, done=done) for age_s in ages])
+      newest=lambda most: [request_of(age_s, done=done) for age_s in ages])
   slo = Slo(0.25 if token_s == 1e-3 else 0.2, 0.1)
   return punctual_tokens(types.SimpleNamespace(time_s=1000.0), instance, slo)
+
+
+@pytest.mark.parametrize('room, tokens', [
+    (-1, 70), (0, 70), (1, 71), (2, 73), (3, 77), (4, 85), (9, 85)])
+def test_as_many_prompts_begin_as_there_is_room_for_and_late_ones_last(
+    room, tokens):
+  """What has begun goes on: 100 tokens, of which 30 are done."""
+  waiting = [request_of(age_s, stop=stop) for age_s, stop in (
+      (0.4, 4), (0.3, 8), (0.1, 1), (0.05, 2))]
+  instance = types.SimpleNamespace(
+      prefilling=lambda: (request_of(0.3, done=30),),
+      waiting=lambda most: waiting[:most],
+      newest=lambda most: waiting[-most:])
+  view = types.SimpleNamespace(time_s=1000.0)
+  assert fitting_tokens(view, instance, SLO, room) == tokens
 
 
 def test_deadlines_hold_where_more_comes_than_can_attain():
