@@ -21,6 +21,8 @@ NEWEST, MOST = 4, 64  # cohorts that arrivals are told from
 CHANCE = 3.0  # standard errors that two halves of these may be apart
 LEAST = 256  # requests that outputs are told from, at least
 LIVES = 8  # of a request: in less, too few of those that are long have ended
+MOST_VARIANCE = 4.0  # of logarithms: a cv of 7
+GRAIN = 16  # parts of a unit that logarithms are rounded to
 
 
 class Load(NamedTuple):
@@ -31,7 +33,9 @@ class Load(NamedTuple):
     prompt_len: tokens of their prompts, mean. output_len: tokens of an output,
       mean; 1 before the first has ended.
     prompt_cv, output_cv: standard deviation of these tokens over their mean;
-      1 before there are enough.
+      1 before there are enough. That of outputs is no more than that of
+      lognormal lengths whose logarithms vary as theirs do: of a few hundred
+      outputs the longest one would else decide.
     lives: how many times as many tokens as those outputs that run will have,
       those have that ended: the larger, the better outputs are known.
     longest_prompt: tokens, of these prompts; 0 before the first.
@@ -53,6 +57,8 @@ class Cohort(NamedTuple):
   place: of it, counts from 0. time_s: when the first of them arrived; 0 of
   those that ended. number: how many. tokens, squares: of their prompts, or of
   what they generated, the sum of them and of their squares, and the longest.
+  logs, log_squares: the sums of their logarithms, in GRAINths, and of the
+  squares of these.
   """
 
   place: int
@@ -61,6 +67,8 @@ class Cohort(NamedTuple):
   tokens: int = 0
   squares: int = 0
   longest: int = 0
+  logs: int = 0
+  log_squares: int = 0
 
 
 class Recent:
@@ -101,7 +109,7 @@ class Recent:
     output_len, output_cv = _lengths(ended, running)
     tokens = sum([cohort.tokens for cohort in ended])
     return Load(_rate_per_s(prompts, time_s), prompt_len, output_len, prompt_cv,
-                output_cv, tokens / max(1, 2 * sum(running)),
+                min(output_cv, _spread(ended, running)), tokens / max(1, 2 * sum(running)),
                 max([cohort.longest for cohort in prompts], default=0))
 
   def _outputs(self, rows: Sequence[tuple[int, int]]
@@ -130,9 +138,11 @@ def _added(cohorts: Any, order: int, time_s: float, tokens: int
     cohorts = {cohort.place: cohort for cohort in cohorts}
   place = order // COHORT
   known = cohorts.get(place) or Cohort(place, time_s)
+  log = round(GRAIN * math.log(max(tokens, 1)))
   cohorts[place] = Cohort(
       place, known.time_s, known.number + 1, known.tokens + tokens,
-      known.squares + tokens * tokens, max(known.longest, tokens))
+      known.squares + tokens * tokens, max(known.longest, tokens),
+      known.logs + log, known.log_squares + log * log)
   if len(cohorts) > COHORTS:
     del cohorts[min(cohorts)]
   return cohorts
@@ -176,3 +186,19 @@ def _lengths(whole: Sequence[Cohort], begun: Sequence[int]
             + 3 * sum([tokens * tokens for tokens in begun])) / number
   cv = math.sqrt(max(0.0, square / mean**2 - 1))
   return mean, cv if ended >= COHORT else 1.0
+
+
+def _spread(whole: Sequence[Cohort], begun: Sequence[int]) -> float:
+  """The cv of lognormal lengths whose logarithms vary as these. Of some, what
+  they have had so far is known: seen at a random time the logarithm of that is
+  1 less than that of all, and its variance 1 more."""
+  ended = sum([cohort.number for cohort in whole])
+  if ended < COHORT:
+    return 1.0
+  number = ended + len(begun)
+  known = [GRAIN * (math.log(max(tokens, 1)) + 1) for tokens in begun]
+  mean = (sum([cohort.logs for cohort in whole]) + sum(known)) / number
+  square = (sum([cohort.log_squares for cohort in whole])
+            + sum([log * log - GRAIN * GRAIN for log in known])) / number
+  variance = max(0.0, square - mean * mean) / GRAIN**2
+  return math.sqrt(math.exp(min(variance, MOST_VARIANCE)) - 1)
