@@ -196,9 +196,12 @@ def _spread(whole: Sequence[Cohort], begun: Sequence[int]) -> float:
   if ended < COHORT:
     return 1.0
   number = ended + len(begun)
-  known = [GRAIN * (math.log(max(tokens, 1)) + 1) for tokens in begun]
-  mean = (sum([cohort.logs for cohort in whole]) + sum(known)) / number
-  square = (sum([cohort.log_squares for cohort in whole])
-            + sum([log * log - GRAIN * GRAIN for log in known])) / number
-  variance = max(0.0, square - mean * mean) / GRAIN**2
+  logs = [cohort.logs / GRAIN for cohort in whole]
+  squares = [cohort.log_squares / GRAIN**2 for cohort in whole]
+  for tokens in begun:
+    log = math.log(max(tokens, 1)) + 1
+    logs.append(log)
+    squares.append(log * log - 1)
+  mean = sum(logs) / number
+  variance = max(0.0, sum(squares) / number - mean * mean)
   return math.sqrt(math.exp(min(variance, MOST_VARIANCE)) - 1)
