@@ -16,28 +16,27 @@ attains clearly more than the present one.
 """
 
 import dataclasses
-import functools
 import math
 
 from dsjax.config.placement import Slo
 from dsjax.policies.deadlines import (
   MOST_WAIT,
+  ahead,
   fitting_tokens,
-  on_time,
   punctual_tokens,
   with_deadlines,
 )
 from dsjax.policies.predict import (
   CATCH_UP,
   allowed_s,
-  apart_s,
   decode_s,
   least_output,
   prefill_s,
   prompt_tokens,
+  queue_s,
   room,
 )
-from dsjax.policies.roles import leave_prefills
+from dsjax.policies.roles import choices, leave_prefills
 from dsjax.policies.rollouts import better
 from dsjax.scheduling.policy import (
   DISTSERVE,
@@ -63,16 +62,8 @@ def policy(slo: Slo, margin: float = 0.99, tick_s: float = 2.0) -> Policy:
 
   def resize(view: View) -> dict[int, str]:
     known = [i for i in view.may_prefill if i.flips]
-    if (count := len(known)) < 2:
-      return {}
     now = sum([i.role == 'prefill' for i in known])
-    return better(flexible, slo, view, known, [
-        ('chunked',) * count, ('colocated',) * count, *(
-            ('prefill',) * n + (others,) * (count - n)
-            for n in sorted({1, *(count * k // 4 for k in (1, 2, 3)),
-                             now - 1, now, now + 1})
-            if 0 < n < count
-            for others in ('decode', 'chunked'))])
+    return better(flexible, slo, view, known, choices(len(known), now))
 
   return dataclasses.replace(flexible, name='adaptive', tick_s=tick_s,
                              resize=resize, rebalance=leave_prefills)
@@ -94,9 +85,9 @@ def _per_step(slo: Slo, margin: float) -> Policy:
   def batch(view: View, instance: InstanceView) -> PrefillBudget:
     most = instance.config.prefill_tokens
     if not instance.num_rows:
+      places = room(view, instance, lambda home: aim_s(home, GROWS))
       return PrefillBudget(min(most, fitting_tokens(
-          view, instance, slo, room(
-              view, instance, functools.partial(aim_s, share=GROWS)))))
+          view, instance, slo, places)))
     tokens = allowed(view, instance)
     if tokens < LEAST:
       prompts = (*instance.prefilling(), *instance.waiting(1))
@@ -113,14 +104,11 @@ def _per_step(slo: Slo, margin: float) -> Policy:
     tokens = max(LEAST, sum(mixing) / max(1, len(mixing)))  # of a step
 
     def done_s(instance: InstanceView) -> float:
-      """Predicted seconds until its prompt is done there, behind those that
-      are on time. Rows change sooner than a queue: all instances that have some
-      are predicted alike."""
-      ahead = (*instance.prefilling(), *on_time(view, instance, slo))
-      flight_s = instance.latency.prefill_s(instance.pieces) / 2
-      alone_s = flight_s + apart_s(instance, ahead) + prefill_s(
-          instance, request)
-      steps = (sum([r.stop - r.done for r in ahead])
+      """Predicted seconds until its prompt is done there. Rows change sooner
+      than a queue: all instances that have some are predicted alike."""
+      queue = ahead(view, instance, slo)
+      alone_s = queue_s(instance, queue) + prefill_s(instance, request)
+      steps = (sum([r.stop - r.done for r in queue])
                + request.prompt_len) / tokens
       return max(alone_s, steps * aim_s(instance) * bool(instance.num_rows))
 

@@ -55,6 +55,12 @@ def on_time(view: View, instance: InstanceView, slo: Slo
           if view.time_s <= due_s(request, slo)]
 
 
+def ahead(view: View, instance: InstanceView, slo: Slo) -> list[RequestView]:
+  """The prompts that a new one comes behind: those that have begun there, and
+  those on time."""
+  return [*instance.prefilling(), *on_time(view, instance, slo)]
+
+
 def fitting_tokens(view: View, instance: InstanceView, slo: Slo, room: int
                    ) -> int:
   """Tokens of the prompts there that have begun, and of as many that wait as
@@ -77,7 +83,7 @@ def punctual_tokens(view: View, instance: InstanceView, slo: Slo) -> int:
   """
   timely = sorted([
       (due, request.stop, request.stop - known_tokens(instance, request))
-      for request in (*instance.prefilling(), *on_time(view, instance, slo))
+      for request in ahead(view, instance, slo)
       if (due := due_s(request, slo)) >= view.time_s])
   if not timely:
     return instance.config.prefill_tokens

@@ -13,23 +13,20 @@ MOST_CV = 3  # of lengths
 RARE = 1.645  # standard deviations below the mean: one of twenty is there
 
 
-def queue_s(instance: InstanceView) -> float:
-  """Seconds of the prompts that wait here or are being prefilled; of those in
-  flight half is left, on average. Of a queue longer than LISTED, what is behind
-  these counts by its tokens."""
-  listed = (*instance.waiting(LISTED), *instance.prefilling())
-  seconds = apart_s(instance, listed)
-  if instance.num_waiting > LISTED:
+def queue_s(instance: InstanceView,
+            requests: Sequence[RequestView] | None = None) -> float:
+  """Seconds of prompts that wait here or are being prefilled, all or these; of
+  those in flight half is left, on average. Of a queue longer than LISTED, what
+  is behind these counts by its tokens."""
+  listed = requests
+  if listed is None:
+    listed = (*instance.waiting(LISTED), *instance.prefilling())
+  seconds = sum([instance.latency.prefill_s(((
+      known_tokens(instance, request), request.stop),)) for request in listed])
+  if requests is None and instance.num_waiting > LISTED:
     tokens = sum([request.stop - request.done for request in listed])
     seconds *= max(1.0, instance.backlog / tokens)
   return instance.latency.prefill_s(instance.pieces) / 2 + seconds
-
-
-def apart_s(instance: InstanceView, requests: Sequence[RequestView]) -> float:
-  """Seconds of the prompts of these here, one after another."""
-  return sum([instance.latency.prefill_s(((
-      known_tokens(instance, request), request.stop),))
-              for request in requests])
 
 
 def known_tokens(instance: InstanceView, request: RequestView) -> int:

@@ -31,3 +31,16 @@ def leave_prefills(view: View) -> list[Move]:
         residents[target] += 1
         moves.append(Move(row.id, target.index))
   return moves
+
+
+def choices(count: int, now: int) -> list[tuple[str, ...]]:
+  """Roles of so many instances, of which `now` only prefill: all mix; all mix
+  and lend; or one more than now, as many, one fewer, or a quarter, half or
+  three quarters only prefill, while the others decode only or mix."""
+  if count < 2:
+    return []
+  numbers = {1, *(count * k // 4 for k in (1, 2, 3)), now - 1, now, now + 1}
+  return [('chunked',) * count, ('colocated',) * count, *(
+      ('prefill',) * number + (others,) * (count - number)
+      for number in sorted(numbers) if 0 < number < count
+      for others in ('decode', 'chunked'))]

@@ -88,15 +88,16 @@ def better(policy: Policy, slo: Slo, view: View,
   """The roles of the choice that attains most under the load of late.
 
   Of those that are equal within TIE, the one that is furthest from missing.
-  None change unless it attains more than those of now by NOISE, with each of
-  DRAWS draws of requests, and with the load as it is: so nothing swings at a
-  constant load. Where those of now attain all but NOISE nothing else is played.
+  None change unless it attains more than those of now with each of DRAWS draws
+  of requests and with the load as it is, and by NOISE on average, or more where
+  little is known of outputs: so nothing swings at a constant load. Where those
+  of now attain all but NOISE nothing else is played.
 
   Args:
     policy: of each step. instances: those that get roles. choices: of them.
   """
   load = view.load
-  if load.rate_per_s <= 0 or load.lives < LITTLE:
+  if not choices or load.rate_per_s <= 0 or load.lives < LITTLE:
     return {}  # too little is known
   play_load = functools.partial(
       played, policy, slo, tuple([dataclasses.replace(

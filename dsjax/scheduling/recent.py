@@ -109,7 +109,8 @@ class Recent:
     output_len, output_cv = _lengths(ended, running)
     tokens = sum([cohort.tokens for cohort in ended])
     return Load(_rate_per_s(prompts, time_s), prompt_len, output_len, prompt_cv,
-                min(output_cv, _spread(ended, running)), tokens / max(1, 2 * sum(running)),
+                min(output_cv, _spread(ended, running)),
+                tokens / max(1, 2 * sum(running)),
                 max([cohort.longest for cohort in prompts], default=0))
 
   def _outputs(self, rows: Sequence[tuple[int, int]]

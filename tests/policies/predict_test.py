@@ -39,21 +39,22 @@ def test_a_queue_is_predicted_by_its_first_prompts_and_its_tokens(count):
   assert asked == [predict.LISTED]
 
 
-def _room(rows, home=1, coming=0, begun=0, load=LOAD, token_s=0.02005, places=400,
-          context=0, steps=FEW):
+def _room(rows, home=1, coming=0, begun=0, load=LOAD, token_s=0.02005,
+          places=400, context=0, steps=FEW):
   """Prompts of 100 tokens that may begin at instance 0 for rows at another,
   or for its own, whose steps take 10 ms and .1 ms a row."""
   instances = [types.SimpleNamespace(
-      index=index, latency=steps, num_rows=rows if index == home else 0,
-      context=context, pulls=lambda: [types.SimpleNamespace(prompt_len=100)] * (
-          coming if index == home else 0),
-      config=types.SimpleNamespace(max_seqs=places),
-      prefilling=lambda index=index: [None] * (0 if index else begun))
-      for index in (0, 1)]
+      index=index, latency=steps, num_rows=0, context=context,
+      config=types.SimpleNamespace(max_seqs=places), pulls=lambda: (),
+      prefilling=lambda: ()) for index in (0, 1)]
+  prefills, decodes = instances[0], instances[home]
+  prefills.prefilling = lambda: [None] * begun
+  decodes.num_rows = rows
+  decodes.pulls = lambda: [types.SimpleNamespace(prompt_len=100)] * coming
   view = types.SimpleNamespace(
-      instances=instances, decodes=instances[home:home + 1], load=load,
+      instances=instances, decodes=[decodes], load=load,
       link=types.SimpleNamespace(migrate_s=lambda tokens: 0.001))
-  return predict.room(view, instances[0], lambda instance: token_s)
+  return predict.room(view, prefills, lambda instance: token_s)
 
 
 def test_room_is_what_steps_of_rows_leave():

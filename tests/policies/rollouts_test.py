@@ -8,6 +8,7 @@ import pytest
 
 from dsjax.config.placement import Slo
 from dsjax.policies import rollouts
+from dsjax.policies.roles import choices
 from dsjax.policies.rollouts import rounded
 from dsjax.scheduling.pace import Paced
 from dsjax.scheduling.policy import DISTSERVE, Load
@@ -48,6 +49,15 @@ def test_nothing_changes_before_outputs_are_known(monkeypatch):
   assert choice(monkeypatch, {
       ('chunked',) * 2: (.1, .9), ('prefill', 'decode'): (.9, .9)},
       lives=0.2) == ({}, [])
+
+
+def test_where_there_is_no_choice_nothing_is_played(monkeypatch):
+  monkeypatch.setattr(rollouts, 'played', None)
+  instance = types.SimpleNamespace(
+      index=0, role='chunked', config=INSTANCE, latency=Paced(STEP))
+  view = types.SimpleNamespace(load=LENGTHS._replace(lives=9.0), link=LINK)
+  assert choices(1, 0) == []
+  assert rollouts.better(DISTSERVE, SLO, view, [instance], []) == {}
 
 
 @pytest.mark.parametrize('reverse', [False, True])

@@ -120,6 +120,27 @@ def test_the_spread_of_outputs_is_told():
   assert after(Recent((), ()), 1000, 1000).lives < 1
 
 
+def test_the_spread_of_outputs_is_not_told_by_the_longest_one():
+  """Lengths of cv 1.3, and one that is as long as 100 others."""
+  rng = random.Random(0)
+  lengths = [max(1, int(rng.lognormvariate(3.0, 1.0))) for _ in range(400)]
+  told = []
+  for last in (20, 4000):
+    recent = Recent((), ())
+    for n, tokens in enumerate([*lengths, last]):
+      recent.add_ended(n, tokens)
+    told.append(recent.load(0.0, []).output_cv)
+  assert 0.9 < told[0] < told[1] < 1.4
+
+
+def test_the_spread_of_outputs_is_told_where_many_run():
+  """Of those that run the half is over, on average."""
+  rng = random.Random(0)
+  lengths = [max(1, int(rng.lognormvariate(5.0, 0.6))) for _ in range(6000)]
+  wide = after(Recent((), ()), 6000, 600, lengths.__getitem__)
+  assert wide.output_cv == pytest.approx(0.66, rel=0.2)
+
+
 def test_the_rate_is_of_now_so_it_falls_when_requests_stop():
   recent = Recent((), ())
   for n in range(4 * LEAST):
