@@ -130,7 +130,7 @@ def test_the_spread_of_outputs_is_not_told_by_the_longest_one():
     for n, tokens in enumerate([*lengths, last]):
       recent.add_ended(n, tokens)
     told.append(recent.load(0.0, []).output_cv)
-  assert 0.9 < told[0] < told[1] < 1.4
+  assert 0.9 < told[0] < told[1] < 1.7
 
 
 def test_the_spread_of_outputs_is_told_where_many_run():
