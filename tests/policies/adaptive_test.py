@@ -207,23 +207,27 @@ def test_a_step_is_no_longer_than_the_prompt_that_is_due_first_can_bear(
     ((0, 3), 1e-3, (), (5, 2), 0),  # beside rows few of its tokens go
     ((3, 0), 1e-5, (0.1,), (5, 5), 0),  # or many: sooner than behind another
     ((3, 0), 1e-3, (0.3,), (5, 5), 1),  # which does not come first if late
-    ((0, 0), 1e-5, (0.3,), (1, 9), 0)])  # of equal ones with fewer tokens
+    ((0, 0), 1e-5, (0.3,), (9, 1), 0)])  # of equal ones with fewer tokens
+@pytest.mark.parametrize('begun', [False, True])
 def test_a_prompt_goes_where_it_is_done_first(
-    rows, token_s, ages, residents, chosen):
-  """Beside one of 100 tokens that waits at the second instance."""
+    rows, token_s, ages, residents, chosen, begun):
+  """Beside one of 100 tokens that waits at the second instance, and perhaps
+  one that has begun there, however late."""
   steps = latency.Affine((0.01, 1e-4, 0.0), (0.01, 0.0, 0.0),
                          mixed=(0.01, token_s, 0.0, 0.0))
   queue = [types.SimpleNamespace(done=0, stop=100, first_s=None,
                                  arrival_s=10.0 - age_s) for age_s in ages]
+  first = [types.SimpleNamespace(done=0, stop=900)] * begun
   prefills = [types.SimpleNamespace(
       index=n, latency=steps, num_rows=rows[n], turn_rows=rows[n], context=0,
       config=InstanceConfig('flexible', 400, 16, 16, 512, 16), pieces=(),
-      prefilling=lambda: (), newest=lambda most, n=n: queue * n,
+      prefilling=lambda n=n: first * n, newest=lambda most, n=n: queue * n,
       hits=lambda request: (0, 0), hit_tokens=lambda request: 0,
       backlog=100 * n * len(queue), residents=residents[n]) for n in (0, 1)]
   request = types.SimpleNamespace(done=0, prompt_len=100)
   assert named('adaptive', SLO).route(types.SimpleNamespace(
-      time_s=10.0, prefills=prefills), request) == chosen
+      time_s=10.0, prefills=prefills), request) == (
+          0 if begun and token_s < 1e-3 else chosen)
 
 
 def test_rows_of_a_colocated_instance_lend_what_nearly_all_will_save():

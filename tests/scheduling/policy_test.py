@@ -455,6 +455,20 @@ def test_a_view_cannot_be_changed():
   assert {'time_s', 'backlog', 'prompt_len', 'free_pages'} <= set(seen)
 
 
+def test_a_view_shows_those_that_wait_from_either_end():
+  seen = []
+
+  def route(view, request):
+    instance = view.instances[0]
+    seen.append([[r.id for r in requests] for requests in (
+        instance.waiting(), instance.waiting(2), instance.newest(2))])
+    return 0
+
+  _after(_config(('chunked',), route=route, batch=lambda *_: PrefillBudget(0)),
+         *(_arrive(id) for id in range(4)))
+  assert seen[3] == [[0, 1, 2], [0, 1], [1, 2]]
+
+
 # --- a policy is asked what is true, and again -------------------------------
 
 

@@ -11,6 +11,7 @@ from dsjax.scheduling.recent import (
   LEAST,
   MOST,
   Recent,
+  _spread,
   alike,
 )
 
@@ -134,11 +135,14 @@ def test_the_spread_of_outputs_is_not_told_by_the_longest_one():
 
 
 def test_the_spread_of_outputs_is_told_where_many_run():
-  """Of those that run the half is over, on average."""
+  """Of those that run the half is over, on average; few have ended."""
   rng = random.Random(0)
-  lengths = [max(1, int(rng.lognormvariate(5.0, 0.6))) for _ in range(6000)]
-  wide = after(Recent((), ()), 6000, 600, lengths.__getitem__)
-  assert wide.output_cv == pytest.approx(0.66, rel=0.2)
+  lengths = [rng.lognormvariate(7.0, 0.6) for _ in range(4000)]
+  recent = Recent((), ())
+  for n, tokens in enumerate(lengths[:COHORT]):
+    recent.add_ended(n, int(tokens))
+  begun = [max(1, int(rng.random() * tokens)) for tokens in lengths]
+  assert _spread(recent.ended, begun) == pytest.approx(0.66, rel=0.15)
 
 
 def test_the_rate_is_of_now_so_it_falls_when_requests_stop():
