@@ -134,14 +134,15 @@ def test_the_spread_of_outputs_is_not_told_by_the_longest_one():
   assert 0.9 < told[0] < told[1] < 1.7
 
 
-def test_the_spread_of_outputs_is_told_where_many_run():
-  """Of those that run the half is over, on average; few have ended."""
+@pytest.mark.parametrize('ended', [COHORT, 2000])
+def test_the_spread_of_outputs_is_told_where_many_run(ended):
+  """Of those that run the half is over, on average."""
   rng = random.Random(0)
   lengths = [rng.lognormvariate(7.0, 0.6) for _ in range(4000)]
   recent = Recent((), ())
-  for n, tokens in enumerate(lengths[:COHORT]):
+  for n, tokens in enumerate(lengths[:ended]):
     recent.add_ended(n, int(tokens))
-  begun = [max(1, int(rng.random() * tokens)) for tokens in lengths]
+  begun = [max(1, int(rng.random() * tokens)) for tokens in lengths[ended:]]
   assert _spread(recent.ended, begun) == pytest.approx(0.66, rel=0.15)
 
 
