@@ -318,8 +318,8 @@ def run(options: Any, console: Any) -> int:
     draw(out, shown)
   if stopped:
     console.print(f'Stopped by {stopped}: this is what was known.')
-  terminal.written(console, out, 'policies.csv', 'policies.json',
-                   *['policies.png'] * bool(shown))
+  terminal.written(console, out, 'policies.json', *[
+      'policies.csv', 'policies.png'] * bool(shown))
   return 130 if stopped == 'Ctrl-C' else 0
 
 

@@ -52,7 +52,8 @@ FLAGS = {
                                   *TRACES]), 'As experiments.place --lengths, '
                         f'with commas between; of --traces {list(TRACES)}.'),
     'traces': 'traces',
-    'minutes': cli.Flag(600.0, 'At most.', low=0.0),
+    'minutes': cli.Flag(600.0, 'At most; one process alone ends the cell that '
+                        'it measures first.', low=0.0),
     'processes': cli.Flag(os.cpu_count() or 1, 'Beside each other.', low=1),
 }
 
@@ -131,7 +132,9 @@ def measure_all(options: Any, console: Console, measure: Callable[[Any], Any],
   Returns:
     What ended it before its end, or ''.
   """
-  end_s, count = time.monotonic() + 60 * options.minutes, 0
+  most_s, count = 60 * options.minutes, 0
+  end_s = time.monotonic() + most_s
+  limit = {'timeout': most_s} if options.processes > 1 else {}
   bar = Progress(TextColumn('{task.description}'), BarColumn(),
                  TextColumn('{task.completed}/{task.total}'),
                  TimeElapsedColumn(), console=console, transient=True)
@@ -140,7 +143,7 @@ def measure_all(options: Any, console: Console, measure: Callable[[Any], Any],
   try:
     with processes(options.processes) as run_map, bar:
       task = bar.add_task('cells', total=len(todo))
-      for line in run_map(measure, todo):
+      for line in run_map(measure, todo, **limit):
         lines.append(line)
         provenance.save_csv(path, line._fields, lines)
         bar.advance(task)
@@ -149,6 +152,8 @@ def measure_all(options: Any, console: Console, measure: Callable[[Any], Any],
         count += 1
         if time.monotonic() > end_s and count < len(todo):
           return '--minutes'
+  except TimeoutError:
+    return '--minutes'
   except KeyboardInterrupt:
     return 'Ctrl-C'
   return ''

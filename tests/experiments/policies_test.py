@@ -6,6 +6,8 @@ import functools
 import importlib
 import inspect
 import pickle
+import time
+import types
 
 import pytest
 from rich.console import Console
@@ -15,7 +17,7 @@ from dsjax.config.checks import InputError
 from dsjax.policies.named import NAMES
 from dsjax.runtime.engine import Engine
 from experiments import policies
-from experiments.common import cli
+from experiments.common import cli, policy_cells
 from tests.common import fake_engine
 from tests.common.results import check_written, made_by
 
@@ -166,6 +168,19 @@ def test_minutes_end_it_and_what_was_known_is_kept(tmp_path):
   code, text = run(tmp_path, minutes=0.0)
   assert code == 0 and 'Stopped by --minutes' in text
   assert len(lines(tmp_path)) == 1
+
+
+def test_minutes_end_cells_that_other_processes_measure(tmp_path):
+  """They last for minutes more."""
+  options = types.SimpleNamespace(minutes=0.0, processes=2)
+  lines = []
+  assert policy_cells.measure_all(
+      options, Console(quiet=True), time.sleep, [600, 600], 2, lines,
+      tmp_path / 'policies.csv', str) == '--minutes'
+  assert not lines
+  code, text = run(tmp_path, minutes=0.0, processes=2)
+  assert code == 0 and 'Stopped by --minutes' in text
+  check_written(text, tmp_path)
 
 
 @pytest.mark.parametrize('name', NAMES)
