@@ -10,6 +10,7 @@ GRAIN = 16  # tokens
 LISTED = 64  # prompts that are looked at one by one
 CATCH_UP = 16  # tokens over which a row makes up for what it is late
 MOST_CV = 3  # of lengths
+LEAST_S = 1e-9  # of a step
 RARE = 1.645  # standard deviations below the mean: one of twenty is there
 
 
@@ -83,31 +84,36 @@ def room(view: View, instance: InstanceView,
   load = view.load
   prompt_len = max(1, round(load.prompt_len))
   output_len = max(1.0, load.output_len)
-  copy_s = view.link.migrate_s(prompt_len)
+  copy_s = view.link.migrate_s(prompt_len) if view.knows_link else 0.0
   prompt_s = instance.latency.prefill_s(((0, prompt_len),))
 
-  def attain_per_s(home: InstanceView, more: int) -> float:
-    """Rows that end a second and attain it, with so many rows more."""
-    rows, places = home.num_rows + len(home.pulls()), home.config.max_seqs
-    without = max(0, rows + more - places)
-    more -= without
-    step_s = home.latency.host_s + decode_s(
-        home, more, more * (home.context // max(1, home.num_rows)))
-    saved_s = most_s(home) - step_s  # a token
-    if saved_s <= 0:
-      return 0.0
-    waits_s = without * step_s * output_len / places
-    if home.index != instance.index:
-      waits_s += copy_s + step_s / 2
-    return (rows + more) / step_s * longer(load, waits_s / saved_s)
-
   def rows_more(home: InstanceView) -> int:
-    ends = round(home.num_rows * prompt_s / output_len
-                 / decode_s(home)) if home.num_rows else 0
+    latency, coming, limit_s = home.latency, home.pulls(), most_s(home)
+    rows, places = home.num_rows + len(coming), home.config.max_seqs
+    each = home.context // max(1, home.num_rows)
+    context = home.context + sum([r.prompt_len for r in coming])
+    ends = min(home.num_rows, round(
+        home.num_rows * prompt_s / output_len
+        / max(latency.decode_s(rows, context), LEAST_S)))
+
+    def attain_per_s(more: int) -> float:
+      """Rows that end a second and attain it, with so many rows more."""
+      there = min(rows + more, places)
+      if there < 1:
+        return 0.0
+      step_s = max(LEAST_S, latency.host_s + latency.decode_s(
+          there, max(0, context + (there - rows) * each)))
+      saved_s = limit_s - step_s  # a token
+      if saved_s <= 0:
+        return 0.0
+      waits_s = (rows + more - there) * step_s * output_len / places
+      if home.index != instance.index:
+        waits_s += copy_s + step_s / 2
+      return there / step_s * longer(load, waits_s / saved_s)
 
     def fits(more: int) -> bool:
-      share = attain_per_s(home, more - ends)
-      return 0 < share >= attain_per_s(home, more - ends - 1)
+      share = attain_per_s(more - ends)
+      return 0 < share >= attain_per_s(more - ends - 1)
 
     return most(fits, LISTED)
 

@@ -52,7 +52,7 @@ def _room(rows, home=1, coming=0, begun=0, load=LOAD, token_s=0.02005,
   decodes.num_rows = rows
   decodes.pulls = lambda: [types.SimpleNamespace(prompt_len=100)] * coming
   view = types.SimpleNamespace(
-      instances=instances, decodes=[decodes], load=load,
+      instances=instances, decodes=[decodes], load=load, knows_link=True,
       link=types.SimpleNamespace(migrate_s=lambda tokens: 0.001))
   return predict.room(view, prefills, lambda instance: token_s)
 
@@ -92,6 +92,27 @@ def test_rows_that_end_meanwhile_make_room():
   assert _room(105, steps=slow, load=load) == _room(
       100, steps=slow, load=load) - 5
   assert _room(130, steps=slow, load=load) == 0
+
+
+@pytest.mark.parametrize('prompt_s', [0.14, 1.0])
+def test_no_more_rows_end_meanwhile_than_there_are(prompt_s):
+  """Beside outputs of 5 steps of .02 s."""
+  slow = dataclasses.replace(FEW, prefill=(prompt_s, 0.0, 0.0))
+  short = LOAD._replace(output_len=5.0, output_cv=0.0)
+  assert _room(100, home=0, steps=slow, load=short) == predict.LISTED
+
+
+@pytest.mark.parametrize('steps', [
+    FEW, latency.Affine((0.0, 0.0, 0.0), (0.0, 0.0, 0.0))])
+@pytest.mark.parametrize('rows, coming, places', [
+    (1, 0, 1), (2, 0, 1), (0, 1, 1), (1, 40, 4), (1, 0, 400)])
+def test_room_of_few_places_and_steps_that_take_no_time(
+    steps, rows, coming, places):
+  """Nothing is divided by the time of a step without rows."""
+  for output_len in (1.0, 100.0):
+    load = LOAD._replace(output_len=output_len)
+    assert 0 <= _room(rows, coming=coming, places=places, steps=steps,
+                      load=load, context=1000 * rows) <= predict.LISTED
 
 
 def test_what_finds_no_place_waits_for_an_end():
