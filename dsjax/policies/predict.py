@@ -11,6 +11,7 @@ LISTED = 64  # prompts that are looked at one by one
 CATCH_UP = 16  # tokens over which a row makes up for what it is late
 MOST_CV = 3  # of lengths
 LEAST_S = 1e-9  # of a step
+LONG = 1e4  # tokens of an output of which nothing is known
 RARE = 1.645  # standard deviations below the mean: one of twenty is there
 
 
@@ -77,11 +78,14 @@ def room(view: View, instance: InstanceView,
   A row waits for its first step: for its copy, for half of a step that it does
   not join, and, where all places are taken, for an end for each row that comes
   before it. A short output has few tokens to make up for that. Rows that end
-  while a prompt is computed make room for its row.
+  while a prompt is computed make room for its row. Before the first output has
+  ended they are taken for long.
   """
   if not any([i.num_rows for i in view.decodes]):
     return LISTED
   load = view.load
+  if not load.lives:  # nothing has ended
+    load = load._replace(output_len=LONG)
   prompt_len = max(1, round(load.prompt_len))
   output_len = max(1.0, load.output_len)
   copy_s = view.link.migrate_s(prompt_len) if view.knows_link else 0.0

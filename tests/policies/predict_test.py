@@ -11,7 +11,7 @@ from dsjax.simulation import latency
 from tests.common.policy_runs import STEP
 
 FEW = latency.Affine((0.0, 0.0, 0.0), (0.01, 0.0, 1e-4))
-LOAD = Load(1.0, 100.0, 1e9)
+LOAD = Load(1.0, 100.0, 1e9, lives=1.0)
 
 
 def _queue(count, asked):
@@ -81,6 +81,14 @@ def test_the_rows_that_come_are_as_long_as_those_there():
   longer = latency.Affine((0.0, 0.0, 0.0), (0.01, 1e-7, 9e-5))
   assert _room(50, context=50 * 100, steps=longer) == 50
   assert _room(50, context=50 * 1000, steps=longer) == 2
+
+
+def test_outputs_of_which_none_has_ended_are_not_taken_for_short():
+  """A load tells them to have one token."""
+  unknown = LOAD._replace(output_len=1.0, lives=0.0)
+  slow = dataclasses.replace(FEW, prefill=(0.3, 0.0, 0.0))
+  assert _room(90, load=unknown) == _room(90, load=unknown, steps=slow) == 10
+  assert _room(90, load=unknown._replace(lives=0.1)) == 0
 
 
 def test_rows_that_end_meanwhile_make_room():
