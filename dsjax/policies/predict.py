@@ -79,7 +79,8 @@ def room(view: View, instance: InstanceView,
   not join, and, where all places are taken, for an end for each row that comes
   before it. A short output has few tokens to make up for that. Rows that end
   while a prompt is computed make room for its row. Before the first output has
-  ended they are taken for long.
+  ended they are taken for long. A prompt whose last tokens are in flight, and
+  one whose KV is being copied, will be rows too.
   """
   if not any([i.num_rows for i in view.decodes]):
     return LISTED
@@ -90,12 +91,15 @@ def room(view: View, instance: InstanceView,
   output_len = max(1.0, load.output_len)
   copy_s = view.link.migrate_s(prompt_len) if view.knows_link else 0.0
   prompt_s = instance.latency.prefill_s(((0, prompt_len),))
+  begun = {i.index: len(i.prefilling()) + i.num_last for i in view.instances}
 
   def rows_more(home: InstanceView) -> int:
     latency, coming, limit_s = home.latency, home.pulls(), most_s(home)
-    rows, places = home.num_rows + len(coming), home.config.max_seqs
     each = home.context // max(1, home.num_rows)
-    context = home.context + sum([r.prompt_len for r in coming])
+    copied = max(0, home.residents - home.num_rows - begun[home.index])
+    rows, places = home.num_rows + copied + len(coming), home.config.max_seqs
+    context = (home.context + copied * prompt_len
+               + sum([r.prompt_len for r in coming]))
     ends = min(home.num_rows, round(
         home.num_rows * prompt_s / output_len
         / max(latency.decode_s(rows, context), LEAST_S)))
@@ -121,8 +125,7 @@ def room(view: View, instance: InstanceView,
 
     return most(fits, LISTED)
 
-  begun = sum([len(i.prefilling()) for i in view.instances])
-  return sum(map(rows_more, view.decodes)) - begun
+  return sum(map(rows_more, view.decodes)) - sum(begun.values())
 
 
 def rest_s(view: View, instance: InstanceView, request: RequestView) -> float:

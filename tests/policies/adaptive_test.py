@@ -277,7 +277,8 @@ def test_prompts_wait_while_rows_have_no_room(rows, lone_s, tokens):
       latency=steps, role=role, index=index, num_rows=rows * index, context=0,
       config=dataclasses.replace(INSTANCE, prefill_tokens=512, max_seqs=400),
       waiting=lambda most: waiting[:most], newest=lambda most: waiting[-most:],
-      pulls=lambda: (), prefilling=lambda index=index: [
+      pulls=lambda: (), num_last=0, residents=rows * index,
+      prefilling=lambda index=index: [
           types.SimpleNamespace(stop=150, done=50)] * (1 - index))
       for index, role in enumerate(('prefill', 'decode'))]
   view = types.SimpleNamespace(

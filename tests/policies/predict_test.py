@@ -39,17 +39,19 @@ def test_a_queue_is_predicted_by_its_first_prompts_and_its_tokens(count):
   assert asked == [predict.LISTED]
 
 
-def _room(rows, home=1, coming=0, begun=0, load=LOAD, token_s=0.02005,
-          places=400, context=0, steps=FEW):
+def _room(rows, home=1, coming=0, begun=0, last=0, copied=0, load=LOAD,
+          token_s=0.02005, places=400, context=0, steps=FEW):
   """Prompts of 100 tokens that may begin at instance 0 for rows at another,
   or for its own, whose steps take 10 ms and .1 ms a row."""
   instances = [types.SimpleNamespace(
       index=index, latency=steps, num_rows=0, context=context,
       config=types.SimpleNamespace(max_seqs=places), pulls=lambda: (),
-      prefilling=lambda: ()) for index in (0, 1)]
+      prefilling=lambda: (), num_last=0, residents=0) for index in (0, 1)]
   prefills, decodes = instances[0], instances[home]
-  prefills.prefilling = lambda: [None] * begun
+  prefills.prefilling, prefills.num_last = lambda: [None] * begun, last
+  prefills.residents = begun + last
   decodes.num_rows = rows
+  decodes.residents += rows + copied
   decodes.pulls = lambda: [types.SimpleNamespace(prompt_len=100)] * coming
   view = types.SimpleNamespace(
       instances=instances, decodes=[decodes], load=load, knows_link=True,
@@ -65,6 +67,8 @@ def test_room_is_what_steps_of_rows_leave():
   assert _room(90, home=0) == 10  # its own
   assert _room(90, coming=4) == 6 and _room(90, begun=4) == 6
   assert _room(120, begun=4) == -4
+  assert _room(90, last=4) == _room(90, copied=4) == 6
+  assert _room(90, home=0, begun=4, last=2) == 4  # not counted twice
   assert _room(90, token_s=0.01955) == 5
 
 
