@@ -74,7 +74,7 @@ def _per_step(slo: Slo, margin: float) -> Policy:
   def aim_s(instance: InstanceView, share: float = margin) -> float:
     """Seconds that steps are made for."""
     lone_s = instance.latency.decode_s(1, 1) + instance.latency.host_s
-    return slo.tpot_s - (1 - share) * max(0.0, slo.tpot_s - lone_s)
+    return share * slo.tpot_s + (1 - share) * min(slo.tpot_s, lone_s)
 
   def allowed(view: View, instance: InstanceView, least: int = 0) -> int:
     """Prompt tokens that rows of at least `least` tokens allow a step."""

@@ -66,7 +66,8 @@ def fitting_tokens(view: View, instance: InstanceView, slo: Slo, room: int
   """Tokens of the prompts there that have begun, and of as many that wait as
   there is room for, those on time first."""
   begun = sum([r.stop - r.done for r in instance.prefilling()])
-  room = max(room, 0)
+  if room <= 0:
+    return begun
   soon = on_time(view, instance, slo)
   late = [request for request in instance.waiting(room)
           if view.time_s > due_s(request, slo)]

@@ -10,6 +10,8 @@ GRAIN = 16  # tokens
 LISTED = 64  # prompts that are looked at one by one
 CATCH_UP = 16  # tokens over which a row makes up for what it is late
 MOST_CV = 3  # of lengths
+LEAST_S = 1e-9  # of a step
+LONG = 1e4  # tokens of an output of which nothing is known
 RARE = 1.645  # standard deviations below the mean: one of twenty is there
 
 
@@ -76,43 +78,54 @@ def room(view: View, instance: InstanceView,
   A row waits for its first step: for its copy, for half of a step that it does
   not join, and, where all places are taken, for an end for each row that comes
   before it. A short output has few tokens to make up for that. Rows that end
-  while a prompt is computed make room for its row.
+  while a prompt is computed make room for its row. Before the first output has
+  ended they are taken for long. A prompt whose last tokens are in flight, and
+  one whose KV is being copied, will be rows too.
   """
   if not any([i.num_rows for i in view.decodes]):
     return LISTED
   load = view.load
+  if not load.lives:  # nothing has ended
+    load = load._replace(output_len=LONG)
   prompt_len = max(1, round(load.prompt_len))
   output_len = max(1.0, load.output_len)
-  copy_s = view.link.migrate_s(prompt_len)
+  copy_s = view.link.migrate_s(prompt_len) if view.knows_link else 0.0
   prompt_s = instance.latency.prefill_s(((0, prompt_len),))
-
-  def attain_per_s(home: InstanceView, more: int) -> float:
-    """Rows that end a second and attain it, with so many rows more."""
-    rows, places = home.num_rows + len(home.pulls()), home.config.max_seqs
-    without = max(0, rows + more - places)
-    more -= without
-    step_s = home.latency.host_s + decode_s(
-        home, more, more * (home.context // max(1, home.num_rows)))
-    saved_s = most_s(home) - step_s  # a token
-    if saved_s <= 0:
-      return 0.0
-    waits_s = without * step_s * output_len / places
-    if home.index != instance.index:
-      waits_s += copy_s + step_s / 2
-    return (rows + more) / step_s * longer(load, waits_s / saved_s)
+  begun = {i.index: len(i.prefilling()) + i.num_last for i in view.instances}
 
   def rows_more(home: InstanceView) -> int:
-    ends = round(home.num_rows * prompt_s / output_len
-                 / decode_s(home)) if home.num_rows else 0
+    latency, coming, limit_s = home.latency, home.pulls(), most_s(home)
+    each = home.context // max(1, home.num_rows)
+    copied = max(0, home.residents - home.num_rows - begun[home.index])
+    rows, places = home.num_rows + copied + len(coming), home.config.max_seqs
+    context = (home.context + copied * prompt_len
+               + sum([r.prompt_len for r in coming]))
+    ends = min(home.num_rows, round(
+        home.num_rows * prompt_s / output_len
+        / max(latency.decode_s(rows, context), LEAST_S)))
+
+    def attain_per_s(more: int) -> float:
+      """Rows that end a second and attain it, with so many rows more."""
+      there = min(rows + more, places)
+      if there < 1:
+        return 0.0
+      step_s = max(LEAST_S, latency.host_s + latency.decode_s(
+          there, max(0, context + (there - rows) * each)))
+      saved_s = limit_s - step_s  # a token
+      if saved_s <= 0:
+        return 0.0
+      waits_s = (rows + more - there) * step_s * output_len / places
+      if home.index != instance.index:
+        waits_s += copy_s + step_s / 2
+      return there / step_s * longer(load, waits_s / saved_s)
 
     def fits(more: int) -> bool:
-      share = attain_per_s(home, more - ends)
-      return 0 < share >= attain_per_s(home, more - ends - 1)
+      share = attain_per_s(more - ends)
+      return 0 < share >= attain_per_s(more - ends - 1)
 
     return most(fits, LISTED)
 
-  begun = sum([len(i.prefilling()) for i in view.instances])
-  return sum(map(rows_more, view.decodes)) - begun
+  return sum(map(rows_more, view.decodes)) - sum(begun.values())
 
 
 def rest_s(view: View, instance: InstanceView, request: RequestView) -> float:

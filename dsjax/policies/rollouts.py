@@ -121,6 +121,8 @@ def better(policy: Policy, slo: Slo, view: View,
       least = max(least, outcome.share - TIE)
   best = min([roles for roles in ahead if ahead[roles].share >= least],
              key=lambda roles: ahead[roles].scale, default=now)
+  if best == now:
+    return {}
   gains = []
   for play in (*plays, functools.partial(play_load, load)):  # the dearest last
     share = play(now, 0.0).share

@@ -111,7 +111,8 @@ class InstanceView:
     num_waiting: requests in its prefill queue. num_pulls: finished prefills
       whose KV it will pull. num_swapped: rows that wait in its host memory to
       come back. num_in_flight: commands. pieces: (start, stop) of
-    the prompts in them.
+      the prompts in them. num_last: of these prompts, those that will be
+      computed and are no rows yet.
   """
 
   __slots__ = ('_instance', '_requests')
@@ -193,6 +194,14 @@ class InstanceView:
     return tuple([(chunk.start, chunk.stop)
                   for command, _ in self._instance.inflight
                   for chunk in command.chunks])
+
+  @property
+  def num_last(self) -> int:
+    """Prompts whose last tokens are in flight, and that are no rows yet."""
+    chunks = [chunk for command, _ in self._instance.inflight
+              for chunk in command.chunks if chunk.last]
+    known = [self._requests.get(chunk.id) for chunk in chunks]
+    return sum([r is not None and r.stage == 'prefilling' for r in known])
 
   @property
   def num_steps(self) -> int:

@@ -1,6 +1,7 @@
 """Our policy `adaptive`: roles, steps and what it knows."""
 
 import dataclasses
+import math
 import types
 
 import pytest
@@ -60,6 +61,30 @@ def test_rows_stay_where_the_others_have_no_room():
   run, moved_s = flipped(50)
   assert len(moved_s) < 4
   assert {len(r.token_s) for r in run.records} == {100}
+
+
+@pytest.mark.parametrize('roles, fixed_as, slo, places', [
+    (('chunked',) * 2, None, SLO, 16),  # nothing is handed off: no link
+    (('flexible',) * 2, ('chunked',) * 2, SLO, 1),
+    (('flexible',) * 2, ('prefill', 'decode'), Slo(0.2, 0.0105), 16),
+    (('flexible',) * 2, ('prefill', 'decode'), Slo(0.2, math.inf), 64)])
+def test_no_configuration_ends_a_run_of_adaptive(roles, fixed_as, slo, places):
+  """With steps that take the host no time."""
+  policy = named('adaptive', slo)
+  if fixed_as:
+    policy = dataclasses.replace(
+        policy, tick_s=static.ONCE_S,
+        resize=lambda view: dict(enumerate(fixed_as)))
+  config = scheduler.Config(tuple([
+      InstanceConfig(role, 500, 16, places, 512, 16) for role in roles]), 1024,
+                            depth=1, policy=policy)
+  sent = [Request(i, 0.02 * i, [1] * 90, Sampling(max_tokens=50))
+          for i in range(40)]
+  run = simulator.simulate(config, sent, dataclasses.replace(STEP, host_s=0.0),
+                           LINK if fixed_as else None)
+  assert {len(r.token_s) for r in run.records} == {50}
+  if slo.tpot_s == math.inf:  # as many rows as there are places
+    assert max(r.ttft_s for r in run.records) < slo.ttft_s
 
 
 @pytest.mark.deep
@@ -252,10 +277,11 @@ def test_prompts_wait_while_rows_have_no_room(rows, lone_s, tokens):
       latency=steps, role=role, index=index, num_rows=rows * index, context=0,
       config=dataclasses.replace(INSTANCE, prefill_tokens=512, max_seqs=400),
       waiting=lambda most: waiting[:most], newest=lambda most: waiting[-most:],
-      pulls=lambda: (), prefilling=lambda index=index: [
+      pulls=lambda: (), num_last=0, residents=rows * index,
+      prefilling=lambda index=index: [
           types.SimpleNamespace(stop=150, done=50)] * (1 - index))
       for index, role in enumerate(('prefill', 'decode'))]
   view = types.SimpleNamespace(
       time_s=100.0, instances=(prefills, decodes), decodes=(decodes,),
-      link=LINK, load=Load(1.0, 100.0, 1e4))
+      link=LINK, knows_link=True, load=Load(1.0, 100.0, 1e4))
   assert named('adaptive', SLO).batch(view, prefills).tokens == tokens

@@ -44,6 +44,12 @@ def test_roles_change_for_what_attains_clearly_more(now, other, flips,
   assert (set(played) == {('chunked',) * 2}) == (now > 1 - rollouts.NOISE)
 
 
+def test_where_nothing_is_ahead_it_is_not_played_on(monkeypatch):
+  """Two loads under the roles of now and under the others, each once."""
+  assert len(choice(monkeypatch, {
+      ('chunked',) * 2: (.8, .9), ('prefill', 'decode'): (.7, .9)})[1]) == 4
+
+
 def test_nothing_changes_before_outputs_are_known(monkeypatch):
   """At first those that have ended are few and tell little."""
   assert choice(monkeypatch, {

@@ -469,6 +469,25 @@ def test_a_view_shows_those_that_wait_from_either_end():
   assert seen[3] == [[0, 1, 2], [0, 1], [1, 2]]
 
 
+@pytest.mark.parametrize('roles, tokens, last, begun', [
+    (('prefill', 'decode'), 16, 1, 0), (('prefill', 'decode'), 2, 0, 1),
+    (('chunked',), 8, 0, 0)])
+def test_a_view_shows_prompts_whose_last_tokens_are_in_flight(
+    roles, tokens, last, begun):
+  """A row where it decodes is one that is there."""
+  seen = []
+
+  def route(view, request):
+    instance = view.instances[0]
+    seen.append((instance.num_last, len(instance.prefilling()),
+                 instance.num_rows))
+    return 0
+
+  _after(_config(roles, prefill_tokens=tokens, route=route),
+         _arrive(0), _arrive(1))
+  assert seen == [(0, 0, 0), (last, begun, int(roles == ('chunked',)))]
+
+
 # --- a policy is asked what is true, and again -------------------------------
 
 
