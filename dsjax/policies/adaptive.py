@@ -35,6 +35,7 @@ from dsjax.policies.predict import (
   prompt_tokens,
   queue_s,
   room,
+  tokens_of,
 )
 from dsjax.policies.roles import choices, leave_prefills
 from dsjax.policies.rollouts import better
@@ -49,7 +50,7 @@ from dsjax.scheduling.policy import (
 )
 
 LEAST = 16  # tokens of a step. An old prompt has as many, whatever rows allow.
-GROWS = 0.95  # as `margin`, for rows: what they have grows until they end
+GROWS = 0.95  # as `margin`, of steps without prompts: rows grow till they end
 
 
 def policy(slo: Slo, margin: float = 0.99, tick_s: float = 2.0) -> Policy:
@@ -85,9 +86,8 @@ def _per_step(slo: Slo, margin: float) -> Policy:
   def batch(view: View, instance: InstanceView) -> PrefillBudget:
     most = instance.config.prefill_tokens
     if not instance.num_rows:
-      places = room(view, instance, lambda home: aim_s(home, GROWS))
-      return PrefillBudget(min(most, fitting_tokens(
-          view, instance, slo, places)))
+      more = room(view, instance, lambda home: aim_s(home, GROWS))
+      return PrefillBudget(min(most, fitting_tokens(view, instance, slo, more)))
     tokens = allowed(view, instance)
     if tokens < LEAST:
       prompts = (*instance.prefilling(), *instance.waiting(1))
@@ -108,8 +108,7 @@ def _per_step(slo: Slo, margin: float) -> Policy:
       than a queue: all instances that have some are predicted alike."""
       queue = ahead(view, instance, slo)
       alone_s = queue_s(instance, queue) + prefill_s(instance, request)
-      steps = (sum([r.stop - r.done for r in queue])
-               + request.prompt_len) / tokens
+      steps = (tokens_of(queue) + request.prompt_len) / tokens
       return max(alone_s, steps * aim_s(instance) * bool(instance.num_rows))
 
     return min(view.prefills,

@@ -25,6 +25,7 @@ from dsjax.policies.predict import (
   mixed_time,
   prefill_s,
   prompt_tokens,
+  tokens_of,
 )
 from dsjax.scheduling.policy import InstanceView, Policy, RequestView, View
 
@@ -61,17 +62,17 @@ def ahead(view: View, instance: InstanceView, slo: Slo) -> list[RequestView]:
   return [*instance.prefilling(), *on_time(view, instance, slo)]
 
 
-def fitting_tokens(view: View, instance: InstanceView, slo: Slo, room: int
+def fitting_tokens(view: View, instance: InstanceView, slo: Slo, more: int
                    ) -> int:
-  """Tokens of the prompts there that have begun, and of as many that wait as
-  there is room for, those on time first."""
-  begun = sum([r.stop - r.done for r in instance.prefilling()])
-  if room <= 0:
+  """Tokens of the prompts there that have begun, and of so many more that wait,
+  those on time first."""
+  begun = tokens_of(instance.prefilling())
+  if more <= 0:
     return begun
   soon = on_time(view, instance, slo)
-  late = [request for request in instance.waiting(room)
+  late = [request for request in instance.waiting(more)
           if view.time_s > due_s(request, slo)]
-  return begun + sum([request.stop for request in (*soon, *late)[:room]])
+  return begun + tokens_of((*soon, *late)[:more])
 
 
 def punctual_tokens(view: View, instance: InstanceView, slo: Slo) -> int:

@@ -18,17 +18,24 @@ RARE = 1.645  # standard deviations below the mean: one of twenty is there
 def queue_s(instance: InstanceView,
             requests: Sequence[RequestView] | None = None) -> float:
   """Seconds of prompts that wait here or are being prefilled, all or these; of
-  those in flight half is left, on average. Of a queue longer than LISTED, what
-  is behind these counts by its tokens."""
-  listed = requests
-  if listed is None:
+  those in flight half is left, on average. Of more than LISTED, the others
+  count by their tokens."""
+  if requests is None:
     listed = (*instance.waiting(LISTED), *instance.prefilling())
+    behind = instance.num_waiting > LISTED
+  else:
+    listed, behind = requests[:LISTED], len(requests) > LISTED
   seconds = sum([instance.latency.prefill_s(((
       known_tokens(instance, request), request.stop),)) for request in listed])
-  if requests is None and instance.num_waiting > LISTED:
-    tokens = sum([request.stop - request.done for request in listed])
-    seconds *= max(1.0, instance.backlog / tokens)
+  if behind:
+    every = instance.backlog if requests is None else tokens_of(requests)
+    seconds *= max(1.0, every / tokens_of(listed))
   return instance.latency.prefill_s(instance.pieces) / 2 + seconds
+
+
+def tokens_of(requests: Sequence[RequestView]) -> int:
+  """Tokens of their prompts that are to be computed."""
+  return sum([request.stop - request.done for request in requests])
 
 
 def known_tokens(instance: InstanceView, request: RequestView) -> int:
@@ -72,8 +79,8 @@ def room(view: View, instance: InstanceView,
          most_s: Callable[[InstanceView], float]) -> int:
   """Prompts that may begin there now, up to LISTED for each instance that
   decodes: with as many rows the most of them a second take most_s(instance) a
-  token at most. LISTED where there are no rows; negative where there are too
-  many.
+  token at most. Negative where there are too many rows. As many as LISTED where
+  there are none, or where even a lone one takes longer.
 
   A row waits for its first step: for its copy, for half of a step that it does
   not join, and, where all places are taken, for an end for each row that comes
@@ -82,8 +89,10 @@ def room(view: View, instance: InstanceView,
   ended they are taken for long. A prompt whose last tokens are in flight, and
   one whose KV is being copied, will be rows too.
   """
-  if not any([i.num_rows for i in view.decodes]):
-    return LISTED
+  lone = [i.latency.host_s + i.latency.decode_s(1, 1) <= most_s(i)
+          for i in view.decodes]
+  if not any(lone) or not any([i.num_rows for i in view.decodes]):
+    return LISTED * len(lone)
   load = view.load
   if not load.lives:  # nothing has ended
     load = load._replace(output_len=LONG)

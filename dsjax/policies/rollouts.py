@@ -34,8 +34,8 @@ STEP = 1.15
 CV_STEP = 1.5  # of the spread of outputs, which is known less well
 LIVES = 5  # that a rollout lasts, each as long as objectives allow one
 LEAST, MOST = 200, 800  # requests of it
-LITTLE = 0.25  # of Load.lives: with fewer nothing is decided
-KNOWN = 0.75  # of Load.lives: with fewer a change must win as much more
+LEAST_KNOWN = 0.25  # of Load.lives: with fewer nothing is decided
+WELL_KNOWN = 0.75  # of Load.lives: with fewer a change must win as much more
 GRAIN = 0.05  # of the share that a rollout must beat
 NOISE = 0.05  # of a rollout's share: a change of roles must win more
 SETTLES = 20  # times that a step is predicted from the rows that it makes
@@ -97,7 +97,7 @@ def better(policy: Policy, slo: Slo, view: View,
     policy: of each step. instances: those that get roles. choices: of them.
   """
   load = view.load
-  if not choices or load.rate_per_s <= 0 or load.lives < LITTLE:
+  if not choices or load.rate_per_s <= 0 or load.lives < LEAST_KNOWN:
     return {}  # too little is known
   play_load = functools.partial(
       played, policy, slo, tuple([dataclasses.replace(
@@ -129,7 +129,7 @@ def better(policy: Policy, slo: Slo, view: View,
     gains.append(play(best, share).share - share)
     if gains[-1] <= 0:
       return {}
-  if sum(gains) / len(gains) <= NOISE * max(1.0, KNOWN / load.lives):
+  if sum(gains) / len(gains) <= NOISE * max(1.0, WELL_KNOWN / load.lives):
     return {}
   return {i.index: role for i, role in zip(instances, best, strict=True)
           if role != i.role}

@@ -265,13 +265,13 @@ def test_rows_of_a_colocated_instance_lend_what_nearly_all_will_save():
 
 @pytest.mark.parametrize('rows, lone_s, tokens', [
     (0, 0.01, 230), (10, 0.01, 230),  # room for their rows
-    (0, 1.0, 230), (1, 1.0, 100),  # never: else all would wait
+    (0, 1.0, 230), (1, 1.0, 230),  # a lone row misses: nothing is won
     (200, 0.01, 100),  # none: what has begun
     (102, 0.01, 120)])  # for one more, which is on time
 def test_prompts_wait_while_rows_have_no_room(rows, lone_s, tokens):
   steps = latency.Affine((0.01, 1e-6, 0.0), (lone_s, 0.0, 1e-4), host_s=0.001)
   waiting = [types.SimpleNamespace(
-      arrival_s=100 - waited_s, stop=size, first_s=None)
+      arrival_s=100 - waited_s, done=0, stop=size, first_s=None)
              for waited_s, size in ((0.3, 110), (0.1, 20))]
   prefills, decodes = [types.SimpleNamespace(
       latency=steps, role=role, index=index, num_rows=rows * index, context=0,

@@ -39,6 +39,13 @@ def test_a_queue_is_predicted_by_its_first_prompts_and_its_tokens(count):
   assert asked == [predict.LISTED]
 
 
+def test_a_long_queue_of_some_is_predicted_by_its_first_prompts():
+  queue = _queue(1000, []).waiting
+  seconds = predict.queue_s(_queue(9, []), queue(1000))
+  assert seconds == pytest.approx(500 * (
+      STEP.prefill_s(((0, 100),)) + STEP.prefill_s(((0, 300),))))
+
+
 def _room(rows, home=1, coming=0, begun=0, last=0, copied=0, load=LOAD,
           token_s=0.02005, places=400, context=0, steps=FEW):
   """Prompts of 100 tokens that may begin at instance 0 for rows at another,
@@ -62,6 +69,7 @@ def _room(rows, home=1, coming=0, begun=0, last=0, copied=0, load=LOAD,
 def test_room_is_what_steps_of_rows_leave():
   """100 rows take .02 s a step; nothing is lost where outputs are long."""
   assert _room(0) == predict.LISTED
+  assert _room(5, token_s=0.01) == predict.LISTED  # one alone takes longer
   assert [_room(rows) for rows in (10, 90, 99, 100, 120)] == [
       predict.LISTED, 10, 1, 0, 0]
   assert _room(90, home=0) == 10  # its own
