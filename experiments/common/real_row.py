@@ -8,10 +8,12 @@ compared, as no policy may change one. Seconds are of this machine, and where
 other programs share it, of them too. Policies that predict want --latency=FILE,
 which experiments.measure wrote of it.
 
-It prints a line a policy and writes real.csv and real.json.
+It prints a line a policy and writes real.csv and real.json. --minutes is looked
+at between two policies, and Ctrl-C keeps those that were served.
 """
 
 import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -116,11 +118,24 @@ def run(options: Any, console: Console, texts: list[str],
   cli.prepare(options.instances)
   model = dsjax.load(options.model)
   requests, rows, known = requests_of(options, model, lengths), [], {}
-  for text in texts:
-    rows.append(serve(options, model, text, requests, known))
+  stopped, end_s = '', time.monotonic() + 60 * options.minutes
+  try:
+    for text in texts:
+      if rows and time.monotonic() > end_s:
+        stopped = '--minutes'
+        break
+      console.print(f'{text}: {len(requests)} requests, which come in '
+                    f'{requests[-1].arrival_s:.0f} s', highlight=False)
+      rows.append(serve(options, model, text, requests, known))
+  except KeyboardInterrupt:
+    stopped = 'Ctrl-C'
   console.print(table(rows))
+  if stopped:
+    console.print(f'Stopped by {stopped}: this is what was known.')
   out = pathlib.Path(options.out)
   provenance.save_lines(out, 'real', Row, rows, asked, [lengths],
                         key='rows')
   terminal.written(console, out, 'real.csv', 'real.json')
+  if stopped == 'Ctrl-C':
+    return 130
   return 0 if all(row.equal for row in rows) else 1

@@ -17,7 +17,7 @@ from dsjax.config.checks import InputError
 from dsjax.policies.named import NAMES
 from dsjax.runtime.engine import Engine
 from experiments import policies
-from experiments.common import cli, policy_cells
+from experiments.common import cli, policy_cells, real_row
 from tests.common import fake_engine
 from tests.common.results import check_written, made_by
 
@@ -157,6 +157,32 @@ def test_a_row_is_served_on_this_machine(tmp_path, monkeypatch, make_engine):
   for row in rows:
     assert (row['tokens'], row['equal']) == ('300', 'True')
     assert float(row['attained']) == 1.0 and float(row['ttft_p50_s']) > 0
+
+
+@pytest.mark.parametrize('minutes, stopped, status', [
+    (0.0, '--minutes', 0), (9.0, 'Ctrl-C', 130)])
+def test_real_rows_that_were_served_are_kept(
+    tmp_path, monkeypatch, minutes, stopped, status):
+  """Ctrl-C comes while the second policy serves."""
+  served, serve = [], real_row.serve
+
+  def serve_one(options, model, text, *args):
+    served.append(text)
+    if len(served) > 1:
+      raise KeyboardInterrupt
+    return serve(options, model, text, *args)
+
+  monkeypatch.setattr(real_row, 'serve', serve_one)
+  monkeypatch.setattr(dsjax, 'serve', functools.partial(
+      dsjax.serve, make_engine=fake_engine.FakeEngine))
+  code, text = run(
+      tmp_path, real=True, model='tiny', rate=40.0, requests=9, ttft_s=60.0,
+      tpot_s=60.0, lengths='fixed:24x6', minutes=minutes)
+  assert code == status and f'Stopped by {stopped}' in text
+  assert 'static:prefills=1: 9 requests, which come in 0 s' in text
+  with open(tmp_path / 'real.csv', newline='') as file:
+    assert [row['policy'] for row in csv.DictReader(file)] == [
+        'static:prefills=1']
 
 
 def test_a_real_row_needs_a_rate(tmp_path):
