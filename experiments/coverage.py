@@ -447,8 +447,7 @@ def run(options: types.SimpleNamespace, console: Console) -> int:
   console.print(table(measured))
   if lines := signs(measured.intervals):
     console.print(table_of_signs(lines))
-  if measured.stopped:
-    console.print(f'Stopped by {measured.stopped}: this is what was known.')
+  terminal.stopped(console, measured.stopped)
   if options.out:
     keep(measured)
     terminal.written(console, options.out, 'coverage.csv', 'verdicts.csv',

@@ -150,8 +150,7 @@ def run(options: Any, console: Console) -> int:
                       for cell in asked)])
   if shown:
     draw(out / 'equal_rates.png', shown)
-  if stopped:
-    console.print(f'Stopped by {stopped}: this is what was known.')
+  terminal.stopped(console, stopped)
   terminal.written(console, out, 'equal_rates.json', *[
       'equal_rates.csv', 'equal_rates.png'] * bool(shown))
   return 130 if stopped == 'Ctrl-C' else 0

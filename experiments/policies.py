@@ -316,8 +316,7 @@ def run(options: Any, console: Any) -> int:
       *there.values(), *dict.fromkeys(cell.latency for cell in asked)])
   if shown:
     draw(out, shown)
-  if stopped:
-    console.print(f'Stopped by {stopped}: this is what was known.')
+  terminal.stopped(console, stopped)
   terminal.written(console, out, 'policies.json', *[
       'policies.csv', 'policies.png'] * bool(shown))
   return 130 if stopped == 'Ctrl-C' else 0

@@ -155,12 +155,12 @@ def with_deadlines(policy: Policy, slo: Slo, most_wait: float = MOST_WAIT
         seconds, *_, longest = timely.pop()
         end_s -= seconds
         put_back.append(longest)
-    on_time = [request for *_, request in sorted(
+    first = [request for *_, request in sorted(
         [(due, place, request) for _, place, due, request in timely])]
     if put_back:
       late = sorted(late + put_back, key=ORDER)
     turns = 1 if aged and few(view) else 0
-    return [*aged[:turns], *on_time, *rest, *aged[turns:], *late]
+    return [*aged[:turns], *first, *rest, *aged[turns:], *late]
 
   return dataclasses.replace(policy, name=f'{policy.name} + deadlines',
                              order=order, needs=(*policy.needs, 'latencies'))

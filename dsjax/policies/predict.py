@@ -22,14 +22,13 @@ def queue_s(instance: InstanceView,
   count by their tokens."""
   if requests is None:
     listed = (*instance.waiting(LISTED), *instance.prefilling())
-    behind = instance.num_waiting > LISTED
+    tokens = instance.backlog if instance.num_waiting > LISTED else 0
   else:
-    listed, behind = requests[:LISTED], len(requests) > LISTED
+    listed, tokens = requests[:LISTED], tokens_of(requests)
   seconds = sum([instance.latency.prefill_s(((
       known_tokens(instance, request), request.stop),)) for request in listed])
-  if behind:
-    every = instance.backlog if requests is None else tokens_of(requests)
-    seconds *= max(1.0, every / tokens_of(listed))
+  if tokens:
+    seconds *= max(1.0, tokens / tokens_of(listed))
   return instance.latency.prefill_s(instance.pieces) / 2 + seconds
 
 

@@ -98,7 +98,7 @@ def better(policy: Policy, slo: Slo, view: View,
   """
   load = view.load
   if not choices or load.rate_per_s <= 0 or load.lives < LEAST_KNOWN:
-    return {}  # too little is known
+    return {}  # nothing to choose, or too little is known
   play_load = functools.partial(
       played, policy, slo, tuple([dataclasses.replace(
           i.config, host_pages=0) for i in instances]),
@@ -111,7 +111,7 @@ def better(policy: Policy, slo: Slo, view: View,
   if now_share + NOISE >= 1:
     return {}
   ahead: dict[Roles, Played] = {}
-  least = now_share + NOISE / 2
+  least = now_share + NOISE / 2  # other draws may tell more
   for roles in choices:
     if roles == now:
       continue

@@ -130,8 +130,7 @@ def run(options: Any, console: Console, texts: list[str],
   except KeyboardInterrupt:
     stopped = 'Ctrl-C'
   console.print(table(rows))
-  if stopped:
-    console.print(f'Stopped by {stopped}: this is what was known.')
+  terminal.stopped(console, stopped)
   out = pathlib.Path(options.out)
   provenance.save_lines(out, 'real', Row, rows, asked, [lengths],
                         key='rows')

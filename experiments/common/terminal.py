@@ -43,6 +43,12 @@ def written(console: Console, folder: str | os.PathLike[str],
                 highlight=False)
 
 
+def stopped(console: Console, by: str) -> None:
+  """One line where a run was ended before its end, by Ctrl-C or a flag."""
+  if by:
+    console.print(f'Stopped by {by}: this is what was known.')
+
+
 def counts(server: Any) -> list[dict[str, int]]:
   """Requests per instance and stage, and pages in use.
 
