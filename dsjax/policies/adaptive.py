@@ -95,7 +95,7 @@ def _per_step(slo: Slo, margin: float) -> Policy:
       most_s = MOST_WAIT * slo.ttft_s
       tokens = allowed(view, instance, CATCH_UP) if waited_s > most_s else 0
       tokens = max(tokens, LEAST) if waited_s > 4 * most_s else tokens
-    tokens = min(tokens, max(punctual_tokens(view, instance, slo), LEAST))
+    tokens = punctual_tokens(view, instance, slo, tokens)
     return PrefillBudget(min(tokens, most - instance.turn_rows), False,
                          instance.config.mixes)
 

@@ -75,9 +75,10 @@ def fitting_tokens(view: View, instance: InstanceView, slo: Slo, more: int
   return begun + tokens_of((*soon, *late)[:more])
 
 
-def punctual_tokens(view: View, instance: InstanceView, slo: Slo) -> int:
-  """Tokens of a step that leaves the prompt that is due first on time, those
-  of that prompt at least.
+def punctual_tokens(view: View, instance: InstanceView, slo: Slo, limit: int
+                    ) -> int:
+  """Tokens of a step, up to a limit, that leaves the prompt that is due first
+  on time; those of that prompt at least.
 
   Each step more costs one of the rows. So all that are on time go together
   where a prompt takes less than a step of the rows, on average, or where what
@@ -88,16 +89,18 @@ def punctual_tokens(view: View, instance: InstanceView, slo: Slo) -> int:
       for request in ahead(view, instance, slo)
       if (due := due_s(request, slo)) >= view.time_s])
   if not timely:
-    return instance.config.prefill_tokens
-  first_s, _, tokens = timely[0]
-  tokens = max(tokens, prompt_tokens(instance, first_s - view.time_s))
+    return limit
+  due, _, tokens = timely[0]
+  seconds_of, most_s = mixed_time(instance), due - view.time_s
+  if tokens >= limit or seconds_of(limit) <= most_s:
+    return limit
+  tokens = max(tokens, prompt_tokens(instance, most_s, limit), LEAST)
   together = sum([count for *_, count in timely])
-  seconds_of = mixed_time(instance)
   mean = sum([stop for _, stop, _ in timely]) // len(timely)
   left_s = seconds_of(together) - seconds_of(tokens)
   rows_s = seconds_of(0)
   apart = left_s > APART * rows_s and seconds_of(mean) > 2 * rows_s
-  return tokens if apart else max(tokens, together)
+  return min(limit, tokens if apart else max(tokens, together))
 
 
 def with_deadlines(policy: Policy, slo: Slo, most_wait: float = MOST_WAIT
@@ -133,7 +136,7 @@ def with_deadlines(policy: Policy, slo: Slo, most_wait: float = MOST_WAIT
             waiting: Sequence[RequestView]) -> Sequence[RequestView]:
     if waiting[0].stage != 'queued':
       return waiting  # finished prefills: by their end
-    now_s, seconds_of = view.time_s, prefill_time(view, instance)
+    now_s = view.time_s
     aged, soon, late, rest = [], [], [], []  # each by arrival, as `waiting` is
     for request in waiting:
       due = due_s(request, slo)
@@ -143,7 +146,9 @@ def with_deadlines(policy: Policy, slo: Slo, most_wait: float = MOST_WAIT
         aged.append(request)
       else:
         late.append(request)
-    timely, put_back, end_s = [], [], now_s
+    timely: list[tuple[float, int, float, RequestView]] = []
+    put_back, end_s = [], now_s
+    seconds_of = prefill_time(view, instance) if soon else float
     for due, place, request in sorted(soon):
       if len(timely) == MOST:
         rest.append(request)

@@ -20,6 +20,7 @@ def queue_s(instance: InstanceView,
   """Seconds of prompts that wait here or are being prefilled, all or these; of
   those in flight half is left, on average. Of more than LISTED, the others
   count by their tokens."""
+  listed: Sequence[RequestView]
   if requests is None:
     listed = (*instance.waiting(LISTED), *instance.prefilling())
     tokens = instance.backlog if instance.num_waiting > LISTED else 0
@@ -174,13 +175,15 @@ def mixed_time(instance: InstanceView) -> Callable[[int], float]:
       ((start, start + tokens),), rows, context)
 
 
-def prompt_tokens(instance: InstanceView, step_s: float) -> int:
-  """Most prompt tokens that a step takes beside the rows within step_s, in
-  multiples of GRAIN."""
+def prompt_tokens(instance: InstanceView, step_s: float,
+                  limit: int | None = None) -> int:
+  """Most prompt tokens, up to a limit, that a step takes beside the rows within
+  step_s, in multiples of GRAIN."""
+  if limit is None:
+    limit = instance.config.prefill_tokens - instance.turn_rows
   seconds_of = mixed_time(instance)
-  return GRAIN * most(
-      lambda count: seconds_of(GRAIN * count) <= step_s,
-      (instance.config.prefill_tokens - instance.turn_rows) // GRAIN)
+  return GRAIN * most(lambda count: seconds_of(GRAIN * count) <= step_s,
+                      limit // GRAIN)
 
 
 def sigma_of(cv: float) -> float:

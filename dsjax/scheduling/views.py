@@ -298,7 +298,7 @@ class View:
     load: of late. link: predicts the seconds of a hand-off, if it is known.
   """
 
-  __slots__ = ('_instances', '_now', '_recent', '_link', '_shown')
+  __slots__ = ('_instances', '_requests', '_now', '_recent', '_link', '_shown')
 
   def __init__(self, instances: Sequence[Any], requests: dict[int, Any],
                now: list[Any], recent: Recent, link: LinkLike | None):
@@ -308,6 +308,7 @@ class View:
     Not the Run itself: a cycle would keep every state of a log alive.
     """
     self._instances = tuple([InstanceView(i, requests) for i in instances])
+    self._requests = requests
     self._now, self._recent, self._link = now, recent, link
     # Of each list of `now`: it, and its views.
     self._shown: list[Any] = [(None, ())] * len(now)
@@ -346,8 +347,14 @@ class View:
 
   @property
   def load(self) -> Load:
-    return self._recent.load(self.time_s, [
-        (row.order, row.num_out) for i in self._instances for row in i.rows()])
+    requests, rows = self._requests, []
+    for i in self._instances:  # as rows() and num_out, in less time
+      for batch in i._instance.batches:
+        for id, row in batch.rows.items():
+          request = requests[id]
+          rows.append((request.order, max(
+              0, row[1] + batch.tick - request.input_len + 1)))
+    return self._recent.load(self.time_s, rows)
 
   def _views(self, place: int) -> tuple[InstanceView, ...]:
     known, views = self._shown[place]
