@@ -58,6 +58,9 @@ class Played(NamedTuple):
   scale: float
 
 
+LOST = Played(0.0, math.inf)
+
+
 def rounded(load: Load) -> tuple[Load, Load, float]:
   """Two loads in steps of STEP (of spread: CV_STEP), a lighter and a heavier
   one, and how near to the second it is: from 0 to 1.
@@ -138,24 +141,55 @@ def better(policy: Policy, slo: Slo, view: View,
 def between(play_load: Callable[[Load, Roles, float], Played], light: Load,
             heavy: Load, weight: float, roles: Roles, least: float) -> Played:
   """What comes of a load between two, of which the second one has this
-  weight; or of one of these, where it is clear that a smaller share than
-  `least` attains."""
+  weight; less than that where a smaller share than `least` attains."""
   def grain(share: float) -> float:  # so that answers are shared
     return math.floor(min(max(share, 0.0), 1.0) / GRAIN) * GRAIN
 
-  more = (1.0, 1.0)
+  more = Played(1.0, 1.0)
   if weight > 0:
     more = play_load(heavy, roles, grain((least - 1 + weight) / weight))
+    if more is LOST:
+      return LOST
   less = play_load(light, roles, grain(
-      (least - weight * more[0]) / (1 - weight)))
+      (least - weight * more.share) / (1 - weight)))
   return Played(*[weight * high + (1 - weight) * low
                   for high, low in zip(more, less, strict=True)])
 
 
-@functools.lru_cache(maxsize=4096)
 def played(policy: Policy, slo: Slo, configs: tuple[InstanceConfig, ...],
            latencies: tuple[Latency, ...], link: LinkLike, load: Load,
            roles: Roles, least: float, seed: int = 0) -> Played:
+  """What comes of these roles under the load; LOST where a smaller share than
+  `least` attains, as it is not played on then."""
+  known = remembered(policy, slo, configs, latencies, link, load, roles, seed)
+  if known.least > least and not known.whole:
+    outcome = _play(policy, slo, configs, latencies, link, load, roles, least,
+                    seed)
+    known.least, known.outcome = least, outcome
+    known.whole = outcome.share >= least
+  return known.outcome if known.outcome.share >= least else LOST
+
+
+@dataclasses.dataclass(eq=False)
+class Known:
+  """Of a rollout: what came of it, the least share that was asked for, and
+  whether it was played to its end, which answers for any."""
+
+  outcome: Played = LOST
+  least: float = math.inf
+  whole: bool = False
+
+
+@functools.lru_cache(maxsize=4096)
+def remembered(*question: object) -> Known:
+  """What is known of a rollout: nothing at first."""
+  del question
+  return Known()
+
+
+def _play(policy: Policy, slo: Slo, configs: tuple[InstanceConfig, ...],
+          latencies: tuple[Latency, ...], link: LinkLike, load: Load,
+          roles: Roles, least: float, seed: int) -> Played:
   """What comes of these roles under the load; or of those that ended before
   it was clear that a smaller share than `least` attains."""
   token_s = settled_token_s(load, slo, latencies, roles)

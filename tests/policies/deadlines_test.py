@@ -162,7 +162,14 @@ def test_what_is_done_of_a_prompt_takes_no_step():
   assert punctual((0.19,), token_s=1e-4, hit=80) == 20
 
 
-def punctual(ages, token_s, done=0, hit=0):
+@pytest.mark.parametrize('limit', [16, 64, 96, 112, 512])
+def test_no_more_tokens_are_looked_for_than_rows_allow(limit):
+  for ages in ((0.2,), (0.24, 0.2), (0.15,), ()):
+    assert punctual(ages, 1e-3, limit=limit) == min(
+        limit, punctual(ages, 1e-3))
+
+
+def punctual(ages, token_s, done=0, hit=0, limit=512):
   """Tokens of the next step where prompts of these ages wait beside a row;
   TTFT is .25 s, or .2 where steps are short."""
   row_s = 0.01
@@ -174,7 +181,8 @@ def punctual(ages, token_s, done=0, hit=0):
       hit_tokens=lambda request: hit,
       newest=lambda most: [request_of(age_s, done=done) for age_s in ages])
   slo = Slo(0.25 if token_s == 1e-3 else 0.2, 0.1)
-  return punctual_tokens(types.SimpleNamespace(time_s=1000.0), instance, slo)
+  return punctual_tokens(types.SimpleNamespace(time_s=1000.0), instance, slo,
+                         limit)
 
 
 @pytest.mark.parametrize('room, tokens', [

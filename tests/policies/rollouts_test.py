@@ -105,12 +105,19 @@ def test_a_rollout_ends_once_it_cannot_win(monkeypatch):
   monkeypatch.setattr(rollouts, 'simulator', types.SimpleNamespace(
       stream=stream))
   roles = ('prefill', 'decode')
-  rollouts.played.cache_clear()
+  rollouts.remembered.cache_clear()
   whole, count = played(roles, 0.0), len(seen)
   assert 0.1 < whole.share < 0.9
-  assert played(roles, whole.share - 0.01) == whole and len(seen) == 2 * count
-  assert played(roles, whole.share + 0.05).share < whole.share + 0.05
-  assert len(seen) < 3 * count - 10
+  seen.clear()
+  rollouts.remembered.cache_clear()
+  more = whole.share + 0.05
+  assert played(roles, more) is rollouts.LOST and 0 < len(seen) < count
+  before = len(seen)  # what is known is not played again
+  assert played(roles, more + 0.05) is rollouts.LOST and len(seen) == before
+  assert played(roles, whole.share - 0.01) == whole
+  assert len(seen) == before + count
+  assert played(roles, 0.0) == whole and played(roles, more) is rollouts.LOST
+  assert len(seen) == before + count
 
 
 def test_a_rollout_tells_how_near_its_requests_came():
@@ -135,7 +142,7 @@ def test_a_rollout_begins_with_the_rows_of_a_full_system(monkeypatch):
   assert 180 < so_far < 450 and 180 < more < 450 and 200 < prompt_len < 450
   assert all(row.first_s == -row.so_far * 2 * SLO.tpot_s for row in rows)
   full = played(('chunked',) * 2, 0.0, load)
-  rollouts.played.cache_clear()
+  rollouts.remembered.cache_clear()
   monkeypatch.setattr(rollouts, 'rows_like', lambda *args: [])
   assert played(('chunked',) * 2, 0.0, load).share > full.share + 0.03
 
