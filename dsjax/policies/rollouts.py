@@ -42,8 +42,9 @@ SETTLES = 20  # times that a step is predicted from the rows that it makes
 MOST_LEN = 16  # times the mean of lengths
 UNCOUNTED = 5  # one of so many requests, the first, does not count
 QUEUED = 0.5  # of TTFT, whose arrivals wait already: no more than do not count
-DRAWS = 3  # of requests, by which a change is to be better
+ERRORS = (0, -1, 1)  # of the rate, in standard errors: of draws of requests
 CUTS = 8  # times that lengths are made longer for what is cut off them
+LEAST_TOLD = 100  # requests that a rate is told from, as far as is counted
 DRAWN = 1000  # lengths that rows are drawn from
 TIE = 0.01  # of a share: choices so near to the best are equal
 
@@ -91,8 +92,9 @@ def better(policy: Policy, slo: Slo, view: View,
   """The roles of the choice that attains most under the load of late.
 
   Of those that are equal within TIE, the one that is furthest from missing.
-  None change unless it attains more than those of now with each of DRAWS draws
-  of requests and with the load as it is, and by NOISE on average, or more where
+  None change unless it attains more than those of now with each draw of
+  requests, at the rate that is told and at one less and one more by its standard
+  error, and with the load as it is; and by NOISE on average, or more where
   little is known of outputs: so nothing swings at a constant load. Where those
   of now attain all but NOISE nothing else is played.
 
@@ -106,9 +108,11 @@ def better(policy: Policy, slo: Slo, view: View,
       played, policy, slo, tuple([dataclasses.replace(
           i.config, host_pages=0) for i in instances]),
       tuple([settled(i.latency) for i in instances]), view.link)
-  near = rounded(load)
-  plays = [functools.partial(between, functools.partial(
-      play_load, seed=seed), *near) for seed in range(DRAWS)]
+  error = 1 / math.sqrt(max(load.arrived, LEAST_TOLD))
+  plays = [functools.partial(
+      between, functools.partial(play_load, seed=seed), *rounded(
+          load._replace(rate_per_s=load.rate_per_s * (1 + errors * error))))
+           for seed, errors in enumerate(ERRORS)]
   now = tuple([i.role for i in instances])
   now_share = plays[0](now, 0.0).share
   if now_share + NOISE >= 1:

@@ -39,6 +39,8 @@ class Load(NamedTuple):
     lives: how many times as many tokens as those outputs that run will have,
       those have that ended: the larger, the better outputs are known.
     longest_prompt: tokens, of these prompts; 0 before the first.
+    arrived: requests that the rate is told from; its standard error is this
+      share of it, to the power of -1/2.
   """
 
   rate_per_s: float
@@ -48,6 +50,7 @@ class Load(NamedTuple):
   output_cv: float = 1.0
   lives: float = 0.0
   longest_prompt: int = 0
+  arrived: int = 0
 
 
 class Cohort(NamedTuple):
@@ -111,7 +114,8 @@ class Recent:
     return Load(_rate_per_s(prompts, time_s), prompt_len, output_len, prompt_cv,
                 min(output_cv, _spread(ended, running)),
                 tokens / max(1, 2 * sum(running)),
-                max([cohort.longest for cohort in prompts], default=0))
+                max([cohort.longest for cohort in prompts], default=0),
+                sum([cohort.number for cohort in prompts]))
 
   def _outputs(self, rows: Sequence[tuple[int, int]]
                ) -> tuple[list[Cohort], list[int]]:
