@@ -253,10 +253,15 @@ def test_bad_input_names_the_flag(tmp_path, lines, options, error):
   assert not (tmp_path / 'out').exists()
 
 
-def test_cells_of_other_columns_are_told(tmp_path):
-  (tmp_path / 'cells').mkdir()
-  (tmp_path / 'cells' / 'policies.csv').write_text('a,b\n1,2\n')
-  with pytest.raises(InputError, match='--cells='):
+@pytest.mark.parametrize('damaged', [
+    lambda text: b'a,b\n1,2\n', lambda text: b'a,b\n', lambda text: b'\xff\n',
+    lambda text: b'\0\n', lambda text: text[:-9],  # no effort any more
+    lambda text: text[:-60], lambda text: text + b'x,y\n'])
+def test_cells_that_are_damaged_are_told(tmp_path, damaged):
+  policies_test.run(tmp_path / 'cells')
+  path = tmp_path / 'cells' / 'policies.csv'
+  path.write_bytes(damaged(path.read_bytes().rstrip()))
+  with pytest.raises(InputError, match='^--cells[=:]'):
     run(tmp_path, None)
 
 
