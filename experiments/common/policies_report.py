@@ -100,7 +100,7 @@ def table(lines: Sequence[Line]) -> Table:
   best = {w: max(line.goodput_per_device for line in lines
                  if line.workload == w) for w in slos}
   for policy in dict.fromkeys(line.policy for line in lines):
-    row = []
+    row: list[str | Text] = []
     for workload in slos:
       line = known.get((policy, workload))
       if line is None:

@@ -255,7 +255,8 @@ def test_bad_input_names_the_flag(tmp_path, lines, options, error):
 
 @pytest.mark.parametrize('damaged, told', [
     (lambda text: b'a,b\n1,2\n', 'columns'), (lambda text: b'a,b\n', 'columns'),
-    (lambda text: b'\xff\n', 'utf-8'), (lambda text: text + b'\0\n', 'columns|NUL'),
+    (lambda text: b'\xff\n', 'utf-8'),
+    (lambda text: text + b'\0\n', 'columns|NUL'),
     (lambda text: text[:-60], 'columns'),
     (lambda text: text + b'x,y', 'columns'),
     (lambda text: text.rpartition(b',')[0], 'columns')])
