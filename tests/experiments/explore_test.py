@@ -342,6 +342,9 @@ def test_shipped_policies_are_explored_in_the_worlds_that_they_can_serve(
   for policy in ('static+deadlines', 'adaptive'):
     rules, faults = explore.rules_of('large', '3', policy)
     assert schedules.walk(rules, faults, 3) > 100
+  for roles in ('1P1D', '1P2D'):  # also where the last that decodes is lost
+    assert not explore.explore(('small', roles, 0, 'adaptive'), lambda _: True
+                               ).violation
   jobs = explore._jobs(cli.wide_console(), types.SimpleNamespace(
       policy='chunked:chunk=64', small='1P1D', large=4, first_seed=0, more=0,
       deep=False))
