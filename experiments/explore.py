@@ -464,7 +464,11 @@ def report(console: Console, results: Iterable[Result], out: pathlib.Path,
   rules, _ = rules_of(broken.kind, broken.name, policy)
   moves = schedules.shrink(rules, broken.moves)
   schedules.write_log(out / 'violation.jsonl', rules, moves)
-  print('\n'.join(schedules.story(rules, moves)))
+  lines = schedules.story(rules, moves)
+  print('\n'.join(lines))
+  if lines[-1] == schedules.NOTHING:
+    console.print('It broke, and once more it does not: a hook answers by '
+                  'something that is not in its view.', soft_wrap=True)
   console.print(f'Again: python -m experiments.explore '
                 f'--replay={out / "violation.jsonl"} --policy={policy}',
                 soft_wrap=True)

@@ -172,6 +172,9 @@ def serve(options: Any, text: str, predicted: float = 1.0) -> Served:
             f'a load of less than {MOST} requests')
     n *= 2
   sent = [r for r in sent if r.arrival_s < options.seconds]
+  require(sent and sent[-1].arrival_s >= options.warmup_s,
+          '--rate, --seconds, --warmup_s', len(sent),
+          'a load of which a request counts')
   result = simulator.simulate(config, sent, latencies, link, log=True)
   flips = [(event.time_s, command) for event, commands in result.log or ()
            for command in commands if isinstance(command, Flip)]
@@ -193,7 +196,7 @@ def summary(served: Served, runs: Sequence[Served]) -> dict[str, Any]:
   more than the best of the others, low, high."""
   told: dict[str, Any] = {
       'attained': served.attained,
-      'worst': min(s.attained for s in served.segments),
+      'worst': min(s.attained for s in served.segments if s.rate_per_s),
       'flips': sum(second > 0 for second, _ in served.flips),
       'flips_after_a_minute': sum(second > 60 for second, _ in served.flips)}
   rivals = [run for run in runs if run is not served]

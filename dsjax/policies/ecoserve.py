@@ -1,11 +1,11 @@
 """EcoServe: members of a group take turns in prefilling.
 
-Du et al., arXiv 2504.18154. An instance is in one phase at a time. A request
-goes to the member whose turn it is while its queue meets TTFT, the queue fits
-into what its rows have saved against TPOT, and the KV fits; else to the next.
-What they have saved is the least of them here, not their mean: rows of long
-outputs save so much that nothing would bound it, and short ones miss. Groups
-are not split and merged: there is one.
+Du et al., arXiv 2504.18154; the rule as we know it, from memory. An instance is
+in one phase at a time. A request goes to the member whose turn it is while its
+queue meets TTFT, the queue fits into what its rows have saved against TPOT, and
+the KV fits; else to the next. What they have saved is the least of them here,
+not their mean: rows of long outputs save so much that nothing would bound it,
+and short ones miss. Groups are not split and merged: there is one.
 """
 
 import dataclasses

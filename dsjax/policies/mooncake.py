@@ -4,7 +4,8 @@ Qin et al., FAST 2025, section 4: the prefill instance of the least predicted
 TTFT, the decode instance of the least predicted time between tokens; a request
 whose predictions miss an objective is refused at once. What a prefix cache
 keeps of a prompt at an instance counts in its prediction; where it is predicted
-to be sooner, what another instance has kept is copied there first.
+to be sooner, what another instance has kept is copied there first. The paper
+copies it where it is longer than what is kept there by a factor.
 """
 
 import dataclasses

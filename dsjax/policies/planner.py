@@ -19,6 +19,7 @@ from dsjax.config.checks import require
 from dsjax.config.placement import Slo
 from dsjax.policies import static
 from dsjax.policies.predict import (
+  LEAST_S,
   decode_s,
   free_tokens,
   queue_s,
@@ -34,7 +35,8 @@ LEAST = 32  # tokens of output of late, before which nothing is known
 
 def wanted(instance: InstanceView, load: Load, slo: Slo, count: int) -> float:
   """Instances of `count`, a fraction, that should prefill."""
-  alone_s = instance.latency.prefill_s(((0, int(load.prompt_len)),))
+  alone_s = max(LEAST_S,
+                instance.latency.prefill_s(((0, int(load.prompt_len)),)))
   # A queue of equal services at a share u waits u / (2 (1 - u)) of one.
   spare = max(slo.ttft_s / alone_s - 1, 0.0)
   share = 2 * spare / (1 + 2 * spare)
@@ -80,10 +82,11 @@ def policy(slo: Slo, prefills: int = 1, tick_s: float = 5.0,
       return home_roles(view, prefills)
     flexible = [i for i in view.may_prefill if i.flips]
     now = sum([i.role == 'prefill' for i in flexible])
-    if len(flexible) < 2 or view.load.output_len < LEAST:
+    load = view.load
+    if len(flexible) < 2 or load.output_len < LEAST or not load.rate_per_s:
       return {}
     need = (now + reactive(view, slo) if by == 'reactive' else
-            wanted(flexible[0], view.load, slo, len(flexible)))
+            wanted(flexible[0], load, slo, len(flexible)))
     if need > now + SWING and now < len(flexible) - 1:
       return {min([i for i in flexible if i.role != 'prefill'],
                   key=lambda i: i.num_rows).index: 'prefill'}

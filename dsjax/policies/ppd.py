@@ -1,9 +1,9 @@
 """PPD: later turns may be prefilled where their conversation decodes.
 
-arXiv 2603.13358: a turn after the first is prefilled at a prefill instance or,
-appended to the KV that is kept there, at the decode instance, by a weighted
-score of the TTFT and the TPOT that are predicted. Needs a prefix cache and
-flexible instances.
+arXiv 2603.13358, of which we know the abstract alone: a turn after the first is
+prefilled at a prefill instance or, appended to the KV that is kept there, at
+the decode instance, by a weighted score of the TTFT and the TPOT that are
+predicted. Needs a prefix cache and flexible instances.
 """
 
 import dataclasses

@@ -92,7 +92,7 @@ def room(view: View, instance: InstanceView,
   lone = [i.latency.host_s + i.latency.decode_s(1, 1) <= most_s(i)
           for i in view.decodes]
   if not any(lone) or not any([i.num_rows for i in view.decodes]):
-    return LISTED * len(lone)
+    return LISTED * max(1, len(lone))
   load = view.load
   if not load.lives:  # nothing has ended
     load = load._replace(output_len=LONG)

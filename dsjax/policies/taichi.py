@@ -1,11 +1,11 @@
 """TaiChi: instances that prefill in large and in small chunks, and rows flow.
 
-Wang et al., arXiv 2508.01989. Every instance mixes: those that lean to prefill
-with large chunks, those that lean to decode with small ones. A prompt goes to
-the weakest instance that meets TTFT. Rows start where chunks are small; where
-pages run short the row with the most slack moves to the others, and one whose
-TPOT nears the objective moves back. Large chunks of all are aggregation; small
-ones of no tokens are disaggregation.
+Wang et al., arXiv 2508.01989; the rule as we know it, from memory. Every
+instance mixes: those that lean to prefill with large chunks, those that lean to
+decode with small ones. A prompt goes to the weakest instance that meets TTFT.
+Rows start where chunks are small; where pages run short the row with the most
+slack moves to the others, and one whose TPOT nears the objective moves back.
+Large chunks of all are aggregation; small ones of no tokens are disaggregation.
 """
 
 import dataclasses

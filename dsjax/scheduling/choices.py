@@ -153,17 +153,15 @@ def budget(run: Run, inst: LiveInstance, batch: LiveBatch) -> PrefillBudget:
   answer = ask(run, 'batch', run.view.instances[inst.index])
   most = inst.config.prefill_tokens
   if type(answer) is PrefillBudget:
-    given, whole, rows = answer
-    tokens = index_of(given)
+    tokens, whole, rows = index_of(answer.tokens), *map(plain, answer[1:])
     if rows is True and inst.able.mixes:
       most -= batch.size
     if (0 <= tokens <= most and type(whole) is bool
         and (rows is False or rows is True and inst.able.mixes)):
-      return (answer if type(given) is int else
-              PrefillBudget(tokens, whole, rows))
+      return PrefillBudget(tokens, whole, rows)
   raise run.policy.refuse('batch', answer, 'a PrefillBudget of 0 to '
-                          f'{most} tokens' + ('' if inst.able.mixes else
-                                              ', without rows'))
+                          f'{most} tokens, whole True or False' + (
+                              '' if inst.able.mixes else ', without rows'))
 
 
 def admits(run: Run, inst: LiveInstance, seq: Any, pages: int) -> bool:

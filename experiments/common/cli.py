@@ -370,9 +370,10 @@ def require_folder(field: str, path: pathlib.Path) -> None:
 
 
 def wide_console() -> Console:
-  """A Console; off a terminal, wide enough for the widest tables."""
-  console = _Piped()
-  return console if console.is_terminal else _Piped(width=150)
+  """A Console that takes no text for markup (a policy's error or a path may
+  have brackets); off a terminal, wide enough for the widest tables."""
+  console = _Piped(markup=False)
+  return console if console.is_terminal else _Piped(markup=False, width=150)
 
 
 def says(console: Console) -> Callable[..., None]:

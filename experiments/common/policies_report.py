@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 from rich.table import Table
+from rich.text import Text
 
 from dsjax.config.checks import InputError, require
 from experiments.common import pictures
@@ -68,14 +69,19 @@ def read(path: pathlib.Path, kind: Any = Line, flag: str = '--out'
   """
   if not path.exists():
     return []
-  with path.open(newline='') as file:
-    rows = list(csv.DictReader(file))
-  require(all(set(row) == set(kind._fields) for row in rows), flag, path,
-          f'a folder whose {path.name} has the columns {kind._fields}')
   try:
+    with path.open(newline='') as file:
+      names, *rows = [row for row in csv.reader(file) if row] or [kind._fields]
+    require(sorted(names) == sorted(kind._fields)
+            and all(len(row) == len(names) for row in rows), flag, path,
+            f'a folder whose {path.name} has the columns {kind._fields} in '
+            'each line')
     return [kind(**{name: kind.__annotations__[name](text)
-                    for name, text in row.items()}) for row in rows]
-  except ValueError as error:
+                    for name, text in zip(names, row, strict=True)})
+            for row in rows]
+  except InputError:
+    raise
+  except (ValueError, csv.Error) as error:  # no UTF-8, no numbers
     raise InputError(f'{flag}: {path}: {error}') from error
 
 
@@ -94,7 +100,7 @@ def table(lines: Sequence[Line]) -> Table:
   best = {w: max(line.goodput_per_device for line in lines
                  if line.workload == w) for w in slos}
   for policy in dict.fromkeys(line.policy for line in lines):
-    row = []
+    row: list[str | Text] = []
     for workload in slos:
       line = known.get((policy, workload))
       if line is None:
@@ -102,8 +108,9 @@ def table(lines: Sequence[Line]) -> Table:
         continue
       goodput = line.goodput_per_device
       text = f'{goodput:.3g} {line.binds}'
-      row.append((f'[bold]{text}[/bold]' if goodput >= best[workload] else text)
-                 + f'\n\\[{line.low:.3g}, {line.high:.3g}]')
+      row.append(Text.assemble(
+          (text, 'bold' if goodput >= best[workload] else ''),
+          f'\n[{line.low:.3g}, {line.high:.3g}]'))
     out.add_row(shown(policy), *row)
   return out
 

@@ -26,6 +26,9 @@ NOTHING = 'nothing broke'
 STEP = Affine((0.01, 1e-4, 0.0), (0.01, 1e-6, 1e-4), host_s=0.001,
               mixed=(0.01, 1e-4, 0.0, 1e-6))
 LINK = Link(1e-3, 1e6, 100)
+ANOTHER = ('the same event, another answer: a hook may keep nothing from one '
+           'call for the next')
+_TWICE = 8  # worlds, of which one is entered twice: to the same effect
 _EVERY = 4096  # transitions between two calls of halt
 
 
@@ -54,6 +57,7 @@ def search(rules: Rules, faults: int,
 def _search(rules, faults, halt):
   w = rules.first(faults)
   mark, transitions = rules.key(w), 0
+  twice = rules.config.policy is not DISTSERVE
   seen, on, path = {mark}, {mark}, []
   stack = [(w, rules.moves(w), mark)]
   while stack:
@@ -68,12 +72,14 @@ def _search(rules, faults, halt):
     if halt and not transitions % _EVERY and halt(transitions):
       return transitions, len(seen), False
     try:
-      after = rules.apply(w, move, cost)[0]
+      after, log = rules.apply(w, move, cost)
       mark = rules.key(after)
       if mark in seen:
         need(mark not in on, 'no progress: a cycle')
         continue
       rules.check(after)
+      if twice and not len(seen) % _TWICE:
+        need(rules.apply(w, move, cost) == (after, log), ANOTHER)
       moves = rules.moves(after)
       if all([cost for _, cost in moves]):
         rules.over(after)
@@ -140,9 +146,7 @@ def wander(rules: Rules, faults: int, seed: int, slow_copies: bool = False,
       rules.check(after)
       turns.take(w, log, after)
       if again:
-        need((after, log) == rules.apply(w, move, cost),
-             'the same event, another answer: a hook may keep nothing from '
-             'one call for the next')
+        need((after, log) == rules.apply(w, move, cost), ANOTHER)
         need(repr(w) == again, 'the state that was given has changed')
       yield Moved(w, move, log, after)
       w = after
@@ -274,8 +278,12 @@ def replay(rules: Rules,
       log.append((move, []))
       if rules.timed:
         rules.time_s = float(len(log))
-      w, answered = rules.apply(w, move, may.get(move, 0))
+      after, answered = rules.apply(w, move, may.get(move, 0))
       log[-1] = (move, answered)
+      if rules.config.policy is not DISTSERVE:
+        need(rules.apply(w, move, may.get(move, 0)) == (after, answered),
+             ANOTHER)
+      w = after
       rules.check(w)
   except Exception as error:
     if hasattr(error, 'log'):

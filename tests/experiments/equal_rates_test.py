@@ -253,11 +253,20 @@ def test_bad_input_names_the_flag(tmp_path, lines, options, error):
   assert not (tmp_path / 'out').exists()
 
 
-def test_cells_of_other_columns_are_told(tmp_path):
-  (tmp_path / 'cells').mkdir()
-  (tmp_path / 'cells' / 'policies.csv').write_text('a,b\n1,2\n')
-  with pytest.raises(InputError, match='--cells='):
-    run(tmp_path, None)
+@pytest.mark.parametrize('damaged, told', [
+    (lambda text: b'a,b\n1,2\n', 'columns'), (lambda text: b'a,b\n', 'columns'),
+    (lambda text: b'\xff\n', 'utf-8'),
+    (lambda text: text + b'\0\n', 'columns|NUL'),
+    (lambda text: text[:-60], 'columns'),
+    (lambda text: text + b'x,y', 'columns'),
+    (lambda text: text.rpartition(b',')[0], 'columns')])
+def test_cells_that_are_damaged_are_told(tmp_path, damaged, told):
+  path = tmp_path / 'policies.csv'
+  equal_rates.provenance.save_csv(path, LINES[0]._fields, LINES)
+  assert policies_report.read(path) == LINES
+  path.write_bytes(damaged(path.read_bytes()))
+  with pytest.raises(InputError, match=f'^--out[=:].*({told})'):
+    policies_report.read(path)
 
 
 def test_it_reads_what_experiments_policies_writes(tmp_path):

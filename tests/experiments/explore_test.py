@@ -315,6 +315,25 @@ def test_a_policy_that_keeps_something_is_told_so(tmp_path):
   broken = [explore.explore(('large', str(seed), 0, policy)).violation
             for seed in (1, 2)]
   assert any('keep nothing from one call' in text for text in broken)
+  result = explore.explore(('small', '1 chunked, preemption', 0, policy))
+  assert 'keep nothing from one call' in result.violation
+
+
+def test_what_a_policy_keeps_is_told_of_its_schedule_too(tmp_path, capsys):
+  """Or the schedule that it is told by breaks nothing when it is run again."""
+  policy = written(tmp_path, 'kept.append(0); return waiting[::-1] '
+                   'if len(kept) % 2 else waiting')
+  result = explore.explore(('small', '1 chunked, preemption', 0, policy))
+  assert explore.report(cli.wide_console(), [result], tmp_path, policy) == 1
+  assert f'violation: {schedules.ANOTHER}' in capsys.readouterr().out
+
+
+def test_an_error_of_a_policy_is_shown_as_it_is(tmp_path, capsys):
+  """Its brackets are no markup."""
+  policy = written(tmp_path, "raise ValueError('[bold] [/x]')")
+  result = explore.explore(('small', '1 chunked, preemption', 0, policy))
+  assert explore.report(cli.wide_console(), [result], tmp_path, policy) == 1
+  assert 'raised ValueError: [bold] [/x]; shrinking' in capsys.readouterr().out
 
 
 def test_shipped_policies_are_explored_in_the_worlds_that_they_can_serve(
@@ -323,6 +342,9 @@ def test_shipped_policies_are_explored_in_the_worlds_that_they_can_serve(
   for policy in ('static+deadlines', 'adaptive'):
     rules, faults = explore.rules_of('large', '3', policy)
     assert schedules.walk(rules, faults, 3) > 100
+  for roles in ('1P1D', '1P2D'):  # also where the last that decodes is lost
+    assert not explore.explore(('small', roles, 0, 'adaptive'), lambda _: True
+                               ).violation
   jobs = explore._jobs(cli.wide_console(), types.SimpleNamespace(
       policy='chunked:chunk=64', small='1P1D', large=4, first_seed=0, more=0,
       deep=False))

@@ -44,6 +44,14 @@ def test_a_line_a_segment_and_policy(tmp_path):
   assert 'in the worst segment; 0 flips, 0 after the first minute' in text
 
 
+def test_segments_without_a_request_are_not_the_worst(tmp_path):
+  _, text = run(tmp_path, process='poisson', rate=0.5, segment_s=0.5)
+  assert 'nan' in text and 'nan% in the worst' not in text
+  for options in ({'rate': 0.001}, {'rate': 1.0, 'warmup_s': 5.999}):
+    with pytest.raises(InputError, match='a load of which a request counts'):
+      run(tmp_path, process='poisson', **options)
+
+
 def test_each_is_compared_with_the_best_other_on_the_same_requests(tmp_path):
   code, text = run(tmp_path, policies=['colocated', 'static:prefills=1',
                                        'chunked'], warmup_s=2.0)

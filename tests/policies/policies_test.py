@@ -16,13 +16,14 @@ from dsjax.policies import rollouts, static
 from dsjax.policies.named import NAMES, named
 from dsjax.scheduling import event_log, scheduler
 from dsjax.scheduling.policy import DISTSERVE
-from dsjax.simulation import simulator
+from dsjax.simulation import latency, simulator
 from experiments.common import policies
 from experiments.explore import large_world
 from experiments.verify import schedules
 from experiments.verify.worlds import Rules
 from tests.common.policy_runs import FOUR, LINK, SLO, STEP, served
 
+NO_TIME = latency.Affine((0.0,) * 3, (0.0,) * 3, mixed=(0.0,) * 4)
 EACH = pytest.mark.parametrize('name', NAMES)
 
 
@@ -202,6 +203,20 @@ def test_each_serves_by_deadlines_as_well(name):
   assert {r.status for r in result.records} == {'length'} and moved
   config = dataclasses.replace(config, policy=policy)
   assert event_log.replay(config, result.log) is None
+
+
+@EACH
+@pytest.mark.parametrize('requests, gap_s, step', [
+    (1, 1.0, STEP), (3, 100.0, STEP), (60, 0.02, NO_TIME)])
+def test_each_serves_a_load_of_next_to_nothing(name, requests, gap_s, step):
+  """One request has no rate, and steps may take no time at all."""
+  config = scheduler.Config(
+      (InstanceConfig('flexible', 64, 16, 8, 256, 8),) * 3, 600, depth=1,
+      policy=named(name, SLO))
+  sent = [Request(i, gap_s * i, range(20), Sampling(max_tokens=550))
+          for i in range(requests)]
+  records = simulator.simulate(config, sent, step, LINK).records
+  assert {r.status for r in records} == {'length'}
 
 
 def test_replan_searches_with_the_order_that_serves(monkeypatch):

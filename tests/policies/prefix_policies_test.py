@@ -65,7 +65,7 @@ def less(records, others):
 def test_ppd_prefills_later_turns_where_they_decode():
   """Its claim is 68 % less TTFT on later turns, against one that repeats all.
 
-  Here it is a third: a prompt waits for the decode commands in flight. A
+  Here it is two fifths: a prompt waits for the decode commands in flight. A
   cache at the prefill instances gives more; PPD moves less KV.
   """
   slo = Slo(0.3, 0.03)

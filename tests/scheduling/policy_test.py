@@ -398,9 +398,9 @@ def test_a_victim_must_be_there():
                 9., 0, state.instances[0].inflight[0][0].number))
 
 
-def test_integers_of_numpy_are_integers():
+def test_scalars_of_numpy_are_as_good():
   config = _config(BOTH, route=lambda *_: np.int64(0), batch=lambda *_:
-                   PrefillBudget(np.int64(16)))
+                   PrefillBudget(np.int64(16), np.True_, np.False_))
   _, (command, *_) = _after(config, _arrive(0))
   assert type(command.chunks[0].stop) is int
 
