@@ -22,6 +22,7 @@ from dsjax.config.placement import Slo
 from dsjax.policies.deadlines import (
   MOST_WAIT,
   ahead,
+  attained,
   fitting_tokens,
   punctual_tokens,
   with_deadlines,
@@ -64,7 +65,8 @@ def policy(slo: Slo, margin: float = 0.99, tick_s: float = 2.0) -> Policy:
   def resize(view: View) -> dict[int, str]:
     known = [i for i in view.may_prefill if i.flips]
     now = sum([i.role == 'prefill' for i in known])
-    return better(flexible, slo, view, known, choices(len(known), now))
+    return better(flexible, slo, view, known, choices(len(known), now),
+                  attained(view, slo))
 
   return dataclasses.replace(flexible, name='adaptive', tick_s=tick_s,
                              resize=resize, rebalance=leave_prefills)

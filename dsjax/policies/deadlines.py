@@ -62,6 +62,21 @@ def ahead(view: View, instance: InstanceView, slo: Slo) -> list[RequestView]:
   return [*instance.prefilling(), *on_time(view, instance, slo)]
 
 
+def attained(view: View, slo: Slo) -> float:
+  """The share of the requests that are there now that has met the objectives
+  so far: 1 where there are none. Late prompts wait for long, so where there are
+  some it is rather too low."""
+  now_s, there, met = view.time_s, 0, 0
+  for instance in view.instances:
+    for request in (*instance.waiting(), *instance.prefilling(),
+                    *instance.pulls(), *instance.rows()):
+      there += 1
+      first_s = now_s if request.first_s is None else request.first_s
+      met += (first_s - request.arrival_s <= slo.ttft_s and
+              now_s - first_s <= slo.tpot_s * max(1, request.num_out))
+  return met / there if there else 1.0
+
+
 def fitting_tokens(view: View, instance: InstanceView, slo: Slo, more: int
                    ) -> int:
   """Tokens of the prompts there that have begun, and of so many more that wait,

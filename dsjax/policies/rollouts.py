@@ -36,6 +36,7 @@ LIVES = 5  # that a rollout lasts, each as long as objectives allow one
 LEAST, MOST = 200, 800  # requests of it
 LEAST_KNOWN = 0.25  # of Load.lives: with fewer nothing is decided
 WELL_KNOWN = 0.75  # of Load.lives: with fewer a change must win as much more
+SEEN = 1 / 3  # weight of what is seen of the roles of now, where it is more
 GRAIN = 0.05  # of the share that a rollout must beat
 NOISE = 0.05  # of a rollout's share: a change of roles must win more
 SETTLES = 20  # times that a step is predicted from the rows that it makes
@@ -87,8 +88,8 @@ def settled(latency: Paced) -> Paced:
 
 
 def better(policy: Policy, slo: Slo, view: View,
-           instances: Sequence[InstanceView], choices: Sequence[Roles]
-           ) -> dict[int, str]:
+           instances: Sequence[InstanceView], choices: Sequence[Roles],
+           attained: float = 0.0) -> dict[int, str]:
   """The roles of the choice that attains most under the load of late.
 
   Of those that are equal within TIE, the one that is furthest from missing.
@@ -100,10 +101,18 @@ def better(policy: Policy, slo: Slo, view: View,
 
   Args:
     policy: of each step. instances: those that get roles. choices: of them.
+    attained: the share that attains with the roles of now, as far as is seen.
+      Where a rollout tells less of them the mean of both counts: near what they
+      hold it depends on little.
   """
   load = view.load
   if not choices or load.rate_per_s <= 0 or load.lives < LEAST_KNOWN:
     return {}  # nothing to choose, or too little is known
+
+  def of_now(play: Callable[[Roles, float], Played]) -> float:
+    share = play(now, 0.0).share
+    return max(share, share + SEEN * (attained - share))
+
   play_load = functools.partial(
       played, policy, slo, tuple([dataclasses.replace(
           i.config, host_pages=0) for i in instances]),
@@ -114,7 +123,7 @@ def better(policy: Policy, slo: Slo, view: View,
           load._replace(rate_per_s=load.rate_per_s * (1 + errors * error))))
            for seed, errors in enumerate(ERRORS)]
   now = tuple([i.role for i in instances])
-  now_share = plays[0](now, 0.0).share
+  now_share = of_now(plays[0])
   if now_share + NOISE >= 1:
     return {}
   ahead: dict[Roles, Played] = {}
@@ -132,7 +141,7 @@ def better(policy: Policy, slo: Slo, view: View,
     return {}
   gains = []
   for play in (*plays, functools.partial(play_load, load)):  # the dearest last
-    share = play(now, 0.0).share
+    share = of_now(play)
     gains.append(play(best, share).share - share)
     if gains[-1] <= 0:
       return {}
