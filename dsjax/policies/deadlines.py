@@ -72,8 +72,9 @@ def attained(view: View, slo: Slo) -> float:
                     *instance.pulls(), *instance.rows()):
       there += 1
       first_s = now_s if request.first_s is None else request.first_s
-      met += (first_s - request.arrival_s <= slo.ttft_s and
-              now_s - first_s <= slo.tpot_s * max(1, request.num_out))
+      tokens = max(1, request.num_out, request.prompt_len - request.input_len)
+      met += (first_s - request.arrival_s <= slo.ttft_s
+              and now_s - first_s <= slo.tpot_s * tokens)
   return met / there if there else 1.0
 
 

@@ -94,8 +94,8 @@ def better(policy: Policy, slo: Slo, view: View,
 
   Of those that are equal within TIE, the one that is furthest from missing.
   None change unless it attains more than those of now with each draw of
-  requests, at the rate that is told and at one less and one more by its standard
-  error, and with the load as it is; and by NOISE on average, or more where
+  requests: at the rate that is told, at one less and one more by its standard
+  error, and with the load as it is. And by NOISE on average, or more where
   little is known of outputs: so nothing swings at a constant load. Where those
   of now attain all but NOISE nothing else is played.
 

@@ -10,6 +10,7 @@ from dsjax.config.placement import Slo
 from dsjax.config.request import Request, Sampling
 from dsjax.placement.api import simulate
 from dsjax.policies.deadlines import (
+  attained,
   due_s,
   fitting_tokens,
   punctual_tokens,
@@ -167,6 +168,7 @@ def test_no_more_tokens_are_looked_for_than_rows_allow(limit):
   for ages in ((0.2,), (0.24, 0.2), (0.15,), ()):
     assert punctual(ages, 1e-3, limit=limit) == min(
         limit, punctual(ages, 1e-3))
+  assert punctual((0.19, 0.1), 9e-5, limit=limit) == min(limit, 200)
 
 
 def punctual(ages, token_s, done=0, hit=0, limit=512):
@@ -183,6 +185,32 @@ def punctual(ages, token_s, done=0, hit=0, limit=512):
   slo = Slo(0.25 if token_s == 1e-3 else 0.2, 0.1)
   return punctual_tokens(types.SimpleNamespace(time_s=1000.0), instance, slo,
                          limit)
+
+
+@pytest.mark.parametrize('changes, met', [
+    ({}, 1), ({'arrival_s': 997.9}, 0),  # waits: 2 s are TTFT
+    ({'first_s': 999.9}, 1), ({'first_s': 999.8}, 0),  # its second token
+    ({'first_s': 996.1, 'arrival_s': 995.0, 'num_out': 40}, 1),
+    ({'first_s': 995.9, 'arrival_s': 995.0, 'num_out': 40}, 0),
+    ({'first_s': 998.0, 'arrival_s': 995.9, 'num_out': 40}, 0),
+    # Preempted after 40 tokens.
+    ({'first_s': 996.1, 'arrival_s': 995.0, 'prompt_len': 140}, 1),
+    ({'first_s': 995.9, 'arrival_s': 995.0, 'prompt_len': 140}, 0)])
+@pytest.mark.parametrize('place', ['waiting', 'prefilling', 'pulls', 'rows'])
+def test_what_attains_now_is_told_by_what_is_there(changes, met, place):
+  def instance(**requests):
+    return types.SimpleNamespace(**{
+        name: lambda name=name: requests.get(name, ())
+        for name in ('waiting', 'prefilling', 'pulls', 'rows')})
+
+  view = types.SimpleNamespace(time_s=1000.0, instances=[
+      instance(), instance(**{place: [request_of(
+          0.0, **{'arrival_s': 998.1, 'num_out': 1} | changes)]})])
+  assert attained(view, Slo(2.0, 0.101)) == met
+  view.instances.append(instance(rows=[request_of(0.0, num_out=1)]))
+  assert attained(view, Slo(2.0, 0.101)) == (1 + met) / 2
+  view.instances[:] = [instance()]
+  assert attained(view, Slo(2.0, 0.101)) == 1.0
 
 
 @pytest.mark.parametrize('room, tokens', [

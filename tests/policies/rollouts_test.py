@@ -18,7 +18,7 @@ from tests.common.policy_runs import INSTANCE, LINK, SLO, STEP
 LOAD, ROLES = 5, 6  # places of them in the arguments of rollouts.played
 
 
-def choice(monkeypatch, known, lives=2.0):
+def choice(monkeypatch, known, lives=2.0, **more):
   """What two that mix become where rollouts tell {roles: (share, scale)}, and
   what was played."""
   played = []
@@ -29,7 +29,8 @@ def choice(monkeypatch, known, lives=2.0):
       for index in (0, 1)]
   view = types.SimpleNamespace(
       load=Load(9.0, 100.0, 50.0, lives=lives), link=LINK)
-  return rollouts.better(DISTSERVE, SLO, view, instances, list(known)), played
+  return rollouts.better(DISTSERVE, SLO, view, instances, list(known), **more
+                         ), played
 
 
 @pytest.mark.parametrize('now, other, flips', [
@@ -48,6 +49,41 @@ def test_where_nothing_is_ahead_it_is_not_played_on(monkeypatch):
   """Two loads under the roles of now and under the others, each once."""
   assert len(choice(monkeypatch, {
       ('chunked',) * 2: (.8, .9), ('prefill', 'decode'): (.7, .9)})[1]) == 4
+
+
+@pytest.mark.parametrize('attained, flips', [
+    (0.0, True), (.6, True), (.86, True), (.88, False), (1.0, False)])
+def test_what_is_seen_of_the_roles_of_now_counts_where_it_is_more(
+    attained, flips, monkeypatch):
+  """A third: .6 that is told and .87 that is seen are .69; .74 is 5 more."""
+  answer, _ = choice(monkeypatch, {
+      ('chunked',) * 2: (.6, .9), ('prefill', 'decode'): (.741, .9)},
+      attained=attained)
+  assert bool(answer) == flips
+
+
+@pytest.mark.parametrize('arrived, error', [(400, .05), (2500, .02), (0, .1)])
+def test_a_change_is_played_at_rates_as_far_apart_as_little_is_known(
+    arrived, error, monkeypatch):
+  """One standard error to either side: at the rate that is told alone, roles
+  would swing where a little less or more of it decides."""
+  rates = {}
+
+  def tell(*args, seed=0):
+    rates.setdefault(seed, []).append(args[LOAD].rate_per_s)
+    return rollouts.Played(.9 if args[ROLES][0] == 'prefill' else .8, .9)
+
+  monkeypatch.setattr(rollouts, 'played', tell)
+  instances = [types.SimpleNamespace(
+      index=index, role='chunked', config=INSTANCE, latency=Paced(STEP))
+      for index in (0, 1)]
+  load = Load(9.0, 100.0, 50.0, lives=2.0, arrived=arrived)
+  view = types.SimpleNamespace(load=load, link=LINK)
+  assert rollouts.better(DISTSERVE, SLO, view, instances, choices(2, 0))
+  for seed, rate_per_s in enumerate((9.0, 9.0 * (1 - error),
+                                     9.0 * (1 + error))):
+    light, heavy, _ = rounded(load._replace(rate_per_s=rate_per_s))
+    assert {light.rate_per_s, heavy.rate_per_s} == set(rates[seed]) - {9.0}
 
 
 def test_nothing_changes_before_outputs_are_known(monkeypatch):

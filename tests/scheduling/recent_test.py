@@ -184,4 +184,5 @@ def test_the_longest_prompt_is_that_of_the_newest():
   assert recent.load(0.0, ()).longest_prompt == 0
   for n in range(20 * COHORT):
     recent.add_arrived(n, float(n), 5000 if n < 10 * COHORT else 100 + n % 7)
-  assert recent.load(20.0 * COHORT, ()).longest_prompt == 106
+  load = recent.load(20.0 * COHORT, ())
+  assert load.longest_prompt == 106 and load.arrived == 8 * COHORT
