@@ -23,12 +23,14 @@ from dsjax.policies.deadlines import (
   MOST_WAIT,
   ahead,
   attained,
+  due_s,
   fitting_tokens,
   punctual_tokens,
   with_deadlines,
 )
 from dsjax.policies.predict import (
   CATCH_UP,
+  TOO_LATE,
   allowed_s,
   decode_s,
   least_output,
@@ -45,6 +47,7 @@ from dsjax.scheduling.policy import (
   InstanceView,
   Policy,
   PrefillBudget,
+  Refuse,
   RequestView,
   View,
   others,
@@ -54,13 +57,16 @@ LEAST = 16  # tokens of a step. An old prompt has as many, whatever rows allow.
 GROWS = 0.95  # as `margin`, of steps without prompts: rows grow till they end
 
 
-def policy(slo: Slo, margin: float = 0.99, tick_s: float = 2.0) -> Policy:
+def policy(slo: Slo, margin: float = 0.99, tick_s: float = 2.0,
+           rejects: bool = False) -> Policy:
   """Args:
     margin: share of what the step of a lone row leaves of TPOT that steps are
       made for. What varies, and is predicted wrong, are the prompts in it.
     tick_s: seconds between two looks at the roles.
+    rejects: whether it refuses what is predicted to miss TTFT, else served once
+      there is time. Where memory is full more of the others attain then.
   """
-  flexible = _per_step(slo, margin)
+  flexible = _per_step(slo, margin, rejects)
 
   def resize(view: View) -> dict[int, str]:
     known = [i for i in view.may_prefill if i.flips]
@@ -72,7 +78,7 @@ def policy(slo: Slo, margin: float = 0.99, tick_s: float = 2.0) -> Policy:
                              resize=resize, rebalance=leave_prefills)
 
 
-def _per_step(slo: Slo, margin: float) -> Policy:
+def _per_step(slo: Slo, margin: float, rejects: bool) -> Policy:
   """Order, batch, route and hand-off."""
   def aim_s(instance: InstanceView, share: float = margin) -> float:
     """Seconds that steps are made for."""
@@ -101,7 +107,7 @@ def _per_step(slo: Slo, margin: float) -> Policy:
     return PrefillBudget(min(tokens, most - instance.turn_rows), False,
                          instance.config.mixes)
 
-  def route(view: View, request: RequestView) -> int:
+  def route(view: View, request: RequestView) -> int | Refuse:
     mixing = [prompt_tokens(i, aim_s(i)) for i in view.prefills if i.num_rows]
     tokens = max(LEAST, sum(mixing) / max(1, len(mixing)))  # of a step
 
@@ -113,8 +119,12 @@ def _per_step(slo: Slo, margin: float) -> Policy:
       steps = (tokens_of(queue) + request.prompt_len) / tokens
       return max(alone_s, steps * aim_s(instance) * bool(instance.num_rows))
 
-    return min(view.prefills,
-               key=lambda i: (done_s(i), i.backlog, i.residents, i.index)).index
+    best = min(view.prefills,
+               key=lambda i: (done_s(i), i.backlog, i.residents, i.index))
+    end_s = view.time_s + done_s(best)
+    if rejects and request.first_s is None and end_s > due_s(request, slo):
+      return Refuse(TOO_LATE)
+    return best.index
 
   def hand_off(view: View, request: RequestView, avoid: int) -> int:
     steps = {i.index: decode_s(i, 1, request.prompt_len)

@@ -12,7 +12,13 @@ import dataclasses
 
 from dsjax.config.placement import Slo
 from dsjax.policies import static
-from dsjax.policies.predict import decode_s, flight_s, prefill_s, queue_s
+from dsjax.policies.predict import (
+  TOO_LATE,
+  decode_s,
+  flight_s,
+  prefill_s,
+  queue_s,
+)
 from dsjax.scheduling.policy import (
   Because,
   Fetch,
@@ -58,7 +64,7 @@ def policy(slo: Slo, prefills: int = 1, rejects: bool = True) -> Policy:
     if rejects and request.first_s is None:
       waited_s = view.time_s - request.arrival_s
       if waited_s + ttft_s > slo.ttft_s:
-        return Refuse('its first token would come too late: try again later')
+        return Refuse(TOO_LATE)
       tokens = request.prompt_len
       # None: all of them are lost, and may come back.
       steps_s = [decode_s(i, 1, tokens) for i in view.decodes]

@@ -12,6 +12,7 @@ CATCH_UP = 16  # tokens over which a row makes up for what it is late
 MOST_CV = 3  # of lengths
 LEAST_S = 1e-9  # of a step
 LONG = 1e4  # tokens of an output of which nothing is known
+TOO_LATE = 'its first token would come too late: try again later'  # of a Refuse
 RARE = 1.645  # standard deviations below the mean: one of twenty is there
 
 

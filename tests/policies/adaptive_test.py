@@ -13,12 +13,12 @@ from dsjax.config.request import Request, Sampling
 from dsjax.placement.api import simulate
 from dsjax.policies import adaptive, static
 from dsjax.policies.named import named
-from dsjax.policies.predict import least_output
+from dsjax.policies.predict import TOO_LATE, least_output
 from dsjax.policies.roles import leave_prefills
 from dsjax.scheduling import scheduler
-from dsjax.scheduling.events import Migrate
+from dsjax.scheduling.events import Migrate, Reject
 from dsjax.scheduling.pace import Paced
-from dsjax.scheduling.policy import DISTSERVE, Load
+from dsjax.scheduling.policy import DISTSERVE, Load, Refuse
 from dsjax.simulation import latency, simulator
 from tests.common.policy_runs import (
   FOUR,
@@ -27,6 +27,7 @@ from tests.common.policy_runs import (
   SLO,
   STEP,
   attainment,
+  commands,
   late_flips,
   served,
 )
@@ -155,9 +156,10 @@ def test_adaptive_keeps_back_a_share_of_what_prompts_may_take(tpot_s):
 def test_adaptive_asks_for_one_prefill_instance_more_or_less_and_for_quarters(
     now, asked, monkeypatch):
   names = {'P': 'prefill', 'D': 'decode', 'C': 'chunked'}
-  monkeypatch.setattr(adaptive, 'better', lambda *args: args[-1])
-  view = types.SimpleNamespace(may_prefill=[types.SimpleNamespace(
-      flips=True, role=names[role]) for role in now])
+  monkeypatch.setattr(adaptive, 'better', lambda *args: args[-2])
+  view = types.SimpleNamespace(
+      time_s=0.0, instances=(), may_prefill=[types.SimpleNamespace(
+          flips=True, role=names[role]) for role in now])
   choices = named('adaptive', SLO).resize(view)
   assert {str(roles.count('prefill')) for roles in choices} == {'0', *asked}
   assert len(choices) == 2 + 2 * len(asked)
@@ -249,10 +251,45 @@ def test_a_prompt_goes_where_it_is_done_first(
       prefilling=lambda n=n: first * n, newest=lambda most, n=n: queue * n,
       hits=lambda request: (0, 0), hit_tokens=lambda request: 0,
       backlog=100 * n * len(queue), residents=residents[n]) for n in (0, 1)]
-  request = types.SimpleNamespace(done=0, prompt_len=100)
+  request = types.SimpleNamespace(done=0, prompt_len=100, first_s=None,
+                                  arrival_s=10.0)
   assert named('adaptive', SLO).route(types.SimpleNamespace(
       time_s=10.0, prefills=prefills), request) == (
           0 if begun and token_s < 1e-3 else chosen)
+
+
+@pytest.mark.parametrize('age_s, first_s, refused', [
+    (0.0, None, False), (0.179, None, False), (0.181, None, True),
+    (0.3, 9.9, False)])  # a preempted one has its first token
+def test_what_would_miss_ttft_is_refused_where_this_is_asked_for(
+    age_s, first_s, refused):
+  """A prompt of 100 tokens takes 20 ms there; TTFT is .2 s."""
+  steps = latency.Affine((0.01, 1e-4, 0.0), (0.01, 0.0, 0.0))
+  instance = types.SimpleNamespace(
+      index=3, latency=steps, num_rows=0, turn_rows=0, context=0, backlog=0,
+      config=InstanceConfig('flexible', 400, 16, 16, 512, 16), pieces=(),
+      prefilling=lambda: (), newest=lambda most: (), residents=0,
+      hits=lambda request: (0, 0), hit_tokens=lambda request: 0)
+  view = types.SimpleNamespace(time_s=10.0, prefills=(instance,))
+  request = types.SimpleNamespace(
+      done=0, prompt_len=100, input_len=100, first_s=first_s,
+      arrival_s=10.0 - age_s)
+  slo = Slo(0.2, 0.05)
+  answer = named('adaptive:rejects=True', slo).route(view, request)
+  assert answer == (Refuse(TOO_LATE) if refused else 3)
+  assert named('adaptive', slo).route(view, request) == 3
+
+
+def test_of_more_than_can_attain_some_are_refused_where_this_is_asked_for():
+  """More of the others attain then, and of all."""
+  slo = Slo(0.1, 0.045)
+  alone, rejects = [served(text, 300, 900, slo)
+                    for text in ('adaptive', 'adaptive:rejects=True')]
+  assert not commands(alone, Reject) and len(commands(rejects, Reject)) > 50
+  assert rejects.summary.attainment[0] > alone.summary.attainment[0]
+  late = [sum(r.ttft_s > slo.ttft_s for r in run.kept if r.token_s)
+          for run in (alone, rejects)]
+  assert late[1] < 0.9 * late[0]
 
 
 def test_rows_of_a_colocated_instance_lend_what_nearly_all_will_save():
