@@ -102,8 +102,8 @@ def better(policy: Policy, slo: Slo, view: View,
   Args:
     policy: of each step. instances: those that get roles. choices: of them.
     attained: the share that attains with the roles of now, as far as is seen.
-      Where a rollout tells less of them the mean of both counts: near what they
-      hold it depends on little.
+      Where a rollout tells less of them this counts too, by SEEN: near what
+      they hold it depends on little.
   """
   load = view.load
   if not choices or load.rate_per_s <= 0 or load.lives < LEAST_KNOWN:
@@ -175,29 +175,21 @@ def played(policy: Policy, slo: Slo, configs: tuple[InstanceConfig, ...],
   """What comes of these roles under the load; LOST where a smaller share than
   `least` attains, as it is not played on then."""
   known = remembered(policy, slo, configs, latencies, link, load, roles, seed)
-  if known.least > least and not known.whole:
+  asked, outcome = known[0]
+  if least < asked > outcome.share:  # not played to its end, nor for as little
     outcome = _play(policy, slo, configs, latencies, link, load, roles, least,
                     seed)
-    known.least, known.outcome = least, outcome
-    known.whole = outcome.share >= least
-  return known.outcome if known.outcome.share >= least else LOST
-
-
-@dataclasses.dataclass(eq=False)
-class Known:
-  """Of a rollout: what came of it, the least share that was asked for, and
-  whether it was played to its end, which answers for any."""
-
-  outcome: Played = LOST
-  least: float = math.inf
-  whole: bool = False
+    known[0] = least, outcome
+  return outcome if outcome.share >= least else LOST
 
 
 @functools.lru_cache(maxsize=4096)
-def remembered(*question: object) -> Known:
-  """What is known of a rollout: nothing at first."""
+def remembered(*question: object) -> list[tuple[float, Played]]:
+  """What is known of a rollout, one entry: the least share that was asked for,
+  and what came of it. At first nothing; where at least that share attained, it
+  was played to its end, which answers for any."""
   del question
-  return Known()
+  return [(math.inf, LOST)]
 
 
 def _play(policy: Policy, slo: Slo, configs: tuple[InstanceConfig, ...],

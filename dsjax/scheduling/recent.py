@@ -39,8 +39,8 @@ class Load(NamedTuple):
     lives: how many times as many tokens as those outputs that run will have,
       those have that ended: the larger, the better outputs are known.
     longest_prompt: tokens, of these prompts; 0 before the first.
-    arrived: requests that the rate is told from; its standard error is this
-      share of it, to the power of -1/2.
+    arrived: requests that the rate is told from. Its standard error is the rate
+      over the root of this.
   """
 
   rate_per_s: float
