@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from rich import box
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 OURS = {'prefill': {'prefill_attention', 'kv_write'},
         'decode': {'decode_attention', 'kv_write'},
@@ -174,7 +175,7 @@ def _step_cells(row):
   """What the table of steps says of a row."""
   step = row['step'].replace(' stage', '\nstage')
   if 'error' in row:
-    return step, f'[red]{row["error"][:24]}'
+    return step, Text(row['error'][:24], 'red')
   share = row['peak_bytes'] / device_bytes(row['gpu'])
   return (step, '\n'.join(
       f'{count} {name}' for name, count in row['collectives'].items()) or '-',

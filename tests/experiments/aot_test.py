@@ -101,6 +101,14 @@ def test_what_must_hold(fields, says):
   assert not aot_report.faults([row()], None)
 
 
+def test_an_error_is_shown_as_it_is(capsys):
+  """No words of markup, and none are taken for it."""
+  cli.wide_console().print(aot_report.tables(
+      [row(error='exit code 1: [/x] no')], ({}, '')))
+  shown = capsys.readouterr().out
+  assert 'exit code 1: [/x] no' in shown and '[red]' not in shown
+
+
 def test_a_row_must_equal_the_golden_one_but_for_a_few_bytes():
   assert not aot_report.faults([row(peak_bytes=1040)], [row()])
   for other in (row(peak_bytes=1060), row(calls=2), row(spills={'a': 1})):
