@@ -119,12 +119,12 @@ def _per_step(slo: Slo, margin: float, rejects: bool) -> Policy:
       steps = (tokens_of(queue) + request.prompt_len) / tokens
       return max(alone_s, steps * aim_s(instance) * bool(instance.num_rows))
 
-    best = min(view.prefills,
-               key=lambda i: (done_s(i), i.backlog, i.residents, i.index))
-    end_s = view.time_s + done_s(best)
-    if rejects and request.first_s is None and end_s > due_s(request, slo):
+    seconds, *_, best = min([(done_s(i), i.backlog, i.residents, i.index)
+                             for i in view.prefills])
+    if (rejects and request.first_s is None
+        and view.time_s + seconds > due_s(request, slo)):
       return Refuse(TOO_LATE)
-    return best.index
+    return best
 
   def hand_off(view: View, request: RequestView, avoid: int) -> int:
     steps = {i.index: decode_s(i, 1, request.prompt_len)

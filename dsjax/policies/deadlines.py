@@ -38,14 +38,14 @@ ORDER = operator.attrgetter('order')
 
 
 def due_s(request: RequestView, slo: Slo) -> float:
-  """When its prefill must be done: of one that was preempted, when its next
-  token is due."""
+  """When its prefill must be done: of one that has had tokens, when its next
+  one is due."""
   if request.first_s is None:
     return request.arrival_s + slo.ttft_s
   if request.first_s - request.arrival_s > slo.ttft_s:
     return -math.inf  # it was late already
-  return request.first_s + slo.tpot_s * (
-      request.prompt_len - request.input_len)
+  return request.first_s + slo.tpot_s * max(  # as a row; before a preemption
+      request.num_out, request.prompt_len - request.input_len)
 
 
 def on_time(view: View, instance: InstanceView, slo: Slo
@@ -66,16 +66,10 @@ def attained(view: View, slo: Slo) -> float:
   """The share of the requests that are there now that has met the objectives
   so far: 1 where there are none. Late prompts wait for long, so where there are
   some it is rather too low."""
-  now_s, there, met = view.time_s, 0, 0
-  for instance in view.instances:
-    for request in (*instance.waiting(), *instance.prefilling(),
-                    *instance.pulls(), *instance.rows()):
-      there += 1
-      first_s = now_s if request.first_s is None else request.first_s
-      tokens = max(1, request.num_out, request.prompt_len - request.input_len)
-      met += (first_s - request.arrival_s <= slo.ttft_s
-              and now_s - first_s <= slo.tpot_s * tokens)
-  return met / there if there else 1.0
+  met = [view.time_s <= due_s(request, slo) for instance in view.instances
+         for request in (*instance.waiting(), *instance.prefilling(),
+                         *instance.pulls(), *instance.rows())]
+  return sum(met) / len(met) if met else 1.0
 
 
 def fitting_tokens(view: View, instance: InstanceView, slo: Slo, more: int

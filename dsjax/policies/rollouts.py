@@ -45,7 +45,7 @@ UNCOUNTED = 5  # one of so many requests, the first, does not count
 QUEUED = 0.5  # of TTFT, whose arrivals wait already: no more than do not count
 ERRORS = (0, -1, 1)  # of the rate, in standard errors: of draws of requests
 CUTS = 8  # times that lengths are made longer for what is cut off them
-LEAST_TOLD = 100  # requests that a rate is told from, as far as is counted
+LEAST_TOLD = 100  # requests: told from fewer, a rate has the error of so many
 DRAWN = 1000  # lengths that rows are drawn from
 TIE = 0.01  # of a share: choices so near to the best are equal
 
@@ -108,11 +108,6 @@ def better(policy: Policy, slo: Slo, view: View,
   load = view.load
   if not choices or load.rate_per_s <= 0 or load.lives < LEAST_KNOWN:
     return {}  # nothing to choose, or too little is known
-
-  def of_now(play: Callable[[Roles, float], Played]) -> float:
-    share = play(now, 0.0).share
-    return max(share, share + SEEN * (attained - share))
-
   play_load = functools.partial(
       played, policy, slo, tuple([dataclasses.replace(
           i.config, host_pages=0) for i in instances]),
@@ -123,6 +118,11 @@ def better(policy: Policy, slo: Slo, view: View,
           load._replace(rate_per_s=load.rate_per_s * (1 + errors * error))))
            for seed, errors in enumerate(ERRORS)]
   now = tuple([i.role for i in instances])
+
+  def of_now(play: Callable[[Roles, float], Played]) -> float:
+    share = play(now, 0.0).share
+    return share + SEEN * max(0.0, attained - share)
+
   now_share = of_now(plays[0])
   if now_share + NOISE >= 1:
     return {}

@@ -153,16 +153,15 @@ def budget(run: Run, inst: LiveInstance, batch: LiveBatch) -> PrefillBudget:
   answer = ask(run, 'batch', run.view.instances[inst.index])
   most = inst.config.prefill_tokens
   if type(answer) is PrefillBudget:
-    given, whole, rows = answer
-    tokens = index_of(given)
-    if type(whole) is not bool or type(rows) is not bool:  # of numpy, perhaps
-      whole, rows = plain(whole), plain(rows)
+    given, whole, rows = budget = answer
+    if not (type(given) is int and type(whole) is bool and type(rows) is bool):
+      budget = PrefillBudget(index_of(given), plain(whole), plain(rows))
+    tokens, whole, rows = budget
     if rows is True and inst.able.mixes:
       most -= batch.size
     if (0 <= tokens <= most and type(whole) is bool
         and (rows is False or rows is True and inst.able.mixes)):
-      return (answer if type(given) is int and whole is answer.whole
-              and rows is answer.rows else PrefillBudget(tokens, whole, rows))
+      return budget
   raise run.policy.refuse('batch', answer, 'a PrefillBudget of 0 to '
                           f'{most} tokens, whole True or False' + (
                               '' if inst.able.mixes else ', without rows'))

@@ -93,7 +93,8 @@ def test_deadlines_know_what_rows_leave_of_a_step(rows, expected):
 def request_of(age_s, **changes):
   """One of 100 tokens that waits at 1,000 s, so old."""
   fields = dict(order=0, arrival_s=1000.0 - age_s, stage='queued', done=0,
-                stop=100, first_s=None, input_len=100, prompt_len=100)
+                stop=100, first_s=None, input_len=100, prompt_len=100,
+                num_out=0)
   return types.SimpleNamespace(**fields | changes)
 
 
