@@ -40,7 +40,7 @@ from dsjax.policies.predict import (
   room,
   tokens_of,
 )
-from dsjax.policies.roles import choices, leave_prefills
+from dsjax.policies.roles import choices, leave_prefills, there
 from dsjax.policies.rollouts import better
 from dsjax.scheduling.policy import (
   DISTSERVE,
@@ -69,10 +69,10 @@ def policy(slo: Slo, margin: float = 0.99, tick_s: float = 2.0,
   flexible = _per_step(slo, margin, rejects)
 
   def resize(view: View) -> dict[int, str]:
-    known = [i for i in view.may_prefill if i.flips]
-    now = sum([i.role == 'prefill' for i in known])
-    return better(flexible, slo, view, known, choices(len(known), now),
-                  attained(view, slo))
+    roles = [i.role for i in view.may_prefill if i.flips]
+    fixed = [i.role for i in there(view) if not i.flips]
+    return better(flexible, slo, view, choices(
+        len(roles), roles.count('prefill'), fixed), attained(view, slo))
 
   return dataclasses.replace(flexible, name='adaptive', tick_s=tick_s,
                              resize=resize, rebalance=leave_prefills)

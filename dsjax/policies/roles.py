@@ -1,7 +1,10 @@
 """Roles of flexible instances, and rows that leave with a role."""
 
+from collections.abc import Sequence
+
 from dsjax.config.checks import require
-from dsjax.scheduling.policy import Move, View
+from dsjax.config.placement import ROLES
+from dsjax.scheduling.policy import InstanceView, Move, View
 
 
 def home_roles(view: View, prefills: int, others: str = 'decode'
@@ -12,6 +15,12 @@ def home_roles(view: View, prefills: int, others: str = 'decode'
           f'0 to {len(flexible)}, the flexible instances')
   return {index: 'prefill' if n < prefills else others
           for n, index in enumerate(flexible)}
+
+
+def there(view: View) -> list[InstanceView]:
+  """The instances that may prefill or decode now, by index."""
+  known = {i.index: i for i in (*view.may_prefill, *view.may_decode)}
+  return [known[index] for index in sorted(known)]
 
 
 def leave_prefills(view: View) -> list[Move]:
@@ -33,14 +42,28 @@ def leave_prefills(view: View) -> list[Move]:
   return moves
 
 
-def choices(count: int, now: int) -> list[tuple[str, ...]]:
+def choices(count: int, now: int, fixed: Sequence[str] = ()
+            ) -> list[tuple[str, ...]]:
   """Roles of so many instances, of which `now` only prefill: all mix; all mix
   and lend; or one more than now, as many, one fewer, or a quarter, half or
-  three quarters only prefill, while the others decode only or mix."""
-  if count < 2:
+  three quarters only prefill, while the others decode only or mix.
+
+  Args:
+    fixed: roles of instances beside them. So these may all prefill, or decode.
+  """
+  if count == 0 or count + len(fixed) < 2:
     return []
-  numbers = {1, *(count * k // 4 for k in (1, 2, 3)), now - 1, now, now + 1}
-  return [('chunked',) * count, ('colocated',) * count, *(
-      ('prefill',) * number + (others,) * (count - number)
-      for number in sorted(numbers) if 0 < number < count
-      for others in ('decode', 'chunked'))]
+  numbers = {1, *(count * k // 4 for k in range(5)), now - 1, now, now + 1}
+  splits = [('prefill',) * number + (others,) * (count - number)
+            for number in sorted(numbers) if 0 <= number <= count
+            for others in ('decode', 'chunked')]
+  return list(dict.fromkeys([
+      ('chunked',) * count, ('colocated',) * count,
+      *(split for split in splits if serve((*split, *fixed)))]))
+
+
+def serve(roles: Sequence[str]) -> bool:
+  """Whether some of these prefill, and some decode."""
+  does = [ROLES[role] for role in roles]
+  return (any([role.prefills for role in does])
+          and any([role.decodes for role in does]))

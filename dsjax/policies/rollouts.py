@@ -23,6 +23,7 @@ from dsjax.config.latency import Latency, LinkLike
 from dsjax.config.placement import Slo
 from dsjax.config.request import Request, Sampling
 from dsjax.policies.predict import sigma_of
+from dsjax.policies.roles import there
 from dsjax.policies.static import ONCE_S
 from dsjax.scheduling.pace import Paced
 from dsjax.scheduling.policy import InstanceView, Load, Policy, View
@@ -87,8 +88,14 @@ def settled(latency: Paced) -> Paced:
                round(latency.decode, 1))
 
 
-def better(policy: Policy, slo: Slo, view: View,
-           instances: Sequence[InstanceView], choices: Sequence[Roles],
+def hopeless(instance: InstanceView, slo: Slo) -> bool:
+  """Whether even a lone request of one token in and two out misses there."""
+  latency = instance.latency
+  return (latency.prefill_s(((0, 1),)) > slo.ttft_s
+          or latency.host_s + latency.decode_s(1, 1) > slo.tpot_s)
+
+
+def better(policy: Policy, slo: Slo, view: View, choices: Sequence[Roles],
            attained: float = 0.0) -> dict[int, str]:
   """The roles of the choice that attains most under the load of late.
 
@@ -97,10 +104,12 @@ def better(policy: Policy, slo: Slo, view: View,
   requests: at the rate that is told, at one less and one more by its standard
   error, and with the load as it is. And by NOISE on average, or more where
   little is known of outputs: so nothing swings at a constant load. Where those
-  of now attain all but NOISE nothing else is played.
+  of now attain all but NOISE nothing else is played; nor where objectives are
+  such that nothing attains.
 
   Args:
-    policy: of each step. instances: those that get roles. choices: of them.
+    policy: of each step. choices: of the flexible instances that are there.
+      Others play their own role.
     attained: the share that attains with the roles of now, as far as is seen.
       Where a rollout tells less of them this counts too, by SEEN: near what
       they hold it depends on little.
@@ -108,6 +117,9 @@ def better(policy: Policy, slo: Slo, view: View,
   load = view.load
   if not choices or load.rate_per_s <= 0 or load.lives < LEAST_KNOWN:
     return {}  # nothing to choose, or too little is known
+  instances = there(view)
+  if all([hopeless(instance, slo) for instance in instances]):
+    return {}
   play_load = functools.partial(
       played, policy, slo, tuple([dataclasses.replace(
           i.config, host_pages=0) for i in instances]),
@@ -119,6 +131,10 @@ def better(policy: Policy, slo: Slo, view: View,
            for seed, errors in enumerate(ERRORS)]
   now = tuple([i.role for i in instances])
 
+  def of_all(roles: Roles) -> Roles:
+    given = iter(roles)
+    return tuple([next(given) if i.flips else i.role for i in instances])
+
   def of_now(play: Callable[[Roles, float], Played]) -> float:
     share = play(now, 0.0).share
     return share + SEEN * max(0.0, attained - share)
@@ -128,7 +144,7 @@ def better(policy: Policy, slo: Slo, view: View,
     return {}
   ahead: dict[Roles, Played] = {}
   least = now_share + NOISE / 2  # other draws may tell more
-  for roles in choices:
+  for roles in map(of_all, choices):
     if roles == now:
       continue
     outcome = plays[0](roles, least)
@@ -201,7 +217,8 @@ def _play(policy: Policy, slo: Slo, configs: tuple[InstanceConfig, ...],
   sent = requests_like(load, slo, seed)
   rows = rows_like(load, seed, token_s, homes_of(roles))
   fixed = dataclasses.replace(policy, tick_s=ONCE_S, resize=functools.partial(
-      _always, tuple(enumerate(roles))))
+      _always, tuple([(index, role) for index, role in enumerate(roles)
+                      if configs[index].flips])))
   longest = max([len(r.prompt) + (r.sampling.max_tokens or 0) for r in sent]
                 + [r.prompt_len + r.so_far + r.more for r in rows])
   config = Config(configs, longest, depth=1, policy=fixed)

@@ -158,8 +158,9 @@ def test_adaptive_asks_for_one_prefill_instance_more_or_less_and_for_quarters(
   names = {'P': 'prefill', 'D': 'decode', 'C': 'chunked'}
   monkeypatch.setattr(adaptive, 'better', lambda *args: args[-2])
   view = types.SimpleNamespace(
-      time_s=0.0, instances=(), may_prefill=[types.SimpleNamespace(
-          flips=True, role=names[role]) for role in now])
+      time_s=0.0, instances=(), may_decode=(), may_prefill=[
+          types.SimpleNamespace(index=index, flips=True, role=names[role])
+          for index, role in enumerate(now)])
   choices = named('adaptive', SLO).resize(view)
   assert {str(roles.count('prefill')) for roles in choices} == {'0', *asked}
   assert len(choices) == 2 + 2 * len(asked)

@@ -6,6 +6,7 @@ import types
 
 import pytest
 
+from dsjax.config.placement import ROLES as DOES
 from dsjax.config.placement import Slo
 from dsjax.policies import rollouts
 from dsjax.policies.roles import choices
@@ -18,19 +19,27 @@ from tests.common.policy_runs import INSTANCE, LINK, SLO, STEP
 LOAD, ROLES = 5, 6  # places of them in the arguments of rollouts.played
 
 
+def view_of(load, roles=('flexible',) * 2, latency=STEP):
+  """Of instances that hold nothing; those that are flexible mix."""
+  instances = [types.SimpleNamespace(
+      index=index, role='chunked' if role == 'flexible' else role,
+      flips=role == 'flexible', latency=Paced(latency),
+      config=dataclasses.replace(INSTANCE, role=role))
+      for index, role in enumerate(roles)]
+  return types.SimpleNamespace(
+      load=load, link=LINK, may_decode=[
+          i for i in instances if i.role != 'prefill'],
+      may_prefill=[i for i in instances if i.role != 'decode'])
+
+
 def choice(monkeypatch, known, lives=2.0, **more):
   """What two that mix become where rollouts tell {roles: (share, scale)}, and
   what was played."""
   played = []
   monkeypatch.setattr(rollouts, 'played', lambda *args, seed=0: (
       played.append(args[ROLES]), rollouts.Played(*known[args[ROLES]]))[1])
-  instances = [types.SimpleNamespace(
-      index=index, role='chunked', config=INSTANCE, latency=Paced(STEP))
-      for index in (0, 1)]
-  view = types.SimpleNamespace(
-      load=Load(9.0, 100.0, 50.0, lives=lives), link=LINK)
-  return rollouts.better(DISTSERVE, SLO, view, instances, list(known), **more
-                         ), played
+  view = view_of(Load(9.0, 100.0, 50.0, lives=lives))
+  return rollouts.better(DISTSERVE, SLO, view, list(known), **more), played
 
 
 @pytest.mark.parametrize('now, other, flips', [
@@ -74,12 +83,8 @@ def test_a_change_is_played_at_rates_as_far_apart_as_little_is_known(
     return rollouts.Played(.9 if args[ROLES][0] == 'prefill' else .8, .9)
 
   monkeypatch.setattr(rollouts, 'played', tell)
-  instances = [types.SimpleNamespace(
-      index=index, role='chunked', config=INSTANCE, latency=Paced(STEP))
-      for index in (0, 1)]
   load = Load(9.0, 100.0, 50.0, lives=2.0, arrived=arrived)
-  view = types.SimpleNamespace(load=load, link=LINK)
-  assert rollouts.better(DISTSERVE, SLO, view, instances, choices(2, 0))
+  assert rollouts.better(DISTSERVE, SLO, view_of(load), choices(2, 0))
   for seed, rate_per_s in enumerate((9.0, 9.0 * (1 - error),
                                      9.0 * (1 + error))):
     light, heavy, _ = rounded(load._replace(rate_per_s=rate_per_s))
@@ -95,11 +100,77 @@ def test_nothing_changes_before_outputs_are_known(monkeypatch):
 
 def test_where_there_is_no_choice_nothing_is_played(monkeypatch):
   monkeypatch.setattr(rollouts, 'played', None)
-  instance = types.SimpleNamespace(
-      index=0, role='chunked', config=INSTANCE, latency=Paced(STEP))
-  view = types.SimpleNamespace(load=LENGTHS._replace(lives=9.0), link=LINK)
+  view = view_of(LENGTHS._replace(lives=9.0), ('flexible',))
   assert choices(1, 0) == []
-  assert rollouts.better(DISTSERVE, SLO, view, [instance], []) == {}
+  assert rollouts.better(DISTSERVE, SLO, view, []) == {}
+
+
+@pytest.mark.parametrize('slo, asks', [
+    (SLO, True), (Slo(1e-6, 1.0), False), (Slo(1.0, 1e-6), False),
+    (Slo(0.0102, 0.0112), True)])
+def test_where_nothing_can_attain_nothing_is_played(slo, asks, monkeypatch):
+  """Not even a lone request; else all choices were played to their ends."""
+  played = []
+  monkeypatch.setattr(rollouts, 'played', lambda *args, seed=0: (
+      played.append(args[ROLES]), rollouts.Played(.5, .9))[1])
+  view = view_of(Load(9.0, 100.0, 50.0, lives=2.0))
+  rollouts.better(DISTSERVE, slo, view, choices(2, 0))
+  assert bool(played) == asks
+
+
+def test_instances_of_a_fixed_role_are_played_beside_the_flexible_ones(
+    monkeypatch):
+  """In their role, whatever is chosen for the others; they are not told."""
+  given = []
+
+  def tell(*args, seed=0):
+    given.append((args[ROLES], [config.role for config in args[2]]))
+    return rollouts.Played(.9 if args[ROLES][1] == 'decode' else .5, .9)
+
+  monkeypatch.setattr(rollouts, 'played', tell)
+  there = ('prefill', 'flexible', 'decode')
+  view = view_of(Load(9.0, 100.0, 50.0, lives=2.0), there)
+  known = choices(1, 0, ('prefill', 'decode'))
+  assert known == [('chunked',), ('colocated',), ('decode',), ('prefill',)]
+  assert rollouts.better(DISTSERVE, SLO, view, known) == {1: 'decode'}
+  assert {roles for roles, _ in given} == {
+      ('prefill', role, 'decode') for (role,) in known}
+  assert all(configs == list(there) for _, configs in given)
+
+
+@pytest.mark.parametrize('roles', [
+    ('prefill', 'decode', 'chunked'), ('prefill', 'prefill', 'decode')])
+def test_a_rollout_leaves_fixed_roles_alone(roles):
+  """The scheduler takes no role for an instance that is not flexible."""
+  configs = [dataclasses.replace(
+      INSTANCE, role=role, num_pages=4000, max_seqs=64)
+      for role in ('prefill', 'decode', 'flexible')]
+  order = [0, 1, 2] if roles[2] == 'chunked' else [0, 2, 1]
+  own = tuple(configs[place] for place in order)
+  load = Load(8.0, 100.0, 50.0, longest_prompt=800)
+  outcome = rollouts.played(DISTSERVE, SLO, own, (STEP,) * 3, LINK, load, roles,
+                            0.0)
+  assert 0 < outcome.share <= 1
+
+
+@pytest.mark.parametrize('count, now, fixed, some', [
+    (0, 0, (), None), (1, 0, (), None), (0, 0, ('prefill', 'decode'), None),
+    (1, 0, ('prefill',), {('chunked',), ('decode',)}),
+    (1, 0, ('decode',), {('chunked',), ('prefill',)}),
+    (2, 2, ('decode',), {('prefill', 'prefill'), ('prefill', 'decode')}),
+    (4, 0, (), {('prefill', 'decode', 'decode', 'decode'),
+                ('prefill',) * 3 + ('chunked',)})])
+def test_choices_prefill_and_decode_somewhere(count, now, fixed, some):
+  known = choices(count, now, fixed)
+  assert len(set(known)) == len(known)
+  if some is None:
+    assert known == []
+  else:
+    assert some <= set(known)
+  for roles in known:
+    does = [DOES[role] for role in (*roles, *fixed)]
+    assert len(roles) == count
+    assert any(d.prefills for d in does) and any(d.decodes for d in does)
 
 
 @pytest.mark.parametrize('reverse', [False, True])
@@ -242,11 +313,7 @@ def test_a_change_is_played_with_the_load_as_it_is_and_other_requests(
     return rollouts.Played(.85 if of_now else exact, .9)
 
   monkeypatch.setattr(rollouts, 'played', tell)
-  instances = [types.SimpleNamespace(
-      index=index, role='chunked', config=INSTANCE, latency=Paced(STEP))
-      for index in (0, 1)]
-  view = types.SimpleNamespace(load=load, link=LINK)
-  answer = rollouts.better(DISTSERVE, SLO, view, instances, [now, other])
+  answer = rollouts.better(DISTSERVE, SLO, view_of(load), [now, other])
   assert answer == ({0: 'prefill', 1: 'decode'} if flips else {})
 
 
