@@ -273,6 +273,8 @@ def run(options: Any, console: Console) -> int:
   factors = [factor(text) for text in options.predicted]
   require(len(set(factors)) == len(factors), '--predicted',
           ','.join(options.predicted), 'different numbers')
+  require(len(set(options.policies)) == len(options.policies), '--policies',
+          ','.join(options.policies), 'different policies')
   asked = list(itertools.product(options.policies, factors))
   require(options.warmup_s < options.seconds, '--warmup_s', options.warmup_s,
           f'below --seconds={options.seconds:g}')
@@ -280,10 +282,12 @@ def run(options: Any, console: Console) -> int:
   try:
     for text, predicted in asked:
       with console.status(f'serving under {text}'):
-        runs.append(best(options, text, predicted))
+        served = best(options, text, predicted)
+      if served.policy not in [run.policy for run in runs]:  # as {k} may be
+        runs.append(served)
   except KeyboardInterrupt:
     stopped = True
-    console.print(f'Stopped by Ctrl-C: {len(runs)} of {len(asked)} policies.')
+    console.print(f'Stopped by Ctrl-C: {len(runs)} of {len(asked)} runs.')
   if not runs:
     return 130
   console.print(table(runs))

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -76,13 +77,21 @@ def read(path: pathlib.Path, kind: Any = Line, flag: str = '--out'
             and all(len(row) == len(names) for row in rows), flag, path,
             f'a folder whose {path.name} has the columns {kind._fields} in '
             'each line')
-    return [kind(**{name: kind.__annotations__[name](text)
+    return [kind(**{name: _value(kind.__annotations__[name], name, text)
                     for name, text in zip(names, row, strict=True)})
             for row in rows]
   except InputError:
     raise
   except (ValueError, csv.Error) as error:  # no UTF-8, no numbers
     raise InputError(f'{flag}: {path}: {error}') from error
+
+
+def _value(kind: Any, name: str, text: str) -> Any:
+  """What a cell of a .csv says: a text or a finite number."""
+  value = kind(text)
+  if kind is float and not math.isfinite(value):
+    raise ValueError(f'{name}={text}: must be a finite number')
+  return value
 
 
 def table(lines: Sequence[Line]) -> Table:

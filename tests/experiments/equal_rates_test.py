@@ -259,7 +259,9 @@ def test_bad_input_names_the_flag(tmp_path, lines, options, error):
     (lambda text: text + b'\0\n', 'columns|NUL'),
     (lambda text: text[:-60], 'columns'),
     (lambda text: text + b'x,y', 'columns'),
-    (lambda text: text.rpartition(b',')[0], 'columns')])
+    (lambda text: text.rpartition(b',')[0], 'columns'),
+    (lambda text: text.replace(b'40.0', b'nan', 1), '=nan: must be a finite'),
+    (lambda text: text.replace(b'0.06', b'inf', 1), 'ttft_s=inf: must be')])
 def test_cells_that_are_damaged_are_told(tmp_path, damaged, told):
   path = tmp_path / 'policies.csv'
   equal_rates.provenance.save_csv(path, LINES[0]._fields, LINES)

@@ -71,6 +71,15 @@ def test_each_is_compared_with_the_best_other_on_the_same_requests(tmp_path):
   assert 'points [' in lines and f'of {sent} attained' not in lines
 
 
+def test_the_best_of_several_may_be_one_that_is_there(tmp_path):
+  """A run under one name, which is no rival of itself."""
+  code, text = run(tmp_path, policies=['static:prefills=1',
+                                       'static:prefills={k}', 'colocated'])
+  told = json.loads((tmp_path / 'replan.json').read_text())['policies']
+  assert code == 0 and text.count('static:prefills=1: ') == 1
+  assert told['static:prefills=1']['rival'] == 'colocated'
+
+
 def test_policies_may_be_told_wrong_latencies(tmp_path):
   """Where steps were 50 times as long, no first token would be on time."""
   code, text = run(tmp_path, policies=['mooncake'], predicted=['1', '50'])
@@ -107,6 +116,8 @@ def test_flips_are_counted_but_those_of_the_start():
     (dict(policies=['static:prefills={q}']), 'prefills'),
     (dict(policies=['static:prefills={k}{']), 'prefills'),
     (dict(policies=[]), '--policies'),
+    (dict(policies=['chunked', 'colocated', 'chunked']),
+     '--policies=.*must be different policies'),
     (dict(predicted=['0']), "--predicted='0': must be a number from 0.01"),
     (dict(predicted=['1', 'x']), "--predicted='x'"),
     (dict(warmup_s=6.0), '--warmup_s=6.0: must be below --seconds=6'),
