@@ -294,7 +294,7 @@ def requests_like(load: Load, slo: Slo, seed: int) -> list[Request]:
   times = np.cumsum(rng.exponential(1 / load.rate_per_s, count))
   waited_s = min(QUEUED * slo.ttft_s, times[count // UNCOUNTED])
   times = np.maximum(0.0, times - waited_s).tolist()
-  return [Request(i, time_s, range(prompt), Sampling(max_tokens=output + 1))
+  return [Request(i, time_s, range(prompt), Sampling(max_tokens=output))
           for i, (time_s, prompt, output) in enumerate(
               zip(times, prompts.tolist(), outputs.tolist(), strict=True))]
 
@@ -304,17 +304,20 @@ def rows_like(load: Load, seed: int, token_s: float, homes: Sequence[int]
   """The rows of a system that has served this load for long, in turn on the
   instances that are their homes, where a token takes token_s. One that runs at
   a random time is the likelier the longer its output is."""
-  count = min(int(load.rate_per_s * token_s * load.output_len), MOST)
+  count = min(int(load.rate_per_s * token_s * (load.output_len - 1)), MOST)
+  if count < 1:
+    return []
   rng = np.random.default_rng([seed, 1])
   prompts, outputs = _lengths_like(load, rng, max(DRAWN, count))
-  drawn = rng.choice(len(outputs), count, p=outputs / outputs.sum())
+  tokens = np.maximum(outputs - 1, 1)  # the first one makes it a row
+  drawn = rng.choice(len(tokens), count, p=tokens / tokens.sum())
   rows = []
   for number, (place, share) in enumerate(
       zip(drawn.tolist(), rng.random(count).tolist(), strict=True)):
-    so_far = 1 + int(share * outputs[place])
+    so_far = 1 + int(share * tokens[place])
     rows.append(Running(MOST + number, homes[number % len(homes)],
                         int(prompts[place]), so_far,
-                        int(outputs[place]) + 2 - so_far, -so_far * token_s))
+                        int(tokens[place]) + 1 - so_far, -so_far * token_s))
   return rows
 
 
@@ -332,5 +335,5 @@ def _lengths_like(load: Load, rng: np.random.Generator, count: int
     scale = mean
     for _ in range(CUTS):  # what is cut off is made up for by the others
       scale *= mean / np.minimum(scale * drawn, most).mean()
-    lengths.append(np.clip(scale * drawn, 1, most).astype(int))
+    lengths.append(np.rint(np.clip(scale * drawn, 1, most)).astype(int))
   return lengths[0], lengths[1]

@@ -238,7 +238,7 @@ def test_a_rollout_begins_with_the_rows_of_a_full_system(monkeypatch):
   """So it tells what comes of a load in the long run, not of its start."""
   load = Load(4.0, 300.0, 300.0)
   rows = rollouts.rows_like(load, 0, 2 * SLO.tpot_s, [1, 2])
-  assert len(rows) == int(4.0 * 300 * 2 * SLO.tpot_s) == 52
+  assert len(rows) == int(4.0 * 299 * 2 * SLO.tpot_s) == 52
   assert [row.instance for row in rows] == [1, 2] * 26
   assert min(row.id for row in rows) >= rollouts.MOST
   so_far, more, prompt_len = (
@@ -252,6 +252,20 @@ def test_a_rollout_begins_with_the_rows_of_a_full_system(monkeypatch):
   rollouts.remembered.cache_clear()
   monkeypatch.setattr(rollouts, 'rows_like', lambda *args: [])
   assert played(('chunked',) * 2, 0.0, load).share > full.share + 0.03
+
+
+@pytest.mark.parametrize('mean', [1.4, 4.0, 30.0])
+def test_outputs_of_a_rollout_are_as_long_as_told(mean):
+  """All of their tokens, the first one too, as Load counts them; a row has had
+  that one."""
+  load = Load(40.0, 300.0, mean, output_cv=0.8, longest_prompt=900)
+  sent = rollouts.requests_like(load, Slo(5.0, 0.1), 0)
+  told = statistics.fmean(r.sampling.max_tokens for r in sent)
+  assert len(sent) == rollouts.MOST
+  assert told == pytest.approx(mean, rel=0.05, abs=0.2)
+  rows = rollouts.rows_like(load, 0, 0.1, [0])
+  assert len(rows) == int(4.0 * (mean - 1))
+  assert all(row.so_far >= 1 <= row.more for row in rows)
 
 
 def test_instances_that_all_prefill_decode_as_well():
