@@ -43,6 +43,7 @@ from typing import Any
 from rich.console import Console
 
 from dsjax.config.checks import naming, require
+from dsjax.config.placement import Slo
 from dsjax.policies.named import DEADLINES
 from experiments.common import (
   cli,
@@ -96,6 +97,9 @@ def rivals_of(options: Any) -> list[policies_report.Line]:
            and name_of(line.policy) not in under_test]
   require(lines, '--cells', options.cells, f'a folder whose {path.name} has '
           f'lines with {DEADLINES} of policies that are not under test')
+  for line in lines:
+    with naming('--cells'):
+      Slo(line.ttft_s, line.tpot_s)
   used = {int(seed) for line in lines
           for seed in re.findall(r'\bseed=(\d+)', line.effort)}
   require(not used & set(cli.seeds(options.seeds)), '--seeds',

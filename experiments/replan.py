@@ -191,12 +191,16 @@ def best(options: Any, text: str, predicted: float = 1.0) -> Served:
               for k in numbers), key=lambda run: run.attained)
 
 
-def summary(served: Served, runs: Sequence[Served]) -> dict[str, Any]:
-  """What replan.json says of a run beside others. ahead: share that it attains
-  more than the best of the others, low, high."""
+def summary(served: Served, runs: Sequence[Served], warmup_s: float = 0.0
+            ) -> dict[str, Any]:
+  """What replan.json says of a run beside others. worst: what attained in the
+  worst segment of which all requests count. ahead: share that it attains more
+  than the best of the others, low, high."""
   told: dict[str, Any] = {
       'attained': served.attained,
-      'worst': min(s.attained for s in served.segments if s.rate_per_s),
+      'worst': min([s.attained for s in served.segments
+                    if s.start_s >= warmup_s and not math.isnan(s.attained)],
+                   default=served.attained),
       'flips': sum(second > 0 for second, _ in served.flips),
       'flips_after_a_minute': sum(second > 60 for second, _ in served.flips)}
   rivals = [run for run in runs if run is not served]
@@ -232,9 +236,15 @@ def table(runs: Sequence[Served]) -> Table:
     out.add_row(
         f'{first.start_s:g} s', first.phase, f'{first.rate_per_s:.3g}',
         f'{first.prompt_len:.0f}', f'{first.output_len:.0f}',
-        *(f'{s.attained:.0%} [{s.low:.0%}, {s.high:.0%}] {s.roles} {s.flips}'
-          for s in each))
+        *(f'{_share(s)} {s.roles} {s.flips}' for s in each))
   return out
+
+
+def _share(segment: Segment) -> str:
+  """What attained in a segment, with its interval; - of no request."""
+  if math.isnan(segment.attained):
+    return '-'
+  return f'{segment.attained:.0%} [{segment.low:.0%}, {segment.high:.0%}]'
 
 
 def draw(path: pathlib.Path, runs: Sequence[Served], end_s: float, title: str
@@ -291,7 +301,8 @@ def run(options: Any, console: Console) -> int:
   if not runs:
     return 130
   console.print(table(runs))
-  told = {served.policy: summary(served, runs) for served in runs}
+  told = {served.policy: summary(served, runs, options.warmup_s)
+          for served in runs}
   for served in runs:
     console.print(words(served, told[served.policy]), soft_wrap=True,
                   highlight=False)

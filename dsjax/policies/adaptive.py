@@ -38,7 +38,7 @@ from dsjax.policies.predict import (
   prompt_tokens,
   queue_s,
   room,
-  tokens_of,
+  unknown_tokens,
 )
 from dsjax.policies.roles import choices, leave_prefills, there
 from dsjax.policies.rollouts import better
@@ -71,8 +71,9 @@ def policy(slo: Slo, margin: float = 0.99, tick_s: float = 2.0,
   def resize(view: View) -> dict[int, str]:
     roles = [i.role for i in view.may_prefill if i.flips]
     fixed = [i.role for i in there(view) if not i.flips]
+    seen = 0.0 if rejects else attained(view, slo)  # those refused are gone
     return better(flexible, slo, view, choices(
-        len(roles), roles.count('prefill'), fixed), attained(view, slo))
+        len(roles), roles.count('prefill'), fixed), seen)
 
   return dataclasses.replace(flexible, name='adaptive', tick_s=tick_s,
                              resize=resize, rebalance=leave_prefills)
@@ -116,7 +117,7 @@ def _per_step(slo: Slo, margin: float, rejects: bool) -> Policy:
       than a queue: all instances that have some are predicted alike."""
       queue = ahead(view, instance, slo)
       alone_s = queue_s(instance, queue) + prefill_s(instance, request)
-      steps = (tokens_of(queue) + request.prompt_len) / tokens
+      steps = unknown_tokens(instance, (*queue, request)) / tokens
       return max(alone_s, steps * aim_s(instance) * bool(instance.num_rows))
 
     seconds, *_, best = min([(done_s(i), i.backlog, i.residents, i.index)

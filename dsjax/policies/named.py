@@ -1,5 +1,6 @@
 """A shipped policy by its name: 'arrow', 'static:prefills=2+deadlines'."""
 
+import dataclasses
 import importlib
 import inspect
 import math
@@ -24,8 +25,36 @@ _KINDS: dict[Any, tuple[Callable, Callable, str]] = {
     str: (str, str.isidentifier, 'a word')}
 
 
+@dataclasses.dataclass(frozen=True)
+class Made(Policy):
+  """A Policy that another process makes again: its hooks are functions within
+  functions, which cannot be pickled.
+
+  Attributes:
+    policy: as it was made. again: a function that makes it, and its arguments.
+  """
+
+  policy: Policy = DISTSERVE
+  again: tuple[Any, ...] = ()
+
+  def __reduce__(self) -> Any:
+    same = [getattr(self, field.name) is getattr(self.policy, field.name)
+            for field in dataclasses.fields(Policy)]
+    if not all(same):  # a part of it was replaced
+      return super().__reduce__()
+    make, *given = self.again
+    return make, tuple(given)
+
+
+def made(policy: Policy, make: Callable[..., Policy], *given: Any) -> Policy:
+  """The policy, as a value that pickles as make(*given), which gave it."""
+  hooks = {field.name: getattr(policy, field.name)
+           for field in dataclasses.fields(Policy)}
+  return Made(**hooks, policy=policy, again=(make, *given))
+
+
 def named(text: str, slo: Slo) -> Policy:
-  """The Policy of a text.
+  """The Policy of a text. It can be pickled.
 
   Args:
     text: NAME, or NAME:option=value:... with options of the file's `policy`;
@@ -41,6 +70,8 @@ def named(text: str, slo: Slo) -> Policy:
   name, *options = base.split(':')
   if name in ('', DISTSERVE.name):
     require(not options, 'policy', text, f'{DISTSERVE.name!r} without options')
+    if not ordered:
+      return DISTSERVE
     policy = DISTSERVE
   else:
     require(name in NAMES, 'policy', text,
@@ -58,7 +89,9 @@ def named(text: str, slo: Slo) -> Policy:
               f'option=value with options of {known}, each once')
       given[key] = _value(f'policy {name}: {key}', value, kinds[key])
     policy = make(slo, **given)
-  return with_deadlines(policy, slo) if ordered and not policy.order else policy
+  if ordered and not policy.order:
+    policy = with_deadlines(policy, slo)
+  return made(policy, named, text, slo)
 
 
 def _value(field: str, text: str, kind: Any) -> Any:

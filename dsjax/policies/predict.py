@@ -44,6 +44,13 @@ def known_tokens(instance: InstanceView, request: RequestView) -> int:
   return request.done or instance.hit_tokens(request)
 
 
+def unknown_tokens(instance: InstanceView, requests: Sequence[RequestView]
+                   ) -> int:
+  """Tokens of their prompts that are neither done nor kept there."""
+  return sum([request.stop - known_tokens(instance, request)
+              for request in requests])
+
+
 def prefill_s(instance: InstanceView, request: RequestView) -> float:
   """Seconds of a request's prefill, alone in its batch; what is kept here of
   its prompt is left out, but for the load of what is in host memory, where

@@ -26,7 +26,7 @@ from dsjax.policies.predict import sigma_of
 from dsjax.policies.roles import there
 from dsjax.policies.static import ONCE_S
 from dsjax.scheduling.pace import Paced
-from dsjax.scheduling.policy import InstanceView, Load, Policy, View
+from dsjax.scheduling.policy import Load, Policy, View
 from dsjax.scheduling.state import Config
 from dsjax.simulation import simulator
 from dsjax.simulation.running import Running
@@ -88,11 +88,14 @@ def settled(latency: Paced) -> Paced:
                round(latency.decode, 1))
 
 
-def hopeless(instance: InstanceView, slo: Slo) -> bool:
-  """Whether even a lone request of one token in and two out misses there."""
-  latency = instance.latency
-  return (latency.prefill_s(((0, 1),)) > slo.ttft_s
-          or latency.host_s + latency.decode_s(1, 1) > slo.tpot_s)
+def hopeless(latencies: Sequence[Latency], load: Load, slo: Slo) -> bool:
+  """Whether even a lone request of one token in and two out would miss, where
+  it prefills and decodes best. Outputs of one token miss no TPOT."""
+  first_s = min([latency.prefill_s(((0, 1),)) for latency in latencies])
+  step_s = min([latency.host_s + latency.decode_s(1, 1)
+                for latency in latencies])
+  return first_s > slo.ttft_s or (
+      step_s > slo.tpot_s and load.output_len >= 2)
 
 
 def better(policy: Policy, slo: Slo, view: View, choices: Sequence[Roles],
@@ -118,7 +121,7 @@ def better(policy: Policy, slo: Slo, view: View, choices: Sequence[Roles],
   if not choices or load.rate_per_s <= 0 or load.lives < LEAST_KNOWN:
     return {}  # nothing to choose, or too little is known
   instances = there(view)
-  if all([hopeless(instance, slo) for instance in instances]):
+  if hopeless([instance.latency for instance in instances], load, slo):
     return {}
   play_load = functools.partial(
       played, policy, slo, tuple([dataclasses.replace(
@@ -213,9 +216,10 @@ def _play(policy: Policy, slo: Slo, configs: tuple[InstanceConfig, ...],
           roles: Roles, least: float, seed: int) -> Played:
   """What comes of these roles under the load; or of those that ended before
   it was clear that a smaller share than `least` attains."""
-  token_s = settled_token_s(load, slo, latencies, roles)
+  homes = homes_of(roles, configs)
+  token_s = settled_token_s(load, slo, latencies, roles, homes)
   sent = requests_like(load, slo, seed)
-  rows = rows_like(load, seed, token_s, homes_of(roles))
+  rows = rows_like(load, seed, token_s, homes)
   fixed = dataclasses.replace(policy, tick_s=ONCE_S, resize=functools.partial(
       _always, tuple([(index, role) for index, role in enumerate(roles)
                       if configs[index].flips])))
@@ -253,33 +257,33 @@ def _always(roles: tuple[tuple[int, str], ...], view: View) -> dict[int, str]:
   return dict(roles)
 
 
-def homes_of(roles: Roles) -> list[int]:
-  """Those that decode; all where none is to, as those that did are lost."""
-  return [index for index, role in enumerate(roles)
-          if role != 'prefill'] or list(range(len(roles)))
+def homes_of(roles: Roles, configs: Sequence[InstanceConfig]) -> list[int]:
+  """Those that decode; where none is to, as those that did are lost, those that
+  could."""
+  return [index for index, role in enumerate(roles) if role != 'prefill'] or [
+      index for index, config in enumerate(configs) if config.decodes]
 
 
 def settled_token_s(load: Load, slo: Slo, latencies: Sequence[Latency],
-                    roles: Roles) -> float:
+                    roles: Roles, homes: Sequence[int]) -> float:
   """Seconds that a row takes a token in the long run, TPOT at most.
 
   The least at which as many rows as it makes (Little's law) take so long a
   step, with as many tokens of prompts as arrive meanwhile where they are mixed.
   """
-  homes = [(latencies[index], roles[index] != 'decode')
-           for index in homes_of(roles)]
+  steps = [(latencies[index], roles[index] != 'decode') for index in homes]
   tokens_per_s = load.rate_per_s * load.prompt_len / max(
       sum([role != 'decode' for role in roles]), 1)
   seconds = 0.0
   for _ in range(SETTLES):
     rows = max(1, round(load.rate_per_s * load.output_len * seconds
-                        / len(homes)))
+                        / len(steps)))
     context = rows * (load.prompt_len + load.output_len / 2)
     piece = ((0, round(tokens_per_s * seconds)),)
     seconds = min(slo.tpot_s, sum([
         latency.host_s + (latency.mixed_s(piece, rows, context) if mixes
                           and piece[0][1] else latency.decode_s(rows, context))
-        for latency, mixes in homes]) / len(homes))
+        for latency, mixes in steps]) / len(steps))
   return seconds
 
 

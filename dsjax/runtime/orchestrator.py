@@ -69,6 +69,7 @@ from dsjax.runtime.output import (
   Update,
   raise_unless_served,
 )
+from dsjax.runtime.planner import check_planner
 from dsjax.runtime.prompts import Prompt
 from dsjax.runtime.protocols import Engine as AnyEngine
 from dsjax.runtime.protocols import MakeEngine, Observer, Report
@@ -131,10 +132,7 @@ class Orchestrator:
     require(cluster is None or devices is None, 'devices', devices,
             f'None with cluster={cluster!r}: processes have their own')
     require(isinstance(policy, Policy), 'policy', policy, 'a dsjax.Policy')
-    require(planner is None or isinstance(planner, Executor), 'planner',
-            planner, 'an Executor, such as planner_process(), or None')
-    require(planner is None or policy.resize is not None, 'planner', planner,
-            f'None with policy {policy.name!r}, which changes no roles')
+    check_planner(planner, policy)
     require(config.max_len <= model.config.max_len,
             'EngineConfig.max_len', config.max_len,
             f'at most {model.config.max_len}, the context of '

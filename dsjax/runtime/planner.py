@@ -1,10 +1,13 @@
 """Where a policy's resize is asked beside the serving loop."""
 
 import multiprocessing
+import pickle
 import signal
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 
+from dsjax.config.checks import InputError, require
 from dsjax.runtime.orphans import end_with_parent
+from dsjax.scheduling.policy import Policy
 
 
 def planner_process() -> ProcessPoolExecutor:
@@ -15,6 +18,28 @@ def planner_process() -> ProcessPoolExecutor:
   import: `if __name__ == '__main__':`.
   """
   return ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), _begin)
+
+
+def check_planner(planner: Executor | None, policy: Policy) -> None:
+  """Before a server starts: whether the policy can be asked there.
+
+  Raises:
+    InputError: it names the field.
+  """
+  if planner is None:
+    return
+  require(isinstance(planner, Executor), 'planner', planner,
+          'an Executor, such as planner_process(), or None')
+  require(policy.resize, 'planner', planner,
+          f'None with policy {policy.name!r}, which changes no roles')
+  if isinstance(planner, ProcessPoolExecutor):
+    try:
+      pickle.dumps(policy)
+    except Exception as error:  # of its own objects
+      raise InputError(
+          f'policy={policy.name!r} cannot be sent to the planner, which is '
+          f'another process ({error}): must be a shipped one, by '
+          'dsjax.policies.named, or one of functions of a module') from error
 
 
 def _begin() -> None:

@@ -243,6 +243,8 @@ class InstanceView:
   def hits(self, request: RequestView) -> tuple[int, int]:
     """(tokens that are kept in its memory, those after them in its host's)"""
     inst, seq = self._instance, request._request
+    if not inst.block_size:
+      return 0, 0
     size = inst.page_size
     hashes = inst.hashes(seq)[:(seq.prompt_len - 1) // size]
     count = len(prefix_cache.hits(inst.pool, hashes))

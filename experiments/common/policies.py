@@ -1,6 +1,5 @@
 """A policy on the command line: a shipped one, or --policy=path.py:name."""
 
-import dataclasses
 import pathlib
 import runpy
 import sys
@@ -10,19 +9,8 @@ from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Slo
 from dsjax.placement.api import SLO
 from dsjax.policies.deadlines import with_deadlines
-from dsjax.policies.named import DEADLINES, named
-from dsjax.scheduling.policy import DISTSERVE, Policy
-
-
-@dataclasses.dataclass(frozen=True)
-class _Loaded(Policy):
-  """A Policy that another process reads again from its file."""
-
-  source: str = ''
-  slo: Slo = SLO
-
-  def __reduce__(self):
-    return load, (self.source, self.slo)
+from dsjax.policies.named import DEADLINES, made, named
+from dsjax.scheduling.policy import Policy
 
 
 def load(text: str, slo: Slo = SLO) -> Policy:
@@ -42,8 +30,7 @@ def load(text: str, slo: Slo = SLO) -> Policy:
   base = text.removesuffix(DEADLINES)
   path, _, name = base.rpartition(':')
   if not path.endswith('.py') or not name:
-    policy = named(text, slo)
-    return policy if policy is DISTSERVE else _loaded(policy, text, slo)
+    return named(text, slo)
   if not pathlib.Path(path).is_file():
     raise InputError(f'--policy={text}: no such file: {path}')
   folder = str(pathlib.Path(path).resolve().parent)
@@ -58,10 +45,4 @@ def load(text: str, slo: Slo = SLO) -> Policy:
   require(isinstance(policy, Policy), '--policy', text,
           f'the name of a dsjax.Policy in {path}')
   policy = policy if base == text else with_deadlines(policy, slo)
-  return _loaded(policy, text, slo)
-
-
-def _loaded(policy: Policy, text: str, slo: Slo) -> _Loaded:
-  hooks = {field.name: getattr(policy, field.name)
-           for field in dataclasses.fields(Policy)}
-  return _Loaded(**hooks, source=text, slo=slo)
+  return made(policy, load, text, slo)

@@ -14,6 +14,8 @@ from rich.text import Text
 from dsjax.config.checks import InputError, require
 from experiments.common import pictures
 
+FAR = 1.6  # see draw
+
 
 class Line(NamedTuple):
   """A line of policies.csv; variant: of the policy, the best. phases: of a
@@ -71,10 +73,10 @@ def read(path: pathlib.Path, kind: Any = Line, flag: str = '--out'
   if not path.exists():
     return []
   try:
-    with path.open(newline='') as file:
+    with path.open(newline='', encoding='utf-8-sig') as file:
       names, *rows = [row for row in csv.reader(file) if row] or [kind._fields]
     require(sorted(names) == sorted(kind._fields)
-            and all(len(row) == len(names) for row in rows), flag, path,
+            and all(len(row) == len(names) for row in rows), flag, str(path),
             f'a folder whose {path.name} has the columns {kind._fields} in '
             'each line')
     return [kind(**{name: _value(kind.__annotations__[name], name, text)
@@ -82,7 +84,7 @@ def read(path: pathlib.Path, kind: Any = Line, flag: str = '--out'
             for row in rows]
   except InputError:
     raise
-  except (ValueError, csv.Error) as error:  # no UTF-8, no numbers
+  except (OSError, ValueError, csv.Error) as error:  # no UTF-8, no numbers
     raise InputError(f'{flag}: {path}: {error}') from error
 
 
@@ -125,9 +127,9 @@ def table(lines: Sequence[Line]) -> Table:
 
 
 def draw(out: pathlib.Path, lines: list[Line]) -> None:
-  """A panel a model and workload: each policy's goodput over that of the best
-  static split, a marker an objective, and a line from what surely attains to
-  what surely does not."""
+  """A panel a model and workload: each policy's goodput over the highest there,
+  a marker an objective, and a line from what surely attains to what surely does
+  not, up to FAR times the highest."""
   models = list(dict.fromkeys(line.model for line in lines))
   loads = list(dict.fromkeys(line.workload for line in lines))
   names = list(dict.fromkeys(line.policy for line in lines))[::-1]
@@ -142,7 +144,7 @@ def draw(out: pathlib.Path, lines: list[Line]) -> None:
       own = {line.policy: line for line in lines if (
           line.model, line.workload, line.objective) == (
               model, workload, objective)}
-      base = own['static'].goodput_per_device if 'static' in own else 0.0
+      base = max([line.goodput_per_device for line in own.values()], default=0)
       if base:
         look = pictures.look(number)
         for name, line in own.items():
@@ -153,8 +155,9 @@ def draw(out: pathlib.Path, lines: list[Line]) -> None:
                    [names.index(name) for name in own], label=objective,
                    fillstyle='none', **look | {'linestyle': ''})
     panel.axvline(1.0, color='0.7', linewidth=0.8)
+    panel.set_xlim(0, FAR)
     panel.set_title(f'{model}\n{workload}', fontsize=9)
-    panel.set_xlabel('times the best static split', fontsize=8)
+    panel.set_xlabel('times the highest goodput', fontsize=8)
     panel.set_yticks(range(len(names)), map(shown, names), fontsize=8)
   labelled = {text: handle for panel in axes.flat for handle, text in zip(
       *panel.get_legend_handles_labels(), strict=True)}

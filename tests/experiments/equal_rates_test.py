@@ -240,6 +240,8 @@ def test_flips_count_from_the_warm_up_to_the_last_arrival(monkeypatch):
     ([line('chunked', 9.0)], {}, '--cells=.*lines with .deadlines'),
     ([line('colocated+deadlines', 9.0)], {}, '--cells=.*not under test'),
     ([line('chunked+deadlines', 'x')], {}, '--cells: .*float'),
+    ([line('chunked+deadlines', 9.0, ttft_s=-0.2)], {},
+     '--cells: Slo.ttft_s=-0.2'),
     ([line('chunked+deadlines', 9.0, cluster='none')], {},
      '--cells=.*cluster='),
     (LINES, dict(policies=['colocated', 'luck']), '--policies: policy='),
@@ -268,6 +270,18 @@ def test_cells_that_are_damaged_are_told(tmp_path, damaged, told):
   assert policies_report.read(path) == LINES
   path.write_bytes(damaged(path.read_bytes()))
   with pytest.raises(InputError, match=f'^--out[=:].*({told})'):
+    policies_report.read(path)
+
+
+def test_a_table_that_was_saved_by_a_spreadsheet_is_read(tmp_path):
+  """With a byte order mark; a folder of that name is told."""
+  path = tmp_path / 'policies.csv'
+  equal_rates.provenance.save_csv(path, LINES[0]._fields, LINES)
+  path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes())
+  assert policies_report.read(path) == LINES
+  path.unlink()
+  path.mkdir()
+  with pytest.raises(InputError, match='^--out: .*policies.csv'):
     policies_report.read(path)
 
 

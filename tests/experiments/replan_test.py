@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 
 import pytest
 from rich.console import Console
@@ -46,10 +47,25 @@ def test_a_line_a_segment_and_policy(tmp_path):
 
 def test_segments_without_a_request_are_not_the_worst(tmp_path):
   _, text = run(tmp_path, process='poisson', rate=0.5, segment_s=0.5)
-  assert 'nan' in text and 'nan% in the worst' not in text
+  assert ' - ' in text and 'nan' not in text
+  code, text = run(tmp_path, process='poisson', rate=0.004, seconds=1000.0)
+  assert code == 0 and '% in the worst segment' in text
   for options in ({'rate': 0.001}, {'rate': 1.0, 'warmup_s': 5.999}):
     with pytest.raises(InputError, match='a load of which a request counts'):
       run(tmp_path, process='poisson', **options)
+
+
+def test_the_worst_segment_is_one_of_those_that_count():
+  """Not one of the warm-up; nor one without requests, however few come."""
+  lines = [replan.Segment('x', start_s, '', rate, 1.0, 1.0, 'PD', 0, share, 0.0,
+                          1.0)
+           for start_s, rate, share in ((0.0, 9.0, .1), (5.0, 0.0, .6),
+                                        (10.0, 0.0, math.nan), (15.0, 9.0, .8))]
+  run = replan.Served('x', lines, [True, True, False], [])
+  assert replan.summary(run, [run])['worst'] == .1
+  assert replan.summary(run, [run], 5.0)['worst'] == .6
+  assert replan.summary(run, [run], 5.1)['worst'] == .8
+  assert replan.summary(run, [run], 16.0)['worst'] == pytest.approx(2 / 3)
 
 
 def test_each_is_compared_with_the_best_other_on_the_same_requests(tmp_path):

@@ -166,6 +166,43 @@ def test_adaptive_asks_for_one_prefill_instance_more_or_less_and_for_quarters(
   assert len(choices) == 2 + 2 * len(asked)
 
 
+@pytest.mark.parametrize('text, seen', [
+    ('adaptive', 0.5), ('adaptive:rejects=True', 0.0)])
+def test_where_some_are_refused_those_that_are_there_tell_nothing(
+    text, seen, monkeypatch):
+  """They are what was not refused."""
+  given = []
+  monkeypatch.setattr(adaptive, 'better', lambda *args: given.append(args[-1]))
+  monkeypatch.setattr(adaptive, 'attained', lambda view, slo: 0.5)
+  named(text, SLO).resize(types.SimpleNamespace(
+      time_s=0.0, instances=(), may_decode=(), may_prefill=()))
+  assert given == [seen]
+
+
+@pytest.mark.parametrize('kept', [True, False])
+def test_prompts_that_are_kept_are_soon_done(kept):
+  """Beside rows too, so that they are neither refused nor sent elsewhere."""
+  config = scheduler.Config(
+      (InstanceConfig('flexible', 4000, 16, 64, 2048, 16),), 8192, depth=1,
+      policy=named('adaptive:rejects=True', Slo(0.45, 0.022)),
+      prefix_cache=True)
+  own = tuple(range(1, 251))
+
+  def conversation(id, second, tokens, blocks):
+    return Request(id, second, range(tokens), Sampling(max_tokens=2), blocks,
+                   16)
+
+  first = conversation(0, 0.0, 4000, own)
+  rows = [Request(1 + i, 0.6 + 0.05 * i, range(50), Sampling(max_tokens=400))
+          for i in range(24)]
+  later = [conversation(100 + i, 4.0 + 0.4 * i, 4010, own if kept else tuple(
+      10**6 * i + block for block in own)) for i in range(1, 6)]
+  records = simulator.simulate(config, [first, *rows, *later], STEP, LINK
+                               ).records
+  told = [r.status for r in records if r.id > 100]
+  assert ('refused' in told) == (not kept)
+
+
 def test_adaptive_stays_where_nothing_is_better():
   run = served('adaptive', 40, 300)
   assert run.summary.attainment[0] > 0.98
@@ -252,8 +289,8 @@ def test_a_prompt_goes_where_it_is_done_first(
       prefilling=lambda n=n: first * n, newest=lambda most, n=n: queue * n,
       hits=lambda request: (0, 0), hit_tokens=lambda request: 0,
       backlog=100 * n * len(queue), residents=residents[n]) for n in (0, 1)]
-  request = types.SimpleNamespace(done=0, prompt_len=100, first_s=None,
-                                  arrival_s=10.0)
+  request = types.SimpleNamespace(done=0, stop=100, first_s=None,
+                                  prompt_len=100, arrival_s=10.0)
   assert named('adaptive', SLO).route(types.SimpleNamespace(
       time_s=10.0, prefills=prefills), request) == (
           0 if begun and token_s < 1e-3 else chosen)
@@ -273,7 +310,7 @@ def test_what_would_miss_ttft_is_refused_where_this_is_asked_for(
       hits=lambda request: (0, 0), hit_tokens=lambda request: 0)
   view = types.SimpleNamespace(time_s=10.0, prefills=(instance,))
   request = types.SimpleNamespace(
-      done=0, prompt_len=100, input_len=100, first_s=first_s,
+      done=0, stop=100, prompt_len=100, input_len=100, first_s=first_s,
       arrival_s=10.0 - age_s)
   slo = Slo(0.2, 0.05)
   answer = named('adaptive:rejects=True', slo).route(view, request)

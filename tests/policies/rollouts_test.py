@@ -108,14 +108,43 @@ def test_where_there_is_no_choice_nothing_is_played(monkeypatch):
 @pytest.mark.parametrize('slo, asks', [
     (SLO, True), (Slo(1e-6, 1.0), False), (Slo(1.0, 1e-6), False),
     (Slo(0.0102, 0.0112), True)])
-def test_where_nothing_can_attain_nothing_is_played(slo, asks, monkeypatch):
-  """Not even a lone request; else all choices were played to their ends."""
+@pytest.mark.parametrize('output_len', [50.0, 1.0])
+def test_where_nothing_can_attain_nothing_is_played(
+    slo, asks, output_len, monkeypatch):
+  """Not even a lone request; else all choices were played to their ends.
+  Outputs of one token miss no TPOT."""
   played = []
   monkeypatch.setattr(rollouts, 'played', lambda *args, seed=0: (
       played.append(args[ROLES]), rollouts.Played(.5, .9))[1])
-  view = view_of(Load(9.0, 100.0, 50.0, lives=2.0))
+  view = view_of(Load(9.0, 100.0, output_len, lives=2.0))
   rollouts.better(DISTSERVE, slo, view, choices(2, 0))
-  assert bool(played) == asks
+  assert bool(played) == (asks or output_len == 1 and slo.tpot_s < SLO.tpot_s)
+
+
+def test_what_only_a_split_attains_is_played(monkeypatch):
+  """One instance is fast enough for prompts, the other for rows."""
+  monkeypatch.setattr(rollouts, 'played', lambda *args, seed=0: rollouts.Played(
+      .9 if args[ROLES] == ('prefill', 'decode') else .1, .9))
+  view = view_of(Load(9.0, 100.0, 50.0, lives=2.0))
+  for instance, prompt_s, step_s in zip(view.may_prefill, (.01, .3), (.05, .01),
+                                        strict=True):
+    instance.latency = Paced(dataclasses.replace(
+        STEP, prefill=(prompt_s, 1e-4, 0.0), decode=(step_s, 1e-6, 1e-4)))
+  answer = rollouts.better(DISTSERVE, SLO, view, choices(2, 0))
+  assert answer == {0: 'prefill', 1: 'decode'}
+
+
+@pytest.mark.parametrize('roles', [
+    ('prefill', 'prefill'), ('prefill', 'chunked')])
+def test_where_those_that_decode_are_lost_rows_are_where_they_may_be(roles):
+  """Not on an instance that can only prefill."""
+  configs = tuple(dataclasses.replace(INSTANCE, role=role, num_pages=4000)
+                  for role in ('prefill', 'flexible'))
+  load = Load(8.0, 100.0, 50.0, longest_prompt=800)
+  assert rollouts.homes_of(roles, configs) == [1]
+  outcome = rollouts.played(DISTSERVE, SLO, configs, (STEP,) * 2, LINK, load,
+                            roles, 0.0)
+  assert 0 <= outcome.share <= 1
 
 
 def test_instances_of_a_fixed_role_are_played_beside_the_flexible_ones(
@@ -391,13 +420,14 @@ def test_rows_of_a_rollout_are_those_of_the_steps_that_they_take(rate, rows):
   """At 6/s they are more than meet TPOT: then those of TPOT."""
   load = Load(rate, 300.0, 300.0)
   roles = ('prefill', 'decode')
-  token_s = rollouts.settled_token_s(load, SLO, (STEP,) * 2, roles)
+  token_s = rollouts.settled_token_s(load, SLO, (STEP,) * 2, roles, [1])
   assert int(rate * 300 * token_s) == rows
 
 
 def test_rows_of_a_rollout_take_longer_beside_prompts():
   load = Load(1.0, 300.0, 300.0)
   alone_s, mixed_s = (
-      rollouts.settled_token_s(load, SLO, (STEP,) * 2, ('prefill', role))
+      rollouts.settled_token_s(load, SLO, (STEP,) * 2, ('prefill', role),
+                               [1])
       for role in ('decode', 'chunked'))
   assert alone_s < mixed_s < SLO.tpot_s

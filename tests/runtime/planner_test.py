@@ -10,9 +10,10 @@ import pytest
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Slo
 from dsjax.policies.named import named
+from dsjax.runtime.planner import planner_process
 from dsjax.scheduling import event_log, planning
 from dsjax.scheduling.events import Flip, Tick
-from dsjax.scheduling.policy import DISTSERVE, PolicyError
+from dsjax.scheduling.policy import DISTSERVE, Policy, PolicyError
 from experiments.common import policies
 from tests.common import serving
 
@@ -153,6 +154,28 @@ def test_an_executor_that_is_shut_down_ends_no_serving(shut, caplog):
     serving.drain(server)
     assert {server.output(id).reason for id in ids} <= {'stop', 'length'}
   assert caplog.text.count('the planner failed') == 1
+
+
+@pytest.mark.parametrize('text', [
+    'adaptive', 'adaptive:rejects=True', 'replan', 'planner',
+    'static:prefills=2+deadlines', 'distserve+deadlines', 'distserve'])
+def test_a_shipped_policy_may_be_sent_to_a_process(text):
+  slo = Slo(0.3, 0.03)
+  policy = named(text, slo)
+  again = pickle.loads(pickle.dumps(policy))
+  assert isinstance(again, Policy) and again.name == policy.name
+  assert again.needs == policy.needs and again.tick_s == policy.tick_s
+  if policy is not DISTSERVE:
+    changed = dataclasses.replace(policy, admit=lambda view, request: True)
+    with pytest.raises(Exception, match='pickle'):
+      pickle.dumps(changed)
+
+
+def test_a_policy_that_cannot_be_sent_to_the_planner_is_refused():
+  """At the start: else it failed at the first tick, and roles stayed."""
+  with planner_process() as planner:
+    with pytest.raises(InputError, match="policy='swap' cannot be sent .*must"):
+      server_of(planner, lambda view: swap(view))
 
 
 @pytest.mark.parametrize('planner', [5, 'process'])
