@@ -285,6 +285,25 @@ def test_a_table_that_was_saved_by_a_spreadsheet_is_read(tmp_path):
     policies_report.read(path)
 
 
+@pytest.mark.parametrize('lines, shown', [
+    (LINES, 4), (LINES[:2], 2), (LINES[3:4], 1),
+    ([LINES[0], line('chunked+deadlines', 9.0, 'ttft')], 2)])
+def test_the_picture_of_goodputs_shows_each_policy(
+    tmp_path, monkeypatch, lines, shown):
+  """Also without a static split, or where that attains nothing; next to the
+  highest one there."""
+  figures = []
+  monkeypatch.setattr(policies_report.pictures, 'save',
+                      lambda figure, path: figures.append(figure))
+  policies_report.draw(tmp_path, [
+      own for own in lines if own.goodput_per_device > 0])
+  panel, = figures[0].axes
+  marks = [x for own in panel.lines if own.get_marker() not in ('None', None)
+           for x in own.get_xdata()]
+  assert len(marks) == shown and max(marks) == 1
+  assert all(panel.get_xlim()[0] <= x <= panel.get_xlim()[1] for x in marks)
+
+
 def test_it_reads_what_experiments_policies_writes(tmp_path):
   policies_test.run(tmp_path / 'cells', orders=['fifo', 'deadlines'])
   code, text = run(tmp_path, None, policies=['adaptive'])
