@@ -16,13 +16,13 @@ and output), the roles at its end, the share that attained both objectives with
 its 95 % interval, and flips. Where nothing shifts, flips after the first minute
 should be none. A segment is a phase of the period that shifts (a quarter of a
 sine), or --segment_s. Below, a line a policy: what attained of all requests
-that came after --warmup_s, and how much more that is than of the best of the
-others, on the same requests, with its 95 % interval. With --predicted=0.8,1.2
-policies are served once with latencies to predict from that are 20 % too short
-and once 20 % too long. Virtual time stands still while a policy searches; a
-server asks in a process of its own (docs/policies.md). Files in --out:
-replan.csv, replan.json, replan.png and .pdf. Exit codes: 0; 2 for bad input;
-130 by Ctrl-C.
+that came after --warmup_s, what attained in the worst segment after it, and how
+much more the first is than of the best of the others, on the same requests,
+with its 95 % interval. With --predicted=0.8,1.2 policies are served once with
+latencies to predict from that are 20 % too short and once 20 % too long.
+Virtual time stands still while a policy searches; a server asks in a process of
+its own (docs/policies.md). Files in --out: replan.csv, replan.json, replan.png
+and .pdf. Exit codes: 0; 2 for bad input; 130 by Ctrl-C.
 """
 
 import collections
@@ -194,13 +194,13 @@ def best(options: Any, text: str, predicted: float = 1.0) -> Served:
 def summary(served: Served, runs: Sequence[Served], warmup_s: float = 0.0
             ) -> dict[str, Any]:
   """What replan.json says of a run beside others. worst: what attained in the
-  worst segment of which all requests count. ahead: share that it attains more
-  than the best of the others, low, high."""
+  worst segment of which all requests count, None without one. ahead: share that
+  it attains more than the best of the others, low, high."""
   told: dict[str, Any] = {
       'attained': served.attained,
       'worst': min([s.attained for s in served.segments
                     if s.start_s >= warmup_s and not math.isnan(s.attained)],
-                   default=served.attained),
+                   default=None),
       'flips': sum(second > 0 for second, _ in served.flips),
       'flips_after_a_minute': sum(second > 60 for second, _ in served.flips)}
   rivals = [run for run in runs if run is not served]
@@ -214,9 +214,11 @@ def summary(served: Served, runs: Sequence[Served], warmup_s: float = 0.0
 def words(served: Served, told: Mapping[str, Any]) -> str:
   """A summary on a line."""
   line = (f'{served.policy}: {told["attained"]:.1%} of {len(served.hits)} '
-          f'attained, {told["worst"]:.0%} in the worst segment; '
-          f'{told["flips"]} flips, {told["flips_after_a_minute"]} after the '
-          'first minute')
+          'attained')
+  if told['worst'] is not None:
+    line += f', {told["worst"]:.0%} in the worst segment'
+  line += (f'; {told["flips"]} flips, {told["flips_after_a_minute"]} after the '
+           'first minute')
   if 'ahead' in told:
     mean, low, high = (100 * share for share in told['ahead'])
     line += (f'; {mean:+.1f} points [{low:+.1f}, {high:+.1f}] beside '
@@ -288,16 +290,20 @@ def run(options: Any, console: Console) -> int:
   asked = list(itertools.product(options.policies, factors))
   require(options.warmup_s < options.seconds, '--warmup_s', options.warmup_s,
           f'below --seconds={options.seconds:g}')
-  runs, stopped = [], False
+  runs, tried, stopped = [], 0, False
   try:
     for text, predicted in asked:
       with console.status(f'serving under {text}'):
         served = best(options, text, predicted)
-      if served.policy not in [run.policy for run in runs]:  # as {k} may be
+      tried += 1
+      if served.policy in [run.policy for run in runs]:
+        console.print(f'{text}: the best is {served.policy}, which is there',
+                      highlight=False)
+      else:
         runs.append(served)
   except KeyboardInterrupt:
     stopped = True
-    console.print(f'Stopped by Ctrl-C: {len(runs)} of {len(asked)} runs.')
+    console.print(f'Stopped by Ctrl-C: {tried} of {len(asked)} policies.')
   if not runs:
     return 130
   console.print(table(runs))

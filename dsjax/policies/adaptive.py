@@ -7,8 +7,8 @@ done first, and its row stays there unless another instance would be faster.
 Rows leave an instance that becomes one that prefills: what a few of them allow
 a step would hold up all prompts.
 
-Over time: how many instances only prefill, and whether the others only decode,
-mix, or mix and lend (their role is then colocated), is decided by rollouts.
+Over time: whether all mix, all mix and lend (their role is then colocated), or
+how many only prefill while the others decode or mix, is decided by rollouts.
 Rows lend a prompt what nearly all of them save before they end: it is done
 sooner, and those that end earlier are late. The simulator, which is this
 scheduler, plays the load of late under each choice; the best one is taken if it
@@ -33,6 +33,7 @@ from dsjax.policies.predict import (
   TOO_LATE,
   allowed_s,
   decode_s,
+  known_tokens,
   least_output,
   prefill_s,
   prompt_tokens,
@@ -40,7 +41,7 @@ from dsjax.policies.predict import (
   room,
   unknown_tokens,
 )
-from dsjax.policies.roles import choices, leave_prefills, there
+from dsjax.policies.roles import choices, leave_prefills, usable
 from dsjax.policies.rollouts import better
 from dsjax.scheduling.policy import (
   DISTSERVE,
@@ -70,7 +71,7 @@ def policy(slo: Slo, margin: float = 0.99, tick_s: float = 2.0,
 
   def resize(view: View) -> dict[int, str]:
     roles = [i.role for i in view.may_prefill if i.flips]
-    fixed = [i.role for i in there(view) if not i.flips]
+    fixed = [i.role for i in usable(view) if not i.flips]
     seen = 0.0 if rejects else attained(view, slo)  # those refused are gone
     return better(flexible, slo, view, choices(
         len(roles), roles.count('prefill'), fixed), seen)
@@ -117,7 +118,8 @@ def _per_step(slo: Slo, margin: float, rejects: bool) -> Policy:
       than a queue: all instances that have some are predicted alike."""
       queue = ahead(view, instance, slo)
       alone_s = queue_s(instance, queue) + prefill_s(instance, request)
-      steps = unknown_tokens(instance, (*queue, request)) / tokens
+      left = request.prompt_len - known_tokens(instance, request)
+      steps = (unknown_tokens(instance, queue) + left) / tokens
       return max(alone_s, steps * aim_s(instance) * bool(instance.num_rows))
 
     seconds, *_, best = min([(done_s(i), i.backlog, i.residents, i.index)

@@ -25,7 +25,7 @@ from dsjax.policies.predict import (
   mixed_time,
   prefill_s,
   prompt_tokens,
-  tokens_of,
+  unknown_tokens,
 )
 from dsjax.scheduling.policy import InstanceView, Policy, RequestView, View
 
@@ -76,13 +76,13 @@ def fitting_tokens(view: View, instance: InstanceView, slo: Slo, more: int
                    ) -> int:
   """Tokens of the prompts there that have begun, and of so many more that wait,
   those on time first."""
-  begun = tokens_of(instance.prefilling())
+  begun = unknown_tokens(instance, instance.prefilling())
   if more <= 0:
     return begun
   soon = on_time(view, instance, slo)
   late = [request for request in instance.waiting(more)
           if view.time_s > due_s(request, slo)]
-  return begun + tokens_of((*soon, *late)[:more])
+  return begun + unknown_tokens(instance, (*soon, *late)[:more])
 
 
 def punctual_tokens(view: View, instance: InstanceView, slo: Slo, limit: int

@@ -26,7 +26,7 @@ _KINDS: dict[Any, tuple[Callable, Callable, str]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Made(Policy):
+class Remade(Policy):
   """A Policy that another process makes again: its hooks are functions within
   functions, which cannot be pickled.
 
@@ -41,16 +41,17 @@ class Made(Policy):
     same = [getattr(self, field.name) is getattr(self.policy, field.name)
             for field in dataclasses.fields(Policy)]
     if not all(same):  # a part of it was replaced
-      return super().__reduce__()
+      return Policy, tuple([getattr(self, field.name)
+                            for field in dataclasses.fields(Policy)])
     make, *given = self.again
     return make, tuple(given)
 
 
-def made(policy: Policy, make: Callable[..., Policy], *given: Any) -> Policy:
+def remade(policy: Policy, make: Callable[..., Policy], *given: Any) -> Policy:
   """The policy, as a value that pickles as make(*given), which gave it."""
   hooks = {field.name: getattr(policy, field.name)
            for field in dataclasses.fields(Policy)}
-  return Made(**hooks, policy=policy, again=(make, *given))
+  return Remade(**hooks, policy=policy, again=(make, *given))
 
 
 def named(text: str, slo: Slo) -> Policy:
@@ -91,7 +92,7 @@ def named(text: str, slo: Slo) -> Policy:
     policy = make(slo, **given)
   if ordered and not policy.order:
     policy = with_deadlines(policy, slo)
-  return made(policy, named, text, slo)
+  return remade(policy, named, text, slo)
 
 
 def _value(field: str, text: str, kind: Any) -> Any:

@@ -12,7 +12,7 @@ import dataclasses
 from dsjax.config.placement import Slo
 from dsjax.policies import chunked
 from dsjax.policies.deadlines import with_deadlines
-from dsjax.policies.roles import home_roles, serve, there
+from dsjax.policies.roles import complete, home_roles, usable
 from dsjax.policies.rollouts import better
 from dsjax.scheduling.policy import (
   DISTSERVE,
@@ -44,14 +44,14 @@ def policy(slo: Slo, prefills: int = 1, tick_s: float = 5.0,
     if view.time_s == 0:
       return home_roles(view, prefills)
     count = sum([i.flips for i in view.may_prefill])
-    fixed = [i.role for i in there(view) if not i.flips]
+    fixed = [i.role for i in usable(view) if not i.flips]
     if count == 0 or count + len(fixed) < 2:
       return {}
     splits = [('prefill',) * n + ('decode',) * (count - n)
               for n in range(count + 1)]
     known = (*splits, ('colocated',) * count, ('chunked',) * count)
     return better(placed, slo, view, [
-        roles for roles in known if serve((*roles, *fixed))])
+        roles for roles in known if complete((*roles, *fixed))])
 
   return dataclasses.replace(placed, tick_s=tick_s, resize=resize,
                              needs=('latencies', 'link'))

@@ -17,7 +17,7 @@ def home_roles(view: View, prefills: int, others: str = 'decode'
           for n, index in enumerate(flexible)}
 
 
-def there(view: View) -> list[InstanceView]:
+def usable(view: View) -> list[InstanceView]:
   """The instances that may prefill or decode now, by index."""
   known = {i.index: i for i in (*view.may_prefill, *view.may_decode)}
   return [known[index] for index in sorted(known)]
@@ -45,11 +45,12 @@ def leave_prefills(view: View) -> list[Move]:
 def choices(count: int, now: int, fixed: Sequence[str] = ()
             ) -> list[tuple[str, ...]]:
   """Roles of so many instances, of which `now` only prefill: all mix; all mix
-  and lend; or one more than now, as many, one fewer, or a quarter, half or
+  and lend; or one more than now, as many, one fewer, one, or a quarter, half or
   three quarters only prefill, while the others decode only or mix.
 
   Args:
-    fixed: roles of instances beside them. So these may all prefill, or decode.
+    fixed: roles of instances beside them. With some, all of these may only
+      prefill, or only decode.
   """
   if count == 0 or count + len(fixed) < 2:
     return []
@@ -59,10 +60,10 @@ def choices(count: int, now: int, fixed: Sequence[str] = ()
             for others in ('decode', 'chunked')]
   return list(dict.fromkeys([
       ('chunked',) * count, ('colocated',) * count,
-      *(split for split in splits if serve((*split, *fixed)))]))
+      *(split for split in splits if complete((*split, *fixed)))]))
 
 
-def serve(roles: Sequence[str]) -> bool:
+def complete(roles: Sequence[str]) -> bool:
   """Whether some of these prefill, and some decode."""
   does = [ROLES[role] for role in roles]
   return (any([role.prefills for role in does])

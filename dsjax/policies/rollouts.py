@@ -22,8 +22,8 @@ from dsjax.config.engine import InstanceConfig
 from dsjax.config.latency import Latency, LinkLike
 from dsjax.config.placement import Slo
 from dsjax.config.request import Request, Sampling
-from dsjax.policies.predict import sigma_of
-from dsjax.policies.roles import there
+from dsjax.policies.predict import least_output, sigma_of
+from dsjax.policies.roles import usable
 from dsjax.policies.static import ONCE_S
 from dsjax.scheduling.pace import Paced
 from dsjax.scheduling.policy import Load, Policy, View
@@ -89,13 +89,14 @@ def settled(latency: Paced) -> Paced:
 
 
 def hopeless(latencies: Sequence[Latency], load: Load, slo: Slo) -> bool:
-  """Whether even a lone request of one token in and two out would miss, where
-  it prefills and decodes best. Outputs of one token miss no TPOT."""
+  """Whether even a lone request with a prompt of one token would miss, where it
+  prefills and decodes best. Outputs of one token miss no TPOT: it counts where
+  all but one of twenty have more. The host's time is left out, as several steps
+  may share it."""
   first_s = min([latency.prefill_s(((0, 1),)) for latency in latencies])
-  step_s = min([latency.host_s + latency.decode_s(1, 1)
-                for latency in latencies])
+  step_s = min([latency.decode_s(1, 1) for latency in latencies])
   return first_s > slo.ttft_s or (
-      step_s > slo.tpot_s and load.output_len >= 2)
+      step_s > slo.tpot_s and least_output(load) >= 2)
 
 
 def better(policy: Policy, slo: Slo, view: View, choices: Sequence[Roles],
@@ -120,13 +121,13 @@ def better(policy: Policy, slo: Slo, view: View, choices: Sequence[Roles],
   load = view.load
   if not choices or load.rate_per_s <= 0 or load.lives < LEAST_KNOWN:
     return {}  # nothing to choose, or too little is known
-  instances = there(view)
-  if hopeless([instance.latency for instance in instances], load, slo):
+  instances = usable(view)
+  latencies = tuple([settled(instance.latency) for instance in instances])
+  if hopeless(latencies, load, slo):
     return {}
   play_load = functools.partial(
       played, policy, slo, tuple([dataclasses.replace(
-          i.config, host_pages=0) for i in instances]),
-      tuple([settled(i.latency) for i in instances]), view.link)
+          i.config, host_pages=0) for i in instances]), latencies, view.link)
   error = 1 / math.sqrt(max(load.arrived, LEAST_TOLD))
   plays = [functools.partial(
       between, functools.partial(play_load, seed=seed), *rounded(
@@ -258,8 +259,8 @@ def _always(roles: tuple[tuple[int, str], ...], view: View) -> dict[int, str]:
 
 
 def homes_of(roles: Roles, configs: Sequence[InstanceConfig]) -> list[int]:
-  """Those that decode; where none is to, as those that did are lost, those that
-  could."""
+  """Instances that decode. Where none has such a role, as those that had are
+  lost, those that are able to."""
   return [index for index, role in enumerate(roles) if role != 'prefill'] or [
       index for index, config in enumerate(configs) if config.decodes]
 
@@ -276,7 +277,7 @@ def settled_token_s(load: Load, slo: Slo, latencies: Sequence[Latency],
       sum([role != 'decode' for role in roles]), 1)
   seconds = 0.0
   for _ in range(SETTLES):
-    rows = max(1, round(load.rate_per_s * load.output_len * seconds
+    rows = max(1, round(load.rate_per_s * max(load.output_len - 1, 0) * seconds
                         / len(steps)))
     context = rows * (load.prompt_len + load.output_len / 2)
     piece = ((0, round(tokens_per_s * seconds)),)
@@ -313,7 +314,9 @@ def rows_like(load: Load, seed: int, token_s: float, homes: Sequence[int]
     return []
   rng = np.random.default_rng([seed, 1])
   prompts, outputs = _lengths_like(load, rng, max(DRAWN, count))
-  tokens = np.maximum(outputs - 1, 1)  # the first one makes it a row
+  tokens = outputs - 1  # the first one makes it a row
+  if not tokens.any():
+    return []
   drawn = rng.choice(len(tokens), count, p=tokens / tokens.sum())
   rows = []
   for number, (place, share) in enumerate(

@@ -132,7 +132,6 @@ class Orchestrator:
     require(cluster is None or devices is None, 'devices', devices,
             f'None with cluster={cluster!r}: processes have their own')
     require(isinstance(policy, Policy), 'policy', policy, 'a dsjax.Policy')
-    check_planner(planner, policy)
     require(config.max_len <= model.config.max_len,
             'EngineConfig.max_len', config.max_len,
             f'at most {model.config.max_len}, the context of '
@@ -144,6 +143,7 @@ class Orchestrator:
     latencies = self._latencies(latency)
     link = link or self._link(latency)
     policy.check([role for role, _ in placement.instances], latencies, link)
+    check_planner(planner, policy, latencies, link)
     engines = (
         build(model, placement, config, jax.devices() if devices is None
               else devices, make_engine) if cluster is None else

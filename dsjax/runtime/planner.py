@@ -20,8 +20,10 @@ def planner_process() -> ProcessPoolExecutor:
   return ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), _begin)
 
 
-def check_planner(planner: Executor | None, policy: Policy) -> None:
-  """Before a server starts: whether the policy can be asked there.
+def check_planner(planner: Executor | None, policy: Policy,
+                  latencies: object, link: object) -> None:
+  """Before a server starts: whether the policy can be asked there, with these
+  latencies and this link.
 
   Raises:
     InputError: it names the field.
@@ -33,13 +35,18 @@ def check_planner(planner: Executor | None, policy: Policy) -> None:
   require(policy.resize, 'planner', planner,
           f'None with policy {policy.name!r}, which changes no roles')
   if isinstance(planner, ProcessPoolExecutor):
-    try:
-      pickle.dumps(policy)
-    except Exception as error:  # of its own objects
-      raise InputError(
-          f'policy={policy.name!r} cannot be sent to the planner, which is '
-          f'another process ({error}): must be a shipped one, by '
-          'dsjax.policies.named, or one of functions of a module') from error
+    for field, value, told, allowed in (
+        ('policy', policy, policy.name, 'a shipped one, as '
+         'dsjax.policies.named.named makes it, or one of functions of a '
+         'module'),
+        ('latency', (latencies, link), type(latencies).__name__,
+         'values of classes of a module')):
+      try:
+        pickle.dumps(value)
+      except Exception as error:  # of its own objects
+        raise InputError(
+            f'{field}={told!r} cannot be sent to the planner, which is another '
+            f'process ({error}): must be {allowed}') from error
 
 
 def _begin() -> None:

@@ -9,7 +9,7 @@ from dsjax.config.checks import InputError, require
 from dsjax.config.placement import Slo
 from dsjax.placement.api import SLO
 from dsjax.policies.deadlines import with_deadlines
-from dsjax.policies.named import DEADLINES, made, named
+from dsjax.policies.named import DEADLINES, named, remade
 from dsjax.scheduling.policy import Policy
 
 
@@ -45,4 +45,4 @@ def load(text: str, slo: Slo = SLO) -> Policy:
   require(isinstance(policy, Policy), '--policy', text,
           f'the name of a dsjax.Policy in {path}')
   policy = policy if base == text else with_deadlines(policy, slo)
-  return made(policy, load, text, slo)
+  return remade(policy, load, text, slo)

@@ -127,9 +127,9 @@ def table(lines: Sequence[Line]) -> Table:
 
 
 def draw(out: pathlib.Path, lines: list[Line]) -> None:
-  """A panel a model and workload: each policy's goodput over the highest there,
-  a marker an objective, and a line from what surely attains to what surely does
-  not, up to FAR times the highest."""
+  """A panel a model and workload: each policy's goodput over the highest one
+  under the same objectives, a marker an objective, and a line from what surely
+  attains to what surely does not, up to FAR times the highest."""
   models = list(dict.fromkeys(line.model for line in lines))
   loads = list(dict.fromkeys(line.workload for line in lines))
   names = list(dict.fromkeys(line.policy for line in lines))[::-1]

@@ -286,7 +286,8 @@ def test_a_table_that_was_saved_by_a_spreadsheet_is_read(tmp_path):
 
 
 @pytest.mark.parametrize('lines, shown', [
-    (LINES, 4), (LINES[:2], 2), (LINES[3:4], 1),
+    (LINES, 5), (LINES[:2], 2), (LINES[3:4], 1),
+    ([line('static', 0.0), LINES[1]], 2),
     ([LINES[0], line('chunked+deadlines', 9.0, 'ttft')], 2)])
 def test_the_picture_of_goodputs_shows_each_policy(
     tmp_path, monkeypatch, lines, shown):
@@ -295,8 +296,7 @@ def test_the_picture_of_goodputs_shows_each_policy(
   figures = []
   monkeypatch.setattr(policies_report.pictures, 'save',
                       lambda figure, path: figures.append(figure))
-  policies_report.draw(tmp_path, [
-      own for own in lines if own.goodput_per_device > 0])
+  policies_report.draw(tmp_path, lines)
   panel, = figures[0].axes
   marks = [x for own in panel.lines if own.get_marker() not in ('None', None)
            for x in own.get_xdata()]

@@ -11,7 +11,7 @@ from dsjax.config.engine import InstanceConfig
 from dsjax.config.placement import Slo
 from dsjax.config.request import Request, Sampling
 from dsjax.placement.api import simulate
-from dsjax.policies import adaptive, static
+from dsjax.policies import adaptive, replan, static
 from dsjax.policies.named import named
 from dsjax.policies.predict import TOO_LATE, least_output
 from dsjax.policies.roles import leave_prefills
@@ -289,7 +289,7 @@ def test_a_prompt_goes_where_it_is_done_first(
       prefilling=lambda n=n: first * n, newest=lambda most, n=n: queue * n,
       hits=lambda request: (0, 0), hit_tokens=lambda request: 0,
       backlog=100 * n * len(queue), residents=residents[n]) for n in (0, 1)]
-  request = types.SimpleNamespace(done=0, stop=100, first_s=None,
+  request = types.SimpleNamespace(done=0, stop=0, first_s=None,
                                   prompt_len=100, arrival_s=10.0)
   assert named('adaptive', SLO).route(types.SimpleNamespace(
       time_s=10.0, prefills=prefills), request) == (
@@ -310,12 +310,49 @@ def test_what_would_miss_ttft_is_refused_where_this_is_asked_for(
       hits=lambda request: (0, 0), hit_tokens=lambda request: 0)
   view = types.SimpleNamespace(time_s=10.0, prefills=(instance,))
   request = types.SimpleNamespace(
-      done=0, stop=100, prompt_len=100, input_len=100, first_s=first_s,
+      done=0, stop=0, prompt_len=100, input_len=100, first_s=first_s,
       arrival_s=10.0 - age_s)
   slo = Slo(0.2, 0.05)
   answer = named('adaptive:rejects=True', slo).route(view, request)
   assert answer == (Refuse(TOO_LATE) if refused else 3)
   assert named('adaptive', slo).route(view, request) == 3
+
+
+@pytest.mark.parametrize('kept, rows, refused', [
+    (0, 1, True), (960, 1, False), (0, 0, False)])
+def test_beside_rows_what_is_computed_of_a_prompt_takes_steps(
+    kept, rows, refused):
+  """1,000 tokens: .11 s alone, three steps beside a row."""
+  instance = types.SimpleNamespace(
+      index=3, num_rows=rows, turn_rows=rows, context=0, backlog=0,
+      latency=latency.Affine((0.01, 1e-4, 0.0), (0.01, 0.0, 0.0),
+                             mixed=(0.01, 1e-4, 0.0, 0.0)),
+      config=InstanceConfig('flexible', 400, 16, 16, 4096, 16), pieces=(),
+      prefilling=lambda: (), newest=lambda most: (), residents=0,
+      hits=lambda request: (kept, 0), hit_tokens=lambda request: kept)
+  request = types.SimpleNamespace(
+      done=0, stop=0, prompt_len=1000, input_len=1000, first_s=None,
+      arrival_s=9.92)
+  answer = named('adaptive:rejects=True', Slo(0.2, 0.05)).route(
+      types.SimpleNamespace(time_s=10.0, prefills=(instance,)), request)
+  assert answer == (Refuse(TOO_LATE) if refused else 3)
+
+
+@pytest.mark.parametrize('text', ['adaptive', 'replan'])
+def test_instances_of_a_fixed_role_are_told_to_what_chooses(text, monkeypatch):
+  """One that is flexible, beside one that prefills and one that decodes: it
+  may do either."""
+  given = []
+  for module in (adaptive, replan):
+    monkeypatch.setattr(module, 'better', lambda *args: given.append(args[3]))
+  prefill, decode, flexible = [
+      types.SimpleNamespace(index=index, flips=role == 'chunked', role=role)
+      for index, role in enumerate(('prefill', 'decode', 'chunked'))]
+  named(text, SLO).resize(types.SimpleNamespace(
+      time_s=5.0, instances=(), may_prefill=[prefill, flexible],
+      may_decode=[decode, flexible]))
+  assert set(given[0]) == {('prefill',), ('decode',), ('chunked',),
+                           ('colocated',)}
 
 
 def test_of_more_than_can_attain_some_are_refused_where_this_is_asked_for():
@@ -354,7 +391,8 @@ def test_prompts_wait_while_rows_have_no_room(rows, lone_s, tokens):
       waiting=lambda most: waiting[:most], newest=lambda most: waiting[-most:],
       pulls=lambda: (), num_last=0, residents=rows * index,
       prefilling=lambda index=index: [
-          types.SimpleNamespace(stop=150, done=50)] * (1 - index))
+          types.SimpleNamespace(stop=150, done=50)] * (1 - index),
+      hit_tokens=lambda request: 0)
       for index, role in enumerate(('prefill', 'decode'))]
   view = types.SimpleNamespace(
       time_s=100.0, instances=(prefills, decodes), decodes=(decodes,),

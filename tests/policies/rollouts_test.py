@@ -19,11 +19,11 @@ from tests.common.policy_runs import INSTANCE, LINK, SLO, STEP
 LOAD, ROLES = 5, 6  # places of them in the arguments of rollouts.played
 
 
-def view_of(load, roles=('flexible',) * 2, latency=STEP):
+def view_of(load, roles=('flexible',) * 2):
   """Of instances that hold nothing; those that are flexible mix."""
   instances = [types.SimpleNamespace(
       index=index, role='chunked' if role == 'flexible' else role,
-      flips=role == 'flexible', latency=Paced(latency),
+      flips=role == 'flexible', latency=Paced(STEP),
       config=dataclasses.replace(INSTANCE, role=role))
       for index, role in enumerate(roles)]
   return types.SimpleNamespace(
@@ -134,17 +134,17 @@ def test_what_only_a_split_attains_is_played(monkeypatch):
   assert answer == {0: 'prefill', 1: 'decode'}
 
 
-@pytest.mark.parametrize('roles', [
-    ('prefill', 'prefill'), ('prefill', 'chunked')])
-def test_where_those_that_decode_are_lost_rows_are_where_they_may_be(roles):
+def test_where_those_that_decode_are_lost_rows_are_where_they_may_be():
   """Not on an instance that can only prefill."""
-  configs = tuple(dataclasses.replace(INSTANCE, role=role, num_pages=4000)
+  roles = ('prefill', 'prefill')
+  configs = tuple(dataclasses.replace(
+      INSTANCE, role=role, num_pages=4000, max_seqs=64)
                   for role in ('prefill', 'flexible'))
-  load = Load(8.0, 100.0, 50.0, longest_prompt=800)
+  load = Load(4.0, 100.0, 50.0, longest_prompt=800)
   assert rollouts.homes_of(roles, configs) == [1]
-  outcome = rollouts.played(DISTSERVE, SLO, configs, (STEP,) * 2, LINK, load,
-                            roles, 0.0)
-  assert 0 <= outcome.share <= 1
+  assert rollouts.rows_like(load, 0, SLO.tpot_s, [1])
+  assert rollouts.played(DISTSERVE, SLO, configs, (STEP,) * 2, LINK, load,
+                         roles, 0.0).share > 0.5
 
 
 def test_instances_of_a_fixed_role_are_played_beside_the_flexible_ones(
@@ -291,7 +291,7 @@ def test_outputs_of_a_rollout_are_as_long_as_told(mean):
   sent = rollouts.requests_like(load, Slo(5.0, 0.1), 0)
   told = statistics.fmean(r.sampling.max_tokens for r in sent)
   assert len(sent) == rollouts.MOST
-  assert told == pytest.approx(mean, rel=0.05, abs=0.2)
+  assert told == pytest.approx(mean, rel=0.01, abs=0.15)
   rows = rollouts.rows_like(load, 0, 0.1, [0])
   assert len(rows) == int(4.0 * (mean - 1))
   assert all(row.so_far >= 1 <= row.more for row in rows)
@@ -421,7 +421,7 @@ def test_rows_of_a_rollout_are_those_of_the_steps_that_they_take(rate, rows):
   load = Load(rate, 300.0, 300.0)
   roles = ('prefill', 'decode')
   token_s = rollouts.settled_token_s(load, SLO, (STEP,) * 2, roles, [1])
-  assert int(rate * 300 * token_s) == rows
+  assert len(rollouts.rows_like(load, 0, token_s, [1])) == rows
 
 
 def test_rows_of_a_rollout_take_longer_beside_prompts():

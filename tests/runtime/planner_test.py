@@ -10,10 +10,11 @@ import pytest
 from dsjax.config.checks import InputError
 from dsjax.config.placement import Slo
 from dsjax.policies.named import named
-from dsjax.runtime.planner import planner_process
+from dsjax.runtime.planner import check_planner, planner_process
 from dsjax.scheduling import event_log, planning
 from dsjax.scheduling.events import Flip, Tick
 from dsjax.scheduling.policy import DISTSERVE, Policy, PolicyError
+from dsjax.simulation.latency import Link
 from experiments.common import policies
 from tests.common import serving
 
@@ -164,18 +165,33 @@ def test_a_shipped_policy_may_be_sent_to_a_process(text):
   policy = named(text, slo)
   again = pickle.loads(pickle.dumps(policy))
   assert isinstance(again, Policy) and again.name == policy.name
-  assert again.needs == policy.needs and again.tick_s == policy.tick_s
-  if policy is not DISTSERVE:
-    changed = dataclasses.replace(policy, admit=lambda view, request: True)
+  if policy is DISTSERVE:
+    return
+  assert again.again == policy.again == (named, text, slo)
+  changed = dataclasses.replace(policy, tick_s=9.0, resize=swap)
+  if 'adaptive' in text or '+' in text:  # it has functions within functions
     with pytest.raises(Exception, match='pickle'):
       pickle.dumps(changed)
+  else:
+    hooks = {f.name: getattr(DISTSERVE, f.name)
+             for f in dataclasses.fields(Policy)}
+    hooks |= dict(resize=swap, tick_s=9.0)
+    whole = dataclasses.replace(changed, **hooks)
+    again = pickle.loads(pickle.dumps(whole))
+    assert again.resize is swap and again.tick_s == 9.0
 
 
 def test_a_policy_that_cannot_be_sent_to_the_planner_is_refused():
   """At the start: else it failed at the first tick, and roles stayed."""
+  class Own(Link):
+    pass
+
   with planner_process() as planner:
     with pytest.raises(InputError, match="policy='swap' cannot be sent .*must"):
       server_of(planner, lambda view: swap(view))
+    with pytest.raises(InputError, match="latency='Own' cannot be sent"):
+      check_planner(planner, dataclasses.replace(
+          DISTSERVE, tick_s=1.0, resize=swap), Own(1e-3, 1e9, 1), None)
 
 
 @pytest.mark.parametrize('planner', [5, 'process'])
