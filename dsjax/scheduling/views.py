@@ -20,7 +20,8 @@ class RequestView:
     input_len: tokens of its prompt.
     prompt_len: tokens to prefill; after a preemption those emitted too.
     done: of these, tokens prefilled or being prefilled. stop: of these, those
-      to prefill where it is; fewer than all where its prompt is split.
+      to prefill where it is; fewer than all where its prompt is split; not yet
+      known while it is routed.
     context: tokens in its KV cache, what is in flight included. num_out: of
       these those that it has generated, and the newest one.
     limit: tokens of prompt and output together, at most.
