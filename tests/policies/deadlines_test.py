@@ -214,17 +214,19 @@ def test_what_attains_now_is_told_by_what_is_there(changes, met, place):
   assert attained(view, Slo(2.0, 0.101)) == 1.0
 
 
-@pytest.mark.parametrize('room, tokens', [
-    (-1, 70), (0, 70), (1, 71), (2, 73), (3, 77), (4, 85), (9, 85)])
+@pytest.mark.parametrize('room, tokens, kept', [
+    (-1, 70, 0), (0, 70, 0), (1, 71, 0), (2, 73, 0), (3, 77, 0), (4, 85, 0),
+    (9, 85, 0), (1, 70, 1), (2, 71, 1), (9, 81, 1)])
 def test_as_many_prompts_begin_as_there_is_room_for_and_late_ones_last(
-    room, tokens):
-  """What has begun goes on: 100 tokens, of which 30 are done."""
+    room, tokens, kept):
+  """What has begun goes on: 100 tokens, of which 30 are done. What is kept of
+  others need not be computed."""
   waiting = [request_of(age_s, stop=stop) for age_s, stop in (
       (0.4, 4), (0.3, 8), (0.1, 1), (0.05, 2))]
   instance = types.SimpleNamespace(
       prefilling=lambda: (request_of(0.3, done=30),),
       waiting=lambda most: waiting[:most],
-      newest=lambda most: waiting[-most:])
+      newest=lambda most: waiting[-most:], hit_tokens=lambda request: kept)
   view = types.SimpleNamespace(time_s=1000.0)
   assert fitting_tokens(view, instance, SLO, room) == tokens
 
