@@ -41,7 +41,7 @@ from dsjax.policies.predict import (
   room,
   unknown_tokens,
 )
-from dsjax.policies.roles import choices, leave_prefills, usable
+from dsjax.policies.roles import choices_of, leave_prefills
 from dsjax.policies.rollouts import better
 from dsjax.scheduling.policy import (
   DISTSERVE,
@@ -70,11 +70,8 @@ def policy(slo: Slo, margin: float = 0.99, tick_s: float = 2.0,
   flexible = _per_step(slo, margin, rejects)
 
   def resize(view: View) -> dict[int, str]:
-    roles = [i.role for i in view.may_prefill if i.flips]
-    fixed = [i.role for i in usable(view) if not i.flips]
     seen = 0.0 if rejects else attained(view, slo)  # those refused are gone
-    return better(flexible, slo, view, choices(
-        len(roles), roles.count('prefill'), fixed), seen)
+    return better(flexible, slo, view, choices_of(view), seen)
 
   return dataclasses.replace(flexible, name='adaptive', tick_s=tick_s,
                              resize=resize, rebalance=leave_prefills)

@@ -63,6 +63,13 @@ def choices(count: int, now: int, fixed: Sequence[str] = ()
       *(split for split in splits if complete((*split, *fixed)))]))
 
 
+def choices_of(view: View) -> list[tuple[str, ...]]:
+  """The choices for the flexible instances that are there now."""
+  roles = [i.role for i in view.may_prefill if i.flips]
+  fixed = [i.role for i in usable(view) if not i.flips]
+  return choices(len(roles), roles.count('prefill'), fixed)
+
+
 def complete(roles: Sequence[str]) -> bool:
   """Whether some of these prefill, and some decode."""
   does = [ROLES[role] for role in roles]

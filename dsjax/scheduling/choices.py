@@ -38,7 +38,7 @@ def ask(run: Run, hook: str, *args: Any,
   try:
     answer = getattr(run.policy, hook)(run.view, *args)
     return read(answer) if read else answer
-  except (Exception, SystemExit) as error:
+  except Exception as error:
     raise run.policy.failed(hook, error) from error
 
 

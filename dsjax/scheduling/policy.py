@@ -227,7 +227,7 @@ class Policy:
     return (self.admit is not leave_room_to_grow
             or self.batch is not fill_budget)
 
-  def failed(self, hook: str, error: BaseException) -> PolicyError:
+  def failed(self, hook: str, error: Exception) -> PolicyError:
     """The error that says what a hook raised."""
     return PolicyError(f'policy {self.name!r}, hook {hook}: raised '
                        f'{type(error).__name__}: {error}')
