@@ -97,8 +97,8 @@ def rivals_of(options: Any) -> list[policies_report.Line]:
            and name_of(line.policy) not in under_test]
   require(lines, '--cells', options.cells, f'a folder whose {path.name} has '
           f'lines with {DEADLINES} of policies that are not under test')
-  for line in lines:
-    with naming('--cells'):
+  with naming('--cells'):
+    for line in lines:
       Slo(line.ttft_s, line.tpot_s)
   used = {int(seed) for line in lines
           for seed in re.findall(r'\bseed=(\d+)', line.effort)}

@@ -71,8 +71,6 @@ def named(text: str, slo: Slo) -> Policy:
   name, *options = base.split(':')
   if name in ('', DISTSERVE.name):
     require(not options, 'policy', text, f'{DISTSERVE.name!r} without options')
-    if not ordered:
-      return DISTSERVE
     policy = DISTSERVE
   else:
     require(name in NAMES, 'policy', text,
@@ -92,7 +90,7 @@ def named(text: str, slo: Slo) -> Policy:
     policy = make(slo, **given)
   if ordered and not policy.order:
     policy = with_deadlines(policy, slo)
-  return remade(policy, named, text, slo)
+  return policy if policy is DISTSERVE else remade(policy, named, text, slo)
 
 
 def _value(field: str, text: str, kind: Any) -> Any:

@@ -12,7 +12,7 @@ import dataclasses
 from dsjax.config.placement import Slo
 from dsjax.policies import chunked
 from dsjax.policies.deadlines import with_deadlines
-from dsjax.policies.roles import complete, home_roles, usable
+from dsjax.policies.roles import complete, home_roles, roles_now
 from dsjax.policies.rollouts import better
 from dsjax.scheduling.policy import (
   DISTSERVE,
@@ -43,8 +43,8 @@ def policy(slo: Slo, prefills: int = 1, tick_s: float = 5.0,
   def resize(view: View) -> dict[int, str]:
     if view.time_s == 0:
       return home_roles(view, prefills)
-    count = sum([i.flips for i in view.may_prefill])
-    fixed = [i.role for i in usable(view) if not i.flips]
+    flexible, fixed = roles_now(view)
+    count = len(flexible)
     if count == 0 or count + len(fixed) < 2:
       return {}
     splits = [('prefill',) * n + ('decode',) * (count - n)

@@ -65,9 +65,15 @@ def choices(count: int, now: int, fixed: Sequence[str] = ()
 
 def choices_of(view: View) -> list[tuple[str, ...]]:
   """The choices for the flexible instances that are there now."""
-  roles = [i.role for i in view.may_prefill if i.flips]
-  fixed = [i.role for i in usable(view) if not i.flips]
-  return choices(len(roles), roles.count('prefill'), fixed)
+  flexible, fixed = roles_now(view)
+  return choices(len(flexible), flexible.count('prefill'), fixed)
+
+
+def roles_now(view: View) -> tuple[list[str], list[str]]:
+  """Roles of the instances that are there now: the flexible, the others."""
+  known = usable(view)
+  return ([i.role for i in known if i.flips],
+          [i.role for i in known if not i.flips])
 
 
 def complete(roles: Sequence[str]) -> bool:
